@@ -1,0 +1,44 @@
+"""Packaging of psmpi; build-system and tool settings are in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+version = re.search(r'__version__ = "(.+?)"', (here / "psmpi" / "__init__.py").read_text())[1]
+
+setup(
+    name="psmpi",
+    version=version,
+    description="Training of partitioned neural networks over MPI: each rank computes its own element losses",
+    long_description=(here / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    license_files=["LICENSE", "data/README.md"],
+    python_requires=">=3.10",
+    packages=find_packages(include=["psmpi", "psmpi.*"]),
+    package_data={"psmpi.data": ["*.csv.gz"], "psmpi": ["py.typed"]},
+    install_requires=[
+        "h5py>=3.10",
+        "mpi4py>=4.0",
+        "numpy>=1.26",
+        "rich>=13",
+        "threadpoolctl>=3.5",
+        "tomli>=2; python_version < '3.11'",
+        "tomli-w>=1.0",
+        "tyro>=1.0",
+    ],
+    extras_require={
+        "mpi": ["mpich>=4.2"],
+        "cuda": ["cupy-cuda13x>=14"],
+        "test": ["hypothesis>=6", "mypy>=1.10", "pytest>=8", "pytest-timeout>=2.3", "ruff>=0.6", "scipy>=1.11"],
+    },
+    classifiers=[
+        "Environment :: Console",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
