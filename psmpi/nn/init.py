@@ -1,0 +1,58 @@
+"""Initial weights, a function of (seed, parameter, unit) alone: any rank can make any run of the flat vector."""
+
+from __future__ import annotations
+
+from math import sqrt
+from zlib import crc32
+
+import numpy as np
+
+from psmpi.errors import UserError
+from psmpi.nn.network import Activation, Linear, Network
+from psmpi.partition import Layout, Runs
+
+INITS = ("xavier", "he")
+
+
+def bounds(network: Network, kind: str, gain: float) -> dict[str, float]:
+    """Half-width a of the uniform distribution U(-a, a) of each weight.
+
+    xavier: a = gain sqrt(6 / (fan_in + fan_out)) (Glorot and Bengio 2010, eq. 16); he: a = sqrt(6 / fan_in) (He et al.
+    2015, eq. 10, as a uniform). Each group of a separable layer uses its own fans. `gain` applies to xavier weights
+    whose next activation is a sigmoid; 4 is the value of the first paper's follow-up for the logistic sigmoid.
+    """
+    if kind not in INITS:
+        raise UserError(f"--init {kind!r} is unknown: choose one of {', '.join(INITS)}")
+    widths = {}
+    for at, layer in enumerate(network.layers):
+        if isinstance(layer, Linear):
+            fan_in, fan_out = layer.fans
+            following = next((x.kind for x in network.layers[at + 1 :] if isinstance(x, Activation)), "identity")
+            scale = gain if following == "sigmoid" else 1.0
+            a = scale * sqrt(6 / (fan_in + fan_out)) if kind == "xavier" else sqrt(6 / fan_in)
+            widths[f"{layer.name}.weight"] = a
+    return widths
+
+
+def initial_weights(
+    network: Network, layout: Layout, runs: Runs, out: np.ndarray, *, seed: int, kind: str = "xavier", gain: float = 1.0
+) -> None:
+    """Fill `out` (runs.size,) with the initial weights of `runs`; biases are 0."""
+    widths = bounds(network, kind, gain)
+    for piece in layout.pieces():
+        parameter = layout.parameters[piece.parameter]
+        size = parameter.unit_size
+        span = Runs(((piece.offset, piece.offset + (piece.last - piece.first) * size),))
+        for start, stop in (span & runs).intervals:
+            into = out[runs.local(start, stop)]
+            if parameter.name not in widths:
+                into[:] = 0
+                continue
+            a, key = widths[parameter.name], crc32(parameter.name.encode())
+            first = (start - piece.offset) // size
+            last = -(-(stop - piece.offset) // size)
+            for k in range(first, last):
+                begin = piece.offset + k * size
+                row = np.random.default_rng([seed, key, piece.first + k]).uniform(-a, a, size)
+                lo, hi = max(begin, start), min(begin + size, stop)
+                into[lo - start : hi - start] = row[lo - begin : hi - begin]

@@ -1,0 +1,286 @@
+"""Dense and convolution layers of a part: where their weights lie in the local vector, forward and backward.
+
+A layer of a part keeps some of the network's output units. Units of one group that lie side by side in the flat vector
+form a *stripe*; stripes of equal shape at equal distances form a *segment*, which one (batched) matrix product handles.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.lib.stride_tricks import as_strided
+
+from psmpi.backend import NumpyOps
+from psmpi.nn.network import Conv, Linear
+from psmpi.partition import Layout, Runs
+
+# Columns of a convolution are made in chunks of about this many elements, so that they stay in the second-level cache.
+CHUNK = 1 << 18
+
+
+@dataclass(frozen=True)
+class Segment:
+    """`count` stripes of n units that see n_in inputs each; starts and steps are in units, inputs and elements."""
+
+    count: int
+    n: int
+    n_in: int
+    out: int
+    source: int
+    source_step: int
+    weight: int
+    weight_step: int
+    bias: int
+    bias_step: int
+    row_length: int
+    row_step: int
+    row_bias_step: int = 1
+
+    def weights(self, vector: np.ndarray) -> np.ndarray:
+        """The weights in `vector` as a (count, n, unit size) view."""
+        size = vector.itemsize
+        return as_strided(
+            vector[self.weight :],
+            (self.count, self.n, self.row_length),
+            (self.weight_step * size, self.row_step * size, size),
+        )
+
+    def biases(self, vector: np.ndarray) -> np.ndarray:
+        """The biases in `vector` as a (count, n) view."""
+        size = vector.itemsize
+        return as_strided(vector[self.bias :], (self.count, self.n), (self.bias_step * size, self.row_bias_step * size))
+
+
+def find_segments(layer: Linear, layout: Layout, part: Runs, kept: np.ndarray, positions: np.ndarray) -> list[Segment]:
+    """The segments of `layer` in a part.
+
+    kept: (units,) bool, the output units that the part computes; positions: (inputs,) local index of each kept input.
+    """
+    names = [p.name for p in layout.parameters]
+    weight, bias = names.index(f"{layer.name}.weight"), names.index(f"{layer.name}.bias")
+    local = np.cumsum(kept) - 1
+    per_group = layer.units // layer.groups
+    biases = {p.first: p.offset for p in layout.pieces() if p.parameter == bias}
+    stripes = []
+    for piece in layout.pieces():
+        if piece.parameter != weight or not kept[piece.first]:
+            continue
+        edges = sorted(
+            {piece.first, piece.last, *range(-(-piece.first // per_group) * per_group, piece.last, per_group)}
+        )
+        for a, b in itertools.pairwise(edges):
+            w_at = piece.offset + (a - piece.first) * layer.unit_size
+            b_at = biases[piece.first] + a - piece.first
+            stripes.append(
+                Segment(
+                    count=1,
+                    n=b - a,
+                    n_in=layer.group_inputs,
+                    out=int(local[a]),
+                    source=int(positions[a // per_group * layer.group_inputs]),
+                    source_step=0,
+                    weight=part.local(w_at, w_at + 1).start,
+                    weight_step=0,
+                    bias=part.local(b_at, b_at + 1).start,
+                    bias_step=0,
+                    row_step=layer.unit_size,
+                    row_length=layer.unit_size,
+                )
+            )
+    return [_as_rows(s) for s in _merge(sorted(stripes, key=lambda s: s.out))]
+
+
+def _merge(stripes: list[Segment]) -> list[Segment]:
+    """Join consecutive stripes of one shape whose starts advance in equal steps."""
+    merged: list[Segment] = []
+    for s in stripes:
+        last = merged[-1] if merged else None
+        if last is not None and (last.n, last.out + last.count * last.n) == (s.n, s.out):
+            k = last.count
+            steps = (
+                s.source - last.source - (k - 1) * last.source_step,
+                s.weight - last.weight - (k - 1) * last.weight_step,
+                s.bias - last.bias - (k - 1) * last.bias_step,
+            )
+            if k == 1 or steps == (last.source_step, last.weight_step, last.bias_step):
+                merged[-1] = replace(last, count=k + 1, source_step=steps[0], weight_step=steps[1], bias_step=steps[2])
+                continue
+        merged.append(s)
+    return merged
+
+
+def _as_rows(s: Segment) -> Segment:
+    """Stripes of one unit that all see the same inputs are the rows of a single matrix."""
+    if s.count > 1 and s.source_step == 0 and s.n == 1:
+        return replace(s, count=1, n=s.count, row_step=s.weight_step, row_bias_step=s.bias_step)
+    return s
+
+
+class LinearPart:
+    """What dense and convolution layers share: segments bound to a weight and a gradient vector."""
+
+    def __init__(self, layer: Linear, segments: list[Segment], inputs: int, units: int, ops: NumpyOps):
+        self.layer, self.segments, self.inputs, self.units, self.ops = layer, segments, inputs, units, ops
+        self.w: list[tuple[np.ndarray, np.ndarray]] = []
+        self.g: list[tuple[np.ndarray, np.ndarray]] = []
+        # A product can write straight into dx where every input belongs to exactly one stripe.
+        one = segments[0]
+        self.covers = (
+            len(segments) == 1
+            and one.source == 0
+            and (one.count == 1 or one.source_step == one.n_in)
+            and one.count * one.n_in == inputs
+        )
+
+    def bind(self, w: np.ndarray, g: np.ndarray) -> None:
+        self.w = [(s.weights(w), s.biases(w)) for s in self.segments]
+        self.g = [(s.weights(g), s.biases(g)) for s in self.segments]
+
+    def source(self, s: Segment, x: np.ndarray, rows: int = 1) -> np.ndarray:
+        """The inputs of a segment's stripes, (count, n_in * rows, b), as a view of x (inputs * rows, b)."""
+        step, width = x.strides
+        return as_strided(
+            x[s.source * rows :], (s.count, s.n_in * rows, x.shape[1]), (s.source_step * rows * step, step, width)
+        )
+
+    @staticmethod
+    def target(s: Segment, y: np.ndarray) -> np.ndarray:
+        """A segment's output units, (count, n, b), as a view of y (units, b)."""
+        return y[s.out : s.out + s.count * s.n].reshape(s.count, s.n, y.shape[1])
+
+
+class DensePart(LinearPart):
+    """x (inputs, b) -> y (units, b)."""
+
+    def reserve(self, batch: int, dtype: np.dtype) -> None:
+        widest = 0 if self.covers else max(s.n_in for s in self.segments)
+        self.scratch = self.ops.empty(widest * batch, dtype)
+
+    def forward(self, x: np.ndarray, y: np.ndarray) -> None:
+        for s, (w, b) in zip(self.segments, self.w, strict=True):
+            out = self.target(s, y)
+            self.ops.matmul(w, self.source(s, x), out)
+            self.ops.add_bias(out, b)
+
+    def backward(self, x: np.ndarray, dy: np.ndarray, dx: np.ndarray | None) -> None:
+        for s, (gw, gb) in zip(self.segments, self.g, strict=True):
+            out = self.target(s, dy)
+            self.ops.row_sums(out, gb)
+            self.ops.matmul(out, self.source(s, x).transpose(0, 2, 1), gw)
+        if dx is None:
+            return
+        if self.covers:
+            (s,), ((w, _),) = self.segments, self.w
+            self.ops.matmul(w.transpose(0, 2, 1), self.target(s, dy), self.source(s, dx))
+            return
+        dx.fill(0)
+        for s, (w, _) in zip(self.segments, self.w, strict=True):
+            product = self.scratch[: s.n_in * dx.shape[1]].reshape(s.n_in, dx.shape[1])
+            for into, weights, out in zip(self.source(s, dx), w, self.target(s, dy), strict=True):
+                self.ops.matmul(weights.T, out, product)
+                into += product
+
+
+class ConvPart(LinearPart):
+    """x (channels, h, w, b) -> y (units, rows, width, b), with `pool` x `pool` mean pooling folded into the kernel.
+
+    The pooled layer is one convolution with a (k + pool - 1)-wide kernel and stride `pool`: for a 5 x 5 kernel and
+    2 x 2 pooling, 36 multiplications an output instead of 100.
+    """
+
+    def __init__(
+        self, layer: Conv, segments: list[Segment], inputs: int, units: int, ops: NumpyOps, pool: int, dtype: np.dtype
+    ):
+        super().__init__(layer, segments, inputs, units, ops)
+        self.k, self.pool = layer.kernel, pool
+        self.wide = layer.kernel + pool - 1
+        fan = layer.group_inputs * self.wide**2
+        self.folded = ops.empty(units * fan, dtype).reshape(units, layer.group_inputs, self.wide, self.wide)
+        self.dfolded, self.product = np.empty_like(self.folded), np.empty_like(self.folded)
+        # The kernels are packed, so stripes apart in the flat vector join wherever they see the same inputs.
+        self.groups = _same_source(segments)
+
+    def reserve(self, batch: int, dtype: np.dtype) -> None:
+        _, height, width = self.layer.out_shape
+        self.height, self.width = height // self.pool, width // self.pool
+        row = self.inputs * self.wide**2 * self.width * batch
+        self.rows = max(1, min(self.height, CHUNK // max(row, 1)))
+        self.cols = self.ops.empty(row * self.rows, dtype)
+        self.dcols = self.ops.empty(row * self.rows, dtype)
+
+    def _chunks(self, batch: int) -> list[tuple[int, int]]:
+        return [(r, min(r + self.rows, self.height)) for r in range(0, self.height, self.rows)]
+
+    def _columns(self, buffer: np.ndarray, rows: int, batch: int) -> np.ndarray:
+        shape = (self.inputs, self.wide, self.wide, rows, self.width, batch)
+        return buffer[: int(np.prod(shape))].reshape(shape)
+
+    def _kernels(self, s: Segment, packed: np.ndarray) -> np.ndarray:
+        return packed[s.out : s.out + s.count * s.n].reshape(s.count, s.n, -1)
+
+    def _images(self, s: Segment, rows: np.ndarray, k: int) -> np.ndarray:
+        return rows.reshape(s.count, s.n, self.layer.group_inputs, k, k)
+
+    def forward(self, x: np.ndarray, y: np.ndarray) -> None:
+        for s, (w, _) in zip(self.segments, self.w, strict=True):
+            self.ops.fold(
+                self._images(s, w, self.k), self.pool, self._images(s, self._kernels(s, self.folded), self.wide)
+            )
+        for r0, r1 in self._chunks(x.shape[-1]):
+            cols = self._columns(self.cols, r1 - r0, x.shape[-1])
+            self.ops.im2col(x, self.pool, r0, cols)
+            flat = cols.reshape(self.inputs * self.wide**2, -1)
+            out = y[:, r0:r1].reshape(self.units, -1)
+            for s in self.groups:
+                self.ops.matmul(self._kernels(s, self.folded), self.source(s, flat, self.wide**2), self.target(s, out))
+        flat_y = y.reshape(self.units, -1)
+        for s, (_, b) in zip(self.segments, self.w, strict=True):
+            self.ops.add_bias(self.target(s, flat_y), b)
+
+    def backward(self, x: np.ndarray, dy: np.ndarray, dx: np.ndarray | None) -> None:
+        if dx is not None:
+            dx.fill(0)
+        for r0, r1 in self._chunks(x.shape[-1]):
+            cols = self._columns(self.cols, r1 - r0, x.shape[-1])
+            self.ops.im2col(x, self.pool, r0, cols)
+            flat = cols.reshape(self.inputs * self.wide**2, -1)
+            out = dy[:, r0:r1].reshape(self.units, -1)
+            into = self.dfolded if r0 == 0 else self.product
+            for s in self.groups:
+                source = self.source(s, flat, self.wide**2)
+                self.ops.matmul(self.target(s, out), source.transpose(0, 2, 1), self._kernels(s, into))
+            if r0 > 0:
+                self.dfolded += self.product
+            if dx is not None:
+                self._input_gradient(out, r0, r1, dx)
+        flat_dy = dy.reshape(self.units, -1)
+        for s, (gw, gb) in zip(self.segments, self.g, strict=True):
+            self.ops.row_sums(self.target(s, flat_dy), gb)
+            dfolded = self._images(s, self._kernels(s, self.dfolded), self.wide)
+            self.ops.unfold(dfolded, self.pool, self._images(s, gw, self.k))
+
+    def _input_gradient(self, out: np.ndarray, r0: int, r1: int, dx: np.ndarray) -> None:
+        dcols = self._columns(self.dcols, r1 - r0, dx.shape[-1])
+        flat = dcols.reshape(self.inputs * self.wide**2, -1)
+        for s in self.groups:
+            kernels = self._kernels(s, self.folded).transpose(0, 2, 1)
+            self.ops.matmul(kernels, self.target(s, out), self.source(s, flat, self.wide**2))
+        self.ops.col2im(dcols, self.pool, r0, dx)
+
+
+def _same_source(segments: list[Segment]) -> list[Segment]:
+    """Segments of a packed layer: one stripe for each group of inputs, groups of equal size merged."""
+    stripes: list[Segment] = []
+    for s in segments:
+        for k in range(s.count):
+            one = replace(
+                s, count=1, out=s.out + k * s.n, source=s.source + k * s.source_step, source_step=0,
+                weight=0, weight_step=0, bias=0, bias_step=0,
+            )  # fmt: skip
+            if stripes and stripes[-1].source == one.source:
+                stripes[-1] = replace(stripes[-1], n=stripes[-1].n + one.n)
+            else:
+                stripes.append(one)
+    return _merge(stripes)

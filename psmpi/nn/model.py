@@ -1,0 +1,171 @@
+"""A network, or the subnetwork of some classes, over a local weight vector: forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import numpy as np
+
+from psmpi.backend import NumpyOps
+from psmpi.nn.linear import ConvPart, DensePart, LinearPart, find_segments
+from psmpi.nn.network import Activation, Conv, Dense, Flatten, Linear, Network, Pool
+from psmpi.partition import Layout, Runs
+
+
+class Step:
+    """One layer of a part in place: `size` elements of output a sample; `source` is the layer whose output it reads."""
+
+    def __init__(
+        self, kind: str, spec: object, shape: tuple[int, ...], linear: LinearPart | None = None, pool: int = 1
+    ):
+        self.kind, self.spec, self.shape, self.linear, self.pool = kind, spec, shape, linear, pool
+
+    @property
+    def size(self) -> int:
+        return prod(self.shape)
+
+
+class Model:
+    """The scores of `classes` (all by default) as a function of the part's local weight vector.
+
+    w, g: (part.size,) arrays of one dtype, the weights and (written by `backward`) their gradient; the part is
+    `layout.part(classes)`. Activations put the minibatch last. Buffers are allocated by `reserve`, not by the step.
+    With `fold`, mean pooling right after a convolution is folded into its kernel.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        layout: Layout,
+        w: np.ndarray,
+        g: np.ndarray,
+        ops: NumpyOps,
+        classes: Sequence[int] | None = None,
+        *,
+        fold: bool = True,
+    ):
+        self.network, self.layout, self.ops = network, layout, ops
+        self.classes = tuple(range(network.classes)) if classes is None else tuple(sorted(classes))
+        self.part: Runs = layout.part(self.classes)
+        if w.shape != (self.part.size,) or g.shape != w.shape or g.dtype != w.dtype:
+            raise ValueError(
+                f"the part of classes {self.classes} has {self.part.size} parameters; got w {w.shape} {w.dtype} and "
+                f"g {g.shape} {g.dtype}"
+            )
+        self.w, self.g, self.dtype = w, g, w.dtype
+        self.steps = self._make_steps(fold)
+        self.capacity = 0
+
+    def _make_steps(self, fold: bool) -> list[Step]:
+        steps: list[Step] = []
+        kept = np.ones(self.network.in_shape[0], bool)
+        layers = list(zip(self.network.layers, self.network.needed(self.classes), strict=True))
+        while layers:
+            layer, needed = layers.pop(0)
+            if isinstance(layer, Linear):
+                mine: np.ndarray = np.asarray(needed.any(axis=0))
+                segments = find_segments(layer, self.layout, self.part, mine, np.cumsum(kept) - 1)
+                inputs, units = int(kept.sum()), int(mine.sum())
+                kept, pool, shape = mine, 1, layer.out_shape[1:]
+                linear: LinearPart
+                if isinstance(layer, Conv):
+                    if fold and layers and isinstance(layers[0][0], Pool) and layers[0][0].kind == "mean":
+                        folded = layers.pop(0)[0]
+                        assert isinstance(folded, Pool)
+                        pool, shape = folded.size, folded.out_shape[1:]
+                    linear = ConvPart(layer, segments, inputs, units, self.ops, pool, self.dtype)
+                else:
+                    assert isinstance(layer, Dense)
+                    linear = DensePart(layer, segments, inputs, units, self.ops)
+                linear.bind(self.w, self.g)
+                steps.append(Step("linear", layer, (units, *shape), linear, pool))
+            elif isinstance(layer, Flatten):
+                kept = np.repeat(kept, prod(layer.in_shape[1:]))
+                steps.append(Step("flatten", layer, (int(kept.sum()),)))
+            elif isinstance(layer, Pool):
+                steps.append(Step("pool", layer, (int(kept.sum()), *layer.out_shape[1:])))
+            elif isinstance(layer, Activation) and layer.kind != "identity":
+                steps.append(Step("activation", layer, (int(kept.sum()), *layer.out_shape[1:])))
+        return steps
+
+    def reserve(self, batch: int) -> None:
+        """Make room for minibatches of up to `batch` samples."""
+        if batch <= self.capacity:
+            return
+        self.capacity = batch
+        sizes = [prod(self.network.in_shape)]
+        self.buffers: list[np.ndarray | None] = []
+        for step in self.steps:
+            # Flattening and activations work in place on the output of the layer before.
+            in_place = step.kind in ("flatten", "activation") and len(self.buffers) > 0
+            self.buffers.append(None if in_place else self.ops.empty(step.size * batch, self.dtype))
+            if step.linear is not None:
+                step.linear.reserve(batch, self.dtype)  # type: ignore[attr-defined]
+            sizes.append(step.size)
+        # A gradient lives until the layer below has made its own from it: two buffers take turns.
+        widest = max(sizes[1:]) if len(sizes) > 1 else 0
+        self.gradients = [self.ops.empty(widest * batch, self.dtype) for _ in range(2)]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of activations and scratch, the weights and gradients not counted."""
+        arrays = [b for b in self.buffers if b is not None] + self.gradients
+        for step in self.steps:
+            if step.linear is not None:
+                arrays += [a for a in vars(step.linear).values() if isinstance(a, np.ndarray)]
+        return sum(a.nbytes for a in arrays)
+
+    def forward(self, x: np.ndarray) -> np.ndarray:
+        """x (features, b), features in the order of the network's in_shape -> raw scores (len(classes), b)."""
+        batch = x.shape[-1]
+        self.reserve(batch)
+        self.outputs = [x.reshape(*self.network.in_shape, batch)]
+        for step, buffer in zip(self.steps, self.buffers, strict=True):
+            previous = self.outputs[-1]
+            if buffer is None:
+                y = previous.reshape(*step.shape, batch)
+            else:
+                y = buffer[: step.size * batch].reshape(*step.shape, batch)
+            if step.linear is not None:
+                step.linear.forward(previous, y)  # type: ignore[attr-defined]
+            elif step.kind == "pool":
+                assert isinstance(step.spec, Pool)
+                (self.ops.mean_pool if step.spec.kind == "mean" else self.ops.max_pool)(previous, step.spec.size, y)
+            elif step.kind == "activation":
+                assert isinstance(step.spec, Activation)
+                if buffer is not None:
+                    y[...] = previous
+                self.ops.activate(step.spec.kind, y)
+            elif buffer is not None:
+                y[...] = previous.reshape(y.shape)
+            self.outputs.append(y)
+        return self.outputs[-1]
+
+    def backward(self, dscores: np.ndarray) -> None:
+        """Write the gradient of the last forward into g, given dscores (len(classes), b). Uses up the activations."""
+        dy, turn = dscores, 0
+        lowest = next(k for k, step in enumerate(self.steps) if step.linear is not None)
+        for k in range(len(self.steps) - 1, lowest - 1, -1):
+            step, x, y = self.steps[k], self.outputs[k], self.outputs[k + 1]
+            if step.kind == "activation":
+                assert isinstance(step.spec, Activation)
+                self.ops.activate_back(step.spec.kind, y, dy)
+                continue
+            if step.kind == "flatten":
+                dy = dy.reshape(x.shape)
+                continue
+            dx = None
+            if k > lowest:
+                dx = self.gradients[turn][: x.size].reshape(x.shape)
+                turn = 1 - turn
+            if step.linear is not None:
+                step.linear.backward(x, dy, dx)  # type: ignore[attr-defined]
+            elif dx is not None:
+                assert isinstance(step.spec, Pool)
+                if step.spec.kind == "mean":
+                    self.ops.mean_pool_back(dy, step.spec.size, dx)
+                else:
+                    self.ops.max_pool_back(x, y, dy, step.spec.size, dx)
+            if dx is not None:
+                dy = dx

@@ -1,0 +1,259 @@
+"""Networks as data: what the layers are, what shapes they give, and which inputs and weights each score depends on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from psmpi.errors import UserError
+from psmpi.partition import Layout, Parameter, make_layout
+
+ACTIVATIONS = ("sigmoid", "tanh", "relu", "identity")
+POOLS = ("mean", "max")
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One layer: `in_shape` and `out_shape` are per sample, (channels, height, width) or (features,).
+
+    A *unit* is an output channel or feature. Layers without weights keep their units; Flatten turns each into
+    height x width of them.
+    """
+
+    name: str
+    in_shape: tuple[int, ...]
+    out_shape: tuple[int, ...]
+
+    def sources(self, needed: np.ndarray) -> np.ndarray:
+        """Input units that the `needed` output units (classes, units) bool depend on: (classes, input units) bool."""
+        return needed
+
+    def parameters(self) -> tuple[Parameter, ...]:
+        return ()
+
+
+@dataclass(frozen=True)
+class Linear(LayerSpec):
+    """Weights in `groups` groups: output unit u of group m sees the `group_inputs` consecutive inputs of block m."""
+
+    groups: int
+
+    @property
+    def units(self) -> int:
+        return self.out_shape[0]
+
+    @property
+    def group_inputs(self) -> int:
+        return self.in_shape[0] // self.groups
+
+    @property
+    def unit_size(self) -> int:
+        """Weights of one output unit."""
+        return self.group_inputs
+
+    @property
+    def fans(self) -> tuple[int, int]:
+        """(fan_in, fan_out) of one group, for the initialisation."""
+        return self.group_inputs, self.units // self.groups
+
+    def sources(self, needed: np.ndarray) -> np.ndarray:
+        by_group = needed.reshape(needed.shape[0], self.groups, -1).any(axis=2)
+        inputs = np.zeros((needed.shape[0], self.in_shape[0]), bool)
+        inputs[:, : self.groups * self.group_inputs] = np.repeat(by_group, self.group_inputs, axis=1)
+        return inputs
+
+
+@dataclass(frozen=True)
+class Dense(Linear):
+    """y = W x + b; with groups > 1 block-diagonal, inputs beyond groups x group_inputs ignored (psl paper's SL)."""
+
+    def parameters(self) -> tuple[Parameter, ...]:
+        size = (self.units, self.group_inputs)
+        shape = size if self.groups == 1 else (self.groups, self.units // self.groups, self.group_inputs)
+        return (
+            Parameter(f"{self.name}.weight", shape, self.units),
+            Parameter(f"{self.name}.bias", (self.units,), self.units),
+        )
+
+
+@dataclass(frozen=True)
+class Conv(Linear):
+    """Valid cross-correlation with stride 1 and bias, kernel x kernel; with groups > 1 a separable convolution."""
+
+    kernel: int
+
+    @property
+    def unit_size(self) -> int:
+        return self.group_inputs * self.kernel**2
+
+    @property
+    def fans(self) -> tuple[int, int]:
+        return self.unit_size, self.units // self.groups * self.kernel**2
+
+    def parameters(self) -> tuple[Parameter, ...]:
+        shape = (self.units, self.group_inputs, self.kernel, self.kernel)
+        return (
+            Parameter(f"{self.name}.weight", shape, self.units),
+            Parameter(f"{self.name}.bias", (self.units,), self.units),
+        )
+
+
+@dataclass(frozen=True)
+class Pool(LayerSpec):
+    """Mean or max over size x size windows with stride `size`; rows and columns that do not fill one are dropped."""
+
+    kind: str
+    size: int
+
+
+@dataclass(frozen=True)
+class Activation(LayerSpec):
+    kind: str
+
+
+@dataclass(frozen=True)
+class Flatten(LayerSpec):
+    """Channel-major: feature f belongs to channel f // (height x width)."""
+
+    def sources(self, needed: np.ndarray) -> np.ndarray:
+        return np.asarray(needed.reshape(needed.shape[0], self.in_shape[0], -1).any(axis=2))
+
+
+@dataclass(frozen=True)
+class Network:
+    """Layers from `in_shape` to one raw score a class."""
+
+    name: str
+    in_shape: tuple[int, ...]
+    layers: tuple[LayerSpec, ...]
+
+    @property
+    def classes(self) -> int:
+        return self.layers[-1].out_shape[0]
+
+    @property
+    def linear(self) -> tuple[Linear, ...]:
+        return tuple(layer for layer in self.layers if isinstance(layer, Linear))
+
+    def needed(self, classes: Sequence[int] | None = None) -> list[np.ndarray]:
+        """For each layer, which of its output units the scores of `classes` (each one apart) depend on.
+
+        Returns one (len(classes), units) bool array a layer; all classes by default.
+        """
+        chosen = np.arange(self.classes) if classes is None else np.asarray(classes)
+        needed = np.zeros((len(chosen), self.classes), bool)
+        needed[np.arange(len(chosen)), chosen] = True
+        masks = []
+        for layer in reversed(self.layers):
+            masks.append(needed)
+            needed = layer.sources(needed)
+        return masks[::-1]
+
+    def layout(self) -> Layout:
+        """The flat vector of this network, ordered by which scores use what."""
+        parameters, uses = [], []
+        for layer, needed in zip(self.layers, self.needed(), strict=True):
+            for parameter in layer.parameters():
+                parameters.append(parameter)
+                uses.append(needed)
+        return make_layout(parameters, uses)
+
+    def tie(self) -> str | None:
+        """The name of the last layer with weights, before the scores' own rows, that makes every score see all of it.
+
+        None where the network can be partitioned: where some layer before the last has units private to a class.
+        """
+        found = None
+        for layer, needed in zip(self.layers[:-1], self.needed(), strict=False):
+            if not isinstance(layer, Linear):
+                continue
+            if (needed.sum(axis=0) == 1).any():
+                return None
+            if needed.all():
+                found = layer.name
+        # Where no unit before the scores is private, it is the last layer that reads across what came before.
+        return self.layers[-1].name if found is None else found
+
+
+def build(name: str, in_shape: tuple[int, ...], layers: Sequence[Mapping[str, Any]], classes: int) -> Network:
+    """A network from layer tables, the form of a configuration file's [[model.layers]].
+
+    Each table has `type` (dense, separable_dense, conv, separable_conv, mean_pool, max_pool, sigmoid, tanh, relu,
+    identity, flatten) and that type's settings: `units`, `groups`, `channels`, `kernel`, `size`. UserError names the
+    layer and what does not fit.
+    """
+    shape = tuple(in_shape)
+    specs: list[LayerSpec] = []
+    counts: dict[str, int] = {}
+    for table in layers:
+        settings = dict(table)
+        kind = str(settings.pop("type", "(none)"))
+        base = {"separable_conv": "conv", "separable_dense": "dense"}.get(kind, kind)
+        counts[base] = counts.get(base, 0) + 1
+        label = f"{base}{counts[base]}"
+        where = f"model {name!r}, layer {len(specs) + 1} ({label})"
+        try:
+            spec = _layer(kind, label, shape, settings, where)
+        except KeyError as missing:
+            raise UserError(f"{where}: a {kind} layer needs {missing}") from None
+        if settings:
+            raise UserError(f"{where}: unknown setting(s) {', '.join(settings)} for a {kind} layer")
+        specs.append(spec)
+        shape = spec.out_shape
+    network = Network(name, tuple(in_shape), tuple(specs))
+    if not specs or not network.linear:
+        raise UserError(f"model {name!r} has no layer with weights")
+    if shape != (classes,):
+        raise UserError(
+            f"model {name!r} ends in shape {shape}; the data set has {classes} classes: expected ({classes},)"
+        )
+    return network
+
+
+def _layer(kind: str, label: str, shape: tuple[int, ...], settings: dict[str, Any], where: str) -> LayerSpec:
+    def take(key: str) -> int:
+        value = settings.pop(key)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise UserError(f"{where}: {key} = {value!r}; expected a whole number above 0")
+        return value
+
+    def image() -> tuple[int, int, int]:
+        if len(shape) != 3:
+            raise UserError(f"{where}: {kind} needs (channels, height, width), its input has shape {shape}")
+        return shape[0], shape[1], shape[2]
+
+    if kind in ACTIVATIONS:
+        return Activation(label, shape, shape, kind)
+    if kind == "flatten":
+        return Flatten(label, shape, (prod(shape),))
+    if kind in ("mean_pool", "max_pool"):
+        c, h, w = image()
+        size = take("size") if "size" in settings else 2
+        if min(h, w) < size:
+            raise UserError(f"{where}: a window of {size} x {size} does not fit in {h} x {w}")
+        return Pool(label, shape, (c, h // size, w // size), kind.split("_")[0], size)
+    if kind in ("conv", "separable_conv"):
+        c, h, w = image()
+        units, kernel = take("channels"), take("kernel")
+        groups = take("groups") if kind == "separable_conv" else 1
+        if min(h, w) < kernel:
+            raise UserError(f"{where}: a kernel of {kernel} x {kernel} does not fit in {h} x {w}")
+        if units % groups or c % groups:
+            raise UserError(f"{where}: {c} input and {units} output channels do not divide into {groups} groups")
+        return Conv(label, shape, (units, h - kernel + 1, w - kernel + 1), groups, kernel)
+    if kind in ("dense", "separable_dense"):
+        if len(shape) != 1:
+            raise UserError(
+                f"{where}: {kind} needs a flat input, its input has shape {shape}; add a flatten layer before"
+            )
+        units = take("units")
+        groups = take("groups") if kind == "separable_dense" else 1
+        if units % groups or shape[0] < groups:
+            raise UserError(f"{where}: {shape[0]} inputs and {units} units cannot be cut into {groups} groups")
+        return Dense(label, shape, (units,), groups)
+    known = "dense, separable_dense, conv, separable_conv, mean_pool, max_pool, flatten, " + ", ".join(ACTIVATIONS)
+    raise UserError(f"{where}: unknown layer type {kind!r}; known are {known}")

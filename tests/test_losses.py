@@ -1,0 +1,181 @@
+"""Losses against their definitions, finite differences and each other; behaviour at extreme margins."""
+
+from itertools import permutations
+from math import exp, log
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.special import log_softmax
+
+from psmpi.backend import NumpyOps
+from psmpi.errors import UserError
+from psmpi.nn.losses import GRADIENT_LIMIT, backward_safely, make_loss
+from psmpi.nn.model import Model
+from psmpi.nn.zoo import make_network
+
+F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
+
+
+def problem(classes=10, batch=16, seed=0, spread=2.0):
+    rng = np.random.default_rng(seed)
+    return spread * rng.normal(size=(classes, batch)), rng.integers(0, classes, batch)
+
+
+DEFINITIONS = {
+    "psl": lambda c, y, k: np.exp(k * (c - c[y])).sum(),
+    "logistic": lambda c, y, k: sum(np.log1p(np.exp(k * (c[j] - c[y]))) for j in range(len(c)) if j != y),
+    "nll": lambda c, y, k: -log_softmax(c)[y],
+    "squared": lambda c, y, k: ((c - (np.arange(len(c)) == y)) ** 2).sum(),
+}
+
+
+@pytest.mark.parametrize("kappa", [1.0, 2.0])
+@pytest.mark.parametrize("name", DEFINITIONS)
+def test_values_follow_the_definitions(name, kappa):
+    scores, labels = problem()
+    expected = sum(DEFINITIONS[name](scores[:, b], labels[b], kappa) for b in range(len(labels)))
+    assert make_loss(name, F64, kappa=kappa)(scores, labels, 0.25) == pytest.approx(0.25 * expected, rel=1e-13)
+
+
+@pytest.mark.parametrize("kappa", [1.0, 2.0])
+@pytest.mark.parametrize("name", DEFINITIONS)
+def test_derivatives_match_central_differences(name, kappa):
+    scores, labels = problem(batch=4)
+    loss, grad, h = make_loss(name, F64, kappa=kappa), np.empty_like(scores), 1e-6
+    loss(scores, labels, 0.5, grad)
+    for at in np.ndindex(scores.shape):
+        moved = scores.copy()
+        moved[at] += h
+        above = loss(moved, labels, 0.5)
+        moved[at] -= 2 * h
+        assert abs((above - loss(moved, labels, 0.5)) / (2 * h) - grad[at]) <= 1e-8 * max(1, np.abs(grad).max())
+
+
+@pytest.mark.parametrize("kappa", [1.0, 2.0])
+def test_psl_is_the_exponential_of_cross_entropy(kappa):
+    scores, labels = problem(batch=50)
+    psl, nll = make_loss("psl", F64, kappa=kappa), make_loss("nll", F64)
+    for b in range(50):
+        c, y = scores[:, b : b + 1], labels[b : b + 1]
+        assert abs(log(psl(c, y, 1.0)) - nll(kappa * c, y, 1.0)) <= 1e-12
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(F64, 1e-12), (F32, 1e-6)])
+@pytest.mark.parametrize("name", ["psl", "logistic"])
+def test_element_losses_and_derivatives_sum_to_the_loss(name, dtype, tolerance):
+    scores, labels = problem()
+    scores = scores.astype(dtype)
+    loss, whole = make_loss(name, dtype), np.empty(scores.shape)
+    total = loss(scores, labels, 1 / 16, whole)
+    summed, value = np.zeros_like(whole), loss.constant
+    for i, j in permutations(range(10), 2):
+        if i < j:
+            pairs, grad = np.zeros((10, 10), bool), np.empty(scores.shape)
+            pairs[i, j] = pairs[j, i] = True
+            value += loss(scores, labels, 1 / 16, grad, pairs)
+            summed += grad
+            absent = [k for k in range(10) if k not in (i, j)]
+            assert not grad[absent].any()
+    assert value == pytest.approx(total, rel=tolerance)
+    np.testing.assert_allclose(summed, whole, rtol=tolerance, atol=tolerance)
+
+
+def test_elements_of_an_absent_class_are_exactly_zero():
+    scores, _ = problem()
+    labels = np.full(16, 3)
+    pairs, grad = np.zeros((10, 10), bool), np.empty(scores.shape)
+    pairs[1, 2] = pairs[2, 1] = True
+    assert make_loss("psl", F64)(scores, labels, 1.0, grad, pairs) == 0.0
+    assert not grad.any()
+
+
+def at_margin(margin, dtype):
+    return np.array([[0.0], [margin]], dtype), np.array([0])
+
+
+@given(st.floats(0, 2.0**127, width=32), st.sampled_from([1.0, 2.0]))
+def test_psl_in_float32_is_finite_at_any_margin(margin, kappa):
+    scores, labels = at_margin(margin, np.float32)
+    grad = np.empty((2, 1))
+    value = make_loss("psl", F32, kappa=kappa)(scores, labels, 1.0, grad)
+    assert np.isfinite(value) and np.isfinite(grad).all()
+
+
+@given(st.floats(-1e308, 1e308))
+def test_psl_in_float64_is_finite_at_any_margin(margin):
+    scores, labels = at_margin(margin, np.float64)
+    grad = np.empty((2, 1))
+    assert np.isfinite(make_loss("psl", F64)(scores, labels, 1.0, grad)) and np.isfinite(grad).all()
+
+
+def test_psl_is_exact_up_to_the_largest_float32_and_goes_on_as_its_tangent():
+    top = log(np.finfo(np.float32).max)
+    for margin in (0.0, 20.0, 80.0, 88.0, 88.7):
+        scores, labels = at_margin(margin, np.float32)
+        loss, grad = make_loss("psl", F32), np.empty((2, 1))
+        exact = exp(float(scores[1, 0]))
+        assert loss(scores, labels, 1.0, grad) == pytest.approx(1 + exact, rel=1e-14)
+        assert grad[:, 0] == pytest.approx([-exact, exact], rel=1e-14)
+        assert loss.clipped == 0
+    scores, labels = at_margin(100.0, np.float32)
+    loss, grad = make_loss("psl", F32, kappa=2.0), np.empty((2, 1))
+    assert loss(scores, labels, 1.0, grad) == pytest.approx(exp(top) * (1 + 200 - top), rel=1e-12)
+    assert grad[1, 0] == pytest.approx(2 * exp(top), rel=1e-12)
+    assert loss.clipped == 1
+
+
+def test_clipped_terms_are_counted_and_refused_when_clipping_is_off():
+    scores = np.array([[0.0, 0, 0], [100, 0, 0], [100, 100, -100]], np.float32)
+    labels = np.array([0, 0, 0])
+    loss = make_loss("psl", F32, kappa=2.0, exp_clip="80")
+    assert np.isfinite(loss(scores, labels, 1.0)) and loss.clipped == 3
+    with pytest.raises(FloatingPointError, match="--exp-clip is off"):
+        make_loss("psl", F32, kappa=2.0, exp_clip="off")(scores, labels, 1.0)
+
+
+def test_scores_that_are_not_numbers_are_an_error():
+    scores, labels = at_margin(np.nan, np.float32)
+    with pytest.raises(FloatingPointError, match="diverged"):
+        make_loss("psl", F32)(scores, labels, 1.0)
+
+
+@given(st.floats(-(2.0**127), 2.0**127, width=32))
+def test_logistic_is_finite_with_bounded_derivatives_at_any_margin(margin):
+    scores, labels = at_margin(margin, np.float32)
+    grad = np.empty((2, 1))
+    assert np.isfinite(make_loss("logistic", F32)(scores, labels, 1.0, grad))
+    assert np.abs(grad).max() <= 1
+
+
+@pytest.mark.parametrize("size", [1.0, 2.0**30, 1e30, 3e38])
+def test_the_backward_pass_stays_finite_for_huge_derivatives(size):
+    network = make_network("psnet", (1, 8, 8), 10)
+    layout = network.layout()
+    rng = np.random.default_rng(0)
+    w = rng.normal(size=layout.size).astype(np.float32)
+    x, d = rng.normal(size=(64, 5)).astype(np.float32), rng.normal(size=(10, 5))
+    gradients = []
+    for scale in (1.0, size):
+        model = Model(network, layout, w, np.empty_like(w), NumpyOps())
+        model.forward(x)
+        backward_safely(model, d * scale, np.empty((10, 5), np.float32))
+        gradients.append(model.g.astype(float))
+    limit = GRADIENT_LIMIT[F32]
+    np.testing.assert_allclose(gradients[1], np.clip(gradients[0] * size, -limit, limit), rtol=1e-4, atol=1e-6 * size)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"name": "hinge"}, "choose one of psl, logistic, nll, squared"),
+        ({"name": "psl", "kappa": 0.0}, "above 0"),
+        ({"name": "psl", "exp_clip": "89"}, "from 0 to 88.7"),
+        ({"name": "psl", "exp_clip": "never"}, "auto, off"),
+    ],
+)
+def test_wrong_settings_say_what_is_right(settings, says):
+    settings = dict(settings)
+    with pytest.raises(UserError, match=says):
+        make_loss(settings.pop("name"), F32, **settings)
