@@ -1,0 +1,106 @@
+"""The Python version of CIFAR-10: pickles, which are programs, read here without letting them run anything.
+
+The unpickler resolves the few names that a pickled dict of arrays, lists and strings needs, and no others.
+"""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from psmpi.data.files import reading
+from psmpi.errors import UserError
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    """Stands in for _codecs.encode, with which Python 3 pickles bytes at low protocols."""
+    # Other codecs decompress or import modules, and no pickled array needs them.
+    if encoding not in ("latin1", "latin-1"):
+        raise pickle.UnpicklingError(f"the codec {encoding!r} is not allowed")
+    return text.encode("latin-1")
+
+
+# Where numpy keeps this function differs between its versions; an array's own account of itself does not.
+_reconstruct = cast(Any, np.empty(0)).__reduce__()[0]
+
+_ALLOWED: dict[tuple[str, str], Any] = {
+    ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
+    ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+    ("_codecs", "encode"): _encode,
+}
+
+
+class _RestrictedUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return _ALLOWED[module, name]
+        except KeyError:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not allowed") from None
+
+
+def _load(path: Path) -> Any:
+    """Unpickle dicts, lists, strings, numbers and arrays from `path`; UserError for anything else."""
+    with reading(path), path.open("rb") as file:
+        try:
+            return _RestrictedUnpickler(file, encoding="bytes").load()
+        except OSError:
+            raise
+        # A damaged pickle can raise almost anything, depending on where it is damaged.
+        except Exception as error:
+            raise UserError(
+                f"{path}: refused or damaged pickle ({type(error).__name__}: {error}); expected a CIFAR-10 "
+                "batch, a dict of labels and an array; fetch the binary version of the data set instead"
+            ) from error
+
+
+def _images(path: Path, pixels: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+    batch = _load(path)
+    if not isinstance(batch, dict):
+        raise UserError(f"{path}: found a pickled {type(batch).__name__}, expected a dict; fetch it again")
+    data, labels = (batch.get(key.encode(), batch.get(key)) for key in ("data", "labels"))
+    if data is None or labels is None:
+        raise UserError(f"{path}: found the keys {sorted(map(str, batch))}, expected data and labels; fetch it again")
+    if not (isinstance(data, np.ndarray) and data.dtype == np.uint8 and data.shape[1:] == (pixels,)):
+        found = f"{data.dtype} array of shape {data.shape}" if isinstance(data, np.ndarray) else type(data).__name__
+        raise UserError(f"{path}: data is a {found}, expected uint8 (n, {pixels}); fetch the file again")
+    if not (isinstance(labels, list) and all(type(label) is int for label in labels)):
+        raise UserError(f"{path}: the labels are no list of integers; fetch the file again")
+    if len(labels) != len(data) or not labels:
+        raise UserError(
+            f"{path}: {len(data)} images and {len(labels)} labels; expected as many of the one as of the "
+            "other, and at least one; fetch the file again"
+        )
+    # A pickled integer may be too large for int64, and would raise OverflowError; 99 is out of range as well.
+    return data, np.array([label if 0 <= label < 99 else 99 for label in labels], np.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class PickleRows:
+    """Rows of one pickled batch, which is loaded whole for each read, as the format allows nothing else."""
+
+    path: Path
+    n: int
+    features: int
+
+    @classmethod
+    def open(cls, path: Path, features: int) -> tuple[PickleRows, npt.NDArray[np.int64]]:
+        """Open a batch; returns it and its labels, (n,) int64. Raises UserError unless it is sound."""
+        labels = _images(path, features)[1]
+        return cls(path, len(labels), features), labels
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return np.dtype(np.uint8)
+
+    def read_into(self, rows: npt.NDArray[np.int64], where: npt.NDArray[np.int64], out: npt.NDArray[Any]) -> None:
+        data = _images(self.path, self.features)[0]
+        if len(data) != self.n:
+            raise UserError(f"{self.path}: the file has changed since it was opened; start again")
+        out[where] = data[rows]

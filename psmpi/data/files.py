@@ -1,0 +1,97 @@
+"""Finding files and turning what goes wrong while reading them into messages for the user."""
+
+from __future__ import annotations
+
+import gzip
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BufferedIOBase
+from pathlib import Path
+
+from psmpi.errors import UserError
+
+CHUNK_BYTES = 1 << 20
+
+
+def rows_per_chunk(row_bytes: int) -> int:
+    """How many rows of `row_bytes` bytes fit a chunk: at least one."""
+    return max(1, CHUNK_BYTES // row_bytes)
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn what a missing, unreadable, damaged or truncated `path` raises inside the block into UserError."""
+    try:
+        yield
+    # BadGzipFile is an OSError, so this clause has to come first.
+    except (gzip.BadGzipFile, zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise UserError(
+            f"{path}: the file is damaged, truncated or not of the format its name promises ({error}); "
+            "fetch or write it again"
+        ) from error
+    except OSError as error:
+        raise UserError(
+            f"{path}: the file cannot be read ({error.strerror or error}); check that it is there, complete "
+            "and readable to you, or fetch or write it again"
+        ) from error
+
+
+def fill(stream: BufferedIOBase, buffer: memoryview) -> int:
+    """Read from `stream` until the byte view `buffer` is full or the stream ends; return the bytes read."""
+    done = 0
+    # A decompressing stream may hand over less than asked for long before its end.
+    while done < len(buffer):
+        got = stream.readinto(buffer[done:])
+        if not got:
+            break
+        done += got
+    return done
+
+
+def find_set(what: str, data_dir: Path, folders: list[Path], wanted: dict[str, list[str]]) -> dict[str, Path] | None:
+    """Find the files of a data set in the first of `folders` that has them all.
+
+    `wanted` maps a key to the accepted file names, the best first. Returns key -> path, or None where no
+    folder has any of the files. Raises UserError where `data_dir` is not a folder, and where files are there
+    but none of the folders has all of them.
+    """
+    if not data_dir.is_dir():
+        raise UserError(f"{data_dir}: no such directory; give --data-dir the directory that holds the {what} files")
+    best: dict[str, Path] = {}
+    best_folder = data_dir
+    for folder in folders:
+        found = {}
+        for key, names in wanted.items():
+            present = [folder / name for name in names if (folder / name).is_file()]
+            if present:
+                found[key] = present[0]
+        # Files of one set are never gathered from several folders: they might belong to different sets.
+        if len(found) > len(best):
+            best, best_folder = found, folder
+    if not best:
+        return None
+    missing = [names[0] for key, names in wanted.items() if key not in best]
+    if missing:
+        raise UserError(
+            f"{best_folder}: the {what} data set is incomplete: found "
+            f"{', '.join(path.name for path in best.values())}, missing {', '.join(missing)}; "
+            "put the missing files there too"
+        )
+    return best
+
+
+def not_found(what: str, folders: list[Path], names: list[str], advice: str) -> UserError:
+    """The error for a data set of which no file was found in any of `folders`."""
+    return UserError(f"{what}: found none of {', '.join(names)} in {', '.join(map(str, folders))}; {advice}")
+
+
+def need_data_dir(what: str, data_dir: Path | None) -> Path:
+    """Return `data_dir`, or raise UserError where none was given for the data set `what`."""
+    if data_dir is None:
+        raise UserError(
+            f"{what}: no data directory given, and the files are not part of psmpi; "
+            "name the directory that holds them with --data-dir"
+        )
+    return data_dir

@@ -1,0 +1,48 @@
+"""Checks on labels, the same for all formats."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from psmpi.errors import UserError
+
+MAX_CLASSES = 1 << 16
+
+
+def check_range(where: str, labels: npt.NDArray[Any], classes: int) -> None:
+    """Raise UserError unless the integers `labels` are in 0..classes-1; `where` names their file."""
+    bad = np.flatnonzero((labels < 0) | (labels >= classes))
+    if len(bad):
+        raise UserError(
+            f"{where}: {len(bad)} labels are out of range, the first being {labels[bad[0]]} of sample "
+            f"{bad[0]}; expected labels 0..{classes - 1}; the file is damaged or holds another data set: "
+            "fetch it again"
+        )
+
+
+def check_given(where: str, labels: npt.NDArray[Any]) -> int:
+    """Check labels of the user's own, and return the largest.
+
+    Raises UserError unless they are integers (any width) numbered from 0 and below MAX_CLASSES.
+    """
+    if labels.dtype.kind not in "iu":
+        raise UserError(
+            f"{where}: the labels are {labels.dtype}; expected integers 0..C-1; "
+            "number the classes from 0 and save them as int64"
+        )
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0:
+        raise UserError(
+            f"{where}: found the negative label {low}; expected 0..C-1; number the classes from 0 on, "
+            "for instance with np.unique(y, return_inverse=True)[1]"
+        )
+    # Far too large a label means ids or measurements in the place of classes, and would size the network.
+    if high >= MAX_CLASSES:
+        raise UserError(
+            f"{where}: found the label {high}; expected classes numbered from 0, {MAX_CLASSES} at most; "
+            "number them with np.unique(y, return_inverse=True)[1]"
+        )
+    return high

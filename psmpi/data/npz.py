@@ -1,0 +1,86 @@
+"""Data sets in .npz files; headers are read at once, samples as a stream, and pickles never."""
+
+from __future__ import annotations
+
+import zipfile
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from numpy.lib import format as npy
+
+from psmpi.data.files import reading
+from psmpi.data.own import KEYS, Header, build
+from psmpi.data.rows import FileRows, RowSource, StreamRows
+from psmpi.data.split import Dataset
+from psmpi.errors import UserError
+
+_LOCAL_HEADER = 30
+
+
+def open_npz(name: str, path: Path) -> Dataset:
+    """Open the .npz file `path` as the data set `name`: reads the labels and checks the headers and sizes.
+
+    An uncompressed x is read row by row (its zip checksum then goes unchecked), a compressed one as a stream.
+    Raises UserError for a damaged file and for whatever is wrong with the arrays, see psmpi.data.own.build.
+    """
+    with reading(path), zipfile.ZipFile(path) as archive:
+        members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+        headers = {key: _header(path, archive, members[key]) for key in KEYS if key in members}
+    return build(name, path, list(members), headers)
+
+
+def _header(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Header:
+    where = f"{path}, {info.filename}"
+    if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise UserError(f"{where}: encrypted or packed in an unusual way; write it with np.savez_compressed")
+    with archive.open(info) as stream:
+        try:
+            version = npy.read_magic(stream)
+            if version == (1, 0):
+                shape, fortran, dtype = npy.read_array_header_1_0(stream)
+            elif version == (2, 0):
+                shape, fortran, dtype = npy.read_array_header_2_0(stream)
+            else:
+                raise ValueError(f"version {version} of the .npy format, which arrays of numbers never need")
+        except ValueError as error:
+            raise UserError(f"{where}: no sound .npy header ({error}); write it with np.savez") from error
+        offset = stream.tell()
+    if not dtype.hasobject and info.file_size != offset + prod(shape) * dtype.itemsize:
+        raise UserError(
+            f"{where}: found {info.file_size} bytes, expected {offset + prod(shape) * dtype.itemsize} by its "
+            f"header ({dtype}, shape {shape}); write the file again"
+        )
+
+    def source() -> RowSource:
+        features = prod(shape[1:])
+        if fortran and len(shape) > 1:
+            columns = np.arange(features, dtype=np.int64).reshape(shape[1:]).ravel(order="F")
+            return StreamRows(path, info.filename, offset, shape[0], features, dtype, columns)
+        if info.compress_type == zipfile.ZIP_STORED:
+            return FileRows(path, _data_start(path, info) + offset, shape[0], features, dtype)
+        return StreamRows(path, info.filename, offset, shape[0], features, dtype)
+
+    def values() -> npt.NDArray[Any]:
+        with reading(path), zipfile.ZipFile(path) as archive, archive.open(info.filename) as stream:
+            return np.asarray(npy.read_array(stream, allow_pickle=False))
+
+    return Header(tuple(shape), dtype, source, values)
+
+
+def _data_start(path: Path, info: zipfile.ZipInfo) -> int:
+    """Where in the file the content of an uncompressed member begins."""
+    with reading(path), path.open("rb") as file:
+        file.seek(info.header_offset)
+        local = file.read(_LOCAL_HEADER)
+        if len(local) < _LOCAL_HEADER:
+            raise EOFError("a member's header is missing")
+    # The name and the extra field can differ in length from those in the central directory.
+    return (
+        info.header_offset
+        + _LOCAL_HEADER
+        + int.from_bytes(local[26:28], "little")
+        + int.from_bytes(local[28:30], "little")
+    )

@@ -1,0 +1,122 @@
+"""Data sets of the user's own: arrays x and y and, if there are any, x_test and y_test in one file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from psmpi.data.labels import check_given
+from psmpi.data.rows import RowSource
+from psmpi.data.split import Dataset, Split, every_fifth, frozen
+from psmpi.errors import UserError
+
+SUFFIXES = (".npz", ".h5", ".hdf5")
+KEYS = ("x", "y", "x_test", "y_test")
+
+
+@dataclass(frozen=True)
+class Header:
+    """What is known of an array in a file without reading it."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    source: Callable[[], RowSource]
+    values: Callable[[], npt.NDArray[Any]]
+
+
+def build(name: str, path: Path, keys: list[str], headers: dict[str, Header]) -> Dataset:
+    """Make a Dataset of the arrays described by `headers`; `keys` are all the names in the file.
+
+    Raises UserError for arrays that are missing, empty, of the wrong shape or dtype or that do not match, and
+    for labels other than integers 0..C-1.
+    """
+    for key in ("x", "y"):
+        if key not in headers:
+            raise UserError(
+                f"{path}: no array {key!r}; found {', '.join(keys) or 'nothing'}; expected x (the samples) "
+                "and y (the labels): save them under these names"
+            )
+    if ("x_test" in headers) != ("y_test" in headers):
+        raise UserError(
+            f"{path}: found one of x_test and y_test only; expected both or, to have every fifth sample held "
+            "out for testing, neither: save the other one too"
+        )
+    scale, shape = _scale(path, "x", headers["x"]), _sample_shape(path, "x", headers["x"])
+    y, high = _labels(path, "y", headers)
+    if "x_test" not in headers:
+        if len(y) < 5:
+            raise UserError(
+                f"{path}: x has {len(y)} samples, too few to hold out every fifth for testing; "
+                "save more, or add x_test and y_test"
+            )
+        train, test = every_fifth(y, shape, scale, headers["x"].source())
+        return Dataset(name, high + 1, shape, train, test)
+    test_shape, test_scale = (
+        _sample_shape(path, "x_test", headers["x_test"]),
+        _scale(path, "x_test", headers["x_test"]),
+    )
+    native = [headers[key].dtype.newbyteorder("=") for key in ("x", "x_test")]
+    if test_shape != shape or native[0] != native[1]:
+        raise UserError(
+            f"{path}: x has {native[0]} samples of shape {shape}, x_test has {native[1]} samples of shape "
+            f"{test_shape}; expected the same of both: convert one of them"
+        )
+    y_test, high_test = _labels(path, "y_test", headers)
+    train = Split(frozen(y), shape, scale, headers["x"].source())
+    test = Split(frozen(y_test), shape, test_scale, headers["x_test"].source())
+    return Dataset(name, max(high, high_test) + 1, shape, train, test)
+
+
+def _sample_shape(path: Path, key: str, header: Header) -> tuple[int, ...]:
+    shape = header.shape
+    if len(shape) not in (2, 3, 4):
+        raise UserError(
+            f"{path}: {key} has the shape {shape}; expected (samples, features), (samples, height, width) or "
+            "(samples, channels, height, width): reshape it"
+        )
+    if 0 in shape:
+        raise UserError(f"{path}: {key} is empty, with the shape {shape}; save at least one sample in it")
+    return (1, *shape[1:]) if len(shape) == 3 else shape[1:]
+
+
+def _scale(path: Path, key: str, header: Header) -> float:
+    _refuse_objects(path, key, header)
+    native = header.dtype.newbyteorder("=")
+    if native == np.uint8:
+        return 1 / 255
+    if native in (np.dtype(np.float32), np.dtype(np.float64)):
+        return 1.0
+    raise UserError(
+        f"{path}: {key} is {header.dtype}; expected uint8 (pixels 0..255), float32 or float64; convert it "
+        f"with {key}.astype(np.float32), or {key}.astype(np.uint8) for pixels 0..255"
+    )
+
+
+def _labels(path: Path, key: str, headers: dict[str, Header]) -> tuple[npt.NDArray[Any], int]:
+    header, samples = headers[key], headers["x" + key[1:]].shape[0]
+    _refuse_objects(path, key, header)
+    if len(header.shape) != 1:
+        raise UserError(
+            f"{path}: {key} has the shape {header.shape}; expected ({samples},), one label a sample: "
+            f"save {key}.ravel(), or {key}.argmax(axis=1) of one-hot rows"
+        )
+    if header.shape[0] != samples:
+        raise UserError(
+            f"{path}: {header.shape[0]} labels in {key} for {samples} samples in {'x' + key[1:]}; "
+            "expected one label a sample: save arrays of the same length"
+        )
+    labels = header.values()
+    return labels, check_given(f"{path}, {key}", labels)
+
+
+def _refuse_objects(path: Path, key: str, header: Header) -> None:
+    if header.dtype.hasobject:
+        raise UserError(
+            f"{path}: {key} is an array of Python objects, which psmpi does not load, as loading could run "
+            f"code; expected numbers: save np.array({key}.tolist()) after making all samples the same length"
+        )

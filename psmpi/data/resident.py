@@ -1,0 +1,74 @@
+"""Samples held in memory, handed out as scaled minibatches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from psmpi.data.split import Split, as_rows
+
+
+class Resident:
+    """The samples `rows` of a split, kept in their stored dtype and scaled to `dtype` when fetched.
+
+    rows: (k,) integers, strictly increasing, in 0..split.n-1. dtype: float32 or float64, what `fetch` fills.
+    Raises ValueError for rows that do not increase or another dtype, IndexError for rows out of range and
+    UserError where the samples cannot be read.
+    """
+
+    def __init__(self, split: Split, rows: npt.ArrayLike, dtype: npt.DTypeLike) -> None:
+        self._dtype = np.dtype(dtype)
+        if self._dtype not in (np.dtype(np.float32), np.dtype(np.float64)):
+            raise ValueError(f"the dtype has to be float32 or float64, not {self._dtype}")
+        self._rows = as_rows(rows, split.n).copy()
+        if np.any(self._rows[1:] <= self._rows[:-1]):
+            raise ValueError("the rows of a Resident have to increase strictly")
+        self._labels = split.labels
+        self._scale = np.asarray(split.scale, self._dtype)
+        self._values = split.read(self._rows)
+        self._scratch = np.empty((0, split.features), split.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes held: samples, their ids and scratch memory; not the labels, which are the split's."""
+        return self._values.nbytes + self._rows.nbytes + self._scratch.nbytes
+
+    def fetch(self, ids: npt.ArrayLike, out: npt.NDArray[Any]) -> None:
+        """Fill `out` with the scaled samples `ids`, (b,) integers, any order, repetitions allowed.
+
+        out: (prod(shape), b), features first, C-contiguous, of the dtype given to the constructor. Raises
+        ValueError for another `out` and for ids that are not resident.
+        """
+        at = self._positions(ids)
+        count, features = len(at), self._values.shape[1]
+        if out.shape != (features, count) or out.dtype != self._dtype or not out.flags.c_contiguous:
+            raise ValueError(
+                f"out has to be C-contiguous {self._dtype} {(features, count)}, "
+                f"not {'' if out.flags.c_contiguous else 'strided '}{out.dtype} {out.shape}"
+            )
+        if count > len(self._scratch):
+            self._scratch = np.empty((count, features), self._values.dtype)
+        taken = self._scratch[:count]
+        # The positions are known to be good, and any mode but "raise" saves numpy a buffer for the result.
+        np.take(self._values, at, axis=0, out=taken, mode="clip")
+        np.multiply(taken.T, self._scale, out=out, dtype=self._dtype, casting="same_kind")
+
+    def labels(self, ids: npt.ArrayLike) -> npt.NDArray[np.int64]:
+        """The labels (b,) int64 of the samples `ids`, resident or not; IndexError unless in 0..split.n-1."""
+        return self._labels[as_rows(ids, len(self._labels))]
+
+    def _positions(self, ids: npt.ArrayLike) -> npt.NDArray[np.int64]:
+        given = np.asarray(ids)
+        if given.ndim != 1 or (given.size and given.dtype.kind not in "iu"):
+            raise ValueError(f"ids have to be a vector of integers, not {given.dtype} of shape {given.shape}")
+        wanted = given.astype(np.int64, copy=False)
+        at = np.searchsorted(self._rows, wanted)
+        if wanted.size:
+            held = np.zeros(len(wanted), bool)
+            inside = at < len(self._rows)
+            held[inside] = self._rows[at[inside]] == wanted[inside]
+            if not held.all():
+                raise ValueError(f"{np.count_nonzero(~held)} ids are not resident, the first being {wanted[~held][0]}")
+        return at

@@ -1,0 +1,193 @@
+"""Sources of samples: in memory, in a file of fixed-size records, or in a compressed stream.
+
+A source knows its row count `n` and the native `dtype` of its values. It holds a path and a layout but no
+open file, so it can be copied, pickled and read by several processes at once.
+"""
+
+from __future__ import annotations
+
+import gzip
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from io import BufferedIOBase
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from psmpi.data.files import fill, reading, rows_per_chunk
+from psmpi.errors import UserError
+
+Array = npt.NDArray[Any]
+Rows = npt.NDArray[np.int64]
+
+
+class RowSource(Protocol):
+    """What a Split reads its samples from."""
+
+    @property
+    def n(self) -> int: ...
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
+
+    def read_into(self, rows: Rows, where: Rows, out: Array) -> None:
+        """Store row `rows[i]` in `out[where[i]]`; `rows` ascend and may repeat, `out` is (k, features)."""
+
+
+def windows(rows: Rows, width: int) -> Iterator[tuple[int, int]]:
+    """Cut ascending `rows` into runs [i, j) that each span at most `width` consecutive row numbers."""
+    i = 0
+    while i < len(rows):
+        j = int(np.searchsorted(rows, rows[i] + width))
+        yield i, j
+        i = j
+
+
+@dataclass(frozen=True, eq=False)
+class ArrayRows:
+    """Rows of an array (n, features) that is in memory anyway."""
+
+    values: Array
+
+    @property
+    def n(self) -> int:
+        return len(self.values)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.values.dtype
+
+    def read_into(self, rows: Rows, where: Rows, out: Array) -> None:
+        out[where] = self.values[rows]
+
+
+@dataclass(frozen=True, eq=False)
+class FileRows:
+    """Records in a plain file: `offset` bytes, then `n` times `skip` bytes and `features` values `stored`."""
+
+    path: Path
+    offset: int
+    n: int
+    features: int
+    stored: np.dtype[Any]
+    skip: int = 0
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.stored.newbyteorder("=")
+
+    @property
+    def record_bytes(self) -> int:
+        return self.skip + self.features * self.stored.itemsize
+
+    def _map(self, first: int, last: int) -> Array:
+        """Records first..last as bytes, (last - first + 1, record_bytes)."""
+        size = self.record_bytes
+        shape = (last - first + 1, size)
+        with reading(self.path):
+            end = self.offset + (last + 1) * size
+            # The file may have shrunk since it was opened, and touching a page beyond its end is fatal.
+            if self.path.stat().st_size < end:
+                raise EOFError(f"it ends before byte {end}")
+            return np.memmap(self.path, np.uint8, "r", self.offset + first * size, shape)
+
+    def read_into(self, rows: Rows, where: Rows, out: Array) -> None:
+        # A fresh map for every window, since pages count as memory of the process as long as their map lives.
+        for i, j in windows(rows, rows_per_chunk(self.record_bytes)):
+            records = self._map(int(rows[i]), int(rows[j - 1]))[rows[i:j] - rows[i]]
+            out[where[i:j]] = np.ascontiguousarray(records[:, self.skip :]).view(self.stored)
+
+    def column(self, k: int) -> npt.NDArray[np.uint8]:
+        """Byte `k` of every record, (n,) uint8."""
+        out = np.empty(self.n, np.uint8)
+        step = rows_per_chunk(self.record_bytes)
+        for first in range(0, self.n, step):
+            last = min(first + step, self.n) - 1
+            out[first : last + 1] = self._map(first, last)[:, k]
+        return out
+
+
+@dataclass(frozen=True, eq=False)
+class Concatenated:
+    """The rows of several sources of one dtype, one source after the other."""
+
+    parts: Sequence[RowSource]
+
+    @property
+    def n(self) -> int:
+        return sum(part.n for part in self.parts)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.parts[0].dtype
+
+    def read_into(self, rows: Rows, where: Rows, out: Array) -> None:
+        first = 0
+        for part in self.parts:
+            i, j = np.searchsorted(rows, (first, first + part.n))
+            if j > i:
+                part.read_into(rows[i:j] - first, where[i:j], out)
+            first += part.n
+
+
+@dataclass(frozen=True, eq=False)
+class StreamRows:
+    """Rows in a compressed stream: `offset` bytes, then `n` rows of `features` values of dtype `stored`.
+
+    `member` is the member of a zip file, or None for a gzip file. Where `columns` is given the array lies in
+    Fortran order: one run of n values for each feature, the k-th run belonging to feature columns[k].
+    """
+
+    path: Path
+    member: str | None
+    offset: int
+    n: int
+    features: int
+    stored: np.dtype[Any]
+    columns: npt.NDArray[np.int64] | None = None
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.stored.newbyteorder("=")
+
+    def read_into(self, rows: Rows, where: Rows, out: Array) -> None:
+        if self.member is None:
+            with reading(self.path), gzip.open(self.path, "rb") as stream:
+                self._read(stream, rows, where, out)
+        else:
+            with (
+                reading(self.path),
+                zipfile.ZipFile(self.path) as archive,
+                archive.open(self.member) as stream,
+            ):
+                self._read(cast(BufferedIOBase, stream), rows, where, out)
+
+    def _read(self, stream: BufferedIOBase, rows: Rows, where: Rows, out: Array) -> None:
+        self._exactly(stream, np.empty(self.offset, np.uint8))
+        if self.columns is None:
+            self._read_rows(stream, rows, where, out)
+        else:
+            run = np.empty(self.n, self.stored)
+            for column in self.columns:
+                self._exactly(stream, run)
+                out[where, column] = run[rows]
+        # Reading on to the end, whatever rows are wanted, is what makes gzip and zip compare their checksums.
+        if stream.read(1):
+            raise UserError(f"{self.path}: there are more bytes than the header announces; fetch the file again")
+
+    def _read_rows(self, stream: BufferedIOBase, rows: Rows, where: Rows, out: Array) -> None:
+        step = min(self.n, rows_per_chunk(self.features * self.stored.itemsize))
+        chunk = np.empty((step, self.features), self.stored)
+        for first in range(0, self.n, step):
+            part = chunk[: self.n - first]
+            self._exactly(stream, part)
+            i, j = np.searchsorted(rows, (first, first + len(part)))
+            if j > i:
+                out[where[i:j]] = part[rows[i:j] - first]
+
+    def _exactly(self, stream: BufferedIOBase, part: Array) -> None:
+        got = fill(stream, memoryview(cast(Any, part.reshape(-1).view(np.uint8))))
+        if got != part.nbytes:
+            raise EOFError(f"the data end {part.nbytes - got} or more bytes early")

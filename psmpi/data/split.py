@@ -1,0 +1,111 @@
+"""What a data set is to the rest of psmpi: labels in memory, samples read row by row on demand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from psmpi.data.rows import RowSource
+
+Rows = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """The training or the test samples of a data set.
+
+    labels: (n,) int64, read-only.
+    shape: the shape of one sample, (channels, height, width) or (features,).
+    scale: the factor that takes stored values to [0, 1]: 1/255 for uint8 images, 1/16 for the digits, 1.0 for
+        floats.
+    source: where the samples lie.
+    index: (n,) int64, increasing: the rows of `source` that make up this split; None for all of them.
+    """
+
+    labels: Rows
+    shape: tuple[int, ...]
+    scale: float
+    source: RowSource
+    index: Rows | None = None
+
+    @property
+    def n(self) -> int:
+        """The number of samples."""
+        return len(self.labels)
+
+    @property
+    def features(self) -> int:
+        """The number of values in a sample, prod(shape)."""
+        return prod(self.shape)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The stored dtype, in native byte order: uint8, float32 or float64."""
+        return self.source.dtype
+
+    def read(self, rows: npt.ArrayLike) -> npt.NDArray[Any]:
+        """Read the samples `rows`, (k,) integers in 0..n-1 in any order, repetitions allowed.
+
+        Returns a new C-contiguous array (k, prod(shape)) of the stored dtype, unscaled. Needs memory for the
+        result and a few chunks of a MiB. Raises IndexError for rows outside 0..n-1, TypeError for rows that
+        are no integers, ValueError for rows that are no vector, and UserError where the file is damaged,
+        truncated or gone.
+        """
+        wanted = as_rows(rows, self.n)
+        out = np.empty((len(wanted), self.features), self.dtype)
+        if len(wanted):
+            order = np.argsort(wanted, kind="stable")
+            ordered = wanted[order]
+            if self.index is not None:
+                ordered = self.index[ordered]
+            self.source.read_into(ordered, order, out)
+        return out
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """A named data set: `classes` classes, samples of `shape`, a training and a test split."""
+
+    name: str
+    classes: int
+    shape: tuple[int, ...]
+    train: Split
+    test: Split
+
+
+def as_rows(rows: npt.ArrayLike, n: int) -> Rows:
+    """Return `rows` as (k,) int64; raise TypeError, ValueError or IndexError unless integers in 0..n-1."""
+    given = np.asarray(rows)
+    if given.ndim != 1:
+        raise ValueError(f"rows have to be a vector, not an array of shape {given.shape}")
+    if given.size == 0:
+        return np.empty(0, np.int64)
+    if given.dtype.kind not in "iu":
+        raise TypeError(f"rows have to be integers, not {given.dtype}")
+    low, high = int(given.min()), int(given.max())
+    if low < 0 or high >= n:
+        raise IndexError(f"rows {low}..{high} asked for, but there are rows 0..{n - 1} only")
+    return given.astype(np.int64, copy=False)
+
+
+def frozen(labels: npt.NDArray[Any]) -> Rows:
+    """A read-only int64 copy of `labels`."""
+    copy = labels.astype(np.int64)
+    copy.flags.writeable = False
+    return copy
+
+
+def every_fifth(
+    labels: npt.NDArray[Any], shape: tuple[int, ...], scale: float, source: RowSource
+) -> tuple[Split, Split]:
+    """Split samples into (train, test): those with index % 5 == 4 are the test samples."""
+    held_out = np.arange(len(labels), dtype=np.int64) % 5 == 4
+    train, test = (
+        Split(frozen(labels[chosen]), shape, scale, source, np.flatnonzero(chosen).astype(np.int64))
+        for chosen in (~held_out, held_out)
+    )
+    return train, test
