@@ -1,0 +1,24 @@
+"""Optimizers over flat shards, learning-rate schedules and gradient clipping; no layers, no messages."""
+
+from psmpi.optim.base import Hyper, Optimizer, clip_by_global_norm, squared_norm
+from psmpi.optim.first_order import SGD, Adam, AdamW, Momentum, Nesterov, RMSprop
+from psmpi.optim.lbfgs import LBFGS
+from psmpi.optim.registry import OPTIMIZERS, make_optimizer
+from psmpi.optim.schedules import make_schedule
+
+__all__ = [
+    "LBFGS",
+    "OPTIMIZERS",
+    "SGD",
+    "Adam",
+    "AdamW",
+    "Hyper",
+    "Momentum",
+    "Nesterov",
+    "Optimizer",
+    "RMSprop",
+    "clip_by_global_norm",
+    "make_optimizer",
+    "make_schedule",
+    "squared_norm",
+]
