@@ -1,0 +1,111 @@
+"""A communicator that counts its bytes, with the few collectives psmpi uses, all on contiguous buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+
+class Counter:
+    """Payload bytes that this rank sent and received, collectives counted as flat (and all-to-all ones as rings)."""
+
+    def __init__(self) -> None:
+        self.sent = 0
+        self.received = 0
+
+    def add(self, sent: int, received: int) -> None:
+        self.sent += sent
+        self.received += received
+
+
+class Group:
+    """Some ranks of the job, in an order. `comm` is None on ranks outside; its calls must then not be made."""
+
+    def __init__(self, world: Any, ranks: Sequence[int], counter: Counter):
+        self.ranks, self.counter = tuple(ranks), counter
+        self.size = len(self.ranks)
+        self.comm: Any = None
+        if world.rank in self.ranks:
+            if self.ranks == tuple(range(world.size)):
+                self.comm = world
+            elif self.size > 1:
+                group = world.group.Incl(list(self.ranks))
+                self.comm = world.Create_group(group)
+                group.Free()
+        self.rank = self.ranks.index(world.rank) if world.rank in self.ranks else -1
+
+    def bcast(self, buffer: np.ndarray, root: int = 0) -> None:
+        if self.size > 1:
+            self.comm.Bcast(buffer, root)
+            mine = self.rank == root
+            self.counter.add(buffer.nbytes * (self.size - 1) * mine, buffer.nbytes * (not mine))
+
+    def reduce(self, buffer: np.ndarray, into: np.ndarray | None, root: int = 0) -> None:
+        """Sum of all `buffer`s, on the root only: in its `into`, which holds the root's own share already."""
+        if self.size == 1:
+            return
+        if self.rank == root:
+            self.comm.Reduce(_in_place(), into, root=root)
+            self.counter.add(0, buffer.nbytes * (self.size - 1))
+        else:
+            self.comm.Reduce(buffer, None, root=root)
+            self.counter.add(buffer.nbytes, 0)
+
+    def allreduce(self, buffer: np.ndarray) -> None:
+        """buffer = sum over the group, in place; 2 (P-1)/P of it is sent, as a ring does."""
+        if self.size > 1:
+            self.comm.Allreduce(_in_place(), buffer)
+            moved = 2 * (self.size - 1) * buffer.nbytes // self.size
+            self.counter.add(moved, moved)
+
+    def agree(self, values: np.ndarray) -> np.ndarray:
+        """Sum of `values` over the group, in place, bit-identical on all ranks; control data, not counted."""
+        if self.size > 1:
+            # Reduce then Bcast: an Allreduce may give ranks sums that differ in the last bit.
+            if self.rank == 0:
+                self.comm.Reduce(_in_place(), values, root=0)
+            else:
+                self.comm.Reduce(values, None, root=0)
+            self.comm.Bcast(values, 0)
+        return values
+
+    def scatterv(self, source: np.ndarray, counts: Sequence[int], starts: Sequence[int], into: np.ndarray) -> None:
+        """Elements [starts[k], + counts[k]) of the root's `source` go to rank k's `into`."""
+        if self.rank == 0:
+            self.comm.Scatterv([source, counts, starts, _datatype(source)], _in_place(), root=0)
+            self.counter.add(source.itemsize * (sum(counts) - counts[0]), 0)
+        else:
+            self.comm.Scatterv(None, into, root=0)
+            self.counter.add(0, into.nbytes)
+
+    def gatherv(self, buffer: np.ndarray, into: np.ndarray, counts: Sequence[int], starts: Sequence[int]) -> None:
+        """The reverse of scatterv."""
+        if self.rank == 0:
+            self.comm.Gatherv(_in_place(), [into, counts, starts, _datatype(into)], root=0)
+            self.counter.add(0, into.itemsize * (sum(counts) - counts[0]))
+        else:
+            self.comm.Gatherv(buffer, None, root=0)
+            self.counter.add(buffer.nbytes, 0)
+
+    def allgatherv(self, buffer: np.ndarray, into: np.ndarray, counts: Sequence[int]) -> None:
+        """All ranks' buffers one after the other in everyone's `into`; each is sent on P - 1 times, as a ring does."""
+        if self.size == 1:
+            into.reshape(-1)[: buffer.size] = buffer.reshape(-1)
+            return
+        starts = np.cumsum([0, *counts[:-1]]).tolist()
+        self.comm.Allgatherv(buffer, [into, counts, starts, _datatype(into)])
+        self.counter.add(buffer.nbytes * (self.size - 1), into.itemsize * sum(counts) - buffer.nbytes)
+
+
+def _in_place() -> Any:
+    from mpi4py import MPI
+
+    return MPI.IN_PLACE
+
+
+def _datatype(array: np.ndarray) -> Any:
+    from mpi4py import MPI
+
+    return MPI.FLOAT if array.dtype == np.float32 else MPI.DOUBLE

@@ -1,0 +1,87 @@
+"""Starting MPI and ending a job: the one place that touches MPI.COMM_WORLD."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from psmpi.errors import UserError
+
+# What launchers tell each process about the number of ranks they started.
+LAUNCHER_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PALS_SIZE", "FLUX_JOB_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+def announced_size(environ: dict[str, str]) -> tuple[str, int] | None:
+    """The variable and number of ranks that the launcher set, or None where there is no launcher."""
+    for name in LAUNCHER_SIZES:
+        if environ.get(name, "").isdigit():
+            return name, int(environ[name])
+    # SLURM sets SLURM_NTASKS for the batch shell as well; only a step that srun launched has one process a task.
+    if environ.get("SLURM_STEP_NUM_TASKS", "").isdigit() and environ.get("SLURM_PROCID", "").isdigit():
+        return "SLURM_STEP_NUM_TASKS", int(environ["SLURM_STEP_NUM_TASKS"])
+    return None
+
+
+def check_launcher(size: int, environ: dict[str, str], library: str) -> None:
+    """UserError where the launcher started more ranks than this MPI sees (each would think it is rank 0 of 1)."""
+    announced = announced_size(environ)
+    if announced is not None and size == 1 and announced[1] > 1:
+        name, number = announced
+        raise UserError(
+            f"the launcher started {number} processes ({name}={number}), but MPI ({library}) sees 1: the launcher "
+            "belongs to another MPI. Use the mpirun that lies beside this Python "
+            f"({os.path.dirname(sys.executable)}), or on SLURM srun --mpi=pmi2 or --mpi=pmix as your MPI wants it "
+            "(`srun --mpi=list`)"
+        )
+
+
+def start() -> Any:
+    """Start MPI and return the communicator of all ranks (mpi4py). UserError where there is no usable MPI."""
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise UserError(
+            f"cannot load MPI ({error}): install one with pip install 'psmpi[mpi]', or load your site's MPI module"
+        ) from None
+    comm = MPI.COMM_WORLD
+    library = MPI.Get_library_version().splitlines()[0].strip("\x00 ")
+    check_launcher(comm.size, dict(os.environ), library)
+    return comm
+
+
+def run(program: Callable[[], int]) -> int:
+    """Run `program` and return its exit status; an exception ends the whole job with this rank's message.
+
+    A UserError is printed as its message, anything else with its traceback, both to stderr. Under MPI the other ranks
+    are aborted, so that none waits for a rank that is gone.
+    """
+    try:
+        return program()
+    except (UserError, FloatingPointError) as error:
+        message = f"error: {error}"
+    except KeyboardInterrupt:
+        message = "interrupted"
+    except MemoryError as error:
+        message = f"error: out of memory ({error}): use a smaller --batch-size or more ranks"
+    except Exception:
+        message = traceback.format_exc().rstrip()
+    comm = _running()
+    if comm is None or comm.size == 1:
+        print(f"psmpi: {message}", file=sys.stderr, flush=True)
+        return 1
+    where = f"rank {comm.rank} of {comm.size} on {socket.gethostname()}"
+    print(f"psmpi, {where}: {message}", file=sys.stderr, flush=True)
+    comm.Abort(1)
+    return 1
+
+
+def _running() -> Any:
+    """The communicator of all ranks if MPI has been started, else None."""
+    module = sys.modules.get("mpi4py.MPI")
+    if module is None or not module.Is_initialized() or module.Is_finalized():
+        return None
+    return module.COMM_WORLD

@@ -1,0 +1,211 @@
+"""What a run is told: one tree of dataclasses; the command line, the TOML file and the help are made from it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+import tomli_w
+from tyro.conf import Suppress, arg
+
+from psmpi.errors import UserError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is learnt from, and in which order."""
+
+    dataset: str = "digits"
+    """digits (embedded), mnist, cifar10, or the path of an .npz or .h5 file with x and y."""
+    data_dir: str = "data"
+    """Folder that holds the data set's files."""
+    batch_size: int = 100
+    """Samples in a minibatch, over all replica rows."""
+    shuffle: bool = True
+    """A new order of the samples each epoch, a function of (seed, epoch) alone; else the file's order."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """The network."""
+
+    model: Literal["psnet", "psnet-24", "psnet-35", "lenet", "mlp", "custom"] = "psnet"
+    """Built-in network, or custom: described by [[model.layers]] tables in the configuration file."""
+    widths: tuple[int, ...] = ()
+    """Hidden widths of mlp; 1024 1024 if not given."""
+    layers: Annotated[tuple[dict[str, Any], ...], Suppress] = ()
+    init: Literal["xavier", "he"] = "xavier"
+    """Initial weights: uniform, Xavier or He."""
+    init_gain: float = 1.0
+    """Factor on the Xavier weights of layers whose activation is the logistic sigmoid."""
+    dtype: Literal["float32", "float64"] = "float32"
+    """Type of weights and arithmetic."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The loss."""
+
+    loss: Literal["psl", "logistic", "nll", "squared"] = "psl"
+    """psl: sum_j exp(kappa (c_j - c_y)); logistic: sum_j log(1 + exp(kappa (c_j - c_y))); nll: cross-entropy;
+    squared: sum_j (c_j - [j = y])^2."""
+    kappa: float = 1.0
+    """Factor on the score differences in psl and logistic."""
+    exp_clip: str = "auto"
+    """Exponent from which psl goes on as its tangent: auto (where the dtype overflows), a number, or off (an error)."""
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """Who computes and holds what."""
+
+    method: Literal["psl"] = "psl"
+    """Training method."""
+    partition: Literal["scores", "pairs"] = "scores"
+    """What a worker owns: the subnetwork of some scores, or the element losses of some pairs of classes."""
+    placement: Literal["master", "owner"] = "master"
+    """Who steps a worker's private weights: the masters, or the worker that owns them."""
+    masters: int = 1
+    """Ranks, from rank 0 on, that share the weights and the optimizer state."""
+    colocate: bool = False
+    """Masters are workers too."""
+    replicas: int = 0
+    """Rows of workers that split each minibatch; 0: as few as give every worker work."""
+    backend: Literal["auto", "numpy"] = "auto"
+    """Array library."""
+    threads: int = 0
+    """Threads of linear algebra a rank; 0: the host's cores over its ranks, at least 1."""
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """The optimizer and its learning rate."""
+
+    optimizer: Literal["sgd", "momentum", "nesterov", "adam", "adamw", "rmsprop", "lbfgs"] = "adam"
+    """Update rule."""
+    lr: float = 1e-3
+    """Learning rate (L-BFGS: length of its first trial step; 1 is usual)."""
+    schedule: Literal["constant", "step", "cosine"] = "constant"
+    """Course of the learning rate."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises linearly from 0, before the schedule."""
+    step_size: int = 0
+    """Steps after which the `step` schedule multiplies the learning rate by gamma."""
+    gamma: float = 0.1
+    """Factor of the `step` schedule."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the `cosine` schedule."""
+    clip: float = 1.0
+    """Largest global norm of the gradient; 0: no clipping. (Not used by lbfgs, which has a line search.)"""
+    weight_decay: float = 0.0
+    """L2 penalty added to the gradient; decoupled in adamw."""
+    momentum: float = 0.9
+    """Momentum of momentum and nesterov."""
+    beta1: float = 0.9
+    """Decay of Adam's first moment."""
+    beta2: float = 0.999
+    """Decay of Adam's second moment."""
+    eps: float = 1e-8
+    """Added to the root in adam, adamw and rmsprop."""
+    alpha: float = 0.99
+    """Decay of rmsprop's mean square."""
+    history: int = 10
+    """Pairs that lbfgs remembers."""
+    max_evals: int = 20
+    """Function evaluations of a line search at most."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """How long, and what is written where."""
+
+    epochs: int = 10
+    """Passes over the training samples."""
+    max_steps: int = 0
+    """Stop after this many steps in all; 0: no such limit."""
+    seed: int = 0
+    """Seed of the initial weights and of the order of the samples."""
+    out: str = ""
+    """Run directory; a new folder under runs/ if not given."""
+    resume: str = ""
+    """Checkpoint to go on from: its path, or auto for the newest one in the run directory (a fresh start if none)."""
+    checkpoint_every: int = 0
+    """Steps between checkpoints; 0: at the end of each epoch."""
+    checkpoint_keep: int = 3
+    """Newest checkpoints to keep; 0: all."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """The whole configuration."""
+
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=Model)
+    objective: Objective = field(default_factory=Objective)
+    parallel: Parallel = field(default_factory=Parallel)
+    optimization: Optimization = field(default_factory=Optimization)
+    run: Run = field(default_factory=Run)
+    config: Annotated[str, arg(metavar="FILE.toml")] = ""
+    """TOML file with any of these settings, in tables named as the groups here; the command line goes before it."""
+
+
+def from_table(table: Mapping[str, Any], base: Config, where: str) -> Config:
+    """`base` with the settings of a TOML table; UserError names an unknown table or setting, or one of a wrong type."""
+    sections = {f.name: f for f in fields(base) if is_dataclass(getattr(base, f.name))}
+    changed = {}
+    for name, settings in table.items():
+        if name not in sections or not isinstance(settings, Mapping):
+            raise UserError(f"{where}: unknown table [{name}]; known are {', '.join(f'[{s}]' for s in sections)}")
+        section = getattr(base, name)
+        known = get_type_hints(type(section))
+        values = {}
+        for key, value in settings.items():
+            if key not in known:
+                raise UserError(f"{where}: unknown setting {key!r} in [{name}]; known are {', '.join(sorted(known))}")
+            label = f"{where}: [{name}] {key} = {value!r}"
+            if get_origin(known[key]) is Literal and value not in get_args(known[key]):
+                raise UserError(f"{label}: choose one of {', '.join(get_args(known[key]))}")
+            values[key] = _checked(value, getattr(section, key), label)
+        changed[name] = replace(section, **values)
+    return replace(base, **changed)
+
+
+def _checked(value: Any, like: Any, where: str) -> Any:
+    if isinstance(like, tuple):
+        if not isinstance(value, list):
+            raise UserError(f"{where}: expected a list")
+        return tuple(value)
+    if isinstance(like, float) and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not type(like):
+        raise UserError(f"{where}: expected {type(like).__name__}, got {type(value).__name__}")
+    return value
+
+
+def read_file(path: str) -> Config:
+    """The defaults with the settings of a TOML file; UserError where it cannot be read."""
+    try:
+        text = Path(path).read_bytes().decode()
+        return from_table(tomllib.loads(text), Config(), path)
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror}; give the path of a TOML file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: not valid TOML: {error}") from None
+
+
+def to_toml(config: Config) -> str:
+    """The resolved configuration as TOML text, which read_file and from_toml read back."""
+    return tomli_w.dumps({k: v for k, v in asdict(config).items() if isinstance(v, dict)})
+
+
+def from_toml(text: str, where: str) -> Config:
+    """The reverse of to_toml; `where` names the text in errors."""
+    return from_table(tomllib.loads(text), Config(), where)

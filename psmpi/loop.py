@@ -1,0 +1,161 @@
+"""The training loop of every method: epochs, evaluation, metrics, checkpoints, and what a person sees."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+from psmpi import checkpoint, metrics
+from psmpi.checkpoint import Progress
+from psmpi.config import Config, to_toml
+from psmpi.data import Dataset, Minibatches
+from psmpi.methods import Method, Place
+from psmpi.optim import make_schedule
+
+
+def show_places(console: Console, places: list[tuple[int, str, Place]]) -> None:
+    """Print the placement table: what each rank does and holds."""
+    table = Table(title="placement", title_justify="left")
+    for name in ("rank", "host", "role", "classes"):
+        table.add_column(name)
+    for name in ("computes with", "optimizes", "memory"):
+        table.add_column(name, justify="right")
+    for rank, host, place in places:
+        memory = f"{place.nbytes / 1e6:.1f} MB"
+        table.add_row(str(rank), host, place.role, place.classes, f"{place.held:,}", f"{place.owned:,}", memory)
+    console.print(table)
+
+
+class Loop:
+    """Runs a method to the end of its epochs on all ranks of `world`; only rank 0 prints and writes."""
+
+    def __init__(self, world: Any, method: Method, dataset: Dataset, config: Config, out: Path, console: Console):
+        self.world, self.method, self.config, self.out, self.console = world, method, config, out, console
+        self.batches = Minibatches(dataset.train.n, config.data.batch_size, config.run.seed, config.data.shuffle)
+        optimization = config.optimization
+        self.total = config.run.epochs * self.batches.steps_per_epoch
+        if config.run.max_steps:
+            self.total = min(self.total, config.run.max_steps)
+        self.schedule = make_schedule(
+            optimization.schedule,
+            optimization.lr,
+            total_steps=max(1, self.total),
+            warmup_steps=optimization.warmup_steps,
+            step_size=optimization.step_size,
+            gamma=optimization.gamma,
+            min_lr=optimization.min_lr,
+        )
+        self.writer = checkpoint.Writer(world, method.layout, method.shards, out, config.run.checkpoint_keep)
+        self.progress = Progress()
+        self.warned: set[str] = set()
+
+    def resume(self, path: Path) -> None:
+        """Go on from a checkpoint."""
+        progress = checkpoint.read_progress(path)
+        shard = self.method.shards[self.world.rank]
+        checkpoint.load(path, self.method.layout, shard, self.method.vectors, self.method.scalars)
+        # The shares of the loss and of the bytes are summed over ranks: the past is rank 0's.
+        if self.world.rank == 0:
+            self.method.loss_sum = progress.loss_sum
+            self.method.counter.add(progress.bytes_sent, progress.bytes_received)
+        self.progress = progress
+        if self.world.rank == 0:
+            metrics.write_rows(self.out / "metrics.jsonl", progress.rows)
+            self.console.print(f"resumed from {path}, step {progress.step}")
+
+    def run(self) -> None:
+        with self._bar() as bar:
+            task = bar.add_task("", total=self.total, completed=self.progress.step)
+            while self.progress.step < self.total:
+                self._epoch(bar, task)
+
+    def _bar(self) -> Bar:
+        hidden = self.world.rank != 0 or not self.console.is_terminal
+        columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn())
+        return Bar(*columns, console=self.console, transient=True, disable=hidden)
+
+    def _epoch(self, bar: Bar, task: Any) -> None:
+        method, every = self.method, self.config.run.checkpoint_every
+        start, first = time.perf_counter(), self.progress
+        trained = 0
+        for cursor in range(first.cursor, self.batches.steps_per_epoch):
+            if self.progress.step == self.total:
+                break
+            ids = self.batches.ids(first.epoch, cursor)
+            method.step(ids, self.schedule(self.progress.step))
+            trained += len(ids)
+            elapsed = first.seconds + time.perf_counter() - start
+            self.progress = replace(self.progress, step=self.progress.step + 1, cursor=cursor + 1, seconds=elapsed)
+            bar.update(task, completed=self.progress.step)
+            whole = cursor + 1 == self.batches.steps_per_epoch
+            if every and self.progress.step % every == 0 and not whole and self.progress.step < self.total:
+                self._save()
+        rate = trained / (time.perf_counter() - start)
+        whole = self.progress.cursor == self.batches.steps_per_epoch
+        seen = min(self.progress.cursor * self.batches.batch_size, self.batches.n)
+        row = self._measure(seen, rate)
+        elapsed = first.seconds + time.perf_counter() - start
+        row["seconds"] = round(elapsed, 3)
+        if whole:
+            rows = (*self.progress.rows, row)
+            self.progress = replace(self.progress, epoch=first.epoch + 1, cursor=0, seconds=elapsed, rows=rows)
+            method.loss_sum = 0.0
+        if self.world.rank == 0:
+            metrics.append_row(self.out / "metrics.jsonl", row)
+            self.console.print(metrics.describe(row, self.config.run.epochs), highlight=False, soft_wrap=True)
+        if not every or self.progress.step == self.total or self.progress.step % every == 0:
+            self._save()
+
+    def _measure(self, seen: int, rate: float) -> dict[str, Any]:
+        """The row of metrics of the epoch so far; also warns of new unusual events."""
+        method = self.method
+        score = method.test()
+        loss_sum, _, _ = self._totals()
+        counts = np.zeros((self.world.size, 2))
+        counts[self.world.rank] = method.counter.sent, method.counter.received
+        self.world.Allreduce(counts.copy(), counts)
+        self._warn()
+        return {
+            "epoch": self.progress.epoch + 1,
+            "step": self.progress.step,
+            "seconds": 0.0,
+            "train_loss": loss_sum / max(1, seen),
+            "test_loss": score.loss,
+            "test_accuracy": score.accuracy,
+            "samples_per_second": rate,
+            "bytes_sent": int(counts[:, 0].sum()),
+            "bytes_received": int(counts[:, 1].sum()),
+            "bytes_sent_by_rank": counts[:, 0].astype(int).tolist(),
+            "bytes_received_by_rank": counts[:, 1].astype(int).tolist(),
+        }
+
+    def _totals(self) -> tuple[float, int, int]:
+        """Sum over ranks of the loss shares, the bytes sent and received so far."""
+        method = self.method
+        mine = np.array([method.loss_sum, method.counter.sent, method.counter.received])
+        total = np.empty_like(mine)
+        self.world.Allreduce(mine, total)
+        return float(total[0]), int(total[1]), int(total[2])
+
+    def _warn(self) -> None:
+        events = self.method.events()
+        counts = np.array([float(n) for n in events.values()])
+        self.world.Allreduce(counts.copy(), counts)
+        for name, count in zip(events, counts, strict=True):
+            if count and name not in self.warned:
+                self.warned.add(name)
+                if self.world.rank == 0:
+                    self.console.print(f"warning: {name.replace('_', ' ')}: {int(count)} so far")
+
+    def _save(self) -> None:
+        loss_sum, sent, received = self._totals()
+        progress = replace(self.progress, loss_sum=loss_sum, bytes_sent=sent, bytes_received=received)
+        self.writer.write(self.method.vectors, self.method.scalars, progress, to_toml(self.config))

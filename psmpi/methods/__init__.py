@@ -1,0 +1,12 @@
+"""Training methods by name, one file each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from psmpi.methods.base import Method, Place, Score
+from psmpi.methods.psl import PartiallySeparable
+
+METHODS: dict[str, Any] = {"psl": PartiallySeparable}
+
+__all__ = ["METHODS", "Method", "Place", "Score"]

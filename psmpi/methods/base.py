@@ -1,0 +1,58 @@
+"""What the training loop asks of a method."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from psmpi.comm.group import Counter
+from psmpi.partition import Layout, Runs
+
+
+@dataclass(frozen=True)
+class Score:
+    """Mean loss a sample, and the share of samples whose largest score is the label's (the lowest index on ties)."""
+
+    loss: float
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class Place:
+    """What one rank does, for the placement table; parameters and bytes are counts."""
+
+    role: str
+    classes: str
+    held: int
+    owned: int
+    nbytes: int
+
+
+class Method(Protocol):
+    """A training method on one rank. All ranks make the same calls in the same order.
+
+    layout and shards (every rank's) say where the weights lie; `vectors` are this rank's shard of the weights and of
+    the optimizer's state by name, arrays that the method goes on to use; `scalars` is the rest of its state.
+    """
+
+    layout: Layout
+    shards: tuple[Runs, ...]
+    counter: Counter
+    vectors: dict[str, np.ndarray]
+    scalars: dict[str, float | int]
+    # This rank's share of the sum of the minibatch losses times their sizes; the shares of all ranks add up to it.
+    loss_sum: float
+
+    def step(self, ids: np.ndarray, lr: float) -> None:
+        """One optimizer step on the training samples `ids` (b,)."""
+
+    def test(self) -> Score:
+        """Loss and accuracy on the test split, the same on all ranks."""
+
+    def place(self) -> Place:
+        """What this rank does."""
+
+    def events(self) -> dict[str, int]:
+        """Counts of unusual events on this rank since the start, by name."""

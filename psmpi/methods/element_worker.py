@@ -1,0 +1,158 @@
+"""A worker of the partially-separable methods: its subnetwork, its samples, its element losses and their gradient."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from psmpi.backend import NumpyOps
+from psmpi.comm.group import Group
+from psmpi.config import Config
+from psmpi.data import Dataset, Resident
+from psmpi.nn.losses import backward_safely, make_loss
+from psmpi.nn.model import Model
+from psmpi.nn.network import Network
+from psmpi.partition import Layout, Roles, Worker
+
+# Samples that an evaluation takes through the network at a time.
+TEST_BATCH = 100
+
+
+class ElementWorker:
+    """Computes with w_part and fills g_part, both (part.size,), for one column of one replica row.
+
+    With the score partition the row exchanges scores and the loss sees all classes; with the pair partition the loss
+    sees only this worker's classes, and only samples of these are read.
+    """
+
+    def __init__(
+        self,
+        place: Worker,
+        roles: Roles,
+        row: Group,
+        network: Network,
+        layout: Layout,
+        dataset: Dataset,
+        config: Config,
+        w_part: np.ndarray,
+        g_part: np.ndarray,
+        ops: NumpyOps,
+    ):
+        self.place, self.row, self.rows, self.dataset = place, row, roles.rows, dataset
+        self.dtype = np.dtype(config.model.dtype)
+        self.g_part = g_part
+        self.model = Model(network, layout, w_part, g_part, ops, place.classes)
+        objective = config.objective
+        self.loss = make_loss(objective.loss, self.dtype, kappa=objective.kappa, exp_clip=objective.exp_clip)
+        self.everything = make_loss(objective.loss, self.dtype, kappa=objective.kappa, exp_clip=objective.exp_clip)
+        peers = [w for w in roles.workers if w is not None and w.row == place.row]
+        self.columns = [len(w.classes) for w in peers]
+        self.own = slice(place.classes[0], place.classes[-1] + 1)
+        # In an evaluation, a class's scores come from the first worker of the row that computes them.
+        first = {c: w.column for w in reversed(peers) for c in w.classes}
+        self.speaks = [(k, c) for k, c in enumerate(place.classes) if first[c] == place.column]
+
+        samples = np.arange(dataset.train.n)
+        self.pairs: np.ndarray | None = None
+        if place.elements is not None:
+            # The loss of a pair worker knows its own classes only, numbered from 0.
+            self.number = np.full(dataset.classes, -1)
+            self.number[list(place.classes)] = np.arange(len(place.classes))
+            self.pairs = np.zeros((len(place.classes),) * 2, bool)
+            for i, j in place.elements:
+                self.pairs[self.number[i], self.number[j]] = self.pairs[self.number[j], self.number[i]] = True
+            samples = samples[self.number[dataset.train.labels] >= 0]
+        self.train = Resident(dataset.train, samples, self.dtype)
+        mine = np.array_split(np.arange(dataset.test.n), self.rows)[place.row]
+        self.test_ids = mine if self.pairs is None or self.speaks else mine[:0]
+        self.test_count = len(mine)
+        self.test_labels = dataset.test.labels[mine]
+        self.test_samples = Resident(dataset.test, self.test_ids, self.dtype)
+        self.capacity = 0
+        if self.pairs is None:
+            self.reserve(-(-config.data.batch_size // self.rows))
+
+    def reserve(self, batch: int) -> None:
+        """Make room for minibatches of up to `batch` samples."""
+        if batch <= self.capacity:
+            return
+        self.capacity = batch
+        self.features = int(np.prod(self.dataset.shape))
+        self.model.reserve(batch)
+        self.x = np.empty(self.features * batch, self.dtype)
+        self.scores = np.empty(self.dataset.classes * batch, self.dtype)
+        self.dscores = np.empty(self.dataset.classes * batch)
+        self.cast = np.empty(len(self.place.classes) * batch, self.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of activations, buffers and samples."""
+        buffers = (self.x, self.scores, self.dscores, self.cast) if self.capacity else ()
+        own = sum(a.nbytes for a in buffers) + (self.model.nbytes if self.capacity else 0)
+        return own + self.train.nbytes + self.test_samples.nbytes
+
+    def element_losses(self, ids: np.ndarray) -> float:
+        """Fill g_part with this worker's share of the gradient of the mean loss over `ids` (b,).
+
+        The share is that of its row's slice of the minibatch and of its own elements, with the factor 1/b of the whole
+        minibatch. Returns a share of the loss; the shares of all workers add up to the minibatch loss.
+        """
+        scale = 1 / len(ids)
+        mine = np.array_split(ids, self.rows)[self.place.row]
+        # What every sample adds whatever the weights belongs to no pair: the row's first worker counts it.
+        constant = scale * len(mine) * self.loss.constant if self.pairs is not None and self.place.column == 0 else 0.0
+        if self.pairs is not None:
+            mine = mine[self.number[self.dataset.train.labels[mine]] >= 0]
+        b = len(mine)
+        if b == 0:
+            self.g_part.fill(0)
+            return constant
+        self.reserve(b)
+        x = self.x[: self.features * b].reshape(self.features, b)
+        self.train.fetch(mine, x)
+        labels = self.train.labels(mine)
+        output = self.model.forward(x)
+        if self.pairs is None:
+            scores, own = self._share(output), self.own
+        else:
+            scores, own, labels = output, slice(0, len(output)), self.number[labels]
+        dscores = self.dscores[: scores.size].reshape(scores.shape)
+        loss = self.loss(scores, labels, scale, dscores, self.pairs)
+        backward_safely(self.model, dscores[own], self.cast[: output.size].reshape(output.shape))
+        # With the score partition every worker of the row has seen the whole loss.
+        return loss + constant if self.pairs is not None or self.place.column == 0 else 0.0
+
+    def _share(self, output: np.ndarray) -> np.ndarray:
+        """All classes' scores (classes, b), from each column's own (its classes, b)."""
+        b = output.shape[1]
+        scores = self.scores[: self.dataset.classes * b].reshape(-1, b)
+        self.row.allgatherv(output, scores, [n * b for n in self.columns])
+        return scores
+
+    def test(self) -> np.ndarray:
+        """(sum of losses, correct samples, samples) of the row's slice of the test split; 0 but on its first worker."""
+        totals = np.zeros(3)
+        # The same pieces on every worker of the row, whatever its own minibatches.
+        size = min(TEST_BATCH, self.test_count)
+        self.reserve(size)
+        for start in range(0, self.test_count, size):
+            labels = self.test_labels[start : start + size]
+            b = len(labels)
+            scores = self.scores[: self.dataset.classes * b].reshape(-1, b)
+            output = None
+            if len(self.test_ids):
+                x = self.x[: self.features * b].reshape(self.features, b)
+                self.test_samples.fetch(self.test_ids[start : start + b], x)
+                output = self.model.forward(x)
+            if self.pairs is None:
+                assert output is not None
+                scores = self._share(output)
+            else:
+                scores.fill(0)
+                for k, c in self.speaks:
+                    assert output is not None
+                    scores[c] = output[k]
+                self.row.allreduce(scores)
+            if self.place.column == 0:
+                right = np.count_nonzero(scores.argmax(axis=0) == labels)
+                totals += [self.everything(scores, labels, 1.0), float(right), float(b)]
+        return totals

@@ -1,0 +1,163 @@
+"""Partially-separable training: each worker computes its element losses, the owners of the weights step them.
+
+Raynaud, Orban, Bigeon, "Partially-separable loss to parallelize partitioned neural network training" (G-2023-36). One
+step: weights out to the parts, forward, scores along the replica row (partition `scores` only), backward, gradients
+back to the shards, optimizer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from psmpi.backend import NumpyOps
+from psmpi.comm.exchange import Exchange
+from psmpi.comm.group import Counter, Group
+from psmpi.config import Config
+from psmpi.data import Dataset
+from psmpi.errors import UserError
+from psmpi.methods.base import Place, Score
+from psmpi.methods.element_worker import ElementWorker
+from psmpi.nn.init import initial_weights
+from psmpi.nn.losses import make_loss
+from psmpi.nn.network import Network
+from psmpi.optim import Hyper, clip_by_global_norm, make_optimizer
+from psmpi.partition import Roles, assign_roles
+
+
+class PartiallySeparable:
+    """The method `psl` on one rank: a shard to optimize, a part to compute with, and the exchange between the two."""
+
+    def __init__(self, world: Any, network: Network, dataset: Dataset, config: Config, ops: NumpyOps):
+        self.layout = network.layout()
+        parallel, optimization = config.parallel, config.optimization
+        self.roles = assign_roles(
+            self.layout,
+            world.size,
+            partition=parallel.partition,
+            placement=parallel.placement,
+            masters=parallel.masters,
+            colocate=parallel.colocate,
+            replicas=parallel.replicas,
+        )
+        check_partition(network, self.roles, config)
+        self.shards, self.rank, self.clip = self.roles.shards, world.rank, optimization.clip
+        self.counter = Counter()
+        self.exchange = Exchange(world, self.roles, self.counter)
+        dtype = np.dtype(config.model.dtype)
+        self.w_part, self.w = self.exchange.make_vectors(dtype)
+        self.g_part, self.g = self.exchange.make_vectors(dtype)
+        shard = self.shards[world.rank]
+        initial_weights(
+            network, self.layout, shard, self.w,
+            seed=config.run.seed, kind=config.model.init, gain=config.model.init_gain,
+        )  # fmt: skip
+        hyper = Hyper(
+            momentum=optimization.momentum, beta1=optimization.beta1, beta2=optimization.beta2, eps=optimization.eps,
+            alpha=optimization.alpha, weight_decay=optimization.weight_decay, history=optimization.history,
+            max_evals=optimization.max_evals,
+        )  # fmt: skip
+        self.optimizer = make_optimizer(optimization.optimizer, shard.size, dtype, hyper)
+        self.vectors = {"weights": self.w, **self.optimizer.vectors}
+        self.scalars = self.optimizer.scalars
+        self.world = Group(world, range(world.size), self.counter)
+        # The global sums concern the ranks that hold weights; with a line search, all ranks follow its decisions.
+        holders = [r for r, s in enumerate(self.shards) if s.size]
+        self.deciders = self.world if self.optimizer.needs_closure else Group(world, holders, self.counter)
+        place = self.roles.workers[world.rank]
+        # Replicas of a private block all hold it: in a global sum it counts once.
+        self.counts = place is None or place.row == 0
+        self.worker: ElementWorker | None = None
+        if place is not None:
+            row = Group(world, self.roles.row(world.rank), self.counter)
+            self.worker = ElementWorker(
+                place, self.roles, row, network, self.layout, dataset, config, self.w_part, self.g_part, ops
+            )
+        self.loss_sum = 0.0
+
+    def allsum(self, values: np.ndarray) -> np.ndarray:
+        """`values` (k,) float64 summed over the shards, in place, the same on every rank that takes part."""
+        if not self.counts:
+            values.fill(0)
+        return self.deciders.agree(values)
+
+    def step(self, ids: np.ndarray, lr: float) -> None:
+        if self.optimizer.needs_closure:
+            losses: list[float] = []
+
+            def objective() -> float:
+                losses.append(self.gradient(ids))
+                return float(self.world.agree(np.array([losses[-1]]))[0])
+
+            self.optimizer.step(self.w, self.g, lr, self.allsum, objective)
+            self.loss_sum += losses[0] * len(ids)
+            return
+        self.loss_sum += self.gradient(ids) * len(ids)
+        if self.w.size:
+            if self.clip > 0:
+                clip_by_global_norm(self.g, self.clip, self.allsum)
+            self.optimizer.step(self.w, self.g, lr, self.allsum)
+
+    def gradient(self, ids: np.ndarray) -> float:
+        """Fill the shards' gradient of the mean loss over the samples `ids`; returns this rank's share of that loss."""
+        self.exchange.scatter(self.w, self.w_part)
+        loss = self.worker.element_losses(ids) if self.worker is not None else 0.0
+        self.exchange.gather(self.g_part, self.g)
+        return loss
+
+    def test(self) -> Score:
+        # The weights that other ranks own have moved since they were last sent.
+        self.exchange.scatter(self.w, self.w_part)
+        share = self.worker.test() if self.worker is not None else np.zeros(3)
+        loss, right, samples = self.world.agree(share)
+        return Score(float(loss / samples), float(right / samples))
+
+    def place(self) -> Place:
+        worker = self.roles.workers[self.rank]
+        roles = ["master"] * (self.rank < self.roles.masters) + ["worker"] * (worker is not None)
+        arrays = [self.w_part, self.g_part, *self.optimizer.vectors.values()]
+        if self.exchange.inside is None:
+            arrays += [self.w, self.g]
+        nbytes = sum(a.nbytes for a in arrays) + (self.worker.nbytes if self.worker is not None else 0)
+        classes = "" if worker is None else _ranges(worker.classes)
+        if worker is not None and self.roles.rows > 1:
+            classes += f" (row {worker.row})"
+        return Place("+".join(roles), classes, self.w_part.size, self.w.size, nbytes)
+
+    def events(self) -> dict[str, int]:
+        return {"clipped_terms": self.worker.loss.clipped if self.worker is not None else 0}
+
+
+def check_partition(network: Network, roles: Roles, config: Config) -> None:
+    """UserError where the network, the loss or the minibatch does not allow these roles."""
+    workers = [w for w in roles.workers if w is not None]
+    tie = network.tie()
+    if tie is not None and any(w.column > 0 for w in workers):
+        raise UserError(
+            f"--model {network.name} cannot be partitioned: layer {tie!r} ties the classes, every score depends on all "
+            "of its weights. Use a network that ends in separable layers (--model psnet), or give each worker the "
+            f"whole network and a slice of the minibatch with --replicas {len(workers)}"
+        )
+    loss = make_loss(config.objective.loss, np.dtype(config.model.dtype), kappa=config.objective.kappa)
+    if config.parallel.partition == "pairs" and not loss.pairwise:
+        raise UserError(
+            f"--partition pairs needs a loss that is a sum over pairs of classes, and --loss {loss.name} is not: use "
+            "--loss psl or --loss logistic, or --partition scores"
+        )
+    if config.data.batch_size < roles.rows:
+        raise UserError(
+            f"--batch-size {config.data.batch_size} cannot be split over {roles.rows} replica rows: use --batch-size "
+            f"{roles.rows} or more, or fewer ranks"
+        )
+
+
+def _ranges(numbers: tuple[int, ...]) -> str:
+    """(0, 1, 2, 5) -> '0-2 5'."""
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and n == runs[-1][1] + 1:
+            runs[-1][1] = n
+        else:
+            runs.append([n, n])
+    return " ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)

@@ -1,0 +1,197 @@
+"""Train a partitioned network: `mpirun -n N python -m psmpi.train`, or without mpirun on one process."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from psmpi.config import Config
+
+DESCRIPTION = """Train a neural network whose loss is a sum of element losses, each rank computing its own.
+
+Run it under mpirun or srun; one process does all the work where there is no launcher."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status, 0 done, 1 error."""
+    from psmpi.comm.world import run
+
+    return run(lambda: _main(sys.argv[1:] if argv is None else argv))
+
+
+def parse(argv: list[str]) -> Config:
+    """The configuration: defaults, then the TOML file, then the command line. Raises SystemExit as argparse does."""
+    import tyro
+
+    from psmpi.config import Config, read_file
+
+    # The file has to be known before the command line can be read on top of it.
+    path = ""
+    for at, word in enumerate(argv):
+        if word == "--config" and at + 1 < len(argv):
+            path = argv[at + 1]
+        elif word.startswith("--config="):
+            path = word.partition("=")[2]
+    return tyro.cli(
+        Config,
+        prog="python -m psmpi.train",
+        description=DESCRIPTION,
+        default=read_file(path) if path else Config(),
+        config=(tyro.conf.OmitArgPrefixes,),
+        args=argv,
+    )
+
+
+def _main(argv: list[str]) -> int:
+    from psmpi.comm.world import start
+
+    world = start()
+    config, status = _configure(world, argv)
+    if config is None:
+        return status
+    _train(world, config)
+    return 0
+
+
+def _configure(world: Any, argv: list[str]) -> tuple[Config | None, int]:
+    """Rank 0 reads and checks the command line, so that help and errors appear once; the others get its result."""
+    from psmpi.config import from_toml, to_toml
+
+    text, status = "", 0
+    if world.rank == 0:
+        try:
+            text = to_toml(_settle(parse(argv)))
+        except SystemExit as end:
+            status = 1 if end.code else 0
+    text, status = json.loads(_share(world, json.dumps([text, status])))
+    return (from_toml(text, "configuration"), 0) if text else (None, status)
+
+
+def _settle(config: Config) -> Config:
+    """Checks that need no MPI, and a run directory where none is named."""
+    from dataclasses import replace
+
+    from psmpi import checkpoint
+    from psmpi.errors import UserError
+
+    run = config.run
+    for name, value, least in (
+        ("--epochs", run.epochs, 1),
+        ("--max-steps", run.max_steps, 0),
+        ("--checkpoint-every", run.checkpoint_every, 0),
+        ("--checkpoint-keep", run.checkpoint_keep, 0),
+        ("--seed", run.seed, 0),
+        ("--threads", config.parallel.threads, 0),
+        ("--replicas", config.parallel.replicas, 0),
+    ):
+        if value < least:
+            raise UserError(f"{name} {value}: expected a whole number from {least} up")
+    if not config.optimization.lr > 0:
+        raise UserError(f"--lr {config.optimization.lr}: expected a number above 0")
+    if not config.optimization.clip >= 0:
+        raise UserError(f"--clip {config.optimization.clip}: expected 0 (no clipping) or a number above it")
+    out = run.out
+    if not out:
+        if run.resume == "auto":
+            raise UserError("--resume auto needs --out, the run directory to go on in")
+        name = Path(config.data.dataset).stem
+        out = f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{name}-{config.model.model}"
+    elif not run.resume and checkpoint.available(Path(out)):
+        raise UserError(f"--out {out} holds a run already: add --resume auto to go on with it, or name another folder")
+    return replace(config, run=replace(run, out=out))
+
+
+def _share(world: Any, text: str) -> str:
+    """Rank 0's text on all ranks."""
+    import numpy as np
+
+    data = np.frombuffer(text.encode(), np.uint8).copy()
+    size = np.array([data.size])
+    world.Bcast(size, 0)
+    if world.rank != 0:
+        data = np.empty(int(size[0]), np.uint8)
+    world.Bcast(data, 0)
+    return data.tobytes().decode()
+
+
+def _collect(world: Any, text: str) -> list[str]:
+    """Every rank's text (cut at 1,000 bytes), on rank 0."""
+    import numpy as np
+
+    mine = np.zeros(1000, np.uint8)
+    data = text.encode()[:1000]
+    mine[: len(data)] = np.frombuffer(data, np.uint8)
+    rows = np.empty((world.size, 1000), np.uint8) if world.rank == 0 else None
+    world.Gather(mine, rows, root=0)
+    return [] if rows is None else [row.tobytes().rstrip(b"\0").decode() for row in rows]
+
+
+def _train(world: Any, config: Config) -> None:
+    import socket
+
+    from rich.console import Console
+    from threadpoolctl import threadpool_limits
+
+    from psmpi import checkpoint, metrics
+    from psmpi.backend import make_backend
+    from psmpi.config import to_toml
+    from psmpi.data import open_dataset
+    from psmpi.loop import Loop, show_places
+    from psmpi.methods import METHODS, Place
+    from psmpi.nn.zoo import make_network
+
+    console = Console(quiet=world.rank != 0)
+    out = Path(config.run.out)
+    # Rank 0 meets a missing file or a wrong setting first, alone; the others wait here.
+    found = ""
+    if world.rank == 0:
+        dataset = open_dataset(config.data.dataset, config.data.data_dir)
+        network = _network(config, dataset, make_network)
+        if config.run.resume:
+            found = str(checkpoint.find(config.run.resume, out) or "")
+        out.mkdir(parents=True, exist_ok=True)
+        for leftover in checkpoint.folder(out).glob(".*.part"):
+            leftover.unlink()
+        (out / "config.toml").write_text(to_toml(config))
+        metrics.write_rows(out / "metrics.jsonl", ())
+    found = _share(world, found)
+    if world.rank != 0:
+        dataset = open_dataset(config.data.dataset, config.data.data_dir)
+        network = _network(config, dataset, make_network)
+
+    local = world.Split_type(_shared())
+    threads = config.parallel.threads or max(1, (os.cpu_count() or 1) // local.size)
+    local.Free()
+    with threadpool_limits(threads):
+        ops = make_backend(config.parallel.backend)
+        method = METHODS[config.parallel.method](world, network, dataset, config, ops)
+        place = json.dumps([socket.gethostname(), *vars(method.place()).values()])
+        places = [json.loads(text) for text in _collect(world, place)]
+        show_places(console, [(rank, host, Place(*rest)) for rank, (host, *rest) in enumerate(places)])
+        console.print(f"model {network.name}: {method.layout.size:,} parameters; run directory {out}")
+        loop = Loop(world, method, dataset, config, out, console)
+        if found:
+            loop.resume(Path(found))
+        with contextlib.suppress(BrokenPipeError):
+            loop.run()
+
+
+def _network(config: Config, dataset: Any, make_network: Any) -> Any:
+    model = config.model
+    return make_network(model.model, dataset.shape, dataset.classes, widths=model.widths, layers=model.layers)
+
+
+def _shared() -> int:
+    from mpi4py import MPI
+
+    return MPI.COMM_TYPE_SHARED
+
+
+if __name__ == "__main__":
+    sys.exit(main())
