@@ -44,7 +44,7 @@ class Model:
     layers: Annotated[tuple[dict[str, Any], ...], Suppress] = ()
     init: Literal["xavier", "he"] = "xavier"
     """Initial weights: uniform, Xavier or He."""
-    init_gain: float = 1.0
+    init_gain: float = 4.0
     """Factor on the Xavier weights of layers whose activation is the logistic sigmoid."""
     dtype: Literal["float32", "float64"] = "float32"
     """Type of weights and arithmetic."""
@@ -94,7 +94,7 @@ class Optimization:
     lr: float = 1e-3
     """Learning rate (L-BFGS: length of its first trial step; 1 is usual)."""
     schedule: Literal["constant", "step", "cosine"] = "constant"
-    """Course of the learning rate."""
+    """Course of the learning rate; cosine falls from --lr to --min-lr over all --epochs."""
     warmup_steps: int = 0
     """Steps over which the learning rate rises linearly from 0, before the schedule."""
     step_size: int = 0

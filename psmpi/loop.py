@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,25 +35,30 @@ def show_places(console: Console, places: list[tuple[int, str, Place]]) -> None:
     console.print(table)
 
 
+def plan_steps(dataset: Dataset, config: Config) -> tuple[Minibatches, int, Callable[[int], float]]:
+    """The minibatches, how many steps in all, and the learning rate of each; UserError for settings that make none."""
+    batches = Minibatches(dataset.train.n, config.data.batch_size, config.run.seed, config.data.shuffle)
+    # A run cut short by --max-steps, and gone on with later, has the learning rates of the whole.
+    total = config.run.epochs * batches.steps_per_epoch
+    optimization = config.optimization
+    schedule = make_schedule(
+        optimization.schedule,
+        optimization.lr,
+        total_steps=total,
+        warmup_steps=optimization.warmup_steps,
+        step_size=optimization.step_size,
+        gamma=optimization.gamma,
+        min_lr=optimization.min_lr,
+    )
+    return batches, min(total, config.run.max_steps or total), schedule
+
+
 class Loop:
     """Runs a method to the end of its epochs on all ranks of `world`; only rank 0 prints and writes."""
 
     def __init__(self, world: Any, method: Method, dataset: Dataset, config: Config, out: Path, console: Console):
         self.world, self.method, self.config, self.out, self.console = world, method, config, out, console
-        self.batches = Minibatches(dataset.train.n, config.data.batch_size, config.run.seed, config.data.shuffle)
-        optimization = config.optimization
-        self.total = config.run.epochs * self.batches.steps_per_epoch
-        if config.run.max_steps:
-            self.total = min(self.total, config.run.max_steps)
-        self.schedule = make_schedule(
-            optimization.schedule,
-            optimization.lr,
-            total_steps=max(1, self.total),
-            warmup_steps=optimization.warmup_steps,
-            step_size=optimization.step_size,
-            gamma=optimization.gamma,
-            min_lr=optimization.min_lr,
-        )
+        self.batches, self.total, self.schedule = plan_steps(dataset, config)
         self.writer = checkpoint.Writer(world, method.layout, method.shards, out, config.run.checkpoint_keep)
         self.progress = Progress()
         self.warned: set[str] = set()

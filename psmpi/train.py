@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import sys
@@ -89,11 +88,13 @@ def _settle(config: Config) -> Config:
         ("--seed", run.seed, 0),
         ("--threads", config.parallel.threads, 0),
         ("--replicas", config.parallel.replicas, 0),
+        ("--batch-size", config.data.batch_size, 1),
     ):
         if value < least:
             raise UserError(f"{name} {value}: expected a whole number from {least} up")
-    if not config.optimization.lr > 0:
-        raise UserError(f"--lr {config.optimization.lr}: expected a number above 0")
+    for option, number in (("--lr", config.optimization.lr), ("--init-gain", config.model.init_gain)):
+        if not number > 0:
+            raise UserError(f"{option} {number}: expected a number above 0")
     if not config.optimization.clip >= 0:
         raise UserError(f"--clip {config.optimization.clip}: expected 0 (no clipping) or a number above it")
     out = run.out
@@ -142,7 +143,7 @@ def _train(world: Any, config: Config) -> None:
     from psmpi.backend import make_backend
     from psmpi.config import to_toml
     from psmpi.data import open_dataset
-    from psmpi.loop import Loop, show_places
+    from psmpi.loop import Loop, plan_steps, show_places
     from psmpi.methods import METHODS, Place
     from psmpi.nn.zoo import make_network
 
@@ -153,6 +154,8 @@ def _train(world: Any, config: Config) -> None:
     if world.rank == 0:
         dataset = open_dataset(config.data.dataset, config.data.data_dir)
         network = _network(config, dataset, make_network)
+        METHODS[config.parallel.method].check(world.size, network, dataset, config)
+        plan_steps(dataset, config)
         if config.run.resume:
             found = str(checkpoint.find(config.run.resume, out) or "")
         out.mkdir(parents=True, exist_ok=True)
@@ -178,8 +181,7 @@ def _train(world: Any, config: Config) -> None:
         loop = Loop(world, method, dataset, config, out, console)
         if found:
             loop.resume(Path(found))
-        with contextlib.suppress(BrokenPipeError):
-            loop.run()
+        loop.run()
 
 
 def _network(config: Config, dataset: Any, make_network: Any) -> Any:

@@ -65,6 +65,8 @@ def run(program: Callable[[], int]) -> int:
         message = f"error: {error}"
     except KeyboardInterrupt:
         message = "interrupted"
+    except SystemExit as end:
+        message = f"ended with status {end.code}"
     except MemoryError as error:
         message = f"error: out of memory ({error}): use a smaller --batch-size or more ranks"
     except Exception:

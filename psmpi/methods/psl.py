@@ -7,6 +7,7 @@ back to the shards, optimizer.
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from psmpi.nn.init import initial_weights
 from psmpi.nn.losses import make_loss
 from psmpi.nn.network import Network
 from psmpi.optim import Hyper, clip_by_global_norm, make_optimizer
-from psmpi.partition import Roles, assign_roles
+from psmpi.partition import Layout, Roles, assign_roles
 
 
 class PartiallySeparable:
@@ -31,17 +32,8 @@ class PartiallySeparable:
 
     def __init__(self, world: Any, network: Network, dataset: Dataset, config: Config, ops: NumpyOps):
         self.layout = network.layout()
-        parallel, optimization = config.parallel, config.optimization
-        self.roles = assign_roles(
-            self.layout,
-            world.size,
-            partition=parallel.partition,
-            placement=parallel.placement,
-            masters=parallel.masters,
-            colocate=parallel.colocate,
-            replicas=parallel.replicas,
-        )
-        check_partition(network, self.roles, config)
+        optimization = config.optimization
+        self.roles = plan_roles(self.layout, world.size, config)
         self.shards, self.rank, self.clip = self.roles.shards, world.rank, optimization.clip
         self.counter = Counter()
         self.exchange = Exchange(world, self.roles, self.counter)
@@ -53,12 +45,7 @@ class PartiallySeparable:
             network, self.layout, shard, self.w,
             seed=config.run.seed, kind=config.model.init, gain=config.model.init_gain,
         )  # fmt: skip
-        hyper = Hyper(
-            momentum=optimization.momentum, beta1=optimization.beta1, beta2=optimization.beta2, eps=optimization.eps,
-            alpha=optimization.alpha, weight_decay=optimization.weight_decay, history=optimization.history,
-            max_evals=optimization.max_evals,
-        )  # fmt: skip
-        self.optimizer = make_optimizer(optimization.optimizer, shard.size, dtype, hyper)
+        self.optimizer = make_optimizer(optimization.optimizer, shard.size, dtype, hyperparameters(config))
         self.vectors = {"weights": self.w, **self.optimizer.vectors}
         self.scalars = self.optimizer.scalars
         self.world = Group(world, range(world.size), self.counter)
@@ -75,6 +62,12 @@ class PartiallySeparable:
                 place, self.roles, row, network, self.layout, dataset, config, self.w_part, self.g_part, ops
             )
         self.loss_sum = 0.0
+
+    @classmethod
+    def check(cls, size: int, network: Network, dataset: Dataset, config: Config) -> None:
+        """UserError for a configuration that `size` ranks cannot train; needs no MPI and no arrays of weights."""
+        check_roles(network, plan_roles(network.layout(), size, config), config)
+        make_optimizer(config.optimization.optimizer, 0, np.dtype(config.model.dtype), hyperparameters(config))
 
     def allsum(self, values: np.ndarray) -> np.ndarray:
         """`values` (k,) float64 summed over the shards, in place, the same on every rank that takes part."""
@@ -94,10 +87,10 @@ class PartiallySeparable:
             self.loss_sum += losses[0] * len(ids)
             return
         self.loss_sum += self.gradient(ids) * len(ids)
-        if self.w.size:
-            if self.clip > 0:
-                clip_by_global_norm(self.g, self.clip, self.allsum)
-            self.optimizer.step(self.w, self.g, lr, self.allsum)
+        if self.w.size and self.clip > 0:
+            clip_by_global_norm(self.g, self.clip, self.allsum)
+        # With an empty shard too: the optimizer's scalars stay the same on all ranks.
+        self.optimizer.step(self.w, self.g, lr, self.allsum)
 
     def gradient(self, ids: np.ndarray) -> float:
         """Fill the shards' gradient of the mean loss over the samples `ids`; returns this rank's share of that loss."""
@@ -129,7 +122,26 @@ class PartiallySeparable:
         return {"clipped_terms": self.worker.loss.clipped if self.worker is not None else 0}
 
 
-def check_partition(network: Network, roles: Roles, config: Config) -> None:
+def plan_roles(layout: Layout, size: int, config: Config) -> Roles:
+    """Who does what among `size` ranks."""
+    parallel = config.parallel
+    return assign_roles(
+        layout,
+        size,
+        partition=parallel.partition,
+        placement=parallel.placement,
+        masters=parallel.masters,
+        colocate=parallel.colocate,
+        replicas=parallel.replicas,
+    )
+
+
+def hyperparameters(config: Config) -> Hyper:
+    """The optimizers' settings in a configuration."""
+    return Hyper(**{f.name: getattr(config.optimization, f.name) for f in fields(Hyper)})
+
+
+def check_roles(network: Network, roles: Roles, config: Config) -> None:
     """UserError where the network, the loss or the minibatch does not allow these roles."""
     workers = [w for w in roles.workers if w is not None]
     tie = network.tie()
@@ -139,7 +151,8 @@ def check_partition(network: Network, roles: Roles, config: Config) -> None:
             "of its weights. Use a network that ends in separable layers (--model psnet), or give each worker the "
             f"whole network and a slice of the minibatch with --replicas {len(workers)}"
         )
-    loss = make_loss(config.objective.loss, np.dtype(config.model.dtype), kappa=config.objective.kappa)
+    objective, dtype = config.objective, np.dtype(config.model.dtype)
+    loss = make_loss(objective.loss, dtype, kappa=objective.kappa, exp_clip=objective.exp_clip)
     if config.parallel.partition == "pairs" and not loss.pairwise:
         raise UserError(
             f"--partition pairs needs a loss that is a sum over pairs of classes, and --loss {loss.name} is not: use "

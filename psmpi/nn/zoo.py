@@ -11,25 +11,18 @@ from psmpi.nn.network import Network, build
 Table = dict[str, Any]
 
 
-def _conv(channels: int, kernel: int, activation: str = "sigmoid") -> list[Table]:
-    """Convolution, 2 x 2 mean pooling, activation, in this order."""
-    return [
-        {"type": "conv", "channels": channels, "kernel": kernel},
-        {"type": "mean_pool", "size": 2},
-        {"type": activation},
-    ]
+def _conv(channels: int, kernel: int, pool: int = 2) -> list[Table]:
+    """Convolution, mean pooling, sigmoid, in this order."""
+    pooling: list[Table] = [{"type": "mean_pool", "size": pool}] if pool > 1 else []
+    return [{"type": "conv", "channels": channels, "kernel": kernel}, *pooling, {"type": "sigmoid"}]
 
 
-def _psnet(filters: tuple[int, int], kernels: tuple[int, int], widths: Sequence[int], classes: int) -> list[Table]:
-    """`filters` of the first layer in all and of the second a class; `widths` of the separable layers a class."""
-    tables = _conv(filters[0], kernels[0])
-    if kernels[1]:
-        tables += _conv(filters[1] * classes, kernels[1])
-    tables.append({"type": "flatten"})
-    for k in (*widths, 1):
-        tables += [{"type": "separable_dense", "units": k * classes, "groups": classes}, {"type": "sigmoid"}]
-    tables[-1] = {"type": "identity"}
-    return tables[:-1]
+def _psnet(convolutions: Sequence[list[Table]], widths: Sequence[int], classes: int) -> list[Table]:
+    """Convolutions, then separable layers of `widths` units a class and one score a class."""
+    tables = [table for layers in convolutions for table in layers] + [{"type": "flatten"}]
+    for width in widths:
+        tables += [{"type": "separable_dense", "units": width * classes, "groups": classes}, {"type": "sigmoid"}]
+    return [*tables, {"type": "separable_dense", "units": classes, "groups": classes}]
 
 
 def _lenet(widths: Sequence[int], classes: int) -> list[Table]:
@@ -77,12 +70,14 @@ def make_network(
     size = in_shape[1:] if len(in_shape) == 3 else ()
     if name in ("psnet", "psnet-24", "psnet-35"):
         if size == (28, 28):
-            second = 35 if name == "psnet-35" else 24
-            return build(name, in_shape, _psnet((40, 3), (5, 5), (second, 15), classes), classes)
+            convolutions, widths = [_conv(40, 5), _conv(3 * classes, 5)], (35 if name == "psnet-35" else 24, 15)
+            return build(name, in_shape, _psnet(convolutions, widths, classes), classes)
         if size == (32, 32) and name == "psnet":
-            return build(name, in_shape, _psnet((60, 3), (5, 5), (35, 15), classes), classes)
+            convolutions = [_conv(60, 5), _conv(3 * classes, 5)]
+            return build(name, in_shape, _psnet(convolutions, (35, 15), classes), classes)
         if size == (8, 8) and name == "psnet":
-            return build(name, in_shape, _psnet((8, 3), (3, 2), (8,), classes), classes)
+            convolutions = [_conv(12, 3, pool=1), _conv(3 * classes, 3)]
+            return build(name, in_shape, _psnet(convolutions, (10,), classes), classes)
     if name == "lenet" and size in ((28, 28), (32, 32)):
         return build(name, in_shape, _lenet((120, 84) if size == (28, 28) else (200, 100), classes), classes)
     if name in MODELS:
