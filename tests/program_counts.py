@@ -1,0 +1,90 @@
+"""Run a few steps of the method psl on made-up images and print, as JSON from rank 0, what each rank moved and held."""
+
+import argparse
+import hashlib
+import json
+import tracemalloc
+from dataclasses import replace
+
+import numpy as np
+
+from psmpi.backend import make_backend
+from psmpi.comm.world import start
+from psmpi.config import Config
+from psmpi.data import Dataset
+from psmpi.methods import METHODS
+from psmpi.nn.network import build
+from psmpi.nn.zoo import make_network
+
+parser = argparse.ArgumentParser()
+parser.add_argument("network")
+parser.add_argument("--placement", default="master")
+parser.add_argument("--partition", default="scores")
+parser.add_argument("--masters", type=int, default=1)
+parser.add_argument("--replicas", type=int, default=0)
+parser.add_argument("--steps", type=int, default=1)
+parser.add_argument("--trace", action="store_true")
+parser.add_argument("--trace-step", action="store_true")
+options = parser.parse_args()
+
+
+class Made:
+    """A split of made-up samples with every class equally often."""
+
+    def __init__(self, shape, n=200):
+        self.shape, self.n, self.scale, self.dtype = shape, n, 1 / 255, np.dtype(np.uint8)
+        self.labels = np.arange(n) % 10
+        self.features = int(np.prod(shape))
+
+    def read(self, rows):
+        rng = np.random.default_rng(0)
+        return rng.integers(0, 256, (self.n, int(np.prod(self.shape))), np.uint8)[rows]
+
+
+world = start()
+shape = {"mnist": (1, 28, 28), "cifar": (3, 32, 32), "wide": (20,)}[options.network]
+if options.network == "wide":
+    layers = [{"type": "dense", "units": 100}, {"type": "sigmoid"}]
+    for units in (5000, 5000):
+        layers += [{"type": "separable_dense", "units": units, "groups": 10}, {"type": "sigmoid"}]
+    layers += [{"type": "separable_dense", "units": 10, "groups": 10}]
+    network = build("wide", shape, layers, 10)
+else:
+    network = make_network("psnet", shape, 10)
+base = Config()
+config = replace(
+    base,
+    parallel=replace(
+        base.parallel, placement=options.placement, partition=options.partition, masters=options.masters,
+        replicas=options.replicas,
+    ),
+)  # fmt: skip
+dataset = Dataset(name="made", classes=10, shape=shape, train=Made(shape), test=Made(shape))
+if options.trace:
+    tracemalloc.start()
+method = METHODS["psl"](world, network, dataset, config, make_backend("numpy"))
+# Global sums of control data are not counted, so one step counts what a step moves.
+before = method.counter.sent, method.counter.received
+for _ in range(options.steps):
+    method.step(np.arange(100), 1e-3)
+sent, received = method.counter.sent - before[0], method.counter.received - before[1]
+peak = tracemalloc.get_traced_memory()[1] if options.trace else 0
+step_peak = 0
+if options.trace_step:
+    tracemalloc.start()
+    method.step(np.arange(100), 1e-3)
+    tracemalloc.reset_peak()
+    low = tracemalloc.get_traced_memory()[0]
+    method.step(np.arange(100), 1e-3)
+    step_peak = tracemalloc.get_traced_memory()[1] - low
+arrays = [method.w_part, method.g_part, *method.optimizer.vectors.values()]
+if method.exchange.inside is None:
+    arrays += [method.w, method.g]
+private = hashlib.sha256(method.w.tobytes()).hexdigest() if world.rank else ""
+mine = {
+    "sent": sent, "received": received, "vectors": sum(a.nbytes for a in arrays), "peak": peak, "private": private
+}  # fmt: skip
+everyone = world.gather(mine)
+if world.rank == 0:
+    table = {key: [one[key] for one in everyone] for key in mine}
+    print(json.dumps({**table, "size": method.layout.size, "step_peak": step_peak}))

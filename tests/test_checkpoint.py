@@ -1,0 +1,165 @@
+"""Checkpoints: what they hold, going on from them on any ranks, and damaged or foreign ones."""
+
+import json
+import shutil
+
+import h5py
+import numpy as np
+import pytest
+from conftest import distance, run
+
+from psmpi import checkpoint
+from psmpi.errors import UserError
+
+STEPS = ("--dtype", "float64", "--epochs", "4")
+LAYOUTS = [
+    (1, ()),
+    (3, ()),
+    (4, ("--placement", "owner", "--masters", "3")),
+    (7, ("--placement", "owner")),
+    (7, ("--masters", "3")),
+    (11, ("--placement", "owner", "--masters", "3")),
+    (11, ("--partition", "pairs")),
+]
+
+
+@pytest.mark.parametrize(("ranks", "layout"), LAYOUTS)
+def test_a_resumed_run_ends_in_the_same_bits(train, ranks, layout):
+    """Interrupted inside an epoch and resumed at the same N; metrics too, but for times."""
+    options = (*STEPS, *layout)
+    whole = train(ranks, *options)
+    first = train(ranks, *options, "--max-steps", "22", "--checkpoint-every", "11")
+    resumed = train(ranks, *options, "--resume", "auto", out=first.out)
+    mine, theirs = whole.tensors(), resumed.tensors()
+    assert mine.keys() == theirs.keys() and all(np.array_equal(mine[k], theirs[k]) for k in mine)
+    for a, b in zip(whole.rows, resumed.rows, strict=True):
+        for key in ("epoch", "step", "test_loss", "test_accuracy"):
+            assert a[key] == b[key]
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-14)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "lbfgs"])
+def test_a_run_goes_on_at_any_ranks_masters_and_placement(train, optimizer):
+    options = (*STEPS, "--optimizer", optimizer, "--lr", {"adam": "1e-3", "lbfgs": "1"}[optimizer], "--max-steps")
+    whole = train(1, *options, "40")
+    start = train(11, *options, "25", "--placement", "owner", "--masters", "2")
+    for ranks, layout in LAYOUTS if optimizer == "adam" else LAYOUTS[2:4]:
+        resumed = train(ranks, *options, "40", *layout, "--resume", start.checkpoint)
+        assert distance(whole.tensors(), resumed.tensors()) <= (1e-9 if optimizer == "adam" else 1e-7)
+
+
+def test_loading_gives_every_rank_the_saved_bits_of_its_shard(train):
+    """Weights and moments saved from 7 ranks under owner, read back by pieces and whole."""
+    from psmpi.nn.zoo import make_network
+    from psmpi.partition import Runs
+
+    run_ = train(7, "--max-steps", "5", "--placement", "owner", "--masters", "2")
+    layout = make_network("psnet", (1, 8, 8), 10).layout()
+
+    def load(runs):
+        vectors = {name: np.empty(runs.size, np.float32) for name in ("weights", "m", "v")}
+        checkpoint.load(run_.checkpoint, layout, runs, vectors, {})
+        return vectors
+
+    whole = load(Runs(((0, layout.size),)))
+    for shard in Runs(((0, layout.size),)).split(7):
+        for name, vector in load(shard).items():
+            assert np.array_equal(vector, np.concatenate([whole[name][a:b] for a, b in shard.intervals]))
+    tensors = run_.tensors()
+    assert sum(t.size for name, t in tensors.items() if name.startswith("weights/")) == layout.size
+    assert {name: tensors[f"weights/{name}"].shape for name in ("conv1.weight", "dense1.weight")} == {
+        p.name: p.shape for p in layout.parameters if p.name in ("conv1.weight", "dense1.weight")
+    }
+
+
+def test_checkpoints_hold_names_shapes_progress_and_configuration(train):
+    run_ = train(3, "--epochs", "2", "--seed", "5")
+    with h5py.File(run_.checkpoint) as file:
+        assert file["weights/conv1.weight"].shape == (12, 1, 3, 3)
+        assert file["weights/dense1.weight"].shape == (10, 10, 12)
+        assert set(file["optimizer"]) == {"m", "v"}
+        assert json.loads(file.attrs["scalars"]) == {"t": 30}
+    progress = checkpoint.read_progress(run_.checkpoint)
+    assert (progress.step, progress.epoch, progress.cursor, len(progress.rows)) == (30, 2, 0, 2)
+    assert "seed = 5" in checkpoint.read_config(run_.checkpoint)
+    assert "seed = 5" in (run_.out / "config.toml").read_text()
+
+
+def test_only_the_newest_checkpoints_are_kept(train):
+    options = ("--epochs", "2", "--checkpoint-every", "4", "--checkpoint-keep", "2")
+    names = [path.name for path in checkpoint.available(train(1, *options).out)]
+    assert names == ["step-000000028.h5", "step-000000030.h5"]
+
+
+def test_auto_passes_over_a_damaged_checkpoint(train):
+    run_ = train(1, "--epochs", "3")
+    newest = checkpoint.available(run_.out)[-1]
+    newest.write_bytes(newest.read_bytes()[:1000])
+    resumed = train(1, "--epochs", "3", "--resume", "auto", out=run_.out)
+    assert "step-000000030.h5, step 30" in " ".join(resumed.stdout.split())
+    assert [row["epoch"] for row in resumed.rows] == [1, 2, 3]
+
+
+def test_auto_starts_afresh_where_there_is_nothing(train, tmp_path):
+    assert train(1, "--epochs", "1", "--resume", "auto", out=tmp_path / "new").rows[-1]["step"] == 15
+
+
+def refusal(tmp_path, *options):
+    status, out, err = run(1, "-m", "psmpi.train", "--out", tmp_path / "other", *options, cwd=tmp_path)
+    assert status == 1 and "Traceback" not in err, err + out
+    return " ".join(err.split())
+
+
+def test_foreign_and_damaged_files_are_named(train, tmp_path):
+    made = train(1, "--epochs", "1").checkpoint
+    assert "no such file" in refusal(tmp_path, "--resume", tmp_path / "none.h5")
+    text = tmp_path / "text.h5"
+    text.write_text("not HDF5")
+    assert "damaged or not HDF5" in refusal(tmp_path, "--resume", text)
+    with h5py.File(tmp_path / "plain.h5", "w") as file:
+        file["x"] = np.zeros(3)
+    assert "not a psmpi checkpoint" in refusal(tmp_path, "--resume", tmp_path / "plain.h5")
+    newer = tmp_path / "newer.h5"
+    shutil.copy(made, newer)
+    with h5py.File(newer, "r+") as file:
+        file.attrs["format"] = 99
+    assert "format 99" in refusal(tmp_path, "--resume", newer)
+    other = tmp_path / "shape.h5"
+    shutil.copy(made, other)
+    with h5py.File(other, "r+") as file:
+        del file["weights/dense1.weight"]
+        file["weights/dense1.weight"] = np.zeros((2, 3))
+    message = refusal(tmp_path, "--resume", other)
+    assert "weights/dense1.weight" in message and "(2, 3) in the file" in message and "in the model" in message
+    missing = refusal(tmp_path, "--resume", made, "--optimizer", "sgd", "--model", "mlp", "--widths", "8")
+    assert "has no weights/" in missing or "in the model" in missing
+    moments = refusal(tmp_path, "--resume", made, "--optimizer", "lbfgs")
+    assert "has no optimizer/s0" in moments and "m, v" in moments
+
+
+def test_a_run_is_not_overwritten_by_another(train, tmp_path):
+    out = train(1, "--epochs", "1").out
+    status, _, err = run(1, "-m", "psmpi.train", "--out", out, "--epochs", "1")
+    assert status == 1 and "--resume auto" in err
+
+
+def test_leftovers_of_a_killed_writer_are_removed(train, tmp_path):
+    folder = tmp_path / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+    (folder / ".step-000000007.h5.part").write_bytes(b"half")
+    train(1, "--epochs", "1", out=tmp_path / "run")
+    assert [path.name for path in folder.iterdir()] == ["step-000000015.h5"]
+
+
+def test_a_checkpoint_that_cannot_be_written_is_an_error_that_names_it(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").write_text("a file where the folder should be")
+    status, _, err = run(1, "-m", "psmpi.train", "--out", tmp_path / "run", "--epochs", "1")
+    assert status == 1 and "cannot write the checkpoint" in err and "--out" in err
+
+
+def test_the_newest_of_a_folder_is_found(train):
+    out = train(1, "--epochs", "2").out
+    assert checkpoint.find(str(out), out).name == "step-000000030.h5"
+    with pytest.raises(UserError, match="no checkpoint in"):
+        checkpoint.find(str(out / "checkpoints"), out)

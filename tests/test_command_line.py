@@ -1,0 +1,246 @@
+"""What a person types and sees: help, configuration, errors, and ranks that fail."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import HERE, finish, run, start
+
+from psmpi.comm.world import announced_size, check_launcher
+from psmpi.config import Config, from_toml, read_file, to_toml
+from psmpi.errors import UserError
+
+TRAIN = ("-m", "psmpi.train")
+OPTIONS = (
+    "config method dataset data-dir model loss partition placement masters colocate replicas optimizer "
+    "lr batch-size epochs max-steps seed dtype backend out resume checkpoint-every"
+)
+
+
+def test_importing_the_package_starts_no_mpi():
+    code = "import psmpi, psmpi.partition, psmpi.loop, psmpi.methods, psmpi.train, sys; print('mpi4py' in sys.modules)"
+    status, out, err = run(1, "-W", "error", "-c", code)
+    assert (status, out.strip()) == (0, "False"), err
+
+
+def test_only_the_world_module_names_comm_world():
+    sources = [p for p in (HERE.parent / "psmpi").rglob("*.py") if "COMM_WORLD" in p.read_text()]
+    assert [p.name for p in sources] == ["world.py"]
+
+
+def test_modules_import_from_floors_below_only():
+    """The floors of the house: backend, then nn, partition, optim and data, then comm, methods, loop, commands."""
+    floors = [("errors",), ("config",), ("backend",), ("partition",), ("nn", "optim", "data"), ("comm",), ("methods",),
+              ("checkpoint", "metrics"), ("loop",), ("train",)]  # fmt: skip
+    floor = {name: k for k, names in enumerate(floors) for name in names}
+    root = HERE.parent / "psmpi"
+    for path in root.rglob("*.py"):
+        own = path.relative_to(root).parts[0].removesuffix(".py")
+        if own == "__init__":
+            continue
+        for name in re.findall(r"^\s*(?:from|import) psmpi\.(\w+)", path.read_text(), re.M):
+            assert floor[name] < floor[own] or name == own, f"{path.name} imports psmpi.{name}"
+
+
+def test_help_names_every_option_with_its_default():
+    status, out, err = run(1, *TRAIN, "--help")
+    assert status == 0 and not err
+    for option in OPTIONS.split():
+        assert f"--{option}" in out, option
+    assert "(default: psnet)" in " ".join(out.split())
+
+
+def test_help_and_usage_errors_appear_once_under_mpirun():
+    status, out, _ = run(3, *TRAIN, "--help")
+    assert status == 0 and out.count("--batch-size") == 1
+    status, out, err = run(3, *TRAIN, "--loss", "hinge")
+    assert status == 1 and (out + err).count("hinge") == 1
+
+
+def test_the_command_line_goes_before_the_file(train, tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text('[run]\nepochs = 1\nseed = 7\n[optimization]\nlr = 0.5\noptimizer = "sgd"\n')
+    result = train(1, "--config", path, "--lr", "0.25")
+    resolved = read_file(str(result.out / "config.toml"))
+    assert (resolved.run.seed, resolved.run.epochs) == (7, 1)
+    assert (resolved.optimization.lr, resolved.optimization.optimizer) == (0.25, "sgd")
+    assert from_toml(to_toml(resolved), "again") == resolved
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("[runs]\nepochs = 1", "unknown table \\[runs\\]"),
+        ("[run]\nepoch = 1", "unknown setting 'epoch' in \\[run\\]"),
+        ('[run]\nepochs = "one"', "expected int, got str"),
+        ('[objective]\nloss = "hinge"', "choose one of psl, logistic, nll, squared"),
+        ("[model]\nwidths = 3", "expected a list"),
+        ("[run\nepochs = 1", "not valid TOML"),
+    ],
+)
+def test_a_wrong_configuration_file_names_what_is_wrong(tmp_path, text, says):
+    path = tmp_path / "wrong.toml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=says):
+        read_file(str(path))
+
+
+def test_a_missing_configuration_file_is_named():
+    with pytest.raises(UserError, match=r"none\.toml"):
+        read_file("none.toml")
+
+
+def test_the_default_configuration_survives_toml():
+    assert from_toml(to_toml(Config()), "text") == Config()
+
+
+@pytest.mark.parametrize(
+    ("ranks", "options", "says"),
+    [
+        (1, ("--epochs", "0"), "--epochs 0"),
+        (1, ("--lr", "0"), "--lr 0"),
+        (1, ("--dataset", "minst"), "minst"),
+        (1, ("--dataset", "mnist", "--data-dir", "nowhere"), "nowhere"),
+        (1, ("--dataset", "mine.npz"), "mine.npz"),
+        (1, ("--batch-size", "5000"), "5000"),
+        (1, ("--schedule", "step"), "--step-size"),
+        (1, ("--resume", "auto", "--out", ""), "--out"),
+        (3, ("--dataset", "mnist", "--data-dir", "nowhere"), "nowhere"),
+        (3, ("--model", "lenet"), "not made for samples of shape (1, 8, 8)"),
+        (3, ("--model", "mlp"), "layer 'dense2' ties the classes"),
+        (3, ("--masters", "3"), "leaves no worker"),
+        (3, ("--masters", "4"), "start at least 4 ranks"),
+        (3, ("--partition", "pairs", "--loss", "nll"), "--loss psl or --loss logistic"),
+        (3, ("--replicas", "2", "--batch-size", "1"), "--batch-size 2 or more"),
+        (3, ("--kappa", "-1"), "--kappa -1"),
+        (3, ("--exp-clip", "200"), "from 0 to 88.7"),
+        (3, ("--init-gain", "0"), "--init-gain"),
+    ],
+)
+def test_a_wrong_setting_is_one_message_that_names_the_fix(tmp_path, ranks, options, says):
+    begun = time.monotonic()
+    out = () if "--out" in options else ("--out", tmp_path / "run")
+    status, stdout, stderr = run(ranks, *TRAIN, *out, *options, cwd=tmp_path)
+    told = " ".join(stderr.split())
+    assert status == 1, stdout
+    assert says in told and "Traceback" not in told, told
+    assert told.count("error:") == 1, told
+    assert time.monotonic() - begun < 20
+
+
+FAILING = """
+import sys, time
+from psmpi.comm.world import run, start
+def program():
+    world = start()
+    if world.rank == 1:
+        time.sleep(0.5)
+        {failure}
+    import numpy as np
+    world.Allreduce(np.ones(3), np.ones(3))
+    world.Barrier()
+    return 0
+sys.exit(run(program))
+"""
+
+
+@pytest.mark.parametrize(
+    ("failure", "says"),
+    [
+        ("raise RuntimeError('the moon is full')", "RuntimeError: the moon is full"),
+        ("from psmpi.errors import UserError; raise UserError('say cheese')", "error: say cheese"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", ""),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", ""),
+        ("sys.exit(5)", ""),
+    ],
+)
+def test_a_rank_that_fails_ends_the_job(failure, says):
+    begun = time.monotonic()
+    status, _, err = run(3, "-c", FAILING.format(failure=failure), timeout=30)
+    assert status != 0 and time.monotonic() - begun < 12
+    assert says in err
+    if says:
+        assert "rank 1 of 3" in err
+
+
+@pytest.mark.parametrize("victim", [0, 2])
+def test_a_rank_killed_in_training_ends_the_job(tmp_path, victim):
+    process = start(4, *TRAIN, "--out", tmp_path / "run", "--epochs", "100000", cwd=tmp_path)
+    try:
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.glob("run/checkpoints/step-*.h5")):
+            assert time.monotonic() < deadline, "training did not begin"
+            time.sleep(0.1)
+        ranks = [p for p in children(process.pid) if b"psmpi.train" in command(p) and b"mpirun" not in command(p)]
+        ranks.sort()
+        os.kill(ranks[victim], signal.SIGKILL)
+        begun = time.monotonic()
+        status, _, _ = finish(process, 20)
+        assert status != 0 and time.monotonic() - begun < 10
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def command(pid):
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def children(pid):
+    """All descendants of a process."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in task.read_text().split():
+            found += [int(child), *children(int(child))]
+    return found
+
+
+def test_a_launcher_of_another_mpi_is_explained():
+    assert announced_size({"PMI_SIZE": "4"}) == ("PMI_SIZE", 4)
+    assert announced_size({"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "3"}) == ("SLURM_STEP_NUM_TASKS", 8)
+    assert announced_size({"SLURM_NTASKS": "8"}) is None, "the batch shell itself"
+    check_launcher(4, {"PMI_SIZE": "4"}, "MPICH")
+    check_launcher(1, {}, "MPICH")
+    with pytest.raises(UserError, match="started 4 processes \\(OMPI_COMM_WORLD_SIZE=4\\)"):
+        check_launcher(1, {"OMPI_COMM_WORLD_SIZE": "4"}, "MPICH Version: 5")
+
+
+def test_singletons_of_another_launcher_stop_with_that_explanation(tmp_path):
+    environment = {**os.environ, "OMPI_COMM_WORLD_SIZE": "3"}
+    done = subprocess.run(
+        [sys.executable, *TRAIN, "--out", str(tmp_path / "run")], env=environment, capture_output=True, text=True,
+        timeout=60, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 1 and "belongs to another MPI" in done.stderr
+
+
+@pytest.mark.parametrize("suffix", ["npz", "h5"])
+def test_own_data_trains(train, tmp_path, suffix):
+    import h5py
+
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(4, 12))
+    y = np.arange(400) % 4
+    x = (centres[y] + 0.3 * rng.normal(size=(400, 12))).astype(np.float32)
+    path = tmp_path / f"mine.{suffix}"
+    if suffix == "npz":
+        np.savez(path, x=x, y=y)
+    else:
+        with h5py.File(path, "w") as file:
+            file["x"], file["y"] = x, y
+    config = tmp_path / "net.toml"
+    config.write_text(
+        '[model]\nmodel = "custom"\n[[model.layers]]\ntype = "dense"\nunits = 12\n[[model.layers]]\ntype = "tanh"\n'
+        '[[model.layers]]\ntype = "separable_dense"\nunits = 4\ngroups = 4\n'
+    )
+    result = train(3, "--dataset", path, "--config", config, "--epochs", "30", "--lr", "0.01", "--batch-size", "20")
+    assert result.rows[-1]["test_accuracy"] > 0.9

@@ -1,0 +1,219 @@
+"""Whole runs under mpirun: the same weights whatever the ranks, placements and partitions."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import HERE, distance, run
+
+EXACT = ("--dtype", "float64", "--max-steps", "50", "--epochs", "10")
+
+
+@pytest.fixture(scope="module")
+def serial(tmp_path_factory):
+    """The weights of a run on one process, by options."""
+    known = {}
+
+    def call(*options):
+        if options not in known:
+            from conftest import Trained
+
+            out = tmp_path_factory.mktemp("serial") / "run"
+            status, stdout, stderr = run(1, "-m", "psmpi.train", "--out", out, *options)
+            assert status == 0, stderr
+            known[options] = Trained(out, stdout)
+        return known[options]
+
+    return call
+
+
+@pytest.mark.parametrize("masters", [1, 3])
+@pytest.mark.parametrize("placement", ["master", "owner"])
+@pytest.mark.parametrize("ranks", [2, 3, 4, 7, 11])
+def test_weights_after_fifty_steps_do_not_depend_on_ranks_or_placement(train, serial, ranks, placement, masters):
+    if masters >= ranks:
+        pytest.skip("every rank would be a master: covered by the colocated runs")
+    result = train(ranks, *EXACT, "--placement", placement, "--masters", masters)
+    assert distance(serial(*EXACT).tensors(), result.tensors()) <= 1e-9
+    assert result.rows[-1]["test_accuracy"] == serial(*EXACT).rows[-1]["test_accuracy"]
+    assert result.rows[-1]["train_loss"] == pytest.approx(serial(*EXACT).rows[-1]["train_loss"], rel=1e-12)
+
+
+@pytest.mark.parametrize("placement", ["master", "owner"])
+@pytest.mark.parametrize(("ranks", "masters"), [(2, 2), (3, 3), (3, 1), (11, 3)])
+def test_colocated_masters_give_the_same_weights(train, serial, ranks, masters, placement):
+    options = ("--colocate", "--masters", masters, "--placement", placement)
+    assert distance(serial(*EXACT).tensors(), train(ranks, *EXACT, *options).tensors()) <= 1e-9
+
+
+@pytest.mark.parametrize("masters", [1, 3])
+@pytest.mark.parametrize("ranks", [1, 2, 4, 7, 11])
+def test_the_pair_partition_gives_the_same_weights(train, serial, ranks, masters):
+    if masters >= ranks > 1:
+        pytest.skip("every rank would be a master")
+    options = ("--partition", "pairs", "--masters", masters if ranks > 1 else 1)
+    result = train(ranks, *EXACT, *options)
+    assert distance(serial(*EXACT).tensors(), result.tensors()) <= 1e-9
+    assert result.rows[-1]["test_accuracy"] == serial(*EXACT).rows[-1]["test_accuracy"]
+
+
+@pytest.mark.parametrize("loss", ["psl", "logistic", "nll", "squared"])
+@pytest.mark.parametrize("placement", ["master", "owner"])
+@pytest.mark.parametrize(("columns", "rows"), [(2, 1), (10, 1), (5, 2), (2, 3)])
+def test_grids_of_columns_and_replica_rows_follow_the_serial_run(train, serial, columns, rows, placement, loss):
+    if loss in ("logistic", "squared") and (columns, rows) != (5, 2):
+        pytest.skip("one grid is enough for this loss")
+    options = ("--dtype", "float64", "--max-steps", "20", "--batch-size", "32", "--loss", loss)
+    result = train(columns * rows + 1, *options, "--replicas", rows, "--placement", placement)
+    assert distance(serial(*options).tensors(), result.tensors()) <= 1e-12
+
+
+@pytest.mark.parametrize("placement", ["master", "owner"])
+def test_float32_runs_agree_within_rounding(train, serial, placement):
+    options = ("--max-steps", "20", "--batch-size", "32")
+    assert distance(serial(*options).tensors(), train(8, *options, "--placement", placement).tensors()) <= 1e-5
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "nesterov", "adamw", "rmsprop", "lbfgs"])
+@pytest.mark.parametrize("placement", ["master", "owner"])
+def test_every_optimizer_gives_the_same_weights_on_many_ranks(train, serial, optimizer, placement):
+    options = (
+        "--dtype", "float64", "--max-steps", "20", "--optimizer", optimizer, "--weight-decay", "0.001",
+        "--lr", "1" if optimizer == "lbfgs" else "0.01", "--schedule", "cosine", "--warmup-steps", "5",
+    )  # fmt: skip
+    result = train(7, *options, "--placement", placement, "--masters", "2", "--replicas", "2")
+    tolerance = 1e-7 if optimizer == "lbfgs" else 1e-9
+    assert distance(serial(*options).tensors(), result.tensors()) <= tolerance
+
+
+@pytest.mark.parametrize("partition", ["scores", "pairs"])
+def test_networks_whose_blocks_cut_channels_give_the_same_weights(train, serial, tmp_path_factory, partition):
+    path = tmp_path_factory.mktemp("config") / "cut.toml"
+    path.write_text(
+        """
+[model]
+model = "custom"
+dtype = "float64"
+[[model.layers]]
+type = "conv"
+channels = 13
+kernel = 3
+[[model.layers]]
+type = "mean_pool"
+[[model.layers]]
+type = "sigmoid"
+[[model.layers]]
+type = "flatten"
+[[model.layers]]
+type = "separable_dense"
+units = 40
+groups = 10
+[[model.layers]]
+type = "tanh"
+[[model.layers]]
+type = "separable_dense"
+units = 10
+groups = 10
+"""
+    )
+    options = ("--config", path, "--max-steps", "20")
+    for extra in (("--placement", "owner", "--masters", "2"), ("--placement", "master", "--replicas", "2")):
+        result = train(8, *options, "--partition", partition, *extra)
+        assert distance(serial(*options).tensors(), result.tensors()) <= 1e-9
+
+
+def test_dense_networks_train_in_replica_rows(train, serial):
+    options = ("--dtype", "float64", "--model", "mlp", "--widths", "20", "12", "--max-steps", "20", "--loss", "nll")
+    assert distance(serial(*options).tensors(), train(4, *options, "--replicas", "3").tensors()) <= 1e-9
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("first", range(1, 41, 8))
+def test_any_number_of_ranks_up_to_forty_trains(train, serial, first):
+    options = ("--max-steps", "3", "--dtype", "float64")
+    for ranks in range(first, first + 8):
+        result = train(ranks, *options, timeout=240)
+        assert distance(serial(*options).tensors(), result.tensors()) <= 1e-9, ranks
+
+
+def counted(ranks, *options):
+    status, out, err = run(ranks, HERE / "program_counts.py", *options)
+    assert status == 0, err
+    return json.loads(out)
+
+
+PSNETS = {"mnist": (1040, 4570), "cifar": (4560, 7719)}
+
+
+@pytest.mark.parametrize("name", PSNETS)
+@pytest.mark.parametrize(("columns", "rows"), [(10, 1), (2, 1), (10, 2)])
+def test_bytes_a_step_are_those_of_the_formulas(name, columns, rows):
+    """Sent by one worker, and one direction at the master's link, with b = 100 and float32."""
+    shared, private = PSNETS[name]
+    batch, classes = 100 // rows, 10 // columns
+    scores = 4 * batch * classes * (columns - 1)
+    master = counted(columns * rows + 1, name, "--placement", "master", "--replicas", str(rows))
+    assert master["sent"][1:] == [4 * (shared + classes * private) + scores] * (columns * rows)
+    assert master["sent"][0] == master["received"][0] == 4 * rows * (columns * shared + 10 * private)
+    owner = counted(columns * rows + 1, name, "--placement", "owner", "--replicas", str(rows))
+    ring = 2 * (rows - 1) * 4 * classes * private // rows
+    assert owner["sent"][1:] == [4 * shared + scores + ring] * (columns * rows)
+    assert owner["sent"][0] == owner["received"][0] == 4 * columns * rows * shared
+    if (name, columns, rows) == ("mnist", 10, 1):
+        assert master["sent"][1] == 26040 and owner["sent"][1] == 7760
+
+
+def test_bytes_of_the_pair_partition_are_those_of_its_table():
+    result = counted(11, "mnist", "--partition", "pairs")
+    assert result["sent"][0] == result["received"][0] == 772_800
+    assert max(result["sent"][1:]) == 4 * 19_320
+
+
+def test_workers_never_hold_the_flat_vector():
+    """Weights, gradients and optimizer state of each rank, and the largest array it ever allocated."""
+    wide = 10 * 4570 + 1040
+    owner = counted(11, "mnist", "--placement", "owner")
+    assert owner["vectors"] == [4 * 1040 * 4] + [5610 * 4 * 2 + 4570 * 4 * 2] * 10
+    master = counted(11, "mnist", "--placement", "master", "--masters", "1")
+    assert master["vectors"] == [4 * wide * 4] + [5610 * 4 * 2] * 10
+    pairs = counted(11, "mnist", "--partition", "pairs")
+    assert max(pairs["vectors"][1:]) == 19_320 * 4 * 2
+
+
+def test_no_worker_allocates_anything_of_the_size_of_the_flat_vector():
+    """All that Python and NumPy ever hold on such a rank together is less than one flat vector (10 MB)."""
+    result = counted(12, "wide", "--placement", "owner", "--trace", "--masters", "2")
+    assert result["size"] * 4 > 10_000_000
+    assert max(result["peak"]) < result["size"] * 4
+    result = counted(11, "wide", "--placement", "master", "--trace")
+    assert max(result["peak"][1:]) < result["size"] * 4 < result["peak"][0]
+
+
+def test_replicas_of_a_private_block_stay_bit_identical():
+    result = counted(7, "mnist", "--placement", "owner", "--replicas", "3", "--steps", "5")
+    digests = result["private"][1:]
+    assert digests[0] == digests[2] == digests[4] != digests[1] == digests[3] == digests[5]
+
+
+def test_a_step_allocates_nothing_that_grows_with_the_network():
+    result = counted(1, "wide", "--trace-step")
+    assert result["step_peak"] < 0.05 * result["size"] * 4
+
+
+def test_metrics_hold_a_row_an_epoch(train):
+    rows = train(3, "--epochs", "2").rows
+    keys = {"epoch", "step", "seconds", "train_loss", "test_loss", "test_accuracy", "samples_per_second",
+            "bytes_sent", "bytes_received"}  # fmt: skip
+    assert [r["epoch"] for r in rows] == [1, 2] and all(keys <= r.keys() for r in rows)
+    assert rows[1]["step"] == 30 and rows[1]["seconds"] > rows[0]["seconds"]
+    for row in rows:
+        assert row["bytes_sent"] == sum(row["bytes_sent_by_rank"]) > 0
+        assert row["bytes_received"] == sum(row["bytes_received_by_rank"]) > 0
+        assert np.isfinite([row["train_loss"], row["test_loss"]]).all()
+
+
+def test_the_placement_table_appears_once(train):
+    shown = train(4, "--epochs", "1").stdout
+    assert shown.count("placement") == 1 and shown.count("epoch ") == 1
+    assert "master" in shown and shown.count("worker") == 3
