@@ -1,133 +1,198 @@
-"""Element-wise update rules. Weight decay is an L2 penalty added to the gradient, but in AdamW."""
+"""Element-wise update rules, chunk by chunk, in the conventions of PyTorch.
+
+Weight decay is an L2 penalty added to the gradient (g + weight_decay w), but in AdamW. Scalars are Python
+floats, which take the dtype of the arrays: float32 shards are stepped in float32.
+"""
 
 from __future__ import annotations
 
 from math import sqrt
+from typing import ClassVar
 
 import numpy as np
+from numpy.typing import DTypeLike
 
-from psmpi.optim.base import AllSum, Closure, Hyper, Optimizer
+from psmpi.optim.base import AllSum, Closure, Optimizer, check_eps, check_settings
 
 
 class FirstOrder(Optimizer):
-    """Applies `update` chunk by chunk, with the L2 penalty in the gradient."""
+    """Applies `update` to the chunks of a shard, with the L2 penalty in the gradient."""
 
-    names: tuple[str, ...] = ()
+    names: ClassVar[tuple[str, ...]] = ()
+    # Whether weight decay goes through the gradient.
     coupled = True
 
-    def __init__(self, n: int, dtype: np.dtype, hyper: Hyper):
-        super().__init__(n, dtype, hyper, self.names)
+    def __init__(self, n: int, dtype: DTypeLike, *, weight_decay: float = 0.0) -> None:
+        check_settings(weight_decay=weight_decay)
+        super().__init__(n, dtype, names=self.names)
+        self.weight_decay = float(weight_decay)
 
     def step(self, w: np.ndarray, g: np.ndarray, lr: float, allsum: AllSum, closure: Closure | None = None) -> None:
-        self.begin()
-        decay = self.hyper.weight_decay
+        self.check_shard(w, g)
+        # A NumPy float64 would draw float32 chunks up to float64.
+        lr = float(lr)
+        if "t" in self.scalars:
+            self.scalars["t"] += 1
         for at in self.chunks():
-            a, b = (row[: at.stop - at.start] for row in self.scratch)
-            if decay and self.coupled:
-                np.multiply(w[at], decay, out=a)
-                g[at] += a
-            self.update(w[at], g[at], lr, [v[at] for v in self.vectors.values()], a, b)
-
-    def begin(self) -> None:
-        """Called once a step, before the chunks."""
+            size = at.stop - at.start
+            a, b = self.scratch[0, :size], self.scratch[1, :size]
+            w_at, g_at = w[at], g[at]
+            if self.coupled and self.weight_decay:
+                np.multiply(w_at, self.weight_decay, out=a)
+                g_at += a
+            self.update(w_at, g_at, lr, [vector[at] for vector in self.vectors.values()], a, b)
 
     def update(
         self, w: np.ndarray, g: np.ndarray, lr: float, state: list[np.ndarray], a: np.ndarray, b: np.ndarray
     ) -> None:
-        """Step one chunk in place; `a` and `b` are scratch of its size."""
+        """Step one chunk w (k,) in place along g (k,); `state` in the order of `names`; scratch a, b (k,)."""
         raise NotImplementedError
 
 
 class SGD(FirstOrder):
     """w -= lr g."""
 
-    def update(self, w, g, lr, state, a, b):
+    settings = ("weight_decay",)
+
+    def update(
+        self, w: np.ndarray, g: np.ndarray, lr: float, state: list[np.ndarray], a: np.ndarray, b: np.ndarray
+    ) -> None:
         np.multiply(g, lr, out=a)
         w -= a
 
 
 class Momentum(FirstOrder):
-    """v = momentum v + g; w -= lr v (Polyak 1964, in the form of Sutskever et al. 2013 without dampening)."""
+    """v = beta v + g; w -= lr v (Polyak 1964, in PyTorch's form: no dampening, lr outside v).
 
+    UserError for beta outside [0, 1) or a negative weight_decay.
+    """
+
+    settings = ("beta", "weight_decay")
     names = ("v",)
 
-    def update(self, w, g, lr, state, a, b):
+    def __init__(self, n: int, dtype: DTypeLike, *, beta: float = 0.9, weight_decay: float = 0.0) -> None:
+        check_settings(momentum=beta)
+        super().__init__(n, dtype, weight_decay=weight_decay)
+        self.beta = float(beta)
+
+    def update(
+        self, w: np.ndarray, g: np.ndarray, lr: float, state: list[np.ndarray], a: np.ndarray, b: np.ndarray
+    ) -> None:
         (v,) = state
-        v *= self.hyper.momentum
+        v *= self.beta
         v += g
         np.multiply(v, lr, out=a)
         w -= a
 
 
-class Nesterov(FirstOrder):
-    """v = momentum v + g; w -= lr (g + momentum v) (Nesterov 1983, in the form of Sutskever et al. 2013)."""
+class Nesterov(Momentum):
+    """v = beta v + g; w -= lr (g + beta v) (Nesterov 1983, as PyTorch's SGD with nesterov=True)."""
 
-    names = ("v",)
-
-    def update(self, w, g, lr, state, a, b):
+    def update(
+        self, w: np.ndarray, g: np.ndarray, lr: float, state: list[np.ndarray], a: np.ndarray, b: np.ndarray
+    ) -> None:
         (v,) = state
-        v *= self.hyper.momentum
+        v *= self.beta
         v += g
-        np.multiply(v, self.hyper.momentum, out=a)
+        np.multiply(v, self.beta, out=a)
         a += g
         a *= lr
         w -= a
 
 
 class Adam(FirstOrder):
-    """Kingma and Ba 2015, Algorithm 1: bias-corrected moments, eps outside the root."""
+    """m = beta1 m + (1 - beta1) g; v = beta2 v + (1 - beta2) g^2; w -= lr m' / (sqrt(v') + eps).
 
+    m' = m / (1 - beta1^t), v' = v / (1 - beta2^t), t = 1, 2, ... the number of the step (Kingma and Ba 2015,
+    Algorithm 1). UserError for beta1 or beta2 outside [0, 1), eps not above 0 in `dtype`, negative
+    weight_decay.
+    """
+
+    settings = ("beta1", "beta2", "eps", "weight_decay")
     names = ("m", "v")
 
-    def __init__(self, n: int, dtype: np.dtype, hyper: Hyper):
-        super().__init__(n, dtype, hyper)
+    def __init__(
+        self,
+        n: int,
+        dtype: DTypeLike,
+        *,
+        beta1: float = 0.9,
+        beta2: float = 0.999,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        check_settings(beta1=beta1, beta2=beta2)
+        super().__init__(n, dtype, weight_decay=weight_decay)
+        check_eps(eps, self.dtype)
+        self.beta1, self.beta2, self.eps = float(beta1), float(beta2), float(eps)
         self.scalars["t"] = 0
 
-    def begin(self) -> None:
-        self.scalars["t"] += 1
-
-    def update(self, w, g, lr, state, a, b):
+    def update(
+        self, w: np.ndarray, g: np.ndarray, lr: float, state: list[np.ndarray], a: np.ndarray, b: np.ndarray
+    ) -> None:
         m, v = state
-        h, t = self.hyper, self.scalars["t"]
+        t = self.scalars["t"]
+        # m + (1 - beta1) (g - m), one multiplication fewer than the formula.
         np.subtract(g, m, out=a)
-        a *= 1 - h.beta1
+        a *= 1 - self.beta1
         m += a
-        v *= h.beta2
+        v *= self.beta2
         np.multiply(g, g, out=a)
-        a *= 1 - h.beta2
+        a *= 1 - self.beta2
         v += a
         np.sqrt(v, out=a)
-        a *= 1 / sqrt(1 - h.beta2**t)
-        a += h.eps
+        a *= 1 / sqrt(1 - self.beta2**t)
+        a += self.eps
         np.divide(m, a, out=b)
-        b *= lr / (1 - h.beta1**t)
+        b *= lr / (1 - self.beta1**t)
         w -= b
 
 
 class AdamW(Adam):
-    """Adam with decoupled weight decay: w -= lr decay w beside the step (Loshchilov and Hutter 2019)."""
+    """Adam, with the weights shrunk by 1 - lr weight_decay beside the step (Loshchilov and Hutter 2019,
+    Algorithm 2).
+
+    The decay is multiplied by lr, as in PyTorch.
+    """
 
     coupled = False
 
-    def update(self, w, g, lr, state, a, b):
-        if self.hyper.weight_decay:
-            w *= 1 - lr * self.hyper.weight_decay
+    def update(
+        self, w: np.ndarray, g: np.ndarray, lr: float, state: list[np.ndarray], a: np.ndarray, b: np.ndarray
+    ) -> None:
+        if self.weight_decay:
+            w *= 1 - lr * self.weight_decay
         super().update(w, g, lr, state, a, b)
 
 
 class RMSprop(FirstOrder):
-    """v = alpha v + (1 - alpha) g^2; w -= lr g / (sqrt(v) + eps) (Tieleman and Hinton 2012)."""
+    """v = alpha v + (1 - alpha) g^2; w -= lr g / (sqrt(v) + eps) (Tieleman and Hinton 2012, in PyTorch's
+    form).
 
+    UserError for alpha outside [0, 1), eps not above 0 in `dtype`, negative weight_decay.
+    """
+
+    settings = ("alpha", "eps", "weight_decay")
     names = ("v",)
 
-    def update(self, w, g, lr, state, a, b):
+    def __init__(
+        self, n: int, dtype: DTypeLike, *, alpha: float = 0.99, eps: float = 1e-8, weight_decay: float = 0.0
+    ) -> None:
+        check_settings(alpha=alpha)
+        super().__init__(n, dtype, weight_decay=weight_decay)
+        check_eps(eps, self.dtype)
+        self.alpha, self.eps = float(alpha), float(eps)
+
+    def update(
+        self, w: np.ndarray, g: np.ndarray, lr: float, state: list[np.ndarray], a: np.ndarray, b: np.ndarray
+    ) -> None:
         (v,) = state
-        v *= self.hyper.alpha
+        v *= self.alpha
         np.multiply(g, g, out=a)
-        a *= 1 - self.hyper.alpha
+        a *= 1 - self.alpha
         v += a
         np.sqrt(v, out=a)
-        a += self.hyper.eps
+        a += self.eps
         np.divide(g, a, out=b)
         b *= lr
         w -= b

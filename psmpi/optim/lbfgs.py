@@ -1,169 +1,230 @@
 """L-BFGS with a strong Wolfe line search, on shards: every scalar product is a global sum.
 
-Nocedal and Wright, Numerical Optimization (2nd ed.): two-loop recursion, Algorithm 7.4; line search, Algorithms 3.5
-and 3.6 with cubic interpolation (eq. 3.59).
+The two-loop recursion (Nocedal and Wright, Numerical Optimization, 2nd ed., Algorithm 7.4) is carried out on
+the coefficients of the direction in the basis of all s, y and g, from the products of these vectors with each
+other (Chen, Wang, Zhou 2014, "Large-scale L-BFGS using MapReduce"). So a direction takes one global sum,
+however long the history.
 """
 
 from __future__ import annotations
 
-from math import isfinite, sqrt
+from collections.abc import Sequence
+from math import inf, isfinite, sqrt
 
 import numpy as np
+from numpy.typing import DTypeLike
 
-from psmpi.optim.base import AllSum, Closure, Hyper, Optimizer
+from psmpi.optim.base import CHUNK, AllSum, Closure, Optimizer, check_settings
+from psmpi.optim.linesearch import Point, strong_wolfe
+from psmpi.optim.norms import add_products
+from psmpi.optim.twoloop import two_loop
 
-SUFFICIENT, CURVATURE = 1e-4, 0.9
+# A pair is skipped where s^T y is at most this times ||s|| ||y||: it would make the next directions useless.
+FLAT = 1e-10
 
 
 class LBFGS(Optimizer):
-    """One step is one iteration: a direction from the last `history` pairs, then a line search on the closure.
+    """One step is one iteration: a direction from the last `history` pairs, then a line search.
 
-    The closure must see one minibatch throughout a step; pairs are differences of gradients of that minibatch. Weight
-    decay is an L2 penalty: 0.5 weight_decay ||w||^2 on the loss. `lr` is the first trial length (the very first step
-    is shortened to lr min(1, 1 / ||g||_1)). A search that finds no lower point restores w and forgets all pairs;
-    scalars["failed_searches"] counts these.
+    The closure is called first at the w given, so g need not be filled on entry; it must see one minibatch
+    throughout a step, which may be another in the next step: pairs are differences of gradients of one
+    minibatch. Products are accumulated in float64. `lr` is the first length tried; without any pairs it is lr
+    min(1, 1 / ||g||_1). Weight decay is an L2 penalty: 0.5 weight_decay ||w||^2 on the loss of the closure.
+
+    A loss or slope that is not finite makes a trial too long. A search that finds no sufficient decrease in
+    `max_evals` evaluations (the first, at w, included), and a loss or gradient that is not finite at w, leave
+    w exactly as it was and drop the pairs; scalars["failed_searches"] counts them. Where the evaluations run
+    out in between, the lowest point of sufficient decrease is taken.
+
+    vectors: "s0", "y0", "s1", ...: pairs s = change of w, y = change of g, in a ring of `history` slots.
+    scalars: "count" pairs, the next goes to slot "head"; "pairs_taken" in all; "curvature", s^T y of the
+    newest.
+
+    UserError for history < 1, max_evals < 2 or a negative weight_decay; ValueError for a step without
+    closure.
     """
 
     needs_closure = True
+    settings = ("history", "max_evals", "weight_decay")
 
-    def __init__(self, n: int, dtype: np.dtype, hyper: Hyper):
-        names = [f"{kind}{k}" for k in range(hyper.history) for kind in "sy"]
-        super().__init__(n, dtype, hyper, tuple(names))
-        self.scalars.update(pairs=0, newest=-1, failed_searches=0)
-        # g of the accepted point, the direction, where the search started, and scratch.
-        self.kept, self.direction, self.start, self.work = (np.empty(n, dtype) for _ in range(4))
+    def __init__(
+        self, n: int, dtype: DTypeLike, *, history: int = 10, max_evals: int = 20, weight_decay: float = 0.0
+    ) -> None:
+        check_settings(history=history, max_evals=max_evals, weight_decay=weight_decay)
+        super().__init__(n, dtype, names=tuple(f"{kind}{k}" for k in range(history) for kind in "sy"))
+        self.history, self.max_evals, self.weight_decay = history, max_evals, float(weight_decay)
+        self.scalars.update(count=0, head=0, pairs_taken=0, curvature=0.0, failed_searches=0)
+        # w and g where the search starts, its direction, and g at the best point so far.
+        self.start, self.start_g, self.direction, self.best_g = (np.empty(n, self.dtype) for _ in range(4))
+        self.wide = np.empty((2, min(n, CHUNK)))
+        # s_i^T y_j and y_i^T y_j by slot. They follow from the vectors, so checkpoints do without: `known` is
+        # what the scalars were when these products were computed, and other scalars (a restored state) have
+        # them recomputed.
+        self.sy, self.yy = np.zeros((2, history, history))
+        self.known = self._generation()
 
     def step(self, w: np.ndarray, g: np.ndarray, lr: float, allsum: AllSum, closure: Closure | None = None) -> None:
+        """One iteration; at return w (n,) is the point accepted, or as it was. See `Optimizer.step`."""
         if closure is None:
-            raise ValueError("lbfgs needs a closure that recomputes loss and gradient")
-        decay = self.hyper.weight_decay
-
-        def dots(*pairs: tuple[np.ndarray, np.ndarray]) -> list[float]:
-            return allsum(np.array([_dot(a, b) for a, b in pairs])).tolist()
-
-        def objective() -> float:
-            value = closure()
-            if decay:
-                value += 0.5 * decay * dots((w, w))[0]
-                np.multiply(w, decay, out=self.work)
-                np.add(g, self.work, out=g)
-            return value
-
-        value = objective()
-        self._direction(g, dots)
-        np.abs(g, out=self.work)
-        slope, size = allsum(np.array([_dot(g, self.direction), float(self.work.sum(dtype=np.float64))])).tolist()
-        if not slope < 0:
+            raise ValueError("L-BFGS needs a closure that recomputes the loss and fills the gradient")
+        self.check_shard(w, g)
+        value = closure()
+        slots = self._newest_first()
+        self._know(slots, allsum)
+        size, gg, ww, sg, yg = self._with_gradient(w, g, slots, allsum)
+        value += 0.5 * self.weight_decay * ww
+        if not (isfinite(value) and isfinite(gg)):
+            self._fail()
             return
+        if gg == 0:
+            return
+        self._combine(g, slots, *two_loop(sg, yg, self.sy[np.ix_(slots, slots)], self.yy[np.ix_(slots, slots)]))
+        slope = self._products([(g, self.direction)], allsum)[0]
+        if not -inf < slope < 0:
+            # Rounding spoiled the pairs; the negative gradient always descends.
+            self._forget()
+            np.negative(g, out=self.direction)
+            slope = -gg
         np.copyto(self.start, w)
-        np.copyto(self.kept, g)
+        np.copyto(self.start_g, g)
 
-        def trial(length: float) -> tuple[float, float]:
-            """Loss and slope at start + length direction; w and g are there afterwards."""
-            np.multiply(self.direction, length, out=w)
-            np.add(w, self.start, out=w)
-            at = objective()
-            return (at, dots((g, self.direction))[0]) if isfinite(at) else (np.inf, np.nan)
+        last = 0.0
 
-        first = lr if self.scalars["pairs"] else lr * min(1.0, 1.0 / max(size, 1e-300))
-        found = _search(trial, value, slope, first, self.hyper.max_evals)
+        def trial(length: float) -> Point:
+            nonlocal last
+            last = length
+            self._move(w, length)
+            value = closure()
+            if self.weight_decay:
+                self._decay(w, g)
+                slope, ww = self._products([(g, self.direction), (w, w)], allsum)
+                value += 0.5 * self.weight_decay * ww
+            else:
+                (slope,) = self._products([(g, self.direction)], allsum)
+            if not (isfinite(value) and isfinite(slope)):
+                return Point(length, inf, inf)
+            return Point(length, value, slope)
+
+        first = float(lr) if self.scalars["count"] else float(lr) * min(1.0, 1.0 / size)
+        found = strong_wolfe(
+            trial, lambda: np.copyto(self.best_g, g), Point(0.0, value, slope), first, self.max_evals - 1
+        )
         if found is None:
             np.copyto(w, self.start)
-            self.scalars["pairs"] = 0
-            self.scalars["failed_searches"] += 1
+            self._fail()
             return
-        self._remember(w, g, dots)
+        if found.length == last:
+            np.copyto(self.best_g, g)
+        else:
+            # The search ended elsewhere: the same operations give the same w as at the trial.
+            self._move(w, found.length)
+        self._remember(w, allsum)
 
-    def _pair(self, age: int) -> tuple[np.ndarray, np.ndarray]:
-        k = (int(self.scalars["newest"]) - age) % self.hyper.history
-        return self.vectors[f"s{k}"], self.vectors[f"y{k}"]
+    def _newest_first(self) -> list[int]:
+        """Slots of the pairs, the newest first."""
+        return [int(self.scalars["head"] - 1 - age) % self.history for age in range(int(self.scalars["count"]))]
 
-    def _direction(self, g: np.ndarray, dots) -> None:
-        """direction = -H g by the two-loop recursion."""
-        d = self.direction
-        np.negative(g, out=d)
-        count = int(self.scalars["pairs"])
-        factors = []
-        for age in range(count):
-            s, y = self._pair(age)
-            sd, sy, yy = dots((s, d), (s, y), (y, y))
-            factors.append((sd / sy, sy, yy))
-            self._add(d, y, -sd / sy)
-        if count:
-            d *= factors[0][1] / factors[0][2]
-        for age in reversed(range(count)):
-            s, y = self._pair(age)
-            alpha, sy, _ = factors[age]
-            self._add(d, s, alpha - dots((y, d))[0] / sy)
+    def _pair(self, slot: int) -> tuple[np.ndarray, np.ndarray]:
+        return self.vectors[f"s{slot}"], self.vectors[f"y{slot}"]
 
-    def _add(self, d: np.ndarray, v: np.ndarray, factor: float) -> None:
-        np.multiply(v, factor, out=self.work)
-        d += self.work
+    def _generation(self) -> tuple[float | int, ...]:
+        return tuple(self.scalars[key] for key in ("count", "head", "pairs_taken", "curvature"))
 
-    def _remember(self, w: np.ndarray, g: np.ndarray, dots) -> None:
-        """Keep s = w - start, y = g - kept, unless their curvature is too small to trust."""
-        np.subtract(w, self.start, out=self.start)
-        np.subtract(g, self.kept, out=self.kept)
-        s, y = self.start, self.kept
-        sy, ss, yy = dots((s, y), (s, s), (y, y))
-        if sy <= 1e-10 * sqrt(ss * yy):
+    def _know(self, slots: list[int], allsum: AllSum) -> None:
+        """Make `sy` and `yy` the products of the pairs held; free unless the state was restored."""
+        if self.known == self._generation():
             return
-        self.scalars["newest"] = (int(self.scalars["newest"]) + 1) % self.hyper.history
-        self.scalars["pairs"] = min(int(self.scalars["pairs"]) + 1, self.hyper.history)
-        into_s, into_y = self._pair(0)
-        np.copyto(into_s, s)
-        np.copyto(into_y, y)
+        pairs = []
+        for i in slots:
+            s, y = self._pair(i)
+            for j in slots:
+                pairs += [(s, self._pair(j)[1]), (y, self._pair(j)[1])]
+        if pairs:
+            products = self._products(pairs, allsum)
+            block = np.reshape(products, (len(slots), len(slots), 2))
+            self.sy[np.ix_(slots, slots)], self.yy[np.ix_(slots, slots)] = block[..., 0], block[..., 1]
+        self.known = self._generation()
 
+    def _with_gradient(
+        self, w: np.ndarray, g: np.ndarray, slots: list[int], allsum: AllSum
+    ) -> tuple[float, float, float, list[float], list[float]]:
+        """||g||_1, g^T g, w^T w, and s^T g, y^T g of the pairs, newest first; g with weight decay."""
+        if self.weight_decay:
+            self._decay(w, g)
+        pairs = [(g, g)] + [(g, self._pair(k)[0]) for k in slots] + [(g, self._pair(k)[1]) for k in slots]
+        partial = np.zeros(len(pairs) + 2)
+        for at in self.chunks():
+            a = np.abs(g[at], out=self.scratch[0, : at.stop - at.start])
+            partial[-1] += a.sum(dtype=np.float64)
+        if self.weight_decay:
+            pairs.append((w, w))
+        add_products(pairs, partial, self.wide)
+        products = allsum(partial).tolist()
+        count = len(slots)
+        return products[-1], products[0], products[-2], products[1 : count + 1], products[count + 1 : -2]
 
-def _dot(a: np.ndarray, b: np.ndarray) -> float:
-    return float(np.dot(a, b)) if a.dtype == np.float64 else float(np.einsum("i,i->", a, b, dtype=np.float64))
+    def _products(self, pairs: Sequence[tuple[np.ndarray, np.ndarray]], allsum: AllSum) -> list[float]:
+        """Global scalar products of pairs of shards, in one sum."""
+        partial = np.zeros(len(pairs))
+        add_products(pairs, partial, self.wide)
+        return allsum(partial).tolist()
 
+    def _decay(self, w: np.ndarray, g: np.ndarray) -> None:
+        """g += weight_decay w."""
+        # At a trial too long they may not be finite.
+        with np.errstate(over="ignore", invalid="ignore"):
+            for at in self.chunks():
+                a = np.multiply(w[at], self.weight_decay, out=self.scratch[0, : at.stop - at.start])
+                np.add(g[at], a, out=g[at])
 
-def _search(trial, value: float, slope: float, length: float, evals: int) -> float | None:
-    """A length with the strong Wolfe conditions, else the lowest point of sufficient decrease seen, else None.
+    def _move(self, w: np.ndarray, length: float) -> None:
+        """w = start + length direction."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            for at in self.chunks():
+                a = np.multiply(self.direction[at], length, out=self.scratch[0, : at.stop - at.start])
+                np.add(self.start[at], a, out=w[at])
 
-    `trial(length)` gives (value, slope) there; the last call made is the one returned.
-    """
-    low, low_value, low_slope = 0.0, value, slope
-    high: tuple[float, float, float] | None = None
-    last = None
-    for _ in range(evals):
-        at, at_slope = trial(length)
-        last = length
-        if not at <= value + SUFFICIENT * length * slope or (low > 0 and at >= low_value):
-            high = (length, at, at_slope)
-        elif abs(at_slope) <= -CURVATURE * slope:
-            return length
-        else:
-            if at_slope * ((high[0] if high else np.inf) - low) >= 0:
-                high = (low, low_value, low_slope)
-            low, low_value, low_slope = length, at, at_slope
-        if high is None:
-            length *= 4
-        else:
-            length = _between(low, low_value, low_slope, *high)
-            if abs(high[0] - low) <= 1e-9 * max(low, high[0]):
-                break
-    if low > 0:
-        if last != low:
-            trial(low)
-        return low
-    return None
+    def _combine(self, g: np.ndarray, slots: list[int], of_g: float, of_y: list[float], of_s: list[float]) -> None:
+        """direction = of_g g + sum of of_y y + sum of of_s s."""
+        # A spoiled history may overflow; the slope then shows it.
+        with np.errstate(over="ignore", invalid="ignore"):
+            for at in self.chunks():
+                a, d = self.scratch[0, : at.stop - at.start], self.direction[at]
+                np.multiply(g[at], of_g, out=d)
+                for k, slot in enumerate(slots):
+                    s, y = self._pair(slot)
+                    d += np.multiply(y[at], of_y[k], out=a)
+                    d += np.multiply(s[at], of_s[k], out=a)
 
+    def _remember(self, w: np.ndarray, allsum: AllSum) -> None:
+        """Keep s = w - start and y = best_g - start_g, unless their curvature is too small to trust."""
+        s = np.subtract(w, self.start, out=self.start)
+        y = np.subtract(self.best_g, self.start_g, out=self.start_g)
+        slot, others = int(self.scalars["head"]), self._newest_first()
+        # A full ring is about to lose its oldest pair. No product of a new s and an old y is ever needed.
+        others = [k for k in others if k != slot]
+        pairs = [(y, y), (y, s), (s, s)]
+        for k in others:
+            pairs += [(y, self._pair(k)[0]), (y, self._pair(k)[1])]
+        products = self._products(pairs, allsum)
+        yy, sy, ss = products[:3]
+        if not (isfinite(yy) and sy > FLAT * sqrt(ss * yy)):
+            return
+        for into, new in zip(self._pair(slot), (s, y), strict=True):
+            np.copyto(into, new)
+        self.sy[slot, slot], self.yy[slot, slot] = sy, yy
+        for i, k in enumerate(others):
+            self.sy[k, slot] = products[3 + 2 * i]
+            self.yy[k, slot] = self.yy[slot, k] = products[4 + 2 * i]
+        self.scalars["head"] = (slot + 1) % self.history
+        self.scalars["count"] = len(others) + 1
+        self.scalars["pairs_taken"] += 1
+        self.scalars["curvature"] = sy
+        self.known = self._generation()
 
-def _between(a: float, fa: float, da: float, b: float, fb: float, db: float) -> float:
-    """The minimiser of the cubic through two values and slopes, kept off the ends; the middle where there is none."""
-    middle = 0.5 * (a + b)
-    if not (isfinite(fb) and isfinite(db)):
-        return a + 0.1 * (b - a)
-    d1 = da + db - 3 * (fa - fb) / (a - b)
-    square = d1 * d1 - da * db
-    if square < 0:
-        return middle
-    d2 = (1 if b > a else -1) * sqrt(square)
-    below = db - da + 2 * d2
-    if below == 0:
-        return middle
-    at = b - (b - a) * (db + d2 - d1) / below
-    margin = 0.1 * abs(b - a)
-    return at if min(a, b) + margin <= at <= max(a, b) - margin else middle
+    def _forget(self) -> None:
+        self.scalars.update(count=0, head=0)
+
+    def _fail(self) -> None:
+        self._forget()
+        self.scalars["failed_searches"] += 1

@@ -1,0 +1,32 @@
+"""The two-loop recursion of L-BFGS on coefficients, see `lbfgs`; plain numbers, the same on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+# Products out of all proportion may give coefficients that are not finite; the direction's slope then shows
+# it.
+@np.errstate(all="ignore")
+def two_loop(
+    sg: Sequence[float], yg: Sequence[float], sy: np.ndarray, yy: np.ndarray
+) -> tuple[float, list[float], list[float]]:
+    """Coefficients of the L-BFGS direction -H g: of g, of the y (k,), of the s (k,); newest first throughout.
+
+    sg, yg (k,): s_i^T g and y_i^T g; sy, yy (k, k): s_i^T y_j and y_i^T y_j. H_0 = (s^T y / y^T y of the
+    newest) I.
+    """
+    count = len(sg)
+    # First loop: -g - sum of alpha_j y_j.
+    alpha = np.zeros(count)
+    for i in range(count):
+        alpha[i] = (-sg[i] - alpha[:i] @ sy[i, :i]) / sy[i, i]
+    gamma = sy[0, 0] / yy[0, 0] if count else 1.0
+    # Second loop: gamma times that, + sum of change_j s_j.
+    change = np.zeros(count)
+    for i in reversed(range(count)):
+        beta = (gamma * (-yg[i] - alpha @ yy[i]) + change @ sy[:, i]) / sy[i, i]
+        change[i] = alpha[i] - beta
+    return -float(gamma), (-gamma * alpha).tolist(), change.tolist()
