@@ -75,7 +75,9 @@ class Loop:
         self.progress = progress
         if self.world.rank == 0:
             metrics.write_rows(self.out / "metrics.jsonl", progress.rows)
-            self.console.print(f"resumed from {path}, step {progress.step}")
+            self.console.print(f"resumed from {path}, step {progress.step}", highlight=False, soft_wrap=True)
+            if progress.step >= self.total:
+                self.console.print(f"nothing left to do: {self.total} steps asked for; raise --epochs or --max-steps")
 
     def run(self) -> None:
         with self._bar() as bar:

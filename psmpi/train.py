@@ -141,7 +141,7 @@ def _train(world: Any, config: Config) -> None:
 
     from psmpi import checkpoint, metrics
     from psmpi.backend import make_backend
-    from psmpi.config import to_toml
+    from psmpi.config import from_toml, to_toml
     from psmpi.data import open_dataset
     from psmpi.loop import Loop, plan_steps, show_places
     from psmpi.methods import METHODS, Place
@@ -158,6 +158,8 @@ def _train(world: Any, config: Config) -> None:
         plan_steps(dataset, config)
         if config.run.resume:
             found = str(checkpoint.find(config.run.resume, out) or "")
+        if found:
+            _compare(from_toml(checkpoint.read_config(Path(found)), found), config, found, console)
         out.mkdir(parents=True, exist_ok=True)
         for leftover in checkpoint.folder(out).glob(".*.part"):
             leftover.unlink()
@@ -177,11 +179,33 @@ def _train(world: Any, config: Config) -> None:
         place = json.dumps([socket.gethostname(), *vars(method.place()).values()])
         places = [json.loads(text) for text in _collect(world, place)]
         show_places(console, [(rank, host, Place(*rest)) for rank, (host, *rest) in enumerate(places)])
-        console.print(f"model {network.name}: {method.layout.size:,} parameters; run directory {out}")
+        console.print(
+            f"model {network.name}: {method.layout.size:,} parameters; run directory {out}",
+            highlight=False,
+            soft_wrap=True,
+        )
         loop = Loop(world, method, dataset, config, out, console)
         if found:
             loop.resume(Path(found))
         loop.run()
+
+
+def _compare(saved: Config, config: Config, path: str, console: Any) -> None:
+    """Print the settings that differ from those of the checkpoint; UserError where the minibatches would not go on."""
+    from dataclasses import asdict
+
+    from psmpi.errors import UserError
+
+    if saved.data.batch_size != config.data.batch_size:
+        raise UserError(
+            f"checkpoint {path} was made with --batch-size {saved.data.batch_size}: its place among the minibatches has "
+            f"no meaning with --batch-size {config.data.batch_size}; use the same"
+        )
+    before, now = ({**asdict(c)["data"], **asdict(c)["model"], **asdict(c)["objective"], **asdict(c)["optimization"],
+                    "seed": c.run.seed} for c in (saved, config))  # fmt: skip
+    for key, value in now.items():
+        if value != before[key] and key != "data_dir":
+            console.print(f"note: {key} is {value}, in the checkpoint it was {before[key]}", highlight=False)
 
 
 def _network(config: Config, dataset: Any, make_network: Any) -> Any:

@@ -158,6 +158,16 @@ def test_a_checkpoint_that_cannot_be_written_is_an_error_that_names_it(tmp_path)
     assert status == 1 and "cannot write the checkpoint" in err and "--out" in err
 
 
+def test_resuming_tells_what_differs_and_what_cannot(train, tmp_path):
+    first = train(1, "--epochs", "2")
+    assert "--batch-size 100" in refusal(tmp_path, "--resume", first.checkpoint, "--batch-size", "50")
+    changed = train(1, "--epochs", "3", "--lr", "0.01", "--resume", first.checkpoint)
+    assert "note: lr is 0.01, in the checkpoint it was 0.001" in changed.stdout
+    assert [row["epoch"] for row in changed.rows] == [1, 2, 3]
+    again = train(1, "--epochs", "2", "--resume", "auto", out=first.out)
+    assert "nothing left to do" in again.stdout and again.rows == first.rows
+
+
 def test_the_newest_of_a_folder_is_found(train):
     out = train(1, "--epochs", "2").out
     assert checkpoint.find(str(out), out).name == "step-000000030.h5"
