@@ -45,7 +45,7 @@ class Model:
     init: Literal["xavier", "he"] = "xavier"
     """Initial weights: uniform, Xavier or He."""
     init_gain: float = 4.0
-    """Factor on the Xavier weights of layers whose activation is the logistic sigmoid."""
+    """Factor on the Xavier weights of layers followed by the logistic sigmoid, whose slope at 0 is 1/4."""
     dtype: Literal["float32", "float64"] = "float32"
     """Type of weights and arithmetic."""
 

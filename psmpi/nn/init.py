@@ -19,7 +19,7 @@ def bounds(network: Network, kind: str, gain: float) -> dict[str, float]:
 
     xavier: a = gain sqrt(6 / (fan_in + fan_out)) (Glorot and Bengio 2010, eq. 16); he: a = sqrt(6 / fan_in) (He et al.
     2015, eq. 10, as a uniform). Each group of a separable layer uses its own fans. `gain` applies to xavier weights
-    whose next activation is a sigmoid; 4 is the value of the first paper's follow-up for the logistic sigmoid.
+    whose next activation is a sigmoid: 4 makes up for its slope at 0, a quarter of tanh's, for which xavier was made.
     """
     if kind not in INITS:
         raise UserError(f"--init {kind!r} is unknown: choose one of {', '.join(INITS)}")
