@@ -128,13 +128,12 @@ def test_dense_networks_train_in_replica_rows(train, serial):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("first", range(1, 41, 8))
-def test_any_number_of_ranks_up_to_forty_trains(train, serial, first):
+@pytest.mark.parametrize("ranks", [5, 6, 8, 9, 10, 12, 13, 17, 22, 31, 40])
+def test_any_number_of_ranks_up_to_forty_trains(train, serial, ranks):
+    """Uneven groups of classes and ragged replica rows; every number from 1 to 40 is planned in test_partition."""
     options = ("--max-steps", "3", "--dtype", "float64")
-    for ranks in range(first, first + 8):
-        result = train(ranks, *options, timeout=240)
-        assert distance(serial(*options).tensors(), result.tensors()) <= 1e-9, ranks
+    result = train(ranks, *options, timeout=280)
+    assert distance(serial(*options).tensors(), result.tensors()) <= 1e-9
 
 
 def counted(ranks, *options):
