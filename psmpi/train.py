@@ -198,8 +198,8 @@ def _compare(saved: Config, config: Config, path: str, console: Any) -> None:
 
     if saved.data.batch_size != config.data.batch_size:
         raise UserError(
-            f"checkpoint {path} was made with --batch-size {saved.data.batch_size}: its place among the minibatches has "
-            f"no meaning with --batch-size {config.data.batch_size}; use the same"
+            f"checkpoint {path} was made with --batch-size {saved.data.batch_size}: its place among the minibatches "
+            f"has no meaning with --batch-size {config.data.batch_size}; use the same"
         )
     before, now = ({**asdict(c)["data"], **asdict(c)["model"], **asdict(c)["objective"], **asdict(c)["optimization"],
                     "seed": c.run.seed} for c in (saved, config))  # fmt: skip

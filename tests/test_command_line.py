@@ -244,3 +244,19 @@ def test_own_data_trains(train, tmp_path, suffix):
     )
     result = train(3, "--dataset", path, "--config", config, "--epochs", "30", "--lr", "0.01", "--batch-size", "20")
     assert result.rows[-1]["test_accuracy"] > 0.9
+
+
+@pytest.mark.parametrize("script", sorted((HERE.parent / "jobs").glob("*.sh")), ids=lambda p: p.name)
+def test_job_scripts_are_valid_and_name_existing_options(script, tmp_path):
+    """The shell accepts them, and with srun standing in they start the program with options it knows."""
+    assert subprocess.run(["bash", "-n", script]).returncode == 0
+    text = script.read_text()
+    assert "#SBATCH" in text and "CHANGE" in text and "srun" in text
+    command = text[text.index("srun --kill") :].replace("srun --kill-on-bad-exit=1 python", f"{sys.executable}")
+    command = re.sub(r"#.*", "", command).replace("--dataset mnist", "--dataset digits")
+    done = subprocess.run(
+        ["bash", "-c", f"set -euo pipefail\n{command}", "job", "--epochs", "1"], cwd=tmp_path, capture_output=True,
+        text=True, env={**os.environ, "SLURM_JOB_ID": "17"}, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs/17/metrics.jsonl").exists()
