@@ -1,7 +1,7 @@
 """Checkpoints in HDF5: named tensors in their global shapes, whatever ranks wrote or read them.
 
-/weights/<parameter>, /optimizer/<vector>/<parameter>: tensors; attributes of /: format, step, epoch, cursor, scalars of
-the optimizer (JSON), configuration (TOML), metrics so far (JSON lines).
+/weights/<parameter>, /optimizer/<vector>/<parameter>: tensors; /progress (JSON: step, epoch, cursor, metrics so far),
+/scalars (JSON: the rest of the optimizer's state), /config (TOML): texts; attribute `format` of /: version number.
 """
 
 from __future__ import annotations
@@ -82,9 +82,9 @@ def _open(path: Path) -> h5py.File:
             f"checkpoint {path} cannot be read ({error}): it is damaged or not HDF5; use another one"
         ) from None
     version = file.attrs.get("format")
-    if version is None or "progress" not in file.attrs:
+    if version is None or "progress" not in file:
         file.close()
-        raise UserError(f"{path} is HDF5 but not a psmpi checkpoint (it has no attributes `format` and `progress`)")
+        raise UserError(f"{path} is HDF5 but not a psmpi checkpoint (it has no attribute `format` or no `progress`)")
     if int(version) > FORMAT:
         file.close()
         raise UserError(
@@ -93,17 +93,24 @@ def _open(path: Path) -> h5py.File:
     return file
 
 
+def _text(file: h5py.File, name: str) -> str:
+    try:
+        return str(file[name].asstr()[()])
+    except (KeyError, OSError, TypeError, AttributeError) as error:
+        raise UserError(f"checkpoint {file.filename}: {name} cannot be read ({error}); the file is damaged") from None
+
+
 def read_progress(path: Path) -> Progress:
     """Where the run stood; UserError where the file is missing, damaged, of a newer format or no checkpoint."""
     with _open(path) as file:
-        table = json.loads(file.attrs["progress"])
+        table = json.loads(_text(file, "progress"))
     return Progress(**{**table, "rows": tuple(table["rows"])})
 
 
 def read_config(path: Path) -> str:
     """The configuration, as TOML."""
     with _open(path) as file:
-        return str(file.attrs["config"])
+        return _text(file, "config")
 
 
 def _spans(layout: Layout, parameter: int, shard: Runs) -> list[tuple[int, int, slice]]:
@@ -164,29 +171,28 @@ class Writer:
     ) -> None:
         """Write one checkpoint; it appears under its name whole or not at all. Older ones beyond `keep` are removed."""
         target = folder(self.out) / f"step-{progress.step:09d}.h5"
-        partial = target.with_name(f".{target.name}.part")
-        file = None
+        try:
+            self._write(target, vectors, {"scalars": json.dumps(dict(scalars)), "config": config,
+                                          "progress": json.dumps(vars(progress))})  # fmt: skip
+        except OSError as error:
+            raise UserError(f"cannot write the checkpoint {target}: {error}; check --out, space and rights") from None
+
+    def _write(self, target: Path, vectors: Mapping[str, np.ndarray], texts: Mapping[str, str]) -> None:
+        partial, file = target.with_name(f".{target.name}.part"), None
         if self.world.rank == 0:
-            try:
-                folder(self.out).mkdir(parents=True, exist_ok=True)
-                file = h5py.File(partial, "w")
-            except OSError as error:
-                raise UserError(
-                    f"cannot write the checkpoint {target}: {error}; check --out, space and rights"
-                ) from None
+            target.parent.mkdir(parents=True, exist_ok=True)
+            file = h5py.File(partial, "w")
+            file.attrs["format"] = FORMAT
+            # Data sets, not attributes: these end at 64 kB.
+            for name, text in texts.items():
+                file[name] = text
         for name, vector in vectors.items():
             group = "weights" if name == "weights" else f"optimizer/{name}"
             for k, parameter in enumerate(self.layout.parameters):
                 tensor = self._collect(vector, k)
                 if file is not None:
-                    file.create_dataset(
-                        f"{group}/{parameter.name}", data=tensor, fletcher32=tensor is not None and tensor.size > 0
-                    )
+                    file.create_dataset(f"{group}/{parameter.name}", data=tensor, fletcher32=True)
         if file is not None:
-            file.attrs["format"] = FORMAT
-            file.attrs["scalars"] = json.dumps(dict(scalars))
-            file.attrs["progress"] = json.dumps(vars(progress))
-            file.attrs["config"] = config
             file.close()
             _settle(partial, target)
             for old in available(self.out)[: -self.keep] if self.keep > 0 else ():
@@ -226,7 +232,7 @@ def load(
                         vector[local] = _read(dataset, parameter, a, b)
                     except OSError as error:
                         raise UserError(f"checkpoint {path}, {dataset.name}: {error}; the file is damaged") from None
-        scalars.update(json.loads(file.attrs["scalars"]))
+        scalars.update(json.loads(_text(file, "scalars")))
 
 
 def _dataset(file: h5py.File, name: str, parameter: Parameter, path: Path) -> h5py.Dataset:

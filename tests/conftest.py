@@ -68,12 +68,16 @@ class Trained:
         self.checkpoint = max((out / "checkpoints").glob("step-*.h5"))
         self.rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
-    def tensors(self, group="/"):
+    def tensors(self):
+        """Weights and optimizer vectors by name."""
         found = {}
+
+        def keep(name, item):
+            if isinstance(item, h5py.Dataset) and name.startswith(("weights/", "optimizer/")):
+                found[name] = item[...]
+
         with h5py.File(self.checkpoint) as file:
-            file[group].visititems(
-                lambda name, item: found.update({name: item[...]}) if isinstance(item, h5py.Dataset) else None
-            )
+            file.visititems(keep)
         return found
 
 
