@@ -22,7 +22,7 @@ def describe(row: dict[str, Any], epochs: int) -> str:
     """The line that a person sees for one epoch."""
     moved = row["bytes_sent"] / 1e6
     return (
-        f"epoch {row['epoch']:>3}/{epochs}  step {row['step']:>6}  train loss {row['train_loss']:.4f}  "
-        f"test loss {row['test_loss']:.4f}  test accuracy {100 * row['test_accuracy']:.2f} %  "
+        f"epoch {row['epoch']:>3}/{epochs}  step {row['step']:>6}  train loss {row['train_loss']:.5g}  "
+        f"test loss {row['test_loss']:.5g}  test accuracy {100 * row['test_accuracy']:.2f} %  "
         f"{row['samples_per_second']:.0f} samples/s  {moved:.1f} MB sent"
     )

@@ -212,6 +212,17 @@ def test_metrics_hold_a_row_an_epoch(train):
         assert np.isfinite([row["train_loss"], row["test_loss"]]).all()
 
 
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_psl_in_float32_survives_a_training_that_diverges(train, optimizer):
+    """Margins far beyond the largest float32 exponential: no NaN, no infinity, and the log tells of it."""
+    options = ("--optimizer", optimizer, "--lr", "100", "--clip", "0", "--kappa", "2", "--epochs", "2")
+    result = train(3, *options)
+    assert all(np.isfinite(tensor).all() for tensor in result.tensors().values())
+    assert all(np.isfinite([row["train_loss"], row["test_loss"]]).all() for row in result.rows)
+    assert result.rows[-1]["test_loss"] > 1e30, "margins were to be large"
+    assert result.stdout.count("psl terms past exp clip") == 1
+
+
 def test_the_placement_table_appears_once(train):
     shown = train(4, "--epochs", "1").stdout
     assert shown.count("placement") == 1 and shown.count("epoch ") == 1

@@ -119,7 +119,7 @@ class PartiallySeparable:
         return Place("+".join(roles), classes, self.w_part.size, self.w.size, nbytes)
 
     def events(self) -> dict[str, int]:
-        return {"clipped_terms": self.worker.loss.clipped if self.worker is not None else 0}
+        return {"psl_terms_past_exp_clip": self.worker.loss.clipped if self.worker is not None else 0}
 
 
 def plan_roles(layout: Layout, size: int, config: Config) -> Roles:
