@@ -225,5 +225,5 @@ def test_psl_in_float32_survives_a_training_that_diverges(train, optimizer):
 
 def test_the_placement_table_appears_once(train):
     shown = train(4, "--epochs", "1").stdout
-    assert shown.count("placement") == 1 and shown.count("epoch ") == 1
+    assert shown.count("computes with") == 1 and shown.count("epoch ") == 1
     assert "master" in shown and shown.count("worker") == 3
