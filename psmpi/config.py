@@ -141,6 +141,8 @@ class Run:
     """Steps between checkpoints; 0: at the end of each epoch."""
     checkpoint_keep: int = 3
     """Newest checkpoints to keep; 0: all."""
+    checkpoint_gzip: int = 0
+    """Compression of checkpoints: 0 (none) to 9."""
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,10 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from psmpi import checkpoint, metrics
-from psmpi.checkpoint import Progress
-from psmpi.config import Config, to_toml
+from psmpi.checkpoint import Contents, Progress
+from psmpi.config import Config
 from psmpi.data import Dataset, Minibatches
+from psmpi.errors import UserError
 from psmpi.methods import Method, Place
 from psmpi.optim import make_schedule
 
@@ -56,18 +57,30 @@ def plan_steps(dataset: Dataset, config: Config) -> tuple[Minibatches, int, Call
 class Loop:
     """Runs a method to the end of its epochs on all ranks of `world`; only rank 0 prints and writes."""
 
-    def __init__(self, world: Any, method: Method, dataset: Dataset, config: Config, out: Path, console: Console):
+    def __init__(
+        self,
+        world: Any,
+        method: Method,
+        dataset: Dataset,
+        config: Config,
+        out: Path,
+        console: Console,
+        contents: Contents,
+    ):
         self.world, self.method, self.config, self.out, self.console = world, method, config, out, console
         self.batches, self.total, self.schedule = plan_steps(dataset, config)
-        self.writer = checkpoint.Writer(world, method.layout, method.shards, out, config.run.checkpoint_keep)
+        keep, gzip = config.run.checkpoint_keep, config.run.checkpoint_gzip
+        self.writer = checkpoint.Writer(world, contents, method.shards, out, keep=keep, gzip=gzip)
         self.progress = Progress()
         self.warned: set[str] = set()
 
     def resume(self, path: Path) -> None:
         """Go on from a checkpoint."""
-        progress = checkpoint.read_progress(path)
+        contents = checkpoint.read_contents(path)
+        progress = contents.progress
         shard = self.method.shards[self.world.rank]
-        checkpoint.load(path, self.method.layout, shard, self.method.vectors, self.method.scalars)
+        checkpoint.load(path, self.method.layout, shard, self.method.vectors)
+        self.method.scalars.update(contents.scalars)
         # The shares of the loss and of the bytes are summed over ranks: the past is rank 0's.
         if self.world.rank == 0:
             self.method.loss_sum = progress.loss_sum
@@ -84,6 +97,14 @@ class Loop:
             task = bar.add_task("", total=self.total, completed=self.progress.step)
             while self.progress.step < self.total:
                 self._epoch(bar, task)
+        if self.world.rank == 0:
+            self.writer.close()
+            self._tell_troubles()
+            if self.writer.last_failed:
+                raise UserError(
+                    "training is done, but its last checkpoint is not written, see above: "
+                    "make room and go on with --resume auto"
+                )
 
     def _bar(self) -> Bar:
         hidden = self.world.rank != 0 or not self.console.is_terminal
@@ -103,6 +124,7 @@ class Loop:
             elapsed = first.seconds + time.perf_counter() - start
             self.progress = replace(self.progress, step=self.progress.step + 1, cursor=cursor + 1, seconds=elapsed)
             bar.update(task, completed=self.progress.step)
+            self._tell_troubles()
             whole = cursor + 1 == self.batches.steps_per_epoch
             if every and self.progress.step % every == 0 and not whole and self.progress.step < self.total:
                 self._save()
@@ -117,7 +139,10 @@ class Loop:
             self.progress = replace(self.progress, epoch=first.epoch + 1, cursor=0, seconds=elapsed, rows=rows)
             method.loss_sum = 0.0
         if self.world.rank == 0:
-            metrics.append_row(self.out / "metrics.jsonl", row)
+            try:
+                metrics.append_row(self.out / "metrics.jsonl", row)
+            except OSError as error:
+                self._warn_loudly(f"metrics.jsonl lacks the row of epoch {row['epoch']}: {error}")
             self.console.print(metrics.describe(row, self.config.run.epochs), highlight=False, soft_wrap=True)
         if not every or self.progress.step == self.total or self.progress.step % every == 0:
             self._save()
@@ -166,4 +191,13 @@ class Loop:
     def _save(self) -> None:
         loss_sum, sent, received = self._totals()
         progress = replace(self.progress, loss_sum=loss_sum, bytes_sent=sent, bytes_received=received)
-        self.writer.write(self.method.vectors, self.method.scalars, progress, to_toml(self.config))
+        self.writer.write(self.method.vectors, self.method.scalars, progress)
+        self._tell_troubles()
+
+    def _tell_troubles(self) -> None:
+        if self.world.rank == 0:
+            for trouble in self.writer.troubles():
+                self._warn_loudly(trouble)
+
+    def _warn_loudly(self, trouble: str) -> None:
+        self.console.print(f"WARNING: {trouble}; training goes on", style="bold red", highlight=False, soft_wrap=True)

@@ -97,6 +97,8 @@ def _settle(config: Config) -> Config:
             raise UserError(f"{option} {number}: expected a number above 0")
     if not config.optimization.clip >= 0:
         raise UserError(f"--clip {config.optimization.clip}: expected 0 (no clipping) or a number above it")
+    if not 0 <= run.checkpoint_gzip <= 9:
+        raise UserError(f"--checkpoint-gzip {run.checkpoint_gzip}: expected 0 (none) to 9")
     out = run.out
     if not out:
         if run.resume == "auto":
@@ -135,12 +137,15 @@ def _collect(world: Any, text: str) -> list[str]:
 
 def _train(world: Any, config: Config) -> None:
     import socket
+    from dataclasses import asdict
+    from functools import partial
 
     from rich.console import Console
     from threadpoolctl import threadpool_limits
 
     from psmpi import checkpoint, metrics
     from psmpi.backend import make_backend
+    from psmpi.comm.world import library
     from psmpi.config import from_toml, to_toml
     from psmpi.data import open_dataset
     from psmpi.loop import Loop, plan_steps, show_places
@@ -157,9 +162,10 @@ def _train(world: Any, config: Config) -> None:
         METHODS[config.parallel.method].check(world.size, network, dataset, config)
         plan_steps(dataset, config)
         if config.run.resume:
-            found = str(checkpoint.find(config.run.resume, out) or "")
+            tell = partial(console.print, highlight=False, soft_wrap=True)
+            found = str(checkpoint.find(config.run.resume, out, tell) or "")
         if found:
-            _compare(from_toml(checkpoint.read_config(Path(found)), found), config, found, console)
+            _compare(from_toml(checkpoint.read_contents(Path(found)).config, found), config, found, console)
         out.mkdir(parents=True, exist_ok=True)
         for leftover in checkpoint.folder(out).glob(".*.part"):
             leftover.unlink()
@@ -184,7 +190,18 @@ def _train(world: Any, config: Config) -> None:
             highlight=False,
             soft_wrap=True,
         )
-        loop = Loop(world, method, dataset, config, out, console)
+        contents = checkpoint.Contents(
+            to_toml(config),
+            tuple(dataset.shape),
+            method.layout,
+            random={
+                "seed": config.run.seed,
+                "drawn_from": "seed, and for the order of samples the epoch; not from ranks",
+            },
+            placement={**asdict(config.parallel), "ranks": [[host, *rest] for host, *rest in places]},
+            provenance=checkpoint.provenance(world.size, library()) if world.rank == 0 else {},
+        )
+        loop = Loop(world, method, dataset, config, out, console, contents)
         if found:
             loop.resume(Path(found))
         loop.run()

@@ -1,7 +1,9 @@
 """Checkpoints: what they hold, going on from them on any ranks, and damaged or foreign ones."""
 
 import json
+import os
 import shutil
+import subprocess
 
 import h5py
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 from conftest import distance, run
 
 from psmpi import checkpoint
+from psmpi.checkpoint.format import chunk_of, seal
 from psmpi.errors import UserError
 from psmpi.nn.zoo import make_network
 from psmpi.partition import Runs
@@ -57,7 +60,7 @@ def test_loading_gives_every_rank_the_saved_bits_of_its_shard(train):
 
     def load(runs):
         vectors = {name: np.empty(runs.size, np.float32) for name in ("weights", "m", "v")}
-        checkpoint.load(run_.checkpoint, layout, runs, vectors, {})
+        checkpoint.load(run_.checkpoint, layout, runs, vectors)
         return vectors
 
     whole = load(Runs(((0, layout.size),)))
@@ -71,6 +74,14 @@ def test_loading_gives_every_rank_the_saved_bits_of_its_shard(train):
     }
 
 
+def tensors_of(item):
+    """The data sets of numbers in a group."""
+    found = []
+    if isinstance(item, h5py.Group):
+        item.visititems(lambda name, each: found.append(each) if isinstance(each, h5py.Dataset) else None)
+    return found
+
+
 def test_checkpoints_hold_names_shapes_progress_and_configuration(train):
     run_ = train(3, "--epochs", "2", "--seed", "5")
     with h5py.File(run_.checkpoint) as file:
@@ -78,9 +89,15 @@ def test_checkpoints_hold_names_shapes_progress_and_configuration(train):
         assert file["weights/dense1.weight"].shape == (10, 10, 12)
         assert set(file["optimizer"]) == {"m", "v"}
         assert json.loads(file["scalars"].asstr()[()]) == {"t": 30}
-    progress = checkpoint.read_progress(run_.checkpoint)
-    assert (progress.step, progress.epoch, progress.cursor, len(progress.rows)) == (30, 2, 0, 2)
-    assert "seed = 5" in checkpoint.read_config(run_.checkpoint)
+        assert all(item.fletcher32 and item.chunks for group in file.values() for item in tensors_of(group))
+    contents = checkpoint.read_contents(run_.checkpoint)
+    progress = contents.progress
+    assert (progress.step, progress.epoch, progress.cursor, progress.rows) == (30, 2, 0, tuple(run_.rows))
+    assert "seed = 5" in contents.config
+    assert contents.layout == make_network("psnet", (1, 8, 8), 10).layout()
+    assert contents.random["seed"] == 5
+    assert contents.placement["masters"] == 1 and len(contents.placement["ranks"]) == 3
+    assert contents.provenance["ranks"] == 3 and contents.provenance["versions"]["numpy"] == np.__version__
     assert "seed = 5" in (run_.out / "config.toml").read_text()
 
 
@@ -111,23 +128,23 @@ def refusal(tmp_path, *options):
 
 def test_foreign_and_damaged_files_are_named(train, tmp_path):
     made = train(1, "--epochs", "1").checkpoint
-    assert "no such file" in refusal(tmp_path, "--resume", tmp_path / "none.h5")
+    assert "there is no such checkpoint" in refusal(tmp_path, "--resume", tmp_path / "none.h5")
     text = tmp_path / "text.h5"
     text.write_text("not HDF5")
-    assert "damaged or not HDF5" in refusal(tmp_path, "--resume", text)
+    assert "is not a psmpi checkpoint" in refusal(tmp_path, "--resume", text)
     with h5py.File(tmp_path / "plain.h5", "w") as file:
         file["x"] = np.zeros(3)
-    assert "not a psmpi checkpoint" in refusal(tmp_path, "--resume", tmp_path / "plain.h5")
+    assert "HDF5 but not a psmpi checkpoint" in refusal(tmp_path, "--resume", tmp_path / "plain.h5")
     newer = tmp_path / "newer.h5"
-    shutil.copy(made, newer)
-    with h5py.File(newer, "r+") as file:
-        file.attrs["format"] = 99
-    assert "format 99" in refusal(tmp_path, "--resume", newer)
+    newer.write_bytes(made.read_bytes().replace(b"psmpi checkpoint 1", b"psmpi checkpoint 2", 1))
+    assert "has format 2" in refusal(tmp_path, "--resume", newer)
     other = tmp_path / "shape.h5"
     shutil.copy(made, other)
     with h5py.File(other, "r+") as file:
         del file["weights/dense1.weight"]
         file["weights/dense1.weight"] = np.zeros((2, 3))
+    assert "is damaged" in refusal(tmp_path, "--resume", other)
+    seal(other)
     message = refusal(tmp_path, "--resume", other)
     assert "weights/dense1.weight" in message and "(2, 3) in the file" in message and "in the model" in message
     missing = refusal(tmp_path, "--resume", made, "--optimizer", "sgd", "--model", "mlp", "--widths", "8")
@@ -150,13 +167,6 @@ def test_leftovers_of_a_killed_writer_are_removed(train, tmp_path):
     assert [path.name for path in folder.iterdir()] == ["step-000000015.h5"]
 
 
-def test_a_checkpoint_that_cannot_be_written_is_an_error_that_names_it(tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "checkpoints").write_text("a file where the folder should be")
-    status, _, err = run(1, "-m", "psmpi.train", "--out", tmp_path / "run", "--epochs", "1")
-    assert status == 1 and "cannot write the checkpoint" in err and "--out" in err
-
-
 def test_resuming_tells_what_differs_and_what_cannot(train, tmp_path):
     first = train(1, "--epochs", "2")
     assert "--batch-size 100" in refusal(tmp_path, "--resume", first.checkpoint, "--batch-size", "50")
@@ -167,22 +177,142 @@ def test_resuming_tells_what_differs_and_what_cannot(train, tmp_path):
     assert "nothing left to do" in again.stdout and again.rows == first.rows
 
 
-def test_long_runs_keep_their_metrics(tmp_path):
-    """HDF5 attributes end at 64 kB; the rows of a thousand epochs do not."""
+def alone(out, size=None, **options):
+    """A writer on one rank, of the small PSNet's layout, and vectors for it."""
 
     class Alone:
         rank = 0
 
-    rows = tuple({"epoch": k, "note": "x" * 200} for k in range(1000))
-    progress = checkpoint.Progress(step=1000, rows=rows)
     layout = make_network("psnet", (1, 8, 8), 10).layout()
-    writer = checkpoint.Writer(Alone(), layout, [Runs(((0, layout.size),))], tmp_path, keep=1)
-    writer.write({"weights": np.zeros(layout.size)}, {}, progress, "seed = 1")
-    assert checkpoint.read_progress(checkpoint.available(tmp_path)[0]) == progress
+    contents = checkpoint.Contents("seed = 1", (1, 8, 8), layout)
+    writer = checkpoint.Writer(Alone(), contents, [Runs(((0, layout.size),))], out, **options)
+    rng = np.random.default_rng(3)
+    return writer, {name: rng.standard_normal(layout.size) for name in ("weights", "m")}
+
+
+def test_long_runs_keep_their_metrics(tmp_path):
+    """HDF5 attributes end at 64 kB; the rows of a thousand epochs do not."""
+    writer, vectors = alone(tmp_path)
+    progress = checkpoint.Progress(step=1000, rows=tuple({"epoch": k, "note": "x" * 200} for k in range(1000)))
+    writer.write(vectors, {}, progress)
+    writer.close()
+    assert writer.troubles() == []
+    assert checkpoint.read_contents(checkpoint.available(tmp_path)[0]).progress == progress
 
 
 def test_the_newest_of_a_folder_is_found(train):
     out = train(1, "--epochs", "2").out
-    assert checkpoint.find(str(out), out).name == "step-000000030.h5"
+    assert checkpoint.find(str(out), out, print).name == "step-000000030.h5"
     with pytest.raises(UserError, match="no checkpoint in"):
-        checkpoint.find(str(out / "checkpoints"), out)
+        checkpoint.find(str(out / "checkpoints"), out, print)
+
+
+def read_back(path, vectors):
+    layout = checkpoint.read_contents(path).layout
+    found = {name: np.empty_like(vector) for name, vector in vectors.items()}
+    checkpoint.load(path, layout, Runs(((0, layout.size),)), found)
+    return found
+
+
+@pytest.mark.parametrize("gzip", [0, 4])
+def test_what_is_saved_is_the_state_of_that_step(tmp_path, gzip):
+    """Vectors that change right after the call do not change the file."""
+    writer, vectors = alone(tmp_path, gzip=gzip)
+    saved = {name: vector.copy() for name, vector in vectors.items()}
+    writer.write(vectors, {"t": 3}, checkpoint.Progress(step=3))
+    for vector in vectors.values():
+        vector.fill(0)
+    writer.close()
+    path = checkpoint.available(tmp_path)[0]
+    checkpoint.check(path)
+    found = read_back(path, vectors)
+    assert all(np.array_equal(found[name], saved[name]) for name in saved)
+    assert checkpoint.read_contents(path).scalars == {"t": 3}
+    with h5py.File(path) as file:
+        assert file["weights/dense1.weight"].compression == ("gzip" if gzip else None)
+
+
+@pytest.mark.parametrize("shape", [(1,), (7, 3), (3, 400_000), (10, 700, 512), (2, 2, 3_000_000)])
+def test_chunks_are_bounded_and_fit(shape):
+    chunk = chunk_of(shape)
+    assert all(1 <= c <= s for c, s in zip(chunk, shape, strict=True))
+    assert np.prod(chunk) <= 1 << 18
+    assert np.prod(chunk) * 2 > min(np.prod(shape), 1 << 18) or chunk[0] == shape[0] or len(shape) > 1
+
+
+def test_a_lost_folder_is_made_again_and_a_blocked_one_is_told(tmp_path):
+    writer, vectors = alone(tmp_path)
+    writer.write(vectors, {}, checkpoint.Progress(step=1))
+    writer.finish()
+    shutil.rmtree(checkpoint.folder(tmp_path))
+    writer.write(vectors, {}, checkpoint.Progress(step=2))
+    writer.finish()
+    assert writer.troubles() == []
+    assert [p.name for p in checkpoint.available(tmp_path)] == ["step-000000002.h5"]
+    shutil.rmtree(checkpoint.folder(tmp_path))
+    checkpoint.folder(tmp_path).write_text("a file where the folder should be")
+    writer.write(vectors, {}, checkpoint.Progress(step=3))
+    (trouble,) = writer.troubles()
+    assert "step-000000003.h5 is NOT written" in trouble and "step-000000002.h5" in trouble
+    writer.close()
+
+
+def test_a_killed_writing_process_is_told_and_replaced(tmp_path):
+    writer, vectors = alone(tmp_path)
+    writer.write(vectors, {}, checkpoint.Progress(step=1))
+    writer.finish()
+    writer.helper.kill()
+    writer.helper.wait()
+    writer.write(vectors, {}, checkpoint.Progress(step=2))
+    writer.finish()
+    (trouble,) = writer.troubles()
+    assert "step-000000002.h5 is NOT written" in trouble and "SIGKILL" in trouble and "step-000000001.h5" in trouble
+    writer.write(vectors, {}, checkpoint.Progress(step=3))
+    writer.close()
+    assert writer.troubles() == []
+    assert [p.name for p in checkpoint.available(tmp_path)] == ["step-000000001.h5", "step-000000003.h5"]
+
+
+@pytest.mark.parametrize("gzip", [0, 1])
+@pytest.mark.parametrize("room", [40_000, 160_000])
+def test_a_full_disk_stops_no_training(tmp_path, room, gzip):
+    """On a small file system: full while the vectors are copied, or while the file is made."""
+    place = tmp_path / "small"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", place]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode != 0:
+        pytest.skip("needs the right to mount a file system")
+    try:
+        ballast = place / "ballast"
+        ballast.write_bytes(bytes(400_000 - room))
+        options = ("--out", place / "run", "--epochs", "4", "--checkpoint-gzip", str(gzip), "--max-steps")
+        status, out, err = run(1, "-m", "psmpi.train", *options, "30", cwd=tmp_path)
+        assert out.count("epoch   ") == 2 and "Traceback" not in out + err
+        assert out.count("is NOT written") == 2 and "No space left" in out
+        assert status == 1 and "last checkpoint is not written" in err
+        assert list((place / "run" / "checkpoints").iterdir()) == []
+        ballast.unlink()
+        status, out, err = run(1, "-m", "psmpi.train", *options, "15", "--resume", "auto", cwd=tmp_path)
+        assert status == 0, err
+        (whole,) = checkpoint.available(place / "run")
+        checkpoint.check(whole)
+    finally:
+        subprocess.run(["umount", place], check=True)
+
+
+def test_a_thousand_damaged_files_are_refused(train, tmp_path):
+    """Cut short anywhere, or one byte changed: `check` refuses each, with one line that names the file."""
+    whole = train(1, "--epochs", "1").checkpoint.read_bytes()
+    rng, path = np.random.default_rng(0), tmp_path / "damaged.h5"
+    for trial in range(1000):
+        data = bytearray(whole)
+        if trial % 4 == 0:
+            data = data[: rng.integers(len(data))]
+        else:
+            # The header is short and must be hit as well.
+            at = rng.integers(512 if trial % 4 == 1 else len(data))
+            data[at] ^= rng.integers(1, 256)
+        path.write_bytes(data)
+        with pytest.raises(UserError, match=r"damaged\.h5") as found:
+            checkpoint.check(path)
+        assert "\n" not in str(found.value)

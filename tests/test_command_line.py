@@ -37,7 +37,8 @@ def test_only_the_world_module_names_comm_world():
 def test_modules_import_from_floors_below_only():
     """The floors of the house: backend, then nn, partition, optim and data, then comm, methods, loop, commands."""
     floors = [("errors",), ("config",), ("backend",), ("partition",), ("nn", "optim", "data"), ("comm",), ("methods",),
-              ("checkpoint", "metrics"), ("loop",), ("train",)]  # fmt: skip
+              ("checkpoint", "metrics"), ("loop",),
+              ("train", "bench", "inspect", "predict")]  # fmt: skip
     floor = {name: k for k, names in enumerate(floors) for name in names}
     root = HERE.parent / "psmpi"
     for path in root.rglob("*.py"):

@@ -48,9 +48,15 @@ def start() -> Any:
             f"cannot load MPI ({error}): install one with pip install 'psmpi[mpi]', or load your site's MPI module"
         ) from None
     comm = MPI.COMM_WORLD
-    library = MPI.Get_library_version().splitlines()[0].strip("\x00 ")
-    check_launcher(comm.size, dict(os.environ), library)
+    check_launcher(comm.size, dict(os.environ), library())
     return comm
+
+
+def library() -> str:
+    """Name and version of the MPI in use."""
+    from mpi4py import MPI
+
+    return str(MPI.Get_library_version().splitlines()[0].strip("\x00 "))
 
 
 def run(program: Callable[[], int]) -> int:

@@ -1,0 +1,32 @@
+"""Checkpoints: HDF5 files of named tensors in their global shapes, whatever ranks wrote or read them.
+
+`format` says what is in a file, `writer` collects one from the ranks, `build` is the process that writes it, `reader`
+gives each rank its slices.
+"""
+
+from psmpi.checkpoint.format import (
+    FORMAT,
+    Contents,
+    Progress,
+    available,
+    check,
+    folder,
+    read_contents,
+)
+from psmpi.checkpoint.provenance import provenance
+from psmpi.checkpoint.reader import find, load
+from psmpi.checkpoint.writer import Writer
+
+__all__ = [
+    "FORMAT",
+    "Contents",
+    "Progress",
+    "Writer",
+    "available",
+    "check",
+    "find",
+    "folder",
+    "load",
+    "provenance",
+    "read_contents",
+]

@@ -1,0 +1,147 @@
+"""Writing a checkpoint file, and the process that does it beside a training run.
+
+A full disk makes HDF5 crash the process it runs in, so training never writes HDF5 itself: it hands whole flat vectors
+over in a spool file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from psmpi.checkpoint.format import (
+    CHUNK,
+    FORMAT,
+    HEADER,
+    Contents,
+    Tensor,
+    available,
+    chunk_of,
+    group_of,
+    partial_of,
+    seal,
+)
+
+# Fills a vector of elements [first, last) of a tensor of a vector of the run: read(vector, tensor, first, into).
+Source = Callable[[str, Tensor, int, np.ndarray], None]
+
+
+def write_file(
+    target: Path, contents: Contents, vectors: Sequence[str], dtype: np.dtype, read: Source, gzip: int = 0
+) -> None:
+    """Write a checkpoint; it appears under its name whole or not at all.
+
+    `vectors` names what is written ("weights" and the optimizer's), `read` gives their elements slab by slab; gzip: 0
+    (none) to 9. OSError where it cannot be written (a full disk may end the process instead).
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = partial_of(target)
+    tensors = contents.tensors()
+    texts = contents.texts()
+    if not gzip:
+        _need(
+            target.parent, len(vectors) * sum(t.size for t in tensors) * dtype.itemsize + sum(map(len, texts.values()))
+        )
+    try:
+        with h5py.File(partial, "w", userblock_size=HEADER, locking="best-effort") as file:
+            file.attrs["format"] = FORMAT
+            # Data sets, not attributes: these end at 64 kB.
+            for name, text in texts.items():
+                file[name] = text
+            for vector in vectors:
+                for tensor in tensors:
+                    _write_tensor(file, vector, tensor, dtype, read, gzip)
+        seal(partial)
+        os.replace(partial, target)
+        _sync(target.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _need(place: Path, nbytes: int) -> None:
+    free = shutil.disk_usage(place).free
+    if free < nbytes:
+        raise OSError(f"No space left on the disk of {place}: {nbytes:,} bytes are needed, {free:,} are free")
+
+
+def _write_tensor(file: h5py.File, vector: str, tensor: Tensor, dtype: np.dtype, read: Source, gzip: int) -> None:
+    chunks = chunk_of(tensor.shape)
+    options = {"compression": "gzip", "compression_opts": gzip, "shuffle": True} if gzip else {}
+    dataset = file.create_dataset(
+        f"{group_of(vector)}/{tensor.name}", tensor.shape, dtype, chunks=chunks, fletcher32=True, **options
+    )
+    # Slabs of whole chunks; a row longer than a chunk is cut along the next axis by HDF5 itself.
+    row = tensor.size // tensor.shape[0]
+    rows = max(chunks[0], CHUNK // row // chunks[0] * chunks[0])
+    buffer = np.empty(min(rows, tensor.shape[0]) * row, dtype)
+    for top in range(0, tensor.shape[0], rows):
+        last = min(top + rows, tensor.shape[0])
+        slab = buffer[: (last - top) * row]
+        read(vector, tensor, top * row, slab)
+        dataset[top:last] = slab.reshape(last - top, *tensor.shape[1:])
+
+
+def _sync(place: Path) -> None:
+    directory = os.open(place, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def spool_source(spool: int, vectors: Sequence[str], size: int, dtype: np.dtype) -> Source:
+    """Reads from the file descriptor `spool`, which holds the flat vectors of `size` elements one after the other."""
+
+    def read(vector: str, tensor: Tensor, first: int, into: np.ndarray) -> None:
+        base, last = vectors.index(vector) * size, first + len(into)
+        for a, b, offset in tensor.spans:
+            start, stop = max(a, first), min(b, last)
+            if start < stop:
+                view = memoryview(into[start - first : stop - first].data).cast("B")
+                at = (base + offset + start - a) * dtype.itemsize
+                while view:
+                    got = os.preadv(spool, [view], at)
+                    if got <= 0:
+                        raise OSError("the spool file of the checkpoint is shorter than it should be")
+                    view, at = view[got:], at + got
+
+    return read
+
+
+def prune(out: Path, keep: int) -> None:
+    """Remove the older checkpoints of a run directory; 0 keeps all."""
+    for old in available(out)[:-keep] if keep > 0 else ():
+        old.unlink(missing_ok=True)
+
+
+def build(job: Mapping[str, Any], spool: int) -> None:
+    """Write the checkpoint that a job of `Writer` describes, from the spool, and remove those beyond `keep`."""
+    target, dtype = Path(job["target"]), np.dtype(job["dtype"])
+    contents = Contents.of(job["texts"])
+    source = spool_source(spool, job["vectors"], contents.layout.size, dtype)
+    write_file(target, contents, job["vectors"], dtype, source, job["gzip"])
+    prune(target.parent.parent, job["keep"])
+
+
+def main() -> None:
+    """Do the jobs that come as lines of JSON, and answer each with a line: its error, or nothing."""
+    spool = int(sys.argv[1])
+    for line in sys.stdin:
+        try:
+            build(json.loads(line), spool)
+            answer = ""
+        except Exception as error:
+            answer = str(error) or repr(error)
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,287 @@
+"""What a checkpoint file holds. docs: CHECKPOINTS.md at the top of the repository.
+
+The first `HEADER` bytes are a text that HDF5 skips (its user block): format version, length and SHA-256 of all bytes
+behind it. They are read before HDF5 sees the file, so that no damaged byte ever reaches it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from itertools import accumulate
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from psmpi.errors import UserError
+from psmpi.partition import Block, Layout, Parameter, Piece
+
+FORMAT = 1
+HEADER = 512
+NAME = re.compile(r"step-(\d{9})\.h5")
+# Elements of a chunk at most, where a tensor's rows allow it.
+CHUNK = 1 << 18
+READ = 1 << 20
+HEADER_TEXT = re.compile(rb"psmpi checkpoint (\d{1,9})\nbytes (\d{1,18})\nsha256 ([0-9a-f]{64})\n\0*")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands: `step` steps done in all, `cursor` of them in `epoch` (from 0); `loss_sum` of that epoch.
+
+    `rows` are the metrics of the epochs done.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    cursor: int = 0
+    seconds: float = 0.0
+    loss_sum: float = 0.0
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    rows: tuple[dict[str, Any], ...] = field(default=())
+
+    @property
+    def accuracy(self) -> float | None:
+        """Test accuracy after the last whole epoch."""
+        return self.rows[-1].get("test_accuracy") if self.rows else None
+
+
+@dataclass(frozen=True)
+class Contents:
+    """Everything in a checkpoint but its tensors.
+
+    config: TOML; in_shape: of a sample; layout: of the whole network; part: the classes whose part alone the file
+    holds, None for all; placement, provenance: what ranks did and where, for people; random: what random numbers are
+    drawn from; scalars: of the optimizer.
+    """
+
+    config: str
+    in_shape: tuple[int, ...]
+    layout: Layout
+    progress: Progress = Progress()
+    scalars: Mapping[str, float | int] = field(default_factory=dict)
+    random: Mapping[str, Any] = field(default_factory=dict)
+    placement: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    part: tuple[int, ...] | None = None
+
+    def texts(self) -> dict[str, str]:
+        """The data sets of text: their names and what they say."""
+        progress = asdict(self.progress)
+        rows = progress.pop("rows")
+        texts = {
+            "config": self.config,
+            "layout": json.dumps({"in_shape": self.in_shape, **_describe(self.layout)}),
+            "metrics": "".join(json.dumps(row) + "\n" for row in rows),
+            "placement": json.dumps(dict(self.placement)),
+            "progress": json.dumps(progress),
+            "provenance": json.dumps(dict(self.provenance)),
+            "random": json.dumps(dict(self.random)),
+            "scalars": json.dumps(dict(self.scalars)),
+        }
+        return texts if self.part is None else {**texts, "part": json.dumps(self.part)}
+
+    @staticmethod
+    def of(texts: Mapping[str, str]) -> Contents:
+        """The reverse of `texts`. KeyError, TypeError or ValueError where something is missing or wrong."""
+        rows = tuple(json.loads(line) for line in texts["metrics"].splitlines())
+        layout = json.loads(texts["layout"])
+        return Contents(
+            config=texts["config"],
+            in_shape=tuple(layout["in_shape"]),
+            layout=_layout(layout),
+            progress=replace(Progress(**json.loads(texts["progress"])), rows=rows),
+            scalars=json.loads(texts["scalars"]),
+            random=json.loads(texts["random"]),
+            placement=json.loads(texts["placement"]),
+            provenance=json.loads(texts["provenance"]),
+            part=tuple(json.loads(texts["part"])) if "part" in texts else None,
+        )
+
+    def tensors(self) -> list[Tensor]:
+        """The tensors of the weights, and of each vector of the optimizer."""
+        held = self.layout.part(self.part) if self.part is not None else None
+        found = []
+        for k, parameter in enumerate(self.layout.parameters):
+            pieces = [p for p in self.layout.pieces() if p.parameter == k]
+            if held is not None:
+                pieces = [p for p in pieces if any(a <= p.offset < b for a, b in held.intervals)]
+            if pieces:
+                found.append(Tensor.of(parameter, pieces))
+        return found
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A named tensor in a file: `spans` say which elements of it, [first, last), lie where in the flat vector.
+
+    A tensor of a part has only its units, (units, the shape of one); a whole one has its parameter's shape.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    spans: tuple[tuple[int, int, int], ...]
+
+    @property
+    def size(self) -> int:
+        return prod(self.shape)
+
+    @staticmethod
+    def of(parameter: Parameter, pieces: list[Piece]) -> Tensor:
+        pieces = sorted(pieces, key=lambda p: p.first)
+        sizes = [(p.last - p.first) * parameter.unit_size for p in pieces]
+        starts = accumulate(sizes, initial=0)
+        spans = tuple((at, at + n, p.offset) for at, n, p in zip(starts, sizes, pieces, strict=False))
+        units = sum(p.last - p.first for p in pieces)
+        if units == parameter.units:
+            return Tensor(parameter.name, parameter.shape, spans)
+        axes = [*accumulate(parameter.shape, lambda a, b: a * b)]
+        rest = parameter.shape[axes.index(parameter.units) + 1 :]
+        return Tensor(parameter.name, (units, *rest), spans)
+
+
+def _describe(layout: Layout) -> dict[str, Any]:
+    """A layout as plain data; pieces are [number of the parameter, first unit, last unit, offset]."""
+    return {
+        "classes": layout.classes,
+        "parameters": [{"name": p.name, "shape": p.shape, "units": p.units} for p in layout.parameters],
+        "blocks": [
+            {
+                "classes": sorted(b.classes),
+                "start": b.start,
+                "stop": b.stop,
+                "pieces": [[p.parameter, p.first, p.last, p.offset] for p in b.pieces],
+            }
+            for b in layout.blocks
+        ],
+    }
+
+
+def _layout(table: Mapping[str, Any]) -> Layout:
+    return Layout(
+        tuple(Parameter(p["name"], tuple(p["shape"]), p["units"]) for p in table["parameters"]),
+        tuple(
+            Block(frozenset(b["classes"]), b["start"], b["stop"], tuple(Piece(*p) for p in b["pieces"]))
+            for b in table["blocks"]
+        ),
+        table["classes"],
+    )
+
+
+def group_of(vector: str) -> str:
+    """The HDF5 group that holds the tensors of a vector of the run: `weights`, `optimizer/m`, ..."""
+    return vector if vector == "weights" else f"optimizer/{vector}"
+
+
+def chunk_of(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Chunks of whole rows, or of parts of one row where it is longer than `CHUNK` elements."""
+    chunk: list[int] = []
+    room = CHUNK
+    for length in reversed(shape):
+        chunk.insert(0, max(1, min(length, room)))
+        room //= chunk[0]
+    return tuple(chunk)
+
+
+def folder(out: Path) -> Path:
+    return out / "checkpoints"
+
+
+def available(out: Path) -> list[Path]:
+    """The checkpoints of a run directory, whole or damaged, oldest first."""
+    found = folder(out).iterdir() if folder(out).is_dir() else ()
+    return sorted(path for path in found if NAME.fullmatch(path.name))
+
+
+def partial_of(target: Path) -> Path:
+    """The name of a checkpoint while it is being written."""
+    return target.with_name(f".{target.name}.part")
+
+
+def digest(path: Path) -> tuple[int, str]:
+    """Length and SHA-256 of what follows the header."""
+    total, length = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        file.seek(HEADER)
+        while data := file.read(READ):
+            total.update(data)
+            length += len(data)
+    return length, total.hexdigest()
+
+
+def seal(path: Path) -> None:
+    """Write the header of a finished HDF5 file and flush it to the disk."""
+    length, sha256 = digest(path)
+    with path.open("r+b") as file:
+        file.write(f"psmpi checkpoint {FORMAT}\nbytes {length}\nsha256 {sha256}\n".encode().ljust(HEADER, b"\0"))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def check(path: Path) -> None:
+    """Read the whole file and compare it with its header. UserError where it is missing, damaged, cut short, of a newer
+    format or no checkpoint.
+    """
+    try:
+        with path.open("rb") as file:
+            header = file.read(HEADER)
+        size = path.stat().st_size
+        found = HEADER_TEXT.fullmatch(header) if len(header) == HEADER else None
+        if found is None:
+            if header.startswith(b"\x89HDF"):
+                raise UserError(f"{path} is HDF5 but not a psmpi checkpoint: give a file of a run's checkpoints folder")
+            if header.startswith(b"psmpi checkpoint"):
+                raise UserError(f"checkpoint {path} is damaged in its first {HEADER} bytes; use another one")
+            raise UserError(f"{path} is not a psmpi checkpoint: give a file of a run's checkpoints folder")
+        version, length = int(found[1]), int(found[2])
+        if version > FORMAT:
+            raise UserError(
+                f"checkpoint {path} has format {version}, this psmpi reads up to {FORMAT}: install a newer psmpi"
+            )
+        if size != HEADER + length:
+            raise UserError(
+                f"checkpoint {path} has {size:,} bytes, its header says {HEADER + length:,}: it was cut short or "
+                "something was added; use another one"
+            )
+        if digest(path)[1] != found[3].decode():
+            raise UserError(
+                f"checkpoint {path} is damaged: its bytes do not have the SHA-256 that its header says; use another one"
+            )
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such checkpoint") from None
+    except OSError as error:
+        raise UserError(f"checkpoint {path} cannot be read: {error.strerror or error}") from None
+
+
+def open_file(path: Path) -> h5py.File:
+    """Open a file that `check` has passed."""
+    try:
+        # Best effort: file systems without locks are no reason to fail.
+        return h5py.File(path, "r", locking="best-effort")
+    except OSError as error:
+        raise UserError(f"checkpoint {path} cannot be read: {error}") from None
+
+
+def read_contents(path: Path) -> Contents:
+    """What a file that `check` has passed says of itself."""
+    with open_file(path) as file:
+        try:
+            texts = {name: str(item.asstr()[()]) for name, item in file.items() if isinstance(item, h5py.Dataset)}
+            return Contents.of(texts)
+        except (KeyError, TypeError, ValueError, OSError) as error:
+            raise UserError(
+                f"checkpoint {path} was not written as CHECKPOINTS.md says ({error!r}); use another one"
+            ) from None
+
+
+def read_tensor(file: h5py.File, vector: str, tensor: Tensor) -> np.ndarray:
+    """One tensor of a vector, whole."""
+    return np.asarray(file[f"{group_of(vector)}/{tensor.name}"][...])

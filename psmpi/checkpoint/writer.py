@@ -1,0 +1,219 @@
+"""Collecting a checkpoint from the ranks that own its pieces, while training waits no longer than it must."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from psmpi.checkpoint.format import Contents, Progress, folder, partial_of
+from psmpi.partition import Runs
+
+# Elements that rank 0 takes from another rank at a time.
+BUFFER = 1 << 20
+
+
+class Writer:
+    """Writes checkpoints of a method's shards. Training waits while the shards are copied to a spool file.
+
+    Rank 0 receives the pieces of the other ranks through one small buffer and appends them to the spool, a file that
+    mostly stays in the kernel's cache; a process beside it makes the checkpoint from the spool while training goes on.
+    Nothing that goes wrong with the file ends the run: `troubles` returns it.
+    """
+
+    def __init__(
+        self, world: Any, contents: Contents, shards: Sequence[Runs], out: Path, *, keep: int = 0, gzip: int = 0
+    ):
+        self.world, self.contents, self.out, self.keep, self.gzip = world, contents, out, keep, gzip
+        # A run that several ranks own is written by the first of them.
+        self.writes, claimed = [], Runs()
+        for shard in shards:
+            self.writes.append(shard - claimed)
+            claimed = Runs.union(claimed.intervals + shard.intervals)
+        self.shard = shards[world.rank]
+        self.spool: IO[bytes] | None = None
+        self.helper: subprocess.Popen[str] | None = None
+        self.noise: IO[bytes] | None = None
+        self.target: Path | None = None
+        self.found: list[str] = []
+        self.last_good: Path | None = None
+        self.last_failed = False
+        # Seconds that training waited.
+        self.pause = 0.0
+
+    def write(self, vectors: Mapping[str, np.ndarray], scalars: Mapping[str, float | int], progress: Progress) -> None:
+        """Save this rank's `vectors`, (shard.size,) each; returns when training may change them. All ranks call it."""
+        start = time.perf_counter()
+        dtype = next(iter(vectors.values())).dtype
+        if self.world.rank == 0:
+            self.finish()
+            self.target = folder(self.out) / f"step-{progress.step:09d}.h5"
+            self._open()
+        buffer = np.empty(0, dtype)
+        for number, vector in enumerate(vectors.values()):
+            for rank, runs in enumerate(self.writes):
+                if self.world.rank not in (0, rank):
+                    continue
+                for first, last in runs.intervals:
+                    for a in range(first, last, BUFFER):
+                        b = min(a + BUFFER, last)
+                        if rank == self.world.rank:
+                            piece = vector[self.shard.local(a, b)]
+                        else:
+                            if len(buffer) < b - a:
+                                buffer = np.empty(min(BUFFER, max(b - a, runs.size)), dtype)
+                            piece = buffer[: b - a]
+                            self.world.Recv(piece, source=rank)
+                        if self.world.rank != 0:
+                            self.world.Send(piece, dest=0)
+                        else:
+                            self._keep(piece, (number * self.contents.layout.size + a) * dtype.itemsize)
+        if self.world.rank == 0:
+            now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+            contents = replace(
+                self.contents,
+                progress=progress,
+                scalars=scalars,
+                random={**self.contents.random, "epoch": progress.epoch, "cursor": progress.cursor},
+                provenance={**self.contents.provenance, "created": now},
+            )
+            job = {
+                "target": str(self.target),
+                "vectors": list(vectors),
+                "dtype": dtype.str,
+                "gzip": self.gzip,
+                "keep": self.keep,
+                "texts": contents.texts(),
+            }
+            self._hand_over(job)
+        self.pause += time.perf_counter() - start
+
+    def troubles(self) -> list[str]:
+        """What went wrong with checkpoints since the last call; does not wait."""
+        if self.target is not None and self.helper is not None and self.helper.stdout is not None:
+            ready, _, _ = select.select([self.helper.stdout], [], [], 0)
+            if ready:
+                self._answer()
+        found, self.found = self.found, []
+        return found
+
+    def finish(self) -> None:
+        """Wait until the checkpoint being written is done."""
+        if self.target is not None and self.helper is not None:
+            self._answer()
+
+    def close(self) -> None:
+        """Wait, and end the process."""
+        self.finish()
+        if self.helper is not None:
+            assert self.helper.stdin is not None and self.helper.stdout is not None
+            self.helper.stdin.close()
+            self.helper.wait()
+            self.helper.stdout.close()
+            self.helper = None
+        for file in (self.spool, self.noise):
+            if file is not None:
+                file.close()
+        self.spool = self.noise = None
+
+    def _open(self) -> None:
+        """Spool file and process, if they are not there already."""
+        try:
+            place = folder(self.out)
+            place.mkdir(parents=True, exist_ok=True)
+            if self.helper is None:
+                if self.spool is None:
+                    # Without a name: it goes away with its last user, however this run ends.
+                    self.spool = tempfile.TemporaryFile(dir=place, buffering=0)  # noqa: SIM115
+                if self.noise is None:
+                    self.noise = tempfile.TemporaryFile()  # noqa: SIM115
+                self.noise.seek(0)
+                self.noise.truncate()
+                number = self.spool.fileno()
+                self.helper = subprocess.Popen(
+                    [sys.executable, "-m", "psmpi.checkpoint.build", str(number)],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=self.noise,
+                    pass_fds=(number,),
+                    text=True,
+                    env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+                )
+        except OSError as error:
+            self._failed(str(error))
+
+    def _keep(self, piece: np.ndarray, at: int) -> None:
+        """Put elements at byte `at` of the spool; after an error, nothing more of this checkpoint."""
+        if self.target is None or self.spool is None:
+            return
+        view = memoryview(piece.data).cast("B")
+        try:
+            while view:
+                done = os.pwrite(self.spool.fileno(), view, at)
+                view, at = view[done:], at + done
+        except OSError as error:
+            self._failed(str(error))
+
+    def _hand_over(self, job: Mapping[str, Any]) -> None:
+        if self.target is None or self.helper is None:
+            return
+        assert self.helper.stdin is not None
+        try:
+            self.helper.stdin.write(json.dumps(job) + "\n")
+            self.helper.stdin.flush()
+        except OSError:
+            self._answer()
+
+    def _answer(self) -> None:
+        """Take the process's answer, waiting for it, and free the spool."""
+        assert self.helper is not None and self.helper.stdout is not None
+        line = self.helper.stdout.readline()
+        if line:
+            error = json.loads(line)
+        else:
+            # A message to a process that is gone cannot be flushed; its end is all there is to know.
+            status = self.helper.wait()
+            assert self.helper.stdin is not None
+            with contextlib.suppress(OSError):
+                self.helper.stdin.close()
+            self.helper.stdout.close()
+            self.helper = None
+            if self.target is not None:
+                partial_of(self.target).unlink(missing_ok=True)
+            end = signal.Signals(-status).name if status < 0 else f"status {status}"
+            error = f"the process that writes it ended with {end}{self._reason()}"
+        if error:
+            self._failed(error)
+        else:
+            self.last_good, self.target, self.last_failed = self.target, None, False
+        if self.spool is not None:
+            self.spool.truncate(0)
+
+    def _reason(self) -> str:
+        """What the process said of errors of the operating system."""
+        if self.noise is None:
+            return ""
+        self.noise.seek(0)
+        text = self.noise.read().decode(errors="replace")
+        for mark in ("error message = '", "Error: "):
+            _, found, rest = text.partition(mark)
+            if found:
+                return ": " + rest.splitlines()[0].split("'")[0]
+        return ""
+
+    def _failed(self, error: str) -> None:
+        kept = f"the last good one is {self.last_good}" if self.last_good else "there is no earlier one of this run"
+        self.found.append(f"the checkpoint {self.target} is NOT written: {error}; {kept}; check space and rights")
+        self.target, self.last_failed = None, True
