@@ -8,6 +8,9 @@ from setuptools import find_packages, setup
 here = Path(__file__).parent
 version = re.search(r'__version__ = "(.+?)"', (here / "psmpi" / "__init__.py").read_text())[1]
 
+EXPORT = ["onnx>=1.16", "onnxruntime>=1.17", "safetensors>=0.4"]
+PLOT = ["matplotlib>=3.8"]
+
 setup(
     name="psmpi",
     version=version,
@@ -32,7 +35,13 @@ setup(
     extras_require={
         "mpi": ["mpich>=4.2"],
         "cuda": ["cupy-cuda13x>=14"],
-        "test": ["hypothesis>=6", "mypy>=1.10", "pytest>=8", "pytest-timeout>=2.3", "ruff>=0.6", "scipy>=1.11"],
+        "export": EXPORT,
+        "plot": PLOT,
+        "test": [
+            *("hypothesis>=6", "mypy>=1.10", "pytest>=8", "pytest-timeout>=2.3", "ruff>=0.6", "scipy>=1.11"),
+            *EXPORT,
+            *PLOT,
+        ],
     },
     classifiers=[
         "Environment :: Console",

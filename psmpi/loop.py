@@ -79,7 +79,7 @@ class Loop:
         contents = checkpoint.read_contents(path)
         progress = contents.progress
         shard = self.method.shards[self.world.rank]
-        checkpoint.load(path, self.method.layout, shard, self.method.vectors)
+        checkpoint.load(path, self.method.layout, shard, self.method.vectors, contents.part)
         self.method.scalars.update(contents.scalars)
         # The shares of the loss and of the bytes are summed over ranks: the past is rank 0's.
         if self.world.rank == 0:

@@ -60,6 +60,7 @@ def _main(argv: list[str]) -> int:
 
 def _configure(world: Any, argv: list[str]) -> tuple[Config | None, int]:
     """Rank 0 reads and checks the command line, so that help and errors appear once; the others get its result."""
+    from psmpi.comm.world import share
     from psmpi.config import from_toml, to_toml
 
     text, status = "", 0
@@ -68,7 +69,7 @@ def _configure(world: Any, argv: list[str]) -> tuple[Config | None, int]:
             text = to_toml(_settle(parse(argv)))
         except SystemExit as end:
             status = 1 if end.code else 0
-    text, status = json.loads(_share(world, json.dumps([text, status])))
+    text, status = json.loads(share(world, json.dumps([text, status])))
     return (from_toml(text, "configuration"), 0) if text else (None, status)
 
 
@@ -110,19 +111,6 @@ def _settle(config: Config) -> Config:
     return replace(config, run=replace(run, out=out))
 
 
-def _share(world: Any, text: str) -> str:
-    """Rank 0's text on all ranks."""
-    import numpy as np
-
-    data = np.frombuffer(text.encode(), np.uint8).copy()
-    size = np.array([data.size])
-    world.Bcast(size, 0)
-    if world.rank != 0:
-        data = np.empty(int(size[0]), np.uint8)
-    world.Bcast(data, 0)
-    return data.tobytes().decode()
-
-
 def _collect(world: Any, text: str) -> list[str]:
     """Every rank's text (cut at 1,000 bytes), on rank 0."""
     import numpy as np
@@ -145,7 +133,7 @@ def _train(world: Any, config: Config) -> None:
 
     from psmpi import checkpoint, metrics
     from psmpi.backend import make_backend
-    from psmpi.comm.world import library
+    from psmpi.comm.world import library, share
     from psmpi.config import from_toml, to_toml
     from psmpi.data import open_dataset
     from psmpi.loop import Loop, plan_steps, show_places
@@ -171,7 +159,7 @@ def _train(world: Any, config: Config) -> None:
             leftover.unlink()
         (out / "config.toml").write_text(to_toml(config))
         metrics.write_rows(out / "metrics.jsonl", ())
-    found = _share(world, found)
+    found = share(world, found)
     if world.rank != 0:
         dataset = open_dataset(config.data.dataset, config.data.data_dir)
         network = _network(config, dataset, make_network)

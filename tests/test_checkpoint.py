@@ -3,12 +3,14 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
+import time
 
 import h5py
 import numpy as np
 import pytest
-from conftest import distance, run
+from conftest import distance, run, start
 
 from psmpi import checkpoint
 from psmpi.checkpoint.format import chunk_of, seal
@@ -177,22 +179,30 @@ def test_resuming_tells_what_differs_and_what_cannot(train, tmp_path):
     assert "nothing left to do" in again.stdout and again.rows == first.rows
 
 
-def alone(out, size=None, **options):
-    """A writer on one rank, of the small PSNet's layout, and vectors for it."""
+@pytest.fixture
+def alone(tmp_path):
+    """alone(...) makes a writer on one rank, of the small PSNet's layout or another's, and vectors for it."""
+    writers = []
 
     class Alone:
         rank = 0
 
-    layout = make_network("psnet", (1, 8, 8), 10).layout()
-    contents = checkpoint.Contents("seed = 1", (1, 8, 8), layout)
-    writer = checkpoint.Writer(Alone(), contents, [Runs(((0, layout.size),))], out, **options)
-    rng = np.random.default_rng(3)
-    return writer, {name: rng.standard_normal(layout.size) for name in ("weights", "m")}
+    def call(network=None, **options):
+        network = network or make_network("psnet", (1, 8, 8), 10)
+        layout = network.layout()
+        contents = checkpoint.Contents("seed = 1", network.in_shape, layout)
+        writers.append(checkpoint.Writer(Alone(), contents, [Runs(((0, layout.size),))], tmp_path, **options))
+        rng = np.random.default_rng(3)
+        return writers[-1], {name: rng.standard_normal(layout.size) for name in ("weights", "m")}
+
+    yield call
+    for writer in writers:
+        writer.close()
 
 
-def test_long_runs_keep_their_metrics(tmp_path):
+def test_long_runs_keep_their_metrics(alone, tmp_path):
     """HDF5 attributes end at 64 kB; the rows of a thousand epochs do not."""
-    writer, vectors = alone(tmp_path)
+    writer, vectors = alone()
     progress = checkpoint.Progress(step=1000, rows=tuple({"epoch": k, "note": "x" * 200} for k in range(1000)))
     writer.write(vectors, {}, progress)
     writer.close()
@@ -215,9 +225,9 @@ def read_back(path, vectors):
 
 
 @pytest.mark.parametrize("gzip", [0, 4])
-def test_what_is_saved_is_the_state_of_that_step(tmp_path, gzip):
+def test_what_is_saved_is_the_state_of_that_step(alone, tmp_path, gzip):
     """Vectors that change right after the call do not change the file."""
-    writer, vectors = alone(tmp_path, gzip=gzip)
+    writer, vectors = alone(gzip=gzip)
     saved = {name: vector.copy() for name, vector in vectors.items()}
     writer.write(vectors, {"t": 3}, checkpoint.Progress(step=3))
     for vector in vectors.values():
@@ -240,8 +250,8 @@ def test_chunks_are_bounded_and_fit(shape):
     assert np.prod(chunk) * 2 > min(np.prod(shape), 1 << 18) or chunk[0] == shape[0] or len(shape) > 1
 
 
-def test_a_lost_folder_is_made_again_and_a_blocked_one_is_told(tmp_path):
-    writer, vectors = alone(tmp_path)
+def test_a_lost_folder_is_made_again_and_a_blocked_one_is_told(alone, tmp_path):
+    writer, vectors = alone()
     writer.write(vectors, {}, checkpoint.Progress(step=1))
     writer.finish()
     shutil.rmtree(checkpoint.folder(tmp_path))
@@ -257,20 +267,27 @@ def test_a_lost_folder_is_made_again_and_a_blocked_one_is_told(tmp_path):
     writer.close()
 
 
-def test_a_killed_writing_process_is_told_and_replaced(tmp_path):
-    writer, vectors = alone(tmp_path)
+def test_a_killed_writing_process_is_told_and_replaced(alone, tmp_path):
+    writer, vectors = alone()
     writer.write(vectors, {}, checkpoint.Progress(step=1))
     writer.finish()
-    writer.helper.kill()
-    writer.helper.wait()
+    os.kill(writer.helper.pid, signal.SIGSTOP)
     writer.write(vectors, {}, checkpoint.Progress(step=2))
+    assert writer.busy
+    writer.helper.kill()
     writer.finish()
     (trouble,) = writer.troubles()
     assert "step-000000002.h5 is NOT written" in trouble and "SIGKILL" in trouble and "step-000000001.h5" in trouble
+    assert writer.last_failed
     writer.write(vectors, {}, checkpoint.Progress(step=3))
+    writer.finish()
+    # Between two checkpoints its end does no harm.
+    writer.helper.kill()
+    writer.helper.wait()
+    writer.write(vectors, {}, checkpoint.Progress(step=4))
     writer.close()
-    assert writer.troubles() == []
-    assert [p.name for p in checkpoint.available(tmp_path)] == ["step-000000001.h5", "step-000000003.h5"]
+    assert writer.troubles() == [] and not writer.last_failed
+    assert [int(p.stem[-1]) for p in checkpoint.available(tmp_path)] == [1, 3, 4]
 
 
 @pytest.mark.parametrize("gzip", [0, 1])
@@ -316,3 +333,67 @@ def test_a_thousand_damaged_files_are_refused(train, tmp_path):
         with pytest.raises(UserError, match=r"damaged\.h5") as found:
             checkpoint.check(path)
         assert "\n" not in str(found.value)
+
+
+def test_a_writing_process_killed_at_any_moment_leaves_whole_files(alone, tmp_path):
+    """SIGKILL at 100 moments of saves that take tens of milliseconds: what is there is whole, and is one of two."""
+    writer, vectors = alone(make_network("mlp", (256,), 10, widths=(256, 256)), keep=2)
+    for step in (1, 2):
+        start = time.perf_counter()
+        writer.write(vectors, {}, checkpoint.Progress(step=step))
+        writer.finish()
+        duration = time.perf_counter() - start
+    rng, survived, last = np.random.default_rng(0), 0, 2
+    for step in range(3, 203, 2):
+        writer.write(vectors, {}, checkpoint.Progress(step=step))
+        time.sleep(rng.uniform(0, duration))
+        writer.helper.kill()
+        writer.finish()
+        found = checkpoint.available(tmp_path)
+        for path in found:
+            checkpoint.check(path)
+        told = writer.troubles()
+        assert told == [] or "SIGKILL" in told[0]
+        # A process that is killed between the renaming and its answer has done its work all the same.
+        last, done = (step, True) if int(found[-1].stem[5:]) == step else (last, False)
+        assert int(found[-1].stem[5:]) == last and (done or told)
+        survived += done
+        # A new process needs a moment to start, in which there is nothing to kill.
+        writer.write(vectors, {}, checkpoint.Progress(step=step + 1))
+        writer.finish()
+        assert writer.troubles() == []
+        last = step + 1
+    assert 5 <= survived <= 95, "the moments are spread over the saves"
+    assert not list(checkpoint.folder(tmp_path).glob(".*"))
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_any_moment_goes_on(tmp_path):
+    """SIGKILL of all ranks while every step is saved: what `list` calls whole is whole, and the run goes on."""
+    out, rng = tmp_path / "run", np.random.default_rng(1)
+    options = ("-m", "psmpi.train", "--out", out, "--epochs", "40", "--checkpoint-every", "1", "--resume", "auto")
+    steps = []
+    for _ in range(12):
+        process = start(2, *options, cwd=tmp_path)
+        first = len(list(checkpoint.folder(out).glob("*.h5")))
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and process.poll() is None:
+            newest = [p.name for p in checkpoint.available(out)][-1:]
+            if newest and newest[0] > f"step-{max(steps, default=0):09d}.h5":
+                break
+            time.sleep(0.02)
+        assert first or checkpoint.available(out), "nothing was saved"
+        time.sleep(rng.uniform(0, 0.5))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        # The writing process may outlive the ranks by the checkpoint in its hands.
+        time.sleep(0.3)
+        status, listed, err = run(1, "-m", "psmpi.inspect", "list", out, "--json")
+        assert status == 0, err
+        rows = json.loads(listed)
+        for row in rows:
+            assert run(1, "-m", "psmpi.inspect", "verify", row["file"])[0] == 0 and not row["damage"]
+        steps.append(rows[-1]["step"])
+    assert steps == sorted(steps) and steps[-1] > steps[0]
+    status, stdout, err = run(2, *options, "--max-steps", str(steps[-1] + 3), cwd=tmp_path)
+    assert status == 0 and f"step {steps[-1]}" in stdout, err

@@ -11,22 +11,29 @@ def main(argv: list[str] | None = None) -> int:
     import tyro
     from tyro.extras import SubcommandApp
 
+    from psmpi.bench.checkpoint import checkpoint
     from psmpi.bench.published import published
-    from psmpi.errors import UserError
+    from psmpi.comm.world import run
 
     app = SubcommandApp()
-    command: Callable[..., int] = published
-    app.command(command)
-    try:
-        return app.cli(
-            prog="python -m psmpi.bench",
-            description="Measure psmpi.",
-            args=sys.argv[1:] if argv is None else argv,
-            config=(tyro.conf.OmitArgPrefixes,),
+    commands: tuple[Callable[..., int], ...] = (checkpoint, published)
+    for command in commands:
+        app.command(command)
+
+    def go() -> int:
+        return int(
+            app.cli(
+                prog="python -m psmpi.bench",
+                description="Measure psmpi.",
+                args=sys.argv[1:] if argv is None else argv,
+                config=(tyro.conf.OmitArgPrefixes,),
+            )
         )
-    except UserError as error:
-        print(f"psmpi.bench: {error}", file=sys.stderr)
-        return 1
+
+    try:
+        return run(go)
+    except SystemExit as end:
+        return 1 if end.code else 0
 
 
 if __name__ == "__main__":

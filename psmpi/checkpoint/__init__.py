@@ -14,7 +14,7 @@ from psmpi.checkpoint.format import (
     read_contents,
 )
 from psmpi.checkpoint.provenance import provenance
-from psmpi.checkpoint.reader import find, load
+from psmpi.checkpoint.reader import find, load, newest
 from psmpi.checkpoint.writer import Writer
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "find",
     "folder",
     "load",
+    "newest",
     "provenance",
     "read_contents",
 ]

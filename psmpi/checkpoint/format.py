@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import accumulate
 from math import prod
@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import h5py
-import numpy as np
 
 from psmpi.errors import UserError
-from psmpi.partition import Block, Layout, Parameter, Piece
+from psmpi.partition import Block, Layout, Parameter, Piece, Runs
 
 FORMAT = 1
 HEADER = 512
@@ -106,17 +105,13 @@ class Contents:
             part=tuple(json.loads(texts["part"])) if "part" in texts else None,
         )
 
+    def held(self) -> Runs:
+        """The runs of the flat vector that the file holds."""
+        return held_runs(self.layout, self.part)
+
     def tensors(self) -> list[Tensor]:
         """The tensors of the weights, and of each vector of the optimizer."""
-        held = self.layout.part(self.part) if self.part is not None else None
-        found = []
-        for k, parameter in enumerate(self.layout.parameters):
-            pieces = [p for p in self.layout.pieces() if p.parameter == k]
-            if held is not None:
-                pieces = [p for p in pieces if any(a <= p.offset < b for a, b in held.intervals)]
-            if pieces:
-                found.append(Tensor.of(parameter, pieces))
-        return found
+        return make_tensors(self.layout, self.part)
 
 
 @dataclass(frozen=True)
@@ -146,6 +141,24 @@ class Tensor:
         axes = [*accumulate(parameter.shape, lambda a, b: a * b)]
         rest = parameter.shape[axes.index(parameter.units) + 1 :]
         return Tensor(parameter.name, (units, *rest), spans)
+
+
+def held_runs(layout: Layout, part: Sequence[int] | None) -> Runs:
+    """What a file holds of the flat vector; what no class uses goes with class 0, so that all parts make the whole."""
+    if part is None:
+        return Runs.union([(0, layout.size)])
+    return Runs.union(layout.part(part).intervals + (layout.dead.intervals if 0 in part else ()))
+
+
+def make_tensors(layout: Layout, part: Sequence[int] | None = None) -> list[Tensor]:
+    """The tensors of a file with the parameters of `layout`, or with the part of some classes."""
+    held = held_runs(layout, part)
+    found = []
+    for k, parameter in enumerate(layout.parameters):
+        pieces = [p for p in layout.pieces() if p.parameter == k and any(a <= p.offset < b for a, b in held.intervals)]
+        if pieces:
+            found.append(Tensor.of(parameter, pieces))
+    return found
 
 
 def _describe(layout: Layout) -> dict[str, Any]:
@@ -280,8 +293,3 @@ def read_contents(path: Path) -> Contents:
             raise UserError(
                 f"checkpoint {path} was not written as CHECKPOINTS.md says ({error!r}); use another one"
             ) from None
-
-
-def read_tensor(file: h5py.File, vector: str, tensor: Tensor) -> np.ndarray:
-    """One tensor of a vector, whole."""
-    return np.asarray(file[f"{group_of(vector)}/{tensor.name}"][...])

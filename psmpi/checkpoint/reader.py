@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from pathlib import Path
 
 import h5py
 import numpy as np
 
-from psmpi.checkpoint.format import available, check, folder, group_of, open_file
+from psmpi.checkpoint.format import Tensor, available, check, folder, group_of, held_runs, make_tensors, open_file
 from psmpi.errors import UserError
-from psmpi.partition import Layout, Parameter, Runs
+from psmpi.partition import Layout, Runs
 
 
 def find(resume: str, out: Path, tell: Callable[[str], None]) -> Path | None:
@@ -29,63 +29,75 @@ def find(resume: str, out: Path, tell: Callable[[str], None]) -> Path | None:
                 continue
             return path
         return None
-    path = Path(resume)
-    if path.is_dir():
-        newest = available(path)
-        if not newest:
-            raise UserError(f"--resume {path}: no checkpoint in {folder(path)}; give the path of an .h5 file")
-        path = newest[-1]
+    path = newest(Path(resume))
     check(path)
     return path
 
 
-def load(path: Path, layout: Layout, runs: Runs, vectors: Mapping[str, np.ndarray]) -> None:
+def newest(path: Path) -> Path:
+    """`path` itself, or the newest checkpoint of a run directory; UserError where there is none."""
+    if not path.is_dir():
+        return path
+    found = available(path)
+    if not found:
+        raise UserError(f"{path}: no checkpoint in {folder(path)}; give a run directory or the path of an .h5 file")
+    return found[-1]
+
+
+def load(
+    path: Path, layout: Layout, runs: Runs, vectors: Mapping[str, np.ndarray], part: Sequence[int] | None = None
+) -> None:
     """Fill `vectors`, (runs.size,) each, with the elements of the flat vector that `runs` names, reading only these.
 
-    UserError names a tensor that is missing or has another shape, with what the file has and what the model wants.
+    `layout` is the model's; `part` are the classes whose part alone the file holds, None for all. UserError names a
+    tensor that is missing or has another shape, with what the file has and what the model wants.
     """
+    missing = runs - held_runs(layout, part)
+    if missing.intervals:
+        raise UserError(
+            f"checkpoint {path} holds only the part of the classes {', '.join(map(str, part or ()))}, and this needs "
+            f"{missing.size:,} more weights: put the parts together with python -m psmpi.inspect join"
+        )
     with open_file(path) as file:
         for name, vector in vectors.items():
-            for k, parameter in enumerate(layout.parameters):
-                dataset = _dataset(file, f"{group_of(name)}/{parameter.name}", parameter, path)
-                for a, b, local in _spans(layout, k, runs):
+            for tensor in make_tensors(layout, part):
+                dataset = find_tensor(file, name, tensor, path)
+                for a, b, local in _spans(tensor, runs):
                     try:
-                        _read(dataset, a, b, vector[local])
+                        read_elements(dataset, a, b, vector[local])
                     except OSError as error:
                         raise UserError(f"checkpoint {path}, {dataset.name}: {error}; the file is damaged") from None
 
 
-def _spans(layout: Layout, parameter: int, runs: Runs) -> list[tuple[int, int, slice]]:
-    """Where runs and a parameter meet: (first element, last element of the flattened tensor, slice of the runs)."""
+def _spans(tensor: Tensor, runs: Runs) -> list[tuple[int, int, slice]]:
+    """Where runs and a tensor meet: (first element, last element of the flattened tensor, slice of the runs)."""
     spans = []
-    size = layout.parameters[parameter].unit_size
-    for piece in layout.pieces():
-        if piece.parameter == parameter:
-            whole = Runs(((piece.offset, piece.offset + (piece.last - piece.first) * size),))
-            for a, b in (whole & runs).intervals:
-                at = piece.first * size + a - piece.offset
-                spans.append((at, at + b - a, runs.local(a, b)))
+    for first, last, offset in tensor.spans:
+        for a, b in (Runs(((offset, offset + last - first),)) & runs).intervals:
+            spans.append((first + a - offset, first + b - offset, runs.local(a, b)))
     return spans
 
 
-def _dataset(file: h5py.File, name: str, parameter: Parameter, path: Path) -> h5py.Dataset:
+def find_tensor(file: h5py.File, vector: str, tensor: Tensor, path: Path) -> h5py.Dataset:
+    """The data set of a tensor; UserError where it is missing or of another shape."""
+    name = f"{group_of(vector)}/{tensor.name}"
     dataset = file.get(name)
     if not isinstance(dataset, h5py.Dataset):
         kept = ", ".join(file["optimizer"]) if "optimizer" in file else "none: it holds weights only"
         raise UserError(
             f"checkpoint {path} has no {name}: it is of another model or optimizer (its optimizer vectors: {kept}); "
-            "resume with the settings stored in it"
+            "use the settings stored in it"
         )
-    if dataset.shape != parameter.shape:
+    if dataset.shape != tensor.shape:
         raise UserError(
-            f"checkpoint {path}, {name}: shape {dataset.shape} in the file, {parameter.shape} in the model; use the "
+            f"checkpoint {path}, {name}: shape {dataset.shape} in the file, {tensor.shape} in the model; use the "
             "model and data set that the checkpoint was made with"
         )
     return dataset
 
 
-def _read(dataset: h5py.Dataset, first: int, last: int, into: np.ndarray) -> None:
-    """Elements [first, last) of the flattened tensor, reading only the leading rows they lie in."""
+def read_elements(dataset: h5py.Dataset, first: int, last: int, into: np.ndarray) -> None:
+    """Fill `into` with elements [first, last) of the flattened tensor, reading only the leading rows they lie in."""
     row = prod(dataset.shape[1:])
     top, bottom = first // row, -(-last // row)
     if first == top * row and last == bottom * row:

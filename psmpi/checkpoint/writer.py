@@ -100,12 +100,18 @@ class Writer:
             self._hand_over(job)
         self.pause += time.perf_counter() - start
 
-    def troubles(self) -> list[str]:
-        """What went wrong with checkpoints since the last call; does not wait."""
+    @property
+    def busy(self) -> bool:
+        """Whether a checkpoint is still being written, on rank 0; does not wait."""
         if self.target is not None and self.helper is not None and self.helper.stdout is not None:
             ready, _, _ = select.select([self.helper.stdout], [], [], 0)
             if ready:
                 self._answer()
+        return self.target is not None
+
+    def troubles(self) -> list[str]:
+        """What went wrong with checkpoints since the last call; does not wait."""
+        _ = self.busy
         found, self.found = self.found, []
         return found
 
@@ -118,11 +124,11 @@ class Writer:
         """Wait, and end the process."""
         self.finish()
         if self.helper is not None:
-            assert self.helper.stdin is not None and self.helper.stdout is not None
-            self.helper.stdin.close()
-            self.helper.wait()
-            self.helper.stdout.close()
-            self.helper = None
+            assert self.helper.stdin is not None
+            # The end of its input ends it.
+            with contextlib.suppress(OSError):
+                self.helper.stdin.close()
+            self._forget()
         for file in (self.spool, self.noise):
             if file is not None:
                 file.close()
@@ -133,6 +139,8 @@ class Writer:
         try:
             place = folder(self.out)
             place.mkdir(parents=True, exist_ok=True)
+            if self.helper is not None and self.helper.poll() is not None:
+                self._forget()
             if self.helper is None:
                 if self.spool is None:
                     # Without a name: it goes away with its last user, however this run ends.
@@ -183,13 +191,7 @@ class Writer:
         if line:
             error = json.loads(line)
         else:
-            # A message to a process that is gone cannot be flushed; its end is all there is to know.
-            status = self.helper.wait()
-            assert self.helper.stdin is not None
-            with contextlib.suppress(OSError):
-                self.helper.stdin.close()
-            self.helper.stdout.close()
-            self.helper = None
+            status = self._forget()
             if self.target is not None:
                 partial_of(self.target).unlink(missing_ok=True)
             end = signal.Signals(-status).name if status < 0 else f"status {status}"
@@ -200,6 +202,17 @@ class Writer:
             self.last_good, self.target, self.last_failed = self.target, None, False
         if self.spool is not None:
             self.spool.truncate(0)
+
+    def _forget(self) -> int:
+        """Wait for the end of the process; its exit status."""
+        assert self.helper is not None and self.helper.stdin is not None and self.helper.stdout is not None
+        status = self.helper.wait()
+        # What was written to a process that is gone cannot be flushed.
+        with contextlib.suppress(OSError):
+            self.helper.stdin.close()
+        self.helper.stdout.close()
+        self.helper = None
+        return status
 
     def _reason(self) -> str:
         """What the process said of errors of the operating system."""

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from psmpi.data.cifar import open_cifar10
 from psmpi.data.digits import open_digits
-from psmpi.data.hdf5 import open_hdf5
+from psmpi.data.hdf5 import read_hdf5
 from psmpi.data.mnist import open_mnist
-from psmpi.data.npz import open_npz
-from psmpi.data.own import SUFFIXES
-from psmpi.data.split import Dataset
+from psmpi.data.npz import read_npz
+from psmpi.data.own import SUFFIXES, Header, build, build_all
+from psmpi.data.split import Dataset, Split
 from psmpi.errors import UserError
 
 DATASETS = ("digits", "mnist", "cifar10")
@@ -30,6 +30,24 @@ def open_dataset(name: str, data_dir: str | Path | None) -> Dataset:
         return open_mnist(folder)
     if name == "cifar10":
         return open_cifar10(folder)
+    path, keys, headers = _read_own(name, folder)
+    return build(name, path, keys, headers)
+
+
+def open_split(name: str, data_dir: str | Path | None, split: str) -> Split:
+    """The `train` or `test` samples of a data set, or `all` the samples x of a file, labelled or not (then -1).
+
+    Raises UserError as open_dataset does.
+    """
+    if split == "all" and name not in DATASETS:
+        return build_all(*_read_own(name, None if data_dir is None else Path(data_dir)))
+    if split == "all":
+        raise UserError(f"{name} has the splits train and test; `all` is for files of your own")
+    dataset = open_dataset(name, data_dir)
+    return dataset.test if split == "test" else dataset.train
+
+
+def _read_own(name: str, folder: Path | None) -> tuple[Path, list[str], dict[str, Header]]:
     suffix = Path(name).suffix.lower()
     if suffix not in SUFFIXES:
         raise UserError(
@@ -37,7 +55,7 @@ def open_dataset(name: str, data_dir: str | Path | None) -> Dataset:
             f"or the path of a file that ends in {', '.join(SUFFIXES)}"
         )
     path = _locate(name, folder)
-    return open_npz(name, path) if suffix == ".npz" else open_hdf5(name, path)
+    return path, *(read_npz(path) if suffix == ".npz" else read_hdf5(path))
 
 
 def _locate(name: str, folder: Path | None) -> Path:

@@ -11,9 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from psmpi.data.files import reading, rows_per_chunk
-from psmpi.data.own import KEYS, Header, build
+from psmpi.data.own import KEYS, Header
 from psmpi.data.rows import RowSource, windows
-from psmpi.data.split import Dataset
 from psmpi.errors import UserError
 
 
@@ -22,11 +21,8 @@ def _h5py() -> Any:
     return import_module("h5py")
 
 
-def open_hdf5(name: str, path: Path) -> Dataset:
-    """Open the HDF5 file `path` as the data set `name`: reads the labels and checks shapes and dtypes.
-
-    Raises UserError for a damaged file and for whatever is wrong with the arrays, see psmpi.data.own.build.
-    """
+def read_hdf5(path: Path) -> tuple[list[str], dict[str, Header]]:
+    """The names of everything in the HDF5 file `path`, and headers of the arrays psmpi knows. UserError if damaged."""
     h5py = _h5py()
     with reading(path), h5py.File(path, "r") as file:
         keys = list(file)
@@ -37,7 +33,7 @@ def open_hdf5(name: str, path: Path) -> Dataset:
                 if not isinstance(array, h5py.Dataset) or array.shape is None:
                     raise UserError(f"{path}: {key} is a group, a dead link or empty; save an array under this name")
                 headers[key] = _header(path, key, array.shape, array.dtype)
-    return build(name, path, keys, headers)
+    return keys, headers
 
 
 def _header(path: Path, key: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Header:

@@ -12,24 +12,21 @@ import numpy.typing as npt
 from numpy.lib import format as npy
 
 from psmpi.data.files import reading
-from psmpi.data.own import KEYS, Header, build
+from psmpi.data.own import KEYS, Header
 from psmpi.data.rows import FileRows, RowSource, StreamRows
-from psmpi.data.split import Dataset
 from psmpi.errors import UserError
 
 _LOCAL_HEADER = 30
 
 
-def open_npz(name: str, path: Path) -> Dataset:
-    """Open the .npz file `path` as the data set `name`: reads the labels and checks the headers and sizes.
+def read_npz(path: Path) -> tuple[list[str], dict[str, Header]]:
+    """The names of all arrays in the .npz file `path`, and headers of those psmpi knows. UserError if it is damaged.
 
     An uncompressed x is read row by row (its zip checksum then goes unchecked), a compressed one as a stream.
-    Raises UserError for a damaged file and for whatever is wrong with the arrays, see psmpi.data.own.build.
     """
     with reading(path), zipfile.ZipFile(path) as archive:
         members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
-        headers = {key: _header(path, archive, members[key]) for key in KEYS if key in members}
-    return build(name, path, list(members), headers)
+        return list(members), {key: _header(path, archive, members[key]) for key in KEYS if key in members}
 
 
 def _header(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Header:

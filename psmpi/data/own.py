@@ -72,6 +72,15 @@ def build(name: str, path: Path, keys: list[str], headers: dict[str, Header]) ->
     return Dataset(name, max(high, high_test) + 1, shape, train, test)
 
 
+def build_all(path: Path, keys: list[str], headers: dict[str, Header]) -> Split:
+    """All samples of x as one split; their labels are -1 where there is no y. Raises UserError as `build` does."""
+    if "x" not in headers:
+        raise UserError(f"{path}: no array 'x'; found {', '.join(keys) or 'nothing'}; save the samples as x")
+    header = headers["x"]
+    labels = _labels(path, "y", headers)[0] if "y" in headers else np.full(header.shape[0], -1)
+    return Split(frozen(labels), _sample_shape(path, "x", header), _scale(path, "x", header), header.source())
+
+
 def _sample_shape(path: Path, key: str, header: Header) -> tuple[int, ...]:
     shape = header.shape
     if len(shape) not in (2, 3, 4):

@@ -134,9 +134,9 @@ class LinearPart:
             and one.count * one.n_in == inputs
         )
 
-    def bind(self, w: np.ndarray, g: np.ndarray) -> None:
+    def bind(self, w: np.ndarray, g: np.ndarray | None) -> None:
         self.w = [(s.weights(w), s.biases(w)) for s in self.segments]
-        self.g = [(s.weights(g), s.biases(g)) for s in self.segments]
+        self.g = [(s.weights(g), s.biases(g)) for s in self.segments] if g is not None else []
 
     def source(self, s: Segment, x: np.ndarray, rows: int = 1) -> np.ndarray:
         """The inputs of a segment's stripes, (count, n_in * rows, b), as a view of x (inputs * rows, b)."""

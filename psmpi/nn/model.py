@@ -30,8 +30,9 @@ class Model:
     """The scores of `classes` (all by default) as a function of the part's local weight vector.
 
     w, g: (part.size,) arrays of one dtype, the weights and (written by `backward`) their gradient; the part is
-    `layout.part(classes)`. Activations put the minibatch last. Buffers are allocated by `reserve`, not by the step.
-    With `fold`, mean pooling right after a convolution is folded into its kernel.
+    `layout.part(classes)`. With g = None there is no backward. Activations put the minibatch last. Buffers are
+    allocated by `reserve`, not by the step. With `fold`, mean pooling right after a convolution is folded into its
+    kernel.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class Model:
         network: Network,
         layout: Layout,
         w: np.ndarray,
-        g: np.ndarray,
+        g: np.ndarray | None,
         ops: NumpyOps,
         classes: Sequence[int] | None = None,
         *,
@@ -48,11 +49,12 @@ class Model:
         self.network, self.layout, self.ops = network, layout, ops
         self.classes = tuple(range(network.classes)) if classes is None else tuple(sorted(classes))
         self.part: Runs = layout.part(self.classes)
-        if w.shape != (self.part.size,) or g.shape != w.shape or g.dtype != w.dtype:
-            raise ValueError(
-                f"the part of classes {self.classes} has {self.part.size} parameters; got w {w.shape} {w.dtype} and "
-                f"g {g.shape} {g.dtype}"
-            )
+        for name, vector in (("w", w), ("g", g)):
+            if vector is not None and (vector.shape, vector.dtype) != ((self.part.size,), w.dtype):
+                raise ValueError(
+                    f"the part of classes {self.classes} has {self.part.size} parameters; got {name} {vector.shape} "
+                    f"{vector.dtype}"
+                )
         self.w, self.g, self.dtype = w, g, w.dtype
         self.steps = self._make_steps(fold)
         self.capacity = 0
@@ -104,7 +106,7 @@ class Model:
                 step.linear.reserve(batch, self.dtype)  # type: ignore[attr-defined]
             sizes.append(step.size)
         # A gradient lives until the layer below has made its own from it: two buffers take turns.
-        widest = max(sizes[1:]) if len(sizes) > 1 else 0
+        widest = max(sizes[1:]) if len(sizes) > 1 and self.g is not None else 0
         self.gradients = [self.ops.empty(widest * batch, self.dtype) for _ in range(2)]
 
     @property

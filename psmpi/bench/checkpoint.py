@@ -1,0 +1,155 @@
+"""How long a checkpoint keeps training waiting."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from psmpi.errors import UserError
+
+# Weights of this network are in equal blocks, one a class, as a worker of the score partition holds them.
+CLASSES, LAYERS = 10, 8
+
+
+def checkpoint(
+    megabytes: int = 1000,
+    repeats: int = 5,
+    placement: str = "master",
+    folder: str = "",
+    gzip: int = 0,
+    json: bool = False,
+) -> int:
+    """Measure the pause that a checkpoint puts into training, alone or under mpirun.
+
+    Between two checkpoints training is played by Adam's arithmetic on the shards. The pause is to be compared with a
+    plain copy of the same bytes in memory, measured in the same run.
+
+    Args:
+        megabytes: Size of the weights and of Adam's two moments together.
+        repeats: Checkpoints to write, after one to warm up.
+        placement: master or owner.
+        folder: Where to write; the system's folder for temporary files if not given.
+        gzip: Compression, 0 to 9.
+        json: Print JSON.
+    """
+    from psmpi.comm.world import start
+
+    if megabytes < 1 or repeats < 1 or placement not in ("master", "owner"):
+        raise UserError("checkpoint: expected --megabytes and --repeats from 1 up, and --placement master or owner")
+    world = start()
+    place = ""
+    if world.rank == 0:
+        place = tempfile.mkdtemp(prefix="psmpi-bench-", dir=folder or None)
+    try:
+        found = _measure(world, Path(place), megabytes, repeats, placement, gzip)
+    finally:
+        if place:
+            shutil.rmtree(place, ignore_errors=True)
+    if world.rank == 0:
+        _show(found, json)
+    return 0
+
+
+def _measure(
+    world: Any, place: Path, megabytes: int, repeats: int, placement: str, gzip: int
+) -> dict[str, float | int | str]:
+    from psmpi.checkpoint import Contents, Progress, Writer
+    from psmpi.nn.network import build
+    from psmpi.partition import assign_roles
+
+    width = max(1, round((megabytes * 1e6 / (3 * 4 * LAYERS * CLASSES)) ** 0.5))
+    tables: list[dict[str, Any]] = [
+        {"type": "separable_dense", "units": CLASSES * width, "groups": CLASSES} for _ in range(LAYERS)
+    ]
+    network = build(
+        "bench",
+        (CLASSES * width,),
+        [*tables, {"type": "separable_dense", "units": CLASSES, "groups": CLASSES}],
+        CLASSES,
+    )
+    layout = network.layout()
+    shards = assign_roles(layout, world.size, placement=placement, colocate=world.size == 1).shards
+    size = shards[world.rank].size
+    rng = np.random.default_rng(world.rank)
+    vectors = {name: rng.random(size, np.float32) for name in ("weights", "m", "v")}
+    writer = Writer(world, Contents("", network.in_shape, layout), shards, place, keep=1, gzip=gzip)
+
+    copies = []
+    for _ in range(3):
+        start = time.perf_counter()
+        for vector in vectors.values():
+            vector.copy()
+        copies.append(time.perf_counter() - start)
+    alone, beside, pauses, whole = [], [], [], []
+    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for number in range(repeats + 1):
+        alone += [_step(world, vectors) for _ in range(5)]
+        before, start = writer.pause, time.perf_counter()
+        writer.write(vectors, {}, Progress(step=number + 1))
+        pause, busy = writer.pause - before, []
+        while True:
+            busy.append(_step(world, vectors))
+            # Rank 0 alone knows, and all must take the same number of steps.
+            left = np.array([int(world.rank == 0 and writer.busy)])
+            world.Bcast(left, 0)
+            if not left[0]:
+                break
+        if number:
+            pauses.append(pause)
+            whole.append(time.perf_counter() - start)
+            beside += busy
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if world.rank == 0:
+        writer.close()
+        for trouble in writer.troubles():
+            raise UserError(trouble)
+    return {
+        "megabytes": 3 * 4 * layout.size / 1e6,
+        "ranks": world.size,
+        "placement": placement,
+        "copy_seconds": median(copies),
+        "pause_seconds": median(pauses),
+        "pause_least": min(pauses),
+        "pause_most": max(pauses),
+        "written_seconds": median(whole),
+        "step_seconds": median(alone),
+        "step_beside_seconds": median(beside),
+        "extra_megabytes": (peak - held) * 1024 / 1e6,
+    }
+
+
+def _step(world: Any, vectors: dict[str, np.ndarray]) -> float:
+    """Seconds of an optimizer step on this rank's shard, in pieces that fit the cache."""
+    start = time.perf_counter()
+    w, m, v = vectors["weights"], vectors["m"], vectors["v"]
+    for a in range(0, len(w), 1 << 16):
+        piece = slice(a, a + (1 << 16))
+        m[piece] *= np.float32(0.9)
+        v[piece] *= np.float32(0.999)
+        w[piece] -= np.float32(1e-3) * m[piece]
+    world.Barrier()
+    return time.perf_counter() - start
+
+
+def _show(found: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(found))
+        return
+    ratio = f" (ratio {found['pause_seconds'] / found['copy_seconds']:.1f})" if found["copy_seconds"] > 1e-3 else ""
+    print(
+        f"checkpoint of {found['megabytes']:.0f} MB, {found['ranks']} rank(s), placement {found['placement']}\n"
+        f"training waits     {found['pause_seconds']:.2f} s ({found['pause_least']:.2f} to {found['pause_most']:.2f})\n"
+        f"copy in memory     {found['copy_seconds']:.2f} s on rank 0{ratio}\n"
+        f"written after      {found['written_seconds']:.2f} s\n"
+        f"optimizer step     {1e3 * found['step_seconds']:.0f} ms alone, {1e3 * found['step_beside_seconds']:.0f} ms "
+        f"beside the writing\n"
+        f"extra memory       {found['extra_megabytes']:.1f} MB on rank 0"
+    )

@@ -1,0 +1,161 @@
+"""The commands that write or remove checkpoints: average, cut, join, prune."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+from tyro.conf import Positional, arg
+
+from psmpi.checkpoint import Contents, available
+from psmpi.checkpoint.build import Source, write_file
+from psmpi.checkpoint.format import Tensor
+from psmpi.errors import UserError
+from psmpi.inspect.look import damage
+from psmpi.inspect.opened import Opened
+
+Checkpoints = Positional[Annotated[tuple[Path, ...], arg(metavar="CHECKPOINT")]]
+
+
+def average(files: Checkpoints, /, out: Path) -> int:
+    """Write the mean of the weights of several checkpoints of one model; the optimizer's state is left out.
+
+    Args:
+        files: Checkpoint files or run directories. Configuration and progress are those of the last one.
+        out: File to write.
+    """
+    opened = [Opened(path) for path in files]
+    if not opened:
+        raise UserError("average: give at least one checkpoint")
+    _same_network(opened)
+
+    def read(vector: str, tensor: Tensor, first: int, into: np.ndarray) -> None:
+        total, one = np.zeros(len(into)), np.empty_like(into)
+        for each in opened:
+            each.fill(vector, tensor.name, first, one)
+            total += one
+        into[...] = total / len(opened)
+
+    origin = {**opened[-1].contents.provenance, "average_of": [str(each.path) for each in opened]}
+    contents = replace(opened[-1].contents, scalars={}, provenance=origin)
+    _write(out, contents, ["weights"], opened[-1].dtype, read)
+    return 0
+
+
+def cut(checkpoint: Positional[Annotated[Path, arg(metavar="CHECKPOINT")]], /, classes: tuple[int, ...], out: Path,
+        weights_only: bool = False) -> int:  # fmt: skip
+    """Write the part of some classes: what a device must hold to compute their scores.
+
+    Args:
+        checkpoint: Checkpoint file or run directory.
+        classes: Classes whose scores the part is to give.
+        out: File to write.
+        weights_only: Leave the optimizer's state out.
+    """
+    opened = Opened(checkpoint)
+    known = range(opened.contents.layout.classes) if opened.contents.part is None else opened.contents.part
+    part = tuple(sorted(set(classes)))
+    missing = [c for c in part if c not in known]
+    if missing or not part:
+        raise UserError(f"cut --classes {' '.join(map(str, classes))}: {opened.path} has {' '.join(map(str, known))}")
+    vectors = ["weights"] if weights_only else opened.vectors
+    scalars = {} if weights_only else opened.contents.scalars
+    _write(out, replace(opened.contents, part=part, scalars=scalars), vectors, opened.dtype, _from_parts([opened]))
+    return 0
+
+
+def join(files: Checkpoints, /, out: Path) -> int:
+    """Put parts of one checkpoint together again, bit for bit.
+
+    Args:
+        files: Files that `cut` wrote; together they must hold all classes.
+        out: File to write.
+    """
+    opened = [Opened(path) for path in files]
+    if not opened:
+        raise UserError("join: give the files of the parts")
+    _same_network(opened)
+    first = opened[0]
+    for other in opened[1:]:
+        if other.vectors != first.vectors or other.contents.progress != first.contents.progress:
+            raise UserError(f"{other.path} and {first.path} are parts of different checkpoints: cut them from one")
+    held = {c for each in opened for c in each.contents.part or range(each.contents.layout.classes)}
+    missing = sorted(set(range(first.contents.layout.classes)) - held)
+    if missing:
+        raise UserError(f"join: the part of the classes {' '.join(map(str, missing))} is not among the files: add it")
+    _write(out, replace(first.contents, part=None), first.vectors, first.dtype, _from_parts(opened))
+    return 0
+
+
+def prune(run: Positional[Annotated[Path, arg(metavar="RUN")]], /, keep: int, dry_run: bool = False) -> int:
+    """Keep the newest whole checkpoints of a run, and remove the others, damaged ones too.
+
+    Args:
+        run: Run directory.
+        keep: How many to keep, at least 1.
+        dry_run: Only say what would be removed.
+    """
+    if keep < 1:
+        raise UserError(f"prune --keep {keep}: expected a whole number from 1 up")
+    found = available(run)
+    if not found:
+        raise UserError(f"{run} has no checkpoints: give a run directory")
+    whole = [path for path in found if not damage(path)]
+    if not whole:
+        raise UserError(f"all checkpoints of {run} are damaged: nothing is removed; see verify")
+    kept = whole[-keep:]
+    for path in found:
+        if path not in kept:
+            print(f"{'would remove' if dry_run else 'removed'} {path}")
+            if not dry_run:
+                path.unlink()
+    return 0
+
+
+def _same_network(opened: Sequence[Opened]) -> None:
+    """UserError unless all are of one network."""
+    for other in opened[1:]:
+        if other.contents.layout != opened[0].contents.layout:
+            names = [t.name for t in opened[0].tensors.values() if other.tensors.get(t.name) != t]
+            which = f" (they differ in {names[0]})" if names else ""
+            raise UserError(f"{other.path} and {opened[0].path} are of different networks{which}")
+
+
+def _from_parts(opened: Sequence[Opened]) -> Source:
+    """Elements by their place in the flat vector, from any of the files that hold them; all must agree."""
+
+    def read(vector: str, tensor: Tensor, first: int, into: np.ndarray) -> None:
+        last = first + len(into)
+        for a, b, offset in tensor.spans:
+            start, stop = max(a, first), min(b, last)
+            if start >= stop:
+                continue
+            target, seen = into[start - first : stop - first], None
+            for each in opened:
+                for sa, _, place in each.tensors[tensor.name].spans if tensor.name in each.tensors else ():
+                    if place == offset and seen is None:
+                        each.fill(vector, tensor.name, sa + start - a, target)
+                        seen = each
+                    elif place == offset and seen is not None:
+                        again = np.empty_like(target)
+                        each.fill(vector, tensor.name, sa + start - a, again)
+                        if again.tobytes() != target.tobytes():
+                            raise UserError(
+                                f"{seen.path} and {each.path} have different values in {vector} {tensor.name}: they "
+                                "are parts of different checkpoints"
+                            )
+
+    return read
+
+
+def _write(out: Path, contents: Contents, vectors: Sequence[str], dtype: np.dtype, read: Source) -> None:
+    if out.exists():
+        raise UserError(f"--out {out} is there already: name another file")
+    try:
+        write_file(out, contents, vectors, dtype, read)
+    except OSError as error:
+        raise UserError(f"--out {out}: {error}") from None
+    print(f"wrote {out}")

@@ -1,0 +1,68 @@
+"""Scores of samples from weights of which each rank holds a part."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from psmpi.backend import NumpyOps
+from psmpi.comm.group import Counter, Group
+from psmpi.data import Resident, Split
+from psmpi.nn.model import Model
+from psmpi.nn.network import Network
+from psmpi.partition import Layout, make_grid
+
+BATCH = 100
+
+
+class Predictor:
+    """The scores of `classes` on one rank of `world`, where all ranks are workers of the score partition.
+
+    The caller fills `w`, (part.size,), the weights of `part`. More ranks than classes share the samples; so do all
+    ranks where the network cannot be partitioned.
+    """
+
+    def __init__(
+        self, world: Any, network: Network, layout: Layout, classes: Sequence[int], dtype: np.dtype, ops: NumpyOps
+    ):
+        self.world, self.classes, self.dtype = world, tuple(classes), dtype
+        rows = world.size if network.tie() is not None else 0
+        grid = make_grid("scores", len(self.classes), world.size, rows)
+        self.place = grid[world.rank]
+        self.rows = 1 + grid[-1].row
+        peers = [rank for rank, w in enumerate(grid) if w.row == self.place.row]
+        self.columns = [len(grid[rank].classes) for rank in peers]
+        # The ranks that gather what their row has found.
+        self.speakers = [rank for rank, w in enumerate(grid) if w.column == 0]
+        self.row = Group(world, peers, Counter())
+        mine = [self.classes[k] for k in self.place.classes]
+        self.part = layout.part(mine)
+        self.w = np.empty(self.part.size, dtype)
+        self.model = Model(network, layout, self.w, None, ops, mine)
+
+    def run(self, split: Split) -> np.ndarray | None:
+        """Scores (n, classes) of all samples, on rank 0; None on the others."""
+        mine = np.array_split(np.arange(split.n), self.rows)[self.place.row]
+        count = len(self.classes)
+        found = np.empty((len(mine), count), self.dtype)
+        for start in range(0, len(mine), BATCH):
+            ids = mine[start : start + BATCH]
+            samples = Resident(split, ids, self.dtype)
+            x = np.empty((split.features, len(ids)), self.dtype)
+            samples.fetch(ids, x)
+            scores = np.empty((count, len(ids)), self.dtype)
+            self.row.allgatherv(self.model.forward(x), scores, [n * len(ids) for n in self.columns])
+            found[start : start + len(ids)] = scores.T
+        if self.world.rank != 0:
+            if self.place.column == 0 and len(mine):
+                self.world.Send(found, dest=0)
+            return None
+        everything = np.empty((split.n, count), self.dtype)
+        for rank, ids in zip(self.speakers, np.array_split(np.arange(split.n), self.rows), strict=True):
+            if len(ids) and rank != 0:
+                self.world.Recv(everything[ids[0] : ids[-1] + 1], source=rank)
+            elif len(ids):
+                everything[ids] = found
+        return everything

@@ -1,0 +1,185 @@
+"""Predictions, accuracy and confusion matrix from a checkpoint: `python -m psmpi.predict`, also under mpirun."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from tyro.conf import Positional, arg
+
+
+@dataclass(frozen=True)
+class Options:
+    """Predict the classes of a data set's samples from a checkpoint.
+
+    Every rank reads the weights of some classes' subnetworks alone; more ranks than classes share the samples.
+    """
+
+    checkpoint: Positional[Annotated[str, arg(metavar="CHECKPOINT")]]
+    """Checkpoint file, or a run directory for its newest one."""
+    dataset: str = ""
+    """digits, mnist, cifar10, or an .npz or .h5 file with x and perhaps y; the one of the training if not given."""
+    data_dir: str = ""
+    """Folder that holds the data set's files; the one of the training if not given."""
+    split: Literal["test", "train", "all"] = "test"
+    """Which samples; all: every sample x of a file of your own, which then needs no labels."""
+    out: str = ""
+    """File for predictions and scores, .csv or .npz."""
+    json: bool = False
+    """Print JSON instead of tables."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status, 0 done, 1 error."""
+    from psmpi.comm.world import run
+
+    return run(lambda: _main(sys.argv[1:] if argv is None else argv))
+
+
+def _main(argv: list[str]) -> int:
+    from psmpi.comm.world import share, start
+
+    world = start()
+    text, status = "", 0
+    if world.rank == 0:
+        import tyro
+
+        try:
+            options = tyro.cli(Options, prog="python -m psmpi.predict", args=argv)
+            text = json.dumps(vars(_settle(options)))
+        except SystemExit as end:
+            status = 1 if end.code else 0
+    text, status = json.loads(share(world, json.dumps([text, status])))
+    if text:
+        _predict(world, Options(**json.loads(text)))
+    return int(status)
+
+
+def _settle(options: Options) -> Options:
+    """Names of files that exist, after a look at the checkpoint whole. UserError where something does not fit."""
+    from dataclasses import replace
+
+    from psmpi import checkpoint
+    from psmpi.config import from_toml
+    from psmpi.errors import UserError
+
+    if options.out and Path(options.out).suffix not in (".csv", ".npz"):
+        raise UserError(f"--out {options.out}: expected a name that ends in .csv or .npz")
+    path = checkpoint.newest(Path(options.checkpoint))
+    checkpoint.check(path)
+    trained = from_toml(checkpoint.read_contents(path).config, str(path)).data
+    return replace(
+        options,
+        checkpoint=str(path),
+        dataset=options.dataset or trained.dataset,
+        data_dir=options.data_dir or trained.data_dir,
+    )
+
+
+def _predict(world: Any, options: Options) -> None:
+    import numpy as np
+
+    from psmpi import checkpoint
+    from psmpi.backend import make_backend
+    from psmpi.config import from_toml
+    from psmpi.data import open_split
+    from psmpi.errors import UserError
+    from psmpi.methods.predictor import Predictor
+    from psmpi.nn.zoo import make_network
+
+    path = Path(options.checkpoint)
+    contents = checkpoint.read_contents(path)
+    config, model = from_toml(contents.config, str(path)), from_toml(contents.config, str(path)).model
+    split = open_split(options.dataset, options.data_dir, options.split)
+    network = make_network(
+        model.model, contents.in_shape, contents.layout.classes, widths=model.widths, layers=model.layers
+    )
+    if split.shape != contents.in_shape:
+        raise UserError(
+            f"{options.dataset} has samples of shape {split.shape}, checkpoint {path} was trained on "
+            f"{contents.in_shape}: give the data set that fits with --dataset"
+        )
+    if split.n and split.labels.max() >= network.classes:
+        raise UserError(
+            f"{options.dataset} has the label {split.labels.max()}, checkpoint {path} knows the classes "
+            f"0-{network.classes - 1}: give the data set that fits with --dataset"
+        )
+    layout = network.layout()
+    classes = range(network.classes) if contents.part is None else contents.part
+    ops = make_backend(config.parallel.backend)
+    predictor = Predictor(world, network, layout, classes, np.dtype(model.dtype), ops)
+    checkpoint.load(path, layout, predictor.part, {"weights": predictor.w}, contents.part)
+    scores = predictor.run(split)
+    if scores is not None:
+        _report(options, split.labels, scores, list(classes), network.classes)
+
+
+def _report(options: Options, labels: Any, scores: Any, classes: list[int], known: int) -> None:
+    import numpy as np
+
+    predicted = np.array(classes)[scores.argmax(axis=1)] if scores.size else np.zeros(len(labels), int)
+    if options.out:
+        _write(Path(options.out), labels, predicted, scores, classes)
+    found: dict[str, Any] = {
+        "checkpoint": options.checkpoint,
+        "dataset": options.dataset,
+        "split": options.split,
+        "samples": len(labels),
+        "classes": classes,
+    }
+    # A part of the classes scores, and cannot choose among all.
+    if len(labels) and labels.min() >= 0 and len(classes) == known:
+        confusion = np.zeros((known, known), int)
+        np.add.at(confusion, (labels, predicted), 1)
+        found["accuracy"] = float(np.count_nonzero(predicted == labels) / len(labels))
+        found["confusion"] = confusion.tolist()
+    if options.json:
+        print(json.dumps(found))
+    else:
+        _show(found)
+
+
+def _write(path: Path, labels: Any, predicted: Any, scores: Any, classes: list[int]) -> None:
+    import numpy as np
+
+    from psmpi.errors import UserError
+
+    try:
+        if path.suffix == ".npz":
+            np.savez(path, predicted=predicted, labels=labels, scores=scores, classes=np.array(classes))
+            return
+        with path.open("w", newline="") as file:
+            rows = csv.writer(file)
+            rows.writerow(["sample", "label", "predicted", *(f"score_{c}" for c in classes)])
+            for k, (label, choice, row) in enumerate(zip(labels, predicted, scores, strict=True)):
+                rows.writerow([k, label if label >= 0 else "", choice, *(repr(float(v)) for v in row)])
+    except OSError as error:
+        raise UserError(f"--out {path}: {error.strerror}; give the path of a file that can be written") from None
+
+
+def _show(found: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    print(f"{found['checkpoint']}: {found['samples']:,} samples of {found['dataset']} ({found['split']})")
+    if "accuracy" not in found:
+        which = f"classes {' '.join(map(str, found['classes']))}"
+        print(f"scores of {which}; no accuracy (it needs labels, and the scores of all classes)")
+        return
+    print(f"accuracy {100 * found['accuracy']:.2f} %")
+    table = Table(title="confusion: rows are labels, columns predictions", title_justify="left")
+    for name in ("label", *map(str, found["classes"]), "right"):
+        table.add_column(name, justify="right")
+    for label, row in enumerate(found["confusion"]):
+        share = f"{100 * row[label] / sum(row):.1f} %" if sum(row) else "-"
+        table.add_row(str(label), *(str(n) if n else "." for n in row), share)
+    console.print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
