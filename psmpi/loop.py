@@ -16,7 +16,7 @@ from rich.table import Table
 
 from psmpi import checkpoint, metrics
 from psmpi.checkpoint import Contents, Progress
-from psmpi.config import Config
+from psmpi.config import Config, from_toml
 from psmpi.data import Dataset, Minibatches
 from psmpi.errors import UserError
 from psmpi.methods import Method, Place
@@ -72,6 +72,8 @@ class Loop:
         keep, gzip = config.run.checkpoint_keep, config.run.checkpoint_gzip
         self.writer = checkpoint.Writer(world, contents, method.shards, out, keep=keep, gzip=gzip)
         self.progress = Progress()
+        # Bytes sent and received before this start.
+        self.before = np.zeros(2)
         self.warned: set[str] = set()
 
     def resume(self, path: Path) -> None:
@@ -79,16 +81,34 @@ class Loop:
         contents = checkpoint.read_contents(path)
         progress = contents.progress
         shard = self.method.shards[self.world.rank]
-        checkpoint.load(path, self.method.layout, shard, self.method.vectors, contents.part)
-        self.method.scalars.update(contents.scalars)
-        # The shares of the loss and of the bytes are summed over ranks: the past is rank 0's.
+        vectors, note = self.method.vectors, ""
+        saved = from_toml(contents.config, str(path)).optimization.optimizer
+        if saved != self.config.optimization.optimizer:
+            note = f"the checkpoint is of {saved}, not of {self.config.optimization.optimizer}"
+        elif not contents.optimizer:
+            note = "the checkpoint holds weights only"
+        if note:
+            vectors = {"weights": vectors["weights"]}
+        else:
+            self.method.scalars.update(contents.scalars)
+        checkpoint.load(path, self.method.layout, shard, vectors, contents.part)
+        # The shares of the loss are summed over ranks: the past is rank 0's.
         if self.world.rank == 0:
             self.method.loss_sum = progress.loss_sum
-            self.method.counter.add(progress.bytes_sent, progress.bytes_received)
+        self.before[:] = progress.bytes_sent, progress.bytes_received
         self.progress = progress
+        if progress.cursor >= self.batches.steps_per_epoch:
+            raise UserError(
+                f"checkpoint {path} is {progress.cursor} steps into an epoch, which here has "
+                f"{self.batches.steps_per_epoch}: use the data set it was made with"
+            )
         if self.world.rank == 0:
             metrics.write_rows(self.out / "metrics.jsonl", progress.rows)
-            self.console.print(f"resumed from {path}, step {progress.step}", highlight=False, soft_wrap=True)
+            if note:
+                self.console.print(f"note: {note}: the optimizer starts afresh", highlight=False, soft_wrap=True)
+            self.console.print(
+                f"resumed from {path}, step {progress.step}", highlight=False, markup=False, soft_wrap=True
+            )
             if progress.step >= self.total:
                 self.console.print(f"nothing left to do: {self.total} steps asked for; raise --epochs or --max-steps")
 
@@ -143,7 +163,9 @@ class Loop:
                 metrics.append_row(self.out / "metrics.jsonl", row)
             except OSError as error:
                 self._warn_loudly(f"metrics.jsonl lacks the row of epoch {row['epoch']}: {error}")
-            self.console.print(metrics.describe(row, self.config.run.epochs), highlight=False, soft_wrap=True)
+            self.console.print(
+                metrics.describe(row, self.config.run.epochs), highlight=False, markup=False, soft_wrap=True
+            )
         if not every or self.progress.step == self.total or self.progress.step % every == 0:
             self._save()
 
@@ -164,8 +186,8 @@ class Loop:
             "test_loss": score.loss,
             "test_accuracy": score.accuracy,
             "samples_per_second": rate,
-            "bytes_sent": int(counts[:, 0].sum()),
-            "bytes_received": int(counts[:, 1].sum()),
+            "bytes_sent": int(self.before[0] + counts[:, 0].sum()),
+            "bytes_received": int(self.before[1] + counts[:, 1].sum()),
             "bytes_sent_by_rank": counts[:, 0].astype(int).tolist(),
             "bytes_received_by_rank": counts[:, 1].astype(int).tolist(),
         }
@@ -176,7 +198,7 @@ class Loop:
         mine = np.array([method.loss_sum, method.counter.sent, method.counter.received])
         total = np.empty_like(mine)
         self.world.Allreduce(mine, total)
-        return float(total[0]), int(total[1]), int(total[2])
+        return float(total[0]), int(total[1] + self.before[0]), int(total[2] + self.before[1])
 
     def _warn(self) -> None:
         events = self.method.events()
@@ -200,4 +222,6 @@ class Loop:
                 self._warn_loudly(trouble)
 
     def _warn_loudly(self, trouble: str) -> None:
-        self.console.print(f"WARNING: {trouble}; training goes on", style="bold red", highlight=False, soft_wrap=True)
+        self.console.print(
+            f"WARNING: {trouble}; training goes on", style="bold red", highlight=False, markup=False, soft_wrap=True
+        )

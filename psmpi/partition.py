@@ -82,20 +82,17 @@ class Layout:
             yield from block.pieces
 
 
-def make_layout(parameters: Sequence[Parameter], uses: Sequence[np.ndarray]) -> Layout:
-    """Lay out `parameters` by who uses them; `uses[k]` is (classes, units of parameter k) bool.
+def make_layout(
+    parameters: Sequence[Parameter], uses: Sequence[Iterable[tuple[int, int, frozenset[int]]]], classes: int
+) -> Layout:
+    """Lay out `parameters` by who uses them; `uses[k]` are runs (first unit, last unit, classes) of parameter k.
 
     Units with the same set of using classes form one block (the general rule of partial separability: shared, private
     or dead coordinates), parameters in their given order inside a block.
     """
-    classes = uses[0].shape[0]
     members: dict[frozenset[int], list[tuple[int, int, int]]] = {}
-    for k, use in enumerate(uses):
-        columns = np.packbits(use, axis=0)
-        change = np.flatnonzero(np.any(columns[:, 1:] != columns[:, :-1], axis=0)) + 1
-        edges = [0, *change.tolist(), use.shape[1]]
-        for first, last in pairwise(edges):
-            signature = frozenset(np.flatnonzero(use[:, first]).tolist())
+    for k, runs in enumerate(uses):
+        for first, last, signature in runs:
             members.setdefault(signature, []).append((k, first, last))
 
     def order(signature: frozenset[int]) -> tuple:
@@ -267,6 +264,8 @@ def make_grid(partition: str, classes: int, workers: int, replicas: int = 0) -> 
     """
     columns_of, most = PARTITIONS[partition]
     limit = most(classes)
+    if limit < 1:
+        raise UserError(f"--partition {partition} needs more than {classes} class(es): check the labels")
     least = -(-workers // limit)
     rows = replicas or least
     if rows > workers:

@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from psmpi.checkpoint import Contents
     from psmpi.config import Config
 
 DESCRIPTION = """Train a neural network whose loss is a sum of element losses, each rank computing its own.
@@ -76,6 +79,7 @@ def _configure(world: Any, argv: list[str]) -> tuple[Config | None, int]:
 def _settle(config: Config) -> Config:
     """Checks that need no MPI, and a run directory where none is named."""
     from dataclasses import replace
+    from math import isfinite
 
     from psmpi import checkpoint
     from psmpi.errors import UserError
@@ -93,9 +97,18 @@ def _settle(config: Config) -> Config:
     ):
         if value < least:
             raise UserError(f"{name} {value}: expected a whole number from {least} up")
-    for option, number in (("--lr", config.optimization.lr), ("--init-gain", config.model.init_gain)):
-        if not number > 0:
-            raise UserError(f"{option} {number}: expected a number above 0")
+    for section in (config.model, config.objective, config.optimization):
+        for name, value in vars(section).items():
+            if isinstance(value, float) and not isfinite(value):
+                raise UserError(f"--{name.replace('_', '-')} {value}: expected a finite number")
+    if not config.optimization.lr > 0:
+        raise UserError(f"--lr {config.optimization.lr}: expected a number above 0")
+    if not 0 < config.model.init_gain <= 1e3:
+        raise UserError(f"--init-gain {config.model.init_gain}: expected a number above 0 and up to 1000")
+    if config.optimization.history > 1000:
+        raise UserError(f"--history {config.optimization.history}: expected 1000 pairs at most")
+    if config.model.widths and config.model.model != "mlp":
+        raise UserError(f"--widths are those of --model mlp; --model {config.model.model} has its own")
     if not config.optimization.clip >= 0:
         raise UserError(f"--clip {config.optimization.clip}: expected 0 (no clipping) or a number above it")
     if not 0 <= run.checkpoint_gzip <= 9:
@@ -106,6 +119,8 @@ def _settle(config: Config) -> Config:
             raise UserError("--resume auto needs --out, the run directory to go on in")
         name = Path(config.data.dataset).stem
         out = f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{name}-{config.model.model}"
+        taken = (n for n in range(2, 1000) if not Path(f"{out}-{n}").exists())
+        out = f"{out}-{next(taken)}" if Path(out).exists() else out
     elif not run.resume and checkpoint.available(Path(out)):
         raise UserError(f"--out {out} holds a run already: add --resume auto to go on with it, or name another folder")
     return replace(config, run=replace(run, out=out))
@@ -125,17 +140,20 @@ def _collect(world: Any, text: str) -> list[str]:
 
 def _train(world: Any, config: Config) -> None:
     import socket
+    import warnings
     from dataclasses import asdict
     from functools import partial
 
+    import numpy as np
     from rich.console import Console
     from threadpoolctl import threadpool_limits
 
     from psmpi import checkpoint, metrics
     from psmpi.backend import make_backend
-    from psmpi.comm.world import library, share
-    from psmpi.config import from_toml, to_toml
+    from psmpi.comm.world import library, local_size, share
+    from psmpi.config import to_toml
     from psmpi.data import open_dataset
+    from psmpi.errors import UserError
     from psmpi.loop import Loop, plan_steps, show_places
     from psmpi.methods import METHODS, Place
     from psmpi.nn.zoo import make_network
@@ -149,25 +167,31 @@ def _train(world: Any, config: Config) -> None:
         network = _network(config, dataset, make_network)
         METHODS[config.parallel.method].check(world.size, network, dataset, config)
         plan_steps(dataset, config)
+        tell = partial(console.print, highlight=False, markup=False, soft_wrap=True)
         if config.run.resume:
-            tell = partial(console.print, highlight=False, soft_wrap=True)
             found = str(checkpoint.find(config.run.resume, out, tell) or "")
+        step = -1
         if found:
-            _compare(from_toml(checkpoint.read_contents(Path(found)).config, found), config, found, console)
-        out.mkdir(parents=True, exist_ok=True)
-        for leftover in checkpoint.folder(out).glob(".*.part"):
-            leftover.unlink()
-        (out / "config.toml").write_text(to_toml(config))
-        metrics.write_rows(out / "metrics.jsonl", ())
+            contents = checkpoint.read_contents(Path(found))
+            _compare(contents, config, dataset.train.n, found, tell)
+            step = contents.progress.step
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            checkpoint.clear(out, step, damaged=config.run.resume == "auto", tell=tell)
+            (out / "config.toml").write_text(to_toml(config))
+            metrics.write_rows(out / "metrics.jsonl", ())
+        except (OSError, ValueError) as error:
+            raise UserError(f"--out {config.run.out}: {error}; name a folder that can be made and written") from None
     found = share(world, found)
     if world.rank != 0:
         dataset = open_dataset(config.data.dataset, config.data.data_dir)
         network = _network(config, dataset, make_network)
 
-    local = world.Split_type(_shared())
-    threads = config.parallel.threads or max(1, (os.cpu_count() or 1) // local.size)
-    local.Free()
-    with threadpool_limits(threads):
+    threads = config.parallel.threads or max(1, _cores() // local_size(world))
+    if world.rank != 0:
+        warnings.simplefilter("ignore")
+    # What overflows is dealt with where it matters; a diverging run says so itself, once.
+    with threadpool_limits(threads), np.errstate(all="ignore"):
         ops = make_backend(config.parallel.backend)
         method = METHODS[config.parallel.method](world, network, dataset, config, ops)
         place = json.dumps([socket.gethostname(), *vars(method.place()).values()])
@@ -176,6 +200,7 @@ def _train(world: Any, config: Config) -> None:
         console.print(
             f"model {network.name}: {method.layout.size:,} parameters; run directory {out}",
             highlight=False,
+            markup=False,
             soft_wrap=True,
         )
         contents = checkpoint.Contents(
@@ -184,6 +209,7 @@ def _train(world: Any, config: Config) -> None:
             method.layout,
             random={
                 "seed": config.run.seed,
+                "samples": dataset.train.n,
                 "drawn_from": "seed, and for the order of samples the epoch; not from ranks",
             },
             placement={**asdict(config.parallel), "ranks": [[host, *rest] for host, *rest in places]},
@@ -195,33 +221,43 @@ def _train(world: Any, config: Config) -> None:
         loop.run()
 
 
-def _compare(saved: Config, config: Config, path: str, console: Any) -> None:
-    """Print the settings that differ from those of the checkpoint; UserError where the minibatches would not go on."""
+def _compare(contents: Contents, config: Config, samples: int, path: str, tell: Callable[[str], None]) -> None:
+    """Tell which settings differ from those of the checkpoint; UserError where the minibatches would not go on."""
     from dataclasses import asdict
 
+    from psmpi.config import from_toml
     from psmpi.errors import UserError
 
-    if saved.data.batch_size != config.data.batch_size:
-        raise UserError(
-            f"checkpoint {path} was made with --batch-size {saved.data.batch_size}: its place among the minibatches "
-            f"has no meaning with --batch-size {config.data.batch_size}; use the same"
-        )
-    before, now = ({**asdict(c)["data"], **asdict(c)["model"], **asdict(c)["objective"], **asdict(c)["optimization"],
+    saved, progress = from_toml(contents.config, path), contents.progress
+    fixed = [("--batch-size", saved.data.batch_size, config.data.batch_size)]
+    if progress.cursor:
+        fixed += [
+            ("--seed", saved.run.seed, config.run.seed),
+            ("--shuffle", saved.data.shuffle, config.data.shuffle),
+            ("--dataset, number of samples", contents.random.get("samples", samples), samples),
+        ]
+    for option, before, now in fixed:
+        if before != now:
+            inside = f" (it is {progress.cursor} steps into epoch {progress.epoch + 1})" if progress.cursor else ""
+            raise UserError(
+                f"checkpoint {path} was made with {option} {before}: its place among the minibatches{inside} has no "
+                f"meaning with {now}; use the same"
+            )
+    old, new = ({**asdict(c)["data"], **asdict(c)["model"], **asdict(c)["objective"], **asdict(c)["optimization"],
                     "seed": c.run.seed} for c in (saved, config))  # fmt: skip
-    for key, value in now.items():
-        if value != before[key] and key != "data_dir":
-            console.print(f"note: {key} is {value}, in the checkpoint it was {before[key]}", highlight=False)
+    for key, value in new.items():
+        if value != old[key] and key != "data_dir":
+            tell(f"note: {key} is {value}, in the checkpoint it was {old[key]}")
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _network(config: Config, dataset: Any, make_network: Any) -> Any:
     model = config.model
     return make_network(model.model, dataset.shape, dataset.classes, widths=model.widths, layers=model.layers)
-
-
-def _shared() -> int:
-    from mpi4py import MPI
-
-    return MPI.COMM_TYPE_SHARED
 
 
 if __name__ == "__main__":

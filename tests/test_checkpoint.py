@@ -115,6 +115,7 @@ def test_auto_passes_over_a_damaged_checkpoint(train):
     newest.write_bytes(newest.read_bytes()[:1000])
     resumed = train(1, "--epochs", "3", "--resume", "auto", out=run_.out)
     assert "step-000000030.h5, step 30" in " ".join(resumed.stdout.split())
+    assert newest.with_name(newest.name + ".damaged").exists()
     assert [row["epoch"] for row in resumed.rows] == [1, 2, 3]
 
 
@@ -149,10 +150,53 @@ def test_foreign_and_damaged_files_are_named(train, tmp_path):
     seal(other)
     message = refusal(tmp_path, "--resume", other)
     assert "weights/dense1.weight" in message and "(2, 3) in the file" in message and "in the model" in message
-    missing = refusal(tmp_path, "--resume", made, "--optimizer", "sgd", "--model", "mlp", "--widths", "8")
+    missing = refusal(tmp_path, "--resume", made, "--model", "mlp", "--widths", "8")
     assert "has no weights/" in missing or "in the model" in missing
-    moments = refusal(tmp_path, "--resume", made, "--optimizer", "lbfgs")
-    assert "has no optimizer/s0" in moments and "m, v" in moments
+
+
+def test_another_optimizer_takes_the_weights_alone(train):
+    """Adam's second moments are not the velocity of momentum, though both are called v."""
+    first = train(1, "--epochs", "1")
+    options = ("--epochs", "2", "--optimizer", "momentum", "--resume", first.checkpoint)
+    resumed = train(3, *options)
+    assert "the checkpoint is of adam, not of momentum: the optimizer starts afresh" in resumed.stdout
+
+
+def test_a_run_does_not_go_on_among_later_checkpoints(train, tmp_path):
+    """They would pass for its own newer ones."""
+    made = train(1, "--epochs", "3")
+    early = checkpoint.available(made.out)[0]
+    status, _, err = run(1, "-m", "psmpi.train", "--out", made.out, "--resume", early, "--epochs", "2", cwd=tmp_path)
+    assert status == 1 and "holds checkpoints of later steps than 15, up to step-000000045.h5" in " ".join(err.split())
+    for path in checkpoint.available(made.out):
+        path.write_bytes(path.read_bytes()[:-1])
+    options = ("-m", "psmpi.train", "--out", made.out, "--resume", "auto")
+    status, _, err = run(1, *options, cwd=tmp_path)
+    assert status == 1 and "are all damaged" in " ".join(err.split())
+    assert len(checkpoint.available(made.out)) == 3
+
+
+def test_inside_an_epoch_the_order_of_samples_is_fixed(train, tmp_path):
+    """Another order or number of samples would repeat some and leave out others."""
+    half = train(1, "--epochs", "1", "--max-steps", "8").checkpoint
+    assert "--seed 0" in refusal(tmp_path, "--resume", half, "--seed", "1")
+    assert "8 steps into epoch 1" in refusal(tmp_path, "--resume", half, "--no-shuffle")
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "few.npz", x=rng.random((500, 8, 8)), y=np.arange(500) % 10)
+    assert "number of samples 1438" in refusal(tmp_path, "--resume", half, "--dataset", tmp_path / "few.npz")
+
+
+@pytest.mark.parametrize(("ranks", "layout"), [(1, ()), (4, ("--replicas", "3")), (4, ("--partition", "pairs"))])
+def test_a_resumed_run_of_larger_images_ends_in_the_same_bits(train, tmp_path, ranks, layout):
+    """Convolutions are computed in chunks there, whose number must not depend on what was computed before."""
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "x.npz", x=rng.integers(0, 256, (400, 28, 28)).astype(np.uint8), y=np.arange(400) % 10)
+    options = ("--dataset", tmp_path / "x.npz", "--batch-size", "20", "--epochs", "3", *layout)
+    whole = train(ranks, *options)
+    first = train(ranks, *options, "--max-steps", "21")
+    resumed = train(ranks, *options, "--resume", "auto", out=first.out)
+    mine, theirs = whole.tensors(), resumed.tensors()
+    assert all(np.array_equal(mine[k], theirs[k]) for k in mine)
 
 
 def test_a_run_is_not_overwritten_by_another(train, tmp_path):

@@ -122,10 +122,19 @@ def test_the_default_configuration_survives_toml():
         (3, ("--kappa", "-1"), "--kappa -1"),
         (3, ("--exp-clip", "200"), "from 0 to 88.7"),
         (3, ("--init-gain", "0"), "--init-gain"),
+        (1, ("--init-gain", "inf"), "expected a finite number"),
+        (1, ("--lr", "nan"), "expected a finite number"),
+        (1, ("--kappa", "1e300"), "up to 1e6"),
+        (1, ("--history", "100000000"), "1000 pairs at most"),
+        (1, ("--widths", "3"), "--model mlp"),
+        (1, ("--checkpoint-gzip", "10"), "0 (none) to 9"),
+        (1, ("--out", "/proc/none/run"), "name a folder that can be made"),
+        (3, ("--out", "file"), "name a folder that can be made"),
     ],
 )
 def test_a_wrong_setting_is_one_message_that_names_the_fix(tmp_path, ranks, options, says):
     begun = time.monotonic()
+    (tmp_path / "file").write_text("")
     out = () if "--out" in options else ("--out", tmp_path / "run")
     status, stdout, stderr = run(ranks, *TRAIN, *out, *options, cwd=tmp_path)
     told = " ".join(stderr.split())
@@ -222,6 +231,43 @@ def test_singletons_of_another_launcher_stop_with_that_explanation(tmp_path):
         timeout=60, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 1 and "belongs to another MPI" in done.stderr
+    # One of them speaks for all.
+    done = subprocess.run(
+        [sys.executable, *TRAIN], env={**environment, "OMPI_COMM_WORLD_RANK": "2"}, capture_output=True, text=True,
+        timeout=60, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 1 and not done.stderr
+
+
+def test_what_several_ranks_meet_is_told_once(tmp_path):
+    """A compressed file whose damage shows when its samples are read."""
+    rng = np.random.default_rng(0)
+    path = tmp_path / "x.npz"
+    np.savez_compressed(path, x=rng.integers(0, 256, (400, 8, 8)).astype(np.uint8), y=np.arange(400) % 10)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 3] ^= 255
+    path.write_bytes(data)
+    status, _, err = run(4, *TRAIN, "--out", tmp_path / "run", "--dataset", path)
+    assert status == 1 and err.count("x.npz") == 1 and "Traceback" not in err, err
+
+
+def test_samples_that_are_not_numbers_are_named(tmp_path):
+    x = np.random.default_rng(0).random((100, 6))
+    x[40, 3] = np.nan
+    np.savez(tmp_path / "x.npz", x=x, y=np.arange(100) % 2)
+    options = ("--dataset", tmp_path / "x.npz", "--loss", "nll", "--model", "mlp", "--batch-size", "10")
+    status, _, err = run(1, *TRAIN, "--out", tmp_path / "run", *options)
+    assert status == 1 and "sample 40 has values that are not finite" in err and "Traceback" not in err
+
+
+def test_a_layer_that_is_no_table_is_named(tmp_path):
+    (tmp_path / "net.toml").write_text('[model]\nmodel = "custom"\nlayers = ["dense"]\n')
+    status, _, err = run(1, *TRAIN, "--config", tmp_path / "net.toml", "--out", tmp_path / "run")
+    assert status == 1 and "'dense' is not a table" in err and "Traceback" not in err
+
+
+def test_odd_names_of_folders_are_no_markup(train, tmp_path):
+    assert "mk[red]x" in train(1, "--epochs", "1", out=tmp_path / "mk[red]x").stdout
 
 
 @pytest.mark.parametrize("suffix", ["npz", "h5"])

@@ -110,6 +110,28 @@ def test_psl_in_float64_is_finite_at_any_margin(margin):
     assert np.isfinite(make_loss("psl", F64)(scores, labels, 1.0, grad)) and np.isfinite(grad).all()
 
 
+@pytest.mark.parametrize("kappa", [1.0, 2.0, 1e3])
+@pytest.mark.parametrize("margin", [600.0, 709.6, 1000.0, 1e100])
+def test_psl_in_float64_has_finite_sums_over_classes_and_samples(margin, kappa):
+    scores = np.full((1000, 50), margin)
+    scores[0], labels = 0, np.zeros(50, int)
+    grad = np.empty_like(scores)
+    assert np.isfinite(make_loss("psl", F64, kappa=kappa)(scores, labels, 0.02, grad)) and np.isfinite(grad).all()
+    assert abs(grad.sum(axis=0)).max() <= 1e-9 * abs(grad).max()
+
+
+def test_terms_of_other_workers_pairs_are_neither_counted_nor_looked_at():
+    scores, labels = np.array([[0.0], [500.0], [90.0]], np.float32), np.array([0])
+    pairs = np.zeros((3, 3), bool)
+    pairs[0, 2] = pairs[2, 0] = True
+    loss = make_loss("psl", F32, exp_clip="80")
+    grad = np.empty((3, 1))
+    assert loss(scores, labels, 1.0, grad, pairs) == pytest.approx(exp(80) * 11) and loss.clipped == 1
+    assert grad[:, 0] == pytest.approx([-exp(80), 0, exp(80)])
+    pairs[0, 2] = pairs[2, 0] = False
+    assert make_loss("psl", F32, exp_clip="off")(scores, labels, 1.0, grad, pairs) == 0.0
+
+
 def test_psl_is_exact_up_to_the_largest_float32_and_goes_on_as_its_tangent():
     top = log(np.finfo(np.float32).max)
     for margin in (0.0, 20.0, 80.0, 88.0, 88.7):

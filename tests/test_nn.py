@@ -46,6 +46,12 @@ NETWORKS = {
          {"type": "separable_conv", "channels": 8, "kernel": 2, "groups": 4}, TANH, FLAT, separable(4, 4)],
         4,
     ),
+    "activations in a row": ((7,), [dense(6), {"type": "sigmoid"}, TANH, {"type": "relu"}, dense(4)], 4),
+    "activations around a flatten": (
+        (2, 5, 5),
+        [TANH, {"type": "conv", "channels": 4, "kernel": 3}, {"type": "sigmoid"}, FLAT, TANH, separable(4, 4)],
+        4,
+    ),
     "channels cut by blocks": ((1, 8, 8), [*conv(3, 3), *conv(7, 2), FLAT, separable(5, 5)], 5),
     "small psnet": ((1, 8, 8), None, 10),
 }  # fmt: skip

@@ -1,5 +1,6 @@
 """Index sets, layouts, grids, roles and plans."""
 
+import tracemalloc
 from itertools import combinations
 
 import numpy as np
@@ -114,6 +115,30 @@ def test_dense_networks_name_the_layer_that_ties_the_classes():
 
 
 intervals = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 60)), max_size=6)
+
+
+def test_networks_that_share_nothing_or_not_all_can_be_partitioned():
+    """Rows of a single layer; groups that serve two classes each; a last layer without weights changes nothing."""
+    assert build("net", (5,), [{"type": "dense", "units": 4}], 4).tie() is None
+    halves = [
+        {"type": "separable_dense", "units": 6, "groups": 2},
+        {"type": "separable_dense", "units": 4, "groups": 2},
+    ]
+    assert build("net", (8,), halves, 4).tie() is None
+    dense = [{"type": "dense", "units": 6}, {"type": "dense", "units": 4}]
+    assert build("net", (8,), dense, 4).tie() == "dense1"
+    assert build("net", (8,), [*dense, {"type": "identity"}], 4).tie() == "dense1"
+
+
+def test_the_analysis_of_many_classes_needs_little_memory():
+    """Who uses what is kept as runs: no table of classes times units, as large as the network and larger."""
+    network = make_network("psnet", (1, 8, 8), 1000)
+    tracemalloc.start()
+    layout = network.layout()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert layout.size * 4 > 1.8e6 and peak < 3e6
+    assert layout.part([7]).size == 120 + 468
 
 
 @given(intervals, intervals, st.integers(1, 5))

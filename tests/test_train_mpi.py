@@ -1,6 +1,7 @@
 """Whole runs under mpirun: the same weights whatever the ranks, placements and partitions."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -221,6 +222,30 @@ def test_psl_in_float32_survives_a_training_that_diverges(train, optimizer):
     assert all(np.isfinite([row["train_loss"], row["test_loss"]]).all() for row in result.rows)
     assert result.rows[-1]["test_loss"] > 1e30, "margins were to be large"
     assert result.stdout.count("psl terms past exp clip") == 1
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("clip", ["auto", "off"])
+def test_a_line_search_survives_trials_that_overflow(train, ranks, clip):
+    """A step of length 1e30 is a trial too long, not the end."""
+    options = ("--optimizer", "lbfgs", "--lr", "1e30", "--exp-clip", clip, "--epochs", "1")
+    assert train(ranks, *options).rows[-1]["train_loss"] < 20
+
+
+def test_terms_past_the_clip_are_counted_once(train):
+    said = [
+        re.search(r"psl terms past exp clip: (\d+)", train(n, "--exp-clip", "0.5", "--max-steps", "3", *more).stdout)[1]
+        for n, more in ((1, ()), (3, ()), (4, ()), (4, ("--partition", "pairs")), (7, ("--replicas", "2")))
+    ]
+    assert len(set(said)) == 1 and int(said[0]) > 0
+
+
+def test_replica_rows_may_be_without_test_samples(train, tmp_path):
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "x.npz", x=rng.random((40, 8, 8)), y=np.arange(40) % 10,
+             x_test=rng.random((1, 8, 8)), y_test=np.array([3]))  # fmt: skip
+    options = ("--dataset", tmp_path / "x.npz", "--batch-size", "10", "--epochs", "1", "--replicas", "2")
+    assert train(3, *options).rows[-1]["test_accuracy"] in (0.0, 1.0)
 
 
 def test_the_placement_table_appears_once(train):

@@ -14,7 +14,7 @@ from psmpi.checkpoint.format import (
     read_contents,
 )
 from psmpi.checkpoint.provenance import provenance
-from psmpi.checkpoint.reader import find, load, newest
+from psmpi.checkpoint.reader import clear, find, load, newest
 from psmpi.checkpoint.writer import Writer
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "Writer",
     "available",
     "check",
+    "clear",
     "find",
     "folder",
     "load",

@@ -71,6 +71,8 @@ class Contents:
     placement: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
     part: tuple[int, ...] | None = None
+    # Whether a file has the optimizer's state besides the weights.
+    optimizer: bool = True
 
     def texts(self) -> dict[str, str]:
         """The data sets of text: their names and what they say."""
@@ -288,7 +290,7 @@ def read_contents(path: Path) -> Contents:
     with open_file(path) as file:
         try:
             texts = {name: str(item.asstr()[()]) for name, item in file.items() if isinstance(item, h5py.Dataset)}
-            return Contents.of(texts)
+            return replace(Contents.of(texts), optimizer="optimizer" in file)
         except (KeyError, TypeError, ValueError, OSError) as error:
             raise UserError(
                 f"checkpoint {path} was not written as CHECKPOINTS.md says ({error!r}); use another one"

@@ -34,6 +34,30 @@ def find(resume: str, out: Path, tell: Callable[[str], None]) -> Path | None:
     return path
 
 
+def clear(out: Path, step: int, *, damaged: bool, tell: Callable[[str], None]) -> None:
+    """Make a run directory ready for a run that goes on at `step` (-1: starts).
+
+    Removes what a killed writer left. Checkpoints of later steps would pass for newer ones of this run: where they are
+    `damaged` they get another name, else they are another run's, which is a UserError.
+    """
+    for leftover in folder(out).glob(".*.part"):
+        leftover.unlink()
+    later = [path for path in available(out) if int(path.stem.removeprefix("step-")) > step]
+    if later and step < 0:
+        raise UserError(
+            f"the checkpoints of --out {out} are all damaged (python -m psmpi.inspect verify {out}): move them away to "
+            "start afresh"
+        )
+    if later and not damaged:
+        raise UserError(
+            f"--out {out} holds checkpoints of later steps than {step}, up to {later[-1].name}: name another folder"
+        )
+    for path in later:
+        aside = path.with_name(path.name + ".damaged")
+        path.rename(aside)
+        tell(f"renamed to {aside}")
+
+
 def newest(path: Path) -> Path:
     """`path` itself, or the newest checkpoint of a run directory; UserError where there is none."""
     if not path.is_dir():

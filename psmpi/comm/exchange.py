@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 
@@ -37,7 +38,9 @@ class Exchange:
         for move in plan_moves(roles):
             if world.rank not in move.ranks:
                 continue
-            group = groups.setdefault(move.ranks, Group(world, move.ranks, counter))
+            if move.ranks not in groups:
+                groups[move.ranks] = Group(world, move.ranks, counter)
+            group = groups[move.ranks]
             if move.kind == "deal" and group.rank == 0:
                 counts = tuple(b - a for a, b in move.slices)
                 starts = tuple(self.shard.local(a, b).start if b > a else 0 for a, b in move.slices)
@@ -86,3 +89,15 @@ class Exchange:
                 m.group.reduce(shard[m.mine], shard[m.mine])
             else:
                 m.group.reduce(part[m.mine], None)
+
+    def verify(self, shard: np.ndarray) -> None:
+        """RuntimeError unless all owners of a run hold the same bits of it, as they must after the same steps."""
+        for m in self.moves:
+            if m.kind == "sum":
+                sums = np.zeros(m.group.size)
+                sums[m.group.rank] = crc32(shard[m.mine].data)
+                if len(set(m.group.agree(sums).tolist())) > 1:
+                    raise RuntimeError(
+                        f"the replicas {m.group.ranks} of a private block no longer hold the same weights: this MPI's "
+                        "Allreduce gives ranks different sums; use --placement master"
+                    )

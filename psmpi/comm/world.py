@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import time
 import traceback
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +15,9 @@ from psmpi.errors import UserError
 
 # What launchers tell each process about the number of ranks they started.
 LAUNCHER_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PALS_SIZE", "FLUX_JOB_SIZE", "MV2_COMM_WORLD_SIZE")
+
+LAUNCHER_RANKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PALS_RANKID", "FLUX_TASK_RANK", "MV2_COMM_WORLD_RANK",
+                  "SLURM_PROCID")  # fmt: skip
 
 
 def announced_size(environ: dict[str, str]) -> tuple[str, int] | None:
@@ -24,6 +29,14 @@ def announced_size(environ: dict[str, str]) -> tuple[str, int] | None:
     if environ.get("SLURM_STEP_NUM_TASKS", "").isdigit() and environ.get("SLURM_PROCID", "").isdigit():
         return "SLURM_STEP_NUM_TASKS", int(environ["SLURM_STEP_NUM_TASKS"])
     return None
+
+
+def announced_rank(environ: dict[str, str]) -> int:
+    """The rank that the launcher gave this process, 0 where it gave none."""
+    for name in LAUNCHER_RANKS:
+        if environ.get(name, "").isdigit():
+            return int(environ[name])
+    return 0
 
 
 def check_launcher(size: int, environ: dict[str, str], library: str) -> None:
@@ -42,7 +55,10 @@ def check_launcher(size: int, environ: dict[str, str], library: str) -> None:
 def start() -> Any:
     """Start MPI and return the communicator of all ranks (mpi4py). UserError where there is no usable MPI."""
     try:
-        from mpi4py import MPI
+        with warnings.catch_warnings():
+            # mpi4py warns of another MPI's launcher; check_launcher says what to do.
+            warnings.filterwarnings("ignore", message="suspicious MPI execution environment")
+            from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise UserError(
             f"cannot load MPI ({error}): install one with pip install 'psmpi[mpi]', or load your site's MPI module"
@@ -50,6 +66,16 @@ def start() -> Any:
     comm = MPI.COMM_WORLD
     check_launcher(comm.size, dict(os.environ), library())
     return comm
+
+
+def local_size(world: Any) -> int:
+    """Ranks of `world` on this rank's host."""
+    from mpi4py import MPI
+
+    local = world.Split_type(MPI.COMM_TYPE_SHARED)
+    size = int(local.size)
+    local.Free()
+    return size
 
 
 def library() -> str:
@@ -92,8 +118,12 @@ def run(program: Callable[[], int]) -> int:
         message = traceback.format_exc().rstrip()
     comm = _running()
     if comm is None or comm.size == 1:
-        print(f"psmpi: {message}", file=sys.stderr, flush=True)
+        # Processes that another MPI's launcher started all come here; one speaks for all.
+        if announced_rank(dict(os.environ)) == 0:
+            print(f"psmpi: {message}", file=sys.stderr, flush=True)
         return 1
+    # What several ranks meet, such as a damaged file, one tells: the first of those that speak ends the others.
+    time.sleep(min(0.3 * comm.rank, 3.0))
     where = f"rank {comm.rank} of {comm.size} on {socket.gethostname()}"
     print(f"psmpi, {where}: {message}", file=sys.stderr, flush=True)
     comm.Abort(1)

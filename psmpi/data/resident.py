@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from psmpi.data.split import Split, as_rows
+from psmpi.errors import UserError
 
 
 class Resident:
@@ -29,6 +30,17 @@ class Resident:
         self._scale = np.asarray(split.scale, self._dtype)
         self._values = split.read(self._rows)
         self._scratch = np.empty((0, split.features), split.dtype)
+        if self._values.dtype.kind == "f":
+            # The sum of a row is finite where all of it is; the rows where it is not are looked at.
+            with np.errstate(over="ignore", invalid="ignore"):
+                suspects = np.flatnonzero(~np.isfinite(self._values.sum(axis=1)))
+            for row in suspects:
+                if not np.isfinite(self._values[row]).all():
+                    number = self._rows[row] if split.index is None else split.index[self._rows[row]]
+                    raise UserError(
+                        f"{getattr(split.source, 'path', 'the data set')}: sample {number} has values that are not "
+                        "finite numbers; correct or remove such samples"
+                    )
 
     @property
     def nbytes(self) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import ceil, isfinite, sqrt
+
 import numpy as np
 
 from psmpi.backend import NumpyOps
@@ -13,6 +15,7 @@ from psmpi.nn.model import Model
 from psmpi.nn.network import Network
 from psmpi.partition import Layout, Roles, Worker
 
+DIVERGED = "the loss is not a finite number: the training diverged; lower --lr, or clip gradients with --clip 1"
 # Samples that an evaluation takes through the network at a time.
 TEST_BATCH = 100
 
@@ -68,8 +71,12 @@ class ElementWorker:
         self.test_labels = dataset.test.labels[mine]
         self.test_samples = Resident(dataset.test, self.test_ids, self.dtype)
         self.capacity = 0
-        if self.pairs is None:
-            self.reserve(-(-config.data.batch_size // self.rows))
+        share = -(-config.data.batch_size // self.rows)
+        if self.pairs is not None:
+            # As many samples of its classes as hardly ever meet in a minibatch.
+            mean = share * len(samples) / dataset.train.n
+            share = min(share, len(samples), ceil(mean + 4 * sqrt(mean)))
+        self.reserve(max(1, share))
 
     def reserve(self, batch: int) -> None:
         """Make room for minibatches of up to `batch` samples."""
@@ -86,8 +93,7 @@ class ElementWorker:
     @property
     def nbytes(self) -> int:
         """Bytes of activations, buffers and samples."""
-        buffers = (self.x, self.scores, self.dscores, self.cast) if self.capacity else ()
-        own = sum(a.nbytes for a in buffers) + (self.model.nbytes if self.capacity else 0)
+        own = self.model.nbytes + sum(a.nbytes for a in (self.x, self.scores, self.dscores, self.cast))
         return own + self.train.nbytes + self.test_samples.nbytes
 
     def element_losses(self, ids: np.ndarray) -> float:
@@ -117,6 +123,8 @@ class ElementWorker:
             scores, own, labels = output, slice(0, len(output)), self.number[labels]
         dscores = self.dscores[: scores.size].reshape(scores.shape)
         loss = self.loss(scores, labels, scale, dscores, self.pairs)
+        if not isfinite(loss):
+            raise FloatingPointError(DIVERGED)
         backward_safely(self.model, dscores[own], self.cast[: output.size].reshape(output.shape))
         # With the score partition every worker of the row has seen the whole loss.
         return loss + constant if self.pairs is not None or self.place.column == 0 else 0.0
@@ -132,7 +140,7 @@ class ElementWorker:
         """(sum of losses, correct samples, samples) of the row's slice of the test split; 0 but on its first worker."""
         totals = np.zeros(3)
         # The same pieces on every worker of the row, whatever its own minibatches.
-        size = min(TEST_BATCH, self.test_count)
+        size = max(1, min(TEST_BATCH, self.test_count))
         self.reserve(size)
         for start in range(0, self.test_count, size):
             labels = self.test_labels[start : start + size]

@@ -8,6 +8,7 @@ back to the shards, optimizer.
 from __future__ import annotations
 
 from dataclasses import fields
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -80,7 +81,7 @@ class PartiallySeparable:
             losses: list[float] = []
 
             def objective() -> float:
-                losses.append(self.gradient(ids))
+                losses.append(self.gradient(ids, trial=len(losses) > 0))
                 return float(self.world.agree(np.array([losses[-1]]))[0])
 
             self.optimizer.step(self.w, self.g, lr, self.allsum, objective)
@@ -92,16 +93,29 @@ class PartiallySeparable:
         # With an empty shard too: the optimizer's scalars stay the same on all ranks.
         self.optimizer.step(self.w, self.g, lr, self.allsum)
 
-    def gradient(self, ids: np.ndarray) -> float:
-        """Fill the shards' gradient of the mean loss over the samples `ids`; returns this rank's share of that loss."""
+    def gradient(self, ids: np.ndarray, trial: bool = False) -> float:
+        """Fill the shards' gradient of the mean loss over the samples `ids`; returns this rank's share of that loss.
+
+        A loss that is not finite is a FloatingPointError, in a `trial` of a line search infinity.
+        """
         self.exchange.scatter(self.w, self.w_part)
-        loss = self.worker.element_losses(ids) if self.worker is not None else 0.0
+        loss = 0.0
+        if self.worker is not None:
+            try:
+                loss = self.worker.element_losses(ids)
+            except FloatingPointError:
+                if not trial:
+                    raise
+                # The others of the row may be fine with their own elements, and wait for this rank's share.
+                self.g_part.fill(0)
+                loss = inf
         self.exchange.gather(self.g_part, self.g)
         return loss
 
     def test(self) -> Score:
         # The weights that other ranks own have moved since they were last sent.
         self.exchange.scatter(self.w, self.w_part)
+        self.exchange.verify(self.w)
         share = self.worker.test() if self.worker is not None else np.zeros(3)
         loss, right, samples = self.world.agree(share)
         return Score(float(loss / samples), float(right / samples))
@@ -119,7 +133,9 @@ class PartiallySeparable:
         return Place("+".join(roles), classes, self.w_part.size, self.w.size, nbytes)
 
     def events(self) -> dict[str, int]:
-        return {"psl_terms_past_exp_clip": self.worker.loss.clipped if self.worker is not None else 0}
+        # With the score partition every worker of a row sees the same terms: the first counts them.
+        counts = self.worker is not None and (self.worker.pairs is not None or self.worker.place.column == 0)
+        return {"psl_terms_past_exp_clip": self.worker.loss.clipped if self.worker is not None and counts else 0}
 
 
 def plan_roles(layout: Layout, size: int, config: Config) -> Roles:

@@ -206,12 +206,13 @@ class ConvPart(LinearPart):
         _, height, width = self.layer.out_shape
         self.height, self.width = height // self.pool, width // self.pool
         row = self.inputs * self.wide**2 * self.width * batch
-        self.rows = max(1, min(self.height, CHUNK // max(row, 1)))
-        self.cols = self.ops.empty(row * self.rows, dtype)
-        self.dcols = self.ops.empty(row * self.rows, dtype)
+        size = min(row * self.height, max(row, CHUNK))
+        self.cols, self.dcols = self.ops.empty(size, dtype), self.ops.empty(size, dtype)
 
     def _chunks(self, batch: int) -> list[tuple[int, int]]:
-        return [(r, min(r + self.rows, self.height)) for r in range(0, self.height, self.rows)]
+        """Rows of the output that are computed at a time: by the minibatch alone, so that sums keep their order."""
+        rows = max(1, min(self.height, CHUNK // (self.inputs * self.wide**2 * self.width * batch)))
+        return [(r, min(r + rows, self.height)) for r in range(0, self.height, rows)]
 
     def _columns(self, buffer: np.ndarray, rows: int, batch: int) -> np.ndarray:
         shape = (self.inputs, self.wide, self.wide, rows, self.width, batch)

@@ -12,6 +12,14 @@ import numpy as np
 
 from psmpi.errors import UserError
 
+# What float64, in which losses are computed, keeps free above the largest exponential, for sums and tangents.
+HEADROOM = 60.0
+
+
+def largest_exponent(dtype: np.dtype) -> float:
+    """The largest exponent whose exponential `dtype` represents, and of which float64 can sum many: 88.7 or 649.8."""
+    return min(log(np.finfo(dtype).max), log(np.finfo(np.float64).max) - HEADROOM)
+
 
 class Loss:
     """value += scale * sum over samples of l(scores, label); and d value / d scores.
@@ -27,8 +35,7 @@ class Loss:
     def __init__(self, dtype: np.dtype, *, kappa: float = 1.0, exp_clip: float | None = 0.0):
         self.dtype, self.kappa = np.dtype(dtype), float(kappa)
         self.clipped = 0
-        # The largest exponent whose exponential the dtype of the scores represents, unless the user lowers it.
-        self.limit = log(np.finfo(self.dtype).max) if exp_clip == 0.0 else exp_clip
+        self.limit = largest_exponent(self.dtype) if exp_clip == 0.0 else exp_clip
         self._store = np.empty(0)
 
     def _buffers(self, scores: np.ndarray, count: int) -> list[np.ndarray]:
@@ -72,9 +79,9 @@ class Loss:
 class PSL(Loss):
     """sum_j exp(kappa (c_j - c_y)), the term j = y counted as the constant 1 (Raynaud, Orban, Bigeon, G-2023-36).
 
-    Where kappa (c_j - c_y) exceeds `limit` (by default log of the dtype's largest number: 88.7 in float32, 709.8 in
-    float64) the exponential goes on as its tangent there, exp(limit) (1 + z - limit), so that value and derivative stay
-    finite and continuous; `clipped` counts those terms. With limit None (clipping off) such a term is an error.
+    Where kappa (c_j - c_y) exceeds `limit` (by default `largest_exponent`: 88.7 in float32, 649.8 in float64) the
+    exponential goes on as its tangent there, exp(limit) (1 + z - limit), so that value and derivative stay finite and
+    continuous; `clipped` counts those terms. With limit None (clipping off) such a term is an error.
     """
 
     name, pairwise, constant = "psl", True, 1.0
@@ -82,15 +89,16 @@ class PSL(Loss):
     def __call__(self, scores, labels, scale, grad=None, pairs=None):
         z, e = self._buffers(scores, 2)
         own = self._margins(scores, labels, z)
-        limit = log(np.finfo(self.dtype).max) if self.limit is None else self.limit
+        if pairs is not None:
+            # The margins of other workers' pairs do not matter here, whatever they are.
+            np.copyto(z, -np.inf, where=~pairs[:, labels])
+        limit = largest_exponent(self.dtype) if self.limit is None else self.limit
         worst = float(z.max(initial=0.0))
         if not worst <= limit:
             self._beyond(worst, z, limit)
         np.minimum(z, limit, out=e)
         np.exp(e, out=e)
         e.reshape(-1)[own] = 0
-        if pairs is not None:
-            e *= pairs[:, labels]
         if worst > limit:
             tail = np.maximum(z - limit, 0)
             # Neither the tangent nor a sum of such terms may leave float64.
@@ -106,7 +114,7 @@ class PSL(Loss):
         return value * scale
 
     def _beyond(self, worst: float, z: np.ndarray, limit: float) -> None:
-        if not np.isfinite(z).all():
+        if not worst < np.inf:
             raise FloatingPointError(
                 "a score is not a finite number: the training diverged; lower --lr, clip gradients with --clip 1, or "
                 "use --loss logistic"
@@ -189,16 +197,16 @@ def make_loss(name: str, dtype: np.dtype, *, kappa: float = 1.0, exp_clip: str =
     """
     if name not in LOSSES:
         raise UserError(f"--loss {name!r} is unknown: choose one of {', '.join(LOSSES)}")
-    if not kappa > 0:
-        raise UserError(f"--kappa {kappa}: expected a number above 0, usually 1 or 2")
+    if not 0 < kappa <= 1e6:
+        raise UserError(f"--kappa {kappa}: expected a number above 0 and up to 1e6, usually 1 or 2")
     try:
         limit = {"auto": 0.0, "off": None}[exp_clip] if exp_clip in ("auto", "off") else float(exp_clip)
     except ValueError:
         limit = -1.0
-    if limit is not None and not 0 <= limit <= log(np.finfo(dtype).max):
+    if limit is not None and not 0 <= limit <= largest_exponent(dtype):
         raise UserError(
-            f"--exp-clip {exp_clip}: expected auto, off, or an exponent from 0 to {log(np.finfo(dtype).max):.1f} "
-            f"(the largest one in {np.dtype(dtype)})"
+            f"--exp-clip {exp_clip}: expected auto, off, or an exponent from 0 to {largest_exponent(dtype):.1f} "
+            f"(the largest one for {np.dtype(dtype)})"
         )
     return LOSSES[name](dtype, kappa=kappa, exp_clip=limit)
 

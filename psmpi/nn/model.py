@@ -62,11 +62,10 @@ class Model:
     def _make_steps(self, fold: bool) -> list[Step]:
         steps: list[Step] = []
         kept = np.ones(self.network.in_shape[0], bool)
-        layers = list(zip(self.network.layers, self.network.needed(self.classes), strict=True))
+        layers = list(zip(self.network.layers, self.network.kept(self.classes), strict=True))
         while layers:
-            layer, needed = layers.pop(0)
+            layer, mine = layers.pop(0)
             if isinstance(layer, Linear):
-                mine: np.ndarray = np.asarray(needed.any(axis=0))
                 segments = find_segments(layer, self.layout, self.part, mine, np.cumsum(kept) - 1)
                 inputs, units = int(kept.sum()), int(mine.sum())
                 kept, pool, shape = mine, 1, layer.out_shape[1:]
@@ -98,9 +97,14 @@ class Model:
         self.capacity = batch
         sizes = [prod(self.network.in_shape)]
         self.buffers: list[np.ndarray | None] = []
+        activated = False
         for step in self.steps:
-            # Flattening and activations work in place on the output of the layer before.
-            in_place = step.kind in ("flatten", "activation") and len(self.buffers) > 0
+            # Flattening and activations work in place on the output of the layer before; but the backward pass of an
+            # activation needs its own output, so that no other may change it.
+            in_place = len(self.buffers) > 0 and (
+                step.kind == "flatten" or (step.kind == "activation" and not activated)
+            )
+            activated = step.kind == "activation" or (activated and step.kind == "flatten")
             self.buffers.append(None if in_place else self.ops.empty(step.size * batch, self.dtype))
             if step.linear is not None:
                 step.linear.reserve(batch, self.dtype)  # type: ignore[attr-defined]

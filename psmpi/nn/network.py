@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -14,6 +14,29 @@ from psmpi.partition import Layout, Parameter, make_layout
 
 ACTIVATIONS = ("sigmoid", "tanh", "relu", "identity")
 POOLS = ("mean", "max")
+
+# Which classes' scores depend on a layer's units: runs (first, last, classes) of units with the same classes.
+Uses = tuple[tuple[int, int, frozenset[int]], ...]
+
+
+def _joined(runs: Iterable[tuple[int, int, frozenset[int]]]) -> Uses:
+    """Runs in order, neighbours of the same classes made one."""
+    joined: list[tuple[int, int, frozenset[int]]] = []
+    for first, last, classes in runs:
+        if joined and joined[-1][2] == classes:
+            joined[-1] = (joined[-1][0], last, classes)
+        elif first < last:
+            joined.append((first, last, classes))
+    return tuple(joined)
+
+
+def _grouped(uses: Uses, size: int, count: int) -> list[frozenset[int]]:
+    """For each of `count` groups of `size` consecutive units, the classes that use any of them."""
+    members: list[list[frozenset[int]]] = [[] for _ in range(count)]
+    for first, last, classes in uses:
+        for group in range(first // size, -(-last // size)):
+            members[group].append(classes)
+    return [one[0] if len(one) == 1 else frozenset().union(*one) for one in members]
 
 
 @dataclass(frozen=True)
@@ -28,9 +51,9 @@ class LayerSpec:
     in_shape: tuple[int, ...]
     out_shape: tuple[int, ...]
 
-    def sources(self, needed: np.ndarray) -> np.ndarray:
-        """Input units that the `needed` output units (classes, units) bool depend on: (classes, input units) bool."""
-        return needed
+    def sources(self, uses: Uses) -> Uses:
+        """Who uses the input units, given who uses the output units."""
+        return uses
 
     def parameters(self) -> tuple[Parameter, ...]:
         return ()
@@ -60,11 +83,11 @@ class Linear(LayerSpec):
         """(fan_in, fan_out) of one group, for the initialisation."""
         return self.group_inputs, self.units // self.groups
 
-    def sources(self, needed: np.ndarray) -> np.ndarray:
-        by_group = needed.reshape(needed.shape[0], self.groups, -1).any(axis=2)
-        inputs = np.zeros((needed.shape[0], self.in_shape[0]), bool)
-        inputs[:, : self.groups * self.group_inputs] = np.repeat(by_group, self.group_inputs, axis=1)
-        return inputs
+    def sources(self, uses: Uses) -> Uses:
+        n = self.group_inputs
+        groups = enumerate(_grouped(uses, self.units // self.groups, self.groups))
+        seen = [(g * n, (g + 1) * n, classes) for g, classes in groups]
+        return _joined([*seen, (self.groups * n, self.in_shape[0], frozenset())])
 
 
 @dataclass(frozen=True)
@@ -119,8 +142,9 @@ class Activation(LayerSpec):
 class Flatten(LayerSpec):
     """Channel-major: feature f belongs to channel f // (height x width)."""
 
-    def sources(self, needed: np.ndarray) -> np.ndarray:
-        return np.asarray(needed.reshape(needed.shape[0], self.in_shape[0], -1).any(axis=2))
+    def sources(self, uses: Uses) -> Uses:
+        channels = _grouped(uses, prod(self.in_shape[1:]), self.in_shape[0])
+        return _joined((c, c + 1, classes) for c, classes in enumerate(channels))
 
 
 @dataclass(frozen=True)
@@ -139,44 +163,45 @@ class Network:
     def linear(self) -> tuple[Linear, ...]:
         return tuple(layer for layer in self.layers if isinstance(layer, Linear))
 
-    def needed(self, classes: Sequence[int] | None = None) -> list[np.ndarray]:
-        """For each layer, which of its output units the scores of `classes` (each one apart) depend on.
-
-        Returns one (len(classes), units) bool array a layer; all classes by default.
-        """
-        chosen = np.arange(self.classes) if classes is None else np.asarray(classes)
-        needed = np.zeros((len(chosen), self.classes), bool)
-        needed[np.arange(len(chosen)), chosen] = True
-        masks = []
+    def uses(self) -> list[Uses]:
+        """For each layer, which classes' scores depend on its output units."""
+        uses: Uses = tuple((c, c + 1, frozenset([c])) for c in range(self.classes))
+        found = []
         for layer in reversed(self.layers):
-            masks.append(needed)
-            needed = layer.sources(needed)
-        return masks[::-1]
+            found.append(uses)
+            uses = layer.sources(uses)
+        return found[::-1]
+
+    def kept(self, classes: Sequence[int]) -> list[np.ndarray]:
+        """For each layer, which of its output units, (units,) bool, the scores of `classes` depend on."""
+        wanted, masks = frozenset(classes), []
+        for layer, uses in zip(self.layers, self.uses(), strict=True):
+            mask = np.zeros(layer.out_shape[0], bool)
+            for first, last, users in uses:
+                mask[first:last] = not wanted.isdisjoint(users)
+            masks.append(mask)
+        return masks
 
     def layout(self) -> Layout:
         """The flat vector of this network, ordered by which scores use what."""
         parameters, uses = [], []
-        for layer, needed in zip(self.layers, self.needed(), strict=True):
+        for layer, users in zip(self.layers, self.uses(), strict=True):
             for parameter in layer.parameters():
                 parameters.append(parameter)
-                uses.append(needed)
-        return make_layout(parameters, uses)
+                uses.append(users)
+        return make_layout(parameters, uses, self.classes)
 
     def tie(self) -> str | None:
         """The name of the last layer with weights, before the scores' own rows, that makes every score see all of it.
 
-        None where the network can be partitioned: where some layer before the last has units private to a class.
+        None where the network can be partitioned: where some layer before has units that not all classes use, or where
+        there is no layer before.
         """
-        found = None
-        for layer, needed in zip(self.layers[:-1], self.needed(), strict=False):
-            if not isinstance(layer, Linear):
-                continue
-            if (needed.sum(axis=0) == 1).any():
-                return None
-            if needed.all():
-                found = layer.name
-        # Where no unit before the scores is private, it is the last layer that reads across what came before.
-        return self.layers[-1].name if found is None else found
+        weighted = [(layer, users) for layer, users in zip(self.layers, self.uses(), strict=True)
+                    if isinstance(layer, Linear)][:-1]  # fmt: skip
+        if not weighted or any(0 < len(users) < self.classes for _, runs in weighted for _, _, users in runs):
+            return None
+        return weighted[-1][0].name
 
 
 def build(name: str, in_shape: tuple[int, ...], layers: Sequence[Mapping[str, Any]], classes: int) -> Network:
@@ -190,6 +215,10 @@ def build(name: str, in_shape: tuple[int, ...], layers: Sequence[Mapping[str, An
     specs: list[LayerSpec] = []
     counts: dict[str, int] = {}
     for table in layers:
+        if not isinstance(table, Mapping):
+            raise UserError(
+                f'model {name!r}, layer {len(specs) + 1}: {table!r} is not a table like {{type = "dense", units = 10}}'
+            )
         settings = dict(table)
         kind = str(settings.pop("type", "(none)"))
         base = {"separable_conv": "conv", "separable_dense": "dense"}.get(kind, kind)
