@@ -21,7 +21,7 @@ setup(
     license_files=["LICENSE", "data/README.md"],
     python_requires=">=3.10",
     packages=find_packages(include=["psmpi", "psmpi.*"]),
-    package_data={"psmpi.data": ["*.csv.gz"], "psmpi": ["py.typed"]},
+    package_data={"psmpi.data": ["*.csv.gz"], "psmpi.checkpoint": ["FORMAT.md"], "psmpi": ["py.typed"]},
     install_requires=[
         "h5py>=3.10",
         "mpi4py>=4.0",

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import time
+import tracemalloc
 
 import h5py
 import numpy as np
@@ -441,3 +442,26 @@ def test_a_run_killed_at_any_moment_goes_on(tmp_path):
     assert steps == sorted(steps) and steps[-1] > steps[0]
     status, stdout, err = run(2, *options, "--max-steps", str(steps[-1] + 3), cwd=tmp_path)
     assert status == 0 and f"step {steps[-1]}" in stdout, err
+
+
+@pytest.mark.parametrize(("ranks", "placement"), [(1, "master"), (3, "owner")])
+def test_the_measurement_of_the_pause_runs(ranks, placement, tmp_path):
+    options = ("--megabytes", "5", "--repeats", "2", "--placement", placement, "--folder", tmp_path, "--json")
+    status, out, err = run(ranks, "-m", "psmpi.bench", "checkpoint", *options)
+    assert status == 0, err
+    found = json.loads(out)
+    assert found["megabytes"] == pytest.approx(5, rel=0.1) and 0 < found["pause_seconds"] < found["written_seconds"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_costs_rank_0_one_buffer_of_memory(alone):
+    """However large the vectors: they are 16 times the buffer here."""
+    writer, vectors = alone(make_network("mlp", (1024,), 10, widths=(4096, 1024)))
+    assert sum(v.nbytes for v in vectors.values()) > 100e6
+    writer.write(vectors, {}, checkpoint.Progress(step=1))
+    writer.finish()
+    tracemalloc.start()
+    writer.write(vectors, {}, checkpoint.Progress(step=2))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1e6

@@ -123,6 +123,7 @@ def _measure(
         "step_seconds": median(alone),
         "step_beside_seconds": median(beside),
         "extra_megabytes": (peak - held) * 1024 / 1e6,
+        "writer_megabytes": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e6,
     }
 
 
@@ -151,5 +152,6 @@ def _show(found: dict[str, Any], as_json: bool) -> None:
         f"written after      {found['written_seconds']:.2f} s\n"
         f"optimizer step     {1e3 * found['step_seconds']:.0f} ms alone, {1e3 * found['step_beside_seconds']:.0f} ms "
         f"beside the writing\n"
-        f"extra memory       {found['extra_megabytes']:.1f} MB on rank 0"
+        f"extra memory       {found['extra_megabytes']:.1f} MB on rank 0, {found['writer_megabytes']:.0f} MB in the "
+        f"process that writes"
     )

@@ -1,4 +1,4 @@
-"""What a checkpoint file holds. docs: CHECKPOINTS.md at the top of the repository.
+"""What a checkpoint file holds; FORMAT.md beside this file describes it.
 
 The first `HEADER` bytes are a text that HDF5 skips (its user block): format version, length and SHA-256 of all bytes
 behind it. They are read before HDF5 sees the file, so that no damaged byte ever reaches it.
@@ -293,5 +293,5 @@ def read_contents(path: Path) -> Contents:
             return replace(Contents.of(texts), optimizer="optimizer" in file)
         except (KeyError, TypeError, ValueError, OSError) as error:
             raise UserError(
-                f"checkpoint {path} was not written as CHECKPOINTS.md says ({error!r}); use another one"
+                f"checkpoint {path} was not written as psmpi/checkpoint/FORMAT.md says ({error!r}); use another one"
             ) from None
