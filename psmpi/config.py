@@ -143,6 +143,8 @@ class Run:
     """Newest checkpoints to keep; 0: all."""
     checkpoint_gzip: int = 0
     """Compression of checkpoints: 0 (none) to 9."""
+    checkpoint_parallel: bool = False
+    """All ranks write the checkpoint together, while training waits; needs an h5py built with parallel HDF5."""
 
 
 @dataclass(frozen=True)

@@ -69,8 +69,11 @@ class Loop:
     ):
         self.world, self.method, self.config, self.out, self.console = world, method, config, out, console
         self.batches, self.total, self.schedule = plan_steps(dataset, config)
-        keep, gzip = config.run.checkpoint_keep, config.run.checkpoint_gzip
-        self.writer = checkpoint.Writer(world, contents, method.shards, out, keep=keep, gzip=gzip)
+        run = config.run
+        self.writer = checkpoint.Writer(
+            world, contents, method.shards, out,
+            keep=run.checkpoint_keep, gzip=run.checkpoint_gzip, parallel=run.checkpoint_parallel,
+        )  # fmt: skip
         self.progress = Progress()
         # Bytes sent and received before this start.
         self.before = np.zeros(2)

@@ -113,6 +113,11 @@ def _settle(config: Config) -> Config:
         raise UserError(f"--clip {config.optimization.clip}: expected 0 (no clipping) or a number above it")
     if not 0 <= run.checkpoint_gzip <= 9:
         raise UserError(f"--checkpoint-gzip {run.checkpoint_gzip}: expected 0 (none) to 9")
+    if run.checkpoint_parallel and not checkpoint.supported():
+        raise UserError(
+            "--checkpoint-parallel: this h5py has no parallel HDF5; build one (HDF5_MPI=ON CC=mpicc pip install "
+            "--no-binary=h5py h5py), or leave the option out"
+        )
     out = run.out
     if not out:
         if run.resume == "auto":

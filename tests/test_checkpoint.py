@@ -12,9 +12,12 @@ import h5py
 import numpy as np
 import pytest
 from conftest import distance, run, start
+from hypothesis import given
+from hypothesis import strategies as st
 
 from psmpi import checkpoint
 from psmpi.checkpoint.format import chunk_of, seal
+from psmpi.checkpoint.parallel import boxes
 from psmpi.errors import UserError
 from psmpi.nn.zoo import make_network
 from psmpi.partition import Runs
@@ -54,6 +57,21 @@ def test_a_run_goes_on_at_any_ranks_masters_and_placement(train, optimizer):
     for ranks, layout in LAYOUTS if optimizer == "adam" else LAYOUTS[2:4]:
         resumed = train(ranks, *options, "40", *layout, "--resume", start.checkpoint)
         assert distance(whole.tensors(), resumed.tensors()) <= (1e-9 if optimizer == "adam" else 1e-7)
+
+
+@pytest.mark.slow
+def test_a_run_of_eleven_ranks_goes_on_on_any_others(train):
+    """N = 1, 3, 4 and 7, 1 and 3 masters, either placement."""
+    whole = train(1, *STEPS, "--max-steps", "40")
+    begun = train(11, *STEPS, "--max-steps", "25").checkpoint
+    for ranks in (1, 3, 4, 7):
+        for masters in (1, 3) if ranks > 1 else (1,):
+            for placement in ("master", "owner"):
+                layout = ["--masters", str(masters), "--placement", placement]
+                # Three masters of three ranks have to compute as well.
+                layout += ["--colocate"] if masters == ranks else []
+                resumed = train(ranks, *STEPS, "--max-steps", "40", *layout, "--resume", begun)
+                assert distance(whole.tensors(), resumed.tensors()) <= 1e-9
 
 
 def test_loading_gives_every_rank_the_saved_bits_of_its_shard(train):
@@ -465,3 +483,33 @@ def test_a_checkpoint_costs_rank_0_one_buffer_of_memory(alone):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 1e6
+
+
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.data())
+def test_boxes_are_the_elements_in_their_order(shape, data):
+    size = int(np.prod(shape))
+    first = data.draw(st.integers(0, size))
+    last = data.draw(st.integers(first, size))
+    numbers = np.arange(size).reshape(shape)
+    found = [numbers[box].ravel() for box in boxes(shape, first, last)]
+    assert np.array_equal(np.concatenate([np.empty(0, int), *found]), np.arange(first, last))
+
+
+@pytest.mark.skipif(not checkpoint.supported(), reason="h5py is not built with parallel HDF5")
+@pytest.mark.parametrize("gzip", [0, 3])
+@pytest.mark.parametrize("layout", [("--masters", "3"), ("--placement", "owner"), ()])
+def test_ranks_write_the_same_file_together(train, layout, gzip):
+    options = ("--epochs", "2", "--checkpoint-gzip", str(gzip), *layout)
+    alone, together = train(4, *options), train(4, *options, "--checkpoint-parallel")
+    mine, theirs = alone.tensors(), together.tensors()
+    assert mine.keys() == theirs.keys() and all(np.array_equal(mine[k], theirs[k]) for k in mine)
+    checkpoint.check(together.checkpoint)
+    contents = checkpoint.read_contents(together.checkpoint)
+    assert contents.progress.rows == tuple(together.rows)
+    resumed = train(4, *options, "--epochs", "3", "--resume", "auto", "--checkpoint-parallel", out=together.out)
+    assert [row["epoch"] for row in resumed.rows] == [1, 2, 3]
+
+
+@pytest.mark.skipif(checkpoint.supported(), reason="h5py is built with parallel HDF5")
+def test_writing_together_needs_parallel_hdf5(tmp_path):
+    assert "this h5py has no parallel HDF5" in refusal(tmp_path, "--checkpoint-parallel")

@@ -13,6 +13,7 @@ from psmpi.checkpoint.format import (
     folder,
     read_contents,
 )
+from psmpi.checkpoint.parallel import supported
 from psmpi.checkpoint.provenance import provenance
 from psmpi.checkpoint.reader import clear, find, load, newest
 from psmpi.checkpoint.writer import Writer
@@ -31,4 +32,5 @@ __all__ = [
     "newest",
     "provenance",
     "read_contents",
+    "supported",
 ]

@@ -25,9 +25,11 @@ from psmpi.checkpoint.format import (
     Tensor,
     available,
     chunk_of,
+    filters,
     group_of,
     partial_of,
     seal,
+    text_type,
 )
 
 # Fills a vector of elements [first, last) of a tensor of a vector of the run: read(vector, tensor, first, into).
@@ -55,15 +57,20 @@ def write_file(
             file.attrs["format"] = FORMAT
             # Data sets, not attributes: these end at 64 kB.
             for name, text in texts.items():
-                file[name] = text
+                file.create_dataset(name, data=text, dtype=text_type(text))
             for vector in vectors:
                 for tensor in tensors:
                     _write_tensor(file, vector, tensor, dtype, read, gzip)
-        seal(partial)
-        os.replace(partial, target)
-        _sync(target.parent)
+        _finish(target)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _finish(target: Path) -> None:
+    """Seal a file and give it its name."""
+    seal(partial_of(target))
+    os.replace(partial_of(target), target)
+    _sync(target.parent)
 
 
 def _need(place: Path, nbytes: int) -> None:
@@ -74,10 +81,8 @@ def _need(place: Path, nbytes: int) -> None:
 
 def _write_tensor(file: h5py.File, vector: str, tensor: Tensor, dtype: np.dtype, read: Source, gzip: int) -> None:
     chunks = chunk_of(tensor.shape)
-    options = {"compression": "gzip", "compression_opts": gzip, "shuffle": True} if gzip else {}
-    dataset = file.create_dataset(
-        f"{group_of(vector)}/{tensor.name}", tensor.shape, dtype, chunks=chunks, fletcher32=True, **options
-    )
+    name = f"{group_of(vector)}/{tensor.name}"
+    dataset = file.create_dataset(name, tensor.shape, dtype, chunks=chunks, **filters(gzip))
     # Slabs of whole chunks; a row longer than a chunk is cut along the next axis by HDF5 itself.
     row = tensor.size // tensor.shape[0]
     rows = max(chunks[0], CHUNK // row // chunks[0] * chunks[0])
@@ -124,10 +129,14 @@ def prune(out: Path, keep: int) -> None:
 
 def build(job: Mapping[str, Any], spool: int) -> None:
     """Write the checkpoint that a job of `Writer` describes, from the spool, and remove those beyond `keep`."""
-    target, dtype = Path(job["target"]), np.dtype(job["dtype"])
-    contents = Contents.of(job["texts"])
-    source = spool_source(spool, job["vectors"], contents.layout.size, dtype)
-    write_file(target, contents, job["vectors"], dtype, source, job["gzip"])
+    target = Path(job["target"])
+    if "texts" in job:
+        contents, dtype = Contents.of(job["texts"]), np.dtype(job["dtype"])
+        source = spool_source(spool, job["vectors"], contents.layout.size, dtype)
+        write_file(target, contents, job["vectors"], dtype, source, job["gzip"])
+    else:
+        # The ranks have written it together.
+        _finish(target)
     prune(target.parent.parent, job["keep"])
 
 

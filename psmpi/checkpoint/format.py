@@ -206,6 +206,16 @@ def chunk_of(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(chunk)
 
 
+def filters(gzip: int) -> dict[str, Any]:
+    """Options of a data set of numbers: checksums, and compression from 1 to 9 if wanted."""
+    return {"fletcher32": True, **({"compression": "gzip", "compression_opts": gzip, "shuffle": True} if gzip else {})}
+
+
+def text_type(text: str) -> Any:
+    """The HDF5 type that holds exactly this text."""
+    return h5py.string_dtype("utf-8", max(1, len(text.encode())))
+
+
 def folder(out: Path) -> Path:
     return out / "checkpoints"
 

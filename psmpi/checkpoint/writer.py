@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,18 +26,38 @@ from psmpi.partition import Runs
 BUFFER = 1 << 20
 
 
+def _environment() -> dict[str, str]:
+    """What the process sees: nothing of the launcher, as it is no rank, and one thread.
+
+    An h5py built with parallel HDF5 imports mpi4py, which must not start MPI there.
+    """
+    launcher = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "MPI_LOCAL", "HYDI_")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(launcher)}
+    return {**kept, "MPI4PY_RC_INITIALIZE": "false", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+
+
 class Writer:
     """Writes checkpoints of a method's shards. Training waits while the shards are copied to a spool file.
 
     Rank 0 receives the pieces of the other ranks through one small buffer and appends them to the spool, a file that
     mostly stays in the kernel's cache; a process beside it makes the checkpoint from the spool while training goes on.
-    Nothing that goes wrong with the file ends the run: `troubles` returns it.
+    Nothing that goes wrong with the file ends the run: `troubles` returns it. With `parallel` all ranks write the file
+    together instead, see psmpi.checkpoint.parallel; then an error of HDF5 ends the run.
     """
 
     def __init__(
-        self, world: Any, contents: Contents, shards: Sequence[Runs], out: Path, *, keep: int = 0, gzip: int = 0
+        self,
+        world: Any,
+        contents: Contents,
+        shards: Sequence[Runs],
+        out: Path,
+        *,
+        keep: int = 0,
+        gzip: int = 0,
+        parallel: bool = False,
     ):
         self.world, self.contents, self.out, self.keep, self.gzip = world, contents, out, keep, gzip
+        self.parallel = parallel
         # A run that several ranks own is written by the first of them.
         self.writes, claimed = [], Runs()
         for shard in shards:
@@ -61,6 +82,53 @@ class Writer:
             self.finish()
             self.target = folder(self.out) / f"step-{progress.step:09d}.h5"
             self._open()
+        contents = self._contents(scalars, progress)
+        if self.parallel:
+            self._together(vectors, contents)
+            job = {"target": str(self.target), "keep": self.keep}
+        else:
+            self._copy(vectors, dtype)
+            job = {
+                "target": str(self.target),
+                "keep": self.keep,
+                "vectors": list(vectors),
+                "dtype": dtype.str,
+                "gzip": self.gzip,
+                "texts": contents.texts() if self.world.rank == 0 else {},
+            }
+        if self.world.rank == 0:
+            self._hand_over(job)
+        self.pause += time.perf_counter() - start
+
+    def _contents(self, scalars: Mapping[str, float | int], progress: Progress) -> Contents:
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        return replace(
+            self.contents,
+            progress=progress,
+            scalars=scalars,
+            random={**self.contents.random, "epoch": progress.epoch, "cursor": progress.cursor},
+            provenance={**self.contents.provenance, "created": now},
+        )
+
+    def _together(self, vectors: Mapping[str, np.ndarray], contents: Contents) -> None:
+        """All ranks write the file, if rank 0 could make the folder and sees room."""
+        from psmpi.checkpoint.parallel import write_together
+        from psmpi.comm.world import share
+
+        if self.world.rank == 0 and self.target is not None:
+            needed = len(vectors) * contents.layout.size * next(iter(vectors.values())).itemsize
+            free = shutil.disk_usage(self.target.parent).free
+            if free < needed:
+                self._failed(f"No space left on device: {needed:,} bytes are needed, {free:,} are free")
+        said = json.dumps([str(self.target or ""), contents.texts()]) if self.world.rank == 0 else ""
+        target, told = json.loads(share(self.world, said))
+        if target:
+            # Every rank must make the same data sets: the texts are rank 0's.
+            contents = Contents.of(told)
+            write_together(self.world, Path(target), contents, vectors, self.writes, self.shard, self.gzip)
+
+    def _copy(self, vectors: Mapping[str, np.ndarray], dtype: np.dtype) -> None:
+        """All ranks' pieces into the spool."""
         buffer = np.empty(0, dtype)
         for number, vector in enumerate(vectors.values()):
             for rank, runs in enumerate(self.writes):
@@ -80,25 +148,6 @@ class Writer:
                             self.world.Send(piece, dest=0)
                         else:
                             self._keep(piece, (number * self.contents.layout.size + a) * dtype.itemsize)
-        if self.world.rank == 0:
-            now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-            contents = replace(
-                self.contents,
-                progress=progress,
-                scalars=scalars,
-                random={**self.contents.random, "epoch": progress.epoch, "cursor": progress.cursor},
-                provenance={**self.contents.provenance, "created": now},
-            )
-            job = {
-                "target": str(self.target),
-                "vectors": list(vectors),
-                "dtype": dtype.str,
-                "gzip": self.gzip,
-                "keep": self.keep,
-                "texts": contents.texts(),
-            }
-            self._hand_over(job)
-        self.pause += time.perf_counter() - start
 
     @property
     def busy(self) -> bool:
@@ -157,7 +206,7 @@ class Writer:
                     stderr=self.noise,
                     pass_fds=(number,),
                     text=True,
-                    env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+                    env=_environment(),
                 )
         except OSError as error:
             self._failed(str(error))
