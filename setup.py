@@ -3,13 +3,22 @@
 import re
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 here = Path(__file__).parent
 version = re.search(r'__version__ = "(.+?)"', (here / "psmpi" / "__init__.py").read_text())[1]
 
 EXPORT = ["onnx>=1.16", "onnxruntime>=1.17", "safetensors>=0.4"]
 PLOT = ["matplotlib>=3.8"]
+
+# Plain C, loaded by ctypes. Where it cannot be built, NumPy does the work.
+KERNELS = Extension(
+    "psmpi.backend._kernels",
+    ["psmpi/backend/c/kernels.c"],
+    depends=["psmpi/backend/c/kernels.h"],
+    extra_compile_args=["-O3", "-fno-math-errno", "-fno-trapping-math"],
+    optional=True,
+)
 
 setup(
     name="psmpi",
@@ -21,7 +30,13 @@ setup(
     license_files=["LICENSE", "data/README.md"],
     python_requires=">=3.10",
     packages=find_packages(include=["psmpi", "psmpi.*"]),
-    package_data={"psmpi.data": ["*.csv.gz"], "psmpi.checkpoint": ["FORMAT.md"], "psmpi": ["py.typed"]},
+    ext_modules=[KERNELS],
+    package_data={
+        "psmpi.backend": ["c/*"],
+        "psmpi.data": ["*.csv.gz"],
+        "psmpi.checkpoint": ["FORMAT.md"],
+        "psmpi": ["py.typed"],
+    },
     install_requires=[
         "h5py>=3.10",
         "mpi4py>=4.0",
@@ -37,6 +52,7 @@ setup(
         "cuda": ["cupy-cuda13x>=14"],
         "export": EXPORT,
         "plot": PLOT,
+        "torch": ["torch>=2.4"],
         "test": [
             *("hypothesis>=6", "mypy>=1.10", "pytest>=8", "pytest-timeout>=2.3", "ruff>=0.6", "scipy>=1.11"),
             *EXPORT,

@@ -79,8 +79,8 @@ class Parallel:
     """Masters are workers too."""
     replicas: int = 0
     """Rows of workers that split each minibatch; 0: as few as give every worker work."""
-    backend: Literal["auto", "numpy"] = "auto"
-    """Array library."""
+    backend: Literal["auto", "numpy", "compiled"] = "auto"
+    """What computes: NumPy, or kernels in C (auto: where they are there, and NumPy else)."""
     threads: int = 0
     """Threads of linear algebra a rank; 0: the host's cores over its ranks, at least 1."""
 

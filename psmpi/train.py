@@ -203,7 +203,7 @@ def _train(world: Any, config: Config) -> None:
         places = [json.loads(text) for text in _collect(world, place)]
         show_places(console, [(rank, host, Place(*rest)) for rank, (host, *rest) in enumerate(places)])
         console.print(
-            f"model {network.name}: {method.layout.size:,} parameters; run directory {out}",
+            f"model {network.name}: {method.layout.size:,} parameters; backend {ops.description}; run directory {out}",
             highlight=False,
             markup=False,
             soft_wrap=True,

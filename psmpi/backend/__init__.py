@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from psmpi.backend.reference import NumpyOps
+from psmpi.backend import compiled
+from psmpi.backend.compiled import CompiledOps
+from psmpi.backend.reference import Convolution, NumpyOps, Stripes
 from psmpi.errors import UserError
 
-BACKENDS: dict[str, type[NumpyOps]] = {"numpy": NumpyOps}
+__all__ = ["CompiledOps", "Convolution", "NumpyOps", "Stripes", "make_backend"]
 
 
 def make_backend(name: str) -> NumpyOps:
-    """The operations called `name`; `auto` takes the best one present. UserError where the name is not known."""
-    if name == "auto":
-        name = "numpy"
-    if name not in BACKENDS:
-        raise UserError(f"--backend {name!r} is unknown: choose auto or one of {', '.join(BACKENDS)}")
-    return BACKENDS[name]()
+    """The operations called `name`; `auto` takes the best one present. UserError where it is not known or not there."""
+    if name == "compiled" and not compiled.level():
+        raise UserError(
+            "--backend compiled: its kernels are not there (no C compiler when psmpi was installed) or this processor "
+            "lacks AVX2; install a compiler and psmpi again, or use --backend numpy"
+        )
+    if name not in ("auto", "numpy", "compiled"):
+        raise UserError(f"--backend {name!r} is unknown: choose auto, numpy or compiled")
+    return CompiledOps() if name != "numpy" and compiled.level() else NumpyOps()

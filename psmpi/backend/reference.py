@@ -7,11 +7,162 @@ runs along the batch. All arrays of one call share one dtype, float32 or float64
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Protocol
+
 import numpy as np
+from numpy.lib.stride_tricks import as_strided
+
+# Columns of a convolution are made in chunks of about this many elements, so that they stay in the second-level cache.
+CHUNK = 1 << 18
+
+
+@dataclass(frozen=True)
+class Stripes:
+    """`count` sets of n units that see n_in consecutive channels each: the first ones from `source` and unit `out` on,
+    each next one `source_step` channels and n units further.
+    """
+
+    count: int
+    n: int
+    n_in: int
+    source: int
+    source_step: int
+    out: int
+
+
+class Convolution(Protocol):
+    """Correlations of x (channels, height, width, b) with kernels (units, n_in, kernel, kernel), and their adjoints."""
+
+    def reserve(self, batch: int) -> None:
+        """Make room for minibatches of up to `batch` samples."""
+
+    def forward(self, x: np.ndarray, kernels: np.ndarray, bias: np.ndarray, y: np.ndarray) -> None:
+        """y (units, rows, columns, b) = bias (units,) + the correlations."""
+
+    def backward(
+        self, x: np.ndarray, dy: np.ndarray, kernels: np.ndarray, dkernels: np.ndarray, dx: np.ndarray | None
+    ) -> None:
+        """The gradients with respect to the kernels and, where dx is given, the input, from that of y."""
+
+    def arrays(self) -> list[np.ndarray]:
+        """Its buffers."""
+
+
+class Im2col:
+    """Convolution as matrix products with windows, made for as many output rows at a time as fit the cache."""
+
+    def __init__(
+        self,
+        stripes: Sequence[Stripes],
+        in_shape: tuple[int, int, int],
+        out_shape: tuple[int, int, int],
+        kernel: int,
+        stride: int,
+        dtype: np.dtype,
+    ):
+        self.stripes, self.channels, self.kernel, self.stride = stripes, in_shape[0], kernel, stride
+        (self.units, self.height, self.width), self.dtype = out_shape, dtype
+        # A sum over more than one chunk is made in a second buffer.
+        self.product = np.empty(0, dtype)
+        self.cols = self.dcols = np.empty(0, dtype)
+
+    def reserve(self, batch: int) -> None:
+        row = self.channels * self.kernel**2 * self.width * batch
+        size = min(row * self.height, max(row, CHUNK))
+        self.cols, self.dcols = np.empty(size, self.dtype), np.empty(size, self.dtype)
+
+    def arrays(self) -> list[np.ndarray]:
+        return [self.cols, self.dcols, self.product]
+
+    def _chunks(self, batch: int) -> list[tuple[int, int]]:
+        """Rows of the output that are computed at a time: by the minibatch alone, so that sums keep their order."""
+        rows = max(1, min(self.height, CHUNK // (self.channels * self.kernel**2 * self.width * batch)))
+        return [(r, min(r + rows, self.height)) for r in range(0, self.height, rows)]
+
+    def _columns(self, buffer: np.ndarray, rows: int, batch: int) -> np.ndarray:
+        shape = (self.channels, self.kernel, self.kernel, rows, self.width, batch)
+        return buffer[: prod(shape)].reshape(shape)
+
+    def _source(self, s: Stripes, columns: np.ndarray) -> np.ndarray:
+        """The windows of the stripes' inputs, (count, n_in k^2, positions), as a view."""
+        flat = columns.reshape(self.channels * self.kernel**2, -1)
+        step, width = flat.strides
+        k2 = self.kernel**2
+        return as_strided(
+            flat[s.source * k2 :], (s.count, s.n_in * k2, flat.shape[1]), (s.source_step * k2 * step, step, width)
+        )
+
+    @staticmethod
+    def _rows(s: Stripes, array: np.ndarray) -> np.ndarray:
+        """The stripes' units of an array (units, ...), as (count, n, ...)."""
+        return array[s.out : s.out + s.count * s.n].reshape(s.count, s.n, -1)
+
+    def forward(self, x: np.ndarray, kernels: np.ndarray, bias: np.ndarray, y: np.ndarray) -> None:
+        for r0, r1 in self._chunks(x.shape[-1]):
+            cols = self._columns(self.cols, r1 - r0, x.shape[-1])
+            im2col(x, self.stride, r0, cols)
+            out = y[:, r0:r1].reshape(self.units, -1)
+            for s in self.stripes:
+                np.matmul(self._rows(s, kernels), self._source(s, cols), out=self._rows(s, out))
+        y += bias[:, None, None, None]
+
+    def backward(
+        self, x: np.ndarray, dy: np.ndarray, kernels: np.ndarray, dkernels: np.ndarray, dx: np.ndarray | None
+    ) -> None:
+        if dx is not None:
+            dx.fill(0)
+        for r0, r1 in self._chunks(x.shape[-1]):
+            cols = self._columns(self.cols, r1 - r0, x.shape[-1])
+            im2col(x, self.stride, r0, cols)
+            out = dy[:, r0:r1].reshape(self.units, -1)
+            into = dkernels
+            if r0 > 0:
+                if self.product.shape != dkernels.shape:
+                    self.product = np.empty_like(dkernels)
+                into = self.product
+            for s in self.stripes:
+                np.matmul(self._rows(s, out), self._source(s, cols).transpose(0, 2, 1), out=self._rows(s, into))
+            if r0 > 0:
+                dkernels += self.product
+            if dx is not None:
+                dcols = self._columns(self.dcols, r1 - r0, x.shape[-1])
+                for s in self.stripes:
+                    weights = self._rows(s, kernels).transpose(0, 2, 1)
+                    np.matmul(weights, self._rows(s, out), out=self._source(s, dcols))
+                col2im(dcols, self.stride, r0, dx)
+
+
+def im2col(x: np.ndarray, stride: int, first: int, cols: np.ndarray) -> None:
+    """Windows of x (c, h, w, b) with the given stride, for the output rows from `first` on.
+
+    cols: (c, k, k, rows, width, b); cols[:, i, j] are the inputs that kernel entry (i, j) meets.
+    """
+    k, rows, width = cols.shape[1], cols.shape[3], cols.shape[4]
+    for i in range(k):
+        top = first * stride + i
+        for j in range(k):
+            cols[:, i, j] = x[:, top : top + stride * rows : stride, j : j + stride * width : stride]
+
+
+def col2im(cols: np.ndarray, stride: int, first: int, dx: np.ndarray) -> None:
+    """The adjoint of im2col: adds cols into dx."""
+    k, rows, width = cols.shape[1], cols.shape[3], cols.shape[4]
+    for i in range(k):
+        top = first * stride + i
+        for j in range(k):
+            dx[:, top : top + stride * rows : stride, j : j + stride * width : stride] += cols[:, i, j]
 
 
 class NumpyOps:
     name = "numpy"
+
+    @property
+    def description(self) -> str:
+        """What a person is told of it."""
+        return self.name
 
     def empty(self, size: int, dtype: np.dtype) -> np.ndarray:
         return np.empty(size, dtype)
@@ -28,24 +179,17 @@ class NumpyOps:
         """out (...,) = y (..., n) summed over its last axis."""
         np.sum(y, axis=-1, out=out)
 
-    def im2col(self, x: np.ndarray, stride: int, first: int, cols: np.ndarray) -> None:
-        """Windows of x (c, h, w, b) with the given stride, for the output rows from `first` on.
-
-        cols: (c, k, k, rows, width, b); cols[:, i, j] are the inputs that kernel entry (i, j) meets.
-        """
-        k, rows, width = cols.shape[1], cols.shape[3], cols.shape[4]
-        for i in range(k):
-            top = first * stride + i
-            for j in range(k):
-                cols[:, i, j] = x[:, top : top + stride * rows : stride, j : j + stride * width : stride]
-
-    def col2im(self, cols: np.ndarray, stride: int, first: int, dx: np.ndarray) -> None:
-        """The adjoint of im2col: adds cols into dx."""
-        k, rows, width = cols.shape[1], cols.shape[3], cols.shape[4]
-        for i in range(k):
-            top = first * stride + i
-            for j in range(k):
-                dx[:, top : top + stride * rows : stride, j : j + stride * width : stride] += cols[:, i, j]
+    def convolution(
+        self,
+        stripes: Sequence[Stripes],
+        in_shape: tuple[int, int, int],
+        out_shape: tuple[int, int, int],
+        kernel: int,
+        stride: int,
+        dtype: np.dtype,
+    ) -> Convolution:
+        """A convolution of (channels, height, width) to (units, rows, columns) images, to be used again and again."""
+        return Im2col(stripes, in_shape, out_shape, kernel, stride, dtype)
 
     def fold(self, w: np.ndarray, pool: int, out: np.ndarray) -> None:
         """A kernel followed by pool x pool mean pooling as one kernel: w (..., k, k) -> out (..., k+pool-1, k+pool-1).

@@ -12,11 +12,12 @@ def main(argv: list[str] | None = None) -> int:
     from tyro.extras import SubcommandApp
 
     from psmpi.bench.checkpoint import checkpoint
+    from psmpi.bench.compute import compute
     from psmpi.bench.published import published
     from psmpi.comm.world import run
 
     app = SubcommandApp()
-    commands: tuple[Callable[..., int], ...] = (checkpoint, published)
+    commands: tuple[Callable[..., int], ...] = (checkpoint, compute, published)
     for command in commands:
         app.command(command)
 

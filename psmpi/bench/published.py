@@ -121,6 +121,7 @@ def published(
                 [*setting.arguments(), "--data-dir", data_dir, "--seed", str(seed), "--threads", "1",
                  "--checkpoint-keep", "1", "--resume", "auto", "--out", str(folders[setting.name][seed])]
                 for seed in range(seeds) for setting in chosen
+                if len(_rows(folders[setting.name][seed])) < EPOCHS
             ],
             jobs,
         )  # fmt: skip

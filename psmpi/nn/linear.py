@@ -12,12 +12,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from psmpi.backend import NumpyOps
+from psmpi.backend import NumpyOps, Stripes
 from psmpi.nn.network import Conv, Linear
 from psmpi.partition import Layout, Runs
-
-# Columns of a convolution are made in chunks of about this many elements, so that they stay in the second-level cache.
-CHUNK = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -138,12 +135,14 @@ class LinearPart:
         self.w = [(s.weights(w), s.biases(w)) for s in self.segments]
         self.g = [(s.weights(g), s.biases(g)) for s in self.segments] if g is not None else []
 
-    def source(self, s: Segment, x: np.ndarray, rows: int = 1) -> np.ndarray:
-        """The inputs of a segment's stripes, (count, n_in * rows, b), as a view of x (inputs * rows, b)."""
+    def arrays(self) -> list[np.ndarray]:
+        """What it holds besides weights, activations and their gradients."""
+        return [a for a in vars(self).values() if isinstance(a, np.ndarray)]
+
+    def source(self, s: Segment, x: np.ndarray) -> np.ndarray:
+        """The inputs of a segment's stripes, (count, n_in, b), as a view of x (inputs, b)."""
         step, width = x.strides
-        return as_strided(
-            x[s.source * rows :], (s.count, s.n_in * rows, x.shape[1]), (s.source_step * rows * step, step, width)
-        )
+        return as_strided(x[s.source :], (s.count, s.n_in, x.shape[1]), (s.source_step * step, step, width))
 
     @staticmethod
     def target(s: Segment, y: np.ndarray) -> np.ndarray:
@@ -198,90 +197,61 @@ class ConvPart(LinearPart):
         self.wide = layer.kernel + pool - 1
         fan = layer.group_inputs * self.wide**2
         self.folded = ops.empty(units * fan, dtype).reshape(units, layer.group_inputs, self.wide, self.wide)
-        self.dfolded, self.product = np.empty_like(self.folded), np.empty_like(self.folded)
+        self.dfolded = np.empty_like(self.folded)
+        self.bias = ops.empty(units, dtype)
         # The kernels are packed, so stripes apart in the flat vector join wherever they see the same inputs.
-        self.groups = _same_source(segments)
+        (_, height, width), (_, rows, columns) = layer.in_shape, layer.out_shape
+        self.plan = ops.convolution(
+            _same_source(segments),
+            (inputs, height, width),
+            (units, rows // pool, columns // pool),
+            self.wide,
+            pool,
+            dtype,
+        )
 
     def reserve(self, batch: int, dtype: np.dtype) -> None:
-        _, height, width = self.layer.out_shape
-        self.height, self.width = height // self.pool, width // self.pool
-        row = self.inputs * self.wide**2 * self.width * batch
-        size = min(row * self.height, max(row, CHUNK))
-        self.cols, self.dcols = self.ops.empty(size, dtype), self.ops.empty(size, dtype)
+        self.plan.reserve(batch)
 
-    def _chunks(self, batch: int) -> list[tuple[int, int]]:
-        """Rows of the output that are computed at a time: by the minibatch alone, so that sums keep their order."""
-        rows = max(1, min(self.height, CHUNK // (self.inputs * self.wide**2 * self.width * batch)))
-        return [(r, min(r + rows, self.height)) for r in range(0, self.height, rows)]
-
-    def _columns(self, buffer: np.ndarray, rows: int, batch: int) -> np.ndarray:
-        shape = (self.inputs, self.wide, self.wide, rows, self.width, batch)
-        return buffer[: int(np.prod(shape))].reshape(shape)
-
-    def _kernels(self, s: Segment, packed: np.ndarray) -> np.ndarray:
-        return packed[s.out : s.out + s.count * s.n].reshape(s.count, s.n, -1)
+    def arrays(self) -> list[np.ndarray]:
+        return [*super().arrays(), *self.plan.arrays()]
 
     def _images(self, s: Segment, rows: np.ndarray, k: int) -> np.ndarray:
         return rows.reshape(s.count, s.n, self.layer.group_inputs, k, k)
 
     def forward(self, x: np.ndarray, y: np.ndarray) -> None:
-        for s, (w, _) in zip(self.segments, self.w, strict=True):
-            self.ops.fold(
-                self._images(s, w, self.k), self.pool, self._images(s, self._kernels(s, self.folded), self.wide)
-            )
-        for r0, r1 in self._chunks(x.shape[-1]):
-            cols = self._columns(self.cols, r1 - r0, x.shape[-1])
-            self.ops.im2col(x, self.pool, r0, cols)
-            flat = cols.reshape(self.inputs * self.wide**2, -1)
-            out = y[:, r0:r1].reshape(self.units, -1)
-            for s in self.groups:
-                self.ops.matmul(self._kernels(s, self.folded), self.source(s, flat, self.wide**2), self.target(s, out))
-        flat_y = y.reshape(self.units, -1)
-        for s, (_, b) in zip(self.segments, self.w, strict=True):
-            self.ops.add_bias(self.target(s, flat_y), b)
+        for s, (w, b) in zip(self.segments, self.w, strict=True):
+            units = slice(s.out, s.out + s.count * s.n)
+            self.ops.fold(self._images(s, w, self.k), self.pool, self._images(s, self.folded[units], self.wide))
+            self.bias[units] = b.reshape(-1)
+        self.plan.forward(x, self.folded, self.bias, y)
 
     def backward(self, x: np.ndarray, dy: np.ndarray, dx: np.ndarray | None) -> None:
-        if dx is not None:
-            dx.fill(0)
-        for r0, r1 in self._chunks(x.shape[-1]):
-            cols = self._columns(self.cols, r1 - r0, x.shape[-1])
-            self.ops.im2col(x, self.pool, r0, cols)
-            flat = cols.reshape(self.inputs * self.wide**2, -1)
-            out = dy[:, r0:r1].reshape(self.units, -1)
-            into = self.dfolded if r0 == 0 else self.product
-            for s in self.groups:
-                source = self.source(s, flat, self.wide**2)
-                self.ops.matmul(self.target(s, out), source.transpose(0, 2, 1), self._kernels(s, into))
-            if r0 > 0:
-                self.dfolded += self.product
-            if dx is not None:
-                self._input_gradient(out, r0, r1, dx)
+        self.plan.backward(x, dy, self.folded, self.dfolded, dx)
         flat_dy = dy.reshape(self.units, -1)
         for s, (gw, gb) in zip(self.segments, self.g, strict=True):
             self.ops.row_sums(self.target(s, flat_dy), gb)
-            dfolded = self._images(s, self._kernels(s, self.dfolded), self.wide)
+            dfolded = self._images(s, self.dfolded[s.out : s.out + s.count * s.n], self.wide)
             self.ops.unfold(dfolded, self.pool, self._images(s, gw, self.k))
 
-    def _input_gradient(self, out: np.ndarray, r0: int, r1: int, dx: np.ndarray) -> None:
-        dcols = self._columns(self.dcols, r1 - r0, dx.shape[-1])
-        flat = dcols.reshape(self.inputs * self.wide**2, -1)
-        for s in self.groups:
-            kernels = self._kernels(s, self.folded).transpose(0, 2, 1)
-            self.ops.matmul(kernels, self.target(s, out), self.source(s, flat, self.wide**2))
-        self.ops.col2im(dcols, self.pool, r0, dx)
 
-
-def _same_source(segments: list[Segment]) -> list[Segment]:
-    """Segments of a packed layer: one stripe for each group of inputs, groups of equal size merged."""
-    stripes: list[Segment] = []
+def _same_source(segments: list[Segment]) -> list[Stripes]:
+    """Stripes of a packed layer: one for each group of inputs, groups of equal size and distance together."""
+    stripes: list[Stripes] = []
     for s in segments:
         for k in range(s.count):
-            one = replace(
-                s, count=1, out=s.out + k * s.n, source=s.source + k * s.source_step, source_step=0,
-                weight=0, weight_step=0, bias=0, bias_step=0,
-            )  # fmt: skip
-            if stripes and stripes[-1].source == one.source:
-                stripes[-1] = replace(stripes[-1], n=stripes[-1].n + one.n)
+            source, out = s.source + k * s.source_step, s.out + k * s.n
+            if stripes and stripes[-1].source == source:
+                stripes[-1] = replace(stripes[-1], n=stripes[-1].n + s.n)
             else:
-                stripes.append(one)
-    return _merge(stripes)
+                stripes.append(Stripes(1, s.n, s.n_in, source, 0, out))
+    joined: list[Stripes] = []
+    for one in stripes:
+        last = joined[-1] if joined else None
+        if last is not None and (last.n, last.out + last.count * last.n) == (one.n, one.out):
+            step = one.source - last.source - (last.count - 1) * last.source_step
+            if last.count == 1 or step == last.source_step:
+                joined[-1] = replace(last, count=last.count + 1, source_step=step)
+                continue
+        joined.append(one)
+    return joined

@@ -119,7 +119,7 @@ class Model:
         arrays = [b for b in self.buffers if b is not None] + self.gradients
         for step in self.steps:
             if step.linear is not None:
-                arrays += [a for a in vars(step.linear).values() if isinstance(a, np.ndarray)]
+                arrays += step.linear.arrays()
         return sum(a.nbytes for a in arrays)
 
     def forward(self, x: np.ndarray) -> np.ndarray:

@@ -1,0 +1,122 @@
+/* Convolutions and element-wise passes of small grouped networks, minibatch last.
+ *
+ * An image array is (channels, height, width, batch), contiguous: every inner loop runs along the batch. One template
+ * (kernels.h) is compiled for float and double, for AVX-512 and for AVX2 with FMA; the caller asks `psmpi_level` which
+ * of them this processor has. Plain C functions, called by ctypes.
+ */
+#include <immintrin.h>
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#define INLINE static inline __attribute__((always_inline))
+#define PASTE2(a, b) a##b
+#define PASTE(a, b) PASTE2(a, b)
+
+/* What a convolution looks like to one segment: `count` stripes of n units that see n_in channels each. */
+typedef struct {
+    int32_t count, n, n_in, source, source_step, out;
+    int32_t height, width, rows, columns, kernel, stride, batch;
+} shape_t;
+
+/* 2: AVX-512, 1: AVX2 and FMA, 0: neither. */
+int psmpi_level(void)
+{
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq"))
+        return 2;
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
+
+static const int32_t ones[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0};
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512dq,avx2,fma")
+
+#define R float
+#define ROOT(a) __builtin_sqrtf(a)
+#define V __m512
+#define VL 16
+#define UNITS 10
+#define ROWS 4
+#define TAPS 6
+#define NAME(f) PASTE(f, _float_2)
+#define LOAD(p) _mm512_loadu_ps(p)
+#define STORE(p, v) _mm512_storeu_ps(p, v)
+#define LOAD_SOME(p, n) _mm512_maskz_loadu_ps((__mmask16)((1u << (n)) - 1), p)
+#define STORE_SOME(p, n, v) _mm512_mask_storeu_ps(p, (__mmask16)((1u << (n)) - 1), v)
+#define SET1(a) _mm512_set1_ps(a)
+#define FMA(a, b, c) _mm512_fmadd_ps(a, b, c)
+#define SUM(v) _mm512_reduce_add_ps(v)
+#include "kernels.h"
+
+#define R double
+#define ROOT(a) __builtin_sqrt(a)
+#define V __m512d
+#define VL 8
+#define UNITS 10
+#define ROWS 4
+#define TAPS 6
+#define NAME(f) PASTE(f, _double_2)
+#define LOAD(p) _mm512_loadu_pd(p)
+#define STORE(p, v) _mm512_storeu_pd(p, v)
+#define LOAD_SOME(p, n) _mm512_maskz_loadu_pd((__mmask8)((1u << (n)) - 1), p)
+#define STORE_SOME(p, n, v) _mm512_mask_storeu_pd(p, (__mmask8)((1u << (n)) - 1), v)
+#define SET1(a) _mm512_set1_pd(a)
+#define FMA(a, b, c) _mm512_fmadd_pd(a, b, c)
+#define SUM(v) _mm512_reduce_add_pd(v)
+#include "kernels.h"
+
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+
+#define R float
+#define ROOT(a) __builtin_sqrtf(a)
+#define V __m256
+#define VL 8
+#define UNITS 6
+#define ROWS 3
+#define TAPS 4
+#define NAME(f) PASTE(f, _float_1)
+#define MASK(n) _mm256_loadu_si256((const __m256i *)(ones + 8 - (n)))
+#define LOAD(p) _mm256_loadu_ps(p)
+#define STORE(p, v) _mm256_storeu_ps(p, v)
+#define LOAD_SOME(p, n) _mm256_maskload_ps(p, MASK(n))
+#define STORE_SOME(p, n, v) _mm256_maskstore_ps(p, MASK(n), v)
+#define SET1(a) _mm256_set1_ps(a)
+#define FMA(a, b, c) _mm256_fmadd_ps(a, b, c)
+#define SUM(v) PASTE(sum, _float_1)(v)
+INLINE float sum_float_1(__m256 v)
+{
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
+}
+#include "kernels.h"
+
+#define R double
+#define ROOT(a) __builtin_sqrt(a)
+#define V __m256d
+#define VL 4
+#define UNITS 6
+#define ROWS 3
+#define TAPS 4
+#define NAME(f) PASTE(f, _double_1)
+#define MASK(n) _mm256_loadu_si256((const __m256i *)(ones + 8 - 2 * (n)))
+#define LOAD(p) _mm256_loadu_pd(p)
+#define STORE(p, v) _mm256_storeu_pd(p, v)
+#define LOAD_SOME(p, n) _mm256_maskload_pd(p, MASK(n))
+#define STORE_SOME(p, n, v) _mm256_maskstore_pd(p, MASK(n), v)
+#define SET1(a) _mm256_set1_pd(a)
+#define FMA(a, b, c) _mm256_fmadd_pd(a, b, c)
+#define SUM(v) PASTE(sum, _double_1)(v)
+INLINE double sum_double_1(__m256d v)
+{
+    __m128d s = _mm_add_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
+    return _mm_cvtsd_f64(_mm_add_sd(s, _mm_unpackhi_pd(s, s)));
+}
+#include "kernels.h"
+
+#pragma GCC pop_options

@@ -1,0 +1,139 @@
+"""The operations that C does faster than NumPy, for float32 and float64, on processors with AVX2 or AVX-512.
+
+The library is built when psmpi is installed, where there is a C compiler; without it NumPy does everything. Sums are
+made in another order than NumPy's, so results differ by rounding.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from psmpi.backend.reference import Convolution, NumpyOps, Stripes
+
+NAMES = {0: "", 1: "AVX2", 2: "AVX-512"}
+TYPES = {np.dtype(np.float32): "float", np.dtype(np.float64): "double"}
+
+
+@cache
+def _library() -> Any:
+    """The shared library, None where it is not there or does not load."""
+    for suffix in EXTENSION_SUFFIXES:
+        path = Path(__file__).with_name("_kernels" + suffix)
+        if path.exists():
+            try:
+                return ctypes.CDLL(str(path))
+            except OSError:
+                return None
+    return None
+
+
+@cache
+def level() -> int:
+    """2: AVX-512, 1: AVX2, 0: no kernels, or none for this processor."""
+    library = _library()
+    return 0 if library is None else int(library.psmpi_level())
+
+
+@cache
+def function(name: str, dtype: np.dtype, arguments: str, instructions: int) -> Any:
+    """A kernel for a dtype; `arguments` is a letter each: p pointer, i int, n size, d double."""
+    types = {"p": ctypes.c_void_p, "i": ctypes.c_int, "n": ctypes.c_ssize_t, "d": ctypes.c_double}
+    found = _library()[f"{name}_{TYPES[dtype]}_{instructions}"]
+    found.argtypes, found.restype = [types[a] for a in arguments], None
+    return found
+
+
+def pointer(array: np.ndarray) -> int:
+    """The address of a contiguous array."""
+    if not array.flags.c_contiguous:
+        raise ValueError(f"a kernel needs a contiguous array, not one of strides {array.strides}")
+    return array.ctypes.data
+
+
+class Direct:
+    """Convolution without windows: register blocks along the batch, see c/kernels.h. Buffers: packed kernels."""
+
+    def __init__(
+        self,
+        stripes: Sequence[Stripes],
+        in_shape: tuple[int, int, int],
+        out_shape: tuple[int, int, int],
+        kernel: int,
+        stride: int,
+        dtype: np.dtype,
+        instructions: int,
+    ):
+        self.kernel, self.out_shape, self.in_shape = kernel, out_shape, in_shape
+        # The last number, the batch, is that of the call.
+        rest = (*in_shape[1:], *out_shape[1:], kernel, stride, 0)
+        self.shapes = [
+            np.array([s.count, s.n, s.n_in, s.source, s.source_step, s.out, *rest], np.int32) for s in stripes
+        ]
+        self.pack = np.empty(max(s.n * s.n_in for s in stripes) * kernel**2, dtype)
+        # Stripes that see the same channels add their gradients up; channels that none sees have the gradient 0.
+        seen = np.zeros(in_shape[0], int)
+        for s in stripes:
+            for k in range(s.count):
+                seen[s.source + k * s.source_step :][: s.n_in] += 1
+        self.covers = bool((seen == 1).all())
+        self._forward = function("conv_forward", dtype, "pppppp", instructions)
+        self._input = function("conv_input", dtype, "pppppi", instructions)
+        self._weight = function("conv_weight", dtype, "pppp", instructions)
+
+    def reserve(self, batch: int) -> None:
+        """Needs nothing that grows with the minibatch."""
+
+    def arrays(self) -> list[np.ndarray]:
+        return [self.pack]
+
+    def forward(self, x: np.ndarray, kernels: np.ndarray, bias: np.ndarray, y: np.ndarray) -> None:
+        for shape in self.shapes:
+            shape[-1] = x.shape[-1]
+            self._forward(*map(pointer, (shape, x, kernels, bias, y, self.pack)))
+
+    def backward(
+        self, x: np.ndarray, dy: np.ndarray, kernels: np.ndarray, dkernels: np.ndarray, dx: np.ndarray | None
+    ) -> None:
+        if dx is not None and not self.covers:
+            dx.fill(0)
+        for shape in self.shapes:
+            shape[-1] = x.shape[-1]
+            self._weight(*map(pointer, (shape, x, dy, dkernels)))
+            if dx is not None:
+                self._input(*map(pointer, (shape, dy, kernels, dx, self.pack)), not self.covers)
+
+
+class CompiledOps(NumpyOps):
+    name = "compiled"
+
+    def __init__(self, instructions: int | None = None) -> None:
+        self.instructions = level() if instructions is None else instructions
+
+    @property
+    def description(self) -> str:
+        return f"{self.name} ({NAMES[self.instructions]})"
+
+    def convolution(
+        self,
+        stripes: Sequence[Stripes],
+        in_shape: tuple[int, int, int],
+        out_shape: tuple[int, int, int],
+        kernel: int,
+        stride: int,
+        dtype: np.dtype,
+    ) -> Convolution:
+        return Direct(stripes, in_shape, out_shape, kernel, stride, np.dtype(dtype), self.instructions)
+
+    def max_pool(self, x: np.ndarray, size: int, y: np.ndarray) -> None:
+        function("max_pool", x.dtype, "iiiiipp", self.instructions)(*x.shape, size, pointer(x), pointer(y))
+
+    def max_pool_back(self, x: np.ndarray, y: np.ndarray, dy: np.ndarray, size: int, dx: np.ndarray) -> None:
+        call = function("max_pool_back", x.dtype, "iiiiipppp", self.instructions)
+        call(*x.shape, size, *map(pointer, (x, y, dy, dx)))

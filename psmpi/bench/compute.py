@@ -1,0 +1,340 @@
+"""Training steps of psmpi and of PyTorch side by side, on one process and one thread."""
+
+from __future__ import annotations
+
+import json as jsonlib
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any, Literal
+
+import numpy as np
+
+from psmpi.backend import make_backend
+from psmpi.errors import UserError
+from psmpi.nn.init import initial_weights
+from psmpi.nn.losses import backward_safely, make_loss
+from psmpi.nn.model import Model
+from psmpi.nn.network import Activation, Conv, Flatten, Linear, Network, Pool, build
+from psmpi.nn.zoo import make_network
+from psmpi.optim import Hyper, make_optimizer
+from psmpi.partition import Runs
+
+Step = Callable[[], None]
+LR = 1e-3
+
+
+def _conv(channels: int, kernel: int, pool: str, activation: str, groups: int = 1) -> list[dict[str, Any]]:
+    conv = {"type": "separable_conv", "channels": channels, "kernel": kernel, "groups": groups}
+    return [conv, {"type": pool, "size": 2}, {"type": activation}]
+
+
+def _separable(units: int, groups: int, *activation: str) -> list[dict[str, Any]]:
+    return [{"type": "separable_dense", "units": units, "groups": groups}, *({"type": a} for a in activation)]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A network, or the subnetwork of some classes, and a loss."""
+
+    network: Network
+    loss: str
+    classes: tuple[int, ...]
+
+
+def problems() -> dict[str, Problem]:
+    """What is measured, by name."""
+    every = tuple(range(10))
+    mnist = make_network("psnet", (1, 28, 28), 10)
+    lenet = [
+        *_conv(6, 5, "max_pool", "relu"),
+        *_conv(16, 5, "max_pool", "relu"),
+        {"type": "flatten"},
+        *({"type": "dense", "units": 120}, {"type": "relu"}, {"type": "dense", "units": 84}, {"type": "relu"}),
+        {"type": "dense", "units": 10},
+    ]
+    separable = [
+        *_conv(100, 5, "mean_pool", "sigmoid"),
+        *_conv(100, 5, "mean_pool", "sigmoid", groups=10),
+        {"type": "flatten"},
+        *_separable(240, 10, "sigmoid"),
+        *_separable(150, 10, "sigmoid"),
+        *_separable(10, 10),
+    ]
+    return {
+        "mnist-psnet": Problem(mnist, "psl", every),
+        "cifar10-psnet": Problem(make_network("psnet", (3, 32, 32), 10), "psl", every),
+        "mnist-lenet": Problem(build("lenet", (1, 28, 28), lenet, 10), "nll", every),
+        "separable-psnet": Problem(build("separable", (1, 28, 28), separable, 10), "psl", every),
+        "mlp": Problem(make_network("mlp", (784,), 10), "nll", every),
+        "one-class": Problem(mnist, "psl", (3,)),
+    }
+
+
+def operations(problem: Problem, batch: int) -> float:
+    """Floating-point operations of a step of the network as it is written: 2 a multiplication and addition, once
+    forward, once for the gradient of the weights and, but for the first layer, once for the gradient of its input.
+    """
+    total, first = 0.0, True
+    for layer, kept in zip(problem.network.layers, problem.network.kept(problem.classes), strict=True):
+        if isinstance(layer, Linear):
+            macs = int(kept.sum()) * prod(layer.out_shape[1:]) * layer.unit_size * batch
+            total += 2 * macs * (2 if first else 3)
+            first = False
+    return total
+
+
+class Data:
+    """One minibatch, the same numbers for both, each in its own layout; scores of classes that others compute."""
+
+    def __init__(self, problem: Problem, batch: int):
+        rng = np.random.default_rng(0)
+        shape = problem.network.in_shape
+        self.x = rng.random((batch, *shape), np.float32)
+        self.labels = rng.integers(0, problem.network.classes, batch)
+        self.others = rng.standard_normal((problem.network.classes, batch)).astype(np.float32)
+
+
+def ours(problem: Problem, data: Data, backend: Literal["auto", "numpy", "compiled"]) -> tuple[Step, np.ndarray, Model]:
+    """A step of psmpi, its weights, and the model."""
+    network, classes = problem.network, problem.classes
+    layout = network.layout()
+    part: Runs = layout.part(classes)
+    w, g = np.zeros(part.size, np.float32), np.zeros(part.size, np.float32)
+    initial_weights(network, layout, part, w, seed=0)
+    model = Model(network, layout, w, g, make_backend(backend), classes)
+    loss = make_loss(problem.loss, w.dtype)
+    optimizer = make_optimizer("adam", part.size, w.dtype, Hyper())
+    x = np.ascontiguousarray(data.x.reshape(len(data.x), -1).T)
+    own = slice(classes[0], classes[-1] + 1)
+    scores = data.others.copy()
+    dscores = np.empty(scores.shape)
+    cast = np.empty((len(classes), len(data.x)), np.float32)
+
+    def step() -> None:
+        scores[own] = model.forward(x)
+        loss(scores, data.labels, 1 / len(data.labels), dscores)
+        backward_safely(model, dscores[own], cast)
+        optimizer.step(w, g, LR, lambda values: values)
+
+    return step, w, model
+
+
+def theirs(problem: Problem, data: Data, model: Model, compiled: bool) -> Step:
+    """The same step in PyTorch, from the same weights."""
+    import torch
+    from torch import nn
+
+    modules, kept = [], np.ones(problem.network.in_shape[0], bool)
+    masks = problem.network.kept(problem.classes)
+    for layer, mine in zip(problem.network.layers, masks, strict=True):
+        modules += _module(nn, layer, kept, mine)
+        kept = np.repeat(kept, prod(layer.in_shape[1:])) if isinstance(layer, Flatten) else mine
+    net = nn.Sequential(*modules)
+    _copy_weights(torch, net, model)
+    optimizer = torch.optim.Adam(net.parameters(), lr=LR, fused=True)
+    x, labels = torch.from_numpy(data.x), torch.from_numpy(data.labels)
+    others = torch.from_numpy(data.others.T.copy())
+    first, last = problem.classes[0], problem.classes[-1] + 1
+
+    def loss(x: Any) -> Any:
+        scores = net(x)
+        if scores.shape[1] < others.shape[1]:
+            scores = torch.cat([others[:, :first], scores, others[:, last:]], 1)
+        if problem.loss == "nll":
+            return nn.functional.cross_entropy(scores, labels)
+        return (scores - scores.gather(1, labels[:, None])).exp().sum(1).mean()
+
+    evaluate = torch.compile(loss) if compiled else loss
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        evaluate(x).backward()
+        optimizer.step()
+
+    return step
+
+
+def _module(nn: Any, layer: Any, kept: np.ndarray, mine: np.ndarray) -> list[Any]:
+    """The PyTorch modules of a layer whose kept input units are `kept`, of output units `mine`."""
+    if isinstance(layer, Linear):
+        units, inputs = int(mine.sum()), int(kept.sum())
+        # Of the groups, those that are left; a layer of one input group sees all that is left.
+        groups = int(mine.reshape(layer.groups, -1).any(axis=1).sum())
+        if isinstance(layer, Conv):
+            return [nn.Conv2d(inputs, units, layer.kernel, groups=groups)]
+        if groups == 1:
+            return [nn.Linear(inputs, units)]
+        # A block-diagonal layer is a grouped 1 x 1 convolution.
+        return [nn.Unflatten(1, (inputs, 1, 1)), nn.Conv2d(inputs, units, 1, groups=groups), nn.Flatten()]
+    if isinstance(layer, Pool):
+        return [(nn.AvgPool2d if layer.kind == "mean" else nn.MaxPool2d)(layer.size)]
+    if isinstance(layer, Activation):
+        return [{"sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "relu": nn.ReLU, "identity": nn.Identity}[layer.kind]()]
+    return [nn.Flatten()]
+
+
+def _copy_weights(torch: Any, net: Any, model: Model) -> None:
+    weighted = [module for module in net if hasattr(module, "weight")]
+    parts = [step.linear for step in model.steps if step.linear is not None]
+    with torch.no_grad():
+        for module, part in zip(weighted, parts, strict=True):
+            for name, k in (("weight", 0), ("bias", 1)):
+                values = np.concatenate([pair[k].reshape(-1) for pair in part.w])
+                parameter = getattr(module, name)
+                parameter.copy_(torch.from_numpy(values).reshape(parameter.shape))
+
+
+@dataclass(frozen=True)
+class Row:
+    """Medians over all pairs; a ratio is psmpi's time over PyTorch's."""
+
+    network: str
+    kind: str
+    ours_ms: float
+    theirs_ms: float
+    ratio: float
+    low: float
+    high: float
+    ours_gflops: float
+    theirs_gflops: float
+
+
+def compute(
+    networks: tuple[
+        Literal["mnist-psnet", "cifar10-psnet", "mnist-lenet", "separable-psnet", "mlp", "one-class"], ...
+    ] = ("mnist-psnet", "cifar10-psnet", "mnist-lenet", "separable-psnet", "mlp", "one-class"),
+    batch_size: int = 100,
+    pairs: int = 20,
+    threads: int = 1,
+    backend: Literal["auto", "numpy", "compiled"] = "auto",
+    compiled: bool = False,
+    json: str = "",
+    plot: str = "",
+) -> int:  # fmt: skip
+    """Measure a training step (forward, loss, backward, Adam) beside PyTorch's, in alternation.
+
+    Needs psmpi[torch]. GFLOP/s count the operations of the network as it is written, whatever is really computed.
+
+    Args:
+        networks: What to measure.
+        batch_size: Samples in the minibatch.
+        pairs: Measurements of each, psmpi and PyTorch in turn, after a warm-up.
+        threads: Threads of both.
+        backend: psmpi's array library.
+        compiled: Also against torch.compile.
+        json: Also write the figures into this file.
+        plot: Also draw the ratios into this file (.png, .pdf or .svg); needs psmpi[plot].
+    """
+    from threadpoolctl import threadpool_limits
+
+    try:
+        import torch
+    except ImportError:
+        raise UserError("bench compute compares with PyTorch: pip install 'psmpi[torch]'") from None
+    for option, value in (("--batch-size", batch_size), ("--pairs", pairs), ("--threads", threads)):
+        if value < 1:
+            raise UserError(f"{option} {value}: expected a whole number from 1 up")
+    torch.set_num_threads(threads)
+    rows = []
+    with threadpool_limits(threads):
+        peak = gemm_peak()
+        for name in networks:
+            problem = problems()[name]
+            data = Data(problem, batch_size)
+            step, _, model = ours(problem, data, backend)
+            kinds = [("eager", False), *([("compile", True)] if compiled else [])]
+            for kind, flag in kinds:
+                other = theirs(problem, data, model, flag)
+                rows.append(_row(name, kind, step, other, pairs, operations(problem, batch_size)))
+                print(_line(rows[-1]), flush=True)
+    machine = f"{platform.processor() or platform.machine()}, {threads} thread(s)"
+    found = {
+        "machine": machine,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "batch_size": batch_size,
+        "gemm_gflops": peak,
+        "rows": [vars(row) for row in rows],
+    }
+    _show(rows, found)
+    if json:
+        Path(json).write_text(jsonlib.dumps(found) + "\n")
+    if plot:
+        _draw(rows, plot, found)
+    return 0
+
+
+def gemm_peak(n: int = 1536, repeats: int = 5) -> float:
+    """GFLOP/s of a float32 matrix product, the best of some."""
+    a, b = (np.random.default_rng(k).random((n, n), np.float32) for k in range(2))
+    c = np.empty_like(a)
+    best = 0.0
+    for _ in range(repeats):
+        start = time.perf_counter()
+        np.matmul(a, b, out=c)
+        best = max(best, 2 * n**3 / (time.perf_counter() - start) / 1e9)
+    return best
+
+
+def _row(name: str, kind: str, step: Step, other: Step, pairs: int, work: float) -> Row:
+    # As many steps a measurement as take some tens of milliseconds.
+    counts = []
+    for each in (step, other):
+        for _ in range(3):
+            each()
+        start = time.perf_counter()
+        each()
+        counts.append(max(1, int(0.05 / (time.perf_counter() - start))))
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(pairs):
+        for each, count, into in zip((step, other), counts, times, strict=True):
+            start = time.perf_counter()
+            for _ in range(count):
+                each()
+            into.append((time.perf_counter() - start) / count)
+    ratios = [a / b for a, b in zip(*times, strict=True)]
+    low, _, high = quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    mine, yours = median(times[0]), median(times[1])
+    return Row(name, kind, 1e3 * mine, 1e3 * yours, median(ratios), low, high, work / mine / 1e9, work / yours / 1e9)
+
+
+def _line(row: Row) -> str:
+    return f"{row.network} ({row.kind}): {row.ours_ms:.2f} ms, PyTorch {row.theirs_ms:.2f} ms, ratio {row.ratio:.2f}"
+
+
+def _show(rows: Sequence[Row], found: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"a step of {found['batch_size']} samples; PyTorch {found['torch']}", title_justify="left")
+    table.add_column("network")
+    table.add_column("PyTorch")
+    for name in ("psmpi ms", "PyTorch ms", "ratio", "quartiles", "psmpi GFLOP/s", "PyTorch GFLOP/s"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        figures = (f"{row.ours_ms:.2f}", f"{row.theirs_ms:.2f}", f"{row.ratio:.2f}", f"{row.low:.2f}-{row.high:.2f}")
+        table.add_row(row.network, row.kind, *figures, f"{row.ours_gflops:.0f}", f"{row.theirs_gflops:.0f}")
+    Console(width=120).print(table)
+    print(f"float32 matrix product: {found['gemm_gflops']:.0f} GFLOP/s; {found['machine']}")
+
+
+def _draw(rows: Sequence[Row], path: str, found: dict[str, Any]) -> None:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("--plot needs matplotlib: pip install 'psmpi[plot]'") from None
+    figure = Figure(figsize=(8, 0.5 * len(rows) + 1.5), layout="constrained")
+    axis = figure.subplots()
+    names = [f"{row.network} ({row.kind})" for row in rows]
+    ratios = [row.ratio for row in rows]
+    spread = [[row.ratio - row.low for row in rows], [row.high - row.ratio for row in rows]]
+    axis.barh(names, ratios, xerr=np.abs(spread))
+    axis.axvline(1.0, color="black", linewidth=1)
+    axis.invert_yaxis()
+    axis.set_xlabel(f"time of psmpi / time of PyTorch {found['torch']}, {found['machine']}")
+    figure.savefig(path)

@@ -1,0 +1,166 @@
+"""The compiled kernels against the NumPy reference, for both types and all instruction sets of this processor."""
+
+import numpy as np
+import pytest
+from test_nn import NETWORKS, make
+
+from psmpi.backend import CompiledOps, NumpyOps, Stripes, compiled, make_backend
+from psmpi.backend.reference import Im2col
+from psmpi.nn.model import Model
+
+LEVELS = range(1, compiled.level() + 1)
+F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
+TOLERANCE = {F32: 1e-5, F64: 1e-10}
+
+pytestmark = pytest.mark.skipif(not compiled.level(), reason="no compiled kernels, or none for this processor")
+
+# Stripes, channels, height and width, units, kernel, stride.
+SHAPES = {
+    "one group": ([Stripes(1, 7, 5, 0, 0, 0)], 5, (9, 8), 7, 3, 2),
+    "one channel, many units": ([Stripes(1, 40, 1, 0, 0, 0)], 1, (28, 28), 40, 6, 2),
+    "groups": ([Stripes(4, 3, 2, 0, 2, 0)], 8, (7, 7), 12, 2, 1),
+    "groups of more than a block": ([Stripes(2, 23, 13, 0, 13, 0)], 26, (6, 5), 46, 3, 1),
+    "rows and columns that no output sees": ([Stripes(1, 2, 3, 0, 0, 0)], 3, (10, 11), 2, 4, 3),
+    "a kernel as large as the image": ([Stripes(1, 5, 2, 0, 0, 0)], 2, (4, 4), 5, 4, 1),
+    "pointwise": ([Stripes(10, 24, 48, 0, 48, 0)], 480, (1, 1), 240, 1, 1),
+    "segments": ([Stripes(1, 2, 3, 0, 0, 0), Stripes(3, 1, 2, 3, 2, 2)], 9, (5, 5), 5, 2, 1),
+    "shared channels": ([Stripes(1, 2, 4, 0, 0, 0), Stripes(1, 3, 3, 2, 0, 2)], 5, (5, 5), 5, 2, 1),
+    "unseen channels": ([Stripes(2, 2, 2, 1, 3, 0)], 7, (5, 5), 4, 2, 1),
+    "stride larger than the kernel": ([Stripes(1, 3, 2, 0, 0, 0)], 2, (9, 9), 3, 2, 3),
+}
+
+
+def far(found, expected):
+    return abs(found - expected).max(initial=0.0) / max(1e-30, abs(expected).max(initial=0.0))
+
+
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("batch", [1, 3, 7, 16, 20, 33, 100])
+@pytest.mark.parametrize("name", SHAPES)
+def test_convolutions_are_those_of_the_reference(name, batch, level, dtype):
+    stripes, channels, (height, width), units, k, stride = SHAPES[name]
+    rows, columns = (height - k) // stride + 1, (width - k) // stride + 1
+    rng = np.random.default_rng(0)
+
+    def some(*shape):
+        return rng.standard_normal(shape).astype(dtype)
+
+    n_in = max(s.n_in for s in stripes)
+    x, dy, bias = some(channels, height, width, batch), some(units, rows, columns, batch), some(units)
+    if any(s.n_in != n_in for s in stripes):
+        # Kernels of different depths do not make one array: each segment apart.
+        for s in stripes:
+            only = [Stripes(s.count, s.n, s.n_in, s.source, s.source_step, 0)]
+            check(
+                only,
+                x,
+                dy[s.out :][: s.count * s.n],
+                bias[: s.count * s.n],
+                some(s.count * s.n, s.n_in, k, k),
+                stride,
+                level,
+            )
+        return
+    check(stripes, x, dy, bias, some(units, n_in, k, k), stride, level)
+
+
+def check(stripes, x, dy, bias, kernels, stride, level):
+    dtype, shapes = x.dtype, (x.shape[:3], dy.shape[:3])
+    dx_of = np.zeros_like(x)
+    if len(stripes) == 1:
+        reference = Im2col(stripes, *shapes, kernels.shape[2], stride, dtype)
+        y, dkernels, dx = np.empty_like(dy), np.empty_like(kernels), dx_of
+        reference.reserve(x.shape[-1])
+        # What no stripe sees must not come from old columns.
+        reference.dcols.fill(0)
+        reference.forward(x, kernels, bias, y)
+        reference.backward(x, dy, kernels, dkernels, dx)
+    else:
+        y, dkernels, dx = np.empty_like(dy), np.empty_like(kernels), dx_of
+        for s in stripes:
+            units = slice(s.out, s.out + s.count * s.n)
+            one = [Stripes(s.count, s.n, s.n_in, s.source, s.source_step, 0)]
+            part = Im2col(one, shapes[0], (s.count * s.n, *shapes[1][1:]), kernels.shape[2], stride, dtype)
+            part.reserve(x.shape[-1])
+            part.dcols.fill(0)
+            into = np.empty_like(x)
+            part.forward(x, kernels[units], bias[units], y[units])
+            part.backward(x, dy[units], kernels[units], dkernels[units], into)
+            dx += into
+    plan = CompiledOps(level).convolution(stripes, *shapes, kernels.shape[2], stride, dtype)
+    found = [np.full_like(a, np.nan) for a in (y, dkernels, dx)]
+    plan.forward(x, kernels, bias, found[0])
+    plan.backward(x, dy, kernels, found[1], found[2])
+    for mine, expected in zip(found, (y, dkernels, dx), strict=True):
+        assert far(mine, expected) <= TOLERANCE[dtype]
+    again = np.full_like(dkernels, np.nan)
+    plan.backward(x, dy, kernels, again, None)
+    assert np.array_equal(again, found[1])
+
+
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(
+    ("shape", "size"), [((3, 8, 6, 20), 2), ((2, 7, 9, 5), 2), ((1, 9, 10, 33), 3), ((4, 5, 5, 1), 5)]
+)
+def test_max_pooling_is_that_of_the_reference(shape, size, level, dtype):
+    rng, outputs = np.random.default_rng(0), []
+    # Whole numbers, so that windows have ties.
+    x = rng.integers(-2, 3, shape).astype(dtype)
+    dy = rng.standard_normal((shape[0], shape[1] // size, shape[2] // size, shape[3])).astype(dtype)
+    for ops in (NumpyOps(), CompiledOps(level)):
+        y, dx = np.empty_like(dy), np.full_like(x, np.nan)
+        ops.max_pool(x, size, y)
+        outputs.append((y.copy(), dx))
+        ops.max_pool_back(x, y, dy, size, dx)
+    assert all(np.array_equal(a, b) for a, b in zip(*outputs, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("batch", [1, 17])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_models_give_the_scores_and_gradients_of_the_reference(name, batch, level, dtype):
+    network = make(name)
+    layout = network.layout()
+    rng = np.random.default_rng(0)
+    w = rng.standard_normal(layout.size).astype(dtype)
+    x = rng.random((int(np.prod(network.in_shape)), batch)).astype(dtype)
+    for classes in (tuple(range(network.classes)), (1,), (0, 2)):
+        part = layout.part(classes)
+        mine = np.concatenate([w[a:b] for a, b in part.intervals])
+        results = []
+        for ops in (NumpyOps(), CompiledOps(level)):
+            model = Model(network, layout, mine, np.full_like(mine, np.nan), ops, classes)
+            scores = model.forward(x).copy()
+            model.backward(np.cos(np.arange(scores.size)).reshape(scores.shape).astype(dtype))
+            results.append((scores, model.g))
+        for found, expected in zip(results[1], results[0], strict=True):
+            assert far(found, expected) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_gradients_match_central_differences(level):
+    network = make("separable convolution")
+    layout = network.layout()
+    rng = np.random.default_rng(1)
+    w, x = rng.standard_normal(layout.size), rng.random((int(np.prod(network.in_shape)), 5))
+    d = rng.standard_normal((network.classes, 5))
+    model = Model(network, layout, w, np.empty_like(w), CompiledOps(level))
+    model.forward(x)
+    model.backward(d.copy())
+    g = model.g.copy()
+    for k in rng.choice(layout.size, 12, replace=False):
+        values = []
+        for h in (1e-5, -1e-5):
+            w[k] += h
+            values.append(float((model.forward(x) * d).sum()))
+            w[k] -= h
+        assert abs((values[0] - values[1]) / 2e-5 - g[k]) <= 1e-9 * max(1, abs(g).max())
+
+
+def test_auto_takes_the_kernels_where_they_are():
+    assert make_backend("auto").name == "compiled"
+    assert make_backend("numpy").name == "numpy"
+    assert make_backend("compiled").description == f"compiled ({compiled.NAMES[compiled.level()]})"
