@@ -7,6 +7,7 @@ from test_nn import NETWORKS, make
 from psmpi.backend import CompiledOps, NumpyOps, Stripes, compiled, make_backend
 from psmpi.backend.reference import Im2col
 from psmpi.nn.model import Model
+from psmpi.optim import Hyper, make_optimizer
 
 LEVELS = range(1, compiled.level() + 1)
 F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
@@ -158,6 +159,23 @@ def test_gradients_match_central_differences(level):
             values.append(float((model.forward(x) * d).sum()))
             w[k] -= h
         assert abs((values[0] - values[1]) / 2e-5 - g[k]) <= 1e-9 * max(1, abs(g).max())
+
+
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+@pytest.mark.parametrize("n", [0, 1, 37, 5000])
+def test_adam_steps_as_the_reference_does(name, n, level, dtype):
+    rng = np.random.default_rng(0)
+    start, steps = rng.standard_normal(n).astype(dtype), rng.standard_normal((5, n)).astype(dtype)
+    results = []
+    for ops in (NumpyOps(), CompiledOps(level)):
+        optimizer, w = make_optimizer(name, n, dtype, Hyper(weight_decay=0.1, eps=1e-4), ops), start.copy()
+        for g in steps:
+            optimizer.step(w, g.copy(), 0.01, lambda values: values)
+        results.append((w, *optimizer.vectors.values()))
+    for found, expected in zip(results[1], results[0], strict=True):
+        assert far(found, expected) <= TOLERANCE[dtype]
 
 
 def test_auto_takes_the_kernels_where_they_are():

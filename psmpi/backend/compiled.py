@@ -137,3 +137,11 @@ class CompiledOps(NumpyOps):
     def max_pool_back(self, x: np.ndarray, y: np.ndarray, dy: np.ndarray, size: int, dx: np.ndarray) -> None:
         call = function("max_pool_back", x.dtype, "iiiiipppp", self.instructions)
         call(*x.shape, size, *map(pointer, (x, y, dy, dx)))
+
+    def adam(
+        self, w: np.ndarray, g: np.ndarray, m: np.ndarray, v: np.ndarray, rate: float, root: float, beta1: float,
+        beta2: float, eps: float, l2: float, keep: float,
+    ) -> bool:  # fmt: skip
+        call = function("adam", w.dtype, "nppppddddddd", self.instructions)
+        call(w.size, *map(pointer, (w, g, m, v)), rate, root, beta1, beta2, eps, l2, keep)
+        return True

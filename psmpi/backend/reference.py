@@ -277,3 +277,13 @@ class NumpyOps:
         elif kind == "relu":
             np.sign(y, out=y)
             dy *= y
+
+    def adam(
+        self, w: np.ndarray, g: np.ndarray, m: np.ndarray, v: np.ndarray, rate: float, root: float, beta1: float,
+        beta2: float, eps: float, l2: float, keep: float,
+    ) -> bool:  # fmt: skip
+        """One pass of w = keep w - rate m / (root sqrt(v) + eps) after m and v have moved towards d = g + l2 w and d^2.
+
+        All are (n,) of one dtype. False where this backend has no such pass: the optimizer then makes it in chunks.
+        """
+        return False

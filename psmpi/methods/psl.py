@@ -46,7 +46,7 @@ class PartiallySeparable:
             network, self.layout, shard, self.w,
             seed=config.run.seed, kind=config.model.init, gain=config.model.init_gain,
         )  # fmt: skip
-        self.optimizer = make_optimizer(optimization.optimizer, shard.size, dtype, hyperparameters(config))
+        self.optimizer = make_optimizer(optimization.optimizer, shard.size, dtype, hyperparameters(config), ops)
         self.vectors = {"weights": self.w, **self.optimizer.vectors}
         self.scalars = self.optimizer.scalars
         self.world = Group(world, range(world.size), self.counter)

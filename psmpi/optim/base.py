@@ -9,6 +9,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import DTypeLike
 
+from psmpi.backend import NumpyOps
 from psmpi.errors import UserError
 
 # Partial sums (k,) float64 of a rank -> the sums over all shards: the same array, in place, the same on every
@@ -49,6 +50,8 @@ class Optimizer:
     """
 
     needs_closure: bool = False
+    # What steps whole shards, where it can.
+    ops: NumpyOps = NumpyOps()
     # The constructor's hyperparameters, by keyword.
     settings: ClassVar[tuple[str, ...]] = ()
 

@@ -33,6 +33,8 @@ class FirstOrder(Optimizer):
         lr = float(lr)
         if "t" in self.scalars:
             self.scalars["t"] += 1
+        if self.at_once(w, g, lr):
+            return
         for at in self.chunks():
             size = at.stop - at.start
             a, b = self.scratch[0, :size], self.scratch[1, :size]
@@ -41,6 +43,10 @@ class FirstOrder(Optimizer):
                 np.multiply(w_at, self.weight_decay, out=a)
                 g_at += a
             self.update(w_at, g_at, lr, [vector[at] for vector in self.vectors.values()], a, b)
+
+    def at_once(self, w: np.ndarray, g: np.ndarray, lr: float) -> bool:
+        """Step the whole shard in one pass of the backend; False where it has none."""
+        return False
 
     def update(
         self, w: np.ndarray, g: np.ndarray, lr: float, state: list[np.ndarray], a: np.ndarray, b: np.ndarray
@@ -126,6 +132,13 @@ class Adam(FirstOrder):
         check_eps(eps, self.dtype)
         self.beta1, self.beta2, self.eps = float(beta1), float(beta2), float(eps)
         self.scalars["t"] = 0
+
+    def at_once(self, w: np.ndarray, g: np.ndarray, lr: float) -> bool:
+        t, decay = self.scalars["t"], self.weight_decay
+        l2, keep = (decay, 1.0) if self.coupled else (0.0, 1 - lr * decay)
+        rate, root = lr / (1 - self.beta1**t), 1 / sqrt(1 - self.beta2**t)
+        m, v = self.vectors.values()
+        return self.ops.adam(w, g, m, v, rate, root, self.beta1, self.beta2, self.eps, l2, keep)
 
     def update(
         self, w: np.ndarray, g: np.ndarray, lr: float, state: list[np.ndarray], a: np.ndarray, b: np.ndarray

@@ -6,6 +6,7 @@ from dataclasses import asdict
 
 from numpy.typing import DTypeLike
 
+from psmpi.backend import NumpyOps
 from psmpi.errors import UserError
 from psmpi.optim.base import Hyper, Optimizer, check_settings
 from psmpi.optim.first_order import SGD, Adam, AdamW, Momentum, Nesterov, RMSprop
@@ -22,8 +23,8 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {
 }
 
 
-def make_optimizer(name: str, n: int, dtype: DTypeLike, hyper: Hyper) -> Optimizer:
-    """The optimizer called `name` for a shard of n elements of `dtype` (float32 or float64).
+def make_optimizer(name: str, n: int, dtype: DTypeLike, hyper: Hyper, ops: NumpyOps | None = None) -> Optimizer:
+    """The optimizer called `name` for a shard of n elements of `dtype` (float32 or float64), stepped by `ops`.
 
     It takes from `hyper` the settings its formula has. UserError for an unknown name or dtype, and for any
     setting out of its range, used by this optimizer or not: a value that no optimizer accepts is a slip in
@@ -33,4 +34,7 @@ def make_optimizer(name: str, n: int, dtype: DTypeLike, hyper: Hyper) -> Optimiz
         raise UserError(f"--optimizer {name!r} is unknown: choose one of {', '.join(OPTIMIZERS)}")
     check_settings(**asdict(hyper))
     kind = OPTIMIZERS[name]
-    return kind(n, dtype, **{key: getattr(hyper, "momentum" if key == "beta" else key) for key in kind.settings})
+    made = kind(n, dtype, **{key: getattr(hyper, "momentum" if key == "beta" else key) for key in kind.settings})
+    if ops is not None:
+        made.ops = ops
+    return made
