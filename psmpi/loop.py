@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from rich.console import Console
@@ -66,13 +66,14 @@ class Loop:
         out: Path,
         console: Console,
         contents: Contents,
+        lock: IO[bytes] | None = None,
     ):
         self.world, self.method, self.config, self.out, self.console = world, method, config, out, console
         self.batches, self.total, self.schedule = plan_steps(dataset, config)
         run = config.run
         self.writer = checkpoint.Writer(
             world, contents, method.shards, out,
-            keep=run.checkpoint_keep, gzip=run.checkpoint_gzip, parallel=run.checkpoint_parallel,
+            keep=run.checkpoint_keep, gzip=run.checkpoint_gzip, parallel=run.checkpoint_parallel, lock=lock,
         )  # fmt: skip
         self.progress = Progress()
         # Bytes sent and received before this start.

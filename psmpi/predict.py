@@ -70,8 +70,7 @@ def _settle(options: Options) -> Options:
     if options.out and Path(options.out).suffix not in (".csv", ".npz"):
         raise UserError(f"--out {options.out}: expected a name that ends in .csv or .npz")
     path = checkpoint.newest(Path(options.checkpoint))
-    checkpoint.check(path)
-    trained = from_toml(checkpoint.read_contents(path).config, str(path)).data
+    trained = from_toml(checkpoint.validate(path).config, str(path)).data
     return replace(
         options,
         checkpoint=str(path),

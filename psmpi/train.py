@@ -166,13 +166,18 @@ def _train(world: Any, config: Config) -> None:
     console = Console(quiet=world.rank != 0)
     out = Path(config.run.out)
     # Rank 0 meets a missing file or a wrong setting first, alone; the others wait here.
-    found = ""
+    found, held = "", None
     if world.rank == 0:
         dataset = open_dataset(config.data.dataset, config.data.data_dir)
         network = _network(config, dataset, make_network)
         METHODS[config.parallel.method].check(world.size, network, dataset, config)
         plan_steps(dataset, config)
         tell = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            held = checkpoint.take(out, tell)
+        except (OSError, ValueError) as error:
+            raise UserError(f"--out {config.run.out}: {error}; name a folder that can be made and written") from None
         if config.run.resume:
             found = str(checkpoint.find(config.run.resume, out, tell) or "")
         step = -1
@@ -181,7 +186,6 @@ def _train(world: Any, config: Config) -> None:
             _compare(contents, config, dataset.train.n, found, tell)
             step = contents.progress.step
         try:
-            out.mkdir(parents=True, exist_ok=True)
             checkpoint.clear(out, step, damaged=config.run.resume == "auto", tell=tell)
             (out / "config.toml").write_text(to_toml(config))
             metrics.write_rows(out / "metrics.jsonl", ())
@@ -220,7 +224,7 @@ def _train(world: Any, config: Config) -> None:
             placement={**asdict(config.parallel), "ranks": [[host, *rest] for host, *rest in places]},
             provenance=checkpoint.provenance(world.size, library()) if world.rank == 0 else {},
         )
-        loop = Loop(world, method, dataset, config, out, console, contents)
+        loop = Loop(world, method, dataset, config, out, console, contents, held)
         if found:
             loop.resume(Path(found))
         loop.run()

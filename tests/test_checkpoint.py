@@ -109,7 +109,7 @@ def test_checkpoints_hold_names_shapes_progress_and_configuration(train):
         assert file["weights/conv1.weight"].shape == (12, 1, 3, 3)
         assert file["weights/dense1.weight"].shape == (10, 10, 12)
         assert set(file["optimizer"]) == {"m", "v"}
-        assert json.loads(file["scalars"].asstr()[()]) == {"t": 30}
+        assert json.loads(file["scalars"].asstr()[0]) == {"t": 30}
         assert all(item.fletcher32 and item.chunks for group in file.values() for item in tensors_of(group))
     contents = checkpoint.read_contents(run_.checkpoint)
     progress = contents.progress
@@ -168,7 +168,7 @@ def test_foreign_and_damaged_files_are_named(train, tmp_path):
     assert "is damaged" in refusal(tmp_path, "--resume", other)
     seal(other)
     message = refusal(tmp_path, "--resume", other)
-    assert "weights/dense1.weight" in message and "(2, 3) in the file" in message and "in the model" in message
+    assert "weights/dense1.weight" in message and "(2, 3)" in message and "its layout says (10, 10, 12)" in message
     missing = refusal(tmp_path, "--resume", made, "--model", "mlp", "--widths", "8")
     assert "has no weights/" in missing or "in the model" in missing
 
@@ -248,7 +248,7 @@ def alone(tmp_path):
     writers = []
 
     class Alone:
-        rank = 0
+        rank, size = 0, 1
 
     def call(network=None, **options):
         network = network or make_network("psnet", (1, 8, 8), 10)
@@ -276,8 +276,9 @@ def test_long_runs_keep_their_metrics(alone, tmp_path):
 def test_the_newest_of_a_folder_is_found(train):
     out = train(1, "--epochs", "2").out
     assert checkpoint.find(str(out), out, print).name == "step-000000030.h5"
+    assert checkpoint.find(str(out / "checkpoints"), out, print).name == "step-000000030.h5"
     with pytest.raises(UserError, match="no checkpoint in"):
-        checkpoint.find(str(out / "checkpoints"), out, print)
+        checkpoint.find(str(out.parent), out, print)
 
 
 def read_back(path, vectors):
@@ -353,6 +354,70 @@ def test_a_killed_writing_process_is_told_and_replaced(alone, tmp_path):
     assert [int(p.stem[-1]) for p in checkpoint.available(tmp_path)] == [1, 3, 4]
 
 
+def test_a_writing_process_that_hangs_costs_checkpoints_not_training(alone, monkeypatch):
+    monkeypatch.setattr("psmpi.checkpoint.writer.PATIENCE", 0.2)
+    monkeypatch.setattr("psmpi.checkpoint.writer.LAST_PATIENCE", 0.5)
+    writer, vectors = alone()
+    writer.write(vectors, {}, checkpoint.Progress(step=1))
+    writer.finish()
+    os.kill(writer.helper.pid, signal.SIGSTOP)
+    begun = time.monotonic()
+    for step in range(2, 12):
+        writer.write(vectors, {}, checkpoint.Progress(step=step))
+    assert time.monotonic() - begun < 5
+    told = writer.troubles()
+    assert len(told) == 9 and "step-000000002.h5 is still being written" in told[0]
+    writer.finish(0.1)
+    writer.close()
+    assert "was not written within" in writer.troubles()[0] and writer.last_failed
+
+
+def test_many_open_files_do_no_harm(alone):
+    held = [os.open("/dev/null", os.O_RDONLY) for _ in range(1100)]
+    try:
+        writer, vectors = alone()
+        writer.write(vectors, {}, checkpoint.Progress(step=1))
+        assert writer.troubles() == []
+        writer.finish()
+        assert not writer.busy
+    finally:
+        for number in held:
+            os.close(number)
+
+
+def test_pruning_never_takes_what_was_just_written(alone, tmp_path):
+    writer, vectors = alone(keep=1)
+    for step in (7, 9):
+        writer.write(vectors, {}, checkpoint.Progress(step=step))
+    writer.finish()
+    (checkpoint.folder(tmp_path) / "step-000000999.h5").write_bytes(b"another")
+    (checkpoint.folder(tmp_path) / "step-000000001.h5").mkdir()
+    writer.write(vectors, {}, checkpoint.Progress(step=10))
+    writer.finish()
+    assert writer.troubles() == []
+    assert [path.name for path in checkpoint.available(tmp_path)] == ["step-000000010.h5", "step-000000999.h5"]
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr("psmpi.checkpoint.lock.PATIENCE", 0.3)
+    told = []
+    first = checkpoint.take(tmp_path, told.append)
+    with pytest.raises(UserError, match="another run is writing there"):
+        checkpoint.take(tmp_path, told.append)
+    assert told == [f"waiting for another run to leave {tmp_path}"]
+    first.close()
+    checkpoint.take(tmp_path, told.append).close()
+
+
+def test_a_file_under_a_wrong_name_is_no_checkpoint_of_the_run(train):
+    out = train(1, "--epochs", "2").out
+    last = checkpoint.available(out)[-1]
+    last.rename(last.with_name("step-000000100.h5"))
+    status, _, err = run(1, "-m", "psmpi.train", "--out", out, "--resume", "auto", "--epochs", "3")
+    assert status == 1 and "holds step 30: it is not of this run" in " ".join(err.split())
+    assert len(checkpoint.available(out)) == 2
+
+
 @pytest.mark.parametrize("gzip", [0, 1])
 @pytest.mark.parametrize("room", [40_000, 160_000])
 def test_a_full_disk_stops_no_training(tmp_path, room, gzip):
@@ -410,7 +475,10 @@ def test_a_writing_process_killed_at_any_moment_leaves_whole_files(alone, tmp_pa
     for step in range(3, 203, 2):
         writer.write(vectors, {}, checkpoint.Progress(step=step))
         time.sleep(rng.uniform(0, duration))
-        writer.helper.kill()
+        helper = writer.helper
+        helper.kill()
+        # Else the next save may find it still ending.
+        helper.wait()
         writer.finish()
         found = checkpoint.available(tmp_path)
         for path in found:
@@ -449,13 +517,13 @@ def test_a_run_killed_at_any_moment_goes_on(tmp_path):
         time.sleep(rng.uniform(0, 0.5))
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-        # The writing process may outlive the ranks by the checkpoint in its hands.
+        # The writing process may outlive the ranks by the checkpoint in its hands, and then holds their lock.
         time.sleep(0.3)
         status, listed, err = run(1, "-m", "psmpi.inspect", "list", out, "--json")
         assert status == 0, err
         rows = json.loads(listed)
         for row in rows:
-            assert run(1, "-m", "psmpi.inspect", "verify", row["file"])[0] == 0 and not row["damage"]
+            assert run(1, "-m", "psmpi.inspect", "verify", row["file"])[0] == 0 and row["state"] == "whole"
         steps.append(rows[-1]["step"])
     assert steps == sorted(steps) and steps[-1] > steps[0]
     status, stdout, err = run(2, *options, "--max-steps", str(steps[-1] + 3), cwd=tmp_path)

@@ -126,7 +126,7 @@ def test_list_and_verify_tell_whole_from_damaged(trained, tmp_path):
     rows = asked("list", tmp_path / "run")
     assert [row["step"] for row in rows] == [15, 30, 45]
     assert [row["epoch"] for row in rows] == [1, None, None]
-    assert [bool(row["damage"]) for row in rows] == [False, True, True]
+    assert [row["state"] for row in rows] == ["whole", "damaged", "damaged"]
     assert [row["bytes"] for row in rows] == [path.stat().st_size for path in (whole, cut, changed)]
     assert done("list", tmp_path / "run").count("damaged") == 2
 
@@ -135,8 +135,9 @@ def test_list_and_verify_tell_whole_from_damaged(trained, tmp_path):
     assert status == 1 and f"{whole}: whole" in out and "cut short" in out
     assert "SHA-256" in out and "weights/dense1.weight" in out.splitlines()[-1]
     status, out, _ = inspect("verify", whole, changed, "--json")
-    assert status == 1 and [bool(row["damage"]) for row in json.loads(out)] == [False, True]
+    assert status == 1 and [row["state"] for row in json.loads(out)] == ["whole", "damaged"]
     assert inspect("verify", tmp_path / "none.h5")[0] == 1
+    assert "at least one" in refused("verify")
 
 
 def test_a_tensor_that_is_gone_is_damage(trained, tmp_path):
@@ -148,6 +149,117 @@ def test_a_tensor_that_is_gone_is_damage(trained, tmp_path):
     seal(path)
     status, out, _ = inspect("verify", path)
     assert status == 1 and "optimizer/v/dense1.bias" in out
+
+
+def altered(path, target, change):
+    """A copy with other contents and a digest that fits them."""
+    target.write_bytes(path.read_bytes())
+    with h5py.File(target, "r+") as file:
+        change(file)
+    seal(target)
+    return target
+
+
+def text(file, name, value):
+    if name in file:
+        del file[name]
+    file.create_dataset(name, data=[value], dtype=h5py.string_dtype("utf-8", max(1, len(value))))
+
+
+def layout(file, old, new):
+    text(file, "layout", file["layout"].asstr()[0].replace(old, new))
+
+
+def tensor(file, shape, dtype):
+    del file["weights/conv1.bias"]
+    file.create_dataset("weights/conv1.bias", shape, dtype)
+
+
+def broken(file, name):
+    """Change a chunk behind the back of its checksum."""
+    filters, data = file[name].id.read_direct_chunk((0,) * file[name].ndim)
+    file[name].id.write_direct_chunk((0,) * file[name].ndim, bytes([data[0] ^ 1]) + data[1:], filters)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda file: text(file, "metrics", "[1, 2]\n"), "FORMAT.md"),
+        (lambda file: text(file, "metrics", '{"test_accuracy": "good"}\n'), "FORMAT.md"),
+        (lambda file: text(file, "config", "[run"), "FORMAT.md"),
+        (lambda file: text(file, "scalars", "[]"), "FORMAT.md"),
+        (lambda file: text(file, "provenance", "7"), "FORMAT.md"),
+        (lambda file: text(file, "progress", '{"step": -1}'), "FORMAT.md"),
+        (lambda file: text(file, "progress", "[" * 100_000), "FORMAT.md"),
+        (lambda file: text(file, "part", "[[1]]"), "FORMAT.md"),
+        (
+            lambda file: text(file, "layout", file["layout"].asstr()[0].replace('"units": 12', '"units": 5')),
+            "FORMAT.md",
+        ),
+        (lambda file: text(file, "layout", file["layout"].asstr()[0].replace('"start": 0', '"start": 1')), "FORMAT.md"),
+        (lambda file: file.pop("weights"), "weights/conv1.weight is missing"),
+        (lambda file: broken(file, "weights/dense1.weight"), "weights/dense1.weight"),
+        (
+            lambda file: (file.pop("weights/conv1.bias"), file.create_dataset("weights/conv1.bias", (12,), "c8")),
+            "complex64",
+        ),
+        (
+            lambda file: (file.pop("weights/conv1.bias"), file.create_dataset("weights/conv1.bias", (13,), "f4")),
+            "(13,)",
+        ),
+    ],
+    ids=range(14),
+)
+def test_contents_that_make_no_sense_are_damage(trained, tmp_path, change, says):
+    """Whatever the digest says: every tool names it, and --resume auto goes on from the one before."""
+    folder = tmp_path / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+    first, second = files(trained)[:2]
+    (folder / first.name).write_bytes(first.read_bytes())
+    path = altered(second, folder / second.name, change)
+    status, out, _ = inspect("verify", path)
+    assert status == 1 and says in out
+    assert [row["state"] for row in asked("list", tmp_path / "run")] == ["whole", "damaged"]
+    for command in ("show", "stats"):
+        assert str(path) in refused(command, path)
+    if "dense1" not in says:
+        options = ("--out", tmp_path / "run", "--resume", "auto", "--epochs", "2", "--placement", "owner")
+        status, stdout, err = run(1, "-m", "psmpi.train", *options)
+        assert status == 0 and "step 15" in stdout and "passed over" in stdout, err
+
+
+def test_a_damaged_text_is_named(trained, tmp_path):
+    path = tmp_path / "x.h5"
+    data = bytearray(files(trained)[0].read_bytes())
+    at = data.index(b"[optimization]")
+    data[at + 3] ^= 4
+    path.write_bytes(data)
+    status, out, _ = inspect("verify", path)
+    assert status == 1 and "config" in out.splitlines()[-1]
+    status, _, err = run(1, "-m", "psmpi.train", "--resume", path, "--out", tmp_path / "run")
+    assert status == 1 and "not to be read any more: config" in " ".join(err.split())
+
+
+def test_a_file_of_a_newer_format_is_left_alone(trained, tmp_path):
+    """It may be fine, if not for this psmpi: nothing renames or removes it."""
+    folder = tmp_path / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+    for path in files(trained):
+        (folder / path.name).write_bytes(path.read_bytes())
+    newest = files(tmp_path / "run")[-1]
+    newest.write_bytes(newest.read_bytes().replace(b"psmpi checkpoint 1", b"psmpi checkpoint 2", 1))
+    assert [row["state"] for row in asked("list", tmp_path / "run")] == ["whole", "whole", "unreadable"]
+    assert "removed" in done("prune", tmp_path / "run", "--keep", "1")
+    assert [path.name for path in files(tmp_path / "run")] == ["step-000000030.h5", "step-000000045.h5"]
+    status, _, err = run(1, "-m", "psmpi.train", "--out", tmp_path / "run", "--resume", "auto")
+    assert status == 1 and "install a newer psmpi" in err
+    assert len(files(tmp_path / "run")) == 2
+
+
+def test_the_folder_of_checkpoints_stands_for_its_run(trained):
+    folder = trained / "checkpoints"
+    assert asked("show", folder)["step"] == 45 and len(asked("list", folder)) == 3
+    assert done("verify", folder).count("whole") == 3
 
 
 def test_stats_are_those_of_numpy(trained, tmp_path):
@@ -329,6 +441,48 @@ def test_average_is_the_mean_of_weights_alone(trained, odd, tmp_path):
     assert status == 0 and "holds weights only: the optimizer starts afresh" in " ".join(stdout.split()), err
 
 
+def test_what_does_not_belong_together_is_refused(trained, tmp_path):
+    paths = [tmp_path / f"{c}.h5" for c in (0, 3)]
+    for path, c in zip(paths, (0, 3), strict=True):
+        done("cut", trained, "--classes", str(c), "--out", path)
+    assert "the parts of different classes" in refused("average", *paths, "--out", tmp_path / "x.h5")
+    unmatched = {row["name"]: row["second"] for row in asked("diff", *paths)["unmatched"]}
+    assert unmatched["weights/conv2.weight"] == "of the classes 3" and "weights/conv1.weight" not in unmatched
+    done("average", *files(trained), "--out", tmp_path / "mean.h5")
+    done("cut", files(trained)[-1], "--classes", *"01234", "--out", tmp_path / "low.h5", "--weights-only")
+    done("cut", tmp_path / "mean.h5", "--classes", *"56789", "--out", tmp_path / "high.h5")
+    message = refused("join", tmp_path / "low.h5", tmp_path / "high.h5", "--out", tmp_path / "x.h5")
+    assert "parts of different checkpoints" in message
+    inside = trained / "checkpoints" / "step-000000099.h5"
+    assert "would pass for a checkpoint" in refused("average", *files(trained), "--out", inside)
+
+
+def test_a_part_of_a_part_joins_the_whole(trained, tmp_path):
+    newest = files(trained)[-1]
+    done("cut", newest, "--classes", *"01234", "--out", tmp_path / "low.h5")
+    done("cut", newest, "--classes", *"56789", "--out", tmp_path / "high.h5")
+    for c in "01234":
+        done("cut", tmp_path / "low.h5", "--classes", c, "--out", tmp_path / f"{c}.h5")
+    done("join", tmp_path / "high.h5", *(tmp_path / f"{c}.h5" for c in "01234"), "--out", tmp_path / "all.h5")
+    assert (tmp_path / "all.h5").read_bytes() == newest.read_bytes()
+
+
+def test_extreme_values_are_measured(trained, tmp_path):
+    def change(file):
+        file["weights/conv1.bias"][:2] = [3e38, -3e38]
+        file["weights/dense2.bias"][...] = -0.0
+
+    huge = altered(files(trained)[0], tmp_path / "huge.h5", change)
+    row = next(row for row in asked("stats", huge)["tensors"] if row["name"] == "conv1.bias")
+    assert row["norm"] == pytest.approx(3e38 * 2**0.5)
+    zero = altered(
+        huge, tmp_path / "zero.h5", lambda file: file["weights/dense2.bias"].write_direct(np.zeros(10, "f4"))
+    )
+    found = asked("diff", huge, zero)
+    row = next(row for row in found["tensors"] if row["name"] == "weights/dense2.bias")
+    assert (row["distance"], row["identical"], found["identical"]) == (0.0, False, False)
+
+
 def test_prune_keeps_the_newest_whole_ones(trained, tmp_path):
     folder = tmp_path / "run" / "checkpoints"
     folder.mkdir(parents=True)
@@ -351,7 +505,9 @@ def test_mistakes_are_named(trained, tmp_path):
     (tmp_path / "empty").mkdir()
     assert "no checkpoint" in refused("list", tmp_path / "empty")
     assert "ends in .npz, .safetensors, .onnx" in refused("export", trained, "--out", tmp_path / "w.pt")
-    assert "nowhere" in refused("export", trained, "--out", tmp_path / "nowhere" / "w.npz")
+    for suffix in ("npz", "safetensors", "onnx"):
+        assert "nowhere" in refused("export", trained, "--out", tmp_path / "nowhere" / f"w.{suffix}")
+    assert refused("show", "x" * 5000)
     if os.geteuid() != 0:
         secret = tmp_path / "secret.h5"
         secret.write_bytes(b"")

@@ -47,7 +47,10 @@ def checkpoint(
     world = start()
     place = ""
     if world.rank == 0:
-        place = tempfile.mkdtemp(prefix="psmpi-bench-", dir=folder or None)
+        try:
+            place = tempfile.mkdtemp(prefix="psmpi-bench-", dir=folder or None)
+        except OSError as error:
+            raise UserError(f"--folder {folder}: {error.strerror}") from None
     try:
         found = _measure(world, Path(place), megabytes, repeats, placement, gzip)
     finally:

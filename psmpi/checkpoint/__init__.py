@@ -12,7 +12,9 @@ from psmpi.checkpoint.format import (
     check,
     folder,
     read_contents,
+    validate,
 )
+from psmpi.checkpoint.lock import take
 from psmpi.checkpoint.parallel import supported
 from psmpi.checkpoint.provenance import provenance
 from psmpi.checkpoint.reader import clear, find, load, newest
@@ -33,4 +35,6 @@ __all__ = [
     "provenance",
     "read_contents",
     "supported",
+    "take",
+    "validate",
 ]

@@ -6,6 +6,7 @@ over in a spool file.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -23,13 +24,13 @@ from psmpi.checkpoint.format import (
     HEADER,
     Contents,
     Tensor,
+    as_data,
     available,
     chunk_of,
     filters,
     group_of,
     partial_of,
     seal,
-    text_type,
 )
 
 # Fills a vector of elements [first, last) of a tensor of a vector of the run: read(vector, tensor, first, into).
@@ -57,7 +58,7 @@ def write_file(
             file.attrs["format"] = FORMAT
             # Data sets, not attributes: these end at 64 kB.
             for name, text in texts.items():
-                file.create_dataset(name, data=text, dtype=text_type(text))
+                file.create_dataset(name, data=as_data(text), chunks=(1,), fletcher32=True)
             for vector in vectors:
                 for tensor in tensors:
                     _write_tensor(file, vector, tensor, dtype, read, gzip)
@@ -121,10 +122,13 @@ def spool_source(spool: int, vectors: Sequence[str], size: int, dtype: np.dtype)
     return read
 
 
-def prune(out: Path, keep: int) -> None:
-    """Remove the older checkpoints of a run directory; 0 keeps all."""
-    for old in available(out)[:-keep] if keep > 0 else ():
-        old.unlink(missing_ok=True)
+def prune(target: Path, keep: int) -> None:
+    """Remove checkpoints of the run that are older than `target`, so that `keep` are left; 0 keeps all."""
+    older = [path for path in available(target.parent.parent) if path.name < target.name]
+    for old in older[: len(older) + 1 - keep] if keep > 0 else ():
+        # That it stays is no reason to lose anything.
+        with contextlib.suppress(OSError):
+            old.unlink(missing_ok=True)
 
 
 def build(job: Mapping[str, Any], spool: int) -> None:
@@ -136,8 +140,11 @@ def build(job: Mapping[str, Any], spool: int) -> None:
         write_file(target, contents, job["vectors"], dtype, source, job["gzip"])
     else:
         # The ranks have written it together.
-        _finish(target)
-    prune(target.parent.parent, job["keep"])
+        try:
+            _finish(target)
+        finally:
+            partial_of(target).unlink(missing_ok=True)
+    prune(target, job["keep"])
 
 
 def main() -> None:

@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import h5py
+import numpy as np
 
-from psmpi.errors import UserError
+from psmpi.config import tomllib
+from psmpi.errors import DamagedError, UserError
 from psmpi.partition import Block, Layout, Parameter, Piece, Runs
 
 FORMAT = 1
@@ -92,20 +94,31 @@ class Contents:
 
     @staticmethod
     def of(texts: Mapping[str, str]) -> Contents:
-        """The reverse of `texts`. KeyError, TypeError or ValueError where something is missing or wrong."""
-        rows = tuple(json.loads(line) for line in texts["metrics"].splitlines())
+        """The reverse of `texts`. An exception of some kind where something is missing or wrong."""
+        rows = tuple(_table(line) for line in texts["metrics"].splitlines())
+        for row in rows:
+            _expect(isinstance(row.get("test_accuracy", 0.0), float | int), "metrics")
+        tomllib.loads(texts["config"])
         layout = json.loads(texts["layout"])
-        return Contents(
+        progress = replace(Progress(**_table(texts["progress"])), rows=rows)
+        for name, value in vars(progress).items():
+            _expect(name == "rows" or (isinstance(value, float | int) and value >= 0), f"progress, {name}")
+        scalars = _table(texts["scalars"])
+        _expect(all(isinstance(value, float | int) for value in scalars.values()), "scalars")
+        made = Contents(
             config=texts["config"],
-            in_shape=tuple(layout["in_shape"]),
+            in_shape=_sizes(layout["in_shape"]),
             layout=_layout(layout),
-            progress=replace(Progress(**json.loads(texts["progress"])), rows=rows),
-            scalars=json.loads(texts["scalars"]),
-            random=json.loads(texts["random"]),
-            placement=json.loads(texts["placement"]),
-            provenance=json.loads(texts["provenance"]),
+            progress=progress,
+            scalars=scalars,
+            random=_table(texts["random"]),
+            placement=_table(texts["placement"]),
+            provenance=_table(texts["provenance"]),
             part=tuple(json.loads(texts["part"])) if "part" in texts else None,
         )
+        known = set(range(made.layout.classes))
+        _expect(made.part is None or (len(made.part) > 0 and set(made.part) <= known), "part")
+        return made
 
     def held(self) -> Runs:
         """The runs of the flat vector that the file holds."""
@@ -181,14 +194,42 @@ def _describe(layout: Layout) -> dict[str, Any]:
 
 
 def _layout(table: Mapping[str, Any]) -> Layout:
-    return Layout(
-        tuple(Parameter(p["name"], tuple(p["shape"]), p["units"]) for p in table["parameters"]),
-        tuple(
-            Block(frozenset(b["classes"]), b["start"], b["stop"], tuple(Piece(*p) for p in b["pieces"]))
-            for b in table["blocks"]
-        ),
-        table["classes"],
-    )
+    parameters = tuple(Parameter(str(p["name"]), _sizes(p["shape"]), int(p["units"])) for p in table["parameters"])
+    for p in parameters:
+        # Units are the elements of some leading axes.
+        _expect(p.units in accumulate(p.shape, lambda a, b: a * b), f"layout, {p.name}")
+    _expect(len({p.name for p in parameters}) == len(parameters), "layout, parameters")
+    at, units, blocks = 0, [0] * len(parameters), []
+    for b in table["blocks"]:
+        _expect(b["start"] == at, "layout, blocks")
+        pieces = tuple(Piece(*map(int, p)) for p in b["pieces"])
+        for piece in pieces:
+            _expect(0 <= piece.parameter < len(parameters) and piece.first < piece.last, "layout, pieces")
+            _expect(piece.offset == at, "layout, pieces")
+            units[piece.parameter] += piece.last - piece.first
+            at += (piece.last - piece.first) * parameters[piece.parameter].unit_size
+        _expect(b["stop"] == at, "layout, blocks")
+        blocks.append(Block(frozenset(map(int, b["classes"])), b["start"], b["stop"], pieces))
+    _expect(units == [p.units for p in parameters], "layout, pieces")
+    classes = int(table["classes"])
+    _expect(all(block.classes <= set(range(classes)) for block in blocks), "layout, classes")
+    return Layout(parameters, tuple(blocks), classes)
+
+
+def _table(text: str) -> dict[str, Any]:
+    found = json.loads(text)
+    _expect(isinstance(found, dict), text[:40])
+    return dict(found)
+
+
+def _sizes(numbers: Any) -> tuple[int, ...]:
+    _expect(all(isinstance(n, int) and n > 0 for n in numbers), f"sizes {numbers}")
+    return tuple(numbers)
+
+
+def _expect(true: bool, what: str) -> None:
+    if not true:
+        raise ValueError(what)
 
 
 def group_of(vector: str) -> str:
@@ -211,9 +252,9 @@ def filters(gzip: int) -> dict[str, Any]:
     return {"fletcher32": True, **({"compression": "gzip", "compression_opts": gzip, "shuffle": True} if gzip else {})}
 
 
-def text_type(text: str) -> Any:
-    """The HDF5 type that holds exactly this text."""
-    return h5py.string_dtype("utf-8", max(1, len(text.encode())))
+def as_data(text: str) -> np.ndarray:
+    """A text as an array of one string that fits it, which a data set of numbers' filters can guard."""
+    return np.array([text.encode()], h5py.string_dtype("utf-8", max(1, len(text.encode()))))
 
 
 def folder(out: Path) -> Path:
@@ -221,9 +262,10 @@ def folder(out: Path) -> Path:
 
 
 def available(out: Path) -> list[Path]:
-    """The checkpoints of a run directory, whole or damaged, oldest first."""
-    found = folder(out).iterdir() if folder(out).is_dir() else ()
-    return sorted(path for path in found if NAME.fullmatch(path.name))
+    """The checkpoints of a run directory (or of its folder of checkpoints), whole or damaged, oldest first."""
+    place = out if out.name == folder(out).name and not folder(out).is_dir() else folder(out)
+    found = place.iterdir() if place.is_dir() else ()
+    return sorted(path for path in found if NAME.fullmatch(path.name) and path.is_file())
 
 
 def partial_of(target: Path) -> Path:
@@ -252,8 +294,10 @@ def seal(path: Path) -> None:
 
 
 def check(path: Path) -> None:
-    """Read the whole file and compare it with its header. UserError where it is missing, damaged, cut short, of a newer
-    format or no checkpoint.
+    """Read the whole file and compare it with its header.
+
+    DamagedError where it is not what was written or no checkpoint; UserError where it is missing, cannot be read or is
+    of a newer format.
     """
     try:
         with path.open("rb") as file:
@@ -262,22 +306,24 @@ def check(path: Path) -> None:
         found = HEADER_TEXT.fullmatch(header) if len(header) == HEADER else None
         if found is None:
             if header.startswith(b"\x89HDF"):
-                raise UserError(f"{path} is HDF5 but not a psmpi checkpoint: give a file of a run's checkpoints folder")
+                raise DamagedError(
+                    f"{path} is HDF5 but not a psmpi checkpoint: give a file of a run's checkpoints folder"
+                )
             if header.startswith(b"psmpi checkpoint"):
-                raise UserError(f"checkpoint {path} is damaged in its first {HEADER} bytes; use another one")
-            raise UserError(f"{path} is not a psmpi checkpoint: give a file of a run's checkpoints folder")
+                raise DamagedError(f"checkpoint {path} is damaged in its first {HEADER} bytes; use another one")
+            raise DamagedError(f"{path} is not a psmpi checkpoint: give a file of a run's checkpoints folder")
         version, length = int(found[1]), int(found[2])
         if version > FORMAT:
             raise UserError(
                 f"checkpoint {path} has format {version}, this psmpi reads up to {FORMAT}: install a newer psmpi"
             )
         if size != HEADER + length:
-            raise UserError(
+            raise DamagedError(
                 f"checkpoint {path} has {size:,} bytes, its header says {HEADER + length:,}: it was cut short or "
                 "something was added; use another one"
             )
         if digest(path)[1] != found[3].decode():
-            raise UserError(
+            raise DamagedError(
                 f"checkpoint {path} is damaged: its bytes do not have the SHA-256 that its header says; use another one"
             )
     except FileNotFoundError:
@@ -296,12 +342,32 @@ def open_file(path: Path) -> h5py.File:
 
 
 def read_contents(path: Path) -> Contents:
-    """What a file that `check` has passed says of itself."""
+    """What a file that `check` has passed says of itself. DamagedError where that makes no sense."""
     with open_file(path) as file:
         try:
-            texts = {name: str(item.asstr()[()]) for name, item in file.items() if isinstance(item, h5py.Dataset)}
+            texts = {name: str(item.asstr()[0]) for name, item in file.items() if isinstance(item, h5py.Dataset)}
             return replace(Contents.of(texts), optimizer="optimizer" in file)
-        except (KeyError, TypeError, ValueError, OSError) as error:
-            raise UserError(
+        except Exception as error:
+            raise DamagedError(
                 f"checkpoint {path} was not written as psmpi/checkpoint/FORMAT.md says ({error!r}); use another one"
             ) from None
+
+
+def validate(path: Path) -> Contents:
+    """`check`, and all that a file says of itself, and that every tensor is there. Errors as those of `check`."""
+    check(path)
+    contents = read_contents(path)
+    with open_file(path) as file:
+        vectors = ["weights", *(f"optimizer/{name}" for name in file.get("optimizer", ()))]
+        names = [f"{group}/{tensor.name}" for group in vectors for tensor in contents.tensors()]
+        shapes = [tensor.shape for _ in vectors for tensor in contents.tensors()]
+        dtypes = set()
+        for name, shape in zip(names, shapes, strict=True):
+            found = file.get(name)
+            has = f"is {found.dtype} {found.shape}" if isinstance(found, h5py.Dataset) else "is missing"
+            if isinstance(found, h5py.Dataset) and found.shape == shape and found.dtype in ("f4", "f8"):
+                dtypes.add(found.dtype)
+                if len(dtypes) == 1:
+                    continue
+            raise DamagedError(f"checkpoint {path}: {name} {has}, its layout says {shape}, float; use another one")
+    return contents

@@ -14,7 +14,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from psmpi.checkpoint.format import FORMAT, HEADER, Contents, chunk_of, filters, group_of, partial_of, text_type
+from psmpi.checkpoint.format import FORMAT, HEADER, Contents, as_data, chunk_of, filters, group_of, partial_of
 from psmpi.partition import Runs
 
 Box = tuple[slice, ...]
@@ -65,9 +65,13 @@ def write_together(
     with h5py.File(partial_of(target), "w", driver="mpio", comm=world, userblock_size=HEADER) as file:
         file.attrs["format"] = FORMAT
         for name, text in contents.texts().items():
-            dataset = file.create_dataset(name, (), text_type(text))
-            if world.rank == 0:
-                dataset[()] = text
+            data = as_data(text)
+            dataset = file.create_dataset(name, (1,), data.dtype, chunks=(1,), fletcher32=True)
+            here, there = dataset.id.get_space(), dataset.id.get_space()
+            if world.rank != 0:
+                here.select_none()
+                there.select_none()
+            dataset.id.write(here, there, data, dxpl=collective)
         for name, vector in vectors.items():
             for tensor in contents.tensors():
                 dataset = file.create_dataset(

@@ -9,29 +9,41 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from psmpi.checkpoint.format import Tensor, available, check, folder, group_of, held_runs, make_tensors, open_file
-from psmpi.errors import UserError
+from psmpi.checkpoint.format import Tensor, available, folder, group_of, held_runs, make_tensors, open_file, validate
+from psmpi.checkpoint.scan import damaged_parts
+from psmpi.errors import DamagedError, UserError
 from psmpi.partition import Layout, Runs
 
 
 def find(resume: str, out: Path, tell: Callable[[str], None]) -> Path | None:
     """The file that --resume names; `auto`: the newest whole one in `out`, None where there is none.
 
-    Reads and checks the file whole. `tell` hears of damaged files that are passed over. UserError where a named file is
-    missing or damaged.
+    Reads and checks the file whole. `tell` hears of damaged files that are passed over. UserError where a file is
+    missing, cannot be read, or is of a newer format, and where one that is named is damaged.
     """
     if resume == "auto":
         for path in reversed(available(out)):
             try:
-                check(path)
-            except UserError as error:
+                step = validate(path).progress.step
+            except DamagedError as error:
                 tell(f"passed over: {error}")
                 continue
+            if step != step_of(path):
+                raise UserError(f"{path} holds step {step}: it is not of this run; move it out of the folder")
             return path
         return None
     path = newest(Path(resume))
-    check(path)
+    try:
+        validate(path)
+    except DamagedError as error:
+        parts = damaged_parts(path)
+        raise DamagedError(f"{error} (not to be read any more: {'; '.join(parts)})" if parts else str(error)) from None
     return path
+
+
+def step_of(path: Path) -> int:
+    """The step in the name of a checkpoint of a run."""
+    return int(path.stem.removeprefix("step-"))
 
 
 def clear(out: Path, step: int, *, damaged: bool, tell: Callable[[str], None]) -> None:
@@ -41,8 +53,8 @@ def clear(out: Path, step: int, *, damaged: bool, tell: Callable[[str], None]) -
     `damaged` they get another name, else they are another run's, which is a UserError.
     """
     for leftover in folder(out).glob(".*.part"):
-        leftover.unlink()
-    later = [path for path in available(out) if int(path.stem.removeprefix("step-")) > step]
+        leftover.unlink(missing_ok=True)
+    later = [path for path in available(out) if step_of(path) > step]
     if later and step < 0:
         raise UserError(
             f"the checkpoints of --out {out} are all damaged (python -m psmpi.inspect verify {out}): move them away to "

@@ -20,8 +20,13 @@ from typing import IO, Any
 import numpy as np
 
 from psmpi.checkpoint.format import Contents, Progress, folder, partial_of
+from psmpi.checkpoint.lock import inherit
 from psmpi.partition import Runs
 
+# Seconds that training waits for a checkpoint that is still being written when the next is due.
+PATIENCE = 60.0
+# Seconds that the end of a run waits for its last one.
+LAST_PATIENCE = 600.0
 # Elements that rank 0 takes from another rank at a time.
 BUFFER = 1 << 20
 
@@ -55,9 +60,12 @@ class Writer:
         keep: int = 0,
         gzip: int = 0,
         parallel: bool = False,
+        lock: IO[bytes] | None = None,
     ):
         self.world, self.contents, self.out, self.keep, self.gzip = world, contents, out, keep, gzip
-        self.parallel = parallel
+        self.parallel, self.lock = parallel, lock
+        # Seconds that the next checkpoint waits for the one before, while training waits too.
+        self.patience = PATIENCE
         # A run that several ranks own is written by the first of them.
         self.writes, claimed = [], Runs()
         for shard in shards:
@@ -78,10 +86,15 @@ class Writer:
         """Save this rank's `vectors`, (shard.size,) each; returns when training may change them. All ranks call it."""
         start = time.perf_counter()
         dtype = next(iter(vectors.values())).dtype
+        target = folder(self.out) / f"step-{progress.step:09d}.h5"
+        ready = np.ones(1)
         if self.world.rank == 0:
-            self.finish()
-            self.target = folder(self.out) / f"step-{progress.step:09d}.h5"
-            self._open()
+            ready[0] = self._ready(target)
+        if self.world.size > 1:
+            self.world.Bcast(ready, 0)
+        if not ready[0]:
+            self.pause += time.perf_counter() - start
+            return
         contents = self._contents(scalars, progress)
         if self.parallel:
             self._together(vectors, contents)
@@ -117,9 +130,12 @@ class Writer:
 
         if self.world.rank == 0 and self.target is not None:
             needed = len(vectors) * contents.layout.size * next(iter(vectors.values())).itemsize
-            free = shutil.disk_usage(self.target.parent).free
-            if free < needed:
-                self._failed(f"No space left on device: {needed:,} bytes are needed, {free:,} are free")
+            try:
+                free = shutil.disk_usage(self.target.parent).free
+                if free < needed:
+                    self._failed(f"No space left on device: {needed:,} bytes are needed, {free:,} are free")
+            except OSError as error:
+                self._failed(str(error))
         said = json.dumps([str(self.target or ""), contents.texts()]) if self.world.rank == 0 else ""
         target, told = json.loads(share(self.world, said))
         if target:
@@ -149,13 +165,25 @@ class Writer:
                         else:
                             self._keep(piece, (number * self.contents.layout.size + a) * dtype.itemsize)
 
+    def _ready(self, target: Path) -> bool:
+        """Take up `target` as the next checkpoint, unless the one before is still not written."""
+        self.finish(self.patience)
+        if self.target is not None:
+            self.found.append(
+                f"the checkpoint {target} is NOT written: {self.target} is still being written after "
+                f"{self.patience:.0f} s; the disk is too slow for --checkpoint-every, or hangs"
+            )
+            # It had its chance: the next ones do not wait for it again.
+            self.patience, self.last_failed = 0.0, True
+            return False
+        self.target, self.patience = target, PATIENCE
+        self._open()
+        return True
+
     @property
     def busy(self) -> bool:
         """Whether a checkpoint is still being written, on rank 0; does not wait."""
-        if self.target is not None and self.helper is not None and self.helper.stdout is not None:
-            ready, _, _ = select.select([self.helper.stdout], [], [], 0)
-            if ready:
-                self._answer()
+        self.finish(0)
         return self.target is not None
 
     def troubles(self) -> list[str]:
@@ -164,14 +192,22 @@ class Writer:
         found, self.found = self.found, []
         return found
 
-    def finish(self) -> None:
-        """Wait until the checkpoint being written is done."""
-        if self.target is not None and self.helper is not None:
+    def finish(self, patience: float | None = None) -> None:
+        """Wait until the checkpoint being written is done, but no longer than `patience` seconds (LAST_PATIENCE)."""
+        if self.target is None or self.helper is None or self.helper.stdout is None:
+            return
+        # Not select: it cannot take the large descriptors that a rank with many connections has.
+        waiting = select.poll()
+        waiting.register(self.helper.stdout, select.POLLIN)
+        if waiting.poll(1000 * (LAST_PATIENCE if patience is None else patience)):
             self._answer()
 
     def close(self) -> None:
         """Wait, and end the process."""
         self.finish()
+        if self.helper is not None and self.target is not None:
+            self.helper.kill()
+            self._failed(f"it was not written within {LAST_PATIENCE:.0f} s")
         if self.helper is not None:
             assert self.helper.stdin is not None
             # The end of its input ends it.
@@ -204,7 +240,7 @@ class Writer:
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=self.noise,
-                    pass_fds=(number,),
+                    pass_fds=(number, *inherit(self.lock)),
                     text=True,
                     env=_environment(),
                 )
@@ -238,7 +274,10 @@ class Writer:
         assert self.helper is not None and self.helper.stdout is not None
         line = self.helper.stdout.readline()
         if line:
-            error = json.loads(line)
+            try:
+                error = str(json.loads(line))
+            except ValueError:
+                error = f"the process that writes it says {line[:200]!r}"
         else:
             status = self._forget()
             if self.target is not None:
@@ -249,8 +288,13 @@ class Writer:
             self._failed(error)
         else:
             self.last_good, self.target, self.last_failed = self.target, None, False
-        if self.spool is not None:
-            self.spool.truncate(0)
+            self._free()
+
+    def _free(self) -> None:
+        """Give back the disk space of the spool."""
+        with contextlib.suppress(OSError):
+            if self.spool is not None:
+                self.spool.truncate(0)
 
     def _forget(self) -> int:
         """Wait for the end of the process; its exit status."""
@@ -279,3 +323,4 @@ class Writer:
         kept = f"the last good one is {self.last_good}" if self.last_good else "there is no earlier one of this run"
         self.found.append(f"the checkpoint {self.target} is NOT written: {error}; {kept}; check space and rights")
         self.target, self.last_failed = None, True
+        self._free()

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import array
+import contextlib
+import fcntl
 import os
 import socket
 import sys
+import termios
 import time
 import traceback
 import warnings
@@ -123,11 +127,26 @@ def run(program: Callable[[], int]) -> int:
             print(f"psmpi: {message}", file=sys.stderr, flush=True)
         return 1
     # What several ranks meet, such as a damaged file, one tells: the first of those that speak ends the others.
-    time.sleep(min(0.3 * comm.rank, 3.0))
+    time.sleep(min(0.5 * comm.rank, 3.0))
     where = f"rank {comm.rank} of {comm.size} on {socket.gethostname()}"
     print(f"psmpi, {where}: {message}", file=sys.stderr, flush=True)
+    _delivered()
     comm.Abort(1)
     return 1
+
+
+def _delivered(patience: float = 2.0) -> None:
+    """Wait until the launcher has taken what stderr was given: at an abort it drops what it has not read."""
+    end = time.monotonic() + patience
+    with contextlib.suppress(OSError, ValueError):
+        while time.monotonic() < end:
+            unread = array.array("i", [0])
+            fcntl.ioctl(sys.stderr.fileno(), termios.FIONREAD, unread)
+            if unread[0] == 0:
+                break
+            time.sleep(0.01)
+    # It has it, but has yet to pass it on.
+    time.sleep(0.1)
 
 
 def _running() -> Any:

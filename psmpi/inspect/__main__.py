@@ -38,6 +38,9 @@ def main(argv: list[str] | None = None) -> int:
         # Whoever read the output has seen enough.
         sys.stderr.close()
         return 1
+    except OSError as error:
+        print(f"psmpi.inspect: error: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

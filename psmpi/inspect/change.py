@@ -12,9 +12,9 @@ from tyro.conf import Positional, arg
 
 from psmpi.checkpoint import Contents, available
 from psmpi.checkpoint.build import Source, write_file
-from psmpi.checkpoint.format import Tensor
+from psmpi.checkpoint.format import NAME, Tensor, folder
 from psmpi.errors import UserError
-from psmpi.inspect.look import damage
+from psmpi.inspect.look import state
 from psmpi.inspect.opened import Opened
 
 Checkpoints = Positional[Annotated[tuple[Path, ...], arg(metavar="CHECKPOINT")]]
@@ -31,6 +31,9 @@ def average(files: Checkpoints, /, out: Path) -> int:
     if not opened:
         raise UserError("average: give at least one checkpoint")
     _same_network(opened)
+    for other in opened[1:]:
+        if other.contents.part != opened[0].contents.part:
+            raise UserError(f"{other.path} and {opened[0].path} hold the parts of different classes")
 
     def read(vector: str, tensor: Tensor, first: int, into: np.ndarray) -> None:
         total, one = np.zeros(len(into)), np.empty_like(into)
@@ -63,7 +66,10 @@ def cut(checkpoint: Positional[Annotated[Path, arg(metavar="CHECKPOINT")]], /, c
         raise UserError(f"cut --classes {' '.join(map(str, classes))}: {opened.path} has {' '.join(map(str, known))}")
     vectors = ["weights"] if weights_only else opened.vectors
     scalars = {} if weights_only else opened.contents.scalars
-    _write(out, replace(opened.contents, part=part, scalars=scalars), vectors, opened.dtype, _from_parts([opened]))
+    # A part of a part comes from the same whole.
+    origin = {"cut_from": opened.digest, **opened.contents.provenance}
+    contents = replace(opened.contents, part=part, scalars=scalars, provenance=origin)
+    _write(out, contents, vectors, opened.dtype, _from_parts([opened]))
     return 0
 
 
@@ -80,13 +86,15 @@ def join(files: Checkpoints, /, out: Path) -> int:
     _same_network(opened)
     first = opened[0]
     for other in opened[1:]:
-        if other.vectors != first.vectors or other.contents.progress != first.contents.progress:
+        if other.vectors != first.vectors or _whole(other) != _whole(first):
             raise UserError(f"{other.path} and {first.path} are parts of different checkpoints: cut them from one")
     held = {c for each in opened for c in each.contents.part or range(each.contents.layout.classes)}
     missing = sorted(set(range(first.contents.layout.classes)) - held)
     if missing:
         raise UserError(f"join: the part of the classes {' '.join(map(str, missing))} is not among the files: add it")
-    _write(out, replace(first.contents, part=None), first.vectors, first.dtype, _from_parts(opened))
+    origin = {name: value for name, value in first.contents.provenance.items() if name != "cut_from"}
+    contents = replace(first.contents, part=None, provenance=origin)
+    _write(out, contents, first.vectors, first.dtype, _from_parts(opened))
     return 0
 
 
@@ -103,16 +111,23 @@ def prune(run: Positional[Annotated[Path, arg(metavar="RUN")]], /, keep: int, dr
     found = available(run)
     if not found:
         raise UserError(f"{run} has no checkpoints: give a run directory")
-    whole = [path for path in found if not damage(path)]
+    states = {path: state(path)[0] for path in found}
+    whole = [path for path in found if states[path] == "whole"]
     if not whole:
-        raise UserError(f"all checkpoints of {run} are damaged: nothing is removed; see verify")
+        raise UserError(f"no checkpoint of {run} is whole: nothing is removed; see verify")
     kept = whole[-keep:]
     for path in found:
-        if path not in kept:
-            print(f"{'would remove' if dry_run else 'removed'} {path}")
+        # What cannot be read now, or by this psmpi, may be fine.
+        if path not in kept and states[path] != "unreadable":
             if not dry_run:
-                path.unlink()
+                path.unlink(missing_ok=True)
+            print(f"{'would remove' if dry_run else 'removed'} {path}")
     return 0
+
+
+def _whole(part: Opened) -> str:
+    """The digest of the checkpoint that a part was cut from, or that it is."""
+    return str(part.contents.provenance.get("cut_from", part.digest))
 
 
 def _same_network(opened: Sequence[Opened]) -> None:
@@ -154,6 +169,8 @@ def _from_parts(opened: Sequence[Opened]) -> Source:
 def _write(out: Path, contents: Contents, vectors: Sequence[str], dtype: np.dtype, read: Source) -> None:
     if out.exists():
         raise UserError(f"--out {out} is there already: name another file")
+    if NAME.fullmatch(out.name) and out.absolute().parent.name == folder(Path()).name:
+        raise UserError(f"--out {out} would pass for a checkpoint of that run: name a file elsewhere")
     try:
         write_file(out, contents, vectors, dtype, read)
     except OSError as error:

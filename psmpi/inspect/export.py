@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -50,19 +51,26 @@ def export(checkpoint: Positional[Annotated[Path, arg(metavar="CHECKPOINT")]], /
 
 
 def _npz(opened: Opened, out: Path) -> str:
-    tensors: dict[str, Any] = {tensor.name: values for tensor, values in opened.walk("weights")}
-    np.savez(out, **tensors)
+    # Tensor by tensor: np.savez would hold them all.
+    with zipfile.ZipFile(out, "w") as archive:
+        for tensor, values in opened.walk("weights"):
+            with archive.open(f"{tensor.name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, values, allow_pickle=False)
     return ""
 
 
 def _safetensors(opened: Opened, out: Path) -> str:
     try:
+        from safetensors import SafetensorError
         from safetensors.numpy import save_file
     except ImportError:
         raise UserError(NEEDS.format("safetensors")) from None
     progress = opened.contents.progress
     tensors = {tensor.name: values for tensor, values in opened.walk("weights")}
-    save_file(tensors, out, metadata={"step": str(progress.step), "config": opened.contents.config})
+    try:
+        save_file(tensors, out, metadata={"step": str(progress.step), "config": opened.contents.config})
+    except SafetensorError as error:
+        raise OSError(str(error)) from None
     return ""
 
 

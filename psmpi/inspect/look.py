@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from math import inf, isfinite, sqrt
@@ -13,12 +12,14 @@ from typing import Annotated, Any
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from rich.tree import Tree
 from tyro.conf import Positional, arg
 
 from psmpi.checkpoint import available, read_contents
 from psmpi.checkpoint.format import NAME
-from psmpi.errors import UserError
+from psmpi.checkpoint.scan import damaged_parts
+from psmpi.errors import DamagedError, UserError
 from psmpi.inspect.opened import Opened
 
 Checkpoint = Positional[Annotated[Path, arg(metavar="CHECKPOINT")]]
@@ -41,11 +42,11 @@ def show(checkpoint: Checkpoint, /, json: bool = False) -> int:
             {
                 "name": tensor.name,
                 "shape": tensor.shape,
-                "dtype": str(values.dtype),
-                "bytes": values.nbytes,
-                "norm": _number(float(np.linalg.norm(values.astype(np.float64).ravel()))),
+                "dtype": str(opened.dtype),
+                "bytes": tensor.size * opened.dtype.itemsize,
+                "norm": _number(_sums(opened, vector, tensor.name).norm),
             }
-            for tensor, values in opened.walk(vector)
+            for tensor in opened.tensors.values()
         ]
     found = {
         **opened.describe(),
@@ -98,11 +99,15 @@ def list_(run: Positional[Annotated[Path, arg(metavar="RUN")]], /, json: bool = 
         row: dict[str, Any] = {"file": str(path), "step": None, "epoch": None, "accuracy": None}
         named = NAME.fullmatch(path.name)
         row["step"] = int(named[1]) if named else None
-        row["bytes"] = path.stat().st_size
-        row["damage"] = damage(path)
-        if not row["damage"]:
-            progress = read_contents(path).progress
-            row |= {"step": progress.step, "epoch": progress.epoch, "accuracy": progress.accuracy}
+        try:
+            row["bytes"] = path.stat().st_size
+            row["state"], row["problem"] = state(path)
+            if row["state"] == "whole":
+                progress = read_contents(path).progress
+                row |= {"step": progress.step, "epoch": progress.epoch, "accuracy": progress.accuracy}
+        except OSError:
+            # Training removes old checkpoints at any time.
+            continue
         rows.append(row)
     if json:
         return _print_json(rows)
@@ -113,7 +118,7 @@ def list_(run: Positional[Annotated[Path, arg(metavar="RUN")]], /, json: bool = 
         table.add_column(name, overflow="fold")
     for row in rows:
         texts = (_text(row["step"]), _text(row["epoch"]), _percent(row["accuracy"]), _size(row["bytes"]))
-        table.add_row(*texts, Path(row["file"]).name, "damaged" if row["damage"] else "whole")
+        table.add_row(*texts, Text(Path(row["file"]).name), row["state"])
     _console().print(table)
     return 0
 
@@ -125,43 +130,37 @@ def verify(files: Positional[Annotated[tuple[Path, ...], arg(metavar="CHECKPOINT
         files: Checkpoint files, or run directories for all of theirs.
         json: Print JSON.
     """
+    if not files:
+        raise UserError("verify: give at least one checkpoint or run directory")
     rows = []
     for given in files:
         for path in _all(given) if given.is_dir() else [given]:
-            problem = damage(path)
-            rows.append({"file": str(path), "damage": problem, "tensors": damaged_tensors(path) if problem else []})
+            found, problem = state(path)
+            parts = damaged_parts(path) if found == "damaged" else []
+            rows.append({"file": str(path), "state": found, "problem": problem, "tensors": parts})
     if json:
         _print_json(rows)
     else:
         for row in rows:
-            print(row["damage"] or f"{row['file']}: whole")
+            print(row["problem"] or f"{row['file']}: whole")
             for line in row["tensors"]:
                 print(f"    {line}")
-    return int(any(row["damage"] for row in rows))
+    return int(any(row["state"] != "whole" for row in rows))
 
 
-def damage(path: Path) -> str:
-    """What is wrong with a checkpoint; empty where it is whole: every byte as written, every tensor there."""
+def state(path: Path) -> tuple[str, str]:
+    """whole (every byte as written, every tensor there and readable), damaged, or unreadable; and what is wrong."""
     try:
-        Opened(path)
+        opened = Opened(path)
+        for vector in opened.vectors:
+            for name in opened.tensors:
+                for _ in opened.slabs(vector, name):
+                    pass
+    except DamagedError as error:
+        return "damaged", str(error)
     except UserError as error:
-        return str(error)
-    return ""
-
-
-def damaged_tensors(path: Path) -> list[str]:
-    """Which tensors of a damaged file cannot be read any more, as far as can be told.
-
-    HDF5 is not made for damaged files and may crash or hang on them, so another process does it.
-    """
-    if not path.is_file():
-        return []
-    command = [sys.executable, "-m", "psmpi.inspect.scan", str(path)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-        return [str(line) for line in json.loads(done.stdout)]
-    except (subprocess.TimeoutExpired, ValueError):
-        return ["its tables of contents cannot be read"]
+        return "unreadable", str(error)
+    return "whole", ""
 
 
 @dataclass
@@ -186,16 +185,22 @@ class Sums:
         self.nan += nan
         self.infinite += infinite
         if values.size:
-            self.total += float(values.sum())
-            self.squares += float(values @ values)
+            with np.errstate(over="ignore"):
+                self.total += float(values.sum())
+                self.squares += float(values @ values)
             self.least = min(self.least, float(values.min()))
             self.most = max(self.most, float(values.max()))
+
+    @property
+    def norm(self) -> float:
+        return sqrt(self.squares)
 
     def row(self, name: str) -> dict[str, Any]:
         """Mean, spread (standard deviation), extremes and 2-norm of the finite values."""
         finite = self.count - self.nan - self.infinite
         mean = self.total / finite if finite else 0.0
-        spread = sqrt(max(0.0, self.squares / finite - mean**2)) if finite else 0.0
+        square = self.squares / finite - mean * mean if finite else 0.0
+        spread = sqrt(square) if square > 0 else 0.0
         return {
             "name": name,
             "count": self.count,
@@ -203,7 +208,7 @@ class Sums:
             "spread": spread,
             "least": self.least if finite else None,
             "most": self.most if finite else None,
-            "norm": sqrt(self.squares),
+            "norm": self.norm,
             "nan": self.nan,
             "infinite": self.infinite,
         }
@@ -223,15 +228,13 @@ def stats(checkpoint: Checkpoint, /, vector: str = "weights", plot: str = "", js
         raise UserError(f"{opened.path} has no vector {vector!r}: choose one of {', '.join(opened.vectors)}")
     layers, parts = [], {block.classes: Sums() for block in opened.contents.layout.blocks}
     blocks = [(block.start, block.stop, block.classes) for block in opened.contents.layout.blocks]
-    for tensor, values in opened.walk(vector):
-        sums = Sums()
-        sums.add(values)
-        layers.append({**sums.row(tensor.name), "histogram": histogram(values)})
-        flat = values.ravel()
-        for first, last, offset in tensor.spans:
-            for start, stop, classes in blocks:
-                if start <= offset < stop:
-                    parts[classes].add(flat[first:last])
+    for tensor in opened.tensors.values():
+        sums = _sums(opened, vector, tensor.name)
+        layers.append({**sums.row(tensor.name), "histogram": histogram(opened, vector, tensor.name, sums)})
+        owners = [next(c for start, stop, c in blocks if start <= offset < stop) for _, _, offset in tensor.spans]
+        for at, slab in opened.slabs(vector, tensor.name):
+            for (first, last, _), classes in zip(tensor.spans, owners, strict=True):
+                parts[classes].add(slab[max(first - at, 0) : max(last - at, 0)])
     everyone = frozenset(range(opened.contents.layout.classes))
     rows = [sums.row(_block(classes, everyone)) for classes, sums in parts.items() if sums.count]
     if plot:
@@ -253,11 +256,23 @@ def stats(checkpoint: Checkpoint, /, vector: str = "weights", plot: str = "", js
     return 0
 
 
-def histogram(values: np.ndarray) -> dict[str, Any]:
-    """Counts of the finite values in `BINS` equal bins from least to most."""
-    finite = values[np.isfinite(values)]
-    counts, edges = np.histogram(finite.astype(np.float64), bins=BINS)
-    return {"counts": counts.tolist(), "edges": edges.tolist()}
+def _sums(opened: Opened, vector: str, name: str) -> Sums:
+    sums = Sums()
+    for _, slab in opened.slabs(vector, name):
+        sums.add(slab)
+    return sums
+
+
+def histogram(opened: Opened, vector: str, name: str, sums: Sums) -> dict[str, Any]:
+    """Counts of the finite values of a tensor in `BINS` equal bins from least to most."""
+    low, high = (sums.least, sums.most) if sums.least <= sums.most else (0.0, 1.0)
+    # As NumPy does for values that are all equal.
+    low, high = (low, high) if low < high else (low - 0.5, high + 0.5)
+    counts = np.zeros(BINS, int)
+    for _, slab in opened.slabs(vector, name):
+        with np.errstate(over="ignore"):
+            counts += np.histogram(slab[np.isfinite(slab)].astype(np.float64), bins=BINS, range=(low, high))[0]
+    return {"counts": counts.tolist(), "edges": np.linspace(low, high, BINS + 1).tolist()}
 
 
 def diff(first: Checkpoint, second: Checkpoint, /, json: bool = False) -> int:
@@ -274,16 +289,15 @@ def diff(first: Checkpoint, second: Checkpoint, /, json: bool = False) -> int:
     for vector in dict.fromkeys(a.vectors + b.vectors):
         for name in dict.fromkeys([*a.tensors, *b.tensors]):
             label = f"{vector}/{name}"
-            shapes = [o.tensors[name].shape if vector in o.vectors and name in o.tensors else None for o in (a, b)]
-            if shapes[0] != shapes[1]:
+            pair = [o.tensors[name] if vector in o.vectors and name in o.tensors else None for o in (a, b)]
+            mine, theirs = pair
+            if mine is None or theirs is None or mine.shape != theirs.shape:
+                shapes = [t and t.shape for t in pair]
                 unmatched.append({"name": label, "first": shapes[0], "second": shapes[1]})
-            elif shapes[0] is not None:
-                x, y = (o.read(vector, o.tensors[name]).astype(np.float64).ravel() for o in (a, b))
-                norm, apart = float(np.linalg.norm(x)), float(np.linalg.norm(x - y))
-                # Equal bits are no distance, whatever arithmetic says of not-a-numbers.
-                same = x.tobytes() == y.tobytes()
-                distance = 0.0 if same else apart / norm if norm else inf
-                rows.append({"name": label, "distance": distance, "largest": 0.0 if same else float(abs(x - y).max())})
+            elif a.contents.part != b.contents.part and mine.spans != theirs.spans:
+                unmatched.append({"name": label, "first": f"of {_held(a)}", "second": f"of {_held(b)}"})
+            else:
+                rows.append({"name": label, **_apart(a, b, vector, name)})
     rows.sort(key=lambda row: -row["distance"] if isfinite(row["distance"]) else -inf)
     old, new = a.settings(), b.settings()
     changed = {
@@ -292,7 +306,7 @@ def diff(first: Checkpoint, second: Checkpoint, /, json: bool = False) -> int:
     found = {
         "first": a.describe(),
         "second": b.describe(),
-        "identical": not unmatched and all(row["distance"] == 0 for row in rows),
+        "identical": not unmatched and all(row["identical"] for row in rows),
         "tensors": [{**row, "distance": _number(row["distance"]), "largest": _number(row["largest"])} for row in rows],
         "unmatched": unmatched,
         "config": changed,
@@ -309,12 +323,32 @@ def diff(first: Checkpoint, second: Checkpoint, /, json: bool = False) -> int:
     for row in rows:
         table.add_row(row["name"], _figure(row["distance"]), _figure(row["largest"]))
     _console().print(table)
-    for pair in unmatched:
-        print(f"{pair['name']}: {pair['first'] or 'absent'} in the first, {pair['second'] or 'absent'} in the second")
+    for lone in unmatched:
+        print(f"{lone['name']}: {lone['first'] or 'absent'} in the first, {lone['second'] or 'absent'} in the second")
     for name, (before, after) in changed.items():
         print(f"{name}: {before!r} in the first, {after!r} in the second")
-    print("all tensors are bit-identical" if found["identical"] else f"{sum(r['distance'] != 0 for r in rows)} differ")
+    differ = len(unmatched) + sum(not row["identical"] for row in rows)
+    print("all tensors are bit-identical" if found["identical"] else f"{differ} differ")
     return 0
+
+
+def _apart(a: Opened, b: Opened, vector: str, name: str) -> dict[str, Any]:
+    """Distance of two tensors relative to the first, largest difference, and whether all bits are the same."""
+    squares, norm, largest, same = 0.0, 0.0, 0.0, True
+    for (_, x), (_, y) in zip(a.slabs(vector, name), b.slabs(vector, name), strict=True):
+        same = same and x.dtype == y.dtype and x.tobytes() == y.tobytes()
+        with np.errstate(over="ignore", invalid="ignore"):
+            apart = y.astype(np.float64) - x
+            squares += float(apart @ apart)
+            norm += float(np.vdot(x.astype(np.float64), x))
+            largest = max(largest, float(abs(apart).max(initial=0.0)))
+    if same or squares == 0:
+        return {"distance": 0.0, "largest": 0.0, "identical": same}
+    return {"distance": sqrt(squares / norm) if norm else inf, "largest": largest, "identical": False}
+
+
+def _held(opened: Opened) -> str:
+    return "all classes" if opened.contents.part is None else f"the classes {' '.join(map(str, opened.contents.part))}"
 
 
 def _all(run: Path) -> list[Path]:
@@ -346,8 +380,8 @@ def _draw(path: Path, opened: Opened, vector: str) -> None:
     lines = -(-len(opened.tensors) // columns)
     figure = Figure(figsize=(4 * columns, 2.4 * lines), layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False).ravel()
-    for axis, (tensor, values) in zip(axes, opened.walk(vector), strict=False):
-        bins = histogram(values)
+    for axis, tensor in zip(axes, opened.tensors.values(), strict=False):
+        bins = histogram(opened, vector, tensor.name, _sums(opened, vector, tensor.name))
         axis.stairs(bins["counts"], bins["edges"], fill=True)
         axis.set_title(tensor.name)
     for axis in axes[len(opened.tensors) :]:

@@ -8,11 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from psmpi.checkpoint import Contents, check, newest, read_contents
-from psmpi.checkpoint.format import Tensor, open_file
+from psmpi.checkpoint import Contents, newest, validate
+from psmpi.checkpoint.format import HEADER, Tensor, open_file
 from psmpi.checkpoint.reader import find_tensor, read_elements
 from psmpi.config import tomllib
-from psmpi.errors import UserError
+from psmpi.errors import DamagedError
+
+# Elements that the tools hold of a tensor at a time.
+SLAB = 1 << 20
 
 
 class Opened:
@@ -20,26 +23,41 @@ class Opened:
 
     def __init__(self, path: Path):
         self.path = newest(path)
-        check(self.path)
-        self.contents: Contents = read_contents(self.path)
+        self.contents: Contents = validate(self.path)
         self.tensors = {tensor.name: tensor for tensor in self.contents.tensors()}
         with open_file(self.path) as file:
-            self.vectors = [name for name in ("weights",) if name in file] + list(file.get("optimizer", ()))
-            found = [find_tensor(file, v, t, self.path) for v in self.vectors for t in self.tensors.values()]
-            if "weights" not in self.vectors or not found:
-                raise UserError(f"checkpoint {self.path} has no weights; use another one")
-            self.dtype: np.dtype = found[0].dtype
+            self.vectors = ["weights", *file.get("optimizer", ())]
+            self.dtype: np.dtype = file[f"weights/{next(iter(self.tensors))}"].dtype
+
+    @property
+    def digest(self) -> str:
+        """The SHA-256 in the header, which is that of the content."""
+        with self.path.open("rb") as file:
+            return file.read(HEADER).split()[-1].rstrip(b"\0").decode()
 
     def read(self, vector: str, tensor: Tensor) -> np.ndarray:
         """A tensor of `weights` or of a vector of the optimizer."""
-        with open_file(self.path) as file:
-            return np.asarray(find_tensor(file, vector, tensor, self.path)[...])
+        values = np.empty(tensor.size, self.dtype)
+        self.fill(vector, tensor.name, 0, values)
+        return values.reshape(tensor.shape)
 
     def fill(self, vector: str, name: str, first: int, into: np.ndarray) -> None:
         """Elements of the flattened tensor `name`, from `first` on."""
         with open_file(self.path) as file:
             dataset = find_tensor(file, vector, self.tensors[name], self.path)
-            read_elements(dataset, first, first + len(into), into)
+            try:
+                read_elements(dataset, first, first + len(into), into)
+            except OSError as error:
+                raise DamagedError(f"checkpoint {self.path}, {dataset.name}: {error}; the file is damaged") from None
+
+    def slabs(self, vector: str, name: str) -> Iterator[tuple[int, np.ndarray]]:
+        """The elements of a tensor in order: the first one's number and some, in a buffer that is used again."""
+        size = self.tensors[name].size
+        buffer = np.empty(min(SLAB, size), self.dtype)
+        for first in range(0, size, SLAB):
+            slab = buffer[: min(SLAB, size - first)]
+            self.fill(vector, name, first, slab)
+            yield first, slab
 
     def walk(self, vector: str) -> Iterator[tuple[Tensor, np.ndarray]]:
         """All tensors of a vector, in the network's order."""
