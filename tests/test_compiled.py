@@ -178,6 +178,72 @@ def test_adam_steps_as_the_reference_does(name, n, level, dtype):
         assert far(found, expected) <= TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("kind", ["sigmoid", "tanh", "relu"])
+@pytest.mark.parametrize("n", [1, 15, 1000])
+def test_activations_are_those_of_the_reference(kind, n, level, dtype):
+    rng, results = np.random.default_rng(0), []
+    x, dy = (rng.standard_normal(n) * 5).astype(dtype), rng.standard_normal(n).astype(dtype)
+    x[:: max(2, n // 7)] = 0
+    for ops in (NumpyOps(), CompiledOps(level)):
+        y, dx = x.copy(), dy.copy()
+        ops.activate(kind, y)
+        results.append((y.copy(), dx))
+        ops.activate_back(kind, y, dx)
+    for found, expected in zip(results[1], results[0], strict=True):
+        assert far(found, expected) <= {F32: 4e-7, F64: 1e-15}[dtype]
+
+
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+@pytest.mark.parametrize("level", LEVELS)
+def test_the_sigmoid_holds_at_both_ends(level, dtype):
+    """To 4 units in the last place of the formula in a wider type, and no overflow."""
+    x = np.concatenate([np.linspace(-80, 80, 4001), np.linspace(-1, 1, 4001)]).astype(dtype)
+    y = x.copy()
+    CompiledOps(level).activate("sigmoid", y)
+    wide = 1 / (1 + np.exp(-x.astype(np.longdouble)))
+    assert (abs(y - wide) <= 4 * np.finfo(dtype).eps * wide).all()
+    ends = np.array([-np.inf, -1e30, 1e30, np.inf, np.nan], dtype)
+    CompiledOps(level).activate("sigmoid", ends)
+    assert np.isnan(ends[4]) and (ends[2:4] == 1).all() and (ends[:2] < 1e-37).all() and (ends[:2] >= 0).all()
+
+
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("n", [1, 5, 16, 100, 5003])
+def test_sums_and_biases_are_those_of_the_reference(n, level, dtype):
+    rng, results = np.random.default_rng(0), []
+    y, bias = rng.standard_normal((3, 4, n)).astype(dtype), rng.standard_normal((5, 9)).astype(dtype)
+    for ops in (NumpyOps(), CompiledOps(level)):
+        # Rows and columns of a larger array, as the biases of a part lie in the flat vector.
+        sums, biased = bias.copy(), y.copy()
+        ops.row_sums(y, sums[1:4, 1::2])
+        ops.add_bias(biased, bias[1:4, 1::2])
+        results.append((sums, biased))
+    for found, expected in zip(results[1], results[0], strict=True):
+        assert far(found, expected) <= TOLERANCE[dtype] / 10
+
+
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("pool", [1, 2, 3])
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_folded_kernels_are_those_of_the_reference(k, pool, level, dtype):
+    rng, results = np.random.default_rng(0), []
+    wide = k + pool - 1
+    flat, dfolded = rng.standard_normal((3, 7, 6 * k * k)).astype(dtype), rng.standard_normal((2, 4, 5, wide, wide))
+    for ops in (NumpyOps(), CompiledOps(level)):
+        w, out = flat.copy(), np.full((2, 4, 5, wide, wide), np.nan, dtype)
+        images = w[1:, 2:6, : 5 * k * k].reshape(2, 4, 5, k, k)
+        assert np.shares_memory(w, images)
+        ops.fold(images, pool, out)
+        ops.unfold(dfolded.astype(dtype), pool, images)
+        results.append((out, w))
+    for found, expected in zip(results[1], results[0], strict=True):
+        assert far(found, expected) <= TOLERANCE[dtype] / 10
+
+
 def test_auto_takes_the_kernels_where_they_are():
     assert make_backend("auto").name == "compiled"
     assert make_backend("numpy").name == "numpy"

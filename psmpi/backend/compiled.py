@@ -57,6 +57,18 @@ def pointer(array: np.ndarray) -> int:
     return array.ctypes.data
 
 
+def steps(array: np.ndarray) -> tuple[int, ...]:
+    """The strides of an array in elements."""
+    return tuple(stride // array.itemsize for stride in array.strides)
+
+
+def units_pointer(kernels: np.ndarray) -> int:
+    """The address of kernels (count, n, channels, k, k), of which those of one unit are contiguous."""
+    if not kernels[0, 0].flags.c_contiguous:
+        raise ValueError(f"a kernel needs contiguous units, not strides {kernels.strides}")
+    return kernels.ctypes.data
+
+
 class Direct:
     """Convolution without windows: register blocks along the batch, see c/kernels.h. Buffers: packed kernels."""
 
@@ -130,6 +142,33 @@ class CompiledOps(NumpyOps):
         dtype: np.dtype,
     ) -> Convolution:
         return Direct(stripes, in_shape, out_shape, kernel, stride, np.dtype(dtype), self.instructions)
+
+    def row_sums(self, y: np.ndarray, out: np.ndarray) -> None:
+        call = function("row_sums", y.dtype, "iinppnn", self.instructions)
+        call(*out.shape, y[0, 0].size, pointer(y), out.ctypes.data, *steps(out))
+
+    def add_bias(self, y: np.ndarray, bias: np.ndarray) -> None:
+        call = function("add_bias", y.dtype, "iinppnn", self.instructions)
+        call(*bias.shape, y[0, 0].size, pointer(y), bias.ctypes.data, *steps(bias))
+
+    def fold(self, w: np.ndarray, pool: int, out: np.ndarray) -> None:
+        count, rows, n_in, k, _ = w.shape
+        call = function("fold", w.dtype, "iiiiipnnp", self.instructions)
+        call(count, rows, n_in, k, pool, units_pointer(w), *steps(w[:, :, 0, 0, 0]), pointer(out))
+
+    def unfold(self, dfolded: np.ndarray, pool: int, out: np.ndarray) -> None:
+        count, rows, n_in, k, _ = out.shape
+        call = function("unfold", out.dtype, "iiiiippnn", self.instructions)
+        call(count, rows, n_in, k, pool, pointer(dfolded), units_pointer(out), *steps(out[:, :, 0, 0, 0]))
+
+    def activate(self, kind: str, y: np.ndarray) -> None:
+        if kind == "sigmoid":
+            function("sigmoid", y.dtype, "np", self.instructions)(y.size, pointer(y))
+        else:
+            super().activate(kind, y)
+
+    def activate_back(self, kind: str, y: np.ndarray, dy: np.ndarray) -> None:
+        function(f"{kind}_back", y.dtype, "npp", self.instructions)(y.size, pointer(y), pointer(dy))
 
     def max_pool(self, x: np.ndarray, size: int, y: np.ndarray) -> None:
         function("max_pool", x.dtype, "iiiiipp", self.instructions)(*x.shape, size, pointer(x), pointer(y))
