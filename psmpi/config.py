@@ -82,7 +82,7 @@ class Parallel:
     backend: Literal["auto", "numpy", "compiled"] = "auto"
     """What computes: NumPy, or kernels in C (auto: where they are there, and NumPy else)."""
     threads: int = 0
-    """Threads of linear algebra a rank; 0: the host's cores over its ranks, at least 1."""
+    """Threads a rank, of linear algebra and of the kernels; 0: the host's cores over its ranks, at least 1."""
 
 
 @dataclass(frozen=True)

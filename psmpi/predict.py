@@ -81,9 +81,11 @@ def _settle(options: Options) -> Options:
 
 def _predict(world: Any, options: Options) -> None:
     import numpy as np
+    from threadpoolctl import threadpool_limits
 
     from psmpi import checkpoint
     from psmpi.backend import make_backend
+    from psmpi.comm.world import host
     from psmpi.config import from_toml
     from psmpi.data import open_split
     from psmpi.errors import UserError
@@ -92,7 +94,7 @@ def _predict(world: Any, options: Options) -> None:
 
     path = Path(options.checkpoint)
     contents = checkpoint.read_contents(path)
-    config, model = from_toml(contents.config, str(path)), from_toml(contents.config, str(path)).model
+    model = from_toml(contents.config, str(path)).model
     split = open_split(options.dataset, options.data_dir, options.split)
     network = make_network(
         model.model, contents.in_shape, contents.layout.classes, widths=model.widths, layers=model.layers
@@ -109,10 +111,14 @@ def _predict(world: Any, options: Options) -> None:
         )
     layout = network.layout()
     classes = range(network.classes) if contents.part is None else contents.part
-    ops = make_backend(config.parallel.backend)
-    predictor = Predictor(world, network, layout, classes, np.dtype(model.dtype), ops)
-    checkpoint.load(path, layout, predictor.part, {"weights": predictor.w}, contents.part)
-    scores = predictor.run(split)
+    ranks, cores = host(world)
+    threads = max(1, cores // ranks)
+    with threadpool_limits(threads):
+        # Whatever computed in training: it may not be there.
+        ops = make_backend("auto", threads)
+        predictor = Predictor(world, network, layout, classes, np.dtype(model.dtype), ops)
+        checkpoint.load(path, layout, predictor.part, {"weights": predictor.w}, contents.part)
+        scores = predictor.run(split)
     if scores is not None:
         _report(options, split.labels, scores, list(classes), network.classes)
 

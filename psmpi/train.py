@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -31,23 +30,29 @@ def parse(argv: list[str]) -> Config:
     """The configuration: defaults, then the TOML file, then the command line. Raises SystemExit as argparse does."""
     import tyro
 
+    from psmpi.config import Config
+
+    return tyro.cli(
+        Config,
+        prog="python -m psmpi.train",
+        description=DESCRIPTION,
+        default=base(argv),
+        config=(tyro.conf.OmitArgPrefixes,),
+        args=argv,
+    )
+
+
+def base(argv: list[str]) -> Config:
+    """The configuration before the command line: that of --config, which has to be known before the rest is read."""
     from psmpi.config import Config, read_file
 
-    # The file has to be known before the command line can be read on top of it.
     path = ""
     for at, word in enumerate(argv):
         if word == "--config" and at + 1 < len(argv):
             path = argv[at + 1]
         elif word.startswith("--config="):
             path = word.partition("=")[2]
-    return tyro.cli(
-        Config,
-        prog="python -m psmpi.train",
-        description=DESCRIPTION,
-        default=read_file(path) if path else Config(),
-        config=(tyro.conf.OmitArgPrefixes,),
-        args=argv,
-    )
+    return read_file(path) if path else Config()
 
 
 def _main(argv: list[str]) -> int:
@@ -113,6 +118,8 @@ def _settle(config: Config) -> Config:
         raise UserError(f"--clip {config.optimization.clip}: expected 0 (no clipping) or a number above it")
     if not 0 <= run.checkpoint_gzip <= 9:
         raise UserError(f"--checkpoint-gzip {run.checkpoint_gzip}: expected 0 (none) to 9")
+    if config.parallel.threads > 1024:
+        raise UserError(f"--threads {config.parallel.threads}: expected 1024 at most")
     if run.checkpoint_parallel and not checkpoint.supported():
         raise UserError(
             "--checkpoint-parallel: this h5py has no parallel HDF5; build one (HDF5_MPI=ON CC=mpicc pip install "
@@ -155,7 +162,7 @@ def _train(world: Any, config: Config) -> None:
 
     from psmpi import checkpoint, metrics
     from psmpi.backend import make_backend
-    from psmpi.comm.world import library, local_size, share
+    from psmpi.comm.world import host, library, share
     from psmpi.config import to_toml
     from psmpi.data import open_dataset
     from psmpi.errors import UserError
@@ -196,12 +203,21 @@ def _train(world: Any, config: Config) -> None:
         dataset = open_dataset(config.data.dataset, config.data.data_dir)
         network = _network(config, dataset, make_network)
 
-    threads = config.parallel.threads or max(1, _cores() // local_size(world))
+    ranks, cores = host(world)
+    threads = config.parallel.threads or max(1, cores // ranks)
+    if world.rank == 0 and ranks * threads > cores:
+        console.print(
+            f"note: {ranks} rank(s) of {threads} thread(s) have {cores} core(s) on {socket.gethostname()} and wait for "
+            f"each other: {'--threads 1' if threads > 1 else 'fewer ranks'} may be faster",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
     if world.rank != 0:
         warnings.simplefilter("ignore")
     # What overflows is dealt with where it matters; a diverging run says so itself, once.
     with threadpool_limits(threads), np.errstate(all="ignore"):
-        ops = make_backend(config.parallel.backend)
+        ops = make_backend(config.parallel.backend, threads)
         method = METHODS[config.parallel.method](world, network, dataset, config, ops)
         place = json.dumps([socket.gethostname(), *vars(method.place()).values()])
         places = [json.loads(text) for text in _collect(world, place)]
@@ -257,11 +273,6 @@ def _compare(contents: Contents, config: Config, samples: int, path: str, tell: 
     for key, value in new.items():
         if value != old[key] and key != "data_dir":
             tell(f"note: {key} is {value}, in the checkpoint it was {old[key]}")
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _network(config: Config, dataset: Any, make_network: Any) -> Any:

@@ -266,6 +266,12 @@ def test_a_layer_that_is_no_table_is_named(tmp_path):
     assert status == 1 and "'dense' is not a table" in err and "Traceback" not in err
 
 
+def test_more_threads_than_cores_are_told(train):
+    """Not so few that the machine of the tests has them."""
+    assert "2 rank(s) of 600 thread(s)" in train(2, "--max-steps", "1", "--threads", "600").stdout
+    assert "thread(s)" not in train(1, "--max-steps", "1", "--threads", "1").stdout
+
+
 def test_odd_names_of_folders_are_no_markup(train, tmp_path):
     assert "mk[red]x" in train(1, "--epochs", "1", out=tmp_path / "mk[red]x").stdout
 

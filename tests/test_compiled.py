@@ -141,6 +141,30 @@ def test_models_give_the_scores_and_gradients_of_the_reference(name, batch, leve
             assert far(found, expected) <= TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("batch", [1, 20, 100])
+@pytest.mark.parametrize("name", SHAPES)
+def test_threads_compute_the_same_bits(name, batch, level, dtype, monkeypatch):
+    monkeypatch.setattr(compiled, "WORK", 1)
+    stripes, channels, (height, width), units, k, stride = SHAPES[name]
+    if len({s.n_in for s in stripes}) > 1:
+        stripes, units = stripes[:1], stripes[0].n
+    rows, columns = (height - k) // stride + 1, (width - k) // stride + 1
+    rng, results = np.random.default_rng(0), []
+    shapes = (channels, height, width), (units, rows, columns)
+    x, dy = (rng.standard_normal((*shape, batch)).astype(dtype) for shape in shapes)
+    kernels = rng.standard_normal((units, stripes[0].n_in, k, k)).astype(dtype)
+    for threads in (1, 2, 3, 8):
+        plan = CompiledOps(level, threads).convolution(stripes, *shapes, k, stride, dtype)
+        found = [np.full_like(a, np.nan) for a in (dy, kernels, x)]
+        plan.forward(x, kernels, kernels[:, 0, 0, 0].copy(), found[0])
+        plan.backward(x, dy, kernels, found[1], found[2])
+        results.append(found)
+    for found in results[1:]:
+        assert all(np.array_equal(a, b) for a, b in zip(found, results[0], strict=True))
+
+
 @pytest.mark.parametrize("level", LEVELS)
 def test_gradients_match_central_differences(level):
     network = make("separable convolution")

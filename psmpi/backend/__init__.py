@@ -10,8 +10,11 @@ from psmpi.errors import UserError
 __all__ = ["CompiledOps", "Convolution", "NumpyOps", "Stripes", "make_backend"]
 
 
-def make_backend(name: str) -> NumpyOps:
-    """The operations called `name`; `auto` takes the best one present. UserError where it is not known or not there."""
+def make_backend(name: str, threads: int = 1) -> NumpyOps:
+    """The operations called `name`; `auto` takes the best one present. UserError where it is not known or not there.
+
+    threads: those of the kernels; those of NumPy's linear algebra are set from outside (threadpoolctl).
+    """
     if name == "compiled" and not compiled.level():
         raise UserError(
             "--backend compiled: its kernels are not there (no C compiler when psmpi was installed) or this processor "
@@ -19,4 +22,4 @@ def make_backend(name: str) -> NumpyOps:
         )
     if name not in ("auto", "numpy", "compiled"):
         raise UserError(f"--backend {name!r} is unknown: choose auto, numpy or compiled")
-    return CompiledOps() if name != "numpy" and compiled.level() else NumpyOps()
+    return CompiledOps(threads=threads) if name != "numpy" and compiled.level() else NumpyOps()

@@ -7,7 +7,9 @@ made in another order than NumPy's, so results differ by rounding.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -18,6 +20,10 @@ import numpy as np
 from psmpi.backend.reference import Convolution, NumpyOps, Stripes
 
 NAMES = {0: "", 1: "AVX2", 2: "AVX-512"}
+# Multiplications that are worth another thread.
+WORK = 2_000_000
+# Samples that one thread takes at least, so that none writes to another's cache lines.
+LINE = 16
 TYPES = {np.dtype(np.float32): "float", np.dtype(np.float64): "double"}
 
 
@@ -70,7 +76,11 @@ def units_pointer(kernels: np.ndarray) -> int:
 
 
 class Direct:
-    """Convolution without windows: register blocks along the batch, see c/kernels.h. Buffers: packed kernels."""
+    """Convolution without windows: register blocks along the batch, see c/kernels.h. Buffers: packed kernels.
+
+    Several threads share the samples of a call or, for the gradient of the kernels, the units; each number is computed
+    as one thread alone would.
+    """
 
     def __init__(
         self,
@@ -81,14 +91,18 @@ class Direct:
         stride: int,
         dtype: np.dtype,
         instructions: int,
+        team: Team,
     ):
-        self.kernel, self.out_shape, self.in_shape = kernel, out_shape, in_shape
-        # The last number, the batch, is that of the call.
-        rest = (*in_shape[1:], *out_shape[1:], kernel, stride, 0)
-        self.shapes = [
-            np.array([s.count, s.n, s.n_in, s.source, s.source_step, s.out, *rest], np.int32) for s in stripes
+        self.team = team
+        # The last three numbers, the batch and the samples of a thread, are those of the call.
+        rest = (*in_shape[1:], *out_shape[1:], kernel, stride, 0, 0, 0)
+        self.shapes = [[_shape(s, rest) for s in stripes] for _ in range(team.size)]
+        self.unit_shapes = [
+            [_shape(part, rest) for s in stripes if (part := _share(s, k, team.size)).count * part.n > 0]
+            for k in range(team.size)
         ]
-        self.pack = np.empty(max(s.n * s.n_in for s in stripes) * kernel**2, dtype)
+        self.packs = [np.empty(max(s.n * s.n_in for s in stripes) * kernel**2, dtype) for _ in range(team.size)]
+        self.work = sum(s.count * s.n * s.n_in for s in stripes) * kernel**2 * out_shape[1] * out_shape[2]
         # Stripes that see the same channels add their gradients up; channels that none sees have the gradient 0.
         seen = np.zeros(in_shape[0], int)
         for s in stripes:
@@ -103,30 +117,83 @@ class Direct:
         """Needs nothing that grows with the minibatch."""
 
     def arrays(self) -> list[np.ndarray]:
-        return [self.pack]
+        return self.packs
+
+    def _members(self, batch: int) -> int:
+        """Threads that a call is worth."""
+        return min(self.team.size, max(1, self.work * batch // WORK))
+
+    def _samples(self, batch: int, members: int) -> None:
+        """Tell each thread its samples, in whole cache lines."""
+        edges = [min(batch, -(-batch * k // members // LINE) * LINE) for k in range(members)] + [batch]
+        for k in range(members):
+            for shape in self.shapes[k]:
+                shape[-3:] = batch, edges[k], edges[k + 1]
 
     def forward(self, x: np.ndarray, kernels: np.ndarray, bias: np.ndarray, y: np.ndarray) -> None:
-        for shape in self.shapes:
-            shape[-1] = x.shape[-1]
-            self._forward(*map(pointer, (shape, x, kernels, bias, y, self.pack)))
+        members = self._members(x.shape[-1])
+        self._samples(x.shape[-1], members)
+
+        def share(k: int) -> None:
+            for shape in self.shapes[k]:
+                self._forward(*map(pointer, (shape, x, kernels, bias, y, self.packs[k])))
+
+        self.team.run(share, members)
 
     def backward(
         self, x: np.ndarray, dy: np.ndarray, kernels: np.ndarray, dkernels: np.ndarray, dx: np.ndarray | None
     ) -> None:
+        members = self._members(x.shape[-1])
+        self._samples(x.shape[-1], members)
         if dx is not None and not self.covers:
             dx.fill(0)
-        for shape in self.shapes:
-            shape[-1] = x.shape[-1]
-            self._weight(*map(pointer, (shape, x, dy, dkernels)))
+
+        def share(k: int) -> None:
+            for shape in self.unit_shapes[k] if members > 1 else self.shapes[0]:
+                shape[-3] = x.shape[-1]
+                self._weight(*map(pointer, (shape, x, dy, dkernels)))
             if dx is not None:
-                self._input(*map(pointer, (shape, dy, kernels, dx, self.pack)), not self.covers)
+                for shape in self.shapes[k]:
+                    self._input(*map(pointer, (shape, dy, kernels, dx, self.packs[k])), not self.covers)
+
+        self.team.run(share, members)
+
+
+def _shape(s: Stripes, rest: Sequence[int]) -> np.ndarray:
+    """The `shape_t` of kernels.c."""
+    return np.array([s.count, s.n, s.n_in, s.source, s.source_step, s.out, *rest], np.int32)
+
+
+def _share(s: Stripes, k: int, members: int) -> Stripes:
+    """The stripes, or the units of the only one, that thread k of `members` takes."""
+    if s.count > 1:
+        first, last = s.count * k // members, s.count * (k + 1) // members
+        return replace(s, count=last - first, source=s.source + first * s.source_step, out=s.out + first * s.n)
+    first, last = s.n * k // members, s.n * (k + 1) // members
+    return replace(s, n=last - first, out=s.out + first)
+
+
+class Team:
+    """Threads that work on one call together; `size` counts the caller."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.others = ThreadPoolExecutor(size - 1, "psmpi-kernel") if size > 1 else None
+
+    def run(self, share: Callable[[int], None], members: int) -> None:
+        """share(0), ..., share(members - 1), side by side."""
+        waiting = [self.others.submit(share, k) for k in range(1, members)] if self.others is not None else []
+        share(0)
+        for future in waiting:
+            future.result()
 
 
 class CompiledOps(NumpyOps):
     name = "compiled"
 
-    def __init__(self, instructions: int | None = None) -> None:
+    def __init__(self, instructions: int | None = None, threads: int = 1) -> None:
         self.instructions = level() if instructions is None else instructions
+        self.team = Team(threads)
 
     @property
     def description(self) -> str:
@@ -141,7 +208,7 @@ class CompiledOps(NumpyOps):
         stride: int,
         dtype: np.dtype,
     ) -> Convolution:
-        return Direct(stripes, in_shape, out_shape, kernel, stride, np.dtype(dtype), self.instructions)
+        return Direct(stripes, in_shape, out_shape, kernel, stride, np.dtype(dtype), self.instructions, self.team)
 
     def row_sums(self, y: np.ndarray, out: np.ndarray) -> None:
         call = function("row_sums", y.dtype, "iinppnn", self.instructions)

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from psmpi.config import Config
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -13,28 +17,44 @@ def main(argv: list[str] | None = None) -> int:
 
     from psmpi.bench.checkpoint import checkpoint
     from psmpi.bench.compute import compute
+    from psmpi.bench.memory import memory
     from psmpi.bench.published import published
     from psmpi.comm.world import run
+    from psmpi.train import base
 
-    app = SubcommandApp()
-    commands: tuple[Callable[..., int], ...] = (checkpoint, compute, published)
-    for command in commands:
-        app.command(command)
+    words = sys.argv[1:] if argv is None else argv
 
     def go() -> int:
-        return int(
-            app.cli(
-                prog="python -m psmpi.bench",
-                description="Measure psmpi.",
-                args=sys.argv[1:] if argv is None else argv,
-                config=(tyro.conf.OmitArgPrefixes,),
+        app = SubcommandApp()
+        commands: tuple[Callable[..., int], ...] = (checkpoint, compute, _with(memory, base(words)), published)
+        for command in commands:
+            app.command(command)
+        try:
+            return int(
+                app.cli(
+                    prog="python -m psmpi.bench",
+                    description="Measure psmpi.",
+                    args=words,
+                    config=(tyro.conf.OmitArgPrefixes,),
+                )
             )
-        )
+        except SystemExit as end:
+            # After the help, or the message about a wrong option.
+            return 1 if end.code else 0
 
-    try:
-        return run(go)
-    except SystemExit as end:
-        return 1 if end.code else 0
+    return run(go)
+
+
+def _with(measure: Callable[[Config, bool], int], default: Config) -> Callable[..., int]:
+    """A command whose options are those of training, with the TOML file's settings as their defaults."""
+    from psmpi.config import Config
+
+    def command(config: Config = default, json: bool = False) -> int:
+        return measure(config, json)
+
+    command.__name__, command.__doc__ = measure.__name__, measure.__doc__
+    command.__annotations__["config"] = Config
+    return command
 
 
 if __name__ == "__main__":

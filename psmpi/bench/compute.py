@@ -99,14 +99,16 @@ class Data:
         self.others = rng.standard_normal((problem.network.classes, batch)).astype(np.float32)
 
 
-def ours(problem: Problem, data: Data, backend: Literal["auto", "numpy", "compiled"]) -> tuple[Step, np.ndarray, Model]:
+def ours(
+    problem: Problem, data: Data, backend: Literal["auto", "numpy", "compiled"], threads: int = 1
+) -> tuple[Step, np.ndarray, Model]:
     """A step of psmpi, its weights, and the model."""
     network, classes = problem.network, problem.classes
     layout = network.layout()
     part: Runs = layout.part(classes)
     w, g = np.zeros(part.size, np.float32), np.zeros(part.size, np.float32)
     initial_weights(network, layout, part, w, seed=0)
-    ops = make_backend(backend)
+    ops = make_backend(backend, threads)
     model = Model(network, layout, w, g, ops, classes)
     loss = make_loss(problem.loss, w.dtype)
     optimizer = make_optimizer("adam", part.size, w.dtype, Hyper(), ops)
@@ -125,8 +127,8 @@ def ours(problem: Problem, data: Data, backend: Literal["auto", "numpy", "compil
     return step, w, model
 
 
-def theirs(problem: Problem, data: Data, model: Model, compiled: bool) -> Step:
-    """The same step in PyTorch, from the same weights."""
+def theirs(problem: Problem, data: Data, model: Model, compiled: bool) -> tuple[Step, Any]:
+    """The same step in PyTorch, from the same weights, and its network."""
     import torch
     from torch import nn
 
@@ -157,7 +159,7 @@ def theirs(problem: Problem, data: Data, model: Model, compiled: bool) -> Step:
         evaluate(x).backward()
         optimizer.step()
 
-    return step
+    return step, net
 
 
 def _module(nn: Any, layer: Any, kept: np.ndarray, mine: np.ndarray) -> list[Any]:
@@ -247,10 +249,10 @@ def compute(
         for name in networks:
             problem = problems()[name]
             data = Data(problem, batch_size)
-            step, _, model = ours(problem, data, backend)
+            step, _, model = ours(problem, data, backend, threads)
             kinds = [("eager", False), *([("compile", True)] if compiled else [])]
             for kind, flag in kinds:
-                other = theirs(problem, data, model, flag)
+                other, _ = theirs(problem, data, model, flag)
                 rows.append(_row(name, kind, step, other, pairs, operations(problem, batch_size)))
                 print(_line(rows[-1]), flush=True)
     machine = f"{platform.processor() or platform.machine()}, {threads} thread(s)"

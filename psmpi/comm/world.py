@@ -72,14 +72,19 @@ def start() -> Any:
     return comm
 
 
-def local_size(world: Any) -> int:
-    """Ranks of `world` on this rank's host."""
+def host(world: Any) -> tuple[int, int]:
+    """Ranks of `world` on this rank's host, and the cores that they may use, bound or not, all together."""
+    import numpy as np
     from mpi4py import MPI
 
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    used = np.zeros(8192, np.uint8)
+    used[list(cores)] = 1
     local = world.Split_type(MPI.COMM_TYPE_SHARED)
-    size = int(local.size)
+    local.Allreduce(MPI.IN_PLACE, used, MPI.MAX)
+    ranks = int(local.size)
     local.Free()
-    return size
+    return ranks, int(used.sum())
 
 
 def library() -> str:

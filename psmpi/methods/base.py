@@ -54,5 +54,8 @@ class Method(Protocol):
     def place(self) -> Place:
         """What this rank does."""
 
+    def memory(self) -> dict[str, int]:
+        """Bytes that this rank holds, by what for."""
+
     def events(self) -> dict[str, int]:
         """Counts of unusual events on this rank since the start, by name."""

@@ -90,11 +90,14 @@ class ElementWorker:
         self.dscores = np.empty(self.dataset.classes * batch)
         self.cast = np.empty(len(self.place.classes) * batch, self.dtype)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of activations, buffers and samples."""
-        own = self.model.nbytes + sum(a.nbytes for a in (self.x, self.scores, self.dscores, self.cast))
-        return own + self.train.nbytes + self.test_samples.nbytes
+    def memory(self) -> dict[str, int]:
+        """Bytes of what it holds besides weights and gradients, by what for."""
+        own = sum(a.nbytes for a in (self.scores, self.dscores, self.cast))
+        return {
+            "activations": self.x.nbytes + self.model.activation_bytes,
+            "buffers": self.model.buffer_bytes + own,
+            "samples": self.train.nbytes + self.test_samples.nbytes,
+        }
 
     def element_losses(self, ids: np.ndarray) -> float:
         """Fill g_part with this worker's share of the gradient of the mean loss over `ids` (b,).

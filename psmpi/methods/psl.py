@@ -123,14 +123,21 @@ class PartiallySeparable:
     def place(self) -> Place:
         worker = self.roles.workers[self.rank]
         roles = ["master"] * (self.rank < self.roles.masters) + ["worker"] * (worker is not None)
-        arrays = [self.w_part, self.g_part, *self.optimizer.vectors.values()]
-        if self.exchange.inside is None:
-            arrays += [self.w, self.g]
-        nbytes = sum(a.nbytes for a in arrays) + (self.worker.nbytes if self.worker is not None else 0)
+        nbytes = sum(self.memory().values())
         classes = "" if worker is None else _ranges(worker.classes)
         if worker is not None and self.roles.rows > 1:
             classes += f" (row {worker.row})"
         return Place("+".join(roles), classes, self.w_part.size, self.w.size, nbytes)
+
+    def memory(self) -> dict[str, int]:
+        # Where the shard is a slice of the part, it has no memory of its own.
+        apart = self.exchange.inside is None
+        return {
+            "weights": self.w_part.nbytes + (self.w.nbytes if apart else 0),
+            "gradients": self.g_part.nbytes + (self.g.nbytes if apart else 0),
+            "optimizer": sum(v.nbytes for v in self.optimizer.vectors.values()) + self.optimizer.scratch.nbytes,
+            **(self.worker.memory() if self.worker is not None else {}),
+        }
 
     def events(self) -> dict[str, int]:
         # With the score partition every worker of a row sees the same terms: the first counts them.

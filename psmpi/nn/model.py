@@ -95,6 +95,8 @@ class Model:
         if batch <= self.capacity:
             return
         self.capacity = batch
+        # What the last forward left would keep the smaller buffers alive.
+        self.outputs: list[np.ndarray] = []
         sizes = [prod(self.network.in_shape)]
         self.buffers: list[np.ndarray | None] = []
         activated = False
@@ -114,9 +116,14 @@ class Model:
         self.gradients = [self.ops.empty(widest * batch, self.dtype) for _ in range(2)]
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of activations and scratch, the weights and gradients not counted."""
-        arrays = [b for b in self.buffers if b is not None] + self.gradients
+    def activation_bytes(self) -> int:
+        """Bytes of the layers' outputs."""
+        return sum(b.nbytes for b in self.buffers if b is not None)
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes of the outputs' gradients and of scratch."""
+        arrays = list(self.gradients)
         for step in self.steps:
             if step.linear is not None:
                 arrays += step.linear.arrays()

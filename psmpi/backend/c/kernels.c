@@ -18,6 +18,8 @@
 typedef struct {
     int32_t count, n, n_in, source, source_step, out;
     int32_t height, width, rows, columns, kernel, stride, batch;
+    /* The samples that the call computes; conv_weight always sums over all. */
+    int32_t first, last;
 } shape_t;
 
 /* 2: AVX-512, 1: AVX2 and FMA, 0: neither. */

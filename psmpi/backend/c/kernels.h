@@ -87,8 +87,8 @@ void NAME(conv_forward)(const shape_t *s, const R *x, const R *kernels, const R 
                 for (int t = 0; t < taps; t++)
                     packed[(ptrdiff_t)t * nu + u] = ks[(ptrdiff_t)(u0 + u) * taps + t];
         }
-        for (int b = 0; b < s->batch;) {
-            const int left = s->batch - b, nv = left >= 2 * VL ? 2 : 1, some = left < VL ? left : 0;
+        for (int b = s->first; b < s->last;) {
+            const int left = s->last - b, nv = left >= 2 * VL ? 2 : 1, some = left < VL ? left : 0;
             for (int i = 0; i < s->rows; i++)
                 for (int j = 0; j < s->columns; j++)
                     for (int block = 0; block < blocks; block++) {
@@ -123,8 +123,8 @@ void NAME(conv_input)(const shape_t *s, const R *dy, const R *kernels, R *dx, R 
                     for (int t = 0; t < k2; t++)
                         packed[((ptrdiff_t)u * k2 + t) * nc + c] = ks[((ptrdiff_t)u * s->n_in + c0 + c) * k2 + t];
         }
-        for (int b = 0; b < s->batch;) {
-            const int left = s->batch - b, nv = left >= 2 * VL ? 2 : 1, some = left < VL ? left : 0;
+        for (int b = s->first; b < s->last;) {
+            const int left = s->last - b, nv = left >= 2 * VL ? 2 : 1, some = left < VL ? left : 0;
             for (int i = 0; i < s->height; i++)
                 for (int j = 0; j < s->width; j++) {
                     /* Output rows and columns that see this input; kernel rows go up as output rows go down. */

@@ -1,0 +1,164 @@
+"""What the ranks of a training run hold in memory, and what they must."""
+
+from __future__ import annotations
+
+import json as jsonlib
+import tracemalloc
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from psmpi.nn.network import Activation, Conv, Flatten, Linear, Network, Pool
+
+if TYPE_CHECKING:
+    from psmpi.config import Config
+
+KINDS = ("weights", "gradients", "optimizer", "activations", "buffers", "samples")
+
+
+def memory(config: Config, json: bool = False) -> int:
+    """Count the bytes that each rank holds after a few steps, beside what its part of the network needs.
+
+    Takes the options of psmpi.train; run it on as many ranks. `needed` follows from the network, the roles and the
+    minibatch alone; `held` is the sum of the arrays; `traced` is what Python and NumPy have allocated for the run in
+    all.
+
+    Args:
+        json: Print JSON.
+    """
+    from threadpoolctl import threadpool_limits
+
+    from psmpi.backend import make_backend
+    from psmpi.comm.world import host, start
+    from psmpi.data import open_dataset
+    from psmpi.loop import plan_steps
+    from psmpi.methods import METHODS
+    from psmpi.nn.zoo import make_network
+
+    world = start()
+    model = config.model
+    dataset = open_dataset(config.data.dataset, config.data.data_dir)
+    network = make_network(model.model, dataset.shape, dataset.classes, widths=model.widths, layers=model.layers)
+    METHODS[config.parallel.method].check(world.size, network, dataset, config)
+    batches, steps, rate = plan_steps(dataset, config)
+    ranks, cores = host(world)
+    threads = config.parallel.threads or max(1, cores // ranks)
+    with threadpool_limits(threads), np.errstate(all="ignore"):
+        ops = make_backend(config.parallel.backend, threads)
+        tracemalloc.start()
+        method = METHODS[config.parallel.method](world, network, dataset, config, ops)
+        for step in range(min(2, steps, batches.steps_per_epoch)):
+            method.step(batches.ids(0, step), rate(step))
+        method.test()
+        traced = tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+    held, needed = method.memory(), _needed(method, network, dataset, config)
+    mine = [float(t.get(kind, 0)) for t in (held, needed) for kind in KINDS]
+    everyone = np.zeros((world.size, 2 * len(KINDS) + 1))
+    world.Allgather(np.array([*mine, float(traced)]), everyone)
+    if world.rank == 0:
+        roles = ["worker" if w is not None else "master" for w in method.roles.workers]
+        count = len(KINDS)
+        rows = [
+            {
+                "rank": rank,
+                "role": roles[rank],
+                "held": dict(zip(KINDS, map(int, row[:count]), strict=True)),
+                "needed": dict(zip(KINDS, map(int, row[count:-1]), strict=True)),
+                "traced": int(row[-1]),
+            }
+            for rank, row in enumerate(everyone)
+        ]
+        if json:
+            print(jsonlib.dumps(rows))
+        else:
+            _show(rows)
+    return 0
+
+
+def _needed(method: Any, network: Network, dataset: Any, config: Config) -> dict[str, int]:
+    """Bytes by kind, from formulas: w, g and the optimizer's vectors of the rank's weights; for a minibatch its
+    samples, one output a layer and the gradients of two; the samples themselves.
+    """
+    rank, roles = method.rank, method.roles
+    part, shard = roles.parts[rank], roles.shards[rank]
+    # A shard inside the part is a slice of it.
+    vector = part.size + (shard.size if method.exchange.inside is None else 0)
+    size = np.dtype(config.model.dtype).itemsize
+    found = {
+        "weights": size * vector,
+        "gradients": size * vector,
+        "optimizer": size * shard.size * len(method.optimizer.vectors),
+    }
+    worker = roles.workers[rank]
+    if worker is None:
+        return found
+    batch = -(-config.data.batch_size // roles.rows)
+    tested = -(-dataset.test.n // roles.rows)
+    batch = max(batch, min(100, tested))
+    outputs, kernels = outputs_of(network, worker.classes)
+    sample = dataset.train.dtype.itemsize * dataset.train.features
+    trained = dataset.train.n
+    if worker.elements is not None:
+        # Of the test samples, a class's first worker of a row takes care.
+        before = (w for w in roles.workers if w is not None and w.row == worker.row and w.column < worker.column)
+        if set(worker.classes) <= {c for w in before for c in w.classes}:
+            tested = 0
+        trained = int(np.isin(dataset.train.labels, list(worker.classes)).sum())
+    return {
+        **found,
+        "activations": size * batch * (prod(network.in_shape) + sum(outputs)),
+        "buffers": size * (batch * (2 * max(outputs) + dataset.classes) + kernels),
+        "samples": sample * (trained + tested + batch) + 8 * (trained + tested),
+    }
+
+
+def outputs_of(network: Network, classes: tuple[int, ...]) -> tuple[list[int], int]:
+    """Of the part of `classes`: the size of each output that a minibatch keeps, a sample; elements of kernels that are
+    wider than the layer's own because mean pooling is folded into them, and of their gradients.
+
+    Activations and flattening work in place on the output before.
+    """
+    outputs: list[int] = []
+    kernels, kept = 0, np.ones(network.in_shape[0], bool)
+    layers = list(zip(network.layers, network.kept(classes), strict=True))
+    for number, (layer, mine) in enumerate(layers):
+        units = int(mine.sum())
+        if isinstance(layer, Flatten):
+            kept = np.repeat(kept, prod(layer.in_shape[1:]))
+        elif isinstance(layer, Pool):
+            folded = layer.kind == "mean" and number > 0 and isinstance(layers[number - 1][0], Conv)
+            size = int(kept.sum()) * prod(layer.out_shape[1:])
+            if folded:
+                conv = layers[number - 1][0]
+                assert isinstance(conv, Conv)
+                outputs[-1] = size
+                kernels += 2 * int(kept.sum()) * conv.group_inputs * (conv.kernel + layer.size - 1) ** 2
+            else:
+                outputs.append(size)
+        elif isinstance(layer, Linear):
+            outputs.append(units * prod(layer.out_shape[1:]))
+            kept = mine
+        elif isinstance(layer, Activation) and number > 0 and isinstance(layers[number - 1][0], Activation):
+            outputs.append(outputs[-1])
+    return outputs, kernels
+
+
+def _show(rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="bytes held, and needed", title_justify="left")
+    table.add_column("rank")
+    for name in (*KINDS, "all", "traced", "traced / needed"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        held, needed = row["held"], row["needed"]
+        cells = [f"{held[kind]:,}\n{needed[kind]:,}" for kind in KINDS]
+        all_held, all_needed = sum(held.values()), sum(needed.values())
+        ratio = f"{row['traced'] / all_needed:.3f}" if all_needed else "-"
+        table.add_row(
+            f"{row['rank']} {row['role']}", *cells, f"{all_held:,}\n{all_needed:,}", f"{row['traced']:,}", ratio
+        )
+    Console(width=160).print(table)

@@ -1,0 +1,167 @@
+"""The measurements: that they run, that their counts are right, and what they say of memory. No times are tested."""
+
+import json
+import re
+import resource
+
+import numpy as np
+import pytest
+from conftest import finish, run, start
+
+from psmpi.bench.compute import LR, Data, operations, ours, problems, theirs
+
+WIDE = """
+[model]
+model = "custom"
+[[model.layers]]
+type = "flatten"
+[[model.layers]]
+type = "dense"
+units = {units}
+[[model.layers]]
+type = "sigmoid"
+[[model.layers]]
+type = "separable_dense"
+units = {units}
+groups = 10
+[[model.layers]]
+type = "sigmoid"
+[[model.layers]]
+type = "separable_dense"
+units = 10
+groups = 10
+"""
+
+
+def test_operations_are_those_of_the_unfused_network():
+    """Against counts by hand: multiplications and additions of each layer, forward, for weights, for inputs."""
+    found = {name: operations(problem, 1) for name, problem in problems().items()}
+    mlp = 2 * (2 * 784 * 1024 + 3 * 1024 * 1024 + 3 * 10 * 1024)
+    assert found["mlp"] == mlp
+    lenet = 24 * 24 * 6 * 25 * 2 + (8 * 8 * 16 * 6 * 25 + 256 * 120 + 120 * 84 + 84 * 10) * 3
+    assert found["mnist-lenet"] == 2 * lenet
+    assert found["one-class"] < found["mnist-psnet"]
+
+
+@pytest.mark.parametrize("name", sorted(problems()))
+def test_the_measured_step_is_a_training_step(name):
+    """Adam's first step moves each weight by the learning rate, against its gradient."""
+    problem = problems()[name]
+    step, w, model = ours(problem, Data(problem, 20), "auto")
+    before = w.copy()
+    step()
+    moved = w - before
+    far = abs(model.g) > 1e-5
+    assert far.any() and np.allclose(moved[far], -LR * np.sign(model.g[far]), rtol=2e-2)
+
+
+@pytest.mark.parametrize("name", sorted(problems()))
+def test_pytorch_makes_the_same_steps(name):
+    pytest.importorskip("torch")
+    problem = problems()[name]
+    data = Data(problem, 20)
+    mine, _, model = ours(problem, data, "auto")
+    other, net = theirs(problem, data, model, False)
+    for _ in range(3):
+        mine()
+        other()
+    weighted = [module for module in net if hasattr(module, "weight")]
+    parts = [s.linear for s in model.steps if s.linear is not None]
+    for module, part in zip(weighted, parts, strict=True):
+        for attribute, k in (("weight", 0), ("bias", 1)):
+            found = np.concatenate([pair[k].reshape(-1) for pair in part.w])
+            expected = getattr(module, attribute).detach().numpy().reshape(-1)
+            # Adam divides small gradients by themselves, so that some weights part early.
+            assert np.median(abs(found - expected)) <= 1e-6
+
+
+def test_compute_measures_side_by_side(tmp_path):
+    pytest.importorskip("torch")
+    options = ("--networks", "one-class", "mlp", "--pairs", "2", "--batch-size", "10")
+    status, out, err = run(
+        1, "-m", "psmpi.bench", "compute", *options, "--json", tmp_path / "a.json", "--plot", tmp_path / "a.png"
+    )
+    assert status == 0, err
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert [row["network"] for row in found["rows"]] == ["one-class", "mlp"] and found["gemm_gflops"] > 0
+    assert all(0 < row["low"] <= row["ratio"] <= row["high"] for row in found["rows"])
+    assert (tmp_path / "a.png").stat().st_size > 1000 and "one-class" in out
+
+
+def test_compute_says_what_it_needs():
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        status, _, err = run(1, "-m", "psmpi.bench", "compute", "--pairs", "1")
+        assert status == 1 and "pip install 'psmpi[torch]'" in err
+    else:
+        status, _, err = run(1, "-m", "psmpi.bench", "compute", "--pairs", "0")
+        assert status == 1 and "--pairs 0" in err
+
+
+@pytest.mark.parametrize(
+    ("ranks", "options"),
+    [
+        (1, ()),
+        (3, ("--placement", "owner")),
+        (3, ("--placement", "master", "--backend", "numpy")),
+        (4, ("--partition", "pairs")),
+        (4, ("--placement", "owner", "--replicas", "3", "--optimizer", "momentum")),
+    ],
+)
+def test_memory_is_what_the_network_needs(ranks, options, tmp_path):
+    """Within a tenth, above 10 MB: of the arrays, and of all that was allocated."""
+    config = tmp_path / "wide.toml"
+    config.write_text(WIDE.format(units=8000))
+    status, out, err = run(ranks, "-m", "psmpi.bench", "memory", "--config", config, "--json", *options)
+    assert status == 0, err
+    large = 0
+    for row in json.loads(out):
+        held, needed = sum(row["held"].values()), sum(row["needed"].values())
+        if needed > 10e6:
+            large += 1
+            assert held <= 1.1 * needed and needed <= 1.1 * held, row
+            assert row["traced"] <= 1.1 * needed, row
+    assert large >= ranks - 1
+    status, out, err = run(ranks, "-m", "psmpi.bench", "memory", *options)
+    assert status == 0 and "traced / needed" in out, err
+
+
+PEAK = """
+import runpy, sys
+sys.argv = ["psmpi.train", *sys.argv[1:]]
+try:
+    runpy.run_module("psmpi.train", run_name="__main__")
+except SystemExit:
+    pass
+[line] = [line for line in open("/proc/self/status") if line.startswith("VmPeak")]
+sys.stdout.write("peak %s\\n" % line.split()[1])
+"""
+
+
+@pytest.mark.slow
+def test_nine_ranks_train_what_one_process_cannot_hold(tmp_path):
+    """Each process may have as much address space as a small run, and half of the whole network's vectors more."""
+    small, wide = tmp_path / "small.toml", tmp_path / "wide.toml"
+    small.write_text(WIDE.format(units=40))
+    wide.write_text(WIDE.format(units=16000))
+    parameters = 65 * 16000 + 10 * 1600 * 1601 + 10 * 1601
+    whole = 4 * 4 * parameters
+    options = ("--placement", "owner", "--max-steps", "3", "--threads", "1", "--config")
+    peaks = []
+    for ranks in (1, 9):
+        status, out, err = run(ranks, "-c", PEAK, *options, small, "--out", tmp_path / f"small{ranks}")
+        assert status == 0, err
+        peaks += [int(kilobytes) << 10 for kilobytes in re.findall(r"peak (\d+)", out)]
+    assert len(peaks) == 10
+    limit = max(peaks) + whole // 2
+
+    def limited():
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+    train = ("-m", "psmpi.train", *options, wide, "--out")
+    status, out, err = finish(start(1, *train, tmp_path / "one", preexec_fn=limited), 120)
+    assert status == 1 and "out of memory" in err and "more ranks" in err, err
+    status, out, err = finish(start(9, *train, tmp_path / "nine", preexec_fn=limited), 200)
+    assert status == 0 and f"{parameters:,} parameters" in out, err
+    assert list((tmp_path / "nine" / "checkpoints").glob("step-*.h5")), out + err
