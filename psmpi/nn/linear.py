@@ -141,6 +141,8 @@ class LinearPart:
 
     def source(self, s: Segment, x: np.ndarray) -> np.ndarray:
         """The inputs of a segment's stripes, (count, n_in, b), as a view of x (inputs, b)."""
+        if s.count == 1 or s.source_step == s.n_in:
+            return x[s.source : s.source + s.count * s.n_in].reshape(s.count, s.n_in, x.shape[1])
         step, width = x.strides
         return as_strided(x[s.source :], (s.count, s.n_in, x.shape[1]), (s.source_step * step, step, width))
 
