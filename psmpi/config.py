@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -159,6 +159,20 @@ class Config:
     run: Run = field(default_factory=Run)
     config: Annotated[str, arg(metavar="FILE.toml")] = ""
     """TOML file with any of these settings, in tables named as the groups here; the command line goes before it."""
+
+
+def defaults(argv: Sequence[str]) -> Config:
+    """The configuration that a command line changes: that of --config, which has to be known before the rest is read.
+
+    UserError where that file is wrong.
+    """
+    path = ""
+    for at, word in enumerate(argv):
+        if word == "--config" and at + 1 < len(argv):
+            path = argv[at + 1]
+        elif word.startswith("--config="):
+            path = word.partition("=")[2]
+    return read_file(path) if path else Config()
 
 
 def from_table(table: Mapping[str, Any], base: Config, where: str) -> Config:

@@ -30,29 +30,16 @@ def parse(argv: list[str]) -> Config:
     """The configuration: defaults, then the TOML file, then the command line. Raises SystemExit as argparse does."""
     import tyro
 
-    from psmpi.config import Config
+    from psmpi.config import Config, defaults
 
     return tyro.cli(
         Config,
         prog="python -m psmpi.train",
         description=DESCRIPTION,
-        default=base(argv),
+        default=defaults(argv),
         config=(tyro.conf.OmitArgPrefixes,),
         args=argv,
     )
-
-
-def base(argv: list[str]) -> Config:
-    """The configuration before the command line: that of --config, which has to be known before the rest is read."""
-    from psmpi.config import Config, read_file
-
-    path = ""
-    for at, word in enumerate(argv):
-        if word == "--config" and at + 1 < len(argv):
-            path = argv[at + 1]
-        elif word.startswith("--config="):
-            path = word.partition("=")[2]
-    return read_file(path) if path else Config()
 
 
 def _main(argv: list[str]) -> int:

@@ -20,13 +20,13 @@ def main(argv: list[str] | None = None) -> int:
     from psmpi.bench.memory import memory
     from psmpi.bench.published import published
     from psmpi.comm.world import run
-    from psmpi.train import base
+    from psmpi.config import defaults
 
     words = sys.argv[1:] if argv is None else argv
 
     def go() -> int:
         app = SubcommandApp()
-        commands: tuple[Callable[..., int], ...] = (checkpoint, compute, _with(memory, base(words)), published)
+        commands: tuple[Callable[..., int], ...] = (checkpoint, compute, _with(memory, defaults(words)), published)
         for command in commands:
             app.command(command)
         try:
