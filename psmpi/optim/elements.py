@@ -1,0 +1,241 @@
+"""Limited-memory quasi-Newton operators of many element functions at once.
+
+Every element e has its own B_e = sigma_e I + Z_e^T W_e Z_e. The rows of Z_e are the last pairs s and y, W_e is
+a small symmetric matrix that follows from their scalar products: so a product with B_e reads each pair once, a new pair
+changes no other vector, and nothing but the pairs is stored. W is that of the L-BFGS recursion (Nocedal and Wright,
+Numerical Optimization, 2nd ed., procedure 7.6) or of the L-SR1 recursion (eq. 6.24 applied pair after pair), both from
+B_0 = sigma I, carried out on coefficients with respect to the pairs.
+
+The update rules PLBFGS, PLSR1 and PLSE are those of Raynaud, Orban, Bigeon, "PLSR1" (Cahiers du GERAD G-2023-41).
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Literal
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from psmpi.errors import UserError
+
+Rule = Literal["plbfgs", "plsr1", "plse"]
+RULES: tuple[Rule, ...] = ("plbfgs", "plsr1", "plse")
+# An SR1 pair is useful where |s^T r| is more than this times ||s|| ||r||.
+OMEGA = 1e-6
+# What s^T y has to exceed, times ||s|| ||y||, to scale B_0 or to pass the relative curvature test.
+FLAT = 1e-8
+# Failures in a row that an element survives with its operator.
+PATIENCE = 4
+# Powell's damping in the two-sided form of the authors' operator.
+DAMP_LOW, DAMP_HIGH = 0.99, 10.0
+
+
+class Outcome(IntEnum):
+    """What a pair did to its element."""
+
+    SKIPPED = 0
+    UPDATED = 1
+    REJECTED = 2
+    RESET = 3
+
+
+class ElementOperators:
+    """`count` operators of `size` variables each; smaller elements are filled up with zeros, which change nothing.
+
+    Vectors are (count, size) of `dtype`, float32 or float64; scalars are float64. `memory` pairs are kept of each. With
+    `relative`, the curvature test of L-BFGS is s^T y > 1e-8 ||s|| ||y||, else s^T y > eps, the spacing of `dtype` at 1.
+    UserError for an unknown rule and for a memory that is not positive.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        size: int,
+        dtype: DTypeLike,
+        rule: Rule,
+        *,
+        memory: int = 5,
+        relative: bool = False,
+        damping: bool = False,
+    ) -> None:
+        if rule not in RULES:
+            raise UserError(f"{rule!r} is no element update: choose one of {', '.join(RULES)}")
+        if memory < 1:
+            raise UserError(f"--memory {memory}: expected 1 or more pairs to remember")
+        self.count, self.size, self.dtype = count, size, np.dtype(dtype)
+        self.rule, self.memory, self.relative, self.damping = rule, memory, relative, damping
+        m = memory
+        # Rows 0..m-1 of an element are its s, rows m..2m-1 its y, in slots.
+        self.pairs = np.zeros((count, 2 * m, size), self.dtype)
+        self.gram = np.zeros((count, 2 * m, 2 * m))
+        self.middle = np.zeros((count, 2 * m, 2 * m))
+        # When the pair of a slot came; -1: the slot is empty.
+        self.stamps = np.full((count, m), -1, np.int64)
+        self.pushes = np.zeros(count, np.int64)
+        self.sigma = np.ones(count)
+        self.failures = np.zeros(count, np.int64)
+        self.indefinite = np.full(count, rule == "plsr1")
+        self.coefficients = np.empty((count, 2 * m, 1), self.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything it holds."""
+        return sum(value.nbytes for value in vars(self).values() if isinstance(value, np.ndarray))
+
+    def product(self, v: np.ndarray, out: np.ndarray) -> None:
+        """out = B_e v_e for every element; v and out (count, size), not the same array."""
+        np.matmul(self.pairs, v[:, :, None], out=self.coefficients)
+        weights = np.matmul(self.middle, self.coefficients.astype(np.float64)).astype(self.dtype)
+        np.matmul(weights.transpose(0, 2, 1), self.pairs, out=out[:, None, :])
+        out += v * self.sigma.astype(self.dtype)[:, None]
+
+    # What is not finite is rejected below, not warned of.
+    @np.errstate(all="ignore")
+    def push(self, s: np.ndarray, y: np.ndarray, seen: np.ndarray) -> np.ndarray:
+        """Give every element the pair of its step s and change of gradient y, (count, size) each; (count,) Outcome.
+
+        seen: (count,) bool, whether the minibatch had samples of the element: others are skipped, as is s = 0. Numbers
+        that are not finite are a pair that is rejected.
+        """
+        bs = np.empty_like(s)
+        self.product(s, bs)
+        if self.damping:
+            y = self._damped(s, y, bs)
+        r = y - bs
+        ss, sy, yy, sr, rr = (_dots(a, b) for a, b in ((s, s), (s, y), (y, y), (s, r), (r, r)))
+        finite = np.isfinite(ss + sy + yy + sr + rr)
+        active = seen & ~(ss == 0)
+        positive = finite & (sy > (FLAT * np.sqrt(ss * yy) if self.relative else np.finfo(self.dtype).eps))
+        secant = finite & (abs(sr) > OMEGA * np.sqrt(ss * rr))
+        if self.rule == "plbfgs":
+            wanted, indefinite = positive, np.zeros(self.count, bool)
+        elif self.rule == "plsr1":
+            wanted, indefinite = secant, np.ones(self.count, bool)
+        else:
+            wanted, indefinite = positive | secant, ~positive
+        chosen = np.flatnonzero(active & wanted)
+        outcome = np.where(active, Outcome.REJECTED, Outcome.SKIPPED)
+        done = self._take(chosen, s, y, (ss, sy, yy), indefinite)
+        outcome[done] = Outcome.UPDATED
+        self.failures[done] = 0
+        failed = outcome == Outcome.REJECTED
+        self.failures[failed] += 1
+        hopeless = failed & (self.failures > PATIENCE)
+        self.reset(np.flatnonzero(hopeless))
+        outcome[hopeless] = Outcome.RESET
+        return outcome
+
+    def reset(self, elements: np.ndarray) -> None:
+        """B_e = I for the elements of these numbers."""
+        self.stamps[elements] = -1
+        self.sigma[elements] = 1.0
+        self.failures[elements] = 0
+        self.gram[elements] = 0
+        self.middle[elements] = 0
+        self.pairs[elements] = 0
+
+    def _take(
+        self,
+        chosen: np.ndarray,
+        s: np.ndarray,
+        y: np.ndarray,
+        products: tuple[np.ndarray, np.ndarray, np.ndarray],
+        indefinite: np.ndarray,
+    ) -> np.ndarray:
+        """Store the pairs of the elements `chosen` where the operator they make is sound; these elements."""
+        m, rows = self.memory, np.arange(len(chosen))
+        ss, sy, yy = (values[chosen] for values in products)
+        turned = self.indefinite[chosen] != indefinite[chosen]
+        stamps = np.where(turned[:, None], -1, self.stamps[chosen])
+        slot = stamps.argmin(axis=1)
+        stamps[rows, slot] = self.pushes[chosen]
+        # The products of the pairs as they will be: those with the new one, in place of its slot's.
+        gram = np.where(turned[:, None, None], 0.0, self.gram[chosen])
+        with_s, with_y = (np.matmul(self.pairs, v[:, :, None])[chosen, :, 0].astype(np.float64) for v in (s, y))
+        with_s[turned], with_y[turned] = 0, 0
+        with_s[rows, slot], with_s[rows, m + slot] = ss, sy
+        with_y[rows, slot], with_y[rows, m + slot] = sy, yy
+        for at, values in ((slot, with_s), (m + slot, with_y)):
+            gram[rows, at] = values
+            gram[rows, :, at] = values
+        scaled = (sy > FLAT * np.sqrt(ss * yy)) & (yy > 0)
+        kept = np.where(turned, 1.0, self.sigma[chosen])
+        sigma = np.where(scaled, yy / sy, kept)
+        middle, stamps, sound = recurse(gram, stamps, sigma, indefinite[chosen])
+        sound &= stamps[rows, slot] >= 0
+        done, good = chosen[sound], np.flatnonzero(sound)
+        # A fresh operator has nothing of the old one.
+        self.pairs[chosen[sound & turned]] = 0
+        self.pairs[done, slot[good]] = s[done]
+        self.pairs[done, m + slot[good]] = y[done]
+        self.gram[done], self.middle[done], self.stamps[done] = gram[good], middle[good], stamps[good]
+        self.sigma[done] = sigma[good]
+        self.indefinite[done] = indefinite[done]
+        self.pushes[done] += 1
+        return done
+
+    def _damped(self, s: np.ndarray, y: np.ndarray, bs: np.ndarray) -> np.ndarray:
+        """y moved towards B s where s^T y is far from s^T B s (Powell 1978, with a bound above as well)."""
+        sy, sbs = _dots(s, y), _dots(s, bs)
+        low = np.where(sy < (1 - DAMP_LOW) * sbs, DAMP_LOW * sbs / (sbs - sy), 1.0)
+        theta = np.where(sy > (1 + DAMP_HIGH) * sbs, DAMP_HIGH * sbs / (sy - sbs), low)
+        theta = np.where(np.isfinite(theta) & (sbs > 0), theta, 1.0).astype(self.dtype)[:, None]
+        damped: np.ndarray = theta * y + (1 - theta) * bs
+        return damped
+
+
+def recurse(
+    gram: np.ndarray, stamps: np.ndarray, sigma: np.ndarray, indefinite: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The middle matrices W (count, 2m, 2m) of operators whose pairs have the scalar products `gram` (count, 2m, 2m).
+
+    stamps (count, m): age of the pairs by slot, -1 where there is none; sigma (count,): B_0 = sigma I; indefinite
+    (count,) bool: L-SR1, else L-BFGS. Returns W, the stamps without the pairs that had to be dropped because their
+    denominator is too small, and (count,) bool: whether the newest pair is still there and all numbers are finite.
+    """
+    count, m = stamps.shape
+    rows = np.arange(count)[:, None]
+    # Slots by age, the oldest first and empty ones last; all below is in this order.
+    order = np.argsort(np.where(stamps < 0, np.iinfo(np.int64).max, stamps), axis=1, kind="stable")
+    index = np.concatenate([order, m + order], axis=1)
+    g = gram[rows[:, :, None], index[:, :, None], index[:, None, :]]
+    used = np.take_along_axis(stamps, order, axis=1) >= 0
+    newest = used.sum(axis=1) - 1
+    vectors = np.zeros((count, m, 2 * m))
+    weights = np.zeros((count, m))
+    gains = np.zeros((count, m))
+    # Of L-BFGS the old vectors are subtracted, and so are their weights; of L-SR1 neither.
+    sign = np.where(indefinite, -1.0, 1.0)[:, None]
+    with np.errstate(all="ignore"):
+        for k in range(m):
+            c = np.zeros((count, 2 * m))
+            c[:, k] = np.where(indefinite, -sigma, sigma)
+            c[:, m + k] = indefinite
+            # Products of s_k with the y of older pairs, and with their a.
+            along = np.einsum("eij,ej->ei", vectors[:, :k], g[:, :, k])
+            c += sign * np.einsum("ei,eij->ej", along * weights[:, :k], vectors[:, :k])
+            c[:, m : m + k] += g[:, m : m + k, k] * gains[:, :k]
+            d = np.einsum("ej,ej->e", c, g[:, :, k])
+            size = np.sqrt(np.maximum(np.einsum("ei,eij,ej->e", c, g, c), 0) * g[:, k, k])
+            good = used[:, k] & np.where(indefinite, abs(d) > OMEGA * size, (d > 0) & (g[:, m + k, k] > 0))
+            good &= np.isfinite(d)
+            used[:, k] = good
+            vectors[:, k] = np.where(good[:, None], c, 0.0)
+            weights[:, k] = np.where(good, np.where(indefinite, 1.0, -1.0) / d, 0.0)
+            gains[:, k] = np.where(good & ~indefinite, 1 / g[:, m + k, k], 0.0)
+        w = np.einsum("ek,eki,ekj->eij", weights, vectors, vectors)
+    diagonal = np.arange(m)
+    w[:, m + diagonal, m + diagonal] += gains
+    middle = np.zeros_like(w)
+    middle[rows[:, :, None], index[:, :, None], index[:, None, :]] = w
+    left = np.full_like(stamps, -1)
+    np.put_along_axis(left, order, np.where(used, np.take_along_axis(stamps, order, axis=1), -1), axis=1)
+    sound = used[np.arange(count), np.maximum(newest, 0)] & np.isfinite(w).all(axis=(1, 2))
+    return middle, left, sound
+
+
+def _dots(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Scalar products (count,) of rows, summed in float64."""
+    found: np.ndarray = np.einsum("ei,ei->e", a, b, dtype=np.float64, casting="same_kind")
+    return found

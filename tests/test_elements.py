@@ -1,0 +1,226 @@
+"""Element quasi-Newton operators against dense matrices built pair after pair, and their safeguards."""
+
+import numpy as np
+import pytest
+
+from psmpi.errors import UserError
+from psmpi.optim.elements import FLAT, OMEGA, RULES, ElementOperators, Outcome
+
+F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
+SECANT = {(F64, False): 1e-10, (F64, True): 1e-10, (F32, False): 1e-5, (F32, True): 5e-3}
+
+
+def quadratics(count, n, rng, definite):
+    """Symmetric matrices (count, n, n), positive definite of condition number about 50 where `definite`."""
+    found = []
+    for k in range(count):
+        q = np.linalg.qr(rng.standard_normal((n, n)))[0]
+        values = np.geomspace(0.1, 5, n)
+        found.append(q * np.where(definite[k], values, values * rng.choice([-1, 1], n)) @ q.T)
+    return np.stack(found)
+
+
+def dense(pairs, sigma, indefinite):
+    """The update formulas, from sigma I."""
+    b = sigma * np.eye(len(pairs[0][0]))
+    for s, y in pairs:
+        if indefinite:
+            r = y - b @ s
+            b = b + np.outer(r, r) / (s @ r)
+        else:
+            bs = b @ s
+            b = b - np.outer(bs, bs) / (s @ bs) + np.outer(y, y) / (s @ y)
+    return b
+
+
+def matrices(op):
+    """What `product` multiplies by, (count, size, size)."""
+    found, out = [], np.empty((op.count, op.size), op.dtype)
+    for k in range(op.size):
+        v = np.zeros_like(out)
+        v[:, k] = 1
+        op.product(v, out)
+        found.append(out.copy())
+    return np.stack(found, axis=2)
+
+
+def stored(op, e):
+    order = [k for k in np.argsort(op.stamps[e]) if op.stamps[e, k] >= 0]
+    return [(op.pairs[e, k].astype(np.float64), op.pairs[e, op.memory + k].astype(np.float64)) for k in order]
+
+
+@pytest.mark.parametrize("dtype", [F64, F32], ids=str)
+@pytest.mark.parametrize("rule", RULES)
+def test_operators_are_the_dense_recursion_and_satisfy_the_secant_equation(rule, dtype):
+    rng, count, n = np.random.default_rng(0), 7, 30
+    definite = np.array([rule == "plbfgs" or k % 2 == 0 for k in range(count)])
+    a = quadratics(count, n, rng, definite)
+    op = ElementOperators(count, n, dtype, rule)
+    updates = 0
+    for _ in range(50):
+        s = rng.standard_normal((count, n)).astype(dtype)
+        y = np.einsum("eij,ej->ei", a, s).astype(dtype)
+        before, out = np.empty_like(s), np.empty_like(s)
+        op.product(s, before)
+        outcome = op.push(s, y, np.ones(count, bool))
+        op.product(s, out)
+        for e in np.flatnonzero(outcome == Outcome.UPDATED):
+            updates += 1
+            # The product cancels what the operator said before: no rounding is below that of its size.
+            size = max(np.linalg.norm(y[e]), np.linalg.norm(before[e]) if dtype == F32 else 0)
+            assert np.linalg.norm(out[e] - y[e]) <= SECANT[dtype, bool(op.indefinite[e])] * size
+        if dtype == F64:
+            for e, b in enumerate(matrices(op)):
+                expected = dense(stored(op, e), op.sigma[e], op.indefinite[e])
+                if not op.indefinite[e]:
+                    assert np.linalg.norm(b - expected) <= 1e-12 * np.linalg.norm(expected)
+                    assert np.linalg.eigvalsh(b).min() > 0
+                else:
+                    # Formulas in wider numbers tell how well a float64 recursion can do at all.
+                    wide = [(s.astype(np.longdouble), y.astype(np.longdouble)) for s, y in stored(op, e)]
+                    exact = dense(wide, np.longdouble(op.sigma[e]), True).astype(np.float64)
+                    reach = np.linalg.norm(expected - exact) / np.linalg.norm(exact)
+                    assert np.linalg.norm(b - exact) <= max(1e-12, 10 * reach) * np.linalg.norm(exact)
+                assert abs(b - b.T).max() <= 1e-12 * abs(b).max()
+    assert updates >= 40 * count
+
+
+def test_sr1_recovers_an_indefinite_hessian():
+    rng, n = np.random.default_rng(3), 8
+    a = quadratics(4, n, rng, np.zeros(4, bool))
+    op = ElementOperators(4, n, F64, "plsr1", memory=n)
+    for _ in range(n):
+        s = rng.standard_normal((4, n))
+        assert (op.push(s, np.einsum("eij,ej->ei", a, s), np.ones(4, bool)) == Outcome.UPDATED).all()
+    assert abs(matrices(op) - a).max() <= 1e-10 * abs(a).max()
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_element_is_alone(rule):
+    """Pushes that come to some elements only leave those where they would be without the others."""
+    rng, count, n = np.random.default_rng(4), 5, 12
+    a = quadratics(count, n, rng, np.array([True, False, True, False, True]))
+    together = ElementOperators(count, n, F64, rule, memory=3)
+    apart = [ElementOperators(1, n, F64, rule, memory=3) for _ in range(count)]
+    for _ in range(20):
+        s, seen = rng.standard_normal((count, n)), rng.random(count) < 0.6
+        y = np.einsum("eij,ej->ei", a, s)
+        outcome = together.push(s, y, seen)
+        for e in range(count):
+            assert apart[e].push(s[e : e + 1], y[e : e + 1], seen[e : e + 1])[0] == outcome[e]
+    expected = np.concatenate([matrices(op) for op in apart])
+    assert np.linalg.norm(matrices(together) - expected) <= 1e-12 * np.linalg.norm(expected)
+
+
+def test_a_bad_pair_leaves_plbfgs_as_it_is_and_the_fifth_resets_it():
+    rng, n = np.random.default_rng(5), 10
+    op = ElementOperators(2, n, F64, "plbfgs")
+    s = rng.standard_normal((2, n))
+    op.push(s, 3 * s, np.ones(2, bool))
+    before = matrices(op)
+    for k in range(1, 6):
+        outcome = op.push(s, -s, np.array([True, False]))
+        assert outcome.tolist() == [Outcome.REJECTED if k < 5 else Outcome.RESET, Outcome.SKIPPED]
+        assert np.array_equal(matrices(op)[0], before[0] if k < 5 else np.eye(n))
+        assert op.failures.tolist() == [k % 5, 0] and np.array_equal(matrices(op)[1], before[1])
+    # An update in between starts the count again.
+    for wanted in (-1, -1, -1, -1, 2, -1, -1, -1, -1):
+        assert op.push(s, wanted * s, np.array([True, False]))[0] in (Outcome.REJECTED, Outcome.UPDATED)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_absent_classes_zero_steps_and_numbers_that_are_not_finite(rule):
+    rng, n = np.random.default_rng(6), 10
+    op = ElementOperators(3, n, F64, rule)
+    s = rng.standard_normal((3, n))
+    op.push(s, 2 * s + 0.1 * np.roll(s, 1, axis=1), np.ones(3, bool))
+    before, failures = matrices(op), op.failures.copy()
+    assert (op.push(s, np.zeros_like(s), np.zeros(3, bool)) == Outcome.SKIPPED).all()
+    assert (op.push(np.zeros_like(s), s, np.ones(3, bool)) == Outcome.SKIPPED).all()
+    assert np.array_equal(matrices(op), before) and np.array_equal(op.failures, failures)
+    y = s.copy()
+    y[0, 0], y[1, 3] = np.nan, np.inf
+    outcome = op.push(s, y, np.array([True, True, False]))
+    assert outcome.tolist() == [Outcome.REJECTED, Outcome.REJECTED, Outcome.SKIPPED]
+    assert np.array_equal(matrices(op), before) and op.failures.tolist() == [1, 1, 0]
+
+
+def test_a_pair_of_negative_curvature_makes_at_most_that_many_negative_eigenvalues():
+    """With s^T y / y^T y as the scale, all but one eigenvalue of the element would be negative."""
+    rng, n = np.random.default_rng(7), 30
+    op = ElementOperators(1, n, F64, "plsr1")
+    for count in range(1, 4):
+        s = rng.standard_normal((1, n))
+        y = -s + 0.1 * rng.standard_normal((1, n))
+        assert op.push(s, y, np.ones(1, bool))[0] == Outcome.UPDATED
+        assert op.sigma[0] == 1 and (np.linalg.eigvalsh(matrices(op)[0]) < 0).sum() <= count
+
+
+def test_plse_changes_its_operator_with_the_curvature():
+    rng, n = np.random.default_rng(8), 10
+    op = ElementOperators(1, n, F64, "plse")
+    s = rng.standard_normal((3, 1, n))
+    seen = np.ones(1, bool)
+    op.push(s[0], 2 * s[0], seen)
+    assert not op.indefinite[0]
+    op.push(s[1], -s[1], seen)
+    assert op.indefinite[0] and (op.stamps >= 0).sum() == 1
+    op.push(s[2], 3 * s[2], seen)
+    assert not op.indefinite[0] and (op.stamps >= 0).sum() == 1
+    assert abs(matrices(op)[0] - dense([(s[2, 0], 3 * s[2, 0])], op.sigma[0], False)).max() <= 1e-14
+
+
+def test_an_older_pair_that_no_longer_fits_is_dropped():
+    """With the scale 2 of the second pair, s_1^T (y_1 - 2 s_1) = 0."""
+    e = np.eye(6)[:, None]
+    op = ElementOperators(1, 6, F64, "plsr1")
+    seen = np.ones(1, bool)
+    assert op.push(e[0], 2 * e[0] + e[2], seen)[0] == Outcome.UPDATED and op.sigma[0] == 2.5
+    assert op.push(e[1], e[1] + e[3], seen)[0] == Outcome.UPDATED and op.sigma[0] == 2
+    assert (op.stamps >= 0).sum() == 1
+    assert abs(matrices(op)[0] - dense([(e[1, 0], (e[1] + e[3])[0])], 2.0, True)).max() <= 1e-14
+    # The newest pair must fit: y = c s does not, under the scale c that it brings.
+    before = matrices(op)
+    assert op.push(e[4], 3 * e[4], seen)[0] == Outcome.REJECTED and np.array_equal(matrices(op), before)
+
+
+def test_the_relative_test_does_not_depend_on_scale():
+    rng, n = np.random.default_rng(9), 10
+    s = 1e-6 * rng.standard_normal((1, n))
+    absolute, relative = (ElementOperators(1, n, F32, "plbfgs", relative=r) for r in (False, True))
+    pair = s.astype(np.float32), (1e-6 * s).astype(np.float32)
+    assert absolute.push(*pair, np.ones(1, bool))[0] == Outcome.REJECTED
+    assert relative.push(*pair, np.ones(1, bool))[0] == Outcome.UPDATED
+    assert FLAT == 1e-8 and OMEGA == 1e-6
+
+
+def test_damping_keeps_pairs_of_negative_curvature_useful():
+    rng, n = np.random.default_rng(10), 10
+    op = ElementOperators(1, n, F64, "plbfgs", damping=True)
+    s = rng.standard_normal((1, n))
+    assert op.push(s, -s, np.ones(1, bool))[0] == Outcome.UPDATED
+    b = matrices(op)[0]
+    assert np.linalg.eigvalsh(b).min() > 0
+    # The damped pair has s^T y = (1 - 0.99) s^T B s.
+    assert (s @ b @ s.T)[0, 0] == pytest.approx(0.01 * (s @ s.T)[0, 0])
+
+
+def test_padding_changes_nothing():
+    rng, n = np.random.default_rng(11), 9
+    a = quadratics(1, n, rng, np.ones(1, bool))[0]
+    narrow, wide = ElementOperators(1, n, F64, "plse"), ElementOperators(1, n + 4, F64, "plse")
+    for _ in range(8):
+        s = rng.standard_normal((1, n))
+        pair = s, s @ a
+        narrow.push(*pair, np.ones(1, bool))
+        wide.push(*(np.pad(v, ((0, 0), (0, 4))) for v in pair), np.ones(1, bool))
+    b = matrices(wide)[0]
+    assert abs(b[:n, :n] - matrices(narrow)[0]).max() <= 1e-12 * abs(b).max()
+    assert np.array_equal(b[n:, :n], np.zeros((4, n)))
+
+
+def test_wrong_settings_are_named():
+    with pytest.raises(UserError, match="no element update"):
+        ElementOperators(1, 3, F64, "bfgs")
+    with pytest.raises(UserError, match="--memory 0"):
+        ElementOperators(1, 3, F64, "plse", memory=0)
