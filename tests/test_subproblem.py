@@ -1,0 +1,157 @@
+"""Truncated conjugate gradients against dense linear algebra, and the rules for lengths and radii."""
+
+import itertools
+from math import inf, isnan, nan, sqrt
+
+import numpy as np
+import pytest
+
+from psmpi.optim.subproblem import LARGEST, SMALLEST, Momentum, TrustRegion, armijo, truncated_cg
+
+
+def solve(b, g, **options):
+    """(x, direction, x as one who only hears of the lengths has it)."""
+    n = len(g)
+    x, followed, last = np.empty(n, g.dtype), np.zeros(n, g.dtype), np.empty(n, g.dtype)
+
+    def product(p, q):
+        np.copyto(last, p)
+        q[:] = b @ p
+        return float(p @ q)
+
+    def follow(a):
+        nonlocal followed
+        followed += g.dtype.type(a) * last
+
+    found = truncated_cg(g, x, product, follow, lambda v: v, np.empty((3, n), g.dtype), **options)
+    assert np.array_equal(followed, x)
+    assert found.length == pytest.approx(np.linalg.norm(x), abs=1e-12) and found.slope == pytest.approx(g @ x, rel=1e-9)
+    assert found.curvature == pytest.approx(x @ b @ x, rel=1e-7, abs=1e-7)
+    return x, found
+
+
+def test_a_definite_system_is_solved():
+    rng = np.random.default_rng(0)
+    for n in (1, 3, 12, 40):
+        q = np.linalg.qr(rng.standard_normal((n, n)))[0]
+        b, g = (q * np.linspace(1, 50, n)) @ q.T, rng.standard_normal(n)
+        x, found = solve(b, g, rtol=1e-13, itmax=4 * n)
+        assert np.allclose(x, np.linalg.solve(b, -g), rtol=1e-9, atol=1e-12) and found.end == "converged"
+
+
+def test_the_tolerance_and_the_cap_end_it():
+    rng = np.random.default_rng(1)
+    q = np.linalg.qr(rng.standard_normal((30, 30)))[0]
+    b, g = (q * np.geomspace(1, 1e4, 30)) @ q.T, rng.standard_normal(30)
+    for rtol in (0.5, 1e-1, 1e-2):
+        x, found = solve(b, g, rtol=rtol, itmax=100)
+        assert np.linalg.norm(b @ x + g) <= rtol * np.linalg.norm(g) and found.end == "converged"
+    _, found = solve(b, g, rtol=1e-9, itmax=5)
+    assert (found.iterations, found.end) == (5, "iterations")
+    _, found = solve(b, np.zeros(30))
+    assert (found.iterations, found.length) == (0, 0)
+
+
+def test_a_trust_region_step_is_as_good_as_the_cauchy_point():
+    """200 random indefinite systems: inside the radius, on it when it says so, and never worse."""
+    rng, ends = np.random.default_rng(2), set()
+    for _ in range(200):
+        a = rng.standard_normal((12, 12))
+        b, g = (a + a.T) / 2 + rng.uniform(-1, 6) * np.eye(12), rng.standard_normal(12)
+        radius = float(rng.uniform(0.1, 3))
+        x, found = solve(b, g, radius=radius, itmax=24)
+        ends.add(found.end)
+        assert np.linalg.norm(x) <= radius * (1 + 1e-12)
+        if found.end == "boundary":
+            assert np.linalg.norm(x) == pytest.approx(radius, rel=1e-12)
+        gbg, norm = g @ b @ g, np.linalg.norm(g)
+        tau = 1.0 if gbg <= 0 else min(1.0, norm**3 / (radius * gbg))
+        cauchy = -tau * radius / norm * g
+        assert g @ x + x @ b @ x / 2 <= g @ cauchy + cauchy @ b @ cauchy / 2 + 1e-12
+    assert ends == {"boundary", "converged"}
+
+
+def test_without_a_radius_the_direction_always_descends():
+    rng, ends = np.random.default_rng(3), set()
+    for _ in range(200):
+        a = rng.standard_normal((12, 12))
+        b, g = (a + a.T) / 2 + rng.uniform(-3, 6) * np.eye(12), rng.standard_normal(12)
+        x, found = solve(b, g, itmax=24)
+        ends.add(found.end)
+        assert g @ x < 0
+        if found.end == "curvature" and found.iterations == 1:
+            assert np.array_equal(x, -g)
+    assert {"curvature", "converged"} <= ends
+
+
+@pytest.mark.parametrize("parts", [1, 2, 5])
+def test_shards_take_the_same_iterations(parts):
+    """Vectors cut into shards, as on several masters: sums in another order, else the same."""
+    rng = np.random.default_rng(4)
+    a = rng.standard_normal((40, 40))
+    b, g = a @ a.T / 40 + np.eye(40), rng.standard_normal(40)
+    whole, expected = solve(b, g, rtol=1e-4, itmax=80)
+
+    def allsum(values):
+        # The serial run stands for all shards: its sums are made piece by piece.
+        return values
+
+    edges = np.linspace(0, 40, parts + 1).astype(int)
+    x, q = np.empty(40), np.empty(40)
+
+    def product(p, out):
+        out[:] = b @ p
+        return sum(float(p[i:j] @ out[i:j]) for i, j in itertools.pairwise(edges))
+
+    found = truncated_cg(g, x, product, lambda a: None, allsum, np.stack([q, q.copy(), q.copy()]), rtol=1e-4, itmax=80)
+    assert found.iterations == expected.iterations and np.allclose(x, whole, rtol=1e-12, atol=1e-12)
+
+
+def test_numbers_that_are_not_finite_end_it_at_once():
+    x, g = np.empty(3), np.array([1.0, nan, 0.0])
+    found = truncated_cg(g, x, lambda p, q: nan, lambda a: None, lambda v: v, np.empty((3, 3)))
+    assert found.iterations == 0 and (x == 0).all()
+
+
+def test_line_searches_of_the_specification():
+    assert armijo(lambda b: (b - 3) ** 2, 9.0, -6.0)[0] == pytest.approx(3.375)
+    assert armijo(lambda b: (40 * b - 1) ** 2, 1.0, -80.0)[0] == pytest.approx((2 / 3) ** 8)
+    assert armijo(lambda b: (b - 3) ** 2, 9.0, -6.0, extend=False) == (1.0, 4.0)
+    assert armijo(lambda b: 1 + b, 1.0, -1.0) is None
+    assert armijo(lambda b: nan, 1.0, -1.0) is None
+    assert armijo(lambda b: 0.0, 1.0, 1.0) is None
+    tried = []
+    armijo(lambda b: tried.append(b) or inf, 1.0, -1.0)
+    assert len(tried) == 47 and tried[-1] < 1e-8 < tried[-2]
+
+
+def test_the_radius_follows_the_ratio():
+    region = TrustRegion()
+    assert region.judge(1.0, 0.5, 0.5, 0.9) and region.radius == 2
+    assert region.judge(1.0, 0.5, 0.5, 0.9) and region.radius == 2, "the step was short of the radius"
+    assert region.judge(1.0, 0.9, 0.5, 2.0) and region.radius == 2, "the decrease was less than promised"
+    assert not region.judge(1.0, 1.1, 0.5, 2.0) and region.radius == 1
+    assert not region.judge(1.0, nan, 0.5, 2.0) and region.radius == 0.5
+    assert not region.judge(1.0, 0.5, 0.0, 2.0) and region.radius == 0.25
+    for _ in range(60):
+        region.judge(1.0, nan, 1.0, 1.0)
+    assert region.radius == SMALLEST
+    for _ in range(60):
+        region.judge(1.0, 0.0, 1.0, region.radius)
+    assert region.radius == LARGEST and not isnan(region.radius)
+
+
+def test_the_momentum_of_the_specification():
+    m = Momentum(adaptive=True)
+    found = []
+    for _ in range(3):
+        mu = m.next()
+        found += [mu, m.theta]
+    expected = [0.0, 0.618036753, 0.281749929, 0.455891741, 0.434034823]
+    assert found[:5] == pytest.approx(expected, abs=1e-9)
+    for _ in range(200000):
+        mu = m.next()
+    assert mu == pytest.approx((1 - sqrt(1e-5)) / (1 + sqrt(1e-5)), abs=1e-6)
+    m.fail()
+    assert m.next() == 0
+    assert Momentum(adaptive=False).next() == 0.9
