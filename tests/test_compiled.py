@@ -143,6 +143,28 @@ def test_models_give_the_scores_and_gradients_of_the_reference(name, batch, leve
 
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
 @pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_gradients_of_samples_are_those_of_the_reference(name, level, dtype):
+    network = make(name)
+    layout = network.layout()
+    rng = np.random.default_rng(0)
+    w = rng.standard_normal(layout.size).astype(dtype)
+    x = rng.random((int(np.prod(network.in_shape)), 19)).astype(dtype)
+    for classes in (tuple(range(network.classes)), (1,)):
+        part = layout.part(classes)
+        mine = np.concatenate([w[a:b] for a, b in part.intervals])
+        results = []
+        for ops in (NumpyOps(), CompiledOps(level)):
+            model = Model(network, layout, mine, np.full_like(mine, np.nan), ops, classes)
+            samples = np.full((part.size, 19), np.nan, dtype)
+            scores = model.forward(x)
+            model.backward(np.cos(np.arange(scores.size)).reshape(scores.shape).astype(dtype), samples)
+            results.append(samples)
+        assert far(results[1], results[0]) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("batch", [1, 20, 100])
 @pytest.mark.parametrize("name", SHAPES)
 def test_threads_compute_the_same_bits(name, batch, level, dtype, monkeypatch):
@@ -160,6 +182,9 @@ def test_threads_compute_the_same_bits(name, batch, level, dtype, monkeypatch):
         found = [np.full_like(a, np.nan) for a in (dy, kernels, x)]
         plan.forward(x, kernels, kernels[:, 0, 0, 0].copy(), found[0])
         plan.backward(x, dy, kernels, found[1], found[2])
+        found.append(np.full((*kernels.shape, batch), np.nan, dtype))
+        plan.samples(x, dy, found[3])
+        assert far(found[3].sum(axis=-1), found[1]) <= TOLERANCE[dtype]
         results.append(found)
     for found in results[1:]:
         assert all(np.array_equal(a, b) for a, b in zip(found, results[0], strict=True))

@@ -183,6 +183,26 @@ def test_float32_follows_float64(name):
         assert np.linalg.norm(single - double) <= 1e-5 * np.linalg.norm(double)
 
 
+@pytest.mark.parametrize("name", NETWORKS)
+def test_gradients_of_samples_are_those_of_minibatches_of_one(name):
+    network = make(name)
+    layout, w, x, d = random_problem(network, batch=5)
+    for classes in (None, (1,)):
+        part = layout.part(range(network.classes) if classes is None else classes)
+        mine = np.concatenate([w[a:b] for a, b in part.intervals])
+        model = Model(network, layout, mine, np.full_like(mine, np.nan), NumpyOps(), classes)
+        rows = slice(None) if classes is None else slice(1, 2)
+        samples = np.full((part.size, 5), np.nan)
+        model.forward(x)
+        model.backward(d[rows].copy(), samples)
+        assert np.isnan(model.g).all(), "the gradient of the minibatch is not asked for"
+        for k in range(5):
+            model.forward(np.ascontiguousarray(x[:, k : k + 1]))
+            model.backward(np.ascontiguousarray(d[rows, k : k + 1]))
+            assert np.linalg.norm(samples[:, k] - model.g) <= 1e-12 * np.linalg.norm(model.g)
+            model.g.fill(np.nan)
+
+
 def test_any_batch_size_uses_the_same_buffers():
     network = make("mean pooling")
     layout, w, x, d = random_problem(network, batch=9)

@@ -112,6 +112,7 @@ class Direct:
         self._forward = function("conv_forward", dtype, "pppppp", instructions)
         self._input = function("conv_input", dtype, "pppppi", instructions)
         self._weight = function("conv_weight", dtype, "pppp", instructions)
+        self._samples = function("conv_samples", dtype, "pppp", instructions)
 
     def reserve(self, batch: int) -> None:
         """Needs nothing that grows with the minibatch."""
@@ -123,7 +124,7 @@ class Direct:
         """Threads that a call is worth."""
         return min(self.team.size, max(1, self.work * batch // WORK))
 
-    def _samples(self, batch: int, members: int) -> None:
+    def _samples_of(self, batch: int, members: int) -> None:
         """Tell each thread its samples, in whole cache lines."""
         edges = [min(batch, -(-batch * k // members // LINE) * LINE) for k in range(members)] + [batch]
         for k in range(members):
@@ -132,7 +133,7 @@ class Direct:
 
     def forward(self, x: np.ndarray, kernels: np.ndarray, bias: np.ndarray, y: np.ndarray) -> None:
         members = self._members(x.shape[-1])
-        self._samples(x.shape[-1], members)
+        self._samples_of(x.shape[-1], members)
 
         def share(k: int) -> None:
             for shape in self.shapes[k]:
@@ -141,20 +142,31 @@ class Direct:
         self.team.run(share, members)
 
     def backward(
-        self, x: np.ndarray, dy: np.ndarray, kernels: np.ndarray, dkernels: np.ndarray, dx: np.ndarray | None
+        self, x: np.ndarray, dy: np.ndarray, kernels: np.ndarray, dkernels: np.ndarray | None, dx: np.ndarray | None
     ) -> None:
         members = self._members(x.shape[-1])
-        self._samples(x.shape[-1], members)
+        self._samples_of(x.shape[-1], members)
         if dx is not None and not self.covers:
             dx.fill(0)
 
         def share(k: int) -> None:
-            for shape in self.unit_shapes[k] if members > 1 else self.shapes[0]:
-                shape[-3] = x.shape[-1]
-                self._weight(*map(pointer, (shape, x, dy, dkernels)))
+            if dkernels is not None:
+                for shape in self.unit_shapes[k] if members > 1 else self.shapes[0]:
+                    shape[-3] = x.shape[-1]
+                    self._weight(*map(pointer, (shape, x, dy, dkernels)))
             if dx is not None:
                 for shape in self.shapes[k]:
                     self._input(*map(pointer, (shape, dy, kernels, dx, self.packs[k])), not self.covers)
+
+        self.team.run(share, members)
+
+    def samples(self, x: np.ndarray, dy: np.ndarray, dkernels: np.ndarray) -> None:
+        members = self._members(x.shape[-1])
+        self._samples_of(x.shape[-1], members)
+
+        def share(k: int) -> None:
+            for shape in self.shapes[k]:
+                self._samples(*map(pointer, (shape, x, dy, dkernels)))
 
         self.team.run(share, members)
 

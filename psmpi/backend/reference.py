@@ -43,9 +43,12 @@ class Convolution(Protocol):
         """y (units, rows, columns, b) = bias (units,) + the correlations."""
 
     def backward(
-        self, x: np.ndarray, dy: np.ndarray, kernels: np.ndarray, dkernels: np.ndarray, dx: np.ndarray | None
+        self, x: np.ndarray, dy: np.ndarray, kernels: np.ndarray, dkernels: np.ndarray | None, dx: np.ndarray | None
     ) -> None:
-        """The gradients with respect to the kernels and, where dx is given, the input, from that of y."""
+        """The gradients with respect to the kernels and the input, where these are given, from that of y."""
+
+    def samples(self, x: np.ndarray, dy: np.ndarray, dkernels: np.ndarray) -> None:
+        """dkernels (units, n_in, kernel, kernel, b): what each sample adds to the gradient of the kernels."""
 
     def arrays(self) -> list[np.ndarray]:
         """Its buffers."""
@@ -110,29 +113,42 @@ class Im2col:
         y += bias[:, None, None, None]
 
     def backward(
-        self, x: np.ndarray, dy: np.ndarray, kernels: np.ndarray, dkernels: np.ndarray, dx: np.ndarray | None
+        self, x: np.ndarray, dy: np.ndarray, kernels: np.ndarray, dkernels: np.ndarray | None, dx: np.ndarray | None
     ) -> None:
         if dx is not None:
             dx.fill(0)
         for r0, r1 in self._chunks(x.shape[-1]):
-            cols = self._columns(self.cols, r1 - r0, x.shape[-1])
-            im2col(x, self.stride, r0, cols)
             out = dy[:, r0:r1].reshape(self.units, -1)
-            into = dkernels
-            if r0 > 0:
-                if self.product.shape != dkernels.shape:
-                    self.product = np.empty_like(dkernels)
-                into = self.product
-            for s in self.stripes:
-                np.matmul(self._rows(s, out), self._source(s, cols).transpose(0, 2, 1), out=self._rows(s, into))
-            if r0 > 0:
-                dkernels += self.product
+            if dkernels is not None:
+                self._add_product(x, out, r0, r1, dkernels)
             if dx is not None:
                 dcols = self._columns(self.dcols, r1 - r0, x.shape[-1])
                 for s in self.stripes:
                     weights = self._rows(s, kernels).transpose(0, 2, 1)
                     np.matmul(weights, self._rows(s, out), out=self._source(s, dcols))
                 col2im(dcols, self.stride, r0, dx)
+
+    def _add_product(self, x: np.ndarray, out: np.ndarray, r0: int, r1: int, dkernels: np.ndarray) -> None:
+        """The share of output rows [r0, r1), whose gradient is `out`, in that of the kernels; the first one sets it."""
+        cols = self._columns(self.cols, r1 - r0, x.shape[-1])
+        im2col(x, self.stride, r0, cols)
+        into = dkernels
+        if r0 > 0:
+            if self.product.shape != dkernels.shape:
+                self.product = np.empty_like(dkernels)
+            into = self.product
+        for s in self.stripes:
+            np.matmul(self._rows(s, out), self._source(s, cols).transpose(0, 2, 1), out=self._rows(s, into))
+        if r0 > 0:
+            dkernels += self.product
+
+    def samples(self, x: np.ndarray, dy: np.ndarray, dkernels: np.ndarray) -> None:
+        batch, one = x.shape[-1], np.empty(dkernels.shape[:-1], dkernels.dtype)
+        for k in range(batch):
+            # Minibatches of one sample: slow, and as right as the sum.
+            alone, out = (np.ascontiguousarray(a[..., k : k + 1]) for a in (x, dy))
+            self.backward(alone, out, one, one, None)
+            dkernels[..., k] = one
 
 
 def im2col(x: np.ndarray, stride: int, first: int, cols: np.ndarray) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, replace
+from math import prod
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
@@ -48,6 +49,22 @@ class Segment:
         """The biases in `vector` as a (count, n) view."""
         size = vector.itemsize
         return as_strided(vector[self.bias :], (self.count, self.n), (self.bias_step * size, self.row_bias_step * size))
+
+    def samples(self, gradients: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Weights (count, n, unit size, b) and biases (count, n, b) in `gradients` (part's weights, b), as views."""
+        row, batch = gradients.strides[0], gradients.shape[1]
+        return (
+            as_strided(
+                gradients[self.weight :],
+                (self.count, self.n, self.row_length, batch),
+                (self.weight_step * row, self.row_step * row, row, gradients.itemsize),
+            ),
+            as_strided(
+                gradients[self.bias :],
+                (self.count, self.n, batch),
+                (self.bias_step * row, self.row_bias_step * row, gradients.itemsize),
+            ),
+        )
 
 
 def find_segments(layer: Linear, layout: Layout, part: Runs, kept: np.ndarray, positions: np.ndarray) -> list[Segment]:
@@ -165,11 +182,17 @@ class DensePart(LinearPart):
             self.ops.matmul(w, self.source(s, x), out)
             self.ops.add_bias(out, b)
 
-    def backward(self, x: np.ndarray, dy: np.ndarray, dx: np.ndarray | None) -> None:
-        for s, (gw, gb) in zip(self.segments, self.g, strict=True):
+    def backward(self, x: np.ndarray, dy: np.ndarray, dx: np.ndarray | None, samples: np.ndarray | None = None) -> None:
+        for k, s in enumerate(self.segments):
             out = self.target(s, dy)
-            self.ops.row_sums(out, gb)
-            self.ops.matmul(out, self.source(s, x).transpose(0, 2, 1), gw)
+            if samples is None:
+                gw, gb = self.g[k]
+                self.ops.row_sums(out, gb)
+                self.ops.matmul(out, self.source(s, x).transpose(0, 2, 1), gw)
+            else:
+                gw, gb = s.samples(samples)
+                gb[...] = out
+                np.multiply(out[:, :, None], self.source(s, x)[:, None], out=gw)
         if dx is None:
             return
         if self.covers:
@@ -201,6 +224,8 @@ class ConvPart(LinearPart):
         self.folded = ops.empty(units * fan, dtype).reshape(units, layer.group_inputs, self.wide, self.wide)
         self.dfolded = np.empty_like(self.folded)
         self.bias = ops.empty(units, dtype)
+        # Gradients of the folded kernels, each sample's apart, where they are asked for.
+        self.apart = np.empty(0, dtype)
         # The kernels are packed, so stripes apart in the flat vector join wherever they see the same inputs.
         (_, height, width), (_, rows, columns) = layer.in_shape, layer.out_shape
         self.plan = ops.convolution(
@@ -228,13 +253,37 @@ class ConvPart(LinearPart):
             self.bias[units] = b.reshape(-1)
         self.plan.forward(x, self.folded, self.bias, y)
 
-    def backward(self, x: np.ndarray, dy: np.ndarray, dx: np.ndarray | None) -> None:
+    def backward(self, x: np.ndarray, dy: np.ndarray, dx: np.ndarray | None, samples: np.ndarray | None = None) -> None:
+        if samples is not None:
+            self.plan.backward(x, dy, self.folded, None, dx)
+            self._backward_samples(x, dy, samples)
+            return
         self.plan.backward(x, dy, self.folded, self.dfolded, dx)
         flat_dy = dy.reshape(self.units, -1)
         for s, (gw, gb) in zip(self.segments, self.g, strict=True):
             self.ops.row_sums(self.target(s, flat_dy), gb)
             dfolded = self._images(s, self.dfolded[s.out : s.out + s.count * s.n], self.wide)
             self.ops.unfold(dfolded, self.pool, self._images(s, gw, self.k))
+
+    def _backward_samples(self, x: np.ndarray, dy: np.ndarray, samples: np.ndarray) -> None:
+        batch, gin, k = x.shape[-1], self.layer.group_inputs, self.k
+        shape = (*self.folded.shape, batch)
+        if self.apart.size < prod(shape):
+            self.apart = self.ops.empty(prod(shape), self.folded.dtype)
+        folded = self.apart[: prod(shape)].reshape(shape)
+        self.plan.samples(x, dy, folded)
+        for s in self.segments:
+            gw, gb = s.samples(samples)
+            units = slice(s.out, s.out + s.count * s.n)
+            np.sum(dy[units].reshape(s.count, s.n, -1, batch), axis=2, out=gb)
+            wide = folded[units].reshape(s.count, s.n, gin, self.wide, self.wide, batch)
+            # The adjoint of folding, sample by sample.
+            into = gw.reshape(s.count, s.n, gin, k, k, batch)
+            into[...] = wide[..., :k, :k, :]
+            for i, j in itertools.product(range(self.pool), repeat=2):
+                if i or j:
+                    into += wide[..., i : i + k, j : j + k, :]
+            into *= 1 / self.pool**2
 
 
 def _same_source(segments: list[Segment]) -> list[Stripes]:

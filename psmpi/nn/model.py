@@ -155,8 +155,11 @@ class Model:
             self.outputs.append(y)
         return self.outputs[-1]
 
-    def backward(self, dscores: np.ndarray) -> None:
-        """Write the gradient of the last forward into g, given dscores (len(classes), b). Uses up the activations."""
+    def backward(self, dscores: np.ndarray, samples: np.ndarray | None = None) -> None:
+        """Write the gradient of the last forward into g, given dscores (len(classes), b). Uses up the activations.
+
+        With `samples` (part.size, b) that is filled instead with the gradient that each sample adds.
+        """
         dy, turn = dscores, 0
         lowest = next(k for k, step in enumerate(self.steps) if step.linear is not None)
         for k in range(len(self.steps) - 1, lowest - 1, -1):
@@ -173,7 +176,7 @@ class Model:
                 dx = self.gradients[turn][: x.size].reshape(x.shape)
                 turn = 1 - turn
             if step.linear is not None:
-                step.linear.backward(x, dy, dx)  # type: ignore[attr-defined]
+                step.linear.backward(x, dy, dx, samples)  # type: ignore[attr-defined]
             elif dx is not None:
                 assert isinstance(step.spec, Pool)
                 if step.spec.kind == "mean":
