@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from zlib import crc32
 
 from setuptools import Extension, find_packages, setup
 
@@ -11,11 +12,14 @@ version = re.search(r'__version__ = "(.+?)"', (here / "psmpi" / "__init__.py").r
 EXPORT = ["onnx>=1.16", "onnxruntime>=1.17", "safetensors>=0.4"]
 PLOT = ["matplotlib>=3.8"]
 
-# Plain C, loaded by ctypes. Where it cannot be built, NumPy does the work.
+# Plain C, loaded by ctypes. Where it cannot be built, NumPy does the work. The number tells a stale library.
+SOURCES = ("kernels.c", "kernels.h")
+text = b"".join((here / "psmpi" / "backend" / "c" / name).read_bytes() for name in SOURCES)
 KERNELS = Extension(
     "psmpi.backend._kernels",
     ["psmpi/backend/c/kernels.c"],
     depends=["psmpi/backend/c/kernels.h"],
+    define_macros=[("PSMPI_SOURCE", f"{crc32(text)}u")],
     extra_compile_args=["-O3", "-fno-math-errno", "-fno-trapping-math"],
     optional=True,
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -89,8 +90,10 @@ class Parallel:
 class Optimization:
     """The optimizer and its learning rate."""
 
-    optimizer: Literal["sgd", "momentum", "nesterov", "adam", "adamw", "rmsprop", "lbfgs"] = "adam"
-    """Update rule."""
+    optimizer: Literal[
+        "sgd", "momentum", "nesterov", "adam", "adamw", "rmsprop", "lbfgs", "plbfgs", "plsr1", "plse"
+    ] = "adam"
+    """Update rule; plbfgs, plsr1 and plse are partitioned quasi-Newton methods, for --partition pairs."""
     lr: float = 1e-3
     """Learning rate (L-BFGS: length of its first trial step; 1 is usual)."""
     schedule: Literal["constant", "step", "cosine"] = "constant"
@@ -120,7 +123,25 @@ class Optimization:
     history: int = 10
     """Pairs that lbfgs remembers."""
     max_evals: int = 20
-    """Function evaluations of a line search at most."""
+    """Function evaluations of the line search of lbfgs at most."""
+    globalization: Literal["trust-region", "line-search"] = "line-search"
+    """What keeps partitioned quasi-Newton steps from being too long."""
+    line_search: Literal["basic", "backtracking"] = "basic"
+    """basic: lengthens a step that is good as it is, as long as the loss falls; backtracking: only shortens."""
+    extrapolation: Literal["none", "constant", "adaptive"] = "none"
+    """Nesterov's extrapolation of partitioned quasi-Newton steps, by --momentum or adaptive."""
+    memory: int = 5
+    """Pairs that each element remembers."""
+    merge_pairs: bool = False
+    """One element for a pair of classes, not one for each of its two orders: half the memory."""
+    curvature: Literal["absolute", "relative"] = "absolute"
+    """Test of s^T y in plbfgs and plse: above the rounding of the dtype, or above 1e-8 ||s|| ||y||."""
+    damping: bool = False
+    """Powell's damping of pairs of negative curvature."""
+    cg_tolerance: float = 1e-2
+    """Residual, relative to the gradient, at which conjugate gradients end."""
+    cg_iterations: int = 30
+    """Products with the partitioned matrix in a step at most."""
 
 
 @dataclass(frozen=True)
@@ -173,6 +194,41 @@ def defaults(argv: Sequence[str]) -> Config:
         elif word.startswith("--config="):
             path = word.partition("=")[2]
     return read_file(path) if path else Config()
+
+
+def check(config: Config) -> None:
+    """UserError for a value that no run can have, whatever its data and ranks."""
+    run = config.run
+    for name, value, least in (
+        ("--epochs", run.epochs, 1),
+        ("--max-steps", run.max_steps, 0),
+        ("--checkpoint-every", run.checkpoint_every, 0),
+        ("--checkpoint-keep", run.checkpoint_keep, 0),
+        ("--seed", run.seed, 0),
+        ("--threads", config.parallel.threads, 0),
+        ("--replicas", config.parallel.replicas, 0),
+        ("--batch-size", config.data.batch_size, 1),
+    ):
+        if value < least:
+            raise UserError(f"{name} {value}: expected a whole number from {least} up")
+    for section in (config.model, config.objective, config.optimization):
+        for name, value in vars(section).items():
+            if isinstance(value, float) and not isfinite(value):
+                raise UserError(f"--{name.replace('_', '-')} {value}: expected a finite number")
+    if not config.optimization.lr > 0:
+        raise UserError(f"--lr {config.optimization.lr}: expected a number above 0")
+    if not 0 < config.model.init_gain <= 1e3:
+        raise UserError(f"--init-gain {config.model.init_gain}: expected a number above 0 and up to 1000")
+    if config.optimization.history > 1000:
+        raise UserError(f"--history {config.optimization.history}: expected 1000 pairs at most")
+    if config.model.widths and config.model.model != "mlp":
+        raise UserError(f"--widths are those of --model mlp; --model {config.model.model} has its own")
+    if not config.optimization.clip >= 0:
+        raise UserError(f"--clip {config.optimization.clip}: expected 0 (no clipping) or a number above it")
+    if not 0 <= run.checkpoint_gzip <= 9:
+        raise UserError(f"--checkpoint-gzip {run.checkpoint_gzip}: expected 0 (none) to 9")
+    if config.parallel.threads > 1024:
+        raise UserError(f"--threads {config.parallel.threads}: expected 1024 at most")
 
 
 def from_table(table: Mapping[str, Any], base: Config, where: str) -> Config:

@@ -29,6 +29,8 @@ class Options:
     """Which samples; all: every sample x of a file of your own, which then needs no labels."""
     out: str = ""
     """File for predictions and scores, .csv or .npz."""
+    threads: int = 0
+    """Threads a rank; 0: the host's cores over its ranks, at least 1."""
     json: bool = False
     """Print JSON instead of tables."""
 
@@ -69,6 +71,8 @@ def _settle(options: Options) -> Options:
 
     if options.out and Path(options.out).suffix not in (".csv", ".npz"):
         raise UserError(f"--out {options.out}: expected a name that ends in .csv or .npz")
+    if not 0 <= options.threads <= 1024:
+        raise UserError(f"--threads {options.threads}: expected 0 to 1024")
     path = checkpoint.newest(Path(options.checkpoint))
     trained = from_toml(checkpoint.validate(path).config, str(path)).data
     return replace(
@@ -112,7 +116,7 @@ def _predict(world: Any, options: Options) -> None:
     layout = network.layout()
     classes = range(network.classes) if contents.part is None else contents.part
     ranks, cores = host(world)
-    threads = max(1, cores // ranks)
+    threads = options.threads or max(1, cores // ranks)
     with threadpool_limits(threads):
         # Whatever computed in training: it may not be there.
         ops = make_backend("auto", threads)

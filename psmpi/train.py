@@ -71,42 +71,13 @@ def _configure(world: Any, argv: list[str]) -> tuple[Config | None, int]:
 def _settle(config: Config) -> Config:
     """Checks that need no MPI, and a run directory where none is named."""
     from dataclasses import replace
-    from math import isfinite
 
     from psmpi import checkpoint
+    from psmpi.config import check
     from psmpi.errors import UserError
 
+    check(config)
     run = config.run
-    for name, value, least in (
-        ("--epochs", run.epochs, 1),
-        ("--max-steps", run.max_steps, 0),
-        ("--checkpoint-every", run.checkpoint_every, 0),
-        ("--checkpoint-keep", run.checkpoint_keep, 0),
-        ("--seed", run.seed, 0),
-        ("--threads", config.parallel.threads, 0),
-        ("--replicas", config.parallel.replicas, 0),
-        ("--batch-size", config.data.batch_size, 1),
-    ):
-        if value < least:
-            raise UserError(f"{name} {value}: expected a whole number from {least} up")
-    for section in (config.model, config.objective, config.optimization):
-        for name, value in vars(section).items():
-            if isinstance(value, float) and not isfinite(value):
-                raise UserError(f"--{name.replace('_', '-')} {value}: expected a finite number")
-    if not config.optimization.lr > 0:
-        raise UserError(f"--lr {config.optimization.lr}: expected a number above 0")
-    if not 0 < config.model.init_gain <= 1e3:
-        raise UserError(f"--init-gain {config.model.init_gain}: expected a number above 0 and up to 1000")
-    if config.optimization.history > 1000:
-        raise UserError(f"--history {config.optimization.history}: expected 1000 pairs at most")
-    if config.model.widths and config.model.model != "mlp":
-        raise UserError(f"--widths are those of --model mlp; --model {config.model.model} has its own")
-    if not config.optimization.clip >= 0:
-        raise UserError(f"--clip {config.optimization.clip}: expected 0 (no clipping) or a number above it")
-    if not 0 <= run.checkpoint_gzip <= 9:
-        raise UserError(f"--checkpoint-gzip {run.checkpoint_gzip}: expected 0 (none) to 9")
-    if config.parallel.threads > 1024:
-        raise UserError(f"--threads {config.parallel.threads}: expected 1024 at most")
     if run.checkpoint_parallel and not checkpoint.supported():
         raise UserError(
             "--checkpoint-parallel: this h5py has no parallel HDF5; build one (HDF5_MPI=ON CC=mpicc pip install "

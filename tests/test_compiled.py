@@ -1,11 +1,14 @@
 """The compiled kernels against the NumPy reference, for both types and all instruction sets of this processor."""
 
+import threading
+
 import numpy as np
 import pytest
 from test_nn import NETWORKS, make
 
 from psmpi.backend import CompiledOps, NumpyOps, Stripes, compiled, make_backend
 from psmpi.backend.reference import Im2col
+from psmpi.errors import UserError
 from psmpi.nn.model import Model
 from psmpi.optim import Hyper, make_optimizer
 
@@ -168,7 +171,7 @@ def test_gradients_of_samples_are_those_of_the_reference(name, level, dtype):
 @pytest.mark.parametrize("batch", [1, 20, 100])
 @pytest.mark.parametrize("name", SHAPES)
 def test_threads_compute_the_same_bits(name, batch, level, dtype, monkeypatch):
-    monkeypatch.setattr(compiled, "WORK", 1)
+    """Also where a call is worth fewer threads than there are."""
     stripes, channels, (height, width), units, k, stride = SHAPES[name]
     if len({s.n_in for s in stripes}) > 1:
         stripes, units = stripes[:1], stripes[0].n
@@ -177,8 +180,10 @@ def test_threads_compute_the_same_bits(name, batch, level, dtype, monkeypatch):
     shapes = (channels, height, width), (units, rows, columns)
     x, dy = (rng.standard_normal((*shape, batch)).astype(dtype) for shape in shapes)
     kernels = rng.standard_normal((units, stripes[0].n_in, k, k)).astype(dtype)
-    for threads in (1, 2, 3, 8):
+    for threads, members in ((1, 1), (2, 2), (3, 3), (8, 8), (8, 1), (8, 3), (5, 4)):
         plan = CompiledOps(level, threads).convolution(stripes, *shapes, k, stride, dtype)
+        monkeypatch.setattr(compiled, "WORK", max(1, plan.work * batch // members))
+        assert plan._members(batch) >= members or plan.work * batch < members
         found = [np.full_like(a, np.nan) for a in (dy, kernels, x)]
         plan.forward(x, kernels, kernels[:, 0, 0, 0].copy(), found[0])
         plan.backward(x, dy, kernels, found[1], found[2])
@@ -235,13 +240,15 @@ def test_activations_are_those_of_the_reference(kind, n, level, dtype):
     rng, results = np.random.default_rng(0), []
     x, dy = (rng.standard_normal(n) * 5).astype(dtype), rng.standard_normal(n).astype(dtype)
     x[:: max(2, n // 7)] = 0
+    x[n // 2] = np.nan
     for ops in (NumpyOps(), CompiledOps(level)):
         y, dx = x.copy(), dy.copy()
         ops.activate(kind, y)
         results.append((y.copy(), dx))
         ops.activate_back(kind, y, dx)
     for found, expected in zip(results[1], results[0], strict=True):
-        assert far(found, expected) <= {F32: 4e-7, F64: 1e-15}[dtype]
+        assert np.array_equal(np.isnan(found), np.isnan(expected)) and np.isnan(found).any()
+        assert far(np.nan_to_num(found), np.nan_to_num(expected)) <= {F32: 4e-7, F64: 1e-15}[dtype]
 
 
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
@@ -291,6 +298,70 @@ def test_folded_kernels_are_those_of_the_reference(k, pool, level, dtype):
         results.append((out, w))
     for found, expected in zip(results[1], results[0], strict=True):
         assert far(found, expected) <= TOLERANCE[dtype] / 10
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_sums_do_not_lose_digits_with_the_size_of_images_and_minibatches(level):
+    """Of positive numbers, whose sum grows: a sum one by one would lose 1e-5 of it."""
+    rng = np.random.default_rng(0)
+    x, dy = rng.random((1, 58, 58, 5000), np.float32), rng.random((1, 56, 56, 5000), np.float32)
+    plan = CompiledOps(level).convolution([Stripes(1, 1, 1, 0, 0, 0)], x.shape[:3], dy.shape[:3], 3, 1, F32)
+    found = np.empty((1, 1, 3, 3), np.float32)
+    plan.backward(x, dy, found, found, None)
+    for i, j in ((0, 0), (1, 2)):
+        exact = np.einsum("hwb,hwb->", x[0, i : i + 56, j : j + 56], dy[0], dtype=np.float64)
+        assert abs(found[0, 0, i, j] - exact) <= 1e-6 * exact
+    y = rng.random((1, 1, 3_000_000), np.float32)
+    out = np.empty((1, 1), np.float32)
+    CompiledOps(level).row_sums(y, out)
+    assert out[0, 0] == pytest.approx(y.sum(dtype=np.float64), rel=2e-7)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_max_pooling_keeps_what_is_not_a_number(level):
+    x = np.ones((1, 2, 4, 3), np.float32)
+    x[0, 1, 1, 1] = np.nan
+    y = np.empty((1, 1, 2, 3), np.float32)
+    CompiledOps(level).max_pool(x, 2, y)
+    assert np.isnan(y[0, 0, 0, 1]) and np.isnan(y).sum() == 1
+
+
+def test_arrays_of_another_kind_are_refused():
+    """C would take them for its own."""
+    ops = CompiledOps()
+    wide, narrow = np.ones((2, 3, 4)), np.ones((2, 3, 4), np.float32)
+    with pytest.raises(ValueError, match="a kernel needs contiguous"):
+        ops.row_sums(wide, np.empty((2, 3), np.float32))
+    with pytest.raises(ValueError, match="a kernel needs contiguous"):
+        ops.activate_back("sigmoid", narrow, wide)
+    with pytest.raises(ValueError, match="a kernel needs contiguous"):
+        ops.activate("sigmoid", wide[:, :, ::2])
+    with pytest.raises(ValueError, match="a kernel needs contiguous"):
+        ops.fold(np.ones((1, 2, 3, 4, 4))[..., ::2, ::2], 1, np.empty((1, 2, 3, 2, 2)))
+    network = make("separable convolution")
+    w = np.zeros(network.layout().size, np.float32)
+    model = Model(network, network.layout(), w, w.copy(), ops)
+    with pytest.raises(ValueError, match="a kernel needs contiguous"):
+        model.forward(np.zeros((int(np.prod(network.in_shape)), 2)))
+
+
+def test_threads_work_at_the_same_time():
+    barrier = threading.Barrier(3, timeout=20)
+    compiled.Team(3).run(lambda k: barrier.wait(), 3)
+
+
+def test_a_library_of_other_sources_is_not_used(monkeypatch):
+    monkeypatch.setattr(compiled, "crc32", lambda text: 1)
+    compiled._library.cache_clear()
+    compiled.level.cache_clear()
+    try:
+        assert compiled.level() == 0 and "built from other sources" in compiled.missing()
+        with pytest.raises(UserError, match="install psmpi again"):
+            make_backend("compiled")
+        assert make_backend("auto").name == "numpy"
+    finally:
+        compiled._library.cache_clear()
+        compiled.level.cache_clear()
 
 
 def test_auto_takes_the_kernels_where_they_are():

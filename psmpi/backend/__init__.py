@@ -16,10 +16,7 @@ def make_backend(name: str, threads: int = 1) -> NumpyOps:
     threads: those of the kernels; those of NumPy's linear algebra are set from outside (threadpoolctl).
     """
     if name == "compiled" and not compiled.level():
-        raise UserError(
-            "--backend compiled: its kernels are not there (no C compiler when psmpi was installed) or this processor "
-            "lacks AVX2; install a compiler and psmpi again, or use --backend numpy"
-        )
+        raise UserError(f"--backend compiled: the kernels are not there: {compiled.missing()}; or use --backend numpy")
     if name not in ("auto", "numpy", "compiled"):
         raise UserError(f"--backend {name!r} is unknown: choose auto, numpy or compiled")
     return CompiledOps(threads=threads) if name != "numpy" and compiled.level() else NumpyOps()

@@ -14,6 +14,7 @@ from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 
@@ -22,45 +23,59 @@ from psmpi.backend.reference import Convolution, NumpyOps, Stripes
 NAMES = {0: "", 1: "AVX2", 2: "AVX-512"}
 # Multiplications that are worth another thread.
 WORK = 2_000_000
-# Samples that one thread takes at least, so that none writes to another's cache lines.
+# Samples that a thread takes are a multiple of this: whole vectors.
 LINE = 16
 TYPES = {np.dtype(np.float32): "float", np.dtype(np.float64): "double"}
 
 
 @cache
-def _library() -> Any:
-    """The shared library, None where it is not there or does not load."""
+def _library() -> tuple[Any, str]:
+    """The shared library, or None and why there is none."""
+    here = Path(__file__).parent
+    text = b"".join((here / "c" / name).read_bytes() for name in ("kernels.c", "kernels.h"))
+    why = "no C compiler for this processor (gcc or clang, x86-64) built them when psmpi was installed"
     for suffix in EXTENSION_SUFFIXES:
-        path = Path(__file__).with_name("_kernels" + suffix)
+        path = here / f"_kernels{suffix}"
         if path.exists():
             try:
-                return ctypes.CDLL(str(path))
-            except OSError:
-                return None
-    return None
+                found = ctypes.CDLL(str(path))
+                found.psmpi_source.restype = ctypes.c_uint32
+                if found.psmpi_source() == crc32(text):
+                    return found, ""
+                why = f"{path.name} was built from other sources: install psmpi again"
+            except (OSError, AttributeError) as error:
+                why = f"{path.name} does not load ({error}): install psmpi again"
+    return None, why
 
 
 @cache
 def level() -> int:
     """2: AVX-512, 1: AVX2, 0: no kernels, or none for this processor."""
-    library = _library()
+    library, _ = _library()
     return 0 if library is None else int(library.psmpi_level())
+
+
+def missing() -> str:
+    """Why there are no kernels."""
+    library, why = _library()
+    return why if library is None else "this processor lacks AVX2"
 
 
 @cache
 def function(name: str, dtype: np.dtype, arguments: str, instructions: int) -> Any:
     """A kernel for a dtype; `arguments` is a letter each: p pointer, i int, n size, d double."""
     types = {"p": ctypes.c_void_p, "i": ctypes.c_int, "n": ctypes.c_ssize_t, "d": ctypes.c_double}
-    found = _library()[f"{name}_{TYPES[dtype]}_{instructions}"]
+    found = _library()[0][f"{name}_{TYPES[dtype]}_{instructions}"]
     found.argtypes, found.restype = [types[a] for a in arguments], None
     return found
 
 
-def pointer(array: np.ndarray) -> int:
-    """The address of a contiguous array."""
-    if not array.flags.c_contiguous:
-        raise ValueError(f"a kernel needs a contiguous array, not one of strides {array.strides}")
-    return array.ctypes.data
+def pointers(dtype: np.dtype, *arrays: np.ndarray) -> tuple[int, ...]:
+    """The addresses of contiguous arrays of this dtype; ValueError for others: C would take them for such."""
+    for array in arrays:
+        if array.dtype != dtype or not array.flags.c_contiguous:
+            raise ValueError(f"a kernel needs contiguous {dtype}, not {array.dtype} with strides {array.strides}")
+    return tuple(array.ctypes.data for array in arrays)
 
 
 def steps(array: np.ndarray) -> tuple[int, ...]:
@@ -68,11 +83,9 @@ def steps(array: np.ndarray) -> tuple[int, ...]:
     return tuple(stride // array.itemsize for stride in array.strides)
 
 
-def units_pointer(kernels: np.ndarray) -> int:
+def units_pointer(dtype: np.dtype, kernels: np.ndarray) -> int:
     """The address of kernels (count, n, channels, k, k), of which those of one unit are contiguous."""
-    if not kernels[0, 0].flags.c_contiguous:
-        raise ValueError(f"a kernel needs contiguous units, not strides {kernels.strides}")
-    return kernels.ctypes.data
+    return pointers(dtype, kernels[0, 0])[0]
 
 
 class Direct:
@@ -93,7 +106,7 @@ class Direct:
         instructions: int,
         team: Team,
     ):
-        self.team = team
+        self.team, self.dtype = team, np.dtype(dtype)
         # The last three numbers, the batch and the samples of a thread, are those of the call.
         rest = (*in_shape[1:], *out_shape[1:], kernel, stride, 0, 0, 0)
         self.shapes = [[_shape(s, rest) for s in stripes] for _ in range(team.size)]
@@ -101,7 +114,9 @@ class Direct:
             [_shape(part, rest) for s in stripes if (part := _share(s, k, team.size)).count * part.n > 0]
             for k in range(team.size)
         ]
-        self.packs = [np.empty(max(s.n * s.n_in for s in stripes) * kernel**2, dtype) for _ in range(team.size)]
+        # Made for a thread when it is first needed.
+        self.packs: list[np.ndarray] = []
+        self.pack_size = max(s.n * s.n_in for s in stripes) * kernel**2
         self.work = sum(s.count * s.n * s.n_in for s in stripes) * kernel**2 * out_shape[1] * out_shape[2]
         # Stripes that see the same channels add their gradients up; channels that none sees have the gradient 0.
         seen = np.zeros(in_shape[0], int)
@@ -125,8 +140,10 @@ class Direct:
         return min(self.team.size, max(1, self.work * batch // WORK))
 
     def _samples_of(self, batch: int, members: int) -> None:
-        """Tell each thread its samples, in whole cache lines."""
+        """Tell each thread its samples."""
         edges = [min(batch, -(-batch * k // members // LINE) * LINE) for k in range(members)] + [batch]
+        while len(self.packs) < members:
+            self.packs.append(np.empty(self.pack_size, self.dtype))
         for k in range(members):
             for shape in self.shapes[k]:
                 shape[-3:] = batch, edges[k], edges[k + 1]
@@ -137,7 +154,7 @@ class Direct:
 
         def share(k: int) -> None:
             for shape in self.shapes[k]:
-                self._forward(*map(pointer, (shape, x, kernels, bias, y, self.packs[k])))
+                self._forward(shape.ctypes.data, *pointers(self.dtype, x, kernels, bias, y, self.packs[k]))
 
         self.team.run(share, members)
 
@@ -150,13 +167,16 @@ class Direct:
             dx.fill(0)
 
         def share(k: int) -> None:
-            if dkernels is not None:
-                for shape in self.unit_shapes[k] if members > 1 else self.shapes[0]:
+            # Threads that have no samples leave their units to the others.
+            for shapes in self.unit_shapes[k::members] if dkernels is not None else ():
+                for shape in shapes:
                     shape[-3] = x.shape[-1]
-                    self._weight(*map(pointer, (shape, x, dy, dkernels)))
-            if dx is not None:
-                for shape in self.shapes[k]:
-                    self._input(*map(pointer, (shape, dy, kernels, dx, self.packs[k])), not self.covers)
+                    assert dkernels is not None
+                    self._weight(shape.ctypes.data, *pointers(self.dtype, x, dy, dkernels))
+            for shape in self.shapes[k] if dx is not None else ():
+                assert dx is not None
+                addresses = pointers(self.dtype, dy, kernels, dx, self.packs[k])
+                self._input(shape.ctypes.data, *addresses, not self.covers)
 
         self.team.run(share, members)
 
@@ -166,7 +186,7 @@ class Direct:
 
         def share(k: int) -> None:
             for shape in self.shapes[k]:
-                self._samples(*map(pointer, (shape, x, dy, dkernels)))
+                self._samples(shape.ctypes.data, *pointers(self.dtype, x, dy, dkernels))
 
         self.team.run(share, members)
 
@@ -224,42 +244,49 @@ class CompiledOps(NumpyOps):
 
     def row_sums(self, y: np.ndarray, out: np.ndarray) -> None:
         call = function("row_sums", y.dtype, "iinppnn", self.instructions)
-        call(*out.shape, y[0, 0].size, pointer(y), out.ctypes.data, *steps(out))
+        call(*out.shape, y[0, 0].size, *pointers(out.dtype, y), out.ctypes.data, *steps(out))
 
     def add_bias(self, y: np.ndarray, bias: np.ndarray) -> None:
         call = function("add_bias", y.dtype, "iinppnn", self.instructions)
-        call(*bias.shape, y[0, 0].size, pointer(y), bias.ctypes.data, *steps(bias))
+        call(*bias.shape, y[0, 0].size, *pointers(bias.dtype, y), bias.ctypes.data, *steps(bias))
+
+    def accumulate(self, values: np.ndarray, index: np.ndarray, out: np.ndarray) -> None:
+        call = function("accumulate", out.dtype, "nppp", self.instructions)
+        values_at, out_at = pointers(out.dtype, values, out)
+        call(values.size, values_at, *pointers(np.dtype(np.int64), index), out_at)
 
     def fold(self, w: np.ndarray, pool: int, out: np.ndarray) -> None:
         count, rows, n_in, k, _ = w.shape
         call = function("fold", w.dtype, "iiiiipnnp", self.instructions)
-        call(count, rows, n_in, k, pool, units_pointer(w), *steps(w[:, :, 0, 0, 0]), pointer(out))
+        place = units_pointer(out.dtype, w), *steps(w[:, :, 0, 0, 0])
+        call(count, rows, n_in, k, pool, *place, *pointers(out.dtype, out))
 
     def unfold(self, dfolded: np.ndarray, pool: int, out: np.ndarray) -> None:
         count, rows, n_in, k, _ = out.shape
         call = function("unfold", out.dtype, "iiiiippnn", self.instructions)
-        call(count, rows, n_in, k, pool, pointer(dfolded), units_pointer(out), *steps(out[:, :, 0, 0, 0]))
+        place = units_pointer(dfolded.dtype, out), *steps(out[:, :, 0, 0, 0])
+        call(count, rows, n_in, k, pool, *pointers(out.dtype, dfolded), *place)
 
     def activate(self, kind: str, y: np.ndarray) -> None:
         if kind == "sigmoid":
-            function("sigmoid", y.dtype, "np", self.instructions)(y.size, pointer(y))
+            function("sigmoid", y.dtype, "np", self.instructions)(y.size, *pointers(y.dtype, y))
         else:
             super().activate(kind, y)
 
     def activate_back(self, kind: str, y: np.ndarray, dy: np.ndarray) -> None:
-        function(f"{kind}_back", y.dtype, "npp", self.instructions)(y.size, pointer(y), pointer(dy))
+        function(f"{kind}_back", y.dtype, "npp", self.instructions)(y.size, *pointers(y.dtype, y, dy))
 
     def max_pool(self, x: np.ndarray, size: int, y: np.ndarray) -> None:
-        function("max_pool", x.dtype, "iiiiipp", self.instructions)(*x.shape, size, pointer(x), pointer(y))
+        function("max_pool", x.dtype, "iiiiipp", self.instructions)(*x.shape, size, *pointers(x.dtype, x, y))
 
     def max_pool_back(self, x: np.ndarray, y: np.ndarray, dy: np.ndarray, size: int, dx: np.ndarray) -> None:
         call = function("max_pool_back", x.dtype, "iiiiipppp", self.instructions)
-        call(*x.shape, size, *map(pointer, (x, y, dy, dx)))
+        call(*x.shape, size, *pointers(x.dtype, x, y, dy, dx))
 
     def adam(
         self, w: np.ndarray, g: np.ndarray, m: np.ndarray, v: np.ndarray, rate: float, root: float, beta1: float,
         beta2: float, eps: float, l2: float, keep: float,
     ) -> bool:  # fmt: skip
         call = function("adam", w.dtype, "nppppddddddd", self.instructions)
-        call(w.size, *map(pointer, (w, g, m, v)), rate, root, beta1, beta2, eps, l2, keep)
+        call(w.size, *pointers(w.dtype, w, g, m, v), rate, root, beta1, beta2, eps, l2, keep)
         return True

@@ -195,6 +195,10 @@ class NumpyOps:
         """out (...,) = y (..., n) summed over its last axis."""
         np.sum(y, axis=-1, out=out)
 
+    def accumulate(self, values: np.ndarray, index: np.ndarray, out: np.ndarray) -> None:
+        """out[index] += values, as often as an index occurs; index int64 of the shape of values, out a vector."""
+        np.add.at(out, index, values)
+
     def convolution(
         self,
         stripes: Sequence[Stripes],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as jsonlib
+import os
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +27,8 @@ from psmpi.partition import Runs
 
 Step = Callable[[], None]
 LR = 1e-3
+# How PyTorch computes: as it comes, with images as (batch, height, width, channels) in memory, or compiled.
+Kind = Literal["eager", "channels last", "compile"]
 
 
 def _conv(channels: int, kernel: int, pool: str, activation: str, groups: int = 1) -> list[dict[str, Any]]:
@@ -127,7 +130,7 @@ def ours(
     return step, w, model
 
 
-def theirs(problem: Problem, data: Data, model: Model, compiled: bool) -> tuple[Step, Any]:
+def theirs(problem: Problem, data: Data, model: Model, kind: Kind = "eager") -> tuple[Step, Any]:
     """The same step in PyTorch, from the same weights, and its network."""
     import torch
     from torch import nn
@@ -139,8 +142,11 @@ def theirs(problem: Problem, data: Data, model: Model, compiled: bool) -> tuple[
         kept = np.repeat(kept, prod(layer.in_shape[1:])) if isinstance(layer, Flatten) else mine
     net = nn.Sequential(*modules)
     _copy_weights(torch, net, model)
+    place = torch.channels_last if kind == "channels last" else torch.contiguous_format
+    net = net.to(memory_format=place)
     optimizer = torch.optim.Adam(net.parameters(), lr=LR, fused=True)
     x, labels = torch.from_numpy(data.x), torch.from_numpy(data.labels)
+    x = x.contiguous(memory_format=place) if x.ndim == 4 else x
     others = torch.from_numpy(data.others.T.copy())
     first, last = problem.classes[0], problem.classes[-1] + 1
 
@@ -152,7 +158,7 @@ def theirs(problem: Problem, data: Data, model: Model, compiled: bool) -> tuple[
             return nn.functional.cross_entropy(scores, labels)
         return (scores - scores.gather(1, labels[:, None])).exp().sum(1).mean()
 
-    evaluate = torch.compile(loss) if compiled else loss
+    evaluate = torch.compile(loss) if kind == "compile" else loss
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
@@ -221,6 +227,8 @@ def compute(
 ) -> int:  # fmt: skip
     """Measure a training step (forward, loss, backward, Adam) beside PyTorch's, in alternation.
 
+    PyTorch with images in its default layout and with channels last, which is often faster.
+
     Needs psmpi[torch]. GFLOP/s count the operations of the network as it is written, whatever is really computed.
 
     Args:
@@ -229,7 +237,7 @@ def compute(
         pairs: Measurements of each, psmpi and PyTorch in turn, after a warm-up.
         threads: Threads of both.
         backend: psmpi's array library.
-        compiled: Also against torch.compile.
+        compiled: Also against torch.compile, where it works.
         json: Also write the figures into this file.
         plot: Also draw the ratios into this file (.png, .pdf or .svg); needs psmpi[plot].
     """
@@ -242,6 +250,10 @@ def compute(
     for option, value in (("--batch-size", batch_size), ("--pairs", pairs), ("--threads", threads)):
         if value < 1:
             raise UserError(f"{option} {value}: expected a whole number from 1 up")
+    _check_files(json, plot)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if threads > cores:
+        print(f"note: {threads} threads share {cores} core(s): the figures say little")
     torch.set_num_threads(threads)
     rows = []
     with threadpool_limits(threads):
@@ -250,9 +262,16 @@ def compute(
             problem = problems()[name]
             data = Data(problem, batch_size)
             step, _, model = ours(problem, data, backend, threads)
-            kinds = [("eager", False), *([("compile", True)] if compiled else [])]
-            for kind, flag in kinds:
-                other, _ = theirs(problem, data, model, flag)
+            images = any(isinstance(layer, Conv) for layer in problem.network.layers)
+            wanted: dict[Kind, bool] = {"eager": True, "channels last": images, "compile": compiled}
+            for kind in (kind for kind, yes in wanted.items() if yes):
+                try:
+                    other, _ = theirs(problem, data, model, kind)
+                    other()
+                except Exception as error:
+                    # torch.compile needs a C++ compiler, among other things.
+                    print(f"{name} ({kind}): PyTorch cannot: {str(error).strip().splitlines()[0]}", flush=True)
+                    continue
                 rows.append(_row(name, kind, step, other, pairs, operations(problem, batch_size)))
                 print(_line(rows[-1]), flush=True)
     machine = f"{platform.processor() or platform.machine()}, {threads} thread(s)"
@@ -270,6 +289,20 @@ def compute(
     if plot:
         _draw(rows, plot, found)
     return 0
+
+
+def _check_files(json: str, plot: str) -> None:
+    """UserError where a result could not be written in the end."""
+    for option, name in (("--json", json), ("--plot", plot)):
+        if name and not Path(name).absolute().parent.is_dir():
+            raise UserError(f"{option} {name}: there is no such folder")
+    if plot:
+        if Path(plot).suffix not in (".png", ".pdf", ".svg"):
+            raise UserError(f"--plot {plot}: expected a name that ends in .png, .pdf or .svg")
+        try:
+            import matplotlib  # noqa: F401
+        except ImportError:
+            raise UserError("--plot needs matplotlib: pip install 'psmpi[plot]'") from None
 
 
 def gemm_peak(n: int = 1536, repeats: int = 5) -> float:
@@ -327,10 +360,8 @@ def _show(rows: Sequence[Row], found: dict[str, Any]) -> None:
 
 
 def _draw(rows: Sequence[Row], path: str, found: dict[str, Any]) -> None:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("--plot needs matplotlib: pip install 'psmpi[plot]'") from None
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(8, 0.5 * len(rows) + 1.5), layout="constrained")
     axis = figure.subplots()
     names = [f"{row.network} ({row.kind})" for row in rows]

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json as jsonlib
 import tracemalloc
+from collections.abc import Callable
 from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from psmpi.backend.compiled import level
+from psmpi.backend.reference import CHUNK
 from psmpi.nn.network import Activation, Conv, Flatten, Linear, Network, Pool
 
 if TYPE_CHECKING:
@@ -31,11 +34,13 @@ def memory(config: Config, json: bool = False) -> int:
 
     from psmpi.backend import make_backend
     from psmpi.comm.world import host, start
+    from psmpi.config import check
     from psmpi.data import open_dataset
     from psmpi.loop import plan_steps
     from psmpi.methods import METHODS
     from psmpi.nn.zoo import make_network
 
+    check(config)
     world = start()
     model = config.model
     dataset = open_dataset(config.data.dataset, config.data.data_dir)
@@ -97,7 +102,9 @@ def _needed(method: Any, network: Network, dataset: Any, config: Config) -> dict
     batch = -(-config.data.batch_size // roles.rows)
     tested = -(-dataset.test.n // roles.rows)
     batch = max(batch, min(100, tested))
-    outputs, kernels = outputs_of(network, worker.classes)
+    outputs, gradients, scratch = per_sample(
+        network, worker.classes, config.parallel.backend != "numpy" and level() > 0
+    )
     sample = dataset.train.dtype.itemsize * dataset.train.features
     trained = dataset.train.n
     if worker.elements is not None:
@@ -109,40 +116,64 @@ def _needed(method: Any, network: Network, dataset: Any, config: Config) -> dict
     return {
         **found,
         "activations": size * batch * (prod(network.in_shape) + sum(outputs)),
-        "buffers": size * (batch * (2 * max(outputs) + dataset.classes) + kernels),
+        "buffers": size * (batch * (sum(gradients) + dataset.classes) + scratch(batch)),
         "samples": sample * (trained + tested + batch) + 8 * (trained + tested),
     }
 
 
-def outputs_of(network: Network, classes: tuple[int, ...]) -> tuple[list[int], int]:
-    """Of the part of `classes`: the size of each output that a minibatch keeps, a sample; elements of kernels that are
-    wider than the layer's own because mean pooling is folded into them, and of their gradients.
+def per_sample(
+    network: Network, classes: tuple[int, ...], compiled: bool
+) -> tuple[list[int], list[int], Callable[[int], int]]:
+    """Of the part of `classes`, numbers a sample: outputs that a minibatch keeps, gradients alive at a time; and the
+    numbers of scratch that convolutions need for a minibatch.
 
-    Activations and flattening work in place on the output before.
+    Flattening is a view, activations work in place but on the minibatch and on each other. A gradient is made from the
+    one above for each layer over the lowest with weights. A convolution has its kernels, wider where mean pooling is
+    folded into them, and their gradients; in C packed once more, in NumPy the windows of at least a row of outputs.
     """
     outputs: list[int] = []
-    kernels, kept = 0, np.ones(network.in_shape[0], bool)
+    made: list[int] = []
+    fixed, windows = 0, []
+    writable, weights, size = False, False, 0
+    kept = np.ones(network.in_shape[0], bool)
     layers = list(zip(network.layers, network.kept(classes), strict=True))
     for number, (layer, mine) in enumerate(layers):
-        units = int(mine.sum())
-        if isinstance(layer, Flatten):
-            kept = np.repeat(kept, prod(layer.in_shape[1:]))
-        elif isinstance(layer, Pool):
-            folded = layer.kind == "mean" and number > 0 and isinstance(layers[number - 1][0], Conv)
-            size = int(kept.sum()) * prod(layer.out_shape[1:])
-            if folded:
-                conv = layers[number - 1][0]
-                assert isinstance(conv, Conv)
-                outputs[-1] = size
-                kernels += 2 * int(kept.sum()) * conv.group_inputs * (conv.kernel + layer.size - 1) ** 2
-            else:
-                outputs.append(size)
-        elif isinstance(layer, Linear):
-            outputs.append(units * prod(layer.out_shape[1:]))
+        follower = layers[number + 1][0] if number + 1 < len(layers) else None
+        before, folds = size, isinstance(layer, Conv) and isinstance(follower, Pool) and follower.kind == "mean"
+        if isinstance(layer, Linear):
+            pool = follower.size if folds and isinstance(follower, Pool) else 1
+            shape = follower.out_shape if folds and isinstance(follower, Pool) else layer.out_shape
+            size = int(mine.sum()) * prod(shape[1:])
+            outputs.append(size)
+            if isinstance(layer, Conv):
+                wide, inputs = (layer.kernel + pool - 1) ** 2, int(kept.sum())
+                kernels = int(mine.sum()) * layer.group_inputs * wide
+                fixed += 2 * kernels + (kernels // layer.groups if compiled else 0)
+                if not compiled:
+                    windows.append((inputs * wide * shape[2], shape[1]))
             kept = mine
-        elif isinstance(layer, Activation) and number > 0 and isinstance(layers[number - 1][0], Activation):
-            outputs.append(outputs[-1])
-    return outputs, kernels
+        elif isinstance(layer, Pool):
+            if number > 0 and isinstance(layers[number - 1][0], Conv) and layer.kind == "mean":
+                continue
+            size = int(kept.sum()) * prod(layer.out_shape[1:])
+            outputs.append(size)
+        elif isinstance(layer, Flatten):
+            kept = np.repeat(kept, prod(layer.in_shape[1:]))
+        elif isinstance(layer, Activation) and layer.kind != "identity":
+            size = int(kept.sum()) * prod(layer.out_shape[1:])
+            if not writable:
+                outputs.append(size)
+            writable = False
+        if isinstance(layer, Linear | Pool):
+            made += [before] if weights else []
+            writable = True
+        weights = weights or isinstance(layer, Linear)
+
+    def scratch(batch: int) -> int:
+        rows = (min(row * batch * height, max(row * batch, CHUNK)) for row, height in windows)
+        return fixed + sum(2 * n for n in rows)
+
+    return outputs, [max(made)] * len(made[:2]) if made else [], scratch
 
 
 def _show(rows: list[dict[str, Any]]) -> None:

@@ -13,6 +13,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from psmpi.errors import UserError
@@ -73,7 +74,10 @@ def start() -> Any:
 
 
 def host(world: Any) -> tuple[int, int]:
-    """Ranks of `world` on this rank's host, and the cores that they may use, bound or not, all together."""
+    """Ranks of `world` on this rank's host, and the cores that they may use, bound or not, all together.
+
+    A container's share of the processor time (cgroup v2) counts as so many cores.
+    """
     import numpy as np
     from mpi4py import MPI
 
@@ -84,7 +88,16 @@ def host(world: Any) -> tuple[int, int]:
     local.Allreduce(MPI.IN_PLACE, used, MPI.MAX)
     ranks = int(local.size)
     local.Free()
-    return ranks, int(used.sum())
+    return ranks, min(int(used.sum()), quota())
+
+
+def quota(path: str = "/sys/fs/cgroup/cpu.max") -> int:
+    """Cores that a container's share of the processor time comes to, rounded up; very many where there is no limit."""
+    try:
+        limit, period = Path(path).read_text().split()
+        return max(1, -(-int(limit) // int(period)))
+    except (OSError, ValueError):
+        return sys.maxsize
 
 
 def library() -> str:
@@ -135,8 +148,10 @@ def run(program: Callable[[], int]) -> int:
     time.sleep(min(0.5 * comm.rank, 3.0))
     where = f"rank {comm.rank} of {comm.size} on {socket.gethostname()}"
     print(f"psmpi, {where}: {message}", file=sys.stderr, flush=True)
-    _delivered()
-    comm.Abort(1)
+    try:
+        _delivered()
+    finally:
+        comm.Abort(1)
     return 1
 
 

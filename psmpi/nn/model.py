@@ -97,23 +97,24 @@ class Model:
         self.capacity = batch
         # What the last forward left would keep the smaller buffers alive.
         self.outputs: list[np.ndarray] = []
-        sizes = [prod(self.network.in_shape)]
         self.buffers: list[np.ndarray | None] = []
-        activated = False
+        # Flattening is a view, and activations work in place on the output before: but not on the minibatch, and not on
+        # the output of another activation, which its backward pass needs.
+        writable = False
         for step in self.steps:
-            # Flattening and activations work in place on the output of the layer before; but the backward pass of an
-            # activation needs its own output, so that no other may change it.
-            in_place = len(self.buffers) > 0 and (
-                step.kind == "flatten" or (step.kind == "activation" and not activated)
-            )
-            activated = step.kind == "activation" or (activated and step.kind == "flatten")
+            in_place = step.kind == "flatten" or (step.kind == "activation" and writable)
+            writable = step.kind in ("linear", "pool") or (step.kind == "flatten" and writable)
             self.buffers.append(None if in_place else self.ops.empty(step.size * batch, self.dtype))
             if step.linear is not None:
                 step.linear.reserve(batch, self.dtype)  # type: ignore[attr-defined]
-            sizes.append(step.size)
         # A gradient lives until the layer below has made its own from it: two buffers take turns.
-        widest = max(sizes[1:]) if len(sizes) > 1 and self.g is not None else 0
-        self.gradients = [self.ops.empty(widest * batch, self.dtype) for _ in range(2)]
+        above = range(self._lowest() + 1, len(self.steps)) if self.g is not None else ()
+        made = [self.steps[k - 1].size for k in above if self.steps[k].kind in ("linear", "pool")]
+        self.gradients = [self.ops.empty(max(made) * batch, self.dtype) for _ in made[:2]]
+
+    def _lowest(self) -> int:
+        """The first layer with weights; below it no gradient is needed."""
+        return next(k for k, step in enumerate(self.steps) if step.linear is not None)
 
     @property
     def activation_bytes(self) -> int:
@@ -150,8 +151,6 @@ class Model:
                 if buffer is not None:
                     y[...] = previous
                 self.ops.activate(step.spec.kind, y)
-            elif buffer is not None:
-                y[...] = previous.reshape(y.shape)
             self.outputs.append(y)
         return self.outputs[-1]
 
@@ -161,7 +160,7 @@ class Model:
         With `samples` (part.size, b) that is filled instead with the gradient that each sample adds.
         """
         dy, turn = dscores, 0
-        lowest = next(k for k, step in enumerate(self.steps) if step.linear is not None)
+        lowest = self._lowest()
         for k in range(len(self.steps) - 1, lowest - 1, -1):
             step, x, y = self.steps[k], self.outputs[k], self.outputs[k + 1]
             if step.kind == "activation":

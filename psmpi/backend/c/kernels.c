@@ -22,6 +22,15 @@ typedef struct {
     int32_t first, last;
 } shape_t;
 
+/* Vectors that are summed up before the sum goes into another. */
+#define FLUSH 256
+
+/* Which text this was compiled from: psmpi compares it with the text it has. */
+uint32_t psmpi_source(void)
+{
+    return PSMPI_SOURCE;
+}
+
 /* 2: AVX-512, 1: AVX2 and FMA, 0: neither. */
 int psmpi_level(void)
 {
@@ -33,8 +42,12 @@ int psmpi_level(void)
 
 static const int32_t ones[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0};
 
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx512f,avx512dq,avx2,fma"))), apply_to = function)
+#else
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512dq,avx2,fma")
+#endif
 
 #define R float
 #define INTEGER uint32_t
@@ -84,9 +97,14 @@ static const int32_t ones[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 
 #define SUM(v) _mm512_reduce_add_pd(v)
 #include "kernels.h"
 
+#ifdef __clang__
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
 #pragma GCC pop_options
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
+#endif
 
 #define R float
 #define INTEGER uint32_t
@@ -149,4 +167,8 @@ INLINE double sum_double_1(__m256d v)
 }
 #include "kernels.h"
 
+#ifdef __clang__
+#pragma clang attribute pop
+#else
 #pragma GCC pop_options
+#endif

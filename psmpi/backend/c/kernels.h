@@ -155,49 +155,65 @@ void NAME(conv_input)(const shape_t *s, const R *dy, const R *kernels, R *dx, R 
     }
 }
 
-/* Sums over outputs and batch of `nu` rows of dy times `nt` taps of x, into out (nu rows, so apart). */
+/* Sums over outputs and batch of `nu` rows of dy times `nt` taps of x, into out (nu rows, so apart). Every FLUSH vectors
+ * the sums go into others, so that their rounding does not grow with the image and the batch. */
 INLINE void NAME(products)(const int nu, const int nt, const shape_t *s, const R *dy, ptrdiff_t sd, const R *x,
                            const ptrdiff_t *taps, R *out, ptrdiff_t so)
 {
-    V acc[ROWS][TAPS];
+    V acc[ROWS][TAPS], sums[ROWS][TAPS];
     const R *px[TAPS];
     const ptrdiff_t row = (ptrdiff_t)s->stride * s->width * s->batch, step = (ptrdiff_t)s->stride * s->batch;
     const int whole = s->batch / VL * VL, some = s->batch - whole;
+    int since = 0;
 #pragma GCC unroll 8
     for (int u = 0; u < nu; u++)
 #pragma GCC unroll 8
         for (int t = 0; t < nt; t++)
-            acc[u][t] = SET1((R)0);
+            acc[u][t] = sums[u][t] = SET1((R)0);
     for (int i = 0; i < s->rows; i++)
         for (int j = 0; j < s->columns; j++) {
             const R *d = dy + ((ptrdiff_t)i * s->columns + j) * s->batch;
 #pragma GCC unroll 8
             for (int t = 0; t < nt; t++)
                 px[t] = x + taps[t] + i * row + j * step;
-            for (int b = 0; b < whole; b += VL) {
-                V v[TAPS];
-#pragma GCC unroll 8
-                for (int t = 0; t < nt; t++)
-                    v[t] = LOAD(px[t] + b);
-#pragma GCC unroll 8
-                for (int u = 0; u < nu; u++) {
-                    V g = LOAD(d + u * sd + b);
+            for (int first = 0; first < s->batch; first += FLUSH * VL) {
+                const int last = first + FLUSH * VL < whole ? first + FLUSH * VL : whole;
+                for (int b = first; b < last; b += VL) {
+                    V v[TAPS];
 #pragma GCC unroll 8
                     for (int t = 0; t < nt; t++)
-                        acc[u][t] = FMA(g, v[t], acc[u][t]);
+                        v[t] = LOAD(px[t] + b);
+#pragma GCC unroll 8
+                    for (int u = 0; u < nu; u++) {
+                        V g = LOAD(d + u * sd + b);
+#pragma GCC unroll 8
+                        for (int t = 0; t < nt; t++)
+                            acc[u][t] = FMA(g, v[t], acc[u][t]);
+                    }
                 }
-            }
-            if (some) {
-                V v[TAPS];
-#pragma GCC unroll 8
-                for (int t = 0; t < nt; t++)
-                    v[t] = LOAD_SOME(px[t] + whole, some);
-#pragma GCC unroll 8
-                for (int u = 0; u < nu; u++) {
-                    V g = LOAD_SOME(d + u * sd + whole, some);
+                if (some && first + FLUSH * VL >= s->batch) {
+                    V v[TAPS];
 #pragma GCC unroll 8
                     for (int t = 0; t < nt; t++)
-                        acc[u][t] = FMA(g, v[t], acc[u][t]);
+                        v[t] = LOAD_SOME(px[t] + whole, some);
+#pragma GCC unroll 8
+                    for (int u = 0; u < nu; u++) {
+                        V g = LOAD_SOME(d + u * sd + whole, some);
+#pragma GCC unroll 8
+                        for (int t = 0; t < nt; t++)
+                            acc[u][t] = FMA(g, v[t], acc[u][t]);
+                    }
+                }
+                since += last > first ? (last - first) / VL : 1;
+                if (since >= FLUSH) {
+                    since = 0;
+#pragma GCC unroll 8
+                    for (int u = 0; u < nu; u++)
+#pragma GCC unroll 8
+                        for (int t = 0; t < nt; t++) {
+                            sums[u][t] += acc[u][t];
+                            acc[u][t] = SET1((R)0);
+                        }
                 }
             }
         }
@@ -205,7 +221,7 @@ INLINE void NAME(products)(const int nu, const int nt, const shape_t *s, const R
     for (int u = 0; u < nu; u++)
 #pragma GCC unroll 8
         for (int t = 0; t < nt; t++)
-            out[u * so + t] = SUM(acc[u][t]);
+            out[u * so + t] = SUM(sums[u][t] + acc[u][t]);
 }
 
 static void NAME(rows)(int nu, int nt, const shape_t *s, const R *dy, ptrdiff_t sd, const R *x, const ptrdiff_t *taps,
@@ -491,6 +507,13 @@ INLINE R NAME(exponential)(R x)
     scale.value = (R)1;
     scale.bits += t.bits << MANTISSA;
     return sum * scale.value;
+}
+
+/* out[index[k]] += values[k], in order */
+void NAME(accumulate)(ptrdiff_t n, const R *values, const int64_t *index, R *out)
+{
+    for (ptrdiff_t k = 0; k < n; k++)
+        out[index[k]] += values[k];
 }
 
 /* y = 1 / (1 + exp(-y)) */
