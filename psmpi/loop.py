@@ -89,13 +89,14 @@ class Loop:
         saved = from_toml(contents.config, str(path)).optimization.optimizer
         if saved != self.config.optimization.optimizer:
             note = f"the checkpoint is of {saved}, not of {self.config.optimization.optimizer}"
-        elif not contents.optimizer:
+        elif len(vectors) > 1 and not contents.optimizer:
             note = "the checkpoint holds weights only"
         if note:
             vectors = {"weights": vectors["weights"]}
         else:
             self.method.scalars.update(contents.scalars)
         checkpoint.load(path, self.method.layout, shard, vectors, contents.part)
+        lost = self.method.resumed()
         # The shares of the loss are summed over ranks: the past is rank 0's.
         if self.world.rank == 0:
             self.method.loss_sum = progress.loss_sum
@@ -110,6 +111,8 @@ class Loop:
             metrics.write_rows(self.out / "metrics.jsonl", progress.rows)
             if note:
                 self.console.print(f"note: {note}: the optimizer starts afresh", highlight=False, soft_wrap=True)
+            elif lost:
+                self.console.print(f"note: {lost}", highlight=False, soft_wrap=True)
             self.console.print(
                 f"resumed from {path}, step {progress.step}", highlight=False, markup=False, soft_wrap=True
             )

@@ -48,6 +48,9 @@ class Method(Protocol):
     def step(self, ids: np.ndarray, lr: float) -> None:
         """One optimizer step on the training samples `ids` (b,)."""
 
+    def resumed(self) -> str:
+        """Take up vectors and scalars that were restored from a checkpoint; what it did not hold, for a message."""
+
     def test(self) -> Score:
         """Loss and accuracy on the test split, the same on all ranks."""
 

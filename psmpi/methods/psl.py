@@ -21,10 +21,12 @@ from psmpi.data import Dataset
 from psmpi.errors import UserError
 from psmpi.methods.base import Place, Score
 from psmpi.methods.element_worker import ElementWorker
+from psmpi.methods.quasi_newton import PartitionedNewton
 from psmpi.nn.init import initial_weights
 from psmpi.nn.losses import make_loss
 from psmpi.nn.network import Network
 from psmpi.optim import Hyper, clip_by_global_norm, make_optimizer
+from psmpi.optim.elements import RULES
 from psmpi.partition import Layout, Roles, assign_roles
 
 
@@ -62,6 +64,15 @@ class PartiallySeparable:
             self.worker = ElementWorker(
                 place, self.roles, row, network, self.layout, dataset, config, self.w_part, self.g_part, ops
             )
+        self.newton: PartitionedNewton | None = None
+        if optimization.optimizer in RULES:
+            self.newton = PartitionedNewton(
+                self.world, self.exchange, self.worker, network, self.layout, config, self.w_part, self.w, ops,
+                self.scalars,
+            )  # fmt: skip
+            self.vectors.update(self.newton.vectors)
+            # From here on the workers make the steps of the owners themselves.
+            self.exchange.scatter(self.w, self.w_part)
         self.loss_sum = 0.0
 
     @classmethod
@@ -77,6 +88,9 @@ class PartiallySeparable:
         return self.deciders.agree(values)
 
     def step(self, ids: np.ndarray, lr: float) -> None:
+        if self.newton is not None:
+            self.loss_sum += self.newton.step(ids) * len(ids)
+            return
         if self.optimizer.needs_closure:
             losses: list[float] = []
 
@@ -112,6 +126,9 @@ class PartiallySeparable:
         self.exchange.gather(self.g_part, self.g)
         return loss
 
+    def resumed(self) -> str:
+        return "" if self.newton is None else self.newton.resumed()
+
     def test(self) -> Score:
         # The weights that other ranks own have moved since they were last sent.
         self.exchange.scatter(self.w, self.w_part)
@@ -137,12 +154,14 @@ class PartiallySeparable:
             "gradients": self.g_part.nbytes + (self.g.nbytes if apart else 0),
             "optimizer": sum(v.nbytes for v in self.optimizer.vectors.values()) + self.optimizer.scratch.nbytes,
             **(self.worker.memory() if self.worker is not None else {}),
+            **({"curvature": self.newton.nbytes} if self.newton is not None else {}),
         }
 
     def events(self) -> dict[str, int]:
         # With the score partition every worker of a row sees the same terms: the first counts them.
         counts = self.worker is not None and (self.worker.pairs is not None or self.worker.place.column == 0)
-        return {"psl_terms_past_exp_clip": self.worker.loss.clipped if self.worker is not None and counts else 0}
+        clipped = self.worker.loss.clipped if self.worker is not None and counts else 0
+        return {"psl_terms_past_exp_clip": clipped, **(self.newton.events() if self.newton is not None else {})}
 
 
 def plan_roles(layout: Layout, size: int, config: Config) -> Roles:
@@ -181,11 +200,41 @@ def check_roles(network: Network, roles: Roles, config: Config) -> None:
             f"--partition pairs needs a loss that is a sum over pairs of classes, and --loss {loss.name} is not: use "
             "--loss psl or --loss logistic, or --partition scores"
         )
+    check_newton(roles, config)
     if config.data.batch_size < roles.rows:
         raise UserError(
             f"--batch-size {config.data.batch_size} cannot be split over {roles.rows} replica rows: use --batch-size "
             f"{roles.rows} or more, or fewer ranks"
         )
+
+
+def check_newton(roles: Roles, config: Config) -> None:
+    """UserError for settings that partitioned quasi-Newton training cannot have."""
+    o = config.optimization
+    if o.optimizer not in RULES:
+        return
+    name = f"--optimizer {o.optimizer}"
+    if config.parallel.partition != "pairs":
+        raise UserError(
+            f"{name} needs --partition pairs: an element is a pair of classes, and a worker of --partition scores does "
+            "not have both"
+        )
+    if roles.rows > 1:
+        raise UserError(
+            f"{name} keeps each element on one worker, and replicas would each keep their own: use --replicas 1 and "
+            f"{config.parallel.masters * (not config.parallel.colocate) + sum(w is not None for w in roles.workers)} "
+            "ranks or fewer"
+        )
+    if o.extrapolation != "none" and o.globalization != "line-search":
+        raise UserError(f"--extrapolation {o.extrapolation} goes with --globalization line-search")
+    if o.weight_decay:
+        raise UserError(f"{name} has no --weight-decay")
+    if not 1 <= o.memory <= 100:
+        raise UserError(f"--memory {o.memory}: expected 1 to 100 pairs")
+    if not 0 < o.cg_tolerance < 1:
+        raise UserError(f"--cg-tolerance {o.cg_tolerance}: expected a number between 0 and 1")
+    if o.cg_iterations < 1:
+        raise UserError(f"--cg-iterations {o.cg_iterations}: expected 1 or more")
 
 
 def _ranges(numbers: tuple[int, ...]) -> str:

@@ -12,6 +12,13 @@ from psmpi.optim.base import Hyper, Optimizer, check_settings
 from psmpi.optim.first_order import SGD, Adam, AdamW, Momentum, Nesterov, RMSprop
 from psmpi.optim.lbfgs import LBFGS
 
+
+class Partitioned(Optimizer):
+    """Partitioned quasi-Newton: the method steps, for the elements' curvature is on the workers; see `elements`."""
+
+    needs_closure = True
+
+
 OPTIMIZERS: dict[str, type[Optimizer]] = {
     "sgd": SGD,
     "momentum": Momentum,
@@ -20,6 +27,9 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {
     "adamw": AdamW,
     "rmsprop": RMSprop,
     "lbfgs": LBFGS,
+    "plbfgs": Partitioned,
+    "plsr1": Partitioned,
+    "plse": Partitioned,
 }
 
 

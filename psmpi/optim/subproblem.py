@@ -6,7 +6,7 @@ shards: what is global comes in through callables, and every rank takes the same
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf, isfinite, sqrt
 from typing import Literal
@@ -44,7 +44,7 @@ def truncated_cg(
     product: Callable[[np.ndarray, np.ndarray], float],
     follow: Callable[[float], None],
     allsum: AllSum,
-    work: np.ndarray,
+    work: Sequence[np.ndarray],
     *,
     radius: float = inf,
     rtol: float = 1e-2,
@@ -56,7 +56,7 @@ def truncated_cg(
     product(p, q) fills the shard q = B p and returns this rank's share of p^T B p; follow(a) is told that x has become
     x + a p, p that of the last product. With a finite radius x stays inside it, and goes to its boundary along a
     direction of curvature that is not positive; without one such a direction ends the iteration with the x before, or
-    with -g if it is the first. work: (3, n) scratch of the dtype of g. Scalars are float64.
+    with -g if it is the first. work: three (n,) arrays of its dtype, r, p, q. Scalars are float64.
     """
     r, p, q = work
     np.negative(g, out=r)

@@ -1,0 +1,233 @@
+"""One step of partitioned quasi-Newton training: PLBFGS, PLSR1 and PLSE over the ranks of the pair partition.
+
+Raynaud, Orban, Bigeon, "PLSR1" (Cahiers du GERAD G-2023-41). Every element keeps its own curvature on the worker that
+owns it. A product of the whole matrix B with a vector is one scatter and one gather; no weights travel, for the workers
+repeat the steps of the owners of the weights bit for bit.
+"""
+
+from __future__ import annotations
+
+from math import inf, isfinite
+
+import numpy as np
+
+from psmpi.backend import NumpyOps
+from psmpi.comm.exchange import Exchange
+from psmpi.comm.group import Group
+from psmpi.config import Config
+from psmpi.methods.element_set import ElementSet
+from psmpi.methods.element_worker import DIVERGED, ElementWorker
+from psmpi.nn.losses import Loss
+from psmpi.nn.network import Network
+from psmpi.optim.elements import ElementOperators, Outcome
+from psmpi.optim.subproblem import Momentum, TrustRegion, add_scaled, armijo, truncated_cg
+from psmpi.partition import Layout
+
+
+class PartitionedNewton:
+    """Steps w (this rank's shard) and w_part (what its worker computes with), which stay equal where both lie.
+
+    world: all ranks; `worker` is None on ranks that only hold weights. scalars: the radius, theta of the adaptive
+    momentum and counts, the same on every rank. vectors: `v` of the momentum, over the shard, where there is one.
+    """
+
+    def __init__(
+        self,
+        world: Group,
+        exchange: Exchange,
+        worker: ElementWorker | None,
+        network: Network,
+        layout: Layout,
+        config: Config,
+        w_part: np.ndarray,
+        w: np.ndarray,
+        ops: NumpyOps,
+        scalars: dict[str, float | int],
+    ):
+        o = config.optimization
+        self.world, self.exchange, self.worker = world, exchange, worker
+        self.w_part, self.w, self.dtype, self.scalars = w_part, w, w.dtype, scalars
+        self.search, self.extend = o.globalization == "line-search", o.line_search == "basic"
+        self.rtol, self.itmax = o.cg_tolerance, o.cg_iterations
+        self.region = TrustRegion()
+        self.momentum = None if o.extrapolation == "none" else Momentum(o.extrapolation == "adaptive", o.momentum)
+        scalars.update(radius=1.0, theta=1.0, products=0, failed_steps=0)
+        self.p_part, self.p = exchange.make_vectors(self.dtype)
+        self.q_part, self.q = exchange.make_vectors(self.dtype)
+        self.g = np.empty_like(w)
+        self.r, self.x = np.empty_like(w), np.empty_like(w)
+        self.x_part, self.t_part = np.zeros_like(w_part), np.empty_like(w_part)
+        self.vectors: dict[str, np.ndarray] = {}
+        if self.momentum is not None:
+            self.v_part, self.v = np.zeros_like(w_part), np.zeros_like(w)
+            self.vectors["v"] = self.v
+        self.counts = dict.fromkeys(("rejected", "reset", "updated"), 0)
+        self.elements: ElementSet | None = None
+        if worker is not None:
+            assert worker.place.elements is not None
+            self.elements = ElementSet(
+                network, layout, worker.place.classes, worker.place.elements, self.dtype, ops, merged=o.merge_pairs
+            )
+            count, size = len(self.elements.elements), self.elements.size
+            self.operators = ElementOperators(
+                count,
+                size,
+                self.dtype,
+                o.optimizer,  # type: ignore[arg-type]
+                memory=o.memory,
+                relative=o.curvature == "relative",
+                damping=o.damping,
+            )
+            # What the last pairs did to their elements.
+            self.outcome = np.full(count, Outcome.SKIPPED)
+            self.before, self.after, self.a, self.b = (np.empty((count, size), self.dtype) for _ in range(4))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything it holds but w and w_part."""
+        arrays = [v for k, v in vars(self).items() if isinstance(v, np.ndarray) and k not in ("w", "w_part")]
+        held = sum(a.nbytes for a in arrays if a.base is None)
+        return held + (self.elements.nbytes + self.operators.nbytes if self.elements is not None else 0)
+
+    def step(self, ids: np.ndarray) -> float:
+        """One step on the training samples `ids` (b,); returns this rank's share of their mean loss before it.
+
+        With a momentum "before" is after the extrapolation. FloatingPointError where that loss is not finite.
+        """
+        self._extrapolate()
+        x, labels = self._batch(ids)
+        self.scale = 1 / len(ids)
+        share = 0.0
+        if self.elements is not None:
+            share = self.elements.gradients(self.w_part, x, labels, self._loss(), self.scale, self.before)
+            self.elements.accumulate(self.before, self.q_part)
+        (start,) = self.world.agree(np.array([share])).tolist()
+        if not isfinite(start):
+            raise FloatingPointError(DIVERGED)
+        self.exchange.gather(self.q_part, self.q)
+        np.copyto(self.g, self.q)
+        self.x_part.fill(0)
+        found = truncated_cg(
+            self.g, self.x, self._product, self._follow, self.world.agree, (self.r, self.p, self.q),
+            radius=inf if self.search else self.region.radius, rtol=self.rtol, itmax=self.itmax,
+        )  # fmt: skip
+        self.scalars["products"] += found.iterations
+
+        def value(length: float) -> float:
+            mine = self._value(length, x, labels)
+            return float(self.world.agree(np.array([mine]))[0])
+
+        length: float | None = None
+        if self.search:
+            searched = armijo(value, start, found.slope, extend=self.extend)
+            length = None if searched is None else searched[0]
+        elif found.iterations:
+            decrease = -(found.slope + found.curvature / 2)
+            length = 1.0 if self.region.judge(start, value(1.0), decrease, found.length) else None
+        if length is not None:
+            self._move(length)
+            self._update(x, labels, length)
+        else:
+            self.scalars["failed_steps"] += 1
+            if self.momentum is not None:
+                self.momentum.fail()
+        self.scalars["radius"] = self.region.radius
+        if self.momentum is not None:
+            self.scalars["theta"] = self.momentum.theta
+        # What every sample adds, whatever the weights, is no part of any element: one worker counts it.
+        first = self.worker is not None and self.worker.place.column == 0
+        return share + (self._loss().constant if first else 0.0)
+
+    def resumed(self) -> str:
+        """Take up scalars and vectors that were restored."""
+        self.exchange.scatter(self.w, self.w_part)
+        self.region.radius = float(self.scalars["radius"])
+        if self.momentum is not None:
+            self.momentum.theta = float(self.scalars["theta"])
+            self.exchange.scatter(self.v, self.v_part)
+        return "checkpoints do not hold the elements' curvature: it starts afresh"
+
+    def events(self) -> dict[str, int]:
+        """Counts of what went wrong, on this rank since the start."""
+        steps = int(self.scalars["failed_steps"]) if self.world.rank == 0 else 0
+        pairs = {f"curvature_pairs_{name}": self.counts[name] for name in ("rejected", "reset")}
+        return {**pairs, "steps_without_decrease": steps}
+
+    def _loss(self) -> Loss:
+        assert self.worker is not None
+        return self.worker.loss
+
+    def _batch(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """This worker's samples (features, b) of the minibatch and their labels among its classes, in that order."""
+        worker = self.worker
+        if worker is None:
+            return np.empty((0, 0), self.dtype), np.empty(0, np.int64)
+        labels = worker.number[worker.dataset.train.labels[ids]]
+        order = np.argsort(labels, kind="stable")
+        order = order[labels[order] >= 0]
+        worker.reserve(max(1, len(order)))
+        x = worker.x[: worker.features * len(order)].reshape(worker.features, len(order))
+        worker.train.fetch(ids[order], x)
+        return x, labels[order]
+
+    def _product(self, p: np.ndarray, q: np.ndarray) -> float:
+        """q = B p; this rank's share of p^T B p."""
+        self.exchange.scatter(p, self.p_part)
+        share = 0.0
+        if self.elements is not None:
+            self.elements.restrict(self.p_part, self.a)
+            self.operators.product(self.a, self.b)
+            share = float(np.einsum("ei,ei->", self.a, self.b, dtype=np.float64, casting="same_kind"))
+            self.elements.accumulate(self.b, self.q_part)
+        self.exchange.gather(self.q_part, q)
+        return share
+
+    def _follow(self, a: float) -> None:
+        add_scaled(self.x_part, self.p_part, a)
+
+    def _value(self, length: float, x: np.ndarray, labels: np.ndarray) -> float:
+        """This rank's share of the loss after a step of this length; infinity where it is not finite."""
+        if self.elements is None:
+            return 0.0
+        np.copyto(self.t_part, self.w_part)
+        add_scaled(self.t_part, self.x_part, length)
+        try:
+            found = self.elements.value(self.t_part, x, labels, self._loss(), self.scale)
+        except FloatingPointError:
+            return inf
+        return found if isfinite(found) else inf
+
+    def _move(self, length: float) -> None:
+        """w += length x, and so the momentum."""
+        if self.exchange.inside is None:
+            add_scaled(self.w, self.x, length)
+        add_scaled(self.w_part, self.x_part, length)
+        if self.momentum is not None:
+            add_scaled(self.v, self.x, length)
+            add_scaled(self.v_part, self.x_part, length)
+
+    def _extrapolate(self) -> None:
+        if self.momentum is None:
+            return
+        factor = self.dtype.type(self.momentum.next())
+        self.v *= factor
+        self.v_part *= factor
+        if self.exchange.inside is None:
+            self.w += self.v
+        self.w_part += self.v_part
+
+    def _update(self, x: np.ndarray, labels: np.ndarray, length: float) -> None:
+        """Give each element the pair of the step just taken, on the same minibatch."""
+        if self.elements is None:
+            return
+        try:
+            self.elements.gradients(self.w_part, x, labels, self._loss(), self.scale, self.after)
+        except FloatingPointError:
+            self.after.fill(np.nan)
+        with np.errstate(all="ignore"):
+            self.after -= self.before
+        self.elements.restrict(self.x_part, self.a)
+        self.a *= self.dtype.type(length)
+        self.outcome = outcome = self.operators.push(self.a, self.after, self.elements.seen(labels))
+        for name, which in (("rejected", Outcome.REJECTED), ("reset", Outcome.RESET), ("updated", Outcome.UPDATED)):
+            self.counts[name] += int(np.count_nonzero(outcome == which))

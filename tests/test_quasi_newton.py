@@ -1,0 +1,295 @@
+"""Elements and their gradients against whole networks; partitioned quasi-Newton training, serial and distributed."""
+
+from dataclasses import replace
+from itertools import combinations, pairwise
+
+import numpy as np
+import pytest
+from conftest import distance, run
+from test_data import real
+
+from psmpi.backend import make_backend
+from psmpi.config import Config
+from psmpi.data import Dataset, open_dataset
+from psmpi.methods import METHODS
+from psmpi.methods.element_set import ElementSet
+from psmpi.nn.losses import make_loss
+from psmpi.nn.model import Model
+from psmpi.nn.network import build
+from psmpi.nn.zoo import make_network
+from psmpi.optim.elements import RULES, Outcome
+
+F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
+PAIRS = list(combinations(range(10), 2))
+
+
+def problem(shape, dtype, batch=40, seed=0):
+    """(network, layout, weights, samples, labels in their order)."""
+    network = make_network("psnet", shape, 10)
+    rng = np.random.default_rng(seed)
+    w = (0.2 * rng.standard_normal(network.layout().size)).astype(dtype)
+    x = rng.random((int(np.prod(shape)), batch)).astype(dtype)
+    return network, network.layout(), w, x, np.sort(rng.integers(0, 10, batch))
+
+
+def element_set(network, layout, dtype, classes=range(10), pairs=PAIRS, **options):
+    found = ElementSet(network, layout, tuple(classes), pairs, dtype, make_backend("auto"), **options)
+    return found, np.full((len(found.elements), found.size), np.nan, dtype)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("loss", ["psl", "logistic"])
+@pytest.mark.parametrize("dtype", [F64, F32], ids=str)
+@pytest.mark.parametrize("shape", [(1, 8, 8), (1, 28, 28), (3, 32, 32)])
+def test_element_gradients_add_up_to_that_of_the_network(shape, dtype, loss, merged):
+    network, layout, w, x, labels = problem(shape, dtype)
+    whole, apart = make_loss(loss, dtype, kappa=2), make_loss(loss, dtype, kappa=2)
+    g = np.empty_like(w)
+    model = Model(network, layout, w, g, make_backend("auto"))
+    scores = model.forward(x)
+    dscores = np.empty(scores.shape)
+    value = whole(scores, labels, 1 / 40, dscores)
+    model.backward(dscores.astype(dtype))
+    elements, out = element_set(network, layout, dtype, merged=merged)
+    assert len(elements.elements) == (45 if merged else 90)
+    found = elements.gradients(w, x, labels, apart, 1 / 40, out)
+    tolerance = 1e-12 if dtype == F64 else 1e-6
+    assert found + whole.constant == pytest.approx(value, rel=tolerance)
+    assert elements.value(w, x, labels, apart, 1 / 40) == pytest.approx(found, rel=tolerance)
+    total = np.empty_like(w)
+    elements.accumulate(out, total)
+    assert np.linalg.norm(total - g) <= tolerance * np.linalg.norm(g)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_an_element_gradient_is_that_of_its_terms(merged):
+    """Each by a backward pass of its own through the whole network."""
+    network, layout, w, x, labels = problem((1, 8, 8), F64)
+    labels[labels == 4] = 5
+    elements, out = element_set(network, layout, F64, merged=merged)
+    elements.gradients(w, x, labels, make_loss("psl", F64), 1.0, out)
+    model = Model(network, layout, w, np.empty_like(w), make_backend("numpy"))
+    for number, (i, j) in enumerate(elements.elements):
+        scores = model.forward(x).copy()
+        dscores = np.zeros_like(scores)
+        for a, b in ((i, j), (j, i)) if merged else ((i, j),):
+            mine = labels == a
+            term = np.exp(scores[b] - scores[a]) * mine
+            dscores[b] += term
+            dscores[a] -= term
+        model.backward(dscores)
+        alone = np.zeros((len(elements.elements), elements.size))
+        alone[number] = out[number]
+        found = np.empty_like(w)
+        elements.accumulate(alone, found)
+        assert np.linalg.norm(found - model.g) <= 1e-12 * max(1e-3, np.linalg.norm(model.g))
+    expected = [4 not in e[: 1 + merged] if not merged else e != (4, 4) for e in elements.elements]
+    assert elements.seen(labels).tolist() == expected
+    assert not out[~elements.seen(labels)].any()
+
+
+def test_elements_of_different_sizes_and_of_a_worker():
+    """Blocks that cut channels make elements of different sizes; a worker sees its own classes only."""
+    layers = [
+        *({"type": "conv", "channels": 6, "kernel": 4}, {"type": "mean_pool"}, {"type": "sigmoid"}),
+        *({"type": "conv", "channels": 16, "kernel": 4}, {"type": "mean_pool"}, {"type": "sigmoid"}),
+        *({"type": "flatten"}, {"type": "separable_dense", "units": 200, "groups": 10}, {"type": "sigmoid"}),
+        {"type": "separable_dense", "units": 10, "groups": 10},
+    ]
+    network = build("cut", (1, 28, 28), layers, 10)
+    layout, rng = network.layout(), np.random.default_rng(1)
+    w = 0.1 * rng.standard_normal(layout.size)
+    x, labels = rng.random((784, 30)), np.sort(rng.integers(0, 10, 30))
+    classes, pairs = (2, 3, 7), [(2, 7), (3, 7)]
+    elements, out = element_set(network, layout, F64, classes, pairs)
+    assert len(set(elements.sizes)) > 1 and (elements.index.max(axis=1) == elements.part.size).any()
+    mine = np.concatenate([w[a:b] for a, b in elements.part.intervals])
+    known = np.isin(labels, classes)
+    numbers = np.searchsorted(classes, labels[known])
+    elements.gradients(mine, np.ascontiguousarray(x[:, known]), numbers, make_loss("psl", F64), 1.0, out)
+    model = Model(network, layout, w, np.empty_like(w), make_backend("numpy"))
+    scores = model.forward(x)
+    dscores = np.zeros_like(scores)
+    for i, j in ((2, 7), (7, 2), (3, 7), (7, 3)):
+        term = np.exp(scores[j] - scores[i]) * (labels == i)
+        dscores[j] += term
+        dscores[i] -= term
+    model.backward(dscores)
+    total = np.empty_like(mine)
+    elements.accumulate(out, total)
+    expected = np.concatenate([model.g[a:b] for a, b in elements.part.intervals])
+    assert np.linalg.norm(total - expected) <= 1e-12 * np.linalg.norm(expected)
+    restricted = np.empty_like(out)
+    elements.restrict(mine, restricted)
+    for e, size in enumerate(elements.sizes):
+        assert np.array_equal(restricted[e, :size], mine[elements.index[e, :size]]) and not restricted[e, size:].any()
+
+
+@pytest.mark.parametrize(("shape", "shared"), [((1, 28, 28), 1040), ((3, 32, 32), 4560)])
+def test_the_matrix_starts_as_the_diagonal_of_multiplicities(shape, shared):
+    network = make_network("psnet", shape, 10)
+    layout = network.layout()
+    elements, v = element_set(network, layout, F64)
+    elements.restrict(np.ones(layout.size), v)
+    diagonal = np.empty(layout.size)
+    elements.accumulate(v, diagonal)
+    values, counts = np.unique(diagonal, return_counts=True)
+    assert values.tolist() == [18, 90] and counts.tolist() == [layout.size - shared, shared]
+
+
+def test_huge_terms_give_finite_gradients():
+    network, layout, w, x, labels = problem((1, 8, 8), F32)
+    elements, out = element_set(network, layout, F32)
+    value = elements.gradients(w * 400, x, labels, make_loss("psl", F32), 1.0, out)
+    assert np.isfinite(out).all() and np.isfinite(value) and value > 1e30
+
+
+class Alone:
+    rank, size = 0, 1
+
+
+class Fixed:
+    """The first samples of a split."""
+
+    def __init__(self, split, n):
+        self.split, self.n, self.shape, self.scale, self.dtype = split, n, split.shape, split.scale, split.dtype
+        self.features, self.labels, self.index = split.features, split.labels[:n], None
+
+    def read(self, rows):
+        return self.split.read(rows)
+
+
+def make_method(network, dataset, **changes):
+    base = Config()
+    config = replace(
+        base,
+        data=replace(base.data, batch_size=dataset.train.n),
+        model=replace(base.model, dtype="float64"),
+        parallel=replace(base.parallel, partition="pairs"),
+        optimization=replace(base.optimization, **changes),
+    )
+    return METHODS["psl"](Alone(), network, dataset, config, make_backend("auto"))
+
+
+def digits(n=120):
+    whole = open_dataset("digits", "")
+    train = Fixed(whole.train, n)
+    return replace(whole, train=train) if hasattr(whole, "__dataclass_fields__") else Dataset(
+        "digits", 10, whole.shape, train, whole.test
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_secant_equations_hold_after_a_step(rule):
+    """B_e s_e = y_e of every element that took its pair; where all did, B s = y and s^T B s = s^T y."""
+    network = make_network("psnet", (1, 8, 8), 10)
+    method = make_method(network, digits(), optimizer=rule)
+    newton, ids, updates, whole = method.newton, np.arange(120), 0, 0
+    for _ in range(8):
+        failed = newton.scalars["failed_steps"]
+        method.step(ids, 0.0)
+        if newton.scalars["failed_steps"] > failed:
+            continue
+        # The step as the elements have it: a difference of weights would bring their rounding in.
+        step, s = newton.a.copy(), np.zeros(newton.elements.part.size + 1)
+        s[newton.elements.index] = step
+        s = s[:-1]
+        np.copyto(newton.p, s)
+        share = newton._product(newton.p, newton.q)
+        done = newton.outcome == Outcome.UPDATED
+        updates += done.sum()
+        y = newton.after
+        far, size = (np.linalg.norm(v, axis=1) for v in (newton.b - y, y))
+        # A product starts from sigma s, and where that is thousands of times y the rest cancels it.
+        start = newton.operators.sigma * np.linalg.norm(step, axis=1)
+        assert (far[done] <= np.maximum(1e-10 * size, 1e-12 * start)[done]).all()
+        if done.all():
+            whole += 1
+            total = np.empty_like(s)
+            newton.elements.accumulate(y, total)
+            assert np.linalg.norm(newton.q - total) <= max(1e-10 * np.linalg.norm(total), 1e-12 * start.sum())
+            assert share == pytest.approx(s @ total, rel=1e-10, abs=1e-12 * start.sum() * np.linalg.norm(s))
+    assert updates >= 200 and (whole >= 3 or rule == "plbfgs")
+
+
+OPTIONS = ("--partition", "pairs", "--dtype", "float64", "--max-steps", "12")
+VARIANTS = {
+    "plbfgs": ("--optimizer", "plbfgs"),
+    # Denominators of SR1 may be a millionth of their terms and multiply rounding by as much: a few steps only.
+    "plsr1": ("--optimizer", "plsr1", "--globalization", "trust-region", "--max-steps", "6"),
+    "plse": ("--optimizer", "plse", "--merge-pairs", "--curvature", "relative"),
+    "adaptive": ("--optimizer", "plse", "--extrapolation", "adaptive", "--line-search", "backtracking"),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_steps_do_not_depend_on_ranks(train, variant):
+    options = (*OPTIONS, *VARIANTS[variant])
+    serial = train(1, *options)
+    layouts = [(2, ()), (4, ()), (7, ())]
+    if variant == "plbfgs":
+        layouts += [(4, ("--colocate",)), (5, ("--placement", "owner")), (9, ("--masters", "3"))]
+    for ranks, layout in layouts:
+        result = train(ranks, *options, *layout)
+        assert distance(serial.tensors(), result.tensors()) <= 1e-10
+        assert result.rows[-1]["train_loss"] == pytest.approx(serial.rows[-1]["train_loss"], rel=1e-12)
+
+
+@pytest.mark.parametrize("optimizer", ["plbfgs", "plsr1", "plse"])
+def test_training_learns(train, optimizer):
+    region = ("--globalization", "trust-region") if optimizer == "plsr1" else ()
+    rows = train(1, "--partition", "pairs", "--optimizer", optimizer, "--epochs", "12", *region).rows
+    assert rows[-1]["test_accuracy"] > 0.6 and rows[-1]["train_loss"] < 0.7 * rows[0]["train_loss"]
+
+
+def test_a_resumed_run_says_that_curvature_starts_afresh(train):
+    first = train(1, *OPTIONS, "--optimizer", "plse", "--extrapolation", "constant")
+    resumed = train(3, *OPTIONS[:-1], "14", "--optimizer", "plse", "--extrapolation", "constant", "--resume",
+                    first.checkpoint)  # fmt: skip
+    assert "the elements' curvature: it starts afresh" in " ".join(resumed.stdout.split())
+    assert "optimizer/v/conv1.weight" in resumed.tensors()
+
+
+@pytest.mark.parametrize(
+    ("ranks", "options", "says"),
+    [
+        (1, (), "needs --partition pairs"),
+        (3, ("--partition", "pairs", "--replicas", "2"), "use --replicas 1"),
+        (1, ("--partition", "pairs", "--extrapolation", "adaptive", "--globalization", "trust-region"), "line-search"),
+        (1, ("--partition", "pairs", "--memory", "0"), "--memory 0"),
+        (1, ("--partition", "pairs", "--cg-tolerance", "2"), "--cg-tolerance 2"),
+        (1, ("--partition", "pairs", "--cg-iterations", "0"), "--cg-iterations 0"),
+        (1, ("--partition", "pairs", "--weight-decay", "0.1"), "no --weight-decay"),
+        (1, ("--partition", "pairs", "--loss", "nll"), "--loss psl"),
+    ],
+)
+def test_what_cannot_be_is_refused(tmp_path, ranks, options, says):
+    status, _, err = run(ranks, "-m", "psmpi.train", "--optimizer", "plse", *options, "--out", tmp_path / "run")
+    assert status == 1 and says in " ".join(err.split()) and "Traceback" not in err
+
+
+CUSTOM = [
+    *({"type": "conv", "channels": 6, "kernel": 5}, {"type": "mean_pool"}, {"type": "sigmoid"}),
+    *({"type": "conv", "channels": 10, "kernel": 5}, {"type": "mean_pool"}, {"type": "sigmoid"}, {"type": "flatten"}),
+    *({"type": "separable_dense", "units": 60, "groups": 10}, {"type": "sigmoid"}),
+    *({"type": "separable_dense", "units": 40, "groups": 10}, {"type": "sigmoid"}),
+    {"type": "separable_dense", "units": 10, "groups": 10},
+]
+
+
+@pytest.mark.parametrize(("rule", "bound"), [("plbfgs", 5.0), ("plse", 5.0), ("plsr1", 8.0)])
+def test_the_loss_of_a_fixed_minibatch_never_increases(rule, bound):
+    """Forty iterations on the first 200 training images of MNIST."""
+    whole = open_dataset("mnist", real("mnist"))
+    network = build("small", (1, 28, 28), CUSTOM, 10)
+    assert network.layout().size == 3016
+    dataset = Dataset(name="mnist", classes=10, shape=whole.shape, train=Fixed(whole.train, 200), test=whole.test)
+    method = make_method(network, dataset, optimizer=rule)
+    losses, ids = [], np.arange(200)
+    for _ in range(41):
+        before = method.loss_sum
+        method.step(ids, 0.0)
+        losses.append((method.loss_sum - before) / 200)
+    assert all(b <= a for a, b in pairwise(losses)), losses
+    assert losses[-1] <= bound
+    assert method.newton.counts["updated"] > 0
