@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point; returns the exit status: 0 done, 1 a goal is missed or an error."""
+    """Entry point; returns the exit status: 0 done, 1 an error, or a published accuracy is missed."""
     import tyro
     from tyro.extras import SubcommandApp
 

@@ -75,6 +75,8 @@ class ElementSet:
         for c, mine in zip(self.classes, self.inside, strict=True):
             w = np.zeros(len(mine), self.dtype)
             self.models.append(Model(network, layout, w, np.empty_like(w), ops, (c,)))
+        # For values alone: what classes share is computed once.
+        self.whole = Model(network, layout, np.zeros(self.part.size, self.dtype), None, ops, self.classes)
         self.largest = largest
         self.extended = np.zeros(self.part.size + 1, self.dtype)
         self.flat = np.zeros(count * self.size + 1, self.dtype)
@@ -89,8 +91,9 @@ class ElementSet:
         """Bytes of everything it holds."""
         own = [v for v in vars(self).values() if isinstance(v, np.ndarray)]
         terms = [a for term in self.terms for a in term]
-        models = sum(m.w.nbytes + m.activation_bytes + m.buffer_bytes for m in self.models)
-        return models + sum(a.nbytes for a in (*own, *terms, *self.inside))
+        models = sum(2 * m.w.nbytes + m.activation_bytes + m.buffer_bytes for m in self.models)
+        whole = self.whole.w.nbytes + self.whole.activation_bytes + self.whole.buffer_bytes
+        return models + whole + sum(a.nbytes for a in (*own, *terms, *self.inside))
 
     def reserve(self, batch: int) -> None:
         """Make room for minibatches of up to `batch` samples."""
@@ -102,7 +105,7 @@ class ElementSet:
         self.scores = np.empty(count * batch, self.dtype)
         self.dscores = np.empty(count * batch)
         self.ones = np.empty(batch, self.dtype)
-        for model in self.models:
+        for model in (*self.models, self.whole):
             model.reserve(batch)
 
     def restrict(self, vector: np.ndarray, out: np.ndarray) -> None:
@@ -123,7 +126,8 @@ class ElementSet:
         """
         if not len(labels):
             return 0.0
-        return loss(self._forward(w, x), labels, scale, None, self.mask)
+        np.copyto(self.whole.w, w)
+        return loss(self.whole.forward(x), labels, scale, None, self.mask)
 
     def gradients(
         self, w: np.ndarray, x: np.ndarray, labels: np.ndarray, loss: Loss, scale: float, out: np.ndarray
