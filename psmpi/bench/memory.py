@@ -17,7 +17,7 @@ from psmpi.nn.network import Activation, Conv, Flatten, Linear, Network, Pool
 if TYPE_CHECKING:
     from psmpi.config import Config
 
-KINDS = ("weights", "gradients", "optimizer", "activations", "buffers", "samples")
+KINDS = ("weights", "gradients", "optimizer", "curvature", "activations", "buffers", "samples")
 
 
 def memory(config: Config, json: bool = False) -> int:
@@ -99,6 +99,10 @@ def _needed(method: Any, network: Network, dataset: Any, config: Config) -> dict
     worker = roles.workers[rank]
     if worker is None:
         return found
+    if method.newton is not None and method.newton.elements is not None:
+        # The pairs alone; the element gradients and where they lie come on top.
+        o = config.optimization
+        found["curvature"] = 2 * o.memory * size * int(method.newton.elements.sizes.sum())
     batch = -(-config.data.batch_size // roles.rows)
     tested = -(-dataset.test.n // roles.rows)
     batch = max(batch, min(100, tested))
