@@ -9,12 +9,13 @@ from numpy.typing import DTypeLike
 from psmpi.backend import NumpyOps
 from psmpi.errors import UserError
 from psmpi.optim.base import Hyper, Optimizer, check_settings
+from psmpi.optim.elements import RULES
 from psmpi.optim.first_order import SGD, Adam, AdamW, Momentum, Nesterov, RMSprop
 from psmpi.optim.lbfgs import LBFGS
 
 
 class Partitioned(Optimizer):
-    """Partitioned quasi-Newton: the method steps, for the elements' curvature is on the workers; see `elements`."""
+    """Partitioned quasi-Newton: holds scalars only, the method steps; the elements' curvature is on the workers."""
 
     needs_closure = True
 
@@ -27,9 +28,6 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {
     "adamw": AdamW,
     "rmsprop": RMSprop,
     "lbfgs": LBFGS,
-    "plbfgs": Partitioned,
-    "plsr1": Partitioned,
-    "plse": Partitioned,
 }
 
 
@@ -40,10 +38,11 @@ def make_optimizer(name: str, n: int, dtype: DTypeLike, hyper: Hyper, ops: Numpy
     setting out of its range, used by this optimizer or not: a value that no optimizer accepts is a slip in
     any case.
     """
-    if name not in OPTIMIZERS:
-        raise UserError(f"--optimizer {name!r} is unknown: choose one of {', '.join(OPTIMIZERS)}")
+    known: dict[str, type[Optimizer]] = {**OPTIMIZERS, **dict.fromkeys(RULES, Partitioned)}
+    if name not in known:
+        raise UserError(f"--optimizer {name!r} is unknown: choose one of {', '.join(known)}")
     check_settings(**asdict(hyper))
-    kind = OPTIMIZERS[name]
+    kind = known[name]
     made = kind(n, dtype, **{key: getattr(hyper, "momentum" if key == "beta" else key) for key in kind.settings})
     if ops is not None:
         made.ops = ops
