@@ -30,7 +30,7 @@ LAYOUTS = [
     (7, ("--placement", "owner")),
     (7, ("--masters", "3")),
     (11, ("--placement", "owner", "--masters", "3")),
-    (11, ("--partition", "pairs")),
+    (6, ("--partition", "pairs")),
 ]
 
 
@@ -471,10 +471,10 @@ def test_a_writing_process_killed_at_any_moment_leaves_whole_files(alone, tmp_pa
         writer.write(vectors, {}, checkpoint.Progress(step=step))
         writer.finish()
         duration = time.perf_counter() - start
-    rng, survived, last = np.random.default_rng(0), 0, 2
+    rng, survived, last, reach = np.random.default_rng(0), 0, 2, duration
     for step in range(3, 203, 2):
         writer.write(vectors, {}, checkpoint.Progress(step=step))
-        time.sleep(rng.uniform(0, duration))
+        time.sleep(rng.uniform(0, reach))
         helper = writer.helper
         helper.kill()
         # Else the next save may find it still ending.
@@ -489,6 +489,8 @@ def test_a_writing_process_killed_at_any_moment_leaves_whole_files(alone, tmp_pa
         last, done = (step, True) if int(found[-1].stem[5:]) == step else (last, False)
         assert int(found[-1].stem[5:]) == last and (done or told)
         survived += done
+        # However fast the machine is now: about half of the saves are to end before the process does.
+        reach *= 0.9 if done else 1.1
         # A new process needs a moment to start, in which there is nothing to kill.
         writer.write(vectors, {}, checkpoint.Progress(step=step + 1))
         writer.finish()

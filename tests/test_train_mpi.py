@@ -75,8 +75,13 @@ def test_float32_runs_agree_within_rounding(train, serial, placement):
     assert distance(serial(*options).tensors(), train(8, *options, "--placement", placement).tensors()) <= 1e-5
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "nesterov", "adamw", "rmsprop", "lbfgs"])
-@pytest.mark.parametrize("placement", ["master", "owner"])
+@pytest.mark.parametrize(
+    ("optimizer", "placement"),
+    [
+        *(("sgd", "master"), ("momentum", "owner"), ("nesterov", "master"), ("adamw", "owner"), ("rmsprop", "owner")),
+        *(("lbfgs", "master"), ("lbfgs", "owner")),
+    ],
+)
 def test_every_optimizer_gives_the_same_weights_on_many_ranks(train, serial, optimizer, placement):
     options = (
         "--dtype", "float64", "--max-steps", "20", "--optimizer", optimizer, "--weight-decay", "0.001",
@@ -129,7 +134,7 @@ def test_dense_networks_train_in_replica_rows(train, serial):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [5, 6, 8, 9, 10, 12, 13, 17, 22, 31, 40])
+@pytest.mark.parametrize("ranks", [5, 6, 8, 9, 12, 13, 22, 40])
 def test_any_number_of_ranks_up_to_forty_trains(train, serial, ranks):
     """Uneven groups of classes and ragged replica rows; every number from 1 to 40 is planned in test_partition."""
     options = ("--max-steps", "3", "--dtype", "float64")
@@ -146,8 +151,10 @@ def counted(ranks, *options):
 PSNETS = {"mnist": (1040, 4570), "cifar": (4560, 7719)}
 
 
-@pytest.mark.parametrize("name", PSNETS)
-@pytest.mark.parametrize(("columns", "rows"), [(10, 1), (2, 1), (10, 2)])
+@pytest.mark.parametrize(
+    ("name", "columns", "rows"),
+    [("mnist", 10, 1), ("cifar", 10, 1), ("mnist", 2, 1), ("cifar", 2, 1), ("mnist", 10, 2)],
+)
 def test_bytes_a_step_are_those_of_the_formulas(name, columns, rows):
     """Sent by one worker, and one direction at the master's link, with b = 100 and float32."""
     shared, private = PSNETS[name]
