@@ -54,7 +54,7 @@ def test_a_run_goes_on_at_any_ranks_masters_and_placement(train, optimizer):
     options = (*STEPS, "--optimizer", optimizer, "--lr", {"adam": "1e-3", "lbfgs": "1"}[optimizer], "--max-steps")
     whole = train(1, *options, "40")
     start = train(11, *options, "25", "--placement", "owner", "--masters", "2")
-    for ranks, layout in LAYOUTS if optimizer == "adam" else LAYOUTS[2:4]:
+    for ranks, layout in LAYOUTS[1::2] if optimizer == "adam" else LAYOUTS[2:4]:
         resumed = train(ranks, *options, "40", *layout, "--resume", start.checkpoint)
         assert distance(whole.tensors(), resumed.tensors()) <= (1e-9 if optimizer == "adam" else 1e-7)
 
