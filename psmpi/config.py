@@ -95,7 +95,7 @@ class Optimization:
     ] = "adam"
     """Update rule; plbfgs, plsr1 and plse are partitioned quasi-Newton methods, for --partition pairs."""
     lr: float = 1e-3
-    """Learning rate (L-BFGS: length of its first trial step; 1 is usual)."""
+    """Learning rate (L-BFGS: length of its first trial step; 1 is usual; the partitioned methods have none)."""
     schedule: Literal["constant", "step", "cosine"] = "constant"
     """Course of the learning rate; cosine falls from --lr to --min-lr over all --epochs."""
     warmup_steps: int = 0
@@ -107,7 +107,8 @@ class Optimization:
     min_lr: float = 0.0
     """Learning rate at the end of the `cosine` schedule."""
     clip: float = 1.0
-    """Largest global norm of the gradient; 0: no clipping. (Not used by lbfgs, which has a line search.)"""
+    """Largest global norm of the gradient; 0: no clipping. (Not used by lbfgs and the partitioned methods, which
+    keep their steps in bounds themselves.)"""
     weight_decay: float = 0.0
     """L2 penalty added to the gradient; decoupled in adamw."""
     momentum: float = 0.9

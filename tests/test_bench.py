@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from conftest import finish, run, start
 
-from psmpi.bench.compute import LR, Data, operations, ours, problems, theirs
+from psmpi.bench.compute import ours
+from psmpi.bench.problems import LR, Data, operations, problems
+from psmpi.bench.pytorch import theirs
 
 WIDE = """
 [model]

@@ -17,7 +17,7 @@ from psmpi.nn.losses import make_loss
 from psmpi.nn.model import Model
 from psmpi.nn.network import build
 from psmpi.nn.zoo import make_network
-from psmpi.optim.elements import RULES, Outcome
+from psmpi.optim.element_operators import RULES, Outcome
 
 F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
 PAIRS = list(combinations(range(10), 2))
@@ -186,7 +186,7 @@ def test_the_secant_equations_hold_after_a_step(rule):
     method = make_method(network, digits(), optimizer=rule)
     newton, ids, updates, whole = method.newton, np.arange(120), 0, 0
     for _ in range(8):
-        failed = newton.scalars["failed_steps"]
+        failed, weights = newton.scalars["failed_steps"], method.w.copy()
         method.step(ids, 0.0)
         if newton.scalars["failed_steps"] > failed:
             continue
@@ -194,6 +194,7 @@ def test_the_secant_equations_hold_after_a_step(rule):
         step, s = newton.a.copy(), np.zeros(newton.elements.part.size + 1)
         s[newton.elements.index] = step
         s = s[:-1]
+        assert np.linalg.norm(method.w - weights - s) <= 1e-12 * np.linalg.norm(weights)
         np.copyto(newton.p, s)
         share = newton._product(newton.p, newton.q)
         done = newton.outcome == Outcome.UPDATED

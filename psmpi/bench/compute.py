@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json as jsonlib
-import os
 import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any, Literal
@@ -16,90 +14,18 @@ from typing import Any, Literal
 import numpy as np
 
 from psmpi.backend import make_backend
+from psmpi.bench.problems import LR, Data, Problem, operations, problems
+from psmpi.bench.pytorch import Kind, theirs
+from psmpi.comm.world import cores, quota
 from psmpi.errors import UserError
 from psmpi.nn.init import initial_weights
 from psmpi.nn.losses import backward_safely, make_loss
 from psmpi.nn.model import Model
-from psmpi.nn.network import Activation, Conv, Flatten, Linear, Network, Pool, build
-from psmpi.nn.zoo import make_network
+from psmpi.nn.network import Conv
 from psmpi.optim import Hyper, make_optimizer
 from psmpi.partition import Runs
 
 Step = Callable[[], None]
-LR = 1e-3
-# How PyTorch computes: as it comes, with images as (batch, height, width, channels) in memory, or compiled.
-Kind = Literal["eager", "channels last", "compile"]
-
-
-def _conv(channels: int, kernel: int, pool: str, activation: str, groups: int = 1) -> list[dict[str, Any]]:
-    conv = {"type": "separable_conv", "channels": channels, "kernel": kernel, "groups": groups}
-    return [conv, {"type": pool, "size": 2}, {"type": activation}]
-
-
-def _separable(units: int, groups: int, *activation: str) -> list[dict[str, Any]]:
-    return [{"type": "separable_dense", "units": units, "groups": groups}, *({"type": a} for a in activation)]
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A network, or the subnetwork of some classes, and a loss."""
-
-    network: Network
-    loss: str
-    classes: tuple[int, ...]
-
-
-def problems() -> dict[str, Problem]:
-    """What is measured, by name."""
-    every = tuple(range(10))
-    mnist = make_network("psnet", (1, 28, 28), 10)
-    lenet = [
-        *_conv(6, 5, "max_pool", "relu"),
-        *_conv(16, 5, "max_pool", "relu"),
-        {"type": "flatten"},
-        *({"type": "dense", "units": 120}, {"type": "relu"}, {"type": "dense", "units": 84}, {"type": "relu"}),
-        {"type": "dense", "units": 10},
-    ]
-    separable = [
-        *_conv(100, 5, "mean_pool", "sigmoid"),
-        *_conv(100, 5, "mean_pool", "sigmoid", groups=10),
-        {"type": "flatten"},
-        *_separable(240, 10, "sigmoid"),
-        *_separable(150, 10, "sigmoid"),
-        *_separable(10, 10),
-    ]
-    return {
-        "mnist-psnet": Problem(mnist, "psl", every),
-        "cifar10-psnet": Problem(make_network("psnet", (3, 32, 32), 10), "psl", every),
-        "mnist-lenet": Problem(build("lenet", (1, 28, 28), lenet, 10), "nll", every),
-        "separable-psnet": Problem(build("separable", (1, 28, 28), separable, 10), "psl", every),
-        "mlp": Problem(make_network("mlp", (784,), 10), "nll", every),
-        "one-class": Problem(mnist, "psl", (3,)),
-    }
-
-
-def operations(problem: Problem, batch: int) -> float:
-    """Floating-point operations of a step of the network as it is written: 2 a multiplication and addition, once
-    forward, once for the gradient of the weights and, but for the first layer, once for the gradient of its input.
-    """
-    total, first = 0.0, True
-    for layer, kept in zip(problem.network.layers, problem.network.kept(problem.classes), strict=True):
-        if isinstance(layer, Linear):
-            macs = int(kept.sum()) * prod(layer.out_shape[1:]) * layer.unit_size * batch
-            total += 2 * macs * (2 if first else 3)
-            first = False
-    return total
-
-
-class Data:
-    """One minibatch, the same numbers for both, each in its own layout; scores of classes that others compute."""
-
-    def __init__(self, problem: Problem, batch: int):
-        rng = np.random.default_rng(0)
-        shape = problem.network.in_shape
-        self.x = rng.random((batch, *shape), np.float32)
-        self.labels = rng.integers(0, problem.network.classes, batch)
-        self.others = rng.standard_normal((problem.network.classes, batch)).astype(np.float32)
 
 
 def ours(
@@ -128,74 +54,6 @@ def ours(
         optimizer.step(w, g, LR, lambda values: values)
 
     return step, w, model
-
-
-def theirs(problem: Problem, data: Data, model: Model, kind: Kind = "eager") -> tuple[Step, Any]:
-    """The same step in PyTorch, from the same weights, and its network."""
-    import torch
-    from torch import nn
-
-    modules, kept = [], np.ones(problem.network.in_shape[0], bool)
-    masks = problem.network.kept(problem.classes)
-    for layer, mine in zip(problem.network.layers, masks, strict=True):
-        modules += _module(nn, layer, kept, mine)
-        kept = np.repeat(kept, prod(layer.in_shape[1:])) if isinstance(layer, Flatten) else mine
-    net = nn.Sequential(*modules)
-    _copy_weights(torch, net, model)
-    place = torch.channels_last if kind == "channels last" else torch.contiguous_format
-    net = net.to(memory_format=place)
-    optimizer = torch.optim.Adam(net.parameters(), lr=LR, fused=True)
-    x, labels = torch.from_numpy(data.x), torch.from_numpy(data.labels)
-    x = x.contiguous(memory_format=place) if x.ndim == 4 else x
-    others = torch.from_numpy(data.others.T.copy())
-    first, last = problem.classes[0], problem.classes[-1] + 1
-
-    def loss(x: Any) -> Any:
-        scores = net(x)
-        if scores.shape[1] < others.shape[1]:
-            scores = torch.cat([others[:, :first], scores, others[:, last:]], 1)
-        if problem.loss == "nll":
-            return nn.functional.cross_entropy(scores, labels)
-        return (scores - scores.gather(1, labels[:, None])).exp().sum(1).mean()
-
-    evaluate = torch.compile(loss) if kind == "compile" else loss
-
-    def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        evaluate(x).backward()
-        optimizer.step()
-
-    return step, net
-
-
-def _module(nn: Any, layer: Any, kept: np.ndarray, mine: np.ndarray) -> list[Any]:
-    """The PyTorch modules of a layer whose kept input units are `kept`, of output units `mine`."""
-    if isinstance(layer, Linear):
-        units, inputs = int(mine.sum()), int(kept.sum())
-        # Of the groups, those that are left; a layer of one input group sees all that is left.
-        groups = int(mine.reshape(layer.groups, -1).any(axis=1).sum())
-        if isinstance(layer, Conv):
-            return [nn.Conv2d(inputs, units, layer.kernel, groups=groups)]
-        if groups == 1:
-            return [nn.Linear(inputs, units)]
-        # A block-diagonal layer is a grouped 1 x 1 convolution.
-        return [nn.Unflatten(1, (inputs, 1, 1)), nn.Conv2d(inputs, units, 1, groups=groups), nn.Flatten()]
-    if isinstance(layer, Pool):
-        return [(nn.AvgPool2d if layer.kind == "mean" else nn.MaxPool2d)(layer.size)]
-    if isinstance(layer, Activation):
-        return [{"sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "relu": nn.ReLU, "identity": nn.Identity}[layer.kind]()]
-    return [nn.Flatten()]
-
-
-def _copy_weights(torch: Any, net: Any, model: Model) -> None:
-    weighted = [module for module in net if hasattr(module, "weight")]
-    parts = [step.linear for step in model.steps if step.linear is not None]
-    with torch.no_grad():
-        for module, part in zip(weighted, parts, strict=True):
-            for name, k in (("weight", 0), ("bias", 1)):
-                values = np.concatenate([pair[k].reshape(-1) for pair in part.w])
-                parameter = getattr(module, name)
-                parameter.copy_(torch.from_numpy(values).reshape(parameter.shape))
 
 
 @dataclass(frozen=True)
@@ -251,9 +109,9 @@ def compute(
         if value < 1:
             raise UserError(f"{option} {value}: expected a whole number from 1 up")
     _check_files(json, plot)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if threads > cores:
-        print(f"note: {threads} threads share {cores} core(s): the figures say little")
+    present = min(len(cores()), quota())
+    if threads > present:
+        print(f"note: {threads} threads share {present} core(s): the figures say little")
     torch.set_num_threads(threads)
     rows = []
     with threadpool_limits(threads):

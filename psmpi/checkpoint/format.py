@@ -327,7 +327,9 @@ def check(path: Path) -> None:
                 f"checkpoint {path} is damaged: its bytes do not have the SHA-256 that its header says; use another one"
             )
     except FileNotFoundError:
-        raise UserError(f"{path}: there is no such checkpoint") from None
+        raise UserError(
+            f"{path}: there is no such checkpoint; give a file of a checkpoints folder, or a run directory"
+        ) from None
     except OSError as error:
         raise UserError(f"checkpoint {path} cannot be read: {error.strerror or error}") from None
 

@@ -81,14 +81,18 @@ def host(world: Any) -> tuple[int, int]:
     import numpy as np
     from mpi4py import MPI
 
-    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     used = np.zeros(8192, np.uint8)
-    used[list(cores)] = 1
+    used[cores()] = 1
     local = world.Split_type(MPI.COMM_TYPE_SHARED)
     local.Allreduce(MPI.IN_PLACE, used, MPI.MAX)
     ranks = int(local.size)
     local.Free()
     return ranks, min(int(used.sum()), quota())
+
+
+def cores() -> list[int]:
+    """The numbers of the cores that this process may use."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
 
 
 def quota(path: str = "/sys/fs/cgroup/cpu.max") -> int:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from psmpi.backend import NumpyOps
-from psmpi.nn.losses import Loss
+from psmpi.nn.losses import Loss, excess, give_back
 from psmpi.nn.model import Model
 from psmpi.nn.network import Network
 from psmpi.partition import Layout
@@ -141,8 +141,7 @@ class ElementSet:
         weights = self.dscores[: scores.size].reshape(scores.shape)
         value = loss(scores, labels, scale, weights, self.mask)
         # Of a pairwise loss the derivative with respect to another class's score is that of one term alone.
-        peak = abs(weights).max(initial=0.0)
-        exponent = int(np.frexp(peak)[1]) if peak > 2.0**20 else 0
+        exponent = excess(weights)
         small = np.ldexp(weights, -exponent).astype(self.dtype)
         count = len(self.classes)
         samples = self.samples[: count * self.largest * b].reshape(count, self.largest, b)
@@ -165,9 +164,7 @@ class ElementSet:
             self.flat[places[1]] += plus
         self.flat[-1] = 0
         np.copyto(out, self.flat[:-1].reshape(out.shape))
-        if exponent:
-            limit = 2.0 ** (50 if self.dtype == np.float32 else 400)
-            np.copyto(out, np.clip(np.ldexp(out.astype(np.float64), exponent), -limit, limit), casting="same_kind")
+        give_back(out, exponent)
         return value
 
     def seen(self, labels: np.ndarray) -> np.ndarray:

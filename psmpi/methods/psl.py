@@ -21,12 +21,12 @@ from psmpi.data import Dataset
 from psmpi.errors import UserError
 from psmpi.methods.base import Place, Score
 from psmpi.methods.element_worker import ElementWorker
-from psmpi.methods.quasi_newton import PartitionedNewton
+from psmpi.methods.quasi_newton import PartitionedNewton, check_newton
 from psmpi.nn.init import initial_weights
 from psmpi.nn.losses import make_loss
 from psmpi.nn.network import Network
 from psmpi.optim import Hyper, clip_by_global_norm, make_optimizer
-from psmpi.optim.elements import RULES
+from psmpi.optim.element_operators import RULES
 from psmpi.partition import Layout, Roles, assign_roles
 
 
@@ -206,35 +206,6 @@ def check_roles(network: Network, roles: Roles, config: Config) -> None:
             f"--batch-size {config.data.batch_size} cannot be split over {roles.rows} replica rows: use --batch-size "
             f"{roles.rows} or more, or fewer ranks"
         )
-
-
-def check_newton(roles: Roles, config: Config) -> None:
-    """UserError for settings that partitioned quasi-Newton training cannot have."""
-    o = config.optimization
-    if o.optimizer not in RULES:
-        return
-    name = f"--optimizer {o.optimizer}"
-    if config.parallel.partition != "pairs":
-        raise UserError(
-            f"{name} needs --partition pairs: an element is a pair of classes, and a worker of --partition scores does "
-            "not have both"
-        )
-    if roles.rows > 1:
-        raise UserError(
-            f"{name} keeps each element on one worker, and replicas would each keep their own: use --replicas 1 and "
-            f"{config.parallel.masters * (not config.parallel.colocate) + sum(w is not None for w in roles.workers)} "
-            "ranks or fewer"
-        )
-    if o.extrapolation != "none" and o.globalization != "line-search":
-        raise UserError(f"--extrapolation {o.extrapolation} goes with --globalization line-search")
-    if o.weight_decay:
-        raise UserError(f"{name} has no --weight-decay")
-    if not 1 <= o.memory <= 100:
-        raise UserError(f"--memory {o.memory}: expected 1 to 100 pairs")
-    if not 0 < o.cg_tolerance < 1:
-        raise UserError(f"--cg-tolerance {o.cg_tolerance}: expected a number between 0 and 1")
-    if o.cg_iterations < 1:
-        raise UserError(f"--cg-iterations {o.cg_iterations}: expected 1 or more")
 
 
 def _ranges(numbers: tuple[int, ...]) -> str:

@@ -15,13 +15,15 @@ from psmpi.backend import NumpyOps
 from psmpi.comm.exchange import Exchange
 from psmpi.comm.group import Group
 from psmpi.config import Config
+from psmpi.errors import UserError
 from psmpi.methods.element_set import ElementSet
 from psmpi.methods.element_worker import DIVERGED, ElementWorker
 from psmpi.nn.losses import Loss
 from psmpi.nn.network import Network
-from psmpi.optim.elements import ElementOperators, Outcome
-from psmpi.optim.subproblem import Momentum, TrustRegion, add_scaled, armijo, truncated_cg
-from psmpi.partition import Layout
+from psmpi.optim.element_operators import RULES, ElementOperators, Outcome
+from psmpi.optim.globalization import Momentum, TrustRegion, armijo
+from psmpi.optim.truncated_cg import add_scaled, truncated_cg
+from psmpi.partition import Layout, Roles
 
 
 class PartitionedNewton:
@@ -231,3 +233,32 @@ class PartitionedNewton:
         self.outcome = outcome = self.operators.push(self.a, self.after, self.elements.seen(labels))
         for name, which in (("rejected", Outcome.REJECTED), ("reset", Outcome.RESET), ("updated", Outcome.UPDATED)):
             self.counts[name] += int(np.count_nonzero(outcome == which))
+
+
+def check_newton(roles: Roles, config: Config) -> None:
+    """UserError for settings that partitioned quasi-Newton training cannot have."""
+    o = config.optimization
+    if o.optimizer not in RULES:
+        return
+    name = f"--optimizer {o.optimizer}"
+    if config.parallel.partition != "pairs":
+        raise UserError(
+            f"{name} needs --partition pairs: an element is a pair of classes, and a worker of --partition scores does "
+            "not have both"
+        )
+    if roles.rows > 1:
+        raise UserError(
+            f"{name} keeps each element on one worker, and replicas would each keep their own: use --replicas 1 and "
+            f"{config.parallel.masters * (not config.parallel.colocate) + sum(w is not None for w in roles.workers)} "
+            "ranks or fewer"
+        )
+    if o.extrapolation != "none" and o.globalization != "line-search":
+        raise UserError(f"--extrapolation {o.extrapolation} goes with --globalization line-search")
+    if o.weight_decay:
+        raise UserError(f"{name} has no --weight-decay")
+    if not 1 <= o.memory <= 100:
+        raise UserError(f"--memory {o.memory}: expected 1 to 100 pairs")
+    if not 0 < o.cg_tolerance < 1:
+        raise UserError(f"--cg-tolerance {o.cg_tolerance}: expected a number between 0 and 1")
+    if o.cg_iterations < 1:
+        raise UserError(f"--cg-iterations {o.cg_iterations}: expected 1 or more")

@@ -221,14 +221,20 @@ def backward_safely(model, dscores: np.ndarray, cast: np.ndarray) -> None:
     The backward pass is linear in dscores: very large ones are scaled down by a power of two first, and the gradient is
     scaled up again and limited to GRADIENT_LIMIT in each component.
     """
-    peak = float(np.abs(dscores).max(initial=0.0))
-    if peak <= 2.0**20:
-        np.copyto(cast, dscores, casting="same_kind")
-        model.backward(cast)
-        return
-    exponent = int(np.frexp(peak)[1])
-    np.copyto(cast, np.ldexp(dscores, -exponent), casting="same_kind")
+    exponent = excess(dscores)
+    np.copyto(cast, np.ldexp(dscores, -exponent) if exponent else dscores, casting="same_kind")
     model.backward(cast)
-    limit = GRADIENT_LIMIT[model.dtype]
-    wide = np.ldexp(model.g.astype(np.float64), exponent)
-    np.copyto(model.g, np.clip(wide, -limit, limit), casting="same_kind")
+    give_back(model.g, exponent)
+
+
+def excess(dscores: np.ndarray) -> int:
+    """The power of two by which derivatives are too large for a backward pass; 0 where they are not."""
+    peak = float(np.abs(dscores).max(initial=0.0))
+    return int(np.frexp(peak)[1]) if peak > 2.0**20 else 0
+
+
+def give_back(g: np.ndarray, exponent: int) -> None:
+    """g *= 2^exponent, in place, limited to GRADIENT_LIMIT in each component."""
+    if exponent:
+        limit = GRADIENT_LIMIT[g.dtype]
+        np.copyto(g, np.clip(np.ldexp(g.astype(np.float64), exponent), -limit, limit), casting="same_kind")

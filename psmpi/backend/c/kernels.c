@@ -49,15 +49,7 @@ static const int32_t ones[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 
 #pragma GCC target("avx512f,avx512dq,avx2,fma")
 #endif
 
-#define R float
-#define INTEGER uint32_t
-#define MANTISSA 23
-#define SHIFT 12582912.0
-#define TERMS 7
-#define LARGE 87.0
-#define LOG2_HIGH 0.693359375
-#define LOG2_LOW -2.12194440054690583e-4
-#define ROOT(a) __builtin_sqrtf(a)
+#define DOUBLE 0
 #define V __m512
 #define VL 16
 #define UNITS 10
@@ -73,15 +65,7 @@ static const int32_t ones[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 
 #define SUM(v) _mm512_reduce_add_ps(v)
 #include "kernels.h"
 
-#define R double
-#define INTEGER uint64_t
-#define MANTISSA 52
-#define SHIFT 6755399441055744.0
-#define TERMS 13
-#define LARGE 708.0
-#define LOG2_HIGH 6.93145751953125e-1
-#define LOG2_LOW 1.42860682030941723212e-6
-#define ROOT(a) __builtin_sqrt(a)
+#define DOUBLE 1
 #define V __m512d
 #define VL 8
 #define UNITS 10
@@ -106,15 +90,7 @@ static const int32_t ones[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 
 #pragma GCC target("avx2,fma")
 #endif
 
-#define R float
-#define INTEGER uint32_t
-#define MANTISSA 23
-#define SHIFT 12582912.0
-#define TERMS 7
-#define LARGE 87.0
-#define LOG2_HIGH 0.693359375
-#define LOG2_LOW -2.12194440054690583e-4
-#define ROOT(a) __builtin_sqrtf(a)
+#define DOUBLE 0
 #define V __m256
 #define VL 8
 #define UNITS 6
@@ -137,15 +113,7 @@ INLINE float sum_float_1(__m256 v)
 }
 #include "kernels.h"
 
-#define R double
-#define INTEGER uint64_t
-#define MANTISSA 52
-#define SHIFT 6755399441055744.0
-#define TERMS 13
-#define LARGE 708.0
-#define LOG2_HIGH 6.93145751953125e-1
-#define LOG2_LOW 1.42860682030941723212e-6
-#define ROOT(a) __builtin_sqrt(a)
+#define DOUBLE 1
 #define V __m256d
 #define VL 4
 #define UNITS 6

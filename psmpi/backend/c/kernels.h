@@ -1,5 +1,27 @@
 /* The template: included once for each type and instruction set, see kernels.c for the macros. */
 
+#if DOUBLE
+#define R double
+#define INTEGER uint64_t
+#define MANTISSA 52
+#define SHIFT 6755399441055744.0
+#define TERMS 13
+#define LARGE 708.0
+#define LOG2_HIGH 6.93145751953125e-1
+#define LOG2_LOW 1.42860682030941723212e-6
+#define ROOT(a) __builtin_sqrt(a)
+#else
+#define R float
+#define INTEGER uint32_t
+#define MANTISSA 23
+#define SHIFT 12582912.0
+#define TERMS 7
+#define LARGE 87.0
+#define LOG2_HIGH 0.693359375
+#define LOG2_LOW -2.12194440054690583e-4
+#define ROOT(a) __builtin_sqrtf(a)
+#endif
+
 /* Products of `nu` rows of weights with `nv` vectors along the batch, summed over three nested loops. In a step of loop
  * k the vectors advance by sv[k] elements and the weights by sw[k]. With some > 0 the only vector has `some` lanes. */
 INLINE void NAME(micro)(const int nu, const int nv, const int some, const int n[3], const R *v, const ptrdiff_t sv[3],
@@ -585,3 +607,4 @@ void NAME(adam)(ptrdiff_t n, R *restrict w, const R *restrict g, R *restrict m, 
 #undef LARGE
 #undef LOG2_HIGH
 #undef LOG2_LOW
+#undef DOUBLE

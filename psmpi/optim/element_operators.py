@@ -100,6 +100,7 @@ class ElementOperators:
         """
         bs = np.empty_like(s)
         self.product(s, bs)
+        with_s = self.coefficients[:, :, 0].astype(np.float64)
         if self.damping:
             y = self._damped(s, y, bs)
         r = y - bs
@@ -116,7 +117,7 @@ class ElementOperators:
             wanted, indefinite = positive | secant, ~positive
         chosen = np.flatnonzero(active & wanted)
         outcome = np.where(active, Outcome.REJECTED, Outcome.SKIPPED)
-        done = self._take(chosen, s, y, (ss, sy, yy), indefinite)
+        done = self._take(chosen, s, y, (ss, sy, yy), with_s[chosen], indefinite)
         outcome[done] = Outcome.UPDATED
         self.failures[done] = 0
         failed = outcome == Outcome.REJECTED
@@ -141,9 +142,13 @@ class ElementOperators:
         s: np.ndarray,
         y: np.ndarray,
         products: tuple[np.ndarray, np.ndarray, np.ndarray],
+        with_s: np.ndarray,
         indefinite: np.ndarray,
     ) -> np.ndarray:
-        """Store the pairs of the elements `chosen` where the operator they make is sound; these elements."""
+        """Store the pairs of the elements `chosen` where the operator they make is sound; these elements.
+
+        products: s^T s, s^T y, y^T y of all elements; with_s (chosen, 2m): those of s and the pairs there are.
+        """
         m, rows = self.memory, np.arange(len(chosen))
         ss, sy, yy = (values[chosen] for values in products)
         turned = self.indefinite[chosen] != indefinite[chosen]
@@ -152,7 +157,7 @@ class ElementOperators:
         stamps[rows, slot] = self.pushes[chosen]
         # The products of the pairs as they will be: those with the new one, in place of its slot's.
         gram = np.where(turned[:, None, None], 0.0, self.gram[chosen])
-        with_s, with_y = (np.matmul(self.pairs, v[:, :, None])[chosen, :, 0].astype(np.float64) for v in (s, y))
+        with_y = np.matmul(self.pairs, y[:, :, None])[chosen, :, 0].astype(np.float64)
         with_s[turned], with_y[turned] = 0, 0
         with_s[rows, slot], with_s[rows, m + slot] = ss, sy
         with_y[rows, slot], with_y[rows, m + slot] = sy, yy

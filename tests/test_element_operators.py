@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from psmpi.errors import UserError
-from psmpi.optim.elements import FLAT, OMEGA, RULES, ElementOperators, Outcome
+from psmpi.optim.element_operators import FLAT, OMEGA, RULES, ElementOperators, Outcome
 
 F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
 SECANT = {(F64, False): 1e-10, (F64, True): 1e-10, (F32, False): 1e-5, (F32, True): 5e-3}

@@ -1,0 +1,115 @@
+"""Truncated conjugate gradients on the quadratic model of a partitioned quasi-Newton step.
+
+Raynaud, Orban, Bigeon, "PLSR1" (Cahiers du GERAD G-2023-41); Steihaug 1983 for the trust region. Vectors here are
+shards: what is global comes in through callables, and every rank takes the same decisions from the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import inf, isfinite, sqrt
+from typing import Literal
+
+import numpy as np
+
+from psmpi.optim.base import CHUNK, AllSum, chunks
+from psmpi.optim.norms import add_products
+
+End = Literal["converged", "iterations", "boundary", "curvature"]
+
+
+@dataclass(frozen=True)
+class Direction:
+    """What `truncated_cg` found: iterations (products), s^T B s, ||s||, g^T s, and why it ended."""
+
+    iterations: int
+    curvature: float
+    length: float
+    slope: float
+    end: End
+
+
+def truncated_cg(
+    g: np.ndarray,
+    x: np.ndarray,
+    product: Callable[[np.ndarray, np.ndarray], float],
+    follow: Callable[[float], None],
+    allsum: AllSum,
+    work: Sequence[np.ndarray],
+    *,
+    radius: float = inf,
+    rtol: float = 1e-2,
+    atol: float = 0.0,
+    itmax: int = 30,
+) -> Direction:
+    """Minimise g^T x + x^T B x / 2 into the shard x (n,), from 0, until ||r|| <= atol + rtol ||g||.
+
+    product(p, q) fills the shard q = B p and returns this rank's share of p^T B p; follow(a) is told that x has become
+    x + a p, p that of the last product. With a finite radius x stays inside it, and goes to its boundary along a
+    direction of curvature that is not positive; without one such a direction ends the iteration with the x before, or
+    with -g if it is the first. work: three (n,) arrays of its dtype, r, p, q. Scalars are float64.
+    """
+    r, p, q = work
+    np.negative(g, out=r)
+    np.copyto(p, r)
+    x.fill(0)
+    eps = float(np.finfo(g.dtype).eps)
+    (rr,) = allsum(_shares((r, r))).tolist()
+    stop = atol + rtol * sqrt(rr) if isfinite(rr) else inf
+    length, iterations, end = 0.0, 0, "iterations"
+    if sqrt(rr) <= atol or rr == 0 or not isfinite(rr):
+        return Direction(0, 0.0, 0.0, 0.0, "converged")
+    while iterations < itmax:
+        share = product(p, q)
+        pq, pp, xp, xx = allsum(np.array([share, *_shares((p, p), (x, p), (x, x))])).tolist()
+        iterations += 1
+        if isfinite(radius):
+            room = max(0.0, radius * radius - xx)
+            edge = (-xp + sqrt(xp * xp + pp * room)) / pp
+            if not pq > 0 or rr / pq > edge:
+                _advance(x, r, p, q, edge, follow)
+                end = "boundary"
+                break
+        elif not pq > eps * pp:
+            if iterations == 1:
+                _advance(x, r, p, q, 1.0, follow)
+            end = "curvature"
+            break
+        a = rr / pq
+        _advance(x, r, p, q, a, follow)
+        before = rr
+        (rr,) = allsum(_shares((r, r))).tolist()
+        if sqrt(rr) <= stop:
+            end = "converged"
+            break
+        p *= rr / before
+        p += r
+    # r = -g - B x, so that s^T B s takes no further product.
+    xx, xg, xr = allsum(_shares((x, x), (x, g), (x, r))).tolist()
+    length = sqrt(xx)
+    return Direction(iterations, -(xg + xr), length, xg, end)  # type: ignore[arg-type]
+
+
+def _advance(
+    x: np.ndarray, r: np.ndarray, p: np.ndarray, q: np.ndarray, a: float, follow: Callable[[float], None]
+) -> None:
+    """x += a p, r -= a q, in the same arithmetic as those who follow; q is used up."""
+    add_scaled(x, p, a)
+    q *= q.dtype.type(a)
+    r -= q
+    follow(a)
+
+
+def add_scaled(x: np.ndarray, p: np.ndarray, a: float) -> None:
+    """x += a p (n,), chunk by chunk: the same bits wherever an element lies."""
+    factor = x.dtype.type(a)
+    for at in chunks(x.size):
+        x[at] += factor * p[at]
+
+
+def _shares(*pairs: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    """This rank's shares of scalar products of shards, (k,) float64."""
+    found = np.zeros(len(pairs))
+    add_products(pairs, found, np.empty((2, min(pairs[0][0].size, CHUNK))))
+    return found
