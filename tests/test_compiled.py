@@ -159,10 +159,11 @@ def test_gradients_of_samples_are_those_of_the_reference(name, level, dtype):
         results = []
         for ops in (NumpyOps(), CompiledOps(level)):
             model = Model(network, layout, mine, np.full_like(mine, np.nan), ops, classes)
-            samples = np.full((part.size, 19), np.nan, dtype)
+            sums = np.full((19, part.size), np.nan, dtype)
             scores = model.forward(x)
-            model.backward(np.cos(np.arange(scores.size)).reshape(scores.shape).astype(dtype), samples)
-            results.append(samples)
+            dscores = np.cos(np.arange(scores.size)).reshape(scores.shape).astype(dtype)
+            model.backward(dscores, (np.eye(19, dtype=dtype), sums))
+            results.append(sums)
         assert far(results[1], results[0]) <= TOLERANCE[dtype]
 
 
@@ -188,11 +189,45 @@ def test_threads_compute_the_same_bits(name, batch, level, dtype, monkeypatch):
         plan.forward(x, kernels, kernels[:, 0, 0, 0].copy(), found[0])
         plan.backward(x, dy, kernels, found[1], found[2])
         found.append(np.full((*kernels.shape, batch), np.nan, dtype))
-        plan.samples(x, dy, found[3])
+        found.append(np.full((units, batch), np.nan, dtype))
+        plan.samples(x, dy, *found[3:])
         assert far(found[3].sum(axis=-1), found[1]) <= TOLERANCE[dtype]
+        assert far(found[4], dy.sum(axis=(1, 2))) <= TOLERANCE[dtype]
         results.append(found)
     for found in results[1:]:
         assert all(np.array_equal(a, b) for a, b in zip(found, results[0], strict=True))
+
+
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("rows", [2, 10, 14])
+def test_element_products_are_those_of_the_reference(rows, level, dtype):
+    """Elements of several sizes, one of them empty, whose runs overlap in the vector."""
+    runs = [[(0, 5), (30, 71)], [(3, 90)], [], [(0, 5), (50, 50), (60, 61)], [(0, 1500)]]
+    rng, results = np.random.default_rng(0), []
+    p = rng.standard_normal(1500).astype(dtype)
+    count, size = len(runs), 1500
+    pairs = rng.standard_normal((count, rows, size)).astype(dtype)
+    middle, sigma = rng.standard_normal((count, rows, rows)), rng.random(count)
+    for ops in (NumpyOps(), CompiledOps(level)):
+        elements = ops.restriction(runs)
+        v, out = np.zeros((count, size), dtype), np.zeros((count, size), dtype)
+        elements.restrict(p, v)
+        for e, mine in enumerate(runs):
+            pairs[e, :, elements.sizes[e] :] = 0
+            assert np.array_equal(v[e, : elements.sizes[e]], np.concatenate([p[a:b] for a, b in [(0, 0), *mine]]))
+        total, q = np.full_like(p, np.nan), np.full_like(p, np.nan)
+        elements.accumulate(v, total)
+        coefficients = np.full((count, rows), np.nan)
+        ops.products(pairs, middle, sigma, coefficients, v, out)
+        share = ops.restricted_products(elements, pairs, middle, sigma, np.empty_like(coefficients), p, q)
+        results.append((v, total, coefficients, out, q, np.array([share])))
+        again = np.empty_like(p)
+        elements.accumulate(out, again)
+        assert far(again, q) <= TOLERANCE[dtype] and share == pytest.approx(float(p @ q), rel=1e-4)
+    assert elements.sizes.tolist() == [46, 87, 0, 6, 1500]
+    for found, expected in zip(results[1], results[0], strict=True):
+        assert far(found, expected) <= TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("level", LEVELS)

@@ -3,11 +3,13 @@
 import numpy as np
 import pytest
 
+from psmpi.backend import make_backend
 from psmpi.errors import UserError
 from psmpi.optim.element_operators import FLAT, OMEGA, RULES, ElementOperators, Outcome
 
 F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
-SECANT = {(F64, False): 1e-10, (F64, True): 1e-10, (F32, False): 1e-5, (F32, True): 5e-3}
+OPS = make_backend("auto")
+SECANT = {(F64, False): 1e-10, (F64, True): 1e-10, (F32, False): 1e-6, (F32, True): 5e-3}
 
 
 def quadratics(count, n, rng, definite):
@@ -55,7 +57,7 @@ def test_operators_are_the_dense_recursion_and_satisfy_the_secant_equation(rule,
     rng, count, n = np.random.default_rng(0), 7, 30
     definite = np.array([rule == "plbfgs" or k % 2 == 0 for k in range(count)])
     a = quadratics(count, n, rng, definite)
-    op = ElementOperators(count, n, dtype, rule)
+    op = ElementOperators(count, n, dtype, rule, OPS)
     updates = 0
     for _ in range(50):
         s = rng.standard_normal((count, n)).astype(dtype)
@@ -68,6 +70,9 @@ def test_operators_are_the_dense_recursion_and_satisfy_the_secant_equation(rule,
             updates += 1
             # The product cancels what the operator said before: no rounding is below that of its size.
             size = max(np.linalg.norm(y[e]), np.linalg.norm(before[e]) if dtype == F32 else 0)
+            if dtype == F32 and not op.indefinite[e]:
+                # Pairs at nearly right angles make large terms that cancel: rounding grows by as much.
+                size *= max(np.linalg.norm(u) * np.linalg.norm(v) / (u @ v) for u, v in stored(op, e))
             assert np.linalg.norm(out[e] - y[e]) <= SECANT[dtype, bool(op.indefinite[e])] * size
         if dtype == F64:
             for e, b in enumerate(matrices(op)):
@@ -88,7 +93,7 @@ def test_operators_are_the_dense_recursion_and_satisfy_the_secant_equation(rule,
 def test_sr1_recovers_an_indefinite_hessian():
     rng, n = np.random.default_rng(3), 8
     a = quadratics(4, n, rng, np.zeros(4, bool))
-    op = ElementOperators(4, n, F64, "plsr1", memory=n)
+    op = ElementOperators(4, n, F64, "plsr1", OPS, memory=n)
     for _ in range(n):
         s = rng.standard_normal((4, n))
         assert (op.push(s, np.einsum("eij,ej->ei", a, s), np.ones(4, bool)) == Outcome.UPDATED).all()
@@ -100,8 +105,8 @@ def test_every_element_is_alone(rule):
     """Pushes that come to some elements only leave those where they would be without the others."""
     rng, count, n = np.random.default_rng(4), 5, 12
     a = quadratics(count, n, rng, np.array([True, False, True, False, True]))
-    together = ElementOperators(count, n, F64, rule, memory=3)
-    apart = [ElementOperators(1, n, F64, rule, memory=3) for _ in range(count)]
+    together = ElementOperators(count, n, F64, rule, OPS, memory=3)
+    apart = [ElementOperators(1, n, F64, rule, OPS, memory=3) for _ in range(count)]
     for _ in range(20):
         s, seen = rng.standard_normal((count, n)), rng.random(count) < 0.6
         y = np.einsum("eij,ej->ei", a, s)
@@ -114,7 +119,7 @@ def test_every_element_is_alone(rule):
 
 def test_a_bad_pair_leaves_plbfgs_as_it_is_and_the_fifth_resets_it():
     rng, n = np.random.default_rng(5), 10
-    op = ElementOperators(2, n, F64, "plbfgs")
+    op = ElementOperators(2, n, F64, "plbfgs", OPS)
     s = rng.standard_normal((2, n))
     op.push(s, 3 * s, np.ones(2, bool))
     before = matrices(op)
@@ -131,7 +136,7 @@ def test_a_bad_pair_leaves_plbfgs_as_it_is_and_the_fifth_resets_it():
 @pytest.mark.parametrize("rule", RULES)
 def test_absent_classes_zero_steps_and_numbers_that_are_not_finite(rule):
     rng, n = np.random.default_rng(6), 10
-    op = ElementOperators(3, n, F64, rule)
+    op = ElementOperators(3, n, F64, rule, OPS)
     s = rng.standard_normal((3, n))
     op.push(s, 2 * s + 0.1 * np.roll(s, 1, axis=1), np.ones(3, bool))
     before, failures = matrices(op), op.failures.copy()
@@ -148,7 +153,7 @@ def test_absent_classes_zero_steps_and_numbers_that_are_not_finite(rule):
 def test_a_pair_of_negative_curvature_makes_at_most_that_many_negative_eigenvalues():
     """With s^T y / y^T y as the scale, all but one eigenvalue of the element would be negative."""
     rng, n = np.random.default_rng(7), 30
-    op = ElementOperators(1, n, F64, "plsr1")
+    op = ElementOperators(1, n, F64, "plsr1", OPS)
     for count in range(1, 4):
         s = rng.standard_normal((1, n))
         y = -s + 0.1 * rng.standard_normal((1, n))
@@ -158,7 +163,7 @@ def test_a_pair_of_negative_curvature_makes_at_most_that_many_negative_eigenvalu
 
 def test_plse_changes_its_operator_with_the_curvature():
     rng, n = np.random.default_rng(8), 10
-    op = ElementOperators(1, n, F64, "plse")
+    op = ElementOperators(1, n, F64, "plse", OPS)
     s = rng.standard_normal((3, 1, n))
     seen = np.ones(1, bool)
     op.push(s[0], 2 * s[0], seen)
@@ -173,7 +178,7 @@ def test_plse_changes_its_operator_with_the_curvature():
 def test_an_older_pair_that_no_longer_fits_is_dropped():
     """With the scale 2 of the second pair, s_1^T (y_1 - 2 s_1) = 0."""
     e = np.eye(6)[:, None]
-    op = ElementOperators(1, 6, F64, "plsr1")
+    op = ElementOperators(1, 6, F64, "plsr1", OPS)
     seen = np.ones(1, bool)
     assert op.push(e[0], 2 * e[0] + e[2], seen)[0] == Outcome.UPDATED and op.sigma[0] == 2.5
     assert op.push(e[1], e[1] + e[3], seen)[0] == Outcome.UPDATED and op.sigma[0] == 2
@@ -187,7 +192,7 @@ def test_an_older_pair_that_no_longer_fits_is_dropped():
 def test_the_relative_test_does_not_depend_on_scale():
     rng, n = np.random.default_rng(9), 10
     s = 1e-6 * rng.standard_normal((1, n))
-    absolute, relative = (ElementOperators(1, n, F32, "plbfgs", relative=r) for r in (False, True))
+    absolute, relative = (ElementOperators(1, n, F32, "plbfgs", OPS, relative=r) for r in (False, True))
     pair = s.astype(np.float32), (1e-6 * s).astype(np.float32)
     assert absolute.push(*pair, np.ones(1, bool))[0] == Outcome.REJECTED
     assert relative.push(*pair, np.ones(1, bool))[0] == Outcome.UPDATED
@@ -196,7 +201,7 @@ def test_the_relative_test_does_not_depend_on_scale():
 
 def test_damping_keeps_pairs_of_negative_curvature_useful():
     rng, n = np.random.default_rng(10), 10
-    op = ElementOperators(1, n, F64, "plbfgs", damping=True)
+    op = ElementOperators(1, n, F64, "plbfgs", OPS, damping=True)
     s = rng.standard_normal((1, n))
     assert op.push(s, -s, np.ones(1, bool))[0] == Outcome.UPDATED
     b = matrices(op)[0]
@@ -208,7 +213,7 @@ def test_damping_keeps_pairs_of_negative_curvature_useful():
 def test_padding_changes_nothing():
     rng, n = np.random.default_rng(11), 9
     a = quadratics(1, n, rng, np.ones(1, bool))[0]
-    narrow, wide = ElementOperators(1, n, F64, "plse"), ElementOperators(1, n + 4, F64, "plse")
+    narrow, wide = ElementOperators(1, n, F64, "plse", OPS), ElementOperators(1, n + 4, F64, "plse", OPS)
     for _ in range(8):
         s = rng.standard_normal((1, n))
         pair = s, s @ a
@@ -221,6 +226,6 @@ def test_padding_changes_nothing():
 
 def test_wrong_settings_are_named():
     with pytest.raises(UserError, match="no element update"):
-        ElementOperators(1, 3, F64, "bfgs")
+        ElementOperators(1, 3, F64, "bfgs", OPS)
     with pytest.raises(UserError, match="--memory 0"):
-        ElementOperators(1, 3, F64, "plse", memory=0)
+        ElementOperators(1, 3, F64, "plse", OPS, memory=0)

@@ -192,15 +192,40 @@ def test_gradients_of_samples_are_those_of_minibatches_of_one(name):
         mine = np.concatenate([w[a:b] for a, b in part.intervals])
         model = Model(network, layout, mine, np.full_like(mine, np.nan), NumpyOps(), classes)
         rows = slice(None) if classes is None else slice(1, 2)
-        samples = np.full((part.size, 5), np.nan)
+        apart, sums = np.full((5, part.size), np.nan), np.full((3, part.size), np.nan)
+        weights = np.random.default_rng(1).standard_normal((3, 5))
         model.forward(x)
-        model.backward(d[rows].copy(), samples)
+        model.backward(d[rows].copy(), (np.eye(5), apart))
+        model.backward(d[rows].copy(), (weights, sums))
         assert np.isnan(model.g).all(), "the gradient of the minibatch is not asked for"
+        assert np.linalg.norm(sums - weights @ apart) <= 1e-12 * np.linalg.norm(sums)
         for k in range(5):
             model.forward(np.ascontiguousarray(x[:, k : k + 1]))
             model.backward(np.ascontiguousarray(d[rows, k : k + 1]))
-            assert np.linalg.norm(samples[:, k] - model.g) <= 1e-12 * np.linalg.norm(model.g)
+            assert np.linalg.norm(apart[k] - model.g) <= 1e-12 * np.linalg.norm(model.g)
             model.g.fill(np.nan)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_model_that_borrows_has_the_gradient_of_one_that_computes(name):
+    """Also where its units do not lie side by side in the lender's."""
+    network = make(name)
+    layout, w, x, d = random_problem(network, batch=5)
+    whole = make_model(network, layout, w)
+    whole.forward(x)
+    for classes in ((1,), (0, 2), tuple(range(network.classes))):
+        part = layout.part(classes)
+        mine = np.concatenate([w[a:b] for a, b in part.intervals])
+        models = [
+            Model(network, layout, mine, np.full_like(mine, np.nan), NumpyOps(), classes, lender=lender)
+            for lender in (None, whole)
+        ]
+        models[0].forward(x)
+        models[1].borrow()
+        for model in models:
+            model.backward(d[list(classes)].copy())
+        assert np.array_equal(models[1].outputs[-1], whole.outputs[-1][list(classes)])
+        assert np.linalg.norm(models[1].g - models[0].g) <= 1e-12 * np.linalg.norm(models[0].g)
 
 
 def test_any_batch_size_uses_the_same_buffers():

@@ -102,7 +102,7 @@ def test_elements_of_different_sizes_and_of_a_worker():
     x, labels = rng.random((784, 30)), np.sort(rng.integers(0, 10, 30))
     classes, pairs = (2, 3, 7), [(2, 7), (3, 7)]
     elements, out = element_set(network, layout, F64, classes, pairs)
-    assert len(set(elements.sizes)) > 1 and (elements.index.max(axis=1) == elements.part.size).any()
+    assert len(set(elements.restriction.sizes)) > 1
     mine = np.concatenate([w[a:b] for a, b in elements.part.intervals])
     known = np.isin(labels, classes)
     numbers = np.searchsorted(classes, labels[known])
@@ -119,10 +119,11 @@ def test_elements_of_different_sizes_and_of_a_worker():
     elements.accumulate(out, total)
     expected = np.concatenate([model.g[a:b] for a, b in elements.part.intervals])
     assert np.linalg.norm(total - expected) <= 1e-12 * np.linalg.norm(expected)
-    restricted = np.empty_like(out)
+    restricted = elements.make_vectors()
     elements.restrict(mine, restricted)
-    for e, size in enumerate(elements.sizes):
-        assert np.array_equal(restricted[e, :size], mine[elements.index[e, :size]]) and not restricted[e, size:].any()
+    for e, size in enumerate(elements.restriction.sizes):
+        expected = np.concatenate([w[a:b] for a, b in layout.part(elements.elements[e]).intervals])
+        assert np.array_equal(restricted[e, :size], expected) and not restricted[e, size:].any()
 
 
 @pytest.mark.parametrize(("shape", "shared"), [((1, 28, 28), 1040), ((3, 32, 32), 4560)])
@@ -191,16 +192,18 @@ def test_the_secant_equations_hold_after_a_step(rule):
         if newton.scalars["failed_steps"] > failed:
             continue
         # The step as the elements have it: a difference of weights would bring their rounding in.
-        step, s = newton.a.copy(), np.zeros(newton.elements.part.size + 1)
-        s[newton.elements.index] = step
-        s = s[:-1]
+        step, down = newton.s.copy(), newton.elements.restriction.down.table
+        s, product = np.zeros(newton.elements.part.size), np.empty_like(step)
+        for source, target, length in down:
+            s[source : source + length] = step.reshape(-1)[target : target + length]
+        newton.operators.product(step, product)
         assert np.linalg.norm(method.w - weights - s) <= 1e-12 * np.linalg.norm(weights)
         np.copyto(newton.p, s)
         share = newton._product(newton.p, newton.q)
         done = newton.outcome == Outcome.UPDATED
         updates += done.sum()
         y = newton.after
-        far, size = (np.linalg.norm(v, axis=1) for v in (newton.b - y, y))
+        far, size = (np.linalg.norm(v, axis=1) for v in (product - y, y))
         # A product starts from sigma s, and where that is thousands of times y the rest cancels it.
         start = newton.operators.sigma * np.linalg.norm(step, axis=1)
         assert (far[done] <= np.maximum(1e-10 * size, 1e-12 * start)[done]).all()

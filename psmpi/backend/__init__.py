@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from psmpi.backend import compiled
 from psmpi.backend.compiled import CompiledOps
-from psmpi.backend.reference import Convolution, NumpyOps, Stripes
+from psmpi.backend.reference import Convolution, NumpyOps, Restriction, Stripes, Transfer
 from psmpi.errors import UserError
 
-__all__ = ["CompiledOps", "Convolution", "NumpyOps", "Stripes", "make_backend"]
+__all__ = ["CompiledOps", "Convolution", "NumpyOps", "Restriction", "Stripes", "Transfer", "make_backend"]
 
 
 def make_backend(name: str, threads: int = 1) -> NumpyOps:

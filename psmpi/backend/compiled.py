@@ -10,7 +10,7 @@ import ctypes
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from zlib import crc32
 
 import numpy as np
 
-from psmpi.backend.reference import Convolution, NumpyOps, Stripes
+from psmpi.backend.reference import Convolution, NumpyOps, Restriction, Stripes, Transfer
 
 NAMES = {0: "", 1: "AVX2", 2: "AVX-512"}
 # Multiplications that are worth another thread.
@@ -127,7 +127,7 @@ class Direct:
         self._forward = function("conv_forward", dtype, "pppppp", instructions)
         self._input = function("conv_input", dtype, "pppppi", instructions)
         self._weight = function("conv_weight", dtype, "pppp", instructions)
-        self._samples = function("conv_samples", dtype, "pppp", instructions)
+        self._samples = function("conv_samples", dtype, "ppppp", instructions)
 
     def reserve(self, batch: int) -> None:
         """Needs nothing that grows with the minibatch."""
@@ -180,15 +180,32 @@ class Direct:
 
         self.team.run(share, members)
 
-    def samples(self, x: np.ndarray, dy: np.ndarray, dkernels: np.ndarray) -> None:
+    def samples(self, x: np.ndarray, dy: np.ndarray, dkernels: np.ndarray, dbias: np.ndarray) -> None:
         members = self._members(x.shape[-1])
         self._samples_of(x.shape[-1], members)
 
         def share(k: int) -> None:
             for shape in self.shapes[k]:
-                self._samples(shape.ctypes.data, *pointers(self.dtype, x, dy, dkernels))
+                self._samples(shape.ctypes.data, *pointers(self.dtype, x, dy, dkernels, dbias))
 
         self.team.run(share, members)
+
+
+class Runs(Transfer):
+    """Copies of runs without index arrays."""
+
+    def __init__(self, table: np.ndarray, instructions: int):
+        self.table, self.instructions = np.ascontiguousarray(table, np.int64), instructions
+
+    def copy(self, values: np.ndarray, out: np.ndarray) -> None:
+        self._call(values, out, 0)
+
+    def add(self, values: np.ndarray, out: np.ndarray) -> None:
+        self._call(values, out, 1)
+
+    def _call(self, values: np.ndarray, out: np.ndarray, add: int) -> None:
+        call = function("transfer", out.dtype, "npppi", self.instructions)
+        call(len(self.table), self.table.ctypes.data, *pointers(out.dtype, values, out), add)
 
 
 def _shape(s: Stripes, rest: Sequence[int]) -> np.ndarray:
@@ -222,10 +239,13 @@ class Team:
 
 class CompiledOps(NumpyOps):
     name = "compiled"
+    line = LINE
 
     def __init__(self, instructions: int | None = None, threads: int = 1) -> None:
+        super().__init__()
         self.instructions = level() if instructions is None else instructions
         self.team = Team(threads)
+        self.work: dict[np.dtype, np.ndarray] = {}
 
     @property
     def description(self) -> str:
@@ -250,10 +270,53 @@ class CompiledOps(NumpyOps):
         call = function("add_bias", y.dtype, "iinppnn", self.instructions)
         call(*bias.shape, y[0, 0].size, *pointers(bias.dtype, y), bias.ctypes.data, *steps(bias))
 
-    def accumulate(self, values: np.ndarray, index: np.ndarray, out: np.ndarray) -> None:
-        call = function("accumulate", out.dtype, "nppp", self.instructions)
-        values_at, out_at = pointers(out.dtype, values, out)
-        call(values.size, values_at, *pointers(np.dtype(np.int64), index), out_at)
+    def transfer(self, table: np.ndarray) -> Transfer:
+        return Runs(table, self.instructions)
+
+    def restriction(self, runs: Sequence[Sequence[tuple[int, int]]]) -> Restriction:
+        return Restriction(runs, partial(Runs, instructions=self.instructions))
+
+    def products(
+        self,
+        pairs: np.ndarray,
+        middle: np.ndarray,
+        sigma: np.ndarray,
+        coefficients: np.ndarray,
+        v: np.ndarray,
+        out: np.ndarray,
+    ) -> None:
+        call = function("element_products", pairs.dtype, "nnnppppppp", self.instructions)
+        weights = self._work(pairs.shape[1], pairs.dtype)
+        numbers = pointers(np.dtype(np.float64), middle, sigma, coefficients)
+        call(*pairs.shape, *pointers(pairs.dtype, pairs), *numbers, *pointers(pairs.dtype, weights, v, out))
+
+    def restricted_products(
+        self,
+        elements: Restriction,
+        pairs: np.ndarray,
+        middle: np.ndarray,
+        sigma: np.ndarray,
+        coefficients: np.ndarray,
+        p: np.ndarray,
+        q: np.ndarray,
+    ) -> float:
+        call = function("restricted_products", pairs.dtype, "nnnppppppppppp", self.instructions)
+        work = self._work(2 * pairs.shape[2] + pairs.shape[1], pairs.dtype)
+        where = pointers(np.dtype(np.int64), elements.sizes, elements.starts, elements.down.table)
+        numbers = pointers(np.dtype(np.float64), middle, sigma, coefficients)
+        curvature = ctypes.c_double()
+        q.fill(0)
+        call(
+            *pairs.shape, *where, *pointers(pairs.dtype, pairs), *numbers, *pointers(pairs.dtype, work, p, q),
+            ctypes.addressof(curvature),
+        )  # fmt: skip
+        return curvature.value
+
+    def _work(self, size: int, dtype: np.dtype) -> np.ndarray:
+        """Scratch of the products."""
+        if self.work.get(dtype, np.empty(0)).size < size:
+            self.work[dtype] = np.empty(size, dtype)
+        return self.work[dtype]
 
     def fold(self, w: np.ndarray, pool: int, out: np.ndarray) -> None:
         count, rows, n_in, k, _ = w.shape

@@ -7,7 +7,7 @@ runs along the batch. All arrays of one call share one dtype, float32 or float64
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Protocol
@@ -47,8 +47,8 @@ class Convolution(Protocol):
     ) -> None:
         """The gradients with respect to the kernels and the input, where these are given, from that of y."""
 
-    def samples(self, x: np.ndarray, dy: np.ndarray, dkernels: np.ndarray) -> None:
-        """dkernels (units, n_in, kernel, kernel, b): what each sample adds to the gradient of the kernels."""
+    def samples(self, x: np.ndarray, dy: np.ndarray, dkernels: np.ndarray, dbias: np.ndarray) -> None:
+        """What each sample adds to the gradients, dkernels (units, n_in, kernel, kernel, b) and dbias (units, b)."""
 
     def arrays(self) -> list[np.ndarray]:
         """Its buffers."""
@@ -142,13 +142,75 @@ class Im2col:
         if r0 > 0:
             dkernels += self.product
 
-    def samples(self, x: np.ndarray, dy: np.ndarray, dkernels: np.ndarray) -> None:
+    def samples(self, x: np.ndarray, dy: np.ndarray, dkernels: np.ndarray, dbias: np.ndarray) -> None:
+        np.sum(dy, axis=(1, 2), out=dbias)
         batch, one = x.shape[-1], np.empty(dkernels.shape[:-1], dkernels.dtype)
         for k in range(batch):
             # Minibatches of one sample: slow, and as right as the sum.
             alone, out = (np.ascontiguousarray(a[..., k : k + 1]) for a in (x, dy))
             self.backward(alone, out, one, one, None)
             dkernels[..., k] = one
+
+
+class Transfer:
+    """Runs of one vector that are copied into another, or added, again and again.
+
+    table: (runs, 3) int64, from, to and length of each; the runs of one target may overlap, and then count one by one.
+    """
+
+    def __init__(self, table: np.ndarray):
+        self.table = np.ascontiguousarray(table, np.int64)
+        ends = np.cumsum(self.table[:, 2])
+        inside = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - self.table[:, 2], self.table[:, 2])
+        self.source = np.repeat(self.table[:, 0], self.table[:, 2]) + inside
+        self.target = np.repeat(self.table[:, 1], self.table[:, 2]) + inside
+
+    def copy(self, values: np.ndarray, out: np.ndarray) -> None:
+        """out[to ...] = values[from ...]; both contiguous, of any shape, and one dtype."""
+        out.reshape(-1)[self.target] = values.reshape(-1)[self.source]
+
+    def add(self, values: np.ndarray, out: np.ndarray) -> None:
+        """out[to ...] += values[from ...]."""
+        np.add.at(out.reshape(-1), self.target, values.reshape(-1)[self.source])
+
+    @property
+    def nbytes(self) -> int:
+        return sum(a.nbytes for a in vars(self).values() if isinstance(a, np.ndarray))
+
+
+class Restriction:
+    """U_e of many elements: an element's variables are runs of a vector, one after the other in its row.
+
+    runs: for each element its (start, stop) in the vector. Rows have the `size` of the largest element; behind smaller
+    ones nothing is written. sizes: (elements,) int64; starts: (elements + 1,) int64, each element's first row of the
+    table of `down`.
+    """
+
+    def __init__(self, runs: Sequence[Sequence[tuple[int, int]]], transfer: Callable[[np.ndarray], Transfer]):
+        self.sizes = np.array([sum(b - a for a, b in mine) for mine in runs], np.int64)
+        self.size = int(self.sizes.max(initial=0))
+        self.starts = np.cumsum([0, *(len(mine) for mine in runs)])
+        table = []
+        for e, mine in enumerate(runs):
+            at = e * self.size
+            for start, stop in mine:
+                table.append((start, at, stop - start))
+                at += stop - start
+        self.down = transfer(np.array(table, np.int64).reshape(-1, 3))
+        self.up = transfer(self.down.table[:, [1, 0, 2]])
+
+    def restrict(self, vector: np.ndarray, out: np.ndarray) -> None:
+        """out (elements, size) = U_e vector for every element."""
+        self.down.copy(vector, out)
+
+    def accumulate(self, values: np.ndarray, out: np.ndarray) -> None:
+        """out (vector) = sum_e U_e^T values_e, values (elements, size)."""
+        out.fill(0)
+        self.up.add(values, out)
+
+    @property
+    def nbytes(self) -> int:
+        return self.sizes.nbytes + self.starts.nbytes + self.down.nbytes + self.up.nbytes
 
 
 def im2col(x: np.ndarray, stride: int, first: int, cols: np.ndarray) -> None:
@@ -174,6 +236,11 @@ def col2im(cols: np.ndarray, stride: int, first: int, dx: np.ndarray) -> None:
 
 class NumpyOps:
     name = "numpy"
+    # Minibatches of a multiple of this are the fastest.
+    line = 1
+
+    def __init__(self) -> None:
+        self.slopes: dict[np.dtype, np.ndarray] = {}
 
     @property
     def description(self) -> str:
@@ -181,7 +248,11 @@ class NumpyOps:
         return self.name
 
     def empty(self, size: int, dtype: np.dtype) -> np.ndarray:
-        return np.empty(size, dtype)
+        """(size,), its contents undefined, beginning at a cache line."""
+        room = np.empty(size * np.dtype(dtype).itemsize + 64, np.uint8)
+        first = -room.ctypes.data % 64
+        found: np.ndarray = room[first : first + size * np.dtype(dtype).itemsize].view(dtype)
+        return found
 
     def matmul(self, a: np.ndarray, b: np.ndarray, out: np.ndarray) -> None:
         """out = a @ b over the last two axes, the others batched."""
@@ -195,9 +266,50 @@ class NumpyOps:
         """out (...,) = y (..., n) summed over its last axis."""
         np.sum(y, axis=-1, out=out)
 
-    def accumulate(self, values: np.ndarray, index: np.ndarray, out: np.ndarray) -> None:
-        """out[index] += values, as often as an index occurs; index int64 of the shape of values, out a vector."""
-        np.add.at(out, index, values)
+    def transfer(self, table: np.ndarray) -> Transfer:
+        """Copies of runs, table (runs, 3) int64 of from, to and length, to be made again and again."""
+        return Transfer(table)
+
+    def restriction(self, runs: Sequence[Sequence[tuple[int, int]]]) -> Restriction:
+        """U_e of elements whose variables are these (start, stop) of a vector."""
+        return Restriction(runs, Transfer)
+
+    def products(
+        self,
+        pairs: np.ndarray,
+        middle: np.ndarray,
+        sigma: np.ndarray,
+        coefficients: np.ndarray,
+        v: np.ndarray,
+        out: np.ndarray,
+    ) -> None:
+        """out = sigma v + Z^T (middle Z v) and coefficients = Z v for each element.
+
+        pairs: (count, rows, size), the Z; v, out: (count, size) of their dtype; middle (count, rows, rows), sigma
+        (count,) and coefficients (count, rows) float64.
+        """
+        coefficients[...] = np.matmul(pairs, v[:, :, None])[:, :, 0]
+        weights = np.matmul(middle, coefficients[:, :, None]).astype(pairs.dtype)
+        np.matmul(weights.transpose(0, 2, 1), pairs, out=out[:, None, :])
+        out += v * sigma.astype(pairs.dtype)[:, None]
+
+    def restricted_products(
+        self,
+        elements: Restriction,
+        pairs: np.ndarray,
+        middle: np.ndarray,
+        sigma: np.ndarray,
+        coefficients: np.ndarray,
+        p: np.ndarray,
+        q: np.ndarray,
+    ) -> float:
+        """q = sum_e U_e^T B_e U_e p, and p^T q; the rest as in `products`."""
+        v = np.zeros((len(elements.sizes), elements.size), p.dtype)
+        out = np.zeros_like(v)
+        elements.restrict(p, v)
+        self.products(pairs, middle, sigma, coefficients, v, out)
+        elements.accumulate(out, q)
+        return float(np.einsum("ei,ei->", v, out, dtype=np.float64, casting="same_kind"))
 
     def convolution(
         self,
@@ -262,7 +374,7 @@ class NumpyOps:
             np.maximum(y, window, out=y)
 
     def max_pool_back(self, x: np.ndarray, y: np.ndarray, dy: np.ndarray, size: int, dx: np.ndarray) -> None:
-        """The gradient goes to a window's first largest entry. y is scratch: an activation may have changed it."""
+        """dx: dy where x is a window's first largest entry, 0 elsewhere. y, of the shape of dy, is scratch."""
         self.max_pool(x, size, y)
         dx.fill(0)
         for window, into in zip(self._windows(x, size, y), self._windows(dx, size, y), strict=True):
@@ -285,18 +397,26 @@ class NumpyOps:
             np.maximum(y, 0, out=y)
 
     def activate_back(self, kind: str, y: np.ndarray, dy: np.ndarray) -> None:
-        """dy *= activation'(x), in place, from the activation's output y, which is overwritten."""
-        if kind == "sigmoid":
-            dy *= y
-            np.subtract(1, y, out=y)
-            dy *= y
-        elif kind == "tanh":
-            y *= y
-            np.subtract(1, y, out=y)
-            dy *= y
-        elif kind == "relu":
-            np.sign(y, out=y)
-            dy *= y
+        """dy *= activation'(x), in place, from the activation's output y; both contiguous."""
+        ys, ds = y.reshape(-1), dy.reshape(-1)
+        # In chunks that stay in the cache: the derivative needs room, and other layers need y.
+        for first in range(0, ys.size, CHUNK):
+            at = slice(first, min(first + CHUNK, ys.size))
+            slope = self._scratch(at.stop - at.start, y.dtype)
+            if kind == "sigmoid":
+                np.subtract(1, ys[at], out=slope)
+                slope *= ys[at]
+            elif kind == "tanh":
+                np.multiply(ys[at], ys[at], out=slope)
+                np.subtract(1, slope, out=slope)
+            elif kind == "relu":
+                np.sign(ys[at], out=slope)
+            ds[at] *= slope
+
+    def _scratch(self, size: int, dtype: np.dtype) -> np.ndarray:
+        if dtype not in self.slopes:
+            self.slopes[dtype] = np.empty(CHUNK, dtype)
+        return self.slopes[dtype][:size]
 
     def adam(
         self, w: np.ndarray, g: np.ndarray, m: np.ndarray, v: np.ndarray, rate: float, root: float, beta1: float,

@@ -1,29 +1,49 @@
 """The element functions of a worker one by one: their variables, their gradients and their values on a minibatch.
 
 An element f_ij is the sum of the loss terms of the pair (label i, other class j); it sees the subnetworks of i and j.
-All elements of a worker share the forward pass, and one backward pass a class that keeps the samples apart: an
-element's gradient is a weighted sum of these over the samples of its label.
+All elements of a worker share the forward pass. Backward goes once through each class's subnetwork, with the samples
+kept apart: what a score adds to the gradient of an element is a weighted sum over the samples of the element's label.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from psmpi.backend import NumpyOps
+from psmpi.backend import NumpyOps, Transfer
 from psmpi.nn.losses import Loss, excess, give_back
 from psmpi.nn.model import Model
 from psmpi.nn.network import Network
-from psmpi.partition import Layout
+from psmpi.partition import Layout, Runs
+
+
+@dataclass(frozen=True)
+class Side:
+    """What the score of one class adds to the elements that see it: `terms` weighted sums of its samples' gradients.
+
+    number: the class's among the worker's; slices: its part in the worker's; others: (terms,) numbers of the other
+    classes. lost, won: (terms, 1), the factors of the loss's derivatives with respect to the other's score over samples
+    of this class (0 or -1), and to this score over samples of the other (0 or 1). sums: (terms, size of the part);
+    spread: from there to the elements' gradients.
+    """
+
+    number: int
+    slices: list[slice]
+    model: Model
+    others: np.ndarray
+    lost: np.ndarray
+    won: np.ndarray
+    sums: np.ndarray
+    spread: Transfer
 
 
 class ElementSet:
     """Ordered elements (i, j) and (j, i) of each of `pairs`, or with `merged` their sums {i, j}.
 
-    classes: the worker's classes; arrays of elements are (len(elements), size), `size` being the number of variables of
-    the largest one: smaller ones are filled up with zeros. index (elements, size): an element's variables as positions
-    in the worker's part, its own size where there is none.
+    classes: the worker's classes. An element's variables are a row of `restriction.size`, that of the largest element;
+    smaller ones are filled up with zeros.
     """
 
     def __init__(
@@ -42,58 +62,73 @@ class ElementSet:
         unordered = sorted(tuple(sorted(pair)) for pair in pairs)
         ordered = [pair for i, j in unordered for pair in ((i, j), (j, i))]
         self.elements: list[tuple[int, ...]] = list(unordered) if merged else list(ordered)
-        number = {e: k for k, e in enumerate(self.elements)}
-        # Where each class's part lies in the worker's.
-        self.inside = []
-        for c in self.classes:
-            slices = [self.part.local(a, b) for a, b in layout.part((c,)).intervals]
-            self.inside.append(np.concatenate([np.arange(s.start, s.stop) for s in slices]))
+        variables = [layout.part(e) for e in self.elements]
+        self.restriction = ops.restriction([self._slices(v) for v in variables])
+        self.count, self.size = len(self.elements), self.restriction.size
         at = {c: k for k, c in enumerate(self.classes)}
-        variables = [np.union1d(self.inside[at[i]], self.inside[at[j]]) for i, j in self.elements]
-        self.sizes = np.array([len(v) for v in variables])
-        self.size = int(self.sizes.max(initial=0))
-        count, largest = len(self.elements), max(len(v) for v in self.inside)
-        self.index = np.full((count, self.size), self.part.size, np.int64)
-        for e, found in enumerate(variables):
-            self.index[e, : len(found)] = found
-        # For each label: numbers of its elements and of the other classes, and where the variables of the label's
-        # class and of the others lie among all elements' variables; what is left over goes behind the last.
-        self.terms = []
-        for i in self.classes:
-            others = [j for a, j in ordered if a == i]
-            numbers = [number[(min(i, j), max(i, j)) if merged else (i, j)] for j in others]
-            places = np.full((2, len(others), largest), count * self.size, np.int64)
-            for k, (e, j) in enumerate(zip(numbers, others, strict=True)):
-                for side, c in enumerate((i, j)):
-                    mine = self.inside[at[c]]
-                    places[side, k, : len(mine)] = e * self.size + np.searchsorted(variables[e], mine)
-            self.terms.append((np.array(numbers, int), np.array([at[j] for j in others], int), places))
         self.mask = np.zeros((len(self.classes),) * 2, bool)
         for i, j in ordered:
             self.mask[at[i], at[j]] = True
-        self.models = []
-        for c, mine in zip(self.classes, self.inside, strict=True):
-            w = np.zeros(len(mine), self.dtype)
-            self.models.append(Model(network, layout, w, np.empty_like(w), ops, (c,)))
-        # For values alone: what classes share is computed once.
         self.whole = Model(network, layout, np.zeros(self.part.size, self.dtype), None, ops, self.classes)
-        self.largest = largest
-        self.extended = np.zeros(self.part.size + 1, self.dtype)
-        self.flat = np.zeros(count * self.size + 1, self.dtype)
+        # One class after the other makes its sums.
+        largest = max(layout.part((c,)).size for c in self.classes)
+        self.sums = np.empty((1 if merged else 2) * (len(self.classes) - 1) * largest, self.dtype)
+        self.sides = [self._side(network, layout, c, at, ordered, merged) for c in self.classes]
         # Of a merged element either label will do.
-        present = [(e[0],) if not merged else e for e in self.elements]
-        self.labels = np.array([[at[c] for c in (p[0], p[-1])] for p in present], int).reshape(count, 2)
+        self.labels = np.array([[at[c] for c in (e[0], e[-1] if merged else e[0])] for e in self.elements], int)
+        self.labels = self.labels.reshape(self.count, 2)
         self.capacity = 0
         self.reserve(1)
+
+    def _side(
+        self,
+        network: Network,
+        layout: Layout,
+        c: int,
+        at: dict[int, int],
+        ordered: Sequence[tuple[int, int]],
+        merged: bool,
+    ) -> Side:
+        mine = layout.part((c,))
+        # Element, other class, factors: a merged element takes the terms of both labels at once.
+        if merged:
+            terms = [((min(c, j), max(c, j)), j, -1, 1) for i, j in ordered if i == c]
+        else:
+            terms = [(e, e[0] + e[1] - c, -(e[0] == c), e[1] == c) for e in ordered if c in e]
+        table = []
+        for k, (e, _, _, _) in enumerate(terms):
+            variables, row = layout.part(e), self.elements.index(e) * self.size
+            for run in mine.intervals:
+                start = mine.local(*run).start
+                table.append((k * mine.size + start, row + variables.local(*run).start, run[1] - run[0]))
+        lost, won = (np.array([t[k] for t in terms], self.dtype).reshape(-1, 1) for k in (2, 3))
+        return Side(
+            number=at[c],
+            slices=[self.part.local(*run) for run in mine.intervals],
+            model=Model(network, layout, np.zeros(mine.size, self.dtype), None, self.ops, (c,), lender=self.whole),
+            others=np.array([at[other] for _, other, _, _ in terms], int),
+            lost=lost,
+            won=won,
+            sums=self.sums[: len(terms) * mine.size].reshape(-1, mine.size),
+            spread=self.ops.transfer(np.array(table, np.int64).reshape(-1, 3)),
+        )
+
+    def _slices(self, runs: Runs) -> list[tuple[int, int]]:
+        """Where runs of the flat vector lie in the part."""
+        return [(s.start, s.stop) for s in (self.part.local(*run) for run in runs.intervals)]
+
+    def make_vectors(self) -> np.ndarray:
+        """(elements, size) zeros."""
+        return np.zeros((self.count, self.size), self.dtype)
 
     @property
     def nbytes(self) -> int:
         """Bytes of everything it holds."""
         own = [v for v in vars(self).values() if isinstance(v, np.ndarray)]
-        terms = [a for term in self.terms for a in term]
-        models = sum(2 * m.w.nbytes + m.activation_bytes + m.buffer_bytes for m in self.models)
-        whole = self.whole.w.nbytes + self.whole.activation_bytes + self.whole.buffer_bytes
-        return models + whole + sum(a.nbytes for a in (*own, *terms, *self.inside))
+        models = [self.whole, *(side.model for side in self.sides)]
+        held = sum(m.w.nbytes + m.activation_bytes + m.buffer_bytes for m in models)
+        moves = self.restriction.nbytes + sum(side.spread.nbytes for side in self.sides)
+        return held + moves + sum(a.nbytes for a in own)
 
     def reserve(self, batch: int) -> None:
         """Make room for minibatches of up to `batch` samples."""
@@ -101,69 +136,67 @@ class ElementSet:
             return
         self.capacity = batch
         count = len(self.classes)
-        self.samples = np.zeros(count * self.largest * batch, self.dtype)
-        self.scores = np.empty(count * batch, self.dtype)
         self.dscores = np.empty(count * batch)
+        self.weights = np.empty((2, 2 * count * batch), self.dtype)
+        # The derivative of a score by itself, which the backward pass uses up.
         self.ones = np.empty(batch, self.dtype)
-        for model in (*self.models, self.whole):
+        for model in (self.whole, *(side.model for side in self.sides)):
             model.reserve(batch)
 
     def restrict(self, vector: np.ndarray, out: np.ndarray) -> None:
-        """out (elements, size) = the elements' variables in a vector over the part."""
-        self.extended[:-1] = vector
-        self.extended[-1] = 0
-        np.take(self.extended, self.index, out=out, mode="clip")
+        """out (elements, size) = U_e vector for every element; behind small elements nothing is written."""
+        self.restriction.restrict(vector, out)
 
     def accumulate(self, values: np.ndarray, out: np.ndarray) -> None:
-        """out (part,) = the sum of what the elements (elements, size) add to each weight."""
-        self.extended.fill(0)
-        self.ops.accumulate(values, self.index, self.extended)
-        out[...] = self.extended[:-1]
+        """out (part's size) = sum_e U_e^T values_e, values (elements, size)."""
+        self.restriction.accumulate(values, out)
 
     def value(self, w: np.ndarray, x: np.ndarray, labels: np.ndarray, loss: Loss, scale: float) -> float:
-        """The scaled sum of the elements at the part's weights w, over samples x (features, b), labels (b,) numbers
-        among `classes`.
+        """The scaled sum of the elements at the part's weights w, over the first samples of x (features, any), as many
+        as labels (b,), numbers among `classes`.
         """
-        if not len(labels):
-            return 0.0
+        return loss(self._scores(w, x, len(labels)), labels, scale, None, self.mask) if len(labels) else 0.0
+
+    def _scores(self, w: np.ndarray, x: np.ndarray, b: int) -> np.ndarray:
+        """(classes, b): the scores of the first b samples."""
+        self.reserve(x.shape[1])
         np.copyto(self.whole.w, w)
-        return loss(self.whole.forward(x), labels, scale, None, self.mask)
+        return np.ascontiguousarray(self.whole.forward(x)[:, :b])
 
     def gradients(
         self, w: np.ndarray, x: np.ndarray, labels: np.ndarray, loss: Loss, scale: float, out: np.ndarray
     ) -> float:
-        """`value`, and out (elements, size) the gradient of each element; `labels` do not decrease."""
-        b = len(labels)
+        """`value`, and out (elements, size) the gradient of each element, zeros behind small ones."""
+        out.fill(0)
+        b, batch, classes = len(labels), x.shape[1], len(self.classes)
         if b == 0:
-            out.fill(0)
             return 0.0
-        scores = self._forward(w, x)
-        weights = self.dscores[: scores.size].reshape(scores.shape)
-        value = loss(scores, labels, scale, weights, self.mask)
+        scores = self._scores(w, x, b)
+        dscores = self.dscores[: scores.size].reshape(scores.shape)
+        value = loss(scores, labels, scale, dscores, self.mask)
         # Of a pairwise loss the derivative with respect to another class's score is that of one term alone.
-        exponent = excess(weights)
-        small = np.ldexp(weights, -exponent).astype(self.dtype)
-        count = len(self.classes)
-        samples = self.samples[: count * self.largest * b].reshape(count, self.largest, b)
-        for k, model in enumerate(self.models):
-            ones = self.ones[:b].reshape(1, b)
+        exponent = excess(dscores)
+        small = np.zeros((classes, batch), self.dtype)
+        small[:, :b] = np.ldexp(dscores, -exponent)
+        found = np.zeros((classes, batch), self.dtype)
+        found[labels, np.arange(b)] = 1
+        for side in self.sides:
+            terms, model, start = len(side.others), side.model, 0
+            for run in side.slices:
+                stop = start + run.stop - run.start
+                model.w[start:stop] = w[run]
+                start = stop
+            model.borrow()
+            weights, more = (row[: terms * batch].reshape(terms, batch) for row in self.weights)
+            np.multiply(small[side.others], found[side.number], out=weights)
+            weights *= side.lost
+            np.multiply(found[side.others], small[side.number], out=more)
+            more *= side.won
+            weights += more
+            ones = self.ones[:batch].reshape(1, batch)
             ones.fill(1)
-            samples[k, model.part.size :] = 0
-            model.backward(ones, samples[k, : model.part.size])
-        self.flat.fill(0)
-        edges = np.searchsorted(labels, np.arange(count + 1))
-        for i, (numbers, others, places) in enumerate(self.terms):
-            first, last = edges[i], edges[i + 1]
-            if first == last or not len(numbers):
-                continue
-            mine = small[:, first:last]
-            minus = np.matmul(mine[others], samples[i, :, first:last].T)
-            plus = np.matmul(samples[:, :, first:last], mine[:, :, None])[others, :, 0]
-            # No variable occurs twice on one side of one element.
-            self.flat[places[0]] -= minus
-            self.flat[places[1]] += plus
-        self.flat[-1] = 0
-        np.copyto(out, self.flat[:-1].reshape(out.shape))
+            model.backward(ones, (weights, side.sums))
+            side.spread.add(side.sums, out)
         give_back(out, exponent)
         return value
 
@@ -172,12 +205,3 @@ class ElementSet:
         present = np.bincount(labels, minlength=len(self.classes)) > 0
         found: np.ndarray = present[self.labels].any(axis=1)
         return found
-
-    def _forward(self, w: np.ndarray, x: np.ndarray) -> np.ndarray:
-        b = x.shape[1]
-        self.reserve(b)
-        scores = self.scores[: len(self.classes) * b].reshape(-1, b)
-        for k, (model, inside) in enumerate(zip(self.models, self.inside, strict=True)):
-            np.take(w, inside, out=model.w, mode="clip")
-            scores[k] = model.forward(x)[0]
-        return scores

@@ -85,7 +85,7 @@ class ElementWorker:
         self.capacity = batch
         self.features = int(np.prod(self.dataset.shape))
         self.model.reserve(batch)
-        self.x = np.empty(self.features * batch, self.dtype)
+        self.x = self.model.ops.empty(self.features * batch, self.dtype)
         self.scores = np.empty(self.dataset.classes * batch, self.dtype)
         self.dscores = np.empty(self.dataset.classes * batch)
         self.cast = np.empty(len(self.place.classes) * batch, self.dtype)

@@ -50,6 +50,7 @@ class PartitionedNewton:
         self.world, self.exchange, self.worker = world, exchange, worker
         self.w_part, self.w, self.dtype, self.scalars = w_part, w, w.dtype, scalars
         self.search, self.extend = o.globalization == "line-search", o.line_search == "basic"
+        self.line = ops.line
         self.rtol, self.itmax = o.cg_tolerance, o.cg_iterations
         self.region = TrustRegion()
         self.momentum = None if o.extrapolation == "none" else Momentum(o.extrapolation == "adaptive", o.momentum)
@@ -76,13 +77,14 @@ class PartitionedNewton:
                 size,
                 self.dtype,
                 o.optimizer,  # type: ignore[arg-type]
+                ops,
                 memory=o.memory,
                 relative=o.curvature == "relative",
                 damping=o.damping,
             )
             # What the last pairs did to their elements.
             self.outcome = np.full(count, Outcome.SKIPPED)
-            self.before, self.after, self.a, self.b = (np.empty((count, size), self.dtype) for _ in range(4))
+            self.before, self.after, self.s = (self.elements.make_vectors() for _ in range(3))
 
     @property
     def nbytes(self) -> int:
@@ -160,27 +162,27 @@ class PartitionedNewton:
         return self.worker.loss
 
     def _batch(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """This worker's samples (features, b) of the minibatch and their labels among its classes, in that order."""
+        """This worker's samples of the minibatch, (features, b or more), and their labels (b,) among its classes.
+
+        Whatever follows the labelled samples makes the minibatch a multiple that suits the backend.
+        """
         worker = self.worker
         if worker is None:
             return np.empty((0, 0), self.dtype), np.empty(0, np.int64)
         labels = worker.number[worker.dataset.train.labels[ids]]
-        order = np.argsort(labels, kind="stable")
-        order = order[labels[order] >= 0]
-        worker.reserve(max(1, len(order)))
-        x = worker.x[: worker.features * len(order)].reshape(worker.features, len(order))
-        worker.train.fetch(ids[order], x)
-        return x, labels[order]
+        mine = np.flatnonzero(labels >= 0)
+        filled = np.resize(ids[mine], -(-len(mine) // self.line) * self.line) if len(mine) else ids[mine]
+        worker.reserve(max(1, len(filled)))
+        x = worker.x[: worker.features * len(filled)].reshape(worker.features, len(filled))
+        worker.train.fetch(filled, x)
+        return x, labels[mine]
 
     def _product(self, p: np.ndarray, q: np.ndarray) -> float:
         """q = B p; this rank's share of p^T B p."""
         self.exchange.scatter(p, self.p_part)
         share = 0.0
         if self.elements is not None:
-            self.elements.restrict(self.p_part, self.a)
-            self.operators.product(self.a, self.b)
-            share = float(np.einsum("ei,ei->", self.a, self.b, dtype=np.float64, casting="same_kind"))
-            self.elements.accumulate(self.b, self.q_part)
+            share = self.operators.restricted_product(self.elements.restriction, self.p_part, self.q_part)
         self.exchange.gather(self.q_part, q)
         return share
 
@@ -228,9 +230,10 @@ class PartitionedNewton:
             self.after.fill(np.nan)
         with np.errstate(all="ignore"):
             self.after -= self.before
-        self.elements.restrict(self.x_part, self.a)
-        self.a *= self.dtype.type(length)
-        self.outcome = outcome = self.operators.push(self.a, self.after, self.elements.seen(labels))
+        self.elements.restrict(self.x_part, self.s)
+        self.s *= self.dtype.type(length)
+        # The gradients before are not needed any more.
+        self.outcome = outcome = self.operators.push(self.s, self.after, self.elements.seen(labels), self.before)
         for name, which in (("rejected", Outcome.REJECTED), ("reset", Outcome.RESET), ("updated", Outcome.UPDATED)):
             self.counts[name] += int(np.count_nonzero(outcome == which))
 

@@ -50,21 +50,44 @@ class Segment:
         size = vector.itemsize
         return as_strided(vector[self.bias :], (self.count, self.n), (self.bias_step * size, self.row_bias_step * size))
 
-    def samples(self, gradients: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Weights (count, n, unit size, b) and biases (count, n, b) in `gradients` (part's weights, b), as views."""
-        row, batch = gradients.strides[0], gradients.shape[1]
+    def rows(self, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Weights (k, count, n, unit size) and biases (k, count, n) in `vectors` (k, part's weights), as views."""
+        (many, _), (row, size) = vectors.shape, vectors.strides
         return (
             as_strided(
-                gradients[self.weight :],
-                (self.count, self.n, self.row_length, batch),
-                (self.weight_step * row, self.row_step * row, row, gradients.itemsize),
+                vectors[:, self.weight :],
+                (many, self.count, self.n, self.row_length),
+                (row, self.weight_step * size, self.row_step * size, size),
             ),
             as_strided(
-                gradients[self.bias :],
-                (self.count, self.n, batch),
-                (self.bias_step * row, self.row_bias_step * row, gradients.itemsize),
+                vectors[:, self.bias :],
+                (many, self.count, self.n),
+                (row, self.bias_step * size, self.row_bias_step * size),
             ),
         )
+
+
+class Scratch:
+    """Memory that layers use one after the other, by name; it grows to the largest use."""
+
+    def __init__(self, ops: NumpyOps, dtype: np.dtype):
+        self.ops, self.dtype = ops, dtype
+        self.arrays: dict[str, np.ndarray] = {}
+
+    def take(self, name: str, *shape: int) -> np.ndarray:
+        """An array of this shape, its contents undefined; it is valid until the next of this name."""
+        size = prod(shape)
+        if name not in self.arrays or self.arrays[name].size < size:
+            self.arrays[name] = self.ops.empty(size, self.dtype)
+        return self.arrays[name][:size].reshape(shape)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(a.nbytes for a in self.arrays.values())
+
+
+# Of `sums`: weights of the samples (k, b) and where the k weighted sums of their gradients go, (k, part's weights).
+Sums = tuple[np.ndarray, np.ndarray]
 
 
 def find_segments(layer: Linear, layout: Layout, part: Runs, kept: np.ndarray, positions: np.ndarray) -> list[Segment]:
@@ -135,10 +158,15 @@ def _as_rows(s: Segment) -> Segment:
 class LinearPart:
     """What dense and convolution layers share: segments bound to a weight and a gradient vector."""
 
-    def __init__(self, layer: Linear, segments: list[Segment], inputs: int, units: int, ops: NumpyOps):
+    def __init__(
+        self, layer: Linear, segments: list[Segment], inputs: int, units: int, ops: NumpyOps, scratch: Scratch
+    ):
         self.layer, self.segments, self.inputs, self.units, self.ops = layer, segments, inputs, units, ops
+        self.scratch = scratch
         self.w: list[tuple[np.ndarray, np.ndarray]] = []
         self.g: list[tuple[np.ndarray, np.ndarray]] = []
+        # The array that sums went into last, and its views.
+        self.into: tuple[np.ndarray | None, list[tuple[np.ndarray, np.ndarray]]] = (None, [])
         # A product can write straight into dx where every input belongs to exactly one stripe.
         one = segments[0]
         self.covers = (
@@ -153,8 +181,14 @@ class LinearPart:
         self.g = [(s.weights(g), s.biases(g)) for s in self.segments] if g is not None else []
 
     def arrays(self) -> list[np.ndarray]:
-        """What it holds besides weights, activations and their gradients."""
+        """What it holds besides weights, activations, their gradients and scratch."""
         return [a for a in vars(self).values() if isinstance(a, np.ndarray)]
+
+    def _rows(self, into: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+        """The segments' weights and biases in `into` (k, part's weights)."""
+        if self.into[0] is not into:
+            self.into = into, [s.rows(into) for s in self.segments]
+        return self.into[1]
 
     def source(self, s: Segment, x: np.ndarray) -> np.ndarray:
         """The inputs of a segment's stripes, (count, n_in, b), as a view of x (inputs, b)."""
@@ -172,9 +206,12 @@ class LinearPart:
 class DensePart(LinearPart):
     """x (inputs, b) -> y (units, b)."""
 
-    def reserve(self, batch: int, dtype: np.dtype) -> None:
-        widest = 0 if self.covers else max(s.n_in for s in self.segments)
-        self.scratch = self.ops.empty(widest * batch, dtype)
+    def reserve(self, batch: int) -> None:
+        if not self.covers:
+            self.scratch.take("product", max(s.n_in for s in self.segments), batch)
+
+    def prepare(self) -> None:
+        """Get ready for a backward pass without a forward pass."""
 
     def forward(self, x: np.ndarray, y: np.ndarray) -> None:
         for s, (w, b) in zip(self.segments, self.w, strict=True):
@@ -182,17 +219,20 @@ class DensePart(LinearPart):
             self.ops.matmul(w, self.source(s, x), out)
             self.ops.add_bias(out, b)
 
-    def backward(self, x: np.ndarray, dy: np.ndarray, dx: np.ndarray | None, samples: np.ndarray | None = None) -> None:
+    def backward(self, x: np.ndarray, dy: np.ndarray, dx: np.ndarray | None, sums: Sums | None = None) -> None:
         for k, s in enumerate(self.segments):
-            out = self.target(s, dy)
-            if samples is None:
+            out, across = self.target(s, dy), self.source(s, x).transpose(0, 2, 1)
+            if sums is None:
                 gw, gb = self.g[k]
                 self.ops.row_sums(out, gb)
-                self.ops.matmul(out, self.source(s, x).transpose(0, 2, 1), gw)
+                self.ops.matmul(out, across, gw)
             else:
-                gw, gb = s.samples(samples)
-                gb[...] = out
-                np.multiply(out[:, :, None], self.source(s, x)[:, None], out=gw)
+                weights, into = sums
+                gw, gb = self._rows(into)[k]
+                gb[...] = np.matmul(out, weights.T).transpose(2, 0, 1)
+                scaled = self.scratch.take("scaled", len(weights), *out.shape)
+                np.multiply(weights[:, None, None], out, out=scaled)
+                self.ops.matmul(scaled, across, gw)
         if dx is None:
             return
         if self.covers:
@@ -201,7 +241,7 @@ class DensePart(LinearPart):
             return
         dx.fill(0)
         for s, (w, _) in zip(self.segments, self.w, strict=True):
-            product = self.scratch[: s.n_in * dx.shape[1]].reshape(s.n_in, dx.shape[1])
+            product = self.scratch.take("product", s.n_in, dx.shape[1])
             for into, weights, out in zip(self.source(s, dx), w, self.target(s, dy), strict=True):
                 self.ops.matmul(weights.T, out, product)
                 into += product
@@ -215,17 +255,16 @@ class ConvPart(LinearPart):
     """
 
     def __init__(
-        self, layer: Conv, segments: list[Segment], inputs: int, units: int, ops: NumpyOps, pool: int, dtype: np.dtype
+        self, layer: Conv, segments: list[Segment], inputs: int, units: int, ops: NumpyOps, scratch: Scratch, pool: int
     ):
-        super().__init__(layer, segments, inputs, units, ops)
+        super().__init__(layer, segments, inputs, units, ops, scratch)
+        dtype = scratch.dtype
         self.k, self.pool = layer.kernel, pool
         self.wide = layer.kernel + pool - 1
         fan = layer.group_inputs * self.wide**2
         self.folded = ops.empty(units * fan, dtype).reshape(units, layer.group_inputs, self.wide, self.wide)
         self.dfolded = np.empty_like(self.folded)
         self.bias = ops.empty(units, dtype)
-        # Gradients of the folded kernels, each sample's apart, where they are asked for.
-        self.apart = np.empty(0, dtype)
         # The kernels are packed, so stripes apart in the flat vector join wherever they see the same inputs.
         (_, height, width), (_, rows, columns) = layer.in_shape, layer.out_shape
         self.plan = ops.convolution(
@@ -237,7 +276,7 @@ class ConvPart(LinearPart):
             dtype,
         )
 
-    def reserve(self, batch: int, dtype: np.dtype) -> None:
+    def reserve(self, batch: int) -> None:
         self.plan.reserve(batch)
 
     def arrays(self) -> list[np.ndarray]:
@@ -246,44 +285,42 @@ class ConvPart(LinearPart):
     def _images(self, s: Segment, rows: np.ndarray, k: int) -> np.ndarray:
         return rows.reshape(s.count, s.n, self.layer.group_inputs, k, k)
 
-    def forward(self, x: np.ndarray, y: np.ndarray) -> None:
+    def prepare(self) -> None:
+        """Get ready for a backward pass without a forward pass."""
         for s, (w, b) in zip(self.segments, self.w, strict=True):
             units = slice(s.out, s.out + s.count * s.n)
             self.ops.fold(self._images(s, w, self.k), self.pool, self._images(s, self.folded[units], self.wide))
             self.bias[units] = b.reshape(-1)
+
+    def forward(self, x: np.ndarray, y: np.ndarray) -> None:
+        self.prepare()
         self.plan.forward(x, self.folded, self.bias, y)
 
-    def backward(self, x: np.ndarray, dy: np.ndarray, dx: np.ndarray | None, samples: np.ndarray | None = None) -> None:
-        if samples is not None:
-            self.plan.backward(x, dy, self.folded, None, dx)
-            self._backward_samples(x, dy, samples)
+    def backward(self, x: np.ndarray, dy: np.ndarray, dx: np.ndarray | None, sums: Sums | None = None) -> None:
+        self.plan.backward(x, dy, self.folded, self.dfolded if sums is None else None, dx)
+        if sums is not None:
+            self._backward_sums(x, dy, *sums)
             return
-        self.plan.backward(x, dy, self.folded, self.dfolded, dx)
         flat_dy = dy.reshape(self.units, -1)
         for s, (gw, gb) in zip(self.segments, self.g, strict=True):
             self.ops.row_sums(self.target(s, flat_dy), gb)
             dfolded = self._images(s, self.dfolded[s.out : s.out + s.count * s.n], self.wide)
             self.ops.unfold(dfolded, self.pool, self._images(s, gw, self.k))
 
-    def _backward_samples(self, x: np.ndarray, dy: np.ndarray, samples: np.ndarray) -> None:
-        batch, gin, k = x.shape[-1], self.layer.group_inputs, self.k
-        shape = (*self.folded.shape, batch)
-        if self.apart.size < prod(shape):
-            self.apart = self.ops.empty(prod(shape), self.folded.dtype)
-        folded = self.apart[: prod(shape)].reshape(shape)
-        self.plan.samples(x, dy, folded)
-        for s in self.segments:
-            gw, gb = s.samples(samples)
-            units = slice(s.out, s.out + s.count * s.n)
-            np.sum(dy[units].reshape(s.count, s.n, -1, batch), axis=2, out=gb)
-            wide = folded[units].reshape(s.count, s.n, gin, self.wide, self.wide, batch)
-            # The adjoint of folding, sample by sample.
-            into = gw.reshape(s.count, s.n, gin, k, k, batch)
-            into[...] = wide[..., :k, :k, :]
-            for i, j in itertools.product(range(self.pool), repeat=2):
-                if i or j:
-                    into += wide[..., i : i + k, j : j + k, :]
-            into *= 1 / self.pool**2
+    def _backward_sums(self, x: np.ndarray, dy: np.ndarray, weights: np.ndarray, sums: np.ndarray) -> None:
+        many, batch = weights.shape
+        apart = self.scratch.take("apart", *self.folded.shape, batch)
+        dbias = self.scratch.take("dbias", self.units, batch)
+        self.plan.samples(x, dy, apart, dbias)
+        for s, (gw, gb) in zip(self.segments, self._rows(sums), strict=True):
+            gb[...] = np.matmul(weights, self.target(s, dbias).transpose(0, 2, 1)).transpose(1, 0, 2)
+            # Unfolding is linear: the sums over samples first, there are fewer of them.
+            folded = self.scratch.take("folded", many, s.n, *self.folded.shape[1:])
+            for k in range(s.count):
+                first = s.out + k * s.n
+                self.ops.matmul(weights, apart[first : first + s.n].reshape(-1, batch).T, folded.reshape(many, -1))
+                into = gw[:, k].reshape(many, s.n, self.layer.group_inputs, self.k, self.k)
+                self.ops.unfold(folded, self.pool, into)
 
 
 def _same_source(segments: list[Segment]) -> list[Stripes]:

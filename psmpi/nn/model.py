@@ -8,18 +8,19 @@ from math import prod
 import numpy as np
 
 from psmpi.backend import NumpyOps
-from psmpi.nn.linear import ConvPart, DensePart, LinearPart, find_segments
+from psmpi.nn.linear import ConvPart, DensePart, LinearPart, Scratch, Sums, find_segments
 from psmpi.nn.network import Activation, Conv, Dense, Flatten, Linear, Network, Pool
 from psmpi.partition import Layout, Runs
 
 
 class Step:
-    """One layer of a part in place: `size` elements of output a sample; `source` is the layer whose output it reads."""
+    """One layer of a part in place: `size` elements of output a sample, of the network's units those `kept`."""
 
     def __init__(
-        self, kind: str, spec: object, shape: tuple[int, ...], linear: LinearPart | None = None, pool: int = 1
+        self, kind: str, spec: object, kept: np.ndarray, shape: tuple[int, ...] = (), linear: LinearPart | None = None
     ):
-        self.kind, self.spec, self.shape, self.linear, self.pool = kind, spec, shape, linear, pool
+        self.kind, self.spec, self.kept, self.linear = kind, spec, kept, linear
+        self.shape = (int(kept.sum()), *shape)
 
     @property
     def size(self) -> int:
@@ -32,7 +33,8 @@ class Model:
     w, g: (part.size,) arrays of one dtype, the weights and (written by `backward`) their gradient; the part is
     `layout.part(classes)`. With g = None there is no backward. Activations put the minibatch last. Buffers are
     allocated by `reserve`, not by the step. With `fold`, mean pooling right after a convolution is folded into its
-    kernel.
+    kernel. With a `lender`, a model of these classes and others, `borrow` takes the place of `forward`: the outputs are
+    the lender's, and so is the scratch.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class Model:
         classes: Sequence[int] | None = None,
         *,
         fold: bool = True,
+        lender: Model | None = None,
     ):
         self.network, self.layout, self.ops = network, layout, ops
         self.classes = tuple(range(network.classes)) if classes is None else tuple(sorted(classes))
@@ -56,8 +59,14 @@ class Model:
                     f"{vector.dtype}"
                 )
         self.w, self.g, self.dtype = w, g, w.dtype
+        self.lender = lender
+        self.scratch: Scratch = Scratch(ops, self.dtype) if lender is None else lender.scratch
         self.steps = self._make_steps(fold)
         self.capacity = 0
+        if lender is not None:
+            self.borrowed = [
+                _positions(theirs.kept, mine.kept) for theirs, mine in zip(lender.steps, self.steps, strict=True)
+            ]
 
     def _make_steps(self, fold: bool) -> list[Step]:
         steps: list[Step] = []
@@ -75,19 +84,19 @@ class Model:
                         folded = layers.pop(0)[0]
                         assert isinstance(folded, Pool)
                         pool, shape = folded.size, folded.out_shape[1:]
-                    linear = ConvPart(layer, segments, inputs, units, self.ops, pool, self.dtype)
+                    linear = ConvPart(layer, segments, inputs, units, self.ops, self.scratch, pool)
                 else:
                     assert isinstance(layer, Dense)
-                    linear = DensePart(layer, segments, inputs, units, self.ops)
+                    linear = DensePart(layer, segments, inputs, units, self.ops, self.scratch)
                 linear.bind(self.w, self.g)
-                steps.append(Step("linear", layer, (units, *shape), linear, pool))
+                steps.append(Step("linear", layer, kept, shape, linear))
             elif isinstance(layer, Flatten):
                 kept = np.repeat(kept, prod(layer.in_shape[1:]))
-                steps.append(Step("flatten", layer, (int(kept.sum()),)))
+                steps.append(Step("flatten", layer, kept))
             elif isinstance(layer, Pool):
-                steps.append(Step("pool", layer, (int(kept.sum()), *layer.out_shape[1:])))
+                steps.append(Step("pool", layer, kept, layer.out_shape[1:]))
             elif isinstance(layer, Activation) and layer.kind != "identity":
-                steps.append(Step("activation", layer, (int(kept.sum()), *layer.out_shape[1:])))
+                steps.append(Step("activation", layer, kept, layer.out_shape[1:]))
         return steps
 
     def reserve(self, batch: int) -> None:
@@ -101,16 +110,23 @@ class Model:
         # Flattening is a view, and activations work in place on the output before: but not on the minibatch, and not on
         # the output of another activation, which its backward pass needs.
         writable = False
-        for step in self.steps:
+        for k, step in enumerate(self.steps):
             in_place = step.kind == "flatten" or (step.kind == "activation" and writable)
             writable = step.kind in ("linear", "pool") or (step.kind == "flatten" and writable)
+            if self.lender is not None:
+                in_place = isinstance(self.borrowed[k], slice)
             self.buffers.append(None if in_place else self.ops.empty(step.size * batch, self.dtype))
             if step.linear is not None:
-                step.linear.reserve(batch, self.dtype)  # type: ignore[attr-defined]
+                step.linear.reserve(batch)  # type: ignore[attr-defined]
+        if self.g is None and self.lender is None:
+            return
         # A gradient lives until the layer below has made its own from it: two buffers take turns.
-        above = range(self._lowest() + 1, len(self.steps)) if self.g is not None else ()
-        made = [self.steps[k - 1].size for k in above if self.steps[k].kind in ("linear", "pool")]
-        self.gradients = [self.ops.empty(max(made) * batch, self.dtype) for _ in made[:2]]
+        for k, step in enumerate(self.steps):
+            if k > self._lowest() and step.kind in ("linear", "pool"):
+                for turn in (0, 1):
+                    self.scratch.take(f"gradient {turn}", self.steps[k - 1].size, batch)
+            if step.kind == "pool":
+                self.scratch.take("pooled", step.size, batch)
 
     def _lowest(self) -> int:
         """The first layer with weights; below it no gradient is needed."""
@@ -123,12 +139,9 @@ class Model:
 
     @property
     def buffer_bytes(self) -> int:
-        """Bytes of the outputs' gradients and of scratch."""
-        arrays = list(self.gradients)
-        for step in self.steps:
-            if step.linear is not None:
-                arrays += step.linear.arrays()
-        return sum(a.nbytes for a in arrays)
+        """Bytes of the outputs' gradients and of scratch, where they are not a lender's."""
+        arrays = [a for step in self.steps if step.linear is not None for a in step.linear.arrays()]
+        return sum(a.nbytes for a in arrays) + (self.scratch.nbytes if self.lender is None else 0)
 
     def forward(self, x: np.ndarray) -> np.ndarray:
         """x (features, b), features in the order of the network's in_shape -> raw scores (len(classes), b)."""
@@ -154,10 +167,28 @@ class Model:
             self.outputs.append(y)
         return self.outputs[-1]
 
-    def backward(self, dscores: np.ndarray, samples: np.ndarray | None = None) -> None:
-        """Write the gradient of the last forward into g, given dscores (len(classes), b). Uses up the activations.
+    def borrow(self) -> None:
+        """Take over what the lender's last forward computed."""
+        assert self.lender is not None
+        outputs = self.lender.outputs
+        batch = outputs[0].shape[-1]
+        self.reserve(batch)
+        self.outputs = [outputs[0]]
+        for theirs, step, rows, buffer in zip(outputs[1:], self.steps, self.borrowed, self.buffers, strict=True):
+            if isinstance(rows, slice):
+                self.outputs.append(theirs[rows])
+            else:
+                assert buffer is not None
+                mine = buffer[: step.size * batch].reshape(*step.shape, batch)
+                self.outputs.append(np.take(theirs, rows, axis=0, out=mine, mode="clip"))
+            if step.linear is not None:
+                step.linear.prepare()  # type: ignore[attr-defined]
 
-        With `samples` (part.size, b) that is filled instead with the gradient that each sample adds.
+    def backward(self, dscores: np.ndarray, sums: Sums | None = None) -> None:
+        """Write the gradient of the last forward into g, given dscores (len(classes), b), which is used up.
+
+        With `sums`, weights (k, b) and an array (k, part.size), the rows of that array are filled instead: with the
+        sums of the gradients that the samples add, each times its weight.
         """
         dy, turn = dscores, 0
         lowest = self._lowest()
@@ -172,15 +203,21 @@ class Model:
                 continue
             dx = None
             if k > lowest:
-                dx = self.gradients[turn][: x.size].reshape(x.shape)
+                dx = self.scratch.take(f"gradient {turn}", *x.shape)
                 turn = 1 - turn
             if step.linear is not None:
-                step.linear.backward(x, dy, dx, samples)  # type: ignore[attr-defined]
+                step.linear.backward(x, dy, dx, sums)  # type: ignore[attr-defined]
             elif dx is not None:
                 assert isinstance(step.spec, Pool)
                 if step.spec.kind == "mean":
                     self.ops.mean_pool_back(dy, step.spec.size, dx)
                 else:
-                    self.ops.max_pool_back(x, y, dy, step.spec.size, dx)
+                    self.ops.max_pool_back(x, self.scratch.take("pooled", *y.shape), dy, step.spec.size, dx)
             if dx is not None:
                 dy = dx
+
+
+def _positions(theirs: np.ndarray, mine: np.ndarray) -> slice | np.ndarray:
+    """Where the units `mine` lie among `theirs`, both (units,) bool: a slice where they lie side by side."""
+    at = np.flatnonzero(mine[theirs])
+    return slice(int(at[0]), int(at[-1]) + 1) if at[-1] - at[0] + 1 == len(at) else at

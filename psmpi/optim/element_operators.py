@@ -17,6 +17,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import DTypeLike
 
+from psmpi.backend import NumpyOps, Restriction
 from psmpi.errors import UserError
 
 Rule = Literal["plbfgs", "plsr1", "plse"]
@@ -54,6 +55,7 @@ class ElementOperators:
         size: int,
         dtype: DTypeLike,
         rule: Rule,
+        ops: NumpyOps,
         *,
         memory: int = 5,
         relative: bool = False,
@@ -63,7 +65,7 @@ class ElementOperators:
             raise UserError(f"{rule!r} is no element update: choose one of {', '.join(RULES)}")
         if memory < 1:
             raise UserError(f"--memory {memory}: expected 1 or more pairs to remember")
-        self.count, self.size, self.dtype = count, size, np.dtype(dtype)
+        self.count, self.size, self.dtype, self.ops = count, size, np.dtype(dtype), ops
         self.rule, self.memory, self.relative, self.damping = rule, memory, relative, damping
         m = memory
         # Rows 0..m-1 of an element are its s, rows m..2m-1 its y, in slots.
@@ -76,7 +78,7 @@ class ElementOperators:
         self.sigma = np.ones(count)
         self.failures = np.zeros(count, np.int64)
         self.indefinite = np.full(count, rule == "plsr1")
-        self.coefficients = np.empty((count, 2 * m, 1), self.dtype)
+        self.coefficients = np.empty((count, 2 * m))
 
     @property
     def nbytes(self) -> int:
@@ -85,25 +87,27 @@ class ElementOperators:
 
     def product(self, v: np.ndarray, out: np.ndarray) -> None:
         """out = B_e v_e for every element; v and out (count, size), not the same array."""
-        np.matmul(self.pairs, v[:, :, None], out=self.coefficients)
-        weights = np.matmul(self.middle, self.coefficients.astype(np.float64)).astype(self.dtype)
-        np.matmul(weights.transpose(0, 2, 1), self.pairs, out=out[:, None, :])
-        out += v * self.sigma.astype(self.dtype)[:, None]
+        self.ops.products(self.pairs, self.middle, self.sigma, self.coefficients, v, out)
+
+    def restricted_product(self, elements: Restriction, p: np.ndarray, q: np.ndarray) -> float:
+        """q = sum_e U_e^T B_e U_e p, vectors that `elements` restrict; returns p^T q."""
+        return self.ops.restricted_products(elements, self.pairs, self.middle, self.sigma, self.coefficients, p, q)
 
     # What is not finite is rejected below, not warned of.
     @np.errstate(all="ignore")
-    def push(self, s: np.ndarray, y: np.ndarray, seen: np.ndarray) -> np.ndarray:
+    def push(self, s: np.ndarray, y: np.ndarray, seen: np.ndarray, work: np.ndarray | None = None) -> np.ndarray:
         """Give every element the pair of its step s and change of gradient y, (count, size) each; (count,) Outcome.
 
+        work: (count, size), overwritten.
         seen: (count,) bool, whether the minibatch had samples of the element: others are skipped, as is s = 0. Numbers
         that are not finite are a pair that is rejected.
         """
-        bs = np.empty_like(s)
-        self.product(s, bs)
-        with_s = self.coefficients[:, :, 0].astype(np.float64)
+        r = np.empty_like(s) if work is None else work
+        self.product(s, r)
+        with_s = self.coefficients.copy()
         if self.damping:
-            y = self._damped(s, y, bs)
-        r = y - bs
+            y = self._damped(s, y, r)
+        np.subtract(y, r, out=r)
         ss, sy, yy, sr, rr = (_dots(a, b) for a, b in ((s, s), (s, y), (y, y), (s, r), (r, r)))
         finite = np.isfinite(ss + sy + yy + sr + rr)
         active = seen & ~(ss == 0)

@@ -25,6 +25,9 @@ typedef struct {
 /* Vectors that are summed up before the sum goes into another. */
 #define FLUSH 256
 
+/* Vectors of curvature that one pass reads side by side. */
+#define PAIRS 5
+
 /* Which text this was compiled from: psmpi compares it with the text it has. */
 uint32_t psmpi_source(void)
 {

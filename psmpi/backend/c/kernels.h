@@ -358,8 +358,8 @@ static void NAME(rows_apart)(int nu, int nt, int some, const shape_t *s, const R
 }
 
 /* dkernels (units, n_in, kernel, kernel, batch): what each sample adds to the result of conv_weight, for the samples
- * from first to last. */
-void NAME(conv_samples)(const shape_t *s, const R *x, const R *dy, R *dkernels)
+ * from first to last; dbias (units, batch): the sums of dy over the outputs. */
+void NAME(conv_samples)(const shape_t *s, const R *x, const R *dy, R *dkernels, R *dbias)
 {
     const int k2 = s->kernel * s->kernel, all = s->n_in * k2;
     const int blocks = (s->n + ROWS - 1) / ROWS, groups = (all + TAPS - 1) / TAPS;
@@ -371,6 +371,15 @@ void NAME(conv_samples)(const shape_t *s, const R *x, const R *dy, R *dkernels)
             const R *xs = x + (s->source + stripe * s->source_step) * plane + b;
             for (int block = 0; block < blocks; block++) {
                 const int u0 = EDGE(block, blocks, s->n), nu = EDGE(block + 1, blocks, s->n) - u0;
+                for (int u = unit + u0; u < unit + u0 + nu; u++) {
+                    V sum = SET1((R)0);
+                    for (ptrdiff_t at = u * out + b; at < (u + 1) * out; at += s->batch)
+                        sum += some ? LOAD_SOME(dy + at, some) : LOAD(dy + at);
+                    if (some)
+                        STORE_SOME(dbias + (ptrdiff_t)u * s->batch + b, some, sum);
+                    else
+                        STORE(dbias + (ptrdiff_t)u * s->batch + b, sum);
+                }
                 for (int group = 0; group < groups; group++) {
                     const int t0 = EDGE(group, groups, all), nt = EDGE(group + 1, groups, all) - t0;
                     ptrdiff_t taps[TAPS];
@@ -531,11 +540,133 @@ INLINE R NAME(exponential)(R x)
     return sum * scale.value;
 }
 
-/* out[index[k]] += values[k], in order */
-void NAME(accumulate)(ptrdiff_t n, const R *values, const int64_t *index, R *out)
+/* `runs` runs: out[to ..] = values[from ..] or, with `add`, += ; table: from, to and length of each. */
+void NAME(transfer)(ptrdiff_t runs, const int64_t *table, const R *restrict values, R *restrict out, int add)
 {
-    for (ptrdiff_t k = 0; k < n; k++)
-        out[index[k]] += values[k];
+    for (ptrdiff_t k = 0; k < runs; k++) {
+        const R *restrict from = values + table[3 * k];
+        R *restrict to = out + table[3 * k + 1];
+        if (add)
+            for (ptrdiff_t i = 0; i < table[3 * k + 2]; i++)
+                to[i] += from[i];
+        else
+            memcpy(to, from, table[3 * k + 2] * sizeof(R));
+    }
+}
+
+/* Scalar products of `nr` rows of z, `row` elements apart, with v (n); short sums in the type, their sum in double. */
+INLINE void NAME(dots)(const int nr, ptrdiff_t n, const R *z, ptrdiff_t row, const R *v, double *out)
+{
+#pragma GCC unroll 8
+    for (int r = 0; r < nr; r++)
+        out[r] = 0;
+    for (ptrdiff_t first = 0; first < n; first += 64 * VL) {
+        const ptrdiff_t left = n - first < 64 * VL ? n - first : 64 * VL, last = first + left / VL * VL;
+        const int some = (int)(first + left - last);
+        V acc[PAIRS];
+#pragma GCC unroll 8
+        for (int r = 0; r < nr; r++)
+            acc[r] = SET1((R)0);
+        for (ptrdiff_t i = first; i < last; i += VL) {
+            const V x = LOAD(v + i);
+#pragma GCC unroll 8
+            for (int r = 0; r < nr; r++)
+                acc[r] = FMA(LOAD(z + r * row + i), x, acc[r]);
+        }
+        if (some) {
+            const V x = LOAD_SOME(v + last, some);
+#pragma GCC unroll 8
+            for (int r = 0; r < nr; r++)
+                acc[r] = FMA(LOAD_SOME(z + r * row + last, some), x, acc[r]);
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < nr; r++)
+            out[r] += SUM(acc[r]);
+    }
+}
+
+/* out (n) += the sum of `nr` rows of z, `row` elements apart, times w. */
+INLINE void NAME(combine)(const int nr, ptrdiff_t n, const R *z, ptrdiff_t row, const R *w, R *out)
+{
+    V weight[PAIRS];
+#pragma GCC unroll 8
+    for (int r = 0; r < nr; r++)
+        weight[r] = SET1(w[r]);
+    const ptrdiff_t whole = n / VL * VL;
+    const int some = (int)(n - whole);
+    for (ptrdiff_t i = 0; i < whole; i += VL) {
+        V sum = LOAD(out + i);
+#pragma GCC unroll 8
+        for (int r = 0; r < nr; r++)
+            sum = FMA(weight[r], LOAD(z + r * row + i), sum);
+        STORE(out + i, sum);
+    }
+    if (some) {
+        V sum = LOAD_SOME(out + whole, some);
+#pragma GCC unroll 8
+        for (int r = 0; r < nr; r++)
+            sum = FMA(weight[r], LOAD_SOME(z + r * row + whole, some), sum);
+        STORE_SOME(out + whole, some, sum);
+    }
+}
+
+/* coefficients (rows) = Z v and out (n) = sigma v + Z^T (middle Z v): Z (rows, n, `row` elements apart), middle (rows,
+ * rows). weights: scratch (rows). Z is read from memory once where it fits the cache. */
+INLINE void NAME(element_product)(ptrdiff_t rows, ptrdiff_t n, const R *z, ptrdiff_t row, const double *middle, R sigma,
+                          double *coefficients, R *weights, const R *v, R *out)
+{
+    ptrdiff_t r = 0;
+    for (; r + PAIRS <= rows; r += PAIRS)
+        NAME(dots)(PAIRS, n, z + r * row, row, v, coefficients + r);
+    for (; r < rows; r++)
+        NAME(dots)(1, n, z + r * row, row, v, coefficients + r);
+    for (ptrdiff_t i = 0; i < rows; i++) {
+        double sum = 0;
+        for (ptrdiff_t j = 0; j < rows; j++)
+            sum += middle[i * rows + j] * coefficients[j];
+        weights[i] = (R)sum;
+    }
+    for (ptrdiff_t i = 0; i < n; i++)
+        out[i] = sigma * v[i];
+    for (r = 0; r + PAIRS <= rows; r += PAIRS)
+        NAME(combine)(PAIRS, n, z + r * row, row, weights + r, out);
+    for (; r < rows; r++)
+        NAME(combine)(1, n, z + r * row, row, weights + r, out);
+}
+
+/* `element_product` for each of `count` elements, all arrays of one element after those of another. */
+void NAME(element_products)(ptrdiff_t count, ptrdiff_t rows, ptrdiff_t n, const R *pairs, const double *middle,
+                    const double *sigma, double *coefficients, R *weights, const R *v, R *out)
+{
+    for (ptrdiff_t e = 0; e < count; e++)
+        NAME(element_product)(rows, n, pairs + e * rows * n, n, middle + e * rows * rows, (R)sigma[e], coefficients + e * rows,
+                      weights, v + e * n, out + e * n);
+}
+
+/* q += U_e^T B_e U_e p for each element e; *curvature = the sum of their p^T U_e^T B_e U_e p. sizes: variables of each
+ * element, at most n; table: from (in p), to (in rows of n elements) and length of runs, those of element e from
+ * starts[e] to starts[e + 1]; work: scratch (2 n + rows). */
+void NAME(restricted_products)(ptrdiff_t count, ptrdiff_t rows, ptrdiff_t n, const int64_t *sizes,
+                               const int64_t *starts, const int64_t *table, const R *pairs, const double *middle,
+                               const double *sigma, double *coefficients, R *work, const R *p, R *q, double *curvature)
+{
+    R *const v = work, *const out = work + n, *const weights = out + n;
+    *curvature = 0;
+    for (ptrdiff_t e = 0; e < count; e++) {
+        for (int64_t k = starts[e]; k < starts[e + 1]; k++)
+            memcpy(v + table[3 * k + 1] - e * n, p + table[3 * k], table[3 * k + 2] * sizeof(R));
+        NAME(element_product)(rows, sizes[e], pairs + e * rows * n, n, middle + e * rows * rows, (R)sigma[e],
+                      coefficients + e * rows, weights, v, out);
+        double share;
+        NAME(dots)(1, sizes[e], out, n, v, &share);
+        *curvature += share;
+        for (int64_t k = starts[e]; k < starts[e + 1]; k++) {
+            R *restrict to = q + table[3 * k];
+            const R *restrict from = out + table[3 * k + 1] - e * n;
+            for (int64_t i = 0; i < table[3 * k + 2]; i++)
+                to[i] += from[i];
+        }
+    }
 }
 
 /* y = 1 / (1 + exp(-y)) */
