@@ -139,6 +139,8 @@ class Optimization:
     """Test of s^T y in plbfgs and plse: above the rounding of the dtype, or above 1e-8 ||s|| ||y||."""
     damping: bool = False
     """Powell's damping of pairs of negative curvature."""
+    sigma: float = 0.0
+    """Multiple of the identity that is added to the sum of the elements' matrices: more of it, shorter steps."""
     cg_tolerance: float = 1e-2
     """Residual, relative to the gradient, at which conjugate gradients end."""
     cg_iterations: int = 30

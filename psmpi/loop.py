@@ -74,6 +74,7 @@ class Loop:
         self.writer = checkpoint.Writer(
             world, contents, method.shards, out,
             keep=run.checkpoint_keep, gzip=run.checkpoint_gzip, parallel=run.checkpoint_parallel, lock=lock,
+            rows=method.rows,
         )  # fmt: skip
         self.progress = Progress()
         # Bytes sent and received before this start.
@@ -96,7 +97,10 @@ class Loop:
         else:
             self.method.scalars.update(contents.scalars)
         checkpoint.load(path, self.method.layout, shard, vectors, contents.part)
-        lost = self.method.resumed()
+        lost, rows = "", self.method.rows
+        if not note and rows.total and not checkpoint.load_tables(path, self.method.tables, rows, self.world.rank):
+            lost = "the checkpoint does not hold the curvature of these elements: it starts afresh"
+        self.method.resumed()
         # The shares of the loss are summed over ranks: the past is rank 0's.
         if self.world.rank == 0:
             self.method.loss_sum = progress.loss_sum
@@ -220,7 +224,7 @@ class Loop:
     def _save(self) -> None:
         loss_sum, sent, received = self._totals()
         progress = replace(self.progress, loss_sum=loss_sum, bytes_sent=sent, bytes_received=received)
-        self.writer.write(self.method.vectors, self.method.scalars, progress)
+        self.writer.write(self.method.vectors, self.method.scalars, progress, self.method.tables)
         self._tell_troubles()
 
     def _tell_troubles(self) -> None:

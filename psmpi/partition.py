@@ -423,3 +423,24 @@ def plan_moves(roles: Roles) -> list[Move]:
             ranks = sorted(this)
             moves.append(Move("deal", (root, *ranks), ((0, 0), *(this[r] for r in ranks))))
     return moves
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which rank holds which rows of tables: of each rank the numbers of its rows, together 0, 1, ..., each once."""
+
+    of: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def total(self) -> int:
+        return sum(map(len, self.of))
+
+    def runs(self, rank: int) -> list[tuple[int, int, int]]:
+        """The rows of a rank as (number of the first, its place among the rank's own, how many side by side)."""
+        found: list[tuple[int, int, int]] = []
+        for k, row in enumerate(self.of[rank]):
+            if found and row == found[-1][0] + found[-1][2]:
+                found[-1] = (*found[-1][:2], found[-1][2] + 1)
+            else:
+                found.append((row, k, 1))
+        return found

@@ -69,11 +69,11 @@ class Trained:
         self.rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
     def tensors(self):
-        """Weights and optimizer vectors by name."""
+        """Weights, optimizer vectors and tables of elements by name."""
         found = {}
 
         def keep(name, item):
-            if isinstance(item, h5py.Dataset) and name.startswith(("weights/", "optimizer/")):
+            if isinstance(item, h5py.Dataset) and name.startswith(("weights/", "optimizer/", "elements/")):
                 found[name] = item[...]
 
         with h5py.File(self.checkpoint) as file:

@@ -210,7 +210,7 @@ def test_element_products_are_those_of_the_reference(rows, level, dtype):
     pairs = rng.standard_normal((count, rows, size)).astype(dtype)
     middle, sigma = rng.standard_normal((count, rows, rows)), rng.random(count)
     for ops in (NumpyOps(), CompiledOps(level)):
-        elements = ops.restriction(runs)
+        elements = ops.restriction(runs, size)
         v, out = np.zeros((count, size), dtype), np.zeros((count, size), dtype)
         elements.restrict(p, v)
         for e, mine in enumerate(runs):

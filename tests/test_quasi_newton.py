@@ -246,12 +246,43 @@ def test_training_learns(train, optimizer):
     assert rows[-1]["test_accuracy"] > 0.6 and rows[-1]["train_loss"] < 0.7 * rows[0]["train_loss"]
 
 
-def test_a_resumed_run_says_that_curvature_starts_afresh(train):
-    first = train(1, *OPTIONS, "--optimizer", "plse", "--extrapolation", "constant")
-    resumed = train(3, *OPTIONS[:-1], "14", "--optimizer", "plse", "--extrapolation", "constant", "--resume",
-                    first.checkpoint)  # fmt: skip
-    assert "the elements' curvature: it starts afresh" in " ".join(resumed.stdout.split())
-    assert "optimizer/v/conv1.weight" in resumed.tensors()
+@pytest.mark.parametrize(
+    ("ranks", "options"),
+    [
+        (1, ("--optimizer", "plse", "--extrapolation", "constant")),
+        (3, ("--optimizer", "plsr1", "--globalization", "trust-region", "--dtype", "float32")),
+        (4, ("--optimizer", "plbfgs", "--merge-pairs", "--masters", "2", "--placement", "owner")),
+    ],
+)
+def test_a_resumed_run_ends_in_the_same_bits(train, ranks, options):
+    """Weights, vectors and the curvature of every element."""
+    whole = train(ranks, *OPTIONS, *options, "--max-steps", "20")
+    first = train(ranks, *OPTIONS, *options, "--max-steps", "9")
+    resumed = train(ranks, *OPTIONS, *options, "--max-steps", "20", "--resume", "auto", out=first.out)
+    assert "afresh" not in resumed.stdout
+    mine, theirs = whole.tensors(), resumed.tensors()
+    assert {f"elements/{name}" for name in ("classes", "pairs", "gram", "middle", "stamps", "sigma")} < mine.keys()
+    assert mine.keys() == theirs.keys() and all(np.array_equal(mine[k], theirs[k]) for k in mine)
+    assert len(mine["elements/classes"]) == (45 if "--merge-pairs" in options else 90)
+    assert (mine["elements/pushes"] > 0).sum() > 40
+
+
+def test_curvature_goes_on_on_another_number_of_ranks(train):
+    options = (*OPTIONS, "--optimizer", "plse", "--extrapolation", "constant")
+    first = train(1, *options, "--max-steps", "9")
+    results = [
+        train(ranks, *options, "--max-steps", "11", "--resume", first.checkpoint).tensors() for ranks in (1, 3, 6)
+    ]
+    for other in results[1:]:
+        assert (other["elements/classes"] == results[0]["elements/classes"]).all()
+        assert distance(results[0], other) <= 1e-9
+
+
+@pytest.mark.parametrize("options", [("--memory", "3"), ("--merge-pairs",)])
+def test_other_elements_than_the_checkpoint_has_start_afresh(train, options):
+    first = train(1, *OPTIONS, "--optimizer", "plse")
+    resumed = train(1, *OPTIONS, "--optimizer", "plse", *options, "--max-steps", "14", "--resume", first.checkpoint)
+    assert "the curvature of these elements: it starts afresh" in " ".join(resumed.stdout.split())
 
 
 @pytest.mark.parametrize(

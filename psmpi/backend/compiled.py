@@ -273,8 +273,8 @@ class CompiledOps(NumpyOps):
     def transfer(self, table: np.ndarray) -> Transfer:
         return Runs(table, self.instructions)
 
-    def restriction(self, runs: Sequence[Sequence[tuple[int, int]]]) -> Restriction:
-        return Restriction(runs, partial(Runs, instructions=self.instructions))
+    def restriction(self, runs: Sequence[Sequence[tuple[int, int]]], size: int) -> Restriction:
+        return Restriction(runs, size, partial(Runs, instructions=self.instructions))
 
     def products(
         self,

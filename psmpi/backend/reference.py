@@ -181,14 +181,16 @@ class Transfer:
 class Restriction:
     """U_e of many elements: an element's variables are runs of a vector, one after the other in its row.
 
-    runs: for each element its (start, stop) in the vector. Rows have the `size` of the largest element; behind smaller
-    ones nothing is written. sizes: (elements,) int64; starts: (elements + 1,) int64, each element's first row of the
+    runs: for each element its (start, stop) in the vector. Rows are of `size`; behind elements that are smaller nothing
+    is written. sizes: (elements,) int64; starts: (elements + 1,) int64, each element's first row of the
     table of `down`.
     """
 
-    def __init__(self, runs: Sequence[Sequence[tuple[int, int]]], transfer: Callable[[np.ndarray], Transfer]):
+    def __init__(
+        self, runs: Sequence[Sequence[tuple[int, int]]], size: int, transfer: Callable[[np.ndarray], Transfer]
+    ):
         self.sizes = np.array([sum(b - a for a, b in mine) for mine in runs], np.int64)
-        self.size = int(self.sizes.max(initial=0))
+        self.size = size
         self.starts = np.cumsum([0, *(len(mine) for mine in runs)])
         table = []
         for e, mine in enumerate(runs):
@@ -270,9 +272,9 @@ class NumpyOps:
         """Copies of runs, table (runs, 3) int64 of from, to and length, to be made again and again."""
         return Transfer(table)
 
-    def restriction(self, runs: Sequence[Sequence[tuple[int, int]]]) -> Restriction:
-        """U_e of elements whose variables are these (start, stop) of a vector."""
-        return Restriction(runs, Transfer)
+    def restriction(self, runs: Sequence[Sequence[tuple[int, int]]], size: int) -> Restriction:
+        """U_e of elements whose variables are these (start, stop) of a vector, `size` at most."""
+        return Restriction(runs, size, Transfer)
 
     def products(
         self,

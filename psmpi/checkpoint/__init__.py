@@ -17,7 +17,7 @@ from psmpi.checkpoint.format import (
 from psmpi.checkpoint.lock import take
 from psmpi.checkpoint.parallel import supported
 from psmpi.checkpoint.provenance import provenance
-from psmpi.checkpoint.reader import clear, find, load, newest
+from psmpi.checkpoint.reader import clear, find, load, load_tables, newest
 from psmpi.checkpoint.writer import Writer
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "find",
     "folder",
     "load",
+    "load_tables",
     "newest",
     "provenance",
     "read_contents",

@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +32,23 @@ from psmpi.checkpoint.format import (
     group_of,
     partial_of,
     seal,
+    table_path,
 )
 
 # Fills a vector of elements [first, last) of a tensor of a vector of the run: read(vector, tensor, first, into).
 Source = Callable[[str, Tensor, int, np.ndarray], None]
+# Tables: name, shape, dtype, and read(first row, into).
+Tables = Sequence[tuple[str, tuple[int, ...], np.dtype, Callable[[int, np.ndarray], None]]]
 
 
 def write_file(
-    target: Path, contents: Contents, vectors: Sequence[str], dtype: np.dtype, read: Source, gzip: int = 0
+    target: Path,
+    contents: Contents,
+    vectors: Sequence[str],
+    dtype: np.dtype,
+    read: Source,
+    gzip: int = 0,
+    tables: Tables = (),
 ) -> None:
     """Write a checkpoint; it appears under its name whole or not at all.
 
@@ -50,9 +60,9 @@ def write_file(
     tensors = contents.tensors()
     texts = contents.texts()
     if not gzip:
-        _need(
-            target.parent, len(vectors) * sum(t.size for t in tensors) * dtype.itemsize + sum(map(len, texts.values()))
-        )
+        numbers = len(vectors) * sum(t.size for t in tensors) * dtype.itemsize
+        numbers += sum(prod(shape) * of.itemsize for _, shape, of, _ in tables)
+        _need(target.parent, numbers + sum(map(len, texts.values())))
     try:
         with h5py.File(partial, "w", userblock_size=HEADER, locking="best-effort") as file:
             file.attrs["format"] = FORMAT
@@ -62,6 +72,8 @@ def write_file(
             for vector in vectors:
                 for tensor in tensors:
                     _write_tensor(file, vector, tensor, dtype, read, gzip)
+            for name, shape, of, get in tables:
+                _write_table(file, name, shape, of, get, gzip)
         _finish(target)
     finally:
         partial.unlink(missing_ok=True)
@@ -95,6 +107,23 @@ def _write_tensor(file: h5py.File, vector: str, tensor: Tensor, dtype: np.dtype,
         dataset[top:last] = slab.reshape(last - top, *tensor.shape[1:])
 
 
+def _write_table(
+    file: h5py.File,
+    name: str,
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    get: Callable[[int, np.ndarray], None],
+    gzip: int,
+) -> None:
+    dataset = file.create_dataset(table_path(name), shape, dtype, chunks=chunk_of(shape), **filters(gzip))
+    rows = max(1, CHUNK // max(1, prod(shape[1:])))
+    buffer = np.empty((min(rows, shape[0]), *shape[1:]), dtype)
+    for top in range(0, shape[0], rows):
+        slab = buffer[: min(rows, shape[0] - top)]
+        get(top, slab)
+        dataset[top : top + len(slab)] = slab
+
+
 def _sync(place: Path) -> None:
     directory = os.open(place, os.O_RDONLY)
     try:
@@ -111,15 +140,34 @@ def spool_source(spool: int, vectors: Sequence[str], size: int, dtype: np.dtype)
         for a, b, offset in tensor.spans:
             start, stop = max(a, first), min(b, last)
             if start < stop:
-                view = memoryview(into[start - first : stop - first].data).cast("B")
-                at = (base + offset + start - a) * dtype.itemsize
-                while view:
-                    got = os.preadv(spool, [view], at)
-                    if got <= 0:
-                        raise OSError("the spool file of the checkpoint is shorter than it should be")
-                    view, at = view[got:], at + got
+                _fetch(spool, (base + offset + start - a) * dtype.itemsize, into[start - first : stop - first])
 
     return read
+
+
+def spool_tables(spool: int, start: int, shapes: Mapping[str, tuple[Sequence[int], str]]) -> Tables:
+    """Tables, name to shape and dtype, that lie one after the other in `spool` from byte `start` on."""
+    found = []
+    for name, (shape, text) in shapes.items():
+        dtype, base = np.dtype(text), start
+        row = prod(shape[1:]) * dtype.itemsize
+
+        def get(first: int, into: np.ndarray, base: int = base, row: int = row) -> None:
+            _fetch(spool, base + first * row, into.reshape(-1))
+
+        found.append((name, tuple(shape), dtype, get))
+        start += shape[0] * row
+    return found
+
+
+def _fetch(spool: int, at: int, into: np.ndarray) -> None:
+    """Fill `into` from byte `at` of the spool."""
+    view = memoryview(into.data).cast("B")
+    while view:
+        got = os.preadv(spool, [view], at)
+        if got <= 0:
+            raise OSError("the spool file of the checkpoint is shorter than it should be")
+        view, at = view[got:], at + got
 
 
 def prune(target: Path, keep: int) -> None:
@@ -137,7 +185,8 @@ def build(job: Mapping[str, Any], spool: int) -> None:
     if "texts" in job:
         contents, dtype = Contents.of(job["texts"]), np.dtype(job["dtype"])
         source = spool_source(spool, job["vectors"], contents.layout.size, dtype)
-        write_file(target, contents, job["vectors"], dtype, source, job["gzip"])
+        tables = spool_tables(spool, len(job["vectors"]) * contents.layout.size * dtype.itemsize, job["tables"])
+        write_file(target, contents, job["vectors"], dtype, source, job["gzip"], tables)
     else:
         # The ranks have written it together.
         try:

@@ -237,6 +237,11 @@ def group_of(vector: str) -> str:
     return vector if vector == "weights" else f"optimizer/{vector}"
 
 
+def table_path(name: str) -> str:
+    """The HDF5 data set of a table."""
+    return f"elements/{name}"
+
+
 def chunk_of(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Chunks of whole rows, or of parts of one row where it is longer than `CHUNK` elements."""
     chunk: list[int] = []
@@ -372,4 +377,8 @@ def validate(path: Path) -> Contents:
                 if len(dtypes) == 1:
                     continue
             raise DamagedError(f"checkpoint {path}: {name} {has}, its layout says {shape}, float; use another one")
+        tables = file.get("elements", {})
+        rows = {table.shape[:1] if isinstance(table, h5py.Dataset) else () for table in tables.values()}
+        if len(rows) > 1 or () in rows:
+            raise DamagedError(f"checkpoint {path}: its tables of elements are not of one length; use another one")
     return contents

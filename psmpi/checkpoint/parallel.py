@@ -14,8 +14,18 @@ from typing import Any
 import h5py
 import numpy as np
 
-from psmpi.checkpoint.format import FORMAT, HEADER, Contents, as_data, chunk_of, filters, group_of, partial_of
-from psmpi.partition import Runs
+from psmpi.checkpoint.format import (
+    FORMAT,
+    HEADER,
+    Contents,
+    as_data,
+    chunk_of,
+    filters,
+    group_of,
+    partial_of,
+    table_path,
+)
+from psmpi.partition import Rows, Runs
 
 Box = tuple[slice, ...]
 
@@ -54,6 +64,8 @@ def write_together(
     writes: Sequence[Runs],
     shard: Runs,
     gzip: int,
+    tables: Mapping[str, np.ndarray],
+    rows: Rows,
 ) -> None:
     """Write the unsealed file beside `target`. All ranks of `world` call it; rank r writes the runs `writes[r]`.
 
@@ -89,18 +101,35 @@ def write_together(
                             at = a
                             for box in boxes(tensor.shape, first + a - offset, first + b - offset):
                                 pieces[rank].append((box, at))
-                                at += prod(s.stop - s.start for s in box)
-                mine = pieces[world.rank]
-                # Filtered chunks are written by all ranks in step, those that have nothing more included.
-                for turn in range(max(map(len, pieces))):
-                    there = dataset.id.get_space()
-                    if turn < len(mine):
-                        box, at = mine[turn]
-                        size = tuple(s.stop - s.start for s in box)
-                        there.select_hyperslab(tuple(s.start for s in box), size)
-                        here, values = h5py.h5s.create_simple(size), vector[shard.local(at, at + prod(size))]
-                    else:
-                        there.select_none()
-                        here, values = h5py.h5s.create_simple((1,)), np.empty(1, dtype)
-                        here.select_none()
-                    dataset.id.write(here, there, np.ascontiguousarray(values), dxpl=collective)
+                                at += _size(box)
+                mine = [(box, vector[shard.local(at, at + _size(box))]) for box, at in pieces[world.rank]]
+                _write_in_turns(dataset, mine, max(map(len, pieces)), collective)
+        for name, table in tables.items():
+            shape = (rows.total, *table.shape[1:])
+            dataset = file.create_dataset(table_path(name), shape, table.dtype, chunks=chunk_of(shape), **filters(gzip))
+            rest = tuple(slice(0, n) for n in shape[1:])
+            held = [rows.runs(rank) for rank in range(world.size)]
+            mine = [
+                ((slice(first, first + count), *rest), table[local : local + count].reshape(-1))
+                for first, local, count in held[world.rank]
+            ]
+            _write_in_turns(dataset, mine, max(map(len, held)), collective)
+
+
+def _write_in_turns(dataset: h5py.Dataset, mine: Sequence[tuple[Box, np.ndarray]], turns: int, collective: Any) -> None:
+    """Write this rank's boxes. Filtered chunks are written by all ranks in step, with those that have nothing more."""
+    for turn in range(turns):
+        there = dataset.id.get_space()
+        if turn < len(mine):
+            box, values = mine[turn]
+            there.select_hyperslab(tuple(s.start for s in box), tuple(s.stop - s.start for s in box))
+            here = h5py.h5s.create_simple((values.size,))
+        else:
+            there.select_none()
+            here, values = h5py.h5s.create_simple((1,)), np.empty(1, dataset.dtype)
+            here.select_none()
+        dataset.id.write(here, there, np.ascontiguousarray(values), dxpl=collective)
+
+
+def _size(box: Box) -> int:
+    return prod(s.stop - s.start for s in box)

@@ -9,10 +9,20 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from psmpi.checkpoint.format import Tensor, available, folder, group_of, held_runs, make_tensors, open_file, validate
+from psmpi.checkpoint.format import (
+    Tensor,
+    available,
+    folder,
+    group_of,
+    held_runs,
+    make_tensors,
+    open_file,
+    table_path,
+    validate,
+)
 from psmpi.checkpoint.scan import damaged_parts
 from psmpi.errors import DamagedError, UserError
-from psmpi.partition import Layout, Runs
+from psmpi.partition import Layout, Rows, Runs
 
 
 def find(resume: str, out: Path, tell: Callable[[str], None]) -> Path | None:
@@ -103,6 +113,24 @@ def load(
                         read_elements(dataset, a, b, vector[local])
                     except OSError as error:
                         raise UserError(f"checkpoint {path}, {dataset.name}: {error}; the file is damaged") from None
+
+
+def load_tables(path: Path, tables: Mapping[str, np.ndarray], rows: Rows, rank: int) -> bool:
+    """Fill this rank's rows of `tables`; False, and nothing is changed, where the file has not the same ones."""
+    with open_file(path) as file:
+        found = {name: file.get(table_path(name)) for name in tables}
+        for name, table in tables.items():
+            there = found[name]
+            shape = (rows.total, *table.shape[1:])
+            if not isinstance(there, h5py.Dataset) or (there.shape, there.dtype) != (shape, table.dtype):
+                return False
+        for name, table in tables.items():
+            for first, local, count in rows.runs(rank):
+                try:
+                    found[name].read_direct(table, np.s_[first : first + count], np.s_[local : local + count])
+                except OSError as error:
+                    raise UserError(f"checkpoint {path}, {table_path(name)}: {error}; the file is damaged") from None
+    return True
 
 
 def _spans(tensor: Tensor, runs: Runs) -> list[tuple[int, int, slice]]:

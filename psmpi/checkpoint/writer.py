@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,7 +22,7 @@ import numpy as np
 
 from psmpi.checkpoint.format import Contents, Progress, folder, partial_of
 from psmpi.checkpoint.lock import inherit
-from psmpi.partition import Runs
+from psmpi.partition import Rows, Runs
 
 # Seconds that training waits for a checkpoint that is still being written when the next is due.
 PATIENCE = 60.0
@@ -61,9 +62,11 @@ class Writer:
         gzip: int = 0,
         parallel: bool = False,
         lock: IO[bytes] | None = None,
+        rows: Rows | None = None,
     ):
         self.world, self.contents, self.out, self.keep, self.gzip = world, contents, out, keep, gzip
         self.parallel, self.lock = parallel, lock
+        self.rows = rows or Rows()
         # Seconds that the next checkpoint waits for the one before, while training waits too.
         self.patience = PATIENCE
         # A run that several ranks own is written by the first of them.
@@ -82,8 +85,18 @@ class Writer:
         # Seconds that training waited.
         self.pause = 0.0
 
-    def write(self, vectors: Mapping[str, np.ndarray], scalars: Mapping[str, float | int], progress: Progress) -> None:
-        """Save this rank's `vectors`, (shard.size,) each; returns when training may change them. All ranks call it."""
+    def write(
+        self,
+        vectors: Mapping[str, np.ndarray],
+        scalars: Mapping[str, float | int],
+        progress: Progress,
+        tables: Mapping[str, np.ndarray] | None = None,
+    ) -> None:
+        """Save this rank's `vectors`, (shard.size,) each, and of `tables` its rows. All ranks call it.
+
+        Returns when training may change them.
+        """
+        tables = tables or {}
         start = time.perf_counter()
         dtype = next(iter(vectors.values())).dtype
         target = folder(self.out) / f"step-{progress.step:09d}.h5"
@@ -97,16 +110,18 @@ class Writer:
             return
         contents = self._contents(scalars, progress)
         if self.parallel:
-            self._together(vectors, contents)
+            self._together(vectors, contents, tables)
             job = {"target": str(self.target), "keep": self.keep}
         else:
             self._copy(vectors, dtype)
+            self._copy_tables(tables, len(vectors) * self.contents.layout.size * dtype.itemsize)
             job = {
                 "target": str(self.target),
                 "keep": self.keep,
                 "vectors": list(vectors),
                 "dtype": dtype.str,
                 "gzip": self.gzip,
+                "tables": {name: (self._whole(table), table.dtype.str) for name, table in tables.items()},
                 "texts": contents.texts() if self.world.rank == 0 else {},
             }
         if self.world.rank == 0:
@@ -123,13 +138,16 @@ class Writer:
             provenance={**self.contents.provenance, "created": now},
         )
 
-    def _together(self, vectors: Mapping[str, np.ndarray], contents: Contents) -> None:
+    def _together(
+        self, vectors: Mapping[str, np.ndarray], contents: Contents, tables: Mapping[str, np.ndarray]
+    ) -> None:
         """All ranks write the file, if rank 0 could make the folder and sees room."""
         from psmpi.checkpoint.parallel import write_together
         from psmpi.comm.world import share
 
         if self.world.rank == 0 and self.target is not None:
             needed = len(vectors) * contents.layout.size * next(iter(vectors.values())).itemsize
+            needed += sum(prod(self._whole(table)) * table.itemsize for table in tables.values())
             try:
                 free = shutil.disk_usage(self.target.parent).free
                 if free < needed:
@@ -141,7 +159,9 @@ class Writer:
         if target:
             # Every rank must make the same data sets: the texts are rank 0's.
             contents = Contents.of(told)
-            write_together(self.world, Path(target), contents, vectors, self.writes, self.shard, self.gzip)
+            write_together(
+                self.world, Path(target), contents, vectors, self.writes, self.shard, self.gzip, tables, self.rows
+            )
 
     def _copy(self, vectors: Mapping[str, np.ndarray], dtype: np.dtype) -> None:
         """All ranks' pieces into the spool."""
@@ -164,6 +184,35 @@ class Writer:
                             self.world.Send(piece, dest=0)
                         else:
                             self._keep(piece, (number * self.contents.layout.size + a) * dtype.itemsize)
+
+    def _whole(self, table: np.ndarray) -> tuple[int, ...]:
+        """The shape of a table with the rows of all ranks."""
+        return (self.rows.total, *table.shape[1:])
+
+    def _copy_tables(self, tables: Mapping[str, np.ndarray], start: int) -> None:
+        """All ranks' rows into the spool, from byte `start` on."""
+        buffer = np.empty(0, np.uint8)
+        for table in tables.values():
+            row = prod(table.shape[1:]) * table.itemsize
+            mine = table.reshape(-1).view(np.uint8)
+            for rank in range(self.world.size):
+                if self.world.rank not in (0, rank):
+                    continue
+                for first, local, count in self.rows.runs(rank):
+                    for a in range(0, count * row, BUFFER):
+                        b = min(a + BUFFER, count * row)
+                        if rank == self.world.rank:
+                            piece = mine[local * row + a : local * row + b]
+                        else:
+                            if len(buffer) < b - a:
+                                buffer = np.empty(b - a, np.uint8)
+                            piece = buffer[: b - a]
+                            self.world.Recv(piece, source=rank)
+                        if self.world.rank != 0:
+                            self.world.Send(piece, dest=0)
+                        else:
+                            self._keep(piece, start + first * row + a)
+            start += self.rows.total * row
 
     def _ready(self, target: Path) -> bool:
         """Take up `target` as the next checkpoint, unless the one before is still not written."""

@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from psmpi.comm.group import Counter
-from psmpi.partition import Layout, Runs
+from psmpi.partition import Layout, Rows, Runs
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ class Method(Protocol):
     """A training method on one rank. All ranks make the same calls in the same order.
 
     layout and shards (every rank's) say where the weights lie; `vectors` are this rank's shard of the weights and of
-    the optimizer's state by name, arrays that the method goes on to use; `scalars` is the rest of its state.
+    the optimizer's state by name, arrays that the method goes on to use; `tables` its rows of what belongs
+    to no weight, such as an element's curvature (`rows`: every rank's), `scalars` the rest of its state.
     """
 
     layout: Layout
@@ -42,14 +43,16 @@ class Method(Protocol):
     counter: Counter
     vectors: dict[str, np.ndarray]
     scalars: dict[str, float | int]
+    tables: dict[str, np.ndarray]
+    rows: Rows
     # This rank's share of the sum of the minibatch losses times their sizes; the shares of all ranks add up to it.
     loss_sum: float
 
     def step(self, ids: np.ndarray, lr: float) -> None:
         """One optimizer step on the training samples `ids` (b,)."""
 
-    def resumed(self) -> str:
-        """Take up vectors and scalars that were restored from a checkpoint; what it did not hold, for a message."""
+    def resumed(self) -> None:
+        """Take up vectors, tables and scalars that were restored from a checkpoint."""
 
     def test(self) -> Score:
         """Loss and accuracy on the test split, the same on all ranks."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 
@@ -17,6 +18,17 @@ from psmpi.nn.losses import Loss, excess, give_back
 from psmpi.nn.model import Model
 from psmpi.nn.network import Network
 from psmpi.partition import Layout, Runs
+
+
+def elements_of(pairs: Iterable[tuple[int, int]], merged: bool) -> list[tuple[int, int]]:
+    """The elements of pairs of classes in their order: {i, j} as (i, j) with i < j, or both orders."""
+    unordered = sorted((min(pair), max(pair)) for pair in pairs)
+    return unordered if merged else [pair for i, j in unordered for pair in ((i, j), (j, i))]
+
+
+def largest_element(layout: Layout) -> int:
+    """The number of variables of the network's largest element."""
+    return max(layout.part(pair).size for pair in combinations(range(layout.classes), 2))
 
 
 @dataclass(frozen=True)
@@ -42,7 +54,7 @@ class Side:
 class ElementSet:
     """Ordered elements (i, j) and (j, i) of each of `pairs`, or with `merged` their sums {i, j}.
 
-    classes: the worker's classes. An element's variables are a row of `restriction.size`, that of the largest element;
+    classes: the worker's classes. An element's variables are a row of `size`, that of the network's largest element;
     smaller ones are filled up with zeros.
     """
 
@@ -59,12 +71,13 @@ class ElementSet:
     ):
         self.classes, self.ops, self.dtype = tuple(classes), ops, np.dtype(dtype)
         self.part = layout.part(self.classes)
-        unordered = sorted(tuple(sorted(pair)) for pair in pairs)
-        ordered = [pair for i, j in unordered for pair in ((i, j), (j, i))]
-        self.elements: list[tuple[int, ...]] = list(unordered) if merged else list(ordered)
+        self.elements = elements_of(pairs, merged)
+        ordered = elements_of(pairs, merged=False)
         variables = [layout.part(e) for e in self.elements]
-        self.restriction = ops.restriction([self._slices(v) for v in variables])
-        self.count, self.size = len(self.elements), self.restriction.size
+        self.count = len(self.elements)
+        # The same on every rank: its rows are those of a table of all elements.
+        self.size = largest_element(layout)
+        self.restriction = ops.restriction([self._slices(v) for v in variables], self.size)
         at = {c: k for k, c in enumerate(self.classes)}
         self.mask = np.zeros((len(self.classes),) * 2, bool)
         for i, j in ordered:

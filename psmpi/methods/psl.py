@@ -21,13 +21,13 @@ from psmpi.data import Dataset
 from psmpi.errors import UserError
 from psmpi.methods.base import Place, Score
 from psmpi.methods.element_worker import ElementWorker
-from psmpi.methods.quasi_newton import PartitionedNewton, check_newton
+from psmpi.methods.quasi_newton import PartitionedNewton, check_newton, element_rows
 from psmpi.nn.init import initial_weights
 from psmpi.nn.losses import make_loss
 from psmpi.nn.network import Network
 from psmpi.optim import Hyper, clip_by_global_norm, make_optimizer
 from psmpi.optim.element_operators import RULES
-from psmpi.partition import Layout, Roles, assign_roles
+from psmpi.partition import Layout, Roles, Rows, assign_roles
 
 
 class PartiallySeparable:
@@ -65,12 +65,15 @@ class PartiallySeparable:
                 place, self.roles, row, network, self.layout, dataset, config, self.w_part, self.g_part, ops
             )
         self.newton: PartitionedNewton | None = None
+        self.tables: dict[str, np.ndarray] = {}
+        self.rows = Rows()
         if optimization.optimizer in RULES:
             self.newton = PartitionedNewton(
                 self.world, self.exchange, self.worker, network, self.layout, config, self.w_part, self.w, ops,
                 self.scalars,
             )  # fmt: skip
             self.vectors.update(self.newton.vectors)
+            self.tables, self.rows = self.newton.tables, element_rows(self.roles, optimization.merge_pairs)
             # From here on the workers make the steps of the owners themselves.
             self.exchange.scatter(self.w, self.w_part)
         self.loss_sum = 0.0
@@ -126,8 +129,9 @@ class PartiallySeparable:
         self.exchange.gather(self.g_part, self.g)
         return loss
 
-    def resumed(self) -> str:
-        return "" if self.newton is None else self.newton.resumed()
+    def resumed(self) -> None:
+        if self.newton is not None:
+            self.newton.resumed()
 
     def test(self) -> Score:
         # The weights that other ranks own have moved since they were last sent.

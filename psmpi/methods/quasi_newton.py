@@ -16,14 +16,16 @@ from psmpi.comm.exchange import Exchange
 from psmpi.comm.group import Group
 from psmpi.config import Config
 from psmpi.errors import UserError
-from psmpi.methods.element_set import ElementSet
+from psmpi.methods.element_set import ElementSet, elements_of, largest_element
 from psmpi.methods.element_worker import DIVERGED, ElementWorker
 from psmpi.nn.losses import Loss
 from psmpi.nn.network import Network
+from psmpi.optim.base import CHUNK
 from psmpi.optim.element_operators import RULES, ElementOperators, Outcome
 from psmpi.optim.globalization import Momentum, TrustRegion, armijo
+from psmpi.optim.norms import add_products
 from psmpi.optim.truncated_cg import add_scaled, truncated_cg
-from psmpi.partition import Layout, Roles
+from psmpi.partition import Layout, Roles, Rows
 
 
 class PartitionedNewton:
@@ -51,7 +53,8 @@ class PartitionedNewton:
         self.w_part, self.w, self.dtype, self.scalars = w_part, w, w.dtype, scalars
         self.search, self.extend = o.globalization == "line-search", o.line_search == "basic"
         self.line = ops.line
-        self.rtol, self.itmax = o.cg_tolerance, o.cg_iterations
+        self.rtol, self.itmax, self.sigma = o.cg_tolerance, o.cg_iterations, o.sigma
+        self.chunk = np.empty((2, CHUNK))
         self.region = TrustRegion()
         self.momentum = None if o.extrapolation == "none" else Momentum(o.extrapolation == "adaptive", o.momentum)
         scalars.update(radius=1.0, theta=1.0, products=0, failed_steps=0)
@@ -62,36 +65,39 @@ class PartitionedNewton:
         self.x_part, self.t_part = np.zeros_like(w_part), np.empty_like(w_part)
         self.vectors: dict[str, np.ndarray] = {}
         if self.momentum is not None:
-            self.v_part, self.v = np.zeros_like(w_part), np.zeros_like(w)
+            self.v_part, self.v = exchange.make_vectors(self.dtype)
             self.vectors["v"] = self.v
         self.counts = dict.fromkeys(("rejected", "reset", "updated"), 0)
         self.elements: ElementSet | None = None
+        classes: list[tuple[int, int]] = []
         if worker is not None:
             assert worker.place.elements is not None
+            classes = elements_of(worker.place.elements, o.merge_pairs)
             self.elements = ElementSet(
                 network, layout, worker.place.classes, worker.place.elements, self.dtype, ops, merged=o.merge_pairs
             )
-            count, size = len(self.elements.elements), self.elements.size
-            self.operators = ElementOperators(
-                count,
-                size,
-                self.dtype,
-                o.optimizer,  # type: ignore[arg-type]
-                ops,
-                memory=o.memory,
-                relative=o.curvature == "relative",
-                damping=o.damping,
-            )
-            # What the last pairs did to their elements.
-            self.outcome = np.full(count, Outcome.SKIPPED)
             self.before, self.after, self.s = (self.elements.make_vectors() for _ in range(3))
+            # What the last pairs did to their elements.
+            self.outcome = np.full(len(classes), Outcome.SKIPPED)
+        self.operators = ElementOperators(
+            len(classes),
+            largest_element(layout),
+            self.dtype,
+            o.optimizer,  # type: ignore[arg-type]
+            ops,
+            memory=o.memory,
+            relative=o.curvature == "relative",
+            damping=o.damping,
+        )
+        # This rank's rows of what all elements remember, and which elements they are.
+        self.tables = {"classes": np.array(classes, np.int64).reshape(-1, 2), **self.operators.state()}
 
     @property
     def nbytes(self) -> int:
         """Bytes of everything it holds but w and w_part."""
         arrays = [v for k, v in vars(self).items() if isinstance(v, np.ndarray) and k not in ("w", "w_part")]
         held = sum(a.nbytes for a in arrays if a.base is None)
-        return held + (self.elements.nbytes + self.operators.nbytes if self.elements is not None else 0)
+        return held + self.operators.nbytes + (self.elements.nbytes if self.elements is not None else 0)
 
     def step(self, ids: np.ndarray) -> float:
         """One step on the training samples `ids` (b,); returns this rank's share of their mean loss before it.
@@ -142,14 +148,13 @@ class PartitionedNewton:
         first = self.worker is not None and self.worker.place.column == 0
         return share + (self._loss().constant if first else 0.0)
 
-    def resumed(self) -> str:
-        """Take up scalars and vectors that were restored."""
+    def resumed(self) -> None:
+        """Take up scalars, vectors and tables that were restored."""
         self.exchange.scatter(self.w, self.w_part)
         self.region.radius = float(self.scalars["radius"])
         if self.momentum is not None:
             self.momentum.theta = float(self.scalars["theta"])
             self.exchange.scatter(self.v, self.v_part)
-        return "checkpoints do not hold the elements' curvature: it starts afresh"
 
     def events(self) -> dict[str, int]:
         """Counts of what went wrong, on this rank since the start."""
@@ -178,12 +183,17 @@ class PartitionedNewton:
         return x, labels[mine]
 
     def _product(self, p: np.ndarray, q: np.ndarray) -> float:
-        """q = B p; this rank's share of p^T B p."""
+        """q = (B + sigma I) p; this rank's share of p^T q."""
         self.exchange.scatter(p, self.p_part)
         share = 0.0
         if self.elements is not None:
             share = self.operators.restricted_product(self.elements.restriction, self.p_part, self.q_part)
         self.exchange.gather(self.q_part, q)
+        if self.sigma and p.size:
+            squares = np.zeros(1)
+            add_products(((p, p),), squares, self.chunk)
+            share += self.sigma * float(squares[0])
+            add_scaled(q, p, self.sigma)
         return share
 
     def _follow(self, a: float) -> None:
@@ -207,18 +217,20 @@ class PartitionedNewton:
             add_scaled(self.w, self.x, length)
         add_scaled(self.w_part, self.x_part, length)
         if self.momentum is not None:
-            add_scaled(self.v, self.x, length)
+            if self.exchange.inside is None:
+                add_scaled(self.v, self.x, length)
             add_scaled(self.v_part, self.x_part, length)
 
     def _extrapolate(self) -> None:
         if self.momentum is None:
             return
         factor = self.dtype.type(self.momentum.next())
-        self.v *= factor
         self.v_part *= factor
-        if self.exchange.inside is None:
-            self.w += self.v
         self.w_part += self.v_part
+        # Where the shard is a slice of the part they share memory.
+        if self.exchange.inside is None:
+            self.v *= factor
+            self.w += self.v
 
     def _update(self, x: np.ndarray, labels: np.ndarray, length: float) -> None:
         """Give each element the pair of the step just taken, on the same minibatch."""
@@ -236,6 +248,13 @@ class PartitionedNewton:
         self.outcome = outcome = self.operators.push(self.s, self.after, self.elements.seen(labels), self.before)
         for name, which in (("rejected", Outcome.REJECTED), ("reset", Outcome.RESET), ("updated", Outcome.UPDATED)):
             self.counts[name] += int(np.count_nonzero(outcome == which))
+
+
+def element_rows(roles: Roles, merged: bool) -> Rows:
+    """The elements of each rank, numbered as those of all ranks together are."""
+    held = [() if w is None or w.elements is None else w.elements for w in roles.workers]
+    number = {e: k for k, e in enumerate(elements_of((pair for pairs in held for pair in pairs), merged))}
+    return Rows(tuple(tuple(number[e] for e in elements_of(pairs, merged)) for pairs in held))
 
 
 def check_newton(roles: Roles, config: Config) -> None:
@@ -263,5 +282,7 @@ def check_newton(roles: Roles, config: Config) -> None:
         raise UserError(f"--memory {o.memory}: expected 1 to 100 pairs")
     if not 0 < o.cg_tolerance < 1:
         raise UserError(f"--cg-tolerance {o.cg_tolerance}: expected a number between 0 and 1")
+    if not 0 <= o.sigma < inf:
+        raise UserError(f"--sigma {o.sigma}: expected a number, 0 or more")
     if o.cg_iterations < 1:
         raise UserError(f"--cg-iterations {o.cg_iterations}: expected 1 or more")

@@ -80,6 +80,11 @@ class ElementOperators:
         self.indefinite = np.full(count, rule == "plsr1")
         self.coefficients = np.empty((count, 2 * m))
 
+    def state(self) -> dict[str, np.ndarray]:
+        """All it has to remember, a row an element: its own arrays, which may be filled from elsewhere."""
+        names = ("pairs", "gram", "middle", "stamps", "pushes", "sigma", "failures")
+        return {name: getattr(self, name) for name in names} | {"indefinite": self.indefinite.view(np.uint8)}
+
     @property
     def nbytes(self) -> int:
         """Bytes of everything it holds."""
