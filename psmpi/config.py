@@ -141,6 +141,9 @@ class Optimization:
     """Powell's damping of pairs of negative curvature."""
     sigma: float = 0.0
     """Multiple of the identity that is added to the sum of the elements' matrices: more of it, shorter steps."""
+    scaling: Literal["none", "moments"] = "none"
+    """Variables of partitioned quasi-Newton steps: the weights, or these times the fourth root of their gradients' mean
+    squares (by --beta2, as in Adam), which makes the matrices start from a diagonal."""
     cg_tolerance: float = 1e-2
     """Residual, relative to the gradient, at which conjugate gradients end."""
     cg_iterations: int = 30

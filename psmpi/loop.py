@@ -188,7 +188,7 @@ class Loop:
         counts = np.zeros((self.world.size, 2))
         counts[self.world.rank] = method.counter.sent, method.counter.received
         self.world.Allreduce(counts.copy(), counts)
-        self._warn()
+        events = self._events()
         return {
             "epoch": self.progress.epoch + 1,
             "step": self.progress.step,
@@ -201,6 +201,7 @@ class Loop:
             "bytes_received": int(self.before[1] + counts[:, 1].sum()),
             "bytes_sent_by_rank": counts[:, 0].astype(int).tolist(),
             "bytes_received_by_rank": counts[:, 1].astype(int).tolist(),
+            "events": events,
         }
 
     def _totals(self) -> tuple[float, int, int]:
@@ -211,15 +212,18 @@ class Loop:
         self.world.Allreduce(mine, total)
         return float(total[0]), int(total[1] + self.before[0]), int(total[2] + self.before[1])
 
-    def _warn(self) -> None:
+    def _events(self) -> dict[str, int]:
+        """The ranks' counts of unusual events together; warns of each kind when it first happens."""
         events = self.method.events()
         counts = np.array([float(n) for n in events.values()])
         self.world.Allreduce(counts.copy(), counts)
-        for name, count in zip(events, counts, strict=True):
+        found = {name: int(count) for name, count in zip(events, counts, strict=True)}
+        for name, count in found.items():
             if count and name not in self.warned:
                 self.warned.add(name)
                 if self.world.rank == 0:
-                    self.console.print(f"warning: {name.replace('_', ' ')}: {int(count)} so far")
+                    self.console.print(f"warning: {name.replace('_', ' ')}: {count} so far")
+        return found
 
     def _save(self) -> None:
         loss_sum, sent, received = self._totals()

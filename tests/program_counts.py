@@ -23,6 +23,8 @@ parser.add_argument("--partition", default="scores")
 parser.add_argument("--masters", type=int, default=1)
 parser.add_argument("--replicas", type=int, default=0)
 parser.add_argument("--steps", type=int, default=1)
+parser.add_argument("--optimizer", default="adam")
+parser.add_argument("--scaling", default="none")
 parser.add_argument("--trace", action="store_true")
 parser.add_argument("--trace-step", action="store_true")
 options = parser.parse_args()
@@ -58,11 +60,28 @@ config = replace(
         base.parallel, placement=options.placement, partition=options.partition, masters=options.masters,
         replicas=options.replicas,
     ),
+    optimization=replace(base.optimization, optimizer=options.optimizer, scaling=options.scaling),
 )  # fmt: skip
 dataset = Dataset(name="made", classes=10, shape=shape, train=Made(shape), test=Made(shape))
 if options.trace:
     tracemalloc.start()
 method = METHODS["psl"](world, network, dataset, config, make_backend("numpy"))
+calls = dict.fromkeys(("scatter", "gather", "agree"), 0)
+
+
+def count(owner, name):
+    """Count the calls of a method of an object."""
+    inner = getattr(owner, name)
+
+    def outer(*arguments):
+        calls[name] += 1
+        return inner(*arguments)
+
+    setattr(owner, name, outer)
+
+
+for owner, name in ((method.exchange, "scatter"), (method.exchange, "gather"), (method.world, "agree")):
+    count(owner, name)
 # Global sums of control data are not counted, so one step counts what a step moves.
 before = method.counter.sent, method.counter.received
 for _ in range(options.steps):
@@ -87,4 +106,5 @@ mine = {
 everyone = world.gather(mine)
 if world.rank == 0:
     table = {key: [one[key] for one in everyone] for key in mine}
-    print(json.dumps({**table, "size": method.layout.size, "step_peak": step_peak}))
+    more = {"calls": calls, **{name: method.scalars.get(name, 0) for name in ("products", "trials")}}
+    print(json.dumps({**table, "size": method.layout.size, "step_peak": step_peak, **more}))

@@ -177,6 +177,22 @@ def test_bytes_of_the_pair_partition_are_those_of_its_table():
     assert max(result["sent"][1:]) == 4 * 19_320
 
 
+@pytest.mark.parametrize("scaling", ["none", "moments"])
+def test_a_quasi_newton_step_moves_a_slice_a_product(scaling):
+    """Weights never, gradients once, then one slice each way a product of conjugate gradients: no curvature moves."""
+    steps = 2
+    result = counted(11, "mnist", "--partition", "pairs", "--optimizer", "plse", "--scaling", scaling, "--steps", "2")
+    products, calls = result["products"], result["calls"]
+    assert products > 2 * steps
+    scatters = products + steps * (scaling == "moments")
+    assert (calls["scatter"], calls["gather"]) == (scatters, products + steps)
+    assert result["sent"][0] == 772_800 * scatters and max(result["received"][1:]) == 4 * 19_320 * scatters
+    assert result["received"][0] == 772_800 * (products + steps)
+    assert max(result["sent"][1:]) == 4 * 19_320 * (products + steps)
+    # Sums of a few numbers: the loss, the gradient's norm, one a product, the step's measures, the loss of each trial.
+    assert calls["agree"] == products + 3 * steps + result["trials"]
+
+
 def test_workers_never_hold_the_flat_vector():
     """Weights, gradients and optimizer state of each rank, and the largest array it ever allocated."""
     wide = 10 * 4570 + 1040

@@ -18,6 +18,7 @@ def main(argv: list[str] | None = None) -> int:
     from psmpi.bench.checkpoint import checkpoint
     from psmpi.bench.compute import compute
     from psmpi.bench.memory import memory
+    from psmpi.bench.optimizer import optimizer
     from psmpi.bench.published import published
     from psmpi.comm.world import run
     from psmpi.config import defaults
@@ -26,7 +27,10 @@ def main(argv: list[str] | None = None) -> int:
 
     def go() -> int:
         app = SubcommandApp()
-        commands: tuple[Callable[..., int], ...] = (checkpoint, compute, _with(memory, defaults(words)), published)
+        default = defaults(words)
+        commands: tuple[Callable[..., int], ...] = (
+            checkpoint, compute, _with(memory, default), _with(optimizer, default), published
+        )  # fmt: skip
         for command in commands:
             app.command(command)
         try:

@@ -102,7 +102,7 @@ def _needed(method: Any, network: Network, dataset: Any, config: Config) -> dict
     if method.newton is not None and method.newton.elements is not None:
         # The pairs alone; the element gradients and where they lie come on top.
         o = config.optimization
-        found["curvature"] = 2 * o.memory * size * int(method.newton.elements.sizes.sum())
+        found["curvature"] = 2 * o.memory * size * int(method.newton.elements.restriction.sizes.sum())
     batch = -(-config.data.batch_size // roles.rows)
     tested = -(-dataset.test.n // roles.rows)
     batch = max(batch, min(100, tested))

@@ -57,7 +57,7 @@ class PartitionedNewton:
         self.chunk = np.empty((2, CHUNK))
         self.region = TrustRegion()
         self.momentum = None if o.extrapolation == "none" else Momentum(o.extrapolation == "adaptive", o.momentum)
-        scalars.update(radius=1.0, theta=1.0, products=0, failed_steps=0)
+        scalars.update(radius=1.0, theta=1.0, products=0, trials=0, failed_steps=0)
         self.p_part, self.p = exchange.make_vectors(self.dtype)
         self.q_part, self.q = exchange.make_vectors(self.dtype)
         self.g = np.empty_like(w)
@@ -67,7 +67,16 @@ class PartitionedNewton:
         if self.momentum is not None:
             self.v_part, self.v = exchange.make_vectors(self.dtype)
             self.vectors["v"] = self.v
-        self.counts = dict.fromkeys(("rejected", "reset", "updated"), 0)
+        self.beta2, self.eps = o.beta2, o.eps
+        self.scaled = o.scaling == "moments"
+        if self.scaled:
+            # What a step in the scaled variables is multiplied by to be one in the weights.
+            self.root_part, self.root = exchange.make_vectors(self.dtype)
+            self.vectors["squares"] = self.squares = np.zeros_like(w)
+            scalars["t"] = 0
+        self.counts = dict.fromkeys(("skipped", "rejected", "reset", "updated"), 0)
+        # Pairs that the last step brought to this rank's elements, and steps that brought none to any.
+        self.taken, self.brought, self.idle = False, 0, 0
         self.elements: ElementSet | None = None
         classes: list[tuple[int, int]] = []
         if worker is not None:
@@ -111,19 +120,28 @@ class PartitionedNewton:
         if self.elements is not None:
             share = self.elements.gradients(self.w_part, x, labels, self._loss(), self.scale, self.before)
             self.elements.accumulate(self.before, self.q_part)
-        (start,) = self.world.agree(np.array([share])).tolist()
+        start, brought = self.world.agree(np.array([share, self.brought])).tolist()
+        self.idle += self.taken and not brought
         if not isfinite(start):
             raise FloatingPointError(DIVERGED)
         self.exchange.gather(self.q_part, self.q)
         np.copyto(self.g, self.q)
+        if self.scaled:
+            self._scale()
         self.x_part.fill(0)
         found = truncated_cg(
             self.g, self.x, self._product, self._follow, self.world.agree, (self.r, self.p, self.q),
             radius=inf if self.search else self.region.radius, rtol=self.rtol, itmax=self.itmax,
         )  # fmt: skip
         self.scalars["products"] += found.iterations
+        if self.elements is not None:
+            self.elements.restrict(self.x_part, self.s)
+        if self.scaled:
+            self.x_part *= self.root_part
+            self.x *= self.root
 
         def value(length: float) -> float:
+            self.scalars["trials"] += 1
             mine = self._value(length, x, labels)
             return float(self.world.agree(np.array([mine]))[0])
 
@@ -134,6 +152,7 @@ class PartitionedNewton:
         elif found.iterations:
             decrease = -(found.slope + found.curvature / 2)
             length = 1.0 if self.region.judge(start, value(1.0), decrease, found.length) else None
+        self.taken = length is not None
         if length is not None:
             self._move(length)
             self._update(x, labels, length)
@@ -158,13 +177,32 @@ class PartitionedNewton:
 
     def events(self) -> dict[str, int]:
         """Counts of what went wrong, on this rank since the start."""
-        steps = int(self.scalars["failed_steps"]) if self.world.rank == 0 else 0
-        pairs = {f"curvature_pairs_{name}": self.counts[name] for name in ("rejected", "reset")}
-        return {**pairs, "steps_without_decrease": steps}
+        # What all ranks count is the first one's.
+        mine = self.world.rank == 0
+        pairs = {f"curvature_pairs_{name}": self.counts[name] for name in ("skipped", "rejected", "reset")}
+        return {
+            **pairs,
+            "steps_without_decrease": int(self.scalars["failed_steps"]) * mine,
+            "steps_without_update": self.idle * mine,
+        }
 
     def _loss(self) -> Loss:
         assert self.worker is not None
         return self.worker.loss
+
+    def _scale(self) -> None:
+        """Update the scale of the variables, on all ranks, and bring the gradient to them."""
+        self.scalars["t"] += 1
+        self.squares *= self.dtype.type(self.beta2)
+        self.squares += self.dtype.type(1 - self.beta2) * self.g * self.g
+        correction = 1 - self.beta2 ** self.scalars["t"]
+        np.divide(self.squares, self.dtype.type(correction), out=self.root)
+        np.sqrt(self.root, out=self.root)
+        self.root += self.dtype.type(self.eps)
+        np.sqrt(self.root, out=self.root)
+        np.divide(1, self.root, out=self.root)
+        self.exchange.scatter(self.root, self.root_part)
+        self.g *= self.root
 
     def _batch(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """This worker's samples of the minibatch, (features, b or more), and their labels (b,) among its classes.
@@ -242,12 +280,20 @@ class PartitionedNewton:
             self.after.fill(np.nan)
         with np.errstate(all="ignore"):
             self.after -= self.before
-        self.elements.restrict(self.x_part, self.s)
         self.s *= self.dtype.type(length)
         # The gradients before are not needed any more.
+        if self.scaled:
+            self.elements.restrict(self.root_part, self.before)
+            self.after *= self.before
         self.outcome = outcome = self.operators.push(self.s, self.after, self.elements.seen(labels), self.before)
-        for name, which in (("rejected", Outcome.REJECTED), ("reset", Outcome.RESET), ("updated", Outcome.UPDATED)):
+        for name, which in (
+            ("skipped", Outcome.SKIPPED),
+            ("rejected", Outcome.REJECTED),
+            ("reset", Outcome.RESET),
+            ("updated", Outcome.UPDATED),
+        ):
             self.counts[name] += int(np.count_nonzero(outcome == which))
+        self.brought = int(np.count_nonzero(outcome == Outcome.UPDATED))
 
 
 def element_rows(roles: Roles, merged: bool) -> Rows:

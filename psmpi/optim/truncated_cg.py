@@ -16,6 +16,8 @@ import numpy as np
 from psmpi.optim.base import CHUNK, AllSum, chunks
 from psmpi.optim.norms import add_products
 
+# Where ||r||^2 may fall below this part of itself in an iteration, too few digits of a difference are left.
+CANCELLED = 1e-6
 End = Literal["converged", "iterations", "boundary", "curvature"]
 
 
@@ -62,7 +64,9 @@ def truncated_cg(
         return Direction(0, 0.0, 0.0, 0.0, "converged")
     while iterations < itmax:
         share = product(p, q)
-        pq, pp, xp, xx = allsum(np.array([share, *_shares((p, p), (x, p), (x, x))])).tolist()
+        # One sum over the ranks an iteration. ||r||^2 is made anew: carried on, its rounding would grow without bounds.
+        sums = np.array([share, *_shares((p, p), (p, x), (x, x), (r, r), (r, q), (q, q))])
+        pq, pp, xp, xx, rr, rq, qq = allsum(sums).tolist()
         iterations += 1
         if isfinite(radius):
             room = max(0.0, radius * radius - xx)
@@ -79,8 +83,11 @@ def truncated_cg(
         a = rr / pq
         _advance(x, r, p, q, a, follow)
         before = rr
-        (rr,) = allsum(_shares((r, r))).tolist()
-        if sqrt(rr) <= stop:
+        # ||r - a q||^2, unless it cancels.
+        rr += a * (a * qq - 2 * rq)
+        if not max(rr, stop * stop) > CANCELLED * before:
+            (rr,) = allsum(_shares((r, r))).tolist()
+        if rr <= stop * stop:
             end = "converged"
             break
         p *= rr / before
