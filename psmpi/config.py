@@ -91,11 +91,23 @@ class Optimization:
     """The optimizer and its learning rate."""
 
     optimizer: Literal[
-        "sgd", "momentum", "nesterov", "adam", "adamw", "rmsprop", "lbfgs", "plbfgs", "plsr1", "plse"
+        "sgd",
+        "momentum",
+        "nesterov",
+        "adam",
+        "adamw",
+        "rmsprop",
+        "lbfgs",
+        "lbfgs-tr",
+        "lsr1-tr",
+        "plbfgs",
+        "plsr1",
+        "plse",
     ] = "adam"
-    """Update rule; plbfgs, plsr1 and plse are partitioned quasi-Newton methods, for --partition pairs."""
+    """Update rule; lbfgs has a line search, lbfgs-tr and lsr1-tr a trust region; plbfgs, plsr1 and plse are partitioned
+    quasi-Newton methods, for --partition pairs."""
     lr: float = 1e-3
-    """Learning rate (L-BFGS: length of its first trial step; 1 is usual; the partitioned methods have none)."""
+    """Learning rate (lbfgs: length of its first trial step, 1 is usual; other quasi-Newton methods have none)."""
     schedule: Literal["constant", "step", "cosine"] = "constant"
     """Course of the learning rate; cosine falls from --lr to --min-lr over all --epochs."""
     warmup_steps: int = 0
@@ -107,8 +119,8 @@ class Optimization:
     min_lr: float = 0.0
     """Learning rate at the end of the `cosine` schedule."""
     clip: float = 1.0
-    """Largest global norm of the gradient; 0: no clipping. (Not used by lbfgs and the partitioned methods, which
-    keep their steps in bounds themselves.)"""
+    """Largest global norm of the gradient; 0: no clipping. (Not used by the quasi-Newton methods, which keep their
+    steps in bounds themselves.)"""
     weight_decay: float = 0.0
     """L2 penalty added to the gradient; decoupled in adamw."""
     momentum: float = 0.9
@@ -122,7 +134,7 @@ class Optimization:
     alpha: float = 0.99
     """Decay of rmsprop's mean square."""
     history: int = 10
-    """Pairs that lbfgs remembers."""
+    """Pairs that lbfgs, lbfgs-tr and lsr1-tr remember."""
     max_evals: int = 20
     """Function evaluations of the line search of lbfgs at most."""
     globalization: Literal["trust-region", "line-search"] = "line-search"
@@ -140,7 +152,8 @@ class Optimization:
     damping: bool = False
     """Powell's damping of pairs of negative curvature."""
     sigma: float = 0.0
-    """Multiple of the identity that is added to the sum of the elements' matrices: more of it, shorter steps."""
+    """Multiple of the identity that is added to the sum of the elements' matrices: more of it, shorter steps. It rises
+    as a --schedule makes the learning rate fall."""
     scaling: Literal["none", "moments"] = "none"
     """Variables of partitioned quasi-Newton steps: the weights, or these times the fourth root of their gradients' mean
     squares (by --beta2, as in Adam), which makes the matrices start from a diagonal."""

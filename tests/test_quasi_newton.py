@@ -216,12 +216,80 @@ def test_the_secant_equations_hold_after_a_step(rule):
     assert updates >= 200 and (whole >= 3 or rule == "plbfgs")
 
 
+@pytest.mark.parametrize("lr", [1e-3, 2.5e-4])
+def test_a_first_scaled_step_is_that_of_adam_with_the_multiplicities(lr):
+    """All matrices are the identity, so B is diagonal: the multiplicities and sigma, which rises as lr falls."""
+    network = make_network("psnet", (1, 8, 8), 10)
+    options = {"cg_tolerance": 1e-13, "line_search": "backtracking", "sigma": 1000.0}
+    method = make_method(network, digits(), optimizer="plse", scaling="moments", **options)
+    newton, w = method.newton, method.w.copy()
+    method.step(np.arange(120), lr)
+    g = newton.g / newton.root
+    multiplicity = np.empty_like(w)
+    newton.elements.accumulate(np.ones((90, newton.elements.size)), multiplicity)
+    assert sorted(set(multiplicity.tolist())) == [18, 90]
+    step = -g / (np.abs(g) + 1e-8) / (multiplicity + 1000 * 1e-3 / lr)
+    taken = method.w - w
+    length = (taken @ step) / (step @ step)
+    assert 0 < length <= 1 + 1e-9 and np.linalg.norm(taken - length * step) <= 1e-10 * np.linalg.norm(taken)
+
+
+@pytest.mark.parametrize("scaling", ["none", "moments"])
+def test_sigma_is_added_to_the_matrix(scaling):
+    network = make_network("psnet", (1, 8, 8), 10)
+    methods = [make_method(network, digits(), optimizer="plsr1", scaling=scaling, sigma=s) for s in (0.0, 3.0)]
+    found = []
+    for method in methods:
+        method.newton.p[:] = np.cos(np.arange(len(method.w)))
+        share = method.newton._product(method.newton.p, method.newton.q)
+        assert share == pytest.approx(method.newton.p @ method.newton.q, rel=1e-12)
+        found.append(method.newton.q.copy())
+    assert np.linalg.norm(found[1] - found[0] - 3 * methods[0].newton.p) <= 1e-12 * np.linalg.norm(found[1])
+
+
+def test_scaled_pairs_satisfy_the_secant_equation_of_the_weights():
+    """D^(1/2) B D^(1/2) s = y, with s and y those of the weights, where every element took its pair."""
+    network = make_network("psnet", (1, 8, 8), 10)
+    method = make_method(network, digits(), optimizer="plse", scaling="moments")
+    newton, ids, whole = method.newton, np.arange(120), 0
+    for _ in range(8):
+        before = method.w.copy()
+        method.gradient(ids)
+        g = method.g.copy()
+        method.step(ids, 1e-3)
+        method.gradient(ids)
+        y, s, root = method.g - g, method.w - before, newton.root.copy()
+        if not (newton.taken and (newton.outcome == Outcome.UPDATED).all()):
+            continue
+        whole += 1
+        np.copyto(newton.p, s / root)
+        newton._product(newton.p, newton.q)
+        assert np.linalg.norm(newton.q / root - y) <= 1e-8 * np.linalg.norm(y)
+    assert whole >= 2
+
+
 OPTIONS = ("--partition", "pairs", "--dtype", "float64", "--max-steps", "12")
 VARIANTS = {
     "plbfgs": ("--optimizer", "plbfgs"),
     # Denominators of SR1 may be a millionth of their terms and multiply rounding by as much: a few steps only.
     "plsr1": ("--optimizer", "plsr1", "--globalization", "trust-region", "--max-steps", "6"),
     "plse": ("--optimizer", "plse", "--merge-pairs", "--curvature", "relative"),
+    # So do fourth roots of squares of small gradients.
+    "scaled": (
+        *(
+            "--max-steps",
+            "5",
+            "--optimizer",
+            "plbfgs",
+            "--scaling",
+            "moments",
+            "--sigma",
+            "1000",
+            "--extrapolation",
+            "constant",
+        ),
+        *("--schedule", "cosine", "--cg-iterations", "5"),
+    ),
     "adaptive": ("--optimizer", "plse", "--extrapolation", "adaptive", "--line-search", "backtracking"),
 }
 

@@ -92,7 +92,7 @@ class PartiallySeparable:
 
     def step(self, ids: np.ndarray, lr: float) -> None:
         if self.newton is not None:
-            self.loss_sum += self.newton.step(ids) * len(ids)
+            self.loss_sum += self.newton.step(ids, lr) * len(ids)
             return
         if self.optimizer.needs_closure:
             losses: list[float] = []

@@ -27,6 +27,9 @@ from psmpi.optim.norms import add_products
 from psmpi.optim.truncated_cg import add_scaled, truncated_cg
 from psmpi.partition import Layout, Roles, Rows
 
+# How often the multiple of the identity may become the one of the start, where the learning rate goes to 0.
+STIFF = 1e6
+
 
 class PartitionedNewton:
     """Steps w (this rank's shard) and w_part (what its worker computes with), which stay equal where both lie.
@@ -54,6 +57,7 @@ class PartitionedNewton:
         self.search, self.extend = o.globalization == "line-search", o.line_search == "basic"
         self.line = ops.line
         self.rtol, self.itmax, self.sigma = o.cg_tolerance, o.cg_iterations, o.sigma
+        self.first_lr, self.first_sigma = o.lr, o.sigma
         self.chunk = np.empty((2, CHUNK))
         self.region = TrustRegion()
         self.momentum = None if o.extrapolation == "none" else Momentum(o.extrapolation == "adaptive", o.momentum)
@@ -108,11 +112,13 @@ class PartitionedNewton:
         held = sum(a.nbytes for a in arrays if a.base is None)
         return held + self.operators.nbytes + (self.elements.nbytes if self.elements is not None else 0)
 
-    def step(self, ids: np.ndarray) -> float:
+    def step(self, ids: np.ndarray, lr: float) -> float:
         """One step on the training samples `ids` (b,); returns this rank's share of their mean loss before it.
 
+        As lr falls below the one the schedule starts from, the multiple of the identity rises.
         With a momentum "before" is after the extrapolation. FloatingPointError where that loss is not finite.
         """
+        self.sigma = self.first_sigma * min(self.first_lr / lr, STIFF) if lr > 0 else self.first_sigma * STIFF
         self._extrapolate()
         x, labels = self._batch(ids)
         self.scale = 1 / len(ids)

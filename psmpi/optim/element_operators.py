@@ -104,8 +104,8 @@ class ElementOperators:
         """Give every element the pair of its step s and change of gradient y, (count, size) each; (count,) Outcome.
 
         work: (count, size), overwritten.
-        seen: (count,) bool, whether the minibatch had samples of the element: others are skipped, as is s = 0. Numbers
-        that are not finite are a pair that is rejected.
+        seen: (count,) bool, whether the minibatch had samples of the element: others are skipped, as is s = 0, and as
+        are, for SR1, pairs that the matrix fits already. Numbers that are not finite are a pair that is rejected.
         """
         r = np.empty_like(s) if work is None else work
         self.product(s, r)
@@ -124,6 +124,9 @@ class ElementOperators:
             wanted, indefinite = secant, np.ones(self.count, bool)
         else:
             wanted, indefinite = positive | secant, ~positive
+        # What an SR1 matrix says already to rounding is no failure, and an update would bring in that rounding.
+        known = finite & (rr <= np.finfo(self.dtype).eps ** (4 / 3) * yy) & indefinite & (sy != 0)
+        active &= ~known
         chosen = np.flatnonzero(active & wanted)
         outcome = np.where(active, Outcome.REJECTED, Outcome.SKIPPED)
         done = self._take(chosen, s, y, (ss, sy, yy), with_s[chosen], indefinite)

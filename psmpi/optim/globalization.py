@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from math import inf, isfinite, sqrt
 
 # Of the trust region: acceptance, what is a good step, how much of the radius it must use, growth, and bounds.
-ETA, ETA_GOOD, NEAR, GROWTH, SMALLEST, LARGEST = 1e-3, 0.75, 0.8, 2.0, 1e-6, 1e3
+ETA, ETA_GOOD, NEAR, GROWTH, SMALLEST, LARGEST = 1e-3, 0.75, 0.8, 2.0, 1e-10, 1e3
 # Of the line search: Armijo's fraction, the factor between trials, the shortest step.
 ARMIJO, SHRINK, SHORTEST = 0.05, 2 / 3, 1e-8
+# Differences of values below this part of them are rounding (Conn, Gould, Toint, Trust-Region Methods, 17.4.2).
+ROUNDING = 10 * 2.0**-52
 # Of the adaptive Nesterov sequence.
 GAMMA = 1e-5
 
@@ -25,7 +27,8 @@ class TrustRegion:
 
     def judge(self, before: float, after: float, model_decrease: float, length: float) -> bool:
         """Whether the step is taken; changes the radius. A ratio that is not a number is a rejection."""
-        ratio = (before - after) / model_decrease if model_decrease > 0 else -inf
+        slack = ROUNDING * abs(before)
+        ratio = (before - after + slack) / (model_decrease + slack) if model_decrease > 0 else -inf
         taken = ratio > ETA
         if taken and ratio >= ETA_GOOD and length > NEAR * self.radius:
             self.radius = min(LARGEST, self.radius * GROWTH)
@@ -44,13 +47,13 @@ def armijo(
     """
 
     def holds(length: float, at: float) -> bool:
-        return isfinite(at) and start - at >= ARMIJO * length * -slope
+        return isfinite(at) and start - at >= ARMIJO * length * -slope - ROUNDING * abs(start)
 
     if not slope < 0:
         return None
     length, at = 1.0, value(1.0)
-    if holds(length, at) and at < start:
-        while extend:
+    if holds(length, at):
+        while extend and at < start:
             longer = length / SHRINK
             further = value(longer)
             if not (holds(longer, further) and further < at):

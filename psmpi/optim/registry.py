@@ -12,6 +12,7 @@ from psmpi.optim.base import Hyper, Optimizer, check_settings
 from psmpi.optim.element_operators import RULES
 from psmpi.optim.first_order import SGD, Adam, AdamW, Momentum, Nesterov, RMSprop
 from psmpi.optim.lbfgs import LBFGS
+from psmpi.optim.trust_region import LSR1, LBFGSTrustRegion
 
 
 class Partitioned(Optimizer):
@@ -28,6 +29,8 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {
     "adamw": AdamW,
     "rmsprop": RMSprop,
     "lbfgs": LBFGS,
+    "lbfgs-tr": LBFGSTrustRegion,
+    "lsr1-tr": LSR1,
 }
 
 

@@ -1,0 +1,188 @@
+"""Quasi-Newton trust-region methods on the whole vector: L-BFGS and L-SR1, with one matrix for all weights.
+
+What partitioned quasi-Newton is compared with: the same model, conjugate gradients, radius and safeguards, but
+one element that sees everything. The matrix is sigma I + Z^T W Z as in `element_operators`; the vectors are
+shards, so a product takes one global sum of 2 `history` numbers and moves no vector.
+"""
+
+from __future__ import annotations
+
+from math import isfinite, sqrt
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from psmpi.optim.base import CHUNK, AllSum, Closure, Optimizer, check_settings
+from psmpi.optim.element_operators import FLAT, OMEGA, PATIENCE, recurse
+from psmpi.optim.globalization import TrustRegion
+from psmpi.optim.norms import add_products
+from psmpi.optim.truncated_cg import add_scaled, truncated_cg
+
+
+class TrustRegionQuasiNewton(Optimizer):
+    """One step: conjugate gradients on the model inside the radius, and the weights move if the loss falls enough.
+
+    The closure is called first at the w given, so g need not be filled on entry; it must see one minibatch
+    throughout a step. A pair is taken where the step is, and where it passes the test of the update; the fifth
+    pair in a row that does not makes the matrix the identity again. A loss that is not finite is a rejected
+    step. `lr` is not used. Weight decay is an L2 penalty on the loss.
+
+    vectors: "s0", "y0", ...: pairs in a ring of `history` slots. scalars: "count" pairs, the next goes to slot
+    "head"; "radius"; "sigma"; "failures" of pairs in a row; "failed_steps"; "products" of the matrix in all.
+
+    UserError for history < 1 or a negative weight_decay; ValueError for a step without closure.
+    """
+
+    needs_closure = True
+    settings = ("history", "weight_decay")
+    indefinite = False
+
+    def __init__(self, n: int, dtype: DTypeLike, *, history: int = 10, weight_decay: float = 0.0) -> None:
+        check_settings(history=history, weight_decay=weight_decay)
+        super().__init__(n, dtype, names=tuple(f"{kind}{k}" for k in range(history) for kind in "sy"))
+        self.history, self.weight_decay = history, float(weight_decay)
+        self.scalars.update(count=0, head=0, radius=1.0, sigma=1.0, failures=0, failed_steps=0, products=0)
+        self.start, self.start_g, self.x, self.r, self.p, self.q = (np.empty(n, self.dtype) for _ in range(6))
+        self.wide = np.empty((2, min(n, CHUNK)))
+        # Rows 0, 1, ...: the s by slot, then the y; the products of these with each other, and W. They follow from
+        # the vectors, so checkpoints do without: `known` is the state of which they are.
+        self.rows = [self.vectors[f"{kind}{k}"] for kind in "sy" for k in range(history)]
+        self.gram, self.middle = np.zeros((2, 2 * history, 2 * history))
+        self.known: tuple[float | int, ...] = ()
+
+    def step(self, w: np.ndarray, g: np.ndarray, lr: float, allsum: AllSum, closure: Closure | None = None) -> None:
+        """One iteration; at return w (n,) is the point accepted, or as it was. See `Optimizer.step`."""
+        if closure is None:
+            raise ValueError("a trust region needs a closure that recomputes the loss and fills the gradient")
+        self.check_shard(w, g)
+        self._know(allsum)
+        value = self._evaluate(w, g, allsum, closure)
+        np.copyto(self.start, w)
+        np.copyto(self.start_g, g)
+        region = TrustRegion(float(self.scalars["radius"]))
+        found = truncated_cg(
+            self.start_g, self.x, lambda p, q: self._product(p, q, allsum), lambda a: None, allsum,
+            (self.r, self.p, self.q), radius=region.radius,
+        )  # fmt: skip
+        self.scalars["products"] += found.iterations
+        if not found.iterations:
+            return
+        add_scaled(w, self.x, 1.0)
+        after = self._evaluate(w, g, allsum, closure)
+        taken = isfinite(value) and region.judge(value, after, -(found.slope + found.curvature / 2), found.length)
+        self.scalars["radius"] = region.radius
+        if taken:
+            np.subtract(g, self.start_g, out=self.start_g)
+            self._remember(self.x, self.start_g, allsum)
+        else:
+            np.copyto(w, self.start)
+            self.scalars["failed_steps"] += 1
+
+    def _evaluate(self, w: np.ndarray, g: np.ndarray, allsum: AllSum, closure: Closure) -> float:
+        value = closure()
+        if self.weight_decay:
+            add_scaled(g, w, self.weight_decay)
+            value += 0.5 * self.weight_decay * self._products([(w, w)], allsum)[0]
+        return value
+
+    def _product(self, p: np.ndarray, q: np.ndarray, allsum: AllSum) -> float:
+        """q = B p; this rank's share of p^T q."""
+        q.fill(0)
+        add_scaled(q, p, self.scalars["sigma"])
+        if self.scalars["count"]:
+            weights = self.middle @ np.array(self._products([(p, row) for row in self.rows], allsum))
+            for row, weight in zip(self.rows, weights.tolist(), strict=True):
+                add_scaled(q, row, weight)
+        share = np.zeros(1)
+        add_products([(p, q)], share, self.wide)
+        return float(share[0])
+
+    def _products(self, pairs: list[tuple[np.ndarray, np.ndarray]], allsum: AllSum) -> list[float]:
+        """Global scalar products of pairs of shards, in one sum."""
+        partial = np.zeros(len(pairs))
+        add_products(pairs, partial, self.wide)
+        found: list[float] = allsum(partial).tolist()
+        return found
+
+    def _state(self) -> tuple[float | int, ...]:
+        return tuple(self.scalars[key] for key in ("count", "head", "sigma"))
+
+    def _know(self, allsum: AllSum) -> None:
+        """Make `gram` and `middle` those of the pairs held; free unless the state was restored."""
+        if self.known == self._state():
+            return
+        rows = range(2 * self.history)
+        products = self._products([(self.rows[i], self.rows[j]) for i in rows for j in rows], allsum)
+        self.gram = np.reshape(products, (2 * self.history, 2 * self.history))
+        self._settle(self.gram, float(self.scalars["sigma"]), int(self.scalars["head"]), int(self.scalars["count"]))
+
+    def _settle(self, gram: np.ndarray, sigma: float, head: int, count: int) -> bool:
+        """Take up `gram` if the newest pair of these `count`, which end before slot `head`, makes a sound matrix."""
+        ages = (np.arange(self.history) - head) % self.history
+        stamps = np.where(ages >= self.history - count, ages, -1)
+        middle, left, sound = recurse(gram[None], stamps[None], np.array([sigma]), np.array([self.indefinite]))
+        if count and not (sound[0] and left[0, (head - 1) % self.history] >= 0):
+            return False
+        self.gram, self.middle = gram, middle[0]
+        self.scalars.update(head=head, count=count, sigma=sigma)
+        self.known = self._state()
+        return True
+
+    def _remember(self, s: np.ndarray, y: np.ndarray, allsum: AllSum) -> None:
+        """Keep a pair that passes the test of the update; after too many that do not, begin again."""
+        self._product(s, self.q, allsum)
+        r = np.subtract(y, self.q, out=self.q)
+        products = self._products(
+            [
+                (s, s),
+                (s, y),
+                (s, r),
+                (y, y),
+                (r, r),
+                *((s, row) for row in self.rows),
+                *((y, row) for row in self.rows),
+            ],
+            allsum,
+        )
+        ss, sy, sr, yy, rr = products[:5]
+        if self.indefinite and rr <= np.finfo(self.dtype).eps ** (4 / 3) * yy:
+            # The matrix fits the pair already: an update would bring in rounding alone.
+            return
+        if self.indefinite:
+            good = isfinite(ss + yy + rr) and abs(sr) > OMEGA * sqrt(ss * rr)
+        else:
+            good = isfinite(ss + yy + rr) and sy > FLAT * sqrt(ss * yy)
+        if good and self._keep(s, y, (ss, sy, yy), np.reshape(products[5:], (2, -1))):
+            self.scalars["failures"] = 0
+            return
+        self.scalars["failures"] += 1
+        if self.scalars["failures"] > PATIENCE:
+            for row in self.rows:
+                row.fill(0)
+            self._settle(np.zeros_like(self.gram), 1.0, 0, 0)
+            self.scalars["failures"] = 0
+
+    def _keep(self, s: np.ndarray, y: np.ndarray, own: tuple[float, float, float], others: np.ndarray) -> bool:
+        """Put a pair in the oldest one's place, if the matrix stays sound: its products with itself and the rows."""
+        ss, sy, yy = own
+        slot, m = int(self.scalars["head"]), self.history
+        gram = self.gram.copy()
+        others[0, [slot, m + slot]], others[1, [slot, m + slot]] = (ss, sy), (sy, yy)
+        for at, values in ((slot, others[0]), (m + slot, others[1])):
+            gram[at], gram[:, at] = values, values
+        sigma = yy / sy if sy > FLAT * sqrt(ss * yy) else float(self.scalars["sigma"])
+        if not self._settle(gram, sigma, (slot + 1) % m, min(m, int(self.scalars["count"]) + 1)):
+            return False
+        np.copyto(self.rows[slot], s)
+        np.copyto(self.rows[m + slot], y)
+        return True
+
+
+class LSR1(TrustRegionQuasiNewton):
+    """L-SR1 (Nocedal and Wright, Numerical Optimization, 2nd ed., eq. 6.24 and algorithm 6.2)."""
+
+    indefinite = True
+
+
+class LBFGSTrustRegion(TrustRegionQuasiNewton):
+    """L-BFGS in a trust region (procedure 7.6 for the matrix)."""
