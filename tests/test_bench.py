@@ -205,6 +205,31 @@ def test_memory_is_what_the_network_needs(ranks, options, tmp_path):
     assert status == 0 and "traced / needed" in out, err
 
 
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_the_parts_of_a_quasi_newton_step_are_told(ranks):
+    options = ("--partition", "pairs", "--optimizer", "plbfgs", "--cg-iterations", "4", "--merge-pairs")
+    status, out, err = run(ranks, "-m", "psmpi.bench", "optimizer", "--json", *options)
+    assert status == 0, err
+    found = json.loads(out)
+    assert sum(row["elements"] for row in found["ranks"]) == 45
+    assert 2 < found["products"] <= 4 and found["trials"] >= 1
+    for row in found["ranks"]:
+        parts = [row[name] for name in ("gradients", "values", "products", "pairs", "communication")]
+        assert 0 < max(parts) and row["step"]["low"] <= row["step"]["median"] <= row["step"]["high"]
+        assert (row["gradients"] > 0) == (row["elements"] > 0) and (row["bytes_sent"] > 0) == (ranks > 1)
+    if ranks > 1:
+        # The master sends a slice a product: to each worker the shared block and those of its classes.
+        assert found["ranks"][0]["bytes_sent"] > 4 * 4800 * found["products"]
+    else:
+        status, out, err = run(ranks, "-m", "psmpi.bench", "optimizer", *options)
+        assert status == 0 and "products and" in out and "communication" in out, err
+
+
+def test_the_parts_of_other_steps_are_refused():
+    status, _, err = run(1, "-m", "psmpi.bench", "optimizer", "--optimizer", "adam")
+    assert status == 1 and "plbfgs" in err and "Traceback" not in err
+
+
 PEAK = """
 import runpy, sys
 sys.argv = ["psmpi.train", *sys.argv[1:]]

@@ -1,8 +1,10 @@
 """Elements and their gradients against whole networks; partitioned quasi-Newton training, serial and distributed."""
 
+import json
 from dataclasses import replace
 from itertools import combinations, pairwise
 
+import h5py
 import numpy as np
 import pytest
 from conftest import distance, run
@@ -344,6 +346,24 @@ def test_curvature_goes_on_on_another_number_of_ranks(train):
     for other in results[1:]:
         assert (other["elements/classes"] == results[0]["elements/classes"]).all()
         assert distance(results[0], other) <= 1e-9
+
+
+def test_the_tools_tell_of_elements(train):
+    """Shown with their sizes, compared, and not what a part of the network is cut with."""
+    runs = [train(1, *OPTIONS, "--max-steps", n, "--optimizer", "plbfgs") for n in ("6", "7")]
+    status, out, err = run(1, "-m", "psmpi.inspect", "show", runs[0].checkpoint)
+    assert status == 0 and "elements  90 elements" in out and "pairs  float64 90 x 10 x 1056" in out, err
+    status, out, err = run(1, "-m", "psmpi.inspect", "diff", runs[0].checkpoint, runs[1].checkpoint, "--json")
+    table = {row["name"]: row for row in json.loads(out)["tensors"]}
+    assert status == 0 and table["elements/classes"]["identical"] and table["elements/pairs"]["distance"] > 0, err
+    pairs = [r.tensors()["elements/pairs"] for r in runs]
+    expected = np.linalg.norm(pairs[1] - pairs[0]) / np.linalg.norm(pairs[0])
+    assert table["elements/pairs"]["distance"] == pytest.approx(expected, rel=1e-12)
+    part = runs[0].checkpoint.parent / "part.h5"
+    status, _, err = run(1, "-m", "psmpi.inspect", "cut", runs[0].checkpoint, "--classes", "1", "2", "--out", part)
+    assert status == 0, err
+    with h5py.File(part) as file:
+        assert "elements" not in file
 
 
 @pytest.mark.parametrize("options", [("--memory", "3"), ("--merge-pairs",)])

@@ -56,7 +56,7 @@ def cut(checkpoint: Positional[Annotated[Path, arg(metavar="CHECKPOINT")]], /, c
         checkpoint: Checkpoint file or run directory.
         classes: Classes whose scores the part is to give.
         out: File to write.
-        weights_only: Leave the optimizer's state out.
+        weights_only: Leave the optimizer's state out. What is remembered of elements is left out in any case.
     """
     opened = Opened(checkpoint)
     known = range(opened.contents.layout.classes) if opened.contents.part is None else opened.contents.part

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from math import inf, isfinite, sqrt
+from math import inf, isfinite, prod, sqrt
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +18,7 @@ from rich.tree import Tree
 from tyro.conf import Positional, arg
 
 from psmpi.checkpoint import available, read_contents
-from psmpi.checkpoint.format import NAME
+from psmpi.checkpoint.format import NAME, table_path
 from psmpi.checkpoint.scan import damaged_parts
 from psmpi.errors import DamagedError, UserError
 from psmpi.inspect.opened import Opened
@@ -52,6 +53,10 @@ def show(checkpoint: Checkpoint, /, json: bool = False) -> int:
         **opened.describe(),
         "bytes": opened.path.stat().st_size,
         "tensors": tensors,
+        "elements": [
+            {"name": name, "shape": shape, "dtype": str(dtype), "bytes": prod(shape) * dtype.itemsize}
+            for name, (shape, dtype) in opened.tables.items()
+        ],
         "scalars": dict(contents.scalars),
         "config": opened.settings(),
         "metrics": list(contents.progress.rows),
@@ -69,6 +74,12 @@ def show(checkpoint: Checkpoint, /, json: bool = False) -> int:
         for row in rows:
             shape = " x ".join(map(str, row["shape"]))
             branch.add(f"{row['name']}  {row['dtype']} {shape}  {_size(row['bytes'])}  norm {_figure(row['norm'])}")
+    if opened.tables:
+        rows, size = next(iter(opened.tables.values()))[0][0], sum(table["bytes"] for table in found["elements"])
+        branch = tree.add(f"elements  {rows} elements, {_size(size)}")
+        for table in found["elements"]:
+            shape = " x ".join(map(str, table["shape"]))
+            branch.add(f"{table['name']}  {table['dtype']} {shape}  {_size(table['bytes'])}")
     if contents.scalars:
         tree.add("scalars  " + "  ".join(f"{name} = {value}" for name, value in contents.scalars.items()))
     branch = tree.add("configuration")
@@ -276,7 +287,7 @@ def histogram(opened: Opened, vector: str, name: str, sums: Sums) -> dict[str, A
 
 
 def diff(first: Checkpoint, second: Checkpoint, /, json: bool = False) -> int:
-    """Compare two checkpoints: relative distance of each tensor, largest first, and settings that differ.
+    """Compare two checkpoints: relative distance of each tensor and table, largest first, and settings that differ.
 
     Args:
         first: Checkpoint file or run directory, the reference of the relative distances.
@@ -297,7 +308,14 @@ def diff(first: Checkpoint, second: Checkpoint, /, json: bool = False) -> int:
             elif a.contents.part != b.contents.part and mine.spans != theirs.spans:
                 unmatched.append({"name": label, "first": f"of {_held(a)}", "second": f"of {_held(b)}"})
             else:
-                rows.append({"name": label, **_apart(a, b, vector, name)})
+                pieces = ((x, y) for (_, x), (_, y) in zip(a.slabs(vector, name), b.slabs(vector, name), strict=True))
+                rows.append({"name": label, **_apart(pieces)})
+    for name in dict.fromkeys([*a.tables, *b.tables]):
+        shapes = [o.tables[name][0] if name in o.tables else None for o in (a, b)]
+        if shapes[0] != shapes[1]:
+            unmatched.append({"name": table_path(name), "first": shapes[0], "second": shapes[1]})
+        else:
+            rows.append({"name": table_path(name), **_apart(zip(a.rows(name), b.rows(name), strict=True))})
     rows.sort(key=lambda row: -row["distance"] if isfinite(row["distance"]) else -inf)
     old, new = a.settings(), b.settings()
     changed = {
@@ -332,13 +350,13 @@ def diff(first: Checkpoint, second: Checkpoint, /, json: bool = False) -> int:
     return 0
 
 
-def _apart(a: Opened, b: Opened, vector: str, name: str) -> dict[str, Any]:
-    """Distance of two tensors relative to the first, largest difference, and whether all bits are the same."""
+def _apart(pieces: Iterable[tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:
+    """Distance of two arrays relative to the first, largest difference, and whether all bits are the same."""
     squares, norm, largest, same = 0.0, 0.0, 0.0, True
-    for (_, x), (_, y) in zip(a.slabs(vector, name), b.slabs(vector, name), strict=True):
+    for x, y in pieces:
         same = same and x.dtype == y.dtype and x.tobytes() == y.tobytes()
         with np.errstate(over="ignore", invalid="ignore"):
-            apart = y.astype(np.float64) - x
+            apart = y.astype(np.float64) - x.astype(np.float64)
             squares += float(apart @ apart)
             norm += float(np.vdot(x.astype(np.float64), x))
             largest = max(largest, float(abs(apart).max(initial=0.0)))

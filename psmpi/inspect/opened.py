@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from psmpi.checkpoint import Contents, newest, validate
-from psmpi.checkpoint.format import HEADER, Tensor, open_file
+from psmpi.checkpoint.format import HEADER, Tensor, open_file, table_path
 from psmpi.checkpoint.reader import find_tensor, read_elements
 from psmpi.config import tomllib
 from psmpi.errors import DamagedError
@@ -27,6 +27,8 @@ class Opened:
         self.tensors = {tensor.name: tensor for tensor in self.contents.tensors()}
         with open_file(self.path) as file:
             self.vectors = ["weights", *file.get("optimizer", ())]
+            # What is remembered of elements: shape and dtype by name.
+            self.tables = {name: (table.shape, table.dtype) for name, table in file.get("elements", {}).items()}
             self.dtype: np.dtype = file[f"weights/{next(iter(self.tensors))}"].dtype
 
     @property
@@ -58,6 +60,19 @@ class Opened:
             slab = buffer[: min(SLAB, size - first)]
             self.fill(vector, name, first, slab)
             yield first, slab
+
+    def rows(self, table: str) -> Iterator[np.ndarray]:
+        """A table of elements, a row at a time and flat, in a buffer that is used again."""
+        shape, dtype = self.tables[table]
+        buffer = np.empty((1, *shape[1:]), dtype)
+        with open_file(self.path) as file:
+            dataset = file[table_path(table)]
+            for row in range(shape[0]):
+                try:
+                    dataset.read_direct(buffer, np.s_[row : row + 1])
+                except OSError as error:
+                    raise DamagedError(f"checkpoint {self.path}, {dataset.name}: {error}; it is damaged") from None
+                yield buffer.reshape(-1)
 
     def walk(self, vector: str) -> Iterator[tuple[Tensor, np.ndarray]]:
         """All tensors of a vector, in the network's order."""
