@@ -215,7 +215,7 @@ def test_the_parts_of_a_quasi_newton_step_are_told(ranks):
     assert 2 < found["products"] <= 4 and found["trials"] >= 1
     for row in found["ranks"]:
         parts = [row[name] for name in ("gradients", "values", "products", "pairs", "communication")]
-        assert 0 < max(parts) and row["step"]["low"] <= row["step"]["median"] <= row["step"]["high"]
+        assert max(parts) > 0 and row["step"]["low"] <= row["step"]["median"] <= row["step"]["high"]
         assert (row["gradients"] > 0) == (row["elements"] > 0) and (row["bytes_sent"] > 0) == (ranks > 1)
     if ranks > 1:
         # The master sends a slice a product: to each worker the shared block and those of its classes.

@@ -38,7 +38,7 @@ def test_modules_import_from_floors_below_only():
     """The floors of the house: backend, then nn, partition, optim and data, then comm, methods, loop, commands."""
     floors = [("errors",), ("config",), ("backend",), ("partition",), ("nn", "optim", "data"), ("comm",), ("methods",),
               ("checkpoint", "metrics"), ("loop",),
-              ("train", "bench", "inspect", "predict")]  # fmt: skip
+              ("train", "bench", "inspect", "predict", "plot")]  # fmt: skip
     floor = {name: k for k, names in enumerate(floors) for name in names}
     root = HERE.parent / "psmpi"
     for path in root.rglob("*.py"):

@@ -1,0 +1,129 @@
+"""Curves of training runs: `python -m psmpi.plot adam=RUN1 adam=RUN2 plbfgs=RUN3 --out curves.png`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from tyro.conf import Positional, arg
+
+from psmpi.errors import UserError
+
+Axis = Literal["epoch", "step", "seconds", "megabytes"]
+Figures = Literal["test_accuracy", "test_loss", "train_loss"]
+
+# What is written at the axes.
+TITLES = {
+    "epoch": "epoch",
+    "step": "step",
+    "seconds": "seconds",
+    "megabytes": "MB sent by all ranks",
+    "test_accuracy": "test accuracy, %",
+    "test_loss": "test loss",
+    "train_loss": "training loss",
+}
+
+
+def plot(
+    runs: Positional[Annotated[tuple[str, ...], arg(metavar="[LABEL=]RUN")]],
+    /,
+    out: Path,
+    x: Axis = "epoch",
+    y: Figures = "test_accuracy",
+    low: float | None = None,
+    high: float | None = None,
+    title: str = "",
+) -> int:
+    """Draw the curves of runs: for each label the mean of its runs, and the band between the least and the most.
+
+    Args:
+        runs: Run directories; those with the same label before = are runs of one thing, such as several seeds.
+        out: Picture to write: .png, .svg or .pdf.
+        x: What goes along.
+        y: What goes up.
+        low: Where the vertical axis starts.
+        high: Where it ends.
+        title: Title of the picture.
+    """
+    if not runs:
+        raise UserError("plot: give run directories")
+    curves: dict[str, list[list[dict[str, Any]]]] = {}
+    for text in runs:
+        label, found, run = text.partition("=")
+        place = Path(run if found else text)
+        curves.setdefault(label if found else place.name, []).append(_read(place))
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("plot needs matplotlib: pip install 'psmpi[plot]'") from None
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for label, several in curves.items():
+        length = min(map(len, several))
+        along = [_mean([_value(rows[k], x) for rows in several]) for k in range(length)]
+        values = [[_value(rows[k], y) for rows in several] for k in range(length)]
+        (line,) = axes.plot(along, [_mean(v) for v in values], label=label)
+        if len(several) > 1:
+            axes.fill_between(
+                along,
+                [min(v) for v in values],
+                [max(v) for v in values],
+                alpha=0.2,
+                color=line.get_color(),
+                linewidth=0,
+            )
+    axes.set_xlabel(TITLES[x])
+    axes.set_ylabel(TITLES[y])
+    axes.set_ylim(low, high)
+    axes.set_title(title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    try:
+        figure.savefig(out, dpi=110)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--out {out}: {error}") from None
+    print(f"wrote {out}")
+    return 0
+
+
+def _read(run: Path) -> list[dict[str, Any]]:
+    """The rows of a run, one an epoch."""
+    path = run / "metrics.jsonl"
+    try:
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+    except FileNotFoundError:
+        raise UserError(f"{path} is not there: give a run directory, the --out of a training run") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    if not rows:
+        raise UserError(f"{path} has no rows yet: the first epoch is not done")
+    return rows
+
+
+def _value(row: dict[str, Any], name: str) -> float:
+    if name == "megabytes":
+        return float(row["bytes_sent"]) / 1e6
+    return float(row[name]) * (100 if name == "test_accuracy" else 1)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status: 0 done, 1 an error."""
+    import tyro
+
+    words = sys.argv[1:] if argv is None else argv
+    try:
+        return int(tyro.cli(plot, prog="python -m psmpi.plot", args=words, config=(tyro.conf.OmitArgPrefixes,)))
+    except UserError as error:
+        print(f"psmpi.plot: error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
