@@ -222,6 +222,7 @@ def test_element_products_are_those_of_the_reference(rows, level, dtype):
         ops.products(pairs, middle, sigma, coefficients, v, out)
         share = ops.restricted_products(elements, pairs, middle, sigma, np.empty_like(coefficients), p, q)
         results.append((v, total, coefficients, out, q, np.array([share])))
+        assert far(ops.row_dots(v, out), (v.astype(np.float64) * out).sum(axis=1)) <= TOLERANCE[dtype]
         again = np.empty_like(p)
         elements.accumulate(out, again)
         assert far(again, q) <= TOLERANCE[dtype] and share == pytest.approx(float(p @ q), rel=1e-4)

@@ -276,6 +276,11 @@ class CompiledOps(NumpyOps):
     def restriction(self, runs: Sequence[Sequence[tuple[int, int]]], size: int) -> Restriction:
         return Restriction(runs, size, partial(Runs, instructions=self.instructions))
 
+    def row_dots(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        out = np.empty(len(a))
+        function("row_dots", a.dtype, "nnppp", self.instructions)(*a.shape, *pointers(a.dtype, a, b), out.ctypes.data)
+        return out
+
     def products(
         self,
         pairs: np.ndarray,

@@ -276,6 +276,11 @@ class NumpyOps:
         """U_e of elements whose variables are these (start, stop) of a vector, `size` at most."""
         return Restriction(runs, size, Transfer)
 
+    def row_dots(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """Scalar products (count,) float64 of the rows of a and b (count, n), sums in float64."""
+        found: np.ndarray = np.einsum("ei,ei->e", a, b, dtype=np.float64, casting="same_kind")
+        return found
+
     def products(
         self,
         pairs: np.ndarray,

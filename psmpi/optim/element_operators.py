@@ -113,7 +113,7 @@ class ElementOperators:
         if self.damping:
             y = self._damped(s, y, r)
         np.subtract(y, r, out=r)
-        ss, sy, yy, sr, rr = (_dots(a, b) for a, b in ((s, s), (s, y), (y, y), (s, r), (r, r)))
+        ss, sy, yy, sr, rr = (self.ops.row_dots(a, b) for a, b in ((s, s), (s, y), (y, y), (s, r), (r, r)))
         finite = np.isfinite(ss + sy + yy + sr + rr)
         active = seen & ~(ss == 0)
         positive = finite & (sy > (FLAT * np.sqrt(ss * yy) if self.relative else np.finfo(self.dtype).eps))
@@ -194,7 +194,7 @@ class ElementOperators:
 
     def _damped(self, s: np.ndarray, y: np.ndarray, bs: np.ndarray) -> np.ndarray:
         """y moved towards B s where s^T y is far from s^T B s (Powell 1978, with a bound above as well)."""
-        sy, sbs = _dots(s, y), _dots(s, bs)
+        sy, sbs = self.ops.row_dots(s, y), self.ops.row_dots(s, bs)
         low = np.where(sy < (1 - DAMP_LOW) * sbs, DAMP_LOW * sbs / (sbs - sy), 1.0)
         theta = np.where(sy > (1 + DAMP_HIGH) * sbs, DAMP_HIGH * sbs / (sy - sbs), low)
         theta = np.where(np.isfinite(theta) & (sbs > 0), theta, 1.0).astype(self.dtype)[:, None]
@@ -250,9 +250,3 @@ def recurse(
     np.put_along_axis(left, order, np.where(used, np.take_along_axis(stamps, order, axis=1), -1), axis=1)
     sound = used[np.arange(count), np.maximum(newest, 0)] & np.isfinite(w).all(axis=(1, 2))
     return middle, left, sound
-
-
-def _dots(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Scalar products (count,) of rows, summed in float64."""
-    found: np.ndarray = np.einsum("ei,ei->e", a, b, dtype=np.float64, casting="same_kind")
-    return found

@@ -65,10 +65,12 @@ def truncated_cg(
     while iterations < itmax:
         share = product(p, q)
         # One sum over the ranks an iteration. ||r||^2 is made anew: carried on, its rounding would grow without bounds.
-        sums = np.array([share, *_shares((p, p), (p, x), (x, x), (r, r), (r, q), (q, q))])
-        pq, pp, xp, xx, rr, rq, qq = allsum(sums).tolist()
+        bounded = ((p, x), (x, x)) if isfinite(radius) else ()
+        sums = np.array([share, *_shares((p, p), (r, r), (r, q), (q, q), *bounded)])
+        pq, pp, rr, rq, qq, *inside = allsum(sums).tolist()
         iterations += 1
         if isfinite(radius):
+            xp, xx = inside
             room = max(0.0, radius * radius - xx)
             edge = (-xp + sqrt(xp * xp + pp * room)) / pp
             if not pq > 0 or rr / pq > edge:

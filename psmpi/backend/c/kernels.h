@@ -643,6 +643,13 @@ void NAME(element_products)(ptrdiff_t count, ptrdiff_t rows, ptrdiff_t n, const 
                       weights, v + e * n, out + e * n);
 }
 
+/* out[e] = the scalar product of rows e of a and b (count, n). */
+void NAME(row_dots)(ptrdiff_t count, ptrdiff_t n, const R *a, const R *b, double *out)
+{
+    for (ptrdiff_t e = 0; e < count; e++)
+        NAME(dots)(1, n, a + e * n, n, b + e * n, out + e);
+}
+
 /* q += U_e^T B_e U_e p for each element e; *curvature = the sum of their p^T U_e^T B_e U_e p. sizes: variables of each
  * element, at most n; table: from (in p), to (in rows of n elements) and length of runs, those of element e from
  * starts[e] to starts[e + 1]; work: scratch (2 n + rows). */
