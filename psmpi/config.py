@@ -147,6 +147,8 @@ class Optimization:
     """Pairs that each element remembers."""
     merge_pairs: bool = False
     """One element for a pair of classes, not one for each of its two orders: half the memory."""
+    initial: Literal["scaled", "identity"] = "scaled"
+    """What an element's matrix starts from before its pairs: y^T y / s^T y times the identity, or the identity."""
     curvature: Literal["absolute", "relative"] = "absolute"
     """Test of s^T y in plbfgs and plse: above the rounding of the dtype, or above 1e-8 ||s|| ||y||."""
     damping: bool = False

@@ -199,6 +199,19 @@ def test_the_relative_test_does_not_depend_on_scale():
     assert FLAT == 1e-8 and OMEGA == 1e-6
 
 
+def test_the_identity_can_stay_the_first_matrix():
+    """Dense updates from I."""
+    rng, n = np.random.default_rng(9), 20
+    a = quadratics(2, n, rng, np.ones(2, bool))
+    op = ElementOperators(2, n, F64, "plbfgs", OPS, rescaled=False)
+    for _ in range(8):
+        s = rng.standard_normal((2, n))
+        op.push(s, np.einsum("eij,ej->ei", a, s), np.ones(2, bool))
+    assert (op.sigma == 1).all()
+    for e, b in enumerate(matrices(op)):
+        assert np.linalg.norm(b - dense(stored(op, e), 1.0, False)) <= 1e-12 * np.linalg.norm(b)
+
+
 def test_damping_keeps_pairs_of_negative_curvature_useful():
     rng, n = np.random.default_rng(10), 10
     op = ElementOperators(1, n, F64, "plbfgs", OPS, damping=True)

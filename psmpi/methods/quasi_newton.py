@@ -101,6 +101,7 @@ class PartitionedNewton:
             memory=o.memory,
             relative=o.curvature == "relative",
             damping=o.damping,
+            rescaled=o.initial == "scaled",
         )
         # This rank's rows of what all elements remember, and which elements they are.
         self.tables = {"classes": np.array(classes, np.int64).reshape(-1, 2), **self.operators.state()}

@@ -45,7 +45,9 @@ class ElementOperators:
     """`count` operators of `size` variables each; smaller elements are filled up with zeros, which change nothing.
 
     Vectors are (count, size) of `dtype`, float32 or float64; scalars are float64. `memory` pairs are kept of each. With
-    `relative`, the curvature test of L-BFGS is s^T y > 1e-8 ||s|| ||y||, else s^T y > eps, the spacing of `dtype` at 1.
+    `rescaled`, B_0 is y^T y / s^T y times the identity, of the newest pair with which that makes sense, else it is the
+    identity. With `relative`, the curvature test of L-BFGS is s^T y > 1e-8 ||s|| ||y||, else s^T y > eps, the spacing of
+    `dtype` at 1.
     UserError for an unknown rule and for a memory that is not positive.
     """
 
@@ -60,6 +62,7 @@ class ElementOperators:
         memory: int = 5,
         relative: bool = False,
         damping: bool = False,
+        rescaled: bool = True,
     ) -> None:
         if rule not in RULES:
             raise UserError(f"{rule!r} is no element update: choose one of {', '.join(RULES)}")
@@ -67,6 +70,7 @@ class ElementOperators:
             raise UserError(f"--memory {memory}: expected 1 or more pairs to remember")
         self.count, self.size, self.dtype, self.ops = count, size, np.dtype(dtype), ops
         self.rule, self.memory, self.relative, self.damping = rule, memory, relative, damping
+        self.rescaled = rescaled
         m = memory
         # Rows 0..m-1 of an element are its s, rows m..2m-1 its y, in slots.
         self.pairs = np.zeros((count, 2 * m, size), self.dtype)
@@ -176,7 +180,7 @@ class ElementOperators:
         for at, values in ((slot, with_s), (m + slot, with_y)):
             gram[rows, at] = values
             gram[rows, :, at] = values
-        scaled = (sy > FLAT * np.sqrt(ss * yy)) & (yy > 0)
+        scaled = (sy > FLAT * np.sqrt(ss * yy)) & (yy > 0) & self.rescaled
         kept = np.where(turned, 1.0, self.sigma[chosen])
         sigma = np.where(scaled, yy / sy, kept)
         middle, stamps, sound = recurse(gram, stamps, sigma, indefinite[chosen])
