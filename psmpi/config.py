@@ -124,13 +124,13 @@ class Optimization:
     weight_decay: float = 0.0
     """L2 penalty added to the gradient; decoupled in adamw."""
     momentum: float = 0.9
-    """Momentum of momentum and nesterov."""
+    """Momentum of momentum, nesterov and --extrapolation constant."""
     beta1: float = 0.9
     """Decay of Adam's first moment."""
     beta2: float = 0.999
-    """Decay of Adam's second moment."""
+    """Decay of Adam's second moment, and of --scaling moments."""
     eps: float = 1e-8
-    """Added to the root in adam, adamw and rmsprop."""
+    """Added to the root in adam, adamw, rmsprop and --scaling moments."""
     alpha: float = 0.99
     """Decay of rmsprop's mean square."""
     history: int = 10
@@ -140,7 +140,8 @@ class Optimization:
     globalization: Literal["trust-region", "line-search"] = "line-search"
     """What keeps partitioned quasi-Newton steps from being too long."""
     line_search: Literal["basic", "backtracking"] = "basic"
-    """basic: lengthens a step that is good as it is, as long as the loss falls; backtracking: only shortens."""
+    """Of --globalization line-search. basic: lengthens a step that is good as it is, by 3/2 as long as the loss falls,
+    whatever --sigma says; backtracking: only shortens."""
     extrapolation: Literal["none", "constant", "adaptive"] = "none"
     """Nesterov's extrapolation of partitioned quasi-Newton steps, by --momentum or adaptive."""
     memory: int = 5
@@ -152,7 +153,7 @@ class Optimization:
     curvature: Literal["absolute", "relative"] = "absolute"
     """Test of s^T y in plbfgs and plse: above the rounding of the dtype, or above 1e-8 ||s|| ||y||."""
     damping: bool = False
-    """Powell's damping of pairs of negative curvature."""
+    """Powell's damping of pairs of negative curvature, in plbfgs."""
     sigma: float = 0.0
     """Multiple of the identity that is added to the sum of the elements' matrices: more of it, shorter steps. It rises
     as a --schedule makes the learning rate fall."""

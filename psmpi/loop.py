@@ -90,8 +90,11 @@ class Loop:
         saved = from_toml(contents.config, str(path)).optimization.optimizer
         if saved != self.config.optimization.optimizer:
             note = f"the checkpoint is of {saved}, not of {self.config.optimization.optimizer}"
-        elif len(vectors) > 1 and not contents.optimizer:
-            note = "the checkpoint holds weights only"
+        elif contents.vectors != vectors.keys() - {"weights"}:
+            kept, wanted = (
+                " ".join(sorted(v)) or "no vectors" for v in (contents.vectors, vectors.keys() - {"weights"})
+            )
+            note = f"the checkpoint's optimizer has {kept}, these settings have {wanted}"
         if note:
             vectors = {"weights": vectors["weights"]}
         else:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from heapq import heapify, heappop, heappush
 from itertools import combinations, pairwise
 from math import prod
 
@@ -232,24 +233,49 @@ def score_columns(classes: int, columns: int) -> list[Worker]:
 def pair_columns(classes: int, columns: int) -> list[Worker]:
     """One replica row of the pair partition: every unordered pair of classes belongs to exactly one worker (row 0).
 
-    The classes form G groups, G as small as G(G-1)/2 >= columns allows; a worker owns the pairs between two groups
-    (several group pairs where there are fewer workers than group pairs), and a pair inside group g goes to the group
-    pair (g, g+1 mod G).
+    The classes form G groups; a worker owns the pairs between two groups, and the pairs inside group g go to the groups
+    (g, g+1 mod G). Where there are more workers than pairs of groups, the largest sets are cut in two. G is the one
+    that makes the largest set smallest, by its classes (the slice) and then its pairs.
     """
-    if columns == 1:
-        return [Worker(0, 0, tuple(range(classes)), frozenset(combinations(range(classes), 2)))]
-    number = next(g for g in range(2, classes + 1) if all_pairs(g) >= columns)
+    most = max(g for g in range(2, max(2, classes) + 1) if all_pairs(g) <= columns)
+    # Fewer groups with more cuts can win by a little, never by much.
+    tried = [_cut(group_pairs(classes, number), columns) for number in range(most, max(1, most - 4), -1)]
+    best = min(tried, key=lambda sets: max(map(_weight, sets)))
+    return [Worker(0, k, tuple(sorted(_classes(pairs))), frozenset(pairs)) for k, pairs in enumerate(best)]
+
+
+def group_pairs(classes: int, number: int) -> list[list[Pair]]:
+    """The pairs of classes that belong to each pair of `number` groups of consecutive classes."""
     groups = split_evenly(range(classes), number)
     owned: dict[Pair, set[Pair]] = {
         (a, b): {_pair(i, j) for i in groups[a] for j in groups[b]} for a, b in combinations(range(number), 2)
     }
     for g, members in enumerate(groups):
         owned[_pair(g, (g + 1) % number)] |= set(combinations(members, 2))
-    lists, workers = list(owned.values()), []
-    for k, mine in enumerate(split_evenly(range(len(lists)), columns)):
-        elements = frozenset(pair for i in mine for pair in lists[i])
-        workers.append(Worker(0, k, tuple(sorted({c for pair in elements for c in pair})), elements))
-    return workers
+    return [sorted(pairs) for pairs in owned.values()]
+
+
+def _classes(pairs: Iterable[Pair]) -> set[int]:
+    return {c for pair in pairs for c in pair}
+
+
+def _weight(pairs: Sequence[Pair]) -> tuple[int, int]:
+    return len(_classes(pairs)), len(pairs)
+
+
+def _cut(sets: list[list[Pair]], columns: int) -> list[list[Pair]]:
+    """Halve the largest set of pairs until there are `columns`."""
+    heap = [(tuple(-n for n in _weight(pairs)), pairs) for pairs in sets]
+    heapify(heap)
+    alone: list[list[Pair]] = []
+    while len(heap) + len(alone) < columns:
+        _, pairs = heappop(heap)
+        if len(pairs) == 1:
+            alone.append(pairs)
+            continue
+        for half in (pairs[: len(pairs) // 2], pairs[len(pairs) // 2 :]):
+            heappush(heap, (tuple(-n for n in _weight(half)), half))
+    return sorted(alone + [pairs for _, pairs in heap])
 
 
 PARTITIONS = {"scores": (score_columns, lambda classes: classes), "pairs": (pair_columns, all_pairs)}

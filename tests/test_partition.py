@@ -305,3 +305,20 @@ def test_several_masters_share_the_vector_equally():
 def test_impossible_roles_say_what_would_do(size, options, says):
     with pytest.raises(UserError, match=says):
         assign_roles(make_network("psnet", MNIST, 10).layout(), size, **options)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 7, 10, 12])
+def test_more_workers_never_have_larger_slices_or_more_pairs(classes):
+    """Every pair belongs to one worker, whatever their number; those of full sets of groups are the table's."""
+    before, pairs = (classes + 1, classes**2), set(combinations(range(classes), 2))
+    for workers in range(1, len(pairs) + 1):
+        grid = make_grid("pairs", classes, workers, 1)
+        assert len(grid) == workers and min(len(w.elements) for w in grid) >= 1
+        assert sum(len(w.elements) for w in grid) == len(pairs) == len(set().union(*(w.elements for w in grid)))
+        assert all(set(w.classes) == {c for pair in w.elements for c in pair} for w in grid)
+        now = max((len(w.classes), len(w.elements)) for w in grid)
+        assert now <= before
+        before = now
+    if classes == 10:
+        sizes = {n: max(len(w.classes) for w in make_grid("pairs", 10, n, 1)) for n in (1, 3, 6, 10, 15, 45)}
+        assert sizes == {1: 10, 3: 7, 6: 6, 10: 4, 15: 4, 45: 2}

@@ -322,6 +322,13 @@ def test_training_learns(train, optimizer):
         (1, ("--optimizer", "plse", "--extrapolation", "constant")),
         (3, ("--optimizer", "plsr1", "--globalization", "trust-region", "--dtype", "float32")),
         (4, ("--optimizer", "plbfgs", "--merge-pairs", "--masters", "2", "--placement", "owner")),
+        (
+            3,
+            (
+                *("--optimizer", "plse", "--scaling", "moments", "--sigma", "50", "--extrapolation", "adaptive"),
+                *("--batch-size", "37", "--dtype", "float32", "--colocate", "--schedule", "cosine"),
+            ),
+        ),
     ],
 )
 def test_a_resumed_run_ends_in_the_same_bits(train, ranks, options):
@@ -366,6 +373,54 @@ def test_the_tools_tell_of_elements(train):
         assert "elements" not in file
 
 
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        (("--scaling", "moments"), ()),
+        ((), ("--scaling", "moments")),
+        ((), ("--extrapolation", "constant")),
+        (("--extrapolation", "constant"), ()),
+    ],
+)
+def test_a_state_of_other_settings_is_not_taken_up(train, first, then):
+    """Pairs of scaled variables are no pairs of the weights."""
+    begun = train(1, *OPTIONS, "--optimizer", "plse", *first)
+    resumed = train(1, *OPTIONS, "--optimizer", "plse", *then, "--max-steps", "13", "--resume", begun.checkpoint)
+    said = " ".join(resumed.stdout.split())
+    assert "note: the checkpoint's optimizer has " in said and "the optimizer starts afresh" in said
+    assert resumed.tensors()["elements/pushes"].max() <= 1
+
+
+def test_counts_begin_again_in_a_resumed_run(train):
+    """Steps that failed, of the partitioned methods and of the whole vector's; every step is in its epoch's row."""
+    for options in (("--partition", "pairs", "--optimizer", "plse"), ("--optimizer", "lbfgs-tr")):
+        options = (*options, "--kappa", "30", "--globalization", "trust-region", "--max-steps")
+        first = train(1, *options, "10")
+        failed = first.rows[-1]["events"]["optimizer_failed_steps"]
+        assert failed > 0 and f"optimizer failed steps: {failed} so far" in first.stdout
+        resumed = train(1, *options, "12", "--resume", first.checkpoint)
+        assert resumed.rows[-1]["events"]["optimizer_failed_steps"] <= 2
+
+
+def test_a_line_search_comes_back_from_steps_far_too_long(train):
+    """The first gradients are so large that 46 cuts of the length are too few."""
+    result = train(1, "--partition", "pairs", "--optimizer", "plbfgs", "--kappa", "12", "--max-steps", "30")
+    assert result.rows[-1]["events"]["optimizer_failed_steps"] < 15
+    assert result.rows[-1]["events"]["steps_without_update"] < 15
+
+
+def test_steps_that_bring_no_pair_are_counted_when_they_happen(monkeypatch):
+    network = make_network("psnet", (1, 8, 8), 10)
+    method = make_method(network, digits(), optimizer="plbfgs")
+    skip = np.full(90, Outcome.SKIPPED)
+    monkeypatch.setattr(method.newton.operators, "push", lambda *a: skip)
+    for count in (1, 2, 3):
+        method.step(np.arange(120), 1e-3)
+        events = method.events()
+        assert events["steps_without_update"] == count and events["curvature_pairs_skipped"] == 90 * count
+    assert method.events()["steps_without_update"] == 3
+
+
 @pytest.mark.parametrize("options", [("--memory", "3"), ("--merge-pairs",)])
 def test_other_elements_than_the_checkpoint_has_start_afresh(train, options):
     first = train(1, *OPTIONS, "--optimizer", "plse")
@@ -378,6 +433,10 @@ def test_other_elements_than_the_checkpoint_has_start_afresh(train, options):
     [
         (1, (), "needs --partition pairs"),
         (3, ("--partition", "pairs", "--replicas", "2"), "use --replicas 1"),
+        (1, ("--partition", "pairs", "--damping"), "goes with --optimizer plbfgs"),
+        (1, ("--partition", "pairs", "--scaling", "moments", "--eps", "1e-50"), "rounds to 0 in float32"),
+        (1, ("--partition", "pairs", "--sigma", "-1"), "0 or more"),
+        (1, ("--optimizer", "adam", "--memory", "0"), "1 to 100 pairs"),
         (1, ("--partition", "pairs", "--extrapolation", "adaptive", "--globalization", "trust-region"), "line-search"),
         (1, ("--partition", "pairs", "--memory", "0"), "--memory 0"),
         (1, ("--partition", "pairs", "--cg-tolerance", "2"), "--cg-tolerance 2"),

@@ -1,7 +1,8 @@
 """Truncated conjugate gradients against dense linear algebra."""
 
-import itertools
+from concurrent.futures import ThreadPoolExecutor
 from math import nan
+from threading import Barrier
 
 import numpy as np
 import pytest
@@ -85,26 +86,42 @@ def test_without_a_radius_the_direction_always_descends():
 
 
 @pytest.mark.parametrize("parts", [1, 2, 5])
-def test_shards_take_the_same_iterations(parts):
-    """Vectors cut into shards, as on several masters: sums in another order, else the same."""
-    rng = np.random.default_rng(4)
-    a = rng.standard_normal((40, 40))
-    b, g = a @ a.T / 40 + np.eye(40), rng.standard_normal(40)
-    whole, expected = solve(b, g, rtol=1e-4, itmax=80)
+@pytest.mark.parametrize("radius", [np.inf, 0.7])
+def test_shards_take_the_same_iterations(parts, radius):
+    """Vectors cut into shards, each in a thread of its own, that know of each other through sums alone."""
+    rng, n = np.random.default_rng(4), 40
+    a = rng.standard_normal((n, n))
+    b, g = a @ a.T / n + np.eye(n), rng.standard_normal(n)
+    whole, expected = solve(b, g, rtol=1e-4, itmax=80, radius=radius)
+    edges, meet = np.linspace(0, n, parts + 1).astype(int), Barrier(parts)
+    sums: list = [None] * parts
+    p_whole, x = np.empty(n), np.empty(n)
 
-    def allsum(values):
-        # The serial run stands for all shards: its sums are made piece by piece.
-        return values
+    def shard(k):
+        at = slice(edges[k], edges[k + 1])
 
-    edges = np.linspace(0, 40, parts + 1).astype(int)
-    x, q = np.empty(40), np.empty(40)
+        def allsum(values):
+            sums[k] = values.copy()
+            meet.wait(60)
+            values[:] = np.sum(sums, axis=0)
+            meet.wait(60)
+            return values
 
-    def product(p, out):
-        out[:] = b @ p
-        return sum(float(p[i:j] @ out[i:j]) for i, j in itertools.pairwise(edges))
+        def product(p, q):
+            p_whole[at] = p
+            meet.wait(60)
+            q[:] = b[at] @ p_whole
+            meet.wait(60)
+            return float(p @ q)
 
-    found = truncated_cg(g, x, product, lambda a: None, allsum, np.stack([q, q.copy(), q.copy()]), rtol=1e-4, itmax=80)
-    assert found.iterations == expected.iterations and np.allclose(x, whole, rtol=1e-12, atol=1e-12)
+        work = np.empty((3, len(g[at])))
+        return truncated_cg(g[at], x[at], product, lambda a: None, allsum, work, rtol=1e-4, itmax=80, radius=radius)
+
+    with ThreadPoolExecutor(parts) as pool:
+        found = list(pool.map(shard, range(parts)))
+    assert all(one == found[0] for one in found)
+    assert (found[0].iterations, found[0].end) == (expected.iterations, expected.end)
+    assert np.allclose(x, whole, rtol=1e-12, atol=1e-12) and found[0].slope == pytest.approx(expected.slope, rel=1e-12)
 
 
 def test_numbers_that_are_not_finite_end_it_at_once():

@@ -72,7 +72,7 @@ def optimizer(config: Config, json: bool = False) -> int:
         for step in range(first + STEPS):
             scalars, before, begin = dict(method.scalars), method.counter.sent, time.perf_counter()
             watch.seconds = dict.fromkeys(PARTS, 0.0)
-            method.step(batches.ids(step // batches.steps_per_epoch, step % batches.steps_per_epoch), rate(step))
+            method.step(batches.ids(step // batches.steps_per_epoch, step % batches.steps_per_epoch), rate(0))
             if step >= first:
                 rows.append([time.perf_counter() - begin, *watch.seconds.values()])
                 counts.append([method.scalars[name] - scalars[name] for name in ("products", "trials")])

@@ -73,8 +73,8 @@ class Contents:
     placement: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
     part: tuple[int, ...] | None = None
-    # Whether a file has the optimizer's state besides the weights.
-    optimizer: bool = True
+    # The optimizer's vectors that a file has besides the weights.
+    vectors: frozenset[str] = frozenset()
 
     def texts(self) -> dict[str, str]:
         """The data sets of text: their names and what they say."""
@@ -353,7 +353,7 @@ def read_contents(path: Path) -> Contents:
     with open_file(path) as file:
         try:
             texts = {name: str(item.asstr()[0]) for name, item in file.items() if isinstance(item, h5py.Dataset)}
-            return replace(Contents.of(texts), optimizer="optimizer" in file)
+            return replace(Contents.of(texts), vectors=frozenset(file.get("optimizer", ())))
         except Exception as error:
             raise DamagedError(
                 f"checkpoint {path} was not written as psmpi/checkpoint/FORMAT.md says ({error!r}); use another one"

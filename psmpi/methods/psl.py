@@ -29,6 +29,9 @@ from psmpi.optim import Hyper, clip_by_global_norm, make_optimizer
 from psmpi.optim.element_operators import RULES
 from psmpi.partition import Layout, Roles, Rows, assign_roles
 
+# Scalars of optimizers that count steps in which the weights stayed.
+FAILURES = ("failed_searches", "failed_steps")
+
 
 class PartiallySeparable:
     """The method `psl` on one rank: a shard to optimize, a part to compute with, and the exchange between the two."""
@@ -76,6 +79,7 @@ class PartiallySeparable:
             self.tables, self.rows = self.newton.tables, element_rows(self.roles, optimization.merge_pairs)
             # From here on the workers make the steps of the owners themselves.
             self.exchange.scatter(self.w, self.w_part)
+        self.failed_before: dict[str, float | int] = {}
         self.loss_sum = 0.0
 
     @classmethod
@@ -130,6 +134,7 @@ class PartiallySeparable:
         return loss
 
     def resumed(self) -> None:
+        self.failed_before = {name: self.scalars[name] for name in FAILURES if name in self.scalars}
         if self.newton is not None:
             self.newton.resumed()
 
@@ -165,7 +170,17 @@ class PartiallySeparable:
         # With the score partition every worker of a row sees the same terms: the first counts them.
         counts = self.worker is not None and (self.worker.pairs is not None or self.worker.place.column == 0)
         clipped = self.worker.loss.clipped if self.worker is not None and counts else 0
-        return {"psl_terms_past_exp_clip": clipped, **(self.newton.events() if self.newton is not None else {})}
+        # Scalars are the same everywhere: the first rank counts them, from where a resumed run began.
+        failed = {
+            f"optimizer_{name}": int(self.scalars[name] - self.failed_before.get(name, 0)) * (self.rank == 0)
+            for name in FAILURES
+            if name in self.scalars
+        }
+        return {
+            "psl_terms_past_exp_clip": clipped,
+            **failed,
+            **(self.newton.events() if self.newton is not None else {}),
+        }
 
 
 def plan_roles(layout: Layout, size: int, config: Config) -> Roles:

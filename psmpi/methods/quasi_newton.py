@@ -20,15 +20,17 @@ from psmpi.methods.element_set import ElementSet, elements_of, largest_element
 from psmpi.methods.element_worker import DIVERGED, ElementWorker
 from psmpi.nn.losses import Loss
 from psmpi.nn.network import Network
-from psmpi.optim.base import CHUNK
+from psmpi.optim.base import CHUNK, check_eps
 from psmpi.optim.element_operators import RULES, ElementOperators, Outcome
-from psmpi.optim.globalization import Momentum, TrustRegion, armijo
+from psmpi.optim.globalization import SHORTEST, Momentum, TrustRegion, armijo
 from psmpi.optim.norms import add_products
 from psmpi.optim.truncated_cg import add_scaled, truncated_cg
 from psmpi.partition import Layout, Roles, Rows
 
 # How often the multiple of the identity may become the one of the start, where the learning rate goes to 0.
 STIFF = 1e6
+# The shortest step that a line search begins with.
+TINY = 1e-30
 
 
 class PartitionedNewton:
@@ -61,7 +63,7 @@ class PartitionedNewton:
         self.chunk = np.empty((2, CHUNK))
         self.region = TrustRegion()
         self.momentum = None if o.extrapolation == "none" else Momentum(o.extrapolation == "adaptive", o.momentum)
-        scalars.update(radius=1.0, theta=1.0, products=0, trials=0, failed_steps=0)
+        scalars.update(radius=1.0, first=1.0, theta=1.0, products=0, trials=0, failed_steps=0)
         self.p_part, self.p = exchange.make_vectors(self.dtype)
         self.q_part, self.q = exchange.make_vectors(self.dtype)
         self.g = np.empty_like(w)
@@ -128,7 +130,7 @@ class PartitionedNewton:
             share = self.elements.gradients(self.w_part, x, labels, self._loss(), self.scale, self.before)
             self.elements.accumulate(self.before, self.q_part)
         start, brought = self.world.agree(np.array([share, self.brought])).tolist()
-        self.idle += self.taken and not brought
+        self._count(brought)
         if not isfinite(start):
             raise FloatingPointError(DIVERGED)
         self.exchange.gather(self.q_part, self.q)
@@ -154,8 +156,11 @@ class PartitionedNewton:
 
         length: float | None = None
         if self.search:
-            searched = armijo(value, start, found.slope, extend=self.extend)
+            # After a search that found nothing the next one begins where it ended, until steps are longer again.
+            first = float(self.scalars["first"])
+            searched = armijo(value, start, found.slope, extend=self.extend, first=first)
             length = None if searched is None else searched[0]
+            self.scalars["first"] = max(first * SHORTEST, TINY) if length is None else min(1.0, 10 * length)
         elif found.iterations:
             decrease = -(found.slope + found.curvature / 2)
             length = 1.0 if self.region.judge(start, value(1.0), decrease, found.length) else None
@@ -183,15 +188,18 @@ class PartitionedNewton:
             self.exchange.scatter(self.v, self.v_part)
 
     def events(self) -> dict[str, int]:
-        """Counts of what went wrong, on this rank since the start."""
+        """Counts of what went wrong, on this rank since the start. All ranks call it."""
+        (brought,) = self.world.agree(np.array([float(self.brought)])).tolist()
+        self._count(brought)
         # What all ranks count is the first one's.
         mine = self.world.rank == 0
         pairs = {f"curvature_pairs_{name}": self.counts[name] for name in ("skipped", "rejected", "reset")}
-        return {
-            **pairs,
-            "steps_without_decrease": int(self.scalars["failed_steps"]) * mine,
-            "steps_without_update": self.idle * mine,
-        }
+        return {**pairs, "steps_without_update": self.idle * mine}
+
+    def _count(self, brought: float) -> None:
+        """Count the last step, once, if it brought no pair to any element of any rank."""
+        self.idle += self.taken and not brought
+        self.taken = False
 
     def _loss(self) -> Loss:
         assert self.worker is not None
@@ -313,6 +321,14 @@ def element_rows(roles: Roles, merged: bool) -> Rows:
 def check_newton(roles: Roles, config: Config) -> None:
     """UserError for settings that partitioned quasi-Newton training cannot have."""
     o = config.optimization
+    if not 1 <= o.memory <= 100:
+        raise UserError(f"--memory {o.memory}: expected 1 to 100 pairs")
+    if not 0 < o.cg_tolerance < 1:
+        raise UserError(f"--cg-tolerance {o.cg_tolerance}: expected a number between 0 and 1")
+    if not 0 <= o.sigma < inf:
+        raise UserError(f"--sigma {o.sigma}: expected a number, 0 or more")
+    if o.cg_iterations < 1:
+        raise UserError(f"--cg-iterations {o.cg_iterations}: expected 1 or more")
     if o.optimizer not in RULES:
         return
     name = f"--optimizer {o.optimizer}"
@@ -322,20 +338,18 @@ def check_newton(roles: Roles, config: Config) -> None:
             "not have both"
         )
     if roles.rows > 1:
+        workers = [w for w in roles.workers if w is not None]
+        pairs = {pair for w in workers for pair in w.elements or ()}
+        most = config.parallel.masters * (not config.parallel.colocate) + min(len(workers), len(pairs))
         raise UserError(
             f"{name} keeps each element on one worker, and replicas would each keep their own: use --replicas 1 and "
-            f"{config.parallel.masters * (not config.parallel.colocate) + sum(w is not None for w in roles.workers)} "
-            "ranks or fewer"
+            f"{most} ranks or fewer"
         )
+    if o.damping and o.optimizer != "plbfgs":
+        raise UserError(f"--damping goes with --optimizer plbfgs: {name} takes pairs of negative curvature as they are")
+    if o.scaling == "moments":
+        check_eps(o.eps, np.dtype(config.model.dtype))
     if o.extrapolation != "none" and o.globalization != "line-search":
         raise UserError(f"--extrapolation {o.extrapolation} goes with --globalization line-search")
     if o.weight_decay:
         raise UserError(f"{name} has no --weight-decay")
-    if not 1 <= o.memory <= 100:
-        raise UserError(f"--memory {o.memory}: expected 1 to 100 pairs")
-    if not 0 < o.cg_tolerance < 1:
-        raise UserError(f"--cg-tolerance {o.cg_tolerance}: expected a number between 0 and 1")
-    if not 0 <= o.sigma < inf:
-        raise UserError(f"--sigma {o.sigma}: expected a number, 0 or more")
-    if o.cg_iterations < 1:
-        raise UserError(f"--cg-iterations {o.cg_iterations}: expected 1 or more")

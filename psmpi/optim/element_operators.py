@@ -46,8 +46,8 @@ class ElementOperators:
 
     Vectors are (count, size) of `dtype`, float32 or float64; scalars are float64. `memory` pairs are kept of each. With
     `rescaled`, B_0 is y^T y / s^T y times the identity, of the newest pair with which that makes sense, else it is the
-    identity. With `relative`, the curvature test of L-BFGS is s^T y > 1e-8 ||s|| ||y||, else s^T y > eps, the spacing of
-    `dtype` at 1.
+    identity. With `relative`, the curvature test of L-BFGS is s^T y > 1e-8 ||s|| ||y||, else s^T y > eps, the spacing
+    of `dtype` at 1.
     UserError for an unknown rule and for a memory that is not positive.
     """
 

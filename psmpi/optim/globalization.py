@@ -9,7 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf, isfinite, sqrt
 
-# Of the trust region: acceptance, what is a good step, how much of the radius it must use, growth, and bounds.
+# Of the trust region: acceptance, what is a good step, how much of the radius it must use, growth, and bounds. A radius
+# that cannot get below what float64 still resolves would reject the same step for ever.
 ETA, ETA_GOOD, NEAR, GROWTH, SMALLEST, LARGEST = 1e-3, 0.75, 0.8, 2.0, 1e-10, 1e3
 # Of the line search: Armijo's fraction, the factor between trials, the shortest step.
 ARMIJO, SHRINK, SHORTEST = 0.05, 2 / 3, 1e-8
@@ -38,12 +39,13 @@ class TrustRegion:
 
 
 def armijo(
-    value: Callable[[float], float], start: float, slope: float, *, extend: bool = True
+    value: Callable[[float], float], start: float, slope: float, *, extend: bool = True, first: float = 1.0
 ) -> tuple[float, float] | None:
     """A step length b with start - value(b) >= 0.05 b |slope|, and the value there; None where there is none.
 
-    slope < 0 is the derivative at 0. From 1 the length is multiplied by 2/3 until the condition holds; with `extend`,
-    if it holds at 1, by 3/2 as long as it holds and the value falls. It does not hold for values that are not finite.
+    slope < 0 is the derivative at 0. From `first` the length is multiplied by 2/3 until the condition holds, down to
+    1e-8 times `first`; with `extend`, if it holds at `first`, by 3/2 as long as it holds and the value falls. It does
+    not hold for values that are not finite.
     """
 
     def holds(length: float, at: float) -> bool:
@@ -51,7 +53,7 @@ def armijo(
 
     if not slope < 0:
         return None
-    length, at = 1.0, value(1.0)
+    length, at = first, value(first)
     if holds(length, at):
         while extend and at < start:
             longer = length / SHRINK
@@ -60,7 +62,7 @@ def armijo(
                 break
             length, at = longer, further
         return length, at
-    while length > SHORTEST:
+    while length > SHORTEST * first:
         length *= SHRINK
         at = value(length)
         if holds(length, at):

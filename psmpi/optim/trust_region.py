@@ -66,6 +66,7 @@ class TrustRegionQuasiNewton(Optimizer):
         )  # fmt: skip
         self.scalars["products"] += found.iterations
         if not found.iterations:
+            self.scalars["failed_steps"] += 1
             return
         add_scaled(w, self.x, 1.0)
         after = self._evaluate(w, g, allsum, closure)
