@@ -100,6 +100,23 @@ def test_sr1_recovers_an_indefinite_hessian():
     assert abs(matrices(op) - a).max() <= 1e-10 * abs(a).max()
 
 
+@pytest.mark.parametrize("name", ["plsr1", "plse"])
+def test_a_matrix_that_says_all_is_not_reset_by_pairs_that_it_fits(name):
+    """Twelve more pairs of the same concave quadratic: no failures, no resets, and the matrix stays in its bits."""
+    n = 6
+    a = -np.diag(np.linspace(1.0, 3.0, n))[None]
+    op, rng = ElementOperators(1, n, F64, name, OPS, memory=n), np.random.default_rng(8)
+    for k in range(n):
+        s = np.eye(n)[k : k + 1]
+        assert op.push(s, np.einsum("eij,ej->ei", a, s), np.ones(1, bool))[0] == Outcome.UPDATED
+    before = matrices(op)
+    assert np.linalg.norm(before - a) <= 1e-12
+    for _ in range(12):
+        s = rng.standard_normal((1, n))
+        assert op.push(s, np.einsum("eij,ej->ei", a, s), np.ones(1, bool))[0] == Outcome.SKIPPED
+    assert np.array_equal(matrices(op), before) and op.failures[0] == 0
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_every_element_is_alone(rule):
     """Pushes that come to some elements only leave those where they would be without the others."""
