@@ -36,8 +36,9 @@ TINY = 1e-30
 class PartitionedNewton:
     """Steps w (this rank's shard) and w_part (what its worker computes with), which stay equal where both lie.
 
-    world: all ranks; `worker` is None on ranks that only hold weights. scalars: the radius, theta of the adaptive
-    momentum and counts, the same on every rank. vectors: `v` of the momentum, over the shard, where there is one.
+    world: all ranks; `worker` is None on ranks that only hold weights. scalars: the radius, the first length that a
+    line search tries, theta of the adaptive momentum and counts, the same on every rank. vectors, over the shard, where
+    they are used: `v` of the momentum, `squares` of the gradients. tables: this rank's rows of what elements remember.
     """
 
     def __init__(
@@ -176,8 +177,8 @@ class PartitionedNewton:
         if self.momentum is not None:
             self.scalars["theta"] = self.momentum.theta
         # What every sample adds, whatever the weights, is no part of any element: one worker counts it.
-        first = self.worker is not None and self.worker.place.column == 0
-        return share + (self._loss().constant if first else 0.0)
+        counts = self.worker is not None and self.worker.place.column == 0
+        return share + (self._loss().constant if counts else 0.0)
 
     def resumed(self) -> None:
         """Take up scalars, vectors and tables that were restored."""
@@ -209,7 +210,9 @@ class PartitionedNewton:
         """Update the scale of the variables, on all ranks, and bring the gradient to them."""
         self.scalars["t"] += 1
         self.squares *= self.dtype.type(self.beta2)
-        self.squares += self.dtype.type(1 - self.beta2) * self.g * self.g
+        np.multiply(self.g, self.g, out=self.r)
+        self.r *= self.dtype.type(1 - self.beta2)
+        self.squares += self.r
         correction = 1 - self.beta2 ** self.scalars["t"]
         np.divide(self.squares, self.dtype.type(correction), out=self.root)
         np.sqrt(self.root, out=self.root)
