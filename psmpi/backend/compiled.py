@@ -105,8 +105,9 @@ class Direct:
         dtype: np.dtype,
         instructions: int,
         team: Team,
+        activate: Callable[[np.ndarray], None],
     ):
-        self.team, self.dtype = team, np.dtype(dtype)
+        self.team, self.dtype, self.activate = team, np.dtype(dtype), activate
         # The last three numbers, the batch and the samples of a thread, are those of the call.
         rest = (*in_shape[1:], *out_shape[1:], kernel, stride, 0, 0, 0)
         self.shapes = [[_shape(s, rest) for s in stripes] for _ in range(team.size)]
@@ -157,6 +158,7 @@ class Direct:
                 self._forward(shape.ctypes.data, *pointers(self.dtype, x, kernels, bias, y, self.packs[k]))
 
         self.team.run(share, members)
+        self.activate(y)
 
     def backward(
         self, x: np.ndarray, dy: np.ndarray, kernels: np.ndarray, dkernels: np.ndarray | None, dx: np.ndarray | None
@@ -259,8 +261,11 @@ class CompiledOps(NumpyOps):
         kernel: int,
         stride: int,
         dtype: np.dtype,
+        activation: str = "identity",
     ) -> Convolution:
-        return Direct(stripes, in_shape, out_shape, kernel, stride, np.dtype(dtype), self.instructions, self.team)
+        activate = partial(self.activate, activation)
+        shapes = (in_shape, out_shape, kernel, stride)
+        return Direct(stripes, *shapes, np.dtype(dtype), self.instructions, self.team, activate)
 
     def row_sums(self, y: np.ndarray, out: np.ndarray) -> None:
         call = function("row_sums", y.dtype, "iinppnn", self.instructions)
@@ -342,10 +347,13 @@ class CompiledOps(NumpyOps):
             super().activate(kind, y)
 
     def activate_back(self, kind: str, y: np.ndarray, dy: np.ndarray) -> None:
+        if kind == "identity":
+            return
         function(f"{kind}_back", y.dtype, "npp", self.instructions)(y.size, *pointers(y.dtype, y, dy))
 
-    def max_pool(self, x: np.ndarray, size: int, y: np.ndarray) -> None:
+    def max_pool(self, x: np.ndarray, size: int, y: np.ndarray, activation: str = "identity") -> None:
         function("max_pool", x.dtype, "iiiiipp", self.instructions)(*x.shape, size, *pointers(x.dtype, x, y))
+        self.activate(activation, y)
 
     def max_pool_back(self, x: np.ndarray, y: np.ndarray, dy: np.ndarray, size: int, dx: np.ndarray) -> None:
         call = function("max_pool_back", x.dtype, "iiiiipppp", self.instructions)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import prod
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
@@ -40,7 +41,7 @@ class Convolution(Protocol):
         """Make room for minibatches of up to `batch` samples."""
 
     def forward(self, x: np.ndarray, kernels: np.ndarray, bias: np.ndarray, y: np.ndarray) -> None:
-        """y (units, rows, columns, b) = bias (units,) + the correlations."""
+        """y (units, rows, columns, b) = activation(bias (units,) + the correlations)."""
 
     def backward(
         self, x: np.ndarray, dy: np.ndarray, kernels: np.ndarray, dkernels: np.ndarray | None, dx: np.ndarray | None
@@ -65,8 +66,10 @@ class Im2col:
         kernel: int,
         stride: int,
         dtype: np.dtype,
+        activate: Callable[[np.ndarray], None] = lambda y: None,
     ):
         self.stripes, self.channels, self.kernel, self.stride = stripes, in_shape[0], kernel, stride
+        self.activate = activate
         (self.units, self.height, self.width), self.dtype = out_shape, dtype
         # A sum over more than one chunk is made in a second buffer.
         self.product = np.empty(0, dtype)
@@ -111,6 +114,7 @@ class Im2col:
             for s in self.stripes:
                 np.matmul(self._rows(s, kernels), self._source(s, cols), out=self._rows(s, out))
         y += bias[:, None, None, None]
+        self.activate(y)
 
     def backward(
         self, x: np.ndarray, dy: np.ndarray, kernels: np.ndarray, dkernels: np.ndarray | None, dx: np.ndarray | None
@@ -178,6 +182,50 @@ class Transfer:
         return sum(a.nbytes for a in vars(self).values() if isinstance(a, np.ndarray))
 
 
+class Mirror:
+    """An array of a backend and its image in host memory, which here are one.
+
+    `host` has the shape and dtype of the array, and keeps its address. `fetch` begins to bring it up to date, `wait`
+    ends when it is; `push` sends it to the array, for the operations that follow; `settle` ends when it may be written.
+    """
+
+    def __init__(self, array: np.ndarray):
+        self.array = self.host = array
+
+    def fetch(self) -> None:
+        """Begin to copy the array to `host`."""
+
+    def wait(self) -> None:
+        """Wait until what was fetched is there."""
+
+    def push(self) -> None:
+        """Copy `host` to the array; `host` is not to be written before `settle`."""
+
+    def settle(self) -> None:
+        """Wait until `host` has been copied."""
+
+
+class Samples:
+    """Samples (n, features) of which minibatches are taken, each feature times its scale (features,), in its dtype."""
+
+    def __init__(self, values: np.ndarray, scale: np.ndarray):
+        self.values, self.scale = values, scale[:, None]
+        self.scratch = np.empty((0, values.shape[1]), values.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes + self.scratch.nbytes
+
+    def fetch(self, at: np.ndarray, out: np.ndarray) -> None:
+        """out (features, b) = the scaled samples at positions `at` (b,) int64, which are not checked."""
+        if len(at) > len(self.scratch):
+            self.scratch = np.empty((len(at), self.values.shape[1]), self.values.dtype)
+        taken = self.scratch[: len(at)]
+        # Any mode but "raise" saves numpy a buffer for the result.
+        np.take(self.values, at, axis=0, out=taken, mode="clip")
+        np.multiply(taken.T, self.scale, out=out, dtype=out.dtype, casting="same_kind")
+
+
 class Restriction:
     """U_e of many elements: an element's variables are runs of a vector, one after the other in its row.
 
@@ -236,6 +284,11 @@ def col2im(cols: np.ndarray, stride: int, first: int, dx: np.ndarray) -> None:
             dx[:, top : top + stride * rows : stride, j : j + stride * width : stride] += cols[:, i, j]
 
 
+def exponent_of(peak: float) -> int:
+    """The power of two by which derivatives of this size are too large for a backward pass; 0 where they are not."""
+    return int(np.frexp(peak)[1]) if peak > 2.0**20 else 0
+
+
 class NumpyOps:
     name = "numpy"
     # Minibatches of a multiple of this are the fastest.
@@ -256,6 +309,38 @@ class NumpyOps:
         found: np.ndarray = room[first : first + size * np.dtype(dtype).itemsize].view(dtype)
         return found
 
+    def zeros(self, size: int, dtype: np.dtype) -> np.ndarray:
+        """(size,) zeros."""
+        return np.zeros(size, dtype)
+
+    def view(self, array: np.ndarray, start: int, shape: Sequence[int], steps: Sequence[int]) -> np.ndarray:
+        """The elements of a contiguous array from `start` on, in this shape and at these steps, in elements."""
+        flat = array.reshape(-1)
+        return as_strided(flat[start:], shape, [step * flat.itemsize for step in steps])
+
+    def mirror(self, array: np.ndarray) -> Mirror:
+        """The array's image in host memory."""
+        return Mirror(array)
+
+    def host(self, array: np.ndarray) -> np.ndarray:
+        """The array's values in host memory, perhaps the array itself."""
+        return array
+
+    def record(self, work: Callable[..., Any]) -> Callable[..., Any]:
+        """`work`, to be called again and again with few different arguments, all hashable.
+
+        It must do the same operations on the same arrays each time it is called with the same arguments, none of them
+        with the host, and return the same: a backend may record them once and play them back.
+        """
+        return work
+
+    def forget(self) -> None:
+        """Play nothing back that was recorded before: arrays have moved."""
+
+    def samples(self, values: np.ndarray, scale: np.ndarray) -> Samples:
+        """Samples (n, features) to take minibatches from, each feature times its scale (features,)."""
+        return Samples(values, scale)
+
     def matmul(self, a: np.ndarray, b: np.ndarray, out: np.ndarray) -> None:
         """out = a @ b over the last two axes, the others batched."""
         np.matmul(a, b, out=out)
@@ -267,6 +352,17 @@ class NumpyOps:
     def row_sums(self, y: np.ndarray, out: np.ndarray) -> None:
         """out (...,) = y (..., n) summed over its last axis."""
         np.sum(y, axis=-1, out=out)
+
+    def finish(self, y: np.ndarray, bias: np.ndarray, kind: str) -> None:
+        """y (count, n, anything) = activation(y + bias (count, n)), in place."""
+        self.add_bias(y, bias)
+        self.activate(kind, y)
+
+    def finish_back(self, y: np.ndarray, dy: np.ndarray, kind: str, dbias: np.ndarray | None) -> None:
+        """dy (count, n, anything) *= activation', from its output y, in place; dbias (count, n) = the sums of dy."""
+        self.activate_back(kind, y, dy)
+        if dbias is not None:
+            self.row_sums(dy, dbias)
 
     def transfer(self, table: np.ndarray) -> Transfer:
         """Copies of runs, table (runs, 3) int64 of from, to and length, to be made again and again."""
@@ -326,9 +422,11 @@ class NumpyOps:
         kernel: int,
         stride: int,
         dtype: np.dtype,
+        activation: str = "identity",
     ) -> Convolution:
         """A convolution of (channels, height, width) to (units, rows, columns) images, to be used again and again."""
-        return Im2col(stripes, in_shape, out_shape, kernel, stride, dtype)
+        activate = partial(self.activate, activation)
+        return Im2col(stripes, in_shape, out_shape, kernel, stride, dtype, activate)
 
     def fold(self, w: np.ndarray, pool: int, out: np.ndarray) -> None:
         """A kernel followed by pool x pool mean pooling as one kernel: w (..., k, k) -> out (..., k+pool-1, k+pool-1).
@@ -361,24 +459,26 @@ class NumpyOps:
         h, w = like.shape[1] * size, like.shape[2] * size
         return [x[:, i:h:size, j:w:size] for i in range(size) for j in range(size)]
 
-    def mean_pool(self, x: np.ndarray, size: int, y: np.ndarray) -> None:
-        """y (c, h // size, w // size, b) = mean of x (c, h, w, b) over size x size windows."""
+    def mean_pool(self, x: np.ndarray, size: int, y: np.ndarray, activation: str = "identity") -> None:
+        """y (c, h // size, w // size, b) = activation(mean of x (c, h, w, b) over size x size windows)."""
         first, *others = self._windows(x, size, y)
         y[...] = first
         for window in others:
             y += window
         y *= 1 / size**2
+        self.activate(activation, y)
 
     def mean_pool_back(self, dy: np.ndarray, size: int, dx: np.ndarray) -> None:
         dx.fill(0)
         for window in self._windows(dx, size, dy):
             np.multiply(dy, 1 / size**2, out=window)
 
-    def max_pool(self, x: np.ndarray, size: int, y: np.ndarray) -> None:
+    def max_pool(self, x: np.ndarray, size: int, y: np.ndarray, activation: str = "identity") -> None:
         first, *others = self._windows(x, size, y)
         y[...] = first
         for window in others:
             np.maximum(y, window, out=y)
+        self.activate(activation, y)
 
     def max_pool_back(self, x: np.ndarray, y: np.ndarray, dy: np.ndarray, size: int, dx: np.ndarray) -> None:
         """dx: dy where x is a window's first largest entry, 0 elsewhere. y, of the shape of dy, is scratch."""
@@ -405,6 +505,8 @@ class NumpyOps:
 
     def activate_back(self, kind: str, y: np.ndarray, dy: np.ndarray) -> None:
         """dy *= activation'(x), in place, from the activation's output y; both contiguous."""
+        if kind == "identity":
+            return
         ys, ds = y.reshape(-1), dy.reshape(-1)
         # In chunks that stay in the cache: the derivative needs room, and other layers need y.
         for first in range(0, ys.size, CHUNK):
@@ -424,6 +526,56 @@ class NumpyOps:
         if dtype not in self.slopes:
             self.slopes[dtype] = np.empty(CHUNK, dtype)
         return self.slopes[dtype][:size]
+
+    def losses(
+        self,
+        name: str,
+        scores: np.ndarray,
+        labels: np.ndarray,
+        scale: float,
+        kappa: float,
+        limit: float,
+        pairs: np.ndarray | None,
+        own: slice,
+        grad: np.ndarray,
+        report: np.ndarray,
+    ) -> bool:
+        """One pass over a minibatch of the loss called `name`; False where this backend has none: psmpi.nn.losses has.
+
+        scores (classes, b), labels (b,) int64, pairs (classes, classes) bool or None as in `Loss`. Fills grad
+        (classes, b) float64 and report (4,) float64: the scaled loss, the largest exponent in psl, the number of its
+        terms beyond `limit`, the largest derivative with respect to the scores `own`.
+        """
+        return False
+
+    def cast_scores(self, grad: np.ndarray, out: np.ndarray, report: np.ndarray) -> None:
+        """out = grad, over the power of two by which the report says that derivatives are too large."""
+        np.copyto(out, np.ldexp(grad, -exponent_of(report[3])), casting="same_kind")
+
+    def give_back(self, g: np.ndarray, report: np.ndarray, limit: float) -> None:
+        """g times that power of two, in place, limited to `limit` in each component."""
+        exponent = exponent_of(report[3])
+        if exponent:
+            np.copyto(g, np.clip(np.ldexp(g.astype(np.float64), exponent), -limit, limit), casting="same_kind")
+
+    def sgd(self, w: np.ndarray, g: np.ndarray, rate: float, l2: float) -> bool:
+        """One pass of w -= rate d with d = g + l2 w; all are (n,) of one dtype.
+
+        False where this backend has no such pass: the optimizer then makes it in chunks. So in the others.
+        """
+        return False
+
+    def momentum(
+        self, w: np.ndarray, g: np.ndarray, v: np.ndarray, rate: float, beta: float, l2: float, nesterov: bool
+    ) -> bool:
+        """One pass of v = beta v + d, w -= rate v, or with nesterov w -= rate (d + beta v)."""
+        return False
+
+    def rmsprop(
+        self, w: np.ndarray, g: np.ndarray, v: np.ndarray, rate: float, alpha: float, eps: float, l2: float
+    ) -> bool:
+        """One pass of v = alpha v + (1 - alpha) d^2, w -= rate d / (sqrt(v) + eps)."""
+        return False
 
     def adam(
         self, w: np.ndarray, g: np.ndarray, m: np.ndarray, v: np.ndarray, rate: float, root: float, beta1: float,

@@ -116,8 +116,10 @@ def build_onnx(model: Model) -> Any:
     graph = _Graph()
     value = "x"
     for number, step in enumerate(model.steps):
-        last = number == len(model.steps) - 1
-        value = graph.step(step, value, model, "scores" if last else None)
+        name = "scores" if number == len(model.steps) - 1 else None
+        value = graph.step(step, value, model, name if step.activation == "identity" else None)
+        if step.activation != "identity":
+            value = graph.node(ACTIVATIONS[step.activation], [value], name or f"{value}.{step.activation}")
     inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", *model.network.in_shape])]
     outputs = [helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["batch", len(model.classes)])]
     made = helper.make_graph(graph.nodes, model.network.name, inputs, outputs, graph.weights)

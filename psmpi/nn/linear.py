@@ -36,19 +36,14 @@ class Segment:
     row_step: int
     row_bias_step: int = 1
 
-    def weights(self, vector: np.ndarray) -> np.ndarray:
+    def weights(self, vector: np.ndarray, ops: NumpyOps) -> np.ndarray:
         """The weights in `vector` as a (count, n, unit size) view."""
-        size = vector.itemsize
-        return as_strided(
-            vector[self.weight :],
-            (self.count, self.n, self.row_length),
-            (self.weight_step * size, self.row_step * size, size),
-        )
+        shape = (self.count, self.n, self.row_length)
+        return ops.view(vector, self.weight, shape, (self.weight_step, self.row_step, 1))
 
-    def biases(self, vector: np.ndarray) -> np.ndarray:
+    def biases(self, vector: np.ndarray, ops: NumpyOps) -> np.ndarray:
         """The biases in `vector` as a (count, n) view."""
-        size = vector.itemsize
-        return as_strided(vector[self.bias :], (self.count, self.n), (self.bias_step * size, self.row_bias_step * size))
+        return ops.view(vector, self.bias, (self.count, self.n), (self.bias_step, self.row_bias_step))
 
     def rows(self, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Weights (k, count, n, unit size) and biases (k, count, n) in `vectors` (k, part's weights), as views."""
@@ -159,10 +154,17 @@ class LinearPart:
     """What dense and convolution layers share: segments bound to a weight and a gradient vector."""
 
     def __init__(
-        self, layer: Linear, segments: list[Segment], inputs: int, units: int, ops: NumpyOps, scratch: Scratch
+        self,
+        layer: Linear,
+        segments: list[Segment],
+        inputs: int,
+        units: int,
+        ops: NumpyOps,
+        scratch: Scratch,
+        activation: str = "identity",
     ):
         self.layer, self.segments, self.inputs, self.units, self.ops = layer, segments, inputs, units, ops
-        self.scratch = scratch
+        self.scratch, self.activation = scratch, activation
         self.w: list[tuple[np.ndarray, np.ndarray]] = []
         self.g: list[tuple[np.ndarray, np.ndarray]] = []
         # The array that sums went into last, and its views.
@@ -177,8 +179,8 @@ class LinearPart:
         )
 
     def bind(self, w: np.ndarray, g: np.ndarray | None) -> None:
-        self.w = [(s.weights(w), s.biases(w)) for s in self.segments]
-        self.g = [(s.weights(g), s.biases(g)) for s in self.segments] if g is not None else []
+        self.w = [(s.weights(w, self.ops), s.biases(w, self.ops)) for s in self.segments]
+        self.g = [(s.weights(g, self.ops), s.biases(g, self.ops)) for s in self.segments] if g is not None else []
 
     def arrays(self) -> list[np.ndarray]:
         """What it holds besides weights, activations, their gradients and scratch."""
@@ -194,8 +196,8 @@ class LinearPart:
         """The inputs of a segment's stripes, (count, n_in, b), as a view of x (inputs, b)."""
         if s.count == 1 or s.source_step == s.n_in:
             return x[s.source : s.source + s.count * s.n_in].reshape(s.count, s.n_in, x.shape[1])
-        step, width = x.strides
-        return as_strided(x[s.source :], (s.count, s.n_in, x.shape[1]), (s.source_step * step, step, width))
+        b = x.shape[1]
+        return self.ops.view(x, s.source * b, (s.count, s.n_in, b), (s.source_step * b, b, 1))
 
     @staticmethod
     def target(s: Segment, y: np.ndarray) -> np.ndarray:
@@ -217,16 +219,19 @@ class DensePart(LinearPart):
         for s, (w, b) in zip(self.segments, self.w, strict=True):
             out = self.target(s, y)
             self.ops.matmul(w, self.source(s, x), out)
-            self.ops.add_bias(out, b)
+            self.ops.finish(out, b, self.activation)
 
-    def backward(self, x: np.ndarray, dy: np.ndarray, dx: np.ndarray | None, sums: Sums | None = None) -> None:
+    def backward(
+        self, x: np.ndarray, y: np.ndarray, dy: np.ndarray, dx: np.ndarray | None, sums: Sums | None = None
+    ) -> None:
         for k, s in enumerate(self.segments):
             out, across = self.target(s, dy), self.source(s, x).transpose(0, 2, 1)
             if sums is None:
                 gw, gb = self.g[k]
-                self.ops.row_sums(out, gb)
+                self.ops.finish_back(self.target(s, y), out, self.activation, gb)
                 self.ops.matmul(out, across, gw)
             else:
+                self.ops.finish_back(self.target(s, y), out, self.activation, None)
                 weights, into = sums
                 gw, gb = self._rows(into)[k]
                 gb[...] = np.matmul(out, weights.T).transpose(2, 0, 1)
@@ -242,9 +247,11 @@ class DensePart(LinearPart):
         dx.fill(0)
         for s, (w, _) in zip(self.segments, self.w, strict=True):
             product = self.scratch.take("product", s.n_in, dx.shape[1])
-            for into, weights, out in zip(self.source(s, dx), w, self.target(s, dy), strict=True):
-                self.ops.matmul(weights.T, out, product)
-                into += product
+            sources, out = self.source(s, dx), self.target(s, dy)
+            for k in range(s.count):
+                self.ops.matmul(w[k].T, out[k], product)
+                source = sources[k]
+                source += product
 
 
 class ConvPart(LinearPart):
@@ -255,15 +262,23 @@ class ConvPart(LinearPart):
     """
 
     def __init__(
-        self, layer: Conv, segments: list[Segment], inputs: int, units: int, ops: NumpyOps, scratch: Scratch, pool: int
+        self,
+        layer: Conv,
+        segments: list[Segment],
+        inputs: int,
+        units: int,
+        ops: NumpyOps,
+        scratch: Scratch,
+        activation: str,
+        pool: int,
     ):
-        super().__init__(layer, segments, inputs, units, ops, scratch)
+        super().__init__(layer, segments, inputs, units, ops, scratch, activation)
         dtype = scratch.dtype
         self.k, self.pool = layer.kernel, pool
         self.wide = layer.kernel + pool - 1
         fan = layer.group_inputs * self.wide**2
         self.folded = ops.empty(units * fan, dtype).reshape(units, layer.group_inputs, self.wide, self.wide)
-        self.dfolded = np.empty_like(self.folded)
+        self.dfolded = ops.empty(units * fan, dtype).reshape(self.folded.shape)
         self.bias = ops.empty(units, dtype)
         # The kernels are packed, so stripes apart in the flat vector join wherever they see the same inputs.
         (_, height, width), (_, rows, columns) = layer.in_shape, layer.out_shape
@@ -274,6 +289,7 @@ class ConvPart(LinearPart):
             self.wide,
             pool,
             dtype,
+            activation,
         )
 
     def reserve(self, batch: int) -> None:
@@ -290,20 +306,24 @@ class ConvPart(LinearPart):
         for s, (w, b) in zip(self.segments, self.w, strict=True):
             units = slice(s.out, s.out + s.count * s.n)
             self.ops.fold(self._images(s, w, self.k), self.pool, self._images(s, self.folded[units], self.wide))
-            self.bias[units] = b.reshape(-1)
+            self.bias[units].reshape(b.shape)[...] = b
 
     def forward(self, x: np.ndarray, y: np.ndarray) -> None:
         self.prepare()
         self.plan.forward(x, self.folded, self.bias, y)
 
-    def backward(self, x: np.ndarray, dy: np.ndarray, dx: np.ndarray | None, sums: Sums | None = None) -> None:
+    def backward(
+        self, x: np.ndarray, y: np.ndarray, dy: np.ndarray, dx: np.ndarray | None, sums: Sums | None = None
+    ) -> None:
+        flat_y, flat_dy = y.reshape(self.units, -1), dy.reshape(self.units, -1)
+        for k, s in enumerate(self.segments):
+            dbias = self.g[k][1] if sums is None else None
+            self.ops.finish_back(self.target(s, flat_y), self.target(s, flat_dy), self.activation, dbias)
         self.plan.backward(x, dy, self.folded, self.dfolded if sums is None else None, dx)
         if sums is not None:
             self._backward_sums(x, dy, *sums)
             return
-        flat_dy = dy.reshape(self.units, -1)
-        for s, (gw, gb) in zip(self.segments, self.g, strict=True):
-            self.ops.row_sums(self.target(s, flat_dy), gb)
+        for s, (gw, _) in zip(self.segments, self.g, strict=True):
             dfolded = self._images(s, self.dfolded[s.out : s.out + s.count * s.n], self.wide)
             self.ops.unfold(dfolded, self.pool, self._images(s, gw, self.k))
 

@@ -9,17 +9,26 @@ import numpy as np
 
 from psmpi.backend import NumpyOps
 from psmpi.nn.linear import ConvPart, DensePart, LinearPart, Scratch, Sums, find_segments
-from psmpi.nn.network import Activation, Conv, Dense, Flatten, Linear, Network, Pool
+from psmpi.nn.network import Activation, Conv, Dense, Flatten, LayerSpec, Linear, Network, Pool
 from psmpi.partition import Layout, Runs
 
 
 class Step:
-    """One layer of a part in place: `size` elements of output a sample, of the network's units those `kept`."""
+    """One layer of a part in place: `size` elements of output a sample, of the network's units those `kept`.
+
+    A linear or a pooling layer makes the activation that follows it too.
+    """
 
     def __init__(
-        self, kind: str, spec: object, kept: np.ndarray, shape: tuple[int, ...] = (), linear: LinearPart | None = None
+        self,
+        kind: str,
+        spec: object,
+        kept: np.ndarray,
+        shape: tuple[int, ...] = (),
+        linear: LinearPart | None = None,
+        activation: str = "identity",
     ):
-        self.kind, self.spec, self.kept, self.linear = kind, spec, kept, linear
+        self.kind, self.spec, self.kept, self.linear, self.activation = kind, spec, kept, linear, activation
         self.shape = (int(kept.sum()), *shape)
 
     @property
@@ -84,17 +93,19 @@ class Model:
                         folded = layers.pop(0)[0]
                         assert isinstance(folded, Pool)
                         pool, shape = folded.size, folded.out_shape[1:]
-                    linear = ConvPart(layer, segments, inputs, units, self.ops, self.scratch, pool)
+                    activation = _next_activation(layers)
+                    linear = ConvPart(layer, segments, inputs, units, self.ops, self.scratch, activation, pool)
                 else:
                     assert isinstance(layer, Dense)
-                    linear = DensePart(layer, segments, inputs, units, self.ops, self.scratch)
+                    activation = _next_activation(layers)
+                    linear = DensePart(layer, segments, inputs, units, self.ops, self.scratch, activation)
                 linear.bind(self.w, self.g)
-                steps.append(Step("linear", layer, kept, shape, linear))
+                steps.append(Step("linear", layer, kept, shape, linear, activation))
             elif isinstance(layer, Flatten):
                 kept = np.repeat(kept, prod(layer.in_shape[1:]))
                 steps.append(Step("flatten", layer, kept))
             elif isinstance(layer, Pool):
-                steps.append(Step("pool", layer, kept, layer.out_shape[1:]))
+                steps.append(Step("pool", layer, kept, layer.out_shape[1:], activation=_next_activation(layers)))
             elif isinstance(layer, Activation) and layer.kind != "identity":
                 steps.append(Step("activation", layer, kept, layer.out_shape[1:]))
         return steps
@@ -112,7 +123,8 @@ class Model:
         writable = False
         for k, step in enumerate(self.steps):
             in_place = step.kind == "flatten" or (step.kind == "activation" and writable)
-            writable = step.kind in ("linear", "pool") or (step.kind == "flatten" and writable)
+            fresh = step.kind in ("linear", "pool") and step.activation == "identity"
+            writable = fresh or (step.kind == "flatten" and writable)
             if self.lender is not None:
                 in_place = isinstance(self.borrowed[k], slice)
             self.buffers.append(None if in_place else self.ops.empty(step.size * batch, self.dtype))
@@ -158,7 +170,8 @@ class Model:
                 step.linear.forward(previous, y)  # type: ignore[attr-defined]
             elif step.kind == "pool":
                 assert isinstance(step.spec, Pool)
-                (self.ops.mean_pool if step.spec.kind == "mean" else self.ops.max_pool)(previous, step.spec.size, y)
+                pool = self.ops.mean_pool if step.spec.kind == "mean" else self.ops.max_pool
+                pool(previous, step.spec.size, y, step.activation)
             elif step.kind == "activation":
                 assert isinstance(step.spec, Activation)
                 if buffer is not None:
@@ -206,15 +219,25 @@ class Model:
                 dx = self.scratch.take(f"gradient {turn}", *x.shape)
                 turn = 1 - turn
             if step.linear is not None:
-                step.linear.backward(x, dy, dx, sums)  # type: ignore[attr-defined]
+                step.linear.backward(x, y, dy, dx, sums)  # type: ignore[attr-defined]
             elif dx is not None:
                 assert isinstance(step.spec, Pool)
+                self.ops.activate_back(step.activation, y, dy)
                 if step.spec.kind == "mean":
                     self.ops.mean_pool_back(dy, step.spec.size, dx)
                 else:
                     self.ops.max_pool_back(x, self.scratch.take("pooled", *y.shape), dy, step.spec.size, dx)
             if dx is not None:
                 dy = dx
+
+
+def _next_activation(layers: list[tuple[LayerSpec, np.ndarray]]) -> str:
+    """Take the activation that comes next from `layers`; identity where there is none."""
+    if layers and isinstance(layers[0][0], Activation):
+        layer, _ = layers.pop(0)
+        assert isinstance(layer, Activation)
+        return layer.kind
+    return "identity"
 
 
 def _positions(theirs: np.ndarray, mine: np.ndarray) -> slice | np.ndarray:
