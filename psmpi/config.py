@@ -80,8 +80,17 @@ class Parallel:
     """Masters are workers too."""
     replicas: int = 0
     """Rows of workers that split each minibatch; 0: as few as give every worker work."""
-    backend: Literal["auto", "numpy", "compiled"] = "auto"
-    """What computes: NumPy, or kernels in C (auto: where they are there, and NumPy else)."""
+    backend: Literal["auto", "numpy", "compiled", "cupy"] = "auto"
+    """What computes: NumPy, kernels in C, or a GPU through CuPy. auto: the last of these that is there, but no GPU for
+    the partitioned quasi-Newton methods, which compute on the host."""
+    compute: Literal["float32", "tf32", "float16", "bfloat16"] = "float32"
+    """What a GPU's matrix products (of dense layers) compute with; weights, sums and results are float32."""
+    cuda_graphs: bool = True
+    """Record a step's work on the GPU once and play it back."""
+    gpu_aware: bool = False
+    """Hand GPU memory to MPI, which has to be GPU-aware; else what is sent goes through pinned host memory."""
+    nccl: bool = False
+    """Exchange the scores of a row, and sum over replicas, by NCCL; needs a GPU a rank."""
     threads: int = 0
     """Threads a rank, of linear algebra and of the kernels; 0: the host's cores over its ranks, at least 1."""
 
@@ -249,6 +258,15 @@ def check(config: Config) -> None:
         raise UserError(f"--clip {config.optimization.clip}: expected 0 (no clipping) or a number above it")
     if not 0 <= run.checkpoint_gzip <= 9:
         raise UserError(f"--checkpoint-gzip {run.checkpoint_gzip}: expected 0 (none) to 9")
+    if config.parallel.backend == "cupy" and config.optimization.optimizer in ("plbfgs", "plsr1", "plse"):
+        raise UserError(
+            f"--optimizer {config.optimization.optimizer} computes on the host: use --backend compiled (or auto)"
+        )
+    if config.parallel.compute != "float32" and config.model.dtype != "float32":
+        raise UserError(
+            f"--compute {config.parallel.compute} is for float32 weights, not --dtype {config.model.dtype}: leave one "
+            "out"
+        )
     if config.parallel.threads > 1024:
         raise UserError(f"--threads {config.parallel.threads}: expected 1024 at most")
 

@@ -26,13 +26,15 @@ from psmpi.optim import make_schedule
 def show_places(console: Console, places: list[tuple[int, str, Place]]) -> None:
     """Print the placement table: what each rank does and holds."""
     table = Table(title="placement", title_justify="left")
-    for name in ("rank", "host", "role", "classes"):
+    devices = any(place.device for _, _, place in places)
+    for name in ("rank", "host", *(("device",) if devices else ()), "role", "classes"):
         table.add_column(name)
     for name in ("computes with", "optimizes", "memory"):
         table.add_column(name, justify="right")
     for rank, host, place in places:
         memory = f"{place.nbytes / 1e6:.1f} MB"
-        table.add_row(str(rank), host, place.role, place.classes, f"{place.held:,}", f"{place.owned:,}", memory)
+        where = (host, place.device) if devices else (host,)
+        table.add_row(str(rank), *where, place.role, place.classes, f"{place.held:,}", f"{place.owned:,}", memory)
     console.print(table)
 
 
@@ -231,6 +233,7 @@ class Loop:
     def _save(self) -> None:
         loss_sum, sent, received = self._totals()
         progress = replace(self.progress, loss_sum=loss_sum, bytes_sent=sent, bytes_received=received)
+        self.method.collect()
         self.writer.write(self.method.vectors, self.method.scalars, progress, self.method.tables)
         self._tell_troubles()
 

@@ -119,7 +119,6 @@ def _train(world: Any, config: Config) -> None:
     from threadpoolctl import threadpool_limits
 
     from psmpi import checkpoint, metrics
-    from psmpi.backend import make_backend
     from psmpi.comm.world import host, library, share
     from psmpi.config import to_toml
     from psmpi.data import open_dataset
@@ -175,7 +174,7 @@ def _train(world: Any, config: Config) -> None:
         warnings.simplefilter("ignore")
     # What overflows is dealt with where it matters; a diverging run says so itself, once.
     with threadpool_limits(threads), np.errstate(all="ignore"):
-        ops = make_backend(config.parallel.backend, threads)
+        ops = _backend(world, config, threads)
         method = METHODS[config.parallel.method](world, network, dataset, config, ops)
         place = json.dumps([socket.gethostname(), *vars(method.place()).values()])
         places = [json.loads(text) for text in _collect(world, place)]
@@ -202,6 +201,36 @@ def _train(world: Any, config: Config) -> None:
         if found:
             loop.resume(Path(found))
         loop.run()
+
+
+def _backend(world: Any, config: Config, threads: int) -> Any:
+    """What this rank computes with, its kernels compiled."""
+    import numpy as np
+
+    from psmpi.backend import device, make_backend
+    from psmpi.comm import nccl
+    from psmpi.comm.world import host_by_host, seats
+    from psmpi.errors import UserError
+    from psmpi.optim.element_operators import RULES
+
+    parallel, dtype = config.parallel, np.dtype(config.model.dtype)
+    seat, ranks = seats(world)
+    on_host = config.optimization.optimizer in RULES
+    ops = make_backend(parallel.backend, threads, None if on_host else seat, parallel.compute, parallel.cuda_graphs)
+    if not ops.on_device:
+        for option, given in (
+            ("--gpu-aware", parallel.gpu_aware),
+            ("--nccl", parallel.nccl),
+            (f"--compute {parallel.compute}", parallel.compute != "float32"),
+        ):
+            if given:
+                raise UserError(f"{option} is for GPUs, and the backend here is {ops.name}: add --backend cupy")
+        return ops
+    if parallel.nccl:
+        nccl.check(ranks, device.devices())
+    # The first rank of a host compiles the kernels, the others find them in its cache.
+    host_by_host(world, lambda: ops.compile(dtype))
+    return ops
 
 
 def _compare(contents: Contents, config: Config, samples: int, path: str, tell: Callable[[str], None]) -> None:

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from psmpi.backend import compiled
+from psmpi.backend import compiled, device
 from psmpi.backend.compiled import CompiledOps
+from psmpi.backend.device import CupyOps
 from psmpi.backend.reference import Convolution, NumpyOps, Restriction, Stripes, Transfer
 from psmpi.errors import UserError
 
-__all__ = ["CompiledOps", "Convolution", "NumpyOps", "Restriction", "Stripes", "Transfer", "make_backend"]
+__all__ = ["CompiledOps", "Convolution", "CupyOps", "NumpyOps", "Restriction", "Stripes", "Transfer", "make_backend"]
 
 
-def make_backend(name: str, threads: int = 1) -> NumpyOps:
+def make_backend(
+    name: str, threads: int = 1, seat: int | None = None, compute: str = "float32", graphs: bool = True
+) -> NumpyOps:
     """The operations called `name`; `auto` takes the best one present. UserError where it is not known or not there.
 
-    threads: those of the kernels; those of NumPy's linear algebra are set from outside (threadpoolctl).
+    threads: those of the kernels; those of NumPy's linear algebra are set from outside (threadpoolctl). seat: this
+    process's number on its host, which is dealt to the devices that it sees in turn; None: no device unless it is asked
+    for by name. compute, graphs: as in `CupyOps`.
     """
+    if name not in ("auto", "numpy", "compiled", "cupy"):
+        raise UserError(f"--backend {name!r} is unknown: choose auto, numpy, compiled or cupy")
+    if name == "cupy" or (name == "auto" and seat is not None and device.available()):
+        return CupyOps((seat or 0) % device.devices(), compute, graphs)
     if name == "compiled" and not compiled.level():
         raise UserError(f"--backend compiled: the kernels are not there: {compiled.missing()}; or use --backend numpy")
-    if name not in ("auto", "numpy", "compiled"):
-        raise UserError(f"--backend {name!r} is unknown: choose auto, numpy or compiled")
     return CompiledOps(threads=threads) if name != "numpy" and compiled.level() else NumpyOps()

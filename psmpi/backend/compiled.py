@@ -130,6 +130,9 @@ class Direct:
         self._weight = function("conv_weight", dtype, "pppp", instructions)
         self._samples = function("conv_samples", dtype, "ppppp", instructions)
 
+    def prepare(self, kernels: np.ndarray) -> None:
+        """Packs the kernels in each call: a thread its own."""
+
     def reserve(self, batch: int) -> None:
         """Needs nothing that grows with the minibatch."""
 

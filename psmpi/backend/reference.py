@@ -18,6 +18,8 @@ from numpy.lib.stride_tricks import as_strided
 
 # Columns of a convolution are made in chunks of about this many elements, so that they stay in the second-level cache.
 CHUNK = 1 << 18
+# Below the 10,000 from which OpenBLAS splits a dot product over threads, so that sums do not depend on their number.
+DOT = 1 << 13
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,9 @@ class Convolution(Protocol):
 
     def reserve(self, batch: int) -> None:
         """Make room for minibatches of up to `batch` samples."""
+
+    def prepare(self, kernels: np.ndarray) -> None:
+        """Get ready for new values of the kernels."""
 
     def forward(self, x: np.ndarray, kernels: np.ndarray, bias: np.ndarray, y: np.ndarray) -> None:
         """y (units, rows, columns, b) = activation(bias (units,) + the correlations)."""
@@ -74,6 +79,9 @@ class Im2col:
         # A sum over more than one chunk is made in a second buffer.
         self.product = np.empty(0, dtype)
         self.cols = self.dcols = np.empty(0, dtype)
+
+    def prepare(self, kernels: np.ndarray) -> None:
+        """Uses the kernels as they are."""
 
     def reserve(self, batch: int) -> None:
         row = self.channels * self.kernel**2 * self.width * batch
@@ -192,24 +200,24 @@ class Mirror:
     def __init__(self, array: np.ndarray):
         self.array = self.host = array
 
-    def fetch(self) -> None:
-        """Begin to copy the array to `host`."""
+    def fetch(self, at: slice = slice(None)) -> None:
+        """Begin to copy the array, or this piece of a vector, to `host`."""
 
     def wait(self) -> None:
         """Wait until what was fetched is there."""
 
-    def push(self) -> None:
-        """Copy `host` to the array; `host` is not to be written before `settle`."""
+    def push(self, at: slice = slice(None)) -> None:
+        """Copy `host`, or this piece of a vector, to the array; it is not to be written before `settle`."""
 
     def settle(self) -> None:
         """Wait until `host` has been copied."""
 
 
 class Samples:
-    """Samples (n, features) of which minibatches are taken, each feature times its scale (features,), in its dtype."""
+    """Samples (n, features) of which minibatches are taken, multiplied by a scale."""
 
-    def __init__(self, values: np.ndarray, scale: np.ndarray):
-        self.values, self.scale = values, scale[:, None]
+    def __init__(self, values: np.ndarray, scale: float):
+        self.values, self.scale = values, scale
         self.scratch = np.empty((0, values.shape[1]), values.dtype)
 
     @property
@@ -223,7 +231,7 @@ class Samples:
         taken = self.scratch[: len(at)]
         # Any mode but "raise" saves numpy a buffer for the result.
         np.take(self.values, at, axis=0, out=taken, mode="clip")
-        np.multiply(taken.T, self.scale, out=out, dtype=out.dtype, casting="same_kind")
+        np.multiply(taken.T, out.dtype.type(self.scale), out=out, dtype=out.dtype, casting="same_kind")
 
 
 class Restriction:
@@ -293,6 +301,10 @@ class NumpyOps:
     name = "numpy"
     # Minibatches of a multiple of this are the fastest.
     line = 1
+    # Whether arrays are in a device's memory, and only mirrors of them in the host's.
+    on_device = False
+    # What a device does one after the other.
+    stream: Any = None
 
     def __init__(self) -> None:
         self.slopes: dict[np.dtype, np.ndarray] = {}
@@ -301,6 +313,11 @@ class NumpyOps:
     def description(self) -> str:
         """What a person is told of it."""
         return self.name
+
+    @property
+    def place(self) -> str:
+        """The device, for people; nothing where it is the host."""
+        return ""
 
     def empty(self, size: int, dtype: np.dtype) -> np.ndarray:
         """(size,), its contents undefined, beginning at a cache line."""
@@ -326,6 +343,12 @@ class NumpyOps:
         """The array's values in host memory, perhaps the array itself."""
         return array
 
+    def synchronize(self) -> None:
+        """Wait until everything that was begun is done."""
+
+    def compile(self, dtype: np.dtype) -> None:
+        """Get the operations for a dtype ready, where that takes time."""
+
     def record(self, work: Callable[..., Any]) -> Callable[..., Any]:
         """`work`, to be called again and again with few different arguments, all hashable.
 
@@ -334,11 +357,8 @@ class NumpyOps:
         """
         return work
 
-    def forget(self) -> None:
-        """Play nothing back that was recorded before: arrays have moved."""
-
-    def samples(self, values: np.ndarray, scale: np.ndarray) -> Samples:
-        """Samples (n, features) to take minibatches from, each feature times its scale (features,)."""
+    def samples(self, values: np.ndarray, scale: float) -> Samples:
+        """Samples (n, features) to take minibatches from, times `scale`."""
         return Samples(values, scale)
 
     def matmul(self, a: np.ndarray, b: np.ndarray, out: np.ndarray) -> None:
@@ -550,13 +570,29 @@ class NumpyOps:
 
     def cast_scores(self, grad: np.ndarray, out: np.ndarray, report: np.ndarray) -> None:
         """out = grad, over the power of two by which the report says that derivatives are too large."""
-        np.copyto(out, np.ldexp(grad, -exponent_of(report[3])), casting="same_kind")
+        exponent = exponent_of(report[3])
+        np.copyto(out, np.ldexp(grad, -exponent) if exponent else grad, casting="same_kind")
 
     def give_back(self, g: np.ndarray, report: np.ndarray, limit: float) -> None:
         """g times that power of two, in place, limited to `limit` in each component."""
         exponent = exponent_of(report[3])
         if exponent:
             np.copyto(g, np.clip(np.ldexp(g.astype(np.float64), exponent), -limit, limit), casting="same_kind")
+
+    def squared_norm(self, g: np.ndarray) -> float:
+        """The squared Euclidean norm of g (n,), accumulated in float64; 0.0 for an empty vector.
+
+        Any finite float32 is squared without overflow; float64 components must be below 2^511.
+        """
+        total = 0.0
+        for start in range(0, g.size, DOT):
+            piece = g[start : start + DOT].astype(np.float64, copy=False)
+            total += float(np.dot(piece, piece))
+        return total
+
+    def scale(self, g: np.ndarray, factor: float) -> None:
+        """g *= factor, in place, in the dtype of g."""
+        g *= factor
 
     def sgd(self, w: np.ndarray, g: np.ndarray, rate: float, l2: float) -> bool:
         """One pass of w -= rate d with d = g + l2 w; all are (n,) of one dtype.

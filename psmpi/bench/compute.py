@@ -1,4 +1,4 @@
-"""Training steps of psmpi and of PyTorch side by side, on one process and one thread."""
+"""Training steps of psmpi and of PyTorch side by side, on one process: threads of the processor, or a GPU."""
 
 from __future__ import annotations
 
@@ -19,38 +19,54 @@ from psmpi.bench.pytorch import Kind, theirs
 from psmpi.comm.world import cores, quota
 from psmpi.errors import UserError
 from psmpi.nn.init import initial_weights
-from psmpi.nn.losses import backward_safely, make_loss
+from psmpi.nn.losses import make_loss
 from psmpi.nn.model import Model
 from psmpi.nn.network import Conv
+from psmpi.nn.objective import Objective
 from psmpi.optim import Hyper, make_optimizer
 from psmpi.partition import Runs
 
 Step = Callable[[], None]
+Backend = Literal["auto", "numpy", "compiled", "cupy"]
+Compute = Literal["float32", "tf32", "float16", "bfloat16"]
 
 
 def ours(
-    problem: Problem, data: Data, backend: Literal["auto", "numpy", "compiled"], threads: int = 1
+    problem: Problem, data: Data, backend: Backend, threads: int = 1, compute: Compute = "float32"
 ) -> tuple[Step, np.ndarray, Model]:
-    """A step of psmpi, its weights, and the model."""
+    """A step of psmpi, its weights, and the model; on a device it goes on after the call."""
     network, classes = problem.network, problem.classes
     layout = network.layout()
     part: Runs = layout.part(classes)
-    w, g = np.zeros(part.size, np.float32), np.zeros(part.size, np.float32)
-    initial_weights(network, layout, part, w, seed=0)
-    ops = make_backend(backend, threads)
+    ops = make_backend(backend, threads, compute=compute)
+
+    def there(values: np.ndarray) -> np.ndarray:
+        mirror = ops.mirror(ops.empty(values.size, values.dtype).reshape(values.shape))
+        mirror.host[...] = values
+        mirror.push()
+        mirror.settle()
+        return mirror.array
+
+    start = np.zeros(part.size, np.float32)
+    initial_weights(network, layout, part, start, seed=0)
+    w, g = there(start), ops.zeros(part.size, start.dtype)
     model = Model(network, layout, w, g, ops, classes)
-    loss = make_loss(problem.loss, w.dtype)
+    objective = Objective(make_loss(problem.loss, w.dtype), model)
     optimizer = make_optimizer("adam", part.size, w.dtype, Hyper(), ops)
-    x = np.ascontiguousarray(data.x.reshape(len(data.x), -1).T)
+    b = len(data.labels)
+    objective.reserve(network.classes, b)
+    x = there(np.ascontiguousarray(data.x.reshape(b, -1).T))
     own = slice(classes[0], classes[-1] + 1)
-    scores = data.others.copy()
-    dscores = np.empty(scores.shape)
-    cast = np.empty((len(classes), len(data.x)), np.float32)
+    scores, labels = there(data.others), there(data.labels.astype(np.int64))
+
+    def passes() -> None:
+        scores[own] = model.forward(x)
+        objective.derive(scores, labels, 1 / b, own)
+
+    recorded = ops.record(passes)
 
     def step() -> None:
-        scores[own] = model.forward(x)
-        loss(scores, data.labels, 1 / len(data.labels), dscores)
-        backward_safely(model, dscores[own], cast)
+        recorded()
         optimizer.step(w, g, LR, lambda values: values)
 
     return step, w, model
@@ -78,7 +94,8 @@ def compute(
     batch_size: int = 100,
     pairs: int = 20,
     threads: int = 1,
-    backend: Literal["auto", "numpy", "compiled"] = "auto",
+    backend: Backend = "auto",
+    compute: Compute = "float32",
     compiled: bool = False,
     json: str = "",
     plot: str = "",
@@ -94,7 +111,8 @@ def compute(
         batch_size: Samples in the minibatch.
         pairs: Measurements of each, psmpi and PyTorch in turn, after a warm-up.
         threads: Threads of both.
-        backend: psmpi's array library.
+        backend: psmpi's array library; with cupy PyTorch computes on the same GPU.
+        compute: What matrix products on the GPU compute with; PyTorch does as much by itself (autocast, TF32).
         compiled: Also against torch.compile, where it works.
         json: Also write the figures into this file.
         plot: Also draw the ratios into this file (.png, .pdf or .svg); needs psmpi[plot].
@@ -110,6 +128,8 @@ def compute(
             raise UserError(f"{option} {value}: expected a whole number from 1 up")
     _check_files(json, plot)
     present = min(len(cores()), quota())
+    if compute != "float32" and backend != "cupy":
+        raise UserError(f"--compute {compute} is for GPUs: add --backend cupy")
     if threads > present:
         print(f"note: {threads} threads share {present} core(s): the figures say little")
     torch.set_num_threads(threads)
@@ -119,20 +139,23 @@ def compute(
         for name in networks:
             problem = problems()[name]
             data = Data(problem, batch_size)
-            step, _, model = ours(problem, data, backend, threads)
+            step, _, model = ours(problem, data, backend, threads, compute)
             images = any(isinstance(layer, Conv) for layer in problem.network.layers)
             wanted: dict[Kind, bool] = {"eager": True, "channels last": images, "compile": compiled}
             for kind in (kind for kind, yes in wanted.items() if yes):
                 try:
-                    other, _ = theirs(problem, data, model, kind)
+                    other, _ = theirs(problem, data, model, kind, compute)
                     other()
                 except Exception as error:
                     # torch.compile needs a C++ compiler, among other things.
                     print(f"{name} ({kind}): PyTorch cannot: {str(error).strip().splitlines()[0]}", flush=True)
                     continue
-                rows.append(_row(name, kind, step, other, pairs, operations(problem, batch_size)))
+                waits = (model.ops.synchronize, torch.cuda.synchronize if model.ops.on_device else lambda: None)
+                rows.append(_row(name, kind, (step, other), waits, pairs, operations(problem, batch_size)))
                 print(_line(rows[-1]), flush=True)
     machine = f"{platform.processor() or platform.machine()}, {threads} thread(s)"
+    if model.ops.on_device:
+        machine = f"{model.ops.description} on {machine}"
     found = {
         "machine": machine,
         "torch": torch.__version__,
@@ -175,21 +198,24 @@ def gemm_peak(n: int = 1536, repeats: int = 5) -> float:
     return best
 
 
-def _row(name: str, kind: str, step: Step, other: Step, pairs: int, work: float) -> Row:
+def _row(name: str, kind: str, steps: tuple[Step, Step], waits: tuple[Step, Step], pairs: int, work: float) -> Row:
     # As many steps a measurement as take some tens of milliseconds.
     counts = []
-    for each in (step, other):
+    for each, wait in zip(steps, waits, strict=True):
         for _ in range(3):
             each()
+        wait()
         start = time.perf_counter()
         each()
+        wait()
         counts.append(max(1, int(0.05 / (time.perf_counter() - start))))
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(pairs):
-        for each, count, into in zip((step, other), counts, times, strict=True):
+        for each, wait, count, into in zip(steps, waits, counts, times, strict=True):
             start = time.perf_counter()
             for _ in range(count):
                 each()
+            wait()
             into.append((time.perf_counter() - start) / count)
     ratios = [a / b for a, b in zip(*times, strict=True)]
     low, _, high = quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3

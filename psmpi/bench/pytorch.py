@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from psmpi.bench.problems import LR, Data, Problem
+from psmpi.errors import UserError
 from psmpi.nn.model import Model
 from psmpi.nn.network import Activation, Conv, Flatten, Linear, Pool
 
@@ -16,10 +17,23 @@ from psmpi.nn.network import Activation, Conv, Flatten, Linear, Pool
 Kind = Literal["eager", "channels last", "compile"]
 
 
-def theirs(problem: Problem, data: Data, model: Model, kind: Kind = "eager") -> tuple[Callable[[], None], Any]:
-    """The same step in PyTorch, from the same weights, and its network."""
+def theirs(
+    problem: Problem, data: Data, model: Model, kind: Kind = "eager", compute: str = "float32"
+) -> tuple[Callable[[], None], Any]:
+    """The same step in PyTorch, from the same weights, and its network; on the GPU where the model is on one.
+
+    compute: float32, tf32, or the type of autocast. UserError where PyTorch sees no GPU.
+    """
     import torch
     from torch import nn
+
+    place = "cpu"
+    if model.ops.on_device:
+        if not torch.cuda.is_available():
+            raise UserError(f"this PyTorch ({torch.__version__}) sees no GPU: install one for your CUDA (pytorch.org)")
+        place = f"cuda:{model.ops.device}"  # type: ignore[attr-defined]
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = compute == "tf32"
+    lower = {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(compute)
 
     modules, kept = [], np.ones(problem.network.in_shape[0], bool)
     masks = problem.network.kept(problem.classes)
@@ -28,16 +42,18 @@ def theirs(problem: Problem, data: Data, model: Model, kind: Kind = "eager") -> 
         kept = np.repeat(kept, prod(layer.in_shape[1:])) if isinstance(layer, Flatten) else mine
     net = nn.Sequential(*modules)
     _copy_weights(torch, net, model)
-    place = torch.channels_last if kind == "channels last" else torch.contiguous_format
-    net = net.to(memory_format=place)
+    order = torch.channels_last if kind == "channels last" else torch.contiguous_format
+    net = net.to(place, memory_format=order)
     optimizer = torch.optim.Adam(net.parameters(), lr=LR, fused=True)
-    x, labels = torch.from_numpy(data.x), torch.from_numpy(data.labels)
-    x = x.contiguous(memory_format=place) if x.ndim == 4 else x
-    others = torch.from_numpy(data.others.T.copy())
+    x, labels = torch.from_numpy(data.x).to(place), torch.from_numpy(data.labels).to(place)
+    x = x.contiguous(memory_format=order) if x.ndim == 4 else x
+    others = torch.from_numpy(data.others.T.copy()).to(place)
     first, last = problem.classes[0], problem.classes[-1] + 1
 
     def loss(x: Any) -> Any:
-        scores = net(x)
+        with torch.autocast(place.partition(":")[0], lower, enabled=lower is not None):
+            scores = net(x)
+        scores = scores.float()
         if scores.shape[1] < others.shape[1]:
             scores = torch.cat([others[:, :first], scores, others[:, last:]], 1)
         if problem.loss == "nll":
@@ -79,6 +95,6 @@ def _copy_weights(torch: Any, net: Any, model: Model) -> None:
     with torch.no_grad():
         for module, part in zip(weighted, parts, strict=True):
             for name, k in (("weight", 0), ("bias", 1)):
-                values = np.concatenate([pair[k].reshape(-1) for pair in part.w])
+                values = np.concatenate([model.ops.host(pair[k]).reshape(-1) for pair in part.w])
                 parameter = getattr(module, name)
                 parameter.copy_(torch.from_numpy(values).reshape(parameter.shape))

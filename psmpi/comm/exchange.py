@@ -8,7 +8,9 @@ from zlib import crc32
 
 import numpy as np
 
-from psmpi.comm.group import Counter, Group
+from psmpi.backend import NumpyOps
+from psmpi.comm.bridge import Bridge
+from psmpi.comm.group import Counter, Group, pieces
 from psmpi.partition import Roles, Runs, plan_moves
 
 
@@ -30,7 +32,15 @@ class Exchange:
     of the part they share memory. All buffers are contiguous slices of these, nothing is packed.
     """
 
-    def __init__(self, world: Any, roles: Roles, counter: Counter):
+    def __init__(
+        self,
+        world: Any,
+        roles: Roles,
+        counter: Counter,
+        ops: NumpyOps | None = None,
+        bridge: Bridge | None = None,
+    ):
+        self.ops, self.bridge = ops or NumpyOps(), bridge or Bridge()
         self.part, self.shard = roles.parts[world.rank], roles.shards[world.rank]
         groups: dict[tuple[int, ...], Group] = {}
         self.moves: list[Prepared] = []
@@ -39,7 +49,7 @@ class Exchange:
             if world.rank not in move.ranks:
                 continue
             if move.ranks not in groups:
-                groups[move.ranks] = Group(world, move.ranks, counter)
+                groups[move.ranks] = Group(world, move.ranks, counter, self.bridge)
             group = groups[move.ranks]
             if move.kind == "deal" and group.rank == 0:
                 counts = tuple(b - a for a, b in move.slices)
@@ -60,12 +70,17 @@ class Exchange:
 
     def make_vectors(self, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
         """(part vector, shard vector), zeros; the shard is a view of the part where it can be."""
-        part = np.zeros(self.part.size, dtype)
-        shard = np.zeros(self.shard.size, dtype) if self.inside is None else part[self.inside]
+        part = self.ops.zeros(self.part.size, dtype)
+        shard = self.ops.zeros(self.shard.size, dtype) if self.inside is None else part[self.inside]
         return part, shard
 
     def scatter(self, shard: np.ndarray, part: np.ndarray) -> None:
         """Every part gets its weights from the shards: U_e w."""
+        for m in self.moves:
+            if m.kind == "spread" and m.group.rank == 0:
+                self.bridge.begin(shard[m.mine])
+            elif m.kind == "deal" and m.group.rank == 0:
+                self.bridge.begin(shard, pieces(m.counts, m.starts))
         for m in self.moves:
             if m.kind == "spread":
                 m.group.bcast((shard if m.group.rank == 0 else part)[m.mine])
@@ -81,6 +96,9 @@ class Exchange:
         for of_shard, of_part in self.copies:
             shard[of_shard] = part[of_part]
         for m in self.moves:
+            if m.group.nccl is None and not (m.kind == "deal" and m.group.rank == 0):
+                self.bridge.begin(shard[m.mine] if m.kind == "sum" or m.group.rank == 0 else part[m.mine])
+        for m in self.moves:
             if m.kind == "sum":
                 m.group.allreduce(shard[m.mine])
             elif m.kind == "deal":
@@ -90,12 +108,17 @@ class Exchange:
             else:
                 m.group.reduce(part[m.mine], None)
 
+    def use_nccl(self, stream: Any) -> None:
+        """Let the sums over replicas go from device to device; all ranks make this call."""
+        for group in dict.fromkeys(m.group for m in self.moves if m.kind == "sum"):
+            group.use_nccl(stream)
+
     def verify(self, shard: np.ndarray) -> None:
         """RuntimeError unless all owners of a run hold the same bits of it, as they must after the same steps."""
         for m in self.moves:
             if m.kind == "sum":
                 sums = np.zeros(m.group.size)
-                sums[m.group.rank] = crc32(shard[m.mine].data)
+                sums[m.group.rank] = crc32(self.ops.host(shard[m.mine]).data)
                 if len(set(m.group.agree(sums).tolist())) > 1:
                     raise RuntimeError(
                         f"the replicas {m.group.ranks} of a private block no longer hold the same weights: this MPI's "

@@ -7,6 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from psmpi.comm.bridge import Bridge
+from psmpi.comm.nccl import Nccl
+
 
 class Counter:
     """Payload bytes that this rank sent and received, collectives counted as flat (and all-to-all ones as rings)."""
@@ -23,8 +26,9 @@ class Counter:
 class Group:
     """Some ranks of the job, in an order. `comm` is None on ranks outside; its calls must then not be made."""
 
-    def __init__(self, world: Any, ranks: Sequence[int], counter: Counter):
-        self.ranks, self.counter = tuple(ranks), counter
+    def __init__(self, world: Any, ranks: Sequence[int], counter: Counter, bridge: Bridge | None = None):
+        self.ranks, self.counter, self.bridge = tuple(ranks), counter, bridge or Bridge()
+        self.nccl: Nccl | None = None
         self.size = len(self.ranks)
         self.comm: Any = None
         if world.rank in self.ranks:
@@ -36,10 +40,17 @@ class Group:
                 group.Free()
         self.rank = self.ranks.index(world.rank) if world.rank in self.ranks else -1
 
+    def use_nccl(self, stream: Any) -> None:
+        """From now on allreduce and allgatherv go from device to device; all ranks of the group make this call."""
+        if self.size > 1:
+            self.nccl = Nccl(self.comm, stream)
+
     def bcast(self, buffer: np.ndarray, root: int = 0) -> None:
         if self.size > 1:
-            self.comm.Bcast(buffer, root)
             mine = self.rank == root
+            self.comm.Bcast(self.bridge.outgoing(buffer) if mine else self.bridge.incoming(buffer), root)
+            if not mine:
+                self.bridge.arrived(buffer)
             self.counter.add(buffer.nbytes * (self.size - 1) * mine, buffer.nbytes * (not mine))
 
     def reduce(self, buffer: np.ndarray, into: np.ndarray | None, root: int = 0) -> None:
@@ -47,16 +58,22 @@ class Group:
         if self.size == 1:
             return
         if self.rank == root:
-            self.comm.Reduce(_in_place(), into, root=root)
+            assert into is not None
+            self.comm.Reduce(_in_place(), self.bridge.outgoing(into), root=root)
+            self.bridge.arrived(into)
             self.counter.add(0, buffer.nbytes * (self.size - 1))
         else:
-            self.comm.Reduce(buffer, None, root=root)
+            self.comm.Reduce(self.bridge.outgoing(buffer), None, root=root)
             self.counter.add(buffer.nbytes, 0)
 
     def allreduce(self, buffer: np.ndarray) -> None:
         """buffer = sum over the group, in place; 2 (P-1)/P of it is sent, as a ring does."""
         if self.size > 1:
-            self.comm.Allreduce(_in_place(), buffer)
+            if self.nccl is not None:
+                self.nccl.allreduce(buffer)
+            else:
+                self.comm.Allreduce(_in_place(), self.bridge.outgoing(buffer))
+                self.bridge.arrived(buffer)
             moved = 2 * (self.size - 1) * buffer.nbytes // self.size
             self.counter.add(moved, moved)
 
@@ -74,19 +91,23 @@ class Group:
     def scatterv(self, source: np.ndarray, counts: Sequence[int], starts: Sequence[int], into: np.ndarray) -> None:
         """Elements [starts[k], + counts[k]) of the root's `source` go to rank k's `into`."""
         if self.rank == 0:
-            self.comm.Scatterv([source, counts, starts, _datatype(source)], _in_place(), root=0)
+            wire = self.bridge.outgoing(source, pieces(counts, starts))
+            self.comm.Scatterv([wire, counts, starts, _datatype(source)], _in_place(), root=0)
             self.counter.add(source.itemsize * (sum(counts) - counts[0]), 0)
         else:
-            self.comm.Scatterv(None, into, root=0)
+            self.comm.Scatterv(None, self.bridge.incoming(into), root=0)
+            self.bridge.arrived(into)
             self.counter.add(0, into.nbytes)
 
     def gatherv(self, buffer: np.ndarray, into: np.ndarray, counts: Sequence[int], starts: Sequence[int]) -> None:
         """The reverse of scatterv."""
         if self.rank == 0:
-            self.comm.Gatherv(_in_place(), [into, counts, starts, _datatype(into)], root=0)
+            wire = self.bridge.incoming(into)
+            self.comm.Gatherv(_in_place(), [wire, counts, starts, _datatype(into)], root=0)
+            self.bridge.arrived(into, pieces(counts, starts))
             self.counter.add(0, into.itemsize * (sum(counts) - counts[0]))
         else:
-            self.comm.Gatherv(buffer, None, root=0)
+            self.comm.Gatherv(self.bridge.outgoing(buffer), None, root=0)
             self.counter.add(buffer.nbytes, 0)
 
     def allgatherv(self, buffer: np.ndarray, into: np.ndarray, counts: Sequence[int]) -> None:
@@ -94,9 +115,25 @@ class Group:
         if self.size == 1:
             into.reshape(-1)[: buffer.size] = buffer.reshape(-1)
             return
-        starts = np.cumsum([0, *counts[:-1]]).tolist()
-        self.comm.Allgatherv(buffer, [into, counts, starts, _datatype(into)])
+        if self.nccl is not None:
+            self.nccl.allgatherv(buffer, into, counts)
+        else:
+            starts = np.cumsum([0, *counts[:-1]]).tolist()
+            wire = [self.bridge.incoming(into), counts, starts, _datatype(into)]
+            self.comm.Allgatherv(self.bridge.outgoing(buffer), wire)
+            self.bridge.arrived(into)
         self.counter.add(buffer.nbytes * (self.size - 1), into.itemsize * sum(counts) - buffer.nbytes)
+
+
+def pieces(counts: Sequence[int], starts: Sequence[int]) -> list[slice]:
+    """The slices that a scatter or gather moves, those side by side as one."""
+    found: list[slice] = []
+    for start, count in sorted(zip(starts, counts, strict=True)):
+        if count and found and found[-1].stop == start:
+            found[-1] = slice(found[-1].start, start + count)
+        elif count:
+            found.append(slice(start, start + count))
+    return found
 
 
 def _in_place() -> Any:

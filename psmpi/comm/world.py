@@ -90,6 +90,29 @@ def host(world: Any) -> tuple[int, int]:
     return ranks, min(int(used.sum()), quota())
 
 
+def seats(world: Any) -> tuple[int, int]:
+    """This rank's number among those of its host, and how many these are."""
+    from mpi4py import MPI
+
+    local = world.Split_type(MPI.COMM_TYPE_SHARED)
+    found = int(local.rank), int(local.size)
+    local.Free()
+    return found
+
+
+def host_by_host(world: Any, work: Callable[[], None]) -> None:
+    """Do `work` on the first rank of each host, and when it is done on the others."""
+    from mpi4py import MPI
+
+    local = world.Split_type(MPI.COMM_TYPE_SHARED)
+    if local.rank == 0:
+        work()
+    local.Barrier()
+    if local.rank != 0:
+        work()
+    local.Free()
+
+
 def cores() -> list[int]:
     """The numbers of the cores that this process may use."""
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))

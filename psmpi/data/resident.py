@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from psmpi.backend import NumpyOps
 from psmpi.data.split import Split, as_rows
 from psmpi.errors import UserError
 
@@ -14,12 +15,13 @@ from psmpi.errors import UserError
 class Resident:
     """The samples `rows` of a split, kept in their stored dtype and scaled to `dtype` when fetched.
 
-    rows: (k,) integers, strictly increasing, in 0..split.n-1. dtype: float32 or float64, what `fetch` fills.
+    rows: (k,) integers, strictly increasing, in 0..split.n-1. dtype: float32 or float64, what `fetch` fills. ops: where
+    the samples are kept.
     Raises ValueError for rows that do not increase or another dtype, IndexError for rows out of range and
     UserError where the samples cannot be read.
     """
 
-    def __init__(self, split: Split, rows: npt.ArrayLike, dtype: npt.DTypeLike) -> None:
+    def __init__(self, split: Split, rows: npt.ArrayLike, dtype: npt.DTypeLike, ops: NumpyOps | None = None) -> None:
         self._dtype = np.dtype(dtype)
         if self._dtype not in (np.dtype(np.float32), np.dtype(np.float64)):
             raise ValueError(f"the dtype has to be float32 or float64, not {self._dtype}")
@@ -27,25 +29,24 @@ class Resident:
         if np.any(self._rows[1:] <= self._rows[:-1]):
             raise ValueError("the rows of a Resident have to increase strictly")
         self._labels = split.labels
-        self._scale = np.asarray(split.scale, self._dtype)
-        self._values = split.read(self._rows)
-        self._scratch = np.empty((0, split.features), split.dtype)
-        if self._values.dtype.kind == "f":
+        values, self._features = split.read(self._rows), split.features
+        if values.dtype.kind == "f":
             # The sum of a row is finite where all of it is; the rows where it is not are looked at.
             with np.errstate(over="ignore", invalid="ignore"):
-                suspects = np.flatnonzero(~np.isfinite(self._values.sum(axis=1)))
+                suspects = np.flatnonzero(~np.isfinite(values.sum(axis=1)))
             for row in suspects:
-                if not np.isfinite(self._values[row]).all():
+                if not np.isfinite(values[row]).all():
                     number = self._rows[row] if split.index is None else split.index[self._rows[row]]
                     raise UserError(
                         f"{getattr(split.source, 'path', 'the data set')}: sample {number} has values that are not "
                         "finite numbers; correct or remove such samples"
                     )
+        self._samples = (ops or NumpyOps()).samples(values, split.scale)
 
     @property
     def nbytes(self) -> int:
         """The bytes held: samples, their ids and scratch memory; not the labels, which are the split's."""
-        return self._values.nbytes + self._rows.nbytes + self._scratch.nbytes
+        return self._samples.nbytes + self._rows.nbytes
 
     def fetch(self, ids: npt.ArrayLike, out: npt.NDArray[Any]) -> None:
         """Fill `out` with the scaled samples `ids`, (b,) integers, any order, repetitions allowed.
@@ -54,18 +55,13 @@ class Resident:
         ValueError for another `out` and for ids that are not resident.
         """
         at = self._positions(ids)
-        count, features = len(at), self._values.shape[1]
+        count, features = len(at), self._features
         if out.shape != (features, count) or out.dtype != self._dtype or not out.flags.c_contiguous:
             raise ValueError(
                 f"out has to be C-contiguous {self._dtype} {(features, count)}, "
                 f"not {'' if out.flags.c_contiguous else 'strided '}{out.dtype} {out.shape}"
             )
-        if count > len(self._scratch):
-            self._scratch = np.empty((count, features), self._values.dtype)
-        taken = self._scratch[:count]
-        # The positions are known to be good, and any mode but "raise" saves numpy a buffer for the result.
-        np.take(self._values, at, axis=0, out=taken, mode="clip")
-        np.multiply(taken.T, self._scale, out=out, dtype=self._dtype, casting="same_kind")
+        self._samples.fetch(at, out)
 
     def labels(self, ids: npt.ArrayLike) -> npt.NDArray[np.int64]:
         """The labels (b,) int64 of the samples `ids`, resident or not; IndexError unless in 0..split.n-1."""

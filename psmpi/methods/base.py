@@ -28,14 +28,16 @@ class Place:
     held: int
     owned: int
     nbytes: int
+    device: str = ""
 
 
 class Method(Protocol):
     """A training method on one rank. All ranks make the same calls in the same order.
 
     layout and shards (every rank's) say where the weights lie; `vectors` are this rank's shard of the weights and of
-    the optimizer's state by name, arrays that the method goes on to use; `tables` its rows of what belongs
-    to no weight, such as an element's curvature (`rows`: every rank's), `scalars` the rest of its state.
+    the optimizer's state by name, in host memory, as `collect` finds them and `resumed` takes them up; `tables` its
+    rows of what belongs to no weight, such as an element's curvature (`rows`: every rank's), `scalars` the rest of its
+    state.
     """
 
     layout: Layout
@@ -50,6 +52,9 @@ class Method(Protocol):
 
     def step(self, ids: np.ndarray, lr: float) -> None:
         """One optimizer step on the training samples `ids` (b,)."""
+
+    def collect(self) -> None:
+        """Bring `vectors` up to date."""
 
     def resumed(self) -> None:
         """Take up vectors, tables and scalars that were restored from a checkpoint."""

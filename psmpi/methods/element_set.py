@@ -14,9 +14,11 @@ from itertools import combinations
 import numpy as np
 
 from psmpi.backend import NumpyOps, Transfer
-from psmpi.nn.losses import Loss, excess, give_back
+from psmpi.backend.reference import exponent_of
+from psmpi.nn.losses import Loss
 from psmpi.nn.model import Model
 from psmpi.nn.network import Network
+from psmpi.nn.objective import GRADIENT_LIMIT
 from psmpi.partition import Layout, Runs
 
 
@@ -90,6 +92,8 @@ class ElementSet:
         # Of a merged element either label will do.
         self.labels = np.array([[at[c] for c in (e[0], e[-1] if merged else e[0])] for e in self.elements], int)
         self.labels = self.labels.reshape(self.count, 2)
+        # As `Objective` has it.
+        self.report = np.zeros(4)
         self.capacity = 0
         self.reserve(1)
 
@@ -188,7 +192,8 @@ class ElementSet:
         dscores = self.dscores[: scores.size].reshape(scores.shape)
         value = loss(scores, labels, scale, dscores, self.mask)
         # Of a pairwise loss the derivative with respect to another class's score is that of one term alone.
-        exponent = excess(dscores)
+        self.report[3] = np.abs(dscores).max(initial=0.0)
+        exponent = exponent_of(self.report[3])
         small = np.zeros((classes, batch), self.dtype)
         small[:, :b] = np.ldexp(dscores, -exponent)
         found = np.zeros((classes, batch), self.dtype)
@@ -210,7 +215,7 @@ class ElementSet:
             ones.fill(1)
             model.backward(ones, (weights, side.sums))
             side.spread.add(side.sums, out)
-        give_back(out, exponent)
+        self.ops.give_back(out, self.report, GRADIENT_LIMIT[self.dtype])
         return value
 
     def seen(self, labels: np.ndarray) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import ceil, isfinite, sqrt
+from math import ceil, sqrt
 
 import numpy as np
 
@@ -10,12 +10,12 @@ from psmpi.backend import NumpyOps
 from psmpi.comm.group import Group
 from psmpi.config import Config
 from psmpi.data import Dataset, Resident
-from psmpi.nn.losses import backward_safely, make_loss
+from psmpi.nn.losses import make_loss
 from psmpi.nn.model import Model
 from psmpi.nn.network import Network
+from psmpi.nn.objective import Objective
 from psmpi.partition import Layout, Roles, Worker
 
-DIVERGED = "the loss is not a finite number: the training diverged; lower --lr, or clip gradients with --clip 1"
 # Samples that an evaluation takes through the network at a time.
 TEST_BATCH = 100
 
@@ -41,11 +41,13 @@ class ElementWorker:
         ops: NumpyOps,
     ):
         self.place, self.row, self.rows, self.dataset = place, row, roles.rows, dataset
-        self.dtype = np.dtype(config.model.dtype)
+        self.dtype, self.ops = np.dtype(config.model.dtype), ops
         self.g_part = g_part
         self.model = Model(network, layout, w_part, g_part, ops, place.classes)
         objective = config.objective
         self.loss = make_loss(objective.loss, self.dtype, kappa=objective.kappa, exp_clip=objective.exp_clip)
+        self.objective = Objective(self.loss, self.model)
+        self.forward_pass, self.backward_pass = ops.record(self._forward), ops.record(self._backward)
         self.everything = make_loss(objective.loss, self.dtype, kappa=objective.kappa, exp_clip=objective.exp_clip)
         peers = [w for w in roles.workers if w is not None and w.row == place.row]
         self.columns = [len(w.classes) for w in peers]
@@ -56,6 +58,7 @@ class ElementWorker:
 
         samples = np.arange(dataset.train.n)
         self.pairs: np.ndarray | None = None
+        self.mask: np.ndarray | None = None
         if place.elements is not None:
             # The loss of a pair worker knows its own classes only, numbered from 0.
             self.number = np.full(dataset.classes, -1)
@@ -64,12 +67,18 @@ class ElementWorker:
             for i, j in place.elements:
                 self.pairs[self.number[i], self.number[j]] = self.pairs[self.number[j], self.number[i]] = True
             samples = samples[self.number[dataset.train.labels] >= 0]
-        self.train = Resident(dataset.train, samples, self.dtype)
+            # Where the loss is computed.
+            mask = ops.mirror(ops.empty(self.pairs.size, np.dtype(bool)).reshape(self.pairs.shape))
+            mask.host[...] = self.pairs
+            mask.push()
+            mask.settle()
+            self.mask = mask.array
+        self.train = Resident(dataset.train, samples, self.dtype, ops)
         mine = np.array_split(np.arange(dataset.test.n), self.rows)[place.row]
         self.test_ids = mine if self.pairs is None or self.speaks else mine[:0]
         self.test_count = len(mine)
         self.test_labels = dataset.test.labels[mine]
-        self.test_samples = Resident(dataset.test, self.test_ids, self.dtype)
+        self.test_samples = Resident(dataset.test, self.test_ids, self.dtype, ops)
         self.capacity = 0
         share = -(-config.data.batch_size // self.rows)
         if self.pairs is not None:
@@ -85,14 +94,14 @@ class ElementWorker:
         self.capacity = batch
         self.features = int(np.prod(self.dataset.shape))
         self.model.reserve(batch)
-        self.x = self.model.ops.empty(self.features * batch, self.dtype)
-        self.scores = np.empty(self.dataset.classes * batch, self.dtype)
-        self.dscores = np.empty(self.dataset.classes * batch)
-        self.cast = np.empty(len(self.place.classes) * batch, self.dtype)
+        self.x = self.ops.empty(self.features * batch, self.dtype)
+        self.scores = self.ops.empty(self.dataset.classes * batch, self.dtype)
+        self.labels = self.ops.mirror(self.ops.empty(batch, np.dtype(np.int64)))
+        self.objective.reserve(self.dataset.classes, batch)
 
     def memory(self) -> dict[str, int]:
         """Bytes of what it holds besides weights and gradients, by what for."""
-        own = sum(a.nbytes for a in (self.scores, self.dscores, self.cast))
+        own = self.scores.nbytes + self.labels.array.nbytes + self.objective.nbytes
         return {
             "activations": self.x.nbytes + self.model.activation_bytes,
             "buffers": self.model.buffer_bytes + own,
@@ -116,21 +125,30 @@ class ElementWorker:
             self.g_part.fill(0)
             return constant
         self.reserve(b)
-        x = self.x[: self.features * b].reshape(self.features, b)
-        self.train.fetch(mine, x)
+        self.train.fetch(mine, self.x[: self.features * b].reshape(self.features, b))
         labels = self.train.labels(mine)
-        output = self.model.forward(x)
+        self.labels.settle()
+        self.labels.host[:b] = labels if self.pairs is None else self.number[labels]
+        self.labels.push(slice(0, b))
+        output, self.model.outputs = self.forward_pass(b)
         if self.pairs is None:
-            scores, own = self._share(output), self.own
-        else:
-            scores, own, labels = output, slice(0, len(output)), self.number[labels]
-        dscores = self.dscores[: scores.size].reshape(scores.shape)
-        loss = self.loss(scores, labels, scale, dscores, self.pairs)
-        if not isfinite(loss):
-            raise FloatingPointError(DIVERGED)
-        backward_safely(self.model, dscores[own], self.cast[: output.size].reshape(output.shape))
+            self._share(output)
+        self.backward_pass(b, scale)
+        loss = self.objective.value()
         # With the score partition every worker of the row has seen the whole loss.
         return loss + constant if self.pairs is not None or self.place.column == 0 else 0.0
+
+    def _forward(self, b: int) -> tuple[np.ndarray, list[np.ndarray]]:
+        """The scores of the model's classes, and what the backward pass needs."""
+        return self.model.forward(self.x[: self.features * b].reshape(self.features, b)), self.model.outputs
+
+    def _backward(self, b: int, scale: float) -> None:
+        """From the scores, the row's or this worker's own, to g_part."""
+        if self.pairs is None:
+            scores, own = self.scores[: self.dataset.classes * b].reshape(-1, b), self.own
+        else:
+            scores, own = self.model.outputs[-1], slice(0, len(self.place.classes))
+        self.objective.derive(scores, self.labels.array[:b], scale, own, self.mask)
 
     def _share(self, output: np.ndarray) -> np.ndarray:
         """All classes' scores (classes, b), from each column's own (its classes, b)."""
@@ -164,6 +182,7 @@ class ElementWorker:
                     scores[c] = output[k]
                 self.row.allreduce(scores)
             if self.place.column == 0:
-                right = np.count_nonzero(scores.argmax(axis=0) == labels)
-                totals += [self.everything(scores, labels, 1.0), float(right), float(b)]
+                found = self.ops.host(scores)
+                right = np.count_nonzero(found.argmax(axis=0) == labels)
+                totals += [self.everything(found, labels, 1.0), float(right), float(b)]
         return totals

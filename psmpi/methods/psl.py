@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from psmpi.backend import NumpyOps
+from psmpi.comm.bridge import make_bridge
 from psmpi.comm.exchange import Exchange
 from psmpi.comm.group import Counter, Group
 from psmpi.config import Config
@@ -42,18 +43,22 @@ class PartiallySeparable:
         self.roles = plan_roles(self.layout, world.size, config)
         self.shards, self.rank, self.clip = self.roles.shards, world.rank, optimization.clip
         self.counter = Counter()
-        self.exchange = Exchange(world, self.roles, self.counter)
+        bridge = make_bridge(world, ops, config.parallel.gpu_aware)
+        self.ops, self.exchange = ops, Exchange(world, self.roles, self.counter, ops, bridge)
         dtype = np.dtype(config.model.dtype)
         self.w_part, self.w = self.exchange.make_vectors(dtype)
         self.g_part, self.g = self.exchange.make_vectors(dtype)
         shard = self.shards[world.rank]
+        self.optimizer = make_optimizer(optimization.optimizer, shard.size, dtype, hyperparameters(config), ops)
+        state = {"weights": self.w, **self.optimizer.vectors}
+        self.mirrors = {name: ops.mirror(vector) for name, vector in state.items()}
+        self.vectors = {name: mirror.host for name, mirror in self.mirrors.items()}
+        self.scalars = self.optimizer.scalars
         initial_weights(
-            network, self.layout, shard, self.w,
+            network, self.layout, shard, self.vectors["weights"],
             seed=config.run.seed, kind=config.model.init, gain=config.model.init_gain,
         )  # fmt: skip
-        self.optimizer = make_optimizer(optimization.optimizer, shard.size, dtype, hyperparameters(config), ops)
-        self.vectors = {"weights": self.w, **self.optimizer.vectors}
-        self.scalars = self.optimizer.scalars
+        self.mirrors["weights"].push()
         self.world = Group(world, range(world.size), self.counter)
         # The global sums concern the ranks that hold weights; with a line search, all ranks follow its decisions.
         holders = [r for r, s in enumerate(self.shards) if s.size]
@@ -63,10 +68,14 @@ class PartiallySeparable:
         self.counts = place is None or place.row == 0
         self.worker: ElementWorker | None = None
         if place is not None:
-            row = Group(world, self.roles.row(world.rank), self.counter)
+            row = Group(world, self.roles.row(world.rank), self.counter, bridge)
+            if config.parallel.nccl:
+                row.use_nccl(ops.stream)
             self.worker = ElementWorker(
                 place, self.roles, row, network, self.layout, dataset, config, self.w_part, self.g_part, ops
             )
+        if config.parallel.nccl:
+            self.exchange.use_nccl(ops.stream)
         self.newton: PartitionedNewton | None = None
         self.tables: dict[str, np.ndarray] = {}
         self.rows = Rows()
@@ -110,7 +119,7 @@ class PartiallySeparable:
             return
         self.loss_sum += self.gradient(ids) * len(ids)
         if self.w.size and self.clip > 0:
-            clip_by_global_norm(self.g, self.clip, self.allsum)
+            clip_by_global_norm(self.g, self.clip, self.allsum, self.ops)
         # With an empty shard too: the optimizer's scalars stay the same on all ranks.
         self.optimizer.step(self.w, self.g, lr, self.allsum)
 
@@ -133,7 +142,15 @@ class PartiallySeparable:
         self.exchange.gather(self.g_part, self.g)
         return loss
 
+    def collect(self) -> None:
+        for mirror in self.mirrors.values():
+            mirror.fetch()
+        for mirror in self.mirrors.values():
+            mirror.wait()
+
     def resumed(self) -> None:
+        for mirror in self.mirrors.values():
+            mirror.push()
         self.failed_before = {name: self.scalars[name] for name in FAILURES if name in self.scalars}
         if self.newton is not None:
             self.newton.resumed()
@@ -153,7 +170,7 @@ class PartiallySeparable:
         classes = "" if worker is None else _ranges(worker.classes)
         if worker is not None and self.roles.rows > 1:
             classes += f" (row {worker.row})"
-        return Place("+".join(roles), classes, self.w_part.size, self.w.size, nbytes)
+        return Place("+".join(roles), classes, self.w_part.size, self.w.size, nbytes, self.ops.place)
 
     def memory(self) -> dict[str, int]:
         # Where the shard is a slice of the part, it has no memory of its own.

@@ -17,9 +17,10 @@ from psmpi.comm.group import Group
 from psmpi.config import Config
 from psmpi.errors import UserError
 from psmpi.methods.element_set import ElementSet, elements_of, largest_element
-from psmpi.methods.element_worker import DIVERGED, ElementWorker
+from psmpi.methods.element_worker import ElementWorker
 from psmpi.nn.losses import Loss
 from psmpi.nn.network import Network
+from psmpi.nn.objective import DIVERGED
 from psmpi.optim.base import CHUNK, check_eps
 from psmpi.optim.element_operators import RULES, ElementOperators, Outcome
 from psmpi.optim.globalization import SHORTEST, Momentum, TrustRegion, armijo

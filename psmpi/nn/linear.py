@@ -307,6 +307,7 @@ class ConvPart(LinearPart):
             units = slice(s.out, s.out + s.count * s.n)
             self.ops.fold(self._images(s, w, self.k), self.pool, self._images(s, self.folded[units], self.wide))
             self.bias[units].reshape(b.shape)[...] = b
+        self.plan.prepare(self.folded)
 
     def forward(self, x: np.ndarray, y: np.ndarray) -> None:
         self.prepare()

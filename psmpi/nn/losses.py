@@ -38,6 +38,24 @@ class Loss:
         self.limit = largest_exponent(self.dtype) if exp_clip == 0.0 else exp_clip
         self._store = np.empty(0)
 
+    @property
+    def tangent(self) -> float:
+        """The exponent from which psl goes on as its tangent, or beyond which it fails."""
+        return largest_exponent(self.dtype) if self.limit is None else self.limit
+
+    def check(self, worst: float) -> None:
+        """FloatingPointError for a largest exponent that is not finite, or with clipping off beyond the limit."""
+        if not worst < np.inf:
+            raise FloatingPointError(
+                "a score is not a finite number: the training diverged; lower --lr, clip gradients with --clip 1, or "
+                "use --loss logistic"
+            )
+        if self.limit is None and worst > self.tangent:
+            raise FloatingPointError(
+                f"exp({worst:.1f}) in the PSL loss overflows {self.dtype} and --exp-clip is off: set --exp-clip auto, "
+                "lower --lr, clip gradients with --clip 1, or use --loss logistic"
+            )
+
     def _buffers(self, scores: np.ndarray, count: int) -> list[np.ndarray]:
         size = scores.size
         if self._store.size < count * size:
@@ -92,10 +110,11 @@ class PSL(Loss):
         if pairs is not None:
             # The margins of other workers' pairs do not matter here, whatever they are.
             np.copyto(z, -np.inf, where=~pairs[:, labels])
-        limit = largest_exponent(self.dtype) if self.limit is None else self.limit
+        limit = self.tangent
         worst = float(z.max(initial=0.0))
         if not worst <= limit:
-            self._beyond(worst, z, limit)
+            self.check(worst)
+            self.clipped += int(np.count_nonzero(z > limit))
         np.minimum(z, limit, out=e)
         np.exp(e, out=e)
         e.reshape(-1)[own] = 0
@@ -112,19 +131,6 @@ class PSL(Loss):
             np.multiply(e, self.kappa, out=grad)
             self._close(grad, own, scale)
         return value * scale
-
-    def _beyond(self, worst: float, z: np.ndarray, limit: float) -> None:
-        if not worst < np.inf:
-            raise FloatingPointError(
-                "a score is not a finite number: the training diverged; lower --lr, clip gradients with --clip 1, or "
-                "use --loss logistic"
-            )
-        if self.limit is None:
-            raise FloatingPointError(
-                f"exp({worst:.1f}) in the PSL loss overflows {self.dtype} and --exp-clip is off: set --exp-clip auto, "
-                "lower --lr, clip gradients with --clip 1, or use --loss logistic"
-            )
-        self.clipped += int(np.count_nonzero(z > limit))
 
 
 class PairwiseLogistic(Loss):
@@ -209,32 +215,3 @@ def make_loss(name: str, dtype: np.dtype, *, kappa: float = 1.0, exp_clip: str =
             f"(the largest one for {np.dtype(dtype)})"
         )
     return LOSSES[name](dtype, kappa=kappa, exp_clip=limit)
-
-
-# The largest gradient component that a part hands out: its square, summed over thousands of ranks, stays in the dtype.
-GRADIENT_LIMIT = {np.dtype(np.float32): 2.0**50, np.dtype(np.float64): 2.0**400}
-
-
-def backward_safely(model, dscores: np.ndarray, cast: np.ndarray) -> None:
-    """model.backward for float64 `dscores` of any size, without overflow; `cast` is scratch in the model's dtype.
-
-    The backward pass is linear in dscores: very large ones are scaled down by a power of two first, and the gradient is
-    scaled up again and limited to GRADIENT_LIMIT in each component.
-    """
-    exponent = excess(dscores)
-    np.copyto(cast, np.ldexp(dscores, -exponent) if exponent else dscores, casting="same_kind")
-    model.backward(cast)
-    give_back(model.g, exponent)
-
-
-def excess(dscores: np.ndarray) -> int:
-    """The power of two by which derivatives are too large for a backward pass; 0 where they are not."""
-    peak = float(np.abs(dscores).max(initial=0.0))
-    return int(np.frexp(peak)[1]) if peak > 2.0**20 else 0
-
-
-def give_back(g: np.ndarray, exponent: int) -> None:
-    """g *= 2^exponent, in place, limited to GRADIENT_LIMIT in each component."""
-    if exponent:
-        limit = GRADIENT_LIMIT[g.dtype]
-        np.copyto(g, np.clip(np.ldexp(g.astype(np.float64), exponent), -limit, limit), casting="same_kind")

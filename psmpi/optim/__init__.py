@@ -3,7 +3,7 @@
 from psmpi.optim.base import AllSum, Closure, Hyper, Optimizer
 from psmpi.optim.first_order import SGD, Adam, AdamW, Momentum, Nesterov, RMSprop
 from psmpi.optim.lbfgs import LBFGS
-from psmpi.optim.norms import clip_by_global_norm, squared_norm
+from psmpi.optim.norms import clip_by_global_norm
 from psmpi.optim.registry import OPTIMIZERS, make_optimizer
 from psmpi.optim.schedules import Schedule, make_schedule
 
@@ -24,5 +24,4 @@ __all__ = [
     "clip_by_global_norm",
     "make_optimizer",
     "make_schedule",
-    "squared_norm",
 ]

@@ -50,16 +50,16 @@ class Optimizer:
     """
 
     needs_closure: bool = False
-    # What steps whole shards, where it can.
-    ops: NumpyOps = NumpyOps()
     # The constructor's hyperparameters, by keyword.
     settings: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, n: int, dtype: DTypeLike, *, names: tuple[str, ...] = ()) -> None:
+    def __init__(self, n: int, dtype: DTypeLike, *, names: tuple[str, ...] = (), ops: NumpyOps | None = None) -> None:
         self.n, self.dtype = n, np.dtype(dtype)
+        # What steps whole shards, where it can.
+        self.ops = ops or NumpyOps()
         if self.dtype not in (np.float32, np.float64):
             raise UserError(f"dtype {self.dtype}: weights are optimized in float32 or float64, choose one of these")
-        self.vectors: dict[str, np.ndarray] = {name: np.zeros(n, self.dtype) for name in names}
+        self.vectors: dict[str, np.ndarray] = {name: self.ops.zeros(n, self.dtype) for name in names}
         self.scalars: dict[str, float | int] = {}
         self.scratch = np.empty((2, min(n, CHUNK)), self.dtype)
 

@@ -12,6 +12,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import DTypeLike
 
+from psmpi.backend import NumpyOps
 from psmpi.optim.base import AllSum, Closure, Optimizer, check_eps, check_settings
 
 
@@ -22,9 +23,9 @@ class FirstOrder(Optimizer):
     # Whether weight decay goes through the gradient.
     coupled = True
 
-    def __init__(self, n: int, dtype: DTypeLike, *, weight_decay: float = 0.0) -> None:
+    def __init__(self, n: int, dtype: DTypeLike, *, weight_decay: float = 0.0, ops: NumpyOps | None = None) -> None:
         check_settings(weight_decay=weight_decay)
-        super().__init__(n, dtype, names=self.names)
+        super().__init__(n, dtype, names=self.names, ops=ops)
         self.weight_decay = float(weight_decay)
 
     def step(self, w: np.ndarray, g: np.ndarray, lr: float, allsum: AllSum, closure: Closure | None = None) -> None:
@@ -60,6 +61,9 @@ class SGD(FirstOrder):
 
     settings = ("weight_decay",)
 
+    def at_once(self, w: np.ndarray, g: np.ndarray, lr: float) -> bool:
+        return self.ops.sgd(w, g, lr, self.weight_decay)
+
     def update(
         self, w: np.ndarray, g: np.ndarray, lr: float, state: list[np.ndarray], a: np.ndarray, b: np.ndarray
     ) -> None:
@@ -76,10 +80,23 @@ class Momentum(FirstOrder):
     settings = ("beta", "weight_decay")
     names = ("v",)
 
-    def __init__(self, n: int, dtype: DTypeLike, *, beta: float = 0.9, weight_decay: float = 0.0) -> None:
+    nesterov = False
+
+    def __init__(
+        self,
+        n: int,
+        dtype: DTypeLike,
+        *,
+        beta: float = 0.9,
+        weight_decay: float = 0.0,
+        ops: NumpyOps | None = None,
+    ) -> None:
         check_settings(momentum=beta)
-        super().__init__(n, dtype, weight_decay=weight_decay)
+        super().__init__(n, dtype, weight_decay=weight_decay, ops=ops)
         self.beta = float(beta)
+
+    def at_once(self, w: np.ndarray, g: np.ndarray, lr: float) -> bool:
+        return self.ops.momentum(w, g, self.vectors["v"], lr, self.beta, self.weight_decay, self.nesterov)
 
     def update(
         self, w: np.ndarray, g: np.ndarray, lr: float, state: list[np.ndarray], a: np.ndarray, b: np.ndarray
@@ -93,6 +110,8 @@ class Momentum(FirstOrder):
 
 class Nesterov(Momentum):
     """v = beta v + g; w -= lr (g + beta v) (Nesterov 1983, as PyTorch's SGD with nesterov=True)."""
+
+    nesterov = True
 
     def update(
         self, w: np.ndarray, g: np.ndarray, lr: float, state: list[np.ndarray], a: np.ndarray, b: np.ndarray
@@ -126,9 +145,10 @@ class Adam(FirstOrder):
         beta2: float = 0.999,
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        ops: NumpyOps | None = None,
     ) -> None:
         check_settings(beta1=beta1, beta2=beta2)
-        super().__init__(n, dtype, weight_decay=weight_decay)
+        super().__init__(n, dtype, weight_decay=weight_decay, ops=ops)
         check_eps(eps, self.dtype)
         self.beta1, self.beta2, self.eps = float(beta1), float(beta2), float(eps)
         self.scalars["t"] = 0
@@ -189,12 +209,22 @@ class RMSprop(FirstOrder):
     names = ("v",)
 
     def __init__(
-        self, n: int, dtype: DTypeLike, *, alpha: float = 0.99, eps: float = 1e-8, weight_decay: float = 0.0
+        self,
+        n: int,
+        dtype: DTypeLike,
+        *,
+        alpha: float = 0.99,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        ops: NumpyOps | None = None,
     ) -> None:
         check_settings(alpha=alpha)
-        super().__init__(n, dtype, weight_decay=weight_decay)
+        super().__init__(n, dtype, weight_decay=weight_decay, ops=ops)
         check_eps(eps, self.dtype)
         self.alpha, self.eps = float(alpha), float(eps)
+
+    def at_once(self, w: np.ndarray, g: np.ndarray, lr: float) -> bool:
+        return self.ops.rmsprop(w, g, self.vectors["v"], lr, self.alpha, self.eps, self.weight_decay)
 
     def update(
         self, w: np.ndarray, g: np.ndarray, lr: float, state: list[np.ndarray], a: np.ndarray, b: np.ndarray

@@ -7,24 +7,12 @@ from math import isfinite, sqrt
 
 import numpy as np
 
+from psmpi.backend import NumpyOps
 from psmpi.errors import UserError
 from psmpi.optim.base import AllSum, chunks
 
 
-def squared_norm(g: np.ndarray) -> float:
-    """The squared Euclidean norm of g (n,), float32 or float64, accumulated in float64; 0.0 for an empty
-    shard.
-
-    Any finite float32 is squared without overflow; float64 components must be below 2^511.
-    """
-    total = 0.0
-    for at in chunks(g.size):
-        piece = g[at].astype(np.float64, copy=False)
-        total += float(np.dot(piece, piece))
-    return total
-
-
-def clip_by_global_norm(g: np.ndarray, max_norm: float, allsum: AllSum) -> float:
+def clip_by_global_norm(g: np.ndarray, max_norm: float, allsum: AllSum, ops: NumpyOps | None = None) -> float:
     """Scale the shards g (n,) in place so that their global norm is at most max_norm; returns the norm
     before.
 
@@ -34,14 +22,15 @@ def clip_by_global_norm(g: np.ndarray, max_norm: float, allsum: AllSum) -> float
     """
     if not max_norm >= 0:
         raise UserError(f"--clip {max_norm}: expected 0 (no clipping) or a number above it")
-    norm = sqrt(float(allsum(np.array([squared_norm(g)]))[0]))
+    ops = ops or NumpyOps()
+    norm = sqrt(float(allsum(np.array([ops.squared_norm(g)]))[0]))
     if norm > max_norm > 0 and isfinite(norm):
         factor = float(max_norm) / norm
         if factor < float(np.finfo(g.dtype).tiny):
             # Below the normal numbers a factor has lost digits: its root, applied twice, has all of them.
             factor = sqrt(factor)
-            g *= factor
-        g *= factor
+            ops.scale(g, factor)
+        ops.scale(g, factor)
     return norm
 
 

@@ -10,7 +10,8 @@ from psmpi.backend import NumpyOps
 from psmpi.errors import UserError
 from psmpi.optim.base import Hyper, Optimizer, check_settings
 from psmpi.optim.element_operators import RULES
-from psmpi.optim.first_order import SGD, Adam, AdamW, Momentum, Nesterov, RMSprop
+from psmpi.optim.first_order import SGD, Adam, AdamW, FirstOrder, Momentum, Nesterov, RMSprop
+from psmpi.optim.hosted import Hosted
 from psmpi.optim.lbfgs import LBFGS
 from psmpi.optim.trust_region import LSR1, LBFGSTrustRegion
 
@@ -46,7 +47,8 @@ def make_optimizer(name: str, n: int, dtype: DTypeLike, hyper: Hyper, ops: Numpy
         raise UserError(f"--optimizer {name!r} is unknown: choose one of {', '.join(known)}")
     check_settings(**asdict(hyper))
     kind = known[name]
-    made = kind(n, dtype, **{key: getattr(hyper, "momentum" if key == "beta" else key) for key in kind.settings})
-    if ops is not None:
-        made.ops = ops
-    return made
+    settings = {key: getattr(hyper, "momentum" if key == "beta" else key) for key in kind.settings}
+    if issubclass(kind, FirstOrder):
+        return kind(n, dtype, **settings, ops=ops)
+    made = kind(n, dtype, **settings)
+    return Hosted(made, ops) if ops is not None and ops.on_device and made.vectors else made

@@ -1,0 +1,570 @@
+"""The operations on a GPU: CuPy arrays, the kernels of cuda/ and cuBLAS.
+
+Everything goes to one stream, in order; nothing waits for the device but `Mirror.wait`, `host` and `squared_norm`.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+
+from psmpi.backend.reference import Convolution, Mirror, NumpyOps, Samples, Stripes
+from psmpi.errors import UserError
+
+SOURCES = ("common.cuh", "conv.cu", "layers.cu", "loss.cu", "optim.cu", "samples.cu")
+REALS = {np.dtype(np.float32): "float", np.dtype(np.float64): "double"}
+ACTIVATIONS = {"identity": 0, "sigmoid": 1, "tanh": 2, "relu": 3}
+LOSSES = {"psl": 0, "logistic": 1, "nll": 2, "squared": 3}
+# Units or channels that a thread of the convolutions computes.
+TILE = 4
+# Blocks that fill the largest devices; sums are split over about as many.
+BLOCKS = 512
+# Of a recorded piece of work, calls with other arguments that are kept.
+KEPT = 32
+# cublasComputeType_t for float32 matrices by --compute, and for float64.
+COMPUTE = {"float32": 68, "float16": 74, "bfloat16": 75, "tf32": 77}
+DOUBLE = 70
+CUDA_R = {np.dtype(np.float32): 0, np.dtype(np.float64): 1}
+INSTALL = "pip install 'psmpi[cuda]' (CUDA 13), pip install cupy-cuda12x (CUDA 12)"
+
+
+@cache
+def _cupy() -> Any:
+    """CuPy, whose cache of compiled kernels is on this host's own disk unless CUPY_CACHE_DIR says otherwise."""
+    if "CUPY_CACHE_DIR" not in os.environ:
+        folder = Path(tempfile.gettempdir()) / f"psmpi-cupy-{os.getuid()}"
+        try:
+            folder.mkdir(mode=0o700, exist_ok=True)
+            # Kernels are loaded from there: nobody else may have put them there.
+            found = folder.lstat()
+            if found.st_uid == os.getuid() and not found.st_mode & 0o077:
+                os.environ["CUPY_CACHE_DIR"] = str(folder)
+        except OSError:
+            # CuPy's own choice, in the home directory.
+            pass
+    import cupy
+
+    return cupy
+
+
+def devices() -> int:
+    """The number of devices that this process sees, 1 or more; UserError that says why there is none."""
+    try:
+        cupy = _cupy()
+    except ImportError as error:
+        raise UserError(f"--backend cupy: CuPy does not load ({error}): {INSTALL}, or use --backend compiled") from None
+    runtime = cupy.cuda.runtime
+    try:
+        count = int(runtime.getDeviceCount())
+        why = "no device is visible"
+    except runtime.CUDARuntimeError as error:
+        count, why = 0, str(error)
+    if count:
+        return count
+    driver, built = (_version(get) for get in (runtime.driverGetVersion, runtime.runtimeGetVersion))
+    if driver == (0, 0):
+        fix = "no NVIDIA driver is loaded on this host: run on a GPU node, or use --backend compiled"
+    elif driver[0] < built[0]:
+        fix = (
+            f"its driver speaks CUDA {driver[0]}.{driver[1]} and this CuPy is built for CUDA {built[0]}: install a "
+            f"CuPy for CUDA {driver[0]} (pip install cupy-cuda{driver[0]}x), or a newer driver"
+        )
+    else:
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+        fix = f"CUDA_VISIBLE_DEVICES is {seen!r}" if seen is not None else "nvidia-smi lists the devices"
+        fix += "; ask the scheduler for a GPU (--gres=gpu:1), or use --backend compiled"
+    raise UserError(f"--backend cupy: no GPU can be used on this host ({why}): {fix}")
+
+
+def available() -> bool:
+    """Whether this process sees a device and CuPy can use it."""
+    if find_spec("cupy") is None:
+        return False
+    try:
+        return devices() > 0
+    except UserError:
+        return False
+
+
+def _version(get: Callable[[], int]) -> tuple[int, int]:
+    try:
+        number = int(get())
+    except RuntimeError:
+        number = 0
+    return number // 1000, number % 1000 // 10
+
+
+def _blocks(size: int, threads: int) -> int:
+    return -(-size // threads)
+
+
+class DeviceMirror(Mirror):
+    """An array on a device and its image in pinned host memory."""
+
+    def __init__(self, array: Any, ops: CupyOps):
+        cupy = ops.cupy
+        self.array, self.stream = array, ops.stream
+        # CuPy's pool takes it back when the last array over it is gone.
+        memory = cupy.cuda.alloc_pinned_memory(max(1, array.nbytes))
+        self.host = np.frombuffer(memory, array.dtype, array.size).reshape(array.shape)
+        self.event = cupy.cuda.Event(disable_timing=True)
+        self.runtime = cupy.cuda.runtime
+
+    def fetch(self, at: slice = slice(None)) -> None:
+        source, target = self._pieces(at)
+        self._copy(target.ctypes.data, source.data.ptr, target.nbytes, self.runtime.memcpyDeviceToHost)
+
+    def push(self, at: slice = slice(None)) -> None:
+        target, source = self._pieces(at)
+        self._copy(target.data.ptr, source.ctypes.data, source.nbytes, self.runtime.memcpyHostToDevice)
+
+    def _pieces(self, at: slice) -> tuple[Any, np.ndarray]:
+        if at == slice(None):
+            return self.array, self.host
+        return self.array[at], self.host[at]
+
+    def _copy(self, target: int, source: int, nbytes: int, kind: int) -> None:
+        if nbytes:
+            self.runtime.memcpyAsync(target, source, nbytes, kind, self.stream.ptr)
+            self.event.record(self.stream)
+
+    def wait(self) -> None:
+        self.event.synchronize()
+
+    settle = wait
+
+
+class DeviceSamples(Samples):
+    """Samples that stay on the device."""
+
+    def __init__(self, values: np.ndarray, scale: float, ops: CupyOps):
+        self.ops, self.scale = ops, scale
+        if values.dtype not in (np.uint8, np.float32, np.float64):
+            values = values.astype(np.float64 if values.dtype.itemsize > 2 else np.float32)
+        self.kernel = {"uint8": "gather_u8", "float32": "gather_f32", "float64": "gather_f64"}[values.dtype.name]
+        self.values = ops.cupy.asarray(np.ascontiguousarray(values))
+        self.scales: Any = None
+        self.at: Mirror | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.values.nbytes)
+
+    def fetch(self, at: np.ndarray, out: Any) -> None:
+        features, b = out.shape
+        if self.at is None or self.at.host.size < b:
+            self.at = self.ops.mirror(self.ops.empty(b, np.dtype(np.int64)))
+        if self.scales is None or self.scales.dtype != out.dtype:
+            self.scales = self.ops.empty(features, out.dtype)
+            self.scales.fill(self.scale)
+        self.at.settle()
+        self.at.host[:b] = at
+        self.at.push(slice(0, b))
+        grid = (_blocks(b, 32), _blocks(features, 32))
+        arrays = (self.at.array, self.values, self.scales, out)
+        self.ops.launch(self.kernel, out.dtype, grid, (32, 8), b, features, *arrays)
+
+
+class Recording:
+    """Work on the device that is captured as a CUDA graph when it is done with the same arguments a second time.
+
+    The first time makes room: what a graph uses must stay where it is. Graphs from before the last allocation are
+    forgotten for that reason.
+    """
+
+    def __init__(self, ops: CupyOps, work: Callable[..., Any]):
+        self.ops, self.work = ops, work
+        self.made: OrderedDict[tuple[Any, ...], tuple[Any, Any] | None] = OrderedDict()
+        self.allocations = -1
+
+    def __call__(self, *args: Any) -> Any:
+        ops = self.ops
+        if self.allocations != ops.allocations:
+            self.made.clear()
+            self.allocations = ops.allocations
+        found = self.made.get(args)
+        if found is None:
+            return self._first(args)
+        self.made.move_to_end(args)
+        graph, result = found
+        graph.launch(ops.stream)
+        return result
+
+    def _first(self, args: tuple[Any, ...]) -> Any:
+        ops = self.ops
+        if args not in self.made or not ops.graphs:
+            result = self.work(*args)
+            self.made[args] = None
+            if len(self.made) > KEPT:
+                self.made.popitem(last=False)
+            return result
+        graph, result = None, None
+        try:
+            ops.stream.begin_capture()
+            try:
+                result = self.work(*args)
+            finally:
+                graph = ops.stream.end_capture()
+        except ops.failures as error:
+            ops.graphs = False
+            warnings.warn(f"CUDA graphs are not used, this device cannot record the step: {error}", stacklevel=2)
+            return self.work(*args)
+        self.made[args] = graph, result
+        graph.launch(ops.stream)
+        return result
+
+
+class DeviceConvolution:
+    """Register blocks along the batch, see cuda/conv.cu; the packed kernels are made by `prepare`."""
+
+    def __init__(
+        self,
+        ops: CupyOps,
+        stripes: Sequence[Stripes],
+        in_shape: tuple[int, int, int],
+        out_shape: tuple[int, int, int],
+        kernel: int,
+        stride: int,
+        dtype: np.dtype,
+        activation: str,
+    ):
+        self.ops, self.stripes, self.dtype, self.kernel = ops, stripes, np.dtype(dtype), kernel
+        self.rest = (*in_shape[1:], *out_shape[1:], kernel, stride)
+        self.inputs, self.positions = in_shape[1] * in_shape[2], out_shape[1] * out_shape[2]
+        self.activation = ACTIVATIONS[activation]
+        self.packed: list[tuple[Any, Any]] = []
+        for s in stripes:
+            by_unit = s.count * s.n_in * kernel**2 * _blocks(s.n, TILE) * TILE
+            by_channel = s.count * s.n * kernel**2 * _blocks(s.n_in, TILE) * TILE
+            self.packed.append((ops.empty(by_unit, self.dtype), ops.empty(by_channel, self.dtype)))
+        # Stripes that see the same channels add their gradients up; channels that none sees have the gradient 0.
+        seen = np.zeros(in_shape[0], int)
+        for s in stripes:
+            for k in range(s.count):
+                seen[s.source + k * s.source_step :][: s.n_in] += 1
+        self.covers = bool((seen == 1).all())
+
+    def reserve(self, batch: int) -> None:
+        for s in self.stripes:
+            self.ops.partial(self._splits(s, batch) * s.count * s.n * s.n_in * self.kernel**2, self.dtype)
+
+    def arrays(self) -> list[Any]:
+        return [array for pair in self.packed for array in pair]
+
+    def prepare(self, kernels: Any) -> None:
+        for s, (by_unit, by_channel) in zip(self.stripes, self.packed, strict=True):
+            size = max(by_unit.size, by_channel.size)
+            shape = (s.count, s.n, s.n_in, s.out, self.kernel)
+            self.ops.spread("conv_pack", self.dtype, size, *shape, kernels, by_unit, by_channel)
+
+    @staticmethod
+    def _numbers(s: Stripes) -> tuple[int, ...]:
+        return s.count, s.n, s.n_in, s.source, s.source_step, s.out
+
+    def forward(self, x: Any, kernels: Any, bias: Any, y: Any) -> None:
+        b = x.shape[-1]
+        for s, (by_unit, _) in zip(self.stripes, self.packed, strict=True):
+            grid = (_blocks(self.positions * b, 128), _blocks(s.n, TILE), s.count)
+            self.ops.launch(
+                "conv_forward", self.dtype, grid, (128,), *self._numbers(s), *self.rest, b, x, by_unit, bias, y,
+                self.activation,
+            )  # fmt: skip
+
+    def backward(self, x: Any, dy: Any, kernels: Any, dkernels: Any, dx: Any) -> None:
+        b, launch = x.shape[-1], self.ops.launch
+        for s in self.stripes if dkernels is not None else ():
+            splits, size = self._splits(s, b), s.count * s.n * s.n_in * self.kernel**2
+            partial = self.ops.partial(splits * size, self.dtype)
+            grid = (s.count * _blocks(s.n, TILE), s.n_in * self.kernel, splits)
+            launch(
+                "conv_weight", self.dtype, grid, (128,), *self._numbers(s), *self.rest, b, x, dy, partial, splits,
+            )  # fmt: skip
+            into = dkernels[s.out : s.out + s.count * s.n]
+            self.ops.spread("conv_weight_sum", self.dtype, size, size, splits, partial, into)
+        if dx is None:
+            return
+        if not self.covers:
+            dx.fill(0)
+        for s, (_, by_channel) in zip(self.stripes, self.packed, strict=True):
+            # Stripes whose channels overlap come one after the other.
+            for k in range(1 if self.covers else s.count):
+                count = s.count if self.covers else 1
+                numbers = (count, s.n, s.n_in, s.source + k * s.source_step, s.source_step, s.out + k * s.n)
+                weights = by_channel.reshape(s.count, -1)[k:]
+                grid = (_blocks(self.inputs * b, 128), _blocks(s.n_in, TILE), count)
+                launch(
+                    "conv_input", self.dtype, grid, (128,), *numbers, *self.rest, b, dy, weights, dx,
+                    int(not self.covers),
+                )  # fmt: skip
+
+    def _splits(self, s: Stripes, batch: int) -> int:
+        """Parts of the sum over positions and samples: by the shapes alone, so that it keeps its order."""
+        blocks = s.count * _blocks(s.n, TILE) * s.n_in * self.kernel
+        return max(1, min(_blocks(BLOCKS, blocks), _blocks(self.positions * batch, 1024)))
+
+
+class CupyOps(NumpyOps):
+    """The operations on one device.
+
+    compute: what the matrix products of float32 arrays compute with: float32, tf32, float16 or bfloat16; sums and
+    results stay float32. graphs: record repeated work as CUDA graphs.
+    """
+
+    name = "cupy"
+    on_device = True
+    line = 32
+
+    def __init__(self, device: int = 0, compute: str = "float32", graphs: bool = True):
+        self.cupy: Any = _cupy()
+        self.device, self.compute, self.graphs = device, compute, graphs
+        self.cupy.cuda.Device(device).use()
+        self.stream = self.cupy.cuda.Stream(non_blocking=True)
+        self.stream.use()
+        cuda = self.cupy.cuda
+        self.failures = (cuda.runtime.CUDARuntimeError, cuda.driver.CUDADriverError, cuda.cublas.CUBLASError)
+        self.allocations = 0
+        self.partials: dict[np.dtype, Any] = {}
+        self.functions: dict[tuple[str, np.dtype], Any] = {}
+        self.modules: dict[np.dtype, Any] = {}
+        # Factors of cuBLAS's products, read from host memory when a product is begun.
+        self.factors = {dtype: (np.ones(1, dtype), np.zeros(1, dtype)) for dtype in REALS}
+        self.sum = self.mirror(self.zeros(1, np.dtype(np.float64)))
+
+    @property
+    def description(self) -> str:
+        compute = "" if self.compute == "float32" else f", products in {self.compute}"
+        return f"{self.name} ({self.place}{compute})"
+
+    @property
+    def place(self) -> str:
+        name = self.cupy.cuda.runtime.getDeviceProperties(self.device)["name"].decode()
+        return f"{name}, device {self.device}"
+
+    def compile(self, dtype: np.dtype) -> None:
+        """Compile the kernels for a dtype, or find them compiled."""
+        self._function("activate", np.dtype(dtype))
+
+    def _function(self, name: str, dtype: np.dtype) -> Any:
+        if (name, dtype) not in self.functions:
+            if dtype not in self.modules:
+                folder = Path(__file__).parent / "cuda"
+                number = crc32(b"".join((folder / source).read_bytes() for source in SOURCES))
+                code = "".join(f'#include "{source}"\n' for source in SOURCES)
+                # The number is there for CuPy's cache, which does not look into included files.
+                options = ("-std=c++17", f"-DREAL={REALS[dtype]}", f"-DPSMPI_SOURCE={number}", f"-I{folder}")
+                self.modules[dtype] = self.cupy.RawModule(code=code, options=options)
+            self.functions[name, dtype] = self.modules[dtype].get_function(name)
+        return self.functions[name, dtype]
+
+    def launch(self, name: str, dtype: np.dtype, grid: tuple[int, ...], block: tuple[int, ...], *args: Any) -> None:
+        """Start a kernel; `args` are arrays, Python ints (64 bits, 0 for no array) and floats (64 bits)."""
+        self._function(name, dtype)(grid, block, args)
+
+    def spread(self, name: str, dtype: np.dtype, size: int, *args: Any) -> None:
+        """Start a kernel that takes `size` elements one by one, however many threads there are."""
+        if size:
+            self.launch(name, dtype, (min(_blocks(size, 256), 16 * BLOCKS),), (256,), *args)
+
+    def partial(self, size: int, dtype: np.dtype) -> Any:
+        """Scratch for the parts of a sum, valid until the next sum."""
+        if dtype not in self.partials or self.partials[dtype].size < size:
+            self.partials[dtype] = self.empty(size, dtype)
+        return self.partials[dtype]
+
+    def empty(self, size: int, dtype: np.dtype) -> Any:
+        self.allocations += 1
+        return self.cupy.empty(size, dtype)
+
+    def zeros(self, size: int, dtype: np.dtype) -> Any:
+        self.allocations += 1
+        return self.cupy.zeros(size, dtype)
+
+    def view(self, array: Any, start: int, shape: Sequence[int], steps: Sequence[int]) -> Any:
+        flat = array.reshape(-1)
+        strides = tuple(step * flat.itemsize for step in steps)
+        return self.cupy.lib.stride_tricks.as_strided(flat[start:], tuple(shape), strides)
+
+    def mirror(self, array: Any) -> Mirror:
+        # What is in host memory already needs none.
+        return Mirror(array) if isinstance(array, np.ndarray) else DeviceMirror(array, self)
+
+    def host(self, array: Any) -> np.ndarray:
+        found: np.ndarray = self.cupy.asnumpy(array)
+        return found
+
+    def synchronize(self) -> None:
+        self.stream.synchronize()
+
+    def record(self, work: Callable[..., Any]) -> Callable[..., Any]:
+        return Recording(self, work)
+
+    def samples(self, values: np.ndarray, scale: float) -> Samples:
+        return DeviceSamples(values, scale, self)
+
+    def matmul(self, a: Any, b: Any, out: Any) -> None:
+        if out.size == 0:
+            return
+        if a.ndim == 2:
+            a, b, out = a[None], b[None], out[None]
+        (count, m, n), k = out.shape, a.shape[2]
+        dtype, one = out.dtype, self.factors[out.dtype]
+        compute = COMPUTE[self.compute] if dtype == np.float32 else DOUBLE
+        # Rows here are columns there: out^T = b^T a^T.
+        (b_how, b_lead), (a_how, a_lead), (how, lead) = (_leading(x) for x in (b, a, out))
+        if how:
+            raise ValueError(f"out of a product needs contiguous rows, not strides {out.strides}")
+        b_step, a_step, step = (x.strides[0] // x.itemsize for x in (b, a, out))
+        cublas, number = self.cupy.cuda.cublas, CUDA_R[dtype]
+        cublas.gemmStridedBatchedEx(
+            self.cupy.cuda.device.get_cublas_handle(), b_how, a_how, n, m, k, one[0].ctypes.data,
+            b.data.ptr, number, b_lead, b_step, a.data.ptr, number, a_lead, a_step, one[1].ctypes.data,
+            out.data.ptr, number, lead, step, count, compute, -1,
+        )  # fmt: skip
+
+    def add_bias(self, y: Any, bias: Any) -> None:
+        self.finish(y, bias, "identity")
+
+    def row_sums(self, y: Any, out: Any) -> None:
+        self.finish_back(y, y, "identity", out)
+
+    def finish(self, y: Any, bias: Any, kind: str) -> None:
+        count, n = bias.shape
+        steps = (stride // bias.itemsize for stride in bias.strides)
+        self.spread("finish", y.dtype, y.size, count, n, y.size // (count * n), y, bias, *steps, ACTIVATIONS[kind])
+
+    def finish_back(self, y: Any, dy: Any, kind: str, dbias: Any) -> None:
+        if dbias is None:
+            self.activate_back(kind, y, dy)
+            return
+        count, n = dbias.shape
+        m = dy.size // (count * n)
+        splits = max(1, min(_blocks(BLOCKS, count * n), _blocks(m, 2048)))
+        partial = self.partial(count * n * splits, dy.dtype)
+        shape, grid = (count, n, m), (count * n, splits)
+        self.launch("finish_back", dy.dtype, grid, (256,), *shape, y, dy, partial, splits, ACTIVATIONS[kind])
+        steps = (stride // dbias.itemsize for stride in dbias.strides)
+        self.spread("row_sums", dy.dtype, count * n, count, n, splits, partial, dbias, *steps)
+
+    def convolution(
+        self,
+        stripes: Sequence[Stripes],
+        in_shape: tuple[int, int, int],
+        out_shape: tuple[int, int, int],
+        kernel: int,
+        stride: int,
+        dtype: np.dtype,
+        activation: str = "identity",
+    ) -> Convolution:
+        return DeviceConvolution(self, stripes, in_shape, out_shape, kernel, stride, dtype, activation)  # type: ignore[return-value]
+
+    def fold(self, w: Any, pool: int, out: Any) -> None:
+        count, rows, n_in, k, _ = w.shape
+        steps = (stride // w.itemsize for stride in w.strides[:2])
+        self.spread("fold", w.dtype, out.size, count, rows, n_in, k, pool, w, *steps, out)
+
+    def unfold(self, dfolded: Any, pool: int, out: Any) -> None:
+        count, rows, n_in, k, _ = out.shape
+        steps = (stride // out.itemsize for stride in out.strides[:2])
+        self.spread("unfold", out.dtype, out.size, count, rows, n_in, k, pool, dfolded, out, *steps)
+
+    def mean_pool(self, x: Any, size: int, y: Any, activation: str = "identity") -> None:
+        self.spread("mean_pool", x.dtype, y.size, *x.shape, size, x, y, ACTIVATIONS[activation])
+
+    def mean_pool_back(self, dy: Any, size: int, dx: Any) -> None:
+        self.spread("mean_pool_back", dy.dtype, dx.size, *dx.shape, size, dy, dx)
+
+    def max_pool(self, x: Any, size: int, y: Any, activation: str = "identity") -> None:
+        self.spread("max_pool", x.dtype, y.size, *x.shape, size, x, y, ACTIVATIONS[activation])
+
+    def max_pool_back(self, x: Any, y: Any, dy: Any, size: int, dx: Any) -> None:
+        self.spread("max_pool_back", dy.dtype, dx.size, *x.shape, size, x, dy, dx)
+
+    def activate(self, kind: str, y: Any) -> None:
+        if kind != "identity":
+            self.spread("activate", y.dtype, y.size, y.size, y, ACTIVATIONS[kind])
+
+    def activate_back(self, kind: str, y: Any, dy: Any) -> None:
+        if kind != "identity":
+            self.spread("activate_back", y.dtype, y.size, y.size, y, dy, ACTIVATIONS[kind])
+
+    def losses(
+        self,
+        name: str,
+        scores: Any,
+        labels: Any,
+        scale: float,
+        kappa: float,
+        limit: float,
+        pairs: Any,
+        own: slice,
+        grad: Any,
+        report: Any,
+    ) -> bool:
+        classes, b = scores.shape
+        each = self.partial(3 * b, np.dtype(np.float64))
+        seen = 0 if pairs is None else pairs
+        settings = (LOSSES[name], classes, b, scores, labels, scale, kappa, limit, seen)
+        self.spread("losses", scores.dtype, b, *settings, grad, each)
+        first, last, _ = own.indices(classes)
+        self.launch("loss_report", scores.dtype, (1,), (256,), classes, b, first, last, each, grad, scale, report)
+        return True
+
+    def cast_scores(self, grad: Any, out: Any, report: Any) -> None:
+        self.spread("cast_scores", out.dtype, out.size, out.size, grad, out, report)
+
+    def give_back(self, g: Any, report: Any, limit: float) -> None:
+        self.spread("give_back", g.dtype, g.size, g.size, g, report, limit)
+
+    def squared_norm(self, g: Any) -> float:
+        if not g.size:
+            return 0.0
+        blocks = min(_blocks(g.size, 1024), BLOCKS)
+        partial = self.partial(blocks, np.dtype(np.float64))
+        self.launch("squared_norm", g.dtype, (blocks,), (256,), g.size, g, partial)
+        self.launch("sum_partials", g.dtype, (1,), (256,), blocks, partial, self.sum.array)
+        self.sum.fetch()
+        self.sum.wait()
+        return float(self.sum.host[0])
+
+    def scale(self, g: Any, factor: float) -> None:
+        self.spread("scale", g.dtype, g.size, g.size, g, factor)
+
+    def sgd(self, w: Any, g: Any, rate: float, l2: float) -> bool:
+        self.spread("sgd", w.dtype, w.size, w.size, w, g, rate, l2)
+        return True
+
+    def momentum(self, w: Any, g: Any, v: Any, rate: float, beta: float, l2: float, nesterov: bool) -> bool:
+        self.spread("momentum", w.dtype, w.size, w.size, w, g, v, rate, beta, l2, int(nesterov))
+        return True
+
+    def rmsprop(self, w: Any, g: Any, v: Any, rate: float, alpha: float, eps: float, l2: float) -> bool:
+        self.spread("rmsprop", w.dtype, w.size, w.size, w, g, v, rate, alpha, eps, l2)
+        return True
+
+    def adam(
+        self, w: Any, g: Any, m: Any, v: Any, rate: float, root: float, beta1: float, beta2: float, eps: float,
+        l2: float, keep: float,
+    ) -> bool:  # fmt: skip
+        self.spread("adam", w.dtype, w.size, w.size, w, g, m, v, rate, root, beta1, beta2, eps, l2, keep)
+        return True
+
+
+def _leading(matrices: Any) -> tuple[int, int]:
+    """For cuBLAS: whether matrices (count, rows, columns) are transposed, and the step between rows or columns."""
+    _, rows, columns = matrices.shape
+    row, column = (stride // matrices.itemsize for stride in matrices.strides[1:])
+    if column == 1 or columns == 1:
+        return 0, max(row if rows > 1 else 1, columns)
+    if row == 1 or rows == 1:
+        return 1, max(column, rows)
+    raise ValueError(f"a product needs contiguous rows or columns, not strides {matrices.strides}")

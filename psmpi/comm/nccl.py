@@ -1,0 +1,64 @@
+"""Sums and exchanges among the devices of a group by NCCL, without the host."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from psmpi.errors import UserError
+
+
+class Nccl:
+    """The collectives of `comm` (its ranks, one device each) on arrays in their devices' memory, in stream order."""
+
+    def __init__(self, comm: Any, stream: Any):
+        library = _library()
+        self.library, self.stream, self.size = library, stream, comm.size
+        # The identifier is 128 numbers; the first rank makes it.
+        number = np.zeros(128, np.int64)
+        if comm.rank == 0:
+            number[:] = library.get_unique_id()
+        comm.Bcast(number, 0)
+        self.comm = library.NcclCommunicator(comm.size, tuple(number.tolist()), comm.rank)
+
+    def _type(self, array: Any) -> int:
+        found: int = self.library.NCCL_FLOAT32 if array.dtype == np.float32 else self.library.NCCL_FLOAT64
+        return found
+
+    def allreduce(self, array: Any) -> None:
+        """array = its sum over the group, in place."""
+        address = array.data.ptr
+        self.comm.allReduce(address, address, array.size, self._type(array), self.library.NCCL_SUM, self.stream.ptr)
+
+    def allgatherv(self, array: Any, into: Any, counts: Sequence[int]) -> None:
+        """All ranks' arrays, of `counts` elements, one after the other in `into`."""
+        # NCCL gathers equal counts only: a broadcast from each rank, all of them at once.
+        self.library.groupStart()
+        start = 0
+        for rank, count in enumerate(counts):
+            address = into.data.ptr + start * into.itemsize
+            self.comm.broadcast(array.data.ptr, address, count, self._type(array), rank, self.stream.ptr)
+            start += count
+        self.library.groupEnd()
+
+
+def check(ranks: int, devices: int) -> None:
+    """UserError unless CuPy has NCCL and each of a host's ranks has a device of its own."""
+    _library()
+    if ranks > devices:
+        raise UserError(
+            f"--nccl: {ranks} ranks share {devices} device(s) on this host and NCCL wants one each: start at most "
+            f"{devices} ranks a host, or leave the option out"
+        )
+
+
+def _library() -> Any:
+    try:
+        from cupy.cuda import nccl
+    except ImportError:
+        nccl = None
+    if nccl is None or not nccl.available:
+        raise UserError("--nccl: this CuPy has no NCCL: pip install nvidia-nccl-cu13, or leave the option out")
+    return nccl

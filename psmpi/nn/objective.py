@@ -1,0 +1,70 @@
+"""The loss of a minibatch and the backward pass that follows from it, wherever the arrays are."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from psmpi.nn.losses import Loss
+from psmpi.nn.model import Model
+
+# The largest gradient component that a part hands out: its square, summed over thousands of ranks, stays in the dtype.
+GRADIENT_LIMIT = {np.dtype(np.float32): 2.0**50, np.dtype(np.float64): 2.0**400}
+DIVERGED = "the loss is not a finite number: the training diverged; lower --lr, or clip gradients with --clip 1"
+
+
+class Objective:
+    """The loss of a model's minibatch and the gradient that follows from it, wherever the model's arrays are.
+
+    The backward pass is linear in the derivatives of the loss, float64 of any size: very large ones are scaled down by
+    a power of two first, and the gradient is scaled up again and limited to GRADIENT_LIMIT in each component.
+    """
+
+    def __init__(self, loss: Loss, model: Model):
+        self.loss, self.model, self.ops = loss, model, model.ops
+        # Loss, largest exponent, terms beyond the limit, largest derivative of the last minibatch.
+        self.report = self.ops.mirror(self.ops.zeros(4, np.dtype(np.float64)))
+        self.on_device = False
+
+    def reserve(self, classes: int, batch: int) -> None:
+        """Make room for minibatches of up to `batch` samples with scores of `classes` classes."""
+        self.grad = self.ops.empty(classes * batch, np.dtype(np.float64))
+        self.cast = self.ops.empty(len(self.model.classes) * batch, self.model.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.grad.nbytes + self.cast.nbytes)
+
+    def derive(
+        self, scores: np.ndarray, labels: np.ndarray, scale: float, own: slice, pairs: np.ndarray | None = None
+    ) -> None:
+        """Fill the model's gradient with that of the scaled sum of the losses of the model's last minibatch.
+
+        scores (classes, b), the model's own being `own`; labels, pairs as in `Loss`.
+        """
+        loss, report = self.loss, self.report.array
+        grad = self.grad[: scores.size].reshape(scores.shape)
+        cast = self.cast[: grad[own].size].reshape(grad[own].shape)
+        self.on_device = self.ops.losses(
+            loss.name, scores, labels, scale, loss.kappa, loss.tangent, pairs, own, grad, report
+        )
+        if not self.on_device:
+            report[0] = loss(scores, labels, scale, grad, pairs)
+            if not np.isfinite(report[0]):
+                raise FloatingPointError(DIVERGED)
+            report[3] = np.abs(grad[own]).max(initial=0.0)
+        self.ops.cast_scores(grad[own], cast, report)
+        self.model.backward(cast)
+        assert self.model.g is not None
+        self.ops.give_back(self.model.g, report, GRADIENT_LIMIT[self.model.dtype])
+
+    def value(self) -> float:
+        """The scaled sum of the losses of the last `derive`. FloatingPointError where it, or a score, is not finite."""
+        self.report.fetch()
+        self.report.wait()
+        value, worst, clipped, _ = (float(number) for number in self.report.host)
+        if self.on_device:
+            self.loss.check(worst)
+            if not np.isfinite(value):
+                raise FloatingPointError(DIVERGED)
+            self.loss.clipped += int(clipped)
+        return value
