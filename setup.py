@@ -36,7 +36,7 @@ setup(
     packages=find_packages(include=["psmpi", "psmpi.*"]),
     ext_modules=[KERNELS],
     package_data={
-        "psmpi.backend": ["c/*"],
+        "psmpi.backend": ["c/*", "cuda/*"],
         "psmpi.data": ["*.csv.gz"],
         "psmpi.checkpoint": ["FORMAT.md"],
         "psmpi": ["py.typed"],

@@ -13,6 +13,7 @@ from psmpi.backend.reference import Mirror
 from psmpi.errors import UserError
 
 Pieces = Sequence[slice]
+Key = tuple[int, int, np.dtype]
 
 
 class Bridge:
@@ -42,13 +43,13 @@ class Staged(Bridge):
 
     def __init__(self, ops: NumpyOps):
         self.ops = ops
-        # By address: the images of the vectors that begin there.
-        self.mirrors: dict[tuple[int, np.dtype], Mirror] = {}
-        self.begun: set[tuple[int, np.dtype]] = set()
+        # By address, size and dtype: a step sends the same arrays each time.
+        self.mirrors: dict[Key, Mirror] = {}
+        self.begun: set[Key] = set()
 
-    def _mirror(self, array: Any) -> tuple[tuple[int, np.dtype], Mirror]:
-        key = array.data.ptr, array.dtype
-        if key not in self.mirrors or self.mirrors[key].array.size < array.size:
+    def _mirror(self, array: Any) -> tuple[Key, Mirror]:
+        key = array.data.ptr, array.size, array.dtype
+        if key not in self.mirrors:
             self.mirrors[key] = self.ops.mirror(array.reshape(-1))
         return key, self.mirrors[key]
 
@@ -68,14 +69,14 @@ class Staged(Bridge):
             self.begin(array, pieces)
         self.begun.discard(key)
         mirror.wait()
-        return mirror.host[: array.size].reshape(array.shape)
+        return mirror.host.reshape(array.shape)
 
     def incoming(self, array: Any) -> np.ndarray:
         if isinstance(array, np.ndarray):
             return array
         _, mirror = self._mirror(array)
         mirror.settle()
-        return mirror.host[: array.size].reshape(array.shape)
+        return mirror.host.reshape(array.shape)
 
     def arrived(self, array: Any, pieces: Pieces = ()) -> None:
         if isinstance(array, np.ndarray):

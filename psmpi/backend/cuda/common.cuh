@@ -1,0 +1,131 @@
+/* What all kernels share. REAL is float or double; no host header is included, so that NVRTC compiles this as well.
+ *
+ * An image array is (channels, height, width, batch), contiguous: neighbouring threads take neighbouring samples. Every
+ * sum is made in an order that the launch alone decides, so that two runs give the same bits.
+ */
+#pragma once
+
+typedef REAL T;
+
+/* Four numbers that are read at once; their address is a multiple of 16 bytes. */
+struct __align__(16) Four {
+    T at[4];
+};
+
+/* The first element of this thread in a one-dimensional launch, and how far the next one is. */
+__device__ __forceinline__ long long thread()
+{
+    return (long long)blockIdx.x * blockDim.x + threadIdx.x;
+}
+
+__device__ __forceinline__ long long threads()
+{
+    return (long long)gridDim.x * blockDim.x;
+}
+
+/* a / b for a >= 0 and b > 0. Division of 64 bits takes several times as long, and sizes rarely need it. */
+__device__ __forceinline__ long long quotient(long long a, long long b)
+{
+    if (((a | b) >> 32) == 0)
+        return (unsigned)a / (unsigned)b;
+    return a / b;
+}
+
+/* Where position number p of (rows, columns, batch) lies. */
+struct Place {
+    int row, column, sample;
+};
+
+__device__ __forceinline__ Place place(long long p, int columns, int batch)
+{
+    const long long image = quotient(p, batch), row = quotient(image, columns);
+    return {(int)row, (int)(image - row * columns), (int)(p - image * batch)};
+}
+
+__device__ __forceinline__ float t_tanh(float a)
+{
+    return tanhf(a);
+}
+
+__device__ __forceinline__ double t_tanh(double a)
+{
+    return tanh(a);
+}
+
+__device__ __forceinline__ float t_sqrt(float a)
+{
+    return sqrtf(a);
+}
+
+__device__ __forceinline__ double t_sqrt(double a)
+{
+    return sqrt(a);
+}
+
+/* Kinds of activations. */
+#define SIGMOID 1
+#define TANH 2
+#define RELU 3
+
+__device__ __forceinline__ T activation(T a, int kind)
+{
+    if (kind == SIGMOID)
+        /* exp would overflow for very negative inputs; tanh does not. */
+        return T(0.5) * t_tanh(T(0.5) * a) + T(0.5);
+    if (kind == TANH)
+        return t_tanh(a);
+    if (kind == RELU)
+        /* Not fmax, which would turn NaN into 0. */
+        return a < T(0) ? T(0) : a;
+    return a;
+}
+
+/* The derivative of the activation, from its output y. */
+__device__ __forceinline__ T slope(T y, int kind)
+{
+    if (kind == SIGMOID)
+        return (T(1) - y) * y;
+    if (kind == TANH)
+        return T(1) - y * y;
+    if (kind == RELU)
+        /* The sign; that of NaN is NaN. */
+        return y > T(0) ? T(1) : y < T(0) ? T(-1) : y;
+    return T(1);
+}
+
+/* The sum of `value` over the `SIZE` threads of a block, a power of two; room: (SIZE,), shared. All threads get it. */
+template <int SIZE, typename S> __device__ __forceinline__ S block_sum(S value, S *room)
+{
+    const int t = threadIdx.x;
+    /* The room may still be read by threads that are behind, in an earlier sum. */
+    __syncthreads();
+    room[t] = value;
+    __syncthreads();
+    for (int half = SIZE / 2; half > 0; half /= 2) {
+        if (t < half)
+            room[t] += room[t + half];
+        __syncthreads();
+    }
+    return room[0];
+}
+
+/* The larger one of two, and NaN where either is. */
+__device__ __forceinline__ double larger(double a, double b)
+{
+    return b > a || b != b ? b : a;
+}
+
+/* The same for the largest `value`; NaN where one is. */
+template <int SIZE> __device__ __forceinline__ double block_max(double value, double *room)
+{
+    const int t = threadIdx.x;
+    __syncthreads();
+    room[t] = value;
+    __syncthreads();
+    for (int half = SIZE / 2; half > 0; half /= 2) {
+        if (t < half)
+            room[t] = larger(room[t], room[t + half]);
+        __syncthreads();
+    }
+    return room[0];
+}

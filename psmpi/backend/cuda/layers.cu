@@ -1,0 +1,227 @@
+/* Passes over whole layers: biases, activations, pooling, and the kernels of pooling folded into a convolution. */
+#include "common.cuh"
+
+#define ROW_THREADS 256
+
+/* y (count, n, m) = activation(y + bias), in place; the bias of row (k, u) is bias[k bias_step + u bias_row_step]. */
+extern "C" __global__ void finish(long long count, long long n, long long m, T *__restrict__ y,
+                                  const T *__restrict__ bias, long long bias_step, long long bias_row_step,
+                                  long long kind)
+{
+    for (long long i = thread(); i < count * n * m; i += threads()) {
+        const long long row = quotient(i, m), k = quotient(row, n), u = row - k * n;
+        y[i] = activation(y[i] + bias[k * bias_step + u * bias_row_step], (int)kind);
+    }
+}
+
+/* dy (count, n, m) *= activation', in place, and partial (count n, splits) = the sums of the rows' shares. Grid:
+ * (rows, splits), blocks of 256. */
+extern "C" __global__ void finish_back(long long count, long long n, long long m, const T *__restrict__ y,
+                                       T *__restrict__ dy, T *__restrict__ partial, long long splits, long long kind)
+{
+    __shared__ T room[ROW_THREADS];
+    const long long share = (m + splits - 1) / splits, begin = blockIdx.y * share;
+    const long long end = begin + share < m ? begin + share : m, row = blockIdx.x * m;
+    T sum = T(0);
+    for (long long i = begin + threadIdx.x; i < end; i += ROW_THREADS) {
+        T d = dy[row + i];
+        if (kind) {
+            d *= slope(y[row + i], (int)kind);
+            dy[row + i] = d;
+        }
+        sum += d;
+    }
+    sum = block_sum<ROW_THREADS>(sum, room);
+    if (threadIdx.x == 0)
+        partial[blockIdx.x * splits + blockIdx.y] = sum;
+}
+
+/* db[k step + u row_step] = the sum of row (k, u) of partial (count, n, splits). */
+extern "C" __global__ void row_sums(long long count, long long n, long long splits, const T *__restrict__ partial,
+                                    T *__restrict__ db, long long step, long long row_step)
+{
+    for (long long row = thread(); row < count * n; row += threads()) {
+        const long long k = quotient(row, n), u = row - k * n;
+        T sum = T(0);
+        for (long long s = 0; s < splits; s++)
+            sum += partial[row * splits + s];
+        db[k * step + u * row_step] = sum;
+    }
+}
+
+/* y = activation(y), in place. */
+extern "C" __global__ void activate(long long size, T *__restrict__ y, long long kind)
+{
+    for (long long i = thread(); i < size; i += threads())
+        y[i] = activation(y[i], (int)kind);
+}
+
+/* dy *= activation', in place, from the activation's output y. */
+extern "C" __global__ void activate_back(long long size, const T *__restrict__ y, T *__restrict__ dy, long long kind)
+{
+    for (long long i = thread(); i < size; i += threads())
+        dy[i] *= slope(y[i], (int)kind);
+}
+
+/* Number i of the squares of `size` x `size` pixels that make up the image, and what lies there. At the lower and right
+ * edges squares may be cut off: only whole ones are pooled. */
+struct Square {
+    /* Where its first pixel and its pooled value are. */
+    long long pixel, value;
+    int high, wide;
+    bool whole;
+};
+
+__device__ __forceinline__ Square square(long long i, long long across, long long down, long long height,
+                                         long long width, long long batch, long long size)
+{
+    const long long cell = quotient(i, batch), b = i - cell * batch, line = quotient(cell, across);
+    const long long column = cell - line * across, channel = quotient(line, down), row = line - channel * down;
+    const long long top = row * size, left = column * size;
+    Square s;
+    s.pixel = ((channel * height + top) * width + left) * batch + b;
+    s.value = ((channel * (height / size) + row) * (width / size) + column) * batch + b;
+    s.high = (int)(height - top < size ? height - top : size);
+    s.wide = (int)(width - left < size ? width - left : size);
+    s.whole = s.high == size && s.wide == size;
+    return s;
+}
+
+/* y (channels, height / size, width / size, batch) = activation(mean of size x size windows of x). */
+extern "C" __global__ void mean_pool(long long channels, long long height, long long width, long long batch,
+                                     long long size, const T *__restrict__ x, T *__restrict__ y, long long kind)
+{
+    const long long down = height / size, across = width / size;
+    const T weight = T(1.0 / (double)(size * size));
+    for (long long i = thread(); i < channels * down * across * batch; i += threads()) {
+        const T *from = x + square(i, across, down, height, width, batch, size).pixel;
+        T sum = T(0);
+        for (int r = 0; r < (int)size; r++)
+            for (int c = 0; c < (int)size; c++)
+                sum += from[(r * width + c) * batch];
+        y[i] = activation(sum * weight, (int)kind);
+    }
+}
+
+/* The gradient with respect to x (channels, height, width, batch), 0 where no window is. */
+extern "C" __global__ void mean_pool_back(long long channels, long long height, long long width, long long batch,
+                                          long long size, const T *__restrict__ dy, T *__restrict__ dx)
+{
+    const long long down = (height + size - 1) / size, across = (width + size - 1) / size;
+    const T weight = T(1.0 / (double)(size * size));
+    for (long long i = thread(); i < channels * down * across * batch; i += threads()) {
+        const Square s = square(i, across, down, height, width, batch, size);
+        const T d = s.whole ? dy[s.value] * weight : T(0);
+        for (int r = 0; r < s.high; r++)
+            for (int c = 0; c < s.wide; c++)
+                dx[s.pixel + (r * width + c) * batch] = d;
+    }
+}
+
+/* y = activation(largest entry of size x size windows of x), NaN where one is. */
+extern "C" __global__ void max_pool(long long channels, long long height, long long width, long long batch,
+                                    long long size, const T *__restrict__ x, T *__restrict__ y, long long kind)
+{
+    const long long down = height / size, across = width / size;
+    for (long long i = thread(); i < channels * down * across * batch; i += threads()) {
+        const T *from = x + square(i, across, down, height, width, batch, size).pixel;
+        T best = *from;
+        for (int r = 0; r < (int)size; r++)
+            for (int c = 0; c < (int)size; c++) {
+                const T value = from[(r * width + c) * batch];
+                if (value > best || value != value)
+                    best = value;
+            }
+        y[i] = activation(best, (int)kind);
+    }
+}
+
+/* dx: dy where x is a window's first largest entry, 0 elsewhere, and in windows with NaN. */
+extern "C" __global__ void max_pool_back(long long channels, long long height, long long width, long long batch,
+                                         long long size, const T *__restrict__ x, const T *__restrict__ dy,
+                                         T *__restrict__ dx)
+{
+    const long long down = (height + size - 1) / size, across = (width + size - 1) / size;
+    for (long long i = thread(); i < channels * down * across * batch; i += threads()) {
+        const Square s = square(i, across, down, height, width, batch, size);
+        int row = -1, column = -1;
+        T d = T(0);
+        if (s.whole) {
+            T best = x[s.pixel];
+            bool number = true;
+            row = column = 0;
+            for (int r = 0; r < s.high; r++)
+                for (int c = 0; c < s.wide; c++) {
+                    const T value = x[s.pixel + (r * width + c) * batch];
+                    number = number && value == value;
+                    if (value > best) {
+                        best = value;
+                        row = r;
+                        column = c;
+                    }
+                }
+            if (number)
+                d = dy[s.value];
+        }
+        for (int r = 0; r < s.high; r++)
+            for (int c = 0; c < s.wide; c++)
+                dx[s.pixel + (r * width + c) * batch] = r == row && c == column ? d : T(0);
+    }
+}
+
+/* Entry (i, j) of channel c of row u of stripe s, from its number in a contiguous (count, rows, n_in, k, k). */
+struct Entry {
+    long long stripe, row, channel;
+    int i, j;
+};
+
+__device__ __forceinline__ Entry entry(long long e, long long rows, long long n_in, long long k)
+{
+    const long long line = quotient(e, k), image = quotient(line, k), unit = quotient(image, n_in);
+    Entry found;
+    found.stripe = quotient(unit, rows);
+    found.row = unit - found.stripe * rows;
+    found.channel = image - unit * n_in;
+    found.i = (int)(line - image * k);
+    found.j = (int)(e - line * k);
+    return found;
+}
+
+/* Kernels followed by pool x pool mean pooling as one kernel: out (count, rows, n_in, k + pool - 1, k + pool - 1).
+ * Entry (s, u, c, i, j) of the kernels is w[s step + u row_step + (c k + i) k + j]. */
+extern "C" __global__ void fold(long long count, long long rows, long long n_in, long long k, long long pool,
+                                const T *__restrict__ w, long long step, long long row_step, T *__restrict__ out)
+{
+    const long long wide = k + pool - 1;
+    const T weight = T(1.0 / (double)(pool * pool));
+    for (long long e = thread(); e < count * rows * n_in * wide * wide; e += threads()) {
+        const Entry at = entry(e, rows, n_in, wide);
+        const T *from = w + at.stripe * step + at.row * row_step + at.channel * k * k;
+        T sum = T(0);
+        for (int a = 0; a < (int)pool; a++)
+            for (int b = 0; b < (int)pool; b++) {
+                const int i = at.i - a, j = at.j - b;
+                if (i >= 0 && i < (int)k && j >= 0 && j < (int)k)
+                    sum += from[i * k + j];
+            }
+        out[e] = sum * weight;
+    }
+}
+
+/* The adjoint of fold: dfolded (count, rows, n_in, k + pool - 1, k + pool - 1), out as the kernels there. */
+extern "C" __global__ void unfold(long long count, long long rows, long long n_in, long long k, long long pool,
+                                  const T *__restrict__ dfolded, T *__restrict__ out, long long step,
+                                  long long row_step)
+{
+    const long long wide = k + pool - 1;
+    const T weight = T(1.0 / (double)(pool * pool));
+    for (long long e = thread(); e < count * rows * n_in * k * k; e += threads()) {
+        const Entry at = entry(e, rows, n_in, k);
+        const T *from = dfolded + ((at.stripe * rows + at.row) * n_in + at.channel) * wide * wide;
+        T sum = T(0);
+        for (int a = 0; a < (int)pool; a++)
+            for (int b = 0; b < (int)pool; b++)
+                sum += from[(at.i + a) * wide + at.j + b];
+        out[at.stripe * step + at.row * row_step + (at.channel * k + at.i) * k + at.j] = sum * weight;
+    }
+}

@@ -1,0 +1,49 @@
+/* Minibatches from a data set that lies on the device, (samples, features). */
+#include "common.cuh"
+
+#define TILE 32
+#define TILE_ROWS 8
+
+/* Both sides are read and written along their rows: a tile is turned around in shared memory, whose rows are one longer
+ * so that its columns lie in different banks. */
+template <typename S>
+__device__ __forceinline__ void gather(T (*tile)[TILE + 1], long long batch, long long features,
+                                       const long long *__restrict__ at, const S *__restrict__ values,
+                                       const T *__restrict__ scale, T *__restrict__ out)
+{
+    const long long sample = (long long)TILE * blockIdx.x, feature = (long long)TILE * blockIdx.y;
+    const int x = threadIdx.x;
+    for (int k = threadIdx.y; k < TILE; k += TILE_ROWS)
+        if (sample + k < batch && feature + x < features)
+            tile[k][x] = (T)values[at[sample + k] * features + feature + x];
+    __syncthreads();
+    for (int k = threadIdx.y; k < TILE; k += TILE_ROWS)
+        if (sample + x < batch && feature + k < features)
+            out[(feature + k) * batch + sample + x] = tile[x][k] * scale[feature + k];
+}
+
+/* out (features, batch) = rows `at` (batch,) of values, times scale (features,). Grid: (batch / 32, features / 32),
+ * blocks of (32, 8). */
+extern "C" __global__ void gather_u8(long long batch, long long features, const long long *__restrict__ at,
+                                     const unsigned char *__restrict__ values, const T *__restrict__ scale,
+                                     T *__restrict__ out)
+{
+    __shared__ T tile[TILE][TILE + 1];
+    gather(tile, batch, features, at, values, scale, out);
+}
+
+extern "C" __global__ void gather_f32(long long batch, long long features, const long long *__restrict__ at,
+                                      const float *__restrict__ values, const T *__restrict__ scale,
+                                      T *__restrict__ out)
+{
+    __shared__ T tile[TILE][TILE + 1];
+    gather(tile, batch, features, at, values, scale, out);
+}
+
+extern "C" __global__ void gather_f64(long long batch, long long features, const long long *__restrict__ at,
+                                      const double *__restrict__ values, const T *__restrict__ scale,
+                                      T *__restrict__ out)
+{
+    __shared__ T tile[TILE][TILE + 1];
+    gather(tile, batch, features, at, values, scale, out);
+}

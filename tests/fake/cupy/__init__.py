@@ -1,0 +1,173 @@
+"""A stand-in for CuPy on a machine without a GPU: the few names psmpi uses, over host memory.
+
+It is as unkind as a device may be. Work is done as late as possible, when something waits for it, so that what was not
+waited for is not there; new memory holds NaN; NumPy and device arrays do not mix; what is captured is not done. Kernels
+are those of psmpi, compiled as C++ (cuda_host.py).
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from cupy import cuda, lib
+from cupy.cuda import current
+
+__version__ = "fake"
+
+
+class ndarray:
+    """A device array; `_a` is the memory."""
+
+    __array_ufunc__ = None
+
+    def __init__(self, a):
+        self._a = a
+
+    def __array__(self, *args, **kwargs):
+        raise TypeError("Implicit conversion to a NumPy array is not allowed. Please use `.get()` to construct one.")
+
+    def __len__(self):
+        return len(self._a)
+
+    dtype, shape, strides = (property(lambda self, n=n: getattr(self._a, n)) for n in ("dtype", "shape", "strides"))
+    size, ndim, nbytes = (property(lambda self, n=n: getattr(self._a, n)) for n in ("size", "ndim", "nbytes"))
+    itemsize, flags = (property(lambda self, n=n: getattr(self._a, n)) for n in ("itemsize", "flags"))
+
+    @property
+    def data(self):
+        return cuda.MemoryPointer(self._a.ctypes.data, self._a)
+
+    @property
+    def __cuda_array_interface__(self):
+        found = dict(self._a.__array_interface__)
+        found["version"] = 3
+        found["stream"] = None
+        return found
+
+    @property
+    def T(self):
+        return ndarray(self._a.T)
+
+    def transpose(self, *axes):
+        return ndarray(self._a.transpose(*axes))
+
+    def reshape(self, *shape):
+        made = self._a.reshape(*shape)
+        if self._a.size and not np.shares_memory(made, self._a):
+            made = np.empty(made.shape, made.dtype)
+            source = self._a
+
+            def copy():
+                made[...] = source.reshape(made.shape)
+
+            current().enqueue(copy)
+        return ndarray(made)
+
+    def __getitem__(self, at):
+        if isinstance(at, (np.ndarray, list)):
+            raise NotImplementedError("the fake has basic indexing only")
+        return ndarray(self._a[at])
+
+    def __setitem__(self, at, value):
+        target, source = self._a[at], _operand(value)
+        current().enqueue(lambda: np.copyto(target, source, casting="same_kind"))
+
+    def fill(self, value):
+        target = self._a
+        current().enqueue(lambda: target.fill(value))
+
+    def __iadd__(self, other):
+        target, source = self._a, _operand(other)
+        current().enqueue(lambda: np.add(target, source, out=target))
+        return self
+
+
+def _operand(value):
+    if isinstance(value, ndarray):
+        return value._a
+    if isinstance(value, (int, float)):
+        return value
+    raise TypeError(f"Unsupported type {type(value)}")
+
+
+# CuPy's pool gives memory that is no longer referred to only to work that comes later: here, to none.
+_memory = []
+
+
+def _poisoned(shape, dtype):
+    made = np.empty(shape, dtype)
+    made.reshape(-1).view(np.uint8)[:] = 0xFF
+    _memory.append(made)
+    return made
+
+
+def empty(shape, dtype=float):
+    if cuda.FAULT == "memory" and np.prod(shape) > 1000:
+        raise cuda.OutOfMemoryError(f"Out of memory allocating {np.prod(shape)} elements")
+    return ndarray(_poisoned(shape, dtype))
+
+
+def zeros(shape, dtype=float):
+    made = _poisoned(shape, dtype)
+    current().enqueue(lambda: made.fill(0))
+    return ndarray(made)
+
+
+def asarray(values):
+    made = np.array(values)
+    _memory.append(made)
+    return ndarray(made)
+
+
+def asnumpy(array):
+    if isinstance(array, np.ndarray):
+        return array
+    current().synchronize()
+    return array._a.copy()
+
+
+class RawModule:
+    def __init__(self, *, code, options):
+        import cuda_host
+
+        folder = next(o[2:] for o in options if o.startswith("-I"))
+        assert all((Path(folder) / line.split('"')[1]).exists() for line in code.splitlines())
+        (real,) = (o.split("=")[1] for o in options if o.startswith("-DREAL="))
+        self.module, self.real = cuda_host.load(real), real
+
+    def get_function(self, name):
+        import cuda_host
+
+        kinds = self.module.kernels[name]
+
+        def start(grid, block, args):
+            passed = []
+            for kind, arg in zip(kinds, args, strict=True):
+                if "*" in kind and type(arg) is int and arg == 0:
+                    passed.append(None)
+                elif "*" in kind:
+                    _check(kind, arg, self.real)
+                    passed.append(cuda_host.Address(arg.data.ptr))
+                else:
+                    passed.append(arg)
+            # What the work needs stays alive until it is done.
+            current().enqueue(lambda held=args: self.module.launch(name, grid, block, tuple(passed)))
+
+        return start
+
+
+def _check(kind, array, real):
+    """TypeError for an array that is not of the parameter's type, which a GPU would take for such."""
+    types = {
+        "float": ("float32",), "double": ("float64",), "long long": ("int64",), "unsigned char": ("uint8", "bool"),
+    }  # fmt: skip
+    name = kind.replace("const", "").replace("*", "").strip()
+    wanted = types[real if name == "T" else name]
+    if not isinstance(array, ndarray) or array.dtype.name not in wanted:
+        raise TypeError(f"a kernel wants {wanted}, not {type(array)} {getattr(array, 'dtype', '')}")
+
+
+__all__ = ["RawModule", "asarray", "asnumpy", "cuda", "empty", "lib", "ndarray", "zeros"]

@@ -1,0 +1,640 @@
+"""The CUDA kernels: nvcc takes them, and on the CPU they compute what the NumPy reference does.
+
+Every launch is made twice, blocks and threads in both orders, on arrays with guard zones: results must agree bit for
+bit, inputs stay as they are, and nothing be written beyond an array. Outputs are NaN before.
+"""
+
+import os
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import cuda_host
+import numpy as np
+import pytest
+from cuda_host import Address, Kernels
+
+from psmpi.backend.reference import Im2col, NumpyOps, Stripes
+from psmpi.nn.losses import LOSSES, largest_exponent, make_loss
+from psmpi.optim import Hyper, make_optimizer
+
+F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
+REALS = {F32: "float", F64: "double"}
+TOLERANCE = {F32: 1e-5, F64: 1e-10}
+KINDS = ("identity", "sigmoid", "tanh", "relu")
+# The largest component of a gradient that was scaled up again.
+LIMIT = {F32: 2.0**50, F64: 2.0**400}
+GUARD = 64
+OPS = NumpyOps()
+
+runs = pytest.mark.skipif(cuda_host.compiler() is None, reason="no g++ to run the CUDA kernels on the CPU")
+real_types = pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+
+
+# The kernels as CUDA.
+
+
+def find_nvcc():
+    """nvcc on the path, of CUDA_HOME, or of a pip package beside this Python."""
+    places = [shutil.which("nvcc")]
+    if "CUDA_HOME" in os.environ:
+        places.append(os.path.join(os.environ["CUDA_HOME"], "bin", "nvcc"))
+    places += sorted(map(str, Path(sysconfig.get_paths()["purelib"]).glob("nvidia/cu*/bin/nvcc")), reverse=True)
+    return next((place for place in places if place and os.access(place, os.X_OK)), None)
+
+
+@real_types
+@pytest.mark.parametrize("name", [*sorted(path.name for path in cuda_host.SOURCES.glob("*.cu")), "together"])
+def test_nvcc_takes_the_kernels_without_a_warning(name, dtype, tmp_path):
+    nvcc = find_nvcc()
+    if nvcc is None:
+        pytest.skip("no nvcc on the path, in CUDA_HOME or in this Python environment")
+    source = cuda_host.SOURCES / name
+    if name == "together":
+        source = tmp_path / "all.cu"
+        source.write_text("".join(f'#include "{path.name}"\n' for path in sorted(cuda_host.SOURCES.glob("*.cu"))))
+    done = subprocess.run(
+        [
+            nvcc, "-std=c++17", "-fatbin", "-Werror", "all-warnings", f"-DREAL={REALS[dtype]}",
+            "-gencode", "arch=compute_80,code=sm_80", "-gencode", "arch=compute_90,code=sm_90",
+            f"-I{cuda_host.SOURCES}", "-o", str(tmp_path / "out.fatbin"), str(source),
+        ],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    # A register that does not fit is written to memory in every pass of a loop.
+    assert not done.stderr, done.stderr
+
+
+# The kernels on the CPU.
+
+
+class Guarded:
+    """Arrays between guard zones, on which kernels are launched."""
+
+    def __init__(self, dtype):
+        self.dtype, self.kernels = dtype, cuda_host.load(REALS[dtype])
+        self.whole = {}
+
+    def array(self, shape, dtype=None, fill=np.nan):
+        """A new array; `fill` is a number, or what it holds."""
+        dtype = np.dtype(dtype or self.dtype)
+        size = int(np.prod(shape))
+        room = np.full(size + 2 * GUARD, 77, dtype)
+        # The first element on a multiple of 16 bytes, as the allocators of CUDA have it.
+        skip = -(room.ctypes.data + GUARD * dtype.itemsize) % 16 // dtype.itemsize
+        start = GUARD + skip
+        inner = room[start : start + size].reshape(shape)
+        inner[...] = fill
+        self.whole[inner.ctypes.data] = (room, inner, start)
+        return inner
+
+    def of(self, values, dtype=None):
+        values = np.asarray(values)
+        return self.array(values.shape, dtype or values.dtype, values)
+
+    def __call__(self, name, grid, block, *arguments):
+        types = {"T": self.dtype, "double": F64, "float": F32, "long long": np.int64, "unsigned char": np.uint8}
+        signature, values, written = self.kernels.kernels[name], [], []
+        assert len(signature) == len(arguments), name
+        for kind, a in zip(signature, arguments, strict=True):
+            if isinstance(a, np.ndarray):
+                assert a.dtype == types[kind.removeprefix("const ").removesuffix("*")], (name, kind, a.dtype)
+                assert a.flags.c_contiguous
+                if not kind.startswith("const"):
+                    written.append(a)
+                a = Address(a.ctypes.data)
+            values.append(a)
+        before = [(inner, inner.copy()) for _, inner, _ in self.whole.values()]
+        results = []
+        for self.kernels.reverse in (True, False):
+            for inner, old in before:
+                inner[...] = old
+            self.kernels.launch(name, grid, block, tuple(values))
+            results.append([a.copy() for a in written])
+            for room, inner, start in self.whole.values():
+                assert (room[:start] == 77).all() and (room[start + inner.size :] == 77).all(), f"{name}: beyond"
+            for inner, old in before:
+                if not any(np.shares_memory(inner, a) for a in written):
+                    assert inner.tobytes() == old.tobytes(), f"{name} wrote to its input"
+        for first, second in zip(*results, strict=True):
+            assert first.tobytes() == second.tobytes(), f"{name}: the order of threads shows"
+
+
+@pytest.fixture
+def device(dtype):
+    return Guarded(dtype)
+
+
+def near(found, expected, tolerance):
+    assert found.shape == expected.shape
+    assert np.array_equal(np.isnan(found), np.isnan(expected))
+    found, expected = (np.nan_to_num(a.astype(F64), nan=0.0) for a in (found, expected))
+    if np.array_equal(found, expected):
+        return
+    assert abs(found - expected).max() <= tolerance * abs(expected).max()
+
+
+def blocks(size, threads):
+    return -(-size // threads)
+
+
+def some(rng, dtype, *shape):
+    return rng.standard_normal(shape).astype(dtype)
+
+
+# Stripes, channels, height and width, kernel, stride.
+SHAPES = {
+    "one group": (Stripes(1, 7, 5, 0, 0, 0), 5, (9, 8), 3, 2),
+    "many units": (Stripes(1, 10, 1, 0, 0, 0), 1, (14, 15), 6, 2),
+    "groups": (Stripes(4, 3, 2, 0, 2, 0), 8, (7, 7), 2, 1),
+    "groups of more than a block": (Stripes(2, 9, 6, 0, 6, 0), 12, (6, 5), 2, 1),
+    "rows and columns that no output sees": (Stripes(1, 2, 3, 0, 0, 0), 3, (10, 11), 4, 3),
+    "a kernel as large as the image": (Stripes(1, 5, 2, 0, 0, 0), 2, (4, 4), 4, 1),
+    "pointwise": (Stripes(5, 6, 9, 0, 9, 0), 45, (1, 1), 1, 1),
+    "a later segment": (Stripes(3, 1, 2, 3, 2, 2), 9, (5, 5), 2, 1),
+    "unseen channels": (Stripes(2, 2, 2, 1, 3, 1), 7, (5, 6), 2, 1),
+    "stride larger than the kernel": (Stripes(1, 3, 2, 0, 0, 0), 2, (9, 9), 2, 3),
+    "five": (Stripes(1, 4, 4, 0, 0, 0), 4, (9, 7), 5, 1),
+    "wide": (Stripes(1, 3, 1, 0, 0, 0), 1, (12, 11), 9, 1),
+    "wider": (Stripes(1, 2, 1, 0, 0, 0), 1, (17, 18), 16, 1),
+}
+
+
+@runs
+@real_types
+@pytest.mark.parametrize("batch", [1, 3, 33, 100])
+@pytest.mark.parametrize("name", SHAPES)
+def test_convolutions_are_those_of_the_reference(name, batch, dtype, device):
+    s, channels, (height, width), k, stride = SHAPES[name]
+    rows, columns = (height - k) // stride + 1, (width - k) // stride + 1
+    # One unit more than the stripes have, which must stay as it is.
+    own, units = s.count * s.n, s.out + s.count * s.n + 1
+    rng = np.random.default_rng(0)
+    x, dy = some(rng, dtype, channels, height, width, batch), some(rng, dtype, units, rows, columns, batch)
+    kernels, bias = some(rng, dtype, units, s.n_in, k, k), some(rng, dtype, units)
+    reference = Im2col([s], x.shape[:3], dy.shape[:3], k, stride, dtype)
+    reference.reserve(batch)
+    reference.dcols.fill(0)
+    y, dkernels, dx = np.zeros_like(dy), np.zeros_like(kernels), np.zeros_like(x)
+    reference.forward(x, kernels, bias, y)
+    reference.backward(x, dy, kernels, dkernels, dx)
+    mine = slice(s.out, s.out + own)
+    seen = np.zeros(channels, bool)
+    for stripe in range(s.count):
+        seen[s.source + stripe * s.source_step :][: s.n_in] = True
+
+    x, dy, kernels, bias = (device.of(a) for a in (x, dy, kernels, bias))
+    wide, deep = blocks(s.n, 4) * 4, blocks(s.n_in, 4) * 4
+    by_unit = device.array((s.count, s.n_in, k * k, wide))
+    by_channel = device.array((s.count, s.n, k * k, deep))
+    device("conv_pack", (3,), (64,), s.count, s.n, s.n_in, s.out, k, kernels, by_unit, by_channel)
+    expected = kernels[mine].reshape(s.count, s.n, s.n_in, k * k)
+    assert np.array_equal(by_unit[..., : s.n], expected.transpose(0, 2, 3, 1)) and not by_unit[..., s.n :].any()
+    assert np.array_equal(by_channel[..., : s.n_in], expected.transpose(0, 1, 3, 2))
+    assert not by_channel[..., s.n_in :].any()
+
+    dims = (s.count, s.n, s.n_in, s.source, s.source_step, s.out, height, width, rows, columns, k, stride, batch)
+    for kind, activation in enumerate(KINDS):
+        out = device.array(y.shape)
+        grid = (blocks(rows * columns * batch, 128), wide // 4, s.count)
+        device("conv_forward", grid, (128,), *dims, x, by_unit, bias, out, kind)
+        expected = y.copy()
+        OPS.activate(activation, expected)
+        near(out[mine], expected[mine], TOLERANCE[dtype])
+        assert np.isnan(out[: s.out]).all() and np.isnan(out[s.out + own :]).all()
+
+    grid = (blocks(height * width * batch, 128), deep // 4, s.count)
+    out = device.array(x.shape)
+    device("conv_input", grid, (128,), *dims, dy, by_channel, out, 0)
+    near(out[seen], dx[seen], TOLERANCE[dtype])
+    assert np.isnan(out[~seen]).all()
+    out[...] = x
+    device("conv_input", grid, (128,), *dims, dy, by_channel, out, 1)
+    near(out[seen], (x + dx)[seen], TOLERANCE[dtype])
+    assert np.array_equal(out[~seen], x[~seen])
+
+    for splits in (1, 3, 7):
+        partial, out = device.array((splits, own, s.n_in, k, k)), device.array(kernels.shape)
+        device("conv_weight", (s.count * wide // 4, s.n_in * k, splits), (128,), *dims, x, dy, partial, splits)
+        device("conv_weight_sum", (2,), (64,), dkernels[mine].size, splits, partial, out[mine])
+        near(out[mine], dkernels[mine], TOLERANCE[dtype])
+        assert np.isnan(out[: s.out]).all() and np.isnan(out[s.out + own :]).all()
+
+
+@runs
+@real_types
+@pytest.mark.parametrize("kind", range(4))
+@pytest.mark.parametrize(("count", "n", "m"), [(1, 1, 1), (3, 5, 33), (2, 7, 700)])
+def test_biases_and_activations_are_those_of_the_reference(count, n, m, kind, dtype, device):
+    rng = np.random.default_rng(0)
+    y, dy = some(rng, dtype, count, n, m) * 3, some(rng, dtype, count, n, m)
+    y[0, 0, 0] = np.nan
+    if y.size > 1:
+        y[0, -1, -1] = -1000
+    # The biases lie apart, between other weights.
+    weights = some(rng, dtype, count * 40)
+    step, row_step = 37, 4
+    bias = weights[np.arange(count)[:, None] * step + np.arange(n) * row_step]
+    expected = y + bias[:, :, None]
+    OPS.activate(KINDS[kind], expected)
+    out, weights = device.of(y), device.of(weights)
+    device("finish", (2,), (32,), count, n, m, out, weights, step, row_step, kind)
+    near(out, expected, TOLERANCE[dtype])
+    out = device.of(y + bias[:, :, None])
+    device("activate", (2,), (32,), out.size, out, kind)
+    near(out, expected, TOLERANCE[dtype])
+
+    slope = dy.copy()
+    OPS.activate_back(KINDS[kind], expected, slope)
+    output, d = device.of(expected), device.of(dy)
+    device("activate_back", (3,), (32,), d.size, output, d, kind)
+    near(d, slope, TOLERANCE[dtype])
+    for splits in (1, 3, 5):
+        d, partial, db = device.of(dy), device.array((count * n, splits)), device.of(weights)
+        device("finish_back", (count * n, splits), (256,), count, n, m, output, d, partial, splits, kind)
+        near(d, slope, TOLERANCE[dtype])
+        device("row_sums", (1,), (64,), count, n, splits, partial, db, step, row_step)
+        rows = weights.copy()
+        rows[np.arange(count)[:, None] * step + np.arange(n) * row_step] = slope.sum(axis=-1)
+        near(db, rows, TOLERANCE[dtype])
+
+
+@runs
+@real_types
+@pytest.mark.parametrize("batch", [1, 3, 33])
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("shape", [(1, 3, 3), (3, 7, 8), (5, 4, 9)], ids=str)
+def test_pooling_is_that_of_the_reference(shape, size, batch, dtype, device):
+    channels, height, width = shape
+    rng = np.random.default_rng(0)
+    # Few different numbers: many ties.
+    x = rng.integers(-3, 3, (channels, height, width, batch)).astype(dtype)
+    x[0, 0, 0, 0] = np.nan
+    x[-1, :size, :size, -1] = -np.inf
+    pooled = (channels, height // size, width // size, batch)
+    dims, dy = (channels, height, width, batch, size), some(rng, dtype, *pooled)
+    x, dy = device.of(x), device.of(dy)
+    for kind, activation in enumerate(KINDS):
+        for name in ("mean_pool", "max_pool"):
+            expected, out = np.empty(pooled, dtype), device.array(pooled)
+            getattr(OPS, name)(x, size, expected)
+            OPS.activate(activation, expected)
+            device(name, (3,), (32,), *dims, x, out, kind)
+            near(out, expected, TOLERANCE[dtype])
+    expected, out = np.empty_like(x), device.array(x.shape)
+    OPS.mean_pool_back(dy, size, expected)
+    device("mean_pool_back", (3,), (32,), *dims, dy, out)
+    near(out, expected, TOLERANCE[dtype])
+    out = device.array(x.shape)
+    OPS.max_pool_back(x, np.empty(pooled, dtype), dy, size, expected)
+    device("max_pool_back", (3,), (32,), *dims, x, dy, out)
+    assert np.array_equal(out, expected)
+
+
+@runs
+@real_types
+@pytest.mark.parametrize("pool", [1, 2, 3])
+@pytest.mark.parametrize("k", [1, 2, 5, 6])
+def test_folded_kernels_are_those_of_the_reference(k, pool, dtype, device):
+    count, rows, n_in, wide = 3, 5, 2, k + pool - 1
+    rng = np.random.default_rng(0)
+    # Each row of weights is followed by a bias, and each stripe by something else.
+    row_step = n_in * k * k + 1
+    step = rows * row_step + 3
+    flat = device.of(some(rng, dtype, count * step))
+
+    def kernels(vector):
+        return vector.reshape(count, step)[:, : rows * row_step].reshape(count, rows, row_step)[:, :, : n_in * k * k]
+
+    w = kernels(flat).reshape(count, rows, n_in, k, k)
+    expected, out = np.empty((count, rows, n_in, wide, wide), dtype), device.array((count, rows, n_in, wide, wide))
+    OPS.fold(w, pool, expected)
+    device("fold", (2,), (64,), count, rows, n_in, k, pool, flat, step, row_step, out)
+    near(out, expected, TOLERANCE[dtype])
+
+    dfolded, narrow = device.of(some(rng, dtype, *expected.shape)), np.empty_like(w)
+    OPS.unfold(dfolded, pool, narrow)
+    everything, out = flat.copy(), device.of(flat)
+    kernels(everything)[...] = narrow.reshape(count, rows, -1)
+    device("unfold", (2,), (64,), count, rows, n_in, k, pool, dfolded, out, step, row_step)
+    near(out, everything, TOLERANCE[dtype])
+
+
+def one_sample(loss, scores, labels, pairs):
+    """The loss of each sample alone."""
+    return np.array([loss(scores[:, [b]].copy(), labels[[b]], 1.0, pairs=pairs) for b in range(len(labels))])
+
+
+@runs
+@real_types
+@pytest.mark.parametrize("batch", [1, 3, 33, 300])
+@pytest.mark.parametrize("size", [1.0, 60.0, 1000.0, 1e30])
+@pytest.mark.parametrize(
+    ("name", "paired"), [(name, paired) for name in LOSSES for paired in (False, True)[: 1 + LOSSES[name].pairwise]]
+)
+def test_losses_are_those_of_the_reference(name, paired, size, batch, dtype, device):
+    classes, scale, kappa = 7, 0.125, 1.5
+    kind, loss = list(LOSSES).index(name), make_loss(name, dtype, kappa=kappa)
+    limit = largest_exponent(dtype)
+    rng = np.random.default_rng(0)
+    scores, labels = some(rng, dtype, classes, batch) * dtype.type(size), rng.integers(0, classes, batch)
+    pairs = rng.random((classes, classes)) < 0.5 if paired else None
+    if paired:
+        pairs |= pairs.T
+    grad, out, samples = np.empty((classes, batch)), device.array((classes, batch), F64), device.array((3, batch), F64)
+    value = loss(scores, labels, scale, grad, pairs)
+    z = np.zeros((classes, batch))
+    if name == "psl":
+        z = (scores.astype(F64) - scores.astype(F64)[labels, np.arange(batch)]) * kappa
+        if paired:
+            z[~pairs[:, labels]] = -np.inf
+    worst, clipped = z.max(axis=0, initial=0.0), (z > limit).sum(axis=0)
+    assert loss.clipped == clipped.sum()
+
+    scores, labels = device.of(scores), device.of(labels)
+    table = None if pairs is None else device.of(pairs, np.uint8)
+    device("losses", (2,), (64,), kind, classes, batch, scores, labels, scale, kappa, limit, table, out, samples)
+    tolerance = TOLERANCE[F64]
+    near(out, grad, tolerance)
+    if dtype == F32 or size < 1e30:
+        near(samples[0], one_sample(loss, scores, labels, pairs), tolerance)
+    else:
+        # Terms of psl are limited here, by the size of the minibatch: see the sum below.
+        assert np.isfinite(samples[0]).all()
+    near(samples[1], worst, tolerance)
+    assert np.array_equal(samples[2], clipped)
+    # Without derivatives the same.
+    again = device.array((3, batch), F64)
+    device("losses", (2,), (64,), kind, classes, batch, scores, labels, scale, kappa, limit, table, None, again)
+    assert np.array_equal(again, samples)
+
+    report = device.array((4,), F64)
+    for first, last in ((0, classes), (2, 5), (3, 3)):
+        device("loss_report", (1,), (256,), classes, batch, first, last, samples, out, scale, report)
+        expected = [value, worst.max(initial=0.0), clipped.sum(), abs(grad[first:last]).max(initial=0.0)]
+        for found, number in zip(report, expected, strict=True):
+            assert found == pytest.approx(number, rel=tolerance, abs=0)
+    device("loss_report", (1,), (256,), classes, batch, 0, classes, samples, out, scale, report)
+    cast = device.array((classes, batch))
+    device("cast_scores", (2,), (64,), cast.size, out, cast, report)
+    expected = np.empty_like(cast)
+    OPS.cast_scores(grad, expected, report)
+    near(cast, expected, TOLERANCE[dtype])
+    assert abs(cast).max() <= 2.0**20
+    g = some(rng, dtype, 1000)
+    back, mine = g.copy(), device.of(g)
+    OPS.give_back(back, report, LIMIT[dtype])
+    device("give_back", (2,), (64,), g.size, mine, report, LIMIT[dtype])
+    near(mine, back, TOLERANCE[dtype])
+    assert np.isfinite(mine).all()
+
+
+@runs
+@real_types
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_score_that_is_no_number_shows(name, bad, dtype, device):
+    classes, batch = 5, 40
+    rng = np.random.default_rng(0)
+    for where in ("label", "other"):
+        scores, labels = some(rng, dtype, classes, batch), rng.integers(0, classes, batch)
+        scores[labels[7] if where == "label" else (labels[7] + 1) % classes, 7] = bad
+        scores, labels = device.of(scores), device.of(labels)
+        grad, samples = device.array((classes, batch), F64), device.array((3, batch), F64)
+        kind, report = list(LOSSES).index(name), device.array((4,), F64)
+        limit = largest_exponent(dtype)
+        device("losses", (1,), (64,), kind, classes, batch, scores, labels, 1.0, 1.0, limit, None, grad, samples)
+        device("loss_report", (1,), (256,), classes, batch, 0, classes, samples, grad, 1.0, report)
+        if name == "psl":
+            assert not report[1] < np.inf and not samples[1, 7] < np.inf
+            if np.isnan(bad):
+                assert np.isnan(samples[1, 7]) and np.isnan(report[1])
+        elif name != "logistic" or np.isnan(bad):
+            assert not np.isfinite(report[0])
+        if np.isnan(bad):
+            assert np.isnan(report[3])
+            assert np.isnan(samples[0, 7]) and np.isnan(report[0])
+        assert np.isfinite(np.delete(samples, 7, axis=1)).all() and np.isfinite(np.delete(grad, 7, axis=1)).all()
+
+
+@runs
+@real_types
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_are_as_the_reference_has_them_where_it_has_them(name, dtype, device):
+    # Infinite scores of other classes, below the label's: PSL and its kin have values there.
+    scores = np.zeros((4, 2), dtype)
+    scores[3, 1] = -np.inf
+    labels, kind = np.array([1, 0]), list(LOSSES).index(name)
+    grad, limit = np.empty(scores.shape), largest_exponent(dtype)
+    with np.errstate(all="ignore"):
+        value = make_loss(name, dtype)(scores, labels, 1.0, grad)
+    scores, labels, out = device.of(scores), device.of(labels), device.array(grad.shape, F64)
+    samples = device.array((3, 2), F64)
+    device("losses", (1,), (32,), kind, 4, 2, scores, labels, 1.0, 1.0, limit, None, out, samples)
+    assert samples[0].sum() == pytest.approx(value, rel=1e-12, nan_ok=True)
+    near(out[np.isfinite(grad)], grad[np.isfinite(grad)], 1e-12)
+
+
+@runs
+@real_types
+@pytest.mark.parametrize("peak", [0.0, 1.0, 2.0**20, 2.0**20 + 1, 3e25, 2.0**700, 1.7e308])
+def test_large_derivatives_are_scaled_by_the_power_of_two_of_the_reference(peak, dtype, device):
+    rng = np.random.default_rng(0)
+    grad = rng.uniform(-1, 1, 99)
+    grad[5] = -1
+    grad *= peak
+    grad, report, out = device.of(grad), device.of([0.0, 0.0, 0.0, peak]), device.array(99)
+    expected = np.empty_like(out)
+    OPS.cast_scores(grad, expected, report)
+    device("cast_scores", (1,), (64,), 99, grad, out, report)
+    assert np.array_equal(out, expected)
+    assert abs(out).max() == (peak if peak <= 2.0**20 else np.frexp(dtype.type(np.frexp(peak)[0]))[0])
+    g = some(rng, dtype, 99)
+    g[3] = np.nan
+    mine = device.of(g)
+    with np.errstate(over="ignore"):
+        OPS.give_back(g, report, LIMIT[dtype])
+    device("give_back", (1,), (64,), 99, mine, report, LIMIT[dtype])
+    assert np.array_equal(mine, g, equal_nan=True)
+
+
+@runs
+@real_types
+def test_derivatives_without_a_finite_peak_are_cast_as_they_are(dtype, device):
+    grad, out = device.of(np.array([1.0, np.nan, -2.0])), device.array(3)
+    for peak in (np.nan, np.inf):
+        report = device.of([0.0, 0.0, 0.0, peak])
+        device("cast_scores", (1,), (64,), 3, grad, out, report)
+        assert np.array_equal(out, grad.astype(dtype), equal_nan=True)
+        mine = device.of(np.array([5.0, 6.0], dtype))
+        device("give_back", (1,), (64,), 2, mine, report, 1.0)
+        assert mine.tolist() == [5.0, 6.0]
+
+
+@runs
+@real_types
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize("name", ["sgd", "momentum", "nesterov", "adam", "adamw", "rmsprop"])
+def test_steps_are_those_of_the_optimizers(name, decay, dtype, device):
+    n, lr = 1003, 0.05
+    rng = np.random.default_rng(0)
+    hyper = Hyper(weight_decay=decay)
+    optimizer = make_optimizer(name, n, dtype, hyper)
+    w = some(rng, dtype, n)
+    mine, state = device.of(w), [device.of(v) for v in optimizer.vectors.values()]
+    for t in range(1, 6):
+        g = some(rng, dtype, n)
+        g[::7] = 0
+        gradient = device.of(g)
+        optimizer.step(w, g, lr, lambda a: a)
+        if name == "sgd":
+            device("sgd", (3,), (64,), n, mine, gradient, lr, decay)
+        elif name in ("momentum", "nesterov"):
+            nesterov = int(name == "nesterov")
+            device("momentum", (3,), (64,), n, mine, gradient, *state, lr, hyper.momentum, decay, nesterov)
+        elif name == "rmsprop":
+            device("rmsprop", (3,), (64,), n, mine, gradient, *state, lr, hyper.alpha, hyper.eps, decay)
+        else:
+            l2, keep = (decay, 1.0) if name == "adam" else (0.0, 1 - lr * decay)
+            rate, root = lr / (1 - hyper.beta1**t), (1 - hyper.beta2**t) ** -0.5
+            constants = (rate, root, hyper.beta1, hyper.beta2, hyper.eps, l2, keep)
+            device("adam", (3,), (64,), n, mine, gradient, *state, *constants)
+        near(mine, w, TOLERANCE[dtype])
+        for found, expected in zip(state, optimizer.vectors.values(), strict=True):
+            near(found, expected, TOLERANCE[dtype])
+
+
+@runs
+@real_types
+@pytest.mark.parametrize("size", [1, 255, 257, 5000])
+def test_norms_and_scaling(size, dtype, device):
+    g = device.of(some(np.random.default_rng(0), dtype, size))
+    expected = float((g.astype(F64) ** 2).sum())
+    for grid in (1, 7, 300):
+        partial, out = device.array(grid, F64), device.array(1, F64)
+        device("squared_norm", (grid,), (256,), size, g, partial)
+        device("sum_partials", (1,), (256,), grid, partial, out)
+        assert out[0] == pytest.approx(expected, rel=1e-13)
+    scaled = g * dtype.type(0.3)
+    device("scale", (2,), (64,), size, g, 0.3)
+    assert np.array_equal(g, scaled)
+
+
+@runs
+@real_types
+@pytest.mark.parametrize("values", [np.uint8, np.float32, np.float64], ids=lambda t: t.__name__)
+@pytest.mark.parametrize(("batch", "features"), [(1, 1), (3, 70), (33, 32), (100, 95)])
+def test_minibatches_are_gathered(batch, features, values, dtype, device):
+    rng = np.random.default_rng(0)
+    data = device.of((rng.random((57, features)) * 255).astype(values))
+    at, scale = device.of(rng.integers(0, 57, batch)), device.of(some(rng, dtype, features))
+    out = device.array((features, batch))
+    name = {np.uint8: "gather_u8", np.float32: "gather_f32", np.float64: "gather_f64"}[values]
+    device(name, (blocks(batch, 32), blocks(features, 32)), (32, 8), batch, features, at, data, scale, out)
+    assert np.array_equal(out, data[at].astype(dtype).T * scale[:, None])
+
+
+# What runs them.
+
+
+@runs
+def test_arguments_that_a_gpu_would_misread_are_refused():
+    kernels, array = cuda_host.load("float"), np.zeros(8, np.float32)
+    at = Address(array.ctypes.data)
+
+    def launch(*args, name="scale", grid=(1,), block=(32,)):
+        kernels.launch(name, grid, block, args)
+
+    launch(8, at, 2.0)
+    assert kernels.kernels["scale"] == ["long long", "T*", "double"]
+    for wrong in (
+        (8.0, at, 2.0), (8, at, 2), (True, at, 2.0), (np.int64(8), at, 2.0), (8, at, np.float64(2)), (at, at, 2.0),
+        (8, int(at), 2.0), (8, array, 2.0), (8, at), (8, at, 2.0, 1), (None, at, 2.0), (8, at, None),
+    ):  # fmt: skip
+        with pytest.raises(TypeError, match="scale"):
+            launch(*wrong)
+    for shape in (
+        {"block": (1025,)}, {"block": (32, 33)}, {"block": (1, 1, 65)}, {"grid": (0,)}, {"grid": (1, 65536)},
+        {"grid": (1, 1, 65536)}, {"grid": (2**31,)}, {"block": (0,)},
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="scale"):
+            launch(8, at, 2.0, **shape)
+    for shape in ({"grid": 1}, {"grid": (1, 1, 1, 1)}, {"block": (32.0,)}, {"grid": (np.int64(1),)}):
+        with pytest.raises(TypeError, match="scale"):
+            launch(8, at, 2.0, **shape)
+    with pytest.raises(KeyError):
+        launch(name="unknown")
+    # The integer stays as it is, whatever its size.
+    launch(-1, at, 2.0)
+    with pytest.raises(ValueError, match="64-bit"):
+        launch(2**63, at, 2.0)
+
+
+@runs
+def test_all_threads_get_the_sum_of_a_block_again_and_again(tmp_path, monkeypatch):
+    (tmp_path / "try.cu").write_text(
+        f'#include "{cuda_host.SOURCES / "common.cuh"}"'
+        """
+        extern "C" __global__ void sums(double *out) {
+            __shared__ double room[64];
+            for (int k = 0; k < 3; k++) {
+                out[(2 * k) * 64 + threadIdx.x] = block_sum<64>(threadIdx.x + (double)k, room);
+                out[(2 * k + 1) * 64 + threadIdx.x] = block_max<64>((threadIdx.x + 21 * k) % 64 + 0.5 * k, room);
+            }
+        }
+        """
+    )
+    monkeypatch.setattr(cuda_host, "SOURCES", tmp_path)
+    kernels = cuda_host.load.__wrapped__("double")
+    for kernels.reverse in (False, True):
+        out = np.full((3, 2, 64), np.nan)
+        kernels.launch("sums", (1,), (64,), (Address(out.ctypes.data),))
+        assert (out == np.array([[[2016 + 64 * k], [63 + 0.5 * k]] for k in range(3)])).all()
+
+
+@runs
+def test_barriers_shared_memory_and_ended_threads(tmp_path, monkeypatch):
+    (tmp_path / "try.cu").write_text(
+        """
+        extern "C" __global__ void turn(long long n, long long *out) {
+            __shared__ long long room[256];
+            if (threadIdx.x == 5) return;
+            for (int k = 0; k < 3; k++) {
+                room[threadIdx.x] = threadIdx.x + k;
+                __syncthreads();
+                out[blockIdx.x * 3 * n + k * n + threadIdx.x] = room[(threadIdx.x + 1) % n];
+                __syncthreads();
+            }
+        }
+        extern "C" __global__ void split(long long *out) {
+            if (threadIdx.x < 3) __syncthreads(); else
+                __syncthreads();
+            out[threadIdx.x] = 1;
+        }
+        extern "C" __global__ void same(long long *out) {
+            for (int k = 0; k < (int)threadIdx.x; k++) __syncthreads();
+            out[threadIdx.x] = 1;
+        }
+        extern "C" __global__ void unset(double *out) { __shared__ double room[8]; out[threadIdx.x] = room[threadIdx.x];
+            room[threadIdx.x] = 1; }
+        """
+    )
+    monkeypatch.setattr(cuda_host, "SOURCES", tmp_path)
+    kernels: Kernels = cuda_host.load.__wrapped__("double")
+    for kernels.reverse in (False, True):
+        out = np.full((4, 3, 200), -1)
+        kernels.launch("turn", (4,), (200,), (200, Address(out.ctypes.data)))
+        expected = (np.arange(200) + 1) % 200 + np.arange(3)[:, None]
+        # What thread 5 would have written was never set.
+        expected[:, 4] = -1
+        expected[:, 5] = -1
+        assert np.array_equal(out, np.broadcast_to(expected, out.shape))
+        with pytest.raises(RuntimeError, match="different barriers"):
+            kernels.launch("split", (1,), (8,), (Address(out.ctypes.data),))
+        kernels.launch("same", (1,), (8,), (Address(out.ctypes.data),))
+        assert (out[0, 0, :8] == 1).all()
+        numbers = np.zeros(8)
+        kernels.launch("unset", (2,), (8,), (Address(numbers.ctypes.data),))
+        assert np.isnan(numbers).all()

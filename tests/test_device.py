@@ -1,0 +1,433 @@
+"""The GPU backend on a stand-in for CuPy, over host memory (see fake/cupy): operations, models, optimizers, exchange.
+
+Kernels by themselves are in test_cuda_kernels.py, trainings under MPI in test_device_mpi.py; a real GPU in test_gpu.py.
+"""
+
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import cuda_host
+import numpy as np
+import pytest
+from test_nn import NETWORKS, make, random_problem
+
+from psmpi.backend import CompiledOps, NumpyOps, compiled, device, make_backend
+from psmpi.comm.bridge import Direct, Staged, ask_library, probe
+from psmpi.data import Resident, open_dataset
+from psmpi.errors import UserError
+from psmpi.nn.losses import LOSSES, make_loss
+from psmpi.nn.model import Model
+from psmpi.nn.objective import GRADIENT_LIMIT, Objective
+from psmpi.optim import OPTIMIZERS, Hyper, clip_by_global_norm, make_optimizer
+
+FAKE = Path(__file__).parent / "fake"
+F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
+TOLERANCE = {F32: 2e-5, F64: 1e-11}
+# What the partitioned quasi-Newton methods compute, on the host.
+HOST_ONLY = {"transfer", "restriction", "row_dots", "products", "restricted_products"}
+
+needs_compiler = pytest.mark.skipif(cuda_host.compiler() is None, reason="no g++ to compile the CUDA kernels as C++")
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """The stand-in as `cupy`."""
+    real = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "cupy"}
+    for name in real:
+        del sys.modules[name]
+    monkeypatch.syspath_prepend(FAKE)
+    device._cupy.cache_clear()
+    import cupy
+
+    yield cupy
+    for name in [name for name in sys.modules if name.partition(".")[0] == "cupy"]:
+        del sys.modules[name]
+    sys.modules.update(real)
+    device._cupy.cache_clear()
+
+
+@pytest.fixture(params=["stand-in", pytest.param("gpu", marks=pytest.mark.gpu)])
+def cupy(request):
+    """The stand-in, and the real CuPy where it has a GPU."""
+    if request.param == "stand-in":
+        return request.getfixturevalue("stand_in")
+    if not device.available():
+        pytest.skip("no GPU here, or no CuPy for it")
+    return pytest.importorskip("cupy")
+
+
+def put(ops, values):
+    mirror = ops.mirror(ops.empty(values.size, values.dtype).reshape(values.shape))
+    mirror.host[...] = values
+    mirror.push()
+    mirror.settle()
+    return mirror.array
+
+
+def far(found, expected):
+    return abs(found - expected).max(initial=0.0) / max(1e-30, abs(expected).max(initial=0.0))
+
+
+def public(kind):
+    return {
+        name: value
+        for name, value in inspect.getmembers(kind)
+        if not name.startswith("_") and (inspect.isfunction(value) or isinstance(value, property))
+    }
+
+
+@pytest.mark.parametrize("backend", [CompiledOps, device.CupyOps])
+def test_backends_have_the_same_methods(backend):
+    reference = public(NumpyOps)
+    for name, method in public(backend).items():
+        if name in reference and inspect.isfunction(method):
+            ours, theirs = (list(inspect.signature(m).parameters.values()) for m in (method, reference[name]))
+            assert [(p.name, p.kind, p.default) for p in ours] == [(p.name, p.kind, p.default) for p in theirs], name
+    if backend is device.CupyOps:
+        inherited = {name for name, method in public(backend).items() if method is reference.get(name)}
+        assert inherited == HOST_ONLY
+
+
+def test_the_stand_in_has_the_names_of_cupy():
+    pytest.importorskip("cupy", reason="CuPy is not installed")
+    program = """
+import cupy
+from cupy.cuda import cublas, device, driver, nccl, runtime
+assert issubclass(cupy.cuda.memory.OutOfMemoryError, MemoryError)
+for owner, names in (
+    (cupy, "RawModule asarray asnumpy empty zeros ndarray"),
+    (cupy.lib.stride_tricks, "as_strided"),
+    (cupy.cuda, "Device Event Graph Stream alloc_pinned_memory"),
+    (cupy.cuda.Stream, "begin_capture end_capture synchronize use"),
+    (cupy.cuda.Event, "record synchronize"),
+    (cupy.cuda.Graph, "launch"),
+    (runtime, "CUDARuntimeError getDeviceCount driverGetVersion runtimeGetVersion getDeviceProperties memcpyAsync"),
+    (driver, "CUDADriverError"), (device, "get_cublas_handle"), (cublas, "CUBLASError gemmStridedBatchedEx"),
+    (nccl, "available get_unique_id groupStart groupEnd NcclCommunicator NCCL_FLOAT32 NCCL_FLOAT64 NCCL_SUM"),
+):
+    for name in names.split():
+        assert hasattr(owner, name), name
+assert (runtime.memcpyHostToDevice, runtime.memcpyDeviceToHost) == (1, 2)
+words = cublas.gemmStridedBatchedEx.__doc__.partition("(")[2].rstrip(")").split(",")
+print(" ".join(word.split()[-1] for word in words))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == (
+        "handle transa transb m n k alpha A Atype lda strideA B Btype ldb strideB beta C Ctype ldc strideC "
+        "batchCount computeType algo"
+    )
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_models_are_those_of_the_reference(cupy, name, dtype):
+    network = make(name)
+    layout, w, x, d = random_problem(network, batch=5, dtype=dtype)
+    there = device.CupyOps()
+    for classes in ([*range(network.classes)], [1], [0, 3]):
+        if network.tie() is not None and len(classes) < network.classes:
+            continue
+        part = layout.part(classes)
+        local = np.concatenate([w[a:b] for a, b in part.intervals])
+        found = []
+        for ops in (NumpyOps(), there):
+            g = put(ops, np.full(part.size, np.nan, dtype))
+            model = Model(network, layout, put(ops, local), g, ops, classes)
+            # A larger minibatch before: what it left must not show.
+            model.forward(put(ops, np.ones((x.shape[0], 7), dtype)))
+            scores = ops.host(model.forward(put(ops, x))).copy()
+            model.backward(put(ops, d[classes]))
+            found.append((scores, ops.host(g)))
+        for ours, expected in zip(found[1], found[0], strict=True):
+            assert far(ours, expected) <= TOLERANCE[dtype]
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_loss_and_its_gradient_are_those_of_the_reference(cupy, name, dtype):
+    network = make("small psnet")
+    layout, w, x, _ = random_problem(network, batch=9, dtype=dtype)
+    labels = np.arange(9) % 10
+    for weights, pairs in ((w, None), (40 * w, None), (w, np.triu(np.ones((10, 10), bool), 5))):
+        if pairs is not None:
+            if not LOSSES[name].pairwise:
+                continue
+            pairs = pairs | pairs.T
+        results = []
+        for ops in (NumpyOps(), device.CupyOps()):
+            g = put(ops, np.zeros(layout.size, dtype))
+            model = Model(network, layout, put(ops, weights), g, ops)
+            objective = Objective(make_loss(name, dtype, kappa=3.0), model)
+            objective.reserve(10, 9)
+            mask = None if pairs is None else put(ops, pairs)
+            objective.derive(model.forward(put(ops, x)), put(ops, labels), 1 / 9, slice(0, 10), mask)
+            results.append((objective.value(), ops.host(g), objective.loss.clipped))
+        (value, g, clipped), (our_value, our_g, our_clipped) = results
+        assert our_value == pytest.approx(value, rel=100 * TOLERANCE[dtype]) and our_clipped == clipped
+        if abs(g).max() < GRADIENT_LIMIT[dtype]:
+            assert far(our_g, g) <= 100 * TOLERANCE[dtype]
+        else:
+            # Scaled up by so much, rounding reaches the limit too.
+            assert name == "psl" and abs(our_g).max() == GRADIENT_LIMIT[dtype]
+
+
+@needs_compiler
+def test_what_is_no_number_is_said(cupy):
+    network = make("small psnet")
+    layout, w, x, _ = random_problem(network, batch=2)
+    for name, says in (("psl", "a score is not a finite number"), ("nll", "the loss is not a finite number")):
+        ops = device.CupyOps()
+        model = Model(network, layout, put(ops, np.full_like(w, np.nan)), put(ops, w), ops)
+        objective = Objective(make_loss(name, w.dtype), model)
+        objective.reserve(10, 2)
+        objective.derive(model.forward(put(ops, x)), put(ops, np.zeros(2, int)), 1.0, slice(0, 10))
+        with pytest.raises(FloatingPointError, match=says):
+            objective.value()
+    objective = Objective(make_loss("psl", w.dtype, exp_clip="off"), model)
+    objective.reserve(10, 2)
+    model.w[:] = put(ops, 1e4 * w)
+    objective.derive(model.forward(put(ops, x)), put(ops, np.zeros(2, int)), 1.0, slice(0, 10))
+    with pytest.raises(FloatingPointError, match="--exp-clip is off"):
+        objective.value()
+
+
+@needs_compiler
+def test_recorded_work_is_played_back(stand_in):
+    ops = device.CupyOps()
+    a, b = put(ops, np.zeros(4)), put(ops, np.ones(4))
+    calls = []
+
+    def work(n):
+        calls.append(n)
+        for _ in range(n):
+            ops.add_bias(a.reshape(1, 1, 4), b[:1].reshape(1, 1))
+        return a[:n]
+
+    recorded, before = ops.record(work), ops.stream.launches
+    for k in range(1, 6):
+        assert recorded(2).shape == (2,)
+        assert np.array_equal(ops.host(a), np.full(4, 2.0 * k))
+    # Done once, recorded once, then played back.
+    assert calls == [2, 2] and ops.stream.launches - before == 4
+    recorded(3)
+    assert calls == [2, 2, 3] and np.array_equal(ops.host(a), np.full(4, 13.0))
+    # Memory may have moved: what was recorded is done anew.
+    ops.empty(1, F32)
+    recorded(2)
+    assert calls == [2, 2, 3, 2] and np.array_equal(ops.host(a), np.full(4, 15.0))
+    for k in range(40):
+        recorded(k)
+    assert len(recorded.made) == device.KEPT
+    plain = device.CupyOps(graphs=False)
+    recorded, calls[:] = plain.record(lambda: calls.append(0)), []
+    for _ in range(4):
+        recorded()
+    assert calls == [0] * 4 and plain.stream.launches == 0
+
+
+@needs_compiler
+def test_without_graphs_work_is_done_as_it_is(stand_in, monkeypatch):
+    monkeypatch.setattr(stand_in.cuda, "FAULT", "graphs")
+    ops = device.CupyOps()
+    a = put(ops, np.zeros(4))
+    recorded = ops.record(lambda: ops.add_bias(a.reshape(1, 1, 4), put(ops, np.ones(1)).reshape(1, 1)))
+    recorded.allocations = ops.allocations
+    recorded.made[()] = None
+    with pytest.warns(UserWarning, match="CUDA graphs are not used"):
+        recorded()
+    recorded()
+    assert not ops.graphs and np.array_equal(ops.host(a), np.full(4, 2.0))
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizers_step_as_on_the_host(cupy, name, dtype):
+    rng = np.random.default_rng(1)
+    n, hyper = 2101, Hyper(weight_decay=0.01, history=3)
+    start, target = rng.normal(size=(2, n)).astype(dtype)
+    found = []
+    for ops in (NumpyOps(), device.CupyOps()):
+        w, g = put(ops, start), put(ops, np.zeros(n, dtype))
+        optimizer = make_optimizer(name, n, dtype, hyper, ops)
+
+        def objective(ops=ops, w=w, g=g):
+            here = ops.host(w)
+            g[:] = put(ops, (here - target) ** 3)
+            return 0.25 * float(((here - target).astype(float) ** 4).sum())
+
+        for _ in range(4):
+            value = objective()
+            assert np.isfinite(value)
+            if not optimizer.needs_closure:
+                clip_by_global_norm(g, 1.0, lambda a: a, ops)
+            optimizer.step(w, g, 0.1, lambda a: a, objective)
+        found.append({"w": ops.host(w), **{k: ops.host(v) for k, v in optimizer.vectors.items()}})
+        scalars = found[0].setdefault("scalars", optimizer.scalars)
+        assert optimizer.scalars == pytest.approx(scalars, rel=1e-3)
+    assert far(found[1]["w"], found[0]["w"]) <= 10 * TOLERANCE[dtype]
+    del found[0]["scalars"]
+    for key, vector in found[0].items():
+        assert far(found[1][key], vector) <= 1000 * TOLERANCE[dtype], key
+
+
+@needs_compiler
+@pytest.mark.parametrize("stored", [np.uint8, np.float32, np.float64, np.int16, np.float16])
+def test_samples_are_scaled_on_the_device(cupy, stored):
+    values = np.random.default_rng(0).integers(0, 100, (40, 37)).astype(stored)
+    for dtype in (F32, F64):
+        ops = device.CupyOps()
+        kept = ops.samples(values, 1 / 255)
+        assert kept.nbytes >= values.nbytes
+        for b in (3, 33, 1):
+            at = np.random.default_rng(b).integers(0, 40, b)
+            expected, out = np.empty((37, b), dtype), ops.empty(37 * b, dtype).reshape(37, b)
+            NumpyOps().samples(values, 1 / 255).fetch(at, expected)
+            kept.fetch(at, out)
+            assert np.array_equal(ops.host(out), expected)
+
+
+@needs_compiler
+def test_a_resident_split_may_be_on_the_device(cupy):
+    split = open_dataset("digits", "").train
+    ops = device.CupyOps()
+    here, there = (Resident(split, np.arange(50), F32, o) for o in (None, ops))
+    expected, out = np.empty((64, 7), F32), ops.empty(64 * 7, F32).reshape(64, 7)
+    here.fetch(np.arange(7) * 7, expected)
+    there.fetch(np.arange(7) * 7, out)
+    assert np.array_equal(ops.host(out), expected)
+
+
+@needs_compiler
+@pytest.mark.parametrize("compute", ["float32", "tf32", "float16", "bfloat16"])
+def test_products_take_all_orders_of_matrices(cupy, compute):
+    rng = np.random.default_rng(0)
+    ops = device.CupyOps(compute=compute)
+    for count, m, k, n in ((1, 1, 1, 1), (3, 4, 5, 6), (2, 1, 7, 1), (1, 5, 1, 3), (4, 1, 1, 6), (2, 6, 3, 1)):
+        for a_turned in (False, True):
+            for b_turned in (False, True):
+                a = rng.normal(size=(count, k, m) if a_turned else (count, m, k)).astype(F32)
+                b = rng.normal(size=(count, n, k) if b_turned else (count, k, n)).astype(F32)
+                out = put(ops, np.full((count, m, n), np.nan, F32))
+                theirs = (put(ops, v).transpose(0, 2, 1) if turned else put(ops, v)
+                          for v, turned in ((a, a_turned), (b, b_turned)))  # fmt: skip
+                ops.matmul(*theirs, out)
+                a, b = (v.transpose(0, 2, 1) if t else v for v, t in ((a, a_turned), (b, b_turned)))
+                assert far(ops.host(out), a @ b) <= 1e-5
+    wide = put(ops, np.zeros((2, 4, 4), F32))
+    with pytest.raises(ValueError, match="contiguous rows"):
+        ops.matmul(wide, wide, ops.view(wide, 0, (2, 2, 4), (16, 1, 2)))
+
+
+@needs_compiler
+def test_a_staged_array_waits_for_its_copies(cupy):
+    ops = device.CupyOps()
+    bridge = Staged(ops)
+    vector = put(ops, np.arange(10.0))
+    # Begun early, changed by nobody: what is sent is what was there.
+    bridge.begin(vector[2:5])
+    bridge.begin(vector[5:9])
+    assert np.array_equal(bridge.outgoing(vector[2:5]), [2, 3, 4])
+    assert np.array_equal(bridge.outgoing(vector[5:9]), [5, 6, 7, 8])
+    for k in range(3):
+        into = bridge.incoming(vector)
+        into[:] = 100.0 + k
+        bridge.arrived(vector, [slice(1, 3), slice(8, 9)])
+    expected = np.arange(10.0)
+    expected[[1, 2, 8]] = 102.0
+    assert np.array_equal(ops.host(vector), expected)
+    here = np.ones(3)
+    assert bridge.outgoing(here) is here and bridge.incoming(here) is here
+    assert len(bridge.mirrors) == 3
+
+
+class Alone:
+    rank, size = 0, 1
+
+
+@needs_compiler
+def test_the_probe_compares_values(cupy):
+    ops = device.CupyOps()
+    assert probe(Alone(), ops, Direct(ops), size=1000)
+
+    class Wrong(Direct):
+        def outgoing(self, array, pieces=()):
+            array[:1] = put(ops, np.full(1, 7, array.dtype))
+            return super().outgoing(array, pieces)
+
+    class Forgetful(Staged):
+        def arrived(self, array, pieces=()):
+            pass
+
+    from mpi4py import MPI
+
+    if MPI.COMM_WORLD.size == 1:
+        # One rank sends nothing: the values cannot be wrong. Several ranks are in test_device_mpi.py.
+        assert probe(Alone(), ops, Wrong(ops), size=1000) and probe(Alone(), ops, Forgetful(ops), size=1000)
+
+
+def test_an_mpi_that_says_no_is_believed():
+    pytest.importorskip("mpi4py.MPI")
+    with pytest.raises(UserError, match="not GPU-aware"):
+        ask_library()
+
+
+def fails(monkeypatch, fake, fault):
+    monkeypatch.setattr(fake.cuda, "FAULT", fault)
+    with pytest.raises(UserError) as caught:
+        make_backend("cupy")
+    assert make_backend("auto", seat=0).name != "cupy"
+    return str(caught.value)
+
+
+def test_without_a_device_the_error_says_what_to_do(stand_in, monkeypatch):
+    said = fails(monkeypatch, stand_in, "driver")
+    assert "no NVIDIA driver" in said and "--backend compiled" in said
+    said = fails(monkeypatch, stand_in, "old driver")
+    assert "speaks CUDA 12.4" in said and "built for CUDA 13:" in said and "cupy-cuda12x" in said
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    said = fails(monkeypatch, stand_in, "device")
+    assert "cudaErrorNoDevice" in said and "CUDA_VISIBLE_DEVICES is ''" in said
+
+
+def test_without_cupy_the_error_says_what_to_install(monkeypatch):
+    def missing():
+        raise ImportError("No module named 'cupy'")
+
+    monkeypatch.setattr(device, "_cupy", missing)
+    with pytest.raises(UserError, match=r"pip install 'psmpi\[cuda\]'"):
+        make_backend("cupy")
+
+
+@needs_compiler
+def test_ranks_take_devices_in_turn(stand_in, monkeypatch):
+    monkeypatch.setattr(stand_in.cuda, "DEVICES", 2)
+    assert [make_backend("auto", seat=seat).device for seat in range(4)] == [0, 1, 0, 1]
+    assert make_backend("cupy").device == 0
+    # Without a number on the host, a device has to be asked for.
+    assert make_backend("auto").name == ("compiled" if compiled.level() else "numpy")
+
+
+def test_kernels_are_cached_where_nobody_else_writes(stand_in, monkeypatch, tmp_path):
+    import os
+    import tempfile
+
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
+    folder = tmp_path / f"psmpi-cupy-{os.getuid()}"
+    for given, expected in ((None, str(folder)), ("/elsewhere", "/elsewhere")):
+        monkeypatch.delenv("CUPY_CACHE_DIR", raising=False)
+        if given:
+            monkeypatch.setenv("CUPY_CACHE_DIR", given)
+        device._cupy.cache_clear()
+        device._cupy()
+        assert os.environ["CUPY_CACHE_DIR"] == expected
+    folder.chmod(0o777)
+    monkeypatch.delenv("CUPY_CACHE_DIR")
+    device._cupy.cache_clear()
+    device._cupy()
+    assert "CUPY_CACHE_DIR" not in os.environ

@@ -1,0 +1,202 @@
+"""Trainings under mpirun with the GPU backend on a stand-in for CuPy: the weights are those of the host."""
+
+import json
+import re
+
+import cuda_host
+import pytest
+from conftest import Trained, distance, run
+from test_device import FAKE
+
+from psmpi.backend import device
+
+pytestmark = pytest.mark.skipif(cuda_host.compiler() is None, reason="no g++ to compile the CUDA kernels as C++")
+
+EXACT = ("--dtype", "float64", "--max-steps", "20", "--epochs", "10", "--batch-size", "32")
+
+
+@pytest.fixture(autouse=True)
+def fake(monkeypatch):
+    """The stand-in as `cupy` in the programs that are started."""
+    for real in ("float", "double"):
+        cuda_host.load(real)
+    monkeypatch.setenv("PYTHONPATH", str(FAKE))
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory):
+    """A run on one process and on the host, by options."""
+    known = {}
+
+    def call(*options):
+        if options not in known:
+            out = tmp_path_factory.mktemp("host") / "run"
+            status, stdout, stderr = run(1, "-m", "psmpi.train", "--backend", "numpy", "--out", out, *options)
+            assert status == 0, stderr
+            known[options] = Trained(out, stdout)
+        return known[options]
+
+    return call
+
+
+GRIDS = {
+    "one process": (1, ()),
+    "a master and two workers": (3, ()),
+    "owners": (3, ("--placement", "owner")),
+    "several masters": (5, ("--masters", "2", "--placement", "owner")),
+    "masters that compute": (3, ("--colocate", "--masters", "2")),
+    "replicas": (5, ("--replicas", "2", "--placement", "owner", "--colocate")),
+    "pairs": (4, ("--partition", "pairs")),
+    "pairs of owners": (3, ("--partition", "pairs", "--placement", "owner", "--colocate")),
+}
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_weights_and_bytes_are_those_of_the_host(train, host, name):
+    ranks, options = GRIDS[name]
+    here = train(ranks, "--backend", "numpy", *EXACT, *options)
+    there = train(ranks, "--backend", "cupy", *EXACT, *options)
+    assert distance(host(*EXACT).tensors(), there.tensors()) <= 1e-10
+    for key in ("test_accuracy", "bytes_sent_by_rank", "bytes_received_by_rank"):
+        assert there.rows[-1][key] == here.rows[-1][key]
+    assert there.rows[-1]["train_loss"] == pytest.approx(here.rows[-1]["train_loss"], rel=1e-10)
+    assert "backend cupy (host memory as a device, device 0)" in there.stdout
+
+
+@pytest.mark.parametrize(("optimizer", "lr"), [("lbfgs", "1"), ("lsr1-tr", "1"), ("rmsprop", "0.01")])
+def test_optimizers_that_step_on_the_host_and_on_the_device(train, host, optimizer, lr):
+    options = (*EXACT, "--optimizer", optimizer, "--lr", lr, "--weight-decay", "0.001")
+    result = train(3, "--backend", "cupy", *options)
+    assert distance(host(*options).tensors(), result.tensors()) <= 1e-6
+
+
+def test_float32_and_without_graphs_too(train, host):
+    options = ("--max-steps", "20", "--batch-size", "32")
+    for more in ((), ("--no-cuda-graphs",), ("--compute", "bfloat16")):
+        assert distance(host(*options).tensors(), train(2, "--backend", "cupy", *options, *more).tensors()) <= 1e-5
+
+
+@pytest.mark.parametrize(("first", "then"), [("cupy", "numpy"), ("numpy", "cupy")])
+def test_a_run_goes_on_on_the_other_kind_of_memory(train, host, tmp_path, first, then):
+    begun = tmp_path / "begun"
+    short = (*EXACT[:3], "9", *EXACT[4:])
+    train(3, "--backend", first, *short, out=begun)
+    result = train(2, "--backend", then, *EXACT, "--resume", "auto", out=begun)
+    assert distance(host(*EXACT).tensors(), result.tensors()) <= 1e-10
+
+
+def test_nccl_exchanges_scores_and_sums_replicas(train, host, monkeypatch):
+    monkeypatch.setenv("FAKE_CUDA_DEVICES", "5")
+    options = ("--nccl", "--placement", "owner", "--replicas", "2")
+    result = train(5, "--backend", "cupy", *EXACT, *options, timeout=240)
+    assert distance(host(*EXACT).tensors(), result.tensors()) <= 1e-10
+
+
+def test_the_placement_table_shows_each_rank_s_device(train, monkeypatch):
+    monkeypatch.setenv("FAKE_CUDA_DEVICES", "2")
+    monkeypatch.setenv("COLUMNS", "200")
+    result = train(3, *EXACT)
+    assert re.findall(r"device (\d) ", result.stdout)[:3] == ["0", "1", "0"]
+    # auto takes the GPU where there is one, but not for what computes on the host.
+    assert "backend cupy" in result.stdout
+    newton = train(2, *EXACT, "--optimizer", "plbfgs", "--partition", "pairs")
+    assert "backend cupy" not in newton.stdout and "device" not in newton.stdout
+
+
+PROBE = """
+import json
+import numpy as np
+from psmpi.backend import make_backend
+from psmpi.comm.bridge import Direct, Staged, probe
+from psmpi.comm.world import start
+
+world, ops = start(), make_backend("cupy")
+
+
+class Early(Direct):
+    "Does not wait for the device."
+
+    def outgoing(self, array, pieces=()):
+        return array
+
+    incoming = outgoing
+
+
+class Lost(Direct):
+    "Loses what one rank sends."
+
+    def outgoing(self, array, pieces=()):
+        ops.synchronize()
+        return np.zeros(array.shape, array.dtype) if world.rank == 1 else array
+
+
+found = [probe(world, ops, kind(ops), size=999) for kind in (Direct, Staged, Early, Lost)]
+if world.rank == 0:
+    print(json.dumps(found))
+"""
+
+
+def test_mpi_takes_device_arrays_and_the_probe_finds_wrong_values(tmp_path):
+    program = tmp_path / "probe.py"
+    program.write_text(PROBE)
+    status, out, err = run(3, program)
+    assert status == 0, err
+    assert json.loads(out) == [True, True, False, False]
+
+
+DIRECT = """
+import sys
+from psmpi.comm import bridge
+bridge.ask_library = lambda: None
+from psmpi.train import main
+sys.exit(main())
+"""
+
+
+def test_a_gpu_aware_mpi_gives_the_same_weights(host, tmp_path):
+    program, out = tmp_path / "direct.py", tmp_path / "run"
+    program.write_text(DIRECT)
+    for ranks, options in ((3, ()), (4, ("--placement", "owner", "--replicas", "2", "--colocate"))):
+        command = (program, "--backend", "cupy", "--gpu-aware", *EXACT, *options, "--out", out / str(ranks))
+        status, stdout, stderr = run(ranks, *command)
+        assert status == 0, stderr
+        assert distance(host(*EXACT).tensors(), Trained(out / str(ranks), stdout).tensors()) <= 1e-10
+
+
+@pytest.mark.parametrize(
+    ("options", "environment", "says"),
+    [
+        (("--backend", "cupy"), {"FAKE_CUDA": "driver"}, "no NVIDIA driver is loaded"),
+        (("--backend", "cupy"), {"FAKE_CUDA": "old driver"}, "cupy-cuda12x"),
+        (("--backend", "cupy"), {"FAKE_CUDA": "memory"}, "use a smaller --batch-size or more ranks"),
+        (("--backend", "cupy", "--gpu-aware"), {}, "not GPU-aware"),
+        (("--backend", "cupy", "--nccl"), {}, "3 ranks share 1 device"),
+        (("--backend", "numpy", "--nccl"), {}, "--nccl is for GPUs"),
+        (("--backend", "numpy", "--compute", "tf32"), {}, "--compute tf32 is for GPUs"),
+        (("--dtype", "float64", "--compute", "tf32"), {}, "is for float32 weights"),
+        (("--backend", "cupy", "--optimizer", "plse", "--partition", "pairs"), {}, "computes on the host"),
+    ],
+)
+def test_what_cannot_be_is_said_once_and_ends_the_job(monkeypatch, tmp_path, options, environment, says):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    status, _, err = run(3, "-m", "psmpi.train", "--out", tmp_path / "run", "--max-steps", "2", *options)
+    assert status != 0 and err.count(says) == 1, err
+    assert "Traceback" not in err
+
+
+def test_a_run_that_diverges_says_so_once(tmp_path):
+    options = ("--backend", "cupy", "--optimizer", "sgd", "--lr", "1e38", "--clip", "0")
+    status, _, err = run(3, "-m", "psmpi.train", "--out", tmp_path / "run", *options)
+    assert status != 0 and err.count("a score is not a finite number") == 1, err
+    assert "Traceback" not in err
+
+
+@pytest.mark.gpu
+def test_several_ranks_share_a_gpu(train, host, monkeypatch):
+    monkeypatch.delenv("PYTHONPATH")
+    if not device.available():
+        pytest.skip("no GPU here, or no CuPy for it")
+    for ranks, options in ((1, ()), (3, ()), (3, ("--placement", "owner", "--colocate"))):
+        result = train(ranks, "--backend", "cupy", *EXACT, *options)
+        assert distance(host(*EXACT).tensors(), result.tensors()) <= 1e-9
