@@ -97,6 +97,17 @@ def test_compute_measures_side_by_side(tmp_path):
     assert (tmp_path / "a.png").stat().st_size > 1000 and "one-class" in out
 
 
+@pytest.mark.parametrize("backend", ["numpy", "auto"])
+def test_kernels_are_measured_beside_a_copy(tmp_path, backend):
+    options = ("--backend", backend, "--megabytes", "2", "--repeats", "3", "--json", tmp_path / "a.json")
+    status, out, err = run(1, "-m", "psmpi.bench", "kernels", *options)
+    assert status == 0, err
+    rows = json.loads((tmp_path / "a.json").read_text())["rows"]
+    assert {"bias and sigmoid", "max pooling", "squared norm"} <= {row["name"] for row in rows}
+    assert all(row["share"] == pytest.approx(row["gb_per_s"] / row["copy_gb_per_s"], rel=0.9) for row in rows)
+    assert all(0 < row["low"] <= row["share"] <= row["high"] for row in rows) and "share of the copy" in out
+
+
 def test_compute_says_what_it_needs():
     try:
         import torch  # noqa: F401

@@ -17,6 +17,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from psmpi.bench.checkpoint import checkpoint
     from psmpi.bench.compute import compute
+    from psmpi.bench.kernels import kernels
     from psmpi.bench.memory import memory
     from psmpi.bench.optimizer import optimizer
     from psmpi.bench.published import published
@@ -29,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
         app = SubcommandApp()
         default = defaults(words)
         commands: tuple[Callable[..., int], ...] = (
-            checkpoint, compute, _with(memory, default), _with(optimizer, default), published
+            checkpoint, compute, kernels, _with(memory, default), _with(optimizer, default), published
         )  # fmt: skip
         for command in commands:
             app.command(command)
