@@ -84,7 +84,7 @@ class Parallel:
     """What computes: NumPy, kernels in C, or a GPU through CuPy. auto: the last of these that is there, but no GPU for
     the partitioned quasi-Newton methods, which compute on the host."""
     compute: Literal["float32", "tf32", "float16", "bfloat16"] = "float32"
-    """What a GPU's matrix products (of dense layers) compute with; weights, sums and results are float32."""
+    """What a GPU's matrix products, and so its convolutions, compute with; weights, sums and results are float32."""
     cuda_graphs: bool = True
     """Record a step's work on the GPU once and play it back."""
     gpu_aware: bool = False

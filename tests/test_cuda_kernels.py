@@ -164,6 +164,30 @@ SHAPES = {
 
 @runs
 @real_types
+@pytest.mark.parametrize("batch", [1, 7, 33])
+@pytest.mark.parametrize(
+    ("channels", "size", "kernel", "stride", "first", "rows"),
+    [(1, (5, 4), 1, 1, 0, 5), (3, (9, 8), 3, 2, 0, 4), (2, (12, 11), 6, 2, 1, 2), (2, (9, 9), 2, 3, 2, 1)],
+)
+def test_windows_are_those_of_the_reference(channels, size, kernel, stride, first, rows, batch, dtype, device):
+    rng = np.random.default_rng(0)
+    width = (size[1] - kernel) // stride + 1
+    x = some(rng, dtype, channels, *size, batch)
+    shape = (channels, kernel, kernel, rows, width, batch)
+    expected, found = np.empty(shape, dtype), device.array(shape)
+    numbers = (channels, *size, batch, kernel, stride, first, rows, width)
+    NumpyOps().im2col(x, stride, first, expected)
+    device("im2col", (3,), (64,), *numbers, device.array(x.shape, fill=x), found)
+    assert np.array_equal(found, expected)
+    cols = some(rng, dtype, *shape)
+    into, there = x.copy(), device.array(x.shape, fill=x)
+    NumpyOps().col2im(cols, stride, first, into)
+    device("col2im", (3,), (64,), *numbers, device.array(shape, fill=cols), there)
+    near(there, into, 1e-5 if dtype == np.float32 else 1e-12)
+
+
+@runs
+@real_types
 @pytest.mark.parametrize("batch", [1, 3, 33, 100])
 @pytest.mark.parametrize("name", SHAPES)
 def test_convolutions_are_those_of_the_reference(name, batch, dtype, device):

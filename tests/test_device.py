@@ -147,6 +147,28 @@ def test_models_are_those_of_the_reference(cupy, name, dtype):
 
 
 @needs_compiler
+@pytest.mark.parametrize("chunk", [1, 1 << 20])
+@pytest.mark.parametrize("name", [name for name in NETWORKS if "conv" in str(NETWORKS[name][1])] + ["small psnet"])
+def test_convolutions_may_be_products_with_windows(cupy, name, chunk, monkeypatch):
+    monkeypatch.setattr(device.CupyOps, "chunk", chunk)
+    network = make(name)
+    layout, w, x, d = random_problem(network, batch=5, dtype=F32)
+    part = layout.part(range(network.classes))
+    w = np.concatenate([w[a:b] for a, b in part.intervals])
+    found = []
+    for ops in (NumpyOps(), device.CupyOps(compute="tf32")):
+        g = put(ops, np.full(part.size, np.nan, F32))
+        model = Model(network, layout, put(ops, w), g, ops)
+        scores = ops.host(model.forward(put(ops, x))).copy()
+        model.backward(put(ops, d))
+        found.append((scores, ops.host(g)))
+    # The stand-in computes products of float32 as they are; a GPU with 10 bits of each number.
+    tolerance = 2e-5 if not device.available() or "fake" in str(cupy.__version__) else 1e-2
+    for ours, expected in zip(found[1], found[0], strict=True):
+        assert far(ours, expected) <= tolerance
+
+
+@needs_compiler
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
 @pytest.mark.parametrize("name", LOSSES)
 def test_the_loss_and_its_gradient_are_those_of_the_reference(cupy, name, dtype):

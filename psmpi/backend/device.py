@@ -18,10 +18,10 @@ from zlib import crc32
 
 import numpy as np
 
-from psmpi.backend.reference import Convolution, Mirror, NumpyOps, Samples, Stripes
+from psmpi.backend.reference import Convolution, Im2col, Mirror, NumpyOps, Samples, Stripes
 from psmpi.errors import UserError
 
-SOURCES = ("common.cuh", "conv.cu", "layers.cu", "loss.cu", "optim.cu", "samples.cu")
+SOURCES = ("common.cuh", "conv.cu", "layers.cu", "loss.cu", "optim.cu", "samples.cu", "windows.cu")
 REALS = {np.dtype(np.float32): "float", np.dtype(np.float64): "double"}
 ACTIVATIONS = {"identity": 0, "sigmoid": 1, "tanh": 2, "relu": 3}
 LOSSES = {"psl": 0, "logistic": 1, "nll": 2, "squared": 3}
@@ -316,13 +316,14 @@ class DeviceConvolution:
 class CupyOps(NumpyOps):
     """The operations on one device.
 
-    compute: what the matrix products of float32 arrays compute with: float32, tf32, float16 or bfloat16; sums and
-    results stay float32. graphs: record repeated work as CUDA graphs.
+    compute: what the matrix products of float32 arrays, and convolutions by way of them, compute with: float32, tf32,
+    float16 or bfloat16; sums and results stay float32. graphs: record repeated work as CUDA graphs.
     """
 
     name = "cupy"
     on_device = True
     line = 32
+    chunk = 1 << 25
 
     def __init__(self, device: int = 0, compute: str = "float32", graphs: bool = True):
         self.cupy: Any = _cupy()
@@ -465,7 +466,18 @@ class CupyOps(NumpyOps):
         dtype: np.dtype,
         activation: str = "identity",
     ) -> Convolution:
+        if self.compute != "float32" and dtype == np.float32:
+            # The tensor cores compute products of matrices.
+            return Im2col(stripes, in_shape, out_shape, kernel, stride, dtype, activation, self)
         return DeviceConvolution(self, stripes, in_shape, out_shape, kernel, stride, dtype, activation)  # type: ignore[return-value]
+
+    def im2col(self, x: Any, stride: int, first: int, cols: Any) -> None:
+        _, k, _, rows, width, b = cols.shape
+        self.spread("im2col", x.dtype, cols.size, *x.shape[:3], b, k, stride, first, rows, width, x, cols)
+
+    def col2im(self, cols: Any, stride: int, first: int, dx: Any) -> None:
+        _, k, _, rows, width, b = cols.shape
+        self.spread("col2im", dx.dtype, dx.size, *dx.shape[:3], b, k, stride, first, rows, width, cols, dx)
 
     def fold(self, w: Any, pool: int, out: Any) -> None:
         count, rows, n_in, k, _ = w.shape

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from math import prod
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-# Columns of a convolution are made in chunks of about this many elements, so that they stay in the second-level cache.
+# Elements that stay in the second-level cache.
 CHUNK = 1 << 18
 # Below the 10,000 from which OpenBLAS splits a dot product over threads, so that sums do not depend on their number.
 DOT = 1 << 13
@@ -61,7 +60,7 @@ class Convolution(Protocol):
 
 
 class Im2col:
-    """Convolution as matrix products with windows, made for as many output rows at a time as fit the cache."""
+    """Convolution as matrix products with windows, made for as many output rows at a time as `ops.chunk` allows."""
 
     def __init__(
         self,
@@ -71,29 +70,30 @@ class Im2col:
         kernel: int,
         stride: int,
         dtype: np.dtype,
-        activate: Callable[[np.ndarray], None] = lambda y: None,
+        activation: str = "identity",
+        ops: NumpyOps | None = None,
     ):
+        self.ops, self.activation = ops or NumpyOps(), activation
         self.stripes, self.channels, self.kernel, self.stride = stripes, in_shape[0], kernel, stride
-        self.activate = activate
         (self.units, self.height, self.width), self.dtype = out_shape, dtype
         # A sum over more than one chunk is made in a second buffer.
-        self.product = np.empty(0, dtype)
-        self.cols = self.dcols = np.empty(0, dtype)
+        self.product = self.ops.empty(0, dtype)
+        self.cols = self.dcols = self.ops.empty(0, dtype)
 
     def prepare(self, kernels: np.ndarray) -> None:
         """Uses the kernels as they are."""
 
     def reserve(self, batch: int) -> None:
         row = self.channels * self.kernel**2 * self.width * batch
-        size = min(row * self.height, max(row, CHUNK))
-        self.cols, self.dcols = np.empty(size, self.dtype), np.empty(size, self.dtype)
+        size = min(row * self.height, max(row, self.ops.chunk))
+        self.cols, self.dcols = self.ops.empty(size, self.dtype), self.ops.empty(size, self.dtype)
 
     def arrays(self) -> list[np.ndarray]:
         return [self.cols, self.dcols, self.product]
 
     def _chunks(self, batch: int) -> list[tuple[int, int]]:
         """Rows of the output that are computed at a time: by the minibatch alone, so that sums keep their order."""
-        rows = max(1, min(self.height, CHUNK // (self.channels * self.kernel**2 * self.width * batch)))
+        rows = max(1, min(self.height, self.ops.chunk // (self.channels * self.kernel**2 * self.width * batch)))
         return [(r, min(r + rows, self.height)) for r in range(0, self.height, rows)]
 
     def _columns(self, buffer: np.ndarray, rows: int, batch: int) -> np.ndarray:
@@ -102,12 +102,10 @@ class Im2col:
 
     def _source(self, s: Stripes, columns: np.ndarray) -> np.ndarray:
         """The windows of the stripes' inputs, (count, n_in k^2, positions), as a view."""
-        flat = columns.reshape(self.channels * self.kernel**2, -1)
-        step, width = flat.strides
-        k2 = self.kernel**2
-        return as_strided(
-            flat[s.source * k2 :], (s.count, s.n_in * k2, flat.shape[1]), (s.source_step * k2 * step, step, width)
-        )
+        k2, positions = self.kernel**2, columns.size // (self.channels * self.kernel**2)
+        step = k2 * positions
+        shape = (s.count, s.n_in * k2, positions)
+        return self.ops.view(columns, s.source * step, shape, (s.source_step * step, positions, 1))
 
     @staticmethod
     def _rows(s: Stripes, array: np.ndarray) -> np.ndarray:
@@ -117,12 +115,11 @@ class Im2col:
     def forward(self, x: np.ndarray, kernels: np.ndarray, bias: np.ndarray, y: np.ndarray) -> None:
         for r0, r1 in self._chunks(x.shape[-1]):
             cols = self._columns(self.cols, r1 - r0, x.shape[-1])
-            im2col(x, self.stride, r0, cols)
+            self.ops.im2col(x, self.stride, r0, cols)
             out = y[:, r0:r1].reshape(self.units, -1)
             for s in self.stripes:
-                np.matmul(self._rows(s, kernels), self._source(s, cols), out=self._rows(s, out))
-        y += bias[:, None, None, None]
-        self.activate(y)
+                self.ops.matmul(self._rows(s, kernels), self._source(s, cols), self._rows(s, out))
+        self.ops.finish(y.reshape(1, self.units, -1), bias.reshape(1, -1), self.activation)
 
     def backward(
         self, x: np.ndarray, dy: np.ndarray, kernels: np.ndarray, dkernels: np.ndarray | None, dx: np.ndarray | None
@@ -137,20 +134,20 @@ class Im2col:
                 dcols = self._columns(self.dcols, r1 - r0, x.shape[-1])
                 for s in self.stripes:
                     weights = self._rows(s, kernels).transpose(0, 2, 1)
-                    np.matmul(weights, self._rows(s, out), out=self._source(s, dcols))
-                col2im(dcols, self.stride, r0, dx)
+                    self.ops.matmul(weights, self._rows(s, out), self._source(s, dcols))
+                self.ops.col2im(dcols, self.stride, r0, dx)
 
     def _add_product(self, x: np.ndarray, out: np.ndarray, r0: int, r1: int, dkernels: np.ndarray) -> None:
         """The share of output rows [r0, r1), whose gradient is `out`, in that of the kernels; the first one sets it."""
         cols = self._columns(self.cols, r1 - r0, x.shape[-1])
-        im2col(x, self.stride, r0, cols)
+        self.ops.im2col(x, self.stride, r0, cols)
         into = dkernels
         if r0 > 0:
             if self.product.shape != dkernels.shape:
-                self.product = np.empty_like(dkernels)
+                self.product = self.ops.empty(dkernels.size, self.dtype).reshape(dkernels.shape)
             into = self.product
         for s in self.stripes:
-            np.matmul(self._rows(s, out), self._source(s, cols).transpose(0, 2, 1), out=self._rows(s, into))
+            self.ops.matmul(self._rows(s, out), self._source(s, cols).transpose(0, 2, 1), self._rows(s, into))
         if r0 > 0:
             dkernels += self.product
 
@@ -271,27 +268,6 @@ class Restriction:
         return self.sizes.nbytes + self.starts.nbytes + self.down.nbytes + self.up.nbytes
 
 
-def im2col(x: np.ndarray, stride: int, first: int, cols: np.ndarray) -> None:
-    """Windows of x (c, h, w, b) with the given stride, for the output rows from `first` on.
-
-    cols: (c, k, k, rows, width, b); cols[:, i, j] are the inputs that kernel entry (i, j) meets.
-    """
-    k, rows, width = cols.shape[1], cols.shape[3], cols.shape[4]
-    for i in range(k):
-        top = first * stride + i
-        for j in range(k):
-            cols[:, i, j] = x[:, top : top + stride * rows : stride, j : j + stride * width : stride]
-
-
-def col2im(cols: np.ndarray, stride: int, first: int, dx: np.ndarray) -> None:
-    """The adjoint of im2col: adds cols into dx."""
-    k, rows, width = cols.shape[1], cols.shape[3], cols.shape[4]
-    for i in range(k):
-        top = first * stride + i
-        for j in range(k):
-            dx[:, top : top + stride * rows : stride, j : j + stride * width : stride] += cols[:, i, j]
-
-
 def exponent_of(peak: float) -> int:
     """The power of two by which derivatives of this size are too large for a backward pass; 0 where they are not."""
     return int(np.frexp(peak)[1]) if peak > 2.0**20 else 0
@@ -303,6 +279,8 @@ class NumpyOps:
     line = 1
     # Whether arrays are in a device's memory, and only mirrors of them in the host's.
     on_device = False
+    # Elements of the windows that a convolution makes at a time: they stay in the second-level cache.
+    chunk = CHUNK
     # What a device does one after the other.
     stream: Any = None
 
@@ -445,8 +423,26 @@ class NumpyOps:
         activation: str = "identity",
     ) -> Convolution:
         """A convolution of (channels, height, width) to (units, rows, columns) images, to be used again and again."""
-        activate = partial(self.activate, activation)
-        return Im2col(stripes, in_shape, out_shape, kernel, stride, dtype, activate)
+        return Im2col(stripes, in_shape, out_shape, kernel, stride, dtype, activation, self)
+
+    def im2col(self, x: np.ndarray, stride: int, first: int, cols: np.ndarray) -> None:
+        """Windows of x (c, h, w, b) with the given stride, for the output rows from `first` on.
+
+        cols: (c, k, k, rows, width, b); cols[:, i, j] are the inputs that kernel entry (i, j) meets.
+        """
+        k, rows, width = cols.shape[1], cols.shape[3], cols.shape[4]
+        for i in range(k):
+            top = first * stride + i
+            for j in range(k):
+                cols[:, i, j] = x[:, top : top + stride * rows : stride, j : j + stride * width : stride]
+
+    def col2im(self, cols: np.ndarray, stride: int, first: int, dx: np.ndarray) -> None:
+        """The adjoint of im2col: adds cols into dx."""
+        k, rows, width = cols.shape[1], cols.shape[3], cols.shape[4]
+        for i in range(k):
+            top = first * stride + i
+            for j in range(k):
+                dx[:, top : top + stride * rows : stride, j : j + stride * width : stride] += cols[:, i, j]
 
     def fold(self, w: np.ndarray, pool: int, out: np.ndarray) -> None:
         """A kernel followed by pool x pool mean pooling as one kernel: w (..., k, k) -> out (..., k+pool-1, k+pool-1).
