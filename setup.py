@@ -53,7 +53,7 @@ setup(
     ],
     extras_require={
         "mpi": ["mpich>=4.2"],
-        "cuda": ["cupy-cuda13x>=14"],
+        "cuda": ["cupy-cuda13x[ctk]>=14"],
         "export": EXPORT,
         "plot": PLOT,
         "torch": ["torch>=2.4"],

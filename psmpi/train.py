@@ -207,16 +207,30 @@ def _backend(world: Any, config: Config, threads: int) -> Any:
     """What this rank computes with, its kernels compiled."""
     import numpy as np
 
-    from psmpi.backend import device, make_backend
+    from psmpi.backend import make_backend
     from psmpi.comm import nccl
-    from psmpi.comm.world import host_by_host, seats
+    from psmpi.comm.world import host_by_host, seat
     from psmpi.errors import UserError
     from psmpi.optim.element_operators import RULES
 
     parallel, dtype = config.parallel, np.dtype(config.model.dtype)
-    seat, ranks = seats(world)
     on_host = config.optimization.optimizer in RULES
-    ops = make_backend(parallel.backend, threads, None if on_host else seat, parallel.compute, parallel.cuda_graphs)
+    number = None if on_host else seat(world)
+    made = [make_backend(parallel.backend, threads, number, parallel.compute, parallel.cuda_graphs)]
+
+    def compile_kernels() -> None:
+        try:
+            made[0].compile(dtype)
+        except UserError as error:
+            if parallel.backend == "cupy":
+                raise
+            made[0] = make_backend("auto", threads)
+            if world.rank == 0:
+                print("note: the GPU is not used:", str(error).removeprefix("--backend cupy: "))
+
+    # The first rank of a host compiles the kernels, the others find them in its cache.
+    host_by_host(world, compile_kernels)
+    ops = made[0]
     if not ops.on_device:
         for option, given in (
             ("--gpu-aware", parallel.gpu_aware),
@@ -225,11 +239,8 @@ def _backend(world: Any, config: Config, threads: int) -> Any:
         ):
             if given:
                 raise UserError(f"{option} is for GPUs, and the backend here is {ops.name}: add --backend cupy")
-        return ops
-    if parallel.nccl:
-        nccl.check(ranks, device.devices())
-    # The first rank of a host compiles the kernels, the others find them in its cache.
-    host_by_host(world, lambda: ops.compile(dtype))
+    elif parallel.nccl:
+        nccl.check(world, ops.bus)
     return ops
 
 

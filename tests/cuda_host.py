@@ -143,6 +143,24 @@ def _directory() -> Path:
     return path
 
 
+def library(name: str, source: str) -> str:
+    """The path of a library made of C++ `source`, once for each version of it. CompileError where g++ refuses it."""
+    tool = compiler()
+    if tool is None:
+        raise CompileError("there is no g++")
+    directory = _directory()
+    path = directory / f"{name}-{crc32(source.encode()):08x}.so"
+    if not path.exists():
+        with tempfile.TemporaryDirectory(dir=directory) as mine:
+            main, made = Path(mine) / "main.cpp", Path(mine) / "made.so"
+            main.write_text(source)
+            done = subprocess.run([tool, *FLAGS, str(main), "-o", str(made)], capture_output=True, text=True)
+            if done.returncode:
+                raise CompileError(f"g++ on {name}:\n{done.stderr}")
+            os.replace(made, path)
+    return str(path)
+
+
 @cache
 def load(real: str) -> Kernels:
     """The kernels for REAL `real`, float or double. CompileError where there is no g++, or it refuses them."""

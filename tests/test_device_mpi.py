@@ -85,9 +85,27 @@ def test_a_run_goes_on_on_the_other_kind_of_memory(train, host, tmp_path, first,
     assert distance(host(*EXACT).tensors(), result.tensors()) <= 1e-10
 
 
-def test_nccl_exchanges_scores_and_sums_replicas(train, host, monkeypatch):
-    monkeypatch.setenv("FAKE_CUDA_DEVICES", "5")
+@pytest.mark.parametrize("then", [("--optimizer", "adam"), ("--optimizer", "lbfgs", "--lr", "1")])
+def test_an_optimizer_that_starts_afresh_starts_from_nothing(train, tmp_path, then):
+    runs = []
+    for backend in ("numpy", "cupy"):
+        out = tmp_path / backend
+        train(2, "--backend", backend, *EXACT, "--optimizer", "sgd", "--max-steps", "5", out=out)
+        runs.append(train(2, "--backend", backend, *EXACT, *then, "--resume", "auto", out=out))
+    assert distance(runs[0].tensors(), runs[1].tensors()) <= 1e-6
+
+
+def test_without_a_compiler_auto_computes_on_the_host(train, monkeypatch):
+    monkeypatch.setenv("FAKE_CUDA", "compiler")
+    result = train(2, *EXACT)
+    assert result.stdout.count("the GPU is not used") == 1 and "backend cupy" not in result.stdout
+
+
+@pytest.mark.parametrize("seen", ["all", "one"])
+def test_nccl_exchanges_scores_and_sums_replicas(train, host, monkeypatch, seen):
     options = ("--nccl", "--placement", "owner", "--replicas", "2")
+    # All devices for every rank to see, or its own alone.
+    monkeypatch.setenv("FAKE_CUDA_DEVICES" if seen == "all" else "FAKE_CUDA", "5" if seen == "all" else "alone")
     result = train(5, "--backend", "cupy", *EXACT, *options, timeout=240)
     assert distance(host(*EXACT).tensors(), result.tensors()) <= 1e-10
 
@@ -169,6 +187,7 @@ def test_a_gpu_aware_mpi_gives_the_same_weights(host, tmp_path):
         (("--backend", "cupy"), {"FAKE_CUDA": "driver"}, "no NVIDIA driver is loaded"),
         (("--backend", "cupy"), {"FAKE_CUDA": "old driver"}, "cupy-cuda12x"),
         (("--backend", "cupy"), {"FAKE_CUDA": "memory"}, "use a smaller --batch-size or more ranks"),
+        (("--backend", "cupy"), {"FAKE_CUDA": "compiler"}, "NVRTC and the CUDA headers"),
         (("--backend", "cupy", "--gpu-aware"), {}, "not GPU-aware"),
         (("--backend", "cupy", "--nccl"), {}, "3 ranks share 1 device"),
         (("--backend", "numpy", "--nccl"), {}, "--nccl is for GPUs"),

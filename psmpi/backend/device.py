@@ -18,6 +18,7 @@ from zlib import crc32
 
 import numpy as np
 
+from psmpi.backend.blas import Blas, CublasError
 from psmpi.backend.reference import Convolution, Im2col, Mirror, NumpyOps, Samples, Stripes
 from psmpi.errors import UserError
 
@@ -30,12 +31,8 @@ TILE = 4
 # Blocks that fill the largest devices; sums are split over about as many.
 BLOCKS = 512
 # Of a recorded piece of work, calls with other arguments that are kept.
-KEPT = 32
-# cublasComputeType_t for float32 matrices by --compute, and for float64.
-COMPUTE = {"float32": 68, "float16": 74, "bfloat16": 75, "tf32": 77}
-DOUBLE = 70
-CUDA_R = {np.dtype(np.float32): 0, np.dtype(np.float64): 1}
-INSTALL = "pip install 'psmpi[cuda]' (CUDA 13), pip install cupy-cuda12x (CUDA 12)"
+KEPT = 256
+INSTALL = "pip install 'psmpi[cuda]' (CUDA 13), pip install 'cupy-cuda12x[ctk]' (CUDA 12)"
 
 
 @cache
@@ -104,6 +101,12 @@ def _version(get: Callable[[], int]) -> tuple[int, int]:
     return number // 1000, number % 1000 // 10
 
 
+@cache
+def _stream(cupy: Any, device: int) -> Any:
+    """The stream of a device: one, so that operations of all that compute on it are in order."""
+    return cupy.cuda.Stream(non_blocking=True)
+
+
 def _blocks(size: int, threads: int) -> int:
     return -(-size // threads)
 
@@ -114,8 +117,11 @@ class DeviceMirror(Mirror):
     def __init__(self, array: Any, ops: CupyOps):
         cupy = ops.cupy
         self.array, self.stream = array, ops.stream
-        # CuPy's pool takes it back when the last array over it is gone.
-        memory = cupy.cuda.alloc_pinned_memory(max(1, array.nbytes))
+        try:
+            # CuPy's pool takes it back when the last array over it is gone.
+            memory = cupy.cuda.alloc_pinned_memory(max(1, array.nbytes))
+        except cupy.cuda.runtime.CUDARuntimeError as error:
+            raise MemoryError(f"{array.nbytes} bytes of pinned host memory: {error}") from None
         self.host = np.frombuffer(memory, array.dtype, array.size).reshape(array.shape)
         self.event = cupy.cuda.Event(disable_timing=True)
         self.runtime = cupy.cuda.runtime
@@ -153,6 +159,9 @@ class DeviceSamples(Samples):
             values = values.astype(np.float64 if values.dtype.itemsize > 2 else np.float32)
         self.kernel = {"uint8": "gather_u8", "float32": "gather_f32", "float64": "gather_f64"}[values.dtype.name]
         self.values = ops.cupy.asarray(np.ascontiguousarray(values))
+        # They went through pinned memory, which CuPy would keep.
+        ops.synchronize()
+        ops.cupy.get_default_pinned_memory_pool().free_all_blocks()
         self.scales: Any = None
         self.at: Mirror | None = None
 
@@ -162,12 +171,13 @@ class DeviceSamples(Samples):
 
     def fetch(self, at: np.ndarray, out: Any) -> None:
         features, b = out.shape
+        if self.at is not None:
+            self.at.settle()
         if self.at is None or self.at.host.size < b:
             self.at = self.ops.mirror(self.ops.empty(b, np.dtype(np.int64)))
         if self.scales is None or self.scales.dtype != out.dtype:
             self.scales = self.ops.empty(features, out.dtype)
             self.scales.fill(self.scale)
-        self.at.settle()
         self.at.host[:b] = at
         self.at.push(slice(0, b))
         grid = (_blocks(b, 32), _blocks(features, 32))
@@ -328,17 +338,17 @@ class CupyOps(NumpyOps):
     def __init__(self, device: int = 0, compute: str = "float32", graphs: bool = True):
         self.cupy: Any = _cupy()
         self.device, self.compute, self.graphs = device, compute, graphs
-        self.cupy.cuda.Device(device).use()
-        self.stream = self.cupy.cuda.Stream(non_blocking=True)
-        self.stream.use()
         cuda = self.cupy.cuda
-        self.failures = (cuda.runtime.CUDARuntimeError, cuda.driver.CUDADriverError, cuda.cublas.CUBLASError)
+        cuda.Device(device).use()
+        self.stream = _stream(self.cupy, device)
+        self.stream.use()
+        # CuPy raises the last of these for what it will not do while a stream is being recorded.
+        self.failures = (cuda.runtime.CUDARuntimeError, cuda.driver.CUDADriverError, CublasError, NotImplementedError)
         self.allocations = 0
         self.partials: dict[np.dtype, Any] = {}
         self.functions: dict[tuple[str, np.dtype], Any] = {}
         self.modules: dict[np.dtype, Any] = {}
-        # Factors of cuBLAS's products, read from host memory when a product is begun.
-        self.factors = {dtype: (np.ones(1, dtype), np.zeros(1, dtype)) for dtype in REALS}
+        self.blas = Blas(self.cupy, self.stream)
         self.sum = self.mirror(self.zeros(1, np.dtype(np.float64)))
 
     @property
@@ -351,9 +361,20 @@ class CupyOps(NumpyOps):
         name = self.cupy.cuda.runtime.getDeviceProperties(self.device)["name"].decode()
         return f"{name}, device {self.device}"
 
+    @property
+    def bus(self) -> str:
+        """What tells the device from others of the host, whatever number it has here."""
+        return str(self.cupy.cuda.runtime.deviceGetPCIBusId(self.device))
+
     def compile(self, dtype: np.dtype) -> None:
-        """Compile the kernels for a dtype, or find them compiled."""
-        self._function("activate", np.dtype(dtype))
+        """Compile the kernels for a dtype, or find them compiled; UserError where a library for that is missing."""
+        try:
+            self._function("activate", np.dtype(dtype))
+        except (self.cupy.cuda.compiler.CompileException, ImportError, OSError, RuntimeError) as error:
+            raise UserError(
+                f"--backend cupy: the kernels cannot be compiled ({str(error).strip().splitlines()[0]}): CuPy needs "
+                f"NVRTC and the CUDA headers: {INSTALL}, or use --backend compiled"
+            ) from None
 
     def _function(self, name: str, dtype: np.dtype) -> Any:
         if (name, dtype) not in self.functions:
@@ -417,20 +438,7 @@ class CupyOps(NumpyOps):
             return
         if a.ndim == 2:
             a, b, out = a[None], b[None], out[None]
-        (count, m, n), k = out.shape, a.shape[2]
-        dtype, one = out.dtype, self.factors[out.dtype]
-        compute = COMPUTE[self.compute] if dtype == np.float32 else DOUBLE
-        # Rows here are columns there: out^T = b^T a^T.
-        (b_how, b_lead), (a_how, a_lead), (how, lead) = (_leading(x) for x in (b, a, out))
-        if how:
-            raise ValueError(f"out of a product needs contiguous rows, not strides {out.strides}")
-        b_step, a_step, step = (x.strides[0] // x.itemsize for x in (b, a, out))
-        cublas, number = self.cupy.cuda.cublas, CUDA_R[dtype]
-        cublas.gemmStridedBatchedEx(
-            self.cupy.cuda.device.get_cublas_handle(), b_how, a_how, n, m, k, one[0].ctypes.data,
-            b.data.ptr, number, b_lead, b_step, a.data.ptr, number, a_lead, a_step, one[1].ctypes.data,
-            out.data.ptr, number, lead, step, count, compute, -1,
-        )  # fmt: skip
+        self.blas.product(a, b, out, self.compute)
 
     def add_bias(self, y: Any, bias: Any) -> None:
         self.finish(y, bias, "identity")
@@ -569,14 +577,3 @@ class CupyOps(NumpyOps):
     ) -> bool:  # fmt: skip
         self.spread("adam", w.dtype, w.size, w.size, w, g, m, v, rate, root, beta1, beta2, eps, l2, keep)
         return True
-
-
-def _leading(matrices: Any) -> tuple[int, int]:
-    """For cuBLAS: whether matrices (count, rows, columns) are transposed, and the step between rows or columns."""
-    _, rows, columns = matrices.shape
-    row, column = (stride // matrices.itemsize for stride in matrices.strides[1:])
-    if column == 1 or columns == 1:
-        return 0, max(row if rows > 1 else 1, columns)
-    if row == 1 or rows == 1:
-        return 1, max(column, rows)
-    raise ValueError(f"a product needs contiguous rows or columns, not strides {matrices.strides}")

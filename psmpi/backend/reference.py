@@ -297,6 +297,11 @@ class NumpyOps:
         """The device, for people; nothing where it is the host."""
         return ""
 
+    @property
+    def bus(self) -> str:
+        """What tells the device from others of the host; nothing where it is the host."""
+        return ""
+
     def empty(self, size: int, dtype: np.dtype) -> np.ndarray:
         """(size,), its contents undefined, beginning at a cache line."""
         room = np.empty(size * np.dtype(dtype).itemsize + 64, np.uint8)

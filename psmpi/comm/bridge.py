@@ -19,10 +19,10 @@ Key = tuple[int, int, np.dtype]
 class Bridge:
     """Arrays in host memory, which MPI takes as they are. Pieces are of an array seen as a vector."""
 
-    def begin(self, array: np.ndarray, pieces: Pieces = ()) -> None:
+    def begin(self, array: np.ndarray, pieces: Pieces | None = None) -> None:
         """Begin to get the array, or only these pieces of it, ready to be sent."""
 
-    def outgoing(self, array: np.ndarray, pieces: Pieces = ()) -> np.ndarray:
+    def outgoing(self, array: np.ndarray, pieces: Pieces | None = None) -> np.ndarray:
         """The buffer for MPI to read, ready, wherever the array, or these pieces, lie in it."""
         return array
 
@@ -30,7 +30,7 @@ class Bridge:
         """The buffer for MPI to write."""
         return array
 
-    def arrived(self, array: np.ndarray, pieces: Pieces = ()) -> None:
+    def arrived(self, array: np.ndarray, pieces: Pieces | None = None) -> None:
         """MPI has written the array, or these pieces of it."""
 
 
@@ -53,15 +53,15 @@ class Staged(Bridge):
             self.mirrors[key] = self.ops.mirror(array.reshape(-1))
         return key, self.mirrors[key]
 
-    def begin(self, array: Any, pieces: Pieces = ()) -> None:
+    def begin(self, array: Any, pieces: Pieces | None = None) -> None:
         if isinstance(array, np.ndarray):
             return
         key, mirror = self._mirror(array)
-        for at in pieces or (slice(0, array.size),):
+        for at in (slice(0, array.size),) if pieces is None else pieces:
             mirror.fetch(at)
         self.begun.add(key)
 
-    def outgoing(self, array: Any, pieces: Pieces = ()) -> np.ndarray:
+    def outgoing(self, array: Any, pieces: Pieces | None = None) -> np.ndarray:
         if isinstance(array, np.ndarray):
             return array
         key, mirror = self._mirror(array)
@@ -78,11 +78,11 @@ class Staged(Bridge):
         mirror.settle()
         return mirror.host.reshape(array.shape)
 
-    def arrived(self, array: Any, pieces: Pieces = ()) -> None:
+    def arrived(self, array: Any, pieces: Pieces | None = None) -> None:
         if isinstance(array, np.ndarray):
             return
         _, mirror = self._mirror(array)
-        for at in pieces or (slice(0, array.size),):
+        for at in (slice(0, array.size),) if pieces is None else pieces:
             mirror.push(at)
 
 
@@ -92,7 +92,7 @@ class Direct(Bridge):
     def __init__(self, ops: NumpyOps):
         self.ops = ops
 
-    def outgoing(self, array: Any, pieces: Pieces = ()) -> Any:
+    def outgoing(self, array: Any, pieces: Pieces | None = None) -> Any:
         self.ops.synchronize()
         return array
 
@@ -130,10 +130,14 @@ def ask_library() -> None:
         )
 
 
-def probe(world: Any, ops: NumpyOps, bridge: Bridge, size: int = 100_003) -> bool:
-    """Whether the collectives of a step bring the right values from this bridge, on all ranks."""
+def probe(world: Any, ops: NumpyOps, bridge: Bridge, size: int = 0) -> bool:
+    """Whether the collectives of a step bring the right values from this bridge, on all ranks.
+
+    size: of each rank's vector; 0: large enough for MPI to send it as it sends large ones, not larger in a large job.
+    """
     from psmpi.comm.group import Counter, Group
 
+    size = size or max(1009, 1_000_003 // world.size)
     group = Group(world, range(world.size), Counter(), bridge)
     right = True
     for dtype in (np.dtype(np.float32), np.dtype(np.float64)):

@@ -16,12 +16,12 @@ class Nccl:
     def __init__(self, comm: Any, stream: Any):
         library = _library()
         self.library, self.stream, self.size = library, stream, comm.size
-        # The identifier is 128 numbers; the first rank makes it.
-        number = np.zeros(128, np.int64)
+        # The identifier is 128 bytes; the first rank makes it.
+        number = np.zeros(128, np.uint8)
         if comm.rank == 0:
-            number[:] = library.get_unique_id()
+            number[:] = np.frombuffer(library.get_unique_id(), np.uint8)
         comm.Bcast(number, 0)
-        self.comm = library.NcclCommunicator(comm.size, tuple(number.tolist()), comm.rank)
+        self.comm = library.NcclCommunicator(comm.size, number.tobytes(), comm.rank)
 
     def _type(self, array: Any) -> int:
         found: int = self.library.NCCL_FLOAT32 if array.dtype == np.float32 else self.library.NCCL_FLOAT64
@@ -44,13 +44,22 @@ class Nccl:
         self.library.groupEnd()
 
 
-def check(ranks: int, devices: int) -> None:
-    """UserError unless CuPy has NCCL and each of a host's ranks has a device of its own."""
+def check(world: Any, bus: str) -> None:
+    """UserError on all ranks unless CuPy has NCCL and no two ranks of a host have one device, which `bus` names."""
+    from mpi4py import MPI
+
     _library()
-    if ranks > devices:
+    local = world.Split_type(MPI.COMM_TYPE_SHARED)
+    mine, everyone = np.zeros(64, np.uint8), np.zeros((local.size, 64), np.uint8)
+    name = np.frombuffer(bus.encode()[:64], np.uint8)
+    mine[: len(name)] = name
+    local.Allgather(mine, everyone)
+    ranks, found = local.size, len(np.unique(everyone, axis=0))
+    local.Free()
+    if found < ranks:
         raise UserError(
-            f"--nccl: {ranks} ranks share {devices} device(s) on this host and NCCL wants one each: start at most "
-            f"{devices} ranks a host, or leave the option out"
+            f"--nccl: {ranks} ranks share {found} device(s) on this host and NCCL wants one each: start at most "
+            f"{found} ranks a host, or leave the option out"
         )
 
 
@@ -60,5 +69,7 @@ def _library() -> Any:
     except ImportError:
         nccl = None
     if nccl is None or not nccl.available:
-        raise UserError("--nccl: this CuPy has no NCCL: pip install nvidia-nccl-cu13, or leave the option out")
+        raise UserError(
+            "--nccl: this CuPy has no NCCL: pip install nvidia-nccl-cu13 (for CUDA 12 -cu12), or leave the option out"
+        )
     return nccl

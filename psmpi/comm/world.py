@@ -90,12 +90,12 @@ def host(world: Any) -> tuple[int, int]:
     return ranks, min(int(used.sum()), quota())
 
 
-def seats(world: Any) -> tuple[int, int]:
-    """This rank's number among those of its host, and how many these are."""
+def seat(world: Any) -> int:
+    """This rank's number among those of its host."""
     from mpi4py import MPI
 
     local = world.Split_type(MPI.COMM_TYPE_SHARED)
-    found = int(local.rank), int(local.size)
+    found = int(local.rank)
     local.Free()
     return found
 

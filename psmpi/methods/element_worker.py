@@ -79,7 +79,7 @@ class ElementWorker:
         self.test_count = len(mine)
         self.test_labels = dataset.test.labels[mine]
         self.test_samples = Resident(dataset.test, self.test_ids, self.dtype, ops)
-        self.capacity = 0
+        self.capacity, self.labels = 0, ops.mirror(ops.empty(0, np.dtype(np.int64)))
         share = -(-config.data.batch_size // self.rows)
         if self.pairs is not None:
             # As many samples of its classes as hardly ever meet in a minibatch.
@@ -96,6 +96,7 @@ class ElementWorker:
         self.model.reserve(batch)
         self.x = self.ops.empty(self.features * batch, self.dtype)
         self.scores = self.ops.empty(self.dataset.classes * batch, self.dtype)
+        self.labels.settle()
         self.labels = self.ops.mirror(self.ops.empty(batch, np.dtype(np.int64)))
         self.objective.reserve(self.dataset.classes, batch)
 

@@ -53,6 +53,7 @@ class PartiallySeparable:
         state = {"weights": self.w, **self.optimizer.vectors}
         self.mirrors = {name: ops.mirror(vector) for name, vector in state.items()}
         self.vectors = {name: mirror.host for name, mirror in self.mirrors.items()}
+        self.collect()
         self.scalars = self.optimizer.scalars
         initial_weights(
             network, self.layout, shard, self.vectors["weights"],

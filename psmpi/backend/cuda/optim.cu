@@ -1,5 +1,5 @@
 /* Steps of the optimizers over whole shards, and what clipping needs. Scalars are cast to the type of the arrays, as
- * NumPy does. */
+ * NumPy does; but CuPy has floats below the normal ones taken for 0. */
 #include "common.cuh"
 
 #define NORM_THREADS 256

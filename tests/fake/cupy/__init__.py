@@ -129,9 +129,21 @@ def asnumpy(array):
     return array._a.copy()
 
 
+class _Pool:
+    def free_all_blocks(self):
+        assert not current().queue, "copies are still under way"
+
+
+def get_default_pinned_memory_pool():
+    return _Pool()
+
+
 class RawModule:
     def __init__(self, *, code, options):
         import cuda_host
+
+        if cuda.FAULT == "compiler":
+            raise cuda.compiler.CompileException("nvrtc: error: failed to open libnvrtc-builtins.so")
 
         folder = next(o[2:] for o in options if o.startswith("-I"))
         assert all((Path(folder) / line.split('"')[1]).exists() for line in code.splitlines())
@@ -170,4 +182,6 @@ def _check(kind, array, real):
         raise TypeError(f"a kernel wants {wanted}, not {type(array)} {getattr(array, 'dtype', '')}")
 
 
-__all__ = ["RawModule", "asarray", "asnumpy", "cuda", "empty", "lib", "ndarray", "zeros"]
+__all__ = [
+    "RawModule", "asarray", "asnumpy", "cuda", "empty", "get_default_pinned_memory_pool", "lib", "ndarray", "zeros",
+]  # fmt: skip

@@ -17,7 +17,7 @@ DTYPES = {NCCL_FLOAT32: np.dtype(np.float32), NCCL_FLOAT64: np.dtype(np.float64)
 
 
 def get_unique_id():
-    return tuple(byte for byte in secrets.token_bytes(128))
+    return secrets.token_bytes(128)
 
 
 def groupStart():
@@ -35,9 +35,11 @@ def _memory(address, count, datatype):
 
 class NcclCommunicator:
     def __init__(self, ndev, commId, rank):
+        if type(commId) is not bytes:
+            raise TypeError(f"expected bytes, {type(commId)} found")
         assert len(commId) == 128 and 0 <= rank < ndev
         self.size, self.rank, self.calls = ndev, rank, 0
-        self.folder = Path(tempfile.gettempdir()) / f"fake-nccl-{os.getuid()}-{bytes(commId[:8]).hex()}"
+        self.folder = Path(tempfile.gettempdir()) / f"fake-nccl-{os.getuid()}-{commId[:8].hex()}"
         self.folder.mkdir(exist_ok=True)
 
     def _share(self, mine):
