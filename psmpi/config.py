@@ -68,8 +68,9 @@ class Objective:
 class Parallel:
     """Who computes and holds what."""
 
-    method: Literal["psl"] = "psl"
-    """Training method."""
+    method: Literal["psl", "data_parallel"] = "psl"
+    """Training method: psl, the partially-separable loss, each rank its part of the network; data_parallel, each rank
+    the whole network and a slice of each minibatch."""
     partition: Literal["scores", "pairs"] = "scores"
     """What a worker owns: the subnetwork of some scores, or the element losses of some pairs of classes."""
     placement: Literal["master", "owner"] = "master"
@@ -93,6 +94,18 @@ class Parallel:
     """Exchange the scores of a row, and sum over replicas, by NCCL; needs a GPU a rank."""
     threads: int = 0
     """Threads a rank, of linear algebra and of the kernels; 0: the host's cores over its ranks, at least 1."""
+
+
+@dataclass(frozen=True)
+class Replicated:
+    """Methods in which every rank has the whole network (data_parallel)."""
+
+    allreduce: Literal["mpi", "ring", "doubling", "halving"] = "mpi"
+    """What sums gradients over ranks: MPI's choice, or messages of psmpi's own, to study them."""
+    bucket_megabytes: float = 25.0
+    """Size of the pieces in which a gradient is summed, the first one a 25th of it."""
+    overlap: bool = True
+    """Begin to sum a piece as soon as backward has filled it (--allreduce mpi, on the host)."""
 
 
 @dataclass(frozen=True)
@@ -207,6 +220,7 @@ class Config:
     model: Model = field(default_factory=Model)
     objective: Objective = field(default_factory=Objective)
     parallel: Parallel = field(default_factory=Parallel)
+    replicated: Replicated = field(default_factory=Replicated)
     optimization: Optimization = field(default_factory=Optimization)
     run: Run = field(default_factory=Run)
     config: Annotated[str, arg(metavar="FILE.toml")] = ""

@@ -398,6 +398,14 @@ def assign_roles(
     return Roles(masters, tuple(workers), tuple(parts), tuple(shards))
 
 
+def replicate(layout: Layout, size: int) -> Roles:
+    """Every rank computes with the whole network, on its own slice of each minibatch, and keeps an equal share of w."""
+    whole = Runs.union([(0, layout.size)])
+    every = tuple(range(layout.classes))
+    workers = tuple(Worker(rank, 0, every) for rank in range(size))
+    return Roles(size, workers, (layout.part(every),) * size, tuple(whole.split(size)))
+
+
 @dataclass(frozen=True)
 class Move:
     """One collective on runs of the flat vector: weights go from `root` out, gradients come back to it.

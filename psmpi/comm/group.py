@@ -77,6 +77,35 @@ class Group:
             moved = 2 * (self.size - 1) * buffer.nbytes // self.size
             self.counter.add(moved, moved)
 
+    def iallreduce(self, buffer: np.ndarray) -> Any:
+        """Begin allreduce; `wait` ends it, and the buffer is not to be touched before. A request."""
+        request = self.comm.Iallreduce(_in_place(), self.bridge.outgoing(buffer))
+        moved = 2 * (self.size - 1) * buffer.nbytes // self.size
+        self.counter.add(moved, moved)
+        return request
+
+    def push(self, requests: Sequence[Any]) -> None:
+        """Let MPI go on with what was begun: many libraries do so only inside calls."""
+        if requests:
+            from mpi4py import MPI
+
+            MPI.Request.Testall(list(requests))
+
+    def wait(self, buffer: np.ndarray, request: Any) -> None:
+        """End what was begun on a buffer."""
+        request.Wait()
+        self.bridge.arrived(buffer)
+
+    def gather_all(self, into: np.ndarray, counts: Sequence[int]) -> None:
+        """Every rank's run of `into`, of `counts` elements one after the other, to all, in place."""
+        if self.size > 1:
+            starts = np.cumsum([0, *counts[:-1]]).tolist()
+            wire = [self.bridge.outgoing(into), counts, starts, _datatype(into)]
+            self.comm.Allgatherv(_in_place(), wire)
+            self.bridge.arrived(into)
+            own = into.itemsize * counts[self.rank]
+            self.counter.add(own * (self.size - 1), into.itemsize * sum(counts) - own)
+
     def agree(self, values: np.ndarray) -> np.ndarray:
         """Sum of `values` over the group, in place, bit-identical on all ranks; control data, not counted."""
         if self.size > 1:

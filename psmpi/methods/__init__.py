@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from psmpi.methods.base import Method, Place, Score
+from psmpi.methods.data_parallel import DataParallel
 from psmpi.methods.psl import PartiallySeparable
 
-METHODS: dict[str, Any] = {"psl": PartiallySeparable}
+METHODS: dict[str, Any] = {"psl": PartiallySeparable, "data_parallel": DataParallel}
 
 __all__ = ["METHODS", "Method", "Place", "Score"]

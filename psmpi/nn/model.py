@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 
 import numpy as np
@@ -69,6 +69,8 @@ class Model:
                 )
         self.w, self.g, self.dtype = w, g, w.dtype
         self.lender = lender
+        # Told the number of each step with weights when `backward` has made its gradient.
+        self.finished: Callable[[int], None] | None = None
         self.scratch: Scratch = Scratch(ops, self.dtype) if lender is None else lender.scratch
         self.steps = self._make_steps(fold)
         self.capacity = 0
@@ -143,6 +145,22 @@ class Model:
     def _lowest(self) -> int:
         """The first layer with weights; below it no gradient is needed."""
         return next(k for k, step in enumerate(self.steps) if step.linear is not None)
+
+    def filled(self) -> list[tuple[int, int, int]]:
+        """(start, stop, step) of the runs of g that each step with weights fills in `backward`."""
+        names = [p.name for p in self.layout.parameters]
+        found = []
+        for number, step in enumerate(self.steps):
+            if step.linear is None:
+                continue
+            own = {names.index(f"{step.linear.layer.name}.{kind}") for kind in ("weight", "bias")}
+            for piece in self.layout.pieces():
+                if piece.parameter in own:
+                    size = self.layout.parameters[piece.parameter].unit_size * (piece.last - piece.first)
+                    runs = Runs(((piece.offset, piece.offset + size),)) & self.part
+                    places = [self.part.local(a, b) for a, b in runs.intervals]
+                    found += [(place.start, place.stop, number) for place in places]
+        return found
 
     @property
     def activation_bytes(self) -> int:
@@ -220,6 +238,8 @@ class Model:
                 turn = 1 - turn
             if step.linear is not None:
                 step.linear.backward(x, y, dy, dx, sums)  # type: ignore[attr-defined]
+                if self.finished is not None:
+                    self.finished(k)
             elif dx is not None:
                 assert isinstance(step.spec, Pool)
                 self.ops.activate_back(step.activation, y, dy)

@@ -1,0 +1,219 @@
+"""Data parallelism: buckets, sums over ranks, and whole runs against the serial one."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import Trained, distance, run
+from hypothesis import given
+from hypothesis import strategies as st
+from test_nn import NETWORKS, make, random_problem
+
+from psmpi.backend import NumpyOps
+from psmpi.comm.allreduce import ALGORITHMS
+from psmpi.comm.buckets import FIRST, NEVER, plan_buckets
+from psmpi.errors import UserError
+from psmpi.nn.model import Model
+
+DATA = ("--method", "data_parallel")
+
+
+@pytest.fixture(scope="module")
+def serial(tmp_path_factory):
+    """A run of the method psl on one process, by options."""
+    known = {}
+
+    def call(*options):
+        if options not in known:
+            out = tmp_path_factory.mktemp("serial") / "run"
+            status, stdout, stderr = run(1, "-m", "psmpi.train", "--out", out, *options)
+            assert status == 0, stderr
+            known[options] = Trained(out, stdout)
+        return known[options]
+
+    return call
+
+
+@given(st.integers(1, 60), st.integers(1, 80), st.lists(st.integers(0, 4), min_size=1, max_size=8), st.data())
+def test_buckets_cover_the_gradient_in_the_order_of_backward(size, room, layers, data):
+    cuts = sorted(data.draw(st.lists(st.integers(0, size), min_size=len(layers) - 1, max_size=len(layers) - 1)))
+    edges = [0, *cuts, size]
+    spans = [(a, b, layer) for a, b, layer in zip(edges, edges[1:], layers, strict=False) if a < b]
+    buckets = plan_buckets(spans, size, room)
+    assert sorted(k for b in buckets for k in range(b.start, b.stop)) == list(range(size))
+    assert all(b.stop - b.start <= room for b in buckets)
+    assert [b.last for b in buckets] == sorted((b.last for b in buckets), reverse=True)
+    for bucket in buckets:
+        assert bucket.last == min(layer for a, b, layer in spans if a < bucket.stop and bucket.start < b)
+
+
+def test_the_first_bucket_is_small_and_what_nobody_fills_is_ready():
+    buckets = plan_buckets([(10, 100, 2), (100, 200, 5)], 200, 50)
+    assert (buckets[0].start, buckets[0].stop, buckets[0].last) == (200 - 50 // FIRST, 200, 5)
+    assert plan_buckets([(4, 8, 0)], 8, 4 * FIRST)[-1].last == 0 and plan_buckets([], 3, 100)[0].last == NEVER
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_bucket_is_whole_when_it_is_said_to_be(name):
+    network = make(name)
+    layout, w, x, d = random_problem(network)
+    part = layout.part(range(network.classes))
+    g = np.full(part.size, np.nan)
+    model = Model(network, layout, np.concatenate([w[a:b] for a, b in part.intervals]), g, NumpyOps())
+    buckets = plan_buckets(model.filled(), part.size, 5)
+    assert not any(b.last == NEVER for b in buckets)
+    seen, order = {}, []
+
+    def finished(step):
+        order.append(step)
+        for bucket in buckets:
+            if bucket.last >= step and bucket not in seen:
+                seen[bucket] = g[bucket.start : bucket.stop].copy()
+
+    model.finished = finished
+    model.forward(x)
+    model.backward(d)
+    assert order == sorted(order, reverse=True) and len(seen) == len(buckets)
+    for bucket, values in seen.items():
+        assert np.array_equal(values, g[bucket.start : bucket.stop]) and np.isfinite(values).all()
+
+
+SUMS = """
+import json
+import sys
+import numpy as np
+from psmpi.comm.allreduce import ALGORITHMS
+from psmpi.comm.group import Counter, Group
+from psmpi.comm.world import start
+
+world, found = start(), []
+for name in sys.argv[1:]:
+    for size in (1, 3, 8, 1000, 1680):
+        counter = Counter()
+        group = Group(world, range(world.size), counter)
+        mine = np.random.default_rng([size, world.rank]).normal(size=size)
+        expected = sum(np.random.default_rng([size, rank]).normal(size=size) for rank in range(world.size))
+        ALGORITHMS[name](group, mine)
+        apart = float(abs(mine - expected).max())
+        bits = world.gather(mine.tobytes())
+        far, sent = world.gather(apart), world.gather(counter.sent // 8)
+        if world.rank == 0:
+            found.append([name, size, max(far), len(set(bits)), sent])
+if world.rank == 0:
+    print(json.dumps(found))
+"""
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5, 8])
+def test_our_own_sums_are_sums_and_send_what_the_formulas_say(tmp_path, ranks):
+    program = tmp_path / "sums.py"
+    program.write_text(SUMS)
+    names = ["ring"] if ranks in (3, 5) else ["ring", "doubling", "halving"]
+    status, out, err = run(ranks, program, *names)
+    assert status == 0, err
+    for name, size, apart, different, sent in json.loads(out):
+        assert apart <= 1e-13 * ranks
+        assert different == 1, (name, size)
+        if size % ranks == 0:
+            words = size * int(np.log2(ranks)) if name == "doubling" else 2 * size * (ranks - 1) // ranks
+            assert sent == [words] * ranks, (name, size)
+
+
+def test_pairing_algorithms_need_a_power_of_two():
+    class Three:
+        size, rank = 3, 0
+
+    for name in ("doubling", "halving"):
+        with pytest.raises(UserError, match="no power of two"):
+            ALGORITHMS[name](Three(), np.zeros(3))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam"])
+@pytest.mark.parametrize("ranks", [1, 3, 4])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 3e-5), ("float64", 1e-12)])
+def test_weights_are_those_of_the_serial_run(train, serial, ranks, optimizer, dtype, tolerance):
+    options = ("--dtype", dtype, "--max-steps", "50", "--epochs", "10", "--batch-size", "128", "--optimizer", optimizer,
+               "--lr", "0.01")  # fmt: skip
+    result = train(ranks, *DATA, *options)
+    assert distance(serial(*options).tensors(), result.tensors()) <= tolerance
+    expected = serial(*options).rows[-1]
+    assert result.rows[-1]["test_accuracy"] == pytest.approx(expected["test_accuracy"], abs=1e-2)
+    assert result.rows[-1]["train_loss"] == pytest.approx(expected["train_loss"], rel=10 * tolerance)
+
+
+def test_a_last_minibatch_with_fewer_samples_than_ranks(train, serial):
+    # 1,437 samples: four minibatches of 359 and one of a single sample.
+    options = ("--dtype", "float64", "--epochs", "2", "--batch-size", "359")
+    assert distance(serial(*options).tensors(), train(3, *DATA, *options).tensors()) <= 1e-12
+
+
+@pytest.mark.parametrize("loss", ["nll", "squared"])
+def test_networks_that_cannot_be_partitioned_are_replicated(train, serial, loss):
+    options = ("--dtype", "float64", "--max-steps", "20", "--model", "mlp", "--widths", "30", "20", "--loss", loss)
+    assert distance(serial(*options).tensors(), train(3, *DATA, *options).tensors()) <= 1e-12
+
+
+def test_overlap_and_buckets_change_rounding_only(train):
+    options = (*DATA, "--dtype", "float64", "--max-steps", "20", "--model", "mlp", "--widths", "60", "40")
+    small = ("--bucket-megabytes", "0.005")
+    base, alone, cut, ring = (
+        train(4, *options, *more) for more in (small, (*small, "--no-overlap"), (), ("--allreduce", "ring"))
+    )
+    assert distance(base.tensors(), alone.tensors()) == 0
+    assert distance(base.tensors(), cut.tensors()) <= 1e-12 and distance(base.tensors(), ring.tensors()) <= 1e-12
+
+
+@pytest.mark.parametrize("allreduce", ["mpi", "ring", "doubling", "halving"])
+def test_a_step_sends_what_a_ring_sends(train, allreduce):
+    # 10 epochs of two steps: the global sums of control data are not counted.
+    result = train(4, *DATA, "--epochs", "1", "--max-steps", "5", "--allreduce", allreduce)
+    size = sum(np.prod(t.shape, dtype=int) for name, t in result.tensors().items() if name.startswith("weights/"))
+    words = size * 2 if allreduce == "doubling" else 2 * size * 3 // 4
+    for sent in result.rows[-1]["bytes_sent_by_rank"]:
+        assert abs(sent - 5 * 4 * words) <= 5 * 4 * 4
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "lbfgs"])
+@pytest.mark.parametrize(("first", "then"), [(3, 3), (3, 2), (1, 4)])
+def test_a_run_goes_on_on_any_number_of_ranks(train, serial, tmp_path, optimizer, first, then):
+    options = ("--dtype", "float64", "--epochs", "10", "--optimizer", optimizer,
+               "--lr", "1" if optimizer == "lbfgs" else "0.001")  # fmt: skip
+    out = tmp_path / "begun"
+    train(first, *DATA, *options, "--max-steps", "7", out=out)
+    result = train(then, *DATA, *options, "--max-steps", "12", "--resume", "auto", out=out)
+    whole = serial(*options, "--max-steps", "12")
+    assert distance(whole.tensors(), result.tensors()) <= (1e-6 if optimizer == "lbfgs" else 1e-11)
+    if first == then:
+        again = train(first, *DATA, *options, "--max-steps", "12")
+        assert distance(again.tensors(), result.tensors()) == 0
+
+
+def test_methods_take_up_each_other_s_checkpoints(train, serial, tmp_path):
+    options = ("--dtype", "float64", "--epochs", "10")
+    for first, then in ((DATA, ()), ((), DATA)):
+        out = tmp_path / str(len(first))
+        train(3, *first, *options, "--max-steps", "7", out=out)
+        result = train(2, *then, *options, "--max-steps", "12", "--resume", "auto", out=out)
+        assert distance(serial(*options, "--max-steps", "12").tensors(), result.tensors()) <= 1e-10
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--masters", "2"), "--masters says who holds which part"),
+        (("--placement", "owner"), "every rank holds all of it"),
+        (("--batch-size", "2"), "use --batch-size 3 or more"),
+        (("--allreduce", "halving"), "3 is no power of two"),
+        (("--bucket-megabytes", "0"), "expected 1e-6 to 1e6"),
+        (("--optimizer", "plbfgs"), "is of --method psl"),
+    ],
+)
+def test_what_cannot_be_is_said(tmp_path, options, says):
+    status, _, err = run(3, "-m", "psmpi.train", "--out", tmp_path / "run", *DATA, *options)
+    assert status != 0 and err.count(says) == 1 and "Traceback" not in err, err
+
+
+def test_a_run_that_diverges_ends_the_job(tmp_path):
+    options = ("--optimizer", "sgd", "--lr", "1e38", "--clip", "0")
+    status, _, err = run(3, "-m", "psmpi.train", "--out", tmp_path / "run", *DATA, *options, timeout=30)
+    assert status != 0 and err.count("a score is not a finite number") == 1 and "Traceback" not in err, err
