@@ -68,9 +68,9 @@ class Objective:
 class Parallel:
     """Who computes and holds what."""
 
-    method: Literal["psl", "data_parallel"] = "psl"
+    method: Literal["psl", "data_parallel", "local_sgd"] = "psl"
     """Training method: psl, the partially-separable loss, each rank its part of the network; data_parallel, each rank
-    the whole network and a slice of each minibatch."""
+    the whole network and a slice of each minibatch; local_sgd, so, but ranks step alone and average now and then."""
     partition: Literal["scores", "pairs"] = "scores"
     """What a worker owns: the subnetwork of some scores, or the element losses of some pairs of classes."""
     placement: Literal["master", "owner"] = "master"
@@ -98,7 +98,7 @@ class Parallel:
 
 @dataclass(frozen=True)
 class Replicated:
-    """Methods in which every rank has the whole network (data_parallel)."""
+    """Methods in which every rank has the whole network (data_parallel, local_sgd)."""
 
     allreduce: Literal["mpi", "ring", "doubling", "halving"] = "mpi"
     """What sums gradients over ranks: MPI's choice, or messages of psmpi's own, to study them."""
@@ -106,6 +106,12 @@ class Replicated:
     """Size of the pieces in which a gradient is summed, the first one a 25th of it."""
     overlap: bool = True
     """Begin to sum a piece as soon as backward has filled it (--allreduce mpi, on the host)."""
+    local_steps: int = 20
+    """Steps of a rank alone between two averages in local_sgd."""
+    outer_lr: float = 1.0
+    """Learning rate of local_sgd's outer optimizer; 1 without momentum is the mean. DiLoCo: 0.7."""
+    outer_momentum: float = 0.0
+    """Nesterov momentum of local_sgd's outer optimizer. DiLoCo: 0.9."""
 
 
 @dataclass(frozen=True)

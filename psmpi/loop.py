@@ -103,9 +103,10 @@ class Loop:
             self.method.scalars.update(contents.scalars)
         checkpoint.load(path, self.method.layout, shard, vectors, contents.part)
         lost, rows = "", self.method.rows
-        if not note and rows.total and not checkpoint.load_tables(path, self.method.tables, rows, self.world.rank):
-            lost = "the checkpoint does not hold the curvature of these elements: it starts afresh"
-        self.method.resumed()
+        tables = not note and rows.total > 0
+        if tables and not checkpoint.load_tables(path, self.method.tables, rows, self.world.rank):
+            lost, tables = f"the checkpoint does not hold {self.method.lost}", False
+        self.method.resumed(tables)
         # The shares of the loss are summed over ranks: the past is rank 0's.
         if self.world.rank == 0:
             self.method.loss_sum = progress.loss_sum

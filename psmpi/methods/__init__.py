@@ -6,8 +6,9 @@ from typing import Any
 
 from psmpi.methods.base import Method, Place, Score
 from psmpi.methods.data_parallel import DataParallel
+from psmpi.methods.local_sgd import LocalSGD
 from psmpi.methods.psl import PartiallySeparable
 
-METHODS: dict[str, Any] = {"psl": PartiallySeparable, "data_parallel": DataParallel}
+METHODS: dict[str, Any] = {"psl": PartiallySeparable, "data_parallel": DataParallel, "local_sgd": LocalSGD}
 
 __all__ = ["METHODS", "Method", "Place", "Score"]

@@ -47,6 +47,8 @@ class Method(Protocol):
     scalars: dict[str, float | int]
     tables: dict[str, np.ndarray]
     rows: Rows
+    # What is said where a checkpoint does not hold these tables: "the checkpoint does not hold ...".
+    lost: str
     # This rank's share of the sum of the minibatch losses times their sizes; the shares of all ranks add up to it.
     loss_sum: float
 
@@ -56,8 +58,8 @@ class Method(Protocol):
     def collect(self) -> None:
         """Bring `vectors` up to date."""
 
-    def resumed(self) -> None:
-        """Take up vectors, tables and scalars that were restored from a checkpoint."""
+    def resumed(self, tables: bool) -> None:
+        """Take up vectors, scalars and, where the checkpoint had them, tables that were restored from it."""
 
     def test(self) -> Score:
         """Loss and accuracy on the test split, the same on all ranks."""

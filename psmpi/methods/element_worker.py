@@ -109,14 +109,15 @@ class ElementWorker:
             "samples": self.train.nbytes + self.test_samples.nbytes,
         }
 
-    def element_losses(self, ids: np.ndarray) -> float:
+    def element_losses(self, ids: np.ndarray, mine: np.ndarray | None = None) -> float:
         """Fill g_part with this worker's share of the gradient of the mean loss over `ids` (b,).
 
-        The share is that of its row's slice of the minibatch and of its own elements, with the factor 1/b of the whole
-        minibatch. Returns a share of the loss; the shares of all workers add up to the minibatch loss.
+        The share is that of its row's slice of the minibatch, or of `mine`, and of its own elements, with the factor
+        1/b of the whole minibatch. Returns a share of the loss; the shares of all workers add up to the minibatch loss.
         """
         scale = 1 / len(ids)
-        mine = np.array_split(ids, self.rows)[self.place.row]
+        if mine is None:
+            mine = np.array_split(ids, self.rows)[self.place.row]
         # What every sample adds whatever the weights belongs to no pair: the row's first worker counts it.
         constant = scale * len(mine) * self.loss.constant if self.pairs is not None and self.place.column == 0 else 0.0
         if self.pairs is not None:

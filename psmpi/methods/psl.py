@@ -37,6 +37,8 @@ FAILURES = ("failed_searches", "failed_steps")
 class PartiallySeparable:
     """The method `psl` on one rank: a shard to optimize, a part to compute with, and the exchange between the two."""
 
+    lost = "the curvature of these elements: it starts afresh"
+
     def __init__(self, world: Any, network: Network, dataset: Dataset, config: Config, ops: NumpyOps):
         self.layout = network.layout()
         optimization = config.optimization
@@ -149,7 +151,7 @@ class PartiallySeparable:
         for mirror in self.mirrors.values():
             mirror.wait()
 
-    def resumed(self) -> None:
+    def resumed(self, tables: bool) -> None:
         for mirror in self.mirrors.values():
             mirror.push()
         self.failed_before = {name: self.scalars[name] for name in FAILURES if name in self.scalars}

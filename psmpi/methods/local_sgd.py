@@ -1,0 +1,146 @@
+"""Local SGD: every rank trains a copy of the network on its slices of the minibatches; now and then all are averaged.
+
+Lin et al., "Don't use large mini-batches, use local SGD" (2020). With an outer optimizer it is DiLoCo (Douillard et
+al. 2023): the mean change of a round is a gradient, with which Nesterov's momentum steps the weights of its beginning.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from psmpi.backend import NumpyOps
+from psmpi.comm.group import Counter, Group
+from psmpi.config import Config
+from psmpi.data import Dataset
+from psmpi.errors import UserError
+from psmpi.methods.base import Score
+from psmpi.methods.replica import Replica, alone
+from psmpi.nn.network import Network
+from psmpi.optim import clip_by_global_norm
+from psmpi.partition import Rows
+
+
+class LocalSGD(Replica):
+    """The method `local_sgd` on one rank.
+
+    Weights and optimizer state are this rank's own between two averages. Checkpoints hold their means, which is what
+    is tested too, and, as a row of the tables each, every rank's own: on as many ranks a run goes on as it was.
+    """
+
+    lost = "the copies of this many ranks: all of them start from the mean"
+
+    def __init__(self, world: Any, network: Network, dataset: Dataset, config: Config, ops: NumpyOps):
+        super().__init__(world, network, dataset, config, ops)
+        o = config.replicated
+        self.every, self.outer_lr, self.beta = o.local_steps, o.outer_lr, o.outer_momentum
+        self.scalars["local_steps"] = 0
+        # For the means that are tested and saved: they are no part of the training, and not counted.
+        self.aside = Group(world, range(world.size), Counter(), self.world.bridge)
+        self.own = dict(self.state)
+        # Of each vector the mean, to be sent and saved.
+        self.state = {name: self._like(vector) for name, vector in self.own.items()}
+        self.kept = self._like(self.w)
+        self.outer = (self.outer_lr, self.beta) != (1.0, 0.0)
+        if self.outer:
+            # The weights at the beginning of the round, and the momentum: the same on all ranks.
+            self.anchor, self.momentum = (ops.zeros(self.layout.size, self.dtype) for _ in range(2))
+            self.anchor[...] = self.w
+            self.state |= {"anchor": self.anchor, "outer": self.momentum}
+        self.table_mirrors = {name: ops.mirror(vector) for name, vector in self.own.items()}
+        self.tables = {name: mirror.host.reshape(1, -1) for name, mirror in self.table_mirrors.items()}
+        self.rows = Rows(tuple((rank,) for rank in range(world.size)))
+        self._keep()
+
+    @classmethod
+    def check(cls, size: int, network: Network, dataset: Dataset, config: Config) -> None:
+        """UserError for a configuration that `size` ranks cannot train; needs no MPI and no arrays of weights."""
+        super().check(size, network, dataset, config)
+        o = config.replicated
+        if config.optimization.optimizer in ("lbfgs", "lbfgs-tr", "lsr1-tr"):
+            raise UserError(
+                f"--optimizer {config.optimization.optimizer} has searches and pairs that every rank would make its "
+                "own: with --method local_sgd use a first-order one (sgd, momentum, adam, ...)"
+            )
+        if o.local_steps < 1:
+            raise UserError(f"--local-steps {o.local_steps}: expected 1 or more steps between two averages")
+        if not 0 < o.outer_lr <= 100:
+            raise UserError(f"--outer-lr {o.outer_lr}: expected a number above 0, 1 for the mean itself")
+        if not 0 <= o.outer_momentum < 1:
+            raise UserError(f"--outer-momentum {o.outer_momentum}: expected a number from 0 up to, not including, 1")
+
+    def step(self, ids: np.ndarray, lr: float) -> None:
+        slices = np.array_split(ids, self.roles.rows)
+        # A last minibatch may leave some ranks without a sample: they take all of it, and every rank steps alike.
+        mine = slices[self.rank] if len(slices[self.rank]) else ids
+        loss = self.worker.element_losses(mine, mine)
+        self.loss_sum += loss * len(slices[self.rank])
+        if self.clip > 0:
+            clip_by_global_norm(self.g, self.clip, alone, self.ops)
+        self.optimizer.step(self.w, self.g, lr, alone)
+        self.scalars["local_steps"] += 1
+        if self.scalars["local_steps"] % self.every == 0:
+            self._average()
+
+    def _mean(self, name: str, group: Group) -> np.ndarray:
+        """The mean of a vector over the ranks."""
+        mean = self.state[name]
+        mean[...] = self.own[name]
+        self.ops.scale(mean, 1 / self.world.size)
+        group.allreduce(mean)
+        return mean
+
+    def _average(self) -> None:
+        """All ranks go on from the mean of their weights, or from where the outer optimizer's step leads."""
+        mean = self._mean("weights", self.world)
+        if not self.outer:
+            self.w[...] = mean
+            return
+        # m = beta m + d; w = anchor - lr (d + beta m), with d = anchor - mean. g is free to hold d.
+        change = self.g
+        change[...] = self.anchor
+        change -= mean
+        self.ops.scale(self.momentum, self.beta)
+        self.momentum += change
+        self.w[...] = self.momentum
+        self.ops.scale(self.w, self.beta)
+        self.w += change
+        self.ops.scale(self.w, self.outer_lr)
+        self.anchor -= self.w
+        self.w[...] = self.anchor
+
+    def _like(self, vector: np.ndarray) -> np.ndarray:
+        # The state of an optimizer that steps on the host is there.
+        return np.zeros_like(vector) if isinstance(vector, np.ndarray) else self.ops.zeros(vector.size, self.dtype)
+
+    def collect(self) -> None:
+        for name in self.own:
+            self._mean(name, self.aside)
+        super().collect()
+        for mirror in self.table_mirrors.values():
+            mirror.fetch()
+        for mirror in self.table_mirrors.values():
+            mirror.wait()
+
+    def resumed(self, tables: bool) -> None:
+        super().resumed(tables)
+        for name, vector in self.own.items():
+            if tables:
+                self.table_mirrors[name].push()
+            else:
+                vector[...] = self.state[name]
+
+    def test(self) -> Score:
+        self.kept[...] = self.w
+        mean = self._mean("weights", self.aside)
+        self.verify(mean)
+        self.w[...] = mean
+        found = super().test()
+        self.w[...] = self.kept
+        return found
+
+    def memory(self) -> dict[str, int]:
+        more = [*self.state.values(), self.kept]
+        found = super().memory()
+        return {**found, "weights": found["weights"] + sum(v.nbytes for v in more)}

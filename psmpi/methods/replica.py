@@ -1,0 +1,144 @@
+"""What methods share in which every rank has the whole network: weights, optimizer, samples, checkpoints."""
+
+from __future__ import annotations
+
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+
+from psmpi.backend import NumpyOps
+from psmpi.comm.bridge import make_bridge
+from psmpi.comm.group import Counter, Group
+from psmpi.config import Config, Parallel
+from psmpi.data import Dataset
+from psmpi.errors import UserError
+from psmpi.methods.base import Place, Score
+from psmpi.methods.element_worker import ElementWorker
+from psmpi.methods.psl import hyperparameters
+from psmpi.nn.init import initial_weights
+from psmpi.nn.network import Network
+from psmpi.optim import make_optimizer
+from psmpi.optim.element_operators import RULES
+from psmpi.partition import Rows, Runs, replicate
+
+# What says who holds which part: here every rank holds all.
+PARTITIONED = ("partition", "placement", "masters", "colocate", "replicas")
+
+
+class Replica:
+    """One rank of such a method: w and g (all parameters,), a worker for its slice of each minibatch.
+
+    Of what is the same on all ranks each writes an equal share into checkpoints, and reads it. `state` is what these
+    hold, by name; subclasses may add to it before they call `_keep`.
+    """
+
+    lost = ""
+
+    def __init__(self, world: Any, network: Network, dataset: Dataset, config: Config, ops: NumpyOps):
+        self.layout, self.ops, self.dtype = network.layout(), ops, np.dtype(config.model.dtype)
+        self.roles = replicate(self.layout, world.size)
+        self.shards, self.rank = self.roles.shards, world.rank
+        self.counter, self.rows = Counter(), Rows()
+        self.tables: dict[str, np.ndarray] = {}
+        bridge = make_bridge(world, ops, config.parallel.gpu_aware)
+        self.world = Group(world, range(world.size), self.counter, bridge)
+        if config.parallel.nccl:
+            self.world.use_nccl(ops.stream)
+        whole = Runs(((0, self.layout.size),))
+        self.w, self.g = (ops.zeros(self.layout.size, self.dtype) for _ in range(2))
+        # Units that no score depends on have weights too, which lie last; nobody computes with them.
+        used = self.roles.parts[world.rank].inside(whole)
+        place = self.roles.workers[world.rank]
+        assert used is not None and place is not None
+        row = Group(world, [world.rank], self.counter, bridge)
+        self.worker = ElementWorker(
+            place, self.roles, row, network, self.layout, dataset, config, self.w[used], self.g[used], ops
+        )
+        o = config.optimization
+        self.optimizer = make_optimizer(o.optimizer, self.layout.size, self.dtype, hyperparameters(config), ops)
+        self.scalars, self.clip = self.optimizer.scalars, o.clip
+        self.state = {"weights": self.w, **self.optimizer.vectors}
+        # The same on every rank: drawn by unit, not by rank.
+        weights = ops.mirror(self.w)
+        initial_weights(
+            network, self.layout, whole, weights.host,
+            seed=config.run.seed, kind=config.model.init, gain=config.model.init_gain,
+        )  # fmt: skip
+        weights.push()
+        weights.settle()
+        self.loss_sum = 0.0
+
+    def _keep(self) -> None:
+        """Let checkpoints hold this rank's share of `state`."""
+        shard = self.shards[self.rank]
+        start, stop = shard.intervals[0] if shard.size else (0, 0)
+        self.mirrors = {name: self.ops.mirror(vector[start:stop]) for name, vector in self.state.items()}
+        self.vectors = {name: mirror.host for name, mirror in self.mirrors.items()}
+        self.collect()
+
+    @classmethod
+    def check(cls, size: int, network: Network, dataset: Dataset, config: Config) -> None:
+        """UserError for a configuration that `size` ranks cannot train; needs no MPI and no arrays of weights."""
+        for name in PARTITIONED:
+            if getattr(config.parallel, name) != getattr(Parallel(), name):
+                raise UserError(
+                    f"--{name} says who holds which part of the network, and with --method {config.parallel.method} "
+                    "every rank holds all of it: leave it out"
+                )
+        o = config.optimization
+        if o.optimizer in RULES:
+            raise UserError(f"--optimizer {o.optimizer} is of --method psl: choose another one")
+        if config.data.batch_size < size:
+            raise UserError(
+                f"--batch-size {config.data.batch_size} leaves some of {size} ranks without a sample: use --batch-size "
+                f"{size} or more, or fewer ranks"
+            )
+        make_optimizer(o.optimizer, 0, np.dtype(config.model.dtype), hyperparameters(config))
+
+    def collect(self) -> None:
+        for mirror in self.mirrors.values():
+            mirror.fetch()
+        for mirror in self.mirrors.values():
+            mirror.wait()
+
+    def resumed(self, tables: bool) -> None:
+        counts = [shard.size for shard in self.shards]
+        for name, vector in self.state.items():
+            self.mirrors[name].push()
+            self.world.gather_all(vector, counts)
+
+    def test(self) -> Score:
+        loss, right, samples = self.world.agree(self.worker.test())
+        return Score(float(loss / samples), float(right / samples))
+
+    def verify(self, vector: np.ndarray) -> None:
+        """RuntimeError unless all ranks hold the same bits of a vector, as they must after the same steps."""
+        sums = np.zeros(self.world.size)
+        sums[self.rank] = crc32(np.ascontiguousarray(self.ops.host(vector)).data)
+        if len(set(self.world.agree(sums).tolist())) > 1:
+            raise RuntimeError(
+                "the ranks no longer hold the same weights: this MPI's Allreduce gives them different sums; use "
+                "--allreduce ring"
+            )
+
+    def place(self) -> Place:
+        nbytes = sum(self.memory().values())
+        share = self.shards[self.rank].size
+        return Place("replica", "all", self.layout.size, share, nbytes, self.ops.place)
+
+    def memory(self) -> dict[str, int]:
+        return {
+            "weights": self.w.nbytes,
+            "gradients": self.g.nbytes,
+            "optimizer": sum(v.nbytes for v in self.optimizer.vectors.values()) + self.optimizer.scratch.nbytes,
+            **self.worker.memory(),
+        }
+
+    def events(self) -> dict[str, int]:
+        return {"psl_terms_past_exp_clip": self.worker.loss.clipped}
+
+
+def alone(values: np.ndarray) -> np.ndarray:
+    """Sums over the shards of a vector that every rank has whole."""
+    return values
