@@ -106,6 +106,17 @@ class Replicated:
     """Size of the pieces in which a gradient is summed, the first one a 25th of it."""
     overlap: bool = True
     """Begin to sum a piece as soon as backward has filled it (--allreduce mpi, on the host)."""
+    compression: Literal["none", "float16", "topk", "dgc", "sign", "qsgd", "powersgd"] = "none"
+    """What data_parallel sends of a gradient: all; half the bits; the largest components, plain or summed up with
+    --momentum (dgc); a bit each; random multiples of a fraction of the norm; two thin matrices for each matrix."""
+    error_feedback: bool = True
+    """Remember what compression left out, and add it to the next gradient."""
+    density: float = 0.01
+    """Share of the components that topk and dgc send."""
+    powersgd_rank: int = 2
+    """Columns of powersgd's matrices."""
+    qsgd_levels: int = 15
+    """Multiples that qsgd rounds to, 1 to 127."""
     local_steps: int = 20
     """Steps of a rank alone between two averages in local_sgd."""
     outer_lr: float = 1.0

@@ -98,4 +98,4 @@ def train(tmp_path):
 def distance(first, second):
     """The largest relative distance between tensors of the same name."""
     assert first.keys() == second.keys()
-    return max(np.linalg.norm(first[k] - second[k]) / max(1e-300, np.linalg.norm(first[k])) for k in first)
+    return max(float(np.linalg.norm(first[k] - second[k])) / max(1e-300, np.linalg.norm(first[k])) for k in first)

@@ -97,14 +97,27 @@ class Group:
         self.bridge.arrived(buffer)
 
     def gather_all(self, into: np.ndarray, counts: Sequence[int]) -> None:
-        """Every rank's run of `into`, of `counts` elements one after the other, to all, in place."""
+        """Every rank's run of `into`, of `counts` elements one after the other, to all, in place; of any dtype."""
         if self.size > 1:
-            starts = np.cumsum([0, *counts[:-1]]).tolist()
-            wire = [self.bridge.outgoing(into), counts, starts, _datatype(into)]
-            self.comm.Allgatherv(_in_place(), wire)
+            self.comm.Allgatherv(_in_place(), _runs(self.bridge.outgoing(into), counts))
             self.bridge.arrived(into)
             own = into.itemsize * counts[self.rank]
             self.counter.add(own * (self.size - 1), into.itemsize * sum(counts) - own)
+
+    def allgather(self, buffer: np.ndarray, into: np.ndarray) -> None:
+        """All ranks' buffers, of one size and any dtype in host memory, as the rows of `into` (size, ...)."""
+        into[self.rank] = buffer
+        self.gather_all(into, [buffer.size] * self.size)
+
+    def alltoallv(self, buffer: np.ndarray, counts: Sequence[int], into: np.ndarray) -> None:
+        """Run k of `buffer`, of counts[k] elements in host memory, to rank k: into[j] is the run from rank j."""
+        starts = np.cumsum([0, *counts]).tolist()
+        if self.size == 1:
+            into[0] = buffer
+            return
+        self.comm.Alltoallv(_runs(buffer, counts), _runs(into, [counts[self.rank]] * self.size))
+        own = starts[self.rank + 1] - starts[self.rank]
+        self.counter.add(buffer.itemsize * (starts[-1] - own), into.itemsize * own * (self.size - 1))
 
     def agree(self, values: np.ndarray) -> np.ndarray:
         """Sum of `values` over the group, in place, bit-identical on all ranks; control data, not counted."""
@@ -169,6 +182,16 @@ def _in_place() -> Any:
     from mpi4py import MPI
 
     return MPI.IN_PLACE
+
+
+def _runs(array: Any, counts: Sequence[int]) -> list[Any]:
+    """What MPI takes for runs of `counts` elements of a contiguous array, one after the other, of any dtype."""
+    from mpi4py import MPI
+
+    sizes = [array.itemsize * count for count in counts]
+    starts = np.cumsum([0, *sizes[:-1]]).tolist()
+    # float16 is no type of MPI's; nothing is computed with these.
+    return [array, sizes, starts, MPI.BYTE]
 
 
 def _datatype(array: np.ndarray) -> Any:

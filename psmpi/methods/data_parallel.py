@@ -15,6 +15,8 @@ from psmpi.backend import NumpyOps
 from psmpi.backend.reference import exponent_of
 from psmpi.comm.allreduce import ALGORITHMS
 from psmpi.comm.buckets import Buckets, plan_buckets
+from psmpi.comm.compression import Compressor, check_compression, make_compressor
+from psmpi.comm.group import Counter, Group
 from psmpi.config import Config
 from psmpi.data import Dataset
 from psmpi.errors import UserError
@@ -22,19 +24,37 @@ from psmpi.methods.base import Score
 from psmpi.methods.replica import Replica, alone
 from psmpi.nn.network import Network
 from psmpi.optim import clip_by_global_norm
+from psmpi.partition import Rows
 
 
 class DataParallel(Replica):
-    """The method `data_parallel` on one rank."""
+    """The method `data_parallel` on one rank.
+
+    What compression has left out is this rank's own: a row of the tables, and for other numbers of ranks its mean.
+    """
+
+    lost = "what compression left out on this many ranks: all start from its mean"
 
     def __init__(self, world: Any, network: Network, dataset: Dataset, config: Config, ops: NumpyOps):
         super().__init__(world, network, dataset, config, ops)
-        self._keep()
         o, model = config.replicated, self.worker.model
+        self.compressor: Compressor | None = None
+        self.means: dict[str, np.ndarray] = {}
+        if o.compression != "none":
+            self.compressor = make_compressor(
+                o.compression, self.world, self.layout, self.dtype, o.error_feedback, density=o.density,
+                rank=o.powersgd_rank, levels=o.qsgd_levels, momentum=config.optimization.momentum, seed=config.run.seed,
+            )  # fmt: skip
+            self.tables = self.compressor.tables
+            self.rows = Rows(tuple((rank,) for rank in range(world.size))) if self.tables else self.rows
+            self.means = {name: np.zeros_like(vector) for name, vector in self.compressor.vectors.items()}
+            self.state |= self.means
+            self.aside = Group(world, range(world.size), Counter())
+        self._keep()
         room = max(1, int(o.bucket_megabytes * 1e6) // self.dtype.itemsize)
         plan = plan_buckets(model.filled(), self.layout.size, room)
         self.buckets = Buckets(self.world, self.g, plan, ALGORITHMS[o.allreduce])
-        if o.overlap and not ops.on_device:
+        if o.overlap and not ops.on_device and self.compressor is None:
             model.finished = self._finished
 
     @classmethod
@@ -46,6 +66,12 @@ class DataParallel(Replica):
             raise UserError(f"--bucket-megabytes {o.bucket_megabytes}: expected 1e-6 to 1e6")
         if o.allreduce in ("doubling", "halving") and size & (size - 1):
             raise UserError(f"--allreduce {o.allreduce} pairs ranks, and {size} is no power of two: use ring or mpi")
+        if o.compression != "none" and config.optimization.optimizer in ("lbfgs", "lbfgs-tr", "lsr1-tr"):
+            raise UserError(
+                f"--compression {o.compression} makes gradients that fit no loss, and --optimizer "
+                f"{config.optimization.optimizer} searches: use a first-order one (sgd, momentum, adam, ...)"
+            )
+        check_compression(o.density, o.powersgd_rank, o.qsgd_levels)
 
     def step(self, ids: np.ndarray, lr: float) -> None:
         if self.optimizer.needs_closure:
@@ -74,13 +100,30 @@ class DataParallel(Replica):
             if not trial:
                 raise
             loss = inf
-        self.buckets.finish()
+        if self.compressor is not None:
+            self.compressor.reduce(self.g)
+        else:
+            self.buckets.finish()
         return loss
 
     def _finished(self, step: int) -> None:
         # What is to be scaled up again when all of it is there cannot be sent before.
         if not exponent_of(self.worker.objective.report.array[3]):
             self.buckets.finished(step)
+
+    def collect(self) -> None:
+        for name, mean in self.means.items():
+            assert self.compressor is not None
+            np.divide(self.compressor.vectors[name], self.world.size, out=mean)
+            self.aside.allreduce(mean)
+        super().collect()
+
+    def resumed(self, tables: bool) -> None:
+        super().resumed(tables)
+        if not tables:
+            for name, mean in self.means.items():
+                assert self.compressor is not None
+                self.compressor.vectors[name][...] = mean
 
     def test(self) -> Score:
         self.verify(self.w)

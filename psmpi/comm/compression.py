@@ -1,0 +1,342 @@
+"""Sums of gradients that send fewer bytes than the gradients have, with memory of what was left out.
+
+Each takes this rank's share g of a gradient whose sum over the N ranks is wanted and leaves what all ranks use instead,
+the same on each. With p = N g + E, E what earlier steps left out here, a rank sends C(p) and keeps E = p - C(p): then
+the sum of everything applied, and the mean of what is left, are the sum of all gradients (Karimireddy et al. 2019).
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+
+from psmpi.comm.group import Group
+from psmpi.errors import UserError
+from psmpi.partition import Layout
+
+
+class Compressor:
+    """`reduce` for gradients (layout.size,) of `dtype`; memory: whether what is left out is remembered.
+
+    tables: what this rank has to remember, a row (1, any) each.
+    """
+
+    def __init__(self, group: Group, layout: Layout, dtype: np.dtype, memory: bool = True):
+        self.group, self.size, self.dtype, self.memory = group, layout.size, np.dtype(dtype), memory
+        self.left = np.zeros(self.size, self.dtype)
+        self.sent = np.empty(self.size, self.dtype)
+        self.tables: dict[str, np.ndarray] = {"left": self.left.reshape(1, -1)} if memory else {}
+
+    @property
+    def vectors(self) -> dict[str, np.ndarray]:
+        """Those of the tables that are as long as a gradient, and of which the mean over the ranks says something."""
+        return {name: row.reshape(-1) for name, row in self.tables.items() if row.size == self.size and name != "right"}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it holds."""
+        return sum(value.nbytes for value in vars(self).values() if isinstance(value, np.ndarray))
+
+    def reduce(self, g: np.ndarray) -> None:
+        """Replace g (size,), in host or in device memory, by what the ranks' compressed shares add up to."""
+        wire = self.group.bridge.outgoing(g)
+        wire *= self.group.size
+        if self.memory:
+            wire += self.left
+        self._reduce(wire)
+        if self.memory:
+            np.subtract(wire, self.sent, out=self.left)
+            self._correct()
+        wire[...] = self._mean()
+        self.group.bridge.arrived(g)
+
+    def _reduce(self, p: np.ndarray) -> None:
+        """Exchange what C makes of p, and put what this rank's share of the result is into `sent`."""
+        raise NotImplementedError
+
+    def _mean(self) -> np.ndarray:
+        """The mean over the ranks of what they sent."""
+        raise NotImplementedError
+
+    def _correct(self) -> None:
+        """Add to `left` what was lost after the exchange."""
+
+
+class Float16(Compressor):
+    """Half the bytes: segments of float16 go to the rank that sums them in `dtype`, and come back as float16."""
+
+    largest = float(np.finfo(np.float16).max)
+
+    def __init__(self, group: Group, layout: Layout, dtype: np.dtype, memory: bool = True):
+        super().__init__(group, layout, dtype, memory)
+        n, size = group.size, self.size
+        self.edges = [size * k // n for k in range(n + 1)]
+        self.counts = [b - a for a, b in pairwise(self.edges)]
+        self.mine = slice(self.edges[group.rank], self.edges[group.rank + 1])
+        self.half = np.empty(size, np.float16)
+        self.received = np.empty((n, self.counts[group.rank]), np.float16)
+        self.lost = np.zeros(self.counts[group.rank], self.dtype)
+
+    def _round(self, values: np.ndarray, out: np.ndarray) -> None:
+        np.copyto(out, np.clip(values, -self.largest, self.largest), casting="same_kind")
+
+    def _reduce(self, p: np.ndarray) -> None:
+        self._round(p, self.half)
+        self.sent[...] = self.half
+        self.group.alltoallv(self.half, self.counts, self.received)
+        mean = self.received.astype(self.dtype).sum(axis=0) / self.group.size
+        self._round(mean, self.half[self.mine])
+        np.subtract(mean, self.half[self.mine], out=self.lost)
+        self.group.gather_all(self.half, self.counts)
+
+    def _correct(self) -> None:
+        # The mean over the ranks is what counts, and this rank alone has it.
+        self.left[self.mine] += self.group.size * self.lost
+
+    def _mean(self) -> np.ndarray:
+        return self.half
+
+
+class TopK(Compressor):
+    """The k components of largest magnitude, k = density times all (Aji and Heafield 2017)."""
+
+    def __init__(self, group: Group, layout: Layout, dtype: np.dtype, memory: bool = True, density: float = 0.01):
+        super().__init__(group, layout, dtype, memory)
+        self.k = min(self.size, max(1, round(density * self.size)))
+        self.at, self.values = np.empty(self.k, np.int32), np.empty(self.k, self.dtype)
+        self.all_at, self.all_values = (np.empty((group.size, self.k), a.dtype) for a in (self.at, self.values))
+        self.sums = np.zeros(self.size, self.dtype)
+
+    def _choose(self, p: np.ndarray) -> None:
+        self.at[...] = np.argpartition(np.abs(p), self.size - self.k)[self.size - self.k :]
+        np.take(p, self.at, out=self.values, mode="clip")
+
+    def _reduce(self, p: np.ndarray) -> None:
+        self._choose(p)
+        self.sent.fill(0)
+        self.sent[self.at] = self.values
+        self.group.allgather(self.at, self.all_at)
+        self.group.allgather(self.values, self.all_values)
+
+    def _mean(self) -> np.ndarray:
+        self.sums.fill(0)
+        # An index is there once a rank; ranks in order, so that the sum is the same everywhere.
+        for at, values in zip(self.all_at, self.all_values, strict=True):
+            self.sums[at] += values
+        self.sums /= self.group.size
+        return self.sums
+
+
+class DGC(TopK):
+    """Top-k of gradients summed up with momentum; what is sent is forgotten in both (Lin et al. 2018).
+
+    masking: whether the momentum of what is sent is forgotten too. The optimizer's own momentum should be none.
+    """
+
+    def __init__(
+        self,
+        group: Group,
+        layout: Layout,
+        dtype: np.dtype,
+        memory: bool = True,
+        density: float = 0.01,
+        momentum: float = 0.9,
+        masking: bool = True,
+    ):
+        super().__init__(group, layout, dtype, memory, density)
+        self.momentum, self.masking = momentum, masking
+        self.moving = np.zeros(self.size, self.dtype)
+        self.tables["moving"] = self.moving.reshape(1, -1)
+
+    def reduce(self, g: np.ndarray) -> None:
+        wire = self.group.bridge.outgoing(g)
+        self.moving *= self.dtype.type(self.momentum)
+        self.moving += self.group.size * wire
+        # What is left is of sums of these.
+        np.divide(self.moving, self.group.size, out=wire)
+        self.group.bridge.arrived(g)
+        super().reduce(g)
+        if self.masking:
+            self.moving[self.at] = 0
+
+
+class Sign(Compressor):
+    """A bit a component and a scale a tensor, the mean magnitude (Karimireddy et al. 2019, EF-signSGD)."""
+
+    def __init__(self, group: Group, layout: Layout, dtype: np.dtype, memory: bool = True):
+        super().__init__(group, layout, dtype, memory)
+        self.tensors = tensors(layout)
+        self.scales = np.empty(len(self.tensors), self.dtype)
+        self.bits = np.empty(-(-self.size // 8), np.uint8)
+        self.all_scales = np.empty((group.size, len(self.scales)), self.dtype)
+        self.all_bits = np.empty((group.size, len(self.bits)), np.uint8)
+        self.sums = np.empty(self.size, self.dtype)
+
+    def _signs(self, bits: np.ndarray, scales: np.ndarray, out: np.ndarray) -> None:
+        np.multiply(np.unpackbits(bits, count=self.size), 2, out=out, casting="unsafe")
+        out -= 1
+        for at, scale in zip(self.tensors, scales, strict=True):
+            for run in at:
+                out[run] *= scale
+
+    def _reduce(self, p: np.ndarray) -> None:
+        for k, at in enumerate(self.tensors):
+            self.scales[k] = sum(np.abs(p[run]).sum(dtype=np.float64) for run in at) / sum(r.stop - r.start for r in at)
+        self.bits[...] = np.packbits(p >= 0)
+        self._signs(self.bits, self.scales, self.sent)
+        self.group.allgather(self.bits, self.all_bits)
+        self.group.allgather(self.scales, self.all_scales)
+
+    def _mean(self) -> np.ndarray:
+        self.sums.fill(0)
+        one = np.empty_like(self.sums)
+        for bits, scales in zip(self.all_bits, self.all_scales, strict=True):
+            self._signs(bits, scales, one)
+            self.sums += one
+        self.sums /= self.group.size
+        return self.sums
+
+
+class QSGD(Compressor):
+    """Random rounding to `levels` multiples of the norm over levels: unbiased (Alistarh et al. 2017)."""
+
+    def __init__(
+        self, group: Group, layout: Layout, dtype: np.dtype, memory: bool = False, levels: int = 15, seed: int = 0
+    ):
+        super().__init__(group, layout, dtype, memory)
+        self.levels, self.seed = levels, seed
+        self.steps = np.zeros((1, 1), np.int64)
+        self.tables["draws"] = self.steps
+        self.codes, self.norm = np.empty(self.size, np.int8), np.empty(1, self.dtype)
+        self.all_codes = np.empty((group.size, self.size), np.int8)
+        self.all_norms = np.empty((group.size, 1), self.dtype)
+
+    def _reduce(self, p: np.ndarray) -> None:
+        self.norm[0] = np.sqrt(np.dot(p.astype(np.float64), p.astype(np.float64)))
+        # Ranks round apart from each other, whatever their number: by their slice of the minibatch.
+        rng = np.random.default_rng([self.seed, int(self.steps[0, 0]), self.group.rank])
+        self.steps += 1
+        if self.norm[0] > 0:
+            scaled = np.abs(p) * (self.levels / self.norm[0])
+            whole = np.floor(scaled + rng.random(self.size))
+            np.copyto(self.codes, np.copysign(np.minimum(whole, self.levels), p), casting="unsafe")
+        else:
+            self.codes.fill(0)
+        np.multiply(self.codes, self.norm[0] / self.levels, out=self.sent, casting="same_kind")
+        self.group.allgather(self.codes, self.all_codes)
+        self.group.allgather(self.norm, self.all_norms)
+
+    def _mean(self) -> np.ndarray:
+        factors = self.all_norms / (self.levels * self.group.size)
+        found: np.ndarray = np.einsum("ri,r->i", self.all_codes, factors[:, 0], dtype=self.dtype, casting="same_kind")
+        return found
+
+
+class PowerSGD(Compressor):
+    """Matrices as products of two with `rank` columns, by one step of subspace iteration (Vogels et al. 2019).
+
+    Vectors, and matrices that would not become smaller, are summed as they are.
+    """
+
+    def __init__(
+        self, group: Group, layout: Layout, dtype: np.dtype, memory: bool = True, rank: int = 2, seed: int = 0
+    ):
+        super().__init__(group, layout, dtype, memory)
+        self.rank = rank
+        self.matrices: list[tuple[list[slice], tuple[int, int]]] = []
+        whole: list[slice] = []
+        for at, parameter in zip(tensors(layout), layout.parameters, strict=True):
+            size = sum(run.stop - run.start for run in at)
+            rows = size // parameter.unit_size
+            shape = rows, parameter.unit_size
+            if rank <= min(shape) and rank * sum(shape) < size:
+                self.matrices.append((at, shape))
+            else:
+                whole += at
+        self.whole = np.concatenate([np.arange(run.start, run.stop) for run in whole] or [np.empty(0, int)])
+        rng = np.random.default_rng(seed)
+        # The same on all ranks, from step to step.
+        right = sum(shape[1] for _, shape in self.matrices) * rank
+        self.q = rng.standard_normal(right).astype(self.dtype)
+        self.p = np.empty(sum(shape[0] for _, shape in self.matrices) * rank, self.dtype)
+        self.dense = np.empty(len(self.whole), self.dtype)
+        self.result = np.empty(self.size, self.dtype)
+        self.tables["right"] = self.q.reshape(1, -1)
+
+    def _factors(self) -> list[tuple[list[slice], tuple[int, int], np.ndarray, np.ndarray]]:
+        found, left, right = [], 0, 0
+        for at, (rows, columns) in self.matrices:
+            p = self.p[left : left + rows * self.rank].reshape(rows, self.rank)
+            q = self.q[right : right + columns * self.rank].reshape(columns, self.rank)
+            found.append((at, (rows, columns), p, q))
+            left, right = left + p.size, right + q.size
+        return found
+
+    def _reduce(self, m: np.ndarray) -> None:
+        n, factors = self.group.size, self._factors()
+        made = [np.concatenate([m[run] for run in at]).reshape(shape) for at, shape, _, _ in factors]
+        for matrix, (_, _, p, q) in zip(made, factors, strict=True):
+            np.matmul(matrix, q, out=p)
+        self.group.allreduce(self.p)
+        for matrix, (_, _, p, q) in zip(made, factors, strict=True):
+            # Of the sum as of the mean: the columns' lengths do not matter.
+            p[...] = np.linalg.qr(p)[0]
+            np.matmul(matrix.T, p, out=q)
+        self.q /= n
+        self.group.allreduce(self.q)
+        np.take(m, self.whole, out=self.dense, mode="clip")
+        self.dense /= n
+        self.group.allreduce(self.dense)
+        for at, _, p, q in factors:
+            product = (p @ q.T).reshape(-1)
+            start = 0
+            for run in at:
+                self.result[run] = product[start : start + run.stop - run.start]
+                start += run.stop - run.start
+        self.sent[...] = self.result
+        # Nothing of these is left out.
+        self.sent[self.whole] = m[self.whole]
+        self.result[self.whole] = self.dense
+
+    def _mean(self) -> np.ndarray:
+        return self.result
+
+
+def tensors(layout: Layout) -> list[list[slice]]:
+    """The runs of the flat vector that each parameter consists of, in the order of its units."""
+    found: list[list[slice]] = [[] for _ in layout.parameters]
+    for piece in sorted(layout.pieces(), key=lambda piece: piece.first):
+        size = layout.parameters[piece.parameter].unit_size * (piece.last - piece.first)
+        found[piece.parameter].append(slice(piece.offset, piece.offset + size))
+    return found
+
+
+COMPRESSORS: dict[str, tuple[type[Compressor], tuple[str, ...]]] = {
+    "float16": (Float16, ()),
+    "topk": (TopK, ("density",)),
+    "dgc": (DGC, ("density", "momentum")),
+    "sign": (Sign, ()),
+    "qsgd": (QSGD, ("levels", "seed")),
+    "powersgd": (PowerSGD, ("rank", "seed")),
+}
+
+
+def check_compression(density: float, rank: int, levels: int) -> None:
+    """UserError for a setting that no compressor can work with."""
+    if not 0 < density <= 1:
+        raise UserError(f"--density {density}: expected a share above 0 and up to 1")
+    if rank < 1:
+        raise UserError(f"--powersgd-rank {rank}: expected 1 or more columns")
+    if not 1 <= levels <= 127:
+        raise UserError(f"--qsgd-levels {levels}: expected 1 to 127")
+
+
+def make_compressor(
+    name: str, group: Group, layout: Layout, dtype: np.dtype, memory: bool, **settings: float
+) -> Compressor:
+    """The compressor called `name`, with those of the settings that it has."""
+    kind, takes = COMPRESSORS[name]
+    # Random rounding is unbiased and needs no memory, and in DGC the memory is the method.
+    memory = (memory and kind is not QSGD) or kind is DGC
+    return kind(group, layout, dtype, memory, **{key: settings[key] for key in takes})  # type: ignore[arg-type]
