@@ -64,30 +64,55 @@ class Compressor:
 
 
 class Float16(Compressor):
-    """Half the bytes: segments of float16 go to the rank that sums them in `dtype`, and come back as float16."""
+    """Half the bytes: segments of float16 go to the rank that sums them in `dtype`, and come back as float16.
 
-    largest = float(np.finfo(np.float16).max)
+    In front of each goes the power of two that takes its largest number to the upper end of float16's range: numbers
+    below the normal ones lose digits, and take NumPy ten times as long.
+    """
 
     def __init__(self, group: Group, layout: Layout, dtype: np.dtype, memory: bool = True):
         super().__init__(group, layout, dtype, memory)
         n, size = group.size, self.size
         self.edges = [size * k // n for k in range(n + 1)]
-        self.counts = [b - a for a, b in pairwise(self.edges)]
+        # A number more each.
+        self.counts = [b - a + 1 for a, b in pairwise(self.edges)]
         self.mine = slice(self.edges[group.rank], self.edges[group.rank + 1])
-        self.half = np.empty(size, np.float16)
+        self.half = np.empty(size + n, np.float16)
         self.received = np.empty((n, self.counts[group.rank]), np.float16)
-        self.lost = np.zeros(self.counts[group.rank], self.dtype)
+        self.mean = np.empty(size, self.dtype)
+        self.lost = np.zeros(self.counts[group.rank] - 1, self.dtype)
 
-    def _round(self, values: np.ndarray, out: np.ndarray) -> None:
-        np.copyto(out, np.clip(values, -self.largest, self.largest), casting="same_kind")
+    def _segment(self, k: int) -> np.ndarray:
+        return self.half[self.edges[k] + k : self.edges[k + 1] + k + 1]
+
+    @staticmethod
+    def _pack(values: np.ndarray, out: np.ndarray) -> None:
+        peak = float(np.abs(values).max(initial=0.0))
+        exponent = 15 - int(np.frexp(peak)[1]) if 0 < peak < np.inf else 0
+        # Times a power of two, within the range of float32.
+        exponent = max(-126, min(126, exponent))
+        out[0] = exponent
+        np.multiply(values, values.dtype.type(2.0**exponent), out=out[1:], casting="same_kind")
+
+    def _unpack(self, packed: np.ndarray, out: np.ndarray) -> None:
+        np.multiply(packed[1:], self.dtype.type(2.0 ** -float(packed[0])), out=out, casting="same_kind")
 
     def _reduce(self, p: np.ndarray) -> None:
-        self._round(p, self.half)
-        self.sent[...] = self.half
+        for k in range(self.group.size):
+            at = slice(self.edges[k], self.edges[k + 1])
+            self._pack(p[at], self._segment(k))
+            self._unpack(self._segment(k), self.sent[at])
         self.group.alltoallv(self.half, self.counts, self.received)
-        mean = self.received.astype(self.dtype).sum(axis=0) / self.group.size
-        self._round(mean, self.half[self.mine])
-        np.subtract(mean, self.half[self.mine], out=self.lost)
+        mean, one = self.mean[self.mine], np.empty_like(self.lost)
+        mean.fill(0)
+        for packed in self.received:
+            self._unpack(packed, one)
+            mean += one
+        mean /= self.group.size
+        own = self._segment(self.group.rank)
+        self._pack(mean, own)
+        self._unpack(own, one)
+        np.subtract(mean, one, out=self.lost)
         self.group.gather_all(self.half, self.counts)
 
     def _correct(self) -> None:
@@ -95,7 +120,9 @@ class Float16(Compressor):
         self.left[self.mine] += self.group.size * self.lost
 
     def _mean(self) -> np.ndarray:
-        return self.half
+        for k in range(self.group.size):
+            self._unpack(self._segment(k), self.mean[self.edges[k] : self.edges[k + 1]])
+        return self.mean
 
 
 class TopK(Compressor):
