@@ -100,12 +100,13 @@ class Parallel:
 class Replicated:
     """Methods in which every rank has the whole network (data_parallel, local_sgd)."""
 
-    allreduce: Literal["mpi", "ring", "doubling", "halving"] = "mpi"
-    """What sums gradients over ranks: MPI's choice, or messages of psmpi's own, to study them."""
+    allreduce: Literal["auto", "mpi", "ring", "doubling", "halving"] = "auto"
+    """What sums gradients over ranks: MPI's choice, or messages of psmpi's own. auto: a ring for large pieces between
+    hosts, else MPI's choice."""
     bucket_megabytes: float = 25.0
     """Size of the pieces in which a gradient is summed, the first one a 25th of it."""
     overlap: bool = True
-    """Begin to sum a piece as soon as backward has filled it (--allreduce mpi, on the host)."""
+    """Begin to sum a piece as soon as backward has filled it (on the host; not by doubling and halving)."""
     compression: Literal["none", "float16", "topk", "dgc", "sign", "qsgd", "powersgd"] = "none"
     """What data_parallel sends of a gradient: all; half the bits; the largest components, plain or summed up with
     --momentum (dgc); a bit each; random multiples of a fraction of the norm; two thin matrices for each matrix."""

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from test_nn import NETWORKS, make, random_problem
 
 from psmpi.backend import NumpyOps
-from psmpi.comm.allreduce import ALGORITHMS
-from psmpi.comm.buckets import FIRST, NEVER, plan_buckets
+from psmpi.comm.allreduce import ALGORITHMS, Ring
+from psmpi.comm.buckets import FIRST, NEVER, SEGMENT, Blocking, Bucket, Buckets, Whole, plan_buckets
 from psmpi.errors import UserError
 from psmpi.nn.model import Model
 
@@ -156,14 +156,27 @@ def test_networks_that_cannot_be_partitioned_are_replicated(train, serial, loss)
 def test_overlap_and_buckets_change_rounding_only(train):
     options = (*DATA, "--dtype", "float64", "--max-steps", "20", "--model", "mlp", "--widths", "60", "40")
     small = ("--bucket-megabytes", "0.005")
-    base, alone, cut, ring = (
-        train(4, *options, *more) for more in (small, (*small, "--no-overlap"), (), ("--allreduce", "ring"))
-    )
-    assert distance(base.tensors(), alone.tensors()) == 0
-    assert distance(base.tensors(), cut.tensors()) <= 1e-12 and distance(base.tensors(), ring.tensors()) <= 1e-12
+    whole = train(4, *options)
+    for how in ("mpi", "ring", "halving"):
+        base, alone = (train(4, *options, *small, "--allreduce", how, *more) for more in ((), ("--no-overlap",)))
+        assert distance(base.tensors(), alone.tensors()) == 0
+        assert distance(base.tensors(), whole.tensors()) <= 1e-12
 
 
-@pytest.mark.parametrize("allreduce", ["mpi", "ring", "doubling", "halving"])
+def test_large_buckets_go_round_in_rings_between_hosts():
+    class Four:
+        size, rank = 4, 1
+
+    vector = np.zeros(4 * SEGMENT // 4 + 5, np.float32)
+    buckets = [Bucket(5, len(vector), 1), Bucket(0, 5, 0)]
+    for how, across, expected in (
+        ("auto", True, [Ring, Whole]), ("auto", False, [Whole] * 2), ("mpi", True, [Whole] * 2),
+        ("ring", False, [Ring] * 2), ("halving", True, [Blocking] * 2),
+    ):  # fmt: skip
+        assert [type(one) for one in Buckets(Four(), vector, buckets, how, across).sums] == expected
+
+
+@pytest.mark.parametrize("allreduce", ["auto", "mpi", "ring", "doubling", "halving"])
 def test_a_step_sends_what_a_ring_sends(train, allreduce):
     # 10 epochs of two steps: the global sums of control data are not counted.
     result = train(4, *DATA, "--epochs", "1", "--max-steps", "5", "--allreduce", allreduce)

@@ -19,6 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     from psmpi.bench.compute import compute
     from psmpi.bench.kernels import kernels
     from psmpi.bench.memory import memory
+    from psmpi.bench.network import network
     from psmpi.bench.optimizer import optimizer
     from psmpi.bench.published import published
     from psmpi.comm.world import run
@@ -30,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
         app = SubcommandApp()
         default = defaults(words)
         commands: tuple[Callable[..., int], ...] = (
-            checkpoint, compute, kernels, _with(memory, default), _with(optimizer, default), published
+            checkpoint, compute, kernels, _with(memory, default), network, _with(optimizer, default), published
         )  # fmt: skip
         for command in commands:
             app.command(command)

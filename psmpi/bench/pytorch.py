@@ -18,11 +18,17 @@ Kind = Literal["eager", "channels last", "compile"]
 
 
 def theirs(
-    problem: Problem, data: Data, model: Model, kind: Kind = "eager", compute: str = "float32"
+    problem: Problem,
+    data: Data,
+    model: Model,
+    kind: Kind = "eager",
+    compute: str = "float32",
+    wrap: Callable[[Any], Any] = lambda net: net,
 ) -> tuple[Callable[[], None], Any]:
     """The same step in PyTorch, from the same weights, and its network; on the GPU where the model is on one.
 
-    compute: float32, tf32, or the type of autocast. UserError where PyTorch sees no GPU.
+    compute: float32, tf32, or the type of autocast. wrap: what is made of the network first. UserError where PyTorch
+    sees no GPU.
     """
     import torch
     from torch import nn
@@ -43,7 +49,7 @@ def theirs(
     net = nn.Sequential(*modules)
     _copy_weights(torch, net, model)
     order = torch.channels_last if kind == "channels last" else torch.contiguous_format
-    net = net.to(place, memory_format=order)
+    net = wrap(net.to(place, memory_format=order))
     optimizer = torch.optim.Adam(net.parameters(), lr=LR, fused=True)
     x, labels = torch.from_numpy(data.x).to(place), torch.from_numpy(data.labels).to(place)
     x = x.contiguous(memory_format=order) if x.ndim == 4 else x

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
@@ -28,24 +29,81 @@ def _segments(size: int, pieces: int) -> list[slice]:
     return [slice(a, b) for a, b in pairwise(edges)]
 
 
+class Ring:
+    """The sum of one vector over a group by a ring, again and again: `begin`, then `push` now and then, `wait` at last.
+
+    Every segment goes round once to be summed and once to be told. tag: tells the messages of this sum from others
+    that are under way.
+    """
+
+    def __init__(self, group: Group, vector: np.ndarray, tag: int = 0):
+        self.group, self.vector, self.tag = group, vector, tag
+        self.segments = _segments(vector.size, group.size)
+        self.room = np.empty(max(s.stop - s.start for s in self.segments), vector.dtype)
+        self.steps, self.step = 2 * (group.size - 1), 0
+        self.requests: list[Any] = []
+
+    def begin(self) -> None:
+        """Send the first segment."""
+        if self.steps:
+            self.wire = self.group.bridge.outgoing(self.vector)
+            self.step = 0
+            self._start()
+
+    def _places(self) -> tuple[slice, slice]:
+        """The segments that this step sends and receives."""
+        rank, size, k = self.group.rank, self.group.size, self.step
+        if k < size - 1:
+            return self.segments[(rank - k) % size], self.segments[(rank - k - 1) % size]
+        k -= size - 1
+        return self.segments[(rank + 1 - k) % size], self.segments[(rank - k) % size]
+
+    def _start(self) -> None:
+        group = self.group
+        mine, theirs = self._places()
+        summing = self.step < group.size - 1
+        into = self.room[: theirs.stop - theirs.start] if summing else self.wire[theirs]
+        before, after = (group.rank - 1) % group.size, (group.rank + 1) % group.size
+        self.requests = [
+            group.comm.Irecv(into, before, self.tag),
+            group.comm.Isend(self.wire[mine], after, self.tag),
+        ]
+        group.counter.add(self.wire[mine].nbytes, into.nbytes)
+
+    def _advance(self) -> None:
+        if self.step < self.group.size - 1:
+            _, theirs = self._places()
+            self.wire[theirs] += self.room[: theirs.stop - theirs.start]
+        self.step += 1
+        if self.step < self.steps:
+            self._start()
+        else:
+            self.group.bridge.arrived(self.vector)
+
+    def push(self) -> None:
+        """Go on as far as messages have come."""
+        while self.step < self.steps and _all_done(self.requests):
+            self._advance()
+
+    def wait(self) -> None:
+        """Go on to the end."""
+        while self.step < self.steps:
+            for request in self.requests:
+                request.Wait()
+            self._advance()
+
+
+def _all_done(requests: list[Any]) -> bool:
+    from mpi4py import MPI
+
+    return bool(MPI.Request.Testall(requests))
+
+
 def ring(group: Group, vector: np.ndarray) -> None:
-    """vector (n,) = its sum over the group, in place: every segment goes round once to be summed, once to be told."""
-    size, rank = group.size, group.rank
-    if size == 1:
-        return
-    wire = group.bridge.outgoing(vector)
-    segments = _segments(len(wire), size)
-    room = np.empty(max(s.stop - s.start for s in segments), wire.dtype)
-    after, before = (rank + 1) % size, (rank - 1) % size
-    for k in range(size - 1):
-        mine, theirs = segments[(rank - k) % size], segments[(rank - k - 1) % size]
-        received = room[: theirs.stop - theirs.start]
-        _exchange(group, wire[mine], after, received, before)
-        wire[theirs] += received
-    for k in range(size - 1):
-        mine, theirs = segments[(rank + 1 - k) % size], segments[(rank - k) % size]
-        _exchange(group, wire[mine], after, wire[theirs], before)
-    group.bridge.arrived(vector)
+    """vector (n,) = its sum over the group, in place, by a ring."""
+    one = Ring(group, vector)
+    one.begin()
+    one.wait()
 
 
 def doubling(group: Group, vector: np.ndarray) -> None:
@@ -96,5 +154,4 @@ def _check(group: Group, name: str) -> None:
         raise UserError(f"--allreduce {name} pairs ranks, and {group.size} is no power of two: use ring, or mpi")
 
 
-# None is MPI's own.
-ALGORITHMS: dict[str, Algorithm | None] = {"mpi": None, "ring": ring, "doubling": doubling, "halving": halving}
+ALGORITHMS: dict[str, Algorithm] = {"ring": ring, "doubling": doubling, "halving": halving}

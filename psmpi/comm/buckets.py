@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from psmpi.comm.allreduce import Algorithm
+from psmpi.comm.allreduce import ALGORITHMS, Algorithm, Ring
 from psmpi.comm.group import Group
 
 # The first bucket's share of the others: it is to be on its way early.
 FIRST = 25
+# Bytes of a message from which on its size, and not its start, decides how long it takes, on a slow link.
+SEGMENT = 1 << 15
 # Of what no layer fills.
 NEVER = 1 << 30
 
@@ -50,42 +52,82 @@ def plan_buckets(spans: Sequence[tuple[int, int, int]], size: int, room: int) ->
     return sorted(found, key=lambda bucket: -bucket.last)
 
 
+class Whole:
+    """The sum of one bucket by MPI's own non-blocking call, as `Ring` has it."""
+
+    def __init__(self, group: Group, vector: np.ndarray):
+        self.group, self.vector = group, vector
+        self.request: Any = None
+
+    def begin(self) -> None:
+        self.request = self.group.iallreduce(self.vector)
+
+    def push(self) -> None:
+        # Many MPI libraries go on only inside calls.
+        self.request.Test()
+
+    def wait(self) -> None:
+        self.group.wait(self.vector, self.request)
+
+
+class Blocking:
+    """The sum of one bucket by an algorithm that does not go on beside other work."""
+
+    def __init__(self, group: Group, vector: np.ndarray, algorithm: Algorithm):
+        self.group, self.vector, self.algorithm = group, vector, algorithm
+
+    def begin(self) -> None:
+        """All is done in `wait`."""
+
+    def push(self) -> None:
+        """All is done in `wait`."""
+
+    def wait(self) -> None:
+        self.algorithm(self.group, self.vector)
+
+
 class Buckets:
     """Sums `vector` over the ranks of `group`, in place, its buckets begun in the same order on all ranks.
 
-    algorithm: what sums a bucket; MPI's own, None, goes on while backward does (as far as MPI goes on by itself; each
-    bucket begun pushes those before), others wait for the end of it.
+    how: `mpi`, `ring`, `doubling`, `halving`, or `auto`: between hosts (`across`) a ring for buckets that leave each
+    rank a segment worth a message, else what MPI chooses.
     """
 
-    def __init__(self, group: Group, vector: np.ndarray, buckets: Sequence[Bucket], algorithm: Algorithm | None = None):
-        self.group, self.vector, self.buckets, self.algorithm = group, vector, buckets, algorithm
-        self.begun: list[tuple[np.ndarray, Any]] = []
+    def __init__(
+        self, group: Group, vector: np.ndarray, buckets: Sequence[Bucket], how: str = "auto", across: bool = False
+    ):
+        self.group, self.vector, self.buckets, self.begun = group, vector, buckets, 0
+        self.sums: list[Any] = []
+        for k, bucket in enumerate(buckets):
+            run = vector[bucket.start : bucket.stop]
+            if how == "ring" or (how == "auto" and across and run.nbytes >= SEGMENT * group.size):
+                self.sums.append(Ring(group, run, k))
+            elif how in ("auto", "mpi"):
+                self.sums.append(Whole(group, run))
+            else:
+                self.sums.append(Blocking(group, run, ALGORITHMS[how]))
 
     def finished(self, layer: int) -> None:
-        """Backward has filled what `layer` and those after it fill: begin what is whole."""
-        if self.algorithm is not None or self.group.size == 1:
+        """Backward has filled what `layer` and those after it fill: begin what is whole, and let the rest go on."""
+        if self.group.size == 1:
             return
-        while len(self.begun) < len(self.buckets) and self.buckets[len(self.begun)].last >= layer:
+        for one in self.sums[: self.begun]:
+            one.push()
+        while self.begun < len(self.buckets) and self.buckets[self.begun].last >= layer:
             self._begin()
-        self.group.push([request for _, request in self.begun])
 
     def _begin(self) -> None:
-        bucket = self.buckets[len(self.begun)]
-        run = self.vector[bucket.start : bucket.stop]
-        self.begun.append((run, self.group.iallreduce(run)))
+        self.sums[self.begun].begin()
+        self.begun += 1
 
     def finish(self) -> None:
         """Begin the rest, and wait for all."""
         if self.group.size == 1:
             return
-        if self.algorithm is not None:
-            for bucket in self.buckets:
-                self.algorithm(self.group, self.vector[bucket.start : bucket.stop])
-            return
-        for bucket in self.buckets[len(self.begun) :]:
+        for bucket in self.buckets[self.begun :]:
             self.group.bridge.begin(self.vector[bucket.start : bucket.stop])
-        while len(self.begun) < len(self.buckets):
+        while self.begun < len(self.buckets):
             self._begin()
-        for run, request in self.begun:
-            self.group.wait(run, request)
-        self.begun.clear()
+        for one in self.sums:
+            one.wait()
+        self.begun = 0

@@ -84,13 +84,6 @@ class Group:
         self.counter.add(moved, moved)
         return request
 
-    def push(self, requests: Sequence[Any]) -> None:
-        """Let MPI go on with what was begun: many libraries do so only inside calls."""
-        if requests:
-            from mpi4py import MPI
-
-            MPI.Request.Testall(list(requests))
-
     def wait(self, buffer: np.ndarray, request: Any) -> None:
         """End what was begun on a buffer."""
         request.Wait()

@@ -100,6 +100,18 @@ def seat(world: Any) -> int:
     return found
 
 
+def several_hosts(world: Any) -> bool:
+    """Whether some ranks share no memory."""
+    import numpy as np
+    from mpi4py import MPI
+
+    local = world.Split_type(MPI.COMM_TYPE_SHARED)
+    apart = np.array([int(local.size < world.size)])
+    local.Free()
+    world.Allreduce(MPI.IN_PLACE, apart, MPI.MAX)
+    return bool(apart[0])
+
+
 def host_by_host(world: Any, work: Callable[[], None]) -> None:
     """Do `work` on the first rank of each host, and when it is done on the others."""
     from mpi4py import MPI

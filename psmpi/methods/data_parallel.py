@@ -13,10 +13,10 @@ import numpy as np
 
 from psmpi.backend import NumpyOps
 from psmpi.backend.reference import exponent_of
-from psmpi.comm.allreduce import ALGORITHMS
 from psmpi.comm.buckets import Buckets, plan_buckets
 from psmpi.comm.compression import Compressor, check_compression, make_compressor
 from psmpi.comm.group import Counter, Group
+from psmpi.comm.world import several_hosts
 from psmpi.config import Config
 from psmpi.data import Dataset
 from psmpi.errors import UserError
@@ -53,7 +53,8 @@ class DataParallel(Replica):
         self._keep()
         room = max(1, int(o.bucket_megabytes * 1e6) // self.dtype.itemsize)
         plan = plan_buckets(model.filled(), self.layout.size, room)
-        self.buckets = Buckets(self.world, self.g, plan, ALGORITHMS[o.allreduce])
+        across = o.allreduce == "auto" and world.size > 1 and several_hosts(world)
+        self.buckets = Buckets(self.world, self.g, plan, o.allreduce, across)
         if o.overlap and not ops.on_device and self.compressor is None:
             model.finished = self._finished
 

@@ -1,0 +1,84 @@
+"""Hosts with slow links between them, made of network namespaces of this one (Linux, root, iproute2)."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from psmpi.errors import UserError
+
+# Nothing goes through shared memory, everything through the hosts' own interface.
+ENVIRONMENT = {
+    "MPIR_CVAR_NOLOCAL": "1",
+    "FI_PROVIDER": "tcp",
+    "FI_TCP_IFACE": "eth0",
+    "UCX_TLS": "tcp",
+    "UCX_NET_DEVICES": "eth0",
+    "OMPI_MCA_btl": "tcp,self",
+    "OMPI_MCA_btl_tcp_if_include": "eth0",
+    "GLOO_SOCKET_IFNAME": "eth0",
+}
+# The address of host k is this and k + 1.
+NETWORK = "10.77.0."
+
+
+def check() -> None:
+    """UserError where namespaces cannot be made here."""
+    if os.geteuid() != 0 or not all(map(shutil.which, ("ip", "tc"))):
+        raise UserError(
+            "a limited rate needs network namespaces: root, and Debian's iproute2 (ip and tc); use --rates 0 for this "
+            "machine as it is"
+        )
+
+
+def _do(*command: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    if done.returncode:
+        raise UserError(
+            f"{' '.join(command)}: {done.stderr.strip()}: this machine's kernel makes no such network; use --rates 0"
+        )
+
+
+@contextmanager
+def slow_hosts(count: int, megabits: float) -> Iterator[list[str]]:
+    """`count` namespaces, their names, each linked to one switch at so many Mbit/s both ways; none for 0 Mbit/s.
+
+    They are removed at the end.
+    """
+    if not megabits:
+        yield []
+        return
+    check()
+    hub = f"psmpi{os.getpid()}"
+    names = [f"{hub}-{k}" for k in range(count)]
+    limit = ("root", "tbf", "rate", f"{megabits}mbit", "burst", "64kb", "latency", "100ms")
+    made = []
+    try:
+        for name in (hub, *names):
+            _do("ip", "netns", "add", name)
+            made.append(name)
+        _do("ip", "-n", hub, "link", "add", "switch", "type", "bridge")
+        _do("ip", "-n", hub, "link", "set", "switch", "up")
+        for k, name in enumerate(names):
+            port = f"port{k}"
+            _do("ip", "link", "add", port, "netns", hub, "type", "veth", "peer", "name", "eth0", "netns", name)
+            _do("ip", "-n", hub, "link", "set", port, "master", "switch", "up")
+            _do("ip", "-n", name, "address", "add", f"{NETWORK}{k + 1}/24", "dev", "eth0")
+            _do("ip", "-n", name, "link", "set", "eth0", "up")
+            _do("ip", "-n", name, "link", "set", "lo", "up")
+            _do("tc", "-n", hub, "qdisc", "add", "dev", port, *limit)
+            _do("tc", "-n", name, "qdisc", "add", "dev", "eth0", *limit)
+        yield names
+    finally:
+        # With a namespace goes what is in it.
+        for name in made:
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True, timeout=60)
+
+
+def wrapper(names: list[str]) -> list[str]:
+    """What goes before a rank's command so that it runs on the host of its number."""
+    rank = "${PMI_RANK:-${PMIX_RANK:-$OMPI_COMM_WORLD_RANK}}"
+    return ["sh", "-c", f'exec ip netns exec {names[0].rpartition("-")[0]}-{rank} "$@"', "rank"]

@@ -1,0 +1,193 @@
+"""Whole trainings by several methods, on this machine as it is and on hosts with slow links between them."""
+
+from __future__ import annotations
+
+import json as jsonlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from psmpi.bench.hosts import ENVIRONMENT, slow_hosts, wrapper
+from psmpi.errors import UserError
+
+Variant = Literal["psl", "psl-owner", "data_parallel", "powersgd", "topk", "float16", "local_sgd", "diloco"]
+
+# The options of psmpi.train that each stands for.
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "psl": ("--colocate",),
+    "psl-owner": ("--colocate", "--placement", "owner"),
+    "data_parallel": ("--method", "data_parallel"),
+    "powersgd": ("--method", "data_parallel", "--compression", "powersgd"),
+    "topk": ("--method", "data_parallel", "--compression", "topk"),
+    "float16": ("--method", "data_parallel", "--compression", "float16"),
+    "local_sgd": ("--method", "local_sgd"),
+    "diloco": ("--method", "local_sgd", "--local-steps", "100", "--outer-lr", "0.7", "--outer-momentum", "0.9"),
+}
+
+
+def network(
+    methods: tuple[Variant, ...] = ("psl", "psl-owner", "data_parallel", "local_sgd"),
+    ranks: int = 4,
+    rates: tuple[float, ...] = (0.0, 100.0),
+    dataset: str = "digits",
+    data_dir: str = "",
+    model: str = "psnet",
+    widths: tuple[int, ...] = (),
+    loss: str = "psl",
+    epochs: int = 2,
+    batch_size: int = 100,
+    lr: float = 1e-3,
+    repeats: int = 1,
+    limit: int = 3600,
+    pytorch: bool = False,
+    json: str = "",
+) -> int:
+    """Train by several methods, one after the other, and compare accuracy, time, bytes and memory.
+
+    Times are those of training and testing, without the start. Bytes are what the rank that sends most has sent,
+    memory what the rank that holds most holds.
+
+    Args:
+        methods: What to compare, each an abbreviation of options of psmpi.train.
+        ranks: Ranks, each a host of its own where the rate is limited.
+        rates: Mbit/s of each host's link, 0 for this machine as it is; others need root and iproute2.
+        dataset: digits, mnist, cifar10, or a file, as in psmpi.train.
+        data_dir: Folder of the data set's files.
+        model: Network, as in psmpi.train.
+        widths: Widths of --model mlp.
+        loss: Loss, as in psmpi.train.
+        epochs: Passes over the training samples.
+        batch_size: Samples of a minibatch, of all ranks together.
+        lr: Learning rate of Adam.
+        repeats: Runs of each; their median time counts.
+        limit: Seconds after which a run is ended.
+        pytorch: Also time steps of PyTorch's DistributedDataParallel (gloo); needs psmpi[torch].
+        json: Also write the figures into this file.
+    """
+    for option, value, least in (("--ranks", ranks, 1), ("--epochs", epochs, 1), ("--repeats", repeats, 1)):
+        if value < least:
+            raise UserError(f"{option} {value}: expected a whole number from {least} up")
+    if any(not 0 <= rate <= 1e6 for rate in rates):
+        raise UserError(f"--rates {' '.join(map(str, rates))}: expected numbers from 0 to 1e6")
+    # What psmpi.train would take from the folder it runs in.
+    data_dir = str(Path(data_dir).absolute()) if data_dir else ""
+    dataset = str(Path(dataset).absolute()) if Path(dataset).is_file() else dataset
+    options = ["--dataset", dataset, "--model", model, "--loss", loss, "--epochs", str(epochs), "--threads", "1"]
+    options += ["--batch-size", str(batch_size), "--lr", str(lr), *(("--data-dir", data_dir) if data_dir else ())]
+    options += ["--widths", *map(str, widths)] if widths else []
+    rows: list[dict[str, Any]] = []
+    for rate in rates:
+        with slow_hosts(ranks, rate) as hosts:
+            for name in methods:
+                runs = [_train(ranks, hosts, [*options, *VARIANTS[name]], limit) for _ in range(repeats)]
+                runs.sort(key=lambda run: run["seconds"])
+                rows.append({"method": name, "megabits": rate, **runs[len(runs) // 2]})
+                rows[-1]["seconds_of_all"] = [run["seconds"] for run in runs]
+                print(_line(rows[-1]), flush=True)
+            if pytorch:
+                rows.append({"method": "PyTorch DDP", "megabits": rate, **_ddp(ranks, hosts, options, limit)})
+                print(_line(rows[-1]), flush=True)
+    _show(rows, ranks, epochs)
+    if json:
+        Path(json).write_text(jsonlib.dumps({"options": options, "ranks": ranks, "rows": rows}) + "\n")
+    return 0
+
+
+def _launcher() -> str:
+    beside = Path(sys.executable).with_name("mpirun")
+    found = str(beside) if beside.exists() else shutil.which("mpirun")
+    if found is None:
+        raise UserError("there is no mpirun: pip install 'psmpi[mpi]', or load your site's MPI module")
+    return found
+
+
+def _run(command: Sequence[str], slow: bool, limit: int) -> str:
+    """What a command prints; UserError where it fails, or does not end in time: it and all it started are ended."""
+    environment = {**os.environ, **(ENVIRONMENT if slow else {}), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        out, err = process.communicate(timeout=limit)
+    except BaseException as error:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        if isinstance(error, subprocess.TimeoutExpired):
+            raise UserError(
+                f"{' '.join(command)}: no end within {limit} s; raise --limit, or use fewer --epochs"
+            ) from None
+        raise
+    if process.returncode:
+        raise UserError(f"{' '.join(command)} failed: {err.strip() or out.strip()}")
+    return out
+
+
+def _train(ranks: int, hosts: list[str], options: Sequence[str], limit: int) -> dict[str, Any]:
+    from psmpi import checkpoint
+
+    before = wrapper(hosts) if hosts else []
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "run"
+        program = [sys.executable, "-m", "psmpi.train", "--out", str(out), *options]
+        _run([_launcher(), "-n", str(ranks), *before, *program], bool(hosts), limit)
+        rows = [jsonlib.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        held = checkpoint.read_contents(checkpoint.newest(out)).placement["ranks"]
+    last = rows[-1]
+    return {
+        "accuracy": last["test_accuracy"],
+        "accuracies": [row["test_accuracy"] for row in rows],
+        "seconds": last["seconds"],
+        "ms_per_step": 1e3 * last["seconds"] / last["step"],
+        "megabytes_sent": max(last["bytes_sent_by_rank"]) / 1e6,
+        # host, role, classes, held, owned, bytes, device: as the placement table has them.
+        "megabytes_held": max(rank[5] for rank in held) / 1e6,
+    }
+
+
+def _ddp(ranks: int, hosts: list[str], options: Sequence[str], limit: int) -> dict[str, Any]:
+    """Time a step; PyTorch trains the same network on as many samples, of random numbers."""
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        raise UserError("--pytorch needs PyTorch: pip install 'psmpi[torch]'") from None
+    before = wrapper(hosts) if hosts else []
+    program = [sys.executable, "-m", "psmpi.bench.ddp", *options]
+    found = jsonlib.loads(_run([_launcher(), "-n", str(ranks), *before, *program], bool(hosts), limit).splitlines()[-1])
+    return {"ms_per_step": found["ms_per_step"]}
+
+
+def _line(row: dict[str, Any]) -> str:
+    rate = f"{row['megabits']:g} Mbit/s" if row["megabits"] else "unlimited"
+    if "accuracy" not in row:
+        return f"{row['method']}, {rate}: {row['ms_per_step']:.2f} ms a step"
+    return (
+        f"{row['method']}, {rate}: accuracy {100 * row['accuracy']:.2f} %, {row['seconds']:.1f} s, "
+        f"{row['ms_per_step']:.2f} ms a step, {row['megabytes_sent']:.1f} MB sent"
+    )
+
+
+def _show(rows: list[dict[str, Any]], ranks: int, epochs: int) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{ranks} ranks, {epochs} epochs", title_justify="left")
+    table.add_column("method")
+    for name in ("Mbit/s", "accuracy %", "s", "ms a step", "MB sent by a rank", "MB held by a rank"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        rate = f"{row['megabits']:g}" if row["megabits"] else "unlimited"
+        if "accuracy" not in row:
+            table.add_row(row["method"], rate, "", "", f"{row['ms_per_step']:.2f}", "", "")
+            continue
+        table.add_row(
+            row["method"], rate, f"{100 * row['accuracy']:.2f}", f"{row['seconds']:.1f}", f"{row['ms_per_step']:.2f}",
+            f"{row['megabytes_sent']:.1f}", f"{row['megabytes_held']:.1f}",
+        )  # fmt: skip
+    Console(width=120).print(table)
