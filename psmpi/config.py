@@ -68,9 +68,10 @@ class Objective:
 class Parallel:
     """Who computes and holds what."""
 
-    method: Literal["psl", "data_parallel", "local_sgd"] = "psl"
+    method: Literal["psl", "data_parallel", "local_sgd", "dfa"] = "psl"
     """Training method: psl, the partially-separable loss, each rank its part of the network; data_parallel, each rank
-    the whole network and a slice of each minibatch; local_sgd, so, but ranks step alone and average now and then."""
+    the whole network and a slice of each minibatch; local_sgd, so, but ranks step alone and average now and then; dfa,
+    direct feedback alignment, each rank some layers, which learn from the error of the scores alone."""
     partition: Literal["scores", "pairs"] = "scores"
     """What a worker owns: the subnetwork of some scores, or the element losses of some pairs of classes."""
     placement: Literal["master", "owner"] = "master"
@@ -124,6 +125,18 @@ class Replicated:
     """Learning rate of local_sgd's outer optimizer; 1 without momentum is the mean. DiLoCo: 0.7."""
     outer_momentum: float = 0.0
     """Nesterov momentum of local_sgd's outer optimizer. DiLoCo: 0.9."""
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Direct feedback alignment (dfa)."""
+
+    feedback: Literal["normal", "uniform", "shared"] = "normal"
+    """Random matrices that bring the error to hidden layers: normal, uniform (Noekland), or rows of one (Launay)."""
+    feedback_seed: int = 0
+    """Seed of these matrices."""
+    feedback_scale: float = 1.0
+    """Factor of these matrices: in effect one of the hidden layers' learning rate."""
 
 
 @dataclass(frozen=True)
@@ -239,6 +252,7 @@ class Config:
     objective: Objective = field(default_factory=Objective)
     parallel: Parallel = field(default_factory=Parallel)
     replicated: Replicated = field(default_factory=Replicated)
+    alignment: Alignment = field(default_factory=Alignment)
     optimization: Optimization = field(default_factory=Optimization)
     run: Run = field(default_factory=Run)
     config: Annotated[str, arg(metavar="FILE.toml")] = ""
@@ -268,13 +282,14 @@ def check(config: Config) -> None:
         ("--checkpoint-every", run.checkpoint_every, 0),
         ("--checkpoint-keep", run.checkpoint_keep, 0),
         ("--seed", run.seed, 0),
+        ("--feedback-seed", config.alignment.feedback_seed, 0),
         ("--threads", config.parallel.threads, 0),
         ("--replicas", config.parallel.replicas, 0),
         ("--batch-size", config.data.batch_size, 1),
     ):
         if value < least:
             raise UserError(f"{name} {value}: expected a whole number from {least} up")
-    for section in (config.model, config.objective, config.optimization):
+    for section in (config.model, config.objective, config.optimization, config.replicated, config.alignment):
         for name, value in vars(section).items():
             if isinstance(value, float) and not isfinite(value):
                 raise UserError(f"--{name.replace('_', '-')} {value}: expected a finite number")

@@ -208,6 +208,7 @@ class Loop:
             "bytes_sent_by_rank": counts[:, 0].astype(int).tolist(),
             "bytes_received_by_rank": counts[:, 1].astype(int).tolist(),
             "events": events,
+            **method.diagnostics(),
         }
 
     def _totals(self) -> tuple[float, int, int]:

@@ -136,6 +136,8 @@ def _train(world: Any, config: Config) -> None:
         network = _network(config, dataset, make_network)
         METHODS[config.parallel.method].check(world.size, network, dataset, config)
         plan_steps(dataset, config)
+        for warning in getattr(METHODS[config.parallel.method], "warnings", lambda network: ())(network):
+            console.print(f"warning: {warning}", highlight=False, markup=False, soft_wrap=True)
         tell = partial(console.print, highlight=False, markup=False, soft_wrap=True)
         try:
             out.mkdir(parents=True, exist_ok=True)
@@ -214,7 +216,7 @@ def _backend(world: Any, config: Config, threads: int) -> Any:
     from psmpi.optim.element_operators import RULES
 
     parallel, dtype = config.parallel, np.dtype(config.model.dtype)
-    on_host = config.optimization.optimizer in RULES
+    on_host = config.optimization.optimizer in RULES or parallel.method == "dfa"
     number = None if on_host else seat(world)
     made = [make_backend(parallel.backend, threads, number, parallel.compute, parallel.cuda_graphs)]
 

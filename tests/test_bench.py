@@ -3,14 +3,17 @@
 import json
 import re
 import resource
+import subprocess
 
 import numpy as np
 import pytest
 from conftest import finish, run, start
 
 from psmpi.bench.compute import ours
+from psmpi.bench.hosts import slow_hosts
 from psmpi.bench.problems import LR, Data, operations, problems
 from psmpi.bench.pytorch import theirs
+from psmpi.errors import UserError
 
 WIDE = """
 [model]
@@ -106,6 +109,49 @@ def test_kernels_are_measured_beside_a_copy(tmp_path, backend):
     assert {"bias and sigmoid", "max pooling", "squared norm"} <= {row["name"] for row in rows}
     assert all(row["share"] == pytest.approx(row["gb_per_s"] / row["copy_gb_per_s"], rel=0.9) for row in rows)
     assert all(0 < row["low"] <= row["share"] <= row["high"] for row in rows) and "share of the copy" in out
+
+
+def test_methods_are_compared_on_this_machine(tmp_path):
+    options = ("--ranks", "2", "--rates", "0", "--epochs", "1", "--repeats", "2", "--json", tmp_path / "a.json")
+    status, out, err = run(1, "-m", "psmpi.bench", "network", *options)
+    assert status == 0, err
+    rows = {row["method"]: row for row in json.loads((tmp_path / "a.json").read_text())["rows"]}
+    assert list(rows) == ["psl", "psl-owner", "data_parallel", "local_sgd"]
+    for name, row in rows.items():
+        assert row["ms_per_step"] > 0 and row["megabytes_held"] > 0 and len(row["seconds_of_all"]) == 2
+        assert f"{name}, unlimited: accuracy" in out
+    # The gradient of 4,800 weights, there and back; scores and shared weights; all the same training.
+    assert rows["data_parallel"]["megabytes_sent"] == pytest.approx(15 * 4 * 4800 / 1e6)
+    assert rows["psl-owner"]["megabytes_sent"] < rows["data_parallel"]["megabytes_sent"] / 2
+    assert rows["psl"]["accuracy"] == pytest.approx(rows["data_parallel"]["accuracy"], abs=0.02)
+
+
+def test_links_between_hosts_are_as_slow_as_asked_for(tmp_path):
+    try:
+        with slow_hosts(2, 100.0) as names:
+            assert len(names) == 2
+    except UserError as error:
+        pytest.skip(f"no network namespaces here: {error}")
+    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout
+    assert not any(name in listed for name in names)
+    options = ("--methods", "data_parallel", "--ranks", "2", "--rates", "20", "--model", "mlp", "--loss", "nll",
+               "--widths", "400", "400", "--epochs", "1", "--json", tmp_path / "a.json")  # fmt: skip
+    status, _, err = run(1, "-m", "psmpi.bench", "network", *options)
+    assert status == 0, err
+    (row,) = json.loads((tmp_path / "a.json").read_text())["rows"]
+    # What is sent takes so long at least; the first burst is free.
+    assert row["seconds"] >= 0.9 * row["megabytes_sent"] * 8 / 20
+
+
+def test_network_says_what_cannot_be():
+    for options, says in (
+        (("--rates", "-1"), "expected numbers from 0"),
+        (("--ranks", "0"), "from 1 up"),
+        (("--rates", "0", "--limit", "1", "--epochs", "5000"), "no end within 1 s"),
+        (("--rates", "0", "--dataset", "nothing"), "nothing"),
+    ):
+        status, _, err = run(1, "-m", "psmpi.bench", "network", *options)
+        assert status == 1 and says in err and "Traceback" not in err, err
 
 
 def test_compute_says_what_it_needs():

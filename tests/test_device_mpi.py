@@ -63,6 +63,21 @@ def test_weights_and_bytes_are_those_of_the_host(train, host, name):
     assert "backend cupy (host memory as a device, device 0)" in there.stdout
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--method", "data_parallel"),
+        ("--method", "data_parallel", "--allreduce", "ring", "--bucket-megabytes", "0.01"),
+        ("--method", "data_parallel", "--compression", "topk"),
+        ("--method", "local_sgd", "--local-steps", "6", "--outer-lr", "0.7", "--outer-momentum", "0.9"),
+    ],
+    ids=str,
+)
+def test_replicas_on_devices_have_the_weights_of_the_host(train, options):
+    here, there = (train(3, "--backend", backend, *EXACT, *options).tensors() for backend in ("numpy", "cupy"))
+    assert distance(here, there) <= 1e-9
+
+
 @pytest.mark.parametrize(("optimizer", "lr"), [("lbfgs", "1"), ("lsr1-tr", "1"), ("rmsprop", "0.01")])
 def test_optimizers_that_step_on_the_host_and_on_the_device(train, host, optimizer, lr):
     options = (*EXACT, "--optimizer", optimizer, "--lr", lr, "--weight-decay", "0.001")

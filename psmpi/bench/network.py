@@ -16,7 +16,7 @@ from typing import Any, Literal
 from psmpi.bench.hosts import ENVIRONMENT, slow_hosts, wrapper
 from psmpi.errors import UserError
 
-Variant = Literal["psl", "psl-owner", "data_parallel", "powersgd", "topk", "float16", "local_sgd", "diloco"]
+Variant = Literal["psl", "psl-owner", "data_parallel", "powersgd", "topk", "float16", "local_sgd", "diloco", "dfa"]
 
 # The options of psmpi.train that each stands for.
 VARIANTS: dict[str, tuple[str, ...]] = {
@@ -28,6 +28,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "float16": ("--method", "data_parallel", "--compression", "float16"),
     "local_sgd": ("--method", "local_sgd"),
     "diloco": ("--method", "local_sgd", "--local-steps", "100", "--outer-lr", "0.7", "--outer-momentum", "0.9"),
+    "dfa": ("--method", "dfa"),
 }
 
 

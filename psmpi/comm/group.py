@@ -45,6 +45,15 @@ class Group:
         if self.size > 1:
             self.nccl = Nccl(self.comm, stream)
 
+    def send(self, buffer: np.ndarray, to: int) -> None:
+        self.comm.Send(self.bridge.outgoing(buffer), to)
+        self.counter.add(buffer.nbytes, 0)
+
+    def receive(self, buffer: np.ndarray, source: int) -> None:
+        self.comm.Recv(self.bridge.incoming(buffer), source)
+        self.bridge.arrived(buffer)
+        self.counter.add(0, buffer.nbytes)
+
     def bcast(self, buffer: np.ndarray, root: int = 0) -> None:
         if self.size > 1:
             mine = self.rank == root

@@ -6,9 +6,15 @@ from typing import Any
 
 from psmpi.methods.base import Method, Place, Score
 from psmpi.methods.data_parallel import DataParallel
+from psmpi.methods.dfa import DirectFeedback
 from psmpi.methods.local_sgd import LocalSGD
 from psmpi.methods.psl import PartiallySeparable
 
-METHODS: dict[str, Any] = {"psl": PartiallySeparable, "data_parallel": DataParallel, "local_sgd": LocalSGD}
+METHODS: dict[str, Any] = {
+    "psl": PartiallySeparable,
+    "data_parallel": DataParallel,
+    "local_sgd": LocalSGD,
+    "dfa": DirectFeedback,
+}
 
 __all__ = ["METHODS", "Method", "Place", "Score"]

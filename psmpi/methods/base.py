@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -63,6 +63,9 @@ class Method(Protocol):
 
     def test(self) -> Score:
         """Loss and accuracy on the test split, the same on all ranks."""
+
+    def diagnostics(self) -> dict[str, Any]:
+        """What else is measured after an epoch, for the metrics, the same on all ranks; all ranks call it."""
 
     def place(self) -> Place:
         """What this rank does."""

@@ -166,6 +166,9 @@ class PartiallySeparable:
         loss, right, samples = self.world.agree(share)
         return Score(float(loss / samples), float(right / samples))
 
+    def diagnostics(self) -> dict[str, Any]:
+        return {}
+
     def place(self) -> Place:
         worker = self.roles.workers[self.rank]
         roles = ["master"] * (self.rank < self.roles.masters) + ["worker"] * (worker is not None)

@@ -122,6 +122,9 @@ class Replica:
                 "--allreduce ring"
             )
 
+    def diagnostics(self) -> dict[str, Any]:
+        return {}
+
     def place(self) -> Place:
         nbytes = sum(self.memory().values())
         share = self.shards[self.rank].size

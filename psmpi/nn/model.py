@@ -43,7 +43,8 @@ class Model:
     `layout.part(classes)`. With g = None there is no backward. Activations put the minibatch last. Buffers are
     allocated by `reserve`, not by the step. With `fold`, mean pooling right after a convolution is folded into its
     kernel. With a `lender`, a model of these classes and others, `borrow` takes the place of `forward`: the outputs are
-    the lender's, and so is the scratch.
+    the lender's, and so is the scratch. With `layers`, (first, behind the last), these alone: the part is of them, and
+    the model goes from the outputs of the layer before the first to those of the last.
     """
 
     def __init__(
@@ -57,10 +58,14 @@ class Model:
         *,
         fold: bool = True,
         lender: Model | None = None,
+        layers: tuple[int, int] | None = None,
     ):
         self.network, self.layout, self.ops = network, layout, ops
         self.classes = tuple(range(network.classes)) if classes is None else tuple(sorted(classes))
         self.part: Runs = layout.part(self.classes)
+        self.layers = layers or (0, len(network.layers))
+        if layers is not None:
+            self.part = self.part & layer_runs(network, layout, *layers)
         for name, vector in (("w", w), ("g", g)):
             if vector is not None and (vector.shape, vector.dtype) != ((self.part.size,), w.dtype):
                 raise ValueError(
@@ -81,8 +86,12 @@ class Model:
 
     def _make_steps(self, fold: bool) -> list[Step]:
         steps: list[Step] = []
-        kept = np.ones(self.network.in_shape[0], bool)
-        layers = list(zip(self.network.layers, self.network.kept(self.classes), strict=True))
+        first, behind = self.layers
+        masks = self.network.kept(self.classes)
+        shape = self.network.layers[first].in_shape
+        kept = masks[first - 1] if first else np.ones(shape[0], bool)
+        self.in_shape = (int(kept.sum()), *shape[1:])
+        layers = list(zip(self.network.layers, masks, strict=True))[first:behind]
         while layers:
             layer, mine = layers.pop(0)
             if isinstance(layer, Linear):
@@ -174,10 +183,13 @@ class Model:
         return sum(a.nbytes for a in arrays) + (self.scratch.nbytes if self.lender is None else 0)
 
     def forward(self, x: np.ndarray) -> np.ndarray:
-        """x (features, b), features in the order of the network's in_shape -> raw scores (len(classes), b)."""
+        """x (features, b), features in the order of the network's in_shape -> raw scores (len(classes), b).
+
+        With `layers`, from the outputs of the one before them to those of the last, (elements, b) or images.
+        """
         batch = x.shape[-1]
         self.reserve(batch)
-        self.outputs = [x.reshape(*self.network.in_shape, batch)]
+        self.outputs = [x.reshape(*self.in_shape, batch)]
         for step, buffer in zip(self.steps, self.buffers, strict=True):
             previous = self.outputs[-1]
             if buffer is None:
@@ -215,6 +227,18 @@ class Model:
             if step.linear is not None:
                 step.linear.prepare()  # type: ignore[attr-defined]
 
+    def backward_through(self, dy: np.ndarray, first: int, last: int, dx: np.ndarray | None = None) -> None:
+        """Write into g what the steps from `first` to `last` add to it, given the gradient dy of the last's output.
+
+        dy is used up. dx, of the first's input, is filled with the gradient of that.
+        """
+        turn = 0
+        for k in range(last, first - 1, -1):
+            below = dx
+            if k > first:
+                below, turn = self.scratch.take(f"gradient {turn}", *self.outputs[k].shape), 1 - turn
+            dy = self._step_back(k, dy, below, None)
+
     def backward(self, dscores: np.ndarray, sums: Sums | None = None) -> None:
         """Write the gradient of the last forward into g, given dscores (len(classes), b), which is used up.
 
@@ -224,31 +248,44 @@ class Model:
         dy, turn = dscores, 0
         lowest = self._lowest()
         for k in range(len(self.steps) - 1, lowest - 1, -1):
-            step, x, y = self.steps[k], self.outputs[k], self.outputs[k + 1]
-            if step.kind == "activation":
-                assert isinstance(step.spec, Activation)
-                self.ops.activate_back(step.spec.kind, y, dy)
-                continue
-            if step.kind == "flatten":
-                dy = dy.reshape(x.shape)
-                continue
             dx = None
-            if k > lowest:
-                dx = self.scratch.take(f"gradient {turn}", *x.shape)
+            if k > lowest and self.steps[k].kind in ("linear", "pool"):
+                dx = self.scratch.take(f"gradient {turn}", *self.outputs[k].shape)
                 turn = 1 - turn
-            if step.linear is not None:
-                step.linear.backward(x, y, dy, dx, sums)  # type: ignore[attr-defined]
-                if self.finished is not None:
-                    self.finished(k)
-            elif dx is not None:
-                assert isinstance(step.spec, Pool)
-                self.ops.activate_back(step.activation, y, dy)
-                if step.spec.kind == "mean":
-                    self.ops.mean_pool_back(dy, step.spec.size, dx)
-                else:
-                    self.ops.max_pool_back(x, self.scratch.take("pooled", *y.shape), dy, step.spec.size, dx)
-            if dx is not None:
-                dy = dx
+            dy = self._step_back(k, dy, dx, sums)
+
+    def _step_back(self, k: int, dy: np.ndarray, dx: np.ndarray | None, sums: Sums | None) -> np.ndarray:
+        """One step of the backward pass; returns the gradient of its input where there is one, in dx or in dy."""
+        step, x, y = self.steps[k], self.outputs[k], self.outputs[k + 1]
+        if step.kind == "activation":
+            assert isinstance(step.spec, Activation)
+            self.ops.activate_back(step.spec.kind, y, dy)
+            return dy
+        if step.kind == "flatten":
+            return dy.reshape(x.shape)
+        if step.linear is not None:
+            step.linear.backward(x, y, dy, dx, sums)  # type: ignore[attr-defined]
+            if self.finished is not None:
+                self.finished(k)
+        elif dx is not None:
+            assert isinstance(step.spec, Pool)
+            self.ops.activate_back(step.activation, y, dy)
+            if step.spec.kind == "mean":
+                self.ops.mean_pool_back(dy, step.spec.size, dx)
+            else:
+                self.ops.max_pool_back(x, self.scratch.take("pooled", *y.shape), dy, step.spec.size, dx)
+        return dy if dx is None else dx
+
+
+def layer_runs(network: Network, layout: Layout, first: int, behind: int) -> Runs:
+    """The runs of the flat vector that the parameters of the layers [first, behind) are."""
+    names = {p.name for layer in network.layers[first:behind] for p in layer.parameters()}
+    found = []
+    for piece in layout.pieces():
+        parameter = layout.parameters[piece.parameter]
+        if parameter.name in names:
+            found.append((piece.offset, piece.offset + (piece.last - piece.first) * parameter.unit_size))
+    return Runs.union(found)
 
 
 def _next_activation(layers: list[tuple[LayerSpec, np.ndarray]]) -> str:

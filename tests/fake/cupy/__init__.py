@@ -84,6 +84,11 @@ class ndarray:
         current().enqueue(lambda: np.add(target, source, out=target))
         return self
 
+    def __isub__(self, other):
+        target, source = self._a, _operand(other)
+        current().enqueue(lambda: np.subtract(target, source, out=target))
+        return self
+
 
 def _operand(value):
     if isinstance(value, ndarray):

@@ -1,0 +1,342 @@
+"""Direct feedback alignment: ranks hold runs of layers, and all update at once after one broadcast of the output error.
+
+Noekland, "Direct feedback alignment provides learning in deep neural networks" (2016). One step: activations go from
+rank to rank, the last one broadcasts the derivative e of the loss with respect to the scores, and every hidden layer
+takes B e for the gradient of its output, B fixed and random; no gradient goes from layer to layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from math import isfinite, sqrt
+from typing import Any
+
+import numpy as np
+
+from psmpi.backend import NumpyOps
+from psmpi.comm.group import Counter, Group
+from psmpi.config import Config, Parallel
+from psmpi.data import Dataset, Resident
+from psmpi.errors import UserError
+from psmpi.methods.base import Place, Score
+from psmpi.methods.psl import hyperparameters
+from psmpi.methods.replica import PARTITIONED
+from psmpi.nn.init import initial_weights
+from psmpi.nn.losses import make_loss
+from psmpi.nn.model import Model, layer_runs
+from psmpi.nn.network import Conv, Linear, Network
+from psmpi.nn.objective import DIVERGED
+from psmpi.optim import clip_by_global_norm, make_optimizer
+from psmpi.optim.element_operators import RULES
+from psmpi.partition import Rows, split_evenly
+
+# Samples that a test takes through the layers at a time, and of which the alignment is measured.
+TEST_BATCH = 100
+ALIGNED = 256
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """Layer number `number` of the network's with weights: steps `first` to `last` of the model, `width` outputs."""
+
+    number: int
+    first: int
+    last: int
+    width: int
+
+
+def split_layers(network: Network, ranks: int) -> list[tuple[int, int]]:
+    """(first, behind the last) layer of each rank: whole layers with weights, with those without that follow them."""
+    starts = [k for k, layer in enumerate(network.layers) if isinstance(layer, Linear)]
+    groups = split_evenly(range(len(starts)), ranks)
+    # What comes before the first layer with weights goes with it.
+    edges = [0, *(starts[group[0]] for group in groups[1:]), len(network.layers)]
+    return list(pairwise(edges))
+
+
+def feedback(kind: str, outputs: int, width: int, widest: int, seed: int, number: int) -> np.ndarray:
+    """B (width, outputs) of a hidden layer, float64, from the seed and the layer's number alone.
+
+    normal: independent N(0, 1) / sqrt(outputs width); uniform: U(-1, 1) / sqrt(width), Noekland's; shared: the first
+    rows of one matrix of N(0, 1) / sqrt(outputs widest) for all layers, times sqrt(widest / width) (Launay, Poli and
+    Krzakala 2019).
+    """
+    if kind == "shared":
+        drawn = np.random.default_rng([seed, 0]).standard_normal((widest, outputs))
+        return drawn[:width] / sqrt(outputs * width)
+    rng = np.random.default_rng([seed, 1 + number])
+    if kind == "uniform":
+        return rng.uniform(-1, 1, (width, outputs)) / sqrt(width)
+    return rng.standard_normal((width, outputs)) / sqrt(outputs * width)
+
+
+class DirectFeedback:
+    """The method `dfa` on one rank: a run of layers, the weights and optimizer state of these alone."""
+
+    lost = ""
+
+    def __init__(self, world: Any, network: Network, dataset: Dataset, config: Config, ops: NumpyOps):
+        self.network, self.layout, self.dataset, self.rank = network, network.layout(), dataset, world.rank
+        self.dtype, self.ops, self.batch = np.dtype(config.model.dtype), ops, config.data.batch_size
+        self.counter, self.rows = Counter(), Rows()
+        self.tables: dict[str, np.ndarray] = {}
+        self.world = Group(world, range(world.size), self.counter)
+        self.first, self.last = world.rank == 0, world.rank == world.size - 1
+        stages = split_layers(network, world.size)
+        self.shards = tuple(layer_runs(network, self.layout, *stage) for stage in stages)
+        shard = self.shards[world.rank]
+        self.w, self.g = (np.zeros(shard.size, self.dtype) for _ in range(2))
+        initial_weights(
+            network, self.layout, shard, self.w,
+            seed=config.run.seed, kind=config.model.init, gain=config.model.init_gain,
+        )  # fmt: skip
+        self.model = Model(network, self.layout, self.w, self.g, ops, layers=stages[world.rank])
+        o = config.optimization
+        self.optimizer = make_optimizer(o.optimizer, shard.size, self.dtype, hyperparameters(config), ops)
+        self.scalars, self.clip = self.optimizer.scalars, o.clip
+        self.vectors = {"weights": self.w, **self.optimizer.vectors}
+        self.loss = make_loss(
+            config.objective.loss, self.dtype, kappa=config.objective.kappa, exp_clip=config.objective.exp_clip
+        )
+        self.layers = self._layers()
+        # Layers with weights before this rank's, and in all.
+        self.before = sum(isinstance(layer, Linear) for layer in network.layers[: stages[world.rank][0]])
+        self.depth = sum(isinstance(layer, Linear) for layer in network.layers)
+        widest = max(widths(network)[:-1], default=1)
+        self.back = [
+            feedback(
+                config.alignment.feedback, network.classes, one.width, widest, config.alignment.feedback_seed,
+                self.before + one.number,
+            ).astype(self.dtype) * self.dtype.type(config.alignment.feedback_scale)
+            for one in self.hidden
+        ]  # fmt: skip
+        # Of the dataset a rank has what it needs: the first one the samples.
+        samples = np.arange(dataset.train.n if self.first else 0)
+        tests = np.arange(dataset.test.n if self.first else 0)
+        self.train, self.tests = Resident(dataset.train, samples, self.dtype), Resident(dataset.test, tests, self.dtype)
+        self.inputs = int(np.prod(self.model.in_shape))
+        self.capacity = 0
+        self.reserve(max(self.batch, TEST_BATCH))
+        self.loss_sum = 0.0
+
+    @classmethod
+    def check(cls, size: int, network: Network, dataset: Dataset, config: Config) -> None:
+        """UserError for a configuration that `size` ranks cannot train; needs no MPI and no arrays of weights."""
+        for name in PARTITIONED:
+            if getattr(config.parallel, name) != getattr(Parallel(), name):
+                raise UserError(
+                    f"--{name} is of --method psl; with --method dfa ranks hold runs of layers: leave it out"
+                )
+        depth = sum(isinstance(layer, Linear) for layer in network.layers)
+        if size > depth:
+            raise UserError(
+                f"--method dfa gives each rank a layer at least, and --model {network.name} has {depth} with weights "
+                f"for {size} ranks: start {depth} or fewer"
+            )
+        layout = network.layout()
+        if layout.part(range(network.classes)).size != layout.size:
+            raise UserError(
+                f"--model {network.name} has units that no score depends on, and --method dfa would train them at "
+                "random: use a network without such units"
+            )
+        o = config.optimization
+        if o.optimizer in RULES or o.optimizer in ("lbfgs", "lbfgs-tr", "lsr1-tr"):
+            raise UserError(
+                f"--optimizer {o.optimizer} needs gradients, and feedback is none: with --method dfa use a first-order "
+                "one (sgd, momentum, adam, ...)"
+            )
+        if config.parallel.backend == "cupy":
+            raise UserError("--method dfa computes on the host: use --backend compiled (or auto)")
+        if not 0 < config.alignment.feedback_scale <= 1e6:
+            raise UserError(f"--feedback-scale {config.alignment.feedback_scale}: expected a number above 0")
+        objective, dtype = config.objective, np.dtype(config.model.dtype)
+        make_loss(objective.loss, dtype, kappa=objective.kappa, exp_clip=objective.exp_clip)
+        make_optimizer(o.optimizer, 0, dtype, hyperparameters(config))
+
+    @staticmethod
+    def warnings(network: Network) -> Iterator[str]:
+        """What a person should know of a network before it is trained so."""
+        if any(isinstance(layer, Conv) for layer in network.layers):
+            yield "convolutions learn poorly by direct feedback: their weights are shared, and cannot align"
+        narrow = [width for width in widths(network)[:-1] if width < network.classes]
+        if narrow:
+            yield (
+                f"a hidden layer of {min(narrow)} units is narrower than the {network.classes} scores: it cannot align"
+            )
+
+    def _layers(self) -> list[Hidden]:
+        """This rank's layers with weights, each with the steps without that follow it."""
+        starts = [k for k, step in enumerate(self.model.steps) if step.linear is not None]
+        ends = [k - 1 for k in (*starts[1:], len(self.model.steps))]
+        return [
+            Hidden(number, first, last, self.model.steps[last].size)
+            for number, (first, last) in enumerate(zip(starts, ends, strict=True))
+        ]
+
+    @property
+    def hidden(self) -> list[Hidden]:
+        """Those that take feedback: all but the network's last."""
+        return self.layers[:-1] if self.last else self.layers
+
+    def reserve(self, batch: int) -> None:
+        """Make room for minibatches of up to `batch` samples."""
+        if batch <= self.capacity:
+            return
+        self.capacity = batch
+        self.model.reserve(batch)
+        self.x = self.ops.empty(self.inputs * batch, self.dtype)
+        self.error = self.ops.empty(self.network.classes * batch, self.dtype)
+        self.own = self.ops.empty(self.network.classes * batch, self.dtype)
+        self.dscores = np.empty((self.network.classes, batch))
+        self.signal = self.ops.empty(max((one.width for one in self.hidden), default=0) * batch, self.dtype)
+
+    def step(self, ids: np.ndarray, lr: float) -> None:
+        b = len(ids)
+        self.reserve(b)
+        scores = self._forward(self.train, ids)
+        error = self.error[: self.network.classes * b].reshape(-1, b)
+        if self.last:
+            labels = self.dataset.train.labels[ids]
+            self.loss_sum += self._error(scores, labels, error) * b
+        self.world.bcast(error, self.world.size - 1)
+        for one, matrix in zip(self.hidden, self.back, strict=True):
+            signal = self.signal[: one.width * b].reshape(one.width, b)
+            self.ops.matmul(matrix, error, signal)
+            self.model.backward_through(signal.reshape(self.model.outputs[one.last + 1].shape), one.first, one.last)
+        if self.last:
+            # The backward pass uses it up.
+            own = self.own[: error.size].reshape(error.shape)
+            own[...] = error
+            self.model.backward_through(own, self.layers[-1].first, self.layers[-1].last)
+        if self.clip > 0:
+            clip_by_global_norm(self.g, self.clip, self.world.agree, self.ops)
+        self.optimizer.step(self.w, self.g, lr, self.world.agree)
+
+    def _forward(self, samples: Resident, ids: np.ndarray) -> np.ndarray:
+        """The outputs of this rank's last layer; those of the rank before are received, and its own sent on."""
+        b = len(ids)
+        x = self.x[: self.inputs * b].reshape(self.inputs, b)
+        if self.first:
+            samples.fetch(ids, x)
+        else:
+            self.world.receive(x, self.rank - 1)
+        y = self.model.forward(x)
+        if not self.last:
+            self.world.send(np.ascontiguousarray(y), self.rank + 1)
+        return y
+
+    def _error(self, scores: np.ndarray, labels: np.ndarray, error: np.ndarray) -> float:
+        """Fill `error` with the derivatives of the mean loss with respect to the scores; returns that loss."""
+        b = len(labels)
+        dscores = self.dscores.reshape(-1)[: error.size].reshape(error.shape)
+        loss = self.loss(scores, labels, 1 / b, dscores)
+        limit = float(np.finfo(self.dtype).max) ** 0.25
+        if not isfinite(loss):
+            raise FloatingPointError(DIVERGED)
+        # Products with it are to stay finite.
+        np.copyto(error, np.clip(dscores, -limit, limit), casting="same_kind")
+        return float(loss)
+
+    def collect(self) -> None:
+        """The vectors are in host memory as they are."""
+
+    def resumed(self, tables: bool) -> None:
+        """The vectors are used as they are."""
+
+    def test(self) -> Score:
+        totals, n = np.zeros(3), self.dataset.test.n
+        for start in range(0, n, TEST_BATCH):
+            ids = np.arange(start, min(start + TEST_BATCH, n))
+            scores = self._apart(self.tests, ids)
+            if self.last:
+                labels = self.dataset.test.labels[ids]
+                right = np.count_nonzero(scores.argmax(axis=0) == labels)
+                totals += [self.loss(scores, labels, 1.0), float(right), float(len(ids))]
+        loss, right, samples = self.world.agree(totals)
+        return Score(float(loss / samples), float(right / samples))
+
+    def _apart(self, samples: Resident, ids: np.ndarray) -> np.ndarray:
+        """`_forward` that is not counted: it is no part of the training."""
+        sent, received = self.counter.sent, self.counter.received
+        found = self._forward(samples, ids)
+        self.counter.sent, self.counter.received = sent, received
+        return found
+
+    def diagnostics(self) -> dict[str, Any]:
+        """The mean cosine between feedback and the gradient, of each hidden layer, over the first test samples."""
+        ids = np.arange(min(ALIGNED, self.dataset.test.n))
+        b = len(ids)
+        self.reserve(b)
+        sent, received = self.counter.sent, self.counter.received
+        scores = self._apart(self.tests, ids)
+        error = self.error[: self.network.classes * b].reshape(-1, b)
+        if self.last:
+            self._error(scores, self.dataset.test.labels[ids], error)
+        self.world.bcast(error, self.world.size - 1)
+        cosines = np.zeros(max(1, self.depth - 1))
+        # The gradient comes from above, layer by layer.
+        if self.last:
+            above = error.copy()
+        else:
+            above = np.empty((int(np.prod(self.model.outputs[-1].shape[:-1])), b), self.dtype)
+            self.world.receive(above, self.rank + 1)
+        back = list(zip(self.hidden, self.back, strict=True))
+        for one in reversed(self.layers):
+            shape = self.model.outputs[one.last + 1].shape
+            for hidden, matrix in back:
+                if hidden is one:
+                    cosines[self.before + one.number] = self._cosine(one, above.reshape(shape), matrix @ error)
+            below = np.empty(self.model.outputs[one.first].shape, self.dtype)
+            self.model.backward_through(above.reshape(shape), one.first, one.last, below)
+            above = below.reshape(-1, b)
+        if not self.first:
+            self.world.send(above, self.rank - 1)
+        self.counter.sent, self.counter.received = sent, received
+        self.world.agree(cosines)
+        return {"alignment": [round(float(c), 6) for c in cosines[: self.depth - 1]]}
+
+    def _cosine(self, one: Hidden, gradient: np.ndarray, signal: np.ndarray) -> float:
+        """Of gradient and feedback of a layer's output, both times the activation's derivative; the mean of samples."""
+        pair = [np.ascontiguousarray(v).reshape(gradient.shape).copy() for v in (gradient, signal)]
+        step, y = self.model.steps[one.last], self.model.outputs[one.last + 1]
+        kind = step.spec.kind if step.kind == "activation" else step.activation  # type: ignore[attr-defined]
+        for v in pair:
+            self.ops.activate_back(kind, y, v)
+        a, d = (v.reshape(-1, v.shape[-1]).astype(np.float64) for v in pair)
+        sizes = np.sqrt((a * a).sum(axis=0) * (d * d).sum(axis=0))
+        return float(np.where(sizes > 0, (a * d).sum(axis=0) / np.where(sizes > 0, sizes, 1), 0.0).mean())
+
+    def place(self) -> Place:
+        names = [layer.name for layer in self.network.layers if isinstance(layer, Linear)]
+        mine = names[self.before : self.before + len(self.layers)]
+        held = self.shards[self.rank].size
+        layers = mine[0] if len(mine) == 1 else f"{mine[0]} to {mine[-1]}"
+        return Place("layers", layers, held, held, sum(self.memory().values()), self.ops.place)
+
+    def memory(self) -> dict[str, int]:
+        own = (self.error, self.own, self.dscores, self.signal, *self.back)
+        return {
+            "weights": self.w.nbytes,
+            "gradients": self.g.nbytes,
+            "optimizer": sum(v.nbytes for v in self.optimizer.vectors.values()) + self.optimizer.scratch.nbytes,
+            "activations": self.x.nbytes + self.model.activation_bytes,
+            "buffers": self.model.buffer_bytes + sum(a.nbytes for a in own),
+            "samples": self.train.nbytes + self.tests.nbytes,
+        }
+
+    def events(self) -> dict[str, int]:
+        return {"psl_terms_past_exp_clip": self.loss.clipped}
+
+
+def widths(network: Network) -> list[int]:
+    """The number of outputs of each layer with weights, after what follows it without."""
+    found: list[int] = []
+    for layer in network.layers:
+        size = int(np.prod(layer.out_shape))
+        if isinstance(layer, Linear):
+            found.append(size)
+        elif found:
+            found[-1] = size
+    return found
