@@ -19,8 +19,11 @@ from psmpi.checkpoint import Contents, Progress
 from psmpi.config import Config, from_toml
 from psmpi.data import Dataset, Minibatches
 from psmpi.errors import UserError
-from psmpi.methods import Method, Place
+from psmpi.methods import METHODS, Method, Place
 from psmpi.optim import make_schedule
+
+# Of all methods, see `Method.extras`.
+EXTRAS = frozenset(name for method in METHODS.values() for name in method.extras)
 
 
 def show_places(console: Console, places: list[tuple[int, str, Place]]) -> None:
@@ -92,21 +95,25 @@ class Loop:
         saved = from_toml(contents.config, str(path)).optimization.optimizer
         if saved != self.config.optimization.optimizer:
             note = f"the checkpoint is of {saved}, not of {self.config.optimization.optimizer}"
-        elif contents.vectors != vectors.keys() - {"weights"}:
-            kept, wanted = (
-                " ".join(sorted(v)) or "no vectors" for v in (contents.vectors, vectors.keys() - {"weights"})
-            )
-            note = f"the checkpoint's optimizer has {kept}, these settings have {wanted}"
+        else:
+            # A method's own vectors may start afresh without the optimizer's.
+            own = vectors.keys() - {"weights"} - self.method.extras
+            kept = contents.vectors - EXTRAS
+            if own != kept:
+                has, want = (" ".join(sorted(names)) or "no vectors" for names in (kept, own))
+                note = f"the checkpoint's optimizer has {has}, these settings have {want}"
         if note:
             vectors = {"weights": vectors["weights"]}
         else:
-            self.method.scalars.update(contents.scalars)
+            vectors = {name: v for name, v in vectors.items() if name == "weights" or name in contents.vectors}
+            self.method.scalars.update({k: v for k, v in contents.scalars.items() if k in self.method.scalars})
+        fresh = self.method.vectors.keys() - vectors.keys()
         checkpoint.load(path, self.method.layout, shard, vectors, contents.part)
         lost, rows = "", self.method.rows
         tables = not note and rows.total > 0
         if tables and not checkpoint.load_tables(path, self.method.tables, rows, self.world.rank):
             lost, tables = f"the checkpoint does not hold {self.method.lost}", False
-        self.method.resumed(tables)
+        self.method.resumed(tables, fresh)
         # The shares of the loss are summed over ranks: the past is rank 0's.
         if self.world.rank == 0:
             self.method.loss_sum = progress.loss_sum
@@ -121,7 +128,10 @@ class Loop:
             metrics.write_rows(self.out / "metrics.jsonl", progress.rows)
             if note:
                 self.console.print(f"note: {note}: the optimizer starts afresh", highlight=False, soft_wrap=True)
-            elif lost:
+            elif fresh:
+                names = " ".join(sorted(fresh))
+                self.console.print(f"note: the checkpoint has no {names}: these start afresh", highlight=False)
+            if lost and not note:
                 self.console.print(f"note: {lost}", highlight=False, soft_wrap=True)
             self.console.print(
                 f"resumed from {path}, step {progress.step}", highlight=False, markup=False, soft_wrap=True

@@ -165,7 +165,7 @@ def test_overlap_and_buckets_change_rounding_only(train):
 
 def test_large_buckets_go_round_in_rings_between_hosts():
     class Four:
-        size, rank = 4, 1
+        size, rank, nccl = 4, 1, None
 
     vector = np.zeros(4 * SEGMENT // 4 + 5, np.float32)
     buckets = [Bucket(5, len(vector), 1), Bucket(0, 5, 0)]
@@ -173,7 +173,7 @@ def test_large_buckets_go_round_in_rings_between_hosts():
         ("auto", True, [Ring, Whole]), ("auto", False, [Whole] * 2), ("mpi", True, [Whole] * 2),
         ("ring", False, [Ring] * 2), ("halving", True, [Blocking] * 2),
     ):  # fmt: skip
-        assert [type(one) for one in Buckets(Four(), vector, buckets, how, across).sums] == expected
+        assert [type(one) for one in Buckets(Four(), Four(), vector, buckets, how, across).sums] == expected
 
 
 @pytest.mark.parametrize("allreduce", ["auto", "mpi", "ring", "doubling", "halving"])
@@ -201,6 +201,42 @@ def test_a_run_goes_on_on_any_number_of_ranks(train, serial, tmp_path, optimizer
         assert distance(again.tensors(), result.tensors()) == 0
 
 
+DEAD = """
+[model]
+model = "custom"
+[[model.layers]]
+type = "flatten"
+[[model.layers]]
+type = "dense"
+units = 13
+[[model.layers]]
+type = "sigmoid"
+[[model.layers]]
+type = "separable_dense"
+units = 10
+groups = 10
+"""
+
+
+def test_units_that_no_score_depends_on_change_nothing(train, serial, tmp_path_factory):
+    # Three of thirteen units are dead; weight decay is theirs alone.
+    config = tmp_path_factory.mktemp("dead") / "net.toml"
+    config.write_text(DEAD)
+    options = ("--config", config, "--backend", "numpy", "--dtype", "float64", "--optimizer", "sgd", "--lr", "0.1",
+               "--weight-decay", "0.001", "--max-steps", "60", "--epochs", "10")  # fmt: skip
+    assert distance(serial(*options).tensors(), train(3, *DATA, *options).tensors()) <= 1e-12
+
+
+def test_compression_may_be_turned_on_and_off(train, tmp_path):
+    options = (*DATA, "--epochs", "10", "--density", "0.05")
+    out = tmp_path / "begun"
+    train(3, *options, "--max-steps", "5", out=out)
+    with_it = train(3, *options, "--compression", "topk", "--max-steps", "9", "--resume", "auto", out=out)
+    assert "the checkpoint has no left: these start afresh" in with_it.stdout
+    without = train(3, *options, "--max-steps", "12", "--resume", "auto", out=out)
+    assert "afresh" not in without.stdout and "the optimizer starts" not in with_it.stdout
+
+
 def test_methods_take_up_each_other_s_checkpoints(train, serial, tmp_path):
     options = ("--dtype", "float64", "--epochs", "10")
     for first, then in ((DATA, ()), ((), DATA)):
@@ -217,7 +253,7 @@ def test_methods_take_up_each_other_s_checkpoints(train, serial, tmp_path):
         (("--placement", "owner"), "every rank holds all of it"),
         (("--batch-size", "2"), "use --batch-size 3 or more"),
         (("--allreduce", "halving"), "3 is no power of two"),
-        (("--bucket-megabytes", "0"), "expected 1e-6 to 1e6"),
+        (("--bucket-megabytes", "0"), "expected 0.001 to 1e6"),
         (("--optimizer", "plbfgs"), "is of --method psl"),
     ],
 )

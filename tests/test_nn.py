@@ -328,3 +328,23 @@ def test_a_wrong_layer_table_is_named(layers, says):
 def test_a_model_that_does_not_fit_says_what_to_use(name, shape, says):
     with pytest.raises(UserError, match=says):
         make_network(name, shape, 10)
+
+
+def test_backward_through_some_steps_is_that_of_all():
+    tanh = {"type": "tanh"}
+    layers = [
+        {"type": "conv", "channels": 4, "kernel": 3}, {"type": "max_pool"}, tanh, tanh, {"type": "max_pool"}, FLAT,
+        dense(4),
+    ]  # fmt: skip
+    network = build("pools", (1, 14, 14), layers, 4)
+    layout, w, x, d = random_problem(network)
+    models = [make_model(network, layout, w) for _ in range(2)]
+    for model in models:
+        model.forward(x)
+    models[0].backward(d.copy())
+    first, last = models[1].steps, len(models[1].steps) - 1
+    top = next(k for k, step in enumerate(first) if step.linear is not None and k > 0)
+    below = np.full(models[1].outputs[top].shape, np.nan)
+    models[1].backward_through(d.copy(), top, last, below)
+    models[1].backward_through(below, 0, top - 1)
+    np.testing.assert_array_equal(models[1].g, models[0].g)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -35,7 +37,10 @@ def check() -> None:
 
 
 def _do(*command: str) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except subprocess.TimeoutExpired:
+        raise UserError(f"{' '.join(command)}: no end within 60 s; use --rates 0") from None
     if done.returncode:
         raise UserError(
             f"{' '.join(command)}: {done.stderr.strip()}: this machine's kernel makes no such network; use --rates 0"
@@ -56,10 +61,12 @@ def slow_hosts(count: int, megabits: float) -> Iterator[list[str]]:
     names = [f"{hub}-{k}" for k in range(count)]
     limit = ("root", "tbf", "rate", f"{megabits}mbit", "burst", "64kb", "latency", "100ms")
     made = []
+    # As after Ctrl-C, nothing is left behind.
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         for name in (hub, *names):
-            _do("ip", "netns", "add", name)
             made.append(name)
+            _do("ip", "netns", "add", name)
         _do("ip", "-n", hub, "link", "add", "switch", "type", "bridge")
         _do("ip", "-n", hub, "link", "set", "switch", "up")
         for k, name in enumerate(names):
@@ -76,6 +83,7 @@ def slow_hosts(count: int, megabits: float) -> Iterator[list[str]]:
         # With a namespace goes what is in it.
         for name in made:
             subprocess.run(["ip", "netns", "delete", name], capture_output=True, timeout=60)
+        signal.signal(signal.SIGTERM, before)
 
 
 def wrapper(names: list[str]) -> list[str]:

@@ -10,10 +10,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from psmpi.bench.hosts import ENVIRONMENT, slow_hosts, wrapper
+from psmpi.bench.hosts import ENVIRONMENT, check, slow_hosts, wrapper
 from psmpi.errors import UserError
 
 Variant = Literal["psl", "psl-owner", "data_parallel", "powersgd", "topk", "float16", "local_sgd", "diloco", "dfa"]
@@ -57,7 +58,7 @@ def network(
     Args:
         methods: What to compare, each an abbreviation of options of psmpi.train.
         ranks: Ranks, each a host of its own where the rate is limited.
-        rates: Mbit/s of each host's link, 0 for this machine as it is; others need root and iproute2.
+        rates: Mbit/s of each host's link, 0 for this machine as it is; others need root, iproute2 and MPICH.
         dataset: digits, mnist, cifar10, or a file, as in psmpi.train.
         data_dir: Folder of the data set's files.
         model: Network, as in psmpi.train.
@@ -76,6 +77,12 @@ def network(
             raise UserError(f"{option} {value}: expected a whole number from {least} up")
     if any(not 0 <= rate <= 1e6 for rate in rates):
         raise UserError(f"--rates {' '.join(map(str, rates))}: expected numbers from 0 to 1e6")
+    if any(rates):
+        check()
+    if pytorch and find_spec("torch") is None:
+        raise UserError("--pytorch needs PyTorch: pip install 'psmpi[torch]'")
+    if not 1 <= ranks <= 250:
+        raise UserError(f"--ranks {ranks}: expected 1 to 250")
     # What psmpi.train would take from the folder it runs in.
     data_dir = str(Path(data_dir).absolute()) if data_dir else ""
     dataset = str(Path(dataset).absolute()) if Path(dataset).is_file() else dataset
@@ -154,10 +161,6 @@ def _train(ranks: int, hosts: list[str], options: Sequence[str], limit: int) -> 
 
 def _ddp(ranks: int, hosts: list[str], options: Sequence[str], limit: int) -> dict[str, Any]:
     """Time a step; PyTorch trains the same network on as many samples, of random numbers."""
-    try:
-        import torch  # noqa: F401
-    except ImportError:
-        raise UserError("--pytorch needs PyTorch: pip install 'psmpi[torch]'") from None
     before = wrapper(hosts) if hosts else []
     program = [sys.executable, "-m", "psmpi.bench.ddp", *options]
     found = jsonlib.loads(_run([_launcher(), "-n", str(ranks), *before, *program], bool(hosts), limit).splitlines()[-1])

@@ -86,26 +86,45 @@ class Blocking:
         self.algorithm(self.group, self.vector)
 
 
+def _by_nccl(group: Group, vector: np.ndarray) -> None:
+    """Begun at once, and done before what the device does next."""
+    group.allreduce(vector)
+
+
 class Buckets:
     """Sums `vector` over the ranks of `group`, in place, its buckets begun in the same order on all ranks.
 
     how: `mpi`, `ring`, `doubling`, `halving`, or `auto`: between hosts (`across`) a ring for buckets that leave each
-    rank a segment worth a message, else what MPI chooses.
+    rank a segment worth a message, else what MPI chooses. A group that has NCCL uses that. by_host: the same ranks, for
+    sums that are made here, in host memory.
     """
 
     def __init__(
-        self, group: Group, vector: np.ndarray, buckets: Sequence[Bucket], how: str = "auto", across: bool = False
+        self,
+        group: Group,
+        by_host: Group,
+        vector: np.ndarray,
+        buckets: Sequence[Bucket],
+        how: str = "auto",
+        across: bool = False,
     ):
         self.group, self.vector, self.buckets, self.begun = group, vector, buckets, 0
         self.sums: list[Any] = []
         for k, bucket in enumerate(buckets):
             run = vector[bucket.start : bucket.stop]
-            if how == "ring" or (how == "auto" and across and run.nbytes >= SEGMENT * group.size):
-                self.sums.append(Ring(group, run, k))
+            if group.nccl is not None:
+                self.sums.append(Blocking(group, run, _by_nccl))
+            elif how == "ring" or (how == "auto" and across and run.nbytes >= SEGMENT * group.size):
+                self.sums.append(Ring(by_host, run, k))
             elif how in ("auto", "mpi"):
                 self.sums.append(Whole(group, run))
             else:
-                self.sums.append(Blocking(group, run, ALGORITHMS[how]))
+                self.sums.append(Blocking(by_host, run, ALGORITHMS[how]))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the sums need beside the vector."""
+        return sum(one.room.nbytes for one in self.sums if isinstance(one, Ring))
 
     def finished(self, layer: int) -> None:
         """Backward has filled what `layer` and those after it fill: begin what is whole, and let the rest go on."""
@@ -124,8 +143,9 @@ class Buckets:
         """Begin the rest, and wait for all."""
         if self.group.size == 1:
             return
-        for bucket in self.buckets[self.begun :]:
-            self.group.bridge.begin(self.vector[bucket.start : bucket.stop])
+        for one in self.sums[self.begun :]:
+            if not (isinstance(one, Blocking) and one.group.nccl is not None):
+                one.group.bridge.begin(one.vector)
         while self.begun < len(self.buckets):
             self._begin()
         for one in self.sums:

@@ -24,7 +24,7 @@ class Compressor:
 
     def __init__(self, group: Group, layout: Layout, dtype: np.dtype, memory: bool = True):
         self.group, self.size, self.dtype, self.memory = group, layout.size, np.dtype(dtype), memory
-        self.left = np.zeros(self.size, self.dtype)
+        self.left = np.zeros(self.size if memory else 0, self.dtype)
         self.sent = np.empty(self.size, self.dtype)
         self.tables: dict[str, np.ndarray] = {"left": self.left.reshape(1, -1)} if memory else {}
 
@@ -89,13 +89,15 @@ class Float16(Compressor):
     def _pack(values: np.ndarray, out: np.ndarray) -> None:
         peak = float(np.abs(values).max(initial=0.0))
         exponent = 15 - int(np.frexp(peak)[1]) if 0 < peak < np.inf else 0
-        # Times a power of two, within the range of float32.
-        exponent = max(-126, min(126, exponent))
+        # Times a power of two that the dtype has.
+        most = 126 if values.dtype == np.float32 else 1000
+        exponent = max(-most, min(most, exponent))
         out[0] = exponent
-        np.multiply(values, values.dtype.type(2.0**exponent), out=out[1:], casting="same_kind")
+        np.multiply(values, 2.0**exponent, out=out[1:], dtype=values.dtype, casting="same_kind")
 
     def _unpack(self, packed: np.ndarray, out: np.ndarray) -> None:
-        np.multiply(packed[1:], self.dtype.type(2.0 ** -float(packed[0])), out=out, casting="same_kind")
+        # In `dtype`: NumPy 1 would multiply in float16.
+        np.multiply(packed[1:], 2.0 ** -float(packed[0]), out=out, dtype=self.dtype, casting="same_kind")
 
     def _reduce(self, p: np.ndarray) -> None:
         for k in range(self.group.size):
@@ -289,7 +291,8 @@ class PowerSGD(Compressor):
         self.p = np.empty(sum(shape[0] for _, shape in self.matrices) * rank, self.dtype)
         self.dense = np.empty(len(self.whole), self.dtype)
         self.result = np.empty(self.size, self.dtype)
-        self.tables["right"] = self.q.reshape(1, -1)
+        if right:
+            self.tables["right"] = self.q.reshape(1, -1)
 
     def _factors(self) -> list[tuple[list[slice], tuple[int, int], np.ndarray, np.ndarray]]:
         found, left, right = [], 0, 0

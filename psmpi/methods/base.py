@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -49,6 +50,8 @@ class Method(Protocol):
     rows: Rows
     # What is said where a checkpoint does not hold these tables: "the checkpoint does not hold ...".
     lost: str
+    # Names of vectors that are the method's own and not the optimizer's.
+    extras: frozenset[str]
     # This rank's share of the sum of the minibatch losses times their sizes; the shares of all ranks add up to it.
     loss_sum: float
 
@@ -58,8 +61,11 @@ class Method(Protocol):
     def collect(self) -> None:
         """Bring `vectors` up to date."""
 
-    def resumed(self, tables: bool) -> None:
-        """Take up vectors, scalars and, where the checkpoint had them, tables that were restored from it."""
+    def resumed(self, tables: bool, fresh: Set[str]) -> None:
+        """Take up vectors, scalars and, where the checkpoint had them, tables that were restored from it.
+
+        fresh: names of vectors that were not.
+        """
 
     def test(self) -> Score:
         """Loss and accuracy on the test split, the same on all ranks."""

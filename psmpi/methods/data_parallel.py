@@ -6,6 +6,7 @@ summed over ranks as backward fills them, the same optimizer step everywhere.
 
 from __future__ import annotations
 
+from collections.abc import Set
 from math import inf
 from typing import Any
 
@@ -15,7 +16,6 @@ from psmpi.backend import NumpyOps
 from psmpi.backend.reference import exponent_of
 from psmpi.comm.buckets import Buckets, plan_buckets
 from psmpi.comm.compression import Compressor, check_compression, make_compressor
-from psmpi.comm.group import Counter, Group
 from psmpi.comm.world import several_hosts
 from psmpi.config import Config
 from psmpi.data import Dataset
@@ -34,6 +34,8 @@ class DataParallel(Replica):
     """
 
     lost = "what compression left out on this many ranks: all start from its mean"
+    extras = frozenset({"left", "moving"})
+    advice = "use --allreduce ring, and no --compression"
 
     def __init__(self, world: Any, network: Network, dataset: Dataset, config: Config, ops: NumpyOps):
         super().__init__(world, network, dataset, config, ops)
@@ -42,19 +44,20 @@ class DataParallel(Replica):
         self.means: dict[str, np.ndarray] = {}
         if o.compression != "none":
             self.compressor = make_compressor(
-                o.compression, self.world, self.layout, self.dtype, o.error_feedback, density=o.density,
+                o.compression, self.by_host, self.layout, self.dtype, o.error_feedback, density=o.density,
                 rank=o.powersgd_rank, levels=o.qsgd_levels, momentum=config.optimization.momentum, seed=config.run.seed,
             )  # fmt: skip
             self.tables = self.compressor.tables
             self.rows = Rows(tuple((rank,) for rank in range(world.size))) if self.tables else self.rows
             self.means = {name: np.zeros_like(vector) for name, vector in self.compressor.vectors.items()}
             self.state |= self.means
-            self.aside = Group(world, range(world.size), Counter())
+            if o.compression == "qsgd":
+                self.lost = "the random numbers of this many ranks: they begin anew"
         self._keep()
         room = max(1, int(o.bucket_megabytes * 1e6) // self.dtype.itemsize)
         plan = plan_buckets(model.filled(), self.layout.size, room)
         across = o.allreduce == "auto" and world.size > 1 and several_hosts(world)
-        self.buckets = Buckets(self.world, self.g, plan, o.allreduce, across)
+        self.buckets = Buckets(self.world, self.by_host, self.g, plan, o.allreduce, across)
         if o.overlap and not ops.on_device and self.compressor is None:
             model.finished = self._finished
 
@@ -63,8 +66,8 @@ class DataParallel(Replica):
         """UserError for a configuration that `size` ranks cannot train; needs no MPI and no arrays of weights."""
         super().check(size, network, dataset, config)
         o = config.replicated
-        if not 1e-6 <= o.bucket_megabytes <= 1e6:
-            raise UserError(f"--bucket-megabytes {o.bucket_megabytes}: expected 1e-6 to 1e6")
+        if not 1e-3 <= o.bucket_megabytes <= 1e6:
+            raise UserError(f"--bucket-megabytes {o.bucket_megabytes}: expected 0.001 to 1e6")
         if o.allreduce in ("doubling", "halving") and size & (size - 1):
             raise UserError(f"--allreduce {o.allreduce} pairs ranks, and {size} is no power of two: use ring or mpi")
         if o.compression != "none" and config.optimization.optimizer in ("lbfgs", "lbfgs-tr", "lsr1-tr"):
@@ -95,6 +98,8 @@ class DataParallel(Replica):
 
         A loss that is not finite is a FloatingPointError, in a `trial` of a line search infinity.
         """
+        # Before backward begins to send what it fills.
+        self.g[self.unused].fill(0)
         try:
             loss = self.worker.element_losses(ids)
         except FloatingPointError:
@@ -103,6 +108,8 @@ class DataParallel(Replica):
             loss = inf
         if self.compressor is not None:
             self.compressor.reduce(self.g)
+            # A sign is never nothing.
+            self.g[self.unused].fill(0)
         else:
             self.buckets.finish()
         return loss
@@ -119,8 +126,13 @@ class DataParallel(Replica):
             self.aside.allreduce(mean)
         super().collect()
 
-    def resumed(self, tables: bool) -> None:
-        super().resumed(tables)
+    def memory(self) -> dict[str, int]:
+        found = super().memory()
+        more = self.compressor.nbytes if self.compressor is not None else self.buckets.nbytes
+        return {**found, "buffers": found["buffers"] + more + sum(mean.nbytes for mean in self.means.values())}
+
+    def resumed(self, tables: bool, fresh: Set[str]) -> None:
+        super().resumed(tables, fresh)
         if not tables:
             for name, mean in self.means.items():
                 assert self.compressor is not None

@@ -7,7 +7,7 @@ takes B e for the gradient of its output, B fixed and random; no gradient goes f
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from itertools import pairwise
 from math import isfinite, sqrt
@@ -24,7 +24,7 @@ from psmpi.methods.base import Place, Score
 from psmpi.methods.psl import hyperparameters
 from psmpi.methods.replica import PARTITIONED
 from psmpi.nn.init import initial_weights
-from psmpi.nn.losses import make_loss
+from psmpi.nn.losses import Loss, make_loss
 from psmpi.nn.model import Model, layer_runs
 from psmpi.nn.network import Conv, Linear, Network
 from psmpi.nn.objective import DIVERGED
@@ -76,6 +76,7 @@ class DirectFeedback:
     """The method `dfa` on one rank: a run of layers, the weights and optimizer state of these alone."""
 
     lost = ""
+    extras: frozenset[str] = frozenset()
 
     def __init__(self, world: Any, network: Network, dataset: Dataset, config: Config, ops: NumpyOps):
         self.network, self.layout, self.dataset, self.rank = network, network.layout(), dataset, world.rank
@@ -100,6 +101,10 @@ class DirectFeedback:
         self.loss = make_loss(
             config.objective.loss, self.dtype, kappa=config.objective.kappa, exp_clip=config.objective.exp_clip
         )
+        # What it counts is not of the training.
+        self.everything = make_loss(
+            config.objective.loss, self.dtype, kappa=config.objective.kappa, exp_clip=config.objective.exp_clip
+        )
         self.layers = self._layers()
         # Layers with weights before this rank's, and in all.
         self.before = sum(isinstance(layer, Linear) for layer in network.layers[: stages[world.rank][0]])
@@ -118,7 +123,7 @@ class DirectFeedback:
         self.train, self.tests = Resident(dataset.train, samples, self.dtype), Resident(dataset.test, tests, self.dtype)
         self.inputs = int(np.prod(self.model.in_shape))
         self.capacity = 0
-        self.reserve(max(self.batch, TEST_BATCH))
+        self.reserve(max(self.batch, TEST_BATCH, min(ALIGNED, dataset.test.n)))
         self.loss_sum = 0.0
 
     @classmethod
@@ -199,7 +204,10 @@ class DirectFeedback:
         error = self.error[: self.network.classes * b].reshape(-1, b)
         if self.last:
             labels = self.dataset.train.labels[ids]
-            self.loss_sum += self._error(scores, labels, error) * b
+            loss = self._error(self.loss, scores, labels, error)
+            if not isfinite(loss):
+                raise FloatingPointError(DIVERGED)
+            self.loss_sum += loss * b
         self.world.bcast(error, self.world.size - 1)
         for one, matrix in zip(self.hidden, self.back, strict=True):
             signal = self.signal[: one.width * b].reshape(one.width, b)
@@ -227,22 +235,20 @@ class DirectFeedback:
             self.world.send(np.ascontiguousarray(y), self.rank + 1)
         return y
 
-    def _error(self, scores: np.ndarray, labels: np.ndarray, error: np.ndarray) -> float:
+    def _error(self, loss: Loss, scores: np.ndarray, labels: np.ndarray, error: np.ndarray) -> float:
         """Fill `error` with the derivatives of the mean loss with respect to the scores; returns that loss."""
         b = len(labels)
         dscores = self.dscores.reshape(-1)[: error.size].reshape(error.shape)
-        loss = self.loss(scores, labels, 1 / b, dscores)
+        value = loss(scores, labels, 1 / b, dscores)
         limit = float(np.finfo(self.dtype).max) ** 0.25
-        if not isfinite(loss):
-            raise FloatingPointError(DIVERGED)
         # Products with it are to stay finite.
         np.copyto(error, np.clip(dscores, -limit, limit), casting="same_kind")
-        return float(loss)
+        return float(value)
 
     def collect(self) -> None:
         """The vectors are in host memory as they are."""
 
-    def resumed(self, tables: bool) -> None:
+    def resumed(self, tables: bool, fresh: Set[str]) -> None:
         """The vectors are used as they are."""
 
     def test(self) -> Score:
@@ -253,7 +259,7 @@ class DirectFeedback:
             if self.last:
                 labels = self.dataset.test.labels[ids]
                 right = np.count_nonzero(scores.argmax(axis=0) == labels)
-                totals += [self.loss(scores, labels, 1.0), float(right), float(len(ids))]
+                totals += [self.everything(scores, labels, 1.0), float(right), float(len(ids))]
         loss, right, samples = self.world.agree(totals)
         return Score(float(loss / samples), float(right / samples))
 
@@ -273,7 +279,7 @@ class DirectFeedback:
         scores = self._apart(self.tests, ids)
         error = self.error[: self.network.classes * b].reshape(-1, b)
         if self.last:
-            self._error(scores, self.dataset.test.labels[ids], error)
+            self._error(self.everything, scores, self.dataset.test.labels[ids], error)
         self.world.bcast(error, self.world.size - 1)
         cosines = np.zeros(max(1, self.depth - 1))
         # The gradient comes from above, layer by layer.
@@ -300,10 +306,13 @@ class DirectFeedback:
     def _cosine(self, one: Hidden, gradient: np.ndarray, signal: np.ndarray) -> float:
         """Of gradient and feedback of a layer's output, both times the activation's derivative; the mean of samples."""
         pair = [np.ascontiguousarray(v).reshape(gradient.shape).copy() for v in (gradient, signal)]
-        step, y = self.model.steps[one.last], self.model.outputs[one.last + 1]
+        last = one.last
+        while self.model.steps[last].kind == "flatten":
+            last -= 1
+        step, y = self.model.steps[last], self.model.outputs[last + 1]
         kind = step.spec.kind if step.kind == "activation" else step.activation  # type: ignore[attr-defined]
         for v in pair:
-            self.ops.activate_back(kind, y, v)
+            self.ops.activate_back(kind, y.reshape(v.shape), v)
         a, d = (v.reshape(-1, v.shape[-1]).astype(np.float64) for v in pair)
         sizes = np.sqrt((a * a).sum(axis=0) * (d * d).sum(axis=0))
         return float(np.where(sizes > 0, (a * d).sum(axis=0) / np.where(sizes > 0, sizes, 1), 0.0).mean())

@@ -6,12 +6,13 @@ al. 2023): the mean change of a round is a gradient, with which Nesterov's momen
 
 from __future__ import annotations
 
+from collections.abc import Set
 from typing import Any
 
 import numpy as np
 
 from psmpi.backend import NumpyOps
-from psmpi.comm.group import Counter, Group
+from psmpi.comm.group import Group
 from psmpi.config import Config
 from psmpi.data import Dataset
 from psmpi.errors import UserError
@@ -30,14 +31,13 @@ class LocalSGD(Replica):
     """
 
     lost = "the copies of this many ranks: all of them start from the mean"
+    extras = frozenset({"anchor", "outer"})
 
     def __init__(self, world: Any, network: Network, dataset: Dataset, config: Config, ops: NumpyOps):
         super().__init__(world, network, dataset, config, ops)
         o = config.replicated
         self.every, self.outer_lr, self.beta = o.local_steps, o.outer_lr, o.outer_momentum
         self.scalars["local_steps"] = 0
-        # For the means that are tested and saved: they are no part of the training, and not counted.
-        self.aside = Group(world, range(world.size), Counter(), self.world.bridge)
         self.own = dict(self.state)
         # Of each vector the mean, to be sent and saved.
         self.state = {name: self._like(vector) for name, vector in self.own.items()}
@@ -78,6 +78,7 @@ class LocalSGD(Replica):
         slices = np.array_split(ids, self.roles.rows)
         # A last minibatch may leave some ranks without a sample: they take all of it, and every rank steps alike.
         mine = slices[self.rank] if len(slices[self.rank]) else ids
+        self.g[self.unused].fill(0)
         loss = self.worker.element_losses(mine, mine)
         self.loss_sum += loss * len(slices[self.rank])
         if self.clip > 0:
@@ -127,8 +128,12 @@ class LocalSGD(Replica):
         for mirror in self.table_mirrors.values():
             mirror.wait()
 
-    def resumed(self, tables: bool) -> None:
-        super().resumed(tables)
+    def resumed(self, tables: bool, fresh: Set[str]) -> None:
+        super().resumed(tables, fresh)
+        if self.outer and "anchor" in fresh:
+            # A round begins where the checkpoint is.
+            self.anchor[...] = self.state["weights"]
+            self.momentum.fill(0)
         for name, vector in self.own.items():
             if tables:
                 self.table_mirrors[name].push()

@@ -7,6 +7,7 @@ back to the shards, optimizer.
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import fields
 from math import inf
 from typing import Any
@@ -38,6 +39,7 @@ class PartiallySeparable:
     """The method `psl` on one rank: a shard to optimize, a part to compute with, and the exchange between the two."""
 
     lost = "the curvature of these elements: it starts afresh"
+    extras: frozenset[str] = frozenset()
 
     def __init__(self, world: Any, network: Network, dataset: Dataset, config: Config, ops: NumpyOps):
         self.layout = network.layout()
@@ -151,7 +153,7 @@ class PartiallySeparable:
         for mirror in self.mirrors.values():
             mirror.wait()
 
-    def resumed(self, tables: bool) -> None:
+    def resumed(self, tables: bool, fresh: Set[str]) -> None:
         for mirror in self.mirrors.values():
             mirror.push()
         self.failed_before = {name: self.scalars[name] for name in FAILURES if name in self.scalars}

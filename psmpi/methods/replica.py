@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from typing import Any
 from zlib import crc32
 
 import numpy as np
 
 from psmpi.backend import NumpyOps
-from psmpi.comm.bridge import make_bridge
+from psmpi.comm.bridge import Staged, make_bridge
 from psmpi.comm.group import Counter, Group
 from psmpi.config import Config, Parallel
 from psmpi.data import Dataset
@@ -34,6 +35,9 @@ class Replica:
     """
 
     lost = ""
+    # Vectors that are the method's and not the optimizer's, and what helps where ranks do not sum alike.
+    extras: frozenset[str] = frozenset()
+    advice = "use another MPI library"
 
     def __init__(self, world: Any, network: Network, dataset: Dataset, config: Config, ops: NumpyOps):
         self.layout, self.ops, self.dtype = network.layout(), ops, np.dtype(config.model.dtype)
@@ -45,12 +49,17 @@ class Replica:
         self.world = Group(world, range(world.size), self.counter, bridge)
         if config.parallel.nccl:
             self.world.use_nccl(ops.stream)
+        # What goes over the host in any case, and what is no part of the training and not counted.
+        on_host = Staged(ops) if ops.on_device else bridge
+        self.by_host = Group(world, range(world.size), self.counter, on_host)
+        self.aside = Group(world, range(world.size), Counter(), on_host)
         whole = Runs(((0, self.layout.size),))
         self.w, self.g = (ops.zeros(self.layout.size, self.dtype) for _ in range(2))
         # Units that no score depends on have weights too, which lie last; nobody computes with them.
         used = self.roles.parts[world.rank].inside(whole)
         place = self.roles.workers[world.rank]
         assert used is not None and place is not None
+        self.unused = slice(used.stop, None)
         row = Group(world, [world.rank], self.counter, bridge)
         self.worker = ElementWorker(
             place, self.roles, row, network, self.layout, dataset, config, self.w[used], self.g[used], ops
@@ -102,11 +111,11 @@ class Replica:
         for mirror in self.mirrors.values():
             mirror.wait()
 
-    def resumed(self, tables: bool) -> None:
+    def resumed(self, tables: bool, fresh: Set[str]) -> None:
         counts = [shard.size for shard in self.shards]
         for name, vector in self.state.items():
             self.mirrors[name].push()
-            self.world.gather_all(vector, counts)
+            self.aside.gather_all(vector, counts)
 
     def test(self) -> Score:
         loss, right, samples = self.world.agree(self.worker.test())
@@ -118,8 +127,7 @@ class Replica:
         sums[self.rank] = crc32(np.ascontiguousarray(self.ops.host(vector)).data)
         if len(set(self.world.agree(sums).tolist())) > 1:
             raise RuntimeError(
-                "the ranks no longer hold the same weights: this MPI's Allreduce gives them different sums; use "
-                "--allreduce ring"
+                f"the ranks no longer hold the same weights: they were given different sums; {self.advice}"
             )
 
     def diagnostics(self) -> dict[str, Any]:

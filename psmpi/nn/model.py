@@ -234,8 +234,8 @@ class Model:
         """
         turn = 0
         for k in range(last, first - 1, -1):
-            below = dx
-            if k > first:
+            below = dx if k == first else None
+            if k > first and self.steps[k].kind in ("linear", "pool"):
                 below, turn = self.scratch.take(f"gradient {turn}", *self.outputs[k].shape), 1 - turn
             dy = self._step_back(k, dy, below, None)
 
