@@ -16,20 +16,22 @@ def main(argv: list[str]) -> int:
     import numpy as np
     import torch
     import torch.distributed as dist
+    import tyro
 
     from psmpi.backend import NumpyOps
     from psmpi.bench.hosts import NETWORK
     from psmpi.bench.problems import Data, Problem
     from psmpi.bench.pytorch import theirs
     from psmpi.comm.world import start
+    from psmpi.config import Config
     from psmpi.data import open_dataset
     from psmpi.nn.init import initial_weights
     from psmpi.nn.model import Model
     from psmpi.nn.zoo import make_network
     from psmpi.partition import Runs
-    from psmpi.train import parse
 
-    world, config = start(), parse(argv)
+    world = start()
+    config = tyro.cli(Config, args=argv, config=(tyro.conf.OmitArgPrefixes,))
     dataset = open_dataset(config.data.dataset, config.data.data_dir)
     net = make_network(config.model.model, dataset.shape, dataset.classes, widths=config.model.widths)
     problem = Problem(net, config.objective.loss, tuple(range(net.classes)))
