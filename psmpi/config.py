@@ -273,9 +273,29 @@ def defaults(argv: Sequence[str]) -> Config:
     return read_file(path) if path else Config()
 
 
+# The settings that one method alone has: their group and names.
+OF_METHODS = {
+    "psl": ("parallel", ("partition", "placement", "masters", "colocate", "replicas")),
+    "data_parallel": (
+        "replicated",
+        ("allreduce", "bucket_megabytes", "overlap", "compression", "error_feedback", "density", "powersgd_rank",
+         "qsgd_levels"),
+    ),
+    "local_sgd": ("replicated", ("local_steps", "outer_lr", "outer_momentum")),
+    "dfa": ("alignment", ("feedback", "feedback_seed", "feedback_scale")),
+}  # fmt: skip
+
+
 def check(config: Config) -> None:
     """UserError for a value that no run can have, whatever its data and ranks."""
-    run = config.run
+    run, method = config.run, config.parallel.method
+    for other, (group, names) in OF_METHODS.items():
+        for name in names if other != method else ():
+            if getattr(getattr(config, group), name) != getattr(getattr(Config(), group), name):
+                raise UserError(
+                    f"--{name.replace('_', '-')} is of --method {other}, and the method here is {method}: leave it "
+                    "out, or choose that method"
+                )
     for name, value, least in (
         ("--epochs", run.epochs, 1),
         ("--max-steps", run.max_steps, 0),

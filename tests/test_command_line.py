@@ -319,3 +319,9 @@ def test_job_scripts_are_valid_and_name_existing_options(script, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs/17/metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("options", [("--compression", "topk"), ("--local-steps", "5"), ("--feedback", "shared")])
+def test_settings_of_another_method_are_not_passed_over(tmp_path, options):
+    status, _, err = run(1, "-m", "psmpi.train", "--out", tmp_path / "run", *options)
+    assert status == 1 and "and the method here is psl: leave it out, or choose that method" in err

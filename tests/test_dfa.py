@@ -142,7 +142,7 @@ def test_a_run_goes_on_on_any_number_of_ranks(train, tmp_path):
     ("options", "says"),
     [
         (("--widths", "20"), "start 2 or fewer"),
-        (("--masters", "2"), "is of --method psl"),
+        (("--masters", "2"), "--masters is of --method psl"),
         (("--optimizer", "lbfgs"), "needs gradients, and feedback is none"),
         (("--backend", "cupy"), "computes on the host"),
         (("--feedback-scale", "0"), "expected a number above 0"),

@@ -98,10 +98,9 @@ def test_averages_after_each_step_of_sgd_are_data_parallelism(train):
     options = ("--dtype", "float64", "--epochs", "10", "--max-steps", "20", "--batch-size", "64", "--optimizer", "sgd",
                "--clip", "0")  # fmt: skip
     both = [
-        {name: tensor for name, tensor in train(4, "--method", method, *options, "--local-steps", "1").tensors().items()
-         if name.startswith("weights/")}
-        for method in ("local_sgd", "data_parallel")
-    ]  # fmt: skip
+        {k: v for k, v in train(4, "--method", *method, *options).tensors().items() if k.startswith("weights/")}
+        for method in (("local_sgd", "--local-steps", "1"), ("data_parallel",))
+    ]
     assert distance(*both) <= 1e-12
 
 
@@ -175,7 +174,7 @@ def test_an_outer_optimizer_begins_where_another_method_s_checkpoint_is(train, t
         (("--outer-lr", "0"), "expected a number above 0"),
         (("--outer-momentum", "1"), "up to, not including, 1"),
         (("--optimizer", "lbfgs"), "use a first-order one"),
-        (("--colocate",), "every rank holds all of it"),
+        (("--colocate",), "--colocate is of --method psl"),
     ],
 )
 def test_what_cannot_be_is_said(tmp_path, options, says):

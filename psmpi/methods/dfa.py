@@ -17,12 +17,11 @@ import numpy as np
 
 from psmpi.backend import NumpyOps
 from psmpi.comm.group import Counter, Group
-from psmpi.config import Config, Parallel
+from psmpi.config import Config
 from psmpi.data import Dataset, Resident
 from psmpi.errors import UserError
 from psmpi.methods.base import Place, Score
 from psmpi.methods.psl import hyperparameters
-from psmpi.methods.replica import PARTITIONED
 from psmpi.nn.init import initial_weights
 from psmpi.nn.losses import Loss, make_loss
 from psmpi.nn.model import Model, layer_runs
@@ -129,11 +128,6 @@ class DirectFeedback:
     @classmethod
     def check(cls, size: int, network: Network, dataset: Dataset, config: Config) -> None:
         """UserError for a configuration that `size` ranks cannot train; needs no MPI and no arrays of weights."""
-        for name in PARTITIONED:
-            if getattr(config.parallel, name) != getattr(Parallel(), name):
-                raise UserError(
-                    f"--{name} is of --method psl; with --method dfa ranks hold runs of layers: leave it out"
-                )
         depth = sum(isinstance(layer, Linear) for layer in network.layers)
         if size > depth:
             raise UserError(

@@ -63,10 +63,6 @@ class LocalSGD(Replica):
                 f"--optimizer {config.optimization.optimizer} has searches and pairs that every rank would make its "
                 "own: with --method local_sgd use a first-order one (sgd, momentum, adam, ...)"
             )
-        if o.compression != "none":
-            raise UserError(
-                f"--compression {o.compression} is of --method data_parallel: gradients are not sent here, leave it out"
-            )
         if o.local_steps < 1:
             raise UserError(f"--local-steps {o.local_steps}: expected 1 or more steps between two averages")
         if not 0 < o.outer_lr <= 100:

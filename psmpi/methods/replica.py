@@ -11,7 +11,7 @@ import numpy as np
 from psmpi.backend import NumpyOps
 from psmpi.comm.bridge import Staged, make_bridge
 from psmpi.comm.group import Counter, Group
-from psmpi.config import Config, Parallel
+from psmpi.config import Config
 from psmpi.data import Dataset
 from psmpi.errors import UserError
 from psmpi.methods.base import Place, Score
@@ -22,9 +22,6 @@ from psmpi.nn.network import Network
 from psmpi.optim import make_optimizer
 from psmpi.optim.element_operators import RULES
 from psmpi.partition import Rows, Runs, replicate
-
-# What says who holds which part: here every rank holds all.
-PARTITIONED = ("partition", "placement", "masters", "colocate", "replicas")
 
 
 class Replica:
@@ -89,12 +86,6 @@ class Replica:
     @classmethod
     def check(cls, size: int, network: Network, dataset: Dataset, config: Config) -> None:
         """UserError for a configuration that `size` ranks cannot train; needs no MPI and no arrays of weights."""
-        for name in PARTITIONED:
-            if getattr(config.parallel, name) != getattr(Parallel(), name):
-                raise UserError(
-                    f"--{name} says who holds which part of the network, and with --method {config.parallel.method} "
-                    "every rank holds all of it: leave it out"
-                )
         o = config.optimization
         if o.optimizer in RULES:
             raise UserError(f"--optimizer {o.optimizer} is of --method psl: choose another one")
