@@ -38,10 +38,15 @@ class Data:
 class Model:
     """The network."""
 
-    model: Literal["psnet", "psnet-24", "psnet-35", "lenet", "mlp", "custom"] = "psnet"
+    model: Literal["psnet", "psnet-24", "psnet-35", "lenet", "mlp", "resnet", "custom"] = "psnet"
     """Built-in network, or custom: described by [[model.layers]] tables in the configuration file."""
     widths: tuple[int, ...] = ()
-    """Hidden widths of mlp; 1024 1024 if not given."""
+    """Hidden widths of mlp, 1024 1024 if not given; channels of resnet's sections, 16 32 if not given."""
+    blocks: tuple[int, ...] = ()
+    """Residual blocks of each of resnet's sections; 3 if not given."""
+    batch_norm: bool = False
+    """Batch normalization before each activation and of the scores, instead of biases; statistics are always those of
+    the minibatch, in evaluations of about 1,000 samples."""
     layers: Annotated[tuple[dict[str, Any], ...], Suppress] = ()
     init: Literal["xavier", "he"] = "xavier"
     """Initial weights: uniform, Xavier or He."""
@@ -49,6 +54,11 @@ class Model:
     """Factor on the Xavier weights of layers followed by the logistic sigmoid, whose slope at 0 is 1/4."""
     dtype: Literal["float32", "float64"] = "float32"
     """Type of weights and arithmetic."""
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """What says the layers of the network called `model`."""
+        return {name: getattr(self, name) for name in ("widths", "layers", "blocks", "batch_norm")}
 
 
 @dataclass(frozen=True)
@@ -319,8 +329,8 @@ def check(config: Config) -> None:
         raise UserError(f"--init-gain {config.model.init_gain}: expected a number above 0 and up to 1000")
     if config.optimization.history > 1000:
         raise UserError(f"--history {config.optimization.history}: expected 1000 pairs at most")
-    if config.model.widths and config.model.model != "mlp":
-        raise UserError(f"--widths are those of --model mlp; --model {config.model.model} has its own")
+    if config.model.widths and config.model.model not in ("mlp", "resnet"):
+        raise UserError(f"--widths are those of --model mlp and resnet; --model {config.model.model} has its own")
     if not config.optimization.clip >= 0:
         raise UserError(f"--clip {config.optimization.clip}: expected 0 (no clipping) or a number above it")
     if not 0 <= run.checkpoint_gzip <= 9:

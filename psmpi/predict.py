@@ -100,9 +100,7 @@ def _predict(world: Any, options: Options) -> None:
     contents = checkpoint.read_contents(path)
     model = from_toml(contents.config, str(path)).model
     split = open_split(options.dataset, options.data_dir, options.split)
-    network = make_network(
-        model.model, contents.in_shape, contents.layout.classes, widths=model.widths, layers=model.layers
-    )
+    network = make_network(model.model, contents.in_shape, contents.layout.classes, **model.shape)
     if split.shape != contents.in_shape:
         raise UserError(
             f"{options.dataset} has samples of shape {split.shape}, checkpoint {path} was trained on "

@@ -136,7 +136,7 @@ def _train(world: Any, config: Config) -> None:
         network = _network(config, dataset, make_network)
         METHODS[config.parallel.method].check(world.size, network, dataset, config)
         plan_steps(dataset, config)
-        for warning in getattr(METHODS[config.parallel.method], "warnings", lambda network: ())(network):
+        for warning in METHODS[config.parallel.method].warnings(world.size, network):
             console.print(f"warning: {warning}", highlight=False, markup=False, soft_wrap=True)
         tell = partial(console.print, highlight=False, markup=False, soft_wrap=True)
         try:
@@ -277,7 +277,7 @@ def _compare(contents: Contents, config: Config, samples: int, path: str, tell: 
 
 def _network(config: Config, dataset: Any, make_network: Any) -> Any:
     model = config.model
-    return make_network(model.model, dataset.shape, dataset.classes, widths=model.widths, layers=model.layers)
+    return make_network(model.model, dataset.shape, dataset.classes, **model.shape)
 
 
 if __name__ == "__main__":

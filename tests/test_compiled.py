@@ -4,7 +4,7 @@ import threading
 
 import numpy as np
 import pytest
-from test_nn import NETWORKS, make
+from test_nn import APART, NETWORKS, make
 
 from psmpi.backend import CompiledOps, NumpyOps, Stripes, compiled, make_backend
 from psmpi.backend.reference import Im2col
@@ -146,7 +146,7 @@ def test_models_give_the_scores_and_gradients_of_the_reference(name, batch, leve
 
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", APART)
 def test_gradients_of_samples_are_those_of_the_reference(name, level, dtype):
     network = make(name)
     layout = network.layout()

@@ -287,6 +287,36 @@ def test_biases_and_activations_are_those_of_the_reference(count, n, m, kind, dt
 
 @runs
 @real_types
+@pytest.mark.parametrize("kind", range(4))
+@pytest.mark.parametrize(("n", "m"), [(1, 1), (5, 33), (3, 700)])
+def test_normalization_is_that_of_the_reference(n, m, kind, dtype, device):
+    rng = np.random.default_rng(0)
+    x, dy = some(rng, dtype, n, m) * 3 + 5, some(rng, dtype, n, m)
+    gamma, beta = some(rng, dtype, n), some(rng, dtype, n)
+    normal, scale, expected = np.empty_like(x), np.empty(n, dtype), np.empty_like(x)
+    OPS.normalize(x, 1e-5, normal, scale)
+    OPS.affine(normal, gamma, beta, KINDS[kind], expected)
+    ours, rooms = device.of(x), [device.array((n,)) for _ in range(3)]
+    device("normalize", (n,), (256,), m, ours, 1e-5, ours, rooms[0])
+    near(ours, normal, 30 * TOLERANCE[dtype])
+    near(rooms[0], scale, 30 * TOLERANCE[dtype])
+    ours[...], rooms[0][...] = normal, scale
+    gamma, y = device.of(gamma), device.array((n, m))
+    device("affine", (2,), (32,), n, m, ours, gamma, device.of(beta), kind, y)
+    near(y, expected, TOLERANCE[dtype])
+
+    d, dgamma, dbeta = dy.copy(), np.empty(n, dtype), np.empty(n, dtype)
+    OPS.normalize_back(normal, scale, gamma, expected, d, KINDS[kind], dgamma, dbeta)
+    out = device.of(dy)
+    device("normalize_back", (n,), (256,), m, ours, rooms[0], gamma, device.of(expected), out, kind, *rooms[1:])
+    # Differences of sums; a row of one value has no variance, and the factor is 316.
+    near(out, d, 300 * TOLERANCE[dtype])
+    near(rooms[1], dgamma, 30 * TOLERANCE[dtype])
+    near(rooms[2], dbeta, 30 * TOLERANCE[dtype])
+
+
+@runs
+@real_types
 @pytest.mark.parametrize("batch", [1, 3, 33])
 @pytest.mark.parametrize("size", [1, 2, 3])
 @pytest.mark.parametrize("shape", [(1, 3, 3), (3, 7, 8), (5, 4, 9)], ids=str)

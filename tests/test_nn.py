@@ -12,7 +12,7 @@ from psmpi.nn.network import build
 from psmpi.nn.zoo import make_network
 from psmpi.partition import Runs, accumulate, restrict
 
-FLAT, TANH = {"type": "flatten"}, {"type": "tanh"}
+FLAT, TANH, NORM = {"type": "flatten"}, {"type": "tanh"}, {"type": "batch_norm"}
 
 
 def conv(channels, kernel, pool="mean_pool", size=2, activation="sigmoid"):
@@ -26,6 +26,14 @@ def separable(units, groups):
 
 def dense(units):
     return {"type": "dense", "units": units}
+
+
+def unbiased(table):
+    return {**table, "bias": False}
+
+
+def residual(*layers, **settings):
+    return {"type": "residual", "layers": layers, **settings}
 
 
 NETWORKS = {
@@ -54,7 +62,35 @@ NETWORKS = {
     ),
     "channels cut by blocks": ((1, 8, 8), [*conv(3, 3), *conv(7, 2), FLAT, separable(5, 5)], 5),
     "small psnet": ((1, 8, 8), None, 10),
+    "no biases": ((7,), [unbiased(dense(6)), TANH, unbiased(separable(8, 4)), TANH, separable(4, 4)], 4),
+    "normalized": (
+        (7,),
+        [unbiased(dense(9)), NORM, {"type": "relu"}, unbiased(separable(8, 4)), NORM, TANH,
+         unbiased(separable(4, 4)), {**NORM, "affine": False}],
+        4,
+    ),
+    "normalized images": (
+        (2, 9, 9),
+        [{**unbiased(conv(3, 3)[0]), "pad": 1}, {"type": "mean_pool"}, NORM, TANH, *conv(7, 2), FLAT, separable(4, 4)],
+        4,
+    ),
+    "normalized inputs and activations": ((7,), [NORM, TANH, NORM, {"type": "relu"}, dense(4)], 4),
+    "residual": ((7,), [dense(6), TANH, residual(dense(5), TANH, dense(6), scale=0.5), TANH, dense(4)], 4),
+    "residual around activations": ((7,), [dense(6), residual(TANH, dense(6), TANH), residual(TANH), dense(4)], 4),
+    "residual of classes": ((8,), [separable(8, 4), residual(separable(8, 4), TANH), separable(4, 4)], 4),
+    "residual images": (
+        (2, 6, 6),
+        [{**unbiased(conv(4, 3)[0]), "pad": 1},
+         *[residual(NORM, {"type": "relu"}, {**conv(4, 3)[0], "pad": 1}, residual({"type": "relu"}), NORM, TANH,
+                    {**conv(4, 3)[0], "pad": 1})] * 2,
+         NORM, {"type": "relu"}, {"type": "mean_pool", "size": 3}, FLAT, dense(4)],
+        4,
+    ),
 }  # fmt: skip
+
+
+# Those in which a sample has scores, and a gradient, of its own.
+APART = [name for name, (_, layers, _) in NETWORKS.items() if "batch_norm" not in str(layers)]
 
 
 def make(name):
@@ -89,35 +125,51 @@ def plain_scores(network, layout, w, x):
                 count = piece.last - piece.first
                 rows[piece.first : piece.last] = w[piece.offset : piece.offset + count * p.unit_size].reshape(count, -1)
         tensors[p.name] = rows.reshape(p.shape)
-    scores = []
-    for sample in x.T:
-        a = sample.reshape(network.in_shape)
-        for layer in network.layers:
-            kind = type(layer).__name__
-            if kind == "Dense":
-                weight, bias = tensors[f"{layer.name}.weight"], tensors[f"{layer.name}.bias"]
-                blocks = weight.reshape(layer.groups, -1, layer.group_inputs)
-                used = a[: layer.groups * layer.group_inputs].reshape(layer.groups, -1)
-                a = np.concatenate([m @ v for m, v in zip(blocks, used, strict=True)]) + bias
-            elif kind == "Conv":
-                weight, bias = tensors[f"{layer.name}.weight"], tensors[f"{layer.name}.bias"]
-                outs = []
-                for u in range(layer.units):
-                    first = u // (layer.units // layer.groups) * layer.group_inputs
-                    maps = [correlate2d(a[first + c], weight[u, c], "valid") for c in range(layer.group_inputs)]
-                    outs.append(sum(maps) + bias[u])
-                a = np.stack(outs)
-            elif kind == "Pool":
-                c, h, width = layer.out_shape
-                windows = a[:, : h * layer.size, : width * layer.size].reshape(c, h, layer.size, width, layer.size)
-                a = windows.mean(axis=(2, 4)) if layer.kind == "mean" else windows.max(axis=(2, 4))
-            elif kind == "Flatten":
-                a = a.reshape(-1)
-            else:
-                act = {"sigmoid": lambda v: 1 / (1 + np.exp(-v)), "tanh": np.tanh, "relu": lambda v: v * (v > 0)}
-                a = act.get(layer.kind, lambda v: v)(a)
-        scores.append(a)
-    return np.array(scores).T
+    batch, past = [sample.reshape(network.in_shape) for sample in x.T], []
+    for layer in network.layers:
+        kind = type(layer).__name__
+        if kind == "BatchNorm":
+            # Of all samples at once: the mean and the variance of each unit.
+            axes = (0, *range(2, 1 + len(layer.out_shape)))
+            a = np.stack(batch)
+            a = (a - a.mean(axis=axes, keepdims=True)) / np.sqrt(a.var(axis=axes, keepdims=True) + 1e-5)
+            if layer.affine:
+                shape = (-1, *(1,) * (len(layer.out_shape) - 1))
+                a = a * tensors[f"{layer.name}.weight"].reshape(shape) + tensors[f"{layer.name}.bias"].reshape(shape)
+            batch = list(a)
+        elif kind == "Fork":
+            past.append(batch)
+        elif kind == "Join":
+            batch = [layer.scale * a + b for a, b in zip(batch, past.pop(), strict=True)]
+        else:
+            batch = [plain_layer(kind, layer, tensors, a) for a in batch]
+    return np.array(batch).T
+
+
+def plain_layer(kind, layer, tensors, a):
+    if kind in ("Dense", "Conv"):
+        weight, bias = tensors[f"{layer.name}.weight"], tensors.get(f"{layer.name}.bias", np.zeros(layer.units))
+    if kind == "Dense":
+        blocks = weight.reshape(layer.groups, -1, layer.group_inputs)
+        used = a[: layer.groups * layer.group_inputs].reshape(layer.groups, -1)
+        return np.concatenate([m @ v for m, v in zip(blocks, used, strict=True)]) + bias
+    if kind == "Conv":
+        outs = []
+        for u in range(layer.units):
+            first = u // (layer.units // layer.groups) * layer.group_inputs
+            maps = [correlate2d(a[first + c], weight[u, c], "valid") for c in range(layer.group_inputs)]
+            outs.append(sum(maps) + bias[u])
+        return np.stack(outs)
+    if kind == "Pool":
+        c, h, width = layer.out_shape
+        windows = a[:, : h * layer.size, : width * layer.size].reshape(c, h, layer.size, width, layer.size)
+        return windows.mean(axis=(2, 4)) if layer.kind == "mean" else windows.max(axis=(2, 4))
+    if kind == "Flatten":
+        return a.reshape(-1)
+    if kind == "Pad":
+        return np.pad(a, [(0, 0), (layer.size, layer.size), (layer.size, layer.size)])
+    act = {"sigmoid": lambda v: 1 / (1 + np.exp(-v)), "tanh": np.tanh, "relu": lambda v: v * (v > 0)}
+    return act.get(layer.kind, lambda v: v)(a)
 
 
 @pytest.mark.parametrize("fold", [True, False])
@@ -182,7 +234,7 @@ def test_float32_follows_float64(name):
         assert np.linalg.norm(single - double) <= 1e-5 * np.linalg.norm(double)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", APART)
 def test_gradients_of_samples_are_those_of_minibatches_of_one(name):
     network = make(name)
     layout, w, x, d = random_problem(network, batch=5)
@@ -205,7 +257,7 @@ def test_gradients_of_samples_are_those_of_minibatches_of_one(name):
             model.g.fill(np.nan)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", APART)
 def test_a_model_that_borrows_has_the_gradient_of_one_that_computes(name):
     """Also where its units do not lie side by side in the lender's."""
     network = make(name)
@@ -323,7 +375,7 @@ def test_a_wrong_layer_table_is_named(layers, says):
 
 @pytest.mark.parametrize(
     ("name", "shape", "says"),
-    [("psnet", (1, 9, 9), "use --model mlp"), ("resnet", (1, 28, 28), "choose one of"), ("custom", (4,), "layers")],
+    [("psnet", (1, 9, 9), "use --model mlp"), ("alexnet", (1, 28, 28), "choose one of"), ("custom", (4,), "layers")],
 )
 def test_a_model_that_does_not_fit_says_what_to_use(name, shape, says):
     with pytest.raises(UserError, match=says):
@@ -348,3 +400,61 @@ def test_backward_through_some_steps_is_that_of_all():
     models[1].backward_through(d.copy(), top, last, below)
     models[1].backward_through(below, 0, top - 1)
     np.testing.assert_array_equal(models[1].g, models[0].g)
+
+
+def test_batch_normalization_takes_the_place_of_biases():
+    plain, normalized = (make_network("lenet", (1, 28, 28), 10, batch_norm=on) for on in (False, True))
+    kinds = [type(layer).__name__ for layer in normalized.layers]
+    # Before the activation, behind the pooling that is folded into the convolution.
+    assert kinds[:4] == ["Conv", "Pool", "BatchNorm", "Activation"] and kinds[-1] == "BatchNorm"
+    names = {p.name for p in normalized.layout().parameters}
+    assert "conv1.bias" not in names and {"batch_norm1.weight", "batch_norm1.bias"} <= names
+    # That of the scores has no parameters.
+    assert "batch_norm5.weight" not in names and "batch_norm4.weight" in names
+    assert normalized.layout().size == plain.layout().size + 6 + 16 + 120 + 84 - 10
+
+
+def test_resnet_has_sections_of_residual_blocks():
+    network = make_network("resnet", (3, 32, 32), 10, widths=(8, 16), blocks=(2, 1))
+    kinds = [type(layer).__name__ for layer in network.layers]
+    assert kinds.count("Fork") == kinds.count("Join") == 3
+    convolutions = 3 * 8 * 9 + 2 * 2 * 8 * 8 * 9 + 8 * 16 * 9 + 2 * 16 * 16 * 9
+    assert network.layout().size == convolutions + 2 * (2 * 2 * 8 + 2 * 16 + 16) + 16 * 10 + 10
+    for settings, says in (
+        ({"widths": (8, 8), "blocks": (2,)}, "as many numbers"),
+        ({"widths": (8,) * 7}, "too often"),
+        ({"batch_norm": True}, "say themselves"),
+    ):
+        with pytest.raises(UserError, match=says):
+            make_network("resnet", (3, 32, 32), 10, **settings)
+    with pytest.raises(UserError, match="--blocks"):
+        make_network("lenet", (1, 28, 28), 10, blocks=(2,))
+
+
+@pytest.mark.parametrize(
+    ("table", "says"),
+    [
+        (residual(dense(5)), "are to be added"),
+        (residual(dense(7), scale=0), "scale"),
+        ({"type": "residual"}, "layers"),
+        ({"type": "residual", "layers": 3}, "list of tables"),
+        ({"type": "batch_norm", "affine": 1}, "true or false"),
+        ({**dense(3), "bias": 0}, "true or false"),
+        ({"type": "batch_norm", "units": 3}, "unknown setting"),
+    ],
+)
+def test_blocks_that_do_not_fit_are_named(table, says):
+    with pytest.raises(UserError, match=says):
+        build("it", (7,), [table, dense(4)], 4)
+    with pytest.raises(UserError, match="groups in all"):
+        build("it", (8,), [separable(8, 4), residual(separable(8, 2)), separable(4, 4)], 4)
+
+
+def test_evaluations_take_the_same_minibatches_on_any_number_of_ranks():
+    plain, normalized = (make_network("mlp", (1, 8, 8), 10, batch_norm=on) for on in (False, True))
+    assert [at.stop - at.start for at in plain.evaluation_batches(250)] == [100, 100, 50]
+    for n, count in ((1, 1), (999, 1), (1500, 2), (10_000, 10), (10_001, 10)):
+        batches = normalized.evaluation_batches(n)
+        sizes = [at.stop - at.start for at in batches]
+        assert len(sizes) == count and sum(sizes) == n and max(sizes) - min(sizes) <= 1
+        assert [at.start for at in batches[1:]] == [at.stop for at in batches[:-1]]

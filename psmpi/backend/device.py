@@ -22,7 +22,7 @@ from psmpi.backend.blas import Blas, CublasError
 from psmpi.backend.reference import Convolution, Im2col, Mirror, NumpyOps, Samples, Stripes
 from psmpi.errors import UserError
 
-SOURCES = ("common.cuh", "conv.cu", "layers.cu", "loss.cu", "optim.cu", "samples.cu", "windows.cu")
+SOURCES = ("common.cuh", "conv.cu", "layers.cu", "loss.cu", "norm.cu", "optim.cu", "samples.cu", "windows.cu")
 REALS = {np.dtype(np.float32): "float", np.dtype(np.float64): "double"}
 ACTIVATIONS = {"identity": 0, "sigmoid": 1, "tanh": 2, "relu": 3}
 LOSSES = {"psl": 0, "logistic": 1, "nll": 2, "squared": 3}
@@ -463,6 +463,22 @@ class CupyOps(NumpyOps):
         self.launch("finish_back", dy.dtype, grid, (256,), *shape, y, dy, partial, splits, ACTIVATIONS[kind])
         steps = (stride // dbias.itemsize for stride in dbias.strides)
         self.spread("row_sums", dy.dtype, count * n, count, n, splits, partial, dbias, *steps)
+
+    def normalize(self, x: Any, eps: float, out: Any, scale: Any) -> None:
+        n, m = x.shape
+        self.launch("normalize", x.dtype, (n,), (256,), m, x, eps, out, scale)
+
+    def affine(self, x: Any, gamma: Any, beta: Any, kind: str, y: Any) -> None:
+        n, m = x.shape
+        self.spread("affine", x.dtype, x.size, n, m, x, gamma, beta, ACTIVATIONS[kind], y)
+
+    def normalize_back(
+        self, x: Any, scale: Any, gamma: Any, y: Any, dy: Any, kind: str, dgamma: Any, dbeta: Any
+    ) -> None:
+        n, m = x.shape
+        self.launch(
+            "normalize_back", x.dtype, (n,), (256,), m, x, scale, gamma, y, dy, ACTIVATIONS[kind], dgamma, dbeta
+        )
 
     def convolution(
         self,

@@ -367,6 +367,50 @@ class NumpyOps:
         if dbias is not None:
             self.row_sums(dy, dbias)
 
+    def normalize(self, x: np.ndarray, eps: float, out: np.ndarray, scale: np.ndarray) -> None:
+        """out (n, m) = the rows of x (n, m) less their means, times scale (n,) = 1 / sqrt(their variance + eps).
+
+        out may be x. The variance is that of the m values, not an estimate of a larger population's.
+        """
+        m = x.shape[1]
+        np.mean(x, axis=1, out=scale)
+        np.subtract(x, scale[:, None], out=out)
+        np.einsum("ij,ij->i", out, out, out=scale)
+        scale /= m
+        scale += eps
+        np.sqrt(scale, out=scale)
+        np.divide(1, scale, out=scale)
+        out *= scale[:, None]
+
+    def affine(self, x: np.ndarray, gamma: np.ndarray, beta: np.ndarray, kind: str, y: np.ndarray) -> None:
+        """y (n, m) = activation(gamma (n,) x + beta (n,))."""
+        np.multiply(x, gamma[:, None], out=y)
+        y += beta[:, None]
+        self.activate(kind, y)
+
+    def normalize_back(
+        self,
+        x: np.ndarray,
+        scale: np.ndarray,
+        gamma: np.ndarray,
+        y: np.ndarray,
+        dy: np.ndarray,
+        kind: str,
+        dgamma: np.ndarray,
+        dbeta: np.ndarray,
+    ) -> None:
+        """The adjoint of `normalize` and `affine`, from their outputs x, scale and y: dy (n, m) becomes the gradient of
+        what was normalized, dgamma and dbeta (n,) are those of gamma and beta. x is used up.
+        """
+        m = x.shape[1]
+        self.activate_back(kind, y, dy)
+        np.einsum("ij,ij->i", dy, x, out=dgamma)
+        self.row_sums(dy[None], dbeta[None])
+        x *= (dgamma / m)[:, None]
+        dy -= x
+        dy -= (dbeta / m)[:, None]
+        dy *= (gamma * scale)[:, None]
+
     def transfer(self, table: np.ndarray) -> Transfer:
         """Copies of runs, table (runs, 3) int64 of from, to and length, to be made again and again."""
         return Transfer(table)

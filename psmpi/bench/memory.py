@@ -44,7 +44,7 @@ def memory(config: Config, json: bool = False) -> int:
     world = start()
     model = config.model
     dataset = open_dataset(config.data.dataset, config.data.data_dir)
-    network = make_network(model.model, dataset.shape, dataset.classes, widths=model.widths, layers=model.layers)
+    network = make_network(model.model, dataset.shape, dataset.classes, **model.shape)
     METHODS[config.parallel.method].check(world.size, network, dataset, config)
     batches, steps, rate = plan_steps(dataset, config)
     ranks, cores = host(world)

@@ -17,7 +17,8 @@ from psmpi.errors import UserError
 from psmpi.inspect.opened import Opened
 from psmpi.nn.linear import Segment
 from psmpi.nn.model import Model, Step
-from psmpi.nn.network import Activation, Conv, Pool
+from psmpi.nn.network import Activation, Conv, Join, Pad, Pool
+from psmpi.nn.normalization import EPS
 from psmpi.nn.zoo import make_network
 
 # Widely read: onnxruntime from 1.12 on, and what converts to devices' formats.
@@ -78,9 +79,7 @@ def make_model(opened: Opened, dtype: np.dtype) -> Model:
     """The checkpoint's network, or the subnetwork of its part, for forward calls; mean pooling is not folded."""
     contents = opened.contents
     settings = from_toml(contents.config, str(opened.path)).model
-    network = make_network(
-        settings.model, contents.in_shape, contents.layout.classes, widths=settings.widths, layers=settings.layers
-    )
+    network = make_network(settings.model, contents.in_shape, contents.layout.classes, **settings.shape)
     layout = network.layout()
     classes = range(network.classes) if contents.part is None else contents.part
     runs = layout.part(classes)
@@ -114,12 +113,14 @@ def build_onnx(model: Model) -> Any:
     from onnx import TensorProto, helper
 
     graph = _Graph()
-    value = "x"
+    value, values = "x", ["x"]
     for number, step in enumerate(model.steps):
         name = "scores" if number == len(model.steps) - 1 else None
-        value = graph.step(step, value, model, name if step.activation == "identity" else None)
+        past = values[step.partner] if step.kind == "join" else ""
+        value = graph.step(step, value, model, name if step.activation == "identity" else None, past)
         if step.activation != "identity":
             value = graph.node(ACTIVATIONS[step.activation], [value], name or f"{value}.{step.activation}")
+        values.append(value)
     inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", *model.network.in_shape])]
     outputs = [helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["batch", len(model.classes)])]
     made = helper.make_graph(graph.nodes, model.network.name, inputs, outputs, graph.weights)
@@ -147,8 +148,8 @@ class _Graph:
         self.weights.append(numpy_helper.from_array(np.ascontiguousarray(values), name))
         return name
 
-    def step(self, step: Step, value: str, model: Model, name: str | None) -> str:
-        """Add a layer; returns the name of its output."""
+    def step(self, step: Step, value: str, model: Model, name: str | None, past: str) -> str:
+        """Add a layer, `past` being what went past it; returns the name of its output."""
         name = name or f"{getattr(step.spec, 'name', step.kind)}.{step.kind}.{len(self.nodes)}"
         if step.kind == "linear":
             return self.linear(step, value, model, name)
@@ -157,10 +158,38 @@ class _Graph:
         if step.kind == "activation":
             assert isinstance(step.spec, Activation)
             return self.node(ACTIVATIONS[step.spec.kind], [value], name)
+        if step.kind == "norm":
+            return self.normalization(step, value, name)
+        if step.kind == "pad":
+            assert isinstance(step.spec, Pad)
+            margins = self.constant(f"{name}.margins", np.array([0, 0, 1, 1] * 2) * step.spec.size)
+            return self.node("Pad", [value, margins], name)
+        if step.kind == "fork":
+            return self.node("Identity", [value], name)
+        if step.kind == "join":
+            assert isinstance(step.spec, Join)
+            scale = self.constant(f"{name}.scale", np.array(step.spec.scale, np.float32))
+            return self.node("Add", [self.node("Mul", [value, scale], f"{name}.scaled"), past], name)
         assert isinstance(step.spec, Pool)
         size = [step.spec.size] * 2
         kind = "AveragePool" if step.spec.kind == "mean" else "MaxPool"
         return self.node(kind, [value], name, kernel_shape=size, strides=size)
+
+    def normalization(self, step: Step, value: str, name: str) -> str:
+        """With the minibatch's statistics, as psmpi has it: ONNX's own operator would take stored ones."""
+        assert step.norm is not None
+        axes = [0, *range(2, len(step.shape) + 1)]
+        mean = self.node("ReduceMean", [value], f"{name}.mean", axes=axes)
+        apart = self.node("Sub", [value, mean], f"{name}.apart")
+        square = self.node("Mul", [apart, apart], f"{name}.square")
+        variance = self.node("ReduceMean", [square], f"{name}.variance", axes=axes)
+        eps = self.constant(f"{name}.eps", np.array(EPS, np.float32))
+        deviation = self.node("Sqrt", [self.node("Add", [variance, eps], f"{name}.sum")], f"{name}.deviation")
+        normal = self.node("Div", [apart, deviation], f"{name}.normal")
+        shape = (-1, *(1,) * (len(step.shape) - 1))
+        gamma, beta = (np.concatenate([pair[k] for pair in step.norm.w]).reshape(shape) for k in (0, 1))
+        scaled = self.node("Mul", [normal, self.constant(f"{name}.gamma", gamma)], f"{name}.scaled")
+        return self.node("Add", [scaled, self.constant(f"{name}.beta", beta)], name)
 
     def linear(self, step: Step, value: str, model: Model, name: str) -> str:
         """Stripes of units that see the same number of inputs are one grouped convolution, 1 x 1 for dense layers."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
 from psmpi.comm.group import Counter
+from psmpi.nn.network import Network
 from psmpi.partition import Layout, Rows, Runs
 
 
@@ -54,6 +55,10 @@ class Method(Protocol):
     extras: frozenset[str]
     # This rank's share of the sum of the minibatch losses times their sizes; the shares of all ranks add up to it.
     loss_sum: float
+
+    @staticmethod
+    def warnings(size: int, network: Network) -> Iterable[str]:
+        """What a person should know of this method on `size` ranks with this network."""
 
     def step(self, ids: np.ndarray, lr: float) -> None:
         """One optimizer step on the training samples `ids` (b,)."""

@@ -31,8 +31,7 @@ from psmpi.optim import clip_by_global_norm, make_optimizer
 from psmpi.optim.element_operators import RULES
 from psmpi.partition import Rows, split_evenly
 
-# Samples that a test takes through the layers at a time, and of which the alignment is measured.
-TEST_BATCH = 100
+# Samples of which the alignment is measured.
 ALIGNED = 256
 
 
@@ -122,7 +121,9 @@ class DirectFeedback:
         self.train, self.tests = Resident(dataset.train, samples, self.dtype), Resident(dataset.test, tests, self.dtype)
         self.inputs = int(np.prod(self.model.in_shape))
         self.capacity = 0
-        self.reserve(max(self.batch, TEST_BATCH, min(ALIGNED, dataset.test.n)))
+        self.batches = network.evaluation_batches(dataset.test.n)
+        largest = max(at.stop - at.start for at in self.batches)
+        self.reserve(max(self.batch, largest, min(ALIGNED, dataset.test.n)))
         self.loss_sum = 0.0
 
     @classmethod
@@ -133,6 +134,11 @@ class DirectFeedback:
             raise UserError(
                 f"--method dfa gives each rank a layer at least, and --model {network.name} has {depth} with weights "
                 f"for {size} ranks: start {depth} or fewer"
+            )
+        if network.residual:
+            raise UserError(
+                f"--model {network.name} has residual blocks, and --method dfa deals out single layers: use a network "
+                "without them, or another method"
             )
         layout = network.layout()
         if layout.part(range(network.classes)).size != layout.size:
@@ -155,7 +161,7 @@ class DirectFeedback:
         make_optimizer(o.optimizer, 0, dtype, hyperparameters(config))
 
     @staticmethod
-    def warnings(network: Network) -> Iterator[str]:
+    def warnings(size: int, network: Network) -> Iterator[str]:
         """What a person should know of a network before it is trained so."""
         if any(isinstance(layer, Conv) for layer in network.layers):
             yield "convolutions learn poorly by direct feedback: their weights are shared, and cannot align"
@@ -246,9 +252,9 @@ class DirectFeedback:
         """The vectors are used as they are."""
 
     def test(self) -> Score:
-        totals, n = np.zeros(3), self.dataset.test.n
-        for start in range(0, n, TEST_BATCH):
-            ids = np.arange(start, min(start + TEST_BATCH, n))
+        totals = np.zeros(3)
+        for at in self.batches:
+            ids = np.arange(at.start, at.stop)
             scores = self._apart(self.tests, ids)
             if self.last:
                 labels = self.dataset.test.labels[ids]

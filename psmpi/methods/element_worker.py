@@ -16,9 +16,6 @@ from psmpi.nn.network import Network
 from psmpi.nn.objective import Objective
 from psmpi.partition import Layout, Roles, Worker
 
-# Samples that an evaluation takes through the network at a time.
-TEST_BATCH = 100
-
 
 class ElementWorker:
     """Computes with w_part and fills g_part, both (part.size,), for one column of one replica row.
@@ -74,10 +71,11 @@ class ElementWorker:
             mask.settle()
             self.mask = mask.array
         self.train = Resident(dataset.train, samples, self.dtype, ops)
-        mine = np.array_split(np.arange(dataset.test.n), self.rows)[place.row]
+        # Whole minibatches, the same on any number of rows.
+        batches = network.evaluation_batches(dataset.test.n)
+        self.test_batches = [batches[k] for k in np.array_split(np.arange(len(batches)), self.rows)[place.row]]
+        mine = np.concatenate([np.arange(0), *(np.arange(at.start, at.stop) for at in self.test_batches)])
         self.test_ids = mine if self.pairs is None or self.speaks else mine[:0]
-        self.test_count = len(mine)
-        self.test_labels = dataset.test.labels[mine]
         self.test_samples = Resident(dataset.test, self.test_ids, self.dtype, ops)
         self.capacity, self.labels = 0, ops.mirror(ops.empty(0, np.dtype(np.int64)))
         share = -(-config.data.batch_size // self.rows)
@@ -162,17 +160,15 @@ class ElementWorker:
     def test(self) -> np.ndarray:
         """(sum of losses, correct samples, samples) of the row's slice of the test split; 0 but on its first worker."""
         totals = np.zeros(3)
-        # The same pieces on every worker of the row, whatever its own minibatches.
-        size = max(1, min(TEST_BATCH, self.test_count))
-        self.reserve(size)
-        for start in range(0, self.test_count, size):
-            labels = self.test_labels[start : start + size]
+        self.reserve(max((at.stop - at.start for at in self.test_batches), default=1))
+        for at in self.test_batches:
+            labels = self.dataset.test.labels[at]
             b = len(labels)
             scores = self.scores[: self.dataset.classes * b].reshape(-1, b)
             output = None
             if len(self.test_ids):
                 x = self.x[: self.features * b].reshape(self.features, b)
-                self.test_samples.fetch(self.test_ids[start : start + b], x)
+                self.test_samples.fetch(np.arange(at.start, at.stop), x)
                 output = self.model.forward(x)
             if self.pairs is None:
                 assert output is not None

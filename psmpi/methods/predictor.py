@@ -14,8 +14,6 @@ from psmpi.nn.model import Model
 from psmpi.nn.network import Network
 from psmpi.partition import Layout, make_grid
 
-BATCH = 100
-
 
 class Predictor:
     """The scores of `classes` on one rank of `world`, where all ranks are workers of the score partition.
@@ -27,6 +25,7 @@ class Predictor:
     def __init__(
         self, world: Any, network: Network, layout: Layout, classes: Sequence[int], dtype: np.dtype, ops: NumpyOps
     ):
+        self.network = network
         self.world, self.classes, self.dtype = world, tuple(classes), dtype
         rows = world.size if network.tie() is not None else 0
         grid = make_grid("scores", len(self.classes), world.size, rows)
@@ -44,25 +43,29 @@ class Predictor:
 
     def run(self, split: Split) -> np.ndarray | None:
         """Scores (n, classes) of all samples, on rank 0; None on the others."""
-        mine = np.array_split(np.arange(split.n), self.rows)[self.place.row]
+        batches = self.network.evaluation_batches(split.n)
+        dealt = [[batches[k] for k in some] for some in np.array_split(np.arange(len(batches)), self.rows)]
+        # First and behind the last sample of each row.
+        edges = [(some[0].start, some[-1].stop) if some else (0, 0) for some in dealt]
+        first, behind = edges[self.place.row]
         count = len(self.classes)
-        found = np.empty((len(mine), count), self.dtype)
-        for start in range(0, len(mine), BATCH):
-            ids = mine[start : start + BATCH]
+        found = np.empty((behind - first, count), self.dtype)
+        for at in dealt[self.place.row]:
+            ids = np.arange(at.start, at.stop)
             samples = Resident(split, ids, self.dtype)
             x = np.empty((split.features, len(ids)), self.dtype)
             samples.fetch(ids, x)
             scores = np.empty((count, len(ids)), self.dtype)
             self.row.allgatherv(self.model.forward(x), scores, [n * len(ids) for n in self.columns])
-            found[start : start + len(ids)] = scores.T
+            found[at.start - first : at.stop - first] = scores.T
         if self.world.rank != 0:
-            if self.place.column == 0 and len(mine):
+            if self.place.column == 0 and len(found):
                 self.world.Send(found, dest=0)
             return None
         everything = np.empty((split.n, count), self.dtype)
-        for rank, ids in zip(self.speakers, np.array_split(np.arange(split.n), self.rows), strict=True):
-            if len(ids) and rank != 0:
-                self.world.Recv(everything[ids[0] : ids[-1] + 1], source=rank)
-            elif len(ids):
-                everything[ids] = found
+        for rank, (start, stop) in zip(self.speakers, edges, strict=True):
+            if start < stop and rank != 0:
+                self.world.Recv(everything[start:stop], source=rank)
+            elif start < stop:
+                everything[start:stop] = found
         return everything

@@ -102,6 +102,11 @@ class PartiallySeparable:
         check_roles(network, plan_roles(network.layout(), size, config), config)
         make_optimizer(config.optimization.optimizer, 0, np.dtype(config.model.dtype), hyperparameters(config))
 
+    @staticmethod
+    def warnings(size: int, network: Network) -> tuple[str, ...]:
+        """None."""
+        return ()
+
     def allsum(self, values: np.ndarray) -> np.ndarray:
         """`values` (k,) float64 summed over the shards, in place, the same on every rank that takes part."""
         if not self.counts:
@@ -243,6 +248,11 @@ def check_roles(network: Network, roles: Roles, config: Config) -> None:
         raise UserError(
             f"--partition pairs needs a loss that is a sum over pairs of classes, and --loss {loss.name} is not: use "
             "--loss psl or --loss logistic, or --partition scores"
+        )
+    if network.normalized and (roles.rows > 1 or config.parallel.partition == "pairs"):
+        raise UserError(
+            "with batch normalization every worker of --method psl has to see whole minibatches: use --partition "
+            "scores with --replicas 1 and no more workers than classes, or --method data_parallel"
         )
     check_newton(roles, config)
     if config.data.batch_size < roles.rows:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Iterator, Set
 from typing import Any
 from zlib import crc32
 
@@ -95,6 +95,15 @@ class Replica:
                 f"{size} or more, or fewer ranks"
             )
         make_optimizer(o.optimizer, 0, np.dtype(config.model.dtype), hyperparameters(config))
+
+    @staticmethod
+    def warnings(size: int, network: Network) -> Iterator[str]:
+        """What a person should know of this method on `size` ranks with this network."""
+        if network.normalized and size > 1:
+            yield (
+                "batch normalization takes the statistics of each rank's own slice of a minibatch: the result depends "
+                "on the number of ranks"
+            )
 
     def collect(self) -> None:
         for mirror in self.mirrors.values():

@@ -8,7 +8,7 @@ from zlib import crc32
 import numpy as np
 
 from psmpi.errors import UserError
-from psmpi.nn.network import Activation, Linear, Network
+from psmpi.nn.network import Activation, BatchNorm, Linear, Network
 from psmpi.partition import Layout, Runs
 
 INITS = ("xavier", "he")
@@ -37,8 +37,9 @@ def bounds(network: Network, kind: str, gain: float) -> dict[str, float]:
 def initial_weights(
     network: Network, layout: Layout, runs: Runs, out: np.ndarray, *, seed: int, kind: str = "xavier", gain: float = 1.0
 ) -> None:
-    """Fill `out` (runs.size,) with the initial weights of `runs`; biases are 0."""
+    """Fill `out` (runs.size,) with the initial weights of `runs`; biases are 0, scales of batch normalization 1."""
     widths = bounds(network, kind, gain)
+    ones = {f"{layer.name}.weight" for layer in network.layers if isinstance(layer, BatchNorm)}
     for piece in layout.pieces():
         parameter = layout.parameters[piece.parameter]
         size = parameter.unit_size
@@ -46,7 +47,7 @@ def initial_weights(
         for start, stop in (span & runs).intervals:
             into = out[runs.local(start, stop)]
             if parameter.name not in widths:
-                into[:] = 0
+                into[:] = parameter.name in ones
                 continue
             a, key = widths[parameter.name], crc32(parameter.name.encode())
             first = (start - piece.offset) // size

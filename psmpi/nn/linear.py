@@ -91,7 +91,8 @@ def find_segments(layer: Linear, layout: Layout, part: Runs, kept: np.ndarray, p
     kept: (units,) bool, the output units that the part computes; positions: (inputs,) local index of each kept input.
     """
     names = [p.name for p in layout.parameters]
-    weight, bias = names.index(f"{layer.name}.weight"), names.index(f"{layer.name}.bias")
+    weight = names.index(f"{layer.name}.weight")
+    bias = names.index(f"{layer.name}.bias") if layer.bias else -1
     local = np.cumsum(kept) - 1
     per_group = layer.units // layer.groups
     biases = {p.first: p.offset for p in layout.pieces() if p.parameter == bias}
@@ -104,7 +105,7 @@ def find_segments(layer: Linear, layout: Layout, part: Runs, kept: np.ndarray, p
         )
         for a, b in itertools.pairwise(edges):
             w_at = piece.offset + (a - piece.first) * layer.unit_size
-            b_at = biases[piece.first] + a - piece.first
+            b_at = biases[piece.first] + a - piece.first if layer.bias else -1
             stripes.append(
                 Segment(
                     count=1,
@@ -115,7 +116,8 @@ def find_segments(layer: Linear, layout: Layout, part: Runs, kept: np.ndarray, p
                     source_step=0,
                     weight=part.local(w_at, w_at + 1).start,
                     weight_step=0,
-                    bias=part.local(b_at, b_at + 1).start,
+                    # Without biases a place in zeros, one for each unit.
+                    bias=part.local(b_at, b_at + 1).start if layer.bias else int(local[a]),
                     bias_step=0,
                     row_step=layer.unit_size,
                     row_length=layer.unit_size,
@@ -179,8 +181,14 @@ class LinearPart:
         )
 
     def bind(self, w: np.ndarray, g: np.ndarray | None) -> None:
-        self.w = [(s.weights(w, self.ops), s.biases(w, self.ops)) for s in self.segments]
-        self.g = [(s.weights(g, self.ops), s.biases(g, self.ops)) for s in self.segments] if g is not None else []
+        # What stands for biases that the layer has not: they are 0, and their gradients go nowhere.
+        biases, dbiases = w, g
+        if not self.layer.bias:
+            biases, dbiases = (self.ops.zeros(self.units, w.dtype) for _ in range(2))
+        self.w = [(s.weights(w, self.ops), s.biases(biases, self.ops)) for s in self.segments]
+        if g is not None:
+            assert dbiases is not None
+            self.g = [(s.weights(g, self.ops), s.biases(dbiases, self.ops)) for s in self.segments]
 
     def arrays(self) -> list[np.ndarray]:
         """What it holds besides weights, activations, their gradients and scratch."""

@@ -9,14 +9,28 @@ import numpy as np
 
 from psmpi.backend import NumpyOps
 from psmpi.nn.linear import ConvPart, DensePart, LinearPart, Scratch, Sums, find_segments
-from psmpi.nn.network import Activation, Conv, Dense, Flatten, LayerSpec, Linear, Network, Pool
+from psmpi.nn.network import (
+    Activation,
+    BatchNorm,
+    Conv,
+    Dense,
+    Flatten,
+    Fork,
+    Join,
+    LayerSpec,
+    Linear,
+    Network,
+    Pad,
+    Pool,
+)
+from psmpi.nn.normalization import NormPart
 from psmpi.partition import Layout, Runs
 
 
 class Step:
     """One layer of a part in place: `size` elements of output a sample, of the network's units those `kept`.
 
-    A linear or a pooling layer makes the activation that follows it too.
+    A linear, a pooling or a normalizing layer makes the activation that follows it too.
     """
 
     def __init__(
@@ -27,9 +41,13 @@ class Step:
         shape: tuple[int, ...] = (),
         linear: LinearPart | None = None,
         activation: str = "identity",
+        norm: NormPart | None = None,
     ):
         self.kind, self.spec, self.kept, self.linear, self.activation = kind, spec, kept, linear, activation
         self.shape = (int(kept.sum()), *shape)
+        self.norm = norm
+        # Of a fork or a join, the number of its partner among the steps.
+        self.partner = -1
 
     @property
     def size(self) -> int:
@@ -43,8 +61,9 @@ class Model:
     `layout.part(classes)`. With g = None there is no backward. Activations put the minibatch last. Buffers are
     allocated by `reserve`, not by the step. With `fold`, mean pooling right after a convolution is folded into its
     kernel. With a `lender`, a model of these classes and others, `borrow` takes the place of `forward`: the outputs are
-    the lender's, and so is the scratch. With `layers`, (first, behind the last), these alone: the part is of them, and
-    the model goes from the outputs of the layer before the first to those of the last.
+    the lender's, and so is the scratch (ValueError for a network with batch normalization). With `layers`, (first,
+    behind the last), these alone: the part is of them, and the model goes from the outputs of the layer before the
+    first to those of the last.
     """
 
     def __init__(
@@ -73,6 +92,8 @@ class Model:
                     f"{vector.dtype}"
                 )
         self.w, self.g, self.dtype = w, g, w.dtype
+        if lender is not None and network.normalized:
+            raise ValueError("what batch normalization makes cannot be borrowed")
         self.lender = lender
         # Told the number of each step with weights when `backward` has made its gradient.
         self.finished: Callable[[int], None] | None = None
@@ -86,6 +107,7 @@ class Model:
 
     def _make_steps(self, fold: bool) -> list[Step]:
         steps: list[Step] = []
+        open_forks: list[int] = []
         first, behind = self.layers
         masks = self.network.kept(self.classes)
         shape = self.network.layers[first].in_shape
@@ -117,6 +139,20 @@ class Model:
                 steps.append(Step("flatten", layer, kept))
             elif isinstance(layer, Pool):
                 steps.append(Step("pool", layer, kept, layer.out_shape[1:], activation=_next_activation(layers)))
+            elif isinstance(layer, BatchNorm):
+                norm = NormPart(layer, self.layout, self.part, kept, self.ops, self.dtype)
+                norm.bind(self.w, self.g)
+                activation = _next_activation(layers)
+                steps.append(Step("norm", layer, kept, layer.out_shape[1:], activation=activation, norm=norm))
+            elif isinstance(layer, Pad):
+                steps.append(Step("pad", layer, kept, layer.out_shape[1:]))
+            elif isinstance(layer, Fork):
+                open_forks.append(len(steps))
+                steps.append(Step("fork", layer, kept, layer.out_shape[1:]))
+            elif isinstance(layer, Join):
+                steps.append(Step("join", layer, kept, layer.out_shape[1:]))
+                fork = open_forks.pop()
+                steps[-1].partner, steps[fork].partner = fork, len(steps) - 1
             elif isinstance(layer, Activation) and layer.kind != "identity":
                 steps.append(Step("activation", layer, kept, layer.out_shape[1:]))
         return steps
@@ -130,11 +166,13 @@ class Model:
         self.outputs: list[np.ndarray] = []
         self.buffers: list[np.ndarray | None] = []
         # Flattening is a view, and activations work in place on the output before: but not on the minibatch, and not on
-        # the output of another activation, which its backward pass needs.
+        # the output of another activation, which its backward pass needs, and not on what goes past a residual block.
         writable = False
         for k, step in enumerate(self.steps):
-            in_place = step.kind == "flatten" or (step.kind == "activation" and writable)
-            fresh = step.kind in ("linear", "pool") and step.activation == "identity"
+            in_place = step.kind in ("flatten", "fork") or (step.kind in ("activation", "join") and writable)
+            fresh = step.kind in ("linear", "pool", "norm", "pad", "join") and step.activation == "identity"
+            if step.norm is not None:
+                step.norm.reserve(0 if writable else step.size * batch)
             writable = fresh or (step.kind == "flatten" and writable)
             if self.lender is not None:
                 in_place = isinstance(self.borrowed[k], slice)
@@ -145,24 +183,27 @@ class Model:
             return
         # A gradient lives until the layer below has made its own from it: two buffers take turns.
         for k, step in enumerate(self.steps):
-            if k > self._lowest() and step.kind in ("linear", "pool"):
+            if k > self._lowest() and step.kind in ("linear", "pool", "pad"):
                 for turn in (0, 1):
                     self.scratch.take(f"gradient {turn}", self.steps[k - 1].size, batch)
             if step.kind == "pool":
                 self.scratch.take("pooled", step.size, batch)
+            if step.kind == "join":
+                self.scratch.take(f"past {step.partner}", step.size, batch)
 
     def _lowest(self) -> int:
         """The first layer with weights; below it no gradient is needed."""
-        return next(k for k, step in enumerate(self.steps) if step.linear is not None)
+        return next(k for k, step in enumerate(self.steps) if step.linear is not None or step.norm is not None)
 
     def filled(self) -> list[tuple[int, int, int]]:
         """(start, stop, step) of the runs of g that each step with weights fills in `backward`."""
         names = [p.name for p in self.layout.parameters]
         found = []
         for number, step in enumerate(self.steps):
-            if step.linear is None:
+            if step.linear is None and step.norm is None:
                 continue
-            own = {names.index(f"{step.linear.layer.name}.{kind}") for kind in ("weight", "bias")}
+            assert isinstance(step.spec, LayerSpec)
+            own = {names.index(parameter.name) for parameter in step.spec.parameters()}
             for piece in self.layout.pieces():
                 if piece.parameter in own:
                     size = self.layout.parameters[piece.parameter].unit_size * (piece.last - piece.first)
@@ -179,7 +220,8 @@ class Model:
     @property
     def buffer_bytes(self) -> int:
         """Bytes of the outputs' gradients and of scratch, where they are not a lender's."""
-        arrays = [a for step in self.steps if step.linear is not None for a in step.linear.arrays()]
+        parts = [part for step in self.steps for part in (step.linear, step.norm) if part is not None]
+        arrays = [a for part in parts for a in part.arrays()]
         return sum(a.nbytes for a in arrays) + (self.scratch.nbytes if self.lender is None else 0)
 
     def forward(self, x: np.ndarray) -> np.ndarray:
@@ -202,6 +244,18 @@ class Model:
                 assert isinstance(step.spec, Pool)
                 pool = self.ops.mean_pool if step.spec.kind == "mean" else self.ops.max_pool
                 pool(previous, step.spec.size, y, step.activation)
+            elif step.norm is not None:
+                step.norm.forward(previous, y, step.activation)
+            elif step.kind == "pad":
+                y.fill(0)
+                y[_inside(step)] = previous
+            elif step.kind == "join":
+                assert isinstance(step.spec, Join)
+                if buffer is not None:
+                    y[...] = previous
+                if step.spec.scale != 1:
+                    self.ops.scale(y.reshape(-1), step.spec.scale)
+                y += self.outputs[step.partner]
             elif step.kind == "activation":
                 assert isinstance(step.spec, Activation)
                 if buffer is not None:
@@ -235,7 +289,7 @@ class Model:
         turn = 0
         for k in range(last, first - 1, -1):
             below = dx if k == first else None
-            if k > first and self.steps[k].kind in ("linear", "pool"):
+            if k > first and self.steps[k].kind in ("linear", "pool", "pad"):
                 below, turn = self.scratch.take(f"gradient {turn}", *self.outputs[k].shape), 1 - turn
             dy = self._step_back(k, dy, below, None)
 
@@ -249,7 +303,7 @@ class Model:
         lowest = self._lowest()
         for k in range(len(self.steps) - 1, lowest - 1, -1):
             dx = None
-            if k > lowest and self.steps[k].kind in ("linear", "pool"):
+            if k > lowest and self.steps[k].kind in ("linear", "pool", "pad"):
                 dx = self.scratch.take(f"gradient {turn}", *self.outputs[k].shape)
                 turn = 1 - turn
             dy = self._step_back(k, dy, dx, sums)
@@ -263,6 +317,25 @@ class Model:
             return dy
         if step.kind == "flatten":
             return dy.reshape(x.shape)
+        if step.kind == "join":
+            assert isinstance(step.spec, Join)
+            self.scratch.take(f"past {step.partner}", *y.shape)[...] = dy
+            if step.spec.scale != 1:
+                self.ops.scale(dy.reshape(-1), step.spec.scale)
+            return dy
+        if step.kind == "fork":
+            dy += self.scratch.take(f"past {k}", *y.shape)
+            return dy
+        if step.norm is not None:
+            step.norm.backward(x, y, dy, step.activation)
+            if self.finished is not None:
+                self.finished(k)
+            return dy
+        if step.kind == "pad":
+            if dx is not None:
+                dx[...] = dy[_inside(step)]
+                return dx
+            return dy
         if step.linear is not None:
             step.linear.backward(x, y, dy, dx, sums)  # type: ignore[attr-defined]
             if self.finished is not None:
@@ -275,6 +348,13 @@ class Model:
             else:
                 self.ops.max_pool_back(x, self.scratch.take("pooled", *y.shape), dy, step.spec.size, dx)
         return dy if dx is None else dx
+
+
+def _inside(step: Step) -> tuple[slice, ...]:
+    """Where the image lies that a step has padded."""
+    assert isinstance(step.spec, Pad)
+    margin = slice(step.spec.size, -step.spec.size)
+    return slice(None), margin, margin
 
 
 def layer_runs(network: Network, layout: Layout, first: int, behind: int) -> Runs:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
@@ -64,6 +65,7 @@ class Linear(LayerSpec):
     """Weights in `groups` groups: output unit u of group m sees the `group_inputs` consecutive inputs of block m."""
 
     groups: int
+    bias: bool = field(default=True, kw_only=True)
 
     @property
     def units(self) -> int:
@@ -83,6 +85,9 @@ class Linear(LayerSpec):
         """(fan_in, fan_out) of one group, for the initialisation."""
         return self.group_inputs, self.units // self.groups
 
+    def _bias(self) -> tuple[Parameter, ...]:
+        return (Parameter(f"{self.name}.bias", (self.units,), self.units),) if self.bias else ()
+
     def sources(self, uses: Uses) -> Uses:
         n = self.group_inputs
         groups = enumerate(_grouped(uses, self.units // self.groups, self.groups))
@@ -97,10 +102,7 @@ class Dense(Linear):
     def parameters(self) -> tuple[Parameter, ...]:
         size = (self.units, self.group_inputs)
         shape = size if self.groups == 1 else (self.groups, self.units // self.groups, self.group_inputs)
-        return (
-            Parameter(f"{self.name}.weight", shape, self.units),
-            Parameter(f"{self.name}.bias", (self.units,), self.units),
-        )
+        return Parameter(f"{self.name}.weight", shape, self.units), *self._bias()
 
 
 @dataclass(frozen=True)
@@ -119,10 +121,42 @@ class Conv(Linear):
 
     def parameters(self) -> tuple[Parameter, ...]:
         shape = (self.units, self.group_inputs, self.kernel, self.kernel)
-        return (
-            Parameter(f"{self.name}.weight", shape, self.units),
-            Parameter(f"{self.name}.bias", (self.units,), self.units),
-        )
+        return Parameter(f"{self.name}.weight", shape, self.units), *self._bias()
+
+
+@dataclass(frozen=True)
+class BatchNorm(LayerSpec):
+    """Each unit's values over the minibatch less their mean, over their standard deviation; then scaled and shifted.
+
+    Ioffe and Szegedy (2015), with the statistics of the minibatch in evaluations too: none are kept. With `affine`, the
+    scale and the shift are parameters; else there are none.
+    """
+
+    affine: bool
+
+    def parameters(self) -> tuple[Parameter, ...]:
+        units = self.out_shape[0]
+        names = ("weight", "bias") if self.affine else ()
+        return tuple(Parameter(f"{self.name}.{name}", (units,), units) for name in names)
+
+
+@dataclass(frozen=True)
+class Pad(LayerSpec):
+    """`size` rows and columns of zeros around each image."""
+
+    size: int
+
+
+@dataclass(frozen=True)
+class Fork(LayerSpec):
+    """Where a residual block begins: what comes in goes into the branch and past it, to the Join of the same block."""
+
+
+@dataclass(frozen=True)
+class Join(LayerSpec):
+    """Where a residual block ends: `scale` times what comes out of the branch, plus what went past it."""
+
+    scale: float
 
 
 @dataclass(frozen=True)
@@ -163,13 +197,40 @@ class Network:
     def linear(self) -> tuple[Linear, ...]:
         return tuple(layer for layer in self.layers if isinstance(layer, Linear))
 
+    @property
+    def normalized(self) -> bool:
+        """Whether scores of a sample depend on the others of its minibatch, through batch normalization."""
+        return any(isinstance(layer, BatchNorm) for layer in self.layers)
+
+    @property
+    def residual(self) -> bool:
+        return any(isinstance(layer, Fork) for layer in self.layers)
+
+    def evaluation_batches(self, samples: int) -> list[slice]:
+        """The minibatches that an evaluation of `samples` samples takes, in their order, whoever takes them.
+
+        They stay in the cache; with batch normalization they are large, for the sake of its statistics, and no last one
+        is much smaller.
+        """
+        if not self.normalized:
+            return [slice(k, min(k + 100, samples)) for k in range(0, samples, 100)]
+        edges = np.linspace(0, samples, 1 + max(1, round(samples / 1000))).astype(int).tolist()
+        return [slice(a, b) for a, b in itertools.pairwise(edges) if a < b]
+
     def uses(self) -> list[Uses]:
         """For each layer, which classes' scores depend on its output units."""
         uses: Uses = tuple((c, c + 1, frozenset([c])) for c in range(self.classes))
-        found = []
+        found, past = [], []
         for layer in reversed(self.layers):
             found.append(uses)
+            if isinstance(layer, Join):
+                past.append(uses)
             uses = layer.sources(uses)
+            if isinstance(layer, Fork) and uses != past.pop():
+                raise UserError(
+                    f"model {self.name!r}, {layer.name}: the units that go past this residual block are not of the "
+                    "same classes as those that its branch reads: use as many groups in all of its layers"
+                )
         return found[::-1]
 
     def kept(self, classes: Sequence[int]) -> list[np.ndarray]:
@@ -208,12 +269,29 @@ def build(name: str, in_shape: tuple[int, ...], layers: Sequence[Mapping[str, An
     """A network from layer tables, the form of a configuration file's [[model.layers]].
 
     Each table has `type` (dense, separable_dense, conv, separable_conv, mean_pool, max_pool, sigmoid, tanh, relu,
-    identity, flatten) and that type's settings: `units`, `groups`, `channels`, `kernel`, `size`. UserError names the
-    layer and what does not fit.
+    identity, flatten, batch_norm, residual) and that type's settings: `units`, `groups`, `channels`, `kernel`, `pad`,
+    `size`, `bias` (true), `affine` (true), and of residual `layers` and `scale` (1.0). UserError names the layer and
+    what does not fit.
     """
-    shape = tuple(in_shape)
     specs: list[LayerSpec] = []
-    counts: dict[str, int] = {}
+    shape = _append(specs, layers, tuple(in_shape), name, {})
+    network = Network(name, tuple(in_shape), tuple(specs))
+    if not specs or not network.linear:
+        raise UserError(f"model {name!r} has no layer with weights")
+    if shape != (classes,):
+        raise UserError(
+            f"model {name!r} ends in shape {shape}; the data set has {classes} classes: expected ({classes},)"
+        )
+    network.uses()
+    return network
+
+
+def _append(
+    specs: list[LayerSpec], layers: Any, shape: tuple[int, ...], name: str, counts: dict[str, int]
+) -> tuple[int, ...]:
+    """Append the layers of these tables to `specs`; returns the shape that they end in."""
+    if not isinstance(layers, Sequence) or isinstance(layers, str):
+        raise UserError(f"model {name!r}: layers = {layers!r}; expected a list of tables")
     for table in layers:
         if not isinstance(table, Mapping):
             raise UserError(
@@ -226,21 +304,30 @@ def build(name: str, in_shape: tuple[int, ...], layers: Sequence[Mapping[str, An
         label = f"{base}{counts[base]}"
         where = f"model {name!r}, layer {len(specs) + 1} ({label})"
         try:
-            spec = _layer(kind, label, shape, settings, where)
+            if kind == "residual":
+                scale = settings.pop("scale", 1.0)
+                if not isinstance(scale, float | int) or isinstance(scale, bool) or not 0 < abs(scale) <= 1e6:
+                    raise UserError(f"{where}: scale = {scale!r}; expected a number other than 0")
+                specs.append(Fork(label, shape, shape))
+                behind = _append(specs, settings.pop("layers"), shape, name, counts)
+                if behind != shape:
+                    raise UserError(f"{where}: its layers make {behind} of {shape}, and the two are to be added")
+                specs.append(Join(label, shape, shape, float(scale)))
+            else:
+                pad = settings.pop("pad", 0) if base == "conv" else 0
+                if not isinstance(pad, int) or isinstance(pad, bool) or pad < 0:
+                    raise UserError(f"{where}: pad = {pad!r}; expected a whole number")
+                if pad and len(shape) == 3:
+                    padded = (shape[0], shape[1] + 2 * pad, shape[2] + 2 * pad)
+                    specs.append(Pad(f"{label}.pad", shape, padded, pad))
+                    shape = padded
+                specs.append(_layer(kind, label, shape, settings, where))
         except KeyError as missing:
             raise UserError(f"{where}: a {kind} layer needs {missing}") from None
         if settings:
             raise UserError(f"{where}: unknown setting(s) {', '.join(settings)} for a {kind} layer")
-        specs.append(spec)
-        shape = spec.out_shape
-    network = Network(name, tuple(in_shape), tuple(specs))
-    if not specs or not network.linear:
-        raise UserError(f"model {name!r} has no layer with weights")
-    if shape != (classes,):
-        raise UserError(
-            f"model {name!r} ends in shape {shape}; the data set has {classes} classes: expected ({classes},)"
-        )
-    return network
+        shape = specs[-1].out_shape
+    return shape
 
 
 def _layer(kind: str, label: str, shape: tuple[int, ...], settings: dict[str, Any], where: str) -> LayerSpec:
@@ -248,6 +335,12 @@ def _layer(kind: str, label: str, shape: tuple[int, ...], settings: dict[str, An
         value = settings.pop(key)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise UserError(f"{where}: {key} = {value!r}; expected a whole number above 0")
+        return value
+
+    def flag(key: str) -> bool:
+        value = settings.pop(key, True)
+        if not isinstance(value, bool):
+            raise UserError(f"{where}: {key} = {value!r}; expected true or false")
         return value
 
     def image() -> tuple[int, int, int]:
@@ -273,7 +366,7 @@ def _layer(kind: str, label: str, shape: tuple[int, ...], settings: dict[str, An
             raise UserError(f"{where}: a kernel of {kernel} x {kernel} does not fit in {h} x {w}")
         if units % groups or c % groups:
             raise UserError(f"{where}: {c} input and {units} output channels do not divide into {groups} groups")
-        return Conv(label, shape, (units, h - kernel + 1, w - kernel + 1), groups, kernel)
+        return Conv(label, shape, (units, h - kernel + 1, w - kernel + 1), groups, kernel, bias=flag("bias"))
     if kind in ("dense", "separable_dense"):
         if len(shape) != 1:
             raise UserError(
@@ -283,6 +376,11 @@ def _layer(kind: str, label: str, shape: tuple[int, ...], settings: dict[str, An
         groups = take("groups") if kind == "separable_dense" else 1
         if units % groups or shape[0] < groups:
             raise UserError(f"{where}: {shape[0]} inputs and {units} units cannot be cut into {groups} groups")
-        return Dense(label, shape, (units,), groups)
-    known = "dense, separable_dense, conv, separable_conv, mean_pool, max_pool, flatten, " + ", ".join(ACTIVATIONS)
+        return Dense(label, shape, (units,), groups, bias=flag("bias"))
+    if kind == "batch_norm":
+        return BatchNorm(label, shape, shape, flag("affine"))
+    known = (
+        "dense, separable_dense, conv, separable_conv, mean_pool, max_pool, flatten, batch_norm, residual, "
+        + ", ".join(ACTIVATIONS)
+    )
     raise UserError(f"{where}: unknown layer type {kind!r}; known are {known}")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from psmpi.errors import UserError
-from psmpi.nn.network import Network, build
+from psmpi.nn.network import ACTIVATIONS, Network, build
 
 Table = dict[str, Any]
 
@@ -39,7 +39,39 @@ def _mlp(widths: Sequence[int], classes: int, shape: tuple[int, ...]) -> list[Ta
     return [*tables, {"type": "dense", "units": classes}]
 
 
-MODELS = ("psnet", "psnet-24", "psnet-35", "lenet", "mlp", "custom")
+def _resnet(channels: Sequence[int], blocks: Sequence[int], classes: int, size: int) -> list[Table]:
+    """Sections of residual blocks with pre-activation (He et al. 2016), the images halved between sections."""
+    tables: list[Table] = []
+    for number, (count, width) in enumerate(zip(blocks, channels, strict=True)):
+        if number:
+            tables.append({"type": "mean_pool", "size": 2})
+            size //= 2
+        tables.append({"type": "conv", "channels": width, "kernel": 3, "pad": 1, "bias": False})
+        branch = [
+            {"type": "batch_norm"},
+            {"type": "relu"},
+            {"type": "conv", "channels": width, "kernel": 3, "pad": 1, "bias": False},
+        ] * 2
+        tables += [{"type": "residual", "layers": branch} for _ in range(count)]
+    end: list[Table] = [{"type": "batch_norm"}, {"type": "relu"}, {"type": "mean_pool", "size": size}]
+    return [*tables, *end, {"type": "flatten"}, {"type": "dense", "units": classes}]
+
+
+def _normalized(tables: Sequence[Table]) -> list[Table]:
+    """The layers with batch normalization in place of biases: before activations, and of scores without parameters."""
+    found: list[Table] = []
+    waiting = False
+    for table in tables:
+        linear = table["type"] in ("dense", "separable_dense", "conv", "separable_conv")
+        if waiting and (linear or table["type"] in ACTIVATIONS):
+            found.append({"type": "batch_norm"})
+            waiting = False
+        found.append({**table, "bias": False} if linear else table)
+        waiting = waiting or linear
+    return [*found, {"type": "batch_norm", "affine": False}] if waiting else found
+
+
+MODELS = ("psnet", "psnet-24", "psnet-35", "lenet", "mlp", "resnet", "custom")
 
 
 def make_network(
@@ -49,14 +81,23 @@ def make_network(
     *,
     widths: Sequence[int] = (),
     layers: Sequence[Table] = (),
+    blocks: Sequence[int] = (),
+    batch_norm: bool = False,
 ) -> Network:
     """The network called `name` for samples of `in_shape` (per sample) and `classes` classes.
 
     `psnet` is `psnet-24` on 28 x 28 images (`psnet-35` has separable layers 35/15/1 instead of 24/15/1), its CIFAR-10
-    sister on 32 x 32 and a small one on 8 x 8; `mlp` has hidden `widths` (1024, 1024 by default) with ReLU; `custom`
-    is described layer by layer in `layers` (see psmpi.nn.network.build). UserError where the name or the shape is not
-    known.
+    sister on 32 x 32 and a small one on 8 x 8; `mlp` has hidden `widths` (1024, 1024 by default) with ReLU; `resnet`
+    has sections of `widths` channels (16 and 32) with `blocks` residual blocks each (3); `custom` is described layer by
+    layer in `layers` (see psmpi.nn.network.build). With `batch_norm` the other ones have batch normalization instead of
+    biases. UserError where the name or the shape is not known.
     """
+    if batch_norm and name in ("resnet", "custom"):
+        raise UserError(
+            f"--batch-norm is for networks that do not say themselves where it goes, as --model {name} does"
+        )
+    if blocks and name != "resnet":
+        raise UserError(f"--blocks are those of --model resnet; --model {name} has none")
     if name == "custom":
         if not layers:
             raise UserError(
@@ -65,21 +106,33 @@ def make_network(
         return build(name, in_shape, layers, classes)
     if layers:
         raise UserError(f"the configuration has [[model.layers]] but --model is {name!r}: use --model custom")
+    finish = _normalized if batch_norm else list
     if name == "mlp":
-        return build(name, in_shape, _mlp(widths or (1024, 1024), classes, in_shape), classes)
+        return build(name, in_shape, finish(_mlp(widths or (1024, 1024), classes, in_shape)), classes)
     size = in_shape[1:] if len(in_shape) == 3 else ()
+    if name == "resnet" and size and size[0] == size[1]:
+        channels = tuple(widths or (16, 32))
+        counts = tuple(blocks or (3,) * len(channels))
+        if len(channels) != len(counts) or min((*channels, *counts)) < 1:
+            raise UserError(
+                f"--widths {' '.join(map(str, channels))} --blocks {' '.join(map(str, counts))}: --model resnet needs "
+                "as many numbers of channels as of blocks, all above 0"
+            )
+        if size[0] >> (len(channels) - 1) < 1:
+            raise UserError(f"--widths: {len(channels)} sections halve images of {size[0]} pixels too often; use fewer")
+        return build(name, in_shape, _resnet(channels, counts, classes, size[0]), classes)
     if name in ("psnet", "psnet-24", "psnet-35"):
         if size == (28, 28):
             convolutions, widths = [_conv(40, 5), _conv(3 * classes, 5)], (35 if name == "psnet-35" else 24, 15)
-            return build(name, in_shape, _psnet(convolutions, widths, classes), classes)
+            return build(name, in_shape, finish(_psnet(convolutions, widths, classes)), classes)
         if size == (32, 32) and name == "psnet":
             convolutions = [_conv(60, 5), _conv(3 * classes, 5)]
-            return build(name, in_shape, _psnet(convolutions, (35, 15), classes), classes)
+            return build(name, in_shape, finish(_psnet(convolutions, (35, 15), classes)), classes)
         if size == (8, 8) and name == "psnet":
             convolutions = [_conv(12, 3, pool=1), _conv(3 * classes, 3)]
-            return build(name, in_shape, _psnet(convolutions, (10,), classes), classes)
+            return build(name, in_shape, finish(_psnet(convolutions, (10,), classes)), classes)
     if name == "lenet" and size in ((28, 28), (32, 32)):
-        return build(name, in_shape, _lenet((120, 84) if size == (28, 28) else (200, 100), classes), classes)
+        return build(name, in_shape, finish(_lenet((120, 84) if size == (28, 28) else (200, 100), classes)), classes)
     if name in MODELS:
         raise UserError(
             f"--model {name} is not made for samples of shape {in_shape}: use --model mlp, or --model custom with the "
