@@ -78,14 +78,16 @@ class Objective:
 class Parallel:
     """Who computes and holds what."""
 
-    method: Literal["psl", "data_parallel", "local_sgd", "dfa"] = "psl"
+    method: Literal["psl", "data_parallel", "local_sgd", "dfa", "ist"] = "psl"
     """Training method: psl, the partially-separable loss, each rank its part of the network; data_parallel, each rank
     the whole network and a slice of each minibatch; local_sgd, so, but ranks step alone and average now and then; dfa,
-    direct feedback alignment, each rank some layers, which learn from the error of the scores alone."""
+    direct feedback alignment, each rank some layers, which learn from the error of the scores alone; ist, independent
+    subnets, each worker a random part of all layers, new each round."""
     partition: Literal["scores", "pairs"] = "scores"
     """What a worker owns: the subnetwork of some scores, or the element losses of some pairs of classes."""
     placement: Literal["master", "owner"] = "master"
-    """Who steps a worker's private weights: the masters, or the worker that owns them."""
+    """Who steps a worker's private weights: the masters, or the worker that owns them. ist: who holds the network, the
+    masters or all ranks."""
     masters: int = 1
     """Ranks, from rank 0 on, that share the weights and the optimizer state."""
     colocate: bool = False
@@ -130,7 +132,7 @@ class Replicated:
     qsgd_levels: int = 15
     """Multiples that qsgd rounds to, 1 to 127."""
     local_steps: int = 20
-    """Steps of a rank alone between two averages in local_sgd."""
+    """Steps of a rank alone between two averages in local_sgd, or in a round of ist."""
     outer_lr: float = 1.0
     """Learning rate of local_sgd's outer optimizer; 1 without momentum is the mean. DiLoCo: 0.7."""
     outer_momentum: float = 0.0
@@ -147,6 +149,22 @@ class Alignment:
     """Seed of these matrices."""
     feedback_scale: float = 1.0
     """Factor of these matrices: in effect one of the hidden layers' learning rate."""
+
+
+@dataclass(frozen=True)
+class Subnets:
+    """Independent subnets (ist)."""
+
+    deal: Literal["units", "blocks"] = "units"
+    """What is dealt to the workers each round: neurons and channels of each layer, or residual blocks (ResIST)."""
+    strata: bool = False
+    """Deal out each of as many equal groups of units as there are workers on its own: equal messages."""
+    subnet_seed: int = 0
+    """Seed of what is dealt to whom."""
+    min_blocks: int = 1
+    """Residual blocks of a worker at least; where there are fewer, workers share some, and these are averaged."""
+    optimizer_state: Literal["reset", "travel"] = "reset"
+    """A fresh optimizer each round, or its state goes with the weights."""
 
 
 @dataclass(frozen=True)
@@ -263,6 +281,7 @@ class Config:
     parallel: Parallel = field(default_factory=Parallel)
     replicated: Replicated = field(default_factory=Replicated)
     alignment: Alignment = field(default_factory=Alignment)
+    subnets: Subnets = field(default_factory=Subnets)
     optimization: Optimization = field(default_factory=Optimization)
     run: Run = field(default_factory=Run)
     config: Annotated[str, arg(metavar="FILE.toml")] = ""
@@ -283,28 +302,32 @@ def defaults(argv: Sequence[str]) -> Config:
     return read_file(path) if path else Config()
 
 
-# The settings that one method alone has: their group and names.
-OF_METHODS = {
-    "psl": ("parallel", ("partition", "placement", "masters", "colocate", "replicas")),
-    "data_parallel": (
+# The settings that some methods alone have: these methods, the group and the names.
+OF_METHODS = (
+    (("psl",), "parallel", ("partition", "replicas")),
+    (("psl", "ist"), "parallel", ("placement", "masters", "colocate")),
+    (
+        ("data_parallel",),
         "replicated",
         ("allreduce", "bucket_megabytes", "overlap", "compression", "error_feedback", "density", "powersgd_rank",
          "qsgd_levels"),
     ),
-    "local_sgd": ("replicated", ("local_steps", "outer_lr", "outer_momentum")),
-    "dfa": ("alignment", ("feedback", "feedback_seed", "feedback_scale")),
-}  # fmt: skip
+    (("local_sgd", "ist"), "replicated", ("local_steps",)),
+    (("local_sgd",), "replicated", ("outer_lr", "outer_momentum")),
+    (("dfa",), "alignment", ("feedback", "feedback_seed", "feedback_scale")),
+    (("ist",), "subnets", ("deal", "strata", "subnet_seed", "min_blocks", "optimizer_state")),
+)  # fmt: skip
 
 
 def check(config: Config) -> None:
     """UserError for a value that no run can have, whatever its data and ranks."""
     run, method = config.run, config.parallel.method
-    for other, (group, names) in OF_METHODS.items():
-        for name in names if other != method else ():
+    for methods, group, names in OF_METHODS:
+        for name in names if method not in methods else ():
             if getattr(getattr(config, group), name) != getattr(getattr(Config(), group), name):
                 raise UserError(
-                    f"--{name.replace('_', '-')} is of --method {other}, and the method here is {method}: leave it "
-                    "out, or choose that method"
+                    f"--{name.replace('_', '-')} is of --method {' and '.join(methods)}, and the method here is "
+                    f"{method}: leave it out, or choose that method"
                 )
     for name, value, least in (
         ("--epochs", run.epochs, 1),
@@ -313,6 +336,7 @@ def check(config: Config) -> None:
         ("--checkpoint-keep", run.checkpoint_keep, 0),
         ("--seed", run.seed, 0),
         ("--feedback-seed", config.alignment.feedback_seed, 0),
+        ("--subnet-seed", config.subnets.subnet_seed, 0),
         ("--threads", config.parallel.threads, 0),
         ("--replicas", config.parallel.replicas, 0),
         ("--batch-size", config.data.batch_size, 1),

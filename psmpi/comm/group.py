@@ -111,15 +111,20 @@ class Group:
         into[self.rank] = buffer
         self.gather_all(into, [buffer.size] * self.size)
 
-    def alltoallv(self, buffer: np.ndarray, counts: Sequence[int], into: np.ndarray) -> None:
-        """Run k of `buffer`, of counts[k] elements in host memory, to rank k: into[j] is the run from rank j."""
-        starts = np.cumsum([0, *counts]).tolist()
+    def alltoallv(
+        self, buffer: np.ndarray, counts: Sequence[int], into: np.ndarray, received: Sequence[int] | None = None
+    ) -> None:
+        """Run k of `buffer`, of counts[k] elements in host memory, to rank k.
+
+        Run j of `into` is that from rank j: of received[j] elements, by default as many as this rank has for itself.
+        """
+        theirs = [counts[self.rank]] * self.size if received is None else received
         if self.size == 1:
-            into[0] = buffer
+            into.reshape(-1)[: counts[0]] = buffer[: counts[0]]
             return
-        self.comm.Alltoallv(_runs(buffer, counts), _runs(into, [counts[self.rank]] * self.size))
-        own = starts[self.rank + 1] - starts[self.rank]
-        self.counter.add(buffer.itemsize * (starts[-1] - own), into.itemsize * own * (self.size - 1))
+        self.comm.Alltoallv(_runs(buffer, counts), _runs(into, theirs))
+        own = counts[self.rank]
+        self.counter.add(buffer.itemsize * (sum(counts) - own), into.itemsize * (sum(theirs) - own))
 
     def agree(self, values: np.ndarray) -> np.ndarray:
         """Sum of `values` over the group, in place, bit-identical on all ranks; control data, not counted."""

@@ -7,6 +7,7 @@ from typing import Any
 from psmpi.methods.base import Method, Place, Score
 from psmpi.methods.data_parallel import DataParallel
 from psmpi.methods.dfa import DirectFeedback
+from psmpi.methods.ist import IndependentSubnets
 from psmpi.methods.local_sgd import LocalSGD
 from psmpi.methods.psl import PartiallySeparable
 
@@ -15,6 +16,7 @@ METHODS: dict[str, Any] = {
     "data_parallel": DataParallel,
     "local_sgd": LocalSGD,
     "dfa": DirectFeedback,
+    "ist": IndependentSubnets,
 }
 
 __all__ = ["METHODS", "Method", "Place", "Score"]

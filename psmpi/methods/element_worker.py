@@ -21,7 +21,7 @@ class ElementWorker:
     """Computes with w_part and fills g_part, both (part.size,), for one column of one replica row.
 
     With the score partition the row exchanges scores and the loss sees all classes; with the pair partition the loss
-    sees only this worker's classes, and only samples of these are read.
+    sees only this worker's classes, and only samples of these are read. Without `tests` it has no samples to test.
     """
 
     def __init__(
@@ -36,6 +36,7 @@ class ElementWorker:
         w_part: np.ndarray,
         g_part: np.ndarray,
         ops: NumpyOps,
+        tests: bool = True,
     ):
         self.place, self.row, self.rows, self.dataset = place, row, roles.rows, dataset
         self.dtype, self.ops = np.dtype(config.model.dtype), ops
@@ -72,7 +73,7 @@ class ElementWorker:
             self.mask = mask.array
         self.train = Resident(dataset.train, samples, self.dtype, ops)
         # Whole minibatches, the same on any number of rows.
-        batches = network.evaluation_batches(dataset.test.n)
+        batches = network.evaluation_batches(dataset.test.n) if tests else []
         self.test_batches = [batches[k] for k in np.array_split(np.arange(len(batches)), self.rows)[place.row]]
         mine = np.concatenate([np.arange(0), *(np.arange(at.start, at.stop) for at in self.test_batches)])
         self.test_ids = mine if self.pairs is None or self.speaks else mine[:0]

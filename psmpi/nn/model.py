@@ -22,6 +22,7 @@ from psmpi.nn.network import (
     Network,
     Pad,
     Pool,
+    Scale,
 )
 from psmpi.nn.normalization import NormPart
 from psmpi.partition import Layout, Runs
@@ -146,6 +147,8 @@ class Model:
                 steps.append(Step("norm", layer, kept, layer.out_shape[1:], activation=activation, norm=norm))
             elif isinstance(layer, Pad):
                 steps.append(Step("pad", layer, kept, layer.out_shape[1:]))
+            elif isinstance(layer, Scale):
+                steps.append(Step("scale", layer, kept, layer.out_shape[1:]))
             elif isinstance(layer, Fork):
                 open_forks.append(len(steps))
                 steps.append(Step("fork", layer, kept, layer.out_shape[1:]))
@@ -169,8 +172,8 @@ class Model:
         # the output of another activation, which its backward pass needs, and not on what goes past a residual block.
         writable = False
         for k, step in enumerate(self.steps):
-            in_place = step.kind in ("flatten", "fork") or (step.kind in ("activation", "join") and writable)
-            fresh = step.kind in ("linear", "pool", "norm", "pad", "join") and step.activation == "identity"
+            in_place = step.kind in ("flatten", "fork") or (step.kind in ("activation", "join", "scale") and writable)
+            fresh = step.kind in ("linear", "pool", "norm", "pad", "join", "scale") and step.activation == "identity"
             if step.norm is not None:
                 step.norm.reserve(0 if writable else step.size * batch)
             writable = fresh or (step.kind == "flatten" and writable)
@@ -249,6 +252,11 @@ class Model:
             elif step.kind == "pad":
                 y.fill(0)
                 y[_inside(step)] = previous
+            elif step.kind == "scale":
+                assert isinstance(step.spec, Scale)
+                if buffer is not None:
+                    y[...] = previous
+                self.ops.scale(y.reshape(-1), step.spec.factor)
             elif step.kind == "join":
                 assert isinstance(step.spec, Join)
                 if buffer is not None:
@@ -322,6 +330,10 @@ class Model:
             self.scratch.take(f"past {step.partner}", *y.shape)[...] = dy
             if step.spec.scale != 1:
                 self.ops.scale(dy.reshape(-1), step.spec.scale)
+            return dy
+        if step.kind == "scale":
+            assert isinstance(step.spec, Scale)
+            self.ops.scale(dy.reshape(-1), step.spec.factor)
             return dy
         if step.kind == "fork":
             dy += self.scratch.take(f"past {k}", *y.shape)

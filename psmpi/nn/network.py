@@ -148,6 +148,13 @@ class Pad(LayerSpec):
 
 
 @dataclass(frozen=True)
+class Scale(LayerSpec):
+    """Everything times one number."""
+
+    factor: float
+
+
+@dataclass(frozen=True)
 class Fork(LayerSpec):
     """Where a residual block begins: what comes in goes into the branch and past it, to the Join of the same block."""
 

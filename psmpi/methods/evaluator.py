@@ -1,0 +1,127 @@
+"""The test of a network of which each of some ranks holds a shard: layer by layer, so that none has all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from math import prod
+
+import numpy as np
+
+from psmpi.backend import NumpyOps
+from psmpi.backend.reference import Mirror
+from psmpi.comm.group import Group
+from psmpi.data import Resident, Split
+from psmpi.nn.losses import Loss
+from psmpi.nn.model import Model, layer_runs
+from psmpi.nn.network import Fork, Join, Linear, Network
+from psmpi.partition import Layout, Runs
+
+
+class Evaluator:
+    """Loss and accuracy on a split, of which each rank of `group` takes some minibatches.
+
+    shards: of the group's ranks. weights: this rank's shard, in host memory by its mirror; where there is one rank, the
+    network is used as it is, else each layer's weights are brought together on all ranks for as long as it takes.
+    """
+
+    def __init__(
+        self,
+        group: Group,
+        network: Network,
+        layout: Layout,
+        shards: Sequence[Runs],
+        weights: Mirror,
+        split: Split,
+        loss: Loss,
+        ops: NumpyOps,
+    ):
+        self.group, self.network, self.layout, self.shards, self.ops = group, network, layout, shards, ops
+        self.weights, self.loss, self.dtype, self.split = weights, loss, weights.host.dtype, split
+        batches = network.evaluation_batches(split.n)
+        self.batches = [batches[k] for k in np.array_split(np.arange(len(batches)), group.size)[group.rank]]
+        ids = np.concatenate([np.arange(0), *(np.arange(at.start, at.stop) for at in self.batches)])
+        self.samples = Resident(split, ids, self.dtype, ops)
+        self.stages = cut_stages(network) if group.size > 1 else [(0, len(network.layers))]
+        self.whole: Model | None = None
+        if group.size == 1:
+            used = Runs(((0, layout.size),)) - layout.dead
+            at = used.inside(Runs(((0, layout.size),)))
+            assert at is not None
+            self.whole = Model(network, layout, weights.array[at], None, ops)
+
+    def run(self) -> np.ndarray:
+        """(sum of losses, correct samples, samples) of this rank's minibatches."""
+        held = [self._sample(at) for at in self.batches]
+        for stage in self.stages:
+            model = self.whole or self._gathered(stage)
+            held = [self.ops.host(model.forward(x)).copy() if self._last(stage) else self._kept(model, x) for x in held]
+        totals = np.zeros(3)
+        for at, scores in zip(self.batches, held, strict=True):
+            labels = self.split.labels[at]
+            right = np.count_nonzero(scores.argmax(axis=0) == labels)
+            totals += [self.loss(scores, labels, 1.0), float(right), float(len(labels))]
+        return totals
+
+    def _last(self, stage: tuple[int, int]) -> bool:
+        return stage[1] == len(self.network.layers)
+
+    def _sample(self, at: slice) -> np.ndarray:
+        b = at.stop - at.start
+        x = self.ops.empty(self.split.features * b, self.dtype).reshape(-1, b)
+        self.samples.fetch(np.arange(at.start, at.stop), x)
+        return x
+
+    def _kept(self, model: Model, x: np.ndarray) -> np.ndarray:
+        y = model.forward(x)
+        kept = self.ops.empty(y.size, self.dtype).reshape(-1, y.shape[-1])
+        kept[...] = y.reshape(kept.shape)
+        return kept
+
+    def _gathered(self, stage: tuple[int, int]) -> Model:
+        """The model of some layers, whose weights all ranks bring together."""
+        runs = layer_runs(self.network, self.layout, *stage) - self.layout.dead
+        there = [runs & shard for shard in self.shards]
+        mine, shard = there[self.group.rank], self.shards[self.group.rank]
+        sent = [self.weights.host[shard.local(a, b)] for a, b in mine.intervals]
+        buffer = np.concatenate([np.empty(0, self.dtype), *sent])
+        found = np.empty(runs.size, self.dtype)
+        self.group.allgatherv(buffer, found, [theirs.size for theirs in there])
+        w = self.ops.mirror(self.ops.empty(runs.size, self.dtype))
+        at = 0
+        for theirs in there:
+            for a, b in theirs.intervals:
+                w.host[runs.local(a, b)] = found[at : at + b - a]
+                at += b - a
+        w.push()
+        w.settle()
+        return Model(self.network, self.layout, w.array, None, self.ops, layers=stage)
+
+    @property
+    def nbytes(self) -> int:
+        """The most bytes that a test needs at a time, besides the shard."""
+        most = max((at.stop - at.start for at in self.batches), default=0)
+        samples = sum(at.stop - at.start for at in self.batches)
+        item, largest = self.dtype.itemsize, 0
+        for first, behind in self.stages:
+            sizes = [prod(layer.out_shape) for layer in self.network.layers[first:behind]]
+            held = samples * (prod(self.network.layers[first].in_shape) + sizes[-1])
+            weights = 0 if self.whole else 3 * layer_runs(self.network, self.layout, first, behind).size
+            largest = max(largest, item * (held + most * sum(sizes) + weights))
+        return largest + self.samples.nbytes
+
+
+def cut_stages(network: Network) -> list[tuple[int, int]]:
+    """(first, behind the last) layer of each piece of a network: one with weights, and what follows it without.
+
+    Residual blocks, and layers before the first with weights, stay whole.
+    """
+    edges, depth = [0], 0
+    seen = False
+    for k, layer in enumerate(network.layers):
+        starts = isinstance(layer, Linear | Fork) and depth == 0
+        if starts and seen:
+            edges.append(k)
+        seen = seen or starts
+        depth += isinstance(layer, Fork) - isinstance(layer, Join)
+    return list(pairwise([*edges, len(network.layers)]))

@@ -1,0 +1,308 @@
+"""Independent subnet training: each round every worker trains a random subnetwork of its own, and no two share weights.
+
+Yuan et al., "Distributed learning of fully connected neural networks using independent subnet training" (2022); by
+residual blocks it is ResIST (Dun et al. 2022). One round: weights of the subnets from the ranks that hold the network,
+local steps on each worker's own slices of the minibatches without a message, weights back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Set
+from typing import Any
+
+import numpy as np
+
+from psmpi.backend import NumpyOps
+from psmpi.comm.group import Counter, Group
+from psmpi.config import Config
+from psmpi.data import Dataset
+from psmpi.errors import UserError
+from psmpi.methods.base import Place, Score
+from psmpi.methods.element_worker import ElementWorker
+from psmpi.methods.evaluator import Evaluator
+from psmpi.methods.psl import hyperparameters
+from psmpi.methods.replica import alone
+from psmpi.nn.init import initial_weights
+from psmpi.nn.losses import make_loss
+from psmpi.nn.network import Network
+from psmpi.nn.subnet import Dealer, Strip, find_strips, shard_rows, strips_size
+from psmpi.optim import clip_by_global_norm, make_optimizer
+from psmpi.optim.element_operators import RULES
+from psmpi.partition import Rows, Runs, replicate
+
+
+class IndependentSubnets:
+    """The method `ist` on one rank: a shard of the network, a subnet to train, or both.
+
+    A round ends after --local-steps, at the end of an epoch and before a checkpoint. With travelling state what the
+    optimizer knows of a weight is held and goes out and back with it; else each round begins with a fresh optimizer.
+    """
+
+    lost = ""
+    extras: frozenset[str] = frozenset()
+
+    def __init__(self, world: Any, network: Network, dataset: Dataset, config: Config, ops: NumpyOps):
+        self.layout, self.ops, self.dtype, self.rank = network.layout(), ops, np.dtype(config.model.dtype), world.rank
+        self.counter, self.rows = Counter(), Rows()
+        self.tables: dict[str, np.ndarray] = {}
+        self.world = Group(world, range(world.size), self.counter)
+        o, objective = config.optimization, config.objective
+        self.clip, self.every = o.clip, config.replicated.local_steps
+        self.holders, self.workers = find_roles(world.size, config)
+        self.dealer = make_dealer(network, len(self.workers), config)
+        dealt = shard_rows(self.layout, len(self.holders))
+        self.shards = tuple(
+            dealt[self.holders.index(rank)] if rank in self.holders else Runs() for rank in range(world.size)
+        )
+        shard = self.shards[world.rank]
+        # One that holds all of it tests with it where it is.
+        on_device = ops.zeros if len(self.holders) == 1 and world.rank in self.holders else np.zeros
+        self.w = ops.mirror(on_device(shard.size, self.dtype))
+        initial_weights(
+            network, self.layout, shard, self.w.host,
+            seed=config.run.seed, kind=config.model.init, gain=config.model.init_gain,
+        )  # fmt: skip
+        travels = make_optimizer(o.optimizer, 0, self.dtype, hyperparameters(config)).vectors
+        travels = travels if config.subnets.optimizer_state == "travel" else {}
+        self.vectors = {"weights": self.w.host, **{name: np.zeros(shard.size, self.dtype) for name in travels}}
+        self.scalars: dict[str, float | int] = {"rounds": 0}
+        self.number = self.workers.index(world.rank) if world.rank in self.workers else -1
+        self.worker: ElementWorker | None = None
+        if self.number >= 0:
+            self._make_subnet(world, dataset, config)
+        self._plan(0)
+        self.sending = np.empty(sum(self.sent), self.dtype)
+        # From one rank that holds everything the message is the vector itself.
+        self.arriving = np.empty(self.own.size if len(self.holders) > 1 and self.number >= 0 else 0, self.dtype)
+        self.evaluator: Evaluator | None = None
+        group = Group(world, self.holders, Counter())
+        if world.rank in self.holders:
+            everything = make_loss(objective.loss, self.dtype, kappa=objective.kappa, exp_clip=objective.exp_clip)
+            held = [self.shards[rank] for rank in self.holders]
+            self.evaluator = Evaluator(group, network, self.layout, held, self.w, dataset.test, everything, ops)
+        # Steps of the present round; between two rounds none.
+        self.steps = 0
+        self.loss_sum = 0.0
+
+    def _make_subnet(self, world: Any, dataset: Dataset, config: Config) -> None:
+        """What a worker trains: it has the same shape in every round."""
+        subnet, ops = self.dealer.networks[self.number], self.ops
+        self.own = subnet.layout()
+        roles = replicate(self.own, len(self.workers))
+        place = roles.workers[self.number]
+        used = roles.parts[self.number].inside(Runs(((0, self.own.size),)))
+        assert place is not None and used is not None
+        self.part, self.g = (ops.zeros(self.own.size, self.dtype) for _ in range(2))
+        self.unused = slice(used.stop, None)
+        self.worker = ElementWorker(
+            place, roles, Group(world, [world.rank], self.counter), subnet, self.own, dataset, config, self.part[used],
+            self.g[used], ops, tests=False,
+        )  # fmt: skip
+        o = config.optimization
+        self.optimizer = make_optimizer(o.optimizer, self.own.size, self.dtype, hyperparameters(config), ops)
+        self.fresh = dict(self.optimizer.scalars)
+        state = {"weights": self.part, **self.optimizer.vectors}
+        self.mirrors = {name: ops.mirror(state[name]) for name in self.vectors}
+
+    @classmethod
+    def check(cls, size: int, network: Network, dataset: Dataset, config: Config) -> None:
+        """UserError for a configuration that `size` ranks cannot train; needs no MPI and no arrays of weights."""
+        o, objective, dtype = config.optimization, config.objective, np.dtype(config.model.dtype)
+        _, workers = find_roles(size, config)
+        make_dealer(network, len(workers), config)
+        if o.optimizer in RULES or o.optimizer in ("lbfgs", "lbfgs-tr", "lsr1-tr"):
+            raise UserError(
+                f"--optimizer {o.optimizer} has searches and pairs that would not outlive a round: with --method ist "
+                "use a first-order one (sgd, momentum, adam, ...)"
+            )
+        optimizer = make_optimizer(o.optimizer, 0, dtype, hyperparameters(config))
+        if config.subnets.optimizer_state == "travel" and optimizer.scalars:
+            raise UserError(
+                f"--optimizer-state travel: --optimizer {o.optimizer} counts its steps, and weights are trained in "
+                "different rounds: use sgd, momentum, nesterov or rmsprop, or --optimizer-state reset"
+            )
+        if config.replicated.local_steps < 1:
+            raise UserError(f"--local-steps {config.replicated.local_steps}: expected 1 or more steps in a round")
+        if config.data.batch_size < len(workers):
+            raise UserError(
+                f"--batch-size {config.data.batch_size} leaves some of {len(workers)} workers without a sample: use "
+                f"--batch-size {len(workers)} or more, or fewer ranks"
+            )
+        make_loss(objective.loss, dtype, kappa=objective.kappa, exp_clip=objective.exp_clip)
+
+    @staticmethod
+    def warnings(size: int, network: Network) -> Iterator[str]:
+        """What a person should know of this method on `size` ranks with this network."""
+        if not network.normalized and size > 1:
+            yield (
+                "without batch normalization the inputs of a subnet's layers are scaled up for the units that are "
+                "elsewhere: --batch-norm learns better with this method"
+            )
+
+    def _plan(self, number: int) -> None:
+        """What goes between this rank and the others in round `number`: index sets are drawn, not sent."""
+        deal = self.dealer.deal(number)
+        layouts = self.dealer.layouts
+        mine = self.shards[self.rank]
+        count = len(self.holders)
+        self.out: list[list[Strip]] = []
+        if self.rank in self.holders:
+            at = (self.holders.index(self.rank), count)
+            self.out = [
+                find_strips(self.layout, mine, at, layouts[worker], shares, worker)
+                for worker, shares in enumerate(deal)
+            ]
+        self.into: list[list[Strip]] = []
+        if self.number >= 0:
+            own, shares = layouts[self.number], deal[self.number]
+            self.into = [
+                find_strips(self.layout, self.shards[rank], (k, count), own, shares, self.number)
+                for k, rank in enumerate(self.holders)
+            ]
+        # Elements to and from each rank.
+        self.sent, self.received = ([0] * self.world.size for _ in range(2))
+        for rank, strips in zip(self.workers, self.out, strict=False):
+            self.sent[rank] = strips_size(strips)
+        for rank, strips in zip(self.holders, self.into, strict=False):
+            self.received[rank] = strips_size(strips)
+
+    def step(self, ids: np.ndarray, lr: float) -> None:
+        if self.steps == 0:
+            self._begin()
+        if self.worker is not None:
+            slices = np.array_split(ids, len(self.workers))
+            # A last minibatch may leave some workers without a sample: they take all of it, and every one steps alike.
+            mine = slices[self.number] if len(slices[self.number]) else ids
+            self.g[self.unused].fill(0)
+            loss = self.worker.element_losses(mine, mine)
+            self.loss_sum += loss * len(slices[self.number])
+            if self.clip > 0:
+                clip_by_global_norm(self.g, self.clip, alone, self.ops)
+            self.optimizer.step(self.part, self.g, lr, alone)
+        self.steps += 1
+        if self.steps == self.every:
+            self._end()
+
+    def _begin(self) -> None:
+        """Deal out the network: each worker gets its subnet's weights, and what travels with them."""
+        self._plan(int(self.scalars["rounds"]))
+        if sum(self.sent) > self.sending.size:
+            # Widths that cannot be divided: a shard's share of the subnets changes a little.
+            self.sending = np.empty(sum(self.sent), self.dtype)
+        if self.worker is not None:
+            for vector in self.optimizer.vectors.values():
+                vector.fill(0)
+            self.optimizer.scalars.update(self.fresh)
+        for name, shard in self.vectors.items():
+            for strip, message in messages(self.out, self.sending):
+                strip.take(shard, message)
+            arriving = self._arriving(name)
+            self.world.alltoallv(self.sending, self.sent, arriving, self.received)
+            if self.worker is not None:
+                mirror = self.mirrors[name]
+                if arriving is not mirror.host:
+                    for strip, message in messages(self.into, arriving):
+                        mirror.host[strip.into : strip.into + strip.size] = message[strip.at : strip.at + strip.size]
+                mirror.push()
+        if self.worker is not None:
+            for mirror in self.mirrors.values():
+                mirror.settle()
+
+    def _end(self) -> None:
+        """Put the subnets back: what one worker has trained as it is, of what all have the mean."""
+        if self.steps == 0:
+            return
+        if self.worker is not None:
+            for mirror in self.mirrors.values():
+                mirror.fetch()
+            for mirror in self.mirrors.values():
+                mirror.wait()
+        for name, shard in self.vectors.items():
+            leaving = self._arriving(name)
+            if self.worker is not None and leaving is not self.mirrors[name].host:
+                host = self.mirrors[name].host
+                for strip, message in messages(self.into, leaving):
+                    message[strip.at : strip.at + strip.size] = host[strip.into : strip.into + strip.size]
+            self.world.alltoallv(leaving, self.received, self.sending, self.sent)
+            for strip, message in messages(self.out, self.sending):
+                strip.put(message, shard)
+        self.steps = 0
+        self.scalars["rounds"] += 1
+
+    def _arriving(self, name: str) -> np.ndarray:
+        """Where a worker's messages are."""
+        if self.worker is not None and len(self.holders) == 1:
+            return self.mirrors[name].host
+        return self.arriving
+
+    def collect(self) -> None:
+        """Bring the vectors up to date: that ends a round."""
+        self._end()
+
+    def resumed(self, tables: bool, fresh: Set[str]) -> None:
+        """The vectors are used as they are."""
+
+    def test(self) -> Score:
+        self._end()
+        totals = np.zeros(3)
+        if self.evaluator is not None:
+            self.w.push()
+            totals = self.evaluator.run()
+            self.w.settle()
+        loss, right, samples = self.world.agree(totals)
+        return Score(float(loss / samples), float(right / samples))
+
+    def diagnostics(self) -> dict[str, Any]:
+        return {"rounds": int(self.scalars["rounds"])}
+
+    def place(self) -> Place:
+        names = [name for name, mine in (("holder", self.rank in self.holders), ("worker", self.number >= 0)) if mine]
+        held = self.own.size if self.number >= 0 else 0
+        return Place(
+            "+".join(names), "all", held, self.shards[self.rank].size, sum(self.memory().values()), self.ops.place
+        )
+
+    def memory(self) -> dict[str, int]:
+        shard = sum(vector.nbytes for vector in self.vectors.values())
+        found = {"weights": shard, "buffers": self.sending.nbytes + self.arriving.nbytes}
+        if self.evaluator is not None:
+            found["tests"] = self.evaluator.nbytes
+        if self.worker is not None:
+            more = self.worker.memory()
+            found["weights"] += self.part.nbytes
+            found["gradients"] = self.g.nbytes
+            state = sum(v.nbytes for v in self.optimizer.vectors.values())
+            found["optimizer"] = state + self.optimizer.scratch.nbytes
+            found["buffers"] += more.pop("buffers")
+            found |= more
+        return found
+
+    def events(self) -> dict[str, int]:
+        return {"psl_terms_past_exp_clip": self.worker.loss.clipped if self.worker is not None else 0}
+
+
+def messages(strips: list[list[Strip]], buffer: np.ndarray) -> Iterator[tuple[Strip, np.ndarray]]:
+    """Every strip of several messages, and where in the buffer its message is: one after the other."""
+    at = 0
+    for some in strips:
+        size = strips_size(some)
+        for strip in some:
+            yield strip, buffer[at : at + size]
+        at += size
+
+
+def make_dealer(network: Network, workers: int, config: Config) -> Dealer:
+    """Who deals out the network; UserError where that cannot be."""
+    o = config.subnets
+    return Dealer(network, workers, o.subnet_seed, o.deal, o.strata, o.min_blocks)
+
+
+def find_roles(size: int, config: Config) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The ranks that hold the network, and those that train subnets: both of them all ranks with --placement owner."""
+    parallel, every = config.parallel, tuple(range(size))
+    if parallel.placement == "owner":
+        return every, every
+    if not 1 <= parallel.masters <= size:
+        raise UserError(f"--masters {parallel.masters} with {size} rank(s): expected 1 to {size}")
+    colocate = parallel.colocate or size == parallel.masters
+    return every[: parallel.masters], every if colocate else every[parallel.masters :]

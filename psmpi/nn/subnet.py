@@ -1,0 +1,367 @@
+"""Subnetworks drawn at random: which units or residual blocks of a network each of some workers has in a round.
+
+Yuan et al., "Distributed learning of fully connected neural networks using independent subnet training" (2022), deals
+out units; Dun et al., "ResIST" (2022), residual blocks. All is a function of the network, the number of workers, a seed
+and the number of the round: nobody has to be told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from math import prod
+
+import numpy as np
+
+from psmpi.errors import UserError
+from psmpi.nn.network import Activation, BatchNorm, Conv, Dense, Flatten, Fork, Join, LayerSpec, Linear, Network, Scale
+from psmpi.partition import Layout, Runs
+
+
+@dataclass(frozen=True, eq=False)
+class Share:
+    """What a subnetwork has of a parameter of the whole network: some rows (units) and columns, or all (None).
+
+    rows, columns: increasing; a column is a position among the weights of one unit. owners: the workers that have this
+    share, in order; parameters of units and blocks that are not dealt out are everybody's.
+    """
+
+    source: str
+    rows: np.ndarray | None
+    columns: np.ndarray | None
+    owners: tuple[int, ...]
+
+
+# By the name of the subnetwork's parameter.
+Shares = dict[str, Share]
+
+
+@dataclass(frozen=True, eq=False)
+class Strip:
+    """Rows of one parameter that lie in one shard and in one worker's subnetwork.
+
+    In the shard they are rows and columns (None: all) of the matrix (count, unit) from `start` on; in the message
+    between the two ranks, and in the worker's vector, (n, m) elements from `at` and from `into` on. It is the share
+    number `turn` of `owners`.
+    """
+
+    start: int
+    count: int
+    unit: int
+    rows: np.ndarray | None
+    columns: np.ndarray | None
+    shape: tuple[int, int]
+    at: int
+    into: int
+    turn: int
+    owners: int
+
+    @property
+    def size(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    def take(self, shard: np.ndarray, message: np.ndarray) -> None:
+        """Copy it from the shard into the message."""
+        out = message[self.at : self.at + self.size].reshape(self.shape)
+        matrix = shard[self.start : self.start + self.count * self.unit].reshape(self.count, self.unit)
+        if self.columns is None:
+            out[...] = matrix if self.rows is None else matrix[self.rows]
+        else:
+            rows = np.arange(self.count) if self.rows is None else self.rows
+            out[...] = matrix[rows[:, None], self.columns]
+
+    def put(self, message: np.ndarray, shard: np.ndarray) -> None:
+        """Copy it from the message into the shard: where it has more owners, the mean over all of their messages.
+
+        The owners' messages are put one after the other, in their order.
+        """
+        values = message[self.at : self.at + self.size].reshape(self.shape)
+        matrix = shard[self.start : self.start + self.count * self.unit].reshape(self.count, self.unit)
+        if self.rows is None and self.columns is None:
+            matrix[...] = values if self.turn == 0 else matrix + values
+            if self.turn == self.owners - 1 > 0:
+                matrix *= 1 / self.owners
+            return
+        rows = np.arange(self.count) if self.rows is None else self.rows
+        if self.columns is None:
+            matrix[rows] = values
+        else:
+            matrix[rows[:, None], self.columns] = values
+
+
+class Dealer:
+    """Deals out a network to `workers` workers: networks[p] is what worker p trains in every round.
+
+    deal: `units` of every layer all of whose units the next one sees, or `blocks`: the residual blocks of the longest
+    run of equal ones, but for its first. strata: of each of `workers` equal groups of a layer's units every worker gets
+    as many. Where a worker sees fewer inputs than the whole network would, and nothing normalizes their sum, they are
+    multiplied by the ratio, so that the whole network can be used as it is; so are the branches of dealt blocks.
+
+    UserError where there is nothing to deal out, or too little for so many workers.
+    """
+
+    def __init__(
+        self, network: Network, workers: int, seed: int, deal: str = "units", strata: bool = False, min_blocks: int = 1
+    ):
+        self.network, self.workers, self.seed, self.strata = network, workers, seed, strata
+        self.parameters = {p.name: p for layer in network.layers for p in layer.parameters()}
+        self.everybody = tuple(range(workers))
+        if deal == "blocks":
+            self.blocks = find_blocks(network)
+            if len(self.blocks) < 1:
+                raise UserError(
+                    f"--deal blocks: --model {network.name} has no two residual blocks of one kind in a row: use "
+                    "--model resnet, or --deal units"
+                )
+            if not 1 <= min_blocks <= len(self.blocks):
+                raise UserError(
+                    f"--min-blocks {min_blocks}: expected 1 to {len(self.blocks)}, as many as are dealt out"
+                )
+            self.counts = [max(min_blocks, n) for n in group_sizes(len(self.blocks), workers)]
+            self.networks = [self._with_blocks(count) for count in self.counts]
+            self.layouts = [network.layout() for network in self.networks]
+            return
+        self.blocks = []
+        self.layers = dealt_layers(network)
+        if not self.layers:
+            raise UserError(
+                f"--deal units: --model {network.name} has no layer of which the next one sees all units: use a "
+                "network with dense layers or convolutions"
+            )
+        narrow = min((network.layers[k] for k in self.layers), key=lambda layer: layer.out_shape[0])
+        # With strata every worker is to have units of each.
+        least = workers**2 if strata else workers
+        if narrow.out_shape[0] < least:
+            raise UserError(
+                f"--deal units{' --strata' * strata}: layer {narrow.name} of --model {network.name} has "
+                f"{narrow.out_shape[0]} units, and {workers} workers need {least}: use fewer ranks, or a wider network"
+            )
+        self.networks = [self._with_units(worker) for worker in range(workers)]
+        self.layouts = [network.layout() for network in self.networks]
+
+    def groups(self, number: int, layer: int) -> list[np.ndarray]:
+        """The units of a dealt layer that each worker has in round `number`, increasing."""
+        count = self.network.layers[layer].out_shape[0]
+        rng = np.random.default_rng([self.seed, number, layer])
+        if not self.strata:
+            order = rng.permutation(count)
+            edges = np.cumsum([0, *group_sizes(count, self.workers)]).tolist()
+            return [np.sort(order[a:b]) for a, b in pairwise(edges)]
+        found: list[list[np.ndarray]] = [[] for _ in range(self.workers)]
+        edges = np.cumsum([0, *group_sizes(count, self.workers)])
+        # Workers take turns at the larger groups, so that their sums over the strata are the same in every round.
+        for stratum in range(self.workers):
+            order = edges[stratum] + rng.permutation(edges[stratum + 1] - edges[stratum])
+            for k, group in enumerate(np.array_split(order, self.workers)):
+                found[(k + stratum) % self.workers].append(group)
+        return [np.sort(np.concatenate(groups)) for groups in found]
+
+    def deal(self, number: int) -> list[Shares]:
+        """What each worker has in round `number`."""
+        return self._deal_blocks(number) if self.blocks else self._deal_units(number)
+
+    def _deal_units(self, number: int) -> list[Shares]:
+        groups = {layer: self.groups(number, layer) for layer in self.layers}
+        found = []
+        for worker in range(self.workers):
+            rows: dict[str, np.ndarray] = {}
+            columns: dict[str, np.ndarray] = {}
+            for layer, dealt in groups.items():
+                mine = dealt[worker]
+                for k in range(layer, self.layers[layer]):
+                    rows.update((p.name, mine) for p in self.network.layers[k].parameters())
+                reader = self.network.layers[self.layers[layer]]
+                assert isinstance(reader, Linear)
+                # Each unit is a run of a reader's weights: a kernel, or the pixels of a flattened image.
+                inner = reader.unit_size // self.network.layers[layer].out_shape[0]
+                columns[f"{reader.name}.weight"] = (mine[:, None] * inner + np.arange(inner)).reshape(-1)
+            shares = {}
+            for name in self.parameters:
+                dealt_out = name in rows or name in columns
+                owners = (worker,) if dealt_out else self.everybody
+                shares[name] = Share(name, rows.get(name), columns.get(name), owners)
+            found.append(shares)
+        return found
+
+    def _deal_blocks(self, number: int) -> list[Shares]:
+        count = len(self.blocks)
+        order = np.random.default_rng([self.seed, number]).permutation(count)
+        sizes = group_sizes(count, self.workers)
+        starts = np.cumsum([0, *sizes]) if count >= self.workers else range(self.workers)
+        mine = [
+            sorted(int(order[(starts[worker] + k) % count]) for k in range(n)) for worker, n in enumerate(self.counts)
+        ]
+        names = [self._names(at) for at in range(count)]
+        owners = {
+            name: tuple(worker for worker in self.everybody if block in mine[worker])
+            for block in range(count)
+            for name in names[block]
+        }
+        found = []
+        for worker in range(self.workers):
+            shares = {}
+            slots = {name: slot for slot in range(self.counts[worker]) for name in names[slot]}
+            for name in (p.name for layer in self.networks[worker].layers for p in layer.parameters()):
+                source = name
+                if name in slots:
+                    source = names[mine[worker][slots[name]]][names[slots[name]].index(name)]
+                shares[name] = Share(source, None, None, owners.get(source, self.everybody))
+            found.append(shares)
+        return found
+
+    def _names(self, block: int) -> list[str]:
+        """The parameters of a dealt block, in order."""
+        first, last = self.blocks[block]
+        return [p.name for layer in self.network.layers[first : last + 1] for p in layer.parameters()]
+
+    def _with_blocks(self, count: int) -> Network:
+        """The network with the first `count` of the dealt blocks in place of all."""
+        absent = {k for first, last in self.blocks[count:] for k in range(first, last + 1)}
+        ends = {last for _, last in self.blocks}
+        layers = []
+        for k, layer in enumerate(self.network.layers):
+            if k in ends and isinstance(layer, Join):
+                layer = replace(layer, scale=layer.scale * len(self.blocks) / count)
+            if k not in absent:
+                layers.append(layer)
+        return replace(self.network, layers=tuple(layers))
+
+    def _with_units(self, worker: int) -> Network:
+        """The network with as many units of the dealt layers as a worker has."""
+        readers = {reader: layer for layer, reader in self.layers.items()}
+        layers: list[LayerSpec] = []
+        shape = self.network.in_shape
+        for k, layer in enumerate(self.network.layers):
+            units = layer.out_shape[0] if isinstance(layer, Linear) else shape[0]
+            if k in self.layers:
+                units = len(self.groups(0, k)[worker])
+            if k in readers and not _normalized(self.network, k):
+                whole = self.network.layers[readers[k]].out_shape[0]
+                ratio = whole / len(self.groups(0, readers[k])[worker])
+                if ratio != 1:
+                    layers.append(Scale(f"{layer.name}.scale", shape, shape, ratio))
+            out = (prod(shape),) if isinstance(layer, Flatten) else (units, *layer.out_shape[1:])
+            layers.append(replace(layer, in_shape=shape, out_shape=out))
+            shape = out
+        return replace(self.network, layers=tuple(layers))
+
+
+def group_sizes(count: int, groups: int) -> list[int]:
+    """`count` things in `groups` groups as equal as can be, the larger ones first."""
+    return [count // groups + (k < count % groups) for k in range(groups)]
+
+
+def dealt_layers(network: Network) -> dict[int, int]:
+    """The layers whose units can be dealt out, by their index, and the index of the one that reads them.
+
+    Both are without groups, and nothing goes past a residual block between the two.
+    """
+    found, last = {}, -1
+    for k, layer in enumerate(network.layers):
+        if isinstance(layer, Fork | Join):
+            last = -1
+        elif isinstance(layer, Dense | Conv):
+            if last >= 0 and layer.groups == 1:
+                found[last] = k
+            last = k if layer.groups == 1 else -1
+    return found
+
+
+def find_blocks(network: Network) -> list[tuple[int, int]]:
+    """(first, last) layer of each residual block that is dealt out: of the longest run of equal ones all but the first.
+
+    Of runs of the same length the last one.
+    """
+    blocks, depth, first = [], 0, 0
+    for k, layer in enumerate(network.layers):
+        if isinstance(layer, Fork):
+            first = k if depth == 0 else first
+            depth += 1
+        elif isinstance(layer, Join):
+            depth -= 1
+            if depth == 0:
+                blocks.append((first, k))
+    runs: list[list[tuple[int, int]]] = []
+    for block in blocks:
+        before = runs[-1][-1] if runs else None
+        if before is not None and before[1] + 1 == block[0] and _kind(network, before) == _kind(network, block):
+            runs[-1].append(block)
+        else:
+            runs.append([block])
+    longest = max(reversed(runs), key=len, default=[])
+    return longest[1:]
+
+
+def _kind(network: Network, block: tuple[int, int]) -> list[LayerSpec]:
+    """The layers of a block without their names."""
+    return [replace(layer, name="") for layer in network.layers[block[0] : block[1] + 1]]
+
+
+def _normalized(network: Network, k: int) -> bool:
+    """Whether what a layer puts out is normalized before anything else is done with it but averaging."""
+    for layer in network.layers[k + 1 :]:
+        if isinstance(layer, BatchNorm):
+            return True
+        if isinstance(layer, Linear | Join) or (isinstance(layer, Activation) and layer.kind != "identity"):
+            return False
+    return False
+
+
+def shard_rows(layout: Layout, holders: int) -> list[Runs]:
+    """The flat vector dealt to `holders` ranks: each has a group of consecutive units of every parameter."""
+    found: list[list[tuple[int, int]]] = [[] for _ in range(holders)]
+    for piece in layout.pieces():
+        parameter = layout.parameters[piece.parameter]
+        edges = np.cumsum([0, *group_sizes(parameter.units, holders)]).tolist()
+        for k in range(holders):
+            first, last = max(piece.first, edges[k]), min(piece.last, edges[k + 1])
+            if first < last:
+                begin = piece.offset + (first - piece.first) * parameter.unit_size
+                found[k].append((begin, begin + (last - first) * parameter.unit_size))
+    return [Runs.union(intervals) for intervals in found]
+
+
+def find_strips(
+    layout: Layout, shard: Runs, holder: tuple[int, int], own: Layout, shares: Shares, worker: int
+) -> list[Strip]:
+    """What the shard of `holder`, (number, how many), has of a worker's subnetwork with the layout `own`."""
+    numbers = {p.name: k for k, p in enumerate(layout.parameters)}
+    found, at = [], 0
+    for piece in own.pieces():
+        mine = own.parameters[piece.parameter]
+        share = shares[mine.name]
+        source = layout.parameters[numbers[share.source]]
+        rows = np.arange(source.units) if share.rows is None else share.rows
+        rows = rows[piece.first : piece.last]
+        edges = np.cumsum([0, *group_sizes(source.units, holder[1])])
+        for theirs, first, last in _pieces(layout, numbers[share.source], *edges[holder[0] : holder[0] + 2].tolist()):
+            a, b = (int(np.searchsorted(rows, edge)) for edge in (first, last))
+            if a == b:
+                continue
+            count = last - first
+            start = shard.local(theirs, theirs + count * source.unit_size).start
+            some = rows[a:b] - first
+            strip = Strip(
+                start, count, source.unit_size, None if b - a == count else some, share.columns,
+                (b - a, mine.unit_size), at, piece.offset + a * mine.unit_size, share.owners.index(worker),
+                len(share.owners),
+            )  # fmt: skip
+            found.append(strip)
+            at += strip.size
+    return found
+
+
+def _pieces(layout: Layout, parameter: int, first: int, last: int) -> Iterator[tuple[int, int, int]]:
+    """(offset, first unit, behind the last) of the pieces of a parameter's units [first, last)."""
+    size = layout.parameters[parameter].unit_size
+    for piece in layout.pieces():
+        if piece.parameter == parameter:
+            a, b = max(piece.first, first), min(piece.last, last)
+            if a < b:
+                yield piece.offset + (a - piece.first) * size, a, b
+
+
+def strips_size(strips: Sequence[Strip]) -> int:
+    """Elements of a message."""
+    return sum(strip.size for strip in strips)
