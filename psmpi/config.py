@@ -48,8 +48,8 @@ class Model:
     """Batch normalization before each activation and of the scores, instead of biases; statistics are always those of
     the minibatch, in evaluations of about 1,000 samples."""
     layers: Annotated[tuple[dict[str, Any], ...], Suppress] = ()
-    init: Literal["xavier", "he"] = "xavier"
-    """Initial weights: uniform, Xavier or He."""
+    init: Literal["xavier", "he", "pytorch"] = "xavier"
+    """Initial weights: uniform, Xavier, He, or within 1 / sqrt(inputs) as PyTorch's."""
     init_gain: float = 4.0
     """Factor on the Xavier weights of layers followed by the logistic sigmoid, whose slope at 0 is 1/4."""
     dtype: Literal["float32", "float64"] = "float32"

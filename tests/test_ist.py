@@ -472,7 +472,7 @@ def test_settings_of_this_method_are_refused_by_others():
 def test_subnets_of_mnist_learn_as_they_should(train):
     """784-512-512-10 with batch normalization, 128 samples a worker, 2,340 steps: 94.55 +- 0.17 % (4 workers)."""
     options = ("--method", "ist", "--model", "mlp", "--widths", "512", "512", "--batch-norm", "--loss", "nll",
-               "--init", "he", "--optimizer", "sgd", "--lr", "0.01", "--clip", "0", "--dataset", "mnist",
+               "--init", "pytorch", "--optimizer", "sgd", "--lr", "0.01", "--clip", "0", "--dataset", "mnist",
                "--data-dir", real("mnist"), "--batch-size", "512", "--epochs", "20", "--colocate")  # fmt: skip
     last = train(4, *options, timeout=400).rows[-1]
     assert last["step"] == 2360 and last["test_accuracy"] == pytest.approx(0.9455, abs=0.005)

@@ -344,6 +344,7 @@ def test_initial_weights_fill_their_published_ranges():
     assert a["dense1.weight"] == pytest.approx(np.sqrt(6 / (48 + 24)))
     assert a["dense3.weight"] == pytest.approx(np.sqrt(6 / (15 + 1)))
     assert bounds(network, "he", 1.0)["dense1.weight"] == pytest.approx(np.sqrt(6 / 48))
+    assert bounds(network, "pytorch", 1.0)["dense1.weight"] == pytest.approx(1 / np.sqrt(48))
     gained = bounds(network, "xavier", 4.0)
     assert gained["dense2.weight"] == 4 * a["dense2.weight"] and gained["dense3.weight"] == a["dense3.weight"]
     layout = network.layout()

@@ -11,15 +11,16 @@ from psmpi.errors import UserError
 from psmpi.nn.network import Activation, BatchNorm, Linear, Network
 from psmpi.partition import Layout, Runs
 
-INITS = ("xavier", "he")
+INITS = ("xavier", "he", "pytorch")
 
 
 def bounds(network: Network, kind: str, gain: float) -> dict[str, float]:
     """Half-width a of the uniform distribution U(-a, a) of each weight.
 
     xavier: a = gain sqrt(6 / (fan_in + fan_out)) (Glorot and Bengio 2010, eq. 16); he: a = sqrt(6 / fan_in) (He et al.
-    2015, eq. 10, as a uniform). Each group of a separable layer uses its own fans. `gain` applies to xavier weights
-    whose next activation is a sigmoid: 4 makes up for its slope at 0, a quarter of tanh's, for which xavier was made.
+    2015, eq. 10, as a uniform); pytorch: a = 1 / sqrt(fan_in), that of PyTorch's layers. Each group of a separable
+    layer uses its own fans. `gain` applies to xavier weights whose next activation is a sigmoid: 4 makes up for its
+    slope at 0, a quarter of tanh's, for which xavier was made.
     """
     if kind not in INITS:
         raise UserError(f"--init {kind!r} is unknown: choose one of {', '.join(INITS)}")
@@ -29,7 +30,8 @@ def bounds(network: Network, kind: str, gain: float) -> dict[str, float]:
             fan_in, fan_out = layer.fans
             following = next((x.kind for x in network.layers[at + 1 :] if isinstance(x, Activation)), "identity")
             scale = gain if following == "sigmoid" else 1.0
-            a = scale * sqrt(6 / (fan_in + fan_out)) if kind == "xavier" else sqrt(6 / fan_in)
+            xavier, he, pytorch = scale * sqrt(6 / (fan_in + fan_out)), sqrt(6 / fan_in), 1 / sqrt(fan_in)
+            a = {"xavier": xavier, "he": he, "pytorch": pytorch}[kind]
             widths[f"{layer.name}.weight"] = a
     return widths
 
