@@ -71,6 +71,11 @@ def test_weights_and_bytes_are_those_of_the_host(train, host, name):
         ("--method", "data_parallel", "--compression", "topk"),
         ("--method", "data_parallel", "--nccl"),
         ("--method", "local_sgd", "--local-steps", "6", "--outer-lr", "0.7", "--outer-momentum", "0.9"),
+        ("--method", "ist", "--local-steps", "6", "--colocate", "--loss", "nll"),
+        ("--method", "ist", "--local-steps", "6", "--placement", "owner", "--model", "mlp", "--widths", "16", "12",
+         "--batch-norm", "--loss", "nll", "--optimizer", "momentum", "--optimizer-state", "travel"),
+        ("--method", "ist", "--model", "resnet", "--widths", "4", "6", "--blocks", "1", "3", "--deal", "blocks",
+         "--loss", "nll", "--optimizer", "sgd", "--max-steps", "6"),
     ],
     ids=str,
 )
