@@ -329,9 +329,7 @@ def test_the_state_of_the_optimizer_travels_with_the_weights(train):
     travels, fresh = (train(1, *options, "--optimizer-state", kind) for kind in ("travel", "reset"))
     plain = train(1, "--method", "local_sgd", *options[2:])
     assert np.array_equal(travels.tensors()["weights/dense2.weight"], plain.tensors()["weights/dense2.weight"])
-    assert np.array_equal(
-        travels.tensors()["optimizer/v/dense2.weight"], plain.tensors()["optimizer/v/dense2.weight"]
-    )
+    assert np.array_equal(travels.tensors()["optimizer/v/dense2.weight"], plain.tensors()["optimizer/v/dense2.weight"])
     assert not np.array_equal(fresh.tensors()["weights/dense2.weight"], plain.tensors()["weights/dense2.weight"])
     both = [train(4, *options, "--optimizer-state", "travel", *more)
             for more in (("--colocate",), ("--placement", "owner"))]  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as jsonlib
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -17,7 +18,19 @@ from typing import Any, Literal
 from psmpi.bench.hosts import ENVIRONMENT, check, slow_hosts, wrapper
 from psmpi.errors import UserError
 
-Variant = Literal["psl", "psl-owner", "data_parallel", "powersgd", "topk", "float16", "local_sgd", "diloco", "dfa"]
+Variant = Literal[
+    "psl",
+    "psl-owner",
+    "data_parallel",
+    "powersgd",
+    "topk",
+    "float16",
+    "local_sgd",
+    "diloco",
+    "dfa",
+    "ist",
+    "ist-master",
+]
 
 # The options of psmpi.train that each stands for.
 VARIANTS: dict[str, tuple[str, ...]] = {
@@ -30,6 +43,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "local_sgd": ("--method", "local_sgd"),
     "diloco": ("--method", "local_sgd", "--local-steps", "100", "--outer-lr", "0.7", "--outer-momentum", "0.9"),
     "dfa": ("--method", "dfa"),
+    "ist": ("--method", "ist", "--placement", "owner"),
+    "ist-master": ("--method", "ist", "--colocate"),
 }
 
 
@@ -45,6 +60,8 @@ def network(
     epochs: int = 2,
     batch_size: int = 100,
     lr: float = 1e-3,
+    target: float = 0.0,
+    options: str = "",
     repeats: int = 1,
     limit: int = 3600,
     pytorch: bool = False,
@@ -67,6 +84,8 @@ def network(
         epochs: Passes over the training samples.
         batch_size: Samples of a minibatch, of all ranks together.
         lr: Learning rate of Adam.
+        target: Accuracy, 0 to 1, whose time is shown: until the end of the first epoch that reaches it.
+        options: More options of psmpi.train, for all methods, in one word: "--batch-norm --init pytorch".
         repeats: Runs of each; their median time counts.
         limit: Seconds after which a run is ended.
         pytorch: Also time steps of PyTorch's DistributedDataParallel (gloo); needs psmpi[torch].
@@ -77,6 +96,8 @@ def network(
             raise UserError(f"{option} {value}: expected a whole number from {least} up")
     if any(not 0 <= rate <= 1e6 for rate in rates):
         raise UserError(f"--rates {' '.join(map(str, rates))}: expected numbers from 0 to 1e6")
+    if not 0 <= target < 1:
+        raise UserError(f"--target {target}: expected an accuracy from 0 up to, not including, 1")
     if any(rates):
         check()
     if pytorch and find_spec("torch") is None:
@@ -86,24 +107,24 @@ def network(
     # What psmpi.train would take from the folder it runs in.
     data_dir = str(Path(data_dir).absolute()) if data_dir else ""
     dataset = str(Path(dataset).absolute()) if Path(dataset).is_file() else dataset
-    options = ["--dataset", dataset, "--model", model, "--loss", loss, "--epochs", str(epochs), "--threads", "1"]
-    options += ["--batch-size", str(batch_size), "--lr", str(lr), *(("--data-dir", data_dir) if data_dir else ())]
-    options += ["--widths", *map(str, widths)] if widths else []
+    given = ["--dataset", dataset, "--model", model, "--loss", loss, "--epochs", str(epochs), "--threads", "1"]
+    given += ["--batch-size", str(batch_size), "--lr", str(lr), *(("--data-dir", data_dir) if data_dir else ())]
+    given += [*(["--widths", *map(str, widths)] if widths else []), *shlex.split(options)]
     rows: list[dict[str, Any]] = []
     for rate in rates:
         with slow_hosts(ranks, rate) as hosts:
             for name in methods:
-                runs = [_train(ranks, hosts, [*options, *VARIANTS[name]], limit) for _ in range(repeats)]
+                runs = [_train(ranks, hosts, [*given, *VARIANTS[name]], limit, target) for _ in range(repeats)]
                 runs.sort(key=lambda run: run["seconds"])
                 rows.append({"method": name, "megabits": rate, **runs[len(runs) // 2]})
                 rows[-1]["seconds_of_all"] = [run["seconds"] for run in runs]
                 print(_line(rows[-1]), flush=True)
             if pytorch:
-                rows.append({"method": "PyTorch DDP", "megabits": rate, **_ddp(ranks, hosts, options, limit)})
+                rows.append({"method": "PyTorch DDP", "megabits": rate, **_ddp(ranks, hosts, given, limit)})
                 print(_line(rows[-1]), flush=True)
-    _show(rows, ranks, epochs)
+    _show(rows, ranks, epochs, target)
     if json:
-        Path(json).write_text(jsonlib.dumps({"options": options, "ranks": ranks, "rows": rows}) + "\n")
+        Path(json).write_text(jsonlib.dumps({"options": given, "ranks": ranks, "rows": rows}) + "\n")
     return 0
 
 
@@ -137,7 +158,7 @@ def _run(command: Sequence[str], slow: bool, limit: int) -> str:
     return out
 
 
-def _train(ranks: int, hosts: list[str], options: Sequence[str], limit: int) -> dict[str, Any]:
+def _train(ranks: int, hosts: list[str], options: Sequence[str], limit: int, target: float) -> dict[str, Any]:
     from psmpi import checkpoint
 
     before = wrapper(hosts) if hosts else []
@@ -152,6 +173,8 @@ def _train(ranks: int, hosts: list[str], options: Sequence[str], limit: int) -> 
         "accuracy": last["test_accuracy"],
         "accuracies": [row["test_accuracy"] for row in rows],
         "seconds": last["seconds"],
+        # To the target, or nothing where it was not reached.
+        "seconds_to_target": next((row["seconds"] for row in rows if row["test_accuracy"] >= target > 0), None),
         "ms_per_step": 1e3 * last["seconds"] / last["step"],
         "megabytes_sent": max(last["bytes_sent_by_rank"]) / 1e6,
         # host, role, classes, held, owned, bytes, device: as the placement table has them.
@@ -177,21 +200,23 @@ def _line(row: dict[str, Any]) -> str:
     )
 
 
-def _show(rows: list[dict[str, Any]], ranks: int, epochs: int) -> None:
+def _show(rows: list[dict[str, Any]], ranks: int, epochs: int, target: float) -> None:
     from rich.console import Console
     from rich.table import Table
 
     table = Table(title=f"{ranks} ranks, {epochs} epochs", title_justify="left")
     table.add_column("method")
-    for name in ("Mbit/s", "accuracy %", "s", "ms a step", "MB sent by a rank", "MB held by a rank"):
+    reached = (f"s to {100 * target:g} %",) if target else ()
+    for name in ("Mbit/s", "accuracy %", "s", *reached, "ms a step", "MB sent by a rank", "MB held by a rank"):
         table.add_column(name, justify="right")
     for row in rows:
         rate = f"{row['megabits']:g}" if row["megabits"] else "unlimited"
         if "accuracy" not in row:
-            table.add_row(row["method"], rate, "", "", f"{row['ms_per_step']:.2f}", "", "")
+            table.add_row(row["method"], rate, "", "", *("" for _ in reached), f"{row['ms_per_step']:.2f}", "", "")
             continue
+        until = ("never" if row["seconds_to_target"] is None else f"{row['seconds_to_target']:.1f}",) if target else ()
         table.add_row(
-            row["method"], rate, f"{100 * row['accuracy']:.2f}", f"{row['seconds']:.1f}", f"{row['ms_per_step']:.2f}",
-            f"{row['megabytes_sent']:.1f}", f"{row['megabytes_held']:.1f}",
+            row["method"], rate, f"{100 * row['accuracy']:.2f}", f"{row['seconds']:.1f}", *until,
+            f"{row['ms_per_step']:.2f}", f"{row['megabytes_sent']:.1f}", f"{row['megabytes_held']:.1f}",
         )  # fmt: skip
     Console(width=120).print(table)
