@@ -65,11 +65,12 @@ class Strip:
         """Copy it from the shard into the message."""
         out = message[self.at : self.at + self.size].reshape(self.shape)
         matrix = shard[self.start : self.start + self.count * self.unit].reshape(self.count, self.unit)
+        rows = np.arange(self.count) if self.rows is None else self.rows
+        # Any mode but "raise" saves numpy a buffer for the result.
         if self.columns is None:
-            out[...] = matrix if self.rows is None else matrix[self.rows]
+            np.take(matrix, rows, axis=0, out=out, mode="clip")
         else:
-            rows = np.arange(self.count) if self.rows is None else self.rows
-            out[...] = matrix[rows[:, None], self.columns]
+            np.take(matrix.reshape(-1), rows[:, None] * self.unit + self.columns, out=out, mode="clip")
 
     def put(self, message: np.ndarray, shard: np.ndarray) -> None:
         """Copy it from the message into the shard: where it has more owners, the mean over all of their messages.
