@@ -36,11 +36,17 @@ def memory(config: Config, json: bool = False) -> int:
     from psmpi.comm.world import host, start
     from psmpi.config import check
     from psmpi.data import open_dataset
+    from psmpi.errors import UserError
     from psmpi.loop import plan_steps
     from psmpi.methods import METHODS
     from psmpi.nn.zoo import make_network
 
     check(config)
+    if config.parallel.method != "psl":
+        raise UserError(
+            f"bench memory counts what parts of a network need, of --method psl; --method {config.parallel.method} says "
+            "what each rank holds in its placement table"
+        )
     world = start()
     model = config.model
     dataset = open_dataset(config.data.dataset, config.data.data_dir)
