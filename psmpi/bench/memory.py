@@ -44,8 +44,8 @@ def memory(config: Config, json: bool = False) -> int:
     check(config)
     if config.parallel.method != "psl":
         raise UserError(
-            f"bench memory counts what parts of a network need, of --method psl; --method {config.parallel.method} says "
-            "what each rank holds in its placement table"
+            "bench memory counts what parts of a network need, of --method psl; --method "
+            f"{config.parallel.method} says what each rank holds in its placement table"
         )
     world = start()
     model = config.model
