@@ -55,16 +55,15 @@ class Evaluator:
         held = [self._sample(at) for at in self.batches]
         for stage in self.stages:
             model = self.whole or self._gathered(stage)
-            held = [self.ops.host(model.forward(x)).copy() if self._last(stage) else self._kept(model, x) for x in held]
+            for k, x in enumerate(held):
+                # One by one: what went in makes room for what comes out.
+                held[k] = self._kept(model.forward(x))
         totals = np.zeros(3)
-        for at, scores in zip(self.batches, held, strict=True):
-            labels = self.split.labels[at]
+        for at, kept in zip(self.batches, held, strict=True):
+            scores, labels = self.ops.host(kept), self.split.labels[at]
             right = np.count_nonzero(scores.argmax(axis=0) == labels)
             totals += [self.loss(scores, labels, 1.0), float(right), float(len(labels))]
         return totals
-
-    def _last(self, stage: tuple[int, int]) -> bool:
-        return stage[1] == len(self.network.layers)
 
     def _sample(self, at: slice) -> np.ndarray:
         b = at.stop - at.start
@@ -72,8 +71,7 @@ class Evaluator:
         self.samples.fetch(np.arange(at.start, at.stop), x)
         return x
 
-    def _kept(self, model: Model, x: np.ndarray) -> np.ndarray:
-        y = model.forward(x)
+    def _kept(self, y: np.ndarray) -> np.ndarray:
         kept = self.ops.empty(y.size, self.dtype).reshape(-1, y.shape[-1])
         kept[...] = y.reshape(kept.shape)
         return kept
@@ -81,18 +79,17 @@ class Evaluator:
     def _gathered(self, stage: tuple[int, int]) -> Model:
         """The model of some layers, whose weights all ranks bring together."""
         runs = layer_runs(self.network, self.layout, *stage) - self.layout.dead
-        there = [runs & shard for shard in self.shards]
-        mine, shard = there[self.group.rank], self.shards[self.group.rank]
-        sent = [self.weights.host[shard.local(a, b)] for a, b in mine.intervals]
-        buffer = np.concatenate([np.empty(0, self.dtype), *sent])
-        found = np.empty(runs.size, self.dtype)
-        self.group.allgatherv(buffer, found, [theirs.size for theirs in there])
+        shard = self.shards[self.group.rank]
         w = self.ops.mirror(self.ops.empty(runs.size, self.dtype))
-        at = 0
-        for theirs in there:
-            for a, b in theirs.intervals:
-                w.host[runs.local(a, b)] = found[at : at + b - a]
-                at += b - a
+        for a, b in (runs & shard).intervals:
+            w.host[runs.local(a, b)] = self.weights.host[shard.local(a, b)]
+        # Units that lie side by side are dealt to the ranks in order: each such piece is gathered in its place.
+        for piece in self.layout.pieces():
+            size = (piece.last - piece.first) * self.layout.parameters[piece.parameter].unit_size
+            within = Runs(((piece.offset, piece.offset + size),)) & runs
+            if within.size:
+                counts = [(within & theirs).size for theirs in self.shards]
+                self.group.gather_all(w.host[runs.local(*within.intervals[0])], counts)
         w.push()
         w.settle()
         return Model(self.network, self.layout, w.array, None, self.ops, layers=stage)
@@ -105,8 +102,8 @@ class Evaluator:
         item, largest = self.dtype.itemsize, 0
         for first, behind in self.stages:
             sizes = [prod(layer.out_shape) for layer in self.network.layers[first:behind]]
-            held = samples * (prod(self.network.layers[first].in_shape) + sizes[-1])
-            weights = 0 if self.whole else 3 * layer_runs(self.network, self.layout, first, behind).size
+            held = samples * max(prod(self.network.layers[first].in_shape), sizes[-1])
+            weights = 0 if self.whole else layer_runs(self.network, self.layout, first, behind).size
             largest = max(largest, item * (held + most * sum(sizes) + weights))
         return largest + self.samples.nbytes
 
