@@ -68,10 +68,11 @@ class Objective:
 class Parallel:
     """Who computes and holds what."""
 
-    method: Literal["psl", "data_parallel", "local_sgd", "dfa"] = "psl"
+    method: Literal["psl", "data_parallel", "local_sgd", "dfa", "sil"] = "psl"
     """Training method: psl, the partially-separable loss, each rank its part of the network; data_parallel, each rank
     the whole network and a slice of each minibatch; local_sgd, so, but ranks step alone and average now and then; dfa,
-    direct feedback alignment, each rank some layers, which learn from the error of the scores alone."""
+    direct feedback alignment, each rank some layers, which learn from the error of the scores alone; sil, synthetic
+    intermediate labels, each rank some layers, which learn random vectors that stand for the classes."""
     partition: Literal["scores", "pairs"] = "scores"
     """What a worker owns: the subnetwork of some scores, or the element losses of some pairs of classes."""
     placement: Literal["master", "owner"] = "master"
@@ -137,6 +138,31 @@ class Alignment:
     """Seed of these matrices."""
     feedback_scale: float = 1.0
     """Factor of these matrices: in effect one of the hidden layers' learning rate."""
+
+
+@dataclass(frozen=True)
+class Synthetic:
+    """Synthetic intermediate labels (sil)."""
+
+    parts: int = 0
+    """Runs of layers that are trained apart, the ranks a divisor or a multiple of them; 0: as many as ranks, and 2 at
+    least where there are two layers."""
+    labels: Literal["uniform", "gaussian", "sign", "orthogonal"] = "uniform"
+    """Law of the vectors that stand for the classes: U(0, 1), N(0, 1), -1 or 1, or orthogonal to each other."""
+    labels_seed: int = 0
+    """Seed of these vectors."""
+    labels_scale: float = 1.0
+    """Factor of these vectors, the paper's kappa; the loss is divided by its square."""
+    hand_over: Literal["stored", "recompute", "stale", "labels"] = "stored"
+    """What a part learns from. One part after the other: stored, the outputs of the finished part before, kept in
+    memory; recompute, these anew for each minibatch. All at once: stale, the outputs that the part before had at the
+    end of the epoch before; labels, its labels with noise."""
+    labels_noise: float = 0.1
+    """Standard deviation of the noise of --hand-over labels, over --labels-scale."""
+    part_epochs: tuple[int, ...] = ()
+    """Epochs of each part, one after the other; equal shares if not given."""
+    recovery_epochs: int = 0
+    """How many of the --epochs, at the end, train all parts together as one network."""
 
 
 @dataclass(frozen=True)
@@ -253,6 +279,7 @@ class Config:
     parallel: Parallel = field(default_factory=Parallel)
     replicated: Replicated = field(default_factory=Replicated)
     alignment: Alignment = field(default_factory=Alignment)
+    synthetic: Synthetic = field(default_factory=Synthetic)
     optimization: Optimization = field(default_factory=Optimization)
     run: Run = field(default_factory=Run)
     config: Annotated[str, arg(metavar="FILE.toml")] = ""
@@ -283,6 +310,11 @@ OF_METHODS = {
     ),
     "local_sgd": ("replicated", ("local_steps", "outer_lr", "outer_momentum")),
     "dfa": ("alignment", ("feedback", "feedback_seed", "feedback_scale")),
+    "sil": (
+        "synthetic",
+        ("parts", "labels", "labels_seed", "labels_scale", "hand_over", "labels_noise", "part_epochs",
+         "recovery_epochs"),
+    ),
 }  # fmt: skip
 
 
@@ -303,13 +335,18 @@ def check(config: Config) -> None:
         ("--checkpoint-keep", run.checkpoint_keep, 0),
         ("--seed", run.seed, 0),
         ("--feedback-seed", config.alignment.feedback_seed, 0),
+        ("--parts", config.synthetic.parts, 0),
+        ("--labels-seed", config.synthetic.labels_seed, 0),
+        ("--recovery-epochs", config.synthetic.recovery_epochs, 0),
         ("--threads", config.parallel.threads, 0),
         ("--replicas", config.parallel.replicas, 0),
         ("--batch-size", config.data.batch_size, 1),
     ):
         if value < least:
             raise UserError(f"{name} {value}: expected a whole number from {least} up")
-    for section in (config.model, config.objective, config.optimization, config.replicated, config.alignment):
+    for section in (
+        config.model, config.objective, config.optimization, config.replicated, config.alignment, config.synthetic
+    ):  # fmt: skip
         for name, value in vars(section).items():
             if isinstance(value, float) and not isfinite(value):
                 raise UserError(f"--{name.replace('_', '-')} {value}: expected a finite number")

@@ -113,6 +113,9 @@ class Loop:
         tables = not note and rows.total > 0
         if tables and not checkpoint.load_tables(path, self.method.tables, rows, self.world.rank):
             lost, tables = f"the checkpoint does not hold {self.method.lost}", False
+        if "steps" in self.method.scalars:
+            # Whatever the checkpoint is of, a method that goes by the steps of the run goes on with them.
+            self.method.scalars["steps"] = progress.step
         self.method.resumed(tables, fresh)
         # The shares of the loss are summed over ranks: the past is rank 0's.
         if self.world.rank == 0:

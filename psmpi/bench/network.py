@@ -17,7 +17,9 @@ from typing import Any, Literal
 from psmpi.bench.hosts import ENVIRONMENT, check, slow_hosts, wrapper
 from psmpi.errors import UserError
 
-Variant = Literal["psl", "psl-owner", "data_parallel", "powersgd", "topk", "float16", "local_sgd", "diloco", "dfa"]
+Variant = Literal[
+    "psl", "psl-owner", "data_parallel", "powersgd", "topk", "float16", "local_sgd", "diloco", "dfa", "sil", "sil-stale"
+]
 
 # The options of psmpi.train that each stands for.
 VARIANTS: dict[str, tuple[str, ...]] = {
@@ -30,6 +32,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "local_sgd": ("--method", "local_sgd"),
     "diloco": ("--method", "local_sgd", "--local-steps", "100", "--outer-lr", "0.7", "--outer-momentum", "0.9"),
     "dfa": ("--method", "dfa"),
+    "sil": ("--method", "sil"),
+    "sil-stale": ("--method", "sil", "--hand-over", "stale"),
 }
 
 

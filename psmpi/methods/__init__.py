@@ -9,12 +9,14 @@ from psmpi.methods.data_parallel import DataParallel
 from psmpi.methods.dfa import DirectFeedback
 from psmpi.methods.local_sgd import LocalSGD
 from psmpi.methods.psl import PartiallySeparable
+from psmpi.methods.sil import SyntheticLabels
 
 METHODS: dict[str, Any] = {
     "psl": PartiallySeparable,
     "data_parallel": DataParallel,
     "local_sgd": LocalSGD,
     "dfa": DirectFeedback,
+    "sil": SyntheticLabels,
 }
 
 __all__ = ["METHODS", "Method", "Place", "Score"]

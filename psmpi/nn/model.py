@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from math import prod
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy as np
 from psmpi.backend import NumpyOps
 from psmpi.nn.linear import ConvPart, DensePart, LinearPart, Scratch, Sums, find_segments
 from psmpi.nn.network import Activation, Conv, Dense, Flatten, LayerSpec, Linear, Network, Pool
-from psmpi.partition import Layout, Runs
+from psmpi.partition import Layout, Runs, split_evenly
 
 
 class Step:
@@ -275,6 +276,15 @@ class Model:
             else:
                 self.ops.max_pool_back(x, self.scratch.take("pooled", *y.shape), dy, step.spec.size, dx)
         return dy if dx is None else dx
+
+
+def split_layers(network: Network, parts: int) -> list[tuple[int, int]]:
+    """(first, behind the last) layer of each part: whole layers with weights, with those without that follow them."""
+    starts = [k for k, layer in enumerate(network.layers) if isinstance(layer, Linear)]
+    groups = split_evenly(range(len(starts)), parts)
+    # What comes before the first layer with weights goes with it.
+    edges = [0, *(starts[group[0]] for group in groups[1:]), len(network.layers)]
+    return list(pairwise(edges))
 
 
 def layer_runs(network: Network, layout: Layout, first: int, behind: int) -> Runs:
