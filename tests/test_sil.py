@@ -317,8 +317,8 @@ def test_many_ranks_train_as_one_does(train):
 @pytest.mark.parametrize("way", ["stored", "stale"])
 def test_three_parts_of_a_network_of_separable_layers(train, way):
     """Convolutions at the cuts, and weights of one part between those of another in the flat vector."""
-    options = ("--method", "sil", "--parts", "3", "--loss", "nll", "--dtype", "float64", "--epochs", "4", "--lr",
-               "0.01", "--batch-size", "50", "--recovery-epochs", "1", "--threads", "1", "--hand-over", way)  # fmt: skip
+    options = ("--method", "sil", "--parts", "3", "--hand-over", way, "--epochs", "4", "--recovery-epochs", "1",
+               "--loss", "nll", "--dtype", "float64", "--lr", "0.01", "--batch-size", "50", "--threads", "1")  # fmt: skip
     alone = trained(make_network("psnet", (1, 8, 8), 10), 4 * PER_EPOCH, parts=3, recovery_epochs=1, hand_over=way)
     many = train(3, *options)
     assert differ(alone, many) <= 1e-12
@@ -390,6 +390,22 @@ def test_a_run_goes_on_on_other_ranks_and_from_another_method(train, tmp_path):
     train(1, *plain, "--epochs", "4", "--max-steps", begun, out=out)
     rows = train(2, *options, "--resume", "auto", out=out).rows
     assert [row.get("phase") for row in rows] == [None, None, "part 2", "part 2"] and rows[-1]["test_accuracy"] > 0.85
+
+
+def test_optimizers_are_fresh_in_each_phase():
+    one = method(network(40, 30, 20), parts=2, clip=0.0, recovery_epochs=2)
+    for k, phase in enumerate(one.phases):
+        trained(None, phase.start * PER_EPOCH, one=one)
+        before = one.w.copy()
+        trained(None, phase.start * PER_EPOCH + 1, one=one)
+        assert one.scalars["t"] == 1
+        for part in one.parts.values():
+            if part.number in phase.parts:
+                # After one step from nothing the mean of gradients is a tenth of the gradient (Adam).
+                assert np.allclose(part.optimizer.vectors["m"], 0.1 * part.g, rtol=1e-10, atol=1e-300)
+        # And a first step is as long as the learning rate, or nothing.
+        moved = abs(one.w - before)
+        assert moved.max() <= 0.01 * (1 + 1e-9) and np.count_nonzero(moved > 0.0099) > 100, k
 
 
 def test_phases_divide_the_epochs():

@@ -144,7 +144,7 @@ class SyntheticLabels:
             self._hand_over(0, self.count - 1)
 
     def _learn_apart(self, k: int, ids: np.ndarray, mine: np.ndarray, *, labels: bool, counts: bool) -> None:
-        """Part k's gradient of its own loss over the samples ids[mine] of a minibatch; `stale` may be on `labels` yet."""
+        """Part k's gradient of its own loss over the samples ids[mine] of a minibatch; `labels` is of `stale`."""
         part, own = self.parts.get(k), ids[mine]
         x = None
         if k == 0 or self.way == "recompute":
