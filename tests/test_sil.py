@@ -318,7 +318,7 @@ def test_many_ranks_train_as_one_does(train):
 def test_three_parts_of_a_network_of_separable_layers(train, way):
     """Convolutions at the cuts, and weights of one part between those of another in the flat vector."""
     options = ("--method", "sil", "--parts", "3", "--hand-over", way, "--epochs", "4", "--recovery-epochs", "1",
-               "--loss", "nll", "--dtype", "float64", "--lr", "0.01", "--batch-size", "50", "--threads", "1")  # fmt: skip
+               "--loss", "nll", "--dtype", "float64", "--lr", "0.01", "--batch-size", "50")  # fmt: skip
     alone = trained(make_network("psnet", (1, 8, 8), 10), 4 * PER_EPOCH, parts=3, recovery_epochs=1, hand_over=way)
     many = train(3, *options)
     assert differ(alone, many) <= 1e-12
