@@ -94,7 +94,7 @@ class SyntheticLabels:
         self.vectors = {
             name: next(iter(of.values())) if len(of) == 1 else np.empty_like(self.w) for name, of in self.own.items()
         }
-        self.collect_vectors()
+        self._merge()
         self.loss_sum = 0.0
         self.cuts: dict[str, Any] = {}
 
@@ -240,6 +240,8 @@ class SyntheticLabels:
 
         Rows take pieces in turn; in a part, whose rows are to have all of them, the row that received one shares it.
         """
+        if first == last:
+            return
         for number, start in enumerate(range(0, self.dataset.train.n, PIECE)):
             ids, row = np.arange(start, min(start + PIECE, self.dataset.train.n)), number % self.seats.rows
             x = None
@@ -281,12 +283,13 @@ class SyntheticLabels:
                 for a, b in self.parts[k].runs.intervals:
                     yield name, shard.local(a, b), k, self.parts[k].runs.local(a, b)
 
-    def collect_vectors(self) -> None:
+    def _merge(self) -> None:
+        """Put several parts' vectors in the places of the shard."""
         for name, there, k, here in self._spread():
             self.vectors[name][there] = self.own[name][k][here]
 
     def collect(self) -> None:
-        self.collect_vectors()
+        self._merge()
         self.scalars["macs"], self.scalars["handed_bytes"] = self._totals()
 
     def resumed(self, tables: bool, fresh: Set[str]) -> None:
