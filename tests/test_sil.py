@@ -1,5 +1,6 @@
 """Synthetic intermediate labels: the labels, what each part learns from, what is sent, and what is learned."""
 
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -406,6 +407,23 @@ def test_optimizers_are_fresh_in_each_phase():
         # And a first step is as long as the learning rate, or nothing.
         moved = abs(one.w - before)
         assert moved.max() <= 0.01 * (1 + 1e-9) and np.count_nonzero(moved > 0.0099) > 100, k
+
+
+@pytest.mark.parametrize("way", ["stored", "recompute", "stale", "labels"])
+def test_a_step_allocates_no_arrays(way):
+    one = method(network(400, 600, 200), parts=2, hand_over=way, epochs=3, recovery_epochs=1)
+    batches = Minibatches(N, 50, 0)
+    for step in (PER_EPOCH + 3, 2 * PER_EPOCH + 3):
+        trained(None, step, one=one)
+        ids = batches.ids(*divmod(step, PER_EPOCH))
+        tracemalloc.start()
+        try:
+            one.step(ids, 1e-3)
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        # The outputs at the cut have 240,000 bytes; NumPy's own buffer is 65,536.
+        assert peak < 100_000
 
 
 def test_phases_divide_the_epochs():

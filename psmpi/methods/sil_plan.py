@@ -42,7 +42,7 @@ def plan_phases(parts: int, epochs: int, settings: Synthetic) -> list[Phase]:
     typed = f"--part-epochs {' '.join(map(str, given))}"
     if given and not in_turn:
         raise UserError(f"{typed} is for parts in turn, and with --hand-over {way} all learn at once: leave it out")
-    if given and (len(given) != parts or min(given) < 1):
+    if given and (len(given) != parts or any(not isinstance(n, int) or n < 1 for n in given)):
         raise UserError(f"{typed}: expected a number from 1 up for each of {parts} part(s)")
     if given and sum(given) != left:
         total = sum(given) + recovery

@@ -58,7 +58,8 @@ class Objective:
             report[0] = loss(scores, labels, scale, grad, pairs)
             if not np.isfinite(report[0]):
                 raise FloatingPointError(DIVERGED)
-            report[3] = np.abs(grad[own]).max(initial=0.0)
+            # Without an array of absolute values: outputs at a cut are many.
+            report[3] = max(grad[own].max(initial=0.0), -grad[own].min(initial=0.0))
         self.ops.cast_scores(grad[own], cast, report)
         # Outputs of some layers alone may be images.
         dy = cast.reshape(self.model.outputs[-1].shape)
