@@ -535,16 +535,18 @@ def test_a_run_that_diverges_ends_the_job(tmp_path):
     assert status != 0 and err.count("not a finite number") == 1 and "Traceback" not in err, err
 
 
+@pytest.mark.timeout(600)
 def test_mnist_is_learned(train):
     """Accuracies as they were found in small runs of these settings; the bytes are those of 60,000 times 256 floats."""
     folder = real("mnist") / "mnist"
     setting = ("--model", "mlp", "--widths", *["256"] * 5, "--dataset", "mnist", "--data-dir", folder, "--loss", "nll",
-               "--batch-size", "128", "--clip", "0")  # fmt: skip
-    apart = train(2, "--method", "sil", *setting, "--epochs", "7", "--part-epochs", "4", "3", "--threads", "1")
+               "--batch-size", "128", "--clip", "0", "--threads", "1")  # fmt: skip
+    epochs = ("--epochs", "7", "--part-epochs", "4", "3")
+    apart = train(2, "--method", "sil", *setting, *epochs, timeout=280)
     last = apart.rows[-1]
     (nearest,), (solved,), joined = last["nearest_accuracy"], last["least_squares_accuracy"], last["test_accuracy"]
     assert nearest >= 0.973 and joined >= 0.973
     assert abs(joined - nearest) <= 0.007 and abs(solved - nearest) <= 0.003
     assert [row["handed_bytes"] for row in apart.rows] == [0] * 4 + [61_440_000] * 3
-    whole = train(1, "--method", "data_parallel", *setting, "--epochs", "5").rows[-1]["test_accuracy"]
-    assert joined >= whole - 0.005
+    whole = train(1, "--method", "data_parallel", *setting, "--epochs", "5", timeout=280)
+    assert joined >= whole.rows[-1]["test_accuracy"] - 0.005
