@@ -78,11 +78,12 @@ class Objective:
 class Parallel:
     """Who computes and holds what."""
 
-    method: Literal["psl", "data_parallel", "local_sgd", "dfa", "ist"] = "psl"
+    method: Literal["psl", "data_parallel", "local_sgd", "dfa", "ist", "sil"] = "psl"
     """Training method: psl, the partially-separable loss, each rank its part of the network; data_parallel, each rank
     the whole network and a slice of each minibatch; local_sgd, so, but ranks step alone and average now and then; dfa,
     direct feedback alignment, each rank some layers, which learn from the error of the scores alone; ist, independent
-    subnets, each worker a random part of all layers, new each round."""
+    subnets, each worker a random part of all layers, new each round; sil, synthetic intermediate labels, each rank some
+    layers, which learn random vectors that stand for the classes."""
     partition: Literal["scores", "pairs"] = "scores"
     """What a worker owns: the subnetwork of some scores, or the element losses of some pairs of classes."""
     placement: Literal["master", "owner"] = "master"
@@ -165,6 +166,31 @@ class Subnets:
     """Residual blocks of a worker at least; where there are fewer, workers share some, and these are averaged."""
     optimizer_state: Literal["reset", "travel"] = "reset"
     """A fresh optimizer each round, or its state goes with the weights."""
+
+
+@dataclass(frozen=True)
+class Synthetic:
+    """Synthetic intermediate labels (sil)."""
+
+    parts: int = 0
+    """Runs of layers that are trained apart, the ranks a divisor or a multiple of them; 0: as many as ranks, and 2 at
+    least where there are two layers."""
+    labels: Literal["uniform", "gaussian", "sign", "orthogonal"] = "uniform"
+    """Law of the vectors that stand for the classes: U(0, 1), N(0, 1), -1 or 1, or orthogonal to each other."""
+    labels_seed: int = 0
+    """Seed of these vectors."""
+    labels_scale: float = 1.0
+    """Factor of these vectors, the paper's kappa; the loss is divided by its square."""
+    hand_over: Literal["stored", "recompute", "stale", "labels"] = "stored"
+    """What a part learns from. One part after the other: stored, the outputs of the finished part before, kept in
+    memory; recompute, these anew for each minibatch. All at once: stale, the outputs that the part before had at the
+    end of the epoch before; labels, its labels with noise."""
+    labels_noise: float = 0.1
+    """Standard deviation of the noise of --hand-over labels, over --labels-scale."""
+    part_epochs: tuple[int, ...] = ()
+    """Epochs of each part, one after the other; equal shares if not given."""
+    recovery_epochs: int = 0
+    """How many of the --epochs, at the end, train all parts together as one network."""
 
 
 @dataclass(frozen=True)
@@ -282,6 +308,7 @@ class Config:
     replicated: Replicated = field(default_factory=Replicated)
     alignment: Alignment = field(default_factory=Alignment)
     subnets: Subnets = field(default_factory=Subnets)
+    synthetic: Synthetic = field(default_factory=Synthetic)
     optimization: Optimization = field(default_factory=Optimization)
     run: Run = field(default_factory=Run)
     config: Annotated[str, arg(metavar="FILE.toml")] = ""
@@ -316,6 +343,12 @@ OF_METHODS = (
     (("local_sgd",), "replicated", ("outer_lr", "outer_momentum")),
     (("dfa",), "alignment", ("feedback", "feedback_seed", "feedback_scale")),
     (("ist",), "subnets", ("deal", "strata", "subnet_seed", "min_blocks", "optimizer_state")),
+    (
+        ("sil",),
+        "synthetic",
+        ("parts", "labels", "labels_seed", "labels_scale", "hand_over", "labels_noise", "part_epochs",
+         "recovery_epochs"),
+    ),
 )  # fmt: skip
 
 
@@ -337,13 +370,18 @@ def check(config: Config) -> None:
         ("--seed", run.seed, 0),
         ("--feedback-seed", config.alignment.feedback_seed, 0),
         ("--subnet-seed", config.subnets.subnet_seed, 0),
+        ("--parts", config.synthetic.parts, 0),
+        ("--labels-seed", config.synthetic.labels_seed, 0),
+        ("--recovery-epochs", config.synthetic.recovery_epochs, 0),
         ("--threads", config.parallel.threads, 0),
         ("--replicas", config.parallel.replicas, 0),
         ("--batch-size", config.data.batch_size, 1),
     ):
         if value < least:
             raise UserError(f"{name} {value}: expected a whole number from {least} up")
-    for section in (config.model, config.objective, config.optimization, config.replicated, config.alignment):
+    for section in (
+        config.model, config.objective, config.optimization, config.replicated, config.alignment, config.synthetic
+    ):  # fmt: skip
         for name, value in vars(section).items():
             if isinstance(value, float) and not isfinite(value):
                 raise UserError(f"--{name.replace('_', '-')} {value}: expected a finite number")

@@ -113,6 +113,9 @@ class Loop:
         tables = not note and rows.total > 0
         if tables and not checkpoint.load_tables(path, self.method.tables, rows, self.world.rank):
             lost, tables = f"the checkpoint does not hold {self.method.lost}", False
+        if "steps" in self.method.scalars:
+            # Whatever the checkpoint is of, a method that goes by the steps of the run goes on with them.
+            self.method.scalars["steps"] = progress.step
         self.method.resumed(tables, fresh)
         # The shares of the loss are summed over ranks: the past is rank 0's.
         if self.world.rank == 0:
@@ -201,8 +204,9 @@ class Loop:
         method = self.method
         score = method.test()
         loss_sum, _, _ = self._totals()
-        counts = np.zeros((self.world.size, 2))
-        counts[self.world.rank] = method.counter.sent, method.counter.received
+        # A rank that has nothing to do in some epochs is no measure of the rate.
+        counts = np.zeros((self.world.size, 3))
+        counts[self.world.rank] = method.counter.sent, method.counter.received, rate
         self.world.Allreduce(counts.copy(), counts)
         events = self._events()
         return {
@@ -212,7 +216,7 @@ class Loop:
             "train_loss": loss_sum / max(1, seen),
             "test_loss": score.loss,
             "test_accuracy": score.accuracy,
-            "samples_per_second": rate,
+            "samples_per_second": float(counts[:, 2].min()),
             "bytes_sent": int(self.before[0] + counts[:, 0].sum()),
             "bytes_received": int(self.before[1] + counts[:, 1].sum()),
             "bytes_sent_by_rank": counts[:, 0].astype(int).tolist(),

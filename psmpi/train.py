@@ -136,7 +136,7 @@ def _train(world: Any, config: Config) -> None:
         network = _network(config, dataset, make_network)
         METHODS[config.parallel.method].check(world.size, network, dataset, config)
         plan_steps(dataset, config)
-        for warning in METHODS[config.parallel.method].warnings(world.size, network):
+        for warning in METHODS[config.parallel.method].warnings(world.size, network, config):
             console.print(f"warning: {warning}", highlight=False, markup=False, soft_wrap=True)
         tell = partial(console.print, highlight=False, markup=False, soft_wrap=True)
         try:
@@ -213,10 +213,11 @@ def _backend(world: Any, config: Config, threads: int) -> Any:
     from psmpi.comm import nccl
     from psmpi.comm.world import host_by_host, seat
     from psmpi.errors import UserError
+    from psmpi.methods import METHODS
     from psmpi.optim.element_operators import RULES
 
     parallel, dtype = config.parallel, np.dtype(config.model.dtype)
-    on_host = config.optimization.optimizer in RULES or parallel.method == "dfa"
+    on_host = config.optimization.optimizer in RULES or METHODS[parallel.method].on_host
     number = None if on_host else seat(world)
     made = [make_backend(parallel.backend, threads, number, parallel.compute, parallel.cuda_graphs)]
 
@@ -269,7 +270,7 @@ def _compare(contents: Contents, config: Config, samples: int, path: str, tell: 
                 f"meaning with {now}; use the same"
             )
     old, new = ({**asdict(c)["data"], **asdict(c)["model"], **asdict(c)["objective"], **asdict(c)["optimization"],
-                    "seed": c.run.seed} for c in (saved, config))  # fmt: skip
+                 **asdict(c)["synthetic"], "seed": c.run.seed} for c in (saved, config))  # fmt: skip
     for key, value in new.items():
         if value != old[key] and key != "data_dir":
             tell(f"note: {key} is {value}, in the checkpoint it was {old[key]}")

@@ -13,7 +13,8 @@ from psmpi.backend import make_backend
 from psmpi.config import Config
 from psmpi.data import open_dataset
 from psmpi.methods import METHODS
-from psmpi.methods.dfa import feedback, split_layers, widths
+from psmpi.methods.dfa import feedback, widths
+from psmpi.nn.model import split_layers
 from psmpi.nn.network import build
 from psmpi.nn.zoo import make_network
 

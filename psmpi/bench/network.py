@@ -30,6 +30,8 @@ Variant = Literal[
     "dfa",
     "ist",
     "ist-master",
+    "sil",
+    "sil-stale",
 ]
 
 # The options of psmpi.train that each stands for.
@@ -45,6 +47,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "dfa": ("--method", "dfa"),
     "ist": ("--method", "ist", "--placement", "owner"),
     "ist-master": ("--method", "ist", "--colocate"),
+    "sil": ("--method", "sil", "--parts", "2"),
+    "sil-stale": ("--method", "sil", "--parts", "2", "--hand-over", "stale"),
 }
 
 

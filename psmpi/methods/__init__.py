@@ -10,6 +10,7 @@ from psmpi.methods.dfa import DirectFeedback
 from psmpi.methods.ist import IndependentSubnets
 from psmpi.methods.local_sgd import LocalSGD
 from psmpi.methods.psl import PartiallySeparable
+from psmpi.methods.sil import SyntheticLabels
 
 METHODS: dict[str, Any] = {
     "psl": PartiallySeparable,
@@ -17,6 +18,7 @@ METHODS: dict[str, Any] = {
     "local_sgd": LocalSGD,
     "dfa": DirectFeedback,
     "ist": IndependentSubnets,
+    "sil": SyntheticLabels,
 }
 
 __all__ = ["METHODS", "Method", "Place", "Score"]

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from psmpi.comm.group import Counter
+from psmpi.config import Config
 from psmpi.nn.network import Network
 from psmpi.partition import Layout, Rows, Runs
 
@@ -39,7 +40,7 @@ class Method(Protocol):
     layout and shards (every rank's) say where the weights lie; `vectors` are this rank's shard of the weights and of
     the optimizer's state by name, in host memory, as `collect` finds them and `resumed` takes them up; `tables` its
     rows of what belongs to no weight, such as an element's curvature (`rows`: every rank's), `scalars` the rest of its
-    state.
+    state; of these "steps", where a method has it, is the number of steps of the run.
     """
 
     layout: Layout
@@ -53,11 +54,13 @@ class Method(Protocol):
     lost: str
     # Names of vectors that are the method's own and not the optimizer's.
     extras: frozenset[str]
+    # Whether all of it is computed in host memory.
+    on_host: bool
     # This rank's share of the sum of the minibatch losses times their sizes; the shares of all ranks add up to it.
     loss_sum: float
 
     @staticmethod
-    def warnings(size: int, network: Network) -> Iterable[str]:
+    def warnings(size: int, network: Network, config: Config) -> Iterable[str]:
         """What a person should know of this method on `size` ranks with this network."""
 
     def step(self, ids: np.ndarray, lr: float) -> None:

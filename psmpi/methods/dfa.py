@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Set
 from dataclasses import dataclass
-from itertools import pairwise
 from math import isfinite, sqrt
 from typing import Any
 
@@ -24,12 +23,12 @@ from psmpi.methods.base import Place, Score
 from psmpi.methods.psl import hyperparameters
 from psmpi.nn.init import initial_weights
 from psmpi.nn.losses import Loss, make_loss
-from psmpi.nn.model import Model, layer_runs
+from psmpi.nn.model import Model, layer_runs, split_layers
 from psmpi.nn.network import Conv, Linear, Network
 from psmpi.nn.objective import DIVERGED
 from psmpi.optim import clip_by_global_norm, make_optimizer
 from psmpi.optim.element_operators import RULES
-from psmpi.partition import Rows, split_evenly
+from psmpi.partition import Rows
 
 # Samples of which the alignment is measured.
 ALIGNED = 256
@@ -43,15 +42,6 @@ class Hidden:
     first: int
     last: int
     width: int
-
-
-def split_layers(network: Network, ranks: int) -> list[tuple[int, int]]:
-    """(first, behind the last) layer of each rank: whole layers with weights, with those without that follow them."""
-    starts = [k for k, layer in enumerate(network.layers) if isinstance(layer, Linear)]
-    groups = split_evenly(range(len(starts)), ranks)
-    # What comes before the first layer with weights goes with it.
-    edges = [0, *(starts[group[0]] for group in groups[1:]), len(network.layers)]
-    return list(pairwise(edges))
 
 
 def feedback(kind: str, outputs: int, width: int, widest: int, seed: int, number: int) -> np.ndarray:
@@ -75,6 +65,7 @@ class DirectFeedback:
 
     lost = ""
     extras: frozenset[str] = frozenset()
+    on_host = True
 
     def __init__(self, world: Any, network: Network, dataset: Dataset, config: Config, ops: NumpyOps):
         self.network, self.layout, self.dataset, self.rank = network, network.layout(), dataset, world.rank
@@ -161,7 +152,7 @@ class DirectFeedback:
         make_optimizer(o.optimizer, 0, dtype, hyperparameters(config))
 
     @staticmethod
-    def warnings(size: int, network: Network) -> Iterator[str]:
+    def warnings(size: int, network: Network, config: Config) -> Iterator[str]:
         """What a person should know of a network before it is trained so."""
         if any(isinstance(layer, Conv) for layer in network.layers):
             yield "convolutions learn poorly by direct feedback: their weights are shared, and cannot align"

@@ -40,6 +40,7 @@ class IndependentSubnets:
 
     lost = ""
     extras: frozenset[str] = frozenset()
+    on_host = False
 
     def __init__(self, world: Any, network: Network, dataset: Dataset, config: Config, ops: NumpyOps):
         self.layout, self.ops, self.dtype, self.rank = network.layout(), ops, np.dtype(config.model.dtype), world.rank
@@ -131,7 +132,7 @@ class IndependentSubnets:
         make_loss(objective.loss, dtype, kappa=objective.kappa, exp_clip=objective.exp_clip)
 
     @staticmethod
-    def warnings(size: int, network: Network) -> Iterator[str]:
+    def warnings(size: int, network: Network, config: Config) -> Iterator[str]:
         """What a person should know of this method on `size` ranks with this network."""
         if not network.normalized and size > 1:
             yield (

@@ -40,6 +40,7 @@ class PartiallySeparable:
 
     lost = "the curvature of these elements: it starts afresh"
     extras: frozenset[str] = frozenset()
+    on_host = False
 
     def __init__(self, world: Any, network: Network, dataset: Dataset, config: Config, ops: NumpyOps):
         self.layout = network.layout()
@@ -103,7 +104,7 @@ class PartiallySeparable:
         make_optimizer(config.optimization.optimizer, 0, np.dtype(config.model.dtype), hyperparameters(config))
 
     @staticmethod
-    def warnings(size: int, network: Network) -> tuple[str, ...]:
+    def warnings(size: int, network: Network, config: Config) -> tuple[str, ...]:
         """None."""
         return ()
 

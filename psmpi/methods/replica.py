@@ -34,6 +34,7 @@ class Replica:
     lost = ""
     # Vectors that are the method's and not the optimizer's, and what helps where ranks do not sum alike.
     extras: frozenset[str] = frozenset()
+    on_host = False
     advice = "use another MPI library"
 
     def __init__(self, world: Any, network: Network, dataset: Dataset, config: Config, ops: NumpyOps):
@@ -97,7 +98,7 @@ class Replica:
         make_optimizer(o.optimizer, 0, np.dtype(config.model.dtype), hyperparameters(config))
 
     @staticmethod
-    def warnings(size: int, network: Network) -> Iterator[str]:
+    def warnings(size: int, network: Network, config: Config) -> Iterator[str]:
         """What a person should know of this method on `size` ranks with this network."""
         if network.normalized and size > 1:
             yield (
@@ -123,12 +124,7 @@ class Replica:
 
     def verify(self, vector: np.ndarray) -> None:
         """RuntimeError unless all ranks hold the same bits of a vector, as they must after the same steps."""
-        sums = np.zeros(self.world.size)
-        sums[self.rank] = crc32(np.ascontiguousarray(self.ops.host(vector)).data)
-        if len(set(self.world.agree(sums).tolist())) > 1:
-            raise RuntimeError(
-                f"the ranks no longer hold the same weights: they were given different sums; {self.advice}"
-            )
+        verify(self.world, self.ops.host(vector), self.advice)
 
     def diagnostics(self) -> dict[str, Any]:
         return {}
@@ -148,6 +144,14 @@ class Replica:
 
     def events(self) -> dict[str, int]:
         return {"psl_terms_past_exp_clip": self.worker.loss.clipped}
+
+
+def verify(group: Group, vector: np.ndarray, advice: str) -> None:
+    """RuntimeError unless all ranks of a group hold the same bits of a vector."""
+    sums = np.zeros(group.size)
+    sums[group.rank] = crc32(np.ascontiguousarray(vector).data)
+    if len(set(group.agree(sums).tolist())) > 1:
+        raise RuntimeError(f"the ranks no longer hold the same weights: they were given different sums; {advice}")
 
 
 def alone(values: np.ndarray) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from math import prod
 
 import numpy as np
@@ -25,7 +26,7 @@ from psmpi.nn.network import (
     Scale,
 )
 from psmpi.nn.normalization import NormPart
-from psmpi.partition import Layout, Runs
+from psmpi.partition import Layout, Runs, split_evenly
 
 
 class Step:
@@ -367,6 +368,15 @@ def _inside(step: Step) -> tuple[slice, ...]:
     assert isinstance(step.spec, Pad)
     margin = slice(step.spec.size, -step.spec.size)
     return slice(None), margin, margin
+
+
+def split_layers(network: Network, parts: int) -> list[tuple[int, int]]:
+    """(first, behind the last) layer of each part: whole layers with weights, with those without that follow them."""
+    starts = [k for k, layer in enumerate(network.layers) if isinstance(layer, Linear)]
+    groups = split_evenly(range(len(starts)), parts)
+    # What comes before the first layer with weights goes with it.
+    edges = [0, *(starts[group[0]] for group in groups[1:]), len(network.layers)]
+    return list(pairwise(edges))
 
 
 def layer_runs(network: Network, layout: Layout, first: int, behind: int) -> Runs:

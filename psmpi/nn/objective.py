@@ -28,18 +28,25 @@ class Objective:
     def reserve(self, classes: int, batch: int) -> None:
         """Make room for minibatches of up to `batch` samples with scores of `classes` classes."""
         self.grad = self.ops.empty(classes * batch, np.dtype(np.float64))
-        self.cast = self.ops.empty(len(self.model.classes) * batch, self.model.dtype)
+        self.cast = self.ops.empty(self.model.steps[-1].size * batch, self.model.dtype)
 
     @property
     def nbytes(self) -> int:
         return int(self.grad.nbytes + self.cast.nbytes)
 
     def derive(
-        self, scores: np.ndarray, labels: np.ndarray, scale: float, own: slice, pairs: np.ndarray | None = None
+        self,
+        scores: np.ndarray,
+        labels: np.ndarray,
+        scale: float,
+        own: slice,
+        pairs: np.ndarray | None = None,
+        dx: np.ndarray | None = None,
     ) -> None:
         """Fill the model's gradient with that of the scaled sum of the losses of the model's last minibatch.
 
-        scores (classes, b), the model's own being `own`; labels, pairs as in `Loss`.
+        scores (classes, b), the model's own being `own`; labels, pairs as in `Loss`. dx, of the shape of the model's
+        inputs, is filled with the gradient of these; the model then begins with a layer with weights.
         """
         loss, report = self.loss, self.report.array
         grad = self.grad[: scores.size].reshape(scores.shape)
@@ -51,9 +58,16 @@ class Objective:
             report[0] = loss(scores, labels, scale, grad, pairs)
             if not np.isfinite(report[0]):
                 raise FloatingPointError(DIVERGED)
-            report[3] = np.abs(grad[own]).max(initial=0.0)
+            # Without an array of absolute values: outputs at a cut are many.
+            report[3] = max(grad[own].max(initial=0.0), -grad[own].min(initial=0.0))
         self.ops.cast_scores(grad[own], cast, report)
-        self.model.backward(cast)
+        # Outputs of some layers alone may be images.
+        dy = cast.reshape(self.model.outputs[-1].shape)
+        if dx is None:
+            self.model.backward(dy)
+        else:
+            self.model.backward_through(dy, 0, len(self.model.steps) - 1, dx)
+            self.ops.give_back(dx, report, GRADIENT_LIMIT[self.model.dtype])
         assert self.model.g is not None
         self.ops.give_back(self.model.g, report, GRADIENT_LIMIT[self.model.dtype])
 

@@ -1,0 +1,121 @@
+"""A part of the method `sil` on one rank: a run of layers, what trains it alone, and where its inputs come from."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from psmpi.backend import NumpyOps
+from psmpi.config import Config
+from psmpi.data import Dataset
+from psmpi.methods.psl import hyperparameters
+from psmpi.nn.cost import count
+from psmpi.nn.init import initial_weights
+from psmpi.nn.losses import Loss, make_loss
+from psmpi.nn.model import Model, layer_runs
+from psmpi.nn.network import Network
+from psmpi.nn.objective import Objective
+from psmpi.nn.targets import Reader, TargetDistance, draw_targets
+from psmpi.optim import make_optimizer
+from psmpi.partition import Layout
+
+
+class Part:
+    """Part number `number`, the layers `stage`; w and g (n,) are its weights and their gradient.
+
+    stored: (training samples, inputs), the inputs that were handed over, row i of sample i; found: of the outputs
+    looked at, sums of distances, right by the nearest column, right by least squares, samples; alive: the units
+    that were above 0.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        stage: tuple[int, int],
+        w: np.ndarray,
+        g: np.ndarray,
+        network: Network,
+        layout: Layout,
+        dataset: Dataset,
+        config: Config,
+        ops: NumpyOps,
+    ):
+        s, c, dtype, classes = config.synthetic, config.objective, w.dtype, network.classes
+        self.number, self.last, self.w, self.g = number, stage[1] == len(network.layers), w, g
+        self.runs, self.cost = layer_runs(network, layout, *stage), count(network, *stage)
+        self.model = Model(network, layout, w, g, ops, layers=stage)
+        self.inputs, self.units = int(np.prod(self.model.in_shape)), self.model.steps[-1].size
+        initial_weights(
+            network, layout, self.runs, w, seed=config.run.seed, kind=config.model.init, gain=config.model.init_gain
+        )
+        self.optimizer = make_optimizer(config.optimization.optimizer, w.size, dtype, hyperparameters(config), ops)
+        if self.last:
+            self.loss: Loss = make_loss(c.loss, dtype, kappa=c.kappa, exp_clip=c.exp_clip)
+        else:
+            targets = draw_targets(s.labels, self.units, classes, s.labels_seed, number + 1, s.labels_scale)
+            self.loss, self.reader = TargetDistance(targets, s.labels_scale), Reader(targets)
+        self.found, self.alive = np.zeros(4), np.zeros(self.units, bool)
+        # The labels of the part before, where it learns from these.
+        self.columns = np.empty((0, classes), dtype)
+        if number and s.hand_over in ("stale", "labels"):
+            drawn = draw_targets(s.labels, self.inputs, classes, s.labels_seed, number, s.labels_scale)
+            self.columns = drawn.astype(dtype)
+        kept = dataset.train.n if number and s.hand_over in ("stored", "stale") else 0
+        self.stored = np.empty((kept, self.inputs), dtype)
+        self.samples = ops.samples(self.stored, 1.0)
+        # What a hand-over and a test take through the layers at a time.
+        pieces = [at for split in (dataset.train, dataset.test) for at in network.evaluation_batches(split.n)]
+        batch = max(config.data.batch_size, *(at.stop - at.start for at in pieces))
+        self.objective = Objective(self.loss, self.model)
+        self.model.reserve(batch)
+        self.objective.reserve(self.units, batch)
+        self.x = ops.empty(self.inputs * batch, dtype)
+        self.dx = ops.empty(self.x.size if number and s.recovery_epochs else 0, dtype)
+        self.noise = np.empty(self.x.size if number and s.hand_over == "labels" else 0, dtype)
+
+    def room(self, b: int) -> np.ndarray:
+        """Where inputs (inputs, b) are put."""
+        return self.x[: self.inputs * b].reshape(self.inputs, b)
+
+    def forward(self, x: np.ndarray) -> np.ndarray:
+        """Outputs (units, b) of inputs (inputs, b)."""
+        return self.model.forward(x).reshape(self.units, -1)
+
+    def learn(self, x: np.ndarray, labels: np.ndarray, scale: float, dx: np.ndarray | None = None) -> float:
+        """Fill g with the gradient of the scaled sum of the part's losses on inputs x (inputs, b); returns that sum.
+
+        With dx, of the shape of the model's inputs, also the gradient of these.
+        """
+        self.objective.derive(self.forward(x), labels, scale, slice(0, self.units), dx=dx)
+        return self.objective.value()
+
+    def back(self, dy: np.ndarray, dx: np.ndarray | None) -> None:
+        """Fill g, and dx where there is one, from the gradient of the outputs, which is used up."""
+        dy = dy.reshape(self.model.outputs[-1].shape)
+        if dx is None:
+            self.model.backward(dy)
+        else:
+            self.model.backward_through(dy, 0, len(self.model.steps) - 1, dx)
+
+    def look(self, labels: np.ndarray) -> None:
+        """Add what the outputs of the last forward pass say to `found` and `alive`."""
+        y = self.model.outputs[-1].reshape(self.units, -1)
+        nearest = np.count_nonzero(self.reader.nearest(y) == labels)
+        solved = np.count_nonzero(self.reader.probabilities(y).argmax(axis=0) == labels)
+        self.found += [self.loss(y, labels, 1.0), float(nearest), float(solved), float(len(labels))]
+        self.alive |= (y > 0).any(axis=1)
+
+    def forget(self) -> None:
+        """Begin to look anew."""
+        self.found.fill(0)
+        self.alive.fill(False)
+
+    def memory(self) -> dict[str, int]:
+        own = (self.dx, self.noise, self.columns)
+        return {
+            "weights": self.w.nbytes,
+            "gradients": self.g.nbytes,
+            "optimizer": sum(v.nbytes for v in self.optimizer.vectors.values()) + self.optimizer.scratch.nbytes,
+            "activations": self.x.nbytes + self.model.activation_bytes,
+            "buffers": self.model.buffer_bytes + self.objective.nbytes + sum(a.nbytes for a in own),
+            "samples": self.samples.nbytes,
+        }

@@ -1,0 +1,172 @@
+"""What the method `sil` trains when, on which ranks, and what it cannot: found without MPI and arrays of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import inf
+
+import numpy as np
+
+from psmpi.config import Config, Synthetic
+from psmpi.data import Dataset
+from psmpi.errors import UserError
+from psmpi.methods.psl import hyperparameters
+from psmpi.nn.losses import make_loss
+from psmpi.nn.model import split_layers
+from psmpi.nn.network import Activation, Flatten, Network, Pool
+from psmpi.optim import make_optimizer
+from psmpi.optim.element_operators import RULES
+from psmpi.partition import split_evenly
+
+# The least and the largest value of labels at scale 1, and of activations.
+LAWS = {"uniform": (0.0, 1.0), "sign": (-1.0, 1.0), "gaussian": (-inf, inf), "orthogonal": (-inf, inf)}
+REACH = {"sigmoid": (0.0, 1.0), "tanh": (-1.0, 1.0), "relu": (0.0, inf), "identity": (-inf, inf)}
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Epochs [start, stop) in which `parts` are trained: each alone, or `joined` as one network."""
+
+    name: str
+    start: int
+    stop: int
+    parts: tuple[int, ...]
+    joined: bool = False
+
+
+def plan_phases(parts: int, epochs: int, settings: Synthetic) -> list[Phase]:
+    """What is trained when; UserError where the epochs do not add up."""
+    given, recovery, way = settings.part_epochs, settings.recovery_epochs, settings.hand_over
+    left, everyone, in_turn = epochs - recovery, tuple(range(parts)), way in ("stored", "recompute")
+    typed = f"--part-epochs {' '.join(map(str, given))}"
+    if given and not in_turn:
+        raise UserError(f"{typed} is for parts in turn, and with --hand-over {way} all learn at once: leave it out")
+    if given and (len(given) != parts or any(not isinstance(n, int) or n < 1 for n in given)):
+        raise UserError(f"{typed}: expected a number from 1 up for each of {parts} part(s)")
+    if given and sum(given) != left:
+        total = sum(given) + recovery
+        raise UserError(
+            f"{typed} and --recovery-epochs {recovery} add up to {total}, not to --epochs {epochs}: use --epochs "
+            f"{total}"
+        )
+    least = parts if in_turn else 1
+    if left < least:
+        raise UserError(
+            f"--epochs {epochs} with --recovery-epochs {recovery} leaves some of {parts} part(s) untrained: use "
+            f"--epochs {least + recovery} or more"
+        )
+    phases, start = [], 0
+    lengths = given or [len(group) for group in split_evenly(range(left), parts)]
+    for k, length in enumerate(lengths if in_turn else [left]):
+        phases.append(Phase(f"part {k + 1}" if in_turn else "all parts", start, start + length,
+                            (k,) if in_turn else everyone))  # fmt: skip
+        start += length
+    return [*phases, Phase("recovery", start, epochs, everyone, joined=True)] if recovery else phases
+
+
+@dataclass(frozen=True)
+class Seats:
+    """Which ranks hold which parts: a run of parts each, or `rows` ranks each part, which share each minibatch."""
+
+    size: int
+    parts: int
+
+    @property
+    def rows(self) -> int:
+        return max(1, self.size // self.parts)
+
+    def rank(self, part: int, row: int) -> int:
+        return part // max(1, self.parts // self.size) * self.rows + row
+
+    def held(self, rank: int) -> list[int]:
+        return [k for k in range(self.parts) if self.rank(k, rank % self.rows) == rank]
+
+
+def count_parts(size: int, network: Network, asked: int) -> int:
+    """How many parts `size` ranks train, `asked` or 0; UserError where these ranks or the layers do not fit."""
+    depth = len(network.linear)
+    parts = asked or max(size, min(2, depth))
+    fit = [k for k in range(1, depth + 1) if k % size == 0 or size % k == 0]
+    if parts not in fit:
+        raise UserError(
+            f"--method sil cannot train --model {network.name}, {depth} layer(s) with weights, in {parts} parts on "
+            f"{size} rank(s): each rank takes as many parts as the others, or each part as many ranks; use --parts "
+            f"{fit[-1]}"
+        )
+    return parts
+
+
+def cut_activation(network: Network, behind: int) -> str:
+    """The activation whose values the layers before `behind` put out."""
+    for layer in reversed(network.layers[:behind]):
+        if isinstance(layer, Activation):
+            return layer.kind
+        if not isinstance(layer, Flatten | Pool):
+            break
+    return "identity"
+
+
+def check(size: int, network: Network, dataset: Dataset, config: Config) -> None:
+    """UserError for a configuration that `size` ranks cannot train; needs no MPI and no arrays of weights."""
+    s, o, c, dtype = config.synthetic, config.optimization, config.objective, np.dtype(config.model.dtype)
+    parts = count_parts(size, network, s.parts)
+    plan_phases(parts, config.run.epochs, s)
+    if network.residual and parts > 1:
+        raise UserError(
+            f"--model {network.name} has residual blocks, and --method sil cuts between single layers: use a network "
+            "without them, or another method"
+        )
+    layout = network.layout()
+    if layout.part(range(network.classes)).size != layout.size:
+        raise UserError(
+            f"--model {network.name} has units that no score depends on, and --method sil would train them on "
+            "labels: use a network without such units"
+        )
+    if o.optimizer in RULES or o.optimizer in ("lbfgs", "lbfgs-tr", "lsr1-tr"):
+        raise UserError(
+            f"--optimizer {o.optimizer} takes one loss for all weights, and the parts of --method sil have their "
+            "own: use a first-order one (sgd, momentum, adam, ...)"
+        )
+    if config.parallel.backend == "cupy":
+        raise UserError("--method sil computes on the host: use --backend compiled (or auto)")
+    rows = Seats(size, parts).rows
+    if config.data.batch_size < rows:
+        raise UserError(
+            f"--batch-size {config.data.batch_size} leaves some of {rows} ranks a part without a sample: use "
+            f"--batch-size {rows} or more, or fewer ranks"
+        )
+    if not 0 < s.labels_scale <= 1e6:
+        raise UserError(f"--labels-scale {s.labels_scale}: expected a number above 0 and up to 1e6, usually 1")
+    if not 0 <= s.labels_noise <= 1e6:
+        raise UserError(f"--labels-noise {s.labels_noise}: expected 0 (none) or a number above it, up to 1e6")
+    widths = [int(np.prod(network.layers[behind - 1].out_shape)) for _, behind in split_layers(network, parts)[:-1]]
+    if s.labels == "orthogonal" and min(widths, default=network.classes) < network.classes:
+        raise UserError(
+            f"--labels orthogonal: {network.classes} vectors of {min(widths)} units cannot be; use --labels uniform"
+        )
+    make_loss(c.loss, dtype, kappa=c.kappa, exp_clip=c.exp_clip)
+    make_optimizer(o.optimizer, 0, dtype, hyperparameters(config))
+
+
+def warnings(size: int, network: Network, config: Config) -> Iterator[str]:
+    """What a person should know of a network before it is trained so."""
+    s = config.synthetic
+    if network.normalized and Seats(size, count_parts(size, network, s.parts)).rows > 1:
+        yield (
+            "batch normalization takes the statistics of each rank's own slice of a minibatch: the result depends on "
+            "the number of ranks of a part"
+        )
+    for k, (_, behind) in enumerate(split_layers(network, count_parts(size, network, s.parts))[:-1]):
+        units, kind = int(np.prod(network.layers[behind - 1].out_shape)), cut_activation(network, behind)
+        (least, most), (low, high) = (np.array(LAWS[s.labels]) * s.labels_scale, REACH[kind])
+        if least < low or most > high:
+            yield (
+                f"part {k + 1} ends in {kind}, which does not reach all of --labels {s.labels} --labels-scale "
+                f"{s.labels_scale:g}: --labels uniform --labels-scale 1 is within its reach"
+            )
+        if units < network.classes:
+            yield (
+                f"part {k + 1} has {units} outputs for {network.classes} classes: its labels do not determine the "
+                "probabilities of the classes"
+            )

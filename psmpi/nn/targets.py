@@ -1,0 +1,76 @@
+"""Synthetic intermediate labels: a random vector for each class, the loss on these, and how they are read back."""
+
+from __future__ import annotations
+
+from math import sqrt
+
+import numpy as np
+
+from psmpi.nn.losses import Loss
+
+LAWS = ("uniform", "gaussian", "sign", "orthogonal")
+
+
+def draw_targets(law: str, units: int, classes: int, seed: int, part: int, scale: float) -> np.ndarray:
+    """S (units, classes) float32, column j the target of class j, from (law, seed, part) alone, times `scale`.
+
+    uniform: U(0, 1), as Karadag and Topaloglu (arXiv 2403.11204) are said to do; psmpi's: gaussian N(0, 1), sign -1 or
+    1, orthogonal: columns that are, as far from each other as uniform ones are in the mean, sqrt(units / 6).
+    ValueError for orthogonal columns of fewer units than classes.
+    """
+    rng = np.random.default_rng([seed, part])
+    if law == "uniform":
+        drawn = rng.random((units, classes), np.float32)
+    elif law == "sign":
+        drawn = (2 * rng.integers(0, 2, (units, classes)) - 1).astype(np.float32)
+    elif law == "gaussian":
+        drawn = rng.standard_normal((units, classes), np.float32)
+    elif units < classes:
+        raise ValueError(f"{classes} columns of {units} units cannot be orthogonal")
+    else:
+        q, r = np.linalg.qr(rng.standard_normal((units, classes)))
+        # Without the signs that a library happens to choose.
+        drawn = (q * np.copysign(sqrt(units / 12), np.diag(r))).astype(np.float32)
+    return drawn * np.float32(scale)
+
+
+class TargetDistance(Loss):
+    """||f - S_y||^2 / (units kappa^2) of outputs f (units, b): kappa, the scale of S, is not to change the rate.
+
+    (psmpi's choice; the paper's loss is not known.)
+    """
+
+    name = "targets"
+
+    def __init__(self, targets: np.ndarray, scale: float):
+        super().__init__(np.dtype(np.float64))
+        self.targets, self.share = targets.astype(np.float64), 1 / (len(targets) * scale**2)
+
+    def __call__(self, scores, labels, scale, grad=None, pairs=None):
+        (z,) = self._buffers(scores, 1)
+        np.take(self.targets, labels, axis=1, out=z, mode="clip")
+        np.subtract(scores, z, out=z)
+        if grad is not None:
+            np.multiply(z, 2 * scale * self.share, out=grad)
+        return float(np.vdot(z, z)) * scale * self.share
+
+
+class Reader:
+    """Classes read from outputs (units, b): the nearest column of S, or the largest of S^+ f.
+
+    The outputs of least squared distance are S p, p (classes, b) the probabilities of the classes, so p = S^+ f where
+    S has full column rank (derived).
+    """
+
+    def __init__(self, targets: np.ndarray):
+        self.columns = targets.T.astype(np.float64)
+        self.halves = 0.5 * (self.columns**2).sum(axis=1, keepdims=True)
+        self.inverse = np.linalg.pinv(targets.astype(np.float64))
+
+    def nearest(self, outputs: np.ndarray) -> np.ndarray:
+        """argmin_j ||f - S_j|| (b,)."""
+        return (self.columns @ outputs - self.halves).argmax(axis=0)
+
+    def probabilities(self, outputs: np.ndarray) -> np.ndarray:
+        """S^+ f (classes, b)."""
+        return self.inverse @ outputs
