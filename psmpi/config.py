@@ -133,7 +133,8 @@ class Replicated:
     qsgd_levels: int = 15
     """Multiples that qsgd rounds to, 1 to 127."""
     local_steps: int = 20
-    """Steps of a rank alone between two averages in local_sgd, or in a round of ist."""
+    """Steps of a rank alone between two averages in local_sgd, or in a round of ist, which also ends with an epoch, at
+    a checkpoint and at --max-steps."""
     outer_lr: float = 1.0
     """Learning rate of local_sgd's outer optimizer; 1 without momentum is the mean. DiLoCo: 0.7."""
     outer_momentum: float = 0.0

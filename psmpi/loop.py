@@ -106,7 +106,10 @@ class Loop:
             vectors = {"weights": vectors["weights"]}
         else:
             vectors = {name: v for name, v in vectors.items() if name == "weights" or name in contents.vectors}
-            self.method.scalars.update({k: v for k, v in contents.scalars.items() if k in self.method.scalars})
+        taken = self.method.extras if note else frozenset(self.method.scalars)
+        self.method.scalars.update(
+            {k: v for k, v in contents.scalars.items() if k in taken and k in self.method.scalars}
+        )
         fresh = self.method.vectors.keys() - vectors.keys()
         checkpoint.load(path, self.method.layout, shard, vectors, contents.part)
         lost, rows = "", self.method.rows

@@ -78,6 +78,14 @@ class Layout:
         """The runs that no score depends on."""
         return Runs.union((b.start, b.stop) for b in self.blocks if not b.classes)
 
+    @cached_property
+    def by_parameter(self) -> list[list[Piece]]:
+        """The pieces of each parameter, in the order of its units."""
+        found: list[list[Piece]] = [[] for _ in self.parameters]
+        for piece in self.pieces():
+            found[piece.parameter].append(piece)
+        return [sorted(pieces, key=lambda piece: piece.first) for pieces in found]
+
     def pieces(self) -> Iterator[Piece]:
         for block in self.blocks:
             yield from block.pieces

@@ -29,6 +29,9 @@ class Options:
     """Which samples; all: every sample x of a file of your own, which then needs no labels."""
     out: str = ""
     """File for predictions and scores, .csv or .npz."""
+    calibrate: int = 0
+    """Of networks with batch normalization: first samples of the training split whose statistics are used for all
+    predictions; 0: those of the predicted samples themselves, about 1,000 at a time, as tests in training do."""
     threads: int = 0
     """Threads a rank; 0: the host's cores over its ranks, at least 1."""
     json: bool = False
@@ -71,6 +74,8 @@ def _settle(options: Options) -> Options:
 
     if options.out and Path(options.out).suffix not in (".csv", ".npz"):
         raise UserError(f"--out {options.out}: expected a name that ends in .csv or .npz")
+    if options.calibrate < 0 or options.calibrate == 1:
+        raise UserError(f"--calibrate {options.calibrate}: expected 0, or a number of samples from 2 up")
     if not 0 <= options.threads <= 1024:
         raise UserError(f"--threads {options.threads}: expected 0 to 1024")
     path = checkpoint.newest(Path(options.checkpoint))
@@ -98,7 +103,8 @@ def _predict(world: Any, options: Options) -> None:
 
     path = Path(options.checkpoint)
     contents = checkpoint.read_contents(path)
-    model = from_toml(contents.config, str(path)).model
+    trained = from_toml(contents.config, str(path))
+    model = trained.model
     split = open_split(options.dataset, options.data_dir, options.split)
     network = make_network(model.model, contents.in_shape, contents.layout.classes, **model.shape)
     if split.shape != contents.in_shape:
@@ -111,6 +117,20 @@ def _predict(world: Any, options: Options) -> None:
             f"{options.dataset} has the label {split.labels.max()}, checkpoint {path} knows the classes "
             f"0-{network.classes - 1}: give the data set that fits with --dataset"
         )
+    if options.calibrate and not network.normalized:
+        raise UserError(f"--calibrate: --model {network.name} has no batch normalization; leave the option out")
+    if network.normalized and not options.calibrate:
+        if split.n < 2:
+            raise UserError(
+                f"--model {network.name} normalizes over minibatches, and a single sample is none: add --calibrate "
+                "10000"
+            )
+        if world.rank == 0:
+            print(
+                "note: batch normalization takes the statistics of these very samples: with few of them, or of few "
+                "classes, add --calibrate 10000",
+                file=sys.stderr,
+            )
     layout = network.layout()
     classes = range(network.classes) if contents.part is None else contents.part
     ranks, cores = host(world)
@@ -120,6 +140,9 @@ def _predict(world: Any, options: Options) -> None:
         ops = make_backend("auto", threads)
         predictor = Predictor(world, network, layout, classes, np.dtype(model.dtype), ops)
         checkpoint.load(path, layout, predictor.part, {"weights": predictor.w}, contents.part)
+        if options.calibrate:
+            known = open_split(trained.data.dataset, trained.data.data_dir, "train")
+            predictor.calibrate(known, options.calibrate)
         scores = predictor.run(split)
     if scores is not None:
         _report(options, split.labels, scores, list(classes), network.classes)

@@ -270,7 +270,8 @@ def _compare(contents: Contents, config: Config, samples: int, path: str, tell: 
                 f"meaning with {now}; use the same"
             )
     old, new = ({**asdict(c)["data"], **asdict(c)["model"], **asdict(c)["objective"], **asdict(c)["optimization"],
-                 **asdict(c)["synthetic"], "seed": c.run.seed} for c in (saved, config))  # fmt: skip
+                 **asdict(c)["alignment"], **asdict(c)["subnets"], **asdict(c)["synthetic"],
+                 "local_steps": c.replicated.local_steps, "seed": c.run.seed} for c in (saved, config))  # fmt: skip
     for key, value in new.items():
         if value != old[key] and key != "data_dir":
             tell(f"note: {key} is {value}, in the checkpoint it was {old[key]}")

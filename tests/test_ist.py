@@ -10,11 +10,12 @@ from test_data import real
 
 from psmpi.backend import make_backend
 from psmpi.config import Config
-from psmpi.data import open_dataset
+from psmpi.data import Minibatches, Resident, open_dataset
 from psmpi.errors import UserError
 from psmpi.methods import METHODS
 from psmpi.methods.evaluator import cut_stages
 from psmpi.nn.init import initial_weights
+from psmpi.nn.losses import make_loss
 from psmpi.nn.model import Model
 from psmpi.nn.network import Fork, Join, build
 from psmpi.nn.subnet import Dealer, dealt_layers, find_blocks, find_strips, shard_rows, strips_size
@@ -39,6 +40,19 @@ NETWORKS = {
     "lenet": lambda: make_network("lenet", (1, 28, 28), 10, batch_norm=True),
     # Its separable layers are everybody's.
     "psnet": lambda: make_network("psnet", (1, 8, 8), 10),
+    "normalized after flattening": lambda: build(
+        "odd",
+        (1, 6, 6),
+        [
+            {"type": "conv", "channels": 8, "kernel": 3},
+            {"type": "mean_pool"},
+            {"type": "flatten"},
+            {"type": "batch_norm"},
+            {"type": "relu"},
+            {"type": "dense", "units": 4},
+        ],
+        4,
+    ),
     "residual": lambda: make_network("resnet", (1, 8, 8), 10, widths=(6, 5), blocks=(1, 2)),
 }
 
@@ -134,6 +148,7 @@ def test_a_round_changes_what_was_dealt_and_nothing_else(name, workers, holders)
                 strip.take(shard, message)
             for strip in strips:
                 vector[strip.into : strip.into + strip.size] = message[strip.at : strip.at + strip.size]
+        assert not np.isnan(vector).any()
         mine = tensors(own, vector)
         for key, share in shares.items():
             everything = before[share.source]
@@ -258,6 +273,43 @@ def test_every_step_reaches_the_network(steps, every, rounds):
     assert subnets.scalars["rounds"] == rounds
 
 
+def test_each_worker_learns_from_its_own_slice_of_a_minibatch(train):
+    """A round of two workers, against two plain networks, each trained on its half of the minibatches."""
+    options = (*IST, "--widths", "8", "--max-steps", "3", "--epochs", "1", "--clip", "0", "--lr", "0.5")
+    found = train(2, *options, "--colocate")
+    data = open_dataset("digits", "")
+    net = make_network("mlp", data.shape, 10, widths=(8,))
+    layout, dealer = net.layout(), Dealer(net, 2, 0)
+    w = np.empty(layout.size)
+    whole = Runs(((0, layout.size),))
+    initial_weights(net, layout, whole, w, seed=0)
+    batches, resident = Minibatches(data.train.n, 100, 0, True), Resident(data.train, np.arange(data.train.n), w.dtype)
+    loss, ops = make_loss("nll", w.dtype), make_backend("numpy")
+    shares = dealer.deal(0)
+    trained = []
+    for worker, share in enumerate(shares):
+        own = dealer.layouts[worker]
+        part, g = np.empty(own.size), np.empty(own.size)
+        strips = find_strips(layout, whole, (0, 1), own, share, worker)
+        for strip in strips:
+            strip.take(w, part)
+        model = Model(dealer.networks[worker], own, part, g, ops)
+        for step in range(3):
+            ids = np.array_split(batches.ids(0, step), 2)[worker]
+            x, grad = np.empty((64, len(ids))), np.empty((10, len(ids)))
+            resident.fetch(ids, x)
+            loss(model.forward(x), data.train.labels[ids], 1 / len(ids), grad)
+            model.backward(grad)
+            part -= 0.5 * g
+        trained.append((strips, part))
+    for strips, part in trained:
+        for strip in strips:
+            strip.put(part, w)
+    for name, tensor in tensors(layout, w).items():
+        theirs = found.tensors()[f"weights/{name}"].reshape(tensor.shape)
+        assert np.linalg.norm(tensor - theirs) <= 1e-12 * np.linalg.norm(tensor), name
+
+
 @pytest.mark.parametrize("widths", [("24", "24"), ("26", "21")])
 def test_holders_and_masters_train_alike(train, widths):
     options = (*IST, "--widths", *widths, "--local-steps", "4", "--max-steps", "40", "--epochs", "3", "--batch-norm")
@@ -312,6 +364,16 @@ def test_a_restart_goes_on_to_the_bit(train, tmp_path, ranks, options):
     assert cut.rows[-1]["train_loss"] == pytest.approx(whole.rows[-1]["train_loss"], rel=1e-12)
 
 
+def test_rounds_are_counted_on_with_another_optimizer(train, tmp_path):
+    options = (*IST, "--widths", "16", "--epochs", "4", "--local-steps", "3", "--colocate")
+    out = tmp_path / "run"
+    train(2, *options, "--max-steps", "15", out=out)
+    more = train(
+        2, *options, "--max-steps", "30", "--resume", "auto", "--optimizer", "adam", "--subnet-seed", "1", out=out
+    )
+    assert more.rows[-1]["rounds"] == 10 and "subnet_seed is 1" in more.stdout
+
+
 def test_a_checkpoint_goes_on_on_other_ranks_and_by_other_methods(train, tmp_path):
     options = (*IST, "--widths", "24", "16", "--batch-norm", "--epochs", "4")
     out = tmp_path / "run"
@@ -363,11 +425,35 @@ def test_without_normalization_the_mean_subnet_sees_what_the_network_sees():
     assert np.allclose(total / (4 * rounds), scores, rtol=1e-12)
 
 
+def test_the_gradient_of_a_scaled_subnet_is_exact():
+    dealer = Dealer(mlp(8, 6, inputs=5), 3, 0)
+    net = dealer.networks[2]
+    rng = np.random.default_rng(0)
+    w, g = rng.standard_normal(net.layout().size), np.empty(net.layout().size)
+    x, d = rng.standard_normal((5, 7)), rng.standard_normal((4, 7))
+    model = Model(net, net.layout(), w, g, make_backend("numpy"))
+    model.forward(x)
+    model.backward(d.copy())
+    exact, h = g.copy(), 1e-6
+    for k in range(w.size):
+        values = []
+        for move in (h, -2 * h):
+            w[k] += move
+            values.append(float((model.forward(x) * d).sum()))
+        w[k] += h
+        assert abs((values[0] - values[1]) / (2 * h) - exact[k]) <= 1e-7 * abs(exact).max()
+
+
 def test_where_normalization_follows_nothing_is_scaled():
     kinds = [type(layer).__name__ for layer in Dealer(mlp(8, 8, batch_norm=True), 4, 0).networks[0].layers]
     assert "Scale" not in kinds
     kinds = [type(layer).__name__ for layer in Dealer(mlp(8, 8), 4, 0).networks[0].layers]
     assert kinds.count("Scale") == 2
+    # What goes past a residual block is not normalized in its branch.
+    past = [{"type": "dense", "units": 8}, {"type": "dense", "units": 6},
+            {"type": "residual", "layers": [{"type": "batch_norm"}]}, {"type": "dense", "units": 4}]  # fmt: skip
+    kinds = [type(layer).__name__ for layer in Dealer(build("past", (5,), past, 4), 4, 0).networks[0].layers]
+    assert kinds.count("Scale") == 1
 
 
 # By residual blocks.
@@ -445,6 +531,8 @@ def test_the_gradient_of_batch_normalization_is_exact():
         (("--partition", "pairs"), "is of --method psl"),
         (("--outer-lr", "0.5"), "is of --method local_sgd"),
         (("--subnet-seed", "-1"), "from 0 up"),
+        (("--batch-norm", "--batch-size", "7"), "with a single sample"),
+        (("--min-blocks", "2"), "is for --deal blocks"),
     ],
 )
 def test_mistakes_are_named_once(options, says):
@@ -456,6 +544,8 @@ def test_mistakes_are_named_once(options, says):
 def test_settings_of_this_method_are_refused_by_others():
     status, _, err = run(1, "-m", "psmpi.train", "--deal", "blocks")
     assert status == 1 and "--deal is of --method ist" in " ".join(err.split())
+    status, _, err = run(2, "-m", "psmpi.train", *IST, "--placement", "owner", "--masters", "2")
+    assert status == 1 and "leave --masters" in " ".join(err.split())
     with pytest.raises(UserError, match="expected 1 to 2"):
         Dealer(make_network("resnet", (1, 8, 8), 10), 2, 0, "blocks", min_blocks=3)
     grouped = build("grouped", (8,), [{"type": "separable_dense", "units": 8, "groups": 4},
@@ -471,6 +561,7 @@ def test_subnets_of_mnist_learn_as_they_should(train):
     """784-512-512-10 with batch normalization, 128 samples a worker, 2,340 steps: 94.55 +- 0.17 % (4 workers)."""
     options = ("--method", "ist", "--model", "mlp", "--widths", "512", "512", "--batch-norm", "--loss", "nll",
                "--init", "pytorch", "--optimizer", "sgd", "--lr", "0.01", "--clip", "0", "--dataset", "mnist",
-               "--data-dir", real("mnist"), "--batch-size", "512", "--epochs", "20", "--colocate")  # fmt: skip
-    last = train(4, *options, timeout=400).rows[-1]
-    assert last["step"] == 2360 and last["test_accuracy"] == pytest.approx(0.9455, abs=0.005)
+               "--data-dir", real("mnist"), "--batch-size", "512", "--epochs", "20", "--max-steps", "2340",
+               "--checkpoint-every", "2340", "--colocate")  # fmt: skip
+    last = train(4, *options, timeout=280).rows[-1]
+    assert last["step"] == 2340 and last["test_accuracy"] == pytest.approx(0.9455, abs=0.005)

@@ -6,8 +6,12 @@ import numpy as np
 import pytest
 from conftest import distance, run
 
+from psmpi.backend import make_backend
+from psmpi.data import Resident, open_dataset
 from psmpi.inspect.export import make_model
 from psmpi.inspect.opened import Opened
+from psmpi.nn.model import Model
+from psmpi.nn.zoo import make_network
 
 PSNET = ("--batch-norm", "--dtype", "float64", "--max-steps", "20", "--epochs", "2", "--optimizer", "momentum")
 
@@ -47,3 +51,77 @@ def test_predictions_and_exports_of_a_residual_network(train, tmp_path):
     ours = make_model(Opened(found.out), np.dtype(np.float32)).forward(np.ascontiguousarray(x.reshape(9, -1).T)).T
     theirs = onnxruntime.InferenceSession(tmp_path / "net.onnx").run(None, {"x": x})[0]
     assert abs(theirs - ours).max() <= 1e-5 * abs(ours).max()
+
+
+def test_few_samples_are_predicted_by_the_statistics_of_the_training(train, tmp_path):
+    found = train(
+        1, "--model", "mlp", "--widths", "32", "--batch-norm", "--loss", "nll", "--epochs", "5", "--lr", "0.01"
+    )
+    data = open_dataset("digits", "").test
+    x = np.empty((64, data.n), np.float32)
+    Resident(data, np.arange(data.n), x.dtype).fetch(np.arange(data.n), x)
+    threes = data.labels == 3
+    np.savez(tmp_path / "threes.npz", x=x.T[threes].reshape(-1, 1, 8, 8), y=data.labels[threes])
+    np.savez(tmp_path / "one.npz", x=x.T[threes][:1].reshape(-1, 1, 8, 8), y=data.labels[threes][:1])
+    accuracy = {}
+    for name in ("threes", "one"):
+        options = (found.out, "--dataset", tmp_path / f"{name}.npz", "--split", "all", "--json")
+        for ranks in (1, 3):
+            status, out, err = run(ranks, "-m", "psmpi.predict", *options, "--calibrate", "1000")
+            assert status == 0 and "note" not in err, err
+            accuracy[name, ranks] = json.loads(out)["accuracy"]
+    assert accuracy["threes", 1] == accuracy["threes", 3] > 0.85 and accuracy["one", 1] == accuracy["one", 3]
+    status, out, err = run(1, "-m", "psmpi.predict", *options)
+    assert status == 1 and "a single sample is none" in " ".join(err.split())
+    options = (found.out, "--dataset", tmp_path / "threes.npz", "--split", "all", "--json")
+    status, out, err = run(1, "-m", "psmpi.predict", *options)
+    assert status == 0 and "these very samples" in err and json.loads(out)["accuracy"] < 0.5
+
+
+def test_fixed_statistics_are_those_of_the_minibatches_seen():
+    net = make_network("mlp", (6,), 3, widths=(5,), batch_norm=True)
+    rng = np.random.default_rng(0)
+    w = rng.standard_normal(net.layout().size)
+    model = Model(net, net.layout(), w, None, make_backend("numpy"))
+    x = rng.standard_normal((6, 40)) * 2 + 1
+    own = model.forward(x).copy()
+    # The statistics of the one minibatch are its own.
+    model.calibrate([x])
+    assert np.allclose(model.forward(x), own, rtol=1e-12)
+    assert np.allclose(model.forward(x[:, :1].copy()), own[:, :1], rtol=1e-12)
+    model.calibrate([x[:, :20].copy(), x[:, 20:].copy()])
+    halves = [x[:, :20], x[:, 20:]]
+    first = model.steps[0].linear.w[0][0][0]
+    mean = np.mean([(first @ half).mean(axis=1) for half in halves], axis=0)
+    variance = np.mean([(first @ half).var(axis=1) for half in halves], axis=0)
+    norm = next(step.norm for step in model.steps if step.norm is not None)
+    assert np.allclose(norm.fixed[0], mean) and np.allclose(norm.fixed[1], 1 / np.sqrt(variance + 1e-5))
+
+
+def test_normalized_samples_are_learnt_by_direct_feedback_too(train, tmp_path):
+    config = tmp_path / "net.toml"
+    config.write_text(
+        '[model]\nmodel = "custom"\n'
+        + "".join(
+            f"[[model.layers]]\n{line}\n"
+            for line in ('type = "flatten"', 'type = "batch_norm"', 'type = "dense"\nunits = 20', 'type = "batch_norm"',
+                         'type = "tanh"', 'type = "dense"\nunits = 10')
+        )
+    )  # fmt: skip
+    options = (
+        "--config",
+        config,
+        "--method",
+        "dfa",
+        "--loss",
+        "nll",
+        "--epochs",
+        "3",
+        "--lr",
+        "0.02",
+        "--dtype",
+        "float64",
+    )
+    one, two = (train(ranks, *options) for ranks in (1, 2))
+    assert distance(one.tensors(), two.tensors()) <= 1e-9
+    assert abs(one.tensors()["weights/batch_norm1.weight"] - 1).max() > 1e-3 and one.rows[-1]["test_accuracy"] > 0.6

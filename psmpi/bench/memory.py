@@ -51,6 +51,11 @@ def memory(config: Config, json: bool = False) -> int:
     model = config.model
     dataset = open_dataset(config.data.dataset, config.data.data_dir)
     network = make_network(model.model, dataset.shape, dataset.classes, **model.shape)
+    if network.normalized or network.residual:
+        raise UserError(
+            f"bench memory counts what plain layers need, and --model {network.name} has batch normalization or "
+            "residual blocks; the placement table of training says what each rank holds"
+        )
     METHODS[config.parallel.method].check(world.size, network, dataset, config)
     batches, steps, rate = plan_steps(dataset, config)
     ranks, cores = host(world)

@@ -89,7 +89,7 @@ def network(
         batch_size: Samples of a minibatch, of all ranks together.
         lr: Learning rate of Adam.
         target: Accuracy, 0 to 1, whose time is shown: until the end of the first epoch that reaches it.
-        options: More options of psmpi.train, for all methods, in one word: "--batch-norm --init pytorch".
+        options: More options of psmpi.train for all methods, in one word: --options="--batch-norm --init pytorch".
         repeats: Runs of each; their median time counts.
         limit: Seconds after which a run is ended.
         pytorch: Also time steps of PyTorch's DistributedDataParallel (gloo); needs psmpi[torch].

@@ -10,6 +10,7 @@ import numpy as np
 
 from psmpi.comm.group import Counter
 from psmpi.config import Config
+from psmpi.errors import UserError
 from psmpi.nn.network import Network
 from psmpi.partition import Layout, Rows, Runs
 
@@ -34,6 +35,17 @@ class Place:
     device: str = ""
 
 
+def check_slices(network: Network, batch: int, slices: int, of: str) -> None:
+    """UserError for minibatches that do not give each of so many ranks, or whatever they are `of`, samples enough."""
+    least = 2 if network.normalized else 1
+    if batch < least * slices:
+        lacks = "with a single sample, which batch normalization makes 0" if batch >= slices else "without a sample"
+        raise UserError(
+            f"--batch-size {batch} leaves some of {slices} {of} {lacks}: use --batch-size {least * slices} or more, or "
+            "fewer ranks"
+        )
+
+
 class Method(Protocol):
     """A training method on one rank. All ranks make the same calls in the same order.
 
@@ -52,7 +64,7 @@ class Method(Protocol):
     rows: Rows
     # What is said where a checkpoint does not hold these tables: "the checkpoint does not hold ...".
     lost: str
-    # Names of vectors that are the method's own and not the optimizer's.
+    # Names of vectors and scalars that are the method's own and not the optimizer's.
     extras: frozenset[str]
     # Whether all of it is computed in host memory.
     on_host: bool

@@ -19,7 +19,7 @@ from psmpi.comm.group import Counter, Group
 from psmpi.config import Config
 from psmpi.data import Dataset, Resident
 from psmpi.errors import UserError
-from psmpi.methods.base import Place, Score
+from psmpi.methods.base import Place, Score, check_slices
 from psmpi.methods.psl import hyperparameters
 from psmpi.nn.init import initial_weights
 from psmpi.nn.losses import Loss, make_loss
@@ -126,6 +126,7 @@ class DirectFeedback:
                 f"--method dfa gives each rank a layer at least, and --model {network.name} has {depth} with weights "
                 f"for {size} ranks: start {depth} or fewer"
             )
+        check_slices(network, config.data.batch_size, 1, "ranks")
         if network.residual:
             raise UserError(
                 f"--model {network.name} has residual blocks, and --method dfa deals out single layers: use a network "
@@ -165,6 +166,11 @@ class DirectFeedback:
     def _layers(self) -> list[Hidden]:
         """This rank's layers with weights, each with the steps without that follow it."""
         starts = [k for k, step in enumerate(self.model.steps) if step.linear is not None]
+        if self.first:
+            # Normalized samples: what normalizes them learns with the first layer.
+            starts[0] = next(
+                k for k, step in enumerate(self.model.steps) if step.linear is not None or step.norm is not None
+            )
         ends = [k - 1 for k in (*starts[1:], len(self.model.steps))]
         return [
             Hidden(number, first, last, self.model.steps[last].size)

@@ -84,7 +84,7 @@ class ElementWorker:
             # As many samples of its classes as hardly ever meet in a minibatch.
             mean = share * len(samples) / dataset.train.n
             share = min(share, len(samples), ceil(mean + 4 * sqrt(mean)))
-        self.reserve(max(1, share))
+        self.reserve(max(1, share, *(at.stop - at.start for at in self.test_batches)))
 
     def reserve(self, batch: int) -> None:
         """Make room for minibatches of up to `batch` samples."""
@@ -161,7 +161,6 @@ class ElementWorker:
     def test(self) -> np.ndarray:
         """(sum of losses, correct samples, samples) of the row's slice of the test split; 0 but on its first worker."""
         totals = np.zeros(3)
-        self.reserve(max((at.stop - at.start for at in self.test_batches), default=1))
         for at in self.test_batches:
             labels = self.dataset.test.labels[at]
             b = len(labels)

@@ -17,7 +17,7 @@ from psmpi.comm.group import Counter, Group
 from psmpi.config import Config
 from psmpi.data import Dataset
 from psmpi.errors import UserError
-from psmpi.methods.base import Place, Score
+from psmpi.methods.base import Place, Score, check_slices
 from psmpi.methods.element_worker import ElementWorker
 from psmpi.methods.evaluator import Evaluator
 from psmpi.methods.psl import hyperparameters
@@ -39,7 +39,7 @@ class IndependentSubnets:
     """
 
     lost = ""
-    extras: frozenset[str] = frozenset()
+    extras = frozenset({"rounds"})
     on_host = False
 
     def __init__(self, world: Any, network: Network, dataset: Dataset, config: Config, ops: NumpyOps):
@@ -124,17 +124,14 @@ class IndependentSubnets:
             )
         if config.replicated.local_steps < 1:
             raise UserError(f"--local-steps {config.replicated.local_steps}: expected 1 or more steps in a round")
-        if config.data.batch_size < len(workers):
-            raise UserError(
-                f"--batch-size {config.data.batch_size} leaves some of {len(workers)} workers without a sample: use "
-                f"--batch-size {len(workers)} or more, or fewer ranks"
-            )
+        check_slices(network, config.data.batch_size, len(workers), "workers")
         make_loss(objective.loss, dtype, kappa=objective.kappa, exp_clip=objective.exp_clip)
 
     @staticmethod
     def warnings(size: int, network: Network, config: Config) -> Iterator[str]:
         """What a person should know of this method on `size` ranks with this network."""
-        if not network.normalized and size > 1:
+        _, workers = find_roles(size, config)
+        if config.subnets.deal == "units" and not network.normalized and len(workers) > 1:
             yield (
                 "without batch normalization the inputs of a subnet's layers are scaled up for the units that are "
                 "elsewhere: --batch-norm learns better with this method"
@@ -301,6 +298,11 @@ def make_dealer(network: Network, workers: int, config: Config) -> Dealer:
 def find_roles(size: int, config: Config) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The ranks that hold the network, and those that train subnets: both of them all ranks with --placement owner."""
     parallel, every = config.parallel, tuple(range(size))
+    if parallel.placement == "owner" and (parallel.masters != 1 or parallel.colocate):
+        raise UserError(
+            "--placement owner: with --method ist every rank holds a part of the network and trains: leave --masters "
+            "and --colocate out"
+        )
     if parallel.placement == "owner":
         return every, every
     if not 1 <= parallel.masters <= size:

@@ -31,7 +31,7 @@ class LocalSGD(Replica):
     """
 
     lost = "the copies of this many ranks: all of them start from the mean"
-    extras = frozenset({"anchor", "outer"})
+    extras = frozenset({"anchor", "outer", "local_steps"})
 
     def __init__(self, world: Any, network: Network, dataset: Dataset, config: Config, ops: NumpyOps):
         super().__init__(world, network, dataset, config, ops)

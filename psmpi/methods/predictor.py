@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,21 @@ class Predictor:
         self.w = np.empty(self.part.size, dtype)
         self.model = Model(network, layout, self.w, None, ops, mine)
 
+    def calibrate(self, split: Split, count: int) -> None:
+        """Let batch normalization use the statistics of the first `count` samples of a split."""
+
+        def minibatches() -> Iterator[np.ndarray]:
+            for at in self.network.evaluation_batches(min(count, split.n)):
+                yield self._fetch(split, at)
+
+        self.model.calibrate(minibatches())
+
+    def _fetch(self, split: Split, at: slice) -> np.ndarray:
+        ids = np.arange(at.start, at.stop)
+        x = np.empty((split.features, len(ids)), self.dtype)
+        Resident(split, ids, self.dtype).fetch(ids, x)
+        return x
+
     def run(self, split: Split) -> np.ndarray | None:
         """Scores (n, classes) of all samples, on rank 0; None on the others."""
         batches = self.network.evaluation_batches(split.n)
@@ -51,12 +66,9 @@ class Predictor:
         count = len(self.classes)
         found = np.empty((behind - first, count), self.dtype)
         for at in dealt[self.place.row]:
-            ids = np.arange(at.start, at.stop)
-            samples = Resident(split, ids, self.dtype)
-            x = np.empty((split.features, len(ids)), self.dtype)
-            samples.fetch(ids, x)
-            scores = np.empty((count, len(ids)), self.dtype)
-            self.row.allgatherv(self.model.forward(x), scores, [n * len(ids) for n in self.columns])
+            x = self._fetch(split, at)
+            scores = np.empty((count, x.shape[1]), self.dtype)
+            self.row.allgatherv(self.model.forward(x), scores, [n * x.shape[1] for n in self.columns])
             found[at.start - first : at.stop - first] = scores.T
         if self.world.rank != 0:
             if self.place.column == 0 and len(found):

@@ -21,7 +21,7 @@ from psmpi.comm.group import Counter, Group
 from psmpi.config import Config
 from psmpi.data import Dataset
 from psmpi.errors import UserError
-from psmpi.methods.base import Place, Score
+from psmpi.methods.base import Place, Score, check_slices
 from psmpi.methods.element_worker import ElementWorker
 from psmpi.methods.quasi_newton import PartitionedNewton, check_newton, element_rows
 from psmpi.nn.init import initial_weights
@@ -256,11 +256,7 @@ def check_roles(network: Network, roles: Roles, config: Config) -> None:
             "scores with --replicas 1 and no more workers than classes, or --method data_parallel"
         )
     check_newton(roles, config)
-    if config.data.batch_size < roles.rows:
-        raise UserError(
-            f"--batch-size {config.data.batch_size} cannot be split over {roles.rows} replica rows: use --batch-size "
-            f"{roles.rows} or more, or fewer ranks"
-        )
+    check_slices(network, config.data.batch_size, roles.rows, "replica rows")
 
 
 def _ranges(numbers: tuple[int, ...]) -> str:

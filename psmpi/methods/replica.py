@@ -14,7 +14,7 @@ from psmpi.comm.group import Counter, Group
 from psmpi.config import Config
 from psmpi.data import Dataset
 from psmpi.errors import UserError
-from psmpi.methods.base import Place, Score
+from psmpi.methods.base import Place, Score, check_slices
 from psmpi.methods.element_worker import ElementWorker
 from psmpi.methods.psl import hyperparameters
 from psmpi.nn.init import initial_weights
@@ -90,11 +90,7 @@ class Replica:
         o = config.optimization
         if o.optimizer in RULES:
             raise UserError(f"--optimizer {o.optimizer} is of --method psl: choose another one")
-        if config.data.batch_size < size:
-            raise UserError(
-                f"--batch-size {config.data.batch_size} leaves some of {size} ranks without a sample: use --batch-size "
-                f"{size} or more, or fewer ranks"
-            )
+        check_slices(network, config.data.batch_size, size, "ranks")
         make_optimizer(o.optimizer, 0, np.dtype(config.model.dtype), hyperparameters(config))
 
     @staticmethod

@@ -42,8 +42,8 @@ class SyntheticLabels:
     """
 
     lost = ""
-    # Of `stale`, the weights that made what was handed over last.
-    extras = frozenset({"handed"})
+    # Counts; and of `stale`, the weights that made what was handed over last.
+    extras = frozenset({"handed", "macs", "handed_bytes"})
     on_host = True
 
     def __init__(self, world: Any, network: Network, dataset: Dataset, config: Config, ops: NumpyOps):

@@ -11,6 +11,7 @@ import numpy as np
 from psmpi.config import Config, Synthetic
 from psmpi.data import Dataset
 from psmpi.errors import UserError
+from psmpi.methods.base import check_slices
 from psmpi.methods.psl import hyperparameters
 from psmpi.nn.losses import make_loss
 from psmpi.nn.model import split_layers
@@ -130,12 +131,7 @@ def check(size: int, network: Network, dataset: Dataset, config: Config) -> None
         )
     if config.parallel.backend == "cupy":
         raise UserError("--method sil computes on the host: use --backend compiled (or auto)")
-    rows = Seats(size, parts).rows
-    if config.data.batch_size < rows:
-        raise UserError(
-            f"--batch-size {config.data.batch_size} leaves some of {rows} ranks a part without a sample: use "
-            f"--batch-size {rows} or more, or fewer ranks"
-        )
+    check_slices(network, config.data.batch_size, Seats(size, parts).rows, "ranks of a part")
     if not 0 < s.labels_scale <= 1e6:
         raise UserError(f"--labels-scale {s.labels_scale}: expected a number above 0 and up to 1e6, usually 1")
     if not 0 <= s.labels_noise <= 1e6:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from math import prod
 
@@ -272,6 +272,19 @@ class Model:
                 self.ops.activate(step.spec.kind, y)
             self.outputs.append(y)
         return self.outputs[-1]
+
+    def calibrate(self, minibatches: Iterable[np.ndarray]) -> None:
+        """Normalize by the mean statistics of these minibatches (features, b) from now on, instead of each one's own.
+
+        For forward passes alone.
+        """
+        norms = [step.norm for step in self.steps if step.norm is not None]
+        for norm in norms:
+            norm.fixed, norm.seen = None, []
+        for x in minibatches:
+            self.forward(x)
+        for norm in norms:
+            norm.fix()
 
     def borrow(self) -> None:
         """Take over what the lender's last forward computed."""

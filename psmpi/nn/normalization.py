@@ -36,6 +36,10 @@ class NormPart:
             self.runs.append((slice(0, self.units), 0, 0))
         self.scale = ops.empty(self.units, dtype)
         self.own = ops.empty(0, dtype)
+        # Statistics to be used instead of the minibatch's: means and scales (units,) each. Minibatches seen, sums of
+        # their means and of their variances, while these are found.
+        self.fixed: tuple[np.ndarray, np.ndarray] | None = None
+        self.seen: list[np.ndarray] | None = None
         # What stands for scales and shifts that the layer has not: 1 and 0, whose gradients go nowhere.
         count = 0 if layer.affine else self.units
         self.ones, self.zeros, self.dones, self.dzeros = (ops.zeros(count, dtype) for _ in range(4))
@@ -65,7 +69,17 @@ class NormPart:
 
     def forward(self, x: np.ndarray, y: np.ndarray, activation: str) -> None:
         normal = self._normal(x)
-        self.ops.normalize(x.reshape(normal.shape), EPS, normal, self.scale)
+        if self.fixed is not None:
+            mean, scale = self.fixed
+            normal[...] = x.reshape(normal.shape)
+            normal -= mean[:, None]
+            normal *= scale[:, None]
+        else:
+            # They may take the place of x.
+            means = self.ops.host(x.reshape(normal.shape).mean(axis=1)) if self.seen is not None else None
+            self.ops.normalize(x.reshape(normal.shape), EPS, normal, self.scale)
+            if self.seen is not None and means is not None:
+                self.seen.append(np.stack([means, self.ops.host(self.scale) ** -2.0 - EPS]))
         rows = y.reshape(normal.shape)
         for (units, *_), (gamma, beta) in zip(self.runs, self.w, strict=True):
             self.ops.affine(normal[units], gamma, beta, activation, rows[units])
@@ -78,6 +92,17 @@ class NormPart:
             self.ops.normalize_back(
                 normal[units], self.scale[units], gamma, ys[units], ds[units], activation, dgamma, dbeta
             )
+
+    def fix(self) -> None:
+        """From now on use the means of the means, and of the variances, of the minibatches seen."""
+        assert self.seen
+        mean, variance = np.mean(self.seen, axis=0)
+        pair = [self.ops.mirror(self.ops.empty(self.units, self.scale.dtype)) for _ in range(2)]
+        for mirror, values in zip(pair, (mean, 1 / np.sqrt(variance + EPS)), strict=True):
+            mirror.host[...] = values
+            mirror.push()
+            mirror.settle()
+        self.fixed, self.seen = (pair[0].array, pair[1].array), None
 
     def _normal(self, x: np.ndarray) -> np.ndarray:
         """Where the normalized values of x are, (units, ...)."""

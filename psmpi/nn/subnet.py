@@ -18,6 +18,9 @@ from psmpi.errors import UserError
 from psmpi.nn.network import Activation, BatchNorm, Conv, Dense, Flatten, Fork, Join, LayerSpec, Linear, Network, Scale
 from psmpi.partition import Layout, Runs
 
+# Elements that are taken from a matrix at a time.
+INDICES = 1 << 15
+
 
 @dataclass(frozen=True, eq=False)
 class Share:
@@ -70,7 +73,11 @@ class Strip:
         if self.columns is None:
             np.take(matrix, rows, axis=0, out=out, mode="clip")
         else:
-            np.take(matrix.reshape(-1), rows[:, None] * self.unit + self.columns, out=out, mode="clip")
+            # A few rows at a time, so that the indices stay in the cache.
+            flat, some = matrix.reshape(-1), max(1, INDICES // len(self.columns))
+            for a in range(0, len(rows), some):
+                at = rows[a : a + some, None] * self.unit + self.columns
+                np.take(flat, at, out=out[a : a + some], mode="clip")
 
     def put(self, message: np.ndarray, shard: np.ndarray) -> None:
         """Copy it from the message into the shard: where it has more owners, the mean over all of their messages.
@@ -108,6 +115,10 @@ class Dealer:
         self.network, self.workers, self.seed, self.strata = network, workers, seed, strata
         self.parameters = {p.name: p for layer in network.layers for p in layer.parameters()}
         self.everybody = tuple(range(workers))
+        if deal == "blocks" and strata:
+            raise UserError("--strata is for --deal units: leave it out")
+        if deal == "units" and min_blocks != 1:
+            raise UserError(f"--min-blocks {min_blocks} is for --deal blocks: leave it out")
         if deal == "blocks":
             self.blocks = find_blocks(network)
             if len(self.blocks) < 1:
@@ -169,17 +180,20 @@ class Dealer:
             rows: dict[str, np.ndarray] = {}
             columns: dict[str, np.ndarray] = {}
             for layer, dealt in groups.items():
-                mine = dealt[worker]
+                mine, count = dealt[worker], self.network.layers[layer].out_shape[0]
+                if len(mine) == count:
+                    continue
+                # Flattened, a unit is a run of units.
                 for k in range(layer, self.layers[layer]):
-                    rows.update((p.name, mine) for p in self.network.layers[k].parameters())
+                    for p in self.network.layers[k].parameters():
+                        rows[p.name] = runs_of(mine, p.units // count)
                 reader = self.network.layers[self.layers[layer]]
                 assert isinstance(reader, Linear)
-                # Each unit is a run of a reader's weights: a kernel, or the pixels of a flattened image.
-                inner = reader.unit_size // self.network.layers[layer].out_shape[0]
-                columns[f"{reader.name}.weight"] = (mine[:, None] * inner + np.arange(inner)).reshape(-1)
+                # In the weights of one that reads it, it is a kernel, or the pixels of an image.
+                columns[f"{reader.name}.weight"] = runs_of(mine, reader.unit_size // count)
             shares = {}
             for name in self.parameters:
-                dealt_out = name in rows or name in columns
+                dealt_out = name in rows or name in columns or self.workers == 1
                 owners = (worker,) if dealt_out else self.everybody
                 shares[name] = Share(name, rows.get(name), columns.get(name), owners)
             found.append(shares)
@@ -248,6 +262,11 @@ class Dealer:
         return replace(self.network, layers=tuple(layers))
 
 
+def runs_of(units: np.ndarray, length: int) -> np.ndarray:
+    """Where the elements of units lie that are runs of `length` elements each."""
+    return (units[:, None] * length + np.arange(length)).reshape(-1)
+
+
 def group_sizes(count: int, groups: int) -> list[int]:
     """`count` things in `groups` groups as equal as can be, the larger ones first."""
     return [count // groups + (k < count % groups) for k in range(groups)]
@@ -304,7 +323,7 @@ def _normalized(network: Network, k: int) -> bool:
     for layer in network.layers[k + 1 :]:
         if isinstance(layer, BatchNorm):
             return True
-        if isinstance(layer, Linear | Join) or (isinstance(layer, Activation) and layer.kind != "identity"):
+        if isinstance(layer, Linear | Fork | Join) or (isinstance(layer, Activation) and layer.kind != "identity"):
             return False
     return False
 
@@ -356,11 +375,10 @@ def find_strips(
 def _pieces(layout: Layout, parameter: int, first: int, last: int) -> Iterator[tuple[int, int, int]]:
     """(offset, first unit, behind the last) of the pieces of a parameter's units [first, last)."""
     size = layout.parameters[parameter].unit_size
-    for piece in layout.pieces():
-        if piece.parameter == parameter:
-            a, b = max(piece.first, first), min(piece.last, last)
-            if a < b:
-                yield piece.offset + (a - piece.first) * size, a, b
+    for piece in layout.by_parameter[parameter]:
+        a, b = max(piece.first, first), min(piece.last, last)
+        if a < b:
+            yield piece.offset + (a - piece.first) * size, a, b
 
 
 def strips_size(strips: Sequence[Strip]) -> int:
