@@ -9,7 +9,7 @@ from conftest import distance, run
 from test_data import real
 
 from psmpi.backend import make_backend
-from psmpi.config import Config
+from psmpi.config import Config, check
 from psmpi.data import Minibatches, Resident, open_dataset
 from psmpi.errors import UserError
 from psmpi.methods import METHODS
@@ -21,6 +21,7 @@ from psmpi.nn.network import Fork, Join, build
 from psmpi.nn.subnet import Dealer, dealt_layers, find_blocks, find_strips, shard_rows, strips_size
 from psmpi.nn.zoo import make_network
 from psmpi.partition import Runs
+from psmpi.train import parse
 
 IST = ("--method", "ist", "--model", "mlp", "--loss", "nll", "--optimizer", "sgd", "--lr", "0.1", "--dtype", "float64")
 
@@ -310,9 +311,8 @@ def test_each_worker_learns_from_its_own_slice_of_a_minibatch(train):
         assert np.linalg.norm(tensor - theirs) <= 1e-12 * np.linalg.norm(tensor), name
 
 
-@pytest.mark.parametrize("widths", [("24", "24"), ("26", "21")])
-def test_holders_and_masters_train_alike(train, widths):
-    options = (*IST, "--widths", *widths, "--local-steps", "4", "--max-steps", "40", "--epochs", "3", "--batch-norm")
+def test_holders_and_masters_train_alike(train):
+    options = (*IST, "--widths", "26", "21", "--local-steps", "4", "--max-steps", "40", "--epochs", "3", "--batch-norm")
     found = [
         train(4, *options, *more)
         for more in (("--colocate",), ("--colocate", "--masters", "2"), ("--placement", "owner"))
@@ -327,16 +327,15 @@ def test_holders_and_masters_train_alike(train, widths):
 
 
 @pytest.mark.parametrize("model", ["psnet", "resnet", "resnet-blocks"])
-@pytest.mark.parametrize("placement", [("--colocate",), ("--placement", "owner")])
-def test_convolutions_and_blocks_on_any_holders(train, model, placement):
+def test_convolutions_and_blocks_on_any_holders(train, model):
     options = [*IST, "--local-steps", "3", "--max-steps", "8", "--epochs", "1"]
     options[3] = model.partition("-")[0]
     if model != "psnet":
         options += ["--widths", "4", "6", "--blocks", "1", "3"]
     if "blocks" in model:
         options += ["--deal", "blocks"]
-    found = train(3, *options, *placement)
-    other = train(3, *options, "--colocate", "--masters", "3")
+    found = train(3, *options, "--placement", "owner")
+    other = train(3, *options, "--colocate")
     assert distance(found.tensors(), other.tensors()) <= 1e-12
     assert found.rows[-1]["test_loss"] == pytest.approx(other.rows[-1]["test_loss"], rel=1e-12)
 
@@ -535,10 +534,19 @@ def test_the_gradient_of_batch_normalization_is_exact():
         (("--min-blocks", "2"), "is for --deal blocks"),
     ],
 )
-def test_mistakes_are_named_once(options, says):
-    status, _, err = run(4, "-m", "psmpi.train", *IST, "--colocate", *options)
+def test_mistakes_are_named(options, says):
+    config = parse([*IST, "--colocate", *options])
+    data = open_dataset("digits", "")
+    with pytest.raises(UserError, match=says):
+        check(config)
+        net = make_network(config.model.model, data.shape, data.classes, **config.model.shape)
+        METHODS["ist"].check(4, net, data, config)
+
+
+def test_a_mistake_is_named_once():
+    status, _, err = run(4, "-m", "psmpi.train", *IST, "--colocate", "--widths", "3")
     err = " ".join(err.split())
-    assert status == 1 and err.count(says) == 1 and "Traceback" not in err, err
+    assert status == 1 and err.count("has 3 units, and 4 workers need 4") == 1 and "Traceback" not in err, err
 
 
 def test_settings_of_this_method_are_refused_by_others():
