@@ -115,8 +115,8 @@ class Replicated:
     """Methods in which every rank has the whole network (data_parallel, local_sgd)."""
 
     allreduce: Literal["auto", "mpi", "ring", "doubling", "halving"] = "auto"
-    """What sums gradients over ranks: MPI's choice, or messages of psmpi's own. auto: a ring for large pieces between
-    hosts, else MPI's choice."""
+    """What sums gradients, or averages weights, over ranks: MPI's choice, or messages of psmpi's own. auto: a ring for
+    large pieces between hosts, else MPI's choice."""
     bucket_megabytes: float = 25.0
     """Size of the pieces in which a gradient is summed, the first one a 25th of it."""
     overlap: bool = True
@@ -337,9 +337,10 @@ OF_METHODS = (
     (
         ("data_parallel",),
         "replicated",
-        ("allreduce", "bucket_megabytes", "overlap", "compression", "error_feedback", "density", "powersgd_rank",
+        ("bucket_megabytes", "overlap", "compression", "error_feedback", "density", "powersgd_rank",
          "qsgd_levels"),
     ),
+    (("data_parallel", "local_sgd"), "replicated", ("allreduce",)),
     (("local_sgd", "ist"), "replicated", ("local_steps",)),
     (("local_sgd",), "replicated", ("outer_lr", "outer_momentum")),
     (("dfa",), "alignment", ("feedback", "feedback_seed", "feedback_scale")),

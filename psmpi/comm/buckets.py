@@ -11,6 +11,7 @@ import numpy as np
 
 from psmpi.comm.allreduce import ALGORITHMS, Algorithm, Ring
 from psmpi.comm.group import Group
+from psmpi.errors import UserError
 
 # The first bucket's share of the others: it is to be on its way early.
 FIRST = 25
@@ -50,6 +51,12 @@ def plan_buckets(spans: Sequence[tuple[int, int, int]], size: int, room: int) ->
     if stop > 0:
         found.append(Bucket(0, stop, last))
     return sorted(found, key=lambda bucket: -bucket.last)
+
+
+def check_allreduce(how: str, size: int) -> None:
+    """UserError for a way to sum that so many ranks cannot go."""
+    if how in ("doubling", "halving") and size & (size - 1):
+        raise UserError(f"--allreduce {how} pairs ranks, and {size} is no power of two: use ring or mpi")
 
 
 class Whole:

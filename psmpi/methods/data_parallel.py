@@ -14,7 +14,7 @@ import numpy as np
 
 from psmpi.backend import NumpyOps
 from psmpi.backend.reference import exponent_of
-from psmpi.comm.buckets import Buckets, plan_buckets
+from psmpi.comm.buckets import Buckets, check_allreduce, plan_buckets
 from psmpi.comm.compression import Compressor, check_compression, make_compressor
 from psmpi.comm.world import several_hosts
 from psmpi.config import Config
@@ -68,8 +68,7 @@ class DataParallel(Replica):
         o = config.replicated
         if not 1e-3 <= o.bucket_megabytes <= 1e6:
             raise UserError(f"--bucket-megabytes {o.bucket_megabytes}: expected 0.001 to 1e6")
-        if o.allreduce in ("doubling", "halving") and size & (size - 1):
-            raise UserError(f"--allreduce {o.allreduce} pairs ranks, and {size} is no power of two: use ring or mpi")
+        check_allreduce(o.allreduce, size)
         if o.compression != "none" and config.optimization.optimizer in ("lbfgs", "lbfgs-tr", "lsr1-tr"):
             raise UserError(
                 f"--compression {o.compression} makes gradients that fit no loss, and --optimizer "

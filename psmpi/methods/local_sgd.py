@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from psmpi.backend import NumpyOps
-from psmpi.comm.group import Group
+from psmpi.comm.buckets import Bucket, Buckets, check_allreduce
+from psmpi.comm.world import several_hosts
 from psmpi.config import Config
 from psmpi.data import Dataset
 from psmpi.errors import UserError
@@ -52,6 +53,9 @@ class LocalSGD(Replica):
         self.tables = {name: mirror.host.reshape(1, -1) for name, mirror in self.table_mirrors.items()}
         self.rows = Rows(tuple((rank,) for rank in range(world.size)))
         self._keep()
+        across = config.replicated.allreduce == "auto" and world.size > 1 and several_hosts(world)
+        whole = [Bucket(0, self.layout.size, 0)]
+        self.sum = Buckets(self.world, self.by_host, self.state["weights"], whole, config.replicated.allreduce, across)
 
     @classmethod
     def check(cls, size: int, network: Network, dataset: Dataset, config: Config) -> None:
@@ -63,6 +67,7 @@ class LocalSGD(Replica):
                 f"--optimizer {config.optimization.optimizer} has searches and pairs that every rank would make its "
                 "own: with --method local_sgd use a first-order one (sgd, momentum, adam, ...)"
             )
+        check_allreduce(o.allreduce, size)
         if o.local_steps < 1:
             raise UserError(f"--local-steps {o.local_steps}: expected 1 or more steps between two averages")
         if not 0 < o.outer_lr <= 100:
@@ -84,17 +89,20 @@ class LocalSGD(Replica):
         if self.scalars["local_steps"] % self.every == 0:
             self._average()
 
-    def _mean(self, name: str, group: Group) -> np.ndarray:
-        """The mean of a vector over the ranks."""
+    def _mean(self, name: str) -> np.ndarray:
+        """The mean of a vector over the ranks; it is no part of the training."""
         mean = self.state[name]
         mean[...] = self.own[name]
         self.ops.scale(mean, 1 / self.world.size)
-        group.allreduce(mean)
+        self.aside.allreduce(mean)
         return mean
 
     def _average(self) -> None:
         """All ranks go on from the mean of their weights, or from where the outer optimizer's step leads."""
-        mean = self._mean("weights", self.world)
+        mean = self.state["weights"]
+        mean[...] = self.w
+        self.ops.scale(mean, 1 / self.world.size)
+        self.sum.finish()
         if not self.outer:
             self.w[...] = mean
             return
@@ -117,7 +125,7 @@ class LocalSGD(Replica):
 
     def collect(self) -> None:
         for name in self.own:
-            self._mean(name, self.aside)
+            self._mean(name)
         super().collect()
         for mirror in self.table_mirrors.values():
             mirror.fetch()
@@ -138,7 +146,7 @@ class LocalSGD(Replica):
 
     def test(self) -> Score:
         self.kept[...] = self.w
-        mean = self._mean("weights", self.aside)
+        mean = self._mean("weights")
         self.verify(mean)
         self.w[...] = mean
         found = super().test()
@@ -148,4 +156,5 @@ class LocalSGD(Replica):
     def memory(self) -> dict[str, int]:
         more = [*self.state.values(), self.kept]
         found = super().memory()
-        return {**found, "weights": found["weights"] + sum(v.nbytes for v in more)}
+        weights = found["weights"] + sum(v.nbytes for v in more)
+        return {**found, "weights": weights, "buffers": found["buffers"] + self.sum.nbytes}
