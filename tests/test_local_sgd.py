@@ -99,7 +99,7 @@ def test_averages_after_each_step_of_sgd_are_data_parallelism(train):
                "--clip", "0")  # fmt: skip
     both = [
         {k: v for k, v in train(4, "--method", *method, *options).tensors().items() if k.startswith("weights/")}
-        for method in (("local_sgd", "--local-steps", "1"), ("data_parallel",))
+        for method in (("local_sgd", "--local-steps", "1", "--allreduce", "ring"), ("data_parallel",))
     ]
     assert distance(*both) <= 1e-12
 
@@ -174,7 +174,7 @@ def test_an_outer_optimizer_begins_where_another_method_s_checkpoint_is(train, t
         (("--outer-lr", "0"), "expected a number above 0"),
         (("--outer-momentum", "1"), "up to, not including, 1"),
         (("--optimizer", "lbfgs"), "use a first-order one"),
-        (("--colocate",), "--colocate is of --method psl"),
+        (("--replicas", "2"), "--replicas is of --method psl"),
     ],
 )
 def test_what_cannot_be_is_said(tmp_path, options, says):
