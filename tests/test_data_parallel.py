@@ -253,7 +253,7 @@ def test_methods_take_up_each_other_s_checkpoints(train, serial, tmp_path):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (("--masters", "2"), "--masters is of --method psl, and the method here is data_parallel"),
+        (("--masters", "2"), "--masters is of --method psl and ist, and the method here is data_parallel"),
         (("--local-steps", "5"), "--local-steps is of --method local_sgd"),
         (("--batch-size", "2"), "use --batch-size 3 or more"),
         (("--allreduce", "halving"), "3 is no power of two"),
