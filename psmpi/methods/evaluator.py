@@ -21,8 +21,9 @@ from psmpi.partition import Layout, Runs
 class Evaluator:
     """Loss and accuracy on a split, of which each rank of `group` takes some minibatches.
 
-    shards: of the group's ranks. weights: this rank's shard, in host memory by its mirror; where there is one rank, the
-    network is used as it is, else each layer's weights are brought together on all ranks for as long as it takes.
+    shards: of the group's ranks. weights: this rank's shard, in host memory by its mirror. Where there is one rank, the
+    network is used as it is; else each layer's weights are brought together on all ranks for as long as it takes, or
+    those of all layers where they are less than what layers put out.
     """
 
     def __init__(
@@ -39,10 +40,13 @@ class Evaluator:
         self.group, self.network, self.layout, self.shards, self.ops = group, network, layout, shards, ops
         self.weights, self.loss, self.dtype, self.split = weights, loss, weights.host.dtype, split
         batches = network.evaluation_batches(split.n)
-        self.batches = [batches[k] for k in np.array_split(np.arange(len(batches)), group.size)[group.rank]]
+        dealt = [[batches[k] for k in some] for some in np.array_split(np.arange(len(batches)), group.size)]
+        self.batches = dealt[group.rank]
         ids = np.concatenate([np.arange(0), *(np.arange(at.start, at.stop) for at in self.batches)])
         self.samples = Resident(split, ids, self.dtype, ops)
-        self.stages = cut_stages(network) if group.size > 1 else [(0, len(network.layers))]
+        # By the first rank's share, the largest, so that all ranks decide alike.
+        ways = [[(0, len(network.layers))], *([cut_stages(network)] if group.size > 1 else [])]
+        self.stages = min(ways, key=lambda stages: self._need(stages, dealt[0]))
         self.whole: Model | None = None
         if group.size == 1:
             used = Runs(((0, layout.size),)) - layout.dead
@@ -94,18 +98,21 @@ class Evaluator:
         w.settle()
         return Model(self.network, self.layout, w.array, None, self.ops, layers=stage)
 
+    def _need(self, stages: Sequence[tuple[int, int]], batches: Sequence[slice]) -> int:
+        """The most bytes at a time: of weights brought together, of what is held between stages, of one minibatch."""
+        most = max((at.stop - at.start for at in batches), default=0)
+        samples, found = sum(at.stop - at.start for at in batches), 0
+        for first, behind in stages:
+            sizes = [prod(layer.out_shape) for layer in self.network.layers[first:behind]]
+            held = samples * max(prod(self.network.layers[first].in_shape), sizes[-1])
+            weights = layer_runs(self.network, self.layout, first, behind).size if self.group.size > 1 else 0
+            found = max(found, held + most * sum(sizes) + weights)
+        return found * self.dtype.itemsize
+
     @property
     def nbytes(self) -> int:
         """The most bytes that a test needs at a time, besides the shard."""
-        most = max((at.stop - at.start for at in self.batches), default=0)
-        samples = sum(at.stop - at.start for at in self.batches)
-        item, largest = self.dtype.itemsize, 0
-        for first, behind in self.stages:
-            sizes = [prod(layer.out_shape) for layer in self.network.layers[first:behind]]
-            held = samples * max(prod(self.network.layers[first].in_shape), sizes[-1])
-            weights = 0 if self.whole else layer_runs(self.network, self.layout, first, behind).size
-            largest = max(largest, item * (held + most * sum(sizes) + weights))
-        return largest + self.samples.nbytes
+        return self._need(self.stages, self.batches) + self.samples.nbytes
 
 
 def cut_stages(network: Network) -> list[tuple[int, int]]:
