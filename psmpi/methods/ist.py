@@ -254,7 +254,7 @@ class IndependentSubnets:
         return {"rounds": int(self.scalars["rounds"])}
 
     def place(self) -> Place:
-        names = [name for name, mine in (("holder", self.rank in self.holders), ("worker", self.number >= 0)) if mine]
+        names = [name for name, mine in (("master", self.rank in self.holders), ("worker", self.number >= 0)) if mine]
         held = self.own.size if self.number >= 0 else 0
         return Place(
             "+".join(names), "all", held, self.shards[self.rank].size, sum(self.memory().values()), self.ops.place
