@@ -30,7 +30,7 @@ class Options:
     out: str = ""
     """File for predictions and scores, .csv or .npz."""
     calibrate: int = 0
-    """Of networks with batch normalization: first samples of the training split whose statistics are used for all
+    """Of networks with batch normalization: how many samples of the training split's give the statistics for all
     predictions; 0: those of the predicted samples themselves, about 1,000 at a time, as tests in training do."""
     threads: int = 0
     """Threads a rank; 0: the host's cores over its ranks, at least 1."""
@@ -141,7 +141,13 @@ def _predict(world: Any, options: Options) -> None:
         predictor = Predictor(world, network, layout, classes, np.dtype(model.dtype), ops)
         checkpoint.load(path, layout, predictor.part, {"weights": predictor.w}, contents.part)
         if options.calibrate:
-            known = open_split(trained.data.dataset, trained.data.data_dir, "train")
+            same = options.dataset == trained.data.dataset
+            known = open_split(trained.data.dataset, options.data_dir if same else trained.data.data_dir, "train")
+            if known.shape != contents.in_shape:
+                raise UserError(
+                    f"--calibrate: {trained.data.dataset} has samples of shape {known.shape}, checkpoint {path} was "
+                    f"trained on {contents.in_shape}: bring back the data set it was trained on"
+                )
             predictor.calibrate(known, options.calibrate)
         scores = predictor.run(split)
     if scores is not None:

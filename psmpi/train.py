@@ -270,7 +270,7 @@ def _compare(contents: Contents, config: Config, samples: int, path: str, tell: 
                 f"meaning with {now}; use the same"
             )
     old, new = ({**asdict(c)["data"], **asdict(c)["model"], **asdict(c)["objective"], **asdict(c)["optimization"],
-                 **asdict(c)["alignment"], **asdict(c)["subnets"], **asdict(c)["synthetic"],
+                 **asdict(c)["alignment"], **asdict(c)["subnets"], **asdict(c)["synthetic"], "epochs": c.run.epochs,
                  "local_steps": c.replicated.local_steps, "seed": c.run.seed} for c in (saved, config))  # fmt: skip
     for key, value in new.items():
         if value != old[key] and key != "data_dir":

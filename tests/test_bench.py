@@ -301,7 +301,6 @@ sys.stdout.write("peak %s\\n" % line.split()[1])
 """
 
 
-@pytest.mark.slow
 def test_nine_ranks_train_what_one_process_cannot_hold(tmp_path):
     """Each process may have as much address space as a small run, and half of the whole network's vectors more."""
     small, wide = tmp_path / "small.toml", tmp_path / "wide.toml"

@@ -34,7 +34,9 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.parametrize(("ranks", "layout"), LAYOUTS)
+@pytest.mark.parametrize(
+    ("ranks", "layout"), [pytest.param(*one, marks=[pytest.mark.slow] * (one[0] > 7)) for one in LAYOUTS]
+)
 def test_a_resumed_run_ends_in_the_same_bits(train, ranks, layout):
     """Interrupted inside an epoch and resumed at the same N; metrics too, but for times."""
     options = (*STEPS, *layout)
@@ -500,7 +502,6 @@ def test_a_writing_process_killed_at_any_moment_leaves_whole_files(alone, tmp_pa
     assert not list(checkpoint.folder(tmp_path).glob(".*"))
 
 
-@pytest.mark.slow
 def test_a_run_killed_at_any_moment_goes_on(tmp_path):
     """SIGKILL of all ranks while every step is saved: what `list` calls whole is whole, and the run goes on."""
     out, rng = tmp_path / "run", np.random.default_rng(1)

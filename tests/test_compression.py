@@ -317,6 +317,7 @@ def test_what_cannot_be_is_said(tmp_path, options, says):
         check_compression(2.0, 1, 1)
 
 
+@pytest.mark.slow
 def test_mnist_after_two_epochs_needs_the_memory(train):
     """The figures that a small run of the same setting had: 3.2 % wrong without compression."""
     folder = real("mnist") / "mnist"

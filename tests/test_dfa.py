@@ -183,6 +183,7 @@ units = 10
 """
 
 
+@pytest.mark.slow
 def test_mnist_aligns_and_is_learned(train, tmp_path):
     """Accuracies and angles as they were found in small runs of these settings, and the controls."""
     folder = real("mnist") / "mnist"

@@ -565,6 +565,7 @@ def test_settings_of_this_method_are_refused_by_others():
 # What is learnt.
 
 
+@pytest.mark.slow
 def test_subnets_of_mnist_learn_as_they_should(train):
     """784-512-512-10 with batch normalization, 128 samples a worker, 2,340 steps: 94.55 +- 0.17 % (4 workers)."""
     options = ("--method", "ist", "--model", "mlp", "--widths", "512", "512", "--batch-norm", "--loss", "nll",

@@ -15,7 +15,7 @@ from psmpi.errors import UserError
 from psmpi.methods import METHODS
 from psmpi.methods.sil_plan import LAWS, Seats, count_parts, cut_activation, plan_phases
 from psmpi.nn.cost import apart, conventional, count
-from psmpi.nn.model import split_layers
+from psmpi.nn.model import Model, layer_runs, split_layers
 from psmpi.nn.network import build
 from psmpi.nn.targets import Reader, TargetDistance, draw_targets
 from psmpi.nn.zoo import make_network
@@ -360,6 +360,65 @@ def test_one_rank_goes_on_bit_for_bit(net, way):
         assert all(np.array_equal(vector, whole.vectors[name]) for name, vector in again.vectors.items())
 
 
+def test_three_parts_go_on_from_the_end_of_each():
+    """Where a phase begins, what the part before makes is handed over: it needs what it was handed over itself."""
+    net, settings = network(40, 30, 20), {"parts": 4, "epochs": 5, "recovery_epochs": 1, "hand_over": "stored"}
+    whole = trained(net, 5 * PER_EPOCH, **settings)
+    for end in range(PER_EPOCH, 5 * PER_EPOCH, PER_EPOCH):
+        begun, again = trained(net, end, **settings), method(net, **settings)
+        for part in again.parts.values():
+            part.stored.fill(np.nan)
+        for name, vector in again.vectors.items():
+            vector[...] = begun.vectors[name]
+        again.scalars.update(begun.scalars)
+        again.resumed(False, frozenset())
+        trained(net, 5 * PER_EPOCH, one=again)
+        assert again.scalars == whole.scalars
+        assert all(np.array_equal(vector, whole.vectors[name]) for name, vector in again.vectors.items())
+
+
+def test_a_plan_that_is_another_at_a_restart_is_noticed():
+    net = network(40, 30, 20)
+    begun = trained(net, PER_EPOCH, parts=2, epochs=2)
+    again = method(net, parts=4, epochs=4)
+    again.scalars.update(begun.scalars)
+    with pytest.raises(UserError, match="use --parts 2"):
+        again.resumed(False, frozenset())
+    # More epochs: what would go on is another part, which begins with a fresh optimizer.
+    begun = trained(net, 2 * PER_EPOCH + 5, parts=2, epochs=4)
+    again = method(net, parts=2, epochs=8)
+    for name, vector in again.vectors.items():
+        vector[...] = begun.vectors[name]
+    again.scalars.update(begun.scalars)
+    assert any(vector.any() for name, vector in again.vectors.items() if name != "weights")
+    again.resumed(False, frozenset())
+    assert not any(vector.any() for part in again.parts.values() for vector in part.optimizer.vectors.values())
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+def test_parts_begin_behind_a_flattening_and_with_the_padding(parts):
+    """Features that separable layers do not see, and a padded convolution: as of one network."""
+    layers = [
+        {"type": "conv", "channels": 4, "kernel": 3}, {"type": "relu"},
+        {"type": "conv", "channels": 4, "kernel": 3, "pad": 1}, {"type": "relu"}, {"type": "mean_pool"},
+        {"type": "flatten"}, {"type": "separable_dense", "units": 20, "groups": 10}, {"type": "tanh"},
+        {"type": "separable_dense", "units": 10, "groups": 10},
+    ]  # fmt: skip
+    net = build("odd", (1, 8, 8), layers, 10)
+    stages = split_layers(net, 4)
+    assert [type(net.layers[first]).__name__ for first, _ in stages] == ["Conv", "Pad", "Dense", "Dense"]
+    layout = net.layout()
+    rng = np.random.default_rng(0)
+    w, x = rng.standard_normal(layout.size), rng.standard_normal((64, 7))
+    whole = Model(net, layout, w[: layout.part(range(10)).size], None, make_backend("numpy")).forward(x)
+    for stage in split_layers(net, parts):
+        runs = layer_runs(net, layout, *stage) - layout.dead
+        local = np.concatenate([w[a:b] for a, b in runs.intervals])
+        x = Model(net, layout, local, None, make_backend("numpy"), layers=stage).forward(x)
+        x = x.reshape(-1, 7).copy()
+    assert np.allclose(x, whole, rtol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("ranks", "way", "ends"),
     [
@@ -491,8 +550,9 @@ def test_costs_of_convolutions():
         (2, ("--part-epochs", "2", "2", "--epochs", "5"), "add up to 4, not to --epochs 5: use --epochs 4"),
         (2, ("--optimizer", "lbfgs"), "use a first-order one"),
         (2, ("--backend", "cupy"), "computes on the host"),
-        (2, ("--labels-scale", "0"), "expected a number above 0"),
-        (2, ("--labels-noise", "-1"), "expected 0 (none) or a number above it"),
+        (2, ("--labels-scale", "0"), "from 1e-6 to 1e6"),
+        (2, ("--hand-over", "labels", "--labels-noise", "-1"), "expected 0 (none) or a number above it"),
+        (2, ("--labels-noise", "0.5"), "is for --hand-over labels"),
         (2, ("--labels-seed", "-1"), "from 0 up"),
         (2, ("--labels", "orthogonal", "--widths", "20", "5", "20"), "10 vectors of 5 units cannot be"),
         (4, ("--parts", "1", "--batch-size", "3"), "--batch-size 4 or more"),
@@ -536,6 +596,7 @@ def test_a_run_that_diverges_ends_the_job(tmp_path):
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.slow
 def test_mnist_is_learned(train):
     """Accuracies as they were found in small runs of these settings; the bytes are those of 60,000 times 256 floats."""
     folder = real("mnist") / "mnist"

@@ -153,7 +153,13 @@ PSNETS = {"mnist": (1040, 4570), "cifar": (4560, 7719)}
 
 @pytest.mark.parametrize(
     ("name", "columns", "rows"),
-    [("mnist", 10, 1), ("cifar", 10, 1), ("mnist", 2, 1), ("cifar", 2, 1), ("mnist", 10, 2)],
+    [
+        ("mnist", 10, 1),
+        pytest.param("cifar", 10, 1, marks=pytest.mark.slow),
+        ("mnist", 2, 1),
+        ("cifar", 2, 1),
+        ("mnist", 10, 2),
+    ],
 )
 def test_bytes_a_step_are_those_of_the_formulas(name, columns, rows):
     """Sent by one worker, and one direction at the master's link, with b = 100 and float32."""
@@ -177,7 +183,7 @@ def test_bytes_of_the_pair_partition_are_those_of_its_table():
     assert max(result["sent"][1:]) == 4 * 19_320
 
 
-@pytest.mark.parametrize("scaling", ["none", "moments"])
+@pytest.mark.parametrize("scaling", ["none", pytest.param("moments", marks=pytest.mark.slow)])
 def test_a_quasi_newton_step_moves_a_slice_a_product(scaling):
     """Weights never, gradients once, then one slice each way a product of conjugate gradients: no curvature moves."""
     steps = 2

@@ -166,8 +166,10 @@ class DirectFeedback:
     def _layers(self) -> list[Hidden]:
         """This rank's layers with weights, each with the steps without that follow it."""
         starts = [k for k, step in enumerate(self.model.steps) if step.linear is not None]
+        # What comes before goes with the first one.
+        starts[0] = 0
         if self.first:
-            # Normalized samples: what normalizes them learns with the first layer.
+            # No gradient is needed below what normalizes samples.
             starts[0] = next(
                 k for k, step in enumerate(self.model.steps) if step.linear is not None or step.norm is not None
             )

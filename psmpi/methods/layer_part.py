@@ -67,10 +67,12 @@ class Part:
         batch = max(config.data.batch_size, *(at.stop - at.start for at in pieces))
         self.objective = Objective(self.loss, self.model)
         self.model.reserve(batch)
-        self.objective.reserve(self.units, batch)
+        # Gradients are of minibatches alone.
+        most = config.data.batch_size
+        self.objective.reserve(self.units, most)
         self.x = ops.empty(self.inputs * batch, dtype)
-        self.dx = ops.empty(self.x.size if number and s.recovery_epochs else 0, dtype)
-        self.noise = np.empty(self.x.size if number and s.hand_over == "labels" else 0, dtype)
+        self.dx = ops.empty(self.inputs * most if number and s.recovery_epochs else 0, dtype)
+        self.noise = np.empty(self.inputs * most if number and s.hand_over == "labels" else 0, dtype)
 
     def room(self, b: int) -> np.ndarray:
         """Where inputs (inputs, b) are put."""
@@ -110,7 +112,9 @@ class Part:
         self.alive.fill(False)
 
     def memory(self) -> dict[str, int]:
-        own = (self.dx, self.noise, self.columns)
+        own = [self.dx, self.noise, self.columns]
+        if not self.last:
+            own += [a for held in (self.loss, self.reader) for a in vars(held).values() if isinstance(a, np.ndarray)]
         return {
             "weights": self.w.nbytes,
             "gradients": self.g.nbytes,

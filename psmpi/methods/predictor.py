@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -42,16 +42,14 @@ class Predictor:
         self.model = Model(network, layout, self.w, None, ops, mine)
 
     def calibrate(self, split: Split, count: int) -> None:
-        """Let batch normalization use the statistics of the first `count` samples of a split."""
+        """Let batch normalization use the statistics of `count` samples from all over a split."""
+        count = min(count, split.n)
+        # A file may be in the order of the classes.
+        ids = np.arange(count) * split.n // count
+        pieces = len(self.network.evaluation_batches(count))
+        self.model.calibrate(self._fetch(split, ids[k::pieces]) for k in range(pieces))
 
-        def minibatches() -> Iterator[np.ndarray]:
-            for at in self.network.evaluation_batches(min(count, split.n)):
-                yield self._fetch(split, at)
-
-        self.model.calibrate(minibatches())
-
-    def _fetch(self, split: Split, at: slice) -> np.ndarray:
-        ids = np.arange(at.start, at.stop)
+    def _fetch(self, split: Split, ids: np.ndarray) -> np.ndarray:
         x = np.empty((split.features, len(ids)), self.dtype)
         Resident(split, ids, self.dtype).fetch(ids, x)
         return x
@@ -66,7 +64,7 @@ class Predictor:
         count = len(self.classes)
         found = np.empty((behind - first, count), self.dtype)
         for at in dealt[self.place.row]:
-            x = self._fetch(split, at)
+            x = self._fetch(split, np.arange(at.start, at.stop))
             scores = np.empty((count, x.shape[1]), self.dtype)
             self.row.allgatherv(self.model.forward(x), scores, [n * x.shape[1] for n in self.columns])
             found[at.start - first : at.stop - first] = scores.T

@@ -20,6 +20,7 @@ from psmpi.backend import NumpyOps
 from psmpi.comm.group import Counter, Group
 from psmpi.config import Config
 from psmpi.data import Dataset, Resident
+from psmpi.errors import UserError
 from psmpi.methods.base import Place, Score
 from psmpi.methods.layer_part import Part
 from psmpi.methods.replica import alone, verify
@@ -43,7 +44,7 @@ class SyntheticLabels:
 
     lost = ""
     # Counts; and of `stale`, the weights that made what was handed over last.
-    extras = frozenset({"handed", "macs", "handed_bytes"})
+    extras = frozenset({"handed", "macs", "handed_bytes", "parts", "phase"})
     on_host = True
 
     def __init__(self, world: Any, network: Network, dataset: Dataset, config: Config, ops: NumpyOps):
@@ -76,11 +77,18 @@ class SyntheticLabels:
         self.last = self.parts.get(self.count - 1)
         # What it counts is not of the training.
         self.everything = make_loss(c.loss, self.dtype, kappa=c.kappa, exp_clip=c.exp_clip)
-        train, tests = (np.arange(split.n if 0 in held else 0) for split in (dataset.train, dataset.test))
-        self.train, self.tests = Resident(dataset.train, train, self.dtype), Resident(dataset.test, tests, self.dtype)
+        train, tests = np.arange(dataset.train.n), np.arange(dataset.test.n)
+        mine = [tests[at] for at in network.evaluation_batches(dataset.test.n)[self.row :: self.seats.rows]]
+        if 0 not in held:
+            train, mine = train[:0], []
+        self.train = Resident(dataset.train, train, self.dtype)
+        self.tests = Resident(dataset.test, np.concatenate([tests[:0], *mine]), self.dtype)
         first = self.parts[held[0]].optimizer
         # MACs, and bytes sent from part to part: all ranks' up to the last checkpoint, and this rank's since the start.
-        self.scalars: dict[str, float | int] = {"steps": 0, "macs": 0, "handed_bytes": 0, **first.scalars}
+        # What the run was planned to be: see `resumed`.
+        self.scalars: dict[str, float | int] = {
+            "steps": 0, "macs": 0, "handed_bytes": 0, "parts": self.count, "phase": 0, **first.scalars
+        }  # fmt: skip
         self.past, self.macs, self.handed_bytes = (0, 0), 0, 0
         self.handed = np.empty(0, self.dtype)
         # Vectors by name and part.
@@ -105,6 +113,7 @@ class SyntheticLabels:
         phase = next(phase for phase in self.phases if epoch < phase.stop)
         if within == 0:
             self._begin(phase, epoch)
+        self.scalars["phase"] = self.phases.index(phase)
         mine = np.array_split(np.arange(len(ids)), self.seats.rows)[self.row]
         trained = [self.parts[k] for k in phase.parts if k in self.parts]
         if not len(mine):
@@ -130,11 +139,7 @@ class SyntheticLabels:
     def _begin(self, phase: Phase, epoch: int) -> None:
         """What comes before the first step of an epoch: fresh optimizers in a new phase, and what is handed over."""
         if epoch == phase.start:
-            for k in phase.parts:
-                for vector in self.parts[k].optimizer.vectors.values() if k in self.parts else ():
-                    vector.fill(0)
-            if "t" in self.scalars:
-                self.scalars["t"] = 0
+            self._refresh()
         if phase.joined:
             return
         if self.way == "stored" and epoch == phase.start and phase.parts[0] > 0:
@@ -142,6 +147,14 @@ class SyntheticLabels:
         elif self.way == "stale" and epoch > phase.start:
             self.handed[...] = self.w
             self._hand_over(0, self.count - 1)
+
+    def _refresh(self) -> None:
+        """Begin all optimizers anew: of a part that is done nothing is needed of its own any more."""
+        for part in self.parts.values():
+            for vector in part.optimizer.vectors.values():
+                vector.fill(0)
+        if "t" in self.scalars:
+            self.scalars["t"] = 0
 
     def _learn_apart(self, k: int, ids: np.ndarray, mine: np.ndarray, *, labels: bool, counts: bool) -> None:
         """Part k's gradient of its own loss over the samples ids[mine] of a minibatch; `labels` is of `stale`."""
@@ -240,10 +253,13 @@ class SyntheticLabels:
 
         Rows take pieces in turn; in a part, whose rows are to have all of them, the row that received one shares it.
         """
-        if first == last:
+        if first >= last:
             return
-        for number, at in enumerate(self.network.evaluation_batches(self.dataset.train.n)):
-            ids, row = np.arange(at.start, at.stop), number % self.seats.rows
+        pieces = self.network.evaluation_batches(self.dataset.train.n)
+        for number, at in enumerate(pieces):
+            # Normalized over samples from all of the file, which may be in the order of the classes.
+            mixed = slice(number, None, len(pieces)) if self.network.normalized else at
+            ids, row = np.arange(self.dataset.train.n)[mixed], number % self.seats.rows
             x = None
             if row == self.row and first == 0:
                 x = self._fetch(self.train, ids)
@@ -257,7 +273,7 @@ class SyntheticLabels:
                 if after is not None:
                     x = after.room(len(ids)) if x is None else x
                     self.peers.bcast(x, row)
-                    after.stored[at] = x.T
+                    after.stored[mixed] = x.T
 
     def _over_parts(self, values: np.ndarray) -> np.ndarray:
         """Sums over the parts, all rows of which have the same."""
@@ -272,8 +288,10 @@ class SyntheticLabels:
 
     def _totals(self) -> tuple[int, int]:
         """MACs and bytes sent from part to part, of all ranks and since the first start."""
-        macs, handed = self.world.agree(np.array([float(self.macs), float(self.handed_bytes)]))
-        return int(self.past[0] + macs), int(self.past[1] + handed)
+        # In two halves: a float64 holds 2^53.
+        halves = np.array([divmod(n, 1 << 32) for n in (self.macs, self.handed_bytes)], np.float64)
+        (macs, macs_low), (handed, handed_low) = self.world.agree(halves.reshape(-1)).reshape(2, 2).astype(int).tolist()
+        return self.past[0] + (macs << 32) + macs_low, self.past[1] + (handed << 32) + handed_low
 
     def _spread(self) -> Iterator[tuple[str, slice, int, slice]]:
         """Where the parts' vectors lie in the shard: (name, place there, part, place in the part's)."""
@@ -299,13 +317,24 @@ class SyntheticLabels:
         if "handed" in fresh:
             self.handed[...] = self.w
         self.past = int(self.scalars["macs"]), int(self.scalars["handed_bytes"])
+        if self.scalars["parts"] != self.count:
+            raise UserError(
+                f"the checkpoint is of {int(self.scalars['parts'])} parts, and this run would have {self.count}: use "
+                f"--parts {int(self.scalars['parts'])}"
+            )
+        steps = int(self.scalars["steps"])
+        before = next((k for k, phase in enumerate(self.phases) if (steps - 1) // self.per_epoch < phase.stop), -1)
+        if steps and before != self.scalars["phase"]:
+            # Other epochs: what was learnt last was another part.
+            self._refresh()
         epoch, within = divmod(int(self.scalars["steps"]), self.per_epoch)
         phase = next((phase for phase in self.phases if epoch < phase.stop), None)
         if phase is None or phase.joined:
             return
         with self._uncounted():
-            if self.way == "stored" and (epoch, within) != (phase.start, 0):
-                self._hand_over(0, phase.parts[0])
+            if self.way == "stored":
+                # What a phase begins with is handed over by its first step.
+                self._hand_over(0, phase.parts[0] - ((epoch, within) == (phase.start, 0)))
             elif self.way == "stale" and epoch > phase.start and within:
                 self.g[...] = self.w
                 self.w[...] = self.handed

@@ -15,7 +15,7 @@ from psmpi.methods.base import check_slices
 from psmpi.methods.psl import hyperparameters
 from psmpi.nn.losses import make_loss
 from psmpi.nn.model import split_layers
-from psmpi.nn.network import Activation, Flatten, Network, Pool
+from psmpi.nn.network import Activation, Flatten, Network, Pad, Pool
 from psmpi.optim import make_optimizer
 from psmpi.optim.element_operators import RULES
 from psmpi.partition import split_evenly
@@ -103,7 +103,7 @@ def cut_activation(network: Network, behind: int) -> str:
     for layer in reversed(network.layers[:behind]):
         if isinstance(layer, Activation):
             return layer.kind
-        if not isinstance(layer, Flatten | Pool):
+        if not isinstance(layer, Flatten | Pool | Pad):
             break
     return "identity"
 
@@ -132,8 +132,10 @@ def check(size: int, network: Network, dataset: Dataset, config: Config) -> None
     if config.parallel.backend == "cupy":
         raise UserError("--method sil computes on the host: use --backend compiled (or auto)")
     check_slices(network, config.data.batch_size, Seats(size, parts).rows, "ranks of a part")
-    if not 0 < s.labels_scale <= 1e6:
-        raise UserError(f"--labels-scale {s.labels_scale}: expected a number above 0 and up to 1e6, usually 1")
+    if not 1e-6 <= s.labels_scale <= 1e6:
+        raise UserError(f"--labels-scale {s.labels_scale}: expected a number from 1e-6 to 1e6, usually 1")
+    if s.hand_over != "labels" and s.labels_noise != Synthetic().labels_noise:
+        raise UserError(f"--labels-noise {s.labels_noise} is for --hand-over labels: leave it out")
     if not 0 <= s.labels_noise <= 1e6:
         raise UserError(f"--labels-noise {s.labels_noise}: expected 0 (none) or a number above it, up to 1e6")
     widths = [int(np.prod(network.layers[behind - 1].out_shape)) for _, behind in split_layers(network, parts)[:-1]]
@@ -152,6 +154,12 @@ def warnings(size: int, network: Network, config: Config) -> Iterator[str]:
         yield (
             "batch normalization takes the statistics of each rank's own slice of a minibatch: the result depends on "
             "the number of ranks of a part"
+        )
+    o = config.optimization
+    if s.hand_over in ("stored", "recompute") and (o.schedule != "constant" or o.warmup_steps):
+        yield (
+            "the course of the learning rate is over all epochs, and parts are trained one after the other: each has a "
+            "piece of it"
         )
     for k, (_, behind) in enumerate(split_layers(network, count_parts(size, network, s.parts))[:-1]):
         units, kind = int(np.prod(network.layers[behind - 1].out_shape)), cut_activation(network, behind)

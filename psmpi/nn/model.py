@@ -114,6 +114,11 @@ class Model:
         masks = self.network.kept(self.classes)
         shape = self.network.layers[first].in_shape
         kept = masks[first - 1] if first else np.ones(shape[0], bool)
+        if first and isinstance(self.network.layers[first - 1], Flatten):
+            # Flattened, all of a unit is there, seen or not.
+            flatten = self.network.layers[first - 1]
+            channels = masks[first - 2] if first > 1 else np.ones(flatten.in_shape[0], bool)
+            kept = np.repeat(channels, prod(flatten.in_shape[1:]))
         self.in_shape = (int(kept.sum()), *shape[1:])
         layers = list(zip(self.network.layers, masks, strict=True))[first:behind]
         while layers:
@@ -274,7 +279,7 @@ class Model:
         return self.outputs[-1]
 
     def calibrate(self, minibatches: Iterable[np.ndarray]) -> None:
-        """Normalize by the mean statistics of these minibatches (features, b) from now on, instead of each one's own.
+        """Normalize by the statistics of these minibatches (features, b) together from now on, not of each one.
 
         For forward passes alone.
         """
@@ -384,8 +389,14 @@ def _inside(step: Step) -> tuple[slice, ...]:
 
 
 def split_layers(network: Network, parts: int) -> list[tuple[int, int]]:
-    """(first, behind the last) layer of each part: whole layers with weights, with those without that follow them."""
-    starts = [k for k, layer in enumerate(network.layers) if isinstance(layer, Linear)]
+    """(first, behind the last) layer of each part: whole layers with weights, with those without that follow them.
+
+    Only the padding of a convolution's images goes with the convolution.
+    """
+    layers = network.layers
+    starts = [
+        k - (k > 0 and isinstance(layers[k - 1], Pad)) for k, layer in enumerate(layers) if isinstance(layer, Linear)
+    ]
     groups = split_evenly(range(len(starts)), parts)
     # What comes before the first layer with weights goes with it.
     edges = [0, *(starts[group[0]] for group in groups[1:]), len(network.layers)]

@@ -36,8 +36,8 @@ class NormPart:
             self.runs.append((slice(0, self.units), 0, 0))
         self.scale = ops.empty(self.units, dtype)
         self.own = ops.empty(0, dtype)
-        # Statistics to be used instead of the minibatch's: means and scales (units,) each. Minibatches seen, sums of
-        # their means and of their variances, while these are found.
+        # Statistics to be used instead of the minibatch's: means and scales (units,) each. While these are found, means
+        # and variances (2, units) of each minibatch seen.
         self.fixed: tuple[np.ndarray, np.ndarray] | None = None
         self.seen: list[np.ndarray] | None = None
         # What stands for scales and shifts that the layer has not: 1 and 0, whose gradients go nowhere.
@@ -94,9 +94,10 @@ class NormPart:
             )
 
     def fix(self) -> None:
-        """From now on use the means of the means, and of the variances, of the minibatches seen."""
+        """From now on use the statistics of all minibatches seen together, each counting alike."""
         assert self.seen
-        mean, variance = np.mean(self.seen, axis=0)
+        means, variances = np.stack(self.seen, axis=1)
+        mean, variance = means.mean(axis=0), variances.mean(axis=0) + means.var(axis=0)
         pair = [self.ops.mirror(self.ops.empty(self.units, self.scale.dtype)) for _ in range(2)]
         for mirror, values in zip(pair, (mean, 1 / np.sqrt(variance + EPS)), strict=True):
             mirror.host[...] = values
