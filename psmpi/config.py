@@ -166,7 +166,7 @@ class Subnets:
     min_blocks: int = 1
     """Residual blocks of a worker at least; where there are fewer, workers share some, and these are averaged."""
     optimizer_state: Literal["reset", "travel"] = "reset"
-    """A fresh optimizer each round, or its state goes with the weights."""
+    """A fresh optimizer each round, or its state goes with the weights, of Adam with a count of each one's steps."""
 
 
 @dataclass(frozen=True)

@@ -401,6 +401,21 @@ def test_the_state_of_the_optimizer_travels_with_the_weights(train):
     assert np.mean(first.tensors()["optimizer/v/dense2.weight"] == 0) >= 0.75
 
 
+def test_adam_s_counts_travel_too(train):
+    adam = ("--optimizer", "adam", "--lr", "0.01")
+    options = (*IST, *adam, "--widths", "24", "24", "--epochs", "3", "--local-steps", "3")
+    travels = train(1, *options, "--max-steps", "30", "--optimizer-state", "travel").tensors()
+    plain = train(1, "--method", "local_sgd", *options[2:], "--max-steps", "30").tensors()
+    for name in (name for name in plain if not name.startswith("elements/")):
+        tensor = plain[name]
+        assert np.linalg.norm(travels[name] - tensor) <= 1e-10 * np.linalg.norm(tensor), name
+    # How often each weight was stepped: all in the first layer, of the middle one a quarter each round.
+    last = train(4, *options, "--max-steps", "3", "--optimizer-state", "travel", "--colocate").tensors()
+    assert (last["optimizer/t/dense1.weight"] == 3).all() and (last["optimizer/t/dense3.bias"] == 3).all()
+    middle = last["optimizer/t/dense2.weight"]
+    assert sorted(set(middle.ravel())) == [0, 3] and np.mean(middle == 3) == pytest.approx(1 / 4)
+
+
 # Scales.
 
 
@@ -522,7 +537,6 @@ def test_the_gradient_of_batch_normalization_is_exact():
     [
         (("--widths", "3"), "has 3 units, and 4 workers need 4"),
         (("--deal", "blocks"), "residual blocks of one kind"),
-        (("--optimizer", "adam", "--optimizer-state", "travel"), "counts its steps"),
         (("--optimizer", "lbfgs"), "use a first-order one"),
         (("--batch-size", "3"), "without a sample"),
         (("--masters", "5"), "expected 1 to 4"),

@@ -929,3 +929,35 @@ def test_products_in_one_batch_are_those_of_each_pair(dtype):
     add_products(pairs, into, np.empty((2, CHUNK)))
     expected = [1 + x.astype(float) @ y.astype(float) for x, y in pairs]
     np.testing.assert_allclose(into, [*expected, 1.0], rtol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+def test_counted_steps_are_those_of_optimizers_of_their_own(name):
+    """Weights that come and go, against an optimizer for each group of them that is stepped together."""
+    rng, hyper = np.random.default_rng(0), Hyper(weight_decay=0.01)
+    n, groups = 40_000, [slice(0, 15_000), slice(15_000, 40_000)]
+    w = rng.standard_normal(n)
+    state = {key: np.zeros(n) for key in ("m", "v", "t")}
+    theirs = [make_optimizer(name, g.stop - g.start, np.float64, hyper) for g in groups]
+    expected = w.copy()
+    for step in range(12):
+        stepped = [k for k in (0, 1) if k == 0 or step % 3 == 2]
+        gradient = rng.standard_normal(n)
+        ids = np.concatenate([np.arange(groups[k].start, groups[k].stop) for k in stepped])
+        ours = make_optimizer(name, len(ids), np.float64, hyper, counted=True)
+        assert not ours.scalars
+        for key, values in state.items():
+            ours.vectors[key][...] = values[ids]
+        part, g = w[ids], gradient[ids]
+        ours.step(part, g, 0.01, lambda values: values)
+        w[ids] = part
+        for key, values in state.items():
+            values[ids] = ours.vectors[key]
+        for k in stepped:
+            theirs[k].step(expected[groups[k]], gradient[groups[k]].copy(), 0.01, lambda values: values)
+    assert abs(w - expected).max() <= 1e-12
+    # Without decay of a moment the first step is its whole length.
+    one = make_optimizer(name, 3, np.float32, Hyper(beta1=0.0, beta2=0.0), counted=True)
+    w = np.zeros(3, np.float32)
+    one.step(w, np.array([1, -2, 3], np.float32), 0.5, lambda values: values)
+    assert np.allclose(w, [-0.5, 0.5, -0.5], rtol=1e-6)

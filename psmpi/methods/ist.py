@@ -63,8 +63,9 @@ class IndependentSubnets:
             network, self.layout, shard, self.w.host,
             seed=config.run.seed, kind=config.model.init, gain=config.model.init_gain,
         )  # fmt: skip
-        travels = make_optimizer(o.optimizer, 0, self.dtype, hyperparameters(config)).vectors
-        travels = travels if config.subnets.optimizer_state == "travel" else {}
+        self.travel = config.subnets.optimizer_state == "travel"
+        known = make_optimizer(o.optimizer, 0, self.dtype, hyperparameters(config), counted=self.travel).vectors
+        travels = known if self.travel else {}
         self.vectors = {"weights": self.w.host, **{name: np.zeros(shard.size, self.dtype) for name in travels}}
         self.scalars: dict[str, float | int] = {"rounds": 0}
         self.number = self.workers.index(world.rank) if world.rank in self.workers else -1
@@ -100,7 +101,9 @@ class IndependentSubnets:
             self.g[used], ops, tests=False,
         )  # fmt: skip
         o = config.optimization
-        self.optimizer = make_optimizer(o.optimizer, self.own.size, self.dtype, hyperparameters(config), ops)
+        self.optimizer = make_optimizer(
+            o.optimizer, self.own.size, self.dtype, hyperparameters(config), ops, counted=self.travel
+        )
         self.fresh = dict(self.optimizer.scalars)
         state = {"weights": self.part, **self.optimizer.vectors}
         self.mirrors = {name: ops.mirror(state[name]) for name in self.vectors}
@@ -116,12 +119,7 @@ class IndependentSubnets:
                 f"--optimizer {o.optimizer} has searches and pairs that would not outlive a round: with --method ist "
                 "use a first-order one (sgd, momentum, adam, ...)"
             )
-        optimizer = make_optimizer(o.optimizer, 0, dtype, hyperparameters(config))
-        if config.subnets.optimizer_state == "travel" and optimizer.scalars:
-            raise UserError(
-                f"--optimizer-state travel: --optimizer {o.optimizer} counts its steps, and weights are trained in "
-                "different rounds: use sgd, momentum, nesterov or rmsprop, or --optimizer-state reset"
-            )
+        make_optimizer(o.optimizer, 0, dtype, hyperparameters(config))
         if config.replicated.local_steps < 1:
             raise UserError(f"--local-steps {config.replicated.local_steps}: expected 1 or more steps in a round")
         check_slices(network, config.data.batch_size, len(workers), "workers")

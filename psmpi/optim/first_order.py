@@ -6,7 +6,7 @@ floats, which take the dtype of the arrays: float32 shards are stepped in float3
 
 from __future__ import annotations
 
-from math import sqrt
+from math import inf, log, sqrt
 from typing import ClassVar
 
 import numpy as np
@@ -134,7 +134,7 @@ class Adam(FirstOrder):
     """
 
     settings = ("beta1", "beta2", "eps", "weight_decay")
-    names = ("m", "v")
+    names: ClassVar[tuple[str, ...]] = ("m", "v")
 
     def __init__(
         self,
@@ -196,6 +196,57 @@ class AdamW(Adam):
         if self.weight_decay:
             w *= 1 - lr * self.weight_decay
         super().update(w, g, lr, state, a, b)
+
+
+class CountedAdam(Adam):
+    """Adam, with the number of its steps kept for each weight: for weights that are not all stepped together.
+
+    vectors: "t", the counts, beside m and v; there is no scalar. Steps in chunks, in host memory.
+    """
+
+    names = ("m", "v", "t")
+
+    def __init__(self, n: int, dtype: DTypeLike, **settings: float) -> None:
+        super().__init__(n, dtype, **settings)  # type: ignore[arg-type]
+        del self.scalars["t"]
+        self.logs = [log(beta) if beta else -inf for beta in (self.beta1, self.beta2)]
+
+    def at_once(self, w: np.ndarray, g: np.ndarray, lr: float) -> bool:
+        return False
+
+    def update(
+        self, w: np.ndarray, g: np.ndarray, lr: float, state: list[np.ndarray], a: np.ndarray, b: np.ndarray
+    ) -> None:
+        m, v, t = state
+        if not self.coupled and self.weight_decay:
+            w *= 1 - lr * self.weight_decay
+        t += 1
+        np.subtract(g, m, out=a)
+        a *= 1 - self.beta1
+        m += a
+        v *= self.beta2
+        np.multiply(g, g, out=a)
+        a *= 1 - self.beta2
+        v += a
+        # -(1 - beta^t) for both moments: the signs are taken back below.
+        np.multiply(t, self.logs[0], out=a)
+        np.expm1(a, out=a)
+        np.divide(m, a, out=b)
+        np.multiply(t, self.logs[1], out=a)
+        np.expm1(a, out=a)
+        np.divide(v, a, out=a)
+        np.negative(a, out=a)
+        np.sqrt(a, out=a)
+        a += self.eps
+        b /= a
+        b *= lr
+        w += b
+
+
+class CountedAdamW(CountedAdam):
+    """AdamW so."""
+
+    coupled = False
 
 
 class RMSprop(FirstOrder):

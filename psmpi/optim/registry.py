@@ -10,7 +10,17 @@ from psmpi.backend import NumpyOps
 from psmpi.errors import UserError
 from psmpi.optim.base import Hyper, Optimizer, check_settings
 from psmpi.optim.element_operators import RULES
-from psmpi.optim.first_order import SGD, Adam, AdamW, FirstOrder, Momentum, Nesterov, RMSprop
+from psmpi.optim.first_order import (
+    SGD,
+    Adam,
+    AdamW,
+    CountedAdam,
+    CountedAdamW,
+    FirstOrder,
+    Momentum,
+    Nesterov,
+    RMSprop,
+)
 from psmpi.optim.hosted import Hosted
 from psmpi.optim.lbfgs import LBFGS
 from psmpi.optim.trust_region import LSR1, LBFGSTrustRegion
@@ -35,8 +45,16 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {
 }
 
 
-def make_optimizer(name: str, n: int, dtype: DTypeLike, hyper: Hyper, ops: NumpyOps | None = None) -> Optimizer:
+# Those that count their steps, with a count for each weight.
+COUNTED: dict[str, type[Optimizer]] = {"adam": CountedAdam, "adamw": CountedAdamW}
+
+
+def make_optimizer(
+    name: str, n: int, dtype: DTypeLike, hyper: Hyper, ops: NumpyOps | None = None, counted: bool = False
+) -> Optimizer:
     """The optimizer called `name` for a shard of n elements of `dtype` (float32 or float64), stepped by `ops`.
+
+    counted: its state is of each weight alone, of one that counts steps too, so that weights may come and go with it.
 
     It takes from `hyper` the settings its formula has. UserError for an unknown name or dtype, and for any
     setting out of its range, used by this optimizer or not: a value that no optimizer accepts is a slip in
@@ -46,9 +64,9 @@ def make_optimizer(name: str, n: int, dtype: DTypeLike, hyper: Hyper, ops: Numpy
     if name not in known:
         raise UserError(f"--optimizer {name!r} is unknown: choose one of {', '.join(known)}")
     check_settings(**asdict(hyper))
-    kind = known[name]
+    kind = COUNTED.get(name, known[name]) if counted else known[name]
     settings = {key: getattr(hyper, "momentum" if key == "beta" else key) for key in kind.settings}
-    if issubclass(kind, FirstOrder):
+    if issubclass(kind, FirstOrder) and kind not in COUNTED.values():
         return kind(n, dtype, **settings, ops=ops)
     made = kind(n, dtype, **settings)
     return Hosted(made, ops) if ops is not None and ops.on_device and made.vectors else made
