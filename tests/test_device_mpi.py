@@ -88,7 +88,7 @@ def test_weights_and_bytes_are_those_of_the_host(train, host, name):
             "--loss",
             "nll",
             "--optimizer",
-            "momentum",
+            "adam",
             "--optimizer-state",
             "travel",
         ),
