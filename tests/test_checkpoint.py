@@ -51,7 +51,7 @@ def test_a_resumed_run_ends_in_the_same_bits(train, ranks, layout):
         assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-14)
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "lbfgs"])
+@pytest.mark.parametrize("optimizer", ["adam", pytest.param("lbfgs", marks=pytest.mark.slow)])
 def test_a_run_goes_on_at_any_ranks_masters_and_placement(train, optimizer):
     options = (*STEPS, "--optimizer", optimizer, "--lr", {"adam": "1e-3", "lbfgs": "1"}[optimizer], "--max-steps")
     whole = train(1, *options, "40")

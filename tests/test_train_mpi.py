@@ -158,7 +158,7 @@ PSNETS = {"mnist": (1040, 4570), "cifar": (4560, 7719)}
         pytest.param("cifar", 10, 1, marks=pytest.mark.slow),
         ("mnist", 2, 1),
         ("cifar", 2, 1),
-        ("mnist", 10, 2),
+        pytest.param("mnist", 10, 2, marks=pytest.mark.slow),
     ],
 )
 def test_bytes_a_step_are_those_of_the_formulas(name, columns, rows):
