@@ -215,6 +215,11 @@ def split_evenly(items: Sequence[int], pieces: int) -> list[list[int]]:
     return [list(map(int, g)) for g in np.array_split(np.asarray(items, dtype=int), pieces)]
 
 
+def even_edges(count: int, pieces: int) -> list[int]:
+    """Where such groups of `count` things begin, and the end of the last."""
+    return [k * (count // pieces) + min(k, count % pieces) for k in range(pieces + 1)]
+
+
 @dataclass(frozen=True)
 class Worker:
     """A worker computes the scores of `classes` for replica row `row`; `elements` are its pairs {i, j}, or None."""

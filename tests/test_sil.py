@@ -343,6 +343,19 @@ def test_clipped_gradients_are_those_of_one_rank(train, way):
 # Phases, and going on in each of them.
 
 
+def take_up(begun, again):
+    """Restore a method from another, as from a checkpoint."""
+    for name, vector in again.vectors.items():
+        vector[...] = begun.vectors[name]
+    again.scalars.update(begun.scalars)
+    again.resumed(False, frozenset())
+
+
+def same(one, other):
+    assert one.scalars == other.scalars
+    assert all(np.array_equal(vector, other.vectors[name]) for name, vector in one.vectors.items())
+
+
 @pytest.mark.parametrize("net", [network(40, 30, 20), make_network("psnet", (1, 8, 8), 10)], ids=["mlp", "psnet"])
 @pytest.mark.parametrize("way", ["stored", "recompute", "stale", "labels"])
 def test_one_rank_goes_on_bit_for_bit(net, way):
@@ -351,13 +364,8 @@ def test_one_rank_goes_on_bit_for_bit(net, way):
     whole = trained(net, 5 * PER_EPOCH, **settings)
     for end in (10, 2 * PER_EPOCH, 2 * PER_EPOCH + 9, 4 * PER_EPOCH, 4 * PER_EPOCH + 8):
         begun, again = trained(net, end, **settings), method(net, **settings)
-        for name, vector in again.vectors.items():
-            vector[...] = begun.vectors[name]
-        again.scalars.update(begun.scalars)
-        again.resumed(False, frozenset())
-        trained(net, 5 * PER_EPOCH, one=again)
-        assert again.scalars == whole.scalars
-        assert all(np.array_equal(vector, whole.vectors[name]) for name, vector in again.vectors.items())
+        take_up(begun, again)
+        same(trained(net, 5 * PER_EPOCH, one=again), whole)
 
 
 def test_three_parts_go_on_from_the_end_of_each():
@@ -368,13 +376,8 @@ def test_three_parts_go_on_from_the_end_of_each():
         begun, again = trained(net, end, **settings), method(net, **settings)
         for part in again.parts.values():
             part.stored.fill(np.nan)
-        for name, vector in again.vectors.items():
-            vector[...] = begun.vectors[name]
-        again.scalars.update(begun.scalars)
-        again.resumed(False, frozenset())
-        trained(net, 5 * PER_EPOCH, one=again)
-        assert again.scalars == whole.scalars
-        assert all(np.array_equal(vector, whole.vectors[name]) for name, vector in again.vectors.items())
+        take_up(begun, again)
+        same(trained(net, 5 * PER_EPOCH, one=again), whole)
 
 
 def test_a_plan_that_is_another_at_a_restart_is_noticed():
@@ -387,11 +390,8 @@ def test_a_plan_that_is_another_at_a_restart_is_noticed():
     # More epochs: what would go on is another part, which begins with a fresh optimizer.
     begun = trained(net, 2 * PER_EPOCH + 5, parts=2, epochs=4)
     again = method(net, parts=2, epochs=8)
-    for name, vector in again.vectors.items():
-        vector[...] = begun.vectors[name]
-    again.scalars.update(begun.scalars)
-    assert any(vector.any() for name, vector in again.vectors.items() if name != "weights")
-    again.resumed(False, frozenset())
+    take_up(begun, again)
+    assert any(vector.any() for name, vector in begun.vectors.items() if name != "weights")
     assert not any(vector.any() for part in again.parts.values() for vector in part.optimizer.vectors.values())
 
 

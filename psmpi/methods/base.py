@@ -12,6 +12,7 @@ from psmpi.comm.group import Counter
 from psmpi.config import Config
 from psmpi.errors import UserError
 from psmpi.nn.network import Network
+from psmpi.optim import FIRST_ORDER
 from psmpi.partition import Layout, Rows, Runs
 
 
@@ -44,6 +45,33 @@ def check_slices(network: Network, batch: int, slices: int, of: str) -> None:
             f"--batch-size {batch} leaves some of {slices} {of} {lacks}: use --batch-size {least * slices} or more, or "
             "fewer ranks"
         )
+
+
+def check_first_order(config: Config, why: str) -> None:
+    """UserError for an optimizer that is more than one of first order, which cannot be used because it ... (why)."""
+    if config.optimization.optimizer not in FIRST_ORDER:
+        raise UserError(
+            f"--optimizer {config.optimization.optimizer} {why}: with --method {config.parallel.method} use a "
+            "first-order one (sgd, momentum, adam, ...)"
+        )
+
+
+def check_layers(network: Network, config: Config, parts: int = 2) -> None:
+    """UserError where a network's layers cannot be dealt to ranks, or cut into `parts`, that compute on the host."""
+    method = config.parallel.method
+    if network.residual and parts > 1:
+        raise UserError(
+            f"--model {network.name} has residual blocks, and --method {method} takes single layers apart: use a "
+            "network without them, or another method"
+        )
+    layout = network.layout()
+    if layout.dead.size:
+        raise UserError(
+            f"--model {network.name} has units that no score depends on, and --method {method} would train them for "
+            "nothing: use a network without such units"
+        )
+    if config.parallel.backend == "cupy":
+        raise UserError(f"--method {method} computes on the host: use --backend compiled (or auto)")
 
 
 class Method(Protocol):

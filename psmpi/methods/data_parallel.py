@@ -23,7 +23,7 @@ from psmpi.errors import UserError
 from psmpi.methods.base import Score
 from psmpi.methods.replica import Replica, alone
 from psmpi.nn.network import Network
-from psmpi.optim import clip_by_global_norm
+from psmpi.optim import FIRST_ORDER, clip_by_global_norm
 from psmpi.partition import Rows
 
 
@@ -69,7 +69,7 @@ class DataParallel(Replica):
         if not 1e-3 <= o.bucket_megabytes <= 1e6:
             raise UserError(f"--bucket-megabytes {o.bucket_megabytes}: expected 0.001 to 1e6")
         check_allreduce(o.allreduce, size)
-        if o.compression != "none" and config.optimization.optimizer in ("lbfgs", "lbfgs-tr", "lsr1-tr"):
+        if o.compression != "none" and config.optimization.optimizer not in FIRST_ORDER:
             raise UserError(
                 f"--compression {o.compression} makes gradients that fit no loss, and --optimizer "
                 f"{config.optimization.optimizer} searches: use a first-order one (sgd, momentum, adam, ...)"

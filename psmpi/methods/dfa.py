@@ -19,7 +19,7 @@ from psmpi.comm.group import Counter, Group
 from psmpi.config import Config
 from psmpi.data import Dataset, Resident
 from psmpi.errors import UserError
-from psmpi.methods.base import Place, Score, check_slices
+from psmpi.methods.base import Place, Score, check_first_order, check_layers, check_slices
 from psmpi.methods.psl import hyperparameters
 from psmpi.nn.init import initial_weights
 from psmpi.nn.losses import Loss, make_loss
@@ -27,7 +27,6 @@ from psmpi.nn.model import Model, layer_runs, split_layers
 from psmpi.nn.network import Conv, Linear, Network
 from psmpi.nn.objective import DIVERGED
 from psmpi.optim import clip_by_global_norm, make_optimizer
-from psmpi.optim.element_operators import RULES
 from psmpi.partition import Rows
 
 # Samples of which the alignment is measured.
@@ -127,28 +126,11 @@ class DirectFeedback:
                 f"for {size} ranks: start {depth} or fewer"
             )
         check_slices(network, config.data.batch_size, 1, "ranks")
-        if network.residual:
-            raise UserError(
-                f"--model {network.name} has residual blocks, and --method dfa deals out single layers: use a network "
-                "without them, or another method"
-            )
-        layout = network.layout()
-        if layout.part(range(network.classes)).size != layout.size:
-            raise UserError(
-                f"--model {network.name} has units that no score depends on, and --method dfa would train them at "
-                "random: use a network without such units"
-            )
-        o = config.optimization
-        if o.optimizer in RULES or o.optimizer in ("lbfgs", "lbfgs-tr", "lsr1-tr"):
-            raise UserError(
-                f"--optimizer {o.optimizer} needs gradients, and feedback is none: with --method dfa use a first-order "
-                "one (sgd, momentum, adam, ...)"
-            )
-        if config.parallel.backend == "cupy":
-            raise UserError("--method dfa computes on the host: use --backend compiled (or auto)")
+        check_layers(network, config)
+        check_first_order(config, "needs gradients, and feedback is none")
         if not 0 < config.alignment.feedback_scale <= 1e6:
             raise UserError(f"--feedback-scale {config.alignment.feedback_scale}: expected a number above 0")
-        objective, dtype = config.objective, np.dtype(config.model.dtype)
+        o, objective, dtype = config.optimization, config.objective, np.dtype(config.model.dtype)
         make_loss(objective.loss, dtype, kappa=objective.kappa, exp_clip=objective.exp_clip)
         make_optimizer(o.optimizer, 0, dtype, hyperparameters(config))
 

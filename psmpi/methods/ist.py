@@ -17,7 +17,7 @@ from psmpi.comm.group import Counter, Group
 from psmpi.config import Config
 from psmpi.data import Dataset
 from psmpi.errors import UserError
-from psmpi.methods.base import Place, Score, check_slices
+from psmpi.methods.base import Place, Score, check_first_order, check_slices
 from psmpi.methods.element_worker import ElementWorker
 from psmpi.methods.evaluator import Evaluator
 from psmpi.methods.psl import hyperparameters
@@ -27,7 +27,6 @@ from psmpi.nn.losses import make_loss
 from psmpi.nn.network import Network
 from psmpi.nn.subnet import Dealer, Strip, find_strips, shard_rows, strips_size
 from psmpi.optim import clip_by_global_norm, make_optimizer
-from psmpi.optim.element_operators import RULES
 from psmpi.partition import Rows, Runs, replicate
 
 
@@ -114,11 +113,7 @@ class IndependentSubnets:
         o, objective, dtype = config.optimization, config.objective, np.dtype(config.model.dtype)
         _, workers = find_roles(size, config)
         make_dealer(network, len(workers), config)
-        if o.optimizer in RULES or o.optimizer in ("lbfgs", "lbfgs-tr", "lsr1-tr"):
-            raise UserError(
-                f"--optimizer {o.optimizer} has searches and pairs that would not outlive a round: with --method ist "
-                "use a first-order one (sgd, momentum, adam, ...)"
-            )
+        check_first_order(config, "has searches and pairs that would not outlive a round")
         make_optimizer(o.optimizer, 0, dtype, hyperparameters(config))
         if config.replicated.local_steps < 1:
             raise UserError(f"--local-steps {config.replicated.local_steps}: expected 1 or more steps in a round")

@@ -17,7 +17,7 @@ from psmpi.comm.world import several_hosts
 from psmpi.config import Config
 from psmpi.data import Dataset
 from psmpi.errors import UserError
-from psmpi.methods.base import Score
+from psmpi.methods.base import Score, check_first_order
 from psmpi.methods.replica import Replica, alone
 from psmpi.nn.network import Network
 from psmpi.optim import clip_by_global_norm
@@ -62,11 +62,7 @@ class LocalSGD(Replica):
         """UserError for a configuration that `size` ranks cannot train; needs no MPI and no arrays of weights."""
         super().check(size, network, dataset, config)
         o = config.replicated
-        if config.optimization.optimizer in ("lbfgs", "lbfgs-tr", "lsr1-tr"):
-            raise UserError(
-                f"--optimizer {config.optimization.optimizer} has searches and pairs that every rank would make its "
-                "own: with --method local_sgd use a first-order one (sgd, momentum, adam, ...)"
-            )
+        check_first_order(config, "has searches and pairs that every rank would make its own")
         check_allreduce(o.allreduce, size)
         if o.local_steps < 1:
             raise UserError(f"--local-steps {o.local_steps}: expected 1 or more steps between two averages")

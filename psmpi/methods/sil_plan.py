@@ -11,13 +11,12 @@ import numpy as np
 from psmpi.config import Config, Synthetic
 from psmpi.data import Dataset
 from psmpi.errors import UserError
-from psmpi.methods.base import check_slices
+from psmpi.methods.base import check_first_order, check_layers, check_slices
 from psmpi.methods.psl import hyperparameters
 from psmpi.nn.losses import make_loss
 from psmpi.nn.model import split_layers
 from psmpi.nn.network import Activation, Flatten, Network, Pad, Pool
 from psmpi.optim import make_optimizer
-from psmpi.optim.element_operators import RULES
 from psmpi.partition import split_evenly
 
 # The least and the largest value of labels at scale 1, and of activations.
@@ -113,24 +112,8 @@ def check(size: int, network: Network, dataset: Dataset, config: Config) -> None
     s, o, c, dtype = config.synthetic, config.optimization, config.objective, np.dtype(config.model.dtype)
     parts = count_parts(size, network, s.parts)
     plan_phases(parts, config.run.epochs, s)
-    if network.residual and parts > 1:
-        raise UserError(
-            f"--model {network.name} has residual blocks, and --method sil cuts between single layers: use a network "
-            "without them, or another method"
-        )
-    layout = network.layout()
-    if layout.part(range(network.classes)).size != layout.size:
-        raise UserError(
-            f"--model {network.name} has units that no score depends on, and --method sil would train them on "
-            "labels: use a network without such units"
-        )
-    if o.optimizer in RULES or o.optimizer in ("lbfgs", "lbfgs-tr", "lsr1-tr"):
-        raise UserError(
-            f"--optimizer {o.optimizer} takes one loss for all weights, and the parts of --method sil have their "
-            "own: use a first-order one (sgd, momentum, adam, ...)"
-        )
-    if config.parallel.backend == "cupy":
-        raise UserError("--method sil computes on the host: use --backend compiled (or auto)")
+    check_layers(network, config, parts)
+    check_first_order(config, "takes one loss for all weights, and each part has its own")
     check_slices(network, config.data.batch_size, Seats(size, parts).rows, "ranks of a part")
     if not 1e-6 <= s.labels_scale <= 1e6:
         raise UserError(f"--labels-scale {s.labels_scale}: expected a number from 1e-6 to 1e6, usually 1")

@@ -16,7 +16,7 @@ import numpy as np
 
 from psmpi.errors import UserError
 from psmpi.nn.network import Activation, BatchNorm, Conv, Dense, Flatten, Fork, Join, LayerSpec, Linear, Network, Scale
-from psmpi.partition import Layout, Runs
+from psmpi.partition import Layout, Runs, even_edges
 
 # Elements that are taken from a matrix at a time.
 INDICES = 1 << 15
@@ -130,7 +130,7 @@ class Dealer:
                 raise UserError(
                     f"--min-blocks {min_blocks}: expected 1 to {len(self.blocks)}, as many as are dealt out"
                 )
-            self.counts = [max(min_blocks, n) for n in group_sizes(len(self.blocks), workers)]
+            self.counts = [max(min_blocks, b - a) for a, b in pairwise(even_edges(len(self.blocks), workers))]
             self.networks = [self._with_blocks(count) for count in self.counts]
             self.layouts = [network.layout() for network in self.networks]
             return
@@ -156,12 +156,11 @@ class Dealer:
         """The units of a dealt layer that each worker has in round `number`, increasing."""
         count = self.network.layers[layer].out_shape[0]
         rng = np.random.default_rng([self.seed, number, layer])
+        edges = even_edges(count, self.workers)
         if not self.strata:
             order = rng.permutation(count)
-            edges = np.cumsum([0, *group_sizes(count, self.workers)]).tolist()
             return [np.sort(order[a:b]) for a, b in pairwise(edges)]
         found: list[list[np.ndarray]] = [[] for _ in range(self.workers)]
-        edges = np.cumsum([0, *group_sizes(count, self.workers)])
         # Workers take turns at the larger groups, so that their sums over the strata are the same in every round.
         for stratum in range(self.workers):
             order = edges[stratum] + rng.permutation(edges[stratum + 1] - edges[stratum])
@@ -202,8 +201,7 @@ class Dealer:
     def _deal_blocks(self, number: int) -> list[Shares]:
         count = len(self.blocks)
         order = np.random.default_rng([self.seed, number]).permutation(count)
-        sizes = group_sizes(count, self.workers)
-        starts = np.cumsum([0, *sizes]) if count >= self.workers else range(self.workers)
+        starts = even_edges(count, self.workers) if count >= self.workers else range(self.workers)
         mine = [
             sorted(int(order[(starts[worker] + k) % count]) for k in range(n)) for worker, n in enumerate(self.counts)
         ]
@@ -267,11 +265,6 @@ def runs_of(units: np.ndarray, length: int) -> np.ndarray:
     return (units[:, None] * length + np.arange(length)).reshape(-1)
 
 
-def group_sizes(count: int, groups: int) -> list[int]:
-    """`count` things in `groups` groups as equal as can be, the larger ones first."""
-    return [count // groups + (k < count % groups) for k in range(groups)]
-
-
 def dealt_layers(network: Network) -> dict[int, int]:
     """The layers whose units can be dealt out, by their index, and the index of the one that reads them.
 
@@ -333,7 +326,7 @@ def shard_rows(layout: Layout, holders: int) -> list[Runs]:
     found: list[list[tuple[int, int]]] = [[] for _ in range(holders)]
     for piece in layout.pieces():
         parameter = layout.parameters[piece.parameter]
-        edges = np.cumsum([0, *group_sizes(parameter.units, holders)]).tolist()
+        edges = even_edges(parameter.units, holders)
         for k in range(holders):
             first, last = max(piece.first, edges[k]), min(piece.last, edges[k + 1])
             if first < last:
@@ -354,8 +347,8 @@ def find_strips(
         source = layout.parameters[numbers[share.source]]
         rows = np.arange(source.units) if share.rows is None else share.rows
         rows = rows[piece.first : piece.last]
-        edges = np.cumsum([0, *group_sizes(source.units, holder[1])])
-        for theirs, first, last in _pieces(layout, numbers[share.source], *edges[holder[0] : holder[0] + 2].tolist()):
+        edges = even_edges(source.units, holder[1])
+        for theirs, first, last in _pieces(layout, numbers[share.source], *edges[holder[0] : holder[0] + 2]):
             a, b = (int(np.searchsorted(rows, edge)) for edge in (first, last))
             if a == b:
                 continue

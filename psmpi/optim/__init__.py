@@ -4,10 +4,11 @@ from psmpi.optim.base import AllSum, Closure, Hyper, Optimizer
 from psmpi.optim.first_order import SGD, Adam, AdamW, Momentum, Nesterov, RMSprop
 from psmpi.optim.lbfgs import LBFGS
 from psmpi.optim.norms import clip_by_global_norm
-from psmpi.optim.registry import OPTIMIZERS, make_optimizer
+from psmpi.optim.registry import FIRST_ORDER, OPTIMIZERS, make_optimizer
 from psmpi.optim.schedules import Schedule, make_schedule
 
 __all__ = [
+    "FIRST_ORDER",
     "LBFGS",
     "OPTIMIZERS",
     "SGD",

@@ -20,7 +20,7 @@ class FirstOrder(Optimizer):
     """Applies `update` to the chunks of a shard, with the L2 penalty in the gradient."""
 
     names: ClassVar[tuple[str, ...]] = ()
-    # Whether weight decay goes through the gradient.
+    # Whether weight decay goes through the gradient; else it shrinks the weights beside the step.
     coupled = True
 
     def __init__(self, n: int, dtype: DTypeLike, *, weight_decay: float = 0.0, ops: NumpyOps | None = None) -> None:
@@ -43,6 +43,8 @@ class FirstOrder(Optimizer):
             if self.coupled and self.weight_decay:
                 np.multiply(w_at, self.weight_decay, out=a)
                 g_at += a
+            elif self.weight_decay:
+                w_at *= 1 - lr * self.weight_decay
             self.update(w_at, g_at, lr, [vector[at] for vector in self.vectors.values()], a, b)
 
     def at_once(self, w: np.ndarray, g: np.ndarray, lr: float) -> bool:
@@ -165,6 +167,16 @@ class Adam(FirstOrder):
     ) -> None:
         m, v = state
         t = self.scalars["t"]
+        self._move(m, v, g, a)
+        np.sqrt(v, out=a)
+        a *= 1 / sqrt(1 - self.beta2**t)
+        a += self.eps
+        np.divide(m, a, out=b)
+        b *= lr / (1 - self.beta1**t)
+        w -= b
+
+    def _move(self, m: np.ndarray, v: np.ndarray, g: np.ndarray, a: np.ndarray) -> None:
+        """Move the moments towards g and g^2; a is scratch."""
         # m + (1 - beta1) (g - m), one multiplication fewer than the formula.
         np.subtract(g, m, out=a)
         a *= 1 - self.beta1
@@ -173,12 +185,6 @@ class Adam(FirstOrder):
         np.multiply(g, g, out=a)
         a *= 1 - self.beta2
         v += a
-        np.sqrt(v, out=a)
-        a *= 1 / sqrt(1 - self.beta2**t)
-        a += self.eps
-        np.divide(m, a, out=b)
-        b *= lr / (1 - self.beta1**t)
-        w -= b
 
 
 class AdamW(Adam):
@@ -189,13 +195,6 @@ class AdamW(Adam):
     """
 
     coupled = False
-
-    def update(
-        self, w: np.ndarray, g: np.ndarray, lr: float, state: list[np.ndarray], a: np.ndarray, b: np.ndarray
-    ) -> None:
-        if self.weight_decay:
-            w *= 1 - lr * self.weight_decay
-        super().update(w, g, lr, state, a, b)
 
 
 class CountedAdam(Adam):
@@ -218,16 +217,8 @@ class CountedAdam(Adam):
         self, w: np.ndarray, g: np.ndarray, lr: float, state: list[np.ndarray], a: np.ndarray, b: np.ndarray
     ) -> None:
         m, v, t = state
-        if not self.coupled and self.weight_decay:
-            w *= 1 - lr * self.weight_decay
         t += 1
-        np.subtract(g, m, out=a)
-        a *= 1 - self.beta1
-        m += a
-        v *= self.beta2
-        np.multiply(g, g, out=a)
-        a *= 1 - self.beta2
-        v += a
+        self._move(m, v, g, a)
         # -(1 - beta^t) for both moments: the signs are taken back below.
         np.multiply(t, self.logs[0], out=a)
         np.expm1(a, out=a)

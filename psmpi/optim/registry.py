@@ -45,6 +45,8 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {
 }
 
 
+# Those whose step is a function of one gradient and their state: no searches, no pairs of steps.
+FIRST_ORDER = frozenset(name for name, kind in OPTIMIZERS.items() if issubclass(kind, FirstOrder))
 # Those that count their steps, with a count for each weight.
 COUNTED: dict[str, type[Optimizer]] = {"adam": CountedAdam, "adamw": CountedAdamW}
 
