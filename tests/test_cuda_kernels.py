@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sysconfig
+from math import log
 from pathlib import Path
 
 import cuda_host
@@ -530,12 +531,18 @@ def test_derivatives_without_a_finite_peak_are_cast_as_they_are(dtype, device):
 @runs
 @real_types
 @pytest.mark.parametrize("decay", [0.0, 0.1])
-@pytest.mark.parametrize("name", ["sgd", "momentum", "nesterov", "adam", "adamw", "rmsprop"])
-def test_steps_are_those_of_the_optimizers(name, decay, dtype, device):
+@pytest.mark.parametrize(
+    ("name", "counted"),
+    [*((name, False) for name in ("sgd", "momentum", "nesterov", "adam", "adamw", "rmsprop")), ("adam", True),
+     ("adamw", True)],
+)  # fmt: skip
+def test_steps_are_those_of_the_optimizers(name, counted, decay, dtype, device):
     n, lr = 1003, 0.05
     rng = np.random.default_rng(0)
     hyper = Hyper(weight_decay=decay)
-    optimizer = make_optimizer(name, n, dtype, hyper)
+    optimizer = make_optimizer(name, n, dtype, hyper, counted=counted)
+    if counted:
+        optimizer.vectors["t"][:] = rng.integers(0, 9, n)
     w = some(rng, dtype, n)
     mine, state = device.of(w), [device.of(v) for v in optimizer.vectors.values()]
     for t in range(1, 6):
@@ -552,28 +559,91 @@ def test_steps_are_those_of_the_optimizers(name, decay, dtype, device):
             device("rmsprop", (3,), (64,), n, mine, gradient, *state, lr, hyper.alpha, hyper.eps, decay)
         else:
             l2, keep = (decay, 1.0) if name == "adam" else (0.0, 1 - lr * decay)
-            rate, root = lr / (1 - hyper.beta1**t), (1 - hyper.beta2**t) ** -0.5
-            constants = (rate, root, hyper.beta1, hyper.beta2, hyper.eps, l2, keep)
-            device("adam", (3,), (64,), n, mine, gradient, *state, *constants)
+            rest = (hyper.beta1, hyper.beta2, hyper.eps, l2, keep)
+            if counted:
+                rates = (lr, log(hyper.beta1), log(hyper.beta2))
+            else:
+                rates = (lr / (1 - hyper.beta1**t), (1 - hyper.beta2**t) ** -0.5)
+            device("counted_adam" if counted else "adam", (3,), (64,), n, mine, gradient, *state, *rates, *rest)
         near(mine, w, TOLERANCE[dtype])
         for found, expected in zip(state, optimizer.vectors.values(), strict=True):
             near(found, expected, TOLERANCE[dtype])
 
 
+sizes = pytest.mark.parametrize("size", [0, 1, 255, 257, 5001])
+
+
 @runs
 @real_types
-@pytest.mark.parametrize("size", [1, 255, 257, 5000])
-def test_norms_and_scaling(size, dtype, device):
-    g = device.of(some(np.random.default_rng(0), dtype, size))
-    expected = float((g.astype(F64) ** 2).sum())
-    for grid in (1, 7, 300):
-        partial, out = device.array(grid, F64), device.array(1, F64)
-        device("squared_norm", (grid,), (256,), size, g, partial)
-        device("sum_partials", (1,), (256,), grid, partial, out)
-        assert out[0] == pytest.approx(expected, rel=1e-13)
+@sizes
+def test_scaling_and_multiplying(size, dtype, device):
+    g, by = (device.of(some(np.random.default_rng(seed), dtype, size + 3))[3:] for seed in (0, 1))
     scaled = g * dtype.type(0.3)
     device("scale", (2,), (64,), size, g, 0.3)
     assert np.array_equal(g, scaled)
+    OPS.multiply(scaled, by)
+    device("multiply", (2,), (64,), size, g, by)
+    assert np.array_equal(g, scaled)
+
+
+@runs
+@real_types
+@sizes
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize(
+    "factors", [(1,), (-1,), (0.3,), (1, -1), (-1, 1), (1e-3, 1), (-1.7, 0.1, -1), (1, 3, -7, 1e30)]
+)
+def test_sums_of_multiples_have_the_bits_of_the_reference(factors, inside, size, dtype, device):
+    rng = np.random.default_rng(0)
+    # What overflows in float32, and numbers below the normal ones.
+    scale = 10.0 ** rng.integers(-40, 38, (len(factors), size + 4))
+    arrays = [device.of(a) for a in (rng.standard_normal(scale.shape) * scale).astype(dtype)]
+    # They begin anywhere.
+    terms = [(float(factor), a[k:][:size]) for k, (factor, a) in enumerate(zip(factors, arrays, strict=True))]
+    out = arrays[0] if inside else device.array(size + 4)
+    at, expected = slice(0, size) if inside else slice(3, size + 3), out.copy()
+    OPS.combine(expected[at], *((f, expected[at] if inside and k == 0 else a) for k, (f, a) in enumerate(terms)))
+    none = 4 - len(terms)
+    device(
+        "combine", (3,), (64,), size, out[at], *(a for _, a in terms), *none * [None], *(f for f, _ in terms),
+        *none * [0.0],
+    )  # fmt: skip
+    assert out.tobytes() == expected.tobytes()
+
+
+@real_types
+def test_products_and_sums_of_multiples_are_rounded_one_by_one(dtype, tmp_path):
+    nvcc = find_nvcc()
+    if nvcc is None:
+        pytest.skip("no nvcc on the path, in CUDA_HOME or in this Python environment")
+    made = tmp_path / "vector.ptx"
+    source = cuda_host.SOURCES / "vector.cu"
+    subprocess.run([nvcc, "-std=c++17", "-ptx", f"-DREAL={REALS[dtype]}", "-o", str(made), str(source)], check=True)
+    kernels = {part.split("(")[0].strip(): part for part in made.read_text().split(".visible .entry")[1:]}
+    # Without .rn the assembler may join them.
+    assert "mul.rn.f" in kernels["combine"] and "add.rn.f" in kernels["combine"]
+    assert "fma" not in kernels["combine"] and "fma" in kernels["dots"]
+
+
+@runs
+@real_types
+@sizes
+@pytest.mark.parametrize("pairs", [1, 2, 3, 4])
+def test_scalar_products_and_sums(pairs, size, dtype, device):
+    vectors = [device.of(some(np.random.default_rng(k), dtype, size + k))[k:] for k in range(4)]
+    some_pairs = [(vectors[k // 2], vectors[(3 * k + 1) % 4]) for k in range(pairs)]
+    expected = [float(a.astype(F64) @ b.astype(F64)) for a, b in some_pairs]
+    assert OPS.dots(some_pairs) == pytest.approx(expected, rel=1e-12, abs=1e-12)
+    total = float(abs(vectors[3].astype(F64)).sum())
+    assert OPS.abs_sum(vectors[3]) == pytest.approx(total, rel=1e-12 if dtype == F64 else 1e-6)
+    for grid in (1, 7, 300):
+        partial, out = device.array((5, grid), F64), device.array(5, F64)
+        arrays = [array for pair in some_pairs for array in pair] + (8 - 2 * pairs) * [None]
+        device("dots", (grid,), (256,), size, *arrays, partial)
+        device("abs_sum", (grid,), (256,), size, vectors[3], partial[4:])
+        device("sum_partials", (5,), (256,), grid, partial, out)
+        assert out[:pairs] == pytest.approx(expected, rel=1e-12, abs=1e-12) and np.isnan(out[pairs:4]).all()
+        assert out[4] == pytest.approx(total, rel=1e-13)
 
 
 @runs

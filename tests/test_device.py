@@ -269,15 +269,20 @@ def test_without_graphs_work_is_done_as_it_is(stand_in, monkeypatch):
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_optimizers_step_as_on_the_host(cupy, name, dtype):
+@pytest.mark.parametrize(
+    ("name", "counted"), [*((name, False) for name in OPTIMIZERS), ("adam", True), ("adamw", True)]
+)
+def test_optimizers_step_as_on_the_host(cupy, name, counted, dtype):
     rng = np.random.default_rng(1)
     n, hyper = 2101, Hyper(weight_decay=0.01, history=3)
     start, target = rng.normal(size=(2, n)).astype(dtype)
     found = []
     for ops in (NumpyOps(), device.CupyOps()):
         w, g = put(ops, start), put(ops, np.zeros(n, dtype))
-        optimizer = make_optimizer(name, n, dtype, hyper, ops)
+        optimizer = make_optimizer(name, n, dtype, hyper, ops, counted)
+        # All of them are where the weights are.
+        sized = [a for a in (*vars(optimizer).values(), *optimizer.vectors.values()) if getattr(a, "shape", ()) == (n,)]
+        assert len(sized) >= len(optimizer.vectors) and all(type(a) is type(w) for a in sized)
 
         def objective(ops=ops, w=w, g=g):
             here = ops.host(w)
@@ -297,6 +302,49 @@ def test_optimizers_step_as_on_the_host(cupy, name, dtype):
     del found[0]["scalars"]
     for key, vector in found[0].items():
         assert far(found[1][key], vector) <= 1000 * TOLERANCE[dtype], key
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+@pytest.mark.parametrize("n", [0, 1, 2001])
+def test_sums_of_multiples_have_the_same_bits_on_all_backends(cupy, n, dtype):
+    rng = np.random.default_rng(n)
+    factors, arrays = (1, -0.3, -1, 1 / 3, 7.5, 1e-3, 1, -2), rng.normal(size=(8, n + 8)).astype(dtype)
+    for count in range(1, 9):
+        for inside in (False, True):
+            found = []
+            for ops in (NumpyOps(), CompiledOps(), device.CupyOps()):
+                there = [put(ops, a) for a in arrays]
+                # They begin anywhere.
+                pieces = [a[k:][:n] for k, a in enumerate(there)]
+                out = pieces[0] if inside else put(ops, np.full(n + 1, np.nan, dtype))[1:]
+                ops.combine(out, *zip(factors[:count], pieces, strict=False))
+                ops.multiply(out, pieces[7])
+                found.append(ops.host(out).tobytes())
+            assert found[0] == found[1] == found[2]
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+@pytest.mark.parametrize("n", [0, 1, 2001])
+def test_scalar_products_are_those_of_the_reference(cupy, n, dtype):
+    ops, vectors = device.CupyOps(), np.random.default_rng(n).normal(size=(20, n + 20)).astype(dtype)
+    here = [a[k:][:n] for k, a in enumerate(vectors)]
+    there = [put(ops, a)[k:][:n] for k, a in enumerate(vectors)]
+    for count in (0, 1, 4, 9, 200):
+        which = [(k // 15, (7 * k + 1) % 20) for k in range(count)]
+        expected = NumpyOps().dots([(here[i], here[j]) for i, j in which])
+        pairs = [(there[i], there[j]) for i, j in which]
+        first = ops.dots(pairs)
+        assert first.dtype == F64 and first == pytest.approx(expected, rel=1e-12, abs=1e-12)
+        before, kept = ops.allocations, first.copy()
+        assert np.array_equal(ops.dots(pairs), kept) and ops.allocations == before
+        # What was returned is the caller's.
+        first.fill(7)
+        assert np.array_equal(ops.dots(pairs), kept)
+    for a, b in zip(here, there, strict=True):
+        assert ops.abs_sum(b) == pytest.approx(NumpyOps().abs_sum(a), rel=1e-6 if dtype == F32 else 1e-12)
+        assert ops.squared_norm(b) == pytest.approx(NumpyOps().squared_norm(a), rel=1e-12)
 
 
 @needs_compiler

@@ -1,6 +1,7 @@
 """Trainings under mpirun with the GPU backend on a stand-in for CuPy: the weights are those of the host."""
 
 import json
+import os
 import re
 
 import cuda_host
@@ -20,7 +21,7 @@ def fake(monkeypatch):
     """The stand-in as `cupy` in the programs that are started."""
     for real in ("float", "double"):
         cuda_host.load(real)
-    monkeypatch.setenv("PYTHONPATH", str(FAKE))
+    monkeypatch.setenv("PYTHONPATH", str(FAKE), prepend=os.pathsep)
 
 
 @pytest.fixture(scope="module")
@@ -122,11 +123,36 @@ def test_replicas_on_devices_have_the_weights_of_the_host(train, options, monkey
     assert distance(here, there) <= 1e-9
 
 
-@pytest.mark.parametrize(("optimizer", "lr"), [("lbfgs", "1"), ("lsr1-tr", "1"), ("rmsprop", "0.01")])
-def test_optimizers_that_step_on_the_host_and_on_the_device(train, host, optimizer, lr):
+OPTIMIZERS = [("lbfgs", "1"), ("lbfgs-tr", "1"), ("lsr1-tr", "1"), ("rmsprop", "0.01")]
+ON_THE_DEVICE = """
+import sys
+import cupy
+from psmpi.methods.psl import PartiallySeparable
+from psmpi.train import main
+
+step = PartiallySeparable.step
+
+
+def checked(self, ids, lr):
+    assert self.optimizer.vectors
+    for array in (*vars(self.optimizer).values(), *self.optimizer.vectors.values()):
+        assert getattr(array, "shape", ()) != self.w.shape or isinstance(array, cupy.ndarray)
+    step(self, ids, lr)
+
+
+PartiallySeparable.step = checked
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize(("optimizer", "lr"), OPTIMIZERS)
+def test_optimizers_step_on_the_device(host, tmp_path, optimizer, lr):
+    program, out = tmp_path / "checked.py", tmp_path / "run"
+    program.write_text(ON_THE_DEVICE)
     options = (*EXACT, "--optimizer", optimizer, "--lr", lr, "--weight-decay", "0.001")
-    result = train(3, "--backend", "cupy", *options)
-    assert distance(host(*options).tensors(), result.tensors()) <= 1e-6
+    status, stdout, stderr = run(3, program, "--backend", "cupy", "--out", out, *options)
+    assert status == 0, stderr
+    assert distance(host(*options).tensors(), Trained(out, stdout).tensors()) <= 1e-6
 
 
 def test_float32_and_without_graphs_too(train, host):
@@ -136,12 +162,14 @@ def test_float32_and_without_graphs_too(train, host):
 
 
 @pytest.mark.parametrize(("first", "then"), [("cupy", "numpy"), ("numpy", "cupy")])
-def test_a_run_goes_on_on_the_other_kind_of_memory(train, host, tmp_path, first, then):
-    begun = tmp_path / "begun"
-    short = (*EXACT[:3], "9", *EXACT[4:])
-    train(3, "--backend", first, *short, out=begun)
-    result = train(2, "--backend", then, *EXACT, "--resume", "auto", out=begun)
-    assert distance(host(*EXACT).tensors(), result.tensors()) <= 1e-10
+@pytest.mark.parametrize(
+    ("options", "tolerance"), [((), 1e-10), (("--optimizer", "lbfgs", "--lr", "1", "--history", "4"), 1e-6)], ids=str
+)
+def test_a_run_goes_on_on_the_other_kind_of_memory(train, host, tmp_path, first, then, options, tolerance):
+    begun, options = tmp_path / "begun", (*EXACT, *options)
+    train(3, "--backend", first, *options[:3], "9", *options[4:], out=begun)
+    result = train(2, "--backend", then, *options, "--resume", "auto", out=begun)
+    assert distance(host(*options).tensors(), result.tensors()) <= tolerance
 
 
 @pytest.mark.parametrize("then", [("--optimizer", "adam"), ("--optimizer", "lbfgs", "--lr", "1")])

@@ -31,7 +31,6 @@ from psmpi.optim import (
 )
 from psmpi.optim.base import CHUNK
 from psmpi.optim.linesearch import Point, _cubic, strong_wolfe
-from psmpi.optim.norms import add_products
 from psmpi.optim.twoloop import two_loop
 
 FIRST_ORDER = [name for name in OPTIMIZERS if name not in ("lbfgs", "lbfgs-tr", "lsr1-tr")]
@@ -920,15 +919,6 @@ def test_the_cubic_finds_the_minimum_from_either_side():
         return Point(t, t**3 - 3 * t, 3 * t**2 - 3)
 
     assert _cubic(on(0.2), on(1.7)) == pytest.approx(1.0) == _cubic(on(1.7), on(0.2))
-
-
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_products_in_one_batch_are_those_of_each_pair(dtype):
-    a, b, c = np.random.default_rng(1).normal(size=(3, CHUNK + 5)).astype(dtype)
-    pairs, into = [(a, b), (a, c), (b, c), (c, c)], np.ones(5)
-    add_products(pairs, into, np.empty((2, CHUNK)))
-    expected = [1 + x.astype(float) @ y.astype(float) for x, y in pairs]
-    np.testing.assert_allclose(into, [*expected, 1.0], rtol=1e-10)
 
 
 @pytest.mark.parametrize("name", ["adam", "adamw"])

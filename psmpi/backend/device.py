@@ -1,6 +1,6 @@
 """The operations on a GPU: CuPy arrays, the kernels of cuda/ and cuBLAS.
 
-Everything goes to one stream, in order; nothing waits for the device but `Mirror.wait`, `host` and `squared_norm`.
+Everything goes to one stream, in order; nothing waits for the device but `Mirror.wait`, `host` and sums over vectors.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.util import find_spec
+from math import inf, log
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -22,7 +23,9 @@ from psmpi.backend.blas import Blas, CublasError
 from psmpi.backend.reference import Convolution, Im2col, Mirror, NumpyOps, Samples, Stripes
 from psmpi.errors import UserError
 
-SOURCES = ("common.cuh", "conv.cu", "layers.cu", "loss.cu", "norm.cu", "optim.cu", "samples.cu", "windows.cu")
+SOURCES = (
+    "common.cuh", "conv.cu", "layers.cu", "loss.cu", "norm.cu", "optim.cu", "samples.cu", "vector.cu", "windows.cu",
+)  # fmt: skip
 REALS = {np.dtype(np.float32): "float", np.dtype(np.float64): "double"}
 ACTIVATIONS = {"identity": 0, "sigmoid": 1, "tanh": 2, "relu": 3}
 LOSSES = {"psl": 0, "logistic": 1, "nll": 2, "squared": 3}
@@ -349,7 +352,8 @@ class CupyOps(NumpyOps):
         self.functions: dict[tuple[str, np.dtype], Any] = {}
         self.modules: dict[np.dtype, Any] = {}
         self.blas = Blas(self.cupy, self.stream)
-        self.sum = self.mirror(self.zeros(1, np.dtype(np.float64)))
+        # Sums over vectors that are waited for together.
+        self.sums = self.mirror(self.zeros(64, np.dtype(np.float64)))
 
     @property
     def description(self) -> str:
@@ -562,15 +566,51 @@ class CupyOps(NumpyOps):
         self.spread("give_back", g.dtype, g.size, g.size, g, report, limit)
 
     def squared_norm(self, g: Any) -> float:
-        if not g.size:
+        return float(self.dots([(g, g)])[0])
+
+    def combine(self, out: Any, *terms: tuple[float, Any]) -> None:
+        # Up to four in a launch; the sum so far is the first of the next ones.
+        for k in range(1, max(2, len(terms)), 3):
+            some = [(1.0, out) if k > 1 else terms[0], *terms[k : k + 3]]
+            some += [(0.0, 0)] * (4 - len(some))
+            arrays, factors = [array for _, array in some], [float(factor) for factor, _ in some]
+            self.spread("combine", out.dtype, out.size, out.size, out, *arrays, *factors)
+
+    def dots(self, pairs: Sequence[tuple[Any, Any]]) -> np.ndarray:
+        n = pairs[0][0].size if pairs else 0
+        if not n:
+            return np.zeros(len(pairs))
+        blocks, partial = self._shares(len(pairs), n)
+        for k in range(0, len(pairs), 4):
+            some = [array for pair in pairs[k : k + 4] for array in pair]
+            some += [0] * (8 - len(some))
+            self.launch("dots", pairs[0][0].dtype, (blocks,), (256,), n, *some, partial[k * blocks :])
+        return self._sums(len(pairs), blocks, partial, pairs[0][0].dtype)
+
+    def abs_sum(self, x: Any) -> float:
+        if not x.size:
             return 0.0
-        blocks = min(_blocks(g.size, 1024), BLOCKS)
-        partial = self.partial(blocks, np.dtype(np.float64))
-        self.launch("squared_norm", g.dtype, (blocks,), (256,), g.size, g, partial)
-        self.launch("sum_partials", g.dtype, (1,), (256,), blocks, partial, self.sum.array)
-        self.sum.fetch()
-        self.sum.wait()
-        return float(self.sum.host[0])
+        blocks, partial = self._shares(1, x.size)
+        self.launch("abs_sum", x.dtype, (blocks,), (256,), x.size, x, partial)
+        return float(self._sums(1, blocks, partial, x.dtype)[0])
+
+    def _shares(self, count: int, n: int) -> tuple[int, Any]:
+        """The number of blocks that make a sum over n elements, and scratch for what they come to in `count` sums."""
+        if count > self.sums.host.size:
+            self.sums = self.mirror(self.zeros(count, np.dtype(np.float64)))
+        blocks = min(_blocks(n, 1024), BLOCKS)
+        # For as many sums as there may be: a larger scratch would end the recordings.
+        return blocks, self.partial(self.sums.host.size * blocks, np.dtype(np.float64))
+
+    def _sums(self, count: int, blocks: int, partial: Any, dtype: np.dtype) -> np.ndarray:
+        """What the blocks' shares of `count` sums come to, by the kernels of `dtype`."""
+        self.launch("sum_partials", dtype, (count,), (256,), blocks, partial, self.sums.array)
+        self.sums.fetch(slice(count))
+        self.sums.wait()
+        return self.sums.host[:count].copy()
+
+    def multiply(self, x: Any, by: Any) -> None:
+        self.spread("multiply", x.dtype, x.size, x.size, x, by)
 
     def scale(self, g: Any, factor: float) -> None:
         self.spread("scale", g.dtype, g.size, g.size, g, factor)
@@ -592,4 +632,12 @@ class CupyOps(NumpyOps):
         l2: float, keep: float,
     ) -> bool:  # fmt: skip
         self.spread("adam", w.dtype, w.size, w.size, w, g, m, v, rate, root, beta1, beta2, eps, l2, keep)
+        return True
+
+    def counted_adam(
+        self, w: Any, g: Any, m: Any, v: Any, t: Any, rate: float, beta1: float, beta2: float, eps: float, l2: float,
+        keep: float,
+    ) -> bool:  # fmt: skip
+        logs = [log(beta) if beta else -inf for beta in (beta1, beta2)]
+        self.spread("counted_adam", w.dtype, w.size, w.size, w, g, m, v, t, rate, *logs, beta1, beta2, eps, l2, keep)
         return True

@@ -7,7 +7,7 @@ runs along the batch. All arrays of one call share one dtype, float32 or float64
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any, Protocol
@@ -273,6 +273,12 @@ def exponent_of(peak: float) -> int:
     return int(np.frexp(peak)[1]) if peak > 2.0**20 else 0
 
 
+def _pieces(n: int) -> Iterator[slice]:
+    """Slices of at most DOT elements that cover n elements, in order."""
+    for start in range(0, n, DOT):
+        yield slice(start, min(start + DOT, n))
+
+
 class NumpyOps:
     name = "numpy"
     # Minibatches of a multiple of this are the fastest.
@@ -286,6 +292,7 @@ class NumpyOps:
 
     def __init__(self) -> None:
         self.slopes: dict[np.dtype, np.ndarray] = {}
+        self.rooms: dict[np.dtype, np.ndarray] = {}
 
     @property
     def description(self) -> str:
@@ -639,6 +646,72 @@ class NumpyOps:
         """g *= factor, in place, in the dtype of g."""
         g *= factor
 
+    # On a device too, what overflows does so in silence.
+    @np.errstate(over="ignore", invalid="ignore")
+    def combine(self, out: np.ndarray, *terms: tuple[float, np.ndarray]) -> None:
+        """out (n,) = the sum of factor * array over the terms, one or more, in their order; all (n,) of one dtype.
+
+        Factors, products and sums are each rounded to the dtype: the bits of an element depend neither on where it
+        lies nor on the backend. `out` may be the array of the first term, and of no other.
+        """
+        (first, start), *others = ((out.dtype.type(factor), array) for factor, array in terms)
+        room = self._rooms(out.dtype)[0]
+        for at in _pieces(out.size):
+            into, product = out[at], room[: at.stop - at.start]
+            if first == 1:
+                np.copyto(into, start[at])
+            elif first == -1:
+                np.negative(start[at], out=into)
+            else:
+                np.multiply(start[at], first, out=into)
+            for factor, array in others:
+                if factor == 1:
+                    into += array[at]
+                elif factor == -1:
+                    into -= array[at]
+                else:
+                    into += np.multiply(array[at], factor, out=product)
+
+    def dots(self, pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+        """The scalar products of pairs of vectors, (k,) float64 in host memory, accumulated in float64.
+
+        All vectors are (n,) of one dtype. Pairs that share their first array should follow each other: it is then
+        brought to the cache once a piece.
+        """
+        found = np.zeros(len(pairs))
+        rooms = self._rooms(np.dtype(np.float64))
+        for at in _pieces(pairs[0][0].size if pairs else 0):
+            left, right = rooms[:, : at.stop - at.start]
+            last: np.ndarray | None = None
+            for k, (a, b) in enumerate(pairs):
+                if a.dtype == np.float64:
+                    found[k] += np.dot(a[at], b[at])
+                    continue
+                if a is not last:
+                    np.copyto(left, a[at])
+                    last = a
+                np.copyto(right, b[at])
+                found[k] += np.dot(left, right)
+        return found
+
+    def abs_sum(self, x: np.ndarray) -> float:
+        """The sum of |x|, x (n,), accumulated in float64."""
+        total, room = 0.0, self._rooms(x.dtype)[0]
+        for at in _pieces(x.size):
+            total += float(np.abs(x[at], out=room[: at.stop - at.start]).sum(dtype=np.float64))
+        return total
+
+    @np.errstate(over="ignore", invalid="ignore")
+    def multiply(self, x: np.ndarray, by: np.ndarray) -> None:
+        """x *= by, element by element; both (n,) of one dtype."""
+        np.multiply(x, by, out=x)
+
+    def _rooms(self, dtype: np.dtype) -> np.ndarray:
+        """Scratch for two pieces of vectors, (2, DOT)."""
+        if dtype not in self.rooms:
+            self.rooms[dtype] = np.empty((2, DOT), dtype)
+        return self.rooms[dtype]
+
     def sgd(self, w: np.ndarray, g: np.ndarray, rate: float, l2: float) -> bool:
         """One pass of w -= rate d with d = g + l2 w; all are (n,) of one dtype.
 
@@ -665,5 +738,14 @@ class NumpyOps:
         """One pass of w = keep w - rate m / (root sqrt(v) + eps) after m and v have moved towards d = g + l2 w and d^2.
 
         All are (n,) of one dtype. False where this backend has no such pass: the optimizer then makes it in chunks.
+        """
+        return False
+
+    def counted_adam(
+        self, w: np.ndarray, g: np.ndarray, m: np.ndarray, v: np.ndarray, t: np.ndarray, rate: float, beta1: float,
+        beta2: float, eps: float, l2: float, keep: float,
+    ) -> bool:  # fmt: skip
+        """One pass of `adam` with the number of steps t of each weight, which grow by 1: w = keep w - rate m' /
+        (sqrt(v') + eps) with m' = m / (1 - beta1^t), v' = v / (1 - beta2^t).
         """
         return False

@@ -21,11 +21,10 @@ from psmpi.methods.element_worker import ElementWorker
 from psmpi.nn.losses import Loss
 from psmpi.nn.network import Network
 from psmpi.nn.objective import DIVERGED
-from psmpi.optim.base import CHUNK, check_eps
+from psmpi.optim.base import check_eps
 from psmpi.optim.element_operators import RULES, ElementOperators, Outcome
 from psmpi.optim.globalization import SHORTEST, Momentum, TrustRegion, armijo
-from psmpi.optim.norms import add_products
-from psmpi.optim.truncated_cg import add_scaled, truncated_cg
+from psmpi.optim.truncated_cg import truncated_cg
 from psmpi.partition import Layout, Roles, Rows
 
 # How often the multiple of the identity may become the one of the start, where the learning rate goes to 0.
@@ -59,10 +58,9 @@ class PartitionedNewton:
         self.world, self.exchange, self.worker = world, exchange, worker
         self.w_part, self.w, self.dtype, self.scalars = w_part, w, w.dtype, scalars
         self.search, self.extend = o.globalization == "line-search", o.line_search == "basic"
-        self.line = ops.line
+        self.ops, self.line = ops, ops.line
         self.rtol, self.itmax, self.sigma = o.cg_tolerance, o.cg_iterations, o.sigma
         self.first_lr, self.first_sigma = o.lr, o.sigma
-        self.chunk = np.empty((2, CHUNK))
         self.region = TrustRegion()
         self.momentum = None if o.extrapolation == "none" else Momentum(o.extrapolation == "adaptive", o.momentum)
         scalars.update(radius=1.0, first=1.0, theta=1.0, products=0, trials=0, failed_steps=0)
@@ -142,7 +140,7 @@ class PartitionedNewton:
         self.x_part.fill(0)
         found = truncated_cg(
             self.g, self.x, self._product, self._follow, self.world.agree, (self.r, self.p, self.q),
-            radius=inf if self.search else self.region.radius, rtol=self.rtol, itmax=self.itmax,
+            ops=self.ops, radius=inf if self.search else self.region.radius, rtol=self.rtol, itmax=self.itmax,
         )  # fmt: skip
         self.scalars["products"] += found.iterations
         if self.elements is not None:
@@ -247,21 +245,18 @@ class PartitionedNewton:
             share = self.operators.restricted_product(self.elements.restriction, self.p_part, self.q_part)
         self.exchange.gather(self.q_part, q)
         if self.sigma and p.size:
-            squares = np.zeros(1)
-            add_products(((p, p),), squares, self.chunk)
-            share += self.sigma * float(squares[0])
-            add_scaled(q, p, self.sigma)
+            share += self.sigma * float(self.ops.dots([(p, p)])[0])
+            self.ops.combine(q, (1.0, q), (self.sigma, p))
         return share
 
     def _follow(self, a: float) -> None:
-        add_scaled(self.x_part, self.p_part, a)
+        self.ops.combine(self.x_part, (1.0, self.x_part), (a, self.p_part))
 
     def _value(self, length: float, x: np.ndarray, labels: np.ndarray) -> float:
         """This rank's share of the loss after a step of this length; infinity where it is not finite."""
         if self.elements is None:
             return 0.0
-        np.copyto(self.t_part, self.w_part)
-        add_scaled(self.t_part, self.x_part, length)
+        self.ops.combine(self.t_part, (1.0, self.w_part), (length, self.x_part))
         try:
             found = self.elements.value(self.t_part, x, labels, self._loss(), self.scale)
         except FloatingPointError:
@@ -271,12 +266,12 @@ class PartitionedNewton:
     def _move(self, length: float) -> None:
         """w += length x, and so the momentum."""
         if self.exchange.inside is None:
-            add_scaled(self.w, self.x, length)
-        add_scaled(self.w_part, self.x_part, length)
+            self.ops.combine(self.w, (1.0, self.w), (length, self.x))
+        self.ops.combine(self.w_part, (1.0, self.w_part), (length, self.x_part))
         if self.momentum is not None:
             if self.exchange.inside is None:
-                add_scaled(self.v, self.x, length)
-            add_scaled(self.v_part, self.x_part, length)
+                self.ops.combine(self.v, (1.0, self.v), (length, self.x))
+            self.ops.combine(self.v_part, (1.0, self.v_part), (length, self.x_part))
 
     def _extrapolate(self) -> None:
         if self.momentum is None:

@@ -43,8 +43,8 @@ class Optimizer:
     Every rank makes the same calls with the same scalars, an empty shard included; what is global comes in
     through `allsum`. All memory of size n is allocated in the constructor, none in `step`.
 
-    vectors: the state, by stable name, each (n,) of `dtype`. scalars: the rest of it, the same on every rank.
-    Both go into checkpoints: vectors are restored by copying into them, scalars by `scalars.update(...)`.
+    vectors: the state, by stable name, each (n,) of `dtype`, arrays of `ops`. scalars: the rest of it, the same on
+    every rank. Both go into checkpoints: vectors are restored by copying into them, scalars by `scalars.update(...)`.
 
     UserError for another dtype.
     """
@@ -55,18 +55,18 @@ class Optimizer:
 
     def __init__(self, n: int, dtype: DTypeLike, *, names: tuple[str, ...] = (), ops: NumpyOps | None = None) -> None:
         self.n, self.dtype = n, np.dtype(dtype)
-        # What steps whole shards, where it can.
         self.ops = ops or NumpyOps()
         if self.dtype not in (np.float32, np.float64):
             raise UserError(f"dtype {self.dtype}: weights are optimized in float32 or float64, choose one of these")
         self.vectors: dict[str, np.ndarray] = {name: self.ops.zeros(n, self.dtype) for name in names}
         self.scalars: dict[str, float | int] = {}
-        self.scratch = np.empty((2, min(n, CHUNK)), self.dtype)
+        # Of those that step in chunks.
+        self.scratch = np.empty((2, 0), self.dtype)
 
     def step(self, w: np.ndarray, g: np.ndarray, lr: float, allsum: AllSum, closure: Closure | None = None) -> None:
         """Move the weights w (n,) by one step, in place; g (n,) is their gradient and may be overwritten.
 
-        Both are contiguous, of the optimizer's dtype. Components of g are assumed to be at most 2^50 in
+        Both are contiguous arrays of `ops`, of the optimizer's dtype. Components of g are assumed to be at most 2^50 in
         magnitude, so that squares, and sums of them, are finite in float32 as well: the caller saturates. A
         closure is used by optimizers that set `needs_closure`; it fills this very g. ValueError for arrays of
         another shape or dtype.
@@ -83,13 +83,8 @@ class Optimizer:
 
     def chunks(self) -> Iterator[slice]:
         """Slices of at most CHUNK elements that cover the shard, in order."""
-        return chunks(self.n)
-
-
-def chunks(n: int) -> Iterator[slice]:
-    """Slices of at most CHUNK elements that cover n elements, in order."""
-    for start in range(0, n, CHUNK):
-        yield slice(start, min(start + CHUNK, n))
+        for start in range(0, self.n, CHUNK):
+            yield slice(start, min(start + CHUNK, self.n))
 
 
 def check_settings(**settings: float) -> None:

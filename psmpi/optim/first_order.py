@@ -7,13 +7,13 @@ floats, which take the dtype of the arrays: float32 shards are stepped in float3
 from __future__ import annotations
 
 from math import inf, log, sqrt
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import DTypeLike
 
 from psmpi.backend import NumpyOps
-from psmpi.optim.base import AllSum, Closure, Optimizer, check_eps, check_settings
+from psmpi.optim.base import CHUNK, AllSum, Closure, Optimizer, check_eps, check_settings
 
 
 class FirstOrder(Optimizer):
@@ -26,6 +26,7 @@ class FirstOrder(Optimizer):
     def __init__(self, n: int, dtype: DTypeLike, *, weight_decay: float = 0.0, ops: NumpyOps | None = None) -> None:
         check_settings(weight_decay=weight_decay)
         super().__init__(n, dtype, names=self.names, ops=ops)
+        self.scratch = np.empty((2, min(n, CHUNK)), self.dtype)
         self.weight_decay = float(weight_decay)
 
     def step(self, w: np.ndarray, g: np.ndarray, lr: float, allsum: AllSum, closure: Closure | None = None) -> None:
@@ -156,8 +157,8 @@ class Adam(FirstOrder):
         self.scalars["t"] = 0
 
     def at_once(self, w: np.ndarray, g: np.ndarray, lr: float) -> bool:
-        t, decay = self.scalars["t"], self.weight_decay
-        l2, keep = (decay, 1.0) if self.coupled else (0.0, 1 - lr * decay)
+        t = self.scalars["t"]
+        l2, keep = self._decay(lr)
         rate, root = lr / (1 - self.beta1**t), 1 / sqrt(1 - self.beta2**t)
         m, v = self.vectors.values()
         return self.ops.adam(w, g, m, v, rate, root, self.beta1, self.beta2, self.eps, l2, keep)
@@ -174,6 +175,10 @@ class Adam(FirstOrder):
         np.divide(m, a, out=b)
         b *= lr / (1 - self.beta1**t)
         w -= b
+
+    def _decay(self, lr: float) -> tuple[float, float]:
+        """What weights are multiplied by in the gradient, and beside the step."""
+        return (self.weight_decay, 1.0) if self.coupled else (0.0, 1 - lr * self.weight_decay)
 
     def _move(self, m: np.ndarray, v: np.ndarray, g: np.ndarray, a: np.ndarray) -> None:
         """Move the moments towards g and g^2; a is scratch."""
@@ -200,18 +205,20 @@ class AdamW(Adam):
 class CountedAdam(Adam):
     """Adam, with the number of its steps kept for each weight: for weights that are not all stepped together.
 
-    vectors: "t", the counts, beside m and v; there is no scalar. Steps in chunks, in host memory.
+    vectors: "t", the counts, beside m and v; there is no scalar.
     """
 
     names = ("m", "v", "t")
 
-    def __init__(self, n: int, dtype: DTypeLike, **settings: float) -> None:
-        super().__init__(n, dtype, **settings)  # type: ignore[arg-type]
+    def __init__(self, n: int, dtype: DTypeLike, **settings: Any) -> None:
+        super().__init__(n, dtype, **settings)
         del self.scalars["t"]
         self.logs = [log(beta) if beta else -inf for beta in (self.beta1, self.beta2)]
 
     def at_once(self, w: np.ndarray, g: np.ndarray, lr: float) -> bool:
-        return False
+        l2, keep = self._decay(lr)
+        m, v, t = self.vectors.values()
+        return self.ops.counted_adam(w, g, m, v, t, lr, self.beta1, self.beta2, self.eps, l2, keep)
 
     def update(
         self, w: np.ndarray, g: np.ndarray, lr: float, state: list[np.ndarray], a: np.ndarray, b: np.ndarray

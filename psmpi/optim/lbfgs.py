@@ -14,9 +14,9 @@ from math import inf, isfinite, sqrt
 import numpy as np
 from numpy.typing import DTypeLike
 
-from psmpi.optim.base import CHUNK, AllSum, Closure, Optimizer, check_settings
+from psmpi.backend import NumpyOps
+from psmpi.optim.base import AllSum, Closure, Optimizer, check_settings
 from psmpi.optim.linesearch import Point, strong_wolfe
-from psmpi.optim.norms import add_products
 from psmpi.optim.twoloop import two_loop
 
 # A pair is skipped where s^T y is at most this times ||s|| ||y||: it would make the next directions useless.
@@ -48,15 +48,21 @@ class LBFGS(Optimizer):
     settings = ("history", "max_evals", "weight_decay")
 
     def __init__(
-        self, n: int, dtype: DTypeLike, *, history: int = 10, max_evals: int = 20, weight_decay: float = 0.0
+        self,
+        n: int,
+        dtype: DTypeLike,
+        *,
+        history: int = 10,
+        max_evals: int = 20,
+        weight_decay: float = 0.0,
+        ops: NumpyOps | None = None,
     ) -> None:
         check_settings(history=history, max_evals=max_evals, weight_decay=weight_decay)
-        super().__init__(n, dtype, names=tuple(f"{kind}{k}" for k in range(history) for kind in "sy"))
+        super().__init__(n, dtype, names=tuple(f"{kind}{k}" for k in range(history) for kind in "sy"), ops=ops)
         self.history, self.max_evals, self.weight_decay = history, max_evals, float(weight_decay)
         self.scalars.update(count=0, head=0, pairs_taken=0, curvature=0.0, failed_searches=0)
         # w and g where the search starts, its direction, and g at the best point so far.
-        self.start, self.start_g, self.direction, self.best_g = (np.empty(n, self.dtype) for _ in range(4))
-        self.wide = np.empty((2, min(n, CHUNK)))
+        self.start, self.start_g, self.direction, self.best_g = (self.ops.empty(n, self.dtype) for _ in range(4))
         # s_i^T y_j and y_i^T y_j by slot. They follow from the vectors, so checkpoints do without: `known` is
         # what the scalars were when these products were computed, and other scalars (a restored state) have
         # them recomputed.
@@ -83,10 +89,10 @@ class LBFGS(Optimizer):
         if not -inf < slope < 0:
             # Rounding spoiled the pairs; the negative gradient always descends.
             self._forget()
-            np.negative(g, out=self.direction)
+            self.ops.combine(self.direction, (-1.0, g))
             slope = -gg
-        np.copyto(self.start, w)
-        np.copyto(self.start_g, g)
+        self.start[...] = w
+        self.start_g[...] = g
 
         last = 0.0
 
@@ -105,16 +111,17 @@ class LBFGS(Optimizer):
                 return Point(length, inf, inf)
             return Point(length, value, slope)
 
+        def keep() -> None:
+            self.best_g[...] = g
+
         first = float(lr) if self.scalars["count"] else float(lr) * min(1.0, 1.0 / size)
-        found = strong_wolfe(
-            trial, lambda: np.copyto(self.best_g, g), Point(0.0, value, slope), first, self.max_evals - 1
-        )
+        found = strong_wolfe(trial, keep, Point(0.0, value, slope), first, self.max_evals - 1)
         if found is None:
-            np.copyto(w, self.start)
+            w[...] = self.start
             self._fail()
             return
         if found.length == last:
-            np.copyto(self.best_g, g)
+            keep()
         else:
             # The search ended elsewhere: the same operations give the same w as at the trial.
             self._move(w, found.length)
@@ -152,54 +159,39 @@ class LBFGS(Optimizer):
         if self.weight_decay:
             self._decay(w, g)
         pairs = [(g, g)] + [(g, self._pair(k)[0]) for k in slots] + [(g, self._pair(k)[1]) for k in slots]
-        partial = np.zeros(len(pairs) + 2)
-        for at in self.chunks():
-            a = np.abs(g[at], out=self.scratch[0, : at.stop - at.start])
-            partial[-1] += a.sum(dtype=np.float64)
         if self.weight_decay:
             pairs.append((w, w))
-        add_products(pairs, partial, self.wide)
+        partial = np.zeros(2 * len(slots) + 3)
+        partial[: len(pairs)], partial[-1] = self.ops.dots(pairs), self.ops.abs_sum(g)
         products = allsum(partial).tolist()
         count = len(slots)
         return products[-1], products[0], products[-2], products[1 : count + 1], products[count + 1 : -2]
 
     def _products(self, pairs: Sequence[tuple[np.ndarray, np.ndarray]], allsum: AllSum) -> list[float]:
         """Global scalar products of pairs of shards, in one sum."""
-        partial = np.zeros(len(pairs))
-        add_products(pairs, partial, self.wide)
-        return allsum(partial).tolist()
+        return allsum(self.ops.dots(pairs)).tolist()
 
     def _decay(self, w: np.ndarray, g: np.ndarray) -> None:
         """g += weight_decay w."""
-        # At a trial too long they may not be finite.
-        with np.errstate(over="ignore", invalid="ignore"):
-            for at in self.chunks():
-                a = np.multiply(w[at], self.weight_decay, out=self.scratch[0, : at.stop - at.start])
-                np.add(g[at], a, out=g[at])
+        self.ops.combine(g, (1.0, g), (self.weight_decay, w))
 
     def _move(self, w: np.ndarray, length: float) -> None:
         """w = start + length direction."""
-        with np.errstate(over="ignore", invalid="ignore"):
-            for at in self.chunks():
-                a = np.multiply(self.direction[at], length, out=self.scratch[0, : at.stop - at.start])
-                np.add(self.start[at], a, out=w[at])
+        self.ops.combine(w, (1.0, self.start), (length, self.direction))
 
     def _combine(self, g: np.ndarray, slots: list[int], of_g: float, of_y: list[float], of_s: list[float]) -> None:
         """direction = of_g g + sum of of_y y + sum of of_s s."""
-        # A spoiled history may overflow; the slope then shows it.
-        with np.errstate(over="ignore", invalid="ignore"):
-            for at in self.chunks():
-                a, d = self.scratch[0, : at.stop - at.start], self.direction[at]
-                np.multiply(g[at], of_g, out=d)
-                for k, slot in enumerate(slots):
-                    s, y = self._pair(slot)
-                    d += np.multiply(y[at], of_y[k], out=a)
-                    d += np.multiply(s[at], of_s[k], out=a)
+        terms = [(of_g, g)]
+        for slot, y_factor, s_factor in zip(slots, of_y, of_s, strict=True):
+            s, y = self._pair(slot)
+            terms += [(y_factor, y), (s_factor, s)]
+        self.ops.combine(self.direction, *terms)
 
     def _remember(self, w: np.ndarray, allsum: AllSum) -> None:
         """Keep s = w - start and y = best_g - start_g, unless their curvature is too small to trust."""
-        s = np.subtract(w, self.start, out=self.start)
-        y = np.subtract(self.best_g, self.start_g, out=self.start_g)
+        s, y = self.start, self.start_g
+        self.ops.combine(s, (-1.0, s), (1.0, w))
+        self.ops.combine(y, (-1.0, y), (1.0, self.best_g))
         slot, others = int(self.scalars["head"]), self._newest_first()
         # A full ring is about to lose its oldest pair. No product of a new s and an old y is ever needed.
         others = [k for k in others if k != slot]
@@ -211,7 +203,7 @@ class LBFGS(Optimizer):
         if not (isfinite(yy) and sy > FLAT * sqrt(ss * yy)):
             return
         for into, new in zip(self._pair(slot), (s, y), strict=True):
-            np.copyto(into, new)
+            into[...] = new
         self.sy[slot, slot], self.yy[slot, slot] = sy, yy
         for i, k in enumerate(others):
             self.sy[k, slot] = products[3 + 2 * i]

@@ -21,7 +21,6 @@ from psmpi.optim.first_order import (
     Nesterov,
     RMSprop,
 )
-from psmpi.optim.hosted import Hosted
 from psmpi.optim.lbfgs import LBFGS
 from psmpi.optim.trust_region import LSR1, LBFGSTrustRegion
 
@@ -68,7 +67,4 @@ def make_optimizer(
     check_settings(**asdict(hyper))
     kind = COUNTED.get(name, known[name]) if counted else known[name]
     settings = {key: getattr(hyper, "momentum" if key == "beta" else key) for key in kind.settings}
-    if issubclass(kind, FirstOrder) and kind not in COUNTED.values():
-        return kind(n, dtype, **settings, ops=ops)
-    made = kind(n, dtype, **settings)
-    return Hosted(made, ops) if ops is not None and ops.on_device and made.vectors else made
+    return kind(n, dtype, **settings, ops=ops)

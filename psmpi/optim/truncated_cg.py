@@ -13,8 +13,8 @@ from typing import Literal
 
 import numpy as np
 
-from psmpi.optim.base import CHUNK, AllSum, chunks
-from psmpi.optim.norms import add_products
+from psmpi.backend import NumpyOps
+from psmpi.optim.base import AllSum
 
 # Where ||r||^2 may fall below this part of itself in an iteration, too few digits of a difference are left.
 CANCELLED = 1e-6
@@ -40,6 +40,7 @@ def truncated_cg(
     allsum: AllSum,
     work: Sequence[np.ndarray],
     *,
+    ops: NumpyOps | None = None,
     radius: float = inf,
     rtol: float = 1e-2,
     atol: float = 0.0,
@@ -50,14 +51,16 @@ def truncated_cg(
     product(p, q) fills the shard q = B p and returns this rank's share of p^T B p; follow(a) is told that x has become
     x + a p, p that of the last product. With a finite radius x stays inside it, and goes to its boundary along a
     direction of curvature that is not positive; without one such a direction ends the iteration with the x before, or
-    with -g if it is the first. work: three (n,) arrays of its dtype, r, p, q. Scalars are float64.
+    with -g if it is the first. work: three (n,) arrays of its dtype, r, p, q. All arrays are of `ops`. Scalars are
+    float64.
     """
+    ops = ops or NumpyOps()
     r, p, q = work
-    np.negative(g, out=r)
-    np.copyto(p, r)
+    ops.combine(r, (-1.0, g))
+    p[...] = r
     x.fill(0)
     eps = float(np.finfo(g.dtype).eps)
-    (rr,) = allsum(_shares((r, r))).tolist()
+    (rr,) = allsum(ops.dots([(r, r)])).tolist()
     stop = atol + rtol * sqrt(rr) if isfinite(rr) else inf
     length, iterations, end = 0.0, 0, "iterations"
     if sqrt(rr) <= atol or rr == 0 or not isfinite(rr):
@@ -66,7 +69,7 @@ def truncated_cg(
         share = product(p, q)
         # One sum over the ranks an iteration. ||r||^2 is made anew: carried on, its rounding would grow without bounds.
         bounded = ((p, x), (x, x)) if isfinite(radius) else ()
-        sums = np.array([share, *_shares((p, p), (r, r), (r, q), (q, q), *bounded)])
+        sums = np.array([share, *ops.dots([(p, p), (r, r), (r, q), (q, q), *bounded])])
         pq, pp, rr, rq, qq, *inside = allsum(sums).tolist()
         iterations += 1
         if isfinite(radius):
@@ -74,51 +77,41 @@ def truncated_cg(
             room = max(0.0, radius * radius - xx)
             edge = (-xp + sqrt(xp * xp + pp * room)) / pp
             if not pq > 0 or rr / pq > edge:
-                _advance(x, r, p, q, edge, follow)
+                _advance(ops, x, r, p, q, edge, follow)
                 end = "boundary"
                 break
         elif not pq > eps * pp:
             if iterations == 1:
-                _advance(x, r, p, q, 1.0, follow)
+                _advance(ops, x, r, p, q, 1.0, follow)
             end = "curvature"
             break
         a = rr / pq
-        _advance(x, r, p, q, a, follow)
+        _advance(ops, x, r, p, q, a, follow)
         before = rr
         # ||r - a q||^2, unless it cancels.
         rr += a * (a * qq - 2 * rq)
         if not max(rr, stop * stop) > CANCELLED * before:
-            (rr,) = allsum(_shares((r, r))).tolist()
+            (rr,) = allsum(ops.dots([(r, r)])).tolist()
         if rr <= stop * stop:
             end = "converged"
             break
-        p *= rr / before
-        p += r
+        ops.combine(p, (rr / before, p), (1.0, r))
     # r = -g - B x, so that s^T B s takes no further product.
-    xx, xg, xr = allsum(_shares((x, x), (x, g), (x, r))).tolist()
+    xx, xg, xr = allsum(ops.dots([(x, x), (x, g), (x, r)])).tolist()
     length = sqrt(xx)
     return Direction(iterations, -(xg + xr), length, xg, end)  # type: ignore[arg-type]
 
 
 def _advance(
-    x: np.ndarray, r: np.ndarray, p: np.ndarray, q: np.ndarray, a: float, follow: Callable[[float], None]
+    ops: NumpyOps,
+    x: np.ndarray,
+    r: np.ndarray,
+    p: np.ndarray,
+    q: np.ndarray,
+    a: float,
+    follow: Callable[[float], None],
 ) -> None:
-    """x += a p, r -= a q, in the same arithmetic as those who follow; q is used up."""
-    add_scaled(x, p, a)
-    q *= q.dtype.type(a)
-    r -= q
+    """x += a p, r -= a q, in the same arithmetic as those who follow."""
+    ops.combine(x, (1.0, x), (a, p))
+    ops.combine(r, (1.0, r), (-a, q))
     follow(a)
-
-
-def add_scaled(x: np.ndarray, p: np.ndarray, a: float) -> None:
-    """x += a p (n,), chunk by chunk: the same bits wherever an element lies."""
-    factor = x.dtype.type(a)
-    for at in chunks(x.size):
-        x[at] += factor * p[at]
-
-
-def _shares(*pairs: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-    """This rank's shares of scalar products of shards, (k,) float64."""
-    found = np.zeros(len(pairs))
-    add_products(pairs, found, np.empty((2, min(pairs[0][0].size, CHUNK))))
-    return found

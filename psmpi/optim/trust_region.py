@@ -12,11 +12,11 @@ from math import isfinite, sqrt
 import numpy as np
 from numpy.typing import DTypeLike
 
-from psmpi.optim.base import CHUNK, AllSum, Closure, Optimizer, check_settings
+from psmpi.backend import NumpyOps
+from psmpi.optim.base import AllSum, Closure, Optimizer, check_settings
 from psmpi.optim.element_operators import FLAT, OMEGA, PATIENCE, recurse
 from psmpi.optim.globalization import TrustRegion
-from psmpi.optim.norms import add_products
-from psmpi.optim.truncated_cg import add_scaled, truncated_cg
+from psmpi.optim.truncated_cg import truncated_cg
 
 
 class TrustRegionQuasiNewton(Optimizer):
@@ -37,13 +37,14 @@ class TrustRegionQuasiNewton(Optimizer):
     settings = ("history", "weight_decay")
     indefinite = False
 
-    def __init__(self, n: int, dtype: DTypeLike, *, history: int = 10, weight_decay: float = 0.0) -> None:
+    def __init__(
+        self, n: int, dtype: DTypeLike, *, history: int = 10, weight_decay: float = 0.0, ops: NumpyOps | None = None
+    ) -> None:
         check_settings(history=history, weight_decay=weight_decay)
-        super().__init__(n, dtype, names=tuple(f"{kind}{k}" for k in range(history) for kind in "sy"))
+        super().__init__(n, dtype, names=tuple(f"{kind}{k}" for k in range(history) for kind in "sy"), ops=ops)
         self.history, self.weight_decay = history, float(weight_decay)
         self.scalars.update(count=0, head=0, radius=1.0, sigma=1.0, failures=0, failed_steps=0, products=0)
-        self.start, self.start_g, self.x, self.r, self.p, self.q = (np.empty(n, self.dtype) for _ in range(6))
-        self.wide = np.empty((2, min(n, CHUNK)))
+        self.start, self.start_g, self.x, self.r, self.p, self.q = (self.ops.empty(n, self.dtype) for _ in range(6))
         # Rows 0, 1, ...: the s by slot, then the y; the products of these with each other, and W. They follow from
         # the vectors, so checkpoints do without: `known` is the state of which they are.
         self.rows = [self.vectors[f"{kind}{k}"] for kind in "sy" for k in range(history)]
@@ -57,52 +58,47 @@ class TrustRegionQuasiNewton(Optimizer):
         self.check_shard(w, g)
         self._know(allsum)
         value = self._evaluate(w, g, allsum, closure)
-        np.copyto(self.start, w)
-        np.copyto(self.start_g, g)
+        self.start[...] = w
+        self.start_g[...] = g
         region = TrustRegion(float(self.scalars["radius"]))
         found = truncated_cg(
             self.start_g, self.x, lambda p, q: self._product(p, q, allsum), lambda a: None, allsum,
-            (self.r, self.p, self.q), radius=region.radius,
+            (self.r, self.p, self.q), ops=self.ops, radius=region.radius,
         )  # fmt: skip
         self.scalars["products"] += found.iterations
         if not found.iterations:
             self.scalars["failed_steps"] += 1
             return
-        add_scaled(w, self.x, 1.0)
+        self.ops.combine(w, (1.0, w), (1.0, self.x))
         after = self._evaluate(w, g, allsum, closure)
         taken = isfinite(value) and region.judge(value, after, -(found.slope + found.curvature / 2), found.length)
         self.scalars["radius"] = region.radius
         if taken:
-            np.subtract(g, self.start_g, out=self.start_g)
+            self.ops.combine(self.start_g, (-1.0, self.start_g), (1.0, g))
             self._remember(self.x, self.start_g, allsum)
         else:
-            np.copyto(w, self.start)
+            w[...] = self.start
             self.scalars["failed_steps"] += 1
 
     def _evaluate(self, w: np.ndarray, g: np.ndarray, allsum: AllSum, closure: Closure) -> float:
         value = closure()
         if self.weight_decay:
-            add_scaled(g, w, self.weight_decay)
+            self.ops.combine(g, (1.0, g), (self.weight_decay, w))
             value += 0.5 * self.weight_decay * self._products([(w, w)], allsum)[0]
         return value
 
     def _product(self, p: np.ndarray, q: np.ndarray, allsum: AllSum) -> float:
         """q = B p; this rank's share of p^T q."""
-        q.fill(0)
-        add_scaled(q, p, self.scalars["sigma"])
+        terms = [(float(self.scalars["sigma"]), p)]
         if self.scalars["count"]:
             weights = self.middle @ np.array(self._products([(p, row) for row in self.rows], allsum))
-            for row, weight in zip(self.rows, weights.tolist(), strict=True):
-                add_scaled(q, row, weight)
-        share = np.zeros(1)
-        add_products([(p, q)], share, self.wide)
-        return float(share[0])
+            terms += zip(weights.tolist(), self.rows, strict=True)
+        self.ops.combine(q, *terms)
+        return float(self.ops.dots([(p, q)])[0])
 
     def _products(self, pairs: list[tuple[np.ndarray, np.ndarray]], allsum: AllSum) -> list[float]:
         """Global scalar products of pairs of shards, in one sum."""
-        partial = np.zeros(len(pairs))
-        add_products(pairs, partial, self.wide)
-        found: list[float] = allsum(partial).tolist()
+        found: list[float] = allsum(self.ops.dots(pairs)).tolist()
         return found
 
     def _state(self) -> tuple[float | int, ...]:
@@ -132,7 +128,8 @@ class TrustRegionQuasiNewton(Optimizer):
     def _remember(self, s: np.ndarray, y: np.ndarray, allsum: AllSum) -> None:
         """Keep a pair that passes the test of the update; after too many that do not, begin again."""
         self._product(s, self.q, allsum)
-        r = np.subtract(y, self.q, out=self.q)
+        r = self.q
+        self.ops.combine(r, (-1.0, r), (1.0, y))
         products = self._products(
             [
                 (s, s),
@@ -174,8 +171,8 @@ class TrustRegionQuasiNewton(Optimizer):
         sigma = yy / sy if sy > FLAT * sqrt(ss * yy) else float(self.scalars["sigma"])
         if not self._settle(gram, sigma, (slot + 1) % m, min(m, int(self.scalars["count"]) + 1)):
             return False
-        np.copyto(self.rows[slot], s)
-        np.copyto(self.rows[m + slot], y)
+        self.rows[slot][...] = s
+        self.rows[m + slot][...] = y
         return True
 
 

@@ -62,6 +62,49 @@ __device__ __forceinline__ double t_sqrt(double a)
     return sqrt(a);
 }
 
+__device__ __forceinline__ float t_expm1(float a)
+{
+    return expm1f(a);
+}
+
+__device__ __forceinline__ double t_expm1(double a)
+{
+    return expm1(a);
+}
+
+/* Products and sums that are rounded one by one: of a product and the sum it goes into nvcc makes one operation. */
+#ifdef __CUDACC__
+__device__ __forceinline__ float t_mul(float a, float b)
+{
+    return __fmul_rn(a, b);
+}
+
+__device__ __forceinline__ double t_mul(double a, double b)
+{
+    return __dmul_rn(a, b);
+}
+
+__device__ __forceinline__ float t_add(float a, float b)
+{
+    return __fadd_rn(a, b);
+}
+
+__device__ __forceinline__ double t_add(double a, double b)
+{
+    return __dadd_rn(a, b);
+}
+#else
+__device__ __forceinline__ T t_mul(T a, T b)
+{
+    return a * b;
+}
+
+__device__ __forceinline__ T t_add(T a, T b)
+{
+    return a + b;
+}
+#endif
+
 /* Kinds of activations. */
 #define SIGMOID 1
 #define TANH 2

@@ -2,8 +2,6 @@
  * NumPy does; but CuPy has floats below the normal ones taken for 0. */
 #include "common.cuh"
 
-#define NORM_THREADS 256
-
 /* The gradient with the L2 penalty; without one, w has no influence, not even as infinity. */
 __device__ __forceinline__ T decayed(T g, T w, T l2)
 {
@@ -43,6 +41,24 @@ extern "C" __global__ void adam(long long size, T *__restrict__ w, const T *__re
     }
 }
 
+/* The same with the number of steps t of each weight, which grow by 1; log1, log2: the logarithms of the betas. */
+extern "C" __global__ void counted_adam(long long size, T *__restrict__ w, const T *__restrict__ g, T *__restrict__ m,
+                                        T *__restrict__ v, T *__restrict__ t, double rate, double log1, double log2,
+                                        double beta1, double beta2, double eps, double l2, double keep)
+{
+    const T towards = (T)(1 - beta1), fresh = (T)(1 - beta2);
+    for (long long i = thread(); i < size; i += threads()) {
+        const T d = decayed(g[i], w[i], (T)l2), first = m[i] + towards * (d - m[i]);
+        const T second = (T)beta2 * v[i] + fresh * (d * d), steps = t[i] + T(1);
+        m[i] = first;
+        v[i] = second;
+        t[i] = steps;
+        /* -(1 - beta^t) of both. */
+        const T one = t_expm1(steps * (T)log1), two = t_expm1(steps * (T)log2);
+        w[i] = (T)keep * w[i] + (T)rate * (first / one / (t_sqrt(-second / two) + (T)eps));
+    }
+}
+
 /* v = alpha v + (1 - alpha) g^2; w -= rate g / (sqrt(v) + eps). */
 extern "C" __global__ void rmsprop(long long size, T *__restrict__ w, const T *__restrict__ g, T *__restrict__ v,
                                    double rate, double alpha, double eps, double l2)
@@ -53,30 +69,6 @@ extern "C" __global__ void rmsprop(long long size, T *__restrict__ w, const T *_
         v[i] = moved;
         w[i] -= (T)rate * (d / (t_sqrt(moved) + (T)eps));
     }
-}
-
-/* partial (blocks,): shares of the sum of squares. Blocks of 256. */
-extern "C" __global__ void squared_norm(long long size, const T *__restrict__ g, double *__restrict__ partial)
-{
-    __shared__ double room[NORM_THREADS];
-    double sum = 0;
-    for (long long i = thread(); i < size; i += threads())
-        sum += (double)g[i] * (double)g[i];
-    sum = block_sum<NORM_THREADS>(sum, room);
-    if (threadIdx.x == 0)
-        partial[blockIdx.x] = sum;
-}
-
-/* out[0] = the sum of partial (count,). One block of 256. */
-extern "C" __global__ void sum_partials(long long count, const double *__restrict__ partial, double *__restrict__ out)
-{
-    __shared__ double room[NORM_THREADS];
-    double sum = 0;
-    for (long long i = threadIdx.x; i < count; i += NORM_THREADS)
-        sum += partial[i];
-    sum = block_sum<NORM_THREADS>(sum, room);
-    if (threadIdx.x == 0)
-        out[0] = sum;
 }
 
 /* g *= factor. */
