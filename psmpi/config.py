@@ -96,8 +96,7 @@ class Parallel:
     replicas: int = 0
     """Rows of workers that split each minibatch; 0: as few as give every worker work."""
     backend: Literal["auto", "numpy", "compiled", "cupy"] = "auto"
-    """What computes: NumPy, kernels in C, or a GPU through CuPy. auto: the last of these that is there, but no GPU for
-    the partitioned quasi-Newton methods, which compute on the host."""
+    """What computes: NumPy, kernels in C, or a GPU through CuPy. auto: the last of these that is there."""
     compute: Literal["float32", "tf32", "float16", "bfloat16"] = "float32"
     """What a GPU's matrix products, and so its convolutions, compute with; weights, sums and results are float32."""
     cuda_graphs: bool = True
@@ -399,10 +398,6 @@ def check(config: Config) -> None:
         raise UserError(f"--clip {config.optimization.clip}: expected 0 (no clipping) or a number above it")
     if not 0 <= run.checkpoint_gzip <= 9:
         raise UserError(f"--checkpoint-gzip {run.checkpoint_gzip}: expected 0 (none) to 9")
-    if config.parallel.backend == "cupy" and config.optimization.optimizer in ("plbfgs", "plsr1", "plse"):
-        raise UserError(
-            f"--optimizer {config.optimization.optimizer} computes on the host: use --backend compiled (or auto)"
-        )
     if config.parallel.compute != "float32" and config.model.dtype != "float32":
         raise UserError(
             f"--compute {config.parallel.compute} is for float32 weights, not --dtype {config.model.dtype}: leave one "

@@ -214,11 +214,9 @@ def _backend(world: Any, config: Config, threads: int) -> Any:
     from psmpi.comm.world import host_by_host, seat
     from psmpi.errors import UserError
     from psmpi.methods import METHODS
-    from psmpi.optim.element_operators import RULES
 
     parallel, dtype = config.parallel, np.dtype(config.model.dtype)
-    on_host = config.optimization.optimizer in RULES or METHODS[parallel.method].on_host
-    number = None if on_host else seat(world)
+    number = None if METHODS[parallel.method].on_host else seat(world)
     made = [make_backend(parallel.backend, threads, number, parallel.compute, parallel.cuda_graphs)]
 
     def compile_kernels() -> None:

@@ -34,8 +34,9 @@ def problem(shape, dtype, batch=40, seed=0):
     return network, network.layout(), w, x, np.sort(rng.integers(0, 10, batch))
 
 
-def element_set(network, layout, dtype, classes=range(10), pairs=PAIRS, **options):
-    found = ElementSet(network, layout, tuple(classes), pairs, dtype, make_backend("auto"), **options)
+def element_set(network, layout, dtype, classes=range(10), pairs=PAIRS, loss=None, **options):
+    loss = loss or make_loss("psl", dtype)
+    found = ElementSet(network, layout, tuple(classes), pairs, dtype, make_backend("auto"), loss, **options)
     return found, np.full((len(found.elements), found.size), np.nan, dtype)
 
 
@@ -52,12 +53,12 @@ def test_element_gradients_add_up_to_that_of_the_network(shape, dtype, loss, mer
     dscores = np.empty(scores.shape)
     value = whole(scores, labels, 1 / 40, dscores)
     model.backward(dscores.astype(dtype))
-    elements, out = element_set(network, layout, dtype, merged=merged)
+    elements, out = element_set(network, layout, dtype, loss=apart, merged=merged)
     assert len(elements.elements) == (45 if merged else 90)
-    found = elements.gradients(w, x, labels, apart, 1 / 40, out)
+    found = elements.gradients(w, x, labels, 1 / 40, out)
     tolerance = 1e-12 if dtype == F64 else 1e-6
     assert found + whole.constant == pytest.approx(value, rel=tolerance)
-    assert elements.value(w, x, labels, apart, 1 / 40) == pytest.approx(found, rel=tolerance)
+    assert elements.value(w, x, labels, 1 / 40) == pytest.approx(found, rel=tolerance)
     total = np.empty_like(w)
     elements.accumulate(out, total)
     assert np.linalg.norm(total - g) <= tolerance * np.linalg.norm(g)
@@ -69,7 +70,7 @@ def test_an_element_gradient_is_that_of_its_terms(merged):
     network, layout, w, x, labels = problem((1, 8, 8), F64)
     labels[labels == 4] = 5
     elements, out = element_set(network, layout, F64, merged=merged)
-    elements.gradients(w, x, labels, make_loss("psl", F64), 1.0, out)
+    elements.gradients(w, x, labels, 1.0, out)
     model = Model(network, layout, w, np.empty_like(w), make_backend("numpy"))
     for number, (i, j) in enumerate(elements.elements):
         scores = model.forward(x).copy()
@@ -108,7 +109,7 @@ def test_elements_of_different_sizes_and_of_a_worker():
     mine = np.concatenate([w[a:b] for a, b in elements.part.intervals])
     known = np.isin(labels, classes)
     numbers = np.searchsorted(classes, labels[known])
-    elements.gradients(mine, np.ascontiguousarray(x[:, known]), numbers, make_loss("psl", F64), 1.0, out)
+    elements.gradients(mine, np.ascontiguousarray(x[:, known]), numbers, 1.0, out)
     model = Model(network, layout, w, np.empty_like(w), make_backend("numpy"))
     scores = model.forward(x)
     dscores = np.zeros_like(scores)
@@ -143,7 +144,7 @@ def test_the_matrix_starts_as_the_diagonal_of_multiplicities(shape, shared):
 def test_huge_terms_give_finite_gradients():
     network, layout, w, x, labels = problem((1, 8, 8), F32)
     elements, out = element_set(network, layout, F32)
-    value = elements.gradients(w * 400, x, labels, make_loss("psl", F32), 1.0, out)
+    value = elements.gradients(w * 400, x, labels, 1.0, out)
     assert np.isfinite(out).all() and np.isfinite(value) and value > 1e30
 
 

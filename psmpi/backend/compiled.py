@@ -281,9 +281,6 @@ class CompiledOps(NumpyOps):
     def transfer(self, table: np.ndarray) -> Transfer:
         return Runs(table, self.instructions)
 
-    def restriction(self, runs: Sequence[Sequence[tuple[int, int]]], size: int) -> Restriction:
-        return Restriction(runs, size, partial(Runs, instructions=self.instructions))
-
     def row_dots(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         out = np.empty(len(a))
         function("row_dots", a.dtype, "nnppp", self.instructions)(*a.shape, *pointers(a.dtype, a, b), out.ctypes.data)

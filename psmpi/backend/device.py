@@ -20,11 +20,12 @@ from zlib import crc32
 import numpy as np
 
 from psmpi.backend.blas import Blas, CublasError
-from psmpi.backend.reference import Convolution, Im2col, Mirror, NumpyOps, Samples, Stripes
+from psmpi.backend.reference import Convolution, Im2col, Mirror, NumpyOps, Restriction, Samples, Stripes, Transfer
 from psmpi.errors import UserError
 
 SOURCES = (
-    "common.cuh", "conv.cu", "layers.cu", "loss.cu", "norm.cu", "optim.cu", "samples.cu", "vector.cu", "windows.cu",
+    "common.cuh", "conv.cu", "elements.cu", "layers.cu", "loss.cu", "norm.cu", "optim.cu", "samples.cu", "vector.cu",
+    "windows.cu",
 )  # fmt: skip
 REALS = {np.dtype(np.float32): "float", np.dtype(np.float64): "double"}
 ACTIVATIONS = {"identity": 0, "sigmoid": 1, "tanh": 2, "relu": 3}
@@ -33,6 +34,8 @@ LOSSES = {"psl": 0, "logistic": 1, "nll": 2, "squared": 3}
 TILE = 4
 # Blocks that fill the largest devices; sums are split over about as many.
 BLOCKS = 512
+# Elements of a run that a block moves.
+PIECE = 1024
 # Of a recorded piece of work, calls with other arguments that are kept.
 KEPT = 256
 INSTALL = "pip install 'psmpi[cuda]' (CUDA 13), pip install 'cupy-cuda12x[ctk]' (CUDA 12)"
@@ -188,6 +191,66 @@ class DeviceSamples(Samples):
         self.ops.launch(self.kernel, out.dtype, grid, (32, 8), b, features, *arrays)
 
 
+class DeviceTransfer(Transfer):
+    """Copies of runs by a table of pieces of the target that all have the same runs of the source, see `transfer`."""
+
+    def __init__(self, table: np.ndarray, ops: CupyOps):
+        self.ops, self.table = ops, np.ascontiguousarray(table, np.int64)
+        begin, to, length = self.table.T
+        edges = np.unique(np.concatenate([to, to + length]))
+        # Runs are cut where another begins or ends, and what is long in pieces for a block each.
+        first, behind = np.searchsorted(edges, to), np.searchsorted(edges, to + length)
+        run = np.repeat(np.arange(len(to)), behind - first)
+        segment = np.arange(len(run)) - np.repeat(np.cumsum(behind - first) - behind, behind - first)
+        order = np.argsort(segment, kind="stable")
+        run, segment = run[order], segment[order]
+        sources = begin[run] + edges[segment] - to[run]
+        used, starts = np.unique(segment, return_index=True)
+        ends = np.append(starts[1:], len(segment))
+        sizes = np.diff(edges)[used] if len(used) else used
+        pieces = -(-sizes // PIECE)
+        at = np.repeat(np.arange(len(used)), pieces)
+        offset = (np.arange(len(at)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * PIECE
+        entries = (edges[used][at] + offset, np.minimum(PIECE, sizes[at] - offset), starts[at], ends[at], offset)
+        self.entries = len(at)
+        self.pieces, self.sources = (ops.array(a.astype(np.int64)) for a in (np.stack(entries, axis=1), sources))
+
+    def copy(self, values: Any, out: Any) -> None:
+        self._start(values, out, 0)
+
+    def add(self, values: Any, out: Any) -> None:
+        self._start(values, out, 1)
+
+    def _start(self, values: Any, out: Any, add: int) -> None:
+        if self.entries:
+            arrays = (self.pieces, self.sources, values, out)
+            self.ops.launch("transfer", out.dtype, (self.entries,), (256,), *arrays, add)
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.table.nbytes + self.pieces.nbytes + self.sources.nbytes)
+
+
+class DeviceRestriction(Restriction):
+    """With room for one row of each element, twice."""
+
+    def __init__(self, runs: Sequence[Sequence[tuple[int, int]]], size: int, ops: CupyOps):
+        super().__init__(runs, size, ops.transfer)
+        self.ops = ops
+        self.room: dict[np.dtype, tuple[Any, Any]] = {}
+
+    def rows(self, dtype: np.dtype) -> tuple[Any, Any]:
+        """Two (elements, size); behind small elements the first holds zeros, if nothing else is put there."""
+        if dtype not in self.room:
+            size = len(self.sizes) * self.size
+            self.room[dtype] = tuple(self.ops.zeros(size, dtype).reshape(len(self.sizes), -1) for _ in range(2))
+        return self.room[dtype]
+
+    @property
+    def nbytes(self) -> int:
+        return super().nbytes + sum(array.nbytes for pair in self.room.values() for array in pair)
+
+
 class Recording:
     """Work on the device that is captured as a CUDA graph when it is done with the same arguments a second time.
 
@@ -320,6 +383,14 @@ class DeviceConvolution:
                     int(not self.covers),
                 )  # fmt: skip
 
+    def samples(self, x: Any, dy: Any, dkernels: Any, dbias: Any) -> None:
+        b = x.shape[-1]
+        for s in self.stripes:
+            grid = (_blocks(s.n_in * self.kernel**2 * b, 128), _blocks(s.n, TILE), s.count)
+            numbers = (*self._numbers(s), *self.rest, b)
+            self.ops.launch("conv_samples", self.dtype, grid, (128,), *numbers, x, dy, dkernels)
+        self.ops.position_sums(dy, dbias)
+
     def _splits(self, s: Stripes, batch: int) -> int:
         """Parts of the sum over positions and samples: by the shapes alone, so that it keeps its order."""
         blocks = s.count * _blocks(s.n, TILE) * s.n_in * self.kernel
@@ -348,7 +419,9 @@ class CupyOps(NumpyOps):
         # CuPy raises the last of these for what it will not do while a stream is being recorded.
         self.failures = (cuda.runtime.CUDARuntimeError, cuda.driver.CUDADriverError, CublasError, NotImplementedError)
         self.allocations = 0
-        self.partials: dict[np.dtype, Any] = {}
+        # Scratch, and mirrors of small arrays, by what for.
+        self.scratch: dict[tuple[str, np.dtype], Any] = {}
+        self.mirrors: dict[tuple[str, np.dtype], Mirror] = {}
         self.functions: dict[tuple[str, np.dtype], Any] = {}
         self.modules: dict[np.dtype, Any] = {}
         self.blas = Blas(self.cupy, self.stream)
@@ -403,9 +476,27 @@ class CupyOps(NumpyOps):
 
     def partial(self, size: int, dtype: np.dtype) -> Any:
         """Scratch for the parts of a sum, valid until the next sum."""
-        if dtype not in self.partials or self.partials[dtype].size < size:
-            self.partials[dtype] = self.empty(size, dtype)
-        return self.partials[dtype]
+        return self.room("partial", size, dtype)
+
+    def room(self, name: str, size: int, dtype: np.dtype) -> Any:
+        """Scratch (size or more,) of this name, valid until the next of the same."""
+        if (name, dtype) not in self.scratch or self.scratch[name, dtype].size < size:
+            self.scratch[name, dtype] = self.empty(size, dtype)
+        return self.scratch[name, dtype]
+
+    def _small(self, name: str, size: int, dtype: np.dtype) -> Mirror:
+        """A mirror of (size or more,) of this name."""
+        if (name, dtype) not in self.mirrors or self.mirrors[name, dtype].host.size < size:
+            self.mirrors[name, dtype] = self.mirror(self.empty(size, dtype))
+        return self.mirrors[name, dtype]
+
+    def _there(self, name: str, values: np.ndarray) -> Any:
+        """Values of host memory on the device, until the next of this name."""
+        mirror = self._small(name, values.size, values.dtype)
+        mirror.settle()
+        mirror.host[: values.size] = values.reshape(-1)
+        mirror.push(slice(0, values.size))
+        return mirror.array
 
     def empty(self, size: int, dtype: np.dtype) -> Any:
         self.allocations += 1
@@ -419,6 +510,10 @@ class CupyOps(NumpyOps):
         flat = array.reshape(-1)
         strides = tuple(step * flat.itemsize for step in steps)
         return self.cupy.lib.stride_tricks.as_strided(flat[start:], tuple(shape), strides)
+
+    def array(self, values: np.ndarray) -> Any:
+        self.allocations += 1
+        return self.cupy.asarray(np.ascontiguousarray(values))
 
     def mirror(self, array: Any) -> Mirror:
         # What is in host memory already needs none.
@@ -440,9 +535,15 @@ class CupyOps(NumpyOps):
     def matmul(self, a: Any, b: Any, out: Any) -> None:
         if out.size == 0:
             return
-        if a.ndim == 2:
+        if out.ndim == 2:
             a, b, out = a[None], b[None], out[None]
-        self.blas.product(a, b, out, self.compute)
+        if out.ndim == 3:
+            self.blas.product(a, b, out, self.compute)
+            return
+        # All of the first axis meet the same b: a step of 0 from one to the next.
+        for k in range(out.shape[1]):
+            same = self.cupy.lib.stride_tricks.as_strided(b[k], (len(out), *b.shape[1:]), (0, *b.strides[1:]))
+            self.blas.product(a[:, k], same, out[:, k], self.compute)
 
     def add_bias(self, y: Any, bias: Any) -> None:
         self.finish(y, bias, "identity")
@@ -552,11 +653,11 @@ class CupyOps(NumpyOps):
     ) -> bool:
         classes, b = scores.shape
         each = self.partial(3 * b, np.dtype(np.float64))
-        seen = 0 if pairs is None else pairs
+        seen, into = (0 if array is None else array for array in (pairs, grad))
         settings = (LOSSES[name], classes, b, scores, labels, scale, kappa, limit, seen)
-        self.spread("losses", scores.dtype, b, *settings, grad, each)
-        first, last, _ = own.indices(classes)
-        self.launch("loss_report", scores.dtype, (1,), (256,), classes, b, first, last, each, grad, scale, report)
+        self.spread("losses", scores.dtype, b, *settings, into, each)
+        first, last, _ = own.indices(classes) if grad is not None else (0, 0, 1)
+        self.launch("loss_report", scores.dtype, (1,), (256,), classes, b, first, last, each, into, scale, report)
         return True
 
     def cast_scores(self, grad: Any, out: Any, report: Any) -> None:
@@ -564,6 +665,83 @@ class CupyOps(NumpyOps):
 
     def give_back(self, g: Any, report: Any, limit: float) -> None:
         self.spread("give_back", g.dtype, g.size, g.size, g, report, limit)
+
+    def transfer(self, table: np.ndarray) -> Transfer:
+        return DeviceTransfer(table, self)
+
+    def restriction(self, runs: Sequence[Sequence[tuple[int, int]]], size: int) -> Restriction:
+        return DeviceRestriction(runs, size, self)
+
+    def _dots(self, pairs: Any, v: Any, out: Any) -> None:
+        """out (count * rows,) float64 = Z v."""
+        count, rows, size = pairs.shape
+        splits = max(1, min(_blocks(BLOCKS, count * rows), _blocks(size, 2048)))
+        partial = self.partial(count * rows * splits, np.dtype(np.float64))
+        self.launch("pair_dots", v.dtype, (splits, rows, count), (256,), size, pairs, v, partial)
+        self.spread("pair_sums", v.dtype, count * rows, count * rows, splits, partial, out)
+
+    def pair_dots(self, pairs: Any, v: Any) -> np.ndarray:
+        count, rows, size = pairs.shape
+        if not count * size:
+            return np.zeros((count, rows))
+        found = self._small("dots", count * rows, np.dtype(np.float64))
+        self._dots(pairs, v, found.array)
+        found.fetch(slice(0, count * rows))
+        found.wait()
+        return found.host[: count * rows].reshape(count, rows).copy()
+
+    def row_dots(self, a: Any, b: Any) -> np.ndarray:
+        return self.pair_dots(a.reshape(len(a), 1, -1), b)[:, 0]
+
+    def products(self, pairs: Any, middle: Any, sigma: Any, coefficients: Any, v: Any, out: Any) -> None:
+        count, rows, size = pairs.shape
+        if not count * size:
+            return
+        self._dots(pairs, v, coefficients)
+        weights = self.room("weights", count * rows, np.dtype(np.float64))
+        self.spread("pair_weights", v.dtype, count * rows, count, rows, middle, coefficients, weights)
+        grid = (_blocks(size, 256), count)
+        self.launch("pair_combine", v.dtype, grid, (256,), rows, size, pairs, sigma, weights, v, out)
+
+    def restricted_products(
+        self, elements: Restriction, pairs: Any, middle: Any, sigma: Any, coefficients: Any, p: Any, q: Any
+    ) -> float:
+        v, out = elements.rows(p.dtype)  # type: ignore[attr-defined]
+        elements.restrict(p, v)
+        self.products(pairs, middle, sigma, coefficients, v, out)
+        elements.accumulate(out, q)
+        return float(self.pair_dots(p.reshape(1, 1, -1), q.reshape(1, -1))[0, 0])
+
+    def keep_pairs(self, pairs: Any, slots: np.ndarray, cleared: np.ndarray, s: Any, y: Any) -> None:
+        count, rows, size = pairs.shape
+        where = (self._there("slots", slots), self._there("cleared", cleared.view(np.uint8)))
+        self.spread("keep_pairs", s.dtype, count * size, count, rows // 2, size, *where, s, y, pairs)
+
+    def mix_rows(self, a: np.ndarray, x: Any, b: np.ndarray, y: Any) -> None:
+        first, second = self._there("factors of x", a), self._there("factors of y", b)
+        self.spread("mix_rows", x.dtype, x.size, *x.shape, first, x, second, y)
+
+    def term_weights(
+        self, grad: Any, labels: Any, report: Any, own: int, others: Any, lost: Any, won: Any, out: Any
+    ) -> None:
+        shape = (len(others), grad.shape[1], out.shape[1])
+        self.spread("term_weights", out.dtype, out.size, *shape, grad, labels, report, own, others, lost, won, out)
+
+    def scale_samples(self, y: Any, weights: Any, out: Any) -> None:
+        many, b = weights.shape
+        self.spread("scale_samples", y.dtype, out.size, many, y.size // b, b, y, weights, out)
+
+    def weighted_sums(self, y: Any, weights: Any, out: Any) -> None:
+        (count, n, b), steps = y.shape, (stride // out.itemsize for stride in out.strides)
+        self.launch("weighted_sums", y.dtype, (count * n, len(weights)), (256,), n, b, y, weights, out, *steps)
+
+    def position_sums(self, y: Any, out: Any) -> None:
+        """out (n, b) = y (n, rows, columns, b) summed over its positions."""
+        n, b = out.shape
+        self.spread("position_sums", y.dtype, out.size, n, y.shape[1] * y.shape[2], b, y, out)
+
+    def moment_scale(self, g: Any, squares: Any, root: Any, beta2: float, correction: float, eps: float) -> None:
+        self.spread("moment_scale", g.dtype, g.size, g.size, g, squares, root, beta2, correction, eps)
 
     def squared_norm(self, g: Any) -> float:
         return float(self.dots([(g, g)])[0])

@@ -325,6 +325,10 @@ class NumpyOps:
         flat = array.reshape(-1)
         return as_strided(flat[start:], shape, [step * flat.itemsize for step in steps])
 
+    def array(self, values: np.ndarray) -> np.ndarray:
+        """These values where the backend computes, perhaps the array itself."""
+        return values
+
     def mirror(self, array: np.ndarray) -> Mirror:
         """The array's image in host memory."""
         return Mirror(array)
@@ -424,7 +428,7 @@ class NumpyOps:
 
     def restriction(self, runs: Sequence[Sequence[tuple[int, int]]], size: int) -> Restriction:
         """U_e of elements whose variables are these (start, stop) of a vector, `size` at most."""
-        return Restriction(runs, size, Transfer)
+        return Restriction(runs, size, self.transfer)
 
     def row_dots(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         """Scalar products (count,) float64 of the rows of a and b (count, n), sums in float64."""
@@ -449,6 +453,61 @@ class NumpyOps:
         weights = np.matmul(middle, coefficients[:, :, None]).astype(pairs.dtype)
         np.matmul(weights.transpose(0, 2, 1), pairs, out=out[:, None, :])
         out += v * sigma.astype(pairs.dtype)[:, None]
+
+    def pair_dots(self, pairs: np.ndarray, v: np.ndarray) -> np.ndarray:
+        """Z v (count, rows) float64 in host memory, of pairs (count, rows, size) and v (count, size)."""
+        return np.matmul(pairs, v[:, :, None])[:, :, 0].astype(np.float64)
+
+    def keep_pairs(
+        self, pairs: np.ndarray, slots: np.ndarray, cleared: np.ndarray, s: np.ndarray, y: np.ndarray
+    ) -> None:
+        """Element e's row slots[e] of pairs (count, 2 memory, size) = s[e], the one `memory` further = y[e].
+
+        slots (count,) int64 in host memory, -1 for none; where cleared (count,) bool, also there, the other rows become
+        zeros. s, y: (count, size).
+        """
+        pairs[cleared] = 0
+        taken = np.flatnonzero(slots >= 0)
+        pairs[taken, slots[taken]] = s[taken]
+        pairs[taken, pairs.shape[1] // 2 + slots[taken]] = y[taken]
+
+    def mix_rows(self, a: np.ndarray, x: np.ndarray, b: np.ndarray, y: np.ndarray) -> None:
+        """y (count, size) = a x + b y, with a, b (count,) float64 in host memory."""
+        y *= b.astype(y.dtype)[:, None]
+        y += a.astype(x.dtype)[:, None] * x
+
+    def term_weights(
+        self,
+        grad: np.ndarray,
+        labels: np.ndarray,
+        report: np.ndarray,
+        own: int,
+        others: np.ndarray,
+        lost: np.ndarray,
+        won: np.ndarray,
+        out: np.ndarray,
+    ) -> None:
+        """The derivatives of single terms of a pairwise loss with respect to the score of class number `own`.
+
+        grad (classes, b) float64 and report as in `losses`, labels (b,). Row t of out (terms, at least b): over the
+        samples of `own` lost[t] times the derivative with respect to the score of others[t], over those of others[t]
+        won[t] times that with respect to the own, 0 elsewhere; scaled down as by `cast_scores`. others (terms,) int64;
+        lost, won (terms,) of the dtype of out.
+        """
+        b = grad.shape[1]
+        small = np.ldexp(grad, -exponent_of(report[3])).astype(out.dtype)
+        np.multiply(small[others], labels == own, out=out[:, :b])
+        out[:, :b] *= lost[:, None]
+        out[:, :b] += small[own] * (labels == others[:, None]) * won[:, None]
+        out[:, b:] = 0
+
+    def scale_samples(self, y: np.ndarray, weights: np.ndarray, out: np.ndarray) -> None:
+        """out (k, count, n, b) = y (count, n, b), each sample times its weight in weights (k, b)."""
+        np.multiply(weights[:, None, None], y, out=out)
+
+    def weighted_sums(self, y: np.ndarray, weights: np.ndarray, out: np.ndarray) -> None:
+        """out (k, count, n) = the sums of y (count, n, b) over the samples, each times its weight in weights (k, b)."""
+        out[...] = np.matmul(y, weights.T).transpose(2, 0, 1)
 
     def restricted_products(
         self,
@@ -609,14 +668,14 @@ class NumpyOps:
         limit: float,
         pairs: np.ndarray | None,
         own: slice,
-        grad: np.ndarray,
+        grad: np.ndarray | None,
         report: np.ndarray,
     ) -> bool:
         """One pass over a minibatch of the loss called `name`; False where this backend has none: psmpi.nn.losses has.
 
         scores (classes, b), labels (b,) int64, pairs (classes, classes) bool or None as in `Loss`. Fills grad
-        (classes, b) float64 and report (4,) float64: the scaled loss, the largest exponent in psl, the number of its
-        terms beyond `limit`, the largest derivative with respect to the scores `own`.
+        (classes, b) float64, where there is one, and report (4,) float64: the scaled loss, the largest exponent in psl,
+        the number of its terms beyond `limit`, the largest derivative with respect to the scores `own`.
         """
         return False
 
@@ -711,6 +770,20 @@ class NumpyOps:
         if dtype not in self.rooms:
             self.rooms[dtype] = np.empty((2, DOT), dtype)
         return self.rooms[dtype]
+
+    def moment_scale(
+        self, g: np.ndarray, squares: np.ndarray, root: np.ndarray, beta2: float, correction: float, eps: float
+    ) -> None:
+        """squares moves towards g^2 by 1 - beta2; root = 1 / sqrt(sqrt(squares / correction) + eps); all (n,)."""
+        np.multiply(g, g, out=root)
+        root *= 1 - beta2
+        squares *= beta2
+        squares += root
+        np.divide(squares, root.dtype.type(correction), out=root)
+        np.sqrt(root, out=root)
+        root += eps
+        np.sqrt(root, out=root)
+        np.divide(1, root, out=root)
 
     def sgd(self, w: np.ndarray, g: np.ndarray, rate: float, l2: float) -> bool:
         """One pass of w -= rate d with d = g + l2 w; all are (n,) of one dtype.

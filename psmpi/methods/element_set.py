@@ -14,11 +14,10 @@ from itertools import combinations
 import numpy as np
 
 from psmpi.backend import NumpyOps, Transfer
-from psmpi.backend.reference import exponent_of
 from psmpi.nn.losses import Loss
 from psmpi.nn.model import Model
 from psmpi.nn.network import Network
-from psmpi.nn.objective import GRADIENT_LIMIT
+from psmpi.nn.objective import GRADIENT_LIMIT, Objective
 from psmpi.partition import Layout, Runs
 
 
@@ -38,7 +37,7 @@ class Side:
     """What the score of one class adds to the elements that see it: `terms` weighted sums of its samples' gradients.
 
     number: the class's among the worker's; slices: its part in the worker's; others: (terms,) numbers of the other
-    classes. lost, won: (terms, 1), the factors of the loss's derivatives with respect to the other's score over samples
+    classes. lost, won: (terms,), the factors of the loss's derivatives with respect to the other's score over samples
     of this class (0 or -1), and to this score over samples of the other (0 or 1). sums: (terms, size of the part);
     spread: from there to the elements' gradients.
     """
@@ -57,7 +56,7 @@ class ElementSet:
     """Ordered elements (i, j) and (j, i) of each of `pairs`, or with `merged` their sums {i, j}.
 
     classes: the worker's classes. An element's variables are a row of `size`, that of the network's largest element;
-    smaller ones are filled up with zeros.
+    smaller ones are filled up with zeros. Vectors, samples and the mask of `loss` are where `ops` computes.
     """
 
     def __init__(
@@ -68,6 +67,7 @@ class ElementSet:
         pairs: Iterable[tuple[int, int]],
         dtype: np.dtype,
         ops: NumpyOps,
+        loss: Loss,
         *,
         merged: bool = False,
     ):
@@ -81,20 +81,20 @@ class ElementSet:
         self.size = largest_element(layout)
         self.restriction = ops.restriction([self._slices(v) for v in variables], self.size)
         at = {c: k for k, c in enumerate(self.classes)}
-        self.mask = np.zeros((len(self.classes),) * 2, bool)
+        mask = np.zeros((len(self.classes),) * 2, bool)
         for i, j in ordered:
-            self.mask[at[i], at[j]] = True
-        self.whole = Model(network, layout, np.zeros(self.part.size, self.dtype), None, ops, self.classes)
+            mask[at[i], at[j]] = True
+        self.mask = ops.array(mask)
+        self.whole = Model(network, layout, ops.zeros(self.part.size, self.dtype), None, ops, self.classes)
+        self.objective = Objective(loss, self.whole)
         # One class after the other makes its sums.
         largest = max(layout.part((c,)).size for c in self.classes)
-        self.sums = np.empty((1 if merged else 2) * (len(self.classes) - 1) * largest, self.dtype)
+        self.sums = ops.empty((1 if merged else 2) * (len(self.classes) - 1) * largest, self.dtype)
         self.sides = [self._side(network, layout, c, at, ordered, merged) for c in self.classes]
         # Of a merged element either label will do.
         self.labels = np.array([[at[c] for c in (e[0], e[-1] if merged else e[0])] for e in self.elements], int)
         self.labels = self.labels.reshape(self.count, 2)
-        # As `Objective` has it.
-        self.report = np.zeros(4)
-        self.capacity = 0
+        self.capacity, self.there = 0, ops.mirror(ops.empty(0, np.dtype(np.int64)))
         self.reserve(1)
 
     def _side(
@@ -118,14 +118,14 @@ class ElementSet:
             for run in mine.intervals:
                 start = mine.local(*run).start
                 table.append((k * mine.size + start, row + variables.local(*run).start, run[1] - run[0]))
-        lost, won = (np.array([t[k] for t in terms], self.dtype).reshape(-1, 1) for k in (2, 3))
+        own = self.ops.zeros(mine.size, self.dtype)
         return Side(
             number=at[c],
             slices=[self.part.local(*run) for run in mine.intervals],
-            model=Model(network, layout, np.zeros(mine.size, self.dtype), None, self.ops, (c,), lender=self.whole),
-            others=np.array([at[other] for _, other, _, _ in terms], int),
-            lost=lost,
-            won=won,
+            model=Model(network, layout, own, None, self.ops, (c,), lender=self.whole),
+            others=self.ops.array(np.array([at[other] for _, other, _, _ in terms], np.int64)),
+            lost=self.ops.array(np.array([lost for _, _, lost, _ in terms], self.dtype)),
+            won=self.ops.array(np.array([won for _, _, _, won in terms], self.dtype)),
             sums=self.sums[: len(terms) * mine.size].reshape(-1, mine.size),
             spread=self.ops.transfer(np.array(table, np.int64).reshape(-1, 3)),
         )
@@ -136,16 +136,16 @@ class ElementSet:
 
     def make_vectors(self) -> np.ndarray:
         """(elements, size) zeros."""
-        return np.zeros((self.count, self.size), self.dtype)
+        return self.ops.zeros(self.count * self.size, self.dtype).reshape(self.count, self.size)
 
     @property
     def nbytes(self) -> int:
         """Bytes of everything it holds."""
-        own = [v for v in vars(self).values() if isinstance(v, np.ndarray)]
         models = [self.whole, *(side.model for side in self.sides)]
         held = sum(m.w.nbytes + m.activation_bytes + m.buffer_bytes for m in models)
         moves = self.restriction.nbytes + sum(side.spread.nbytes for side in self.sides)
-        return held + moves + sum(a.nbytes for a in own)
+        own = (self.mask, self.sums, self.labels, self.there.array, self.scores, self.weights, self.ones)
+        return held + moves + self.objective.nbytes + sum(a.nbytes for a in own)
 
     def reserve(self, batch: int) -> None:
         """Make room for minibatches of up to `batch` samples."""
@@ -153,10 +153,13 @@ class ElementSet:
             return
         self.capacity = batch
         count = len(self.classes)
-        self.dscores = np.empty(count * batch)
-        self.weights = np.empty((2, 2 * count * batch), self.dtype)
+        self.there.settle()
+        self.there = self.ops.mirror(self.ops.empty(batch, np.dtype(np.int64)))
+        self.scores = self.ops.empty(count * batch, self.dtype)
+        self.weights = self.ops.empty(2 * count * batch, self.dtype)
         # The derivative of a score by itself, which the backward pass uses up.
-        self.ones = np.empty(batch, self.dtype)
+        self.ones = self.ops.empty(batch, self.dtype)
+        self.objective.reserve(count, batch)
         for model in (self.whole, *(side.model for side in self.sides)):
             model.reserve(batch)
 
@@ -168,36 +171,39 @@ class ElementSet:
         """out (part's size) = sum_e U_e^T values_e, values (elements, size)."""
         self.restriction.accumulate(values, out)
 
-    def value(self, w: np.ndarray, x: np.ndarray, labels: np.ndarray, loss: Loss, scale: float) -> float:
+    def value(self, w: np.ndarray, x: np.ndarray, labels: np.ndarray, scale: float) -> float:
         """The scaled sum of the elements at the part's weights w, over the first samples of x (features, any), as many
-        as labels (b,), numbers among `classes`.
+        as labels (b,), numbers among `classes` in host memory. FloatingPointError where it is not finite.
         """
-        return loss(self._scores(w, x, len(labels)), labels, scale, None, self.mask) if len(labels) else 0.0
+        if len(labels) == 0:
+            return 0.0
+        self._losses(w, x, labels, scale, derivatives=False)
+        return self.objective.value()
 
-    def _scores(self, w: np.ndarray, x: np.ndarray, b: int) -> np.ndarray:
-        """(classes, b): the scores of the first b samples."""
-        self.reserve(x.shape[1])
-        np.copyto(self.whole.w, w)
-        return np.ascontiguousarray(self.whole.forward(x)[:, :b])
+    def _losses(self, w: np.ndarray, x: np.ndarray, labels: np.ndarray, scale: float, derivatives: bool) -> np.ndarray:
+        """Compute the losses of the first b samples; their derivatives (classes, b), if wanted."""
+        b, batch = len(labels), x.shape[1]
+        self.reserve(batch)
+        self.there.settle()
+        self.there.host[:b] = labels
+        self.there.push(slice(0, b))
+        self.whole.w[...] = w
+        scores = self.whole.forward(x)
+        if b < batch:
+            first = self.scores[: len(scores) * b].reshape(len(scores), b)
+            first[...] = scores[:, :b]
+            scores = first
+        own = slice(0, len(self.classes))
+        return self.objective.losses(scores, self.there.array[:b], scale, own, self.mask, derivatives)
 
-    def gradients(
-        self, w: np.ndarray, x: np.ndarray, labels: np.ndarray, loss: Loss, scale: float, out: np.ndarray
-    ) -> float:
+    def gradients(self, w: np.ndarray, x: np.ndarray, labels: np.ndarray, scale: float, out: np.ndarray) -> float:
         """`value`, and out (elements, size) the gradient of each element, zeros behind small ones."""
         out.fill(0)
-        b, batch, classes = len(labels), x.shape[1], len(self.classes)
+        b, batch = len(labels), x.shape[1]
         if b == 0:
             return 0.0
-        scores = self._scores(w, x, b)
-        dscores = self.dscores[: scores.size].reshape(scores.shape)
-        value = loss(scores, labels, scale, dscores, self.mask)
         # Of a pairwise loss the derivative with respect to another class's score is that of one term alone.
-        self.report[3] = np.abs(dscores).max(initial=0.0)
-        exponent = exponent_of(self.report[3])
-        small = np.zeros((classes, batch), self.dtype)
-        small[:, :b] = np.ldexp(dscores, -exponent)
-        found = np.zeros((classes, batch), self.dtype)
-        found[labels, np.arange(b)] = 1
+        grad, report = self._losses(w, x, labels, scale, derivatives=True), self.objective.report.array
         for side in self.sides:
             terms, model, start = len(side.others), side.model, 0
             for run in side.slices:
@@ -205,18 +211,16 @@ class ElementSet:
                 model.w[start:stop] = w[run]
                 start = stop
             model.borrow()
-            weights, more = (row[: terms * batch].reshape(terms, batch) for row in self.weights)
-            np.multiply(small[side.others], found[side.number], out=weights)
-            weights *= side.lost
-            np.multiply(found[side.others], small[side.number], out=more)
-            more *= side.won
-            weights += more
+            weights = self.weights[: terms * batch].reshape(terms, batch)
+            self.ops.term_weights(
+                grad, self.there.array[:b], report, side.number, side.others, side.lost, side.won, weights
+            )
             ones = self.ones[:batch].reshape(1, batch)
             ones.fill(1)
             model.backward(ones, (weights, side.sums))
             side.spread.add(side.sums, out)
-        self.ops.give_back(out, self.report, GRADIENT_LIMIT[self.dtype])
-        return value
+        self.ops.give_back(out.reshape(-1), report, GRADIENT_LIMIT[self.dtype])
+        return self.objective.value()
 
     def seen(self, labels: np.ndarray) -> np.ndarray:
         """(elements,) bool: whether the samples have a label of the element."""

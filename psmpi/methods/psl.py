@@ -91,6 +91,8 @@ class PartiallySeparable:
                 self.scalars,
             )  # fmt: skip
             self.vectors.update(self.newton.vectors)
+            self.mirrors.update(self.newton.mirrors)
+            self.collect()
             self.tables, self.rows = self.newton.tables, element_rows(self.roles, optimization.merge_pairs)
             # From here on the workers make the steps of the owners themselves.
             self.exchange.scatter(self.w, self.w_part)

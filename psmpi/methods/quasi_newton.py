@@ -12,6 +12,7 @@ from math import inf, isfinite
 import numpy as np
 
 from psmpi.backend import NumpyOps
+from psmpi.backend.reference import Mirror
 from psmpi.comm.exchange import Exchange
 from psmpi.comm.group import Group
 from psmpi.config import Config
@@ -37,8 +38,9 @@ class PartitionedNewton:
     """Steps w (this rank's shard) and w_part (what its worker computes with), which stay equal where both lie.
 
     world: all ranks; `worker` is None on ranks that only hold weights. scalars: the radius, the first length that a
-    line search tries, theta of the adaptive momentum and counts, the same on every rank. vectors, over the shard, where
-    they are used: `v` of the momentum, `squares` of the gradients. tables: this rank's rows of what elements remember.
+    line search tries, theta of the adaptive momentum and counts, the same on every rank. mirrors: of vectors over the
+    shard, where they are used, `v` of the momentum and `squares` of the gradients; and of `pairs`. tables: this rank's
+    rows of what elements remember, in host memory, where mirrors of the weights and of `mirrors` bring it.
     """
 
     def __init__(
@@ -66,20 +68,21 @@ class PartitionedNewton:
         scalars.update(radius=1.0, first=1.0, theta=1.0, products=0, trials=0, failed_steps=0)
         self.p_part, self.p = exchange.make_vectors(self.dtype)
         self.q_part, self.q = exchange.make_vectors(self.dtype)
-        self.g = np.empty_like(w)
-        self.r, self.x = np.empty_like(w), np.empty_like(w)
-        self.x_part, self.t_part = np.zeros_like(w_part), np.empty_like(w_part)
-        self.vectors: dict[str, np.ndarray] = {}
+        self.g, self.r, self.x = (ops.empty(w.size, self.dtype) for _ in range(3))
+        self.x_part, self.t_part = (ops.zeros(w_part.size, self.dtype) for _ in range(2))
+        self.mirrors: dict[str, Mirror] = {}
         if self.momentum is not None:
             self.v_part, self.v = exchange.make_vectors(self.dtype)
-            self.vectors["v"] = self.v
+            self.mirrors["v"] = ops.mirror(self.v)
         self.beta2, self.eps = o.beta2, o.eps
         self.scaled = o.scaling == "moments"
         if self.scaled:
             # What a step in the scaled variables is multiplied by to be one in the weights.
             self.root_part, self.root = exchange.make_vectors(self.dtype)
-            self.vectors["squares"] = self.squares = np.zeros_like(w)
+            self.squares = ops.zeros(w.size, self.dtype)
+            self.mirrors["squares"] = ops.mirror(self.squares)
             scalars["t"] = 0
+        self.vectors = {name: mirror.host for name, mirror in self.mirrors.items()}
         self.counts = dict.fromkeys(("skipped", "rejected", "reset", "updated"), 0)
         # Pairs that the last step brought to this rank's elements, and steps that brought none to any.
         self.taken, self.brought, self.idle = False, 0, 0
@@ -89,8 +92,9 @@ class PartitionedNewton:
             assert worker.place.elements is not None
             classes = elements_of(worker.place.elements, o.merge_pairs)
             self.elements = ElementSet(
-                network, layout, worker.place.classes, worker.place.elements, self.dtype, ops, merged=o.merge_pairs
-            )
+                network, layout, worker.place.classes, worker.place.elements, self.dtype, ops, worker.loss,
+                merged=o.merge_pairs,
+            )  # fmt: skip
             self.before, self.after, self.s = (self.elements.make_vectors() for _ in range(3))
             # What the last pairs did to their elements.
             self.outcome = np.full(len(classes), Outcome.SKIPPED)
@@ -105,15 +109,27 @@ class PartitionedNewton:
             damping=o.damping,
             rescaled=o.initial == "scaled",
         )
+        self.mirrors["pairs"] = ops.mirror(self.operators.pairs)
         # This rank's rows of what all elements remember, and which elements they are.
-        self.tables = {"classes": np.array(classes, np.int64).reshape(-1, 2), **self.operators.state()}
+        self.tables = {
+            "classes": np.array(classes, np.int64).reshape(-1, 2),
+            "pairs": self.mirrors["pairs"].host,
+            **self.operators.state(),
+        }
 
     @property
     def nbytes(self) -> int:
         """Bytes of everything it holds but w and w_part."""
-        arrays = [v for k, v in vars(self).items() if isinstance(v, np.ndarray) and k not in ("w", "w_part")]
-        held = sum(a.nbytes for a in arrays if a.base is None)
-        return held + self.operators.nbytes + (self.elements.nbytes if self.elements is not None else 0)
+        pairs = [(self.p_part, self.p), (self.q_part, self.q)]
+        pairs += [(self.v_part, self.v)] if self.momentum is not None else []
+        pairs += [(self.root_part, self.root)] if self.scaled else []
+        # Where the shard is a slice of the part, it has no memory of its own.
+        apart = self.exchange.inside is None
+        own = [self.g, self.r, self.x, self.x_part, self.t_part, *(part for part, _ in pairs)]
+        own += [shard for _, shard in pairs if apart] + ([self.squares] if self.scaled else [])
+        own += [self.before, self.after, self.s] if self.elements is not None else []
+        held = sum(a.nbytes for a in own) + self.operators.nbytes
+        return int(held + (self.elements.nbytes if self.elements is not None else 0))
 
     def step(self, ids: np.ndarray, lr: float) -> float:
         """One step on the training samples `ids` (b,); returns this rank's share of their mean loss before it.
@@ -127,14 +143,14 @@ class PartitionedNewton:
         self.scale = 1 / len(ids)
         share = 0.0
         if self.elements is not None:
-            share = self.elements.gradients(self.w_part, x, labels, self._loss(), self.scale, self.before)
+            share = self.elements.gradients(self.w_part, x, labels, self.scale, self.before)
             self.elements.accumulate(self.before, self.q_part)
         start, brought = self.world.agree(np.array([share, self.brought])).tolist()
         self._count(brought)
         if not isfinite(start):
             raise FloatingPointError(DIVERGED)
         self.exchange.gather(self.q_part, self.q)
-        np.copyto(self.g, self.q)
+        self.g[...] = self.q
         if self.scaled:
             self._scale()
         self.x_part.fill(0)
@@ -146,8 +162,8 @@ class PartitionedNewton:
         if self.elements is not None:
             self.elements.restrict(self.x_part, self.s)
         if self.scaled:
-            self.x_part *= self.root_part
-            self.x *= self.root
+            self.ops.multiply(self.x_part, self.root_part)
+            self.ops.multiply(self.x, self.root)
 
         def value(length: float) -> float:
             self.scalars["trials"] += 1
@@ -180,7 +196,8 @@ class PartitionedNewton:
         return share + (self._loss().constant if counts else 0.0)
 
     def resumed(self) -> None:
-        """Take up scalars, vectors and tables that were restored."""
+        """Take up scalars, mirrors and tables that were restored."""
+        self.operators.settled()
         self.exchange.scatter(self.w, self.w_part)
         self.region.radius = float(self.scalars["radius"])
         if self.momentum is not None:
@@ -208,18 +225,10 @@ class PartitionedNewton:
     def _scale(self) -> None:
         """Update the scale of the variables, on all ranks, and bring the gradient to them."""
         self.scalars["t"] += 1
-        self.squares *= self.dtype.type(self.beta2)
-        np.multiply(self.g, self.g, out=self.r)
-        self.r *= self.dtype.type(1 - self.beta2)
-        self.squares += self.r
         correction = 1 - self.beta2 ** self.scalars["t"]
-        np.divide(self.squares, self.dtype.type(correction), out=self.root)
-        np.sqrt(self.root, out=self.root)
-        self.root += self.dtype.type(self.eps)
-        np.sqrt(self.root, out=self.root)
-        np.divide(1, self.root, out=self.root)
+        self.ops.moment_scale(self.g, self.squares, self.root, self.beta2, correction, self.eps)
         self.exchange.scatter(self.root, self.root_part)
-        self.g *= self.root
+        self.ops.multiply(self.g, self.root)
 
     def _batch(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """This worker's samples of the minibatch, (features, b or more), and their labels (b,) among its classes.
@@ -228,7 +237,7 @@ class PartitionedNewton:
         """
         worker = self.worker
         if worker is None:
-            return np.empty((0, 0), self.dtype), np.empty(0, np.int64)
+            return self.x_part[:0], np.empty(0, np.int64)
         labels = worker.number[worker.dataset.train.labels[ids]]
         mine = np.flatnonzero(labels >= 0)
         filled = np.resize(ids[mine], -(-len(mine) // self.line) * self.line) if len(mine) else ids[mine]
@@ -258,47 +267,48 @@ class PartitionedNewton:
             return 0.0
         self.ops.combine(self.t_part, (1.0, self.w_part), (length, self.x_part))
         try:
-            found = self.elements.value(self.t_part, x, labels, self._loss(), self.scale)
+            return self.elements.value(self.t_part, x, labels, self.scale)
         except FloatingPointError:
             return inf
-        return found if isfinite(found) else inf
 
     def _move(self, length: float) -> None:
         """w += length x, and so the momentum."""
-        if self.exchange.inside is None:
-            self.ops.combine(self.w, (1.0, self.w), (length, self.x))
-        self.ops.combine(self.w_part, (1.0, self.w_part), (length, self.x_part))
+        moved = [(self.w_part, self.x_part)]
         if self.momentum is not None:
-            if self.exchange.inside is None:
-                self.ops.combine(self.v, (1.0, self.v), (length, self.x))
-            self.ops.combine(self.v_part, (1.0, self.v_part), (length, self.x_part))
+            moved.append((self.v_part, self.x_part))
+        if self.exchange.inside is None:
+            moved.append((self.w, self.x))
+        if self.exchange.inside is None and self.momentum is not None:
+            moved.append((self.v, self.x))
+        for vector, x in moved:
+            self.ops.combine(vector, (1.0, vector), (length, x))
 
     def _extrapolate(self) -> None:
         if self.momentum is None:
             return
-        factor = self.dtype.type(self.momentum.next())
-        self.v_part *= factor
-        self.w_part += self.v_part
+        factor, moved = self.momentum.next(), [(self.w_part, self.v_part)]
         # Where the shard is a slice of the part they share memory.
         if self.exchange.inside is None:
-            self.v *= factor
-            self.w += self.v
+            moved.append((self.w, self.v))
+        for w, v in moved:
+            self.ops.scale(v, factor)
+            self.ops.combine(w, (1.0, w), (1.0, v))
 
     def _update(self, x: np.ndarray, labels: np.ndarray, length: float) -> None:
         """Give each element the pair of the step just taken, on the same minibatch."""
         if self.elements is None:
             return
         try:
-            self.elements.gradients(self.w_part, x, labels, self._loss(), self.scale, self.after)
+            self.elements.gradients(self.w_part, x, labels, self.scale, self.after)
         except FloatingPointError:
             self.after.fill(np.nan)
         with np.errstate(all="ignore"):
             self.after -= self.before
-        self.s *= self.dtype.type(length)
+        self.ops.scale(self.s.reshape(-1), length)
         # The gradients before are not needed any more.
         if self.scaled:
             self.elements.restrict(self.root_part, self.before)
-            self.after *= self.before
+            self.ops.multiply(self.after.reshape(-1), self.before.reshape(-1))
         self.outcome = outcome = self.operators.push(self.s, self.after, self.elements.seen(labels), self.before)
         for name, which in (
             ("skipped", Outcome.SKIPPED),

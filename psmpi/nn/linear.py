@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from math import prod
 
 import numpy as np
-from numpy.lib.stride_tricks import as_strided
 
 from psmpi.backend import NumpyOps, Stripes
 from psmpi.nn.network import Conv, Linear
@@ -45,21 +44,12 @@ class Segment:
         """The biases in `vector` as a (count, n) view."""
         return ops.view(vector, self.bias, (self.count, self.n), (self.bias_step, self.row_bias_step))
 
-    def rows(self, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def rows(self, vectors: np.ndarray, ops: NumpyOps) -> tuple[np.ndarray, np.ndarray]:
         """Weights (k, count, n, unit size) and biases (k, count, n) in `vectors` (k, part's weights), as views."""
-        (many, _), (row, size) = vectors.shape, vectors.strides
-        return (
-            as_strided(
-                vectors[:, self.weight :],
-                (many, self.count, self.n, self.row_length),
-                (row, self.weight_step * size, self.row_step * size, size),
-            ),
-            as_strided(
-                vectors[:, self.bias :],
-                (many, self.count, self.n),
-                (row, self.bias_step * size, self.row_bias_step * size),
-            ),
-        )
+        many, size = vectors.shape
+        shape = (many, self.count, self.n)
+        weights = ops.view(vectors, self.weight, (*shape, self.row_length), (size, self.weight_step, self.row_step, 1))
+        return weights, ops.view(vectors, self.bias, shape, (size, self.bias_step, self.row_bias_step))
 
 
 class Scratch:
@@ -197,7 +187,7 @@ class LinearPart:
     def _rows(self, into: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
         """The segments' weights and biases in `into` (k, part's weights)."""
         if self.into[0] is not into:
-            self.into = into, [s.rows(into) for s in self.segments]
+            self.into = into, [s.rows(into, self.ops) for s in self.segments]
         return self.into[1]
 
     def source(self, s: Segment, x: np.ndarray) -> np.ndarray:
@@ -242,9 +232,9 @@ class DensePart(LinearPart):
                 self.ops.finish_back(self.target(s, y), out, self.activation, None)
                 weights, into = sums
                 gw, gb = self._rows(into)[k]
-                gb[...] = np.matmul(out, weights.T).transpose(2, 0, 1)
+                self.ops.weighted_sums(out, weights, gb)
                 scaled = self.scratch.take("scaled", len(weights), *out.shape)
-                np.multiply(weights[:, None, None], out, out=scaled)
+                self.ops.scale_samples(out, weights, scaled)
                 self.ops.matmul(scaled, across, gw)
         if dx is None:
             return
@@ -342,7 +332,7 @@ class ConvPart(LinearPart):
         dbias = self.scratch.take("dbias", self.units, batch)
         self.plan.samples(x, dy, apart, dbias)
         for s, (gw, gb) in zip(self.segments, self._rows(sums), strict=True):
-            gb[...] = np.matmul(weights, self.target(s, dbias).transpose(0, 2, 1)).transpose(1, 0, 2)
+            self.ops.weighted_sums(self.target(s, dbias), weights, gb)
             # Unfolding is linear: the sums over samples first, there are fewer of them.
             folded = self.scratch.take("folded", many, s.n, *self.folded.shape[1:])
             for k in range(s.count):

@@ -304,7 +304,9 @@ class Model:
             else:
                 assert buffer is not None
                 mine = buffer[: step.size * batch].reshape(*step.shape, batch)
-                self.outputs.append(np.take(theirs, rows, axis=0, out=mine, mode="clip"))
+                for at, (first, behind) in rows:
+                    mine[at : at + behind - first] = theirs[first:behind]
+                self.outputs.append(mine)
             if step.linear is not None:
                 step.linear.prepare()  # type: ignore[attr-defined]
 
@@ -423,7 +425,12 @@ def _next_activation(layers: list[tuple[LayerSpec, np.ndarray]]) -> str:
     return "identity"
 
 
-def _positions(theirs: np.ndarray, mine: np.ndarray) -> slice | np.ndarray:
-    """Where the units `mine` lie among `theirs`, both (units,) bool: a slice where they lie side by side."""
+def _positions(theirs: np.ndarray, mine: np.ndarray) -> slice | list[tuple[int, tuple[int, int]]]:
+    """Where the units `mine` lie among `theirs`, both (units,) bool: a slice where they lie side by side.
+
+    Else each run of them that does: its place among `mine`, and the (first, behind the last) among `theirs`.
+    """
     at = np.flatnonzero(mine[theirs])
-    return slice(int(at[0]), int(at[-1]) + 1) if at[-1] - at[0] + 1 == len(at) else at
+    starts = np.flatnonzero(np.diff(at, prepend=-2) != 1).tolist()
+    runs = [(a, (int(at[a]), int(at[b - 1]) + 1)) for a, b in pairwise([*starts, len(at)])]
+    return slice(*runs[0][1]) if len(runs) == 1 else runs

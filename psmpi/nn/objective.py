@@ -34,6 +34,34 @@ class Objective:
     def nbytes(self) -> int:
         return int(self.grad.nbytes + self.cast.nbytes)
 
+    def losses(
+        self,
+        scores: np.ndarray,
+        labels: np.ndarray,
+        scale: float,
+        own: slice,
+        pairs: np.ndarray | None = None,
+        derivatives: bool = True,
+    ) -> np.ndarray:
+        """Compute the scaled sum of the losses, see `value`, and its derivatives (classes, b) float64, to be returned.
+
+        Arguments as in `derive`. Without `derivatives` none are made, and what is returned means nothing.
+        """
+        loss, report = self.loss, self.report.array
+        found = self.grad[: scores.size].reshape(scores.shape)
+        grad = found if derivatives else None
+        self.on_device = self.ops.losses(
+            loss.name, scores, labels, scale, loss.kappa, loss.tangent, pairs, own, grad, report
+        )
+        if not self.on_device:
+            report[0] = loss(scores, labels, scale, grad, pairs)
+            if not np.isfinite(report[0]):
+                raise FloatingPointError(DIVERGED)
+            if grad is not None:
+                # Without an array of absolute values: outputs at a cut are many.
+                report[3] = max(grad[own].max(initial=0.0), -grad[own].min(initial=0.0))
+        return found
+
     def derive(
         self,
         scores: np.ndarray,
@@ -48,18 +76,8 @@ class Objective:
         scores (classes, b), the model's own being `own`; labels, pairs as in `Loss`. dx, of the shape of the model's
         inputs, is filled with the gradient of these; the model then begins with a layer with weights.
         """
-        loss, report = self.loss, self.report.array
-        grad = self.grad[: scores.size].reshape(scores.shape)
+        grad, report = self.losses(scores, labels, scale, own, pairs), self.report.array
         cast = self.cast[: grad[own].size].reshape(grad[own].shape)
-        self.on_device = self.ops.losses(
-            loss.name, scores, labels, scale, loss.kappa, loss.tangent, pairs, own, grad, report
-        )
-        if not self.on_device:
-            report[0] = loss(scores, labels, scale, grad, pairs)
-            if not np.isfinite(report[0]):
-                raise FloatingPointError(DIVERGED)
-            # Without an array of absolute values: outputs at a cut are many.
-            report[3] = max(grad[own].max(initial=0.0), -grad[own].min(initial=0.0))
         self.ops.cast_scores(grad[own], cast, report)
         # Outputs of some layers alone may be images.
         dy = cast.reshape(self.model.outputs[-1].shape)

@@ -12,6 +12,7 @@ The update rules PLBFGS, PLSR1 and PLSE are those of Raynaud, Orban, Bigeon, "PL
 from __future__ import annotations
 
 from enum import IntEnum
+from math import prod
 from typing import Literal
 
 import numpy as np
@@ -44,7 +45,8 @@ class Outcome(IntEnum):
 class ElementOperators:
     """`count` operators of `size` variables each; smaller elements are filled up with zeros, which change nothing.
 
-    Vectors are (count, size) of `dtype`, float32 or float64; scalars are float64. `memory` pairs are kept of each. With
+    Vectors are (count, size) of `dtype`, float32 or float64, where `ops` computes; scalars are float64, in host memory.
+    `memory` pairs are kept of each. With
     `rescaled`, B_0 is y^T y / s^T y times the identity, of the newest pair with which that makes sense, else it is the
     identity. With `relative`, the curvature test of L-BFGS is s^T y > 1e-8 ||s|| ||y||, else s^T y > eps, the spacing
     of `dtype` at 1.
@@ -73,50 +75,68 @@ class ElementOperators:
         self.rescaled = rescaled
         m = memory
         # Rows 0..m-1 of an element are its s, rows m..2m-1 its y, in slots.
-        self.pairs = np.zeros((count, 2 * m, size), self.dtype)
+        self.pairs = ops.zeros(count * 2 * m * size, self.dtype).reshape(count, 2 * m, size)
         self.gram = np.zeros((count, 2 * m, 2 * m))
-        self.middle = np.zeros((count, 2 * m, 2 * m))
+        # What a product takes beside the pairs, also where it is computed.
+        shapes = ((count, 2 * m, 2 * m), (count,), (count, 2 * m))
+        self.small = [ops.mirror(ops.zeros(prod(shape), np.dtype(np.float64)).reshape(shape)) for shape in shapes]
+        self.middle, self.sigma, self.coefficients = (mirror.host for mirror in self.small)
         # When the pair of a slot came; -1: the slot is empty.
         self.stamps = np.full((count, m), -1, np.int64)
         self.pushes = np.zeros(count, np.int64)
-        self.sigma = np.ones(count)
+        self.middle.fill(0)
+        self.sigma.fill(1)
+        self.settled()
         self.failures = np.zeros(count, np.int64)
         self.indefinite = np.full(count, rule == "plsr1")
-        self.coefficients = np.empty((count, 2 * m))
+
+    def settled(self) -> None:
+        """Bring middle and sigma, which were changed in host memory, to where products are computed."""
+        for mirror in self.small[:2]:
+            mirror.push()
 
     def state(self) -> dict[str, np.ndarray]:
-        """All it has to remember, a row an element: its own arrays, which may be filled from elsewhere."""
-        names = ("pairs", "gram", "middle", "stamps", "pushes", "sigma", "failures")
+        """What it has to remember besides `pairs`, a row an element: its own arrays, to be filled from elsewhere.
+
+        `settled` has to follow.
+        """
+        names = ("gram", "middle", "stamps", "pushes", "sigma", "failures")
         return {name: getattr(self, name) for name in names} | {"indefinite": self.indefinite.view(np.uint8)}
 
     @property
     def nbytes(self) -> int:
         """Bytes of everything it holds."""
-        return sum(value.nbytes for value in vars(self).values() if isinstance(value, np.ndarray))
+        host = [value for value in vars(self).values() if isinstance(value, np.ndarray) and value is not self.pairs]
+        return int(self.pairs.nbytes) + sum(value.nbytes for value in host)
 
     def product(self, v: np.ndarray, out: np.ndarray) -> None:
         """out = B_e v_e for every element; v and out (count, size), not the same array."""
-        self.ops.products(self.pairs, self.middle, self.sigma, self.coefficients, v, out)
+        middle, sigma, coefficients = (mirror.array for mirror in self.small)
+        self.ops.products(self.pairs, middle, sigma, coefficients, v, out)
 
     def restricted_product(self, elements: Restriction, p: np.ndarray, q: np.ndarray) -> float:
         """q = sum_e U_e^T B_e U_e p, vectors that `elements` restrict; returns p^T q."""
-        return self.ops.restricted_products(elements, self.pairs, self.middle, self.sigma, self.coefficients, p, q)
+        middle, sigma, coefficients = (mirror.array for mirror in self.small)
+        return self.ops.restricted_products(elements, self.pairs, middle, sigma, coefficients, p, q)
 
     # What is not finite is rejected below, not warned of.
     @np.errstate(all="ignore")
     def push(self, s: np.ndarray, y: np.ndarray, seen: np.ndarray, work: np.ndarray | None = None) -> np.ndarray:
         """Give every element the pair of its step s and change of gradient y, (count, size) each; (count,) Outcome.
 
-        work: (count, size), overwritten.
+        work: (count, size), overwritten; and so is y, with damping.
         seen: (count,) bool, whether the minibatch had samples of the element: others are skipped, as is s = 0, and as
         are, for SR1, pairs that the matrix fits already. Numbers that are not finite are a pair that is rejected.
         """
-        r = np.empty_like(s) if work is None else work
+        r = self.ops.empty(s.size, self.dtype).reshape(s.shape) if work is None else work
         self.product(s, r)
+        self.small[2].fetch()
+        self.small[2].wait()
         with_s = self.coefficients.copy()
         if self.damping:
-            y = self._damped(s, y, r)
-        np.subtract(y, r, out=r)
+            self._damp(s, y, r)
+        flat = r.reshape(-1)
+        self.ops.combine(flat, (-1.0, flat), (1.0, y.reshape(-1)))
         ss, sy, yy, sr, rr = (self.ops.row_dots(a, b) for a, b in ((s, s), (s, y), (y, y), (s, r), (r, r)))
         finite = np.isfinite(ss + sy + yy + sr + rr)
         active = seen & ~(ss == 0)
@@ -139,18 +159,20 @@ class ElementOperators:
         failed = outcome == Outcome.REJECTED
         self.failures[failed] += 1
         hopeless = failed & (self.failures > PATIENCE)
-        self.reset(np.flatnonzero(hopeless))
+        if hopeless.any():
+            self.reset(hopeless, s, y)
         outcome[hopeless] = Outcome.RESET
+        self.settled()
         return outcome
 
-    def reset(self, elements: np.ndarray) -> None:
-        """B_e = I for the elements of these numbers."""
-        self.stamps[elements] = -1
-        self.sigma[elements] = 1.0
-        self.failures[elements] = 0
-        self.gram[elements] = 0
-        self.middle[elements] = 0
-        self.pairs[elements] = 0
+    def reset(self, hopeless: np.ndarray, s: np.ndarray, y: np.ndarray) -> None:
+        """B_e = I for the elements that are `hopeless` (count,) bool; s and y, of a push, are not kept."""
+        self.stamps[hopeless] = -1
+        self.sigma[hopeless] = 1.0
+        self.failures[hopeless] = 0
+        self.gram[hopeless] = 0
+        self.middle[hopeless] = 0
+        self.ops.keep_pairs(self.pairs, np.full(self.count, -1), hopeless, s, y)
 
     def _take(
         self,
@@ -173,7 +195,7 @@ class ElementOperators:
         stamps[rows, slot] = self.pushes[chosen]
         # The products of the pairs as they will be: those with the new one, in place of its slot's.
         gram = np.where(turned[:, None, None], 0.0, self.gram[chosen])
-        with_y = np.matmul(self.pairs, y[:, :, None])[chosen, :, 0].astype(np.float64)
+        with_y = self.ops.pair_dots(self.pairs, y)[chosen]
         with_s[turned], with_y[turned] = 0, 0
         with_s[rows, slot], with_s[rows, m + slot] = ss, sy
         with_y[rows, slot], with_y[rows, m + slot] = sy, yy
@@ -186,24 +208,24 @@ class ElementOperators:
         middle, stamps, sound = recurse(gram, stamps, sigma, indefinite[chosen])
         sound &= stamps[rows, slot] >= 0
         done, good = chosen[sound], np.flatnonzero(sound)
+        slots, fresh = np.full(self.count, -1), np.zeros(self.count, bool)
+        slots[done] = slot[good]
         # A fresh operator has nothing of the old one.
-        self.pairs[chosen[sound & turned]] = 0
-        self.pairs[done, slot[good]] = s[done]
-        self.pairs[done, m + slot[good]] = y[done]
+        fresh[done] = turned[good]
+        self.ops.keep_pairs(self.pairs, slots, fresh, s, y)
         self.gram[done], self.middle[done], self.stamps[done] = gram[good], middle[good], stamps[good]
         self.sigma[done] = sigma[good]
         self.indefinite[done] = indefinite[done]
         self.pushes[done] += 1
         return done
 
-    def _damped(self, s: np.ndarray, y: np.ndarray, bs: np.ndarray) -> np.ndarray:
-        """y moved towards B s where s^T y is far from s^T B s (Powell 1978, with a bound above as well)."""
+    def _damp(self, s: np.ndarray, y: np.ndarray, bs: np.ndarray) -> None:
+        """Move y towards B s where s^T y is far from s^T B s (Powell 1978, with a bound above as well)."""
         sy, sbs = self.ops.row_dots(s, y), self.ops.row_dots(s, bs)
         low = np.where(sy < (1 - DAMP_LOW) * sbs, DAMP_LOW * sbs / (sbs - sy), 1.0)
         theta = np.where(sy > (1 + DAMP_HIGH) * sbs, DAMP_HIGH * sbs / (sy - sbs), low)
-        theta = np.where(np.isfinite(theta) & (sbs > 0), theta, 1.0).astype(self.dtype)[:, None]
-        damped: np.ndarray = theta * y + (1 - theta) * bs
-        return damped
+        theta = np.where(np.isfinite(theta) & (sbs > 0), theta, 1.0).astype(self.dtype)
+        self.ops.mix_rows((1 - theta).astype(np.float64), bs, theta.astype(np.float64), y)
 
 
 def recurse(

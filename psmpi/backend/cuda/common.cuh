@@ -136,6 +136,21 @@ __device__ __forceinline__ T slope(T y, int kind)
     return T(1);
 }
 
+/* The largest double. */
+#define LARGEST 1.7976931348623157e308
+/* Derivatives up to this one go into a backward pass as they are. */
+#define COMMON 1048576.0
+
+/* The power of two by which derivatives are too large for a backward pass; 0 where they are not, or no numbers. */
+__device__ __forceinline__ int excess(const double *report)
+{
+    const double peak = report[3];
+    int exponent = 0;
+    if (peak > COMMON && peak <= LARGEST)
+        frexp(peak, &exponent);
+    return exponent;
+}
+
 /* The sum of `value` over the `SIZE` threads of a block, a power of two; room: (SIZE,), shared. All threads get it. */
 template <int SIZE, typename S> __device__ __forceinline__ S block_sum(S value, S *room)
 {

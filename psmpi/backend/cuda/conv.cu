@@ -248,3 +248,38 @@ extern "C" __global__ void conv_weight_sum(long long size, long long splits, con
         dkernels[i] = sum;
     }
 }
+
+/* dkernels (units, n_in, kernel, kernel, batch) = what each sample adds to the gradient of the kernels. Grid: (n_in *
+ * kernel^2 * batch / 128, units / 4, stripes). */
+extern "C" __global__ void conv_samples(long long count, long long n, long long n_in, long long source,
+                                        long long source_step, long long out, long long height, long long width,
+                                        long long rows, long long columns, long long kernel, long long stride,
+                                        long long batch, const T *__restrict__ x, const T *__restrict__ dy,
+                                        T *__restrict__ dkernels)
+{
+    const long long taps = n_in * kernel * kernel, p = thread();
+    if (p >= taps * batch)
+        return;
+    const long long k = blockIdx.z, first = (long long)PER_THREAD * blockIdx.y, unit = out + k * n + first;
+    /* The tap for an image position: the kernel's rows and columns, one channel after the other. */
+    const long long tap = quotient(p, batch), sample = p - tap * batch;
+    const long long c = quotient(tap, kernel * kernel), entry = tap - c * kernel * kernel;
+    const long long i = quotient(entry, kernel), j = entry - i * kernel, line = width * batch;
+    const long long positions = rows * columns * batch;
+    const T *from = x + (source + k * source_step + c) * height * line + i * line + j * batch + sample;
+    const T *d = dy + unit * positions + sample;
+    const int units = n - first < PER_THREAD ? (int)(n - first) : PER_THREAD;
+    T sum[PER_THREAD] = {T(0), T(0), T(0), T(0)};
+    for (long long r = 0; r < rows; r++)
+        for (long long q = 0; q < columns; q++) {
+            const T seen = from[r * stride * line + q * stride * batch];
+#pragma unroll
+            for (int u = 0; u < PER_THREAD; u++)
+                if (u < units)
+                    sum[u] += d[u * positions + (r * columns + q) * batch] * seen;
+        }
+#pragma unroll
+    for (int u = 0; u < PER_THREAD; u++)
+        if (u < units)
+            dkernels[(unit + u) * taps * batch + p] = sum[u];
+}

@@ -6,10 +6,6 @@
 #define LOGISTIC 1
 #define NLL 2
 #define REPORT_THREADS 256
-/* The largest double. */
-#define LARGEST 1.7976931348623157e308
-/* Derivatives up to this one go into a backward pass as they are. */
-#define COMMON 1048576.0
 
 /* What the loss of a sample comes to. */
 struct Sample {
@@ -145,16 +141,6 @@ extern "C" __global__ void loss_report(long long classes, long long batch, long 
         report[2] = clipped;
         report[3] = peak;
     }
-}
-
-/* The power of two by which derivatives are too large for a backward pass; 0 where they are not, or no numbers. */
-__device__ __forceinline__ int excess(const double *report)
-{
-    const double peak = report[3];
-    int exponent = 0;
-    if (peak > COMMON && peak <= LARGEST)
-        frexp(peak, &exponent);
-    return exponent;
 }
 
 /* out = grad in the type of the scores, scaled down by a power of two where it is very large. */
