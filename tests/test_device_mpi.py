@@ -71,6 +71,7 @@ def test_weights_and_bytes_are_those_of_the_host(train, host, name):
         ("--method", "data_parallel", "--allreduce", "ring", "--bucket-megabytes", "0.01"),
         ("--method", "data_parallel", "--compression", "topk"),
         ("--method", "data_parallel", "--nccl"),
+        ("--method", "data_parallel", "--optimizer", "lbfgs", "--lr", "1"),
         ("--method", "local_sgd", "--local-steps", "6", "--outer-lr", "0.7", "--outer-momentum", "0.9"),
         ("--method", "ist", "--local-steps", "6", "--colocate", "--loss", "nll"),
         (
@@ -196,9 +197,14 @@ def test_curvature_goes_on_on_the_other_kind_of_memory(train, tmp_path):
         assert apart(whole, result) <= 1e-9
 
 
+LBFGS = ("--optimizer", "lbfgs", "--lr", "1", "--history", "4")
+
+
 @pytest.mark.parametrize(("first", "then"), [("cupy", "numpy"), ("numpy", "cupy")])
 @pytest.mark.parametrize(
-    ("options", "tolerance"), [((), 1e-10), (("--optimizer", "lbfgs", "--lr", "1", "--history", "4"), 1e-6)], ids=str
+    ("options", "tolerance"),
+    [((), 1e-10), (LBFGS, 1e-6), ((*LBFGS, "--method", "data_parallel"), 1e-6)],
+    ids=str,
 )
 def test_a_run_goes_on_on_the_other_kind_of_memory(train, host, tmp_path, first, then, options, tolerance):
     begun, options = tmp_path / "begun", (*EXACT, *options)

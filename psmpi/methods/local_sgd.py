@@ -41,8 +41,8 @@ class LocalSGD(Replica):
         self.scalars["local_steps"] = 0
         self.own = dict(self.state)
         # Of each vector the mean, to be sent and saved.
-        self.state = {name: self._like(vector) for name, vector in self.own.items()}
-        self.kept = self._like(self.w)
+        self.state = {name: ops.zeros(self.w.size, self.dtype) for name in self.own}
+        self.kept = ops.zeros(self.w.size, self.dtype)
         self.outer = (self.outer_lr, self.beta) != (1.0, 0.0)
         if self.outer:
             # The weights at the beginning of the round, and the momentum: the same on all ranks.
@@ -114,10 +114,6 @@ class LocalSGD(Replica):
         self.ops.scale(self.w, self.outer_lr)
         self.anchor -= self.w
         self.w[...] = self.anchor
-
-    def _like(self, vector: np.ndarray) -> np.ndarray:
-        # The state of an optimizer that steps on the host is there.
-        return np.zeros_like(vector) if isinstance(vector, np.ndarray) else self.ops.zeros(vector.size, self.dtype)
 
     def collect(self) -> None:
         for name in self.own:
