@@ -273,3 +273,30 @@ def test_element_gradients_on_a_device_are_those_of_the_host(cupy, name, loss, m
         found.append(results)
     for ours, expected in zip(found[1], found[0], strict=True):
         assert np.isfinite(expected).all() and far(ours, expected) <= 100 * TOLERANCE[dtype]
+
+
+def test_gradients_of_elements_are_recorded(stand_in):  # noqa: F811
+    """Played back, they are of the weights, samples and labels of the day, in whichever array they are wanted."""
+    network, rng = make_network("psnet", (1, 8, 8), 10), np.random.default_rng(0)
+    layout, pairs = network.layout(), list(combinations(range(10), 2))
+    kinds = (NumpyOps(), gpu.CupyOps())
+    sets = [ElementSet(network, layout, range(10), pairs, F64, ops, make_loss("psl", F64)) for ops in kinds]
+    rooms = [[e.make_vectors() for _ in range(2)] for e in sets]
+    mirrors = [[o.mirror(o.zeros(int(np.prod(n)), F64).reshape(n)) for n in ((layout.size,), (64, 16))] for o in kinds]
+    before = kinds[1].stream.launches
+    for step in range(5):
+        w, x, labels = 0.3 * rng.standard_normal(layout.size), rng.random((64, 16)), rng.integers(0, 10, 12)
+        values = []
+        for elements, out, there in zip(sets, rooms, mirrors, strict=True):
+            for mirror, found in zip(there, (w, x), strict=True):
+                mirror.settle()
+                mirror.host[...] = found
+                mirror.push()
+            given = [mirror.array for mirror in there]
+            found = [elements.gradients(*given, labels, 1 / 12, into) for into in out]
+            values.append([*found, elements.value(*given, labels, 1 / 12)])
+        assert far(np.array(values[1]), np.array(values[0])) <= 1e-12
+        for expected, ours in zip(*rooms, strict=True):
+            assert far(kinds[1].host(ours), expected) <= 1e-11, step
+    # Two gradients and a value a step: done once, where the first one makes room once more, recorded, played back.
+    assert kinds[1].stream.launches - before == 4 * 3 - 1

@@ -515,6 +515,9 @@ class CupyOps(NumpyOps):
         self.allocations += 1
         return self.cupy.asarray(np.ascontiguousarray(values))
 
+    def address(self, array: Any) -> int:
+        return int(array.data.ptr)
+
     def mirror(self, array: Any) -> Mirror:
         # What is in host memory already needs none.
         return Mirror(array) if isinstance(array, np.ndarray) else DeviceMirror(array, self)

@@ -329,6 +329,10 @@ class NumpyOps:
         """These values where the backend computes, perhaps the array itself."""
         return values
 
+    def address(self, array: np.ndarray) -> int:
+        """Where the array begins."""
+        return array.ctypes.data
+
     def mirror(self, array: np.ndarray) -> Mirror:
         """The array's image in host memory."""
         return Mirror(array)

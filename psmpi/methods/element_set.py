@@ -94,6 +94,7 @@ class ElementSet:
         # Of a merged element either label will do.
         self.labels = np.array([[at[c] for c in (e[0], e[-1] if merged else e[0])] for e in self.elements], int)
         self.labels = self.labels.reshape(self.count, 2)
+        self._only_losses, self._all_gradients = ops.record(self._losses), ops.record(self._gradients)
         self.capacity, self.there = 0, ops.mirror(ops.empty(0, np.dtype(np.int64)))
         self.reserve(1)
 
@@ -177,18 +178,35 @@ class ElementSet:
         """
         if len(labels) == 0:
             return 0.0
-        self._losses(w, x, labels, scale, derivatives=False)
+        self._bring(w, x, labels)
+        self._only_losses(len(labels), x.shape[1], scale, self.ops.address(x))
         return self.objective.value()
 
-    def _losses(self, w: np.ndarray, x: np.ndarray, labels: np.ndarray, scale: float, derivatives: bool) -> np.ndarray:
-        """Compute the losses of the first b samples; their derivatives (classes, b), if wanted."""
-        b, batch = len(labels), x.shape[1]
-        self.reserve(batch)
+    def gradients(self, w: np.ndarray, x: np.ndarray, labels: np.ndarray, scale: float, out: np.ndarray) -> float:
+        """`value`, and out (elements, size) the gradient of each element, zeros behind small ones."""
+        if len(labels) == 0:
+            out.fill(0)
+            return 0.0
+        self._bring(w, x, labels)
+        self.out = out
+        self._all_gradients(len(labels), x.shape[1], scale, self.ops.address(x), self.ops.address(out))
+        return self.objective.value()
+
+    def _bring(self, w: np.ndarray, x: np.ndarray, labels: np.ndarray) -> None:
+        """Get weights, samples and labels to where recorded work finds them."""
+        self.reserve(x.shape[1])
         self.there.settle()
-        self.there.host[:b] = labels
-        self.there.push(slice(0, b))
+        self.there.host[: len(labels)] = labels
+        self.there.push(slice(0, len(labels)))
         self.whole.w[...] = w
-        scores = self.whole.forward(x)
+        self.x = x
+
+    def _losses(self, b: int, batch: int, scale: float, x: int, derivatives: bool = False) -> np.ndarray:
+        """Compute the losses of the first b samples of those at address x; their derivatives (classes, b), if wanted.
+
+        Addresses are what recorded work is told apart by.
+        """
+        scores = self.whole.forward(self.x)
         if b < batch:
             first = self.scores[: len(scores) * b].reshape(len(scores), b)
             first[...] = scores[:, :b]
@@ -196,19 +214,16 @@ class ElementSet:
         own = slice(0, len(self.classes))
         return self.objective.losses(scores, self.there.array[:b], scale, own, self.mask, derivatives)
 
-    def gradients(self, w: np.ndarray, x: np.ndarray, labels: np.ndarray, scale: float, out: np.ndarray) -> float:
-        """`value`, and out (elements, size) the gradient of each element, zeros behind small ones."""
-        out.fill(0)
-        b, batch = len(labels), x.shape[1]
-        if b == 0:
-            return 0.0
+    def _gradients(self, b: int, batch: int, scale: float, x: int, out: int) -> None:
+        """Fill the vectors at address `out`."""
+        self.out.fill(0)
         # Of a pairwise loss the derivative with respect to another class's score is that of one term alone.
-        grad, report = self._losses(w, x, labels, scale, derivatives=True), self.objective.report.array
+        grad, report = self._losses(b, batch, scale, x, derivatives=True), self.objective.report.array
         for side in self.sides:
             terms, model, start = len(side.others), side.model, 0
             for run in side.slices:
                 stop = start + run.stop - run.start
-                model.w[start:stop] = w[run]
+                model.w[start:stop] = self.whole.w[run]
                 start = stop
             model.borrow()
             weights = self.weights[: terms * batch].reshape(terms, batch)
@@ -218,9 +233,8 @@ class ElementSet:
             ones = self.ones[:batch].reshape(1, batch)
             ones.fill(1)
             model.backward(ones, (weights, side.sums))
-            side.spread.add(side.sums, out)
-        self.ops.give_back(out.reshape(-1), report, GRADIENT_LIMIT[self.dtype])
-        return self.objective.value()
+            side.spread.add(side.sums, self.out)
+        self.ops.give_back(self.out.reshape(-1), report, GRADIENT_LIMIT[self.dtype])
 
     def seen(self, labels: np.ndarray) -> np.ndarray:
         """(elements,) bool: whether the samples have a label of the element."""
