@@ -54,6 +54,7 @@ setup(
     extras_require={
         "mpi": ["mpich>=4.2"],
         "cuda": ["cupy-cuda13x[ctk]>=14"],
+        "cudnn": ["cupy-cuda13x[ctk]>=14", "nvidia-cudnn-cu13>=9.12", "nvidia-cudnn-frontend>=1.14"],
         "export": EXPORT,
         "plot": PLOT,
         "torch": ["torch>=2.4"],

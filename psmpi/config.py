@@ -99,6 +99,9 @@ class Parallel:
     """What computes: NumPy, kernels in C, or a GPU through CuPy. auto: the last of these that is there."""
     compute: Literal["float32", "tf32", "float16", "bfloat16"] = "float32"
     """What a GPU's matrix products, and so its convolutions, compute with; weights, sums and results are float32."""
+    convolution: Literal["own", "cudnn", "measured"] = "own"
+    """A GPU's convolutions: psmpi's own; cuDNN's, where it has them and their values agree; or the faster ones of these
+    by a measurement, which may choose, and so round, differently from run to run."""
     cuda_graphs: bool = True
     """Record a step's work on the GPU once and play it back."""
     gpu_aware: bool = False
@@ -402,6 +405,11 @@ def check(config: Config) -> None:
         raise UserError(
             f"--compute {config.parallel.compute} is for float32 weights, not --dtype {config.model.dtype}: leave one "
             "out"
+        )
+    if config.parallel.convolution != "own" and config.parallel.compute not in ("float32", "tf32"):
+        raise UserError(
+            f"--convolution {config.parallel.convolution} computes with float32 and tf32, not --compute "
+            f"{config.parallel.compute}: leave one out"
         )
     if config.parallel.threads > 1024:
         raise UserError(f"--threads {config.parallel.threads}: expected 1024 at most")

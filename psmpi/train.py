@@ -96,14 +96,14 @@ def _settle(config: Config) -> Config:
     return replace(config, run=replace(run, out=out))
 
 
-def _collect(world: Any, text: str) -> list[str]:
-    """Every rank's text (cut at 1,000 bytes), on rank 0."""
+def _collect(world: Any, text: str, most: int = 1000) -> list[str]:
+    """Every rank's text (cut at `most` bytes), on rank 0."""
     import numpy as np
 
-    mine = np.zeros(1000, np.uint8)
-    data = text.encode()[:1000]
+    mine = np.zeros(most, np.uint8)
+    data = text.encode()[:most]
     mine[: len(data)] = np.frombuffer(data, np.uint8)
-    rows = np.empty((world.size, 1000), np.uint8) if world.rank == 0 else None
+    rows = np.empty((world.size, most), np.uint8) if world.rank == 0 else None
     world.Gather(mine, rows, root=0)
     return [] if rows is None else [row.tobytes().rstrip(b"\0").decode() for row in rows]
 
@@ -203,6 +203,14 @@ def _train(world: Any, config: Config) -> None:
         if found:
             loop.resume(Path(found))
         loop.run()
+        if config.parallel.convolution != "own":
+            chosen: dict[str, str] = {}
+            for text in _collect(world, "\n".join(ops.choices), most=10_000):
+                for line in text.splitlines():
+                    # Where ranks have the same sizes, the first one speaks for them.
+                    chosen.setdefault(line.partition(":")[0], line)
+            for line in chosen.values():
+                console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _backend(world: Any, config: Config, threads: int) -> Any:
@@ -217,7 +225,8 @@ def _backend(world: Any, config: Config, threads: int) -> Any:
 
     parallel, dtype = config.parallel, np.dtype(config.model.dtype)
     number = None if METHODS[parallel.method].on_host else seat(world)
-    made = [make_backend(parallel.backend, threads, number, parallel.compute, parallel.cuda_graphs)]
+    settings = (parallel.compute, parallel.cuda_graphs, parallel.convolution)
+    made = [make_backend(parallel.backend, threads, number, *settings)]
 
     def compile_kernels() -> None:
         try:
@@ -237,6 +246,7 @@ def _backend(world: Any, config: Config, threads: int) -> Any:
             ("--gpu-aware", parallel.gpu_aware),
             ("--nccl", parallel.nccl),
             (f"--compute {parallel.compute}", parallel.compute != "float32"),
+            (f"--convolution {parallel.convolution}", parallel.convolution != "own"),
         ):
             if given:
                 raise UserError(f"{option} is for GPUs, and the backend here is {ops.name}: add --backend cupy")

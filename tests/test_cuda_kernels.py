@@ -648,6 +648,16 @@ def test_scalar_products_and_sums(pairs, size, dtype, device):
 
 @runs
 @real_types
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (32, 32), (33, 5), (5, 33), (100, 70)])
+def test_matrices_are_turned(device, dtype, rows, columns):
+    values = np.random.default_rng(0).normal(size=(rows, columns)).astype(dtype)
+    found = device.array((columns, rows))
+    device("turn", (blocks(rows, 32) * blocks(columns, 32),), (32, 8), rows, columns, device.of(values), found)
+    assert np.array_equal(found, values.T)
+
+
+@runs
+@real_types
 @pytest.mark.parametrize("values", [np.uint8, np.float32, np.float64], ids=lambda t: t.__name__)
 @pytest.mark.parametrize(("batch", "features"), [(1, 1), (3, 70), (33, 32), (100, 95)])
 def test_minibatches_are_gathered(batch, features, values, dtype, device):

@@ -4,8 +4,10 @@ Kernels by themselves are in test_cuda_kernels.py, trainings under MPI in test_d
 """
 
 import inspect
+import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import cuda_host
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 from test_nn import NETWORKS, make, random_problem
 
-from psmpi.backend import CompiledOps, NumpyOps, compiled, device, make_backend
+from psmpi.backend import CompiledOps, NumpyOps, Stripes, compiled, cudnn, device, make_backend
 from psmpi.comm.bridge import Direct, Staged, ask_library, probe
 from psmpi.data import Resident, open_dataset
 from psmpi.errors import UserError
@@ -32,8 +34,9 @@ needs_compiler = pytest.mark.skipif(cuda_host.compiler() is None, reason="no g++
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    """The stand-in as `cupy`."""
-    real = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "cupy"}
+    """The stand-in as `cupy`, and as `cudnn`."""
+    fakes = ("cupy", "cudnn")
+    real = {name: module for name, module in sys.modules.items() if name.partition(".")[0] in fakes}
     for name in real:
         del sys.modules[name]
     monkeypatch.syspath_prepend(FAKE)
@@ -44,7 +47,7 @@ def stand_in(monkeypatch):
     # What the stand-in never frees: each set of operations has its workspace.
     cupy._memory.clear()
     device._stream.cache_clear()
-    for name in [name for name in sys.modules if name.partition(".")[0] == "cupy"]:
+    for name in [name for name in sys.modules if name.partition(".")[0] in fakes]:
         del sys.modules[name]
     sys.modules.update(real)
     device._cupy.cache_clear()
@@ -102,8 +105,8 @@ assert issubclass(cupy.cuda.memory.OutOfMemoryError, MemoryError)
 for owner, names in (
     (cupy, "RawModule asarray asnumpy empty zeros ndarray get_default_pinned_memory_pool"),
     (cupy.lib.stride_tricks, "as_strided"),
-    (cupy.cuda, "Device Event Graph Stream alloc_pinned_memory"),
-    (cupy.cuda.Stream, "begin_capture end_capture synchronize use"),
+    (cupy.cuda, "Device Event Graph Stream alloc_pinned_memory get_elapsed_time"),
+    (cupy.cuda.Stream, "begin_capture end_capture is_capturing synchronize use"),
     (cupy.cuda.Event, "record synchronize"),
     (cupy.cuda.Graph, "launch"),
     (runtime, "CUDARuntimeError getDeviceCount driverGetVersion runtimeGetVersion getDeviceProperties memcpyAsync"),
@@ -118,6 +121,63 @@ assert (runtime.memcpyHostToDevice, runtime.memcpyDeviceToHost) == (1, 2)
 assert "bytes commId" in nccl.NcclCommunicator.__doc__ and "bytes object" in nccl.get_unique_id.__doc__
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+CUDNN = """
+import inspect
+import cudnn
+
+
+def takes(function, *names):
+    try:
+        known = inspect.signature(function).parameters
+    except ValueError:
+        known = function.__doc__
+    for name in names:
+        assert name in known, (function, name, known)
+
+
+assert issubclass(cudnn.cudnnGraphNotSupportedError, Exception) and type(cudnn.backend_version()) is int
+for owner, names in (
+    (cudnn, "create_handle set_stream pygraph"),
+    (cudnn.data_type, "FLOAT DOUBLE"), (cudnn.heur_mode, "A FALLBACK"),
+    (cudnn.numerical_note, "NONDETERMINISTIC TENSOR_CORE DOWN_CONVERT_INPUTS"),
+    (cudnn.pygraph, "validate build_operation_graph check_support build_plans get_workspace_size"),
+    (cudnn.pygraph, "conv_fprop conv_wgrad conv_dgrad"),
+):
+    for name in names.split():
+        assert hasattr(owner, name), name
+takes(cudnn.set_stream, "handle", "stream")
+takes(cudnn.pygraph.__init__, "io_data_type", "intermediate_data_type", "compute_data_type", "handle")
+takes(cudnn.pygraph.tensor, "dim", "stride", "data_type", "name")
+takes(cudnn.pygraph.execute, "workspace", "handle")
+for name in ("create_execution_plans", "deselect_numeric_notes", "deselect_workspace_greater_than"):
+    assert hasattr(cudnn.pygraph, name)
+if cudnn.__version__ == "fake":
+    raise SystemExit
+real = cudnn.data_type.FLOAT
+try:
+    graph = cudnn.pygraph(io_data_type=real, intermediate_data_type=real, compute_data_type=real)
+except RuntimeError:
+    # Some make none without a device.
+    raise SystemExit
+sizes = {"image": [9, 4, 8, 8], "weight": [6, 2, 3, 3], "filter": [6, 2, 3, 3], "loss": [9, 6, 3, 3]}
+at = {key: graph.tensor(dim=dim, stride=[1, 9, 3, 1], data_type=real, name=key) for key, dim in sizes.items()}
+for name, keys in (("fprop", ("image", "weight")), ("wgrad", ("image", "loss")), ("dgrad", ("loss", "filter"))):
+    tensors = {key: at[key] for key in keys}
+    out = getattr(graph, f"conv_{name}")(**tensors, padding=[0, 0], stride=[2, 2], dilation=[1, 1])
+    out.set_output(True).set_dim([1, 1, 1, 1]).set_stride([1, 1, 1, 1]).set_data_type(real)
+"""
+
+
+@pytest.mark.parametrize("kind", ["stand-in", "real"])
+def test_the_stand_in_has_the_names_of_cudnn(kind):
+    environment = {**os.environ, "PYTHONPATH": str(FAKE)} if kind == "stand-in" else None
+    if kind == "real" and find_spec("cudnn") is None:
+        pytest.skip("cuDNN is not installed")
+    command = [sys.executable, "-c", CUDNN]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 0, done.stderr
 
 
@@ -146,9 +206,12 @@ def test_models_are_those_of_the_reference(cupy, name, dtype):
             assert far(ours, expected) <= TOLERANCE[dtype]
 
 
+CONVOLUTIONS = [name for name in NETWORKS if "conv" in str(NETWORKS[name][1])] + ["small psnet"]
+
+
 @needs_compiler
 @pytest.mark.parametrize("chunk", [1, 1 << 20])
-@pytest.mark.parametrize("name", [name for name in NETWORKS if "conv" in str(NETWORKS[name][1])] + ["small psnet"])
+@pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_convolutions_may_be_products_with_windows(cupy, name, chunk, monkeypatch):
     monkeypatch.setattr(device.CupyOps, "chunk", chunk)
     network = make(name)
@@ -166,6 +229,177 @@ def test_convolutions_may_be_products_with_windows(cupy, name, chunk, monkeypatc
     tolerance = 2e-5 if not device.available() or "fake" in str(cupy.__version__) else 1e-2
     for ours, expected in zip(found[1], found[0], strict=True):
         assert far(ours, expected) <= tolerance
+
+
+def both_ways(name, dtype, there, classes=None):
+    """What the reference and `there` find for a network: scores and gradients."""
+    network = make(name)
+    layout, w, x, d = random_problem(network, batch=5, dtype=dtype)
+    classes = [*range(network.classes)] if classes is None else classes
+    part = layout.part(classes)
+    local, found = np.concatenate([w[a:b] for a, b in part.intervals]), []
+    for ops in (NumpyOps(), there):
+        g = put(ops, np.full(part.size, np.nan, dtype))
+        model = Model(network, layout, put(ops, local), g, ops, classes)
+        model.forward(put(ops, np.ones((x.shape[0], 7), dtype)))
+        scores = ops.host(model.forward(put(ops, x))).copy()
+        model.backward(put(ops, d[classes]))
+        found += [scores, ops.host(g)]
+    return found
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolutions_may_be_those_of_cudnn(cupy, name, dtype):
+    fake = cupy.__version__ == "fake"
+    if not fake:
+        pytest.importorskip("cudnn")
+    ops = device.CupyOps(convolution="cudnn")
+    tolerance = TOLERANCE[dtype] if fake else 10 * cudnn.TOLERANCE[str(dtype)]
+    for classes in (None, [1], [0, 3]):
+        scores, g, our_scores, our_g = both_ways(name, dtype, ops, classes)
+        assert far(our_scores, scores) <= tolerance and far(our_g, g) <= tolerance
+    # Both sizes of minibatch; a GPU's cuDNN may not have all.
+    assert {batch for _, batch in ops.cudnn.chosen} == {5, 7}
+    assert not fake or all(ops.cudnn.chosen.values())
+
+
+def test_groups_of_channels_are_known():
+    for stripes, expected in (
+        ([Stripes(1, 6, 4, 0, 0, 0)], 1),
+        ([Stripes(2, 3, 2, 0, 2, 0)], 2),
+        # The same channels twice, overlapping ones, some that none sees, units that are not there, two kinds.
+        ([Stripes(2, 3, 4, 0, 0, 0)], 0),
+        ([Stripes(2, 3, 3, 0, 1, 0)], 0),
+        ([Stripes(1, 6, 3, 1, 0, 0)], 0),
+        ([Stripes(1, 5, 4, 0, 0, 1)], 0),
+        ([Stripes(1, 2, 2, 0, 0, 0), Stripes(1, 4, 2, 2, 0, 2)], 0),
+    ):
+        assert cudnn.groups(stripes, 4, 6) == expected
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        ("build", "cuDNN cannot: no engine proposed a plan"),
+        ("execute", "cuDNN cannot: CUDNN_STATUS_EXECUTION_FAILED"),
+        ("capture", "cuDNN cannot: CUDNN_STATUS_EXECUTION_FAILED"),
+        *((f"{kind} is wrong", "cuDNN is wrong by 0.0") for kind in ("fprop", "wgrad", "dgrad")),
+        *((f"{kind} is no number", "cuDNN is wrong by nan") for kind in ("fprop", "wgrad", "dgrad")),
+    ],
+)
+@pytest.mark.parametrize("convolution", ["cudnn", "measured"])
+def test_a_cudnn_that_fails_is_not_used(stand_in, monkeypatch, fault, says, convolution):
+    import cudnn as library
+
+    stand_in.cuda.clock.costs.update({"cudnn packed": 0.0, "cudnn strided": 0.0, "turn": 0.0})
+    monkeypatch.setattr(library, "FAULT", fault)
+    ops = device.CupyOps(convolution=convolution)
+    own = both_ways("mean pooling", F32, device.CupyOps())[2:]
+    found = both_ways("mean pooling", F32, ops)[2:]
+    assert all(np.array_equal(a, b) for a, b in zip(found, own, strict=True))
+    assert len(ops.choices) == 4 and not any(ops.cudnn.chosen.values())
+    for line in ops.choices:
+        assert ": psmpi (" in line and says in line and says.replace("cuDNN", "cuDNN on turned images") in line
+
+
+@needs_compiler
+def test_what_cudnn_does_not_read_as_it_lies_is_turned(stand_in, monkeypatch):
+    import cudnn as library
+
+    monkeypatch.setattr(library, "FAULT", "strided")
+    stand_in.cuda.clock.costs.update({"conv_forward": 50.0, "cudnn strided": 0.0})
+    for convolution in ("cudnn", "measured"):
+        ops = device.CupyOps(convolution=convolution)
+        both_ways("mean pooling", F32, ops)
+        assert all(choice.turned for choice in ops.cudnn.chosen.values())
+    assert all("cuDNN cannot: no engine" in line for line in ops.choices)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("costs", "taken"),
+    [
+        ({"cudnn packed": 20.0, "cudnn strided": 20.0}, "psmpi"),
+        ({"conv_forward": 50.0, "cudnn packed": 2.0, "cudnn strided": 9.0}, "cuDNN on turned images"),
+        ({"conv_forward": 50.0, "cudnn packed": 2.0, "cudnn strided": 3.0}, "cuDNN"),
+        ({"conv_input": 50.0, "cudnn packed": 9.0, "cudnn strided": 9.0, "turn": 9.0}, "cuDNN"),
+    ],
+)
+def test_the_fastest_convolution_is_taken(stand_in, costs, taken):
+    stand_in.cuda.clock.costs.update(costs)
+    ops = device.CupyOps(convolution="measured")
+    scores, g, our_scores, our_g = both_ways("separable convolution", F32, ops)
+    assert far(our_scores, scores) <= TOLERANCE[F32] and far(our_g, g) <= TOLERANCE[F32]
+    assert len(ops.choices) == 4
+    for line in ops.choices:
+        assert f": {taken} (psmpi " in line and line.count(" ms") == 3, line
+    shapes = [line.partition(", minibatch")[0] for line in ops.choices]
+    assert shapes[0] == "convolution 4x8x8 -> 8x3x3, kernel 4, stride 2, 4 groups, float32"
+    # Once for each shape.
+    both_ways("separable convolution", F32, ops)
+    assert len(ops.choices) == 4
+
+
+@needs_compiler
+@pytest.mark.parametrize("compute", ["float32", "tf32"])
+def test_cudnn_uses_the_bits_that_were_asked_for_and_the_same_each_time(stand_in, compute):
+    import cudnn as library
+
+    ops = device.CupyOps(compute=compute, convolution="cudnn")
+    both_ways("mean pooling", F32, ops)
+    both_ways("mean pooling", F64, ops)
+    notes = {"FLOAT": {"NONDETERMINISTIC"}, "DOUBLE": {"NONDETERMINISTIC", "TENSOR_CORE", "DOWN_CONVERT_INPUTS"}}
+    if compute == "float32":
+        notes["FLOAT"] = notes["DOUBLE"]
+    assert all(ops.cudnn.chosen.values()) and {real for real, _ in library.built} == {F32, F64}
+    for real, barred in library.built:
+        assert set(barred) == notes["FLOAT" if real == F32 else "DOUBLE"]
+
+
+@needs_compiler
+def test_nothing_is_tried_while_a_step_is_recorded(stand_in):
+    ops = device.CupyOps(convolution="cudnn")
+    network = make("mean pooling")
+    layout, w, x, _ = random_problem(network, batch=5, dtype=F32)
+    model = Model(network, layout, put(ops, w), None, ops)
+    model.reserve(9)
+    images, before = put(ops, x), ops.allocations
+    ops.stream.begin_capture()
+    model.forward(images)
+    graph = ops.stream.end_capture()
+    assert not ops.cudnn.chosen and ops.allocations == before
+    graph.launch(ops.stream)
+    recorded = ops.host(model.outputs[-1]).copy()
+    assert far(ops.host(model.forward(images)), recorded) <= TOLERANCE[F32]
+    assert all(ops.cudnn.chosen.values()) and ops.allocations > before
+
+
+@needs_compiler
+def test_arrays_that_begin_anywhere_are_not_for_cudnn(stand_in):
+    ops = device.CupyOps(convolution="cudnn")
+    plan = ops.convolution([Stripes(1, 2, 1, 0, 0, 0)], (1, 4, 4), (2, 2, 2), 3, 1, F32)
+    plan.reserve(3)
+    rng = np.random.default_rng(0)
+    kernels, bias, x = (put(ops, rng.normal(size=n).astype(F32)) for n in (18, 2, 49))
+    kernels, y = kernels.reshape(2, 1, 3, 3), put(ops, np.zeros((2, 2, 2, 3), F32))
+    plan.prepare(kernels)
+    plan.forward(x[1:].reshape(1, 4, 4, 3), kernels, bias, y)
+    assert not ops.cudnn.chosen and np.isfinite(ops.host(y)).all()
+    plan.forward(x[:48].reshape(1, 4, 4, 3), kernels, bias, y)
+    assert all(ops.cudnn.chosen.values())
+
+
+@needs_compiler
+@pytest.mark.parametrize("fault", ["import", "handle"])
+def test_without_cudnn_the_error_says_what_to_install(stand_in, monkeypatch, fault):
+    monkeypatch.setenv("FAKE_CUDNN", fault)
+    with pytest.raises(UserError, match=r"cuDNN does not load .*pip install 'psmpi\[cudnn\]' \(CUDA 13\)"):
+        make_backend("cupy", convolution="cudnn")
+    ops = make_backend("cupy", convolution="measured")
+    assert ops.cudnn is None and ops.choices == [] and "cuDNN" not in ops.description
 
 
 @needs_compiler

@@ -197,6 +197,22 @@ def test_curvature_goes_on_on_the_other_kind_of_memory(train, tmp_path):
         assert apart(whole, result) <= 1e-9
 
 
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_convolutions_by_cudnn_give_the_weights_of_the_host(train, host, ranks):
+    result = train(ranks, "--backend", "cupy", "--convolution", "cudnn", *EXACT)
+    assert distance(host(*EXACT).tensors(), result.tensors()) <= 1e-10
+    assert "convolutions by cuDNN 9.12)" in result.stdout
+    # Whichever rank computes it, a size is told of once.
+    told = [line for line in result.stdout.splitlines() if line.startswith("convolution ")]
+    assert told and len(told) == len(set(told)) and all(line.endswith(": cuDNN on turned images") for line in told)
+
+
+def test_without_cudnn_nothing_is_measured(train, host, monkeypatch):
+    monkeypatch.setenv("FAKE_CUDNN", "import")
+    result = train(2, "--backend", "cupy", "--convolution", "measured", *EXACT)
+    assert distance(host(*EXACT).tensors(), result.tensors()) <= 1e-10 and "cuDNN" not in result.stdout
+
+
 LBFGS = ("--optimizer", "lbfgs", "--lr", "1", "--history", "4")
 
 
@@ -323,6 +339,9 @@ def test_a_gpu_aware_mpi_gives_the_same_weights(host, tmp_path):
         (("--backend", "numpy", "--nccl"), {}, "--nccl is for GPUs"),
         (("--backend", "numpy", "--compute", "tf32"), {}, "--compute tf32 is for GPUs"),
         (("--dtype", "float64", "--compute", "tf32"), {}, "is for float32 weights"),
+        (("--backend", "numpy", "--convolution", "measured"), {}, "--convolution measured is for GPUs"),
+        (("--compute", "float16", "--convolution", "cudnn"), {}, "computes with float32 and tf32"),
+        (("--backend", "cupy", "--convolution", "cudnn"), {"FAKE_CUDNN": "import"}, "pip install 'psmpi[cudnn]'"),
     ],
 )
 def test_what_cannot_be_is_said_once_and_ends_the_job(monkeypatch, tmp_path, options, environment, says):

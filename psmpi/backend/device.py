@@ -20,12 +20,13 @@ from zlib import crc32
 import numpy as np
 
 from psmpi.backend.blas import Blas, CublasError
+from psmpi.backend.cudnn import ChosenConvolution, Cudnn, Shape, groups
 from psmpi.backend.reference import Convolution, Im2col, Mirror, NumpyOps, Restriction, Samples, Stripes, Transfer
 from psmpi.errors import UserError
 
 SOURCES = (
-    "common.cuh", "conv.cu", "elements.cu", "layers.cu", "loss.cu", "norm.cu", "optim.cu", "samples.cu", "vector.cu",
-    "windows.cu",
+    "common.cuh", "conv.cu", "elements.cu", "layers.cu", "loss.cu", "norm.cu", "optim.cu", "samples.cu", "turn.cu",
+    "vector.cu", "windows.cu",
 )  # fmt: skip
 REALS = {np.dtype(np.float32): "float", np.dtype(np.float64): "double"}
 ACTIVATIONS = {"identity": 0, "sigmoid": 1, "tanh": 2, "relu": 3}
@@ -401,7 +402,8 @@ class CupyOps(NumpyOps):
     """The operations on one device.
 
     compute: what the matrix products of float32 arrays, and convolutions by way of them, compute with: float32, tf32,
-    float16 or bfloat16; sums and results stay float32. graphs: record repeated work as CUDA graphs.
+    float16 or bfloat16; sums and results stay float32. graphs: record repeated work as CUDA graphs. convolution: own,
+    cudnn where it has the convolution and its values agree, or measured, where it is faster too.
     """
 
     name = "cupy"
@@ -409,7 +411,7 @@ class CupyOps(NumpyOps):
     line = 32
     chunk = 1 << 25
 
-    def __init__(self, device: int = 0, compute: str = "float32", graphs: bool = True):
+    def __init__(self, device: int = 0, compute: str = "float32", graphs: bool = True, convolution: str = "own"):
         self.cupy: Any = _cupy()
         self.device, self.compute, self.graphs = device, compute, graphs
         cuda = self.cupy.cuda
@@ -427,11 +429,24 @@ class CupyOps(NumpyOps):
         self.blas = Blas(self.cupy, self.stream)
         # Sums over vectors that are waited for together.
         self.sums = self.mirror(self.zeros(64, np.dtype(np.float64)))
+        self.cudnn: Cudnn | None = None
+        if convolution != "own":
+            try:
+                self.cudnn = Cudnn(self, convolution == "measured")
+            except UserError:
+                # Measured against nothing, psmpi's own is the fastest.
+                if convolution == "cudnn":
+                    raise
 
     @property
     def description(self) -> str:
         compute = "" if self.compute == "float32" else f", products in {self.compute}"
-        return f"{self.name} ({self.place}{compute})"
+        cudnn = "" if self.cudnn is None else f", {self.cudnn.name}"
+        return f"{self.name} ({self.place}{compute}{cudnn})"
+
+    @property
+    def choices(self) -> list[str]:
+        return [] if self.cudnn is None else self.cudnn.told
 
     @property
     def place(self) -> str:
@@ -598,10 +613,17 @@ class CupyOps(NumpyOps):
         dtype: np.dtype,
         activation: str = "identity",
     ) -> Convolution:
+        own: Convolution
         if self.compute != "float32" and dtype == np.float32:
             # The tensor cores compute products of matrices.
-            return Im2col(stripes, in_shape, out_shape, kernel, stride, dtype, activation, self)
-        return DeviceConvolution(self, stripes, in_shape, out_shape, kernel, stride, dtype, activation)  # type: ignore[return-value]
+            own = Im2col(stripes, in_shape, out_shape, kernel, stride, dtype, activation, self)
+        else:
+            own = DeviceConvolution(self, stripes, in_shape, out_shape, kernel, stride, dtype, activation)  # type: ignore[assignment]
+        count = groups(stripes, in_shape[0], out_shape[0])
+        if self.cudnn is None or not count:
+            return own
+        shape = Shape(in_shape, out_shape, count, kernel, stride, activation, np.dtype(dtype))
+        return ChosenConvolution(own, self.cudnn, shape)  # type: ignore[return-value]
 
     def im2col(self, x: Any, stride: int, first: int, cols: Any) -> None:
         _, k, _, rows, width, b = cols.shape

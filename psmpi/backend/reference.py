@@ -309,6 +309,11 @@ class NumpyOps:
         """What tells the device from others of the host; nothing where it is the host."""
         return ""
 
+    @property
+    def choices(self) -> list[str]:
+        """What it found out about the sizes it met, and does since, a line each."""
+        return []
+
     def empty(self, size: int, dtype: np.dtype) -> np.ndarray:
         """(size,), its contents undefined, beginning at a cache line."""
         room = np.empty(size * np.dtype(dtype).itemsize + 64, np.uint8)

@@ -29,16 +29,22 @@ from psmpi.partition import Runs
 Step = Callable[[], None]
 Backend = Literal["auto", "numpy", "compiled", "cupy"]
 Compute = Literal["float32", "tf32", "float16", "bfloat16"]
+Convolution = Literal["own", "cudnn", "measured"]
 
 
 def ours(
-    problem: Problem, data: Data, backend: Backend, threads: int = 1, compute: Compute = "float32"
+    problem: Problem,
+    data: Data,
+    backend: Backend,
+    threads: int = 1,
+    compute: Compute = "float32",
+    convolution: Convolution = "own",
 ) -> tuple[Step, np.ndarray, Model]:
     """A step of psmpi, its weights, and the model; on a device it goes on after the call."""
     network, classes = problem.network, problem.classes
     layout = network.layout()
     part: Runs = layout.part(classes)
-    ops = make_backend(backend, threads, compute=compute)
+    ops = make_backend(backend, threads, compute=compute, convolution=convolution)
 
     def there(values: np.ndarray) -> np.ndarray:
         mirror = ops.mirror(ops.empty(values.size, values.dtype).reshape(values.shape))
@@ -96,6 +102,7 @@ def compute(
     threads: int = 1,
     backend: Backend = "auto",
     compute: Compute = "float32",
+    convolution: Convolution = "own",
     compiled: bool = False,
     json: str = "",
     plot: str = "",
@@ -113,6 +120,7 @@ def compute(
         threads: Threads of both.
         backend: psmpi's array library; with cupy PyTorch computes on the same GPU.
         compute: What matrix products on the GPU compute with; PyTorch does as much by itself (autocast, TF32).
+        convolution: psmpi's convolutions on the GPU: its own, cuDNN's, or the faster of these.
         compiled: Also against torch.compile, where it works.
         json: Also write the figures into this file.
         plot: Also draw the ratios into this file (.png, .pdf or .svg); needs psmpi[plot].
@@ -130,6 +138,8 @@ def compute(
     present = min(len(cores()), quota())
     if compute != "float32" and backend != "cupy":
         raise UserError(f"--compute {compute} is for GPUs: add --backend cupy")
+    if convolution != "own" and backend != "cupy":
+        raise UserError(f"--convolution {convolution} is for GPUs: add --backend cupy")
     if threads > present:
         print(f"note: {threads} threads share {present} core(s): the figures say little")
     torch.set_num_threads(threads)
@@ -139,7 +149,7 @@ def compute(
         for name in networks:
             problem = problems()[name]
             data = Data(problem, batch_size)
-            step, _, model = ours(problem, data, backend, threads, compute)
+            step, _, model = ours(problem, data, backend, threads, compute, convolution)
             images = any(isinstance(layer, Conv) for layer in problem.network.layers)
             wanted: dict[Kind, bool] = {"eager": True, "channels last": images, "compile": compiled}
             for kind in (kind for kind, yes in wanted.items() if yes):
@@ -153,6 +163,8 @@ def compute(
                 waits = (model.ops.synchronize, torch.cuda.synchronize if model.ops.on_device else lambda: None)
                 rows.append(_row(name, kind, (step, other), waits, pairs, operations(problem, batch_size)))
                 print(_line(rows[-1]), flush=True)
+            for line in model.ops.choices:
+                print(line, flush=True)
     machine = f"{platform.processor() or platform.machine()}, {threads} thread(s)"
     if model.ops.on_device:
         machine = f"{model.ops.description} on {machine}"

@@ -170,8 +170,13 @@ class RawModule:
                     passed.append(cuda_host.Address(arg.data.ptr))
                 else:
                     passed.append(arg)
+
             # What the work needs stays alive until it is done.
-            current().enqueue(lambda held=args: self.module.launch(name, grid, block, tuple(passed)))
+            def work(held=args):
+                cuda.clock.spend(name)
+                self.module.launch(name, grid, block, tuple(passed))
+
+            current().enqueue(work)
 
         return start
 

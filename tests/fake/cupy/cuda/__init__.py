@@ -22,6 +22,17 @@ class OutOfMemoryError(MemoryError):
     pass
 
 
+class clock:
+    """What events measure, in milliseconds: the time of kernels by name, 1 unless a test sets it."""
+
+    now = 0.0
+    costs: dict[str, float] = {}  # noqa: RUF012
+
+    @classmethod
+    def spend(cls, name):
+        cls.now += cls.costs.get(name, 1.0)
+
+
 class MemoryPointer:
     def __init__(self, ptr, mem):
         self.ptr, self.mem = ptr, mem
@@ -56,6 +67,9 @@ class Stream:
         for _ in range(count):
             self.queue.pop(0)()
 
+    def is_capturing(self):
+        return self.captured is not None
+
     def begin_capture(self, mode=None):
         if FAULT == "graphs":
             raise CUDARuntimeError("cudaErrorNotSupported: operation not supported")
@@ -87,7 +101,7 @@ def current():
 
 class Event:
     def __init__(self, block=False, disable_timing=False, interprocess=False):
-        self.done = True
+        self.done, self.timed = True, not disable_timing
 
     def record(self, stream=None):
         self.done, self.stream = False, stream
@@ -95,13 +109,19 @@ class Event:
 
         def reached():
             if self.mark is mark:
-                self.done = True
+                self.done, self.time = True, clock.now
 
         stream.enqueue(reached)
 
     def synchronize(self):
         while not self.done:
             self.stream.run(1)
+
+
+def get_elapsed_time(start_event, end_event):
+    if not (start_event.timed and end_event.timed and start_event.done and end_event.done):
+        raise CUDARuntimeError("cudaErrorNotReady: device not ready")
+    return end_event.time - start_event.time
 
 
 class Device:
