@@ -306,6 +306,17 @@ def test_a_cudnn_that_fails_is_not_used(stand_in, monkeypatch, fault, says, conv
 
 
 @needs_compiler
+@pytest.mark.parametrize("kind", ["fprop", "wgrad", "dgrad"])
+def test_what_cudnn_has_not_computed_is_not_taken_for_its_result(stand_in, monkeypatch, kind):
+    import cudnn as library
+
+    monkeypatch.setattr(library, "FAULT", f"{kind} does nothing")
+    ops = device.CupyOps(convolution="cudnn")
+    both_ways("mean pooling", F32, ops)
+    assert not any(ops.cudnn.chosen.values()) and all(line.count("is wrong by") == 2 for line in ops.choices)
+
+
+@needs_compiler
 def test_what_cudnn_does_not_read_as_it_lies_is_turned(stand_in, monkeypatch):
     import cudnn as library
 

@@ -146,7 +146,6 @@ class Cudnn:
         graph.check_support()
         graph.build_plans()
         size, keys = max(1, graph.get_workspace_size()), (*tensors.values(), out)
-        self.room("work", size, np.dtype(np.uint8))
 
         def run(*arrays: Any) -> None:
             pointers = {key: array.data.ptr for key, array in zip(keys, arrays, strict=True)}
@@ -206,9 +205,6 @@ class CudnnConvolution:
         self.correlate = operation("conv_fprop", {"image": x, "weight": w}, y, *rest)
         self.kernel_gradient = operation("conv_wgrad", {"image": x, "loss": y}, w, *rest)
         self.input_gradient = operation("conv_dgrad", {"loss": y, "filter": w}, x, *rest)
-        if turned:
-            library.room("x", batch * prod(shape.in_shape), shape.dtype)
-            library.room("y", batch * prod(shape.out_shape), shape.dtype)
 
     def _layout(self, batch: int, channels: int, height: int, width: int) -> Layout:
         if self.turned:

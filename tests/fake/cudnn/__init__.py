@@ -165,6 +165,8 @@ class pygraph:
         arrays = [tensor.at(address) for tensor, address in tensor_dict.items()]
 
         def work():
+            if f"{self.kind} does nothing" == FAULT:
+                return
             cuda.clock.spend("cudnn packed" if self._packed() else "cudnn strided")
             ctypes.memset(workspace, 0xFF, WORKSPACE)
             x, w, y = self._roles(*arrays)
