@@ -371,6 +371,15 @@ def test_cudnn_uses_the_bits_that_were_asked_for_and_the_same_each_time(stand_in
 
 
 @needs_compiler
+def test_what_cudnn_is_not_asked_for_is_psmpi_s_own(stand_in):
+    ops = device.CupyOps(compute="bfloat16", convolution="cudnn")
+    both_ways("mean pooling", F32, ops)
+    assert not ops.choices
+    both_ways("mean pooling", F64, ops)
+    assert ops.choices and all(ops.cudnn.chosen.values())
+
+
+@needs_compiler
 def test_nothing_is_tried_while_a_step_is_recorded(stand_in):
     ops = device.CupyOps(convolution="cudnn")
     network = make("mean pooling")

@@ -47,7 +47,7 @@ def _packed(*dim: int) -> Layout:
 
 @dataclass(frozen=True)
 class Shape:
-    """A convolution of one group, or of equal groups side by side, by cuDNN or by psmpi."""
+    """A convolution of one group of channels, or of equal groups side by side: what a choice depends on."""
 
     in_shape: tuple[int, int, int]
     out_shape: tuple[int, int, int]
@@ -80,7 +80,7 @@ def groups(stripes: Sequence[Stripes], channels: int, units: int) -> int:
 class Cudnn:
     """cuDNN on the stream of one device, what its operations share, and which convolutions it does.
 
-    measured: only those in which it is faster. UserError where it does not load. told: what was chosen, for people.
+    measured: only those in which it is faster. told: what was chosen, a line each. UserError where it does not load.
     """
 
     def __init__(self, ops: CupyOps, measured: bool):
@@ -109,7 +109,12 @@ class Cudnn:
         how = "the faster of psmpi and" if self.measured else "by"
         return f"convolutions {how} cuDNN {number // 10000}.{number // 100 % 100}"
 
+    def computes(self, dtype: np.dtype) -> bool:
+        """Whether it computes with what was asked for."""
+        return self.precision(dtype) in TOLERANCE
+
     def precision(self, dtype: np.dtype) -> str:
+        """What arrays of this dtype are multiplied as."""
         return self.ops.compute if dtype == np.float32 else "float64"
 
     def room(self, name: str, size: int, dtype: np.dtype) -> Any:

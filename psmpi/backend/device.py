@@ -620,7 +620,7 @@ class CupyOps(NumpyOps):
         else:
             own = DeviceConvolution(self, stripes, in_shape, out_shape, kernel, stride, dtype, activation)  # type: ignore[assignment]
         count = groups(stripes, in_shape[0], out_shape[0])
-        if self.cudnn is None or not count:
+        if self.cudnn is None or not count or not self.cudnn.computes(dtype):
             return own
         shape = Shape(in_shape, out_shape, count, kernel, stride, activation, np.dtype(dtype))
         return ChosenConvolution(own, self.cudnn, shape)  # type: ignore[return-value]
