@@ -256,7 +256,7 @@ def test_element_gradients_on_a_device_are_those_of_the_host(cupy, name, loss, m
     size = layout.part(classes).size
     w, x = (0.3 * some(rng, dtype, size)), rng.random((int(np.prod(network.in_shape)), 16)).astype(dtype)
     found = []
-    for ops in (NumpyOps(), gpu.CupyOps()):
+    for ops in (NumpyOps(), gpu.CupyOps(convolution="measured")):
         there, results = [put(ops, a) for a in (w, x)], []
         # Derivatives that go into a backward pass as they are, and such that have to be scaled down.
         for kappa in (2.0, 60.0):

@@ -275,6 +275,9 @@ class ChosenConvolution:
         given = [array for array in (dkernels, dx) if array is not None]
         self._for(kernels, x, dy, *given).backward(x, dy, kernels, dkernels, dx)
 
+    def samples(self, x: Any, dy: Any, dkernels: Any, dbias: Any) -> None:
+        self.own.samples(x, dy, dkernels, dbias)
+
     def _for(self, kernels: Any, x: Any, *arrays: Any) -> Any:
         library, key = self.library, (self.shape, x.shape[-1])
         if any(array.data.ptr % ALIGNED for array in (kernels, x, *arrays)):
