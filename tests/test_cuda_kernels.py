@@ -18,6 +18,7 @@ from cuda_host import Address, Kernels
 
 from psmpi.backend.reference import Im2col, NumpyOps, Stripes
 from psmpi.nn.losses import LOSSES, largest_exponent, make_loss
+from psmpi.nn.targets import TargetDistance
 from psmpi.optim import Hyper, make_optimizer
 
 F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
@@ -444,6 +445,30 @@ def test_losses_are_those_of_the_reference(name, paired, size, batch, dtype, dev
     device("give_back", (2,), (64,), g.size, mine, report, LIMIT[dtype])
     near(mine, back, TOLERANCE[dtype])
     assert np.isfinite(mine).all()
+
+
+@runs
+@real_types
+@pytest.mark.parametrize("batch", [1, 3, 300])
+@pytest.mark.parametrize("units", [1, 7, 40])
+def test_distances_are_those_of_the_reference(units, batch, dtype, device):
+    classes, scale, rng = 7, 0.125, np.random.default_rng(0)
+    loss = TargetDistance(rng.normal(size=(units, classes)), 2.0)
+    outputs, labels = device.of(some(rng, dtype, units, batch)), device.of(rng.integers(0, classes, batch))
+    targets, report = device.of(loss.targets), device.array((4,), F64)
+    for bad in (False, True):
+        if bad:
+            outputs[-1, -1] = np.nan
+        grad = np.empty((units, batch))
+        value = loss(outputs, labels, scale, grad)
+        for count in (1, 3):
+            out, partial = device.array((units, batch), F64), device.array((4, count), F64)
+            shape = (classes, batch, outputs.size)
+            device("distances", (count,), (256,), *shape, outputs, targets, labels, scale * loss.share, out, partial)
+            near(out, grad, TOLERANCE[F64])
+            device("loss_report", (1,), (256,), 1, count, 0, 1, partial, partial[3], scale * loss.share, report)
+            assert np.array_equal(report[1:3], [0, 0])
+            assert report[[0, 3]] == pytest.approx([value, abs(grad).max()], rel=1e-12, nan_ok=True)
 
 
 @runs

@@ -22,6 +22,7 @@ from psmpi.errors import UserError
 from psmpi.nn.losses import LOSSES, make_loss
 from psmpi.nn.model import Model
 from psmpi.nn.objective import GRADIENT_LIMIT, Objective
+from psmpi.nn.targets import TargetDistance, draw_targets
 from psmpi.optim import OPTIMIZERS, Hyper, clip_by_global_norm, make_optimizer
 
 FAKE = Path(__file__).parent / "fake"
@@ -453,6 +454,29 @@ def test_the_loss_and_its_gradient_are_those_of_the_reference(cupy, name, dtype)
 
 
 @needs_compiler
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+def test_the_distance_from_targets_and_its_gradient_are_those_of_the_reference(cupy, dtype):
+    network = make("small psnet")
+    layout, w, x, _ = random_problem(network, batch=9, dtype=dtype)
+    targets, labels, results = draw_targets("gaussian", 10, 10, 0, 1, 3.0), np.arange(9) % 10, []
+    for ops in (NumpyOps(), device.CupyOps()):
+        g = put(ops, np.zeros(layout.size, dtype))
+        model = Model(network, layout, put(ops, w), g, ops)
+        loss = TargetDistance(targets, 3.0, ops)
+        objective = Objective(loss, model)
+        objective.reserve(10, 9)
+        objective.derive(model.forward(put(ops, x)), put(ops, labels), 1 / 9, slice(0, 10))
+        results.append((objective.value(), ops.host(g)))
+        assert loss.nbytes >= 8 * targets.size and objective.on_device == ops.on_device
+    (value, g), (our_value, our_g) = results
+    assert our_value == pytest.approx(value, rel=TOLERANCE[dtype]) and far(our_g, g) <= TOLERANCE[dtype]
+    model.w[:] = put(ops, np.full_like(w, np.nan))
+    objective.derive(model.forward(put(ops, x)), put(ops, labels), 1 / 9, slice(0, 10))
+    with pytest.raises(FloatingPointError, match="the loss is not a finite number"):
+        objective.value()
+
+
+@needs_compiler
 def test_what_is_no_number_is_said(cupy):
     network = make("small psnet")
     layout, w, x, _ = random_problem(network, batch=2)
@@ -626,6 +650,20 @@ def test_samples_are_scaled_on_the_device(cupy, stored):
             NumpyOps().samples(values, 1 / 255).fetch(at, expected)
             kept.fetch(at, out)
             assert np.array_equal(ops.host(out), expected)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+def test_samples_on_the_device_are_those_that_are_there_when_they_are_taken(cupy, dtype):
+    values = np.random.default_rng(0).normal(size=(6, 5)).astype(dtype)
+    for ops in (NumpyOps(), device.CupyOps()):
+        stored = ops.empty(30, dtype).reshape(6, 5)
+        samples = ops.samples(stored, 1.0)
+        assert samples.nbytes == stored.nbytes
+        stored[1:5:3] = ops.put(values.T[:, 1:5:3].copy()).T
+        out = ops.empty(15, dtype).reshape(5, 3)
+        samples.fetch(np.array([4, 1, 4]), out)
+        assert np.array_equal(ops.host(out), values[[4, 1, 4]].T)
 
 
 @needs_compiler

@@ -158,19 +158,25 @@ class DeviceMirror(Mirror):
 
 
 class DeviceSamples(Samples):
-    """Samples that stay on the device."""
+    """Samples that stay on the device; those that are there already may be written later."""
 
-    def __init__(self, values: np.ndarray, scale: float, ops: CupyOps):
+    def __init__(self, values: Any, scale: float, ops: CupyOps):
         self.ops, self.scale = ops, scale
-        if values.dtype not in (np.uint8, np.float32, np.float64):
-            values = values.astype(np.float64 if values.dtype.itemsize > 2 else np.float32)
+        if isinstance(values, np.ndarray):
+            values = self._upload(values)
+        self.values = values
         self.kernel = {"uint8": "gather_u8", "float32": "gather_f32", "float64": "gather_f64"}[values.dtype.name]
-        self.values = ops.cupy.asarray(np.ascontiguousarray(values))
-        # They went through pinned memory, which CuPy would keep.
-        ops.synchronize()
-        ops.cupy.get_default_pinned_memory_pool().free_all_blocks()
         self.scales: Any = None
         self.at: Mirror | None = None
+
+    def _upload(self, values: np.ndarray) -> Any:
+        if values.dtype not in (np.uint8, np.float32, np.float64):
+            values = values.astype(np.float64 if values.dtype.itemsize > 2 else np.float32)
+        found = self.ops.cupy.asarray(np.ascontiguousarray(values))
+        # They went through pinned memory, which CuPy would keep.
+        self.ops.synchronize()
+        self.ops.cupy.get_default_pinned_memory_pool().free_all_blocks()
+        return found
 
     @property
     def nbytes(self) -> int:
@@ -541,6 +547,13 @@ class CupyOps(NumpyOps):
         found: np.ndarray = self.cupy.asnumpy(array)
         return found
 
+    def put(self, values: np.ndarray) -> Any:
+        mirror = self.mirror(self.empty(values.size, values.dtype).reshape(values.shape))
+        mirror.host[...] = values
+        mirror.push()
+        mirror.settle()
+        return mirror.array
+
     def synchronize(self) -> None:
         self.stream.synchronize()
 
@@ -683,6 +696,18 @@ class CupyOps(NumpyOps):
         self.spread("losses", scores.dtype, b, *settings, into, each)
         first, last, _ = own.indices(classes) if grad is not None else (0, 0, 1)
         self.launch("loss_report", scores.dtype, (1,), (256,), classes, b, first, last, each, into, scale, report)
+        return True
+
+    def distances(self, outputs: Any, targets: Any, labels: Any, scale: float, grad: Any, report: Any) -> bool:
+        blocks = min(_blocks(outputs.size, 1024), BLOCKS)
+        partial = self.partial(4 * blocks, np.dtype(np.float64))
+        shape = (targets.shape[1], outputs.shape[1], outputs.size)
+        self.launch(
+            "distances", outputs.dtype, (blocks,), (256,), *shape, outputs, targets, labels, scale, grad, partial
+        )
+        # What blocks have found is added up as if they were samples with one score each.
+        peaks = partial[3 * blocks :]
+        self.launch("loss_report", outputs.dtype, (1,), (256,), 1, blocks, 0, 1, partial, peaks, scale, report)
         return True
 
     def cast_scores(self, grad: Any, out: Any, report: Any) -> None:

@@ -346,6 +346,10 @@ class NumpyOps:
         """The array's values in host memory, perhaps the array itself."""
         return array
 
+    def put(self, values: np.ndarray) -> np.ndarray:
+        """An array of the backend with these values, perhaps the array itself."""
+        return values
+
     def synchronize(self) -> None:
         """Wait until everything that was begun is done."""
 
@@ -361,7 +365,10 @@ class NumpyOps:
         return work
 
     def samples(self, values: np.ndarray, scale: float) -> Samples:
-        """Samples (n, features) to take minibatches from, times `scale`."""
+        """Samples (n, features) to take minibatches from, times `scale`.
+
+        An array of the backend's own is not copied: minibatches are of what it holds by then.
+        """
         return Samples(values, scale)
 
     def matmul(self, a: np.ndarray, b: np.ndarray, out: np.ndarray) -> None:
@@ -685,6 +692,20 @@ class NumpyOps:
         scores (classes, b), labels (b,) int64, pairs (classes, classes) bool or None as in `Loss`. Fills grad
         (classes, b) float64, where there is one, and report (4,) float64: the scaled loss, the largest exponent in psl,
         the number of its terms beyond `limit`, the largest derivative with respect to the scores `own`.
+        """
+        return False
+
+    def distances(
+        self,
+        outputs: np.ndarray,
+        targets: np.ndarray,
+        labels: np.ndarray,
+        scale: float,
+        grad: np.ndarray,
+        report: np.ndarray,
+    ) -> bool:
+        """The same for the loss ||f - S_y||^2 of outputs f (units, b), the y-th column of targets S (units, classes)
+        float64; psmpi.nn.targets has it. Of the report the second and the third number are 0.
         """
         return False
 

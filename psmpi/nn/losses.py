@@ -10,6 +10,7 @@ from math import log
 
 import numpy as np
 
+from psmpi.backend import NumpyOps
 from psmpi.errors import UserError
 
 # What float64, in which losses are computed, keeps free above the largest exponential, for sums and tangents.
@@ -42,6 +43,11 @@ class Loss:
     def tangent(self) -> float:
         """The exponent from which psl goes on as its tangent, or beyond which it fails."""
         return largest_exponent(self.dtype) if self.limit is None else self.limit
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its buffers."""
+        return self._store.nbytes
 
     def check(self, worst: float) -> None:
         """FloatingPointError for a largest exponent that is not finite, or with clipping off beyond the limit."""
@@ -76,6 +82,20 @@ class Loss:
         loss's constant is then left out, for it belongs to no pair.
         """
         raise NotImplementedError
+
+    def derive_there(
+        self,
+        ops: NumpyOps,
+        scores: np.ndarray,
+        labels: np.ndarray,
+        scale: float,
+        pairs: np.ndarray | None,
+        own: slice,
+        grad: np.ndarray,
+        report: np.ndarray,
+    ) -> bool:
+        """The same by `ops` itself, on its arrays, and its report (see `NumpyOps.losses`); False where it cannot."""
+        return ops.losses(self.name, scores, labels, scale, self.kappa, self.tangent, pairs, own, grad, report)
 
     def _margins(self, scores: np.ndarray, labels: np.ndarray, z: np.ndarray) -> np.ndarray:
         """z = kappa (c_j - c_y); returns the flat positions of the labels' own scores."""

@@ -50,9 +50,7 @@ class Objective:
         loss, report = self.loss, self.report.array
         found = self.grad[: scores.size].reshape(scores.shape)
         grad = found if derivatives else None
-        self.on_device = self.ops.losses(
-            loss.name, scores, labels, scale, loss.kappa, loss.tangent, pairs, own, grad, report
-        )
+        self.on_device = loss.derive_there(self.ops, scores, labels, scale, pairs, own, grad, report)
         if not self.on_device:
             report[0] = loss(scores, labels, scale, grad, pairs)
             if not np.isfinite(report[0]):
@@ -90,7 +88,7 @@ class Objective:
         self.ops.give_back(self.model.g, report, GRADIENT_LIMIT[self.model.dtype])
 
     def value(self) -> float:
-        """The scaled sum of the losses of the last `derive`. FloatingPointError where it, or a score, is not finite."""
+        """The scaled sum of the losses last derived. FloatingPointError where it, or a score, is not finite."""
         self.report.fetch()
         self.report.wait()
         value, worst, clipped, _ = (float(number) for number in self.report.host)

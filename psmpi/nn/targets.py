@@ -6,6 +6,7 @@ from math import sqrt
 
 import numpy as np
 
+from psmpi.backend import NumpyOps
 from psmpi.nn.losses import Loss
 
 LAWS = ("uniform", "gaussian", "sign", "orthogonal")
@@ -42,9 +43,14 @@ class TargetDistance(Loss):
 
     name = "targets"
 
-    def __init__(self, targets: np.ndarray, scale: float):
+    def __init__(self, targets: np.ndarray, scale: float, ops: NumpyOps | None = None):
         super().__init__(np.dtype(np.float64))
         self.targets, self.share = targets.astype(np.float64), 1 / (len(targets) * scale**2)
+        self.there = (ops or NumpyOps()).put(self.targets)
+
+    @property
+    def nbytes(self) -> int:
+        return int(super().nbytes + self.there.nbytes)
 
     def __call__(self, scores, labels, scale, grad=None, pairs=None):
         (z,) = self._buffers(scores, 1)
@@ -53,6 +59,9 @@ class TargetDistance(Loss):
         if grad is not None:
             np.multiply(z, 2 * scale * self.share, out=grad)
         return float(np.vdot(z, z)) * scale * self.share
+
+    def derive_there(self, ops, scores, labels, scale, pairs, own, grad, report):
+        return ops.distances(scores, self.there, labels, scale * self.share, grad, report)
 
 
 class Reader:
@@ -66,6 +75,10 @@ class Reader:
         self.columns = targets.T.astype(np.float64)
         self.halves = 0.5 * (self.columns**2).sum(axis=1, keepdims=True)
         self.inverse = np.linalg.pinv(targets.astype(np.float64))
+
+    @property
+    def nbytes(self) -> int:
+        return self.columns.nbytes + self.halves.nbytes + self.inverse.nbytes
 
     def nearest(self, outputs: np.ndarray) -> np.ndarray:
         """argmin_j ||f - S_j|| (b,)."""

@@ -116,6 +116,32 @@ extern "C" __global__ void losses(long long kind, long long classes, long long b
     }
 }
 
+/* Of outputs f (units, batch), `size` in all, and targets S (units, classes): grad = 2 scale (f - S_y), and of each block
+ * partial (4, blocks): its sum of (f - S_y)^2, 0, 0, and its largest derivative in magnitude. Blocks of 256. */
+extern "C" __global__ void distances(long long classes, long long batch, long long size, const T *__restrict__ outputs,
+                                     const double *__restrict__ targets, const long long *__restrict__ labels,
+                                     double scale, double *__restrict__ grad, double *__restrict__ partial)
+{
+    __shared__ double room[REPORT_THREADS];
+    double sum = 0, peak = 0;
+    for (long long i = thread(); i < size; i += threads()) {
+        const long long unit = quotient(i, batch);
+        const double z = (double)outputs[i] - targets[unit * classes + labels[i - unit * batch]], d = z * (2 * scale);
+        sum += z * z;
+        peak = larger(peak, fabs(d));
+        grad[i] = d;
+    }
+    sum = block_sum<REPORT_THREADS>(sum, room);
+    peak = block_max<REPORT_THREADS>(peak, room);
+    if (threadIdx.x == 0) {
+        const long long blocks = gridDim.x;
+        partial[blockIdx.x] = sum;
+        partial[blocks + blockIdx.x] = 0;
+        partial[2 * blocks + blockIdx.x] = 0;
+        partial[3 * blocks + blockIdx.x] = peak;
+    }
+}
+
 /* report (4,): the scaled sum of the losses, the largest margin, the terms past the limit, and the largest derivative
  * in magnitude with respect to the scores of classes `first` to `last` - 1. One block of 256. */
 extern "C" __global__ void loss_report(long long classes, long long batch, long long first, long long last,
