@@ -221,12 +221,10 @@ def _backend(world: Any, config: Config, threads: int) -> Any:
     from psmpi.comm import nccl
     from psmpi.comm.world import host_by_host, seat
     from psmpi.errors import UserError
-    from psmpi.methods import METHODS
 
     parallel, dtype = config.parallel, np.dtype(config.model.dtype)
-    number = None if METHODS[parallel.method].on_host else seat(world)
     settings = (parallel.compute, parallel.cuda_graphs, parallel.convolution)
-    made = [make_backend(parallel.backend, threads, number, *settings)]
+    made = [make_backend(parallel.backend, threads, seat(world), *settings)]
 
     def compile_kernels() -> None:
         try:

@@ -124,6 +124,72 @@ def test_replicas_on_devices_have_the_weights_of_the_host(train, options, monkey
     assert distance(here, there) <= 1e-9
 
 
+DFA = (*EXACT, "--method", "dfa", "--loss", "nll")
+MLP = ("--model", "mlp", "--widths", "24", "16")
+# Six epochs of three steps.
+SIL = ("--method", "sil", "--dtype", "float64", "--batch-size", "500", "--epochs", "6", "--loss", "nll", "--lr", "0.01")
+DEEP = ("--model", "mlp", "--widths", "24", "20", "16")
+PARTS = {
+    "dfa alone": (1, (*DFA, *MLP)),
+    "dfa": (3, (*DFA, *MLP, "--optimizer", "adam", "--clip", "0.5")),
+    "dfa of psl, clipped": (3, (*DFA, *MLP, "--loss", "psl", "--kappa", "200", "--optimizer", "sgd", "--lr", "1e-9")),
+    "dfa with convolutions": (3, DFA),
+    "sil alone": (1, (*SIL, *DEEP, "--parts", "4", "--recovery-epochs", "1")),
+    "sil stored": (2, (*SIL, *DEEP, "--recovery-epochs", "2", "--clip", "0.05")),
+    "sil stored, three parts": (3, (*SIL, "--recovery-epochs", "1")),
+    "sil stored, two rows": (4, (*SIL, *DEEP, "--parts", "2", "--recovery-epochs", "2")),
+    "sil recompute": (3, (*SIL, *DEEP, "--hand-over", "recompute")),
+    "sil stale": (2, (*SIL, "--hand-over", "stale", "--recovery-epochs", "1")),
+    "sil labels, two rows": (4, (*SIL, *DEEP, "--parts", "2", "--hand-over", "labels", "--labels-noise", "0.3")),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_parts_of_layers_on_devices_have_the_weights_and_bytes_of_the_host(train, name):
+    ranks, options = PARTS[name]
+    here, there = (train(ranks, "--backend", backend, *options) for backend in ("numpy", "cupy"))
+    assert distance(here.tensors(), there.tensors()) <= 1e-9
+    assert "backend cupy" in there.stdout
+    for ours, expected in zip(there.rows, here.rows, strict=True):
+        for key in ("test_accuracy", "bytes_sent_by_rank", "bytes_received_by_rank", "macs", "dead_units"):
+            assert ours.get(key) == expected.get(key)
+        for key in expected.keys() & {"train_loss", "test_loss", "target_distance", "nearest_accuracy", "alignment"}:
+            # Cosines are rounded.
+            assert ours[key] == pytest.approx(expected[key], rel=1e-9, abs=2e-6 if key == "alignment" else 0)
+
+
+def test_the_rows_of_a_part_sum_by_nccl(train, monkeypatch):
+    monkeypatch.setenv("FAKE_CUDA", "alone")
+    ranks, options = PARTS["sil stored, two rows"]
+    here, there = (train(ranks, *options, "--backend", *way) for way in (("numpy",), ("cupy", "--nccl")))
+    assert distance(here.tensors(), there.tensors()) <= 1e-9
+
+
+def test_what_was_handed_over_is_made_anew_on_the_other_kind_of_memory(train, tmp_path):
+    """At the hand-over, twice in the part after it, and in the recovery."""
+    out, options = tmp_path / "begun", (*SIL, *DEEP, "--recovery-epochs", "2", "--max-steps")
+    train(2, "--backend", "numpy", *options, "6", out=out)
+    for backend, end in (("cupy", "8"), ("numpy", "10"), ("cupy", "14"), ("numpy", "18")):
+        result = train(2, "--backend", backend, *options, end, "--resume", "auto", out=out)
+    assert distance(train(2, "--backend", "numpy", *options, "18").tensors(), result.tensors()) <= 1e-9
+
+
+@pytest.mark.parametrize(
+    ("ranks", "end", "options"),
+    [
+        (2, "7", (*DFA, *MLP)),
+        (3, "13", (*SIL, "--parts", "3", "--recovery-epochs", "1")),
+        (2, "7", (*SIL, *DEEP, "--parts", "4", "--hand-over", "stale")),
+    ],
+    ids=["dfa", "sil stored", "sil stale"],
+)
+def test_parts_go_on_on_a_device_bit_for_bit(train, tmp_path, ranks, end, options):
+    out, options = tmp_path / "begun", ("--backend", "cupy", *options, "--max-steps")
+    train(ranks, *options, end, out=out)
+    result = train(ranks, *options, "18", "--resume", "auto", out=out)
+    assert distance(train(ranks, *options, "18").tensors(), result.tensors()) == 0
+
+
 OPTIMIZERS = [("lbfgs", "1"), ("lbfgs-tr", "1"), ("lsr1-tr", "1"), ("rmsprop", "0.01")]
 ON_THE_DEVICE = """
 import sys
@@ -260,10 +326,13 @@ def test_the_placement_table_shows_each_rank_s_device(train, monkeypatch):
     result = train(3, *EXACT)
     assert re.findall(r"device (\d) ", result.stdout)[:3] == ["0", "1", "0"]
     assert "backend cupy" in result.stdout
+    for method in ("dfa", "sil"):
+        assert "backend cupy" in train(2, "--max-steps", "2", "--method", method).stdout
 
 
 PROBE = """
 import json
+import os
 import numpy as np
 from psmpi.backend import make_backend
 from psmpi.comm.bridge import Direct, Staged, probe
@@ -321,6 +390,15 @@ def test_a_gpu_aware_mpi_gives_the_same_weights(host, tmp_path):
         status, stdout, stderr = run(ranks, *command)
         assert status == 0, stderr
         assert distance(host(*EXACT).tensors(), Trained(out / str(ranks), stdout).tensors()) <= 1e-10
+    for name in ("dfa", "sil stale", "sil stored, two rows"):
+        ranks, options = PARTS[name]
+        found = []
+        for command in (("-m", "psmpi.train", "--backend", "numpy"), (program, "--backend", "cupy", "--gpu-aware")):
+            here = out / name / command[-1]
+            status, stdout, stderr = run(ranks, *command, *options, "--out", here)
+            assert status == 0, stderr
+            found.append(Trained(here, stdout).tensors())
+        assert distance(*found) <= 1e-9
     # What is compressed goes over the host.
     topk = ("--method", "data_parallel", "--compression", "topk", "--max-steps", "3")
     status, _, stderr = run(2, program, "--backend", "cupy", "--gpu-aware", *EXACT, *topk, "--out", out / "topk")

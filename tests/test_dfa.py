@@ -145,7 +145,6 @@ def test_a_run_goes_on_on_any_number_of_ranks(train, tmp_path):
         (("--widths", "20"), "start 2 or fewer"),
         (("--masters", "2"), "--masters is of --method psl"),
         (("--optimizer", "lbfgs"), "needs gradients, and feedback is none"),
-        (("--backend", "cupy"), "computes on the host"),
         (("--feedback-scale", "0"), "expected a number above 0"),
         (("--feedback-seed", "-1"), "from 0 up"),
     ],

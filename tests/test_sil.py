@@ -549,7 +549,6 @@ def test_costs_of_convolutions():
         (3, ("--epochs", "2"), "use --epochs 3 or more"),
         (2, ("--part-epochs", "2", "2", "--epochs", "5"), "add up to 4, not to --epochs 5: use --epochs 4"),
         (2, ("--optimizer", "lbfgs"), "use a first-order one"),
-        (2, ("--backend", "cupy"), "computes on the host"),
         (2, ("--labels-scale", "0"), "from 1e-6 to 1e6"),
         (2, ("--hand-over", "labels", "--labels-noise", "-1"), "expected 0 (none) or a number above it"),
         (2, ("--labels-noise", "0.5"), "is for --hand-over labels"),

@@ -57,7 +57,7 @@ def check_first_order(config: Config, why: str) -> None:
 
 
 def check_layers(network: Network, config: Config, parts: int = 2) -> None:
-    """UserError where a network's layers cannot be dealt to ranks, or cut into `parts`, that compute on the host."""
+    """UserError where a network's layers cannot be dealt to ranks, or cut into `parts`."""
     method = config.parallel.method
     if network.residual and parts > 1:
         raise UserError(
@@ -70,8 +70,6 @@ def check_layers(network: Network, config: Config, parts: int = 2) -> None:
             f"--model {network.name} has units that no score depends on, and --method {method} would train them for "
             "nothing: use a network without such units"
         )
-    if config.parallel.backend == "cupy":
-        raise UserError(f"--method {method} computes on the host: use --backend compiled (or auto)")
 
 
 class Method(Protocol):
@@ -94,8 +92,6 @@ class Method(Protocol):
     lost: str
     # Names of vectors and scalars that are the method's own and not the optimizer's.
     extras: frozenset[str]
-    # Whether all of it is computed in host memory.
-    on_host: bool
     # This rank's share of the sum of the minibatch losses times their sizes; the shares of all ranks add up to it.
     loss_sum: float
 

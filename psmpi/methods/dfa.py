@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Set
 from dataclasses import dataclass
-from math import isfinite, sqrt
+from math import sqrt
 from typing import Any
 
 import numpy as np
 
 from psmpi.backend import NumpyOps
+from psmpi.comm.bridge import make_bridge
 from psmpi.comm.group import Counter, Group
 from psmpi.config import Config
 from psmpi.data import Dataset, Resident
@@ -22,10 +23,10 @@ from psmpi.errors import UserError
 from psmpi.methods.base import Place, Score, check_first_order, check_layers, check_slices
 from psmpi.methods.psl import hyperparameters
 from psmpi.nn.init import initial_weights
-from psmpi.nn.losses import Loss, make_loss
+from psmpi.nn.losses import make_loss
 from psmpi.nn.model import Model, layer_runs, split_layers
 from psmpi.nn.network import Conv, Linear, Network
-from psmpi.nn.objective import DIVERGED
+from psmpi.nn.objective import Objective
 from psmpi.optim import clip_by_global_norm, make_optimizer
 from psmpi.partition import Rows
 
@@ -64,31 +65,37 @@ class DirectFeedback:
 
     lost = ""
     extras: frozenset[str] = frozenset()
-    on_host = True
 
     def __init__(self, world: Any, network: Network, dataset: Dataset, config: Config, ops: NumpyOps):
         self.network, self.layout, self.dataset, self.rank = network, network.layout(), dataset, world.rank
         self.dtype, self.ops, self.batch = np.dtype(config.model.dtype), ops, config.data.batch_size
         self.counter, self.rows = Counter(), Rows()
         self.tables: dict[str, np.ndarray] = {}
-        self.world = Group(world, range(world.size), self.counter)
+        self.world = Group(world, range(world.size), self.counter, make_bridge(world, ops, config.parallel.gpu_aware))
         self.first, self.last = world.rank == 0, world.rank == world.size - 1
         stages = split_layers(network, world.size)
         self.shards = tuple(layer_runs(network, self.layout, *stage) for stage in stages)
         shard = self.shards[world.rank]
-        self.w, self.g = (np.zeros(shard.size, self.dtype) for _ in range(2))
-        initial_weights(
-            network, self.layout, shard, self.w,
-            seed=config.run.seed, kind=config.model.init, gain=config.model.init_gain,
-        )  # fmt: skip
+        self.w, self.g = (ops.zeros(shard.size, self.dtype) for _ in range(2))
         self.model = Model(network, self.layout, self.w, self.g, ops, layers=stages[world.rank])
         o = config.optimization
         self.optimizer = make_optimizer(o.optimizer, shard.size, self.dtype, hyperparameters(config), ops)
         self.scalars, self.clip = self.optimizer.scalars, o.clip
-        self.vectors = {"weights": self.w, **self.optimizer.vectors}
+        state = {"weights": self.w, **self.optimizer.vectors}
+        self.mirrors = {name: ops.mirror(vector) for name, vector in state.items()}
+        self.vectors = {name: mirror.host for name, mirror in self.mirrors.items()}
+        self.collect()
+        initial_weights(
+            network, self.layout, shard, self.vectors["weights"],
+            seed=config.run.seed, kind=config.model.init, gain=config.model.init_gain,
+        )  # fmt: skip
+        self.mirrors["weights"].push()
         self.loss = make_loss(
             config.objective.loss, self.dtype, kappa=config.objective.kappa, exp_clip=config.objective.exp_clip
         )
+        self.objective = Objective(self.loss, self.model)
+        # Products with derivatives of the loss are to stay finite.
+        self.limit = float(np.finfo(self.dtype).max) ** 0.25
         # What it counts is not of the training.
         self.everything = make_loss(
             config.objective.loss, self.dtype, kappa=config.objective.kappa, exp_clip=config.objective.exp_clip
@@ -99,18 +106,19 @@ class DirectFeedback:
         self.depth = sum(isinstance(layer, Linear) for layer in network.layers)
         widest = max(widths(network)[:-1], default=1)
         self.back = [
-            feedback(
+            ops.put(feedback(
                 config.alignment.feedback, network.classes, one.width, widest, config.alignment.feedback_seed,
                 self.before + one.number,
-            ).astype(self.dtype) * self.dtype.type(config.alignment.feedback_scale)
+            ).astype(self.dtype) * self.dtype.type(config.alignment.feedback_scale))
             for one in self.hidden
         ]  # fmt: skip
         # Of the dataset a rank has what it needs: the first one the samples.
         samples = np.arange(dataset.train.n if self.first else 0)
         tests = np.arange(dataset.test.n if self.first else 0)
-        self.train, self.tests = Resident(dataset.train, samples, self.dtype), Resident(dataset.test, tests, self.dtype)
+        self.train = Resident(dataset.train, samples, self.dtype, ops)
+        self.tests = Resident(dataset.test, tests, self.dtype, ops)
         self.inputs = int(np.prod(self.model.in_shape))
-        self.capacity = 0
+        self.capacity, self.labels = 0, ops.mirror(ops.empty(0, np.dtype(np.int64)))
         self.batches = network.evaluation_batches(dataset.test.n)
         largest = max(at.stop - at.start for at in self.batches)
         self.reserve(max(self.batch, largest, min(ALIGNED, dataset.test.n)))
@@ -174,8 +182,10 @@ class DirectFeedback:
         self.model.reserve(batch)
         self.x = self.ops.empty(self.inputs * batch, self.dtype)
         self.error = self.ops.empty(self.network.classes * batch, self.dtype)
-        self.own = self.ops.empty(self.network.classes * batch, self.dtype)
-        self.dscores = np.empty((self.network.classes, batch))
+        if self.last:
+            self.objective.reserve(self.network.classes, batch)
+            self.labels.settle()
+            self.labels = self.ops.mirror(self.ops.empty(batch, np.dtype(np.int64)))
         self.signal = self.ops.empty(max((one.width for one in self.hidden), default=0) * batch, self.dtype)
 
     def step(self, ids: np.ndarray, lr: float) -> None:
@@ -184,11 +194,7 @@ class DirectFeedback:
         scores = self._forward(self.train, ids)
         error = self.error[: self.network.classes * b].reshape(-1, b)
         if self.last:
-            labels = self.dataset.train.labels[ids]
-            loss = self._error(self.loss, scores, labels, error)
-            if not isfinite(loss):
-                raise FloatingPointError(DIVERGED)
-            self.loss_sum += loss * b
+            self._error(scores, self.dataset.train.labels[ids], error)
         self.world.bcast(error, self.world.size - 1)
         for one, matrix in zip(self.hidden, self.back, strict=True):
             signal = self.signal[: one.width * b].reshape(one.width, b)
@@ -196,9 +202,10 @@ class DirectFeedback:
             self.model.backward_through(signal.reshape(self.model.outputs[one.last + 1].shape), one.first, one.last)
         if self.last:
             # The backward pass uses it up.
-            own = self.own[: error.size].reshape(error.shape)
+            own = self.objective.cast[: error.size].reshape(error.shape)
             own[...] = error
             self.model.backward_through(own, self.layers[-1].first, self.layers[-1].last)
+            self.loss_sum += self.objective.value() * b
         if self.clip > 0:
             clip_by_global_norm(self.g, self.clip, self.world.agree, self.ops)
         self.optimizer.step(self.w, self.g, lr, self.world.agree)
@@ -213,24 +220,31 @@ class DirectFeedback:
             self.world.receive(x, self.rank - 1)
         y = self.model.forward(x)
         if not self.last:
-            self.world.send(np.ascontiguousarray(y), self.rank + 1)
+            self.world.send(y, self.rank + 1)
         return y
 
-    def _error(self, loss: Loss, scores: np.ndarray, labels: np.ndarray, error: np.ndarray) -> float:
-        """Fill `error` with the derivatives of the mean loss with respect to the scores; returns that loss."""
+    def _error(self, scores: np.ndarray, labels: np.ndarray, error: np.ndarray) -> None:
+        """Fill `error` with the derivatives of the mean loss with respect to the scores, limited."""
         b = len(labels)
-        dscores = self.dscores.reshape(-1)[: error.size].reshape(error.shape)
-        value = loss(scores, labels, 1 / b, dscores)
-        limit = float(np.finfo(self.dtype).max) ** 0.25
-        # Products with it are to stay finite.
-        np.copyto(error, np.clip(dscores, -limit, limit), casting="same_kind")
-        return float(value)
+        self.labels.settle()
+        self.labels.host[:b] = labels
+        self.labels.push(slice(0, b))
+        derivatives = self.objective.differentiate(scores, self.labels.array[:b], 1 / b, slice(0, len(scores)))
+        if self.objective.on_device:
+            self.ops.cast_scores(derivatives, error, self.objective.report.array)
+            self.ops.give_back(error, self.objective.report.array, self.limit)
+        else:
+            np.copyto(error, np.clip(derivatives, -self.limit, self.limit), casting="same_kind")
 
     def collect(self) -> None:
-        """The vectors are in host memory as they are."""
+        for mirror in self.mirrors.values():
+            mirror.fetch()
+        for mirror in self.mirrors.values():
+            mirror.wait()
 
     def resumed(self, tables: bool, fresh: Set[str]) -> None:
-        """The vectors are used as they are."""
+        for mirror in self.mirrors.values():
+            mirror.push()
 
     def test(self) -> Score:
         totals = np.zeros(3)
@@ -238,9 +252,9 @@ class DirectFeedback:
             ids = np.arange(at.start, at.stop)
             scores = self._apart(self.tests, ids)
             if self.last:
-                labels = self.dataset.test.labels[ids]
-                right = np.count_nonzero(scores.argmax(axis=0) == labels)
-                totals += [self.everything(scores, labels, 1.0), float(right), float(len(ids))]
+                found, labels = self.ops.host(scores), self.dataset.test.labels[ids]
+                right = np.count_nonzero(found.argmax(axis=0) == labels)
+                totals += [self.everything(found, labels, 1.0), float(right), float(len(ids))]
         loss, right, samples = self.world.agree(totals)
         return Score(float(loss / samples), float(right / samples))
 
@@ -260,41 +274,54 @@ class DirectFeedback:
         scores = self._apart(self.tests, ids)
         error = self.error[: self.network.classes * b].reshape(-1, b)
         if self.last:
-            self._error(self.everything, scores, self.dataset.test.labels[ids], error)
+            derivatives = np.empty(error.shape)
+            self.everything(self.ops.host(scores), self.dataset.test.labels[ids], 1 / b, derivatives)
+            error[...] = self.ops.put(np.clip(derivatives, -self.limit, self.limit).astype(self.dtype))
         self.world.bcast(error, self.world.size - 1)
         cosines = np.zeros(max(1, self.depth - 1))
         # The gradient comes from above, layer by layer.
         if self.last:
-            above = error.copy()
+            above = self._copy(error)
         else:
-            above = np.empty((int(np.prod(self.model.outputs[-1].shape[:-1])), b), self.dtype)
-            self.world.receive(above, self.rank + 1)
+            found = np.empty((int(np.prod(self.model.outputs[-1].shape[:-1])), b), self.dtype)
+            self.world.receive(found, self.rank + 1)
+            above = self.ops.put(found)
         back = list(zip(self.hidden, self.back, strict=True))
         for one in reversed(self.layers):
             shape = self.model.outputs[one.last + 1].shape
             for hidden, matrix in back:
                 if hidden is one:
-                    cosines[self.before + one.number] = self._cosine(one, above.reshape(shape), matrix @ error)
-            below = np.empty(self.model.outputs[one.first].shape, self.dtype)
+                    signal = self.signal[: one.width * b].reshape(one.width, b)
+                    self.ops.matmul(matrix, error, signal)
+                    cosines[self.before + one.number] = self._cosine(one, self._copy(above), signal)
+            x = self.model.outputs[one.first]
+            below = self.ops.empty(x.size, self.dtype).reshape(x.shape)
             self.model.backward_through(above.reshape(shape), one.first, one.last, below)
             above = below.reshape(-1, b)
         if not self.first:
-            self.world.send(above, self.rank - 1)
+            self.world.send(self.ops.host(above), self.rank - 1)
         self.counter.sent, self.counter.received = sent, received
         self.world.agree(cosines)
         return {"alignment": [round(float(c), 6) for c in cosines[: self.depth - 1]]}
 
+    def _copy(self, array: np.ndarray) -> np.ndarray:
+        made = self.ops.empty(array.size, self.dtype).reshape(array.shape)
+        made[...] = array
+        return made
+
     def _cosine(self, one: Hidden, gradient: np.ndarray, signal: np.ndarray) -> float:
-        """Of gradient and feedback of a layer's output, both times the activation's derivative; the mean of samples."""
-        pair = [np.ascontiguousarray(v).reshape(gradient.shape).copy() for v in (gradient, signal)]
+        """Of gradient and feedback of a layer's output, both times the activation's derivative; the mean of samples.
+
+        Both (width, b) are used up.
+        """
         last = one.last
         while self.model.steps[last].kind == "flatten":
             last -= 1
         step, y = self.model.steps[last], self.model.outputs[last + 1]
         kind = step.spec.kind if step.kind == "activation" else step.activation  # type: ignore[attr-defined]
-        for v in pair:
+        for v in (gradient, signal):
             self.ops.activate_back(kind, y.reshape(v.shape), v)
-        a, d = (v.reshape(-1, v.shape[-1]).astype(np.float64) for v in pair)
+        a, d = (self.ops.host(v).astype(np.float64) for v in (gradient, signal))
         sizes = np.sqrt((a * a).sum(axis=0) * (d * d).sum(axis=0))
         return float(np.where(sizes > 0, (a * d).sum(axis=0) / np.where(sizes > 0, sizes, 1), 0.0).mean())
 
@@ -306,7 +333,9 @@ class DirectFeedback:
         return Place("layers", layers, held, held, sum(self.memory().values()), self.ops.place)
 
     def memory(self) -> dict[str, int]:
-        own = (self.error, self.own, self.dscores, self.signal, *self.back)
+        own: list[Any] = [self.error, self.signal, *self.back]
+        if self.last:
+            own += [self.labels.array, self.objective]
         return {
             "weights": self.w.nbytes,
             "gradients": self.g.nbytes,

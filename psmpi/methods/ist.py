@@ -39,7 +39,6 @@ class IndependentSubnets:
 
     lost = ""
     extras = frozenset({"rounds"})
-    on_host = False
 
     def __init__(self, world: Any, network: Network, dataset: Dataset, config: Config, ops: NumpyOps):
         self.layout, self.ops, self.dtype, self.rank = network.layout(), ops, np.dtype(config.model.dtype), world.rank

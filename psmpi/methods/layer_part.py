@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from psmpi.backend import NumpyOps
@@ -22,9 +24,10 @@ from psmpi.partition import Layout
 class Part:
     """Part number `number`, the layers `stage`; w and g (n,) are its weights and their gradient.
 
-    stored: (training samples, inputs), the inputs that were handed over, row i of sample i; found: of the outputs
-    looked at, sums of distances, right by the nearest column, right by least squares, samples; alive: the units
-    that were above 0.
+    stored: (training samples, inputs), the inputs that were handed over, row i of sample i; columns: the labels of the
+    part before, that of class i as sample i, where it learns from these, and noise, room for what is added; found: of
+    the outputs looked at, sums of distances, right by the nearest column, right by least squares, samples; alive: the
+    units that were above 0.
     """
 
     def __init__(
@@ -44,23 +47,26 @@ class Part:
         self.runs, self.cost = layer_runs(network, layout, *stage), count(network, *stage)
         self.model = Model(network, layout, w, g, ops, layers=stage)
         self.inputs, self.units = int(np.prod(self.model.in_shape)), self.model.steps[-1].size
+        weights = ops.mirror(w)
         initial_weights(
-            network, layout, self.runs, w, seed=config.run.seed, kind=config.model.init, gain=config.model.init_gain
-        )
+            network, layout, self.runs, weights.host,
+            seed=config.run.seed, kind=config.model.init, gain=config.model.init_gain,
+        )  # fmt: skip
+        weights.push()
+        weights.settle()
         self.optimizer = make_optimizer(config.optimization.optimizer, w.size, dtype, hyperparameters(config), ops)
         if self.last:
             self.loss: Loss = make_loss(c.loss, dtype, kappa=c.kappa, exp_clip=c.exp_clip)
         else:
             targets = draw_targets(s.labels, self.units, classes, s.labels_seed, number + 1, s.labels_scale)
-            self.loss, self.reader = TargetDistance(targets, s.labels_scale), Reader(targets)
+            self.loss, self.reader = TargetDistance(targets, s.labels_scale, ops), Reader(targets)
         self.found, self.alive = np.zeros(4), np.zeros(self.units, bool)
-        # The labels of the part before, where it learns from these.
-        self.columns = np.empty((0, classes), dtype)
+        drawn = np.empty((0, classes), dtype)
         if number and s.hand_over in ("stale", "labels"):
             drawn = draw_targets(s.labels, self.inputs, classes, s.labels_seed, number, s.labels_scale)
-            self.columns = drawn.astype(dtype)
+        self.columns = ops.samples(np.ascontiguousarray(drawn.T, dtype), 1.0)
         kept = dataset.train.n if number and s.hand_over in ("stored", "stale") else 0
-        self.stored = np.empty((kept, self.inputs), dtype)
+        self.stored = ops.empty(kept * self.inputs, dtype).reshape(kept, self.inputs)
         self.samples = ops.samples(self.stored, 1.0)
         # What a hand-over and a test take through the layers at a time.
         pieces = [at for split in (dataset.train, dataset.test) for at in network.evaluation_batches(split.n)]
@@ -72,7 +78,8 @@ class Part:
         self.objective.reserve(self.units, most)
         self.x = ops.empty(self.inputs * batch, dtype)
         self.dx = ops.empty(self.inputs * most if number and s.recovery_epochs else 0, dtype)
-        self.noise = np.empty(self.inputs * most if number and s.hand_over == "labels" else 0, dtype)
+        self.noise = ops.mirror(ops.empty(self.inputs * most if number and s.hand_over == "labels" else 0, dtype))
+        self.labels = ops.mirror(ops.empty(most, np.dtype(np.int64)))
 
     def room(self, b: int) -> np.ndarray:
         """Where inputs (inputs, b) are put."""
@@ -87,7 +94,11 @@ class Part:
 
         With dx, of the shape of the model's inputs, also the gradient of these.
         """
-        self.objective.derive(self.forward(x), labels, scale, slice(0, self.units), dx=dx)
+        b = len(labels)
+        self.labels.settle()
+        self.labels.host[:b] = labels
+        self.labels.push(slice(0, b))
+        self.objective.derive(self.forward(x), self.labels.array[:b], scale, slice(0, self.units), dx=dx)
         return self.objective.value()
 
     def back(self, dy: np.ndarray, dx: np.ndarray | None) -> None:
@@ -100,7 +111,7 @@ class Part:
 
     def look(self, labels: np.ndarray) -> None:
         """Add what the outputs of the last forward pass say to `found` and `alive`."""
-        y = self.model.outputs[-1].reshape(self.units, -1)
+        y = self.model.ops.host(self.model.outputs[-1]).reshape(self.units, -1)
         nearest = np.count_nonzero(self.reader.nearest(y) == labels)
         solved = np.count_nonzero(self.reader.probabilities(y).argmax(axis=0) == labels)
         self.found += [self.loss(y, labels, 1.0), float(nearest), float(solved), float(len(labels))]
@@ -112,14 +123,14 @@ class Part:
         self.alive.fill(False)
 
     def memory(self) -> dict[str, int]:
-        own = [self.dx, self.noise, self.columns]
+        own: list[Any] = [self.dx, self.noise.array, self.labels.array, self.columns, self.objective]
         if not self.last:
-            own += [a for held in (self.loss, self.reader) for a in vars(held).values() if isinstance(a, np.ndarray)]
+            own += [self.loss, self.reader]
         return {
             "weights": self.w.nbytes,
             "gradients": self.g.nbytes,
             "optimizer": sum(v.nbytes for v in self.optimizer.vectors.values()) + self.optimizer.scratch.nbytes,
             "activations": self.x.nbytes + self.model.activation_bytes,
-            "buffers": self.model.buffer_bytes + self.objective.nbytes + sum(a.nbytes for a in own),
+            "buffers": self.model.buffer_bytes + sum(a.nbytes for a in own),
             "samples": self.samples.nbytes,
         }

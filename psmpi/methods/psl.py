@@ -40,7 +40,6 @@ class PartiallySeparable:
 
     lost = "the curvature of these elements: it starts afresh"
     extras: frozenset[str] = frozenset()
-    on_host = False
 
     def __init__(self, world: Any, network: Network, dataset: Dataset, config: Config, ops: NumpyOps):
         self.layout = network.layout()

@@ -34,7 +34,6 @@ class Replica:
     lost = ""
     # Vectors that are the method's and not the optimizer's, and what helps where ranks do not sum alike.
     extras: frozenset[str] = frozenset()
-    on_host = False
     advice = "use another MPI library"
 
     def __init__(self, world: Any, network: Network, dataset: Dataset, config: Config, ops: NumpyOps):

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from psmpi.backend import NumpyOps
+from psmpi.comm.bridge import make_bridge
 from psmpi.comm.group import Counter, Group
 from psmpi.config import Config
 from psmpi.data import Dataset, Resident
@@ -45,7 +46,6 @@ class SyntheticLabels:
     lost = ""
     # Counts; and of `stale`, the weights that made what was handed over last.
     extras = frozenset({"handed", "macs", "handed_bytes", "parts", "phase"})
-    on_host = True
 
     def __init__(self, world: Any, network: Network, dataset: Dataset, config: Config, ops: NumpyOps):
         s, c = config.synthetic, config.objective
@@ -59,15 +59,19 @@ class SyntheticLabels:
         self.tables: dict[str, np.ndarray] = {}
         self.seats = Seats(world.size, self.count)
         self.row, held = world.rank % self.seats.rows, self.seats.held(world.rank)
-        self.world = Group(world, range(world.size), self.counter)
-        self.peers = Group(world, [self.seats.rank(held[0], row) for row in range(self.seats.rows)], self.counter)
+        bridge = make_bridge(world, ops, config.parallel.gpu_aware)
+        self.world = Group(world, range(world.size), self.counter, bridge)
+        peers = [self.seats.rank(held[0], row) for row in range(self.seats.rows)]
+        self.peers = Group(world, peers, self.counter, bridge)
+        if config.parallel.nccl:
+            self.peers.use_nccl(ops.stream)
         self.stages = split_layers(network, self.count)
         runs = [layer_runs(network, self.layout, *stage) for stage in self.stages]
         # All rows of a part have its shard; checkpoints are written by the first.
         self.shards = tuple(
             Runs.union(one for k in self.seats.held(rank) for one in runs[k].intervals) for rank in range(world.size)
         )
-        self.w, self.g = (np.zeros(self.shards[world.rank].size, self.dtype) for _ in range(2))
+        self.w, self.g = (ops.zeros(self.shards[world.rank].size, self.dtype) for _ in range(2))
         ends = np.cumsum([0, *(runs[k].size for k in held)]).tolist()
         places = {k: slice(a, b) for k, (a, b) in zip(held, pairwise(ends), strict=True)}
         self.parts = {
@@ -81,8 +85,8 @@ class SyntheticLabels:
         mine = [tests[at] for at in network.evaluation_batches(dataset.test.n)[self.row :: self.seats.rows]]
         if 0 not in held:
             train, mine = train[:0], []
-        self.train = Resident(dataset.train, train, self.dtype)
-        self.tests = Resident(dataset.test, np.concatenate([tests[:0], *mine]), self.dtype)
+        self.train = Resident(dataset.train, train, self.dtype, ops)
+        self.tests = Resident(dataset.test, np.concatenate([tests[:0], *mine]), self.dtype, ops)
         first = self.parts[held[0]].optimizer
         # MACs, and bytes sent from part to part: all ranks' up to the last checkpoint, and this rank's since the start.
         # What the run was planned to be: see `resumed`.
@@ -90,17 +94,19 @@ class SyntheticLabels:
             "steps": 0, "macs": 0, "handed_bytes": 0, "parts": self.count, "phase": 0, **first.scalars
         }  # fmt: skip
         self.past, self.macs, self.handed_bytes = (0, 0), 0, 0
-        self.handed = np.empty(0, self.dtype)
+        self.handed = ops.empty(self.w.size if self.way == "stale" else 0, self.dtype)
         # Vectors by name and part.
-        self.own = {"weights": {k: part.w for k, part in self.parts.items()}}
+        own = {"weights": {k: part.w for k, part in self.parts.items()}}
         for name in first.vectors:
-            self.own[name] = {k: part.optimizer.vectors[name] for k, part in self.parts.items()}
+            own[name] = {k: part.optimizer.vectors[name] for k, part in self.parts.items()}
         if self.way == "stale":
-            self.handed = self.w.copy()
-            self.own["handed"] = {k: self.handed[at] for k, at in places.items()}
+            self.handed[...] = self.w
+            own["handed"] = {k: self.handed[at] for k, at in places.items()}
+        self.mirrors = {name: {k: ops.mirror(vector) for k, vector in of.items()} for name, of in own.items()}
         # A single part lies as in the shard; of several the runs of one may be between those of another.
         self.vectors = {
-            name: next(iter(of.values())) if len(of) == 1 else np.empty_like(self.w) for name, of in self.own.items()
+            name: next(iter(of.values())).host if len(of) == 1 else np.empty(self.w.size, self.dtype)
+            for name, of in self.mirrors.items()
         }
         self._merge()
         self.loss_sum = 0.0
@@ -210,13 +216,16 @@ class SyntheticLabels:
     def _labels(self, part: Part, ids: np.ndarray, mine: np.ndarray) -> np.ndarray:
         """For inputs, the labels of the part before; in `labels` with noise, of the step and not of the row."""
         x = part.room(len(mine))
-        np.take(part.columns, self.dataset.train.labels[ids[mine]], axis=1, out=x, mode="clip")
+        part.columns.fetch(self.dataset.train.labels[ids[mine]], x)
         if self.way == "labels":
-            noise = part.noise[: part.inputs * len(ids)].reshape(part.inputs, -1)
+            all_of = slice(0, part.inputs * len(ids))
             rng = np.random.default_rng([self.seed, NOISE, part.number, int(self.scalars["steps"])])
+            part.noise.settle()
+            noise = part.noise.host[all_of]
             rng.standard_normal(dtype=self.dtype.type, out=noise)
             noise *= self.noise
-            x += noise[:, mine[0] : mine[-1] + 1]
+            part.noise.push(all_of)
+            x += part.noise.array[all_of].reshape(part.inputs, -1)[:, mine[0] : mine[-1] + 1]
         return x
 
     def _pass_on(self, k: int, x: np.ndarray | None, b: int) -> np.ndarray | None:
@@ -296,15 +305,20 @@ class SyntheticLabels:
     def _spread(self) -> Iterator[tuple[str, slice, int, slice]]:
         """Where the parts' vectors lie in the shard: (name, place there, part, place in the part's)."""
         shard = self.shards[self.rank]
-        for name, of in self.own.items():
+        for name, of in self.mirrors.items():
             for k in of if len(of) > 1 else ():
                 for a, b in self.parts[k].runs.intervals:
                     yield name, shard.local(a, b), k, self.parts[k].runs.local(a, b)
 
     def _merge(self) -> None:
-        """Put several parts' vectors in the places of the shard."""
+        """Bring `vectors` up to date, several parts' in the places of the shard."""
+        mirrors = [mirror for of in self.mirrors.values() for mirror in of.values()]
+        for mirror in mirrors:
+            mirror.fetch()
+        for mirror in mirrors:
+            mirror.wait()
         for name, there, k, here in self._spread():
-            self.vectors[name][there] = self.own[name][k][here]
+            self.vectors[name][there] = self.mirrors[name][k].host[here]
 
     def collect(self) -> None:
         self._merge()
@@ -313,7 +327,10 @@ class SyntheticLabels:
     def resumed(self, tables: bool, fresh: Set[str]) -> None:
         """Also makes anew what was handed over, by the same weights and in the same pieces, so to the same bits."""
         for name, there, k, here in self._spread():
-            self.own[name][k][here] = self.vectors[name][there]
+            self.mirrors[name][k].host[here] = self.vectors[name][there]
+        for of in self.mirrors.values():
+            for mirror in of.values():
+                mirror.push()
         if "handed" in fresh:
             self.handed[...] = self.w
         self.past = int(self.scalars["macs"]), int(self.scalars["handed_bytes"])
@@ -343,7 +360,7 @@ class SyntheticLabels:
 
     def test(self) -> Score:
         if self.seats.rows > 1:
-            verify(self.peers, self.w, "use another MPI library")
+            verify(self.peers, self.ops.host(self.w), "use another MPI library")
         totals, labels = np.zeros(3), self.dataset.test.labels
         for part in self.parts.values():
             part.forget()
@@ -358,7 +375,7 @@ class SyntheticLabels:
                         part.look(labels[ids])
                 if self.last is not None:
                     assert x is not None
-                    scores = self.last.forward(x)
+                    scores = self.ops.host(self.last.forward(x))
                     right = np.count_nonzero(scores.argmax(axis=0) == labels[ids])
                     totals += [self.everything(scores, labels[ids], 1.0), float(right), float(len(ids))]
         self._look_at_cuts()
