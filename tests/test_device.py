@@ -17,13 +17,16 @@ from test_nn import NETWORKS, make, random_problem
 
 from psmpi.backend import CompiledOps, NumpyOps, Stripes, compiled, cudnn, device, make_backend
 from psmpi.comm.bridge import Direct, Staged, ask_library, probe
+from psmpi.comm.group import Counter, Group
 from psmpi.data import Resident, open_dataset
 from psmpi.errors import UserError
+from psmpi.methods.evaluator import Evaluator
 from psmpi.nn.losses import LOSSES, make_loss
 from psmpi.nn.model import Model
 from psmpi.nn.objective import GRADIENT_LIMIT, Objective
 from psmpi.nn.targets import TargetDistance, draw_targets
 from psmpi.optim import OPTIMIZERS, Hyper, clip_by_global_norm, make_optimizer
+from psmpi.partition import Runs
 
 FAKE = Path(__file__).parent / "fake"
 F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
@@ -62,6 +65,10 @@ def cupy(request):
     if not device.available():
         pytest.skip("no GPU here, or no CuPy for it")
     return pytest.importorskip("cupy")
+
+
+class Alone:
+    rank, size = 0, 1
 
 
 def put(ops, values):
@@ -516,10 +523,16 @@ def test_recorded_work_is_played_back(stand_in):
     assert calls == [2, 2] and ops.stream.launches - before == 4
     recorded(3)
     assert calls == [2, 2, 3] and np.array_equal(ops.host(a), np.full(4, 13.0))
+    # What is done beside it has memory of its own, for sums too.
+    aside, made = ops.apart(), ops.allocations
+    assert aside.squared_norm(put(aside, np.full(9, 2.0))) == 36
+    assert ops.allocations == made and aside.partials and not ops.partials
+    recorded(2)
+    assert calls == [2, 2, 3] and np.array_equal(ops.host(a), np.full(4, 15.0))
     # Memory may have moved: what was recorded is done anew.
     ops.empty(1, F32)
     recorded(2)
-    assert calls == [2, 2, 3, 2] and np.array_equal(ops.host(a), np.full(4, 15.0))
+    assert calls == [2, 2, 3, 2] and np.array_equal(ops.host(a), np.full(4, 17.0))
     for k in range(device.KEPT + 9):
         recorded(k)
     assert len(recorded.made) == device.KEPT
@@ -667,6 +680,21 @@ def test_samples_on_the_device_are_those_that_are_there_when_they_are_taken(cupy
 
 
 @needs_compiler
+def test_a_test_of_shards_moves_nothing_that_is_recorded(cupy):
+    split, network, found = open_dataset("digits", "").test, make("small psnet"), []
+    layout, w, _, _ = random_problem(network, batch=1, dtype=F64)
+    for ops in (NumpyOps(), device.CupyOps()):
+        group, shard = Group(Alone(), [0], Counter()), Runs(((0, layout.size),))
+        weights, loss = ops.mirror(put(ops, w)), make_loss("nll", F64)
+        weights.host[:] = w
+        evaluator = Evaluator(group, network, layout, [shard], weights, split, loss, ops)
+        made = getattr(ops, "allocations", 0)
+        found.append(evaluator.run())
+        assert getattr(ops, "allocations", 0) == made
+    assert found[1] == pytest.approx(found[0], rel=1e-9)
+
+
+@needs_compiler
 def test_a_resident_split_may_be_on_the_device(cupy):
     split = open_dataset("digits", "").train
     ops = device.CupyOps()
@@ -718,10 +746,6 @@ def test_a_staged_array_waits_for_its_copies(cupy):
     here = np.ones(3)
     assert bridge.outgoing(here) is here and bridge.incoming(here) is here
     assert len(bridge.mirrors) == 3
-
-
-class Alone:
-    rank, size = 0, 1
 
 
 @needs_compiler

@@ -10,6 +10,7 @@ import tempfile
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from copy import copy
 from functools import cache
 from importlib.util import find_spec
 from math import inf, log
@@ -559,6 +560,12 @@ class CupyOps(NumpyOps):
 
     def record(self, work: Callable[..., Any]) -> Callable[..., Any]:
         return Recording(self, work)
+
+    def apart(self) -> CupyOps:
+        made = copy(self)
+        # Scratch of recorded work stays where it is.
+        made.partials = {}
+        return made
 
     def samples(self, values: np.ndarray, scale: float) -> Samples:
         return DeviceSamples(values, scale, self)

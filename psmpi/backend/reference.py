@@ -364,6 +364,10 @@ class NumpyOps:
         """
         return work
 
+    def apart(self) -> NumpyOps:
+        """The same operations for work beside what is recorded: what they allocate moves nothing of that."""
+        return self
+
     def samples(self, values: np.ndarray, scale: float) -> Samples:
         """Samples (n, features) to take minibatches from, times `scale`.
 

@@ -37,7 +37,9 @@ class Evaluator:
         loss: Loss,
         ops: NumpyOps,
     ):
-        self.group, self.network, self.layout, self.shards, self.ops = group, network, layout, shards, ops
+        # Tests allocate, and training steps may be recorded.
+        self.ops = ops = ops.apart()
+        self.group, self.network, self.layout, self.shards = group, network, layout, shards
         self.weights, self.loss, self.dtype, self.split = weights, loss, weights.host.dtype, split
         batches = network.evaluation_batches(split.n)
         dealt = [[batches[k] for k in some] for some in np.array_split(np.arange(len(batches)), group.size)]
