@@ -94,6 +94,11 @@ class DirectFeedback:
             config.objective.loss, self.dtype, kappa=config.objective.kappa, exp_clip=config.objective.exp_clip
         )
         self.objective = Objective(self.loss, self.model)
+        self.forward_pass, self.error_pass, self.backward_pass = (
+            ops.record(work) for work in (self._compute, self._differentiate, self._learn)
+        )
+        # What diagnostics allocate is not of these.
+        self.aside = ops.apart()
         # Products with derivatives of the loss are to stay finite.
         self.limit = float(np.finfo(self.dtype).max) ** 0.25
         # What it counts is not of the training.
@@ -191,20 +196,15 @@ class DirectFeedback:
     def step(self, ids: np.ndarray, lr: float) -> None:
         b = len(ids)
         self.reserve(b)
-        scores = self._forward(self.train, ids)
-        error = self.error[: self.network.classes * b].reshape(-1, b)
+        self._forward(self.train, ids)
         if self.last:
-            self._error(scores, self.dataset.train.labels[ids], error)
-        self.world.bcast(error, self.world.size - 1)
-        for one, matrix in zip(self.hidden, self.back, strict=True):
-            signal = self.signal[: one.width * b].reshape(one.width, b)
-            self.ops.matmul(matrix, error, signal)
-            self.model.backward_through(signal.reshape(self.model.outputs[one.last + 1].shape), one.first, one.last)
+            self.labels.settle()
+            self.labels.host[:b] = self.dataset.train.labels[ids]
+            self.labels.push(slice(0, b))
+            self.error_pass(b)
+        self.world.bcast(self._error(b), self.world.size - 1)
+        self.backward_pass(b)
         if self.last:
-            # The backward pass uses it up.
-            own = self.objective.cast[: error.size].reshape(error.shape)
-            own[...] = error
-            self.model.backward_through(own, self.layers[-1].first, self.layers[-1].last)
             self.loss_sum += self.objective.value() * b
         if self.clip > 0:
             clip_by_global_norm(self.g, self.clip, self.world.agree, self.ops)
@@ -218,23 +218,41 @@ class DirectFeedback:
             samples.fetch(ids, x)
         else:
             self.world.receive(x, self.rank - 1)
-        y = self.model.forward(x)
+        y, self.model.outputs = self.forward_pass(x.shape[1])
         if not self.last:
             self.world.send(y, self.rank + 1)
         return y
 
-    def _error(self, scores: np.ndarray, labels: np.ndarray, error: np.ndarray) -> None:
-        """Fill `error` with the derivatives of the mean loss with respect to the scores, limited."""
-        b = len(labels)
-        self.labels.settle()
-        self.labels.host[:b] = labels
-        self.labels.push(slice(0, b))
-        derivatives = self.objective.differentiate(scores, self.labels.array[:b], 1 / b, slice(0, len(scores)))
+    def _compute(self, b: int) -> tuple[np.ndarray, list[np.ndarray]]:
+        """The outputs of the last layer, and what the backward pass needs."""
+        return self.model.forward(self.x[: self.inputs * b].reshape(self.inputs, b)), self.model.outputs
+
+    def _error(self, b: int) -> np.ndarray:
+        """Where e (classes, b) is."""
+        return self.error[: self.network.classes * b].reshape(-1, b)
+
+    def _differentiate(self, b: int) -> None:
+        """Find e, the derivatives of the mean loss with respect to the scores, limited."""
+        scores, labels, error = self.model.outputs[-1], self.labels.array[:b], self._error(b)
+        derivatives = self.objective.differentiate(scores, labels, 1 / b, slice(0, len(scores)))
         if self.objective.on_device:
             self.ops.cast_scores(derivatives, error, self.objective.report.array)
             self.ops.give_back(error, self.objective.report.array, self.limit)
         else:
             np.copyto(error, np.clip(derivatives, -self.limit, self.limit), casting="same_kind")
+
+    def _learn(self, b: int) -> None:
+        """Fill the gradient: of hidden layers from B e, of the network's last one from e."""
+        error = self._error(b)
+        for one, matrix in zip(self.hidden, self.back, strict=True):
+            signal = self.signal[: one.width * b].reshape(one.width, b)
+            self.ops.matmul(matrix, error, signal)
+            self.model.backward_through(signal.reshape(self.model.outputs[one.last + 1].shape), one.first, one.last)
+        if self.last:
+            # The backward pass uses it up.
+            own = self.objective.cast[: error.size].reshape(error.shape)
+            own[...] = error
+            self.model.backward_through(own, self.layers[-1].first, self.layers[-1].last)
 
     def collect(self) -> None:
         for mirror in self.mirrors.values():
@@ -272,11 +290,11 @@ class DirectFeedback:
         self.reserve(b)
         sent, received = self.counter.sent, self.counter.received
         scores = self._apart(self.tests, ids)
-        error = self.error[: self.network.classes * b].reshape(-1, b)
+        error = self._error(b)
         if self.last:
             derivatives = np.empty(error.shape)
             self.everything(self.ops.host(scores), self.dataset.test.labels[ids], 1 / b, derivatives)
-            error[...] = self.ops.put(np.clip(derivatives, -self.limit, self.limit).astype(self.dtype))
+            error[...] = self.aside.put(np.clip(derivatives, -self.limit, self.limit).astype(self.dtype))
         self.world.bcast(error, self.world.size - 1)
         cosines = np.zeros(max(1, self.depth - 1))
         # The gradient comes from above, layer by layer.
@@ -285,7 +303,7 @@ class DirectFeedback:
         else:
             found = np.empty((int(np.prod(self.model.outputs[-1].shape[:-1])), b), self.dtype)
             self.world.receive(found, self.rank + 1)
-            above = self.ops.put(found)
+            above = self.aside.put(found)
         back = list(zip(self.hidden, self.back, strict=True))
         for one in reversed(self.layers):
             shape = self.model.outputs[one.last + 1].shape
@@ -295,7 +313,7 @@ class DirectFeedback:
                     self.ops.matmul(matrix, error, signal)
                     cosines[self.before + one.number] = self._cosine(one, self._copy(above), signal)
             x = self.model.outputs[one.first]
-            below = self.ops.empty(x.size, self.dtype).reshape(x.shape)
+            below = self.aside.empty(x.size, self.dtype).reshape(x.shape)
             self.model.backward_through(above.reshape(shape), one.first, one.last, below)
             above = below.reshape(-1, b)
         if not self.first:
@@ -305,7 +323,7 @@ class DirectFeedback:
         return {"alignment": [round(float(c), 6) for c in cosines[: self.depth - 1]]}
 
     def _copy(self, array: np.ndarray) -> np.ndarray:
-        made = self.ops.empty(array.size, self.dtype).reshape(array.shape)
+        made = self.aside.empty(array.size, self.dtype).reshape(array.shape)
         made[...] = array
         return made
 
