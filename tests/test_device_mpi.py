@@ -226,6 +226,10 @@ def test_float32_and_without_graphs_too(train, host):
     options = ("--max-steps", "20", "--batch-size", "32")
     for more in ((), ("--no-cuda-graphs",), ("--compute", "bfloat16")):
         assert distance(host(*options).tensors(), train(2, "--backend", "cupy", *options, *more).tensors()) <= 1e-5
+    for method in ("dfa", "sil"):
+        more = (*options, "--method", method, "--optimizer", "momentum", "--epochs", "4")
+        there = train(2, "--backend", "cupy", "--compute", "tf32", *more)
+        assert distance(host(*more).tensors(), there.tensors()) <= 1e-5
 
 
 NEWTON = ("--partition", "pairs", "--dtype", "float64", "--batch-size", "50")
