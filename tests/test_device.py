@@ -473,10 +473,11 @@ def test_the_distance_from_targets_and_its_gradient_are_those_of_the_reference(c
         objective = Objective(loss, model)
         objective.reserve(10, 9)
         objective.derive(model.forward(put(ops, x)), put(ops, labels), 1 / 9, slice(0, 10))
-        results.append((objective.value(), ops.host(g)))
+        results.append((objective.value(), ops.host(g), ops.host(objective.report.array)))
         assert loss.nbytes >= 8 * targets.size and objective.on_device == ops.on_device
-    (value, g), (our_value, our_g) = results
+    (value, g, report), (our_value, our_g, our_report) = results
     assert our_value == pytest.approx(value, rel=TOLERANCE[dtype]) and far(our_g, g) <= TOLERANCE[dtype]
+    assert our_report == pytest.approx(report, rel=TOLERANCE[dtype]) and our_report[3] > 0
     model.w[:] = put(ops, np.full_like(w, np.nan))
     objective.derive(model.forward(put(ops, x)), put(ops, labels), 1 / 9, slice(0, 10))
     with pytest.raises(FloatingPointError, match="the loss is not a finite number"):

@@ -66,11 +66,7 @@ class ElementWorker:
                 self.pairs[self.number[i], self.number[j]] = self.pairs[self.number[j], self.number[i]] = True
             samples = samples[self.number[dataset.train.labels] >= 0]
             # Where the loss is computed.
-            mask = ops.mirror(ops.empty(self.pairs.size, np.dtype(bool)).reshape(self.pairs.shape))
-            mask.host[...] = self.pairs
-            mask.push()
-            mask.settle()
-            self.mask = mask.array
+            self.mask = ops.put(self.pairs)
         self.train = Resident(dataset.train, samples, self.dtype, ops)
         # Whole minibatches, the same on any number of rows.
         batches = network.evaluation_batches(dataset.test.n) if tests else []

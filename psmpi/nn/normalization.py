@@ -98,12 +98,8 @@ class NormPart:
         assert self.seen
         means, variances = np.stack(self.seen, axis=1)
         mean, variance = means.mean(axis=0), variances.mean(axis=0) + means.var(axis=0)
-        pair = [self.ops.mirror(self.ops.empty(self.units, self.scale.dtype)) for _ in range(2)]
-        for mirror, values in zip(pair, (mean, 1 / np.sqrt(variance + EPS)), strict=True):
-            mirror.host[...] = values
-            mirror.push()
-            mirror.settle()
-        self.fixed, self.seen = (pair[0].array, pair[1].array), None
+        mean, scale = (values.astype(self.scale.dtype) for values in (mean, 1 / np.sqrt(variance + EPS)))
+        self.fixed, self.seen = (self.ops.put(mean), self.ops.put(scale)), None
 
     def _normal(self, x: np.ndarray) -> np.ndarray:
         """Where the normalized values of x are, (units, ...)."""

@@ -116,8 +116,8 @@ extern "C" __global__ void losses(long long kind, long long classes, long long b
     }
 }
 
-/* Of outputs f (units, batch), `size` in all, and targets S (units, classes): grad = 2 scale (f - S_y), and of each block
- * partial (4, blocks): its sum of (f - S_y)^2, 0, 0, and its largest derivative in magnitude. Blocks of 256. */
+/* Of outputs f (units, batch), `size` in all, and targets S (units, classes): grad = 2 scale (f - S_y), and in partial
+ * (4, blocks) of each block the sum of (f - S_y)^2, 0, 0, and the largest derivative in magnitude. Blocks of 256. */
 extern "C" __global__ void distances(long long classes, long long batch, long long size, const T *__restrict__ outputs,
                                      const double *__restrict__ targets, const long long *__restrict__ labels,
                                      double scale, double *__restrict__ grad, double *__restrict__ partial)
