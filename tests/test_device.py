@@ -527,7 +527,7 @@ def test_recorded_work_is_played_back(stand_in):
     # What is done beside it has memory of its own, for sums too.
     aside, made = ops.apart(), ops.allocations
     assert aside.squared_norm(put(aside, np.full(9, 2.0))) == 36
-    assert ops.allocations == made and aside.partials and not ops.partials
+    assert ops.allocations == made and aside.scratch and not ops.scratch
     recorded(2)
     assert calls == [2, 2, 3] and np.array_equal(ops.host(a), np.full(4, 15.0))
     # Memory may have moved: what was recorded is done anew.

@@ -221,7 +221,7 @@ class DeviceTransfer(Transfer):
         offset = (np.arange(len(at)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * PIECE
         entries = (edges[used][at] + offset, np.minimum(PIECE, sizes[at] - offset), starts[at], ends[at], offset)
         self.entries = len(at)
-        self.pieces, self.sources = (ops.array(a.astype(np.int64)) for a in (np.stack(entries, axis=1), sources))
+        self.pieces, self.sources = (ops.put(a.astype(np.int64)) for a in (np.stack(entries, axis=1), sources))
 
     def copy(self, values: Any, out: Any) -> None:
         self._start(values, out, 0)
@@ -533,10 +533,6 @@ class CupyOps(NumpyOps):
         strides = tuple(step * flat.itemsize for step in steps)
         return self.cupy.lib.stride_tricks.as_strided(flat[start:], tuple(shape), strides)
 
-    def array(self, values: np.ndarray) -> Any:
-        self.allocations += 1
-        return self.cupy.asarray(np.ascontiguousarray(values))
-
     def address(self, array: Any) -> int:
         return int(array.data.ptr)
 
@@ -564,7 +560,7 @@ class CupyOps(NumpyOps):
     def apart(self) -> CupyOps:
         made = copy(self)
         # Scratch of recorded work stays where it is.
-        made.partials = {}
+        made.scratch, made.mirrors = {}, {}
         return made
 
     def samples(self, values: np.ndarray, scale: float) -> Samples:

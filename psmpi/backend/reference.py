@@ -330,10 +330,6 @@ class NumpyOps:
         flat = array.reshape(-1)
         return as_strided(flat[start:], shape, [step * flat.itemsize for step in steps])
 
-    def array(self, values: np.ndarray) -> np.ndarray:
-        """These values where the backend computes, perhaps the array itself."""
-        return values
-
     def address(self, array: np.ndarray) -> int:
         """Where the array begins."""
         return array.ctypes.data

@@ -234,7 +234,7 @@ class DirectFeedback:
     def _differentiate(self, b: int) -> None:
         """Find e, the derivatives of the mean loss with respect to the scores, limited."""
         scores, labels, error = self.model.outputs[-1], self.labels.array[:b], self._error(b)
-        derivatives = self.objective.differentiate(scores, labels, 1 / b, slice(0, len(scores)))
+        derivatives = self.objective.losses(scores, labels, 1 / b, slice(0, len(scores)))
         if self.objective.on_device:
             self.ops.cast_scores(derivatives, error, self.objective.report.array)
             self.ops.give_back(error, self.objective.report.array, self.limit)

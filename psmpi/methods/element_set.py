@@ -84,7 +84,7 @@ class ElementSet:
         mask = np.zeros((len(self.classes),) * 2, bool)
         for i, j in ordered:
             mask[at[i], at[j]] = True
-        self.mask = ops.array(mask)
+        self.mask = ops.put(mask)
         self.whole = Model(network, layout, ops.zeros(self.part.size, self.dtype), None, ops, self.classes)
         self.objective = Objective(loss, self.whole)
         # One class after the other makes its sums.
@@ -124,9 +124,9 @@ class ElementSet:
             number=at[c],
             slices=[self.part.local(*run) for run in mine.intervals],
             model=Model(network, layout, own, None, self.ops, (c,), lender=self.whole),
-            others=self.ops.array(np.array([at[other] for _, other, _, _ in terms], np.int64)),
-            lost=self.ops.array(np.array([lost for _, _, lost, _ in terms], self.dtype)),
-            won=self.ops.array(np.array([won for _, _, _, won in terms], self.dtype)),
+            others=self.ops.put(np.array([at[other] for _, other, _, _ in terms], np.int64)),
+            lost=self.ops.put(np.array([lost for _, _, lost, _ in terms], self.dtype)),
+            won=self.ops.put(np.array([won for _, _, _, won in terms], self.dtype)),
             sums=self.sums[: len(terms) * mine.size].reshape(-1, mine.size),
             spread=self.ops.transfer(np.array(table, np.int64).reshape(-1, 3)),
         )

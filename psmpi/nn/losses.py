@@ -91,7 +91,7 @@ class Loss:
         scale: float,
         pairs: np.ndarray | None,
         own: slice,
-        grad: np.ndarray,
+        grad: np.ndarray | None,
         report: np.ndarray,
     ) -> bool:
         """The same by `ops` itself, on its arrays, and its report (see `NumpyOps.losses`); False where it cannot."""
