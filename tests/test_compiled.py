@@ -7,13 +7,14 @@ import pytest
 from test_nn import APART, NETWORKS, make
 
 from psmpi.backend import CompiledOps, NumpyOps, Stripes, compiled, make_backend
-from psmpi.backend.reference import Im2col
+from psmpi.backend.convolution import Im2col
 from psmpi.errors import UserError
 from psmpi.nn.model import Model
 from psmpi.optim import Hyper, make_optimizer
 
 LEVELS = range(1, compiled.level() + 1)
 F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
+OPS = NumpyOps()
 TOLERANCE = {F32: 1e-5, F64: 1e-10}
 
 pytestmark = pytest.mark.skipif(not compiled.level(), reason="no compiled kernels, or none for this processor")
@@ -73,7 +74,7 @@ def check(stripes, x, dy, bias, kernels, stride, level):
     dtype, shapes = x.dtype, (x.shape[:3], dy.shape[:3])
     dx_of = np.zeros_like(x)
     if len(stripes) == 1:
-        reference = Im2col(stripes, *shapes, kernels.shape[2], stride, dtype)
+        reference = Im2col(stripes, *shapes, kernels.shape[2], stride, dtype, ops=OPS)
         y, dkernels, dx = np.empty_like(dy), np.empty_like(kernels), dx_of
         reference.reserve(x.shape[-1])
         # What no stripe sees must not come from old columns.
@@ -85,7 +86,9 @@ def check(stripes, x, dy, bias, kernels, stride, level):
         for s in stripes:
             units = slice(s.out, s.out + s.count * s.n)
             one = [Stripes(s.count, s.n, s.n_in, s.source, s.source_step, 0)]
-            part = Im2col(one, shapes[0], (s.count * s.n, *shapes[1][1:]), kernels.shape[2], stride, dtype)
+            part = Im2col(
+                one, shapes[0], (s.count * s.n, *shapes[1][1:]), kernels.shape[2], stride, dtype, ops=NumpyOps()
+            )
             part.reserve(x.shape[-1])
             part.dcols.fill(0)
             into = np.empty_like(x)

@@ -10,7 +10,7 @@ from test_device import cupy, far, put, stand_in  # noqa: F401
 
 from psmpi.backend import CompiledOps, NumpyOps, compiled
 from psmpi.backend import device as gpu
-from psmpi.backend.reference import Im2col
+from psmpi.backend.convolution import Im2col
 from psmpi.methods.element_set import ElementSet
 from psmpi.nn.losses import make_loss
 from psmpi.nn.network import build
@@ -144,7 +144,7 @@ def test_samples_have_the_gradients_of_the_reference(name, batch, dtype, device)
     own, units = s.count * s.n, s.out + s.count * s.n + 1
     rng = np.random.default_rng(0)
     x, dy = some(rng, dtype, channels, height, width, batch), some(rng, dtype, units, rows, columns, batch)
-    reference = Im2col([s], x.shape[:3], dy.shape[:3], k, stride, dtype)
+    reference = Im2col([s], x.shape[:3], dy.shape[:3], k, stride, dtype, ops=OPS)
     reference.reserve(batch)
     expected, dbias = np.zeros((units, s.n_in, k, k, batch), dtype), np.zeros((units, batch), dtype)
     reference.samples(x, dy, expected, dbias)

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from cuda_host import Address, Kernels
 
-from psmpi.backend.reference import Im2col, NumpyOps, Stripes
+from psmpi.backend import NumpyOps, Stripes
+from psmpi.backend.convolution import Im2col
 from psmpi.nn.losses import LOSSES, largest_exponent, make_loss
 from psmpi.nn.targets import TargetDistance
 from psmpi.optim import Hyper, make_optimizer
@@ -200,7 +201,7 @@ def test_convolutions_are_those_of_the_reference(name, batch, dtype, device):
     rng = np.random.default_rng(0)
     x, dy = some(rng, dtype, channels, height, width, batch), some(rng, dtype, units, rows, columns, batch)
     kernels, bias = some(rng, dtype, units, s.n_in, k, k), some(rng, dtype, units)
-    reference = Im2col([s], x.shape[:3], dy.shape[:3], k, stride, dtype)
+    reference = Im2col([s], x.shape[:3], dy.shape[:3], k, stride, dtype, ops=OPS)
     reference.reserve(batch)
     reference.dcols.fill(0)
     y, dkernels, dx = np.zeros_like(dy), np.zeros_like(kernels), np.zeros_like(x)

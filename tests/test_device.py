@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from test_nn import NETWORKS, make, random_problem
 
-from psmpi.backend import CompiledOps, NumpyOps, Stripes, compiled, cudnn, device, make_backend
+from psmpi.backend import CompiledOps, NumpyOps, Stripes, compiled, cudnn, device, make_backend, recording
 from psmpi.comm.bridge import Direct, Staged, ask_library, probe
 from psmpi.comm.group import Counter, Group
 from psmpi.data import Resident, open_dataset
@@ -534,9 +534,9 @@ def test_recorded_work_is_played_back(stand_in):
     ops.empty(1, F32)
     recorded(2)
     assert calls == [2, 2, 3, 2] and np.array_equal(ops.host(a), np.full(4, 17.0))
-    for k in range(device.KEPT + 9):
+    for k in range(recording.KEPT + 9):
         recorded(k)
-    assert len(recorded.made) == device.KEPT
+    assert len(recorded.made) == recording.KEPT
     plain, before = device.CupyOps(graphs=False), ops.stream.launches
     recorded, calls[:] = plain.record(lambda: calls.append(0)), []
     for _ in range(4):

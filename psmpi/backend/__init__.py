@@ -4,11 +4,23 @@ from __future__ import annotations
 
 from psmpi.backend import compiled, device
 from psmpi.backend.compiled import CompiledOps
+from psmpi.backend.convolution import Convolution, Stripes
 from psmpi.backend.device import CupyOps
-from psmpi.backend.reference import Convolution, NumpyOps, Restriction, Stripes, Transfer
+from psmpi.backend.moves import Mirror, Restriction, Transfer
+from psmpi.backend.reference import NumpyOps
 from psmpi.errors import UserError
 
-__all__ = ["CompiledOps", "Convolution", "CupyOps", "NumpyOps", "Restriction", "Stripes", "Transfer", "make_backend"]
+__all__ = [
+    "CompiledOps",
+    "Convolution",
+    "CupyOps",
+    "Mirror",
+    "NumpyOps",
+    "Restriction",
+    "Stripes",
+    "Transfer",
+    "make_backend",
+]
 
 
 def make_backend(

@@ -18,7 +18,9 @@ from zlib import crc32
 
 import numpy as np
 
-from psmpi.backend.reference import Convolution, NumpyOps, Restriction, Stripes, Transfer
+from psmpi.backend.convolution import Convolution, Stripes
+from psmpi.backend.moves import Restriction, Transfer
+from psmpi.backend.reference import NumpyOps
 
 NAMES = {0: "", 1: "AVX2", 2: "AVX-512"}
 # Multiplications that are worth another thread.

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from psmpi.backend.reference import Convolution, Stripes
+from psmpi.backend.convolution import Convolution, Stripes
 from psmpi.errors import UserError
 
 if TYPE_CHECKING:

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from copy import copy
 from functools import cache
@@ -21,8 +19,14 @@ from zlib import crc32
 import numpy as np
 
 from psmpi.backend.blas import Blas, CublasError
+from psmpi.backend.convolution import Convolution, Im2col, Stripes
 from psmpi.backend.cudnn import ChosenConvolution, Cudnn, Shape, groups
-from psmpi.backend.reference import Convolution, Im2col, Mirror, NumpyOps, Restriction, Samples, Stripes, Transfer
+from psmpi.backend.device_convolution import ACTIVATIONS, DeviceConvolution
+from psmpi.backend.device_moves import DeviceMirror, DeviceRestriction, DeviceSamples, DeviceTransfer
+from psmpi.backend.grids import BLOCKS, blocks
+from psmpi.backend.moves import Mirror, Restriction, Samples, Transfer
+from psmpi.backend.recording import Recording
+from psmpi.backend.reference import NumpyOps
 from psmpi.errors import UserError
 
 SOURCES = (
@@ -30,16 +34,7 @@ SOURCES = (
     "vector.cu", "windows.cu",
 )  # fmt: skip
 REALS = {np.dtype(np.float32): "float", np.dtype(np.float64): "double"}
-ACTIVATIONS = {"identity": 0, "sigmoid": 1, "tanh": 2, "relu": 3}
 LOSSES = {"psl": 0, "logistic": 1, "nll": 2, "squared": 3}
-# Units or channels that a thread of the convolutions computes.
-TILE = 4
-# Blocks that fill the largest devices; sums are split over about as many.
-BLOCKS = 512
-# Elements of a run that a block moves.
-PIECE = 1024
-# Of a recorded piece of work, calls with other arguments that are kept.
-KEPT = 256
 INSTALL = "pip install 'psmpi[cuda]' (CUDA 13), pip install 'cupy-cuda12x[ctk]' (CUDA 12)"
 
 
@@ -113,296 +108,6 @@ def _version(get: Callable[[], int]) -> tuple[int, int]:
 def _stream(cupy: Any, device: int) -> Any:
     """The stream of a device: one, so that operations of all that compute on it are in order."""
     return cupy.cuda.Stream(non_blocking=True)
-
-
-def _blocks(size: int, threads: int) -> int:
-    return -(-size // threads)
-
-
-class DeviceMirror(Mirror):
-    """An array on a device and its image in pinned host memory."""
-
-    def __init__(self, array: Any, ops: CupyOps):
-        cupy = ops.cupy
-        self.array, self.stream = array, ops.stream
-        try:
-            # CuPy's pool takes it back when the last array over it is gone.
-            memory = cupy.cuda.alloc_pinned_memory(max(1, array.nbytes))
-        except cupy.cuda.runtime.CUDARuntimeError as error:
-            raise MemoryError(f"{array.nbytes} bytes of pinned host memory: {error}") from None
-        self.host = np.frombuffer(memory, array.dtype, array.size).reshape(array.shape)
-        self.event = cupy.cuda.Event(disable_timing=True)
-        self.runtime = cupy.cuda.runtime
-
-    def fetch(self, at: slice = slice(None)) -> None:
-        source, target = self._pieces(at)
-        self._copy(target.ctypes.data, source.data.ptr, target.nbytes, self.runtime.memcpyDeviceToHost)
-
-    def push(self, at: slice = slice(None)) -> None:
-        target, source = self._pieces(at)
-        self._copy(target.data.ptr, source.ctypes.data, source.nbytes, self.runtime.memcpyHostToDevice)
-
-    def _pieces(self, at: slice) -> tuple[Any, np.ndarray]:
-        if at == slice(None):
-            return self.array, self.host
-        return self.array[at], self.host[at]
-
-    def _copy(self, target: int, source: int, nbytes: int, kind: int) -> None:
-        if nbytes:
-            self.runtime.memcpyAsync(target, source, nbytes, kind, self.stream.ptr)
-            self.event.record(self.stream)
-
-    def wait(self) -> None:
-        self.event.synchronize()
-
-    settle = wait
-
-
-class DeviceSamples(Samples):
-    """Samples that stay on the device; those that are there already may be written later."""
-
-    def __init__(self, values: Any, scale: float, ops: CupyOps):
-        self.ops, self.scale = ops, scale
-        if isinstance(values, np.ndarray):
-            values = self._upload(values)
-        self.values = values
-        self.kernel = {"uint8": "gather_u8", "float32": "gather_f32", "float64": "gather_f64"}[values.dtype.name]
-        self.scales: Any = None
-        self.at: Mirror | None = None
-
-    def _upload(self, values: np.ndarray) -> Any:
-        if values.dtype not in (np.uint8, np.float32, np.float64):
-            values = values.astype(np.float64 if values.dtype.itemsize > 2 else np.float32)
-        found = self.ops.cupy.asarray(np.ascontiguousarray(values))
-        # They went through pinned memory, which CuPy would keep.
-        self.ops.synchronize()
-        self.ops.cupy.get_default_pinned_memory_pool().free_all_blocks()
-        return found
-
-    @property
-    def nbytes(self) -> int:
-        return int(self.values.nbytes)
-
-    def fetch(self, at: np.ndarray, out: Any) -> None:
-        features, b = out.shape
-        if self.at is not None:
-            self.at.settle()
-        if self.at is None or self.at.host.size < b:
-            self.at = self.ops.mirror(self.ops.empty(b, np.dtype(np.int64)))
-        if self.scales is None or self.scales.dtype != out.dtype:
-            self.scales = self.ops.empty(features, out.dtype)
-            self.scales.fill(self.scale)
-        self.at.host[:b] = at
-        self.at.push(slice(0, b))
-        grid = (_blocks(b, 32), _blocks(features, 32))
-        arrays = (self.at.array, self.values, self.scales, out)
-        self.ops.launch(self.kernel, out.dtype, grid, (32, 8), b, features, *arrays)
-
-
-class DeviceTransfer(Transfer):
-    """Copies of runs by a table of pieces of the target that all have the same runs of the source, see `transfer`."""
-
-    def __init__(self, table: np.ndarray, ops: CupyOps):
-        self.ops, self.table = ops, np.ascontiguousarray(table, np.int64)
-        begin, to, length = self.table.T
-        edges = np.unique(np.concatenate([to, to + length]))
-        # Runs are cut where another begins or ends, and what is long in pieces for a block each.
-        first, behind = np.searchsorted(edges, to), np.searchsorted(edges, to + length)
-        run = np.repeat(np.arange(len(to)), behind - first)
-        segment = np.arange(len(run)) - np.repeat(np.cumsum(behind - first) - behind, behind - first)
-        order = np.argsort(segment, kind="stable")
-        run, segment = run[order], segment[order]
-        sources = begin[run] + edges[segment] - to[run]
-        used, starts = np.unique(segment, return_index=True)
-        ends = np.append(starts[1:], len(segment))
-        sizes = np.diff(edges)[used] if len(used) else used
-        pieces = -(-sizes // PIECE)
-        at = np.repeat(np.arange(len(used)), pieces)
-        offset = (np.arange(len(at)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * PIECE
-        entries = (edges[used][at] + offset, np.minimum(PIECE, sizes[at] - offset), starts[at], ends[at], offset)
-        self.entries = len(at)
-        self.pieces, self.sources = (ops.put(a.astype(np.int64)) for a in (np.stack(entries, axis=1), sources))
-
-    def copy(self, values: Any, out: Any) -> None:
-        self._start(values, out, 0)
-
-    def add(self, values: Any, out: Any) -> None:
-        self._start(values, out, 1)
-
-    def _start(self, values: Any, out: Any, add: int) -> None:
-        if self.entries:
-            arrays = (self.pieces, self.sources, values, out)
-            self.ops.launch("transfer", out.dtype, (self.entries,), (256,), *arrays, add)
-
-    @property
-    def nbytes(self) -> int:
-        return int(self.table.nbytes + self.pieces.nbytes + self.sources.nbytes)
-
-
-class DeviceRestriction(Restriction):
-    """With room for one row of each element, twice."""
-
-    def __init__(self, runs: Sequence[Sequence[tuple[int, int]]], size: int, ops: CupyOps):
-        super().__init__(runs, size, ops.transfer)
-        self.ops = ops
-        self.room: dict[np.dtype, tuple[Any, Any]] = {}
-
-    def rows(self, dtype: np.dtype) -> tuple[Any, Any]:
-        """Two (elements, size); behind small elements the first holds zeros, if nothing else is put there."""
-        if dtype not in self.room:
-            size = len(self.sizes) * self.size
-            self.room[dtype] = tuple(self.ops.zeros(size, dtype).reshape(len(self.sizes), -1) for _ in range(2))
-        return self.room[dtype]
-
-    @property
-    def nbytes(self) -> int:
-        return super().nbytes + sum(array.nbytes for pair in self.room.values() for array in pair)
-
-
-class Recording:
-    """Work on the device that is captured as a CUDA graph when it is done with the same arguments a second time.
-
-    The first time makes room: what a graph uses must stay where it is. Graphs from before the last allocation are
-    forgotten for that reason.
-    """
-
-    def __init__(self, ops: CupyOps, work: Callable[..., Any]):
-        self.ops, self.work = ops, work
-        self.made: OrderedDict[tuple[Any, ...], tuple[Any, Any] | None] = OrderedDict()
-        self.allocations = -1
-
-    def __call__(self, *args: Any) -> Any:
-        ops = self.ops
-        if self.allocations != ops.allocations:
-            self.made.clear()
-            self.allocations = ops.allocations
-        found = self.made.get(args)
-        if found is None:
-            return self._first(args)
-        self.made.move_to_end(args)
-        graph, result = found
-        graph.launch(ops.stream)
-        return result
-
-    def _first(self, args: tuple[Any, ...]) -> Any:
-        ops = self.ops
-        if args not in self.made or not ops.graphs:
-            result = self.work(*args)
-            self.made[args] = None
-            if len(self.made) > KEPT:
-                self.made.popitem(last=False)
-            return result
-        graph, result = None, None
-        try:
-            ops.stream.begin_capture()
-            try:
-                result = self.work(*args)
-            finally:
-                graph = ops.stream.end_capture()
-        except ops.failures as error:
-            ops.graphs = False
-            warnings.warn(f"CUDA graphs are not used, this device cannot record the step: {error}", stacklevel=2)
-            return self.work(*args)
-        self.made[args] = graph, result
-        graph.launch(ops.stream)
-        return result
-
-
-class DeviceConvolution:
-    """Register blocks along the batch, see cuda/conv.cu; the packed kernels are made by `prepare`."""
-
-    def __init__(
-        self,
-        ops: CupyOps,
-        stripes: Sequence[Stripes],
-        in_shape: tuple[int, int, int],
-        out_shape: tuple[int, int, int],
-        kernel: int,
-        stride: int,
-        dtype: np.dtype,
-        activation: str,
-    ):
-        self.ops, self.stripes, self.dtype, self.kernel = ops, stripes, np.dtype(dtype), kernel
-        self.rest = (*in_shape[1:], *out_shape[1:], kernel, stride)
-        self.inputs, self.positions = in_shape[1] * in_shape[2], out_shape[1] * out_shape[2]
-        self.activation = ACTIVATIONS[activation]
-        self.packed: list[tuple[Any, Any]] = []
-        for s in stripes:
-            by_unit = s.count * s.n_in * kernel**2 * _blocks(s.n, TILE) * TILE
-            by_channel = s.count * s.n * kernel**2 * _blocks(s.n_in, TILE) * TILE
-            self.packed.append((ops.empty(by_unit, self.dtype), ops.empty(by_channel, self.dtype)))
-        # Stripes that see the same channels add their gradients up; channels that none sees have the gradient 0.
-        seen = np.zeros(in_shape[0], int)
-        for s in stripes:
-            for k in range(s.count):
-                seen[s.source + k * s.source_step :][: s.n_in] += 1
-        self.covers = bool((seen == 1).all())
-
-    def reserve(self, batch: int) -> None:
-        for s in self.stripes:
-            self.ops.partial(self._splits(s, batch) * s.count * s.n * s.n_in * self.kernel**2, self.dtype)
-
-    def arrays(self) -> list[Any]:
-        return [array for pair in self.packed for array in pair]
-
-    def prepare(self, kernels: Any) -> None:
-        for s, (by_unit, by_channel) in zip(self.stripes, self.packed, strict=True):
-            size = max(by_unit.size, by_channel.size)
-            shape = (s.count, s.n, s.n_in, s.out, self.kernel)
-            self.ops.spread("conv_pack", self.dtype, size, *shape, kernels, by_unit, by_channel)
-
-    @staticmethod
-    def _numbers(s: Stripes) -> tuple[int, ...]:
-        return s.count, s.n, s.n_in, s.source, s.source_step, s.out
-
-    def forward(self, x: Any, kernels: Any, bias: Any, y: Any) -> None:
-        b = x.shape[-1]
-        for s, (by_unit, _) in zip(self.stripes, self.packed, strict=True):
-            grid = (_blocks(self.positions * b, 128), _blocks(s.n, TILE), s.count)
-            self.ops.launch(
-                "conv_forward", self.dtype, grid, (128,), *self._numbers(s), *self.rest, b, x, by_unit, bias, y,
-                self.activation,
-            )  # fmt: skip
-
-    def backward(self, x: Any, dy: Any, kernels: Any, dkernels: Any, dx: Any) -> None:
-        b, launch = x.shape[-1], self.ops.launch
-        for s in self.stripes if dkernels is not None else ():
-            splits, size = self._splits(s, b), s.count * s.n * s.n_in * self.kernel**2
-            partial = self.ops.partial(splits * size, self.dtype)
-            grid = (s.count * _blocks(s.n, TILE), s.n_in * self.kernel, splits)
-            launch(
-                "conv_weight", self.dtype, grid, (128,), *self._numbers(s), *self.rest, b, x, dy, partial, splits,
-            )  # fmt: skip
-            into = dkernels[s.out : s.out + s.count * s.n]
-            self.ops.spread("conv_weight_sum", self.dtype, size, size, splits, partial, into)
-        if dx is None:
-            return
-        if not self.covers:
-            dx.fill(0)
-        for s, (_, by_channel) in zip(self.stripes, self.packed, strict=True):
-            # Stripes whose channels overlap come one after the other.
-            for k in range(1 if self.covers else s.count):
-                count = s.count if self.covers else 1
-                numbers = (count, s.n, s.n_in, s.source + k * s.source_step, s.source_step, s.out + k * s.n)
-                weights = by_channel.reshape(s.count, -1)[k:]
-                grid = (_blocks(self.inputs * b, 128), _blocks(s.n_in, TILE), count)
-                launch(
-                    "conv_input", self.dtype, grid, (128,), *numbers, *self.rest, b, dy, weights, dx,
-                    int(not self.covers),
-                )  # fmt: skip
-
-    def samples(self, x: Any, dy: Any, dkernels: Any, dbias: Any) -> None:
-        b = x.shape[-1]
-        for s in self.stripes:
-            grid = (_blocks(s.n_in * self.kernel**2 * b, 128), _blocks(s.n, TILE), s.count)
-            numbers = (*self._numbers(s), *self.rest, b)
-            self.ops.launch("conv_samples", self.dtype, grid, (128,), *numbers, x, dy, dkernels)
-        self.ops.position_sums(dy, dbias)
-
-    def _splits(self, s: Stripes, batch: int) -> int:
-        """Parts of the sum over positions and samples: by the shapes alone, so that it keeps its order."""
-        blocks = s.count * _blocks(s.n, TILE) * s.n_in * self.kernel
-        return max(1, min(_blocks(BLOCKS, blocks), _blocks(self.positions * batch, 1024)))
 
 
 class CupyOps(NumpyOps):
@@ -494,7 +199,7 @@ class CupyOps(NumpyOps):
     def spread(self, name: str, dtype: np.dtype, size: int, *args: Any) -> None:
         """Start a kernel that takes `size` elements one by one, however many threads there are."""
         if size:
-            self.launch(name, dtype, (min(_blocks(size, 256), 16 * BLOCKS),), (256,), *args)
+            self.launch(name, dtype, (min(blocks(size, 256), 16 * BLOCKS),), (256,), *args)
 
     def partial(self, size: int, dtype: np.dtype) -> Any:
         """Scratch for the parts of a sum, valid until the next sum."""
@@ -596,7 +301,7 @@ class CupyOps(NumpyOps):
             return
         count, n = dbias.shape
         m = dy.size // (count * n)
-        splits = max(1, min(_blocks(BLOCKS, count * n), _blocks(m, 2048)))
+        splits = max(1, min(blocks(BLOCKS, count * n), blocks(m, 2048)))
         partial = self.partial(count * n * splits, dy.dtype)
         shape, grid = (count, n, m), (count * n, splits)
         self.launch("finish_back", dy.dtype, grid, (256,), *shape, y, dy, partial, splits, ACTIVATIONS[kind])
@@ -632,7 +337,7 @@ class CupyOps(NumpyOps):
         own: Convolution
         if self.compute != "float32" and dtype == np.float32:
             # The tensor cores compute products of matrices.
-            own = Im2col(stripes, in_shape, out_shape, kernel, stride, dtype, activation, self)
+            own = Im2col(stripes, in_shape, out_shape, kernel, stride, dtype, activation, ops=self)
         else:
             own = DeviceConvolution(self, stripes, in_shape, out_shape, kernel, stride, dtype, activation)  # type: ignore[assignment]
         count = groups(stripes, in_shape[0], out_shape[0])
@@ -702,15 +407,15 @@ class CupyOps(NumpyOps):
         return True
 
     def distances(self, outputs: Any, targets: Any, labels: Any, scale: float, grad: Any, report: Any) -> bool:
-        blocks = min(_blocks(outputs.size, 1024), BLOCKS)
-        partial = self.partial(4 * blocks, np.dtype(np.float64))
+        count = min(blocks(outputs.size, 1024), BLOCKS)
+        partial = self.partial(4 * count, np.dtype(np.float64))
         shape = (targets.shape[1], outputs.shape[1], outputs.size)
         self.launch(
-            "distances", outputs.dtype, (blocks,), (256,), *shape, outputs, targets, labels, scale, grad, partial
+            "distances", outputs.dtype, (count,), (256,), *shape, outputs, targets, labels, scale, grad, partial
         )
         # What blocks have found is added up as if they were samples with one score each.
-        peaks = partial[3 * blocks :]
-        self.launch("loss_report", outputs.dtype, (1,), (256,), 1, blocks, 0, 1, partial, peaks, scale, report)
+        peaks = partial[3 * count :]
+        self.launch("loss_report", outputs.dtype, (1,), (256,), 1, count, 0, 1, partial, peaks, scale, report)
         return True
 
     def cast_scores(self, grad: Any, out: Any, report: Any) -> None:
@@ -728,7 +433,7 @@ class CupyOps(NumpyOps):
     def _dots(self, pairs: Any, v: Any, out: Any) -> None:
         """out (count * rows,) float64 = Z v."""
         count, rows, size = pairs.shape
-        splits = max(1, min(_blocks(BLOCKS, count * rows), _blocks(size, 2048)))
+        splits = max(1, min(blocks(BLOCKS, count * rows), blocks(size, 2048)))
         partial = self.partial(count * rows * splits, np.dtype(np.float64))
         self.launch("pair_dots", v.dtype, (splits, rows, count), (256,), size, pairs, v, partial)
         self.spread("pair_sums", v.dtype, count * rows, count * rows, splits, partial, out)
@@ -753,7 +458,7 @@ class CupyOps(NumpyOps):
         self._dots(pairs, v, coefficients)
         weights = self.room("weights", count * rows, np.dtype(np.float64))
         self.spread("pair_weights", v.dtype, count * rows, count, rows, middle, coefficients, weights)
-        grid = (_blocks(size, 256), count)
+        grid = (blocks(size, 256), count)
         self.launch("pair_combine", v.dtype, grid, (256,), rows, size, pairs, sigma, weights, v, out)
 
     def restricted_products(
@@ -811,31 +516,31 @@ class CupyOps(NumpyOps):
         n = pairs[0][0].size if pairs else 0
         if not n:
             return np.zeros(len(pairs))
-        blocks, partial = self._shares(len(pairs), n)
+        each, partial = self._shares(len(pairs), n)
         for k in range(0, len(pairs), 4):
             some = [array for pair in pairs[k : k + 4] for array in pair]
             some += [0] * (8 - len(some))
-            self.launch("dots", pairs[0][0].dtype, (blocks,), (256,), n, *some, partial[k * blocks :])
-        return self._sums(len(pairs), blocks, partial, pairs[0][0].dtype)
+            self.launch("dots", pairs[0][0].dtype, (each,), (256,), n, *some, partial[k * each :])
+        return self._sums(len(pairs), each, partial, pairs[0][0].dtype)
 
     def abs_sum(self, x: Any) -> float:
         if not x.size:
             return 0.0
-        blocks, partial = self._shares(1, x.size)
-        self.launch("abs_sum", x.dtype, (blocks,), (256,), x.size, x, partial)
-        return float(self._sums(1, blocks, partial, x.dtype)[0])
+        each, partial = self._shares(1, x.size)
+        self.launch("abs_sum", x.dtype, (each,), (256,), x.size, x, partial)
+        return float(self._sums(1, each, partial, x.dtype)[0])
 
     def _shares(self, count: int, n: int) -> tuple[int, Any]:
         """The number of blocks that make a sum over n elements, and scratch for what they come to in `count` sums."""
         if count > self.sums.host.size:
             self.sums = self.mirror(self.zeros(count, np.dtype(np.float64)))
-        blocks = min(_blocks(n, 1024), BLOCKS)
+        each = min(blocks(n, 1024), BLOCKS)
         # For as many sums as there may be: a larger scratch would end the recordings.
-        return blocks, self.partial(self.sums.host.size * blocks, np.dtype(np.float64))
+        return each, self.partial(self.sums.host.size * each, np.dtype(np.float64))
 
-    def _sums(self, count: int, blocks: int, partial: Any, dtype: np.dtype) -> np.ndarray:
-        """What the blocks' shares of `count` sums come to, by the kernels of `dtype`."""
-        self.launch("sum_partials", dtype, (count,), (256,), blocks, partial, self.sums.array)
+    def _sums(self, count: int, each: int, partial: Any, dtype: np.dtype) -> np.ndarray:
+        """What the shares of `each` blocks in `count` sums come to, by the kernels of `dtype`."""
+        self.launch("sum_partials", dtype, (count,), (256,), each, partial, self.sums.array)
         self.sums.fetch(slice(count))
         self.sums.wait()
         return self.sums.host[:count].copy()

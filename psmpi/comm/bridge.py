@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from psmpi.backend import NumpyOps
-from psmpi.backend.reference import Mirror
+from psmpi.backend import Mirror, NumpyOps
 from psmpi.errors import UserError
 
 Pieces = Sequence[slice]

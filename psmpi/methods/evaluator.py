@@ -8,8 +8,7 @@ from math import prod
 
 import numpy as np
 
-from psmpi.backend import NumpyOps
-from psmpi.backend.reference import Mirror
+from psmpi.backend import Mirror, NumpyOps
 from psmpi.comm.group import Group
 from psmpi.data import Resident, Split
 from psmpi.nn.losses import Loss

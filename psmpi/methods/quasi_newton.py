@@ -11,8 +11,7 @@ from math import inf, isfinite
 
 import numpy as np
 
-from psmpi.backend import NumpyOps
-from psmpi.backend.reference import Mirror
+from psmpi.backend import Mirror, NumpyOps
 from psmpi.comm.exchange import Exchange
 from psmpi.comm.group import Group
 from psmpi.config import Config

@@ -1,0 +1,157 @@
+"""What moves values on a GPU, and between it and host memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from psmpi.backend.grids import blocks
+from psmpi.backend.moves import Mirror, Restriction, Samples, Transfer
+
+if TYPE_CHECKING:
+    from psmpi.backend.device import CupyOps
+
+# Elements of a run that a block moves.
+PIECE = 1024
+
+
+class DeviceMirror(Mirror):
+    """An array on a device and its image in pinned host memory."""
+
+    def __init__(self, array: Any, ops: CupyOps):
+        cupy = ops.cupy
+        self.array, self.stream = array, ops.stream
+        try:
+            # CuPy's pool takes it back when the last array over it is gone.
+            memory = cupy.cuda.alloc_pinned_memory(max(1, array.nbytes))
+        except cupy.cuda.runtime.CUDARuntimeError as error:
+            raise MemoryError(f"{array.nbytes} bytes of pinned host memory: {error}") from None
+        self.host = np.frombuffer(memory, array.dtype, array.size).reshape(array.shape)
+        self.event = cupy.cuda.Event(disable_timing=True)
+        self.runtime = cupy.cuda.runtime
+
+    def fetch(self, at: slice = slice(None)) -> None:
+        source, target = self._pieces(at)
+        self._copy(target.ctypes.data, source.data.ptr, target.nbytes, self.runtime.memcpyDeviceToHost)
+
+    def push(self, at: slice = slice(None)) -> None:
+        target, source = self._pieces(at)
+        self._copy(target.data.ptr, source.ctypes.data, source.nbytes, self.runtime.memcpyHostToDevice)
+
+    def _pieces(self, at: slice) -> tuple[Any, np.ndarray]:
+        if at == slice(None):
+            return self.array, self.host
+        return self.array[at], self.host[at]
+
+    def _copy(self, target: int, source: int, nbytes: int, kind: int) -> None:
+        if nbytes:
+            self.runtime.memcpyAsync(target, source, nbytes, kind, self.stream.ptr)
+            self.event.record(self.stream)
+
+    def wait(self) -> None:
+        self.event.synchronize()
+
+    settle = wait
+
+
+class DeviceSamples(Samples):
+    """Samples that stay on the device; those that are there already may be written later."""
+
+    def __init__(self, values: Any, scale: float, ops: CupyOps):
+        self.ops, self.scale = ops, scale
+        if isinstance(values, np.ndarray):
+            values = self._upload(values)
+        self.values = values
+        self.kernel = {"uint8": "gather_u8", "float32": "gather_f32", "float64": "gather_f64"}[values.dtype.name]
+        self.scales: Any = None
+        self.at: Mirror | None = None
+
+    def _upload(self, values: np.ndarray) -> Any:
+        if values.dtype not in (np.uint8, np.float32, np.float64):
+            values = values.astype(np.float64 if values.dtype.itemsize > 2 else np.float32)
+        found = self.ops.cupy.asarray(np.ascontiguousarray(values))
+        # They went through pinned memory, which CuPy would keep.
+        self.ops.synchronize()
+        self.ops.cupy.get_default_pinned_memory_pool().free_all_blocks()
+        return found
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.values.nbytes)
+
+    def fetch(self, at: np.ndarray, out: Any) -> None:
+        features, b = out.shape
+        if self.at is not None:
+            self.at.settle()
+        if self.at is None or self.at.host.size < b:
+            self.at = self.ops.mirror(self.ops.empty(b, np.dtype(np.int64)))
+        if self.scales is None or self.scales.dtype != out.dtype:
+            self.scales = self.ops.empty(features, out.dtype)
+            self.scales.fill(self.scale)
+        self.at.host[:b] = at
+        self.at.push(slice(0, b))
+        grid = (blocks(b, 32), blocks(features, 32))
+        arrays = (self.at.array, self.values, self.scales, out)
+        self.ops.launch(self.kernel, out.dtype, grid, (32, 8), b, features, *arrays)
+
+
+class DeviceTransfer(Transfer):
+    """Copies of runs by a table of pieces of the target that all have the same runs of the source, see `transfer`."""
+
+    def __init__(self, table: np.ndarray, ops: CupyOps):
+        self.ops, self.table = ops, np.ascontiguousarray(table, np.int64)
+        begin, to, length = self.table.T
+        edges = np.unique(np.concatenate([to, to + length]))
+        # Runs are cut where another begins or ends, and what is long in pieces for a block each.
+        first, behind = np.searchsorted(edges, to), np.searchsorted(edges, to + length)
+        run = np.repeat(np.arange(len(to)), behind - first)
+        segment = np.arange(len(run)) - np.repeat(np.cumsum(behind - first) - behind, behind - first)
+        order = np.argsort(segment, kind="stable")
+        run, segment = run[order], segment[order]
+        sources = begin[run] + edges[segment] - to[run]
+        used, starts = np.unique(segment, return_index=True)
+        ends = np.append(starts[1:], len(segment))
+        sizes = np.diff(edges)[used] if len(used) else used
+        pieces = -(-sizes // PIECE)
+        at = np.repeat(np.arange(len(used)), pieces)
+        offset = (np.arange(len(at)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * PIECE
+        entries = (edges[used][at] + offset, np.minimum(PIECE, sizes[at] - offset), starts[at], ends[at], offset)
+        self.entries = len(at)
+        self.pieces, self.sources = (ops.put(a.astype(np.int64)) for a in (np.stack(entries, axis=1), sources))
+
+    def copy(self, values: Any, out: Any) -> None:
+        self._start(values, out, 0)
+
+    def add(self, values: Any, out: Any) -> None:
+        self._start(values, out, 1)
+
+    def _start(self, values: Any, out: Any, add: int) -> None:
+        if self.entries:
+            arrays = (self.pieces, self.sources, values, out)
+            self.ops.launch("transfer", out.dtype, (self.entries,), (256,), *arrays, add)
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.table.nbytes + self.pieces.nbytes + self.sources.nbytes)
+
+
+class DeviceRestriction(Restriction):
+    """With room for one row of each element, twice."""
+
+    def __init__(self, runs: Sequence[Sequence[tuple[int, int]]], size: int, ops: CupyOps):
+        super().__init__(runs, size, ops.transfer)
+        self.ops = ops
+        self.room: dict[np.dtype, tuple[Any, Any]] = {}
+
+    def rows(self, dtype: np.dtype) -> tuple[Any, Any]:
+        """Two (elements, size); behind small elements the first holds zeros, if nothing else is put there."""
+        if dtype not in self.room:
+            size = len(self.sizes) * self.size
+            self.room[dtype] = tuple(self.ops.zeros(size, dtype).reshape(len(self.sizes), -1) for _ in range(2))
+        return self.room[dtype]
+
+    @property
+    def nbytes(self) -> int:
+        return super().nbytes + sum(array.nbytes for pair in self.room.values() for array in pair)
