@@ -37,9 +37,9 @@ class PartitionedNewton:
     """Steps w (this rank's shard) and w_part (what its worker computes with), which stay equal where both lie.
 
     world: all ranks; `worker` is None on ranks that only hold weights. scalars: the radius, the first length that a
-    line search tries, theta of the adaptive momentum and counts, the same on every rank. mirrors: of vectors over the
-    shard, where they are used, `v` of the momentum and `squares` of the gradients; and of `pairs`. tables: this rank's
-    rows of what elements remember, in host memory, where mirrors of the weights and of `mirrors` bring it.
+    line search tries, theta of the adaptive momentum and counts, the same on every rank. vectors, over the shard, where
+    they are used: `v` of the momentum, `squares` of the gradients. tables: this rank's rows of what elements remember.
+    Both are in host memory, as are the scalars; what they have of the device's goes there and back by `mirrors`.
     """
 
     def __init__(
