@@ -182,7 +182,7 @@ class LinearPart:
 
     def arrays(self) -> list[np.ndarray]:
         """What it holds besides weights, activations, their gradients and scratch."""
-        return [a for a in vars(self).values() if isinstance(a, np.ndarray)]
+        return []
 
     def _rows(self, into: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
         """The segments' weights and biases in `into` (k, part's weights)."""
@@ -232,7 +232,8 @@ class DensePart(LinearPart):
                 self.ops.finish_back(self.target(s, y), out, self.activation, None)
                 weights, into = sums
                 gw, gb = self._rows(into)[k]
-                self.ops.weighted_sums(out, weights, gb)
+                if self.layer.bias:
+                    self.ops.weighted_sums(out, weights, gb)
                 scaled = self.scratch.take("scaled", len(weights), *out.shape)
                 self.ops.scale_samples(out, weights, scaled)
                 self.ops.matmul(scaled, across, gw)
@@ -294,7 +295,7 @@ class ConvPart(LinearPart):
         self.plan.reserve(batch)
 
     def arrays(self) -> list[np.ndarray]:
-        return [*super().arrays(), *self.plan.arrays()]
+        return [self.folded, self.dfolded, self.bias, *self.plan.arrays()]
 
     def _images(self, s: Segment, rows: np.ndarray, k: int) -> np.ndarray:
         return rows.reshape(s.count, s.n, self.layer.group_inputs, k, k)
@@ -332,7 +333,8 @@ class ConvPart(LinearPart):
         dbias = self.scratch.take("dbias", self.units, batch)
         self.plan.samples(x, dy, apart, dbias)
         for s, (gw, gb) in zip(self.segments, self._rows(sums), strict=True):
-            self.ops.weighted_sums(self.target(s, dbias), weights, gb)
+            if self.layer.bias:
+                self.ops.weighted_sums(self.target(s, dbias), weights, gb)
             # Unfolding is linear: the sums over samples first, there are fewer of them.
             folded = self.scratch.take("folded", many, s.n, *self.folded.shape[1:])
             for k in range(s.count):
