@@ -150,7 +150,7 @@ assert issubclass(cudnn.cudnnGraphNotSupportedError, Exception) and type(cudnn.b
 for owner, names in (
     (cudnn, "create_handle set_stream pygraph"),
     (cudnn.data_type, "FLOAT DOUBLE"), (cudnn.heur_mode, "A FALLBACK"),
-    (cudnn.numerical_note, "NONDETERMINISTIC TENSOR_CORE DOWN_CONVERT_INPUTS"),
+    (cudnn.numerical_note, "NONDETERMINISTIC TENSOR_CORE DOWN_CONVERT_INPUTS REDUCED_PRECISION_REDUCTION"),
     (cudnn.pygraph, "validate build_operation_graph check_support build_plans get_workspace_size"),
     (cudnn.pygraph, "conv_fprop conv_wgrad conv_dgrad"),
 ):
@@ -269,8 +269,14 @@ def test_convolutions_may_be_those_of_cudnn(cupy, name, dtype):
         scores, g, our_scores, our_g = both_ways(name, dtype, ops, classes)
         assert far(our_scores, scores) <= tolerance and far(our_g, g) <= tolerance
     # Both sizes of minibatch; a GPU's cuDNN may not have all.
-    assert {batch for _, batch in ops.cudnn.chosen} == {5, 7}
+    assert {batch for _, batch, _ in ops.cudnn.chosen} == {5, 7}
+    # The first layer's input needs no gradient, and only one minibatch went back.
+    assert {work for _, batch, work in ops.cudnn.chosen if batch == 7} == {"output"}
     assert not fake or all(ops.cudnn.chosen.values())
+
+
+# What cuDNN calls what it is asked for.
+WORK = {"fprop": "output", "wgrad": "gradient of kernels", "dgrad": "gradient of input"}
 
 
 def test_groups_of_channels_are_known():
@@ -294,8 +300,8 @@ def test_groups_of_channels_are_known():
         ("build", "cuDNN cannot: no engine proposed a plan"),
         ("execute", "cuDNN cannot: CUDNN_STATUS_EXECUTION_FAILED"),
         ("capture", "cuDNN cannot: CUDNN_STATUS_EXECUTION_FAILED"),
-        *((f"{kind} is wrong", "cuDNN is wrong by 0.0") for kind in ("fprop", "wgrad", "dgrad")),
-        *((f"{kind} is no number", "cuDNN is wrong by nan") for kind in ("fprop", "wgrad", "dgrad")),
+        *((f"{kind} is wrong", "cuDNN is wrong by 0.0") for kind in WORK),
+        *((f"{kind} is no number", "cuDNN is wrong by nan") for kind in WORK),
     ],
 )
 @pytest.mark.parametrize("convolution", ["cudnn", "measured"])
@@ -305,23 +311,29 @@ def test_a_cudnn_that_fails_is_not_used(stand_in, monkeypatch, fault, says, conv
     stand_in.cuda.clock.costs.update({"cudnn packed": 0.0, "cudnn strided": 0.0, "turn": 0.0})
     monkeypatch.setattr(library, "FAULT", fault)
     ops = device.CupyOps(convolution=convolution)
-    own = both_ways("mean pooling", F32, device.CupyOps())[2:]
-    found = both_ways("mean pooling", F32, ops)[2:]
-    assert all(np.array_equal(a, b) for a, b in zip(found, own, strict=True))
-    assert len(ops.choices) == 4 and not any(ops.cudnn.chosen.values())
-    for line in ops.choices:
-        assert ": psmpi (" in line and says in line and says.replace("cuDNN", "cuDNN on turned images") in line
+    scores, g, our_scores, our_g = both_ways("mean pooling", F32, ops)
+    assert far(our_scores, scores) <= TOLERANCE[F32] and far(our_g, g) <= TOLERANCE[F32]
+    # Two minibatches forward, one back through two layers.
+    assert len(ops.choices) == 2 * 2 + 2 + 1
+    alone = WORK.get(fault.partition(" ")[0])
+    for line, (key, chosen) in zip(ops.choices, ops.cudnn.chosen.items(), strict=True):
+        if alone is None or key[-1] == alone:
+            assert chosen is None and ": psmpi (" in line
+            assert says in line and says.replace("cuDNN", "cuDNN on turned images") in line
+        else:
+            assert chosen is not None and f", {key[-1]}: cuDNN" in line
 
 
 @needs_compiler
-@pytest.mark.parametrize("kind", ["fprop", "wgrad", "dgrad"])
+@pytest.mark.parametrize("kind", WORK)
 def test_what_cudnn_has_not_computed_is_not_taken_for_its_result(stand_in, monkeypatch, kind):
     import cudnn as library
 
     monkeypatch.setattr(library, "FAULT", f"{kind} does nothing")
     ops = device.CupyOps(convolution="cudnn")
     both_ways("mean pooling", F32, ops)
-    assert not any(ops.cudnn.chosen.values()) and all(line.count("is wrong by") == 2 for line in ops.choices)
+    for line, (key, chosen) in zip(ops.choices, ops.cudnn.chosen.items(), strict=True):
+        assert (chosen is None and line.count("is wrong by") == 2) == (key[-1] == WORK[kind])
 
 
 @needs_compiler
@@ -329,7 +341,8 @@ def test_what_cudnn_does_not_read_as_it_lies_is_turned(stand_in, monkeypatch):
     import cudnn as library
 
     monkeypatch.setattr(library, "FAULT", "strided")
-    stand_in.cuda.clock.costs.update({"conv_forward": 50.0, "cudnn strided": 0.0})
+    stand_in.cuda.clock.costs.update(dict.fromkeys(("conv_forward", "conv_input", "conv_weight"), 50.0))
+    stand_in.cuda.clock.costs["cudnn strided"] = 0.0
     for convolution in ("cudnn", "measured"):
         ops = device.CupyOps(convolution=convolution)
         both_ways("mean pooling", F32, ops)
@@ -337,29 +350,42 @@ def test_what_cudnn_does_not_read_as_it_lies_is_turned(stand_in, monkeypatch):
     assert all("cuDNN cannot: no engine" in line for line in ops.choices)
 
 
+OWN = {"output": "conv_forward", "gradient of kernels": "conv_weight", "gradient of input": "conv_input"}
+
+
 @needs_compiler
 @pytest.mark.parametrize(
     ("costs", "taken"),
     [
         ({"cudnn packed": 20.0, "cudnn strided": 20.0}, "psmpi"),
-        ({"conv_forward": 50.0, "cudnn packed": 2.0, "cudnn strided": 9.0}, "cuDNN on turned images"),
-        ({"conv_forward": 50.0, "cudnn packed": 2.0, "cudnn strided": 3.0}, "cuDNN"),
-        ({"conv_input": 50.0, "cudnn packed": 9.0, "cudnn strided": 9.0, "turn": 9.0}, "cuDNN"),
+        ({"cudnn packed": 2.0, "cudnn strided": 9.0}, "cuDNN on turned images"),
+        ({"cudnn packed": 2.0, "cudnn strided": 3.0, "turn": 2.0}, "cuDNN"),
     ],
 )
-def test_the_fastest_convolution_is_taken(stand_in, costs, taken):
-    stand_in.cuda.clock.costs.update(costs)
+@pytest.mark.parametrize("work", OWN)
+def test_the_fastest_is_taken_for_each_work(stand_in, costs, taken, work):
+    stand_in.cuda.clock.costs.update({**costs, **dict.fromkeys(OWN.values(), 0.0), OWN[work]: 15.0})
     ops = device.CupyOps(convolution="measured")
     scores, g, our_scores, our_g = both_ways("separable convolution", F32, ops)
     assert far(our_scores, scores) <= TOLERANCE[F32] and far(our_g, g) <= TOLERANCE[F32]
-    assert len(ops.choices) == 4
-    for line in ops.choices:
-        assert f": {taken} (psmpi " in line and line.count(" ms") == 3, line
+    # One minibatch forward only.
+    assert {key[-1] for key in ops.cudnn.chosen} == OWN.keys()
+    for line, key in zip(ops.choices, ops.cudnn.chosen, strict=True):
+        assert f": {taken if key[-1] == work else 'psmpi'} (psmpi " in line and line.count(" ms") == 3, line
     shapes = [line.partition(", minibatch")[0] for line in ops.choices]
-    assert shapes[0] == "convolution 4x8x8 -> 8x3x3, kernel 4, stride 2, 4 groups, float32"
+    assert shapes[0] == "convolution 4x8x8 -> 8x3x3, kernel 4, stride 2, 4 groups, tanh, float32"
     # Once for each shape.
+    before = len(ops.choices)
     both_ways("separable convolution", F32, ops)
-    assert len(ops.choices) == 4
+    assert len(ops.choices) == before
+
+
+@needs_compiler
+def test_without_graphs_cudnn_is_tried_as_it_is(stand_in, monkeypatch):
+    monkeypatch.setattr(stand_in.cuda, "FAULT", "graphs")
+    ops = device.CupyOps(convolution="cudnn")
+    both_ways("mean pooling", F32, ops)
+    assert ops.choices and all(ops.cudnn.chosen.values())
 
 
 @needs_compiler
@@ -370,21 +396,19 @@ def test_cudnn_uses_the_bits_that_were_asked_for_and_the_same_each_time(stand_in
     ops = device.CupyOps(compute=compute, convolution="cudnn")
     both_ways("mean pooling", F32, ops)
     both_ways("mean pooling", F64, ops)
-    notes = {"FLOAT": {"NONDETERMINISTIC"}, "DOUBLE": {"NONDETERMINISTIC", "TENSOR_CORE", "DOWN_CONVERT_INPUTS"}}
+    always = {"NONDETERMINISTIC", "REDUCED_PRECISION_REDUCTION"}
+    notes = {"FLOAT": always, "DOUBLE": always | {"DOWN_CONVERT_INPUTS"}}
     if compute == "float32":
-        notes["FLOAT"] = notes["DOUBLE"]
+        notes["FLOAT"] = notes["DOUBLE"] | {"TENSOR_CORE"}
     assert all(ops.cudnn.chosen.values()) and {real for real, _ in library.built} == {F32, F64}
     for real, barred in library.built:
         assert set(barred) == notes["FLOAT" if real == F32 else "DOUBLE"]
 
 
 @needs_compiler
-def test_what_cudnn_is_not_asked_for_is_psmpi_s_own(stand_in):
-    ops = device.CupyOps(compute="bfloat16", convolution="cudnn")
-    both_ways("mean pooling", F32, ops)
-    assert not ops.choices
-    both_ways("mean pooling", F64, ops)
-    assert ops.choices and all(ops.cudnn.chosen.values())
+def test_cudnn_is_not_asked_for_fewer_bits_than_tf32(stand_in):
+    with pytest.raises(UserError, match="computes with float32 and tf32"):
+        device.CupyOps(compute="bfloat16", convolution="cudnn")
 
 
 @needs_compiler
@@ -427,7 +451,9 @@ def test_without_cudnn_the_error_says_what_to_install(stand_in, monkeypatch, fau
     with pytest.raises(UserError, match=r"cuDNN does not load .*pip install 'psmpi\[cudnn\]' \(CUDA 13\)"):
         make_backend("cupy", convolution="cudnn")
     ops = make_backend("cupy", convolution="measured")
-    assert ops.cudnn is None and ops.choices == [] and "cuDNN" not in ops.description
+    assert ops.cudnn is None and "cuDNN" not in ops.description
+    (told,) = ops.choices
+    assert told.startswith("--convolution measured: psmpi's own alone: cuDNN does not load")
 
 
 @needs_compiler

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -37,6 +37,9 @@ INSTALL = (
     "--convolution own"
 )
 
+# What a convolution is asked for, and chosen for one by one.
+Work = Literal["output", "gradient of kernels", "gradient of input"]
+
 # Sizes of a tensor as cuDNN orders them, samples and channels first, and the steps between its elements.
 Layout = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -60,7 +63,8 @@ class Shape:
     def __str__(self) -> str:
         x, y = ("x".join(map(str, shape)) for shape in (self.in_shape, self.out_shape))
         groups = f", {self.groups} groups" if self.groups > 1 else ""
-        return f"convolution {x} -> {y}, kernel {self.kernel}, stride {self.stride}{groups}, {self.dtype}"
+        kind = f", {self.activation}" if self.activation != "identity" else ""
+        return f"convolution {x} -> {y}, kernel {self.kernel}, stride {self.stride}{groups}{kind}, {self.dtype}"
 
     @property
     def kernels(self) -> tuple[int, int, int, int]:
@@ -98,8 +102,7 @@ class Cudnn:
             cudnn.set_stream(handle=self.handle, stream=ops.stream.ptr)
         except (ImportError, OSError, RuntimeError, AttributeError) as error:
             raise UserError(f"--convolution cudnn: cuDNN does not load ({error}): {INSTALL}") from None
-        self.rooms: dict[tuple[str, np.dtype], Any] = {}
-        self.chosen: dict[tuple[Shape, int], CudnnConvolution | None] = {}
+        self.chosen: dict[tuple[Shape, int, Work], CudnnConvolution | None] = {}
         self.told: list[str] = []
 
     @property
@@ -109,19 +112,13 @@ class Cudnn:
         how = "the faster of psmpi and" if self.measured else "by"
         return f"convolutions {how} cuDNN {number // 10000}.{number // 100 % 100}"
 
-    def computes(self, dtype: np.dtype) -> bool:
-        """Whether it computes with what was asked for."""
-        return self.precision(dtype) in TOLERANCE
-
     def precision(self, dtype: np.dtype) -> str:
         """What arrays of this dtype are multiplied as."""
         return self.ops.compute if dtype == np.float32 else "float64"
 
     def room(self, name: str, size: int, dtype: np.dtype) -> Any:
         """Scratch (size,) of all convolutions, valid until its next use."""
-        if (name, dtype) not in self.rooms or self.rooms[name, dtype].size < size:
-            self.rooms[name, dtype] = self.ops.empty(size, dtype)
-        return self.rooms[name, dtype][:size]
+        return self.ops.room(f"cuDNN {name}", size, dtype)[:size]
 
     def operation(
         self, name: str, inputs: dict[str, Layout], output: Layout, stride: int, dtype: np.dtype
@@ -145,8 +142,10 @@ class Cudnn:
         graph.build_operation_graph()
         graph.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
         notes = cudnn.numerical_note
-        fewer = [] if self.precision(dtype) == "tf32" else [notes.TENSOR_CORE, notes.DOWN_CONVERT_INPUTS]
-        graph.deselect_numeric_notes([notes.NONDETERMINISTIC, *fewer])
+        fewer = {
+            "float32": [notes.TENSOR_CORE, notes.DOWN_CONVERT_INPUTS], "float64": [notes.DOWN_CONVERT_INPUTS],
+        }.get(self.precision(dtype), [])  # fmt: skip
+        graph.deselect_numeric_notes([notes.NONDETERMINISTIC, notes.REDUCED_PRECISION_REDUCTION, *fewer])
         graph.deselect_workspace_greater_than(WORKSPACE)
         graph.check_support()
         graph.build_plans()
@@ -158,22 +157,22 @@ class Cudnn:
 
         return run
 
-    def choose(self, own: Convolution, shape: Shape, batch: int) -> CudnnConvolution | None:
-        """What computes minibatches of `batch` samples, None for psmpi's own; a line in `told` says why."""
+    def choose(self, own: Convolution, shape: Shape, batch: int, work: Work) -> CudnnConvolution | None:
+        """What does this work on minibatches of `batch` samples, None for psmpi's own; a line in `told` says why."""
         found: CudnnConvolution | None = None
         taken, said, best = "psmpi", [], np.inf
         try:
-            trial = Trial(self.ops, shape, batch)
-            expected, again = trial.values(own)
+            trial = Trial(self.ops, shape, batch, work)
+            expected, again = trial.value(own, reference=True)
             if self.measured:
                 best = trial.time(again)
                 said.append(f"psmpi {best:.3f} ms")
             for turned in (True, False):
                 name = "cuDNN on turned images" if turned else "cuDNN"
                 try:
-                    candidate = CudnnConvolution(self, shape, batch, turned)
-                    values, again = trial.values(candidate)
-                    far = np.max([abs(a - b).max() / abs(b).max() for a, b in zip(values, expected, strict=True)])
+                    candidate = CudnnConvolution(self, shape, batch, work, turned)
+                    value, again = trial.value(candidate)
+                    far = abs(value - expected).max() / abs(expected).max()
                     # What is not a number does not agree.
                     if not far <= TOLERANCE[self.precision(shape.dtype)]:
                         said.append(f"{name} is wrong by {far:.1g}")
@@ -191,25 +190,28 @@ class Cudnn:
                     break
         except (MemoryError, *self.ops.failures) as error:
             said.append(f"not compared: {error}")
-        self.told.append(f"{shape}, minibatch {batch}: {taken}" + (f" ({'; '.join(said)})" if said else ""))
+        why = f" ({'; '.join(said)})" if said else ""
+        self.told.append(f"{shape}, minibatch {batch}, {work}: {taken}{why}")
         return found
 
 
 class CudnnConvolution:
-    """A convolution by cuDNN, of minibatches of `batch` samples.
+    """One kind of work of a convolution by cuDNN, on minibatches of `batch` samples.
 
     turned: of images turned to have the minibatch first, as cuDNN's kernels want them; else cuDNN reads ours as they
     lie, and turns them itself where it has to.
     """
 
-    def __init__(self, library: Cudnn, shape: Shape, batch: int, turned: bool):
+    def __init__(self, library: Cudnn, shape: Shape, batch: int, work: Work, turned: bool):
         self.library, self.ops, self.shape, self.turned = library, library.ops, shape, turned
         x, y = (self._layout(batch, *image) for image in (shape.in_shape, shape.out_shape))
         w = _packed(*shape.kernels)
-        operation, rest = library.operation, (shape.stride, shape.dtype)
-        self.correlate = operation("conv_fprop", {"image": x, "weight": w}, y, *rest)
-        self.kernel_gradient = operation("conv_wgrad", {"image": x, "loss": y}, w, *rest)
-        self.input_gradient = operation("conv_dgrad", {"loss": y, "filter": w}, x, *rest)
+        operations: dict[Work, tuple[str, dict[str, Layout], Layout]] = {
+            "output": ("conv_fprop", {"image": x, "weight": w}, y),
+            "gradient of kernels": ("conv_wgrad", {"image": x, "loss": y}, w),
+            "gradient of input": ("conv_dgrad", {"loss": y, "filter": w}, x),
+        }
+        self.run = library.operation(*operations[work], shape.stride, shape.dtype)
 
     def _layout(self, batch: int, channels: int, height: int, width: int) -> Layout:
         if self.turned:
@@ -221,18 +223,18 @@ class CudnnConvolution:
 
     def forward(self, x: Any, kernels: Any, bias: Any, y: Any) -> None:
         into = self._place("y", y)
-        self.correlate(self._there("x", x), kernels, into)
+        self.run(self._there("x", x), kernels, into)
         self._back(into, y)
         self.ops.finish(y.reshape(1, y.shape[0], -1), bias.reshape(1, -1), self.shape.activation)
 
     def backward(self, x: Any, dy: Any, kernels: Any, dkernels: Any, dx: Any) -> None:
-        dy = self._there("y", dy)
+        """One of the two gradients, the other being None."""
         if dkernels is not None:
-            self.kernel_gradient(self._there("x", x), dy, dkernels)
-        if dx is not None:
-            into = self._place("x", dx)
-            self.input_gradient(dy, kernels, into)
-            self._back(into, dx)
+            self.run(self._there("x", x), self._there("y", dy), dkernels)
+            return
+        into = self._place("x", dx)
+        self.run(self._there("y", dy), kernels, into)
+        self._back(into, dx)
 
     def _place(self, name: str, images: Any) -> Any:
         """Where cuDNN reads or writes the images."""
@@ -254,10 +256,14 @@ class CudnnConvolution:
 
 
 class ChosenConvolution:
-    """psmpi's own convolution, or cuDNN's in its place, chosen when a size of minibatch comes for the first time."""
+    """psmpi's own convolution, or cuDNN's in its place, chosen for each kind of work and size of minibatch when it
+    comes for the first time.
+    """
 
     def __init__(self, own: Convolution, library: Cudnn, shape: Shape):
         self.own, self.library, self.shape = own, library, shape
+        # Whether psmpi's own has yet to be told of the kernels.
+        self.stale = True
 
     def reserve(self, batch: int) -> None:
         self.own.reserve(batch)
@@ -266,75 +272,94 @@ class ChosenConvolution:
         return self.own.arrays()
 
     def prepare(self, kernels: Any) -> None:
-        self.own.prepare(kernels)
+        self.stale = True
 
     def forward(self, x: Any, kernels: Any, bias: Any, y: Any) -> None:
-        self._for(kernels, x, y).forward(x, kernels, bias, y)
+        self._for("output", kernels, x, y).forward(x, kernels, bias, y)
 
     def backward(self, x: Any, dy: Any, kernels: Any, dkernels: Any, dx: Any) -> None:
-        given = [array for array in (dkernels, dx) if array is not None]
-        self._for(kernels, x, dy, *given).backward(x, dy, kernels, dkernels, dx)
+        if dkernels is not None:
+            chosen = self._for("gradient of kernels", kernels, x, dy, dkernels)
+            chosen.backward(x, dy, kernels, dkernels, None)
+        if dx is not None:
+            self._for("gradient of input", kernels, x, dy, dx).backward(x, dy, kernels, None, dx)
 
     def samples(self, x: Any, dy: Any, dkernels: Any, dbias: Any) -> None:
         self.own.samples(x, dy, dkernels, dbias)
 
-    def _for(self, kernels: Any, x: Any, *arrays: Any) -> Any:
-        library, key = self.library, (self.shape, x.shape[-1])
-        if any(array.data.ptr % ALIGNED for array in (kernels, x, *arrays)):
-            return self.own
-        if key not in library.chosen:
-            # A step that is being recorded can neither wait nor allocate.
-            if library.ops.stream.is_capturing():
-                return self.own
+    def _for(self, work: Work, kernels: Any, x: Any, *arrays: Any) -> Any:
+        library, key = self.library, (self.shape, x.shape[-1], work)
+        aligned = not any(array.data.ptr % ALIGNED for array in (kernels, x, *arrays))
+        # A step that is being recorded can neither wait nor allocate.
+        if aligned and key not in library.chosen and not library.ops.stream.is_capturing():
             library.chosen[key] = library.choose(self.own, *key)
             # It was tried with other kernels.
+            self.stale = True
+        found = library.chosen.get(key) if aligned else None
+        if found is None and self.stale:
             self.own.prepare(kernels)
-        return library.chosen[key] or self.own
+            self.stale = False
+        return found or self.own
 
 
 class Trial:
     """Random data of one convolution, and what is done with it."""
 
-    def __init__(self, ops: CupyOps, shape: Shape, batch: int):
-        rng, cupy, dtype = np.random.default_rng(0), ops.cupy, shape.dtype
-        self.ops, units = ops, shape.out_shape[0]
+    def __init__(self, ops: CupyOps, shape: Shape, batch: int, work: Work):
+        rng, dtype = np.random.default_rng(0), shape.dtype
+        self.ops, self.work, self.records = ops, work, ops.graphs
         x, y = (*shape.in_shape, batch), (*shape.out_shape, batch)
         # Sums of order 1 are where activations bend.
         scale = prod(shape.kernels[1:]) ** -0.5
-        self.x, self.dy = (cupy.asarray(rng.standard_normal(size, np.float32).astype(dtype)) for size in (x, y))
-        self.kernels = cupy.asarray((scale * rng.standard_normal(shape.kernels)).astype(dtype))
-        self.bias = cupy.asarray(rng.standard_normal(units).astype(dtype))
-        ops.synchronize()
-        # They went through pinned memory, which CuPy would keep.
-        cupy.get_default_pinned_memory_pool().free_all_blocks()
-        self.results = tuple(ops.empty(prod(size), dtype).reshape(size) for size in (y, shape.kernels, x))
+        self.x, self.dy = (ops.put(rng.standard_normal(size, np.float32).astype(dtype)) for size in (x, y))
+        self.kernels = ops.put((scale * rng.standard_normal(shape.kernels)).astype(dtype))
+        self.bias = ops.put(rng.standard_normal(shape.out_shape[0]).astype(dtype))
+        sizes: dict[Work, tuple[int, ...]] = {
+            "output": y, "gradient of kernels": shape.kernels, "gradient of input": x,
+        }  # fmt: skip
+        self.result = ops.empty(prod(sizes[work]), dtype).reshape(sizes[work])
 
-    def values(self, convolution: Any) -> tuple[list[np.ndarray], Callable[[], None]]:
-        """The output and both gradients, and what computes them again: recorded, where steps are."""
-        ops, (y, dkernels, dx) = self.ops, self.results
+    def value(self, convolution: Any, reference: bool = False) -> tuple[np.ndarray, Callable[[], None]]:
+        """The result, and what computes it again: recorded, where steps are.
+
+        Where the `reference` cannot be recorded no step will be, and nothing else needs to.
+        """
+        ops = self.ops
         convolution.prepare(self.kernels)
 
         def work() -> None:
-            convolution.forward(self.x, self.kernels, self.bias, y)
-            convolution.backward(self.x, self.dy, self.kernels, dkernels, dx)
+            if self.work == "output":
+                convolution.prepare(self.kernels)
+                convolution.forward(self.x, self.kernels, self.bias, self.result)
+            else:
+                given = (self.result, None) if self.work == "gradient of kernels" else (None, self.result)
+                convolution.backward(self.x, self.dy, self.kernels, *given)
 
         work()
         again = work
-        if ops.graphs:
-            graph = None
-            ops.stream.begin_capture()
+        if self.records:
             try:
-                work()
-            finally:
-                graph = ops.stream.end_capture()
-
-            def again() -> None:
-                graph.launch(ops.stream)
-
-        for array in self.results:
-            array.fill(np.nan)
+                again = self._record(work)
+            except ops.failures:
+                if not reference:
+                    raise
+                self.records = False
+        self.result.fill(np.nan)
         again()
-        return [ops.host(array) for array in self.results], again
+        return ops.host(self.result), again
+
+    def _record(self, work: Callable[[], None]) -> Callable[[], None]:
+        stream, graph = self.ops.stream, None
+        stream.begin_capture()
+        try:
+            work()
+        finally:
+            graph = stream.end_capture()
+
+        def again() -> None:
+            graph.launch(stream)
+
+        return again
 
     def time(self, work: Callable[[], None]) -> float:
         """The median of some measurements, in milliseconds."""

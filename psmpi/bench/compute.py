@@ -46,24 +46,17 @@ def ours(
     part: Runs = layout.part(classes)
     ops = make_backend(backend, threads, compute=compute, convolution=convolution)
 
-    def there(values: np.ndarray) -> np.ndarray:
-        mirror = ops.mirror(ops.empty(values.size, values.dtype).reshape(values.shape))
-        mirror.host[...] = values
-        mirror.push()
-        mirror.settle()
-        return mirror.array
-
     start = np.zeros(part.size, np.float32)
     initial_weights(network, layout, part, start, seed=0)
-    w, g = there(start), ops.zeros(part.size, start.dtype)
+    w, g = ops.put(start), ops.zeros(part.size, start.dtype)
     model = Model(network, layout, w, g, ops, classes)
     objective = Objective(make_loss(problem.loss, w.dtype), model)
     optimizer = make_optimizer("adam", part.size, w.dtype, Hyper(), ops)
     b = len(data.labels)
     objective.reserve(network.classes, b)
-    x = there(np.ascontiguousarray(data.x.reshape(b, -1).T))
+    x = ops.put(np.ascontiguousarray(data.x.reshape(b, -1).T))
     own = slice(classes[0], classes[-1] + 1)
-    scores, labels = there(data.others), there(data.labels.astype(np.int64))
+    scores, labels = ops.put(data.others), ops.put(data.labels.astype(np.int64))
 
     def passes() -> None:
         scores[own] = model.forward(x)

@@ -31,8 +31,9 @@ class cudnnGraphNotSupportedError(RuntimeError):
 data_type = SimpleNamespace(FLOAT=np.dtype(np.float32), DOUBLE=np.dtype(np.float64))
 heur_mode = SimpleNamespace(A="A", FALLBACK="FALLBACK")
 numerical_note = SimpleNamespace(
-    NONDETERMINISTIC="NONDETERMINISTIC", TENSOR_CORE="TENSOR_CORE", DOWN_CONVERT_INPUTS="DOWN_CONVERT_INPUTS"
-)
+    NONDETERMINISTIC="NONDETERMINISTIC", TENSOR_CORE="TENSOR_CORE", DOWN_CONVERT_INPUTS="DOWN_CONVERT_INPUTS",
+    REDUCED_PRECISION_REDUCTION="REDUCED_PRECISION_REDUCTION",
+)  # fmt: skip
 WORKSPACE = 4096
 
 
