@@ -55,6 +55,8 @@ class Part:
         weights.push()
         weights.settle()
         self.optimizer = make_optimizer(config.optimization.optimizer, w.size, dtype, hyperparameters(config), ops)
+        # What recorded work takes and fills besides.
+        self.given: tuple[np.ndarray | None, np.ndarray | None] = (None, None)
         if self.last:
             self.loss: Loss = make_loss(c.loss, dtype, kappa=c.kappa, exp_clip=c.exp_clip)
         else:
@@ -80,6 +82,7 @@ class Part:
         self.dx = ops.empty(self.inputs * most if number and s.recovery_epochs else 0, dtype)
         self.noise = ops.mirror(ops.empty(self.inputs * most if number and s.hand_over == "labels" else 0, dtype))
         self.labels = ops.mirror(ops.empty(most, np.dtype(np.int64)))
+        self._pass, self._back = ops.record(self._derive), ops.record(self._take_back)
 
     def room(self, b: int) -> np.ndarray:
         """Where inputs (inputs, b) are put."""
@@ -98,11 +101,27 @@ class Part:
         self.labels.settle()
         self.labels.host[:b] = labels
         self.labels.push(slice(0, b))
-        self.objective.derive(self.forward(x), self.labels.array[:b], scale, slice(0, self.units), dx=dx)
+        self.given = x, dx
+        self._pass(b, scale, self._address(x), self._address(dx))
         return self.objective.value()
+
+    def _address(self, array: np.ndarray | None) -> int:
+        """What tells recorded work on this array from that on another; 0 for none."""
+        return 0 if array is None else self.model.ops.address(array)
+
+    def _derive(self, b: int, scale: float, x_at: int, dx_at: int) -> None:
+        x, dx = self.given
+        assert x is not None
+        self.objective.derive(self.forward(x), self.labels.array[:b], scale, slice(0, self.units), dx=dx)
 
     def back(self, dy: np.ndarray, dx: np.ndarray | None) -> None:
         """Fill g, and dx where there is one, from the gradient of the outputs, which is used up."""
+        self.given = dy, dx
+        self._back(dy.shape[-1], *map(self._address, (self.model.outputs[0], dy, dx)))
+
+    def _take_back(self, b: int, x_at: int, dy_at: int, dx_at: int) -> None:
+        dy, dx = self.given
+        assert dy is not None
         dy = dy.reshape(self.model.outputs[-1].shape)
         if dx is None:
             self.model.backward(dy)
@@ -129,7 +148,7 @@ class Part:
         return {
             "weights": self.w.nbytes,
             "gradients": self.g.nbytes,
-            "optimizer": sum(v.nbytes for v in self.optimizer.vectors.values()) + self.optimizer.scratch.nbytes,
+            "optimizer": self.optimizer.nbytes,
             "activations": self.x.nbytes + self.model.activation_bytes,
             "buffers": self.model.buffer_bytes + sum(a.nbytes for a in own),
             "samples": self.samples.nbytes,
