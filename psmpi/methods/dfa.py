@@ -357,7 +357,7 @@ class DirectFeedback:
         return {
             "weights": self.w.nbytes,
             "gradients": self.g.nbytes,
-            "optimizer": sum(v.nbytes for v in self.optimizer.vectors.values()) + self.optimizer.scratch.nbytes,
+            "optimizer": self.optimizer.nbytes,
             "activations": self.x.nbytes + self.model.activation_bytes,
             "buffers": self.model.buffer_bytes + sum(a.nbytes for a in own),
             "samples": self.train.nbytes + self.tests.nbytes,

@@ -261,8 +261,7 @@ class IndependentSubnets:
             more = self.worker.memory()
             found["weights"] += self.part.nbytes
             found["gradients"] = self.g.nbytes
-            state = sum(v.nbytes for v in self.optimizer.vectors.values())
-            found["optimizer"] = state + self.optimizer.scratch.nbytes
+            found["optimizer"] = self.optimizer.nbytes
             found["buffers"] += more.pop("buffers")
             found |= more
         return found

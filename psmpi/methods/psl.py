@@ -193,7 +193,7 @@ class PartiallySeparable:
         return {
             "weights": self.w_part.nbytes + (self.w.nbytes if apart else 0),
             "gradients": self.g_part.nbytes + (self.g.nbytes if apart else 0),
-            "optimizer": sum(v.nbytes for v in self.optimizer.vectors.values()) + self.optimizer.scratch.nbytes,
+            "optimizer": self.optimizer.nbytes,
             **(self.worker.memory() if self.worker is not None else {}),
             **({"curvature": self.newton.nbytes} if self.newton is not None else {}),
         }

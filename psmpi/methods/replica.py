@@ -133,7 +133,7 @@ class Replica:
         return {
             "weights": self.w.nbytes,
             "gradients": self.g.nbytes,
-            "optimizer": sum(v.nbytes for v in self.optimizer.vectors.values()) + self.optimizer.scratch.nbytes,
+            "optimizer": self.optimizer.nbytes,
             **self.worker.memory(),
         }
 

@@ -60,8 +60,14 @@ class Optimizer:
             raise UserError(f"dtype {self.dtype}: weights are optimized in float32 or float64, choose one of these")
         self.vectors: dict[str, np.ndarray] = {name: self.ops.zeros(n, self.dtype) for name in names}
         self.scalars: dict[str, float | int] = {}
-        # Of those that step in chunks.
+        # What a step works in: two chunks, or vectors.
         self.scratch = np.empty((2, 0), self.dtype)
+        self.work: tuple[np.ndarray, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the state, and of what a step works in."""
+        return sum(int(a.nbytes) for a in (*self.vectors.values(), *self.work, self.scratch))
 
     def step(self, w: np.ndarray, g: np.ndarray, lr: float, allsum: AllSum, closure: Closure | None = None) -> None:
         """Move the weights w (n,) by one step, in place; g (n,) is their gradient and may be overwritten.

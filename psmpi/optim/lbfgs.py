@@ -62,7 +62,8 @@ class LBFGS(Optimizer):
         self.history, self.max_evals, self.weight_decay = history, max_evals, float(weight_decay)
         self.scalars.update(count=0, head=0, pairs_taken=0, curvature=0.0, failed_searches=0)
         # w and g where the search starts, its direction, and g at the best point so far.
-        self.start, self.start_g, self.direction, self.best_g = (self.ops.empty(n, self.dtype) for _ in range(4))
+        self.work = tuple(self.ops.empty(n, self.dtype) for _ in range(4))
+        self.start, self.start_g, self.direction, self.best_g = self.work
         # s_i^T y_j and y_i^T y_j by slot. They follow from the vectors, so checkpoints do without: `known` is
         # what the scalars were when these products were computed, and other scalars (a restored state) have
         # them recomputed.
