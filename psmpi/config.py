@@ -343,6 +343,7 @@ OF_METHODS = (
          "qsgd_levels"),
     ),
     (("data_parallel", "local_sgd"), "replicated", ("allreduce",)),
+    (("psl", "data_parallel", "local_sgd", "sil"), "parallel", ("nccl",)),
     (("local_sgd", "ist"), "replicated", ("local_steps",)),
     (("local_sgd",), "replicated", ("outer_lr", "outer_momentum")),
     (("dfa",), "alignment", ("feedback", "feedback_seed", "feedback_scale")),

@@ -150,6 +150,16 @@ def probe(world: Any, ops: NumpyOps, bridge: Bridge, size: int = 0) -> bool:
         group.allgatherv(mine.array, rows.array, [size] * world.size)
         group.allreduce(sums.array)
         group.bcast(mine.array)
+        # From rank to rank all around, the first one beginning.
+        around = ops.mirror(ops.zeros(size, dtype))
+        for turn in (0, 1) if world.size > 1 else ():
+            if turn == (world.rank > 0):
+                group.send(mine.array, (world.rank + 1) % world.size)
+            else:
+                group.receive(around.array, (world.rank - 1) % world.size)
+        around.fetch()
+        around.wait()
+        right &= world.size == 1 or np.array_equal(around.host, counting)
         for mirror in (mine, sums, rows):
             mirror.fetch()
             mirror.wait()

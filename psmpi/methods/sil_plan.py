@@ -115,6 +115,8 @@ def check(size: int, network: Network, dataset: Dataset, config: Config) -> None
     check_layers(network, config, parts)
     check_first_order(config, "takes one loss for all weights, and each part has its own")
     check_slices(network, config.data.batch_size, Seats(size, parts).rows, "ranks of a part")
+    if config.parallel.nccl and Seats(size, parts).rows == 1:
+        raise UserError(f"--nccl sums over the ranks of a part, and {size} rank(s) share {parts} part(s): leave it out")
     if not 1e-6 <= s.labels_scale <= 1e6:
         raise UserError(f"--labels-scale {s.labels_scale}: expected a number from 1e-6 to 1e6, usually 1")
     if s.hand_over != "labels" and s.labels_noise != Synthetic().labels_noise:
