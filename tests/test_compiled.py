@@ -223,12 +223,12 @@ def test_element_products_are_those_of_the_reference(rows, level, dtype):
         elements.accumulate(v, total)
         coefficients = np.full((count, rows), np.nan)
         ops.products(pairs, middle, sigma, coefficients, v, out)
-        share = ops.restricted_products(elements, pairs, middle, sigma, np.empty_like(coefficients), p, q)
-        results.append((v, total, coefficients, out, q, np.array([share])))
+        ops.restricted_products(elements, pairs, middle, sigma, np.empty_like(coefficients), p, q)
+        results.append((v, total, coefficients, out, q))
         assert far(ops.row_dots(v, out), (v.astype(np.float64) * out).sum(axis=1)) <= TOLERANCE[dtype]
         again = np.empty_like(p)
         elements.accumulate(out, again)
-        assert far(again, q) <= TOLERANCE[dtype] and share == pytest.approx(float(p @ q), rel=1e-4)
+        assert far(again, q) <= TOLERANCE[dtype]
     assert elements.sizes.tolist() == [46, 87, 0, 6, 1500]
     for found, expected in zip(results[1], results[0], strict=True):
         assert far(found, expected) <= TOLERANCE[dtype]

@@ -54,7 +54,7 @@ def test_pairs_are_multiplied_and_kept(count, memory, size, dtype, device):
     middle, sigma = some(rng, F64, count, rows, rows), some(rng, F64, count)
     for splits in (1, 3):
         partial, found = device.array((count * rows, splits), F64), device.array((count, rows), F64)
-        device("pair_dots", (splits, rows, count), (256,), size, device.of(pairs), device.of(v), partial)
+        device("pair_dots", (count * rows, splits), (256,), rows, size, device.of(pairs), device.of(v), partial)
         device("pair_sums", (1,), (32,), count * rows, splits, partial, found)
         near(found, np.einsum("eri,ei->er", pairs.astype(F64), v.astype(F64)), 1e-12)
     weights = device.array((count, rows), F64)
@@ -62,7 +62,7 @@ def test_pairs_are_multiplied_and_kept(count, memory, size, dtype, device):
     near(weights, np.einsum("ers,es->er", middle, found), 1e-12)
     out = device.array((count, size))
     arrays = (device.of(pairs), device.of(sigma), weights, device.of(v), out)
-    device("pair_combine", (blocks(size, 256), count), (256,), rows, size, *arrays)
+    device("pair_combine", (2,), (64,), count, rows, size, *arrays)
     near(out, sigma[:, None] * v + np.einsum("er,eri->ei", weights, pairs), 10 * TOLERANCE[dtype])
 
     s, y = some(rng, dtype, count, size), some(rng, dtype, count, size)
@@ -198,8 +198,8 @@ def test_products_of_elements_are_those_of_the_reference(cupy, rows, dtype):  # 
         elements.restrict(put(ops, p), v)
         elements.accumulate(v, total)
         ops.products(*there, coefficients, v, out)
-        share = ops.restricted_products(elements, *there, coefficients, put(ops, p), q)
-        dots = [ops.row_dots(v, out), ops.pair_dots(there[0], v), np.array([share])]
+        ops.restricted_products(elements, *there, coefficients, put(ops, p), q)
+        dots = [ops.row_dots(v, out), ops.pair_dots(there[0], v)]
         found.append([ops.host(a) for a in (v, total, out, coefficients, q)] + dots)
     for ours, expected in zip(found[1], found[0], strict=True):
         assert far(ours, expected) <= 10 * TOLERANCE[dtype]
@@ -234,19 +234,27 @@ def test_operators_on_a_device_are_those_of_the_host(cupy, rule, damping, dtype)
     assert outcomes == {0, 1, 2, 3} if not damping else {0, 1} <= outcomes
 
 
+# Some without biases.
 CUT = [
     *({"type": "conv", "channels": 6, "kernel": 4}, {"type": "mean_pool"}, {"type": "sigmoid"}),
-    *({"type": "conv", "channels": 16, "kernel": 4}, {"type": "max_pool"}, {"type": "relu"}),
+    *({"type": "conv", "channels": 16, "kernel": 4, "bias": False}, {"type": "max_pool"}, {"type": "relu"}),
     *({"type": "flatten"}, {"type": "separable_dense", "units": 200, "groups": 10}, {"type": "sigmoid"}),
     {"type": "separable_dense", "units": 10, "groups": 10},
 ]
 
 
 @real_types
-@pytest.mark.parametrize("merged", [False, True])
-@pytest.mark.parametrize("loss", ["psl", "logistic"])
-@pytest.mark.parametrize("name", ["psnet", "cut"])
-def test_element_gradients_on_a_device_are_those_of_the_host(cupy, name, loss, merged, dtype):  # noqa: F811
+@pytest.mark.parametrize(
+    ("name", "loss", "merged", "compute"),
+    [
+        ("psnet", "psl", False, "float32"),
+        ("psnet", "logistic", True, "float32"),
+        ("cut", "psl", True, "float32"),
+        ("cut", "logistic", False, "float32"),
+        ("cut", "psl", False, "tf32"),
+    ],
+)
+def test_element_gradients_on_a_device_are_those_of_the_host(cupy, name, loss, merged, compute, dtype):  # noqa: F811
     """Elements of one size and of several, all classes and some, samples behind the labelled ones."""
     network = build("cut", (1, 28, 28), CUT, 10) if name == "cut" else make_network("psnet", (1, 8, 8), 10)
     classes, pairs = (2, 3, 7), [(2, 7), (3, 7)]
@@ -256,7 +264,7 @@ def test_element_gradients_on_a_device_are_those_of_the_host(cupy, name, loss, m
     size = layout.part(classes).size
     w, x = (0.3 * some(rng, dtype, size)), rng.random((int(np.prod(network.in_shape)), 16)).astype(dtype)
     found = []
-    for ops in (NumpyOps(), gpu.CupyOps(convolution="measured")):
+    for ops in (NumpyOps(), gpu.CupyOps(compute=compute, convolution="measured")):
         there, results = [put(ops, a) for a in (w, x)], []
         # Derivatives that go into a backward pass as they are, and such that have to be scaled down.
         for kappa in (2.0, 60.0):
@@ -271,8 +279,10 @@ def test_element_gradients_on_a_device_are_those_of_the_host(cupy, name, loss, m
         results.append(np.array([elements.gradients(*there, labels[:0], 1.0, out), abs(ops.host(out)).max()]))
         assert elements.nbytes > size * w.itemsize
         found.append(results)
+    # The stand-in computes products of float32 as they are; a GPU with 10 bits of each number.
+    tolerance = 100 * TOLERANCE[dtype] if compute == "float32" or cupy.__version__ == "fake" else 0.1
     for ours, expected in zip(found[1], found[0], strict=True):
-        assert np.isfinite(expected).all() and far(ours, expected) <= 100 * TOLERANCE[dtype]
+        assert np.isfinite(expected).all() and far(ours, expected) <= tolerance
 
 
 def test_gradients_of_elements_are_recorded(stand_in):  # noqa: F811

@@ -129,6 +129,37 @@ def test_elements_of_different_sizes_and_of_a_worker():
         assert np.array_equal(restricted[e, :size], expected) and not restricted[e, size:].any()
 
 
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize(
+    "layers",
+    [
+        [
+            {"type": "conv", "channels": 16, "kernel": 3, "bias": False}, {"type": "mean_pool"}, {"type": "sigmoid"},
+            {"type": "flatten"}, {"type": "separable_dense", "units": 10, "groups": 10, "bias": False},
+        ],
+        [
+            {"type": "flatten"}, {"type": "separable_dense", "units": 48, "groups": 4, "bias": False},
+            {"type": "sigmoid"}, {"type": "separable_dense", "units": 10, "groups": 2, "bias": False},
+        ],
+    ],
+    ids=["convolution", "dense"],
+)  # fmt: skip
+def test_layers_without_biases_have_the_gradients_of_the_network(layers, merged):
+    network = build("without", (1, 8, 8), layers, 10)
+    layout, rng = network.layout(), np.random.default_rng(3)
+    w, x, labels = 0.3 * rng.standard_normal(layout.size), rng.random((64, 40)), rng.integers(0, 10, 40)
+    loss = make_loss("psl", F64)
+    model = Model(network, layout, w, np.empty_like(w), make_backend("auto"))
+    dscores = np.empty((10, 40))
+    loss(model.forward(x), labels, 1 / 40, dscores)
+    model.backward(dscores)
+    elements, out = element_set(network, layout, F64, merged=merged)
+    elements.gradients(w, x, labels, 1 / 40, out)
+    total = np.empty_like(w)
+    elements.accumulate(out, total)
+    assert np.linalg.norm(total - model.g) <= 1e-12 * np.linalg.norm(model.g)
+
+
 @pytest.mark.parametrize(("shape", "shared"), [((1, 28, 28), 1040), ((3, 32, 32), 4560)])
 def test_the_matrix_starts_as_the_diagonal_of_multiplicities(shape, shared):
     network = make_network("psnet", shape, 10)
@@ -202,7 +233,7 @@ def test_the_secant_equations_hold_after_a_step(rule):
         newton.operators.product(step, product)
         assert np.linalg.norm(method.w - weights - s) <= 1e-12 * np.linalg.norm(weights)
         np.copyto(newton.p, s)
-        share = newton._product(newton.p, newton.q)
+        newton._product(newton.p, newton.q)
         done = newton.outcome == Outcome.UPDATED
         updates += done.sum()
         y = newton.after
@@ -215,7 +246,6 @@ def test_the_secant_equations_hold_after_a_step(rule):
             total = np.empty_like(s)
             newton.elements.accumulate(y, total)
             assert np.linalg.norm(newton.q - total) <= max(1e-10 * np.linalg.norm(total), 1e-12 * start.sum())
-            assert share == pytest.approx(s @ total, rel=1e-10, abs=1e-12 * start.sum() * np.linalg.norm(s))
     assert updates >= 200 and (whole >= 3 or rule == "plbfgs")
 
 
@@ -244,8 +274,7 @@ def test_sigma_is_added_to_the_matrix(scaling):
     found = []
     for method in methods:
         method.newton.p[:] = np.cos(np.arange(len(method.w)))
-        share = method.newton._product(method.newton.p, method.newton.q)
-        assert share == pytest.approx(method.newton.p @ method.newton.q, rel=1e-12)
+        method.newton._product(method.newton.p, method.newton.q)
         found.append(method.newton.q.copy())
     assert np.linalg.norm(found[1] - found[0] - 3 * methods[0].newton.p) <= 1e-12 * np.linalg.norm(found[1])
 
@@ -395,7 +424,7 @@ def test_a_state_of_other_settings_is_not_taken_up(train, first, then):
 def test_counts_begin_again_in_a_resumed_run(train):
     """Steps that failed, of the partitioned methods and of the whole vector's; every step is in its epoch's row."""
     for options in (("--partition", "pairs", "--optimizer", "plse"), ("--optimizer", "lbfgs-tr")):
-        options = (*options, "--kappa", "30", "--globalization", "trust-region", "--max-steps")
+        options = (*options, "--kappa", "200", "--globalization", "trust-region", "--max-steps")
         first = train(1, *options, "10")
         failed = first.rows[-1]["events"]["optimizer_failed_steps"]
         assert failed > 0 and f"optimizer failed steps: {failed} so far" in first.stdout

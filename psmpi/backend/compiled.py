@@ -311,18 +311,13 @@ class CompiledOps(NumpyOps):
         coefficients: np.ndarray,
         p: np.ndarray,
         q: np.ndarray,
-    ) -> float:
-        call = function("restricted_products", pairs.dtype, "nnnppppppppppp", self.instructions)
+    ) -> None:
+        call = function("restricted_products", pairs.dtype, "nnnpppppppppp", self.instructions)
         work = self._work(2 * pairs.shape[2] + pairs.shape[1], pairs.dtype)
         where = pointers(np.dtype(np.int64), elements.sizes, elements.starts, elements.down.table)
         numbers = pointers(np.dtype(np.float64), middle, sigma, coefficients)
-        curvature = ctypes.c_double()
         q.fill(0)
-        call(
-            *pairs.shape, *where, *pointers(pairs.dtype, pairs), *numbers, *pointers(pairs.dtype, work, p, q),
-            ctypes.addressof(curvature),
-        )  # fmt: skip
-        return curvature.value
+        call(*pairs.shape, *where, *pointers(pairs.dtype, pairs), *numbers, *pointers(pairs.dtype, work, p, q))
 
     def _work(self, size: int, dtype: np.dtype) -> np.ndarray:
         """Scratch of the products."""

@@ -1,6 +1,7 @@
 """The operations on a GPU: CuPy arrays, the kernels of cuda/ and cuBLAS.
 
-Everything goes to one stream, in order; nothing waits for the device but `Mirror.wait`, `host` and sums over vectors.
+Everything goes to one stream, in order. What waits for the device: a mirror's `wait` and `settle`, `host`, `put`, and
+sums that are handed out as numbers.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from zlib import crc32
 import numpy as np
 
 from psmpi.backend.blas import Blas, CublasError
-from psmpi.backend.convolution import Convolution, Im2col, Stripes
+from psmpi.backend.convolution import Convolution, Stripes
 from psmpi.backend.cudnn import ChosenConvolution, Cudnn, Shape, groups
-from psmpi.backend.device_convolution import ACTIVATIONS, DeviceConvolution
+from psmpi.backend.device_convolution import ACTIVATIONS, DeviceConvolution, DeviceWindows
 from psmpi.backend.device_moves import DeviceMirror, DeviceRestriction, DeviceSamples, DeviceTransfer
 from psmpi.backend.grids import BLOCKS, blocks
 from psmpi.backend.moves import Mirror, Restriction, Samples, Transfer
@@ -142,13 +143,19 @@ class CupyOps(NumpyOps):
         # Sums over vectors that are waited for together.
         self.sums = self.mirror(self.zeros(64, np.dtype(np.float64)))
         self.cudnn: Cudnn | None = None
+        self.told: list[str] = []
         if convolution != "own":
+            if compute not in ("float32", "tf32"):
+                raise UserError(
+                    f"--convolution {convolution} computes with float32 and tf32, not --compute {compute}: leave one "
+                    "out"
+                )
             try:
                 self.cudnn = Cudnn(self, convolution == "measured")
-            except UserError:
-                # Measured against nothing, psmpi's own is the fastest.
+            except UserError as error:
                 if convolution == "cudnn":
                     raise
+                self.told = [str(error).replace("--convolution cudnn", "--convolution measured: psmpi's own alone")]
 
     @property
     def description(self) -> str:
@@ -158,7 +165,8 @@ class CupyOps(NumpyOps):
 
     @property
     def choices(self) -> list[str]:
-        return [] if self.cudnn is None else self.cudnn.told
+        """What was chosen of several ways to compute, for people."""
+        return self.told if self.cudnn is None else self.cudnn.told
 
     @property
     def place(self) -> str:
@@ -213,9 +221,13 @@ class CupyOps(NumpyOps):
 
     def _small(self, name: str, size: int, dtype: np.dtype) -> Mirror:
         """A mirror of (size or more,) of this name."""
-        if (name, dtype) not in self.mirrors or self.mirrors[name, dtype].host.size < size:
-            self.mirrors[name, dtype] = self.mirror(self.empty(size, dtype))
-        return self.mirrors[name, dtype]
+        found = self.mirrors.get((name, dtype))
+        if found is None or found.host.size < size:
+            if found is not None:
+                # Pinned memory is for others as soon as it is let go.
+                found.settle()
+            found = self.mirrors[name, dtype] = self.mirror(self.empty(size, dtype))
+        return found
 
     def _there(self, name: str, values: np.ndarray) -> Any:
         """Values of host memory on the device, until the next of this name."""
@@ -337,11 +349,11 @@ class CupyOps(NumpyOps):
         own: Convolution
         if self.compute != "float32" and dtype == np.float32:
             # The tensor cores compute products of matrices.
-            own = Im2col(stripes, in_shape, out_shape, kernel, stride, dtype, activation, ops=self)
+            own = DeviceWindows(stripes, in_shape, out_shape, kernel, stride, dtype, activation, ops=self)
         else:
             own = DeviceConvolution(self, stripes, in_shape, out_shape, kernel, stride, dtype, activation)  # type: ignore[assignment]
         count = groups(stripes, in_shape[0], out_shape[0])
-        if self.cudnn is None or not count or not self.cudnn.computes(dtype):
+        if self.cudnn is None or not count:
             return own
         shape = Shape(in_shape, out_shape, count, kernel, stride, activation, np.dtype(dtype))
         return ChosenConvolution(own, self.cudnn, shape)  # type: ignore[return-value]
@@ -433,9 +445,10 @@ class CupyOps(NumpyOps):
     def _dots(self, pairs: Any, v: Any, out: Any) -> None:
         """out (count * rows,) float64 = Z v."""
         count, rows, size = pairs.shape
-        splits = max(1, min(blocks(BLOCKS, count * rows), blocks(size, 2048)))
+        # By the size alone: not by the number of elements, which is that of ranks.
+        splits = min(BLOCKS, blocks(size, 2048))
         partial = self.partial(count * rows * splits, np.dtype(np.float64))
-        self.launch("pair_dots", v.dtype, (splits, rows, count), (256,), size, pairs, v, partial)
+        self.launch("pair_dots", v.dtype, (count * rows, splits), (256,), rows, size, pairs, v, partial)
         self.spread("pair_sums", v.dtype, count * rows, count * rows, splits, partial, out)
 
     def pair_dots(self, pairs: Any, v: Any) -> np.ndarray:
@@ -458,17 +471,16 @@ class CupyOps(NumpyOps):
         self._dots(pairs, v, coefficients)
         weights = self.room("weights", count * rows, np.dtype(np.float64))
         self.spread("pair_weights", v.dtype, count * rows, count, rows, middle, coefficients, weights)
-        grid = (blocks(size, 256), count)
-        self.launch("pair_combine", v.dtype, grid, (256,), rows, size, pairs, sigma, weights, v, out)
+        arrays = (pairs, sigma, weights, v, out)
+        self.spread("pair_combine", v.dtype, count * size, count, rows, size, *arrays)
 
     def restricted_products(
         self, elements: Restriction, pairs: Any, middle: Any, sigma: Any, coefficients: Any, p: Any, q: Any
-    ) -> float:
+    ) -> None:
         v, out = elements.rows(p.dtype)  # type: ignore[attr-defined]
         elements.restrict(p, v)
         self.products(pairs, middle, sigma, coefficients, v, out)
         elements.accumulate(out, q)
-        return float(self.pair_dots(p.reshape(1, 1, -1), q.reshape(1, -1))[0, 0])
 
     def keep_pairs(self, pairs: Any, slots: np.ndarray, cleared: np.ndarray, s: Any, y: Any) -> None:
         count, rows, size = pairs.shape

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from psmpi.backend.convolution import Stripes
+from psmpi.backend.convolution import Im2col, Stripes
 from psmpi.backend.grids import BLOCKS, blocks
 
 if TYPE_CHECKING:
@@ -103,14 +103,29 @@ class DeviceConvolution:
                 )  # fmt: skip
 
     def samples(self, x: Any, dy: Any, dkernels: Any, dbias: Any) -> None:
-        b = x.shape[-1]
-        for s in self.stripes:
-            grid = (blocks(s.n_in * self.kernel**2 * b, 128), blocks(s.n, TILE), s.count)
-            numbers = (*self._numbers(s), *self.rest, b)
-            self.ops.launch("conv_samples", self.dtype, grid, (128,), *numbers, x, dy, dkernels)
-        self.ops.position_sums(dy, dbias)
+        _samples(self.ops, self.stripes, self.rest, x, dy, dkernels, dbias)
 
     def _splits(self, s: Stripes, batch: int) -> int:
         """Parts of the sum over positions and samples: by the shapes alone, so that it keeps its order."""
         each = s.count * blocks(s.n, TILE) * s.n_in * self.kernel
         return max(1, min(blocks(BLOCKS, each), blocks(self.positions * batch, 1024)))
+
+
+class DeviceWindows(Im2col):
+    """Products with windows, which the tensor cores compute; but for what each sample adds."""
+
+    def samples(self, x: Any, dy: Any, dkernels: Any, dbias: Any) -> None:
+        rest = (*x.shape[1:3], *dy.shape[1:3], self.kernel, self.stride)
+        _samples(self.ops, self.stripes, rest, x, dy, dkernels, dbias)
+
+
+def _samples(
+    ops: Any, stripes: Sequence[Stripes], rest: tuple[int, ...], x: Any, dy: Any, dkernels: Any, dbias: Any
+) -> None:
+    """What each sample adds to the gradients, see `Convolution`; rest: of the images, the kernel and the stride."""
+    b, kernel = x.shape[-1], rest[-2]
+    for s in stripes:
+        grid = (blocks(s.n_in * kernel**2 * b, 128), blocks(s.n, TILE), s.count)
+        numbers = (s.count, s.n, s.n_in, s.source, s.source_step, s.out, *rest, b)
+        ops.launch("conv_samples", x.dtype, grid, (128,), *numbers, x, dy, dkernels)
+    ops.position_sums(dy, dbias)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from psmpi.backend.device import CupyOps
 
 # Elements of a run that a block moves.
-PIECE = 1024
+PIECE = 256
 
 
 class DeviceMirror(Mirror):
@@ -83,6 +83,8 @@ class DeviceSamples(Samples):
 
     def fetch(self, at: np.ndarray, out: Any) -> None:
         features, b = out.shape
+        if not b:
+            return
         if self.at is not None:
             self.at.settle()
         if self.at is None or self.at.host.size < b:

@@ -288,14 +288,13 @@ class NumpyOps:
         coefficients: np.ndarray,
         p: np.ndarray,
         q: np.ndarray,
-    ) -> float:
-        """q = sum_e U_e^T B_e U_e p, and p^T q; the rest as in `products`."""
+    ) -> None:
+        """q = sum_e U_e^T B_e U_e p; the rest as in `products`."""
         v = np.zeros((len(elements.sizes), elements.size), p.dtype)
         out = np.zeros_like(v)
         elements.restrict(p, v)
         self.products(pairs, middle, sigma, coefficients, v, out)
         elements.accumulate(out, q)
-        return float(np.einsum("ei,ei->", v, out, dtype=np.float64, casting="same_kind"))
 
     def convolution(
         self,
@@ -495,7 +494,8 @@ class NumpyOps:
         """out (n,) = the sum of factor * array over the terms, one or more, in their order; all (n,) of one dtype.
 
         Factors, products and sums are each rounded to the dtype: the bits of an element depend neither on where it
-        lies nor on the backend. `out` may be the array of the first term, and of no other.
+        lies nor, but for float32 numbers too small to be normal, on the backend. `out` may be the array of the first
+        term, and of no other.
         """
         (first, start), *others = ((out.dtype.type(factor), array) for factor, array in terms)
         room = self._rooms(out.dtype)[0]

@@ -201,10 +201,10 @@ class ElementSet:
         self.whole.w[...] = w
         self.x = x
 
-    def _losses(self, b: int, batch: int, scale: float, x: int, derivatives: bool = False) -> np.ndarray:
-        """Compute the losses of the first b samples of those at address x; their derivatives (classes, b), if wanted.
+    def _losses(self, b: int, batch: int, scale: float, x_at: int, derivatives: bool = False) -> np.ndarray:
+        """Compute the losses of the first b samples of x; their derivatives (classes, b), if wanted.
 
-        Addresses are what recorded work is told apart by.
+        x_at, its address, is one of the things by which recorded work is told apart.
         """
         scores = self.whole.forward(self.x)
         if b < batch:
@@ -214,11 +214,11 @@ class ElementSet:
         own = slice(0, len(self.classes))
         return self.objective.losses(scores, self.there.array[:b], scale, own, self.mask, derivatives)
 
-    def _gradients(self, b: int, batch: int, scale: float, x: int, out: int) -> None:
-        """Fill the vectors at address `out`."""
+    def _gradients(self, b: int, batch: int, scale: float, x_at: int, out_at: int) -> None:
+        """Fill `out`; addresses as in `_losses`."""
         self.out.fill(0)
         # Of a pairwise loss the derivative with respect to another class's score is that of one term alone.
-        grad, report = self._losses(b, batch, scale, x, derivatives=True), self.objective.report.array
+        grad, report = self._losses(b, batch, scale, x_at, derivatives=True), self.objective.report.array
         for side in self.sides:
             terms, model, start = len(side.others), side.model, 0
             for run in side.slices:

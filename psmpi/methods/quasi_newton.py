@@ -245,17 +245,14 @@ class PartitionedNewton:
         worker.train.fetch(filled, x)
         return x, labels[mine]
 
-    def _product(self, p: np.ndarray, q: np.ndarray) -> float:
-        """q = (B + sigma I) p; this rank's share of p^T q."""
+    def _product(self, p: np.ndarray, q: np.ndarray) -> None:
+        """q = (B + sigma I) p."""
         self.exchange.scatter(p, self.p_part)
-        share = 0.0
         if self.elements is not None:
-            share = self.operators.restricted_product(self.elements.restriction, self.p_part, self.q_part)
+            self.operators.restricted_product(self.elements.restriction, self.p_part, self.q_part)
         self.exchange.gather(self.q_part, q)
-        if self.sigma and p.size:
-            share += self.sigma * float(self.ops.dots([(p, p)])[0])
+        if self.sigma:
             self.ops.combine(q, (1.0, q), (self.sigma, p))
-        return share
 
     def _follow(self, a: float) -> None:
         self.ops.combine(self.x_part, (1.0, self.x_part), (a, self.p_part))

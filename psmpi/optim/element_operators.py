@@ -46,10 +46,9 @@ class ElementOperators:
     """`count` operators of `size` variables each; smaller elements are filled up with zeros, which change nothing.
 
     Vectors are (count, size) of `dtype`, float32 or float64, where `ops` computes; scalars are float64, in host memory.
-    `memory` pairs are kept of each. With
-    `rescaled`, B_0 is y^T y / s^T y times the identity, of the newest pair with which that makes sense, else it is the
-    identity. With `relative`, the curvature test of L-BFGS is s^T y > 1e-8 ||s|| ||y||, else s^T y > eps, the spacing
-    of `dtype` at 1.
+    `memory` pairs are kept of each. With `rescaled`, B_0 is y^T y / s^T y times the identity, of the newest pair with
+    which that makes sense, else it is the identity. With `relative`, the curvature test of L-BFGS is
+    s^T y > 1e-8 ||s|| ||y||, else s^T y > eps, the spacing of `dtype` at 1.
     UserError for an unknown rule and for a memory that is not positive.
     """
 
@@ -107,17 +106,18 @@ class ElementOperators:
     def nbytes(self) -> int:
         """Bytes of everything it holds."""
         host = [value for value in vars(self).values() if isinstance(value, np.ndarray) and value is not self.pairs]
-        return int(self.pairs.nbytes) + sum(value.nbytes for value in host)
+        there = [mirror.array for mirror in self.small if mirror.array is not mirror.host]
+        return int(self.pairs.nbytes) + sum(int(value.nbytes) for value in (*host, *there))
 
     def product(self, v: np.ndarray, out: np.ndarray) -> None:
         """out = B_e v_e for every element; v and out (count, size), not the same array."""
         middle, sigma, coefficients = (mirror.array for mirror in self.small)
         self.ops.products(self.pairs, middle, sigma, coefficients, v, out)
 
-    def restricted_product(self, elements: Restriction, p: np.ndarray, q: np.ndarray) -> float:
-        """q = sum_e U_e^T B_e U_e p, vectors that `elements` restrict; returns p^T q."""
+    def restricted_product(self, elements: Restriction, p: np.ndarray, q: np.ndarray) -> None:
+        """q = sum_e U_e^T B_e U_e p, vectors that `elements` restrict."""
         middle, sigma, coefficients = (mirror.array for mirror in self.small)
-        return self.ops.restricted_products(elements, self.pairs, middle, sigma, coefficients, p, q)
+        self.ops.restricted_products(elements, self.pairs, middle, sigma, coefficients, p, q)
 
     # What is not finite is rejected below, not warned of.
     @np.errstate(all="ignore")

@@ -35,7 +35,7 @@ class Direction:
 def truncated_cg(
     g: np.ndarray,
     x: np.ndarray,
-    product: Callable[[np.ndarray, np.ndarray], float],
+    product: Callable[[np.ndarray, np.ndarray], None],
     follow: Callable[[float], None],
     allsum: AllSum,
     work: Sequence[np.ndarray],
@@ -48,7 +48,7 @@ def truncated_cg(
 ) -> Direction:
     """Minimise g^T x + x^T B x / 2 into the shard x (n,), from 0, until ||r|| <= atol + rtol ||g||.
 
-    product(p, q) fills the shard q = B p and returns this rank's share of p^T B p; follow(a) is told that x has become
+    product(p, q) fills the shard q = B p; follow(a) is told that x has become
     x + a p, p that of the last product. With a finite radius x stays inside it, and goes to its boundary along a
     direction of curvature that is not positive; without one such a direction ends the iteration with the x before, or
     with -g if it is the first. work: three (n,) arrays of its dtype, r, p, q. All arrays are of `ops`. Scalars are
@@ -66,11 +66,11 @@ def truncated_cg(
     if sqrt(rr) <= atol or rr == 0 or not isfinite(rr):
         return Direction(0, 0.0, 0.0, 0.0, "converged")
     while iterations < itmax:
-        share = product(p, q)
+        product(p, q)
         # One sum over the ranks an iteration. ||r||^2 is made anew: carried on, its rounding would grow without bounds.
         bounded = ((p, x), (x, x)) if isfinite(radius) else ()
-        sums = np.array([share, *ops.dots([(p, p), (r, r), (r, q), (q, q), *bounded])])
-        pq, pp, rr, rq, qq, *inside = allsum(sums).tolist()
+        sums = ops.dots([(p, q), (p, p), *bounded, (r, r), (r, q), (q, q)])
+        pq, pp, *inside, rr, rq, qq = allsum(sums).tolist()
         iterations += 1
         if isfinite(radius):
             xp, xx = inside

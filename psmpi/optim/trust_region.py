@@ -44,7 +44,8 @@ class TrustRegionQuasiNewton(Optimizer):
         super().__init__(n, dtype, names=tuple(f"{kind}{k}" for k in range(history) for kind in "sy"), ops=ops)
         self.history, self.weight_decay = history, float(weight_decay)
         self.scalars.update(count=0, head=0, radius=1.0, sigma=1.0, failures=0, failed_steps=0, products=0)
-        self.start, self.start_g, self.x, self.r, self.p, self.q = (self.ops.empty(n, self.dtype) for _ in range(6))
+        self.work = tuple(self.ops.empty(n, self.dtype) for _ in range(6))
+        self.start, self.start_g, self.x, self.r, self.p, self.q = self.work
         # Rows 0, 1, ...: the s by slot, then the y; the products of these with each other, and W. They follow from
         # the vectors, so checkpoints do without: `known` is the state of which they are.
         self.rows = [self.vectors[f"{kind}{k}"] for kind in "sy" for k in range(history)]
@@ -87,14 +88,13 @@ class TrustRegionQuasiNewton(Optimizer):
             value += 0.5 * self.weight_decay * self._products([(w, w)], allsum)[0]
         return value
 
-    def _product(self, p: np.ndarray, q: np.ndarray, allsum: AllSum) -> float:
-        """q = B p; this rank's share of p^T q."""
+    def _product(self, p: np.ndarray, q: np.ndarray, allsum: AllSum) -> None:
+        """q = B p."""
         terms = [(float(self.scalars["sigma"]), p)]
         if self.scalars["count"]:
             weights = self.middle @ np.array(self._products([(p, row) for row in self.rows], allsum))
             terms += zip(weights.tolist(), self.rows, strict=True)
         self.ops.combine(q, *terms)
-        return float(self.ops.dots([(p, q)])[0])
 
     def _products(self, pairs: list[tuple[np.ndarray, np.ndarray]], allsum: AllSum) -> list[float]:
         """Global scalar products of pairs of shards, in one sum."""
@@ -108,9 +108,9 @@ class TrustRegionQuasiNewton(Optimizer):
         """Make `gram` and `middle` those of the pairs held; free unless the state was restored."""
         if self.known == self._state():
             return
-        rows = range(2 * self.history)
-        products = self._products([(self.rows[i], self.rows[j]) for i in rows for j in rows], allsum)
-        self.gram = np.reshape(products, (2 * self.history, 2 * self.history))
+        if self.scalars["count"]:
+            for gram, row in zip(self.gram, self.rows, strict=True):
+                gram[:] = self._products([(row, other) for other in self.rows], allsum)
         self._settle(self.gram, float(self.scalars["sigma"]), int(self.scalars["head"]), int(self.scalars["count"]))
 
     def _settle(self, gram: np.ndarray, sigma: float, head: int, count: int) -> bool:

@@ -655,18 +655,14 @@ void NAME(row_dots)(ptrdiff_t count, ptrdiff_t n, const R *a, const R *b, double
  * starts[e] to starts[e + 1]; work: scratch (2 n + rows). */
 void NAME(restricted_products)(ptrdiff_t count, ptrdiff_t rows, ptrdiff_t n, const int64_t *sizes,
                                const int64_t *starts, const int64_t *table, const R *pairs, const double *middle,
-                               const double *sigma, double *coefficients, R *work, const R *p, R *q, double *curvature)
+                               const double *sigma, double *coefficients, R *work, const R *p, R *q)
 {
     R *const v = work, *const out = work + n, *const weights = out + n;
-    *curvature = 0;
     for (ptrdiff_t e = 0; e < count; e++) {
         for (int64_t k = starts[e]; k < starts[e + 1]; k++)
             memcpy(v + table[3 * k + 1] - e * n, p + table[3 * k], table[3 * k + 2] * sizeof(R));
         NAME(element_product)(rows, sizes[e], pairs + e * rows * n, n, middle + e * rows * rows, (R)sigma[e],
                       coefficients + e * rows, weights, v, out);
-        double share;
-        NAME(dots)(1, sizes[e], out, n, v, &share);
-        *curvature += share;
         for (int64_t k = starts[e]; k < starts[e + 1]; k++) {
             R *restrict to = q + table[3 * k];
             const R *restrict from = out + table[3 * k + 1] - e * n;

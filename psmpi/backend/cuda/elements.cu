@@ -21,19 +21,19 @@ extern "C" __global__ void transfer(const long long *__restrict__ table, const l
 }
 
 /* partial (count rows, splits): shares of the scalar products of pairs (count, rows, size) with v (count, size). Grid:
- * (splits, rows, count), blocks of 256. */
-extern "C" __global__ void pair_dots(long long size, const T *__restrict__ pairs, const T *__restrict__ v,
-                                     double *__restrict__ partial)
+ * (count rows, splits), blocks of 256. */
+extern "C" __global__ void pair_dots(long long rows, long long size, const T *__restrict__ pairs,
+                                     const T *__restrict__ v, double *__restrict__ partial)
 {
     __shared__ double room[SUM_THREADS];
-    const long long row = (long long)blockIdx.z * gridDim.y + blockIdx.y;
-    const T *a = pairs + row * size, *b = v + blockIdx.z * size;
+    const long long row = blockIdx.x, step = (long long)gridDim.y * SUM_THREADS;
+    const T *a = pairs + row * size, *b = v + quotient(row, rows) * size;
     double sum = 0;
-    for (long long i = thread(); i < size; i += threads())
+    for (long long i = (long long)blockIdx.y * SUM_THREADS + threadIdx.x; i < size; i += step)
         sum += (double)a[i] * (double)b[i];
     sum = block_sum<SUM_THREADS>(sum, room);
     if (threadIdx.x == 0)
-        partial[row * gridDim.x + blockIdx.x] = sum;
+        partial[row * gridDim.y + blockIdx.y] = sum;
 }
 
 /* out (rows,) = the sums of partial (rows, splits). */
@@ -61,19 +61,19 @@ extern "C" __global__ void pair_weights(long long count, long long rows, const d
     }
 }
 
-/* out (count, size) = sigma v + the sums of the rows of pairs (count, rows, size), each times its weight. Grid:
- * (elements of a row / 256, count). */
-extern "C" __global__ void pair_combine(long long rows, long long size, const T *__restrict__ pairs,
+/* out (count, size) = sigma v + the sums of the rows of pairs (count, rows, size), each times its weight. */
+extern "C" __global__ void pair_combine(long long count, long long rows, long long size, const T *__restrict__ pairs,
                                         const double *__restrict__ sigma, const double *__restrict__ weights,
                                         const T *__restrict__ v, T *__restrict__ out)
 {
-    const long long i = thread(), e = blockIdx.y;
-    if (i >= size)
-        return;
-    T sum = (T)sigma[e] * v[e * size + i];
-    for (long long r = 0; r < rows; r++)
-        sum += (T)weights[e * rows + r] * pairs[(e * rows + r) * size + i];
-    out[e * size + i] = sum;
+    for (long long k = thread(); k < count * size; k += threads()) {
+        const long long e = quotient(k, size);
+        const T *row = pairs + e * rows * size + (k - e * size);
+        T sum = (T)sigma[e] * v[k];
+        for (long long r = 0; r < rows; r++)
+            sum += (T)weights[e * rows + r] * row[r * size];
+        out[k] = sum;
+    }
 }
 
 /* Row slots[e] of pairs (count, 2 memory, size) = s, the one `memory` further = y; none where the slot is -1. Of a
