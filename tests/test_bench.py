@@ -244,7 +244,7 @@ def test_memory_refuses_what_training_does(tmp_path):
         (3, ("--placement", "owner")),
         (3, ("--placement", "master", "--backend", "numpy")),
         (4, ("--partition", "pairs")),
-        (4, ("--placement", "owner", "--replicas", "3", "--optimizer", "momentum")),
+        pytest.param(4, ("--placement", "owner", "--replicas", "3", "--optimizer", "momentum"), marks=pytest.mark.slow),
     ],
 )
 def test_memory_is_what_the_network_needs(ranks, options, tmp_path):

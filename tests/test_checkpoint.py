@@ -35,7 +35,7 @@ LAYOUTS = [
 
 
 @pytest.mark.parametrize(
-    ("ranks", "layout"), [pytest.param(*one, marks=[pytest.mark.slow] * (one[0] > 7)) for one in LAYOUTS]
+    ("ranks", "layout"), [pytest.param(*one, marks=[pytest.mark.slow] * (one[0] > 6)) for one in LAYOUTS]
 )
 def test_a_resumed_run_ends_in_the_same_bits(train, ranks, layout):
     """Interrupted inside an epoch and resumed at the same N; metrics too, but for times."""

@@ -157,6 +157,7 @@ def test_networks_that_cannot_be_partitioned_are_replicated(train, serial, loss)
     assert distance(serial(*options).tensors(), train(3, *DATA, *options).tensors()) <= 1e-12
 
 
+@pytest.mark.slow
 def test_overlap_and_buckets_change_rounding_only(train):
     options = (*DATA, "--dtype", "float64", "--max-steps", "20", "--model", "mlp", "--widths", "60", "40")
     small = ("--bucket-megabytes", "0.005")
@@ -190,8 +191,13 @@ def test_a_step_sends_what_a_ring_sends(train, allreduce):
         assert abs(sent - 5 * 4 * words) <= 5 * 4 * 4
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "lbfgs"])
-@pytest.mark.parametrize(("first", "then"), [(3, 3), (3, 2), (1, 4)])
+@pytest.mark.parametrize(
+    ("first", "then", "optimizer"),
+    [
+        *((3, 3, "adam"), (3, 2, "adam"), (1, 4, "adam"), (1, 4, "lbfgs")),
+        *(pytest.param(3, then, "lbfgs", marks=pytest.mark.slow) for then in (3, 2)),
+    ],
+)
 def test_a_run_goes_on_on_any_number_of_ranks(train, serial, tmp_path, optimizer, first, then):
     options = ("--dtype", "float64", "--epochs", "10", "--optimizer", optimizer,
                "--lr", "1" if optimizer == "lbfgs" else "0.001")  # fmt: skip

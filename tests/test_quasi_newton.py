@@ -326,7 +326,7 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [pytest.param(v, marks=[pytest.mark.slow] * (v == "plbfgs")) for v in VARIANTS])
 def test_steps_do_not_depend_on_ranks(train, variant):
     options = (*OPTIONS, *VARIANTS[variant])
     serial = train(1, *options)

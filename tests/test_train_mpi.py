@@ -30,7 +30,7 @@ def serial(tmp_path_factory):
 
 @pytest.mark.parametrize("masters", [1, 3])
 @pytest.mark.parametrize("placement", ["master", "owner"])
-@pytest.mark.parametrize("ranks", [2, 3, 4, 7, 11])
+@pytest.mark.parametrize("ranks", [2, 3, 4, 7, pytest.param(11, marks=pytest.mark.slow)])
 def test_weights_after_fifty_steps_do_not_depend_on_ranks_or_placement(train, serial, ranks, placement, masters):
     if masters >= ranks:
         pytest.skip("every rank would be a master: covered by the colocated runs")
@@ -41,7 +41,7 @@ def test_weights_after_fifty_steps_do_not_depend_on_ranks_or_placement(train, se
 
 
 @pytest.mark.parametrize("placement", ["master", "owner"])
-@pytest.mark.parametrize(("ranks", "masters"), [(2, 2), (3, 3), (3, 1), (11, 3)])
+@pytest.mark.parametrize(("ranks", "masters"), [(2, 2), (3, 3), (3, 1), pytest.param(11, 3, marks=pytest.mark.slow)])
 def test_colocated_masters_give_the_same_weights(train, serial, ranks, masters, placement):
     options = ("--colocate", "--masters", masters, "--placement", placement)
     assert distance(serial(*EXACT).tensors(), train(ranks, *EXACT, *options).tensors()) <= 1e-9
@@ -58,9 +58,15 @@ def test_the_pair_partition_gives_the_same_weights(train, serial, ranks, masters
     assert result.rows[-1]["test_accuracy"] == serial(*EXACT).rows[-1]["test_accuracy"]
 
 
-@pytest.mark.parametrize("loss", ["psl", "logistic", "nll", "squared"])
 @pytest.mark.parametrize("placement", ["master", "owner"])
-@pytest.mark.parametrize(("columns", "rows"), [(2, 1), (10, 1), (5, 2), (2, 3)])
+@pytest.mark.parametrize(
+    ("columns", "rows", "loss"),
+    [
+        pytest.param(*grid, loss, marks=[pytest.mark.slow] * (grid[0] > 2 and loss in ("logistic", "squared")))
+        for grid in ((2, 1), (10, 1), (5, 2), (2, 3))
+        for loss in ("psl", "logistic", "nll", "squared")
+    ],
+)
 def test_grids_of_columns_and_replica_rows_follow_the_serial_run(train, serial, columns, rows, placement, loss):
     if loss in ("logistic", "squared") and (columns, rows) != (5, 2):
         pytest.skip("one grid is enough for this loss")
