@@ -507,7 +507,7 @@ def test_a_run_killed_at_any_moment_goes_on(tmp_path):
     out, rng = tmp_path / "run", np.random.default_rng(1)
     options = ("-m", "psmpi.train", "--out", out, "--epochs", "40", "--checkpoint-every", "1", "--resume", "auto")
     steps = []
-    for _ in range(6):
+    for _ in range(4):
         process = start(2, *options, cwd=tmp_path)
         first = len(list(checkpoint.folder(out).glob("*.h5")))
         deadline = time.monotonic() + 60

@@ -242,7 +242,7 @@ def test_float16_holds_small_and_large_numbers():
     assert not together(2, work)[0][3].any()
 
 
-@pytest.mark.parametrize("name", COMPRESSORS)
+@pytest.mark.parametrize("name", [pytest.param(c, marks=[pytest.mark.slow] * (c == "qsgd")) for c in COMPRESSORS])
 def test_a_compressed_run_goes_on_bit_for_bit(train, tmp_path, name):
     options = (
         "--method",

@@ -71,7 +71,7 @@ def test_weights_and_bytes_are_those_of_the_host(train, host, name):
         ("--method", "data_parallel", "--allreduce", "ring", "--bucket-megabytes", "0.01"),
         ("--method", "data_parallel", "--compression", "topk"),
         ("--method", "data_parallel", "--nccl"),
-        ("--method", "data_parallel", "--optimizer", "lbfgs", "--lr", "1"),
+        pytest.param(("--method", "data_parallel", "--optimizer", "lbfgs", "--lr", "1"), marks=pytest.mark.slow),
         ("--method", "local_sgd", "--local-steps", "6", "--outer-lr", "0.7", "--outer-momentum", "0.9"),
         ("--method", "ist", "--local-steps", "6", "--colocate", "--loss", "nll"),
         (

@@ -311,6 +311,7 @@ def test_each_worker_learns_from_its_own_slice_of_a_minibatch(train):
         assert np.linalg.norm(tensor - theirs) <= 1e-12 * np.linalg.norm(tensor), name
 
 
+@pytest.mark.slow
 def test_holders_and_masters_train_alike(train):
     options = (*IST, "--widths", "26", "21", "--local-steps", "4", "--max-steps", "40", "--epochs", "3", "--batch-norm")
     found = [

@@ -98,7 +98,7 @@ def test_every_optimizer_gives_the_same_weights_on_many_ranks(train, serial, opt
     assert distance(serial(*options).tensors(), result.tensors()) <= tolerance
 
 
-@pytest.mark.parametrize("partition", ["scores", "pairs"])
+@pytest.mark.parametrize("partition", [pytest.param("scores", marks=pytest.mark.slow), "pairs"])
 def test_networks_whose_blocks_cut_channels_give_the_same_weights(train, serial, tmp_path_factory, partition):
     path = tmp_path_factory.mktemp("config") / "cut.toml"
     path.write_text(
