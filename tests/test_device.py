@@ -381,6 +381,40 @@ def test_the_fastest_is_taken_for_each_work(stand_in, costs, taken, work):
 
 
 @needs_compiler
+def test_psmpi_s_gradient_has_the_kernels_of_cudnn_s_output_when_that_is_played_back(stand_in):
+    stand_in.cuda.clock.costs.update({"cudnn packed": 5.0, "cudnn strided": 5.0, "conv_forward": 50.0})
+    stand_in.cuda.clock.costs["conv_input"] = 0.0
+    ops = device.CupyOps(convolution="measured")
+    plan = ops.convolution([Stripes(1, 2, 1, 0, 0, 0)], (1, 4, 4), (2, 2, 2), 3, 1, F32)
+    plan.reserve(3)
+    rng = np.random.default_rng(0)
+    shapes = ((2, 1, 3, 3), (2,), (1, 4, 4, 3), (2, 2, 2, 3), (2, 2, 2, 3), (1, 4, 4, 3))
+    mirrors = [ops.mirror(ops.zeros(int(np.prod(n)), F32).reshape(n)) for n in shapes]
+    kernels, bias, x, y, dy, dx = (mirror.array for mirror in mirrors)
+
+    def forward():
+        plan.prepare(kernels)
+        plan.forward(x, kernels, bias, y)
+
+    recorded = ops.record(forward)
+    for step in range(4):
+        for mirror in mirrors[:5]:
+            mirror.settle()
+            mirror.host[...] = rng.normal(size=mirror.host.shape)
+            mirror.push()
+        recorded()
+        # Its own arguments changed: it is not played back.
+        plan.backward(x, dy, kernels, None, dx)
+        expected = np.zeros((1, 4, 4, 3), F32)
+        reference = NumpyOps().convolution([Stripes(1, 2, 1, 0, 0, 0)], (1, 4, 4), (2, 2, 2), 3, 1, F32)
+        reference.reserve(3)
+        reference.backward(mirrors[2].host, mirrors[4].host, mirrors[0].host, None, expected)
+        assert far(ops.host(dx), expected) <= TOLERANCE[F32], step
+    kinds = {work: chosen for (_, _, work), chosen in ops.cudnn.chosen.items()}
+    assert kinds["output"] is not None and kinds["gradient of input"] is None
+
+
+@needs_compiler
 def test_without_graphs_cudnn_is_tried_as_it_is(stand_in, monkeypatch):
     monkeypatch.setattr(stand_in.cuda, "FAULT", "graphs")
     ops = device.CupyOps(convolution="cudnn")

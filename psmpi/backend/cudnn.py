@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from math import prod
-from statistics import median
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from psmpi.backend.convolution import Convolution, Stripes
+from psmpi.backend.trial import Shape, Trial, Work
 from psmpi.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,8 +26,6 @@ WORKSPACE = 1 << 28
 ALIGNED = 16
 # Of the tiles of cuda/turn.cu.
 SIDE = 32
-# Measurements of a candidate.
-REPEATS = 5
 # The largest distance from psmpi's own values, over the largest of these, by what is computed with. Sums in another
 # order stay far below it; those of numbers that were rounded to fewer bits, where that was not asked for, do not.
 TOLERANCE = {"float32": 1e-4, "tf32": 5e-3, "float64": 1e-10}
@@ -37,38 +34,12 @@ INSTALL = (
     "--convolution own"
 )
 
-# What a convolution is asked for, and chosen for one by one.
-Work = Literal["output", "gradient of kernels", "gradient of input"]
-
 # Sizes of a tensor as cuDNN orders them, samples and channels first, and the steps between its elements.
 Layout = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def _packed(*dim: int) -> Layout:
     return dim, tuple(prod(dim[k + 1 :]) for k in range(len(dim)))
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A convolution of one group of channels, or of equal groups side by side: what a choice depends on."""
-
-    in_shape: tuple[int, int, int]
-    out_shape: tuple[int, int, int]
-    groups: int
-    kernel: int
-    stride: int
-    activation: str
-    dtype: np.dtype
-
-    def __str__(self) -> str:
-        x, y = ("x".join(map(str, shape)) for shape in (self.in_shape, self.out_shape))
-        groups = f", {self.groups} groups" if self.groups > 1 else ""
-        kind = f", {self.activation}" if self.activation != "identity" else ""
-        return f"convolution {x} -> {y}, kernel {self.kernel}, stride {self.stride}{groups}{kind}, {self.dtype}"
-
-    @property
-    def kernels(self) -> tuple[int, int, int, int]:
-        return self.out_shape[0], self.in_shape[0] // self.groups, self.kernel, self.kernel
 
 
 def groups(stripes: Sequence[Stripes], channels: int, units: int) -> int:
@@ -262,8 +233,6 @@ class ChosenConvolution:
 
     def __init__(self, own: Convolution, library: Cudnn, shape: Shape):
         self.own, self.library, self.shape = own, library, shape
-        # Whether psmpi's own has yet to be told of the kernels.
-        self.stale = True
 
     def reserve(self, batch: int) -> None:
         self.own.reserve(batch)
@@ -272,7 +241,8 @@ class ChosenConvolution:
         return self.own.arrays()
 
     def prepare(self, kernels: Any) -> None:
-        self.stale = True
+        # Whatever is chosen for the output: with that played back, nobody would know that a gradient needs it.
+        self.own.prepare(kernels)
 
     def forward(self, x: Any, kernels: Any, bias: Any, y: Any) -> None:
         self._for("output", kernels, x, y).forward(x, kernels, bias, y)
@@ -294,81 +264,5 @@ class ChosenConvolution:
         if aligned and key not in library.chosen and not library.ops.stream.is_capturing():
             library.chosen[key] = library.choose(self.own, *key)
             # It was tried with other kernels.
-            self.stale = True
-        found = library.chosen.get(key) if aligned else None
-        if found is None and self.stale:
             self.own.prepare(kernels)
-            self.stale = False
-        return found or self.own
-
-
-class Trial:
-    """Random data of one convolution, and what is done with it."""
-
-    def __init__(self, ops: CupyOps, shape: Shape, batch: int, work: Work):
-        rng, dtype = np.random.default_rng(0), shape.dtype
-        self.ops, self.work, self.records = ops, work, ops.graphs
-        x, y = (*shape.in_shape, batch), (*shape.out_shape, batch)
-        # Sums of order 1 are where activations bend.
-        scale = prod(shape.kernels[1:]) ** -0.5
-        self.x, self.dy = (ops.put(rng.standard_normal(size, np.float32).astype(dtype)) for size in (x, y))
-        self.kernels = ops.put((scale * rng.standard_normal(shape.kernels)).astype(dtype))
-        self.bias = ops.put(rng.standard_normal(shape.out_shape[0]).astype(dtype))
-        sizes: dict[Work, tuple[int, ...]] = {
-            "output": y, "gradient of kernels": shape.kernels, "gradient of input": x,
-        }  # fmt: skip
-        self.result = ops.empty(prod(sizes[work]), dtype).reshape(sizes[work])
-
-    def value(self, convolution: Any, reference: bool = False) -> tuple[np.ndarray, Callable[[], None]]:
-        """The result, and what computes it again: recorded, where steps are.
-
-        Where the `reference` cannot be recorded no step will be, and nothing else needs to.
-        """
-        ops = self.ops
-        convolution.prepare(self.kernels)
-
-        def work() -> None:
-            if self.work == "output":
-                convolution.prepare(self.kernels)
-                convolution.forward(self.x, self.kernels, self.bias, self.result)
-            else:
-                given = (self.result, None) if self.work == "gradient of kernels" else (None, self.result)
-                convolution.backward(self.x, self.dy, self.kernels, *given)
-
-        work()
-        again = work
-        if self.records:
-            try:
-                again = self._record(work)
-            except ops.failures:
-                if not reference:
-                    raise
-                self.records = False
-        self.result.fill(np.nan)
-        again()
-        return ops.host(self.result), again
-
-    def _record(self, work: Callable[[], None]) -> Callable[[], None]:
-        stream, graph = self.ops.stream, None
-        stream.begin_capture()
-        try:
-            work()
-        finally:
-            graph = stream.end_capture()
-
-        def again() -> None:
-            graph.launch(stream)
-
-        return again
-
-    def time(self, work: Callable[[], None]) -> float:
-        """The median of some measurements, in milliseconds."""
-        cuda, stream, times = self.ops.cupy.cuda, self.ops.stream, []
-        for _ in range(REPEATS):
-            begin, end = cuda.Event(), cuda.Event()
-            begin.record(stream)
-            work()
-            end.record(stream)
-            end.synchronize()
-            times.append(cuda.get_elapsed_time(begin, end))
-        return float(median(times))
+        return (library.chosen.get(key) if aligned else None) or self.own

@@ -21,13 +21,14 @@ import numpy as np
 
 from psmpi.backend.blas import Blas, CublasError
 from psmpi.backend.convolution import Convolution, Stripes
-from psmpi.backend.cudnn import ChosenConvolution, Cudnn, Shape, groups
+from psmpi.backend.cudnn import ChosenConvolution, Cudnn, groups
 from psmpi.backend.device_convolution import ACTIVATIONS, DeviceConvolution, DeviceWindows
 from psmpi.backend.device_moves import DeviceMirror, DeviceRestriction, DeviceSamples, DeviceTransfer
 from psmpi.backend.grids import BLOCKS, blocks
 from psmpi.backend.moves import Mirror, Restriction, Samples, Transfer
 from psmpi.backend.recording import Recording
 from psmpi.backend.reference import NumpyOps
+from psmpi.backend.trial import Shape
 from psmpi.errors import UserError
 
 SOURCES = (
