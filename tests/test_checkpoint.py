@@ -19,8 +19,8 @@ from psmpi import checkpoint
 from psmpi.checkpoint.format import chunk_of, seal
 from psmpi.checkpoint.parallel import boxes
 from psmpi.errors import UserError
+from psmpi.layout import Runs
 from psmpi.nn.zoo import make_network
-from psmpi.partition import Runs
 
 STEPS = ("--dtype", "float64", "--epochs", "4")
 LAYOUTS = [

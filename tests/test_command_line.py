@@ -25,7 +25,7 @@ OPTIONS = (
 
 
 def test_importing_the_package_starts_no_mpi():
-    code = "import psmpi, psmpi.partition, psmpi.loop, psmpi.methods, psmpi.train, sys; print('mpi4py' in sys.modules)"
+    code = "import psmpi, psmpi.layout, psmpi.loop, psmpi.methods, psmpi.train, sys; print('mpi4py' in sys.modules)"
     status, out, err = run(1, "-W", "error", "-c", code)
     assert (status, out.strip()) == (0, "False"), err
 

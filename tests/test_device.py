@@ -20,13 +20,13 @@ from psmpi.comm.bridge import Direct, Staged, ask_library, probe
 from psmpi.comm.group import Counter, Group
 from psmpi.data import Resident, open_dataset
 from psmpi.errors import UserError
+from psmpi.layout import Runs
 from psmpi.methods.evaluator import Evaluator
 from psmpi.nn.losses import LOSSES, make_loss
 from psmpi.nn.model import Model
 from psmpi.nn.objective import GRADIENT_LIMIT, Objective
 from psmpi.nn.targets import TargetDistance, draw_targets
 from psmpi.optim import OPTIMIZERS, Hyper, clip_by_global_norm, make_optimizer
-from psmpi.partition import Runs
 
 FAKE = Path(__file__).parent / "fake"
 F32, F64 = np.dtype(np.float32), np.dtype(np.float64)

@@ -12,6 +12,7 @@ from psmpi.backend import make_backend
 from psmpi.config import Config, check
 from psmpi.data import Minibatches, Resident, open_dataset
 from psmpi.errors import UserError
+from psmpi.layout import Runs
 from psmpi.methods import METHODS
 from psmpi.methods.evaluator import cut_stages
 from psmpi.nn.init import initial_weights
@@ -20,7 +21,6 @@ from psmpi.nn.model import Model
 from psmpi.nn.network import Fork, Join, build
 from psmpi.nn.subnet import Dealer, dealt_layers, find_blocks, find_strips, shard_rows, strips_size
 from psmpi.nn.zoo import make_network
-from psmpi.partition import Runs
 from psmpi.train import parse
 
 IST = ("--method", "ist", "--model", "mlp", "--loss", "nll", "--optimizer", "sgd", "--lr", "0.1", "--dtype", "float64")

@@ -6,11 +6,11 @@ from scipy.signal import correlate2d
 
 from psmpi.backend import NumpyOps
 from psmpi.errors import UserError
+from psmpi.layout import Runs, accumulate, restrict
 from psmpi.nn.init import bounds, initial_weights
 from psmpi.nn.model import Model
 from psmpi.nn.network import build
 from psmpi.nn.zoo import make_network
-from psmpi.partition import Runs, accumulate, restrict
 
 FLAT, TANH, NORM = {"type": "flatten"}, {"type": "tanh"}, {"type": "batch_norm"}
 

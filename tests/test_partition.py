@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from psmpi.errors import UserError
+from psmpi.layout import Runs, accumulate, assign_roles, make_grid, plan_moves, restrict
 from psmpi.nn.network import build
 from psmpi.nn.zoo import make_network
-from psmpi.partition import Runs, accumulate, assign_roles, make_grid, plan_moves, restrict
 
 
 def conv(channels, kernel):

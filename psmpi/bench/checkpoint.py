@@ -65,8 +65,8 @@ def _measure(
     world: Any, place: Path, megabytes: int, repeats: int, placement: str, gzip: int
 ) -> dict[str, float | int | str]:
     from psmpi.checkpoint import Contents, Progress, Writer
+    from psmpi.layout import assign_roles
     from psmpi.nn.network import build
-    from psmpi.partition import assign_roles
 
     width = max(1, round((megabytes * 1e6 / (3 * 4 * LAYERS * CLASSES)) ** 0.5))
     tables: list[dict[str, Any]] = [

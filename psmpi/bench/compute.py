@@ -18,13 +18,13 @@ from psmpi.bench.problems import LR, Data, Problem, operations, problems
 from psmpi.bench.pytorch import Kind, theirs
 from psmpi.comm.world import cores, quota
 from psmpi.errors import UserError
+from psmpi.layout import Runs
 from psmpi.nn.init import initial_weights
 from psmpi.nn.losses import make_loss
 from psmpi.nn.model import Model
 from psmpi.nn.network import Conv
 from psmpi.nn.objective import Objective
 from psmpi.optim import Hyper, make_optimizer
-from psmpi.partition import Runs
 
 Step = Callable[[], None]
 Backend = Literal["auto", "numpy", "compiled", "cupy"]

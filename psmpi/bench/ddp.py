@@ -25,10 +25,10 @@ def main(argv: list[str]) -> int:
     from psmpi.comm.world import start
     from psmpi.config import Config
     from psmpi.data import open_dataset
+    from psmpi.layout import Runs
     from psmpi.nn.init import initial_weights
     from psmpi.nn.model import Model
     from psmpi.nn.zoo import make_network
-    from psmpi.partition import Runs
 
     world = start()
     config = tyro.cli(Config, args=argv, config=(tyro.conf.OmitArgPrefixes,))

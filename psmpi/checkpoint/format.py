@@ -22,7 +22,7 @@ import numpy as np
 
 from psmpi.config import tomllib
 from psmpi.errors import DamagedError, UserError
-from psmpi.partition import Block, Layout, Parameter, Piece, Runs
+from psmpi.layout import Block, Layout, Parameter, Piece, Runs
 
 FORMAT = 1
 HEADER = 512

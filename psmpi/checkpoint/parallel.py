@@ -25,7 +25,7 @@ from psmpi.checkpoint.format import (
     partial_of,
     table_path,
 )
-from psmpi.partition import Rows, Runs
+from psmpi.layout import Rows, Runs
 
 Box = tuple[slice, ...]
 

@@ -22,7 +22,7 @@ from psmpi.checkpoint.format import (
 )
 from psmpi.checkpoint.scan import damaged_parts
 from psmpi.errors import DamagedError, UserError
-from psmpi.partition import Layout, Rows, Runs
+from psmpi.layout import Layout, Rows, Runs
 
 
 def find(resume: str, out: Path, tell: Callable[[str], None]) -> Path | None:

@@ -22,7 +22,7 @@ import numpy as np
 
 from psmpi.checkpoint.format import Contents, Progress, folder, partial_of
 from psmpi.checkpoint.lock import inherit
-from psmpi.partition import Rows, Runs
+from psmpi.layout import Rows, Runs
 
 # Seconds that training waits for a checkpoint that is still being written when the next is due.
 PATIENCE = 60.0

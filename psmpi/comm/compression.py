@@ -13,7 +13,7 @@ import numpy as np
 
 from psmpi.comm.group import Group
 from psmpi.errors import UserError
-from psmpi.partition import Layout
+from psmpi.layout import Layout
 
 
 class Compressor:

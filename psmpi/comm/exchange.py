@@ -11,7 +11,7 @@ import numpy as np
 from psmpi.backend import NumpyOps
 from psmpi.comm.bridge import Bridge
 from psmpi.comm.group import Counter, Group, pieces
-from psmpi.partition import Roles, Runs, plan_moves
+from psmpi.layout import Roles, Runs, plan_moves
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ import numpy as np
 from psmpi.comm.group import Counter
 from psmpi.config import Config
 from psmpi.errors import UserError
+from psmpi.layout import Layout, Rows, Runs
 from psmpi.nn.network import Network
 from psmpi.optim import FIRST_ORDER
-from psmpi.partition import Layout, Rows, Runs
 
 
 @dataclass(frozen=True)

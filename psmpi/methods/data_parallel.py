@@ -20,11 +20,11 @@ from psmpi.comm.world import several_hosts
 from psmpi.config import Config
 from psmpi.data import Dataset
 from psmpi.errors import UserError
+from psmpi.layout import Rows
 from psmpi.methods.base import Score
 from psmpi.methods.replica import Replica, alone
 from psmpi.nn.network import Network
 from psmpi.optim import FIRST_ORDER, clip_by_global_norm
-from psmpi.partition import Rows
 
 
 class DataParallel(Replica):

@@ -20,6 +20,7 @@ from psmpi.comm.group import Counter, Group
 from psmpi.config import Config
 from psmpi.data import Dataset, Resident
 from psmpi.errors import UserError
+from psmpi.layout import Rows
 from psmpi.methods.base import Place, Score, check_first_order, check_layers, check_slices
 from psmpi.methods.psl import hyperparameters
 from psmpi.nn.init import initial_weights
@@ -28,7 +29,6 @@ from psmpi.nn.model import Model, layer_runs, split_layers
 from psmpi.nn.network import Conv, Linear, Network
 from psmpi.nn.objective import Objective
 from psmpi.optim import clip_by_global_norm, make_optimizer
-from psmpi.partition import Rows
 
 # Samples of which the alignment is measured.
 ALIGNED = 256

@@ -14,11 +14,11 @@ from itertools import combinations
 import numpy as np
 
 from psmpi.backend import NumpyOps, Transfer
+from psmpi.layout import Layout, Runs
 from psmpi.nn.losses import Loss
 from psmpi.nn.model import Model
 from psmpi.nn.network import Network
 from psmpi.nn.objective import GRADIENT_LIMIT, Objective
-from psmpi.partition import Layout, Runs
 
 
 def elements_of(pairs: Iterable[tuple[int, int]], merged: bool) -> list[tuple[int, int]]:

@@ -10,11 +10,11 @@ from psmpi.backend import NumpyOps
 from psmpi.comm.group import Group
 from psmpi.config import Config
 from psmpi.data import Dataset, Resident
+from psmpi.layout import Layout, Roles, Worker
 from psmpi.nn.losses import make_loss
 from psmpi.nn.model import Model
 from psmpi.nn.network import Network
 from psmpi.nn.objective import Objective
-from psmpi.partition import Layout, Roles, Worker
 
 
 class ElementWorker:

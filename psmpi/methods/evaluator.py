@@ -11,10 +11,10 @@ import numpy as np
 from psmpi.backend import Mirror, NumpyOps
 from psmpi.comm.group import Group
 from psmpi.data import Resident, Split
+from psmpi.layout import Layout, Runs
 from psmpi.nn.losses import Loss
 from psmpi.nn.model import Model, layer_runs
 from psmpi.nn.network import Fork, Join, Linear, Network
-from psmpi.partition import Layout, Runs
 
 
 class Evaluator:

@@ -17,6 +17,7 @@ from psmpi.comm.group import Counter, Group
 from psmpi.config import Config
 from psmpi.data import Dataset
 from psmpi.errors import UserError
+from psmpi.layout import Rows, Runs, replicate
 from psmpi.methods.base import Place, Score, check_first_order, check_slices
 from psmpi.methods.element_worker import ElementWorker
 from psmpi.methods.evaluator import Evaluator
@@ -27,7 +28,6 @@ from psmpi.nn.losses import make_loss
 from psmpi.nn.network import Network
 from psmpi.nn.subnet import Dealer, Strip, find_strips, shard_rows, strips_size
 from psmpi.optim import clip_by_global_norm, make_optimizer
-from psmpi.partition import Rows, Runs, replicate
 
 
 class IndependentSubnets:

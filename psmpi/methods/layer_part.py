@@ -9,6 +9,7 @@ import numpy as np
 from psmpi.backend import NumpyOps
 from psmpi.config import Config
 from psmpi.data import Dataset
+from psmpi.layout import Layout
 from psmpi.methods.psl import hyperparameters
 from psmpi.nn.cost import count
 from psmpi.nn.init import initial_weights
@@ -18,7 +19,6 @@ from psmpi.nn.network import Network
 from psmpi.nn.objective import Objective
 from psmpi.nn.targets import Reader, TargetDistance, draw_targets
 from psmpi.optim import make_optimizer
-from psmpi.partition import Layout
 
 
 class Part:

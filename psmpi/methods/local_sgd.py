@@ -17,11 +17,11 @@ from psmpi.comm.world import several_hosts
 from psmpi.config import Config
 from psmpi.data import Dataset
 from psmpi.errors import UserError
+from psmpi.layout import Rows
 from psmpi.methods.base import Score, check_first_order
 from psmpi.methods.replica import Replica, alone
 from psmpi.nn.network import Network
 from psmpi.optim import clip_by_global_norm
-from psmpi.partition import Rows
 
 
 class LocalSGD(Replica):

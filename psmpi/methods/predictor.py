@@ -10,9 +10,9 @@ import numpy as np
 from psmpi.backend import NumpyOps
 from psmpi.comm.group import Counter, Group
 from psmpi.data import Resident, Split
+from psmpi.layout import Layout, make_grid
 from psmpi.nn.model import Model
 from psmpi.nn.network import Network
-from psmpi.partition import Layout, make_grid
 
 
 class Predictor:

@@ -21,6 +21,7 @@ from psmpi.comm.group import Counter, Group
 from psmpi.config import Config
 from psmpi.data import Dataset
 from psmpi.errors import UserError
+from psmpi.layout import Layout, Roles, Rows, assign_roles
 from psmpi.methods.base import Place, Score, check_slices
 from psmpi.methods.element_worker import ElementWorker
 from psmpi.methods.quasi_newton import PartitionedNewton, check_newton, element_rows
@@ -29,7 +30,6 @@ from psmpi.nn.losses import make_loss
 from psmpi.nn.network import Network
 from psmpi.optim import Hyper, clip_by_global_norm, make_optimizer
 from psmpi.optim.element_operators import RULES
-from psmpi.partition import Layout, Roles, Rows, assign_roles
 
 # Scalars of optimizers that count steps in which the weights stayed.
 FAILURES = ("failed_searches", "failed_steps")

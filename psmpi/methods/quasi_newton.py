@@ -16,6 +16,7 @@ from psmpi.comm.exchange import Exchange
 from psmpi.comm.group import Group
 from psmpi.config import Config
 from psmpi.errors import UserError
+from psmpi.layout import Layout, Roles, Rows
 from psmpi.methods.element_set import ElementSet, elements_of, largest_element
 from psmpi.methods.element_worker import ElementWorker
 from psmpi.nn.losses import Loss
@@ -25,7 +26,6 @@ from psmpi.optim.base import check_eps
 from psmpi.optim.element_operators import RULES, ElementOperators, Outcome
 from psmpi.optim.globalization import SHORTEST, Momentum, TrustRegion, armijo
 from psmpi.optim.truncated_cg import truncated_cg
-from psmpi.partition import Layout, Roles, Rows
 
 # How often the multiple of the identity may become the one of the start, where the learning rate goes to 0.
 STIFF = 1e6

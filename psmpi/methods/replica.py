@@ -14,6 +14,7 @@ from psmpi.comm.group import Counter, Group
 from psmpi.config import Config
 from psmpi.data import Dataset
 from psmpi.errors import UserError
+from psmpi.layout import Rows, Runs, replicate
 from psmpi.methods.base import Place, Score, check_slices
 from psmpi.methods.element_worker import ElementWorker
 from psmpi.methods.psl import hyperparameters
@@ -21,7 +22,6 @@ from psmpi.nn.init import initial_weights
 from psmpi.nn.network import Network
 from psmpi.optim import make_optimizer
 from psmpi.optim.element_operators import RULES
-from psmpi.partition import Rows, Runs, replicate
 
 
 class Replica:

@@ -22,6 +22,7 @@ from psmpi.comm.group import Counter, Group
 from psmpi.config import Config
 from psmpi.data import Dataset, Resident
 from psmpi.errors import UserError
+from psmpi.layout import Rows, Runs
 from psmpi.methods.base import Place, Score
 from psmpi.methods.layer_part import Part
 from psmpi.methods.replica import alone, verify
@@ -30,7 +31,6 @@ from psmpi.nn.losses import make_loss
 from psmpi.nn.model import layer_runs, split_layers
 from psmpi.nn.network import Network
 from psmpi.optim import clip_by_global_norm
-from psmpi.partition import Rows, Runs
 
 # Keeps the noise on labels apart from all else drawn from their seed.
 NOISE = 0x6E6F6973

@@ -11,13 +11,13 @@ import numpy as np
 from psmpi.config import Config, Synthetic
 from psmpi.data import Dataset
 from psmpi.errors import UserError
+from psmpi.layout import split_evenly
 from psmpi.methods.base import check_first_order, check_layers, check_slices
 from psmpi.methods.psl import hyperparameters
 from psmpi.nn.losses import make_loss
 from psmpi.nn.model import split_layers
 from psmpi.nn.network import Activation, Flatten, Network, Pad, Pool
 from psmpi.optim import make_optimizer
-from psmpi.partition import split_evenly
 
 # The least and the largest value of labels at scale 1, and of activations.
 LAWS = {"uniform": (0.0, 1.0), "sign": (-1.0, 1.0), "gaussian": (-inf, inf), "orthogonal": (-inf, inf)}

@@ -8,8 +8,8 @@ from zlib import crc32
 import numpy as np
 
 from psmpi.errors import UserError
+from psmpi.layout import Layout, Runs
 from psmpi.nn.network import Activation, BatchNorm, Linear, Network
-from psmpi.partition import Layout, Runs
 
 INITS = ("xavier", "he", "pytorch")
 

@@ -13,8 +13,8 @@ from math import prod
 import numpy as np
 
 from psmpi.backend import NumpyOps, Stripes
+from psmpi.layout import Layout, Runs
 from psmpi.nn.network import Conv, Linear
-from psmpi.partition import Layout, Runs
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from math import prod
 import numpy as np
 
 from psmpi.backend import NumpyOps
+from psmpi.layout import Layout, Runs, split_evenly
 from psmpi.nn.linear import ConvPart, DensePart, LinearPart, Scratch, Sums, find_segments
 from psmpi.nn.network import (
     Activation,
@@ -26,7 +27,6 @@ from psmpi.nn.network import (
     Scale,
 )
 from psmpi.nn.normalization import NormPart
-from psmpi.partition import Layout, Runs, split_evenly
 
 
 class Step:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from psmpi.errors import UserError
-from psmpi.partition import Layout, Parameter, make_layout
+from psmpi.layout import Layout, Parameter, make_layout
 
 ACTIVATIONS = ("sigmoid", "tanh", "relu", "identity")
 POOLS = ("mean", "max")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from psmpi.backend import NumpyOps
+from psmpi.layout import Layout, Runs
 from psmpi.nn.network import BatchNorm
-from psmpi.partition import Layout, Runs
 
 # Added to a variance: Ioffe and Szegedy's epsilon, with the value that most libraries give it.
 EPS = 1e-5

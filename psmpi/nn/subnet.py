@@ -15,8 +15,8 @@ from math import prod
 import numpy as np
 
 from psmpi.errors import UserError
+from psmpi.layout import Layout, Runs, even_edges
 from psmpi.nn.network import Activation, BatchNorm, Conv, Dense, Flatten, Fork, Join, LayerSpec, Linear, Network, Scale
-from psmpi.partition import Layout, Runs, even_edges
 
 # Elements that are taken from a matrix at a time.
 INDICES = 1 << 15

@@ -1,0 +1,133 @@
+"""Workers on replica rows and columns: who computes which scores, or which pairs of classes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
+from itertools import combinations
+
+from psmpi.errors import UserError
+from psmpi.layout.layout import Layout
+from psmpi.layout.runs import Runs
+from psmpi.layout.split import split_evenly
+
+Pair = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Worker:
+    """A worker computes the scores of `classes` for replica row `row`; `elements` are its pairs {i, j}, or None."""
+
+    row: int
+    column: int
+    classes: tuple[int, ...]
+    elements: frozenset[Pair] | None = None
+
+
+def _pair(i: int, j: int) -> Pair:
+    return (i, j) if i < j else (j, i)
+
+
+def all_pairs(classes: int) -> int:
+    return classes * (classes - 1) // 2
+
+
+def score_columns(classes: int, columns: int) -> list[Worker]:
+    """One replica row of the score partition: consecutive groups of classes (row 0)."""
+    return [Worker(0, k, tuple(group)) for k, group in enumerate(split_evenly(range(classes), columns))]
+
+
+def pair_columns(classes: int, columns: int) -> list[Worker]:
+    """One replica row of the pair partition: every unordered pair of classes belongs to exactly one worker (row 0).
+
+    The classes form G groups; a worker owns the pairs between two groups, and the pairs inside group g go to the groups
+    (g, g+1 mod G). Where there are more workers than pairs of groups, the largest sets are cut in two. G is the one
+    that makes the largest set smallest, by its classes (the slice) and then its pairs.
+    """
+    most = max(g for g in range(2, max(2, classes) + 1) if all_pairs(g) <= columns)
+    # Fewer groups with more cuts can win by a little, never by much.
+    tried = [_cut(group_pairs(classes, number), columns) for number in range(most, max(1, most - 4), -1)]
+    best = min(tried, key=lambda sets: max(map(_weight, sets)))
+    return [Worker(0, k, tuple(sorted(_classes(pairs))), frozenset(pairs)) for k, pairs in enumerate(best)]
+
+
+def group_pairs(classes: int, number: int) -> list[list[Pair]]:
+    """The pairs of classes that belong to each pair of `number` groups of consecutive classes."""
+    groups = split_evenly(range(classes), number)
+    owned: dict[Pair, set[Pair]] = {
+        (a, b): {_pair(i, j) for i in groups[a] for j in groups[b]} for a, b in combinations(range(number), 2)
+    }
+    for g, members in enumerate(groups):
+        owned[_pair(g, (g + 1) % number)] |= set(combinations(members, 2))
+    return [sorted(pairs) for pairs in owned.values()]
+
+
+def _classes(pairs: Iterable[Pair]) -> set[int]:
+    return {c for pair in pairs for c in pair}
+
+
+def _weight(pairs: Sequence[Pair]) -> tuple[int, int]:
+    return len(_classes(pairs)), len(pairs)
+
+
+def _cut(sets: list[list[Pair]], columns: int) -> list[list[Pair]]:
+    """Halve the largest set of pairs until there are `columns`."""
+    heap = [(tuple(-n for n in _weight(pairs)), pairs) for pairs in sets]
+    heapify(heap)
+    alone: list[list[Pair]] = []
+    while len(heap) + len(alone) < columns:
+        _, pairs = heappop(heap)
+        if len(pairs) == 1:
+            alone.append(pairs)
+            continue
+        for half in (pairs[: len(pairs) // 2], pairs[len(pairs) // 2 :]):
+            heappush(heap, (tuple(-n for n in _weight(half)), half))
+    return sorted(alone + [pairs for _, pairs in heap])
+
+
+PARTITIONS = {"scores": (score_columns, lambda classes: classes), "pairs": (pair_columns, all_pairs)}
+
+
+def make_grid(partition: str, classes: int, workers: int, replicas: int = 0) -> list[Worker]:
+    """Spread `workers` over replica rows and, in each row, over the partition's columns.
+
+    Rows may differ by one in their number of columns, so any number of workers is used in full. `replicas` = 0 takes
+    the smallest number of rows that has work for every worker. UserError where a row would have more columns than the
+    partition has (it says which number of replicas would do).
+    """
+    columns_of, most = PARTITIONS[partition]
+    limit = most(classes)
+    if limit < 1:
+        raise UserError(f"--partition {partition} needs more than {classes} class(es): check the labels")
+    least = -(-workers // limit)
+    rows = replicas or least
+    if rows > workers:
+        raise UserError(
+            f"--replicas {rows} needs at least {rows} workers, there are {workers}: "
+            f"use --replicas {workers} or fewer, or start more ranks"
+        )
+    if rows < least:
+        raise UserError(
+            f"{workers} workers in {rows} replica row(s) is more than the {limit} columns that --partition "
+            f"{partition} has for {classes} classes: use --replicas {least} or more, or {rows * limit} workers or fewer"
+        )
+    grid = []
+    for row, members in enumerate(split_evenly(range(workers), rows)):
+        grid += [Worker(row, w.column, w.classes, w.elements) for w in columns_of(classes, len(members))]
+    return grid
+
+
+def private_runs(layout: Layout, grid: Sequence[Worker]) -> list[Runs]:
+    """For each worker, the runs that no other worker of its own row holds, in every row: those it can own."""
+    rows = sorted({w.row for w in grid})
+    private = []
+    for worker in grid:
+        mine = []
+        for block in layout.blocks:
+            if not block.classes & set(worker.classes):
+                continue
+            if all(sum(bool(block.classes & set(w.classes)) for w in grid if w.row == r) == 1 for r in rows):
+                mine.append((block.start, block.stop))
+        private.append(Runs.union(mine))
+    return private

@@ -1,0 +1,91 @@
+"""Which rank computes with which part of the flat vector, and steps which shard of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from psmpi.errors import UserError
+from psmpi.layout.grid import Worker, make_grid, private_runs
+from psmpi.layout.layout import Layout
+from psmpi.layout.runs import Runs
+
+
+@dataclass(frozen=True)
+class Roles:
+    """Who does what: `parts[r]` is what rank r computes with, `shards[r]` what it optimizes, `workers[r]` its place."""
+
+    masters: int
+    workers: tuple[Worker | None, ...]
+    parts: tuple[Runs, ...]
+    shards: tuple[Runs, ...]
+
+    @property
+    def size(self) -> int:
+        return len(self.parts)
+
+    def row(self, rank: int) -> list[int]:
+        """The ranks of `rank`'s replica row, in column order."""
+        mine = self.workers[rank]
+        return [r for r, w in enumerate(self.workers) if w is not None and mine is not None and w.row == mine.row]
+
+    @property
+    def rows(self) -> int:
+        return 1 + max(w.row for w in self.workers if w is not None)
+
+
+def assign_roles(
+    layout: Layout,
+    size: int,
+    *,
+    partition: str = "scores",
+    placement: str = "master",
+    masters: int = 1,
+    colocate: bool = False,
+    replicas: int = 0,
+) -> Roles:
+    """Give each of `size` ranks its part and its shard.
+
+    Ranks [0, masters) share the flat vector (placement `master`) or what no single worker of a row holds (placement
+    `owner`) in equal consecutive shards; the other ranks, or all with `colocate`, are workers in grid order.
+    """
+    if masters < 1:
+        raise UserError(f"--masters {masters}: at least one rank must hold weights; use --masters 1")
+    if masters > size:
+        raise UserError(f"--masters {masters} with {size} rank(s): start at least {masters} ranks or lower --masters")
+    if size == masters:
+        if size > 1 and not colocate:
+            raise UserError(
+                f"--masters {masters} with {size} ranks leaves no worker: start {masters + 1} or more ranks, or add "
+                "--colocate so that masters compute as well"
+            )
+        colocate = True
+    first = 0 if colocate else masters
+    grid = make_grid(partition, layout.classes, size - first, replicas)
+    workers: list[Worker | None] = [None] * first + list(grid)
+    parts = [Runs()] * first + [layout.part(w.classes) for w in grid]
+    everything = Runs.union([(0, layout.size)])
+    if placement == "owner":
+        owned = [Runs()] * first + private_runs(layout, grid)
+        held = everything
+        for runs in owned:
+            held = held - runs
+        if first == 0 and any(w.row > 0 for w in grid[:masters]):
+            raise UserError(
+                f"--placement owner with --colocate keeps masters in the first replica row: use --masters "
+                f"{sum(w.row == 0 for w in grid)} or fewer"
+            )
+    else:
+        owned = [Runs()] * size
+        held = everything
+    shards = list(owned)
+    for rank, shard in enumerate(held.split(masters)):
+        shards[rank] = Runs.union(shard.intervals + owned[rank].intervals)
+    return Roles(masters, tuple(workers), tuple(parts), tuple(shards))
+
+
+def replicate(layout: Layout, size: int) -> Roles:
+    """Every rank computes with the whole network, on its own slice of each minibatch, and keeps an equal share of w."""
+    whole = Runs.union([(0, layout.size)])
+    every = tuple(range(layout.classes))
+    workers = tuple(Worker(rank, 0, every) for rank in range(size))
+    return Roles(size, workers, (layout.part(every),) * size, tuple(whole.split(size)))
