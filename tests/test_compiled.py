@@ -9,6 +9,7 @@ from test_nn import APART, NETWORKS, make
 from psmpi.backend import CompiledOps, NumpyOps, Stripes, compiled, make_backend
 from psmpi.backend.convolution import Im2col
 from psmpi.errors import UserError
+from psmpi.nn.layers import Sums
 from psmpi.nn.model import Model
 from psmpi.optim import Hyper, make_optimizer
 
@@ -140,8 +141,9 @@ def test_models_give_the_scores_and_gradients_of_the_reference(name, batch, leve
         results = []
         for ops in (NumpyOps(), CompiledOps(level)):
             model = Model(network, layout, mine, np.full_like(mine, np.nan), ops, classes)
-            scores = model.forward(x).copy()
-            model.backward(np.cos(np.arange(scores.size)).reshape(scores.shape).astype(dtype))
+            tape = model.forward(x)
+            scores = tape.scores.copy()
+            model.backward(tape, np.cos(np.arange(scores.size)).reshape(scores.shape).astype(dtype))
             results.append((scores, model.g))
         for found, expected in zip(results[1], results[0], strict=True):
             assert far(found, expected) <= TOLERANCE[dtype]
@@ -163,9 +165,10 @@ def test_gradients_of_samples_are_those_of_the_reference(name, level, dtype):
         for ops in (NumpyOps(), CompiledOps(level)):
             model = Model(network, layout, mine, np.full_like(mine, np.nan), ops, classes)
             sums = np.full((19, part.size), np.nan, dtype)
-            scores = model.forward(x)
+            tape = model.forward(x)
+            scores = tape.scores
             dscores = np.cos(np.arange(scores.size)).reshape(scores.shape).astype(dtype)
-            model.backward(dscores, (np.eye(19, dtype=dtype), sums))
+            model.backward(tape, dscores, sums=Sums(np.eye(19, dtype=dtype), sums))
             results.append(sums)
         assert far(results[1], results[0]) <= TOLERANCE[dtype]
 
@@ -242,14 +245,13 @@ def test_gradients_match_central_differences(level):
     w, x = rng.standard_normal(layout.size), rng.random((int(np.prod(network.in_shape)), 5))
     d = rng.standard_normal((network.classes, 5))
     model = Model(network, layout, w, np.empty_like(w), CompiledOps(level))
-    model.forward(x)
-    model.backward(d.copy())
+    model.backward(model.forward(x), d.copy())
     g = model.g.copy()
     for k in rng.choice(layout.size, 12, replace=False):
         values = []
         for h in (1e-5, -1e-5):
             w[k] += h
-            values.append(float((model.forward(x) * d).sum()))
+            values.append(float((model.forward(x).scores * d).sum()))
             w[k] -= h
         assert abs((values[0] - values[1]) / 2e-5 - g[k]) <= 1e-9 * max(1, abs(g).max())
 

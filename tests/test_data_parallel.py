@@ -71,8 +71,7 @@ def test_a_bucket_is_whole_when_it_is_said_to_be(name):
                 seen[bucket] = g[bucket.start : bucket.stop].copy()
 
     model.finished = finished
-    model.forward(x)
-    model.backward(d)
+    model.backward(model.forward(x), d)
     assert order == sorted(order, reverse=True) and len(seen) == len(buckets)
     for bucket, values in seen.items():
         assert np.array_equal(values, g[bucket.start : bucket.stop]) and np.isfinite(values).all()

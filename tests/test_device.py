@@ -207,8 +207,9 @@ def test_models_are_those_of_the_reference(cupy, name, dtype):
             model = Model(network, layout, put(ops, local), g, ops, classes)
             # A larger minibatch before: what it left must not show.
             model.forward(put(ops, np.ones((x.shape[0], 7), dtype)))
-            scores = ops.host(model.forward(put(ops, x))).copy()
-            model.backward(put(ops, d[classes]))
+            tape = model.forward(put(ops, x))
+            scores = ops.host(tape.scores).copy()
+            model.backward(tape, put(ops, d[classes]))
             found.append((scores, ops.host(g)))
         for ours, expected in zip(found[1], found[0], strict=True):
             assert far(ours, expected) <= TOLERANCE[dtype]
@@ -230,8 +231,9 @@ def test_convolutions_may_be_products_with_windows(cupy, name, chunk, monkeypatc
     for ops in (NumpyOps(), device.CupyOps(compute="tf32")):
         g = put(ops, np.full(part.size, np.nan, F32))
         model = Model(network, layout, put(ops, w), g, ops)
-        scores = ops.host(model.forward(put(ops, x))).copy()
-        model.backward(put(ops, d))
+        tape = model.forward(put(ops, x))
+        scores = ops.host(tape.scores).copy()
+        model.backward(tape, put(ops, d))
         found.append((scores, ops.host(g)))
     # The stand-in computes products of float32 as they are; a GPU with 10 bits of each number.
     tolerance = 2e-5 if not device.available() or "fake" in str(cupy.__version__) else 1e-2
@@ -250,8 +252,9 @@ def both_ways(name, dtype, there, classes=None):
         g = put(ops, np.full(part.size, np.nan, dtype))
         model = Model(network, layout, put(ops, local), g, ops, classes)
         model.forward(put(ops, np.ones((x.shape[0], 7), dtype)))
-        scores = ops.host(model.forward(put(ops, x))).copy()
-        model.backward(put(ops, d[classes]))
+        tape = model.forward(put(ops, x))
+        scores = ops.host(tape.scores).copy()
+        model.backward(tape, put(ops, d[classes]))
         found += [scores, ops.host(g)]
     return found
 
@@ -454,12 +457,12 @@ def test_nothing_is_tried_while_a_step_is_recorded(stand_in):
     model.reserve(9)
     images, before = put(ops, x), ops.allocations
     ops.stream.begin_capture()
-    model.forward(images)
+    tape = model.forward(images)
     graph = ops.stream.end_capture()
     assert not ops.cudnn.chosen and ops.allocations == before
     graph.launch(ops.stream)
-    recorded = ops.host(model.outputs[-1]).copy()
-    assert far(ops.host(model.forward(images)), recorded) <= TOLERANCE[F32]
+    recorded = ops.host(tape.scores).copy()
+    assert far(ops.host(model.forward(images).scores), recorded) <= TOLERANCE[F32]
     assert all(ops.cudnn.chosen.values()) and ops.allocations > before
 
 
@@ -509,7 +512,8 @@ def test_the_loss_and_its_gradient_are_those_of_the_reference(cupy, name, dtype)
             objective = Objective(make_loss(name, dtype, kappa=3.0), model)
             objective.reserve(10, 9)
             mask = None if pairs is None else put(ops, pairs)
-            objective.derive(model.forward(put(ops, x)), put(ops, labels), 1 / 9, slice(0, 10), mask)
+            tape = model.forward(put(ops, x))
+            objective.derive(tape, tape.scores, put(ops, labels), 1 / 9, slice(0, 10), mask)
             results.append((objective.value(), ops.host(g), objective.loss.clipped))
         (value, g, clipped), (our_value, our_g, our_clipped) = results
         assert our_value == pytest.approx(value, rel=100 * TOLERANCE[dtype]) and our_clipped == clipped
@@ -532,14 +536,16 @@ def test_the_distance_from_targets_and_its_gradient_are_those_of_the_reference(c
         loss = TargetDistance(targets, 3.0, ops)
         objective = Objective(loss, model)
         objective.reserve(10, 9)
-        objective.derive(model.forward(put(ops, x)), put(ops, labels), 1 / 9, slice(0, 10))
+        tape = model.forward(put(ops, x))
+        objective.derive(tape, tape.scores, put(ops, labels), 1 / 9, slice(0, 10))
         results.append((objective.value(), ops.host(g), ops.host(objective.report.array)))
         assert loss.nbytes >= 8 * targets.size and objective.on_device == ops.on_device
     (value, g, report), (our_value, our_g, our_report) = results
     assert our_value == pytest.approx(value, rel=TOLERANCE[dtype]) and far(our_g, g) <= TOLERANCE[dtype]
     assert our_report == pytest.approx(report, rel=TOLERANCE[dtype]) and our_report[3] > 0
     model.w[:] = put(ops, np.full_like(w, np.nan))
-    objective.derive(model.forward(put(ops, x)), put(ops, labels), 1 / 9, slice(0, 10))
+    tape = model.forward(put(ops, x))
+    objective.derive(tape, tape.scores, put(ops, labels), 1 / 9, slice(0, 10))
     with pytest.raises(FloatingPointError, match="the loss is not a finite number"):
         objective.value()
 
@@ -553,13 +559,15 @@ def test_what_is_no_number_is_said(cupy):
         model = Model(network, layout, put(ops, np.full_like(w, np.nan)), put(ops, w), ops)
         objective = Objective(make_loss(name, w.dtype), model)
         objective.reserve(10, 2)
-        objective.derive(model.forward(put(ops, x)), put(ops, np.zeros(2, int)), 1.0, slice(0, 10))
+        tape = model.forward(put(ops, x))
+        objective.derive(tape, tape.scores, put(ops, np.zeros(2, int)), 1.0, slice(0, 10))
         with pytest.raises(FloatingPointError, match=says):
             objective.value()
     objective = Objective(make_loss("psl", w.dtype, exp_clip="off"), model)
     objective.reserve(10, 2)
     model.w[:] = put(ops, 1e4 * w)
-    objective.derive(model.forward(put(ops, x)), put(ops, np.zeros(2, int)), 1.0, slice(0, 10))
+    tape = model.forward(put(ops, x))
+    objective.derive(tape, tape.scores, put(ops, np.zeros(2, int)), 1.0, slice(0, 10))
     with pytest.raises(FloatingPointError, match="--exp-clip is off"):
         objective.value()
 

@@ -49,10 +49,11 @@ def test_element_gradients_add_up_to_that_of_the_network(shape, dtype, loss, mer
     whole, apart = make_loss(loss, dtype, kappa=2), make_loss(loss, dtype, kappa=2)
     g = np.empty_like(w)
     model = Model(network, layout, w, g, make_backend("auto"))
-    scores = model.forward(x)
+    tape = model.forward(x)
+    scores = tape.scores
     dscores = np.empty(scores.shape)
     value = whole(scores, labels, 1 / 40, dscores)
-    model.backward(dscores.astype(dtype))
+    model.backward(tape, dscores.astype(dtype))
     elements, out = element_set(network, layout, dtype, loss=apart, merged=merged)
     assert len(elements.elements) == (45 if merged else 90)
     found = elements.gradients(w, x, labels, 1 / 40, out)
@@ -73,14 +74,15 @@ def test_an_element_gradient_is_that_of_its_terms(merged):
     elements.gradients(w, x, labels, 1.0, out)
     model = Model(network, layout, w, np.empty_like(w), make_backend("numpy"))
     for number, (i, j) in enumerate(elements.elements):
-        scores = model.forward(x).copy()
+        tape = model.forward(x)
+        scores = tape.scores.copy()
         dscores = np.zeros_like(scores)
         for a, b in ((i, j), (j, i)) if merged else ((i, j),):
             mine = labels == a
             term = np.exp(scores[b] - scores[a]) * mine
             dscores[b] += term
             dscores[a] -= term
-        model.backward(dscores)
+        model.backward(tape, dscores)
         alone = np.zeros((len(elements.elements), elements.size))
         alone[number] = out[number]
         found = np.empty_like(w)
@@ -111,13 +113,14 @@ def test_elements_of_different_sizes_and_of_a_worker():
     numbers = np.searchsorted(classes, labels[known])
     elements.gradients(mine, np.ascontiguousarray(x[:, known]), numbers, 1.0, out)
     model = Model(network, layout, w, np.empty_like(w), make_backend("numpy"))
-    scores = model.forward(x)
+    tape = model.forward(x)
+    scores = tape.scores
     dscores = np.zeros_like(scores)
     for i, j in ((2, 7), (7, 2), (3, 7), (7, 3)):
         term = np.exp(scores[j] - scores[i]) * (labels == i)
         dscores[j] += term
         dscores[i] -= term
-    model.backward(dscores)
+    model.backward(tape, dscores)
     total = np.empty_like(mine)
     elements.accumulate(out, total)
     expected = np.concatenate([model.g[a:b] for a, b in elements.part.intervals])
@@ -151,8 +154,9 @@ def test_layers_without_biases_have_the_gradients_of_the_network(layers, merged)
     loss = make_loss("psl", F64)
     model = Model(network, layout, w, np.empty_like(w), make_backend("auto"))
     dscores = np.empty((10, 40))
-    loss(model.forward(x), labels, 1 / 40, dscores)
-    model.backward(dscores)
+    tape = model.forward(x)
+    loss(tape.scores, labels, 1 / 40, dscores)
+    model.backward(tape, dscores)
     elements, out = element_set(network, layout, F64, merged=merged)
     elements.gradients(w, x, labels, 1 / 40, out)
     total = np.empty_like(w)

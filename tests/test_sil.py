@@ -15,7 +15,8 @@ from psmpi.errors import UserError
 from psmpi.methods import METHODS
 from psmpi.methods.sil_plan import LAWS, Seats, count_parts, cut_activation, plan_phases
 from psmpi.nn.cost import apart, conventional, count
-from psmpi.nn.model import Model, layer_runs, split_layers
+from psmpi.nn.cut import split_layers
+from psmpi.nn.model import Model
 from psmpi.nn.network import build
 from psmpi.nn.targets import Reader, TargetDistance, draw_targets
 from psmpi.nn.zoo import make_network
@@ -410,11 +411,11 @@ def test_parts_begin_behind_a_flattening_and_with_the_padding(parts):
     layout = net.layout()
     rng = np.random.default_rng(0)
     w, x = rng.standard_normal(layout.size), rng.standard_normal((64, 7))
-    whole = Model(net, layout, w[: layout.part(range(10)).size], None, make_backend("numpy")).forward(x)
+    whole = Model(net, layout, w[: layout.part(range(10)).size], None, make_backend("numpy")).forward(x).scores
     for stage in split_layers(net, parts):
-        runs = layer_runs(net, layout, *stage) - layout.dead
+        runs = net.runs(layout, *stage) - layout.dead
         local = np.concatenate([w[a:b] for a, b in runs.intervals])
-        x = Model(net, layout, local, None, make_backend("numpy"), layers=stage).forward(x)
+        x = Model(net, layout, local, None, make_backend("numpy"), layers=stage).forward(x).scores
         x = x.reshape(-1, 7).copy()
     assert np.allclose(x, whole, rtol=1e-12)
 

@@ -23,10 +23,13 @@ from psmpi.errors import UserError
 from psmpi.layout import Rows
 from psmpi.methods.base import Place, Score, check_first_order, check_layers, check_slices
 from psmpi.methods.psl import hyperparameters
+from psmpi.nn.cut import split_layers
 from psmpi.nn.init import initial_weights
+from psmpi.nn.layers.base import VIEW
+from psmpi.nn.layers.chain import Tape
 from psmpi.nn.losses import make_loss
-from psmpi.nn.model import Model, layer_runs, split_layers
-from psmpi.nn.network import Conv, Linear, Network
+from psmpi.nn.model import Model
+from psmpi.nn.network import Network
 from psmpi.nn.objective import Objective
 from psmpi.optim import clip_by_global_norm, make_optimizer
 
@@ -74,7 +77,7 @@ class DirectFeedback:
         self.world = Group(world, range(world.size), self.counter, make_bridge(world, ops, config.parallel.gpu_aware))
         self.first, self.last = world.rank == 0, world.rank == world.size - 1
         stages = split_layers(network, world.size)
-        self.shards = tuple(layer_runs(network, self.layout, *stage) for stage in stages)
+        self.shards = tuple(network.runs(self.layout, *stage) for stage in stages)
         shard = self.shards[world.rank]
         self.w, self.g = (ops.zeros(shard.size, self.dtype) for _ in range(2))
         self.model = Model(network, self.layout, self.w, self.g, ops, layers=stages[world.rank])
@@ -107,8 +110,8 @@ class DirectFeedback:
         )
         self.layers = self._layers()
         # Layers with weights before this rank's, and in all.
-        self.before = sum(isinstance(layer, Linear) for layer in network.layers[: stages[world.rank][0]])
-        self.depth = sum(isinstance(layer, Linear) for layer in network.layers)
+        self.before = sum(layer.linear for layer in network.layers[: stages[world.rank][0]])
+        self.depth = len(network.linear)
         widest = max(widths(network)[:-1], default=1)
         self.back = [
             ops.put(feedback(
@@ -132,7 +135,7 @@ class DirectFeedback:
     @classmethod
     def check(cls, size: int, network: Network, dataset: Dataset, config: Config) -> None:
         """UserError for a configuration that `size` ranks cannot train; needs no MPI and no arrays of weights."""
-        depth = sum(isinstance(layer, Linear) for layer in network.layers)
+        depth = len(network.linear)
         if size > depth:
             raise UserError(
                 f"--method dfa gives each rank a layer at least, and --model {network.name} has {depth} with weights "
@@ -150,7 +153,7 @@ class DirectFeedback:
     @staticmethod
     def warnings(size: int, network: Network, config: Config) -> Iterator[str]:
         """What a person should know of a network before it is trained so."""
-        if any(isinstance(layer, Conv) for layer in network.layers):
+        if any(len(layer.out_shape) > 1 for layer in network.linear):
             yield "convolutions learn poorly by direct feedback: their weights are shared, and cannot align"
         narrow = [width for width in widths(network)[:-1] if width < network.classes]
         if narrow:
@@ -160,17 +163,16 @@ class DirectFeedback:
 
     def _layers(self) -> list[Hidden]:
         """This rank's layers with weights, each with the steps without that follow it."""
-        starts = [k for k, step in enumerate(self.model.steps) if step.linear is not None]
+        parts = self.model.parts
+        starts = [k for k, part in enumerate(parts) if part.layer.linear]
         # What comes before goes with the first one.
         starts[0] = 0
         if self.first:
             # No gradient is needed below what normalizes samples.
-            starts[0] = next(
-                k for k, step in enumerate(self.model.steps) if step.linear is not None or step.norm is not None
-            )
-        ends = [k - 1 for k in (*starts[1:], len(self.model.steps))]
+            starts[0] = self.model.chain.lowest
+        ends = [k - 1 for k in (*starts[1:], len(parts))]
         return [
-            Hidden(number, first, last, self.model.steps[last].size)
+            Hidden(number, first, last, parts[last].size)
             for number, (first, last) in enumerate(zip(starts, ends, strict=True))
         ]
 
@@ -218,14 +220,15 @@ class DirectFeedback:
             samples.fetch(ids, x)
         else:
             self.world.receive(x, self.rank - 1)
-        y, self.model.outputs = self.forward_pass(x.shape[1])
+        self.tape = self.forward_pass(x.shape[1])
+        y = self.tape.scores
         if not self.last:
             self.world.send(y, self.rank + 1)
         return y
 
-    def _compute(self, b: int) -> tuple[np.ndarray, list[np.ndarray]]:
-        """The outputs of the last layer, and what the backward pass needs."""
-        return self.model.forward(self.x[: self.inputs * b].reshape(self.inputs, b)), self.model.outputs
+    def _compute(self, b: int) -> Tape:
+        """The pass through this rank's layers."""
+        return self.model.forward(self.x[: self.inputs * b].reshape(self.inputs, b))
 
     def _error(self, b: int) -> np.ndarray:
         """Where e (classes, b) is."""
@@ -233,7 +236,7 @@ class DirectFeedback:
 
     def _differentiate(self, b: int) -> None:
         """Find e, the derivatives of the mean loss with respect to the scores, limited."""
-        scores, labels, error = self.model.outputs[-1], self.labels.array[:b], self._error(b)
+        scores, labels, error = self.tape.scores, self.labels.array[:b], self._error(b)
         derivatives = self.objective.losses(scores, labels, 1 / b, slice(0, len(scores)))
         if self.objective.on_device:
             self.ops.cast_scores(derivatives, error, self.objective.report.array)
@@ -247,12 +250,13 @@ class DirectFeedback:
         for one, matrix in zip(self.hidden, self.back, strict=True):
             signal = self.signal[: one.width * b].reshape(one.width, b)
             self.ops.matmul(matrix, error, signal)
-            self.model.backward_through(signal.reshape(self.model.outputs[one.last + 1].shape), one.first, one.last)
+            dy = signal.reshape(self.tape.outputs[one.last + 1].shape)
+            self.model.backward(self.tape, dy, first=one.first, last=one.last)
         if self.last:
             # The backward pass uses it up.
             own = self.objective.cast[: error.size].reshape(error.shape)
             own[...] = error
-            self.model.backward_through(own, self.layers[-1].first, self.layers[-1].last)
+            self.model.backward(self.tape, own, first=self.layers[-1].first, last=self.layers[-1].last)
 
     def collect(self) -> None:
         for mirror in self.mirrors.values():
@@ -301,20 +305,20 @@ class DirectFeedback:
         if self.last:
             above = self._copy(error)
         else:
-            found = np.empty((int(np.prod(self.model.outputs[-1].shape[:-1])), b), self.dtype)
+            found = np.empty((int(np.prod(self.tape.scores.shape[:-1])), b), self.dtype)
             self.world.receive(found, self.rank + 1)
             above = self.aside.put(found)
         back = list(zip(self.hidden, self.back, strict=True))
         for one in reversed(self.layers):
-            shape = self.model.outputs[one.last + 1].shape
+            shape = self.tape.outputs[one.last + 1].shape
             for hidden, matrix in back:
                 if hidden is one:
                     signal = self.signal[: one.width * b].reshape(one.width, b)
                     self.ops.matmul(matrix, error, signal)
                     cosines[self.before + one.number] = self._cosine(one, self._copy(above), signal)
-            x = self.model.outputs[one.first]
+            x = self.tape.outputs[one.first]
             below = self.aside.empty(x.size, self.dtype).reshape(x.shape)
-            self.model.backward_through(above.reshape(shape), one.first, one.last, below)
+            self.model.backward(self.tape, above.reshape(shape), first=one.first, last=one.last, dx=below)
             above = below.reshape(-1, b)
         if not self.first:
             self.world.send(self.ops.host(above), self.rank - 1)
@@ -333,10 +337,9 @@ class DirectFeedback:
         Both (width, b) are used up.
         """
         last = one.last
-        while self.model.steps[last].kind == "flatten":
+        while self.model.parts[last].layer.place == VIEW:
             last -= 1
-        step, y = self.model.steps[last], self.model.outputs[last + 1]
-        kind = step.spec.kind if step.kind == "activation" else step.activation  # type: ignore[attr-defined]
+        kind, y = self.model.parts[last].activation, self.tape.outputs[last + 1]
         for v in (gradient, signal):
             self.ops.activate_back(kind, y.reshape(v.shape), v)
         a, d = (self.ops.host(v).astype(np.float64) for v in (gradient, signal))
@@ -344,7 +347,7 @@ class DirectFeedback:
         return float(np.where(sizes > 0, (a * d).sum(axis=0) / np.where(sizes > 0, sizes, 1), 0.0).mean())
 
     def place(self) -> Place:
-        names = [layer.name for layer in self.network.layers if isinstance(layer, Linear)]
+        names = [layer.name for layer in self.network.linear]
         mine = names[self.before : self.before + len(self.layers)]
         held = self.shards[self.rank].size
         layers = mine[0] if len(mine) == 1 else f"{mine[0]} to {mine[-1]}"
@@ -372,7 +375,7 @@ def widths(network: Network) -> list[int]:
     found: list[int] = []
     for layer in network.layers:
         size = int(np.prod(layer.out_shape))
-        if isinstance(layer, Linear):
+        if layer.linear:
             found.append(size)
         elif found:
             found[-1] = size

@@ -15,6 +15,9 @@ import numpy as np
 
 from psmpi.backend import NumpyOps, Transfer
 from psmpi.layout import Layout, Runs
+from psmpi.methods.borrowed import Borrowed
+from psmpi.nn.layers import Sums
+from psmpi.nn.layers.chain import Tape
 from psmpi.nn.losses import Loss
 from psmpi.nn.model import Model
 from psmpi.nn.network import Network
@@ -45,6 +48,7 @@ class Side:
     number: int
     slices: list[slice]
     model: Model
+    borrowed: Borrowed
     others: np.ndarray
     lost: np.ndarray
     won: np.ndarray
@@ -120,10 +124,12 @@ class ElementSet:
                 start = mine.local(*run).start
                 table.append((k * mine.size + start, row + variables.local(*run).start, run[1] - run[0]))
         own = self.ops.zeros(mine.size, self.dtype)
+        model = Model(network, layout, own, None, self.ops, (c,), space=self.whole.space)
         return Side(
             number=at[c],
             slices=[self.part.local(*run) for run in mine.intervals],
-            model=Model(network, layout, own, None, self.ops, (c,), lender=self.whole),
+            model=model,
+            borrowed=Borrowed(model, self.whole),
             others=self.ops.put(np.array([at[other] for _, other, _, _ in terms], np.int64)),
             lost=self.ops.put(np.array([lost for _, _, lost, _ in terms], self.dtype)),
             won=self.ops.put(np.array([won for _, _, _, won in terms], self.dtype)),
@@ -144,6 +150,7 @@ class ElementSet:
         """Bytes of everything it holds."""
         models = [self.whole, *(side.model for side in self.sides)]
         held = sum(m.w.nbytes + m.activation_bytes + m.buffer_bytes for m in models)
+        held += sum(side.borrowed.nbytes for side in self.sides)
         moves = self.restriction.nbytes + sum(side.spread.nbytes for side in self.sides)
         own = (self.mask, self.sums, self.labels, self.there.array, self.scores, self.weights, self.ones)
         return held + moves + self.objective.nbytes + sum(a.nbytes for a in own)
@@ -161,8 +168,9 @@ class ElementSet:
         # The derivative of a score by itself, which the backward pass uses up.
         self.ones = self.ops.empty(batch, self.dtype)
         self.objective.reserve(count, batch)
-        for model in (self.whole, *(side.model for side in self.sides)):
-            model.reserve(batch)
+        self.whole.reserve(batch)
+        for side in self.sides:
+            side.borrowed.reserve(batch)
 
     def restrict(self, vector: np.ndarray, out: np.ndarray) -> None:
         """out (elements, size) = U_e vector for every element; behind small elements nothing is written."""
@@ -201,38 +209,41 @@ class ElementSet:
         self.whole.w[...] = w
         self.x = x
 
-    def _losses(self, b: int, batch: int, scale: float, x_at: int, derivatives: bool = False) -> np.ndarray:
-        """Compute the losses of the first b samples of x; their derivatives (classes, b), if wanted.
+    def _losses(
+        self, b: int, batch: int, scale: float, x_at: int, derivatives: bool = False
+    ) -> tuple[Tape, np.ndarray]:
+        """Compute the losses of the first b samples of x; the pass, and their derivatives (classes, b), if wanted.
 
         x_at, its address, is one of the things by which recorded work is told apart.
         """
-        scores = self.whole.forward(self.x)
+        tape = self.whole.forward(self.x)
+        scores = tape.scores
         if b < batch:
             first = self.scores[: len(scores) * b].reshape(len(scores), b)
             first[...] = scores[:, :b]
             scores = first
         own = slice(0, len(self.classes))
-        return self.objective.losses(scores, self.there.array[:b], scale, own, self.mask, derivatives)
+        return tape, self.objective.losses(scores, self.there.array[:b], scale, own, self.mask, derivatives)
 
     def _gradients(self, b: int, batch: int, scale: float, x_at: int, out_at: int) -> None:
         """Fill `out`; addresses as in `_losses`."""
         self.out.fill(0)
         # Of a pairwise loss the derivative with respect to another class's score is that of one term alone.
-        grad, report = self._losses(b, batch, scale, x_at, derivatives=True), self.objective.report.array
+        (whole, grad), report = self._losses(b, batch, scale, x_at, derivatives=True), self.objective.report.array
         for side in self.sides:
             terms, model, start = len(side.others), side.model, 0
             for run in side.slices:
                 stop = start + run.stop - run.start
                 model.w[start:stop] = self.whole.w[run]
                 start = stop
-            model.borrow()
+            tape = side.borrowed.tape(whole)
             weights = self.weights[: terms * batch].reshape(terms, batch)
             self.ops.term_weights(
                 grad, self.there.array[:b], report, side.number, side.others, side.lost, side.won, weights
             )
             ones = self.ones[:batch].reshape(1, batch)
             ones.fill(1)
-            model.backward(ones, (weights, side.sums))
+            model.backward(tape, ones, sums=Sums(weights, side.sums))
             side.spread.add(side.sums, self.out)
         self.ops.give_back(self.out.reshape(-1), report, GRADIENT_LIMIT[self.dtype])
 

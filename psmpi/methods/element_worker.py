@@ -11,6 +11,7 @@ from psmpi.comm.group import Group
 from psmpi.config import Config
 from psmpi.data import Dataset, Resident
 from psmpi.layout import Layout, Roles, Worker
+from psmpi.nn.layers.chain import Tape
 from psmpi.nn.losses import make_loss
 from psmpi.nn.model import Model
 from psmpi.nn.network import Network
@@ -127,25 +128,25 @@ class ElementWorker:
         self.labels.settle()
         self.labels.host[:b] = labels if self.pairs is None else self.number[labels]
         self.labels.push(slice(0, b))
-        output, self.model.outputs = self.forward_pass(b)
+        self.tape = self.forward_pass(b)
         if self.pairs is None:
-            self._share(output)
+            self._share(self.tape.scores)
         self.backward_pass(b, scale)
         loss = self.objective.value()
         # With the score partition every worker of the row has seen the whole loss.
         return loss + constant if self.pairs is not None or self.place.column == 0 else 0.0
 
-    def _forward(self, b: int) -> tuple[np.ndarray, list[np.ndarray]]:
-        """The scores of the model's classes, and what the backward pass needs."""
-        return self.model.forward(self.x[: self.features * b].reshape(self.features, b)), self.model.outputs
+    def _forward(self, b: int) -> Tape:
+        """The pass that gives the scores of the model's classes."""
+        return self.model.forward(self.x[: self.features * b].reshape(self.features, b))
 
     def _backward(self, b: int, scale: float) -> None:
         """From the scores, the row's or this worker's own, to g_part."""
         if self.pairs is None:
             scores, own = self.scores[: self.dataset.classes * b].reshape(-1, b), self.own
         else:
-            scores, own = self.model.outputs[-1], slice(0, len(self.place.classes))
-        self.objective.derive(scores, self.labels.array[:b], scale, own, self.mask)
+            scores, own = self.tape.scores, slice(0, len(self.place.classes))
+        self.objective.derive(self.tape, scores, self.labels.array[:b], scale, own, self.mask)
 
     def _share(self, output: np.ndarray) -> np.ndarray:
         """All classes' scores (classes, b), from each column's own (its classes, b)."""
@@ -165,7 +166,7 @@ class ElementWorker:
             if len(self.test_ids):
                 x = self.x[: self.features * b].reshape(self.features, b)
                 self.test_samples.fetch(np.arange(at.start, at.stop), x)
-                output = self.model.forward(x)
+                output = self.model.forward(x).scores
             if self.pairs is None:
                 assert output is not None
                 scores = self._share(output)

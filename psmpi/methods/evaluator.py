@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from math import prod
 
 import numpy as np
@@ -12,9 +11,11 @@ from psmpi.backend import Mirror, NumpyOps
 from psmpi.comm.group import Group
 from psmpi.data import Resident, Split
 from psmpi.layout import Layout, Runs
+from psmpi.nn.cut import cut_stages
+from psmpi.nn.layers.chain import leaves
 from psmpi.nn.losses import Loss
-from psmpi.nn.model import Model, layer_runs
-from psmpi.nn.network import Fork, Join, Linear, Network
+from psmpi.nn.model import Model
+from psmpi.nn.network import Network
 
 
 class Evaluator:
@@ -62,7 +63,7 @@ class Evaluator:
             model = self.whole or self._gathered(stage)
             for k, x in enumerate(held):
                 # One by one: what went in makes room for what comes out.
-                held[k] = self._kept(model.forward(x))
+                held[k] = self._kept(model.forward(x).scores)
         totals = np.zeros(3)
         for at, kept in zip(self.batches, held, strict=True):
             scores, labels = self.ops.host(kept), self.split.labels[at]
@@ -83,7 +84,7 @@ class Evaluator:
 
     def _gathered(self, stage: tuple[int, int]) -> Model:
         """The model of some layers, whose weights all ranks bring together."""
-        runs = layer_runs(self.network, self.layout, *stage) - self.layout.dead
+        runs = self.network.runs(self.layout, *stage) - self.layout.dead
         shard = self.shards[self.group.rank]
         w = self.ops.mirror(self.ops.empty(runs.size, self.dtype))
         for a, b in (runs & shard).intervals:
@@ -104,9 +105,9 @@ class Evaluator:
         most = max((at.stop - at.start for at in batches), default=0)
         samples, found = sum(at.stop - at.start for at in batches), 0
         for first, behind in stages:
-            sizes = [prod(layer.out_shape) for layer in self.network.layers[first:behind]]
+            sizes = [prod(layer.out_shape) for layer in leaves(self.network.layers[first:behind])]
             held = samples * max(prod(self.network.layers[first].in_shape), sizes[-1])
-            weights = layer_runs(self.network, self.layout, first, behind).size if self.group.size > 1 else 0
+            weights = self.network.runs(self.layout, first, behind).size if self.group.size > 1 else 0
             found = max(found, held + most * sum(sizes) + weights)
         return found * self.dtype.itemsize
 
@@ -114,19 +115,3 @@ class Evaluator:
     def nbytes(self) -> int:
         """The most bytes that a test needs at a time, besides the shard."""
         return self._need(self.stages, self.batches) + self.samples.nbytes
-
-
-def cut_stages(network: Network) -> list[tuple[int, int]]:
-    """(first, behind the last) layer of each piece of a network: one with weights, and what follows it without.
-
-    Residual blocks, and layers before the first with weights, stay whole.
-    """
-    edges, depth = [0], 0
-    seen = False
-    for k, layer in enumerate(network.layers):
-        starts = isinstance(layer, Linear | Fork) and depth == 0
-        if starts and seen:
-            edges.append(k)
-        seen = seen or starts
-        depth += isinstance(layer, Fork) - isinstance(layer, Join)
-    return list(pairwise([*edges, len(network.layers)]))

@@ -14,7 +14,7 @@ from psmpi.methods.psl import hyperparameters
 from psmpi.nn.cost import count
 from psmpi.nn.init import initial_weights
 from psmpi.nn.losses import Loss, make_loss
-from psmpi.nn.model import Model, layer_runs
+from psmpi.nn.model import Model
 from psmpi.nn.network import Network
 from psmpi.nn.objective import Objective
 from psmpi.nn.targets import Reader, TargetDistance, draw_targets
@@ -44,9 +44,9 @@ class Part:
     ):
         s, c, dtype, classes = config.synthetic, config.objective, w.dtype, network.classes
         self.number, self.last, self.w, self.g = number, stage[1] == len(network.layers), w, g
-        self.runs, self.cost = layer_runs(network, layout, *stage), count(network, *stage)
+        self.runs, self.cost = network.runs(layout, *stage), count(network, *stage)
         self.model = Model(network, layout, w, g, ops, layers=stage)
-        self.inputs, self.units = int(np.prod(self.model.in_shape)), self.model.steps[-1].size
+        self.inputs, self.units = int(np.prod(self.model.in_shape)), self.model.size
         weights = ops.mirror(w)
         initial_weights(
             network, layout, self.runs, weights.host,
@@ -90,7 +90,8 @@ class Part:
 
     def forward(self, x: np.ndarray) -> np.ndarray:
         """Outputs (units, b) of inputs (inputs, b)."""
-        return self.model.forward(x).reshape(self.units, -1)
+        self.tape = self.model.forward(x)
+        return self.tape.scores.reshape(self.units, -1)
 
     def learn(self, x: np.ndarray, labels: np.ndarray, scale: float, dx: np.ndarray | None = None) -> float:
         """Fill g with the gradient of the scaled sum of the part's losses on inputs x (inputs, b); returns that sum.
@@ -112,25 +113,22 @@ class Part:
     def _derive(self, b: int, scale: float, x_at: int, dx_at: int) -> None:
         x, dx = self.given
         assert x is not None
-        self.objective.derive(self.forward(x), self.labels.array[:b], scale, slice(0, self.units), dx=dx)
+        outputs = self.forward(x)
+        self.objective.derive(self.tape, outputs, self.labels.array[:b], scale, slice(0, self.units), dx=dx)
 
     def back(self, dy: np.ndarray, dx: np.ndarray | None) -> None:
         """Fill g, and dx where there is one, from the gradient of the outputs, which is used up."""
         self.given = dy, dx
-        self._back(dy.shape[-1], *map(self._address, (self.model.outputs[0], dy, dx)))
+        self._back(dy.shape[-1], *map(self._address, (self.tape.outputs[0], dy, dx)))
 
     def _take_back(self, b: int, x_at: int, dy_at: int, dx_at: int) -> None:
         dy, dx = self.given
         assert dy is not None
-        dy = dy.reshape(self.model.outputs[-1].shape)
-        if dx is None:
-            self.model.backward(dy)
-        else:
-            self.model.backward_through(dy, 0, len(self.model.steps) - 1, dx)
+        self.model.backward(self.tape, dy.reshape(self.tape.scores.shape), dx=dx)
 
     def look(self, labels: np.ndarray) -> None:
         """Add what the outputs of the last forward pass say to `found` and `alive`."""
-        y = self.model.ops.host(self.model.outputs[-1]).reshape(self.units, -1)
+        y = self.model.ops.host(self.tape.scores).reshape(self.units, -1)
         nearest = np.count_nonzero(self.reader.nearest(y) == labels)
         solved = np.count_nonzero(self.reader.probabilities(y).argmax(axis=0) == labels)
         self.found += [self.loss(y, labels, 1.0), float(nearest), float(solved), float(len(labels))]

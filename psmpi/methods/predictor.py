@@ -66,7 +66,7 @@ class Predictor:
         for at in dealt[self.place.row]:
             x = self._fetch(split, np.arange(at.start, at.stop))
             scores = np.empty((count, x.shape[1]), self.dtype)
-            self.row.allgatherv(self.model.forward(x), scores, [n * x.shape[1] for n in self.columns])
+            self.row.allgatherv(self.model.forward(x).scores, scores, [n * x.shape[1] for n in self.columns])
             found[at.start - first : at.stop - first] = scores.T
         if self.world.rank != 0:
             if self.place.column == 0 and len(found):

@@ -27,8 +27,8 @@ from psmpi.methods.base import Place, Score
 from psmpi.methods.layer_part import Part
 from psmpi.methods.replica import alone, verify
 from psmpi.methods.sil_plan import Phase, Seats, check, count_parts, cut_activation, plan_phases, warnings
+from psmpi.nn.cut import split_layers
 from psmpi.nn.losses import make_loss
-from psmpi.nn.model import layer_runs, split_layers
 from psmpi.nn.network import Network
 from psmpi.optim import clip_by_global_norm
 
@@ -66,7 +66,7 @@ class SyntheticLabels:
         if config.parallel.nccl:
             self.peers.use_nccl(ops.stream)
         self.stages = split_layers(network, self.count)
-        runs = [layer_runs(network, self.layout, *stage) for stage in self.stages]
+        runs = [network.runs(self.layout, *stage) for stage in self.stages]
         # All rows of a part have its shard; checkpoints are written by the first.
         self.shards = tuple(
             Runs.union(one for k in self.seats.held(rank) for one in runs[k].intervals) for rank in range(world.size)

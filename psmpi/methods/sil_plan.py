@@ -14,9 +14,9 @@ from psmpi.errors import UserError
 from psmpi.layout import split_evenly
 from psmpi.methods.base import check_first_order, check_layers, check_slices
 from psmpi.methods.psl import hyperparameters
+from psmpi.nn.cut import split_layers
 from psmpi.nn.losses import make_loss
-from psmpi.nn.model import split_layers
-from psmpi.nn.network import Activation, Flatten, Network, Pad, Pool
+from psmpi.nn.network import Network
 from psmpi.optim import make_optimizer
 
 # The least and the largest value of labels at scale 1, and of activations.
@@ -100,9 +100,9 @@ def count_parts(size: int, network: Network, asked: int) -> int:
 def cut_activation(network: Network, behind: int) -> str:
     """The activation whose values the layers before `behind` put out."""
     for layer in reversed(network.layers[:behind]):
-        if isinstance(layer, Activation):
-            return layer.kind
-        if not isinstance(layer, Flatten | Pool | Pad):
+        if layer.activation:
+            return layer.activation
+        if not layer.keeps_range:
             break
     return "identity"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from psmpi.nn.layers.chain import Tape
 from psmpi.nn.losses import Loss
 from psmpi.nn.model import Model
 
@@ -28,7 +29,7 @@ class Objective:
     def reserve(self, classes: int, batch: int) -> None:
         """Make room for minibatches of up to `batch` samples with scores of `classes` classes."""
         self.grad = self.ops.empty(classes * batch, np.dtype(np.float64))
-        self.cast = self.ops.empty(self.model.steps[-1].size * batch, self.model.dtype)
+        self.cast = self.ops.empty(self.model.size * batch, self.model.dtype)
 
     @property
     def nbytes(self) -> int:
@@ -62,6 +63,7 @@ class Objective:
 
     def derive(
         self,
+        tape: Tape,
         scores: np.ndarray,
         labels: np.ndarray,
         scale: float,
@@ -69,20 +71,17 @@ class Objective:
         pairs: np.ndarray | None = None,
         dx: np.ndarray | None = None,
     ) -> None:
-        """Fill the model's gradient with that of the scaled sum of the losses of the model's last minibatch.
+        """Fill the model's gradient with that of the scaled sum of the losses of the minibatch of a pass.
 
-        scores (classes, b), the model's own being `own`; labels, pairs as in `Loss`. dx, of the shape of the model's
+        scores (classes, b), the pass's own being `own`; labels, pairs as in `Loss`. dx, of the shape of the model's
         inputs, is filled with the gradient of these; the model then begins with a layer with weights.
         """
         grad, report = self.losses(scores, labels, scale, own, pairs), self.report.array
         cast = self.cast[: grad[own].size].reshape(grad[own].shape)
         self.ops.cast_scores(grad[own], cast, report)
         # Outputs of some layers alone may be images.
-        dy = cast.reshape(self.model.outputs[-1].shape)
-        if dx is None:
-            self.model.backward(dy)
-        else:
-            self.model.backward_through(dy, 0, len(self.model.steps) - 1, dx)
+        self.model.backward(tape, cast.reshape(tape.scores.shape), dx=dx)
+        if dx is not None:
             self.ops.give_back(dx, report, GRADIENT_LIMIT[self.model.dtype])
         assert self.model.g is not None
         self.ops.give_back(self.model.g, report, GRADIENT_LIMIT[self.model.dtype])
