@@ -4,7 +4,7 @@ import threading
 
 import numpy as np
 import pytest
-from test_nn import APART, NETWORKS, make
+from layer_examples import APART, NETWORKS, make
 
 from psmpi.backend import CompiledOps, NumpyOps, Stripes, compiled, make_backend
 from psmpi.backend.convolution import Im2col

@@ -7,7 +7,8 @@ import pytest
 from conftest import Trained, distance, run
 from hypothesis import given
 from hypothesis import strategies as st
-from test_nn import NETWORKS, make, random_problem
+from layer_examples import NETWORKS, make
+from test_nn import random_problem
 
 from psmpi.backend import NumpyOps
 from psmpi.comm.allreduce import ALGORITHMS, Ring

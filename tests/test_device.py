@@ -13,7 +13,8 @@ from pathlib import Path
 import cuda_host
 import numpy as np
 import pytest
-from test_nn import NETWORKS, make, random_problem
+from layer_examples import NETWORKS, make
+from test_nn import random_problem
 
 from psmpi.backend import CompiledOps, NumpyOps, Stripes, compiled, cudnn, device, make_backend, recording
 from psmpi.comm.bridge import Direct, Staged, ask_library, probe

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from psmpi.backend.compiled import level
-from psmpi.nn.layers import Stage
-from psmpi.nn.layers.chain import plan_buffers
+from psmpi.nn.layers.chain import plan_buffers, shared
 from psmpi.nn.network import Network
 
 if TYPE_CHECKING:
@@ -133,27 +132,14 @@ def _needed(method: Any, network: Network, dataset: Any, config: Config) -> dict
 def pass_numbers(network: Network, classes: tuple[int, ...], batch: int, packed: bool) -> tuple[int, int]:
     """How many numbers the passes of the part of `classes` need for minibatches of `batch`: outputs, and all else.
 
-    Outputs are those that are not written over their input; all else is what the layers say that they hold, and two
-    gradients, each made from the one above for each layer over the lowest with weights. packed: convolutions are
+    Outputs are those that are not written over their input; all else is what the layers say. packed: convolutions are
     computed without windows.
     """
     stages = network.stages(classes)
-    spots, _ = plan_buffers(stages)
-    outputs = sum(stage.size for stage, spot in zip(stages, spots, strict=True) if spot.new) * batch
-    held = sum(stage.layer.held(stage, batch, spot.writable, packed) for stage, spot in zip(stages, spots, strict=True))
-    lowest = next(k for k, stage in enumerate(stages) if stage.weighted)
-    made = [one for k, stage in enumerate(stages) for one in _gradients(stage, k > lowest)]
-    past = sum(stage.size for k, stage in enumerate(stages) if stage.inner and k > lowest)
-    return outputs, held + (2 * max(made, default=0) + past) * batch
-
-
-def _gradients(stage: Stage, wanted: bool) -> list[int]:
-    """Sizes of the gradients of inputs that a stage, and those inside it, have made in arrays of their own."""
-    found = [stage.in_size] if wanted and stage.layer.moves_gradient else []
-    for one in stage.inner:
-        found += _gradients(one, wanted)
-        wanted = wanted or one.weighted
-    return found
+    pairs = list(zip(stages, plan_buffers(stages)[0], strict=True))
+    outputs = sum(stage.size for stage, spot in pairs if spot.new) * batch
+    held = sum(stage.layer.held(stage, batch, spot.writable, packed) for stage, spot in pairs)
+    return outputs, held + sum(shared(stages, batch).values())
 
 
 def _show(rows: list[dict[str, Any]]) -> None:

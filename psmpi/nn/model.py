@@ -9,6 +9,7 @@ import numpy as np
 from psmpi.backend import NumpyOps
 from psmpi.layout import Layout, Runs
 from psmpi.nn.layers import Part, Site, Sums
+from psmpi.nn.layers.base import Total
 from psmpi.nn.layers.chain import Chain, Room, Tape, room_bytes
 from psmpi.nn.layers.workspace import Workspace
 from psmpi.nn.network import Network
@@ -21,7 +22,8 @@ class Model:
     `layout.part(classes)`. With g = None backward writes sums alone. Activations put the minibatch last. With `fold`,
     mean pooling right after a convolution is folded into its kernel. With `layers`, (first, behind the last), these
     alone: the part is of them, and the model goes from the outputs of the layer before the first to those of the last.
-    space: the workspace of another model, to be shared with it.
+    space: the workspace of another model, to be shared with it. total: sums over the ranks that compute with the other
+    slices of each minibatch, for layers that state such sums; on the host.
 
     A pass is a `Tape`. Its arrays are those of a room: by default the model's own, which the next pass overwrites;
     passes that are open at once go through rooms of their own (`open`).
@@ -39,6 +41,7 @@ class Model:
         fold: bool = True,
         layers: tuple[int, int] | None = None,
         space: Workspace | None = None,
+        total: Total | None = None,
     ):
         self.network, self.layout, self.ops = network, layout, ops
         self.classes = tuple(range(network.classes)) if classes is None else tuple(sorted(classes))
@@ -57,7 +60,7 @@ class Model:
         stages = network.stages(self.classes, fold=fold, layers=layers)
         units = int(stages[0].inputs.sum()) if stages else network.in_shape[0]
         in_shape = (units, *(stages[0].layer.in_shape[1:] if stages else network.in_shape[1:]))
-        self.chain = Chain(stages, Site(layout, self.part, ops, self.space, self.dtype), in_shape)
+        self.chain = Chain(stages, Site(layout, self.part, ops, self.space, self.dtype, total), in_shape)
         self.chain.bind(w, g)
         for number, part in enumerate(self.chain.walk()):
             part.number = number

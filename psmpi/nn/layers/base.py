@@ -6,7 +6,7 @@ inputs that its units use, what it costs and holds, what it absorbs of the layer
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, ClassVar
@@ -22,6 +22,10 @@ from psmpi.nn.layers.workspace import Workspace
 # Where the output of a layer is: in an array of its own; in its input's where nobody else needs that; a view of its
 # input; or in an array that the layer itself has made room for.
 NEW, OVER, VIEW, OWN = "new", "over", "view", "own"
+
+
+# Sums an array (k,) float64 over the ranks that share a minibatch, in place.
+Total = Callable[[np.ndarray], object]
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,10 @@ class Layer:
 
     @property
     def sums(self) -> tuple[int, int]:
-        """Numbers that forward and backward must sum over the ranks that share a minibatch, to be exact on slices."""
+        """How many numbers forward and backward sum over the ranks that share a minibatch, where they are to be exact.
+
+        They do so by the `total` of their site; without one, a rank takes its slice for the minibatch.
+        """
         return 0, 0
 
     @property
@@ -118,11 +125,17 @@ class Layer:
         return 0
 
     def held(self, stage: Stage, batch: int, writable: bool, packed: bool) -> int:
-        """Numbers that a part holds for minibatches of `batch`, besides weights, its output and shared memory.
+        """Numbers that a part holds for minibatches of `batch`, besides weights, its output and the workspace.
 
         writable: the input may be overwritten; packed: convolutions are computed without windows.
         """
         return 0
+
+    def shares(self, stage: Stage, batch: int, wanted: bool) -> dict[str, int]:
+        """Numbers that backward needs of each array of the workspace; wanted: the gradient of the input is."""
+        if not (wanted and self.moves_gradient):
+            return {}
+        return dict.fromkeys(("gradient 0", "gradient 1"), stage.in_size * batch)
 
     def part(self, stage: Stage, site: Site) -> Part:
         """What computes the layer, with what it absorbs, in a subnetwork."""
@@ -133,7 +146,8 @@ class Layer:
 class Stage:
     """A layer, and those that it absorbs, in a subnetwork: which of its input and output units are there.
 
-    inputs, kept: (units,) bool; shape: of the outputs of a sample; inner: the stages of the layers inside it.
+    inputs, kept: (units,) bool; shape: of the outputs of a sample; users: the classes that use the units; inner: the
+    stages of the layers inside it.
     """
 
     layer: Layer
@@ -141,6 +155,7 @@ class Stage:
     inputs: np.ndarray
     kept: np.ndarray
     shape: tuple[int, ...]
+    users: Uses
     inner: tuple[Stage, ...] = ()
 
     @property
@@ -171,13 +186,17 @@ class Stage:
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """Where a part computes: the layout of the network, the runs of its local vector, and what it shares."""
+    """Where a part computes: the layout of the network, the runs of its local vector, and what it shares.
+
+    total: sums over the ranks that have the other slices of each minibatch; None where there are none.
+    """
 
     layout: Layout
     part: Runs
     ops: NumpyOps
     space: Workspace
     dtype: np.dtype
+    total: Total | None = None
 
 
 class Part:

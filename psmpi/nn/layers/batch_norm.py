@@ -45,8 +45,9 @@ class BatchNorm(Layer):
 
     @property
     def sums(self) -> tuple[int, int]:
-        # Sums and squares of the values; of their gradients, alone and times the normalized values.
-        return 2 * self.out_shape[0], 2 * self.out_shape[0]
+        # Of values and of their squared distances from the mean, and their number; of gradients, alone and times the
+        # normalized values.
+        return 2 * self.out_shape[0] + 1, 2 * self.out_shape[0]
 
     def held(self, stage: Stage, batch: int, writable: bool, packed: bool) -> int:
         units = int(stage.kept.sum())
@@ -65,7 +66,7 @@ class BatchNormPart(Part):
     def __init__(self, stage: Stage, site: Site):
         super().__init__(stage, site)
         assert isinstance(self.layer, BatchNorm)
-        self.units, self.affine = int(stage.kept.sum()), self.layer.affine
+        self.units, self.affine, self.total = int(stage.kept.sum()), self.layer.affine, site.total
         self.runs = affine_runs(self.layer, site.layout, site.part, stage.kept)
         # Statistics to be used instead of the minibatch's: means and scales (units,) each. While these are found, means
         # and variances (2, units) of each minibatch seen.
@@ -102,6 +103,7 @@ class BatchNormPart(Part):
         assert y is not None
         scale, own = room
         normal = (own[: x.size] if own.size else x).reshape(self.units, -1)
+        count = 0
         if self.fixed is not None:
             mean, factor = self.fixed
             normal[...] = x.reshape(normal.shape)
@@ -110,26 +112,65 @@ class BatchNormPart(Part):
         else:
             # They may take the place of x.
             means = self.ops.host(x.reshape(normal.shape).mean(axis=1)) if self.seen is not None else None
-            self.ops.normalize(x.reshape(normal.shape), EPS, normal, scale)
+            if self.total is None:
+                self.ops.normalize(x.reshape(normal.shape), EPS, normal, scale)
+            else:
+                count = self._normalize_together(x.reshape(normal.shape), normal, scale)
             if self.seen is not None and means is not None:
                 self.seen.append(np.stack([means, self.ops.host(scale) ** -2.0 - EPS]))
         rows = y.reshape(normal.shape)
         for (units, *_), (gamma, beta) in zip(self.runs, self.w, strict=True):
             self.ops.affine(normal[units], gamma, beta, self.activation, rows[units])
-        return y, (scale, normal)
+        return y, (scale, normal, count)
+
+    def _normalize_together(self, x: np.ndarray, out: np.ndarray, scale: np.ndarray) -> int:
+        """`ops.normalize` by the statistics of all ranks' slices together; returns how many values a unit has there."""
+        assert self.total is not None
+        sums = np.append(x.sum(axis=1, dtype=np.float64), x.shape[1])
+        self.total(sums)
+        count = sums[-1]
+        np.subtract(x, (sums[:-1] / count).astype(self.dtype)[:, None], out=out)
+        squares = np.einsum("ij,ij->i", out, out, dtype=np.float64)
+        self.total(squares)
+        scale[...] = 1 / np.sqrt(squares / count + EPS)
+        out *= scale[:, None]
+        return int(count)
 
     def backward(
         self, x: np.ndarray, y: np.ndarray, kept: Any, dy: np.ndarray, dx: np.ndarray | None, into: Any
     ) -> np.ndarray:
         # The normalized values are used up.
-        (scale, normal), rows = kept, (self.units, -1)
+        (scale, normal, count), rows = kept, (self.units, -1)
         ys, ds = y.reshape(rows), dy.reshape(rows)
         into = self._unwanted() if into is None else into
+        if self.total is not None:
+            self._back_together(normal, scale, count, ys, ds, into)
+            return dy
         for (units, *_), (gamma, _), (dgamma, dbeta) in zip(self.runs, self.w, into, strict=True):
             self.ops.normalize_back(
                 normal[units], scale[units], gamma, ys[units], ds[units], self.activation, dgamma, dbeta
             )
         return dy
+
+    def _back_together(
+        self, normal: np.ndarray, scale: np.ndarray, count: int, y: np.ndarray, dy: np.ndarray, into: Any
+    ) -> None:
+        """`ops.normalize_back` on a slice: dgamma and dbeta are this slice's shares of the sums that dy needs."""
+        assert self.total is not None
+        self.ops.activate_back(self.activation, y, dy)
+        sums = np.concatenate(
+            [np.einsum("ij,ij->i", dy, normal, dtype=np.float64), dy.sum(axis=1, dtype=np.float64)]
+        ).reshape(2, -1)
+        for (units, *_), pair in zip(self.runs, into, strict=True):
+            for share, mine in zip(sums, pair, strict=True):
+                mine[...] = share[units]
+        self.total(sums.reshape(-1))
+        dgamma, dbeta = (sums / count).astype(self.dtype)
+        normal *= dgamma[:, None]
+        dy -= normal
+        dy -= dbeta[:, None]
+        for (units, *_), (gamma, _) in zip(self.runs, self.w, strict=True):
+            dy[units] *= (gamma * scale[units])[:, None]
 
     def _unwanted(self) -> list[tuple[np.ndarray, np.ndarray]]:
         """Where gradients of scales and shifts go that nobody wants."""

@@ -51,7 +51,7 @@ def make_stages(
         rows = rows[count:]
         shape = (int(kept.sum()), *(absorbed[-1] if absorbed else layer).out_shape[1:])
         inner = tuple(make_stages(layer.inner, users, classes, into, fold=fold)) if layer.inner else ()
-        stages.append(Stage(layer, absorbed, into, kept, shape, inner))
+        stages.append(Stage(layer, absorbed, into, kept, shape, users, inner))
     return stages
 
 
@@ -74,6 +74,20 @@ def plan_buffers(stages: Sequence[Stage]) -> tuple[list[Spot], bool]:
         spots.append(Spot(place == NEW or (place == OVER and not writable), writable))
         writable = writable if place == VIEW else not stage.reads_output
     return spots, writable
+
+
+def lowest(stages: Sequence[Stage]) -> int:
+    """The first stage with weights; below it no gradient is needed."""
+    return next((k for k, stage in enumerate(stages) if any(one.weighted for one in walk(stage))), len(stages))
+
+
+def shared(stages: Sequence[Stage], batch: int, wanted: bool = False) -> dict[str, int]:
+    """Numbers that backward passes of a chain need of each array of the workspace; see `Layer.shares`."""
+    found: dict[str, int] = {}
+    for k, stage in enumerate(stages):
+        for name, size in stage.layer.shares(stage, batch, wanted or k > lowest(stages)).items():
+            found[name] = max(found.get(name, 0), size)
+    return found
 
 
 @dataclass(eq=False)
@@ -108,9 +122,7 @@ class Chain:
         self.ops, self.space, self.dtype, self.in_shape = site.ops, site.space, site.dtype, in_shape
         self.parts = [stage.layer.part(stage, site) for stage in stages]
         self.spots, self.writable = plan_buffers(stages)
-        weighted = [k for k, stage in enumerate(stages) if any(one.weighted for one in walk(stage))]
-        # The first part with weights: below it no gradient is needed.
-        self.lowest = weighted[0] if weighted else len(stages)
+        self.lowest = lowest(stages)
 
     def walk(self) -> Iterator[Part]:
         """All parts, those inside others too, in the order of forward."""

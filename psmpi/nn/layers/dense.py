@@ -34,6 +34,18 @@ class Dense(Linear):
         size = (self.units, self.group_inputs)
         return size if self.groups == 1 else (self.groups, self.units // self.groups, self.group_inputs)
 
+    def shares(self, stage: Stage, batch: int, wanted: bool) -> dict[str, int]:
+        found = super().shares(stage, batch, wanted)
+        size = self.units // self.groups
+        used = int(stage.kept.reshape(self.groups, size).any(axis=1).sum())
+        stripes = [(max(a, k * size), min(b, (k + 1) * size)) for a, b, _ in stage.users if stage.kept[a]
+                   for k in range(a // size, -(-b // size))]  # fmt: skip
+        # Where an input is seen by no stripe of units, or by several, a product cannot be its gradient.
+        once = len(stripes) == used or (used == 1 and all(b - a == 1 for a, b in stripes))
+        if once and used * self.group_inputs == stage.inputs.sum():
+            return found
+        return {**found, "product": self.group_inputs * batch}
+
     def part(self, stage: Stage, site: Site) -> Part:
         return DensePart(stage, site)
 

@@ -10,7 +10,7 @@ import numpy as np
 from psmpi.errors import UserError
 from psmpi.layout import Parameter
 from psmpi.nn.layers.base import OWN, Layer, Part, Site, Stage
-from psmpi.nn.layers.chain import Chain, export_chain, leaves, plan_buffers, uses_of
+from psmpi.nn.layers.chain import Chain, export_chain, leaves, plan_buffers, shared, uses_of
 from psmpi.nn.layers.table import Table
 from psmpi.nn.layers.uses import Uses
 
@@ -60,12 +60,15 @@ class Residual(Layer):
         return wanted if any(layer.linear for layer in leaves(self.layers)) else inputs
 
     def held(self, stage: Stage, batch: int, writable: bool, packed: bool) -> int:
-        # The branch's outputs, the block's own where the last of these may not be overwritten, and what went past.
+        # The branch's outputs, and the block's own where the last of these may not be overwritten.
         spots, free = plan_buffers(stage.inner)
-        found = (1 if free else 2) * stage.size * batch
+        found = 0 if free else stage.size * batch
         for one, spot in zip(stage.inner, spots, strict=True):
             found += one.size * batch * spot.new + one.layer.held(one, batch, spot.writable, packed)
         return found
+
+    def shares(self, stage: Stage, batch: int, wanted: bool) -> dict[str, int]:
+        return {**shared(stage.inner, batch, wanted), **({f"past {self.name}": stage.size * batch} if wanted else {})}
 
     def part(self, stage: Stage, site: Site) -> Part:
         return ResidualPart(stage, site)
