@@ -26,12 +26,14 @@ from psmpi.nn.losses import LOSSES, make_loss
 from psmpi.nn.model import Model
 from psmpi.nn.objective import GRADIENT_LIMIT, Objective
 from psmpi.nn.targets import TargetDistance, draw_targets
-from psmpi.optim import OPTIMIZERS, Hyper, clip_by_global_norm, make_optimizer
+from psmpi.optim import FIRST_ORDER, OPTIMIZERS, Hyper, clip_by_global_norm, make_optimizer
+from psmpi.optim.registry import COUNTED
 
 FAKE = Path(__file__).parent / "fake"
 F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
 TOLERANCE = {F32: 2e-5, F64: 1e-11}
-HOST_ONLY: set[str] = set()
+# Says what a backend has, and is the same on all.
+SHARED = {"fused"}
 
 needs_compiler = pytest.mark.skipif(cuda_host.compiler() is None, reason="no g++ to compile the CUDA kernels as C++")
 
@@ -100,7 +102,7 @@ def test_backends_have_the_same_methods(backend):
             assert [(p.name, p.kind, p.default) for p in ours] == [(p.name, p.kind, p.default) for p in theirs], name
     if backend is device.CupyOps:
         inherited = {name for name, method in public(backend).items() if method is reference.get(name)}
-        assert inherited == HOST_ONLY
+        assert inherited == SHARED
 
 
 def test_the_stand_in_has_the_names_of_cupy():
@@ -616,6 +618,14 @@ def test_without_graphs_work_is_done_as_it_is(stand_in, monkeypatch):
         recorded()
     recorded()
     assert not ops.graphs and np.array_equal(ops.host(a), np.full(4, 2.0))
+
+
+@pytest.mark.parametrize("name", sorted(FIRST_ORDER))
+def test_the_device_has_a_fused_pass_of_each_first_order_rule(stand_in, name):
+    for counted in (False, True):
+        step = make_optimizer(name, 3, F32, Hyper(), device.CupyOps(), counted).fused
+        assert step is not None and make_optimizer(name, 3, F32, Hyper(), NumpyOps(), counted).fused is None
+        assert callable(step) and step.__name__.startswith("counted_") == (counted and name in COUNTED)
 
 
 @needs_compiler

@@ -359,7 +359,10 @@ class CompiledOps(NumpyOps):
     def adam(
         self, w: np.ndarray, g: np.ndarray, m: np.ndarray, v: np.ndarray, rate: float, root: float, beta1: float,
         beta2: float, eps: float, l2: float, keep: float,
-    ) -> bool:  # fmt: skip
+    ) -> None:  # fmt: skip
+        """w = keep w - rate m / (root sqrt(v) + eps) after m and v have moved towards d = g + l2 w and d^2.
+
+        All are (n,) of one dtype.
+        """
         call = function("adam", w.dtype, "nppppddddddd", self.instructions)
         call(w.size, *pointers(w.dtype, w, g, m, v), rate, root, beta1, beta2, eps, l2, keep)
-        return True

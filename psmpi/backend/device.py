@@ -564,29 +564,31 @@ class CupyOps(NumpyOps):
     def scale(self, g: Any, factor: float) -> None:
         self.spread("scale", g.dtype, g.size, g.size, g, factor)
 
-    def sgd(self, w: Any, g: Any, rate: float, l2: float) -> bool:
+    def sgd(self, w: Any, g: Any, rate: float, l2: float) -> None:
+        """w -= rate d with d = g + l2 w; all here and below are (n,) of one dtype."""
         self.spread("sgd", w.dtype, w.size, w.size, w, g, rate, l2)
-        return True
 
-    def momentum(self, w: Any, g: Any, v: Any, rate: float, beta: float, l2: float, nesterov: bool) -> bool:
+    def momentum(self, w: Any, g: Any, v: Any, rate: float, beta: float, l2: float, nesterov: bool) -> None:
+        """v = beta v + d, w -= rate v, or with nesterov w -= rate (d + beta v)."""
         self.spread("momentum", w.dtype, w.size, w.size, w, g, v, rate, beta, l2, int(nesterov))
-        return True
 
-    def rmsprop(self, w: Any, g: Any, v: Any, rate: float, alpha: float, eps: float, l2: float) -> bool:
+    def rmsprop(self, w: Any, g: Any, v: Any, rate: float, alpha: float, eps: float, l2: float) -> None:
+        """v = alpha v + (1 - alpha) d^2, w -= rate d / (sqrt(v) + eps)."""
         self.spread("rmsprop", w.dtype, w.size, w.size, w, g, v, rate, alpha, eps, l2)
-        return True
 
     def adam(
         self, w: Any, g: Any, m: Any, v: Any, rate: float, root: float, beta1: float, beta2: float, eps: float,
         l2: float, keep: float,
-    ) -> bool:  # fmt: skip
+    ) -> None:  # fmt: skip
+        """w = keep w - rate m / (root sqrt(v) + eps) after m and v have moved towards d and d^2."""
         self.spread("adam", w.dtype, w.size, w.size, w, g, m, v, rate, root, beta1, beta2, eps, l2, keep)
-        return True
 
     def counted_adam(
         self, w: Any, g: Any, m: Any, v: Any, t: Any, rate: float, beta1: float, beta2: float, eps: float, l2: float,
         keep: float,
-    ) -> bool:  # fmt: skip
+    ) -> None:  # fmt: skip
+        """`adam` with the number of steps t of each weight, which grow by 1: w = keep w - rate m' / (sqrt(v') + eps)
+        with m' = m / (1 - beta1^t), v' = v / (1 - beta2^t).
+        """
         logs = [log(beta) if beta else -inf for beta in (beta1, beta2)]
         self.spread("counted_adam", w.dtype, w.size, w.size, w, g, m, v, t, rate, *logs, beta1, beta2, eps, l2, keep)
-        return True

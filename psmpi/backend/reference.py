@@ -125,6 +125,10 @@ class NumpyOps:
         """
         return Samples(values, scale)
 
+    def fused(self, name: str) -> Callable[..., None] | None:
+        """The operation `name` in one pass where this backend has it; None where it has only the reference's steps."""
+        return getattr(self, name, None)
+
     def matmul(self, a: np.ndarray, b: np.ndarray, out: np.ndarray) -> None:
         """out = a @ b over the last two axes, the others batched."""
         np.matmul(a, b, out=out)
@@ -568,41 +572,3 @@ class NumpyOps:
         root += eps
         np.sqrt(root, out=root)
         np.divide(1, root, out=root)
-
-    def sgd(self, w: np.ndarray, g: np.ndarray, rate: float, l2: float) -> bool:
-        """One pass of w -= rate d with d = g + l2 w; all are (n,) of one dtype.
-
-        False where this backend has no such pass: the optimizer then makes it in chunks. So in the others.
-        """
-        return False
-
-    def momentum(
-        self, w: np.ndarray, g: np.ndarray, v: np.ndarray, rate: float, beta: float, l2: float, nesterov: bool
-    ) -> bool:
-        """One pass of v = beta v + d, w -= rate v, or with nesterov w -= rate (d + beta v)."""
-        return False
-
-    def rmsprop(
-        self, w: np.ndarray, g: np.ndarray, v: np.ndarray, rate: float, alpha: float, eps: float, l2: float
-    ) -> bool:
-        """One pass of v = alpha v + (1 - alpha) d^2, w -= rate d / (sqrt(v) + eps)."""
-        return False
-
-    def adam(
-        self, w: np.ndarray, g: np.ndarray, m: np.ndarray, v: np.ndarray, rate: float, root: float, beta1: float,
-        beta2: float, eps: float, l2: float, keep: float,
-    ) -> bool:  # fmt: skip
-        """One pass of w = keep w - rate m / (root sqrt(v) + eps) after m and v have moved towards d = g + l2 w and d^2.
-
-        All are (n,) of one dtype. False where this backend has no such pass: the optimizer then makes it in chunks.
-        """
-        return False
-
-    def counted_adam(
-        self, w: np.ndarray, g: np.ndarray, m: np.ndarray, v: np.ndarray, t: np.ndarray, rate: float, beta1: float,
-        beta2: float, eps: float, l2: float, keep: float,
-    ) -> bool:  # fmt: skip
-        """One pass of `adam` with the number of steps t of each weight, which grow by 1: w = keep w - rate m' /
-        (sqrt(v') + eps) with m' = m / (1 - beta1^t), v' = v / (1 - beta2^t).
-        """
-        return False
