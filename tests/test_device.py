@@ -607,6 +607,35 @@ def test_recorded_work_is_played_back(stand_in):
 
 
 @needs_compiler
+def test_recorded_work_is_that_of_its_arrays_memory_and_shape(stand_in):
+    ops, done = device.CupyOps(), []
+    one, a, b = put(ops, np.ones(1)), put(ops, np.zeros(4)), put(ops, np.zeros(4))
+
+    def add(into, again, times):
+        done.append((into.shape, times))
+        for array in (into, again):
+            if array is not None:
+                ops.spread(
+                    "combine", array.dtype, array.size, array.size, array, array, one, 0, 0, 1.0, times, 0.0, 0.0
+                )
+
+    recorded = ops.record(add)
+    for k in range(1, 5):
+        # Views are made anew each time.
+        recorded(a[:1], None, 1.0)
+        recorded(a[1:2], None, 10.0)
+        recorded(a[:1].reshape(1, 1), b[:1], 100.0)
+        recorded(a[:1], None, 1000.0)
+        assert ops.host(a).tolist() == [1101.0 * k, 10.0 * k, 0, 0] and ops.host(b).tolist() == [100.0 * k, 0, 0, 0]
+        assert len(done) == min(2, k) * 4
+    # The same memory in other steps is another array.
+    square = a.reshape(2, 2)
+    for turned in (False, True) * 3:
+        recorded(ops.view(a, 0, (2, 2), (1, 2)) if turned else square, None, 0.0)
+    assert len(done) == 8 + 4
+
+
+@needs_compiler
 def test_without_graphs_work_is_done_as_it_is(stand_in, monkeypatch):
     monkeypatch.setattr(stand_in.cuda, "FAULT", "graphs")
     ops = device.CupyOps()

@@ -251,9 +251,6 @@ class CupyOps(NumpyOps):
         strides = tuple(step * flat.itemsize for step in steps)
         return self.cupy.lib.stride_tricks.as_strided(flat[start:], tuple(shape), strides)
 
-    def address(self, array: Any) -> int:
-        return int(array.data.ptr)
-
     def mirror(self, array: Any) -> Mirror:
         # What is in host memory already needs none.
         return Mirror(array) if isinstance(array, np.ndarray) else DeviceMirror(array, self)

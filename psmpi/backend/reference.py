@@ -84,10 +84,6 @@ class NumpyOps:
         flat = array.reshape(-1)
         return as_strided(flat[start:], shape, [step * flat.itemsize for step in steps])
 
-    def address(self, array: np.ndarray) -> int:
-        """Where the array begins."""
-        return array.ctypes.data
-
     def mirror(self, array: np.ndarray) -> Mirror:
         """The array's image in host memory."""
         return Mirror(array)
@@ -107,10 +103,11 @@ class NumpyOps:
         """Get the operations for a dtype ready, where that takes time."""
 
     def record(self, work: Callable[..., Any]) -> Callable[..., Any]:
-        """`work`, to be called again and again with few different arguments, all hashable.
+        """`work`, to be called again and again with few different arguments: arrays of the backend, or hashable.
 
         It must do the same operations on the same arrays each time it is called with the same arguments, none of them
-        with the host, and return the same: a backend may record them once and play them back.
+        with the host, and return the same: a backend may record them once and play them back. Arrays are the same where
+        they have the same memory, shape and dtype.
         """
         return work
 

@@ -178,8 +178,8 @@ class ElementSet:
         """
         if len(labels) == 0:
             return 0.0
-        self._bring(w, x, labels)
-        self._only_losses(len(labels), x.shape[1], scale, self.ops.address(x))
+        self._bring(w, labels, x.shape[1])
+        self._only_losses(x, len(labels), scale)
         return self.objective.value()
 
     def gradients(self, w: np.ndarray, x: np.ndarray, labels: np.ndarray, scale: float, out: np.ndarray) -> float:
@@ -187,38 +187,34 @@ class ElementSet:
         if len(labels) == 0:
             out.fill(0)
             return 0.0
-        self._bring(w, x, labels)
-        self.out = out
-        self._all_gradients(len(labels), x.shape[1], scale, self.ops.address(x), self.ops.address(out))
+        self._bring(w, labels, x.shape[1])
+        self._all_gradients(x, out, len(labels), scale)
         return self.objective.value()
 
-    def _bring(self, w: np.ndarray, x: np.ndarray, labels: np.ndarray) -> None:
-        """Get weights, samples and labels to where recorded work finds them."""
-        self.reserve(x.shape[1])
+    def _bring(self, w: np.ndarray, labels: np.ndarray, batch: int) -> None:
+        """Get weights and labels to where recorded work on `batch` samples finds them."""
+        self.reserve(batch)
         self.there.settle()
         self.there.host[: len(labels)] = labels
         self.there.push(slice(0, len(labels)))
         self.whole.w[...] = w
-        self.x = x
 
-    def _losses(self, b: int, batch: int, scale: float, x_at: int, derivatives: bool = False) -> np.ndarray:
-        """Compute the losses of the first b samples of x; their derivatives (classes, b), if wanted.
-
-        x_at, its address, is one of the things by which recorded work is told apart.
-        """
-        scores = self.whole.forward(self.x)
-        if b < batch:
+    def _losses(self, x: np.ndarray, b: int, scale: float, derivatives: bool = False) -> np.ndarray:
+        """Compute the losses of the first b samples of x; their derivatives (classes, b), if wanted."""
+        scores = self.whole.forward(x)
+        if b < x.shape[1]:
             first = self.scores[: len(scores) * b].reshape(len(scores), b)
             first[...] = scores[:, :b]
             scores = first
         own = slice(0, len(self.classes))
         return self.objective.losses(scores, self.there.array[:b], scale, own, self.mask, derivatives)
 
-    def _gradients(self, b: int, batch: int, scale: float, x_at: int, out_at: int) -> None:
-        """Fill `out`; addresses as in `_losses`."""
-        self.out.fill(0)
+    def _gradients(self, x: np.ndarray, out: np.ndarray, b: int, scale: float) -> None:
+        """Fill `out` (elements, size) with the gradients over the first b samples of x."""
+        batch = x.shape[1]
+        out.fill(0)
         # Of a pairwise loss the derivative with respect to another class's score is that of one term alone.
-        grad, report = self._losses(b, batch, scale, x_at, derivatives=True), self.objective.report.array
+        grad, report = self._losses(x, b, scale, derivatives=True), self.objective.report.array
         for side in self.sides:
             terms, model, start = len(side.others), side.model, 0
             for run in side.slices:
@@ -233,8 +229,8 @@ class ElementSet:
             ones = self.ones[:batch].reshape(1, batch)
             ones.fill(1)
             model.backward(ones, (weights, side.sums))
-            side.spread.add(side.sums, self.out)
-        self.ops.give_back(self.out.reshape(-1), report, GRADIENT_LIMIT[self.dtype])
+            side.spread.add(side.sums, out)
+        self.ops.give_back(out.reshape(-1), report, GRADIENT_LIMIT[self.dtype])
 
     def seen(self, labels: np.ndarray) -> np.ndarray:
         """(elements,) bool: whether the samples have a label of the element."""
