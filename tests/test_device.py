@@ -488,8 +488,8 @@ def test_without_cudnn_the_error_says_what_to_install(stand_in, monkeypatch, fau
         make_backend("cupy", convolution="cudnn")
     ops = make_backend("cupy", convolution="measured")
     assert ops.cudnn is None and "cuDNN" not in ops.description
-    (told,) = ops.choices
-    assert told.startswith("--convolution measured: psmpi's own alone: cuDNN does not load")
+    (line,) = ops.choices
+    assert line.startswith("--convolution measured: psmpi's own alone: cuDNN does not load")
 
 
 @needs_compiler
@@ -587,7 +587,7 @@ def test_recorded_work_is_played_back(stand_in):
     recorded(3)
     assert calls == [2, 2, 3] and np.array_equal(ops.host(a), np.full(4, 13.0))
     # What is done beside it has memory of its own, for sums too.
-    aside, made = ops.apart(), ops.allocations
+    aside, made = ops.separate(), ops.allocations
     assert aside.squared_norm(put(aside, np.full(9, 2.0))) == 36
     assert ops.allocations == made and aside.scratch and not ops.scratch
     recorded(2)
@@ -879,7 +879,7 @@ def fails(monkeypatch, fake, fault):
     monkeypatch.setattr(fake.cuda, "FAULT", fault)
     with pytest.raises(UserError) as caught:
         make_backend("cupy")
-    assert make_backend("auto", seat=0).name != "cupy"
+    assert make_backend("auto", local_rank=0).name != "cupy"
     return str(caught.value)
 
 
@@ -912,7 +912,7 @@ def test_without_cupy_the_error_says_what_to_install(monkeypatch):
 @needs_compiler
 def test_ranks_take_devices_in_turn(stand_in, monkeypatch):
     monkeypatch.setattr(stand_in.cuda, "DEVICES", 2)
-    assert [make_backend("auto", seat=seat).device for seat in range(4)] == [0, 1, 0, 1]
+    assert [make_backend("auto", local_rank=rank).device for rank in range(4)] == [0, 1, 0, 1]
     assert make_backend("cupy").device == 0
     # Without a number on the host, a device has to be asked for.
     assert make_backend("auto").name == ("compiled" if compiled.level() else "numpy")

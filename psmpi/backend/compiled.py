@@ -26,7 +26,7 @@ NAMES = {0: "", 1: "AVX2", 2: "AVX-512"}
 # Multiplications that are worth another thread.
 WORK = 2_000_000
 # Samples that a thread takes are a multiple of this: whole vectors.
-LINE = 16
+BATCH_MULTIPLE = 16
 TYPES = {np.dtype(np.float32): "float", np.dtype(np.float64): "double"}
 
 
@@ -147,7 +147,9 @@ class Direct:
 
     def _samples_of(self, batch: int, members: int) -> None:
         """Tell each thread its samples."""
-        edges = [min(batch, -(-batch * k // members // LINE) * LINE) for k in range(members)] + [batch]
+        edges = [min(batch, -(-batch * k // members // BATCH_MULTIPLE) * BATCH_MULTIPLE) for k in range(members)] + [
+            batch
+        ]
         while len(self.packs) < members:
             self.packs.append(np.empty(self.pack_size, self.dtype))
         for k in range(members):
@@ -246,7 +248,7 @@ class Team:
 
 class CompiledOps(NumpyOps):
     name = "compiled"
-    line = LINE
+    batch_multiple = BATCH_MULTIPLE
 
     def __init__(self, instructions: int | None = None, threads: int = 1) -> None:
         super().__init__()

@@ -55,7 +55,7 @@ def groups(stripes: Sequence[Stripes], channels: int, units: int) -> int:
 class Cudnn:
     """cuDNN on the stream of one device, what its operations share, and which convolutions it does.
 
-    measured: only those in which it is faster. told: what was chosen, a line each. UserError where it does not load.
+    measured: only those in which it is faster. choices: what was chosen, a line each. UserError where it does not load.
     """
 
     def __init__(self, ops: CupyOps, measured: bool):
@@ -74,7 +74,7 @@ class Cudnn:
         except (ImportError, OSError, RuntimeError, AttributeError) as error:
             raise UserError(f"--convolution cudnn: cuDNN does not load ({error}): {INSTALL}") from None
         self.chosen: dict[tuple[Shape, int, Work], CudnnConvolution | None] = {}
-        self.told: list[str] = []
+        self.choices: list[str] = []
 
     @property
     def name(self) -> str:
@@ -129,7 +129,7 @@ class Cudnn:
         return run
 
     def choose(self, own: Convolution, shape: Shape, batch: int, work: Work) -> CudnnConvolution | None:
-        """What does this work on minibatches of `batch` samples, None for psmpi's own; a line in `told` says why."""
+        """What does this work on minibatches of `batch` samples, None for psmpi's own; a line in `choices` says why."""
         found: CudnnConvolution | None = None
         taken, said, best = "psmpi", [], np.inf
         try:
@@ -162,7 +162,7 @@ class Cudnn:
         except (MemoryError, *self.ops.failures) as error:
             said.append(f"not compared: {error}")
         why = f" ({'; '.join(said)})" if said else ""
-        self.told.append(f"{shape}, minibatch {batch}, {work}: {taken}{why}")
+        self.choices.append(f"{shape}, minibatch {batch}, {work}: {taken}{why}")
         return found
 
 

@@ -122,7 +122,7 @@ class CupyOps(NumpyOps):
 
     name = "cupy"
     on_device = True
-    line = 32
+    batch_multiple = 32
     chunk = 1 << 25
 
     def __init__(self, device: int = 0, compute: str = "float32", graphs: bool = True, convolution: str = "own"):
@@ -144,7 +144,7 @@ class CupyOps(NumpyOps):
         # Sums over vectors that are waited for together.
         self.sums = self.mirror(self.zeros(64, np.dtype(np.float64)))
         self.cudnn: Cudnn | None = None
-        self.told: list[str] = []
+        self._choices: list[str] = []
         if convolution != "own":
             if compute not in ("float32", "tf32"):
                 raise UserError(
@@ -156,7 +156,7 @@ class CupyOps(NumpyOps):
             except UserError as error:
                 if convolution == "cudnn":
                     raise
-                self.told = [str(error).replace("--convolution cudnn", "--convolution measured: psmpi's own alone")]
+                self._choices = [str(error).replace("--convolution cudnn", "--convolution measured: psmpi's own alone")]
 
     @property
     def description(self) -> str:
@@ -167,7 +167,7 @@ class CupyOps(NumpyOps):
     @property
     def choices(self) -> list[str]:
         """What was chosen of several ways to compute, for people."""
-        return self.told if self.cudnn is None else self.cudnn.told
+        return self._choices if self.cudnn is None else self.cudnn.choices
 
     @property
     def place(self) -> str:
@@ -175,7 +175,7 @@ class CupyOps(NumpyOps):
         return f"{name}, device {self.device}"
 
     @property
-    def bus(self) -> str:
+    def pci_id(self) -> str:
         """What tells the device from others of the host, whatever number it has here."""
         return str(self.cupy.cuda.runtime.deviceGetPCIBusId(self.device))
 
@@ -272,7 +272,7 @@ class CupyOps(NumpyOps):
     def record(self, work: Callable[..., Any]) -> Callable[..., Any]:
         return Recording(self, work)
 
-    def apart(self) -> CupyOps:
+    def separate(self) -> CupyOps:
         made = copy(self)
         # Scratch of recorded work stays where it is.
         made.scratch, made.mirrors = {}, {}
@@ -431,8 +431,8 @@ class CupyOps(NumpyOps):
     def cast_scores(self, grad: Any, out: Any, report: Any) -> None:
         self.spread("cast_scores", out.dtype, out.size, out.size, grad, out, report)
 
-    def give_back(self, g: Any, report: Any, limit: float) -> None:
-        self.spread("give_back", g.dtype, g.size, g.size, g, report, limit)
+    def unscale(self, g: Any, report: Any, limit: float) -> None:
+        self.spread("unscale", g.dtype, g.size, g.size, g, report, limit)
 
     def transfer(self, table: np.ndarray) -> Transfer:
         return DeviceTransfer(table, self)

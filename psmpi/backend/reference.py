@@ -36,7 +36,7 @@ def _pieces(n: int) -> Iterator[slice]:
 class NumpyOps:
     name = "numpy"
     # Minibatches of a multiple of this are the fastest.
-    line = 1
+    batch_multiple = 1
     # Whether arrays are in a device's memory, and only mirrors of them in the host's.
     on_device = False
     # Elements of the windows that a convolution makes at a time: they stay in the second-level cache.
@@ -59,7 +59,7 @@ class NumpyOps:
         return ""
 
     @property
-    def bus(self) -> str:
+    def pci_id(self) -> str:
         """What tells the device from others of the host; nothing where it is the host."""
         return ""
 
@@ -111,7 +111,7 @@ class NumpyOps:
         """
         return work
 
-    def apart(self) -> NumpyOps:
+    def separate(self) -> NumpyOps:
         """The same operations for work beside what is recorded: what they allocate moves nothing of that."""
         return self
 
@@ -468,7 +468,7 @@ class NumpyOps:
         exponent = exponent_of(report[3])
         np.copyto(out, np.ldexp(grad, -exponent) if exponent else grad, casting="same_kind")
 
-    def give_back(self, g: np.ndarray, report: np.ndarray, limit: float) -> None:
+    def unscale(self, g: np.ndarray, report: np.ndarray, limit: float) -> None:
         """g times that power of two, in place, limited to `limit` in each component."""
         exponent = exponent_of(report[3])
         if exponent:

@@ -230,7 +230,7 @@ class ElementSet:
             ones.fill(1)
             model.backward(ones, (weights, side.sums))
             side.spread.add(side.sums, out)
-        self.ops.give_back(out.reshape(-1), report, GRADIENT_LIMIT[self.dtype])
+        self.ops.unscale(out.reshape(-1), report, GRADIENT_LIMIT[self.dtype])
 
     def seen(self, labels: np.ndarray) -> np.ndarray:
         """(elements,) bool: whether the samples have a label of the element."""

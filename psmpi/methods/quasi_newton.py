@@ -59,7 +59,7 @@ class PartitionedNewton:
         self.world, self.exchange, self.worker = world, exchange, worker
         self.w_part, self.w, self.dtype, self.scalars = w_part, w, w.dtype, scalars
         self.search, self.extend = o.globalization == "line-search", o.line_search == "basic"
-        self.ops, self.line = ops, ops.line
+        self.ops, self.batch_multiple = ops, ops.batch_multiple
         self.rtol, self.itmax, self.sigma = o.cg_tolerance, o.cg_iterations, o.sigma
         self.first_lr, self.first_sigma = o.lr, o.sigma
         self.region = TrustRegion()
@@ -239,7 +239,9 @@ class PartitionedNewton:
             return self.x_part[:0], np.empty(0, np.int64)
         labels = worker.number[worker.dataset.train.labels[ids]]
         mine = np.flatnonzero(labels >= 0)
-        filled = np.resize(ids[mine], -(-len(mine) // self.line) * self.line) if len(mine) else ids[mine]
+        filled = (
+            np.resize(ids[mine], -(-len(mine) // self.batch_multiple) * self.batch_multiple) if len(mine) else ids[mine]
+        )
         worker.reserve(max(1, len(filled)))
         x = worker.x[: worker.features * len(filled)].reshape(worker.features, len(filled))
         worker.train.fetch(filled, x)

@@ -83,9 +83,9 @@ class Objective:
             self.model.backward(dy)
         else:
             self.model.backward_through(dy, 0, len(self.model.steps) - 1, dx)
-            self.ops.give_back(dx, report, GRADIENT_LIMIT[self.model.dtype])
+            self.ops.unscale(dx, report, GRADIENT_LIMIT[self.model.dtype])
         assert self.model.g is not None
-        self.ops.give_back(self.model.g, report, GRADIENT_LIMIT[self.model.dtype])
+        self.ops.unscale(self.model.g, report, GRADIENT_LIMIT[self.model.dtype])
 
     def value(self) -> float:
         """The scaled sum of the losses last derived. FloatingPointError where it, or a score, is not finite."""
