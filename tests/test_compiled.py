@@ -11,6 +11,7 @@ from psmpi.backend.convolution import Im2col
 from psmpi.errors import UserError
 from psmpi.nn.model import Model
 from psmpi.optim import Hyper, make_optimizer
+from psmpi.optim.curvature import curvature_ops
 
 LEVELS = range(1, compiled.level() + 1)
 F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
@@ -213,7 +214,8 @@ def test_element_products_are_those_of_the_reference(rows, level, dtype):
     pairs = rng.standard_normal((count, rows, size)).astype(dtype)
     middle, sigma = rng.standard_normal((count, rows, rows)), rng.random(count)
     for ops in (NumpyOps(), CompiledOps(level)):
-        elements = ops.restriction(runs, size)
+        curvature = curvature_ops(ops)
+        elements = curvature.restriction(runs, size)
         v, out = np.zeros((count, size), dtype), np.zeros((count, size), dtype)
         elements.restrict(p, v)
         for e, mine in enumerate(runs):
@@ -222,10 +224,10 @@ def test_element_products_are_those_of_the_reference(rows, level, dtype):
         total, q = np.full_like(p, np.nan), np.full_like(p, np.nan)
         elements.accumulate(v, total)
         coefficients = np.full((count, rows), np.nan)
-        ops.products(pairs, middle, sigma, coefficients, v, out)
-        ops.restricted_products(elements, pairs, middle, sigma, np.empty_like(coefficients), p, q)
+        curvature.products(pairs, middle, sigma, coefficients, v, out)
+        curvature.restricted_products(elements, pairs, middle, sigma, np.empty_like(coefficients), p, q)
         results.append((v, total, coefficients, out, q))
-        assert far(ops.row_dots(v, out), (v.astype(np.float64) * out).sum(axis=1)) <= TOLERANCE[dtype]
+        assert far(curvature.row_dots(v, out), (v.astype(np.float64) * out).sum(axis=1)) <= TOLERANCE[dtype]
         again = np.empty_like(p)
         elements.accumulate(out, again)
         assert far(again, q) <= TOLERANCE[dtype]

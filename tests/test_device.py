@@ -27,13 +27,16 @@ from psmpi.nn.model import Model
 from psmpi.nn.objective import GRADIENT_LIMIT, Objective
 from psmpi.nn.targets import TargetDistance, draw_targets
 from psmpi.optim import FIRST_ORDER, OPTIMIZERS, Hyper, clip_by_global_norm, make_optimizer
+from psmpi.optim.curvature import CurvatureOps, curvature_ops
+from psmpi.optim.curvature.compiled import CompiledCurvature
+from psmpi.optim.curvature.gpu import CupyCurvature
 from psmpi.optim.registry import COUNTED
 
 FAKE = Path(__file__).parent / "fake"
 F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
 TOLERANCE = {F32: 2e-5, F64: 1e-11}
-# Says what a backend has, and is the same on all.
-SHARED = {"fused"}
+# What the device does as the reference does: it is made of other operations.
+SHARED = {NumpyOps: {"fused"}, CurvatureOps: {"restriction", "restricted_products"}}
 
 needs_compiler = pytest.mark.skipif(cuda_host.compiler() is None, reason="no g++ to compile the CUDA kernels as C++")
 
@@ -93,16 +96,31 @@ def public(kind):
     }
 
 
-@pytest.mark.parametrize("backend", [CompiledOps, device.CupyOps])
-def test_backends_have_the_same_methods(backend):
-    reference = public(NumpyOps)
+@pytest.mark.parametrize(
+    ("kind", "backend"),
+    [
+        *((NumpyOps, CompiledOps), (NumpyOps, device.CupyOps)),
+        *((CurvatureOps, CompiledCurvature), (CurvatureOps, CupyCurvature)),
+    ],
+)
+def test_backends_have_the_same_methods(kind, backend):
+    reference = public(kind)
     for name, method in public(backend).items():
         if name in reference and inspect.isfunction(method):
             ours, theirs = (list(inspect.signature(m).parameters.values()) for m in (method, reference[name]))
             assert [(p.name, p.kind, p.default) for p in ours] == [(p.name, p.kind, p.default) for p in theirs], name
-    if backend is device.CupyOps:
+    if backend in (device.CupyOps, CupyCurvature):
         inherited = {name for name, method in public(backend).items() if method is reference.get(name)}
-        assert inherited == SHARED
+        assert inherited == SHARED[kind]
+
+
+def test_curvature_operations_are_those_of_the_backend(stand_in):
+    class Other(NumpyOps):
+        name = "other"
+
+    made = [curvature_ops(ops) for ops in (NumpyOps(), CompiledOps(1), device.CupyOps(), Other())]
+    assert [type(one) for one in made] == [CurvatureOps, CompiledCurvature, CupyCurvature, CurvatureOps]
+    assert [one.ops.name for one in made] == ["numpy", "compiled", "cupy", "other"]
 
 
 def test_the_stand_in_has_the_names_of_cupy():

@@ -6,7 +6,7 @@ from psmpi.backend import compiled, device
 from psmpi.backend.compiled import CompiledOps
 from psmpi.backend.convolution import Convolution, Stripes
 from psmpi.backend.device import CupyOps
-from psmpi.backend.moves import Mirror, Restriction, Transfer
+from psmpi.backend.moves import Mirror, Transfer
 from psmpi.backend.reference import NumpyOps
 from psmpi.errors import UserError
 
@@ -16,7 +16,6 @@ __all__ = [
     "CupyOps",
     "Mirror",
     "NumpyOps",
-    "Restriction",
     "Stripes",
     "Transfer",
     "make_backend",

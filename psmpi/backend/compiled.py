@@ -19,7 +19,7 @@ from zlib import crc32
 import numpy as np
 
 from psmpi.backend.convolution import Convolution, Stripes
-from psmpi.backend.moves import Restriction, Transfer
+from psmpi.backend.moves import Transfer
 from psmpi.backend.reference import NumpyOps
 
 NAMES = {0: "", 1: "AVX2", 2: "AVX-512"}
@@ -254,7 +254,6 @@ class CompiledOps(NumpyOps):
         super().__init__()
         self.instructions = level() if instructions is None else instructions
         self.team = Team(threads)
-        self.work: dict[np.dtype, np.ndarray] = {}
 
     @property
     def description(self) -> str:
@@ -284,48 +283,6 @@ class CompiledOps(NumpyOps):
 
     def transfer(self, table: np.ndarray) -> Transfer:
         return Runs(table, self.instructions)
-
-    def row_dots(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        out = np.empty(len(a))
-        function("row_dots", a.dtype, "nnppp", self.instructions)(*a.shape, *pointers(a.dtype, a, b), out.ctypes.data)
-        return out
-
-    def products(
-        self,
-        pairs: np.ndarray,
-        middle: np.ndarray,
-        sigma: np.ndarray,
-        coefficients: np.ndarray,
-        v: np.ndarray,
-        out: np.ndarray,
-    ) -> None:
-        call = function("element_products", pairs.dtype, "nnnppppppp", self.instructions)
-        weights = self._work(pairs.shape[1], pairs.dtype)
-        numbers = pointers(np.dtype(np.float64), middle, sigma, coefficients)
-        call(*pairs.shape, *pointers(pairs.dtype, pairs), *numbers, *pointers(pairs.dtype, weights, v, out))
-
-    def restricted_products(
-        self,
-        elements: Restriction,
-        pairs: np.ndarray,
-        middle: np.ndarray,
-        sigma: np.ndarray,
-        coefficients: np.ndarray,
-        p: np.ndarray,
-        q: np.ndarray,
-    ) -> None:
-        call = function("restricted_products", pairs.dtype, "nnnpppppppppp", self.instructions)
-        work = self._work(2 * pairs.shape[2] + pairs.shape[1], pairs.dtype)
-        where = pointers(np.dtype(np.int64), elements.sizes, elements.starts, elements.down.table)
-        numbers = pointers(np.dtype(np.float64), middle, sigma, coefficients)
-        q.fill(0)
-        call(*pairs.shape, *where, *pointers(pairs.dtype, pairs), *numbers, *pointers(pairs.dtype, work, p, q))
-
-    def _work(self, size: int, dtype: np.dtype) -> np.ndarray:
-        """Scratch of the products."""
-        if self.work.get(dtype, np.empty(0)).size < size:
-            self.work[dtype] = np.empty(size, dtype)
-        return self.work[dtype]
 
     def fold(self, w: np.ndarray, pool: int, out: np.ndarray) -> None:
         count, rows, n_in, k, _ = w.shape

@@ -23,9 +23,9 @@ from psmpi.backend.blas import Blas, CublasError
 from psmpi.backend.convolution import Convolution, Stripes
 from psmpi.backend.cudnn import ChosenConvolution, Cudnn, groups
 from psmpi.backend.device_convolution import ACTIVATIONS, DeviceConvolution, DeviceWindows
-from psmpi.backend.device_moves import DeviceMirror, DeviceRestriction, DeviceSamples, DeviceTransfer
+from psmpi.backend.device_moves import DeviceMirror, DeviceSamples, DeviceTransfer
 from psmpi.backend.grids import BLOCKS, blocks
-from psmpi.backend.moves import Mirror, Restriction, Samples, Transfer
+from psmpi.backend.moves import Mirror, Samples, Transfer
 from psmpi.backend.recording import Recording
 from psmpi.backend.reference import NumpyOps
 from psmpi.backend.trial import Shape
@@ -220,7 +220,7 @@ class CupyOps(NumpyOps):
             self.scratch[name, dtype] = self.empty(size, dtype)
         return self.scratch[name, dtype]
 
-    def _small(self, name: str, size: int, dtype: np.dtype) -> Mirror:
+    def small_mirror(self, name: str, size: int, dtype: np.dtype) -> Mirror:
         """A mirror of (size or more,) of this name."""
         found = self.mirrors.get((name, dtype))
         if found is None or found.host.size < size:
@@ -230,9 +230,9 @@ class CupyOps(NumpyOps):
             found = self.mirrors[name, dtype] = self.mirror(self.empty(size, dtype))
         return found
 
-    def _there(self, name: str, values: np.ndarray) -> Any:
+    def upload(self, name: str, values: np.ndarray) -> Any:
         """Values of host memory on the device, until the next of this name."""
-        mirror = self._small(name, values.size, values.dtype)
+        mirror = self.small_mirror(name, values.size, values.dtype)
         mirror.settle()
         mirror.host[: values.size] = values.reshape(-1)
         mirror.push(slice(0, values.size))
@@ -437,64 +437,6 @@ class CupyOps(NumpyOps):
     def transfer(self, table: np.ndarray) -> Transfer:
         return DeviceTransfer(table, self)
 
-    def restriction(self, runs: Sequence[Sequence[tuple[int, int]]], size: int) -> Restriction:
-        return DeviceRestriction(runs, size, self)
-
-    def _dots(self, pairs: Any, v: Any, out: Any) -> None:
-        """out (count * rows,) float64 = Z v."""
-        count, rows, size = pairs.shape
-        # By the size alone: not by the number of elements, which is that of ranks.
-        splits = min(BLOCKS, blocks(size, 2048))
-        partial = self.partial(count * rows * splits, np.dtype(np.float64))
-        self.launch("pair_dots", v.dtype, (count * rows, splits), (256,), rows, size, pairs, v, partial)
-        self.spread("pair_sums", v.dtype, count * rows, count * rows, splits, partial, out)
-
-    def pair_dots(self, pairs: Any, v: Any) -> np.ndarray:
-        count, rows, size = pairs.shape
-        if not count * size:
-            return np.zeros((count, rows))
-        found = self._small("dots", count * rows, np.dtype(np.float64))
-        self._dots(pairs, v, found.array)
-        found.fetch(slice(0, count * rows))
-        found.wait()
-        return found.host[: count * rows].reshape(count, rows).copy()
-
-    def row_dots(self, a: Any, b: Any) -> np.ndarray:
-        return self.pair_dots(a.reshape(len(a), 1, -1), b)[:, 0]
-
-    def products(self, pairs: Any, middle: Any, sigma: Any, coefficients: Any, v: Any, out: Any) -> None:
-        count, rows, size = pairs.shape
-        if not count * size:
-            return
-        self._dots(pairs, v, coefficients)
-        weights = self.room("weights", count * rows, np.dtype(np.float64))
-        self.spread("pair_weights", v.dtype, count * rows, count, rows, middle, coefficients, weights)
-        arrays = (pairs, sigma, weights, v, out)
-        self.spread("pair_combine", v.dtype, count * size, count, rows, size, *arrays)
-
-    def restricted_products(
-        self, elements: Restriction, pairs: Any, middle: Any, sigma: Any, coefficients: Any, p: Any, q: Any
-    ) -> None:
-        v, out = elements.rows(p.dtype)  # type: ignore[attr-defined]
-        elements.restrict(p, v)
-        self.products(pairs, middle, sigma, coefficients, v, out)
-        elements.accumulate(out, q)
-
-    def keep_pairs(self, pairs: Any, slots: np.ndarray, cleared: np.ndarray, s: Any, y: Any) -> None:
-        count, rows, size = pairs.shape
-        where = (self._there("slots", slots), self._there("cleared", cleared.view(np.uint8)))
-        self.spread("keep_pairs", s.dtype, count * size, count, rows // 2, size, *where, s, y, pairs)
-
-    def mix_rows(self, a: np.ndarray, x: Any, b: np.ndarray, y: Any) -> None:
-        first, second = self._there("factors of x", a), self._there("factors of y", b)
-        self.spread("mix_rows", x.dtype, x.size, *x.shape, first, x, second, y)
-
-    def term_weights(
-        self, grad: Any, labels: Any, report: Any, own: int, others: Any, lost: Any, won: Any, out: Any
-    ) -> None:
-        shape = (len(others), grad.shape[1], out.shape[1])
-        self.spread("term_weights", out.dtype, out.size, *shape, grad, labels, report, own, others, lost, won, out)
-
     def scale_samples(self, y: Any, weights: Any, out: Any) -> None:
         many, b = weights.shape
         self.spread("scale_samples", y.dtype, out.size, many, y.size // b, b, y, weights, out)
@@ -507,9 +449,6 @@ class CupyOps(NumpyOps):
         """out (n, b) = y (n, rows, columns, b) summed over its positions."""
         n, b = out.shape
         self.spread("position_sums", y.dtype, out.size, n, y.shape[1] * y.shape[2], b, y, out)
-
-    def moment_scale(self, g: Any, squares: Any, root: Any, beta2: float, correction: float, eps: float) -> None:
-        self.spread("moment_scale", g.dtype, g.size, g.size, g, squares, root, beta2, correction, eps)
 
     def squared_norm(self, g: Any) -> float:
         return float(self.dots([(g, g)])[0])

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from psmpi.backend.grids import blocks
-from psmpi.backend.moves import Mirror, Restriction, Samples, Transfer
+from psmpi.backend.moves import Mirror, Samples, Transfer
 
 if TYPE_CHECKING:
     from psmpi.backend.device import CupyOps
@@ -137,23 +136,3 @@ class DeviceTransfer(Transfer):
     @property
     def nbytes(self) -> int:
         return int(self.table.nbytes + self.pieces.nbytes + self.sources.nbytes)
-
-
-class DeviceRestriction(Restriction):
-    """With room for one row of each element, twice."""
-
-    def __init__(self, runs: Sequence[Sequence[tuple[int, int]]], size: int, ops: CupyOps):
-        super().__init__(runs, size, ops.transfer)
-        self.ops = ops
-        self.room: dict[np.dtype, tuple[Any, Any]] = {}
-
-    def rows(self, dtype: np.dtype) -> tuple[Any, Any]:
-        """Two (elements, size); behind small elements the first holds zeros, if nothing else is put there."""
-        if dtype not in self.room:
-            size = len(self.sizes) * self.size
-            self.room[dtype] = tuple(self.ops.zeros(size, dtype).reshape(len(self.sizes), -1) for _ in range(2))
-        return self.room[dtype]
-
-    @property
-    def nbytes(self) -> int:
-        return super().nbytes + sum(array.nbytes for pair in self.room.values() for array in pair)

@@ -19,6 +19,7 @@ from psmpi.nn.losses import Loss
 from psmpi.nn.model import Model
 from psmpi.nn.network import Network
 from psmpi.nn.objective import GRADIENT_LIMIT, Objective
+from psmpi.optim.curvature import curvature_ops
 
 
 def elements_of(pairs: Iterable[tuple[int, int]], merged: bool) -> list[tuple[int, int]]:
@@ -79,7 +80,8 @@ class ElementSet:
         self.count = len(self.elements)
         # The same on every rank: its rows are those of a table of all elements.
         self.size = largest_element(layout)
-        self.restriction = ops.restriction([self._slices(v) for v in variables], self.size)
+        self.curvature = curvature_ops(ops)
+        self.restriction = self.curvature.restriction([self._slices(v) for v in variables], self.size)
         at = {c: k for k, c in enumerate(self.classes)}
         mask = np.zeros((len(self.classes),) * 2, bool)
         for i, j in ordered:
@@ -223,7 +225,7 @@ class ElementSet:
                 start = stop
             model.borrow()
             weights = self.weights[: terms * batch].reshape(terms, batch)
-            self.ops.term_weights(
+            self.curvature.term_weights(
                 grad, self.there.array[:b], report, side.number, side.others, side.lost, side.won, weights
             )
             ones = self.ones[:batch].reshape(1, batch)
