@@ -7,7 +7,9 @@ import pytest
 from test_nn import APART, NETWORKS, make
 
 from psmpi.backend import CompiledOps, NumpyOps, Stripes, compiled, make_backend
-from psmpi.backend.convolution import Im2col
+from psmpi.backend.compiled import convolution, library
+from psmpi.backend.compiled.team import Team
+from psmpi.backend.reference import Im2col
 from psmpi.errors import UserError
 from psmpi.nn.model import Model
 from psmpi.optim import Hyper, make_optimizer
@@ -187,7 +189,7 @@ def test_threads_compute_the_same_bits(name, batch, level, dtype, monkeypatch):
     kernels = rng.standard_normal((units, stripes[0].n_in, k, k)).astype(dtype)
     for threads, members in ((1, 1), (2, 2), (3, 3), (8, 8), (8, 1), (8, 3), (5, 4)):
         plan = CompiledOps(level, threads).convolution(stripes, *shapes, k, stride, dtype)
-        monkeypatch.setattr(compiled, "WORK", max(1, plan.work * batch // members))
+        monkeypatch.setattr(convolution, "WORK", max(1, plan.work * batch // members))
         assert plan._members(batch) >= members or plan.work * batch < members
         found = [np.full_like(a, np.nan) for a in (dy, kernels, x)]
         plan.forward(x, kernels, kernels[:, 0, 0, 0].copy(), found[0])
@@ -388,21 +390,21 @@ def test_arrays_of_another_kind_are_refused():
 
 def test_threads_work_at_the_same_time():
     barrier = threading.Barrier(3, timeout=20)
-    compiled.Team(3).run(lambda k: barrier.wait(), 3)
+    Team(3).run(lambda k: barrier.wait(), 3)
 
 
 def test_a_library_of_other_sources_is_not_used(monkeypatch):
-    monkeypatch.setattr(compiled, "crc32", lambda text: 1)
-    compiled._library.cache_clear()
-    compiled.level.cache_clear()
+    monkeypatch.setattr(library, "crc32", lambda text: 1)
+    library._library.cache_clear()
+    library.level.cache_clear()
     try:
         assert compiled.level() == 0 and "built from other sources" in compiled.missing()
         with pytest.raises(UserError, match="install psmpi again"):
             make_backend("compiled")
         assert make_backend("auto").name == "numpy"
     finally:
-        compiled._library.cache_clear()
-        compiled.level.cache_clear()
+        library._library.cache_clear()
+        library.level.cache_clear()
 
 
 def test_auto_takes_the_kernels_where_they_are():

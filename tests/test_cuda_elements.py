@@ -8,9 +8,8 @@ import pytest
 from test_cuda_kernels import OPS, SHAPES, TOLERANCE, Guarded, blocks, near, real_types, some
 from test_device import cupy, far, put, stand_in  # noqa: F401
 
-from psmpi.backend import CompiledOps, NumpyOps, compiled
-from psmpi.backend import device as gpu
-from psmpi.backend.convolution import Im2col
+from psmpi.backend import CompiledOps, NumpyOps, compiled, gpu
+from psmpi.backend.reference import Im2col
 from psmpi.methods.element_set import ElementSet
 from psmpi.nn.losses import make_loss
 from psmpi.nn.network import build

@@ -17,7 +17,7 @@ import pytest
 from cuda_host import Address, Kernels
 
 from psmpi.backend import NumpyOps, Stripes
-from psmpi.backend.convolution import Im2col
+from psmpi.backend.reference import Im2col
 from psmpi.nn.losses import LOSSES, largest_exponent, make_loss
 from psmpi.nn.targets import TargetDistance
 from psmpi.optim import Hyper, make_optimizer

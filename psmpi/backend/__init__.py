@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from psmpi.backend import compiled, device
+from psmpi.backend import compiled, gpu
 from psmpi.backend.compiled import CompiledOps
-from psmpi.backend.convolution import Convolution, Stripes
-from psmpi.backend.device import CupyOps
-from psmpi.backend.moves import Mirror, Transfer
-from psmpi.backend.reference import NumpyOps
+from psmpi.backend.gpu import CupyOps
+from psmpi.backend.reference import Convolution, Mirror, NumpyOps, Stripes, Transfer
 from psmpi.errors import UserError
 
 __all__ = [
@@ -38,8 +36,8 @@ def make_backend(
     """
     if name not in ("auto", "numpy", "compiled", "cupy"):
         raise UserError(f"--backend {name!r} is unknown: choose auto, numpy, compiled or cupy")
-    if name == "cupy" or (name == "auto" and local_rank is not None and device.available()):
-        return CupyOps((local_rank or 0) % device.devices(), compute, graphs, convolution)
+    if name == "cupy" or (name == "auto" and local_rank is not None and gpu.available()):
+        return CupyOps((local_rank or 0) % gpu.devices(), compute, graphs, convolution)
     if name == "compiled" and not compiled.level():
         raise UserError(f"--backend compiled: the kernels are not there: {compiled.missing()}; or use --backend numpy")
     return CompiledOps(threads=threads) if name != "numpy" and compiled.level() else NumpyOps()

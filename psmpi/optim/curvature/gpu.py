@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from psmpi.backend import CupyOps
-from psmpi.backend.grids import BLOCKS, blocks
+from psmpi.backend.gpu.grids import BLOCKS, blocks
 from psmpi.optim.curvature.reference import CurvatureOps
 
 
@@ -43,7 +43,7 @@ class CupyCurvature(CurvatureOps):
         if not count * size:
             return
         self._dots(pairs, v, coefficients)
-        weights = self.ops.room("weights", count * rows, np.dtype(np.float64))
+        weights = self.ops.scratch("weights", count * rows, np.dtype(np.float64))
         self.ops.spread("pair_weights", v.dtype, count * rows, count, rows, middle, coefficients, weights)
         arrays = (pairs, sigma, weights, v, out)
         self.ops.spread("pair_combine", v.dtype, count * size, count, rows, size, *arrays)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from psmpi.backend.device import CupyOps
+from psmpi.backend.gpu.device import Device
 
 # Calls with other arguments that are kept.
 KEPT = 256
@@ -21,7 +20,7 @@ class Recording:
     what a graph uses must stay where it is. Graphs from before the last allocation are forgotten for that reason.
     """
 
-    def __init__(self, ops: CupyOps, work: Callable[..., Any]):
+    def __init__(self, ops: Device, work: Callable[..., Any]):
         self.ops, self.work, self.array = ops, work, ops.cupy.ndarray
         self.made: OrderedDict[tuple[Any, ...], tuple[Any, Any] | None] = OrderedDict()
         self.allocations = -1
