@@ -22,7 +22,7 @@ TYPES = {np.dtype(np.float32): "float", np.dtype(np.float64): "double"}
 def _library() -> tuple[Any, str]:
     """The shared library, or None and why there is none."""
     here = Path(__file__).parent
-    text = b"".join((here / "c" / name).read_bytes() for name in ("kernels.c", "kernels.h"))
+    text = b"".join(source.read_bytes() for source in sorted((here / "c").glob("*.[ch]")))
     why = "no C compiler for this processor (gcc or clang, x86-64) built them when psmpi was installed"
     for suffix in EXTENSION_SUFFIXES:
         path = here / f"_kernels{suffix}"
