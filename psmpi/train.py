@@ -219,12 +219,12 @@ def _backend(world: Any, config: Config, threads: int) -> Any:
 
     from psmpi.backend import make_backend
     from psmpi.comm import nccl
-    from psmpi.comm.world import host_by_host, seat
+    from psmpi.comm.world import host_by_host, local_rank
     from psmpi.errors import UserError
 
     parallel, dtype = config.parallel, np.dtype(config.model.dtype)
     settings = (parallel.compute, parallel.cuda_graphs, parallel.convolution)
-    made = [make_backend(parallel.backend, threads, seat(world), *settings)]
+    made = [make_backend(parallel.backend, threads, local_rank(world), *settings)]
 
     def compile_kernels() -> None:
         try:
@@ -249,7 +249,7 @@ def _backend(world: Any, config: Config, threads: int) -> Any:
             if given:
                 raise UserError(f"{option} is for GPUs, and the backend here is {ops.name}: add --backend cupy")
     elif parallel.nccl:
-        nccl.check(world, ops.bus)
+        nccl.check(world, ops.pci_id)
     return ops
 
 

@@ -7,11 +7,14 @@ import pytest
 from layer_examples import APART, NETWORKS, make
 
 from psmpi.backend import CompiledOps, NumpyOps, Stripes, compiled, make_backend
-from psmpi.backend.convolution import Im2col
+from psmpi.backend.compiled import convolution, library
+from psmpi.backend.compiled.team import Team
+from psmpi.backend.reference import Im2col
 from psmpi.errors import UserError
 from psmpi.nn.layers import Sums
 from psmpi.nn.model import Model
 from psmpi.optim import Hyper, make_optimizer
+from psmpi.optim.curvature import curvature_ops
 
 LEVELS = range(1, compiled.level() + 1)
 F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
@@ -189,7 +192,7 @@ def test_threads_compute_the_same_bits(name, batch, level, dtype, monkeypatch):
     kernels = rng.standard_normal((units, stripes[0].n_in, k, k)).astype(dtype)
     for threads, members in ((1, 1), (2, 2), (3, 3), (8, 8), (8, 1), (8, 3), (5, 4)):
         plan = CompiledOps(level, threads).convolution(stripes, *shapes, k, stride, dtype)
-        monkeypatch.setattr(compiled, "WORK", max(1, plan.work * batch // members))
+        monkeypatch.setattr(convolution, "WORK", max(1, plan.work * batch // members))
         assert plan._members(batch) >= members or plan.work * batch < members
         found = [np.full_like(a, np.nan) for a in (dy, kernels, x)]
         plan.forward(x, kernels, kernels[:, 0, 0, 0].copy(), found[0])
@@ -216,7 +219,8 @@ def test_element_products_are_those_of_the_reference(rows, level, dtype):
     pairs = rng.standard_normal((count, rows, size)).astype(dtype)
     middle, sigma = rng.standard_normal((count, rows, rows)), rng.random(count)
     for ops in (NumpyOps(), CompiledOps(level)):
-        elements = ops.restriction(runs, size)
+        curvature = curvature_ops(ops)
+        elements = curvature.restriction(runs, size)
         v, out = np.zeros((count, size), dtype), np.zeros((count, size), dtype)
         elements.restrict(p, v)
         for e, mine in enumerate(runs):
@@ -225,10 +229,10 @@ def test_element_products_are_those_of_the_reference(rows, level, dtype):
         total, q = np.full_like(p, np.nan), np.full_like(p, np.nan)
         elements.accumulate(v, total)
         coefficients = np.full((count, rows), np.nan)
-        ops.products(pairs, middle, sigma, coefficients, v, out)
-        ops.restricted_products(elements, pairs, middle, sigma, np.empty_like(coefficients), p, q)
+        curvature.products(pairs, middle, sigma, coefficients, v, out)
+        curvature.restricted_products(elements, pairs, middle, sigma, np.empty_like(coefficients), p, q)
         results.append((v, total, coefficients, out, q))
-        assert far(ops.row_dots(v, out), (v.astype(np.float64) * out).sum(axis=1)) <= TOLERANCE[dtype]
+        assert far(curvature.row_dots(v, out), (v.astype(np.float64) * out).sum(axis=1)) <= TOLERANCE[dtype]
         again = np.empty_like(p)
         elements.accumulate(out, again)
         assert far(again, q) <= TOLERANCE[dtype]
@@ -388,21 +392,21 @@ def test_arrays_of_another_kind_are_refused():
 
 def test_threads_work_at_the_same_time():
     barrier = threading.Barrier(3, timeout=20)
-    compiled.Team(3).run(lambda k: barrier.wait(), 3)
+    Team(3).run(lambda k: barrier.wait(), 3)
 
 
 def test_a_library_of_other_sources_is_not_used(monkeypatch):
-    monkeypatch.setattr(compiled, "crc32", lambda text: 1)
-    compiled._library.cache_clear()
-    compiled.level.cache_clear()
+    monkeypatch.setattr(library, "crc32", lambda text: 1)
+    library._library.cache_clear()
+    library.level.cache_clear()
     try:
         assert compiled.level() == 0 and "built from other sources" in compiled.missing()
         with pytest.raises(UserError, match="install psmpi again"):
             make_backend("compiled")
         assert make_backend("auto").name == "numpy"
     finally:
-        compiled._library.cache_clear()
-        compiled.level.cache_clear()
+        library._library.cache_clear()
+        library.level.cache_clear()
 
 
 def test_auto_takes_the_kernels_where_they_are():

@@ -17,7 +17,7 @@ import pytest
 from cuda_host import Address, Kernels
 
 from psmpi.backend import NumpyOps, Stripes
-from psmpi.backend.convolution import Im2col
+from psmpi.backend.reference import Im2col
 from psmpi.nn.losses import LOSSES, largest_exponent, make_loss
 from psmpi.nn.targets import TargetDistance
 from psmpi.optim import Hyper, make_optimizer
@@ -448,8 +448,8 @@ def test_losses_are_those_of_the_reference(name, paired, size, batch, dtype, dev
     assert abs(cast).max() <= 2.0**20
     g = some(rng, dtype, 1000)
     back, mine = g.copy(), device.of(g)
-    OPS.give_back(back, report, LIMIT[dtype])
-    device("give_back", (2,), (64,), g.size, mine, report, LIMIT[dtype])
+    OPS.unscale(back, report, LIMIT[dtype])
+    device("unscale", (2,), (64,), g.size, mine, report, LIMIT[dtype])
     near(mine, back, TOLERANCE[dtype])
     assert np.isfinite(mine).all()
 
@@ -542,8 +542,8 @@ def test_large_derivatives_are_scaled_by_the_power_of_two_of_the_reference(peak,
     g[3] = np.nan
     mine = device.of(g)
     with np.errstate(over="ignore"):
-        OPS.give_back(g, report, LIMIT[dtype])
-    device("give_back", (1,), (64,), 99, mine, report, LIMIT[dtype])
+        OPS.unscale(g, report, LIMIT[dtype])
+    device("unscale", (1,), (64,), 99, mine, report, LIMIT[dtype])
     assert np.array_equal(mine, g, equal_nan=True)
 
 
@@ -556,7 +556,7 @@ def test_derivatives_without_a_finite_peak_are_cast_as_they_are(dtype, device):
         device("cast_scores", (1,), (64,), 3, grad, out, report)
         assert np.array_equal(out, grad.astype(dtype), equal_nan=True)
         mine = device.of(np.array([5.0, 6.0], dtype))
-        device("give_back", (1,), (64,), 2, mine, report, 1.0)
+        device("unscale", (1,), (64,), 2, mine, report, 1.0)
         assert mine.tolist() == [5.0, 6.0]
 
 

@@ -16,7 +16,8 @@ import pytest
 from layer_examples import NETWORKS, make
 from test_nn import random_problem
 
-from psmpi.backend import CompiledOps, NumpyOps, Stripes, compiled, cudnn, device, make_backend, recording
+from psmpi.backend import CompiledOps, CupyOps, NumpyOps, Stripes, compiled, gpu, make_backend
+from psmpi.backend.gpu import cudnn, recording, runtime
 from psmpi.comm.bridge import Direct, Staged, ask_library, probe
 from psmpi.comm.group import Counter, Group
 from psmpi.data import Resident, open_dataset
@@ -27,12 +28,17 @@ from psmpi.nn.losses import LOSSES, make_loss
 from psmpi.nn.model import Model
 from psmpi.nn.objective import GRADIENT_LIMIT, Objective
 from psmpi.nn.targets import TargetDistance, draw_targets
-from psmpi.optim import OPTIMIZERS, Hyper, clip_by_global_norm, make_optimizer
+from psmpi.optim import FIRST_ORDER, OPTIMIZERS, Hyper, clip_by_global_norm, make_optimizer
+from psmpi.optim.curvature import CurvatureOps, curvature_ops
+from psmpi.optim.curvature.compiled import CompiledCurvature
+from psmpi.optim.curvature.gpu import CupyCurvature
+from psmpi.optim.registry import COUNTED
 
 FAKE = Path(__file__).parent / "fake"
 F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
 TOLERANCE = {F32: 2e-5, F64: 1e-11}
-HOST_ONLY: set[str] = set()
+# What the device does as the reference does: it is made of other operations.
+SHARED = {NumpyOps: {"fused", "scratch"}, CurvatureOps: {"restriction", "restricted_products"}}
 
 needs_compiler = pytest.mark.skipif(cuda_host.compiler() is None, reason="no g++ to compile the CUDA kernels as C++")
 
@@ -45,17 +51,17 @@ def stand_in(monkeypatch):
     for name in real:
         del sys.modules[name]
     monkeypatch.syspath_prepend(FAKE)
-    device._cupy.cache_clear()
+    runtime.load_cupy.cache_clear()
     import cupy
 
     yield cupy
     # What the stand-in never frees: each set of operations has its workspace.
     cupy._memory.clear()
-    device._stream.cache_clear()
+    runtime.stream_of.cache_clear()
     for name in [name for name in sys.modules if name.partition(".")[0] in fakes]:
         del sys.modules[name]
     sys.modules.update(real)
-    device._cupy.cache_clear()
+    runtime.load_cupy.cache_clear()
 
 
 @pytest.fixture(params=["stand-in", pytest.param("gpu", marks=pytest.mark.gpu)])
@@ -63,7 +69,7 @@ def cupy(request):
     """The stand-in, and the real CuPy where it has a GPU."""
     if request.param == "stand-in":
         return request.getfixturevalue("stand_in")
-    if not device.available():
+    if not gpu.available():
         pytest.skip("no GPU here, or no CuPy for it")
     return pytest.importorskip("cupy")
 
@@ -92,16 +98,31 @@ def public(kind):
     }
 
 
-@pytest.mark.parametrize("backend", [CompiledOps, device.CupyOps])
-def test_backends_have_the_same_methods(backend):
-    reference = public(NumpyOps)
+@pytest.mark.parametrize(
+    ("kind", "backend"),
+    [
+        *((NumpyOps, CompiledOps), (NumpyOps, CupyOps)),
+        *((CurvatureOps, CompiledCurvature), (CurvatureOps, CupyCurvature)),
+    ],
+)
+def test_backends_have_the_same_methods(kind, backend):
+    reference = public(kind)
     for name, method in public(backend).items():
         if name in reference and inspect.isfunction(method):
             ours, theirs = (list(inspect.signature(m).parameters.values()) for m in (method, reference[name]))
             assert [(p.name, p.kind, p.default) for p in ours] == [(p.name, p.kind, p.default) for p in theirs], name
-    if backend is device.CupyOps:
+    if backend in (CupyOps, CupyCurvature):
         inherited = {name for name, method in public(backend).items() if method is reference.get(name)}
-        assert inherited == HOST_ONLY
+        assert inherited == SHARED[kind]
+
+
+def test_curvature_operations_are_those_of_the_backend(stand_in):
+    class Other(NumpyOps):
+        name = "other"
+
+    made = [curvature_ops(ops) for ops in (NumpyOps(), CompiledOps(1), CupyOps(), Other())]
+    assert [type(one) for one in made] == [CurvatureOps, CompiledCurvature, CupyCurvature, CurvatureOps]
+    assert [one.ops.name for one in made] == ["numpy", "compiled", "cupy", "other"]
 
 
 def test_the_stand_in_has_the_names_of_cupy():
@@ -196,7 +217,7 @@ def test_the_stand_in_has_the_names_of_cudnn(kind):
 def test_models_are_those_of_the_reference(cupy, name, dtype):
     network = make(name)
     layout, w, x, d = random_problem(network, batch=5, dtype=dtype)
-    there = device.CupyOps()
+    there = CupyOps()
     for classes in ([*range(network.classes)], [1], [0, 3]):
         if network.tie() is not None and len(classes) < network.classes:
             continue
@@ -223,13 +244,13 @@ CONVOLUTIONS = [name for name in NETWORKS if "conv" in str(NETWORKS[name][1])] +
 @pytest.mark.parametrize("chunk", [1, 1 << 20])
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_convolutions_may_be_products_with_windows(cupy, name, chunk, monkeypatch):
-    monkeypatch.setattr(device.CupyOps, "chunk", chunk)
+    monkeypatch.setattr(CupyOps, "chunk", chunk)
     network = make(name)
     layout, w, x, d = random_problem(network, batch=5, dtype=F32)
     part = layout.part(range(network.classes))
     w = np.concatenate([w[a:b] for a, b in part.intervals])
     found = []
-    for ops in (NumpyOps(), device.CupyOps(compute="tf32")):
+    for ops in (NumpyOps(), CupyOps(compute="tf32")):
         g = put(ops, np.full(part.size, np.nan, F32))
         model = Model(network, layout, put(ops, w), g, ops)
         tape = model.forward(put(ops, x))
@@ -237,7 +258,7 @@ def test_convolutions_may_be_products_with_windows(cupy, name, chunk, monkeypatc
         model.backward(tape, put(ops, d))
         found.append((scores, ops.host(g)))
     # The stand-in computes products of float32 as they are; a GPU with 10 bits of each number.
-    tolerance = 2e-5 if not device.available() or "fake" in str(cupy.__version__) else 1e-2
+    tolerance = 2e-5 if not gpu.available() or "fake" in str(cupy.__version__) else 1e-2
     for ours, expected in zip(found[1], found[0], strict=True):
         assert far(ours, expected) <= tolerance
 
@@ -267,7 +288,7 @@ def test_convolutions_may_be_those_of_cudnn(cupy, name, dtype):
     fake = cupy.__version__ == "fake"
     if not fake:
         pytest.importorskip("cudnn")
-    ops = device.CupyOps(convolution="cudnn")
+    ops = CupyOps(convolution="cudnn")
     tolerance = TOLERANCE[dtype] if fake else 10 * cudnn.TOLERANCE[str(dtype)]
     for classes in (None, [1], [0, 3]):
         scores, g, our_scores, our_g = both_ways(name, dtype, ops, classes)
@@ -314,7 +335,7 @@ def test_a_cudnn_that_fails_is_not_used(stand_in, monkeypatch, fault, says, conv
 
     stand_in.cuda.clock.costs.update({"cudnn packed": 0.0, "cudnn strided": 0.0, "turn": 0.0})
     monkeypatch.setattr(library, "FAULT", fault)
-    ops = device.CupyOps(convolution=convolution)
+    ops = CupyOps(convolution=convolution)
     scores, g, our_scores, our_g = both_ways("mean pooling", F32, ops)
     assert far(our_scores, scores) <= TOLERANCE[F32] and far(our_g, g) <= TOLERANCE[F32]
     # Two minibatches forward, one back through two layers.
@@ -334,7 +355,7 @@ def test_what_cudnn_has_not_computed_is_not_taken_for_its_result(stand_in, monke
     import cudnn as library
 
     monkeypatch.setattr(library, "FAULT", f"{kind} does nothing")
-    ops = device.CupyOps(convolution="cudnn")
+    ops = CupyOps(convolution="cudnn")
     both_ways("mean pooling", F32, ops)
     for line, (key, chosen) in zip(ops.choices, ops.cudnn.chosen.items(), strict=True):
         assert (chosen is None and line.count("is wrong by") == 2) == (key[-1] == WORK[kind])
@@ -348,7 +369,7 @@ def test_what_cudnn_does_not_read_as_it_lies_is_turned(stand_in, monkeypatch):
     stand_in.cuda.clock.costs.update(dict.fromkeys(("conv_forward", "conv_input", "conv_weight"), 50.0))
     stand_in.cuda.clock.costs["cudnn strided"] = 0.0
     for convolution in ("cudnn", "measured"):
-        ops = device.CupyOps(convolution=convolution)
+        ops = CupyOps(convolution=convolution)
         both_ways("mean pooling", F32, ops)
         assert all(choice.turned for choice in ops.cudnn.chosen.values())
     assert all("cuDNN cannot: no engine" in line for line in ops.choices)
@@ -369,7 +390,7 @@ OWN = {"output": "conv_forward", "gradient of kernels": "conv_weight", "gradient
 @pytest.mark.parametrize("work", OWN)
 def test_the_fastest_is_taken_for_each_work(stand_in, costs, taken, work):
     stand_in.cuda.clock.costs.update({**costs, **dict.fromkeys(OWN.values(), 0.0), OWN[work]: 15.0})
-    ops = device.CupyOps(convolution="measured")
+    ops = CupyOps(convolution="measured")
     scores, g, our_scores, our_g = both_ways("separable convolution", F32, ops)
     assert far(our_scores, scores) <= TOLERANCE[F32] and far(our_g, g) <= TOLERANCE[F32]
     # One minibatch forward only.
@@ -388,7 +409,7 @@ def test_the_fastest_is_taken_for_each_work(stand_in, costs, taken, work):
 def test_psmpi_s_gradient_has_the_kernels_of_cudnn_s_output_when_that_is_played_back(stand_in):
     stand_in.cuda.clock.costs.update({"cudnn packed": 5.0, "cudnn strided": 5.0, "conv_forward": 50.0})
     stand_in.cuda.clock.costs["conv_input"] = 0.0
-    ops = device.CupyOps(convolution="measured")
+    ops = CupyOps(convolution="measured")
     plan = ops.convolution([Stripes(1, 2, 1, 0, 0, 0)], (1, 4, 4), (2, 2, 2), 3, 1, F32)
     plan.reserve(3)
     rng = np.random.default_rng(0)
@@ -421,7 +442,7 @@ def test_psmpi_s_gradient_has_the_kernels_of_cudnn_s_output_when_that_is_played_
 @needs_compiler
 def test_without_graphs_cudnn_is_tried_as_it_is(stand_in, monkeypatch):
     monkeypatch.setattr(stand_in.cuda, "FAULT", "graphs")
-    ops = device.CupyOps(convolution="cudnn")
+    ops = CupyOps(convolution="cudnn")
     both_ways("mean pooling", F32, ops)
     assert ops.choices and all(ops.cudnn.chosen.values())
 
@@ -431,7 +452,7 @@ def test_without_graphs_cudnn_is_tried_as_it_is(stand_in, monkeypatch):
 def test_cudnn_uses_the_bits_that_were_asked_for_and_the_same_each_time(stand_in, compute):
     import cudnn as library
 
-    ops = device.CupyOps(compute=compute, convolution="cudnn")
+    ops = CupyOps(compute=compute, convolution="cudnn")
     both_ways("mean pooling", F32, ops)
     both_ways("mean pooling", F64, ops)
     always = {"NONDETERMINISTIC", "REDUCED_PRECISION_REDUCTION"}
@@ -446,12 +467,12 @@ def test_cudnn_uses_the_bits_that_were_asked_for_and_the_same_each_time(stand_in
 @needs_compiler
 def test_cudnn_is_not_asked_for_fewer_bits_than_tf32(stand_in):
     with pytest.raises(UserError, match="computes with float32 and tf32"):
-        device.CupyOps(compute="bfloat16", convolution="cudnn")
+        CupyOps(compute="bfloat16", convolution="cudnn")
 
 
 @needs_compiler
 def test_nothing_is_tried_while_a_step_is_recorded(stand_in):
-    ops = device.CupyOps(convolution="cudnn")
+    ops = CupyOps(convolution="cudnn")
     network = make("mean pooling")
     layout, w, x, _ = random_problem(network, batch=5, dtype=F32)
     model = Model(network, layout, put(ops, w), None, ops)
@@ -469,7 +490,7 @@ def test_nothing_is_tried_while_a_step_is_recorded(stand_in):
 
 @needs_compiler
 def test_arrays_that_begin_anywhere_are_not_for_cudnn(stand_in):
-    ops = device.CupyOps(convolution="cudnn")
+    ops = CupyOps(convolution="cudnn")
     plan = ops.convolution([Stripes(1, 2, 1, 0, 0, 0)], (1, 4, 4), (2, 2, 2), 3, 1, F32)
     plan.reserve(3)
     rng = np.random.default_rng(0)
@@ -490,8 +511,8 @@ def test_without_cudnn_the_error_says_what_to_install(stand_in, monkeypatch, fau
         make_backend("cupy", convolution="cudnn")
     ops = make_backend("cupy", convolution="measured")
     assert ops.cudnn is None and "cuDNN" not in ops.description
-    (told,) = ops.choices
-    assert told.startswith("--convolution measured: psmpi's own alone: cuDNN does not load")
+    (line,) = ops.choices
+    assert line.startswith("--convolution measured: psmpi's own alone: cuDNN does not load")
 
 
 @needs_compiler
@@ -507,7 +528,7 @@ def test_the_loss_and_its_gradient_are_those_of_the_reference(cupy, name, dtype)
                 continue
             pairs = pairs | pairs.T
         results = []
-        for ops in (NumpyOps(), device.CupyOps()):
+        for ops in (NumpyOps(), CupyOps()):
             g = put(ops, np.zeros(layout.size, dtype))
             model = Model(network, layout, put(ops, weights), g, ops)
             objective = Objective(make_loss(name, dtype, kappa=3.0), model)
@@ -531,7 +552,7 @@ def test_the_distance_from_targets_and_its_gradient_are_those_of_the_reference(c
     network = make("small psnet")
     layout, w, x, _ = random_problem(network, batch=9, dtype=dtype)
     targets, labels, results = draw_targets("gaussian", 10, 10, 0, 1, 3.0), np.arange(9) % 10, []
-    for ops in (NumpyOps(), device.CupyOps()):
+    for ops in (NumpyOps(), CupyOps()):
         g = put(ops, np.zeros(layout.size, dtype))
         model = Model(network, layout, put(ops, w), g, ops)
         loss = TargetDistance(targets, 3.0, ops)
@@ -556,7 +577,7 @@ def test_what_is_no_number_is_said(cupy):
     network = make("small psnet")
     layout, w, x, _ = random_problem(network, batch=2)
     for name, says in (("psl", "a score is not a finite number"), ("nll", "the loss is not a finite number")):
-        ops = device.CupyOps()
+        ops = CupyOps()
         model = Model(network, layout, put(ops, np.full_like(w, np.nan)), put(ops, w), ops)
         objective = Objective(make_loss(name, w.dtype), model)
         objective.reserve(10, 2)
@@ -575,7 +596,7 @@ def test_what_is_no_number_is_said(cupy):
 
 @needs_compiler
 def test_recorded_work_is_played_back(stand_in):
-    ops = device.CupyOps()
+    ops = CupyOps()
     a, b = put(ops, np.zeros(4)), put(ops, np.ones(4))
     calls = []
 
@@ -594,9 +615,9 @@ def test_recorded_work_is_played_back(stand_in):
     recorded(3)
     assert calls == [2, 2, 3] and np.array_equal(ops.host(a), np.full(4, 13.0))
     # What is done beside it has memory of its own, for sums too.
-    aside, made = ops.apart(), ops.allocations
+    aside, made = ops.separate(), ops.allocations
     assert aside.squared_norm(put(aside, np.full(9, 2.0))) == 36
-    assert ops.allocations == made and aside.scratch and not ops.scratch
+    assert ops.allocations == made and aside.buffers and not ops.buffers
     recorded(2)
     assert calls == [2, 2, 3] and np.array_equal(ops.host(a), np.full(4, 15.0))
     # Memory may have moved: what was recorded is done anew.
@@ -606,7 +627,7 @@ def test_recorded_work_is_played_back(stand_in):
     for k in range(recording.KEPT + 9):
         recorded(k)
     assert len(recorded.made) == recording.KEPT
-    plain, before = device.CupyOps(graphs=False), ops.stream.launches
+    plain, before = CupyOps(graphs=False), ops.stream.launches
     recorded, calls[:] = plain.record(lambda: calls.append(0)), []
     for _ in range(4):
         recorded()
@@ -614,9 +635,38 @@ def test_recorded_work_is_played_back(stand_in):
 
 
 @needs_compiler
+def test_recorded_work_is_that_of_its_arrays_memory_and_shape(stand_in):
+    ops, done = CupyOps(), []
+    one, a, b = put(ops, np.ones(1)), put(ops, np.zeros(4)), put(ops, np.zeros(4))
+
+    def add(into, again, times):
+        done.append((into.shape, times))
+        for array in (into, again):
+            if array is not None:
+                ops.spread(
+                    "combine", array.dtype, array.size, array.size, array, array, one, 0, 0, 1.0, times, 0.0, 0.0
+                )
+
+    recorded = ops.record(add)
+    for k in range(1, 5):
+        # Views are made anew each time.
+        recorded(a[:1], None, 1.0)
+        recorded(a[1:2], None, 1.0)
+        recorded(a[:1].reshape(1, 1), b[:1], 100.0)
+        recorded(a[:1], None, 1000.0)
+        assert ops.host(a).tolist() == [1101.0 * k, k, 0, 0] and ops.host(b).tolist() == [100.0 * k, 0, 0, 0]
+        assert len(done) == min(2, k) * 4
+    # The same memory in other steps is another array.
+    square = a.reshape(2, 2)
+    for turned in (False, True) * 3:
+        recorded(ops.view(a, 0, (2, 2), (1, 2)) if turned else square, None, 0.0)
+    assert len(done) == 8 + 4
+
+
+@needs_compiler
 def test_without_graphs_work_is_done_as_it_is(stand_in, monkeypatch):
     monkeypatch.setattr(stand_in.cuda, "FAULT", "graphs")
-    ops = device.CupyOps()
+    ops = CupyOps()
     a = put(ops, np.zeros(4))
     recorded = ops.record(lambda: ops.add_bias(a.reshape(1, 1, 4), put(ops, np.ones(1)).reshape(1, 1)))
     recorded.allocations = ops.allocations
@@ -625,6 +675,14 @@ def test_without_graphs_work_is_done_as_it_is(stand_in, monkeypatch):
         recorded()
     recorded()
     assert not ops.graphs and np.array_equal(ops.host(a), np.full(4, 2.0))
+
+
+@pytest.mark.parametrize("name", sorted(FIRST_ORDER))
+def test_the_device_has_a_fused_pass_of_each_first_order_rule(stand_in, name):
+    for counted in (False, True):
+        step = make_optimizer(name, 3, F32, Hyper(), CupyOps(), counted).fused
+        assert step is not None and make_optimizer(name, 3, F32, Hyper(), NumpyOps(), counted).fused is None
+        assert callable(step) and step.__name__.startswith("counted_") == (counted and name in COUNTED)
 
 
 @needs_compiler
@@ -637,7 +695,7 @@ def test_optimizers_step_as_on_the_host(cupy, name, counted, dtype):
     n, hyper = 2101, Hyper(weight_decay=0.01, history=3)
     start, target = rng.normal(size=(2, n)).astype(dtype)
     found = []
-    for ops in (NumpyOps(), device.CupyOps()):
+    for ops in (NumpyOps(), CupyOps()):
         w, g = put(ops, start), put(ops, np.zeros(n, dtype))
         optimizer = make_optimizer(name, n, dtype, hyper, ops, counted)
         # All of them are where the weights are.
@@ -667,7 +725,7 @@ def test_optimizers_step_as_on_the_host(cupy, name, counted, dtype):
 @needs_compiler
 def test_counted_steps_may_have_moments_without_decay(cupy):
     found = []
-    for ops in (NumpyOps(), device.CupyOps()):
+    for ops in (NumpyOps(), CupyOps()):
         w, g = put(ops, np.ones(3)), put(ops, np.arange(3.0))
         optimizer = make_optimizer("adam", 3, F64, Hyper(beta1=0.0, beta2=0.0), ops, counted=True)
         for _ in range(2):
@@ -685,7 +743,7 @@ def test_sums_of_multiples_have_the_same_bits_on_all_backends(cupy, n, dtype):
     for count in range(1, 9):
         for inside in (False, True):
             found = []
-            for ops in (NumpyOps(), CompiledOps(), device.CupyOps()):
+            for ops in (NumpyOps(), CompiledOps(), CupyOps()):
                 there = [put(ops, a) for a in arrays]
                 # They begin anywhere.
                 pieces = [a[k:][:n] for k, a in enumerate(there)]
@@ -700,7 +758,7 @@ def test_sums_of_multiples_have_the_same_bits_on_all_backends(cupy, n, dtype):
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
 @pytest.mark.parametrize("n", [0, 1, 2001])
 def test_scalar_products_are_those_of_the_reference(cupy, n, dtype):
-    ops, vectors = device.CupyOps(), np.random.default_rng(n).normal(size=(20, n + 20)).astype(dtype)
+    ops, vectors = CupyOps(), np.random.default_rng(n).normal(size=(20, n + 20)).astype(dtype)
     here = [a[k:][:n] for k, a in enumerate(vectors)]
     there = [put(ops, a)[k:][:n] for k, a in enumerate(vectors)]
     for count in (0, 1, 4, 9, 200):
@@ -724,7 +782,7 @@ def test_scalar_products_are_those_of_the_reference(cupy, n, dtype):
 def test_samples_are_scaled_on_the_device(cupy, stored):
     values = np.random.default_rng(0).integers(0, 100, (40, 37)).astype(stored)
     for dtype in (F32, F64):
-        ops = device.CupyOps()
+        ops = CupyOps()
         kept = ops.samples(values, 1 / 255)
         assert kept.nbytes >= values.nbytes
         for b in (3, 33, 1):
@@ -739,7 +797,7 @@ def test_samples_are_scaled_on_the_device(cupy, stored):
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
 def test_samples_on_the_device_are_those_that_are_there_when_they_are_taken(cupy, dtype):
     values = np.random.default_rng(0).normal(size=(6, 5)).astype(dtype)
-    for ops in (NumpyOps(), device.CupyOps()):
+    for ops in (NumpyOps(), CupyOps()):
         stored = ops.empty(30, dtype).reshape(6, 5)
         samples = ops.samples(stored, 1.0)
         assert samples.nbytes == stored.nbytes
@@ -753,7 +811,7 @@ def test_samples_on_the_device_are_those_that_are_there_when_they_are_taken(cupy
 def test_a_test_of_shards_moves_nothing_that_is_recorded(cupy):
     split, network, found = open_dataset("digits", "").test, make("small psnet"), []
     layout, w, _, _ = random_problem(network, batch=1, dtype=F64)
-    for ops in (NumpyOps(), device.CupyOps()):
+    for ops in (NumpyOps(), CupyOps()):
         group, shard = Group(Alone(), [0], Counter()), Runs(((0, layout.size),))
         weights, loss = ops.mirror(put(ops, w)), make_loss("nll", F64)
         weights.host[:] = w
@@ -767,7 +825,7 @@ def test_a_test_of_shards_moves_nothing_that_is_recorded(cupy):
 @needs_compiler
 def test_a_resident_split_may_be_on_the_device(cupy):
     split = open_dataset("digits", "").train
-    ops = device.CupyOps()
+    ops = CupyOps()
     here, there = (Resident(split, np.arange(50), F32, o) for o in (None, ops))
     expected, out = np.empty((64, 7), F32), ops.empty(64 * 7, F32).reshape(64, 7)
     here.fetch(np.arange(7) * 7, expected)
@@ -779,7 +837,7 @@ def test_a_resident_split_may_be_on_the_device(cupy):
 @pytest.mark.parametrize("compute", ["float32", "tf32", "float16", "bfloat16"])
 def test_products_take_all_orders_of_matrices(cupy, compute):
     rng = np.random.default_rng(0)
-    ops = device.CupyOps(compute=compute)
+    ops = CupyOps(compute=compute)
     for count, m, k, n in ((1, 1, 1, 1), (3, 4, 5, 6), (2, 1, 7, 1), (1, 5, 1, 3), (4, 1, 1, 6), (2, 6, 3, 1)):
         for a_turned in (False, True):
             for b_turned in (False, True):
@@ -798,7 +856,7 @@ def test_products_take_all_orders_of_matrices(cupy, compute):
 
 @needs_compiler
 def test_a_staged_array_waits_for_its_copies(cupy):
-    ops = device.CupyOps()
+    ops = CupyOps()
     bridge = Staged(ops)
     vector = put(ops, np.arange(10.0))
     # Begun early, changed by nobody: what is sent is what was there.
@@ -820,7 +878,7 @@ def test_a_staged_array_waits_for_its_copies(cupy):
 
 @needs_compiler
 def test_the_probe_compares_values(cupy):
-    ops = device.CupyOps()
+    ops = CupyOps()
     assert probe(Alone(), ops, Direct(ops), size=1000)
 
     class Wrong(Direct):
@@ -849,7 +907,7 @@ def fails(monkeypatch, fake, fault):
     monkeypatch.setattr(fake.cuda, "FAULT", fault)
     with pytest.raises(UserError) as caught:
         make_backend("cupy")
-    assert make_backend("auto", seat=0).name != "cupy"
+    assert make_backend("auto", local_rank=0).name != "cupy"
     return str(caught.value)
 
 
@@ -874,7 +932,7 @@ def test_without_cupy_the_error_says_what_to_install(monkeypatch):
     def missing():
         raise ImportError("No module named 'cupy'")
 
-    monkeypatch.setattr(device, "_cupy", missing)
+    monkeypatch.setattr(runtime, "load_cupy", missing)
     with pytest.raises(UserError, match=r"pip install 'psmpi\[cuda\]'"):
         make_backend("cupy")
 
@@ -882,7 +940,7 @@ def test_without_cupy_the_error_says_what_to_install(monkeypatch):
 @needs_compiler
 def test_ranks_take_devices_in_turn(stand_in, monkeypatch):
     monkeypatch.setattr(stand_in.cuda, "DEVICES", 2)
-    assert [make_backend("auto", seat=seat).device for seat in range(4)] == [0, 1, 0, 1]
+    assert [make_backend("auto", local_rank=rank).device for rank in range(4)] == [0, 1, 0, 1]
     assert make_backend("cupy").device == 0
     # Without a number on the host, a device has to be asked for.
     assert make_backend("auto").name == ("compiled" if compiled.level() else "numpy")
@@ -898,11 +956,11 @@ def test_kernels_are_cached_where_nobody_else_writes(stand_in, monkeypatch, tmp_
         monkeypatch.delenv("CUPY_CACHE_DIR", raising=False)
         if given:
             monkeypatch.setenv("CUPY_CACHE_DIR", given)
-        device._cupy.cache_clear()
-        device._cupy()
+        runtime.load_cupy.cache_clear()
+        runtime.load_cupy()
         assert os.environ["CUPY_CACHE_DIR"] == expected
     folder.chmod(0o777)
     monkeypatch.delenv("CUPY_CACHE_DIR")
-    device._cupy.cache_clear()
-    device._cupy()
+    runtime.load_cupy.cache_clear()
+    runtime.load_cupy()
     assert "CUPY_CACHE_DIR" not in os.environ

@@ -19,7 +19,7 @@ from psmpi.nn.losses import make_loss
 from psmpi.nn.model import Model
 from psmpi.nn.network import build
 from psmpi.nn.zoo import make_network
-from psmpi.optim.element_operators import RULES, Outcome
+from psmpi.optim.curvature import RULES, Outcome
 
 F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
 PAIRS = list(combinations(range(10), 2))

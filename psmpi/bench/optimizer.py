@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from psmpi.errors import UserError
-from psmpi.optim.element_operators import RULES
+from psmpi.optim.curvature import RULES
 
 if TYPE_CHECKING:
     from psmpi.config import Config

@@ -90,7 +90,7 @@ def host(world: Any) -> tuple[int, int]:
     return ranks, min(int(used.sum()), quota())
 
 
-def seat(world: Any) -> int:
+def local_rank(world: Any) -> int:
     """This rank's number among those of its host."""
     from mpi4py import MPI
 

@@ -101,7 +101,7 @@ class DirectFeedback:
             ops.record(work) for work in (self._compute, self._differentiate, self._learn)
         )
         # What diagnostics allocate is not of these.
-        self.aside = ops.apart()
+        self.aside = ops.separate()
         # Products with derivatives of the loss are to stay finite.
         self.limit = float(np.finfo(self.dtype).max) ** 0.25
         # What it counts is not of the training.
@@ -240,7 +240,7 @@ class DirectFeedback:
         derivatives = self.objective.losses(scores, labels, 1 / b, slice(0, len(scores)))
         if self.objective.on_device:
             self.ops.cast_scores(derivatives, error, self.objective.report.array)
-            self.ops.give_back(error, self.objective.report.array, self.limit)
+            self.ops.unscale(error, self.objective.report.array, self.limit)
         else:
             np.copyto(error, np.clip(derivatives, -self.limit, self.limit), casting="same_kind")
 

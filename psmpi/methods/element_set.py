@@ -22,6 +22,7 @@ from psmpi.nn.losses import Loss
 from psmpi.nn.model import Model
 from psmpi.nn.network import Network
 from psmpi.nn.objective import GRADIENT_LIMIT, Objective
+from psmpi.optim.curvature import curvature_ops
 
 
 def elements_of(pairs: Iterable[tuple[int, int]], merged: bool) -> list[tuple[int, int]]:
@@ -83,7 +84,8 @@ class ElementSet:
         self.count = len(self.elements)
         # The same on every rank: its rows are those of a table of all elements.
         self.size = largest_element(layout)
-        self.restriction = ops.restriction([self._slices(v) for v in variables], self.size)
+        self.curvature = curvature_ops(ops)
+        self.restriction = self.curvature.restriction([self._slices(v) for v in variables], self.size)
         at = {c: k for k, c in enumerate(self.classes)}
         mask = np.zeros((len(self.classes),) * 2, bool)
         for i, j in ordered:
@@ -186,8 +188,8 @@ class ElementSet:
         """
         if len(labels) == 0:
             return 0.0
-        self._bring(w, x, labels)
-        self._only_losses(len(labels), x.shape[1], scale, self.ops.address(x))
+        self._bring(w, labels, x.shape[1])
+        self._only_losses(x, len(labels), scale)
         return self.objective.value()
 
     def gradients(self, w: np.ndarray, x: np.ndarray, labels: np.ndarray, scale: float, out: np.ndarray) -> float:
@@ -195,41 +197,35 @@ class ElementSet:
         if len(labels) == 0:
             out.fill(0)
             return 0.0
-        self._bring(w, x, labels)
-        self.out = out
-        self._all_gradients(len(labels), x.shape[1], scale, self.ops.address(x), self.ops.address(out))
+        self._bring(w, labels, x.shape[1])
+        self._all_gradients(x, out, len(labels), scale)
         return self.objective.value()
 
-    def _bring(self, w: np.ndarray, x: np.ndarray, labels: np.ndarray) -> None:
-        """Get weights, samples and labels to where recorded work finds them."""
-        self.reserve(x.shape[1])
+    def _bring(self, w: np.ndarray, labels: np.ndarray, batch: int) -> None:
+        """Get weights and labels to where recorded work on `batch` samples finds them."""
+        self.reserve(batch)
         self.there.settle()
         self.there.host[: len(labels)] = labels
         self.there.push(slice(0, len(labels)))
         self.whole.w[...] = w
-        self.x = x
 
-    def _losses(
-        self, b: int, batch: int, scale: float, x_at: int, derivatives: bool = False
-    ) -> tuple[Tape, np.ndarray]:
-        """Compute the losses of the first b samples of x; the pass, and their derivatives (classes, b), if wanted.
-
-        x_at, its address, is one of the things by which recorded work is told apart.
-        """
-        tape = self.whole.forward(self.x)
+    def _losses(self, x: np.ndarray, b: int, scale: float, derivatives: bool = False) -> tuple[Tape, np.ndarray]:
+        """Compute the losses of the first b samples of x; the pass, and their derivatives (classes, b), if wanted."""
+        tape = self.whole.forward(x)
         scores = tape.scores
-        if b < batch:
+        if b < x.shape[1]:
             first = self.scores[: len(scores) * b].reshape(len(scores), b)
             first[...] = scores[:, :b]
             scores = first
         own = slice(0, len(self.classes))
         return tape, self.objective.losses(scores, self.there.array[:b], scale, own, self.mask, derivatives)
 
-    def _gradients(self, b: int, batch: int, scale: float, x_at: int, out_at: int) -> None:
-        """Fill `out`; addresses as in `_losses`."""
-        self.out.fill(0)
+    def _gradients(self, x: np.ndarray, out: np.ndarray, b: int, scale: float) -> None:
+        """Fill `out` (elements, size) with the gradients over the first b samples of x."""
+        batch = x.shape[1]
+        out.fill(0)
         # Of a pairwise loss the derivative with respect to another class's score is that of one term alone.
-        (whole, grad), report = self._losses(b, batch, scale, x_at, derivatives=True), self.objective.report.array
+        (whole, grad), report = self._losses(x, b, scale, derivatives=True), self.objective.report.array
         for side in self.sides:
             terms, model, start = len(side.others), side.model, 0
             for run in side.slices:
@@ -238,14 +234,14 @@ class ElementSet:
                 start = stop
             tape = side.borrowed.tape(whole)
             weights = self.weights[: terms * batch].reshape(terms, batch)
-            self.ops.term_weights(
+            self.curvature.term_weights(
                 grad, self.there.array[:b], report, side.number, side.others, side.lost, side.won, weights
             )
             ones = self.ones[:batch].reshape(1, batch)
             ones.fill(1)
             model.backward(tape, ones, sums=Sums(weights, side.sums))
-            side.spread.add(side.sums, self.out)
-        self.ops.give_back(self.out.reshape(-1), report, GRADIENT_LIMIT[self.dtype])
+            side.spread.add(side.sums, out)
+        self.ops.unscale(out.reshape(-1), report, GRADIENT_LIMIT[self.dtype])
 
     def seen(self, labels: np.ndarray) -> np.ndarray:
         """(elements,) bool: whether the samples have a label of the element."""

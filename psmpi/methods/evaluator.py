@@ -38,7 +38,7 @@ class Evaluator:
         ops: NumpyOps,
     ):
         # Tests allocate, and training steps may be recorded.
-        self.ops = ops = ops.apart()
+        self.ops = ops = ops.separate()
         self.group, self.network, self.layout, self.shards = group, network, layout, shards
         self.weights, self.loss, self.dtype, self.split = weights, loss, weights.host.dtype, split
         batches = network.evaluation_batches(split.n)

@@ -55,8 +55,6 @@ class Part:
         weights.push()
         weights.settle()
         self.optimizer = make_optimizer(config.optimization.optimizer, w.size, dtype, hyperparameters(config), ops)
-        # What recorded work takes and fills besides.
-        self.given: tuple[np.ndarray | None, np.ndarray | None] = (None, None)
         if self.last:
             self.loss: Loss = make_loss(c.loss, dtype, kappa=c.kappa, exp_clip=c.exp_clip)
         else:
@@ -102,28 +100,19 @@ class Part:
         self.labels.settle()
         self.labels.host[:b] = labels
         self.labels.push(slice(0, b))
-        self.given = x, dx
-        self._pass(b, scale, self._address(x), self._address(dx))
+        self._pass(x, dx, b, scale)
         return self.objective.value()
 
-    def _address(self, array: np.ndarray | None) -> int:
-        """What tells recorded work on this array from that on another; 0 for none."""
-        return 0 if array is None else self.model.ops.address(array)
-
-    def _derive(self, b: int, scale: float, x_at: int, dx_at: int) -> None:
-        x, dx = self.given
-        assert x is not None
+    def _derive(self, x: np.ndarray, dx: np.ndarray | None, b: int, scale: float) -> None:
         outputs = self.forward(x)
         self.objective.derive(self.tape, outputs, self.labels.array[:b], scale, slice(0, self.units), dx=dx)
 
     def back(self, dy: np.ndarray, dx: np.ndarray | None) -> None:
         """Fill g, and dx where there is one, from the gradient of the outputs, which is used up."""
-        self.given = dy, dx
-        self._back(dy.shape[-1], *map(self._address, (self.tape.outputs[0], dy, dx)))
+        self._back(self.tape.outputs[0], dy, dx)
 
-    def _take_back(self, b: int, x_at: int, dy_at: int, dx_at: int) -> None:
-        dy, dx = self.given
-        assert dy is not None
+    def _take_back(self, x: np.ndarray, dy: np.ndarray, dx: np.ndarray | None) -> None:
+        """x: the inputs of the forward pass, which the tape has kept."""
         self.model.backward(self.tape, dy.reshape(self.tape.scores.shape), dx=dx)
 
     def look(self, labels: np.ndarray) -> None:

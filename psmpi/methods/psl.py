@@ -29,7 +29,7 @@ from psmpi.nn.init import initial_weights
 from psmpi.nn.losses import make_loss
 from psmpi.nn.network import Network
 from psmpi.optim import Hyper, clip_by_global_norm, make_optimizer
-from psmpi.optim.element_operators import RULES
+from psmpi.optim.curvature import RULES
 
 # Scalars of optimizers that count steps in which the weights stayed.
 FAILURES = ("failed_searches", "failed_steps")

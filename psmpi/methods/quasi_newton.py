@@ -23,7 +23,7 @@ from psmpi.nn.losses import Loss
 from psmpi.nn.network import Network
 from psmpi.nn.objective import DIVERGED
 from psmpi.optim.base import check_eps
-from psmpi.optim.element_operators import RULES, ElementOperators, Outcome
+from psmpi.optim.curvature import RULES, ElementOperators, Outcome, curvature_ops
 from psmpi.optim.globalization import SHORTEST, Momentum, TrustRegion, armijo
 from psmpi.optim.truncated_cg import truncated_cg
 
@@ -59,7 +59,7 @@ class PartitionedNewton:
         self.world, self.exchange, self.worker = world, exchange, worker
         self.w_part, self.w, self.dtype, self.scalars = w_part, w, w.dtype, scalars
         self.search, self.extend = o.globalization == "line-search", o.line_search == "basic"
-        self.ops, self.line = ops, ops.line
+        self.ops, self.curvature, self.batch_multiple = ops, curvature_ops(ops), ops.batch_multiple
         self.rtol, self.itmax, self.sigma = o.cg_tolerance, o.cg_iterations, o.sigma
         self.first_lr, self.first_sigma = o.lr, o.sigma
         self.region = TrustRegion()
@@ -225,7 +225,7 @@ class PartitionedNewton:
         """Update the scale of the variables, on all ranks, and bring the gradient to them."""
         self.scalars["t"] += 1
         correction = 1 - self.beta2 ** self.scalars["t"]
-        self.ops.moment_scale(self.g, self.squares, self.root, self.beta2, correction, self.eps)
+        self.curvature.moment_scale(self.g, self.squares, self.root, self.beta2, correction, self.eps)
         self.exchange.scatter(self.root, self.root_part)
         self.ops.multiply(self.g, self.root)
 
@@ -239,7 +239,9 @@ class PartitionedNewton:
             return self.x_part[:0], np.empty(0, np.int64)
         labels = worker.number[worker.dataset.train.labels[ids]]
         mine = np.flatnonzero(labels >= 0)
-        filled = np.resize(ids[mine], -(-len(mine) // self.line) * self.line) if len(mine) else ids[mine]
+        filled = (
+            np.resize(ids[mine], -(-len(mine) // self.batch_multiple) * self.batch_multiple) if len(mine) else ids[mine]
+        )
         worker.reserve(max(1, len(filled)))
         x = worker.x[: worker.features * len(filled)].reshape(worker.features, len(filled))
         worker.train.fetch(filled, x)

@@ -21,7 +21,7 @@ from psmpi.methods.psl import hyperparameters
 from psmpi.nn.init import initial_weights
 from psmpi.nn.network import Network
 from psmpi.optim import make_optimizer
-from psmpi.optim.element_operators import RULES
+from psmpi.optim.curvature import RULES
 
 
 class Replica:

@@ -82,9 +82,9 @@ class Objective:
         # Outputs of some layers alone may be images.
         self.model.backward(tape, cast.reshape(tape.scores.shape), dx=dx)
         if dx is not None:
-            self.ops.give_back(dx, report, GRADIENT_LIMIT[self.model.dtype])
+            self.ops.unscale(dx, report, GRADIENT_LIMIT[self.model.dtype])
         assert self.model.g is not None
-        self.ops.give_back(self.model.g, report, GRADIENT_LIMIT[self.model.dtype])
+        self.ops.unscale(self.model.g, report, GRADIENT_LIMIT[self.model.dtype])
 
     def value(self) -> float:
         """The scaled sum of the losses last derived. FloatingPointError where it, or a score, is not finite."""

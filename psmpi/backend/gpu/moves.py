@@ -1,65 +1,23 @@
-"""What moves values on a GPU, and between it and host memory."""
+"""Samples and runs of vectors on a GPU."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from psmpi.backend.grids import blocks
-from psmpi.backend.moves import Mirror, Restriction, Samples, Transfer
-
-if TYPE_CHECKING:
-    from psmpi.backend.device import CupyOps
+from psmpi.backend.gpu.device import Device
+from psmpi.backend.gpu.grids import blocks
+from psmpi.backend.reference.moves import Mirror, Samples, Transfer
 
 # Elements of a run that a block moves.
 PIECE = 256
 
 
-class DeviceMirror(Mirror):
-    """An array on a device and its image in pinned host memory."""
-
-    def __init__(self, array: Any, ops: CupyOps):
-        cupy = ops.cupy
-        self.array, self.stream = array, ops.stream
-        try:
-            # CuPy's pool takes it back when the last array over it is gone.
-            memory = cupy.cuda.alloc_pinned_memory(max(1, array.nbytes))
-        except cupy.cuda.runtime.CUDARuntimeError as error:
-            raise MemoryError(f"{array.nbytes} bytes of pinned host memory: {error}") from None
-        self.host = np.frombuffer(memory, array.dtype, array.size).reshape(array.shape)
-        self.event = cupy.cuda.Event(disable_timing=True)
-        self.runtime = cupy.cuda.runtime
-
-    def fetch(self, at: slice = slice(None)) -> None:
-        source, target = self._pieces(at)
-        self._copy(target.ctypes.data, source.data.ptr, target.nbytes, self.runtime.memcpyDeviceToHost)
-
-    def push(self, at: slice = slice(None)) -> None:
-        target, source = self._pieces(at)
-        self._copy(target.data.ptr, source.ctypes.data, source.nbytes, self.runtime.memcpyHostToDevice)
-
-    def _pieces(self, at: slice) -> tuple[Any, np.ndarray]:
-        if at == slice(None):
-            return self.array, self.host
-        return self.array[at], self.host[at]
-
-    def _copy(self, target: int, source: int, nbytes: int, kind: int) -> None:
-        if nbytes:
-            self.runtime.memcpyAsync(target, source, nbytes, kind, self.stream.ptr)
-            self.event.record(self.stream)
-
-    def wait(self) -> None:
-        self.event.synchronize()
-
-    settle = wait
-
-
 class DeviceSamples(Samples):
     """Samples that stay on the device; those that are there already may be written later."""
 
-    def __init__(self, values: Any, scale: float, ops: CupyOps):
+    def __init__(self, values: Any, scale: float, ops: Device):
         self.ops, self.scale = ops, scale
         if isinstance(values, np.ndarray):
             values = self._upload(values)
@@ -102,7 +60,7 @@ class DeviceSamples(Samples):
 class DeviceTransfer(Transfer):
     """Copies of runs by a table of pieces of the target that all have the same runs of the source, see `transfer`."""
 
-    def __init__(self, table: np.ndarray, ops: CupyOps):
+    def __init__(self, table: np.ndarray, ops: Device):
         self.ops, self.table = ops, np.ascontiguousarray(table, np.int64)
         begin, to, length = self.table.T
         edges = np.unique(np.concatenate([to, to + length]))
@@ -137,23 +95,3 @@ class DeviceTransfer(Transfer):
     @property
     def nbytes(self) -> int:
         return int(self.table.nbytes + self.pieces.nbytes + self.sources.nbytes)
-
-
-class DeviceRestriction(Restriction):
-    """With room for one row of each element, twice."""
-
-    def __init__(self, runs: Sequence[Sequence[tuple[int, int]]], size: int, ops: CupyOps):
-        super().__init__(runs, size, ops.transfer)
-        self.ops = ops
-        self.room: dict[np.dtype, tuple[Any, Any]] = {}
-
-    def rows(self, dtype: np.dtype) -> tuple[Any, Any]:
-        """Two (elements, size); behind small elements the first holds zeros, if nothing else is put there."""
-        if dtype not in self.room:
-            size = len(self.sizes) * self.size
-            self.room[dtype] = tuple(self.ops.zeros(size, dtype).reshape(len(self.sizes), -1) for _ in range(2))
-        return self.room[dtype]
-
-    @property
-    def nbytes(self) -> int:
-        return super().nbytes + sum(array.nbytes for pair in self.room.values() for array in pair)

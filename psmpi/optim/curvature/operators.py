@@ -18,13 +18,14 @@ from typing import Literal
 import numpy as np
 from numpy.typing import DTypeLike
 
-from psmpi.backend import NumpyOps, Restriction
+from psmpi.backend import NumpyOps
 from psmpi.errors import UserError
+from psmpi.optim.curvature.recursion import OMEGA, recurse
+from psmpi.optim.curvature.registry import curvature_ops
+from psmpi.optim.curvature.restriction import Restriction
 
 Rule = Literal["plbfgs", "plsr1", "plse"]
 RULES: tuple[Rule, ...] = ("plbfgs", "plsr1", "plse")
-# An SR1 pair is useful where |s^T r| is more than this times ||s|| ||r||.
-OMEGA = 1e-6
 # What s^T y has to exceed, times ||s|| ||y||, to scale B_0 or to pass the relative curvature test.
 FLAT = 1e-8
 # Failures in a row that an element survives with its operator.
@@ -70,6 +71,7 @@ class ElementOperators:
         if memory < 1:
             raise UserError(f"--memory {memory}: expected 1 or more pairs to remember")
         self.count, self.size, self.dtype, self.ops = count, size, np.dtype(dtype), ops
+        self.curvature = curvature_ops(ops)
         self.rule, self.memory, self.relative, self.damping = rule, memory, relative, damping
         self.rescaled = rescaled
         m = memory
@@ -112,12 +114,12 @@ class ElementOperators:
     def product(self, v: np.ndarray, out: np.ndarray) -> None:
         """out = B_e v_e for every element; v and out (count, size), not the same array."""
         middle, sigma, coefficients = (mirror.array for mirror in self.small)
-        self.ops.products(self.pairs, middle, sigma, coefficients, v, out)
+        self.curvature.products(self.pairs, middle, sigma, coefficients, v, out)
 
     def restricted_product(self, elements: Restriction, p: np.ndarray, q: np.ndarray) -> None:
         """q = sum_e U_e^T B_e U_e p, vectors that `elements` restrict."""
         middle, sigma, coefficients = (mirror.array for mirror in self.small)
-        self.ops.restricted_products(elements, self.pairs, middle, sigma, coefficients, p, q)
+        self.curvature.restricted_products(elements, self.pairs, middle, sigma, coefficients, p, q)
 
     # What is not finite is rejected below, not warned of.
     @np.errstate(all="ignore")
@@ -137,7 +139,7 @@ class ElementOperators:
             self._damp(s, y, r)
         flat = r.reshape(-1)
         self.ops.combine(flat, (-1.0, flat), (1.0, y.reshape(-1)))
-        ss, sy, yy, sr, rr = (self.ops.row_dots(a, b) for a, b in ((s, s), (s, y), (y, y), (s, r), (r, r)))
+        ss, sy, yy, sr, rr = (self.curvature.row_dots(a, b) for a, b in ((s, s), (s, y), (y, y), (s, r), (r, r)))
         finite = np.isfinite(ss + sy + yy + sr + rr)
         active = seen & ~(ss == 0)
         positive = finite & (sy > (FLAT * np.sqrt(ss * yy) if self.relative else np.finfo(self.dtype).eps))
@@ -172,7 +174,7 @@ class ElementOperators:
         self.failures[hopeless] = 0
         self.gram[hopeless] = 0
         self.middle[hopeless] = 0
-        self.ops.keep_pairs(self.pairs, np.full(self.count, -1), hopeless, s, y)
+        self.curvature.keep_pairs(self.pairs, np.full(self.count, -1), hopeless, s, y)
 
     def _take(
         self,
@@ -195,7 +197,7 @@ class ElementOperators:
         stamps[rows, slot] = self.pushes[chosen]
         # The products of the pairs as they will be: those with the new one, in place of its slot's.
         gram = np.where(turned[:, None, None], 0.0, self.gram[chosen])
-        with_y = self.ops.pair_dots(self.pairs, y)[chosen]
+        with_y = self.curvature.pair_dots(self.pairs, y)[chosen]
         with_s[turned], with_y[turned] = 0, 0
         with_s[rows, slot], with_s[rows, m + slot] = ss, sy
         with_y[rows, slot], with_y[rows, m + slot] = sy, yy
@@ -212,7 +214,7 @@ class ElementOperators:
         slots[done] = slot[good]
         # A fresh operator has nothing of the old one.
         fresh[done] = turned[good]
-        self.ops.keep_pairs(self.pairs, slots, fresh, s, y)
+        self.curvature.keep_pairs(self.pairs, slots, fresh, s, y)
         self.gram[done], self.middle[done], self.stamps[done] = gram[good], middle[good], stamps[good]
         self.sigma[done] = sigma[good]
         self.indefinite[done] = indefinite[done]
@@ -221,58 +223,8 @@ class ElementOperators:
 
     def _damp(self, s: np.ndarray, y: np.ndarray, bs: np.ndarray) -> None:
         """Move y towards B s where s^T y is far from s^T B s (Powell 1978, with a bound above as well)."""
-        sy, sbs = self.ops.row_dots(s, y), self.ops.row_dots(s, bs)
+        sy, sbs = self.curvature.row_dots(s, y), self.curvature.row_dots(s, bs)
         low = np.where(sy < (1 - DAMP_LOW) * sbs, DAMP_LOW * sbs / (sbs - sy), 1.0)
         theta = np.where(sy > (1 + DAMP_HIGH) * sbs, DAMP_HIGH * sbs / (sy - sbs), low)
         theta = np.where(np.isfinite(theta) & (sbs > 0), theta, 1.0).astype(self.dtype)
-        self.ops.mix_rows((1 - theta).astype(np.float64), bs, theta.astype(np.float64), y)
-
-
-def recurse(
-    gram: np.ndarray, stamps: np.ndarray, sigma: np.ndarray, indefinite: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The middle matrices W (count, 2m, 2m) of operators whose pairs have the scalar products `gram` (count, 2m, 2m).
-
-    stamps (count, m): age of the pairs by slot, -1 where there is none; sigma (count,): B_0 = sigma I; indefinite
-    (count,) bool: L-SR1, else L-BFGS. Returns W, the stamps without the pairs that had to be dropped because their
-    denominator is too small, and (count,) bool: whether the newest pair is still there and all numbers are finite.
-    """
-    count, m = stamps.shape
-    rows = np.arange(count)[:, None]
-    # Slots by age, the oldest first and empty ones last; all below is in this order.
-    order = np.argsort(np.where(stamps < 0, np.iinfo(np.int64).max, stamps), axis=1, kind="stable")
-    index = np.concatenate([order, m + order], axis=1)
-    g = gram[rows[:, :, None], index[:, :, None], index[:, None, :]]
-    used = np.take_along_axis(stamps, order, axis=1) >= 0
-    newest = used.sum(axis=1) - 1
-    vectors = np.zeros((count, m, 2 * m))
-    weights = np.zeros((count, m))
-    gains = np.zeros((count, m))
-    # Of L-BFGS the old vectors are subtracted, and so are their weights; of L-SR1 neither.
-    sign = np.where(indefinite, -1.0, 1.0)[:, None]
-    with np.errstate(all="ignore"):
-        for k in range(m):
-            c = np.zeros((count, 2 * m))
-            c[:, k] = np.where(indefinite, -sigma, sigma)
-            c[:, m + k] = indefinite
-            # Products of s_k with the y of older pairs, and with their a.
-            along = np.einsum("eij,ej->ei", vectors[:, :k], g[:, :, k])
-            c += sign * np.einsum("ei,eij->ej", along * weights[:, :k], vectors[:, :k])
-            c[:, m : m + k] += g[:, m : m + k, k] * gains[:, :k]
-            d = np.einsum("ej,ej->e", c, g[:, :, k])
-            size = np.sqrt(np.maximum(np.einsum("ei,eij,ej->e", c, g, c), 0) * g[:, k, k])
-            good = used[:, k] & np.where(indefinite, abs(d) > OMEGA * size, (d > 0) & (g[:, m + k, k] > 0))
-            good &= np.isfinite(d)
-            used[:, k] = good
-            vectors[:, k] = np.where(good[:, None], c, 0.0)
-            weights[:, k] = np.where(good, np.where(indefinite, 1.0, -1.0) / d, 0.0)
-            gains[:, k] = np.where(good & ~indefinite, 1 / g[:, m + k, k], 0.0)
-        w = np.einsum("ek,eki,ekj->eij", weights, vectors, vectors)
-    diagonal = np.arange(m)
-    w[:, m + diagonal, m + diagonal] += gains
-    middle = np.zeros_like(w)
-    middle[rows[:, :, None], index[:, :, None], index[:, None, :]] = w
-    left = np.full_like(stamps, -1)
-    np.put_along_axis(left, order, np.where(used, np.take_along_axis(stamps, order, axis=1), -1), axis=1)
-    sound = used[np.arange(count), np.maximum(newest, 0)] & np.isfinite(w).all(axis=(1, 2))
-    return middle, left, sound
+        self.curvature.mix_rows((1 - theta).astype(np.float64), bs, theta.astype(np.float64), y)

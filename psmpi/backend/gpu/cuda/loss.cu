@@ -179,7 +179,7 @@ extern "C" __global__ void cast_scores(long long size, const double *__restrict_
 }
 
 /* g is scaled up by the same power again, in place, and limited in each component. */
-extern "C" __global__ void give_back(long long size, T *__restrict__ g, const double *__restrict__ report, double limit)
+extern "C" __global__ void unscale(long long size, T *__restrict__ g, const double *__restrict__ report, double limit)
 {
     const int exponent = excess(report);
     if (!exponent)

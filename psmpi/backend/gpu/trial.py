@@ -6,12 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from statistics import median
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from psmpi.backend.device import CupyOps
+from psmpi.backend.gpu.device import Device
 
 # What a convolution is asked for, and chosen for one by one.
 Work = Literal["output", "gradient of kernels", "gradient of input"]
@@ -46,7 +45,7 @@ class Shape:
 class Trial:
     """Random data of one convolution, and what is done with it."""
 
-    def __init__(self, ops: CupyOps, shape: Shape, batch: int, work: Work):
+    def __init__(self, ops: Device, shape: Shape, batch: int, work: Work):
         rng, dtype = np.random.default_rng(0), shape.dtype
         self.ops, self.work, self.records = ops, work, ops.graphs
         x, y = (*shape.in_shape, batch), (*shape.out_shape, batch)

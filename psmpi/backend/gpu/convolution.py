@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from psmpi.backend.convolution import Im2col, Stripes
-from psmpi.backend.grids import BLOCKS, blocks
+from psmpi.backend.gpu.grids import BLOCKS, blocks
+from psmpi.backend.gpu.pointwise import ACTIVATIONS, DevicePointwise
+from psmpi.backend.reference.convolution import Im2col, Stripes
 
-if TYPE_CHECKING:
-    from psmpi.backend.device import CupyOps
-
-# By the numbers that the kernels know them by.
-ACTIVATIONS = {"identity": 0, "sigmoid": 1, "tanh": 2, "relu": 3}
 # Units or channels that a thread computes.
 TILE = 4
 
@@ -24,7 +20,7 @@ class DeviceConvolution:
 
     def __init__(
         self,
-        ops: CupyOps,
+        ops: DevicePointwise,
         stripes: Sequence[Stripes],
         in_shape: tuple[int, int, int],
         out_shape: tuple[int, int, int],

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 import numpy as np
 
 
@@ -75,40 +73,3 @@ class Samples:
         # Any mode but "raise" saves numpy a buffer for the result.
         np.take(self.values, at, axis=0, out=taken, mode="clip")
         np.multiply(taken.T, out.dtype.type(self.scale), out=out, dtype=out.dtype, casting="same_kind")
-
-
-class Restriction:
-    """U_e of many elements: an element's variables are runs of a vector, one after the other in its row.
-
-    runs: for each element its (start, stop) in the vector. Rows are of `size`; behind elements that are smaller nothing
-    is written. sizes: (elements,) int64; starts: (elements + 1,) int64, each element's first row of the
-    table of `down`.
-    """
-
-    def __init__(
-        self, runs: Sequence[Sequence[tuple[int, int]]], size: int, transfer: Callable[[np.ndarray], Transfer]
-    ):
-        self.sizes = np.array([sum(b - a for a, b in mine) for mine in runs], np.int64)
-        self.size = size
-        self.starts = np.cumsum([0, *(len(mine) for mine in runs)])
-        table = []
-        for e, mine in enumerate(runs):
-            at = e * self.size
-            for start, stop in mine:
-                table.append((start, at, stop - start))
-                at += stop - start
-        self.down = transfer(np.array(table, np.int64).reshape(-1, 3))
-        self.up = transfer(self.down.table[:, [1, 0, 2]])
-
-    def restrict(self, vector: np.ndarray, out: np.ndarray) -> None:
-        """out (elements, size) = U_e vector for every element."""
-        self.down.copy(vector, out)
-
-    def accumulate(self, values: np.ndarray, out: np.ndarray) -> None:
-        """out (vector) = sum_e U_e^T values_e, values (elements, size)."""
-        out.fill(0)
-        self.up.add(values, out)
-
-    @property
-    def nbytes(self) -> int:
-        return self.sizes.nbytes + self.starts.nbytes + self.down.nbytes + self.up.nbytes

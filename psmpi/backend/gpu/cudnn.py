@@ -9,16 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from psmpi.backend.convolution import Convolution, Stripes
-from psmpi.backend.trial import Shape, Trial, Work
+from psmpi.backend.gpu.pointwise import DevicePointwise
+from psmpi.backend.gpu.trial import Shape, Trial, Work
+from psmpi.backend.reference.convolution import Convolution, Stripes
 from psmpi.errors import UserError
-
-if TYPE_CHECKING:
-    from psmpi.backend.device import CupyOps
 
 # What an operation of cuDNN may use besides its arrays, in bytes.
 WORKSPACE = 1 << 28
@@ -55,10 +53,10 @@ def groups(stripes: Sequence[Stripes], channels: int, units: int) -> int:
 class Cudnn:
     """cuDNN on the stream of one device, what its operations share, and which convolutions it does.
 
-    measured: only those in which it is faster. told: what was chosen, a line each. UserError where it does not load.
+    measured: only those in which it is faster. choices: what was chosen, a line each. UserError where it does not load.
     """
 
-    def __init__(self, ops: CupyOps, measured: bool):
+    def __init__(self, ops: DevicePointwise, measured: bool):
         self.ops, self.measured = ops, measured
         # cuDNN opens the CUDA runtime by its name alone: this finds it among packages of Python, and loads it.
         with suppress(Exception):
@@ -74,11 +72,11 @@ class Cudnn:
         except (ImportError, OSError, RuntimeError, AttributeError) as error:
             raise UserError(f"--convolution cudnn: cuDNN does not load ({error}): {INSTALL}") from None
         self.chosen: dict[tuple[Shape, int, Work], CudnnConvolution | None] = {}
-        self.told: list[str] = []
+        self.choices: list[str] = []
 
     @property
     def name(self) -> str:
-        """What a person is told of it."""
+        """The library and how it is used, for people."""
         number = self.cudnn.backend_version()
         how = "the faster of psmpi and" if self.measured else "by"
         return f"convolutions {how} cuDNN {number // 10000}.{number // 100 % 100}"
@@ -87,9 +85,9 @@ class Cudnn:
         """What arrays of this dtype are multiplied as."""
         return self.ops.compute if dtype == np.float32 else "float64"
 
-    def room(self, name: str, size: int, dtype: np.dtype) -> Any:
+    def scratch(self, name: str, size: int, dtype: np.dtype) -> Any:
         """Scratch (size,) of all convolutions, valid until its next use."""
-        return self.ops.room(f"cuDNN {name}", size, dtype)[:size]
+        return self.ops.scratch(f"cuDNN {name}", size, dtype)[:size]
 
     def operation(
         self, name: str, inputs: dict[str, Layout], output: Layout, stride: int, dtype: np.dtype
@@ -124,12 +122,12 @@ class Cudnn:
 
         def run(*arrays: Any) -> None:
             pointers = {key: array.data.ptr for key, array in zip(keys, arrays, strict=True)}
-            graph.execute(pointers, self.room("work", size, np.dtype(np.uint8)).data.ptr, handle=self.handle)
+            graph.execute(pointers, self.scratch("work", size, np.dtype(np.uint8)).data.ptr, handle=self.handle)
 
         return run
 
     def choose(self, own: Convolution, shape: Shape, batch: int, work: Work) -> CudnnConvolution | None:
-        """What does this work on minibatches of `batch` samples, None for psmpi's own; a line in `told` says why."""
+        """What does this work on minibatches of `batch` samples, None for psmpi's own; a line in `choices` says why."""
         found: CudnnConvolution | None = None
         taken, said, best = "psmpi", [], np.inf
         try:
@@ -162,7 +160,7 @@ class Cudnn:
         except (MemoryError, *self.ops.failures) as error:
             said.append(f"not compared: {error}")
         why = f" ({'; '.join(said)})" if said else ""
-        self.told.append(f"{shape}, minibatch {batch}, {work}: {taken}{why}")
+        self.choices.append(f"{shape}, minibatch {batch}, {work}: {taken}{why}")
         return found
 
 
@@ -194,24 +192,24 @@ class CudnnConvolution:
 
     def forward(self, x: Any, kernels: Any, bias: Any, y: Any) -> None:
         into = self._place("y", y)
-        self.run(self._there("x", x), kernels, into)
+        self.run(self._given("x", x), kernels, into)
         self._back(into, y)
         self.ops.finish(y.reshape(1, y.shape[0], -1), bias.reshape(1, -1), self.shape.activation)
 
     def backward(self, x: Any, dy: Any, kernels: Any, dkernels: Any, dx: Any) -> None:
         """One of the two gradients, the other being None."""
         if dkernels is not None:
-            self.run(self._there("x", x), self._there("y", dy), dkernels)
+            self.run(self._given("x", x), self._given("y", dy), dkernels)
             return
         into = self._place("x", dx)
-        self.run(self._there("y", dy), kernels, into)
+        self.run(self._given("y", dy), kernels, into)
         self._back(into, dx)
 
     def _place(self, name: str, images: Any) -> Any:
         """Where cuDNN reads or writes the images."""
-        return self.library.room(name, images.size, images.dtype) if self.turned else images
+        return self.library.scratch(name, images.size, images.dtype) if self.turned else images
 
-    def _there(self, name: str, images: Any) -> Any:
+    def _given(self, name: str, images: Any) -> Any:
         into = self._place(name, images)
         if self.turned:
             self._turn(images, into, images.size // images.shape[-1], images.shape[-1])

@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from psmpi.backend.reference import NumpyOps
 
 
 @dataclass(frozen=True)
@@ -51,6 +48,25 @@ class Convolution(Protocol):
         """Its buffers."""
 
 
+class WindowOps(Protocol):
+    """What `Im2col` needs of a backend."""
+
+    # Elements of the windows that are made at a time.
+    chunk: int
+
+    def empty(self, size: int, dtype: np.dtype) -> np.ndarray: ...
+
+    def view(self, array: np.ndarray, start: int, shape: Sequence[int], steps: Sequence[int]) -> np.ndarray: ...
+
+    def matmul(self, a: np.ndarray, b: np.ndarray, out: np.ndarray) -> None: ...
+
+    def im2col(self, x: np.ndarray, stride: int, first: int, cols: np.ndarray) -> None: ...
+
+    def col2im(self, cols: np.ndarray, stride: int, first: int, dx: np.ndarray) -> None: ...
+
+    def finish(self, y: np.ndarray, bias: np.ndarray, kind: str) -> None: ...
+
+
 class Im2col:
     """Convolution as matrix products with windows, made for as many output rows at a time as `ops.chunk` allows."""
 
@@ -64,7 +80,7 @@ class Im2col:
         dtype: np.dtype,
         activation: str = "identity",
         *,
-        ops: NumpyOps,
+        ops: WindowOps,
     ):
         self.ops, self.activation = ops, activation
         self.stripes, self.channels, self.kernel, self.stride = stripes, in_shape[0], kernel, stride

@@ -1,0 +1,62 @@
+"""Losses of scores, and derivatives that are scaled to stay finite."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from psmpi.backend.reference.arrays import Arrays
+
+
+def exponent_of(peak: float) -> int:
+    """The power of two by which derivatives of this size are too large for a backward pass; 0 where they are not."""
+    return int(np.frexp(peak)[1]) if peak > 2.0**20 else 0
+
+
+class Losses(Arrays):
+    """A report (4,) float64 says how a loss came out, see `losses`."""
+
+    def losses(
+        self,
+        name: str,
+        scores: np.ndarray,
+        labels: np.ndarray,
+        scale: float,
+        kappa: float,
+        limit: float,
+        pairs: np.ndarray | None,
+        own: slice,
+        grad: np.ndarray | None,
+        report: np.ndarray,
+    ) -> bool:
+        """One pass over a minibatch of the loss called `name`; False where this backend has none: psmpi.nn.losses has.
+
+        scores (classes, b), labels (b,) int64, pairs (classes, classes) bool or None as in `Loss`. Fills grad
+        (classes, b) float64, where there is one, and report (4,) float64: the scaled loss, the largest exponent in psl,
+        the number of its terms beyond `limit`, the largest derivative with respect to the scores `own`.
+        """
+        return False
+
+    def distances(
+        self,
+        outputs: np.ndarray,
+        targets: np.ndarray,
+        labels: np.ndarray,
+        scale: float,
+        grad: np.ndarray,
+        report: np.ndarray,
+    ) -> bool:
+        """The same for the loss ||f - S_y||^2 of outputs f (units, b), the y-th column of targets S (units, classes)
+        float64; psmpi.nn.targets has it. Of the report the second and the third number are 0.
+        """
+        return False
+
+    def cast_scores(self, grad: np.ndarray, out: np.ndarray, report: np.ndarray) -> None:
+        """out = grad, over the power of two by which the report says that derivatives are too large."""
+        exponent = exponent_of(report[3])
+        np.copyto(out, np.ldexp(grad, -exponent) if exponent else grad, casting="same_kind")
+
+    def unscale(self, g: np.ndarray, report: np.ndarray, limit: float) -> None:
+        """g times that power of two, in place, limited to `limit` in each component."""
+        exponent = exponent_of(report[3])
+        if exponent:
+            np.copyto(g, np.clip(np.ldexp(g.astype(np.float64), exponent), -limit, limit), casting="same_kind")
