@@ -208,19 +208,12 @@ class Part:
 
     def __init__(self, stage: Stage, site: Site):
         self.stage, self.layer, self.shape = stage, stage.layer, stage.shape
+        # Numbers that it puts out a sample, the function that they have gone through last, and whether g has a share.
+        self.size, self.activation, self.weighted = stage.size, stage.activation, stage.weighted
         self.ops, self.space, self.dtype = site.ops, site.space, site.dtype
         self.w: Any = None
         self.g: Any = None
         self.number = 0
-
-    @property
-    def size(self) -> int:
-        """Numbers that it puts out a sample."""
-        return self.stage.size
-
-    @property
-    def activation(self) -> str:
-        return self.stage.activation
 
     def walk(self) -> list[Part]:
         """This part and those inside it, in the order of forward."""

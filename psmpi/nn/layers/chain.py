@@ -195,7 +195,7 @@ class Chain:
             if below is not None and part.layer.moves_gradient:
                 below = dx if k == first and dx is not None else self.space.gradient(*x.shape)
             dy = part.backward(x, tape.outputs[k + 1], tape.kept[k], dy, below, into[k] if several else into)
-            if part.stage.weighted and self.space.finished is not None:
+            if part.weighted and self.space.finished is not None:
                 self.space.finished(part.number)
         if dx is not None and dy is not dx:
             dx[...] = dy.reshape(dx.shape)
