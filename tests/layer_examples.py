@@ -65,6 +65,9 @@ NETWORKS = {
         [{**unbiased(conv(3, 3)[0]), "pad": 1}, {"type": "mean_pool"}, NORM, TANH, *conv(7, 2), FLAT, separable(4, 4)],
         4,
     ),
+    "normalized features that no class sees": (
+        (2, 5, 5), [conv(3, 3)[0], FLAT, NORM, TANH, separable(4, 4), NORM], 4,
+    ),
     "normalized inputs and activations": ((7,), [NORM, TANH, NORM, {"type": "relu"}, dense(4)], 4),
     "residual": ((7,), [dense(6), TANH, residual(dense(5), TANH, dense(6), scale=0.5), TANH, dense(4)], 4),
     "residual around activations": ((7,), [dense(6), residual(TANH, dense(6), TANH), residual(TANH), dense(4)], 4),

@@ -21,12 +21,12 @@ Positions = slice | list[tuple[int, tuple[int, int]]]
 class Borrowed:
     """Tapes of `model` from tapes of `lender`, a model of its classes and others.
 
-    The network is without layers that couple samples, whose kept statistics cannot be taken (ValueError).
+    ValueError for a network with layers of which backward needs more than inputs and outputs.
     """
 
     def __init__(self, model: Model, lender: Model):
-        if model.network.normalized:
-            raise ValueError("what batch normalization makes cannot be borrowed")
+        if any(layer.keeps for layer in model.network.walk()):
+            raise ValueError("what normalization keeps of a pass cannot be borrowed")
         self.model, self.places = model, _places(model.parts, lender.parts)
         self.capacity = 0
 

@@ -256,7 +256,7 @@ def check_roles(network: Network, roles: Roles, config: Config) -> None:
             "with batch normalization every worker of --method psl has to see whole minibatches: use --partition "
             "scores with --replicas 1 and no more workers than classes, or --method data_parallel"
         )
-    check_newton(roles, config)
+    check_newton(network, roles, config)
     check_slices(network, config.data.batch_size, roles.rows, "replica rows")
 
 

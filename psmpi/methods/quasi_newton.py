@@ -325,7 +325,7 @@ def element_rows(roles: Roles, merged: bool) -> Rows:
     return Rows(tuple(tuple(number[e] for e in elements_of(pairs, merged)) for pairs in held))
 
 
-def check_newton(roles: Roles, config: Config) -> None:
+def check_newton(network: Network, roles: Roles, config: Config) -> None:
     """UserError for settings that partitioned quasi-Newton training cannot have."""
     o = config.optimization
     if not 1 <= o.memory <= 100:
@@ -343,6 +343,12 @@ def check_newton(roles: Roles, config: Config) -> None:
         raise UserError(
             f"{name} needs --partition pairs: an element is a pair of classes, and a worker of --partition scores does "
             "not have both"
+        )
+    keeping = [layer.name for layer in network.walk() if layer.keeps]
+    if keeping:
+        raise UserError(
+            f"{name} shares one forward pass among the elements, and what {keeping[0]} of --model {network.name} keeps "
+            "of it is of all units at once: use a network without normalization, or another --optimizer"
         )
     if roles.rows > 1:
         workers = [w for w in roles.workers if w is not None]

@@ -59,6 +59,10 @@ class Layer:
     linear: ClassVar[bool] = False
     # Whether the outputs of a sample depend on the other samples of its minibatch.
     couples: ClassVar[bool] = False
+    # Whether it computes with exactly the input units that its outputs use: else more may come with them.
+    exact: ClassVar[bool] = False
+    # Whether backward needs more of a pass than the input and the output.
+    keeps: ClassVar[bool] = False
     # Whether outputs lie in the range of the inputs.
     keeps_range: ClassVar[bool] = False
     place: ClassVar[str] = NEW

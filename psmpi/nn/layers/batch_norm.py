@@ -27,6 +27,8 @@ class BatchNorm(Layer):
     affine: bool
 
     couples = True
+    exact = True
+    keeps = True
 
     @classmethod
     def read(cls, table: Table, label: str, shape: tuple[int, ...]) -> list[Layer]:

@@ -10,6 +10,7 @@ import numpy as np
 
 from psmpi.nn.layers.activation import export_activation
 from psmpi.nn.layers.base import NEW, OVER, VIEW, Layer, Part, Site, Stage
+from psmpi.nn.layers.select import Select
 from psmpi.nn.layers.uses import Uses, used
 
 
@@ -36,12 +37,20 @@ def make_stages(
     uses: who uses the units of the last layer; inputs: (units,) bool, which of the first one's inputs are there; fold:
     convolutions absorb mean pooling; some: of which layers stages are wanted.
     """
-    rows: list[tuple[Layer, Uses, np.ndarray, np.ndarray]] = []
+    places: list[list[tuple[Layer, Uses, np.ndarray, np.ndarray]]] = []
     for layer, users in zip(layers, uses_of(layers, uses), strict=True):
+        places.append([])
+        if layer.exact:
+            seen = layer.sources(users)
+            wanted = used(seen, classes, layer.in_shape[0])
+            if (inputs & ~wanted).any():
+                select = Select(f"{layer.name}.units", layer.in_shape, layer.in_shape)
+                places[-1].append((select, seen, inputs, wanted))
+                inputs = wanted
         kept = layer.present(inputs, used(users, classes, layer.out_shape[0]))
-        rows.append((layer, users, inputs, kept))
+        places[-1].append((layer, users, inputs, kept))
         inputs = kept
-    stages, rows = [], rows[some]
+    stages, rows = [], [row for place in places[some] for row in place]
     while rows:
         layer, users, into, kept = rows.pop(0)
         if layer.activation == "identity":
