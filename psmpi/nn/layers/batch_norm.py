@@ -205,7 +205,8 @@ class BatchNormPart(Part):
 def affine_runs(layer: Layer, layout: Layout, part: Runs, kept: np.ndarray) -> list[tuple[slice, int, int]]:
     """(units, where their scales begin, where their shifts do): runs of units side by side in both parameters.
 
-    The units are those `kept`, counted among these; without parameters there is one run of all of them.
+    The units are those `kept`, counted among these, and the runs in their order. Without parameters there is one run of
+    all of them.
     """
     if not layer.parameters():
         return [(slice(0, int(kept.sum())), 0, 0)]
@@ -218,7 +219,7 @@ def affine_runs(layer: Layer, layout: Layout, part: Runs, kept: np.ndarray) -> l
             first, count = int(local[piece.first]), piece.last - piece.first
             gamma, beta = (part.local(at, at + count).start for at in (piece.offset, shifts[piece.first]))
             runs.append((slice(first, first + count), gamma, beta))
-    return runs
+    return sorted(runs, key=lambda run: run[0].start)
 
 
 def export_affine(graph: Any, part: Part, value: str) -> str:
