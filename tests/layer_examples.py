@@ -69,6 +69,13 @@ NETWORKS = {
         (2, 5, 5), [conv(3, 3)[0], FLAT, NORM, TANH, separable(4, 4), NORM], 4,
     ),
     "normalized inputs and activations": ((7,), [NORM, TANH, NORM, {"type": "relu"}, dense(4)], 4),
+    "normalized groups": ((7,), [dense(8), {"type": "group_norm", "groups": 4}, TANH, separable(4, 4)], 4),
+    "normalized groups of images": (
+        (2, 9, 9),
+        [{"type": "group_norm", "groups": 1}, conv(6, 3)[0], {"type": "group_norm", "groups": 3}, {"type": "relu"},
+         {"type": "mean_pool"}, FLAT, {"type": "group_norm", "groups": 2}, separable(4, 4)],
+        4,
+    ),
     "residual": ((7,), [dense(6), TANH, residual(dense(5), TANH, dense(6), scale=0.5), TANH, dense(4)], 4),
     "residual around activations": ((7,), [dense(6), residual(TANH, dense(6), TANH), residual(TANH), dense(4)], 4),
     "residual of classes": ((8,), [separable(8, 4), residual(separable(8, 4), TANH), separable(4, 4)], 4),

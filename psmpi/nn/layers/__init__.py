@@ -9,6 +9,7 @@ from psmpi.nn.layers.batch_norm import BatchNorm
 from psmpi.nn.layers.conv import Conv
 from psmpi.nn.layers.dense import Dense
 from psmpi.nn.layers.flatten import Flatten
+from psmpi.nn.layers.group_norm import GroupNorm
 from psmpi.nn.layers.pool import Pool
 from psmpi.nn.layers.residual import Residual
 
@@ -21,6 +22,7 @@ LAYERS: dict[str, type[Layer]] = {
     "max_pool": Pool,
     "flatten": Flatten,
     "batch_norm": BatchNorm,
+    "group_norm": GroupNorm,
     "residual": Residual,
     **dict.fromkeys(ACTIVATIONS, Activation),
 }
