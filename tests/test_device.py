@@ -31,7 +31,7 @@ from psmpi.optim import OPTIMIZERS, Hyper, clip_by_global_norm, make_optimizer
 FAKE = Path(__file__).parent / "fake"
 F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
 TOLERANCE = {F32: 2e-5, F64: 1e-11}
-HOST_ONLY: set[str] = set()
+HOST_ONLY = {"fused"}
 
 needs_compiler = pytest.mark.skipif(cuda_host.compiler() is None, reason="no g++ to compile the CUDA kernels as C++")
 
@@ -534,7 +534,7 @@ def test_the_distance_from_targets_and_its_gradient_are_those_of_the_reference(c
         objective.reserve(10, 9)
         objective.derive(model.forward(put(ops, x)), put(ops, labels), 1 / 9, slice(0, 10))
         results.append((objective.value(), ops.host(g), ops.host(objective.report.array)))
-        assert loss.nbytes >= 8 * targets.size and objective.on_device == ops.on_device
+        assert loss.nbytes >= 8 * targets.size and (objective.fused is not None) == ops.on_device
     (value, g, report), (our_value, our_g, our_report) = results
     assert our_value == pytest.approx(value, rel=TOLERANCE[dtype]) and far(our_g, g) <= TOLERANCE[dtype]
     assert our_report == pytest.approx(report, rel=TOLERANCE[dtype]) and our_report[3] > 0
@@ -542,6 +542,42 @@ def test_the_distance_from_targets_and_its_gradient_are_those_of_the_reference(c
     objective.derive(model.forward(put(ops, x)), put(ops, labels), 1 / 9, slice(0, 10))
     with pytest.raises(FloatingPointError, match="the loss is not a finite number"):
         objective.value()
+
+
+class Slow(LOSSES["logistic"]):
+    """A loss that no device has in one pass."""
+
+    name = "slow"
+
+
+@needs_compiler
+def test_a_loss_without_a_kernel_of_its_own_goes_through_host_memory_outside_of_recordings(stand_in):
+    network = make("small psnet")
+    layout, w, x, _ = random_problem(network, batch=9)
+    results, labels = [], np.arange(9) % 10
+    for kind in (LOSSES["logistic"], Slow):
+        ops = device.CupyOps()
+        model = Model(network, layout, put(ops, w), put(ops, np.zeros_like(w)), ops)
+        objective = Objective(kind(F32), model)
+        objective.reserve(10, 9)
+        given = put(ops, x), put(ops, labels)
+
+        def work(b, objective=objective, model=model, given=given):
+            objective.derive(model.forward(given[0]), given[1], 1 / b, slice(0, 10))
+
+        recorded, before = objective.record(work), ops.stream.launches
+        # A step is recorded the second time.
+        for _ in range(3):
+            model.g.fill(0)
+            recorded(9)
+        results.append((objective.value(), ops.host(model.g), ops.host(objective.report.array)[[0, 3]]))
+        assert (ops.stream.launches > before) == (kind is not Slow) and ops.graphs
+    (value, g, report), (our_value, our_g, our_report) = results
+    assert our_value == pytest.approx(value, rel=1e-12) and far(our_g, g) <= TOLERANCE[F32]
+    assert our_report == pytest.approx(report, rel=1e-12) and our_report[1] > 0
+    model.w[:] = put(ops, np.full_like(w, np.nan))
+    with np.errstate(invalid="ignore"), pytest.raises(FloatingPointError, match="the loss is not a finite number"):
+        recorded(9)
 
 
 @needs_compiler

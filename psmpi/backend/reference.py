@@ -125,6 +125,10 @@ class NumpyOps:
         """
         return Samples(values, scale)
 
+    def fused(self, name: str) -> Callable[..., None] | None:
+        """The operation `name` in one pass where this backend has it; None where it has only the reference's steps."""
+        return getattr(self, name, None)
+
     def matmul(self, a: np.ndarray, b: np.ndarray, out: np.ndarray) -> None:
         """out = a @ b over the last two axes, the others batched."""
         np.matmul(a, b, out=out)
@@ -259,7 +263,7 @@ class NumpyOps:
     ) -> None:
         """The derivatives of single terms of a pairwise loss with respect to the score of class number `own`.
 
-        grad (classes, b) float64 and report as in `losses`, labels (b,). Row t of out (terms, at least b): over the
+        grad (classes, b) float64 and report as in `Loss.fused`, labels (b,). Row t of out (terms, at least b): over the
         samples of `own` lost[t] times the derivative with respect to the score of others[t], over those of others[t]
         won[t] times that with respect to the own, 0 elsewhere; scaled down as by `cast_scores`. others (terms,) int64;
         lost, won (terms,) of the dtype of out.
@@ -426,41 +430,6 @@ class NumpyOps:
         if dtype not in self.slopes:
             self.slopes[dtype] = np.empty(CHUNK, dtype)
         return self.slopes[dtype][:size]
-
-    def losses(
-        self,
-        name: str,
-        scores: np.ndarray,
-        labels: np.ndarray,
-        scale: float,
-        kappa: float,
-        limit: float,
-        pairs: np.ndarray | None,
-        own: slice,
-        grad: np.ndarray | None,
-        report: np.ndarray,
-    ) -> bool:
-        """One pass over a minibatch of the loss called `name`; False where this backend has none: psmpi.nn.losses has.
-
-        scores (classes, b), labels (b,) int64, pairs (classes, classes) bool or None as in `Loss`. Fills grad
-        (classes, b) float64, where there is one, and report (4,) float64: the scaled loss, the largest exponent in psl,
-        the number of its terms beyond `limit`, the largest derivative with respect to the scores `own`.
-        """
-        return False
-
-    def distances(
-        self,
-        outputs: np.ndarray,
-        targets: np.ndarray,
-        labels: np.ndarray,
-        scale: float,
-        grad: np.ndarray,
-        report: np.ndarray,
-    ) -> bool:
-        """The same for the loss ||f - S_y||^2 of outputs f (units, b), the y-th column of targets S (units, classes)
-        float64; psmpi.nn.targets has it. Of the report the second and the third number are 0.
-        """
-        return False
 
     def cast_scores(self, grad: np.ndarray, out: np.ndarray, report: np.ndarray) -> None:
         """out = grad, over the power of two by which the report says that derivatives are too large."""

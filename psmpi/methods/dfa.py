@@ -94,9 +94,8 @@ class DirectFeedback:
             config.objective.loss, self.dtype, kappa=config.objective.kappa, exp_clip=config.objective.exp_clip
         )
         self.objective = Objective(self.loss, self.model)
-        self.forward_pass, self.error_pass, self.backward_pass = (
-            ops.record(work) for work in (self._compute, self._differentiate, self._learn)
-        )
+        self.forward_pass, self.backward_pass = ops.record(self._compute), ops.record(self._learn)
+        self.error_pass = self.objective.record(self._differentiate)
         # What diagnostics allocate is not of these.
         self.aside = ops.apart()
         # Products with derivatives of the loss are to stay finite.
@@ -235,7 +234,7 @@ class DirectFeedback:
         """Find e, the derivatives of the mean loss with respect to the scores, limited."""
         scores, labels, error = self.model.outputs[-1], self.labels.array[:b], self._error(b)
         derivatives = self.objective.losses(scores, labels, 1 / b, slice(0, len(scores)))
-        if self.objective.on_device:
+        if self.ops.on_device:
             self.ops.cast_scores(derivatives, error, self.objective.report.array)
             self.ops.give_back(error, self.objective.report.array, self.limit)
         else:

@@ -45,7 +45,7 @@ class ElementWorker:
         objective = config.objective
         self.loss = make_loss(objective.loss, self.dtype, kappa=objective.kappa, exp_clip=objective.exp_clip)
         self.objective = Objective(self.loss, self.model)
-        self.forward_pass, self.backward_pass = ops.record(self._forward), ops.record(self._backward)
+        self.forward_pass, self.backward_pass = ops.record(self._forward), self.objective.record(self._backward)
         self.everything = make_loss(objective.loss, self.dtype, kappa=objective.kappa, exp_clip=objective.exp_clip)
         peers = [w for w in roles.workers if w is not None and w.row == place.row]
         self.columns = [len(w.classes) for w in peers]

@@ -82,7 +82,7 @@ class Part:
         self.dx = ops.empty(self.inputs * most if number and s.recovery_epochs else 0, dtype)
         self.noise = ops.mirror(ops.empty(self.inputs * most if number and s.hand_over == "labels" else 0, dtype))
         self.labels = ops.mirror(ops.empty(most, np.dtype(np.int64)))
-        self._pass, self._back = ops.record(self._derive), ops.record(self._take_back)
+        self._pass, self._back = self.objective.record(self._derive), ops.record(self._take_back)
 
     def room(self, b: int) -> np.ndarray:
         """Where inputs (inputs, b) are put."""

@@ -26,7 +26,7 @@ from psmpi.methods.base import Place, Score, check_slices
 from psmpi.methods.element_worker import ElementWorker
 from psmpi.methods.quasi_newton import PartitionedNewton, check_newton, element_rows
 from psmpi.nn.init import initial_weights
-from psmpi.nn.losses import make_loss
+from psmpi.nn.losses import LOSSES, make_loss
 from psmpi.nn.network import Network
 from psmpi.optim import Hyper, clip_by_global_norm, make_optimizer
 from psmpi.optim.element_operators import RULES
@@ -249,7 +249,7 @@ def check_roles(network: Network, roles: Roles, config: Config) -> None:
     if config.parallel.partition == "pairs" and not loss.pairwise:
         raise UserError(
             f"--partition pairs needs a loss that is a sum over pairs of classes, and --loss {loss.name} is not: use "
-            "--loss psl or --loss logistic, or --partition scores"
+            f"{' or '.join(f'--loss {name}' for name, kind in LOSSES.items() if kind.pairwise)}, or --partition scores"
         )
     if network.normalized and (roles.rows > 1 or config.parallel.partition == "pairs"):
         raise UserError(
