@@ -23,6 +23,7 @@ from psmpi.errors import UserError
 from psmpi.layout import Runs
 from psmpi.methods.evaluator import Evaluator
 from psmpi.nn.losses import LOSSES, make_loss
+from psmpi.nn.metric import Metric
 from psmpi.nn.model import Model
 from psmpi.nn.objective import GRADIENT_LIMIT, Objective
 from psmpi.nn.targets import TargetDistance, draw_targets
@@ -782,9 +783,9 @@ def test_a_test_of_shards_moves_nothing_that_is_recorded(cupy):
     layout, w, _, _ = random_problem(network, batch=1, dtype=F64)
     for ops in (NumpyOps(), device.CupyOps()):
         group, shard = Group(Alone(), [0], Counter()), Runs(((0, layout.size),))
-        weights, loss = ops.mirror(put(ops, w)), make_loss("nll", F64)
+        weights, metric = ops.mirror(put(ops, w)), Metric(make_loss("nll", F64), 10)
         weights.host[:] = w
-        evaluator = Evaluator(group, network, layout, [shard], weights, split, loss, ops)
+        evaluator = Evaluator(group, network, layout, [shard], weights, split, metric, ops)
         made = getattr(ops, "allocations", 0)
         found.append(evaluator.run())
         assert getattr(ops, "allocations", 0) == made
