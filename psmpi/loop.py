@@ -205,7 +205,7 @@ class Loop:
     def _measure(self, seen: int, rate: float) -> dict[str, Any]:
         """The row of metrics of the epoch so far; also warns of new unusual events."""
         method = self.method
-        score = method.test()
+        scores = method.test()
         loss_sum, _, _ = self._totals()
         # A rank that has nothing to do in some epochs is no measure of the rate.
         counts = np.zeros((self.world.size, 3))
@@ -217,8 +217,7 @@ class Loop:
             "step": self.progress.step,
             "seconds": 0.0,
             "train_loss": loss_sum / max(1, seen),
-            "test_loss": score.loss,
-            "test_accuracy": score.accuracy,
+            **{f"test_{name}": value for name, value in scores.items()},
             "samples_per_second": float(counts[:, 2].min()),
             "bytes_sent": int(self.before[0] + counts[:, 0].sum()),
             "bytes_received": int(self.before[1] + counts[:, 1].sum()),

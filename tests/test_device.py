@@ -25,6 +25,7 @@ from psmpi.errors import UserError
 from psmpi.layout import Runs
 from psmpi.methods.evaluator import Evaluator
 from psmpi.nn.losses import LOSSES, make_loss
+from psmpi.nn.metric import Metric
 from psmpi.nn.model import Model
 from psmpi.nn.objective import GRADIENT_LIMIT, Objective
 from psmpi.nn.targets import TargetDistance, draw_targets
@@ -561,7 +562,7 @@ def test_the_distance_from_targets_and_its_gradient_are_those_of_the_reference(c
         tape = model.forward(put(ops, x))
         objective.derive(tape, tape.scores, put(ops, labels), 1 / 9, slice(0, 10))
         results.append((objective.value(), ops.host(g), ops.host(objective.report.array)))
-        assert loss.nbytes >= 8 * targets.size and objective.on_device == ops.on_device
+        assert loss.nbytes >= 8 * targets.size and (objective.fused is not None) == ops.on_device
     (value, g, report), (our_value, our_g, our_report) = results
     assert our_value == pytest.approx(value, rel=TOLERANCE[dtype]) and far(our_g, g) <= TOLERANCE[dtype]
     assert our_report == pytest.approx(report, rel=TOLERANCE[dtype]) and our_report[3] > 0
@@ -570,6 +571,43 @@ def test_the_distance_from_targets_and_its_gradient_are_those_of_the_reference(c
     objective.derive(tape, tape.scores, put(ops, labels), 1 / 9, slice(0, 10))
     with pytest.raises(FloatingPointError, match="the loss is not a finite number"):
         objective.value()
+
+
+class Slow(LOSSES["logistic"]):
+    """A loss that no device has in one pass."""
+
+    name = "slow"
+
+
+@needs_compiler
+def test_a_loss_without_a_kernel_of_its_own_goes_through_host_memory_outside_of_recordings(stand_in):
+    network = make("small psnet")
+    layout, w, x, _ = random_problem(network, batch=9)
+    results, labels = [], np.arange(9) % 10
+    for kind in (LOSSES["logistic"], Slow):
+        ops = CupyOps()
+        model = Model(network, layout, put(ops, w), put(ops, np.zeros_like(w)), ops)
+        objective = Objective(kind(F32), model)
+        objective.reserve(10, 9)
+        given = put(ops, x), put(ops, labels)
+
+        def work(b, objective=objective, model=model, given=given):
+            tape = model.forward(given[0])
+            objective.derive(tape, tape.scores, given[1], 1 / b, slice(0, 10))
+
+        recorded, before = objective.record(work), ops.stream.launches
+        # A step is recorded the second time.
+        for _ in range(3):
+            model.g.fill(0)
+            recorded(9)
+        results.append((objective.value(), ops.host(model.g), ops.host(objective.report.array)[[0, 3]]))
+        assert (ops.stream.launches > before) == (kind is not Slow) and ops.graphs
+    (value, g, report), (our_value, our_g, our_report) = results
+    assert our_value == pytest.approx(value, rel=1e-12) and far(our_g, g) <= TOLERANCE[F32]
+    assert our_report == pytest.approx(report, rel=1e-12) and our_report[1] > 0
+    model.w[:] = put(ops, np.full_like(w, np.nan))
+    with np.errstate(invalid="ignore"), pytest.raises(FloatingPointError, match="the loss is not a finite number"):
+        recorded(9)
 
 
 @needs_compiler
@@ -813,9 +851,9 @@ def test_a_test_of_shards_moves_nothing_that_is_recorded(cupy):
     layout, w, _, _ = random_problem(network, batch=1, dtype=F64)
     for ops in (NumpyOps(), CupyOps()):
         group, shard = Group(Alone(), [0], Counter()), Runs(((0, layout.size),))
-        weights, loss = ops.mirror(put(ops, w)), make_loss("nll", F64)
+        weights, metric = ops.mirror(put(ops, w)), Metric(make_loss("nll", F64), 10)
         weights.host[:] = w
-        evaluator = Evaluator(group, network, layout, [shard], weights, split, loss, ops)
+        evaluator = Evaluator(group, network, layout, [shard], weights, split, metric, ops)
         made = getattr(ops, "allocations", 0)
         found.append(evaluator.run())
         assert getattr(ops, "allocations", 0) == made

@@ -304,7 +304,7 @@ def test_many_ranks_train_as_one_does(train):
     assert 7 * PER_EPOCH >= 200
     assert differ(alone, two) <= 1e-12 and differ(alone, four) <= 1e-9
     score, found = alone.test(), alone.diagnostics()
-    assert score.accuracy > 0.9 and found["phase"] == "recovery"
+    assert score["accuracy"] > 0.9 and found["phase"] == "recovery"
     for result, close in ((two, 1e-9), (four, 1e-6)):
         assert result.rows[-1]["test_loss"] == pytest.approx(score.loss, rel=close)
         for key in ("target_distance", "nearest_accuracy", "least_squares_accuracy", "macs", "dead_units"):

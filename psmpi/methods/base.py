@@ -10,18 +10,13 @@ import numpy as np
 
 from psmpi.comm.group import Counter
 from psmpi.config import Config
+from psmpi.data import Dataset
 from psmpi.errors import UserError
 from psmpi.layout import Layout, Rows, Runs
+from psmpi.nn.losses import Loss, make_loss
+from psmpi.nn.metric import Metric
 from psmpi.nn.network import Network
 from psmpi.optim import FIRST_ORDER
-
-
-@dataclass(frozen=True)
-class Score:
-    """Mean loss a sample, and the share of samples whose largest score is the label's (the lowest index on ties)."""
-
-    loss: float
-    accuracy: float
 
 
 @dataclass(frozen=True)
@@ -34,6 +29,17 @@ class Place:
     owned: int
     nbytes: int
     device: str = ""
+
+
+def configured_loss(config: Config) -> Loss:
+    """The loss of a configuration; UserError for settings that it cannot have."""
+    c = config.objective
+    return make_loss(c.loss, np.dtype(config.model.dtype), kappa=c.kappa, exp_clip=c.exp_clip)
+
+
+def make_metric(config: Config, dataset: Dataset) -> Metric:
+    """What is measured on the test split, by a loss of its own: what that counts is not of the training."""
+    return Metric(configured_loss(config), dataset.classes)
 
 
 def check_slices(network: Network, batch: int, slices: int, of: str) -> None:
@@ -111,8 +117,8 @@ class Method(Protocol):
         fresh: names of vectors that were not.
         """
 
-    def test(self) -> Score:
-        """Loss and accuracy on the test split, the same on all ranks."""
+    def test(self) -> dict[str, float]:
+        """The loss and the scores on the test split by name, see `Metric`; the same on all ranks."""
 
     def diagnostics(self) -> dict[str, Any]:
         """What else is measured after an epoch, for the metrics, the same on all ranks; all ranks call it."""

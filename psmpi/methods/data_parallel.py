@@ -21,7 +21,6 @@ from psmpi.config import Config
 from psmpi.data import Dataset
 from psmpi.errors import UserError
 from psmpi.layout import Rows
-from psmpi.methods.base import Score
 from psmpi.methods.replica import Replica, alone
 from psmpi.nn.network import Network
 from psmpi.optim import FIRST_ORDER, clip_by_global_norm
@@ -137,6 +136,6 @@ class DataParallel(Replica):
                 assert self.compressor is not None
                 self.compressor.vectors[name][...] = mean
 
-    def test(self) -> Score:
+    def test(self) -> dict[str, float]:
         self.verify(self.w)
         return super().test()

@@ -21,13 +21,19 @@ from psmpi.config import Config
 from psmpi.data import Dataset, Resident
 from psmpi.errors import UserError
 from psmpi.layout import Rows
-from psmpi.methods.base import Place, Score, check_first_order, check_layers, check_slices
+from psmpi.methods.base import (
+    Place,
+    check_first_order,
+    check_layers,
+    check_slices,
+    configured_loss,
+    make_metric,
+)  # fmt: skip
 from psmpi.methods.psl import hyperparameters
 from psmpi.nn.cut import split_layers
 from psmpi.nn.init import initial_weights
 from psmpi.nn.layers.base import VIEW
 from psmpi.nn.layers.chain import Tape
-from psmpi.nn.losses import make_loss
 from psmpi.nn.model import Model
 from psmpi.nn.network import Network
 from psmpi.nn.objective import Objective
@@ -93,21 +99,14 @@ class DirectFeedback:
             seed=config.run.seed, kind=config.model.init, gain=config.model.init_gain,
         )  # fmt: skip
         self.mirrors["weights"].push()
-        self.loss = make_loss(
-            config.objective.loss, self.dtype, kappa=config.objective.kappa, exp_clip=config.objective.exp_clip
-        )
+        self.loss, self.metric = configured_loss(config), make_metric(config, dataset)
         self.objective = Objective(self.loss, self.model)
-        self.forward_pass, self.error_pass, self.backward_pass = (
-            ops.record(work) for work in (self._compute, self._differentiate, self._learn)
-        )
+        self.forward_pass, self.backward_pass = ops.record(self._compute), ops.record(self._learn)
+        self.error_pass = self.objective.record(self._differentiate)
         # What diagnostics allocate is not of these.
         self.aside = ops.separate()
         # Products with derivatives of the loss are to stay finite.
         self.limit = float(np.finfo(self.dtype).max) ** 0.25
-        # What it counts is not of the training.
-        self.everything = make_loss(
-            config.objective.loss, self.dtype, kappa=config.objective.kappa, exp_clip=config.objective.exp_clip
-        )
         self.layers = self._layers()
         # Layers with weights before this rank's, and in all.
         self.before = sum(layer.linear for layer in network.layers[: stages[world.rank][0]])
@@ -146,9 +145,8 @@ class DirectFeedback:
         check_first_order(config, "needs gradients, and feedback is none")
         if not 0 < config.alignment.feedback_scale <= 1e6:
             raise UserError(f"--feedback-scale {config.alignment.feedback_scale}: expected a number above 0")
-        o, objective, dtype = config.optimization, config.objective, np.dtype(config.model.dtype)
-        make_loss(objective.loss, dtype, kappa=objective.kappa, exp_clip=objective.exp_clip)
-        make_optimizer(o.optimizer, 0, dtype, hyperparameters(config))
+        configured_loss(config)
+        make_optimizer(config.optimization.optimizer, 0, np.dtype(config.model.dtype), hyperparameters(config))
 
     @staticmethod
     def warnings(size: int, network: Network, config: Config) -> Iterator[str]:
@@ -238,7 +236,7 @@ class DirectFeedback:
         """Find e, the derivatives of the mean loss with respect to the scores, limited."""
         scores, labels, error = self.tape.scores, self.labels.array[:b], self._error(b)
         derivatives = self.objective.losses(scores, labels, 1 / b, slice(0, len(scores)))
-        if self.objective.on_device:
+        if self.ops.on_device:
             self.ops.cast_scores(derivatives, error, self.objective.report.array)
             self.ops.unscale(error, self.objective.report.array, self.limit)
         else:
@@ -268,17 +266,14 @@ class DirectFeedback:
         for mirror in self.mirrors.values():
             mirror.push()
 
-    def test(self) -> Score:
-        totals = np.zeros(3)
+    def test(self) -> dict[str, float]:
+        totals = self.metric.zeros()
         for at in self.batches:
             ids = np.arange(at.start, at.stop)
             scores = self._apart(self.tests, ids)
             if self.last:
-                found, labels = self.ops.host(scores), self.dataset.test.labels[ids]
-                right = np.count_nonzero(found.argmax(axis=0) == labels)
-                totals += [self.everything(found, labels, 1.0), float(right), float(len(ids))]
-        loss, right, samples = self.world.agree(totals)
-        return Score(float(loss / samples), float(right / samples))
+                totals += self.metric.sums(self.ops.host(scores), self.dataset.test.labels[ids])
+        return self.metric.scores(self.world.agree(totals))
 
     def _apart(self, samples: Resident, ids: np.ndarray) -> np.ndarray:
         """`_forward` that is not counted: it is no part of the training."""
@@ -297,7 +292,7 @@ class DirectFeedback:
         error = self._error(b)
         if self.last:
             derivatives = np.empty(error.shape)
-            self.everything(self.ops.host(scores), self.dataset.test.labels[ids], 1 / b, derivatives)
+            self.metric.loss(self.ops.host(scores), self.dataset.test.labels[ids], 1 / b, derivatives)
             error[...] = self.aside.put(np.clip(derivatives, -self.limit, self.limit).astype(self.dtype))
         self.world.bcast(error, self.world.size - 1)
         cosines = np.zeros(max(1, self.depth - 1))

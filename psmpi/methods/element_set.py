@@ -100,7 +100,8 @@ class ElementSet:
         # Of a merged element either label will do.
         self.labels = np.array([[at[c] for c in (e[0], e[-1] if merged else e[0])] for e in self.elements], int)
         self.labels = self.labels.reshape(self.count, 2)
-        self._only_losses, self._all_gradients = ops.record(self._losses), ops.record(self._gradients)
+        record = self.objective.record
+        self._only_losses, self._all_gradients = record(self._losses), record(self._gradients)
         self.capacity, self.there = 0, ops.mirror(ops.empty(0, np.dtype(np.int64)))
         self.reserve(1)
 

@@ -11,8 +11,8 @@ from psmpi.comm.group import Group
 from psmpi.config import Config
 from psmpi.data import Dataset, Resident
 from psmpi.layout import Layout, Roles, Worker
+from psmpi.methods.base import configured_loss, make_metric
 from psmpi.nn.layers.chain import Tape
-from psmpi.nn.losses import make_loss
 from psmpi.nn.model import Model
 from psmpi.nn.network import Network
 from psmpi.nn.objective import Objective
@@ -43,11 +43,9 @@ class ElementWorker:
         self.dtype, self.ops = np.dtype(config.model.dtype), ops
         self.g_part = g_part
         self.model = Model(network, layout, w_part, g_part, ops, place.classes)
-        objective = config.objective
-        self.loss = make_loss(objective.loss, self.dtype, kappa=objective.kappa, exp_clip=objective.exp_clip)
+        self.loss, self.metric = configured_loss(config), make_metric(config, dataset)
         self.objective = Objective(self.loss, self.model)
-        self.forward_pass, self.backward_pass = ops.record(self._forward), ops.record(self._backward)
-        self.everything = make_loss(objective.loss, self.dtype, kappa=objective.kappa, exp_clip=objective.exp_clip)
+        self.forward_pass, self.backward_pass = ops.record(self._forward), self.objective.record(self._backward)
         peers = [w for w in roles.workers if w is not None and w.row == place.row]
         self.columns = [len(w.classes) for w in peers]
         self.own = slice(place.classes[0], place.classes[-1] + 1)
@@ -156,8 +154,8 @@ class ElementWorker:
         return scores
 
     def test(self) -> np.ndarray:
-        """(sum of losses, correct samples, samples) of the row's slice of the test split; 0 but on its first worker."""
-        totals = np.zeros(3)
+        """The metric's sums over the row's slice of the test split; 0 but on its first worker."""
+        totals = self.metric.zeros()
         for at in self.test_batches:
             labels = self.dataset.test.labels[at]
             b = len(labels)
@@ -177,7 +175,5 @@ class ElementWorker:
                     scores[c] = output[k]
                 self.row.allreduce(scores)
             if self.place.column == 0:
-                found = self.ops.host(scores)
-                right = np.count_nonzero(found.argmax(axis=0) == labels)
-                totals += [self.everything(found, labels, 1.0), float(right), float(b)]
+                totals += self.metric.sums(self.ops.host(scores), labels)
         return totals

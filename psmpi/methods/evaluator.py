@@ -13,13 +13,13 @@ from psmpi.data import Resident, Split
 from psmpi.layout import Layout, Runs
 from psmpi.nn.cut import cut_stages
 from psmpi.nn.layers.chain import leaves
-from psmpi.nn.losses import Loss
+from psmpi.nn.metric import Metric
 from psmpi.nn.model import Model
 from psmpi.nn.network import Network
 
 
 class Evaluator:
-    """Loss and accuracy on a split, of which each rank of `group` takes some minibatches.
+    """The metric's sums over a split, of which each rank of `group` takes some minibatches.
 
     shards: of the group's ranks. weights: this rank's shard, in host memory by its mirror. Where there is one rank, the
     network is used as it is; else each layer's weights are brought together on all ranks for as long as it takes, or
@@ -34,13 +34,13 @@ class Evaluator:
         shards: Sequence[Runs],
         weights: Mirror,
         split: Split,
-        loss: Loss,
+        metric: Metric,
         ops: NumpyOps,
     ):
         # Tests allocate, and training steps may be recorded.
         self.ops = ops = ops.separate()
         self.group, self.network, self.layout, self.shards = group, network, layout, shards
-        self.weights, self.loss, self.dtype, self.split = weights, loss, weights.host.dtype, split
+        self.weights, self.metric, self.dtype, self.split = weights, metric, weights.host.dtype, split
         batches = network.evaluation_batches(split.n)
         dealt = [[batches[k] for k in some] for some in np.array_split(np.arange(len(batches)), group.size)]
         self.batches = dealt[group.rank]
@@ -57,18 +57,16 @@ class Evaluator:
             self.whole = Model(network, layout, weights.array[at], None, ops)
 
     def run(self) -> np.ndarray:
-        """(sum of losses, correct samples, samples) of this rank's minibatches."""
+        """The metric's sums over this rank's minibatches."""
         held = [self._sample(at) for at in self.batches]
         for stage in self.stages:
             model = self.whole or self._gathered(stage)
             for k, x in enumerate(held):
                 # One by one: what went in makes room for what comes out.
                 held[k] = self._kept(model.forward(x).scores)
-        totals = np.zeros(3)
+        totals = self.metric.zeros()
         for at, kept in zip(self.batches, held, strict=True):
-            scores, labels = self.ops.host(kept), self.split.labels[at]
-            right = np.count_nonzero(scores.argmax(axis=0) == labels)
-            totals += [self.loss(scores, labels, 1.0), float(right), float(len(labels))]
+            totals += self.metric.sums(self.ops.host(kept), self.split.labels[at])
         return totals
 
     def _sample(self, at: slice) -> np.ndarray:

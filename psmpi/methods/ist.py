@@ -18,13 +18,12 @@ from psmpi.config import Config
 from psmpi.data import Dataset
 from psmpi.errors import UserError
 from psmpi.layout import Rows, Runs, replicate
-from psmpi.methods.base import Place, Score, check_first_order, check_slices
+from psmpi.methods.base import Place, check_first_order, check_slices, configured_loss, make_metric
 from psmpi.methods.element_worker import ElementWorker
 from psmpi.methods.evaluator import Evaluator
 from psmpi.methods.psl import hyperparameters
 from psmpi.methods.replica import alone
 from psmpi.nn.init import initial_weights
-from psmpi.nn.losses import make_loss
 from psmpi.nn.network import Network
 from psmpi.nn.subnet import Dealer, Strip, find_strips, shard_rows, strips_size
 from psmpi.optim import clip_by_global_norm, make_optimizer
@@ -45,7 +44,7 @@ class IndependentSubnets:
         self.counter, self.rows = Counter(), Rows()
         self.tables: dict[str, np.ndarray] = {}
         self.world = Group(world, range(world.size), self.counter)
-        o, objective = config.optimization, config.objective
+        o = config.optimization
         self.clip, self.every = o.clip, config.replicated.local_steps
         self.holders, self.workers = find_roles(world.size, config)
         self.dealer = make_dealer(network, len(self.workers), config)
@@ -76,10 +75,10 @@ class IndependentSubnets:
         self.arriving = np.empty(self.own.size if len(self.holders) > 1 and self.number >= 0 else 0, self.dtype)
         self.evaluator: Evaluator | None = None
         group = Group(world, self.holders, Counter())
+        self.metric = make_metric(config, dataset)
         if world.rank in self.holders:
-            everything = make_loss(objective.loss, self.dtype, kappa=objective.kappa, exp_clip=objective.exp_clip)
             held = [self.shards[rank] for rank in self.holders]
-            self.evaluator = Evaluator(group, network, self.layout, held, self.w, dataset.test, everything, ops)
+            self.evaluator = Evaluator(group, network, self.layout, held, self.w, dataset.test, self.metric, ops)
         # Steps of the present round; between two rounds none.
         self.steps = 0
         self.loss_sum = 0.0
@@ -109,7 +108,7 @@ class IndependentSubnets:
     @classmethod
     def check(cls, size: int, network: Network, dataset: Dataset, config: Config) -> None:
         """UserError for a configuration that `size` ranks cannot train; needs no MPI and no arrays of weights."""
-        o, objective, dtype = config.optimization, config.objective, np.dtype(config.model.dtype)
+        o, dtype = config.optimization, np.dtype(config.model.dtype)
         _, workers = find_roles(size, config)
         make_dealer(network, len(workers), config)
         check_first_order(config, "has searches and pairs that would not outlive a round")
@@ -117,7 +116,7 @@ class IndependentSubnets:
         if config.replicated.local_steps < 1:
             raise UserError(f"--local-steps {config.replicated.local_steps}: expected 1 or more steps in a round")
         check_slices(network, config.data.batch_size, len(workers), "workers")
-        make_loss(objective.loss, dtype, kappa=objective.kappa, exp_clip=objective.exp_clip)
+        configured_loss(config)
 
     @staticmethod
     def warnings(size: int, network: Network, config: Config) -> Iterator[str]:
@@ -232,15 +231,14 @@ class IndependentSubnets:
     def resumed(self, tables: bool, fresh: Set[str]) -> None:
         """The vectors are used as they are."""
 
-    def test(self) -> Score:
+    def test(self) -> dict[str, float]:
         self._end()
-        totals = np.zeros(3)
+        totals = self.metric.zeros()
         if self.evaluator is not None:
             self.w.push()
             totals = self.evaluator.run()
             self.w.settle()
-        loss, right, samples = self.world.agree(totals)
-        return Score(float(loss / samples), float(right / samples))
+        return self.metric.scores(self.world.agree(totals))
 
     def diagnostics(self) -> dict[str, Any]:
         return {"rounds": int(self.scalars["rounds"])}

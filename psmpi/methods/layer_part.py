@@ -10,10 +10,11 @@ from psmpi.backend import NumpyOps
 from psmpi.config import Config
 from psmpi.data import Dataset
 from psmpi.layout import Layout
+from psmpi.methods.base import configured_loss
 from psmpi.methods.psl import hyperparameters
 from psmpi.nn.cost import count
 from psmpi.nn.init import initial_weights
-from psmpi.nn.losses import Loss, make_loss
+from psmpi.nn.losses import Loss
 from psmpi.nn.model import Model
 from psmpi.nn.network import Network
 from psmpi.nn.objective import Objective
@@ -42,7 +43,7 @@ class Part:
         config: Config,
         ops: NumpyOps,
     ):
-        s, c, dtype, classes = config.synthetic, config.objective, w.dtype, network.classes
+        s, dtype, classes = config.synthetic, w.dtype, network.classes
         self.number, self.last, self.w, self.g = number, stage[1] == len(network.layers), w, g
         self.runs, self.cost = network.runs(layout, *stage), count(network, *stage)
         self.model = Model(network, layout, w, g, ops, layers=stage)
@@ -56,7 +57,7 @@ class Part:
         weights.settle()
         self.optimizer = make_optimizer(config.optimization.optimizer, w.size, dtype, hyperparameters(config), ops)
         if self.last:
-            self.loss: Loss = make_loss(c.loss, dtype, kappa=c.kappa, exp_clip=c.exp_clip)
+            self.loss: Loss = configured_loss(config)
         else:
             targets = draw_targets(s.labels, self.units, classes, s.labels_seed, number + 1, s.labels_scale)
             self.loss, self.reader = TargetDistance(targets, s.labels_scale, ops), Reader(targets)
@@ -80,7 +81,7 @@ class Part:
         self.dx = ops.empty(self.inputs * most if number and s.recovery_epochs else 0, dtype)
         self.noise = ops.mirror(ops.empty(self.inputs * most if number and s.hand_over == "labels" else 0, dtype))
         self.labels = ops.mirror(ops.empty(most, np.dtype(np.int64)))
-        self._pass, self._back = ops.record(self._derive), ops.record(self._take_back)
+        self._pass, self._back = self.objective.record(self._derive), ops.record(self._take_back)
 
     def room(self, b: int) -> np.ndarray:
         """Where inputs (inputs, b) are put."""

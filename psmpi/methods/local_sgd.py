@@ -18,7 +18,7 @@ from psmpi.config import Config
 from psmpi.data import Dataset
 from psmpi.errors import UserError
 from psmpi.layout import Rows
-from psmpi.methods.base import Score, check_first_order
+from psmpi.methods.base import check_first_order
 from psmpi.methods.replica import Replica, alone
 from psmpi.nn.network import Network
 from psmpi.optim import clip_by_global_norm
@@ -136,7 +136,7 @@ class LocalSGD(Replica):
             else:
                 vector[...] = self.state[name]
 
-    def test(self) -> Score:
+    def test(self) -> dict[str, float]:
         self.kept[...] = self.w
         mean = self._mean("weights")
         self.verify(mean)

@@ -22,11 +22,11 @@ from psmpi.config import Config
 from psmpi.data import Dataset
 from psmpi.errors import UserError
 from psmpi.layout import Layout, Roles, Rows, assign_roles
-from psmpi.methods.base import Place, Score, check_slices
+from psmpi.methods.base import Place, check_slices, configured_loss, make_metric
 from psmpi.methods.element_worker import ElementWorker
 from psmpi.methods.quasi_newton import PartitionedNewton, check_newton, element_rows
 from psmpi.nn.init import initial_weights
-from psmpi.nn.losses import make_loss
+from psmpi.nn.losses import LOSSES
 from psmpi.nn.network import Network
 from psmpi.optim import Hyper, clip_by_global_norm, make_optimizer
 from psmpi.optim.curvature import RULES
@@ -71,6 +71,7 @@ class PartiallySeparable:
         place = self.roles.workers[world.rank]
         # Replicas of a private block all hold it: in a global sum it counts once.
         self.counts = place is None or place.row == 0
+        self.metric = make_metric(config, dataset)
         self.worker: ElementWorker | None = None
         if place is not None:
             row = Group(world, self.roles.row(world.rank), self.counter, bridge)
@@ -167,13 +168,12 @@ class PartiallySeparable:
         if self.newton is not None:
             self.newton.resumed()
 
-    def test(self) -> Score:
+    def test(self) -> dict[str, float]:
         # The weights that other ranks own have moved since they were last sent.
         self.exchange.scatter(self.w, self.w_part)
         self.exchange.verify(self.w)
-        share = self.worker.test() if self.worker is not None else np.zeros(3)
-        loss, right, samples = self.world.agree(share)
-        return Score(float(loss / samples), float(right / samples))
+        share = self.worker.test() if self.worker is not None else self.metric.zeros()
+        return self.metric.scores(self.world.agree(share))
 
     def diagnostics(self) -> dict[str, Any]:
         return {}
@@ -244,12 +244,11 @@ def check_roles(network: Network, roles: Roles, config: Config) -> None:
             "of its weights. Use a network that ends in separable layers (--model psnet), or give each worker the "
             f"whole network and a slice of the minibatch with --replicas {len(workers)}"
         )
-    objective, dtype = config.objective, np.dtype(config.model.dtype)
-    loss = make_loss(objective.loss, dtype, kappa=objective.kappa, exp_clip=objective.exp_clip)
+    loss = configured_loss(config)
     if config.parallel.partition == "pairs" and not loss.pairwise:
         raise UserError(
             f"--partition pairs needs a loss that is a sum over pairs of classes, and --loss {loss.name} is not: use "
-            "--loss psl or --loss logistic, or --partition scores"
+            f"{' or '.join(f'--loss {name}' for name, kind in LOSSES.items() if kind.pairwise)}, or --partition scores"
         )
     if network.normalized and (roles.rows > 1 or config.parallel.partition == "pairs"):
         raise UserError(

@@ -15,7 +15,7 @@ from psmpi.config import Config
 from psmpi.data import Dataset
 from psmpi.errors import UserError
 from psmpi.layout import Rows, Runs, replicate
-from psmpi.methods.base import Place, Score, check_slices
+from psmpi.methods.base import Place, check_slices, configured_loss
 from psmpi.methods.element_worker import ElementWorker
 from psmpi.methods.psl import hyperparameters
 from psmpi.nn.init import initial_weights
@@ -90,6 +90,7 @@ class Replica:
         if o.optimizer in RULES:
             raise UserError(f"--optimizer {o.optimizer} is of --method psl: choose another one")
         check_slices(network, config.data.batch_size, size, "ranks")
+        configured_loss(config)
         make_optimizer(o.optimizer, 0, np.dtype(config.model.dtype), hyperparameters(config))
 
     @staticmethod
@@ -113,9 +114,8 @@ class Replica:
             self.mirrors[name].push()
             self.aside.gather_all(vector, counts)
 
-    def test(self) -> Score:
-        loss, right, samples = self.world.agree(self.worker.test())
-        return Score(float(loss / samples), float(right / samples))
+    def test(self) -> dict[str, float]:
+        return self.worker.metric.scores(self.world.agree(self.worker.test()))
 
     def verify(self, vector: np.ndarray) -> None:
         """RuntimeError unless all ranks hold the same bits of a vector, as they must after the same steps."""

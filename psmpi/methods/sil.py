@@ -23,12 +23,11 @@ from psmpi.config import Config
 from psmpi.data import Dataset, Resident
 from psmpi.errors import UserError
 from psmpi.layout import Rows, Runs
-from psmpi.methods.base import Place, Score
+from psmpi.methods.base import Place, make_metric
 from psmpi.methods.layer_part import Part
 from psmpi.methods.replica import alone, verify
 from psmpi.methods.sil_plan import Phase, Seats, check, count_parts, cut_activation, plan_phases, warnings
 from psmpi.nn.cut import split_layers
-from psmpi.nn.losses import make_loss
 from psmpi.nn.network import Network
 from psmpi.optim import clip_by_global_norm
 
@@ -48,7 +47,7 @@ class SyntheticLabels:
     extras = frozenset({"handed", "macs", "handed_bytes", "parts", "phase"})
 
     def __init__(self, world: Any, network: Network, dataset: Dataset, config: Config, ops: NumpyOps):
-        s, c = config.synthetic, config.objective
+        s = config.synthetic
         self.network, self.layout, self.dataset, self.ops = network, network.layout(), dataset, ops
         self.dtype, self.clip, self.way = np.dtype(config.model.dtype), config.optimization.clip, s.hand_over
         self.seed, self.noise, self.rank = s.labels_seed, s.labels_noise * s.labels_scale, world.rank
@@ -79,8 +78,7 @@ class SyntheticLabels:
             for k, at in places.items()
         }
         self.last = self.parts.get(self.count - 1)
-        # What it counts is not of the training.
-        self.everything = make_loss(c.loss, self.dtype, kappa=c.kappa, exp_clip=c.exp_clip)
+        self.metric = make_metric(config, dataset)
         train, tests = np.arange(dataset.train.n), np.arange(dataset.test.n)
         mine = [tests[at] for at in network.evaluation_batches(dataset.test.n)[self.row :: self.seats.rows]]
         if 0 not in held:
@@ -358,10 +356,10 @@ class SyntheticLabels:
                 self._hand_over(0, self.count - 1)
                 self.w[...] = self.g
 
-    def test(self) -> Score:
+    def test(self) -> dict[str, float]:
         if self.seats.rows > 1:
             verify(self.peers, self.ops.host(self.w), "use another MPI library")
-        totals, labels = np.zeros(3), self.dataset.test.labels
+        totals, labels = self.metric.zeros(), self.dataset.test.labels
         for part in self.parts.values():
             part.forget()
         with self._uncounted():
@@ -375,12 +373,9 @@ class SyntheticLabels:
                         part.look(labels[ids])
                 if self.last is not None:
                     assert x is not None
-                    scores = self.ops.host(self.last.forward(x))
-                    right = np.count_nonzero(scores.argmax(axis=0) == labels[ids])
-                    totals += [self.everything(scores, labels[ids], 1.0), float(right), float(len(ids))]
+                    totals += self.metric.sums(self.ops.host(self.last.forward(x)), labels[ids])
         self._look_at_cuts()
-        loss, right, samples = self.world.agree(totals)
-        return Score(float(loss / samples), float(right / samples))
+        return self.metric.scores(self.world.agree(totals))
 
     def _look_at_cuts(self) -> None:
         """Put together what the test found at the outputs of all parts but the last."""

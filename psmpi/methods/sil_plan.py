@@ -12,10 +12,9 @@ from psmpi.config import Config, Synthetic
 from psmpi.data import Dataset
 from psmpi.errors import UserError
 from psmpi.layout import split_evenly
-from psmpi.methods.base import check_first_order, check_layers, check_slices
+from psmpi.methods.base import check_first_order, check_layers, check_slices, configured_loss
 from psmpi.methods.psl import hyperparameters
 from psmpi.nn.cut import split_layers
-from psmpi.nn.losses import make_loss
 from psmpi.nn.network import Network
 from psmpi.optim import make_optimizer
 
@@ -109,7 +108,7 @@ def cut_activation(network: Network, behind: int) -> str:
 
 def check(size: int, network: Network, dataset: Dataset, config: Config) -> None:
     """UserError for a configuration that `size` ranks cannot train; needs no MPI and no arrays of weights."""
-    s, o, c, dtype = config.synthetic, config.optimization, config.objective, np.dtype(config.model.dtype)
+    s, o = config.synthetic, config.optimization
     parts = count_parts(size, network, s.parts)
     plan_phases(parts, config.run.epochs, s)
     check_layers(network, config, parts)
@@ -128,8 +127,8 @@ def check(size: int, network: Network, dataset: Dataset, config: Config) -> None
         raise UserError(
             f"--labels orthogonal: {network.classes} vectors of {min(widths)} units cannot be; use --labels uniform"
         )
-    make_loss(c.loss, dtype, kappa=c.kappa, exp_clip=c.exp_clip)
-    make_optimizer(o.optimizer, 0, dtype, hyperparameters(config))
+    configured_loss(config)
+    make_optimizer(o.optimizer, 0, np.dtype(config.model.dtype), hyperparameters(config))
 
 
 def warnings(size: int, network: Network, config: Config) -> Iterator[str]:

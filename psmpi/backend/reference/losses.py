@@ -13,42 +13,7 @@ def exponent_of(peak: float) -> int:
 
 
 class Losses(Arrays):
-    """A report (4,) float64 says how a loss came out, see `losses`."""
-
-    def losses(
-        self,
-        name: str,
-        scores: np.ndarray,
-        labels: np.ndarray,
-        scale: float,
-        kappa: float,
-        limit: float,
-        pairs: np.ndarray | None,
-        own: slice,
-        grad: np.ndarray | None,
-        report: np.ndarray,
-    ) -> bool:
-        """One pass over a minibatch of the loss called `name`; False where this backend has none: psmpi.nn.losses has.
-
-        scores (classes, b), labels (b,) int64, pairs (classes, classes) bool or None as in `Loss`. Fills grad
-        (classes, b) float64, where there is one, and report (4,) float64: the scaled loss, the largest exponent in psl,
-        the number of its terms beyond `limit`, the largest derivative with respect to the scores `own`.
-        """
-        return False
-
-    def distances(
-        self,
-        outputs: np.ndarray,
-        targets: np.ndarray,
-        labels: np.ndarray,
-        scale: float,
-        grad: np.ndarray,
-        report: np.ndarray,
-    ) -> bool:
-        """The same for the loss ||f - S_y||^2 of outputs f (units, b), the y-th column of targets S (units, classes)
-        float64; psmpi.nn.targets has it. Of the report the second and the third number are 0.
-        """
-        return False
+    """A report (4,) float64 says how a loss came out, see psmpi.nn.losses.Loss.fused."""
 
     def cast_scores(self, grad: np.ndarray, out: np.ndarray, report: np.ndarray) -> None:
         """out = grad, over the power of two by which the report says that derivatives are too large."""

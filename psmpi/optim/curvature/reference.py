@@ -99,7 +99,7 @@ class CurvatureOps:
     ) -> None:
         """The derivatives of single terms of a pairwise loss with respect to the score of class number `own`.
 
-        grad (classes, b) float64 and report as in `losses`, labels (b,). Row t of out (terms, at least b): over the
+        grad (classes, b) float64 and report as in `Loss.fused`, labels (b,). Row t of out (terms, at least b): over the
         samples of `own` lost[t] times the derivative with respect to the score of others[t], over those of others[t]
         won[t] times that with respect to the own, 0 elsewhere; scaled down as by `cast_scores`. others (terms,) int64;
         lost, won (terms,) of the dtype of out.
