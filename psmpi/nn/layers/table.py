@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from psmpi.errors import UserError
-
-if TYPE_CHECKING:
-    from psmpi.nn.layers.base import Layer
 
 Shape = tuple[int, ...]
 
@@ -25,7 +22,7 @@ class Table:
         kind: str,
         settings: dict[str, Any],
         where: str,
-        read: Callable[[Any, Shape], tuple[tuple[Layer, ...], Shape]],
+        read: Callable[[Any, Shape], tuple[tuple[Any, ...], Shape]],
     ):
         self.kind, self.settings, self.where, self.read = kind, settings, where, read
 
@@ -55,7 +52,7 @@ class Table:
             raise UserError(f"{self.where}: {self.kind} needs (channels, height, width), its input has shape {shape}")
         return shape[0], shape[1], shape[2]
 
-    def layers(self, key: str, shape: Shape) -> tuple[tuple[Layer, ...], Shape]:
+    def layers(self, key: str, shape: Shape) -> tuple[tuple[Any, ...], Shape]:
         """The layers of a list of tables, for inputs of `shape`, and the shape of their outputs."""
         return self.read(self.take(key), shape)
 
