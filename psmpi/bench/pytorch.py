@@ -10,7 +10,10 @@ import numpy as np
 from psmpi.bench.problems import LR, Data, Problem
 from psmpi.errors import UserError
 from psmpi.nn.layers import Layer, Stage
+from psmpi.nn.layers.activation import Activation
 from psmpi.nn.layers.conv import Conv
+from psmpi.nn.layers.dense import Dense
+from psmpi.nn.layers.flatten import Flatten
 from psmpi.nn.layers.linear import Linear
 from psmpi.nn.layers.pool import Pool
 from psmpi.nn.model import Model
@@ -46,7 +49,7 @@ def theirs(
     modules = []
     for stage in problem.network.stages(problem.classes, fold=False):
         for layer in (stage.layer, *stage.absorbed):
-            modules += _module(nn, layer, stage)
+            modules += MODULES[type(layer)](nn, layer, stage)
     net = nn.Sequential(*modules)
     _copy_weights(torch, net, model)
     order = torch.channels_last if kind == "channels last" else torch.contiguous_format
@@ -77,23 +80,26 @@ def theirs(
     return step, net
 
 
-def _module(nn: Any, layer: Layer, stage: Stage) -> list[Any]:
-    """The PyTorch modules of a layer of a stage."""
-    if isinstance(layer, Linear):
-        units, inputs = int(stage.kept.sum()), int(stage.inputs.sum())
-        # Of the groups, those that are left; a layer of one input group sees all that is left.
-        groups = int(stage.kept.reshape(layer.groups, -1).any(axis=1).sum())
-        if isinstance(layer, Conv):
-            return [nn.Conv2d(inputs, units, layer.kernel, groups=groups)]
-        if groups == 1:
-            return [nn.Linear(inputs, units)]
-        # A block-diagonal layer is a grouped 1 x 1 convolution.
-        return [nn.Unflatten(1, (inputs, 1, 1)), nn.Conv2d(inputs, units, 1, groups=groups), nn.Flatten()]
-    if isinstance(layer, Pool):
-        return [(nn.AvgPool2d if layer.kind == "mean" else nn.MaxPool2d)(layer.size)]
-    if layer.activation:
-        return [{"sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "relu": nn.ReLU, "identity": nn.Identity}[layer.activation]()]
-    return [nn.Flatten()]
+def _linear(nn: Any, layer: Linear, stage: Stage) -> list[Any]:
+    units, inputs = int(stage.kept.sum()), int(stage.inputs.sum())
+    # Of the groups, those that are left; a layer of one input group sees all that is left.
+    groups = int(stage.kept.reshape(layer.groups, -1).any(axis=1).sum())
+    if isinstance(layer, Conv):
+        return [nn.Conv2d(inputs, units, layer.kernel, groups=groups)]
+    if groups == 1:
+        return [nn.Linear(inputs, units)]
+    # A block-diagonal layer is a grouped 1 x 1 convolution.
+    return [nn.Unflatten(1, (inputs, 1, 1)), nn.Conv2d(inputs, units, 1, groups=groups), nn.Flatten()]
+
+
+# The PyTorch modules of the kinds of layers that the measured networks have, in a stage.
+MODULES: dict[type[Layer], Callable[[Any, Any, Stage], list[Any]]] = {
+    Conv: _linear,
+    Dense: _linear,
+    Pool: lambda nn, layer, _: [(nn.AvgPool2d if layer.kind == "mean" else nn.MaxPool2d)(layer.size)],
+    Activation: lambda nn, layer, _: [{"sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "relu": nn.ReLU}[layer.kind]()],
+    Flatten: lambda nn, *_: [nn.Flatten()],
+}
 
 
 def _copy_weights(torch: Any, net: Any, model: Model) -> None:

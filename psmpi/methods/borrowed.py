@@ -10,7 +10,6 @@ import numpy as np
 
 from psmpi.nn.layers import Part
 from psmpi.nn.layers.chain import Tape
-from psmpi.nn.layers.residual import ResidualPart
 from psmpi.nn.model import Model
 
 # Where units lie among another model's: a slice where they lie side by side; else of each run of them that does its
@@ -42,8 +41,7 @@ class Borrowed:
         found: list[Any] = []
         for part, (rows, inside) in zip(parts, places, strict=True):
             own = None if isinstance(rows, slice) else self.model.ops.empty(part.size * batch, self.model.dtype)
-            inner = part.chain.parts if isinstance(part, ResidualPart) else []
-            found.append((own, self._buffers(inner, inside, batch)))
+            found.append((own, self._buffers(part.inner, inside, batch)))
         return found
 
     @property
@@ -62,8 +60,8 @@ class Borrowed:
         tape, batch = Tape([x], []), x.shape[-1]
         lists = zip(parts, theirs.outputs[1:], theirs.kept, places, buffers, strict=True)
         for part, output, kept, (rows, inside), (buffer, inner) in lists:
-            if isinstance(part, ResidualPart):
-                kept = self._take(tape.outputs[-1], kept, part.chain.parts, inside, inner)
+            if part.inner:
+                kept = self._take(tape.outputs[-1], kept, part.inner, inside, inner)
             if isinstance(rows, slice):
                 mine = output[rows]
             else:
@@ -72,7 +70,7 @@ class Borrowed:
                     mine[at : at + behind - first] = output[first:behind]
             tape.outputs.append(mine)
             tape.kept.append(kept)
-            if not isinstance(part, ResidualPart):
+            if not part.inner:
                 part.prepare()
         return tape
 
@@ -81,10 +79,7 @@ def _places(mine: Sequence[Part], theirs: Sequence[Part]) -> list[Any]:
     """For each part where its units lie among the lender's, and the same for the parts inside it."""
     found: list[Any] = []
     for own, other in zip(mine, theirs, strict=True):
-        inside: list[Any] = []
-        if isinstance(own, ResidualPart) and isinstance(other, ResidualPart):
-            inside = _places(own.chain.parts, other.chain.parts)
-        found.append((_positions(other.stage.kept, own.stage.kept), inside))
+        found.append((_positions(other.stage.kept, own.stage.kept), _places(own.inner, other.inner)))
     return found
 
 

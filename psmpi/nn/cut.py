@@ -5,7 +5,6 @@ from __future__ import annotations
 from itertools import pairwise
 
 from psmpi.layout import split_evenly
-from psmpi.nn.layers.pad import Pad
 from psmpi.nn.network import Network
 
 
@@ -15,9 +14,7 @@ def starts(network: Network) -> list[int]:
     Layers without weights follow the one with weights before them; leading ones join the first.
     """
     layers = network.layers
-    return [
-        k - (k > 0 and isinstance(layers[k - 1], Pad)) for k, layer in enumerate(layers) if layer.linear or layer.inner
-    ]
+    return [k - (k > 0 and layers[k - 1].leads) for k, layer in enumerate(layers) if layer.linear or layer.inner]
 
 
 def split_layers(network: Network, parts: int) -> list[tuple[int, int]]:

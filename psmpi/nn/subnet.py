@@ -17,7 +17,6 @@ from psmpi.errors import UserError
 from psmpi.layout import Layout, Runs, even_edges
 from psmpi.nn.layers import Layer
 from psmpi.nn.layers.linear import Linear
-from psmpi.nn.layers.residual import Residual
 from psmpi.nn.layers.scale import Scale
 from psmpi.nn.network import Network
 
@@ -242,8 +241,8 @@ class Dealer:
         for k, layer in enumerate(self.network.layers):
             if k in self.blocks[count:]:
                 continue
-            if k in self.blocks and isinstance(layer, Residual):
-                layer = replace(layer, scale=layer.scale * len(self.blocks) / count)
+            if k in self.blocks:
+                layer = layer.with_inner(layer.inner, layer.in_shape, len(self.blocks) / count)
             layers.append(layer)
         return replace(self.network, layers=tuple(layers))
 
@@ -259,9 +258,9 @@ class Dealer:
         readers = {reader: layer for layer, reader in self.layers.items()}
         found: list[Layer] = []
         for layer in layers:
-            if isinstance(layer, Residual):
-                branch, _, at = self._narrowed(layer.layers, shape, at + 1, worker)
-                found.append(replace(layer, in_shape=shape, out_shape=shape, layers=branch))
+            if layer.inner:
+                branch, _, at = self._narrowed(layer.inner, shape, at + 1, worker)
+                found.append(layer.with_inner(branch, shape))
                 at += 1
                 continue
             units = layer.out_shape[0] if layer.linear else shape[0]
@@ -314,7 +313,7 @@ def find_blocks(network: Network) -> list[int]:
     """
     runs: list[list[int]] = []
     for k, layer in enumerate(network.layers):
-        if not isinstance(layer, Residual):
+        if not layer.inner:
             continue
         if runs and runs[-1][-1] == k - 1 and _nameless(network.layers[k - 1]) == _nameless(layer):
             runs[-1].append(k)
@@ -326,8 +325,8 @@ def find_blocks(network: Network) -> list[int]:
 
 def _nameless(layer: Layer) -> Layer:
     """The layer, and those inside it, without names."""
-    if isinstance(layer, Residual):
-        layer = replace(layer, layers=tuple(_nameless(one) for one in layer.layers))
+    if layer.inner:
+        layer = layer.with_inner(tuple(_nameless(one) for one in layer.inner), layer.in_shape)
     return replace(layer, name="")
 
 

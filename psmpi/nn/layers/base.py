@@ -63,6 +63,8 @@ class Layer:
     exact: ClassVar[bool] = False
     # Whether backward needs more of a pass than the input and the output.
     keeps: ClassVar[bool] = False
+    # Whether it goes with the layer that follows it where a network is cut.
+    leads: ClassVar[bool] = False
     # Whether outputs lie in the range of the inputs.
     keeps_range: ClassVar[bool] = False
     place: ClassVar[str] = NEW
@@ -83,6 +85,10 @@ class Layer:
     def inner(self) -> tuple[Layer, ...]:
         """The layers inside it."""
         return ()
+
+    def with_inner(self, layers: tuple[Layer, ...], shape: tuple[int, ...], factor: float = 1.0) -> Layer:
+        """The same layer with other layers inside it, on inputs of `shape`; what these make is times `factor`."""
+        raise TypeError(f"{self.name} has no layers inside it")
 
     def parameters(self) -> tuple[Parameter, ...]:
         """Its parameters, in the order of the layout."""
@@ -218,6 +224,11 @@ class Part:
         self.w: Any = None
         self.g: Any = None
         self.number = 0
+
+    @property
+    def inner(self) -> Sequence[Part]:
+        """The parts inside it."""
+        return ()
 
     def walk(self) -> list[Part]:
         """This part and those inside it, in the order of forward."""

@@ -17,6 +17,7 @@ class Pad(Layer):
     size: int
 
     keeps_range = True
+    leads = True
     moves_gradient = True
 
     def part(self, stage: Stage, site: Site) -> Part:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,9 @@ class Residual(Layer):
     @property
     def inner(self) -> tuple[Layer, ...]:
         return self.layers
+
+    def with_inner(self, layers: tuple[Layer, ...], shape: tuple[int, ...], factor: float = 1.0) -> Layer:
+        return replace(self, layers=layers, in_shape=shape, out_shape=shape, scale=self.scale * factor)
 
     def parameters(self) -> tuple[Parameter, ...]:
         return tuple(parameter for layer in self.layers for parameter in layer.parameters())
@@ -82,6 +86,10 @@ class ResidualPart(Part):
         assert isinstance(self.layer, Residual)
         self.scale = self.layer.scale
         self.chain = Chain(stage.inner, site, (int(stage.inputs.sum()), *self.layer.in_shape[1:]))
+
+    @property
+    def inner(self) -> Sequence[Part]:
+        return self.chain.parts
 
     def walk(self) -> list[Part]:
         return [self, *self.chain.walk()]
