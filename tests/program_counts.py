@@ -35,7 +35,8 @@ class Made:
 
     def __init__(self, shape, n=200):
         self.shape, self.n, self.scale, self.dtype = shape, n, 1 / 255, np.dtype(np.uint8)
-        self.labels = np.arange(n) % 10
+        self.labels = self.targets = np.arange(n) % 10
+        self.task = "classes"
         self.features = int(np.prod(shape))
 
     def read(self, rows):
@@ -62,7 +63,7 @@ config = replace(
     ),
     optimization=replace(base.optimization, optimizer=options.optimizer, scaling=options.scaling),
 )  # fmt: skip
-dataset = Dataset(name="made", classes=10, shape=shape, train=Made(shape), test=Made(shape))
+dataset = Dataset(name="made", outputs=10, shape=shape, train=Made(shape), test=Made(shape))
 if options.trace:
     tracemalloc.start()
 method = METHODS["psl"](world, network, dataset, config, make_backend("numpy"))

@@ -554,7 +554,7 @@ def test_mistakes_are_named(options, says):
     data = open_dataset("digits", "")
     with pytest.raises(UserError, match=says):
         check(config)
-        net = make_network(config.model.model, data.shape, data.classes, **config.model.shape)
+        net = make_network(config.model.model, data.shape, data.outputs, **config.model.shape)
         METHODS["ist"].check(4, net, data, config)
 
 

@@ -188,7 +188,8 @@ class Fixed:
 
     def __init__(self, split, n):
         self.split, self.n, self.shape, self.scale, self.dtype = split, n, split.shape, split.scale, split.dtype
-        self.features, self.labels, self.index = split.features, split.labels[:n], None
+        self.features, self.targets, self.index = split.features, split.targets[:n], None
+        self.labels, self.task = self.targets, "classes"
 
     def read(self, rows):
         return self.split.read(rows)
@@ -495,7 +496,7 @@ def test_the_loss_of_a_fixed_minibatch_never_increases(rule, bound):
     whole = open_dataset("mnist", real("mnist"))
     network = build("small", (1, 28, 28), CUSTOM, 10)
     assert network.layout().size == 3016
-    dataset = Dataset(name="mnist", classes=10, shape=whole.shape, train=Fixed(whole.train, 200), test=whole.test)
+    dataset = Dataset(name="mnist", outputs=10, shape=whole.shape, train=Fixed(whole.train, 200), test=whole.test)
     method = make_method(network, dataset, optimizer=rule)
     losses, ids = [], np.arange(200)
     for _ in range(41):

@@ -563,7 +563,7 @@ def test_what_cannot_be_is_said(ranks, options, says):
     with pytest.raises(UserError) as error:
         check(config)
         dataset = open_dataset("digits", "")
-        net = make_network("mlp", dataset.shape, dataset.classes, widths=config.model.widths)
+        net = make_network("mlp", dataset.shape, dataset.outputs, widths=config.model.widths)
         METHODS["sil"].check(ranks, net, dataset, config)
     assert says in str(error.value)
 

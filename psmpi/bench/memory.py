@@ -50,7 +50,7 @@ def memory(config: Config, json: bool = False) -> int:
     world = start()
     model = config.model
     dataset = open_dataset(config.data.dataset, config.data.data_dir)
-    network = make_network(model.model, dataset.shape, dataset.classes, **model.shape)
+    network = make_network(model.model, dataset.shape, dataset.outputs, **model.shape)
     if network.normalized or network.residual:
         raise UserError(
             f"bench memory counts what plain layers need, and --model {network.name} has batch normalization or "
@@ -131,7 +131,7 @@ def _needed(method: Any, network: Network, dataset: Any, config: Config) -> dict
     return {
         **found,
         "activations": size * batch * (prod(network.in_shape) + sum(outputs)),
-        "buffers": size * (batch * (sum(gradients) + dataset.classes) + scratch(batch)),
+        "buffers": size * (batch * (sum(gradients) + dataset.outputs) + scratch(batch)),
         "samples": sample * (trained + tested + batch) + 8 * (trained + tested),
     }
 

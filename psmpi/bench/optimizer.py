@@ -48,7 +48,7 @@ def optimizer(config: Config, json: bool = False) -> int:
     world = start()
     model = config.model
     dataset = open_dataset(config.data.dataset, config.data.data_dir)
-    network = make_network(model.model, dataset.shape, dataset.classes, **model.shape)
+    network = make_network(model.model, dataset.shape, dataset.outputs, **model.shape)
     METHODS[config.parallel.method].check(world.size, network, dataset, config)
     batches, _, rate = plan_steps(dataset, config)
     ranks, cores = host(world)

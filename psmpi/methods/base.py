@@ -31,15 +31,21 @@ class Place:
     device: str = ""
 
 
-def configured_loss(config: Config) -> Loss:
-    """The loss of a configuration; UserError for settings that it cannot have."""
+def configured_loss(config: Config, task: str) -> Loss:
+    """The loss of a configuration for a data set's task; UserError for settings that it cannot have."""
     c = config.objective
-    return make_loss(c.loss, np.dtype(config.model.dtype), kappa=c.kappa, exp_clip=c.exp_clip)
+    return make_loss(c.loss, np.dtype(config.model.dtype), kappa=c.kappa, exp_clip=c.exp_clip, task=task)
+
+
+def check_classes(dataset: Dataset, what: str, fix: str) -> None:
+    """UserError for a regression, which `what` cannot learn."""
+    if dataset.task != "classes":
+        raise UserError(f"{what} is for classes, and {dataset.name} has values to learn: {fix}")
 
 
 def make_metric(config: Config, dataset: Dataset) -> Metric:
     """What is measured on the test split, by a loss of its own: what that counts is not of the training."""
-    return Metric(configured_loss(config), dataset.classes)
+    return Metric(configured_loss(config, dataset.task), dataset.outputs)
 
 
 def check_slices(network: Network, batch: int, slices: int, of: str) -> None:

@@ -96,7 +96,7 @@ class ElementSet:
         self.labels = self.labels.reshape(self.count, 2)
         record = self.objective.record
         self._only_losses, self._all_gradients = record(self._losses), record(self._gradients)
-        self.capacity, self.there = 0, ops.mirror(ops.empty(0, np.dtype(np.int64)))
+        self.capacity = 0
         self.reserve(1)
 
     def _side(
@@ -146,7 +146,7 @@ class ElementSet:
         models = [self.whole, *(side.model for side in self.sides)]
         held = sum(m.w.nbytes + m.activation_bytes + m.buffer_bytes for m in models)
         moves = self.restriction.nbytes + sum(side.spread.nbytes for side in self.sides)
-        own = (self.mask, self.sums, self.labels, self.there.array, self.scores, self.weights, self.ones)
+        own = (self.mask, self.sums, self.labels, self.scores, self.weights, self.ones)
         return held + moves + self.objective.nbytes + sum(a.nbytes for a in own)
 
     def reserve(self, batch: int) -> None:
@@ -155,8 +155,6 @@ class ElementSet:
             return
         self.capacity = batch
         count = len(self.classes)
-        self.there.settle()
-        self.there = self.ops.mirror(self.ops.empty(batch, np.dtype(np.int64)))
         self.scores = self.ops.empty(count * batch, self.dtype)
         self.weights = self.ops.empty(2 * count * batch, self.dtype)
         # The derivative of a score by itself, which the backward pass uses up.
@@ -196,9 +194,7 @@ class ElementSet:
     def _bring(self, w: np.ndarray, x: np.ndarray, labels: np.ndarray) -> None:
         """Get weights, samples and labels to where recorded work finds them."""
         self.reserve(x.shape[1])
-        self.there.settle()
-        self.there.host[: len(labels)] = labels
-        self.there.push(slice(0, len(labels)))
+        self.objective.bring(labels)
         self.whole.w[...] = w
         self.x = x
 
@@ -213,7 +209,7 @@ class ElementSet:
             first[...] = scores[:, :b]
             scores = first
         own = slice(0, len(self.classes))
-        return self.objective.losses(scores, self.there.array[:b], scale, own, self.mask, derivatives)
+        return self.objective.losses(scores, self.objective.targets(b), scale, own, self.mask, derivatives)
 
     def _gradients(self, b: int, batch: int, scale: float, x_at: int, out_at: int) -> None:
         """Fill `out`; addresses as in `_losses`."""
@@ -229,7 +225,7 @@ class ElementSet:
             model.borrow()
             weights = self.weights[: terms * batch].reshape(terms, batch)
             self.ops.term_weights(
-                grad, self.there.array[:b], report, side.number, side.others, side.lost, side.won, weights
+                grad, self.objective.targets(b), report, side.number, side.others, side.lost, side.won, weights
             )
             ones = self.ones[:batch].reshape(1, batch)
             ones.fill(1)

@@ -42,7 +42,7 @@ class ElementWorker:
         self.dtype, self.ops = np.dtype(config.model.dtype), ops
         self.g_part = g_part
         self.model = Model(network, layout, w_part, g_part, ops, place.classes)
-        self.loss, self.metric = configured_loss(config), make_metric(config, dataset)
+        self.loss, self.metric = configured_loss(config, dataset.task), make_metric(config, dataset)
         self.objective = Objective(self.loss, self.model)
         self.forward_pass, self.backward_pass = ops.record(self._forward), self.objective.record(self._backward)
         peers = [w for w in roles.workers if w is not None and w.row == place.row]
@@ -57,7 +57,7 @@ class ElementWorker:
         self.mask: np.ndarray | None = None
         if place.elements is not None:
             # The loss of a pair worker knows its own classes only, numbered from 0.
-            self.number = np.full(dataset.classes, -1)
+            self.number = np.full(dataset.outputs, -1)
             self.number[list(place.classes)] = np.arange(len(place.classes))
             self.pairs = np.zeros((len(place.classes),) * 2, bool)
             for i, j in place.elements:
@@ -72,7 +72,7 @@ class ElementWorker:
         mine = np.concatenate([np.arange(0), *(np.arange(at.start, at.stop) for at in self.test_batches)])
         self.test_ids = mine if self.pairs is None or self.speaks else mine[:0]
         self.test_samples = Resident(dataset.test, self.test_ids, self.dtype, ops)
-        self.capacity, self.labels = 0, ops.mirror(ops.empty(0, np.dtype(np.int64)))
+        self.capacity = 0
         share = -(-config.data.batch_size // self.rows)
         if self.pairs is not None:
             # As many samples of its classes as hardly ever meet in a minibatch.
@@ -88,14 +88,12 @@ class ElementWorker:
         self.features = int(np.prod(self.dataset.shape))
         self.model.reserve(batch)
         self.x = self.ops.empty(self.features * batch, self.dtype)
-        self.scores = self.ops.empty(self.dataset.classes * batch, self.dtype)
-        self.labels.settle()
-        self.labels = self.ops.mirror(self.ops.empty(batch, np.dtype(np.int64)))
-        self.objective.reserve(self.dataset.classes, batch)
+        self.scores = self.ops.empty(self.dataset.outputs * batch, self.dtype)
+        self.objective.reserve(self.dataset.outputs, batch)
 
     def memory(self) -> dict[str, int]:
         """Bytes of what it holds besides weights and gradients, by what for."""
-        own = self.scores.nbytes + self.labels.array.nbytes + self.objective.nbytes
+        own = self.scores.nbytes + self.objective.nbytes
         return {
             "activations": self.x.nbytes + self.model.activation_bytes,
             "buffers": self.model.buffer_bytes + own,
@@ -121,10 +119,8 @@ class ElementWorker:
             return constant
         self.reserve(b)
         self.train.fetch(mine, self.x[: self.features * b].reshape(self.features, b))
-        labels = self.train.labels(mine)
-        self.labels.settle()
-        self.labels.host[:b] = labels if self.pairs is None else self.number[labels]
-        self.labels.push(slice(0, b))
+        targets = self.train.targets(mine)
+        self.objective.bring(targets if self.pairs is None else self.number[targets])
         output, self.model.outputs = self.forward_pass(b)
         if self.pairs is None:
             self._share(output)
@@ -140,15 +136,15 @@ class ElementWorker:
     def _backward(self, b: int, scale: float) -> None:
         """From the scores, the row's or this worker's own, to g_part."""
         if self.pairs is None:
-            scores, own = self.scores[: self.dataset.classes * b].reshape(-1, b), self.own
+            scores, own = self.scores[: self.dataset.outputs * b].reshape(-1, b), self.own
         else:
             scores, own = self.model.outputs[-1], slice(0, len(self.place.classes))
-        self.objective.derive(scores, self.labels.array[:b], scale, own, self.mask)
+        self.objective.derive(scores, self.objective.targets(b), scale, own, self.mask)
 
     def _share(self, output: np.ndarray) -> np.ndarray:
         """All classes' scores (classes, b), from each column's own (its classes, b)."""
         b = output.shape[1]
-        scores = self.scores[: self.dataset.classes * b].reshape(-1, b)
+        scores = self.scores[: self.dataset.outputs * b].reshape(-1, b)
         self.row.allgatherv(output, scores, [n * b for n in self.columns])
         return scores
 
@@ -156,9 +152,8 @@ class ElementWorker:
         """The metric's sums over the row's slice of the test split; 0 but on its first worker."""
         totals = self.metric.zeros()
         for at in self.test_batches:
-            labels = self.dataset.test.labels[at]
-            b = len(labels)
-            scores = self.scores[: self.dataset.classes * b].reshape(-1, b)
+            b = at.stop - at.start
+            scores = self.scores[: self.dataset.outputs * b].reshape(-1, b)
             output = None
             if len(self.test_ids):
                 x = self.x[: self.features * b].reshape(self.features, b)
@@ -174,5 +169,5 @@ class ElementWorker:
                     scores[c] = output[k]
                 self.row.allreduce(scores)
             if self.place.column == 0:
-                totals += self.metric.sums(self.ops.host(scores), labels)
+                totals += self.metric.sums(self.ops.host(scores), self.dataset.test.targets[at].T)
         return totals

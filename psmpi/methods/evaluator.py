@@ -65,7 +65,7 @@ class Evaluator:
                 held[k] = self._kept(model.forward(x))
         totals = self.metric.zeros()
         for at, kept in zip(self.batches, held, strict=True):
-            totals += self.metric.sums(self.ops.host(kept), self.split.labels[at])
+            totals += self.metric.sums(self.ops.host(kept), self.split.targets[at].T)
         return totals
 
     def _sample(self, at: slice) -> np.ndarray:

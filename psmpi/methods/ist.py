@@ -116,7 +116,7 @@ class IndependentSubnets:
         if config.replicated.local_steps < 1:
             raise UserError(f"--local-steps {config.replicated.local_steps}: expected 1 or more steps in a round")
         check_slices(network, config.data.batch_size, len(workers), "workers")
-        configured_loss(config)
+        configured_loss(config, dataset.task)
 
     @staticmethod
     def warnings(size: int, network: Network, config: Config) -> Iterator[str]:

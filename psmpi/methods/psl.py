@@ -22,7 +22,7 @@ from psmpi.config import Config
 from psmpi.data import Dataset
 from psmpi.errors import UserError
 from psmpi.layout import Layout, Roles, Rows, assign_roles
-from psmpi.methods.base import Place, check_slices, configured_loss, make_metric
+from psmpi.methods.base import Place, check_classes, check_slices, configured_loss, make_metric
 from psmpi.methods.element_worker import ElementWorker
 from psmpi.methods.quasi_newton import PartitionedNewton, check_newton, element_rows
 from psmpi.nn.init import initial_weights
@@ -102,7 +102,7 @@ class PartiallySeparable:
     @classmethod
     def check(cls, size: int, network: Network, dataset: Dataset, config: Config) -> None:
         """UserError for a configuration that `size` ranks cannot train; needs no MPI and no arrays of weights."""
-        check_roles(network, plan_roles(network.layout(), size, config), config)
+        check_roles(network, plan_roles(network.layout(), size, config), dataset, config)
         make_optimizer(config.optimization.optimizer, 0, np.dtype(config.model.dtype), hyperparameters(config))
 
     @staticmethod
@@ -234,7 +234,7 @@ def hyperparameters(config: Config) -> Hyper:
     return Hyper(**{f.name: getattr(config.optimization, f.name) for f in fields(Hyper)})
 
 
-def check_roles(network: Network, roles: Roles, config: Config) -> None:
+def check_roles(network: Network, roles: Roles, dataset: Dataset, config: Config) -> None:
     """UserError where the network, the loss or the minibatch does not allow these roles."""
     workers = [w for w in roles.workers if w is not None]
     tie = network.tie()
@@ -244,7 +244,11 @@ def check_roles(network: Network, roles: Roles, config: Config) -> None:
             "of its weights. Use a network that ends in separable layers (--model psnet), or give each worker the "
             f"whole network and a slice of the minibatch with --replicas {len(workers)}"
         )
-    loss = configured_loss(config)
+    loss = configured_loss(config, dataset.task)
+    if config.parallel.partition == "pairs":
+        check_classes(dataset, "--partition pairs", "leave it out")
+    if config.optimization.optimizer in RULES:
+        check_classes(dataset, f"--optimizer {config.optimization.optimizer}", "use another one (adam, lbfgs, ...)")
     if config.parallel.partition == "pairs" and not loss.pairwise:
         raise UserError(
             f"--partition pairs needs a loss that is a sum over pairs of classes, and --loss {loss.name} is not: use "
