@@ -11,7 +11,7 @@ import numpy as np
 from psmpi.backend import make_backend
 from psmpi.comm.world import start
 from psmpi.config import Config
-from psmpi.data import Dataset
+from psmpi.data import Batch, Dataset
 from psmpi.methods import METHODS
 from psmpi.nn.network import build
 from psmpi.nn.zoo import make_network
@@ -86,16 +86,16 @@ for owner, name in ((method.exchange, "scatter"), (method.exchange, "gather"), (
 # Global sums of control data are not counted, so one step counts what a step moves.
 before = method.counter.sent, method.counter.received
 for _ in range(options.steps):
-    method.step(np.arange(100), 1e-3)
+    method.step(Batch(np.arange(100)), 1e-3)
 sent, received = method.counter.sent - before[0], method.counter.received - before[1]
 peak = tracemalloc.get_traced_memory()[1] if options.trace else 0
 step_peak = 0
 if options.trace_step:
     tracemalloc.start()
-    method.step(np.arange(100), 1e-3)
+    method.step(Batch(np.arange(100)), 1e-3)
     tracemalloc.reset_peak()
     low = tracemalloc.get_traced_memory()[0]
-    method.step(np.arange(100), 1e-3)
+    method.step(Batch(np.arange(100)), 1e-3)
     step_peak = tracemalloc.get_traced_memory()[1] - low
 arrays = [method.w_part, method.g_part, *method.optimizer.vectors.values()]
 if method.exchange.inside is None:

@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from psmpi.data import DATASETS, Minibatches, Resident, Split, open_dataset, open_split
+from psmpi.data import DATASETS, Batch, Minibatches, Resident, Split, open_dataset, open_split
 from psmpi.data.files import CHUNK_BYTES, fill
 from psmpi.errors import UserError
 
@@ -640,6 +640,19 @@ def test_floating_point_targets_are_a_regression(tmp_path: Path, end: str, dtype
     np.testing.assert_array_equal(resident.targets([7, 0]), columns[[8, 0]].T)
     assert open_split(str(tmp_path / f"own{end}"), None, "all").targets.shape == columns.shape
     assert open_dataset("digits", None).task == "classes"
+
+
+def test_a_batch_has_the_samples_of_its_ids_and_is_shared_in_order() -> None:
+    split = open_dataset("digits", None).train
+    resident, ids = Resident(split, np.arange(0, 100, 2), np.float64), np.array([8, 2, 2, 90, 14])
+    room = np.full(64 * 7, np.nan)
+    batch = resident.batch(ids, room)
+    np.testing.assert_array_equal(batch.inputs, split.read(ids).T / 16)
+    np.testing.assert_array_equal(batch.targets, split.labels[ids])
+    assert batch.inputs.base is room and np.isnan(room[64 * 5 :]).all() and batch.mask is None
+    shares = [Batch(ids).share(k, 3) for k in range(3)]
+    assert [share.ids.tolist() for share in shares] == [[8, 2], [2, 90], [14]] and len(shares[2]) == 1
+    assert shares[0].inputs is None and not len(Batch(ids[:1]).share(1, 2))
 
 
 @pytest.mark.parametrize("key", ["x", "y"])

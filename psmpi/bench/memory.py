@@ -35,7 +35,7 @@ def memory(config: Config, json: bool = False) -> int:
     from psmpi.backend import make_backend
     from psmpi.comm.world import host, start
     from psmpi.config import check
-    from psmpi.data import open_dataset
+    from psmpi.data import Batch, open_dataset
     from psmpi.errors import UserError
     from psmpi.loop import plan_steps
     from psmpi.methods import METHODS
@@ -65,7 +65,7 @@ def memory(config: Config, json: bool = False) -> int:
         tracemalloc.start()
         method = METHODS[config.parallel.method](world, network, dataset, config, ops)
         for step in range(min(2, steps, batches.steps_per_epoch)):
-            method.step(batches.ids(0, step), rate(step))
+            method.step(Batch(batches.ids(0, step)), rate(step))
         method.test()
         traced = tracemalloc.get_traced_memory()[0]
         tracemalloc.stop()

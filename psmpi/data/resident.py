@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from psmpi.backend import NumpyOps
+from psmpi.data.batch import Batch
 from psmpi.data.split import Split, as_rows
 from psmpi.errors import UserError
 
@@ -62,6 +63,12 @@ class Resident:
                 f"not {'' if out.flags.c_contiguous else 'strided '}{out.dtype} {out.shape}"
             )
         self._samples.fetch(at, out)
+
+    def batch(self, ids: npt.NDArray[np.int64], room: npt.NDArray[Any]) -> Batch:
+        """The samples `ids` (b,) with inputs and targets; the inputs are put at the beginning of `room`, a vector."""
+        inputs = room[: self._features * len(ids)].reshape(self._features, len(ids))
+        self.fetch(ids, inputs)
+        return Batch(ids, inputs, self.targets(ids))
 
     def targets(self, ids: npt.ArrayLike) -> npt.NDArray[Any]:
         """The targets of the samples `ids`, resident or not: labels (b,) int64, or values (outputs, b) float64.

@@ -10,7 +10,7 @@ import numpy as np
 
 from psmpi.comm.group import Counter
 from psmpi.config import Config
-from psmpi.data import Dataset
+from psmpi.data import Batch, Dataset
 from psmpi.errors import UserError
 from psmpi.layout import Layout, Rows, Runs
 from psmpi.nn.losses import Loss, make_loss
@@ -111,8 +111,8 @@ class Method(Protocol):
     def warnings(size: int, network: Network, config: Config) -> Iterable[str]:
         """What a person should know of this method on `size` ranks with this network."""
 
-    def step(self, ids: np.ndarray, lr: float) -> None:
-        """One optimizer step on the training samples `ids` (b,)."""
+    def step(self, batch: Batch, lr: float) -> None:
+        """One optimizer step on training samples, of which the batch has the ids."""
 
     def collect(self) -> None:
         """Bring `vectors` up to date."""

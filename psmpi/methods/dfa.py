@@ -18,7 +18,7 @@ from psmpi.backend import NumpyOps
 from psmpi.comm.bridge import make_bridge
 from psmpi.comm.group import Counter, Group
 from psmpi.config import Config
-from psmpi.data import Dataset, Resident
+from psmpi.data import Batch, Dataset, Resident
 from psmpi.errors import UserError
 from psmpi.layout import Rows
 from psmpi.methods.base import (
@@ -189,12 +189,12 @@ class DirectFeedback:
             self.objective.reserve(self.network.classes, batch)
         self.signal = self.ops.empty(max((one.width for one in self.hidden), default=0) * batch, self.dtype)
 
-    def step(self, ids: np.ndarray, lr: float) -> None:
-        b = len(ids)
+    def step(self, batch: Batch, lr: float) -> None:
+        b = len(batch)
         self.reserve(b)
-        self._forward(self.train, ids)
+        self._forward(self.train, batch.ids)
         if self.last:
-            self.objective.bring(self.train.targets(ids))
+            self.objective.bring(self.train.targets(batch.ids))
             self.error_pass(b)
         self.world.bcast(self._error(b), self.world.size - 1)
         self.backward_pass(b)

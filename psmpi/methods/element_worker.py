@@ -9,7 +9,7 @@ import numpy as np
 from psmpi.backend import NumpyOps
 from psmpi.comm.group import Group
 from psmpi.config import Config
-from psmpi.data import Dataset, Resident
+from psmpi.data import Batch, Dataset, Resident
 from psmpi.layout import Layout, Roles, Worker
 from psmpi.methods.base import configured_loss, make_metric
 from psmpi.nn.model import Model
@@ -100,27 +100,27 @@ class ElementWorker:
             "samples": self.train.nbytes + self.test_samples.nbytes,
         }
 
-    def element_losses(self, ids: np.ndarray, mine: np.ndarray | None = None) -> float:
-        """Fill g_part with this worker's share of the gradient of the mean loss over `ids` (b,).
+    def element_losses(self, batch: Batch, own: Batch | None = None) -> float:
+        """Fill g_part with this worker's share of the gradient of the mean loss over a batch.
 
-        The share is that of its row's slice of the minibatch, or of `mine`, and of its own elements, with the factor
-        1/b of the whole minibatch. Returns a share of the loss; the shares of all workers add up to the minibatch loss.
+        The share is that of its row's slice of the batch, or of `own`, and of its own elements, with the factor 1/b of
+        the whole batch. Returns a share of the loss; the shares of all workers add up to the loss of the batch.
         """
-        scale = 1 / len(ids)
-        if mine is None:
-            mine = np.array_split(ids, self.rows)[self.place.row]
+        scale = 1 / len(batch)
+        if own is None:
+            own = batch.share(self.place.row, self.rows)
         # What every sample adds whatever the weights belongs to no pair: the row's first worker counts it.
-        constant = scale * len(mine) * self.loss.constant if self.pairs is not None and self.place.column == 0 else 0.0
+        constant = scale * len(own) * self.loss.constant if self.pairs is not None and self.place.column == 0 else 0.0
         if self.pairs is not None:
-            mine = mine[self.number[self.dataset.train.labels[mine]] >= 0]
-        b = len(mine)
+            own = Batch(own.ids[self.number[self.dataset.train.labels[own.ids]] >= 0])
+        b = len(own)
         if b == 0:
             self.g_part.fill(0)
             return constant
         self.reserve(b)
-        self.train.fetch(mine, self.x[: self.features * b].reshape(self.features, b))
-        targets = self.train.targets(mine)
-        self.objective.bring(targets if self.pairs is None else self.number[targets])
+        own = self.train.batch(own.ids, self.x)
+        assert own.targets is not None
+        self.objective.bring(own.targets if self.pairs is None else self.number[own.targets])
         output, self.model.outputs = self.forward_pass(b)
         if self.pairs is None:
             self._share(output)
@@ -152,13 +152,12 @@ class ElementWorker:
         """The metric's sums over the row's slice of the test split; 0 but on its first worker."""
         totals = self.metric.zeros()
         for at in self.test_batches:
-            b = at.stop - at.start
+            ids = np.arange(at.start, at.stop)
+            b = len(ids)
             scores = self.scores[: self.dataset.outputs * b].reshape(-1, b)
             output = None
             if len(self.test_ids):
-                x = self.x[: self.features * b].reshape(self.features, b)
-                self.test_samples.fetch(np.arange(at.start, at.stop), x)
-                output = self.model.forward(x)
+                output = self.model.forward(self.test_samples.batch(ids, self.x).inputs)
             if self.pairs is None:
                 assert output is not None
                 scores = self._share(output)
@@ -169,5 +168,5 @@ class ElementWorker:
                     scores[c] = output[k]
                 self.row.allreduce(scores)
             if self.place.column == 0:
-                totals += self.metric.sums(self.ops.host(scores), self.dataset.test.targets[at].T)
+                totals += self.metric.sums(self.ops.host(scores), self.test_samples.targets(ids))
         return totals
