@@ -6,6 +6,7 @@ import numpy as np
 
 from psmpi.errors import UserError
 from psmpi.nn.losses.base import Loss, largest_exponent
+from psmpi.nn.losses.hinge import Hinge
 from psmpi.nn.losses.logistic import PairwiseLogistic
 from psmpi.nn.losses.nll import CrossEntropy
 from psmpi.nn.losses.psl import PSL
@@ -16,6 +17,7 @@ LOSSES: dict[str, type[Loss]] = {
     "logistic": PairwiseLogistic,
     "nll": CrossEntropy,
     "squared": SquaredError,
+    "hinge": Hinge,
 }
 
 
