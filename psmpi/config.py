@@ -32,7 +32,8 @@ class Data:
     """What is learnt from, and in which order."""
 
     dataset: str = "digits"
-    """digits (embedded), mnist, cifar10, or the path of an .npz or .h5 file with x and y."""
+    """digits (embedded), mnist, cifar10, or the path of an .npz or .h5 file with x and y: integers are classes,
+    floating point numbers the values of a regression."""
     data_dir: str = "data"
     """Folder that holds the data set's files."""
     batch_size: int = 100

@@ -17,7 +17,7 @@ from rich.table import Table
 from psmpi import checkpoint, metrics
 from psmpi.checkpoint import Contents, Progress
 from psmpi.config import Config, from_toml
-from psmpi.data import Dataset, Minibatches
+from psmpi.data import Batch, Dataset, Minibatches
 from psmpi.errors import UserError
 from psmpi.methods import METHODS, Method, Place
 from psmpi.optim import make_schedule
@@ -171,9 +171,9 @@ class Loop:
         for cursor in range(first.cursor, self.batches.steps_per_epoch):
             if self.progress.step == self.total:
                 break
-            ids = self.batches.ids(first.epoch, cursor)
-            method.step(ids, self.schedule(self.progress.step))
-            trained += len(ids)
+            batch = Batch(self.batches.ids(first.epoch, cursor))
+            method.step(batch, self.schedule(self.progress.step))
+            trained += len(batch)
             elapsed = first.seconds + time.perf_counter() - start
             self.progress = replace(self.progress, step=self.progress.step + 1, cursor=cursor + 1, seconds=elapsed)
             bar.update(task, completed=self.progress.step)

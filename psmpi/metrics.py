@@ -12,6 +12,7 @@ SCORES = {
     "test_loss": lambda value: f"test loss {value:.5g}",
     "test_accuracy": lambda value: f"test accuracy {100 * value:.2f} %",
     "test_top5": lambda value: f"top 5 {100 * value:.2f} %",
+    "test_rmse": lambda value: f"test RMSE {value:.5g}",
 }
 
 

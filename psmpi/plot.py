@@ -13,7 +13,7 @@ from tyro.conf import Positional, arg
 from psmpi.errors import UserError
 
 Axis = Literal["epoch", "step", "seconds", "megabytes"]
-Figures = Literal["test_accuracy", "test_top5", "test_loss", "train_loss"]
+Figures = Literal["test_accuracy", "test_top5", "test_rmse", "test_loss", "train_loss"]
 
 # What is written at the axes.
 TITLES = {
@@ -23,6 +23,7 @@ TITLES = {
     "megabytes": "MB sent by all ranks",
     "test_accuracy": "test accuracy, %",
     "test_top5": "label among the 5 largest scores, %",
+    "test_rmse": "test RMSE",
     "test_loss": "test loss",
     "train_loss": "training loss",
 }

@@ -611,6 +611,24 @@ def test_a_loss_without_a_kernel_of_its_own_goes_through_host_memory_outside_of_
 
 
 @needs_compiler
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+def test_values_to_learn_are_those_of_the_reference(cupy, dtype):
+    network = make("small psnet")
+    layout, w, x, _ = random_problem(network, batch=9, dtype=dtype)
+    targets, results = np.random.default_rng(0).normal(size=(9, 10)), []
+    for ops in (NumpyOps(), CupyOps()):
+        model = Model(network, layout, put(ops, w), put(ops, np.zeros(layout.size, dtype)), ops)
+        objective = Objective(make_loss("squared", dtype, task="regression"), model)
+        objective.reserve(10, 9)
+        objective.bring(targets.T)
+        tape = model.forward(put(ops, x))
+        objective.derive(tape, tape.scores, objective.targets(9), 1 / 9, slice(0, 10))
+        results.append((objective.value(), ops.host(model.g)))
+    (value, g), (our_value, our_g) = results
+    assert our_value == pytest.approx(value, rel=TOLERANCE[dtype]) and far(our_g, g) <= TOLERANCE[dtype]
+
+
+@needs_compiler
 def test_what_is_no_number_is_said(cupy):
     network = make("small psnet")
     layout, w, x, _ = random_problem(network, batch=2)

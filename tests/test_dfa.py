@@ -11,7 +11,7 @@ from test_data import real
 
 from psmpi.backend import make_backend
 from psmpi.config import Config
-from psmpi.data import open_dataset
+from psmpi.data import Batch, open_dataset
 from psmpi.methods import METHODS
 from psmpi.methods.dfa import feedback, widths
 from psmpi.nn.cut import split_layers
@@ -48,7 +48,7 @@ def gradients(one, ids):
     """What a step of dfa, and what a backward pass, writes into g; the layers' (weight, bias) gradients of each."""
     found = []
     parts = [part for part in one.model.parts if part.layer.linear]
-    one.step(ids, 0.0)
+    one.step(Batch(ids), 0.0)
     found.append([[view.copy() for pair in part.g for view in pair] for part in parts])
     one.g.fill(np.nan)
     error = one.error[: 10 * len(ids)].reshape(10, -1).copy()

@@ -10,7 +10,7 @@ from test_data import real
 
 from psmpi.backend import make_backend
 from psmpi.config import Config, check
-from psmpi.data import Minibatches, Resident, open_dataset
+from psmpi.data import Batch, Minibatches, Resident, open_dataset
 from psmpi.errors import UserError
 from psmpi.layout import Runs
 from psmpi.methods import METHODS
@@ -266,8 +266,8 @@ def test_every_step_reaches_the_network(steps, every, rounds):
     subnets, plain = method(net, every=every), method(net, method="local_sgd")
     for k in range(steps):
         ids = np.arange(20) + 10 * (k % 100)
-        subnets.step(ids, 0.01)
-        plain.step(ids, 0.01)
+        subnets.step(Batch(ids), 0.01)
+        plain.step(Batch(ids), 0.01)
     subnets.collect()
     assert np.array_equal(subnets.w.host, plain.w) and subnets.scalars["rounds"] == rounds
     # Nothing is left to put back.
@@ -554,7 +554,7 @@ def test_mistakes_are_named(options, says):
     data = open_dataset("digits", "")
     with pytest.raises(UserError, match=says):
         check(config)
-        net = make_network(config.model.model, data.shape, data.classes, **config.model.shape)
+        net = make_network(config.model.model, data.shape, data.outputs, **config.model.shape)
         METHODS["ist"].check(4, net, data, config)
 
 

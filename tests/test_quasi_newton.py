@@ -12,7 +12,7 @@ from test_data import real
 
 from psmpi.backend import make_backend
 from psmpi.config import Config
-from psmpi.data import Dataset, open_dataset
+from psmpi.data import Batch, Dataset, open_dataset
 from psmpi.methods import METHODS
 from psmpi.methods.element_set import ElementSet
 from psmpi.nn.losses import make_loss
@@ -192,7 +192,8 @@ class Fixed:
 
     def __init__(self, split, n):
         self.split, self.n, self.shape, self.scale, self.dtype = split, n, split.shape, split.scale, split.dtype
-        self.features, self.labels, self.index = split.features, split.labels[:n], None
+        self.features, self.targets, self.index = split.features, split.targets[:n], None
+        self.labels, self.task = self.targets, "classes"
 
     def read(self, rows):
         return self.split.read(rows)
@@ -226,7 +227,7 @@ def test_the_secant_equations_hold_after_a_step(rule):
     newton, ids, updates, whole = method.newton, np.arange(120), 0, 0
     for _ in range(8):
         failed, weights = newton.scalars["failed_steps"], method.w.copy()
-        method.step(ids, 0.0)
+        method.step(Batch(ids), 0.0)
         if newton.scalars["failed_steps"] > failed:
             continue
         # The step as the elements have it: a difference of weights would bring their rounding in.
@@ -260,7 +261,7 @@ def test_a_first_scaled_step_is_that_of_adam_with_the_multiplicities(lr):
     options = {"cg_tolerance": 1e-13, "line_search": "backtracking", "sigma": 1000.0}
     method = make_method(network, digits(), optimizer="plse", scaling="moments", **options)
     newton, w = method.newton, method.w.copy()
-    method.step(np.arange(120), lr)
+    method.step(Batch(np.arange(120)), lr)
     g = newton.g / newton.root
     multiplicity = np.empty_like(w)
     newton.elements.accumulate(np.ones((90, newton.elements.size)), multiplicity)
@@ -290,10 +291,10 @@ def test_scaled_pairs_satisfy_the_secant_equation_of_the_weights():
     newton, ids, whole = method.newton, np.arange(120), 0
     for _ in range(8):
         before = method.w.copy()
-        method.gradient(ids)
+        method.gradient(Batch(ids))
         g = method.g.copy()
-        method.step(ids, 1e-3)
-        method.gradient(ids)
+        method.step(Batch(ids), 1e-3)
+        method.gradient(Batch(ids))
         y, s, root = method.g - g, method.w - before, newton.root.copy()
         if not (newton.taken and (newton.outcome == Outcome.UPDATED).all()):
             continue
@@ -449,7 +450,7 @@ def test_steps_that_bring_no_pair_are_counted_when_they_happen(monkeypatch):
     skip = np.full(90, Outcome.SKIPPED)
     monkeypatch.setattr(method.newton.operators, "push", lambda *a: skip)
     for count in (1, 2, 3):
-        method.step(np.arange(120), 1e-3)
+        method.step(Batch(np.arange(120)), 1e-3)
         events = method.events()
         assert events["steps_without_update"] == count and events["curvature_pairs_skipped"] == 90 * count
     assert method.events()["steps_without_update"] == 3
@@ -499,12 +500,12 @@ def test_the_loss_of_a_fixed_minibatch_never_increases(rule, bound):
     whole = open_dataset("mnist", real("mnist"))
     network = build("small", (1, 28, 28), CUSTOM, 10)
     assert network.layout().size == 3016
-    dataset = Dataset(name="mnist", classes=10, shape=whole.shape, train=Fixed(whole.train, 200), test=whole.test)
+    dataset = Dataset(name="mnist", outputs=10, shape=whole.shape, train=Fixed(whole.train, 200), test=whole.test)
     method = make_method(network, dataset, optimizer=rule)
     losses, ids = [], np.arange(200)
     for _ in range(41):
         before = method.loss_sum
-        method.step(ids, 0.0)
+        method.step(Batch(ids), 0.0)
         losses.append((method.loss_sum - before) / 200)
     assert all(b <= a for a, b in pairwise(losses)), losses
     assert losses[-1] <= bound

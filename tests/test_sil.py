@@ -10,7 +10,7 @@ from test_data import real
 
 from psmpi.backend import make_backend
 from psmpi.config import Config, Synthetic, check
-from psmpi.data import Minibatches, open_dataset
+from psmpi.data import Batch, Minibatches, open_dataset
 from psmpi.errors import UserError
 from psmpi.methods import METHODS
 from psmpi.methods.sil_plan import LAWS, Seats, count_parts, cut_activation, plan_phases
@@ -61,7 +61,7 @@ def trained(net, steps, *, one=None, lr=0.01, **settings):
     one = one or method(net, **settings)
     batches = Minibatches(N, 50, 0, settings.get("shuffle", True))
     for step in range(int(one.scalars["steps"]) if "steps" in one.scalars else 0, steps):
-        one.step(batches.ids(*divmod(step, PER_EPOCH)), lr)
+        one.step(Batch(batches.ids(*divmod(step, PER_EPOCH))), lr)
     one.collect()
     return one
 
@@ -174,7 +174,7 @@ def test_recovery_has_the_gradient_of_the_whole_network():
     whole = method(net, name="data_parallel")
     # From the same weights, drawn by unit, to the same gradient.
     ids = np.arange(50)
-    loss = whole.gradient(ids)
+    loss = whole.gradient(Batch(ids))
     one._learn_joined(ids, np.arange(50))
     assert one.loss_sum == pytest.approx(50 * loss, rel=1e-12)
     for part in one.parts.values():
@@ -205,7 +205,7 @@ def test_stored_inputs_are_those_of_their_samples(shuffle):
     right.learn = lambda x, labels, *rest: seen.append((x.copy(), labels.copy())) or learn(x, labels, *rest)
     for step in range(3 * PER_EPOCH):
         ids = batches.ids(*divmod(step, PER_EPOCH))
-        one.step(ids, 1e-3)
+        one.step(Batch(ids), 1e-3)
         if seen:
             x, labels = seen.pop()
             assert np.array_equal(x, right.stored[ids].T) and np.array_equal(labels, one.dataset.train.labels[ids])
@@ -228,7 +228,7 @@ def test_what_parts_learn_from_when_all_learn_at_once():
         part.learn = lambda x, *rest: seen.append(x.copy()) or learn(x, *rest)
         for step in range(PER_EPOCH + 1):
             kept = one.parts[0].w.copy()
-            one.step(batches.ids(*divmod(step, PER_EPOCH)), 1e-2)
+            one.step(Batch(batches.ids(*divmod(step, PER_EPOCH))), 1e-2)
         columns = draw_targets("uniform", 30, 10, 0, 1, 1.0).astype(np.float64)
         of = [columns[:, one.dataset.train.labels[batches.ids(*divmod(s, PER_EPOCH))]] for s in range(PER_EPOCH + 1)]
         return one, kept, of, batches
@@ -306,7 +306,7 @@ def test_many_ranks_train_as_one_does(train):
     score, found = alone.test(), alone.diagnostics()
     assert score["accuracy"] > 0.9 and found["phase"] == "recovery"
     for result, close in ((two, 1e-9), (four, 1e-6)):
-        assert result.rows[-1]["test_loss"] == pytest.approx(score.loss, rel=close)
+        assert result.rows[-1]["test_loss"] == pytest.approx(score["loss"], rel=close)
         for key in ("target_distance", "nearest_accuracy", "least_squares_accuracy", "macs", "dead_units"):
             assert result.rows[-1][key] == pytest.approx(found[key], rel=close)
     # What is handed over goes to one rank, which shares it with the other.
@@ -478,7 +478,7 @@ def test_a_step_allocates_no_arrays(way):
         ids = batches.ids(*divmod(step, PER_EPOCH))
         tracemalloc.start()
         try:
-            one.step(ids, 1e-3)
+            one.step(Batch(ids), 1e-3)
             peak = tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()
@@ -564,7 +564,7 @@ def test_what_cannot_be_is_said(ranks, options, says):
     with pytest.raises(UserError) as error:
         check(config)
         dataset = open_dataset("digits", "")
-        net = make_network("mlp", dataset.shape, dataset.classes, widths=config.model.widths)
+        net = make_network("mlp", dataset.shape, dataset.outputs, widths=config.model.widths)
         METHODS["sil"].check(ranks, net, dataset, config)
     assert says in str(error.value)
 

@@ -34,7 +34,7 @@ def memory(config: Config, json: bool = False) -> int:
     from psmpi.backend import make_backend
     from psmpi.comm.world import host, start
     from psmpi.config import check
-    from psmpi.data import open_dataset
+    from psmpi.data import Batch, open_dataset
     from psmpi.errors import UserError
     from psmpi.loop import plan_steps
     from psmpi.methods import METHODS
@@ -49,7 +49,7 @@ def memory(config: Config, json: bool = False) -> int:
     world = start()
     model = config.model
     dataset = open_dataset(config.data.dataset, config.data.data_dir)
-    network = make_network(model.model, dataset.shape, dataset.classes, **model.shape)
+    network = make_network(model.model, dataset.shape, dataset.outputs, **model.shape)
     METHODS[config.parallel.method].check(world.size, network, dataset, config)
     batches, steps, rate = plan_steps(dataset, config)
     ranks, cores = host(world)
@@ -59,7 +59,7 @@ def memory(config: Config, json: bool = False) -> int:
         tracemalloc.start()
         method = METHODS[config.parallel.method](world, network, dataset, config, ops)
         for step in range(min(2, steps, batches.steps_per_epoch)):
-            method.step(batches.ids(0, step), rate(step))
+            method.step(Batch(batches.ids(0, step)), rate(step))
         method.test()
         traced = tracemalloc.get_traced_memory()[0]
         tracemalloc.stop()
@@ -124,7 +124,7 @@ def _needed(method: Any, network: Network, dataset: Any, config: Config) -> dict
     return {
         **found,
         "activations": size * (batch * prod(network.in_shape) + outputs),
-        "buffers": size * (batch * dataset.classes + besides),
+        "buffers": size * (batch * dataset.outputs + besides),
         "samples": sample * (trained + tested + batch) + 8 * (trained + tested),
     }
 

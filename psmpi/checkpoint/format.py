@@ -59,9 +59,9 @@ class Progress:
 class Contents:
     """Everything in a checkpoint but its tensors.
 
-    config: TOML; in_shape: of a sample; layout: of the whole network; part: the classes whose part alone the file
-    holds, None for all; placement, provenance: what ranks did and where, for people; random: what random numbers are
-    drawn from; scalars: of the optimizer.
+    config: TOML; in_shape: of a sample; task: what the scores are for, "classes" or "regression"; layout: of the whole
+    network; part: the classes whose part alone the file holds, None for all; placement, provenance: what ranks did and
+    where, for people; random: what random numbers are drawn from; scalars: of the optimizer.
     """
 
     config: str
@@ -75,6 +75,7 @@ class Contents:
     part: tuple[int, ...] | None = None
     # The optimizer's vectors that a file has besides the weights.
     vectors: frozenset[str] = frozenset()
+    task: str = "classes"
 
     def texts(self) -> dict[str, str]:
         """The data sets of text: their names and what they say."""
@@ -82,7 +83,7 @@ class Contents:
         rows = progress.pop("rows")
         texts = {
             "config": self.config,
-            "layout": json.dumps({"in_shape": self.in_shape, **_describe(self.layout)}),
+            "layout": json.dumps({"in_shape": self.in_shape, "task": self.task, **_describe(self.layout)}),
             "metrics": "".join(json.dumps(row) + "\n" for row in rows),
             "placement": json.dumps(dict(self.placement)),
             "progress": json.dumps(progress),
@@ -115,7 +116,9 @@ class Contents:
             placement=_table(texts["placement"]),
             provenance=_table(texts["provenance"]),
             part=tuple(json.loads(texts["part"])) if "part" in texts else None,
+            task=layout.get("task", "classes"),
         )
+        _expect(made.task in ("classes", "regression"), "layout, task")
         known = set(range(made.layout.classes))
         _expect(made.part is None or (len(made.part) > 0 and set(made.part) <= known), "part")
         return made

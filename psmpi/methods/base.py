@@ -10,7 +10,7 @@ import numpy as np
 
 from psmpi.comm.group import Counter
 from psmpi.config import Config
-from psmpi.data import Dataset
+from psmpi.data import Batch, Dataset
 from psmpi.errors import UserError
 from psmpi.layout import Layout, Rows, Runs
 from psmpi.nn.losses import Loss, make_loss
@@ -31,15 +31,21 @@ class Place:
     device: str = ""
 
 
-def configured_loss(config: Config) -> Loss:
-    """The loss of a configuration; UserError for settings that it cannot have."""
+def configured_loss(config: Config, task: str) -> Loss:
+    """The loss of a configuration for a data set's task; UserError for settings that it cannot have."""
     c = config.objective
-    return make_loss(c.loss, np.dtype(config.model.dtype), kappa=c.kappa, exp_clip=c.exp_clip)
+    return make_loss(c.loss, np.dtype(config.model.dtype), kappa=c.kappa, exp_clip=c.exp_clip, task=task)
+
+
+def check_classes(dataset: Dataset, what: str, fix: str) -> None:
+    """UserError for a regression, which `what` cannot learn."""
+    if dataset.task != "classes":
+        raise UserError(f"{what} is for classes, and {dataset.name} has values to learn: {fix}")
 
 
 def make_metric(config: Config, dataset: Dataset) -> Metric:
     """What is measured on the test split, by a loss of its own: what that counts is not of the training."""
-    return Metric(configured_loss(config), dataset.classes)
+    return Metric(configured_loss(config, dataset.task), dataset.outputs)
 
 
 def check_slices(network: Network, batch: int, slices: int, of: str) -> None:
@@ -105,8 +111,8 @@ class Method(Protocol):
     def warnings(size: int, network: Network, config: Config) -> Iterable[str]:
         """What a person should know of this method on `size` ranks with this network."""
 
-    def step(self, ids: np.ndarray, lr: float) -> None:
-        """One optimizer step on the training samples `ids` (b,)."""
+    def step(self, batch: Batch, lr: float) -> None:
+        """One optimizer step on training samples, of which the batch has the ids."""
 
     def collect(self) -> None:
         """Bring `vectors` up to date."""

@@ -18,7 +18,7 @@ from psmpi.backend import NumpyOps
 from psmpi.comm.bridge import make_bridge
 from psmpi.comm.group import Counter, Group
 from psmpi.config import Config
-from psmpi.data import Dataset, Resident
+from psmpi.data import Batch, Dataset, Resident
 from psmpi.errors import UserError
 from psmpi.layout import Rows
 from psmpi.methods.base import (
@@ -99,7 +99,7 @@ class DirectFeedback:
             seed=config.run.seed, kind=config.model.init, gain=config.model.init_gain,
         )  # fmt: skip
         self.mirrors["weights"].push()
-        self.loss, self.metric = configured_loss(config), make_metric(config, dataset)
+        self.loss, self.metric = configured_loss(config, dataset.task), make_metric(config, dataset)
         self.objective = Objective(self.loss, self.model)
         self.forward_pass, self.backward_pass = ops.record(self._compute), ops.record(self._learn)
         self.error_pass = self.objective.record(self._differentiate)
@@ -125,7 +125,7 @@ class DirectFeedback:
         self.train = Resident(dataset.train, samples, self.dtype, ops)
         self.tests = Resident(dataset.test, tests, self.dtype, ops)
         self.inputs = int(np.prod(self.model.in_shape))
-        self.capacity, self.labels = 0, ops.mirror(ops.empty(0, np.dtype(np.int64)))
+        self.capacity = 0
         self.batches = network.evaluation_batches(dataset.test.n)
         largest = max(at.stop - at.start for at in self.batches)
         self.reserve(max(self.batch, largest, min(ALIGNED, dataset.test.n)))
@@ -145,7 +145,7 @@ class DirectFeedback:
         check_first_order(config, "needs gradients, and feedback is none")
         if not 0 < config.alignment.feedback_scale <= 1e6:
             raise UserError(f"--feedback-scale {config.alignment.feedback_scale}: expected a number above 0")
-        configured_loss(config)
+        configured_loss(config, dataset.task)
         make_optimizer(config.optimization.optimizer, 0, np.dtype(config.model.dtype), hyperparameters(config))
 
     @staticmethod
@@ -189,18 +189,14 @@ class DirectFeedback:
         self.error = self.ops.empty(self.network.classes * batch, self.dtype)
         if self.last:
             self.objective.reserve(self.network.classes, batch)
-            self.labels.settle()
-            self.labels = self.ops.mirror(self.ops.empty(batch, np.dtype(np.int64)))
         self.signal = self.ops.empty(max((one.width for one in self.hidden), default=0) * batch, self.dtype)
 
-    def step(self, ids: np.ndarray, lr: float) -> None:
-        b = len(ids)
+    def step(self, batch: Batch, lr: float) -> None:
+        b = len(batch)
         self.reserve(b)
-        self._forward(self.train, ids)
+        self._forward(self.train, batch.ids)
         if self.last:
-            self.labels.settle()
-            self.labels.host[:b] = self.dataset.train.labels[ids]
-            self.labels.push(slice(0, b))
+            self.objective.bring(self.train.targets(batch.ids))
             self.error_pass(b)
         self.world.bcast(self._error(b), self.world.size - 1)
         self.backward_pass(b)
@@ -234,8 +230,8 @@ class DirectFeedback:
 
     def _differentiate(self, b: int) -> None:
         """Find e, the derivatives of the mean loss with respect to the scores, limited."""
-        scores, labels, error = self.tape.scores, self.labels.array[:b], self._error(b)
-        derivatives = self.objective.losses(scores, labels, 1 / b, slice(0, len(scores)))
+        scores, error = self.tape.scores, self._error(b)
+        derivatives = self.objective.losses(scores, self.objective.targets(b), 1 / b, slice(0, len(scores)))
         if self.ops.on_device:
             self.ops.cast_scores(derivatives, error, self.objective.report.array)
             self.ops.unscale(error, self.objective.report.array, self.limit)
@@ -272,7 +268,7 @@ class DirectFeedback:
             ids = np.arange(at.start, at.stop)
             scores = self._apart(self.tests, ids)
             if self.last:
-                totals += self.metric.sums(self.ops.host(scores), self.dataset.test.labels[ids])
+                totals += self.metric.sums(self.ops.host(scores), self.tests.targets(ids))
         return self.metric.scores(self.world.agree(totals))
 
     def _apart(self, samples: Resident, ids: np.ndarray) -> np.ndarray:
@@ -292,7 +288,7 @@ class DirectFeedback:
         error = self._error(b)
         if self.last:
             derivatives = np.empty(error.shape)
-            self.metric.loss(self.ops.host(scores), self.dataset.test.labels[ids], 1 / b, derivatives)
+            self.metric.loss(self.ops.host(scores), self.tests.targets(ids), 1 / b, derivatives)
             error[...] = self.aside.put(np.clip(derivatives, -self.limit, self.limit).astype(self.dtype))
         self.world.bcast(error, self.world.size - 1)
         cosines = np.zeros(max(1, self.depth - 1))
@@ -351,7 +347,7 @@ class DirectFeedback:
     def memory(self) -> dict[str, int]:
         own: list[Any] = [self.error, self.signal, *self.back]
         if self.last:
-            own += [self.labels.array, self.objective]
+            own += [self.objective]
         return {
             "weights": self.w.nbytes,
             "gradients": self.g.nbytes,

@@ -102,7 +102,7 @@ class ElementSet:
         self.labels = self.labels.reshape(self.count, 2)
         record = self.objective.record
         self._only_losses, self._all_gradients = record(self._losses), record(self._gradients)
-        self.capacity, self.there = 0, ops.mirror(ops.empty(0, np.dtype(np.int64)))
+        self.capacity = 0
         self.reserve(1)
 
     def _side(
@@ -155,7 +155,7 @@ class ElementSet:
         held = sum(m.w.nbytes + m.activation_bytes + m.buffer_bytes for m in models)
         held += sum(side.borrowed.nbytes for side in self.sides)
         moves = self.restriction.nbytes + sum(side.spread.nbytes for side in self.sides)
-        own = (self.mask, self.sums, self.labels, self.there.array, self.scores, self.weights, self.ones)
+        own = (self.mask, self.sums, self.labels, self.scores, self.weights, self.ones)
         return held + moves + self.objective.nbytes + sum(a.nbytes for a in own)
 
     def reserve(self, batch: int) -> None:
@@ -164,8 +164,6 @@ class ElementSet:
             return
         self.capacity = batch
         count = len(self.classes)
-        self.there.settle()
-        self.there = self.ops.mirror(self.ops.empty(batch, np.dtype(np.int64)))
         self.scores = self.ops.empty(count * batch, self.dtype)
         self.weights = self.ops.empty(2 * count * batch, self.dtype)
         # The derivative of a score by itself, which the backward pass uses up.
@@ -205,9 +203,7 @@ class ElementSet:
     def _bring(self, w: np.ndarray, labels: np.ndarray, batch: int) -> None:
         """Get weights and labels to where recorded work on `batch` samples finds them."""
         self.reserve(batch)
-        self.there.settle()
-        self.there.host[: len(labels)] = labels
-        self.there.push(slice(0, len(labels)))
+        self.objective.bring(labels)
         self.whole.w[...] = w
 
     def _losses(self, x: np.ndarray, b: int, scale: float, derivatives: bool = False) -> tuple[Tape, np.ndarray]:
@@ -219,7 +215,8 @@ class ElementSet:
             first[...] = scores[:, :b]
             scores = first
         own = slice(0, len(self.classes))
-        return tape, self.objective.losses(scores, self.there.array[:b], scale, own, self.mask, derivatives)
+        derived = self.objective.losses(scores, self.objective.targets(b), scale, own, self.mask, derivatives)
+        return tape, derived
 
     def _gradients(self, x: np.ndarray, out: np.ndarray, b: int, scale: float) -> None:
         """Fill `out` (elements, size) with the gradients over the first b samples of x."""
@@ -236,7 +233,7 @@ class ElementSet:
             tape = side.borrowed.tape(whole)
             weights = self.weights[: terms * batch].reshape(terms, batch)
             self.curvature.term_weights(
-                grad, self.there.array[:b], report, side.number, side.others, side.lost, side.won, weights
+                grad, self.objective.targets(b), report, side.number, side.others, side.lost, side.won, weights
             )
             ones = self.ones[:batch].reshape(1, batch)
             ones.fill(1)

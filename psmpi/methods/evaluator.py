@@ -66,14 +66,13 @@ class Evaluator:
                 held[k] = self._kept(model.forward(x).scores)
         totals = self.metric.zeros()
         for at, kept in zip(self.batches, held, strict=True):
-            totals += self.metric.sums(self.ops.host(kept), self.split.labels[at])
+            totals += self.metric.sums(self.ops.host(kept), self.split.targets[at].T)
         return totals
 
     def _sample(self, at: slice) -> np.ndarray:
-        b = at.stop - at.start
-        x = self.ops.empty(self.split.features * b, self.dtype).reshape(-1, b)
-        self.samples.fetch(np.arange(at.start, at.stop), x)
-        return x
+        room = self.ops.empty(self.split.features * (at.stop - at.start), self.dtype)
+        inputs: np.ndarray = self.samples.batch(np.arange(at.start, at.stop), room).inputs
+        return inputs
 
     def _kept(self, y: np.ndarray) -> np.ndarray:
         kept = self.ops.empty(y.size, self.dtype).reshape(-1, y.shape[-1])

@@ -15,7 +15,7 @@ import numpy as np
 from psmpi.backend import NumpyOps
 from psmpi.comm.group import Counter, Group
 from psmpi.config import Config
-from psmpi.data import Dataset
+from psmpi.data import Batch, Dataset
 from psmpi.errors import UserError
 from psmpi.layout import Rows, Runs, replicate
 from psmpi.methods.base import Place, check_first_order, check_slices, configured_loss, make_metric
@@ -116,7 +116,7 @@ class IndependentSubnets:
         if config.replicated.local_steps < 1:
             raise UserError(f"--local-steps {config.replicated.local_steps}: expected 1 or more steps in a round")
         check_slices(network, config.data.batch_size, len(workers), "workers")
-        configured_loss(config)
+        configured_loss(config, dataset.task)
 
     @staticmethod
     def warnings(size: int, network: Network, config: Config) -> Iterator[str]:
@@ -155,16 +155,15 @@ class IndependentSubnets:
         for rank, strips in zip(self.holders, self.into, strict=False):
             self.received[rank] = strips_size(strips)
 
-    def step(self, ids: np.ndarray, lr: float) -> None:
+    def step(self, batch: Batch, lr: float) -> None:
         if self.steps == 0:
             self._begin()
         if self.worker is not None:
-            slices = np.array_split(ids, len(self.workers))
+            share = batch.share(self.number, len(self.workers))
             # A last minibatch may leave some workers without a sample: they take all of it, and every one steps alike.
-            mine = slices[self.number] if len(slices[self.number]) else ids
+            own = share if len(share) else batch
             self.g[self.unused].fill(0)
-            loss = self.worker.element_losses(mine, mine)
-            self.loss_sum += loss * len(slices[self.number])
+            self.loss_sum += self.worker.element_losses(own, own) * len(share)
             if self.clip > 0:
                 clip_by_global_norm(self.g, self.clip, alone, self.ops)
             self.optimizer.step(self.part, self.g, lr, alone)

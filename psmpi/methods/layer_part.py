@@ -57,7 +57,7 @@ class Part:
         weights.settle()
         self.optimizer = make_optimizer(config.optimization.optimizer, w.size, dtype, hyperparameters(config), ops)
         if self.last:
-            self.loss: Loss = configured_loss(config)
+            self.loss: Loss = configured_loss(config, dataset.task)
         else:
             targets = draw_targets(s.labels, self.units, classes, s.labels_seed, number + 1, s.labels_scale)
             self.loss, self.reader = TargetDistance(targets, s.labels_scale, ops), Reader(targets)
@@ -80,7 +80,6 @@ class Part:
         self.x = ops.empty(self.inputs * batch, dtype)
         self.dx = ops.empty(self.inputs * most if number and s.recovery_epochs else 0, dtype)
         self.noise = ops.mirror(ops.empty(self.inputs * most if number and s.hand_over == "labels" else 0, dtype))
-        self.labels = ops.mirror(ops.empty(most, np.dtype(np.int64)))
         self._pass, self._back = self.objective.record(self._derive), ops.record(self._take_back)
 
     def room(self, b: int) -> np.ndarray:
@@ -98,15 +97,13 @@ class Part:
         With dx, of the shape of the model's inputs, also the gradient of these.
         """
         b = len(labels)
-        self.labels.settle()
-        self.labels.host[:b] = labels
-        self.labels.push(slice(0, b))
+        self.objective.bring(labels)
         self._pass(x, dx, b, scale)
         return self.objective.value()
 
     def _derive(self, x: np.ndarray, dx: np.ndarray | None, b: int, scale: float) -> None:
         outputs = self.forward(x)
-        self.objective.derive(self.tape, outputs, self.labels.array[:b], scale, slice(0, self.units), dx=dx)
+        self.objective.derive(self.tape, outputs, self.objective.targets(b), scale, slice(0, self.units), dx=dx)
 
     def back(self, dy: np.ndarray, dx: np.ndarray | None) -> None:
         """Fill g, and dx where there is one, from the gradient of the outputs, which is used up."""
@@ -130,7 +127,7 @@ class Part:
         self.alive.fill(False)
 
     def memory(self) -> dict[str, int]:
-        own: list[Any] = [self.dx, self.noise.array, self.labels.array, self.columns, self.objective]
+        own: list[Any] = [self.dx, self.noise.array, self.columns, self.objective]
         if not self.last:
             own += [self.loss, self.reader]
         return {

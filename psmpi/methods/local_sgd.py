@@ -15,7 +15,7 @@ from psmpi.backend import NumpyOps
 from psmpi.comm.buckets import Bucket, Buckets, check_allreduce
 from psmpi.comm.world import several_hosts
 from psmpi.config import Config
-from psmpi.data import Dataset
+from psmpi.data import Batch, Dataset
 from psmpi.errors import UserError
 from psmpi.layout import Rows
 from psmpi.methods.base import check_first_order
@@ -71,13 +71,12 @@ class LocalSGD(Replica):
         if not 0 <= o.outer_momentum < 1:
             raise UserError(f"--outer-momentum {o.outer_momentum}: expected a number from 0 up to, not including, 1")
 
-    def step(self, ids: np.ndarray, lr: float) -> None:
-        slices = np.array_split(ids, self.roles.rows)
+    def step(self, batch: Batch, lr: float) -> None:
+        share = batch.share(self.rank, self.roles.rows)
         # A last minibatch may leave some ranks without a sample: they take all of it, and every rank steps alike.
-        mine = slices[self.rank] if len(slices[self.rank]) else ids
+        own = share if len(share) else batch
         self.g[self.unused].fill(0)
-        loss = self.worker.element_losses(mine, mine)
-        self.loss_sum += loss * len(slices[self.rank])
+        self.loss_sum += self.worker.element_losses(own, own) * len(share)
         if self.clip > 0:
             clip_by_global_norm(self.g, self.clip, alone, self.ops)
         self.optimizer.step(self.w, self.g, lr, alone)

@@ -15,6 +15,7 @@ from psmpi.backend import Mirror, NumpyOps
 from psmpi.comm.exchange import Exchange
 from psmpi.comm.group import Group
 from psmpi.config import Config
+from psmpi.data import Batch
 from psmpi.errors import UserError
 from psmpi.layout import Layout, Roles, Rows
 from psmpi.methods.element_set import ElementSet, elements_of, largest_element
@@ -130,16 +131,16 @@ class PartitionedNewton:
         held = sum(a.nbytes for a in own) + self.operators.nbytes
         return int(held + (self.elements.nbytes if self.elements is not None else 0))
 
-    def step(self, ids: np.ndarray, lr: float) -> float:
-        """One step on the training samples `ids` (b,); returns this rank's share of their mean loss before it.
+    def step(self, batch: Batch, lr: float) -> float:
+        """One step on training samples; returns this rank's share of their mean loss before it.
 
         As lr falls below the one the schedule starts from, the multiple of the identity rises.
         With a momentum "before" is after the extrapolation. FloatingPointError where that loss is not finite.
         """
         self.sigma = self.first_sigma * min(self.first_lr / lr, STIFF) if lr > 0 else self.first_sigma * STIFF
         self._extrapolate()
-        x, labels = self._batch(ids)
-        self.scale = 1 / len(ids)
+        x, labels = self._batch(batch)
+        self.scale = 1 / len(batch)
         share = 0.0
         if self.elements is not None:
             share = self.elements.gradients(self.w_part, x, labels, self.scale, self.before)
@@ -229,12 +230,12 @@ class PartitionedNewton:
         self.exchange.scatter(self.root, self.root_part)
         self.ops.multiply(self.g, self.root)
 
-    def _batch(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _batch(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
         """This worker's samples of the minibatch, (features, b or more), and their labels (b,) among its classes.
 
         Whatever follows the labelled samples makes the minibatch a multiple that suits the backend.
         """
-        worker = self.worker
+        worker, ids = self.worker, batch.ids
         if worker is None:
             return self.x_part[:0], np.empty(0, np.int64)
         labels = worker.number[worker.dataset.train.labels[ids]]
@@ -243,9 +244,7 @@ class PartitionedNewton:
             np.resize(ids[mine], -(-len(mine) // self.batch_multiple) * self.batch_multiple) if len(mine) else ids[mine]
         )
         worker.reserve(max(1, len(filled)))
-        x = worker.x[: worker.features * len(filled)].reshape(worker.features, len(filled))
-        worker.train.fetch(filled, x)
-        return x, labels[mine]
+        return worker.train.batch(filled, worker.x).inputs, labels[mine]
 
     def _product(self, p: np.ndarray, q: np.ndarray) -> None:
         """q = (B + sigma I) p."""

@@ -90,7 +90,7 @@ class Replica:
         if o.optimizer in RULES:
             raise UserError(f"--optimizer {o.optimizer} is of --method psl: choose another one")
         check_slices(network, config.data.batch_size, size, "ranks")
-        configured_loss(config)
+        configured_loss(config, dataset.task)
         make_optimizer(o.optimizer, 0, np.dtype(config.model.dtype), hyperparameters(config))
 
     @staticmethod

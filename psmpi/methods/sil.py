@@ -20,7 +20,7 @@ from psmpi.backend import NumpyOps
 from psmpi.comm.bridge import make_bridge
 from psmpi.comm.group import Counter, Group
 from psmpi.config import Config
-from psmpi.data import Dataset, Resident
+from psmpi.data import Batch, Dataset, Resident
 from psmpi.errors import UserError
 from psmpi.layout import Rows, Runs
 from psmpi.methods.base import Place, make_metric
@@ -112,7 +112,8 @@ class SyntheticLabels:
 
     check, warnings = staticmethod(check), staticmethod(warnings)
 
-    def step(self, ids: np.ndarray, lr: float) -> None:
+    def step(self, batch: Batch, lr: float) -> None:
+        ids = batch.ids
         epoch, within = divmod(int(self.scalars["steps"]), self.per_epoch)
         phase = next(phase for phase in self.phases if epoch < phase.stop)
         if within == 0:

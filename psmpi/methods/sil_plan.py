@@ -12,7 +12,7 @@ from psmpi.config import Config, Synthetic
 from psmpi.data import Dataset
 from psmpi.errors import UserError
 from psmpi.layout import split_evenly
-from psmpi.methods.base import check_first_order, check_layers, check_slices, configured_loss
+from psmpi.methods.base import check_classes, check_first_order, check_layers, check_slices, configured_loss
 from psmpi.methods.psl import hyperparameters
 from psmpi.nn.cut import split_layers
 from psmpi.nn.network import Network
@@ -109,6 +109,7 @@ def cut_activation(network: Network, behind: int) -> str:
 def check(size: int, network: Network, dataset: Dataset, config: Config) -> None:
     """UserError for a configuration that `size` ranks cannot train; needs no MPI and no arrays of weights."""
     s, o = config.synthetic, config.optimization
+    check_classes(dataset, "--method sil", "use another one (data_parallel, psl, ...)")
     parts = count_parts(size, network, s.parts)
     plan_phases(parts, config.run.epochs, s)
     check_layers(network, config, parts)
@@ -127,7 +128,7 @@ def check(size: int, network: Network, dataset: Dataset, config: Config) -> None
         raise UserError(
             f"--labels orthogonal: {network.classes} vectors of {min(widths)} units cannot be; use --labels uniform"
         )
-    configured_loss(config)
+    configured_loss(config, dataset.task)
     make_optimizer(o.optimizer, 0, np.dtype(config.model.dtype), hyperparameters(config))
 
 

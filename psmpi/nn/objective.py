@@ -34,15 +34,19 @@ class Objective:
         self.report = self.ops.mirror(self.ops.zeros(4, np.dtype(np.float64)))
         self.report.host.fill(0)
         self.grad = self._derivatives(0)
+        self.given = self._targets(0)
 
     def record(self, work: Callable[..., Any]) -> Callable[..., Any]:
         """`NumpyOps.record` for work that computes losses: not recorded where it waits for the device."""
         return work if self.fused is None else self.ops.record(work)
 
-    def reserve(self, classes: int, batch: int) -> None:
-        """Make room for minibatches of up to `batch` samples with scores of `classes` classes."""
+    def reserve(self, outputs: int, batch: int) -> None:
+        """Make room for minibatches of up to `batch` samples with `outputs` scores."""
         self.grad.settle()
-        self.grad = self._derivatives(classes * batch)
+        self.given.settle()
+        self.grad = self._derivatives(outputs * batch)
+        self.outputs = outputs
+        self.given = self._targets(batch if self.loss.task == "classes" else outputs * batch)
         self.cast = self.ops.empty(self.model.size * batch, self.model.dtype)
 
     def _derivatives(self, size: int) -> Mirror:
@@ -50,14 +54,29 @@ class Objective:
         made = self.ops.empty(size, np.dtype(np.float64))
         return self.ops.mirror(made) if self.fused is None else Mirror(made)
 
+    def _targets(self, size: int) -> Mirror:
+        return self.ops.mirror(self.ops.empty(size, np.dtype(np.int64 if self.loss.task == "classes" else np.float64)))
+
     @property
     def nbytes(self) -> int:
-        return int(self.grad.array.nbytes + self.cast.nbytes)
+        return int(self.grad.array.nbytes + self.cast.nbytes + self.given.array.nbytes)
+
+    def bring(self, targets: np.ndarray) -> None:
+        """Take the next minibatch's targets, (b,) or (outputs, b) in host memory, to where its loss is computed."""
+        self.given.settle()
+        self.given.host[: targets.size].reshape(targets.shape)[...] = targets
+        self.given.push(slice(0, targets.size))
+
+    def targets(self, b: int) -> np.ndarray:
+        """Where those are that were brought last, of b samples with as many scores as there is room for."""
+        if self.loss.task == "classes":
+            return self.given.array[:b]
+        return self.given.array[: self.outputs * b].reshape(self.outputs, b)
 
     def losses(
         self,
         scores: np.ndarray,
-        labels: np.ndarray,
+        targets: np.ndarray,
         scale: float,
         own: slice,
         pairs: np.ndarray | None = None,
@@ -70,15 +89,15 @@ class Objective:
         found = self.grad.array[: scores.size].reshape(scores.shape)
         if self.fused is not None:
             grad = found if derivatives else None
-            self.fused(scores, labels, scale, pairs, own, grad, self.report.array)
+            self.fused(scores, targets, scale, pairs, own, grad, self.report.array)
         else:
-            self._losses_on_host(scores, labels, scale, own, pairs, derivatives)
+            self._losses_on_host(scores, targets, scale, own, pairs, derivatives)
         return found
 
     def _losses_on_host(
         self,
         scores: np.ndarray,
-        labels: np.ndarray,
+        targets: np.ndarray,
         scale: float,
         own: slice,
         pairs: np.ndarray | None,
@@ -90,7 +109,7 @@ class Objective:
         self.report.settle()
         grad = self.grad.host[: scores.size].reshape(scores.shape) if derivatives else None
         pairs = None if pairs is None else host(pairs)
-        report[0] = self.loss(host(scores), host(labels), scale, grad, pairs)
+        report[0] = self.loss(host(scores), host(targets), scale, grad, pairs)
         if not np.isfinite(report[0]):
             raise FloatingPointError(DIVERGED)
         if grad is not None:
@@ -103,7 +122,7 @@ class Objective:
         self,
         tape: Tape,
         scores: np.ndarray,
-        labels: np.ndarray,
+        targets: np.ndarray,
         scale: float,
         own: slice,
         pairs: np.ndarray | None = None,
@@ -111,10 +130,10 @@ class Objective:
     ) -> None:
         """Fill the model's gradient with that of the scaled sum of the losses of the minibatch of a pass.
 
-        scores (classes, b), the pass's own being `own`; labels, pairs as in `Loss`. dx, of the shape of the model's
+        scores (outputs, b), the pass's own being `own`; targets, pairs as in `Loss`. dx, of the shape of the model's
         inputs, is filled with the gradient of these; the model then begins with a layer with weights.
         """
-        grad, report = self.losses(scores, labels, scale, own, pairs), self.report.array
+        grad, report = self.losses(scores, targets, scale, own, pairs), self.report.array
         cast = self.cast[: grad[own].size].reshape(grad[own].shape)
         self.ops.cast_scores(grad[own], cast, report)
         # Outputs of some layers alone may be images.

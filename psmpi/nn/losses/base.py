@@ -1,7 +1,8 @@
 """What all losses share: settings, buffers, checks, and the derivatives of sums over pairs of classes.
 
-Scores are (classes, b), labels (b,) class indices. A loss is computed in float64 whatever the dtype of the scores: the
-arrays are small, and so the exponentials of `psl` are exact wherever the scores' own dtype can hold them, and beyond.
+Scores are (classes, b), targets labels (b,), class indices, or in a regression values of the shape of scores. A loss is
+computed in float64 whatever the dtype of the scores: the arrays are small, and so the exponentials of `psl` are exact
+wherever the scores' own dtype can hold them, and beyond.
 """
 
 from __future__ import annotations
@@ -33,13 +34,14 @@ def largest_exponent(dtype: np.dtype) -> float:
 
 
 class Loss:
-    """value += scale * sum over samples of l(scores, label); and d value / d scores.
+    """value += scale * sum over samples of l(scores, targets); and d value / d scores.
 
     formula: l in a line, for people. A `pairwise` loss is a sum over ordered pairs (label, other class), so any set of
     pairs can be computed apart; constant: what it adds to these for each sample.
     sums: the names in SUMS of what has to be known of all classes' scores of a sample: with these numbers and a class's
     own score, whether it is the label's or not, the derivative with respect to that score follows. The value is the sum
     over classes of what their own scores and these numbers say.
+    tasks: what it can learn, "classes" by labels or "regression" by values; task: which of these.
     Buffers grow to the largest minibatch seen and are then reused.
     """
 
@@ -48,9 +50,10 @@ class Loss:
     pairwise = False
     constant = 0.0
     sums: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ("classes",)
 
-    def __init__(self, dtype: np.dtype, *, kappa: float = 1.0, exp_clip: float | None = 0.0):
-        self.dtype, self.kappa = np.dtype(dtype), float(kappa)
+    def __init__(self, dtype: np.dtype, *, kappa: float = 1.0, exp_clip: float | None = 0.0, task: str = "classes"):
+        self.dtype, self.kappa, self.task = np.dtype(dtype), float(kappa), task
         self.clipped = 0
         self.limit = largest_exponent(self.dtype) if exp_clip == 0.0 else exp_clip
         self._store = np.empty(0)
@@ -81,7 +84,7 @@ class Loss:
     def __call__(
         self,
         scores: np.ndarray,
-        labels: np.ndarray,
+        targets: np.ndarray,
         scale: float,
         grad: np.ndarray | None = None,
         pairs: np.ndarray | None = None,
@@ -96,12 +99,12 @@ class Loss:
     def fused(self, ops: NumpyOps) -> Callable[..., None] | None:
         """The loss in one pass on the arrays of `ops`, or None where these have none.
 
-        Called with scores, labels, scale, pairs as above, own, grad and report, it fills grad, where there is one, and
+        Called with scores, targets, scale, pairs as above, own, grad and report, it fills grad, where there is one, and
         report (4,) float64: the scaled loss, the largest exponent in psl, the number of its terms beyond `tangent`, the
         largest derivative with respect to the scores `own`, a slice of the classes.
         """
         one_pass = ops.fused(f"{self.name}_loss")
-        if one_pass is None:
+        if one_pass is None or self.task != "classes":
             return None
 
         def compute(

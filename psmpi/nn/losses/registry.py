@@ -6,6 +6,7 @@ import numpy as np
 
 from psmpi.errors import UserError
 from psmpi.nn.losses.base import Loss, largest_exponent
+from psmpi.nn.losses.hinge import Hinge
 from psmpi.nn.losses.logistic import PairwiseLogistic
 from psmpi.nn.losses.nll import CrossEntropy
 from psmpi.nn.losses.psl import PSL
@@ -16,16 +17,24 @@ LOSSES: dict[str, type[Loss]] = {
     "logistic": PairwiseLogistic,
     "nll": CrossEntropy,
     "squared": SquaredError,
+    "hinge": Hinge,
 }
 
 
-def make_loss(name: str, dtype: np.dtype, *, kappa: float = 1.0, exp_clip: str = "auto") -> Loss:
+def make_loss(name: str, dtype: np.dtype, *, kappa: float = 1.0, exp_clip: str = "auto", task: str = "classes") -> Loss:
     """The loss called `name`; exp_clip: auto, off or the exponent from which psl goes on as its tangent.
 
-    UserError where the name is unknown, kappa is not positive or exp_clip is none of these.
+    UserError where the name is unknown, the loss cannot learn the task (see `Loss`), kappa is not positive or exp_clip
+    is none of these.
     """
     if name not in LOSSES:
         raise UserError(f"--loss {name!r} is unknown: choose one of {', '.join(LOSSES)}")
+    if task not in LOSSES[name].tasks:
+        fit = " or ".join(f"--loss {other}" for other, loss in LOSSES.items() if task in loss.tasks)
+        raise UserError(
+            f"--loss {name} needs labels, and the targets are floating point numbers, values to learn: use {fit}, or "
+            "save labels as integers, y.astype(np.int64)"
+        )
     if not 0 < kappa <= 1e6:
         raise UserError(f"--kappa {kappa}: expected a number above 0 and up to 1e6, usually 1 or 2")
     try:
@@ -37,4 +46,4 @@ def make_loss(name: str, dtype: np.dtype, *, kappa: float = 1.0, exp_clip: str =
             f"--exp-clip {exp_clip}: expected auto, off, or an exponent from 0 to {largest_exponent(dtype):.1f} "
             f"(the largest one for {np.dtype(dtype)})"
         )
-    return LOSSES[name](dtype, kappa=kappa, exp_clip=limit)
+    return LOSSES[name](dtype, kappa=kappa, exp_clip=limit, task=task)

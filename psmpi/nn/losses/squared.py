@@ -8,14 +8,18 @@ from psmpi.nn.losses.base import Loss
 
 
 class SquaredError(Loss):
-    """sum_j (c_j - [j = y])^2."""
+    """sum_j (c_j - t_j)^2, with t_j = [j = y] of a label y."""
 
-    name, formula = "squared", "sum_j (c_j - [j = y])^2"
+    name, formula = "squared", "sum_j (c_j - t_j)^2, t_j the values to learn, or [j = y] of classes"
+    tasks = ("classes", "regression")
 
-    def __call__(self, scores, labels, scale, grad=None, pairs=None):
+    def __call__(self, scores, targets, scale, grad=None, pairs=None):
         (z,) = self._buffers(scores, 1)
         np.copyto(z, scores)
-        z.reshape(-1)[labels * scores.shape[1] + np.arange(scores.shape[1])] -= 1
+        if self.task == "regression":
+            z -= targets
+        else:
+            z.reshape(-1)[targets * scores.shape[1] + np.arange(scores.shape[1])] -= 1
         value = float(np.vdot(z, z))
         if grad is not None:
             np.multiply(z, 2 * scale, out=grad)
