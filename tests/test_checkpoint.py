@@ -19,7 +19,7 @@ from psmpi import checkpoint
 from psmpi.checkpoint.format import chunk_of, seal
 from psmpi.checkpoint.parallel import boxes
 from psmpi.errors import UserError
-from psmpi.layout import Runs
+from psmpi.layout import Ownership, Runs
 from psmpi.nn.zoo import make_network
 
 STEPS = ("--dtype", "float64", "--epochs", "4")
@@ -256,7 +256,9 @@ def alone(tmp_path):
         network = network or make_network("psnet", (1, 8, 8), 10)
         layout = network.layout()
         contents = checkpoint.Contents("seed = 1", network.in_shape, layout)
-        writers.append(checkpoint.Writer(Alone(), contents, [Runs(((0, layout.size),))], tmp_path, **options))
+        writers.append(
+            checkpoint.Writer(Alone(), contents, Ownership((Runs(((0, layout.size),)),)), tmp_path, **options)
+        )
         rng = np.random.default_rng(3)
         return writers[-1], {name: rng.standard_normal(layout.size) for name in ("weights", "m")}
 

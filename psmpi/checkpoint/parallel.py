@@ -25,7 +25,7 @@ from psmpi.checkpoint.format import (
     partial_of,
     table_path,
 )
-from psmpi.layout import Rows, Runs
+from psmpi.layout import Runs, TableRows
 
 Box = tuple[slice, ...]
 
@@ -65,7 +65,7 @@ def write_together(
     shard: Runs,
     gzip: int,
     tables: Mapping[str, np.ndarray],
-    rows: Rows,
+    rows: TableRows,
 ) -> None:
     """Write the unsealed file beside `target`. All ranks of `world` call it; rank r writes the runs `writes[r]`.
 

@@ -22,7 +22,7 @@ from psmpi.checkpoint.format import (
 )
 from psmpi.checkpoint.scan import damaged_parts
 from psmpi.errors import DamagedError, UserError
-from psmpi.layout import Layout, Rows, Runs
+from psmpi.layout import Layout, Runs, TableRows
 
 
 def find(resume: str, out: Path, tell: Callable[[str], None]) -> Path | None:
@@ -115,7 +115,7 @@ def load(
                         raise UserError(f"checkpoint {path}, {dataset.name}: {error}; the file is damaged") from None
 
 
-def load_tables(path: Path, tables: Mapping[str, np.ndarray], rows: Rows, rank: int) -> bool:
+def load_tables(path: Path, tables: Mapping[str, np.ndarray], rows: TableRows, rank: int) -> bool:
     """Fill this rank's rows of `tables`; False, and nothing is changed, where the file has not the same ones."""
     with open_file(path) as file:
         found = {name: file.get(table_path(name)) for name in tables}

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -22,7 +22,7 @@ import numpy as np
 
 from psmpi.checkpoint.format import Contents, Progress, folder, partial_of
 from psmpi.checkpoint.lock import inherit
-from psmpi.layout import Rows, Runs
+from psmpi.layout import Ownership, TableRows
 
 # Seconds that training waits for a checkpoint that is still being written when the next is due.
 PATIENCE = 60.0
@@ -55,25 +55,22 @@ class Writer:
         self,
         world: Any,
         contents: Contents,
-        shards: Sequence[Runs],
+        shards: Ownership,
         out: Path,
         *,
         keep: int = 0,
         gzip: int = 0,
         parallel: bool = False,
         lock: IO[bytes] | None = None,
-        rows: Rows | None = None,
+        rows: TableRows | None = None,
     ):
         self.world, self.contents, self.out, self.keep, self.gzip = world, contents, out, keep, gzip
         self.parallel, self.lock = parallel, lock
-        self.rows = rows or Rows()
+        self.rows = rows or TableRows()
         # Seconds that the next checkpoint waits for the one before, while training waits too.
         self.patience = PATIENCE
-        # A run that several ranks own is written by the first of them.
-        self.writes, claimed = [], Runs()
-        for shard in shards:
-            self.writes.append(shard - claimed)
-            claimed = Runs.union(claimed.intervals + shard.intervals)
+        # What several ranks own is written by its owner of record.
+        self.writes = shards.record
         self.shard = shards[world.rank]
         self.spool: IO[bytes] | None = None
         self.helper: subprocess.Popen[str] | None = None
