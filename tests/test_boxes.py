@@ -7,17 +7,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from partitions import boxes, layouts, positions, shapes
 
 from psmpi.errors import UserError
 from psmpi.layout import (
     Box,
     Move,
     Ownership,
-    Parameter,
     Runs,
     assign_roles,
     copy_runs,
-    make_layout,
     plain_layout,
     plan_moves,
     private_runs,
@@ -26,37 +25,6 @@ from psmpi.layout import (
 )
 from psmpi.nn.network import build
 from psmpi.nn.zoo import make_network
-
-shapes = st.lists(st.integers(1, 5), min_size=1, max_size=4)
-
-
-@st.composite
-def layouts(draw):
-    """Parameters of some axes, cut into pieces of units that lie anywhere, as those of many classes do."""
-    parameters, uses = [], []
-    for number, shape in enumerate(draw(st.lists(shapes, min_size=1, max_size=3))):
-        units = prod(shape[: draw(st.integers(1, len(shape)))])
-        parameters.append(Parameter(f"p{number}", tuple(shape), units))
-        edges = sorted({0, units, *draw(st.lists(st.integers(0, units), max_size=3))})
-        uses.append([(a, b, frozenset(draw(st.sets(st.integers(0, 2), max_size=2)))) for a, b in pairwise(edges)])
-    return make_layout(parameters, uses, 3)
-
-
-@st.composite
-def boxes(draw, layout):
-    parameter = draw(st.sampled_from(layout.parameters))
-    ranges = [tuple(sorted((draw(st.integers(0, n)), draw(st.integers(0, n))))) for n in parameter.shape]
-    return Box(parameter.name, tuple(ranges[: draw(st.integers(0, len(ranges)))]))
-
-
-def positions(layout):
-    """Of each parameter an array of its shape with the place of each element in the flat vector."""
-    found = {}
-    for parameter, pieces in zip(layout.parameters, layout.by_parameter, strict=True):
-        size = parameter.unit_size
-        places = [np.arange(p.offset, p.offset + (p.last - p.first) * size) for p in pieces]
-        found[parameter.name] = np.concatenate(places).reshape(parameter.shape)
-    return found
 
 
 def indices(runs):
