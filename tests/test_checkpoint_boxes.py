@@ -11,16 +11,20 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from conftest import run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from partitions import layouts, ownerships
 
 from psmpi import checkpoint
 from psmpi.checkpoint.build import build
+from psmpi.checkpoint.format import seal
 from psmpi.checkpoint.parallel import parts_of, values_of
 from psmpi.checkpoint.selection import find_boxes, read_runs
 from psmpi.checkpoint.tensors import make_tensors
+from psmpi.errors import UserError
 from psmpi.layout import Box, Ownership, Runs, TableRows, plain_layout, restrict
+from psmpi.nn.zoo import make_network
 
 
 class Threads:
@@ -288,3 +292,68 @@ def test_what_nobody_holds_cannot_be_written(tmp_path):
     shards = Ownership((layout.runs_of(Box("w", ((0, 2),))), Runs()))
     with pytest.raises(ValueError, match="4 of 12 elements are of no rank"):
         save(tmp_path, checkpoint.Contents("", (1,), layout), shards, {"weights": np.zeros(12)})
+
+
+def told(*arguments):
+    status, out, err = run(1, "-m", "psmpi.inspect", *arguments)
+    assert status == 0, err
+    return out
+
+
+def test_the_tools_know_other_tensors_and_tables_of_ranks(tmp_path):
+    network = make_network("mlp", (4,), 3, widths=(5,))
+    layout, dni = network.layout(), plain_layout({"cut1.weight": (6, 4)})
+    config = '[model]\nmodel = "mlp"\nwidths = [5]\n'
+    contents = checkpoint.Contents(config, (4,), layout, spaces={"dni": dni})
+    rows, rng = TableRows.one_each(2), np.random.default_rng(0)
+    paths, numbers = [], np.arange(24)
+    for name in "ab":
+        vectors = {"weights": rng.random(layout.size), "dni": numbers}
+        shards, tiles = Ownership.tiles(layout, (2,)), Ownership.tiles(dni, (1, 2))
+        found, _ = save(tmp_path / name, contents, shards, vectors, {"dni": tiles}, rows, {"left": rng.random((2, 7))})
+        paths.append(found)
+        numbers = numbers + 1
+    shown = json.loads(told("show", paths[0], "--json"))
+    assert shown["tensors"]["dni"][0] == {
+        "name": "cut1.weight", "shape": [6, 4], "dtype": "int64", "bytes": 192,
+        "norm": pytest.approx(np.linalg.norm(np.arange(24))),
+    }  # fmt: skip
+    assert (
+        shown["rank"] == [{"name": "left", "shape": [2, 7], "dtype": "float64", "bytes": 112}] and not shown["elements"]
+    )
+    text = told("show", paths[0])
+    assert "rank  2 ranks, 0.1 kB" in text and "left  float64 2 x 7" in text and "dni  1 tensors" in text
+    (row,) = json.loads(told("stats", paths[0], "--vector", "dni", "--json"))["tensors"]
+    assert (row["count"], row["mean"], row["most"]) == (24, 11.5, 23)
+    apart = {row["name"]: row for row in json.loads(told("diff", *paths, "--json"))["tensors"]}
+    assert apart["dni/cut1.weight"]["largest"] == 1 and apart["rank/left"]["distance"] > 0
+    assert "whole" in told("verify", paths[0])
+    told("cut", paths[0], "--classes", "0", "1", "2", "--out", tmp_path / "part.h5")
+    told("join", tmp_path / "part.h5", "--out", tmp_path / "again.h5")
+    told("average", *paths, "--out", tmp_path / "mean.h5")
+    for name in ("part", "again", "mean"):
+        with h5py.File(tmp_path / f"{name}.h5") as file:
+            assert "weights" in file and not {"dni", "rank"} & set(file)
+        assert not checkpoint.validate(tmp_path / f"{name}.h5").spaces
+    with h5py.File(tmp_path / "again.h5") as again, h5py.File(paths[0]) as first:
+        assert all(np.array_equal(again["weights"][name], first["weights"][name]) for name in first["weights"])
+
+
+def test_a_space_that_is_not_what_its_layout_says_is_damage(tmp_path):
+    layout, dni = plain_layout({"w": (3,)}), plain_layout({"cut1.weight": (6, 4)})
+    contents = checkpoint.Contents("seed = 1", (4,), layout, spaces={"dni": dni})
+    vectors = {"weights": np.zeros(3), "dni": np.zeros(24)}
+    path, _ = save(tmp_path, contents, Ownership.tiles(layout, (2,)), vectors, {"dni": Ownership.tiles(dni, (2,))})
+    with h5py.File(path, "r+") as file:
+        del file["dni/cut1.weight"]
+        file["dni/cut1.weight"] = np.zeros((4, 6))
+    seal(path)
+    with pytest.raises(UserError, match=r"dni/cut1.weight is float64 \(4, 6\), its layout says \(6, 4\)"):
+        checkpoint.validate(path)
+
+
+def test_a_writer_has_owners_of_every_space(tmp_path):
+    layout, dni = plain_layout({"w": (3,)}), plain_layout({"cut1.weight": (6, 4)})
+    contents = checkpoint.Contents("seed = 1", (4,), layout, spaces={"dni": dni})
+    with pytest.raises(ValueError, match=r"the contents have \['dni'\]"):
+        save(tmp_path, contents, Ownership.tiles(layout, (1,)), {"weights": np.zeros(3)})
