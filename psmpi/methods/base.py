@@ -12,7 +12,7 @@ from psmpi.comm.group import Counter
 from psmpi.config import Config
 from psmpi.data import Batch, Dataset
 from psmpi.errors import UserError
-from psmpi.layout import Layout, Rows, Runs
+from psmpi.layout import Layout, Ownership, TableRows
 from psmpi.nn.losses import Loss, make_loss
 from psmpi.nn.metric import Metric
 from psmpi.nn.network import Network
@@ -89,17 +89,18 @@ class Method(Protocol):
 
     layout and shards (every rank's) say where the weights lie; `vectors` are this rank's shard of the weights and of
     the optimizer's state by name, in host memory, as `collect` finds them and `resumed` takes them up; `tables` its
-    rows of what belongs to no weight, such as an element's curvature (`rows`: every rank's), `scalars` the rest of its
+    rows of what belongs to no weight, such as an element's curvature (`rows`: every rank's, and
+    whether they mean anything on another number of ranks), `scalars` the rest of its
     state; of these "steps", where a method has it, is the number of steps of the run.
     """
 
     layout: Layout
-    shards: tuple[Runs, ...]
+    shards: Ownership
     counter: Counter
     vectors: dict[str, np.ndarray]
     scalars: dict[str, float | int]
     tables: dict[str, np.ndarray]
-    rows: Rows
+    rows: TableRows
     # What is said where a checkpoint does not hold these tables: "the checkpoint does not hold ...".
     lost: str
     # Names of vectors and scalars that are the method's own and not the optimizer's.

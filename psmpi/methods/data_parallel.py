@@ -20,7 +20,7 @@ from psmpi.comm.world import several_hosts
 from psmpi.config import Config
 from psmpi.data import Batch, Dataset
 from psmpi.errors import UserError
-from psmpi.layout import Rows
+from psmpi.layout import TableRows
 from psmpi.methods.replica import Replica, alone
 from psmpi.nn.network import Network
 from psmpi.optim import FIRST_ORDER, clip_by_global_norm
@@ -47,7 +47,7 @@ class DataParallel(Replica):
                 rank=o.powersgd_rank, levels=o.qsgd_levels, momentum=config.optimization.momentum, seed=config.run.seed,
             )  # fmt: skip
             self.tables = self.compressor.tables
-            self.rows = Rows(tuple((rank,) for rank in range(world.size))) if self.tables else self.rows
+            self.rows = TableRows.one_each(world.size) if self.tables else self.rows
             self.means = {name: np.zeros_like(vector) for name, vector in self.compressor.vectors.items()}
             self.state |= self.means
             if o.compression == "qsgd":

@@ -20,7 +20,7 @@ from psmpi.comm.group import Counter, Group
 from psmpi.config import Config
 from psmpi.data import Batch, Dataset, Resident
 from psmpi.errors import UserError
-from psmpi.layout import Rows
+from psmpi.layout import Ownership, TableRows
 from psmpi.methods.base import (
     Place,
     check_first_order,
@@ -78,12 +78,12 @@ class DirectFeedback:
     def __init__(self, world: Any, network: Network, dataset: Dataset, config: Config, ops: NumpyOps):
         self.network, self.layout, self.dataset, self.rank = network, network.layout(), dataset, world.rank
         self.dtype, self.ops, self.batch = np.dtype(config.model.dtype), ops, config.data.batch_size
-        self.counter, self.rows = Counter(), Rows()
+        self.counter, self.rows = Counter(), TableRows()
         self.tables: dict[str, np.ndarray] = {}
         self.world = Group(world, range(world.size), self.counter, make_bridge(world, ops, config.parallel.gpu_aware))
         self.first, self.last = world.rank == 0, world.rank == world.size - 1
         stages = split_layers(network, world.size)
-        self.shards = tuple(network.runs(self.layout, *stage) for stage in stages)
+        self.shards = Ownership(tuple(network.runs(self.layout, *stage) for stage in stages))
         shard = self.shards[world.rank]
         self.w, self.g = (ops.zeros(shard.size, self.dtype) for _ in range(2))
         self.model = Model(network, self.layout, self.w, self.g, ops, layers=stages[world.rank])

@@ -17,7 +17,7 @@ from psmpi.comm.group import Counter, Group
 from psmpi.config import Config
 from psmpi.data import Batch, Dataset
 from psmpi.errors import UserError
-from psmpi.layout import Rows, Runs, replicate
+from psmpi.layout import Ownership, Runs, TableRows, replicate
 from psmpi.methods.base import Place, check_first_order, check_slices, configured_loss, make_metric
 from psmpi.methods.element_worker import ElementWorker
 from psmpi.methods.evaluator import Evaluator
@@ -41,7 +41,7 @@ class IndependentSubnets:
 
     def __init__(self, world: Any, network: Network, dataset: Dataset, config: Config, ops: NumpyOps):
         self.layout, self.ops, self.dtype, self.rank = network.layout(), ops, np.dtype(config.model.dtype), world.rank
-        self.counter, self.rows = Counter(), Rows()
+        self.counter, self.rows = Counter(), TableRows()
         self.tables: dict[str, np.ndarray] = {}
         self.world = Group(world, range(world.size), self.counter)
         o = config.optimization
@@ -49,8 +49,8 @@ class IndependentSubnets:
         self.holders, self.workers = find_roles(world.size, config)
         self.dealer = make_dealer(network, len(self.workers), config)
         dealt = shard_rows(self.layout, len(self.holders))
-        self.shards = tuple(
-            dealt[self.holders.index(rank)] if rank in self.holders else Runs() for rank in range(world.size)
+        self.shards = Ownership(
+            tuple(dealt[self.holders.index(rank)] if rank in self.holders else Runs() for rank in range(world.size))
         )
         shard = self.shards[world.rank]
         # One that holds all of it tests with it where it is.

@@ -17,7 +17,7 @@ from psmpi.comm.world import several_hosts
 from psmpi.config import Config
 from psmpi.data import Batch, Dataset
 from psmpi.errors import UserError
-from psmpi.layout import Rows
+from psmpi.layout import TableRows
 from psmpi.methods.base import check_first_order
 from psmpi.methods.replica import Replica, alone
 from psmpi.nn.network import Network
@@ -51,7 +51,7 @@ class LocalSGD(Replica):
             self.state |= {"anchor": self.anchor, "outer": self.momentum}
         self.table_mirrors = {name: ops.mirror(vector) for name, vector in self.own.items()}
         self.tables = {name: mirror.host.reshape(1, -1) for name, mirror in self.table_mirrors.items()}
-        self.rows = Rows(tuple((rank,) for rank in range(world.size)))
+        self.rows = TableRows.one_each(world.size)
         self._keep()
         across = config.replicated.allreduce == "auto" and world.size > 1 and several_hosts(world)
         whole = [Bucket(0, self.layout.size, 0)]

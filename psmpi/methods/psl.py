@@ -21,7 +21,7 @@ from psmpi.comm.group import Counter, Group
 from psmpi.config import Config
 from psmpi.data import Batch, Dataset
 from psmpi.errors import UserError
-from psmpi.layout import Layout, Roles, Rows, assign_roles
+from psmpi.layout import Layout, Roles, TableRows, assign_roles
 from psmpi.methods.base import Place, check_classes, check_slices, configured_loss, make_metric
 from psmpi.methods.element_worker import ElementWorker
 from psmpi.methods.quasi_newton import PartitionedNewton, check_newton, element_rows
@@ -84,7 +84,7 @@ class PartiallySeparable:
             self.exchange.use_nccl(ops.stream)
         self.newton: PartitionedNewton | None = None
         self.tables: dict[str, np.ndarray] = {}
-        self.rows = Rows()
+        self.rows = TableRows()
         if optimization.optimizer in RULES:
             self.newton = PartitionedNewton(
                 self.world, self.exchange, self.worker, network, self.layout, config, self.w_part, self.w, ops,

@@ -17,7 +17,7 @@ from psmpi.comm.group import Group
 from psmpi.config import Config
 from psmpi.data import Batch
 from psmpi.errors import UserError
-from psmpi.layout import Layout, Roles, Rows
+from psmpi.layout import Layout, Roles, TableRows
 from psmpi.methods.element_set import ElementSet, elements_of, largest_element
 from psmpi.methods.element_worker import ElementWorker
 from psmpi.nn.losses import Loss
@@ -317,11 +317,11 @@ class PartitionedNewton:
         self.brought = int(np.count_nonzero(outcome == Outcome.UPDATED))
 
 
-def element_rows(roles: Roles, merged: bool) -> Rows:
+def element_rows(roles: Roles, merged: bool) -> TableRows:
     """The elements of each rank, numbered as those of all ranks together are."""
     held = [() if w is None or w.elements is None else w.elements for w in roles.workers]
     number = {e: k for k, e in enumerate(elements_of((pair for pairs in held for pair in pairs), merged))}
-    return Rows(tuple(tuple(number[e] for e in elements_of(pairs, merged)) for pairs in held))
+    return TableRows(tuple(tuple(number[e] for e in elements_of(pairs, merged)) for pairs in held))
 
 
 def check_newton(network: Network, roles: Roles, config: Config) -> None:

@@ -14,7 +14,7 @@ from psmpi.comm.group import Counter, Group
 from psmpi.config import Config
 from psmpi.data import Dataset
 from psmpi.errors import UserError
-from psmpi.layout import Rows, Runs, replicate
+from psmpi.layout import Runs, TableRows, replicate
 from psmpi.methods.base import Place, check_slices, configured_loss
 from psmpi.methods.element_worker import ElementWorker
 from psmpi.methods.psl import hyperparameters
@@ -40,7 +40,7 @@ class Replica:
         self.layout, self.ops, self.dtype = network.layout(), ops, np.dtype(config.model.dtype)
         self.roles = replicate(self.layout, world.size)
         self.shards, self.rank = self.roles.shards, world.rank
-        self.counter, self.rows = Counter(), Rows()
+        self.counter, self.rows = Counter(), TableRows()
         self.tables: dict[str, np.ndarray] = {}
         bridge = make_bridge(world, ops, config.parallel.gpu_aware)
         self.world = Group(world, range(world.size), self.counter, bridge)

@@ -22,7 +22,7 @@ from psmpi.comm.group import Counter, Group
 from psmpi.config import Config
 from psmpi.data import Batch, Dataset, Resident
 from psmpi.errors import UserError
-from psmpi.layout import Rows, Runs
+from psmpi.layout import Ownership, Runs, TableRows
 from psmpi.methods.base import Place, make_metric
 from psmpi.methods.layer_part import Part
 from psmpi.methods.replica import alone, verify
@@ -54,7 +54,7 @@ class SyntheticLabels:
         self.count = count_parts(world.size, network, s.parts)
         self.phases = plan_phases(self.count, config.run.epochs, s)
         self.per_epoch = -(-dataset.train.n // config.data.batch_size)
-        self.counter, self.rows = Counter(), Rows()
+        self.counter, self.rows = Counter(), TableRows()
         self.tables: dict[str, np.ndarray] = {}
         self.seats = Seats(world.size, self.count)
         self.row, held = world.rank % self.seats.rows, self.seats.held(world.rank)
@@ -67,8 +67,11 @@ class SyntheticLabels:
         self.stages = split_layers(network, self.count)
         runs = [network.runs(self.layout, *stage) for stage in self.stages]
         # All rows of a part have its shard; checkpoints are written by the first.
-        self.shards = tuple(
-            Runs.union(one for k in self.seats.held(rank) for one in runs[k].intervals) for rank in range(world.size)
+        self.shards = Ownership(
+            tuple(
+                Runs.union(one for k in self.seats.held(rank) for one in runs[k].intervals)
+                for rank in range(world.size)
+            )
         )
         self.w, self.g = (ops.zeros(self.shards[world.rank].size, self.dtype) for _ in range(2))
         ends = np.cumsum([0, *(runs[k].size for k in held)]).tolist()

@@ -6,10 +6,20 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Which rank holds which rows of tables: of each rank the numbers of its rows, together 0, 1, ..., each once."""
+class TableRows:
+    """Which rank holds which rows of tables: of each rank the numbers of its rows, together 0, 1, ..., each once.
+
+    group: of a checkpoint, the one that holds the tables. `elements`: rows that mean the same on any ranks; `rank`:
+    one row a rank, which means nothing on another number of ranks.
+    """
 
     of: tuple[tuple[int, ...], ...] = ()
+    group: str = "elements"
+
+    @staticmethod
+    def one_each(size: int) -> TableRows:
+        """Row r is of rank r."""
+        return TableRows(tuple((rank,) for rank in range(size)), "rank")
 
     @property
     def total(self) -> int:
