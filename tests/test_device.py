@@ -16,8 +16,9 @@ import pytest
 from test_nn import NETWORKS, make, random_problem
 
 from psmpi.backend import CompiledOps, NumpyOps, Stripes, compiled, cudnn, device, make_backend, recording
-from psmpi.comm.bridge import Direct, Staged, ask_library, probe
+from psmpi.comm.bridge import GpuAware, Staged
 from psmpi.comm.group import Counter, Group
+from psmpi.comm.probe import ask_library, probe
 from psmpi.data import Resident, open_dataset
 from psmpi.errors import UserError
 from psmpi.layout import Runs
@@ -812,9 +813,9 @@ def test_a_staged_array_waits_for_its_copies(cupy):
 @needs_compiler
 def test_the_probe_compares_values(cupy):
     ops = device.CupyOps()
-    assert probe(Alone(), ops, Direct(ops), size=1000)
+    assert probe(Alone(), ops, GpuAware(ops), size=1000)
 
-    class Wrong(Direct):
+    class Wrong(GpuAware):
         def outgoing(self, array, pieces=()):
             array[:1] = put(ops, np.full(1, 7, array.dtype))
             return super().outgoing(array, pieces)

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from psmpi.backend import NumpyOps
-from psmpi.comm.bridge import make_bridge
 from psmpi.comm.group import Counter, Group
+from psmpi.comm.probe import make_bridge
 from psmpi.config import Config
 from psmpi.data import Dataset, Resident
 from psmpi.errors import UserError

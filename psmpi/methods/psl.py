@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from psmpi.backend import NumpyOps
-from psmpi.comm.bridge import make_bridge
 from psmpi.comm.exchange import Exchange
 from psmpi.comm.group import Counter, Group
+from psmpi.comm.probe import make_bridge
 from psmpi.config import Config
 from psmpi.data import Dataset
 from psmpi.errors import UserError

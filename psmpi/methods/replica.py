@@ -9,8 +9,9 @@ from zlib import crc32
 import numpy as np
 
 from psmpi.backend import NumpyOps
-from psmpi.comm.bridge import Staged, make_bridge
+from psmpi.comm.bridge import Staged
 from psmpi.comm.group import Counter, Group
+from psmpi.comm.probe import make_bridge
 from psmpi.config import Config
 from psmpi.data import Dataset
 from psmpi.errors import UserError
