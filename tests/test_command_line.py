@@ -36,8 +36,8 @@ def test_only_the_world_module_names_comm_world():
 
 
 def test_modules_import_from_floors_below_only():
-    """The floors of the house: backend, then nn, partition, optim and data, then comm, methods, loop, commands."""
-    floors = [("errors",), ("config",), ("backend",), ("partition",), ("nn", "optim", "data"), ("comm",), ("methods",),
+    """The floors of the house: backend, then nn, layout, optim and data, then comm, methods, loop, commands."""
+    floors = [("errors",), ("config",), ("backend",), ("layout",), ("nn", "optim", "data"), ("comm",), ("methods",),
               ("checkpoint", "metrics"), ("loop",),
               ("train", "bench", "inspect", "predict", "plot")]  # fmt: skip
     floor = {name: k for k, names in enumerate(floors) for name in names}

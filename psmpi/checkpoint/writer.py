@@ -22,6 +22,7 @@ import numpy as np
 
 from psmpi.checkpoint.format import Contents, Progress, folder, partial_of
 from psmpi.checkpoint.lock import inherit
+from psmpi.comm.control import receive_from, send_to_first, share, share_flag
 from psmpi.layout import Rows, Runs
 
 # Seconds that training waits for a checkpoint that is still being written when the next is due.
@@ -100,12 +101,7 @@ class Writer:
         start = time.perf_counter()
         dtype = next(iter(vectors.values())).dtype
         target = folder(self.out) / f"step-{progress.step:09d}.h5"
-        ready = np.ones(1)
-        if self.world.rank == 0:
-            ready[0] = self._ready(target)
-        if self.world.size > 1:
-            self.world.Bcast(ready, 0)
-        if not ready[0]:
+        if not share_flag(self.world, self.world.rank != 0 or self._ready(target)):
             self.pause += time.perf_counter() - start
             return
         contents = self._contents(scalars, progress)
@@ -143,7 +139,6 @@ class Writer:
     ) -> None:
         """All ranks write the file, if rank 0 could make the folder and sees room."""
         from psmpi.checkpoint.parallel import write_together
-        from psmpi.comm.world import share
 
         if self.world.rank == 0 and self.target is not None:
             needed = len(vectors) * contents.layout.size * next(iter(vectors.values())).itemsize
@@ -179,9 +174,9 @@ class Writer:
                             if len(buffer) < b - a:
                                 buffer = np.empty(min(BUFFER, max(b - a, runs.size)), dtype)
                             piece = buffer[: b - a]
-                            self.world.Recv(piece, source=rank)
+                            receive_from(self.world, piece, rank)
                         if self.world.rank != 0:
-                            self.world.Send(piece, dest=0)
+                            send_to_first(self.world, piece)
                         else:
                             self._keep(piece, (number * self.contents.layout.size + a) * dtype.itemsize)
 
@@ -207,9 +202,9 @@ class Writer:
                             if len(buffer) < b - a:
                                 buffer = np.empty(b - a, np.uint8)
                             piece = buffer[: b - a]
-                            self.world.Recv(piece, source=rank)
+                            receive_from(self.world, piece, rank)
                         if self.world.rank != 0:
-                            self.world.Send(piece, dest=0)
+                            send_to_first(self.world, piece)
                         else:
                             self._keep(piece, start + first * row + a)
             start += self.rows.total * row

@@ -90,7 +90,7 @@ def host(world: Any) -> tuple[int, int]:
     return ranks, min(int(used.sum()), quota())
 
 
-def seat(world: Any) -> int:
+def local_rank(world: Any) -> int:
     """This rank's number among those of its host."""
     from mpi4py import MPI
 
@@ -144,19 +144,6 @@ def library() -> str:
     from mpi4py import MPI
 
     return str(MPI.Get_library_version().splitlines()[0].strip("\x00 "))
-
-
-def share(world: Any, text: str) -> str:
-    """Rank 0's text on all ranks."""
-    import numpy as np
-
-    data = np.frombuffer(text.encode(), np.uint8).copy()
-    size = np.array([data.size])
-    world.Bcast(size, 0)
-    if world.rank != 0:
-        data = np.empty(int(size[0]), np.uint8)
-    world.Bcast(data, 0)
-    return data.tobytes().decode()
 
 
 def run(program: Callable[[], int]) -> int:

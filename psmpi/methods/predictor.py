@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from psmpi.backend import NumpyOps
+from psmpi.comm.control import receive_from, send_to_first
 from psmpi.comm.group import Counter, Group
 from psmpi.data import Resident, Split
 from psmpi.layout import Layout, make_grid
@@ -34,7 +35,7 @@ class Predictor:
         peers = [rank for rank, w in enumerate(grid) if w.row == self.place.row]
         self.columns = [len(grid[rank].classes) for rank in peers]
         # The ranks that gather what their row has found.
-        self.speakers = [rank for rank, w in enumerate(grid) if w.column == 0]
+        self.reporters = [rank for rank, w in enumerate(grid) if w.column == 0]
         self.row = Group(world, peers, Counter())
         mine = [self.classes[k] for k in self.place.classes]
         self.part = layout.part(mine)
@@ -70,12 +71,12 @@ class Predictor:
             found[at.start - first : at.stop - first] = scores.T
         if self.world.rank != 0:
             if self.place.column == 0 and len(found):
-                self.world.Send(found, dest=0)
+                send_to_first(self.world, found)
             return None
         everything = np.empty((split.n, count), self.dtype)
-        for rank, (start, stop) in zip(self.speakers, edges, strict=True):
+        for rank, (start, stop) in zip(self.reporters, edges, strict=True):
             if start < stop and rank != 0:
-                self.world.Recv(everything[start:stop], source=rank)
+                receive_from(self.world, everything[start:stop], rank)
             elif start < stop:
                 everything[start:stop] = found
         return everything
