@@ -135,18 +135,17 @@ class Group:
             own = into.itemsize * counts[self.rank]
             self.counter.add(own * (self.size - 1), into.itemsize * sum(counts) - own)
 
-    def reduce_scatter(self, buffer: np.ndarray, into: np.ndarray, counts: Sequence[int]) -> None:
-        """Run k of `buffer`, of counts[k] elements, summed over the group, in rank k's `into`: the reverse of allgatherv.
+    def reduce_scatter(self, buffer: np.ndarray, counts: Sequence[int]) -> np.ndarray:
+        """Run k of `buffer`, of counts[k] elements, summed over the group, on rank k: the reverse of allgatherv.
 
-        What is of another rank is sent to it once.
+        What is of another rank is sent to it once. Returns where the sum is, the front of the buffer, which is used up.
         """
-        if self.size == 1:
-            into.reshape(-1)[: counts[0]] = buffer.reshape(-1)[: counts[0]]
-            return
-        self.comm.Reduce_scatter(self.bridge.outgoing(buffer), self.bridge.incoming(into), list(counts))
-        self.bridge.arrived(into)
-        own = into.itemsize * counts[self.rank]
-        self.counter.add(buffer.itemsize * sum(counts) - own, own * (self.size - 1))
+        found = buffer.reshape(-1)[: counts[self.rank]]
+        if self.size > 1:
+            self.comm.Reduce_scatter(_in_place(), self.bridge.outgoing(buffer), list(counts))
+            self.bridge.arrived(buffer)
+            self.counter.add(buffer.itemsize * sum(counts) - found.nbytes, found.nbytes * (self.size - 1))
+        return found
 
     def allgather(self, buffer: np.ndarray, into: np.ndarray) -> None:
         """All ranks' buffers, of one size and any dtype in host memory, as the rows of `into` (size, ...)."""
@@ -223,10 +222,8 @@ class Group:
 
 
 def all_done(requests: Sequence[Any]) -> bool:
-    """Whether all requests are done; drives those that are not."""
-    from mpi4py import MPI
-
-    return bool(MPI.Request.Testall(requests))
+    """Whether all requests are done; MPI goes on with them inside the call."""
+    return all(request.Test() for request in requests)
 
 
 def wait_all(requests: Sequence[Any]) -> None:

@@ -19,6 +19,7 @@ from psmpi.layout.moves import Move, plan_moves
 from psmpi.layout.roles import Roles, assign_roles, replicate
 from psmpi.layout.rows import Rows
 from psmpi.layout.runs import Runs, accumulate, restrict
+from psmpi.layout.share import Share, Shares
 from psmpi.layout.split import even_edges, split_evenly
 
 __all__ = [
@@ -32,6 +33,8 @@ __all__ = [
     "Roles",
     "Rows",
     "Runs",
+    "Share",
+    "Shares",
     "Worker",
     "accumulate",
     "all_pairs",
