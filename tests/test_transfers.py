@@ -12,7 +12,7 @@ from conftest import HERE, run
 from thread_world import run_ranks
 
 from psmpi.comm.group import Counter, Group
-from psmpi.comm.transfers import Gather, Neighbours, Transfer, totals
+from psmpi.comm.transfers import Gather, Neighbours, Step, Sum, Transfer, totals
 from psmpi.layout import Runs
 
 ALL = {"spread", "deal", "sum", "exchange", "rows", "boundary", "gather", "neighbours", "subnets"}
@@ -76,6 +76,18 @@ class Alone:
 
 def test_totals_are_of_one_rank():
     assert totals([(0, 1, 5), (1, 0, 7), (0, 2, 9), (1, 2, 4)], 0) == (14, 7)
+
+
+def test_plans_need_no_messages_and_few_collectives():
+    whole, dtype = Runs.union([(0, 10)]), np.dtype(np.float64)
+    # As a rank that takes no part sees it.
+    group = Group(Alone(), [4, 2, 3], Counter())
+    assert Sum(group, 6, dtype).messages(Step(), back=True) == [(4, 2, 64), (2, 3, 64), (3, 4, 64)]
+    gather = Gather(group, whole.split(3), whole, dtype)
+    assert [span.counts for span in gather.spans] == [[4, 3, 3]]
+    assert sorted(gather.messages(Step()))[:2] == [(2, 3, 24), (2, 4, 24)]
+    mixed = [Runs.union([(0, 2), (4, 6)]), Runs.union([(2, 4), (6, 8)]), Runs.union([(8, 10)])]
+    assert [span.counts for span in Gather(group, mixed, whole, dtype).spans] == [[2, 2, 0], [2, 2, 2]]
 
 
 def test_plans_that_cannot_be_are_refused():
