@@ -16,6 +16,7 @@ from rich.table import Table
 
 from psmpi import checkpoint, metrics
 from psmpi.checkpoint import Contents, Progress
+from psmpi.comm.control import total
 from psmpi.config import Config, from_toml
 from psmpi.data import Batch, Dataset, Minibatches
 from psmpi.errors import UserError
@@ -210,7 +211,7 @@ class Loop:
         # A rank that has nothing to do in some epochs is no measure of the rate.
         counts = np.zeros((self.world.size, 3))
         counts[self.world.rank] = method.counter.sent, method.counter.received, rate
-        self.world.Allreduce(counts.copy(), counts)
+        counts = total(self.world, counts)
         events = self._events()
         return {
             "epoch": self.progress.epoch + 1,
@@ -230,16 +231,14 @@ class Loop:
     def _totals(self) -> tuple[float, int, int]:
         """Sum over ranks of the loss shares, the bytes sent and received so far."""
         method = self.method
-        mine = np.array([method.loss_sum, method.counter.sent, method.counter.received])
-        total = np.empty_like(mine)
-        self.world.Allreduce(mine, total)
-        return float(total[0]), int(total[1] + self.before[0]), int(total[2] + self.before[1])
+        shares = np.array([method.loss_sum, method.counter.sent, method.counter.received])
+        loss_sum, sent, received = total(self.world, shares)
+        return float(loss_sum), int(sent + self.before[0]), int(received + self.before[1])
 
     def _events(self) -> dict[str, int]:
         """The ranks' counts of unusual events together; warns of each kind when it first happens."""
         events = self.method.events()
-        counts = np.array([float(n) for n in events.values()])
-        self.world.Allreduce(counts.copy(), counts)
+        counts = total(self.world, np.array([float(n) for n in events.values()]))
         found = {name: int(count) for name, count in zip(events, counts, strict=True)}
         for name, count in found.items():
             if count and name not in self.warned:

@@ -47,7 +47,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(argv: list[str]) -> int:
-    from psmpi.comm.world import share, start
+    from psmpi.comm.control import share
+    from psmpi.comm.world import start
 
     world = start()
     text, status = "", 0

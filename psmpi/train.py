@@ -55,7 +55,7 @@ def _main(argv: list[str]) -> int:
 
 def _configure(world: Any, argv: list[str]) -> tuple[Config | None, int]:
     """Rank 0 reads and checks the command line, so that help and errors appear once; the others get its result."""
-    from psmpi.comm.world import share
+    from psmpi.comm.control import share
     from psmpi.config import from_toml, to_toml
 
     text, status = "", 0
@@ -96,18 +96,6 @@ def _settle(config: Config) -> Config:
     return replace(config, run=replace(run, out=out))
 
 
-def _collect(world: Any, text: str, most: int = 1000) -> list[str]:
-    """Every rank's text (cut at `most` bytes), on rank 0."""
-    import numpy as np
-
-    mine = np.zeros(most, np.uint8)
-    data = text.encode()[:most]
-    mine[: len(data)] = np.frombuffer(data, np.uint8)
-    rows = np.empty((world.size, most), np.uint8) if world.rank == 0 else None
-    world.Gather(mine, rows, root=0)
-    return [] if rows is None else [row.tobytes().rstrip(b"\0").decode() for row in rows]
-
-
 def _train(world: Any, config: Config) -> None:
     import socket
     import warnings
@@ -119,7 +107,8 @@ def _train(world: Any, config: Config) -> None:
     from threadpoolctl import threadpool_limits
 
     from psmpi import checkpoint, metrics
-    from psmpi.comm.world import host, library, share
+    from psmpi.comm.control import collect, share
+    from psmpi.comm.world import host, library
     from psmpi.config import to_toml
     from psmpi.data import open_dataset
     from psmpi.errors import UserError
@@ -179,7 +168,7 @@ def _train(world: Any, config: Config) -> None:
         ops = _backend(world, config, threads)
         method = METHODS[config.parallel.method](world, network, dataset, config, ops)
         place = json.dumps([socket.gethostname(), *vars(method.place()).values()])
-        places = [json.loads(text) for text in _collect(world, place)]
+        places = [json.loads(text) for text in collect(world, place)]
         show_places(console, [(rank, host, Place(*rest)) for rank, (host, *rest) in enumerate(places)])
         console.print(
             f"model {network.name}: {method.layout.size:,} parameters; backend {ops.description}; run directory {out}",
@@ -206,7 +195,7 @@ def _train(world: Any, config: Config) -> None:
         loop.run()
         if config.parallel.convolution != "own":
             chosen: dict[str, str] = {}
-            for text in _collect(world, "\n".join(ops.choices), most=10_000):
+            for text in collect(world, "\n".join(ops.choices), most=10_000):
                 for line in text.splitlines():
                     # Where ranks have the same sizes, the first one speaks for them.
                     chosen.setdefault(line.partition(":")[0], line)

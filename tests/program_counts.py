@@ -67,7 +67,7 @@ dataset = Dataset(name="made", outputs=10, shape=shape, train=Made(shape), test=
 if options.trace:
     tracemalloc.start()
 method = METHODS["psl"](world, network, dataset, config, make_backend("numpy"))
-calls = dict.fromkeys(("scatter", "gather", "agree"), 0)
+calls = dict.fromkeys(("forward", "backward", "agree"), 0)
 
 
 def count(owner, name):
@@ -81,7 +81,7 @@ def count(owner, name):
     setattr(owner, name, outer)
 
 
-for owner, name in ((method.exchange, "scatter"), (method.exchange, "gather"), (method.world, "agree")):
+for owner, name in ((method.exchange, "forward"), (method.exchange, "backward"), (method.world, "agree")):
     count(owner, name)
 # Global sums of control data are not counted, so one step counts what a step moves.
 before = method.counter.sent, method.counter.received

@@ -18,8 +18,9 @@ from test_nn import random_problem
 
 from psmpi.backend import CompiledOps, CupyOps, NumpyOps, Stripes, compiled, gpu, make_backend
 from psmpi.backend.gpu import cudnn, recording, runtime
-from psmpi.comm.bridge import Direct, Staged, ask_library, probe
+from psmpi.comm.bridge import GpuAware, Staged
 from psmpi.comm.group import Counter, Group
+from psmpi.comm.probe import ask_library, probe
 from psmpi.data import Resident, open_dataset
 from psmpi.errors import UserError
 from psmpi.layout import Runs
@@ -935,9 +936,9 @@ def test_a_staged_array_waits_for_its_copies(cupy):
 @needs_compiler
 def test_the_probe_compares_values(cupy):
     ops = CupyOps()
-    assert probe(Alone(), ops, Direct(ops), size=1000)
+    assert probe(Alone(), ops, GpuAware(ops), size=1000)
 
-    class Wrong(Direct):
+    class Wrong(GpuAware):
         def outgoing(self, array, pieces=()):
             array[:1] = put(ops, np.full(1, 7, array.dtype))
             return super().outgoing(array, pieces)

@@ -364,13 +364,14 @@ import json
 import os
 import numpy as np
 from psmpi.backend import make_backend
-from psmpi.comm.bridge import Direct, Staged, probe
+from psmpi.comm.bridge import GpuAware, Staged
+from psmpi.comm.probe import probe
 from psmpi.comm.world import start
 
 world, ops = start(), make_backend("cupy")
 
 
-class Early(Direct):
+class Early(GpuAware):
     "Does not wait for the device."
 
     def outgoing(self, array, pieces=()):
@@ -379,7 +380,7 @@ class Early(Direct):
     incoming = outgoing
 
 
-class Lost(Direct):
+class Lost(GpuAware):
     "Loses what one rank sends."
 
     def outgoing(self, array, pieces=()):
@@ -387,7 +388,7 @@ class Lost(Direct):
         return np.zeros(array.shape, array.dtype) if world.rank == 1 else array
 
 
-found = [probe(world, ops, kind(ops), size=999) for kind in (Direct, Staged, Early, Lost)]
+found = [probe(world, ops, kind(ops), size=999) for kind in (GpuAware, Staged, Early, Lost)]
 if world.rank == 0:
     print(json.dumps(found))
 """
@@ -403,8 +404,8 @@ def test_mpi_takes_device_arrays_and_the_probe_finds_wrong_values(tmp_path):
 
 DIRECT = """
 import sys
-from psmpi.comm import bridge
-bridge.ask_library = lambda: None
+from psmpi.comm import probe
+probe.ask_library = lambda: None
 from psmpi.train import main
 sys.exit(main())
 """

@@ -9,6 +9,7 @@ from conftest import distance, run
 from test_data import real
 
 from psmpi.backend import make_backend
+from psmpi.comm.transfers.strips import find_strips, shard_rows, strips_size
 from psmpi.config import Config, check
 from psmpi.data import Batch, Minibatches, Resident, open_dataset
 from psmpi.errors import UserError
@@ -20,7 +21,7 @@ from psmpi.nn.layers.residual import Residual
 from psmpi.nn.losses import make_loss
 from psmpi.nn.model import Model
 from psmpi.nn.network import build
-from psmpi.nn.subnet import Dealer, dealt_layers, find_blocks, find_strips, shard_rows, strips_size
+from psmpi.nn.subnet import Dealer, dealt_layers, find_blocks
 from psmpi.nn.zoo import make_network
 from psmpi.train import parse
 

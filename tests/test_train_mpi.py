@@ -197,7 +197,7 @@ def test_a_quasi_newton_step_moves_a_slice_a_product(scaling):
     products, calls = result["products"], result["calls"]
     assert products > 2 * steps
     scatters = products + steps * (scaling == "moments")
-    assert (calls["scatter"], calls["gather"]) == (scatters, products + steps)
+    assert (calls["forward"], calls["backward"]) == (scatters, products + steps)
     assert result["sent"][0] == 772_800 * scatters and max(result["received"][1:]) == 4 * 19_320 * scatters
     assert result["received"][0] == 772_800 * (products + steps)
     assert max(result["sent"][1:]) == 4 * 19_320 * (products + steps)

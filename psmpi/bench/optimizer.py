@@ -65,7 +65,7 @@ def optimizer(config: Config, json: bool = False) -> int:
             watch.follow(newton.elements, "value", "values")
         watch.follow(newton.operators, "restricted_product", "products")
         watch.follow(newton.operators, "push", "pairs")
-        for name in ("scatter", "gather"):
+        for name in ("forward", "backward"):
             watch.follow(method.exchange, name, "communication")
         watch.follow(method.world, "agree", "communication")
         rows, counts, sent = [], [], []

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from psmpi.comm.control import receive_from, send_to_first
 from psmpi.layout import Ownership, Runs, TableRows, copy_runs
 
 # Elements that rank 0 takes from another rank at a time.
@@ -36,9 +37,9 @@ def collect(
                 elements = piece(first, last)
             else:
                 elements = buffer[: last - first]
-                world.Recv(elements, source=rank)
+                receive_from(world, elements, rank)
             if world.rank != 0:
-                world.Send(elements, dest=0)
+                send_to_first(world, elements)
             else:
                 keep(rank, first, elements)
 

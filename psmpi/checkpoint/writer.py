@@ -18,6 +18,7 @@ from psmpi.checkpoint.collect import Shares, collect, row_pieces
 from psmpi.checkpoint.contents import Contents, Progress
 from psmpi.checkpoint.format import folder, partial_of
 from psmpi.checkpoint.spool import Spool
+from psmpi.comm.control import share, share_flag
 from psmpi.layout import Ownership, TableRows
 
 # Seconds that training waits for a checkpoint that is still being written when the next is due.
@@ -83,12 +84,7 @@ class Writer:
         tables = tables or {}
         start = time.perf_counter()
         target = folder(self.out) / f"step-{progress.step:09d}.h5"
-        ready = np.ones(1)
-        if self.world.rank == 0:
-            ready[0] = self._ready(target)
-        if self.world.size > 1:
-            self.world.Bcast(ready, 0)
-        if not ready[0]:
+        if not share_flag(self.world, self.world.rank != 0 or self._ready(target)):
             self.pause += time.perf_counter() - start
             return
         contents = self._contents(scalars, progress)
@@ -127,7 +123,6 @@ class Writer:
     ) -> None:
         """All ranks write the file, if rank 0 could make the folder and sees room."""
         from psmpi.checkpoint.parallel import write_together
-        from psmpi.comm.world import share
 
         if self.world.rank == 0 and self.target is not None:
             needed = sum(self._share(name).total * vector.itemsize for name, vector in vectors.items())

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from psmpi.comm.group import Group
+from psmpi.comm.group import Group, all_done, wait_all
 from psmpi.errors import UserError
 
 Algorithm = Callable[[Group, np.ndarray], None]
@@ -82,21 +82,14 @@ class Ring:
 
     def push(self) -> None:
         """Go on as far as messages have come."""
-        while self.step < self.steps and _all_done(self.requests):
+        while self.step < self.steps and all_done(self.requests):
             self._advance()
 
     def wait(self) -> None:
         """Go on to the end."""
         while self.step < self.steps:
-            for request in self.requests:
-                request.Wait()
+            wait_all(self.requests)
             self._advance()
-
-
-def _all_done(requests: list[Any]) -> bool:
-    from mpi4py import MPI
-
-    return bool(MPI.Request.Testall(requests))
 
 
 def ring(group: Group, vector: np.ndarray) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 
@@ -53,6 +54,34 @@ class Group:
         self.comm.Recv(self.bridge.incoming(buffer), source)
         self.bridge.arrived(buffer)
         self.counter.add(0, buffer.nbytes)
+
+    def isend(self, buffer: np.ndarray, to: int, tag: int = 0) -> Any:
+        """Begin to send; the buffer is not to be written until the request is done."""
+        request = self.comm.Isend(self.bridge.outgoing(buffer), to, tag)
+        self.counter.add(buffer.nbytes, 0)
+        return request
+
+    def irecv(self, buffer: np.ndarray, source: int, tag: int = 0) -> Any:
+        """Begin to receive; the buffer has `arrived`, which the caller tells the bridge, when the request is done."""
+        request = self.comm.Irecv(self.bridge.incoming(buffer), source, tag)
+        self.counter.add(0, buffer.nbytes)
+        return request
+
+    def ibcast(self, buffer: np.ndarray, root: int = 0) -> Any:
+        """Begin bcast, on a group of two or more; elsewhere than on the root the buffer then has `arrived`."""
+        at_root = self.rank == root
+        request = self.comm.Ibcast(self.bridge.outgoing(buffer) if at_root else self.bridge.incoming(buffer), root)
+        self.counter.add(buffer.nbytes * (self.size - 1) * at_root, buffer.nbytes * (not at_root))
+        return request
+
+    def ireduce(self, buffer: np.ndarray, root: int = 0) -> Any:
+        """Begin reduce, on a group of two or more; the root's buffer holds its share, and then has `arrived`."""
+        wire = self.bridge.outgoing(buffer)
+        if self.rank == root:
+            self.counter.add(0, buffer.nbytes * (self.size - 1))
+            return self.comm.Ireduce(_in_place(), wire, root=root)
+        self.counter.add(buffer.nbytes, 0)
+        return self.comm.Ireduce(wire, None, root=root)
 
     def bcast(self, buffer: np.ndarray, root: int = 0) -> None:
         if self.size > 1:
@@ -106,6 +135,18 @@ class Group:
             own = into.itemsize * counts[self.rank]
             self.counter.add(own * (self.size - 1), into.itemsize * sum(counts) - own)
 
+    def reduce_scatter(self, buffer: np.ndarray, counts: Sequence[int]) -> np.ndarray:
+        """Run k of `buffer`, of counts[k] elements, summed over the group, on rank k: the reverse of allgatherv.
+
+        What is of another rank is sent to it once. Returns where the sum is, the front of the buffer, which is used up.
+        """
+        found = buffer.reshape(-1)[: counts[self.rank]]
+        if self.size > 1:
+            self.comm.Reduce_scatter(_in_place(), self.bridge.outgoing(buffer), list(counts))
+            self.bridge.arrived(buffer)
+            self.counter.add(buffer.itemsize * sum(counts) - found.nbytes, found.nbytes * (self.size - 1))
+        return found
+
     def allgather(self, buffer: np.ndarray, into: np.ndarray) -> None:
         """All ranks' buffers, of one size and any dtype in host memory, as the rows of `into` (size, ...)."""
         into[self.rank] = buffer
@@ -136,6 +177,12 @@ class Group:
                 self.comm.Reduce(values, None, root=0)
             self.comm.Bcast(values, 0)
         return values
+
+    def same_bits(self, vector: np.ndarray) -> bool:
+        """Whether all ranks hold the same bits of a vector in host memory, by their checksums; not counted."""
+        sums = np.zeros(self.size)
+        sums[self.rank] = crc32(np.ascontiguousarray(vector).data)
+        return len(set(self.agree(sums).tolist())) == 1
 
     def scatterv(self, source: np.ndarray, counts: Sequence[int], starts: Sequence[int], into: np.ndarray) -> None:
         """Elements [starts[k], + counts[k]) of the root's `source` go to rank k's `into`."""
@@ -172,6 +219,17 @@ class Group:
             self.comm.Allgatherv(self.bridge.outgoing(buffer), wire)
             self.bridge.arrived(into)
         self.counter.add(buffer.nbytes * (self.size - 1), into.itemsize * sum(counts) - buffer.nbytes)
+
+
+def all_done(requests: Sequence[Any]) -> bool:
+    """Whether all requests are done; MPI goes on with them inside the call."""
+    return all(request.Test() for request in requests)
+
+
+def wait_all(requests: Sequence[Any]) -> None:
+    """Wait for all requests."""
+    for request in requests:
+        request.Wait()
 
 
 def pieces(counts: Sequence[int], starts: Sequence[int]) -> list[slice]:

@@ -146,19 +146,6 @@ def library() -> str:
     return str(MPI.Get_library_version().splitlines()[0].strip("\x00 "))
 
 
-def share(world: Any, text: str) -> str:
-    """Rank 0's text on all ranks."""
-    import numpy as np
-
-    data = np.frombuffer(text.encode(), np.uint8).copy()
-    size = np.array([data.size])
-    world.Bcast(size, 0)
-    if world.rank != 0:
-        data = np.empty(int(size[0]), np.uint8)
-    world.Bcast(data, 0)
-    return data.tobytes().decode()
-
-
 def run(program: Callable[[], int]) -> int:
     """Run `program` and return its exit status; an exception ends the whole job with this rank's message.
 

@@ -20,6 +20,7 @@ from psmpi.layout.moves import Move, plan_moves
 from psmpi.layout.ownership import Ownership
 from psmpi.layout.roles import Roles, assign_roles, replicate
 from psmpi.layout.runs import Runs, accumulate, copy_runs, cross, restrict
+from psmpi.layout.share import Share, Shares
 from psmpi.layout.split import even_edges, split_evenly
 from psmpi.layout.table_rows import TableRows
 
@@ -35,6 +36,8 @@ __all__ = [
     "Piece",
     "Roles",
     "Runs",
+    "Share",
+    "Shares",
     "TableRows",
     "Worker",
     "accumulate",

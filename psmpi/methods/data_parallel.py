@@ -21,7 +21,7 @@ from psmpi.config import Config
 from psmpi.data import Batch, Dataset
 from psmpi.errors import UserError
 from psmpi.layout import TableRows
-from psmpi.methods.replica import Replica, alone
+from psmpi.methods.replica import Replica, no_sum
 from psmpi.nn.network import Network
 from psmpi.optim import FIRST_ORDER, clip_by_global_norm
 
@@ -83,13 +83,13 @@ class DataParallel(Replica):
                 losses.append(self.gradient(batch, trial=len(losses) > 0))
                 return float(self.world.agree(np.array([losses[-1]]))[0])
 
-            self.optimizer.step(self.w, self.g, lr, alone, objective)
+            self.optimizer.step(self.w, self.g, lr, no_sum, objective)
             self.loss_sum += losses[0] * len(batch)
             return
         self.loss_sum += self.gradient(batch) * len(batch)
         if self.clip > 0:
-            clip_by_global_norm(self.g, self.clip, alone, self.ops)
-        self.optimizer.step(self.w, self.g, lr, alone)
+            clip_by_global_norm(self.g, self.clip, no_sum, self.ops)
+        self.optimizer.step(self.w, self.g, lr, no_sum)
 
     def gradient(self, batch: Batch, trial: bool = False) -> float:
         """Fill g with the gradient of the mean loss over the samples; returns this rank's share of the loss.

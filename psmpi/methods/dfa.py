@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from psmpi.backend import NumpyOps
-from psmpi.comm.bridge import make_bridge
 from psmpi.comm.group import Counter, Group
+from psmpi.comm.probe import make_bridge
+from psmpi.comm.transfers import Boundary, Spread
 from psmpi.config import Config
 from psmpi.data import Batch, Dataset, Resident
 from psmpi.errors import UserError
@@ -83,6 +84,11 @@ class DirectFeedback:
         self.world = Group(world, range(world.size), self.counter, make_bridge(world, ops, config.parallel.gpu_aware))
         self.first, self.last = world.rank == 0, world.rank == world.size - 1
         stages = split_layers(network, world.size)
+        # In front of each rank but the first, and the error to all.
+        units = [int(np.prod(network.layers[first].in_shape)) for first, _ in stages]
+        cuts = [None, *(Boundary(self.world, k - 1, k, units[k], self.dtype) for k in range(1, world.size)), None]
+        self.below, self.above = cuts[world.rank : world.rank + 2]
+        self.errors = Spread(self.world, network.classes, self.dtype, world.size - 1, per_sample=True)
         self.shards = Ownership(tuple(network.runs(self.layout, *stage) for stage in stages))
         shard = self.shards[world.rank]
         self.w, self.g = (ops.zeros(shard.size, self.dtype) for _ in range(2))
@@ -198,7 +204,8 @@ class DirectFeedback:
         if self.last:
             self.objective.bring(self.train.targets(batch.ids))
             self.error_pass(b)
-        self.world.bcast(self._error(b), self.world.size - 1)
+        error = self._error(b)
+        self.errors.forward(error, error)
         self.backward_pass(b)
         if self.last:
             self.loss_sum += self.objective.value() * b
@@ -210,14 +217,14 @@ class DirectFeedback:
         """The outputs of this rank's last layer; those of the rank before are received, and its own sent on."""
         b = len(ids)
         x = self.x[: self.inputs * b].reshape(self.inputs, b)
-        if self.first:
+        if self.below is None:
             samples.fetch(ids, x)
         else:
-            self.world.receive(x, self.rank - 1)
+            self.below.forward(None, x)
         self.tape = self.forward_pass(x.shape[1])
         y = self.tape.scores
-        if not self.last:
-            self.world.send(y, self.rank + 1)
+        if self.above is not None:
+            self.above.forward(y, None)
         return y
 
     def _compute(self, b: int) -> Tape:
@@ -290,14 +297,14 @@ class DirectFeedback:
             derivatives = np.empty(error.shape)
             self.metric.loss(self.ops.host(scores), self.tests.targets(ids), 1 / b, derivatives)
             error[...] = self.aside.put(np.clip(derivatives, -self.limit, self.limit).astype(self.dtype))
-        self.world.bcast(error, self.world.size - 1)
+        self.errors.forward(error, error)
         cosines = np.zeros(max(1, self.depth - 1))
         # The gradient comes from above, layer by layer.
-        if self.last:
+        if self.above is None:
             above = self._copy(error)
         else:
             found = np.empty((int(np.prod(self.tape.scores.shape[:-1])), b), self.dtype)
-            self.world.receive(found, self.rank + 1)
+            self.above.backward(None, found)
             above = self.aside.put(found)
         back = list(zip(self.hidden, self.back, strict=True))
         for one in reversed(self.layers):
@@ -311,8 +318,8 @@ class DirectFeedback:
             below = self.aside.empty(x.size, self.dtype).reshape(x.shape)
             self.model.backward(self.tape, above.reshape(shape), first=one.first, last=one.last, dx=below)
             above = below.reshape(-1, b)
-        if not self.first:
-            self.world.send(self.ops.host(above), self.rank - 1)
+        if self.below is not None:
+            self.below.backward(self.ops.host(above), None)
         self.counter.sent, self.counter.received = sent, received
         self.world.agree(cosines)
         return {"alignment": [round(float(c), 6) for c in cosines[: self.depth - 1]]}

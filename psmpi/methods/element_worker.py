@@ -8,6 +8,7 @@ import numpy as np
 
 from psmpi.backend import NumpyOps
 from psmpi.comm.group import Group
+from psmpi.comm.transfers import RowExchange, Sum
 from psmpi.config import Config
 from psmpi.data import Batch, Dataset, Resident
 from psmpi.layout import Layout, Roles, Worker
@@ -39,7 +40,7 @@ class ElementWorker:
         ops: NumpyOps,
         tests: bool = True,
     ):
-        self.place, self.row, self.rows, self.dataset = place, row, roles.rows, dataset
+        self.place, self.rows, self.dataset = place, roles.rows, dataset
         self.dtype, self.ops = np.dtype(config.model.dtype), ops
         self.g_part = g_part
         self.model = Model(network, layout, w_part, g_part, ops, place.classes)
@@ -47,11 +48,13 @@ class ElementWorker:
         self.objective = Objective(self.loss, self.model)
         self.forward_pass, self.backward_pass = ops.record(self._forward), self.objective.record(self._backward)
         peers = [w for w in roles.workers if w is not None and w.row == place.row]
-        self.columns = [len(w.classes) for w in peers]
+        # Of training and tests with the score partition; of tests with the pair partition.
+        self.score_exchange = RowExchange(row, [len(w.classes) for w in peers], self.dtype)
+        self.score_sum = Sum(row, dataset.outputs, self.dtype, per_sample=True)
         self.own = slice(place.classes[0], place.classes[-1] + 1)
         # In an evaluation, a class's scores come from the first worker of the row that computes them.
         first = {c: w.column for w in reversed(peers) for c in w.classes}
-        self.speaks = [(k, c) for k, c in enumerate(place.classes) if first[c] == place.column]
+        self.reports = [(k, c) for k, c in enumerate(place.classes) if first[c] == place.column]
 
         samples = np.arange(dataset.train.n)
         self.pairs: np.ndarray | None = None
@@ -71,7 +74,7 @@ class ElementWorker:
         batches = network.evaluation_batches(dataset.test.n) if tests else []
         self.test_batches = [batches[k] for k in np.array_split(np.arange(len(batches)), self.rows)[place.row]]
         mine = np.concatenate([np.arange(0), *(np.arange(at.start, at.stop) for at in self.test_batches)])
-        self.test_ids = mine if self.pairs is None or self.speaks else mine[:0]
+        self.test_ids = mine if self.pairs is None or self.reports else mine[:0]
         self.test_samples = Resident(dataset.test, self.test_ids, self.dtype, ops)
         self.capacity = 0
         share = -(-config.data.batch_size // self.rows)
@@ -146,7 +149,7 @@ class ElementWorker:
         """All classes' scores (classes, b), from each column's own (its classes, b)."""
         b = output.shape[1]
         scores = self.scores[: self.dataset.outputs * b].reshape(-1, b)
-        self.row.allgatherv(output, scores, [n * b for n in self.columns])
+        self.score_exchange.forward(output, scores)
         return scores
 
     def test(self) -> np.ndarray:
@@ -164,10 +167,10 @@ class ElementWorker:
                 scores = self._share(output)
             else:
                 scores.fill(0)
-                for k, c in self.speaks:
+                for k, c in self.reports:
                     assert output is not None
                     scores[c] = output[k]
-                self.row.allreduce(scores)
+                self.score_sum.backward(scores, scores)
             if self.place.column == 0:
                 totals += self.metric.sums(self.ops.host(scores), self.test_samples.targets(ids))
         return totals

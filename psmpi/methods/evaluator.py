@@ -9,6 +9,7 @@ import numpy as np
 
 from psmpi.backend import Mirror, NumpyOps
 from psmpi.comm.group import Group
+from psmpi.comm.transfers import Gather
 from psmpi.data import Resident, Split
 from psmpi.layout import Layout, Runs
 from psmpi.nn.cut import cut_stages
@@ -39,7 +40,7 @@ class Evaluator:
     ):
         # Tests allocate, and training steps may be recorded.
         self.ops = ops = ops.separate()
-        self.group, self.network, self.layout, self.shards = group, network, layout, shards
+        self.group, self.network, self.layout = group, network, layout
         self.weights, self.metric, self.dtype, self.split = weights, metric, weights.host.dtype, split
         batches = network.evaluation_batches(split.n)
         dealt = [[batches[k] for k in some] for some in np.array_split(np.arange(len(batches)), group.size)]
@@ -49,6 +50,10 @@ class Evaluator:
         # By the first rank's share, the largest, so that all ranks decide alike.
         ways = [[(0, len(network.layers))], *([cut_stages(network)] if group.size > 1 else [])]
         self.stages = min(ways, key=lambda stages: self._need(stages, dealt[0]))
+        self.gathers: dict[tuple[int, int], tuple[Runs, Gather]] = {}
+        for stage in self.stages if group.size > 1 else ():
+            runs = network.runs(layout, *stage) - layout.dead
+            self.gathers[stage] = runs, Gather(group, shards, runs, self.dtype)
         self.whole: Model | None = None
         if group.size == 1:
             used = Runs(((0, layout.size),)) - layout.dead
@@ -81,18 +86,9 @@ class Evaluator:
 
     def _gathered(self, stage: tuple[int, int]) -> Model:
         """The model of some layers, whose weights all ranks bring together."""
-        runs = self.network.runs(self.layout, *stage) - self.layout.dead
-        shard = self.shards[self.group.rank]
+        runs, gather = self.gathers[stage]
         w = self.ops.mirror(self.ops.empty(runs.size, self.dtype))
-        for a, b in (runs & shard).intervals:
-            w.host[runs.local(a, b)] = self.weights.host[shard.local(a, b)]
-        # Units that lie side by side are dealt to the ranks in order: each such piece is gathered in its place.
-        for piece in self.layout.pieces():
-            size = (piece.last - piece.first) * self.layout.parameters[piece.parameter].unit_size
-            within = Runs(((piece.offset, piece.offset + size),)) & runs
-            if within.size:
-                counts = [(within & theirs).size for theirs in self.shards]
-                self.group.gather_all(w.host[runs.local(*within.intervals[0])], counts)
+        gather.forward(self.weights.host, w.host)
         w.push()
         w.settle()
         return Model(self.network, self.layout, w.array, None, self.ops, layers=stage)

@@ -14,18 +14,19 @@ import numpy as np
 
 from psmpi.backend import NumpyOps
 from psmpi.comm.group import Counter, Group
+from psmpi.comm.transfers import Subnets
 from psmpi.config import Config
 from psmpi.data import Batch, Dataset
 from psmpi.errors import UserError
-from psmpi.layout import Ownership, Runs, TableRows, replicate
+from psmpi.layout import Runs, TableRows, replicate
 from psmpi.methods.base import Place, check_first_order, check_slices, configured_loss, make_metric
 from psmpi.methods.element_worker import ElementWorker
 from psmpi.methods.evaluator import Evaluator
 from psmpi.methods.psl import hyperparameters
-from psmpi.methods.replica import alone
+from psmpi.methods.replica import no_sum
 from psmpi.nn.init import initial_weights
 from psmpi.nn.network import Network
-from psmpi.nn.subnet import Dealer, Strip, find_strips, shard_rows, strips_size
+from psmpi.nn.subnet import Dealer
 from psmpi.optim import clip_by_global_norm, make_optimizer
 
 
@@ -48,10 +49,10 @@ class IndependentSubnets:
         self.clip, self.every = o.clip, config.replicated.local_steps
         self.holders, self.workers = find_roles(world.size, config)
         self.dealer = make_dealer(network, len(self.workers), config)
-        dealt = shard_rows(self.layout, len(self.holders))
-        self.shards = Ownership(
-            tuple(dealt[self.holders.index(rank)] if rank in self.holders else Runs() for rank in range(world.size))
+        self.subnets = Subnets(
+            self.world, self.holders, self.workers, self.layout, self.dealer.layouts, self.dealer.deal, self.dtype
         )
+        self.shards = self.subnets.shards
         shard = self.shards[world.rank]
         # One that holds all of it tests with it where it is.
         on_device = ops.zeros if len(self.holders) == 1 and world.rank in self.holders else np.zeros
@@ -69,10 +70,6 @@ class IndependentSubnets:
         self.worker: ElementWorker | None = None
         if self.number >= 0:
             self._make_subnet(world, dataset, config)
-        self._plan(0)
-        self.sending = np.empty(sum(self.sent), self.dtype)
-        # From one rank that holds everything the message is the vector itself.
-        self.arriving = np.empty(self.own.size if len(self.holders) > 1 and self.number >= 0 else 0, self.dtype)
         self.evaluator: Evaluator | None = None
         group = Group(world, self.holders, Counter())
         self.metric = make_metric(config, dataset)
@@ -128,33 +125,6 @@ class IndependentSubnets:
                 "elsewhere: --batch-norm learns better with this method"
             )
 
-    def _plan(self, number: int) -> None:
-        """What goes between this rank and the others in round `number`: index sets are drawn, not sent."""
-        deal = self.dealer.deal(number)
-        layouts = self.dealer.layouts
-        mine = self.shards[self.rank]
-        count = len(self.holders)
-        self.out: list[list[Strip]] = []
-        if self.rank in self.holders:
-            at = (self.holders.index(self.rank), count)
-            self.out = [
-                find_strips(self.layout, mine, at, layouts[worker], shares, worker)
-                for worker, shares in enumerate(deal)
-            ]
-        self.into: list[list[Strip]] = []
-        if self.number >= 0:
-            own, shares = layouts[self.number], deal[self.number]
-            self.into = [
-                find_strips(self.layout, self.shards[rank], (k, count), own, shares, self.number)
-                for k, rank in enumerate(self.holders)
-            ]
-        # Elements to and from each rank.
-        self.sent, self.received = ([0] * self.world.size for _ in range(2))
-        for rank, strips in zip(self.workers, self.out, strict=False):
-            self.sent[rank] = strips_size(strips)
-        for rank, strips in zip(self.holders, self.into, strict=False):
-            self.received[rank] = strips_size(strips)
-
     def step(self, batch: Batch, lr: float) -> None:
         if self.steps == 0:
             self._begin()
@@ -165,33 +135,23 @@ class IndependentSubnets:
             self.g[self.unused].fill(0)
             self.loss_sum += self.worker.element_losses(own, own) * len(share)
             if self.clip > 0:
-                clip_by_global_norm(self.g, self.clip, alone, self.ops)
-            self.optimizer.step(self.part, self.g, lr, alone)
+                clip_by_global_norm(self.g, self.clip, no_sum, self.ops)
+            self.optimizer.step(self.part, self.g, lr, no_sum)
         self.steps += 1
         if self.steps == self.every:
             self._end()
 
     def _begin(self) -> None:
         """Deal out the network: each worker gets its subnet's weights, and what travels with them."""
-        self._plan(int(self.scalars["rounds"]))
-        if sum(self.sent) > self.sending.size:
-            # Widths that cannot be divided: a shard's share of the subnets changes a little.
-            self.sending = np.empty(sum(self.sent), self.dtype)
+        self.subnets.plan(int(self.scalars["rounds"]))
         if self.worker is not None:
             for vector in self.optimizer.vectors.values():
                 vector.fill(0)
             self.optimizer.scalars.update(self.fresh)
         for name, shard in self.vectors.items():
-            for strip, message in messages(self.out, self.sending):
-                strip.take(shard, message)
-            arriving = self._arriving(name)
-            self.world.alltoallv(self.sending, self.sent, arriving, self.received)
+            self.subnets.forward(shard, self._own(name))
             if self.worker is not None:
-                mirror = self.mirrors[name]
-                if arriving is not mirror.host:
-                    for strip, message in messages(self.into, arriving):
-                        mirror.host[strip.into : strip.into + strip.size] = message[strip.at : strip.at + strip.size]
-                mirror.push()
+                self.mirrors[name].push()
         if self.worker is not None:
             for mirror in self.mirrors.values():
                 mirror.settle()
@@ -206,22 +166,13 @@ class IndependentSubnets:
             for mirror in self.mirrors.values():
                 mirror.wait()
         for name, shard in self.vectors.items():
-            leaving = self._arriving(name)
-            if self.worker is not None and leaving is not self.mirrors[name].host:
-                host = self.mirrors[name].host
-                for strip, message in messages(self.into, leaving):
-                    message[strip.at : strip.at + strip.size] = host[strip.into : strip.into + strip.size]
-            self.world.alltoallv(leaving, self.received, self.sending, self.sent)
-            for strip, message in messages(self.out, self.sending):
-                strip.put(message, shard)
+            self.subnets.average(self._own(name), shard)
         self.steps = 0
         self.scalars["rounds"] += 1
 
-    def _arriving(self, name: str) -> np.ndarray:
-        """Where a worker's messages are."""
-        if self.worker is not None and len(self.holders) == 1:
-            return self.mirrors[name].host
-        return self.arriving
+    def _own(self, name: str) -> np.ndarray | None:
+        """A worker's vector of its subnet, in host memory."""
+        return self.mirrors[name].host if self.worker is not None else None
 
     def collect(self) -> None:
         """Bring the vectors up to date: that ends a round."""
@@ -251,7 +202,7 @@ class IndependentSubnets:
 
     def memory(self) -> dict[str, int]:
         shard = sum(vector.nbytes for vector in self.vectors.values())
-        found = {"weights": shard, "buffers": self.sending.nbytes + self.arriving.nbytes}
+        found = {"weights": shard, "buffers": self.subnets.nbytes}
         if self.evaluator is not None:
             found["tests"] = self.evaluator.nbytes
         if self.worker is not None:
@@ -265,16 +216,6 @@ class IndependentSubnets:
 
     def events(self) -> dict[str, int]:
         return {"psl_terms_past_exp_clip": self.worker.loss.clipped if self.worker is not None else 0}
-
-
-def messages(strips: list[list[Strip]], buffer: np.ndarray) -> Iterator[tuple[Strip, np.ndarray]]:
-    """Every strip of several messages, and where in the buffer its message is: one after the other."""
-    at = 0
-    for some in strips:
-        size = strips_size(some)
-        for strip in some:
-            yield strip, buffer[at : at + size]
-        at += size
 
 
 def make_dealer(network: Network, workers: int, config: Config) -> Dealer:

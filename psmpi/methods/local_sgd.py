@@ -19,7 +19,7 @@ from psmpi.data import Batch, Dataset
 from psmpi.errors import UserError
 from psmpi.layout import TableRows
 from psmpi.methods.base import check_first_order
-from psmpi.methods.replica import Replica, alone
+from psmpi.methods.replica import Replica, no_sum
 from psmpi.nn.network import Network
 from psmpi.optim import clip_by_global_norm
 
@@ -78,8 +78,8 @@ class LocalSGD(Replica):
         self.g[self.unused].fill(0)
         self.loss_sum += self.worker.element_losses(own, own) * len(share)
         if self.clip > 0:
-            clip_by_global_norm(self.g, self.clip, alone, self.ops)
-        self.optimizer.step(self.w, self.g, lr, alone)
+            clip_by_global_norm(self.g, self.clip, no_sum, self.ops)
+        self.optimizer.step(self.w, self.g, lr, no_sum)
         self.scalars["local_steps"] += 1
         if self.scalars["local_steps"] % self.every == 0:
             self._average()

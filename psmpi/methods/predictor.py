@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 
 from psmpi.backend import NumpyOps
+from psmpi.comm.control import receive_from, send_to_first
 from psmpi.comm.group import Counter, Group
+from psmpi.comm.transfers import RowExchange
 from psmpi.data import Resident, Split
 from psmpi.layout import Layout, make_grid
 from psmpi.nn.model import Model
@@ -32,10 +34,10 @@ class Predictor:
         self.place = grid[world.rank]
         self.rows = 1 + grid[-1].row
         peers = [rank for rank, w in enumerate(grid) if w.row == self.place.row]
-        self.columns = [len(grid[rank].classes) for rank in peers]
+        counts = [len(grid[rank].classes) for rank in peers]
+        self.score_exchange = RowExchange(Group(world, peers, Counter()), counts, dtype)
         # The ranks that gather what their row has found.
-        self.speakers = [rank for rank, w in enumerate(grid) if w.column == 0]
-        self.row = Group(world, peers, Counter())
+        self.reporters = [rank for rank, w in enumerate(grid) if w.column == 0]
         mine = [self.classes[k] for k in self.place.classes]
         self.part = layout.part(mine)
         self.w = np.empty(self.part.size, dtype)
@@ -66,16 +68,16 @@ class Predictor:
         for at in dealt[self.place.row]:
             x = self._fetch(split, np.arange(at.start, at.stop))
             scores = np.empty((count, x.shape[1]), self.dtype)
-            self.row.allgatherv(self.model.forward(x).scores, scores, [n * x.shape[1] for n in self.columns])
+            self.score_exchange.forward(self.model.forward(x).scores, scores)
             found[at.start - first : at.stop - first] = scores.T
         if self.world.rank != 0:
             if self.place.column == 0 and len(found):
-                self.world.Send(found, dest=0)
+                send_to_first(self.world, found)
             return None
         everything = np.empty((split.n, count), self.dtype)
-        for rank, (start, stop) in zip(self.speakers, edges, strict=True):
+        for rank, (start, stop) in zip(self.reporters, edges, strict=True):
             if start < stop and rank != 0:
-                self.world.Recv(everything[start:stop], source=rank)
+                receive_from(self.world, everything[start:stop], rank)
             elif start < stop:
                 everything[start:stop] = found
         return everything

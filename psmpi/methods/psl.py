@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from psmpi.backend import NumpyOps
-from psmpi.comm.bridge import make_bridge
-from psmpi.comm.exchange import Exchange
 from psmpi.comm.group import Counter, Group
+from psmpi.comm.probe import make_bridge
+from psmpi.comm.transfers import Exchange
 from psmpi.config import Config
 from psmpi.data import Batch, Dataset
 from psmpi.errors import UserError
@@ -47,11 +47,10 @@ class PartiallySeparable:
         self.roles = plan_roles(self.layout, world.size, config)
         self.shards, self.rank, self.clip = self.roles.shards, world.rank, optimization.clip
         self.counter = Counter()
-        bridge = make_bridge(world, ops, config.parallel.gpu_aware)
-        self.ops, self.exchange = ops, Exchange(world, self.roles, self.counter, ops, bridge)
-        dtype = np.dtype(config.model.dtype)
-        self.w_part, self.w = self.exchange.make_vectors(dtype)
-        self.g_part, self.g = self.exchange.make_vectors(dtype)
+        bridge, dtype = make_bridge(world, ops, config.parallel.gpu_aware), np.dtype(config.model.dtype)
+        self.ops, self.exchange = ops, Exchange(world, self.roles, self.counter, dtype, ops, bridge)
+        self.w_part, self.w = self.exchange.make_vectors()
+        self.g_part, self.g = self.exchange.make_vectors()
         shard = self.shards[world.rank]
         self.optimizer = make_optimizer(optimization.optimizer, shard.size, dtype, hyperparameters(config), ops)
         state = {"weights": self.w, **self.optimizer.vectors}
@@ -95,7 +94,7 @@ class PartiallySeparable:
             self.collect()
             self.tables, self.rows = self.newton.tables, element_rows(self.roles, optimization.merge_pairs)
             # From here on the workers make the steps of the owners themselves.
-            self.exchange.scatter(self.w, self.w_part)
+            self.exchange.forward(self.w, self.w_part)
         self.failed_before: dict[str, float | int] = {}
         self.loss_sum = 0.0
 
@@ -141,7 +140,7 @@ class PartiallySeparable:
 
         A loss that is not finite is a FloatingPointError, in a `trial` of a line search infinity.
         """
-        self.exchange.scatter(self.w, self.w_part)
+        self.exchange.forward(self.w, self.w_part)
         loss = 0.0
         if self.worker is not None:
             try:
@@ -152,7 +151,7 @@ class PartiallySeparable:
                 # The others of the row may be fine with their own elements, and wait for this rank's share.
                 self.g_part.fill(0)
                 loss = inf
-        self.exchange.gather(self.g_part, self.g)
+        self.exchange.backward(self.g_part, self.g)
         return loss
 
     def collect(self) -> None:
@@ -170,7 +169,7 @@ class PartiallySeparable:
 
     def test(self) -> dict[str, float]:
         # The weights that other ranks own have moved since they were last sent.
-        self.exchange.scatter(self.w, self.w_part)
+        self.exchange.forward(self.w, self.w_part)
         self.exchange.verify(self.w)
         share = self.worker.test() if self.worker is not None else self.metric.zeros()
         return self.metric.scores(self.world.agree(share))

@@ -12,8 +12,8 @@ from math import inf, isfinite
 import numpy as np
 
 from psmpi.backend import Mirror, NumpyOps
-from psmpi.comm.exchange import Exchange
 from psmpi.comm.group import Group
+from psmpi.comm.transfers import Exchange
 from psmpi.config import Config
 from psmpi.data import Batch
 from psmpi.errors import UserError
@@ -66,19 +66,19 @@ class PartitionedNewton:
         self.region = TrustRegion()
         self.momentum = None if o.extrapolation == "none" else Momentum(o.extrapolation == "adaptive", o.momentum)
         scalars.update(radius=1.0, first=1.0, theta=1.0, products=0, trials=0, failed_steps=0)
-        self.p_part, self.p = exchange.make_vectors(self.dtype)
-        self.q_part, self.q = exchange.make_vectors(self.dtype)
+        self.p_part, self.p = exchange.make_vectors()
+        self.q_part, self.q = exchange.make_vectors()
         self.g, self.r, self.x = (ops.empty(w.size, self.dtype) for _ in range(3))
         self.x_part, self.t_part = (ops.zeros(w_part.size, self.dtype) for _ in range(2))
         self.mirrors: dict[str, Mirror] = {}
         if self.momentum is not None:
-            self.v_part, self.v = exchange.make_vectors(self.dtype)
+            self.v_part, self.v = exchange.make_vectors()
             self.mirrors["v"] = ops.mirror(self.v)
         self.beta2, self.eps = o.beta2, o.eps
         self.scaled = o.scaling == "moments"
         if self.scaled:
             # What a step in the scaled variables is multiplied by to be one in the weights.
-            self.root_part, self.root = exchange.make_vectors(self.dtype)
+            self.root_part, self.root = exchange.make_vectors()
             self.squares = ops.zeros(w.size, self.dtype)
             self.mirrors["squares"] = ops.mirror(self.squares)
             scalars["t"] = 0
@@ -149,7 +149,7 @@ class PartitionedNewton:
         self._count(brought)
         if not isfinite(start):
             raise FloatingPointError(DIVERGED)
-        self.exchange.gather(self.q_part, self.q)
+        self.exchange.backward(self.q_part, self.q)
         self.g[...] = self.q
         if self.scaled:
             self._scale()
@@ -198,11 +198,11 @@ class PartitionedNewton:
     def resumed(self) -> None:
         """Take up scalars, mirrors and tables that were restored."""
         self.operators.settled()
-        self.exchange.scatter(self.w, self.w_part)
+        self.exchange.forward(self.w, self.w_part)
         self.region.radius = float(self.scalars["radius"])
         if self.momentum is not None:
             self.momentum.theta = float(self.scalars["theta"])
-            self.exchange.scatter(self.v, self.v_part)
+            self.exchange.forward(self.v, self.v_part)
 
     def events(self) -> dict[str, int]:
         """Counts of what went wrong, on this rank since the start. All ranks call it."""
@@ -227,7 +227,7 @@ class PartitionedNewton:
         self.scalars["t"] += 1
         correction = 1 - self.beta2 ** self.scalars["t"]
         self.curvature.moment_scale(self.g, self.squares, self.root, self.beta2, correction, self.eps)
-        self.exchange.scatter(self.root, self.root_part)
+        self.exchange.forward(self.root, self.root_part)
         self.ops.multiply(self.g, self.root)
 
     def _batch(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
@@ -248,10 +248,10 @@ class PartitionedNewton:
 
     def _product(self, p: np.ndarray, q: np.ndarray) -> None:
         """q = (B + sigma I) p."""
-        self.exchange.scatter(p, self.p_part)
+        self.exchange.forward(p, self.p_part)
         if self.elements is not None:
             self.operators.restricted_product(self.elements.restriction, self.p_part, self.q_part)
-        self.exchange.gather(self.q_part, q)
+        self.exchange.backward(self.q_part, q)
         if self.sigma:
             self.ops.combine(q, (1.0, q), (self.sigma, p))
 

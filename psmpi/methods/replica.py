@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Set
 from typing import Any
-from zlib import crc32
 
 import numpy as np
 
 from psmpi.backend import NumpyOps
-from psmpi.comm.bridge import Staged, make_bridge
+from psmpi.comm.bridge import Staged
 from psmpi.comm.group import Counter, Group
+from psmpi.comm.probe import make_bridge
+from psmpi.comm.transfers import Gather
 from psmpi.config import Config
 from psmpi.data import Dataset
 from psmpi.errors import UserError
@@ -51,6 +52,7 @@ class Replica:
         self.by_host = Group(world, range(world.size), self.counter, on_host)
         self.aside = Group(world, range(world.size), Counter(), on_host)
         whole = Runs(((0, self.layout.size),))
+        self.whole = Gather(self.aside, self.shards.runs, whole, self.dtype)
         self.w, self.g = (ops.zeros(self.layout.size, self.dtype) for _ in range(2))
         # Units that no score depends on have weights too, which lie last; nobody computes with them.
         used = self.roles.parts[world.rank].inside(whole)
@@ -75,10 +77,14 @@ class Replica:
         weights.settle()
         self.loss_sum = 0.0
 
+    def _share(self) -> tuple[int, int]:
+        """[start, stop) of this rank's shard in the flat vector."""
+        start, stop = next(iter(self.shards[self.rank].intervals), (0, 0))
+        return start, stop
+
     def _keep(self) -> None:
         """Let checkpoints hold this rank's share of `state`."""
-        shard = self.shards[self.rank]
-        start, stop = shard.intervals[0] if shard.size else (0, 0)
+        start, stop = self._share()
         self.mirrors = {name: self.ops.mirror(vector[start:stop]) for name, vector in self.state.items()}
         self.vectors = {name: mirror.host for name, mirror in self.mirrors.items()}
         self.collect()
@@ -109,10 +115,10 @@ class Replica:
             mirror.wait()
 
     def resumed(self, tables: bool, fresh: Set[str]) -> None:
-        counts = [shard.size for shard in self.shards]
+        start, stop = self._share()
         for name, vector in self.state.items():
             self.mirrors[name].push()
-            self.aside.gather_all(vector, counts)
+            self.whole.forward(vector[start:stop], vector)
 
     def test(self) -> dict[str, float]:
         return self.worker.metric.scores(self.world.agree(self.worker.test()))
@@ -143,12 +149,10 @@ class Replica:
 
 def verify(group: Group, vector: np.ndarray, advice: str) -> None:
     """RuntimeError unless all ranks of a group hold the same bits of a vector."""
-    sums = np.zeros(group.size)
-    sums[group.rank] = crc32(np.ascontiguousarray(vector).data)
-    if len(set(group.agree(sums).tolist())) > 1:
+    if not group.same_bits(vector):
         raise RuntimeError(f"the ranks no longer hold the same weights: they were given different sums; {advice}")
 
 
-def alone(values: np.ndarray) -> np.ndarray:
+def no_sum(values: np.ndarray) -> np.ndarray:
     """Sums over the shards of a vector that every rank has whole."""
     return values

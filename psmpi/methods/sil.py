@@ -17,15 +17,16 @@ from typing import Any
 import numpy as np
 
 from psmpi.backend import NumpyOps
-from psmpi.comm.bridge import make_bridge
 from psmpi.comm.group import Counter, Group
+from psmpi.comm.probe import make_bridge
+from psmpi.comm.transfers import Boundary, Spread, Sum
 from psmpi.config import Config
 from psmpi.data import Batch, Dataset, Resident
 from psmpi.errors import UserError
 from psmpi.layout import Ownership, Runs, TableRows
 from psmpi.methods.base import Place, make_metric
 from psmpi.methods.layer_part import Part
-from psmpi.methods.replica import alone, verify
+from psmpi.methods.replica import no_sum, verify
 from psmpi.methods.sil_plan import Phase, Seats, check, count_parts, cut_activation, plan_phases, warnings
 from psmpi.nn.cut import split_layers
 from psmpi.nn.network import Network
@@ -81,6 +82,15 @@ class SyntheticLabels:
             for k, at in places.items()
         }
         self.last = self.parts.get(self.count - 1)
+        # Behind each part but the last, in this row; gradients over the rows of a part; what one row shares with them.
+        units = [int(np.prod(network.layers[behind - 1].out_shape)) for _, behind in self.stages]
+        at = [self.seats.rank(k, self.row) for k in range(self.count)]
+        self.boundaries = [Boundary(self.world, at[k], at[k + 1], units[k], self.dtype) for k in range(self.count - 1)]
+        self.sums = {k: Sum(self.peers, part.w.size, self.dtype) for k, part in self.parts.items()}
+        self.shared = {
+            k: [Spread(self.peers, part.inputs, self.dtype, row, per_sample=True) for row in range(self.seats.rows)]
+            for k, part in self.parts.items()
+        }
         self.metric = make_metric(config, dataset)
         train, tests = np.arange(dataset.train.n), np.arange(dataset.test.n)
         mine = [tests[at] for at in network.evaluation_batches(dataset.test.n)[self.row :: self.seats.rows]]
@@ -132,15 +142,15 @@ class SyntheticLabels:
             for k in phase.parts:
                 self._learn_apart(k, ids, mine, labels=epoch == phase.start, counts=k == phase.parts[-1])
         for part in trained:
-            self.peers.allreduce(part.g)
+            self.sums[part.number].backward(part.g, part.g)
         if self.clip > 0 and phase.joined:
             clip_by_global_norm(self.g, self.clip, self._over_parts, self.ops)
         elif self.clip > 0:
             for part in trained:
-                clip_by_global_norm(part.g, self.clip, alone, self.ops)
+                clip_by_global_norm(part.g, self.clip, no_sum, self.ops)
         for part in trained:
             part.optimizer.scalars.update({name: self.scalars[name] for name in part.optimizer.scalars})
-            part.optimizer.step(part.w, part.g, lr, alone)
+            part.optimizer.step(part.w, part.g, lr, no_sum)
         for name in self.scalars.keys() & {"steps", "t"}:
             self.scalars[name] += 1
 
@@ -237,27 +247,23 @@ class SyntheticLabels:
             assert x is not None
             y = part.forward(x)
             self.macs += part.cost.forward * b
-        if part is not None and after is None:
-            assert y is not None
-            self.world.send(y, self.seats.rank(k + 1, self.row))
-            self.handed_bytes += y.nbytes
-            return None
-        if part is None and after is not None:
-            y = after.room(b)
-            self.world.receive(y, self.seats.rank(k, self.row))
-        return y
+        if part is not None and after is not None:
+            return y
+        received = None if after is None else after.room(b)
+        self.boundaries[k].forward(y, received)
+        self.handed_bytes += 0 if y is None else y.nbytes
+        return received
 
     def _pass_back(self, k: int, dx: np.ndarray | None, b: int) -> np.ndarray | None:
         """The gradient of the outputs of part k, where that is, from that of part k + 1's inputs."""
         part, after = self.parts.get(k), self.parts.get(k + 1)
-        if part is None and after is not None:
-            assert dx is not None
-            self.world.send(dx, self.seats.rank(k, self.row))
-            self.handed_bytes += dx.nbytes
-        if part is not None and after is None:
-            dx = part.objective.cast[: part.units * b].reshape(part.units, b)
-            self.world.receive(dx, self.seats.rank(k + 1, self.row))
-        return dx if part is not None else None
+        if part is not None and after is not None:
+            return dx
+        received = None if part is None else part.objective.cast[: part.units * b].reshape(part.units, b)
+        sent = dx if after is not None else None
+        self.boundaries[k].backward(sent, received)
+        self.handed_bytes += 0 if sent is None else sent.nbytes
+        return received
 
     def _hand_over(self, first: int, last: int) -> None:
         """The parts behind `first` up to `last` store what those before make of all training samples.
@@ -283,7 +289,7 @@ class SyntheticLabels:
                 after = self.parts.get(k + 1)
                 if after is not None:
                     x = after.room(len(ids)) if x is None else x
-                    self.peers.bcast(x, row)
+                    self.shared[k + 1][row].forward(x, x)
                     after.stored[mixed] = x.T
 
     def _over_parts(self, values: np.ndarray) -> np.ndarray:

@@ -7,97 +7,18 @@ and the number of the round: nobody has to be told.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 
 from psmpi.errors import UserError
-from psmpi.layout import Layout, Runs, even_edges
+from psmpi.layout import Share, Shares, even_edges
 from psmpi.nn.layers import Layer
 from psmpi.nn.layers.linear import Linear
 from psmpi.nn.layers.scale import Scale
 from psmpi.nn.network import Network
-
-# Elements that are taken from a matrix at a time.
-INDICES = 1 << 15
-
-
-@dataclass(frozen=True, eq=False)
-class Share:
-    """What a subnetwork has of a parameter of the whole network: some rows (units) and columns, or all (None).
-
-    rows, columns: increasing; a column is a position among the weights of one unit. owners: the workers that have this
-    share, in order; parameters of units and blocks that are not dealt out are everybody's.
-    """
-
-    source: str
-    rows: np.ndarray | None
-    columns: np.ndarray | None
-    owners: tuple[int, ...]
-
-
-# By the name of the subnetwork's parameter.
-Shares = dict[str, Share]
-
-
-@dataclass(frozen=True, eq=False)
-class Strip:
-    """Rows of one parameter that lie in one shard and in one worker's subnetwork.
-
-    In the shard they are rows and columns (None: all) of the matrix (count, unit) from `start` on; in the message
-    between the two ranks, and in the worker's vector, (n, m) elements from `at` and from `into` on. It is the share
-    number `turn` of `owners`.
-    """
-
-    start: int
-    count: int
-    unit: int
-    rows: np.ndarray | None
-    columns: np.ndarray | None
-    shape: tuple[int, int]
-    at: int
-    into: int
-    turn: int
-    owners: int
-
-    @property
-    def size(self) -> int:
-        return self.shape[0] * self.shape[1]
-
-    def take(self, shard: np.ndarray, message: np.ndarray) -> None:
-        """Copy it from the shard into the message."""
-        out = message[self.at : self.at + self.size].reshape(self.shape)
-        matrix = shard[self.start : self.start + self.count * self.unit].reshape(self.count, self.unit)
-        rows = np.arange(self.count) if self.rows is None else self.rows
-        # Any mode but "raise" saves numpy a buffer for the result.
-        if self.columns is None:
-            np.take(matrix, rows, axis=0, out=out, mode="clip")
-        else:
-            # A few rows at a time, so that the indices stay in the cache.
-            flat, some = matrix.reshape(-1), max(1, INDICES // len(self.columns))
-            for a in range(0, len(rows), some):
-                at = rows[a : a + some, None] * self.unit + self.columns
-                np.take(flat, at, out=out[a : a + some], mode="clip")
-
-    def put(self, message: np.ndarray, shard: np.ndarray) -> None:
-        """Copy it from the message into the shard: where it has more owners, the mean over all of their messages.
-
-        The owners' messages are put one after the other, in their order.
-        """
-        values = message[self.at : self.at + self.size].reshape(self.shape)
-        matrix = shard[self.start : self.start + self.count * self.unit].reshape(self.count, self.unit)
-        if self.rows is None and self.columns is None:
-            matrix[...] = values if self.turn == 0 else matrix + values
-            if self.turn == self.owners - 1 > 0:
-                matrix *= 1 / self.owners
-            return
-        rows = np.arange(self.count) if self.rows is None else self.rows
-        if self.columns is None:
-            matrix[rows] = values
-        else:
-            matrix[rows[:, None], self.columns] = values
 
 
 class Dealer:
@@ -338,61 +259,3 @@ def _normalized(following: Sequence[Layer | None]) -> bool:
         if layer is None or layer.linear or layer.activation not in ("", "identity"):
             return False
     return False
-
-
-def shard_rows(layout: Layout, holders: int) -> list[Runs]:
-    """The flat vector dealt to `holders` ranks: each has a group of consecutive units of every parameter."""
-    found: list[list[tuple[int, int]]] = [[] for _ in range(holders)]
-    for piece in layout.pieces():
-        parameter = layout.parameters[piece.parameter]
-        edges = even_edges(parameter.units, holders)
-        for k in range(holders):
-            first, last = max(piece.first, edges[k]), min(piece.last, edges[k + 1])
-            if first < last:
-                begin = piece.offset + (first - piece.first) * parameter.unit_size
-                found[k].append((begin, begin + (last - first) * parameter.unit_size))
-    return [Runs.union(intervals) for intervals in found]
-
-
-def find_strips(
-    layout: Layout, shard: Runs, holder: tuple[int, int], own: Layout, shares: Shares, worker: int
-) -> list[Strip]:
-    """What the shard of `holder`, (number, how many), has of a worker's subnetwork with the layout `own`."""
-    numbers = {p.name: k for k, p in enumerate(layout.parameters)}
-    found, at = [], 0
-    for piece in own.pieces():
-        mine = own.parameters[piece.parameter]
-        share = shares[mine.name]
-        source = layout.parameters[numbers[share.source]]
-        rows = np.arange(source.units) if share.rows is None else share.rows
-        rows = rows[piece.first : piece.last]
-        edges = even_edges(source.units, holder[1])
-        for theirs, first, last in _pieces(layout, numbers[share.source], *edges[holder[0] : holder[0] + 2]):
-            a, b = (int(np.searchsorted(rows, edge)) for edge in (first, last))
-            if a == b:
-                continue
-            count = last - first
-            start = shard.local(theirs, theirs + count * source.unit_size).start
-            some = rows[a:b] - first
-            strip = Strip(
-                start, count, source.unit_size, None if b - a == count else some, share.columns,
-                (b - a, mine.unit_size), at, piece.offset + a * mine.unit_size, share.owners.index(worker),
-                len(share.owners),
-            )  # fmt: skip
-            found.append(strip)
-            at += strip.size
-    return found
-
-
-def _pieces(layout: Layout, parameter: int, first: int, last: int) -> Iterator[tuple[int, int, int]]:
-    """(offset, first unit, behind the last) of the pieces of a parameter's units [first, last)."""
-    size = layout.parameters[parameter].unit_size
-    for piece in layout.by_parameter[parameter]:
-        a, b = max(piece.first, first), min(piece.last, last)
-        if a < b:
-            yield piece.offset + (a - piece.first) * size, a, b
-
-
-def strips_size(strips: Sequence[Strip]) -> int:
-    """Elements of a message."""
-    return sum(strip.size for strip in strips)

@@ -1,0 +1,39 @@
+"""From every rank of a group to all: what each has of every sample, such as the scores of its classes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from psmpi.comm.group import Group
+from psmpi.comm.transfers.base import Message, Step, Transfer, to_others, turned
+
+
+class RowExchange(Transfer):
+    """src (counts[k], b) of rank k to all ranks of a group: dst (sum of counts, b), in the order of the ranks.
+
+    Forward is an all-gather, backward a reduce-scatter.
+    """
+
+    def __init__(self, group: Group, counts: Sequence[int], dtype: np.dtype):
+        self.group, self.counts, self.itemsize = group, tuple(counts), np.dtype(dtype).itemsize
+
+    def forward(self, src: Any, dst: Any) -> None:
+        b = dst.shape[-1]
+        self.group.allgatherv(src, dst, [n * b for n in self.counts])
+
+    def backward(self, dst: Any, src: Any) -> None:
+        b = dst.shape[-1]
+        src[...] = self.group.reduce_scatter(dst, [n * b for n in self.counts]).reshape(src.shape)
+
+    def messages(self, step: Step, back: bool = False) -> list[Message]:
+        own = [n * step.batch * self.itemsize for n in self.counts]
+        return gathered(self.group.ranks, own, back)
+
+
+def gathered(ranks: Sequence[int], own: Sequence[int], back: bool) -> list[Message]:
+    """The messages of an all-gather of own[k] bytes of each rank, or of the sums of these back to it."""
+    out = [message for rank, nbytes in zip(ranks, own, strict=True) for message in to_others(ranks, rank, nbytes)]
+    return turned(out) if back else out

@@ -1,0 +1,35 @@
+"""What all ranks of a group own: nothing goes out, gradients are summed on every rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from psmpi.comm.group import Group
+from psmpi.comm.transfers.base import Message, Step, Transfer, keep
+
+
+class Sum(Transfer):
+    """`size` elements, or with `per_sample` so many a sample, that all ranks of a group have."""
+
+    def __init__(self, group: Group, size: int, dtype: np.dtype, per_sample: bool = False):
+        self.group, self.per_sample, self.nbytes = group, per_sample, size * np.dtype(dtype).itemsize
+
+    def forward(self, src: Any, dst: Any) -> None:
+        keep(src, dst)
+
+    def stage_back(self, dst: Any, src: Any) -> None:
+        if self.group.nccl is None:
+            self.group.bridge.begin(src)
+
+    def backward(self, dst: Any, src: Any) -> None:
+        keep(dst, src)
+        self.group.allreduce(src)
+
+    def messages(self, step: Step, back: bool = False) -> list[Message]:
+        size, nbytes = self.group.size, self.nbytes * (step.batch if self.per_sample else 1)
+        if not back or size == 1:
+            return []
+        ranks, moved = self.group.ranks, 2 * (size - 1) * nbytes // size
+        return [(rank, ranks[(k + 1) % size], moved) for k, rank in enumerate(ranks)]

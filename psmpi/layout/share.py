@@ -1,0 +1,25 @@
+"""What a subnetwork has of the parameters of a whole network."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, eq=False)
+class Share:
+    """What a subnetwork has of a parameter of the whole network: some rows (units) and columns, or all (None).
+
+    rows, columns: increasing; a column is a position among the weights of one unit. owners: the workers that have this
+    share, in order; parameters of units and blocks that are not dealt out are everybody's.
+    """
+
+    source: str
+    rows: np.ndarray | None
+    columns: np.ndarray | None
+    owners: tuple[int, ...]
+
+
+# By the name of the subnetwork's parameter.
+Shares = dict[str, Share]

@@ -1,0 +1,378 @@
+"""Make every transfer on random plans; print, as JSON from rank 0, the names tried and what failed, by claim.
+
+Each transfer is a selection: this rank's dst has the elements `users[rank]` of a vector w of all ranks together, its
+src the elements `owners[rank]`. So what it has to do, and its adjoint, are known from these indices alone.
+"""
+
+import json
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+
+import numpy as np
+
+from psmpi.comm.group import Counter, Group
+from psmpi.comm.transfers import (
+    Boundary,
+    Deal,
+    Exchange,
+    Gather,
+    Neighbours,
+    Overlapping,
+    RowExchange,
+    Spread,
+    Step,
+    Subnets,
+    Sum,
+    totals,
+)
+from psmpi.comm.world import start
+from psmpi.layout import Runs, assign_roles
+from psmpi.nn.subnet import Dealer
+from psmpi.nn.zoo import make_network
+
+SEEDS = 6
+
+
+@dataclass
+class Case:
+    """A transfer, and for each rank the elements of w in its src and dst, None where it has none.
+
+    whole: backward writes all of src, not only what is moved. shared: where src lies in dst, on this rank. pairs: its
+    messages go from rank to rank, told apart by the number of the minibatch.
+    """
+
+    transfer: object
+    owners: list
+    users: list
+    shapes: tuple = ((-1,), (-1,))
+    step: Step = field(default_factory=Step)
+    whole: bool = False
+    shared: slice | None = None
+    pairs: bool = False
+
+
+def ranks_of(world, rng, least=1):
+    """Some ranks of the job in any order."""
+    count = rng.integers(min(least, world.size), world.size + 1)
+    return rng.permutation(world.size)[:count].tolist()
+
+
+def on(world, ranks, each):
+    """`each` by number in the group, for every rank of the job."""
+    return [each[ranks.index(r)] if r in ranks else None for r in range(world.size)]
+
+
+def spread(world, counter, rng, dtype):
+    ranks, n, b = ranks_of(world, rng), int(rng.integers(1, 9)), int(rng.integers(1, 4))
+    root, apart = int(rng.integers(len(ranks))), bool(rng.integers(2))
+    made = Spread(Group(world, ranks, counter), n, dtype, root, per_sample=True)
+    every = np.arange(n * b)
+    owners = on(world, ranks, [every if k == root else None for k in range(len(ranks))])
+    at_root = world.rank == ranks[root]
+    case = Case(made, owners, on(world, ranks, [every] * len(ranks)), step=Step(b), whole=True)
+    return case if apart or not at_root else replace(case, shared=slice(0, n * b))
+
+
+def deal(world, counter, rng, dtype):
+    ranks = ranks_of(world, rng)
+    counts = rng.integers(0, 5, len(ranks)).tolist()
+    # In any order in the root's vector, with gaps.
+    starts, at = [0] * len(ranks), 0
+    for k in rng.permutation(len(ranks)):
+        at += int(rng.integers(0, 3))
+        starts[k], at = at, at + counts[k]
+    made = Deal(Group(world, ranks, counter), counts, starts, dtype)
+    owners = [np.arange(at + 2) if r == ranks[0] else None for r in range(world.size)]
+    return Case(made, owners, on(world, ranks, [np.arange(a, a + n) for a, n in zip(starts, counts, strict=True)]))
+
+
+def total(world, counter, rng, dtype):
+    ranks, n = ranks_of(world, rng), int(rng.integers(1, 9))
+    every = on(world, ranks, [np.arange(n)] * len(ranks))
+    return Case(Sum(Group(world, ranks, counter), n, dtype), every, every, whole=True)
+
+
+def random_runs(rng, size, kept):
+    edges = np.unique(np.concatenate([[0, size], rng.integers(0, size, 12)])).tolist()
+    return Runs.union((a, b) for k, (a, b) in enumerate(pairwise(edges)) if kept(k))
+
+
+def indices(runs):
+    return np.concatenate([np.arange(0), *(np.arange(a, b) for a, b in runs.intervals)])
+
+
+def roles_of(world, rng):
+    """A plan of the method psl, or any plan: each run of one owner and some users, or of owners that may use it."""
+    ranks = range(world.size)
+    layout = make_network("psnet", (1, 8, 8), 10).layout()
+    roles = assign_roles(layout, world.size, colocate=True, masters=int(rng.integers(1, world.size + 1)))
+    if rng.integers(3) == 0:
+        placed = {"placement": "owner", "replicas": int(rng.choice([1, world.size]))}
+        return assign_roles(layout, world.size, colocate=True, partition=rng.choice(["scores", "pairs"]), **placed)
+    parts, shards = [[] for _ in ranks], [[] for _ in ranks]
+    edges = np.cumsum([0, *rng.integers(1, 6, 12)]).tolist()
+    for span in pairwise(edges):
+        owners = ranks_of(world, rng) if rng.integers(2) else [int(rng.integers(world.size))]
+        for rank in owners:
+            shards[rank].append(span)
+        for rank in owners if len(owners) > 1 else ranks_of(world, rng):
+            if rng.integers(4):
+                parts[rank].append(span)
+    collection = type(roles.parts)
+    kept = {"parts": parts, "shards": shards}
+    return replace(roles, **{name: collection(tuple(map(Runs.union, of))) for name, of in kept.items()})
+
+
+def exchange(world, counter, rng, dtype):
+    roles = roles_of(world, rng)
+    made = Exchange(world, roles, counter, dtype)
+    owners, users = ([indices(runs) for runs in of] for of in (roles.shards, roles.parts))
+    return Case(made, owners, users, whole=True, shared=made.inside)
+
+
+def row_exchange(world, counter, rng, dtype):
+    ranks, b = ranks_of(world, rng), int(rng.integers(1, 4))
+    counts = rng.integers(1, 4, len(ranks)).tolist()
+    ends = np.cumsum([0, *counts]) * b
+    own = [np.arange(ends[k], ends[k + 1]) for k in range(len(ranks))]
+    every = on(world, ranks, [np.arange(ends[-1])] * len(ranks))
+    made = RowExchange(Group(world, ranks, counter), counts, dtype)
+    return Case(made, on(world, ranks, own), every, ((-1, b), (-1, b)), Step(b), whole=True)
+
+
+def boundary(world, counter, rng, dtype):
+    ranks, units, b = ranks_of(world, rng), int(rng.integers(1, 6)), int(rng.integers(1, 4))
+    source, target = rng.integers(0, len(ranks), 2).tolist()
+    made = Boundary(Group(world, ranks, counter), source, target, units, dtype)
+    every = np.arange(units * b)
+    owners, users = ([every if r == ranks[k] else None for r in range(world.size)] for k in (source, target))
+    return Case(made, owners, users, ((units, b), (units, b)), Step(b), whole=True, pairs=True)
+
+
+def gather(world, counter, rng, dtype):
+    ranks, size = ranks_of(world, rng), int(rng.integers(4, 40))
+    if rng.integers(2):
+        shards = Runs.union([(0, size)]).split(len(ranks))
+    else:
+        of = rng.integers(0, len(ranks), 40)
+        edges = np.unique(rng.integers(0, size, 12)).tolist()
+        spans = list(zip([0, *edges], [*edges, size], strict=True))
+        shards = [Runs.union(s for s, k in zip(spans, of, strict=False) if k == r) for r in range(len(ranks))]
+    runs = random_runs(rng, size, lambda k: k == 0 or rng.integers(4))
+    made = Gather(Group(world, ranks, counter), shards, runs, dtype)
+    return Case(made, on(world, ranks, list(map(indices, shards))), on(world, ranks, [indices(runs)] * len(ranks)))
+
+
+def neighbours(world, counter, rng, dtype):
+    ranks, n = ranks_of(world, rng), int(rng.integers(1, 6))
+    edges = [(a, b) for a in range(len(ranks)) for b in range(len(ranks)) if a != b and rng.integers(2)]
+    made = Neighbours(Group(world, ranks, counter), edges, n, dtype)
+    into = [[np.arange(a * n, (a + 1) * n) for a, b in edges if b == k] for k in range(len(ranks))]
+    users = on(world, ranks, [np.concatenate([np.arange(0), *rows]) for rows in into])
+    owners = on(world, ranks, [np.arange(k * n, (k + 1) * n) for k in range(len(ranks))])
+    return Case(made, owners, users, ((-1,), (-1, n)), whole=True, pairs=True)
+
+
+def matrices(layout, values):
+    """A flat vector's parameters by name, (units, weights of a unit) each."""
+    found = {p.name: np.zeros((p.units, p.unit_size), int) for p in layout.parameters}
+    for piece in layout.pieces():
+        p = layout.parameters[piece.parameter]
+        size = (piece.last - piece.first) * p.unit_size
+        found[p.name][piece.first : piece.last] = values[piece.offset : piece.offset + size].reshape(-1, p.unit_size)
+    return found
+
+
+def subnets(world, counter, rng, dtype):
+    """Holders and workers at random; by units, or by blocks of which some have several owners."""
+    ranks = list(range(world.size))
+    holders = ranks[: rng.integers(1, world.size + 1)]
+    workers = ranks[rng.integers(0, len(holders) + 1) if len(holders) < world.size else 0 :]
+    blocks = bool(rng.integers(2))
+    network = make_network("resnet", (1, 8, 8), 4, widths=(6,), blocks=(3,))
+    if not blocks:
+        network = make_network("mlp", (5,), 4, widths=(11, 7), batch_norm=bool(rng.integers(2)))
+    deal = "blocks" if blocks else "units"
+    dealer = Dealer(network, len(workers), int(rng.integers(99)), deal)
+    layout, number = network.layout(), int(rng.integers(9))
+    made = Subnets(Group(world, ranks, counter), holders, workers, layout, dealer.layouts, dealer.deal, dtype)
+    made.plan(number)
+    whole, users = matrices(layout, np.arange(layout.size)), [None] * world.size
+    for worker, own, shares in zip(workers, dealer.layouts, dealer.deal(number), strict=True):
+        places, users[worker] = matrices(own, np.arange(own.size)), np.full(own.size, -1)
+        for name, share in shares.items():
+            source = whole[share.source]
+            rows, columns = (
+                np.arange(n) if which is None else which
+                for n, which in zip(source.shape, (share.rows, share.columns), strict=True)
+            )
+            users[worker][places[name]] = source[np.ix_(rows, columns)]
+    return Case(made, [indices(shard) for shard in made.shards], users, step=Step(round=number))
+
+
+TRANSFERS = {
+    "spread": spread, "deal": deal, "sum": total, "exchange": exchange, "rows": row_exchange, "boundary": boundary,
+    "gather": gather, "neighbours": neighbours, "subnets": subnets,
+}  # fmt: skip
+
+
+class Trial:
+    """One case on this rank: random values of all ranks, and vectors to put them in."""
+
+    def __init__(self, world, case, dtype, seed):
+        self.world, self.case, self.dtype, self.rng = world, case, dtype, np.random.default_rng([seed, 77])
+        held, used = (np.concatenate([np.arange(0), *there(of)]) for of in (case.owners, case.users))
+        self.size = 1 + int(np.concatenate([held, used]).max(initial=-1))
+        self.moved = np.zeros(self.size, bool)
+        self.moved[used] = True
+        self.own, self.used = case.owners[world.rank], case.users[world.rank]
+        self.part = self.own is not None or self.used is not None
+
+    def vectors(self):
+        """src and dst, not numbers yet."""
+        src, dst = (
+            None if index is None else np.full(len(index), np.nan, self.dtype).reshape(shape)
+            for index, shape in zip((self.own, self.used), self.case.shapes, strict=True)
+        )
+        return (dst[self.case.shared] if self.case.shared is not None else src), dst
+
+    def forward_values(self):
+        """x on this rank, the same wherever several have an element, and what dst is to become."""
+        w = self.rng.standard_normal(self.size).astype(self.dtype)
+        return [None if index is None else w[index] for index in (self.own, self.used)]
+
+    def backward_values(self):
+        """y on this rank, and what src is to become."""
+        sums, y = np.zeros(self.size), [None] * self.world.size
+        for rank, index in enumerate(self.case.users):
+            if index is not None:
+                y[rank] = self.rng.standard_normal(len(index)).astype(self.dtype)
+                np.add.at(sums, index, y[rank])
+        return y[self.world.rank], None if self.own is None else sums[self.own]
+
+    def dot(self, a, b, record=None):
+        """Sum over the ranks."""
+        mine = 0.0
+        if a is not None:
+            a, b = a.reshape(-1).astype(float), b.reshape(-1).astype(float)
+            mine = float((a * b if record is None else (a * b)[record]).sum())
+        return self.world.allreduce(mine)
+
+    def record(self):
+        """The elements of this rank's src that it counts: moved, and on no rank before it."""
+        if self.own is None:
+            return None
+        before = np.concatenate([np.arange(0), *there(self.case.owners[: self.world.rank])])
+        return self.moved[self.own] & ~np.isin(self.own, before)
+
+
+def there(of):
+    return [index for index in of if index is not None]
+
+
+def fill(vector, values):
+    if vector is not None:
+        vector.reshape(-1)[:] = values
+
+
+def far(vector, expected):
+    return 0.0 if vector is None else float(np.abs(vector.reshape(-1) - expected).max(initial=0.0))
+
+
+def check(world, case, counter, dtype, seed, failed):
+    """Both directions of one case."""
+    trial, tolerance = Trial(world, case, dtype, seed), 1e-12 if dtype == np.float64 else 1e-4
+    transfer, rank = case.transfer, world.rank
+    src, dst = trial.vectors()
+    x, expected = trial.forward_values()
+    fill(dst, np.nan)
+    fill(src, x)
+    before = counter.sent, counter.received
+    if trial.part:
+        transfer.forward(src, dst)
+    if far(dst, expected) != 0:
+        failed["forward"].append("dst")
+    counted = counter.sent - before[0], counter.received - before[1]
+    if counted != totals(transfer.messages(case.step), rank):
+        failed["bytes"].append(f"forward {counted}")
+    fx = None if dst is None else dst.copy()
+
+    y, expected = trial.backward_values()
+    if src is not None:
+        src[...] = np.nan if case.whole else 7
+    fill(dst, y)
+    before = counter.sent, counter.received
+    if trial.part:
+        transfer.backward(dst, src)
+    counted = counter.sent - before[0], counter.received - before[1]
+    if counted != totals(transfer.messages(case.step, back=True), rank):
+        failed["bytes"].append(f"backward {counted}")
+    if src is not None and not case.whole:
+        expected = np.where(trial.moved[trial.own], expected, 7)
+    # What was not a number has to be written.
+    if not far(src, expected) <= tolerance:
+        failed["backward"].append("src")
+    record = trial.record()
+    left, right = trial.dot(fx, y), trial.dot(x, src, record)
+    if not abs(left - right) <= tolerance * max(1.0, abs(left)):
+        failed["adjoint"].append(f"{left} {right}")
+
+
+def check_overlap(world, case, counter, dtype, seed, failed):
+    """Three minibatches under way at once, ended in another order than begun; each has its own values."""
+    trials = [Trial(world, case, dtype, 100 * seed + k) for k in range(3)]
+    if not trials[0].part:
+        return
+    # Once more back, with room that is there already.
+    for back in (False, True, True):
+        begun, order = {}, [0, 1, 2]
+        if case.pairs and world.rank % 2:
+            order.reverse()
+        vectors = [trial.vectors() for trial in trials]
+        values = [trial.backward_values() if back else trial.forward_values() for trial in trials]
+        before = counter.sent, counter.received
+        for k in order:
+            src, dst = vectors[k]
+            fill(dst if back else src, values[k][0])
+            begin = case.transfer.begin_back if back else case.transfer.begin
+            begun[k] = begin(*((dst, src) if back else (src, dst)), 40_000 + k)
+        while not begun[1].poll():
+            pass
+        for k in (2, 0, 1):
+            begun[k].finish()
+            assert begun[k].poll()
+        counted = counter.sent - before[0], counter.received - before[1]
+        if counted != tuple(3 * n for n in totals(case.transfer.messages(case.step, back), world.rank)):
+            failed["bytes"].append(f"in flight {counted}")
+        for (src, dst), (_, expected) in zip(vectors, values, strict=True):
+            if not far(src if back else dst, expected) <= 1e-12:
+                failed["in flight"].append("back" if back else "forward")
+
+
+def trials(world):
+    """Try all of them on all ranks of a world: what went wrong, by claim, as rank 0 knows it."""
+    counter = Counter()
+    wrong, tried = [], []
+    for name, make in TRANSFERS.items():
+        for seed in range(SEEDS):
+            for dtype in (np.dtype(np.float64), np.dtype(np.float32)):
+                failed = {claim: [] for claim in ("forward", "backward", "adjoint", "bytes", "in flight", "messages")}
+                case = make(world, counter, np.random.default_rng([seed, len(name)]), dtype)
+                check(world, case, counter, dtype, seed, failed)
+                if isinstance(case.transfer, Overlapping) and dtype == np.float64:
+                    check_overlap(world, case, counter, dtype, seed, failed)
+                both = json.dumps([case.transfer.messages(case.step, back) for back in (False, True)])
+                if len(set(world.allgather(both))) > 1:
+                    failed["messages"].append("not the same on all ranks")
+                for rank, found in enumerate(world.allgather(failed)):
+                    where = f"{name}, seed {seed}, {dtype}, rank {rank}"
+                    wrong += [[claim, f"{where}: {what}"] for claim, of in found.items() for what in of]
+        tried.append(name)
+    return {"tried": tried, "wrong": wrong, "bytes": counter.sent + counter.received}
+
+
+if __name__ == "__main__":
+    world = start()
+    found = trials(world)
+    if world.rank == 0:
+        print(json.dumps(found))
