@@ -602,6 +602,8 @@ BAD_ARRAYS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "y without columns": ({"x": X, "y": np.zeros((10, 0))}, ["0 values a sample"]),
     "y float with a NaN": ({"x": X, "y": np.where(Y == 1, np.nan, 0.5)}, ["5 samples", "the first being sample 1"]),
     "y with an infinity": ({"x": X, "y": np.where(Y == 1, np.inf, 1.0)}, ["5 samples"]),
+    "one of two values a NaN": ({"x": X, "y": np.where(np.eye(10, 2) == 1, np.nan, 0.5)}, ["2 samples", "sample 0"]),
+    "y_test values": ({"x": X, "y": Y, "x_test": X, "y_test": Y * 0.5}, ["y has labels", "y_test has 1 values"]),
     "fewer values": ({"x": X, "y": np.zeros((9, 2))}, ["9 rows in y", "10 samples"]),
     "y_test labels": ({"x": X, "y": Y * 0.5, "x_test": X, "y_test": Y}, ["y has 1 values", "y_test has labels"]),
     "y_test more values": (

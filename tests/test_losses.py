@@ -41,6 +41,7 @@ class Given(Loss):
 DEFINITIONS = {
     "psl": lambda c, y, k: np.exp(k * (c - c[y])).sum(),
     "logistic": lambda c, y, k: sum(np.log1p(np.exp(k * (c[j] - c[y]))) for j in range(len(c)) if j != y),
+    "hinge": lambda c, y, k: sum(max(0.0, 1 + k * (c[j] - c[y])) for j in range(len(c)) if j != y),
     "nll": lambda c, y, k: -log_softmax(c)[y],
     "squared": lambda c, y, k: ((c - (np.arange(len(c)) == y)) ** 2).sum(),
 }
