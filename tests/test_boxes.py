@@ -215,14 +215,14 @@ def test_a_plan_is_the_one_that_every_element_asks_for(layout, size, masters, co
         assert indices(private) == sorted(expected)
 
 
-@given(
-    st.lists(st.tuples(st.integers(0, 59), st.integers(0, 3)), max_size=9), st.lists(some_runs, min_size=4, max_size=4)
-)
-def test_a_plan_deals_as_many_slices_as_there_are(cuts, parts):
+ranks = st.lists(st.integers(0, 3), min_size=10, max_size=10)
+
+
+@given(st.sets(st.integers(1, 59), max_size=9), ranks, st.lists(some_runs, min_size=4, max_size=4))
+def test_a_plan_deals_as_many_slices_as_there_are(cuts, owners, parts):
     """Shards and parts of any runs: a rank may need several slices of one root alone."""
-    edges = [0, *sorted({at for at, _ in cuts} - {0}), 60]
-    owners = [1, *(rank for _, rank in sorted(dict(cuts).items()) if _), 0]
-    shards = [Runs.union((a, b) for a, b, r in zip(edges, edges[1:], owners, strict=False) if r == k) for k in range(4)]
+    pieces = [(*ends, rank) for ends, rank in zip(pairwise([0, *sorted(cuts), 60]), owners, strict=False)]
+    shards = [Runs.union((a, b) for a, b, owner in pieces if owner == rank) for rank in range(4)]
     roles = Roles(1, (None,) * 4, Ownership(tuple(parts)), Ownership(tuple(shards)))
     assert plan_moves(roles) == planned(roles)
 
