@@ -14,6 +14,7 @@ from psmpi.layout import (
     Box,
     Move,
     Ownership,
+    Roles,
     Runs,
     assign_roles,
     copy_runs,
@@ -212,6 +213,18 @@ def test_a_plan_is_the_one_that_every_element_asks_for(layout, size, masters, co
             if worker in holders and rows == sorted({w.row for w in grid}):
                 expected |= set(range(block.start, block.stop))
         assert indices(private) == sorted(expected)
+
+
+ranks = st.lists(st.integers(0, 3), min_size=10, max_size=10)
+
+
+@given(st.sets(st.integers(1, 59), max_size=9), ranks, st.lists(some_runs, min_size=4, max_size=4))
+def test_a_plan_deals_as_many_slices_as_there_are(cuts, owners, parts):
+    """Shards and parts of any runs: a rank may need several slices of one root alone."""
+    pieces = [(*ends, rank) for ends, rank in zip(pairwise([0, *sorted(cuts), 60]), owners, strict=False)]
+    shards = [Runs.union((a, b) for a, b, owner in pieces if owner == rank) for rank in range(4)]
+    roles = Roles(1, (None,) * 4, Ownership(tuple(parts)), Ownership(tuple(shards)))
+    assert plan_moves(roles) == planned(roles)
 
 
 def test_ten_thousand_classes_have_roles_and_plans():

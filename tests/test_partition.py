@@ -153,6 +153,8 @@ def test_runs_behave_as_sets_of_indices(first, second, pieces):
     assert indices(a & b) == indices(a) & indices(b)
     assert indices(a - b) == indices(a) - indices(b)
     cut = a.split(pieces)
+    for runs in (a & b, b & a, a - b, *cut):
+        assert Runs(runs.intervals) == runs, "sorted, with gaps, none empty"
     assert set().union(*map(indices, cut)) == indices(a)
     assert sum(c.size for c in cut) == a.size
     assert max(c.size for c in cut) - min(c.size for c in cut) <= 1

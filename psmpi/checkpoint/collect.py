@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -71,6 +72,7 @@ class Shares:
         copy_runs(vector, cut.starts, elements, cut.offsets[:-1], cut.stops - cut.starts)
         return elements
 
+    @cached_property
     def table(self) -> np.ndarray:
         """(3, runs) int64: start and stop of the runs of all ranks in order, and where each is among all elements."""
         starts = np.concatenate([runs.starts for runs in self.record])

@@ -124,7 +124,7 @@ def _fill(path: Path, tensors: Sequence[Tensor], runs: Runs, groups: Mapping[str
 def load_tables(path: Path, tables: Mapping[str, np.ndarray], rows: TableRows, rank: int) -> bool:
     """Fill this rank's rows of `tables`; False, and nothing is changed, where the file has not the same ones."""
     with open_file(path) as file:
-        # Files of psmpi 0.1 have the tables of ranks among those of elements.
+        # Earlier files have the tables of ranks among those of elements.
         found = {name: file.get(f"{rows.group}/{name}", file.get(f"elements/{name}")) for name in tables}
         for name, table in tables.items():
             there = found[name]

@@ -165,7 +165,7 @@ class Writer:
             shapes[f"{self.rows.group}/{name}"] = [self._whole(table), table.dtype.str]
         if self.world.rank == 0:
             for name in ["weights", *self.spaces]:
-                table = self._share(name).table()
+                table = self._share(name).table
                 maps[name] = [at, table.shape[1]]
                 self._put(table, at)
                 at += table.nbytes

@@ -68,8 +68,8 @@ class PartiallySeparable:
         holders = [r for r, s in enumerate(self.shards) if s.size]
         self.deciders = self.world if self.optimizer.needs_closure else Group(world, holders, self.counter)
         place = self.roles.workers[world.rank]
-        # Replicas of a private block all hold it: in a global sum it counts once.
-        self.counts = place is None or place.row == 0
+        # Replicas of a private block all hold it: in a global sum it counts once, at its owner of record.
+        self.counts = self.shards.record[world.rank] == shard
         self.metric = make_metric(config, dataset)
         self.worker: ElementWorker | None = None
         if place is not None:
