@@ -13,12 +13,12 @@ EXPORT = ["onnx>=1.16", "onnxruntime>=1.17", "safetensors>=0.4"]
 PLOT = ["matplotlib>=3.8"]
 
 # Plain C, loaded by ctypes. Where it cannot be built, NumPy does the work. The number tells a stale library.
-SOURCES = ("kernels.c", "kernels.h")
-text = b"".join((here / "psmpi" / "backend" / "c" / name).read_bytes() for name in SOURCES)
+SOURCES = sorted((here / "psmpi" / "backend" / "compiled" / "c").glob("*.[ch]"))
+text = b"".join(source.read_bytes() for source in SOURCES)
 KERNELS = Extension(
-    "psmpi.backend._kernels",
-    ["psmpi/backend/c/kernels.c"],
-    depends=["psmpi/backend/c/kernels.h"],
+    "psmpi.backend.compiled._kernels",
+    ["psmpi/backend/compiled/c/kernels.c"],
+    depends=[f"psmpi/backend/compiled/c/{source.name}" for source in SOURCES],
     define_macros=[("PSMPI_SOURCE", f"{crc32(text)}u")],
     extra_compile_args=["-O3", "-fno-math-errno", "-fno-trapping-math"],
     optional=True,
@@ -36,7 +36,8 @@ setup(
     packages=find_packages(include=["psmpi", "psmpi.*"]),
     ext_modules=[KERNELS],
     package_data={
-        "psmpi.backend": ["c/*", "cuda/*"],
+        "psmpi.backend.compiled": ["c/*"],
+        "psmpi.backend.gpu": ["cuda/*"],
         "psmpi.data": ["*.csv.gz"],
         "psmpi.checkpoint": ["FORMAT.md"],
         "psmpi": ["py.typed"],

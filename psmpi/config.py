@@ -7,12 +7,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from math import isfinite
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import tomli_w
 from tyro.conf import Suppress, arg
 
 from psmpi.errors import UserError
+from psmpi.nn.losses import LOSSES
+
+if TYPE_CHECKING:
+    LossName = str
+else:
+    # The registry's names, for the command line, TOML files and the help.
+    LossName = Literal[tuple(LOSSES)]
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -25,7 +32,8 @@ class Data:
     """What is learnt from, and in which order."""
 
     dataset: str = "digits"
-    """digits (embedded), mnist, cifar10, or the path of an .npz or .h5 file with x and y."""
+    """digits (embedded), mnist, cifar10, or the path of an .npz or .h5 file with x and y: integers are classes,
+    floating point numbers the values of a regression."""
     data_dir: str = "data"
     """Folder that holds the data set's files."""
     batch_size: int = 100
@@ -65,11 +73,9 @@ class Model:
 class Objective:
     """The loss."""
 
-    loss: Literal["psl", "logistic", "nll", "squared"] = "psl"
-    """psl: sum_j exp(kappa (c_j - c_y)); logistic: sum_j log(1 + exp(kappa (c_j - c_y))); nll: cross-entropy;
-    squared: sum_j (c_j - [j = y])^2."""
+    loss: Annotated[LossName, arg(help="; ".join(f"{name}: {loss.formula}" for name, loss in LOSSES.items()))] = "psl"
     kappa: float = 1.0
-    """Factor on the score differences in psl and logistic."""
+    """Factor on the score differences of losses over pairs of classes."""
     exp_clip: str = "auto"
     """Exponent from which psl goes on as its tangent: auto (where the dtype overflows), a number, or off (an error)."""
 

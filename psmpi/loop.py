@@ -18,7 +18,7 @@ from psmpi import checkpoint, metrics
 from psmpi.checkpoint import Contents, Progress
 from psmpi.comm.control import total
 from psmpi.config import Config, from_toml
-from psmpi.data import Dataset, Minibatches
+from psmpi.data import Batch, Dataset, Minibatches
 from psmpi.errors import UserError
 from psmpi.methods import METHODS, Method, Place
 from psmpi.optim import make_schedule
@@ -172,9 +172,9 @@ class Loop:
         for cursor in range(first.cursor, self.batches.steps_per_epoch):
             if self.progress.step == self.total:
                 break
-            ids = self.batches.ids(first.epoch, cursor)
-            method.step(ids, self.schedule(self.progress.step))
-            trained += len(ids)
+            batch = Batch(self.batches.ids(first.epoch, cursor))
+            method.step(batch, self.schedule(self.progress.step))
+            trained += len(batch)
             elapsed = first.seconds + time.perf_counter() - start
             self.progress = replace(self.progress, step=self.progress.step + 1, cursor=cursor + 1, seconds=elapsed)
             bar.update(task, completed=self.progress.step)
@@ -206,7 +206,7 @@ class Loop:
     def _measure(self, seen: int, rate: float) -> dict[str, Any]:
         """The row of metrics of the epoch so far; also warns of new unusual events."""
         method = self.method
-        score = method.test()
+        scores = method.test()
         loss_sum, _, _ = self._totals()
         # A rank that has nothing to do in some epochs is no measure of the rate.
         counts = np.zeros((self.world.size, 3))
@@ -218,8 +218,7 @@ class Loop:
             "step": self.progress.step,
             "seconds": 0.0,
             "train_loss": loss_sum / max(1, seen),
-            "test_loss": score.loss,
-            "test_accuracy": score.accuracy,
+            **{f"test_{name}": value for name, value in scores.items()},
             "samples_per_second": float(counts[:, 2].min()),
             "bytes_sent": int(self.before[0] + counts[:, 0].sum()),
             "bytes_received": int(self.before[1] + counts[:, 1].sum()),

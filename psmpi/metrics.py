@@ -7,6 +7,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+# How a person sees what tests measure, of which a row has some.
+SCORES = {
+    "test_loss": lambda value: f"test loss {value:.5g}",
+    "test_accuracy": lambda value: f"test accuracy {100 * value:.2f} %",
+    "test_top5": lambda value: f"top 5 {100 * value:.2f} %",
+    "test_rmse": lambda value: f"test RMSE {value:.5g}",
+}
+
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Replace the file's rows."""
@@ -21,8 +29,8 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
 def describe(row: dict[str, Any], epochs: int) -> str:
     """The line that a person sees for one epoch."""
     moved = row["bytes_sent"] / 1e6
+    shown = [show(row[key]) for key, show in SCORES.items() if key in row]
     return (
         f"epoch {row['epoch']:>3}/{epochs}  step {row['step']:>6}  train loss {row['train_loss']:.5g}  "
-        f"test loss {row['test_loss']:.5g}  test accuracy {100 * row['test_accuracy']:.2f} %  "
-        f"{row['samples_per_second']:.0f} samples/s  {moved:.1f} MB sent"
+        f"{'  '.join(shown)}  {row['samples_per_second']:.0f} samples/s  {moved:.1f} MB sent"
     )

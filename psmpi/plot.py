@@ -6,14 +6,14 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from tyro.conf import Positional, arg
 
 from psmpi.errors import UserError
 
 Axis = Literal["epoch", "step", "seconds", "megabytes"]
-Figures = Literal["test_accuracy", "test_loss", "train_loss"]
+Figures = Literal["test_accuracy", "test_top5", "test_rmse", "test_loss", "train_loss"]
 
 # What is written at the axes.
 TITLES = {
@@ -22,6 +22,8 @@ TITLES = {
     "seconds": "seconds",
     "megabytes": "MB sent by all ranks",
     "test_accuracy": "test accuracy, %",
+    "test_top5": "label among the 5 largest scores, %",
+    "test_rmse": "test RMSE",
     "test_loss": "test loss",
     "train_loss": "training loss",
 }
@@ -62,6 +64,9 @@ def plot(
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
     for label, several in curves.items():
+        if any(y not in row for rows in several for row in rows):
+            has = ", ".join(name for name in get_args(Figures) if name in several[0][0])
+            raise UserError(f"--y {y}: the runs of {label} have not measured it: choose one of {has}")
         length = min(map(len, several))
         along = [_mean([_value(rows[k], x) for rows in several]) for k in range(length)]
         values = [[_value(rows[k], y) for rows in several] for k in range(length)]
@@ -106,7 +111,7 @@ def _read(run: Path) -> list[dict[str, Any]]:
 def _value(row: dict[str, Any], name: str) -> float:
     if name == "megabytes":
         return float(row["bytes_sent"]) / 1e6
-    return float(row[name]) * (100 if name == "test_accuracy" else 1)
+    return float(row[name]) * (100 if name in ("test_accuracy", "test_top5") else 1)
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -1,10 +1,11 @@
-"""Predictions, accuracy and confusion matrix from a checkpoint: `python -m psmpi.predict`, also under mpirun."""
+"""Predictions, and how good they are, from a checkpoint: `python -m psmpi.predict`, also under mpirun."""
 
 from __future__ import annotations
 
 import csv
 import json
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,7 +15,7 @@ from tyro.conf import Positional, arg
 
 @dataclass(frozen=True)
 class Options:
-    """Predict the classes of a data set's samples from a checkpoint.
+    """Predict the classes of a data set's samples, or in a regression their values, from a checkpoint.
 
     Every rank reads the weights of some classes' subnetworks alone; more ranks than classes share the samples.
     """
@@ -113,7 +114,22 @@ def _predict(world: Any, options: Options) -> None:
             f"{options.dataset} has samples of shape {split.shape}, checkpoint {path} was trained on "
             f"{contents.in_shape}: give the data set that fits with --dataset"
         )
-    if split.n and split.labels.max() >= network.classes:
+    targets = split.targets if split.task == "regression" or split.labels.max(initial=-1) >= 0 else None
+    if targets is not None and split.task != contents.task:
+        has, learnt = (
+            "integers, which are labels" if split.task == "classes" else "floating point numbers, which are values",
+            "values" if split.task == "classes" else "classes",
+        )
+        raise UserError(
+            f"{options.dataset} has {has}, and checkpoint {path} predicts {learnt}: give the data set that fits with "
+            "--dataset"
+        )
+    if targets is not None and split.task == "regression" and targets.shape[1] != network.classes:
+        raise UserError(
+            f"{options.dataset} has {targets.shape[1]} values a sample, checkpoint {path} predicts {network.classes}: "
+            "give the data set that fits with --dataset"
+        )
+    if split.task == "classes" and split.labels.max(initial=-1) >= network.classes:
         raise UserError(
             f"{options.dataset} has the label {split.labels.max()}, checkpoint {path} knows the classes "
             f"0-{network.classes - 1}: give the data set that fits with --dataset"
@@ -151,8 +167,38 @@ def _predict(world: Any, options: Options) -> None:
                 )
             predictor.calibrate(known, options.calibrate)
         scores = predictor.run(split)
-    if scores is not None:
+    if scores is not None and contents.task == "regression":
+        _report_values(options, targets, scores, list(classes))
+    elif scores is not None:
         _report(options, split.labels, scores, list(classes), network.classes)
+
+
+def _report_values(options: Options, targets: Any, values: Any, outputs: list[int]) -> None:
+    """Write and print predicted values (n, outputs) beside the targets (n, all outputs), if these are known."""
+    import numpy as np
+
+    found: dict[str, Any] = {
+        "checkpoint": options.checkpoint,
+        "dataset": options.dataset,
+        "split": options.split,
+        "samples": len(values),
+        "outputs": outputs,
+    }
+    columns = {f"value_{k}": values[:, at] for at, k in enumerate(outputs)}
+    arrays = {"values": values, "outputs": np.array(outputs)}
+    if targets is not None:
+        wanted = targets[:, outputs]
+        found["rmse"] = float(np.sqrt(np.mean((values - wanted) ** 2)))
+        columns = {f"target_{k}": wanted[:, at] for at, k in enumerate(outputs)} | columns
+        arrays["targets"] = wanted
+    if options.out:
+        rows = ([k, *(repr(float(v)) for v in row)] for k, row in enumerate(zip(*columns.values(), strict=True)))
+        _save(Path(options.out), arrays, ["sample", *columns], rows)
+    if options.json:
+        print(json.dumps(found))
+        return
+    print(f"{found['checkpoint']}: {found['samples']:,} samples of {found['dataset']} ({found['split']})")
+    print(f"RMSE {found['rmse']:.5g}" if "rmse" in found else "values predicted; no RMSE (it needs targets y)")
 
 
 def _report(options: Options, labels: Any, scores: Any, classes: list[int], known: int) -> None:
@@ -183,17 +229,28 @@ def _report(options: Options, labels: Any, scores: Any, classes: list[int], know
 def _write(path: Path, labels: Any, predicted: Any, scores: Any, classes: list[int]) -> None:
     import numpy as np
 
+    arrays = {"predicted": predicted, "labels": labels, "scores": scores, "classes": np.array(classes)}
+    rows = (
+        [k, label if label >= 0 else "", choice, *(repr(float(v)) for v in row)]
+        for k, (label, choice, row) in enumerate(zip(labels, predicted, scores, strict=True))
+    )
+    _save(path, arrays, ["sample", "label", "predicted", *(f"score_{c}" for c in classes)], rows)
+
+
+def _save(path: Path, arrays: dict[str, Any], titles: list[str], rows: Iterable[list[Any]]) -> None:
+    """Write arrays to an .npz file, or a table to a .csv file."""
+    import numpy as np
+
     from psmpi.errors import UserError
 
     try:
         if path.suffix == ".npz":
-            np.savez(path, predicted=predicted, labels=labels, scores=scores, classes=np.array(classes))
+            np.savez(path, **arrays)
             return
         with path.open("w", newline="") as file:
-            rows = csv.writer(file)
-            rows.writerow(["sample", "label", "predicted", *(f"score_{c}" for c in classes)])
-            for k, (label, choice, row) in enumerate(zip(labels, predicted, scores, strict=True)):
-                rows.writerow([k, label if label >= 0 else "", choice, *(repr(float(v)) for v in row)])
+            writer = csv.writer(file)
+            writer.writerow(titles)
+            writer.writerows(rows)
     except OSError as error:
         raise UserError(f"--out {path}: {error.strerror}; give the path of a file that can be written") from None
 

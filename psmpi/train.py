@@ -187,6 +187,7 @@ def _train(world: Any, config: Config) -> None:
             },
             placement={**asdict(config.parallel), "ranks": [[host, *rest] for host, *rest in places]},
             provenance=checkpoint.provenance(world.size, library()) if world.rank == 0 else {},
+            task=dataset.task,
         )
         loop = Loop(world, method, dataset, config, out, console, contents, held)
         if found:
@@ -238,7 +239,7 @@ def _backend(world: Any, config: Config, threads: int) -> Any:
             if given:
                 raise UserError(f"{option} is for GPUs, and the backend here is {ops.name}: add --backend cupy")
     elif parallel.nccl:
-        nccl.check(world, ops.bus)
+        nccl.check(world, ops.pci_id)
     return ops
 
 
@@ -274,7 +275,7 @@ def _compare(contents: Contents, config: Config, samples: int, path: str, tell: 
 
 def _network(config: Config, dataset: Any, make_network: Any) -> Any:
     model = config.model
-    return make_network(model.model, dataset.shape, dataset.classes, **model.shape)
+    return make_network(model.model, dataset.shape, dataset.outputs, **model.shape)
 
 
 if __name__ == "__main__":

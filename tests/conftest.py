@@ -69,11 +69,11 @@ class Trained:
         self.rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
     def tensors(self):
-        """Weights, optimizer vectors and tables of elements by name."""
+        """Weights, optimizer vectors and tables by name."""
         found = {}
 
         def keep(name, item):
-            if isinstance(item, h5py.Dataset) and name.startswith(("weights/", "optimizer/", "elements/")):
+            if isinstance(item, h5py.Dataset) and name.startswith(("weights/", "optimizer/", "elements/", "rank/")):
                 found[name] = item[...]
 
         with h5py.File(self.checkpoint) as file:

@@ -19,7 +19,7 @@ from threading import Lock
 from zlib import crc32
 
 HERE = Path(__file__).parent
-SOURCES = HERE.parent / "psmpi" / "backend" / "cuda"
+SOURCES = HERE.parent / "psmpi" / "backend" / "gpu" / "cuda"
 FLAGS = ("-O2", "-std=c++17", "-fPIC", "-shared", "-Wall", "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE")
 KERNEL = re.compile(r'extern\s+"C"\s+__global__\s+void\s+(\w+)\s*\(([^)]*)\)\s*\{')
 COMMENT = re.compile(r"/\*.*?\*/|//[^\n]*", re.DOTALL)

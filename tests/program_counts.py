@@ -11,7 +11,7 @@ import numpy as np
 from psmpi.backend import make_backend
 from psmpi.comm.world import start
 from psmpi.config import Config
-from psmpi.data import Dataset
+from psmpi.data import Batch, Dataset
 from psmpi.methods import METHODS
 from psmpi.nn.network import build
 from psmpi.nn.zoo import make_network
@@ -35,7 +35,8 @@ class Made:
 
     def __init__(self, shape, n=200):
         self.shape, self.n, self.scale, self.dtype = shape, n, 1 / 255, np.dtype(np.uint8)
-        self.labels = np.arange(n) % 10
+        self.labels = self.targets = np.arange(n) % 10
+        self.task = "classes"
         self.features = int(np.prod(shape))
 
     def read(self, rows):
@@ -62,7 +63,7 @@ config = replace(
     ),
     optimization=replace(base.optimization, optimizer=options.optimizer, scaling=options.scaling),
 )  # fmt: skip
-dataset = Dataset(name="made", classes=10, shape=shape, train=Made(shape), test=Made(shape))
+dataset = Dataset(name="made", outputs=10, shape=shape, train=Made(shape), test=Made(shape))
 if options.trace:
     tracemalloc.start()
 method = METHODS["psl"](world, network, dataset, config, make_backend("numpy"))
@@ -85,16 +86,16 @@ for owner, name in ((method.exchange, "forward"), (method.exchange, "backward"),
 # Global sums of control data are not counted, so one step counts what a step moves.
 before = method.counter.sent, method.counter.received
 for _ in range(options.steps):
-    method.step(np.arange(100), 1e-3)
+    method.step(Batch(np.arange(100)), 1e-3)
 sent, received = method.counter.sent - before[0], method.counter.received - before[1]
 peak = tracemalloc.get_traced_memory()[1] if options.trace else 0
 step_peak = 0
 if options.trace_step:
     tracemalloc.start()
-    method.step(np.arange(100), 1e-3)
+    method.step(Batch(np.arange(100)), 1e-3)
     tracemalloc.reset_peak()
     low = tracemalloc.get_traced_memory()[0]
-    method.step(np.arange(100), 1e-3)
+    method.step(Batch(np.arange(100)), 1e-3)
     step_peak = tracemalloc.get_traced_memory()[1] - low
 arrays = [method.w_part, method.g_part, *method.optimizer.vectors.values()]
 if method.exchange.inside is None:

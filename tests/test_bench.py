@@ -73,7 +73,7 @@ def test_pytorch_makes_the_same_steps(name, kind):
     # The gradient of the first step is still there, on both sides.
     mine()
     weighted = [module for module in net if hasattr(module, "weight")]
-    parts = [s.linear for s in model.steps if s.linear is not None]
+    parts = [part for part in model.parts if part.layer.linear]
     for module, part in zip(weighted, parts, strict=True):
         for attribute, k in (("weight", 0), ("bias", 1)):
             found = np.concatenate([pair[k].reshape(-1) for pair in part.g])

@@ -12,14 +12,11 @@ import h5py
 import numpy as np
 import pytest
 from conftest import distance, run, start
-from hypothesis import given
-from hypothesis import strategies as st
 
 from psmpi import checkpoint
 from psmpi.checkpoint.format import chunk_of, seal
-from psmpi.checkpoint.parallel import boxes
 from psmpi.errors import UserError
-from psmpi.layout import Runs
+from psmpi.layout import Ownership, Runs
 from psmpi.nn.zoo import make_network
 
 STEPS = ("--dtype", "float64", "--epochs", "4")
@@ -256,7 +253,9 @@ def alone(tmp_path):
         network = network or make_network("psnet", (1, 8, 8), 10)
         layout = network.layout()
         contents = checkpoint.Contents("seed = 1", network.in_shape, layout)
-        writers.append(checkpoint.Writer(Alone(), contents, [Runs(((0, layout.size),))], tmp_path, **options))
+        writers.append(
+            checkpoint.Writer(Alone(), contents, Ownership((Runs(((0, layout.size),)),)), tmp_path, **options)
+        )
         rng = np.random.default_rng(3)
         return writers[-1], {name: rng.standard_normal(layout.size) for name in ("weights", "m")}
 
@@ -300,7 +299,7 @@ def test_what_is_saved_is_the_state_of_that_step(alone, tmp_path, gzip):
         vector.fill(0)
     writer.close()
     path = checkpoint.available(tmp_path)[0]
-    checkpoint.check(path)
+    checkpoint.check_file(path)
     found = read_back(path, vectors)
     assert all(np.array_equal(found[name], saved[name]) for name in saved)
     assert checkpoint.read_contents(path).scalars == {"t": 3}
@@ -337,10 +336,10 @@ def test_a_killed_writing_process_is_told_and_replaced(alone, tmp_path):
     writer, vectors = alone()
     writer.write(vectors, {}, checkpoint.Progress(step=1))
     writer.finish()
-    os.kill(writer.helper.pid, signal.SIGSTOP)
+    os.kill(writer.spool.process.pid, signal.SIGSTOP)
     writer.write(vectors, {}, checkpoint.Progress(step=2))
     assert writer.busy
-    writer.helper.kill()
+    writer.spool.process.kill()
     writer.finish()
     (trouble,) = writer.troubles()
     assert "step-000000002.h5 is NOT written" in trouble and "SIGKILL" in trouble and "step-000000001.h5" in trouble
@@ -348,8 +347,8 @@ def test_a_killed_writing_process_is_told_and_replaced(alone, tmp_path):
     writer.write(vectors, {}, checkpoint.Progress(step=3))
     writer.finish()
     # Between two checkpoints its end does no harm.
-    writer.helper.kill()
-    writer.helper.wait()
+    writer.spool.process.kill()
+    writer.spool.process.wait()
     writer.write(vectors, {}, checkpoint.Progress(step=4))
     writer.close()
     assert writer.troubles() == [] and not writer.last_failed
@@ -362,7 +361,7 @@ def test_a_writing_process_that_hangs_costs_checkpoints_not_training(alone, monk
     writer, vectors = alone()
     writer.write(vectors, {}, checkpoint.Progress(step=1))
     writer.finish()
-    os.kill(writer.helper.pid, signal.SIGSTOP)
+    os.kill(writer.spool.process.pid, signal.SIGSTOP)
     begun = time.monotonic()
     for step in range(2, 12):
         writer.write(vectors, {}, checkpoint.Progress(step=step))
@@ -442,7 +441,7 @@ def test_a_full_disk_stops_no_training(tmp_path, room, gzip):
         status, out, err = run(1, "-m", "psmpi.train", *options, "15", "--resume", "auto", cwd=tmp_path)
         assert status == 0, err
         (whole,) = checkpoint.available(place / "run")
-        checkpoint.check(whole)
+        checkpoint.check_file(whole)
     finally:
         subprocess.run(["umount", place], check=True)
 
@@ -461,7 +460,7 @@ def test_a_thousand_damaged_files_are_refused(train, tmp_path):
             data[at] ^= rng.integers(1, 256)
         path.write_bytes(data)
         with pytest.raises(UserError, match=r"damaged\.h5") as found:
-            checkpoint.check(path)
+            checkpoint.check_file(path)
         assert "\n" not in str(found.value)
 
 
@@ -477,14 +476,14 @@ def test_a_writing_process_killed_at_any_moment_leaves_whole_files(alone, tmp_pa
     for step in range(3, 203, 2):
         writer.write(vectors, {}, checkpoint.Progress(step=step))
         time.sleep(rng.uniform(0, reach))
-        helper = writer.helper
+        helper = writer.spool.process
         helper.kill()
         # Else the next save may find it still ending.
         helper.wait()
         writer.finish()
         found = checkpoint.available(tmp_path)
         for path in found:
-            checkpoint.check(path)
+            checkpoint.check_file(path)
         told = writer.troubles()
         assert told == [] or "SIGKILL" in told[0]
         # A process that is killed between the renaming and its answer has done its work all the same.
@@ -556,16 +555,6 @@ def test_a_checkpoint_costs_rank_0_one_buffer_of_memory(alone):
     assert peak < 1e6
 
 
-@given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.data())
-def test_boxes_are_the_elements_in_their_order(shape, data):
-    size = int(np.prod(shape))
-    first = data.draw(st.integers(0, size))
-    last = data.draw(st.integers(first, size))
-    numbers = np.arange(size).reshape(shape)
-    found = [numbers[box].ravel() for box in boxes(shape, first, last)]
-    assert np.array_equal(np.concatenate([np.empty(0, int), *found]), np.arange(first, last))
-
-
 @pytest.mark.skipif(not checkpoint.supported(), reason="h5py is not built with parallel HDF5")
 @pytest.mark.parametrize("gzip", [0, 3])
 @pytest.mark.parametrize("layout", [("--masters", "3"), ("--placement", "owner"), ()])
@@ -574,7 +563,7 @@ def test_ranks_write_the_same_file_together(train, layout, gzip):
     alone, together = train(4, *options), train(4, *options, "--checkpoint-parallel")
     mine, theirs = alone.tensors(), together.tensors()
     assert mine.keys() == theirs.keys() and all(np.array_equal(mine[k], theirs[k]) for k in mine)
-    checkpoint.check(together.checkpoint)
+    checkpoint.check_file(together.checkpoint)
     contents = checkpoint.read_contents(together.checkpoint)
     assert contents.progress.rows == tuple(together.rows)
     resumed = train(4, *options, "--epochs", "3", "--resume", "auto", "--checkpoint-parallel", out=together.out)

@@ -45,8 +45,8 @@ def test_only_comm_speaks_to_mpi():
 
 
 def test_modules_import_from_floors_below_only():
-    """The floors of the house: backend, then nn, layout, optim and data, then comm, methods, loop, commands."""
-    floors = [("errors",), ("config",), ("backend",), ("layout",), ("nn", "optim", "data"), ("comm",), ("methods",),
+    """Floors: backend and layout, then nn, optim and data, configuration, comm, methods, loop, commands."""
+    floors = [("errors",), ("backend",), ("layout",), ("nn", "optim", "data"), ("config",), ("comm",), ("methods",),
               ("checkpoint", "metrics"), ("loop",),
               ("train", "bench", "inspect", "predict", "plot")]  # fmt: skip
     floor = {name: k for k, names in enumerate(floors) for name in names}

@@ -4,13 +4,17 @@ import threading
 
 import numpy as np
 import pytest
-from test_nn import APART, NETWORKS, make
+from layer_examples import APART, NETWORKS, make
 
 from psmpi.backend import CompiledOps, NumpyOps, Stripes, compiled, make_backend
-from psmpi.backend.convolution import Im2col
+from psmpi.backend.compiled import convolution, library
+from psmpi.backend.compiled.team import Team
+from psmpi.backend.reference import Im2col
 from psmpi.errors import UserError
+from psmpi.nn.layers import Sums
 from psmpi.nn.model import Model
 from psmpi.optim import Hyper, make_optimizer
+from psmpi.optim.curvature import curvature_ops
 
 LEVELS = range(1, compiled.level() + 1)
 F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
@@ -140,8 +144,9 @@ def test_models_give_the_scores_and_gradients_of_the_reference(name, batch, leve
         results = []
         for ops in (NumpyOps(), CompiledOps(level)):
             model = Model(network, layout, mine, np.full_like(mine, np.nan), ops, classes)
-            scores = model.forward(x).copy()
-            model.backward(np.cos(np.arange(scores.size)).reshape(scores.shape).astype(dtype))
+            tape = model.forward(x)
+            scores = tape.scores.copy()
+            model.backward(tape, np.cos(np.arange(scores.size)).reshape(scores.shape).astype(dtype))
             results.append((scores, model.g))
         for found, expected in zip(results[1], results[0], strict=True):
             assert far(found, expected) <= TOLERANCE[dtype]
@@ -163,9 +168,10 @@ def test_gradients_of_samples_are_those_of_the_reference(name, level, dtype):
         for ops in (NumpyOps(), CompiledOps(level)):
             model = Model(network, layout, mine, np.full_like(mine, np.nan), ops, classes)
             sums = np.full((19, part.size), np.nan, dtype)
-            scores = model.forward(x)
+            tape = model.forward(x)
+            scores = tape.scores
             dscores = np.cos(np.arange(scores.size)).reshape(scores.shape).astype(dtype)
-            model.backward(dscores, (np.eye(19, dtype=dtype), sums))
+            model.backward(tape, dscores, sums=Sums(np.eye(19, dtype=dtype), sums))
             results.append(sums)
         assert far(results[1], results[0]) <= TOLERANCE[dtype]
 
@@ -186,7 +192,7 @@ def test_threads_compute_the_same_bits(name, batch, level, dtype, monkeypatch):
     kernels = rng.standard_normal((units, stripes[0].n_in, k, k)).astype(dtype)
     for threads, members in ((1, 1), (2, 2), (3, 3), (8, 8), (8, 1), (8, 3), (5, 4)):
         plan = CompiledOps(level, threads).convolution(stripes, *shapes, k, stride, dtype)
-        monkeypatch.setattr(compiled, "WORK", max(1, plan.work * batch // members))
+        monkeypatch.setattr(convolution, "WORK", max(1, plan.work * batch // members))
         assert plan._members(batch) >= members or plan.work * batch < members
         found = [np.full_like(a, np.nan) for a in (dy, kernels, x)]
         plan.forward(x, kernels, kernels[:, 0, 0, 0].copy(), found[0])
@@ -213,7 +219,8 @@ def test_element_products_are_those_of_the_reference(rows, level, dtype):
     pairs = rng.standard_normal((count, rows, size)).astype(dtype)
     middle, sigma = rng.standard_normal((count, rows, rows)), rng.random(count)
     for ops in (NumpyOps(), CompiledOps(level)):
-        elements = ops.restriction(runs, size)
+        curvature = curvature_ops(ops)
+        elements = curvature.restriction(runs, size)
         v, out = np.zeros((count, size), dtype), np.zeros((count, size), dtype)
         elements.restrict(p, v)
         for e, mine in enumerate(runs):
@@ -222,10 +229,10 @@ def test_element_products_are_those_of_the_reference(rows, level, dtype):
         total, q = np.full_like(p, np.nan), np.full_like(p, np.nan)
         elements.accumulate(v, total)
         coefficients = np.full((count, rows), np.nan)
-        ops.products(pairs, middle, sigma, coefficients, v, out)
-        ops.restricted_products(elements, pairs, middle, sigma, np.empty_like(coefficients), p, q)
+        curvature.products(pairs, middle, sigma, coefficients, v, out)
+        curvature.restricted_products(elements, pairs, middle, sigma, np.empty_like(coefficients), p, q)
         results.append((v, total, coefficients, out, q))
-        assert far(ops.row_dots(v, out), (v.astype(np.float64) * out).sum(axis=1)) <= TOLERANCE[dtype]
+        assert far(curvature.row_dots(v, out), (v.astype(np.float64) * out).sum(axis=1)) <= TOLERANCE[dtype]
         again = np.empty_like(p)
         elements.accumulate(out, again)
         assert far(again, q) <= TOLERANCE[dtype]
@@ -242,14 +249,13 @@ def test_gradients_match_central_differences(level):
     w, x = rng.standard_normal(layout.size), rng.random((int(np.prod(network.in_shape)), 5))
     d = rng.standard_normal((network.classes, 5))
     model = Model(network, layout, w, np.empty_like(w), CompiledOps(level))
-    model.forward(x)
-    model.backward(d.copy())
+    model.backward(model.forward(x), d.copy())
     g = model.g.copy()
     for k in rng.choice(layout.size, 12, replace=False):
         values = []
         for h in (1e-5, -1e-5):
             w[k] += h
-            values.append(float((model.forward(x) * d).sum()))
+            values.append(float((model.forward(x).scores * d).sum()))
             w[k] -= h
         assert abs((values[0] - values[1]) / 2e-5 - g[k]) <= 1e-9 * max(1, abs(g).max())
 
@@ -386,21 +392,21 @@ def test_arrays_of_another_kind_are_refused():
 
 def test_threads_work_at_the_same_time():
     barrier = threading.Barrier(3, timeout=20)
-    compiled.Team(3).run(lambda k: barrier.wait(), 3)
+    Team(3).run(lambda k: barrier.wait(), 3)
 
 
 def test_a_library_of_other_sources_is_not_used(monkeypatch):
-    monkeypatch.setattr(compiled, "crc32", lambda text: 1)
-    compiled._library.cache_clear()
-    compiled.level.cache_clear()
+    monkeypatch.setattr(library, "crc32", lambda text: 1)
+    library._library.cache_clear()
+    library.level.cache_clear()
     try:
         assert compiled.level() == 0 and "built from other sources" in compiled.missing()
         with pytest.raises(UserError, match="install psmpi again"):
             make_backend("compiled")
         assert make_backend("auto").name == "numpy"
     finally:
-        compiled._library.cache_clear()
-        compiled.level.cache_clear()
+        library._library.cache_clear()
+        library.level.cache_clear()
 
 
 def test_auto_takes_the_kernels_where_they_are():

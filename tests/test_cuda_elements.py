@@ -8,16 +8,16 @@ import pytest
 from test_cuda_kernels import OPS, SHAPES, TOLERANCE, Guarded, blocks, near, real_types, some
 from test_device import cupy, far, put, stand_in  # noqa: F401
 
-from psmpi.backend import CompiledOps, NumpyOps, compiled
-from psmpi.backend import device as gpu
-from psmpi.backend.convolution import Im2col
+from psmpi.backend import CompiledOps, NumpyOps, compiled, gpu
+from psmpi.backend.reference import Im2col
 from psmpi.methods.element_set import ElementSet
 from psmpi.nn.losses import make_loss
 from psmpi.nn.network import build
 from psmpi.nn.zoo import make_network
-from psmpi.optim.element_operators import RULES, ElementOperators
+from psmpi.optim.curvature import RULES, CurvatureOps, ElementOperators, curvature_ops
 
 F64 = np.dtype(np.float64)
+CURVATURE = CurvatureOps(OPS)
 pytestmark = pytest.mark.skipif(cuda_host.compiler() is None, reason="no g++ to run the CUDA kernels on the CPU")
 
 
@@ -69,13 +69,13 @@ def test_pairs_are_multiplied_and_kept(count, memory, size, dtype, device):
     for slots, cleared in (([-1, 0, memory - 1], [1, 0, 1]), ([0, -1, 0], [1, 0, 0])):
         slots, cleared = np.array(slots[:count]), np.array(cleared[:count], bool)
         expected, there = pairs.copy(), device.of(pairs)
-        OPS.keep_pairs(expected, slots, cleared, s, y)
+        CURVATURE.keep_pairs(expected, slots, cleared, s, y)
         where = (device.of(slots), device.of(cleared.view(np.uint8)))
         device("keep_pairs", (2,), (64,), count, memory, size, *where, device.of(s), device.of(y), there)
         assert np.array_equal(there, expected)
     a, b = some(rng, F64, count), some(rng, F64, count)
     expected, there = y.copy(), device.of(y)
-    OPS.mix_rows(a, s, b, expected)
+    CURVATURE.mix_rows(a, s, b, expected)
     device("mix_rows", (2,), (64,), count, size, device.of(a), device.of(s), device.of(b), there)
     near(there, expected, TOLERANCE[dtype])
 
@@ -90,7 +90,7 @@ def test_terms_of_the_loss_have_their_weights(wide, peak, dtype, device):
     others = np.array([0, 0, 2, 3])
     lost, won = np.array([-1, 0, -1, 0], dtype), np.array([0, 1, 1, 1], dtype)
     expected, out = np.empty((4, wide), dtype), device.array((4, wide))
-    OPS.term_weights(grad, labels, report, 1, others, lost, won, expected)
+    CURVATURE.term_weights(grad, labels, report, 1, others, lost, won, expected)
     assert abs(expected).max() <= 4
     arrays = (device.of(others), device.of(lost), device.of(won), out)
     device(
@@ -128,7 +128,7 @@ def test_variables_are_scaled_by_moments(dtype, device):
     rng = np.random.default_rng(0)
     g, squares = some(rng, dtype, 301), some(rng, dtype, 301) ** 2
     expected, root = squares.copy(), np.empty_like(g)
-    OPS.moment_scale(g, expected, root, 0.99, 0.3, 1e-6)
+    CURVATURE.moment_scale(g, expected, root, 0.99, 0.3, 1e-6)
     there, ours = device.of(squares), device.array((301,))
     device("moment_scale", (2,), (64,), 301, device.of(g), there, ours, 0.99, 0.3, 1e-6)
     near(there, expected, TOLERANCE[dtype])
@@ -192,14 +192,15 @@ def test_products_of_elements_are_those_of_the_reference(cupy, rows, dtype):  # 
         pairs[e, :, sum(b - a for a, b in mine) :] = 0
     middle, sigma = some(rng, F64, count, rows, rows), rng.random(count)
     for ops in (NumpyOps(), gpu.CupyOps()):
-        elements, there = ops.restriction(runs, size), [put(ops, a) for a in (pairs, middle, sigma)]
+        curvature = curvature_ops(ops)
+        elements, there = curvature.restriction(runs, size), [put(ops, a) for a in (pairs, middle, sigma)]
         v, out, coefficients = (put(ops, np.zeros(s, d)) for s, d in (((5, size), dtype),) * 2 + (((5, rows), F64),))
         total, q = (put(ops, np.full_like(p, np.nan)) for _ in range(2))
         elements.restrict(put(ops, p), v)
         elements.accumulate(v, total)
-        ops.products(*there, coefficients, v, out)
-        ops.restricted_products(elements, *there, coefficients, put(ops, p), q)
-        dots = [ops.row_dots(v, out), ops.pair_dots(there[0], v)]
+        curvature.products(*there, coefficients, v, out)
+        curvature.restricted_products(elements, *there, coefficients, put(ops, p), q)
+        dots = [curvature.row_dots(v, out), curvature.pair_dots(there[0], v)]
         found.append([ops.host(a) for a in (v, total, out, coefficients, q)] + dots)
     for ours, expected in zip(found[1], found[0], strict=True):
         assert far(ours, expected) <= 10 * TOLERANCE[dtype]

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from cuda_host import Address, Kernels
 
-from psmpi.backend import NumpyOps, Stripes
-from psmpi.backend.convolution import Im2col
+from psmpi.backend import CupyOps, NumpyOps, Stripes
+from psmpi.backend.reference import Im2col
 from psmpi.nn.losses import LOSSES, largest_exponent, make_loss
 from psmpi.nn.targets import TargetDistance
 from psmpi.optim import Hyper, make_optimizer
@@ -30,6 +30,8 @@ KINDS = ("identity", "sigmoid", "tanh", "relu")
 LIMIT = {F32: 2.0**50, F64: 2.0**400}
 GUARD = 64
 OPS = NumpyOps()
+# The losses that have a kernel, in the order of its numbers.
+FUSED = [name for name in LOSSES if hasattr(CupyOps, f"{name}_loss")]
 
 runs = pytest.mark.skipif(cuda_host.compiler() is None, reason="no g++ to run the CUDA kernels on the CPU")
 real_types = pytest.mark.parametrize("dtype", [F32, F64], ids=str)
@@ -395,11 +397,11 @@ def one_sample(loss, scores, labels, pairs):
 @pytest.mark.parametrize("batch", [1, 3, 33, 300])
 @pytest.mark.parametrize("size", [1.0, 60.0, 1000.0, 1e30])
 @pytest.mark.parametrize(
-    ("name", "paired"), [(name, paired) for name in LOSSES for paired in (False, True)[: 1 + LOSSES[name].pairwise]]
+    ("name", "paired"), [(name, paired) for name in FUSED for paired in (False, True)[: 1 + LOSSES[name].pairwise]]
 )
 def test_losses_are_those_of_the_reference(name, paired, size, batch, dtype, device):
     classes, scale, kappa = 7, 0.125, 1.5
-    kind, loss = list(LOSSES).index(name), make_loss(name, dtype, kappa=kappa)
+    kind, loss = FUSED.index(name), make_loss(name, dtype, kappa=kappa)
     limit = largest_exponent(dtype)
     rng = np.random.default_rng(0)
     scores, labels = some(rng, dtype, classes, batch) * dtype.type(size), rng.integers(0, classes, batch)
@@ -448,8 +450,8 @@ def test_losses_are_those_of_the_reference(name, paired, size, batch, dtype, dev
     assert abs(cast).max() <= 2.0**20
     g = some(rng, dtype, 1000)
     back, mine = g.copy(), device.of(g)
-    OPS.give_back(back, report, LIMIT[dtype])
-    device("give_back", (2,), (64,), g.size, mine, report, LIMIT[dtype])
+    OPS.unscale(back, report, LIMIT[dtype])
+    device("unscale", (2,), (64,), g.size, mine, report, LIMIT[dtype])
     near(mine, back, TOLERANCE[dtype])
     assert np.isfinite(mine).all()
 
@@ -481,7 +483,7 @@ def test_distances_are_those_of_the_reference(units, batch, dtype, device):
 @runs
 @real_types
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", FUSED)
 def test_a_score_that_is_no_number_shows(name, bad, dtype, device):
     classes, batch = 5, 40
     rng = np.random.default_rng(0)
@@ -490,7 +492,7 @@ def test_a_score_that_is_no_number_shows(name, bad, dtype, device):
         scores[labels[7] if where == "label" else (labels[7] + 1) % classes, 7] = bad
         scores, labels = device.of(scores), device.of(labels)
         grad, samples = device.array((classes, batch), F64), device.array((3, batch), F64)
-        kind, report = list(LOSSES).index(name), device.array((4,), F64)
+        kind, report = FUSED.index(name), device.array((4,), F64)
         limit = largest_exponent(dtype)
         device("losses", (1,), (64,), kind, classes, batch, scores, labels, 1.0, 1.0, limit, None, grad, samples)
         device("loss_report", (1,), (256,), classes, batch, 0, classes, samples, grad, 1.0, report)
@@ -508,12 +510,12 @@ def test_a_score_that_is_no_number_shows(name, bad, dtype, device):
 
 @runs
 @real_types
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", FUSED)
 def test_losses_are_as_the_reference_has_them_where_it_has_them(name, dtype, device):
     # Infinite scores of other classes, below the label's: PSL and its kin have values there.
     scores = np.zeros((4, 2), dtype)
     scores[3, 1] = -np.inf
-    labels, kind = np.array([1, 0]), list(LOSSES).index(name)
+    labels, kind = np.array([1, 0]), FUSED.index(name)
     grad, limit = np.empty(scores.shape), largest_exponent(dtype)
     with np.errstate(all="ignore"):
         value = make_loss(name, dtype)(scores, labels, 1.0, grad)
@@ -542,8 +544,8 @@ def test_large_derivatives_are_scaled_by_the_power_of_two_of_the_reference(peak,
     g[3] = np.nan
     mine = device.of(g)
     with np.errstate(over="ignore"):
-        OPS.give_back(g, report, LIMIT[dtype])
-    device("give_back", (1,), (64,), 99, mine, report, LIMIT[dtype])
+        OPS.unscale(g, report, LIMIT[dtype])
+    device("unscale", (1,), (64,), 99, mine, report, LIMIT[dtype])
     assert np.array_equal(mine, g, equal_nan=True)
 
 
@@ -556,7 +558,7 @@ def test_derivatives_without_a_finite_peak_are_cast_as_they_are(dtype, device):
         device("cast_scores", (1,), (64,), 3, grad, out, report)
         assert np.array_equal(out, grad.astype(dtype), equal_nan=True)
         mine = device.of(np.array([5.0, 6.0], dtype))
-        device("give_back", (1,), (64,), 2, mine, report, 1.0)
+        device("unscale", (1,), (64,), 2, mine, report, 1.0)
         assert mine.tolist() == [5.0, 6.0]
 
 

@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from psmpi.data import DATASETS, Minibatches, Resident, Split, open_dataset
+from psmpi.data import DATASETS, Batch, Minibatches, Resident, Split, open_dataset, open_split
 from psmpi.data.files import CHUNK_BYTES, fill
 from psmpi.errors import UserError
 
@@ -136,7 +136,7 @@ def test_unknown_name_lists_the_choices(tmp_path: Path) -> None:
 
 def test_digits_are_split_by_every_fifth_sample_and_ignore_the_data_dir(tmp_path: Path) -> None:
     data = open_dataset("digits", tmp_path / "nowhere")
-    assert (data.name, data.classes, data.shape) == ("digits", 10, (1, 8, 8))
+    assert (data.name, data.outputs, data.shape) == ("digits", 10, (1, 8, 8))
     assert (data.train.n, data.test.n) == (1438, 359)
     assert data.train.scale == 1 / 16
     assert data.train.dtype == np.uint8
@@ -192,7 +192,7 @@ def test_reading_refuses_rows_that_are_not_there(tmp_path: Path) -> None:
 def test_mnist_is_found_and_read(tmp_path: Path, folder: str, end: str) -> None:
     arrays = list(make_mnist(tmp_path / folder, end).values())
     data = open_dataset("mnist", tmp_path)
-    assert (data.name, data.classes, data.shape, data.train.scale) == ("mnist", 10, (1, 5, 4), 1 / 255)
+    assert (data.name, data.outputs, data.shape, data.train.scale) == ("mnist", 10, (1, 5, 4), 1 / 255)
     assert_reads(data.train, arrays[0].astype(np.uint8), arrays[1])
     assert_reads(data.test, arrays[2].astype(np.uint8), arrays[3])
 
@@ -369,7 +369,7 @@ def test_cifar_binary_files_are_found_and_read(tmp_path: Path, folder: str) -> N
     batches = make_cifar(tmp_path / folder)
     data = open_dataset("cifar10", tmp_path)
     train = np.concatenate(batches[:-1])
-    assert (data.name, data.classes, data.shape, data.test.scale) == ("cifar10", 10, (3, 32, 32), 1 / 255)
+    assert (data.name, data.outputs, data.shape, data.test.scale) == ("cifar10", 10, (3, 32, 32), 1 / 255)
     assert_reads(data.train, train[:, 1:], train[:, 0])
     assert_reads(data.test, batches[-1][:, 1:], batches[-1][:, 0])
 
@@ -527,7 +527,7 @@ def test_files_of_all_dtypes_are_read(tmp_path: Path, end: str, packed: bool, dt
     x = np.asarray(rng.integers(0, 256, (33, 2, 3, 5)), dtype=dtype, order=order)
     y, y_test = rng.integers(0, 4, 33).astype(np.int8), np.array([4, 0], np.uint64)
     data = open_dataset(save(tmp_path / f"own{end}", packed, x=x, y=y, x_test=x[:2] // 2, y_test=y_test), None)
-    assert (data.classes, data.shape) == (5, (2, 3, 5))
+    assert (data.outputs, data.shape) == (5, (2, 3, 5))
     assert data.train.scale == data.test.scale == (1 / 255 if dtype == "uint8" else 1.0)
     assert_reads(data.train, x, y)
     assert_reads(data.test, x[:2] // 2, y_test)
@@ -556,13 +556,13 @@ def test_a_relative_path_is_looked_up_in_the_data_dir_first(tmp_path: Path, monk
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     save(tmp_path / "here" / "own.npz", x=np.zeros((5, 1)), y=np.arange(5))
-    assert open_dataset("own.npz", None).classes == 5
-    assert open_dataset("own.npz", tmp_path / "data").classes == 5
+    assert open_dataset("own.npz", None).outputs == 5
+    assert open_dataset("own.npz", tmp_path / "data").outputs == 5
     save(tmp_path / "data" / "own.npz", x=np.zeros((6, 1)), y=np.arange(6))
-    assert open_dataset("own.npz", tmp_path / "data").classes == 6
-    assert open_dataset(str(tmp_path / "here" / "own.npz"), tmp_path / "data").classes == 5
+    assert open_dataset("own.npz", tmp_path / "data").outputs == 6
+    assert open_dataset(str(tmp_path / "here" / "own.npz"), tmp_path / "data").outputs == 5
     (tmp_path / "data" / "own.npz").rename(tmp_path / "data" / "OWN.NPZ")
-    assert open_dataset("OWN.NPZ", tmp_path / "data").classes == 6
+    assert open_dataset("OWN.NPZ", tmp_path / "data").outputs == 6
 
 
 def test_a_missing_file_lists_the_directories_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -596,7 +596,18 @@ BAD_ARRAYS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "fewer test labels": ({"x": X, "y": Y, "x_test": X, "y_test": Y[:9]}, ["9 labels in y_test"]),
     "y a matrix": ({"x": X, "y": Y[:, None]}, ["y has the shape (10, 1)", "ravel"]),
     "y a scalar": ({"x": X, "y": np.int64(1)}, ["y has the shape ()"]),
-    "y float": ({"x": X, "y": Y.astype(float)}, ["float64", "integers"]),
+    "y complex": ({"x": X, "y": Y.astype(complex)}, ["complex128", "integers 0..C-1 for classes, or float64"]),
+    "y strings": ({"x": X, "y": np.array(["cat"] * 10, "S3")}, ["S3", "integers"]),
+    "y float of three axes": ({"x": X, "y": np.zeros((10, 2, 2))}, ["(10, 2, 2)", "y.reshape(10, -1)"]),
+    "y without columns": ({"x": X, "y": np.zeros((10, 0))}, ["0 values a sample"]),
+    "y float with a NaN": ({"x": X, "y": np.where(Y == 1, np.nan, 0.5)}, ["5 samples", "the first being sample 1"]),
+    "y with an infinity": ({"x": X, "y": np.where(Y == 1, np.inf, 1.0)}, ["5 samples"]),
+    "fewer values": ({"x": X, "y": np.zeros((9, 2))}, ["9 rows in y", "10 samples"]),
+    "y_test labels": ({"x": X, "y": Y * 0.5, "x_test": X, "y_test": Y}, ["y has 1 values", "y_test has labels"]),
+    "y_test more values": (
+        {"x": X, "y": np.zeros((10, 2)), "x_test": X, "y_test": np.zeros((10, 3))},
+        ["y has 2 values a sample, y_test has 3 values a sample"],
+    ),
     "y bool": ({"x": X, "y": Y > 0}, ["bool", "integers"]),
     "y negative": ({"x": X, "y": Y - 1}, ["negative label -1"]),
     "y_test negative": ({"x": X, "y": Y, "x_test": X, "y_test": Y - 2}, ["y_test", "negative label -2"]),
@@ -611,6 +622,37 @@ def test_bad_arrays_are_refused(tmp_path: Path, end: str, case: str) -> None:
     arrays, fragments = BAD_ARRAYS[case]
     name = save(tmp_path / f"own{end}", **arrays)
     expect_error(name, *fragments, name=name)
+
+
+@pytest.mark.parametrize("end", [".npz", ".h5"])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, ">f8"])
+@pytest.mark.parametrize("shape", [(10,), (10, 1), (10, 3)])
+def test_floating_point_targets_are_a_regression(tmp_path: Path, end: str, dtype: Any, shape: tuple[int, ...]) -> None:
+    y = np.random.default_rng(0).normal(size=shape).astype(dtype)
+    data = open_dataset(save(tmp_path / f"own{end}", x=X, y=y), None)
+    columns = y.reshape(10, -1).astype(np.float64)
+    assert (data.task, data.outputs, data.train.n, data.test.n) == ("regression", columns.shape[1], 8, 2)
+    np.testing.assert_array_equal(data.test.targets, columns[[4, 9]])
+    assert data.train.targets.dtype == np.float64 and not data.train.targets.flags.writeable
+    with pytest.raises(ValueError, match="values and no labels"):
+        data.train.labels  # noqa: B018
+    resident = Resident(data.train, [1, 3], np.float32)
+    np.testing.assert_array_equal(resident.targets([7, 0]), columns[[8, 0]].T)
+    assert open_split(str(tmp_path / f"own{end}"), None, "all").targets.shape == columns.shape
+    assert open_dataset("digits", None).task == "classes"
+
+
+def test_a_batch_has_the_samples_of_its_ids_and_is_shared_in_order() -> None:
+    split = open_dataset("digits", None).train
+    resident, ids = Resident(split, np.arange(0, 100, 2), np.float64), np.array([8, 2, 2, 90, 14])
+    room = np.full(64 * 7, np.nan)
+    batch = resident.batch(ids, room)
+    np.testing.assert_array_equal(batch.inputs, split.read(ids).T / 16)
+    np.testing.assert_array_equal(batch.targets, split.labels[ids])
+    assert batch.inputs.base is room and np.isnan(room[64 * 5 :]).all() and batch.mask is None
+    shares = [Batch(ids).share(k, 3) for k in range(3)]
+    assert [share.ids.tolist() for share in shares] == [[8, 2], [2, 90], [14]] and len(shares[2]) == 1
+    assert shares[0].inputs is None and not len(Batch(ids[:1]).share(1, 2))
 
 
 @pytest.mark.parametrize("key", ["x", "y"])
@@ -770,8 +812,8 @@ def test_resident_fetch_equals_plain_indexing(tmp_path: Path, stored: Any, dtype
         out = np.full((7, size), np.nan, dtype)
         resident.fetch(ids, out)
         np.testing.assert_array_equal(out, x[ids].T.astype(dtype) * dtype(split.scale))
-        np.testing.assert_array_equal(resident.labels(ids), y[ids])
-        assert resident.labels(ids).dtype == np.int64
+        np.testing.assert_array_equal(resident.targets(ids), y[ids])
+        assert resident.targets(ids).dtype == np.int64
 
 
 def test_resident_values_lie_between_zero_and_one(train: Split) -> None:
@@ -830,10 +872,10 @@ def test_resident_keeps_the_stored_dtype(train: Split) -> None:
 
 def test_resident_labels_are_known_for_all_ids_of_the_split(train: Split) -> None:
     resident = Resident(train, [], np.float32)
-    np.testing.assert_array_equal(resident.labels(np.arange(train.n)), train.labels)
+    np.testing.assert_array_equal(resident.targets(np.arange(train.n)), train.labels)
     for ids in ([-1], [train.n]):
         with pytest.raises(IndexError):
-            resident.labels(ids)
+            resident.targets(ids)
 
 
 def test_resident_fetch_makes_no_big_temporaries(tmp_path: Path) -> None:
@@ -935,7 +977,7 @@ def real(name: str) -> Path:
 def test_the_real_files_are_read(name: str, sizes: tuple[int, int], shape: tuple[int, ...]) -> None:
     data = open_dataset(name, real(name))
     assert (data.train.n, data.test.n) == sizes
-    assert (data.shape, data.classes) == (shape, 10)
+    assert (data.shape, data.outputs) == (shape, 10)
     assert set(np.unique(data.train.labels)) == set(range(10))
     x = data.test.read(np.arange(data.test.n))
     assert x.max() > 250

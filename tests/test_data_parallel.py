@@ -7,7 +7,8 @@ import pytest
 from conftest import Trained, distance, run
 from hypothesis import given
 from hypothesis import strategies as st
-from test_nn import NETWORKS, make, random_problem
+from layer_examples import NETWORKS, make
+from test_nn import random_problem
 
 from psmpi.backend import NumpyOps
 from psmpi.comm.allreduce import ALGORITHMS, Ring
@@ -71,8 +72,7 @@ def test_a_bucket_is_whole_when_it_is_said_to_be(name):
                 seen[bucket] = g[bucket.start : bucket.stop].copy()
 
     model.finished = finished
-    model.forward(x)
-    model.backward(d)
+    model.backward(model.forward(x), d)
     assert order == sorted(order, reverse=True) and len(seen) == len(buckets)
     for bucket, values in seen.items():
         assert np.array_equal(values, g[bucket.start : bucket.stop]) and np.isfinite(values).all()

@@ -13,9 +13,11 @@ from pathlib import Path
 import cuda_host
 import numpy as np
 import pytest
-from test_nn import NETWORKS, make, random_problem
+from layer_examples import NETWORKS, make
+from test_nn import random_problem
 
-from psmpi.backend import CompiledOps, NumpyOps, Stripes, compiled, cudnn, device, make_backend, recording
+from psmpi.backend import CompiledOps, CupyOps, NumpyOps, Stripes, compiled, gpu, make_backend
+from psmpi.backend.gpu import cudnn, recording, runtime
 from psmpi.comm.bridge import GpuAware, Staged
 from psmpi.comm.group import Counter, Group
 from psmpi.comm.probe import ask_library, probe
@@ -24,15 +26,21 @@ from psmpi.errors import UserError
 from psmpi.layout import Runs
 from psmpi.methods.evaluator import Evaluator
 from psmpi.nn.losses import LOSSES, make_loss
+from psmpi.nn.metric import Metric
 from psmpi.nn.model import Model
 from psmpi.nn.objective import GRADIENT_LIMIT, Objective
 from psmpi.nn.targets import TargetDistance, draw_targets
-from psmpi.optim import OPTIMIZERS, Hyper, clip_by_global_norm, make_optimizer
+from psmpi.optim import FIRST_ORDER, OPTIMIZERS, Hyper, clip_by_global_norm, make_optimizer
+from psmpi.optim.curvature import CurvatureOps, curvature_ops
+from psmpi.optim.curvature.compiled import CompiledCurvature
+from psmpi.optim.curvature.gpu import CupyCurvature
+from psmpi.optim.registry import COUNTED
 
 FAKE = Path(__file__).parent / "fake"
 F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
 TOLERANCE = {F32: 2e-5, F64: 1e-11}
-HOST_ONLY: set[str] = set()
+# What the device does as the reference does: it is made of other operations.
+SHARED = {NumpyOps: {"fused", "scratch"}, CurvatureOps: {"restriction", "restricted_products"}}
 
 needs_compiler = pytest.mark.skipif(cuda_host.compiler() is None, reason="no g++ to compile the CUDA kernels as C++")
 
@@ -45,17 +53,17 @@ def stand_in(monkeypatch):
     for name in real:
         del sys.modules[name]
     monkeypatch.syspath_prepend(FAKE)
-    device._cupy.cache_clear()
+    runtime.load_cupy.cache_clear()
     import cupy
 
     yield cupy
     # What the stand-in never frees: each set of operations has its workspace.
     cupy._memory.clear()
-    device._stream.cache_clear()
+    runtime.stream_of.cache_clear()
     for name in [name for name in sys.modules if name.partition(".")[0] in fakes]:
         del sys.modules[name]
     sys.modules.update(real)
-    device._cupy.cache_clear()
+    runtime.load_cupy.cache_clear()
 
 
 @pytest.fixture(params=["stand-in", pytest.param("gpu", marks=pytest.mark.gpu)])
@@ -63,7 +71,7 @@ def cupy(request):
     """The stand-in, and the real CuPy where it has a GPU."""
     if request.param == "stand-in":
         return request.getfixturevalue("stand_in")
-    if not device.available():
+    if not gpu.available():
         pytest.skip("no GPU here, or no CuPy for it")
     return pytest.importorskip("cupy")
 
@@ -92,16 +100,31 @@ def public(kind):
     }
 
 
-@pytest.mark.parametrize("backend", [CompiledOps, device.CupyOps])
-def test_backends_have_the_same_methods(backend):
-    reference = public(NumpyOps)
+@pytest.mark.parametrize(
+    ("kind", "backend"),
+    [
+        *((NumpyOps, CompiledOps), (NumpyOps, CupyOps)),
+        *((CurvatureOps, CompiledCurvature), (CurvatureOps, CupyCurvature)),
+    ],
+)
+def test_backends_have_the_same_methods(kind, backend):
+    reference = public(kind)
     for name, method in public(backend).items():
         if name in reference and inspect.isfunction(method):
             ours, theirs = (list(inspect.signature(m).parameters.values()) for m in (method, reference[name]))
             assert [(p.name, p.kind, p.default) for p in ours] == [(p.name, p.kind, p.default) for p in theirs], name
-    if backend is device.CupyOps:
+    if backend in (CupyOps, CupyCurvature):
         inherited = {name for name, method in public(backend).items() if method is reference.get(name)}
-        assert inherited == HOST_ONLY
+        assert inherited == SHARED[kind]
+
+
+def test_curvature_operations_are_those_of_the_backend(stand_in):
+    class Other(NumpyOps):
+        name = "other"
+
+    made = [curvature_ops(ops) for ops in (NumpyOps(), CompiledOps(1), CupyOps(), Other())]
+    assert [type(one) for one in made] == [CurvatureOps, CompiledCurvature, CupyCurvature, CurvatureOps]
+    assert [one.ops.name for one in made] == ["numpy", "compiled", "cupy", "other"]
 
 
 def test_the_stand_in_has_the_names_of_cupy():
@@ -196,7 +219,7 @@ def test_the_stand_in_has_the_names_of_cudnn(kind):
 def test_models_are_those_of_the_reference(cupy, name, dtype):
     network = make(name)
     layout, w, x, d = random_problem(network, batch=5, dtype=dtype)
-    there = device.CupyOps()
+    there = CupyOps()
     for classes in ([*range(network.classes)], [1], [0, 3]):
         if network.tie() is not None and len(classes) < network.classes:
             continue
@@ -208,8 +231,9 @@ def test_models_are_those_of_the_reference(cupy, name, dtype):
             model = Model(network, layout, put(ops, local), g, ops, classes)
             # A larger minibatch before: what it left must not show.
             model.forward(put(ops, np.ones((x.shape[0], 7), dtype)))
-            scores = ops.host(model.forward(put(ops, x))).copy()
-            model.backward(put(ops, d[classes]))
+            tape = model.forward(put(ops, x))
+            scores = ops.host(tape.scores).copy()
+            model.backward(tape, put(ops, d[classes]))
             found.append((scores, ops.host(g)))
         for ours, expected in zip(found[1], found[0], strict=True):
             assert far(ours, expected) <= TOLERANCE[dtype]
@@ -222,20 +246,21 @@ CONVOLUTIONS = [name for name in NETWORKS if "conv" in str(NETWORKS[name][1])] +
 @pytest.mark.parametrize("chunk", [1, 1 << 20])
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_convolutions_may_be_products_with_windows(cupy, name, chunk, monkeypatch):
-    monkeypatch.setattr(device.CupyOps, "chunk", chunk)
+    monkeypatch.setattr(CupyOps, "chunk", chunk)
     network = make(name)
     layout, w, x, d = random_problem(network, batch=5, dtype=F32)
     part = layout.part(range(network.classes))
     w = np.concatenate([w[a:b] for a, b in part.intervals])
     found = []
-    for ops in (NumpyOps(), device.CupyOps(compute="tf32")):
+    for ops in (NumpyOps(), CupyOps(compute="tf32")):
         g = put(ops, np.full(part.size, np.nan, F32))
         model = Model(network, layout, put(ops, w), g, ops)
-        scores = ops.host(model.forward(put(ops, x))).copy()
-        model.backward(put(ops, d))
+        tape = model.forward(put(ops, x))
+        scores = ops.host(tape.scores).copy()
+        model.backward(tape, put(ops, d))
         found.append((scores, ops.host(g)))
     # The stand-in computes products of float32 as they are; a GPU with 10 bits of each number.
-    tolerance = 2e-5 if not device.available() or "fake" in str(cupy.__version__) else 1e-2
+    tolerance = 2e-5 if not gpu.available() or "fake" in str(cupy.__version__) else 1e-2
     for ours, expected in zip(found[1], found[0], strict=True):
         assert far(ours, expected) <= tolerance
 
@@ -251,8 +276,9 @@ def both_ways(name, dtype, there, classes=None):
         g = put(ops, np.full(part.size, np.nan, dtype))
         model = Model(network, layout, put(ops, local), g, ops, classes)
         model.forward(put(ops, np.ones((x.shape[0], 7), dtype)))
-        scores = ops.host(model.forward(put(ops, x))).copy()
-        model.backward(put(ops, d[classes]))
+        tape = model.forward(put(ops, x))
+        scores = ops.host(tape.scores).copy()
+        model.backward(tape, put(ops, d[classes]))
         found += [scores, ops.host(g)]
     return found
 
@@ -264,7 +290,7 @@ def test_convolutions_may_be_those_of_cudnn(cupy, name, dtype):
     fake = cupy.__version__ == "fake"
     if not fake:
         pytest.importorskip("cudnn")
-    ops = device.CupyOps(convolution="cudnn")
+    ops = CupyOps(convolution="cudnn")
     tolerance = TOLERANCE[dtype] if fake else 10 * cudnn.TOLERANCE[str(dtype)]
     for classes in (None, [1], [0, 3]):
         scores, g, our_scores, our_g = both_ways(name, dtype, ops, classes)
@@ -311,7 +337,7 @@ def test_a_cudnn_that_fails_is_not_used(stand_in, monkeypatch, fault, says, conv
 
     stand_in.cuda.clock.costs.update({"cudnn packed": 0.0, "cudnn strided": 0.0, "turn": 0.0})
     monkeypatch.setattr(library, "FAULT", fault)
-    ops = device.CupyOps(convolution=convolution)
+    ops = CupyOps(convolution=convolution)
     scores, g, our_scores, our_g = both_ways("mean pooling", F32, ops)
     assert far(our_scores, scores) <= TOLERANCE[F32] and far(our_g, g) <= TOLERANCE[F32]
     # Two minibatches forward, one back through two layers.
@@ -331,7 +357,7 @@ def test_what_cudnn_has_not_computed_is_not_taken_for_its_result(stand_in, monke
     import cudnn as library
 
     monkeypatch.setattr(library, "FAULT", f"{kind} does nothing")
-    ops = device.CupyOps(convolution="cudnn")
+    ops = CupyOps(convolution="cudnn")
     both_ways("mean pooling", F32, ops)
     for line, (key, chosen) in zip(ops.choices, ops.cudnn.chosen.items(), strict=True):
         assert (chosen is None and line.count("is wrong by") == 2) == (key[-1] == WORK[kind])
@@ -345,7 +371,7 @@ def test_what_cudnn_does_not_read_as_it_lies_is_turned(stand_in, monkeypatch):
     stand_in.cuda.clock.costs.update(dict.fromkeys(("conv_forward", "conv_input", "conv_weight"), 50.0))
     stand_in.cuda.clock.costs["cudnn strided"] = 0.0
     for convolution in ("cudnn", "measured"):
-        ops = device.CupyOps(convolution=convolution)
+        ops = CupyOps(convolution=convolution)
         both_ways("mean pooling", F32, ops)
         assert all(choice.turned for choice in ops.cudnn.chosen.values())
     assert all("cuDNN cannot: no engine" in line for line in ops.choices)
@@ -366,7 +392,7 @@ OWN = {"output": "conv_forward", "gradient of kernels": "conv_weight", "gradient
 @pytest.mark.parametrize("work", OWN)
 def test_the_fastest_is_taken_for_each_work(stand_in, costs, taken, work):
     stand_in.cuda.clock.costs.update({**costs, **dict.fromkeys(OWN.values(), 0.0), OWN[work]: 15.0})
-    ops = device.CupyOps(convolution="measured")
+    ops = CupyOps(convolution="measured")
     scores, g, our_scores, our_g = both_ways("separable convolution", F32, ops)
     assert far(our_scores, scores) <= TOLERANCE[F32] and far(our_g, g) <= TOLERANCE[F32]
     # One minibatch forward only.
@@ -385,7 +411,7 @@ def test_the_fastest_is_taken_for_each_work(stand_in, costs, taken, work):
 def test_psmpi_s_gradient_has_the_kernels_of_cudnn_s_output_when_that_is_played_back(stand_in):
     stand_in.cuda.clock.costs.update({"cudnn packed": 5.0, "cudnn strided": 5.0, "conv_forward": 50.0})
     stand_in.cuda.clock.costs["conv_input"] = 0.0
-    ops = device.CupyOps(convolution="measured")
+    ops = CupyOps(convolution="measured")
     plan = ops.convolution([Stripes(1, 2, 1, 0, 0, 0)], (1, 4, 4), (2, 2, 2), 3, 1, F32)
     plan.reserve(3)
     rng = np.random.default_rng(0)
@@ -418,7 +444,7 @@ def test_psmpi_s_gradient_has_the_kernels_of_cudnn_s_output_when_that_is_played_
 @needs_compiler
 def test_without_graphs_cudnn_is_tried_as_it_is(stand_in, monkeypatch):
     monkeypatch.setattr(stand_in.cuda, "FAULT", "graphs")
-    ops = device.CupyOps(convolution="cudnn")
+    ops = CupyOps(convolution="cudnn")
     both_ways("mean pooling", F32, ops)
     assert ops.choices and all(ops.cudnn.chosen.values())
 
@@ -428,7 +454,7 @@ def test_without_graphs_cudnn_is_tried_as_it_is(stand_in, monkeypatch):
 def test_cudnn_uses_the_bits_that_were_asked_for_and_the_same_each_time(stand_in, compute):
     import cudnn as library
 
-    ops = device.CupyOps(compute=compute, convolution="cudnn")
+    ops = CupyOps(compute=compute, convolution="cudnn")
     both_ways("mean pooling", F32, ops)
     both_ways("mean pooling", F64, ops)
     always = {"NONDETERMINISTIC", "REDUCED_PRECISION_REDUCTION"}
@@ -443,30 +469,30 @@ def test_cudnn_uses_the_bits_that_were_asked_for_and_the_same_each_time(stand_in
 @needs_compiler
 def test_cudnn_is_not_asked_for_fewer_bits_than_tf32(stand_in):
     with pytest.raises(UserError, match="computes with float32 and tf32"):
-        device.CupyOps(compute="bfloat16", convolution="cudnn")
+        CupyOps(compute="bfloat16", convolution="cudnn")
 
 
 @needs_compiler
 def test_nothing_is_tried_while_a_step_is_recorded(stand_in):
-    ops = device.CupyOps(convolution="cudnn")
+    ops = CupyOps(convolution="cudnn")
     network = make("mean pooling")
     layout, w, x, _ = random_problem(network, batch=5, dtype=F32)
     model = Model(network, layout, put(ops, w), None, ops)
     model.reserve(9)
     images, before = put(ops, x), ops.allocations
     ops.stream.begin_capture()
-    model.forward(images)
+    tape = model.forward(images)
     graph = ops.stream.end_capture()
     assert not ops.cudnn.chosen and ops.allocations == before
     graph.launch(ops.stream)
-    recorded = ops.host(model.outputs[-1]).copy()
-    assert far(ops.host(model.forward(images)), recorded) <= TOLERANCE[F32]
+    recorded = ops.host(tape.scores).copy()
+    assert far(ops.host(model.forward(images).scores), recorded) <= TOLERANCE[F32]
     assert all(ops.cudnn.chosen.values()) and ops.allocations > before
 
 
 @needs_compiler
 def test_arrays_that_begin_anywhere_are_not_for_cudnn(stand_in):
-    ops = device.CupyOps(convolution="cudnn")
+    ops = CupyOps(convolution="cudnn")
     plan = ops.convolution([Stripes(1, 2, 1, 0, 0, 0)], (1, 4, 4), (2, 2, 2), 3, 1, F32)
     plan.reserve(3)
     rng = np.random.default_rng(0)
@@ -487,8 +513,8 @@ def test_without_cudnn_the_error_says_what_to_install(stand_in, monkeypatch, fau
         make_backend("cupy", convolution="cudnn")
     ops = make_backend("cupy", convolution="measured")
     assert ops.cudnn is None and "cuDNN" not in ops.description
-    (told,) = ops.choices
-    assert told.startswith("--convolution measured: psmpi's own alone: cuDNN does not load")
+    (line,) = ops.choices
+    assert line.startswith("--convolution measured: psmpi's own alone: cuDNN does not load")
 
 
 @needs_compiler
@@ -504,13 +530,14 @@ def test_the_loss_and_its_gradient_are_those_of_the_reference(cupy, name, dtype)
                 continue
             pairs = pairs | pairs.T
         results = []
-        for ops in (NumpyOps(), device.CupyOps()):
+        for ops in (NumpyOps(), CupyOps()):
             g = put(ops, np.zeros(layout.size, dtype))
             model = Model(network, layout, put(ops, weights), g, ops)
             objective = Objective(make_loss(name, dtype, kappa=3.0), model)
             objective.reserve(10, 9)
             mask = None if pairs is None else put(ops, pairs)
-            objective.derive(model.forward(put(ops, x)), put(ops, labels), 1 / 9, slice(0, 10), mask)
+            tape = model.forward(put(ops, x))
+            objective.derive(tape, tape.scores, put(ops, labels), 1 / 9, slice(0, 10), mask)
             results.append((objective.value(), ops.host(g), objective.loss.clipped))
         (value, g, clipped), (our_value, our_g, our_clipped) = results
         assert our_value == pytest.approx(value, rel=100 * TOLERANCE[dtype]) and our_clipped == clipped
@@ -527,22 +554,79 @@ def test_the_distance_from_targets_and_its_gradient_are_those_of_the_reference(c
     network = make("small psnet")
     layout, w, x, _ = random_problem(network, batch=9, dtype=dtype)
     targets, labels, results = draw_targets("gaussian", 10, 10, 0, 1, 3.0), np.arange(9) % 10, []
-    for ops in (NumpyOps(), device.CupyOps()):
+    for ops in (NumpyOps(), CupyOps()):
         g = put(ops, np.zeros(layout.size, dtype))
         model = Model(network, layout, put(ops, w), g, ops)
         loss = TargetDistance(targets, 3.0, ops)
         objective = Objective(loss, model)
         objective.reserve(10, 9)
-        objective.derive(model.forward(put(ops, x)), put(ops, labels), 1 / 9, slice(0, 10))
+        tape = model.forward(put(ops, x))
+        objective.derive(tape, tape.scores, put(ops, labels), 1 / 9, slice(0, 10))
         results.append((objective.value(), ops.host(g), ops.host(objective.report.array)))
-        assert loss.nbytes >= 8 * targets.size and objective.on_device == ops.on_device
+        assert loss.nbytes >= 8 * targets.size and (objective.fused is not None) == ops.on_device
     (value, g, report), (our_value, our_g, our_report) = results
     assert our_value == pytest.approx(value, rel=TOLERANCE[dtype]) and far(our_g, g) <= TOLERANCE[dtype]
     assert our_report == pytest.approx(report, rel=TOLERANCE[dtype]) and our_report[3] > 0
     model.w[:] = put(ops, np.full_like(w, np.nan))
-    objective.derive(model.forward(put(ops, x)), put(ops, labels), 1 / 9, slice(0, 10))
+    tape = model.forward(put(ops, x))
+    objective.derive(tape, tape.scores, put(ops, labels), 1 / 9, slice(0, 10))
     with pytest.raises(FloatingPointError, match="the loss is not a finite number"):
         objective.value()
+
+
+class Slow(LOSSES["logistic"]):
+    """A loss that no device has in one pass."""
+
+    name = "slow"
+
+
+@needs_compiler
+def test_a_loss_without_a_kernel_of_its_own_goes_through_host_memory_outside_of_recordings(stand_in):
+    network = make("small psnet")
+    layout, w, x, _ = random_problem(network, batch=9)
+    results, labels = [], np.arange(9) % 10
+    for kind in (LOSSES["logistic"], Slow):
+        ops = CupyOps()
+        model = Model(network, layout, put(ops, w), put(ops, np.zeros_like(w)), ops)
+        objective = Objective(kind(F32), model)
+        objective.reserve(10, 9)
+        given = put(ops, x), put(ops, labels)
+
+        def work(b, objective=objective, model=model, given=given):
+            tape = model.forward(given[0])
+            objective.derive(tape, tape.scores, given[1], 1 / b, slice(0, 10))
+
+        recorded, before = objective.record(work), ops.stream.launches
+        # A step is recorded the second time.
+        for _ in range(3):
+            model.g.fill(0)
+            recorded(9)
+        results.append((objective.value(), ops.host(model.g), ops.host(objective.report.array)[[0, 3]]))
+        assert (ops.stream.launches > before) == (kind is not Slow) and ops.graphs
+    (value, g, report), (our_value, our_g, our_report) = results
+    assert our_value == pytest.approx(value, rel=1e-12) and far(our_g, g) <= TOLERANCE[F32]
+    assert our_report == pytest.approx(report, rel=1e-12) and our_report[1] > 0
+    model.w[:] = put(ops, np.full_like(w, np.nan))
+    with np.errstate(invalid="ignore"), pytest.raises(FloatingPointError, match="the loss is not a finite number"):
+        recorded(9)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+def test_values_to_learn_are_those_of_the_reference(cupy, dtype):
+    network = make("small psnet")
+    layout, w, x, _ = random_problem(network, batch=9, dtype=dtype)
+    targets, results = np.random.default_rng(0).normal(size=(9, 10)), []
+    for ops in (NumpyOps(), CupyOps()):
+        model = Model(network, layout, put(ops, w), put(ops, np.zeros(layout.size, dtype)), ops)
+        objective = Objective(make_loss("squared", dtype, task="regression"), model)
+        objective.reserve(10, 9)
+        objective.bring(targets.T)
+        tape = model.forward(put(ops, x))
+        objective.derive(tape, tape.scores, objective.targets(9), 1 / 9, slice(0, 10))
+        results.append((objective.value(), ops.host(model.g)))
+    (value, g), (our_value, our_g) = results
+    assert our_value == pytest.approx(value, rel=TOLERANCE[dtype]) and far(our_g, g) <= TOLERANCE[dtype]
 
 
 @needs_compiler
@@ -550,24 +634,26 @@ def test_what_is_no_number_is_said(cupy):
     network = make("small psnet")
     layout, w, x, _ = random_problem(network, batch=2)
     for name, says in (("psl", "a score is not a finite number"), ("nll", "the loss is not a finite number")):
-        ops = device.CupyOps()
+        ops = CupyOps()
         model = Model(network, layout, put(ops, np.full_like(w, np.nan)), put(ops, w), ops)
         objective = Objective(make_loss(name, w.dtype), model)
         objective.reserve(10, 2)
-        objective.derive(model.forward(put(ops, x)), put(ops, np.zeros(2, int)), 1.0, slice(0, 10))
+        tape = model.forward(put(ops, x))
+        objective.derive(tape, tape.scores, put(ops, np.zeros(2, int)), 1.0, slice(0, 10))
         with pytest.raises(FloatingPointError, match=says):
             objective.value()
     objective = Objective(make_loss("psl", w.dtype, exp_clip="off"), model)
     objective.reserve(10, 2)
     model.w[:] = put(ops, 1e4 * w)
-    objective.derive(model.forward(put(ops, x)), put(ops, np.zeros(2, int)), 1.0, slice(0, 10))
+    tape = model.forward(put(ops, x))
+    objective.derive(tape, tape.scores, put(ops, np.zeros(2, int)), 1.0, slice(0, 10))
     with pytest.raises(FloatingPointError, match="--exp-clip is off"):
         objective.value()
 
 
 @needs_compiler
 def test_recorded_work_is_played_back(stand_in):
-    ops = device.CupyOps()
+    ops = CupyOps()
     a, b = put(ops, np.zeros(4)), put(ops, np.ones(4))
     calls = []
 
@@ -586,9 +672,9 @@ def test_recorded_work_is_played_back(stand_in):
     recorded(3)
     assert calls == [2, 2, 3] and np.array_equal(ops.host(a), np.full(4, 13.0))
     # What is done beside it has memory of its own, for sums too.
-    aside, made = ops.apart(), ops.allocations
+    aside, made = ops.separate(), ops.allocations
     assert aside.squared_norm(put(aside, np.full(9, 2.0))) == 36
-    assert ops.allocations == made and aside.scratch and not ops.scratch
+    assert ops.allocations == made and aside.buffers and not ops.buffers
     recorded(2)
     assert calls == [2, 2, 3] and np.array_equal(ops.host(a), np.full(4, 15.0))
     # Memory may have moved: what was recorded is done anew.
@@ -598,7 +684,7 @@ def test_recorded_work_is_played_back(stand_in):
     for k in range(recording.KEPT + 9):
         recorded(k)
     assert len(recorded.made) == recording.KEPT
-    plain, before = device.CupyOps(graphs=False), ops.stream.launches
+    plain, before = CupyOps(graphs=False), ops.stream.launches
     recorded, calls[:] = plain.record(lambda: calls.append(0)), []
     for _ in range(4):
         recorded()
@@ -606,9 +692,38 @@ def test_recorded_work_is_played_back(stand_in):
 
 
 @needs_compiler
+def test_recorded_work_is_that_of_its_arrays_memory_and_shape(stand_in):
+    ops, done = CupyOps(), []
+    one, a, b = put(ops, np.ones(1)), put(ops, np.zeros(4)), put(ops, np.zeros(4))
+
+    def add(into, again, times):
+        done.append((into.shape, times))
+        for array in (into, again):
+            if array is not None:
+                ops.spread(
+                    "combine", array.dtype, array.size, array.size, array, array, one, 0, 0, 1.0, times, 0.0, 0.0
+                )
+
+    recorded = ops.record(add)
+    for k in range(1, 5):
+        # Views are made anew each time.
+        recorded(a[:1], None, 1.0)
+        recorded(a[1:2], None, 1.0)
+        recorded(a[:1].reshape(1, 1), b[:1], 100.0)
+        recorded(a[:1], None, 1000.0)
+        assert ops.host(a).tolist() == [1101.0 * k, k, 0, 0] and ops.host(b).tolist() == [100.0 * k, 0, 0, 0]
+        assert len(done) == min(2, k) * 4
+    # The same memory in other steps is another array.
+    square = a.reshape(2, 2)
+    for turned in (False, True) * 3:
+        recorded(ops.view(a, 0, (2, 2), (1, 2)) if turned else square, None, 0.0)
+    assert len(done) == 8 + 4
+
+
+@needs_compiler
 def test_without_graphs_work_is_done_as_it_is(stand_in, monkeypatch):
     monkeypatch.setattr(stand_in.cuda, "FAULT", "graphs")
-    ops = device.CupyOps()
+    ops = CupyOps()
     a = put(ops, np.zeros(4))
     recorded = ops.record(lambda: ops.add_bias(a.reshape(1, 1, 4), put(ops, np.ones(1)).reshape(1, 1)))
     recorded.allocations = ops.allocations
@@ -617,6 +732,14 @@ def test_without_graphs_work_is_done_as_it_is(stand_in, monkeypatch):
         recorded()
     recorded()
     assert not ops.graphs and np.array_equal(ops.host(a), np.full(4, 2.0))
+
+
+@pytest.mark.parametrize("name", sorted(FIRST_ORDER))
+def test_the_device_has_a_fused_pass_of_each_first_order_rule(stand_in, name):
+    for counted in (False, True):
+        step = make_optimizer(name, 3, F32, Hyper(), CupyOps(), counted).fused
+        assert step is not None and make_optimizer(name, 3, F32, Hyper(), NumpyOps(), counted).fused is None
+        assert callable(step) and step.__name__.startswith("counted_") == (counted and name in COUNTED)
 
 
 @needs_compiler
@@ -629,7 +752,7 @@ def test_optimizers_step_as_on_the_host(cupy, name, counted, dtype):
     n, hyper = 2101, Hyper(weight_decay=0.01, history=3)
     start, target = rng.normal(size=(2, n)).astype(dtype)
     found = []
-    for ops in (NumpyOps(), device.CupyOps()):
+    for ops in (NumpyOps(), CupyOps()):
         w, g = put(ops, start), put(ops, np.zeros(n, dtype))
         optimizer = make_optimizer(name, n, dtype, hyper, ops, counted)
         # All of them are where the weights are.
@@ -659,7 +782,7 @@ def test_optimizers_step_as_on_the_host(cupy, name, counted, dtype):
 @needs_compiler
 def test_counted_steps_may_have_moments_without_decay(cupy):
     found = []
-    for ops in (NumpyOps(), device.CupyOps()):
+    for ops in (NumpyOps(), CupyOps()):
         w, g = put(ops, np.ones(3)), put(ops, np.arange(3.0))
         optimizer = make_optimizer("adam", 3, F64, Hyper(beta1=0.0, beta2=0.0), ops, counted=True)
         for _ in range(2):
@@ -677,7 +800,7 @@ def test_sums_of_multiples_have_the_same_bits_on_all_backends(cupy, n, dtype):
     for count in range(1, 9):
         for inside in (False, True):
             found = []
-            for ops in (NumpyOps(), CompiledOps(), device.CupyOps()):
+            for ops in (NumpyOps(), CompiledOps(), CupyOps()):
                 there = [put(ops, a) for a in arrays]
                 # They begin anywhere.
                 pieces = [a[k:][:n] for k, a in enumerate(there)]
@@ -692,7 +815,7 @@ def test_sums_of_multiples_have_the_same_bits_on_all_backends(cupy, n, dtype):
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
 @pytest.mark.parametrize("n", [0, 1, 2001])
 def test_scalar_products_are_those_of_the_reference(cupy, n, dtype):
-    ops, vectors = device.CupyOps(), np.random.default_rng(n).normal(size=(20, n + 20)).astype(dtype)
+    ops, vectors = CupyOps(), np.random.default_rng(n).normal(size=(20, n + 20)).astype(dtype)
     here = [a[k:][:n] for k, a in enumerate(vectors)]
     there = [put(ops, a)[k:][:n] for k, a in enumerate(vectors)]
     for count in (0, 1, 4, 9, 200):
@@ -716,7 +839,7 @@ def test_scalar_products_are_those_of_the_reference(cupy, n, dtype):
 def test_samples_are_scaled_on_the_device(cupy, stored):
     values = np.random.default_rng(0).integers(0, 100, (40, 37)).astype(stored)
     for dtype in (F32, F64):
-        ops = device.CupyOps()
+        ops = CupyOps()
         kept = ops.samples(values, 1 / 255)
         assert kept.nbytes >= values.nbytes
         for b in (3, 33, 1):
@@ -731,7 +854,7 @@ def test_samples_are_scaled_on_the_device(cupy, stored):
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
 def test_samples_on_the_device_are_those_that_are_there_when_they_are_taken(cupy, dtype):
     values = np.random.default_rng(0).normal(size=(6, 5)).astype(dtype)
-    for ops in (NumpyOps(), device.CupyOps()):
+    for ops in (NumpyOps(), CupyOps()):
         stored = ops.empty(30, dtype).reshape(6, 5)
         samples = ops.samples(stored, 1.0)
         assert samples.nbytes == stored.nbytes
@@ -745,11 +868,11 @@ def test_samples_on_the_device_are_those_that_are_there_when_they_are_taken(cupy
 def test_a_test_of_shards_moves_nothing_that_is_recorded(cupy):
     split, network, found = open_dataset("digits", "").test, make("small psnet"), []
     layout, w, _, _ = random_problem(network, batch=1, dtype=F64)
-    for ops in (NumpyOps(), device.CupyOps()):
+    for ops in (NumpyOps(), CupyOps()):
         group, shard = Group(Alone(), [0], Counter()), Runs(((0, layout.size),))
-        weights, loss = ops.mirror(put(ops, w)), make_loss("nll", F64)
+        weights, metric = ops.mirror(put(ops, w)), Metric(make_loss("nll", F64), 10)
         weights.host[:] = w
-        evaluator = Evaluator(group, network, layout, [shard], weights, split, loss, ops)
+        evaluator = Evaluator(group, network, layout, [shard], weights, split, metric, ops)
         made = getattr(ops, "allocations", 0)
         found.append(evaluator.run())
         assert getattr(ops, "allocations", 0) == made
@@ -759,7 +882,7 @@ def test_a_test_of_shards_moves_nothing_that_is_recorded(cupy):
 @needs_compiler
 def test_a_resident_split_may_be_on_the_device(cupy):
     split = open_dataset("digits", "").train
-    ops = device.CupyOps()
+    ops = CupyOps()
     here, there = (Resident(split, np.arange(50), F32, o) for o in (None, ops))
     expected, out = np.empty((64, 7), F32), ops.empty(64 * 7, F32).reshape(64, 7)
     here.fetch(np.arange(7) * 7, expected)
@@ -771,7 +894,7 @@ def test_a_resident_split_may_be_on_the_device(cupy):
 @pytest.mark.parametrize("compute", ["float32", "tf32", "float16", "bfloat16"])
 def test_products_take_all_orders_of_matrices(cupy, compute):
     rng = np.random.default_rng(0)
-    ops = device.CupyOps(compute=compute)
+    ops = CupyOps(compute=compute)
     for count, m, k, n in ((1, 1, 1, 1), (3, 4, 5, 6), (2, 1, 7, 1), (1, 5, 1, 3), (4, 1, 1, 6), (2, 6, 3, 1)):
         for a_turned in (False, True):
             for b_turned in (False, True):
@@ -790,7 +913,7 @@ def test_products_take_all_orders_of_matrices(cupy, compute):
 
 @needs_compiler
 def test_a_staged_array_waits_for_its_copies(cupy):
-    ops = device.CupyOps()
+    ops = CupyOps()
     bridge = Staged(ops)
     vector = put(ops, np.arange(10.0))
     # Begun early, changed by nobody: what is sent is what was there.
@@ -812,7 +935,7 @@ def test_a_staged_array_waits_for_its_copies(cupy):
 
 @needs_compiler
 def test_the_probe_compares_values(cupy):
-    ops = device.CupyOps()
+    ops = CupyOps()
     assert probe(Alone(), ops, GpuAware(ops), size=1000)
 
     class Wrong(GpuAware):
@@ -841,7 +964,7 @@ def fails(monkeypatch, fake, fault):
     monkeypatch.setattr(fake.cuda, "FAULT", fault)
     with pytest.raises(UserError) as caught:
         make_backend("cupy")
-    assert make_backend("auto", seat=0).name != "cupy"
+    assert make_backend("auto", local_rank=0).name != "cupy"
     return str(caught.value)
 
 
@@ -866,7 +989,7 @@ def test_without_cupy_the_error_says_what_to_install(monkeypatch):
     def missing():
         raise ImportError("No module named 'cupy'")
 
-    monkeypatch.setattr(device, "_cupy", missing)
+    monkeypatch.setattr(runtime, "load_cupy", missing)
     with pytest.raises(UserError, match=r"pip install 'psmpi\[cuda\]'"):
         make_backend("cupy")
 
@@ -874,7 +997,7 @@ def test_without_cupy_the_error_says_what_to_install(monkeypatch):
 @needs_compiler
 def test_ranks_take_devices_in_turn(stand_in, monkeypatch):
     monkeypatch.setattr(stand_in.cuda, "DEVICES", 2)
-    assert [make_backend("auto", seat=seat).device for seat in range(4)] == [0, 1, 0, 1]
+    assert [make_backend("auto", local_rank=rank).device for rank in range(4)] == [0, 1, 0, 1]
     assert make_backend("cupy").device == 0
     # Without a number on the host, a device has to be asked for.
     assert make_backend("auto").name == ("compiled" if compiled.level() else "numpy")
@@ -890,11 +1013,11 @@ def test_kernels_are_cached_where_nobody_else_writes(stand_in, monkeypatch, tmp_
         monkeypatch.delenv("CUPY_CACHE_DIR", raising=False)
         if given:
             monkeypatch.setenv("CUPY_CACHE_DIR", given)
-        device._cupy.cache_clear()
-        device._cupy()
+        runtime.load_cupy.cache_clear()
+        runtime.load_cupy()
         assert os.environ["CUPY_CACHE_DIR"] == expected
     folder.chmod(0o777)
     monkeypatch.delenv("CUPY_CACHE_DIR")
-    device._cupy.cache_clear()
-    device._cupy()
+    runtime.load_cupy.cache_clear()
+    runtime.load_cupy()
     assert "CUPY_CACHE_DIR" not in os.environ

@@ -9,7 +9,7 @@ import pytest
 from conftest import Trained, distance, run
 from test_device import FAKE
 
-from psmpi.backend import device
+from psmpi.backend import gpu
 
 pytestmark = pytest.mark.skipif(cuda_host.compiler() is None, reason="no g++ to compile the CUDA kernels as C++")
 
@@ -288,11 +288,11 @@ def test_without_cudnn_nothing_is_measured(train, host, monkeypatch):
 RECORDED = """
 import sys
 import cupy
-from psmpi.backend import device
+from psmpi.backend.gpu.runtime import stream_of
 from psmpi.train import main
 
 status = main()
-print("graphs", device._stream(cupy, 0).launches)
+print("graphs", stream_of(cupy, 0).launches)
 sys.exit(status)
 """
 
@@ -472,7 +472,7 @@ def test_a_run_that_diverges_says_so_once(tmp_path):
 @pytest.mark.gpu
 def test_several_ranks_share_a_gpu(train, host, monkeypatch):
     monkeypatch.delenv("PYTHONPATH")
-    if not device.available():
+    if not gpu.available():
         pytest.skip("no GPU here, or no CuPy for it")
     for ranks, options in ((1, ()), (3, ()), (3, ("--placement", "owner", "--colocate"))):
         result = train(ranks, "--backend", "cupy", *EXACT, *options)

@@ -11,10 +11,10 @@ from test_data import real
 
 from psmpi.backend import make_backend
 from psmpi.config import Config
-from psmpi.data import open_dataset
+from psmpi.data import Batch, open_dataset
 from psmpi.methods import METHODS
 from psmpi.methods.dfa import feedback, widths
-from psmpi.nn.model import split_layers
+from psmpi.nn.cut import split_layers
 from psmpi.nn.network import build
 from psmpi.nn.zoo import make_network
 
@@ -47,12 +47,12 @@ def method(net, **settings):
 def gradients(one, ids):
     """What a step of dfa, and what a backward pass, writes into g; the layers' (weight, bias) gradients of each."""
     found = []
-    parts = [step.linear for step in one.model.steps if step.linear is not None]
-    one.step(ids, 0.0)
+    parts = [part for part in one.model.parts if part.layer.linear]
+    one.step(Batch(ids), 0.0)
     found.append([[view.copy() for pair in part.g for view in pair] for part in parts])
     one.g.fill(np.nan)
     error = one.error[: 10 * len(ids)].reshape(10, -1).copy()
-    one.model.backward(error)
+    one.model.backward(one.tape, error)
     found.append([[view.copy() for pair in part.g for view in pair] for part in parts])
     return found
 
@@ -69,7 +69,7 @@ def test_the_last_layer_s_gradient_is_that_of_backward_to_the_bit():
 
 def test_with_the_products_of_the_weights_for_feedback_linear_layers_have_the_gradient():
     one = method(network(30, 20, activation="identity"))
-    parts = [step.linear for step in one.model.steps if step.linear is not None]
+    parts = [part for part in one.model.parts if part.layer.linear]
     matrices = [part.w[0][0][0] if len(part.w) == 1 else np.concatenate([w[0] for w, _ in part.w]) for part in parts]
     last = matrices[-1].reshape(10, 20)
     one.back = [matrices[1].reshape(20, 30).T @ last.T, last.T.copy()]

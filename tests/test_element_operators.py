@@ -5,7 +5,9 @@ import pytest
 
 from psmpi.backend import make_backend
 from psmpi.errors import UserError
-from psmpi.optim.element_operators import FLAT, OMEGA, RULES, ElementOperators, Outcome
+from psmpi.optim.curvature import RULES, ElementOperators, Outcome
+from psmpi.optim.curvature.operators import FLAT
+from psmpi.optim.curvature.recursion import OMEGA
 
 F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
 OPS = make_backend("auto")

@@ -340,7 +340,7 @@ def test_exports_compute_the_same_scores_elsewhere(odd, tmp_path):
     """SciPy on the .npz, onnxruntime on the .onnx, both against psmpi's own forward pass."""
     onnxruntime = pytest.importorskip("onnxruntime")
     x = np.random.default_rng(0).random((7, 1, 8, 8), np.float32)
-    ours = make_model(Opened(odd), np.dtype(np.float32)).forward(np.ascontiguousarray(x.reshape(7, -1).T)).T
+    ours = make_model(Opened(odd), np.dtype(np.float32)).forward(np.ascontiguousarray(x.reshape(7, -1).T)).scores.T
     done("export", odd, "--out", tmp_path / "w.npz")
     theirs = scores_by_scipy(dict(np.load(tmp_path / "w.npz")), x)
     assert abs(theirs - ours).max() <= 1e-5 * abs(ours).max()
@@ -355,7 +355,7 @@ def test_a_part_scores_its_classes_as_the_whole_does(request, tmp_path, which, c
     onnxruntime = pytest.importorskip("onnxruntime")
     out = request.getfixturevalue(which)
     x = np.random.default_rng(0).random((7, 1, 8, 8), np.float32)
-    ours = make_model(Opened(out), np.dtype(np.float32)).forward(np.ascontiguousarray(x.reshape(7, -1).T)).T
+    ours = make_model(Opened(out), np.dtype(np.float32)).forward(np.ascontiguousarray(x.reshape(7, -1).T)).scores.T
     done("cut", out, "--classes", *map(str, classes), "--out", tmp_path / "part.h5", "--weights-only")
     done("export", tmp_path / "part.h5", "--out", tmp_path / "part.onnx")
     theirs = onnxruntime.InferenceSession(tmp_path / "part.onnx").run(None, {"x": x})[0]
@@ -378,7 +378,11 @@ def test_exports_match_pytorch(trained, tmp_path):
         # A block-diagonal layer is a grouped 1 x 1 convolution.
         y = functional.conv2d(y[:, :, None, None], weight.reshape(-1, inputs, 1, 1), w[f"{name}.bias"], groups=groups)
         y = torch.sigmoid(y.flatten(1)) if name == "dense1" else y.flatten(1)
-    ours = make_model(Opened(trained), np.dtype(np.float32)).forward(np.ascontiguousarray(x.reshape(9, -1).numpy().T))
+    ours = (
+        make_model(Opened(trained), np.dtype(np.float32))
+        .forward(np.ascontiguousarray(x.reshape(9, -1).numpy().T))
+        .scores
+    )
     assert abs(y.numpy() - ours.T).max() <= 1e-5 * abs(ours).max()
 
 

@@ -11,15 +11,16 @@ from test_data import real
 from psmpi.backend import make_backend
 from psmpi.comm.transfers.strips import find_strips, shard_rows, strips_size
 from psmpi.config import Config, check
-from psmpi.data import Minibatches, Resident, open_dataset
+from psmpi.data import Batch, Minibatches, Resident, open_dataset
 from psmpi.errors import UserError
 from psmpi.layout import Runs
 from psmpi.methods import METHODS
-from psmpi.methods.evaluator import cut_stages
+from psmpi.nn.cut import cut_stages
 from psmpi.nn.init import initial_weights
+from psmpi.nn.layers.residual import Residual
 from psmpi.nn.losses import make_loss
 from psmpi.nn.model import Model
-from psmpi.nn.network import Fork, Join, build
+from psmpi.nn.network import build
 from psmpi.nn.subnet import Dealer, dealt_layers, find_blocks
 from psmpi.nn.zoo import make_network
 from psmpi.train import parse
@@ -266,8 +267,8 @@ def test_every_step_reaches_the_network(steps, every, rounds):
     subnets, plain = method(net, every=every), method(net, method="local_sgd")
     for k in range(steps):
         ids = np.arange(20) + 10 * (k % 100)
-        subnets.step(ids, 0.01)
-        plain.step(ids, 0.01)
+        subnets.step(Batch(ids), 0.01)
+        plain.step(Batch(ids), 0.01)
     subnets.collect()
     assert np.array_equal(subnets.w.host, plain.w) and subnets.scalars["rounds"] == rounds
     # Nothing is left to put back.
@@ -300,8 +301,9 @@ def test_each_worker_learns_from_its_own_slice_of_a_minibatch(train):
             ids = np.array_split(batches.ids(0, step), 2)[worker]
             x, grad = np.empty((64, len(ids))), np.empty((10, len(ids)))
             resident.fetch(ids, x)
-            loss(model.forward(x), data.train.labels[ids], 1 / len(ids), grad)
-            model.backward(grad)
+            tape = model.forward(x)
+            loss(tape.scores, data.train.labels[ids], 1 / len(ids), grad)
+            model.backward(tape, grad)
             part -= 0.5 * g
         trained.append((strips, part))
     for strips, part in trained:
@@ -427,7 +429,7 @@ def test_without_normalization_the_mean_subnet_sees_what_the_network_sees():
     layout, rng = net.layout(), np.random.default_rng(0)
     w = rng.standard_normal(layout.size)
     x = rng.standard_normal((6, 5))
-    scores = Model(net, layout, w, None, make_backend("numpy")).forward(x).copy()
+    scores = Model(net, layout, w, None, make_backend("numpy")).forward(x).scores.copy()
     dealer = Dealer(net, 4, 0)
     total, rounds = np.zeros_like(scores), 50
     for number in range(rounds):
@@ -436,7 +438,7 @@ def test_without_normalization_the_mean_subnet_sees_what_the_network_sees():
             vector = np.empty(own.size)
             for strip in find_strips(layout, Runs(((0, layout.size),)), (0, 1), own, shares, worker):
                 strip.take(w, vector)
-            total += Model(dealer.networks[worker], own, vector, None, make_backend("numpy")).forward(x)
+            total += Model(dealer.networks[worker], own, vector, None, make_backend("numpy")).forward(x).scores
     # The four subnets of a round have every hidden unit once: exact, not on average.
     assert np.allclose(total / (4 * rounds), scores, rtol=1e-12)
 
@@ -448,14 +450,13 @@ def test_the_gradient_of_a_scaled_subnet_is_exact():
     w, g = rng.standard_normal(net.layout().size), np.empty(net.layout().size)
     x, d = rng.standard_normal((5, 7)), rng.standard_normal((4, 7))
     model = Model(net, net.layout(), w, g, make_backend("numpy"))
-    model.forward(x)
-    model.backward(d.copy())
+    model.backward(model.forward(x), d.copy())
     exact, h = g.copy(), 1e-6
     for k in range(w.size):
         values = []
         for move in (h, -2 * h):
             w[k] += move
-            values.append(float((model.forward(x) * d).sum()))
+            values.append(float((model.forward(x).scores * d).sum()))
         w[k] += h
         assert abs((values[0] - values[1]) / (2 * h) - exact[k]) <= 1e-7 * abs(exact).max()
 
@@ -478,8 +479,8 @@ def test_where_normalization_follows_nothing_is_scaled():
 def test_blocks_of_the_longest_section_are_dealt_but_its_first():
     net = make_network("resnet", (1, 8, 8), 10, widths=(4, 6, 4), blocks=(2, 5, 1))
     dealt = find_blocks(net)
-    forks = [k for k, layer in enumerate(net.layers) if isinstance(layer, Fork)]
-    assert [first for first, _ in dealt] == forks[3:7]
+    blocks = [k for k, layer in enumerate(net.layers) if isinstance(layer, Residual)]
+    assert dealt == blocks[3:7]
     for workers, least, counts in ((2, 1, [2, 2]), (3, 1, [2, 1, 1]), (6, 1, [1] * 6), (2, 3, [3, 3])):
         dealer = Dealer(net, workers, 1, "blocks", min_blocks=least)
         assert dealer.counts == counts
@@ -491,7 +492,7 @@ def test_blocks_of_the_longest_section_are_dealt_but_its_first():
                 for share in shares.values():
                     assert share.owners == tuple(k for k in range(workers) if share.source in names[k])
     # A subnet's dealt blocks make up for those that it has not; the others are as they were.
-    scales = [layer.scale for layer in Dealer(net, 2, 1, "blocks").networks[0].layers if isinstance(layer, Join)]
+    scales = [layer.scale for layer in Dealer(net, 2, 1, "blocks").networks[0].layers if isinstance(layer, Residual)]
     assert scales == [1, 1, 1, 2, 2, 1]
 
 
@@ -501,7 +502,7 @@ def test_networks_are_cut_between_residual_blocks():
     assert stages[0][0] == 0 and stages[-1][1] == len(net.layers) and all(a[1] == b[0] for a, b in pairwise(stages))
     for first, behind in stages:
         kinds = [type(layer).__name__ for layer in net.layers[first:behind]]
-        assert kinds.count("Fork") == kinds.count("Join")
+        assert kinds.count("Residual") + kinds.count("Conv") + kinds.count("Dense") == 1
 
 
 # Batch normalization.
@@ -519,14 +520,13 @@ def test_the_gradient_of_batch_normalization_is_exact():
     initial_weights(net, layout, Runs(((0, layout.size),)), w, seed=0)
     x, d = rng.standard_normal((7, 30)), rng.standard_normal((4, 30))
     model = Model(net, layout, w, g, make_backend("numpy"))
-    model.forward(x)
-    model.backward(d.copy())
+    model.backward(model.forward(x), d.copy())
     exact, h = g.copy(), 1e-6
     for k in range(layout.size):
         values = []
         for move in (h, -2 * h):
             w[k] += move
-            values.append(float((model.forward(x) * d).sum()))
+            values.append(float((model.forward(x).scores * d).sum()))
         w[k] += h
         assert abs((values[0] - values[1]) / (2 * h) - exact[k]) <= 1e-8 * max(1, abs(exact).max())
 
@@ -555,7 +555,7 @@ def test_mistakes_are_named(options, says):
     data = open_dataset("digits", "")
     with pytest.raises(UserError, match=says):
         check(config)
-        net = make_network(config.model.model, data.shape, data.classes, **config.model.shape)
+        net = make_network(config.model.model, data.shape, data.outputs, **config.model.shape)
         METHODS["ist"].check(4, net, data, config)
 
 

@@ -29,7 +29,7 @@ def copies(ranks, steps, every, *, optimizer="sgd", lr=0.05, batch=64, outer_lr=
         optimization=replace(base.optimization, optimizer=optimizer, lr=lr),
     )
     dataset = open_dataset("digits", "")
-    network = make_network("psnet", dataset.shape, dataset.classes)
+    network = make_network("psnet", dataset.shape, dataset.outputs)
     models = [METHODS["psl"](Alone(), network, dataset, config, NumpyOps()) for _ in range(ranks)]
     batches = Minibatches(dataset.train.n, batch, 0, True)
     anchor, momentum = models[0].w.copy(), np.zeros_like(models[0].w)

@@ -7,16 +7,18 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.optimize import brentq
 from scipy.special import log_softmax
 
 from psmpi.backend import NumpyOps
 from psmpi.errors import UserError
-from psmpi.nn.losses import Loss, make_loss
+from psmpi.nn.losses import LOSSES, SUMS, Loss, make_loss
 from psmpi.nn.model import Model
 from psmpi.nn.objective import GRADIENT_LIMIT, Objective
 from psmpi.nn.zoo import make_network
 
 F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
+PAIRWISE = [name for name, loss in LOSSES.items() if loss.pairwise]
 
 
 def problem(classes=10, batch=16, seed=0, spread=2.0):
@@ -53,7 +55,7 @@ def test_values_follow_the_definitions(name, kappa):
 
 
 @pytest.mark.parametrize("kappa", [1.0, 2.0])
-@pytest.mark.parametrize("name", DEFINITIONS)
+@pytest.mark.parametrize("name", LOSSES)
 def test_derivatives_match_central_differences(name, kappa):
     scores, labels = problem(batch=4)
     loss, grad, h = make_loss(name, F64, kappa=kappa), np.empty_like(scores), 1e-6
@@ -76,7 +78,7 @@ def test_psl_is_the_exponential_of_cross_entropy(kappa):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(F64, 1e-12), (F32, 1e-6)])
-@pytest.mark.parametrize("name", ["psl", "logistic"])
+@pytest.mark.parametrize("name", PAIRWISE)
 def test_element_losses_and_derivatives_sum_to_the_loss(name, dtype, tolerance):
     scores, labels = problem()
     scores = scores.astype(dtype)
@@ -95,13 +97,100 @@ def test_element_losses_and_derivatives_sum_to_the_loss(name, dtype, tolerance):
     np.testing.assert_allclose(summed, whole, rtol=tolerance, atol=tolerance)
 
 
-def test_elements_of_an_absent_class_are_exactly_zero():
+@pytest.mark.parametrize("name", PAIRWISE)
+def test_elements_of_an_absent_class_are_exactly_zero(name):
     scores, _ = problem()
     labels = np.full(16, 3)
     pairs, grad = np.zeros((10, 10), bool), np.empty(scores.shape)
     pairs[1, 2] = pairs[2, 1] = True
-    assert make_loss("psl", F64)(scores, labels, 1.0, grad, pairs) == 0.0
+    assert make_loss(name, F64)(scores, labels, 1.0, grad, pairs) == 0.0
     assert not grad.any()
+
+
+@pytest.mark.parametrize("dtype", [F64, F32], ids=str)
+@pytest.mark.parametrize("name", LOSSES)
+def test_samples_add_up_whatever_the_dtype_and_the_buffers_before(name, dtype):
+    scores, labels = problem()
+    scores = scores.astype(dtype)
+    loss, grad = make_loss(name, dtype, kappa=2.0), np.empty(scores.shape)
+    value = loss(scores, labels, 0.5, grad)
+    assert value == pytest.approx(make_loss(name, F64, kappa=2.0)(scores.astype(F64), labels, 0.5), rel=1e-14)
+    parts = [np.empty((10, 1)), np.empty((10, 15))]
+    apart = [
+        loss(scores[:, at], labels[at], 0.5, part) for at, part in zip((slice(0, 1), slice(1, 16)), parts, strict=True)
+    ]
+    assert sum(apart) == pytest.approx(value, rel=1e-14)
+    np.testing.assert_allclose(np.concatenate(parts, axis=1), grad, rtol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [F64, F32], ids=str)
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("margin", [60.0, 1e3, 1e30])
+def test_every_loss_is_finite_at_margins_of_both_signs(name, margin, dtype):
+    for scores in ([[0.0], [margin]], [[margin], [0.0]]):
+        grad = np.empty((2, 1))
+        value = make_loss(name, dtype, kappa=2.0)(np.array(scores, dtype), np.array([0]), 1.0, grad)
+        assert np.isfinite(value) and np.isfinite(grad).all()
+
+
+# What each name in SUMS stands for, of the scores of one sample and the derivatives of the loss.
+FUNCTIONALS = {
+    "label": lambda c, y, d: c[y],
+    "terms": lambda c, y, d: np.delete(d, y).sum(),
+    "largest": lambda c, y, d: c.max(),
+    "exponentials": lambda c, y, d: np.exp(c - c.max()).sum(),
+}
+
+
+def other_scores(loss, c, y, kept, rng):
+    """Scores of which those of the classes `kept`, and the sums that the loss states, are as in c; others are not."""
+
+    def derivatives(c):
+        grad = np.empty((len(c), 1))
+        loss(c[:, None], np.array([y]), 1.0, grad)
+        return grad[:, 0]
+
+    def sums(c):
+        return np.array([FUNCTIONALS[name](c, y, derivatives(c)) for name in loss.sums])
+
+    def off(value):
+        """How far the last of the sums that move with the solved score is off."""
+        made[solved] = value
+        return (sums(made) - target).sum()
+
+    target, fixed = sums(c), {*kept, *([y] if "label" in loss.sums else []), c.argmax()}
+    free = [k for k in range(len(c)) if k not in fixed]
+    for _ in range(10_000):
+        made = c.copy()
+        made[free] = rng.uniform(c.min() - 1, c.max(), len(free))
+        solved = free[0]
+        if np.abs(sums(made) - target).max(initial=0.0) > 0 and off(-50.0) * off(c.max()) < 0:
+            made[solved] = brentq(off, -50.0, c.max(), xtol=1e-14, rtol=1e-14)
+        if np.abs(sums(made) - target).max(initial=0.0) <= 1e-11 * np.abs(target).max(initial=1.0):
+            assert np.abs(made - c)[free].max() > 0.1
+            return made, derivatives(made), derivatives(c)
+    raise AssertionError("no such scores were found")
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_derivative_follows_from_the_own_score_and_the_sums_that_the_loss_states(name):
+    assert set(LOSSES[name].sums) <= FUNCTIONALS.keys() == SUMS.keys()
+    loss, rng, y = make_loss(name, F64, kappa=1.5), np.random.default_rng(0), 2
+    moved = 0.0
+    for j in (0, 1, 5, y):
+        for _ in range(5):
+            c = rng.normal(size=8)
+            _, ours, before = other_scores(loss, c, y, [j], rng)
+            assert ours[j] == pytest.approx(before[j], rel=1e-9, abs=1e-11)
+            c = rng.normal(size=8)
+            free = [k for k in range(8) if k not in (j, y)]
+            grads = np.empty((8, 2))
+            both = np.stack([c, c], axis=1)
+            both[free, 1] += 2 * rng.normal(size=len(free))
+            loss(both, np.array([y, y]), 1.0, grads)
+            moved = max(moved, abs(grads[j, 0] - grads[j, 1]))
+    # Without them it does not, unless there are none.
+    assert (moved > 1e-3) == bool(LOSSES[name].sums)
 
 
 def at_margin(margin, dtype):
@@ -196,7 +285,8 @@ def test_the_backward_pass_stays_finite_for_huge_derivatives(size):
         model = Model(network, layout, w, np.empty_like(w), NumpyOps())
         objective = Objective(Given(d), model)
         objective.reserve(10, 5)
-        objective.derive(model.forward(x), np.zeros(5, int), scale, slice(0, 10))
+        tape = model.forward(x)
+        objective.derive(tape, tape.scores, np.zeros(5, int), scale, slice(0, 10))
         gradients.append(model.g.astype(float))
     limit = GRADIENT_LIMIT[F32]
     np.testing.assert_allclose(gradients[1], np.clip(gradients[0] * size, -limit, limit), rtol=1e-4, atol=1e-6 * size)
@@ -205,7 +295,7 @@ def test_the_backward_pass_stays_finite_for_huge_derivatives(size):
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"name": "hinge"}, "choose one of psl, logistic, nll, squared"),
+        ({"name": "absent"}, f"choose one of {', '.join(LOSSES)}"),
         ({"name": "psl", "kappa": 0.0}, "above 0"),
         ({"name": "psl", "exp_clip": "89"}, "from 0 to 88.7"),
         ({"name": "psl", "exp_clip": "never"}, "auto, off"),

@@ -2,100 +2,18 @@
 
 import numpy as np
 import pytest
+from layer_examples import APART, FLAT, NETWORKS, dense, make, residual, separable
 from scipy.signal import correlate2d
 
 from psmpi.backend import NumpyOps
 from psmpi.errors import UserError
 from psmpi.layout import Runs, accumulate, restrict
-from psmpi.nn.init import bounds, initial_weights
+from psmpi.methods.borrowed import Borrowed
+from psmpi.nn.init import initial_values, initial_weights
+from psmpi.nn.layers import Sums
 from psmpi.nn.model import Model
 from psmpi.nn.network import build
 from psmpi.nn.zoo import make_network
-
-FLAT, TANH, NORM = {"type": "flatten"}, {"type": "tanh"}, {"type": "batch_norm"}
-
-
-def conv(channels, kernel, pool="mean_pool", size=2, activation="sigmoid"):
-    kind = {"type": pool, "size": size}
-    return [{"type": "conv", "channels": channels, "kernel": kernel}, kind, {"type": activation}]
-
-
-def separable(units, groups):
-    return {"type": "separable_dense", "units": units, "groups": groups}
-
-
-def dense(units):
-    return {"type": "dense", "units": units}
-
-
-def unbiased(table):
-    return {**table, "bias": False}
-
-
-def residual(*layers, **settings):
-    return {"type": "residual", "layers": layers, **settings}
-
-
-NETWORKS = {
-    "dense": ((7,), [dense(6), {"type": "tanh"}, dense(4)], 4),
-    "identity": ((7,), [{"type": "identity"}, dense(4), {"type": "identity"}], 4),
-    "separable dense, ignored inputs": ((11,), [separable(8, 4), {"type": "relu"}, separable(4, 4)], 4),
-    "groups of two kinds": ((24,), [separable(16, 8), TANH, separable(12, 4), TANH, dense(4)], 4),
-    "blocks cut by later blocks": ((12,), [separable(12, 2), {"type": "tanh"}, separable(4, 4)], 4),
-    "separable after dense": ((6,), [dense(9), {"type": "tanh"}, dense(8), {"type": "tanh"}, separable(4, 4)], 4),
-    "mean pooling": ((2, 9, 9), [*conv(3, 3), *conv(8, 2), FLAT, separable(4, 4)], 4),
-    "mean pooling by three": ((2, 11, 11), [*conv(8, 2, size=3), FLAT, separable(4, 4)], 4),
-    "max pooling": ((2, 9, 9), [*conv(3, 3, "max_pool", activation="relu"), FLAT, dense(4)], 4),
-    "pooling first": ((2, 8, 8), [{"type": "mean_pool"}, *conv(4, 2, activation="tanh"), FLAT, dense(4)], 4),
-    "no pooling": ((1, 5, 5), [{"type": "conv", "channels": 4, "kernel": 3}, TANH, FLAT, separable(4, 4)], 4),
-    "separable convolution": (
-        (4, 8, 8),
-        [{"type": "separable_conv", "channels": 8, "kernel": 3, "groups": 4}, {"type": "mean_pool"}, TANH,
-         {"type": "separable_conv", "channels": 8, "kernel": 2, "groups": 4}, TANH, FLAT, separable(4, 4)],
-        4,
-    ),
-    "activations in a row": ((7,), [dense(6), {"type": "sigmoid"}, TANH, {"type": "relu"}, dense(4)], 4),
-    "activations around a flatten": (
-        (2, 5, 5),
-        [TANH, {"type": "conv", "channels": 4, "kernel": 3}, {"type": "sigmoid"}, FLAT, TANH, separable(4, 4)],
-        4,
-    ),
-    "channels cut by blocks": ((1, 8, 8), [*conv(3, 3), *conv(7, 2), FLAT, separable(5, 5)], 5),
-    "small psnet": ((1, 8, 8), None, 10),
-    "no biases": ((7,), [unbiased(dense(6)), TANH, unbiased(separable(8, 4)), TANH, separable(4, 4)], 4),
-    "normalized": (
-        (7,),
-        [unbiased(dense(9)), NORM, {"type": "relu"}, unbiased(separable(8, 4)), NORM, TANH,
-         unbiased(separable(4, 4)), {**NORM, "affine": False}],
-        4,
-    ),
-    "normalized images": (
-        (2, 9, 9),
-        [{**unbiased(conv(3, 3)[0]), "pad": 1}, {"type": "mean_pool"}, NORM, TANH, *conv(7, 2), FLAT, separable(4, 4)],
-        4,
-    ),
-    "normalized inputs and activations": ((7,), [NORM, TANH, NORM, {"type": "relu"}, dense(4)], 4),
-    "residual": ((7,), [dense(6), TANH, residual(dense(5), TANH, dense(6), scale=0.5), TANH, dense(4)], 4),
-    "residual around activations": ((7,), [dense(6), residual(TANH, dense(6), TANH), residual(TANH), dense(4)], 4),
-    "residual of classes": ((8,), [separable(8, 4), residual(separable(8, 4), TANH), separable(4, 4)], 4),
-    "residual images": (
-        (2, 6, 6),
-        [{**unbiased(conv(4, 3)[0]), "pad": 1},
-         *[residual(NORM, {"type": "relu"}, {**conv(4, 3)[0], "pad": 1}, residual({"type": "relu"}), NORM, TANH,
-                    {**conv(4, 3)[0], "pad": 1})] * 2,
-         NORM, {"type": "relu"}, {"type": "mean_pool", "size": 3}, FLAT, dense(4)],
-        4,
-    ),
-}  # fmt: skip
-
-
-# Those in which a sample has scores, and a gradient, of its own.
-APART = [name for name, (_, layers, _) in NETWORKS.items() if "batch_norm" not in str(layers)]
-
-
-def make(name):
-    shape, layers, classes = NETWORKS[name]
-    return make_network("psnet", shape, classes) if layers is None else build(name, shape, layers, classes)
 
 
 def random_problem(network, batch=3, dtype=np.float64, seed=0):
@@ -125,8 +43,11 @@ def plain_scores(network, layout, w, x):
                 count = piece.last - piece.first
                 rows[piece.first : piece.last] = w[piece.offset : piece.offset + count * p.unit_size].reshape(count, -1)
         tensors[p.name] = rows.reshape(p.shape)
-    batch, past = [sample.reshape(network.in_shape) for sample in x.T], []
-    for layer in network.layers:
+    return np.array(plain_layers(network.layers, tensors, [sample.reshape(network.in_shape) for sample in x.T])).T
+
+
+def plain_layers(layers, tensors, batch):
+    for layer in layers:
         kind = type(layer).__name__
         if kind == "BatchNorm":
             # Of all samples at once: the mean and the variance of each unit.
@@ -137,13 +58,12 @@ def plain_scores(network, layout, w, x):
                 shape = (-1, *(1,) * (len(layer.out_shape) - 1))
                 a = a * tensors[f"{layer.name}.weight"].reshape(shape) + tensors[f"{layer.name}.bias"].reshape(shape)
             batch = list(a)
-        elif kind == "Fork":
-            past.append(batch)
-        elif kind == "Join":
-            batch = [layer.scale * a + b for a, b in zip(batch, past.pop(), strict=True)]
+        elif kind == "Residual":
+            branch = plain_layers(layer.layers, tensors, batch)
+            batch = [layer.scale * a + b for a, b in zip(branch, batch, strict=True)]
         else:
             batch = [plain_layer(kind, layer, tensors, a) for a in batch]
-    return np.array(batch).T
+    return batch
 
 
 def plain_layer(kind, layer, tensors, a):
@@ -164,6 +84,11 @@ def plain_layer(kind, layer, tensors, a):
         c, h, width = layer.out_shape
         windows = a[:, : h * layer.size, : width * layer.size].reshape(c, h, layer.size, width, layer.size)
         return windows.mean(axis=(2, 4)) if layer.kind == "mean" else windows.max(axis=(2, 4))
+    if kind == "GroupNorm":
+        groups = a.reshape(layer.groups, -1)
+        groups = (groups - groups.mean(axis=1, keepdims=True)) / np.sqrt(groups.var(axis=1, keepdims=True) + 1e-5)
+        weight, bias = (tensors[f"{layer.name}.{k}"].reshape(-1, *(1,) * (a.ndim - 1)) for k in ("weight", "bias"))
+        return groups.reshape(a.shape) * weight + bias
     if kind == "Flatten":
         return a.reshape(-1)
     if kind == "Pad":
@@ -178,7 +103,7 @@ def test_scores_follow_the_definitions(name, fold):
     network = make(name)
     layout, w, x, _ = random_problem(network)
     model = make_model(network, layout, w, fold=fold)
-    np.testing.assert_allclose(model.forward(x), plain_scores(network, layout, w, x), rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(model.forward(x).scores, plain_scores(network, layout, w, x), rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("fold", [True, False])
@@ -187,15 +112,14 @@ def test_gradients_match_central_differences(name, fold):
     network = make(name)
     layout, w, x, d = random_problem(network)
     model = make_model(network, layout, w, fold=fold)
-    model.forward(x)
-    model.backward(d.copy())
+    model.backward(model.forward(x), d.copy())
     h, w, g = 1e-6, model.w, model.g
     chosen = np.random.default_rng(1).permutation(len(w))[:60]
     for i in chosen:
         w[i] += h
-        above = (model.forward(x) * d).sum()
+        above = (model.forward(x).scores * d).sum()
         w[i] -= 2 * h
-        below = (model.forward(x) * d).sum()
+        below = (model.forward(x).scores * d).sum()
         w[i] += h
         assert abs((above - below) / (2 * h) - g[i]) <= 1e-7 * max(1, np.abs(g).max())
 
@@ -206,15 +130,17 @@ def test_a_model_restricted_to_classes_is_the_same_model(name):
     network = make(name)
     layout, w, x, d = random_problem(network)
     whole = make_model(network, layout, w)
-    scores = whole.forward(x).copy()
-    whole.backward(d.copy())
+    tape = whole.forward(x)
+    scores = tape.scores.copy()
+    whole.backward(tape, d.copy())
     total, g = np.zeros_like(w), np.zeros_like(w)
     accumulate(g, whole.part, whole.g)
     every = list(range(network.classes))
     for classes in ([every[0], every[-1]], every[1:-1]):
         model = make_model(network, layout, w, classes)
-        np.testing.assert_allclose(model.forward(x), scores[classes], rtol=1e-12, atol=1e-13)
-        model.backward(d[classes])
+        tape = model.forward(x)
+        np.testing.assert_allclose(tape.scores, scores[classes], rtol=1e-12, atol=1e-13)
+        model.backward(tape, d[classes])
         accumulate(total, model.part, model.g)
     np.testing.assert_allclose(total, g, rtol=1e-11, atol=1e-12)
 
@@ -226,8 +152,9 @@ def test_float32_follows_float64(name):
     results = []
     for dtype in (np.float64, np.float32):
         model = make_model(network, layout, w.astype(dtype))
-        scores = model.forward(x.astype(dtype)).copy()
-        model.backward(d.astype(dtype))
+        tape = model.forward(x.astype(dtype))
+        scores = tape.scores.copy()
+        model.backward(tape, d.astype(dtype))
         assert scores.dtype == model.g.dtype == dtype
         results.append((scores, model.g))
     for double, single in zip(*results, strict=True):
@@ -245,37 +172,36 @@ def test_gradients_of_samples_are_those_of_minibatches_of_one(name):
         rows = slice(None) if classes is None else slice(1, 2)
         apart, sums = np.full((5, part.size), np.nan), np.full((3, part.size), np.nan)
         weights = np.random.default_rng(1).standard_normal((3, 5))
-        model.forward(x)
-        model.backward(d[rows].copy(), (np.eye(5), apart))
-        model.backward(d[rows].copy(), (weights, sums))
+        tape = model.forward(x)
+        model.backward(tape, d[rows].copy(), sums=Sums(np.eye(5), apart))
+        model.backward(tape, d[rows].copy(), sums=Sums(weights, sums))
         assert np.isnan(model.g).all(), "the gradient of the minibatch is not asked for"
         assert np.linalg.norm(sums - weights @ apart) <= 1e-12 * np.linalg.norm(sums)
         for k in range(5):
-            model.forward(np.ascontiguousarray(x[:, k : k + 1]))
-            model.backward(np.ascontiguousarray(d[rows, k : k + 1]))
+            tape = model.forward(np.ascontiguousarray(x[:, k : k + 1]))
+            model.backward(tape, np.ascontiguousarray(d[rows, k : k + 1]))
             assert np.linalg.norm(apart[k] - model.g) <= 1e-12 * np.linalg.norm(model.g)
             model.g.fill(np.nan)
 
 
-@pytest.mark.parametrize("name", APART)
+@pytest.mark.parametrize("name", [name for name in APART if not any(layer.keeps for layer in make(name).walk())])
 def test_a_model_that_borrows_has_the_gradient_of_one_that_computes(name):
     """Also where its units do not lie side by side in the lender's."""
     network = make(name)
     layout, w, x, d = random_problem(network, batch=5)
     whole = make_model(network, layout, w)
-    whole.forward(x)
+    theirs = whole.forward(x)
     for classes in ((1,), (0, 2), tuple(range(network.classes))):
         part = layout.part(classes)
         mine = np.concatenate([w[a:b] for a, b in part.intervals])
         models = [
-            Model(network, layout, mine, np.full_like(mine, np.nan), NumpyOps(), classes, lender=lender)
-            for lender in (None, whole)
+            Model(network, layout, mine, np.full_like(mine, np.nan), NumpyOps(), classes, space=space)
+            for space in (None, whole.space)
         ]
-        models[0].forward(x)
-        models[1].borrow()
-        for model in models:
-            model.backward(d[list(classes)].copy())
-        assert np.array_equal(models[1].outputs[-1], whole.outputs[-1][list(classes)])
+        tapes = models[0].forward(x), Borrowed(models[1], whole).tape(theirs)
+        for model, tape in zip(models, tapes, strict=True):
+            model.backward(tape, d[list(classes)].copy())
+        assert np.array_equal(tapes[1].scores, theirs.scores[list(classes)])
         assert np.linalg.norm(models[1].g - models[0].g) <= 1e-12 * np.linalg.norm(models[0].g)
 
 
@@ -284,11 +210,12 @@ def test_any_batch_size_uses_the_same_buffers():
     layout, w, x, d = random_problem(network, batch=9)
     model = make_model(network, layout, w)
     model.reserve(9)
-    whole = model.forward(x).copy()
+    whole = model.forward(x).scores.copy()
     held = model.activation_bytes + model.buffer_bytes
     for batch in (1, 4, 9):
-        np.testing.assert_allclose(model.forward(np.ascontiguousarray(x[:, :batch])), whole[:, :batch], rtol=1e-12)
-        model.backward(d[:, :batch].copy())
+        tape = model.forward(np.ascontiguousarray(x[:, :batch]))
+        np.testing.assert_allclose(tape.scores, whole[:, :batch], rtol=1e-12)
+        model.backward(tape, d[:, :batch].copy())
     assert model.activation_bytes + model.buffer_bytes == held
 
 
@@ -336,16 +263,20 @@ def test_initial_weights_depend_on_seed_and_place_alone():
     assert not np.array_equal(whole, other)
 
 
+def widths(network, kind, gain):
+    return {name: law.value for name, law in initial_values(network, kind, gain).items() if law.law == "uniform"}
+
+
 def test_initial_weights_fill_their_published_ranges():
     network = make_network("psnet", (1, 28, 28), 10)
-    a = bounds(network, "xavier", 1.0)
+    a = widths(network, "xavier", 1.0)
     assert a["conv1.weight"] == pytest.approx(np.sqrt(6 / (25 + 1000)))
     assert a["conv2.weight"] == pytest.approx(np.sqrt(6 / (1000 + 750)))
     assert a["dense1.weight"] == pytest.approx(np.sqrt(6 / (48 + 24)))
     assert a["dense3.weight"] == pytest.approx(np.sqrt(6 / (15 + 1)))
-    assert bounds(network, "he", 1.0)["dense1.weight"] == pytest.approx(np.sqrt(6 / 48))
-    assert bounds(network, "pytorch", 1.0)["dense1.weight"] == pytest.approx(1 / np.sqrt(48))
-    gained = bounds(network, "xavier", 4.0)
+    assert widths(network, "he", 1.0)["dense1.weight"] == pytest.approx(np.sqrt(6 / 48))
+    assert widths(network, "pytorch", 1.0)["dense1.weight"] == pytest.approx(1 / np.sqrt(48))
+    gained = widths(network, "xavier", 4.0)
     assert gained["dense2.weight"] == 4 * a["dense2.weight"] and gained["dense3.weight"] == a["dense3.weight"]
     layout = network.layout()
     w = np.empty(layout.size)
@@ -392,14 +323,12 @@ def test_backward_through_some_steps_is_that_of_all():
     network = build("pools", (1, 14, 14), layers, 4)
     layout, w, x, d = random_problem(network)
     models = [make_model(network, layout, w) for _ in range(2)]
-    for model in models:
-        model.forward(x)
-    models[0].backward(d.copy())
-    first, last = models[1].steps, len(models[1].steps) - 1
-    top = next(k for k, step in enumerate(first) if step.linear is not None and k > 0)
-    below = np.full(models[1].outputs[top].shape, np.nan)
-    models[1].backward_through(d.copy(), top, last, below)
-    models[1].backward_through(below, 0, top - 1)
+    tapes = [model.forward(x) for model in models]
+    models[0].backward(tapes[0], d.copy())
+    top = next(k for k, part in enumerate(models[1].parts) if part.layer.linear and k > 0)
+    below = np.full(tapes[1].outputs[top].shape, np.nan)
+    models[1].backward(tapes[1], d.copy(), first=top, dx=below)
+    models[1].backward(tapes[1], below, last=top - 1)
     np.testing.assert_array_equal(models[1].g, models[0].g)
 
 
@@ -418,7 +347,7 @@ def test_batch_normalization_takes_the_place_of_biases():
 def test_resnet_has_sections_of_residual_blocks():
     network = make_network("resnet", (3, 32, 32), 10, widths=(8, 16), blocks=(2, 1))
     kinds = [type(layer).__name__ for layer in network.layers]
-    assert kinds.count("Fork") == kinds.count("Join") == 3
+    assert kinds.count("Residual") == 3
     convolutions = 3 * 8 * 9 + 2 * 2 * 8 * 8 * 9 + 8 * 16 * 9 + 2 * 16 * 16 * 9
     assert network.layout().size == convolutions + 2 * (2 * 2 * 8 + 2 * 16 + 16) + 16 * 10 + 10
     for settings, says in (

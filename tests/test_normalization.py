@@ -48,7 +48,9 @@ def test_predictions_and_exports_of_a_residual_network(train, tmp_path):
     status, out, err = run(1, "-m", "psmpi.inspect", "export", found.out, "--out", tmp_path / "net.onnx")
     assert status == 0 and "differ from psmpi's by" in out, err
     x = np.random.default_rng(0).random((9, 1, 8, 8), np.float32)
-    ours = make_model(Opened(found.out), np.dtype(np.float32)).forward(np.ascontiguousarray(x.reshape(9, -1).T)).T
+    ours = (
+        make_model(Opened(found.out), np.dtype(np.float32)).forward(np.ascontiguousarray(x.reshape(9, -1).T)).scores.T
+    )
     theirs = onnxruntime.InferenceSession(tmp_path / "net.onnx").run(None, {"x": x})[0]
     assert abs(theirs - ours).max() <= 1e-5 * abs(ours).max()
 
@@ -84,17 +86,17 @@ def test_fixed_statistics_are_those_of_the_minibatches_seen():
     w = rng.standard_normal(net.layout().size)
     model = Model(net, net.layout(), w, None, make_backend("numpy"))
     x = rng.standard_normal((6, 40)) * 2 + 1
-    own = model.forward(x).copy()
+    own = model.forward(x).scores.copy()
     # The statistics of the one minibatch are its own.
     model.calibrate([x])
-    assert np.allclose(model.forward(x), own, rtol=1e-12)
-    assert np.allclose(model.forward(x[:, :1].copy()), own[:, :1], rtol=1e-12)
+    assert np.allclose(model.forward(x).scores, own, rtol=1e-12)
+    assert np.allclose(model.forward(x[:, :1].copy()).scores, own[:, :1], rtol=1e-12)
     model.calibrate([x[:, :20].copy(), x[:, 20:].copy()])
     halves = [x[:, :20], x[:, 20:]]
-    first = model.steps[0].linear.w[0][0][0]
+    first = model.parts[0].w[0][0][0]
     mean = np.mean([(first @ half).mean(axis=1) for half in halves], axis=0)
     variance = (first @ x).var(axis=1)
-    norm = next(step.norm for step in model.steps if step.norm is not None)
+    norm = next(part for part in model.parts if part.layer.couples)
     assert np.allclose(norm.fixed[0], mean) and np.allclose(norm.fixed[1], 1 / np.sqrt(variance + 1e-5))
 
 

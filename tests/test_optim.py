@@ -951,3 +951,19 @@ def test_counted_steps_are_those_of_optimizers_of_their_own(name):
     w = np.zeros(3, np.float32)
     one.step(w, np.array([1, -2, 3], np.float32), 0.5, lambda values: values)
     assert np.allclose(w, [-0.5, 0.5, -0.5], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", FIRST_ORDER)
+def test_a_fused_pass_is_found_once_and_does_the_whole_step(name):
+    asked, calls = [], []
+
+    class Fused(NumpyOps):
+        def fused(self, operation):
+            asked.append(operation)
+            return lambda w, g, *state: calls.append((w.size, g.size))
+
+    optimizer = make_optimizer(name, 3 * CHUNK, np.float64, Hyper(weight_decay=0.1), Fused())
+    w, g = np.ones(3 * CHUNK), np.ones(3 * CHUNK)
+    for _ in range(2):
+        optimizer.step(w, g, 0.1, alone)
+    assert asked == [type(optimizer).operation] and calls == [(3 * CHUNK,) * 2] * 2 and (w == 1).all()

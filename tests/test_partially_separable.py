@@ -8,7 +8,7 @@ from scipy.optimize import minimize, rosen, rosen_der
 
 from psmpi.backend import make_backend
 from psmpi.optim import Hyper, make_optimizer
-from psmpi.optim.element_operators import RULES, ElementOperators
+from psmpi.optim.curvature import RULES, ElementOperators, curvature_ops
 from psmpi.optim.globalization import TrustRegion, armijo
 from psmpi.optim.truncated_cg import truncated_cg
 
@@ -18,7 +18,7 @@ F64 = np.dtype(np.float64)
 def partitioned(element, runs, start, rule, steps, *, search, done, memory=5):
     """Minimise sum_e f_e(U_e x) on one rank: (x, steps taken). element(v) -> values (e,), gradients (e, n_e)."""
     ops, width = make_backend("auto"), runs[0][1] - runs[0][0]
-    restriction = ops.restriction([[run] for run in runs], width)
+    restriction = curvature_ops(ops).restriction([[run] for run in runs], width)
     operators = ElementOperators(len(runs), width, F64, rule, ops, memory=memory, relative=True)
     x, region = start.copy(), TrustRegion()
     step, g, work = np.empty_like(x), np.empty_like(x), np.empty((3, len(x)))

@@ -38,6 +38,11 @@ def test_runs_of_one_label_are_a_curve_with_its_band(make_run, tmp_path, monkeyp
     assert out.read_bytes().startswith(b"\x89PNG") and str(out) in capsys.readouterr().out
 
 
+def test_what_a_run_has_not_measured_is_named(make_run, tmp_path, capsys):
+    assert main([f"small={make_run('one', [0.5])}", "--out", str(tmp_path / "x.png"), "--y", "test_top5"]) == 1
+    assert "the runs of small have not measured it: choose one of test_accuracy" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [((), "give run directories"), (("nowhere",), "give a run directory"), (("empty",), "the first epoch is not done")],

@@ -12,14 +12,14 @@ from test_data import real
 
 from psmpi.backend import make_backend
 from psmpi.config import Config
-from psmpi.data import Dataset, open_dataset
+from psmpi.data import Batch, Dataset, open_dataset
 from psmpi.methods import METHODS
 from psmpi.methods.element_set import ElementSet
 from psmpi.nn.losses import make_loss
 from psmpi.nn.model import Model
 from psmpi.nn.network import build
 from psmpi.nn.zoo import make_network
-from psmpi.optim.element_operators import RULES, Outcome
+from psmpi.optim.curvature import RULES, Outcome
 
 F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
 PAIRS = list(combinations(range(10), 2))
@@ -49,10 +49,11 @@ def test_element_gradients_add_up_to_that_of_the_network(shape, dtype, loss, mer
     whole, apart = make_loss(loss, dtype, kappa=2), make_loss(loss, dtype, kappa=2)
     g = np.empty_like(w)
     model = Model(network, layout, w, g, make_backend("auto"))
-    scores = model.forward(x)
+    tape = model.forward(x)
+    scores = tape.scores
     dscores = np.empty(scores.shape)
     value = whole(scores, labels, 1 / 40, dscores)
-    model.backward(dscores.astype(dtype))
+    model.backward(tape, dscores.astype(dtype))
     elements, out = element_set(network, layout, dtype, loss=apart, merged=merged)
     assert len(elements.elements) == (45 if merged else 90)
     found = elements.gradients(w, x, labels, 1 / 40, out)
@@ -73,14 +74,15 @@ def test_an_element_gradient_is_that_of_its_terms(merged):
     elements.gradients(w, x, labels, 1.0, out)
     model = Model(network, layout, w, np.empty_like(w), make_backend("numpy"))
     for number, (i, j) in enumerate(elements.elements):
-        scores = model.forward(x).copy()
+        tape = model.forward(x)
+        scores = tape.scores.copy()
         dscores = np.zeros_like(scores)
         for a, b in ((i, j), (j, i)) if merged else ((i, j),):
             mine = labels == a
             term = np.exp(scores[b] - scores[a]) * mine
             dscores[b] += term
             dscores[a] -= term
-        model.backward(dscores)
+        model.backward(tape, dscores)
         alone = np.zeros((len(elements.elements), elements.size))
         alone[number] = out[number]
         found = np.empty_like(w)
@@ -111,13 +113,14 @@ def test_elements_of_different_sizes_and_of_a_worker():
     numbers = np.searchsorted(classes, labels[known])
     elements.gradients(mine, np.ascontiguousarray(x[:, known]), numbers, 1.0, out)
     model = Model(network, layout, w, np.empty_like(w), make_backend("numpy"))
-    scores = model.forward(x)
+    tape = model.forward(x)
+    scores = tape.scores
     dscores = np.zeros_like(scores)
     for i, j in ((2, 7), (7, 2), (3, 7), (7, 3)):
         term = np.exp(scores[j] - scores[i]) * (labels == i)
         dscores[j] += term
         dscores[i] -= term
-    model.backward(dscores)
+    model.backward(tape, dscores)
     total = np.empty_like(mine)
     elements.accumulate(out, total)
     expected = np.concatenate([model.g[a:b] for a, b in elements.part.intervals])
@@ -151,8 +154,9 @@ def test_layers_without_biases_have_the_gradients_of_the_network(layers, merged)
     loss = make_loss("psl", F64)
     model = Model(network, layout, w, np.empty_like(w), make_backend("auto"))
     dscores = np.empty((10, 40))
-    loss(model.forward(x), labels, 1 / 40, dscores)
-    model.backward(dscores)
+    tape = model.forward(x)
+    loss(tape.scores, labels, 1 / 40, dscores)
+    model.backward(tape, dscores)
     elements, out = element_set(network, layout, F64, merged=merged)
     elements.gradients(w, x, labels, 1 / 40, out)
     total = np.empty_like(w)
@@ -188,7 +192,8 @@ class Fixed:
 
     def __init__(self, split, n):
         self.split, self.n, self.shape, self.scale, self.dtype = split, n, split.shape, split.scale, split.dtype
-        self.features, self.labels, self.index = split.features, split.labels[:n], None
+        self.features, self.targets, self.index = split.features, split.targets[:n], None
+        self.labels, self.task = self.targets, "classes"
 
     def read(self, rows):
         return self.split.read(rows)
@@ -222,7 +227,7 @@ def test_the_secant_equations_hold_after_a_step(rule):
     newton, ids, updates, whole = method.newton, np.arange(120), 0, 0
     for _ in range(8):
         failed, weights = newton.scalars["failed_steps"], method.w.copy()
-        method.step(ids, 0.0)
+        method.step(Batch(ids), 0.0)
         if newton.scalars["failed_steps"] > failed:
             continue
         # The step as the elements have it: a difference of weights would bring their rounding in.
@@ -256,7 +261,7 @@ def test_a_first_scaled_step_is_that_of_adam_with_the_multiplicities(lr):
     options = {"cg_tolerance": 1e-13, "line_search": "backtracking", "sigma": 1000.0}
     method = make_method(network, digits(), optimizer="plse", scaling="moments", **options)
     newton, w = method.newton, method.w.copy()
-    method.step(np.arange(120), lr)
+    method.step(Batch(np.arange(120)), lr)
     g = newton.g / newton.root
     multiplicity = np.empty_like(w)
     newton.elements.accumulate(np.ones((90, newton.elements.size)), multiplicity)
@@ -286,10 +291,10 @@ def test_scaled_pairs_satisfy_the_secant_equation_of_the_weights():
     newton, ids, whole = method.newton, np.arange(120), 0
     for _ in range(8):
         before = method.w.copy()
-        method.gradient(ids)
+        method.gradient(Batch(ids))
         g = method.g.copy()
-        method.step(ids, 1e-3)
-        method.gradient(ids)
+        method.step(Batch(ids), 1e-3)
+        method.gradient(Batch(ids))
         y, s, root = method.g - g, method.w - before, newton.root.copy()
         if not (newton.taken and (newton.outcome == Outcome.UPDATED).all()):
             continue
@@ -445,7 +450,7 @@ def test_steps_that_bring_no_pair_are_counted_when_they_happen(monkeypatch):
     skip = np.full(90, Outcome.SKIPPED)
     monkeypatch.setattr(method.newton.operators, "push", lambda *a: skip)
     for count in (1, 2, 3):
-        method.step(np.arange(120), 1e-3)
+        method.step(Batch(np.arange(120)), 1e-3)
         events = method.events()
         assert events["steps_without_update"] == count and events["curvature_pairs_skipped"] == 90 * count
     assert method.events()["steps_without_update"] == 3
@@ -495,12 +500,12 @@ def test_the_loss_of_a_fixed_minibatch_never_increases(rule, bound):
     whole = open_dataset("mnist", real("mnist"))
     network = build("small", (1, 28, 28), CUSTOM, 10)
     assert network.layout().size == 3016
-    dataset = Dataset(name="mnist", classes=10, shape=whole.shape, train=Fixed(whole.train, 200), test=whole.test)
+    dataset = Dataset(name="mnist", outputs=10, shape=whole.shape, train=Fixed(whole.train, 200), test=whole.test)
     method = make_method(network, dataset, optimizer=rule)
     losses, ids = [], np.arange(200)
     for _ in range(41):
         before = method.loss_sum
-        method.step(ids, 0.0)
+        method.step(Batch(ids), 0.0)
         losses.append((method.loss_sum - before) / 200)
     assert all(b <= a for a, b in pairwise(losses)), losses
     assert losses[-1] <= bound

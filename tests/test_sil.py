@@ -10,12 +10,13 @@ from test_data import real
 
 from psmpi.backend import make_backend
 from psmpi.config import Config, Synthetic, check
-from psmpi.data import Minibatches, open_dataset
+from psmpi.data import Batch, Minibatches, open_dataset
 from psmpi.errors import UserError
 from psmpi.methods import METHODS
 from psmpi.methods.sil_plan import LAWS, Seats, count_parts, cut_activation, plan_phases
 from psmpi.nn.cost import apart, conventional, count
-from psmpi.nn.model import Model, layer_runs, split_layers
+from psmpi.nn.cut import split_layers
+from psmpi.nn.model import Model
 from psmpi.nn.network import build
 from psmpi.nn.targets import Reader, TargetDistance, draw_targets
 from psmpi.nn.zoo import make_network
@@ -60,7 +61,7 @@ def trained(net, steps, *, one=None, lr=0.01, **settings):
     one = one or method(net, **settings)
     batches = Minibatches(N, 50, 0, settings.get("shuffle", True))
     for step in range(int(one.scalars["steps"]) if "steps" in one.scalars else 0, steps):
-        one.step(batches.ids(*divmod(step, PER_EPOCH)), lr)
+        one.step(Batch(batches.ids(*divmod(step, PER_EPOCH))), lr)
     one.collect()
     return one
 
@@ -173,7 +174,7 @@ def test_recovery_has_the_gradient_of_the_whole_network():
     whole = method(net, name="data_parallel")
     # From the same weights, drawn by unit, to the same gradient.
     ids = np.arange(50)
-    loss = whole.gradient(ids)
+    loss = whole.gradient(Batch(ids))
     one._learn_joined(ids, np.arange(50))
     assert one.loss_sum == pytest.approx(50 * loss, rel=1e-12)
     for part in one.parts.values():
@@ -204,7 +205,7 @@ def test_stored_inputs_are_those_of_their_samples(shuffle):
     right.learn = lambda x, labels, *rest: seen.append((x.copy(), labels.copy())) or learn(x, labels, *rest)
     for step in range(3 * PER_EPOCH):
         ids = batches.ids(*divmod(step, PER_EPOCH))
-        one.step(ids, 1e-3)
+        one.step(Batch(ids), 1e-3)
         if seen:
             x, labels = seen.pop()
             assert np.array_equal(x, right.stored[ids].T) and np.array_equal(labels, one.dataset.train.labels[ids])
@@ -227,7 +228,7 @@ def test_what_parts_learn_from_when_all_learn_at_once():
         part.learn = lambda x, *rest: seen.append(x.copy()) or learn(x, *rest)
         for step in range(PER_EPOCH + 1):
             kept = one.parts[0].w.copy()
-            one.step(batches.ids(*divmod(step, PER_EPOCH)), 1e-2)
+            one.step(Batch(batches.ids(*divmod(step, PER_EPOCH))), 1e-2)
         columns = draw_targets("uniform", 30, 10, 0, 1, 1.0).astype(np.float64)
         of = [columns[:, one.dataset.train.labels[batches.ids(*divmod(s, PER_EPOCH))]] for s in range(PER_EPOCH + 1)]
         return one, kept, of, batches
@@ -303,9 +304,9 @@ def test_many_ranks_train_as_one_does(train):
     assert 7 * PER_EPOCH >= 200
     assert differ(alone, two) <= 1e-12 and differ(alone, four) <= 1e-9
     score, found = alone.test(), alone.diagnostics()
-    assert score.accuracy > 0.9 and found["phase"] == "recovery"
+    assert score["accuracy"] > 0.9 and found["phase"] == "recovery"
     for result, close in ((two, 1e-9), (four, 1e-6)):
-        assert result.rows[-1]["test_loss"] == pytest.approx(score.loss, rel=close)
+        assert result.rows[-1]["test_loss"] == pytest.approx(score["loss"], rel=close)
         for key in ("target_distance", "nearest_accuracy", "least_squares_accuracy", "macs", "dead_units"):
             assert result.rows[-1][key] == pytest.approx(found[key], rel=close)
     # What is handed over goes to one rank, which shares it with the other.
@@ -410,11 +411,11 @@ def test_parts_begin_behind_a_flattening_and_with_the_padding(parts):
     layout = net.layout()
     rng = np.random.default_rng(0)
     w, x = rng.standard_normal(layout.size), rng.standard_normal((64, 7))
-    whole = Model(net, layout, w[: layout.part(range(10)).size], None, make_backend("numpy")).forward(x)
+    whole = Model(net, layout, w[: layout.part(range(10)).size], None, make_backend("numpy")).forward(x).scores
     for stage in split_layers(net, parts):
-        runs = layer_runs(net, layout, *stage) - layout.dead
+        runs = net.runs(layout, *stage) - layout.dead
         local = np.concatenate([w[a:b] for a, b in runs.intervals])
-        x = Model(net, layout, local, None, make_backend("numpy"), layers=stage).forward(x)
+        x = Model(net, layout, local, None, make_backend("numpy"), layers=stage).forward(x).scores
         x = x.reshape(-1, 7).copy()
     assert np.allclose(x, whole, rtol=1e-12)
 
@@ -477,7 +478,7 @@ def test_a_step_allocates_no_arrays(way):
         ids = batches.ids(*divmod(step, PER_EPOCH))
         tracemalloc.start()
         try:
-            one.step(ids, 1e-3)
+            one.step(Batch(ids), 1e-3)
             peak = tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()
@@ -563,7 +564,7 @@ def test_what_cannot_be_is_said(ranks, options, says):
     with pytest.raises(UserError) as error:
         check(config)
         dataset = open_dataset("digits", "")
-        net = make_network("mlp", dataset.shape, dataset.classes, widths=config.model.widths)
+        net = make_network("mlp", dataset.shape, dataset.outputs, widths=config.model.widths)
         METHODS["sil"].check(ranks, net, dataset, config)
     assert says in str(error.value)
 

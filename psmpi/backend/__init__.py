@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from psmpi.backend import compiled, device
+from psmpi.backend import compiled, gpu
 from psmpi.backend.compiled import CompiledOps
-from psmpi.backend.convolution import Convolution, Stripes
-from psmpi.backend.device import CupyOps
-from psmpi.backend.moves import Mirror, Restriction, Transfer
-from psmpi.backend.reference import NumpyOps
+from psmpi.backend.gpu import CupyOps
+from psmpi.backend.reference import Convolution, Mirror, NumpyOps, Stripes, Transfer
 from psmpi.errors import UserError
 
 __all__ = [
@@ -16,7 +14,6 @@ __all__ = [
     "CupyOps",
     "Mirror",
     "NumpyOps",
-    "Restriction",
     "Stripes",
     "Transfer",
     "make_backend",
@@ -26,21 +23,21 @@ __all__ = [
 def make_backend(
     name: str,
     threads: int = 1,
-    seat: int | None = None,
+    local_rank: int | None = None,
     compute: str = "float32",
     graphs: bool = True,
     convolution: str = "own",
 ) -> NumpyOps:
     """The operations called `name`; `auto` takes the best one present. UserError where it is not known or not there.
 
-    threads: those of the kernels; those of NumPy's linear algebra are set from outside (threadpoolctl). seat: this
-    process's number on its host, which is dealt to the devices that it sees in turn; None: no device unless it is asked
-    for by name. compute, graphs, convolution: as in `CupyOps`.
+    threads: those of the kernels; those of NumPy's linear algebra are set from outside (threadpoolctl). local_rank:
+    this process's number on its host, which is dealt to the devices that it sees in turn; None: no device unless it is
+    asked for by name. compute, graphs, convolution: as in `CupyOps`.
     """
     if name not in ("auto", "numpy", "compiled", "cupy"):
         raise UserError(f"--backend {name!r} is unknown: choose auto, numpy, compiled or cupy")
-    if name == "cupy" or (name == "auto" and seat is not None and device.available()):
-        return CupyOps((seat or 0) % device.devices(), compute, graphs, convolution)
+    if name == "cupy" or (name == "auto" and local_rank is not None and gpu.available()):
+        return CupyOps((local_rank or 0) % gpu.devices(), compute, graphs, convolution)
     if name == "compiled" and not compiled.level():
         raise UserError(f"--backend compiled: the kernels are not there: {compiled.missing()}; or use --backend numpy")
     return CompiledOps(threads=threads) if name != "numpy" and compiled.level() else NumpyOps()

@@ -111,8 +111,8 @@ def _measure(
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     written_by = 0.0
     if world.rank == 0:
-        assert writer.helper is not None
-        written_by = _peak(writer.helper.pid)
+        assert writer.spool.process is not None
+        written_by = _peak(writer.spool.process.pid)
         writer.close()
         for trouble in writer.troubles():
             raise UserError(trouble)

@@ -22,7 +22,6 @@ from psmpi.layout import Runs
 from psmpi.nn.init import initial_weights
 from psmpi.nn.losses import make_loss
 from psmpi.nn.model import Model
-from psmpi.nn.network import Conv
 from psmpi.nn.objective import Objective
 from psmpi.optim import Hyper, make_optimizer
 
@@ -59,8 +58,9 @@ def ours(
     scores, labels = ops.put(data.others), ops.put(data.labels.astype(np.int64))
 
     def passes() -> None:
-        scores[own] = model.forward(x)
-        objective.derive(scores, labels, 1 / b, own)
+        tape = model.forward(x)
+        scores[own] = tape.scores
+        objective.derive(tape, scores, labels, 1 / b, own)
 
     recorded = ops.record(passes)
 
@@ -143,7 +143,7 @@ def compute(
             problem = problems()[name]
             data = Data(problem, batch_size)
             step, _, model = ours(problem, data, backend, threads, compute, convolution)
-            images = any(isinstance(layer, Conv) for layer in problem.network.layers)
+            images = len(problem.network.in_shape) == 3
             wanted: dict[Kind, bool] = {"eager": True, "channels last": images, "compile": compiled}
             for kind in (kind for kind, yes in wanted.items() if yes):
                 try:

@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
     world = start()
     config = tyro.cli(Config, args=argv, config=(tyro.conf.OmitArgPrefixes,))
     dataset = open_dataset(config.data.dataset, config.data.data_dir)
-    net = make_network(config.model.model, dataset.shape, dataset.classes, **config.model.shape)
+    net = make_network(config.model.model, dataset.shape, dataset.outputs, **config.model.shape)
     problem = Problem(net, config.objective.loss, tuple(range(net.classes)))
     layout = net.layout()
     part: Runs = layout.part(problem.classes)

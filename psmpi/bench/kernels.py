@@ -5,6 +5,7 @@ from __future__ import annotations
 import json as jsonlib
 import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median, quantiles
 from typing import Any
 
@@ -71,15 +72,15 @@ def measure(ops: NumpyOps, size: int, repeats: int) -> list[dict[str, Any]]:
         ("max pooling", a.nbytes * 5 // 4, lambda: ops.max_pool(images, 2, pooled, "identity")),
         ("gradient of max pooling", a.nbytes * 9 // 4, lambda: ops.max_pool_back(images, spare, pooled, 2, others)),
         ("samples of bytes", a.nbytes * 5 // 4, lambda: kept.fetch(at, a.reshape(features, BATCH))),
-        ("Adam", 7 * a.nbytes, lambda: ops.adam(a, b, c, d, 1e-3, 1.0, 0.9, 0.999, 1e-8, 0.0, 1.0)),
-        ("momentum", 5 * a.nbytes, lambda: ops.momentum(a, b, c, 1e-3, 0.9, 0.0, False)),
         ("squared norm", a.nbytes, lambda: ops.squared_norm(a)),
     ]
+    # Without a fused pass the optimizer does these in pieces, with NumPy.
+    if (adam := ops.fused("adam")) is not None:
+        work.append(("Adam", 7 * a.nbytes, partial(adam, a, b, c, d, 1e-3, 1.0, 0.9, 0.999, 1e-8, 0.0, 1.0)))
+    if (momentum := ops.fused("momentum")) is not None:
+        work.append(("momentum", 5 * a.nbytes, partial(momentum, a, b, c, 1e-3, 0.9, 0.0, False)))
     found = []
     for name, nbytes, each in work:
-        if each() is False:
-            # The optimizer does it in pieces, with NumPy.
-            continue
         times: tuple[list[float], list[float]] = ([], [])
         for _ in range(repeats + 1):
             for call, into in zip((each, copy), times, strict=True):

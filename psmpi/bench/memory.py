@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json as jsonlib
 import tracemalloc
-from collections.abc import Callable
 from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from psmpi.backend.compiled import level
-from psmpi.backend.reference import CHUNK
-from psmpi.nn.network import Activation, Conv, Flatten, Linear, Network, Pool
+from psmpi.nn.layers.chain import plan_buffers, shared
+from psmpi.nn.network import Network
 
 if TYPE_CHECKING:
     from psmpi.config import Config
@@ -36,7 +35,7 @@ def memory(config: Config, json: bool = False) -> int:
     from psmpi.comm import control
     from psmpi.comm.world import host, start
     from psmpi.config import check
-    from psmpi.data import open_dataset
+    from psmpi.data import Batch, open_dataset
     from psmpi.errors import UserError
     from psmpi.loop import plan_steps
     from psmpi.methods import METHODS
@@ -51,12 +50,7 @@ def memory(config: Config, json: bool = False) -> int:
     world = start()
     model = config.model
     dataset = open_dataset(config.data.dataset, config.data.data_dir)
-    network = make_network(model.model, dataset.shape, dataset.classes, **model.shape)
-    if network.normalized or network.residual:
-        raise UserError(
-            f"bench memory counts what plain layers need, and --model {network.name} has batch normalization or "
-            "residual blocks; the placement table of training says what each rank holds"
-        )
+    network = make_network(model.model, dataset.shape, dataset.outputs, **model.shape)
     METHODS[config.parallel.method].check(world.size, network, dataset, config)
     batches, steps, rate = plan_steps(dataset, config)
     ranks, cores = host(world)
@@ -66,7 +60,7 @@ def memory(config: Config, json: bool = False) -> int:
         tracemalloc.start()
         method = METHODS[config.parallel.method](world, network, dataset, config, ops)
         for step in range(min(2, steps, batches.steps_per_epoch)):
-            method.step(batches.ids(0, step), rate(step))
+            method.step(Batch(batches.ids(0, step)), rate(step))
         method.test()
         traced = tracemalloc.get_traced_memory()[0]
         tracemalloc.stop()
@@ -117,9 +111,8 @@ def _needed(method: Any, network: Network, dataset: Any, config: Config) -> dict
     batch = -(-config.data.batch_size // roles.rows)
     tested = -(-dataset.test.n // roles.rows)
     batch = max(batch, min(100, tested))
-    outputs, gradients, scratch = per_sample(
-        network, worker.classes, config.parallel.backend != "numpy" and level() > 0
-    )
+    packed = config.parallel.backend != "numpy" and level() > 0
+    outputs, besides = pass_numbers(network, worker.classes, batch, packed)
     sample = dataset.train.dtype.itemsize * dataset.train.features
     trained = dataset.train.n
     if worker.elements is not None:
@@ -130,65 +123,23 @@ def _needed(method: Any, network: Network, dataset: Any, config: Config) -> dict
         trained = int(np.isin(dataset.train.labels, list(worker.classes)).sum())
     return {
         **found,
-        "activations": size * batch * (prod(network.in_shape) + sum(outputs)),
-        "buffers": size * (batch * (sum(gradients) + dataset.classes) + scratch(batch)),
+        "activations": size * (batch * prod(network.in_shape) + outputs),
+        "buffers": size * (batch * dataset.outputs + besides),
         "samples": sample * (trained + tested + batch) + 8 * (trained + tested),
     }
 
 
-def per_sample(
-    network: Network, classes: tuple[int, ...], compiled: bool
-) -> tuple[list[int], list[int], Callable[[int], int]]:
-    """Of the part of `classes`, numbers a sample: outputs that a minibatch keeps, gradients alive at a time; and the
-    numbers of scratch that convolutions need for a minibatch.
+def pass_numbers(network: Network, classes: tuple[int, ...], batch: int, packed: bool) -> tuple[int, int]:
+    """How many numbers the passes of the part of `classes` need for minibatches of `batch`: outputs, and all else.
 
-    Flattening is a view, activations work in place but on the minibatch and on each other. A gradient is made from the
-    one above for each layer over the lowest with weights. A convolution has its kernels, wider where mean pooling is
-    folded into them, and their gradients; in C packed once more, in NumPy the windows of at least a row of outputs.
+    Outputs are those that are not written over their input; all else is what the layers say. packed: convolutions are
+    computed without windows.
     """
-    outputs: list[int] = []
-    made: list[int] = []
-    fixed, windows = 0, []
-    writable, weights, size = False, False, 0
-    kept = np.ones(network.in_shape[0], bool)
-    layers = list(zip(network.layers, network.kept(classes), strict=True))
-    for number, (layer, mine) in enumerate(layers):
-        follower = layers[number + 1][0] if number + 1 < len(layers) else None
-        before, folds = size, isinstance(layer, Conv) and isinstance(follower, Pool) and follower.kind == "mean"
-        if isinstance(layer, Linear):
-            pool = follower.size if folds and isinstance(follower, Pool) else 1
-            shape = follower.out_shape if folds and isinstance(follower, Pool) else layer.out_shape
-            size = int(mine.sum()) * prod(shape[1:])
-            outputs.append(size)
-            if isinstance(layer, Conv):
-                wide, inputs = (layer.kernel + pool - 1) ** 2, int(kept.sum())
-                kernels = int(mine.sum()) * layer.group_inputs * wide
-                fixed += 2 * kernels + (kernels // layer.groups if compiled else 0)
-                if not compiled:
-                    windows.append((inputs * wide * shape[2], shape[1]))
-            kept = mine
-        elif isinstance(layer, Pool):
-            if number > 0 and isinstance(layers[number - 1][0], Conv) and layer.kind == "mean":
-                continue
-            size = int(kept.sum()) * prod(layer.out_shape[1:])
-            outputs.append(size)
-        elif isinstance(layer, Flatten):
-            kept = np.repeat(kept, prod(layer.in_shape[1:]))
-        elif isinstance(layer, Activation) and layer.kind != "identity":
-            size = int(kept.sum()) * prod(layer.out_shape[1:])
-            if not writable:
-                outputs.append(size)
-            writable = False
-        if isinstance(layer, Linear | Pool):
-            made += [before] if weights else []
-            writable = True
-        weights = weights or isinstance(layer, Linear)
-
-    def scratch(batch: int) -> int:
-        rows = (min(row * batch * height, max(row * batch, CHUNK)) for row, height in windows)
-        return fixed + sum(2 * n for n in rows)
-
-    return outputs, [max(made)] * len(made[:2]) if made else [], scratch
+    stages = network.stages(classes)
+    pairs = list(zip(stages, plan_buffers(stages)[0], strict=True))
+    outputs = sum(stage.size for stage, spot in pairs if spot.new) * batch
+    held = sum(stage.layer.held(stage, batch, spot.writable, packed) for stage, spot in pairs)
+    return outputs, held + sum(shared(stages, batch).values())
 
 
 def _show(rows: list[dict[str, Any]]) -> None:

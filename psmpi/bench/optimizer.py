@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from psmpi.errors import UserError
-from psmpi.optim.element_operators import RULES
+from psmpi.optim.curvature import RULES
 
 if TYPE_CHECKING:
     from psmpi.config import Config
@@ -35,7 +35,7 @@ def optimizer(config: Config, json: bool = False) -> int:
     from psmpi.comm import control
     from psmpi.comm.world import host, start
     from psmpi.config import check
-    from psmpi.data import open_dataset
+    from psmpi.data import Batch, open_dataset
     from psmpi.loop import plan_steps
     from psmpi.methods import METHODS
     from psmpi.nn.zoo import make_network
@@ -49,7 +49,7 @@ def optimizer(config: Config, json: bool = False) -> int:
     world = start()
     model = config.model
     dataset = open_dataset(config.data.dataset, config.data.data_dir)
-    network = make_network(model.model, dataset.shape, dataset.classes, **model.shape)
+    network = make_network(model.model, dataset.shape, dataset.outputs, **model.shape)
     METHODS[config.parallel.method].check(world.size, network, dataset, config)
     batches, _, rate = plan_steps(dataset, config)
     ranks, cores = host(world)
@@ -73,7 +73,7 @@ def optimizer(config: Config, json: bool = False) -> int:
         for step in range(first + STEPS):
             scalars, before, begin = dict(method.scalars), method.counter.sent, time.perf_counter()
             watch.seconds = dict.fromkeys(PARTS, 0.0)
-            method.step(batches.ids(step // batches.steps_per_epoch, step % batches.steps_per_epoch), rate(0))
+            method.step(Batch(batches.ids(*divmod(step, batches.steps_per_epoch))), rate(0))
             if step >= first:
                 rows.append([time.perf_counter() - begin, *watch.seconds.values()])
                 counts.append([method.scalars[name] - scalars[name] for name in ("products", "trials")])

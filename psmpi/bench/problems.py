@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import numpy as np
 
-from psmpi.nn.network import Linear, Network, build
+from psmpi.nn.network import Network, build
 from psmpi.nn.zoo import make_network
 
 # Learning rate of the measured steps.
@@ -67,9 +66,9 @@ def operations(problem: Problem, batch: int) -> float:
     forward, once for the gradient of the weights and, but for the first layer, once for the gradient of its input.
     """
     total, first = 0.0, True
-    for layer, kept in zip(problem.network.layers, problem.network.kept(problem.classes), strict=True):
-        if isinstance(layer, Linear):
-            macs = int(kept.sum()) * prod(layer.out_shape[1:]) * layer.unit_size * batch
+    for stage in problem.network.stages(problem.classes, fold=False):
+        if stage.layer.linear:
+            macs = stage.layer.macs // len(stage.kept) * int(stage.kept.sum()) * batch
             total += 2 * macs * (2 if first else 3)
             first = False
     return total

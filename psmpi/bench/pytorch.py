@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import prod
 from typing import Any, Literal
 
 import numpy as np
 
 from psmpi.bench.problems import LR, Data, Problem
 from psmpi.errors import UserError
+from psmpi.nn.layers import Layer, Stage
+from psmpi.nn.layers.activation import Activation
+from psmpi.nn.layers.conv import Conv
+from psmpi.nn.layers.dense import Dense
+from psmpi.nn.layers.flatten import Flatten
+from psmpi.nn.layers.linear import Linear
+from psmpi.nn.layers.pool import Pool
 from psmpi.nn.model import Model
-from psmpi.nn.network import Activation, Conv, Flatten, Linear, Pool
 
 # How PyTorch computes: as it comes, with images as (batch, height, width, channels) in memory, or compiled.
 Kind = Literal["eager", "channels last", "compile"]
@@ -41,11 +46,10 @@ def theirs(
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = compute == "tf32"
     lower = {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(compute)
 
-    modules, kept = [], np.ones(problem.network.in_shape[0], bool)
-    masks = problem.network.kept(problem.classes)
-    for layer, mine in zip(problem.network.layers, masks, strict=True):
-        modules += _module(nn, layer, kept, mine)
-        kept = np.repeat(kept, prod(layer.in_shape[1:])) if isinstance(layer, Flatten) else mine
+    modules = []
+    for stage in problem.network.stages(problem.classes, fold=False):
+        for layer in (stage.layer, *stage.absorbed):
+            modules += MODULES[type(layer)](nn, layer, stage)
     net = nn.Sequential(*modules)
     _copy_weights(torch, net, model)
     order = torch.channels_last if kind == "channels last" else torch.contiguous_format
@@ -76,28 +80,31 @@ def theirs(
     return step, net
 
 
-def _module(nn: Any, layer: Any, kept: np.ndarray, mine: np.ndarray) -> list[Any]:
-    """The PyTorch modules of a layer whose kept input units are `kept`, of output units `mine`."""
-    if isinstance(layer, Linear):
-        units, inputs = int(mine.sum()), int(kept.sum())
-        # Of the groups, those that are left; a layer of one input group sees all that is left.
-        groups = int(mine.reshape(layer.groups, -1).any(axis=1).sum())
-        if isinstance(layer, Conv):
-            return [nn.Conv2d(inputs, units, layer.kernel, groups=groups)]
-        if groups == 1:
-            return [nn.Linear(inputs, units)]
-        # A block-diagonal layer is a grouped 1 x 1 convolution.
-        return [nn.Unflatten(1, (inputs, 1, 1)), nn.Conv2d(inputs, units, 1, groups=groups), nn.Flatten()]
-    if isinstance(layer, Pool):
-        return [(nn.AvgPool2d if layer.kind == "mean" else nn.MaxPool2d)(layer.size)]
-    if isinstance(layer, Activation):
-        return [{"sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "relu": nn.ReLU, "identity": nn.Identity}[layer.kind]()]
-    return [nn.Flatten()]
+def _linear(nn: Any, layer: Linear, stage: Stage) -> list[Any]:
+    units, inputs = int(stage.kept.sum()), int(stage.inputs.sum())
+    # Of the groups, those that are left; a layer of one input group sees all that is left.
+    groups = int(stage.kept.reshape(layer.groups, -1).any(axis=1).sum())
+    if isinstance(layer, Conv):
+        return [nn.Conv2d(inputs, units, layer.kernel, groups=groups)]
+    if groups == 1:
+        return [nn.Linear(inputs, units)]
+    # A block-diagonal layer is a grouped 1 x 1 convolution.
+    return [nn.Unflatten(1, (inputs, 1, 1)), nn.Conv2d(inputs, units, 1, groups=groups), nn.Flatten()]
+
+
+# The PyTorch modules of the kinds of layers that the measured networks have, in a stage.
+MODULES: dict[type[Layer], Callable[[Any, Any, Stage], list[Any]]] = {
+    Conv: _linear,
+    Dense: _linear,
+    Pool: lambda nn, layer, _: [(nn.AvgPool2d if layer.kind == "mean" else nn.MaxPool2d)(layer.size)],
+    Activation: lambda nn, layer, _: [{"sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "relu": nn.ReLU}[layer.kind]()],
+    Flatten: lambda nn, *_: [nn.Flatten()],
+}
 
 
 def _copy_weights(torch: Any, net: Any, model: Model) -> None:
     weighted = [module for module in net if hasattr(module, "weight")]
-    parts = [step.linear for step in model.steps if step.linear is not None]
+    parts = [part for part in model.parts if part.layer.linear]
     with torch.no_grad():
         for module, part in zip(weighted, parts, strict=True):
             for name, k in (("weight", 0), ("bias", 1)):

@@ -1,23 +1,15 @@
 """Checkpoints: HDF5 files of named tensors in their global shapes, whatever ranks wrote or read them.
 
-`format` says what is in a file, `writer` collects one from the ranks, `build` is the process that writes it, `reader`
-gives each rank its slices.
+`format` is the file, `contents` what it says of itself, `tensors` where what it holds lies in a flat vector. `writer`
+collects a checkpoint from the ranks, `build` is the process that writes it, `reader` gives each rank its shard.
 """
 
-from psmpi.checkpoint.format import (
-    FORMAT,
-    Contents,
-    Progress,
-    available,
-    check,
-    folder,
-    read_contents,
-    validate,
-)
+from psmpi.checkpoint.contents import Contents, Progress, read_contents, validate
+from psmpi.checkpoint.format import FORMAT, available, check_file, folder
 from psmpi.checkpoint.lock import take
 from psmpi.checkpoint.parallel import supported
 from psmpi.checkpoint.provenance import provenance
-from psmpi.checkpoint.reader import clear, find, load, load_tables, newest
+from psmpi.checkpoint.reader import clear, find, load, load_space, load_tables, newest
 from psmpi.checkpoint.writer import Writer
 
 __all__ = [
@@ -26,11 +18,12 @@ __all__ = [
     "Progress",
     "Writer",
     "available",
-    "check",
+    "check_file",
     "clear",
     "find",
     "folder",
     "load",
+    "load_space",
     "load_tables",
     "newest",
     "provenance",

@@ -1,7 +1,7 @@
 """Writing a checkpoint file, and the process that does it beside a training run.
 
-A full disk makes HDF5 crash the process it runs in, so training never writes HDF5 itself: it hands whole flat vectors
-over in a spool file.
+A full disk makes HDF5 crash the process it runs in, so training never writes HDF5 itself: it hands whole vectors over
+in a spool file.
 """
 
 from __future__ import annotations
@@ -19,48 +19,46 @@ from typing import Any
 import h5py
 import numpy as np
 
+from psmpi.checkpoint.contents import Contents
 from psmpi.checkpoint.format import (
     CHUNK,
     FORMAT,
     HEADER,
-    Contents,
-    Tensor,
     as_data,
     available,
     chunk_of,
     filters,
-    group_of,
     partial_of,
     seal,
-    table_path,
 )
+from psmpi.checkpoint.tensors import Tensor
+from psmpi.layout import copy_runs
 
 # Fills a vector of elements [first, last) of a tensor of a vector of the run: read(vector, tensor, first, into).
 Source = Callable[[str, Tensor, int, np.ndarray], None]
-# Tables: name, shape, dtype, and read(first row, into).
+# Tables: path in the file, shape, dtype, and read(first row, into).
 Tables = Sequence[tuple[str, tuple[int, ...], np.dtype, Callable[[int, np.ndarray], None]]]
 
 
 def write_file(
     target: Path,
     contents: Contents,
-    vectors: Sequence[str],
-    dtype: np.dtype,
+    vectors: Mapping[str, np.dtype],
     read: Source,
     gzip: int = 0,
     tables: Tables = (),
 ) -> None:
     """Write a checkpoint; it appears under its name whole or not at all.
 
-    `vectors` names what is written ("weights" and the optimizer's), `read` gives their elements slab by slab; gzip: 0
-    (none) to 9. OSError where it cannot be written (a full disk may end the process instead).
+    `vectors` names what is written ("weights", the optimizer's, spaces) and its dtype, `read` gives the elements slab
+    by slab; gzip: 0 (none) to 9. OSError where it cannot be written (a full disk may end the process instead).
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_of(target)
-    tensors = contents.tensors()
+    tensors = {vector: contents.tensors(vector) for vector in vectors}
     texts = contents.texts()
     if not gzip:
-        numbers = len(vectors) * sum(t.size for t in tensors) * dtype.itemsize
+        numbers = sum(tensor.size * vectors[vector].itemsize for vector, of in tensors.items() for tensor in of)
         numbers += sum(prod(shape) * of.itemsize for _, shape, of, _ in tables)
         _need(target.parent, numbers + sum(map(len, texts.values())))
     try:
@@ -69,11 +67,12 @@ def write_file(
             # Data sets, not attributes: these end at 64 kB.
             for name, text in texts.items():
                 file.create_dataset(name, data=as_data(text), chunks=(1,), fletcher32=True)
-            for vector in vectors:
-                for tensor in tensors:
-                    _write_tensor(file, vector, tensor, dtype, read, gzip)
-            for name, shape, of, get in tables:
-                _write_table(file, name, shape, of, get, gzip)
+            for vector, dtype in vectors.items():
+                for tensor in tensors[vector]:
+                    path = f"{contents.group(vector)}/{tensor.name}"
+                    _write_tensor(file, path, vector, tensor, dtype, read, gzip)
+            for path, shape, of, get in tables:
+                _write_table(file, path, shape, of, get, gzip)
         _finish(target)
     finally:
         partial.unlink(missing_ok=True)
@@ -92,10 +91,11 @@ def _need(place: Path, nbytes: int) -> None:
         raise OSError(f"No space left on the disk of {place}: {nbytes:,} bytes are needed, {free:,} are free")
 
 
-def _write_tensor(file: h5py.File, vector: str, tensor: Tensor, dtype: np.dtype, read: Source, gzip: int) -> None:
+def _write_tensor(
+    file: h5py.File, path: str, vector: str, tensor: Tensor, dtype: np.dtype, read: Source, gzip: int
+) -> None:
     chunks = chunk_of(tensor.shape)
-    name = f"{group_of(vector)}/{tensor.name}"
-    dataset = file.create_dataset(name, tensor.shape, dtype, chunks=chunks, **filters(gzip))
+    dataset = file.create_dataset(path, tensor.shape, dtype, chunks=chunks, **filters(gzip))
     # Slabs of whole chunks; a row longer than a chunk is cut along the next axis by HDF5 itself.
     row = tensor.size // tensor.shape[0]
     rows = max(chunks[0], CHUNK // row // chunks[0] * chunks[0])
@@ -109,13 +109,13 @@ def _write_tensor(file: h5py.File, vector: str, tensor: Tensor, dtype: np.dtype,
 
 def _write_table(
     file: h5py.File,
-    name: str,
+    path: str,
     shape: tuple[int, ...],
     dtype: np.dtype,
     get: Callable[[int, np.ndarray], None],
     gzip: int,
 ) -> None:
-    dataset = file.create_dataset(table_path(name), shape, dtype, chunks=chunk_of(shape), **filters(gzip))
+    dataset = file.create_dataset(path, shape, dtype, chunks=chunk_of(shape), **filters(gzip))
     rows = max(1, CHUNK // max(1, prod(shape[1:])))
     buffer = np.empty((min(rows, shape[0]), *shape[1:]), dtype)
     for top in range(0, shape[0], rows):
@@ -132,21 +132,61 @@ def _sync(place: Path) -> None:
         os.close(directory)
 
 
-def spool_source(spool: int, vectors: Sequence[str], size: int, dtype: np.dtype) -> Source:
-    """Reads from the file descriptor `spool`, which holds the flat vectors of `size` elements one after the other."""
+class SpoolSource:
+    """Reads from the file descriptor `spool`, where each vector's elements are in the order of the ranks that wrote.
 
-    def read(vector: str, tensor: Tensor, first: int, into: np.ndarray) -> None:
-        base, last = vectors.index(vector) * size, first + len(into)
-        for a, b, offset in tensor.spans:
-            start, stop = max(a, first), min(b, last)
-            if start < stop:
-                _fetch(spool, (base + offset + start - a) * dtype.itemsize, into[start - first : stop - first])
+    vectors: name, dtype and first byte of each; maps: for the weights and each space, first byte of the table of the
+    runs' start, stop and place among a vector's elements, and how many there are.
+    """
 
-    return read
+    def __init__(
+        self,
+        spool: int,
+        contents: Contents,
+        vectors: Sequence[tuple[str, str, int]],
+        maps: Mapping[str, tuple[int, int]],
+    ):
+        self.spool, self.spaces = spool, contents.spaces.keys()
+        self.vectors = {name: (np.dtype(text), at) for name, text, at in vectors}
+        self.maps = {}
+        for name, (at, count) in maps.items():
+            table = np.empty(3 * count, np.int64)
+            _fetch(spool, at, table)
+            self.maps[name] = table.reshape(3, count)
+        self.seen: dict[tuple[str, str], tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+
+    def _places(self, of: str, tensor: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """First and last element of pieces of a tensor, in its order, and their places among the vector's elements."""
+        if (of, tensor.name) not in self.seen:
+            starts, stops, places = self.maps[of]
+            first, last, run, start = tensor.meet(starts, stops)
+            self.seen[of, tensor.name] = first, last, places[run] + start - starts[run]
+        return self.seen[of, tensor.name]
+
+    def read(self, vector: str, tensor: Tensor, first: int, into: np.ndarray) -> None:
+        """Fill `into` with elements of a tensor of a vector, from `first` on."""
+        (dtype, base), last = self.vectors[vector], first + len(into)
+        starts, stops, places = self._places(vector if vector in self.spaces else "weights", tensor)
+        some = slice(stops.searchsorted(first, side="right"), starts.searchsorted(last))
+        at, behind = np.maximum(starts[some], first), np.minimum(stops[some], last)
+        order = np.argsort(places := places[some] + at - starts[some])
+        at, sizes, places = at[order] - first, (behind - at)[order], places[order]
+        # What lies side by side in the spool is read at once: what one rank has of these rows.
+        edges = np.append(np.flatnonzero(places[1:] != (places + sizes)[:-1]) + 1, len(places))
+        begin = 0
+        for end in edges.tolist():
+            byte = base + int(places[begin]) * dtype.itemsize
+            if end == begin + 1:
+                _fetch(self.spool, byte, into[at[begin] : at[begin] + sizes[begin]])
+            else:
+                values = np.empty(int(sizes[begin:end].sum()), dtype)
+                _fetch(self.spool, byte, values)
+                copy_runs(values, places[begin:end] - places[begin], into, at[begin:end], sizes[begin:end])
+            begin = end
 
 
 def spool_tables(spool: int, start: int, shapes: Mapping[str, tuple[Sequence[int], str]]) -> Tables:
-    """Tables, name to shape and dtype, that lie one after the other in `spool` from byte `start` on."""
+    """Tables, path to shape and dtype, that lie one after the other in `spool` from byte `start` on."""
     found = []
     for name, (shape, text) in shapes.items():
         dtype, base = np.dtype(text), start
@@ -183,10 +223,11 @@ def build(job: Mapping[str, Any], spool: int) -> None:
     """Write the checkpoint that a job of `Writer` describes, from the spool, and remove those beyond `keep`."""
     target = Path(job["target"])
     if "texts" in job:
-        contents, dtype = Contents.of(job["texts"]), np.dtype(job["dtype"])
-        source = spool_source(spool, job["vectors"], contents.layout.size, dtype)
-        tables = spool_tables(spool, len(job["vectors"]) * contents.layout.size * dtype.itemsize, job["tables"])
-        write_file(target, contents, job["vectors"], dtype, source, job["gzip"], tables)
+        contents = Contents.of(job["texts"])
+        source = SpoolSource(spool, contents, job["vectors"], job["maps"])
+        tables = spool_tables(spool, job["tables_at"], job["tables"])
+        vectors = {name: np.dtype(text) for name, text, _ in job["vectors"]}
+        write_file(target, contents, vectors, source.read, job["gzip"], tables)
     else:
         # The ranks have written it together.
         try:

@@ -6,7 +6,7 @@ host can take.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -14,20 +14,11 @@ from typing import Any
 import h5py
 import numpy as np
 
-from psmpi.checkpoint.format import (
-    FORMAT,
-    HEADER,
-    Contents,
-    as_data,
-    chunk_of,
-    filters,
-    group_of,
-    partial_of,
-    table_path,
-)
-from psmpi.layout import Rows, Runs
-
-Box = tuple[slice, ...]
+from psmpi.checkpoint.contents import Contents
+from psmpi.checkpoint.format import FORMAT, HEADER, as_data, chunk_of, filters, partial_of
+from psmpi.checkpoint.selection import Part, Ranges, find_parts
+from psmpi.checkpoint.tensors import Tensor
+from psmpi.layout import Ownership, TableRows, copy_runs
 
 
 def supported() -> bool:
@@ -35,25 +26,23 @@ def supported() -> bool:
     return bool(h5py.get_config().mpi)
 
 
-def boxes(shape: Sequence[int], first: int, last: int) -> list[Box]:
-    """Elements [first, last) of a tensor of `shape` in C order, as hyperslabs in that order."""
-    if first >= last:
-        return []
-    if len(shape) == 1:
-        return [(slice(first, last),)]
-    row, rest = prod(shape[1:]), shape[1:]
-    top, bottom = first // row, last // row
-    if top == bottom:
-        return [(slice(top, top + 1), *box) for box in boxes(rest, first - top * row, last - top * row)]
-    found: list[Box] = []
-    if first % row:
-        found += [(slice(top, top + 1), *box) for box in boxes(rest, first % row, row)]
-        top += 1
-    if top < bottom:
-        found.append((slice(top, bottom), *(slice(0, n) for n in rest)))
-    if last % row:
-        found += [(slice(bottom, bottom + 1), *box) for box in boxes(rest, 0, last % row)]
+def parts_of(tensor: Tensor, ownership: Ownership) -> list[list[Part]]:
+    """What each rank writes of a tensor: parts of it, and where they lie in that rank's local vector."""
+    found = []
+    for runs, record in zip(ownership, ownership.record, strict=True):
+        first, last, _, start = tensor.meet(record.starts, record.stops)
+        places = runs.places(start, start + last - first)
+        found.append(list(find_parts(tensor.shape, chunk_of(tensor.shape), first, last, places)))
     return found
+
+
+def values_of(part: Part, vector: np.ndarray) -> np.ndarray:
+    """The elements of a part in its C order, a view of the local vector where they are a slice of it."""
+    if part.run is not None:
+        return vector[part.run]
+    values = np.empty(prod(part.shape), vector.dtype)
+    copy_runs(vector, part.places, values, part.at, part.sizes)
+    return values
 
 
 def write_together(
@@ -61,17 +50,16 @@ def write_together(
     target: Path,
     contents: Contents,
     vectors: Mapping[str, np.ndarray],
-    writes: Sequence[Runs],
-    shard: Runs,
+    owned: Mapping[str, Ownership],
     gzip: int,
     tables: Mapping[str, np.ndarray],
-    rows: Rows,
+    rows: TableRows,
 ) -> None:
-    """Write the unsealed file beside `target`. All ranks of `world` call it; rank r writes the runs `writes[r]`.
+    """Write the unsealed file beside `target`. All ranks of `world` call it.
 
-    vectors: (shard.size,) arrays of one dtype. OSError where HDF5 cannot write.
+    vectors: this rank's local vector of each; `owned` says of each which rank has what, and each rank writes what it is
+    the owner of record of. OSError where HDF5 cannot write.
     """
-    dtype = next(iter(vectors.values())).dtype
     collective = h5py.h5p.create(h5py.h5p.DATASET_XFER)
     collective.set_dxpl_mpio(h5py.h5fd.MPIO_COLLECTIVE)
     with h5py.File(partial_of(target), "w", driver="mpio", comm=world, userblock_size=HEADER) as file:
@@ -85,51 +73,39 @@ def write_together(
                 there.select_none()
             dataset.id.write(here, there, data, dxpl=collective)
         for name, vector in vectors.items():
-            for tensor in contents.tensors():
-                dataset = file.create_dataset(
-                    f"{group_of(name)}/{tensor.name}",
-                    tensor.shape,
-                    dtype,
-                    chunks=chunk_of(tensor.shape),
-                    **filters(gzip),
-                )
-                # What each rank has of the tensor: boxes in it, and where they lie in the flat vector.
-                pieces: list[list[tuple[Box, int]]] = [[] for _ in writes]
-                for rank, runs in enumerate(writes):
-                    for first, last, offset in tensor.spans:
-                        for a, b in (Runs(((offset, offset + last - first),)) & runs).intervals:
-                            at = a
-                            for box in boxes(tensor.shape, first + a - offset, first + b - offset):
-                                pieces[rank].append((box, at))
-                                at += _size(box)
-                mine = [(box, vector[shard.local(at, at + _size(box))]) for box, at in pieces[world.rank]]
-                _write_in_turns(dataset, mine, max(map(len, pieces)), collective)
+            for tensor in contents.tensors(name):
+                path = f"{contents.group(name)}/{tensor.name}"
+                chunks = chunk_of(tensor.shape)
+                dataset = file.create_dataset(path, tensor.shape, vector.dtype, chunks=chunks, **filters(gzip))
+                parts = parts_of(tensor, owned[name])
+                mine = ((part.ranges, values_of(part, vector)) for part in parts[world.rank])
+                _write_in_turns(dataset, mine, max(map(len, parts)), collective)
         for name, table in tables.items():
             shape = (rows.total, *table.shape[1:])
-            dataset = file.create_dataset(table_path(name), shape, table.dtype, chunks=chunk_of(shape), **filters(gzip))
-            rest = tuple(slice(0, n) for n in shape[1:])
+            path = f"{rows.group}/{name}"
+            dataset = file.create_dataset(path, shape, table.dtype, chunks=chunk_of(shape), **filters(gzip))
+            rest = tuple((0, n) for n in shape[1:])
             held = [rows.runs(rank) for rank in range(world.size)]
-            mine = [
-                ((slice(first, first + count), *rest), table[local : local + count].reshape(-1))
+            mine = (
+                (((first, first + count), *rest), table[local : local + count].reshape(-1))
                 for first, local, count in held[world.rank]
-            ]
+            )
             _write_in_turns(dataset, mine, max(map(len, held)), collective)
 
 
-def _write_in_turns(dataset: h5py.Dataset, mine: Sequence[tuple[Box, np.ndarray]], turns: int, collective: Any) -> None:
+def _write_in_turns(
+    dataset: h5py.Dataset, mine: Iterator[tuple[Ranges, np.ndarray]], turns: int, collective: Any
+) -> None:
     """Write this rank's boxes. Filtered chunks are written by all ranks in step, with those that have nothing more."""
-    for turn in range(turns):
+    for _ in range(turns):
         there = dataset.id.get_space()
-        if turn < len(mine):
-            box, values = mine[turn]
-            there.select_hyperslab(tuple(s.start for s in box), tuple(s.stop - s.start for s in box))
+        turn = next(mine, None)
+        if turn is not None:
+            ranges, values = turn
+            there.select_hyperslab(tuple(a for a, _ in ranges), tuple(b - a for a, b in ranges))
             here = h5py.h5s.create_simple((values.size,))
         else:
             there.select_none()
             here, values = h5py.h5s.create_simple((1,)), np.empty(1, dataset.dtype)
             here.select_none()
         dataset.id.write(here, there, np.ascontiguousarray(values), dxpl=collective)
-
-
-def _size(box: Box) -> int:
-    return prod(s.stop - s.start for s in box)

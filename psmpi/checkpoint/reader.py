@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from math import prod
 from pathlib import Path
 
 import h5py
 import numpy as np
 
-from psmpi.checkpoint.format import (
-    Tensor,
-    available,
-    folder,
-    group_of,
-    held_runs,
-    make_tensors,
-    open_file,
-    table_path,
-    validate,
-)
+from psmpi.checkpoint.contents import group_of, validate
+from psmpi.checkpoint.format import available, folder, open_file
 from psmpi.checkpoint.scan import damaged_parts
+from psmpi.checkpoint.selection import read_runs
+from psmpi.checkpoint.tensors import Tensor, held_runs, make_tensors
 from psmpi.errors import DamagedError, UserError
-from psmpi.layout import Layout, Rows, Runs
+from psmpi.layout import Layout, Runs, TableRows
 
 
 def find(resume: str, out: Path, tell: Callable[[str], None]) -> Path | None:
@@ -99,26 +91,41 @@ def load(
     tensor that is missing or has another shape, with what the file has and what the model wants.
     """
     missing = runs - held_runs(layout, part)
-    if missing.intervals:
+    if missing.size:
         raise UserError(
             f"checkpoint {path} holds only the part of the classes {', '.join(map(str, part or ()))}, and this needs "
             f"{missing.size:,} more weights: put the parts together with python -m psmpi.inspect join"
         )
+    _fill(path, make_tensors(layout, part), runs, {group_of(name): vector for name, vector in vectors.items()})
+
+
+def load_space(path: Path, space: str, layout: Layout, runs: Runs, vector: np.ndarray) -> None:
+    """Fill `vector` (runs.size,) with the elements that `runs` names of a space, whose layout that is.
+
+    UserError as that of `load`.
+    """
+    _fill(path, make_tensors(layout), runs, {space: vector})
+
+
+def _fill(path: Path, tensors: Sequence[Tensor], runs: Runs, groups: Mapping[str, np.ndarray]) -> None:
+    """Fill the vectors of groups of the file with the elements of tensors that `runs` names."""
     with open_file(path) as file:
-        for name, vector in vectors.items():
-            for tensor in make_tensors(layout, part):
-                dataset = find_tensor(file, name, tensor, path)
-                for a, b, local in _spans(tensor, runs):
-                    try:
-                        read_elements(dataset, a, b, vector[local])
-                    except OSError as error:
-                        raise UserError(f"checkpoint {path}, {dataset.name}: {error}; the file is damaged") from None
+        for tensor in tensors:
+            first, last, _, start = tensor.meet(runs.starts, runs.stops)
+            places = runs.places(start, start + last - first)
+            for group, vector in groups.items():
+                dataset = find_tensor(file, group, tensor, path)
+                try:
+                    read_runs(dataset, first, last, places, vector)
+                except OSError as error:
+                    raise UserError(f"checkpoint {path}, {dataset.name}: {error}; the file is damaged") from None
 
 
-def load_tables(path: Path, tables: Mapping[str, np.ndarray], rows: Rows, rank: int) -> bool:
+def load_tables(path: Path, tables: Mapping[str, np.ndarray], rows: TableRows, rank: int) -> bool:
     """Fill this rank's rows of `tables`; False, and nothing is changed, where the file has not the same ones."""
     with open_file(path) as file:
-        found = {name: file.get(table_path(name)) for name in tables}
+        # Files of psmpi 0.1 have the tables of ranks among those of elements.
+        found = {name: file.get(f"{rows.group}/{name}", file.get(f"elements/{name}")) for name in tables}
         for name, table in tables.items():
             there = found[name]
             shape = (rows.total, *table.shape[1:])
@@ -129,22 +136,13 @@ def load_tables(path: Path, tables: Mapping[str, np.ndarray], rows: Rows, rank: 
                 try:
                     found[name].read_direct(table, np.s_[first : first + count], np.s_[local : local + count])
                 except OSError as error:
-                    raise UserError(f"checkpoint {path}, {table_path(name)}: {error}; the file is damaged") from None
+                    raise UserError(f"checkpoint {path}, {found[name].name}: {error}; the file is damaged") from None
     return True
 
 
-def _spans(tensor: Tensor, runs: Runs) -> list[tuple[int, int, slice]]:
-    """Where runs and a tensor meet: (first element, last element of the flattened tensor, slice of the runs)."""
-    spans = []
-    for first, last, offset in tensor.spans:
-        for a, b in (Runs(((offset, offset + last - first),)) & runs).intervals:
-            spans.append((first + a - offset, first + b - offset, runs.local(a, b)))
-    return spans
-
-
-def find_tensor(file: h5py.File, vector: str, tensor: Tensor, path: Path) -> h5py.Dataset:
-    """The data set of a tensor; UserError where it is missing or of another shape."""
-    name = f"{group_of(vector)}/{tensor.name}"
+def find_tensor(file: h5py.File, group: str, tensor: Tensor, path: Path) -> h5py.Dataset:
+    """The data set of a tensor in a group; UserError where it is missing or of another shape."""
+    name = f"{group}/{tensor.name}"
     dataset = file.get(name)
     if not isinstance(dataset, h5py.Dataset):
         kept = ", ".join(file["optimizer"]) if "optimizer" in file else "none: it holds weights only"
@@ -158,13 +156,3 @@ def find_tensor(file: h5py.File, vector: str, tensor: Tensor, path: Path) -> h5p
             "model and data set that the checkpoint was made with"
         )
     return dataset
-
-
-def read_elements(dataset: h5py.Dataset, first: int, last: int, into: np.ndarray) -> None:
-    """Fill `into` with elements [first, last) of the flattened tensor, reading only the leading rows they lie in."""
-    row = prod(dataset.shape[1:])
-    top, bottom = first // row, -(-last // row)
-    if first == top * row and last == bottom * row:
-        dataset.read_direct(into.reshape(-1, *dataset.shape[1:]), np.s_[top:bottom])
-    else:
-        into[...] = dataset[top:bottom].reshape(-1)[first - top * row : last - top * row]

@@ -44,14 +44,14 @@ class Nccl:
         self.library.groupEnd()
 
 
-def check(world: Any, bus: str) -> None:
-    """UserError on all ranks unless CuPy has NCCL and no two ranks of a host have one device, which `bus` names."""
+def check(world: Any, pci_id: str) -> None:
+    """UserError on all ranks unless CuPy has NCCL and no two ranks of a host have one device, which `pci_id` names."""
     from mpi4py import MPI
 
     _library()
     local = world.Split_type(MPI.COMM_TYPE_SHARED)
     mine, everyone = np.zeros(64, np.uint8), np.zeros((local.size, 64), np.uint8)
-    name = np.frombuffer(bus.encode()[:64], np.uint8)
+    name = np.frombuffer(pci_id.encode()[:64], np.uint8)
     mine[: len(name)] = name
     local.Allgather(mine, everyone)
     ranks, found = local.size, len(np.unique(everyone, axis=0))

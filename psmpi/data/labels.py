@@ -1,4 +1,4 @@
-"""Checks on labels, the same for all formats."""
+"""Checks on labels and values, the same for all formats."""
 
 from __future__ import annotations
 
@@ -23,6 +23,18 @@ def check_range(where: str, labels: npt.NDArray[Any], classes: int) -> None:
         )
 
 
+def check_values(where: str, values: npt.NDArray[Any]) -> None:
+    """Raise UserError unless the values (n, outputs) of a regression are finite, and as many as a network can have."""
+    if not 1 <= values.shape[1] <= MAX_CLASSES:
+        raise UserError(f"{where}: {values.shape[1]} values a sample; expected 1 to {MAX_CLASSES}: save fewer columns")
+    bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
+    if len(bad):
+        raise UserError(
+            f"{where}: {len(bad)} samples have values that are not finite numbers, the first being sample {bad[0]}; "
+            "correct or remove such samples"
+        )
+
+
 def check_given(where: str, labels: npt.NDArray[Any]) -> int:
     """Check labels of the user's own, and return the largest.
 
@@ -30,7 +42,7 @@ def check_given(where: str, labels: npt.NDArray[Any]) -> int:
     """
     if labels.dtype.kind not in "iu":
         raise UserError(
-            f"{where}: the labels are {labels.dtype}; expected integers 0..C-1; "
+            f"{where}: the targets are {labels.dtype}; expected integers 0..C-1 for classes, or float64 for values: "
             "number the classes from 0 and save them as int64"
         )
     low, high = int(labels.min()), int(labels.max())

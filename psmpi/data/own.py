@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from psmpi.data.labels import check_given
+from psmpi.data.labels import check_given, check_values
 from psmpi.data.rows import RowSource
 from psmpi.data.split import Dataset, Split, every_fifth, frozen
 from psmpi.errors import UserError
@@ -33,13 +33,13 @@ def build(name: str, path: Path, keys: list[str], headers: dict[str, Header]) ->
     """Make a Dataset of the arrays described by `headers`; `keys` are all the names in the file.
 
     Raises UserError for arrays that are missing, empty, of the wrong shape or dtype or that do not match, and
-    for labels other than integers 0..C-1.
+    for targets other than labels 0..C-1, or finite values (samples,) or (samples, outputs).
     """
     for key in ("x", "y"):
         if key not in headers:
             raise UserError(
                 f"{path}: no array {key!r}; found {', '.join(keys) or 'nothing'}; expected x (the samples) "
-                "and y (the labels): save them under these names"
+                "and y (labels or values): save them under these names"
             )
     if ("x_test" in headers) != ("y_test" in headers):
         raise UserError(
@@ -47,7 +47,7 @@ def build(name: str, path: Path, keys: list[str], headers: dict[str, Header]) ->
             "out for testing, neither: save the other one too"
         )
     scale, shape = _scale(path, "x", headers["x"]), _sample_shape(path, "x", headers["x"])
-    y, high = _labels(path, "y", headers)
+    y, outputs = _targets(path, "y", headers)
     if "x_test" not in headers:
         if len(y) < 5:
             raise UserError(
@@ -55,7 +55,7 @@ def build(name: str, path: Path, keys: list[str], headers: dict[str, Header]) ->
                 "save more, or add x_test and y_test"
             )
         train, test = every_fifth(y, shape, scale, headers["x"].source())
-        return Dataset(name, high + 1, shape, train, test)
+        return Dataset(name, outputs, shape, train, test)
     test_shape, test_scale = (
         _sample_shape(path, "x_test", headers["x_test"]),
         _scale(path, "x_test", headers["x_test"]),
@@ -66,19 +66,25 @@ def build(name: str, path: Path, keys: list[str], headers: dict[str, Header]) ->
             f"{path}: x has {native[0]} samples of shape {shape}, x_test has {native[1]} samples of shape "
             f"{test_shape}; expected the same of both: convert one of them"
         )
-    y_test, high_test = _labels(path, "y_test", headers)
+    y_test, outputs_test = _targets(path, "y_test", headers)
+    if y_test.ndim != y.ndim or (y.ndim == 2 and outputs != outputs_test):
+        kinds = ["labels" if one.ndim == 1 else f"{one.shape[1]} values a sample" for one in (y, y_test)]
+        raise UserError(
+            f"{path}: y has {kinds[0]}, y_test has {kinds[1]}; expected the same of both: integers are labels, "
+            "floating point numbers are values"
+        )
     train = Split(frozen(y), shape, scale, headers["x"].source())
     test = Split(frozen(y_test), shape, test_scale, headers["x_test"].source())
-    return Dataset(name, max(high, high_test) + 1, shape, train, test)
+    return Dataset(name, max(outputs, outputs_test), shape, train, test)
 
 
 def build_all(path: Path, keys: list[str], headers: dict[str, Header]) -> Split:
-    """All samples of x as one split; their labels are -1 where there is no y. Raises UserError as `build` does."""
+    """All samples of x as one split; labels are -1 where there is no y. Raises UserError as `build` does."""
     if "x" not in headers:
         raise UserError(f"{path}: no array 'x'; found {', '.join(keys) or 'nothing'}; save the samples as x")
     header = headers["x"]
-    labels = _labels(path, "y", headers)[0] if "y" in headers else np.full(header.shape[0], -1)
-    return Split(frozen(labels), _sample_shape(path, "x", header), _scale(path, "x", header), header.source())
+    targets = _targets(path, "y", headers)[0] if "y" in headers else np.full(header.shape[0], -1)
+    return Split(frozen(targets), _sample_shape(path, "x", header), _scale(path, "x", header), header.source())
 
 
 def _sample_shape(path: Path, key: str, header: Header) -> tuple[int, ...]:
@@ -106,21 +112,33 @@ def _scale(path: Path, key: str, header: Header) -> float:
     )
 
 
-def _labels(path: Path, key: str, headers: dict[str, Header]) -> tuple[npt.NDArray[Any], int]:
+def _targets(path: Path, key: str, headers: dict[str, Header]) -> tuple[npt.NDArray[Any], int]:
+    """Labels (n,) of any integer type and the number of classes they need, or values (n, outputs) and their number."""
     header, samples = headers[key], headers["x" + key[1:]].shape[0]
     _refuse_objects(path, key, header)
-    if len(header.shape) != 1:
+    values = header.dtype.kind == "f"
+    if values and len(header.shape) not in (1, 2):
+        raise UserError(
+            f"{path}: {key} has the shape {header.shape}; expected values ({samples},) or ({samples}, outputs): save "
+            f"{key}.reshape({samples}, -1)"
+        )
+    if not values and len(header.shape) != 1:
         raise UserError(
             f"{path}: {key} has the shape {header.shape}; expected ({samples},), one label a sample: "
             f"save {key}.ravel(), or {key}.argmax(axis=1) of one-hot rows"
         )
     if header.shape[0] != samples:
         raise UserError(
-            f"{path}: {header.shape[0]} labels in {key} for {samples} samples in {'x' + key[1:]}; "
-            "expected one label a sample: save arrays of the same length"
+            f"{path}: {header.shape[0]} {'rows' if values else 'labels'} in {key} for {samples} samples in "
+            f"{'x' + key[1:]}; expected one {'row' if values else 'label'} a sample: save arrays of the same length"
         )
+    if values:
+        # In float64 first: what is too large for it is not finite.
+        rows = header.values().astype(np.float64).reshape(samples, -1)
+        check_values(f"{path}, {key}", rows)
+        return rows, rows.shape[1]
     labels = header.values()
-    return labels, check_given(f"{path}, {key}", labels)
+    return labels, check_given(f"{path}, {key}", labels) + 1
 
 
 def _refuse_objects(path: Path, key: str, header: Header) -> None:

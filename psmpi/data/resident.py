@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from psmpi.backend import NumpyOps
+from psmpi.data.batch import Batch
 from psmpi.data.split import Split, as_rows
 from psmpi.errors import UserError
 
@@ -28,7 +29,7 @@ class Resident:
         self._rows = as_rows(rows, split.n).copy()
         if np.any(self._rows[1:] <= self._rows[:-1]):
             raise ValueError("the rows of a Resident have to increase strictly")
-        self._labels = split.labels
+        self._targets = split.targets
         values, self._features = split.read(self._rows), split.features
         if values.dtype.kind == "f":
             # The sum of a row is finite where all of it is; the rows where it is not are looked at.
@@ -45,7 +46,7 @@ class Resident:
 
     @property
     def nbytes(self) -> int:
-        """The bytes held: samples, their ids and scratch memory; not the labels, which are the split's."""
+        """The bytes held: samples, their ids and scratch memory; not the targets, which are the split's."""
         return self._samples.nbytes + self._rows.nbytes
 
     def fetch(self, ids: npt.ArrayLike, out: npt.NDArray[Any]) -> None:
@@ -63,9 +64,18 @@ class Resident:
             )
         self._samples.fetch(at, out)
 
-    def labels(self, ids: npt.ArrayLike) -> npt.NDArray[np.int64]:
-        """The labels (b,) int64 of the samples `ids`, resident or not; IndexError unless in 0..split.n-1."""
-        return self._labels[as_rows(ids, len(self._labels))]
+    def batch(self, ids: npt.NDArray[np.int64], room: npt.NDArray[Any]) -> Batch:
+        """The samples `ids` (b,) with inputs and targets; the inputs are put at the beginning of `room`, a vector."""
+        inputs = room[: self._features * len(ids)].reshape(self._features, len(ids))
+        self.fetch(ids, inputs)
+        return Batch(ids, inputs, self.targets(ids))
+
+    def targets(self, ids: npt.ArrayLike) -> npt.NDArray[Any]:
+        """The targets of the samples `ids`, resident or not: labels (b,) int64, or values (outputs, b) float64.
+
+        IndexError unless ids are in 0..split.n-1.
+        """
+        return self._targets[as_rows(ids, len(self._targets))].T
 
     def _positions(self, ids: npt.ArrayLike) -> npt.NDArray[np.int64]:
         given = np.asarray(ids)

@@ -1,4 +1,4 @@
-"""What a data set is to the rest of psmpi: labels in memory, samples read row by row on demand."""
+"""What a data set is to the rest of psmpi: targets in memory, samples read row by row on demand."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Rows = npt.NDArray[np.int64]
 class Split:
     """The training or the test samples of a data set.
 
-    labels: (n,) int64, read-only.
+    targets: what is learnt, read-only: labels (n,) int64, or in a regression values (n, outputs) float64.
     shape: the shape of one sample, (channels, height, width) or (features,).
     scale: the factor that takes stored values to [0, 1]: 1/255 for uint8 images, 1/16 for the digits, 1.0 for
         floats.
@@ -26,7 +26,7 @@ class Split:
     index: (n,) int64, increasing: the rows of `source` that make up this split; None for all of them.
     """
 
-    labels: Rows
+    targets: npt.NDArray[Any]
     shape: tuple[int, ...]
     scale: float
     source: RowSource
@@ -35,7 +35,19 @@ class Split:
     @property
     def n(self) -> int:
         """The number of samples."""
-        return len(self.labels)
+        return len(self.targets)
+
+    @property
+    def task(self) -> str:
+        """What the targets are for: "classes" (labels) or "regression" (values)."""
+        return "classes" if self.targets.ndim == 1 else "regression"
+
+    @property
+    def labels(self) -> Rows:
+        """The targets (n,) int64 of classes; ValueError in a regression."""
+        if self.task != "classes":
+            raise ValueError("these samples have values and no labels")
+        return self.targets
 
     @property
     def features(self) -> int:
@@ -68,13 +80,18 @@ class Split:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """A named data set: `classes` classes, samples of `shape`, a training and a test split."""
+    """A named data set: samples of `shape`, a training and a test split; `outputs`: classes, or values of a sample."""
 
     name: str
-    classes: int
+    outputs: int
     shape: tuple[int, ...]
     train: Split
     test: Split
+
+    @property
+    def task(self) -> str:
+        """What is learnt, see `Split.task`."""
+        return self.train.task
 
 
 def as_rows(rows: npt.ArrayLike, n: int) -> Rows:
@@ -92,20 +109,20 @@ def as_rows(rows: npt.ArrayLike, n: int) -> Rows:
     return given.astype(np.int64, copy=False)
 
 
-def frozen(labels: npt.NDArray[Any]) -> Rows:
-    """A read-only int64 copy of `labels`."""
-    copy = labels.astype(np.int64)
+def frozen(targets: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """A read-only copy of `targets`: of labels int64, of values float64."""
+    copy = targets.astype(np.float64 if targets.dtype.kind == "f" else np.int64)
     copy.flags.writeable = False
     return copy
 
 
 def every_fifth(
-    labels: npt.NDArray[Any], shape: tuple[int, ...], scale: float, source: RowSource
+    targets: npt.NDArray[Any], shape: tuple[int, ...], scale: float, source: RowSource
 ) -> tuple[Split, Split]:
     """Split samples into (train, test): those with index % 5 == 4 are the test samples."""
-    held_out = np.arange(len(labels), dtype=np.int64) % 5 == 4
+    held_out = np.arange(len(targets), dtype=np.int64) % 5 == 4
     train, test = (
-        Split(frozen(labels[chosen]), shape, scale, source, np.flatnonzero(chosen).astype(np.int64))
+        Split(frozen(targets[chosen]), shape, scale, source, np.flatnonzero(chosen).astype(np.int64))
         for chosen in (~held_out, held_out)
     )
     return train, test

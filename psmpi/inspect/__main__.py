@@ -14,8 +14,10 @@ def main(argv: list[str] | None = None) -> int:
     from tyro.extras import SubcommandApp
 
     from psmpi.inspect.change import average, cut, join, prune
+    from psmpi.inspect.compare import diff
     from psmpi.inspect.export import export
-    from psmpi.inspect.look import diff, list_, show, stats, verify
+    from psmpi.inspect.figures import stats
+    from psmpi.inspect.look import list_, show, verify
 
     app = SubcommandApp()
     commands: tuple[Callable[..., int], ...] = (show, stats, diff, verify, export, average, prune, cut, join)

@@ -12,7 +12,8 @@ from tyro.conf import Positional, arg
 
 from psmpi.checkpoint import Contents, available
 from psmpi.checkpoint.build import Source, write_file
-from psmpi.checkpoint.format import NAME, Tensor, folder
+from psmpi.checkpoint.format import NAME, folder
+from psmpi.checkpoint.tensors import Tensor
 from psmpi.errors import UserError
 from psmpi.inspect.look import state
 from psmpi.inspect.opened import Opened
@@ -43,7 +44,7 @@ def average(files: Checkpoints, /, out: Path) -> int:
         into[...] = total / len(opened)
 
     origin = {**opened[-1].contents.provenance, "average_of": [str(each.path) for each in opened]}
-    contents = replace(opened[-1].contents, scalars={}, provenance=origin)
+    contents = replace(opened[-1].contents, scalars={}, provenance=origin, spaces={})
     _write(out, contents, ["weights"], opened[-1].dtype, read)
     return 0
 
@@ -56,7 +57,7 @@ def cut(checkpoint: Positional[Annotated[Path, arg(metavar="CHECKPOINT")]], /, c
         checkpoint: Checkpoint file or run directory.
         classes: Classes whose scores the part is to give.
         out: File to write.
-        weights_only: Leave the optimizer's state out. What is remembered of elements is left out in any case.
+        weights_only: Leave the optimizer's state out. Tables and other tensors are left out in any case.
     """
     opened = Opened(checkpoint)
     known = range(opened.contents.layout.classes) if opened.contents.part is None else opened.contents.part
@@ -68,7 +69,7 @@ def cut(checkpoint: Positional[Annotated[Path, arg(metavar="CHECKPOINT")]], /, c
     scalars = {} if weights_only else opened.contents.scalars
     # A part of a part comes from the same whole.
     origin = {"cut_from": opened.digest, **opened.contents.provenance}
-    contents = replace(opened.contents, part=part, scalars=scalars, provenance=origin)
+    contents = replace(opened.contents, part=part, scalars=scalars, provenance=origin, spaces={})
     _write(out, contents, vectors, opened.dtype, _from_parts([opened]))
     return 0
 
@@ -93,7 +94,7 @@ def join(files: Checkpoints, /, out: Path) -> int:
     if missing:
         raise UserError(f"join: the part of the classes {' '.join(map(str, missing))} is not among the files: add it")
     origin = {name: value for name, value in first.contents.provenance.items() if name != "cut_from"}
-    contents = replace(first.contents, part=None, provenance=origin)
+    contents = replace(first.contents, part=None, provenance=origin, spaces={})
     _write(out, contents, first.vectors, first.dtype, _from_parts(opened))
     return 0
 
@@ -172,7 +173,7 @@ def _write(out: Path, contents: Contents, vectors: Sequence[str], dtype: np.dtyp
     if NAME.fullmatch(out.name) and out.absolute().parent.name == folder(Path()).name:
         raise UserError(f"--out {out} would pass for a checkpoint of that run: name a file elsewhere")
     try:
-        write_file(out, contents, vectors, dtype, read)
+        write_file(out, contents, dict.fromkeys(vectors, dtype), read)
     except OSError as error:
         raise UserError(f"--out {out}: {error}") from None
     print(f"wrote {out}")

@@ -15,16 +15,13 @@ from psmpi.checkpoint import load
 from psmpi.config import from_toml
 from psmpi.errors import UserError
 from psmpi.inspect.opened import Opened
-from psmpi.nn.linear import Segment
-from psmpi.nn.model import Model, Step
-from psmpi.nn.network import Activation, Conv, Join, Pad, Pool
-from psmpi.nn.normalization import EPS
+from psmpi.nn.layers.chain import export_chain
+from psmpi.nn.model import Model
 from psmpi.nn.zoo import make_network
 
 # Widely read: onnxruntime from 1.12 on, and what converts to devices' formats.
 OPSET, IR_VERSION = 17, 8
 TOLERANCE = 1e-5
-ACTIVATIONS = {"sigmoid": "Sigmoid", "tanh": "Tanh", "relu": "Relu"}
 NEEDS = "{0} export needs psmpi[export]: pip install 'psmpi[export]'"
 
 
@@ -100,7 +97,7 @@ def _onnx(opened: Opened, out: Path) -> str:
     session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
     x = np.random.default_rng(0).random((16, *model.network.in_shape), np.float32)
     theirs = session.run(None, {"x": x})[0]
-    ours = model.forward(np.ascontiguousarray(x.reshape(len(x), -1).T)).T
+    ours = model.forward(np.ascontiguousarray(x.reshape(len(x), -1).T)).scores.T
     apart = float(abs(theirs - ours).max() / max(1.0, abs(ours).max()))
     if not apart <= TOLERANCE:
         raise UserError(f"--out {out}: onnxruntime's scores differ from psmpi's by {apart:.1e}; nothing is written")
@@ -112,15 +109,8 @@ def build_onnx(model: Model) -> Any:
     """The forward pass of a model as an ONNX ModelProto, x (batch, *in_shape) to scores (batch, classes)."""
     from onnx import TensorProto, helper
 
-    graph = _Graph()
-    value, values = "x", ["x"]
-    for number, step in enumerate(model.steps):
-        name = "scores" if number == len(model.steps) - 1 else None
-        past = values[step.partner] if step.kind == "join" else ""
-        value = graph.step(step, value, model, name if step.activation == "identity" else None, past)
-        if step.activation != "identity":
-            value = graph.node(ACTIVATIONS[step.activation], [value], name or f"{value}.{step.activation}")
-        values.append(value)
+    graph = Graph()
+    graph.rename(export_chain(graph, "x", model.chain), "scores")
     inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", *model.network.in_shape])]
     outputs = [helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["batch", len(model.classes)])]
     made = helper.make_graph(graph.nodes, model.network.name, inputs, outputs, graph.weights)
@@ -129,8 +119,8 @@ def build_onnx(model: Model) -> Any:
     return proto
 
 
-class _Graph:
-    """Nodes and initializers of an ONNX graph under construction."""
+class Graph:
+    """Nodes and initializers of an ONNX graph under construction, to which layers add themselves."""
 
     def __init__(self) -> None:
         self.nodes: list[Any] = []
@@ -148,78 +138,11 @@ class _Graph:
         self.weights.append(numpy_helper.from_array(np.ascontiguousarray(values), name))
         return name
 
-    def step(self, step: Step, value: str, model: Model, name: str | None, past: str) -> str:
-        """Add a layer, `past` being what went past it; returns the name of its output."""
-        name = name or f"{getattr(step.spec, 'name', step.kind)}.{step.kind}.{len(self.nodes)}"
-        if step.kind == "linear":
-            return self.linear(step, value, model, name)
-        if step.kind == "flatten":
-            return self.node("Flatten", [value], name, axis=1)
-        if step.kind == "activation":
-            assert isinstance(step.spec, Activation)
-            return self.node(ACTIVATIONS[step.spec.kind], [value], name)
-        if step.kind == "norm":
-            return self.normalization(step, value, name)
-        if step.kind == "pad":
-            assert isinstance(step.spec, Pad)
-            margins = self.constant(f"{name}.margins", np.array([0, 0, 1, 1] * 2) * step.spec.size)
-            return self.node("Pad", [value, margins], name)
-        if step.kind == "fork":
-            return self.node("Identity", [value], name)
-        if step.kind == "join":
-            assert isinstance(step.spec, Join)
-            scale = self.constant(f"{name}.scale", np.array(step.spec.scale, np.float32))
-            return self.node("Add", [self.node("Mul", [value, scale], f"{name}.scaled"), past], name)
-        assert isinstance(step.spec, Pool)
-        size = [step.spec.size] * 2
-        kind = "AveragePool" if step.spec.kind == "mean" else "MaxPool"
-        return self.node(kind, [value], name, kernel_shape=size, strides=size)
-
-    def normalization(self, step: Step, value: str, name: str) -> str:
-        """With the minibatch's statistics, as psmpi has it: ONNX's own operator would take stored ones."""
-        assert step.norm is not None
-        axes = [0, *range(2, len(step.shape) + 1)]
-        mean = self.node("ReduceMean", [value], f"{name}.mean", axes=axes)
-        apart = self.node("Sub", [value, mean], f"{name}.apart")
-        square = self.node("Mul", [apart, apart], f"{name}.square")
-        variance = self.node("ReduceMean", [square], f"{name}.variance", axes=axes)
-        eps = self.constant(f"{name}.eps", np.array(EPS, np.float32))
-        deviation = self.node("Sqrt", [self.node("Add", [variance, eps], f"{name}.sum")], f"{name}.deviation")
-        normal = self.node("Div", [apart, deviation], f"{name}.normal")
-        shape = (-1, *(1,) * (len(step.shape) - 1))
-        gamma, beta = (np.concatenate([pair[k] for pair in step.norm.w]).reshape(shape) for k in (0, 1))
-        scaled = self.node("Mul", [normal, self.constant(f"{name}.gamma", gamma)], f"{name}.scaled")
-        return self.node("Add", [scaled, self.constant(f"{name}.beta", beta)], name)
-
-    def linear(self, step: Step, value: str, model: Model, name: str) -> str:
-        """Stripes of units that see the same number of inputs are one grouped convolution, 1 x 1 for dense layers."""
-        assert step.linear is not None
-        layer, segments = step.linear.layer, step.linear.segments
-        image = (layer.kernel, layer.kernel) if isinstance(layer, Conv) else (1, 1)
-        dense = not isinstance(layer, Conv)
-        if dense:
-            axes = self.constant(f"{name}.image", np.array([0, -1, 1, 1]))
-            value = self.node("Reshape", [value, axes], f"{name}.in")
-        outputs = []
-        for k, (s, (w, b)) in enumerate(zip(segments, step.linear.w, strict=True)):
-            grouped = s.count == 1 or s.source_step == s.n_in or s.source_step == 0
-            for j, (part, first) in enumerate([(slice(0, s.count), s.source)] if grouped else _stripes(s)):
-                label = f"{layer.name}.{k}.{j}" if len(segments) > 1 or not grouped else layer.name
-                weights, biases = w[part], b[part]
-                groups = 1 if not grouped or s.source_step == 0 else s.count
-                kernels = weights.reshape(-1, s.n_in, *image)
-                seen = self.some(value, first, groups * s.n_in, step.linear.inputs, label)
-                inputs = [
-                    seen,
-                    self.constant(f"{label}.weight", kernels),
-                    self.constant(f"{label}.bias", biases.reshape(-1)),
-                ]
-                outputs.append(self.node("Conv", inputs, f"{label}.out.{len(self.nodes)}", group=groups))
-        value = outputs[0] if len(outputs) == 1 else self.node("Concat", outputs, f"{name}.joined", axis=1)
-        if dense:
-            axes = self.constant(f"{name}.flat", np.array([0, -1]))
-            return self.node("Reshape", [value, axes], name)
-        return value if value == name else self.node("Identity", [value], name)
+    def rename(self, value: str, name: str) -> None:
+        """Call the output of a node otherwise."""
+        for node in self.nodes:
+            for names in (node.input, node.output):
+                names[:] = [name if one == value else one for one in names]
 
     def some(self, value: str, first: int, count: int, known: int, label: str) -> str:
         """Channels [first, first + count) of `known`."""
@@ -228,7 +151,3 @@ class _Graph:
         edges = [np.array([n]) for n in (first, first + count, 1)]
         names = [self.constant(f"{label}.{k}", e) for k, e in zip(("first", "last", "axis"), edges, strict=True)]
         return self.node("Slice", [value, *names], f"{label}.seen")
-
-
-def _stripes(s: Segment) -> list[tuple[slice, int]]:
-    return [(slice(k, k + 1), s.source + k * s.source_step) for k in range(s.count)]

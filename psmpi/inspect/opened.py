@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from tyro.conf import Positional, arg
 
 from psmpi.checkpoint import Contents, newest, validate
-from psmpi.checkpoint.format import HEADER, Tensor, open_file, table_path
-from psmpi.checkpoint.reader import find_tensor, read_elements
+from psmpi.checkpoint.contents import TABLES
+from psmpi.checkpoint.format import HEADER, open_file
+from psmpi.checkpoint.reader import find_tensor
+from psmpi.checkpoint.selection import read_elements
+from psmpi.checkpoint.tensors import Tensor
 from psmpi.config import tomllib
 from psmpi.errors import DamagedError
 
+Checkpoint = Positional[Annotated[Path, arg(metavar="CHECKPOINT")]]
 # Elements that the tools hold of a tensor at a time.
 SLAB = 1 << 20
 
@@ -25,17 +30,35 @@ class Opened:
         self.path = newest(path)
         self.contents: Contents = validate(self.path)
         self.tensors = {tensor.name: tensor for tensor in self.contents.tensors()}
+        # Vectors that have other tensors than the weights.
+        self.spaces = {
+            space: {tensor.name: tensor for tensor in self.contents.tensors(space)} for space in self.contents.spaces
+        }
         with open_file(self.path) as file:
             self.vectors = ["weights", *file.get("optimizer", ())]
-            # What is remembered of elements: shape and dtype by name.
-            self.tables = {name: (table.shape, table.dtype) for name, table in file.get("elements", {}).items()}
+            # Of tables of elements and of ranks, by path, shape and dtype.
+            self.tables = {
+                f"{group}/{name}": (table.shape, table.dtype)
+                for group in TABLES
+                for name, table in file.get(group, {}).items()
+            }
             self.dtype: np.dtype = file[f"weights/{next(iter(self.tensors))}"].dtype
+            self.dtypes = {
+                f"{space}/{name}": file[f"{space}/{name}"].dtype for space, of in self.spaces.items() for name in of
+            }
 
     @property
     def digest(self) -> str:
         """The SHA-256 in the header, which is that of the content."""
         with self.path.open("rb") as file:
             return file.read(HEADER).split()[-1].rstrip(b"\0").decode()
+
+    def of(self, vector: str) -> dict[str, Tensor]:
+        """The tensors of `weights`, of a vector of the optimizer or of a space, by name."""
+        return self.spaces.get(vector, self.tensors)
+
+    def dtype_of(self, vector: str, name: str) -> np.dtype:
+        return self.dtypes.get(f"{vector}/{name}", self.dtype)
 
     def read(self, vector: str, tensor: Tensor) -> np.ndarray:
         """A tensor of `weights` or of a vector of the optimizer."""
@@ -46,7 +69,7 @@ class Opened:
     def fill(self, vector: str, name: str, first: int, into: np.ndarray) -> None:
         """Elements of the flattened tensor `name`, from `first` on."""
         with open_file(self.path) as file:
-            dataset = find_tensor(file, vector, self.tensors[name], self.path)
+            dataset = find_tensor(file, self.contents.group(vector), self.of(vector)[name], self.path)
             try:
                 read_elements(dataset, first, first + len(into), into)
             except OSError as error:
@@ -54,19 +77,19 @@ class Opened:
 
     def slabs(self, vector: str, name: str) -> Iterator[tuple[int, np.ndarray]]:
         """The elements of a tensor in order: the first one's number and some, in a buffer that is used again."""
-        size = self.tensors[name].size
-        buffer = np.empty(min(SLAB, size), self.dtype)
+        size = self.of(vector)[name].size
+        buffer = np.empty(min(SLAB, size), self.dtype_of(vector, name))
         for first in range(0, size, SLAB):
             slab = buffer[: min(SLAB, size - first)]
             self.fill(vector, name, first, slab)
             yield first, slab
 
     def rows(self, table: str) -> Iterator[np.ndarray]:
-        """A table of elements, a row at a time and flat, in a buffer that is used again."""
+        """A table, named by its path, a row at a time and flat, in a buffer that is used again."""
         shape, dtype = self.tables[table]
         buffer = np.empty((1, *shape[1:]), dtype)
         with open_file(self.path) as file:
-            dataset = file[table_path(table)]
+            dataset = file[table]
             for row in range(shape[0]):
                 try:
                     dataset.read_direct(buffer, np.s_[row : row + 1])

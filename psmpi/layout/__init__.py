@@ -3,6 +3,7 @@
 Everything here is pure data about the flat vector: no arrays of weights, no devices, no messages.
 """
 
+from psmpi.layout.box import Box, box_runs, tile
 from psmpi.layout.grid import (
     PARTITIONS,
     Pair,
@@ -14,40 +15,48 @@ from psmpi.layout.grid import (
     private_runs,
     score_columns,
 )
-from psmpi.layout.layout import Block, Layout, Parameter, Piece, make_layout
+from psmpi.layout.layout import Block, Layout, Parameter, Piece, make_layout, plain_layout
 from psmpi.layout.moves import Move, plan_moves
+from psmpi.layout.ownership import Ownership
 from psmpi.layout.roles import Roles, assign_roles, replicate
-from psmpi.layout.rows import Rows
-from psmpi.layout.runs import Runs, accumulate, restrict
+from psmpi.layout.runs import Runs, accumulate, copy_runs, cross, restrict
 from psmpi.layout.share import Share, Shares
 from psmpi.layout.split import even_edges, split_evenly
+from psmpi.layout.table_rows import TableRows
 
 __all__ = [
     "PARTITIONS",
     "Block",
+    "Box",
     "Layout",
     "Move",
+    "Ownership",
     "Pair",
     "Parameter",
     "Piece",
     "Roles",
-    "Rows",
     "Runs",
     "Share",
     "Shares",
+    "TableRows",
     "Worker",
     "accumulate",
     "all_pairs",
     "assign_roles",
+    "box_runs",
+    "copy_runs",
+    "cross",
     "even_edges",
     "group_pairs",
     "make_grid",
     "make_layout",
     "pair_columns",
+    "plain_layout",
     "plan_moves",
     "private_runs",
     "replicate",
     "restrict",
     "score_columns",
     "split_evenly",
+    "tile",
 ]

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from itertools import combinations
 
+import numpy as np
+
 from psmpi.errors import UserError
 from psmpi.layout.layout import Layout
 from psmpi.layout.runs import Runs
@@ -120,14 +122,12 @@ def make_grid(partition: str, classes: int, workers: int, replicas: int = 0) -> 
 
 def private_runs(layout: Layout, grid: Sequence[Worker]) -> list[Runs]:
     """For each worker, the runs that no other worker of its own row holds, in every row: those it can own."""
-    rows = sorted({w.row for w in grid})
-    private = []
-    for worker in grid:
-        mine = []
-        for block in layout.blocks:
-            if not block.classes & set(worker.classes):
-                continue
-            if all(sum(bool(block.classes & set(w.classes)) for w in grid if w.row == r) == 1 for r in rows):
-                mine.append((block.start, block.stop))
-        private.append(Runs.union(mine))
-    return private
+    used = [layout.blocks_of(worker.classes) for worker in grid]
+    alone = np.ones(len(layout.blocks), bool)
+    for row in sorted({w.row for w in grid}):
+        holders = np.zeros(len(layout.blocks), np.int64)
+        for worker, blocks in zip(grid, used, strict=True):
+            if worker.row == row:
+                holders[blocks] += 1
+        alone &= holders == 1
+    return [layout.runs_of_blocks(blocks[alone[blocks]]) for blocks in used]

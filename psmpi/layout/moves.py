@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 
+import numpy as np
+
+from psmpi.layout.ownership import holders
 from psmpi.layout.roles import Roles
 
 
@@ -28,34 +30,37 @@ class Move:
 
 def plan_moves(roles: Roles) -> list[Move]:
     """The collectives that one step needs, in an order that all ranks follow (so that none waits for ever)."""
-    edges = sorted({e for runs in roles.parts + roles.shards for i in runs.intervals for e in i})
-    spans: list[tuple[int, int, tuple[int, ...], tuple[int, ...]]] = []
-    for start, stop in pairwise(edges):
-        owners, holders = (
-            tuple(r for r, runs in enumerate(of) if any(a <= start < b for a, b in runs.intervals))
-            for of in (roles.shards, roles.parts)
-        )
-        if spans and spans[-1][1] == start and spans[-1][2:] == (owners, holders):
-            start = spans.pop()[0]
-        spans.append((start, stop, owners, holders))
-
     moves: list[Move] = []
-    deals: dict[int, list[tuple[int, int, int]]] = {}
-    for start, stop, owners, holders in spans:
+    # By root and rank, the slices that it alone needs.
+    deals: dict[int, dict[int, list[tuple[int, int]]]] = {}
+    for start, stop, owners, needing in _spans(roles):
         if len(owners) > 1:
             moves.append(Move("sum", owners, ((start, stop),)))
             continue
-        others = [r for r in holders if r != owners[0]]
-        if len(others) == 1 and owners[0] not in holders:
-            deals.setdefault(owners[0], []).append((others[0], start, stop))
+        others = [r for r in needing if r != owners[0]]
+        if len(others) == 1 and owners[0] not in needing:
+            deals.setdefault(owners[0], {}).setdefault(others[0], []).append((start, stop))
         elif others:
             moves.append(Move("spread", (owners[0], *others), ((start, stop),)))
     for root, dealt in deals.items():
-        while dealt:
-            this: dict[int, tuple[int, int]] = {}
-            for rank, start, stop in dealt:
-                this.setdefault(rank, (start, stop))
-            dealt = [d for d in dealt if this[d[0]] != (d[1], d[2])]
-            ranks = sorted(this)
-            moves.append(Move("deal", (root, *ranks), ((0, 0), *(this[r] for r in ranks))))
+        # The k-th deal of a root has the k-th slice of each rank that has one.
+        for k in range(max(map(len, dealt.values()))):
+            ranks = sorted(rank for rank, slices in dealt.items() if k < len(slices))
+            moves.append(Move("deal", (root, *ranks), ((0, 0), *(dealt[r][k] for r in ranks))))
     return moves
+
+
+def _spans(roles: Roles) -> list[tuple[int, int, tuple[int, ...], tuple[int, ...]]]:
+    """The flat vector cut where its owners or holders change: start, stop, ranks that own it, ranks that need it."""
+    edges, spans, ranks = holders([roles.shards, roles.parts])
+    order = np.lexsort((ranks, spans))
+    ranks = ranks[order]
+    begins = spans[order].searchsorted(np.arange(len(edges)))
+    found: list[tuple[int, int, tuple[int, ...], tuple[int, ...]]] = []
+    for k, (start, stop) in enumerate(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)):
+        of = ranks[begins[k] : begins[k + 1]].tolist()
+        owners, needing = tuple(r for r in of if r < roles.size), tuple(r - roles.size for r in of if r >= roles.size)
+        if found and found[-1][2:] == (owners, needing):
+            start = found.pop()[0]
+        found.append((start, stop, owners, needing))
+    return found

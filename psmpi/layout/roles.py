@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from psmpi.errors import UserError
 from psmpi.layout.grid import Worker, make_grid, private_runs
 from psmpi.layout.layout import Layout
+from psmpi.layout.ownership import Ownership
 from psmpi.layout.runs import Runs
 
 
@@ -16,8 +17,8 @@ class Roles:
 
     masters: int
     workers: tuple[Worker | None, ...]
-    parts: tuple[Runs, ...]
-    shards: tuple[Runs, ...]
+    parts: Ownership
+    shards: Ownership
 
     @property
     def size(self) -> int:
@@ -66,9 +67,7 @@ def assign_roles(
     everything = Runs.union([(0, layout.size)])
     if placement == "owner":
         owned = [Runs()] * first + private_runs(layout, grid)
-        held = everything
-        for runs in owned:
-            held = held - runs
+        held = everything - Ownership(tuple(owned)).everything
         if first == 0 and any(w.row > 0 for w in grid[:masters]):
             raise UserError(
                 f"--placement owner with --colocate keeps masters in the first replica row: use --masters "
@@ -80,7 +79,7 @@ def assign_roles(
     shards = list(owned)
     for rank, shard in enumerate(held.split(masters)):
         shards[rank] = Runs.union(shard.intervals + owned[rank].intervals)
-    return Roles(masters, tuple(workers), tuple(parts), tuple(shards))
+    return Roles(masters, tuple(workers), Ownership(tuple(parts)), Ownership(tuple(shards)))
 
 
 def replicate(layout: Layout, size: int) -> Roles:
@@ -88,4 +87,4 @@ def replicate(layout: Layout, size: int) -> Roles:
     whole = Runs.union([(0, layout.size)])
     every = tuple(range(layout.classes))
     workers = tuple(Worker(rank, 0, every) for rank in range(size))
-    return Roles(size, workers, (layout.part(every),) * size, tuple(whole.split(size)))
+    return Roles(size, workers, Ownership((layout.part(every),) * size), Ownership(tuple(whole.split(size))))

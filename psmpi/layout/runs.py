@@ -3,89 +3,175 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
 
+# Intervals of fewer elements on average are copied by index arrays, longer ones one by one.
+SHORT = 256
 
-@dataclass(frozen=True)
+
 class Runs:
-    """Sorted disjoint intervals of the flat vector, kept one after the other in a local vector of `size` elements."""
+    """Sorted intervals of the flat vector with gaps between them, one after the other in a local vector of `size`.
 
-    intervals: tuple[tuple[int, int], ...] = ()
+    starts, stops: (intervals,) int64, not to be changed. ValueError for intervals that are empty, touch or overlap;
+    `union` takes any.
+    """
+
+    starts: np.ndarray
+    stops: np.ndarray
+
+    def __init__(self, intervals: Iterable[tuple[int, int]] = ()):
+        self.starts, self.stops = _columns(intervals)
+        if (self.starts >= self.stops).any() or (self.starts[1:] <= self.stops[:-1]).any():
+            raise ValueError("intervals are not sorted with gaps between them: use Runs.union")
+
+    @staticmethod
+    def of(starts: np.ndarray, stops: np.ndarray) -> Runs:
+        """The runs of two int64 arrays that are known to be sorted intervals with gaps between them."""
+        made = object.__new__(Runs)
+        made.starts, made.stops = starts, stops
+        return made
 
     @staticmethod
     def union(intervals: Iterable[tuple[int, int]]) -> Runs:
         """The smallest set of runs that covers `intervals` (which may touch or overlap)."""
-        merged: list[tuple[int, int]] = []
-        for start, stop in sorted(i for i in intervals if i[0] < i[1]):
-            if merged and start <= merged[-1][1]:
-                merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
-            else:
-                merged.append((start, stop))
-        return Runs(tuple(merged))
+        return Runs.covering(*_columns(intervals))
+
+    @staticmethod
+    def covering(starts: np.ndarray, stops: np.ndarray) -> Runs:
+        """The smallest set of runs that covers the intervals of two int64 arrays, which may touch or overlap."""
+        some = starts < stops
+        starts, stops = starts[some], stops[some]
+        if not len(starts):
+            return Runs()
+        order = np.argsort(starts, kind="stable")
+        starts, reach = starts[order], np.maximum.accumulate(stops[order])
+        first = np.flatnonzero(starts[1:] > reach[:-1]) + 1
+        return Runs.of(starts[np.append(0, first)], reach[np.append(first, len(reach)) - 1])
 
     @cached_property
-    def offsets(self) -> tuple[int, ...]:
-        """Local offset of each interval."""
-        return tuple(np.cumsum([0, *(b - a for a, b in self.intervals)]).tolist())
+    def intervals(self) -> tuple[tuple[int, int], ...]:
+        """(start, stop) of each interval, as Python's integers."""
+        return tuple(zip(self.starts.tolist(), self.stops.tolist(), strict=True))
+
+    @cached_property
+    def offsets(self) -> np.ndarray:
+        """(intervals + 1,) int64: local offset of each interval, and `size`."""
+        return np.concatenate([[0], np.cumsum(self.stops - self.starts)])
 
     @property
     def size(self) -> int:
-        return self.offsets[-1]
+        return int(self.offsets[-1])
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Runs):
+            return NotImplemented
+        return np.array_equal(self.starts, other.starts) and np.array_equal(self.stops, other.stops)
+
+    def __hash__(self) -> int:
+        return hash((self.starts.tobytes(), self.stops.tobytes()))
+
+    def __repr__(self) -> str:
+        return f"Runs({self.intervals})"
 
     def local(self, start: int, stop: int) -> slice:
         """Where [start, stop) lies in the local vector; it must lie inside one interval (ValueError)."""
-        k = int(np.searchsorted([a for a, _ in self.intervals], start, side="right")) - 1
-        if k < 0 or stop > self.intervals[k][1]:
-            raise ValueError(f"[{start}, {stop}) is not inside one of the runs {self.intervals}")
-        at = self.offsets[k] + start - self.intervals[k][0]
+        k = int(self.starts.searchsorted(start, side="right")) - 1
+        if k < 0 or stop > self.stops[k]:
+            raise ValueError(f"[{start}, {stop}) is not inside one of the {len(self.starts)} runs")
+        at = int(self.offsets[k] - self.starts[k]) + start
         return slice(at, at + stop - start)
 
+    def places(self, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
+        """Local offset of each of many intervals, each of which must lie inside one of the runs (ValueError)."""
+        k = self.starts.searchsorted(starts, side="right") - 1
+        if (k < 0).any() or (stops > self.stops[k]).any():
+            raise ValueError(f"some of {len(starts)} intervals are not inside one of the {len(self.starts)} runs")
+        return self.offsets[k] + starts - self.starts[k]
+
     def __and__(self, other: Runs) -> Runs:
-        return Runs.union(
-            (max(a, c), min(b, d)) for a, b in self.intervals for c, d in other.intervals if max(a, c) < min(b, d)
-        )
+        if len(self.starts) == 1:
+            return other._within(self.starts[0], self.stops[0])
+        if len(other.starts) == 1:
+            return self._within(other.starts[0], other.stops[0])
+        return Runs.of(*cross(self.starts, self.stops, other.starts, other.stops)[2:])
+
+    def _within(self, start: int, stop: int) -> Runs:
+        first, last = self.stops.searchsorted(start, side="right"), self.starts.searchsorted(stop)
+        starts, stops = self.starts[first:last].copy(), self.stops[first:last].copy()
+        if len(starts):
+            starts[0], stops[-1] = max(starts[0], start), min(stops[-1], stop)
+        return Runs.of(starts, stops)
 
     def __sub__(self, other: Runs) -> Runs:
-        left = []
-        for start, stop in self.intervals:
-            for a, b in other.intervals:
-                if b <= start or a >= stop:
-                    continue
-                left.append((start, a))
-                start = b
-            left.append((start, stop))
-        return Runs.union(left)
+        if not len(other.starts):
+            return self
+        # What is not in `other`: before it, in its gaps, and after it.
+        ends = np.iinfo(np.int64)
+        starts, stops = np.append(ends.min, other.stops), np.append(other.starts, ends.max)
+        return Runs.of(*cross(self.starts, self.stops, starts, stops)[2:])
 
     def split(self, pieces: int) -> list[Runs]:
         """Cut into `pieces` consecutive sets of runs whose sizes differ by at most one element."""
         sizes = [self.size // pieces + (k < self.size % pieces) for k in range(pieces)]
         edges = np.cumsum([0, *sizes]).tolist()
-        cut = []
-        for a, b in pairwise(edges):
-            cut.append(
-                Runs.union(
-                    (start + max(a - at, 0), start + min(b - at, stop - start))
-                    for (start, stop), at in zip(self.intervals, self.offsets, strict=False)
-                    if max(a, at) < min(b, at + stop - start)
-                )
-            )
-        return cut
+        return [self.cut(a, b) for a, b in pairwise(edges)]
+
+    def cut(self, first: int, last: int) -> Runs:
+        """The runs that elements [first, last) of the local vector are."""
+        inside = Runs.of(self.offsets[:-1], self.offsets[1:])._within(first, last)
+        k = self.offsets.searchsorted(inside.starts, side="right") - 1
+        shift = self.starts[k] - self.offsets[k]
+        return Runs.of(inside.starts + shift, inside.stops + shift)
 
     def inside(self, outer: Runs) -> slice | None:
         """The slice of `outer`'s local vector that equals this local vector, or None where there is no such slice."""
-        if not self.intervals:
-            return slice(0, 0)
         try:
-            slices = [outer.local(a, b) for a, b in self.intervals]
+            found = self.located(outer)
         except ValueError:
             return None
-        if any(s.stop != t.start for s, t in pairwise(slices)):
+        if len(found.starts) > 1:
             return None
-        return slice(slices[0].start, slices[-1].stop)
+        return slice(*found.intervals[0]) if found.size else slice(0, 0)
+
+    def located(self, outer: Runs) -> Runs:
+        """The runs of `outer`'s local vector that hold this local vector; ValueError where it lacks some."""
+        places = outer.places(self.starts, self.stops)
+        return Runs.covering(places, places + self.stops - self.starts)
+
+
+def _columns(intervals: Iterable[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
+    pairs = np.array(list(intervals), np.int64).reshape(-1, 2)
+    return pairs[:, 0], pairs[:, 1]
+
+
+def cross(
+    starts: np.ndarray, stops: np.ndarray, others: np.ndarray, ends: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Where two lists of sorted disjoint intervals meet: number in the first, number in the second, start, stop.
+
+    Intervals of one list may touch. Each of the four arrays (meetings,) is in the order of the vector.
+    """
+    first = ends.searchsorted(starts, side="right")
+    counts = others.searchsorted(stops) - first
+    mine = np.repeat(np.arange(len(starts)), counts)
+    theirs = np.arange(len(mine)) + np.repeat(first - (np.cumsum(counts) - counts), counts)
+    return mine, theirs, np.maximum(starts[mine], others[theirs]), np.minimum(stops[mine], ends[theirs])
+
+
+def copy_runs(
+    source: np.ndarray, starts: np.ndarray, target: np.ndarray, places: np.ndarray, sizes: np.ndarray
+) -> None:
+    """target[places[k] + i] = source[starts[k] + i] for i in range(sizes[k]) and all k; all arrays (any,)."""
+    total = int(sizes.sum())
+    if total >= SHORT * len(sizes):
+        for a, b, n in zip(starts.tolist(), places.tolist(), sizes.tolist(), strict=True):
+            target[b : b + n] = source[a : a + n]
+    else:
+        within = np.arange(total) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        target[np.repeat(places, sizes) + within] = source[np.repeat(starts, sizes) + within]
 
 
 def restrict(w: np.ndarray, runs: Runs) -> np.ndarray:
@@ -95,5 +181,5 @@ def restrict(w: np.ndarray, runs: Runs) -> np.ndarray:
 
 def accumulate(g: np.ndarray, runs: Runs, g_e: np.ndarray) -> None:
     """g += U_e^T g_e, in place: `g` (n,), `g_e` (runs.size,)."""
-    for (a, b), at in zip(runs.intervals, runs.offsets, strict=False):
+    for (a, b), at in zip(runs.intervals, runs.offsets.tolist(), strict=False):
         g[a:b] += g_e[at : at + b - a]

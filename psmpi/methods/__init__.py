@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from psmpi.methods.base import Method, Place, Score
+from psmpi.methods.base import Method, Place
 from psmpi.methods.data_parallel import DataParallel
 from psmpi.methods.dfa import DirectFeedback
 from psmpi.methods.ist import IndependentSubnets
@@ -21,4 +21,4 @@ METHODS: dict[str, Any] = {
     "sil": SyntheticLabels,
 }
 
-__all__ = ["METHODS", "Method", "Place", "Score"]
+__all__ = ["METHODS", "Method", "Place"]

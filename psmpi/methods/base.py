@@ -10,18 +10,13 @@ import numpy as np
 
 from psmpi.comm.group import Counter
 from psmpi.config import Config
+from psmpi.data import Batch, Dataset
 from psmpi.errors import UserError
-from psmpi.layout import Layout, Rows, Runs
+from psmpi.layout import Layout, Ownership, TableRows
+from psmpi.nn.losses import Loss, make_loss
+from psmpi.nn.metric import Metric
 from psmpi.nn.network import Network
 from psmpi.optim import FIRST_ORDER
-
-
-@dataclass(frozen=True)
-class Score:
-    """Mean loss a sample, and the share of samples whose largest score is the label's (the lowest index on ties)."""
-
-    loss: float
-    accuracy: float
 
 
 @dataclass(frozen=True)
@@ -34,6 +29,23 @@ class Place:
     owned: int
     nbytes: int
     device: str = ""
+
+
+def configured_loss(config: Config, task: str) -> Loss:
+    """The loss of a configuration for a data set's task; UserError for settings that it cannot have."""
+    c = config.objective
+    return make_loss(c.loss, np.dtype(config.model.dtype), kappa=c.kappa, exp_clip=c.exp_clip, task=task)
+
+
+def check_classes(dataset: Dataset, what: str, fix: str) -> None:
+    """UserError for a regression, which `what` cannot learn."""
+    if dataset.task != "classes":
+        raise UserError(f"{what} is for classes, and {dataset.name} has values to learn: {fix}")
+
+
+def make_metric(config: Config, dataset: Dataset) -> Metric:
+    """What is measured on the test split, by a loss of its own: what that counts is not of the training."""
+    return Metric(configured_loss(config, dataset.task), dataset.outputs)
 
 
 def check_slices(network: Network, batch: int, slices: int, of: str) -> None:
@@ -77,17 +89,18 @@ class Method(Protocol):
 
     layout and shards (every rank's) say where the weights lie; `vectors` are this rank's shard of the weights and of
     the optimizer's state by name, in host memory, as `collect` finds them and `resumed` takes them up; `tables` its
-    rows of what belongs to no weight, such as an element's curvature (`rows`: every rank's), `scalars` the rest of its
+    rows of what belongs to no weight, such as an element's curvature (`rows`: every rank's, and
+    whether they mean anything on another number of ranks), `scalars` the rest of its
     state; of these "steps", where a method has it, is the number of steps of the run.
     """
 
     layout: Layout
-    shards: tuple[Runs, ...]
+    shards: Ownership
     counter: Counter
     vectors: dict[str, np.ndarray]
     scalars: dict[str, float | int]
     tables: dict[str, np.ndarray]
-    rows: Rows
+    rows: TableRows
     # What is said where a checkpoint does not hold these tables: "the checkpoint does not hold ...".
     lost: str
     # Names of vectors and scalars that are the method's own and not the optimizer's.
@@ -99,8 +112,8 @@ class Method(Protocol):
     def warnings(size: int, network: Network, config: Config) -> Iterable[str]:
         """What a person should know of this method on `size` ranks with this network."""
 
-    def step(self, ids: np.ndarray, lr: float) -> None:
-        """One optimizer step on the training samples `ids` (b,)."""
+    def step(self, batch: Batch, lr: float) -> None:
+        """One optimizer step on training samples, of which the batch has the ids."""
 
     def collect(self) -> None:
         """Bring `vectors` up to date."""
@@ -111,8 +124,8 @@ class Method(Protocol):
         fresh: names of vectors that were not.
         """
 
-    def test(self) -> Score:
-        """Loss and accuracy on the test split, the same on all ranks."""
+    def test(self) -> dict[str, float]:
+        """The loss and the scores on the test split by name, see `Metric`; the same on all ranks."""
 
     def diagnostics(self) -> dict[str, Any]:
         """What else is measured after an epoch, for the metrics, the same on all ranks; all ranks call it."""

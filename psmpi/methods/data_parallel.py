@@ -18,10 +18,9 @@ from psmpi.comm.buckets import Buckets, check_allreduce, plan_buckets
 from psmpi.comm.compression import Compressor, check_compression, make_compressor
 from psmpi.comm.world import several_hosts
 from psmpi.config import Config
-from psmpi.data import Dataset
+from psmpi.data import Batch, Dataset
 from psmpi.errors import UserError
-from psmpi.layout import Rows
-from psmpi.methods.base import Score
+from psmpi.layout import TableRows
 from psmpi.methods.replica import Replica, no_sum
 from psmpi.nn.network import Network
 from psmpi.optim import FIRST_ORDER, clip_by_global_norm
@@ -48,7 +47,7 @@ class DataParallel(Replica):
                 rank=o.powersgd_rank, levels=o.qsgd_levels, momentum=config.optimization.momentum, seed=config.run.seed,
             )  # fmt: skip
             self.tables = self.compressor.tables
-            self.rows = Rows(tuple((rank,) for rank in range(world.size))) if self.tables else self.rows
+            self.rows = TableRows.one_each(world.size) if self.tables else self.rows
             self.means = {name: np.zeros_like(vector) for name, vector in self.compressor.vectors.items()}
             self.state |= self.means
             if o.compression == "qsgd":
@@ -76,31 +75,31 @@ class DataParallel(Replica):
             )
         check_compression(o.density, o.powersgd_rank, o.qsgd_levels)
 
-    def step(self, ids: np.ndarray, lr: float) -> None:
+    def step(self, batch: Batch, lr: float) -> None:
         if self.optimizer.needs_closure:
             losses: list[float] = []
 
             def objective() -> float:
-                losses.append(self.gradient(ids, trial=len(losses) > 0))
+                losses.append(self.gradient(batch, trial=len(losses) > 0))
                 return float(self.world.agree(np.array([losses[-1]]))[0])
 
             self.optimizer.step(self.w, self.g, lr, no_sum, objective)
-            self.loss_sum += losses[0] * len(ids)
+            self.loss_sum += losses[0] * len(batch)
             return
-        self.loss_sum += self.gradient(ids) * len(ids)
+        self.loss_sum += self.gradient(batch) * len(batch)
         if self.clip > 0:
             clip_by_global_norm(self.g, self.clip, no_sum, self.ops)
         self.optimizer.step(self.w, self.g, lr, no_sum)
 
-    def gradient(self, ids: np.ndarray, trial: bool = False) -> float:
-        """Fill g with the gradient of the mean loss over the samples `ids` (b,); returns this rank's share of the loss.
+    def gradient(self, batch: Batch, trial: bool = False) -> float:
+        """Fill g with the gradient of the mean loss over the samples; returns this rank's share of the loss.
 
         A loss that is not finite is a FloatingPointError, in a `trial` of a line search infinity.
         """
         # Before backward begins to send what it fills.
         self.g[self.unused].fill(0)
         try:
-            loss = self.worker.element_losses(ids)
+            loss = self.worker.element_losses(batch)
         except FloatingPointError:
             if not trial:
                 raise
@@ -137,6 +136,6 @@ class DataParallel(Replica):
                 assert self.compressor is not None
                 self.compressor.vectors[name][...] = mean
 
-    def test(self) -> Score:
+    def test(self) -> dict[str, float]:
         self.verify(self.w)
         return super().test()

@@ -19,15 +19,24 @@ from psmpi.comm.group import Counter, Group
 from psmpi.comm.probe import make_bridge
 from psmpi.comm.transfers import Boundary, Spread
 from psmpi.config import Config
-from psmpi.data import Dataset, Resident
+from psmpi.data import Batch, Dataset, Resident
 from psmpi.errors import UserError
-from psmpi.layout import Rows
-from psmpi.methods.base import Place, Score, check_first_order, check_layers, check_slices
+from psmpi.layout import Ownership, TableRows
+from psmpi.methods.base import (
+    Place,
+    check_first_order,
+    check_layers,
+    check_slices,
+    configured_loss,
+    make_metric,
+)  # fmt: skip
 from psmpi.methods.psl import hyperparameters
+from psmpi.nn.cut import split_layers
 from psmpi.nn.init import initial_weights
-from psmpi.nn.losses import make_loss
-from psmpi.nn.model import Model, layer_runs, split_layers
-from psmpi.nn.network import Conv, Linear, Network
+from psmpi.nn.layers.base import VIEW
+from psmpi.nn.layers.chain import Tape
+from psmpi.nn.model import Model
+from psmpi.nn.network import Network
 from psmpi.nn.objective import Objective
 from psmpi.optim import clip_by_global_norm, make_optimizer
 
@@ -70,7 +79,7 @@ class DirectFeedback:
     def __init__(self, world: Any, network: Network, dataset: Dataset, config: Config, ops: NumpyOps):
         self.network, self.layout, self.dataset, self.rank = network, network.layout(), dataset, world.rank
         self.dtype, self.ops, self.batch = np.dtype(config.model.dtype), ops, config.data.batch_size
-        self.counter, self.rows = Counter(), Rows()
+        self.counter, self.rows = Counter(), TableRows()
         self.tables: dict[str, np.ndarray] = {}
         self.world = Group(world, range(world.size), self.counter, make_bridge(world, ops, config.parallel.gpu_aware))
         self.first, self.last = world.rank == 0, world.rank == world.size - 1
@@ -80,7 +89,7 @@ class DirectFeedback:
         cuts = [None, *(Boundary(self.world, k - 1, k, units[k], self.dtype) for k in range(1, world.size)), None]
         self.below, self.above = cuts[world.rank : world.rank + 2]
         self.errors = Spread(self.world, network.classes, self.dtype, world.size - 1, per_sample=True)
-        self.shards = tuple(layer_runs(network, self.layout, *stage) for stage in stages)
+        self.shards = Ownership(tuple(network.runs(self.layout, *stage) for stage in stages))
         shard = self.shards[world.rank]
         self.w, self.g = (ops.zeros(shard.size, self.dtype) for _ in range(2))
         self.model = Model(network, self.layout, self.w, self.g, ops, layers=stages[world.rank])
@@ -96,25 +105,18 @@ class DirectFeedback:
             seed=config.run.seed, kind=config.model.init, gain=config.model.init_gain,
         )  # fmt: skip
         self.mirrors["weights"].push()
-        self.loss = make_loss(
-            config.objective.loss, self.dtype, kappa=config.objective.kappa, exp_clip=config.objective.exp_clip
-        )
+        self.loss, self.metric = configured_loss(config, dataset.task), make_metric(config, dataset)
         self.objective = Objective(self.loss, self.model)
-        self.forward_pass, self.error_pass, self.backward_pass = (
-            ops.record(work) for work in (self._compute, self._differentiate, self._learn)
-        )
+        self.forward_pass, self.backward_pass = ops.record(self._compute), ops.record(self._learn)
+        self.error_pass = self.objective.record(self._differentiate)
         # What diagnostics allocate is not of these.
-        self.aside = ops.apart()
+        self.aside = ops.separate()
         # Products with derivatives of the loss are to stay finite.
         self.limit = float(np.finfo(self.dtype).max) ** 0.25
-        # What it counts is not of the training.
-        self.everything = make_loss(
-            config.objective.loss, self.dtype, kappa=config.objective.kappa, exp_clip=config.objective.exp_clip
-        )
         self.layers = self._layers()
         # Layers with weights before this rank's, and in all.
-        self.before = sum(isinstance(layer, Linear) for layer in network.layers[: stages[world.rank][0]])
-        self.depth = sum(isinstance(layer, Linear) for layer in network.layers)
+        self.before = sum(layer.linear for layer in network.layers[: stages[world.rank][0]])
+        self.depth = len(network.linear)
         widest = max(widths(network)[:-1], default=1)
         self.back = [
             ops.put(feedback(
@@ -129,7 +131,7 @@ class DirectFeedback:
         self.train = Resident(dataset.train, samples, self.dtype, ops)
         self.tests = Resident(dataset.test, tests, self.dtype, ops)
         self.inputs = int(np.prod(self.model.in_shape))
-        self.capacity, self.labels = 0, ops.mirror(ops.empty(0, np.dtype(np.int64)))
+        self.capacity = 0
         self.batches = network.evaluation_batches(dataset.test.n)
         largest = max(at.stop - at.start for at in self.batches)
         self.reserve(max(self.batch, largest, min(ALIGNED, dataset.test.n)))
@@ -138,7 +140,7 @@ class DirectFeedback:
     @classmethod
     def check(cls, size: int, network: Network, dataset: Dataset, config: Config) -> None:
         """UserError for a configuration that `size` ranks cannot train; needs no MPI and no arrays of weights."""
-        depth = sum(isinstance(layer, Linear) for layer in network.layers)
+        depth = len(network.linear)
         if size > depth:
             raise UserError(
                 f"--method dfa gives each rank a layer at least, and --model {network.name} has {depth} with weights "
@@ -149,14 +151,13 @@ class DirectFeedback:
         check_first_order(config, "needs gradients, and feedback is none")
         if not 0 < config.alignment.feedback_scale <= 1e6:
             raise UserError(f"--feedback-scale {config.alignment.feedback_scale}: expected a number above 0")
-        o, objective, dtype = config.optimization, config.objective, np.dtype(config.model.dtype)
-        make_loss(objective.loss, dtype, kappa=objective.kappa, exp_clip=objective.exp_clip)
-        make_optimizer(o.optimizer, 0, dtype, hyperparameters(config))
+        configured_loss(config, dataset.task)
+        make_optimizer(config.optimization.optimizer, 0, np.dtype(config.model.dtype), hyperparameters(config))
 
     @staticmethod
     def warnings(size: int, network: Network, config: Config) -> Iterator[str]:
         """What a person should know of a network before it is trained so."""
-        if any(isinstance(layer, Conv) for layer in network.layers):
+        if any(len(layer.out_shape) > 1 for layer in network.linear):
             yield "convolutions learn poorly by direct feedback: their weights are shared, and cannot align"
         narrow = [width for width in widths(network)[:-1] if width < network.classes]
         if narrow:
@@ -166,17 +167,16 @@ class DirectFeedback:
 
     def _layers(self) -> list[Hidden]:
         """This rank's layers with weights, each with the steps without that follow it."""
-        starts = [k for k, step in enumerate(self.model.steps) if step.linear is not None]
+        parts = self.model.parts
+        starts = [k for k, part in enumerate(parts) if part.layer.linear]
         # What comes before goes with the first one.
         starts[0] = 0
         if self.first:
             # No gradient is needed below what normalizes samples.
-            starts[0] = next(
-                k for k, step in enumerate(self.model.steps) if step.linear is not None or step.norm is not None
-            )
-        ends = [k - 1 for k in (*starts[1:], len(self.model.steps))]
+            starts[0] = self.model.chain.lowest
+        ends = [k - 1 for k in (*starts[1:], len(parts))]
         return [
-            Hidden(number, first, last, self.model.steps[last].size)
+            Hidden(number, first, last, parts[last].size)
             for number, (first, last) in enumerate(zip(starts, ends, strict=True))
         ]
 
@@ -195,18 +195,14 @@ class DirectFeedback:
         self.error = self.ops.empty(self.network.classes * batch, self.dtype)
         if self.last:
             self.objective.reserve(self.network.classes, batch)
-            self.labels.settle()
-            self.labels = self.ops.mirror(self.ops.empty(batch, np.dtype(np.int64)))
         self.signal = self.ops.empty(max((one.width for one in self.hidden), default=0) * batch, self.dtype)
 
-    def step(self, ids: np.ndarray, lr: float) -> None:
-        b = len(ids)
+    def step(self, batch: Batch, lr: float) -> None:
+        b = len(batch)
         self.reserve(b)
-        self._forward(self.train, ids)
+        self._forward(self.train, batch.ids)
         if self.last:
-            self.labels.settle()
-            self.labels.host[:b] = self.dataset.train.labels[ids]
-            self.labels.push(slice(0, b))
+            self.objective.bring(self.train.targets(batch.ids))
             self.error_pass(b)
         error = self._error(b)
         self.errors.forward(error, error)
@@ -225,14 +221,15 @@ class DirectFeedback:
             samples.fetch(ids, x)
         else:
             self.below.forward(None, x)
-        y, self.model.outputs = self.forward_pass(x.shape[1])
+        self.tape = self.forward_pass(x.shape[1])
+        y = self.tape.scores
         if self.above is not None:
             self.above.forward(y, None)
         return y
 
-    def _compute(self, b: int) -> tuple[np.ndarray, list[np.ndarray]]:
-        """The outputs of the last layer, and what the backward pass needs."""
-        return self.model.forward(self.x[: self.inputs * b].reshape(self.inputs, b)), self.model.outputs
+    def _compute(self, b: int) -> Tape:
+        """The pass through this rank's layers."""
+        return self.model.forward(self.x[: self.inputs * b].reshape(self.inputs, b))
 
     def _error(self, b: int) -> np.ndarray:
         """Where e (classes, b) is."""
@@ -240,11 +237,11 @@ class DirectFeedback:
 
     def _differentiate(self, b: int) -> None:
         """Find e, the derivatives of the mean loss with respect to the scores, limited."""
-        scores, labels, error = self.model.outputs[-1], self.labels.array[:b], self._error(b)
-        derivatives = self.objective.losses(scores, labels, 1 / b, slice(0, len(scores)))
-        if self.objective.on_device:
+        scores, error = self.tape.scores, self._error(b)
+        derivatives = self.objective.losses(scores, self.objective.targets(b), 1 / b, slice(0, len(scores)))
+        if self.ops.on_device:
             self.ops.cast_scores(derivatives, error, self.objective.report.array)
-            self.ops.give_back(error, self.objective.report.array, self.limit)
+            self.ops.unscale(error, self.objective.report.array, self.limit)
         else:
             np.copyto(error, np.clip(derivatives, -self.limit, self.limit), casting="same_kind")
 
@@ -254,12 +251,13 @@ class DirectFeedback:
         for one, matrix in zip(self.hidden, self.back, strict=True):
             signal = self.signal[: one.width * b].reshape(one.width, b)
             self.ops.matmul(matrix, error, signal)
-            self.model.backward_through(signal.reshape(self.model.outputs[one.last + 1].shape), one.first, one.last)
+            dy = signal.reshape(self.tape.outputs[one.last + 1].shape)
+            self.model.backward(self.tape, dy, first=one.first, last=one.last)
         if self.last:
             # The backward pass uses it up.
             own = self.objective.cast[: error.size].reshape(error.shape)
             own[...] = error
-            self.model.backward_through(own, self.layers[-1].first, self.layers[-1].last)
+            self.model.backward(self.tape, own, first=self.layers[-1].first, last=self.layers[-1].last)
 
     def collect(self) -> None:
         for mirror in self.mirrors.values():
@@ -271,17 +269,14 @@ class DirectFeedback:
         for mirror in self.mirrors.values():
             mirror.push()
 
-    def test(self) -> Score:
-        totals = np.zeros(3)
+    def test(self) -> dict[str, float]:
+        totals = self.metric.zeros()
         for at in self.batches:
             ids = np.arange(at.start, at.stop)
             scores = self._apart(self.tests, ids)
             if self.last:
-                found, labels = self.ops.host(scores), self.dataset.test.labels[ids]
-                right = np.count_nonzero(found.argmax(axis=0) == labels)
-                totals += [self.everything(found, labels, 1.0), float(right), float(len(ids))]
-        loss, right, samples = self.world.agree(totals)
-        return Score(float(loss / samples), float(right / samples))
+                totals += self.metric.sums(self.ops.host(scores), self.tests.targets(ids))
+        return self.metric.scores(self.world.agree(totals))
 
     def _apart(self, samples: Resident, ids: np.ndarray) -> np.ndarray:
         """`_forward` that is not counted: it is no part of the training."""
@@ -300,7 +295,7 @@ class DirectFeedback:
         error = self._error(b)
         if self.last:
             derivatives = np.empty(error.shape)
-            self.everything(self.ops.host(scores), self.dataset.test.labels[ids], 1 / b, derivatives)
+            self.metric.loss(self.ops.host(scores), self.tests.targets(ids), 1 / b, derivatives)
             error[...] = self.aside.put(np.clip(derivatives, -self.limit, self.limit).astype(self.dtype))
         self.errors.forward(error, error)
         cosines = np.zeros(max(1, self.depth - 1))
@@ -308,20 +303,20 @@ class DirectFeedback:
         if self.above is None:
             above = self._copy(error)
         else:
-            found = np.empty((int(np.prod(self.model.outputs[-1].shape[:-1])), b), self.dtype)
+            found = np.empty((int(np.prod(self.tape.scores.shape[:-1])), b), self.dtype)
             self.above.backward(None, found)
             above = self.aside.put(found)
         back = list(zip(self.hidden, self.back, strict=True))
         for one in reversed(self.layers):
-            shape = self.model.outputs[one.last + 1].shape
+            shape = self.tape.outputs[one.last + 1].shape
             for hidden, matrix in back:
                 if hidden is one:
                     signal = self.signal[: one.width * b].reshape(one.width, b)
                     self.ops.matmul(matrix, error, signal)
                     cosines[self.before + one.number] = self._cosine(one, self._copy(above), signal)
-            x = self.model.outputs[one.first]
+            x = self.tape.outputs[one.first]
             below = self.aside.empty(x.size, self.dtype).reshape(x.shape)
-            self.model.backward_through(above.reshape(shape), one.first, one.last, below)
+            self.model.backward(self.tape, above.reshape(shape), first=one.first, last=one.last, dx=below)
             above = below.reshape(-1, b)
         if self.below is not None:
             self.below.backward(self.ops.host(above), None)
@@ -340,10 +335,9 @@ class DirectFeedback:
         Both (width, b) are used up.
         """
         last = one.last
-        while self.model.steps[last].kind == "flatten":
+        while self.model.parts[last].layer.place == VIEW:
             last -= 1
-        step, y = self.model.steps[last], self.model.outputs[last + 1]
-        kind = step.spec.kind if step.kind == "activation" else step.activation  # type: ignore[attr-defined]
+        kind, y = self.model.parts[last].activation, self.tape.outputs[last + 1]
         for v in (gradient, signal):
             self.ops.activate_back(kind, y.reshape(v.shape), v)
         a, d = (self.ops.host(v).astype(np.float64) for v in (gradient, signal))
@@ -351,7 +345,7 @@ class DirectFeedback:
         return float(np.where(sizes > 0, (a * d).sum(axis=0) / np.where(sizes > 0, sizes, 1), 0.0).mean())
 
     def place(self) -> Place:
-        names = [layer.name for layer in self.network.layers if isinstance(layer, Linear)]
+        names = [layer.name for layer in self.network.linear]
         mine = names[self.before : self.before + len(self.layers)]
         held = self.shards[self.rank].size
         layers = mine[0] if len(mine) == 1 else f"{mine[0]} to {mine[-1]}"
@@ -360,7 +354,7 @@ class DirectFeedback:
     def memory(self) -> dict[str, int]:
         own: list[Any] = [self.error, self.signal, *self.back]
         if self.last:
-            own += [self.labels.array, self.objective]
+            own += [self.objective]
         return {
             "weights": self.w.nbytes,
             "gradients": self.g.nbytes,
@@ -379,7 +373,7 @@ def widths(network: Network) -> list[int]:
     found: list[int] = []
     for layer in network.layers:
         size = int(np.prod(layer.out_shape))
-        if isinstance(layer, Linear):
+        if layer.linear:
             found.append(size)
         elif found:
             found[-1] = size

@@ -15,10 +15,14 @@ import numpy as np
 
 from psmpi.backend import NumpyOps, Transfer
 from psmpi.layout import Layout, Runs
+from psmpi.methods.borrowed import Borrowed
+from psmpi.nn.layers import Sums
+from psmpi.nn.layers.chain import Tape
 from psmpi.nn.losses import Loss
 from psmpi.nn.model import Model
 from psmpi.nn.network import Network
 from psmpi.nn.objective import GRADIENT_LIMIT, Objective
+from psmpi.optim.curvature import curvature_ops
 
 
 def elements_of(pairs: Iterable[tuple[int, int]], merged: bool) -> list[tuple[int, int]]:
@@ -45,6 +49,7 @@ class Side:
     number: int
     slices: list[slice]
     model: Model
+    borrowed: Borrowed
     others: np.ndarray
     lost: np.ndarray
     won: np.ndarray
@@ -79,7 +84,8 @@ class ElementSet:
         self.count = len(self.elements)
         # The same on every rank: its rows are those of a table of all elements.
         self.size = largest_element(layout)
-        self.restriction = ops.restriction([self._slices(v) for v in variables], self.size)
+        self.curvature = curvature_ops(ops)
+        self.restriction = self.curvature.restriction([self._slices(v) for v in variables], self.size)
         at = {c: k for k, c in enumerate(self.classes)}
         mask = np.zeros((len(self.classes),) * 2, bool)
         for i, j in ordered:
@@ -94,8 +100,9 @@ class ElementSet:
         # Of a merged element either label will do.
         self.labels = np.array([[at[c] for c in (e[0], e[-1] if merged else e[0])] for e in self.elements], int)
         self.labels = self.labels.reshape(self.count, 2)
-        self._only_losses, self._all_gradients = ops.record(self._losses), ops.record(self._gradients)
-        self.capacity, self.there = 0, ops.mirror(ops.empty(0, np.dtype(np.int64)))
+        record = self.objective.record
+        self._only_losses, self._all_gradients = record(self._losses), record(self._gradients)
+        self.capacity = 0
         self.reserve(1)
 
     def _side(
@@ -120,10 +127,12 @@ class ElementSet:
                 start = mine.local(*run).start
                 table.append((k * mine.size + start, row + variables.local(*run).start, run[1] - run[0]))
         own = self.ops.zeros(mine.size, self.dtype)
+        model = Model(network, layout, own, None, self.ops, (c,), space=self.whole.space)
         return Side(
             number=at[c],
             slices=[self.part.local(*run) for run in mine.intervals],
-            model=Model(network, layout, own, None, self.ops, (c,), lender=self.whole),
+            model=model,
+            borrowed=Borrowed(model, self.whole),
             others=self.ops.put(np.array([at[other] for _, other, _, _ in terms], np.int64)),
             lost=self.ops.put(np.array([lost for _, _, lost, _ in terms], self.dtype)),
             won=self.ops.put(np.array([won for _, _, _, won in terms], self.dtype)),
@@ -144,8 +153,9 @@ class ElementSet:
         """Bytes of everything it holds."""
         models = [self.whole, *(side.model for side in self.sides)]
         held = sum(m.w.nbytes + m.activation_bytes + m.buffer_bytes for m in models)
+        held += sum(side.borrowed.nbytes for side in self.sides)
         moves = self.restriction.nbytes + sum(side.spread.nbytes for side in self.sides)
-        own = (self.mask, self.sums, self.labels, self.there.array, self.scores, self.weights, self.ones)
+        own = (self.mask, self.sums, self.labels, self.scores, self.weights, self.ones)
         return held + moves + self.objective.nbytes + sum(a.nbytes for a in own)
 
     def reserve(self, batch: int) -> None:
@@ -154,15 +164,14 @@ class ElementSet:
             return
         self.capacity = batch
         count = len(self.classes)
-        self.there.settle()
-        self.there = self.ops.mirror(self.ops.empty(batch, np.dtype(np.int64)))
         self.scores = self.ops.empty(count * batch, self.dtype)
         self.weights = self.ops.empty(2 * count * batch, self.dtype)
         # The derivative of a score by itself, which the backward pass uses up.
         self.ones = self.ops.empty(batch, self.dtype)
         self.objective.reserve(count, batch)
-        for model in (self.whole, *(side.model for side in self.sides)):
-            model.reserve(batch)
+        self.whole.reserve(batch)
+        for side in self.sides:
+            side.borrowed.reserve(batch)
 
     def restrict(self, vector: np.ndarray, out: np.ndarray) -> None:
         """out (elements, size) = U_e vector for every element; behind small elements nothing is written."""
@@ -178,8 +187,8 @@ class ElementSet:
         """
         if len(labels) == 0:
             return 0.0
-        self._bring(w, x, labels)
-        self._only_losses(len(labels), x.shape[1], scale, self.ops.address(x))
+        self._bring(w, labels, x.shape[1])
+        self._only_losses(x, len(labels), scale)
         return self.objective.value()
 
     def gradients(self, w: np.ndarray, x: np.ndarray, labels: np.ndarray, scale: float, out: np.ndarray) -> float:
@@ -187,54 +196,50 @@ class ElementSet:
         if len(labels) == 0:
             out.fill(0)
             return 0.0
-        self._bring(w, x, labels)
-        self.out = out
-        self._all_gradients(len(labels), x.shape[1], scale, self.ops.address(x), self.ops.address(out))
+        self._bring(w, labels, x.shape[1])
+        self._all_gradients(x, out, len(labels), scale)
         return self.objective.value()
 
-    def _bring(self, w: np.ndarray, x: np.ndarray, labels: np.ndarray) -> None:
-        """Get weights, samples and labels to where recorded work finds them."""
-        self.reserve(x.shape[1])
-        self.there.settle()
-        self.there.host[: len(labels)] = labels
-        self.there.push(slice(0, len(labels)))
+    def _bring(self, w: np.ndarray, labels: np.ndarray, batch: int) -> None:
+        """Get weights and labels to where recorded work on `batch` samples finds them."""
+        self.reserve(batch)
+        self.objective.bring(labels)
         self.whole.w[...] = w
-        self.x = x
 
-    def _losses(self, b: int, batch: int, scale: float, x_at: int, derivatives: bool = False) -> np.ndarray:
-        """Compute the losses of the first b samples of x; their derivatives (classes, b), if wanted.
-
-        x_at, its address, is one of the things by which recorded work is told apart.
-        """
-        scores = self.whole.forward(self.x)
-        if b < batch:
+    def _losses(self, x: np.ndarray, b: int, scale: float, derivatives: bool = False) -> tuple[Tape, np.ndarray]:
+        """Compute the losses of the first b samples of x; the pass, and their derivatives (classes, b), if wanted."""
+        tape = self.whole.forward(x)
+        scores = tape.scores
+        if b < x.shape[1]:
             first = self.scores[: len(scores) * b].reshape(len(scores), b)
             first[...] = scores[:, :b]
             scores = first
         own = slice(0, len(self.classes))
-        return self.objective.losses(scores, self.there.array[:b], scale, own, self.mask, derivatives)
+        derived = self.objective.losses(scores, self.objective.targets(b), scale, own, self.mask, derivatives)
+        return tape, derived
 
-    def _gradients(self, b: int, batch: int, scale: float, x_at: int, out_at: int) -> None:
-        """Fill `out`; addresses as in `_losses`."""
-        self.out.fill(0)
+    def _gradients(self, x: np.ndarray, out: np.ndarray, b: int, scale: float) -> None:
+        """Fill `out` (elements, size) with the gradients over the first b samples of x."""
+        batch = x.shape[1]
+        out.fill(0)
         # Of a pairwise loss the derivative with respect to another class's score is that of one term alone.
-        grad, report = self._losses(b, batch, scale, x_at, derivatives=True), self.objective.report.array
+        (whole, grad), report = self._losses(x, b, scale, derivatives=True), self.objective.report.array
         for side in self.sides:
             terms, model, start = len(side.others), side.model, 0
             for run in side.slices:
                 stop = start + run.stop - run.start
                 model.w[start:stop] = self.whole.w[run]
                 start = stop
-            model.borrow()
+            tape = side.borrowed.tape(whole)
             weights = self.weights[: terms * batch].reshape(terms, batch)
-            self.ops.term_weights(
-                grad, self.there.array[:b], report, side.number, side.others, side.lost, side.won, weights
+            self.curvature.term_weights(
+                grad, self.objective.targets(b), report, side.number, side.others, side.lost, side.won, weights
             )
             ones = self.ones[:batch].reshape(1, batch)
             ones.fill(1)
-            model.backward(ones, (weights, side.sums))
-            side.spread.add(side.sums, self.out)
-        self.ops.give_back(self.out.reshape(-1), report, GRADIENT_LIMIT[self.dtype])
+            model.backward(tape, ones, sums=Sums(weights, side.sums))
+            side.spread.add(side.sums, out)
+        self.ops.unscale(out.reshape(-1), report, GRADIENT_LIMIT[self.dtype])
 
     def seen(self, labels: np.ndarray) -> np.ndarray:
         """(elements,) bool: whether the samples have a label of the element."""

@@ -10,9 +10,10 @@ from psmpi.backend import NumpyOps
 from psmpi.comm.group import Group
 from psmpi.comm.transfers import RowExchange, Sum
 from psmpi.config import Config
-from psmpi.data import Dataset, Resident
+from psmpi.data import Batch, Dataset, Resident
 from psmpi.layout import Layout, Roles, Worker
-from psmpi.nn.losses import make_loss
+from psmpi.methods.base import configured_loss, make_metric
+from psmpi.nn.layers.chain import Tape
 from psmpi.nn.model import Model
 from psmpi.nn.network import Network
 from psmpi.nn.objective import Objective
@@ -43,15 +44,13 @@ class ElementWorker:
         self.dtype, self.ops = np.dtype(config.model.dtype), ops
         self.g_part = g_part
         self.model = Model(network, layout, w_part, g_part, ops, place.classes)
-        objective = config.objective
-        self.loss = make_loss(objective.loss, self.dtype, kappa=objective.kappa, exp_clip=objective.exp_clip)
+        self.loss, self.metric = configured_loss(config, dataset.task), make_metric(config, dataset)
         self.objective = Objective(self.loss, self.model)
-        self.forward_pass, self.backward_pass = ops.record(self._forward), ops.record(self._backward)
-        self.everything = make_loss(objective.loss, self.dtype, kappa=objective.kappa, exp_clip=objective.exp_clip)
+        self.forward_pass, self.backward_pass = ops.record(self._forward), self.objective.record(self._backward)
         peers = [w for w in roles.workers if w is not None and w.row == place.row]
         # Of training and tests with the score partition; of tests with the pair partition.
         self.score_exchange = RowExchange(row, [len(w.classes) for w in peers], self.dtype)
-        self.score_sum = Sum(row, dataset.classes, self.dtype, per_sample=True)
+        self.score_sum = Sum(row, dataset.outputs, self.dtype, per_sample=True)
         self.own = slice(place.classes[0], place.classes[-1] + 1)
         # In an evaluation, a class's scores come from the first worker of the row that computes them.
         first = {c: w.column for w in reversed(peers) for c in w.classes}
@@ -62,7 +61,7 @@ class ElementWorker:
         self.mask: np.ndarray | None = None
         if place.elements is not None:
             # The loss of a pair worker knows its own classes only, numbered from 0.
-            self.number = np.full(dataset.classes, -1)
+            self.number = np.full(dataset.outputs, -1)
             self.number[list(place.classes)] = np.arange(len(place.classes))
             self.pairs = np.zeros((len(place.classes),) * 2, bool)
             for i, j in place.elements:
@@ -77,7 +76,7 @@ class ElementWorker:
         mine = np.concatenate([np.arange(0), *(np.arange(at.start, at.stop) for at in self.test_batches)])
         self.test_ids = mine if self.pairs is None or self.reports else mine[:0]
         self.test_samples = Resident(dataset.test, self.test_ids, self.dtype, ops)
-        self.capacity, self.labels = 0, ops.mirror(ops.empty(0, np.dtype(np.int64)))
+        self.capacity = 0
         share = -(-config.data.batch_size // self.rows)
         if self.pairs is not None:
             # As many samples of its classes as hardly ever meet in a minibatch.
@@ -93,82 +92,76 @@ class ElementWorker:
         self.features = int(np.prod(self.dataset.shape))
         self.model.reserve(batch)
         self.x = self.ops.empty(self.features * batch, self.dtype)
-        self.scores = self.ops.empty(self.dataset.classes * batch, self.dtype)
-        self.labels.settle()
-        self.labels = self.ops.mirror(self.ops.empty(batch, np.dtype(np.int64)))
-        self.objective.reserve(self.dataset.classes, batch)
+        self.scores = self.ops.empty(self.dataset.outputs * batch, self.dtype)
+        self.objective.reserve(self.dataset.outputs, batch)
 
     def memory(self) -> dict[str, int]:
         """Bytes of what it holds besides weights and gradients, by what for."""
-        own = self.scores.nbytes + self.labels.array.nbytes + self.objective.nbytes
+        own = self.scores.nbytes + self.objective.nbytes
         return {
             "activations": self.x.nbytes + self.model.activation_bytes,
             "buffers": self.model.buffer_bytes + own,
             "samples": self.train.nbytes + self.test_samples.nbytes,
         }
 
-    def element_losses(self, ids: np.ndarray, mine: np.ndarray | None = None) -> float:
-        """Fill g_part with this worker's share of the gradient of the mean loss over `ids` (b,).
+    def element_losses(self, batch: Batch, own: Batch | None = None) -> float:
+        """Fill g_part with this worker's share of the gradient of the mean loss over a batch.
 
-        The share is that of its row's slice of the minibatch, or of `mine`, and of its own elements, with the factor
-        1/b of the whole minibatch. Returns a share of the loss; the shares of all workers add up to the minibatch loss.
+        The share is that of its row's slice of the batch, or of `own`, and of its own elements, with the factor 1/b of
+        the whole batch. Returns a share of the loss; the shares of all workers add up to the loss of the batch.
         """
-        scale = 1 / len(ids)
-        if mine is None:
-            mine = np.array_split(ids, self.rows)[self.place.row]
+        scale = 1 / len(batch)
+        if own is None:
+            own = batch.share(self.place.row, self.rows)
         # What every sample adds whatever the weights belongs to no pair: the row's first worker counts it.
-        constant = scale * len(mine) * self.loss.constant if self.pairs is not None and self.place.column == 0 else 0.0
+        constant = scale * len(own) * self.loss.constant if self.pairs is not None and self.place.column == 0 else 0.0
         if self.pairs is not None:
-            mine = mine[self.number[self.dataset.train.labels[mine]] >= 0]
-        b = len(mine)
+            own = Batch(own.ids[self.number[self.dataset.train.labels[own.ids]] >= 0])
+        b = len(own)
         if b == 0:
             self.g_part.fill(0)
             return constant
         self.reserve(b)
-        self.train.fetch(mine, self.x[: self.features * b].reshape(self.features, b))
-        labels = self.train.labels(mine)
-        self.labels.settle()
-        self.labels.host[:b] = labels if self.pairs is None else self.number[labels]
-        self.labels.push(slice(0, b))
-        output, self.model.outputs = self.forward_pass(b)
+        own = self.train.batch(own.ids, self.x)
+        assert own.targets is not None
+        self.objective.bring(own.targets if self.pairs is None else self.number[own.targets])
+        self.tape = self.forward_pass(b)
         if self.pairs is None:
-            self._share(output)
+            self._share(self.tape.scores)
         self.backward_pass(b, scale)
         loss = self.objective.value()
         # With the score partition every worker of the row has seen the whole loss.
         return loss + constant if self.pairs is not None or self.place.column == 0 else 0.0
 
-    def _forward(self, b: int) -> tuple[np.ndarray, list[np.ndarray]]:
-        """The scores of the model's classes, and what the backward pass needs."""
-        return self.model.forward(self.x[: self.features * b].reshape(self.features, b)), self.model.outputs
+    def _forward(self, b: int) -> Tape:
+        """The pass that gives the scores of the model's classes."""
+        return self.model.forward(self.x[: self.features * b].reshape(self.features, b))
 
     def _backward(self, b: int, scale: float) -> None:
         """From the scores, the row's or this worker's own, to g_part."""
         if self.pairs is None:
-            scores, own = self.scores[: self.dataset.classes * b].reshape(-1, b), self.own
+            scores, own = self.scores[: self.dataset.outputs * b].reshape(-1, b), self.own
         else:
-            scores, own = self.model.outputs[-1], slice(0, len(self.place.classes))
-        self.objective.derive(scores, self.labels.array[:b], scale, own, self.mask)
+            scores, own = self.tape.scores, slice(0, len(self.place.classes))
+        self.objective.derive(self.tape, scores, self.objective.targets(b), scale, own, self.mask)
 
     def _share(self, output: np.ndarray) -> np.ndarray:
         """All classes' scores (classes, b), from each column's own (its classes, b)."""
         b = output.shape[1]
-        scores = self.scores[: self.dataset.classes * b].reshape(-1, b)
+        scores = self.scores[: self.dataset.outputs * b].reshape(-1, b)
         self.score_exchange.forward(output, scores)
         return scores
 
     def test(self) -> np.ndarray:
-        """(sum of losses, correct samples, samples) of the row's slice of the test split; 0 but on its first worker."""
-        totals = np.zeros(3)
+        """The metric's sums over the row's slice of the test split; 0 but on its first worker."""
+        totals = self.metric.zeros()
         for at in self.test_batches:
-            labels = self.dataset.test.labels[at]
-            b = len(labels)
-            scores = self.scores[: self.dataset.classes * b].reshape(-1, b)
+            ids = np.arange(at.start, at.stop)
+            b = len(ids)
+            scores = self.scores[: self.dataset.outputs * b].reshape(-1, b)
             output = None
             if len(self.test_ids):
-                x = self.x[: self.features * b].reshape(self.features, b)
-                self.test_samples.fetch(np.arange(at.start, at.stop), x)
-                output = self.model.forward(x)
+                output = self.model.forward(self.test_samples.batch(ids, self.x).inputs).scores
             if self.pairs is None:
                 assert output is not None
                 scores = self._share(output)
@@ -179,7 +172,5 @@ class ElementWorker:
                     scores[c] = output[k]
                 self.score_sum.backward(scores, scores)
             if self.place.column == 0:
-                found = self.ops.host(scores)
-                right = np.count_nonzero(found.argmax(axis=0) == labels)
-                totals += [self.everything(found, labels, 1.0), float(right), float(b)]
+                totals += self.metric.sums(self.ops.host(scores), self.test_samples.targets(ids))
         return totals

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from math import prod
 
 import numpy as np
@@ -13,13 +12,15 @@ from psmpi.comm.group import Group
 from psmpi.comm.transfers import Gather
 from psmpi.data import Resident, Split
 from psmpi.layout import Layout, Runs
-from psmpi.nn.losses import Loss
-from psmpi.nn.model import Model, layer_runs
-from psmpi.nn.network import Fork, Join, Linear, Network
+from psmpi.nn.cut import cut_stages
+from psmpi.nn.layers.chain import leaves
+from psmpi.nn.metric import Metric
+from psmpi.nn.model import Model
+from psmpi.nn.network import Network
 
 
 class Evaluator:
-    """Loss and accuracy on a split, of which each rank of `group` takes some minibatches.
+    """The metric's sums over a split, of which each rank of `group` takes some minibatches.
 
     shards: of the group's ranks. weights: this rank's shard, in host memory by its mirror. Where there is one rank, the
     network is used as it is; else each layer's weights are brought together on all ranks for as long as it takes, or
@@ -34,13 +35,13 @@ class Evaluator:
         shards: Sequence[Runs],
         weights: Mirror,
         split: Split,
-        loss: Loss,
+        metric: Metric,
         ops: NumpyOps,
     ):
         # Tests allocate, and training steps may be recorded.
-        self.ops = ops = ops.apart()
+        self.ops = ops = ops.separate()
         self.group, self.network, self.layout = group, network, layout
-        self.weights, self.loss, self.dtype, self.split = weights, loss, weights.host.dtype, split
+        self.weights, self.metric, self.dtype, self.split = weights, metric, weights.host.dtype, split
         batches = network.evaluation_batches(split.n)
         dealt = [[batches[k] for k in some] for some in np.array_split(np.arange(len(batches)), group.size)]
         self.batches = dealt[group.rank]
@@ -51,7 +52,7 @@ class Evaluator:
         self.stages = min(ways, key=lambda stages: self._need(stages, dealt[0]))
         self.gathers: dict[tuple[int, int], tuple[Runs, Gather]] = {}
         for stage in self.stages if group.size > 1 else ():
-            runs = layer_runs(network, layout, *stage) - layout.dead
+            runs = network.runs(layout, *stage) - layout.dead
             self.gathers[stage] = runs, Gather(group, shards, runs, self.dtype)
         self.whole: Model | None = None
         if group.size == 1:
@@ -61,25 +62,22 @@ class Evaluator:
             self.whole = Model(network, layout, weights.array[at], None, ops)
 
     def run(self) -> np.ndarray:
-        """(sum of losses, correct samples, samples) of this rank's minibatches."""
+        """The metric's sums over this rank's minibatches."""
         held = [self._sample(at) for at in self.batches]
         for stage in self.stages:
             model = self.whole or self._gathered(stage)
             for k, x in enumerate(held):
                 # One by one: what went in makes room for what comes out.
-                held[k] = self._kept(model.forward(x))
-        totals = np.zeros(3)
+                held[k] = self._kept(model.forward(x).scores)
+        totals = self.metric.zeros()
         for at, kept in zip(self.batches, held, strict=True):
-            scores, labels = self.ops.host(kept), self.split.labels[at]
-            right = np.count_nonzero(scores.argmax(axis=0) == labels)
-            totals += [self.loss(scores, labels, 1.0), float(right), float(len(labels))]
+            totals += self.metric.sums(self.ops.host(kept), self.split.targets[at].T)
         return totals
 
     def _sample(self, at: slice) -> np.ndarray:
-        b = at.stop - at.start
-        x = self.ops.empty(self.split.features * b, self.dtype).reshape(-1, b)
-        self.samples.fetch(np.arange(at.start, at.stop), x)
-        return x
+        room = self.ops.empty(self.split.features * (at.stop - at.start), self.dtype)
+        inputs: np.ndarray = self.samples.batch(np.arange(at.start, at.stop), room).inputs
+        return inputs
 
     def _kept(self, y: np.ndarray) -> np.ndarray:
         kept = self.ops.empty(y.size, self.dtype).reshape(-1, y.shape[-1])
@@ -100,9 +98,9 @@ class Evaluator:
         most = max((at.stop - at.start for at in batches), default=0)
         samples, found = sum(at.stop - at.start for at in batches), 0
         for first, behind in stages:
-            sizes = [prod(layer.out_shape) for layer in self.network.layers[first:behind]]
+            sizes = [prod(layer.out_shape) for layer in leaves(self.network.layers[first:behind])]
             held = samples * max(prod(self.network.layers[first].in_shape), sizes[-1])
-            weights = layer_runs(self.network, self.layout, first, behind).size if self.group.size > 1 else 0
+            weights = self.network.runs(self.layout, first, behind).size if self.group.size > 1 else 0
             found = max(found, held + most * sum(sizes) + weights)
         return found * self.dtype.itemsize
 
@@ -110,19 +108,3 @@ class Evaluator:
     def nbytes(self) -> int:
         """The most bytes that a test needs at a time, besides the shard."""
         return self._need(self.stages, self.batches) + self.samples.nbytes
-
-
-def cut_stages(network: Network) -> list[tuple[int, int]]:
-    """(first, behind the last) layer of each piece of a network: one with weights, and what follows it without.
-
-    Residual blocks, and layers before the first with weights, stay whole.
-    """
-    edges, depth = [0], 0
-    seen = False
-    for k, layer in enumerate(network.layers):
-        starts = isinstance(layer, Linear | Fork) and depth == 0
-        if starts and seen:
-            edges.append(k)
-        seen = seen or starts
-        depth += isinstance(layer, Fork) - isinstance(layer, Join)
-    return list(pairwise([*edges, len(network.layers)]))

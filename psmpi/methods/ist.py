@@ -16,16 +16,15 @@ from psmpi.backend import NumpyOps
 from psmpi.comm.group import Counter, Group
 from psmpi.comm.transfers import Subnets
 from psmpi.config import Config
-from psmpi.data import Dataset
+from psmpi.data import Batch, Dataset
 from psmpi.errors import UserError
-from psmpi.layout import Rows, Runs, replicate
-from psmpi.methods.base import Place, Score, check_first_order, check_slices
+from psmpi.layout import Runs, TableRows, replicate
+from psmpi.methods.base import Place, check_first_order, check_slices, configured_loss, make_metric
 from psmpi.methods.element_worker import ElementWorker
 from psmpi.methods.evaluator import Evaluator
 from psmpi.methods.psl import hyperparameters
 from psmpi.methods.replica import no_sum
 from psmpi.nn.init import initial_weights
-from psmpi.nn.losses import make_loss
 from psmpi.nn.network import Network
 from psmpi.nn.subnet import Dealer
 from psmpi.optim import clip_by_global_norm, make_optimizer
@@ -43,10 +42,10 @@ class IndependentSubnets:
 
     def __init__(self, world: Any, network: Network, dataset: Dataset, config: Config, ops: NumpyOps):
         self.layout, self.ops, self.dtype, self.rank = network.layout(), ops, np.dtype(config.model.dtype), world.rank
-        self.counter, self.rows = Counter(), Rows()
+        self.counter, self.rows = Counter(), TableRows()
         self.tables: dict[str, np.ndarray] = {}
         self.world = Group(world, range(world.size), self.counter)
-        o, objective = config.optimization, config.objective
+        o = config.optimization
         self.clip, self.every = o.clip, config.replicated.local_steps
         self.holders, self.workers = find_roles(world.size, config)
         self.dealer = make_dealer(network, len(self.workers), config)
@@ -73,10 +72,10 @@ class IndependentSubnets:
             self._make_subnet(world, dataset, config)
         self.evaluator: Evaluator | None = None
         group = Group(world, self.holders, Counter())
+        self.metric = make_metric(config, dataset)
         if world.rank in self.holders:
-            everything = make_loss(objective.loss, self.dtype, kappa=objective.kappa, exp_clip=objective.exp_clip)
             held = [self.shards[rank] for rank in self.holders]
-            self.evaluator = Evaluator(group, network, self.layout, held, self.w, dataset.test, everything, ops)
+            self.evaluator = Evaluator(group, network, self.layout, held, self.w, dataset.test, self.metric, ops)
         # Steps of the present round; between two rounds none.
         self.steps = 0
         self.loss_sum = 0.0
@@ -106,7 +105,7 @@ class IndependentSubnets:
     @classmethod
     def check(cls, size: int, network: Network, dataset: Dataset, config: Config) -> None:
         """UserError for a configuration that `size` ranks cannot train; needs no MPI and no arrays of weights."""
-        o, objective, dtype = config.optimization, config.objective, np.dtype(config.model.dtype)
+        o, dtype = config.optimization, np.dtype(config.model.dtype)
         _, workers = find_roles(size, config)
         make_dealer(network, len(workers), config)
         check_first_order(config, "has searches and pairs that would not outlive a round")
@@ -114,7 +113,7 @@ class IndependentSubnets:
         if config.replicated.local_steps < 1:
             raise UserError(f"--local-steps {config.replicated.local_steps}: expected 1 or more steps in a round")
         check_slices(network, config.data.batch_size, len(workers), "workers")
-        make_loss(objective.loss, dtype, kappa=objective.kappa, exp_clip=objective.exp_clip)
+        configured_loss(config, dataset.task)
 
     @staticmethod
     def warnings(size: int, network: Network, config: Config) -> Iterator[str]:
@@ -126,16 +125,15 @@ class IndependentSubnets:
                 "elsewhere: --batch-norm learns better with this method"
             )
 
-    def step(self, ids: np.ndarray, lr: float) -> None:
+    def step(self, batch: Batch, lr: float) -> None:
         if self.steps == 0:
             self._begin()
         if self.worker is not None:
-            slices = np.array_split(ids, len(self.workers))
+            share = batch.share(self.number, len(self.workers))
             # A last minibatch may leave some workers without a sample: they take all of it, and every one steps alike.
-            mine = slices[self.number] if len(slices[self.number]) else ids
+            own = share if len(share) else batch
             self.g[self.unused].fill(0)
-            loss = self.worker.element_losses(mine, mine)
-            self.loss_sum += loss * len(slices[self.number])
+            self.loss_sum += self.worker.element_losses(own, own) * len(share)
             if self.clip > 0:
                 clip_by_global_norm(self.g, self.clip, no_sum, self.ops)
             self.optimizer.step(self.part, self.g, lr, no_sum)
@@ -183,15 +181,14 @@ class IndependentSubnets:
     def resumed(self, tables: bool, fresh: Set[str]) -> None:
         """The vectors are used as they are."""
 
-    def test(self) -> Score:
+    def test(self) -> dict[str, float]:
         self._end()
-        totals = np.zeros(3)
+        totals = self.metric.zeros()
         if self.evaluator is not None:
             self.w.push()
             totals = self.evaluator.run()
             self.w.settle()
-        loss, right, samples = self.world.agree(totals)
-        return Score(float(loss / samples), float(right / samples))
+        return self.metric.scores(self.world.agree(totals))
 
     def diagnostics(self) -> dict[str, Any]:
         return {"rounds": int(self.scalars["rounds"])}

@@ -10,11 +10,12 @@ from psmpi.backend import NumpyOps
 from psmpi.config import Config
 from psmpi.data import Dataset
 from psmpi.layout import Layout
+from psmpi.methods.base import configured_loss
 from psmpi.methods.psl import hyperparameters
 from psmpi.nn.cost import count
 from psmpi.nn.init import initial_weights
-from psmpi.nn.losses import Loss, make_loss
-from psmpi.nn.model import Model, layer_runs
+from psmpi.nn.losses import Loss
+from psmpi.nn.model import Model
 from psmpi.nn.network import Network
 from psmpi.nn.objective import Objective
 from psmpi.nn.targets import Reader, TargetDistance, draw_targets
@@ -42,11 +43,11 @@ class Part:
         config: Config,
         ops: NumpyOps,
     ):
-        s, c, dtype, classes = config.synthetic, config.objective, w.dtype, network.classes
+        s, dtype, classes = config.synthetic, w.dtype, network.classes
         self.number, self.last, self.w, self.g = number, stage[1] == len(network.layers), w, g
-        self.runs, self.cost = layer_runs(network, layout, *stage), count(network, *stage)
+        self.runs, self.cost = network.runs(layout, *stage), count(network, *stage)
         self.model = Model(network, layout, w, g, ops, layers=stage)
-        self.inputs, self.units = int(np.prod(self.model.in_shape)), self.model.steps[-1].size
+        self.inputs, self.units = int(np.prod(self.model.in_shape)), self.model.size
         weights = ops.mirror(w)
         initial_weights(
             network, layout, self.runs, weights.host,
@@ -55,10 +56,8 @@ class Part:
         weights.push()
         weights.settle()
         self.optimizer = make_optimizer(config.optimization.optimizer, w.size, dtype, hyperparameters(config), ops)
-        # What recorded work takes and fills besides.
-        self.given: tuple[np.ndarray | None, np.ndarray | None] = (None, None)
         if self.last:
-            self.loss: Loss = make_loss(c.loss, dtype, kappa=c.kappa, exp_clip=c.exp_clip)
+            self.loss: Loss = configured_loss(config, dataset.task)
         else:
             targets = draw_targets(s.labels, self.units, classes, s.labels_seed, number + 1, s.labels_scale)
             self.loss, self.reader = TargetDistance(targets, s.labels_scale, ops), Reader(targets)
@@ -81,8 +80,7 @@ class Part:
         self.x = ops.empty(self.inputs * batch, dtype)
         self.dx = ops.empty(self.inputs * most if number and s.recovery_epochs else 0, dtype)
         self.noise = ops.mirror(ops.empty(self.inputs * most if number and s.hand_over == "labels" else 0, dtype))
-        self.labels = ops.mirror(ops.empty(most, np.dtype(np.int64)))
-        self._pass, self._back = ops.record(self._derive), ops.record(self._take_back)
+        self._pass, self._back = self.objective.record(self._derive), ops.record(self._take_back)
 
     def room(self, b: int) -> np.ndarray:
         """Where inputs (inputs, b) are put."""
@@ -90,7 +88,8 @@ class Part:
 
     def forward(self, x: np.ndarray) -> np.ndarray:
         """Outputs (units, b) of inputs (inputs, b)."""
-        return self.model.forward(x).reshape(self.units, -1)
+        self.tape = self.model.forward(x)
+        return self.tape.scores.reshape(self.units, -1)
 
     def learn(self, x: np.ndarray, labels: np.ndarray, scale: float, dx: np.ndarray | None = None) -> float:
         """Fill g with the gradient of the scaled sum of the part's losses on inputs x (inputs, b); returns that sum.
@@ -98,39 +97,25 @@ class Part:
         With dx, of the shape of the model's inputs, also the gradient of these.
         """
         b = len(labels)
-        self.labels.settle()
-        self.labels.host[:b] = labels
-        self.labels.push(slice(0, b))
-        self.given = x, dx
-        self._pass(b, scale, self._address(x), self._address(dx))
+        self.objective.bring(labels)
+        self._pass(x, dx, b, scale)
         return self.objective.value()
 
-    def _address(self, array: np.ndarray | None) -> int:
-        """What tells recorded work on this array from that on another; 0 for none."""
-        return 0 if array is None else self.model.ops.address(array)
-
-    def _derive(self, b: int, scale: float, x_at: int, dx_at: int) -> None:
-        x, dx = self.given
-        assert x is not None
-        self.objective.derive(self.forward(x), self.labels.array[:b], scale, slice(0, self.units), dx=dx)
+    def _derive(self, x: np.ndarray, dx: np.ndarray | None, b: int, scale: float) -> None:
+        outputs = self.forward(x)
+        self.objective.derive(self.tape, outputs, self.objective.targets(b), scale, slice(0, self.units), dx=dx)
 
     def back(self, dy: np.ndarray, dx: np.ndarray | None) -> None:
         """Fill g, and dx where there is one, from the gradient of the outputs, which is used up."""
-        self.given = dy, dx
-        self._back(dy.shape[-1], *map(self._address, (self.model.outputs[0], dy, dx)))
+        self._back(self.tape.outputs[0], dy, dx)
 
-    def _take_back(self, b: int, x_at: int, dy_at: int, dx_at: int) -> None:
-        dy, dx = self.given
-        assert dy is not None
-        dy = dy.reshape(self.model.outputs[-1].shape)
-        if dx is None:
-            self.model.backward(dy)
-        else:
-            self.model.backward_through(dy, 0, len(self.model.steps) - 1, dx)
+    def _take_back(self, x: np.ndarray, dy: np.ndarray, dx: np.ndarray | None) -> None:
+        """x: the inputs of the forward pass, which the tape has kept."""
+        self.model.backward(self.tape, dy.reshape(self.tape.scores.shape), dx=dx)
 
     def look(self, labels: np.ndarray) -> None:
         """Add what the outputs of the last forward pass say to `found` and `alive`."""
-        y = self.model.ops.host(self.model.outputs[-1]).reshape(self.units, -1)
+        y = self.model.ops.host(self.tape.scores).reshape(self.units, -1)
         nearest = np.count_nonzero(self.reader.nearest(y) == labels)
         solved = np.count_nonzero(self.reader.probabilities(y).argmax(axis=0) == labels)
         self.found += [self.loss(y, labels, 1.0), float(nearest), float(solved), float(len(labels))]
@@ -142,7 +127,7 @@ class Part:
         self.alive.fill(False)
 
     def memory(self) -> dict[str, int]:
-        own: list[Any] = [self.dx, self.noise.array, self.labels.array, self.columns, self.objective]
+        own: list[Any] = [self.dx, self.noise.array, self.columns, self.objective]
         if not self.last:
             own += [self.loss, self.reader]
         return {

@@ -15,10 +15,10 @@ from psmpi.backend import NumpyOps
 from psmpi.comm.buckets import Bucket, Buckets, check_allreduce
 from psmpi.comm.world import several_hosts
 from psmpi.config import Config
-from psmpi.data import Dataset
+from psmpi.data import Batch, Dataset
 from psmpi.errors import UserError
-from psmpi.layout import Rows
-from psmpi.methods.base import Score, check_first_order
+from psmpi.layout import TableRows
+from psmpi.methods.base import check_first_order
 from psmpi.methods.replica import Replica, no_sum
 from psmpi.nn.network import Network
 from psmpi.optim import clip_by_global_norm
@@ -51,7 +51,7 @@ class LocalSGD(Replica):
             self.state |= {"anchor": self.anchor, "outer": self.momentum}
         self.table_mirrors = {name: ops.mirror(vector) for name, vector in self.own.items()}
         self.tables = {name: mirror.host.reshape(1, -1) for name, mirror in self.table_mirrors.items()}
-        self.rows = Rows(tuple((rank,) for rank in range(world.size)))
+        self.rows = TableRows.one_each(world.size)
         self._keep()
         across = config.replicated.allreduce == "auto" and world.size > 1 and several_hosts(world)
         whole = [Bucket(0, self.layout.size, 0)]
@@ -71,13 +71,12 @@ class LocalSGD(Replica):
         if not 0 <= o.outer_momentum < 1:
             raise UserError(f"--outer-momentum {o.outer_momentum}: expected a number from 0 up to, not including, 1")
 
-    def step(self, ids: np.ndarray, lr: float) -> None:
-        slices = np.array_split(ids, self.roles.rows)
+    def step(self, batch: Batch, lr: float) -> None:
+        share = batch.share(self.rank, self.roles.rows)
         # A last minibatch may leave some ranks without a sample: they take all of it, and every rank steps alike.
-        mine = slices[self.rank] if len(slices[self.rank]) else ids
+        own = share if len(share) else batch
         self.g[self.unused].fill(0)
-        loss = self.worker.element_losses(mine, mine)
-        self.loss_sum += loss * len(slices[self.rank])
+        self.loss_sum += self.worker.element_losses(own, own) * len(share)
         if self.clip > 0:
             clip_by_global_norm(self.g, self.clip, no_sum, self.ops)
         self.optimizer.step(self.w, self.g, lr, no_sum)
@@ -136,7 +135,7 @@ class LocalSGD(Replica):
             else:
                 vector[...] = self.state[name]
 
-    def test(self) -> Score:
+    def test(self) -> dict[str, float]:
         self.kept[...] = self.w
         mean = self._mean("weights")
         self.verify(mean)

@@ -68,7 +68,7 @@ class Predictor:
         for at in dealt[self.place.row]:
             x = self._fetch(split, np.arange(at.start, at.stop))
             scores = np.empty((count, x.shape[1]), self.dtype)
-            self.score_exchange.forward(self.model.forward(x), scores)
+            self.score_exchange.forward(self.model.forward(x).scores, scores)
             found[at.start - first : at.stop - first] = scores.T
         if self.world.rank != 0:
             if self.place.column == 0 and len(found):

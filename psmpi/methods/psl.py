@@ -19,17 +19,17 @@ from psmpi.comm.group import Counter, Group
 from psmpi.comm.probe import make_bridge
 from psmpi.comm.transfers import Exchange
 from psmpi.config import Config
-from psmpi.data import Dataset
+from psmpi.data import Batch, Dataset
 from psmpi.errors import UserError
-from psmpi.layout import Layout, Roles, Rows, assign_roles
-from psmpi.methods.base import Place, Score, check_slices
+from psmpi.layout import Layout, Roles, TableRows, assign_roles
+from psmpi.methods.base import Place, check_classes, check_slices, configured_loss, make_metric
 from psmpi.methods.element_worker import ElementWorker
 from psmpi.methods.quasi_newton import PartitionedNewton, check_newton, element_rows
 from psmpi.nn.init import initial_weights
-from psmpi.nn.losses import make_loss
+from psmpi.nn.losses import LOSSES
 from psmpi.nn.network import Network
 from psmpi.optim import Hyper, clip_by_global_norm, make_optimizer
-from psmpi.optim.element_operators import RULES
+from psmpi.optim.curvature import RULES
 
 # Scalars of optimizers that count steps in which the weights stayed.
 FAILURES = ("failed_searches", "failed_steps")
@@ -70,6 +70,7 @@ class PartiallySeparable:
         place = self.roles.workers[world.rank]
         # Replicas of a private block all hold it: in a global sum it counts once.
         self.counts = place is None or place.row == 0
+        self.metric = make_metric(config, dataset)
         self.worker: ElementWorker | None = None
         if place is not None:
             row = Group(world, self.roles.row(world.rank), self.counter, bridge)
@@ -82,7 +83,7 @@ class PartiallySeparable:
             self.exchange.use_nccl(ops.stream)
         self.newton: PartitionedNewton | None = None
         self.tables: dict[str, np.ndarray] = {}
-        self.rows = Rows()
+        self.rows = TableRows()
         if optimization.optimizer in RULES:
             self.newton = PartitionedNewton(
                 self.world, self.exchange, self.worker, network, self.layout, config, self.w_part, self.w, ops,
@@ -100,7 +101,7 @@ class PartiallySeparable:
     @classmethod
     def check(cls, size: int, network: Network, dataset: Dataset, config: Config) -> None:
         """UserError for a configuration that `size` ranks cannot train; needs no MPI and no arrays of weights."""
-        check_roles(network, plan_roles(network.layout(), size, config), config)
+        check_roles(network, plan_roles(network.layout(), size, config), dataset, config)
         make_optimizer(config.optimization.optimizer, 0, np.dtype(config.model.dtype), hyperparameters(config))
 
     @staticmethod
@@ -114,28 +115,28 @@ class PartiallySeparable:
             values.fill(0)
         return self.deciders.agree(values)
 
-    def step(self, ids: np.ndarray, lr: float) -> None:
+    def step(self, batch: Batch, lr: float) -> None:
         if self.newton is not None:
-            self.loss_sum += self.newton.step(ids, lr) * len(ids)
+            self.loss_sum += self.newton.step(batch, lr) * len(batch)
             return
         if self.optimizer.needs_closure:
             losses: list[float] = []
 
             def objective() -> float:
-                losses.append(self.gradient(ids, trial=len(losses) > 0))
+                losses.append(self.gradient(batch, trial=len(losses) > 0))
                 return float(self.world.agree(np.array([losses[-1]]))[0])
 
             self.optimizer.step(self.w, self.g, lr, self.allsum, objective)
-            self.loss_sum += losses[0] * len(ids)
+            self.loss_sum += losses[0] * len(batch)
             return
-        self.loss_sum += self.gradient(ids) * len(ids)
+        self.loss_sum += self.gradient(batch) * len(batch)
         if self.w.size and self.clip > 0:
             clip_by_global_norm(self.g, self.clip, self.allsum, self.ops)
         # With an empty shard too: the optimizer's scalars stay the same on all ranks.
         self.optimizer.step(self.w, self.g, lr, self.allsum)
 
-    def gradient(self, ids: np.ndarray, trial: bool = False) -> float:
-        """Fill the shards' gradient of the mean loss over the samples `ids`; returns this rank's share of that loss.
+    def gradient(self, batch: Batch, trial: bool = False) -> float:
+        """Fill the shards' gradient of the mean loss over the samples; returns this rank's share of that loss.
 
         A loss that is not finite is a FloatingPointError, in a `trial` of a line search infinity.
         """
@@ -143,7 +144,7 @@ class PartiallySeparable:
         loss = 0.0
         if self.worker is not None:
             try:
-                loss = self.worker.element_losses(ids)
+                loss = self.worker.element_losses(batch)
             except FloatingPointError:
                 if not trial:
                     raise
@@ -166,13 +167,12 @@ class PartiallySeparable:
         if self.newton is not None:
             self.newton.resumed()
 
-    def test(self) -> Score:
+    def test(self) -> dict[str, float]:
         # The weights that other ranks own have moved since they were last sent.
         self.exchange.forward(self.w, self.w_part)
         self.exchange.verify(self.w)
-        share = self.worker.test() if self.worker is not None else np.zeros(3)
-        loss, right, samples = self.world.agree(share)
-        return Score(float(loss / samples), float(right / samples))
+        share = self.worker.test() if self.worker is not None else self.metric.zeros()
+        return self.metric.scores(self.world.agree(share))
 
     def diagnostics(self) -> dict[str, Any]:
         return {}
@@ -233,7 +233,7 @@ def hyperparameters(config: Config) -> Hyper:
     return Hyper(**{f.name: getattr(config.optimization, f.name) for f in fields(Hyper)})
 
 
-def check_roles(network: Network, roles: Roles, config: Config) -> None:
+def check_roles(network: Network, roles: Roles, dataset: Dataset, config: Config) -> None:
     """UserError where the network, the loss or the minibatch does not allow these roles."""
     workers = [w for w in roles.workers if w is not None]
     tie = network.tie()
@@ -243,19 +243,22 @@ def check_roles(network: Network, roles: Roles, config: Config) -> None:
             "of its weights. Use a network that ends in separable layers (--model psnet), or give each worker the "
             f"whole network and a slice of the minibatch with --replicas {len(workers)}"
         )
-    objective, dtype = config.objective, np.dtype(config.model.dtype)
-    loss = make_loss(objective.loss, dtype, kappa=objective.kappa, exp_clip=objective.exp_clip)
+    loss = configured_loss(config, dataset.task)
+    if config.parallel.partition == "pairs":
+        check_classes(dataset, "--partition pairs", "leave it out")
+    if config.optimization.optimizer in RULES:
+        check_classes(dataset, f"--optimizer {config.optimization.optimizer}", "use another one (adam, lbfgs, ...)")
     if config.parallel.partition == "pairs" and not loss.pairwise:
         raise UserError(
             f"--partition pairs needs a loss that is a sum over pairs of classes, and --loss {loss.name} is not: use "
-            "--loss psl or --loss logistic, or --partition scores"
+            f"{' or '.join(f'--loss {name}' for name, kind in LOSSES.items() if kind.pairwise)}, or --partition scores"
         )
     if network.normalized and (roles.rows > 1 or config.parallel.partition == "pairs"):
         raise UserError(
             "with batch normalization every worker of --method psl has to see whole minibatches: use --partition "
             "scores with --replicas 1 and no more workers than classes, or --method data_parallel"
         )
-    check_newton(roles, config)
+    check_newton(network, roles, config)
     check_slices(network, config.data.batch_size, roles.rows, "replica rows")
 
 

@@ -15,15 +15,16 @@ from psmpi.backend import Mirror, NumpyOps
 from psmpi.comm.group import Group
 from psmpi.comm.transfers import Exchange
 from psmpi.config import Config
+from psmpi.data import Batch
 from psmpi.errors import UserError
-from psmpi.layout import Layout, Roles, Rows
+from psmpi.layout import Layout, Roles, TableRows
 from psmpi.methods.element_set import ElementSet, elements_of, largest_element
 from psmpi.methods.element_worker import ElementWorker
 from psmpi.nn.losses import Loss
 from psmpi.nn.network import Network
 from psmpi.nn.objective import DIVERGED
 from psmpi.optim.base import check_eps
-from psmpi.optim.element_operators import RULES, ElementOperators, Outcome
+from psmpi.optim.curvature import RULES, ElementOperators, Outcome, curvature_ops
 from psmpi.optim.globalization import SHORTEST, Momentum, TrustRegion, armijo
 from psmpi.optim.truncated_cg import truncated_cg
 
@@ -59,7 +60,7 @@ class PartitionedNewton:
         self.world, self.exchange, self.worker = world, exchange, worker
         self.w_part, self.w, self.dtype, self.scalars = w_part, w, w.dtype, scalars
         self.search, self.extend = o.globalization == "line-search", o.line_search == "basic"
-        self.ops, self.line = ops, ops.line
+        self.ops, self.curvature, self.batch_multiple = ops, curvature_ops(ops), ops.batch_multiple
         self.rtol, self.itmax, self.sigma = o.cg_tolerance, o.cg_iterations, o.sigma
         self.first_lr, self.first_sigma = o.lr, o.sigma
         self.region = TrustRegion()
@@ -130,16 +131,16 @@ class PartitionedNewton:
         held = sum(a.nbytes for a in own) + self.operators.nbytes
         return int(held + (self.elements.nbytes if self.elements is not None else 0))
 
-    def step(self, ids: np.ndarray, lr: float) -> float:
-        """One step on the training samples `ids` (b,); returns this rank's share of their mean loss before it.
+    def step(self, batch: Batch, lr: float) -> float:
+        """One step on training samples; returns this rank's share of their mean loss before it.
 
         As lr falls below the one the schedule starts from, the multiple of the identity rises.
         With a momentum "before" is after the extrapolation. FloatingPointError where that loss is not finite.
         """
         self.sigma = self.first_sigma * min(self.first_lr / lr, STIFF) if lr > 0 else self.first_sigma * STIFF
         self._extrapolate()
-        x, labels = self._batch(ids)
-        self.scale = 1 / len(ids)
+        x, labels = self._batch(batch)
+        self.scale = 1 / len(batch)
         share = 0.0
         if self.elements is not None:
             share = self.elements.gradients(self.w_part, x, labels, self.scale, self.before)
@@ -225,25 +226,25 @@ class PartitionedNewton:
         """Update the scale of the variables, on all ranks, and bring the gradient to them."""
         self.scalars["t"] += 1
         correction = 1 - self.beta2 ** self.scalars["t"]
-        self.ops.moment_scale(self.g, self.squares, self.root, self.beta2, correction, self.eps)
+        self.curvature.moment_scale(self.g, self.squares, self.root, self.beta2, correction, self.eps)
         self.exchange.forward(self.root, self.root_part)
         self.ops.multiply(self.g, self.root)
 
-    def _batch(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _batch(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
         """This worker's samples of the minibatch, (features, b or more), and their labels (b,) among its classes.
 
         Whatever follows the labelled samples makes the minibatch a multiple that suits the backend.
         """
-        worker = self.worker
+        worker, ids = self.worker, batch.ids
         if worker is None:
             return self.x_part[:0], np.empty(0, np.int64)
         labels = worker.number[worker.dataset.train.labels[ids]]
         mine = np.flatnonzero(labels >= 0)
-        filled = np.resize(ids[mine], -(-len(mine) // self.line) * self.line) if len(mine) else ids[mine]
+        filled = (
+            np.resize(ids[mine], -(-len(mine) // self.batch_multiple) * self.batch_multiple) if len(mine) else ids[mine]
+        )
         worker.reserve(max(1, len(filled)))
-        x = worker.x[: worker.features * len(filled)].reshape(worker.features, len(filled))
-        worker.train.fetch(filled, x)
-        return x, labels[mine]
+        return worker.train.batch(filled, worker.x).inputs, labels[mine]
 
     def _product(self, p: np.ndarray, q: np.ndarray) -> None:
         """q = (B + sigma I) p."""
@@ -316,14 +317,14 @@ class PartitionedNewton:
         self.brought = int(np.count_nonzero(outcome == Outcome.UPDATED))
 
 
-def element_rows(roles: Roles, merged: bool) -> Rows:
+def element_rows(roles: Roles, merged: bool) -> TableRows:
     """The elements of each rank, numbered as those of all ranks together are."""
     held = [() if w is None or w.elements is None else w.elements for w in roles.workers]
     number = {e: k for k, e in enumerate(elements_of((pair for pairs in held for pair in pairs), merged))}
-    return Rows(tuple(tuple(number[e] for e in elements_of(pairs, merged)) for pairs in held))
+    return TableRows(tuple(tuple(number[e] for e in elements_of(pairs, merged)) for pairs in held))
 
 
-def check_newton(roles: Roles, config: Config) -> None:
+def check_newton(network: Network, roles: Roles, config: Config) -> None:
     """UserError for settings that partitioned quasi-Newton training cannot have."""
     o = config.optimization
     if not 1 <= o.memory <= 100:
@@ -341,6 +342,12 @@ def check_newton(roles: Roles, config: Config) -> None:
         raise UserError(
             f"{name} needs --partition pairs: an element is a pair of classes, and a worker of --partition scores does "
             "not have both"
+        )
+    keeping = [layer.name for layer in network.walk() if layer.keeps]
+    if keeping:
+        raise UserError(
+            f"{name} shares one forward pass among the elements, and what {keeping[0]} of --model {network.name} keeps "
+            "of it is of all units at once: use a network without normalization, or another --optimizer"
         )
     if roles.rows > 1:
         workers = [w for w in roles.workers if w is not None]

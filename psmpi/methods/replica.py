@@ -15,14 +15,14 @@ from psmpi.comm.transfers import Gather
 from psmpi.config import Config
 from psmpi.data import Dataset
 from psmpi.errors import UserError
-from psmpi.layout import Rows, Runs, replicate
-from psmpi.methods.base import Place, Score, check_slices
+from psmpi.layout import Runs, TableRows, replicate
+from psmpi.methods.base import Place, check_slices, configured_loss
 from psmpi.methods.element_worker import ElementWorker
 from psmpi.methods.psl import hyperparameters
 from psmpi.nn.init import initial_weights
 from psmpi.nn.network import Network
 from psmpi.optim import make_optimizer
-from psmpi.optim.element_operators import RULES
+from psmpi.optim.curvature import RULES
 
 
 class Replica:
@@ -41,7 +41,7 @@ class Replica:
         self.layout, self.ops, self.dtype = network.layout(), ops, np.dtype(config.model.dtype)
         self.roles = replicate(self.layout, world.size)
         self.shards, self.rank = self.roles.shards, world.rank
-        self.counter, self.rows = Counter(), Rows()
+        self.counter, self.rows = Counter(), TableRows()
         self.tables: dict[str, np.ndarray] = {}
         bridge = make_bridge(world, ops, config.parallel.gpu_aware)
         self.world = Group(world, range(world.size), self.counter, bridge)
@@ -52,7 +52,7 @@ class Replica:
         self.by_host = Group(world, range(world.size), self.counter, on_host)
         self.aside = Group(world, range(world.size), Counter(), on_host)
         whole = Runs(((0, self.layout.size),))
-        self.whole = Gather(self.aside, self.shards, whole, self.dtype)
+        self.whole = Gather(self.aside, self.shards.runs, whole, self.dtype)
         self.w, self.g = (ops.zeros(self.layout.size, self.dtype) for _ in range(2))
         # Units that no score depends on have weights too, which lie last; nobody computes with them.
         used = self.roles.parts[world.rank].inside(whole)
@@ -96,6 +96,7 @@ class Replica:
         if o.optimizer in RULES:
             raise UserError(f"--optimizer {o.optimizer} is of --method psl: choose another one")
         check_slices(network, config.data.batch_size, size, "ranks")
+        configured_loss(config, dataset.task)
         make_optimizer(o.optimizer, 0, np.dtype(config.model.dtype), hyperparameters(config))
 
     @staticmethod
@@ -119,9 +120,8 @@ class Replica:
             self.mirrors[name].push()
             self.whole.forward(vector[start:stop], vector)
 
-    def test(self) -> Score:
-        loss, right, samples = self.world.agree(self.worker.test())
-        return Score(float(loss / samples), float(right / samples))
+    def test(self) -> dict[str, float]:
+        return self.worker.metric.scores(self.world.agree(self.worker.test()))
 
     def verify(self, vector: np.ndarray) -> None:
         """RuntimeError unless all ranks hold the same bits of a vector, as they must after the same steps."""

@@ -21,15 +21,14 @@ from psmpi.comm.group import Counter, Group
 from psmpi.comm.probe import make_bridge
 from psmpi.comm.transfers import Boundary, Spread, Sum
 from psmpi.config import Config
-from psmpi.data import Dataset, Resident
+from psmpi.data import Batch, Dataset, Resident
 from psmpi.errors import UserError
-from psmpi.layout import Rows, Runs
-from psmpi.methods.base import Place, Score
+from psmpi.layout import Ownership, Runs, TableRows
+from psmpi.methods.base import Place, make_metric
 from psmpi.methods.layer_part import Part
 from psmpi.methods.replica import no_sum, verify
 from psmpi.methods.sil_plan import Phase, Seats, check, count_parts, cut_activation, plan_phases, warnings
-from psmpi.nn.losses import make_loss
-from psmpi.nn.model import layer_runs, split_layers
+from psmpi.nn.cut import split_layers
 from psmpi.nn.network import Network
 from psmpi.optim import clip_by_global_norm
 
@@ -49,14 +48,14 @@ class SyntheticLabels:
     extras = frozenset({"handed", "macs", "handed_bytes", "parts", "phase"})
 
     def __init__(self, world: Any, network: Network, dataset: Dataset, config: Config, ops: NumpyOps):
-        s, c = config.synthetic, config.objective
+        s = config.synthetic
         self.network, self.layout, self.dataset, self.ops = network, network.layout(), dataset, ops
         self.dtype, self.clip, self.way = np.dtype(config.model.dtype), config.optimization.clip, s.hand_over
         self.seed, self.noise, self.rank = s.labels_seed, s.labels_noise * s.labels_scale, world.rank
         self.count = count_parts(world.size, network, s.parts)
         self.phases = plan_phases(self.count, config.run.epochs, s)
         self.per_epoch = -(-dataset.train.n // config.data.batch_size)
-        self.counter, self.rows = Counter(), Rows()
+        self.counter, self.rows = Counter(), TableRows()
         self.tables: dict[str, np.ndarray] = {}
         self.seats = Seats(world.size, self.count)
         self.row, held = world.rank % self.seats.rows, self.seats.held(world.rank)
@@ -67,10 +66,13 @@ class SyntheticLabels:
         if config.parallel.nccl:
             self.peers.use_nccl(ops.stream)
         self.stages = split_layers(network, self.count)
-        runs = [layer_runs(network, self.layout, *stage) for stage in self.stages]
+        runs = [network.runs(self.layout, *stage) for stage in self.stages]
         # All rows of a part have its shard; checkpoints are written by the first.
-        self.shards = tuple(
-            Runs.union(one for k in self.seats.held(rank) for one in runs[k].intervals) for rank in range(world.size)
+        self.shards = Ownership(
+            tuple(
+                Runs.union(one for k in self.seats.held(rank) for one in runs[k].intervals)
+                for rank in range(world.size)
+            )
         )
         self.w, self.g = (ops.zeros(self.shards[world.rank].size, self.dtype) for _ in range(2))
         ends = np.cumsum([0, *(runs[k].size for k in held)]).tolist()
@@ -89,8 +91,7 @@ class SyntheticLabels:
             k: [Spread(self.peers, part.inputs, self.dtype, row, per_sample=True) for row in range(self.seats.rows)]
             for k, part in self.parts.items()
         }
-        # What it counts is not of the training.
-        self.everything = make_loss(c.loss, self.dtype, kappa=c.kappa, exp_clip=c.exp_clip)
+        self.metric = make_metric(config, dataset)
         train, tests = np.arange(dataset.train.n), np.arange(dataset.test.n)
         mine = [tests[at] for at in network.evaluation_batches(dataset.test.n)[self.row :: self.seats.rows]]
         if 0 not in held:
@@ -124,7 +125,8 @@ class SyntheticLabels:
 
     check, warnings = staticmethod(check), staticmethod(warnings)
 
-    def step(self, ids: np.ndarray, lr: float) -> None:
+    def step(self, batch: Batch, lr: float) -> None:
+        ids = batch.ids
         epoch, within = divmod(int(self.scalars["steps"]), self.per_epoch)
         phase = next(phase for phase in self.phases if epoch < phase.stop)
         if within == 0:
@@ -364,10 +366,10 @@ class SyntheticLabels:
                 self._hand_over(0, self.count - 1)
                 self.w[...] = self.g
 
-    def test(self) -> Score:
+    def test(self) -> dict[str, float]:
         if self.seats.rows > 1:
             verify(self.peers, self.ops.host(self.w), "use another MPI library")
-        totals, labels = np.zeros(3), self.dataset.test.labels
+        totals, labels = self.metric.zeros(), self.dataset.test.labels
         for part in self.parts.values():
             part.forget()
         with self._uncounted():
@@ -381,12 +383,9 @@ class SyntheticLabels:
                         part.look(labels[ids])
                 if self.last is not None:
                     assert x is not None
-                    scores = self.ops.host(self.last.forward(x))
-                    right = np.count_nonzero(scores.argmax(axis=0) == labels[ids])
-                    totals += [self.everything(scores, labels[ids], 1.0), float(right), float(len(ids))]
+                    totals += self.metric.sums(self.ops.host(self.last.forward(x)), labels[ids])
         self._look_at_cuts()
-        loss, right, samples = self.world.agree(totals)
-        return Score(float(loss / samples), float(right / samples))
+        return self.metric.scores(self.world.agree(totals))
 
     def _look_at_cuts(self) -> None:
         """Put together what the test found at the outputs of all parts but the last."""

@@ -12,11 +12,10 @@ from psmpi.config import Config, Synthetic
 from psmpi.data import Dataset
 from psmpi.errors import UserError
 from psmpi.layout import split_evenly
-from psmpi.methods.base import check_first_order, check_layers, check_slices
+from psmpi.methods.base import check_classes, check_first_order, check_layers, check_slices, configured_loss
 from psmpi.methods.psl import hyperparameters
-from psmpi.nn.losses import make_loss
-from psmpi.nn.model import split_layers
-from psmpi.nn.network import Activation, Flatten, Network, Pad, Pool
+from psmpi.nn.cut import split_layers
+from psmpi.nn.network import Network
 from psmpi.optim import make_optimizer
 
 # The least and the largest value of labels at scale 1, and of activations.
@@ -100,16 +99,17 @@ def count_parts(size: int, network: Network, asked: int) -> int:
 def cut_activation(network: Network, behind: int) -> str:
     """The activation whose values the layers before `behind` put out."""
     for layer in reversed(network.layers[:behind]):
-        if isinstance(layer, Activation):
-            return layer.kind
-        if not isinstance(layer, Flatten | Pool | Pad):
+        if layer.activation:
+            return layer.activation
+        if not layer.keeps_range:
             break
     return "identity"
 
 
 def check(size: int, network: Network, dataset: Dataset, config: Config) -> None:
     """UserError for a configuration that `size` ranks cannot train; needs no MPI and no arrays of weights."""
-    s, o, c, dtype = config.synthetic, config.optimization, config.objective, np.dtype(config.model.dtype)
+    s, o = config.synthetic, config.optimization
+    check_classes(dataset, "--method sil", "use another one (data_parallel, psl, ...)")
     parts = count_parts(size, network, s.parts)
     plan_phases(parts, config.run.epochs, s)
     check_layers(network, config, parts)
@@ -128,8 +128,8 @@ def check(size: int, network: Network, dataset: Dataset, config: Config) -> None
         raise UserError(
             f"--labels orthogonal: {network.classes} vectors of {min(widths)} units cannot be; use --labels uniform"
         )
-    make_loss(c.loss, dtype, kappa=c.kappa, exp_clip=c.exp_clip)
-    make_optimizer(o.optimizer, 0, dtype, hyperparameters(config))
+    configured_loss(config, dataset.task)
+    make_optimizer(o.optimizer, 0, np.dtype(config.model.dtype), hyperparameters(config))
 
 
 def warnings(size: int, network: Network, config: Config) -> Iterator[str]:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 
-from psmpi.nn.network import Linear, Network
+from psmpi.nn.layers.chain import leaves
+from psmpi.nn.network import Network
 
 
 @dataclass(frozen=True)
@@ -26,16 +26,11 @@ class Cost:
         return 3 * self.forward - (0 if inputs else self.first)
 
 
-def layer_macs(layer: Linear) -> int:
-    """MACs a sample of a layer's forward pass; of a convolution without the pooling that may be folded into it."""
-    return layer.units * layer.unit_size * prod(layer.out_shape[1:])
-
-
 def count(network: Network, first: int, behind: int) -> Cost:
-    """The cost of the layers [first, behind)."""
-    layers = [layer for layer in network.layers[first:behind] if isinstance(layer, Linear)]
-    macs = [layer_macs(layer) for layer in layers]
-    parameters = [p for layer in network.layers[first:behind] for p in layer.parameters()]
+    """The cost of the layers [first, behind); of convolutions without the pooling that may be folded into them."""
+    layers = list(leaves(network.layers[first:behind]))
+    macs = [layer.macs for layer in layers if layer.linear]
+    parameters = [p for layer in layers for p in layer.parameters()]
     return Cost(sum(p.units * p.unit_size for p in parameters), sum(macs), macs[0])
 
 

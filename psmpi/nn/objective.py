@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 
+from psmpi.backend import Mirror
+from psmpi.nn.layers.chain import Tape
 from psmpi.nn.losses import Loss
 from psmpi.nn.model import Model
 
@@ -17,27 +22,61 @@ class Objective:
 
     The backward pass is linear in the derivatives of the loss, float64 of any size: very large ones are scaled down by
     a power of two first, and the gradient is scaled up again and limited to GRADIENT_LIMIT in each component.
+
+    A loss that the backend does not have in one pass is computed by NumPy in host memory, on a device too: its steps
+    look at values and index by labels, for which a device would have to be waited for.
     """
 
     def __init__(self, loss: Loss, model: Model):
         self.loss, self.model, self.ops = loss, model, model.ops
+        self.fused = loss.fused(self.ops)
         # Loss, largest exponent, terms beyond the limit, largest derivative of the last minibatch.
         self.report = self.ops.mirror(self.ops.zeros(4, np.dtype(np.float64)))
-        self.on_device = False
+        self.report.host.fill(0)
+        self.grad = self._derivatives(0)
+        self.given = self._targets(0)
 
-    def reserve(self, classes: int, batch: int) -> None:
-        """Make room for minibatches of up to `batch` samples with scores of `classes` classes."""
-        self.grad = self.ops.empty(classes * batch, np.dtype(np.float64))
-        self.cast = self.ops.empty(self.model.steps[-1].size * batch, self.model.dtype)
+    def record(self, work: Callable[..., Any]) -> Callable[..., Any]:
+        """`NumpyOps.record` for work that computes losses: not recorded where it waits for the device."""
+        return work if self.fused is None else self.ops.record(work)
+
+    def reserve(self, outputs: int, batch: int) -> None:
+        """Make room for minibatches of up to `batch` samples with `outputs` scores."""
+        self.grad.settle()
+        self.given.settle()
+        self.grad = self._derivatives(outputs * batch)
+        self.outputs = outputs
+        self.given = self._targets(batch if self.loss.task == "classes" else outputs * batch)
+        self.cast = self.ops.empty(self.model.size * batch, self.model.dtype)
+
+    def _derivatives(self, size: int) -> Mirror:
+        """Where derivatives are made; in one pass the host needs no image of them."""
+        made = self.ops.empty(size, np.dtype(np.float64))
+        return self.ops.mirror(made) if self.fused is None else Mirror(made)
+
+    def _targets(self, size: int) -> Mirror:
+        return self.ops.mirror(self.ops.empty(size, np.dtype(np.int64 if self.loss.task == "classes" else np.float64)))
 
     @property
     def nbytes(self) -> int:
-        return int(self.grad.nbytes + self.cast.nbytes)
+        return int(self.grad.array.nbytes + self.cast.nbytes + self.given.array.nbytes)
+
+    def bring(self, targets: np.ndarray) -> None:
+        """Take the next minibatch's targets, (b,) or (outputs, b) in host memory, to where its loss is computed."""
+        self.given.settle()
+        self.given.host[: targets.size].reshape(targets.shape)[...] = targets
+        self.given.push(slice(0, targets.size))
+
+    def targets(self, b: int) -> np.ndarray:
+        """Where those are that were brought last, of b samples with as many scores as there is room for."""
+        if self.loss.task == "classes":
+            return self.given.array[:b]
+        return self.given.array[: self.outputs * b].reshape(self.outputs, b)
 
     def losses(
         self,
         scores: np.ndarray,
-        labels: np.ndarray,
+        targets: np.ndarray,
         scale: float,
         own: slice,
         pairs: np.ndarray | None = None,
@@ -47,52 +86,69 @@ class Objective:
 
         Arguments as in `derive`. Without `derivatives` none are made, and what is returned means nothing.
         """
-        loss, report = self.loss, self.report.array
-        found = self.grad[: scores.size].reshape(scores.shape)
-        grad = found if derivatives else None
-        self.on_device = loss.derive_there(self.ops, scores, labels, scale, pairs, own, grad, report)
-        if not self.on_device:
-            report[0] = loss(scores, labels, scale, grad, pairs)
-            if not np.isfinite(report[0]):
-                raise FloatingPointError(DIVERGED)
-            if grad is not None:
-                # Without an array of absolute values: outputs at a cut are many.
-                report[3] = max(grad[own].max(initial=0.0), -grad[own].min(initial=0.0))
+        found = self.grad.array[: scores.size].reshape(scores.shape)
+        if self.fused is not None:
+            grad = found if derivatives else None
+            self.fused(scores, targets, scale, pairs, own, grad, self.report.array)
+        else:
+            self._losses_on_host(scores, targets, scale, own, pairs, derivatives)
         return found
+
+    def _losses_on_host(
+        self,
+        scores: np.ndarray,
+        targets: np.ndarray,
+        scale: float,
+        own: slice,
+        pairs: np.ndarray | None,
+        derivatives: bool,
+    ) -> None:
+        """The same by NumPy; a device gets derivatives and report afterwards."""
+        host, report = self.ops.host, self.report.host
+        self.grad.settle()
+        self.report.settle()
+        grad = self.grad.host[: scores.size].reshape(scores.shape) if derivatives else None
+        pairs = None if pairs is None else host(pairs)
+        report[0] = self.loss(host(scores), host(targets), scale, grad, pairs)
+        if not np.isfinite(report[0]):
+            raise FloatingPointError(DIVERGED)
+        if grad is not None:
+            # Without an array of absolute values: outputs at a cut are many.
+            report[3] = max(grad[own].max(initial=0.0), -grad[own].min(initial=0.0))
+            self.grad.push(slice(0, scores.size))
+        self.report.push()
 
     def derive(
         self,
+        tape: Tape,
         scores: np.ndarray,
-        labels: np.ndarray,
+        targets: np.ndarray,
         scale: float,
         own: slice,
         pairs: np.ndarray | None = None,
         dx: np.ndarray | None = None,
     ) -> None:
-        """Fill the model's gradient with that of the scaled sum of the losses of the model's last minibatch.
+        """Fill the model's gradient with that of the scaled sum of the losses of the minibatch of a pass.
 
-        scores (classes, b), the model's own being `own`; labels, pairs as in `Loss`. dx, of the shape of the model's
+        scores (outputs, b), the pass's own being `own`; targets, pairs as in `Loss`. dx, of the shape of the model's
         inputs, is filled with the gradient of these; the model then begins with a layer with weights.
         """
-        grad, report = self.losses(scores, labels, scale, own, pairs), self.report.array
+        grad, report = self.losses(scores, targets, scale, own, pairs), self.report.array
         cast = self.cast[: grad[own].size].reshape(grad[own].shape)
         self.ops.cast_scores(grad[own], cast, report)
         # Outputs of some layers alone may be images.
-        dy = cast.reshape(self.model.outputs[-1].shape)
-        if dx is None:
-            self.model.backward(dy)
-        else:
-            self.model.backward_through(dy, 0, len(self.model.steps) - 1, dx)
-            self.ops.give_back(dx, report, GRADIENT_LIMIT[self.model.dtype])
+        self.model.backward(tape, cast.reshape(tape.scores.shape), dx=dx)
+        if dx is not None:
+            self.ops.unscale(dx, report, GRADIENT_LIMIT[self.model.dtype])
         assert self.model.g is not None
-        self.ops.give_back(self.model.g, report, GRADIENT_LIMIT[self.model.dtype])
+        self.ops.unscale(self.model.g, report, GRADIENT_LIMIT[self.model.dtype])
 
     def value(self) -> float:
         """The scaled sum of the losses last derived. FloatingPointError where it, or a score, is not finite."""
         self.report.fetch()
         self.report.wait()
         value, worst, clipped, _ = (float(number) for number in self.report.host)
-        if self.on_device:
+        if self.fused is not None:
             self.loss.check(worst)
             if not np.isfinite(value):
                 raise FloatingPointError(DIVERGED)

@@ -7,15 +7,18 @@ and the number of the round: nobody has to be told.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
-from math import prod
 
 import numpy as np
 
 from psmpi.errors import UserError
 from psmpi.layout import Share, Shares, even_edges
-from psmpi.nn.network import Activation, BatchNorm, Conv, Dense, Flatten, Fork, Join, LayerSpec, Linear, Network, Scale
+from psmpi.nn.layers import Layer
+from psmpi.nn.layers.linear import Linear
+from psmpi.nn.layers.scale import Scale
+from psmpi.nn.network import Network
 
 
 class Dealer:
@@ -55,13 +58,14 @@ class Dealer:
             self.layouts = [network.layout() for network in self.networks]
             return
         self.blocks = []
+        self.flat = flat(network.layers)
         self.layers = dealt_layers(network)
         if not self.layers:
             raise UserError(
                 f"--deal units: --model {network.name} has no layer of which the next one sees all units: use a "
                 "network with dense layers or convolutions"
             )
-        narrow = min((network.layers[k] for k in self.layers), key=lambda layer: layer.out_shape[0])
+        narrow = min((self._layer(k) for k in self.layers), key=lambda layer: layer.out_shape[0])
         # With strata every worker is to have units of each.
         least = workers**2 if strata else workers
         if narrow.out_shape[0] < least:
@@ -72,9 +76,15 @@ class Dealer:
         self.networks = [self._with_units(worker) for worker in range(workers)]
         self.layouts = [network.layout() for network in self.networks]
 
+    def _layer(self, k: int) -> Linear:
+        """A dealt layer, or one that reads it, by its place."""
+        layer = self.flat[k]
+        assert isinstance(layer, Linear)
+        return layer
+
     def groups(self, number: int, layer: int) -> list[np.ndarray]:
         """The units of a dealt layer that each worker has in round `number`, increasing."""
-        count = self.network.layers[layer].out_shape[0]
+        count = self._layer(layer).out_shape[0]
         rng = np.random.default_rng([self.seed, number, layer])
         edges = even_edges(count, self.workers)
         if not self.strata:
@@ -99,15 +109,14 @@ class Dealer:
             rows: dict[str, np.ndarray] = {}
             columns: dict[str, np.ndarray] = {}
             for layer, dealt in groups.items():
-                mine, count = dealt[worker], self.network.layers[layer].out_shape[0]
+                mine, count = dealt[worker], self._layer(layer).out_shape[0]
                 if len(mine) == count:
                     continue
                 # Flattened, a unit is a run of units.
-                for k in range(layer, self.layers[layer]):
-                    for p in self.network.layers[k].parameters():
+                for between in self.flat[layer : self.layers[layer]]:
+                    for p in between.parameters() if between is not None else ():
                         rows[p.name] = runs_of(mine, p.units // count)
-                reader = self.network.layers[self.layers[layer]]
-                assert isinstance(reader, Linear)
+                reader = self._layer(self.layers[layer])
                 # In the weights of one that reads it, it is a kernel, or the pixels of an image.
                 columns[f"{reader.name}.weight"] = runs_of(mine, reader.unit_size // count)
             shares = {}
@@ -145,39 +154,48 @@ class Dealer:
 
     def _names(self, block: int) -> list[str]:
         """The parameters of a dealt block, in order."""
-        first, last = self.blocks[block]
-        return [p.name for layer in self.network.layers[first : last + 1] for p in layer.parameters()]
+        return [p.name for p in self.network.layers[self.blocks[block]].parameters()]
 
     def _with_blocks(self, count: int) -> Network:
         """The network with the first `count` of the dealt blocks in place of all."""
-        absent = {k for first, last in self.blocks[count:] for k in range(first, last + 1)}
-        ends = {last for _, last in self.blocks}
         layers = []
         for k, layer in enumerate(self.network.layers):
-            if k in ends and isinstance(layer, Join):
-                layer = replace(layer, scale=layer.scale * len(self.blocks) / count)
-            if k not in absent:
-                layers.append(layer)
+            if k in self.blocks[count:]:
+                continue
+            if k in self.blocks:
+                layer = layer.with_inner(layer.inner, layer.in_shape, len(self.blocks) / count)
+            layers.append(layer)
         return replace(self.network, layers=tuple(layers))
 
     def _with_units(self, worker: int) -> Network:
         """The network with as many units of the dealt layers as a worker has."""
+        layers, _, _ = self._narrowed(self.network.layers, self.network.in_shape, 0, worker)
+        return replace(self.network, layers=layers)
+
+    def _narrowed(
+        self, layers: Sequence[Layer], shape: tuple[int, ...], at: int, worker: int
+    ) -> tuple[tuple[Layer, ...], tuple[int, ...], int]:
+        """Layers from place `at` on as narrow as a worker has them, their output's shape, and the place behind them."""
         readers = {reader: layer for layer, reader in self.layers.items()}
-        layers: list[LayerSpec] = []
-        shape = self.network.in_shape
-        for k, layer in enumerate(self.network.layers):
-            units = layer.out_shape[0] if isinstance(layer, Linear) else shape[0]
-            if k in self.layers:
-                units = len(self.groups(0, k)[worker])
-            if k in readers and not _normalized(self.network, k):
-                whole = self.network.layers[readers[k]].out_shape[0]
-                ratio = whole / len(self.groups(0, readers[k])[worker])
+        found: list[Layer] = []
+        for layer in layers:
+            if layer.inner:
+                branch, _, at = self._narrowed(layer.inner, shape, at + 1, worker)
+                found.append(layer.with_inner(branch, shape))
+                at += 1
+                continue
+            units = layer.out_shape[0] if layer.linear else shape[0]
+            if at in self.layers:
+                units = len(self.groups(0, at)[worker])
+            if at in readers and not _normalized(self.flat[at + 1 :]):
+                whole = self._layer(readers[at]).out_shape[0]
+                ratio = whole / len(self.groups(0, readers[at])[worker])
                 if ratio != 1:
-                    layers.append(Scale(f"{layer.name}.scale", shape, shape, ratio))
-            out = (prod(shape),) if isinstance(layer, Flatten) else (units, *layer.out_shape[1:])
-            layers.append(replace(layer, in_shape=shape, out_shape=out))
-            shape = out
-        return replace(self.network, layers=tuple(layers))
+                    found.append(Scale(f"{layer.name}.scale", shape, shape, ratio))
+            found.append(layer.restrict(units, shape))
+            shape = found[-1].out_shape
+            at += 1
+        return tuple(found), shape, at
 
 
 def runs_of(units: np.ndarray, length: int) -> np.ndarray:
@@ -185,57 +203,59 @@ def runs_of(units: np.ndarray, length: int) -> np.ndarray:
     return (units[:, None] * length + np.arange(length)).reshape(-1)
 
 
+def flat(layers: Sequence[Layer]) -> list[Layer | None]:
+    """All layers in order, None where a residual block begins and where it ends."""
+    found: list[Layer | None] = []
+    for layer in layers:
+        found += [None, *flat(layer.inner), None] if layer.inner else [layer]
+    return found
+
+
 def dealt_layers(network: Network) -> dict[int, int]:
-    """The layers whose units can be dealt out, by their index, and the index of the one that reads them.
+    """The layers whose units can be dealt out, by their place in `flat`, and the place of the one that reads them.
 
     Both are without groups, and nothing goes past a residual block between the two.
     """
     found, last = {}, -1
-    for k, layer in enumerate(network.layers):
-        if isinstance(layer, Fork | Join):
+    for k, layer in enumerate(flat(network.layers)):
+        if layer is None:
             last = -1
-        elif isinstance(layer, Dense | Conv):
+        elif isinstance(layer, Linear):
             if last >= 0 and layer.groups == 1:
                 found[last] = k
             last = k if layer.groups == 1 else -1
     return found
 
 
-def find_blocks(network: Network) -> list[tuple[int, int]]:
-    """(first, last) layer of each residual block that is dealt out: of the longest run of equal ones all but the first.
+def find_blocks(network: Network) -> list[int]:
+    """The residual blocks that are dealt out, by their place among the layers.
 
-    Of runs of the same length the last one.
+    Of the longest run of equal ones all but the first; of runs of the same length the last one.
     """
-    blocks, depth, first = [], 0, 0
+    runs: list[list[int]] = []
     for k, layer in enumerate(network.layers):
-        if isinstance(layer, Fork):
-            first = k if depth == 0 else first
-            depth += 1
-        elif isinstance(layer, Join):
-            depth -= 1
-            if depth == 0:
-                blocks.append((first, k))
-    runs: list[list[tuple[int, int]]] = []
-    for block in blocks:
-        before = runs[-1][-1] if runs else None
-        if before is not None and before[1] + 1 == block[0] and _kind(network, before) == _kind(network, block):
-            runs[-1].append(block)
+        if not layer.inner:
+            continue
+        if runs and runs[-1][-1] == k - 1 and _nameless(network.layers[k - 1]) == _nameless(layer):
+            runs[-1].append(k)
         else:
-            runs.append([block])
+            runs.append([k])
     longest = max(reversed(runs), key=len, default=[])
     return longest[1:]
 
 
-def _kind(network: Network, block: tuple[int, int]) -> list[LayerSpec]:
-    """The layers of a block without their names."""
-    return [replace(layer, name="") for layer in network.layers[block[0] : block[1] + 1]]
+def _nameless(layer: Layer) -> Layer:
+    """The layer, and those inside it, without names."""
+    if layer.inner:
+        layer = layer.with_inner(tuple(_nameless(one) for one in layer.inner), layer.in_shape)
+    return replace(layer, name="")
 
 
-def _normalized(network: Network, k: int) -> bool:
+def _normalized(following: Sequence[Layer | None]) -> bool:
     """Whether what a layer puts out is normalized before anything else is done with it but averaging."""
-    for layer in network.layers[k + 1 :]:
-        if isinstance(layer, BatchNorm):
+    for layer in following:
+        if layer is not None and layer.couples:
             return True
-        if isinstance(layer, Linear | Fork | Join) or (isinstance(layer, Activation) and layer.kind != "identity"):
+        if layer is None or layer.linear or layer.activation not in ("", "identity"):
             return False
     return False

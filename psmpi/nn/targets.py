@@ -46,11 +46,12 @@ class TargetDistance(Loss):
     def __init__(self, targets: np.ndarray, scale: float, ops: NumpyOps | None = None):
         super().__init__(np.dtype(np.float64))
         self.targets, self.share = targets.astype(np.float64), 1 / (len(targets) * scale**2)
-        self.there = (ops or NumpyOps()).put(self.targets)
+        # Where one pass over the outputs finds them.
+        self.columns = (ops or NumpyOps()).put(self.targets)
 
     @property
     def nbytes(self) -> int:
-        return int(super().nbytes + self.there.nbytes)
+        return int(super().nbytes + self.columns.nbytes)
 
     def __call__(self, scores, labels, scale, grad=None, pairs=None):
         (z,) = self._buffers(scores, 1)
@@ -60,8 +61,15 @@ class TargetDistance(Loss):
             np.multiply(z, 2 * scale * self.share, out=grad)
         return float(np.vdot(z, z)) * scale * self.share
 
-    def derive_there(self, ops, scores, labels, scale, pairs, own, grad, report):
-        return ops.distances(scores, self.there, labels, scale * self.share, grad, report)
+    def fused(self, ops):
+        distances = ops.fused("distances")
+        if distances is None:
+            return None
+
+        def compute(scores, labels, scale, pairs, own, grad, report):
+            distances(scores, self.columns, labels, scale * self.share, grad, report)
+
+        return compute
 
 
 class Reader:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from psmpi.errors import UserError
-from psmpi.nn.network import ACTIVATIONS, Network, build
+from psmpi.nn.layers import ACTIVATIONS, LAYERS
+from psmpi.nn.network import Network, build
 
 Table = dict[str, Any]
 
@@ -62,7 +63,7 @@ def _normalized(tables: Sequence[Table]) -> list[Table]:
     found: list[Table] = []
     waiting = False
     for table in tables:
-        linear = table["type"] in ("dense", "separable_dense", "conv", "separable_conv")
+        linear = LAYERS[table["type"]].linear
         if waiting and (linear or table["type"] in ACTIVATIONS):
             found.append({"type": "batch_norm"})
             waiting = False

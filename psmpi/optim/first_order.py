@@ -6,6 +6,7 @@ floats, which take the dtype of the arrays: float32 shards are stepped in float3
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import inf, log, sqrt
 from typing import Any, ClassVar
 
@@ -20,6 +21,8 @@ class FirstOrder(Optimizer):
     """Applies `update` to the chunks of a shard, with the L2 penalty in the gradient."""
 
     names: ClassVar[tuple[str, ...]] = ()
+    # The operation that steps a whole shard in one pass, on backends that have it.
+    operation: ClassVar[str] = ""
     # Whether weight decay goes through the gradient; else it shrinks the weights beside the step.
     coupled = True
 
@@ -28,6 +31,7 @@ class FirstOrder(Optimizer):
         super().__init__(n, dtype, names=self.names, ops=ops)
         self.scratch = np.empty((2, min(n, CHUNK)), self.dtype)
         self.weight_decay = float(weight_decay)
+        self.fused = self.ops.fused(self.operation)
 
     def step(self, w: np.ndarray, g: np.ndarray, lr: float, allsum: AllSum, closure: Closure | None = None) -> None:
         self.check_shard(w, g)
@@ -35,7 +39,8 @@ class FirstOrder(Optimizer):
         lr = float(lr)
         if "t" in self.scalars:
             self.scalars["t"] += 1
-        if self.at_once(w, g, lr):
+        if self.fused is not None:
+            self.at_once(self.fused, w, g, lr)
             return
         for at in self.chunks():
             size = at.stop - at.start
@@ -48,9 +53,9 @@ class FirstOrder(Optimizer):
                 w_at *= 1 - lr * self.weight_decay
             self.update(w_at, g_at, lr, [vector[at] for vector in self.vectors.values()], a, b)
 
-    def at_once(self, w: np.ndarray, g: np.ndarray, lr: float) -> bool:
-        """Step the whole shard in one pass of the backend; False where it has none."""
-        return False
+    def at_once(self, fused: Callable[..., None], w: np.ndarray, g: np.ndarray, lr: float) -> None:
+        """Step the whole shard by `fused`, the backend's `operation`."""
+        raise NotImplementedError
 
     def update(
         self, w: np.ndarray, g: np.ndarray, lr: float, state: list[np.ndarray], a: np.ndarray, b: np.ndarray
@@ -63,9 +68,10 @@ class SGD(FirstOrder):
     """w -= lr g."""
 
     settings = ("weight_decay",)
+    operation = "sgd"
 
-    def at_once(self, w: np.ndarray, g: np.ndarray, lr: float) -> bool:
-        return self.ops.sgd(w, g, lr, self.weight_decay)
+    def at_once(self, fused: Callable[..., None], w: np.ndarray, g: np.ndarray, lr: float) -> None:
+        fused(w, g, lr, self.weight_decay)
 
     def update(
         self, w: np.ndarray, g: np.ndarray, lr: float, state: list[np.ndarray], a: np.ndarray, b: np.ndarray
@@ -82,6 +88,7 @@ class Momentum(FirstOrder):
 
     settings = ("beta", "weight_decay")
     names = ("v",)
+    operation = "momentum"
 
     nesterov = False
 
@@ -98,8 +105,8 @@ class Momentum(FirstOrder):
         super().__init__(n, dtype, weight_decay=weight_decay, ops=ops)
         self.beta = float(beta)
 
-    def at_once(self, w: np.ndarray, g: np.ndarray, lr: float) -> bool:
-        return self.ops.momentum(w, g, self.vectors["v"], lr, self.beta, self.weight_decay, self.nesterov)
+    def at_once(self, fused: Callable[..., None], w: np.ndarray, g: np.ndarray, lr: float) -> None:
+        fused(w, g, self.vectors["v"], lr, self.beta, self.weight_decay, self.nesterov)
 
     def update(
         self, w: np.ndarray, g: np.ndarray, lr: float, state: list[np.ndarray], a: np.ndarray, b: np.ndarray
@@ -138,6 +145,7 @@ class Adam(FirstOrder):
 
     settings = ("beta1", "beta2", "eps", "weight_decay")
     names: ClassVar[tuple[str, ...]] = ("m", "v")
+    operation = "adam"
 
     def __init__(
         self,
@@ -156,12 +164,12 @@ class Adam(FirstOrder):
         self.beta1, self.beta2, self.eps = float(beta1), float(beta2), float(eps)
         self.scalars["t"] = 0
 
-    def at_once(self, w: np.ndarray, g: np.ndarray, lr: float) -> bool:
+    def at_once(self, fused: Callable[..., None], w: np.ndarray, g: np.ndarray, lr: float) -> None:
         t = self.scalars["t"]
         l2, keep = self._decay(lr)
         rate, root = lr / (1 - self.beta1**t), 1 / sqrt(1 - self.beta2**t)
         m, v = self.vectors.values()
-        return self.ops.adam(w, g, m, v, rate, root, self.beta1, self.beta2, self.eps, l2, keep)
+        fused(w, g, m, v, rate, root, self.beta1, self.beta2, self.eps, l2, keep)
 
     def update(
         self, w: np.ndarray, g: np.ndarray, lr: float, state: list[np.ndarray], a: np.ndarray, b: np.ndarray
@@ -209,16 +217,17 @@ class CountedAdam(Adam):
     """
 
     names = ("m", "v", "t")
+    operation = "counted_adam"
 
     def __init__(self, n: int, dtype: DTypeLike, **settings: Any) -> None:
         super().__init__(n, dtype, **settings)
         del self.scalars["t"]
         self.logs = [log(beta) if beta else -inf for beta in (self.beta1, self.beta2)]
 
-    def at_once(self, w: np.ndarray, g: np.ndarray, lr: float) -> bool:
+    def at_once(self, fused: Callable[..., None], w: np.ndarray, g: np.ndarray, lr: float) -> None:
         l2, keep = self._decay(lr)
         m, v, t = self.vectors.values()
-        return self.ops.counted_adam(w, g, m, v, t, lr, self.beta1, self.beta2, self.eps, l2, keep)
+        fused(w, g, m, v, t, lr, self.beta1, self.beta2, self.eps, l2, keep)
 
     def update(
         self, w: np.ndarray, g: np.ndarray, lr: float, state: list[np.ndarray], a: np.ndarray, b: np.ndarray
@@ -242,7 +251,7 @@ class CountedAdam(Adam):
 
 
 class CountedAdamW(CountedAdam):
-    """AdamW so."""
+    """AdamW with per-weight step counts."""
 
     coupled = False
 
@@ -256,6 +265,7 @@ class RMSprop(FirstOrder):
 
     settings = ("alpha", "eps", "weight_decay")
     names = ("v",)
+    operation = "rmsprop"
 
     def __init__(
         self,
@@ -272,8 +282,8 @@ class RMSprop(FirstOrder):
         check_eps(eps, self.dtype)
         self.alpha, self.eps = float(alpha), float(eps)
 
-    def at_once(self, w: np.ndarray, g: np.ndarray, lr: float) -> bool:
-        return self.ops.rmsprop(w, g, self.vectors["v"], lr, self.alpha, self.eps, self.weight_decay)
+    def at_once(self, fused: Callable[..., None], w: np.ndarray, g: np.ndarray, lr: float) -> None:
+        fused(w, g, self.vectors["v"], lr, self.alpha, self.eps, self.weight_decay)
 
     def update(
         self, w: np.ndarray, g: np.ndarray, lr: float, state: list[np.ndarray], a: np.ndarray, b: np.ndarray

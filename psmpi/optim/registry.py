@@ -9,7 +9,7 @@ from numpy.typing import DTypeLike
 from psmpi.backend import NumpyOps
 from psmpi.errors import UserError
 from psmpi.optim.base import Hyper, Optimizer, check_settings
-from psmpi.optim.element_operators import RULES
+from psmpi.optim.curvature import RULES
 from psmpi.optim.first_order import (
     SGD,
     Adam,

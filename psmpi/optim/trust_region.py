@@ -1,7 +1,7 @@
 """Quasi-Newton trust-region methods on the whole vector: L-BFGS and L-SR1, with one matrix for all weights.
 
 What partitioned quasi-Newton is compared with: the same model, conjugate gradients, radius and safeguards, but
-one element that sees everything. The matrix is sigma I + Z^T W Z as in `element_operators`; the vectors are
+one element that sees everything. The matrix is sigma I + Z^T W Z as in `curvature.operators`; the vectors are
 shards, so a product takes one global sum of 2 `history` numbers and moves no vector.
 """
 
@@ -14,7 +14,8 @@ from numpy.typing import DTypeLike
 
 from psmpi.backend import NumpyOps
 from psmpi.optim.base import AllSum, Closure, Optimizer, check_settings
-from psmpi.optim.element_operators import FLAT, OMEGA, PATIENCE, recurse
+from psmpi.optim.curvature.operators import FLAT, PATIENCE
+from psmpi.optim.curvature.recursion import OMEGA, recurse
 from psmpi.optim.globalization import TrustRegion
 from psmpi.optim.truncated_cg import truncated_cg
 

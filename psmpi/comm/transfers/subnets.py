@@ -10,7 +10,7 @@ import numpy as np
 from psmpi.comm.group import Group
 from psmpi.comm.transfers.base import Message, Step, Transfer, turned
 from psmpi.comm.transfers.strips import Strip, find_strips, shard_rows, strips_size
-from psmpi.layout import Layout, Runs, Shares
+from psmpi.layout import Layout, Ownership, Runs, Shares
 
 
 class Subnets(Transfer):
@@ -34,7 +34,7 @@ class Subnets(Transfer):
         self.group, self.holders, self.workers = group, tuple(holders), tuple(workers)
         self.layout, self.layouts, self.deal, self.dtype = layout, tuple(layouts), deal, np.dtype(dtype)
         dealt = dict(zip(self.holders, shard_rows(layout, len(self.holders)), strict=True))
-        self.shards = tuple(dealt.get(rank, Runs()) for rank in range(group.size))
+        self.shards = Ownership(tuple(dealt.get(rank, Runs()) for rank in range(group.size)))
         self.worker = self.workers.index(group.rank) if group.rank in self.workers else -1
         self.plan(0)
         self.sending = np.empty(sum(self.sent), self.dtype)

@@ -1,0 +1,141 @@
+"""Convolutions in C."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from psmpi.backend.compiled.library import function, pointers
+from psmpi.backend.compiled.team import Team
+from psmpi.backend.reference.convolution import Stripes
+
+# Multiplications that are worth another thread.
+WORK = 2_000_000
+# Samples that a thread takes are a multiple of this: whole vectors.
+BATCH_MULTIPLE = 16
+
+
+class DirectConvolution:
+    """Convolution without windows: register blocks along the batch, see c/convolution.h. Buffers: packed kernels.
+
+    Several threads share the samples of a call or, for the gradient of the kernels, the units; each number is computed
+    as one thread alone would.
+    """
+
+    def __init__(
+        self,
+        stripes: Sequence[Stripes],
+        in_shape: tuple[int, int, int],
+        out_shape: tuple[int, int, int],
+        kernel: int,
+        stride: int,
+        dtype: np.dtype,
+        instructions: int,
+        team: Team,
+        activate: Callable[[np.ndarray], None],
+    ):
+        self.team, self.dtype, self.activate = team, np.dtype(dtype), activate
+        # The last three numbers, the batch and the samples of a thread, are those of the call.
+        rest = (*in_shape[1:], *out_shape[1:], kernel, stride, 0, 0, 0)
+        self.shapes = [[_shape(s, rest) for s in stripes] for _ in range(team.size)]
+        self.unit_shapes = [
+            [_shape(part, rest) for s in stripes if (part := _share(s, k, team.size)).count * part.n > 0]
+            for k in range(team.size)
+        ]
+        # Made for a thread when it is first needed.
+        self.packs: list[np.ndarray] = []
+        self.pack_size = max(s.n * s.n_in for s in stripes) * kernel**2
+        self.work = sum(s.count * s.n * s.n_in for s in stripes) * kernel**2 * out_shape[1] * out_shape[2]
+        # Stripes that see the same channels add their gradients up; channels that none sees have the gradient 0.
+        seen = np.zeros(in_shape[0], int)
+        for s in stripes:
+            for k in range(s.count):
+                seen[s.source + k * s.source_step :][: s.n_in] += 1
+        self.covers = bool((seen == 1).all())
+        self._forward = function("conv_forward", dtype, "pppppp", instructions)
+        self._input = function("conv_input", dtype, "pppppi", instructions)
+        self._weight = function("conv_weight", dtype, "pppp", instructions)
+        self._samples = function("conv_samples", dtype, "ppppp", instructions)
+
+    def prepare(self, kernels: np.ndarray) -> None:
+        """Packs the kernels in each call: a thread its own."""
+
+    def reserve(self, batch: int) -> None:
+        """Needs nothing that grows with the minibatch."""
+
+    def arrays(self) -> list[np.ndarray]:
+        return self.packs
+
+    def _members(self, batch: int) -> int:
+        """Threads that a call is worth."""
+        return min(self.team.size, max(1, self.work * batch // WORK))
+
+    def _samples_of(self, batch: int, members: int) -> None:
+        """Tell each thread its samples."""
+        edges = [min(batch, -(-batch * k // members // BATCH_MULTIPLE) * BATCH_MULTIPLE) for k in range(members)] + [
+            batch
+        ]
+        while len(self.packs) < members:
+            self.packs.append(np.empty(self.pack_size, self.dtype))
+        for k in range(members):
+            for shape in self.shapes[k]:
+                shape[-3:] = batch, edges[k], edges[k + 1]
+
+    def forward(self, x: np.ndarray, kernels: np.ndarray, bias: np.ndarray, y: np.ndarray) -> None:
+        members = self._members(x.shape[-1])
+        self._samples_of(x.shape[-1], members)
+
+        def share(k: int) -> None:
+            for shape in self.shapes[k]:
+                self._forward(shape.ctypes.data, *pointers(self.dtype, x, kernels, bias, y, self.packs[k]))
+
+        self.team.run(share, members)
+        self.activate(y)
+
+    def backward(
+        self, x: np.ndarray, dy: np.ndarray, kernels: np.ndarray, dkernels: np.ndarray | None, dx: np.ndarray | None
+    ) -> None:
+        members = self._members(x.shape[-1])
+        self._samples_of(x.shape[-1], members)
+        if dx is not None and not self.covers:
+            dx.fill(0)
+
+        def share(k: int) -> None:
+            # Threads that have no samples leave their units to the others.
+            for shapes in self.unit_shapes[k::members] if dkernels is not None else ():
+                for shape in shapes:
+                    shape[-3] = x.shape[-1]
+                    assert dkernels is not None
+                    self._weight(shape.ctypes.data, *pointers(self.dtype, x, dy, dkernels))
+            for shape in self.shapes[k] if dx is not None else ():
+                assert dx is not None
+                addresses = pointers(self.dtype, dy, kernels, dx, self.packs[k])
+                self._input(shape.ctypes.data, *addresses, not self.covers)
+
+        self.team.run(share, members)
+
+    def samples(self, x: np.ndarray, dy: np.ndarray, dkernels: np.ndarray, dbias: np.ndarray) -> None:
+        members = self._members(x.shape[-1])
+        self._samples_of(x.shape[-1], members)
+
+        def share(k: int) -> None:
+            for shape in self.shapes[k]:
+                self._samples(shape.ctypes.data, *pointers(self.dtype, x, dy, dkernels, dbias))
+
+        self.team.run(share, members)
+
+
+def _shape(s: Stripes, rest: Sequence[int]) -> np.ndarray:
+    """The `shape_t` of kernels.c."""
+    return np.array([s.count, s.n, s.n_in, s.source, s.source_step, s.out, *rest], np.int32)
+
+
+def _share(s: Stripes, k: int, members: int) -> Stripes:
+    """The stripes, or the units of the only one, that thread k of `members` takes."""
+    if s.count > 1:
+        first, last = s.count * k // members, s.count * (k + 1) // members
+        return replace(s, count=last - first, source=s.source + first * s.source_step, out=s.out + first * s.n)
+    first, last = s.n * k // members, s.n * (k + 1) // members
+    return replace(s, n=last - first, out=s.out + first)

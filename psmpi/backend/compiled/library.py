@@ -1,0 +1,78 @@
+"""The library of C kernels, for float32 and float64, on processors with AVX2 or AVX-512.
+
+It is built when psmpi is installed, where there is a C compiler; without it NumPy does everything.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+
+NAMES = {0: "", 1: "AVX2", 2: "AVX-512"}
+TYPES = {np.dtype(np.float32): "float", np.dtype(np.float64): "double"}
+
+
+@cache
+def _library() -> tuple[Any, str]:
+    """The shared library, or None and why there is none."""
+    here = Path(__file__).parent
+    text = b"".join(source.read_bytes() for source in sorted((here / "c").glob("*.[ch]")))
+    why = "no C compiler for this processor (gcc or clang, x86-64) built them when psmpi was installed"
+    for suffix in EXTENSION_SUFFIXES:
+        path = here / f"_kernels{suffix}"
+        if path.exists():
+            try:
+                found = ctypes.CDLL(str(path))
+                found.psmpi_source.restype = ctypes.c_uint32
+                if found.psmpi_source() == crc32(text):
+                    return found, ""
+                why = f"{path.name} was built from other sources: install psmpi again"
+            except (OSError, AttributeError) as error:
+                why = f"{path.name} does not load ({error}): install psmpi again"
+    return None, why
+
+
+@cache
+def level() -> int:
+    """2: AVX-512, 1: AVX2, 0: no kernels, or none for this processor."""
+    library, _ = _library()
+    return 0 if library is None else int(library.psmpi_level())
+
+
+def missing() -> str:
+    """Why there are no kernels."""
+    library, why = _library()
+    return why if library is None else "this processor lacks AVX2"
+
+
+@cache
+def function(name: str, dtype: np.dtype, arguments: str, instructions: int) -> Any:
+    """A kernel for a dtype; `arguments` is a letter each: p pointer, i int, n size, d double."""
+    types = {"p": ctypes.c_void_p, "i": ctypes.c_int, "n": ctypes.c_ssize_t, "d": ctypes.c_double}
+    found = _library()[0][f"{name}_{TYPES[dtype]}_{instructions}"]
+    found.argtypes, found.restype = [types[a] for a in arguments], None
+    return found
+
+
+def pointers(dtype: np.dtype, *arrays: np.ndarray) -> tuple[int, ...]:
+    """The addresses of contiguous arrays of this dtype; ValueError for others: C would take them for such."""
+    for array in arrays:
+        if array.dtype != dtype or not array.flags.c_contiguous:
+            raise ValueError(f"a kernel needs contiguous {dtype}, not {array.dtype} with strides {array.strides}")
+    return tuple(array.ctypes.data for array in arrays)
+
+
+def steps(array: np.ndarray) -> tuple[int, ...]:
+    """The strides of an array in elements."""
+    return tuple(stride // array.itemsize for stride in array.strides)
+
+
+def units_pointer(dtype: np.dtype, kernels: np.ndarray) -> int:
+    """The address of kernels (count, n, channels, k, k), of which those of one unit are contiguous."""
+    return pointers(dtype, kernels[0, 0])[0]

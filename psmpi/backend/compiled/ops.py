@@ -1,0 +1,116 @@
+"""The operations that C does faster than NumPy.
+
+Sums are made in another order than NumPy's, so results differ by rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+
+from psmpi.backend.compiled.convolution import BATCH_MULTIPLE, DirectConvolution
+from psmpi.backend.compiled.library import NAMES, function, level, pointers, steps, units_pointer
+from psmpi.backend.compiled.team import Team
+from psmpi.backend.reference.convolution import Convolution, Stripes
+from psmpi.backend.reference.moves import Transfer
+from psmpi.backend.reference.ops import NumpyOps
+
+
+class CompiledOps(NumpyOps):
+    name = "compiled"
+    batch_multiple = BATCH_MULTIPLE
+
+    def __init__(self, instructions: int | None = None, threads: int = 1) -> None:
+        super().__init__()
+        self.instructions = level() if instructions is None else instructions
+        self.team = Team(threads)
+
+    @property
+    def description(self) -> str:
+        return f"{self.name} ({NAMES[self.instructions]})"
+
+    def convolution(
+        self,
+        stripes: Sequence[Stripes],
+        in_shape: tuple[int, int, int],
+        out_shape: tuple[int, int, int],
+        kernel: int,
+        stride: int,
+        dtype: np.dtype,
+        activation: str = "identity",
+    ) -> Convolution:
+        activate = partial(self.activate, activation)
+        shapes = (in_shape, out_shape, kernel, stride)
+        return DirectConvolution(stripes, *shapes, np.dtype(dtype), self.instructions, self.team, activate)
+
+    def row_sums(self, y: np.ndarray, out: np.ndarray) -> None:
+        call = function("row_sums", y.dtype, "iinppnn", self.instructions)
+        call(*out.shape, y[0, 0].size, *pointers(out.dtype, y), out.ctypes.data, *steps(out))
+
+    def add_bias(self, y: np.ndarray, bias: np.ndarray) -> None:
+        call = function("add_bias", y.dtype, "iinppnn", self.instructions)
+        call(*bias.shape, y[0, 0].size, *pointers(bias.dtype, y), bias.ctypes.data, *steps(bias))
+
+    def transfer(self, table: np.ndarray) -> Transfer:
+        return CompiledTransfer(table, self.instructions)
+
+    def fold(self, w: np.ndarray, pool: int, out: np.ndarray) -> None:
+        count, rows, n_in, k, _ = w.shape
+        call = function("fold", w.dtype, "iiiiipnnp", self.instructions)
+        place = units_pointer(out.dtype, w), *steps(w[:, :, 0, 0, 0])
+        call(count, rows, n_in, k, pool, *place, *pointers(out.dtype, out))
+
+    def unfold(self, dfolded: np.ndarray, pool: int, out: np.ndarray) -> None:
+        count, rows, n_in, k, _ = out.shape
+        call = function("unfold", out.dtype, "iiiiippnn", self.instructions)
+        place = units_pointer(dfolded.dtype, out), *steps(out[:, :, 0, 0, 0])
+        call(count, rows, n_in, k, pool, *pointers(out.dtype, dfolded), *place)
+
+    def activate(self, kind: str, y: np.ndarray) -> None:
+        if kind == "sigmoid":
+            function("sigmoid", y.dtype, "np", self.instructions)(y.size, *pointers(y.dtype, y))
+        else:
+            super().activate(kind, y)
+
+    def activate_back(self, kind: str, y: np.ndarray, dy: np.ndarray) -> None:
+        if kind == "identity":
+            return
+        function(f"{kind}_back", y.dtype, "npp", self.instructions)(y.size, *pointers(y.dtype, y, dy))
+
+    def max_pool(self, x: np.ndarray, size: int, y: np.ndarray, activation: str = "identity") -> None:
+        function("max_pool", x.dtype, "iiiiipp", self.instructions)(*x.shape, size, *pointers(x.dtype, x, y))
+        self.activate(activation, y)
+
+    def max_pool_back(self, x: np.ndarray, y: np.ndarray, dy: np.ndarray, size: int, dx: np.ndarray) -> None:
+        call = function("max_pool_back", x.dtype, "iiiiipppp", self.instructions)
+        call(*x.shape, size, *pointers(x.dtype, x, y, dy, dx))
+
+    def adam(
+        self, w: np.ndarray, g: np.ndarray, m: np.ndarray, v: np.ndarray, rate: float, root: float, beta1: float,
+        beta2: float, eps: float, l2: float, keep: float,
+    ) -> None:  # fmt: skip
+        """w = keep w - rate m / (root sqrt(v) + eps) after m and v have moved towards d = g + l2 w and d^2.
+
+        All are (n,) of one dtype.
+        """
+        call = function("adam", w.dtype, "nppppddddddd", self.instructions)
+        call(w.size, *pointers(w.dtype, w, g, m, v), rate, root, beta1, beta2, eps, l2, keep)
+
+
+class CompiledTransfer(Transfer):
+    """Copies of runs without index arrays."""
+
+    def __init__(self, table: np.ndarray, instructions: int):
+        self.table, self.instructions = np.ascontiguousarray(table, np.int64), instructions
+
+    def copy(self, values: np.ndarray, out: np.ndarray) -> None:
+        self._call(values, out, 0)
+
+    def add(self, values: np.ndarray, out: np.ndarray) -> None:
+        self._call(values, out, 1)
+
+    def _call(self, values: np.ndarray, out: np.ndarray, add: int) -> None:
+        call = function("transfer", out.dtype, "npppi", self.instructions)
+        call(len(self.table), self.table.ctypes.data, *pointers(out.dtype, values, out), add)

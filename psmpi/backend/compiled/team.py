@@ -1,0 +1,21 @@
+"""Threads of the C kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+
+class Team:
+    """Threads that work on one call together; `size` counts the caller."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.others = ThreadPoolExecutor(size - 1, "psmpi-kernel") if size > 1 else None
+
+    def run(self, share: Callable[[int], None], members: int) -> None:
+        """share(0), ..., share(members - 1), side by side."""
+        waiting = [self.others.submit(share, k) for k in range(1, members)] if self.others is not None else []
+        share(0)
+        for future in waiting:
+            future.result()

@@ -1,0 +1,155 @@
+"""One device: its arrays, the kernels of cuda/, and scratch.
+
+Everything goes to one stream, in order. What waits for the device: a mirror's `wait` and `settle`, `host`, `put`, and
+sums that are handed out as numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import copy
+from pathlib import Path
+from typing import Any, TypeVar
+from zlib import crc32
+
+import numpy as np
+
+from psmpi.backend.gpu.blas import CublasError
+from psmpi.backend.gpu.grids import BLOCKS, blocks
+from psmpi.backend.gpu.mirror import DeviceMirror
+from psmpi.backend.gpu.runtime import INSTALL, load_cupy, stream_of
+from psmpi.backend.reference.arrays import Arrays
+from psmpi.backend.reference.moves import Mirror
+from psmpi.errors import UserError
+
+SOURCES = (
+    "common.cuh", "conv.cu", "elements.cu", "layers.cu", "loss.cu", "norm.cu", "optim.cu", "samples.cu", "turn.cu",
+    "vector.cu", "windows.cu",
+)  # fmt: skip
+REALS = {np.dtype(np.float32): "float", np.dtype(np.float64): "double"}
+
+Ops = TypeVar("Ops", bound="Device")
+
+
+class Device(Arrays):
+    """Arrays of CuPy. compute, graphs: as in `CupyOps`."""
+
+    name = "cupy"
+    on_device = True
+    batch_multiple = 32
+    chunk = 1 << 25
+
+    def __init__(self, device: int, compute: str, graphs: bool) -> None:
+        super().__init__()
+        self.cupy: Any = load_cupy()
+        self.device, self.compute, self.graphs = device, compute, graphs
+        cuda = self.cupy.cuda
+        cuda.Device(device).use()
+        self.stream = stream_of(self.cupy, device)
+        self.stream.use()
+        # CuPy raises the last of these for what it will not do while a stream is being recorded.
+        self.failures = (cuda.runtime.CUDARuntimeError, cuda.driver.CUDADriverError, CublasError, NotImplementedError)
+        self.allocations = 0
+        # Mirrors of small arrays, by what for.
+        self.mirrors: dict[tuple[str, np.dtype], Mirror] = {}
+        self.functions: dict[tuple[str, np.dtype], Any] = {}
+        self.modules: dict[np.dtype, Any] = {}
+
+    @property
+    def place(self) -> str:
+        name = self.cupy.cuda.runtime.getDeviceProperties(self.device)["name"].decode()
+        return f"{name}, device {self.device}"
+
+    @property
+    def pci_id(self) -> str:
+        return str(self.cupy.cuda.runtime.deviceGetPCIBusId(self.device))
+
+    def compile(self, dtype: np.dtype) -> None:
+        """Compile the kernels for a dtype, or find them compiled; UserError where a library for that is missing."""
+        try:
+            self._function("activate", np.dtype(dtype))
+        except (self.cupy.cuda.compiler.CompileException, ImportError, OSError, RuntimeError) as error:
+            raise UserError(
+                f"--backend cupy: the kernels cannot be compiled ({str(error).strip().splitlines()[0]}): CuPy needs "
+                f"NVRTC and the CUDA headers: {INSTALL}, or use --backend compiled"
+            ) from None
+
+    def _function(self, name: str, dtype: np.dtype) -> Any:
+        if (name, dtype) not in self.functions:
+            if dtype not in self.modules:
+                folder = Path(__file__).parent / "cuda"
+                number = crc32(b"".join((folder / source).read_bytes() for source in SOURCES))
+                code = "".join(f'#include "{source}"\n' for source in SOURCES)
+                # The number is there for CuPy's cache, which does not look into included files.
+                options = ("-std=c++17", f"-DREAL={REALS[dtype]}", f"-DPSMPI_SOURCE={number}", f"-I{folder}")
+                self.modules[dtype] = self.cupy.RawModule(code=code, options=options)
+            self.functions[name, dtype] = self.modules[dtype].get_function(name)
+        return self.functions[name, dtype]
+
+    def launch(self, name: str, dtype: np.dtype, grid: tuple[int, ...], block: tuple[int, ...], *args: Any) -> None:
+        """Start a kernel; `args` are arrays, Python ints (64 bits, 0 for no array) and floats (64 bits)."""
+        self._function(name, dtype)(grid, block, args)
+
+    def spread(self, name: str, dtype: np.dtype, size: int, *args: Any) -> None:
+        """Start a kernel that takes `size` elements one by one, however many threads there are."""
+        if size:
+            self.launch(name, dtype, (min(blocks(size, 256), 16 * BLOCKS),), (256,), *args)
+
+    def partial(self, size: int, dtype: np.dtype) -> Any:
+        """Scratch for the parts of a sum, valid until the next sum."""
+        return self.scratch("partial", size, dtype)
+
+    def small_mirror(self, name: str, size: int, dtype: np.dtype) -> Mirror:
+        """A mirror of (size or more,) of this name."""
+        found = self.mirrors.get((name, dtype))
+        if found is None or found.host.size < size:
+            if found is not None:
+                # Pinned memory is for others as soon as it is let go.
+                found.settle()
+            found = self.mirrors[name, dtype] = self.mirror(self.empty(size, dtype))
+        return found
+
+    def upload(self, name: str, values: np.ndarray) -> Any:
+        """Values of host memory on the device, until the next of this name."""
+        mirror = self.small_mirror(name, values.size, values.dtype)
+        mirror.settle()
+        mirror.host[: values.size] = values.reshape(-1)
+        mirror.push(slice(0, values.size))
+        return mirror.array
+
+    def empty(self, size: int, dtype: np.dtype) -> Any:
+        self.allocations += 1
+        return self.cupy.empty(size, dtype)
+
+    def zeros(self, size: int, dtype: np.dtype) -> Any:
+        self.allocations += 1
+        return self.cupy.zeros(size, dtype)
+
+    def view(self, array: Any, start: int, shape: Sequence[int], steps: Sequence[int]) -> Any:
+        flat = array.reshape(-1)
+        strides = tuple(step * flat.itemsize for step in steps)
+        return self.cupy.lib.stride_tricks.as_strided(flat[start:], tuple(shape), strides)
+
+    def mirror(self, array: Any) -> Mirror:
+        # What is in host memory already needs none.
+        return Mirror(array) if isinstance(array, np.ndarray) else DeviceMirror(array, self.cupy, self.stream)
+
+    def host(self, array: Any) -> np.ndarray:
+        found: np.ndarray = self.cupy.asnumpy(array)
+        return found
+
+    def put(self, values: np.ndarray) -> Any:
+        mirror = self.mirror(self.empty(values.size, values.dtype).reshape(values.shape))
+        mirror.host[...] = values
+        mirror.push()
+        mirror.settle()
+        return mirror.array
+
+    def synchronize(self) -> None:
+        self.stream.synchronize()
+
+    def separate(self: Ops) -> Ops:
+        made = copy(self)
+        # Scratch of recorded work stays where it is.
+        made.buffers, made.mirrors = {}, {}
+        return made

@@ -1,0 +1,70 @@
+"""Losses on a GPU, and derivatives that are scaled to stay finite."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from psmpi.backend.gpu.device import Device
+from psmpi.backend.gpu.grids import BLOCKS, blocks
+
+LOSSES = {"psl": 0, "logistic": 1, "nll": 2, "squared": 3}
+
+
+class DeviceLosses(Device):
+    """Kernels of loss.cu."""
+
+    def losses(
+        self,
+        name: str,
+        scores: Any,
+        labels: Any,
+        scale: float,
+        kappa: float,
+        limit: float,
+        pairs: Any,
+        own: slice,
+        grad: Any,
+        report: Any,
+    ) -> None:
+        """One pass over a minibatch of the loss called `name`; grad and report as in `Loss.fused`."""
+        classes, b = scores.shape
+        each = self.partial(3 * b, np.dtype(np.float64))
+        seen, into = (0 if array is None else array for array in (pairs, grad))
+        settings = (LOSSES[name], classes, b, scores, labels, scale, kappa, limit, seen)
+        self.spread("losses", scores.dtype, b, *settings, into, each)
+        first, last, _ = own.indices(classes) if grad is not None else (0, 0, 1)
+        self.launch("loss_report", scores.dtype, (1,), (256,), classes, b, first, last, each, into, scale, report)
+
+    def distances(self, outputs: Any, targets: Any, labels: Any, scale: float, grad: Any, report: Any) -> None:
+        """The same for the loss ||f - S_y||^2 of outputs f (units, b), the y-th column of targets S (units, classes)
+        float64; of the report the second and the third number are 0.
+        """
+        count = min(blocks(outputs.size, 1024), BLOCKS)
+        partial = self.partial(4 * count, np.dtype(np.float64))
+        shape = (targets.shape[1], outputs.shape[1], outputs.size)
+        self.launch(
+            "distances", outputs.dtype, (count,), (256,), *shape, outputs, targets, labels, scale, grad, partial
+        )
+        # What blocks have found is added up as if they were samples with one score each.
+        peaks = partial[3 * count :]
+        self.launch("loss_report", outputs.dtype, (1,), (256,), 1, count, 0, 1, partial, peaks, scale, report)
+
+    def psl_loss(self, *args: Any) -> None:
+        self.losses("psl", *args)
+
+    def logistic_loss(self, *args: Any) -> None:
+        self.losses("logistic", *args)
+
+    def nll_loss(self, *args: Any) -> None:
+        self.losses("nll", *args)
+
+    def squared_loss(self, *args: Any) -> None:
+        self.losses("squared", *args)
+
+    def cast_scores(self, grad: Any, out: Any, report: Any) -> None:
+        self.spread("cast_scores", out.dtype, out.size, out.size, grad, out, report)
+
+    def unscale(self, g: Any, report: Any, limit: float) -> None:
+        self.spread("unscale", g.dtype, g.size, g.size, g, report, limit)

@@ -1,0 +1,97 @@
+"""Samples and runs of vectors on a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from psmpi.backend.gpu.device import Device
+from psmpi.backend.gpu.grids import blocks
+from psmpi.backend.reference.moves import Mirror, Samples, Transfer
+
+# Elements of a run that a block moves.
+PIECE = 256
+
+
+class DeviceSamples(Samples):
+    """Samples that stay on the device; those that are there already may be written later."""
+
+    def __init__(self, values: Any, scale: float, ops: Device):
+        self.ops, self.scale = ops, scale
+        if isinstance(values, np.ndarray):
+            values = self._upload(values)
+        self.values = values
+        self.kernel = {"uint8": "gather_u8", "float32": "gather_f32", "float64": "gather_f64"}[values.dtype.name]
+        self.scales: Any = None
+        self.at: Mirror | None = None
+
+    def _upload(self, values: np.ndarray) -> Any:
+        if values.dtype not in (np.uint8, np.float32, np.float64):
+            values = values.astype(np.float64 if values.dtype.itemsize > 2 else np.float32)
+        found = self.ops.cupy.asarray(np.ascontiguousarray(values))
+        # They went through pinned memory, which CuPy would keep.
+        self.ops.synchronize()
+        self.ops.cupy.get_default_pinned_memory_pool().free_all_blocks()
+        return found
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.values.nbytes)
+
+    def fetch(self, at: np.ndarray, out: Any) -> None:
+        features, b = out.shape
+        if not b:
+            return
+        if self.at is not None:
+            self.at.settle()
+        if self.at is None or self.at.host.size < b:
+            self.at = self.ops.mirror(self.ops.empty(b, np.dtype(np.int64)))
+        if self.scales is None or self.scales.dtype != out.dtype:
+            self.scales = self.ops.empty(features, out.dtype)
+            self.scales.fill(self.scale)
+        self.at.host[:b] = at
+        self.at.push(slice(0, b))
+        grid = (blocks(b, 32), blocks(features, 32))
+        arrays = (self.at.array, self.values, self.scales, out)
+        self.ops.launch(self.kernel, out.dtype, grid, (32, 8), b, features, *arrays)
+
+
+class DeviceTransfer(Transfer):
+    """Copies of runs by a table of pieces of the target that all have the same runs of the source, see `transfer`."""
+
+    def __init__(self, table: np.ndarray, ops: Device):
+        self.ops, self.table = ops, np.ascontiguousarray(table, np.int64)
+        begin, to, length = self.table.T
+        edges = np.unique(np.concatenate([to, to + length]))
+        # Runs are cut where another begins or ends, and what is long in pieces for a block each.
+        first, behind = np.searchsorted(edges, to), np.searchsorted(edges, to + length)
+        run = np.repeat(np.arange(len(to)), behind - first)
+        segment = np.arange(len(run)) - np.repeat(np.cumsum(behind - first) - behind, behind - first)
+        order = np.argsort(segment, kind="stable")
+        run, segment = run[order], segment[order]
+        sources = begin[run] + edges[segment] - to[run]
+        used, starts = np.unique(segment, return_index=True)
+        ends = np.append(starts[1:], len(segment))
+        sizes = np.diff(edges)[used] if len(used) else used
+        pieces = -(-sizes // PIECE)
+        at = np.repeat(np.arange(len(used)), pieces)
+        offset = (np.arange(len(at)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * PIECE
+        entries = (edges[used][at] + offset, np.minimum(PIECE, sizes[at] - offset), starts[at], ends[at], offset)
+        self.entries = len(at)
+        self.pieces, self.sources = (ops.put(a.astype(np.int64)) for a in (np.stack(entries, axis=1), sources))
+
+    def copy(self, values: Any, out: Any) -> None:
+        self._start(values, out, 0)
+
+    def add(self, values: Any, out: Any) -> None:
+        self._start(values, out, 1)
+
+    def _start(self, values: Any, out: Any, add: int) -> None:
+        if self.entries:
+            arrays = (self.pieces, self.sources, values, out)
+            self.ops.launch("transfer", out.dtype, (self.entries,), (256,), *arrays, add)
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.table.nbytes + self.pieces.nbytes + self.sources.nbytes)

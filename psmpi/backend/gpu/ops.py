@@ -1,0 +1,68 @@
+"""The operations on a GPU: CuPy arrays, the kernels of cuda/, cuBLAS and, where wished, cuDNN."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from psmpi.backend.gpu.blas import Blas
+from psmpi.backend.gpu.cudnn import Cudnn
+from psmpi.backend.gpu.losses import DeviceLosses
+from psmpi.backend.gpu.moves import DeviceSamples, DeviceTransfer
+from psmpi.backend.gpu.optim import DeviceSteps
+from psmpi.backend.gpu.products import DeviceProducts
+from psmpi.backend.gpu.recording import Recording
+from psmpi.backend.gpu.vectors import DeviceVectors
+from psmpi.backend.reference.moves import Samples, Transfer
+from psmpi.backend.reference.ops import NumpyOps
+from psmpi.errors import UserError
+
+
+class CupyOps(DeviceProducts, DeviceLosses, DeviceVectors, DeviceSteps, NumpyOps):
+    """The operations on one device.
+
+    compute: what the matrix products of float32 arrays, and convolutions by way of them, compute with: float32, tf32,
+    float16 or bfloat16; sums and results stay float32. graphs: record repeated work as CUDA graphs. convolution: own,
+    cudnn where it has the convolution and its values agree, or measured, where it is faster too.
+    """
+
+    def __init__(self, device: int = 0, compute: str = "float32", graphs: bool = True, convolution: str = "own"):
+        super().__init__(device, compute, graphs)
+        self.blas = Blas(self.cupy, self.stream)
+        # Sums over vectors that are waited for together.
+        self.sums = self.mirror(self.zeros(64, np.dtype(np.float64)))
+        self.cudnn: Cudnn | None = None
+        self._choices: list[str] = []
+        if convolution != "own":
+            if compute not in ("float32", "tf32"):
+                raise UserError(
+                    f"--convolution {convolution} computes with float32 and tf32, not --compute {compute}: leave one "
+                    "out"
+                )
+            try:
+                self.cudnn = Cudnn(self, convolution == "measured")
+            except UserError as error:
+                if convolution == "cudnn":
+                    raise
+                self._choices = [str(error).replace("--convolution cudnn", "--convolution measured: psmpi's own alone")]
+
+    @property
+    def description(self) -> str:
+        compute = "" if self.compute == "float32" else f", products in {self.compute}"
+        cudnn = "" if self.cudnn is None else f", {self.cudnn.name}"
+        return f"{self.name} ({self.place}{compute}{cudnn})"
+
+    @property
+    def choices(self) -> list[str]:
+        return self._choices if self.cudnn is None else self.cudnn.choices
+
+    def record(self, work: Callable[..., Any]) -> Callable[..., Any]:
+        return Recording(self, work)
+
+    def samples(self, values: np.ndarray, scale: float) -> Samples:
+        return DeviceSamples(values, scale, self)
+
+    def transfer(self, table: np.ndarray) -> Transfer:
+        return DeviceTransfer(table, self)

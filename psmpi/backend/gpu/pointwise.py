@@ -1,0 +1,88 @@
+"""Bias, activation, normalization, pooling, and weights of samples on a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from psmpi.backend.gpu.device import Device
+from psmpi.backend.gpu.grids import BLOCKS, blocks
+
+# By the numbers that the kernels know them by.
+ACTIVATIONS = {"identity": 0, "sigmoid": 1, "tanh": 2, "relu": 3}
+
+
+class DevicePointwise(Device):
+    """Kernels of layers.cu and norm.cu."""
+
+    def add_bias(self, y: Any, bias: Any) -> None:
+        self.finish(y, bias, "identity")
+
+    def row_sums(self, y: Any, out: Any) -> None:
+        self.finish_back(y, y, "identity", out)
+
+    def finish(self, y: Any, bias: Any, kind: str) -> None:
+        count, n = bias.shape
+        steps = (stride // bias.itemsize for stride in bias.strides)
+        self.spread("finish", y.dtype, y.size, count, n, y.size // (count * n), y, bias, *steps, ACTIVATIONS[kind])
+
+    def finish_back(self, y: Any, dy: Any, kind: str, dbias: Any) -> None:
+        if dbias is None:
+            self.activate_back(kind, y, dy)
+            return
+        count, n = dbias.shape
+        m = dy.size // (count * n)
+        splits = max(1, min(blocks(BLOCKS, count * n), blocks(m, 2048)))
+        partial = self.partial(count * n * splits, dy.dtype)
+        shape, grid = (count, n, m), (count * n, splits)
+        self.launch("finish_back", dy.dtype, grid, (256,), *shape, y, dy, partial, splits, ACTIVATIONS[kind])
+        steps = (stride // dbias.itemsize for stride in dbias.strides)
+        self.spread("row_sums", dy.dtype, count * n, count, n, splits, partial, dbias, *steps)
+
+    def activate(self, kind: str, y: Any) -> None:
+        if kind != "identity":
+            self.spread("activate", y.dtype, y.size, y.size, y, ACTIVATIONS[kind])
+
+    def activate_back(self, kind: str, y: Any, dy: Any) -> None:
+        if kind != "identity":
+            self.spread("activate_back", y.dtype, y.size, y.size, y, dy, ACTIVATIONS[kind])
+
+    def normalize(self, x: Any, eps: float, out: Any, scale: Any) -> None:
+        n, m = x.shape
+        self.launch("normalize", x.dtype, (n,), (256,), m, x, eps, out, scale)
+
+    def affine(self, x: Any, gamma: Any, beta: Any, kind: str, y: Any) -> None:
+        n, m = x.shape
+        self.spread("affine", x.dtype, x.size, n, m, x, gamma, beta, ACTIVATIONS[kind], y)
+
+    def normalize_back(
+        self, x: Any, scale: Any, gamma: Any, y: Any, dy: Any, kind: str, dgamma: Any, dbeta: Any
+    ) -> None:
+        n, m = x.shape
+        self.launch(
+            "normalize_back", x.dtype, (n,), (256,), m, x, scale, gamma, y, dy, ACTIVATIONS[kind], dgamma, dbeta
+        )
+
+    def mean_pool(self, x: Any, size: int, y: Any, activation: str = "identity") -> None:
+        self.spread("mean_pool", x.dtype, y.size, *x.shape, size, x, y, ACTIVATIONS[activation])
+
+    def mean_pool_back(self, dy: Any, size: int, dx: Any) -> None:
+        self.spread("mean_pool_back", dy.dtype, dx.size, *dx.shape, size, dy, dx)
+
+    def max_pool(self, x: Any, size: int, y: Any, activation: str = "identity") -> None:
+        self.spread("max_pool", x.dtype, y.size, *x.shape, size, x, y, ACTIVATIONS[activation])
+
+    def max_pool_back(self, x: Any, y: Any, dy: Any, size: int, dx: Any) -> None:
+        self.spread("max_pool_back", dy.dtype, dx.size, *x.shape, size, x, dy, dx)
+
+    def scale_samples(self, y: Any, weights: Any, out: Any) -> None:
+        many, b = weights.shape
+        self.spread("scale_samples", y.dtype, out.size, many, y.size // b, b, y, weights, out)
+
+    def weighted_sums(self, y: Any, weights: Any, out: Any) -> None:
+        (count, n, b), steps = y.shape, (stride // out.itemsize for stride in out.strides)
+        self.launch("weighted_sums", y.dtype, (count * n, len(weights)), (256,), n, b, y, weights, out, *steps)
+
+    def position_sums(self, y: Any, out: Any) -> None:
+        """out (n, b) = y (n, rows, columns, b) summed over its positions."""
+        n, b = out.shape
+        self.spread("position_sums", y.dtype, out.size, n, y.shape[1] * y.shape[2], b, y, out)

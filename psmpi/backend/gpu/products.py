@@ -1,0 +1,75 @@
+"""Products of matrices by cuBLAS, and convolutions, on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from psmpi.backend.gpu.blas import Blas
+from psmpi.backend.gpu.convolution import DeviceConvolution, DeviceWindows
+from psmpi.backend.gpu.cudnn import ChosenConvolution, Cudnn, groups
+from psmpi.backend.gpu.pointwise import DevicePointwise
+from psmpi.backend.gpu.trial import Shape
+from psmpi.backend.reference.convolution import Convolution, Stripes
+
+
+class DeviceProducts(DevicePointwise):
+    """blas: the products; cudnn: what may do convolutions in place of psmpi's kernels conv.cu and windows.cu."""
+
+    blas: Blas
+    cudnn: Cudnn | None
+
+    def matmul(self, a: Any, b: Any, out: Any) -> None:
+        if out.size == 0:
+            return
+        if out.ndim == 2:
+            a, b, out = a[None], b[None], out[None]
+        if out.ndim == 3:
+            self.blas.product(a, b, out, self.compute)
+            return
+        # All of the first axis meet the same b: a step of 0 from one to the next.
+        for k in range(out.shape[1]):
+            same = self.cupy.lib.stride_tricks.as_strided(b[k], (len(out), *b.shape[1:]), (0, *b.strides[1:]))
+            self.blas.product(a[:, k], same, out[:, k], self.compute)
+
+    def convolution(
+        self,
+        stripes: Sequence[Stripes],
+        in_shape: tuple[int, int, int],
+        out_shape: tuple[int, int, int],
+        kernel: int,
+        stride: int,
+        dtype: np.dtype,
+        activation: str = "identity",
+    ) -> Convolution:
+        own: Convolution
+        if self.compute != "float32" and dtype == np.float32:
+            # The tensor cores compute products of matrices.
+            own = DeviceWindows(stripes, in_shape, out_shape, kernel, stride, dtype, activation, ops=self)
+        else:
+            own = DeviceConvolution(self, stripes, in_shape, out_shape, kernel, stride, dtype, activation)  # type: ignore[assignment]
+        count = groups(stripes, in_shape[0], out_shape[0])
+        if self.cudnn is None or not count:
+            return own
+        shape = Shape(in_shape, out_shape, count, kernel, stride, activation, np.dtype(dtype))
+        return ChosenConvolution(own, self.cudnn, shape)  # type: ignore[return-value]
+
+    def im2col(self, x: Any, stride: int, first: int, cols: Any) -> None:
+        _, k, _, rows, width, b = cols.shape
+        self.spread("im2col", x.dtype, cols.size, *x.shape[:3], b, k, stride, first, rows, width, x, cols)
+
+    def col2im(self, cols: Any, stride: int, first: int, dx: Any) -> None:
+        _, k, _, rows, width, b = cols.shape
+        self.spread("col2im", dx.dtype, dx.size, *dx.shape[:3], b, k, stride, first, rows, width, cols, dx)
+
+    def fold(self, w: Any, pool: int, out: Any) -> None:
+        count, rows, n_in, k, _ = w.shape
+        steps = (stride // w.itemsize for stride in w.strides[:2])
+        self.spread("fold", w.dtype, out.size, count, rows, n_in, k, pool, w, *steps, out)
+
+    def unfold(self, dfolded: Any, pool: int, out: Any) -> None:
+        count, rows, n_in, k, _ = out.shape
+        steps = (stride // out.itemsize for stride in out.strides[:2])
+        self.spread("unfold", out.dtype, out.size, count, rows, n_in, k, pool, dfolded, out, *steps)

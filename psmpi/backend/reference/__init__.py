@@ -1,0 +1,19 @@
+"""The operations in NumPy: what other backends are tested against, and fall back to."""
+
+from psmpi.backend.reference.arrays import CHUNK
+from psmpi.backend.reference.convolution import Convolution, Im2col, Stripes
+from psmpi.backend.reference.losses import exponent_of
+from psmpi.backend.reference.moves import Mirror, Samples, Transfer
+from psmpi.backend.reference.ops import NumpyOps
+
+__all__ = [
+    "CHUNK",
+    "Convolution",
+    "Im2col",
+    "Mirror",
+    "NumpyOps",
+    "Samples",
+    "Stripes",
+    "Transfer",
+    "exponent_of",
+]

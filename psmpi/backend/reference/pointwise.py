@@ -1,0 +1,150 @@
+"""Element by element: bias, activation, normalization, pooling, and weights of samples."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from psmpi.backend.reference.arrays import CHUNK, Arrays
+
+
+class Pointwise(Arrays):
+    """All activations are one of identity, sigmoid, tanh and relu, by name."""
+
+    def add_bias(self, y: np.ndarray, bias: np.ndarray) -> None:
+        """y (count, n, anything) += bias (count, n), in place."""
+        y += bias[:, :, None]
+
+    def row_sums(self, y: np.ndarray, out: np.ndarray) -> None:
+        """out (...,) = y (..., n) summed over its last axis."""
+        np.sum(y, axis=-1, out=out)
+
+    def finish(self, y: np.ndarray, bias: np.ndarray, kind: str) -> None:
+        """y (count, n, anything) = activation(y + bias (count, n)), in place."""
+        self.add_bias(y, bias)
+        self.activate(kind, y)
+
+    def finish_back(self, y: np.ndarray, dy: np.ndarray, kind: str, dbias: np.ndarray | None) -> None:
+        """dy (count, n, anything) *= activation', from its output y, in place; dbias (count, n) = the sums of dy."""
+        self.activate_back(kind, y, dy)
+        if dbias is not None:
+            self.row_sums(dy, dbias)
+
+    def activate(self, kind: str, y: np.ndarray) -> None:
+        """y = activation(y), in place."""
+        if kind == "sigmoid":
+            # exp would overflow for very negative inputs; tanh does not.
+            y *= 0.5
+            np.tanh(y, out=y)
+            y *= 0.5
+            y += 0.5
+        elif kind == "tanh":
+            np.tanh(y, out=y)
+        elif kind == "relu":
+            np.maximum(y, 0, out=y)
+
+    def activate_back(self, kind: str, y: np.ndarray, dy: np.ndarray) -> None:
+        """dy *= activation'(x), in place, from the activation's output y; both contiguous."""
+        if kind == "identity":
+            return
+        ys, ds = y.reshape(-1), dy.reshape(-1)
+        # In chunks that stay in the cache: the derivative needs room, and other layers need y.
+        for first in range(0, ys.size, CHUNK):
+            at = slice(first, min(first + CHUNK, ys.size))
+            slope = self.scratch("slope", CHUNK, y.dtype)[: at.stop - at.start]
+            if kind == "sigmoid":
+                np.subtract(1, ys[at], out=slope)
+                slope *= ys[at]
+            elif kind == "tanh":
+                np.multiply(ys[at], ys[at], out=slope)
+                np.subtract(1, slope, out=slope)
+            elif kind == "relu":
+                np.sign(ys[at], out=slope)
+            ds[at] *= slope
+
+    def normalize(self, x: np.ndarray, eps: float, out: np.ndarray, scale: np.ndarray) -> None:
+        """out (n, m) = the rows of x (n, m) less their means, times scale (n,) = 1 / sqrt(their variance + eps).
+
+        out may be x. The variance is that of the m values, not an estimate of a larger population's.
+        """
+        m = x.shape[1]
+        np.mean(x, axis=1, out=scale)
+        np.subtract(x, scale[:, None], out=out)
+        np.einsum("ij,ij->i", out, out, out=scale)
+        scale /= m
+        scale += eps
+        np.sqrt(scale, out=scale)
+        np.divide(1, scale, out=scale)
+        out *= scale[:, None]
+
+    def affine(self, x: np.ndarray, gamma: np.ndarray, beta: np.ndarray, kind: str, y: np.ndarray) -> None:
+        """y (n, m) = activation(gamma (n,) x + beta (n,))."""
+        np.multiply(x, gamma[:, None], out=y)
+        y += beta[:, None]
+        self.activate(kind, y)
+
+    def normalize_back(
+        self,
+        x: np.ndarray,
+        scale: np.ndarray,
+        gamma: np.ndarray,
+        y: np.ndarray,
+        dy: np.ndarray,
+        kind: str,
+        dgamma: np.ndarray,
+        dbeta: np.ndarray,
+    ) -> None:
+        """The adjoint of `normalize` and `affine`, from their outputs x, scale and y: dy (n, m) becomes the gradient of
+        what was normalized, dgamma and dbeta (n,) are those of gamma and beta. x is used up.
+        """
+        m = x.shape[1]
+        self.activate_back(kind, y, dy)
+        np.einsum("ij,ij->i", dy, x, out=dgamma)
+        self.row_sums(dy[None], dbeta[None])
+        x *= (dgamma / m)[:, None]
+        dy -= x
+        dy -= (dbeta / m)[:, None]
+        dy *= (gamma * scale)[:, None]
+
+    def mean_pool(self, x: np.ndarray, size: int, y: np.ndarray, activation: str = "identity") -> None:
+        """y (c, h // size, w // size, b) = activation(mean of x (c, h, w, b) over size x size windows)."""
+        first, *others = _windows(x, size, y)
+        y[...] = first
+        for window in others:
+            y += window
+        y *= 1 / size**2
+        self.activate(activation, y)
+
+    def mean_pool_back(self, dy: np.ndarray, size: int, dx: np.ndarray) -> None:
+        dx.fill(0)
+        for window in _windows(dx, size, dy):
+            np.multiply(dy, 1 / size**2, out=window)
+
+    def max_pool(self, x: np.ndarray, size: int, y: np.ndarray, activation: str = "identity") -> None:
+        first, *others = _windows(x, size, y)
+        y[...] = first
+        for window in others:
+            np.maximum(y, window, out=y)
+        self.activate(activation, y)
+
+    def max_pool_back(self, x: np.ndarray, y: np.ndarray, dy: np.ndarray, size: int, dx: np.ndarray) -> None:
+        """dx: dy where x is a window's first largest entry, 0 elsewhere. y, of the shape of dy, is scratch."""
+        self.max_pool(x, size, y)
+        dx.fill(0)
+        for window, into in zip(_windows(x, size, y), _windows(dx, size, y), strict=True):
+            hit = window == y
+            np.copyto(into, dy, where=hit)
+            # A later entry of the same window may tie with this one: NaN equals nothing, so it cannot win again.
+            np.copyto(y, np.nan, where=hit)
+
+    def scale_samples(self, y: np.ndarray, weights: np.ndarray, out: np.ndarray) -> None:
+        """out (k, count, n, b) = y (count, n, b), each sample times its weight in weights (k, b)."""
+        np.multiply(weights[:, None, None], y, out=out)
+
+    def weighted_sums(self, y: np.ndarray, weights: np.ndarray, out: np.ndarray) -> None:
+        """out (k, count, n) = the sums of y (count, n, b) over the samples, each times its weight in weights (k, b)."""
+        out[...] = np.matmul(y, weights.T).transpose(2, 0, 1)
+
+
+def _windows(x: np.ndarray, size: int, like: np.ndarray) -> list[np.ndarray]:
+    h, w = like.shape[1] * size, like.shape[2] * size
+    return [x[:, i:h:size, j:w:size] for i in range(size) for j in range(size)]

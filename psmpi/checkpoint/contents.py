@@ -1,0 +1,242 @@
+"""What a checkpoint says of itself: configuration, layouts, progress, in texts that people can read."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import h5py
+
+from psmpi.checkpoint.format import check_file, open_file
+from psmpi.checkpoint.tensors import Tensor, held_runs, make_tensors
+from psmpi.config import tomllib
+from psmpi.errors import DamagedError
+from psmpi.layout import Block, Layout, Parameter, Piece, Runs
+
+TABLES = ("elements", "rank")
+TEXTS = ("config", "layout", "metrics", "part", "placement", "progress", "provenance", "random", "scalars")
+SPACE = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands: `step` steps done in all, `cursor` of them in `epoch` (from 0); `loss_sum` of that epoch.
+
+    `rows` are the metrics of the epochs done.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    cursor: int = 0
+    seconds: float = 0.0
+    loss_sum: float = 0.0
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    rows: tuple[dict[str, Any], ...] = field(default=())
+
+    @property
+    def accuracy(self) -> float | None:
+        """Test accuracy after the last whole epoch."""
+        return self.rows[-1].get("test_accuracy") if self.rows else None
+
+
+@dataclass(frozen=True)
+class Contents:
+    """Everything in a checkpoint but its tensors.
+
+    config: TOML; in_shape: of a sample; task: what the scores are for, "classes" or "regression"; layout: of the whole
+    network; part: the classes whose part alone the file holds, None for all; placement, provenance: what ranks did and
+    where, for people; random: what random numbers are drawn from; scalars: of the optimizer; spaces: layouts, by name,
+    of tensors that are neither weights nor vectors of the optimizer, each a vector of that name, of any dtype.
+    """
+
+    config: str
+    in_shape: tuple[int, ...]
+    layout: Layout
+    progress: Progress = Progress()
+    scalars: Mapping[str, float | int] = field(default_factory=dict)
+    random: Mapping[str, Any] = field(default_factory=dict)
+    placement: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    part: tuple[int, ...] | None = None
+    # The optimizer's vectors that a file has besides the weights.
+    vectors: frozenset[str] = frozenset()
+    spaces: Mapping[str, Layout] = field(default_factory=dict)
+    task: str = "classes"
+
+    def __post_init__(self) -> None:
+        for name in self.spaces:
+            if not SPACE.fullmatch(name) or name in ("weights", "optimizer", *TABLES, *TEXTS):
+                raise ValueError(f"{name!r} cannot name tensors of a checkpoint: it is taken, or no plain name")
+
+    def texts(self) -> dict[str, str]:
+        """The data sets of text: their names and what they say."""
+        progress = asdict(self.progress)
+        rows = progress.pop("rows")
+        spaces = {"spaces": {name: _describe(of) for name, of in self.spaces.items()}} if self.spaces else {}
+        texts = {
+            "config": self.config,
+            "layout": json.dumps({"in_shape": self.in_shape, "task": self.task, **_describe(self.layout), **spaces}),
+            "metrics": "".join(json.dumps(row) + "\n" for row in rows),
+            "placement": json.dumps(dict(self.placement)),
+            "progress": json.dumps(progress),
+            "provenance": json.dumps(dict(self.provenance)),
+            "random": json.dumps(dict(self.random)),
+            "scalars": json.dumps(dict(self.scalars)),
+        }
+        return texts if self.part is None else {**texts, "part": json.dumps(self.part)}
+
+    @staticmethod
+    def of(texts: Mapping[str, str]) -> Contents:
+        """The reverse of `texts`. An exception of some kind where something is missing or wrong."""
+        rows = tuple(_table(line) for line in texts["metrics"].splitlines())
+        for row in rows:
+            _expect(isinstance(row.get("test_accuracy", 0.0), float | int), "metrics")
+        tomllib.loads(texts["config"])
+        layout = json.loads(texts["layout"])
+        progress = replace(Progress(**_table(texts["progress"])), rows=rows)
+        for name, value in vars(progress).items():
+            _expect(name == "rows" or (isinstance(value, float | int) and value >= 0), f"progress, {name}")
+        scalars = _table(texts["scalars"])
+        _expect(all(isinstance(value, float | int) for value in scalars.values()), "scalars")
+        made = Contents(
+            config=texts["config"],
+            in_shape=_sizes(layout["in_shape"]),
+            layout=_layout(layout),
+            progress=progress,
+            scalars=scalars,
+            random=_table(texts["random"]),
+            placement=_table(texts["placement"]),
+            provenance=_table(texts["provenance"]),
+            part=tuple(json.loads(texts["part"])) if "part" in texts else None,
+            spaces={name: _layout(of) for name, of in layout.get("spaces", {}).items()},
+            task=layout.get("task", "classes"),
+        )
+        _expect(made.task in ("classes", "regression"), "layout, task")
+        known = set(range(made.layout.classes))
+        _expect(made.part is None or (len(made.part) > 0 and set(made.part) <= known), "part")
+        return made
+
+    def held(self) -> Runs:
+        """The runs of the flat vector of the weights that the file holds."""
+        return held_runs(self.layout, self.part)
+
+    def layout_of(self, vector: str) -> Layout:
+        """The layout of the weights and of each vector of the optimizer, or of a space."""
+        return self.spaces.get(vector, self.layout)
+
+    def tensors(self, vector: str = "weights") -> list[Tensor]:
+        """The tensors of the weights and of each vector of the optimizer, or of a space."""
+        return make_tensors(self.spaces[vector]) if vector in self.spaces else make_tensors(self.layout, self.part)
+
+    def group(self, vector: str) -> str:
+        """The HDF5 group that holds the tensors of a vector: `weights`, `optimizer/m`, a space's own."""
+        return vector if vector in self.spaces else group_of(vector)
+
+
+def group_of(vector: str) -> str:
+    """The HDF5 group of the weights or of a vector of the optimizer."""
+    return vector if vector == "weights" else f"optimizer/{vector}"
+
+
+def _describe(layout: Layout) -> dict[str, Any]:
+    """A layout as plain data; pieces are [number of the parameter, first unit, last unit, offset]."""
+    return {
+        "classes": layout.classes,
+        "parameters": [{"name": p.name, "shape": p.shape, "units": p.units} for p in layout.parameters],
+        "blocks": [
+            {
+                "classes": sorted(b.classes),
+                "start": b.start,
+                "stop": b.stop,
+                "pieces": [[p.parameter, p.first, p.last, p.offset] for p in b.pieces],
+            }
+            for b in layout.blocks
+        ],
+    }
+
+
+def _layout(table: Mapping[str, Any]) -> Layout:
+    parameters = tuple(Parameter(str(p["name"]), _sizes(p["shape"]), int(p["units"])) for p in table["parameters"])
+    for p in parameters:
+        # Units are the elements of some leading axes.
+        _expect(p.units in accumulate(p.shape, lambda a, b: a * b), f"layout, {p.name}")
+    _expect(len({p.name for p in parameters}) == len(parameters), "layout, parameters")
+    at, units, blocks = 0, [0] * len(parameters), []
+    for b in table["blocks"]:
+        _expect(b["start"] == at, "layout, blocks")
+        pieces = tuple(Piece(*map(int, p)) for p in b["pieces"])
+        for piece in pieces:
+            _expect(0 <= piece.parameter < len(parameters) and piece.first < piece.last, "layout, pieces")
+            _expect(piece.offset == at, "layout, pieces")
+            units[piece.parameter] += piece.last - piece.first
+            at += (piece.last - piece.first) * parameters[piece.parameter].unit_size
+        _expect(b["stop"] == at, "layout, blocks")
+        blocks.append(Block(frozenset(map(int, b["classes"])), b["start"], b["stop"], pieces))
+    _expect(units == [p.units for p in parameters], "layout, pieces")
+    classes = int(table["classes"])
+    _expect(all(block.classes <= set(range(classes)) for block in blocks), "layout, classes")
+    return Layout(parameters, tuple(blocks), classes)
+
+
+def _table(text: str) -> dict[str, Any]:
+    found = json.loads(text)
+    _expect(isinstance(found, dict), text[:40])
+    return dict(found)
+
+
+def _sizes(numbers: Any) -> tuple[int, ...]:
+    _expect(all(isinstance(n, int) and n > 0 for n in numbers), f"sizes {numbers}")
+    return tuple(numbers)
+
+
+def _expect(true: bool, what: str) -> None:
+    if not true:
+        raise ValueError(what)
+
+
+def read_contents(path: Path) -> Contents:
+    """What a file that `check_file` has passed says of itself. DamagedError where that makes no sense."""
+    with open_file(path) as file:
+        try:
+            texts = {name: str(item.asstr()[0]) for name, item in file.items() if isinstance(item, h5py.Dataset)}
+            return replace(Contents.of(texts), vectors=frozenset(file.get("optimizer", ())))
+        except Exception as error:
+            raise DamagedError(
+                f"checkpoint {path} was not written as psmpi/checkpoint/FORMAT.md says ({error!r}); use another one"
+            ) from None
+
+
+def validate(path: Path) -> Contents:
+    """`check_file`, and what a file says of itself, and that every tensor is there. Errors as those of `check_file`."""
+    check_file(path)
+    contents = read_contents(path)
+    with open_file(path) as file:
+        dtypes = set()
+        for vector in ["weights", *file.get("optimizer", ()), *contents.spaces]:
+            for tensor in contents.tensors(vector):
+                name, space = f"{contents.group(vector)}/{tensor.name}", vector in contents.spaces
+                found = file.get(name)
+                has = f"is {found.dtype} {found.shape}" if isinstance(found, h5py.Dataset) else "is missing"
+                if isinstance(found, h5py.Dataset) and found.shape == tensor.shape:
+                    if space and found.dtype.kind in "fiu":
+                        continue
+                    if not space and found.dtype in ("f4", "f8"):
+                        dtypes.add(found.dtype)
+                        if len(dtypes) == 1:
+                            continue
+                wanted = "numbers" if space else "float"
+                raise DamagedError(
+                    f"checkpoint {path}: {name} {has}, its layout says {tensor.shape}, {wanted}; use another one"
+                )
+        for group in TABLES:
+            tables = file.get(group, {})
+            rows = {table.shape[:1] if isinstance(table, h5py.Dataset) else () for table in tables.values()}
+            if len(rows) > 1 or () in rows:
+                raise DamagedError(f"checkpoint {path}: its tables in /{group} are not of one length; use another one")
+    return contents

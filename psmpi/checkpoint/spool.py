@@ -1,0 +1,148 @@
+"""The spool file that takes what a checkpoint is made of, and the process that makes it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from psmpi.checkpoint.lock import inherit
+
+
+def _environment() -> dict[str, str]:
+    """What the process sees: nothing of the launcher, as it is no rank, and one thread.
+
+    An h5py built with parallel HDF5 imports mpi4py, which must not start MPI there.
+    """
+    launcher = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "MPI_LOCAL", "HYDI_")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(launcher)}
+    return {**kept, "MPI4PY_RC_INITIALIZE": "false", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+
+
+class Spool:
+    """A file without a name, and psmpi.checkpoint.build beside it, which does one job at a time.
+
+    lock: the lock of the run directory, which the process holds too.
+    """
+
+    def __init__(self, lock: IO[bytes] | None = None):
+        self.lock = lock
+        self.file: IO[bytes] | None = None
+        self.process: subprocess.Popen[str] | None = None
+        self.noise: IO[bytes] | None = None
+
+    def open(self, place: Path) -> None:
+        """Spool file in the folder `place` and process, if they are not there already. OSError where they cannot be."""
+        place.mkdir(parents=True, exist_ok=True)
+        if self.process is not None and self.process.poll() is not None:
+            self._forget()
+        if self.process is not None:
+            return
+        if self.file is None:
+            # Without a name: it goes away with its last user, however this run ends.
+            self.file = tempfile.TemporaryFile(dir=place, buffering=0)  # noqa: SIM115
+        if self.noise is None:
+            self.noise = tempfile.TemporaryFile()  # noqa: SIM115
+        self.noise.seek(0)
+        self.noise.truncate()
+        number = self.file.fileno()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "psmpi.checkpoint.build", str(number)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.noise,
+            pass_fds=(number, *inherit(self.lock)),
+            text=True,
+            env=_environment(),
+        )
+
+    def put(self, elements: np.ndarray, at: int) -> None:
+        """Write contiguous elements to byte `at` of the file. OSError where there is no room."""
+        assert self.file is not None
+        view = memoryview(elements.data).cast("B")
+        while view:
+            done = os.pwrite(self.file.fileno(), view, at)
+            view, at = view[done:], at + done
+
+    def submit(self, job: Mapping[str, Any]) -> None:
+        """Give the process a job. OSError where it has ended."""
+        assert self.process is not None and self.process.stdin is not None
+        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.flush()
+
+    def answered(self, patience: float) -> bool:
+        """Whether the process answers, or ends, within `patience` seconds."""
+        assert self.process is not None and self.process.stdout is not None
+        # Not select: it cannot take the large descriptors that a rank with many connections has.
+        waiting = select.poll()
+        waiting.register(self.process.stdout, select.POLLIN)
+        return bool(waiting.poll(1000 * patience))
+
+    def answer(self) -> str:
+        """What went wrong with the job, empty for nothing; waits for the answer, or the end, of the process."""
+        assert self.process is not None and self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if line:
+            try:
+                return str(json.loads(line))
+            except ValueError:
+                return f"the process that writes it says {line[:200]!r}"
+        status = self._forget()
+        end = signal.Signals(-status).name if status < 0 else f"status {status}"
+        return f"the process that writes it ended with {end}{self._reason()}"
+
+    def free(self) -> None:
+        """Give back the disk space of the file."""
+        with contextlib.suppress(OSError):
+            if self.file is not None:
+                self.file.truncate(0)
+
+    def kill(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+
+    def close(self) -> None:
+        """End the process, and give back the file."""
+        if self.process is not None:
+            assert self.process.stdin is not None
+            # The end of its input ends it.
+            with contextlib.suppress(OSError):
+                self.process.stdin.close()
+            self._forget()
+        for file in (self.file, self.noise):
+            if file is not None:
+                file.close()
+        self.file = self.noise = None
+
+    def _forget(self) -> int:
+        """Wait for the end of the process; its exit status."""
+        assert self.process is not None and self.process.stdin is not None and self.process.stdout is not None
+        status = self.process.wait()
+        # What was written to a process that is gone cannot be flushed.
+        with contextlib.suppress(OSError):
+            self.process.stdin.close()
+        self.process.stdout.close()
+        self.process = None
+        return status
+
+    def _reason(self) -> str:
+        """What the process said of errors of the operating system."""
+        if self.noise is None:
+            return ""
+        self.noise.seek(0)
+        text = self.noise.read().decode(errors="replace")
+        for mark in ("error message = '", "Error: "):
+            _, found, rest = text.partition(mark)
+            if found:
+                return ": " + rest.splitlines()[0].split("'")[0]
+        return ""

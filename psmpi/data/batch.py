@@ -1,0 +1,31 @@
+"""A minibatch: which samples, and what a rank has of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The samples `ids` (b,) int64 of a split.
+
+    inputs: (features, b), where the backend computes; targets: labels (b,) int64 or values (outputs, b) float64, in
+    host memory; mask: (entries, b) bool, which entries of each sample count, None for all. What a rank has no use for
+    it leaves out.
+    """
+
+    ids: npt.NDArray[np.int64]
+    inputs: Any = None
+    targets: npt.NDArray[Any] | None = None
+    mask: npt.NDArray[np.bool_] | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def share(self, number: int, of: int) -> Batch:
+        """The ids of share `number` of as many as `of`, which are consecutive and nearly equal in size."""
+        return Batch(np.array_split(self.ids, of)[number])

@@ -1,0 +1,96 @@
+"""The command that compares two checkpoints: diff."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from math import inf, isfinite, sqrt
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from psmpi.inspect.opened import Checkpoint, Opened
+from psmpi.inspect.output import figure, finite, make_console, percent, print_json
+
+
+def diff(first: Checkpoint, second: Checkpoint, /, json: bool = False) -> int:
+    """Compare two checkpoints: relative distance of each tensor and table, largest first, and settings that differ.
+
+    Args:
+        first: Checkpoint file or run directory, the reference of the relative distances.
+        second: Another one.
+        json: Print JSON.
+    """
+    a, b = Opened(first), Opened(second)
+    rows: list[dict[str, Any]] = []
+    unmatched: list[dict[str, Any]] = []
+    for vector in dict.fromkeys([*a.vectors, *b.vectors, *a.spaces, *b.spaces]):
+        for name in dict.fromkeys([*a.of(vector), *b.of(vector)]):
+            label = f"{vector}/{name}"
+            pair = [o.of(vector).get(name) if vector in [*o.vectors, *o.spaces] else None for o in (a, b)]
+            mine, theirs = pair
+            if mine is None or theirs is None or mine.shape != theirs.shape:
+                shapes = [t and t.shape for t in pair]
+                unmatched.append({"name": label, "first": shapes[0], "second": shapes[1]})
+            elif a.contents.part != b.contents.part and mine.spans != theirs.spans:
+                unmatched.append({"name": label, "first": f"of {_held(a)}", "second": f"of {_held(b)}"})
+            else:
+                pieces = ((x, y) for (_, x), (_, y) in zip(a.slabs(vector, name), b.slabs(vector, name), strict=True))
+                rows.append({"name": label, **_apart(pieces)})
+    for name in dict.fromkeys([*a.tables, *b.tables]):
+        shapes = [o.tables[name][0] if name in o.tables else None for o in (a, b)]
+        if shapes[0] != shapes[1]:
+            unmatched.append({"name": name, "first": shapes[0], "second": shapes[1]})
+        else:
+            rows.append({"name": name, **_apart(zip(a.rows(name), b.rows(name), strict=True))})
+    rows.sort(key=lambda row: -row["distance"] if isfinite(row["distance"]) else -inf)
+    old, new = a.settings(), b.settings()
+    changed = {
+        name: [old.get(name), new.get(name)] for name in dict.fromkeys([*old, *new]) if old.get(name) != new.get(name)
+    }
+    found = {
+        "first": a.describe(),
+        "second": b.describe(),
+        "identical": not unmatched and all(row["identical"] for row in rows),
+        "tensors": [{**row, "distance": finite(row["distance"]), "largest": finite(row["largest"])} for row in rows],
+        "unmatched": unmatched,
+        "config": changed,
+    }
+    if json:
+        return print_json(found)
+    for label, one in (("first ", a), ("second", b)):
+        progress = one.contents.progress
+        print(f"{label} {one.path}: step {progress.step}, test accuracy {percent(progress.accuracy)}")
+    table = Table()
+    table.add_column("tensor")
+    table.add_column("relative distance", justify="right")
+    table.add_column("largest difference", justify="right")
+    for row in rows:
+        table.add_row(row["name"], figure(row["distance"]), figure(row["largest"]))
+    make_console().print(table)
+    for lone in unmatched:
+        print(f"{lone['name']}: {lone['first'] or 'absent'} in the first, {lone['second'] or 'absent'} in the second")
+    for name, (before, after) in changed.items():
+        print(f"{name}: {before!r} in the first, {after!r} in the second")
+    differ = len(unmatched) + sum(not row["identical"] for row in rows)
+    print("all tensors are bit-identical" if found["identical"] else f"{differ} differ")
+    return 0
+
+
+def _apart(pieces: Iterable[tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:
+    """Distance of two arrays relative to the first, largest difference, and whether all bits are the same."""
+    squares, norm, largest, same = 0.0, 0.0, 0.0, True
+    for x, y in pieces:
+        same = same and x.dtype == y.dtype and x.tobytes() == y.tobytes()
+        with np.errstate(over="ignore", invalid="ignore"):
+            apart = y.astype(np.float64) - x.astype(np.float64)
+            squares += float(apart @ apart)
+            norm += float(np.vdot(x.astype(np.float64), x))
+            largest = max(largest, float(abs(apart).max(initial=0.0)))
+    if same or squares == 0:
+        return {"distance": 0.0, "largest": 0.0, "identical": same}
+    return {"distance": sqrt(squares / norm) if norm else inf, "largest": largest, "identical": False}
+
+
+def _held(opened: Opened) -> str:
+    return "all classes" if opened.contents.part is None else f"the classes {' '.join(map(str, opened.contents.part))}"

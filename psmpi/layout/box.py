@@ -1,0 +1,60 @@
+"""Boxes: a range on each axis of one parameter, and where they lie in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+
+from psmpi.layout.split import even_edges
+
+
+@dataclass(frozen=True)
+class Box:
+    """Elements [first, last) on each axis of the parameter of this name: rows, columns, a tile, a slab.
+
+    An axis without a range, behind those that have one, is whole. A box of whole rows is a *run*.
+    """
+
+    parameter: str
+    ranges: tuple[tuple[int, int], ...] = ()
+
+    def of(self, shape: Sequence[int]) -> tuple[tuple[int, int], ...]:
+        """The range on every axis of `shape`; ValueError where the box is not inside it."""
+        if len(self.ranges) > len(shape):
+            raise ValueError(f"{self.parameter}: a box of {len(self.ranges)} axes, the parameter has {len(shape)}")
+        for axis, ((first, last), length) in enumerate(zip(self.ranges, shape, strict=False)):
+            if not 0 <= first <= last <= length:
+                raise ValueError(
+                    f"{self.parameter}: [{first}, {last}) on axis {axis}, which has {length} elements: give "
+                    f"0 <= first <= last <= {length}"
+                )
+        return (*self.ranges, *((0, length) for length in shape[len(self.ranges) :]))
+
+
+def tile(parameter: str, shape: Sequence[int], grid: Sequence[int], place: Sequence[int]) -> Box:
+    """The box at `place` of a grid that cuts the leading axes of `shape` evenly, longer pieces first.
+
+    Rows are tiles of the grid (ranks,), columns of (1, ranks). Axes of the grid that the shape lacks cut nothing: all
+    places along them have the same box.
+    """
+    edges = [even_edges(length, pieces) for length, pieces in zip(shape, grid, strict=False)]
+    return Box(parameter, tuple((cuts[k], cuts[k + 1]) for cuts, k in zip(edges, place, strict=False)))
+
+
+def box_runs(shape: Sequence[int], ranges: Sequence[tuple[int, int]]) -> tuple[np.ndarray, int]:
+    """Where a box lies in a flattened tensor of `shape`: first elements (runs,) int64 of runs of one length, and that.
+
+    Runs are in the order of the elements, and may touch where the last axis that is cut is also the first.
+    """
+    # Behind the last axis that is cut, everything is contiguous.
+    cut = max((k for k, (n, r) in enumerate(zip(shape, ranges, strict=True)) if r != (0, n)), default=0)
+    strides = [prod(shape[k + 1 :]) for k in range(len(shape))]
+    starts = np.zeros(1, np.int64)
+    for k in range(cut):
+        starts = (starts[:, None] + np.arange(*ranges[k], dtype=np.int64) * strides[k]).reshape(-1)
+    first, last = ranges[cut]
+    length = (last - first) * strides[cut]
+    return (starts + first * strides[cut], length) if length and len(starts) else (np.empty(0, np.int64), 0)

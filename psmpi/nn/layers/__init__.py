@@ -1,0 +1,30 @@
+"""Layers, one kind a file, and the names by which a configuration asks for them.
+
+A new kind is a file and a line in `LAYERS`: everything else asks the layer.
+"""
+
+from psmpi.nn.layers.activation import ACTIVATIONS, Activation
+from psmpi.nn.layers.base import Layer, Part, Site, Stage, Sums
+from psmpi.nn.layers.batch_norm import BatchNorm
+from psmpi.nn.layers.conv import Conv
+from psmpi.nn.layers.dense import Dense
+from psmpi.nn.layers.flatten import Flatten
+from psmpi.nn.layers.group_norm import GroupNorm
+from psmpi.nn.layers.pool import Pool
+from psmpi.nn.layers.residual import Residual
+
+LAYERS: dict[str, type[Layer]] = {
+    "dense": Dense,
+    "separable_dense": Dense,
+    "conv": Conv,
+    "separable_conv": Conv,
+    "mean_pool": Pool,
+    "max_pool": Pool,
+    "flatten": Flatten,
+    "batch_norm": BatchNorm,
+    "group_norm": GroupNorm,
+    "residual": Residual,
+    **dict.fromkeys(ACTIVATIONS, Activation),
+}
+
+__all__ = ["ACTIVATIONS", "LAYERS", "Layer", "Part", "Site", "Stage", "Sums"]

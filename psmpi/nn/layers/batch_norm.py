@@ -1,0 +1,230 @@
+"""Batch normalization (Ioffe and Szegedy 2015)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from psmpi.layout import Layout, Parameter, Runs
+from psmpi.nn.layers.base import Initial, Layer, Part, Site, Stage
+from psmpi.nn.layers.table import Table
+
+# Added to a variance: Ioffe and Szegedy's epsilon, with the value that most libraries give it.
+EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class BatchNorm(Layer):
+    """Each unit's values over the minibatch less their mean, over their standard deviation; then scaled and shifted.
+
+    The statistics are those of the minibatch in evaluations too: none are kept. With `affine`, the scale and the shift
+    are parameters; else there are none.
+    """
+
+    affine: bool
+
+    couples = True
+    exact = True
+    keeps = True
+
+    @classmethod
+    def read(cls, table: Table, label: str, shape: tuple[int, ...]) -> list[Layer]:
+        return [cls(label, shape, shape, table.flag("affine"))]
+
+    def parameters(self) -> tuple[Parameter, ...]:
+        units = self.out_shape[0]
+        names = ("weight", "bias") if self.affine else ()
+        return tuple(Parameter(f"{self.name}.{name}", (units,), units) for name in names)
+
+    def initial(self, kind: str, gain: float) -> dict[str, Initial]:
+        return {f"{self.name}.weight": Initial("constant", 1.0)} if self.affine else {}
+
+    def absorbs(self, following: Sequence[Layer], fold: bool) -> int:
+        return int(bool(following and following[0].activation))
+
+    @property
+    def sums(self) -> tuple[int, int]:
+        # Of values and of their squared distances from the mean, and their number; of gradients, alone and times the
+        # normalized values.
+        return 2 * self.out_shape[0] + 1, 2 * self.out_shape[0]
+
+    def held(self, stage: Stage, batch: int, writable: bool, packed: bool) -> int:
+        units = int(stage.kept.sum())
+        return units * (1 if self.affine else 5) + (0 if writable else stage.size * batch)
+
+    def part(self, stage: Stage, site: Site) -> Part:
+        return BatchNormPart(stage, site)
+
+
+class BatchNormPart(Part):
+    """x (units, ..., b) -> y = activation(gamma (x - mean) / sqrt(variance + EPS) + beta), unit by unit.
+
+    The normalized values take the place of x where nobody else needs that, else an array of the pass's own.
+    """
+
+    def __init__(self, stage: Stage, site: Site):
+        super().__init__(stage, site)
+        assert isinstance(self.layer, BatchNorm)
+        self.units, self.affine, self.total = int(stage.kept.sum()), self.layer.affine, site.total
+        self.runs = affine_runs(self.layer, site.layout, site.part, stage.kept)
+        # Statistics to be used instead of the minibatch's: means and scales (units,) each. While these are found, means
+        # and variances (2, units) of each minibatch seen.
+        self.fixed: tuple[np.ndarray, np.ndarray] | None = None
+        self.seen: list[np.ndarray] | None = None
+        # What stands for scales and shifts that the layer has not: 1 and 0, whose gradients go nowhere.
+        count = 0 if self.affine else self.units
+        self.ones, self.zeros, self.dones, self.dzeros = (self.ops.zeros(count, self.dtype) for _ in range(4))
+        self.ones += 1
+
+    def arrays(self) -> list[np.ndarray]:
+        return [self.ones, self.zeros, self.dones, self.dzeros]
+
+    def bind(self, w: np.ndarray, g: np.ndarray | None) -> None:
+        self.w = self.views(w) if self.affine else [(self.ones, self.zeros)]
+        self.g = None if g is None else self.views(g)
+
+    def views(self, vector: np.ndarray) -> Any:
+        """Of each run of units, their scales and their shifts, (units of the run,) each."""
+        if not self.affine:
+            return [(self.dones, self.dzeros)]
+        counts = [units.stop - units.start for units, _, _ in self.runs]
+        return [
+            (vector[gamma : gamma + n], vector[beta : beta + n])
+            for (_, gamma, beta), n in zip(self.runs, counts, strict=True)
+        ]
+
+    def room(self, batch: int, writable: bool) -> Any:
+        """1 / sqrt(variance + EPS) (units,), and the normalized values where they do not take the place of x."""
+        own = self.ops.empty(0 if writable else self.size * batch, self.dtype)
+        return self.ops.empty(self.units, self.dtype), own
+
+    def forward(self, x: np.ndarray, y: np.ndarray | None, room: Any) -> tuple[np.ndarray, Any]:
+        assert y is not None
+        scale, own = room
+        normal = (own[: x.size] if own.size else x).reshape(self.units, -1)
+        count = 0
+        if self.fixed is not None:
+            mean, factor = self.fixed
+            normal[...] = x.reshape(normal.shape)
+            normal -= mean[:, None]
+            normal *= factor[:, None]
+        else:
+            # They may take the place of x.
+            means = self.ops.host(x.reshape(normal.shape).mean(axis=1)) if self.seen is not None else None
+            if self.total is None:
+                self.ops.normalize(x.reshape(normal.shape), EPS, normal, scale)
+            else:
+                count = self._normalize_together(x.reshape(normal.shape), normal, scale)
+            if self.seen is not None and means is not None:
+                self.seen.append(np.stack([means, self.ops.host(scale) ** -2.0 - EPS]))
+        rows = y.reshape(normal.shape)
+        for (units, *_), (gamma, beta) in zip(self.runs, self.w, strict=True):
+            self.ops.affine(normal[units], gamma, beta, self.activation, rows[units])
+        return y, (scale, normal, count)
+
+    def _normalize_together(self, x: np.ndarray, out: np.ndarray, scale: np.ndarray) -> int:
+        """`ops.normalize` by the statistics of all ranks' slices together; returns how many values a unit has there."""
+        assert self.total is not None
+        sums = np.append(x.sum(axis=1, dtype=np.float64), x.shape[1])
+        self.total(sums)
+        count = sums[-1]
+        np.subtract(x, (sums[:-1] / count).astype(self.dtype)[:, None], out=out)
+        squares = np.einsum("ij,ij->i", out, out, dtype=np.float64)
+        self.total(squares)
+        scale[...] = 1 / np.sqrt(squares / count + EPS)
+        out *= scale[:, None]
+        return int(count)
+
+    def backward(
+        self, x: np.ndarray, y: np.ndarray, kept: Any, dy: np.ndarray, dx: np.ndarray | None, into: Any
+    ) -> np.ndarray:
+        # The normalized values are used up.
+        (scale, normal, count), rows = kept, (self.units, -1)
+        ys, ds = y.reshape(rows), dy.reshape(rows)
+        into = self._unwanted() if into is None else into
+        if self.total is not None:
+            self._back_together(normal, scale, count, ys, ds, into)
+            return dy
+        for (units, *_), (gamma, _), (dgamma, dbeta) in zip(self.runs, self.w, into, strict=True):
+            self.ops.normalize_back(
+                normal[units], scale[units], gamma, ys[units], ds[units], self.activation, dgamma, dbeta
+            )
+        return dy
+
+    def _back_together(
+        self, normal: np.ndarray, scale: np.ndarray, count: int, y: np.ndarray, dy: np.ndarray, into: Any
+    ) -> None:
+        """`ops.normalize_back` on a slice: dgamma and dbeta are this slice's shares of the sums that dy needs."""
+        assert self.total is not None
+        self.ops.activate_back(self.activation, y, dy)
+        sums = np.concatenate(
+            [np.einsum("ij,ij->i", dy, normal, dtype=np.float64), dy.sum(axis=1, dtype=np.float64)]
+        ).reshape(2, -1)
+        for (units, *_), pair in zip(self.runs, into, strict=True):
+            for share, mine in zip(sums, pair, strict=True):
+                mine[...] = share[units]
+        self.total(sums.reshape(-1))
+        dgamma, dbeta = (sums / count).astype(self.dtype)
+        normal *= dgamma[:, None]
+        dy -= normal
+        dy -= dbeta[:, None]
+        for (units, *_), (gamma, _) in zip(self.runs, self.w, strict=True):
+            dy[units] *= (gamma * scale[units])[:, None]
+
+    def _unwanted(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Where gradients of scales and shifts go that nobody wants."""
+        return [(self.space.take("dgamma", len(gamma)), self.space.take("dbeta", len(gamma))) for gamma, _ in self.w]
+
+    def calibrate(self, on: bool) -> None:
+        """From now on use the statistics of all minibatches seen together, each counting alike."""
+        if on:
+            self.fixed, self.seen = None, []
+            return
+        assert self.seen
+        means, variances = np.stack(self.seen, axis=1)
+        mean, variance = means.mean(axis=0), variances.mean(axis=0) + means.var(axis=0)
+        mean, scale = (values.astype(self.dtype) for values in (mean, 1 / np.sqrt(variance + EPS)))
+        self.fixed, self.seen = (self.ops.put(mean), self.ops.put(scale)), None
+
+    def export(self, graph: Any, value: str) -> str:
+        """With the minibatch's statistics, as psmpi has it: ONNX's own operator would take stored ones."""
+        name, axes = self.layer.name, [0, *range(2, len(self.shape) + 1)]
+        mean = graph.node("ReduceMean", [value], f"{name}.mean", axes=axes)
+        apart = graph.node("Sub", [value, mean], f"{name}.apart")
+        square = graph.node("Mul", [apart, apart], f"{name}.square")
+        variance = graph.node("ReduceMean", [square], f"{name}.variance", axes=axes)
+        eps = graph.constant(f"{name}.eps", np.array(EPS, np.float32))
+        total = graph.node("Add", [variance, eps], f"{name}.sum")
+        deviation = graph.node("Sqrt", [total], f"{name}.deviation")
+        return export_affine(graph, self, graph.node("Div", [apart, deviation], f"{name}.normal"))
+
+
+def affine_runs(layer: Layer, layout: Layout, part: Runs, kept: np.ndarray) -> list[tuple[slice, int, int]]:
+    """(units, where their scales begin, where their shifts do): runs of units side by side in both parameters.
+
+    The units are those `kept`, counted among these, and the runs in their order. Without parameters there is one run of
+    all of them.
+    """
+    if not layer.parameters():
+        return [(slice(0, int(kept.sum())), 0, 0)]
+    names, local = [p.name for p in layout.parameters], np.cumsum(kept) - 1
+    weight, bias = (names.index(f"{layer.name}.{kind}") for kind in ("weight", "bias"))
+    shifts = {p.first: p.offset for p in layout.by_parameter[bias]}
+    runs = []
+    for piece in layout.pieces():
+        if piece.parameter == weight and kept[piece.first]:
+            first, count = int(local[piece.first]), piece.last - piece.first
+            gamma, beta = (part.local(at, at + count).start for at in (piece.offset, shifts[piece.first]))
+            runs.append((slice(first, first + count), gamma, beta))
+    return sorted(runs, key=lambda run: run[0].start)
+
+
+def export_affine(graph: Any, part: Part, value: str) -> str:
+    """Add the scales and shifts of a normalizing part to an ONNX graph."""
+    name, shape = part.layer.name, (-1, *(1,) * (len(part.shape) - 1))
+    gamma, beta = (np.concatenate([pair[k] for pair in part.w]).reshape(shape) for k in (0, 1))
+    scaled = graph.node("Mul", [value, graph.constant(f"{name}.gamma", gamma)], f"{name}.scaled")
+    return str(graph.node("Add", [scaled, graph.constant(f"{name}.beta", beta)], name))

@@ -1,0 +1,250 @@
+"""Layers one after the other: which of them a subnetwork computes, where their outputs are, forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from psmpi.nn.layers.activation import export_activation
+from psmpi.nn.layers.base import NEW, OVER, VIEW, Layer, Part, Site, Stage
+from psmpi.nn.layers.select import Select
+from psmpi.nn.layers.uses import Uses, used
+
+
+def uses_of(layers: Sequence[Layer], uses: Uses) -> list[Uses]:
+    """For each layer, who uses its output units, given who uses those of the last."""
+    found = []
+    for layer in reversed(layers):
+        found.append(uses)
+        uses = layer.sources(uses)
+    return found[::-1]
+
+
+def make_stages(
+    layers: Sequence[Layer],
+    uses: Uses,
+    classes: frozenset[int],
+    inputs: np.ndarray,
+    *,
+    fold: bool = True,
+    some: slice = slice(None),
+) -> list[Stage]:
+    """The stages of the subnetwork of `classes`.
+
+    uses: who uses the units of the last layer; inputs: (units,) bool, which of the first one's inputs are there; fold:
+    convolutions absorb mean pooling; some: of which layers stages are wanted.
+    """
+    places: list[list[tuple[Layer, Uses, np.ndarray, np.ndarray]]] = []
+    for layer, users in zip(layers, uses_of(layers, uses), strict=True):
+        places.append([])
+        if layer.exact:
+            seen = layer.sources(users)
+            wanted = used(seen, classes, layer.in_shape[0])
+            if (inputs & ~wanted).any():
+                select = Select(f"{layer.name}.units", layer.in_shape, layer.in_shape)
+                places[-1].append((select, seen, inputs, wanted))
+                inputs = wanted
+        kept = layer.present(inputs, used(users, classes, layer.out_shape[0]))
+        places[-1].append((layer, users, inputs, kept))
+        inputs = kept
+    stages, rows = [], [row for place in places[some] for row in place]
+    while rows:
+        layer, users, into, kept = rows.pop(0)
+        if layer.activation == "identity":
+            continue
+        count = layer.absorbs([row[0] for row in rows], fold)
+        absorbed = tuple(row[0] for row in rows[:count])
+        rows = rows[count:]
+        shape = (int(kept.sum()), *(absorbed[-1] if absorbed else layer).out_shape[1:])
+        inner = tuple(make_stages(layer.inner, users, classes, into, fold=fold)) if layer.inner else ()
+        stages.append(Stage(layer, absorbed, into, kept, shape, users, inner))
+    return stages
+
+
+@dataclass(frozen=True)
+class Spot:
+    """Where the output of a stage is: in an array of its own (`new`), and whether it may overwrite its input."""
+
+    new: bool
+    writable: bool
+
+
+def plan_buffers(stages: Sequence[Stage]) -> tuple[list[Spot], bool]:
+    """Where the outputs of a chain's stages are, and whether the last one may be overwritten.
+
+    What goes into the chain may not, nor an output that backward needs.
+    """
+    spots, writable = [], False
+    for stage in stages:
+        place = stage.layer.place
+        spots.append(Spot(place == NEW or (place == OVER and not writable), writable))
+        writable = writable if place == VIEW else not stage.reads_output
+    return spots, writable
+
+
+def lowest(stages: Sequence[Stage]) -> int:
+    """The first stage with weights; below it no gradient is needed."""
+    return next((k for k, stage in enumerate(stages) if any(one.weighted for one in walk(stage))), len(stages))
+
+
+def shared(stages: Sequence[Stage], batch: int, wanted: bool = False) -> dict[str, int]:
+    """Numbers that backward passes of a chain need of each array of the workspace; see `Layer.shares`."""
+    found: dict[str, int] = {}
+    for k, stage in enumerate(stages):
+        for name, size in stage.layer.shares(stage, batch, wanted or k > lowest(stages)).items():
+            found[name] = max(found.get(name, 0), size)
+    return found
+
+
+@dataclass(eq=False)
+class Room:
+    """Arrays of one pass through a chain, for up to `batch` samples: outputs, and what parts keep besides."""
+
+    batch: int
+    buffers: list[np.ndarray | None] = field(default_factory=list)
+    rooms: list[Any] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class Tape:
+    """What one forward pass keeps for its backward pass: the input and every part's output, and more of each part.
+
+    Arrays are those of a room: the next pass through the same room overwrites them.
+    """
+
+    outputs: list[np.ndarray]
+    kept: list[Any]
+
+    @property
+    def scores(self) -> np.ndarray:
+        """The outputs of the last part."""
+        return self.outputs[-1]
+
+
+class Chain:
+    """The parts of some stages, one after the other."""
+
+    def __init__(self, stages: Sequence[Stage], site: Site, in_shape: tuple[int, ...]):
+        self.ops, self.space, self.dtype, self.in_shape = site.ops, site.space, site.dtype, in_shape
+        self.parts = [stage.layer.part(stage, site) for stage in stages]
+        self.spots, self.writable = plan_buffers(stages)
+        self.lowest = lowest(stages)
+
+    def walk(self) -> Iterator[Part]:
+        """All parts, those inside others too, in the order of forward."""
+        for part in self.parts:
+            yield from part.walk()
+
+    def bind(self, w: np.ndarray, g: np.ndarray | None) -> None:
+        for part in self.parts:
+            part.bind(w, g)
+
+    def views(self, vector: np.ndarray) -> list[Any]:
+        """Where gradients go that are to be written into another vector than g."""
+        return [part.views(vector) for part in self.parts]
+
+    def room(self, batch: int) -> Room:
+        """Room for a pass of up to `batch` samples."""
+        made = Room(batch)
+        for part, spot in zip(self.parts, self.spots, strict=True):
+            made.rooms.append(part.room(batch, spot.writable))
+            made.buffers.append(self.ops.empty(part.size * batch, self.dtype) if spot.new else None)
+        return made
+
+    def reserve(self, batch: int) -> None:
+        for part in self.parts:
+            part.reserve(batch)
+
+    def reserve_backward(self, batch: int, wanted: bool = False) -> None:
+        """Make room for what backward passes share; wanted: the gradient of the chain's input is."""
+        first = 0 if wanted else self.lowest
+        for k, part in enumerate(self.parts):
+            if k > first and part.layer.moves_gradient:
+                self.space.reserve_gradient(self.parts[k - 1].size * batch)
+            part.reserve_backward(batch, wanted or k > first)
+
+    def forward(self, x: np.ndarray, room: Room) -> Tape:
+        """x (*in_shape, b) -> the tape of the pass."""
+        batch = x.shape[-1]
+        tape = Tape([x], [])
+        for part, buffer, own in zip(self.parts, room.buffers, room.rooms, strict=True):
+            y = None if buffer is None else buffer[: part.size * batch].reshape(*part.shape, batch)
+            y, kept = part.forward(tape.outputs[-1], y, own)
+            tape.outputs.append(y)
+            tape.kept.append(kept)
+        return tape
+
+    def backward(
+        self,
+        tape: Tape,
+        dy: np.ndarray,
+        into: Any,
+        *,
+        first: int = 0,
+        last: int | None = None,
+        dx: np.ndarray | None = None,
+        wanted: bool = False,
+    ) -> np.ndarray:
+        """Write the gradients of parts `first` to `last`, given that of the last one's output, which is used up.
+
+        into: of each part where they go, or `Sums`, or None where gradients of weights are not wanted. dx is filled
+        with the gradient of the first one's input; `wanted`: that is returned, wherever it is.
+        """
+        last = len(self.parts) - 1 if last is None else last
+        wanted = wanted or dx is not None
+        if not wanted:
+            first = max(first, self.lowest)
+        several = isinstance(into, list)
+        for k in range(last, first - 1, -1):
+            part, x = self.parts[k], tape.outputs[k]
+            below = dy if k > first or wanted else None
+            if below is not None and part.layer.moves_gradient:
+                below = dx if k == first and dx is not None else self.space.gradient(*x.shape)
+            dy = part.backward(x, tape.outputs[k + 1], tape.kept[k], dy, below, into[k] if several else into)
+            if part.weighted and self.space.finished is not None:
+                self.space.finished(part.number)
+        if dx is not None and dy is not dx:
+            dx[...] = dy.reshape(dx.shape)
+        return dy
+
+
+def export_chain(graph: Any, value: str, chain: Chain) -> str:
+    """Add the parts of a chain, and the activations that they have absorbed, to an ONNX graph."""
+    for part in chain.parts:
+        value = part.export(graph, value)
+        if part.activation != "identity" and not part.layer.activation:
+            value = export_activation(graph, value, part.activation, part.layer.name)
+    return value
+
+
+def leaves(layers: Sequence[Layer]) -> Iterator[Layer]:
+    """All layers in the order of forward, those inside others instead of these."""
+    for layer in layers:
+        if layer.inner:
+            yield from leaves(layer.inner)
+        else:
+            yield layer
+
+
+def walk(stage: Stage) -> Iterator[Stage]:
+    """A stage and those inside it."""
+    yield stage
+    for one in stage.inner:
+        yield from walk(one)
+
+
+def room_bytes(room: Room) -> tuple[int, int]:
+    """Bytes of the outputs in a room, and of what parts keep besides."""
+    outputs = sum(b.nbytes for b in room.buffers if b is not None)
+    more = 0
+    for one in room.rooms:
+        for item in one if isinstance(one, tuple) else (one,):
+            if isinstance(item, Room):
+                inner, kept = room_bytes(item)
+                outputs, more = outputs + inner, more + kept
+            elif item is not None:
+                more += item.nbytes
+    return outputs, more

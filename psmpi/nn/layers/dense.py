@@ -1,0 +1,107 @@
+"""Dense layers, also block-diagonal ones (`separable_dense`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from psmpi.errors import UserError
+from psmpi.nn.layers.base import Layer, Part, Site, Stage, Sums
+from psmpi.nn.layers.linear import Linear, LinearPart
+from psmpi.nn.layers.table import Table
+
+
+@dataclass(frozen=True)
+class Dense(Linear):
+    """y = W x + b; with groups > 1 block-diagonal, inputs beyond groups x group_inputs ignored (psl paper's SL)."""
+
+    @classmethod
+    def read(cls, table: Table, label: str, shape: tuple[int, ...]) -> list[Layer]:
+        if len(shape) != 1:
+            raise UserError(
+                f"{table.where}: {table.kind} needs a flat input, its input has shape {shape}; add a flatten layer "
+                "before"
+            )
+        units = table.whole("units")
+        groups = table.whole("groups") if table.kind == "separable_dense" else 1
+        if units % groups or shape[0] < groups:
+            raise UserError(f"{table.where}: {shape[0]} inputs and {units} units cannot be cut into {groups} groups")
+        return [cls(label, shape, (units,), groups, bias=table.flag("bias"))]
+
+    def weight_shape(self) -> tuple[int, ...]:
+        size = (self.units, self.group_inputs)
+        return size if self.groups == 1 else (self.groups, self.units // self.groups, self.group_inputs)
+
+    def shares(self, stage: Stage, batch: int, wanted: bool) -> dict[str, int]:
+        found = super().shares(stage, batch, wanted)
+        size = self.units // self.groups
+        used = int(stage.kept.reshape(self.groups, size).any(axis=1).sum())
+        stripes = [(max(a, k * size), min(b, (k + 1) * size)) for a, b, _ in stage.users if stage.kept[a]
+                   for k in range(a // size, -(-b // size))]  # fmt: skip
+        # Where an input is seen by no stripe of units, or by several, a product cannot be its gradient.
+        once = len(stripes) == used or (used == 1 and all(b - a == 1 for a, b in stripes))
+        if once and used * self.group_inputs == stage.inputs.sum():
+            return found
+        return {**found, "product": self.group_inputs * batch}
+
+    def part(self, stage: Stage, site: Site) -> Part:
+        return DensePart(stage, site)
+
+
+class DensePart(LinearPart):
+    """x (inputs, b) -> y (units, b)."""
+
+    def reserve(self, batch: int) -> None:
+        if not self.covers:
+            self.space.take("product", max(s.n_in for s in self.segments), batch)
+
+    def forward(self, x: np.ndarray, y: np.ndarray | None, room: Any) -> tuple[np.ndarray, Any]:
+        assert y is not None
+        for s, (w, b) in zip(self.segments, self.w, strict=True):
+            out = self.target(s, y)
+            self.ops.matmul(w, self.source(s, x), out)
+            self.ops.finish(out, b, self.activation)
+        return y, None
+
+    def backward(
+        self, x: np.ndarray, y: np.ndarray, kept: Any, dy: np.ndarray, dx: np.ndarray | None, into: Any
+    ) -> np.ndarray:
+        for k, s in enumerate(self.segments):
+            out, across = self.target(s, dy), self.source(s, x).transpose(0, 2, 1)
+            if into is None or isinstance(into, Sums):
+                self.ops.finish_back(self.target(s, y), out, self.activation, None)
+            else:
+                gw, gb = into[k]
+                self.ops.finish_back(self.target(s, y), out, self.activation, gb)
+                self.ops.matmul(out, across, gw)
+            if isinstance(into, Sums):
+                gw, gb = self.rows(into.into)[k]
+                if self.bias:
+                    self.ops.weighted_sums(out, into.weights, gb)
+                scaled = self.space.take("scaled", len(into.weights), *out.shape)
+                self.ops.scale_samples(out, into.weights, scaled)
+                self.ops.matmul(scaled, across, gw)
+        if dx is None:
+            return dy
+        if self.covers:
+            (s,), ((w, _),) = self.segments, self.w
+            self.ops.matmul(w.transpose(0, 2, 1), self.target(s, dy), self.source(s, dx))
+            return dx
+        dx.fill(0)
+        for s, (w, _) in zip(self.segments, self.w, strict=True):
+            product = self.space.take("product", s.n_in, dx.shape[1])
+            sources, out = self.source(s, dx), self.target(s, dy)
+            for k in range(s.count):
+                self.ops.matmul(w[k].T, out[k], product)
+                source = sources[k]
+                source += product
+        return dx
+
+    def export(self, graph: Any, value: str) -> str:
+        name = self.layer.name
+        shape = graph.constant(f"{name}.image", np.array([0, -1, 1, 1]))
+        image = graph.node("Reshape", [value, shape], f"{name}.in")
+        joined = self.export_as_convolutions(graph, image, 1)
+        return str(graph.node("Reshape", [joined, graph.constant(f"{name}.flat", np.array([0, -1]))], name))

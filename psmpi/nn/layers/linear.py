@@ -1,0 +1,143 @@
+"""What dense layers and convolutions share: weights in groups, and segments bound to weight and gradient vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import prod, sqrt
+from typing import Any, ClassVar
+
+import numpy as np
+
+from psmpi.layout import Parameter
+from psmpi.nn.layers.base import Initial, Layer, Part, Site, Stage
+from psmpi.nn.layers.segments import Segment, find_segments
+from psmpi.nn.layers.uses import Uses, grouped, joined
+
+# Weights (count, n, unit size) and biases (count, n) of each segment.
+Views = list[tuple[np.ndarray, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Linear(Layer):
+    """Weights in `groups` groups: output unit u of group m sees the `group_inputs` consecutive inputs of block m."""
+
+    groups: int
+    bias: bool = field(default=True, kw_only=True)
+
+    linear: ClassVar[bool] = True
+    moves_gradient: ClassVar[bool] = True
+
+    @property
+    def units(self) -> int:
+        return self.out_shape[0]
+
+    @property
+    def group_inputs(self) -> int:
+        return self.in_shape[0] // self.groups
+
+    @property
+    def unit_size(self) -> int:
+        """Weights of one output unit."""
+        return self.group_inputs
+
+    @property
+    def fans(self) -> tuple[int, int]:
+        """(fan_in, fan_out) of one group, for the initial weights."""
+        return self.group_inputs, self.units // self.groups
+
+    @property
+    def macs(self) -> int:
+        return self.units * self.unit_size * prod(self.out_shape[1:])
+
+    def weight_shape(self) -> tuple[int, ...]:
+        raise NotImplementedError
+
+    def parameters(self) -> tuple[Parameter, ...]:
+        weight = Parameter(f"{self.name}.weight", self.weight_shape(), self.units)
+        return (weight, Parameter(f"{self.name}.bias", (self.units,), self.units)) if self.bias else (weight,)
+
+    def initial(self, kind: str, gain: float) -> dict[str, Initial]:
+        fan_in, fan_out = self.fans
+        xavier, he, pytorch = gain * sqrt(6 / (fan_in + fan_out)), sqrt(6 / fan_in), 1 / sqrt(fan_in)
+        width = {"xavier": xavier, "he": he, "pytorch": pytorch}[kind]
+        return {f"{self.name}.weight": Initial("uniform", width)}
+
+    def sources(self, uses: Uses) -> Uses:
+        n = self.group_inputs
+        groups = enumerate(grouped(uses, self.units // self.groups, self.groups))
+        seen = [(g * n, (g + 1) * n, classes) for g, classes in groups]
+        return joined([*seen, (self.groups * n, self.in_shape[0], frozenset())])
+
+    def present(self, inputs: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+        return wanted
+
+    def absorbs(self, following: Sequence[Layer], fold: bool) -> int:
+        return int(bool(following and following[0].activation))
+
+
+class LinearPart(Part):
+    """A linear layer of a subnetwork, and the activation that follows it."""
+
+    def __init__(self, stage: Stage, site: Site):
+        super().__init__(stage, site)
+        assert isinstance(self.layer, Linear)
+        self.bias, self.group_inputs = self.layer.bias, self.layer.group_inputs
+        self.inputs, self.units = int(stage.inputs.sum()), int(stage.kept.sum())
+        self.segments = find_segments(self.layer, site.layout, site.part, stage.kept, np.cumsum(stage.inputs) - 1)
+        # The array that sums went into last, and its views.
+        self.summed: tuple[np.ndarray | None, Views] = (None, [])
+        # A product can write straight into dx where every input belongs to exactly one stripe.
+        one = self.segments[0]
+        self.covers = (
+            len(self.segments) == 1
+            and one.source == 0
+            and (one.count == 1 or one.source_step == one.n_in)
+            and one.count * one.n_in == self.inputs
+        )
+
+    def views(self, vector: np.ndarray) -> Any:
+        """Weights (count, n, unit size) and biases (count, n) of each segment."""
+        # What stands for biases that the layer has not: they are 0, and their gradients go nowhere.
+        biases = vector if self.bias else self.ops.zeros(self.units, vector.dtype)
+        return [(s.weights(vector, self.ops), s.biases(biases, self.ops)) for s in self.segments]
+
+    def rows(self, into: np.ndarray) -> Views:
+        """The segments' weights and biases in `into` (k, part's weights)."""
+        if self.summed[0] is not into:
+            self.summed = into, [s.rows(into, self.ops) for s in self.segments]
+        return self.summed[1]
+
+    def source(self, s: Segment, x: np.ndarray) -> np.ndarray:
+        """The inputs of a segment's stripes, (count, n_in, b), as a view of x (inputs, b)."""
+        if s.count == 1 or s.source_step == s.n_in:
+            return x[s.source : s.source + s.count * s.n_in].reshape(s.count, s.n_in, x.shape[1])
+        b = x.shape[1]
+        return self.ops.view(x, s.source * b, (s.count, s.n_in, b), (s.source_step * b, b, 1))
+
+    @staticmethod
+    def target(s: Segment, y: np.ndarray) -> np.ndarray:
+        """A segment's output units, (count, n, b), as a view of y (units, b)."""
+        return y[s.out : s.out + s.count * s.n].reshape(s.count, s.n, y.shape[1])
+
+    def export_as_convolutions(self, graph: Any, value: str, kernel: int) -> str:
+        """Stripes of units that see the same number of inputs are one grouped convolution, 1 x 1 for dense layers."""
+        outputs, name = [], self.layer.name
+        for k, (s, (weights, biases)) in enumerate(zip(self.segments, self.w, strict=True)):
+            together = s.count == 1 or s.source_step == s.n_in or s.source_step == 0
+            places = [(slice(0, s.count), s.source)] if together else _stripes(s)
+            for j, (part, first) in enumerate(places):
+                label = f"{name}.{k}.{j}" if len(self.segments) > 1 or not together else name
+                groups = 1 if not together or s.source_step == 0 else s.count
+                kernels = weights[part].reshape(-1, s.n_in, kernel, kernel)
+                seen = graph.some(value, first, groups * s.n_in, self.inputs, label)
+                constants = [
+                    graph.constant(f"{label}.weight", kernels),
+                    graph.constant(f"{label}.bias", biases[part].reshape(-1)),
+                ]
+                outputs.append(graph.node("Conv", [seen, *constants], f"{label}.out", group=groups))
+        return str(outputs[0] if len(outputs) == 1 else graph.node("Concat", outputs, f"{name}.joined", axis=1))
+
+
+def _stripes(s: Segment) -> list[tuple[slice, int]]:
+    return [(slice(k, k + 1), s.source + k * s.source_step) for k in range(s.count)]

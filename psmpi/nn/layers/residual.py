@@ -1,0 +1,158 @@
+"""Residual blocks: layers, past which their input goes (He et al. 2016)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from psmpi.errors import UserError
+from psmpi.layout import Parameter
+from psmpi.nn.layers.base import OWN, Layer, Part, Site, Stage
+from psmpi.nn.layers.chain import Chain, export_chain, leaves, plan_buffers, shared, uses_of
+from psmpi.nn.layers.table import Table
+from psmpi.nn.layers.uses import Uses
+
+
+@dataclass(frozen=True)
+class Residual(Layer):
+    """x -> x + scale times what the layers of the branch make of x."""
+
+    layers: tuple[Layer, ...]
+    scale: float
+
+    place = OWN
+
+    @classmethod
+    def read(cls, table: Table, label: str, shape: tuple[int, ...]) -> list[Layer]:
+        scale: Any = table.settings.pop("scale", 1.0)
+        if not isinstance(scale, float | int) or isinstance(scale, bool) or not 0 < abs(scale) <= 1e6:
+            raise UserError(f"{table.where}: scale = {scale!r}; expected a number other than 0")
+        branch, out = table.layers("layers", shape)
+        if out != shape:
+            raise UserError(f"{table.where}: its layers make {out} of {shape}, and the two are to be added")
+        return [cls(label, shape, shape, branch, float(scale))]
+
+    @property
+    def inner(self) -> tuple[Layer, ...]:
+        return self.layers
+
+    def with_inner(self, layers: tuple[Layer, ...], shape: tuple[int, ...], factor: float = 1.0) -> Layer:
+        return replace(self, layers=layers, in_shape=shape, out_shape=shape, scale=self.scale * factor)
+
+    def parameters(self) -> tuple[Parameter, ...]:
+        return tuple(parameter for layer in self.layers for parameter in layer.parameters())
+
+    def users(self, uses: Uses) -> list[tuple[Parameter, Uses]]:
+        branch = zip(self.layers, uses_of(self.layers, uses), strict=True)
+        return [pair for layer, users in branch for pair in layer.users(users)]
+
+    def sources(self, uses: Uses) -> Uses:
+        before = uses
+        for layer in reversed(self.layers):
+            before = layer.sources(before)
+        if before != uses:
+            raise UserError(
+                f"{self.name}: the units that go past this residual block are not of the same classes as those that "
+                "its branch reads: use as many groups in all of its layers"
+            )
+        return uses
+
+    def present(self, inputs: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+        return wanted if any(layer.linear for layer in leaves(self.layers)) else inputs
+
+    def held(self, stage: Stage, batch: int, writable: bool, packed: bool) -> int:
+        # The branch's outputs, and the block's own where the last of these may not be overwritten.
+        spots, free = plan_buffers(stage.inner)
+        found = 0 if free else stage.size * batch
+        for one, spot in zip(stage.inner, spots, strict=True):
+            found += one.size * batch * spot.new + one.layer.held(one, batch, spot.writable, packed)
+        return found
+
+    def shares(self, stage: Stage, batch: int, wanted: bool) -> dict[str, int]:
+        return {**shared(stage.inner, batch, wanted), **({f"past {self.name}": stage.size * batch} if wanted else {})}
+
+    def part(self, stage: Stage, site: Site) -> Part:
+        return ResidualPart(stage, site)
+
+
+class ResidualPart(Part):
+    """The parts of the branch, and the sum."""
+
+    def __init__(self, stage: Stage, site: Site):
+        super().__init__(stage, site)
+        assert isinstance(self.layer, Residual)
+        self.scale = self.layer.scale
+        self.chain = Chain(stage.inner, site, (int(stage.inputs.sum()), *self.layer.in_shape[1:]))
+
+    @property
+    def inner(self) -> Sequence[Part]:
+        return self.chain.parts
+
+    def walk(self) -> list[Part]:
+        return [self, *self.chain.walk()]
+
+    def views(self, vector: np.ndarray) -> Any:
+        return self.chain.views(vector)
+
+    def bind(self, w: np.ndarray, g: np.ndarray | None) -> None:
+        self.chain.bind(w, g)
+        self.g = None if g is None else [part.g for part in self.chain.parts]
+
+    def room(self, batch: int, writable: bool) -> Any:
+        """The room of the branch, and of the sum where it does not take the place of the branch's output."""
+        own = self.ops.empty(0 if self.chain.writable else self.size * batch, self.dtype)
+        return self.chain.room(batch), own
+
+    def reserve(self, batch: int) -> None:
+        self.chain.reserve(batch)
+
+    def reserve_backward(self, batch: int, wanted: bool) -> None:
+        self.chain.reserve_backward(batch, wanted)
+        if wanted:
+            self.space.take(f"past {self.layer.name}", self.size, batch)
+
+    def prepare(self) -> None:
+        for part in self.chain.parts:
+            part.prepare()
+
+    def forward(self, x: np.ndarray, y: np.ndarray | None, room: Any) -> tuple[np.ndarray, Any]:
+        inside, own = room
+        tape = self.chain.forward(x, inside)
+        y = branch = tape.scores
+        if own.size:
+            y = own[: branch.size].reshape(branch.shape)
+            y[...] = branch
+        if self.scale != 1:
+            self.ops.scale(y.reshape(-1), self.scale)
+        y += x
+        return y, tape
+
+    def backward(
+        self, x: np.ndarray, y: np.ndarray, kept: Any, dy: np.ndarray, dx: np.ndarray | None, into: Any
+    ) -> np.ndarray:
+        past = None
+        if dx is not None:
+            past = self.space.take(f"past {self.layer.name}", *dy.shape)
+            past[...] = dy
+        if self.scale != 1:
+            self.ops.scale(dy.reshape(-1), self.scale)
+        dy = self.chain.backward(kept, dy, into, wanted=dx is not None)
+        if past is not None:
+            dy += past
+        return dy
+
+    def calibrate(self, on: bool) -> None:
+        for part in self.chain.parts:
+            part.calibrate(on)
+
+    def arrays(self) -> list[np.ndarray]:
+        return [array for part in self.chain.parts for array in part.arrays()]
+
+    def export(self, graph: Any, value: str) -> str:
+        name = self.layer.name
+        branch = export_chain(graph, value, self.chain)
+        scale = graph.constant(f"{name}.scale", np.array(self.scale, np.float32))
+        return str(graph.node("Add", [graph.node("Mul", [branch, scale], f"{name}.scaled"), value], name))

@@ -1,0 +1,141 @@
+"""Where the weights of dense layers and convolutions of a subnetwork lie in its local vector.
+
+A layer of a subnetwork keeps some of the network's output units. Units of one group that lie side by side in the flat
+vector form a *stripe*; stripes of equal shape at equal distances form a *segment*, which one (batched) matrix product
+handles.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from psmpi.backend import NumpyOps, Stripes
+from psmpi.layout import Layout, Runs
+
+
+@dataclass(frozen=True)
+class Segment:
+    """`count` stripes of n units that see n_in inputs each; starts and steps are in units, inputs and elements."""
+
+    count: int
+    n: int
+    n_in: int
+    out: int
+    source: int
+    source_step: int
+    weight: int
+    weight_step: int
+    bias: int
+    bias_step: int
+    row_length: int
+    row_step: int
+    row_bias_step: int = 1
+
+    def weights(self, vector: np.ndarray, ops: NumpyOps) -> np.ndarray:
+        """The weights in `vector` as a (count, n, unit size) view."""
+        shape = (self.count, self.n, self.row_length)
+        return ops.view(vector, self.weight, shape, (self.weight_step, self.row_step, 1))
+
+    def biases(self, vector: np.ndarray, ops: NumpyOps) -> np.ndarray:
+        """The biases in `vector` as a (count, n) view."""
+        return ops.view(vector, self.bias, (self.count, self.n), (self.bias_step, self.row_bias_step))
+
+    def rows(self, vectors: np.ndarray, ops: NumpyOps) -> tuple[np.ndarray, np.ndarray]:
+        """Weights (k, count, n, unit size) and biases (k, count, n) in `vectors` (k, part's weights), as views."""
+        many, size = vectors.shape
+        shape = (many, self.count, self.n)
+        weights = ops.view(vectors, self.weight, (*shape, self.row_length), (size, self.weight_step, self.row_step, 1))
+        return weights, ops.view(vectors, self.bias, shape, (size, self.bias_step, self.row_bias_step))
+
+
+def find_segments(layer: Any, layout: Layout, part: Runs, kept: np.ndarray, positions: np.ndarray) -> list[Segment]:
+    """The segments of `layer` in a part.
+
+    kept: (units,) bool, the output units that the part computes; positions: (inputs,) local index of each kept input.
+    """
+    names = [p.name for p in layout.parameters]
+    weight = names.index(f"{layer.name}.weight")
+    bias = names.index(f"{layer.name}.bias") if layer.bias else -1
+    local = np.cumsum(kept) - 1
+    per_group = layer.units // layer.groups
+    biases = {p.first: p.offset for p in layout.pieces() if p.parameter == bias}
+    stripes = []
+    for piece in layout.pieces():
+        if piece.parameter != weight or not kept[piece.first]:
+            continue
+        edges = sorted(
+            {piece.first, piece.last, *range(-(-piece.first // per_group) * per_group, piece.last, per_group)}
+        )
+        for a, b in itertools.pairwise(edges):
+            w_at = piece.offset + (a - piece.first) * layer.unit_size
+            b_at = biases[piece.first] + a - piece.first if layer.bias else -1
+            stripes.append(
+                Segment(
+                    count=1,
+                    n=b - a,
+                    n_in=layer.group_inputs,
+                    out=int(local[a]),
+                    source=int(positions[a // per_group * layer.group_inputs]),
+                    source_step=0,
+                    weight=part.local(w_at, w_at + 1).start,
+                    weight_step=0,
+                    # Without biases a place in zeros, one for each unit.
+                    bias=part.local(b_at, b_at + 1).start if layer.bias else int(local[a]),
+                    bias_step=0,
+                    row_step=layer.unit_size,
+                    row_length=layer.unit_size,
+                )
+            )
+    return [_as_rows(s) for s in _merge(sorted(stripes, key=lambda s: s.out))]
+
+
+def _merge(stripes: list[Segment]) -> list[Segment]:
+    """Join consecutive stripes of one shape whose starts advance in equal steps."""
+    merged: list[Segment] = []
+    for s in stripes:
+        last = merged[-1] if merged else None
+        if last is not None and (last.n, last.out + last.count * last.n) == (s.n, s.out):
+            k = last.count
+            steps = (
+                s.source - last.source - (k - 1) * last.source_step,
+                s.weight - last.weight - (k - 1) * last.weight_step,
+                s.bias - last.bias - (k - 1) * last.bias_step,
+            )
+            if k == 1 or steps == (last.source_step, last.weight_step, last.bias_step):
+                merged[-1] = replace(last, count=k + 1, source_step=steps[0], weight_step=steps[1], bias_step=steps[2])
+                continue
+        merged.append(s)
+    return merged
+
+
+def _as_rows(s: Segment) -> Segment:
+    """Stripes of one unit that all see the same inputs are the rows of a single matrix."""
+    if s.count > 1 and s.source_step == 0 and s.n == 1:
+        return replace(s, count=1, n=s.count, row_step=s.weight_step, row_bias_step=s.bias_step)
+    return s
+
+
+def same_source(segments: list[Segment]) -> list[Stripes]:
+    """Stripes of a packed layer: one for each group of inputs, groups of equal size and distance together."""
+    stripes: list[Stripes] = []
+    for s in segments:
+        for k in range(s.count):
+            source, out = s.source + k * s.source_step, s.out + k * s.n
+            if stripes and stripes[-1].source == source:
+                stripes[-1] = replace(stripes[-1], n=stripes[-1].n + s.n)
+            else:
+                stripes.append(Stripes(1, s.n, s.n_in, source, 0, out))
+    joined: list[Stripes] = []
+    for one in stripes:
+        last = joined[-1] if joined else None
+        if last is not None and (last.n, last.out + last.count * last.n) == (one.n, one.out):
+            step = one.source - last.source - (last.count - 1) * last.source_step
+            if last.count == 1 or step == last.source_step:
+                joined[-1] = replace(last, count=last.count + 1, source_step=step)
+                continue
+        joined.append(one)
+    return joined

@@ -1,0 +1,8 @@
+"""Losses on raw scores, with their derivatives: one a file."""
+
+from __future__ import annotations
+
+from psmpi.nn.losses.base import SUMS, Loss, largest_exponent
+from psmpi.nn.losses.registry import LOSSES, make_loss
+
+__all__ = ["LOSSES", "SUMS", "Loss", "largest_exponent", "make_loss"]

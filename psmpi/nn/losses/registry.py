@@ -1,0 +1,49 @@
+"""The losses by name: a new one is a file beside this one, and a line here."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from psmpi.errors import UserError
+from psmpi.nn.losses.base import Loss, largest_exponent
+from psmpi.nn.losses.hinge import Hinge
+from psmpi.nn.losses.logistic import PairwiseLogistic
+from psmpi.nn.losses.nll import CrossEntropy
+from psmpi.nn.losses.psl import PSL
+from psmpi.nn.losses.squared import SquaredError
+
+LOSSES: dict[str, type[Loss]] = {
+    "psl": PSL,
+    "logistic": PairwiseLogistic,
+    "nll": CrossEntropy,
+    "squared": SquaredError,
+    "hinge": Hinge,
+}
+
+
+def make_loss(name: str, dtype: np.dtype, *, kappa: float = 1.0, exp_clip: str = "auto", task: str = "classes") -> Loss:
+    """The loss called `name`; exp_clip: auto, off or the exponent from which psl goes on as its tangent.
+
+    UserError where the name is unknown, the loss cannot learn the task (see `Loss`), kappa is not positive or exp_clip
+    is none of these.
+    """
+    if name not in LOSSES:
+        raise UserError(f"--loss {name!r} is unknown: choose one of {', '.join(LOSSES)}")
+    if task not in LOSSES[name].tasks:
+        fit = " or ".join(f"--loss {other}" for other, loss in LOSSES.items() if task in loss.tasks)
+        raise UserError(
+            f"--loss {name} needs labels, and the targets are floating point numbers, values to learn: use {fit}, or "
+            "save labels as integers, y.astype(np.int64)"
+        )
+    if not 0 < kappa <= 1e6:
+        raise UserError(f"--kappa {kappa}: expected a number above 0 and up to 1e6, usually 1 or 2")
+    try:
+        limit = {"auto": 0.0, "off": None}[exp_clip] if exp_clip in ("auto", "off") else float(exp_clip)
+    except ValueError:
+        limit = -1.0
+    if limit is not None and not 0 <= limit <= largest_exponent(dtype):
+        raise UserError(
+            f"--exp-clip {exp_clip}: expected auto, off, or an exponent from 0 to {largest_exponent(dtype):.1f} "
+            f"(the largest one for {np.dtype(dtype)})"
+        )
+    return LOSSES[name](dtype, kappa=kappa, exp_clip=limit, task=task)

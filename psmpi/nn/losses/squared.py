@@ -1,0 +1,26 @@
+"""The squared error."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from psmpi.nn.losses.base import Loss
+
+
+class SquaredError(Loss):
+    """sum_j (c_j - t_j)^2, with t_j = [j = y] of a label y."""
+
+    name, formula = "squared", "sum_j (c_j - t_j)^2, t_j the values to learn, or [j = y] of classes"
+    tasks = ("classes", "regression")
+
+    def __call__(self, scores, targets, scale, grad=None, pairs=None):
+        (z,) = self._buffers(scores, 1)
+        np.copyto(z, scores)
+        if self.task == "regression":
+            z -= targets
+        else:
+            z.reshape(-1)[targets * scores.shape[1] + np.arange(scores.shape[1])] -= 1
+        value = float(np.vdot(z, z))
+        if grad is not None:
+            np.multiply(z, 2 * scale, out=grad)
+        return value * scale

@@ -1,0 +1,99 @@
+"""Small networks that have every kind of layer, for the tests that run over all of them."""
+
+from psmpi.nn.network import build
+from psmpi.nn.zoo import make_network
+
+FLAT, TANH, NORM = {"type": "flatten"}, {"type": "tanh"}, {"type": "batch_norm"}
+
+
+def conv(channels, kernel, pool="mean_pool", size=2, activation="sigmoid"):
+    kind = {"type": pool, "size": size}
+    return [{"type": "conv", "channels": channels, "kernel": kernel}, kind, {"type": activation}]
+
+
+def separable(units, groups):
+    return {"type": "separable_dense", "units": units, "groups": groups}
+
+
+def dense(units):
+    return {"type": "dense", "units": units}
+
+
+def unbiased(table):
+    return {**table, "bias": False}
+
+
+def residual(*layers, **settings):
+    return {"type": "residual", "layers": layers, **settings}
+
+
+NETWORKS = {
+    "dense": ((7,), [dense(6), {"type": "tanh"}, dense(4)], 4),
+    "identity": ((7,), [{"type": "identity"}, dense(4), {"type": "identity"}], 4),
+    "separable dense, ignored inputs": ((11,), [separable(8, 4), {"type": "relu"}, separable(4, 4)], 4),
+    "groups of two kinds": ((24,), [separable(16, 8), TANH, separable(12, 4), TANH, dense(4)], 4),
+    "blocks cut by later blocks": ((12,), [separable(12, 2), {"type": "tanh"}, separable(4, 4)], 4),
+    "separable after dense": ((6,), [dense(9), {"type": "tanh"}, dense(8), {"type": "tanh"}, separable(4, 4)], 4),
+    "mean pooling": ((2, 9, 9), [*conv(3, 3), *conv(8, 2), FLAT, separable(4, 4)], 4),
+    "mean pooling by three": ((2, 11, 11), [*conv(8, 2, size=3), FLAT, separable(4, 4)], 4),
+    "max pooling": ((2, 9, 9), [*conv(3, 3, "max_pool", activation="relu"), FLAT, dense(4)], 4),
+    "pooling first": ((2, 8, 8), [{"type": "mean_pool"}, *conv(4, 2, activation="tanh"), FLAT, dense(4)], 4),
+    "no pooling": ((1, 5, 5), [{"type": "conv", "channels": 4, "kernel": 3}, TANH, FLAT, separable(4, 4)], 4),
+    "separable convolution": (
+        (4, 8, 8),
+        [{"type": "separable_conv", "channels": 8, "kernel": 3, "groups": 4}, {"type": "mean_pool"}, TANH,
+         {"type": "separable_conv", "channels": 8, "kernel": 2, "groups": 4}, TANH, FLAT, separable(4, 4)],
+        4,
+    ),
+    "activations in a row": ((7,), [dense(6), {"type": "sigmoid"}, TANH, {"type": "relu"}, dense(4)], 4),
+    "activations around a flatten": (
+        (2, 5, 5),
+        [TANH, {"type": "conv", "channels": 4, "kernel": 3}, {"type": "sigmoid"}, FLAT, TANH, separable(4, 4)],
+        4,
+    ),
+    "channels cut by blocks": ((1, 8, 8), [*conv(3, 3), *conv(7, 2), FLAT, separable(5, 5)], 5),
+    "small psnet": ((1, 8, 8), None, 10),
+    "no biases": ((7,), [unbiased(dense(6)), TANH, unbiased(separable(8, 4)), TANH, separable(4, 4)], 4),
+    "normalized": (
+        (7,),
+        [unbiased(dense(9)), NORM, {"type": "relu"}, unbiased(separable(8, 4)), NORM, TANH,
+         unbiased(separable(4, 4)), {**NORM, "affine": False}],
+        4,
+    ),
+    "normalized images": (
+        (2, 9, 9),
+        [{**unbiased(conv(3, 3)[0]), "pad": 1}, {"type": "mean_pool"}, NORM, TANH, *conv(7, 2), FLAT, separable(4, 4)],
+        4,
+    ),
+    "normalized features that no class sees": (
+        (2, 5, 5), [conv(3, 3)[0], FLAT, NORM, TANH, separable(4, 4), NORM], 4,
+    ),
+    "normalized inputs and activations": ((7,), [NORM, TANH, NORM, {"type": "relu"}, dense(4)], 4),
+    "normalized groups": ((7,), [dense(8), {"type": "group_norm", "groups": 4}, TANH, separable(4, 4)], 4),
+    "normalized groups of images": (
+        (2, 9, 9),
+        [{"type": "group_norm", "groups": 1}, conv(6, 3)[0], {"type": "group_norm", "groups": 3}, {"type": "relu"},
+         {"type": "mean_pool"}, FLAT, {"type": "group_norm", "groups": 2}, separable(4, 4)],
+        4,
+    ),
+    "residual": ((7,), [dense(6), TANH, residual(dense(5), TANH, dense(6), scale=0.5), TANH, dense(4)], 4),
+    "residual around activations": ((7,), [dense(6), residual(TANH, dense(6), TANH), residual(TANH), dense(4)], 4),
+    "residual of classes": ((8,), [separable(8, 4), residual(separable(8, 4), TANH), separable(4, 4)], 4),
+    "residual images": (
+        (2, 6, 6),
+        [{**unbiased(conv(4, 3)[0]), "pad": 1},
+         *[residual(NORM, {"type": "relu"}, {**conv(4, 3)[0], "pad": 1}, residual({"type": "relu"}), NORM, TANH,
+                    {**conv(4, 3)[0], "pad": 1})] * 2,
+         NORM, {"type": "relu"}, {"type": "mean_pool", "size": 3}, FLAT, dense(4)],
+        4,
+    ),
+}  # fmt: skip
+
+
+# Those in which a sample has scores, and a gradient, of its own.
+APART = [name for name, (_, layers, _) in NETWORKS.items() if "batch_norm" not in str(layers)]
+
+
+def make(name):
+    shape, layers, classes = NETWORKS[name]
+    return make_network("psnet", shape, classes) if layers is None else build(name, shape, layers, classes)
