@@ -35,6 +35,15 @@ def test_only_the_world_module_names_comm_world():
     assert [p.name for p in sources] == ["world.py"]
 
 
+def test_only_comm_speaks_to_mpi():
+    """No other room imports mpi4py or makes a communicator's own calls."""
+    for path in (HERE.parent / "psmpi").rglob("*.py"):
+        if "comm" not in path.parts:
+            text = path.read_text()
+            assert not re.search(r"(from|import) mpi4py", text), path
+            assert not re.search(r"world\.[A-Z]\w+\(", text), path
+
+
 def test_modules_import_from_floors_below_only():
     """Floors: backend and layout, then nn, optim and data, configuration, comm, methods, loop, commands."""
     floors = [("errors",), ("backend",), ("layout",), ("nn", "optim", "data"), ("config",), ("comm",), ("methods",),

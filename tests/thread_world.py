@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 from mpi4py import MPI
 
-PATIENCE = 60
+PATIENCE = 20
 
 
 class Shared:

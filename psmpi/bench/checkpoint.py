@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from psmpi.comm import control
 from psmpi.errors import UserError
 
 # Weights of this network are in equal blocks, one a class, as a worker of the score partition holds them.
@@ -101,9 +102,7 @@ def _measure(
         while True:
             busy.append(_step(world, vectors))
             # Rank 0 alone knows, and all must take the same number of steps.
-            left = np.array([int(world.rank == 0 and writer.busy)])
-            world.Bcast(left, 0)
-            if not left[0]:
+            if not control.share_flag(world, world.rank == 0 and writer.busy):
                 break
         if number:
             pauses.append(pause)
@@ -149,7 +148,7 @@ def _step(world: Any, vectors: dict[str, np.ndarray]) -> float:
         m[piece] *= np.float32(0.9)
         v[piece] *= np.float32(0.999)
         w[piece] -= np.float32(1e-3) * m[piece]
-    world.Barrier()
+    control.wait_for_all(world)
     return time.perf_counter() - start
 
 

@@ -22,6 +22,7 @@ def main(argv: list[str]) -> int:
     from psmpi.bench.hosts import NETWORK
     from psmpi.bench.problems import Data, Problem
     from psmpi.bench.pytorch import theirs
+    from psmpi.comm.control import share
     from psmpi.comm.world import start
     from psmpi.config import Config
     from psmpi.data import open_dataset
@@ -42,9 +43,8 @@ def main(argv: list[str]) -> int:
     model = Model(net, layout, w, np.zeros_like(w), NumpyOps())
     torch.set_num_threads(1)
     host = f"{NETWORK}1" if os.environ.get("GLOO_SOCKET_IFNAME") else "127.0.0.1"
-    port = np.array([29400 + os.getpid() % 500])
-    world.Bcast(port, 0)
-    dist.init_process_group("gloo", init_method=f"tcp://{host}:{port[0]}", rank=world.rank, world_size=world.size)
+    port = share(world, str(29400 + os.getpid() % 500))
+    dist.init_process_group("gloo", init_method=f"tcp://{host}:{port}", rank=world.rank, world_size=world.size)
     size = -(-config.data.batch_size // world.size)
     step, _ = theirs(problem, Data(problem, size), model, wrap=torch.nn.parallel.DistributedDataParallel)
     for _ in range(WARM):

@@ -32,6 +32,7 @@ def memory(config: Config, json: bool = False) -> int:
     from threadpoolctl import threadpool_limits
 
     from psmpi.backend import make_backend
+    from psmpi.comm import control
     from psmpi.comm.world import host, start
     from psmpi.config import check
     from psmpi.data import Batch, open_dataset
@@ -65,8 +66,7 @@ def memory(config: Config, json: bool = False) -> int:
         tracemalloc.stop()
     held, needed = method.memory(), _needed(method, network, dataset, config)
     mine = [float(t.get(kind, 0)) for t in (held, needed) for kind in KINDS]
-    everyone = np.zeros((world.size, 2 * len(KINDS) + 1))
-    world.Allgather(np.array([*mine, float(traced)]), everyone)
+    everyone = control.rows(world, np.array([*mine, float(traced)]))
     if world.rank == 0:
         roles = ["worker" if w is not None else "master" for w in method.roles.workers]
         count = len(KINDS)

@@ -32,6 +32,7 @@ def optimizer(config: Config, json: bool = False) -> int:
     from threadpoolctl import threadpool_limits
 
     from psmpi.backend import make_backend
+    from psmpi.comm import control
     from psmpi.comm.world import host, start
     from psmpi.config import check
     from psmpi.data import Batch, open_dataset
@@ -77,11 +78,8 @@ def optimizer(config: Config, json: bool = False) -> int:
                 rows.append([time.perf_counter() - begin, *watch.seconds.values()])
                 counts.append([method.scalars[name] - scalars[name] for name in ("products", "trials")])
                 sent.append(method.counter.sent - before)
-    mine = np.array(rows) * 1e3
-    everyone = np.zeros((world.size, *mine.shape))
-    world.Allgather(mine, everyone)
-    held = np.zeros((world.size, 2))
-    world.Allgather(np.array([float(sum(method.memory().values())), float(np.mean(sent))]), held)
+    everyone = control.rows(world, np.array(rows) * 1e3)
+    held = control.rows(world, np.array([float(sum(method.memory().values())), float(np.mean(sent))]))
     if world.rank == 0:
         table = [
             {

@@ -1,1 +1,1 @@
-"""MPI: starting, ending, and the collectives that a step needs. Nothing here starts MPI when it is imported."""
+"""MPI: starting, ending, control data, and transfers of vectors. Nothing here starts MPI when it is imported."""

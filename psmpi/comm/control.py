@@ -14,6 +14,18 @@ def total(world: Any, values: np.ndarray) -> np.ndarray:
     return found
 
 
+def rows(world: Any, values: np.ndarray) -> np.ndarray:
+    """Every rank's `values`, of one shape and dtype, as the rows of a new array (ranks, ...) on each."""
+    found = np.empty((world.size, *values.shape), values.dtype)
+    world.Allgather(values, found)
+    return found
+
+
+def wait_for_all(world: Any) -> None:
+    """Return when all ranks have come here."""
+    world.Barrier()
+
+
 def share(world: Any, text: str) -> str:
     """Rank 0's text on all ranks."""
     data = np.frombuffer(text.encode(), np.uint8).copy()

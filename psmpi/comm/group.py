@@ -85,11 +85,11 @@ class Group:
 
     def bcast(self, buffer: np.ndarray, root: int = 0) -> None:
         if self.size > 1:
-            mine = self.rank == root
-            self.comm.Bcast(self.bridge.outgoing(buffer) if mine else self.bridge.incoming(buffer), root)
-            if not mine:
+            at_root = self.rank == root
+            self.comm.Bcast(self.bridge.outgoing(buffer) if at_root else self.bridge.incoming(buffer), root)
+            if not at_root:
                 self.bridge.arrived(buffer)
-            self.counter.add(buffer.nbytes * (self.size - 1) * mine, buffer.nbytes * (not mine))
+            self.counter.add(buffer.nbytes * (self.size - 1) * at_root, buffer.nbytes * (not at_root))
 
     def reduce(self, buffer: np.ndarray, into: np.ndarray | None, root: int = 0) -> None:
         """Sum of all `buffer`s, on the root only: in its `into`, which holds the root's own share already."""
