@@ -43,7 +43,7 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Model:
+class NetworkSettings:
     """The network."""
 
     model: Literal["psnet", "psnet-24", "psnet-35", "lenet", "mlp", "resnet", "custom"] = "psnet"
@@ -70,7 +70,7 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Objective:
+class LossSettings:
     """The loss."""
 
     loss: Annotated[LossName, arg(help="; ".join(f"{name}: {loss.formula}" for name, loss in LOSSES.items()))] = "psl"
@@ -162,7 +162,7 @@ class Alignment:
 
 
 @dataclass(frozen=True)
-class Subnets:
+class SubnetSettings:
     """Independent subnets (ist)."""
 
     deal: Literal["units", "blocks"] = "units"
@@ -311,12 +311,12 @@ class Config:
     """The whole configuration."""
 
     data: Data = field(default_factory=Data)
-    model: Model = field(default_factory=Model)
-    objective: Objective = field(default_factory=Objective)
+    model: NetworkSettings = field(default_factory=NetworkSettings)
+    objective: LossSettings = field(default_factory=LossSettings)
     parallel: Parallel = field(default_factory=Parallel)
     replicated: Replicated = field(default_factory=Replicated)
     alignment: Alignment = field(default_factory=Alignment)
-    subnets: Subnets = field(default_factory=Subnets)
+    subnets: SubnetSettings = field(default_factory=SubnetSettings)
     synthetic: Synthetic = field(default_factory=Synthetic)
     optimization: Optimization = field(default_factory=Optimization)
     run: Run = field(default_factory=Run)

@@ -107,7 +107,7 @@ def _train(world: Any, config: Config) -> None:
     from threadpoolctl import threadpool_limits
 
     from psmpi import checkpoint, metrics
-    from psmpi.comm.control import collect, share
+    from psmpi.comm.control import collect_texts, share
     from psmpi.comm.world import host, library
     from psmpi.config import to_toml
     from psmpi.data import open_dataset
@@ -168,7 +168,7 @@ def _train(world: Any, config: Config) -> None:
         ops = _backend(world, config, threads)
         method = METHODS[config.parallel.method](world, network, dataset, config, ops)
         place = json.dumps([socket.gethostname(), *vars(method.place()).values()])
-        places = [json.loads(text) for text in collect(world, place)]
+        places = [json.loads(text) for text in collect_texts(world, place)]
         show_places(console, [(rank, host, Place(*rest)) for rank, (host, *rest) in enumerate(places)])
         console.print(
             f"model {network.name}: {method.layout.size:,} parameters; backend {ops.description}; run directory {out}",
@@ -195,7 +195,7 @@ def _train(world: Any, config: Config) -> None:
         loop.run()
         if config.parallel.convolution != "own":
             chosen: dict[str, str] = {}
-            for text in collect(world, "\n".join(ops.choices), most=10_000):
+            for text in collect_texts(world, "\n".join(ops.choices), most=10_000):
                 for line in text.splitlines():
                     # Where ranks have the same sizes, the first one speaks for them.
                     chosen.setdefault(line.partition(":")[0], line)
@@ -239,7 +239,7 @@ def _backend(world: Any, config: Config, threads: int) -> Any:
             if given:
                 raise UserError(f"{option} is for GPUs, and the backend here is {ops.name}: add --backend cupy")
     elif parallel.nccl:
-        nccl.check(world, ops.pci_id)
+        nccl.check_devices(world, ops.pci_id)
     return ops
 
 

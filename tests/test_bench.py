@@ -11,7 +11,7 @@ from conftest import finish, run, start
 
 from psmpi.bench.compute import ours
 from psmpi.bench.hosts import slow_hosts
-from psmpi.bench.problems import LR, Data, operations, problems
+from psmpi.bench.problems import LR, Minibatch, operations, problems
 from psmpi.bench.pytorch import theirs
 from psmpi.errors import UserError
 
@@ -52,7 +52,7 @@ def test_operations_are_those_of_the_unfused_network():
 def test_the_measured_step_is_a_training_step(name):
     """Adam's first step moves each weight by the learning rate, against its gradient."""
     problem = problems()[name]
-    step, w, model = ours(problem, Data(problem, 20), "auto")
+    step, w, model = ours(problem, Minibatch(problem, 20), "auto")
     before = w.copy()
     step()
     moved = w - before
@@ -65,7 +65,7 @@ def test_the_measured_step_is_a_training_step(name):
 def test_pytorch_makes_the_same_steps(name, kind):
     pytest.importorskip("torch")
     problem = problems()[name]
-    data = Data(problem, 20)
+    data = Minibatch(problem, 20)
     mine, w, model = ours(problem, data, "auto")
     before = w.copy()
     other, net = theirs(problem, data, model, kind)

@@ -169,12 +169,12 @@ def test_transfers_are_those_of_the_reference(cupy, dtype):  # noqa: F811
         table = np.array(table, np.int64)
         values, out = some(rng, dtype, 4000), some(rng, dtype, 4000)
         there = put(ops, out)
-        ops.transfer(table).add(put(ops, values), there)
+        ops.run_copies(table).add(put(ops, values), there)
         expected = out.copy()
-        NumpyOps().transfer(table).add(values, expected)
+        NumpyOps().run_copies(table).add(values, expected)
         assert np.array_equal(ops.host(there), expected)
         there = put(ops, out)
-        ops.transfer(table).copy(put(ops, values), there)
+        ops.run_copies(table).copy(put(ops, values), there)
         expected = out.copy()
         for begin, to, length in table:
             expected[to : to + length] = values[begin : begin + length]

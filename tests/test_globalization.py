@@ -4,7 +4,7 @@ from math import inf, isnan, nan, sqrt
 
 import pytest
 
-from psmpi.optim.globalization import LARGEST, SMALLEST, Momentum, TrustRegion, armijo
+from psmpi.optim.globalization import LARGEST, SMALLEST, Extrapolation, TrustRegion, armijo
 
 
 def test_line_searches_of_the_specification():
@@ -36,7 +36,7 @@ def test_the_radius_follows_the_ratio():
 
 
 def test_the_momentum_of_the_specification():
-    m = Momentum(adaptive=True)
+    m = Extrapolation(adaptive=True)
     found = []
     for _ in range(3):
         mu = m.next()
@@ -48,4 +48,4 @@ def test_the_momentum_of_the_specification():
     assert mu == pytest.approx((1 - sqrt(1e-5)) / (1 + sqrt(1e-5)), abs=1e-6)
     m.fail()
     assert m.next() == 0
-    assert Momentum(adaptive=False).next() == 0.9
+    assert Extrapolation(adaptive=False).next() == 0.9

@@ -18,7 +18,7 @@ from psmpi.nn.cost import apart, conventional, count
 from psmpi.nn.cut import split_layers
 from psmpi.nn.model import Model
 from psmpi.nn.network import build
-from psmpi.nn.targets import Reader, TargetDistance, draw_targets
+from psmpi.nn.targets import LabelReader, TargetDistance, draw_targets
 from psmpi.nn.zoo import make_network
 from psmpi.train import parse
 
@@ -122,7 +122,7 @@ def test_probabilities_are_what_the_best_outputs_hold():
     rng = np.random.default_rng(0)
     s = draw_targets("uniform", 50, 5, 0, 1, 1.0).astype(np.float64)
     p = rng.dirichlet(np.ones(5), 40).T
-    best, reader = s @ p, Reader(s)
+    best, reader = s @ p, LabelReader(s)
     assert abs(reader.probabilities(best) - p).max() <= 1e-10
 
     def expected(o):

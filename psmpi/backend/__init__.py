@@ -5,7 +5,7 @@ from __future__ import annotations
 from psmpi.backend import compiled, gpu
 from psmpi.backend.compiled import CompiledOps
 from psmpi.backend.gpu import CupyOps
-from psmpi.backend.reference import Convolution, Mirror, NumpyOps, Stripes, Transfer
+from psmpi.backend.reference import Convolution, Mirror, NumpyOps, RunCopies, Stripes
 from psmpi.errors import UserError
 
 __all__ = [
@@ -14,8 +14,8 @@ __all__ = [
     "CupyOps",
     "Mirror",
     "NumpyOps",
+    "RunCopies",
     "Stripes",
-    "Transfer",
     "make_backend",
 ]
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from psmpi.backend import make_backend
-from psmpi.bench.problems import LR, Data, Problem, operations, problems
+from psmpi.bench.problems import LR, Minibatch, Problem, operations, problems
 from psmpi.bench.pytorch import Kind, theirs
 from psmpi.comm.world import cores, quota
 from psmpi.errors import UserError
@@ -25,7 +25,7 @@ from psmpi.nn.model import Model
 from psmpi.nn.objective import Objective
 from psmpi.optim import Hyper, make_optimizer
 
-Step = Callable[[], None]
+Call = Callable[[], None]
 Backend = Literal["auto", "numpy", "compiled", "cupy"]
 Compute = Literal["float32", "tf32", "float16", "bfloat16"]
 Convolution = Literal["own", "cudnn", "measured"]
@@ -33,12 +33,12 @@ Convolution = Literal["own", "cudnn", "measured"]
 
 def ours(
     problem: Problem,
-    data: Data,
+    data: Minibatch,
     backend: Backend,
     threads: int = 1,
     compute: Compute = "float32",
     convolution: Convolution = "own",
-) -> tuple[Step, np.ndarray, Model]:
+) -> tuple[Call, np.ndarray, Model]:
     """A step of psmpi, its weights, and the model; on a device it goes on after the call."""
     network, classes = problem.network, problem.classes
     layout = network.layout()
@@ -141,7 +141,7 @@ def compute(
         peak = gemm_peak()
         for name in networks:
             problem = problems()[name]
-            data = Data(problem, batch_size)
+            data = Minibatch(problem, batch_size)
             step, _, model = ours(problem, data, backend, threads, compute, convolution)
             images = len(problem.network.in_shape) == 3
             wanted: dict[Kind, bool] = {"eager": True, "channels last": images, "compile": compiled}
@@ -203,7 +203,7 @@ def gemm_peak(n: int = 1536, repeats: int = 5) -> float:
     return best
 
 
-def _row(name: str, kind: str, steps: tuple[Step, Step], waits: tuple[Step, Step], pairs: int, work: float) -> Row:
+def _row(name: str, kind: str, steps: tuple[Call, Call], waits: tuple[Call, Call], pairs: int, work: float) -> Row:
     # As many steps a measurement as take some tens of milliseconds.
     counts = []
     for each, wait in zip(steps, waits, strict=True):

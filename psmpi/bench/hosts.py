@@ -25,7 +25,7 @@ ENVIRONMENT = {
 NETWORK = "10.77.0."
 
 
-def check() -> None:
+def check_hosts() -> None:
     """UserError where namespaces cannot be made here."""
     if os.geteuid() != 0 or not all(map(shutil.which, ("ip", "tc"))):
         raise UserError(
@@ -54,7 +54,7 @@ def slow_hosts(count: int, megabits: float) -> Iterator[list[str]]:
     if not megabits:
         yield []
         return
-    check()
+    check_hosts()
     hub = f"psmpi{os.getpid()}"
     names = [f"{hub}-{k}" for k in range(count)]
     limit = ("root", "tbf", "rate", f"{megabits}mbit", "burst", "64kb", "latency", "100ms")

@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from psmpi.bench.hosts import ENVIRONMENT, check, slow_hosts, wrapper
+from psmpi.bench.hosts import ENVIRONMENT, check_hosts, slow_hosts, wrapper
 from psmpi.errors import UserError
 
 Variant = Literal[
@@ -103,7 +103,7 @@ def network(
     if not 0 <= target < 1:
         raise UserError(f"--target {target}: expected an accuracy from 0 up to, not including, 1")
     if any(rates):
-        check()
+        check_hosts()
     if pytorch and find_spec("torch") is None:
         raise UserError("--pytorch needs PyTorch: pip install 'psmpi[torch]'")
     if not 1 <= ranks <= 250:

@@ -74,7 +74,7 @@ def operations(problem: Problem, batch: int) -> float:
     return total
 
 
-class Data:
+class Minibatch:
     """One minibatch, the same numbers for both, each in its own layout; scores of classes that others compute."""
 
     def __init__(self, problem: Problem, batch: int):

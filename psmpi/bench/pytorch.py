@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from psmpi.bench.problems import LR, Data, Problem
+from psmpi.bench.problems import LR, Minibatch, Problem
 from psmpi.errors import UserError
 from psmpi.nn.layers import Layer, Stage
 from psmpi.nn.layers.activation import Activation
@@ -24,7 +24,7 @@ Kind = Literal["eager", "channels last", "compile"]
 
 def theirs(
     problem: Problem,
-    data: Data,
+    data: Minibatch,
     model: Model,
     kind: Kind = "eager",
     compute: str = "float32",

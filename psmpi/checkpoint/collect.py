@@ -45,7 +45,7 @@ def collect(
                 keep(rank, first, elements)
 
 
-class Shares:
+class Records:
     """What each rank writes of vectors of one ownership: the runs of record, one rank after the other.
 
     `starts` (ranks + 1,): where a rank's begin among all elements. ValueError where no rank has some of `size`.

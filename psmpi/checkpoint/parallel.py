@@ -16,7 +16,7 @@ import numpy as np
 
 from psmpi.checkpoint.contents import Contents
 from psmpi.checkpoint.format import FORMAT, HEADER, as_data, chunk_of, filters, partial_of
-from psmpi.checkpoint.selection import Part, Ranges, find_parts
+from psmpi.checkpoint.selection import Ranges, Slab, find_parts
 from psmpi.checkpoint.tensors import Tensor
 from psmpi.layout import Ownership, TableRows, copy_runs
 
@@ -26,7 +26,7 @@ def supported() -> bool:
     return bool(h5py.get_config().mpi)
 
 
-def parts_of(tensor: Tensor, ownership: Ownership) -> list[list[Part]]:
+def parts_of(tensor: Tensor, ownership: Ownership) -> list[list[Slab]]:
     """What each rank writes of a tensor: parts of it, and where they lie in that rank's local vector."""
     found = []
     for runs, record in zip(ownership, ownership.record, strict=True):
@@ -36,7 +36,7 @@ def parts_of(tensor: Tensor, ownership: Ownership) -> list[list[Part]]:
     return found
 
 
-def values_of(part: Part, vector: np.ndarray) -> np.ndarray:
+def values_of(part: Slab, vector: np.ndarray) -> np.ndarray:
     """The elements of a part in its C order, a view of the local vector where they are a slice of it."""
     if part.run is not None:
         return vector[part.run]

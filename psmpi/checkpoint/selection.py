@@ -16,7 +16,7 @@ Ranges = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
-class Part:
+class Slab:
     """A box of a data set, and where its elements lie in a local vector.
 
     at, places, sizes: elements [at, at + size) of the box, in its own C order, are [place, place + size) of the vector.
@@ -85,7 +85,7 @@ def _boxes(shape: tuple[int, ...], first: np.ndarray, last: np.ndarray) -> list[
 
 def find_parts(
     shape: Sequence[int], chunks: Sequence[int], first: np.ndarray, last: np.ndarray, places: np.ndarray
-) -> Iterator[Part]:
+) -> Iterator[Slab]:
     """Elements [first[k], last[k]) of a data set, sorted and disjoint, at places[k] of a local vector, as few parts.
 
     Parts that are no slice of the local vector have no more than about `CHUNK` elements, in whole `chunks` where
@@ -100,13 +100,13 @@ def find_parts(
                 yield _part(shape, slab, first, last, places)
 
 
-def _part(shape: Sequence[int], ranges: Ranges, first: np.ndarray, last: np.ndarray, places: np.ndarray) -> Part:
+def _part(shape: Sequence[int], ranges: Ranges, first: np.ndarray, last: np.ndarray, places: np.ndarray) -> Slab:
     starts, length = box_runs(shape, ranges)
     run, interval, a, b = cross(starts, starts + length, first, last)
     at, to, sizes = run * length + a - starts[run], places[interval] + a - first[interval], b - a
     # The box is all there: its own elements follow each other in any case.
     begins = np.append(0, np.flatnonzero(to[1:] != (to + sizes)[:-1]) + 1)
-    return Part(ranges, at[begins], to[begins], np.add.reduceat(sizes, begins))
+    return Slab(ranges, at[begins], to[begins], np.add.reduceat(sizes, begins))
 
 
 def _slabs(ranges: Ranges, chunks: Sequence[int]) -> Iterator[Ranges]:

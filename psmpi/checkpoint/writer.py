@@ -14,7 +14,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from psmpi.checkpoint.collect import Shares, collect, row_pieces
+from psmpi.checkpoint.collect import Records, collect, row_pieces
 from psmpi.checkpoint.contents import Contents, Progress
 from psmpi.checkpoint.format import folder, partial_of
 from psmpi.checkpoint.spool import Spool
@@ -60,8 +60,8 @@ class Writer:
         self.shards, self.spaces = shards, dict(spaces or {})
         if self.spaces.keys() != contents.spaces.keys():
             raise ValueError(f"spaces of {sorted(self.spaces)}, the contents have {sorted(contents.spaces)}")
-        self.shares = {name: Shares(of, contents.spaces[name].size, world.rank) for name, of in self.spaces.items()}
-        self.weights = Shares(shards, contents.layout.size, world.rank)
+        self.shares = {name: Records(of, contents.spaces[name].size, world.rank) for name, of in self.spaces.items()}
+        self.weights = Records(shards, contents.layout.size, world.rank)
         self.spool = Spool(lock)
         self.target: Path | None = None
         self.found: list[str] = []
@@ -111,7 +111,7 @@ class Writer:
             provenance={**self.contents.provenance, "created": now},
         )
 
-    def _share(self, vector: str) -> Shares:
+    def _share(self, vector: str) -> Records:
         return self.shares.get(vector, self.weights)
 
     def _whole(self, table: np.ndarray) -> tuple[int, ...]:
@@ -150,10 +150,10 @@ class Writer:
         for name, vector in vectors.items():
             shares = self._share(name)
 
-            def piece(first: int, last: int, vector: np.ndarray = vector, shares: Shares = shares) -> np.ndarray:
+            def piece(first: int, last: int, vector: np.ndarray = vector, shares: Records = shares) -> np.ndarray:
                 return shares.piece(vector, first, last)
 
-            def keep(rank: int, first: int, elements: np.ndarray, base: int = at, shares: Shares = shares) -> None:
+            def keep(rank: int, first: int, elements: np.ndarray, base: int = at, shares: Records = shares) -> None:
                 self._put(elements, base + (int(shares.starts[rank]) + first) * elements.itemsize)
 
             collect(self.world, shares.sizes, vector.dtype, piece, keep)

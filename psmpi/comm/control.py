@@ -46,7 +46,7 @@ def share_flag(world: Any, flag: bool) -> bool:
     return bool(answer[0])
 
 
-def collect(world: Any, text: str, most: int = 1000) -> list[str]:
+def collect_texts(world: Any, text: str, most: int = 1000) -> list[str]:
     """Every rank's text (cut at `most` bytes), on rank 0; none on the others."""
     own = np.zeros(most, np.uint8)
     data = text.encode()[:most]

@@ -44,7 +44,7 @@ class Nccl:
         self.library.groupEnd()
 
 
-def check(world: Any, pci_id: str) -> None:
+def check_devices(world: Any, pci_id: str) -> None:
     """UserError on all ranks unless CuPy has NCCL and no two ranks of a host have one device, which `pci_id` names."""
     from mpi4py import MPI
 

@@ -20,7 +20,7 @@ BINS = 24
 
 
 @dataclass
-class Sums:
+class Moments:
     """Statistics of values that come in pieces; not-a-number and infinite ones are counted apart."""
 
     count: int = 0
@@ -84,7 +84,7 @@ def stats(checkpoint: Checkpoint, /, vector: str = "weights", plot: str = "", js
     if vector not in known:
         raise UserError(f"{opened.path} has no vector {vector!r}: choose one of {', '.join(known)}")
     layout = opened.contents.layout_of(vector)
-    layers, parts = [], {block.classes: Sums() for block in layout.blocks}
+    layers, parts = [], {block.classes: Moments() for block in layout.blocks}
     starts = [block.start for block in layout.blocks]
     for tensor in opened.of(vector).values():
         sums = sums_of(opened, vector, tensor.name)
@@ -114,14 +114,14 @@ def stats(checkpoint: Checkpoint, /, vector: str = "weights", plot: str = "", js
     return 0
 
 
-def sums_of(opened: Opened, vector: str, name: str) -> Sums:
-    sums = Sums()
+def sums_of(opened: Opened, vector: str, name: str) -> Moments:
+    sums = Moments()
     for _, slab in opened.slabs(vector, name):
         sums.add(slab)
     return sums
 
 
-def histogram(opened: Opened, vector: str, name: str, sums: Sums) -> dict[str, Any]:
+def histogram(opened: Opened, vector: str, name: str, sums: Moments) -> dict[str, Any]:
     """Counts of the finite values of a tensor in `BINS` equal bins from least to most."""
     low, high = (sums.least, sums.most) if sums.least <= sums.most else (0.0, 1.0)
     # As NumPy does for values that are all equal.

@@ -13,7 +13,7 @@ from itertools import combinations
 
 import numpy as np
 
-from psmpi.backend import NumpyOps, Transfer
+from psmpi.backend import NumpyOps, RunCopies
 from psmpi.layout import Layout, Runs
 from psmpi.methods.borrowed import Borrowed
 from psmpi.nn.layers import Sums
@@ -54,7 +54,7 @@ class Side:
     lost: np.ndarray
     won: np.ndarray
     sums: np.ndarray
-    spread: Transfer
+    spread: RunCopies
 
 
 class ElementSet:
@@ -137,7 +137,7 @@ class ElementSet:
             lost=self.ops.put(np.array([lost for _, _, lost, _ in terms], self.dtype)),
             won=self.ops.put(np.array([won for _, _, _, won in terms], self.dtype)),
             sums=self.sums[: len(terms) * mine.size].reshape(-1, mine.size),
-            spread=self.ops.transfer(np.array(table, np.int64).reshape(-1, 3)),
+            spread=self.ops.run_copies(np.array(table, np.int64).reshape(-1, 3)),
         )
 
     def _slices(self, runs: Runs) -> list[tuple[int, int]]:

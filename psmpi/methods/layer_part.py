@@ -18,11 +18,11 @@ from psmpi.nn.losses import Loss
 from psmpi.nn.model import Model
 from psmpi.nn.network import Network
 from psmpi.nn.objective import Objective
-from psmpi.nn.targets import Reader, TargetDistance, draw_targets
+from psmpi.nn.targets import LabelReader, TargetDistance, draw_targets
 from psmpi.optim import make_optimizer
 
 
-class Part:
+class TrainedPart:
     """Part number `number`, the layers `stage`; w and g (n,) are its weights and their gradient.
 
     stored: (training samples, inputs), the inputs that were handed over, row i of sample i; columns: the labels of the
@@ -60,7 +60,7 @@ class Part:
             self.loss: Loss = configured_loss(config, dataset.task)
         else:
             targets = draw_targets(s.labels, self.units, classes, s.labels_seed, number + 1, s.labels_scale)
-            self.loss, self.reader = TargetDistance(targets, s.labels_scale, ops), Reader(targets)
+            self.loss, self.reader = TargetDistance(targets, s.labels_scale, ops), LabelReader(targets)
         self.found, self.alive = np.zeros(4), np.zeros(self.units, bool)
         drawn = np.empty((0, classes), dtype)
         if number and s.hand_over in ("stale", "labels"):

@@ -25,7 +25,7 @@ from psmpi.nn.network import Network
 from psmpi.nn.objective import DIVERGED
 from psmpi.optim.base import check_eps
 from psmpi.optim.curvature import RULES, ElementOperators, Outcome, curvature_ops
-from psmpi.optim.globalization import SHORTEST, Momentum, TrustRegion, armijo
+from psmpi.optim.globalization import SHORTEST, Extrapolation, TrustRegion, armijo
 from psmpi.optim.truncated_cg import truncated_cg
 
 # How often the multiple of the identity may become the one of the start, where the learning rate goes to 0.
@@ -64,7 +64,7 @@ class PartitionedNewton:
         self.rtol, self.itmax, self.sigma = o.cg_tolerance, o.cg_iterations, o.sigma
         self.first_lr, self.first_sigma = o.lr, o.sigma
         self.region = TrustRegion()
-        self.momentum = None if o.extrapolation == "none" else Momentum(o.extrapolation == "adaptive", o.momentum)
+        self.momentum = None if o.extrapolation == "none" else Extrapolation(o.extrapolation == "adaptive", o.momentum)
         scalars.update(radius=1.0, first=1.0, theta=1.0, products=0, trials=0, failed_steps=0)
         self.p_part, self.p = exchange.make_vectors()
         self.q_part, self.q = exchange.make_vectors()

@@ -25,9 +25,9 @@ from psmpi.data import Batch, Dataset, Resident
 from psmpi.errors import UserError
 from psmpi.layout import Ownership, Runs, TableRows
 from psmpi.methods.base import Place, make_metric
-from psmpi.methods.layer_part import Part
+from psmpi.methods.layer_part import TrainedPart
 from psmpi.methods.replica import no_sum, verify
-from psmpi.methods.sil_plan import Phase, Seats, check, count_parts, cut_activation, plan_phases, warnings
+from psmpi.methods.sil_plan import Phase, Seats, check_sil, count_parts, cut_activation, plan_phases, warnings
 from psmpi.nn.cut import split_layers
 from psmpi.nn.network import Network
 from psmpi.optim import clip_by_global_norm
@@ -78,7 +78,7 @@ class SyntheticLabels:
         ends = np.cumsum([0, *(runs[k].size for k in held)]).tolist()
         places = {k: slice(a, b) for k, (a, b) in zip(held, pairwise(ends), strict=True)}
         self.parts = {
-            k: Part(k, self.stages[k], self.w[at], self.g[at], network, self.layout, dataset, config, ops)
+            k: TrainedPart(k, self.stages[k], self.w[at], self.g[at], network, self.layout, dataset, config, ops)
             for k, at in places.items()
         }
         self.last = self.parts.get(self.count - 1)
@@ -123,7 +123,7 @@ class SyntheticLabels:
         self.loss_sum = 0.0
         self.cuts: dict[str, Any] = {}
 
-    check, warnings = staticmethod(check), staticmethod(warnings)
+    check, warnings = staticmethod(check_sil), staticmethod(warnings)
 
     def step(self, batch: Batch, lr: float) -> None:
         ids = batch.ids
@@ -225,7 +225,7 @@ class SyntheticLabels:
         samples.fetch(ids, x)
         return x
 
-    def _labels(self, part: Part, ids: np.ndarray, mine: np.ndarray) -> np.ndarray:
+    def _labels(self, part: TrainedPart, ids: np.ndarray, mine: np.ndarray) -> np.ndarray:
         """For inputs, the labels of the part before; in `labels` with noise, of the step and not of the row."""
         x = part.room(len(mine))
         part.columns.fetch(self.dataset.train.labels[ids[mine]], x)

@@ -106,7 +106,7 @@ def cut_activation(network: Network, behind: int) -> str:
     return "identity"
 
 
-def check(size: int, network: Network, dataset: Dataset, config: Config) -> None:
+def check_sil(size: int, network: Network, dataset: Dataset, config: Config) -> None:
     """UserError for a configuration that `size` ranks cannot train; needs no MPI and no arrays of weights."""
     s, o = config.synthetic, config.optimization
     check_classes(dataset, "--method sil", "use another one (data_parallel, psl, ...)")

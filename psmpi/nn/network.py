@@ -113,7 +113,7 @@ def build(name: str, in_shape: tuple[int, ...], layers: Sequence[Mapping[str, An
     `kernel`, `pad`, `size`, `bias` (true), `affine` (true), and of residual `layers` and `scale` (1.0). UserError names
     the layer and what does not fit.
     """
-    made, shape = Reader(name).read(layers, tuple(in_shape))
+    made, shape = TableReader(name).read(layers, tuple(in_shape))
     network = Network(name, tuple(in_shape), made)
     if not made or not network.linear:
         raise UserError(f"model {name!r} has no layer with weights")
@@ -128,7 +128,7 @@ def build(name: str, in_shape: tuple[int, ...], layers: Sequence[Mapping[str, An
     return network
 
 
-class Reader:
+class TableReader:
     """Reads lists of layer tables, and numbers the layers of each kind."""
 
     def __init__(self, model: str):

@@ -72,7 +72,7 @@ class TargetDistance(Loss):
         return compute
 
 
-class Reader:
+class LabelReader:
     """Classes read from outputs (units, b): the nearest column of S, or the largest of S^+ f.
 
     The outputs of least squared distance are S p, p (classes, b) the probabilities of the classes, so p = S^+ f where

@@ -9,16 +9,16 @@ from psmpi.errors import UserError
 from psmpi.nn.layers import ACTIVATIONS, LAYERS
 from psmpi.nn.network import Network, build
 
-Table = dict[str, Any]
+LayerTable = dict[str, Any]
 
 
-def _conv(channels: int, kernel: int, pool: int = 2) -> list[Table]:
+def _conv(channels: int, kernel: int, pool: int = 2) -> list[LayerTable]:
     """Convolution, mean pooling, sigmoid, in this order."""
-    pooling: list[Table] = [{"type": "mean_pool", "size": pool}] if pool > 1 else []
+    pooling: list[LayerTable] = [{"type": "mean_pool", "size": pool}] if pool > 1 else []
     return [{"type": "conv", "channels": channels, "kernel": kernel}, *pooling, {"type": "sigmoid"}]
 
 
-def _psnet(convolutions: Sequence[list[Table]], widths: Sequence[int], classes: int) -> list[Table]:
+def _psnet(convolutions: Sequence[list[LayerTable]], widths: Sequence[int], classes: int) -> list[LayerTable]:
     """Convolutions, then separable layers of `widths` units a class and one score a class."""
     tables = [table for layers in convolutions for table in layers] + [{"type": "flatten"}]
     for width in widths:
@@ -26,23 +26,23 @@ def _psnet(convolutions: Sequence[list[Table]], widths: Sequence[int], classes: 
     return [*tables, {"type": "separable_dense", "units": classes, "groups": classes}]
 
 
-def _lenet(widths: Sequence[int], classes: int) -> list[Table]:
+def _lenet(widths: Sequence[int], classes: int) -> list[LayerTable]:
     tables = [*_conv(6, 5), *_conv(16, 5), {"type": "flatten"}]
     for width in widths:
         tables += [{"type": "dense", "units": width}, {"type": "sigmoid"}]
     return [*tables, {"type": "dense", "units": classes}]
 
 
-def _mlp(widths: Sequence[int], classes: int, shape: tuple[int, ...]) -> list[Table]:
-    tables: list[Table] = [{"type": "flatten"}] if len(shape) > 1 else []
+def _mlp(widths: Sequence[int], classes: int, shape: tuple[int, ...]) -> list[LayerTable]:
+    tables: list[LayerTable] = [{"type": "flatten"}] if len(shape) > 1 else []
     for width in widths:
         tables += [{"type": "dense", "units": width}, {"type": "relu"}]
     return [*tables, {"type": "dense", "units": classes}]
 
 
-def _resnet(channels: Sequence[int], blocks: Sequence[int], classes: int, size: int) -> list[Table]:
+def _resnet(channels: Sequence[int], blocks: Sequence[int], classes: int, size: int) -> list[LayerTable]:
     """Sections of residual blocks with pre-activation (He et al. 2016), the images halved between sections."""
-    tables: list[Table] = []
+    tables: list[LayerTable] = []
     for number, (count, width) in enumerate(zip(blocks, channels, strict=True)):
         if number:
             tables.append({"type": "mean_pool", "size": 2})
@@ -54,13 +54,13 @@ def _resnet(channels: Sequence[int], blocks: Sequence[int], classes: int, size: 
             {"type": "conv", "channels": width, "kernel": 3, "pad": 1, "bias": False},
         ] * 2
         tables += [{"type": "residual", "layers": branch} for _ in range(count)]
-    end: list[Table] = [{"type": "batch_norm"}, {"type": "relu"}, {"type": "mean_pool", "size": size}]
+    end: list[LayerTable] = [{"type": "batch_norm"}, {"type": "relu"}, {"type": "mean_pool", "size": size}]
     return [*tables, *end, {"type": "flatten"}, {"type": "dense", "units": classes}]
 
 
-def _normalized(tables: Sequence[Table]) -> list[Table]:
+def _normalized(tables: Sequence[LayerTable]) -> list[LayerTable]:
     """The layers with batch normalization in place of biases: before activations, and of scores without parameters."""
-    found: list[Table] = []
+    found: list[LayerTable] = []
     waiting = False
     for table in tables:
         linear = LAYERS[table["type"]].linear
@@ -81,7 +81,7 @@ def make_network(
     classes: int,
     *,
     widths: Sequence[int] = (),
-    layers: Sequence[Table] = (),
+    layers: Sequence[LayerTable] = (),
     blocks: Sequence[int] = (),
     batch_norm: bool = False,
 ) -> Network:

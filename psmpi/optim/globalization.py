@@ -71,7 +71,7 @@ def armijo(
 
 
 @dataclass
-class Momentum:
+class Extrapolation:
     """mu of Nesterov's extrapolation: constant, or adaptive with theta from step to step."""
 
     adaptive: bool

@@ -14,7 +14,7 @@ from psmpi.backend.compiled.convolution import BATCH_MULTIPLE, DirectConvolution
 from psmpi.backend.compiled.library import NAMES, function, level, pointers, steps, units_pointer
 from psmpi.backend.compiled.team import Team
 from psmpi.backend.reference.convolution import Convolution, Stripes
-from psmpi.backend.reference.moves import Transfer
+from psmpi.backend.reference.moves import RunCopies
 from psmpi.backend.reference.ops import NumpyOps
 
 
@@ -53,8 +53,8 @@ class CompiledOps(NumpyOps):
         call = function("add_bias", y.dtype, "iinppnn", self.instructions)
         call(*bias.shape, y[0, 0].size, *pointers(bias.dtype, y), bias.ctypes.data, *steps(bias))
 
-    def transfer(self, table: np.ndarray) -> Transfer:
-        return CompiledTransfer(table, self.instructions)
+    def run_copies(self, table: np.ndarray) -> RunCopies:
+        return CompiledRunCopies(table, self.instructions)
 
     def fold(self, w: np.ndarray, pool: int, out: np.ndarray) -> None:
         count, rows, n_in, k, _ = w.shape
@@ -99,7 +99,7 @@ class CompiledOps(NumpyOps):
         call(w.size, *pointers(w.dtype, w, g, m, v), rate, root, beta1, beta2, eps, l2, keep)
 
 
-class CompiledTransfer(Transfer):
+class CompiledRunCopies(RunCopies):
     """Copies of runs without index arrays."""
 
     def __init__(self, table: np.ndarray, instructions: int):

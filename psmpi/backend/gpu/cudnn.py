@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from psmpi.backend.gpu.pointwise import DevicePointwise
-from psmpi.backend.gpu.trial import Shape, Trial, Work
+from psmpi.backend.gpu.trial import ConvolutionShape, Trial, Work
 from psmpi.backend.reference.convolution import Convolution, Stripes
 from psmpi.errors import UserError
 
@@ -33,10 +33,10 @@ INSTALL = (
 )
 
 # Sizes of a tensor as cuDNN orders them, samples and channels first, and the steps between its elements.
-Layout = tuple[tuple[int, ...], tuple[int, ...]]
+Dims = tuple[tuple[int, ...], tuple[int, ...]]
 
 
-def _packed(*dim: int) -> Layout:
+def _packed(*dim: int) -> Dims:
     return dim, tuple(prod(dim[k + 1 :]) for k in range(len(dim)))
 
 
@@ -71,7 +71,7 @@ class Cudnn:
             cudnn.set_stream(handle=self.handle, stream=ops.stream.ptr)
         except (ImportError, OSError, RuntimeError, AttributeError) as error:
             raise UserError(f"--convolution cudnn: cuDNN does not load ({error}): {INSTALL}") from None
-        self.chosen: dict[tuple[Shape, int, Work], CudnnConvolution | None] = {}
+        self.chosen: dict[tuple[ConvolutionShape, int, Work], CudnnConvolution | None] = {}
         self.choices: list[str] = []
 
     @property
@@ -90,7 +90,7 @@ class Cudnn:
         return self.ops.scratch(f"cuDNN {name}", size, dtype)[:size]
 
     def operation(
-        self, name: str, inputs: dict[str, Layout], output: Layout, stride: int, dtype: np.dtype
+        self, name: str, inputs: dict[str, Dims], output: Dims, stride: int, dtype: np.dtype
     ) -> Callable[..., None]:
         """An operation of cuDNN on two arrays, and into a third. RuntimeError, or another one, where it has none.
 
@@ -126,7 +126,7 @@ class Cudnn:
 
         return run
 
-    def choose(self, own: Convolution, shape: Shape, batch: int, work: Work) -> CudnnConvolution | None:
+    def choose(self, own: Convolution, shape: ConvolutionShape, batch: int, work: Work) -> CudnnConvolution | None:
         """What does this work on minibatches of `batch` samples, None for psmpi's own; a line in `choices` says why."""
         found: CudnnConvolution | None = None
         taken, said, best = "psmpi", [], np.inf
@@ -171,18 +171,18 @@ class CudnnConvolution:
     lie, and turns them itself where it has to.
     """
 
-    def __init__(self, library: Cudnn, shape: Shape, batch: int, work: Work, turned: bool):
+    def __init__(self, library: Cudnn, shape: ConvolutionShape, batch: int, work: Work, turned: bool):
         self.library, self.ops, self.shape, self.turned = library, library.ops, shape, turned
         x, y = (self._layout(batch, *image) for image in (shape.in_shape, shape.out_shape))
         w = _packed(*shape.kernels)
-        operations: dict[Work, tuple[str, dict[str, Layout], Layout]] = {
+        operations: dict[Work, tuple[str, dict[str, Dims], Dims]] = {
             "output": ("conv_fprop", {"image": x, "weight": w}, y),
             "gradient of kernels": ("conv_wgrad", {"image": x, "loss": y}, w),
             "gradient of input": ("conv_dgrad", {"loss": y, "filter": w}, x),
         }
         self.run = library.operation(*operations[work], shape.stride, shape.dtype)
 
-    def _layout(self, batch: int, channels: int, height: int, width: int) -> Layout:
+    def _layout(self, batch: int, channels: int, height: int, width: int) -> Dims:
         if self.turned:
             return _packed(batch, channels, height, width)
         return (batch, channels, height, width), (1, height * width * batch, width * batch, batch)
@@ -229,7 +229,7 @@ class ChosenConvolution:
     comes for the first time.
     """
 
-    def __init__(self, own: Convolution, library: Cudnn, shape: Shape):
+    def __init__(self, own: Convolution, library: Cudnn, shape: ConvolutionShape):
         self.own, self.library, self.shape = own, library, shape
 
     def reserve(self, batch: int) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 
 from psmpi.backend.gpu.device import Device
 from psmpi.backend.gpu.grids import blocks
-from psmpi.backend.reference.moves import Mirror, Samples, Transfer
+from psmpi.backend.reference.moves import Mirror, RunCopies, Samples
 
 # Elements of a run that a block moves.
 PIECE = 256
@@ -57,7 +57,7 @@ class DeviceSamples(Samples):
         self.ops.launch(self.kernel, out.dtype, grid, (32, 8), b, features, *arrays)
 
 
-class DeviceTransfer(Transfer):
+class DeviceRunCopies(RunCopies):
     """Copies of runs by a table of pieces of the target that all have the same runs of the source, see `transfer`."""
 
     def __init__(self, table: np.ndarray, ops: Device):

@@ -10,12 +10,12 @@ import numpy as np
 from psmpi.backend.gpu.blas import Blas
 from psmpi.backend.gpu.cudnn import Cudnn
 from psmpi.backend.gpu.losses import DeviceLosses
-from psmpi.backend.gpu.moves import DeviceSamples, DeviceTransfer
+from psmpi.backend.gpu.moves import DeviceRunCopies, DeviceSamples
 from psmpi.backend.gpu.optim import DeviceSteps
 from psmpi.backend.gpu.products import DeviceProducts
 from psmpi.backend.gpu.recording import Recording
 from psmpi.backend.gpu.vectors import DeviceVectors
-from psmpi.backend.reference.moves import Samples, Transfer
+from psmpi.backend.reference.moves import RunCopies, Samples
 from psmpi.backend.reference.ops import NumpyOps
 from psmpi.errors import UserError
 
@@ -64,5 +64,5 @@ class CupyOps(DeviceProducts, DeviceLosses, DeviceVectors, DeviceSteps, NumpyOps
     def samples(self, values: np.ndarray, scale: float) -> Samples:
         return DeviceSamples(values, scale, self)
 
-    def transfer(self, table: np.ndarray) -> Transfer:
-        return DeviceTransfer(table, self)
+    def run_copies(self, table: np.ndarray) -> RunCopies:
+        return DeviceRunCopies(table, self)

@@ -11,7 +11,7 @@ from psmpi.backend.gpu.blas import Blas
 from psmpi.backend.gpu.convolution import DeviceConvolution, DeviceWindows
 from psmpi.backend.gpu.cudnn import ChosenConvolution, Cudnn, groups
 from psmpi.backend.gpu.pointwise import DevicePointwise
-from psmpi.backend.gpu.trial import Shape
+from psmpi.backend.gpu.trial import ConvolutionShape
 from psmpi.backend.reference.convolution import Convolution, Stripes
 
 
@@ -53,7 +53,7 @@ class DeviceProducts(DevicePointwise):
         count = groups(stripes, in_shape[0], out_shape[0])
         if self.cudnn is None or not count:
             return own
-        shape = Shape(in_shape, out_shape, count, kernel, stride, activation, np.dtype(dtype))
+        shape = ConvolutionShape(in_shape, out_shape, count, kernel, stride, activation, np.dtype(dtype))
         return ChosenConvolution(own, self.cudnn, shape)  # type: ignore[return-value]
 
     def im2col(self, x: Any, stride: int, first: int, cols: Any) -> None:

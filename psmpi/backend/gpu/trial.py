@@ -20,7 +20,7 @@ REPEATS = 5
 
 
 @dataclass(frozen=True)
-class Shape:
+class ConvolutionShape:
     """A convolution of one group of channels, or of equal groups side by side: what a choice depends on."""
 
     in_shape: tuple[int, int, int]
@@ -45,7 +45,7 @@ class Shape:
 class Trial:
     """Random data of one convolution, and what is done with it."""
 
-    def __init__(self, ops: Device, shape: Shape, batch: int, work: Work):
+    def __init__(self, ops: Device, shape: ConvolutionShape, batch: int, work: Work):
         rng, dtype = np.random.default_rng(0), shape.dtype
         self.ops, self.work, self.records = ops, work, ops.graphs
         x, y = (*shape.in_shape, batch), (*shape.out_shape, batch)

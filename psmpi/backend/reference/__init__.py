@@ -3,7 +3,7 @@
 from psmpi.backend.reference.arrays import CHUNK
 from psmpi.backend.reference.convolution import Convolution, Im2col, Stripes
 from psmpi.backend.reference.losses import exponent_of
-from psmpi.backend.reference.moves import Mirror, Samples, Transfer
+from psmpi.backend.reference.moves import Mirror, RunCopies, Samples
 from psmpi.backend.reference.ops import NumpyOps
 
 __all__ = [
@@ -12,8 +12,8 @@ __all__ = [
     "Im2col",
     "Mirror",
     "NumpyOps",
+    "RunCopies",
     "Samples",
     "Stripes",
-    "Transfer",
     "exponent_of",
 ]

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from psmpi.backend.reference.moves import Mirror, Samples, Transfer
+from psmpi.backend.reference.moves import Mirror, RunCopies, Samples
 
 # Elements that stay in the second-level cache.
 CHUNK = 1 << 18
@@ -118,6 +118,6 @@ class Arrays:
         """
         return Samples(values, scale)
 
-    def transfer(self, table: np.ndarray) -> Transfer:
+    def run_copies(self, table: np.ndarray) -> RunCopies:
         """Copies of runs, table (runs, 3) int64 of from, to and length, to be made again and again."""
-        return Transfer(table)
+        return RunCopies(table)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 
-class Transfer:
+class RunCopies:
     """Runs of one vector that are copied into another, or added, again and again.
 
     table: (runs, 3) int64, from, to and length of each; the runs of one target may overlap, and then count one by one.

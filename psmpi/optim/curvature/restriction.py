@@ -29,8 +29,8 @@ class Restriction:
             for start, stop in mine:
                 table.append((start, at, stop - start))
                 at += stop - start
-        self.down = ops.transfer(np.array(table, np.int64).reshape(-1, 3))
-        self.up = ops.transfer(self.down.table[:, [1, 0, 2]])
+        self.down = ops.run_copies(np.array(table, np.int64).reshape(-1, 3))
+        self.up = ops.run_copies(self.down.table[:, [1, 0, 2]])
 
     def restrict(self, vector: np.ndarray, out: np.ndarray) -> None:
         """out (elements, size) = U_e vector for every element."""
