@@ -18,8 +18,8 @@ from cuda_host import Address, Kernels
 
 from psmpi.backend import CupyOps, NumpyOps, Stripes
 from psmpi.backend.reference import Im2col
+from psmpi.methods.sil_targets import TargetDistance
 from psmpi.nn.losses import LOSSES, largest_exponent, make_loss
-from psmpi.nn.targets import TargetDistance
 from psmpi.optim import Hyper, make_optimizer
 
 F32, F64 = np.dtype(np.float32), np.dtype(np.float64)

@@ -25,11 +25,11 @@ from psmpi.data import Resident, open_dataset
 from psmpi.errors import UserError
 from psmpi.layout import Runs
 from psmpi.methods.evaluator import Evaluator
+from psmpi.methods.sil_targets import TargetDistance, draw_targets
 from psmpi.nn.losses import LOSSES, make_loss
 from psmpi.nn.metric import Metric
 from psmpi.nn.model import Model
 from psmpi.nn.objective import GRADIENT_LIMIT, Objective
-from psmpi.nn.targets import TargetDistance, draw_targets
 from psmpi.optim import FIRST_ORDER, OPTIMIZERS, Hyper, clip_by_global_norm, make_optimizer
 from psmpi.optim.curvature import CurvatureOps, curvature_ops
 from psmpi.optim.curvature.compiled import CompiledCurvature

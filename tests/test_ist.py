@@ -15,13 +15,13 @@ from psmpi.data import Batch, Minibatches, Resident, open_dataset
 from psmpi.errors import UserError
 from psmpi.layout import Runs
 from psmpi.methods import METHODS
+from psmpi.methods.dealer import Dealer, dealt_layers, find_blocks
 from psmpi.nn.cut import cut_stages
 from psmpi.nn.init import initial_weights
 from psmpi.nn.layers.residual import Residual
 from psmpi.nn.losses import make_loss
 from psmpi.nn.model import Model
 from psmpi.nn.network import build
-from psmpi.nn.subnet import Dealer, dealt_layers, find_blocks
 from psmpi.nn.zoo import make_network
 from psmpi.train import parse
 

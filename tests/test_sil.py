@@ -13,12 +13,12 @@ from psmpi.config import Config, Synthetic, check
 from psmpi.data import Batch, Minibatches, open_dataset
 from psmpi.errors import UserError
 from psmpi.methods import METHODS
+from psmpi.methods.sil_cost import apart, conventional, count
 from psmpi.methods.sil_plan import LAWS, Seats, count_parts, cut_activation, plan_phases
-from psmpi.nn.cost import apart, conventional, count
+from psmpi.methods.sil_targets import LabelReader, TargetDistance, draw_targets
 from psmpi.nn.cut import split_layers
 from psmpi.nn.model import Model
 from psmpi.nn.network import build
-from psmpi.nn.targets import LabelReader, TargetDistance, draw_targets
 from psmpi.nn.zoo import make_network
 from psmpi.train import parse
 

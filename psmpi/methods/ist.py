@@ -20,13 +20,13 @@ from psmpi.data import Batch, Dataset
 from psmpi.errors import UserError
 from psmpi.layout import Runs, TableRows, replicate
 from psmpi.methods.base import Place, check_first_order, check_slices, configured_loss, make_metric
+from psmpi.methods.dealer import Dealer
 from psmpi.methods.element_worker import ElementWorker
 from psmpi.methods.evaluator import Evaluator
 from psmpi.methods.psl import hyperparameters
 from psmpi.methods.replica import no_sum
 from psmpi.nn.init import initial_weights
 from psmpi.nn.network import Network
-from psmpi.nn.subnet import Dealer
 from psmpi.optim import clip_by_global_norm, make_optimizer
 
 

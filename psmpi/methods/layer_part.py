@@ -12,13 +12,13 @@ from psmpi.data import Dataset
 from psmpi.layout import Layout
 from psmpi.methods.base import configured_loss
 from psmpi.methods.psl import hyperparameters
-from psmpi.nn.cost import count
+from psmpi.methods.sil_cost import count
+from psmpi.methods.sil_targets import LabelReader, TargetDistance, draw_targets
 from psmpi.nn.init import initial_weights
 from psmpi.nn.losses import Loss
 from psmpi.nn.model import Model
 from psmpi.nn.network import Network
 from psmpi.nn.objective import Objective
-from psmpi.nn.targets import LabelReader, TargetDistance, draw_targets
 from psmpi.optim import make_optimizer
 
 
