@@ -211,6 +211,11 @@ def test_a_tile_is_one_box():
         assert find_boxes(shape, elements, elements + 1) == [ranges]
 
 
+def test_a_row_that_has_fewer_columns_than_the_one_above_is_a_box_of_its_own():
+    found = find_boxes((2, 5), np.array([0, 3, 8]), np.array([1, 4, 9]))
+    assert sorted(found) == [((0, 1), (0, 1)), ((0, 1), (3, 4)), ((1, 2), (3, 4))]
+
+
 def counted(monkeypatch):
     """Count the calls of HDF5 that read."""
     reads = []
