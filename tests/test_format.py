@@ -57,7 +57,7 @@ def files(tmp_path_factory):
     made = []
     for number, (options, ranks) in enumerate(RUNS):
         out = tmp_path_factory.mktemp("formats") / f"run{number}"
-        status, _, err = run(ranks, "-m", "psmpi.train", "--out", out, "--max-steps", "2", "--epochs", "1", *options)
+        status, _, err = run(ranks, "-m", "psmpi.train", "--out", out, "--max-steps", "2", *options)
         assert status == 0, err
         made.append(checkpoint.available(out)[-1])
     status, _, err = run(1, "-m", "psmpi.inspect", "cut", made[0], "--classes", "3", "--out", out / "part.h5")
