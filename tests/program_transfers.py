@@ -5,6 +5,7 @@ src the elements `owners[rank]`. So what it has to do, and its adjoint, are know
 """
 
 import json
+import time
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
@@ -31,6 +32,8 @@ from psmpi.methods.dealer import Dealer
 from psmpi.nn.zoo import make_network
 
 SEEDS = 6
+# Seconds for a transfer that is polled.
+PATIENCE = 20
 
 
 @dataclass
@@ -336,8 +339,9 @@ def check_overlap(world, case, counter, dtype, seed, failed):
             fill(dst if back else src, values[k][0])
             begin = case.transfer.begin_back if back else case.transfer.begin
             begun[k] = begin(*((dst, src) if back else (src, dst)), 40_000 + k)
+        end = time.monotonic() + PATIENCE
         while not begun[1].poll():
-            pass
+            assert time.monotonic() < end, "a message that was begun never comes"
         for k in (2, 0, 1):
             begun[k].finish()
             assert begun[k].poll()
