@@ -248,10 +248,10 @@ def test_columns_are_few_messages_and_few_reads(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("shape", "chunks"), [((100, 6), (8, 6)), ((3, 40, 6), (1, 8, 6)), ((700,), (48,))])
 def test_what_must_move_is_read_in_slabs_of_whole_chunks(shape, chunks, monkeypatch):
     """Elements in reverse, without the first ten."""
-    small(monkeypatch, 50)
+    small(monkeypatch, 60)
     first = np.arange(10, np.prod(shape))
     for part in find_parts(shape, chunks, first, first + 1, first[::-1]):
-        assert np.prod(part.shape) <= 50 and part.run is None
+        assert np.prod(part.shape) <= 60 and part.run is None
         cut = next(axis for axis, (a, b) in enumerate(part.ranges) if b - a > 1)
         # But where the elements begin: with column 4 of row 1, so with row 2, or with number 10.
         edges = {*part.ranges[cut]} - {4, 2, 10, shape[cut]}
