@@ -138,7 +138,7 @@ def _train(world: Any, config: Config) -> None:
         step = -1
         if found:
             contents = checkpoint.read_contents(Path(found))
-            _compare(contents, config, dataset.train.n, found, tell)
+            _compare(contents, config, dataset, found, tell)
             step = contents.progress.step
         try:
             checkpoint.clear(out, step, damaged=config.run.resume == "auto", tell=tell)
@@ -243,14 +243,20 @@ def _backend(world: Any, config: Config, threads: int) -> Any:
     return ops
 
 
-def _compare(contents: Contents, config: Config, samples: int, path: str, tell: Callable[[str], None]) -> None:
+def _compare(contents: Contents, config: Config, dataset: Any, path: str, tell: Callable[[str], None]) -> None:
     """Tell which settings differ from those of the checkpoint; UserError where the minibatches would not go on."""
     from dataclasses import asdict
 
     from psmpi.config import from_toml
     from psmpi.errors import UserError
 
-    saved, progress = from_toml(contents.config, path), contents.progress
+    saved, progress, samples = from_toml(contents.config, path), contents.progress, dataset.train.n
+    if contents.task != dataset.task:
+        means = {"classes": "labels", "regression": "values"}
+        raise UserError(
+            f"checkpoint {path} has learnt {means[contents.task]}, and the targets of --dataset {config.data.dataset} "
+            f"are {means[dataset.task]}: use the data set it was made with, or start afresh without --resume"
+        )
     fixed = [("--batch-size", saved.data.batch_size, config.data.batch_size)]
     if progress.cursor:
         fixed += [

@@ -1,6 +1,8 @@
 """Every kind of layer, by the examples that have it: exports, memory, passes that are open at once, sums over ranks."""
 
 import threading
+import tracemalloc
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -168,3 +170,20 @@ def test_with_the_sums_that_layers_state_slices_are_as_good_as_the_minibatch(nam
     parts = [stage.layer.restrict(int(stage.kept.sum()), stage.layer.in_shape) for stage in stages]
     stated = sum(sum(layer.sums) for layer in parts)
     assert together.numbers == [stated] * 3
+
+
+def test_a_larger_minibatch_takes_the_place_of_smaller_ones():
+    """Also where somebody has kept the last pass."""
+    network = make("dense")
+    layout, w, x, _ = random_problem(network, batch=50_000)
+    model = make_model(network, layout, w)
+    tape = model.forward(np.ascontiguousarray(x[:, :40_000]))
+    tracemalloc.start()
+    model.reserve(50_000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert not tape.outputs and peak <= 1.05 * (model.activation_bytes + model.buffer_bytes)
+    gone = weakref.ref(model.room.buffers[0])
+    again = model.forward(x)
+    model.reserve(60_000)
+    assert gone() is None and not again.outputs

@@ -175,3 +175,26 @@ def test_the_root_mean_squared_error_is_over_samples_and_outputs():
     found = metric.scores(sum(shares, metric.zeros()))
     assert found["rmse"] == pytest.approx(np.sqrt(np.mean((scores - targets) ** 2)), rel=1e-12)
     assert found["loss"] == pytest.approx(((scores - targets) ** 2).sum() / 40, rel=1e-12)
+
+
+def test_a_run_that_has_learnt_labels_does_not_go_on_with_values(own, train):
+    data = np.load(own / "own.npz")
+    labels = {"y": np.arange(120) % 3, "y_test": np.arange(40) % 3}
+    np.savez(own / "labels.npz", x=data["x"], x_test=data["x_test"], **labels)
+    options = ("--loss", "squared", "--data-dir", own, "--dtype", "float64", "--config", own / "linear.toml")
+    found = train(1, *options, "--dataset", "labels.npz", "--epochs", "1")
+    again = ("-m", "psmpi.train", *options, "--dataset", "own.npz", "--out", found.out, "--resume", "auto")
+    status, _, err = run(1, *again, "--epochs", "2", cwd=own)
+    assert status == 1 and "has learnt labels" in " ".join(err.split())
+    status, _, err = run(1, "-m", "psmpi.bench", "network", "--dataset", own / "own.npz", cwd=own)
+    assert status == 1 and "use a data set with labels" in " ".join(err.split())
+
+
+def test_inspect_shows_the_error_of_values(own, train):
+    found = train(1, *SQUARED, "--config", own / "linear.toml", "--epochs", "1")
+    shown = f"test RMSE {found.rows[-1]['test_rmse']:.5g}"
+    for command in (("show", found.out), ("diff", found.out, found.out)):
+        status, out, err = run(1, "-m", "psmpi.inspect", *command)
+        assert status == 0 and shown in out, err
+    status, out, err = run(1, "-m", "psmpi.inspect", "list", found.out)
+    assert status == 0 and shown.removeprefix("test ") in " ".join(out.split()), err

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from psmpi.backend.compiled import level
-from psmpi.nn.layers.chain import plan_buffers, shared
+from psmpi.nn.layers.chain import output_numbers, plan_buffers, shared
 from psmpi.nn.network import Network
 
 if TYPE_CHECKING:
@@ -137,9 +137,8 @@ def pass_numbers(network: Network, classes: tuple[int, ...], batch: int, packed:
     """
     stages = network.stages(classes)
     pairs = list(zip(stages, plan_buffers(stages)[0], strict=True))
-    outputs = sum(stage.size for stage, spot in pairs if spot.new) * batch
     held = sum(stage.layer.held(stage, batch, spot.writable, packed) for stage, spot in pairs)
-    return outputs, held + sum(shared(stages, batch).values())
+    return output_numbers(stages) * batch, held + sum(shared(stages, batch).values())
 
 
 def _show(rows: list[dict[str, Any]]) -> None:

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from psmpi.bench.hosts import ENVIRONMENT, check_hosts, slow_hosts, wrapper
+from psmpi.data import open_dataset
 from psmpi.errors import UserError
+from psmpi.methods.base import check_classes
 
 Variant = Literal[
     "psl",
@@ -102,6 +104,7 @@ def network(
         raise UserError(f"--rates {' '.join(map(str, rates))}: expected numbers from 0 to 1e6")
     if not 0 <= target < 1:
         raise UserError(f"--target {target}: expected an accuracy from 0 up to, not including, 1")
+    check_classes(open_dataset(dataset, data_dir), "bench network", "use a data set with labels")
     if any(rates):
         check_hosts()
     if pytorch and find_spec("torch") is None:

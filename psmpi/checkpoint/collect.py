@@ -64,7 +64,10 @@ class Records:
         self.local = self.record[rank].located(ownership[rank])
 
     def piece(self, vector: np.ndarray, first: int, last: int) -> np.ndarray:
-        """Elements [first, last) of those that this rank writes: a view of its local vector where they are one run."""
+        """Elements [first, last) of those that this rank writes: a view of its local vector where they are one run.
+
+        Else a copy, of a message at most.
+        """
         cut = self.local.cut(first, last)
         if len(cut.starts) == 1:
             return vector[cut.starts[0] : cut.stops[0]]

@@ -17,6 +17,7 @@ from psmpi.checkpoint.tensors import Tensor, held_runs, make_tensors
 from psmpi.config import tomllib
 from psmpi.errors import DamagedError
 from psmpi.layout import Block, Layout, Parameter, Piece, Runs
+from psmpi.metrics import SCORES
 
 TABLES = ("elements", "rank")
 TEXTS = ("config", "layout", "metrics", "part", "placement", "progress", "provenance", "random", "scalars")
@@ -43,6 +44,12 @@ class Progress:
     def accuracy(self) -> float | None:
         """Test accuracy after the last whole epoch."""
         return self.rows[-1].get("test_accuracy") if self.rows else None
+
+    @property
+    def score(self) -> str:
+        """What a person is told of the tests after the last whole epoch: accuracy, or RMSE."""
+        row = self.rows[-1] if self.rows else {}
+        return next((SCORES[key](row[key]) for key in ("test_accuracy", "test_rmse") if key in row), "test accuracy -")
 
 
 @dataclass(frozen=True)

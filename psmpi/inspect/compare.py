@@ -10,7 +10,7 @@ import numpy as np
 from rich.table import Table
 
 from psmpi.inspect.opened import Checkpoint, Opened
-from psmpi.inspect.output import figure, finite, make_console, percent, print_json
+from psmpi.inspect.output import figure, finite, make_console, print_json
 
 
 def diff(first: Checkpoint, second: Checkpoint, /, json: bool = False) -> int:
@@ -60,7 +60,7 @@ def diff(first: Checkpoint, second: Checkpoint, /, json: bool = False) -> int:
         return print_json(found)
     for label, one in (("first ", a), ("second", b)):
         progress = one.contents.progress
-        print(f"{label} {one.path}: step {progress.step}, test accuracy {percent(progress.accuracy)}")
+        print(f"{label} {one.path}: step {progress.step}, {progress.score}")
     table = Table()
     table.add_column("tensor")
     table.add_column("relative distance", justify="right")

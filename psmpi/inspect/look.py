@@ -18,7 +18,7 @@ from psmpi.checkpoint.scan import damaged_parts
 from psmpi.errors import DamagedError, UserError
 from psmpi.inspect.figures import sums_of
 from psmpi.inspect.opened import Checkpoint, Opened
-from psmpi.inspect.output import figure, finite, make_console, percent, print_json, size_text, text
+from psmpi.inspect.output import figure, finite, make_console, print_json, size_text, text
 
 
 def show(checkpoint: Checkpoint, /, json: bool = False) -> int:
@@ -57,7 +57,7 @@ def show(checkpoint: Checkpoint, /, json: bool = False) -> int:
         return print_json(found)
     tree = Tree(f"{opened.path}  {size_text(found['bytes'])}")
     part = "" if contents.part is None else f", the part of the classes {' '.join(map(str, contents.part))}"
-    tree.add(f"step {found['step']}, epoch {found['epoch']}, test accuracy {percent(found['accuracy'])}{part}")
+    tree.add(f"step {found['step']}, epoch {found['epoch']}, {contents.progress.score}{part}")
     for vector, rows in tensors.items():
         size = sum(row["bytes"] for row in rows)
         branch = tree.add(f"{vector}  {len(rows)} tensors, {size_text(size)}")
@@ -107,7 +107,7 @@ def list_(run: Positional[Annotated[Path, arg(metavar="RUN")]], /, json: bool = 
     """
     rows = []
     for path in _all(run):
-        row: dict[str, Any] = {"file": str(path), "step": None, "epoch": None, "accuracy": None}
+        row: dict[str, Any] = {"file": str(path), "step": None, "epoch": None, "accuracy": None, "score": "-"}
         named = NAME.fullmatch(path.name)
         row["step"] = int(named[1]) if named else None
         try:
@@ -116,6 +116,7 @@ def list_(run: Positional[Annotated[Path, arg(metavar="RUN")]], /, json: bool = 
             if row["state"] == "whole":
                 progress = read_contents(path).progress
                 row |= {"step": progress.step, "epoch": progress.epoch, "accuracy": progress.accuracy}
+                row["score"] = progress.score.removeprefix("test accuracy ").removeprefix("test ")
         except OSError:
             # Training removes old checkpoints at any time.
             continue
@@ -128,7 +129,7 @@ def list_(run: Positional[Annotated[Path, arg(metavar="RUN")]], /, json: bool = 
     for name in ("file", "state"):
         table.add_column(name, overflow="fold")
     for row in rows:
-        texts = (text(row["step"]), text(row["epoch"]), percent(row["accuracy"]), size_text(row["bytes"]))
+        texts = (text(row["step"]), text(row["epoch"]), row["score"], size_text(row["bytes"]))
         table.add_row(*texts, Text(Path(row["file"]).name), row["state"])
     make_console().print(table)
     return 0

@@ -175,11 +175,14 @@ def copy_runs(
 
 
 def restrict(w: np.ndarray, runs: Runs) -> np.ndarray:
-    """U_e w: the elements of the flat vector `w` (n,) that `runs` names, as a new (runs.size,) array."""
+    """U_e w: the elements of the flat vector `w` (n,) that `runs` names, as a new (runs.size,) array.
+
+    The definition, beside which transfers and elements are tested.
+    """
     return np.concatenate([w[a:b] for a, b in runs.intervals]) if runs.intervals else w[:0].copy()
 
 
 def accumulate(g: np.ndarray, runs: Runs, g_e: np.ndarray) -> None:
-    """g += U_e^T g_e, in place: `g` (n,), `g_e` (runs.size,)."""
+    """g += U_e^T g_e, in place: `g` (n,), `g_e` (runs.size,); the definition, as `restrict`."""
     for (a, b), at in zip(runs.intervals, runs.offsets.tolist(), strict=False):
         g[a:b] += g_e[at : at + b - a]

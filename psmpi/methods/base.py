@@ -89,9 +89,9 @@ class Method(Protocol):
 
     layout and shards (every rank's) say where the weights lie; `vectors` are this rank's shard of the weights and of
     the optimizer's state by name, in host memory, as `collect` finds them and `resumed` takes them up; `tables` its
-    rows of what belongs to no weight, such as an element's curvature (`rows`: every rank's, and
-    whether they mean anything on another number of ranks), `scalars` the rest of its
-    state; of these "steps", where a method has it, is the number of steps of the run.
+    rows of what belongs to no weight, such as an element's curvature (`rows`: every rank's, and whether they mean
+    anything on another number of ranks), `scalars` the rest of its state; of these "steps", where a method has it, is
+    the number of steps of the run.
     """
 
     layout: Layout

@@ -75,9 +75,9 @@ class Evaluator:
         return totals
 
     def _sample(self, at: slice) -> np.ndarray:
-        room = self.ops.empty(self.split.features * (at.stop - at.start), self.dtype)
-        inputs: np.ndarray = self.samples.batch(np.arange(at.start, at.stop), room).inputs
-        return inputs
+        x = self.ops.empty(self.split.features * (at.stop - at.start), self.dtype).reshape(self.split.features, -1)
+        self.samples.fetch(np.arange(at.start, at.stop), x)
+        return x
 
     def _kept(self, y: np.ndarray) -> np.ndarray:
         kept = self.ops.empty(y.size, self.dtype).reshape(-1, y.shape[-1])

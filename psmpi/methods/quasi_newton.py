@@ -244,7 +244,9 @@ class PartitionedNewton:
             np.resize(ids[mine], -(-len(mine) // self.batch_multiple) * self.batch_multiple) if len(mine) else ids[mine]
         )
         worker.reserve(max(1, len(filled)))
-        return worker.train.batch(filled, worker.x).inputs, labels[mine]
+        x = worker.x[: worker.features * len(filled)].reshape(worker.features, len(filled))
+        worker.train.fetch(filled, x)
+        return x, labels[mine]
 
     def _product(self, p: np.ndarray, q: np.ndarray) -> None:
         """q = (B + sigma I) p."""

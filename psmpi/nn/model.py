@@ -65,6 +65,8 @@ class Model:
         for number, part in enumerate(self.chain.walk()):
             part.number = number
         self.room = Room(0)
+        # The last pass through it.
+        self.last: Tape | None = None
         # Gradients that are to be added to g.
         self.more: tuple[np.ndarray, list[object]] | None = None
 
@@ -96,8 +98,11 @@ class Model:
         """Make room for passes of up to `batch` samples."""
         if batch <= self.room.batch:
             return
-        # The smaller arrays go first.
-        self.room = Room(0)
+        # The smaller arrays go first, whoever has kept the pass that used them.
+        if self.last is not None:
+            self.last.outputs.clear()
+            self.last.kept.clear()
+        self.room, self.last = Room(0), None
         self.room = self.open(batch)
         if self.g is not None:
             self.chain.reserve_backward(batch)
@@ -143,10 +148,12 @@ class Model:
 
         With `layers`, from the outputs of the one before them to those of the last, (elements, b) or images.
         """
-        if room is None:
-            self.reserve(x.shape[-1])
-            room = self.room
-        return self.chain.forward(x.reshape(*self.in_shape, x.shape[-1]), room)
+        images = x.reshape(*self.in_shape, x.shape[-1])
+        if room is not None:
+            return self.chain.forward(images, room)
+        self.reserve(x.shape[-1])
+        self.last = self.chain.forward(images, self.room)
+        return self.last
 
     def backward(
         self,
@@ -188,8 +195,8 @@ class Model:
         For forward passes alone.
         """
         for part in self.parts:
-            part.calibrate(True)
+            part.gather_statistics()
         for x in minibatches:
             self.forward(x)
         for part in self.parts:
-            part.calibrate(False)
+            part.fix_statistics()

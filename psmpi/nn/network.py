@@ -149,7 +149,7 @@ class TableReader:
                 )
             settings = dict(table)
             kind = str(settings.pop("type", "(none)"))
-            base = kind.removeprefix("separable_")
+            base = kind.removeprefix("separable_") if kind in LAYERS else kind
             self.counts[base] = self.counts.get(base, 0) + 1
             label = f"{base}{self.counts[base]}"
             where = f"model {self.model!r}, layer {number} ({label})"

@@ -135,7 +135,7 @@ class Layer:
         return 0
 
     def held(self, stage: Stage, batch: int, writable: bool, packed: bool) -> int:
-        """Numbers that a part holds for minibatches of `batch`, besides weights, its output and the workspace.
+        """Numbers that a part holds for minibatches of `batch`, besides weights, outputs of layers and the workspace.
 
         writable: the input may be overwritten; packed: convolutions are computed without windows.
         """
@@ -269,8 +269,11 @@ class Part:
         """
         raise NotImplementedError
 
-    def calibrate(self, on: bool) -> None:
-        """Begin (`on`) to gather statistics of minibatches in forward passes, or end and use them from then on."""
+    def gather_statistics(self) -> None:
+        """From now on gather the statistics of the minibatches of forward passes."""
+
+    def fix_statistics(self) -> None:
+        """From now on use those gathered, each minibatch counting alike, in place of each minibatch's own."""
 
     def arrays(self) -> list[np.ndarray]:
         """What it holds besides weights, what passes keep, and the workspace."""

@@ -178,11 +178,10 @@ class BatchNormPart(Part):
         """Where gradients of scales and shifts go that nobody wants."""
         return [(self.space.take("dgamma", len(gamma)), self.space.take("dbeta", len(gamma))) for gamma, _ in self.w]
 
-    def calibrate(self, on: bool) -> None:
-        """From now on use the statistics of all minibatches seen together, each counting alike."""
-        if on:
-            self.fixed, self.seen = None, []
-            return
+    def gather_statistics(self) -> None:
+        self.fixed, self.seen = None, []
+
+    def fix_statistics(self) -> None:
         assert self.seen
         means, variances = np.stack(self.seen, axis=1)
         mean, variance = means.mean(axis=0), variances.mean(axis=0) + means.var(axis=0)

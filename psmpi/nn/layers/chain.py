@@ -85,6 +85,13 @@ def plan_buffers(stages: Sequence[Stage]) -> tuple[list[Spot], bool]:
     return spots, writable
 
 
+def output_numbers(stages: Sequence[Stage]) -> int:
+    """Numbers a sample of the outputs that have arrays of their own, those inside others too."""
+    spots, _ = plan_buffers(stages)
+    own = sum(stage.size for stage, spot in zip(stages, spots, strict=True) if spot.new)
+    return own + sum(output_numbers(stage.inner) for stage in stages)
+
+
 def lowest(stages: Sequence[Stage]) -> int:
     """The first stage with weights; below it no gradient is needed."""
     return next((k for k, stage in enumerate(stages) if any(one.weighted for one in walk(stage))), len(stages))

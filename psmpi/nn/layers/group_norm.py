@@ -63,7 +63,8 @@ class GroupNorm(Layer):
 
     def shares(self, stage: Stage, batch: int, wanted: bool) -> dict[str, int]:
         groups = self.present_groups(stage) * batch
-        return {"rows": stage.size * batch, "normal rows": stage.size * batch, "ones": groups, "sums": 2 * groups}
+        large = dict.fromkeys(("rows", "normal rows"), stage.size * batch)
+        return {**large, "ones": groups, "sums": 2 * groups, "zeros": int(stage.kept.sum())}
 
     def present_groups(self, stage: Stage) -> int:
         """The groups that a subnetwork has."""
@@ -101,6 +102,9 @@ class GroupNormPart(Part):
 
     def reserve_backward(self, batch: int, wanted: bool) -> None:
         self.space.take("normal rows", self.size, batch)
+        self.space.take("zeros", self.units)
+        self.space.take("ones", self.groups, batch)
+        self.space.take("sums", 2, self.groups, batch)
 
     def _rows(self, name: str, values: np.ndarray, batch: int) -> np.ndarray:
         """A copy of values (units, ..., b) with a row for each group and sample, (groups b, units a group ...)."""

@@ -64,11 +64,11 @@ class Residual(Layer):
         return wanted if any(layer.linear for layer in leaves(self.layers)) else inputs
 
     def held(self, stage: Stage, batch: int, writable: bool, packed: bool) -> int:
-        # The branch's outputs, and the block's own where the last of these may not be overwritten.
+        # The block's own output, where the branch's last one may not be overwritten.
         spots, free = plan_buffers(stage.inner)
         found = 0 if free else stage.size * batch
         for one, spot in zip(stage.inner, spots, strict=True):
-            found += one.size * batch * spot.new + one.layer.held(one, batch, spot.writable, packed)
+            found += one.layer.held(one, batch, spot.writable, packed)
         return found
 
     def shares(self, stage: Stage, batch: int, wanted: bool) -> dict[str, int]:
@@ -144,9 +144,13 @@ class ResidualPart(Part):
             dy += past
         return dy
 
-    def calibrate(self, on: bool) -> None:
+    def gather_statistics(self) -> None:
         for part in self.chain.parts:
-            part.calibrate(on)
+            part.gather_statistics()
+
+    def fix_statistics(self) -> None:
+        for part in self.chain.parts:
+            part.fix_statistics()
 
     def arrays(self) -> list[np.ndarray]:
         return [array for part in self.chain.parts for array in part.arrays()]
