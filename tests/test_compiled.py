@@ -11,7 +11,7 @@ from psmpi.backend.compiled import convolution, library
 from psmpi.backend.compiled.team import Team
 from psmpi.backend.reference import Im2col
 from psmpi.errors import UserError
-from psmpi.nn.layers import Sums
+from psmpi.nn.layers import SampleSums
 from psmpi.nn.model import Model
 from psmpi.optim import Hyper, make_optimizer
 from psmpi.optim.curvature import curvature_ops
@@ -171,7 +171,7 @@ def test_gradients_of_samples_are_those_of_the_reference(name, level, dtype):
             tape = model.forward(x)
             scores = tape.scores
             dscores = np.cos(np.arange(scores.size)).reshape(scores.shape).astype(dtype)
-            model.backward(tape, dscores, sums=Sums(np.eye(19, dtype=dtype), sums))
+            model.backward(tape, dscores, sums=SampleSums(np.eye(19, dtype=dtype), sums))
             results.append(sums)
         assert far(results[1], results[0]) <= TOLERANCE[dtype]
 

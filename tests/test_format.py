@@ -7,6 +7,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from conftest import run
 
 import psmpi.checkpoint
 from psmpi import checkpoint
@@ -139,5 +140,7 @@ def test_files_with_the_tables_of_ranks_among_elements_are_read(train, tmp_path,
     assert "does not hold" not in resumed.stdout
     mine, theirs = whole.tensors(), resumed.tensors()
     assert mine.keys() == theirs.keys() and all(np.array_equal(mine[k], theirs[k]) for k in mine)
+    status, out, err = run(1, "-m", "psmpi.inspect", "diff", first.checkpoint, before, "--json")
+    assert status == 0 and json.loads(out)["identical"], err
     # On other numbers of ranks what is of ranks is lost, and told.
     assert "the checkpoint does not hold" in train(1, *options, "6", "--resume", before).stdout

@@ -120,7 +120,7 @@ def test_the_gradient_of_the_inputs_matches_central_differences(name):
 
 
 class Together:
-    """Sums of arrays over threads, each of which calls `total` in turn with the others."""
+    """SampleSums of arrays over threads, each of which calls `total` in turn with the others."""
 
     def __init__(self, count):
         self.barrier, self.arrays, self.numbers = threading.Barrier(count), [None] * count, [0] * count
@@ -168,7 +168,7 @@ def test_with_the_sums_that_layers_state_slices_are_as_good_as_the_minibatch(nam
     stages = [one for stage in network.stages(range(network.classes)) for one in walk(stage)]
     # Of the units that the model has: those that no score sees are not there.
     parts = [stage.layer.restrict(int(stage.kept.sum()), stage.layer.in_shape) for stage in stages]
-    stated = sum(sum(layer.sums) for layer in parts)
+    stated = sum(sum(layer.rank_sums) for layer in parts)
     assert together.numbers == [stated] * 3
 
 

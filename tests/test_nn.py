@@ -10,7 +10,7 @@ from psmpi.errors import UserError
 from psmpi.layout import Runs, accumulate, restrict
 from psmpi.methods.borrowed import Borrowed
 from psmpi.nn.init import initial_values, initial_weights
-from psmpi.nn.layers import Sums
+from psmpi.nn.layers import SampleSums
 from psmpi.nn.model import Model
 from psmpi.nn.network import build
 from psmpi.nn.zoo import make_network
@@ -173,8 +173,8 @@ def test_gradients_of_samples_are_those_of_minibatches_of_one(name):
         apart, sums = np.full((5, part.size), np.nan), np.full((3, part.size), np.nan)
         weights = np.random.default_rng(1).standard_normal((3, 5))
         tape = model.forward(x)
-        model.backward(tape, d[rows].copy(), sums=Sums(np.eye(5), apart))
-        model.backward(tape, d[rows].copy(), sums=Sums(weights, sums))
+        model.backward(tape, d[rows].copy(), sums=SampleSums(np.eye(5), apart))
+        model.backward(tape, d[rows].copy(), sums=SampleSums(weights, sums))
         assert np.isnan(model.g).all(), "the gradient of the minibatch is not asked for"
         assert np.linalg.norm(sums - weights @ apart) <= 1e-12 * np.linalg.norm(sums)
         for k in range(5):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from psmpi.backend.compiled import level
-from psmpi.nn.layers.chain import output_numbers, plan_buffers, shared
+from psmpi.nn.layers.chain import output_numbers, plan_buffers, workspace_numbers
 from psmpi.nn.network import Network
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def pass_numbers(network: Network, classes: tuple[int, ...], batch: int, packed:
     stages = network.stages(classes)
     pairs = list(zip(stages, plan_buffers(stages)[0], strict=True))
     held = sum(stage.layer.held(stage, batch, spot.writable, packed) for stage, spot in pairs)
-    return output_numbers(stages) * batch, held + sum(shared(stages, batch).values())
+    return output_numbers(stages) * batch, held + sum(workspace_numbers(stages, batch).values())
 
 
 def _show(rows: list[dict[str, Any]]) -> None:

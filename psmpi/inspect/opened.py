@@ -36,12 +36,14 @@ class Opened:
         }
         with open_file(self.path) as file:
             self.vectors = ["weights", *file.get("optimizer", ())]
-            # Of tables of elements and of ranks, by path, shape and dtype.
-            self.tables = {
-                f"{group}/{name}": (table.shape, table.dtype)
-                for group in TABLES
-                for name, table in file.get(group, {}).items()
-            }
+            # Of tables of elements and of ranks, by path, shape and dtype; and where they are: earlier files have the
+            # tables of ranks among those of elements, whose classes they lack.
+            self.tables: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
+            self.places: dict[str, str] = {}
+            for group in TABLES:
+                for name, table in file.get(group, {}).items():
+                    label = f"{group}/{name}" if "classes" in file.get("elements", ()) else f"rank/{name}"
+                    self.tables[label], self.places[label] = (table.shape, table.dtype), table.name
             self.dtype: np.dtype = file[f"weights/{next(iter(self.tensors))}"].dtype
             self.dtypes = {
                 f"{space}/{name}": file[f"{space}/{name}"].dtype for space, of in self.spaces.items() for name in of
@@ -89,7 +91,7 @@ class Opened:
         shape, dtype = self.tables[table]
         buffer = np.empty((1, *shape[1:]), dtype)
         with open_file(self.path) as file:
-            dataset = file[table]
+            dataset = file[self.places[table]]
             for row in range(shape[0]):
                 try:
                     dataset.read_direct(buffer, np.s_[row : row + 1])

@@ -16,7 +16,7 @@ import numpy as np
 from psmpi.backend import NumpyOps, RunCopies
 from psmpi.layout import Layout, Runs
 from psmpi.methods.borrowed import Borrowed
-from psmpi.nn.layers import Sums
+from psmpi.nn.layers import SampleSums
 from psmpi.nn.layers.chain import Tape
 from psmpi.nn.losses import Loss
 from psmpi.nn.model import Model
@@ -237,7 +237,7 @@ class ElementSet:
             )
             ones = self.ones[:batch].reshape(1, batch)
             ones.fill(1)
-            model.backward(tape, ones, sums=Sums(weights, side.sums))
+            model.backward(tape, ones, sums=SampleSums(weights, side.sums))
             side.spread.add(side.sums, out)
         self.ops.unscale(out.reshape(-1), report, GRADIENT_LIMIT[self.dtype])
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from psmpi.backend import NumpyOps
 from psmpi.layout import Layout, Runs
-from psmpi.nn.layers import Part, Site, Sums
+from psmpi.nn.layers import Part, SampleSums, Site
 from psmpi.nn.layers.base import Total
 from psmpi.nn.layers.chain import Chain, Room, Tape, room_bytes
 from psmpi.nn.layers.workspace import Workspace
@@ -163,7 +163,7 @@ class Model:
         first: int = 0,
         last: int | None = None,
         dx: np.ndarray | None = None,
-        sums: Sums | None = None,
+        sums: SampleSums | None = None,
         add: bool = False,
         weights: bool = True,
     ) -> None:

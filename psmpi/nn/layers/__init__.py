@@ -4,7 +4,7 @@ A new kind is a file and a line in `LAYERS`: everything else asks the layer.
 """
 
 from psmpi.nn.layers.activation import ACTIVATIONS, Activation
-from psmpi.nn.layers.base import Layer, Part, Site, Stage, Sums
+from psmpi.nn.layers.base import Layer, Part, SampleSums, Site, Stage
 from psmpi.nn.layers.batch_norm import BatchNorm
 from psmpi.nn.layers.conv import Conv
 from psmpi.nn.layers.dense import Dense
@@ -27,4 +27,4 @@ LAYERS: dict[str, type[Layer]] = {
     **dict.fromkeys(ACTIVATIONS, Activation),
 }
 
-__all__ = ["ACTIVATIONS", "LAYERS", "Layer", "Part", "Site", "Stage", "Sums"]
+__all__ = ["ACTIVATIONS", "LAYERS", "Layer", "Part", "SampleSums", "Site", "Stage"]

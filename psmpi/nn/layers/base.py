@@ -24,7 +24,7 @@ from psmpi.nn.layers.workspace import Workspace
 NEW, OVER, VIEW, OWN = "new", "over", "view", "own"
 
 
-# Sums an array (k,) float64 over the ranks that share a minibatch, in place.
+# SampleSums an array (k,) float64 over the ranks that share a minibatch, in place.
 Total = Callable[[np.ndarray], object]
 
 
@@ -37,7 +37,7 @@ class Initial:
 
 
 @dataclass(frozen=True)
-class Sums:
+class SampleSums:
     """Weights of the samples (k, b), and where the weighted sums of their gradients go, (k, part's weights)."""
 
     weights: np.ndarray
@@ -122,7 +122,7 @@ class Layer:
         return 0
 
     @property
-    def sums(self) -> tuple[int, int]:
+    def rank_sums(self) -> tuple[int, int]:
         """How many numbers forward and backward sum over the ranks that share a minibatch, where they are to be exact.
 
         They do so by the `total` of their site; without one, a rank takes its slice for the minibatch.
@@ -141,7 +141,7 @@ class Layer:
         """
         return 0
 
-    def shares(self, stage: Stage, batch: int, wanted: bool) -> dict[str, int]:
+    def workspace_numbers(self, stage: Stage, batch: int, wanted: bool) -> dict[str, int]:
         """Numbers that backward needs of each array of the workspace; wanted: the gradient of the input is."""
         if not (wanted and self.moves_gradient):
             return {}
@@ -265,7 +265,7 @@ class Part:
         """The gradient of x from that of y, dy, which is used up; in dx where the layer `moves_gradient`.
 
         With dx = None the gradient of x is not wanted. into: where the gradients of the weights are written (`views`),
-        None where they are not wanted, or `Sums`.
+        None where they are not wanted, or `SampleSums`.
         """
         raise NotImplementedError
 

@@ -46,7 +46,7 @@ class BatchNorm(Layer):
         return int(bool(following and following[0].activation))
 
     @property
-    def sums(self) -> tuple[int, int]:
+    def rank_sums(self) -> tuple[int, int]:
         # Of values and of their squared distances from the mean, and their number; of gradients, alone and times the
         # normalized values.
         return 2 * self.out_shape[0] + 1, 2 * self.out_shape[0]

@@ -97,11 +97,11 @@ def lowest(stages: Sequence[Stage]) -> int:
     return next((k for k, stage in enumerate(stages) if any(one.weighted for one in walk(stage))), len(stages))
 
 
-def shared(stages: Sequence[Stage], batch: int, wanted: bool = False) -> dict[str, int]:
-    """Numbers that backward passes of a chain need of each array of the workspace; see `Layer.shares`."""
+def workspace_numbers(stages: Sequence[Stage], batch: int, wanted: bool = False) -> dict[str, int]:
+    """Numbers that backward passes of a chain need of each array of the workspace; see `Layer.workspace_numbers`."""
     found: dict[str, int] = {}
     for k, stage in enumerate(stages):
-        for name, size in stage.layer.shares(stage, batch, wanted or k > lowest(stages)).items():
+        for name, size in stage.layer.workspace_numbers(stage, batch, wanted or k > lowest(stages)).items():
             found[name] = max(found.get(name, 0), size)
     return found
 
@@ -197,8 +197,8 @@ class Chain:
     ) -> np.ndarray:
         """Write the gradients of parts `first` to `last`, given that of the last one's output, which is used up.
 
-        into: of each part where they go, or `Sums`, or None where gradients of weights are not wanted. dx is filled
-        with the gradient of the first one's input; `wanted`: that is returned, wherever it is.
+        into: of each part where they go, or `SampleSums`, or None where gradients of weights are not wanted. dx is
+        filled with the gradient of the first one's input; `wanted`: that is returned, wherever it is.
         """
         last = len(self.parts) - 1 if last is None else last
         wanted = wanted or dx is not None

@@ -10,7 +10,7 @@ import numpy as np
 
 from psmpi.backend.reference import CHUNK
 from psmpi.errors import UserError
-from psmpi.nn.layers.base import Layer, Part, Site, Stage, Sums
+from psmpi.nn.layers.base import Layer, Part, SampleSums, Site, Stage
 from psmpi.nn.layers.linear import Linear, LinearPart
 from psmpi.nn.layers.pad import Pad
 from psmpi.nn.layers.pool import Pool
@@ -134,12 +134,12 @@ class ConvPart(LinearPart):
         self, x: np.ndarray, y: np.ndarray, kept: Any, dy: np.ndarray, dx: np.ndarray | None, into: Any
     ) -> np.ndarray:
         flat_y, flat_dy = y.reshape(self.units, -1), dy.reshape(self.units, -1)
-        written = into is not None and not isinstance(into, Sums)
+        written = into is not None and not isinstance(into, SampleSums)
         for k, s in enumerate(self.segments):
             dbias = into[k][1] if written else None
             self.ops.finish_back(self.target(s, flat_y), self.target(s, flat_dy), self.activation, dbias)
         self.plan.backward(x, dy, self.folded, self.dfolded if written else None, dx)
-        if isinstance(into, Sums):
+        if isinstance(into, SampleSums):
             self._backward_sums(x, dy, into)
         elif written:
             for s, (gw, _) in zip(self.segments, into, strict=True):
@@ -147,7 +147,7 @@ class ConvPart(LinearPart):
                 self.ops.unfold(dfolded, self.pool, self._images(s, gw, self.k))
         return dy if dx is None else dx
 
-    def _backward_sums(self, x: np.ndarray, dy: np.ndarray, sums: Sums) -> None:
+    def _backward_sums(self, x: np.ndarray, dy: np.ndarray, sums: SampleSums) -> None:
         many, batch = sums.weights.shape
         apart = self.space.take("apart", *self.folded.shape, batch)
         dbias = self.space.take("dbias", self.units, batch)

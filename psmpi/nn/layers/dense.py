@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from psmpi.errors import UserError
-from psmpi.nn.layers.base import Layer, Part, Site, Stage, Sums
+from psmpi.nn.layers.base import Layer, Part, SampleSums, Site, Stage
 from psmpi.nn.layers.linear import Linear, LinearPart
 from psmpi.nn.layers.table import Table
 
@@ -34,8 +34,8 @@ class Dense(Linear):
         size = (self.units, self.group_inputs)
         return size if self.groups == 1 else (self.groups, self.units // self.groups, self.group_inputs)
 
-    def shares(self, stage: Stage, batch: int, wanted: bool) -> dict[str, int]:
-        found = super().shares(stage, batch, wanted)
+    def workspace_numbers(self, stage: Stage, batch: int, wanted: bool) -> dict[str, int]:
+        found = super().workspace_numbers(stage, batch, wanted)
         size = self.units // self.groups
         used = int(stage.kept.reshape(self.groups, size).any(axis=1).sum())
         stripes = [(max(a, k * size), min(b, (k + 1) * size)) for a, b, _ in stage.users if stage.kept[a]
@@ -70,13 +70,13 @@ class DensePart(LinearPart):
     ) -> np.ndarray:
         for k, s in enumerate(self.segments):
             out, across = self.target(s, dy), self.source(s, x).transpose(0, 2, 1)
-            if into is None or isinstance(into, Sums):
+            if into is None or isinstance(into, SampleSums):
                 self.ops.finish_back(self.target(s, y), out, self.activation, None)
             else:
                 gw, gb = into[k]
                 self.ops.finish_back(self.target(s, y), out, self.activation, gb)
                 self.ops.matmul(out, across, gw)
-            if isinstance(into, Sums):
+            if isinstance(into, SampleSums):
                 gw, gb = self.rows(into.into)[k]
                 if self.bias:
                     self.ops.weighted_sums(out, into.weights, gb)

@@ -10,7 +10,7 @@ import numpy as np
 
 from psmpi.errors import UserError
 from psmpi.layout import Parameter
-from psmpi.nn.layers.base import Initial, Layer, Part, Site, Stage, Sums
+from psmpi.nn.layers.base import Initial, Layer, Part, SampleSums, Site, Stage
 from psmpi.nn.layers.batch_norm import EPS, affine_runs, export_affine
 from psmpi.nn.layers.table import Table
 from psmpi.nn.layers.uses import Uses, grouped, joined
@@ -61,7 +61,7 @@ class GroupNorm(Layer):
     def held(self, stage: Stage, batch: int, writable: bool, packed: bool) -> int:
         return (self.present_groups(stage) + (0 if writable else stage.size)) * batch
 
-    def shares(self, stage: Stage, batch: int, wanted: bool) -> dict[str, int]:
+    def workspace_numbers(self, stage: Stage, batch: int, wanted: bool) -> dict[str, int]:
         groups = self.present_groups(stage) * batch
         large = dict.fromkeys(("rows", "normal rows"), stage.size * batch)
         return {**large, "ones": groups, "sums": 2 * groups, "zeros": int(stage.kept.sum())}
@@ -139,7 +139,7 @@ class GroupNormPart(Part):
         products = self.space.take("rows", *d.shape)
         products[...] = d
         self.ops.multiply(products.reshape(-1), normal.reshape(-1))
-        if isinstance(into, Sums):
+        if isinstance(into, SampleSums):
             self._add_up(products, d, into)
         elif into is not None:
             for (units, *_), pair in zip(self.runs, into, strict=True):
@@ -156,7 +156,7 @@ class GroupNormPart(Part):
         self._put_back(rows, d, batch)
         return dy
 
-    def _add_up(self, products: np.ndarray, d: np.ndarray, sums: Sums) -> None:
+    def _add_up(self, products: np.ndarray, d: np.ndarray, sums: SampleSums) -> None:
         """The sums of the samples' gradients, each times its weight."""
         batch = sums.weights.shape[1]
         positions = d.size // (self.units * batch)

@@ -11,7 +11,7 @@ import numpy as np
 from psmpi.errors import UserError
 from psmpi.layout import Parameter
 from psmpi.nn.layers.base import OWN, Layer, Part, Site, Stage
-from psmpi.nn.layers.chain import Chain, export_chain, leaves, plan_buffers, shared, uses_of
+from psmpi.nn.layers.chain import Chain, export_chain, leaves, plan_buffers, uses_of, workspace_numbers
 from psmpi.nn.layers.table import Table
 from psmpi.nn.layers.uses import Uses
 
@@ -71,8 +71,11 @@ class Residual(Layer):
             found += one.layer.held(one, batch, spot.writable, packed)
         return found
 
-    def shares(self, stage: Stage, batch: int, wanted: bool) -> dict[str, int]:
-        return {**shared(stage.inner, batch, wanted), **({f"past {self.name}": stage.size * batch} if wanted else {})}
+    def workspace_numbers(self, stage: Stage, batch: int, wanted: bool) -> dict[str, int]:
+        return {
+            **workspace_numbers(stage.inner, batch, wanted),
+            **({f"past {self.name}": stage.size * batch} if wanted else {}),
+        }
 
     def part(self, stage: Stage, site: Site) -> Part:
         return ResidualPart(stage, site)
