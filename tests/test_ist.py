@@ -410,7 +410,7 @@ def test_adam_s_counts_travel_too(train):
     options = (*IST, *adam, "--widths", "24", "24", "--epochs", "3", "--local-steps", "3")
     travels = train(1, *options, "--max-steps", "30", "--optimizer-state", "travel").tensors()
     plain = train(1, "--method", "local_sgd", *options[2:], "--max-steps", "30").tensors()
-    for name in (name for name in plain if not name.startswith("elements/")):
+    for name in (name for name in plain if not name.startswith("rank/")):
         tensor = plain[name]
         assert np.linalg.norm(travels[name] - tensor) <= 1e-10 * np.linalg.norm(tensor), name
     # How often each weight was stepped: all in the first layer, of the middle one a quarter each round.

@@ -8,7 +8,7 @@ from conftest import distance, run
 
 from psmpi.backend import NumpyOps
 from psmpi.config import Config
-from psmpi.data import Minibatches, open_dataset
+from psmpi.data import Batch, Minibatches, open_dataset
 from psmpi.methods import METHODS
 from psmpi.nn.zoo import make_network
 
@@ -37,7 +37,7 @@ def copies(ranks, steps, every, *, optimizer="sgd", lr=0.05, batch=64, outer_lr=
         ids = batches.ids(*divmod(step, batches.steps_per_epoch))
         slices = np.array_split(ids, ranks)
         for model, mine in zip(models, slices, strict=True):
-            model.step(mine if len(mine) else ids, lr)
+            model.step(Batch(mine if len(mine) else ids), lr)
         if (step + 1) % every == 0:
             change = anchor - np.mean([model.w for model in models], axis=0)
             momentum = beta * momentum + change
