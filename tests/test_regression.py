@@ -107,7 +107,7 @@ def test_predictions_are_values(own, train):
         status, _, err = run(1, "-m", "psmpi.predict", found.out, "--dataset", "other.npz", cwd=own)
         assert status == 1 and says in " ".join(err.split()) and "Traceback" not in err
     status, out, err = run(1, "-m", "psmpi.inspect", "show", found.out, cwd=own)
-    assert status == 0 and "test accuracy" in out, err
+    assert status == 0 and "test RMSE" in out, err
 
 
 REFUSED = [
