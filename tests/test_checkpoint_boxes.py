@@ -23,7 +23,7 @@ from psmpi.checkpoint.parallel import parts_of, values_of
 from psmpi.checkpoint.selection import find_boxes, find_parts, read_runs
 from psmpi.checkpoint.tensors import make_tensors
 from psmpi.errors import UserError
-from psmpi.layout import Box, Ownership, Runs, TableRows, plain_layout, restrict
+from psmpi.layout import Box, Ownership, Parameter, Runs, TableRows, make_layout, plain_layout, restrict
 from psmpi.nn.zoo import make_network
 
 
@@ -375,3 +375,12 @@ def test_a_writer_has_owners_of_every_space(tmp_path):
     contents = checkpoint.Contents("seed = 1", (4,), layout, spaces={"dni": dni})
     with pytest.raises(ValueError, match=r"the contents have \['dni'\]"):
         save(tmp_path, contents, Ownership.tiles(layout, (1,)), {"weights": np.zeros(3)})
+
+
+def test_a_tensor_has_its_units_in_their_order():
+    # The unit in the middle is used by both classes: its block comes first in the flat vector.
+    uses = [[(0, 1, frozenset({0})), (1, 2, frozenset({0, 1})), (2, 3, frozenset({1}))]]
+    layout = make_layout([Parameter("weight", (3, 2), 3)], uses, 2)
+    (whole,), (part,) = make_tensors(layout), make_tensors(layout, [1])
+    assert whole.spans == ((0, 2, 2), (2, 4, 0), (4, 6, 4))
+    assert part.shape == (2, 2) and part.spans == ((0, 2, 0), (2, 4, 4))
