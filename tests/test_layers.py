@@ -120,7 +120,7 @@ def test_the_gradient_of_the_inputs_matches_central_differences(name):
 
 
 class Together:
-    """SampleSums of arrays over threads, each of which calls `total` in turn with the others."""
+    """Sums of arrays over threads, each of which calls `total` in turn with the others."""
 
     def __init__(self, count):
         self.barrier, self.arrays, self.numbers = threading.Barrier(count), [None] * count, [0] * count

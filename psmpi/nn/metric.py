@@ -28,7 +28,7 @@ class Metric:
             self.names = ("loss", "accuracy", *(("top5",) if outputs > TOP else ()))
 
     def zeros(self) -> np.ndarray:
-        """SampleSums over no samples, (names + 1,) float64."""
+        """Sums over no samples, (names + 1,) float64."""
         return np.zeros(len(self.names) + 1)
 
     def sums(self, scores: np.ndarray, targets: np.ndarray) -> np.ndarray:

@@ -24,7 +24,7 @@ from psmpi.nn.layers.workspace import Workspace
 NEW, OVER, VIEW, OWN = "new", "over", "view", "own"
 
 
-# SampleSums an array (k,) float64 over the ranks that share a minibatch, in place.
+# Sums an array (k,) float64 over the ranks that share a minibatch, in place.
 Total = Callable[[np.ndarray], object]
 
 

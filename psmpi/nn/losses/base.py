@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 # What float64, in which losses are computed, keeps free above the largest exponential, for sums and tangents.
 HEADROOM = 60.0
 
-# SampleSums (and maxima) of a sample over all classes, by name: see `Loss.sums`.
+# Sums (and maxima) of a sample over all classes, by name: see `Loss.sums`.
 SUMS = {
     "label": "c_y, the score of the label",
     "terms": "the sum of d l / d c_j over j != y, which is minus d l / d c_y",
