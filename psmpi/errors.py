@@ -2,7 +2,7 @@
 
 
 class UserError(Exception):
-    """What was wrong, where, and what to do instead; shown without a traceback."""
+    """An error of the user: says what was wrong, where, and what to do instead; shown without a traceback."""
 
 
 class DamagedError(UserError):

@@ -204,7 +204,7 @@ def _train(world: Any, config: Config) -> None:
 
 
 def _backend(world: Any, config: Config, threads: int) -> Any:
-    """What this rank computes with, its kernels compiled."""
+    """The backend of this rank, its kernels compiled."""
     import numpy as np
 
     from psmpi.backend import make_backend

@@ -1,4 +1,4 @@
-"""How long a checkpoint keeps training waiting."""
+"""The time for which a checkpoint keeps training waiting."""
 
 from __future__ import annotations
 

@@ -85,6 +85,6 @@ def slow_hosts(count: int, megabits: float) -> Iterator[list[str]]:
 
 
 def wrapper(names: list[str]) -> list[str]:
-    """What goes before a rank's command so that it runs on the host of its number."""
+    """The words before a rank's command that run it on the host of its number."""
     # MPICH's launcher says it so; it talks to its ranks by what they inherit, which no namespace cuts.
     return ["sh", "-c", f'exec ip netns exec {names[0].rpartition("-")[0]}-$PMI_RANK "$@"', "rank"]

@@ -1,4 +1,4 @@
-"""What the ranks of a training run hold in memory, and what they must."""
+"""The memory that the ranks of a training run hold, and the least that they must."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def _needed(method: Any, network: Network, dataset: Any, config: Config) -> dict
 
 
 def pass_numbers(network: Network, classes: tuple[int, ...], batch: int, packed: bool) -> tuple[int, int]:
-    """How many numbers the passes of the part of `classes` need for minibatches of `batch`: outputs, and all else.
+    """Numbers that the passes of the part of `classes` need for minibatches of `batch`: outputs, and all else.
 
     Outputs are those that are not written over their input; all else is what the layers say. packed: convolutions are
     computed without windows.

@@ -144,7 +144,7 @@ def _launcher() -> str:
 
 
 def _run(command: Sequence[str], slow: bool, limit: int) -> str:
-    """What a command prints; UserError where it fails, or does not end in time: it and all it started are ended."""
+    """The output of a command; UserError where it fails, or does not end in time: it and all it started are ended."""
     environment = {**os.environ, **(ENVIRONMENT if slow else {}), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,

@@ -1,4 +1,4 @@
-"""Where the time of a partitioned quasi-Newton step goes."""
+"""The time of a partitioned quasi-Newton step, by what it is spent on."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ class Problem:
 
 
 def problems() -> dict[str, Problem]:
-    """What is measured, by name."""
+    """Measurements by name."""
     every = tuple(range(10))
     mnist = make_network("psnet", (1, 28, 28), 10)
     lenet = [

@@ -34,7 +34,7 @@ class Figure:
     deviation: float
 
     def floor(self, runs: int) -> float:
-        """What the median of `runs` runs is not to fall below: three standard errors of the difference of means."""
+        """The lower bound of the median of `runs` runs: three standard errors of the difference of means."""
         return self.mean - 3 * self.deviation * sqrt(1 / PUBLISHED_RUNS + 1 / runs)
 
 

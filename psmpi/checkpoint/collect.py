@@ -46,7 +46,7 @@ def collect(
 
 
 class Records:
-    """What each rank writes of vectors of one ownership: the runs of record, one rank after the other.
+    """The runs that each rank writes of vectors of one ownership: those of record, one rank after the other.
 
     `starts` (ranks + 1,): where a rank's begin among all elements. ValueError where no rank has some of `size`.
     """

@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself: configuration, layouts, progress, in texts that people can read."""
+"""Contents of a checkpoint beside tensors: configuration, layouts, progress, in texts that people can read."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SPACE = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands: `step` steps done in all, `cursor` of them in `epoch` (from 0); `loss_sum` of that epoch.
+    """The progress of a run: `step` steps done in all, `cursor` of them in `epoch` (from 0); `loss_sum` of that epoch.
 
     `rows` are the metrics of the epochs done.
     """
@@ -47,7 +47,7 @@ class Progress:
 
     @property
     def score(self) -> str:
-        """What a person is told of the tests after the last whole epoch: accuracy, or RMSE."""
+        """The test scores after the last whole epoch, for people: accuracy, or RMSE."""
         row = self.rows[-1] if self.rows else {}
         return next((SCORES[key](row[key]) for key in ("test_accuracy", "test_rmse") if key in row), "test accuracy -")
 
@@ -208,7 +208,7 @@ def _expect(true: bool, what: str) -> None:
 
 
 def read_contents(path: Path) -> Contents:
-    """What a file that `check_file` has passed says of itself. DamagedError where that makes no sense."""
+    """The contents of a file that `check_file` has passed. DamagedError where they make no sense."""
     with open_file(path) as file:
         try:
             texts = {name: str(item.asstr()[0]) for name, item in file.items() if isinstance(item, h5py.Dataset)}

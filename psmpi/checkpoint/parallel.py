@@ -27,7 +27,7 @@ def supported() -> bool:
 
 
 def parts_of(tensor: Tensor, ownership: Ownership) -> list[list[Slab]]:
-    """What each rank writes of a tensor: parts of it, and where they lie in that rank's local vector."""
+    """The parts of a tensor that each rank writes, and their places in that rank's local vector."""
     found = []
     for runs, record in zip(ownership, ownership.record, strict=True):
         first, last, _, start = tensor.meet(record.starts, record.stops)

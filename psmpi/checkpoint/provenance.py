@@ -1,4 +1,4 @@
-"""Where a checkpoint comes from: versions, host, command, revision."""
+"""The provenance of a checkpoint: versions, host, command, revision."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which data sets of a damaged HDF5 file can no longer be read.
+"""The search for data sets of a damaged HDF5 file that can no longer be read.
 
 HDF5 is not made for damaged files and may crash or hang on them, so another process looks.
 """
@@ -14,7 +14,7 @@ import h5py
 
 
 def damaged_parts(path: Path) -> list[str]:
-    """What of a damaged file cannot be read any more, a line each, as far as can be told."""
+    """The data of a damaged file that cannot be read any more, a line each, as far as can be told."""
     if not path.is_file():
         return []
     command = [sys.executable, "-m", "psmpi.checkpoint.scan", str(path)]

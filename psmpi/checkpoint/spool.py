@@ -20,7 +20,7 @@ from psmpi.checkpoint.lock import inherit
 
 
 def _environment() -> dict[str, str]:
-    """What the process sees: nothing of the launcher, as it is no rank, and one thread.
+    """The environment of the process: nothing of the launcher, as it is no rank, and one thread.
 
     An h5py built with parallel HDF5 imports mpi4py, which must not start MPI there.
     """
@@ -89,7 +89,7 @@ class Spool:
         return bool(waiting.poll(1000 * patience))
 
     def answer(self) -> str:
-        """What went wrong with the job, empty for nothing; waits for the answer, or the end, of the process."""
+        """The error of the job, empty for none; waits for the answer, or the end, of the process."""
         assert self.process is not None and self.process.stdout is not None
         line = self.process.stdout.readline()
         if line:
@@ -136,7 +136,7 @@ class Spool:
         return status
 
     def _reason(self) -> str:
-        """What the process said of errors of the operating system."""
+        """Errors of the operating system that the process told."""
         if self.noise is None:
             return ""
         self.noise.seek(0)

@@ -61,7 +61,7 @@ class Tensor:
 
 
 def held_runs(layout: Layout, part: Sequence[int] | None) -> Runs:
-    """What a file holds of the flat vector; what no class uses goes with class 0, so that all parts make the whole."""
+    """The runs of the flat vector in a file; what no class uses goes with class 0, so that all parts make the whole."""
     if part is None:
         return Runs.union([(0, layout.size)])
     return Runs.union(layout.part(part).intervals + (layout.dead.intervals if 0 in part else ()))

@@ -217,7 +217,7 @@ class Writer:
         return self.target is not None
 
     def troubles(self) -> list[str]:
-        """What went wrong with checkpoints since the last call; does not wait."""
+        """Errors of checkpoints since the last call; does not wait."""
         _ = self.busy
         found, self.found = self.found, []
         return found

@@ -250,7 +250,7 @@ def _in_place() -> Any:
 
 
 def _runs(array: Any, counts: Sequence[int]) -> list[Any]:
-    """What MPI takes for runs of `counts` elements of a contiguous array, one after the other, of any dtype."""
+    """MPI's description of runs of `counts` elements of a contiguous array, one after the other, of any dtype."""
     from mpi4py import MPI
 
     sizes = [array.itemsize * count for count in counts]

@@ -16,7 +16,7 @@ CHUNK_BYTES = 1 << 20
 
 
 def rows_per_chunk(row_bytes: int) -> int:
-    """How many rows of `row_bytes` bytes fit a chunk: at least one."""
+    """The number of rows of `row_bytes` bytes that fit a chunk: at least one."""
     return max(1, CHUNK_BYTES // row_bytes)
 
 

@@ -68,7 +68,7 @@ def _header(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Head
 
 
 def _data_start(path: Path, info: zipfile.ZipInfo) -> int:
-    """Where in the file the content of an uncompressed member begins."""
+    """The offset in the file at which the content of an uncompressed member begins."""
     with reading(path), path.open("rb") as file:
         file.seek(info.header_offset)
         local = file.read(_LOCAL_HEADER)

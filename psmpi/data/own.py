@@ -21,7 +21,7 @@ KEYS = ("x", "y", "x_test", "y_test")
 
 @dataclass(frozen=True)
 class Header:
-    """What is known of an array in a file without reading it."""
+    """Shape and dtype of an array in a file, known without reading it."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]

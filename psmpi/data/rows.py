@@ -25,7 +25,7 @@ Rows = npt.NDArray[np.int64]
 
 
 class RowSource(Protocol):
-    """What a Split reads its samples from."""
+    """The source from which a Split reads its samples."""
 
     @property
     def n(self) -> int: ...

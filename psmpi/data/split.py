@@ -1,4 +1,4 @@
-"""What a data set is to the rest of psmpi: targets in memory, samples read row by row on demand."""
+"""Splits of data sets: targets in memory, samples read row by row on demand."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Split:
 
     @property
     def task(self) -> str:
-        """What the targets are for: "classes" (labels) or "regression" (values)."""
+        """The kind of the targets: "classes" (labels) or "regression" (values)."""
         return "classes" if self.targets.ndim == 1 else "regression"
 
     @property
@@ -90,7 +90,7 @@ class Dataset:
 
     @property
     def task(self) -> str:
-        """What is learnt, see `Split.task`."""
+        """The task, see `Split.task`."""
         return self.train.task
 
 

@@ -24,7 +24,7 @@ SLAB = 1 << 20
 
 
 class Opened:
-    """What a checkpoint says of itself, and its tensors one at a time. UserError where it is missing or damaged."""
+    """An opened checkpoint: its contents, and its tensors one at a time. UserError where it is missing or damaged."""
 
     def __init__(self, path: Path):
         self.path = newest(path)

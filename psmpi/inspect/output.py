@@ -1,4 +1,4 @@
-"""How the tools write numbers and tables, for people and as JSON."""
+"""Output of the tools: numbers and tables, for people and as JSON."""
 
 from __future__ import annotations
 

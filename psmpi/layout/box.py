@@ -45,7 +45,7 @@ def tile(parameter: str, shape: Sequence[int], grid: Sequence[int], place: Seque
 
 
 def box_runs(shape: Sequence[int], ranges: Sequence[tuple[int, int]]) -> tuple[np.ndarray, int]:
-    """Where a box lies in a flattened tensor of `shape`: first elements (runs,) int64 of runs of one length, and that.
+    """The runs of a box in a flattened tensor of `shape`: first elements (runs,) int64 of runs of one length, and that.
 
     Runs are in the order of the elements, and may touch where the last axis that is cut is also the first.
     """

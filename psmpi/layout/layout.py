@@ -1,4 +1,4 @@
-"""Where every parameter lies in the flat vector, ordered by which classes use it."""
+"""Layouts: the places of parameters in the flat vector, ordered by which classes use them."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where every parameter lies in the flat vector: [shared by all | shared by some and private, by class | dead].
+    """The places of parameters in the flat vector: [shared by all | shared by some and private, by class | dead].
 
     A block that all classes use comes first, blocks of no class last; in between, blocks follow their smallest and
     then their largest class, so that the part of neighbouring classes is a few runs.

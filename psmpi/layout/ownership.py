@@ -1,4 +1,4 @@
-"""Which rank has what of a flat vector."""
+"""Ownerships: the boxes of a flat vector that each rank has."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which rank computes with which part of the flat vector, and steps which shard of it."""
+"""Roles: the part of the flat vector that each rank computes with, and the shard that it steps."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from psmpi.layout.runs import Runs
 
 @dataclass(frozen=True)
 class Roles:
-    """Who does what: `parts[r]` is what rank r computes with, `shards[r]` what it optimizes, `workers[r]` its place."""
+    """Roles of all ranks: rank r computes with `parts[r]`, optimizes `shards[r]`, and its place is `workers[r]`."""
 
     masters: int
     workers: tuple[Worker | None, ...]

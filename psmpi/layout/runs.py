@@ -77,7 +77,7 @@ class Runs:
         return f"Runs({self.intervals})"
 
     def local(self, start: int, stop: int) -> slice:
-        """Where [start, stop) lies in the local vector; it must lie inside one interval (ValueError)."""
+        """The slice of the local vector that is [start, stop); ValueError unless it lies inside one interval."""
         k = int(self.starts.searchsorted(start, side="right")) - 1
         if k < 0 or stop > self.stops[k]:
             raise ValueError(f"[{start}, {stop}) is not inside one of the {len(self.starts)} runs")
@@ -150,7 +150,7 @@ def _columns(intervals: Iterable[tuple[int, int]]) -> tuple[np.ndarray, np.ndarr
 def cross(
     starts: np.ndarray, stops: np.ndarray, others: np.ndarray, ends: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Where two lists of sorted disjoint intervals meet: number in the first, number in the second, start, stop.
+    """The meetings of two lists of sorted disjoint intervals: number in the first, number in the second, start, stop.
 
     Intervals of one list may touch. Each of the four arrays (meetings,) is in the order of the vector.
     """

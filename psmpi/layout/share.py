@@ -1,4 +1,4 @@
-"""What a subnetwork has of the parameters of a whole network."""
+"""Shares: the rows and columns of a network's parameters that a subnetwork has."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 @dataclass(frozen=True, eq=False)
 class Share:
-    """What a subnetwork has of a parameter of the whole network: some rows (units) and columns, or all (None).
+    """A subnetwork's share of a parameter of the whole network: some rows (units) and columns, or all (None).
 
     rows, columns: increasing; a column is a position among the weights of one unit. owners: the workers that have this
     share, in order; parameters of units and blocks that are not dealt out are everybody's.

@@ -13,5 +13,5 @@ def split_evenly(items: Sequence[int], pieces: int) -> list[list[int]]:
 
 
 def even_edges(count: int, pieces: int) -> list[int]:
-    """Where such groups of `count` things begin, and the end of the last."""
+    """The edges of such groups of `count` things: where each begins, and the end of the last."""
     return [k * (count // pieces) + min(k, count % pieces) for k in range(pieces + 1)]

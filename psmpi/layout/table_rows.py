@@ -1,4 +1,4 @@
-"""Which rank holds which rows of tables."""
+"""Rows of tables, by the rank that holds them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class TableRows:
-    """Which rank holds which rows of tables: of each rank the numbers of its rows, together 0, 1, ..., each once.
+    """Rows of tables, by the rank that holds them: of each rank the numbers of its rows, together 0, 1, ..., each once.
 
     group: of a checkpoint, the one that holds the tables. `elements`: rows that mean the same on any ranks; `rank`:
     one row a rank, which means nothing on another number of ranks.

@@ -1,4 +1,4 @@
-"""What the training loop asks of a method."""
+"""The base class of methods: the calls of the training loop."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from psmpi.optim import FIRST_ORDER
 
 @dataclass(frozen=True)
 class Place:
-    """What one rank does, for the placement table; parameters and bytes are counts."""
+    """One rank's work, for the placement table; parameters and bytes are counts."""
 
     role: str
     classes: str
@@ -44,7 +44,7 @@ def check_classes(dataset: Dataset, what: str, fix: str) -> None:
 
 
 def make_metric(config: Config, dataset: Dataset) -> Metric:
-    """What is measured on the test split, by a loss of its own: what that counts is not of the training."""
+    """Tests on the test split, by a loss of its own: what that counts is not of the training."""
     return Metric(configured_loss(config, dataset.task), dataset.outputs)
 
 
@@ -110,7 +110,7 @@ class Method(Protocol):
 
     @staticmethod
     def warnings(size: int, network: Network, config: Config) -> Iterable[str]:
-        """What a person should know of this method on `size` ranks with this network."""
+        """Notes for the user on this method on `size` ranks with this network."""
 
     def step(self, batch: Batch, lr: float) -> None:
         """One optimizer step on training samples, of which the batch has the ids."""
@@ -128,10 +128,10 @@ class Method(Protocol):
         """The loss and the scores on the test split by name, see `Metric`; the same on all ranks."""
 
     def diagnostics(self) -> dict[str, Any]:
-        """What else is measured after an epoch, for the metrics, the same on all ranks; all ranks call it."""
+        """Further measurements after an epoch, for the metrics, the same on all ranks; all ranks call it."""
 
     def place(self) -> Place:
-        """What this rank does."""
+        """This rank's work."""
 
     def memory(self) -> dict[str, int]:
         """Bytes that this rank holds, by what for."""

@@ -88,7 +88,7 @@ def _nbytes(buffers: Sequence[Any]) -> int:
 
 
 def _positions(theirs: np.ndarray, mine: np.ndarray) -> Positions:
-    """Where the units `mine` lie among `theirs`, both (units,) bool."""
+    """The places of the units `mine` among `theirs`, both (units,) bool."""
     at = np.flatnonzero(mine[theirs])
     starts = np.flatnonzero(np.diff(at, prepend=-2) != 1).tolist()
     runs = [(a, (int(at[a]), int(at[b - 1]) + 1)) for a, b in pairwise([*starts, len(at)])]

@@ -99,7 +99,7 @@ class Dealer:
         return [np.sort(np.concatenate(groups)) for groups in found]
 
     def deal(self, number: int) -> list[Shares]:
-        """What each worker has in round `number`."""
+        """Each worker's shares in round `number`."""
         return self._deal_blocks(number) if self.blocks else self._deal_units(number)
 
     def _deal_units(self, number: int) -> list[Shares]:
@@ -199,7 +199,7 @@ class Dealer:
 
 
 def runs_of(units: np.ndarray, length: int) -> np.ndarray:
-    """Where the elements of units lie that are runs of `length` elements each."""
+    """The indices of the elements of units that are runs of `length` elements each."""
     return (units[:, None] * length + np.arange(length)).reshape(-1)
 
 

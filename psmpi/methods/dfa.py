@@ -156,7 +156,7 @@ class DirectFeedback:
 
     @staticmethod
     def warnings(size: int, network: Network, config: Config) -> Iterator[str]:
-        """What a person should know of a network before it is trained so."""
+        """Notes for the user on a network before it is trained so."""
         if any(len(layer.out_shape) > 1 for layer in network.linear):
             yield "convolutions learn poorly by direct feedback: their weights are shared, and cannot align"
         narrow = [width for width in widths(network)[:-1] if width < network.classes]
@@ -232,7 +232,7 @@ class DirectFeedback:
         return self.model.forward(self.x[: self.inputs * b].reshape(self.inputs, b))
 
     def _error(self, b: int) -> np.ndarray:
-        """Where e (classes, b) is."""
+        """The array of e (classes, b)."""
         return self.error[: self.network.classes * b].reshape(-1, b)
 
     def _differentiate(self, b: int) -> None:

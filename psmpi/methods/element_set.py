@@ -38,7 +38,7 @@ def largest_element(layout: Layout) -> int:
 
 @dataclass(frozen=True)
 class Side:
-    """What the score of one class adds to the elements that see it: `terms` weighted sums of its samples' gradients.
+    """One class's score in the loss of the elements that see it: `terms` weighted sums of its samples' gradients.
 
     number: the class's among the worker's; slices: its part in the worker's; others: (terms,) numbers of the other
     classes. lost, won: (terms,), the factors of the loss's derivatives with respect to the other's score over samples
@@ -141,7 +141,7 @@ class ElementSet:
         )
 
     def _slices(self, runs: Runs) -> list[tuple[int, int]]:
-        """Where runs of the flat vector lie in the part."""
+        """The slices of the part that are these runs of the flat vector."""
         return [(s.start, s.stop) for s in (self.part.local(*run) for run in runs.intervals)]
 
     def make_vectors(self) -> np.ndarray:

@@ -81,7 +81,7 @@ class IndependentSubnets:
         self.loss_sum = 0.0
 
     def _make_subnet(self, world: Any, dataset: Dataset, config: Config) -> None:
-        """What a worker trains: it has the same shape in every round."""
+        """The network that a worker trains: it has the same shape in every round."""
         subnet, ops = self.dealer.networks[self.number], self.ops
         self.own = subnet.layout()
         roles = replicate(self.own, len(self.workers))
@@ -117,7 +117,7 @@ class IndependentSubnets:
 
     @staticmethod
     def warnings(size: int, network: Network, config: Config) -> Iterator[str]:
-        """What a person should know of this method on `size` ranks with this network."""
+        """Notes for the user on this method on `size` ranks with this network."""
         _, workers = find_roles(size, config)
         if config.subnets.deal == "units" and not network.normalized and len(workers) > 1:
             yield (
@@ -219,7 +219,7 @@ class IndependentSubnets:
 
 
 def make_dealer(network: Network, workers: int, config: Config) -> Dealer:
-    """Who deals out the network; UserError where that cannot be."""
+    """The ranks that deal out the network; UserError where that cannot be."""
     o = config.subnets
     return Dealer(network, workers, o.subnet_seed, o.deal, o.strata, o.min_blocks)
 

@@ -83,7 +83,7 @@ class TrainedPart:
         self._pass, self._back = self.objective.record(self._derive), ops.record(self._take_back)
 
     def room(self, b: int) -> np.ndarray:
-        """Where inputs (inputs, b) are put."""
+        """Room for inputs (inputs, b)."""
         return self.x[: self.inputs * b].reshape(self.inputs, b)
 
     def forward(self, x: np.ndarray) -> np.ndarray:

@@ -215,7 +215,7 @@ class PartiallySeparable:
 
 
 def plan_roles(layout: Layout, size: int, config: Config) -> Roles:
-    """Who does what among `size` ranks."""
+    """The roles of `size` ranks."""
     parallel = config.parallel
     return assign_roles(
         layout,

@@ -1,4 +1,4 @@
-"""What methods share in which every rank has the whole network: weights, optimizer, samples, checkpoints."""
+"""The base class of methods in which every rank has the whole network: weights, optimizer, samples, checkpoints."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ class Replica:
 
     @staticmethod
     def warnings(size: int, network: Network, config: Config) -> Iterator[str]:
-        """What a person should know of this method on `size` ranks with this network."""
+        """Notes for the user on this method on `size` ranks with this network."""
         if network.normalized and size > 1:
             yield (
                 "batch normalization takes the statistics of each rank's own slice of a minibatch: the result depends "

@@ -155,7 +155,7 @@ class SyntheticLabels:
             self.scalars[name] += 1
 
     def _begin(self, phase: Phase, epoch: int) -> None:
-        """What comes before the first step of an epoch: fresh optimizers in a new phase, and what is handed over."""
+        """The preparations of an epoch: fresh optimizers in a new phase, and what is handed over."""
         if epoch == phase.start:
             self._refresh()
         if phase.joined:
@@ -298,7 +298,7 @@ class SyntheticLabels:
 
     @contextmanager
     def _uncounted(self) -> Iterator[None]:
-        """What is done here is no part of the training."""
+        """Work that is no part of the training."""
         before = self.counter.sent, self.counter.received, self.macs, self.handed_bytes
         yield
         self.counter.sent, self.counter.received, self.macs, self.handed_bytes = before
@@ -311,7 +311,7 @@ class SyntheticLabels:
         return self.past[0] + (macs << 32) + macs_low, self.past[1] + (handed << 32) + handed_low
 
     def _spread(self) -> Iterator[tuple[str, slice, int, slice]]:
-        """Where the parts' vectors lie in the shard: (name, place there, part, place in the part's)."""
+        """The places of the parts' vectors in the shard: (name, place there, part, place in the part's)."""
         shard = self.shards[self.rank]
         for name, of in self.mirrors.items():
             for k in of if len(of) > 1 else ():

@@ -1,4 +1,4 @@
-"""What the method `sil` trains when, on which ranks, and what it cannot: found without MPI and arrays of weights."""
+"""The plan of the method `sil`: phases, ranks and what it cannot train; made without MPI and arrays of weights."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Phase:
 
 
 def plan_phases(parts: int, epochs: int, settings: Synthetic) -> list[Phase]:
-    """What is trained when; UserError where the epochs do not add up."""
+    """The phases of training; UserError where the epochs do not add up."""
     given, recovery, way = settings.part_epochs, settings.recovery_epochs, settings.hand_over
     left, everyone, in_turn = epochs - recovery, tuple(range(parts)), way in ("stored", "recompute")
     typed = f"--part-epochs {' '.join(map(str, given))}"
@@ -66,7 +66,7 @@ def plan_phases(parts: int, epochs: int, settings: Synthetic) -> list[Phase]:
 
 @dataclass(frozen=True)
 class Seats:
-    """Which ranks hold which parts: a run of parts each, or `rows` ranks each part, which share each minibatch."""
+    """The parts that each rank holds: a run of parts each, or `rows` ranks each part, which share each minibatch."""
 
     size: int
     parts: int
@@ -83,7 +83,7 @@ class Seats:
 
 
 def count_parts(size: int, network: Network, asked: int) -> int:
-    """How many parts `size` ranks train, `asked` or 0; UserError where these ranks or the layers do not fit."""
+    """The number of parts on `size` ranks, `asked` or 0; UserError where these ranks or the layers do not fit."""
     depth = len(network.linear)
     parts = asked or max(size, min(2, depth))
     fit = [k for k in range(1, depth + 1) if k % size == 0 or size % k == 0]
@@ -133,7 +133,7 @@ def check_sil(size: int, network: Network, dataset: Dataset, config: Config) -> 
 
 
 def warnings(size: int, network: Network, config: Config) -> Iterator[str]:
-    """What a person should know of a network before it is trained so."""
+    """Notes for the user on a network before it is trained so."""
     s = config.synthetic
     if network.normalized and Seats(size, count_parts(size, network, s.parts)).rows > 1:
         yield (

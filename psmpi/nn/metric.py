@@ -1,4 +1,4 @@
-"""What a test measures: sums over samples, which ranks add up, and the scores that follow from them."""
+"""Metrics: sums over samples, which ranks add up, and the scores that follow from them."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Metric:
 
 
 def count_above(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """How many classes come before the label's in the order of scores (classes, b), for each of the labels (b,).
+    """The number of classes before the label's in the order of scores (classes, b), for each of the labels (b,).
 
     Scores that are not numbers come first.
     """

@@ -72,7 +72,7 @@ class Model:
 
     @property
     def parts(self) -> list[Part]:
-        """What computes the layers, one after the other."""
+        """The parts of the layers, one after the other."""
         return self.chain.parts
 
     @property
@@ -182,7 +182,7 @@ class Model:
             self.ops.combine(self.g, (1.0, self.g), (1.0, self.more[0]))
 
     def _more(self) -> tuple[np.ndarray, list[object]]:
-        """Where a gradient is made that is to be added; parts that are not asked add nothing."""
+        """Room for a gradient that is to be added, zeros; parts that are not asked add nothing."""
         if self.more is None:
             made = self.ops.zeros(self.part.size, self.dtype)
             self.more = made, self.chain.views(made)

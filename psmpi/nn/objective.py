@@ -50,7 +50,7 @@ class Objective:
         self.cast = self.ops.empty(self.model.size * batch, self.model.dtype)
 
     def _derivatives(self, size: int) -> Mirror:
-        """Where derivatives are made; in one pass the host needs no image of them."""
+        """Room for derivatives; in one pass the host needs no image of them."""
         made = self.ops.empty(size, np.dtype(np.float64))
         return self.ops.mirror(made) if self.fused is None else Mirror(made)
 
@@ -68,7 +68,7 @@ class Objective:
         self.given.push(slice(0, targets.size))
 
     def targets(self, b: int) -> np.ndarray:
-        """Where those are that were brought last, of b samples with as many scores as there is room for."""
+        """The arrays that were brought last, of b samples with as many scores as there is room for."""
         if self.loss.task == "classes":
             return self.given.array[:b]
         return self.given.array[: self.outputs * b].reshape(self.outputs, b)

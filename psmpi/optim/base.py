@@ -1,4 +1,4 @@
-"""What every optimizer has: a shard's size and dtype, named state, chunks, and settings that make sense."""
+"""The base class of optimizers: a shard's size and dtype, named state, chunks, and settings that make sense."""
 
 from __future__ import annotations
 

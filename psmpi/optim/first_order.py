@@ -185,7 +185,7 @@ class Adam(FirstOrder):
         w -= b
 
     def _decay(self, lr: float) -> tuple[float, float]:
-        """What weights are multiplied by in the gradient, and beside the step."""
+        """The factors of the weights in the gradient, and beside the step."""
         return (self.weight_decay, 1.0) if self.coupled else (0.0, 1 - lr * self.weight_decay)
 
     def _move(self, m: np.ndarray, v: np.ndarray, g: np.ndarray, a: np.ndarray) -> None:

@@ -1,4 +1,4 @@
-"""What keeps partitioned quasi-Newton steps from being too long, and Nesterov's extrapolation of them.
+"""Globalization of partitioned quasi-Newton steps, which else may be too long, and Nesterov's extrapolation of them.
 
 Raynaud, Orban, Bigeon, "PLSR1" (Cahiers du GERAD G-2023-41). Everything here is plain numbers, the same on every rank.
 """

@@ -23,7 +23,7 @@ End = Literal["converged", "iterations", "boundary", "curvature"]
 
 @dataclass(frozen=True)
 class Direction:
-    """What `truncated_cg` found: iterations (products), s^T B s, ||s||, g^T s, and why it ended."""
+    """The result of `truncated_cg`: iterations (products), s^T B s, ||s||, g^T s, and why it ended."""
 
     iterations: int
     curvature: float

@@ -22,7 +22,7 @@ ARGUMENTS = (c_void_p, *(c_int,) * 5, c_void_p, *MATRIX, *MATRIX, c_void_p, *MAT
 
 
 class CublasError(RuntimeError):
-    """What cuBLAS answers to a call, by its number."""
+    """Status codes of cuBLAS, by number."""
 
 
 class Blas:

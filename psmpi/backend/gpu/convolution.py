@@ -118,7 +118,7 @@ class DeviceWindows(Im2col):
 def _samples(
     ops: Any, stripes: Sequence[Stripes], rest: tuple[int, ...], x: Any, dy: Any, dkernels: Any, dbias: Any
 ) -> None:
-    """What each sample adds to the gradients, see `Convolution`; rest: of the images, the kernel and the stride."""
+    """Each sample's share of the gradients, see `Convolution`; rest: of the images, the kernel and the stride."""
     b, kernel = x.shape[-1], rest[-2]
     for s in stripes:
         grid = (blocks(s.n_in * kernel**2 * b, 128), blocks(s.n, TILE), s.count)

@@ -82,7 +82,7 @@ class Cudnn:
         return f"convolutions {how} cuDNN {number // 10000}.{number // 100 % 100}"
 
     def precision(self, dtype: np.dtype) -> str:
-        """What arrays of this dtype are multiplied as."""
+        """The type in which arrays of this dtype are multiplied."""
         return self.ops.compute if dtype == np.float32 else "float64"
 
     def scratch(self, name: str, size: int, dtype: np.dtype) -> Any:
@@ -127,7 +127,7 @@ class Cudnn:
         return run
 
     def choose(self, own: Convolution, shape: ConvolutionShape, batch: int, work: Work) -> CudnnConvolution | None:
-        """What does this work on minibatches of `batch` samples, None for psmpi's own; a line in `choices` says why."""
+        """cuDNN's convolution for minibatches of `batch` samples, or None; a line in `choices` says why."""
         found: CudnnConvolution | None = None
         taken, said, best = "psmpi", [], np.inf
         try:
@@ -206,7 +206,7 @@ class CudnnConvolution:
         self._back(into, dx)
 
     def _place(self, name: str, images: Any) -> Any:
-        """Where cuDNN reads or writes the images."""
+        """The array from which cuDNN reads, or into which it writes, the images."""
         return self.library.scratch(name, images.size, images.dtype) if self.turned else images
 
     def _given(self, name: str, images: Any) -> Any:

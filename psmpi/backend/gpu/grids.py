@@ -1,4 +1,4 @@
-"""How many blocks a kernel on a GPU is started with."""
+"""Numbers of blocks with which kernels on a GPU are started."""
 
 # Blocks that fill the largest devices; sums are split over about as many.
 BLOCKS = 512

@@ -61,7 +61,7 @@ class DeviceVectors(Device):
         return each, self.partial(self.sums.host.size * each, np.dtype(np.float64))
 
     def _sums(self, count: int, each: int, partial: Any, dtype: np.dtype) -> np.ndarray:
-        """What the shares of `each` blocks in `count` sums come to, by the kernels of `dtype`."""
+        """The sums (count,) of the shares of `each` blocks, by the kernels of `dtype`."""
         self.launch("sum_partials", dtype, (count,), (256,), each, partial, self.sums.array)
         self.sums.fetch(slice(count))
         self.sums.wait()

@@ -50,7 +50,7 @@ class Arrays:
 
     @property
     def choices(self) -> list[str]:
-        """What was chosen of several ways to compute, for people, a line each."""
+        """The choices among several ways to compute, for people, a line each."""
         return []
 
     def fused(self, name: str) -> Callable[..., None] | None:

@@ -42,14 +42,14 @@ class Convolution(Protocol):
         """The gradients with respect to the kernels and the input, where these are given, from that of y."""
 
     def samples(self, x: np.ndarray, dy: np.ndarray, dkernels: np.ndarray, dbias: np.ndarray) -> None:
-        """What each sample adds to the gradients, dkernels (units, n_in, kernel, kernel, b) and dbias (units, b)."""
+        """Each sample's share of the gradients, dkernels (units, n_in, kernel, kernel, b) and dbias (units, b)."""
 
     def arrays(self) -> list[np.ndarray]:
         """Its buffers."""
 
 
 class WindowOps(Protocol):
-    """What `Im2col` needs of a backend."""
+    """The operations that `Im2col` needs of a backend."""
 
     # Elements of the windows that are made at a time.
     chunk: int

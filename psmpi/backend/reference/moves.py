@@ -1,4 +1,4 @@
-"""What moves values: runs of vectors, images in host memory, samples; in host memory."""
+"""Moves of values: runs of vectors, images in host memory, samples."""
 
 from __future__ import annotations
 

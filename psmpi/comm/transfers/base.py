@@ -1,4 +1,4 @@
-"""What all transfers are: a linear map between the ranks' vectors, its adjoint, and an account of their messages."""
+"""The base classes of transfers: linear maps between vectors of ranks, their adjoints and accounts of messages."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Transfer:
         raise NotImplementedError
 
     def messages(self, step: Step, back: bool = False) -> list[Message]:
-        """What `forward`, or `backward`, of all ranks sends in a step, from plans that every rank knows.
+        """The messages of `forward`, or `backward`, of all ranks in a step, from plans that every rank knows.
 
         Collectives count as `Group` counts them: from and to the root, all-to-all ones from each rank to each other,
         an all-reduce around a ring. What stays on a rank is no message.

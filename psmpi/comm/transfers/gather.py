@@ -28,7 +28,7 @@ class Span:
 
 
 class Gather(Transfer):
-    """What the ranks' disjoint `shards` have of `runs` to all ranks of a group; dst is a local vector of the runs.
+    """The elements of `runs`, from disjoint `shards` to all ranks of a group; dst is a local vector of the runs.
 
     src, over this rank's shard, may be a view of dst. A collective fills a span: of a vector in equal consecutive
     shards that is all of it.

@@ -1,4 +1,4 @@
-"""Which rows and columns of whose shard make up whose subnetwork."""
+"""Strips: rows and columns of a holder's shard that lie in a worker's subnetwork."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def shard_rows(layout: Layout, holders: int) -> list[Runs]:
 def find_strips(
     layout: Layout, shard: Runs, holder: tuple[int, int], own: Layout, shares: Shares, worker: int
 ) -> list[Strip]:
-    """What the shard of `holder`, (number, how many), has of a worker's subnetwork with the layout `own`."""
+    """The strips of the shard of `holder`, (number, how many), in a worker's subnetwork with the layout `own`."""
     numbers = {p.name: k for k, p in enumerate(layout.parameters)}
     found, at = [], 0
     for piece in own.pieces():

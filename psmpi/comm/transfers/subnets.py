@@ -65,7 +65,7 @@ class Subnets(Transfer):
         return find_strips(self.layout, shard, at, self.layouts[worker], shares[worker], worker)
 
     def _message(self, dst: Any) -> np.ndarray:
-        """Where a worker's messages are."""
+        """The array of a worker's messages."""
         return self.arriving if dst is None or len(self.holders) > 1 else dst
 
     def forward(self, src: Any, dst: Any) -> None:

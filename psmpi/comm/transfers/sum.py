@@ -1,4 +1,4 @@
-"""What all ranks of a group own: nothing goes out, gradients are summed on every rank."""
+"""A vector that all ranks of a group own: nothing goes out, gradients are summed on every rank."""
 
 from __future__ import annotations
 

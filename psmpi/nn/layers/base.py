@@ -1,4 +1,4 @@
-"""What every kind of layer has: `Layer`, data of the network, and `Part`, what one rank computes of it.
+"""The base classes of layers: `Layer`, a layer of the network, and `Part`, one rank's share of its computations.
 
 A layer says everything that the rest of psmpi needs to know of its kind: its parameters and their initial values, the
 inputs that its units use, what it costs and holds, what it absorbs of the layers that follow, and how it is exported.
@@ -102,7 +102,7 @@ class Layer:
         return {}
 
     def sources(self, uses: Uses) -> Uses:
-        """Who uses the input units, given who uses the output units."""
+        """The users of the input units, given those of the output units."""
         return uses
 
     def users(self, uses: Uses) -> list[tuple[Parameter, Uses]]:
@@ -110,7 +110,7 @@ class Layer:
         return [(parameter, uses) for parameter in self.parameters()]
 
     def present(self, inputs: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-        """Which output units a subnetwork has, (units,) bool, given the inputs it has and the outputs it wants."""
+        """The output units of a subnetwork, (units,) bool, given the inputs it has and the outputs it wants."""
         return inputs
 
     def restrict(self, units: int, in_shape: tuple[int, ...]) -> Layer:
@@ -118,12 +118,12 @@ class Layer:
         return replace(self, in_shape=in_shape, out_shape=(units, *self.out_shape[1:]))
 
     def absorbs(self, following: Sequence[Layer], fold: bool) -> int:
-        """How many of the layers that follow are computed together with this one; `fold`: convolutions take pooling."""
+        """The number of following layers computed together with this one; `fold`: convolutions take pooling."""
         return 0
 
     @property
     def rank_sums(self) -> tuple[int, int]:
-        """How many numbers forward and backward sum over the ranks that share a minibatch, where they are to be exact.
+        """Numbers that forward and backward sum over the ranks that share a minibatch, where they are to be exact.
 
         They do so by the `total` of their site; without one, a rank takes its slice for the minibatch.
         """
@@ -148,7 +148,7 @@ class Layer:
         return dict.fromkeys(("gradient 0", "gradient 1"), stage.in_size * batch)
 
     def part(self, stage: Stage, site: Site) -> Part:
-        """What computes the layer, with what it absorbs, in a subnetwork."""
+        """The layer's part in a subnetwork: computes it with the layers that it absorbs."""
         raise NotImplementedError
 
 
@@ -196,7 +196,7 @@ class Stage:
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """Where a part computes: the layout of the network, the runs of its local vector, and what it shares.
+    """The surroundings of a part: the layout of the network, the runs of its local vector, and what it shares.
 
     total: sums over the ranks that have the other slices of each minibatch; None where there are none.
     """
@@ -235,7 +235,7 @@ class Part:
         return [self]
 
     def views(self, vector: np.ndarray) -> Any:
-        """Where the part's weights are in a local vector (part's weights,)."""
+        """Views of the part's weights in a local vector (part's weights,)."""
         return None
 
     def bind(self, w: np.ndarray, g: np.ndarray | None) -> None:
@@ -243,7 +243,7 @@ class Part:
         self.w, self.g = self.views(w), None if g is None else self.views(g)
 
     def room(self, batch: int, writable: bool) -> Any:
-        """What a pass of up to `batch` samples keeps besides its output; writable: it may overwrite its input."""
+        """Room for a pass of up to `batch` samples, besides its output; writable: it may overwrite its input."""
         return None
 
     def reserve(self, batch: int) -> None:
@@ -276,7 +276,7 @@ class Part:
         """From now on use those gathered, each minibatch counting alike, in place of each minibatch's own."""
 
     def arrays(self) -> list[np.ndarray]:
-        """What it holds besides weights, what passes keep, and the workspace."""
+        """Arrays that it holds besides weights, what passes keep, and the workspace."""
         return []
 
     def export(self, graph: Any, value: str) -> str:

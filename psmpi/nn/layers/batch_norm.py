@@ -175,7 +175,7 @@ class BatchNormPart(Part):
             dy[units] *= (gamma * scale[units])[:, None]
 
     def _unwanted(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Where gradients of scales and shifts go that nobody wants."""
+        """Room for gradients of scales and shifts that nobody wants."""
         return [(self.space.take("dgamma", len(gamma)), self.space.take("dbeta", len(gamma))) for gamma, _ in self.w]
 
     def gather_statistics(self) -> None:

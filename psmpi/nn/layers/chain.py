@@ -66,14 +66,14 @@ def make_stages(
 
 @dataclass(frozen=True)
 class Spot:
-    """Where the output of a stage is: in an array of its own (`new`), and whether it may overwrite its input."""
+    """The place of a stage's output: in an array of its own (`new`), and whether it may overwrite its input."""
 
     new: bool
     writable: bool
 
 
 def plan_buffers(stages: Sequence[Stage]) -> tuple[list[Spot], bool]:
-    """Where the outputs of a chain's stages are, and whether the last one may be overwritten.
+    """The places of the outputs of a chain's stages, and whether the last one may be overwritten.
 
     What goes into the chain may not, nor an output that backward needs.
     """
@@ -117,7 +117,7 @@ class Room:
 
 @dataclass(eq=False)
 class Tape:
-    """What one forward pass keeps for its backward pass: the input and every part's output, and more of each part.
+    """Arrays that one forward pass keeps for its backward pass: the input, every part's output, and more of each part.
 
     Arrays are those of a room: the next pass through the same room overwrites them.
     """
@@ -150,7 +150,7 @@ class Chain:
             part.bind(w, g)
 
     def views(self, vector: np.ndarray) -> list[Any]:
-        """Where gradients go that are to be written into another vector than g."""
+        """Each part's place for gradients in another vector than g."""
         return [part.views(vector) for part in self.parts]
 
     def room(self, batch: int) -> Room:

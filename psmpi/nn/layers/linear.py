@@ -1,4 +1,4 @@
-"""What dense layers and convolutions share: weights in groups, and segments bound to weight and gradient vectors."""
+"""The base classes of dense layers and convolutions: weights in groups, segments bound to local vectors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the weights of dense layers and convolutions of a subnetwork lie in its local vector.
+"""Segments: the weights of a subnetwork's dense layers and convolutions in its local vector.
 
 A layer of a subnetwork keeps some of the network's output units. Units of one group that lie side by side in the flat
 vector form a *stripe*; stripes of equal shape at equal distances form a *segment*, which one (batched) matrix product

@@ -1,4 +1,4 @@
-"""Which classes' scores depend on which units of a layer, as runs of units that have the same classes."""
+"""Users of a layer's units: runs of units on which the scores of the same classes depend."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all losses share: settings, buffers, checks, and the derivatives of sums over pairs of classes.
+"""The base class of losses: settings, buffers, checks, and the derivatives of sums over pairs of classes.
 
 Scores are (classes, b), targets labels (b,), class indices, or in a regression values of the shape of scores. A loss is
 computed in float64 whatever the dtype of the scores: the arrays are small, and so the exponentials of `psl` are exact

@@ -35,7 +35,7 @@ DAMP_LOW, DAMP_HIGH = 0.99, 10.0
 
 
 class Outcome(IntEnum):
-    """What a pair did to its element."""
+    """The effect of a pair on its element."""
 
     SKIPPED = 0
     UPDATED = 1
@@ -97,7 +97,7 @@ class ElementOperators:
             mirror.push()
 
     def state(self) -> dict[str, np.ndarray]:
-        """What it has to remember besides `pairs`, a row an element: its own arrays, to be filled from elsewhere.
+        """The state to be remembered besides `pairs`, a row an element: its own arrays, to be filled from elsewhere.
 
         `settled` has to follow.
         """
