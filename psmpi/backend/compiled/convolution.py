@@ -9,7 +9,7 @@ import numpy as np
 
 from psmpi.backend.compiled.library import function, pointers
 from psmpi.backend.compiled.team import Team
-from psmpi.backend.reference.convolution import Stripes
+from psmpi.backend.reference.convolution import Stripes, seen_once
 
 # Multiplications that are worth another thread.
 WORK = 2_000_000
@@ -48,12 +48,7 @@ class DirectConvolution:
         self.packs: list[np.ndarray] = []
         self.pack_size = max(s.n * s.n_in for s in stripes) * kernel**2
         self.work = sum(s.count * s.n * s.n_in for s in stripes) * kernel**2 * out_shape[1] * out_shape[2]
-        # Stripes that see the same channels add their gradients up; channels that none sees have the gradient 0.
-        seen = np.zeros(in_shape[0], int)
-        for s in stripes:
-            for k in range(s.count):
-                seen[s.source + k * s.source_step :][: s.n_in] += 1
-        self.covers = bool((seen == 1).all())
+        self.covers = seen_once(stripes, in_shape[0])
         self._forward = function("conv_forward", dtype, "pppppp", instructions)
         self._input = function("conv_input", dtype, "pppppi", instructions)
         self._weight = function("conv_weight", dtype, "pppp", instructions)

@@ -9,7 +9,7 @@ import numpy as np
 
 from psmpi.backend.gpu.grids import BLOCKS, blocks
 from psmpi.backend.gpu.pointwise import ACTIVATIONS, DevicePointwise
-from psmpi.backend.reference.convolution import Im2col, Stripes
+from psmpi.backend.reference.convolution import Im2col, Stripes, seen_once
 
 # Units or channels that a thread computes.
 TILE = 4
@@ -38,12 +38,7 @@ class DeviceConvolution:
             by_unit = s.count * s.n_in * kernel**2 * blocks(s.n, TILE) * TILE
             by_channel = s.count * s.n * kernel**2 * blocks(s.n_in, TILE) * TILE
             self.packed.append((ops.empty(by_unit, self.dtype), ops.empty(by_channel, self.dtype)))
-        # Stripes that see the same channels add their gradients up; channels that none sees have the gradient 0.
-        seen = np.zeros(in_shape[0], int)
-        for s in stripes:
-            for k in range(s.count):
-                seen[s.source + k * s.source_step :][: s.n_in] += 1
-        self.covers = bool((seen == 1).all())
+        self.covers = seen_once(stripes, in_shape[0])
 
     def reserve(self, batch: int) -> None:
         for s in self.stripes:

@@ -24,6 +24,15 @@ class Stripes:
     out: int
 
 
+def seen_once(stripes: Sequence[Stripes], channels: int) -> bool:
+    """Whether one stripe sees each input channel, so that gradients of the input need no sums and no zeros."""
+    seen = np.zeros(channels, int)
+    for s in stripes:
+        for k in range(s.count):
+            seen[s.source + k * s.source_step :][: s.n_in] += 1
+    return bool((seen == 1).all())
+
+
 class Convolution(Protocol):
     """Correlations of x (channels, height, width, b) with kernels (units, n_in, kernel, kernel), and their adjoints."""
 
