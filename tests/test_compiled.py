@@ -75,36 +75,31 @@ def test_convolutions_are_those_of_the_reference(name, batch, level, dtype):
 
 
 def check(stripes, x, dy, bias, kernels, stride, level):
-    dtype, shapes = x.dtype, (x.shape[:3], dy.shape[:3])
-    dx_of = np.zeros_like(x)
-    if len(stripes) == 1:
-        reference = Im2col(stripes, *shapes, kernels.shape[2], stride, dtype, ops=OPS)
-        y, dkernels, dx = np.empty_like(dy), np.empty_like(kernels), dx_of
-        reference.reserve(x.shape[-1])
-        # What no stripe sees must not come from old columns.
-        reference.dcols.fill(0)
-        reference.forward(x, kernels, bias, y)
-        reference.backward(x, dy, kernels, dkernels, dx)
-    else:
-        y, dkernels, dx = np.empty_like(dy), np.empty_like(kernels), dx_of
-        for s in stripes:
-            units = slice(s.out, s.out + s.count * s.n)
-            one = [Stripes(s.count, s.n, s.n_in, s.source, s.source_step, 0)]
-            part = Im2col(
-                one, shapes[0], (s.count * s.n, *shapes[1][1:]), kernels.shape[2], stride, dtype, ops=NumpyOps()
-            )
-            part.reserve(x.shape[-1])
-            part.dcols.fill(0)
-            into = np.empty_like(x)
-            part.forward(x, kernels[units], bias[units], y[units])
-            part.backward(x, dy[units], kernels[units], dkernels[units], into)
-            dx += into
-    plan = CompiledOps(level).convolution(stripes, *shapes, kernels.shape[2], stride, dtype)
-    found = [np.full_like(a, np.nan) for a in (y, dkernels, dx)]
-    plan.forward(x, kernels, bias, found[0])
-    plan.backward(x, dy, kernels, found[1], found[2])
-    for mine, expected in zip(found, (y, dkernels, dx), strict=True):
-        assert far(mine, expected) <= TOLERANCE[dtype]
+    dtype, shapes, k, batch = x.dtype, (x.shape[:3], dy.shape[:3]), kernels.shape[2], x.shape[-1]
+    y, dkernels, dx = np.empty_like(dy), np.empty_like(kernels), np.zeros_like(x)
+    # One stripe after the other, on the channels that it sees: nothing overlaps, nothing is unseen.
+    for s in stripes:
+        for j in range(s.count):
+            source, out = s.source + j * s.source_step, s.out + j * s.n
+            seen, units = slice(source, source + s.n_in), slice(out, out + s.n)
+            shape = ((s.n_in, *shapes[0][1:]), (s.n, *shapes[1][1:]))
+            one = Im2col([Stripes(1, s.n, s.n_in, 0, 0, 0)], *shape, k, stride, dtype, ops=OPS)
+            one.reserve(batch)
+            into = np.empty((s.n_in, *x.shape[1:]), dtype)
+            one.forward(x[seen], kernels[units], bias[units], y[units])
+            one.backward(x[seen], dy[units], kernels[units], dkernels[units], into)
+            dx[seen] += into
+    reference = Im2col(stripes, *shapes, k, stride, dtype, ops=OPS)
+    reference.reserve(batch)
+    # Buffers hold anything at first.
+    reference.dcols.fill(np.nan)
+    plan = CompiledOps(level).convolution(stripes, *shapes, k, stride, dtype)
+    for each in (reference, plan):
+        found = [np.full_like(a, np.nan) for a in (y, dkernels, dx)]
+        each.forward(x, kernels, bias, found[0])
+        each.backward(x, dy, kernels, found[1], found[2])
+        for mine, expected in zip(found, (y, dkernels, dx), strict=True):
+            assert far(mine, expected) <= TOLERANCE[dtype]
     again = np.full_like(dkernels, np.nan)
     plan.backward(x, dy, kernels, again, None)
     assert np.array_equal(again, found[1])

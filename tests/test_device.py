@@ -408,6 +408,44 @@ def test_the_fastest_is_taken_for_each_work(stand_in, costs, taken, work):
 
 
 @needs_compiler
+@pytest.mark.parametrize("compute", ["float32", "tf32"])
+@pytest.mark.parametrize(
+    "stripes",
+    [
+        pytest.param([Stripes(2, 3, 2, 0, 2, 0)], id="each channel once"),
+        pytest.param([Stripes(3, 2, 2, 0, 1, 0)], id="channels of several stripes"),
+        pytest.param([Stripes(2, 3, 1, 0, 2, 0)], id="channels of none"),
+        pytest.param([Stripes(1, 2, 2, 0, 0, 0), Stripes(1, 4, 2, 1, 0, 2)], id="two sets"),
+    ],
+)
+def test_gradients_of_channels_are_sums_over_the_stripes_that_see_them(cupy, stripes, compute):
+    ops, host = CupyOps(compute=compute), NumpyOps()
+    arguments = (stripes, (4, 5, 5), (6, 3, 3), 3, 1, F32)
+    rng = np.random.default_rng(0)
+    shapes = ((4, 5, 5, 3), (6, 3, 3, 3), (6, stripes[0].n_in, 3, 3), (6,))
+    x, dy, kernels, bias = (rng.normal(size=shape).astype(F32) for shape in shapes)
+    # One stripe after the other on the host: nothing overlaps.
+    expected = np.zeros_like(x)
+    for s in stripes:
+        for k in range(s.count):
+            source, out = s.source + k * s.source_step, s.out + k * s.n
+            one = host.convolution([Stripes(1, s.n, s.n_in, 0, 0, 0)], (s.n_in, 5, 5), (s.n, 3, 3), 3, 1, F32)
+            one.reserve(3)
+            seen, units = slice(source, source + s.n_in), slice(out, out + s.n)
+            into = np.empty((s.n_in, 5, 5, 3), F32)
+            one.backward(np.ascontiguousarray(x[seen]), dy[units], kernels[units], None, into)
+            expected[seen] += into
+    plan = ops.convolution(*arguments)
+    plan.reserve(3)
+    x, dy, kernels, bias = (put(ops, array) for array in (x, dy, kernels, bias))
+    dx, y = put(ops, np.full(shapes[0], np.nan, F32)), put(ops, np.zeros(shapes[1], F32))
+    plan.prepare(kernels)
+    plan.forward(x, kernels, bias, y)
+    plan.backward(x, dy, kernels, None, dx)
+    assert far(ops.host(dx), expected) <= (TOLERANCE[F32] if compute == "float32" else 5e-3)
+
+
+@needs_compiler
 def test_psmpi_s_gradient_has_the_kernels_of_cudnn_s_output_when_that_is_played_back(stand_in):
     stand_in.cuda.clock.costs.update({"cudnn packed": 5.0, "cudnn strided": 5.0, "conv_forward": 50.0})
     stand_in.cuda.clock.costs["conv_input"] = 0.0

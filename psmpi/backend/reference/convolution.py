@@ -23,13 +23,19 @@ class Stripes:
     source_step: int
     out: int
 
+    @property
+    def apart(self) -> list[Stripes]:
+        """Each stripe alone."""
+        places = [(self.source + k * self.source_step, self.out + k * self.n) for k in range(self.count)]
+        return [Stripes(1, self.n, self.n_in, source, 0, out) for source, out in places]
+
 
 def seen_once(stripes: Sequence[Stripes], channels: int) -> bool:
     """Whether one stripe sees each input channel, so that gradients of the input need no sums and no zeros."""
     seen = np.zeros(channels, int)
     for s in stripes:
-        for k in range(s.count):
-            seen[s.source + k * s.source_step :][: s.n_in] += 1
+        for one in s.apart:
+            seen[one.source :][: one.n_in] += 1
     return bool((seen == 1).all())
 
 
@@ -94,6 +100,9 @@ class Im2col:
         self.ops, self.activation = ops, activation
         self.stripes, self.channels, self.kernel, self.stride = stripes, in_shape[0], kernel, stride
         (self.units, self.height, self.width), self.dtype = out_shape, dtype
+        self.covers = seen_once(stripes, self.channels)
+        # Stripes that write the gradients of their windows side by side.
+        self.together = [stripes] if self.covers else [[one] for s in stripes for one in s.apart]
         # A sum over more than one chunk is made in a second buffer.
         self.product = self.ops.empty(0, dtype)
         self.cols = self.dcols = self.ops.empty(0, dtype)
@@ -150,10 +159,13 @@ class Im2col:
                 self._add_product(x, out, r0, r1, dkernels)
             if dx is not None:
                 dcols = self._columns(self.dcols, r1 - r0, x.shape[-1])
-                for s in self.stripes:
-                    weights = self._rows(s, kernels).transpose(0, 2, 1)
-                    self.ops.matmul(weights, self._rows(s, out), self._source(s, dcols))
-                self.ops.col2im(dcols, self.stride, r0, dx)
+                for some in self.together:
+                    if not self.covers:
+                        dcols.fill(0)
+                    for s in some:
+                        weights = self._rows(s, kernels).transpose(0, 2, 1)
+                        self.ops.matmul(weights, self._rows(s, out), self._source(s, dcols))
+                    self.ops.col2im(dcols, self.stride, r0, dx)
 
     def _add_product(self, x: np.ndarray, out: np.ndarray, r0: int, r1: int, dkernels: np.ndarray) -> None:
         """The share of output rows [r0, r1), whose gradient is `out`, in that of the kernels; the first one sets it."""
