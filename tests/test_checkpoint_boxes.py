@@ -2,9 +2,7 @@
 
 import json
 import os
-import queue
 import tempfile
-import threading
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from conftest import run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from partitions import layouts, ownerships
+from thread_world import run_ranks
 
 from psmpi import checkpoint
 from psmpi.checkpoint.build import build
@@ -25,55 +24,6 @@ from psmpi.checkpoint.tensors import make_tensors
 from psmpi.errors import UserError
 from psmpi.layout import Box, Ownership, Parameter, Runs, TableRows, make_layout, plain_layout, restrict
 from psmpi.nn.zoo import make_network
-
-
-class Threads:
-    """A world of threads with the calls that a writer makes; `sent` counts messages by sender."""
-
-    def __init__(self, size):
-        self.size, self.local = size, threading.local()
-        self.boxes = {(a, b): queue.Queue() for a in range(size) for b in range(size)}
-        self.sent = [0] * size
-
-    @property
-    def rank(self):
-        return self.local.rank
-
-    def Send(self, elements, dest):
-        assert elements.flags.c_contiguous
-        self.sent[self.rank] += 1
-        self.boxes[self.rank, dest].put(elements.copy())
-
-    def Recv(self, elements, source):
-        got = self.boxes[source, self.rank].get(timeout=30)
-        assert got.dtype == elements.dtype
-        elements[...] = got
-
-    def Bcast(self, elements, root):
-        for rank in range(self.size):
-            if self.rank == root and rank != root:
-                self.boxes[root, rank].put(elements.copy())
-        if self.rank != root:
-            elements[...] = self.boxes[root, self.rank].get(timeout=30)
-
-    def run(self, work):
-        """work(rank) on all ranks."""
-        errors = []
-
-        def one(rank):
-            self.local.rank = rank
-            try:
-                work(rank)
-            except BaseException as error:
-                errors.append(error)
-
-        threads = [threading.Thread(target=one, args=(rank,)) for rank in range(self.size)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        if errors:
-            raise errors[0]
 
 
 class AtOnce:
@@ -103,19 +53,21 @@ class AtOnce:
 
 def save(out, contents, shards, vectors, spaces=None, rows=None, tables=None, gzip=0):
     """The checkpoint of vectors given whole, written by ranks that have `shards` and `spaces` of them; the messages."""
-    world, spaces = Threads(len(shards)), spaces or {}
+    spaces = spaces or {}
 
-    def work(rank):
+    def work(world):
+        rank = world.rank
         writer = checkpoint.Writer(world, contents, shards, out, spaces=spaces, rows=rows, gzip=gzip)
         mine = {name: restrict(w, spaces.get(name, shards)[rank]) for name, w in vectors.items()}
         own = {name: table[list(rows.of[rank])] for name, table in (tables or {}).items()}
         writer.write(mine, {}, checkpoint.Progress(step=1), own)
         assert writer.found == []
+        return world.sent
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("psmpi.checkpoint.writer.Spool", AtOnce)
-        world.run(work)
-    return checkpoint.available(out)[0], world.sent
+        sent = run_ranks(len(shards), work)
+    return checkpoint.available(out)[0], sent
 
 
 def small(patch, chunk=8):

@@ -1,13 +1,11 @@
 """Compressed sums of gradients: what is applied and what is left add up, and the properties their papers state."""
 
-import threading
-
 import numpy as np
 import pytest
 from conftest import distance, run
 from test_data import real
+from thread_world import run_ranks
 
-from psmpi.comm.bridge import Bridge
 from psmpi.comm.compression import (
     COMPRESSORS,
     DGC,
@@ -19,6 +17,7 @@ from psmpi.comm.compression import (
     make_compressor,
     tensors,
 )
+from psmpi.comm.group import Counter, Group
 from psmpi.errors import UserError
 from psmpi.nn.zoo import make_network
 
@@ -26,65 +25,9 @@ F64 = np.dtype(np.float64)
 SETTINGS = {"density": 0.1, "rank": 2, "levels": 15, "momentum": 0.9, "seed": 0}
 
 
-class Meeting:
-    """The collectives of `size` threads."""
-
-    def __init__(self, size):
-        self.size, self.barrier, self.given = size, threading.Barrier(size, timeout=60), [None] * size
-
-    def share(self, rank, value):
-        self.given[rank] = np.array(value)
-        self.barrier.wait()
-        found = list(self.given)
-        self.barrier.wait()
-        return found
-
-
-class Member:
-    """One rank's group, with the calls that compressors make."""
-
-    bridge = Bridge()
-
-    def __init__(self, meeting, rank):
-        self.meeting, self.size, self.rank = meeting, meeting.size, rank
-
-    def allgather(self, buffer, into):
-        into[...] = self.meeting.share(self.rank, buffer)
-
-    def allreduce(self, buffer):
-        buffer[...] = sum(self.meeting.share(self.rank, buffer))
-
-    def gather_all(self, into, counts):
-        edges = np.cumsum([0, *counts])
-        shared = self.meeting.share(self.rank, into)
-        for k, theirs in enumerate(shared):
-            into[edges[k] : edges[k + 1]] = theirs[edges[k] : edges[k + 1]]
-
-    def alltoallv(self, buffer, counts, into):
-        edges = np.cumsum([0, *counts])
-        assert edges[-1] == buffer.size and into.shape == (self.size, counts[self.rank])
-        into[...] = [b[edges[self.rank] : edges[self.rank + 1]] for b in self.meeting.share(self.rank, buffer)]
-
-
 def together(size, work):
     """work(group) on every rank; what each returns."""
-    meeting, found, errors = Meeting(size), [None] * size, []
-
-    def one(rank):
-        try:
-            found[rank] = work(Member(meeting, rank))
-        except BaseException as error:
-            errors.append(error)
-            meeting.barrier.abort()
-
-    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
-    return found
+    return run_ranks(size, lambda world: work(Group(world, range(size), Counter())))
 
 
 def small():

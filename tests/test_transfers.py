@@ -31,7 +31,7 @@ def trials():
             # One that ends with an error is not tried again.
             known[kind, ranks] = {"tried": [], "wrong": [], "bytes": 0, "error": "ended"}
             if kind == "threads":
-                known[kind, ranks] = run_ranks(ranks, program_transfers.trials)
+                known[kind, ranks] = run_ranks(ranks, program_transfers.trials)[0]
             else:
                 status, out, err = run(ranks, HERE / "program_transfers.py")
                 assert status == 0, err + out

@@ -57,6 +57,8 @@ class Comm:
 
     def __init__(self, shared, rank, ranks=None):
         self.shared, self.rank, self.size, self.calls = shared, rank, shared.size, 0
+        # Messages to single ranks.
+        self.sent = 0
         self.ranks = ranks or list(range(shared.size))
         self.group = SimpleNamespace(Incl=lambda ranks: SimpleNamespace(ranks=ranks, Free=lambda: None))
 
@@ -80,19 +82,29 @@ class Comm:
             self.shared, lambda: all(r in box for r in needs), lambda: complete([box.get(r) for r in range(self.size)])
         )
 
-    def Isend(self, array, to, tag=0):
+    def Isend(self, array, dest, tag=0):
+        assert array.flags.c_contiguous
         with self.shared.changed:
-            self.shared.mail[self.rank, to, tag].append(array.copy())
+            self.shared.mail[self.rank, dest, tag].append(array.copy())
             self.shared.changed.notify_all()
+        self.sent += 1
         return Request(self.shared, lambda: True, lambda: None)
 
     def Irecv(self, array, source, tag=0):
         box = self.shared.mail[source, self.rank, tag]
 
         def complete():
-            array[...] = box.popleft().reshape(array.shape)
+            got = box.popleft()
+            assert got.dtype == array.dtype
+            array[...] = got.reshape(array.shape)
 
         return Request(self.shared, lambda: len(box) > 0, complete)
+
+    def Send(self, array, dest, tag=0):
+        self.Isend(array, dest, tag).Wait()
+
+    def Recv(self, array, source, tag=0):
+        self.Irecv(array, source, tag).Wait()
 
     def Ibcast(self, array, root):
         def complete(values):
@@ -176,7 +188,7 @@ class Comm:
 
 
 def run_ranks(size, work):
-    """work(world) on every rank of a world of threads; what rank 0 returns. What one raises, all do."""
+    """work(world) on every rank of a world of threads; what each returns. What one raises, all do."""
     shared, found, errors = Shared(size), [None] * size, []
 
     def rank(k):
@@ -196,4 +208,4 @@ def run_ranks(size, work):
         thread.join()
     if errors:
         raise errors[0]
-    return found[0]
+    return found
