@@ -81,7 +81,7 @@ def _settle(options: Options) -> Options:
     if not 0 <= options.threads <= 1024:
         raise UserError(f"--threads {options.threads}: expected 0 to 1024")
     path = checkpoint.newest(Path(options.checkpoint))
-    trained = from_toml(checkpoint.validate(path).config, str(path)).data
+    trained = from_toml(checkpoint.validate(path).config, str(path), foreign=True).data
     return replace(
         options,
         checkpoint=str(path),
@@ -100,12 +100,12 @@ def _predict(world: Any, options: Options) -> None:
     from psmpi.config import from_toml
     from psmpi.data import open_split
     from psmpi.errors import UserError
-    from psmpi.methods.predictor import Predictor
     from psmpi.nn.zoo import make_network
+    from psmpi.training.predictor import Predictor
 
     path = Path(options.checkpoint)
     contents = checkpoint.read_contents(path)
-    trained = from_toml(contents.config, str(path))
+    trained = from_toml(contents.config, str(path), foreign=True)
     model = trained.model
     split = open_split(options.dataset, options.data_dir, options.split)
     network = make_network(model.model, contents.in_shape, contents.layout.classes, **model.shape)

@@ -30,16 +30,16 @@ def parse(argv: list[str]) -> Config:
     """The configuration: defaults, then the TOML file, then the command line. Raises SystemExit as argparse does."""
     import tyro
 
-    from psmpi.config import Config, defaults
+    from psmpi.config import command_line, defaults, from_command_line
 
-    return tyro.cli(
-        Config,
+    tree = tyro.cli(
+        command_line(defaults(argv)),
         prog="python -m psmpi.train",
         description=DESCRIPTION,
-        default=defaults(argv),
         config=(tyro.conf.OmitArgPrefixes,),
         args=argv,
     )
+    return from_command_line(tree)
 
 
 def _main(argv: list[str]) -> int:
@@ -112,20 +112,23 @@ def _train(world: Any, config: Config) -> None:
     from psmpi.config import to_toml
     from psmpi.data import open_dataset
     from psmpi.errors import UserError
-    from psmpi.loop import Loop, plan_steps, show_places
-    from psmpi.methods import METHODS, Place
     from psmpi.nn.zoo import make_network
+    from psmpi.registry import find_method
+    from psmpi.training.context import Context
+    from psmpi.training.loop import Loop, plan_steps, show_places
+    from psmpi.training.method import Place
 
     console = Console(quiet=world.rank != 0)
+    kind: Any = find_method(config.parallel.method)
     out = Path(config.run.out)
     # Rank 0 meets a missing file or a wrong setting first, alone; the others wait here.
     found, held = "", None
     if world.rank == 0:
         dataset = open_dataset(config.data.dataset, config.data.data_dir)
         network = _network(config, dataset, make_network)
-        METHODS[config.parallel.method].check(world.size, network, dataset, config)
+        kind.check(world.size, network, dataset, config)
         plan_steps(dataset, config)
-        for warning in METHODS[config.parallel.method].warnings(world.size, network, config):
+        for warning in kind.warnings(world.size, network, config):
             console.print(f"warning: {warning}", highlight=False, markup=False, soft_wrap=True)
         tell = partial(console.print, highlight=False, markup=False, soft_wrap=True)
         try:
@@ -166,7 +169,7 @@ def _train(world: Any, config: Config) -> None:
     # What overflows is dealt with where it matters; a diverging run says so itself, once.
     with threadpool_limits(threads), np.errstate(all="ignore"):
         ops = _backend(world, config, threads)
-        method = METHODS[config.parallel.method](world, network, dataset, config, ops)
+        method = kind(Context(world, network, dataset, config, ops))
         place = json.dumps([socket.gethostname(), *vars(method.place()).values()])
         places = [json.loads(text) for text in collect_texts(world, place)]
         show_places(console, [(rank, host, Place(*rest)) for rank, (host, *rest) in enumerate(places)])
@@ -185,9 +188,14 @@ def _train(world: Any, config: Config) -> None:
                 "samples": dataset.train.n,
                 "drawn_from": "seed, and for the order of samples the epoch; not from ranks",
             },
-            placement={**asdict(config.parallel), "ranks": [[host, *rest] for host, *rest in places]},
+            placement={
+                **asdict(config.parallel),
+                **{t: asdict(s) for t, s in config.chosen.items()},
+                "ranks": [[host, *rest] for host, *rest in places],
+            },
             provenance=checkpoint.provenance(world.size, library()) if world.rank == 0 else {},
             task=dataset.task,
+            own=frozenset(method.state.own & method.state.vectors.keys()),
         )
         loop = Loop(world, method, dataset, config, out, console, contents, held)
         if found:
@@ -245,12 +253,10 @@ def _backend(world: Any, config: Config, threads: int) -> Any:
 
 def _compare(contents: Contents, config: Config, dataset: Any, path: str, tell: Callable[[str], None]) -> None:
     """Tell which settings differ from those of the checkpoint; UserError where the minibatches would not go on."""
-    from dataclasses import asdict
-
     from psmpi.config import from_toml
     from psmpi.errors import UserError
 
-    saved, progress, samples = from_toml(contents.config, path), contents.progress, dataset.train.n
+    saved, progress, samples = from_toml(contents.config, path, foreign=True), contents.progress, dataset.train.n
     if contents.task != dataset.task:
         means = {"classes": "labels", "regression": "values"}
         raise UserError(
@@ -271,12 +277,20 @@ def _compare(contents: Contents, config: Config, dataset: Any, path: str, tell: 
                 f"checkpoint {path} was made with {option} {before}: its place among the minibatches{inside} has no "
                 f"meaning with {now}; use the same"
             )
-    old, new = ({**asdict(c)["data"], **asdict(c)["model"], **asdict(c)["objective"], **asdict(c)["optimization"],
-                 **asdict(c)["alignment"], **asdict(c)["subnets"], **asdict(c)["synthetic"], "epochs": c.run.epochs,
-                 "local_steps": c.replicated.local_steps, "seed": c.run.seed} for c in (saved, config))  # fmt: skip
+    old, new = (_results(c) for c in (saved, config))
     for key, value in new.items():
-        if value != old[key] and key != "data_dir":
+        if key in old and value != old[key]:
             tell(f"note: {key} is {value}, in the checkpoint it was {old[key]}")
+
+
+def _results(config: Config) -> dict[str, Any]:
+    """The settings that change a training's results, by name."""
+    from dataclasses import asdict
+
+    sections = (config.data, config.model, config.objective, config.optimization)
+    chosen = [one for one in config.chosen.values() if one.results]
+    found = {name: value for one in (*sections, *chosen) for name, value in asdict(one).items() if name != "data_dir"}
+    return {**found, "epochs": config.run.epochs, "seed": config.run.seed}
 
 
 def _network(config: Config, dataset: Any, make_network: Any) -> Any:

@@ -12,9 +12,12 @@ from psmpi.backend import make_backend
 from psmpi.comm.world import start
 from psmpi.config import Config
 from psmpi.data import Batch, Dataset
-from psmpi.methods import METHODS
+from psmpi.methods.psl.plan import Settings
 from psmpi.nn.network import build
 from psmpi.nn.zoo import make_network
+from psmpi.registry import find_method
+from psmpi.training.context import Context
+from psmpi.training.masters import Masters
 
 parser = argparse.ArgumentParser()
 parser.add_argument("network")
@@ -55,18 +58,13 @@ if options.network == "wide":
 else:
     network = make_network("psnet", shape, 10)
 base = Config()
-config = replace(
-    base,
-    parallel=replace(
-        base.parallel, placement=options.placement, partition=options.partition, masters=options.masters,
-        replicas=options.replicas,
-    ),
-    optimization=replace(base.optimization, optimizer=options.optimizer, scaling=options.scaling),
-)  # fmt: skip
+config = replace(base, optimization=replace(base.optimization, optimizer=options.optimizer, scaling=options.scaling))
+config = config.changed(Settings, partition=options.partition, replicas=options.replicas)
+config = config.changed(Masters, placement=options.placement, masters=options.masters)
 dataset = Dataset(name="made", outputs=10, shape=shape, train=Made(shape), test=Made(shape))
 if options.trace:
     tracemalloc.start()
-method = METHODS["psl"](world, network, dataset, config, make_backend("numpy"))
+method = find_method("psl")(Context(world, network, dataset, config, make_backend("numpy")))
 calls = dict.fromkeys(("forward", "backward", "agree"), 0)
 
 

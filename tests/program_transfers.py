@@ -28,7 +28,7 @@ from psmpi.comm.transfers import (
 )
 from psmpi.comm.world import start
 from psmpi.layout import Runs, assign_roles
-from psmpi.methods.dealer import Dealer
+from psmpi.methods.ist.dealer import Dealer
 from psmpi.nn.zoo import make_network
 
 SEEDS = 6

@@ -16,6 +16,7 @@ from conftest import HERE, finish, run, start
 from psmpi.comm.world import announced_size, check_launcher
 from psmpi.config import Config, from_toml, read_file, to_toml
 from psmpi.errors import UserError
+from psmpi.registry import BUILTIN
 
 TRAIN = ("-m", "psmpi.train")
 OPTIONS = (
@@ -25,7 +26,8 @@ OPTIONS = (
 
 
 def test_importing_the_package_starts_no_mpi():
-    code = "import psmpi, psmpi.layout, psmpi.loop, psmpi.methods, psmpi.train, sys; print('mpi4py' in sys.modules)"
+    modules = "psmpi, psmpi.layout, psmpi.training.loop, psmpi.methods.psl.method, psmpi.train, sys"
+    code = f"import {modules}; print('mpi4py' in sys.modules)"
     status, out, err = run(1, "-W", "error", "-c", code)
     assert (status, out.strip()) == (0, "False"), err
 
@@ -45,17 +47,42 @@ def test_only_comm_speaks_to_mpi():
 
 
 def test_modules_import_from_floors_below_only():
-    """Floors: backend and layout, then nn, optim and data, configuration, comm, methods, loop, commands."""
-    floors = [("errors", "metrics"), ("backend",), ("layout",), ("nn", "optim", "data"), ("config",), ("comm",),
-              ("methods",), ("checkpoint",), ("loop",), ("train", "bench", "inspect", "predict", "plot")]  # fmt: skip
+    """Floors: backend and layout, then nn, optim and data, config, comm, checkpoint, training, methods, commands."""
+    floors = [("errors", "metrics"), ("registry",), ("backend",), ("layout",), ("nn", "optim", "data"), ("config",),
+              ("comm",), ("checkpoint",), ("training",), ("methods",),
+              ("train", "bench", "inspect", "predict", "plot")]  # fmt: skip
     floor = {name: k for k, names in enumerate(floors) for name in names}
     root = HERE.parent / "psmpi"
     for path in root.rglob("*.py"):
         own = path.relative_to(root).parts[0].removesuffix(".py")
         if own == "__init__":
             continue
-        for name in re.findall(r"^\s*(?:from|import) psmpi\.(\w+)", path.read_text(), re.M):
+        # What is imported for types alone is not there when the program runs.
+        text = path.read_text().split("if TYPE_CHECKING:")[0] if own == "registry" else path.read_text()
+        for name in re.findall(r"^\s*(?:from|import) psmpi\.(\w+)", text, re.M):
             assert floor[name] < floor[own] or name == own, f"{path.name} imports psmpi.{name}"
+
+
+def test_methods_do_not_import_each_other():
+    root = HERE.parent / "psmpi" / "methods"
+    for path in root.rglob("*.py"):
+        own = path.relative_to(root).parts[0].removesuffix(".py")
+        for name in re.findall(r"^\s*(?:from|import) psmpi\.methods\.(\w+)", path.read_text(), re.M):
+            assert name == own, f"{path.name} imports psmpi.methods.{name}"
+
+
+def test_only_a_method_and_the_registry_and_benchmarks_name_it():
+    """Outside its own file or folder; one loss has the name of a method, and is chosen and computed by that name."""
+    root = HERE.parent / "psmpi"
+    for path in root.rglob("*.py"):
+        parts = path.relative_to(root).parts
+        named = {"psl"} if parts[-2:] in (("config", "sections.py"), ("gpu", "losses.py")) else set()
+        if parts[0] in ("registry.py", "bench") or parts[:2] == ("nn", "losses"):
+            continue
+        for name in BUILTIN.keys() - named:
+            if parts[0] != "methods" or parts[1].removesuffix(".py") != name:
+                found = re.search(rf"\b{name}\b", path.read_text())
+                assert not found, f"{path.relative_to(root)} names the method {name}"
 
 
 def test_help_names_every_option_with_its_default():

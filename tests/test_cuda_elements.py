@@ -10,7 +10,7 @@ from test_device import cupy, far, put, stand_in  # noqa: F401
 
 from psmpi.backend import CompiledOps, NumpyOps, compiled, gpu
 from psmpi.backend.reference import Im2col
-from psmpi.methods.element_set import ElementSet
+from psmpi.methods.psl.element_set import ElementSet
 from psmpi.nn.losses import make_loss
 from psmpi.nn.network import build
 from psmpi.nn.zoo import make_network

@@ -18,7 +18,7 @@ from cuda_host import Address, Kernels
 
 from psmpi.backend import CupyOps, NumpyOps, Stripes
 from psmpi.backend.reference import Im2col
-from psmpi.methods.sil_targets import TargetDistance
+from psmpi.methods.sil.targets import TargetDistance
 from psmpi.nn.losses import LOSSES, largest_exponent, make_loss
 from psmpi.optim import Hyper, make_optimizer
 

@@ -24,8 +24,7 @@ from psmpi.comm.probe import ask_library, probe
 from psmpi.data import Resident, open_dataset
 from psmpi.errors import UserError
 from psmpi.layout import Runs
-from psmpi.methods.evaluator import Evaluator
-from psmpi.methods.sil_targets import TargetDistance, draw_targets
+from psmpi.methods.sil.targets import TargetDistance, draw_targets
 from psmpi.nn.losses import LOSSES, make_loss
 from psmpi.nn.metric import Metric
 from psmpi.nn.model import Model
@@ -35,6 +34,7 @@ from psmpi.optim.curvature import CurvatureOps, curvature_ops
 from psmpi.optim.curvature.compiled import CompiledCurvature
 from psmpi.optim.curvature.gpu import CupyCurvature
 from psmpi.optim.registry import COUNTED
+from psmpi.training.evaluator import Evaluator
 
 FAKE = Path(__file__).parent / "fake"
 F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
@@ -910,7 +910,7 @@ def test_a_test_of_shards_moves_nothing_that_is_recorded(cupy):
         group, shard = Group(Alone(), [0], Counter()), Runs(((0, layout.size),))
         weights, metric = ops.mirror(put(ops, w)), Metric(make_loss("nll", F64), 10)
         weights.host[:] = w
-        evaluator = Evaluator(group, network, layout, [shard], weights, split, metric, ops)
+        evaluator = Evaluator(network, group, [shard], weights, split, metric, ops)
         made = getattr(ops, "allocations", 0)
         found.append(evaluator.run())
         assert getattr(ops, "allocations", 0) == made

@@ -194,7 +194,7 @@ OPTIMIZERS = [("lbfgs", "1"), ("lsr1-tr", "1"), ("rmsprop", "0.01")]
 ON_THE_DEVICE = """
 import sys
 import cupy
-from psmpi.methods.psl import PartiallySeparable
+from psmpi.methods.psl.method import PartiallySeparable
 from psmpi.train import main
 
 step = PartiallySeparable.step

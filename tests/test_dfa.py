@@ -12,11 +12,12 @@ from test_data import real
 from psmpi.backend import make_backend
 from psmpi.config import Config
 from psmpi.data import Batch, open_dataset
-from psmpi.methods import METHODS
-from psmpi.methods.dfa import feedback, widths
+from psmpi.methods.dfa import Settings, feedback, widths
 from psmpi.nn.cut import split_layers
 from psmpi.nn.network import build
 from psmpi.nn.zoo import make_network
+from psmpi.registry import find_method
+from psmpi.training.context import Context
 
 DFA = ("--method", "dfa", "--model", "mlp", "--loss", "nll")
 
@@ -39,9 +40,8 @@ def method(net, **settings):
         model=replace(base.model, dtype="float64"),
         objective=replace(base.objective, loss="nll"),
         optimization=replace(base.optimization, optimizer="sgd", clip=0.0),
-        alignment=replace(base.alignment, **settings),
-    )
-    return METHODS["dfa"](Alone(), net, open_dataset("digits", ""), config, make_backend("auto"))
+    ).changed(Settings, **settings)
+    return find_method("dfa")(Context(Alone(), net, open_dataset("digits", ""), config, make_backend("auto")))
 
 
 def gradients(one, ids):

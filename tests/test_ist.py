@@ -14,8 +14,8 @@ from psmpi.config import Config, check
 from psmpi.data import Batch, Minibatches, Resident, open_dataset
 from psmpi.errors import UserError
 from psmpi.layout import Runs
-from psmpi.methods import METHODS
-from psmpi.methods.dealer import Dealer, dealt_layers, find_blocks
+from psmpi.methods.ist.dealer import Dealer, dealt_layers, find_blocks
+from psmpi.methods.ist.method import Settings
 from psmpi.nn.cut import cut_stages
 from psmpi.nn.init import initial_weights
 from psmpi.nn.layers.residual import Residual
@@ -23,7 +23,10 @@ from psmpi.nn.losses import make_loss
 from psmpi.nn.model import Model
 from psmpi.nn.network import build
 from psmpi.nn.zoo import make_network
+from psmpi.registry import find_method
 from psmpi.train import parse
+from psmpi.training.context import Context
+from psmpi.training.rounds import Rounds
 
 IST = ("--method", "ist", "--model", "mlp", "--loss", "nll", "--optimizer", "sgd", "--lr", "0.1", "--dtype", "float64")
 
@@ -71,17 +74,17 @@ def tensors(layout, w):
 
 
 def method(net, **settings):
-    base = Config()
+    base, every = Config(), settings.pop("every", 20)
     config = replace(
         base,
         model=replace(base.model, dtype="float32"),
         objective=replace(base.objective, loss="nll"),
         optimization=replace(base.optimization, optimizer=settings.pop("optimizer", "sgd"), lr=0.1, clip=0.0),
         parallel=replace(base.parallel, method=settings.pop("method", "ist")),
-        replicated=replace(base.replicated, local_steps=settings.pop("every", 20)),
-        subnets=replace(base.subnets, **settings),
     )
-    return METHODS[config.parallel.method](Alone(), net, open_dataset("digits", ""), config, make_backend("auto"))
+    config = config.changed(Rounds, local_steps=every).changed(Settings, **settings)
+    context = Context(Alone(), net, open_dataset("digits", ""), config, make_backend("auto"))
+    return find_method(config.parallel.method)(context)
 
 
 # What is dealt.
@@ -193,7 +196,7 @@ def test_nothing_trained_nothing_changed():
     before = one.w.host.copy()
     one._begin()
     one.steps = 1
-    one._end()
+    one.drain()
     assert np.array_equal(before, one.w.host) and one.scalars["rounds"] == 1
 
 
@@ -556,7 +559,7 @@ def test_mistakes_are_named(options, says):
     with pytest.raises(UserError, match=says):
         check(config)
         net = make_network(config.model.model, data.shape, data.outputs, **config.model.shape)
-        METHODS["ist"].check(4, net, data, config)
+        find_method("ist").check(4, net, data, config)
 
 
 def test_a_mistake_is_named_once():

@@ -9,8 +9,9 @@ from conftest import distance, run
 from psmpi.backend import NumpyOps
 from psmpi.config import Config
 from psmpi.data import Batch, Minibatches, open_dataset
-from psmpi.methods import METHODS
 from psmpi.nn.zoo import make_network
+from psmpi.registry import find_method
+from psmpi.training.context import Context
 
 LOCAL = ("--method", "local_sgd", "--dtype", "float64", "--epochs", "10")
 
@@ -30,7 +31,7 @@ def copies(ranks, steps, every, *, optimizer="sgd", lr=0.05, batch=64, outer_lr=
     )
     dataset = open_dataset("digits", "")
     network = make_network("psnet", dataset.shape, dataset.outputs)
-    models = [METHODS["psl"](Alone(), network, dataset, config, NumpyOps()) for _ in range(ranks)]
+    models = [find_method("psl")(Context(Alone(), network, dataset, config, NumpyOps())) for _ in range(ranks)]
     batches = Minibatches(dataset.train.n, batch, 0, True)
     anchor, momentum = models[0].w.copy(), np.zeros_like(models[0].w)
     for step in range(steps):

@@ -8,7 +8,7 @@ from scipy.signal import correlate2d
 from psmpi.backend import NumpyOps
 from psmpi.errors import UserError
 from psmpi.layout import Runs, accumulate, restrict
-from psmpi.methods.borrowed import Borrowed
+from psmpi.methods.psl.borrowed import Borrowed
 from psmpi.nn.init import initial_values, initial_weights
 from psmpi.nn.layers import SampleSums
 from psmpi.nn.model import Model

@@ -13,13 +13,15 @@ from test_data import real
 from psmpi.backend import make_backend
 from psmpi.config import Config
 from psmpi.data import Batch, Dataset, open_dataset
-from psmpi.methods import METHODS
-from psmpi.methods.element_set import ElementSet
+from psmpi.methods.psl.element_set import ElementSet
+from psmpi.methods.psl.plan import Settings
 from psmpi.nn.losses import make_loss
 from psmpi.nn.model import Model
 from psmpi.nn.network import build
 from psmpi.nn.zoo import make_network
 from psmpi.optim.curvature import RULES, Outcome
+from psmpi.registry import find_method
+from psmpi.training.context import Context
 
 F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
 PAIRS = list(combinations(range(10), 2))
@@ -205,10 +207,9 @@ def make_method(network, dataset, **changes):
         base,
         data=replace(base.data, batch_size=dataset.train.n),
         model=replace(base.model, dtype="float64"),
-        parallel=replace(base.parallel, partition="pairs"),
         optimization=replace(base.optimization, **changes),
-    )
-    return METHODS["psl"](Alone(), network, dataset, config, make_backend("auto"))
+    ).changed(Settings, partition="pairs")
+    return find_method("psl")(Context(Alone(), network, dataset, config, make_backend("auto")))
 
 
 def digits(n=120):

@@ -1,7 +1,6 @@
 """Regression: data sets whose targets are values, against least squares and across methods and numbers of ranks."""
 
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,15 +8,15 @@ from conftest import run
 from scipy.linalg import lstsq
 
 from psmpi.backend import NumpyOps
-from psmpi.config import Config, check
+from psmpi.config import Config, check, from_table
 from psmpi.data import open_dataset
 from psmpi.errors import UserError
-from psmpi.methods import METHODS
 from psmpi.nn.losses import LOSSES, make_loss
 from psmpi.nn.metric import Metric
 from psmpi.nn.model import Model
 from psmpi.nn.objective import Objective
 from psmpi.nn.zoo import make_network
+from psmpi.registry import find_method, method_names
 
 F64 = np.dtype(np.float64)
 SQUARED = ("--loss", "squared", "--dataset", "own.npz", "--data-dir", ".", "--dtype", "float64")
@@ -113,8 +112,8 @@ def test_predictions_are_values(own, train):
 REFUSED = [
     *(({"objective": {"loss": name}}, f"--loss {name} needs labels.* use --loss squared, or save labels as integers")
       for name, loss in LOSSES.items() if "regression" not in loss.tasks),
-    ({"parallel": {"method": "sil"}}, "--method sil is for classes, and own.npz has values to learn: use another one"),
-    ({"parallel": {"partition": "pairs"}}, "--partition pairs is for classes"),
+    ({"parallel": {"method": "sil"}}, "--method sil is for classes, and own.npz has values to learn: use"),
+    ({"psl": {"partition": "pairs"}}, "--partition pairs is for classes"),
     ({"optimization": {"optimizer": "plbfgs"}}, "--optimizer plbfgs is for classes"),
 ]  # fmt: skip
 
@@ -123,17 +122,16 @@ REFUSED = [
 def test_what_needs_classes_refuses_values_by_name(own, monkeypatch, changes, says):
     monkeypatch.chdir(own)
     dataset, config = open_dataset("own.npz", "."), Config()
-    settings = {"objective": {"loss": "squared"}, "model": {"model": "mlp", "widths": (8, 8)}, **changes}
-    for group, values in settings.items():
-        config = replace(config, **{group: replace(getattr(config, group), **values)})
+    settings = {"objective": {"loss": "squared"}, "model": {"model": "mlp", "widths": [8, 8]}, **changes}
+    config = from_table({"data": {}, **settings}, config, "settings")
     check(config)
     network = make_network("mlp", dataset.shape, dataset.outputs, widths=(8, 8))
     methods = [config.parallel.method] if "parallel" in changes else ["psl"]
     if "objective" in changes:
-        methods = [name for name in METHODS if name != "sil"]
+        methods = [name for name in method_names() if name != "sil"]
     for method in methods:
         with pytest.raises(UserError, match=says):
-            METHODS[method].check(2 if method != "psl" else 1, network, dataset, config)
+            find_method(method).check(2 if method != "psl" else 1, network, dataset, config)
 
 
 def test_a_wrong_loss_is_said_once_at_the_start(own):

@@ -9,18 +9,19 @@ from conftest import distance, run
 from test_data import real
 
 from psmpi.backend import make_backend
-from psmpi.config import Config, Synthetic, check
+from psmpi.config import Config, check
 from psmpi.data import Batch, Minibatches, open_dataset
 from psmpi.errors import UserError
-from psmpi.methods import METHODS
-from psmpi.methods.sil_cost import apart, conventional, count
-from psmpi.methods.sil_plan import LAWS, Seats, count_parts, cut_activation, plan_phases
-from psmpi.methods.sil_targets import LabelReader, TargetDistance, draw_targets
+from psmpi.methods.sil.cost import apart, conventional, count
+from psmpi.methods.sil.plan import LAWS, Seats, Settings, count_parts, cut_activation, plan_phases
+from psmpi.methods.sil.targets import LabelReader, TargetDistance, draw_targets
 from psmpi.nn.cut import split_layers
 from psmpi.nn.model import Model
 from psmpi.nn.network import build
 from psmpi.nn.zoo import make_network
+from psmpi.registry import find_method
 from psmpi.train import parse
+from psmpi.training.context import Context
 
 SIL = ("--method", "sil", "--model", "mlp", "--loss", "nll", "--threads", "1")
 SMALL = (*SIL, "--widths", "40", "30", "20", "--dtype", "float64", "--lr", "0.01", "--batch-size", "50")
@@ -48,12 +49,11 @@ def method(net, *, optimizer="adam", clip=1.0, epochs=4, name="sil", shuffle=Tru
         model=replace(base.model, dtype="float64"),
         objective=replace(base.objective, loss="nll"),
         optimization=replace(base.optimization, optimizer=optimizer, clip=clip),
-        synthetic=replace(base.synthetic, **settings),
         run=replace(base.run, epochs=epochs),
-    )
+    ).changed(Settings, **settings)
     dataset = open_dataset("digits", "")
-    METHODS[name].check(1, net, dataset, config)
-    return METHODS[name](Alone(), net, dataset, config, make_backend("auto"))
+    find_method(name).check(1, net, dataset, config)
+    return find_method(name)(Context(Alone(), net, dataset, config, make_backend("auto")))
 
 
 def trained(net, steps, *, one=None, lr=0.01, **settings):
@@ -78,7 +78,7 @@ def flat(result, layout):
 
 def differ(one, result):
     """How far the weights of a run on many ranks are from those of one process, relative."""
-    mine = one.vectors["weights"]
+    mine = one.state.vectors["weights"]
     return np.linalg.norm(flat(result, one.layout) - mine) / np.linalg.norm(mine)
 
 
@@ -189,9 +189,9 @@ def test_a_single_part_is_conventional_training_bit_for_bit(optimizer):
         trained(network(40, 30), 3 * PER_EPOCH, optimizer=optimizer, clip=0.0, name=name, **settings)
         for name, settings in (("sil", {"parts": 1}), ("data_parallel", {}))
     )
-    assert one.vectors.keys() == whole.vectors.keys()
-    for name, vector in one.vectors.items():
-        assert np.array_equal(vector, whole.vectors[name])
+    assert one.state.vectors.keys() == whole.state.vectors.keys()
+    for name, vector in one.state.vectors.items():
+        assert np.array_equal(vector, whole.state.vectors[name])
     assert one.loss_sum == whole.loss_sum and one.test() == whole.test()
     assert one.diagnostics()["macs"] == conventional([one.parts[0].cost], N, 3)
 
@@ -346,15 +346,16 @@ def test_clipped_gradients_are_those_of_one_rank(train, way):
 
 def take_up(begun, again):
     """Restore a method from another, as from a checkpoint."""
-    for name, vector in again.vectors.items():
-        vector[...] = begun.vectors[name]
+    for name, vector in again.state.vectors.items():
+        vector[...] = begun.state.vectors[name]
     again.scalars.update(begun.scalars)
-    again.resumed(False, frozenset())
+    again.state.restore()
+    again.restored(False, frozenset())
 
 
 def same(one, other):
     assert one.scalars == other.scalars
-    assert all(np.array_equal(vector, other.vectors[name]) for name, vector in one.vectors.items())
+    assert all(np.array_equal(vector, other.state.vectors[name]) for name, vector in one.state.vectors.items())
 
 
 @pytest.mark.parametrize("net", [network(40, 30, 20), make_network("psnet", (1, 8, 8), 10)], ids=["mlp", "psnet"])
@@ -387,12 +388,13 @@ def test_a_plan_that_is_another_at_a_restart_is_noticed():
     again = method(net, parts=4, epochs=4)
     again.scalars.update(begun.scalars)
     with pytest.raises(UserError, match="use --parts 2"):
-        again.resumed(False, frozenset())
+        again.state.restore()
+        again.restored(False, frozenset())
     # More epochs: what would go on is another part, which begins with a fresh optimizer.
     begun = trained(net, 2 * PER_EPOCH + 5, parts=2, epochs=4)
     again = method(net, parts=2, epochs=8)
     take_up(begun, again)
-    assert any(vector.any() for name, vector in begun.vectors.items() if name != "weights")
+    assert any(vector.any() for name, vector in begun.state.vectors.items() if name != "weights")
     assert not any(vector.any() for part in again.parts.values() for vector in part.optimizer.vectors.values())
 
 
@@ -488,7 +490,7 @@ def test_a_step_allocates_no_arrays(way):
 
 def test_phases_divide_the_epochs():
     def spans(*given, **settings):
-        return [(p.name, p.start, p.stop) for p in plan_phases(*given, Synthetic(**settings))]
+        return [(p.name, p.start, p.stop) for p in plan_phases(*given, Settings(**settings))]
 
     assert spans(2, 7) == [("part 1", 0, 4), ("part 2", 4, 7)]
     assert spans(2, 7, recovery_epochs=2, part_epochs=(1, 4)) == [
@@ -565,7 +567,7 @@ def test_what_cannot_be_is_said(ranks, options, says):
         check(config)
         dataset = open_dataset("digits", "")
         net = make_network("mlp", dataset.shape, dataset.outputs, widths=config.model.widths)
-        METHODS["sil"].check(ranks, net, dataset, config)
+        find_method("sil").check(ranks, net, dataset, config)
     assert says in str(error.value)
 
 
@@ -582,7 +584,7 @@ def test_labels_out_of_reach_are_warned_of(train):
     assert "part 2 has 5 outputs for 10 classes" in told
 
     def warned(kind, *options):
-        return bool([*METHODS["sil"].warnings(2, network(20, 20, activation=kind), parse([*SIL, *options]))])
+        return bool([*find_method("sil").warnings(2, network(20, 20, activation=kind), parse([*SIL, *options]))])
 
     assert not warned("relu") and not warned("relu", "--labels-scale", "5")
     assert warned("sigmoid", "--labels-scale", "5") and not warned("sigmoid")

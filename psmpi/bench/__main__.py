@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from psmpi.config import Config
@@ -53,13 +53,16 @@ def main(argv: list[str] | None = None) -> int:
 
 def _with(measure: Callable[[Config, bool], int], default: Config) -> Callable[..., int]:
     """A command whose options are those of training, with the TOML file's settings as their defaults."""
-    from psmpi.config import Config
+    from psmpi.config import command_line, from_command_line
 
-    def command(config: Config = default, json: bool = False) -> int:
-        return measure(config, json)
+    tree = command_line(default)
+    given = tree()
+
+    def command(config: Any = given, json: bool = False) -> int:
+        return measure(from_command_line(config), json)
 
     command.__name__, command.__doc__ = measure.__name__, measure.__doc__
-    command.__annotations__["config"] = Config
+    command.__annotations__["config"] = tree
     return command
 
 

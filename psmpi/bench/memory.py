@@ -37,9 +37,10 @@ def memory(config: Config, json: bool = False) -> int:
     from psmpi.config import check
     from psmpi.data import Batch, open_dataset
     from psmpi.errors import UserError
-    from psmpi.loop import plan_steps
-    from psmpi.methods import METHODS
     from psmpi.nn.zoo import make_network
+    from psmpi.registry import find_method
+    from psmpi.training.context import Context
+    from psmpi.training.loop import plan_steps
 
     check(config)
     if config.parallel.method != "psl":
@@ -51,14 +52,15 @@ def memory(config: Config, json: bool = False) -> int:
     model = config.model
     dataset = open_dataset(config.data.dataset, config.data.data_dir)
     network = make_network(model.model, dataset.shape, dataset.outputs, **model.shape)
-    METHODS[config.parallel.method].check(world.size, network, dataset, config)
+    kind: Any = find_method(config.parallel.method)
+    kind.check(world.size, network, dataset, config)
     batches, steps, rate = plan_steps(dataset, config)
     ranks, cores = host(world)
     threads = config.parallel.threads or max(1, cores // ranks)
     with threadpool_limits(threads), np.errstate(all="ignore"):
         ops = make_backend(config.parallel.backend, threads)
         tracemalloc.start()
-        method = METHODS[config.parallel.method](world, network, dataset, config, ops)
+        method = kind(Context(world, network, dataset, config, ops))
         for step in range(min(2, steps, batches.steps_per_epoch)):
             method.step(Batch(batches.ids(0, step)), rate(step))
         method.test()

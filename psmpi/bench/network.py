@@ -18,7 +18,7 @@ from typing import Any, Literal
 from psmpi.bench.hosts import ENVIRONMENT, check_hosts, slow_hosts, wrapper
 from psmpi.data import open_dataset
 from psmpi.errors import UserError
-from psmpi.methods.base import check_classes
+from psmpi.training.checks import check_classes
 
 Variant = Literal[
     "psl",

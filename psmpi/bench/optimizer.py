@@ -36,9 +36,10 @@ def optimizer(config: Config, json: bool = False) -> int:
     from psmpi.comm.world import host, start
     from psmpi.config import check
     from psmpi.data import Batch, open_dataset
-    from psmpi.loop import plan_steps
-    from psmpi.methods import METHODS
     from psmpi.nn.zoo import make_network
+    from psmpi.registry import find_method
+    from psmpi.training.context import Context
+    from psmpi.training.loop import plan_steps
 
     check(config)
     if config.optimization.optimizer not in RULES:
@@ -50,7 +51,8 @@ def optimizer(config: Config, json: bool = False) -> int:
     model = config.model
     dataset = open_dataset(config.data.dataset, config.data.data_dir)
     network = make_network(model.model, dataset.shape, dataset.outputs, **model.shape)
-    METHODS[config.parallel.method].check(world.size, network, dataset, config)
+    kind: Any = find_method(config.parallel.method)
+    kind.check(world.size, network, dataset, config)
     batches, _, rate = plan_steps(dataset, config)
     ranks, cores = host(world)
     threads = config.parallel.threads or max(1, cores // ranks)
@@ -58,7 +60,7 @@ def optimizer(config: Config, json: bool = False) -> int:
     first = config.optimization.memory + 1
     with threadpool_limits(threads), np.errstate(all="ignore"):
         ops = make_backend(config.parallel.backend, threads)
-        method = METHODS[config.parallel.method](world, network, dataset, config, ops)
+        method = kind(Context(world, network, dataset, config, ops))
         watch = Stopwatch()
         newton = method.newton
         if newton.elements is not None:
@@ -84,7 +86,7 @@ def optimizer(config: Config, json: bool = False) -> int:
         table = [
             {
                 "rank": rank,
-                "elements": len(method.rows.of[rank]),
+                "elements": len(method.state.rows.of[rank]),
                 "step": dict(
                     zip(("low", "median", "high"), np.percentile(times[:, 0], (10, 50, 90)).tolist(), strict=True)
                 ),

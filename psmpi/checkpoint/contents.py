@@ -21,6 +21,8 @@ from psmpi.metrics import SCORES
 
 TABLES = ("elements", "rank")
 TEXTS = ("config", "layout", "metrics", "part", "placement", "progress", "provenance", "random", "scalars")
+# In files that do not say which vectors are the method's own, these are.
+FORMER_OWN = frozenset({"anchor", "handed", "left", "moving", "outer"})
 SPACE = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
 
 
@@ -59,7 +61,8 @@ class Contents:
     config: TOML; in_shape: of a sample; task: what the scores are for, "classes" or "regression"; layout: of the whole
     network; part: the classes whose part alone the file holds, None for all; placement, provenance: what ranks did and
     where, for people; random: what random numbers are drawn from; scalars: of the optimizer; spaces: layouts, by name,
-    of tensors that are neither weights nor vectors of the optimizer, each a vector of that name, of any dtype.
+    of tensors that are neither weights nor vectors of the optimizer, each a vector of that name, of any dtype; own: the
+    vectors under /optimizer that are the training method's, not the optimizer's.
     """
 
     config: str
@@ -75,6 +78,7 @@ class Contents:
     vectors: frozenset[str] = frozenset()
     spaces: Mapping[str, Layout] = field(default_factory=dict)
     task: str = "classes"
+    own: frozenset[str] = FORMER_OWN
 
     def __post_init__(self) -> None:
         for name in self.spaces:
@@ -88,7 +92,15 @@ class Contents:
         spaces = {"spaces": {name: _describe(of) for name, of in self.spaces.items()}} if self.spaces else {}
         texts = {
             "config": self.config,
-            "layout": json.dumps({"in_shape": self.in_shape, "task": self.task, **_describe(self.layout), **spaces}),
+            "layout": json.dumps(
+                {
+                    "in_shape": self.in_shape,
+                    "task": self.task,
+                    "own": sorted(self.own),
+                    **_describe(self.layout),
+                    **spaces,
+                }
+            ),
             "metrics": "".join(json.dumps(row) + "\n" for row in rows),
             "placement": json.dumps(dict(self.placement)),
             "progress": json.dumps(progress),
@@ -123,7 +135,9 @@ class Contents:
             part=tuple(json.loads(texts["part"])) if "part" in texts else None,
             spaces={name: _layout(of) for name, of in layout.get("spaces", {}).items()},
             task=layout.get("task", "classes"),
+            own=frozenset(layout.get("own", FORMER_OWN)),
         )
+        _expect(all(isinstance(name, str) for name in made.own), "layout, own")
         _expect(made.task in ("classes", "regression"), "layout, task")
         known = set(range(made.layout.classes))
         _expect(made.part is None or (len(made.part) > 0 and set(made.part) <= known), "part")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 from zlib import crc32
 
@@ -22,6 +23,13 @@ class Counter:
     def add(self, sent: int, received: int) -> None:
         self.sent += sent
         self.received += received
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Messages that do not count: they are no part of the training."""
+        before = self.sent, self.received
+        yield
+        self.sent, self.received = before
 
 
 class Group:

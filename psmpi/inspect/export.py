@@ -75,7 +75,7 @@ def _safetensors(opened: Opened, out: Path) -> str:
 def make_model(opened: Opened, dtype: np.dtype) -> Model:
     """The checkpoint's network, or the subnetwork of its part, for forward calls; mean pooling is not folded."""
     contents = opened.contents
-    settings = from_toml(contents.config, str(opened.path)).model
+    settings = from_toml(contents.config, str(opened.path), foreign=True).model
     network = make_network(settings.model, contents.in_shape, contents.layout.classes, **settings.shape)
     layout = network.layout()
     classes = range(network.classes) if contents.part is None else contents.part

@@ -7,67 +7,96 @@ summed over ranks as backward fills them, the same optimizer step everywhere.
 from __future__ import annotations
 
 from collections.abc import Set
+from dataclasses import dataclass
 from math import inf
-from typing import Any
+from typing import ClassVar, Literal
 
 import numpy as np
 
-from psmpi.backend import NumpyOps
 from psmpi.backend.reference import exponent_of
-from psmpi.comm.buckets import Buckets, check_allreduce, plan_buckets
+from psmpi.comm.buckets import Buckets, plan_buckets
 from psmpi.comm.compression import Compressor, check_compression, make_compressor
-from psmpi.comm.world import several_hosts
 from psmpi.config import Config
 from psmpi.data import Batch, Dataset
 from psmpi.errors import UserError
 from psmpi.layout import TableRows
-from psmpi.methods.replica import Replica, no_sum
 from psmpi.nn.network import Network
-from psmpi.optim import FIRST_ORDER, clip_by_global_norm
+from psmpi.optim import FIRST_ORDER
+from psmpi.training.context import Context
+from psmpi.training.method import nbytes, together
+from psmpi.training.replica import Replica, Replicas
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Data parallelism (data_parallel)."""
+
+    table: ClassVar[str] = "data_parallel"
+    results: ClassVar[bool] = False
+
+    bucket_megabytes: float = 25.0
+    """Size of the pieces in which a gradient is summed, the first one a 25th of it."""
+    overlap: bool = True
+    """Begin to sum a piece as soon as backward has filled it (on the host; not by doubling and halving)."""
+    compression: Literal["none", "float16", "topk", "dgc", "sign", "qsgd", "powersgd"] = "none"
+    """Part of a gradient that is sent: all; half the bits; the largest components, plain or summed up with --momentum
+    (dgc); a bit each; random multiples of a fraction of the norm; two thin matrices for each matrix."""
+    error_feedback: bool = True
+    """Remember what compression left out, and add it to the next gradient."""
+    density: float = 0.01
+    """Share of the components that topk and dgc send."""
+    powersgd_rank: int = 2
+    """Columns of powersgd's matrices."""
+    qsgd_levels: int = 15
+    """Multiples that qsgd rounds to, 1 to 127."""
 
 
 class DataParallel(Replica):
-    """The method `data_parallel` on one rank.
+    """The method on one rank. What compression has left out is a row of the tables, for other ranks its mean."""
 
-    What compression has left out is this rank's own: a row of the tables, and for other numbers of ranks its mean.
-    """
-
-    lost = "what compression left out on this many ranks: all start from its mean"
-    extras = frozenset({"left", "moving"})
+    name = "data_parallel"
+    summary = "each rank the whole network and a slice of each minibatch"
+    settings = (Settings, Replicas)
     advice = "use --allreduce ring, and no --compression"
 
-    def __init__(self, world: Any, network: Network, dataset: Dataset, config: Config, ops: NumpyOps):
-        super().__init__(world, network, dataset, config, ops)
-        o, model = config.replicated, self.worker.model
+    def __init__(self, context: Context):
+        super().__init__(context)
+        o, model = context.settings(Settings), self.worker.model
+        self.keep("weights", self.w)
+        for name, vector in self.optimizer.vectors.items():
+            self.keep(name, vector)
         self.compressor: Compressor | None = None
         self.means: dict[str, np.ndarray] = {}
         if o.compression != "none":
             self.compressor = make_compressor(
                 o.compression, self.by_host, self.layout, self.dtype, o.error_feedback, density=o.density,
-                rank=o.powersgd_rank, levels=o.qsgd_levels, momentum=config.optimization.momentum, seed=config.run.seed,
+                rank=o.powersgd_rank, levels=o.qsgd_levels, momentum=context.config.optimization.momentum,
+                seed=context.config.run.seed,
             )  # fmt: skip
-            self.tables = self.compressor.tables
-            self.rows = TableRows.one_each(world.size) if self.tables else self.rows
-            self.means = {name: np.zeros_like(vector) for name, vector in self.compressor.vectors.items()}
-            self.state |= self.means
-            if o.compression == "qsgd":
-                self.lost = "the random numbers of this many ranks: they begin anew"
-        self._keep()
+            for name, vector in self.compressor.vectors.items():
+                self.means[name] = np.zeros_like(vector)
+                self.keep(name, self.means[name], own=True)
+            for name, table in self.compressor.tables.items():
+                self.state.table(name, table)
+                self.state.rows = TableRows.one_each(context.size)
+            self.state.lost = (
+                "the random numbers of this many ranks: they begin anew"
+                if o.compression == "qsgd"
+                else "what compression left out on this many ranks: all start from its mean"
+            )
         room = max(1, int(o.bucket_megabytes * 1e6) // self.dtype.itemsize)
         plan = plan_buckets(model.filled(), self.layout.size, room)
-        across = o.allreduce == "auto" and world.size > 1 and several_hosts(world)
-        self.buckets = Buckets(self.world, self.by_host, self.g, plan, o.allreduce, across)
-        if o.overlap and not ops.on_device and self.compressor is None:
+        how = context.settings(Replicas).allreduce
+        self.buckets = Buckets(self.world, self.by_host, self.g, plan, how, self.own_sums)
+        if o.overlap and not self.ops.on_device and self.compressor is None:
             model.finished = self._finished
 
     @classmethod
     def check(cls, size: int, network: Network, dataset: Dataset, config: Config) -> None:
-        """UserError for a configuration that `size` ranks cannot train; needs no MPI and no arrays of weights."""
         super().check(size, network, dataset, config)
-        o = config.replicated
+        o = config.of(Settings)
         if not 1e-3 <= o.bucket_megabytes <= 1e6:
             raise UserError(f"--bucket-megabytes {o.bucket_megabytes}: expected 0.001 to 1e6")
-        check_allreduce(o.allreduce, size)
         if o.compression != "none" and config.optimization.optimizer not in FIRST_ORDER:
             raise UserError(
                 f"--compression {o.compression} makes gradients that fit no loss, and --optimizer "
@@ -76,20 +105,8 @@ class DataParallel(Replica):
         check_compression(o.density, o.powersgd_rank, o.qsgd_levels)
 
     def step(self, batch: Batch, lr: float) -> None:
-        if self.optimizer.needs_closure:
-            losses: list[float] = []
-
-            def objective() -> float:
-                losses.append(self.gradient(batch, trial=len(losses) > 0))
-                return float(self.world.agree(np.array([losses[-1]]))[0])
-
-            self.optimizer.step(self.w, self.g, lr, no_sum, objective)
-            self.loss_sum += losses[0] * len(batch)
-            return
-        self.loss_sum += self.gradient(batch) * len(batch)
-        if self.clip > 0:
-            clip_by_global_norm(self.g, self.clip, no_sum, self.ops)
-        self.optimizer.step(self.w, self.g, lr, no_sum)
+        loss = self.descent.search(self.w, self.g, lr, lambda trial: self.gradient(batch, trial))
+        self.loss_sum += loss * len(batch)
 
     def gradient(self, batch: Batch, trial: bool = False) -> float:
         """Fill g with the gradient of the mean loss over the samples; returns this rank's share of the loss.
@@ -117,20 +134,13 @@ class DataParallel(Replica):
         if not exponent_of(self.worker.objective.report.array[3]):
             self.buckets.finished(step)
 
-    def collect(self) -> None:
+    def drain(self) -> None:
         for name, mean in self.means.items():
             assert self.compressor is not None
             np.divide(self.compressor.vectors[name], self.world.size, out=mean)
             self.aside.allreduce(mean)
-        super().collect()
 
-    def memory(self) -> dict[str, int]:
-        found = super().memory()
-        more = self.compressor.nbytes if self.compressor is not None else self.buckets.nbytes
-        return {**found, "buffers": found["buffers"] + more + sum(mean.nbytes for mean in self.means.values())}
-
-    def resumed(self, tables: bool, fresh: Set[str]) -> None:
-        super().resumed(tables, fresh)
+    def restored(self, tables: bool, fresh: Set[str]) -> None:
         if not tables:
             for name, mean in self.means.items():
                 assert self.compressor is not None
@@ -139,3 +149,7 @@ class DataParallel(Replica):
     def test(self) -> dict[str, float]:
         self.verify(self.w)
         return super().test()
+
+    def memory(self) -> dict[str, int]:
+        sums = self.compressor if self.compressor is not None else self.buckets
+        return together(super().memory(), {"buffers": nbytes(sums, *self.means.values())})

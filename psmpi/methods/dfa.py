@@ -7,41 +7,47 @@ takes B e for the gradient of its output, B fixed and random; no gradient goes f
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Set
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import sqrt
-from typing import Any
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 
-from psmpi.backend import NumpyOps
-from psmpi.comm.group import Counter, Group
-from psmpi.comm.probe import make_bridge
 from psmpi.comm.transfers import Boundary, Spread
-from psmpi.config import Config
+from psmpi.config import Config, Least
 from psmpi.data import Batch, Dataset, Resident
 from psmpi.errors import UserError
-from psmpi.layout import Ownership, TableRows
-from psmpi.methods.base import (
-    Place,
-    check_first_order,
-    check_layers,
-    check_slices,
-    configured_loss,
-    make_metric,
-)  # fmt: skip
-from psmpi.methods.psl import hyperparameters
+from psmpi.layout import Ownership
 from psmpi.nn.cut import split_layers
-from psmpi.nn.init import initial_weights
 from psmpi.nn.layers.base import VIEW
 from psmpi.nn.layers.chain import Tape
 from psmpi.nn.model import Model
 from psmpi.nn.network import Network
 from psmpi.nn.objective import Objective
-from psmpi.optim import clip_by_global_norm, make_optimizer
+from psmpi.training.checks import check_first_order, check_layers, check_slices
+from psmpi.training.context import Context, configured_loss, configured_optimizer
+from psmpi.training.descent import Descent
+from psmpi.training.evaluator import evaluate
+from psmpi.training.method import Method, nbytes
 
 # Samples of which the alignment is measured.
 ALIGNED = 256
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Direct feedback alignment (dfa)."""
+
+    table: ClassVar[str] = "dfa"
+    results: ClassVar[bool] = True
+
+    feedback: Literal["normal", "uniform", "shared"] = "normal"
+    """Random matrices that bring the error to hidden layers: normal, uniform (Noekland), or rows of one (Launay)."""
+    feedback_seed: Annotated[int, Least(0)] = 0
+    """Seed of these matrices."""
+    feedback_scale: float = 1.0
+    """Factor of these matrices: in effect one of the hidden layers' learning rate."""
 
 
 @dataclass(frozen=True)
@@ -70,42 +76,34 @@ def feedback(kind: str, outputs: int, width: int, widest: int, seed: int, number
     return rng.standard_normal((width, outputs)) / sqrt(outputs * width)
 
 
-class DirectFeedback:
-    """The method `dfa` on one rank: a run of layers, the weights and optimizer state of these alone."""
+class DirectFeedback(Method):
+    """The method on one rank: a run of layers, the weights and optimizer state of these alone."""
 
-    lost = ""
-    extras: frozenset[str] = frozenset()
+    name = "dfa"
+    summary = "direct feedback alignment, each rank some layers, which learn from the error of the scores alone"
+    settings = (Settings,)
 
-    def __init__(self, world: Any, network: Network, dataset: Dataset, config: Config, ops: NumpyOps):
-        self.network, self.layout, self.dataset, self.rank = network, network.layout(), dataset, world.rank
-        self.dtype, self.ops, self.batch = np.dtype(config.model.dtype), ops, config.data.batch_size
-        self.counter, self.rows = Counter(), TableRows()
-        self.tables: dict[str, np.ndarray] = {}
-        self.world = Group(world, range(world.size), self.counter, make_bridge(world, ops, config.parallel.gpu_aware))
-        self.first, self.last = world.rank == 0, world.rank == world.size - 1
-        stages = split_layers(network, world.size)
+    def __init__(self, context: Context):
+        network, layout, dataset = context.network, context.layout, context.dataset
+        stages = split_layers(network, context.size)
+        super().__init__(context, Ownership(tuple(network.runs(layout, *stage) for stage in stages)))
+        ops, options = self.ops, context.settings(Settings)
+        self.batch = context.config.data.batch_size
+        self.world = context.group()
+        self.first, self.last = self.rank == 0, self.rank == context.size - 1
         # In front of each rank but the first, and the error to all.
         units = [int(np.prod(network.layers[first].in_shape)) for first, _ in stages]
-        cuts = [None, *(Boundary(self.world, k - 1, k, units[k], self.dtype) for k in range(1, world.size)), None]
-        self.below, self.above = cuts[world.rank : world.rank + 2]
-        self.errors = Spread(self.world, network.classes, self.dtype, world.size - 1, per_sample=True)
-        self.shards = Ownership(tuple(network.runs(self.layout, *stage) for stage in stages))
-        shard = self.shards[world.rank]
+        cuts = [None, *(Boundary(self.world, k - 1, k, units[k], self.dtype) for k in range(1, context.size)), None]
+        self.below, self.above = cuts[self.rank : self.rank + 2]
+        self.errors = Spread(self.world, network.classes, self.dtype, context.size - 1, per_sample=True)
+        shard = self.shards[self.rank]
         self.w, self.g = (ops.zeros(shard.size, self.dtype) for _ in range(2))
-        self.model = Model(network, self.layout, self.w, self.g, ops, layers=stages[world.rank])
-        o = config.optimization
-        self.optimizer = make_optimizer(o.optimizer, shard.size, self.dtype, hyperparameters(config), ops)
-        self.scalars, self.clip = self.optimizer.scalars, o.clip
-        state = {"weights": self.w, **self.optimizer.vectors}
-        self.mirrors = {name: ops.mirror(vector) for name, vector in state.items()}
-        self.vectors = {name: mirror.host for name, mirror in self.mirrors.items()}
-        self.collect()
-        initial_weights(
-            network, self.layout, shard, self.vectors["weights"],
-            seed=config.run.seed, kind=config.model.init, gain=config.model.init_gain,
-        )  # fmt: skip
-        self.mirrors["weights"].push()
-        self.loss, self.metric = configured_loss(config, dataset.task), make_metric(config, dataset)
+        self.model = Model(network, layout, self.w, self.g, ops, layers=stages[self.rank])
+        self.descent = Descent(context, shard.size, allsum=self.world.agree)
+        context.put_weights(shard, self.w)
+        self.state.vector("weights", self.w)
+        self.state.optimizer(self.descent.optimizer)
+        self.loss, self.metric = context.loss(), context.metric()
         self.objective = Objective(self.loss, self.model)
         self.forward_pass, self.backward_pass = ops.record(self._compute), ops.record(self._learn)
         self.error_pass = self.objective.record(self._differentiate)
@@ -115,14 +113,13 @@ class DirectFeedback:
         self.limit = float(np.finfo(self.dtype).max) ** 0.25
         self.layers = self._layers()
         # Layers with weights before this rank's, and in all.
-        self.before = sum(layer.linear for layer in network.layers[: stages[world.rank][0]])
+        self.before = sum(layer.linear for layer in network.layers[: stages[self.rank][0]])
         self.depth = len(network.linear)
         widest = max(widths(network)[:-1], default=1)
         self.back = [
             ops.put(feedback(
-                config.alignment.feedback, network.classes, one.width, widest, config.alignment.feedback_seed,
-                self.before + one.number,
-            ).astype(self.dtype) * self.dtype.type(config.alignment.feedback_scale))
+                options.feedback, network.classes, one.width, widest, options.feedback_seed, self.before + one.number
+            ).astype(self.dtype) * self.dtype.type(options.feedback_scale))
             for one in self.hidden
         ]  # fmt: skip
         # Of the dataset a rank has what it needs: the first one the samples.
@@ -135,11 +132,9 @@ class DirectFeedback:
         self.batches = network.evaluation_batches(dataset.test.n)
         largest = max(at.stop - at.start for at in self.batches)
         self.reserve(max(self.batch, largest, min(ALIGNED, dataset.test.n)))
-        self.loss_sum = 0.0
 
     @classmethod
     def check(cls, size: int, network: Network, dataset: Dataset, config: Config) -> None:
-        """UserError for a configuration that `size` ranks cannot train; needs no MPI and no arrays of weights."""
         depth = len(network.linear)
         if size > depth:
             raise UserError(
@@ -149,14 +144,14 @@ class DirectFeedback:
         check_slices(network, config.data.batch_size, 1, "ranks")
         check_layers(network, config)
         check_first_order(config, "needs gradients, and feedback is none")
-        if not 0 < config.alignment.feedback_scale <= 1e6:
-            raise UserError(f"--feedback-scale {config.alignment.feedback_scale}: expected a number above 0")
+        scale = config.of(Settings).feedback_scale
+        if not 0 < scale <= 1e6:
+            raise UserError(f"--feedback-scale {scale}: expected a number above 0")
         configured_loss(config, dataset.task)
-        make_optimizer(config.optimization.optimizer, 0, np.dtype(config.model.dtype), hyperparameters(config))
+        configured_optimizer(config, 0)
 
     @staticmethod
     def warnings(size: int, network: Network, config: Config) -> Iterator[str]:
-        """Notes for the user on a network before it is trained so."""
         if any(len(layer.out_shape) > 1 for layer in network.linear):
             yield "convolutions learn poorly by direct feedback: their weights are shared, and cannot align"
         narrow = [width for width in widths(network)[:-1] if width < network.classes]
@@ -209,9 +204,7 @@ class DirectFeedback:
         self.backward_pass(b)
         if self.last:
             self.loss_sum += self.objective.value() * b
-        if self.clip > 0:
-            clip_by_global_norm(self.g, self.clip, self.world.agree, self.ops)
-        self.optimizer.step(self.w, self.g, lr, self.world.agree)
+        self.descent.step(self.w, self.g, lr)
 
     def _forward(self, samples: Resident, ids: np.ndarray) -> np.ndarray:
         """The outputs of this rank's last layer; those of the rank before are received, and its own sent on."""
@@ -259,39 +252,27 @@ class DirectFeedback:
             own[...] = error
             self.model.backward(self.tape, own, first=self.layers[-1].first, last=self.layers[-1].last)
 
-    def collect(self) -> None:
-        for mirror in self.mirrors.values():
-            mirror.fetch()
-        for mirror in self.mirrors.values():
-            mirror.wait()
-
-    def resumed(self, tables: bool, fresh: Set[str]) -> None:
-        for mirror in self.mirrors.values():
-            mirror.push()
-
     def test(self) -> dict[str, float]:
-        totals = self.metric.zeros()
-        for at in self.batches:
-            ids = np.arange(at.start, at.stop)
-            scores = self._apart(self.tests, ids)
-            if self.last:
-                totals += self.metric.sums(self.ops.host(scores), self.tests.targets(ids))
-        return self.metric.scores(self.world.agree(totals))
+        with self.counter.paused():
+            sums = evaluate(self.metric, self.batches, self._test_scores, self.tests.targets, self.ops)
+        return self.metric.scores(self.world.agree(sums))
 
-    def _apart(self, samples: Resident, ids: np.ndarray) -> np.ndarray:
-        """`_forward` that is not counted: it is no part of the training."""
-        sent, received = self.counter.sent, self.counter.received
-        found = self._forward(samples, ids)
-        self.counter.sent, self.counter.received = sent, received
-        return found
+    def _test_scores(self, ids: np.ndarray) -> np.ndarray | None:
+        scores = self._forward(self.tests, ids)
+        return scores if self.last else None
 
-    def diagnostics(self) -> dict[str, Any]:
+    def diagnostics(self) -> dict[str, list[float]]:
         """The mean cosine between feedback and the gradient, of each hidden layer, over the first test samples."""
+        with self.counter.paused():
+            cosines = self.world.agree(self._alignment())
+        return {"alignment": [round(float(c), 6) for c in cosines[: self.depth - 1]]}
+
+    def _alignment(self) -> np.ndarray:
+        """The cosines of this rank's layers, at their places among all."""
         ids = np.arange(min(ALIGNED, self.dataset.test.n))
         b = len(ids)
         self.reserve(b)
-        sent, received = self.counter.sent, self.counter.received
-        scores = self._apart(self.tests, ids)
+        scores = self._forward(self.tests, ids)
         error = self._error(b)
         if self.last:
             derivatives = np.empty(error.shape)
@@ -320,9 +301,7 @@ class DirectFeedback:
             above = below.reshape(-1, b)
         if self.below is not None:
             self.below.backward(self.ops.host(above), None)
-        self.counter.sent, self.counter.received = sent, received
-        self.world.agree(cosines)
-        return {"alignment": [round(float(c), 6) for c in cosines[: self.depth - 1]]}
+        return cosines
 
     def _copy(self, array: np.ndarray) -> np.ndarray:
         made = self.aside.empty(array.size, self.dtype).reshape(array.shape)
@@ -344,24 +323,20 @@ class DirectFeedback:
         sizes = np.sqrt((a * a).sum(axis=0) * (d * d).sum(axis=0))
         return float(np.where(sizes > 0, (a * d).sum(axis=0) / np.where(sizes > 0, sizes, 1), 0.0).mean())
 
-    def place(self) -> Place:
+    def work(self) -> tuple[str, str, int]:
         names = [layer.name for layer in self.network.linear]
         mine = names[self.before : self.before + len(self.layers)]
-        held = self.shards[self.rank].size
-        layers = mine[0] if len(mine) == 1 else f"{mine[0]} to {mine[-1]}"
-        return Place("layers", layers, held, held, sum(self.memory().values()), self.ops.place)
+        return "layers", mine[0] if len(mine) == 1 else f"{mine[0]} to {mine[-1]}", self.w.size
 
     def memory(self) -> dict[str, int]:
-        own: list[Any] = [self.error, self.signal, *self.back]
-        if self.last:
-            own += [self.objective]
+        own = (self.error, self.signal, *self.back, *((self.objective,) if self.last else ()))
         return {
-            "weights": self.w.nbytes,
-            "gradients": self.g.nbytes,
-            "optimizer": self.optimizer.nbytes,
-            "activations": self.x.nbytes + self.model.activation_bytes,
-            "buffers": self.model.buffer_bytes + sum(a.nbytes for a in own),
-            "samples": self.train.nbytes + self.tests.nbytes,
+            "weights": nbytes(self.w),
+            "gradients": nbytes(self.g),
+            "optimizer": nbytes(self.descent.optimizer),
+            "activations": nbytes(self.x, self.model.activation_bytes),
+            "buffers": nbytes(self.model.buffer_bytes, *own),
+            "samples": nbytes(self.train, self.tests),
         }
 
     def events(self) -> dict[str, int]:

@@ -15,7 +15,7 @@ from psmpi.nn.layers.table import Table
 
 @dataclass(frozen=True)
 class Dense(Linear):
-    """y = W x + b; with groups > 1 block-diagonal, inputs beyond groups x group_inputs ignored (psl paper's SL)."""
+    """y = W x + b; with groups > 1 block-diagonal; inputs beyond groups x group_inputs are ignored (Raynaud et al.)."""
 
     @classmethod
     def read(cls, table: Table, label: str, shape: tuple[int, ...]) -> list[Layer]:

@@ -16,71 +16,69 @@ from typing import Any
 
 import numpy as np
 
-from psmpi.backend import NumpyOps
-from psmpi.comm.group import Counter, Group
-from psmpi.comm.probe import make_bridge
 from psmpi.comm.transfers import Boundary, Spread, Sum
-from psmpi.config import Config
-from psmpi.data import Batch, Dataset, Resident
+from psmpi.data import Batch, Resident
 from psmpi.errors import UserError
-from psmpi.layout import Ownership, Runs, TableRows
-from psmpi.methods.base import Place, make_metric
-from psmpi.methods.layer_part import TrainedPart
-from psmpi.methods.replica import no_sum, verify
-from psmpi.methods.sil_plan import Phase, Seats, check_sil, count_parts, cut_activation, plan_phases, warnings
+from psmpi.layout import Ownership, Runs
+from psmpi.methods.sil.part import TrainedPart
+from psmpi.methods.sil.plan import (
+    Phase,
+    Seats,
+    Settings,
+    check_sil,
+    count_parts,
+    cut_activation,
+    plan_phases,
+    warnings,
+)  # fmt: skip
 from psmpi.nn.cut import split_layers
-from psmpi.nn.network import Network
 from psmpi.optim import clip_by_global_norm
+from psmpi.training.context import Context
+from psmpi.training.descent import no_sum
+from psmpi.training.evaluator import evaluate
+from psmpi.training.method import Method, nbytes, together
+from psmpi.training.replica import verify
+from psmpi.training.state import Places
 
 # Keeps the noise on labels apart from all else drawn from their seed.
 NOISE = 0x6E6F6973
 
 
-class SyntheticLabels:
-    """The method `sil` on one rank: one or more parts, the weights and optimizer state of these alone.
+class SyntheticLabels(Method):
+    """The method on one rank: one or more parts, the weights and optimizer state of these alone.
 
     parts: this rank's, by number from 0. With several ranks a part these are its rows, each of which takes its slice of
     each minibatch and sends to the same row of the next part.
     """
 
-    lost = ""
-    # Counts; and of `stale`, the weights that made what was handed over last.
-    extras = frozenset({"handed", "macs", "handed_bytes", "parts", "phase"})
+    name = "sil"
+    summary = (
+        "synthetic intermediate labels, each rank some layers, which learn random vectors that stand for the classes"
+    )
+    settings = (Settings,)
+    nccl = True
 
-    def __init__(self, world: Any, network: Network, dataset: Dataset, config: Config, ops: NumpyOps):
-        s = config.synthetic
-        self.network, self.layout, self.dataset, self.ops = network, network.layout(), dataset, ops
-        self.dtype, self.clip, self.way = np.dtype(config.model.dtype), config.optimization.clip, s.hand_over
-        self.seed, self.noise, self.rank = s.labels_seed, s.labels_noise * s.labels_scale, world.rank
-        self.count = count_parts(world.size, network, s.parts)
+    def __init__(self, context: Context):
+        network, layout, dataset, ops = context.network, context.layout, context.dataset, context.ops
+        s, config = context.settings(Settings), context.config
+        self.count = count_parts(context.size, network, s.parts)
+        self.seats, self.stages = Seats(context.size, self.count), split_layers(network, self.count)
+        runs = [network.runs(layout, *stage) for stage in self.stages]
+        held = self.seats.held(context.rank)
+        # All rows of a part have its shard; checkpoints are written by the first.
+        several = ([one for k in self.seats.held(rank) for one in runs[k].intervals] for rank in range(context.size))
+        super().__init__(context, Ownership(tuple(map(Runs.union, several))))
+        self.clip, self.way = config.optimization.clip, s.hand_over
+        self.seed, self.noise = s.labels_seed, s.labels_noise * s.labels_scale
         self.phases = plan_phases(self.count, config.run.epochs, s)
         self.per_epoch = -(-dataset.train.n // config.data.batch_size)
-        self.counter, self.rows = Counter(), TableRows()
-        self.tables: dict[str, np.ndarray] = {}
-        self.seats = Seats(world.size, self.count)
-        self.row, held = world.rank % self.seats.rows, self.seats.held(world.rank)
-        bridge = make_bridge(world, ops, config.parallel.gpu_aware)
-        self.world = Group(world, range(world.size), self.counter, bridge)
-        peers = [self.seats.rank(held[0], row) for row in range(self.seats.rows)]
-        self.peers = Group(world, peers, self.counter, bridge)
-        if config.parallel.nccl:
-            self.peers.use_nccl(ops.stream)
-        self.stages = split_layers(network, self.count)
-        runs = [network.runs(self.layout, *stage) for stage in self.stages]
-        # All rows of a part have its shard; checkpoints are written by the first.
-        self.shards = Ownership(
-            tuple(
-                Runs.union(one for k in self.seats.held(rank) for one in runs[k].intervals)
-                for rank in range(world.size)
-            )
-        )
-        self.w, self.g = (ops.zeros(self.shards[world.rank].size, self.dtype) for _ in range(2))
+        self.row = self.rank % self.seats.rows
+        self.world = context.group()
+        self.peers = context.group([self.seats.rank(held[0], row) for row in range(self.seats.rows)], nccl=True)
+        self.w, self.g = (ops.zeros(self.shards[self.rank].size, self.dtype) for _ in range(2))
         ends = np.cumsum([0, *(runs[k].size for k in held)]).tolist()
         places = {k: slice(a, b) for k, (a, b) in zip(held, pairwise(ends), strict=True)}
-        self.parts = {
-            k: TrainedPart(k, self.stages[k], self.w[at], self.g[at], network, self.layout, dataset, config, ops)
-            for k, at in places.items()
-        }
+        self.parts = {k: TrainedPart(context, k, self.stages[k], self.w[at], self.g[at]) for k, at in places.items()}
         self.last = self.parts.get(self.count - 1)
         # Behind each part but the last, in this row; gradients over the rows of a part; what one row shares with them.
         units = [int(np.prod(network.layers[behind - 1].out_shape)) for _, behind in self.stages]
@@ -91,37 +89,38 @@ class SyntheticLabels:
             k: [Spread(self.peers, part.inputs, self.dtype, row, per_sample=True) for row in range(self.seats.rows)]
             for k, part in self.parts.items()
         }
-        self.metric = make_metric(config, dataset)
+        self.metric = context.metric()
         train, tests = np.arange(dataset.train.n), np.arange(dataset.test.n)
         mine = [tests[at] for at in network.evaluation_batches(dataset.test.n)[self.row :: self.seats.rows]]
         if 0 not in held:
             train, mine = train[:0], []
         self.train = Resident(dataset.train, train, self.dtype, ops)
         self.tests = Resident(dataset.test, np.concatenate([tests[:0], *mine]), self.dtype, ops)
-        first = self.parts[held[0]].optimizer
         # MACs, and bytes sent from part to part: all ranks' up to the last checkpoint, and this rank's since the start.
-        # What the run was planned to be: see `resumed`.
-        self.scalars: dict[str, float | int] = {
-            "steps": 0, "macs": 0, "handed_bytes": 0, "parts": self.count, "phase": 0, **first.scalars
-        }  # fmt: skip
         self.past, self.macs, self.handed_bytes = (0, 0), 0, 0
         self.handed = ops.empty(self.w.size if self.way == "stale" else 0, self.dtype)
-        # Vectors by name and part.
-        own = {"weights": {k: part.w for k, part in self.parts.items()}}
-        for name in first.vectors:
-            own[name] = {k: part.optimizer.vectors[name] for k, part in self.parts.items()}
-        if self.way == "stale":
-            self.handed[...] = self.w
-            own["handed"] = {k: self.handed[at] for k, at in places.items()}
-        self.mirrors = {name: {k: ops.mirror(vector) for k, vector in of.items()} for name, of in own.items()}
-        # A single part lies as in the shard; of several the runs of one may be between those of another.
-        self.vectors = {
-            name: next(iter(of.values())).host if len(of) == 1 else np.empty(self.w.size, self.dtype)
-            for name, of in self.mirrors.items()
-        }
-        self._merge()
-        self.loss_sum = 0.0
+        self._declare(places)
         self.cuts: dict[str, Any] = {}
+
+    def _declare(self, places: dict[int, slice]) -> None:
+        """Declare the state: vectors of each part, at the places of its runs in the shard."""
+        state, optimizers = self.state, [part.optimizer for part in self.parts.values()]
+        shard = self.shards[self.rank]
+        spots: list[Places] = [
+            [(shard.local(a, b), part.runs.local(a, b)) for a, b in part.runs.intervals] for part in self.parts.values()
+        ]
+        state.pieces("weights", list(zip((part.w for part in self.parts.values()), spots, strict=True)))
+        for name in optimizers[0].vectors:
+            state.pieces(name, list(zip((one.vectors[name] for one in optimizers), spots, strict=True)))
+        if self.way == "stale":
+            # The weights that made what was handed over last.
+            self.handed[...] = self.w
+            state.pieces("handed", list(zip((self.handed[at] for at in places.values()), spots, strict=True)), own=True)
+        # The steps of the run, and what the run was planned to be: see `restored`.
+        state.scalars["steps"] = 0
+        for name, value in (("macs", 0), ("handed_bytes", 0), ("parts", self.count), ("phase", 0)):
+            state.scalar(name, value)
+        state.scalars.update(optimizers[0].scalars)
 
     check, warnings = staticmethod(check_sil), staticmethod(warnings)
 
@@ -299,9 +298,10 @@ class SyntheticLabels:
     @contextmanager
     def _uncounted(self) -> Iterator[None]:
         """Work that is no part of the training."""
-        before = self.counter.sent, self.counter.received, self.macs, self.handed_bytes
-        yield
-        self.counter.sent, self.counter.received, self.macs, self.handed_bytes = before
+        before = self.macs, self.handed_bytes
+        with self.counter.paused():
+            yield
+        self.macs, self.handed_bytes = before
 
     def _totals(self) -> tuple[int, int]:
         """MACs and bytes sent from part to part, of all ranks and since the first start."""
@@ -310,35 +310,11 @@ class SyntheticLabels:
         (macs, macs_low), (handed, handed_low) = self.world.agree(halves.reshape(-1)).reshape(2, 2).astype(int).tolist()
         return self.past[0] + (macs << 32) + macs_low, self.past[1] + (handed << 32) + handed_low
 
-    def _spread(self) -> Iterator[tuple[str, slice, int, slice]]:
-        """The places of the parts' vectors in the shard: (name, place there, part, place in the part's)."""
-        shard = self.shards[self.rank]
-        for name, of in self.mirrors.items():
-            for k in of if len(of) > 1 else ():
-                for a, b in self.parts[k].runs.intervals:
-                    yield name, shard.local(a, b), k, self.parts[k].runs.local(a, b)
-
-    def _merge(self) -> None:
-        """Bring `vectors` up to date, several parts' in the places of the shard."""
-        mirrors = [mirror for of in self.mirrors.values() for mirror in of.values()]
-        for mirror in mirrors:
-            mirror.fetch()
-        for mirror in mirrors:
-            mirror.wait()
-        for name, there, k, here in self._spread():
-            self.vectors[name][there] = self.mirrors[name][k].host[here]
-
-    def collect(self) -> None:
-        self._merge()
+    def drain(self) -> None:
         self.scalars["macs"], self.scalars["handed_bytes"] = self._totals()
 
-    def resumed(self, tables: bool, fresh: Set[str]) -> None:
+    def restored(self, tables: bool, fresh: Set[str]) -> None:
         """Also makes anew what was handed over, by the same weights and in the same pieces, so to the same bits."""
-        for name, there, k, here in self._spread():
-            self.mirrors[name][k].host[here] = self.vectors[name][there]
-        for of in self.mirrors.values():
-            for mirror in of.values():
-                mirror.push()
         if "handed" in fresh:
             self.handed[...] = self.w
         self.past = int(self.scalars["macs"]), int(self.scalars["handed_bytes"])
@@ -369,23 +345,26 @@ class SyntheticLabels:
     def test(self) -> dict[str, float]:
         if self.seats.rows > 1:
             verify(self.peers, self.ops.host(self.w), "use another MPI library")
-        totals, labels = self.metric.zeros(), self.dataset.test.labels
         for part in self.parts.values():
             part.forget()
+        batches = self.network.evaluation_batches(self.dataset.test.n)[self.row :: self.seats.rows]
         with self._uncounted():
-            for at in self.network.evaluation_batches(len(labels))[self.row :: self.seats.rows]:
-                ids = np.arange(at.start, at.stop)
-                x = self._fetch(self.tests, ids)
-                for k in range(self.count - 1):
-                    x = self._pass_on(k, x, len(ids))
-                for part in self.parts.values():
-                    if not part.last:
-                        part.look(labels[ids])
-                if self.last is not None:
-                    assert x is not None
-                    totals += self.metric.sums(self.ops.host(self.last.forward(x)), labels[ids])
+            sums = evaluate(self.metric, batches, self._test_scores, self.tests.targets, self.ops)
         self._look_at_cuts()
-        return self.metric.scores(self.world.agree(totals))
+        return self.metric.scores(self.world.agree(sums))
+
+    def _test_scores(self, ids: np.ndarray) -> np.ndarray | None:
+        """The scores of test samples where the last part is; looks at the outputs of the others."""
+        x = self._fetch(self.tests, ids)
+        for k in range(self.count - 1):
+            x = self._pass_on(k, x, len(ids))
+        for part in self.parts.values():
+            if not part.last:
+                part.look(self.dataset.test.labels[ids])
+        if self.last is None:
+            return None
+        assert x is not None
+        return self.last.forward(x)
 
     def _look_at_cuts(self) -> None:
         """Put together what the test found at the outputs of all parts but the last."""
@@ -415,23 +394,22 @@ class SyntheticLabels:
         macs, handed = self._totals()
         return {"phase": phase, "macs": macs, "handed_bytes": handed, **self.cuts}
 
-    def place(self) -> Place:
-        numbers, held = sorted(self.parts), sum(part.w.size for part in self.parts.values())
+    def work(self) -> tuple[str, str, int]:
+        numbers = sorted(self.parts)
         layers = self.network.layers[self.stages[numbers[0]][0] : self.stages[numbers[-1]][1]]
         names = [layer.name for layer in layers if layer in self.network.linear]
         role = f"part {numbers[0] + 1}" if len(numbers) == 1 else f"parts {numbers[0] + 1} to {numbers[-1] + 1}"
         where = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
-        return Place(role, where, held, held, sum(self.memory().values()), self.ops.place)
+        return role, where, sum(part.w.size for part in self.parts.values())
 
     def memory(self) -> dict[str, int]:
-        found: dict[str, int] = {}
-        for part in self.parts.values():
-            found = {what: found.get(what, 0) + n for what, n in part.memory().items()}
-        more = sum(v.nbytes for v in self.vectors.values()) if len(self.parts) > 1 else 0
-        found["weights"] += self.handed.nbytes
-        found["buffers"] += more
-        found["samples"] += self.train.nbytes + self.tests.nbytes
-        return found
+        saved = self.state.vectors.values() if len(self.parts) > 1 else ()
+        more = {
+            "weights": nbytes(self.handed),
+            "buffers": nbytes(*saved),
+            "samples": nbytes(self.train, self.tests),
+        }
+        return together(*(part.memory() for part in self.parts.values()), more)
 
     def events(self) -> dict[str, int]:
         return {"psl_terms_past_exp_clip": self.last.loss.clipped if self.last is not None else 0}

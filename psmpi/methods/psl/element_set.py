@@ -15,7 +15,7 @@ import numpy as np
 
 from psmpi.backend import NumpyOps, RunCopies
 from psmpi.layout import Layout, Runs
-from psmpi.methods.borrowed import Borrowed
+from psmpi.methods.psl.borrowed import Borrowed
 from psmpi.nn.layers import SampleSums
 from psmpi.nn.layers.chain import Tape
 from psmpi.nn.losses import Loss

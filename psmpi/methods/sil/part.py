@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
-from psmpi.backend import NumpyOps
-from psmpi.config import Config
-from psmpi.data import Dataset
-from psmpi.layout import Layout
-from psmpi.methods.base import configured_loss
-from psmpi.methods.psl import hyperparameters
-from psmpi.methods.sil_cost import count
-from psmpi.methods.sil_targets import LabelReader, TargetDistance, draw_targets
-from psmpi.nn.init import initial_weights
+from psmpi.methods.sil.cost import count
+from psmpi.methods.sil.plan import Settings
+from psmpi.methods.sil.targets import LabelReader, TargetDistance, draw_targets
 from psmpi.nn.losses import Loss
 from psmpi.nn.model import Model
-from psmpi.nn.network import Network
 from psmpi.nn.objective import Objective
-from psmpi.optim import make_optimizer
+from psmpi.training.context import Context
+from psmpi.training.method import nbytes
 
 
 class TrainedPart:
@@ -31,33 +23,17 @@ class TrainedPart:
     units that were above 0.
     """
 
-    def __init__(
-        self,
-        number: int,
-        stage: tuple[int, int],
-        w: np.ndarray,
-        g: np.ndarray,
-        network: Network,
-        layout: Layout,
-        dataset: Dataset,
-        config: Config,
-        ops: NumpyOps,
-    ):
-        s, dtype, classes = config.synthetic, w.dtype, network.classes
+    def __init__(self, context: Context, number: int, stage: tuple[int, int], w: np.ndarray, g: np.ndarray):
+        network, layout, dataset, ops = context.network, context.layout, context.dataset, context.ops
+        s, dtype, classes, config = context.settings(Settings), w.dtype, network.classes, context.config
         self.number, self.last, self.w, self.g = number, stage[1] == len(network.layers), w, g
         self.runs, self.cost = network.runs(layout, *stage), count(network, *stage)
         self.model = Model(network, layout, w, g, ops, layers=stage)
         self.inputs, self.units = int(np.prod(self.model.in_shape)), self.model.size
-        weights = ops.mirror(w)
-        initial_weights(
-            network, layout, self.runs, weights.host,
-            seed=config.run.seed, kind=config.model.init, gain=config.model.init_gain,
-        )  # fmt: skip
-        weights.push()
-        weights.settle()
-        self.optimizer = make_optimizer(config.optimization.optimizer, w.size, dtype, hyperparameters(config), ops)
+        context.put_weights(self.runs, w)
+        self.optimizer = context.optimizer(w.size)
         if self.last:
-            self.loss: Loss = configured_loss(config, dataset.task)
+            self.loss: Loss = context.loss()
         else:
             targets = draw_targets(s.labels, self.units, classes, s.labels_seed, number + 1, s.labels_scale)
             self.loss, self.reader = TargetDistance(targets, s.labels_scale, ops), LabelReader(targets)
@@ -127,14 +103,14 @@ class TrainedPart:
         self.alive.fill(False)
 
     def memory(self) -> dict[str, int]:
-        own: list[Any] = [self.dx, self.noise.array, self.columns, self.objective]
+        own = [self.dx, self.noise.array, self.columns, self.objective]
         if not self.last:
             own += [self.loss, self.reader]
         return {
-            "weights": self.w.nbytes,
-            "gradients": self.g.nbytes,
-            "optimizer": self.optimizer.nbytes,
-            "activations": self.x.nbytes + self.model.activation_bytes,
-            "buffers": self.model.buffer_bytes + sum(a.nbytes for a in own),
-            "samples": self.samples.nbytes,
+            "weights": nbytes(self.w),
+            "gradients": nbytes(self.g),
+            "optimizer": nbytes(self.optimizer),
+            "activations": nbytes(self.x, self.model.activation_bytes),
+            "buffers": nbytes(self.model.buffer_bytes, *own),
+            "samples": nbytes(self.samples),
         }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
@@ -17,14 +17,12 @@ from rich.table import Table
 from psmpi import checkpoint, metrics
 from psmpi.checkpoint import Contents, Progress
 from psmpi.comm.control import total
-from psmpi.config import Config, from_toml
+from psmpi.config import Config
 from psmpi.data import Batch, Dataset, Minibatches
 from psmpi.errors import UserError
-from psmpi.methods import METHODS, Method, Place
 from psmpi.optim import make_schedule
-
-# Of all methods, see `Method.extras`.
-EXTRAS = frozenset(name for method in METHODS.values() for name in method.extras)
+from psmpi.training.method import Method, Place
+from psmpi.training.resume import restore
 
 
 def show_places(console: Console, places: list[tuple[int, str, Place]]) -> None:
@@ -80,7 +78,7 @@ class Loop:
         self.writer = checkpoint.Writer(
             world, contents, method.shards, out,
             keep=run.checkpoint_keep, gzip=run.checkpoint_gzip, parallel=run.checkpoint_parallel, lock=lock,
-            rows=method.rows,
+            rows=method.state.rows,
         )  # fmt: skip
         self.progress = Progress()
         # Bytes sent and received before this start.
@@ -91,36 +89,7 @@ class Loop:
         """Go on from a checkpoint."""
         contents = checkpoint.read_contents(path)
         progress = contents.progress
-        shard = self.method.shards[self.world.rank]
-        vectors, note = self.method.vectors, ""
-        saved = from_toml(contents.config, str(path)).optimization.optimizer
-        if saved != self.config.optimization.optimizer:
-            note = f"the checkpoint is of {saved}, not of {self.config.optimization.optimizer}"
-        else:
-            # A method's own vectors may start afresh without the optimizer's.
-            own = vectors.keys() - {"weights"} - self.method.extras
-            kept = contents.vectors - EXTRAS
-            if own != kept:
-                has, want = (" ".join(sorted(names)) or "no vectors" for names in (kept, own))
-                note = f"the checkpoint's optimizer has {has}, these settings have {want}"
-        if note:
-            vectors = {"weights": vectors["weights"]}
-        else:
-            vectors = {name: v for name, v in vectors.items() if name == "weights" or name in contents.vectors}
-        taken = self.method.extras if note else frozenset(self.method.scalars)
-        self.method.scalars.update(
-            {k: v for k, v in contents.scalars.items() if k in taken and k in self.method.scalars}
-        )
-        fresh = self.method.vectors.keys() - vectors.keys()
-        checkpoint.load(path, self.method.layout, shard, vectors, contents.part)
-        lost, rows = "", self.method.rows
-        tables = not note and rows.total > 0
-        if tables and not checkpoint.load_tables(path, self.method.tables, rows, self.world.rank):
-            lost, tables = f"the checkpoint does not hold {self.method.lost}", False
-        if "steps" in self.method.scalars:
-            # Whatever the checkpoint is of, a method that goes by the steps of the run goes on with them.
-            self.method.scalars["steps"] = progress.step
-        self.method.resumed(tables, fresh)
+        notes = restore(self.method, path, contents, self.config)
         # The shares of the loss are summed over ranks: the past is rank 0's.
         if self.world.rank == 0:
             self.method.loss_sum = progress.loss_sum
@@ -133,18 +102,11 @@ class Loop:
             )
         if self.world.rank == 0:
             metrics.write_rows(self.out / "metrics.jsonl", progress.rows)
-            if note:
-                self.console.print(f"note: {note}: the optimizer starts afresh", highlight=False, soft_wrap=True)
-            elif fresh:
-                names = " ".join(sorted(fresh))
-                self.console.print(f"note: the checkpoint has no {names}: these start afresh", highlight=False)
-            if lost and not note:
-                self.console.print(f"note: {lost}", highlight=False, soft_wrap=True)
-            self.console.print(
-                f"resumed from {path}, step {progress.step}", highlight=False, markup=False, soft_wrap=True
-            )
+            notes = [*(f"note: {note}" for note in notes), f"resumed from {path}, step {progress.step}"]
             if progress.step >= self.total:
-                self.console.print(f"nothing left to do: {self.total} steps asked for; raise --epochs or --max-steps")
+                notes.append(f"nothing left to do: {self.total} steps asked for; raise --epochs or --max-steps")
+            for note in notes:
+                self.console.print(note, highlight=False, markup=False, soft_wrap=True)
 
     def run(self) -> None:
         with self._bar() as bar:
@@ -165,16 +127,16 @@ class Loop:
         columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn())
         return Bar(*columns, console=self.console, transient=True, disable=hidden)
 
-    def _epoch(self, bar: Bar, task: Any) -> None:
-        method, every = self.method, self.config.run.checkpoint_every
-        start, first = time.perf_counter(), self.progress
-        trained = 0
+    def _steps(self, bar: Bar, task: Any, start: float) -> Iterator[tuple[Batch, float]]:
+        """The minibatches of the rest of an epoch with their learning rates; whoever takes one has done those before.
+
+        Between two of them checkpoints are written.
+        """
+        first, every = self.progress, self.config.run.checkpoint_every
         for cursor in range(first.cursor, self.batches.steps_per_epoch):
             if self.progress.step == self.total:
                 break
-            batch = Batch(self.batches.ids(first.epoch, cursor))
-            method.step(batch, self.schedule(self.progress.step))
-            trained += len(batch)
+            yield Batch(self.batches.ids(first.epoch, cursor)), self.schedule(self.progress.step)
             elapsed = first.seconds + time.perf_counter() - start
             self.progress = replace(self.progress, step=self.progress.step + 1, cursor=cursor + 1, seconds=elapsed)
             bar.update(task, completed=self.progress.step)
@@ -182,10 +144,15 @@ class Loop:
             whole = cursor + 1 == self.batches.steps_per_epoch
             if every and self.progress.step % every == 0 and not whole and self.progress.step < self.total:
                 self._save()
+
+    def _epoch(self, bar: Bar, task: Any) -> None:
+        method, every = self.method, self.config.run.checkpoint_every
+        start, first = time.perf_counter(), self.progress
+        method.run_epoch(self._steps(bar, task, start))
+        trained = self._seen(self.progress) - self._seen(first)
         rate = trained / (time.perf_counter() - start)
         whole = self.progress.cursor == self.batches.steps_per_epoch
-        seen = min(self.progress.cursor * self.batches.batch_size, self.batches.n)
-        row = self._measure(seen, rate)
+        row = self._measure(self._seen(self.progress), rate)
         elapsed = first.seconds + time.perf_counter() - start
         row["seconds"] = round(elapsed, 3)
         if whole:
@@ -202,6 +169,10 @@ class Loop:
             )
         if not every or self.progress.step == self.total or self.progress.step % every == 0:
             self._save()
+
+    def _seen(self, progress: Progress) -> int:
+        """The training samples of the steps done in an epoch."""
+        return min(progress.cursor * self.batches.batch_size, self.batches.n)
 
     def _measure(self, seen: int, rate: float) -> dict[str, Any]:
         """The row of metrics of the epoch so far; also warns of new unusual events."""
@@ -251,7 +222,8 @@ class Loop:
         loss_sum, sent, received = self._totals()
         progress = replace(self.progress, loss_sum=loss_sum, bytes_sent=sent, bytes_received=received)
         self.method.collect()
-        self.writer.write(self.method.vectors, self.method.scalars, progress, self.method.tables)
+        state = self.method.state
+        self.writer.write(state.vectors, state.scalars, progress, state.tables)
         self._tell_troubles()
 
     def _tell_troubles(self) -> None:

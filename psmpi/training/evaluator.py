@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from math import prod
 
 import numpy as np
@@ -11,12 +11,33 @@ from psmpi.backend import Mirror, NumpyOps
 from psmpi.comm.group import Group
 from psmpi.comm.transfers import Gather
 from psmpi.data import Resident, Split
-from psmpi.layout import Layout, Runs
+from psmpi.layout import Runs
 from psmpi.nn.cut import cut_stages
 from psmpi.nn.layers.chain import leaves
 from psmpi.nn.metric import Metric
 from psmpi.nn.model import Model
 from psmpi.nn.network import Network
+
+
+def evaluate(
+    metric: Metric,
+    batches: Iterable[slice],
+    scores: Callable[[np.ndarray], np.ndarray | None],
+    targets: Callable[[np.ndarray], np.ndarray],
+    ops: NumpyOps,
+) -> np.ndarray:
+    """The metric's sums over minibatches of test samples, each a run of ids.
+
+    scores(ids): those of all outputs (outputs, b), arrays of `ops`, None where another rank counts them; targets(ids):
+    in host memory, as a batch has them.
+    """
+    totals = metric.zeros()
+    for at in batches:
+        ids = np.arange(at.start, at.stop)
+        found = scores(ids)
+        if found is not None:
+            totals += metric.sums(ops.host(found), targets(ids))
+    return totals
 
 
 class Evaluator:
@@ -28,19 +49,12 @@ class Evaluator:
     """
 
     def __init__(
-        self,
-        group: Group,
-        network: Network,
-        layout: Layout,
-        shards: Sequence[Runs],
-        weights: Mirror,
-        split: Split,
-        metric: Metric,
+        self, network: Network, group: Group, shards: Sequence[Runs], weights: Mirror, split: Split, metric: Metric,
         ops: NumpyOps,
-    ):
+    ):  # fmt: skip
         # Tests allocate, and training steps may be recorded.
         self.ops = ops = ops.separate()
-        self.group, self.network, self.layout = group, network, layout
+        self.group, self.network, self.layout = group, network, network.layout()
         self.weights, self.metric, self.dtype, self.split = weights, metric, weights.host.dtype, split
         batches = network.evaluation_batches(split.n)
         dealt = [[batches[k] for k in some] for some in np.array_split(np.arange(len(batches)), group.size)]
@@ -52,14 +66,14 @@ class Evaluator:
         self.stages = min(ways, key=lambda stages: self._need(stages, dealt[0]))
         self.gathers: dict[tuple[int, int], tuple[Runs, Gather]] = {}
         for stage in self.stages if group.size > 1 else ():
-            runs = network.runs(layout, *stage) - layout.dead
+            runs = network.runs(self.layout, *stage) - self.layout.dead
             self.gathers[stage] = runs, Gather(group, shards, runs, self.dtype)
         self.whole: Model | None = None
         if group.size == 1:
-            used = Runs(((0, layout.size),)) - layout.dead
-            at = used.inside(Runs(((0, layout.size),)))
+            everything = Runs(((0, self.layout.size),))
+            at = (everything - self.layout.dead).inside(everything)
             assert at is not None
-            self.whole = Model(network, layout, weights.array[at], None, ops)
+            self.whole = Model(network, self.layout, weights.array[at], None, ops)
 
     def run(self) -> np.ndarray:
         """The metric's sums over this rank's minibatches."""
@@ -69,10 +83,8 @@ class Evaluator:
             for k, x in enumerate(held):
                 # One by one: what went in makes room for what comes out.
                 held[k] = self._kept(model.forward(x).scores)
-        totals = self.metric.zeros()
-        for at, kept in zip(self.batches, held, strict=True):
-            totals += self.metric.sums(self.ops.host(kept), self.split.targets[at].T)
-        return totals
+        scores = iter(held)
+        return evaluate(self.metric, self.batches, lambda _: next(scores), self.samples.targets, self.ops)
 
     def _sample(self, at: slice) -> np.ndarray:
         x = self.ops.empty(self.split.features * (at.stop - at.start), self.dtype).reshape(self.split.features, -1)

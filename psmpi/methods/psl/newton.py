@@ -11,22 +11,18 @@ from math import inf, isfinite
 
 import numpy as np
 
-from psmpi.backend import Mirror, NumpyOps
 from psmpi.comm.group import Group
 from psmpi.comm.transfers import Exchange
-from psmpi.config import Config
 from psmpi.data import Batch
-from psmpi.errors import UserError
-from psmpi.layout import Layout, Roles, TableRows
-from psmpi.methods.element_set import ElementSet, elements_of, largest_element
-from psmpi.methods.element_worker import ElementWorker
+from psmpi.methods.psl.element_set import ElementSet, elements_of, largest_element
 from psmpi.nn.losses import Loss
-from psmpi.nn.network import Network
 from psmpi.nn.objective import DIVERGED
-from psmpi.optim.base import check_eps
-from psmpi.optim.curvature import RULES, ElementOperators, Outcome, curvature_ops
+from psmpi.optim.curvature import ElementOperators, Outcome, curvature_ops
 from psmpi.optim.globalization import SHORTEST, Extrapolation, TrustRegion, armijo
 from psmpi.optim.truncated_cg import truncated_cg
+from psmpi.training.context import Context
+from psmpi.training.element_worker import ElementWorker
+from psmpi.training.state import State
 
 # How often the multiple of the identity may become the one of the start, where the learning rate goes to 0.
 STIFF = 1e6
@@ -38,25 +34,22 @@ class PartitionedNewton:
     """Steps w (this rank's shard) and w_part (what its worker computes with), which stay equal where both lie.
 
     world: all ranks; `worker` is None on ranks that only hold weights. scalars: the radius, the first length that a
-    line search tries, theta of the adaptive momentum and counts, the same on every rank. vectors, over the shard, where
-    they are used: `v` of the momentum, `squares` of the gradients. tables: this rank's rows of what elements remember.
-    Both are in host memory, as are the scalars; what they have of the device's goes there and back by `mirrors`.
+    line search tries, theta of the adaptive momentum and counts, the same on every rank. Declared to the state, over
+    the shard, where they are used: `v` of the momentum, `squares` of the gradients, and as tables this rank's rows of
+    what elements remember.
     """
 
     def __init__(
         self,
+        context: Context,
+        state: State,
         world: Group,
         exchange: Exchange,
         worker: ElementWorker | None,
-        network: Network,
-        layout: Layout,
-        config: Config,
         w_part: np.ndarray,
         w: np.ndarray,
-        ops: NumpyOps,
-        scalars: dict[str, float | int],
     ):
-        o = config.optimization
+        o, ops, scalars = context.config.optimization, context.ops, state.scalars
         self.world, self.exchange, self.worker = world, exchange, worker
         self.w_part, self.w, self.dtype, self.scalars = w_part, w, w.dtype, scalars
         self.search, self.extend = o.globalization == "line-search", o.line_search == "basic"
@@ -70,19 +63,17 @@ class PartitionedNewton:
         self.q_part, self.q = exchange.make_vectors()
         self.g, self.r, self.x = (ops.empty(w.size, self.dtype) for _ in range(3))
         self.x_part, self.t_part = (ops.zeros(w_part.size, self.dtype) for _ in range(2))
-        self.mirrors: dict[str, Mirror] = {}
         if self.momentum is not None:
             self.v_part, self.v = exchange.make_vectors()
-            self.mirrors["v"] = ops.mirror(self.v)
+            state.vector("v", self.v)
         self.beta2, self.eps = o.beta2, o.eps
         self.scaled = o.scaling == "moments"
         if self.scaled:
             # What a step in the scaled variables is multiplied by to be one in the weights.
             self.root_part, self.root = exchange.make_vectors()
             self.squares = ops.zeros(w.size, self.dtype)
-            self.mirrors["squares"] = ops.mirror(self.squares)
+            state.vector("squares", self.squares)
             scalars["t"] = 0
-        self.vectors = {name: mirror.host for name, mirror in self.mirrors.items()}
         self.counts = dict.fromkeys(("skipped", "rejected", "reset", "updated"), 0)
         # Pairs that the last step brought to this rank's elements, and steps that brought none to any.
         self.taken, self.brought, self.idle = False, 0, 0
@@ -92,15 +83,15 @@ class PartitionedNewton:
             assert worker.place.elements is not None
             classes = elements_of(worker.place.elements, o.merge_pairs)
             self.elements = ElementSet(
-                network, layout, worker.place.classes, worker.place.elements, self.dtype, ops, worker.loss,
-                merged=o.merge_pairs,
+                context.network, context.layout, worker.place.classes, worker.place.elements, self.dtype, ops,
+                worker.loss, merged=o.merge_pairs,
             )  # fmt: skip
             self.before, self.after, self.s = (self.elements.make_vectors() for _ in range(3))
             # What the last pairs did to their elements.
             self.outcome = np.full(len(classes), Outcome.SKIPPED)
         self.operators = ElementOperators(
             len(classes),
-            largest_element(layout),
+            largest_element(context.layout),
             self.dtype,
             o.optimizer,  # type: ignore[arg-type]
             ops,
@@ -109,13 +100,11 @@ class PartitionedNewton:
             damping=o.damping,
             rescaled=o.initial == "scaled",
         )
-        self.mirrors["pairs"] = ops.mirror(self.operators.pairs)
         # This rank's rows of what all elements remember, and which elements they are.
-        self.tables = {
-            "classes": np.array(classes, np.int64).reshape(-1, 2),
-            "pairs": self.mirrors["pairs"].host,
-            **self.operators.state(),
-        }
+        state.table("classes", np.array(classes, np.int64).reshape(-1, 2))
+        state.table("pairs", self.operators.pairs)
+        for name, table in self.operators.state().items():
+            state.table(name, table)
 
     @property
     def nbytes(self) -> int:
@@ -195,8 +184,8 @@ class PartitionedNewton:
         counts = self.worker is not None and self.worker.place.column == 0
         return share + (self._loss().constant if counts else 0.0)
 
-    def resumed(self) -> None:
-        """Take up scalars, mirrors and tables that were restored."""
+    def restored(self) -> None:
+        """Take up scalars, vectors and tables that were restored."""
         self.operators.settled()
         self.exchange.forward(self.w, self.w_part)
         self.region.radius = float(self.scalars["radius"])
@@ -317,53 +306,3 @@ class PartitionedNewton:
         ):
             self.counts[name] += int(np.count_nonzero(outcome == which))
         self.brought = int(np.count_nonzero(outcome == Outcome.UPDATED))
-
-
-def element_rows(roles: Roles, merged: bool) -> TableRows:
-    """The elements of each rank, numbered as those of all ranks together are."""
-    held = [() if w is None or w.elements is None else w.elements for w in roles.workers]
-    number = {e: k for k, e in enumerate(elements_of((pair for pairs in held for pair in pairs), merged))}
-    return TableRows(tuple(tuple(number[e] for e in elements_of(pairs, merged)) for pairs in held))
-
-
-def check_newton(network: Network, roles: Roles, config: Config) -> None:
-    """UserError for settings that partitioned quasi-Newton training cannot have."""
-    o = config.optimization
-    if not 1 <= o.memory <= 100:
-        raise UserError(f"--memory {o.memory}: expected 1 to 100 pairs")
-    if not 0 < o.cg_tolerance < 1:
-        raise UserError(f"--cg-tolerance {o.cg_tolerance}: expected a number between 0 and 1")
-    if not 0 <= o.sigma < inf:
-        raise UserError(f"--sigma {o.sigma}: expected a number, 0 or more")
-    if o.cg_iterations < 1:
-        raise UserError(f"--cg-iterations {o.cg_iterations}: expected 1 or more")
-    if o.optimizer not in RULES:
-        return
-    name = f"--optimizer {o.optimizer}"
-    if config.parallel.partition != "pairs":
-        raise UserError(
-            f"{name} needs --partition pairs: an element is a pair of classes, and a worker of --partition scores does "
-            "not have both"
-        )
-    keeping = [layer.name for layer in network.walk() if layer.keeps]
-    if keeping:
-        raise UserError(
-            f"{name} shares one forward pass among the elements, and what {keeping[0]} of --model {network.name} keeps "
-            "of it is of all units at once: use a network without normalization, or another --optimizer"
-        )
-    if roles.rows > 1:
-        workers = [w for w in roles.workers if w is not None]
-        pairs = {pair for w in workers for pair in w.elements or ()}
-        most = config.parallel.masters * (not config.parallel.colocate) + min(len(workers), len(pairs))
-        raise UserError(
-            f"{name} keeps each element on one worker, and replicas would each keep their own: use --replicas 1 and "
-            f"{most} ranks or fewer"
-        )
-    if o.damping and o.optimizer != "plbfgs":
-        raise UserError(f"--damping goes with --optimizer plbfgs: {name} takes pairs of negative curvature as they are")
-    if o.scaling == "moments":
-        check_eps(o.eps, np.dtype(config.model.dtype))
-    if o.extrapolation != "none" and o.globalization != "line-search":
-        raise UserError(f"--extrapolation {o.extrapolation} goes with --globalization line-search")
-    if o.weight_decay:
-        raise UserError(f"{name} has no --weight-decay")

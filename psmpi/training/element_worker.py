@@ -1,4 +1,4 @@
-"""A worker of the partially-separable methods: its subnetwork, its samples, its element losses and their gradient."""
+"""A worker that computes with a part of a network: subnetwork, samples, element losses and their gradient."""
 
 from __future__ import annotations
 
@@ -6,17 +6,15 @@ from math import ceil, sqrt
 
 import numpy as np
 
-from psmpi.backend import NumpyOps
 from psmpi.comm.group import Group
 from psmpi.comm.transfers import RowExchange, Sum
-from psmpi.config import Config
-from psmpi.data import Batch, Dataset, Resident
-from psmpi.layout import Layout, Roles, Worker
-from psmpi.methods.base import configured_loss, make_metric
+from psmpi.data import Batch, Resident
+from psmpi.layout import Roles, Worker
 from psmpi.nn.layers.chain import Tape
 from psmpi.nn.model import Model
-from psmpi.nn.network import Network
 from psmpi.nn.objective import Objective
+from psmpi.training.context import Context
+from psmpi.training.evaluator import evaluate
 
 
 class ElementWorker:
@@ -28,23 +26,19 @@ class ElementWorker:
 
     def __init__(
         self,
+        context: Context,
         place: Worker,
         roles: Roles,
         row: Group,
-        network: Network,
-        layout: Layout,
-        dataset: Dataset,
-        config: Config,
         w_part: np.ndarray,
         g_part: np.ndarray,
-        ops: NumpyOps,
         tests: bool = True,
     ):
+        network, dataset, ops = context.network, context.dataset, context.ops
         self.place, self.rows, self.dataset = place, roles.rows, dataset
-        self.dtype, self.ops = np.dtype(config.model.dtype), ops
-        self.g_part = g_part
-        self.model = Model(network, layout, w_part, g_part, ops, place.classes)
-        self.loss, self.metric = configured_loss(config, dataset.task), make_metric(config, dataset)
+        self.dtype, self.ops, self.g_part = context.dtype, ops, g_part
+        self.model = Model(network, context.layout, w_part, g_part, ops, place.classes)
+        self.loss, self.metric = context.loss(), context.metric()
         self.objective = Objective(self.loss, self.model)
         self.forward_pass, self.backward_pass = ops.record(self._forward), self.objective.record(self._backward)
         peers = [w for w in roles.workers if w is not None and w.row == place.row]
@@ -77,7 +71,7 @@ class ElementWorker:
         self.test_ids = mine if self.pairs is None or self.reports else mine[:0]
         self.test_samples = Resident(dataset.test, self.test_ids, self.dtype, ops)
         self.capacity = 0
-        share = -(-config.data.batch_size // self.rows)
+        share = -(-context.config.data.batch_size // self.rows)
         if self.pairs is not None:
             # As many samples of its classes as hardly ever meet in a minibatch.
             mean = share * len(samples) / dataset.train.n
@@ -154,23 +148,21 @@ class ElementWorker:
 
     def test(self) -> np.ndarray:
         """The metric's sums over the row's slice of the test split; 0 but on its first worker."""
-        totals = self.metric.zeros()
-        for at in self.test_batches:
-            ids = np.arange(at.start, at.stop)
-            b = len(ids)
-            scores = self.scores[: self.dataset.outputs * b].reshape(-1, b)
-            output = None
-            if len(self.test_ids):
-                output = self.model.forward(self.test_samples.batch(ids, self.x).inputs).scores
-            if self.pairs is None:
+        return evaluate(self.metric, self.test_batches, self._test_scores, self.test_samples.targets, self.ops)
+
+    def _test_scores(self, ids: np.ndarray) -> np.ndarray | None:
+        """All classes' scores (classes, b) of test samples, on the row's first worker."""
+        scores = self.scores[: self.dataset.outputs * len(ids)].reshape(-1, len(ids))
+        output = None
+        if len(self.test_ids):
+            output = self.model.forward(self.test_samples.batch(ids, self.x).inputs).scores
+        if self.pairs is None:
+            assert output is not None
+            scores = self._share(output)
+        else:
+            scores.fill(0)
+            for k, c in self.reports:
                 assert output is not None
-                scores = self._share(output)
-            else:
-                scores.fill(0)
-                for k, c in self.reports:
-                    assert output is not None
-                    scores[c] = output[k]
-                self.score_sum.backward(scores, scores)
-            if self.place.column == 0:
-                totals += self.metric.sums(self.ops.host(scores), self.test_samples.targets(ids))
-        return totals
+                scores[c] = output[k]
+            self.score_sum.backward(scores, scores)
+        return scores if self.place.column == 0 else None

@@ -5,22 +5,50 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import inf
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 
-from psmpi.config import Config, Synthetic
+from psmpi.config import Config, Least
 from psmpi.data import Dataset
 from psmpi.errors import UserError
 from psmpi.layout import split_evenly
-from psmpi.methods.base import check_classes, check_first_order, check_layers, check_slices, configured_loss
-from psmpi.methods.psl import hyperparameters
 from psmpi.nn.cut import split_layers
 from psmpi.nn.network import Network
-from psmpi.optim import make_optimizer
+from psmpi.training.checks import check_classes, check_first_order, check_layers, check_slices, slices_are_normalized
+from psmpi.training.context import configured_loss, configured_optimizer
 
 # The least and the largest value of labels at scale 1, and of activations.
 LAWS = {"uniform": (0.0, 1.0), "sign": (-1.0, 1.0), "gaussian": (-inf, inf), "orthogonal": (-inf, inf)}
 REACH = {"sigmoid": (0.0, 1.0), "tanh": (-1.0, 1.0), "relu": (0.0, inf), "identity": (-inf, inf)}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Synthetic intermediate labels (sil)."""
+
+    table: ClassVar[str] = "sil"
+    results: ClassVar[bool] = True
+
+    parts: Annotated[int, Least(0)] = 0
+    """Runs of layers that are trained apart, the ranks a divisor or a multiple of them; 0: as many as ranks, and 2 at
+    least where there are two layers."""
+    labels: Literal["uniform", "gaussian", "sign", "orthogonal"] = "uniform"
+    """Law of the vectors that stand for the classes: U(0, 1), N(0, 1), -1 or 1, or orthogonal to each other."""
+    labels_seed: Annotated[int, Least(0)] = 0
+    """Seed of these vectors."""
+    labels_scale: float = 1.0
+    """Factor of these vectors, the paper's kappa; the loss is divided by its square."""
+    hand_over: Literal["stored", "recompute", "stale", "labels"] = "stored"
+    """Inputs that a part learns from. One part after the other: stored, the outputs of the finished part before, kept
+    in memory; recompute, these anew for each minibatch. All at once: stale, the outputs that the part before had at the
+    end of the epoch before; labels, its labels with noise."""
+    labels_noise: float = 0.1
+    """Standard deviation of the noise of --hand-over labels, over --labels-scale."""
+    part_epochs: tuple[int, ...] = ()
+    """Epochs of each part, one after the other; equal shares if not given."""
+    recovery_epochs: Annotated[int, Least(0)] = 0
+    """How many of the --epochs, at the end, train all parts together as one network."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +62,7 @@ class Phase:
     joined: bool = False
 
 
-def plan_phases(parts: int, epochs: int, settings: Synthetic) -> list[Phase]:
+def plan_phases(parts: int, epochs: int, settings: Settings) -> list[Phase]:
     """The phases of training; UserError where the epochs do not add up."""
     given, recovery, way = settings.part_epochs, settings.recovery_epochs, settings.hand_over
     left, everyone, in_turn = epochs - recovery, tuple(range(parts)), way in ("stored", "recompute")
@@ -108,8 +136,8 @@ def cut_activation(network: Network, behind: int) -> str:
 
 def check_sil(size: int, network: Network, dataset: Dataset, config: Config) -> None:
     """UserError for a configuration that `size` ranks cannot train; needs no MPI and no arrays of weights."""
-    s, o = config.synthetic, config.optimization
-    check_classes(dataset, "--method sil", "use another one (data_parallel, psl, ...)")
+    s = config.of(Settings)
+    check_classes(dataset, "--method sil", "use another method")
     parts = count_parts(size, network, s.parts)
     plan_phases(parts, config.run.epochs, s)
     check_layers(network, config, parts)
@@ -119,7 +147,7 @@ def check_sil(size: int, network: Network, dataset: Dataset, config: Config) -> 
         raise UserError(f"--nccl sums over the ranks of a part, and {size} rank(s) share {parts} part(s): leave it out")
     if not 1e-6 <= s.labels_scale <= 1e6:
         raise UserError(f"--labels-scale {s.labels_scale}: expected a number from 1e-6 to 1e6, usually 1")
-    if s.hand_over != "labels" and s.labels_noise != Synthetic().labels_noise:
+    if s.hand_over != "labels" and s.labels_noise != Settings().labels_noise:
         raise UserError(f"--labels-noise {s.labels_noise} is for --hand-over labels: leave it out")
     if not 0 <= s.labels_noise <= 1e6:
         raise UserError(f"--labels-noise {s.labels_noise}: expected 0 (none) or a number above it, up to 1e6")
@@ -129,17 +157,14 @@ def check_sil(size: int, network: Network, dataset: Dataset, config: Config) -> 
             f"--labels orthogonal: {network.classes} vectors of {min(widths)} units cannot be; use --labels uniform"
         )
     configured_loss(config, dataset.task)
-    make_optimizer(o.optimizer, 0, np.dtype(config.model.dtype), hyperparameters(config))
+    configured_optimizer(config, 0)
 
 
 def warnings(size: int, network: Network, config: Config) -> Iterator[str]:
     """Notes for the user on a network before it is trained so."""
-    s = config.synthetic
+    s = config.of(Settings)
     if network.normalized and Seats(size, count_parts(size, network, s.parts)).rows > 1:
-        yield (
-            "batch normalization takes the statistics of each rank's own slice of a minibatch: the result depends on "
-            "the number of ranks of a part"
-        )
+        yield slices_are_normalized(" of a part")
     o = config.optimization
     if s.hand_over in ("stored", "recompute") and (o.schedule != "constant" or o.warmup_steps):
         yield (

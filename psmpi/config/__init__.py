@@ -1,0 +1,29 @@
+"""The settings of a run; the command line, the TOML file and the help are made from their dataclasses."""
+
+from psmpi.config.ranges import Least, option
+from psmpi.config.sections import Data, LossSettings, NetworkSettings, Optimization, Parallel, Run
+from psmpi.config.text import defaults, from_table, from_toml, read_file, to_toml, tomllib
+from psmpi.config.tree import Config, Settings, check, command_line, from_command_line, kinds_of_settings
+
+__all__ = [
+    "Config",
+    "Data",
+    "Least",
+    "LossSettings",
+    "NetworkSettings",
+    "Optimization",
+    "Parallel",
+    "Run",
+    "Settings",
+    "check",
+    "command_line",
+    "defaults",
+    "from_command_line",
+    "from_table",
+    "from_toml",
+    "kinds_of_settings",
+    "option",
+    "read_file",
+    "to_toml",
+    "tomllib",
+]

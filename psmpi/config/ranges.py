@@ -1,0 +1,32 @@
+"""Ranges of settings, beside their types: `parts: Annotated[int, Least(0)] = 0`."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from math import isfinite
+from typing import Any, NamedTuple, get_type_hints
+
+from psmpi.errors import UserError
+
+
+class Least(NamedTuple):
+    """The least value of a setting that is a whole number."""
+
+    bound: int
+
+
+def option(name: str) -> str:
+    """The option of the command line that gives the setting called `name`."""
+    return f"--{name.replace('_', '-')}"
+
+
+def check_ranges(section: Any) -> None:
+    """UserError for a value of a dataclass of settings below its range, and for a number that is not finite."""
+    hints = get_type_hints(type(section), include_extras=True)
+    for one in fields(section):
+        value = getattr(section, one.name)
+        for bound in getattr(hints[one.name], "__metadata__", ()):
+            if isinstance(bound, Least) and value < bound.bound:
+                raise UserError(f"{option(one.name)} {value}: expected a whole number from {bound.bound} up")
+        if isinstance(value, float) and not isfinite(value):
+            raise UserError(f"{option(one.name)} {value}: expected a finite number")

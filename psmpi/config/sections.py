@@ -1,0 +1,198 @@
+"""Settings of every run, in tables; those of single training methods stand beside the methods."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from tyro.conf import Suppress, arg
+
+from psmpi.config.ranges import Least
+from psmpi.nn.losses import LOSSES
+from psmpi.registry import DEFAULT
+
+if TYPE_CHECKING:
+    LossName = str
+else:
+    # The registry's names, for the command line, TOML files and the help.
+    LossName = Literal[tuple(LOSSES)]
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is learnt from, and in which order."""
+
+    dataset: str = "digits"
+    """digits (embedded), mnist, cifar10, or the path of an .npz or .h5 file with x and y: integers are classes,
+    floating point numbers the values of a regression."""
+    data_dir: str = "data"
+    """Folder that holds the data set's files."""
+    batch_size: Annotated[int, Least(1)] = 100
+    """Samples in a minibatch, over all replica rows."""
+    shuffle: bool = True
+    """A new order of the samples each epoch, a function of (seed, epoch) alone; else the file's order."""
+
+
+@dataclass(frozen=True)
+class NetworkSettings:
+    """The network."""
+
+    model: Literal["psnet", "psnet-24", "psnet-35", "lenet", "mlp", "resnet", "custom"] = "psnet"
+    """Built-in network, or custom: described by [[model.layers]] tables in the configuration file."""
+    widths: tuple[int, ...] = ()
+    """Hidden widths of mlp, 1024 1024 if not given; channels of resnet's sections, 16 32 if not given."""
+    blocks: tuple[int, ...] = ()
+    """Residual blocks of each of resnet's sections; 3 if not given."""
+    batch_norm: bool = False
+    """Batch normalization before each activation and of the scores, instead of biases; statistics are always those of
+    the minibatch, in evaluations of about 1,000 samples."""
+    layers: Annotated[tuple[dict[str, Any], ...], Suppress] = ()
+    init: Literal["xavier", "he", "pytorch"] = "xavier"
+    """Initial weights: uniform, Xavier, He, or within 1 / sqrt(inputs) as PyTorch's."""
+    init_gain: float = 4.0
+    """Factor on the Xavier weights of layers followed by the logistic sigmoid, whose slope at 0 is 1/4."""
+    dtype: Literal["float32", "float64"] = "float32"
+    """Type of weights and arithmetic."""
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """What says the layers of the network called `model`."""
+        return {name: getattr(self, name) for name in ("widths", "layers", "blocks", "batch_norm")}
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """The loss."""
+
+    loss: Annotated[LossName, arg(help="; ".join(f"{name}: {loss.formula}" for name, loss in LOSSES.items()))] = "psl"
+    kappa: float = 1.0
+    """Factor on the score differences of losses over pairs of classes."""
+    exp_clip: str = "auto"
+    """Exponent from which psl goes on as its tangent: auto (where the dtype overflows), a number, or off (an error)."""
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """Method and machine."""
+
+    method: str = DEFAULT
+    """Training method."""
+    backend: Literal["auto", "numpy", "compiled", "cupy"] = "auto"
+    """What computes: NumPy, kernels in C, or a GPU through CuPy. auto: the last of these that is there."""
+    compute: Literal["float32", "tf32", "float16", "bfloat16"] = "float32"
+    """What a GPU's matrix products, and so its convolutions, compute with; weights, sums and results are float32."""
+    convolution: Literal["own", "cudnn", "measured"] = "own"
+    """A GPU's convolutions: psmpi's own; cuDNN's, where it has them and their values agree; or the faster ones of these
+    by a measurement, which may choose, and so round, differently from run to run."""
+    cuda_graphs: bool = True
+    """Record a step's work on the GPU once and play it back."""
+    gpu_aware: bool = False
+    """Hand GPU memory to MPI, which has to be GPU-aware; else what is sent goes through pinned host memory."""
+    nccl: bool = False
+    """Exchange the scores of a row, and sum over replicas, by NCCL; needs a GPU a rank."""
+    threads: Annotated[int, Least(0)] = 0
+    """Threads a rank, of linear algebra and of the kernels; 0: the host's cores over its ranks, at least 1."""
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """The optimizer and its learning rate."""
+
+    optimizer: Literal[
+        "sgd",
+        "momentum",
+        "nesterov",
+        "adam",
+        "adamw",
+        "rmsprop",
+        "lbfgs",
+        "lbfgs-tr",
+        "lsr1-tr",
+        "plbfgs",
+        "plsr1",
+        "plse",
+    ] = "adam"
+    """Update rule; lbfgs has a line search, lbfgs-tr and lsr1-tr a trust region; plbfgs, plsr1 and plse are partitioned
+    quasi-Newton methods, for --partition pairs."""
+    lr: float = 1e-3
+    """Learning rate (lbfgs: length of its first trial step, 1 is usual; other quasi-Newton methods have none)."""
+    schedule: Literal["constant", "step", "cosine"] = "constant"
+    """Course of the learning rate; cosine falls from --lr to --min-lr over all --epochs."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises linearly from 0, before the schedule."""
+    step_size: int = 0
+    """Steps after which the `step` schedule multiplies the learning rate by gamma."""
+    gamma: float = 0.1
+    """Factor of the `step` schedule."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the `cosine` schedule."""
+    clip: float = 1.0
+    """Largest global norm of the gradient; 0: no clipping. (Not used by the quasi-Newton methods, which keep their
+    steps in bounds themselves.)"""
+    weight_decay: float = 0.0
+    """L2 penalty added to the gradient; decoupled in adamw."""
+    momentum: float = 0.9
+    """Momentum of momentum, nesterov and --extrapolation constant."""
+    beta1: float = 0.9
+    """Decay of Adam's first moment."""
+    beta2: float = 0.999
+    """Decay of Adam's second moment, and of --scaling moments."""
+    eps: float = 1e-8
+    """Added to the root in adam, adamw, rmsprop and --scaling moments."""
+    alpha: float = 0.99
+    """Decay of rmsprop's mean square."""
+    history: int = 10
+    """Pairs that lbfgs, lbfgs-tr and lsr1-tr remember."""
+    max_evals: int = 20
+    """Function evaluations of the line search of lbfgs at most."""
+    globalization: Literal["trust-region", "line-search"] = "line-search"
+    """What keeps partitioned quasi-Newton steps from being too long."""
+    line_search: Literal["basic", "backtracking"] = "basic"
+    """Of --globalization line-search. basic: lengthens a step that is good as it is, by 3/2 as long as the loss falls,
+    whatever --sigma says; backtracking: only shortens."""
+    extrapolation: Literal["none", "constant", "adaptive"] = "none"
+    """Nesterov's extrapolation of partitioned quasi-Newton steps, by --momentum or adaptive."""
+    memory: int = 5
+    """Pairs that each element remembers."""
+    merge_pairs: bool = False
+    """One element for a pair of classes, not one for each of its two orders: half the memory."""
+    initial: Literal["scaled", "identity"] = "scaled"
+    """What an element's matrix starts from before its pairs: y^T y / s^T y times the identity, or the identity."""
+    curvature: Literal["absolute", "relative"] = "absolute"
+    """Test of s^T y in plbfgs and plse: above the rounding of the dtype, or above 1e-8 ||s|| ||y||."""
+    damping: bool = False
+    """Powell's damping of pairs of negative curvature, in plbfgs."""
+    sigma: float = 0.0
+    """Multiple of the identity that is added to the sum of the elements' matrices: more of it, shorter steps. It rises
+    as a --schedule makes the learning rate fall."""
+    scaling: Literal["none", "moments"] = "none"
+    """Variables of partitioned quasi-Newton steps: the weights, or these times the fourth root of their gradients' mean
+    squares (by --beta2, as in Adam), which makes the matrices start from a diagonal."""
+    cg_tolerance: float = 1e-2
+    """Residual, relative to the gradient, at which conjugate gradients end."""
+    cg_iterations: int = 30
+    """Products with the partitioned matrix in a step at most."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """How long, and what is written where."""
+
+    epochs: Annotated[int, Least(1)] = 10
+    """Passes over the training samples."""
+    max_steps: Annotated[int, Least(0)] = 0
+    """Stop after this many steps in all; 0: no such limit."""
+    seed: Annotated[int, Least(0)] = 0
+    """Seed of the initial weights and of the order of the samples."""
+    out: str = ""
+    """Run directory; a new folder under runs/ if not given."""
+    resume: str = ""
+    """Checkpoint to go on from: its path, or auto for the newest one in the run directory (a fresh start if none)."""
+    checkpoint_every: Annotated[int, Least(0)] = 0
+    """Steps between checkpoints; 0: at the end of each epoch."""
+    checkpoint_keep: Annotated[int, Least(0)] = 3
+    """Newest checkpoints to keep; 0: all."""
+    checkpoint_gzip: int = 0
+    """Compression of checkpoints: 0 (none) to 9."""
+    checkpoint_parallel: bool = False
+    """All ranks write the checkpoint together, while training waits; needs an h5py built with parallel HDF5."""

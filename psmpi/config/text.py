@@ -1,0 +1,106 @@
+"""Configurations as TOML text, and back."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+import tomli_w
+
+from psmpi.config.tree import Config, kinds_of_settings
+from psmpi.errors import UserError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+# Tables of earlier versions' files; what they hold beside the sections' settings is now in tables of the methods.
+FORMER = ("parallel", "replicated", "alignment", "subnets", "synthetic")
+
+
+def defaults(argv: Sequence[str]) -> Config:
+    """The configuration that a command line changes: that of --config, which has to be known before the rest is read.
+
+    UserError where that file is wrong.
+    """
+    path = ""
+    for at, word in enumerate(argv):
+        if word == "--config" and at + 1 < len(argv):
+            path = argv[at + 1]
+        elif word.startswith("--config="):
+            path = word.partition("=")[2]
+    return read_file(path) if path else Config()
+
+
+def from_table(table: Mapping[str, Any], base: Config, where: str, foreign: bool = False) -> Config:
+    """`base` with the settings of a TOML table; UserError names an unknown table or setting, or one of a wrong type.
+
+    foreign: tables that are not known are those of a method that is not installed here, and passed over.
+    """
+    sections, kinds = base.sections, kinds_of_settings()
+    settings = {name: base.of(kind) for name, kind in kinds.items()}
+    known = {**sections, **settings}
+    changes: dict[str, dict[str, Any]] = {}
+    for name, given in table.items():
+        if isinstance(given, Mapping) and name not in known and name not in FORMER and foreign:
+            continue
+        if not isinstance(given, Mapping) or (name not in known and name not in FORMER):
+            raise UserError(f"{where}: unknown table [{name}]; known are {', '.join(f'[{s}]' for s in known)}")
+        for key, value in given.items():
+            moved = (s for s, one in settings.items() if name in FORMER and hasattr(one, key))
+            owner = name if name in known and _has(known[name], key) else next(moved, "")
+            if not owner:
+                names = ", ".join(sorted(f.name for f in fields(known[name]))) if name in known else "none"
+                raise UserError(f"{where}: unknown setting {key!r} in [{name}]; known are {names}")
+            label = f"{where}: [{name}] {key} = {value!r}"
+            changes.setdefault(owner, {})[key] = _checked(value, known[owner], key, label)
+    made = {name: replace(known[name], **values) for name, values in changes.items()}
+    changed = replace(base, **{name: made[name] for name in made.keys() & sections.keys()})
+    return changed.having(made[name] for name in made.keys() & settings.keys())
+
+
+def _has(section: Any, key: str) -> bool:
+    return any(one.name == key for one in fields(section))
+
+
+def _checked(value: Any, section: Any, key: str, where: str) -> Any:
+    """A value for a setting of a section, of the setting's type."""
+    hint, like = get_type_hints(type(section), include_extras=True)[key], getattr(section, key)
+    if get_origin(hint) is Annotated:
+        hint = get_args(hint)[0]
+    if get_origin(hint) is Literal and value not in get_args(hint):
+        raise UserError(f"{where}: choose one of {', '.join(get_args(hint))}")
+    if isinstance(like, tuple):
+        if not isinstance(value, list):
+            raise UserError(f"{where}: expected a list")
+        return tuple(value)
+    if isinstance(like, float) and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not type(like):
+        raise UserError(f"{where}: expected {type(like).__name__}, got {type(value).__name__}")
+    return value
+
+
+def read_file(path: str) -> Config:
+    """The defaults with the settings of a TOML file; UserError where it cannot be read."""
+    try:
+        text = Path(path).read_bytes().decode()
+        return from_table(tomllib.loads(text), Config(), path)
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror}; give the path of a TOML file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: not valid TOML: {error}") from None
+
+
+def to_toml(config: Config) -> str:
+    """The resolved configuration as TOML text, which read_file and from_toml read back."""
+    return tomli_w.dumps({name: asdict(one) for name, one in (config.sections | config.chosen).items()})
+
+
+def from_toml(text: str, where: str, foreign: bool = False) -> Config:
+    """The reverse of to_toml; `where` names the text in errors, `foreign` is that of `from_table`."""
+    return from_table(tomllib.loads(text), Config(), where, foreign)

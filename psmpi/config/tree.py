@@ -1,0 +1,150 @@
+"""The configuration: the sections of every run, and the settings of training methods by their class."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass, replace
+from functools import partial
+from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar
+
+from tyro.conf import arg
+
+from psmpi.config.ranges import check_ranges, option
+from psmpi.config.sections import Data, LossSettings, NetworkSettings, Optimization, Parallel, Run
+from psmpi.errors import UserError
+from psmpi.registry import all_methods, find_method
+
+
+class Settings(Protocol):
+    """A frozen dataclass of a method's settings, or of some that several methods share.
+
+    Its docstring is the title, that of a field its help. table: the name of the TOML table; results: whether other
+    values give other weights by more than rounding, so that a resumed run tells of them.
+    """
+
+    table: ClassVar[str]
+    results: ClassVar[bool]
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+S = TypeVar("S")
+
+
+@dataclass(frozen=True)
+class Config:
+    """The whole configuration; `settings` has those of methods, by class, where they are not all as by default."""
+
+    data: Data = field(default_factory=Data)
+    model: NetworkSettings = field(default_factory=NetworkSettings)
+    objective: LossSettings = field(default_factory=LossSettings)
+    parallel: Parallel = field(default_factory=Parallel)
+    optimization: Optimization = field(default_factory=Optimization)
+    run: Run = field(default_factory=Run)
+    settings: Mapping[type, Any] = field(default_factory=dict)
+
+    def of(self, kind: type[S]) -> S:
+        """The settings of one class."""
+        found: S = self.settings.get(kind) or kind()
+        return found
+
+    def changed(self, kind: type[Any], **values: Any) -> Config:
+        """A copy with other values of some settings of a method."""
+        return self.having([replace(self.of(kind), **values)])
+
+    def having(self, several: Iterable[Any]) -> Config:
+        """A copy with these settings of methods in place of those of the same class."""
+        made = {**self.settings, **{type(one): one for one in several}}
+        return replace(self, settings={kind: one for kind, one in made.items() if one != kind()})
+
+    @property
+    def sections(self) -> dict[str, Any]:
+        """The sections of every run by the names of their tables."""
+        found = {one.name: getattr(self, one.name) for one in fields(self)}
+        return {name: section for name, section in found.items() if is_dataclass(section)}
+
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """The settings of the method that trains, by the names of their tables."""
+        return {kind.table: self.of(kind) for kind in find_method(self.parallel.method).settings}
+
+
+def kinds_of_settings() -> dict[str, type[Any]]:
+    """The classes of all methods' settings, by the names of their tables."""
+    return {kind.table: kind for method in all_methods().values() for kind in method.settings}
+
+
+def check(config: Config) -> None:
+    """UserError for a value that no run can have, whatever its data and ranks."""
+    method = config.parallel.method
+    taken = find_method(method).settings
+    for kind, one in config.settings.items():
+        for name in (f.name for f in fields(one)) if kind not in taken else ():
+            if getattr(one, name) != getattr(kind(), name):
+                others = " and ".join(known for known, of in all_methods().items() if kind in of.settings)
+                raise UserError(
+                    f"{option(name)} is of --method {others}, and the method here is {method}: leave it out, or choose "
+                    "that method"
+                )
+    for section in (*config.sections.values(), *config.settings.values()):
+        check_ranges(section)
+    run, model, o, parallel = config.run, config.model, config.optimization, config.parallel
+    if not o.lr > 0:
+        raise UserError(f"--lr {o.lr}: expected a number above 0")
+    if not 0 < model.init_gain <= 1e3:
+        raise UserError(f"--init-gain {model.init_gain}: expected a number above 0 and up to 1000")
+    if o.history > 1000:
+        raise UserError(f"--history {o.history}: expected 1000 pairs at most")
+    if model.widths and model.model not in ("mlp", "resnet"):
+        raise UserError(f"--widths are those of --model mlp and resnet; --model {model.model} has its own")
+    if not o.clip >= 0:
+        raise UserError(f"--clip {o.clip}: expected 0 (no clipping) or a number above it")
+    if not 0 <= run.checkpoint_gzip <= 9:
+        raise UserError(f"--checkpoint-gzip {run.checkpoint_gzip}: expected 0 (none) to 9")
+    if parallel.compute != "float32" and model.dtype != "float32":
+        raise UserError(
+            f"--compute {parallel.compute} is for float32 weights, not --dtype {model.dtype}: leave one out"
+        )
+    if parallel.convolution != "own" and parallel.compute not in ("float32", "tf32"):
+        raise UserError(
+            f"--convolution {parallel.convolution} computes with float32 and tf32, not --compute "
+            f"{parallel.compute}: leave one out"
+        )
+    if parallel.threads > 1024:
+        raise UserError(f"--threads {parallel.threads}: expected 1024 at most")
+    if parallel.nccl and not find_method(method).nccl:
+        others = " and ".join(name for name, known in all_methods().items() if known.nccl)
+        raise UserError(
+            f"--nccl is of --method {others}, and the method here is {method}: leave it out, or choose that method"
+        )
+
+
+def command_line(default: Config) -> Any:
+    """A tree of dataclasses from which tyro makes the options and the help, with defaults; see `from_command_line`."""
+    methods = all_methods()
+    told = "; ".join(f"{name}, {method.summary}" for name, method in methods.items())
+    sections: dict[str, Any] = dict(default.sections)
+    # Known when the program runs: the names that are there to choose from.
+    choice = Annotated[Literal[tuple(methods)], arg(help=f"Training method: {told}.")]  # type: ignore[valid-type]
+    kind = make_dataclass(
+        "Parallel", [("method", choice)], bases=(Parallel,), frozen=True, namespace={"__doc__": Parallel.__doc__}
+    )
+    sections["parallel"] = kind(**vars(default.parallel))
+    optimization = sections.pop("optimization"), sections.pop("run")
+    for table, settings in kinds_of_settings().items():
+        sections[table] = default.of(settings)
+    sections["optimization"], sections["run"] = optimization
+    file = Annotated[str, arg(metavar="FILE.toml", help=FILE)]
+    given: list[Any] = [
+        (name, type(value), field(default_factory=partial(replace, value))) for name, value in sections.items()
+    ]
+    return make_dataclass("Options", [*given, ("config", file, "")], frozen=True)
+
+
+FILE = "TOML file with any of these settings, in tables named as the groups here; the command line goes before it."
+
+
+def from_command_line(tree: Any) -> Config:
+    """The configuration that a tree of `command_line` says."""
+    sections = {name: getattr(tree, name) for name in Config().sections}
+    sections["parallel"] = Parallel(**vars(sections["parallel"]))
+    return Config(**sections).having(getattr(tree, table) for table in kinds_of_settings())

@@ -1,0 +1,1 @@
+"""Independent subnet training: the method, and what deals out the network."""

@@ -1,0 +1,226 @@
+"""Independent subnet training: each round every worker trains a random subnetwork of its own, and no two share weights.
+
+Yuan et al., "Distributed learning of fully connected neural networks using independent subnet training" (2022); by
+residual blocks it is ResIST (Dun et al. 2022). One round: weights of the subnets from the ranks that hold the network,
+local steps on each worker's own slices of the minibatches without a message, weights back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+import numpy as np
+
+from psmpi.comm.transfers import Subnets
+from psmpi.config import Config, Least
+from psmpi.data import Batch, Dataset
+from psmpi.errors import UserError
+from psmpi.layout import Runs, replicate
+from psmpi.methods.ist.dealer import Dealer
+from psmpi.nn.network import Network
+from psmpi.training.checks import check_first_order, check_slices
+from psmpi.training.context import Context, configured_loss, configured_optimizer
+from psmpi.training.descent import Descent
+from psmpi.training.element_worker import ElementWorker
+from psmpi.training.evaluator import Evaluator
+from psmpi.training.masters import Masters
+from psmpi.training.method import Exactness, Method, nbytes, together
+from psmpi.training.rounds import Rounds, check_rounds
+from psmpi.training.state import fetch
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Independent subnets (ist)."""
+
+    table: ClassVar[str] = "ist"
+    results: ClassVar[bool] = True
+
+    deal: Literal["units", "blocks"] = "units"
+    """Shares that are dealt to the workers each round: neurons and channels of each layer, or residual blocks
+    (ResIST)."""
+    strata: bool = False
+    """Deal out each of as many equal groups of units as there are workers on its own: equal messages."""
+    subnet_seed: Annotated[int, Least(0)] = 0
+    """Seed of the deals."""
+    min_blocks: int = 1
+    """Residual blocks of a worker at least; where there are fewer, workers share some, and these are averaged."""
+    optimizer_state: Literal["reset", "travel"] = "reset"
+    """A fresh optimizer each round, or its state goes with the weights, of Adam with a count of each one's steps."""
+
+
+class IndependentSubnets(Method):
+    """The method on one rank: a shard of the network, a subnet to train, or both.
+
+    A round ends after --local-steps, at the end of an epoch and before a checkpoint. With travelling state what the
+    optimizer knows of a weight is held and goes out and back with it; else each round begins with a fresh optimizer.
+    """
+
+    name = "ist"
+    summary = "independent subnets, each worker a random part of all layers, new each round"
+    settings = (Settings, Rounds, Masters)
+    exactness = Exactness("statistical", "exact", 0.03)
+
+    def __init__(self, context: Context):
+        config, ops, self.options = context.config, context.ops, context.settings(Settings)
+        self.holders, self.workers = find_roles(context.size, config)
+        self.dealer = make_dealer(context.network, len(self.workers), config)
+        self.world = context.group()
+        self.subnets = Subnets(
+            self.world, self.holders, self.workers, context.layout, self.dealer.layouts, self.dealer.deal, context.dtype
+        )
+        super().__init__(context, self.subnets.shards)
+        self.every = context.settings(Rounds).local_steps
+        shard = self.shards[self.rank]
+        # One that holds all of it tests with it where it is.
+        alone = len(self.holders) == 1 and self.rank in self.holders
+        self.w = ops.mirror((ops.zeros if alone else np.zeros)(shard.size, self.dtype))
+        context.draw_weights(shard, self.w.host)
+        self.travel = self.options.optimizer_state == "travel"
+        self.state.vector("weights", self.w.host)
+        for name in context.optimizer(0, counted=True).vectors if self.travel else ():
+            self.state.vector(name, np.zeros(shard.size, self.dtype))
+        self.state.scalar("rounds", 0)
+        self.number = self.workers.index(self.rank) if self.rank in self.workers else -1
+        self.worker: ElementWorker | None = None
+        if self.number >= 0:
+            self._make_subnet(context)
+        self.evaluator: Evaluator | None = None
+        group = context.uncounted(self.holders)
+        self.metric = context.metric()
+        if self.rank in self.holders:
+            held = [self.shards[rank] for rank in self.holders]
+            self.evaluator = Evaluator(self.network, group, held, self.w, self.dataset.test, self.metric, ops)
+        # Steps of the present round; between two rounds none.
+        self.steps = 0
+
+    def _make_subnet(self, context: Context) -> None:
+        """The network that a worker trains: it has the same shape in every round."""
+        inner, ops = context.of_network(self.dealer.networks[self.number]), self.ops
+        size, roles = inner.layout.size, replicate(inner.layout, len(self.workers))
+        place, used = roles.workers[self.number], roles.parts[self.number].inside(Runs(((0, size),)))
+        assert place is not None and used is not None
+        self.part, self.g = (ops.zeros(size, self.dtype) for _ in range(2))
+        self.unused = slice(used.stop, None)
+        row = inner.group([self.rank])
+        self.worker = ElementWorker(inner, place, roles, row, self.part[used], self.g[used], tests=False)
+        self.descent = Descent(inner, size, counted=self.travel)
+        self.optimizer = self.descent.optimizer
+        self.fresh = dict(self.optimizer.scalars)
+        own = {"weights": self.part, **self.optimizer.vectors}
+        self.mirrors = {name: ops.mirror(own[name]) for name in self.state.entries}
+
+    @classmethod
+    def check(cls, size: int, network: Network, dataset: Dataset, config: Config) -> None:
+        _, workers = find_roles(size, config)
+        make_dealer(network, len(workers), config)
+        check_first_order(config, "has searches and pairs that would not outlive a round")
+        configured_optimizer(config, 0)
+        check_rounds(config, "in a round")
+        check_slices(network, config.data.batch_size, len(workers), "workers")
+        configured_loss(config, dataset.task)
+
+    @staticmethod
+    def warnings(size: int, network: Network, config: Config) -> Iterator[str]:
+        _, workers = find_roles(size, config)
+        if config.of(Settings).deal == "units" and not network.normalized and len(workers) > 1:
+            yield (
+                "without batch normalization the inputs of a subnet's layers are scaled up for the units that are "
+                "elsewhere: --batch-norm learns better with this method"
+            )
+
+    def step(self, batch: Batch, lr: float) -> None:
+        if self.steps == 0:
+            self._begin()
+        if self.worker is not None:
+            share = batch.share(self.number, len(self.workers))
+            # A last minibatch may leave some workers without a sample: they take all of it, and every one steps alike.
+            own = share if len(share) else batch
+            self.g[self.unused].fill(0)
+            self.loss_sum += self.worker.element_losses(own, own) * len(share)
+            self.descent.step(self.part, self.g, lr)
+        self.steps += 1
+        if self.steps == self.every:
+            self.drain()
+
+    def _begin(self) -> None:
+        """Deal out the network: each worker gets its subnet's weights, and what travels with them."""
+        self.subnets.plan(int(self.scalars["rounds"]))
+        if self.worker is not None:
+            for vector in self.optimizer.vectors.values():
+                vector.fill(0)
+            self.optimizer.scalars.update(self.fresh)
+        for name, shard in self.state.vectors.items():
+            self.subnets.forward(shard, self._own(name))
+            if self.worker is not None:
+                self.mirrors[name].push()
+        if self.worker is not None:
+            for mirror in self.mirrors.values():
+                mirror.settle()
+
+    def drain(self) -> None:
+        """End the round: put the subnets back, what one worker has trained as it is, of what all have the mean."""
+        if self.steps == 0:
+            return
+        if self.worker is not None:
+            fetch(self.mirrors.values())
+        for name, shard in self.state.vectors.items():
+            self.subnets.average(self._own(name), shard)
+        self.steps = 0
+        self.scalars["rounds"] += 1
+
+    def _own(self, name: str) -> np.ndarray | None:
+        """A worker's vector of its subnet, in host memory."""
+        return self.mirrors[name].host if self.worker is not None else None
+
+    def test(self) -> dict[str, float]:
+        self.drain()
+        totals = self.metric.zeros()
+        if self.evaluator is not None:
+            self.w.push()
+            totals = self.evaluator.run()
+            self.w.settle()
+        return self.metric.scores(self.world.agree(totals))
+
+    def diagnostics(self) -> dict[str, Any]:
+        return {"rounds": int(self.scalars["rounds"])}
+
+    def work(self) -> tuple[str, str, int]:
+        names = [name for name, mine in (("master", self.rank in self.holders), ("worker", self.number >= 0)) if mine]
+        return "+".join(names), "all", self.part.size if self.worker is not None else 0
+
+    def memory(self) -> dict[str, int]:
+        account = {"weights": nbytes(*self.state.vectors.values()), "buffers": nbytes(self.subnets)}
+        if self.evaluator is not None:
+            account["tests"] = nbytes(self.evaluator)
+        if self.worker is None:
+            return account
+        own = {"weights": nbytes(self.part), "gradients": nbytes(self.g), "optimizer": nbytes(self.optimizer)}
+        return together(account, own, self.worker.memory())
+
+    def events(self) -> dict[str, int]:
+        return {"psl_terms_past_exp_clip": self.worker.loss.clipped if self.worker is not None else 0}
+
+
+def make_dealer(network: Network, workers: int, config: Config) -> Dealer:
+    """The ranks that deal out the network; UserError where that cannot be."""
+    o = config.of(Settings)
+    return Dealer(network, workers, o.subnet_seed, o.deal, o.strata, o.min_blocks)
+
+
+def find_roles(size: int, config: Config) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The ranks that hold the network, and those that train subnets: both of them all ranks with --placement owner."""
+    o, every = config.of(Masters), tuple(range(size))
+    if o.placement == "owner" and (o.masters != 1 or o.colocate):
+        raise UserError(
+            "--placement owner: with --method ist every rank holds a part of the network and trains: leave --masters "
+            "and --colocate out"
+        )
+    if o.placement == "owner":
+        return every, every
+    if not 1 <= o.masters <= size:
+        raise UserError(f"--masters {o.masters} with {size} rank(s): expected 1 to {size}")
+    colocate = o.colocate or size == o.masters
+    return every[: o.masters], every if colocate else every[o.masters :]

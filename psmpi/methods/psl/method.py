@@ -1,0 +1,166 @@
+"""Partially-separable training: each worker computes its element losses, the owners of the weights step them.
+
+Raynaud, Orban, Bigeon, "Partially-separable loss to parallelize partitioned neural network training" (G-2023-36). One
+step: weights out to the parts, forward, scores along the replica row (partition `scores` only), backward, gradients
+back to the shards, optimizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from math import inf
+
+import numpy as np
+
+from psmpi.comm.transfers import Exchange
+from psmpi.data import Batch
+from psmpi.methods.psl.newton import PartitionedNewton
+from psmpi.methods.psl.plan import Settings, check_psl, element_rows, plan_roles
+from psmpi.optim.curvature import RULES
+from psmpi.training.context import Context
+from psmpi.training.descent import Descent
+from psmpi.training.element_worker import ElementWorker
+from psmpi.training.masters import Masters
+from psmpi.training.method import Method, nbytes, together
+
+# Scalars of optimizers that count steps in which the weights stayed.
+FAILURES = ("failed_searches", "failed_steps")
+
+
+class PartiallySeparable(Method):
+    """The method on one rank: a shard to optimize, a part to compute with, and the exchange between the two."""
+
+    name = "psl"
+    summary = "the partially-separable loss, each rank its part of the network"
+    settings = (Settings, Masters)
+    nccl = True
+    partitioned = True
+
+    def __init__(self, context: Context):
+        self.roles = plan_roles(context.layout, context.size, context.config)
+        super().__init__(context, self.roles.shards)
+        nccl, shard = context.config.parallel.nccl, self.shards[self.rank]
+        self.exchange = Exchange(context.world, self.roles, self.counter, self.dtype, self.ops, context.bridge)
+        self.w_part, self.w = self.exchange.make_vectors()
+        self.g_part, self.g = self.exchange.make_vectors()
+        context.put_weights(shard, self.w)
+        self.world = context.group()
+        # The global sums concern the ranks that hold weights; with a line search, all ranks follow its decisions.
+        holders = [rank for rank, held in enumerate(self.shards) if held.size]
+        self.descent = Descent(context, shard.size, allsum=self.allsum, world=self.world)
+        self.optimizer = self.descent.optimizer
+        self.deciders = self.world if self.optimizer.needs_closure else context.group(holders)
+        # Replicas of a private block all hold it: in a global sum it counts once, at its owner of record.
+        self.counts = self.shards.record[self.rank] == shard
+        self.metric = context.metric()
+        self.worker: ElementWorker | None = None
+        place = self.roles.workers[self.rank]
+        if place is not None:
+            row = context.group(self.roles.row(self.rank), nccl=True)
+            self.worker = ElementWorker(context, place, self.roles, row, self.w_part, self.g_part)
+        if nccl:
+            self.exchange.use_nccl(self.ops.stream)
+        self.state.vector("weights", self.w)
+        self.state.optimizer(self.optimizer)
+        self.newton: PartitionedNewton | None = None
+        if context.config.optimization.optimizer in RULES:
+            self.newton = PartitionedNewton(
+                context, self.state, self.world, self.exchange, self.worker, self.w_part, self.w
+            )
+            self.state.rows = element_rows(self.roles, context.config.optimization.merge_pairs)
+            self.state.lost = "the curvature of these elements: it starts afresh"
+            # From here on the workers make the steps of the owners themselves.
+            self.exchange.forward(self.w, self.w_part)
+        self.failed_before: dict[str, float | int] = {}
+
+    check = staticmethod(check_psl)
+
+    def allsum(self, values: np.ndarray) -> np.ndarray:
+        """`values` (k,) float64 summed over the shards, in place, the same on every rank that takes part."""
+        if not self.counts:
+            values.fill(0)
+        return self.deciders.agree(values)
+
+    def step(self, batch: Batch, lr: float) -> None:
+        if self.newton is not None:
+            loss = self.newton.step(batch, lr)
+        else:
+            loss = self.descent.search(self.w, self.g, lr, lambda trial: self.gradient(batch, trial))
+        self.loss_sum += loss * len(batch)
+
+    def gradient(self, batch: Batch, trial: bool = False) -> float:
+        """Fill the shards' gradient of the mean loss over the samples; returns this rank's share of that loss.
+
+        A loss that is not finite is a FloatingPointError, in a `trial` of a line search infinity.
+        """
+        self.exchange.forward(self.w, self.w_part)
+        loss = 0.0
+        if self.worker is not None:
+            try:
+                loss = self.worker.element_losses(batch)
+            except FloatingPointError:
+                if not trial:
+                    raise
+                # The others of the row may be fine with their own elements, and wait for this rank's share.
+                self.g_part.fill(0)
+                loss = inf
+        self.exchange.backward(self.g_part, self.g)
+        return loss
+
+    def restored(self, tables: bool, fresh: Set[str]) -> None:
+        self.failed_before = {name: self.scalars[name] for name in FAILURES if name in self.scalars}
+        if self.newton is not None:
+            self.newton.restored()
+
+    def test(self) -> dict[str, float]:
+        # The weights that other ranks own have moved since they were last sent.
+        self.exchange.forward(self.w, self.w_part)
+        self.exchange.verify(self.w)
+        share = self.worker.test() if self.worker is not None else self.metric.zeros()
+        return self.metric.scores(self.world.agree(share))
+
+    def work(self) -> tuple[str, str, int]:
+        worker = self.roles.workers[self.rank]
+        roles = ["master"] * (self.rank < self.roles.masters) + ["worker"] * (worker is not None)
+        classes = "" if worker is None else _ranges(worker.classes)
+        if worker is not None and self.roles.rows > 1:
+            classes += f" (row {worker.row})"
+        return "+".join(roles), classes, self.w_part.size
+
+    def memory(self) -> dict[str, int]:
+        # Where the shard is a slice of the part, it has no memory of its own.
+        apart = self.exchange.inside is None
+        own = {
+            "weights": nbytes(self.w_part, self.w if apart else 0),
+            "gradients": nbytes(self.g_part, self.g if apart else 0),
+            "optimizer": nbytes(self.optimizer),
+        }
+        worker = self.worker.memory() if self.worker is not None else {}
+        return together(own, worker, {"curvature": nbytes(self.newton)} if self.newton is not None else {})
+
+    def events(self) -> dict[str, int]:
+        # With the score partition every worker of a row sees the same terms: the first counts them.
+        counts = self.worker is not None and (self.worker.pairs is not None or self.worker.place.column == 0)
+        clipped = self.worker.loss.clipped if self.worker is not None and counts else 0
+        # Scalars are the same everywhere: the first rank counts them, from where a resumed run began.
+        failed = {
+            f"optimizer_{name}": int(self.scalars[name] - self.failed_before.get(name, 0)) * (self.rank == 0)
+            for name in FAILURES
+            if name in self.scalars
+        }
+        return {
+            "psl_terms_past_exp_clip": clipped,
+            **failed,
+            **(self.newton.events() if self.newton is not None else {}),
+        }
+
+
+def _ranges(numbers: tuple[int, ...]) -> str:
+    """(0, 1, 2, 5) -> '0-2 5'."""
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and n == runs[-1][1] + 1:
+            runs[-1][1] = n
+        else:
+            runs.append([n, n])
+    return " ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)

@@ -1,0 +1,125 @@
+"""The plan of the method `psl`: settings, roles and refusals; made without MPI and arrays of weights."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from math import inf
+from typing import Annotated, ClassVar, Literal
+
+import numpy as np
+
+from psmpi.config import Config, Least
+from psmpi.data import Dataset
+from psmpi.errors import UserError
+from psmpi.layout import Layout, Roles, TableRows, assign_roles
+from psmpi.methods.psl.element_set import elements_of
+from psmpi.nn.losses import LOSSES
+from psmpi.nn.network import Network
+from psmpi.optim.base import check_eps
+from psmpi.optim.curvature import RULES
+from psmpi.training.checks import check_classes, check_slices
+from psmpi.training.context import configured_loss, configured_optimizer
+from psmpi.training.masters import Masters
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Partially-separable loss (psl)."""
+
+    table: ClassVar[str] = "psl"
+    results: ClassVar[bool] = False
+
+    partition: Literal["scores", "pairs"] = "scores"
+    """Part of a worker: the subnetwork of some scores, or the element losses of some pairs of classes."""
+    replicas: Annotated[int, Least(0)] = 0
+    """Rows of workers that split each minibatch; 0: as few as give every worker work."""
+
+
+def plan_roles(layout: Layout, size: int, config: Config) -> Roles:
+    """The roles of `size` ranks."""
+    return assign_roles(layout, size, **asdict(config.of(Settings)), **asdict(config.of(Masters)))
+
+
+def check_psl(size: int, network: Network, dataset: Dataset, config: Config) -> None:
+    """UserError for a configuration that `size` ranks cannot train; needs no MPI and no arrays of weights."""
+    _check_roles(network, plan_roles(network.layout(), size, config), dataset, config)
+    configured_optimizer(config, 0)
+
+
+def _check_roles(network: Network, roles: Roles, dataset: Dataset, config: Config) -> None:
+    """UserError where the network, the loss or the minibatch does not allow these roles."""
+    workers = [w for w in roles.workers if w is not None]
+    tie = network.tie()
+    if tie is not None and any(w.column > 0 for w in workers):
+        raise UserError(
+            f"--model {network.name} cannot be partitioned: layer {tie!r} ties the classes, every score depends on all "
+            "of its weights. Use a network that ends in separable layers (--model psnet), or give each worker the "
+            f"whole network and a slice of the minibatch with --replicas {len(workers)}"
+        )
+    loss, partition = configured_loss(config, dataset.task), config.of(Settings).partition
+    if partition == "pairs":
+        check_classes(dataset, "--partition pairs", "leave it out")
+    if config.optimization.optimizer in RULES:
+        check_classes(dataset, f"--optimizer {config.optimization.optimizer}", "use another one (adam, lbfgs, ...)")
+    if partition == "pairs" and not loss.pairwise:
+        raise UserError(
+            f"--partition pairs needs a loss that is a sum over pairs of classes, and --loss {loss.name} is not: use "
+            f"{' or '.join(f'--loss {name}' for name, kind in LOSSES.items() if kind.pairwise)}, or --partition scores"
+        )
+    if network.normalized and (roles.rows > 1 or partition == "pairs"):
+        raise UserError(
+            "with batch normalization every worker of --method psl has to see whole minibatches: use --partition "
+            "scores with --replicas 1 and no more workers than classes, or another --method"
+        )
+    _check_newton(network, roles, config)
+    check_slices(network, config.data.batch_size, roles.rows, "replica rows")
+
+
+def element_rows(roles: Roles, merged: bool) -> TableRows:
+    """The elements of each rank, numbered as those of all ranks together are."""
+    held = [() if w is None or w.elements is None else w.elements for w in roles.workers]
+    number = {e: k for k, e in enumerate(elements_of((pair for pairs in held for pair in pairs), merged))}
+    return TableRows(tuple(tuple(number[e] for e in elements_of(pairs, merged)) for pairs in held))
+
+
+def _check_newton(network: Network, roles: Roles, config: Config) -> None:
+    """UserError for settings that partitioned quasi-Newton training cannot have."""
+    o, masters = config.optimization, config.of(Masters)
+    if not 1 <= o.memory <= 100:
+        raise UserError(f"--memory {o.memory}: expected 1 to 100 pairs")
+    if not 0 < o.cg_tolerance < 1:
+        raise UserError(f"--cg-tolerance {o.cg_tolerance}: expected a number between 0 and 1")
+    if not 0 <= o.sigma < inf:
+        raise UserError(f"--sigma {o.sigma}: expected a number, 0 or more")
+    if o.cg_iterations < 1:
+        raise UserError(f"--cg-iterations {o.cg_iterations}: expected 1 or more")
+    if o.optimizer not in RULES:
+        return
+    name = f"--optimizer {o.optimizer}"
+    if config.of(Settings).partition != "pairs":
+        raise UserError(
+            f"{name} needs --partition pairs: an element is a pair of classes, and a worker of --partition scores does "
+            "not have both"
+        )
+    keeping = [layer.name for layer in network.walk() if layer.keeps]
+    if keeping:
+        raise UserError(
+            f"{name} shares one forward pass among the elements, and what {keeping[0]} of --model {network.name} keeps "
+            "of it is of all units at once: use a network without normalization, or another --optimizer"
+        )
+    if roles.rows > 1:
+        workers = [w for w in roles.workers if w is not None]
+        pairs = {pair for w in workers for pair in w.elements or ()}
+        most = masters.masters * (not masters.colocate) + min(len(workers), len(pairs))
+        raise UserError(
+            f"{name} keeps each element on one worker, and replicas would each keep their own: use --replicas 1 and "
+            f"{most} ranks or fewer"
+        )
+    if o.damping and o.optimizer != "plbfgs":
+        raise UserError(f"--damping goes with --optimizer plbfgs: {name} takes pairs of negative curvature as they are")
+    if o.scaling == "moments":
+        check_eps(o.eps, np.dtype(config.model.dtype))
+    if o.extrapolation != "none" and o.globalization != "line-search":
+        raise UserError(f"--extrapolation {o.extrapolation} goes with --globalization line-search")
+    if o.weight_decay:
+        raise UserError(f"{name} has no --weight-decay")

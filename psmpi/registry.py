@@ -1,0 +1,83 @@
+"""Training methods by name. None is imported before it is asked for.
+
+Methods of other packages are found by the entry points of the group `psmpi.methods`; a program of its own registers a
+method by `register` and then calls `psmpi.train.main`.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from functools import cache
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING, TypeVar
+
+from psmpi.errors import UserError
+
+if TYPE_CHECKING:
+    from psmpi.training.method import Method
+
+    M = TypeVar("M", bound=type[Method])
+
+DEFAULT = "psl"
+
+BUILTIN = {
+    "psl": "psmpi.methods.psl.method:PartiallySeparable",
+    "data_parallel": "psmpi.methods.data_parallel:DataParallel",
+    "local_sgd": "psmpi.methods.local_sgd:LocalSGD",
+    "dfa": "psmpi.methods.dfa:DirectFeedback",
+    "ist": "psmpi.methods.ist.method:IndependentSubnets",
+    "sil": "psmpi.methods.sil.method:SyntheticLabels",
+}
+
+_registered: dict[str, type[Method]] = {}
+
+
+def register(method: M) -> M:
+    """Add a method under its `name`, as a decorator of its class. ValueError where the name is taken."""
+    known = {**BUILTIN, **_installed()}
+    if method.name in known or _registered.get(method.name, method).__qualname__ != method.__qualname__:
+        raise ValueError(f"a training method called {method.name} is there already: choose another name")
+    _registered[method.name] = method
+    return method
+
+
+@cache
+def _installed() -> dict[str, EntryPoint]:
+    """Entry points of other packages by name; psmpi's own names stay psmpi's."""
+    return {one.name: one for one in entry_points(group="psmpi.methods") if one.name not in BUILTIN}
+
+
+def method_names() -> tuple[str, ...]:
+    """The names of all training methods, psmpi's own first."""
+    return tuple(dict.fromkeys([*BUILTIN, *_installed(), *_registered]))
+
+
+def find_method(name: str) -> type[Method]:
+    """The class of the method called `name`; UserError where there is none, or where it cannot be imported."""
+    if name in _registered:
+        return _registered[name]
+    if name in BUILTIN:
+        module, _, attribute = BUILTIN[name].partition(":")
+        found: type[Method] = getattr(import_module(module), attribute)
+        return found
+    if name not in _installed():
+        raise UserError(f"--method {name} is unknown: choose one of {', '.join(method_names())}")
+    try:
+        loaded: type[Method] = _installed()[name].load()
+    except Exception as error:
+        raise UserError(
+            f"--method {name}: {_installed()[name].value} of an installed package cannot be imported ({error!r}): "
+            "mend or remove that package"
+        ) from None
+    return loaded
+
+
+def all_methods() -> dict[str, type[Method]]:
+    """All training methods by name, imported; without those of other packages that cannot be."""
+    found = {}
+    for name in method_names():
+        # One that is broken is told of where it is asked for.
+        with suppress(UserError):
+            found[name] = find_method(name)
+    return found

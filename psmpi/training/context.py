@@ -1,0 +1,109 @@
+"""What a training method is made from on one rank: ranks, network, data, configuration and backend, in one argument."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from functools import cached_property
+from typing import Any, TypeVar
+
+import numpy as np
+
+from psmpi.backend import NumpyOps
+from psmpi.comm.bridge import Bridge, Staged
+from psmpi.comm.group import Counter, Group
+from psmpi.comm.probe import make_bridge
+from psmpi.config import Config
+from psmpi.data import Dataset
+from psmpi.layout import Layout, Runs
+from psmpi.nn.init import initial_weights
+from psmpi.nn.losses import Loss, make_loss
+from psmpi.nn.metric import Metric
+from psmpi.nn.network import Network
+from psmpi.optim import Hyper, Optimizer, make_optimizer
+
+S = TypeVar("S")
+
+
+class Context:
+    """One rank's context; `counter` counts the bytes of the training, `layout` is that of the whole network."""
+
+    def __init__(self, world: Any, network: Network, dataset: Dataset, config: Config, ops: NumpyOps):
+        self.world, self.network, self.dataset, self.config, self.ops = world, network, dataset, config, ops
+        self.rank, self.size = world.rank, world.size
+        self.dtype, self.counter = np.dtype(config.model.dtype), Counter()
+
+    def of_network(self, network: Network) -> Context:
+        """The context of another network, whose messages count with this one's."""
+        made = Context(self.world, network, self.dataset, self.config, self.ops)
+        made.counter = self.counter
+        return made
+
+    @cached_property
+    def layout(self) -> Layout:
+        return self.network.layout()
+
+    def settings(self, kind: type[S]) -> S:
+        """The method's settings of one class."""
+        return self.config.of(kind)
+
+    @cached_property
+    def bridge(self) -> Bridge:
+        """What messages of this rank's arrays go through; all ranks ask for it at the same point."""
+        return make_bridge(self.world, self.ops, self.config.parallel.gpu_aware)
+
+    @cached_property
+    def host_bridge(self) -> Bridge:
+        """What messages go through that leave from host memory in any case."""
+        return Staged(self.ops) if self.ops.on_device else self.bridge
+
+    def group(self, ranks: Sequence[int] | None = None, *, nccl: bool = False, bridge: Bridge | None = None) -> Group:
+        """Some ranks, all if not given, whose messages count; with `nccl` by NCCL where --nccl asks for it."""
+        ranks = range(self.size) if ranks is None else ranks
+        made = Group(self.world, ranks, self.counter, bridge or self.bridge)
+        if nccl and self.config.parallel.nccl:
+            made.use_nccl(self.ops.stream)
+        return made
+
+    def uncounted(self, ranks: Sequence[int] | None = None) -> Group:
+        """Some ranks, all if not given, for what is no part of the training; arrays go through host memory."""
+        return Group(self.world, range(self.size) if ranks is None else ranks, Counter(), self.host_bridge)
+
+    def loss(self) -> Loss:
+        """A loss of its own: it counts what happens to it."""
+        return configured_loss(self.config, self.dataset.task)
+
+    def metric(self) -> Metric:
+        """Sums over the test split, by a loss of their own: what that counts is not of the training."""
+        return Metric(self.loss(), self.dataset.outputs)
+
+    def optimizer(self, n: int, counted: bool = False) -> Optimizer:
+        """The optimizer of n weights; `counted` as in `make_optimizer`."""
+        return configured_optimizer(self.config, n, self.ops, counted)
+
+    def draw_weights(self, runs: Runs, out: np.ndarray) -> None:
+        """Fill `out` (runs.size,), in host memory, with initial weights: drawn by unit, so the same on any ranks."""
+        c = self.config
+        initial_weights(
+            self.network, self.layout, runs, out, seed=c.run.seed, kind=c.model.init, gain=c.model.init_gain
+        )
+
+    def put_weights(self, runs: Runs, w: np.ndarray) -> None:
+        """Fill `w` (runs.size,), an array of the backend, with initial weights."""
+        mirror = self.ops.mirror(w)
+        self.draw_weights(runs, mirror.host)
+        mirror.push()
+        mirror.settle()
+
+
+def configured_loss(config: Config, task: str) -> Loss:
+    """The loss of a configuration for a data set's task; UserError for settings that it cannot have."""
+    c = config.objective
+    return make_loss(c.loss, np.dtype(config.model.dtype), kappa=c.kappa, exp_clip=c.exp_clip, task=task)
+
+
+def configured_optimizer(config: Config, n: int, ops: NumpyOps | None = None, counted: bool = False) -> Optimizer:
+    """The optimizer of a configuration for n weights; UserError for settings that it cannot have."""
+    o = config.optimization
+    hyper = Hyper(**{f.name: getattr(o, f.name) for f in fields(Hyper)})
+    return make_optimizer(o.optimizer, n, np.dtype(config.model.dtype), hyper, ops, counted)

@@ -1,0 +1,52 @@
+"""One optimizer step from a gradient: clipping, the update rule, and what a line search asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from psmpi.comm.group import Group
+from psmpi.optim import AllSum, clip_by_global_norm
+from psmpi.training.context import Context
+
+
+def no_sum(values: np.ndarray) -> np.ndarray:
+    """Sums over the shards of a vector that one rank has whole."""
+    return values
+
+
+class Descent:
+    """Steps `n` weights of this rank; sums over all shards come from `allsum`, losses are added up over `world`."""
+
+    def __init__(
+        self, context: Context, n: int, *, allsum: AllSum = no_sum, world: Group | None = None, counted: bool = False
+    ):
+        self.ops, self.clip, self.allsum, self.world = context.ops, context.config.optimization.clip, allsum, world
+        self.optimizer = context.optimizer(n, counted)
+
+    def step(self, w: np.ndarray, g: np.ndarray, lr: float) -> None:
+        """Step along g (n,), the gradient of w (n,), which is used up."""
+        if w.size and self.clip > 0:
+            clip_by_global_norm(g, self.clip, self.allsum, self.ops)
+        # With an empty shard too: the optimizer's scalars stay the same on all ranks.
+        self.optimizer.step(w, g, lr, self.allsum)
+
+    def search(self, w: np.ndarray, g: np.ndarray, lr: float, gradient: Callable[[bool], float]) -> float:
+        """Step where the optimizer may ask for more than one gradient; returns this rank's share of the first loss.
+
+        gradient(trial) fills g and returns this rank's share of the loss; a `trial` that is not finite is infinity.
+        """
+        if not self.optimizer.needs_closure:
+            loss = gradient(False)
+            self.step(w, g, lr)
+            return loss
+        losses: list[float] = []
+
+        def objective() -> float:
+            losses.append(gradient(len(losses) > 0))
+            assert self.world is not None
+            return float(self.world.agree(np.array([losses[-1]]))[0])
+
+        self.optimizer.step(w, g, lr, self.allsum, objective)
+        return losses[0]

@@ -1,0 +1,141 @@
+"""The base class of training methods: what the training loop calls, and what a method declares."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Set
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from psmpi.config import Config
+from psmpi.data import Batch, Dataset
+from psmpi.layout import Ownership
+from psmpi.nn.network import Network
+from psmpi.training.context import Context
+from psmpi.training.state import State
+
+
+@dataclass(frozen=True)
+class Place:
+    """One rank's work, for the placement table; parameters and bytes are counts."""
+
+    role: str
+    classes: str
+    held: int
+    owned: int
+    nbytes: int
+    device: str = ""
+
+
+@dataclass(frozen=True)
+class Exactness:
+    """How far the weights of a training are the same on other numbers of ranks, and when it is resumed.
+
+    exact: to the bit; rounding: but for the order of sums; statistical: the accuracy of a task is, within `tolerance`.
+    options: of the command line, for that task.
+    """
+
+    ranks: Literal["exact", "rounding", "statistical"] = "rounding"
+    resume: Literal["exact", "rounding", "statistical"] = "exact"
+    tolerance: float = 0.0
+    options: tuple[str, ...] = ()
+
+
+class Method:
+    """A training method on one rank. All ranks make the same calls in the same order.
+
+    A constructor declares vectors, tables and scalars to `state`, which is saved and restored; the weights are its
+    vector "weights". loss_sum: this rank's share of the sum of the minibatch losses times their sizes, of the epoch so
+    far; the shares of all ranks add up to it.
+    """
+
+    # The method's name on the command line, and a phrase that follows it in the help.
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    # The classes of its settings, see `psmpi.config.Settings`.
+    settings: ClassVar[tuple[type[Any], ...]] = ()
+    # Whether messages may go by NCCL.
+    nccl: ClassVar[bool] = False
+    # Whether partitioned quasi-Newton optimizers step here.
+    partitioned: ClassVar[bool] = False
+    exactness: ClassVar[Exactness] = Exactness()
+
+    def __init__(self, context: Context, shards: Ownership):
+        self.context, self.network, self.layout = context, context.network, context.layout
+        self.dataset, self.ops, self.dtype, self.rank = context.dataset, context.ops, context.dtype, context.rank
+        self.counter, self.shards = context.counter, shards
+        self.state = State(context.ops, shards, context.rank)
+        self.loss_sum = 0.0
+
+    @property
+    def scalars(self) -> dict[str, float | int]:
+        return self.state.scalars
+
+    @classmethod
+    def check(cls, size: int, network: Network, dataset: Dataset, config: Config) -> None:
+        """UserError for a configuration that `size` ranks cannot train; needs no MPI and no arrays of weights."""
+
+    @staticmethod
+    def warnings(size: int, network: Network, config: Config) -> Iterable[str]:
+        """Notes for the user on this method on `size` ranks with this network."""
+        return ()
+
+    def run_epoch(self, steps: Iterable[tuple[Batch, float]]) -> None:
+        """Train on the minibatches of an epoch, each with its learning rate; whoever takes one has done those before.
+
+        Between two of them the loop may save.
+        """
+        for batch, lr in steps:
+            self.step(batch, lr)
+
+    def step(self, batch: Batch, lr: float) -> None:
+        """One optimizer step on training samples, of which the batch has the ids."""
+        raise NotImplementedError
+
+    def drain(self) -> None:
+        """Bring the state to where it can be saved: nothing is on its way. All ranks call it together."""
+
+    def collect(self) -> None:
+        """Bring the state up to date in host memory, where it is saved from. All ranks call it together."""
+        self.drain()
+        self.state.collect()
+
+    def restored(self, tables: bool, fresh: Set[str]) -> None:
+        """Go on from a restored state. tables: whether these were in the checkpoint; fresh: vectors that were not."""
+
+    def test(self) -> dict[str, float]:
+        """The loss and the scores on the test split by name, see `Metric`; the same on all ranks."""
+        raise NotImplementedError
+
+    def diagnostics(self) -> dict[str, Any]:
+        """Further measurements after an epoch, for the metrics, the same on all ranks; all ranks call it."""
+        return {}
+
+    def work(self) -> tuple[str, str, int]:
+        """This rank's work: its role, of which classes or layers, and how many parameters it computes with."""
+        raise NotImplementedError
+
+    def place(self) -> Place:
+        """This rank's line of the placement table."""
+        role, classes, held = self.work()
+        owned = self.shards[self.rank].size
+        return Place(role, classes, held, owned, sum(self.memory().values()), self.ops.place)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes that this rank holds, by what for."""
+        raise NotImplementedError
+
+    def events(self) -> dict[str, int]:
+        """Counts of unusual events on this rank since the start, by name. All ranks call it."""
+        return {}
+
+
+def nbytes(*held: Any) -> int:
+    """The bytes of arrays and of objects with `nbytes`, and numbers of bytes, together."""
+    return sum(one if isinstance(one, int) else int(one.nbytes) for one in held)
+
+
+def together(*accounts: dict[str, int]) -> dict[str, int]:
+    """Accounts of memory added up, by what for."""
+    return {
+        what: sum(one.get(what, 0) for one in accounts) for what in dict.fromkeys(k for one in accounts for k in one)
+    }

@@ -1,0 +1,115 @@
+"""The base class of methods in which every rank has the whole network: weights, optimizer, samples, checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar, Literal
+
+import numpy as np
+
+from psmpi.comm.buckets import check_allreduce
+from psmpi.comm.group import Group
+from psmpi.comm.transfers import Gather
+from psmpi.comm.world import several_hosts
+from psmpi.config import Config
+from psmpi.data import Dataset
+from psmpi.layout import Runs, replicate
+from psmpi.nn.network import Network
+from psmpi.training.checks import check_not_partitioned, check_slices, slices_are_normalized
+from psmpi.training.context import Context, configured_loss, configured_optimizer
+from psmpi.training.descent import Descent
+from psmpi.training.element_worker import ElementWorker
+from psmpi.training.method import Method, nbytes, together
+
+
+@dataclass(frozen=True)
+class Replicas:
+    """Sums over ranks that have the whole network each."""
+
+    table: ClassVar[str] = "replicas"
+    results: ClassVar[bool] = False
+
+    allreduce: Literal["auto", "mpi", "ring", "doubling", "halving"] = "auto"
+    """What sums gradients, or averages weights, over ranks: MPI's choice, or messages of psmpi's own. auto: a ring for
+    large pieces between hosts, else MPI's choice."""
+
+
+class Replica(Method):
+    """One rank of such a method: w and g (all parameters,), a worker for its slice of each minibatch.
+
+    Of a vector that is the same on all ranks each writes an equal share into checkpoints, and reads it: see `keep`.
+    """
+
+    nccl = True
+    # What helps where ranks do not sum alike.
+    advice: ClassVar[str] = "use another MPI library"
+
+    def __init__(self, context: Context):
+        roles = replicate(context.layout, context.size)
+        super().__init__(context, roles.shards)
+        self.world, self.aside = context.group(nccl=True), context.uncounted()
+        # What goes over the host in any case.
+        self.by_host = context.group(bridge=context.host_bridge)
+        everything = Runs(((0, self.layout.size),))
+        self.whole = Gather(self.aside, self.shards.runs, everything, self.dtype)
+        start, stop = next(iter(self.shards[self.rank].intervals), (0, 0))
+        self.share = slice(start, stop)
+        self.w, self.g = (self.ops.zeros(self.layout.size, self.dtype) for _ in range(2))
+        # Units that no score depends on have weights too, which lie last; nobody computes with them.
+        used, place = roles.parts[self.rank].inside(everything), roles.workers[self.rank]
+        assert used is not None and place is not None
+        self.unused = slice(used.stop, None)
+        self.worker = ElementWorker(context, place, roles, context.group([self.rank]), self.w[used], self.g[used])
+        self.descent = Descent(context, self.layout.size, world=self.world)
+        self.optimizer = self.descent.optimizer
+        self.state.scalars = self.optimizer.scalars
+        context.put_weights(everything, self.w)
+
+    def keep(self, name: str, vector: np.ndarray, *, own: bool = False) -> None:
+        """Let checkpoints hold this rank's share of a vector (all parameters,); restored, it is whole on all ranks."""
+        share = vector[self.share]
+        self.state.vector(name, share, own=own, after=partial(self.whole.forward, share, vector))
+
+    @property
+    def own_sums(self) -> bool:
+        """Whether large pieces are summed by psmpi's ring: --allreduce auto on several hosts."""
+        kind = self.context.settings(Replicas).allreduce
+        return kind == "auto" and self.context.size > 1 and several_hosts(self.context.world)
+
+    @classmethod
+    def check(cls, size: int, network: Network, dataset: Dataset, config: Config) -> None:
+        check_not_partitioned(config)
+        check_slices(network, config.data.batch_size, size, "ranks")
+        configured_loss(config, dataset.task)
+        configured_optimizer(config, 0)
+        check_allreduce(config.of(Replicas).allreduce, size)
+
+    @staticmethod
+    def warnings(size: int, network: Network, config: Config) -> Iterator[str]:
+        if network.normalized and size > 1:
+            yield slices_are_normalized("")
+
+    def test(self) -> dict[str, float]:
+        return self.worker.metric.scores(self.world.agree(self.worker.test()))
+
+    def verify(self, vector: np.ndarray) -> None:
+        """RuntimeError unless all ranks hold the same bits of a vector, as they must after the same steps."""
+        verify(self.world, self.ops.host(vector), self.advice)
+
+    def work(self) -> tuple[str, str, int]:
+        return "replica", "all", self.layout.size
+
+    def memory(self) -> dict[str, int]:
+        own = {"weights": nbytes(self.w), "gradients": nbytes(self.g), "optimizer": nbytes(self.optimizer)}
+        return together(own, self.worker.memory())
+
+    def events(self) -> dict[str, int]:
+        return {"psl_terms_past_exp_clip": self.worker.loss.clipped}
+
+
+def verify(group: Group, vector: np.ndarray, advice: str) -> None:
+    """RuntimeError unless all ranks of a group hold the same bits of a vector."""
+    if not group.same_bits(vector):
+        raise RuntimeError(f"the ranks no longer hold the same weights: they were given different sums; {advice}")

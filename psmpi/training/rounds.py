@@ -1,0 +1,28 @@
+"""Settings of methods whose ranks train alone in rounds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from psmpi.config import Config
+from psmpi.errors import UserError
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """Rounds in which ranks train alone."""
+
+    table: ClassVar[str] = "rounds"
+    results: ClassVar[bool] = True
+
+    local_steps: int = 20
+    """Steps of a rank alone between two averages, or in a round of subnets, which also ends with an epoch, at a
+    checkpoint and at --max-steps."""
+
+
+def check_rounds(config: Config, what: str) -> None:
+    """UserError where a round, described by `what`, has no step."""
+    steps = config.of(Rounds).local_steps
+    if steps < 1:
+        raise UserError(f"--local-steps {steps}: expected 1 or more steps {what}")

@@ -1,0 +1,142 @@
+"""The state of a training on one rank: vectors, tables and scalars that checkpoints hold, declared once by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from psmpi.backend import Mirror, NumpyOps
+from psmpi.layout import Ownership, TableRows
+from psmpi.optim import Optimizer
+
+# Slices of this rank's shard, and of an array whose values these are.
+Places = list[tuple[slice, slice]]
+
+
+@dataclass
+class Entry:
+    """A vector of the state: `saved` (shard's size,) in host memory is what checkpoints hold and restore.
+
+    mirrors: of the arrays that it is the image of; places: where each array's values lie, None where `saved` is the
+    image itself; after: what a restored array needs besides.
+    """
+
+    saved: np.ndarray
+    mirrors: list[Mirror]
+    places: list[Places | None]
+    after: Callable[[], None] | None = None
+
+    def merge(self) -> None:
+        """Bring `saved` up to date with the images."""
+        for mirror, places in zip(self.mirrors, self.places, strict=True):
+            for there, here in places or ():
+                self.saved[there] = mirror.host[here]
+
+    def spread(self) -> None:
+        """Bring the images up to date with `saved`."""
+        for mirror, places in zip(self.mirrors, self.places, strict=True):
+            for there, here in places or ():
+                mirror.host[here] = self.saved[there]
+
+
+class State:
+    """What a rank has that outlives a step, beside what it computes anew.
+
+    shards: every rank's; the vectors of the state are local vectors of this rank's. own: the names of vectors and
+    scalars that are the method's and not the optimizer's; rows: which rows of the tables each rank has; lost: what is
+    said where a checkpoint has no such tables: "the checkpoint does not hold ...".
+    """
+
+    def __init__(self, ops: NumpyOps, shards: Ownership, rank: int):
+        self.ops, self.shards, self.rank = ops, shards, rank
+        self.entries: dict[str, Entry] = {}
+        self.table_mirrors: list[Mirror] = []
+        self.scalars: dict[str, float | int] = {}
+        self.tables: dict[str, np.ndarray] = {}
+        self.rows, self.lost = TableRows(), ""
+        self.own: set[str] = set()
+
+    @property
+    def vectors(self) -> dict[str, np.ndarray]:
+        """This rank's shard of each vector by name, in host memory, as `collect` finds it and `restore` takes it up."""
+        return {name: entry.saved for name, entry in self.entries.items()}
+
+    def vector(
+        self, name: str, array: np.ndarray, *, own: bool = False, after: Callable[[], None] | None = None
+    ) -> None:
+        """Declare an array of the backend, or of host memory, over this rank's shard.
+
+        own: it is the method's, not the optimizer's. after: called when the array has been restored.
+        """
+        mirror = self.ops.mirror(array) if not isinstance(array, np.ndarray) else Mirror(array)
+        self._add(name, Entry(mirror.host, [mirror], [None], after), own)
+
+    def pieces(self, name: str, arrays: list[tuple[np.ndarray, Places]], *, own: bool = False) -> None:
+        """Declare arrays of the backend whose values lie at some places of this rank's shard."""
+        mirrors = [self.ops.mirror(array) for array, _ in arrays]
+        if len(arrays) == 1:
+            # It lies as in the shard.
+            self._add(name, Entry(mirrors[0].host, mirrors, [None]), own)
+            return
+        saved = np.empty(self.shards[self.rank].size, mirrors[0].host.dtype)
+        self._add(name, Entry(saved, mirrors, [places for _, places in arrays]), own)
+
+    def _add(self, name: str, entry: Entry, own: bool) -> None:
+        if name in self.entries:
+            raise ValueError(f"the state has a vector called {name} already")
+        self.entries[name] = entry
+        if own:
+            self.own.add(name)
+
+    def optimizer(self, optimizer: Optimizer) -> None:
+        """Declare the vectors and the scalars of an optimizer of this rank's shard; scalars are shared with it."""
+        for name, vector in optimizer.vectors.items():
+            self.vector(name, vector)
+        self.scalars = optimizer.scalars
+
+    def scalar(self, name: str, value: float | int) -> None:
+        """Declare a number of the method's, the same on every rank."""
+        self.scalars[name] = value
+        self.own.add(name)
+
+    def table(self, name: str, array: np.ndarray) -> None:
+        """Declare this rank's rows of a table, an array of the backend or of host memory: (rows, any)."""
+        mirror = self.ops.mirror(array) if not isinstance(array, np.ndarray) else Mirror(array)
+        self.table_mirrors.append(mirror)
+        self.tables[name] = mirror.host
+
+    def _mirrors(self) -> Iterator[Mirror]:
+        for entry in self.entries.values():
+            yield from entry.mirrors
+        yield from self.table_mirrors
+
+    def collect(self) -> None:
+        """Bring `vectors` and `tables` up to date with the backend's arrays."""
+        fetch(list(self._mirrors()))
+        for entry in self.entries.values():
+            entry.merge()
+
+    def restore(self) -> None:
+        """Bring the backend's arrays up to date with `vectors` and `tables`."""
+        for entry in self.entries.values():
+            entry.spread()
+        for mirror in self._mirrors():
+            mirror.push()
+        for entry in self.entries.values():
+            if entry.after is not None:
+                entry.after()
+
+    def update(self, scalars: Mapping[str, float | int], names: Any) -> None:
+        """Take the scalars of some names from a checkpoint, as far as both have them."""
+        self.scalars.update({k: v for k, v in scalars.items() if k in names and k in self.scalars})
+
+
+def fetch(mirrors: Collection[Mirror]) -> None:
+    """Bring images in host memory up to date, all of them under way at once."""
+    for mirror in mirrors:
+        mirror.fetch()
+    for mirror in mirrors:
+        mirror.wait()
