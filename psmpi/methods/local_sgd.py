@@ -10,18 +10,16 @@ from collections.abc import Set
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
-
 from psmpi.comm.buckets import Bucket, Buckets
 from psmpi.config import Config
 from psmpi.data import Batch, Dataset
 from psmpi.errors import UserError
-from psmpi.layout import TableRows
 from psmpi.nn.network import Network
 from psmpi.training.checks import check_first_order
 from psmpi.training.context import Context
-from psmpi.training.method import Exactness, nbytes, together
-from psmpi.training.replica import Replica, Replicas
+from psmpi.training.copies import Copies
+from psmpi.training.method import nbytes, together
+from psmpi.training.replica import Replicas
 from psmpi.training.rounds import Rounds, check_rounds
 
 
@@ -38,38 +36,22 @@ class Settings:
     """Nesterov momentum of the outer optimizer. DiLoCo: 0.9."""
 
 
-class LocalSGD(Replica):
-    """The method on one rank.
-
-    Weights and optimizer state are this rank's own between two averages. Checkpoints hold their means, which is what
-    is tested too, and, as a row of the tables each, every rank's own: on as many ranks a run goes on as it was.
-    """
+class LocalSGD(Copies):
+    """The method on one rank, whose weights and optimizer state are its own between two averages."""
 
     name = "local_sgd"
     summary = "the same, but ranks step alone and average now and then"
     settings = (Settings, Rounds, Replicas)
-    exactness = Exactness("statistical", "exact", 0.03)
 
     def __init__(self, context: Context):
         super().__init__(context)
-        o, zeros = context.settings(Settings), self.ops.zeros
-        self.every = context.settings(Rounds).local_steps
+        o, self.every = context.settings(Settings), context.settings(Rounds).local_steps
         self.outer_lr, self.beta = o.outer_lr, o.outer_momentum
-        self.own = {"weights": self.w, **self.optimizer.vectors}
-        # Of each vector the mean, to be sent and saved.
-        self.means = {name: zeros(self.w.size, self.dtype) for name in self.own}
-        for name, mean in self.means.items():
-            self.keep(name, mean)
-        for name, vector in self.own.items():
-            self.state.table(name, vector.reshape(1, -1))
-        self.state.rows = TableRows.one_each(context.size)
-        self.state.lost = "the copies of this many ranks: all of them start from the mean"
         self.state.scalar("local_steps", 0)
-        self.kept = zeros(self.w.size, self.dtype)
         self.outer = (self.outer_lr, self.beta) != (1.0, 0.0)
         if self.outer:
             # The weights at the beginning of the round, and the momentum: the same on all ranks.
-            self.anchor, self.momentum = (zeros(self.w.size, self.dtype) for _ in range(2))
+            self.anchor, self.momentum = (self.ops.zeros(self.w.size, self.dtype) for _ in range(2))
             self.anchor[...] = self.w
             self.keep("anchor", self.anchor, own=True)
             self.keep("outer", self.momentum, own=True)
@@ -88,23 +70,10 @@ class LocalSGD(Replica):
             raise UserError(f"--outer-momentum {o.outer_momentum}: expected a number from 0 up to, not including, 1")
 
     def step(self, batch: Batch, lr: float) -> None:
-        share = batch.share(self.rank, self.context.size)
-        # A last minibatch may leave some ranks without a sample: they take all of it, and every rank steps alike.
-        own = share if len(share) else batch
-        self.g[self.unused].fill(0)
-        self.loss_sum += self.worker.element_losses(own, own) * len(share)
-        self.descent.step(self.w, self.g, lr)
+        self.train(batch, lr)
         self.scalars["local_steps"] += 1
         if self.scalars["local_steps"] % self.every == 0:
             self._average()
-
-    def _mean(self, name: str) -> np.ndarray:
-        """The mean of a vector over the ranks; it is no part of the training."""
-        mean = self.means[name]
-        mean[...] = self.own[name]
-        self.ops.scale(mean, 1 / self.world.size)
-        self.aside.allreduce(mean)
-        return mean
 
     def _average(self) -> None:
         """All ranks go on from the mean of their weights, or from where the outer optimizer's step leads."""
@@ -128,28 +97,13 @@ class LocalSGD(Replica):
         self.anchor -= self.w
         self.w[...] = self.anchor
 
-    def drain(self) -> None:
-        for name in self.own:
-            self._mean(name)
-
     def restored(self, tables: bool, fresh: Set[str]) -> None:
         if self.outer and "anchor" in fresh:
             # A round begins where the checkpoint is.
             self.anchor[...] = self.means["weights"]
             self.momentum.fill(0)
-        for name, vector in self.own.items() if not tables else ():
-            vector[...] = self.means[name]
-
-    def test(self) -> dict[str, float]:
-        self.kept[...] = self.w
-        mean = self._mean("weights")
-        self.verify(mean)
-        self.w[...] = mean
-        found = super().test()
-        self.w[...] = self.kept
-        return found
+        super().restored(tables, fresh)
 
     def memory(self) -> dict[str, int]:
         outer = (self.anchor, self.momentum) if self.outer else ()
-        more = {"weights": nbytes(self.kept, *self.means.values(), *outer), "buffers": nbytes(self.sum)}
-        return together(super().memory(), more)
+        return together(super().memory(), {"weights": nbytes(*outer), "buffers": nbytes(self.sum)})

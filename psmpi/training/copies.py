@@ -1,0 +1,73 @@
+"""The base class of methods in which every rank trains a copy of the whole network that differs from the others."""
+
+from __future__ import annotations
+
+from collections.abc import Set
+
+import numpy as np
+
+from psmpi.data import Batch
+from psmpi.layout import TableRows
+from psmpi.training.context import Context
+from psmpi.training.method import Exactness, nbytes, together
+from psmpi.training.replica import Replica
+
+
+class Copies(Replica):
+    """One rank of such a method: `own` are its weights and the optimizer's vectors, `means` their means over the ranks.
+
+    Checkpoints hold the means, which are tested too, and every rank's own vectors as a row of the tables each: on as
+    many ranks a run goes on as it was, on others all ranks start from the mean.
+    """
+
+    exactness = Exactness("statistical", "exact", 0.03)
+
+    def __init__(self, context: Context):
+        super().__init__(context)
+        self.own = {"weights": self.w, **self.optimizer.vectors}
+        self.means = {name: self.ops.zeros(self.w.size, self.dtype) for name in self.own}
+        for name, mean in self.means.items():
+            self.keep(name, mean)
+        for name, vector in self.own.items():
+            self.state.table(name, vector.reshape(1, -1))
+        self.state.rows = TableRows.one_each(context.size)
+        self.state.lost = "the copies of this many ranks: all of them start from the mean"
+        # The rank's weights while the mean is tested.
+        self.kept = self.ops.zeros(self.w.size, self.dtype)
+
+    def train(self, batch: Batch, lr: float) -> None:
+        """Step this rank's copy on its slice of a minibatch."""
+        share = batch.share(self.rank, self.context.size)
+        # A last minibatch may leave some ranks without a sample: they take all of it, and every rank steps alike.
+        own = share if len(share) else batch
+        self.g[self.unused].fill(0)
+        self.loss_sum += self.worker.element_losses(own, own) * len(share)
+        self.descent.step(self.w, self.g, lr)
+
+    def mean(self, name: str) -> np.ndarray:
+        """The mean of a vector over the ranks; it is no part of the training."""
+        mean = self.means[name]
+        mean[...] = self.own[name]
+        self.ops.scale(mean, 1 / self.world.size)
+        self.aside.allreduce(mean)
+        return mean
+
+    def drain(self) -> None:
+        for name in self.own:
+            self.mean(name)
+
+    def restored(self, tables: bool, fresh: Set[str]) -> None:
+        for name, vector in self.own.items() if not tables else ():
+            vector[...] = self.means[name]
+
+    def test(self) -> dict[str, float]:
+        self.kept[...] = self.w
+        mean = self.mean("weights")
+        self.verify(mean)
+        self.w[...] = mean
+        scores = super().test()
+        self.w[...] = self.kept
+        return scores
+
+    def memory(self) -> dict[str, int]:
+        return together(super().memory(), {"weights": nbytes(self.kept, *self.means.values())})
