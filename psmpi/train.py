@@ -30,11 +30,12 @@ def parse(argv: list[str]) -> Config:
     """The configuration: defaults, then the TOML file, then the command line. Raises SystemExit as argparse does."""
     import tyro
 
+    from psmpi.command import program
     from psmpi.config import Config, defaults
 
     return tyro.cli(
         Config,
-        prog="python -m psmpi.train",
+        prog=program("train"),
         description=DESCRIPTION,
         default=defaults(argv),
         config=(tyro.conf.OmitArgPrefixes,),

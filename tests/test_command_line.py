@@ -47,7 +47,8 @@ def test_only_comm_speaks_to_mpi():
 def test_modules_import_from_floors_below_only():
     """Floors: backend and layout, then nn, optim and data, configuration, comm, methods, loop, commands."""
     floors = [("errors", "metrics"), ("backend",), ("layout",), ("nn", "optim", "data"), ("config",), ("comm",),
-              ("methods",), ("checkpoint",), ("loop",), ("train", "bench", "inspect", "predict", "plot")]  # fmt: skip
+              ("methods",), ("checkpoint",), ("loop",), ("command",),
+              ("train", "bench", "inspect", "predict", "plot"), ("__main__",)]  # fmt: skip
     floor = {name: k for k, names in enumerate(floors) for name in names}
     root = HERE.parent / "psmpi"
     for path in root.rglob("*.py"):
