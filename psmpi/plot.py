@@ -122,9 +122,11 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status: 0 done, 1 an error."""
     import tyro
 
+    from psmpi.command import program
+
     words = sys.argv[1:] if argv is None else argv
     try:
-        return int(tyro.cli(plot, prog="python -m psmpi.plot", args=words, config=(tyro.conf.OmitArgPrefixes,)))
+        return int(tyro.cli(plot, prog=program("plot"), args=words, config=(tyro.conf.OmitArgPrefixes,)))
     except UserError as error:
         print(f"psmpi.plot: error: {error}", file=sys.stderr)
         return 1

@@ -55,8 +55,10 @@ def _main(argv: list[str]) -> int:
     if world.rank == 0:
         import tyro
 
+        from psmpi.command import program
+
         try:
-            options = tyro.cli(Options, prog="python -m psmpi.predict", args=argv)
+            options = tyro.cli(Options, prog=program("predict"), args=argv)
             text = json.dumps(vars(_settle(options)))
         except SystemExit as end:
             status = 1 if end.code else 0

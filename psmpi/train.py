@@ -30,11 +30,12 @@ def parse(argv: list[str]) -> Config:
     """The configuration: defaults, then the TOML file, then the command line. Raises SystemExit as argparse does."""
     import tyro
 
+    from psmpi.command import program
     from psmpi.config import command_line, defaults, from_command_line
 
     tree = tyro.cli(
         command_line(defaults(argv)),
-        prog="python -m psmpi.train",
+        prog=program("train"),
         description=DESCRIPTION,
         config=(tyro.conf.OmitArgPrefixes,),
         args=argv,

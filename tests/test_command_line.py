@@ -49,8 +49,8 @@ def test_only_comm_speaks_to_mpi():
 def test_modules_import_from_floors_below_only():
     """Floors: backend and layout, then nn, optim and data, config, comm, checkpoint, training, methods, commands."""
     floors = [("errors", "metrics"), ("registry",), ("backend",), ("layout",), ("nn", "optim", "data"), ("config",),
-              ("comm",), ("checkpoint",), ("training",), ("methods",),
-              ("train", "bench", "inspect", "predict", "plot")]  # fmt: skip
+              ("comm",), ("checkpoint",), ("training",), ("methods",), ("command",),
+              ("train", "bench", "inspect", "predict", "plot"), ("__main__",)]  # fmt: skip
     floor = {name: k for k, names in enumerate(floors) for name in names}
     root = HERE.parent / "psmpi"
     for path in root.rglob("*.py"):

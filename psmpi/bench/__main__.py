@@ -23,6 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     from psmpi.bench.optimizer import optimizer
     from psmpi.bench.published import published
     from psmpi.comm.world import run
+    from psmpi.command import program
     from psmpi.config import defaults
 
     words = sys.argv[1:] if argv is None else argv
@@ -38,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             return int(
                 app.cli(
-                    prog="python -m psmpi.bench",
+                    prog=program("bench"),
                     description="Measure psmpi.",
                     args=words,
                     config=(tyro.conf.OmitArgPrefixes,),

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
 from psmpi.comm.control import receive_from, send_to_first
+from psmpi.comm.protocol import Communicator
 from psmpi.layout import Ownership, Runs, TableRows, copy_runs
 
 # Elements that rank 0 takes from another rank at a time.
@@ -16,7 +16,7 @@ BUFFER = 1 << 20
 
 
 def collect(
-    world: Any,
+    world: Communicator,
     sizes: Sequence[int],
     dtype: np.dtype,
     piece: Callable[[int, int], np.ndarray],

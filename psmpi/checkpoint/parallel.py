@@ -18,6 +18,7 @@ from psmpi.checkpoint.contents import Contents
 from psmpi.checkpoint.format import FORMAT, HEADER, as_data, chunk_of, filters, partial_of
 from psmpi.checkpoint.selection import Ranges, Slab, find_parts
 from psmpi.checkpoint.tensors import Tensor
+from psmpi.comm.protocol import Communicator
 from psmpi.layout import Ownership, TableRows, copy_runs
 
 
@@ -46,7 +47,7 @@ def values_of(part: Slab, vector: np.ndarray) -> np.ndarray:
 
 
 def write_together(
-    world: Any,
+    world: Communicator,
     target: Path,
     contents: Contents,
     vectors: Mapping[str, np.ndarray],

@@ -19,6 +19,7 @@ from psmpi.checkpoint.contents import Contents, Progress
 from psmpi.checkpoint.format import folder, partial_of
 from psmpi.checkpoint.spool import Spool
 from psmpi.comm.control import share, share_flag
+from psmpi.comm.protocol import Communicator
 from psmpi.layout import Ownership, TableRows
 
 # Seconds that training waits for a checkpoint that is still being written when the next is due.
@@ -41,7 +42,7 @@ class Writer:
 
     def __init__(
         self,
-        world: Any,
+        world: Communicator,
         contents: Contents,
         shards: Ownership,
         out: Path,

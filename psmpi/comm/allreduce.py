@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 
 from psmpi.comm.group import Group, all_done, wait_all
+from psmpi.comm.protocol import Request
 from psmpi.errors import UserError
 
 Algorithm = Callable[[Group, np.ndarray], None]
@@ -41,7 +41,7 @@ class Ring:
         self.segments = _segments(vector.size, group.size)
         self.room = np.empty(max(s.stop - s.start for s in self.segments), vector.dtype)
         self.steps, self.step = 2 * (group.size - 1), 0
-        self.requests: list[Any] = []
+        self.requests: list[Request] = []
 
     def begin(self) -> None:
         """Send the first segment."""

@@ -66,14 +66,16 @@ class Staged(Bridge):
             self.begin(array, pieces)
         self.begun.discard(key)
         mirror.wait()
-        return mirror.host.reshape(array.shape)
+        host: np.ndarray = mirror.host.reshape(array.shape)
+        return host
 
     def incoming(self, array: Any) -> np.ndarray:
         if isinstance(array, np.ndarray):
             return array
         _, mirror = self._mirror(array)
         mirror.settle()
-        return mirror.host.reshape(array.shape)
+        host: np.ndarray = mirror.host.reshape(array.shape)
+        return host
 
     def arrived(self, array: Any, pieces: Pieces | None = None) -> None:
         if isinstance(array, np.ndarray):

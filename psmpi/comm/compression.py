@@ -369,4 +369,4 @@ def make_compressor(
     kind, takes = COMPRESSORS[name]
     # Random rounding is unbiased and needs no memory, and in DGC the memory is the method.
     memory = (memory and kind is not QSGD) or kind is DGC
-    return kind(group, layout, dtype, memory, **{key: settings[key] for key in takes})  # type: ignore[arg-type]
+    return kind(group, layout, dtype, memory, **{key: settings[key] for key in takes})

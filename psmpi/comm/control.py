@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
+from psmpi.comm.protocol import Communicator
 
-def total(world: Any, values: np.ndarray) -> np.ndarray:
+
+def total(world: Communicator, values: np.ndarray) -> np.ndarray:
     """`values` summed over all ranks, as a new array on each."""
     found = np.empty_like(values)
     world.Allreduce(values, found)
     return found
 
 
-def rows(world: Any, values: np.ndarray) -> np.ndarray:
+def rows(world: Communicator, values: np.ndarray) -> np.ndarray:
     """Every rank's `values`, of one shape and dtype, as the rows of a new array (ranks, ...) on each."""
     found = np.empty((world.size, *values.shape), values.dtype)
     world.Allgather(values, found)
     return found
 
 
-def wait_for_all(world: Any) -> None:
+def wait_for_all(world: Communicator) -> None:
     """Return when all ranks have come here."""
     world.Barrier()
 
 
-def share(world: Any, text: str) -> str:
+def share(world: Communicator, text: str) -> str:
     """Rank 0's text on all ranks."""
-    data = np.frombuffer(text.encode(), np.uint8).copy()
+    data: np.ndarray = np.frombuffer(text.encode(), np.uint8).copy()
     size = np.array([data.size])
     world.Bcast(size, 0)
     if world.rank != 0:
@@ -37,7 +37,7 @@ def share(world: Any, text: str) -> str:
     return data.tobytes().decode()
 
 
-def share_flag(world: Any, flag: bool) -> bool:
+def share_flag(world: Communicator, flag: bool) -> bool:
     """Rank 0's answer to a question of yes or no on all ranks."""
     if world.size == 1:
         return flag
@@ -46,7 +46,7 @@ def share_flag(world: Any, flag: bool) -> bool:
     return bool(answer[0])
 
 
-def collect_texts(world: Any, text: str, most: int = 1000) -> list[str]:
+def collect_texts(world: Communicator, text: str, most: int = 1000) -> list[str]:
     """Every rank's text (cut at `most` bytes), on rank 0; none on the others."""
     own = np.zeros(most, np.uint8)
     data = text.encode()[:most]
@@ -56,11 +56,11 @@ def collect_texts(world: Any, text: str, most: int = 1000) -> list[str]:
     return [] if rows is None else [row.tobytes().rstrip(b"\0").decode() for row in rows]
 
 
-def send_to_first(world: Any, piece: np.ndarray) -> None:
+def send_to_first(world: Communicator, piece: np.ndarray) -> None:
     """Give rank 0 a contiguous piece, which it receives by `receive_from`."""
     world.Send(piece, dest=0)
 
 
-def receive_from(world: Any, piece: np.ndarray, rank: int) -> None:
+def receive_from(world: Communicator, piece: np.ndarray, rank: int) -> None:
     """Take what another rank gives rank 0, into a contiguous array of its size and dtype."""
     world.Recv(piece, source=rank)

@@ -11,6 +11,7 @@ import numpy as np
 
 from psmpi.comm.bridge import Bridge
 from psmpi.comm.nccl import Nccl
+from psmpi.comm.protocol import Communicator, Request, VectorSpec, World
 
 
 class Counter:
@@ -33,21 +34,28 @@ class Counter:
 
 
 class Group:
-    """Some ranks of the job, in an order. `comm` is None on ranks outside; its calls must then not be made."""
+    """Some ranks of the job, in an order. Ranks outside it, where `rank` is -1, must make none of its calls."""
 
-    def __init__(self, world: Any, ranks: Sequence[int], counter: Counter, bridge: Bridge | None = None):
+    def __init__(self, world: World, ranks: Sequence[int], counter: Counter, bridge: Bridge | None = None):
         self.ranks, self.counter, self.bridge = tuple(ranks), counter, bridge or Bridge()
         self.nccl: Nccl | None = None
         self.size = len(self.ranks)
-        self.comm: Any = None
+        self._comm: Communicator | None = None
         if world.rank in self.ranks:
             if self.ranks == tuple(range(world.size)):
-                self.comm = world
+                self._comm = world
             elif self.size > 1:
                 group = world.group.Incl(list(self.ranks))
-                self.comm = world.Create_group(group)
+                self._comm = world.Create_group(group)
                 group.Free()
         self.rank = self.ranks.index(world.rank) if world.rank in self.ranks else -1
+
+    @property
+    def comm(self) -> Communicator:
+        """MPI's communicator of the group: of two ranks or more, or of the whole world."""
+        if self._comm is None:
+            raise RuntimeError(f"no messages among the ranks {self.ranks}: this rank is outside, or alone")
+        return self._comm
 
     def use_nccl(self, stream: Any) -> None:
         """From now on allreduce and allgatherv go from device to device; all ranks of the group make this call."""
@@ -63,26 +71,26 @@ class Group:
         self.bridge.arrived(buffer)
         self.counter.add(0, buffer.nbytes)
 
-    def isend(self, buffer: np.ndarray, to: int, tag: int = 0) -> Any:
+    def isend(self, buffer: np.ndarray, to: int, tag: int = 0) -> Request:
         """Begin to send; the buffer is not to be written until the request is done."""
         request = self.comm.Isend(self.bridge.outgoing(buffer), to, tag)
         self.counter.add(buffer.nbytes, 0)
         return request
 
-    def irecv(self, buffer: np.ndarray, source: int, tag: int = 0) -> Any:
+    def irecv(self, buffer: np.ndarray, source: int, tag: int = 0) -> Request:
         """Begin to receive; the buffer has `arrived`, which the caller tells the bridge, when the request is done."""
         request = self.comm.Irecv(self.bridge.incoming(buffer), source, tag)
         self.counter.add(0, buffer.nbytes)
         return request
 
-    def ibcast(self, buffer: np.ndarray, root: int = 0) -> Any:
+    def ibcast(self, buffer: np.ndarray, root: int = 0) -> Request:
         """Begin bcast, on a group of two or more; elsewhere than on the root the buffer then has `arrived`."""
         at_root = self.rank == root
         request = self.comm.Ibcast(self.bridge.outgoing(buffer) if at_root else self.bridge.incoming(buffer), root)
         self.counter.add(buffer.nbytes * (self.size - 1) * at_root, buffer.nbytes * (not at_root))
         return request
 
-    def ireduce(self, buffer: np.ndarray, root: int = 0) -> Any:
+    def ireduce(self, buffer: np.ndarray, root: int = 0) -> Request:
         """Begin reduce, on a group of two or more; the root's buffer holds its share, and then has `arrived`."""
         wire = self.bridge.outgoing(buffer)
         if self.rank == root:
@@ -123,14 +131,14 @@ class Group:
             moved = 2 * (self.size - 1) * buffer.nbytes // self.size
             self.counter.add(moved, moved)
 
-    def iallreduce(self, buffer: np.ndarray) -> Any:
+    def iallreduce(self, buffer: np.ndarray) -> Request:
         """Begin allreduce; `wait` ends it, and the buffer is not to be touched before. A request."""
         request = self.comm.Iallreduce(_in_place(), self.bridge.outgoing(buffer))
         moved = 2 * (self.size - 1) * buffer.nbytes // self.size
         self.counter.add(moved, moved)
         return request
 
-    def wait(self, buffer: np.ndarray, request: Any) -> None:
+    def wait(self, buffer: np.ndarray, request: Request) -> None:
         """End what was begun on a buffer."""
         request.Wait()
         self.bridge.arrived(buffer)
@@ -229,12 +237,12 @@ class Group:
         self.counter.add(buffer.nbytes * (self.size - 1), into.itemsize * sum(counts) - buffer.nbytes)
 
 
-def all_done(requests: Sequence[Any]) -> bool:
+def all_done(requests: Sequence[Request]) -> bool:
     """Whether all requests are done; MPI goes on with them inside the call."""
     return all(request.Test() for request in requests)
 
 
-def wait_all(requests: Sequence[Any]) -> None:
+def wait_all(requests: Sequence[Request]) -> None:
     """Wait for all requests."""
     for request in requests:
         request.Wait()
@@ -257,7 +265,7 @@ def _in_place() -> Any:
     return MPI.IN_PLACE
 
 
-def _runs(array: Any, counts: Sequence[int]) -> list[Any]:
+def _runs(array: np.ndarray, counts: Sequence[int]) -> VectorSpec:
     """MPI's description of runs of `counts` elements of a contiguous array, one after the other, of any dtype."""
     from mpi4py import MPI
 

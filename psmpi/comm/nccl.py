@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 
+from psmpi.comm.protocol import Communicator
 from psmpi.errors import UserError
 
 
 class Nccl:
     """The collectives of `comm` (its ranks, one device each) on arrays in their devices' memory, in stream order."""
 
-    def __init__(self, comm: Any, stream: Any):
+    def __init__(self, comm: Communicator, stream: Any):
         library = _library()
         self.library, self.stream, self.size = library, stream, comm.size
         # The identifier is 128 bytes; the first rank makes it.
@@ -44,7 +45,7 @@ class Nccl:
         self.library.groupEnd()
 
 
-def check_devices(world: Any, pci_id: str) -> None:
+def check_devices(world: Communicator, pci_id: str) -> None:
     """UserError on all ranks unless CuPy has NCCL and no two ranks of a host have one device, which `pci_id` names."""
     from mpi4py import MPI
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import ctypes
-from typing import Any
 
 import numpy as np
 
 from psmpi.backend import NumpyOps
 from psmpi.comm.bridge import Bridge, GpuAware, Staged
 from psmpi.comm.group import Counter, Group
+from psmpi.comm.protocol import World
 from psmpi.errors import UserError
 
 
-def make_bridge(world: Any, ops: NumpyOps, gpu_aware: bool) -> Bridge:
+def make_bridge(world: World, ops: NumpyOps, gpu_aware: bool) -> Bridge:
     """The way from these arrays to MPI. UserError on all ranks where MPI is to take a device's and cannot."""
     if not ops.on_device:
         return Bridge()
@@ -42,7 +42,7 @@ def ask_library() -> None:
         )
 
 
-def probe(world: Any, ops: NumpyOps, bridge: Bridge, size: int = 0) -> bool:
+def probe(world: World, ops: NumpyOps, bridge: Bridge, size: int = 0) -> bool:
     """Whether the collectives of a step bring the right values from this bridge, on all ranks.
 
     size: of each rank's vector; 0: large enough for MPI to send it as it sends large ones, not larger in a large job.

@@ -14,9 +14,12 @@ import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from psmpi.errors import UserError
+
+if TYPE_CHECKING:
+    from psmpi.comm.protocol import Communicator, World
 
 # What launchers tell each process about the number of ranks they started.
 LAUNCHER_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PALS_SIZE", "FLUX_JOB_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -57,8 +60,8 @@ def check_launcher(size: int, environ: dict[str, str], library: str) -> None:
         )
 
 
-def start() -> Any:
-    """Start MPI and return the communicator of all ranks (mpi4py). UserError where there is no usable MPI."""
+def start() -> World:
+    """Start MPI and return the communicator of all ranks (mpi4py's). UserError where there is no usable MPI."""
     try:
         with warnings.catch_warnings():
             # mpi4py warns of another MPI's launcher; check_launcher says what to do.
@@ -73,7 +76,7 @@ def start() -> Any:
     return comm
 
 
-def host(world: Any) -> tuple[int, int]:
+def host(world: Communicator) -> tuple[int, int]:
     """Ranks of `world` on this rank's host, and the cores that they may use, bound or not, all together.
 
     A container's share of the processor time (cgroup v2) counts as so many cores.
@@ -90,7 +93,7 @@ def host(world: Any) -> tuple[int, int]:
     return ranks, min(int(used.sum()), quota())
 
 
-def local_rank(world: Any) -> int:
+def local_rank(world: Communicator) -> int:
     """This rank's number among those of its host."""
     from mpi4py import MPI
 
@@ -100,7 +103,7 @@ def local_rank(world: Any) -> int:
     return found
 
 
-def several_hosts(world: Any) -> bool:
+def several_hosts(world: Communicator) -> bool:
     """Whether some ranks share no memory."""
     import numpy as np
     from mpi4py import MPI
@@ -112,7 +115,7 @@ def several_hosts(world: Any) -> bool:
     return bool(apart[0])
 
 
-def host_by_host(world: Any, work: Callable[[], None]) -> None:
+def host_by_host(world: Communicator, work: Callable[[], None]) -> None:
     """Do `work` on the first rank of each host, and when it is done on the others."""
     from mpi4py import MPI
 
@@ -195,9 +198,10 @@ def _delivered(patience: float = 2.0) -> None:
     time.sleep(0.1)
 
 
-def _running() -> Any:
+def _running() -> Communicator | None:
     """The communicator of all ranks if MPI has been started, else None."""
     module = sys.modules.get("mpi4py.MPI")
     if module is None or not module.Is_initialized() or module.Is_finalized():
         return None
-    return module.COMM_WORLD
+    world: Communicator = module.COMM_WORLD
+    return world

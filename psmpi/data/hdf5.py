@@ -62,7 +62,8 @@ class Hdf5Rows:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        return self.stored.newbyteorder("=")
+        native: np.dtype[Any] = self.stored.newbyteorder("=")
+        return native
 
     def read_into(self, rows: npt.NDArray[np.int64], where: npt.NDArray[np.int64], out: npt.NDArray[Any]) -> None:
         width = rows_per_chunk(out.shape[1] * self.stored.itemsize)

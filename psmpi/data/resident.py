@@ -47,7 +47,7 @@ class Resident:
     @property
     def nbytes(self) -> int:
         """The bytes held: samples, their ids and scratch memory; not the targets, which are the split's."""
-        return self._samples.nbytes + self._rows.nbytes
+        return int(self._samples.nbytes + self._rows.nbytes)
 
     def fetch(self, ids: npt.ArrayLike, out: npt.NDArray[Any]) -> None:
         """Fill `out` with the scaled samples `ids`, (b,) integers, any order, repetitions allowed.
@@ -75,7 +75,8 @@ class Resident:
 
         IndexError unless ids are in 0..split.n-1.
         """
-        return self._targets[as_rows(ids, len(self._targets))].T
+        found: npt.NDArray[Any] = self._targets[as_rows(ids, len(self._targets))].T
+        return found
 
     def _positions(self, ids: npt.ArrayLike) -> npt.NDArray[np.int64]:
         given = np.asarray(ids)

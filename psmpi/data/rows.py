@@ -76,7 +76,8 @@ class FileRows:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        return self.stored.newbyteorder("=")
+        native: np.dtype[Any] = self.stored.newbyteorder("=")
+        return native
 
     @property
     def record_bytes(self) -> int:
@@ -150,7 +151,8 @@ class StreamRows:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        return self.stored.newbyteorder("=")
+        native: np.dtype[Any] = self.stored.newbyteorder("=")
+        return native
 
     def read_into(self, rows: Rows, where: Rows, out: Array) -> None:
         if self.member is None:

@@ -13,6 +13,7 @@ def main(argv: list[str] | None = None) -> int:
     import tyro
     from tyro.extras import SubcommandApp
 
+    from psmpi.command import program
     from psmpi.inspect.change import average, cut, join, prune
     from psmpi.inspect.compare import diff
     from psmpi.inspect.export import export
@@ -27,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return int(
             app.cli(
-                prog="python -m psmpi.inspect",
+                prog=program("inspect"),
                 description="Look into checkpoints and change them. A run directory stands for its newest checkpoint.",
                 args=sys.argv[1:] if argv is None else argv,
                 config=(tyro.conf.OmitArgPrefixes,),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from itertools import combinations
@@ -88,7 +88,11 @@ def _cut(sets: list[list[Pair]], columns: int) -> list[list[Pair]]:
     return sorted(alone + [pairs for _, pairs in heap])
 
 
-PARTITIONS = {"scores": (score_columns, lambda classes: classes), "pairs": (pair_columns, all_pairs)}
+# One replica row of so many classes and columns, and the most columns for so many classes.
+PARTITIONS: dict[str, tuple[Callable[[int, int], list[Worker]], Callable[[int], int]]] = {
+    "scores": (score_columns, lambda classes: classes),
+    "pairs": (pair_columns, all_pairs),
+}
 
 
 def make_grid(partition: str, classes: int, workers: int, replicas: int = 0) -> list[Worker]:

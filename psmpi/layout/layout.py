@@ -148,7 +148,7 @@ def make_layout(
         for first, last, signature in runs:
             members.setdefault(signature, []).append((k, first, last))
 
-    def order(signature: frozenset[int]) -> tuple:
+    def order(signature: frozenset[int]) -> tuple[int | list[int], ...]:
         if not signature:
             return (2,)
         if len(signature) == classes:

@@ -89,7 +89,8 @@ class Runs:
         k = self.starts.searchsorted(starts, side="right") - 1
         if (k < 0).any() or (stops > self.stops[k]).any():
             raise ValueError(f"some of {len(starts)} intervals are not inside one of the {len(self.starts)} runs")
-        return self.offsets[k] + starts - self.starts[k]
+        found: np.ndarray = self.offsets[k] + starts - self.starts[k]
+        return found
 
     def __and__(self, other: Runs) -> Runs:
         if len(self.starts) == 1:

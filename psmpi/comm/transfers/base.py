@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from psmpi.comm.group import all_done, wait_all
+from psmpi.comm.protocol import Request
 
 # Source and destination, ranks of the job, and the bytes that go from one to the other.
 Message = tuple[int, int, int]
@@ -61,7 +62,7 @@ class Transfer:
 class Handle:
     """A transfer under way. Its vectors are not to be touched until `poll` is true or `finish` has returned."""
 
-    def __init__(self, requests: Sequence[Any], arrive: Callable[[], None] | None = None):
+    def __init__(self, requests: Sequence[Request], arrive: Callable[[], None] | None = None):
         self.requests, self.arrive, self.done = requests, arrive, False
 
     def poll(self) -> bool:

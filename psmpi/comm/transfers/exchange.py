@@ -10,6 +10,7 @@ import numpy as np
 from psmpi.backend import NumpyOps
 from psmpi.comm.bridge import Bridge
 from psmpi.comm.group import Counter, Group
+from psmpi.comm.protocol import World
 from psmpi.comm.transfers.base import Message, Step, Transfer
 from psmpi.comm.transfers.deal import Deal
 from psmpi.comm.transfers.spread import Spread
@@ -38,7 +39,7 @@ class Exchange(Transfer):
 
     def __init__(
         self,
-        world: Any,
+        world: World,
         roles: Roles,
         counter: Counter,
         dtype: np.dtype,

@@ -1,0 +1,81 @@
+"""The command `psmpi`, also `python -m psmpi`: its first word names the command that does the rest."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import import_module
+from pathlib import PurePath
+
+# Module whose `main` takes the remaining words, and what the command does.
+COMMANDS = {
+    "train": ("psmpi.train", "Train a partitioned network, on one process or under mpirun."),
+    "predict": ("psmpi.predict", "Predict from a checkpoint, on one process or under mpirun."),
+    "inspect": ("psmpi.inspect.__main__", "Show, compare, verify, export, cut and join checkpoints."),
+    "plot": ("psmpi.plot", "Draw the curves of training runs."),
+    "bench": ("psmpi.bench.__main__", "Measure computing, networks, memory, checkpoints and published accuracies."),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the command's exit status, or 1 where the first word is no command."""
+    words = sys.argv[1:] if argv is None else argv
+    if words and words[0] in COMMANDS:
+        module, _ = COMMANDS[words[0]]
+        return int(import_module(module).main(words[1:]))
+    from psmpi.comm.world import run
+
+    return run(lambda: _answer(words))
+
+
+def program(command: str = "") -> str:
+    """What was typed to start a command, for its help: `psmpi train`, `python -m psmpi train` or `-m psmpi.train`."""
+    started = PurePath(sys.argv[0] if sys.argv else "")
+    script = started.stem == "psmpi"
+    if script or not command or started.parts[-2:] == ("psmpi", "__main__.py"):
+        return f"{'psmpi' if script else 'python -m psmpi'} {command}".rstrip()
+    return f"python -m psmpi.{command}"
+
+
+def usage() -> str:
+    """Help text, one line a command."""
+    width = max(map(len, COMMANDS))
+    name = program()
+    return "\n".join(
+        [
+            f"usage: {name} COMMAND ...",
+            "",
+            "Training of neural networks whose parts live on different MPI ranks.",
+            "",
+            *(f"  {command:{width}}  {does}" for command, (_, does) in COMMANDS.items()),
+            "",
+            f"  {name} COMMAND --help  lists the options of a command.",
+            f"  {name} --version       prints the version.",
+        ]
+    )
+
+
+def _answer(words: list[str]) -> int:
+    """Help, version, or UserError; on rank 0 alone, by the launcher's word, since no MPI has been started."""
+    from psmpi.comm.world import announced_rank
+    from psmpi.errors import UserError
+
+    if not words:
+        raise UserError(f"name a command: {', '.join(COMMANDS)}")
+    word = words[0]
+    first = announced_rank(dict(os.environ)) == 0
+    if word in ("--help", "-h"):
+        text = usage()
+    elif word == "--version":
+        from psmpi import __version__
+
+        text = f"psmpi {__version__}"
+    else:
+        from difflib import get_close_matches
+
+        near = get_close_matches(word, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise UserError(f"unknown command {word!r}: {hint}choose one of {', '.join(COMMANDS)}")
+    if first:
+        print(text)
+    return 0
