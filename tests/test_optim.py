@@ -15,25 +15,12 @@ from scipy.optimize import minimize, rosen, rosen_der
 
 from psmpi.backend import NumpyOps
 from psmpi.errors import UserError
-from psmpi.optim import (
-    LBFGS,
-    OPTIMIZERS,
-    SGD,
-    Adam,
-    AdamW,
-    Hyper,
-    Momentum,
-    Nesterov,
-    RMSprop,
-    clip_by_global_norm,
-    make_optimizer,
-    make_schedule,
-)
+from psmpi.optim import FIRST_ORDER, OPTIMIZERS, Hyper, clip_by_global_norm, make_optimizer, make_schedule
 from psmpi.optim.base import CHUNK
 from psmpi.optim.linesearch import Point, _cubic, strong_wolfe
 from psmpi.optim.twoloop import two_loop
 
-FIRST_ORDER = [name for name in OPTIMIZERS if name not in ("lbfgs", "lbfgs-tr", "lsr1-tr")]
+FIRST_ORDER = [name for name in OPTIMIZERS if name in FIRST_ORDER]
 
 
 def alone(values):
@@ -42,6 +29,7 @@ def alone(values):
 
 def reference(name, w, gradients, lr, h):
     """The textbook updates, written on whole vectors."""
+    beta2 = 0.999 if h.beta2 is None else h.beta2
     w, m, v = w.copy(), np.zeros_like(w), np.zeros_like(w)
     for t, g in enumerate(gradients, 1):
         g = g if name == "adamw" else g + h.weight_decay * w
@@ -57,8 +45,8 @@ def reference(name, w, gradients, lr, h):
             if name == "adamw":
                 w = w - lr * h.weight_decay * w
             m = h.beta1 * m + (1 - h.beta1) * g
-            v = h.beta2 * v + (1 - h.beta2) * g**2
-            w = w - lr * (m / (1 - h.beta1**t)) / (np.sqrt(v / (1 - h.beta2**t)) + h.eps)
+            v = beta2 * v + (1 - beta2) * g**2
+            w = w - lr * (m / (1 - h.beta1**t)) / (np.sqrt(v / (1 - beta2**t)) + h.eps)
     return w
 
 
@@ -398,17 +386,21 @@ def test_state_has_stable_names():
     assert all(v.shape == (3,) and v.dtype == np.float32 for v in lbfgs.vectors.values())
 
 
-def test_constructors_take_their_hyperparameters_by_keyword():
-    assert (Momentum(1, "float32", beta=0.5).beta, Nesterov(1, "float32").beta) == (0.5, 0.9)
-    adam = AdamW(1, np.float32, beta1=0.5, beta2=0.6, eps=1e-3, weight_decay=0.1)
+def test_constructors_take_their_settings_by_keyword():
+    momentum, nesterov, adamw = (OPTIMIZERS[name] for name in ("momentum", "nesterov", "adamw"))
+    assert (momentum(1, "float32", momentum=0.5).momentum, nesterov(1, "float32").momentum) == (0.5, 0.9)
+    adam = adamw(1, np.float32, beta1=0.5, beta2=0.6, eps=1e-3, weight_decay=0.1)
     made = make_optimizer("adamw", 1, np.float32, Hyper(beta1=0.5, beta2=0.6, eps=1e-3, weight_decay=0.1))
     for optimizer in (adam, made):
         settings = (optimizer.beta1, optimizer.beta2, optimizer.eps, optimizer.weight_decay)
         assert settings == (0.5, 0.6, 1e-3, 0.1)
     lbfgs = make_optimizer("lbfgs", 1, np.float32, Hyper(history=3, max_evals=7))
     assert (lbfgs.history, lbfgs.max_evals, len(lbfgs.vectors)) == (3, 7, 6)
-    assert SGD(1, np.float32, weight_decay=0.3).weight_decay == 0.3
-    assert RMSprop(1, np.float32, alpha=0.3).alpha == 0.3 and Adam(1, np.float32).beta2 == 0.999
+    assert OPTIMIZERS["sgd"](1, np.float32, weight_decay=0.3).weight_decay == 0.3
+    assert OPTIMIZERS["rmsprop"](1, np.float32, alpha=0.3).alpha == 0.3
+    assert OPTIMIZERS["adam"](1, np.float32).beta2 == 0.999
+    with pytest.raises(TypeError, match="SGD has no momentum: use weight_decay"):
+        OPTIMIZERS["sgd"](1, np.float32, momentum=0.5)
 
 
 # L-BFGS.
@@ -812,25 +804,25 @@ def test_decays_are_from_0_up_to_1(setting, value):
 
 
 @pytest.mark.parametrize(
-    ("kind", "settings", "says"),
+    ("name", "settings", "says"),
     [
-        (Momentum, {"beta": 1.0}, "--momentum 1.0"),
-        (Nesterov, {"beta": -1.0}, "--momentum -1.0"),
-        (Adam, {"beta1": 1.0}, "--beta1 1.0"),
-        (AdamW, {"beta2": 2.0}, "--beta2 2.0"),
-        (Adam, {"eps": -1e-8}, "--eps"),
-        (Adam, {"eps": 1e-60}, "rounds to 0 in float32"),
-        (RMSprop, {"eps": 1e-60}, "rounds to 0 in float32"),
-        (RMSprop, {"alpha": 1.0}, "--alpha 1.0"),
-        (SGD, {"weight_decay": float("nan")}, "--weight-decay nan"),
-        (LBFGS, {"weight_decay": -1.0}, "--weight-decay -1.0"),
-        (LBFGS, {"history": 0}, "--history 0"),
-        (LBFGS, {"max_evals": 1}, "--max-evals 1: expected 2 or more"),
+        ("momentum", {"momentum": 1.0}, "--momentum 1.0"),
+        ("nesterov", {"momentum": -1.0}, "--momentum -1.0"),
+        ("adam", {"beta1": 1.0}, "--beta1 1.0"),
+        ("adamw", {"beta2": 2.0}, "--beta2 2.0"),
+        ("adam", {"eps": -1e-8}, "--eps"),
+        ("adam", {"eps": 1e-60}, "rounds to 0 in float32"),
+        ("rmsprop", {"eps": 1e-60}, "rounds to 0 in float32"),
+        ("rmsprop", {"alpha": 1.0}, "--alpha 1.0"),
+        ("sgd", {"weight_decay": float("nan")}, "--weight-decay nan"),
+        ("lbfgs", {"weight_decay": -1.0}, "--weight-decay -1.0"),
+        ("lbfgs", {"history": 0}, "--history 0"),
+        ("lbfgs", {"max_evals": 1}, "--max-evals 1: expected 2 or more"),
     ],
 )
-def test_constructors_refuse_wrong_settings(kind, settings, says):
+def test_constructors_refuse_wrong_settings(name, settings, says):
     with pytest.raises(UserError, match=says):
-        kind(3, np.float32, **settings)
+        OPTIMIZERS[name](3, np.float32, **settings)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -10,18 +10,15 @@ from psmpi.backend import NumpyOps
 from psmpi.errors import UserError
 from psmpi.optim.base import Hyper, Optimizer, check_settings
 from psmpi.optim.curvature import RULES
-from psmpi.optim.first_order import (
-    SGD,
-    Adam,
-    AdamW,
-    CountedAdam,
-    CountedAdamW,
-    FirstOrder,
-    Momentum,
-    Nesterov,
-    RMSprop,
-)
+from psmpi.optim.first_order import FirstOrder
 from psmpi.optim.lbfgs import LBFGS
+from psmpi.optim.rules.adam import Adam
+from psmpi.optim.rules.adamw import AdamW
+from psmpi.optim.rules.counted_adam import CountedAdam, CountedAdamW
+from psmpi.optim.rules.momentum import Momentum
+from psmpi.optim.rules.nesterov import Nesterov
+from psmpi.optim.rules.rmsprop import RMSprop
+from psmpi.optim.rules.sgd import SGD
 from psmpi.optim.trust_region import LSR1, LBFGSTrustRegion
 
 
@@ -66,5 +63,4 @@ def make_optimizer(
         raise UserError(f"--optimizer {name!r} is unknown: choose one of {', '.join(known)}")
     check_settings(**asdict(hyper))
     kind = COUNTED.get(name, known[name]) if counted else known[name]
-    settings = {key: getattr(hyper, "momentum" if key == "beta" else key) for key in kind.settings}
-    return kind(n, dtype, **settings, ops=ops)
+    return kind(n, dtype, **kind.chosen(hyper), ops=ops)

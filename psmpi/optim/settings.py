@@ -1,0 +1,65 @@
+"""The settings of all optimizers, and their ranges."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from psmpi.errors import UserError
+
+# Numbers that stand for a setting of None; a class of optimizers may have others (`Optimizer.usual`).
+USUAL = {"beta2": 0.999}
+
+
+@dataclass(frozen=True)
+class Hyper:
+    """Settings of all optimizers; each uses those its formula has. `make_optimizer` checks all of them."""
+
+    momentum: float = 0.9
+    """Momentum of momentum, nesterov and --extrapolation constant."""
+    beta1: float = 0.9
+    """Decay of the first moment in adam and adamw."""
+    beta2: float | None = None
+    """Decay of the second moment in adam and adamw, and of --scaling moments; 0.999 if not given."""
+    eps: float = 1e-8
+    """Added to the root in adam, adamw, rmsprop and --scaling moments."""
+    alpha: float = 0.99
+    """Decay of rmsprop's mean square."""
+    weight_decay: float = 0.0
+    """L2 penalty added to the gradient; decoupled in adamw."""
+    history: int = 10
+    """Pairs that lbfgs, lbfgs-tr and lsr1-tr remember."""
+    max_evals: int = 20
+    """Function evaluations of the line search of lbfgs at most."""
+
+
+def check_settings(**settings: float | None) -> None:
+    """UserError for a setting, by its name in `Hyper`, that no optimizer can work with."""
+    for name, value in settings.items():
+        if value is None:
+            continue
+        option = f"--{name.replace('_', '-')} {value}"
+        if name in ("momentum", "beta1", "beta2", "alpha"):
+            if not 0 <= value < 1:
+                raise UserError(f"{option}: expected a number from 0 up to, not including, 1")
+        elif name == "eps":
+            if not 0 < value < np.inf:
+                raise UserError(f"{option}: expected a finite number above 0")
+        elif name == "weight_decay":
+            if not 0 <= value < np.inf:
+                raise UserError(f"{option}: expected a finite number, 0 or more")
+        elif name == "history":
+            if value < 1:
+                raise UserError(f"{option}: expected 1 or more pairs to remember")
+        elif name == "max_evals" and value < 2:
+            # One evaluation is where the step starts, another the first trial.
+            raise UserError(f"{option}: expected 2 or more function evaluations a step")
+
+
+def check_eps(eps: float, dtype: np.dtype) -> None:
+    """UserError for an eps that vanishes in `dtype`: a weight without any gradient would become 0 / 0."""
+    check_settings(eps=eps)
+    tiny = float(np.finfo(dtype).tiny)
+    if eps < tiny:
+        raise UserError(f"--eps {eps}: rounds to 0 in {dtype}, use {tiny:.3g} or more")
