@@ -3,7 +3,7 @@
 import json
 import threading
 import tracemalloc
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, asdict, fields
 from itertools import pairwise
 from math import sqrt
 
@@ -15,8 +15,22 @@ from scipy.optimize import minimize, rosen, rosen_der
 
 from psmpi.backend import NumpyOps
 from psmpi.errors import UserError
-from psmpi.optim import FIRST_ORDER, OPTIMIZERS, Hyper, clip_by_global_norm, make_optimizer, make_schedule
+from psmpi.optim import (
+    FIRST_ORDER,
+    KINDS,
+    OPTIMIZERS,
+    SCHEDULES,
+    Hyper,
+    NewtonSettings,
+    ScheduleSettings,
+    Unused,
+    clip_by_global_norm,
+    make_optimizer,
+    make_schedule,
+    unused_settings,
+)
 from psmpi.optim.base import CHUNK
+from psmpi.optim.curvature import RULES
 from psmpi.optim.linesearch import Point, _cubic, strong_wolfe
 from psmpi.optim.twoloop import two_loop
 
@@ -843,6 +857,44 @@ def test_arrays_that_are_not_the_shard_are_refused(name):
 def test_lbfgs_asks_for_its_closure():
     with pytest.raises(ValueError, match="closure"):
         make_optimizer("lbfgs", 3, np.float32, Hyper()).step(np.ones(3, np.float32), np.ones(3, np.float32), 1.0, alone)
+
+
+SETTINGS = (Hyper, NewtonSettings, ScheduleSettings)
+
+
+def test_every_setting_has_a_user_and_every_user_a_setting():
+    kinds = [*KINDS.values(), *SCHEDULES.values()]
+    assert {f.name for kind in SETTINGS for f in fields(kind)} - {"schedule"} == {s for k in kinds for s in k.settings}
+    assert sum(len(fields(kind)) for kind in SETTINGS) == len({f.name for kind in SETTINGS for f in fields(kind)})
+
+
+def test_partitioned_settings_are_those_of_the_element_updates():
+    only = {name: set(KINDS[name].settings) - set(KINDS["plsr1"].settings) for name in RULES}
+    assert only == {"plbfgs": {"curvature", "damping"}, "plsr1": set(), "plse": {"curvature"}}
+    optimizer = make_optimizer("plbfgs", 0, np.float32, Hyper(momentum=0.5, eps=1e-3))
+    assert (optimizer.momentum, optimizer.beta2, optimizer.eps) == (0.5, 0.999, 1e-3) and optimizer.needs_closure
+
+
+def test_defaults_are_used_by_everyone():
+    values = {key: value for kind in SETTINGS for key, value in asdict(kind()).items()}
+    for optimizer in KINDS:
+        for schedule in SCHEDULES:
+            assert unused_settings(optimizer, schedule, values) == []
+
+
+def test_settings_that_nothing_uses_name_who_does():
+    newton = ("plbfgs", "plsr1", "plse")
+    values = {"lr": 0.5, "sigma": 1.0, "min_lr": 1e-4, "beta1": 0.8, "gamma": 0.5, "damping": True, "warmup_steps": 3}
+    assert unused_settings("adam", "cosine", values) == [
+        Unused("sigma", "optimizer", newton),
+        Unused("gamma", "schedule", ("step",)),
+        Unused("damping", "optimizer", ("plbfgs",)),
+    ]
+    assert [one.setting for one in unused_settings("plse", "step", values)] == ["min_lr", "beta1", "damping"]
+    assert unused_settings("lbfgs", "constant", {"history": 3, "max_evals": 9, "weight_decay": 0.1}) == []
+    assert unused_settings("lsr1-tr", "constant", {"max_evals": 9}) == [Unused("max_evals", "optimizer", ("lbfgs",))]
+    with pytest.raises(UserError, match="choose one of sgd"):
+        unused_settings("adagrad", "cosine", {})
 
 
 # Corners.

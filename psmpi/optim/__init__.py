@@ -1,20 +1,29 @@
 """Optimizers over flat shards, learning-rate schedules and gradient clipping; no layers, no messages."""
 
 from psmpi.optim.base import AllSum, Closure, Optimizer
+from psmpi.optim.curvature.settings import NewtonSettings
 from psmpi.optim.norms import clip_by_global_norm
-from psmpi.optim.registry import FIRST_ORDER, OPTIMIZERS, make_optimizer
-from psmpi.optim.schedules import Schedule, make_schedule
+from psmpi.optim.registry import FIRST_ORDER, KINDS, OPTIMIZERS, find_optimizer, make_optimizer
+from psmpi.optim.schedules import SCHEDULES, Schedule, ScheduleSettings, make_schedule
 from psmpi.optim.settings import Hyper
+from psmpi.optim.unused import Unused, unused_settings
 
 __all__ = [
     "FIRST_ORDER",
+    "KINDS",
     "OPTIMIZERS",
+    "SCHEDULES",
     "AllSum",
     "Closure",
     "Hyper",
+    "NewtonSettings",
     "Optimizer",
     "Schedule",
+    "ScheduleSettings",
+    "Unused",
     "clip_by_global_norm",
+    "find_optimizer",
     "make_optimizer",
     "make_schedule",
+    "unused_settings",
 ]

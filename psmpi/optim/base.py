@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields
 from typing import Any, ClassVar
 
 import numpy as np
@@ -38,7 +39,7 @@ class Optimizer:
     """
 
     needs_closure: bool = False
-    # The settings that are used, by their names in `Hyper`: keywords of the constructor.
+    # The settings that are used, by name; those of `Hyper` are keywords of the constructor.
     settings: ClassVar[tuple[str, ...]] = ()
     # Numbers that stand for a setting of None, where they are not those of `USUAL`.
     usual: ClassVar[Mapping[str, float]] = {}
@@ -56,9 +57,9 @@ class Optimizer:
 
     @classmethod
     def chosen(cls, hyper: Hyper) -> dict[str, Any]:
-        """The settings that are used, by name, with a number for None."""
+        """The settings of `hyper` that are used, by name, with a number for None."""
         usual = {**USUAL, **cls.usual}
-        values = {name: getattr(hyper, name) for name in cls.settings}
+        values = {f.name: getattr(hyper, f.name) for f in fields(hyper) if f.name in cls.settings}
         return {name: usual[name] if value is None else value for name, value in values.items()}
 
     @property

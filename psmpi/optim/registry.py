@@ -9,9 +9,9 @@ from numpy.typing import DTypeLike
 from psmpi.backend import NumpyOps
 from psmpi.errors import UserError
 from psmpi.optim.base import Hyper, Optimizer, check_settings
-from psmpi.optim.curvature import RULES
 from psmpi.optim.first_order import FirstOrder
 from psmpi.optim.lbfgs import LBFGS
+from psmpi.optim.partitioned import PLBFGS, PLSE, PLSR1
 from psmpi.optim.rules.adam import Adam
 from psmpi.optim.rules.adamw import AdamW
 from psmpi.optim.rules.counted_adam import CountedAdam, CountedAdamW
@@ -21,13 +21,7 @@ from psmpi.optim.rules.rmsprop import RMSprop
 from psmpi.optim.rules.sgd import SGD
 from psmpi.optim.trust_region import LSR1, LBFGSTrustRegion
 
-
-class Partitioned(Optimizer):
-    """Partitioned quasi-Newton: holds scalars only, the method steps; the elements' curvature is on the workers."""
-
-    needs_closure = True
-
-
+# Those that step a shard by themselves.
 OPTIMIZERS: dict[str, type[Optimizer]] = {
     "sgd": SGD,
     "momentum": Momentum,
@@ -39,12 +33,19 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {
     "lbfgs-tr": LBFGSTrustRegion,
     "lsr1-tr": LSR1,
 }
-
-
+# All of them.
+KINDS: dict[str, type[Optimizer]] = {**OPTIMIZERS, "plbfgs": PLBFGS, "plsr1": PLSR1, "plse": PLSE}
 # Those whose step is a function of one gradient and their state: no searches, no pairs of steps.
 FIRST_ORDER = frozenset(name for name, kind in OPTIMIZERS.items() if issubclass(kind, FirstOrder))
 # Those that count their steps, with a count for each weight.
 COUNTED: dict[str, type[Optimizer]] = {"adam": CountedAdam, "adamw": CountedAdamW}
+
+
+def find_optimizer(name: str) -> type[Optimizer]:
+    """The class of the optimizer called `name`; UserError for an unknown name."""
+    if name not in KINDS:
+        raise UserError(f"--optimizer {name!r} is unknown: choose one of {', '.join(KINDS)}")
+    return KINDS[name]
 
 
 def make_optimizer(
@@ -58,9 +59,8 @@ def make_optimizer(
     setting out of its range, used by this optimizer or not: a value that no optimizer accepts is a slip in
     any case.
     """
-    known: dict[str, type[Optimizer]] = {**OPTIMIZERS, **dict.fromkeys(RULES, Partitioned)}
-    if name not in known:
-        raise UserError(f"--optimizer {name!r} is unknown: choose one of {', '.join(known)}")
+    kind = find_optimizer(name)
     check_settings(**asdict(hyper))
-    kind = COUNTED.get(name, known[name]) if counted else known[name]
+    if counted:
+        kind = COUNTED.get(name, kind)
     return kind(n, dtype, **kind.chosen(hyper), ops=ops)
