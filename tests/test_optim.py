@@ -43,10 +43,13 @@ def alone(values):
 
 def reference(name, w, gradients, lr, h):
     """The textbook updates, written on whole vectors."""
-    beta2 = 0.999 if h.beta2 is None else h.beta2
+    beta2 = h.beta2 or {"lion": 0.99}.get(name, 0.999)
     w, m, v = w.copy(), np.zeros_like(w), np.zeros_like(w)
     for t, g in enumerate(gradients, 1):
-        g = g if name == "adamw" else g + h.weight_decay * w
+        if name in ("adamw", "lion"):
+            w = w - lr * h.weight_decay * w
+        else:
+            g = g + h.weight_decay * w
         if name == "sgd":
             w = w - lr * g
         elif name in ("momentum", "nesterov"):
@@ -55,13 +58,20 @@ def reference(name, w, gradients, lr, h):
         elif name == "rmsprop":
             v = h.alpha * v + (1 - h.alpha) * g**2
             w = w - lr * g / (np.sqrt(v) + h.eps)
-        else:
-            if name == "adamw":
-                w = w - lr * h.weight_decay * w
+        elif name == "lion":
+            w = w - lr * np.sign(h.beta1 * m + (1 - h.beta1) * g)
+            m = beta2 * m + (1 - beta2) * g
+        elif name in ("adam", "adamw"):
             m = h.beta1 * m + (1 - h.beta1) * g
             v = beta2 * v + (1 - beta2) * g**2
             w = w - lr * (m / (1 - h.beta1**t)) / (np.sqrt(v / (1 - beta2**t)) + h.eps)
+        else:
+            raise NotImplementedError(f"write the formula of {name} here")
     return w
+
+
+# The classes of PyTorch, which has no Lion.
+TORCH = {"sgd": "SGD", "momentum": "SGD", "nesterov": "SGD", "adam": "Adam", "adamw": "AdamW", "rmsprop": "RMSprop"}
 
 
 def problem(n=40_000, steps=5, seed=0):
@@ -83,14 +93,13 @@ def test_updates_follow_the_formulas(name, dtype, tolerance, decay):
     assert np.linalg.norm(mine - expected) <= tolerance * np.linalg.norm(expected)
 
 
-@pytest.mark.parametrize("name", FIRST_ORDER)
+@pytest.mark.parametrize("name", TORCH)
 def test_updates_follow_pytorch(name):
     torch = pytest.importorskip("torch")
     w, gradients = problem(n=1000, steps=50)
     parameter = torch.nn.Parameter(torch.tensor(w))
     momentum = {"momentum": 0.9, "nesterov": name == "nesterov"} if name in ("momentum", "nesterov") else {}
-    kind = {"sgd": "SGD", "momentum": "SGD", "nesterov": "SGD", "adam": "Adam", "adamw": "AdamW", "rmsprop": "RMSprop"}
-    theirs = getattr(torch.optim, kind[name])([parameter], lr=0.01, weight_decay=0.1, **momentum)
+    theirs = getattr(torch.optim, TORCH[name])([parameter], lr=0.01, weight_decay=0.1, **momentum)
     mine, optimizer = w.copy(), make_optimizer(name, w.size, np.float64, Hyper(weight_decay=0.1))
     for g in gradients:
         parameter.grad = torch.tensor(g)
@@ -316,7 +325,7 @@ def test_wrong_optimizers_say_what_is_right(name, hyper, says):
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(np.float64, 1e-12), (np.float32, 1e-5)])
-@pytest.mark.parametrize("name", FIRST_ORDER)
+@pytest.mark.parametrize("name", TORCH)
 def test_a_hundred_steps_follow_pytorch_in_both_dtypes(name, dtype, tolerance, decay):
     torch = pytest.importorskip("torch")
     w, gradients = problem(n=CHUNK + 1000, steps=100, seed=3)
@@ -325,8 +334,7 @@ def test_a_hundred_steps_follow_pytorch_in_both_dtypes(name, dtype, tolerance, d
     momentum = {"momentum": 0.8, "nesterov": name == "nesterov"} if name in ("momentum", "nesterov") else {}
     betas = {"betas": (0.8, 0.99), "eps": 1e-6} if name in ("adam", "adamw") else {}
     rms = {"alpha": 0.95, "eps": 1e-6} if name == "rmsprop" else {}
-    kind = {"adam": "Adam", "adamw": "AdamW", "rmsprop": "RMSprop"}.get(name, "SGD")
-    theirs = getattr(torch.optim, kind)([parameter], lr=0.01, weight_decay=decay, **momentum, **betas, **rms)
+    theirs = getattr(torch.optim, TORCH[name])([parameter], lr=0.01, weight_decay=decay, **momentum, **betas, **rms)
     hyper = Hyper(momentum=0.8, beta1=0.8, beta2=0.99, alpha=0.95, eps=1e-6, weight_decay=decay)
     optimizer = make_optimizer(name, w.size, dtype, hyper)
     for g in gradients:
@@ -389,10 +397,11 @@ def test_an_empty_shard_steps(name, decay, dtype):
 
 
 def test_state_has_stable_names():
-    names = {"sgd": [], "momentum": ["v"], "nesterov": ["v"], "adam": ["m", "v"], "adamw": ["m", "v"], "rmsprop": ["v"]}
+    names = {"sgd": "", "momentum": "v", "nesterov": "v", "adam": "mv", "adamw": "mv", "rmsprop": "v", "lion": "m"}
+    assert list(names) == FIRST_ORDER
     for name, expected in names.items():
         optimizer = make_optimizer(name, 3, np.float32, Hyper())
-        assert list(optimizer.vectors) == expected and not optimizer.needs_closure
+        assert list(optimizer.vectors) == list(expected) and not optimizer.needs_closure
         assert optimizer.scalars == ({"t": 0} if name.startswith("adam") else {})
     lbfgs = make_optimizer("lbfgs", 3, np.float32, Hyper(history=2))
     assert list(lbfgs.vectors) == ["s0", "y0", "s1", "y1"] and lbfgs.needs_closure
@@ -412,7 +421,7 @@ def test_constructors_take_their_settings_by_keyword():
     assert (lbfgs.history, lbfgs.max_evals, len(lbfgs.vectors)) == (3, 7, 6)
     assert OPTIMIZERS["sgd"](1, np.float32, weight_decay=0.3).weight_decay == 0.3
     assert OPTIMIZERS["rmsprop"](1, np.float32, alpha=0.3).alpha == 0.3
-    assert OPTIMIZERS["adam"](1, np.float32).beta2 == 0.999
+    assert (OPTIMIZERS["adam"](1, np.float32).beta2, OPTIMIZERS["lion"](1, np.float32).beta2) == (0.999, 0.99)
     with pytest.raises(TypeError, match="SGD has no momentum: use weight_decay"):
         OPTIMIZERS["sgd"](1, np.float32, momentum=0.5)
 

@@ -15,6 +15,7 @@ from psmpi.optim.partitioned import PLBFGS, PLSE, PLSR1
 from psmpi.optim.rules.adam import Adam
 from psmpi.optim.rules.adamw import AdamW
 from psmpi.optim.rules.counted_adam import CountedAdam, CountedAdamW
+from psmpi.optim.rules.lion import Lion
 from psmpi.optim.rules.momentum import Momentum
 from psmpi.optim.rules.nesterov import Nesterov
 from psmpi.optim.rules.rmsprop import RMSprop
@@ -29,6 +30,7 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {
     "adam": Adam,
     "adamw": AdamW,
     "rmsprop": RMSprop,
+    "lion": Lion,
     "lbfgs": LBFGS,
     "lbfgs-tr": LBFGSTrustRegion,
     "lsr1-tr": LSR1,

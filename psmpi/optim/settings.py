@@ -19,15 +19,16 @@ class Hyper:
     momentum: float = 0.9
     """Momentum of momentum, nesterov and --extrapolation constant."""
     beta1: float = 0.9
-    """Decay of the first moment in adam and adamw."""
+    """Decay of the first moment in adam and adamw, and in lion's step."""
     beta2: float | None = None
-    """Decay of the second moment in adam and adamw, and of --scaling moments; 0.999 if not given."""
+    """Decay of the second moment in adam and adamw, and of --scaling moments, 0.999 if not given; of lion's moment,
+    0.99 if not given."""
     eps: float = 1e-8
     """Added to the root in adam, adamw, rmsprop and --scaling moments."""
     alpha: float = 0.99
     """Decay of rmsprop's mean square."""
     weight_decay: float = 0.0
-    """L2 penalty added to the gradient; decoupled in adamw."""
+    """L2 penalty added to the gradient; decoupled in adamw and lion."""
     history: int = 10
     """Pairs that lbfgs, lbfgs-tr and lsr1-tr remember."""
     max_evals: int = 20
