@@ -15,6 +15,7 @@ from scipy.optimize import minimize, rosen, rosen_der
 
 from psmpi.backend import NumpyOps
 from psmpi.errors import UserError
+from psmpi.layout import Matrix
 from psmpi.optim import (
     FIRST_ORDER,
     KINDS,
@@ -25,10 +26,10 @@ from psmpi.optim import (
     ScheduleSettings,
     Unused,
     clip_by_global_norm,
-    make_optimizer,
     make_schedule,
     unused_settings,
 )
+from psmpi.optim import make_optimizer as make
 from psmpi.optim.base import CHUNK
 from psmpi.optim.curvature import RULES
 from psmpi.optim.linesearch import Point, _cubic, strong_wolfe
@@ -37,13 +38,24 @@ from psmpi.optim.twoloop import two_loop
 FIRST_ORDER = [name for name in OPTIMIZERS if name in FIRST_ORDER]
 
 
+# Those of vectors that have room for them.
+MATRICES = (Matrix(7, 30, 20), Matrix(700, 20, 40))
+
+
 def alone(values):
     return values
 
 
+def make_optimizer(name, n, dtype, hyper, ops=None, counted=False):
+    """An optimizer that knows of `MATRICES`."""
+    return make(name, n, dtype, hyper, ops, counted, MATRICES if n > 1500 else ())
+
+
 def reference(name, w, gradients, lr, h):
     """The textbook updates, written on whole vectors."""
-    beta2 = h.beta2 or {"lion": 0.99}.get(name, 0.999)
+    if name == "muon":
+        return muon_reference(w, gradients, lr, h)
+    beta2, momentum = h.beta2 or {"lion": 0.99}.get(name, 0.999), h.momentum or 0.9
     w, m, v = w.copy(), np.zeros_like(w), np.zeros_like(w)
     for t, g in enumerate(gradients, 1):
         if name in ("adamw", "lion"):
@@ -53,8 +65,8 @@ def reference(name, w, gradients, lr, h):
         if name == "sgd":
             w = w - lr * g
         elif name in ("momentum", "nesterov"):
-            v = h.momentum * v + g
-            w = w - lr * (v if name == "momentum" else g + h.momentum * v)
+            v = momentum * v + g
+            w = w - lr * (v if name == "momentum" else g + momentum * v)
         elif name == "rmsprop":
             v = h.alpha * v + (1 - h.alpha) * g**2
             w = w - lr * g / (np.sqrt(v) + h.eps)
@@ -70,7 +82,29 @@ def reference(name, w, gradients, lr, h):
     return w
 
 
-# The classes of PyTorch, which has no Lion.
+def muon_reference(w, gradients, lr, h):
+    """AdamW, and in matrices Muon as its authors write it."""
+    beta = h.momentum or 0.95
+    found = reference("adamw", w, gradients, 0.015 * lr, h)
+    for matrix in MATRICES if w.size > 1500 else ():
+        shape = matrix.rows, matrix.columns
+        own, buffer = w[matrix.place].reshape(shape), np.zeros(shape)
+        for g in gradients:
+            g = g[matrix.place].reshape(shape)
+            buffer = buffer + (1 - beta) * (g - buffer)
+            x = g + beta * (buffer - g)
+            x = x.T if matrix.rows > matrix.columns else x
+            x = x / (np.linalg.norm(x) + 1e-7)
+            for _ in range(5):
+                a = x @ x.T
+                x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+            x = x.T if matrix.rows > matrix.columns else x
+            own = own * (1 - lr * h.weight_decay) - lr * max(1, matrix.rows / matrix.columns) ** 0.5 * x
+        found[matrix.place] = own.reshape(-1)
+    return found
+
+
+# The classes of PyTorch, which has no Lion, and no Muon beside others.
 TORCH = {"sgd": "SGD", "momentum": "SGD", "nesterov": "SGD", "adam": "Adam", "adamw": "AdamW", "rmsprop": "RMSprop"}
 
 
@@ -398,11 +432,12 @@ def test_an_empty_shard_steps(name, decay, dtype):
 
 def test_state_has_stable_names():
     names = {"sgd": "", "momentum": "v", "nesterov": "v", "adam": "mv", "adamw": "mv", "rmsprop": "v", "lion": "m"}
+    names["muon"] = "mv"
     assert list(names) == FIRST_ORDER
     for name, expected in names.items():
         optimizer = make_optimizer(name, 3, np.float32, Hyper())
         assert list(optimizer.vectors) == list(expected) and not optimizer.needs_closure
-        assert optimizer.scalars == ({"t": 0} if name.startswith("adam") else {})
+        assert optimizer.scalars == ({"t": 0} if name in ("adam", "adamw", "muon") else {})
     lbfgs = make_optimizer("lbfgs", 3, np.float32, Hyper(history=2))
     assert list(lbfgs.vectors) == ["s0", "y0", "s1", "y1"] and lbfgs.needs_closure
     assert {"count", "head", "failed_searches"} <= set(lbfgs.scalars)
@@ -1015,7 +1050,7 @@ def test_a_fused_pass_is_found_once_and_does_the_whole_step(name):
             asked.append(operation)
             return lambda w, g, *state: calls.append((w.size, g.size))
 
-    optimizer = make_optimizer(name, 3 * CHUNK, np.float64, Hyper(weight_decay=0.1), Fused())
+    optimizer = make(name, 3 * CHUNK, np.float64, Hyper(weight_decay=0.1), Fused(), matrices=())
     w, g = np.ones(3 * CHUNK), np.ones(3 * CHUNK)
     for _ in range(2):
         optimizer.step(w, g, 0.1, alone)

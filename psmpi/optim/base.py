@@ -13,7 +13,7 @@ from psmpi.backend import NumpyOps
 from psmpi.errors import UserError
 from psmpi.optim.settings import USUAL, Hyper, check_eps, check_settings
 
-__all__ = ["CHUNK", "AllSum", "Closure", "Hyper", "Optimizer", "check_eps", "check_settings"]
+__all__ = ["CHUNK", "AllSum", "Closure", "Hyper", "Optimizer", "check_eps", "check_settings", "chunks"]
 
 # Partial sums (k,) float64 of a rank -> the sums over all shards: the same array, in place, the same on every
 # rank.
@@ -39,6 +39,8 @@ class Optimizer:
     """
 
     needs_closure: bool = False
+    # Whether the constructor is told the whole matrices of the shard.
+    needs_matrices: ClassVar[bool] = False
     # The settings that are used, by name; those of `Hyper` are keywords of the constructor.
     settings: ClassVar[tuple[str, ...]] = ()
     # Numbers that stand for a setting of None, where they are not those of `USUAL`.
@@ -85,7 +87,8 @@ class Optimizer:
                     f"{name} is {array.dtype} {array.shape}, this optimizer steps {self.dtype} {(self.n,)}"
                 )
 
-    def chunks(self) -> Iterator[slice]:
-        """Slices of at most CHUNK elements that cover the shard, in order."""
-        for start in range(0, self.n, CHUNK):
-            yield slice(start, min(start + CHUNK, self.n))
+
+def chunks(n: int) -> Iterator[slice]:
+    """Slices of at most CHUNK elements that cover n elements, in order."""
+    for start in range(0, n, CHUNK):
+        yield slice(start, min(start + CHUNK, n))

@@ -13,7 +13,7 @@ from numpy.typing import DTypeLike
 
 from psmpi.backend import NumpyOps
 from psmpi.errors import UserError
-from psmpi.optim.base import CHUNK, AllSum, Closure, Hyper, Optimizer, check_eps, check_settings
+from psmpi.optim.base import CHUNK, AllSum, Closure, Hyper, Optimizer, check_eps, check_settings, chunks
 from psmpi.optim.decay import Coupled, WeightDecay
 
 
@@ -61,11 +61,15 @@ class FirstOrder(Optimizer):
         lr = float(lr)
         if self.counts:
             self.scalars["t"] += 1
-        vectors = list(self.vectors.values())
+        self.step_part(w, g, lr, slice(0, self.n))
+
+    def step_part(self, w: np.ndarray, g: np.ndarray, lr: float, part: slice) -> None:
+        """Step the elements `part` of the shard."""
+        w, g, *vectors = (array[part] for array in (w, g, *self.vectors.values()))
         if self.fused is not None:
             self.fused(w, g, *vectors, *self.arguments(lr))
             return
-        for at in self.chunks():
+        for at in chunks(w.size):
             a, b = self.scratch[:, : at.stop - at.start]
             w_at, g_at = w[at], g[at]
             self.weights.apply(w_at, g_at, lr, a)

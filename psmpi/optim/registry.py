@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 
 from numpy.typing import DTypeLike
 
 from psmpi.backend import NumpyOps
 from psmpi.errors import UserError
+from psmpi.layout import Matrix
 from psmpi.optim.base import Hyper, Optimizer, check_settings
 from psmpi.optim.first_order import FirstOrder
 from psmpi.optim.lbfgs import LBFGS
@@ -17,6 +19,7 @@ from psmpi.optim.rules.adamw import AdamW
 from psmpi.optim.rules.counted_adam import CountedAdam, CountedAdamW
 from psmpi.optim.rules.lion import Lion
 from psmpi.optim.rules.momentum import Momentum
+from psmpi.optim.rules.muon import Muon
 from psmpi.optim.rules.nesterov import Nesterov
 from psmpi.optim.rules.rmsprop import RMSprop
 from psmpi.optim.rules.sgd import SGD
@@ -31,6 +34,7 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {
     "adamw": AdamW,
     "rmsprop": RMSprop,
     "lion": Lion,
+    "muon": Muon,
     "lbfgs": LBFGS,
     "lbfgs-tr": LBFGSTrustRegion,
     "lsr1-tr": LSR1,
@@ -51,18 +55,31 @@ def find_optimizer(name: str) -> type[Optimizer]:
 
 
 def make_optimizer(
-    name: str, n: int, dtype: DTypeLike, hyper: Hyper, ops: NumpyOps | None = None, counted: bool = False
+    name: str,
+    n: int,
+    dtype: DTypeLike,
+    hyper: Hyper,
+    ops: NumpyOps | None = None,
+    counted: bool = False,
+    matrices: Sequence[Matrix] | None = None,
 ) -> Optimizer:
     """The optimizer called `name` for a shard of n elements of `dtype` (float32 or float64), stepped by `ops`.
 
     counted: its state is of each weight alone, of one that counts steps too, so that weights may come and go with it.
+    matrices: the whole matrices of the shard, for optimizers that set `needs_matrices`; None where they are not known.
 
-    It takes from `hyper` the settings its formula has. UserError for an unknown name or dtype, and for any
-    setting out of its range, used by this optimizer or not: a value that no optimizer accepts is a slip in
-    any case.
+    It takes from `hyper` the settings its formula has. UserError for an unknown name or dtype, for any setting out of
+    its range, used by this optimizer or not: a value that no optimizer accepts is a slip in any case; and for an
+    optimizer that needs matrices where they are not known, or where weights come and go.
     """
     kind = find_optimizer(name)
     check_settings(**asdict(hyper))
+    settings = kind.chosen(hyper)
+    if kind.needs_matrices:
+        if matrices is None or counted:
+            lacks = "weights come and go" if counted else "the matrices of a shard are not known"
+            raise UserError(f"--optimizer {name} steps whole matrices, and here {lacks}: use --optimizer adamw")
+        settings["matrices"] = matrices
     if counted:
         kind = COUNTED.get(name, kind)
-    return kind(n, dtype, **kind.chosen(hyper), ops=ops)
+    return kind(n, dtype, **settings, ops=ops)

@@ -9,26 +9,26 @@ import numpy as np
 from psmpi.errors import UserError
 
 # Numbers that stand for a setting of None; a class of optimizers may have others (`Optimizer.usual`).
-USUAL = {"beta2": 0.999}
+USUAL = {"momentum": 0.9, "beta2": 0.999}
 
 
 @dataclass(frozen=True)
 class Hyper:
     """Settings of all optimizers; each uses those its formula has. `make_optimizer` checks all of them."""
 
-    momentum: float = 0.9
-    """Momentum of momentum, nesterov and --extrapolation constant."""
+    momentum: float | None = None
+    """Momentum of momentum, nesterov and --extrapolation constant, 0.9 if not given; of muon, 0.95 if not given."""
     beta1: float = 0.9
-    """Decay of the first moment in adam and adamw, and in lion's step."""
+    """Decay of the first moment in adam, adamw and muon's AdamW, and in lion's step."""
     beta2: float | None = None
-    """Decay of the second moment in adam and adamw, and of --scaling moments, 0.999 if not given; of lion's moment,
-    0.99 if not given."""
+    """Decay of the second moment in adam, adamw and muon's AdamW, and of --scaling moments, 0.999 if not given; of
+    lion's moment, 0.99 if not given."""
     eps: float = 1e-8
-    """Added to the root in adam, adamw, rmsprop and --scaling moments."""
+    """Added to the root in adam, adamw, muon's AdamW, rmsprop and --scaling moments."""
     alpha: float = 0.99
     """Decay of rmsprop's mean square."""
     weight_decay: float = 0.0
-    """L2 penalty added to the gradient; decoupled in adamw and lion."""
+    """L2 penalty added to the gradient; decoupled in adamw, lion and muon."""
     history: int = 10
     """Pairs that lbfgs, lbfgs-tr and lsr1-tr remember."""
     max_evals: int = 20

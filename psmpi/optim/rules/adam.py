@@ -18,7 +18,7 @@ class Adam(FirstOrder):
     """
 
     names: ClassVar[tuple[str, ...]] = ("m", "v")
-    settings = ("beta1", "beta2", "eps", "weight_decay")
+    settings: ClassVar[tuple[str, ...]] = ("beta1", "beta2", "eps", "weight_decay")
     operation = "adam"
     counts = True
     beta1: float
