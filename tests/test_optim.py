@@ -17,8 +17,8 @@ from psmpi.backend import NumpyOps
 from psmpi.errors import UserError
 from psmpi.layout import Matrix
 from psmpi.optim import (
+    ALL_OPTIMIZERS,
     FIRST_ORDER,
-    KINDS,
     OPTIMIZERS,
     SCHEDULES,
     Hyper,
@@ -907,13 +907,13 @@ SETTINGS = (Hyper, NewtonSettings, ScheduleSettings)
 
 
 def test_every_setting_has_a_user_and_every_user_a_setting():
-    kinds = [*KINDS.values(), *SCHEDULES.values()]
+    kinds = [*ALL_OPTIMIZERS.values(), *SCHEDULES.values()]
     assert {f.name for kind in SETTINGS for f in fields(kind)} - {"schedule"} == {s for k in kinds for s in k.settings}
     assert sum(len(fields(kind)) for kind in SETTINGS) == len({f.name for kind in SETTINGS for f in fields(kind)})
 
 
 def test_partitioned_settings_are_those_of_the_element_updates():
-    only = {name: set(KINDS[name].settings) - set(KINDS["plsr1"].settings) for name in RULES}
+    only = {name: set(ALL_OPTIMIZERS[name].settings) - set(ALL_OPTIMIZERS["plsr1"].settings) for name in RULES}
     assert only == {"plbfgs": {"curvature", "damping"}, "plsr1": set(), "plse": {"curvature"}}
     optimizer = make_optimizer("plbfgs", 0, np.float32, Hyper(momentum=0.5, eps=1e-3))
     assert (optimizer.momentum, optimizer.beta2, optimizer.eps) == (0.5, 0.999, 1e-3) and optimizer.needs_closure
@@ -921,7 +921,7 @@ def test_partitioned_settings_are_those_of_the_element_updates():
 
 def test_defaults_are_used_by_everyone():
     values = {key: value for kind in SETTINGS for key, value in asdict(kind()).items()}
-    for optimizer in KINDS:
+    for optimizer in ALL_OPTIMIZERS:
         for schedule in SCHEDULES:
             assert unused_settings(optimizer, schedule, values) == []
 

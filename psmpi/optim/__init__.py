@@ -3,14 +3,14 @@
 from psmpi.optim.base import AllSum, Closure, Optimizer
 from psmpi.optim.curvature.settings import NewtonSettings
 from psmpi.optim.norms import clip_by_global_norm
-from psmpi.optim.registry import FIRST_ORDER, KINDS, OPTIMIZERS, find_optimizer, make_optimizer
+from psmpi.optim.registry import ALL_OPTIMIZERS, FIRST_ORDER, OPTIMIZERS, find_optimizer, make_optimizer
 from psmpi.optim.schedules import SCHEDULES, Schedule, ScheduleSettings, make_schedule
 from psmpi.optim.settings import Hyper
 from psmpi.optim.unused import Unused, unused_settings
 
 __all__ = [
+    "ALL_OPTIMIZERS",
     "FIRST_ORDER",
-    "KINDS",
     "OPTIMIZERS",
     "SCHEDULES",
     "AllSum",

@@ -40,7 +40,7 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {
     "lsr1-tr": LSR1,
 }
 # All of them.
-KINDS: dict[str, type[Optimizer]] = {**OPTIMIZERS, "plbfgs": PLBFGS, "plsr1": PLSR1, "plse": PLSE}
+ALL_OPTIMIZERS: dict[str, type[Optimizer]] = {**OPTIMIZERS, "plbfgs": PLBFGS, "plsr1": PLSR1, "plse": PLSE}
 # Those whose step is a function of one gradient and their state: no searches, no pairs of steps.
 FIRST_ORDER = frozenset(name for name, kind in OPTIMIZERS.items() if issubclass(kind, FirstOrder))
 # Those that count their steps, with a count for each weight.
@@ -49,9 +49,9 @@ COUNTED: dict[str, type[Optimizer]] = {"adam": CountedAdam, "adamw": CountedAdam
 
 def find_optimizer(name: str) -> type[Optimizer]:
     """The class of the optimizer called `name`; UserError for an unknown name."""
-    if name not in KINDS:
-        raise UserError(f"--optimizer {name!r} is unknown: choose one of {', '.join(KINDS)}")
-    return KINDS[name]
+    if name not in ALL_OPTIMIZERS:
+        raise UserError(f"--optimizer {name!r} is unknown: choose one of {', '.join(ALL_OPTIMIZERS)}")
+    return ALL_OPTIMIZERS[name]
 
 
 def make_optimizer(

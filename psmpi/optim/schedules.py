@@ -5,25 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from math import cos, pi
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from psmpi.errors import UserError
-
-
-@dataclass(frozen=True)
-class ScheduleSettings:
-    """The course of the learning rate."""
-
-    schedule: Literal["constant", "step", "cosine"] = "constant"
-    """Course of the learning rate; cosine falls from --lr to --min-lr over all --epochs."""
-    warmup_steps: int = 0
-    """Steps over which the learning rate rises linearly from 0, before the schedule."""
-    step_size: int = 0
-    """Steps after which the `step` schedule multiplies the learning rate by gamma."""
-    gamma: float = 0.1
-    """Factor of the `step` schedule."""
-    min_lr: float = 0.0
-    """Learning rate at the end of the `cosine` schedule."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +87,29 @@ class Cosine(Schedule):
 
 
 SCHEDULES: dict[str, type[Schedule]] = {"constant": Constant, "step": Step, "cosine": Cosine}
+
+
+if TYPE_CHECKING:
+    ScheduleName = str
+else:
+    # The registry's names, for the command line, TOML files and the help.
+    ScheduleName = Literal[tuple(SCHEDULES)]
+
+
+@dataclass(frozen=True)
+class ScheduleSettings:
+    """The course of the learning rate."""
+
+    schedule: ScheduleName = "constant"
+    """Course of the learning rate; cosine falls from --lr to --min-lr over all --epochs."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises linearly from 0, before the schedule."""
+    step_size: int = 0
+    """Steps after which the `step` schedule multiplies the learning rate by gamma."""
+    gamma: float = 0.1
+    """Factor of the `step` schedule."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the `cosine` schedule."""
 
 
 def find_schedule(kind: str) -> type[Schedule]:

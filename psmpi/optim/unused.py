@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from psmpi.optim.curvature.settings import NewtonSettings
-from psmpi.optim.registry import KINDS, find_optimizer
+from psmpi.optim.registry import ALL_OPTIMIZERS, find_optimizer
 from psmpi.optim.schedules import SCHEDULES, ScheduleSettings, find_schedule
 from psmpi.optim.settings import Hyper
 
@@ -34,7 +34,7 @@ def unused_settings(optimizer: str, schedule: str, values: Mapping[str, Any]) ->
     for name, value in values.items():
         if name in used or name not in DEFAULTS or value == DEFAULTS[name]:
             continue
-        optimizers = tuple(known for known, kind in KINDS.items() if name in kind.settings)
+        optimizers = tuple(known for known, kind in ALL_OPTIMIZERS.items() if name in kind.settings)
         schedules = tuple(known for known, kind in SCHEDULES.items() if name in kind.settings)
         if optimizers:
             found.append(Unused(name, "optimizer", optimizers))
