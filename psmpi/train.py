@@ -288,9 +288,12 @@ def _results(config: Config) -> dict[str, Any]:
     """The settings that change a training's results, by name."""
     from dataclasses import asdict
 
+    from psmpi.optim import given
+
     sections = (config.data, config.model, config.objective, config.optimization)
     chosen = [one for one in config.chosen.values() if one.results]
     found = {name: value for one in (*sections, *chosen) for name, value in asdict(one).items() if name != "data_dir"}
+    found |= {name: given(config.optimization, name) for name, value in found.items() if value is None}
     return {**found, "epochs": config.run.epochs, "seed": config.run.seed}
 
 

@@ -567,13 +567,13 @@ def test_derivatives_without_a_finite_peak_are_cast_as_they_are(dtype, device):
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 @pytest.mark.parametrize(
     ("name", "counted"),
-    [*((name, False) for name in ("sgd", "momentum", "nesterov", "adam", "adamw", "rmsprop")), ("adam", True),
+    [*((name, False) for name in ("sgd", "momentum", "nesterov", "adam", "adamw", "rmsprop", "lion")), ("adam", True),
      ("adamw", True)],
 )  # fmt: skip
 def test_steps_are_those_of_the_optimizers(name, counted, decay, dtype, device):
     n, lr = 1003, 0.05
     rng = np.random.default_rng(0)
-    hyper = Hyper(weight_decay=decay)
+    hyper = Hyper(momentum=0.9, beta2=0.999, weight_decay=decay)
     optimizer = make_optimizer(name, n, dtype, hyper, counted=counted)
     if counted:
         optimizer.vectors["t"][:] = rng.integers(0, 9, n)
@@ -591,6 +591,9 @@ def test_steps_are_those_of_the_optimizers(name, counted, decay, dtype, device):
             device("momentum", (3,), (64,), n, mine, gradient, *state, lr, hyper.momentum, decay, nesterov)
         elif name == "rmsprop":
             device("rmsprop", (3,), (64,), n, mine, gradient, *state, lr, hyper.alpha, hyper.eps, decay)
+        elif name == "lion":
+            rest = (lr, hyper.beta1, hyper.beta2, 0.0, 1 - lr * decay)
+            device("lion", (3,), (64,), n, mine, gradient, *state, *rest)
         else:
             l2, keep = (decay, 1.0) if name == "adam" else (0.0, 1 - lr * decay)
             rest = (hyper.beta1, hyper.beta2, hyper.eps, l2, keep)

@@ -23,7 +23,7 @@ from psmpi.comm.group import Counter, Group
 from psmpi.comm.probe import ask_library, probe
 from psmpi.data import Resident, open_dataset
 from psmpi.errors import UserError
-from psmpi.layout import Runs
+from psmpi.layout import Matrix, Runs
 from psmpi.methods.sil.targets import TargetDistance, draw_targets
 from psmpi.nn.losses import LOSSES, make_loss
 from psmpi.nn.metric import Metric
@@ -772,18 +772,26 @@ def test_without_graphs_work_is_done_as_it_is(stand_in, monkeypatch):
     assert not ops.graphs and np.array_equal(ops.host(a), np.full(4, 2.0))
 
 
-@pytest.mark.parametrize("name", sorted(FIRST_ORDER))
-def test_the_device_has_a_fused_pass_of_each_first_order_rule(stand_in, name):
-    for counted in (False, True):
-        step = make_optimizer(name, 3, F32, Hyper(), CupyOps(), counted).fused
-        assert step is not None and make_optimizer(name, 3, F32, Hyper(), NumpyOps(), counted).fused is None
-        assert callable(step) and step.__name__.startswith("counted_") == (counted and name in COUNTED)
+KERNELS = {name: hasattr(CupyOps, OPTIMIZERS[name].operation) for name in sorted(FIRST_ORDER)}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_the_device_has_a_fused_pass_of_first_order_rules_or_says_what_has_one(stand_in, name):
+    for counted in (False,) if OPTIMIZERS[name].needs_matrices else (False, True):
+        assert make_optimizer(name, 3, F32, Hyper(), NumpyOps(), counted, ()).fused is None
+        if KERNELS[name]:
+            step = make_optimizer(name, 3, F32, Hyper(), CupyOps(), counted, ()).fused
+            assert callable(step) and step.__name__.startswith("counted_") == (counted and name in COUNTED)
+        else:
+            with pytest.raises(UserError, match="no kernel of"):
+                make_optimizer(name, 3, F32, Hyper(), CupyOps(), counted)
 
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
 @pytest.mark.parametrize(
-    ("name", "counted"), [*((name, False) for name in OPTIMIZERS), ("adam", True), ("adamw", True)]
+    ("name", "counted"),
+    [*((name, False) for name in OPTIMIZERS if KERNELS.get(name, True)), ("adam", True), ("adamw", True)],
 )
 def test_optimizers_step_as_on_the_host(cupy, name, counted, dtype):
     rng = np.random.default_rng(1)
@@ -792,7 +800,7 @@ def test_optimizers_step_as_on_the_host(cupy, name, counted, dtype):
     found = []
     for ops in (NumpyOps(), CupyOps()):
         w, g = put(ops, start), put(ops, np.zeros(n, dtype))
-        optimizer = make_optimizer(name, n, dtype, hyper, ops, counted)
+        optimizer = make_optimizer(name, n, dtype, hyper, ops, counted, (Matrix(5, 40, 20), Matrix(900, 12, 30)))
         # All of them are where the weights are.
         sized = [a for a in (*vars(optimizer).values(), *optimizer.vectors.values()) if getattr(a, "shape", ()) == (n,)]
         assert len(sized) >= len(optimizer.vectors) and all(type(a) is type(w) for a in sized)

@@ -443,7 +443,7 @@ def test_a_gpu_aware_mpi_gives_the_same_weights(host, tmp_path):
         (("--backend", "cupy"), {"FAKE_CUDA": "memory"}, "use a smaller --batch-size or more ranks"),
         (("--backend", "cupy"), {"FAKE_CUDA": "compiler"}, "NVRTC and the CUDA headers"),
         (("--backend", "cupy", "--gpu-aware"), {}, "not GPU-aware"),
-        (("--backend", "cupy", "--nccl", "--method", "dfa"), {}, "--nccl is of --method psl and data_parallel"),
+        (("--backend", "cupy", "--nccl", "--method", "dfa"), {}, "--nccl is of --method psl, data_parallel"),
         (("--backend", "cupy", "--nccl", "--method", "sil"), {"FAKE_CUDA_DEVICES": "3"}, "over the ranks of a part"),
         (("--backend", "cupy", "--nccl"), {}, "3 ranks share 1 device"),
         (("--backend", "numpy", "--nccl"), {}, "--nccl is for GPUs"),

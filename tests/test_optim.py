@@ -3,7 +3,7 @@
 import json
 import threading
 import tracemalloc
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, asdict, fields
 from itertools import pairwise
 from math import sqrt
 
@@ -15,51 +15,97 @@ from scipy.optimize import minimize, rosen, rosen_der
 
 from psmpi.backend import NumpyOps
 from psmpi.errors import UserError
+from psmpi.layout import Matrix
 from psmpi.optim import (
-    LBFGS,
+    ALL_OPTIMIZERS,
+    FIRST_ORDER,
     OPTIMIZERS,
-    SGD,
-    Adam,
-    AdamW,
+    SCHEDULES,
     Hyper,
-    Momentum,
-    Nesterov,
-    RMSprop,
+    NewtonSettings,
+    ScheduleSettings,
+    Unused,
     clip_by_global_norm,
-    make_optimizer,
     make_schedule,
+    unused_settings,
 )
+from psmpi.optim import make_optimizer as make
 from psmpi.optim.base import CHUNK
+from psmpi.optim.curvature import RULES
 from psmpi.optim.linesearch import Point, _cubic, strong_wolfe
 from psmpi.optim.twoloop import two_loop
 
-FIRST_ORDER = [name for name in OPTIMIZERS if name not in ("lbfgs", "lbfgs-tr", "lsr1-tr")]
+FIRST_ORDER = [name for name in OPTIMIZERS if name in FIRST_ORDER]
+
+
+# Those of vectors that have room for them.
+MATRICES = (Matrix(7, 30, 20), Matrix(700, 20, 40))
 
 
 def alone(values):
     return values
 
 
+def make_optimizer(name, n, dtype, hyper, ops=None, counted=False):
+    """An optimizer that knows of `MATRICES`."""
+    return make(name, n, dtype, hyper, ops, counted, MATRICES if n > 1500 else ())
+
+
 def reference(name, w, gradients, lr, h):
     """The textbook updates, written on whole vectors."""
+    if name == "muon":
+        return muon_reference(w, gradients, lr, h)
+    beta2, momentum = h.beta2 or {"lion": 0.99}.get(name, 0.999), h.momentum or 0.9
     w, m, v = w.copy(), np.zeros_like(w), np.zeros_like(w)
     for t, g in enumerate(gradients, 1):
-        g = g if name == "adamw" else g + h.weight_decay * w
+        if name in ("adamw", "lion"):
+            w = w - lr * h.weight_decay * w
+        else:
+            g = g + h.weight_decay * w
         if name == "sgd":
             w = w - lr * g
         elif name in ("momentum", "nesterov"):
-            v = h.momentum * v + g
-            w = w - lr * (v if name == "momentum" else g + h.momentum * v)
+            v = momentum * v + g
+            w = w - lr * (v if name == "momentum" else g + momentum * v)
         elif name == "rmsprop":
             v = h.alpha * v + (1 - h.alpha) * g**2
             w = w - lr * g / (np.sqrt(v) + h.eps)
-        else:
-            if name == "adamw":
-                w = w - lr * h.weight_decay * w
+        elif name == "lion":
+            w = w - lr * np.sign(h.beta1 * m + (1 - h.beta1) * g)
+            m = beta2 * m + (1 - beta2) * g
+        elif name in ("adam", "adamw"):
             m = h.beta1 * m + (1 - h.beta1) * g
-            v = h.beta2 * v + (1 - h.beta2) * g**2
-            w = w - lr * (m / (1 - h.beta1**t)) / (np.sqrt(v / (1 - h.beta2**t)) + h.eps)
+            v = beta2 * v + (1 - beta2) * g**2
+            w = w - lr * (m / (1 - h.beta1**t)) / (np.sqrt(v / (1 - beta2**t)) + h.eps)
+        else:
+            raise NotImplementedError(f"write the formula of {name} here")
     return w
+
+
+def muon_reference(w, gradients, lr, h):
+    """AdamW, and in matrices Muon as its authors write it."""
+    beta = h.momentum or 0.95
+    found = reference("adamw", w, gradients, 0.015 * lr, h)
+    for matrix in MATRICES if w.size > 1500 else ():
+        shape = matrix.rows, matrix.columns
+        own, buffer = w[matrix.place].reshape(shape), np.zeros(shape)
+        for g in gradients:
+            g = g[matrix.place].reshape(shape)
+            buffer = buffer + (1 - beta) * (g - buffer)
+            x = g + beta * (buffer - g)
+            x = x.T if matrix.rows > matrix.columns else x
+            x = x / (np.linalg.norm(x) + 1e-7)
+            for _ in range(5):
+                a = x @ x.T
+                x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+            x = x.T if matrix.rows > matrix.columns else x
+            own = own * (1 - lr * h.weight_decay) - lr * max(1, matrix.rows / matrix.columns) ** 0.5 * x
+        found[matrix.place] = own.reshape(-1)
+    return found
+
+
+# The classes of PyTorch, which has no Lion, and no Muon beside others.
+TORCH = {"sgd": "SGD", "momentum": "SGD", "nesterov": "SGD", "adam": "Adam", "adamw": "AdamW", "rmsprop": "RMSprop"}
 
 
 def problem(n=40_000, steps=5, seed=0):
@@ -81,14 +127,13 @@ def test_updates_follow_the_formulas(name, dtype, tolerance, decay):
     assert np.linalg.norm(mine - expected) <= tolerance * np.linalg.norm(expected)
 
 
-@pytest.mark.parametrize("name", FIRST_ORDER)
+@pytest.mark.parametrize("name", TORCH)
 def test_updates_follow_pytorch(name):
     torch = pytest.importorskip("torch")
     w, gradients = problem(n=1000, steps=50)
     parameter = torch.nn.Parameter(torch.tensor(w))
     momentum = {"momentum": 0.9, "nesterov": name == "nesterov"} if name in ("momentum", "nesterov") else {}
-    kind = {"sgd": "SGD", "momentum": "SGD", "nesterov": "SGD", "adam": "Adam", "adamw": "AdamW", "rmsprop": "RMSprop"}
-    theirs = getattr(torch.optim, kind[name])([parameter], lr=0.01, weight_decay=0.1, **momentum)
+    theirs = getattr(torch.optim, TORCH[name])([parameter], lr=0.01, weight_decay=0.1, **momentum)
     mine, optimizer = w.copy(), make_optimizer(name, w.size, np.float64, Hyper(weight_decay=0.1))
     for g in gradients:
         parameter.grad = torch.tensor(g)
@@ -314,7 +359,7 @@ def test_wrong_optimizers_say_what_is_right(name, hyper, says):
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(np.float64, 1e-12), (np.float32, 1e-5)])
-@pytest.mark.parametrize("name", FIRST_ORDER)
+@pytest.mark.parametrize("name", TORCH)
 def test_a_hundred_steps_follow_pytorch_in_both_dtypes(name, dtype, tolerance, decay):
     torch = pytest.importorskip("torch")
     w, gradients = problem(n=CHUNK + 1000, steps=100, seed=3)
@@ -323,8 +368,7 @@ def test_a_hundred_steps_follow_pytorch_in_both_dtypes(name, dtype, tolerance, d
     momentum = {"momentum": 0.8, "nesterov": name == "nesterov"} if name in ("momentum", "nesterov") else {}
     betas = {"betas": (0.8, 0.99), "eps": 1e-6} if name in ("adam", "adamw") else {}
     rms = {"alpha": 0.95, "eps": 1e-6} if name == "rmsprop" else {}
-    kind = {"adam": "Adam", "adamw": "AdamW", "rmsprop": "RMSprop"}.get(name, "SGD")
-    theirs = getattr(torch.optim, kind)([parameter], lr=0.01, weight_decay=decay, **momentum, **betas, **rms)
+    theirs = getattr(torch.optim, TORCH[name])([parameter], lr=0.01, weight_decay=decay, **momentum, **betas, **rms)
     hyper = Hyper(momentum=0.8, beta1=0.8, beta2=0.99, alpha=0.95, eps=1e-6, weight_decay=decay)
     optimizer = make_optimizer(name, w.size, dtype, hyper)
     for g in gradients:
@@ -387,28 +431,34 @@ def test_an_empty_shard_steps(name, decay, dtype):
 
 
 def test_state_has_stable_names():
-    names = {"sgd": [], "momentum": ["v"], "nesterov": ["v"], "adam": ["m", "v"], "adamw": ["m", "v"], "rmsprop": ["v"]}
+    names = {"sgd": "", "momentum": "v", "nesterov": "v", "adam": "mv", "adamw": "mv", "rmsprop": "v", "lion": "m"}
+    names["muon"] = "mv"
+    assert list(names) == FIRST_ORDER
     for name, expected in names.items():
         optimizer = make_optimizer(name, 3, np.float32, Hyper())
-        assert list(optimizer.vectors) == expected and not optimizer.needs_closure
-        assert optimizer.scalars == ({"t": 0} if name.startswith("adam") else {})
+        assert list(optimizer.vectors) == list(expected) and not optimizer.needs_closure
+        assert optimizer.scalars == ({"t": 0} if name in ("adam", "adamw", "muon") else {})
     lbfgs = make_optimizer("lbfgs", 3, np.float32, Hyper(history=2))
     assert list(lbfgs.vectors) == ["s0", "y0", "s1", "y1"] and lbfgs.needs_closure
     assert {"count", "head", "failed_searches"} <= set(lbfgs.scalars)
     assert all(v.shape == (3,) and v.dtype == np.float32 for v in lbfgs.vectors.values())
 
 
-def test_constructors_take_their_hyperparameters_by_keyword():
-    assert (Momentum(1, "float32", beta=0.5).beta, Nesterov(1, "float32").beta) == (0.5, 0.9)
-    adam = AdamW(1, np.float32, beta1=0.5, beta2=0.6, eps=1e-3, weight_decay=0.1)
+def test_constructors_take_their_settings_by_keyword():
+    momentum, nesterov, adamw = (OPTIMIZERS[name] for name in ("momentum", "nesterov", "adamw"))
+    assert (momentum(1, "float32", momentum=0.5).momentum, nesterov(1, "float32").momentum) == (0.5, 0.9)
+    adam = adamw(1, np.float32, beta1=0.5, beta2=0.6, eps=1e-3, weight_decay=0.1)
     made = make_optimizer("adamw", 1, np.float32, Hyper(beta1=0.5, beta2=0.6, eps=1e-3, weight_decay=0.1))
     for optimizer in (adam, made):
         settings = (optimizer.beta1, optimizer.beta2, optimizer.eps, optimizer.weight_decay)
         assert settings == (0.5, 0.6, 1e-3, 0.1)
     lbfgs = make_optimizer("lbfgs", 1, np.float32, Hyper(history=3, max_evals=7))
     assert (lbfgs.history, lbfgs.max_evals, len(lbfgs.vectors)) == (3, 7, 6)
-    assert SGD(1, np.float32, weight_decay=0.3).weight_decay == 0.3
-    assert RMSprop(1, np.float32, alpha=0.3).alpha == 0.3 and Adam(1, np.float32).beta2 == 0.999
+    assert OPTIMIZERS["sgd"](1, np.float32, weight_decay=0.3).weight_decay == 0.3
+    assert OPTIMIZERS["rmsprop"](1, np.float32, alpha=0.3).alpha == 0.3
+    assert (OPTIMIZERS["adam"](1, np.float32).beta2, OPTIMIZERS["lion"](1, np.float32).beta2) == (0.999, 0.99)
+    with pytest.raises(TypeError, match="SGD has no momentum: use weight_decay"):
+        OPTIMIZERS["sgd"](1, np.float32, momentum=0.5)
 
 
 # L-BFGS.
@@ -812,25 +862,25 @@ def test_decays_are_from_0_up_to_1(setting, value):
 
 
 @pytest.mark.parametrize(
-    ("kind", "settings", "says"),
+    ("name", "settings", "says"),
     [
-        (Momentum, {"beta": 1.0}, "--momentum 1.0"),
-        (Nesterov, {"beta": -1.0}, "--momentum -1.0"),
-        (Adam, {"beta1": 1.0}, "--beta1 1.0"),
-        (AdamW, {"beta2": 2.0}, "--beta2 2.0"),
-        (Adam, {"eps": -1e-8}, "--eps"),
-        (Adam, {"eps": 1e-60}, "rounds to 0 in float32"),
-        (RMSprop, {"eps": 1e-60}, "rounds to 0 in float32"),
-        (RMSprop, {"alpha": 1.0}, "--alpha 1.0"),
-        (SGD, {"weight_decay": float("nan")}, "--weight-decay nan"),
-        (LBFGS, {"weight_decay": -1.0}, "--weight-decay -1.0"),
-        (LBFGS, {"history": 0}, "--history 0"),
-        (LBFGS, {"max_evals": 1}, "--max-evals 1: expected 2 or more"),
+        ("momentum", {"momentum": 1.0}, "--momentum 1.0"),
+        ("nesterov", {"momentum": -1.0}, "--momentum -1.0"),
+        ("adam", {"beta1": 1.0}, "--beta1 1.0"),
+        ("adamw", {"beta2": 2.0}, "--beta2 2.0"),
+        ("adam", {"eps": -1e-8}, "--eps"),
+        ("adam", {"eps": 1e-60}, "rounds to 0 in float32"),
+        ("rmsprop", {"eps": 1e-60}, "rounds to 0 in float32"),
+        ("rmsprop", {"alpha": 1.0}, "--alpha 1.0"),
+        ("sgd", {"weight_decay": float("nan")}, "--weight-decay nan"),
+        ("lbfgs", {"weight_decay": -1.0}, "--weight-decay -1.0"),
+        ("lbfgs", {"history": 0}, "--history 0"),
+        ("lbfgs", {"max_evals": 1}, "--max-evals 1: expected 2 or more"),
     ],
 )
-def test_constructors_refuse_wrong_settings(kind, settings, says):
+def test_constructors_refuse_wrong_settings(name, settings, says):
     with pytest.raises(UserError, match=says):
-        kind(3, np.float32, **settings)
+        OPTIMIZERS[name](3, np.float32, **settings)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -851,6 +901,44 @@ def test_arrays_that_are_not_the_shard_are_refused(name):
 def test_lbfgs_asks_for_its_closure():
     with pytest.raises(ValueError, match="closure"):
         make_optimizer("lbfgs", 3, np.float32, Hyper()).step(np.ones(3, np.float32), np.ones(3, np.float32), 1.0, alone)
+
+
+SETTINGS = (Hyper, NewtonSettings, ScheduleSettings)
+
+
+def test_every_setting_has_a_user_and_every_user_a_setting():
+    kinds = [*ALL_OPTIMIZERS.values(), *SCHEDULES.values()]
+    assert {f.name for kind in SETTINGS for f in fields(kind)} - {"schedule"} == {s for k in kinds for s in k.settings}
+    assert sum(len(fields(kind)) for kind in SETTINGS) == len({f.name for kind in SETTINGS for f in fields(kind)})
+
+
+def test_partitioned_settings_are_those_of_the_element_updates():
+    only = {name: set(ALL_OPTIMIZERS[name].settings) - set(ALL_OPTIMIZERS["plsr1"].settings) for name in RULES}
+    assert only == {"plbfgs": {"curvature", "damping"}, "plsr1": set(), "plse": {"curvature"}}
+    optimizer = make_optimizer("plbfgs", 0, np.float32, Hyper(momentum=0.5, eps=1e-3))
+    assert (optimizer.momentum, optimizer.beta2, optimizer.eps) == (0.5, 0.999, 1e-3) and optimizer.needs_closure
+
+
+def test_defaults_are_used_by_everyone():
+    values = {key: value for kind in SETTINGS for key, value in asdict(kind()).items()}
+    for optimizer in ALL_OPTIMIZERS:
+        for schedule in SCHEDULES:
+            assert unused_settings(optimizer, schedule, values) == []
+
+
+def test_settings_that_nothing_uses_name_who_does():
+    newton = ("plbfgs", "plsr1", "plse")
+    values = {"lr": 0.5, "sigma": 1.0, "min_lr": 1e-4, "beta1": 0.8, "gamma": 0.5, "damping": True, "warmup_steps": 3}
+    assert unused_settings("adam", "cosine", values) == [
+        Unused("sigma", "optimizer", newton),
+        Unused("gamma", "schedule", ("step",)),
+        Unused("damping", "optimizer", ("plbfgs",)),
+    ]
+    assert [one.setting for one in unused_settings("plse", "step", values)] == ["min_lr", "beta1", "damping"]
+    assert unused_settings("lbfgs", "constant", {"history": 3, "max_evals": 9, "weight_decay": 0.1}) == []
+    assert unused_settings("lsr1-tr", "constant", {"max_evals": 9}) == [Unused("max_evals", "optimizer", ("lbfgs",))]
+    with pytest.raises(UserError, match="choose one of sgd"):
+        unused_settings("adagrad", "cosine", {})
 
 
 # Corners.
@@ -962,7 +1050,7 @@ def test_a_fused_pass_is_found_once_and_does_the_whole_step(name):
             asked.append(operation)
             return lambda w, g, *state: calls.append((w.size, g.size))
 
-    optimizer = make_optimizer(name, 3 * CHUNK, np.float64, Hyper(weight_decay=0.1), Fused())
+    optimizer = make(name, 3 * CHUNK, np.float64, Hyper(weight_decay=0.1), Fused(), matrices=())
     w, g = np.ones(3 * CHUNK), np.ones(3 * CHUNK)
     for _ in range(2):
         optimizer.step(w, g, 0.1, alone)

@@ -469,7 +469,7 @@ def test_other_elements_than_the_checkpoint_has_start_afresh(train, options):
     [
         (1, (), "needs --partition pairs"),
         (3, ("--partition", "pairs", "--replicas", "2"), "use --replicas 1"),
-        (1, ("--partition", "pairs", "--damping"), "goes with --optimizer plbfgs"),
+        (1, ("--partition", "pairs", "--damping"), "--damping is of --optimizer plbfgs"),
         (1, ("--partition", "pairs", "--scaling", "moments", "--eps", "1e-50"), "rounds to 0 in float32"),
         (1, ("--partition", "pairs", "--sigma", "-1"), "0 or more"),
         (1, ("--optimizer", "adam", "--memory", "0"), "1 to 100 pairs"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields
 from math import isfinite
 from typing import Any, NamedTuple, get_type_hints
@@ -18,6 +19,11 @@ class Least(NamedTuple):
 def option(name: str) -> str:
     """The option of the command line that gives the setting called `name`."""
     return f"--{name.replace('_', '-')}"
+
+
+def listed(names: Sequence[str]) -> str:
+    """ "a, b and c"."""
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def check_ranges(section: Any) -> None:

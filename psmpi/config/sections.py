@@ -9,13 +9,16 @@ from tyro.conf import Suppress, arg
 
 from psmpi.config.ranges import Least
 from psmpi.nn.losses import LOSSES
+from psmpi.optim import ALL_OPTIMIZERS, Hyper, NewtonSettings, ScheduleSettings
 from psmpi.registry import DEFAULT
 
 if TYPE_CHECKING:
     LossName = str
+    OptimizerName = str
 else:
     # The registry's names, for the command line, TOML files and the help.
     LossName = Literal[tuple(LOSSES)]
+    OptimizerName = Literal[tuple(ALL_OPTIMIZERS)]
 
 
 @dataclass(frozen=True)
@@ -95,83 +98,22 @@ class Parallel:
 
 
 @dataclass(frozen=True)
-class Optimization:
+class OptimizerChoice:
     """The optimizer and its learning rate."""
 
-    optimizer: Literal[
-        "sgd",
-        "momentum",
-        "nesterov",
-        "adam",
-        "adamw",
-        "rmsprop",
-        "lbfgs",
-        "lbfgs-tr",
-        "lsr1-tr",
-        "plbfgs",
-        "plsr1",
-        "plse",
-    ] = "adam"
+    optimizer: OptimizerName = "adam"
     """Update rule; lbfgs has a line search, lbfgs-tr and lsr1-tr a trust region; plbfgs, plsr1 and plse are partitioned
     quasi-Newton methods, for --partition pairs."""
     lr: float = 1e-3
     """Learning rate (lbfgs: length of its first trial step, 1 is usual; other quasi-Newton methods have none)."""
-    schedule: Literal["constant", "step", "cosine"] = "constant"
-    """Course of the learning rate; cosine falls from --lr to --min-lr over all --epochs."""
-    warmup_steps: int = 0
-    """Steps over which the learning rate rises linearly from 0, before the schedule."""
-    step_size: int = 0
-    """Steps after which the `step` schedule multiplies the learning rate by gamma."""
-    gamma: float = 0.1
-    """Factor of the `step` schedule."""
-    min_lr: float = 0.0
-    """Learning rate at the end of the `cosine` schedule."""
     clip: float = 1.0
     """Largest global norm of the gradient; 0: no clipping. (Not used by the quasi-Newton methods, which keep their
     steps in bounds themselves.)"""
-    weight_decay: float = 0.0
-    """L2 penalty added to the gradient; decoupled in adamw."""
-    momentum: float = 0.9
-    """Momentum of momentum, nesterov and --extrapolation constant."""
-    beta1: float = 0.9
-    """Decay of Adam's first moment."""
-    beta2: float = 0.999
-    """Decay of Adam's second moment, and of --scaling moments."""
-    eps: float = 1e-8
-    """Added to the root in adam, adamw, rmsprop and --scaling moments."""
-    alpha: float = 0.99
-    """Decay of rmsprop's mean square."""
-    history: int = 10
-    """Pairs that lbfgs, lbfgs-tr and lsr1-tr remember."""
-    max_evals: int = 20
-    """Function evaluations of the line search of lbfgs at most."""
-    globalization: Literal["trust-region", "line-search"] = "line-search"
-    """What keeps partitioned quasi-Newton steps from being too long."""
-    line_search: Literal["basic", "backtracking"] = "basic"
-    """Of --globalization line-search. basic: lengthens a step that is good as it is, by 3/2 as long as the loss falls,
-    whatever --sigma says; backtracking: only shortens."""
-    extrapolation: Literal["none", "constant", "adaptive"] = "none"
-    """Nesterov's extrapolation of partitioned quasi-Newton steps, by --momentum or adaptive."""
-    memory: int = 5
-    """Pairs that each element remembers."""
-    merge_pairs: bool = False
-    """One element for a pair of classes, not one for each of its two orders: half the memory."""
-    initial: Literal["scaled", "identity"] = "scaled"
-    """What an element's matrix starts from before its pairs: y^T y / s^T y times the identity, or the identity."""
-    curvature: Literal["absolute", "relative"] = "absolute"
-    """Test of s^T y in plbfgs and plse: above the rounding of the dtype, or above 1e-8 ||s|| ||y||."""
-    damping: bool = False
-    """Powell's damping of pairs of negative curvature, in plbfgs."""
-    sigma: float = 0.0
-    """Multiple of the identity that is added to the sum of the elements' matrices: more of it, shorter steps. It rises
-    as a --schedule makes the learning rate fall."""
-    scaling: Literal["none", "moments"] = "none"
-    """Variables of partitioned quasi-Newton steps: the weights, or these times the fourth root of their gradients' mean
-    squares (by --beta2, as in Adam), which makes the matrices start from a diagonal."""
-    cg_tolerance: float = 1e-2
-    """Residual, relative to the gradient, at which conjugate gradients end."""
-    cg_iterations: int = 30
-    """Products with the partitioned matrix in a step at most."""
+
+
+@dataclass(frozen=True)
+class Optimization(NewtonSettings, Hyper, ScheduleSettings, OptimizerChoice):
+    """The optimizer and its learning rate."""
 
 
 @dataclass(frozen=True)

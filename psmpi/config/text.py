@@ -74,6 +74,8 @@ def _checked(value: Any, section: Any, key: str, where: str) -> Any:
         hint = get_args(hint)[0]
     if get_origin(hint) is Literal and value not in get_args(hint):
         raise UserError(f"{where}: choose one of {', '.join(get_args(hint))}")
+    if type(None) in get_args(hint):
+        like = next(kind for kind in get_args(hint) if kind is not type(None))()
     if isinstance(like, tuple):
         if not isinstance(value, list):
             raise UserError(f"{where}: expected a list")
@@ -98,7 +100,12 @@ def read_file(path: str) -> Config:
 
 def to_toml(config: Config) -> str:
     """The resolved configuration as TOML text, which read_file and from_toml read back."""
-    return tomli_w.dumps({name: asdict(one) for name, one in (config.sections | config.chosen).items()})
+    # TOML has no None: what is not given is left out.
+    tables = {
+        name: {key: value for key, value in asdict(one).items() if value is not None}
+        for name, one in (config.sections | config.chosen).items()
+    }
+    return tomli_w.dumps(tables)
 
 
 def from_toml(text: str, where: str, foreign: bool = False) -> Config:

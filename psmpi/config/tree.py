@@ -9,9 +9,10 @@ from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar
 
 from tyro.conf import arg
 
-from psmpi.config.ranges import check_ranges, option
+from psmpi.config.ranges import check_ranges, listed, option
 from psmpi.config.sections import Data, LossSettings, NetworkSettings, Optimization, Parallel, Run
 from psmpi.errors import UserError
+from psmpi.optim import find_optimizer, unused_settings
 from psmpi.registry import all_methods, find_method
 
 
@@ -80,7 +81,7 @@ def check(config: Config) -> None:
     for kind, one in config.settings.items():
         for name in (f.name for f in fields(one)) if kind not in taken else ():
             if getattr(one, name) != getattr(kind(), name):
-                others = " and ".join(known for known, of in all_methods().items() if kind in of.settings)
+                others = listed([known for known, of in all_methods().items() if kind in of.settings])
                 raise UserError(
                     f"{option(name)} is of --method {others}, and the method here is {method}: leave it out, or choose "
                     "that method"
@@ -92,6 +93,7 @@ def check(config: Config) -> None:
         raise UserError(f"--lr {o.lr}: expected a number above 0")
     if not 0 < model.init_gain <= 1e3:
         raise UserError(f"--init-gain {model.init_gain}: expected a number above 0 and up to 1000")
+    _check_used(config)
     if o.history > 1000:
         raise UserError(f"--history {o.history}: expected 1000 pairs at most")
     if model.widths and model.model not in ("mlp", "resnet"):
@@ -112,10 +114,25 @@ def check(config: Config) -> None:
     if parallel.threads > 1024:
         raise UserError(f"--threads {parallel.threads}: expected 1024 at most")
     if parallel.nccl and not find_method(method).nccl:
-        others = " and ".join(name for name, known in all_methods().items() if known.nccl)
+        others = listed([name for name, known in all_methods().items() if known.nccl])
         raise UserError(
             f"--nccl is of --method {others}, and the method here is {method}: leave it out, or choose that method"
         )
+
+
+def _check_used(config: Config) -> None:
+    """UserError for a setting of an optimizer or a schedule that the chosen ones do not use, nor the method."""
+    o, method = config.optimization, find_method(config.parallel.method)
+    used = method.uses(config)
+    for one in unused_settings(o.optimizer, o.schedule, vars(o)):
+        if one.setting not in used:
+            chosen = getattr(o, one.choice)
+            raise UserError(
+                f"{option(one.setting)} is of --{one.choice} {listed(one.users)}, and the {one.choice} here is "
+                f"{chosen}: leave it out, or choose {'that one' if len(one.users) == 1 else 'one of these'}"
+            )
+    if o.clip not in (0, Optimization().clip) and find_optimizer(o.optimizer).needs_closure:
+        raise UserError(f"--clip {o.clip} is not for --optimizer {o.optimizer}, which bounds its steps: leave it out")
 
 
 def command_line(default: Config) -> Any:

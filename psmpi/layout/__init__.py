@@ -16,6 +16,7 @@ from psmpi.layout.grid import (
     score_columns,
 )
 from psmpi.layout.layout import Block, Layout, Parameter, Piece, make_layout, plain_layout
+from psmpi.layout.matrices import Matrix, hidden_weights, whole_matrices
 from psmpi.layout.moves import Move, plan_moves
 from psmpi.layout.ownership import Ownership
 from psmpi.layout.roles import Roles, assign_roles, replicate
@@ -29,6 +30,7 @@ __all__ = [
     "Block",
     "Box",
     "Layout",
+    "Matrix",
     "Move",
     "Ownership",
     "Pair",
@@ -48,6 +50,7 @@ __all__ = [
     "cross",
     "even_edges",
     "group_pairs",
+    "hidden_weights",
     "make_grid",
     "make_layout",
     "pair_columns",
@@ -59,4 +62,5 @@ __all__ = [
     "score_columns",
     "split_evenly",
     "tile",
+    "whole_matrices",
 ]

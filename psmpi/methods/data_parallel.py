@@ -21,7 +21,7 @@ from psmpi.data import Batch, Dataset
 from psmpi.errors import UserError
 from psmpi.layout import TableRows
 from psmpi.nn.network import Network
-from psmpi.optim import FIRST_ORDER
+from psmpi.optim import FIRST_ORDER, given
 from psmpi.training.context import Context
 from psmpi.training.method import nbytes, together
 from psmpi.training.replica import Replica, Replicas
@@ -70,7 +70,7 @@ class DataParallel(Replica):
         if o.compression != "none":
             self.compressor = make_compressor(
                 o.compression, self.by_host, self.layout, self.dtype, o.error_feedback, density=o.density,
-                rank=o.powersgd_rank, levels=o.qsgd_levels, momentum=context.config.optimization.momentum,
+                rank=o.powersgd_rank, levels=o.qsgd_levels, momentum=given(context.config.optimization, "momentum"),
                 seed=context.config.run.seed,
             )  # fmt: skip
             for name, vector in self.compressor.vectors.items():
@@ -103,6 +103,10 @@ class DataParallel(Replica):
                 f"{config.optimization.optimizer} searches: use a first-order one (sgd, momentum, adam, ...)"
             )
         check_compression(o.density, o.powersgd_rank, o.qsgd_levels)
+
+    @classmethod
+    def uses(cls, config: Config) -> frozenset[str]:
+        return frozenset({"momentum"} if config.of(Settings).compression == "dgc" else ())
 
     def step(self, batch: Batch, lr: float) -> None:
         loss = self.descent.search(self.w, self.g, lr, lambda trial: self.gradient(batch, trial))

@@ -26,7 +26,7 @@ from psmpi.nn.model import Model
 from psmpi.nn.network import Network
 from psmpi.nn.objective import Objective
 from psmpi.training.checks import check_first_order, check_layers, check_slices
-from psmpi.training.context import Context, configured_loss, configured_optimizer
+from psmpi.training.context import Context, check_optimizer, configured_loss
 from psmpi.training.descent import Descent
 from psmpi.training.evaluator import evaluate
 from psmpi.training.method import Method, nbytes
@@ -99,7 +99,7 @@ class DirectFeedback(Method):
         shard = self.shards[self.rank]
         self.w, self.g = (ops.zeros(shard.size, self.dtype) for _ in range(2))
         self.model = Model(network, layout, self.w, self.g, ops, layers=stages[self.rank])
-        self.descent = Descent(context, shard.size, allsum=self.world.agree)
+        self.descent = Descent(context, shard, allsum=self.world.agree)
         context.put_weights(shard, self.w)
         self.state.vector("weights", self.w)
         self.state.optimizer(self.descent.optimizer)
@@ -148,7 +148,7 @@ class DirectFeedback(Method):
         if not 0 < scale <= 1e6:
             raise UserError(f"--feedback-scale {scale}: expected a number above 0")
         configured_loss(config, dataset.task)
-        configured_optimizer(config, 0)
+        check_optimizer(config, network.layout(), ())
 
     @staticmethod
     def warnings(size: int, network: Network, config: Config) -> Iterator[str]:

@@ -1,16 +1,19 @@
-"""The base class of optimizers: a shard's size and dtype, named state, chunks, and settings that make sense."""
+"""The base class of optimizers: a shard's size and dtype, named state, chunks, and which settings are used."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import DTypeLike
 
 from psmpi.backend import NumpyOps
 from psmpi.errors import UserError
+from psmpi.optim.settings import USUAL, Hyper, check_eps, check_settings
+
+__all__ = ["CHUNK", "AllSum", "Closure", "Hyper", "Optimizer", "check_eps", "check_settings", "chunks"]
 
 # Partial sums (k,) float64 of a rank -> the sums over all shards: the same array, in place, the same on every
 # rank.
@@ -21,20 +24,6 @@ Closure = Callable[[], float]
 # Elements that an update takes through the cache at a time. Below the 10,000 from which OpenBLAS splits a dot
 # product over threads, so that sums do not depend on the number of threads.
 CHUNK = 1 << 13
-
-
-@dataclass(frozen=True)
-class Hyper:
-    """Settings of all optimizers; each uses those its formula has. `make_optimizer` checks all of them."""
-
-    momentum: float = 0.9
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-    alpha: float = 0.99
-    weight_decay: float = 0.0
-    history: int = 10
-    max_evals: int = 20
 
 
 class Optimizer:
@@ -50,8 +39,12 @@ class Optimizer:
     """
 
     needs_closure: bool = False
-    # The constructor's hyperparameters, by keyword.
+    # Whether the constructor is told the whole matrices of the shard.
+    needs_matrices: ClassVar[bool] = False
+    # The settings that are used, by name; those of `Hyper` are keywords of the constructor.
     settings: ClassVar[tuple[str, ...]] = ()
+    # Numbers that stand for a setting of None, where they are not those of `USUAL`.
+    usual: ClassVar[Mapping[str, float]] = {}
 
     def __init__(self, n: int, dtype: DTypeLike, *, names: tuple[str, ...] = (), ops: NumpyOps | None = None) -> None:
         self.n, self.dtype = n, np.dtype(dtype)
@@ -63,6 +56,13 @@ class Optimizer:
         # What a step works in: two chunks, or vectors.
         self.scratch = np.empty((2, 0), self.dtype)
         self.work: tuple[np.ndarray, ...] = ()
+
+    @classmethod
+    def chosen(cls, hyper: Hyper) -> dict[str, Any]:
+        """The settings of `hyper` that are used, by name, with a number for None."""
+        usual = {**USUAL, **cls.usual}
+        values = {f.name: getattr(hyper, f.name) for f in fields(hyper) if f.name in cls.settings}
+        return {name: usual[name] if value is None else value for name, value in values.items()}
 
     @property
     def nbytes(self) -> int:
@@ -87,36 +87,8 @@ class Optimizer:
                     f"{name} is {array.dtype} {array.shape}, this optimizer steps {self.dtype} {(self.n,)}"
                 )
 
-    def chunks(self) -> Iterator[slice]:
-        """Slices of at most CHUNK elements that cover the shard, in order."""
-        for start in range(0, self.n, CHUNK):
-            yield slice(start, min(start + CHUNK, self.n))
 
-
-def check_settings(**settings: float) -> None:
-    """UserError for a setting, by its name in `Hyper`, that no update rule can work with."""
-    for name, value in settings.items():
-        option = f"--{name.replace('_', '-')} {value}"
-        if name in ("momentum", "beta1", "beta2", "alpha"):
-            if not 0 <= value < 1:
-                raise UserError(f"{option}: expected a number from 0 up to, not including, 1")
-        elif name == "eps":
-            if not 0 < value < np.inf:
-                raise UserError(f"{option}: expected a finite number above 0")
-        elif name == "weight_decay":
-            if not 0 <= value < np.inf:
-                raise UserError(f"{option}: expected a finite number, 0 or more")
-        elif name == "history":
-            if value < 1:
-                raise UserError(f"{option}: expected 1 or more pairs to remember")
-        elif name == "max_evals" and value < 2:
-            # One evaluation is where the step starts, another the first trial.
-            raise UserError(f"{option}: expected 2 or more function evaluations a step")
-
-
-def check_eps(eps: float, dtype: np.dtype) -> None:
-    """UserError for an eps that vanishes in `dtype`: a weight without any gradient would become 0 / 0."""
-    check_settings(eps=eps)
-    tiny = float(np.finfo(dtype).tiny)
-    if eps < tiny:
-        raise UserError(f"--eps {eps}: rounds to 0 in {dtype}, use {tiny:.3g} or more")
+def chunks(n: int) -> Iterator[slice]:
+    """Slices of at most CHUNK elements that cover n elements, in order."""
+    for start in range(0, n, CHUNK):
+        yield slice(start, min(start + CHUNK, n))

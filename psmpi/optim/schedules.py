@@ -1,40 +1,122 @@
-"""Learning rate as a function of the step."""
+"""Learning rate as a function of the step: one kind a class, which names the settings that it uses."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from math import cos, pi
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from psmpi.errors import UserError
 
-SCHEDULES = ("constant", "step", "cosine")
-
 
 @dataclass(frozen=True)
-class Schedule:
-    """The learning rate of step t = 0, 1, ...; made, and its settings checked, by `make_schedule`."""
+class Schedule(ABC):
+    """The learning rate of step t = 0, 1, ...; made, and its settings checked, by `make_schedule`.
 
-    kind: str
+    Over the first `warmup_steps` steps any schedule is multiplied by (t + 1) / warmup_steps.
+    """
+
     lr: float
     total_steps: int
     warmup_steps: int = 0
-    step_size: int = 0
-    gamma: float = 0.1
-    min_lr: float = 0.0
+    # The settings that are used, by their names in `ScheduleSettings`: fields.
+    settings: ClassVar[tuple[str, ...]] = ("warmup_steps",)
 
     def __call__(self, t: int) -> float:
-        rate = self.lr
-        if self.kind == "step":
-            rate *= self.gamma ** (t // self.step_size)
-        elif self.kind == "cosine":
-            if t >= self.total_steps:
-                rate = self.min_lr
-            else:
-                done = max(0, t - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
-                rate = self.min_lr + 0.5 * (self.lr - self.min_lr) * (1 + cos(pi * done))
+        rate = self.rate(t)
         if t < self.warmup_steps:
             rate *= (t + 1) / self.warmup_steps
         return rate
+
+    @abstractmethod
+    def rate(self, t: int) -> float:
+        """The learning rate of step t but for the warm-up."""
+
+    def check(self) -> None:
+        """UserError for settings out of their range."""
+        if self.total_steps < 1:
+            raise UserError(f"{self.total_steps} steps in all: a schedule needs 1 or more")
+        if self.warmup_steps < 0:
+            raise UserError(f"--warmup-steps {self.warmup_steps}: expected 0 or more")
+
+
+@dataclass(frozen=True)
+class Constant(Schedule):
+    """lr."""
+
+    def rate(self, t: int) -> float:
+        return self.lr
+
+
+@dataclass(frozen=True)
+class Step(Schedule):
+    """lr gamma^floor(t / step_size)."""
+
+    step_size: int = 0
+    gamma: float = 0.1
+    settings = ("warmup_steps", "step_size", "gamma")
+
+    def rate(self, t: int) -> float:
+        return self.lr * self.gamma ** (t // self.step_size)
+
+    def check(self) -> None:
+        super().check()
+        if self.step_size < 1:
+            raise UserError(
+                f"--step-size {self.step_size}: --schedule step needs 1 or more, the steps between two reductions"
+            )
+        if not 0 < self.gamma <= 1:
+            raise UserError(f"--gamma {self.gamma}: expected a number above 0, up to 1")
+
+
+@dataclass(frozen=True)
+class Cosine(Schedule):
+    """From lr, over the steps after the warm-up, to min_lr at total_steps and ever after (Loshchilov and Hutter 2017,
+    eq. 5 without restarts).
+    """
+
+    min_lr: float = 0.0
+    settings = ("warmup_steps", "min_lr")
+
+    def rate(self, t: int) -> float:
+        if t >= self.total_steps:
+            return self.min_lr
+        done = max(0, t - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
+        return self.min_lr + 0.5 * (self.lr - self.min_lr) * (1 + cos(pi * done))
+
+
+SCHEDULES: dict[str, type[Schedule]] = {"constant": Constant, "step": Step, "cosine": Cosine}
+
+
+if TYPE_CHECKING:
+    ScheduleName = str
+else:
+    # The registry's names, for the command line, TOML files and the help.
+    ScheduleName = Literal[tuple(SCHEDULES)]
+
+
+@dataclass(frozen=True)
+class ScheduleSettings:
+    """The course of the learning rate."""
+
+    schedule: ScheduleName = "constant"
+    """Course of the learning rate; cosine falls from --lr to --min-lr over all --epochs."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises linearly from 0, before the schedule."""
+    step_size: int = 0
+    """Steps after which the `step` schedule multiplies the learning rate by gamma."""
+    gamma: float = 0.1
+    """Factor of the `step` schedule."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the `cosine` schedule."""
+
+
+def find_schedule(kind: str) -> type[Schedule]:
+    """The schedule called `kind`; UserError for an unknown name."""
+    if kind not in SCHEDULES:
+        raise UserError(f"--schedule {kind!r} is unknown: choose one of {', '.join(SCHEDULES)}")
+    return SCHEDULES[kind]
 
 
 def make_schedule(
@@ -47,27 +129,20 @@ def make_schedule(
     gamma: float = 0.1,
     min_lr: float = 0.0,
 ) -> Schedule:
-    """The learning rate of step t = 0, 1, ... as a function of t.
+    """The learning rate of step t = 0, 1, ... as a function of t, by the schedule called `kind`.
 
-    constant: lr. step: lr gamma^floor(t / step_size). cosine: from lr, over the steps after the warm-up, to
-    min_lr at total_steps and ever after (Loshchilov and Hutter 2017, eq. 5 without restarts). Over the first
-    `warmup_steps` steps any of them is multiplied by (t + 1) / warmup_steps.
-
-    UserError for an unknown kind and for settings out of their range.
+    It takes the settings that it uses. UserError for an unknown kind and for settings out of their range, a min_lr
+    that is not from 0 to lr in any case.
     """
-    if kind not in SCHEDULES:
-        raise UserError(f"--schedule {kind!r} is unknown: choose one of {', '.join(SCHEDULES)}")
-    if total_steps < 1:
-        raise UserError(f"{total_steps} steps in all: a schedule needs 1 or more")
-    if warmup_steps < 0:
-        raise UserError(f"--warmup-steps {warmup_steps}: expected 0 or more")
-    if kind == "step":
-        if step_size < 1:
-            raise UserError(
-                f"--step-size {step_size}: --schedule step needs 1 or more, the steps between two reductions"
-            )
-        if not 0 < gamma <= 1:
-            raise UserError(f"--gamma {gamma}: expected a number above 0, up to 1")
+    found = find_schedule(kind)
+    given: dict[str, Any] = {
+        "warmup_steps": warmup_steps,
+        "step_size": step_size,
+        "gamma": float(gamma),
+        "min_lr": float(min_lr),
+    }
+    made = found(float(lr), total_steps, **{name: given[name] for name in found.settings})
+    made.check()
     if not 0 <= min_lr <= lr:
         raise UserError(f"--min-lr {min_lr}: expected a number from 0 to --lr {lr}")
-    return Schedule(kind, float(lr), total_steps, warmup_steps, step_size, float(gamma), float(min_lr))
+    return made

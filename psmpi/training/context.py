@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from functools import cached_property
 from typing import Any, TypeVar
@@ -15,12 +15,12 @@ from psmpi.comm.group import Counter, Group
 from psmpi.comm.probe import make_bridge
 from psmpi.config import Config
 from psmpi.data import Dataset
-from psmpi.layout import Layout, Runs
+from psmpi.layout import Layout, Runs, whole_matrices
 from psmpi.nn.init import initial_weights
 from psmpi.nn.losses import Loss, make_loss
 from psmpi.nn.metric import Metric
 from psmpi.nn.network import Network
-from psmpi.optim import Hyper, Optimizer, make_optimizer
+from psmpi.optim import Hyper, Optimizer, find_optimizer, make_optimizer
 
 S = TypeVar("S")
 
@@ -77,9 +77,9 @@ class Context:
         """Sums over the test split, by a loss of their own: what that counts is not of the training."""
         return Metric(self.loss(), self.dataset.outputs)
 
-    def optimizer(self, n: int, counted: bool = False) -> Optimizer:
-        """The optimizer of n weights; `counted` as in `make_optimizer`."""
-        return configured_optimizer(self.config, n, self.ops, counted)
+    def optimizer(self, runs: Runs, counted: bool = False) -> Optimizer:
+        """The optimizer of the weights of `runs`; `counted` as in `make_optimizer`."""
+        return configured_optimizer(self.config, self.layout, runs, self.ops, counted)
 
     def draw_weights(self, runs: Runs, out: np.ndarray) -> None:
         """Fill `out` (runs.size,), in host memory, with initial weights: drawn by unit, so the same on any ranks."""
@@ -102,8 +102,20 @@ def configured_loss(config: Config, task: str) -> Loss:
     return make_loss(c.loss, np.dtype(config.model.dtype), kappa=c.kappa, exp_clip=c.exp_clip, task=task)
 
 
-def configured_optimizer(config: Config, n: int, ops: NumpyOps | None = None, counted: bool = False) -> Optimizer:
-    """The optimizer of a configuration for n weights; UserError for settings that it cannot have."""
+def configured_optimizer(
+    config: Config, layout: Layout, runs: Runs, ops: NumpyOps | None = None, counted: bool = False
+) -> Optimizer:
+    """The optimizer of a configuration for the weights of `runs`."""
     o = config.optimization
     hyper = Hyper(**{f.name: getattr(o, f.name) for f in fields(Hyper)})
-    return make_optimizer(o.optimizer, n, np.dtype(config.model.dtype), hyper, ops, counted)
+    matrices = whole_matrices(layout, runs) if find_optimizer(o.optimizer).needs_matrices else None
+    return make_optimizer(o.optimizer, runs.size, np.dtype(config.model.dtype), hyper, ops, counted, matrices)
+
+
+def check_optimizer(config: Config, layout: Layout, shards: Iterable[Runs], counted: bool = False) -> None:
+    """UserError for settings that an optimizer cannot have, and for shards that it cannot step."""
+    o = config.optimization
+    if find_optimizer(o.optimizer).needs_matrices:
+        for runs in shards:
+            whole_matrices(layout, runs)
+    configured_optimizer(config, layout, Runs(), counted=counted)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from psmpi.comm.group import Group
+from psmpi.layout import Runs
 from psmpi.optim import AllSum, clip_by_global_norm
 from psmpi.training.context import Context
 
@@ -17,13 +18,19 @@ def no_sum(values: np.ndarray) -> np.ndarray:
 
 
 class Descent:
-    """Steps `n` weights of this rank; sums over all shards come from `allsum`, losses are added up over `world`."""
+    """Steps the weights of `runs`, this rank's; `allsum` sums over all shards, and losses are added up over `world`."""
 
     def __init__(
-        self, context: Context, n: int, *, allsum: AllSum = no_sum, world: Group | None = None, counted: bool = False
+        self,
+        context: Context,
+        runs: Runs,
+        *,
+        allsum: AllSum = no_sum,
+        world: Group | None = None,
+        counted: bool = False,
     ):
         self.ops, self.clip, self.allsum, self.world = context.ops, context.config.optimization.clip, allsum, world
-        self.optimizer = context.optimizer(n, counted)
+        self.optimizer = context.optimizer(runs, counted)
 
     def step(self, w: np.ndarray, g: np.ndarray, lr: float) -> None:
         """Step along g (n,), the gradient of w (n,), which is used up."""

@@ -74,6 +74,11 @@ class Method:
     def check(cls, size: int, network: Network, dataset: Dataset, config: Config) -> None:
         """UserError for a configuration that `size` ranks cannot train; needs no MPI and no arrays of weights."""
 
+    @classmethod
+    def uses(cls, config: Config) -> frozenset[str]:
+        """Settings of optimizers that the method itself uses, whatever the optimizer."""
+        return frozenset()
+
     @staticmethod
     def warnings(size: int, network: Network, config: Config) -> Iterable[str]:
         """Notes for the user on this method on `size` ranks with this network."""

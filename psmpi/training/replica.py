@@ -18,7 +18,7 @@ from psmpi.data import Dataset
 from psmpi.layout import Runs, replicate
 from psmpi.nn.network import Network
 from psmpi.training.checks import check_not_partitioned, check_slices, slices_are_normalized
-from psmpi.training.context import Context, configured_loss, configured_optimizer
+from psmpi.training.context import Context, check_optimizer, configured_loss
 from psmpi.training.descent import Descent
 from psmpi.training.element_worker import ElementWorker
 from psmpi.training.method import Method, nbytes, together
@@ -62,7 +62,7 @@ class Replica(Method):
         assert used is not None and place is not None
         self.unused = slice(used.stop, None)
         self.worker = ElementWorker(context, place, roles, context.group([self.rank]), self.w[used], self.g[used])
-        self.descent = Descent(context, self.layout.size, world=self.world)
+        self.descent = Descent(context, everything, world=self.world)
         self.optimizer = self.descent.optimizer
         self.state.scalars = self.optimizer.scalars
         context.put_weights(everything, self.w)
@@ -83,7 +83,7 @@ class Replica(Method):
         check_not_partitioned(config)
         check_slices(network, config.data.batch_size, size, "ranks")
         configured_loss(config, dataset.task)
-        configured_optimizer(config, 0)
+        check_optimizer(config, network.layout(), ())
         check_allreduce(config.of(Replicas).allreduce, size)
 
     @staticmethod

@@ -20,7 +20,7 @@ def restore(method: Method, path: Path, contents: Contents, config: Config) -> l
     # What is not in the checkpoint stays as it is.
     method.collect()
     vectors, reason = state.vectors, ""
-    saved = from_toml(contents.config, str(path), foreign=True).optimization.optimizer
+    saved: str = from_toml(contents.config, str(path), foreign=True).optimization.optimizer
     if saved != config.optimization.optimizer:
         reason = f"the checkpoint is of {saved}, not of {config.optimization.optimizer}"
     else:

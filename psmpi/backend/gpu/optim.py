@@ -23,6 +23,10 @@ class DeviceSteps(Device):
         """v = alpha v + (1 - alpha) d^2, w -= rate d / (sqrt(v) + eps)."""
         self.spread("rmsprop", w.dtype, w.size, w.size, w, g, v, rate, alpha, eps, l2)
 
+    def lion(self, w: Any, g: Any, m: Any, rate: float, beta1: float, beta2: float, l2: float, keep: float) -> None:
+        """w = keep w - rate sign(beta1 m + (1 - beta1) d), then m = beta2 m + (1 - beta2) d."""
+        self.spread("lion", w.dtype, w.size, w.size, w, g, m, rate, beta1, beta2, l2, keep)
+
     def adam(
         self, w: Any, g: Any, m: Any, v: Any, rate: float, root: float, beta1: float, beta2: float, eps: float,
         l2: float, keep: float,

@@ -21,7 +21,7 @@ from psmpi.layout import Runs, replicate
 from psmpi.methods.ist.dealer import Dealer
 from psmpi.nn.network import Network
 from psmpi.training.checks import check_first_order, check_slices
-from psmpi.training.context import Context, configured_loss, configured_optimizer
+from psmpi.training.context import Context, check_optimizer, configured_loss
 from psmpi.training.descent import Descent
 from psmpi.training.element_worker import ElementWorker
 from psmpi.training.evaluator import Evaluator
@@ -80,7 +80,7 @@ class IndependentSubnets(Method):
         context.draw_weights(shard, self.w.host)
         self.travel = self.options.optimizer_state == "travel"
         self.state.vector("weights", self.w.host)
-        for name in context.optimizer(0, counted=True).vectors if self.travel else ():
+        for name in context.optimizer(Runs(), counted=True).vectors if self.travel else ():
             self.state.vector(name, np.zeros(shard.size, self.dtype))
         self.state.scalar("rounds", 0)
         self.number = self.workers.index(self.rank) if self.rank in self.workers else -1
@@ -100,13 +100,14 @@ class IndependentSubnets(Method):
         """The network that a worker trains: it has the same shape in every round."""
         inner, ops = context.of_network(self.dealer.networks[self.number]), self.ops
         size, roles = inner.layout.size, replicate(inner.layout, len(self.workers))
-        place, used = roles.workers[self.number], roles.parts[self.number].inside(Runs(((0, size),)))
+        everything = Runs(((0, size),))
+        place, used = roles.workers[self.number], roles.parts[self.number].inside(everything)
         assert place is not None and used is not None
         self.part, self.g = (ops.zeros(size, self.dtype) for _ in range(2))
         self.unused = slice(used.stop, None)
         row = inner.group([self.rank])
         self.worker = ElementWorker(inner, place, roles, row, self.part[used], self.g[used], tests=False)
-        self.descent = Descent(inner, size, counted=self.travel)
+        self.descent = Descent(inner, everything, counted=self.travel)
         self.optimizer = self.descent.optimizer
         self.fresh = dict(self.optimizer.scalars)
         own = {"weights": self.part, **self.optimizer.vectors}
@@ -117,7 +118,7 @@ class IndependentSubnets(Method):
         _, workers = find_roles(size, config)
         make_dealer(network, len(workers), config)
         check_first_order(config, "has searches and pairs that would not outlive a round")
-        configured_optimizer(config, 0)
+        check_optimizer(config, network.layout(), (), counted=config.of(Settings).optimizer_state == "travel")
         check_rounds(config, "in a round")
         check_slices(network, config.data.batch_size, len(workers), "workers")
         configured_loss(config, dataset.task)

@@ -47,7 +47,7 @@ class PartiallySeparable(Method):
         self.world = context.group()
         # The global sums concern the ranks that hold weights; with a line search, all ranks follow its decisions.
         holders = [rank for rank, held in enumerate(self.shards) if held.size]
-        self.descent = Descent(context, shard.size, allsum=self.allsum, world=self.world)
+        self.descent = Descent(context, shard, allsum=self.allsum, world=self.world)
         self.optimizer = self.descent.optimizer
         self.deciders = self.world if self.optimizer.needs_closure else context.group(holders)
         # Replicas of a private block all hold it: in a global sum it counts once, at its owner of record.

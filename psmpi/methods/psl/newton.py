@@ -17,6 +17,7 @@ from psmpi.data import Batch
 from psmpi.methods.psl.element_set import ElementSet, elements_of, largest_element
 from psmpi.nn.losses import Loss
 from psmpi.nn.objective import DIVERGED
+from psmpi.optim import given
 from psmpi.optim.curvature import ElementOperators, Outcome, curvature_ops
 from psmpi.optim.globalization import SHORTEST, Extrapolation, TrustRegion, armijo
 from psmpi.optim.truncated_cg import truncated_cg
@@ -57,7 +58,9 @@ class PartitionedNewton:
         self.rtol, self.itmax, self.sigma = o.cg_tolerance, o.cg_iterations, o.sigma
         self.first_lr, self.first_sigma = o.lr, o.sigma
         self.region = TrustRegion()
-        self.momentum = None if o.extrapolation == "none" else Extrapolation(o.extrapolation == "adaptive", o.momentum)
+        self.momentum: Extrapolation | None = None
+        if o.extrapolation != "none":
+            self.momentum = Extrapolation(o.extrapolation == "adaptive", given(o, "momentum"))
         scalars.update(radius=1.0, first=1.0, theta=1.0, products=0, trials=0, failed_steps=0)
         self.p_part, self.p = exchange.make_vectors()
         self.q_part, self.q = exchange.make_vectors()
@@ -66,7 +69,7 @@ class PartitionedNewton:
         if self.momentum is not None:
             self.v_part, self.v = exchange.make_vectors()
             state.vector("v", self.v)
-        self.beta2, self.eps = o.beta2, o.eps
+        self.beta2, self.eps = given(o, "beta2"), o.eps
         self.scaled = o.scaling == "moments"
         if self.scaled:
             # What a step in the scaled variables is multiplied by to be one in the weights.

@@ -18,7 +18,7 @@ from psmpi.nn.network import Network
 from psmpi.optim.base import check_eps
 from psmpi.optim.curvature import RULES
 from psmpi.training.checks import check_classes, check_slices
-from psmpi.training.context import configured_loss, configured_optimizer
+from psmpi.training.context import check_optimizer, configured_loss
 from psmpi.training.masters import Masters
 
 
@@ -42,8 +42,10 @@ def plan_roles(layout: Layout, size: int, config: Config) -> Roles:
 
 def check_psl(size: int, network: Network, dataset: Dataset, config: Config) -> None:
     """UserError for a configuration that `size` ranks cannot train; needs no MPI and no arrays of weights."""
-    _check_roles(network, plan_roles(network.layout(), size, config), dataset, config)
-    configured_optimizer(config, 0)
+    layout = network.layout()
+    roles = plan_roles(layout, size, config)
+    _check_roles(network, roles, dataset, config)
+    check_optimizer(config, layout, roles.shards)
 
 
 def _check_roles(network: Network, roles: Roles, dataset: Dataset, config: Config) -> None:
@@ -115,11 +117,7 @@ def _check_newton(network: Network, roles: Roles, config: Config) -> None:
             f"{name} keeps each element on one worker, and replicas would each keep their own: use --replicas 1 and "
             f"{most} ranks or fewer"
         )
-    if o.damping and o.optimizer != "plbfgs":
-        raise UserError(f"--damping goes with --optimizer plbfgs: {name} takes pairs of negative curvature as they are")
     if o.scaling == "moments":
         check_eps(o.eps, np.dtype(config.model.dtype))
     if o.extrapolation != "none" and o.globalization != "line-search":
         raise UserError(f"--extrapolation {o.extrapolation} goes with --globalization line-search")
-    if o.weight_decay:
-        raise UserError(f"{name} has no --weight-decay")

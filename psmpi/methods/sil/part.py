@@ -31,7 +31,7 @@ class TrainedPart:
         self.model = Model(network, layout, w, g, ops, layers=stage)
         self.inputs, self.units = int(np.prod(self.model.in_shape)), self.model.size
         context.put_weights(self.runs, w)
-        self.optimizer = context.optimizer(w.size)
+        self.optimizer = context.optimizer(self.runs)
         if self.last:
             self.loss: Loss = context.loss()
         else:

@@ -16,7 +16,7 @@ from psmpi.layout import split_evenly
 from psmpi.nn.cut import split_layers
 from psmpi.nn.network import Network
 from psmpi.training.checks import check_classes, check_first_order, check_layers, check_slices, slices_are_normalized
-from psmpi.training.context import configured_loss, configured_optimizer
+from psmpi.training.context import check_optimizer, configured_loss
 
 # The least and the largest value of labels at scale 1, and of activations.
 LAWS = {"uniform": (0.0, 1.0), "sign": (-1.0, 1.0), "gaussian": (-inf, inf), "orthogonal": (-inf, inf)}
@@ -157,7 +157,7 @@ def check_sil(size: int, network: Network, dataset: Dataset, config: Config) -> 
             f"--labels orthogonal: {network.classes} vectors of {min(widths)} units cannot be; use --labels uniform"
         )
     configured_loss(config, dataset.task)
-    configured_optimizer(config, 0)
+    check_optimizer(config, network.layout(), ())
 
 
 def warnings(size: int, network: Network, config: Config) -> Iterator[str]:

@@ -71,6 +71,19 @@ extern "C" __global__ void rmsprop(long long size, T *__restrict__ w, const T *_
     }
 }
 
+/* w = keep w - rate sign(beta1 m + (1 - beta1) d), d = g + l2 w, after which m moves towards d. */
+extern "C" __global__ void lion(long long size, T *__restrict__ w, const T *__restrict__ g, T *__restrict__ m,
+                                double rate, double beta1, double beta2, double l2, double keep)
+{
+    const T towards = (T)(1 - beta1), fresh = (T)(1 - beta2);
+    for (long long i = thread(); i < size; i += threads()) {
+        const T d = decayed(g[i], w[i], (T)l2), c = (T)beta1 * m[i] + towards * d;
+        m[i] = (T)beta2 * m[i] + fresh * d;
+        /* What is not a number stays so. */
+        w[i] = (T)keep * w[i] - (T)rate * (c > T(0) ? T(1) : c < T(0) ? T(-1) : c);
+    }
+}
+
 /* g *= factor. */
 extern "C" __global__ void scale(long long size, T *__restrict__ g, double factor)
 {

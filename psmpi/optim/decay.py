@@ -1,0 +1,46 @@
+"""Weight decay: through the gradient, or beside the step."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class WeightDecay(ABC):
+    """Pull of the weights towards 0, by `factor`, 0 or more; 0 changes nothing."""
+
+    factor: float
+
+    @abstractmethod
+    def apply(self, w: np.ndarray, g: np.ndarray, lr: float, scratch: np.ndarray) -> None:
+        """Change a chunk of the gradient g (k,) or of the weights w (k,) in place, before the step by lr."""
+
+    @abstractmethod
+    def factors(self, lr: float) -> tuple[float, float]:
+        """The factors (l2, keep) of a fused step: g + l2 w is the gradient, and keep w what the step is taken from."""
+
+
+class Coupled(WeightDecay):
+    """L2 penalty factor / 2 ||w||^2 on the loss: g += factor w."""
+
+    def apply(self, w: np.ndarray, g: np.ndarray, lr: float, scratch: np.ndarray) -> None:
+        if self.factor:
+            np.multiply(w, self.factor, out=scratch)
+            g += scratch
+
+    def factors(self, lr: float) -> tuple[float, float]:
+        return self.factor, 1.0
+
+
+class Decoupled(WeightDecay):
+    """Weights that shrink beside the step: w *= 1 - lr factor (Loshchilov and Hutter 2019, times lr as in PyTorch)."""
+
+    def apply(self, w: np.ndarray, g: np.ndarray, lr: float, scratch: np.ndarray) -> None:
+        if self.factor:
+            w *= 1 - lr * self.factor
+
+    def factors(self, lr: float) -> tuple[float, float]:
+        return 0.0, 1 - lr * self.factor

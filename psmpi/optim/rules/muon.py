@@ -1,0 +1,72 @@
+"""Muon."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import sqrt
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from psmpi.backend import NumpyOps
+from psmpi.layout import Matrix
+from psmpi.optim.base import AllSum, Closure
+from psmpi.optim.orthogonal import NewtonSchulz
+from psmpi.optim.rules.adamw import AdamW
+
+# AdamW's learning rate over that of the matrices: 3e-4 / 0.02, the defaults of the authors' implementation.
+ADAM_RATE = 0.015
+
+
+class Muon(AdamW):
+    """Momentum whose step is made orthogonal, for whole matrices; AdamW, at 0.015 lr, for all other weights.
+
+    m = momentum m + (1 - momentum) g; u = momentum m + (1 - momentum) g (Nesterov's form);
+    w -= lr sqrt(max(1, rows / columns)) O(u), O the Newton-Schulz iteration of `NewtonSchulz`; both after decoupled
+    weight decay (Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks").
+
+    matrices: those of the shard, as from `psmpi.layout.whole_matrices`. vectors: "m" is the momentum of matrices too;
+    "v" is AdamW's, and 0 in matrices. ValueError for matrices that overlap or are not inside the shard.
+    """
+
+    settings = ("momentum", "beta1", "beta2", "eps", "weight_decay")
+    usual: ClassVar[Mapping[str, float]] = {"momentum": 0.95}
+    needs_matrices = True
+    momentum: float
+
+    def __init__(
+        self,
+        n: int,
+        dtype: DTypeLike,
+        *,
+        matrices: Sequence[Matrix],
+        ops: NumpyOps | None = None,
+        **settings: float | None,
+    ) -> None:
+        super().__init__(n, dtype, ops=ops, **settings)
+        self.matrices = sorted(matrices, key=lambda matrix: matrix.start)
+        edges = [0, *(edge for m in self.matrices for edge in (m.place.start, m.place.stop)), n]
+        if sorted(edges) != edges:
+            raise ValueError(f"{self.matrices} overlap, or are not inside the {n} elements of the shard")
+        self.others = [slice(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True) if a < b]
+        self.orthogonalize = NewtonSchulz(self.matrices, self.dtype, self.ops)
+        self.work = self.orthogonalize.work
+
+    def step(self, w: np.ndarray, g: np.ndarray, lr: float, allsum: AllSum, closure: Closure | None = None) -> None:
+        self.check_shard(w, g)
+        lr = float(lr)
+        self.scalars["t"] += 1
+        for part in self.others:
+            self.step_part(w, g, ADAM_RATE * lr, part)
+        for matrix in self.matrices:
+            self.step_matrix(w[matrix.place], g[matrix.place], lr, matrix)
+
+    def step_matrix(self, w: np.ndarray, g: np.ndarray, lr: float, matrix: Matrix) -> None:
+        """Step the elements w (rows * columns,) of a matrix along g."""
+        m, u = self.vectors["m"][matrix.place], self.orthogonalize.input(matrix)
+        for into in (m, u):
+            self.ops.combine(into, (self.momentum, m), (1 - self.momentum, g))
+        self.orthogonalize(matrix)
+        length = lr * sqrt(max(1, matrix.rows / matrix.columns))
+        self.ops.combine(w, (1 - lr * self.weight_decay, w), (-length, u))

@@ -1,0 +1,72 @@
+"""The settings of all optimizers, and their ranges."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from psmpi.errors import UserError
+
+# Numbers that stand for a setting of None; a class of optimizers may have others (`Optimizer.usual`).
+USUAL = {"momentum": 0.9, "beta2": 0.999}
+
+
+@dataclass(frozen=True)
+class Hyper:
+    """Settings of all optimizers; each uses those its formula has. `make_optimizer` checks all of them."""
+
+    momentum: float | None = None
+    """Momentum of momentum, nesterov and --extrapolation constant, 0.9 if not given; of muon, 0.95 if not given."""
+    beta1: float = 0.9
+    """Decay of the first moment in adam, adamw and muon's AdamW, and in lion's step."""
+    beta2: float | None = None
+    """Decay of the second moment in adam, adamw and muon's AdamW, and of --scaling moments, 0.999 if not given; of
+    lion's moment, 0.99 if not given."""
+    eps: float = 1e-8
+    """Added to the root in adam, adamw, muon's AdamW, rmsprop and --scaling moments."""
+    alpha: float = 0.99
+    """Decay of rmsprop's mean square."""
+    weight_decay: float = 0.0
+    """L2 penalty added to the gradient; decoupled in adamw, lion and muon."""
+    history: int = 10
+    """Pairs that lbfgs, lbfgs-tr and lsr1-tr remember."""
+    max_evals: int = 20
+    """Function evaluations of the line search of lbfgs at most."""
+
+
+def given(hyper: Hyper, name: str) -> float:
+    """A setting of momentum or beta2, of which None is the usual number."""
+    value = getattr(hyper, name)
+    return float(USUAL[name] if value is None else value)
+
+
+def check_settings(**settings: float | None) -> None:
+    """UserError for a setting, by its name in `Hyper`, that no optimizer can work with."""
+    for name, value in settings.items():
+        if value is None:
+            continue
+        option = f"--{name.replace('_', '-')} {value}"
+        if name in ("momentum", "beta1", "beta2", "alpha"):
+            if not 0 <= value < 1:
+                raise UserError(f"{option}: expected a number from 0 up to, not including, 1")
+        elif name == "eps":
+            if not 0 < value < np.inf:
+                raise UserError(f"{option}: expected a finite number above 0")
+        elif name == "weight_decay":
+            if not 0 <= value < np.inf:
+                raise UserError(f"{option}: expected a finite number, 0 or more")
+        elif name == "history":
+            if value < 1:
+                raise UserError(f"{option}: expected 1 or more pairs to remember")
+        elif name == "max_evals" and value < 2:
+            # One evaluation is where the step starts, another the first trial.
+            raise UserError(f"{option}: expected 2 or more function evaluations a step")
+
+
+def check_eps(eps: float, dtype: np.dtype) -> None:
+    """UserError for an eps that vanishes in `dtype`: a weight without any gradient would become 0 / 0."""
+    check_settings(eps=eps)
+    tiny = float(np.finfo(dtype).tiny)
+    if eps < tiny:
+        raise UserError(f"--eps {eps}: rounds to 0 in {dtype}, use {tiny:.3g} or more")
