@@ -477,7 +477,7 @@ def test_other_elements_than_the_checkpoint_has_start_afresh(train, options):
         (1, ("--partition", "pairs", "--memory", "0"), "--memory 0"),
         (1, ("--partition", "pairs", "--cg-tolerance", "2"), "--cg-tolerance 2"),
         (1, ("--partition", "pairs", "--cg-iterations", "0"), "--cg-iterations 0"),
-        (1, ("--partition", "pairs", "--weight-decay", "0.1"), "no --weight-decay"),
+        (1, ("--partition", "pairs", "--weight-decay", "0.1"), "--weight-decay is of --optimizer sgd"),
         (1, ("--partition", "pairs", "--loss", "nll"), "--loss psl"),
     ],
 )
