@@ -99,7 +99,6 @@ def _settle(config: Config) -> Config:
 
 def _train(world: Any, config: Config) -> None:
     import socket
-    import warnings
     from dataclasses import asdict
     from functools import partial
 
@@ -165,8 +164,6 @@ def _train(world: Any, config: Config) -> None:
             markup=False,
             soft_wrap=True,
         )
-    if world.rank != 0:
-        warnings.simplefilter("ignore")
     # What overflows is dealt with where it matters; a diverging run says so itself, once.
     with threadpool_limits(threads), np.errstate(all="ignore"):
         ops = _backend(world, config, threads)

@@ -13,7 +13,6 @@ from conftest import run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from partitions import layouts, ownerships
-from thread_world import run_ranks
 
 from psmpi import checkpoint
 from psmpi.checkpoint.build import build
@@ -24,6 +23,7 @@ from psmpi.checkpoint.tensors import make_tensors
 from psmpi.errors import UserError
 from psmpi.layout import Box, Ownership, Parameter, Runs, TableRows, make_layout, plain_layout, restrict
 from psmpi.nn.zoo import make_network
+from psmpi.testing import run_ranks
 
 
 class AtOnce:

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from conftest import distance, run
 from test_data import real
-from thread_world import run_ranks
 
 from psmpi.comm.compression import (
     COMPRESSORS,
@@ -20,6 +19,7 @@ from psmpi.comm.compression import (
 from psmpi.comm.group import Counter, Group
 from psmpi.errors import UserError
 from psmpi.nn.zoo import make_network
+from psmpi.testing import run_ranks
 
 F64 = np.dtype(np.float64)
 SETTINGS = {"density": 0.1, "rank": 2, "levels": 15, "momentum": 0.9, "seed": 0}

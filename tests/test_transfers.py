@@ -9,11 +9,11 @@ pytest.importorskip("mpi4py.MPI")
 
 import program_transfers
 from conftest import HERE, run
-from thread_world import run_ranks
 
 from psmpi.comm.group import Counter, Group
 from psmpi.comm.transfers import Gather, Neighbours, Step, Sum, Transfer, totals
 from psmpi.layout import Runs
+from psmpi.testing import run_ranks
 
 ALL = {"spread", "deal", "sum", "exchange", "rows", "boundary", "gather", "neighbours", "subnets"}
 

@@ -11,10 +11,10 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import h5py
 import numpy as np
@@ -237,17 +237,16 @@ def build(job: Mapping[str, Any], spool: int) -> None:
     prune(target, job["keep"])
 
 
-def main() -> None:
+def serve(spool: int, jobs: Iterable[str], answers: IO[str]) -> None:
     """Do the jobs that come as lines of JSON, and answer each with a line: its error, or nothing."""
-    spool = int(sys.argv[1])
-    for line in sys.stdin:
+    for line in jobs:
         try:
             build(json.loads(line), spool)
             answer = ""
         except Exception as error:
             answer = str(error) or repr(error)
-        print(json.dumps(answer), flush=True)
+        print(json.dumps(answer), file=answers, flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    serve(int(sys.argv[1]), sys.stdin, sys.stdout)

@@ -55,8 +55,11 @@ class Spool:
             self.noise = tempfile.TemporaryFile()  # noqa: SIM115
         self.noise.seek(0)
         self.noise.truncate()
-        number = self.file.fileno()
-        self.process = subprocess.Popen(
+        self.process = self.launch(self.file.fileno())
+
+    def launch(self, number: int) -> subprocess.Popen[str]:
+        """Start the process, which reads the file of this descriptor."""
+        return subprocess.Popen(
             [sys.executable, "-m", "psmpi.checkpoint.build", str(number)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -61,7 +61,10 @@ def check_launcher(size: int, environ: dict[str, str], library: str) -> None:
 
 
 def start() -> World:
-    """Start MPI and return the communicator of all ranks (mpi4py's). UserError where there is no usable MPI."""
+    """Start MPI and return the communicator of all ranks (mpi4py's). UserError where there is no usable MPI.
+
+    Python's warnings appear on rank 0 only.
+    """
     try:
         with warnings.catch_warnings():
             # mpi4py warns of another MPI's launcher; check_launcher says what to do.
@@ -73,6 +76,8 @@ def start() -> World:
         ) from None
     comm = MPI.COMM_WORLD
     check_launcher(comm.size, dict(os.environ), library())
+    if comm.rank != 0:
+        warnings.simplefilter("ignore")
     return comm
 
 
@@ -157,16 +162,8 @@ def run(program: Callable[[], int]) -> int:
     """
     try:
         return program()
-    except (UserError, FloatingPointError) as error:
-        message = f"error: {error}"
-    except KeyboardInterrupt:
-        message = "interrupted"
-    except SystemExit as end:
-        message = f"ended with status {end.code}"
-    except MemoryError as error:
-        message = f"error: out of memory ({error}): use a smaller --batch-size or more ranks"
-    except Exception:
-        message = traceback.format_exc().rstrip()
+    except (Exception, KeyboardInterrupt, SystemExit) as error:
+        message = describe(error)
     comm = _running()
     if comm is None or comm.size == 1:
         # Processes that another MPI's launcher started all come here; one speaks for all.
@@ -182,6 +179,19 @@ def run(program: Callable[[], int]) -> int:
     finally:
         comm.Abort(1)
     return 1
+
+
+def describe(error: BaseException) -> str:
+    """What is printed of an error that ends a rank."""
+    if isinstance(error, (UserError, FloatingPointError)):
+        return f"error: {error}"
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    if isinstance(error, SystemExit):
+        return f"ended with status {error.code}"
+    if isinstance(error, MemoryError):
+        return f"error: out of memory ({error}): use a smaller --batch-size or more ranks"
+    return "".join(traceback.format_exception(error)).rstrip()
 
 
 def _delivered(patience: float = 2.0) -> None:

@@ -1,0 +1,9 @@
+"""For tests: a world of threads in one process, and psmpi's programs run in it."""
+
+from __future__ import annotations
+
+from psmpi.testing.hub import DeadlockError, StoppedError
+from psmpi.testing.program import Ended, run_program, train
+from psmpi.testing.world import Comm, run_ranks
+
+__all__ = ["Comm", "DeadlockError", "Ended", "StoppedError", "run_program", "run_ranks", "train"]
