@@ -1,17 +1,14 @@
 """Decentralised SGD on a ring, as a training method outside the package.
 
 Lian et al., "Can decentralized algorithms outperform centralized algorithms?" (2017): each rank steps a copy of the
-network, and then averages it with those of its two neighbours. No message goes further.
-
-    mpirun -n 4 python examples/dsgd.py --method dsgd --self-weight 0.5
-"""
+network, and averages it with those of its neighbours. Run: mpirun -n 4 python examples/dsgd.py --method dsgd."""
 
 import sys
 from dataclasses import dataclass
 from typing import ClassVar
 
 import psmpi.train
-from psmpi.comm.transfers import Neighbours
+from psmpi.comm.transfers import Neighbours, Step
 from psmpi.errors import UserError
 from psmpi.registry import register
 from psmpi.training.copies import Copies
@@ -39,21 +36,24 @@ class RingSGD(Copies):
     def __init__(self, context):
         super().__init__(context)
         size, own = context.size, context.settings(Settings).self_weight
-        edges = {(rank, (rank + step) % size) for rank in range(size) for step in (-1, 1) if size > 1}
-        self.ring = Neighbours(self.world, edges, self.w.size, self.dtype, self.ops)
+        ring = {(rank, (rank + step) % size) for rank in range(size) for step in (-1, 1) if size > 1}
+        self.ring = Neighbours(self.world, ring, self.w.size, self.dtype, self.ops)
         self.theirs = self.ops.zeros(len(self.ring.sources) * self.w.size, self.dtype).reshape(-1, self.w.size)
         self.factors = [own, *[(1 - own) / max(1, len(self.theirs))] * len(self.theirs)] if size > 1 else [1.0]
 
     @classmethod
     def check(cls, size, network, dataset, config):
         super().check(size, network, dataset, config)
-        if not 0 < config.of(Settings).self_weight <= 1:
-            raise UserError(f"--self-weight {config.of(Settings).self_weight}: expected a number above 0, up to 1")
+        if not 0 < (weight := config.of(Settings).self_weight) <= 1:
+            raise UserError(f"--self-weight {weight}: expected a number above 0, up to 1")
 
     def step(self, batch, lr):
         self.train(batch, lr)
         self.ring.forward(self.w, self.theirs)
         self.ops.combine(self.w, *zip(self.factors, [self.w, *self.theirs], strict=True))
+
+    def messages(self, step, batch):
+        return self.ring.messages(Step(batch, step))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import numpy as np
 
 from psmpi.comm.group import Group, all_done, wait_all
 from psmpi.comm.protocol import Request
+from psmpi.comm.transfers.base import Message
 from psmpi.errors import UserError
 
 Algorithm = Callable[[Group, np.ndarray], None]
@@ -42,6 +43,14 @@ class Ring:
         self.room = np.empty(max(s.stop - s.start for s in self.segments), vector.dtype)
         self.steps, self.step = 2 * (group.size - 1), 0
         self.requests: list[Request] = []
+
+    def messages(self) -> list[Message]:
+        """The messages of the sum, all ranks'."""
+        size, ranks, nbytes = self.group.size, self.group.ranks, self.vector.nbytes
+        lengths = [(s.stop - s.start) * self.vector.itemsize for s in self.segments]
+        # All but two segments go out twice.
+        sent = [2 * nbytes - lengths[(rank + 1) % size] - lengths[(rank + 2) % size] for rank in range(size)]
+        return [(ranks[rank], ranks[(rank + 1) % size], sent[rank]) for rank in range(size) if self.steps]
 
     def begin(self) -> None:
         """Send the first segment."""
@@ -140,6 +149,23 @@ def halving(group: Group, vector: np.ndarray) -> None:
     for other, mine, theirs in reversed(path):
         _exchange(group, wire[mine], other, wire[theirs], other)
     group.bridge.arrived(vector)
+
+
+def messages(kind: str, group: Group, vector: np.ndarray) -> list[Message]:
+    """The messages of `doubling` or `halving`, all ranks'."""
+    found, distance, size = [], 1, group.size
+    segments = _segments(len(vector), size)
+    while distance < size:
+        for rank in range(size):
+            # By halving, the segments of the half of a block of ranks that the other one is in, and later one's own.
+            low = (rank ^ distance) // distance * distance
+            half = segments[low + distance - 1].stop - segments[low].start
+            mine = rank // distance * distance
+            own = segments[mine + distance - 1].stop - segments[mine].start
+            length = len(vector) if kind == "doubling" else half + own
+            found.append((group.ranks[rank], group.ranks[rank ^ distance], length * vector.itemsize))
+        distance *= 2
+    return found
 
 
 def _check(group: Group, name: str) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from psmpi.comm.allreduce import ALGORITHMS, Algorithm, Ring
+from psmpi.comm.allreduce import ALGORITHMS, Ring, messages
 from psmpi.comm.group import Group
+from psmpi.comm.transfers.base import Message, around
 from psmpi.errors import UserError
 
 # The first bucket's share of the others: it is to be on its way early.
@@ -76,12 +77,16 @@ class Whole:
     def wait(self) -> None:
         self.group.wait(self.vector, self.request)
 
+    def messages(self) -> list[Message]:
+        return around(self.group.ranks, self.vector.nbytes)
+
 
 class Blocking:
     """The sum of one bucket by an algorithm that does not go on beside other work."""
 
-    def __init__(self, group: Group, vector: np.ndarray, algorithm: Algorithm):
-        self.group, self.vector, self.algorithm = group, vector, algorithm
+    def __init__(self, group: Group, vector: np.ndarray, kind: str):
+        self.group, self.vector, self.kind = group, vector, kind
+        self.algorithm = ALGORITHMS.get(kind, _by_nccl)
 
     def begin(self) -> None:
         """All is done in `wait`."""
@@ -91,6 +96,11 @@ class Blocking:
 
     def wait(self) -> None:
         self.algorithm(self.group, self.vector)
+
+    def messages(self) -> list[Message]:
+        if self.kind == "nccl":
+            return around(self.group.ranks, self.vector.nbytes)
+        return messages(self.kind, self.group, self.vector)
 
 
 def _by_nccl(group: Group, vector: np.ndarray) -> None:
@@ -120,18 +130,22 @@ class Buckets:
         for k, bucket in enumerate(buckets):
             run = vector[bucket.start : bucket.stop]
             if group.nccl is not None:
-                self.sums.append(Blocking(group, run, _by_nccl))
+                self.sums.append(Blocking(group, run, "nccl"))
             elif how == "ring" or (how == "auto" and across and run.nbytes >= SEGMENT * group.size):
                 self.sums.append(Ring(by_host, run, k))
             elif how in ("auto", "mpi"):
                 self.sums.append(Whole(group, run))
             else:
-                self.sums.append(Blocking(by_host, run, ALGORITHMS[how]))
+                self.sums.append(Blocking(by_host, run, how))
 
     @property
     def nbytes(self) -> int:
         """Bytes that the sums need beside the vector."""
         return sum(one.room.nbytes for one in self.sums if isinstance(one, Ring))
+
+    def messages(self) -> list[Message]:
+        """The messages of one sum of the vector, all ranks'."""
+        return [message for one in self.sums for message in one.messages()]
 
     def finished(self, layer: int) -> None:
         """Backward has filled what `layer` and those after it fill: begin what is whole, and let the rest go on."""

@@ -16,6 +16,7 @@ import numpy as np
 from psmpi.backend.reference import exponent_of
 from psmpi.comm.buckets import Buckets, plan_buckets
 from psmpi.comm.compression import Compressor, check_compression, make_compressor
+from psmpi.comm.transfers import Message
 from psmpi.config import Config
 from psmpi.data import Batch, Dataset
 from psmpi.errors import UserError
@@ -153,6 +154,10 @@ class DataParallel(Replica):
     def test(self) -> dict[str, float]:
         self.verify(self.w)
         return super().test()
+
+    def messages(self, step: int, batch: int) -> list[Message] | None:
+        known = self.compressor is None and not self.optimizer.needs_closure
+        return self.buckets.messages() if known else None
 
     def memory(self) -> dict[str, int]:
         sums = self.compressor if self.compressor is not None else self.buckets

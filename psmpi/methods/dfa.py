@@ -14,7 +14,7 @@ from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 
-from psmpi.comm.transfers import Boundary, Spread
+from psmpi.comm.transfers import Boundary, Message, Spread, Step
 from psmpi.config import Config, Least
 from psmpi.data import Batch, Dataset, Resident
 from psmpi.errors import UserError
@@ -93,8 +93,8 @@ class DirectFeedback(Method):
         self.first, self.last = self.rank == 0, self.rank == context.size - 1
         # In front of each rank but the first, and the error to all.
         units = [int(np.prod(network.layers[first].in_shape)) for first, _ in stages]
-        cuts = [None, *(Boundary(self.world, k - 1, k, units[k], self.dtype) for k in range(1, context.size)), None]
-        self.below, self.above = cuts[self.rank : self.rank + 2]
+        self.cuts = [Boundary(self.world, k - 1, k, units[k], self.dtype) for k in range(1, context.size)]
+        self.below, self.above = [None, *self.cuts, None][self.rank : self.rank + 2]
         self.errors = Spread(self.world, network.classes, self.dtype, context.size - 1, per_sample=True)
         shard = self.shards[self.rank]
         self.w, self.g = (ops.zeros(shard.size, self.dtype) for _ in range(2))
@@ -322,6 +322,9 @@ class DirectFeedback(Method):
         a, d = (self.ops.host(v).astype(np.float64) for v in (gradient, signal))
         sizes = np.sqrt((a * a).sum(axis=0) * (d * d).sum(axis=0))
         return float(np.where(sizes > 0, (a * d).sum(axis=0) / np.where(sizes > 0, sizes, 1), 0.0).mean())
+
+    def messages(self, step: int, batch: int) -> list[Message]:
+        return [message for one in (*self.cuts, self.errors) for message in one.messages(Step(batch))]
 
     def work(self) -> tuple[str, str, int]:
         names = [layer.name for layer in self.network.linear]

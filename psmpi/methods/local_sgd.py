@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from psmpi.comm.buckets import Bucket, Buckets
+from psmpi.comm.transfers import Message
 from psmpi.config import Config
 from psmpi.data import Batch, Dataset
 from psmpi.errors import UserError
@@ -103,6 +104,9 @@ class LocalSGD(Copies):
             self.anchor[...] = self.means["weights"]
             self.momentum.fill(0)
         super().restored(tables, fresh)
+
+    def messages(self, step: int, batch: int) -> list[Message]:
+        return self.sum.messages() if (step + 1) % self.every == 0 else []
 
     def memory(self) -> dict[str, int]:
         outer = (self.anchor, self.momentum) if self.outer else ()

@@ -7,7 +7,7 @@ from math import ceil, sqrt
 import numpy as np
 
 from psmpi.comm.group import Group
-from psmpi.comm.transfers import RowExchange, Sum
+from psmpi.comm.transfers import Message, RowExchange, Step, Sum
 from psmpi.data import Batch, Resident
 from psmpi.layout import Roles, Worker
 from psmpi.nn.layers.chain import Tape
@@ -145,6 +145,11 @@ class ElementWorker:
         scores = self.scores[: self.dataset.outputs * b].reshape(-1, b)
         self.score_exchange.forward(output, scores)
         return scores
+
+    def messages(self, batch: int) -> list[Message]:
+        """The messages of its row in a step on `batch` samples of all rows."""
+        share = len(Batch(np.arange(batch)).share(self.place.row, self.rows))
+        return self.score_exchange.messages(Step(share)) if self.pairs is None and share else []
 
     def test(self) -> np.ndarray:
         """The metric's sums over the row's slice of the test split; 0 but on its first worker."""

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Set
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from psmpi.comm.transfers import Message
 from psmpi.config import Config
 from psmpi.data import Batch, Dataset
 from psmpi.layout import Ownership
@@ -128,6 +129,13 @@ class Method:
     def memory(self) -> dict[str, int]:
         """Bytes that this rank holds, by what for."""
         raise NotImplementedError
+
+    def messages(self, step: int, batch: int) -> list[Message] | None:
+        """The messages of step number `step`, from 0, on `batch` samples: those of this rank, and others it knows.
+
+        None where their number depends on the run, as that of a line search does.
+        """
+        return None
 
     def events(self) -> dict[str, int]:
         """Counts of unusual events on this rank since the start, by name. All ranks call it."""

@@ -115,6 +115,13 @@ def to_others(ranks: Sequence[int], rank: int, nbytes: int) -> list[Message]:
     return [(rank, other, nbytes) for other in ranks if other != rank]
 
 
+def around(ranks: Sequence[int], nbytes: int) -> list[Message]:
+    """An all-reduce of so many bytes as `Group` counts it: around a ring."""
+    size = len(ranks)
+    moved = 2 * (size - 1) * nbytes // size
+    return [(rank, ranks[(k + 1) % size], moved) for k, rank in enumerate(ranks) if size > 1]
+
+
 def turned(messages: Iterable[Message]) -> list[Message]:
     """The same messages from destination to source."""
     return [(destination, source, nbytes) for source, destination, nbytes in messages]

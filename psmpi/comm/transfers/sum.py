@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from psmpi.comm.group import Group
-from psmpi.comm.transfers.base import Message, Step, Transfer, keep
+from psmpi.comm.transfers.base import Message, Step, Transfer, around, keep
 
 
 class Sum(Transfer):
@@ -28,8 +28,5 @@ class Sum(Transfer):
         self.group.allreduce(src)
 
     def messages(self, step: Step, back: bool = False) -> list[Message]:
-        size, nbytes = self.group.size, self.nbytes * (step.batch if self.per_sample else 1)
-        if not back or size == 1:
-            return []
-        ranks, moved = self.group.ranks, 2 * (size - 1) * nbytes // size
-        return [(rank, ranks[(k + 1) % size], moved) for k, rank in enumerate(ranks)]
+        nbytes = self.nbytes * (step.batch if self.per_sample else 1)
+        return around(self.group.ranks, nbytes) if back else []

@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 
-from psmpi.comm.transfers import Subnets
+from psmpi.comm.transfers import Message, Step, Subnets
 from psmpi.config import Config, Least
 from psmpi.data import Batch, Dataset
 from psmpi.errors import UserError
@@ -187,6 +187,12 @@ class IndependentSubnets(Method):
 
     def diagnostics(self) -> dict[str, Any]:
         return {"rounds": int(self.scalars["rounds"])}
+
+    def messages(self, step: int, batch: int) -> list[Message]:
+        number, within = divmod(step, self.every)
+        out = self.subnets.messages(Step(batch, number)) if within == 0 else []
+        back = self.subnets.messages(Step(batch, number), back=True) if within == self.every - 1 else []
+        return (out + back) * len(self.state.entries)
 
     def work(self) -> tuple[str, str, int]:
         names = [name for name, mine in (("master", self.rank in self.holders), ("worker", self.number >= 0)) if mine]

@@ -12,7 +12,7 @@ from math import inf
 
 import numpy as np
 
-from psmpi.comm.transfers import Exchange
+from psmpi.comm.transfers import Exchange, Message, Step
 from psmpi.data import Batch
 from psmpi.methods.psl.newton import PartitionedNewton
 from psmpi.methods.psl.plan import Settings, check_psl, element_rows, plan_roles
@@ -118,6 +118,12 @@ class PartiallySeparable(Method):
         self.exchange.verify(self.w)
         share = self.worker.test() if self.worker is not None else self.metric.zeros()
         return self.metric.scores(self.world.agree(share))
+
+    def messages(self, step: int, batch: int) -> list[Message] | None:
+        if self.optimizer.needs_closure:
+            return None
+        found = [*self.exchange.messages(Step(batch)), *self.exchange.messages(Step(batch), back=True)]
+        return found + (self.worker.messages(batch) if self.worker is not None else [])
 
     def work(self) -> tuple[str, str, int]:
         worker = self.roles.workers[self.rank]

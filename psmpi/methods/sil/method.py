@@ -9,14 +9,13 @@ scale, the network's own activations, more than two parts, several ranks a part,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Set
-from contextlib import contextmanager
+from collections.abc import Set
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from psmpi.comm.transfers import Boundary, Spread, Sum
+from psmpi.comm.transfers import Message, Step, Sum
 from psmpi.data import Batch, Resident
 from psmpi.errors import UserError
 from psmpi.layout import Ownership, Runs
@@ -31,6 +30,7 @@ from psmpi.methods.sil.plan import (
     plan_phases,
     warnings,
 )  # fmt: skip
+from psmpi.methods.sil.row import Row
 from psmpi.nn.cut import split_layers
 from psmpi.optim import clip_by_global_norm
 from psmpi.training.context import Context
@@ -80,15 +80,7 @@ class SyntheticLabels(Method):
         places = {k: slice(a, b) for k, (a, b) in zip(held, pairwise(ends), strict=True)}
         self.parts = {k: TrainedPart(context, k, self.stages[k], self.w[at], self.g[at]) for k, at in places.items()}
         self.last = self.parts.get(self.count - 1)
-        # Behind each part but the last, in this row; gradients over the rows of a part; what one row shares with them.
-        units = [int(np.prod(network.layers[behind - 1].out_shape)) for _, behind in self.stages]
-        at = [self.seats.rank(k, self.row) for k in range(self.count)]
-        self.boundaries = [Boundary(self.world, at[k], at[k + 1], units[k], self.dtype) for k in range(self.count - 1)]
         self.sums = {k: Sum(self.peers, part.w.size, self.dtype) for k, part in self.parts.items()}
-        self.shared = {
-            k: [Spread(self.peers, part.inputs, self.dtype, row, per_sample=True) for row in range(self.seats.rows)]
-            for k, part in self.parts.items()
-        }
         self.metric = context.metric()
         train, tests = np.arange(dataset.train.n), np.arange(dataset.test.n)
         mine = [tests[at] for at in network.evaluation_batches(dataset.test.n)[self.row :: self.seats.rows]]
@@ -96,8 +88,7 @@ class SyntheticLabels(Method):
             train, mine = train[:0], []
         self.train = Resident(dataset.train, train, self.dtype, ops)
         self.tests = Resident(dataset.test, np.concatenate([tests[:0], *mine]), self.dtype, ops)
-        # MACs, and bytes sent from part to part: all ranks' up to the last checkpoint, and this rank's since the start.
-        self.past, self.macs, self.handed_bytes = (0, 0), 0, 0
+        self.line = Row(context, self.parts, self.seats, self.stages, self.world, self.peers, self.train)
         self.handed = ops.empty(self.w.size if self.way == "stale" else 0, self.dtype)
         self._declare(places)
         self.cuts: dict[str, Any] = {}
@@ -157,13 +148,18 @@ class SyntheticLabels(Method):
         """The preparations of an epoch: fresh optimizers in a new phase, and what is handed over."""
         if epoch == phase.start:
             self._refresh()
-        if phase.joined:
-            return
-        if self.way == "stored" and epoch == phase.start and phase.parts[0] > 0:
-            self._hand_over(phase.parts[0] - 1, phase.parts[0])
-        elif self.way == "stale" and epoch > phase.start:
+        first, last = self._hand_overs(phase, epoch)
+        if first < last and self.way == "stale":
             self.handed[...] = self.w
-            self._hand_over(0, self.count - 1)
+        self.line.hand_over(first, last)
+
+    def _hand_overs(self, phase: Phase, epoch: int) -> tuple[int, int]:
+        """The first and the last part of what is handed over at the beginning of an epoch; twice the same: nothing."""
+        if self.way == "stored" and epoch == phase.start and phase.parts[0] > 0 and not phase.joined:
+            return phase.parts[0] - 1, phase.parts[0]
+        if self.way == "stale" and epoch > phase.start and not phase.joined:
+            return 0, self.count - 1
+        return 0, 0
 
     def _refresh(self) -> None:
         """Begin all optimizers anew: of a part that is done nothing is needed of its own any more."""
@@ -178,9 +174,9 @@ class SyntheticLabels(Method):
         part, own = self.parts.get(k), ids[mine]
         x = None
         if k == 0 or self.way == "recompute":
-            x = self._fetch(self.train, own)
+            x = self.line.fetch(self.train, own)
             for before in range(k):
-                x = self._pass_on(before, x, len(own))
+                x = self.line.pass_on(before, x, len(own))
         if part is None:
             return
         if x is None and (self.way == "labels" or (self.way == "stale" and labels)):
@@ -189,18 +185,18 @@ class SyntheticLabels(Method):
             x = part.room(len(own))
             part.samples.fetch(own, x)
         loss = part.learn(x, self.dataset.train.labels[own], 1 / len(ids))
-        self.macs += part.cost.training() * len(own)
+        self.line.macs += part.cost.training() * len(own)
         self.loss_sum += loss * len(ids) * counts
 
     def _learn_joined(self, ids: np.ndarray, mine: np.ndarray) -> None:
         """All parts' gradients of the last one's loss: outputs go from part to part, their gradients come back."""
         own = ids[mine]
-        x, dy = self._fetch(self.train, own), None
+        x, dy = self.line.fetch(self.train, own), None
         for k in range(self.count - 1):
-            x = self._pass_on(k, x, len(own))
+            x = self.line.pass_on(k, x, len(own))
         for k in reversed(range(self.count)):
             if k < self.count - 1:
-                dy = self._pass_back(k, dy, len(own))
+                dy = self.line.pass_back(k, dy, len(own))
             part = self.parts.get(k)
             if part is None:
                 continue
@@ -209,20 +205,12 @@ class SyntheticLabels(Method):
                 assert x is not None
                 loss = part.learn(x, self.dataset.train.labels[own], 1 / len(ids), dx)
                 self.loss_sum += loss * len(ids)
-                self.macs += part.cost.forward * len(own)
+                self.line.macs += part.cost.forward * len(own)
             else:
                 assert dy is not None
                 part.back(dy, dx)
-            self.macs += (part.cost.training(inputs=k > 0) - part.cost.forward) * len(own)
+            self.line.macs += (part.cost.training(inputs=k > 0) - part.cost.forward) * len(own)
             dy = dx
-
-    def _fetch(self, samples: Resident, ids: np.ndarray) -> np.ndarray | None:
-        """The samples, where part 0 is."""
-        if 0 not in self.parts:
-            return None
-        x = self.parts[0].room(len(ids))
-        samples.fetch(ids, x)
-        return x
 
     def _labels(self, part: TrainedPart, ids: np.ndarray, mine: np.ndarray) -> np.ndarray:
         """For inputs, the labels of the part before; in `labels` with noise, of the step and not of the row."""
@@ -239,85 +227,18 @@ class SyntheticLabels(Method):
             x += part.noise.array[all_of].reshape(part.inputs, -1)[:, mine[0] : mine[-1] + 1]
         return x
 
-    def _pass_on(self, k: int, x: np.ndarray | None, b: int) -> np.ndarray | None:
-        """The outputs (units, b) of part k for its inputs x, where part k + 1 of this row is; elsewhere None."""
-        part, after, y = self.parts.get(k), self.parts.get(k + 1), None
-        if part is not None:
-            assert x is not None
-            y = part.forward(x)
-            self.macs += part.cost.forward * b
-        if part is not None and after is not None:
-            return y
-        received = None if after is None else after.room(b)
-        self.boundaries[k].forward(y, received)
-        self.handed_bytes += 0 if y is None else y.nbytes
-        return received
-
-    def _pass_back(self, k: int, dx: np.ndarray | None, b: int) -> np.ndarray | None:
-        """The gradient of the outputs of part k, where that is, from that of part k + 1's inputs."""
-        part, after = self.parts.get(k), self.parts.get(k + 1)
-        if part is not None and after is not None:
-            return dx
-        received = None if part is None else part.objective.cast[: part.units * b].reshape(part.units, b)
-        sent = dx if after is not None else None
-        self.boundaries[k].backward(sent, received)
-        self.handed_bytes += 0 if sent is None else sent.nbytes
-        return received
-
-    def _hand_over(self, first: int, last: int) -> None:
-        """The parts behind `first` up to `last` store what those before make of all training samples.
-
-        Rows take pieces in turn; in a part, whose rows are to have all of them, the row that received one shares it.
-        """
-        if first >= last:
-            return
-        pieces = self.network.evaluation_batches(self.dataset.train.n)
-        for number, at in enumerate(pieces):
-            # Normalized over samples from all of the file, which may be in the order of the classes.
-            mixed = slice(number, None, len(pieces)) if self.network.normalized else at
-            ids, row = np.arange(self.dataset.train.n)[mixed], number % self.seats.rows
-            x = None
-            if row == self.row and first == 0:
-                x = self._fetch(self.train, ids)
-            elif row == self.row and first in self.parts:
-                x = self.parts[first].room(len(ids))
-                self.parts[first].samples.fetch(ids, x)
-            for k in range(first, last):
-                if row == self.row:
-                    x = self._pass_on(k, x, len(ids))
-                after = self.parts.get(k + 1)
-                if after is not None:
-                    x = after.room(len(ids)) if x is None else x
-                    self.shared[k + 1][row].forward(x, x)
-                    after.stored[mixed] = x.T
-
     def _over_parts(self, values: np.ndarray) -> np.ndarray:
         """Sums over the parts, all rows of which have the same."""
         return self.world.agree(values * (self.row == 0))
 
-    @contextmanager
-    def _uncounted(self) -> Iterator[None]:
-        """Work that is no part of the training."""
-        before = self.macs, self.handed_bytes
-        with self.counter.paused():
-            yield
-        self.macs, self.handed_bytes = before
-
-    def _totals(self) -> tuple[int, int]:
-        """MACs and bytes sent from part to part, of all ranks and since the first start."""
-        # In two halves: a float64 holds 2^53.
-        halves = np.array([divmod(n, 1 << 32) for n in (self.macs, self.handed_bytes)], np.float64)
-        (macs, macs_low), (handed, handed_low) = self.world.agree(halves.reshape(-1)).reshape(2, 2).astype(int).tolist()
-        return self.past[0] + (macs << 32) + macs_low, self.past[1] + (handed << 32) + handed_low
-
     def drain(self) -> None:
-        self.scalars["macs"], self.scalars["handed_bytes"] = self._totals()
+        self.scalars["macs"], self.scalars["handed_bytes"] = self.line.totals()
 
     def restored(self, tables: bool, fresh: Set[str]) -> None:
         """Also makes anew what was handed over, by the same weights and in the same pieces, so to the same bits."""
         if "handed" in fresh:
             self.handed[...] = self.w
-        self.past = int(self.scalars["macs"]), int(self.scalars["handed_bytes"])
+        self.line.past = int(self.scalars["macs"]), int(self.scalars["handed_bytes"])
         if self.scalars["parts"] != self.count:
             raise UserError(
                 f"the checkpoint is of {int(self.scalars['parts'])} parts, and this run would have {self.count}: use "
@@ -332,14 +253,14 @@ class SyntheticLabels(Method):
         phase = next((phase for phase in self.phases if epoch < phase.stop), None)
         if phase is None or phase.joined:
             return
-        with self._uncounted():
+        with self.line.uncounted():
             if self.way == "stored":
                 # What a phase begins with is handed over by its first step.
-                self._hand_over(0, phase.parts[0] - ((epoch, within) == (phase.start, 0)))
+                self.line.hand_over(0, phase.parts[0] - ((epoch, within) == (phase.start, 0)))
             elif self.way == "stale" and epoch > phase.start and within:
                 self.g[...] = self.w
                 self.w[...] = self.handed
-                self._hand_over(0, self.count - 1)
+                self.line.hand_over(0, self.count - 1)
                 self.w[...] = self.g
 
     def test(self) -> dict[str, float]:
@@ -348,16 +269,16 @@ class SyntheticLabels(Method):
         for part in self.parts.values():
             part.forget()
         batches = self.network.evaluation_batches(self.dataset.test.n)[self.row :: self.seats.rows]
-        with self._uncounted():
+        with self.line.uncounted():
             sums = evaluate(self.metric, batches, self._test_scores, self.tests.targets, self.ops)
         self._look_at_cuts()
         return self.metric.scores(self.world.agree(sums))
 
     def _test_scores(self, ids: np.ndarray) -> np.ndarray | None:
         """The scores of test samples where the last part is; looks at the outputs of the others."""
-        x = self._fetch(self.tests, ids)
+        x = self.line.fetch(self.tests, ids)
         for k in range(self.count - 1):
-            x = self._pass_on(k, x, len(ids))
+            x = self.line.pass_on(k, x, len(ids))
         for part in self.parts.values():
             if not part.last:
                 part.look(self.dataset.test.labels[ids])
@@ -391,8 +312,21 @@ class SyntheticLabels(Method):
         """
         epoch = max(0, int(self.scalars["steps"]) - 1) // self.per_epoch
         phase = next((phase.name for phase in self.phases if epoch < phase.stop), "")
-        macs, handed = self._totals()
+        macs, handed = self.line.totals()
         return {"phase": phase, "macs": macs, "handed_bytes": handed, **self.cuts}
+
+    def messages(self, step: int, batch: int) -> list[Message]:
+        """Those of this row."""
+        epoch, within = divmod(step, self.per_epoch)
+        phase = next(phase for phase in self.phases if epoch < phase.stop)
+        mine = Step(len(np.array_split(np.arange(batch), self.seats.rows)[self.row]))
+        found = self.line.handed_over(*self._hand_overs(phase, epoch)) if within == 0 else []
+        if phase.joined:
+            found += [m for cut in self.line.boundaries for back in (False, True) for m in cut.messages(mine, back)]
+        elif self.way == "recompute":
+            found += [m for k in phase.parts for cut in self.line.boundaries[:k] for m in cut.messages(mine)]
+        trained = [self.sums[k] for k in phase.parts if k in self.sums]
+        return found + [m for one in trained for m in one.messages(mine, back=True)]
 
     def work(self) -> tuple[str, str, int]:
         numbers = sorted(self.parts)
