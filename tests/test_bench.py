@@ -7,7 +7,7 @@ import subprocess
 
 import numpy as np
 import pytest
-from conftest import finish, run, start
+from helpers.processes import finish, launch, start
 
 from psmpi.bench.compute import ours
 from psmpi.bench.hosts import slow_hosts
@@ -88,7 +88,7 @@ def test_pytorch_makes_the_same_steps(name, kind):
 def test_compute_measures_side_by_side(tmp_path):
     pytest.importorskip("torch")
     options = ("--networks", "one-class", "mlp", "--pairs", "2", "--batch-size", "10")
-    status, out, err = run(
+    status, out, err = launch(
         1, "-m", "psmpi.bench", "compute", *options, "--json", tmp_path / "a.json", "--plot", tmp_path / "a.png"
     )
     assert status == 0, err
@@ -103,7 +103,7 @@ def test_compute_measures_side_by_side(tmp_path):
 @pytest.mark.parametrize("backend", ["numpy", "auto"])
 def test_kernels_are_measured_beside_a_copy(tmp_path, backend):
     options = ("--backend", backend, "--megabytes", "2", "--repeats", "3", "--json", tmp_path / "a.json")
-    status, out, err = run(1, "-m", "psmpi.bench", "kernels", *options)
+    status, out, err = launch(1, "-m", "psmpi.bench", "kernels", *options)
     assert status == 0, err
     rows = json.loads((tmp_path / "a.json").read_text())["rows"]
     assert {"bias and sigmoid", "max pooling", "squared norm"} <= {row["name"] for row in rows}
@@ -113,7 +113,7 @@ def test_kernels_are_measured_beside_a_copy(tmp_path, backend):
 
 def test_methods_are_compared_on_this_machine(tmp_path):
     options = ("--ranks", "2", "--rates", "0", "--epochs", "1", "--repeats", "2", "--json", tmp_path / "a.json")
-    status, out, err = run(1, "-m", "psmpi.bench", "network", *options)
+    status, out, err = launch(1, "-m", "psmpi.bench", "network", *options)
     assert status == 0, err
     rows = {row["method"]: row for row in json.loads((tmp_path / "a.json").read_text())["rows"]}
     assert list(rows) == ["psl", "psl-owner", "data_parallel", "local_sgd"]
@@ -136,7 +136,7 @@ def test_links_between_hosts_are_as_slow_as_asked_for(tmp_path):
     assert not any(name in listed for name in names)
     options = ("--methods", "data_parallel", "--ranks", "2", "--rates", "20", "--model", "mlp", "--loss", "nll",
                "--widths", "400", "400", "--epochs", "1", "--json", tmp_path / "a.json")  # fmt: skip
-    status, _, err = run(1, "-m", "psmpi.bench", "network", *options)
+    status, _, err = launch(1, "-m", "psmpi.bench", "network", *options)
     assert status == 0, err
     (row,) = json.loads((tmp_path / "a.json").read_text())["rows"]
     # What is sent takes so long at least; the first burst is free.
@@ -150,7 +150,7 @@ def test_network_says_what_cannot_be():
         (("--rates", "0", "--limit", "1", "--epochs", "5000"), "no end within 1 s"),
         (("--rates", "0", "--dataset", "nothing"), "nothing"),
     ):
-        status, _, err = run(1, "-m", "psmpi.bench", "network", *options)
+        status, _, err = launch(1, "-m", "psmpi.bench", "network", *options)
         assert status == 1 and says in err and "Traceback" not in err, err
 
 
@@ -158,7 +158,7 @@ def test_compute_says_what_it_needs():
     try:
         import torch  # noqa: F401
     except ImportError:
-        status, _, err = run(1, "-m", "psmpi.bench", "compute", "--pairs", "1")
+        status, _, err = launch(1, "-m", "psmpi.bench", "compute", "--pairs", "1")
         assert status == 1 and "pip install 'psmpi[torch]'" in err
         return
     for options, says in (
@@ -167,7 +167,7 @@ def test_compute_says_what_it_needs():
         (("--plot", "a.xyz"), "ends in .png"),
         (("--convolution", "measured"), "--convolution measured is for GPUs"),
     ):
-        status, _, err = run(1, "-m", "psmpi.bench", "compute", *options)
+        status, _, err = launch(1, "-m", "psmpi.bench", "compute", *options)
         assert status == 1 and says in err and "Traceback" not in err
 
 
@@ -222,7 +222,7 @@ def test_memory_of_images_is_what_the_network_needs(pool, backend, tmp_path):
     config = tmp_path / "images.toml"
     config.write_text(IMAGES.format(pool=pool) if pool else FLAT)
     options = ("--dataset", tmp_path / "data.npz", "--config", config, "--batch-size", "300", "--backend", backend)
-    status, out, err = run(1, "-m", "psmpi.bench", "memory", "--json", *options)
+    status, out, err = launch(1, "-m", "psmpi.bench", "memory", "--json", *options)
     assert status == 0, err
     (row,) = json.loads(out)
     held, needed = sum(row["held"].values()), sum(row["needed"].values())
@@ -231,9 +231,9 @@ def test_memory_of_images_is_what_the_network_needs(pool, backend, tmp_path):
 
 
 def test_memory_refuses_what_training_does(tmp_path):
-    status, _, err = run(1, "-m", "psmpi.bench", "memory", "--threads", "-1")
+    status, _, err = launch(1, "-m", "psmpi.bench", "memory", "--threads", "-1")
     assert status == 1 and "--threads -1" in err and "Traceback" not in err
-    status, _, err = run(1, "-m", "psmpi.bench", "memory", "--method", "data_parallel")
+    status, _, err = launch(1, "-m", "psmpi.bench", "memory", "--method", "data_parallel")
     assert status == 1 and "in its placement table" in " ".join(err.split()) and "Traceback" not in err
 
 
@@ -251,7 +251,7 @@ def test_memory_is_what_the_network_needs(ranks, options, tmp_path):
     """Within a tenth, above 10 MB: of the arrays, and of all that was allocated."""
     config = tmp_path / "wide.toml"
     config.write_text(WIDE.format(units=8000))
-    status, out, err = run(ranks, "-m", "psmpi.bench", "memory", "--config", config, "--json", *options)
+    status, out, err = launch(ranks, "-m", "psmpi.bench", "memory", "--config", config, "--json", *options)
     assert status == 0, err
     large = 0
     for row in json.loads(out):
@@ -261,14 +261,14 @@ def test_memory_is_what_the_network_needs(ranks, options, tmp_path):
             assert held <= 1.1 * needed and needed <= 1.1 * held, row
             assert row["traced"] <= 1.1 * needed, row
     assert large >= ranks - 1
-    status, out, err = run(ranks, "-m", "psmpi.bench", "memory", *options)
+    status, out, err = launch(ranks, "-m", "psmpi.bench", "memory", *options)
     assert status == 0 and "traced / needed" in out, err
 
 
 @pytest.mark.parametrize("ranks", [1, 4])
 def test_the_parts_of_a_quasi_newton_step_are_told(ranks):
     options = ("--partition", "pairs", "--optimizer", "plbfgs", "--cg-iterations", "4", "--merge-pairs")
-    status, out, err = run(ranks, "-m", "psmpi.bench", "optimizer", "--json", *options)
+    status, out, err = launch(ranks, "-m", "psmpi.bench", "optimizer", "--json", *options)
     assert status == 0, err
     found = json.loads(out)
     assert sum(row["elements"] for row in found["ranks"]) == 45
@@ -281,12 +281,12 @@ def test_the_parts_of_a_quasi_newton_step_are_told(ranks):
         # The master sends a slice a product: to each worker the shared block and those of its classes.
         assert found["ranks"][0]["bytes_sent"] > 4 * 4800 * found["products"]
     else:
-        status, out, err = run(ranks, "-m", "psmpi.bench", "optimizer", *options)
+        status, out, err = launch(ranks, "-m", "psmpi.bench", "optimizer", *options)
         assert status == 0 and "products and" in out and "communication" in out, err
 
 
 def test_the_parts_of_other_steps_are_refused():
-    status, _, err = run(1, "-m", "psmpi.bench", "optimizer", "--optimizer", "adam")
+    status, _, err = launch(1, "-m", "psmpi.bench", "optimizer", "--optimizer", "adam")
     assert status == 1 and "plbfgs" in err and "Traceback" not in err
 
 
@@ -312,7 +312,7 @@ def test_nine_ranks_train_what_one_process_cannot_hold(tmp_path):
     options = ("--placement", "owner", "--max-steps", "3", "--threads", "1", "--config")
     peaks = []
     for ranks in (1, 9):
-        status, out, err = run(ranks, "-c", PEAK, *options, small, "--out", tmp_path / f"small{ranks}")
+        status, out, err = launch(ranks, "-c", PEAK, *options, small, "--out", tmp_path / f"small{ranks}")
         assert status == 0, err
         peaks += [int(kilobytes) << 10 for kilobytes in re.findall(r"peak (\d+)", out)]
     assert len(peaks) == 10

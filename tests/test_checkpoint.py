@@ -11,7 +11,8 @@ import tracemalloc
 import h5py
 import numpy as np
 import pytest
-from conftest import distance, run, start
+from helpers.processes import launch, start
+from helpers.runs import distance, run
 
 from psmpi import checkpoint
 from psmpi.checkpoint.format import chunk_of, seal
@@ -528,14 +529,14 @@ def test_a_run_killed_at_any_moment_goes_on(tmp_path):
             assert run(1, "-m", "psmpi.inspect", "verify", row["file"])[0] == 0 and row["state"] == "whole"
         steps.append(rows[-1]["step"])
     assert steps == sorted(steps) and steps[-1] > steps[0]
-    status, stdout, err = run(2, *options, "--max-steps", str(steps[-1] + 3), cwd=tmp_path)
+    status, stdout, err = launch(2, *options, "--max-steps", str(steps[-1] + 3), cwd=tmp_path)
     assert status == 0 and f"step {steps[-1]}" in stdout, err
 
 
 @pytest.mark.parametrize(("ranks", "placement"), [(1, "master"), (3, "owner")])
 def test_the_measurement_of_the_pause_runs(ranks, placement, tmp_path):
     options = ("--megabytes", "5", "--repeats", "2", "--placement", placement, "--folder", tmp_path, "--json")
-    status, out, err = run(ranks, "-m", "psmpi.bench", "checkpoint", *options)
+    status, out, err = launch(ranks, "-m", "psmpi.bench", "checkpoint", *options)
     assert status == 0, err
     found = json.loads(out)
     assert found["megabytes"] == pytest.approx(5, rel=0.1) and 0 < found["pause_seconds"] < found["written_seconds"]

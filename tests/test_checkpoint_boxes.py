@@ -9,7 +9,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from conftest import run
+from helpers.runs import run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from partitions import layouts, ownerships

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from conftest import distance, run
+from helpers.runs import distance, run
 from test_data import real
 
 from psmpi.comm.compression import (

@@ -6,7 +6,7 @@ import cuda_host
 import numpy as np
 import pytest
 from test_cuda_kernels import OPS, SHAPES, TOLERANCE, Guarded, blocks, near, real_types, some
-from test_device import cupy, far, put, stand_in  # noqa: F401
+from test_device import cupy, far, put  # noqa: F401
 
 from psmpi.backend import CompiledOps, NumpyOps, compiled, gpu
 from psmpi.backend.reference import Im2col
@@ -286,7 +286,7 @@ def test_element_gradients_on_a_device_are_those_of_the_host(cupy, name, loss, m
         assert np.isfinite(expected).all() and far(ours, expected) <= tolerance
 
 
-def test_gradients_of_elements_are_recorded(stand_in):  # noqa: F811
+def test_gradients_of_elements_are_recorded(stand_in):
     """Played back, they are of the weights, samples and labels of the day, in whichever array they are wanted."""
     network, rng = make_network("psnet", (1, 8, 8), 10), np.random.default_rng(0)
     layout, pairs = network.layout(), list(combinations(range(10), 2))

@@ -4,7 +4,8 @@ import json
 
 import numpy as np
 import pytest
-from conftest import Trained, distance, run
+from helpers.processes import launch
+from helpers.runs import distance, run
 from hypothesis import given
 from hypothesis import strategies as st
 from layer_examples import NETWORKS, make
@@ -17,22 +18,6 @@ from psmpi.errors import UserError
 from psmpi.nn.model import Model
 
 DATA = ("--method", "data_parallel")
-
-
-@pytest.fixture(scope="module")
-def serial(tmp_path_factory):
-    """A run of the method psl on one process, by options."""
-    known = {}
-
-    def call(*options):
-        if options not in known:
-            out = tmp_path_factory.mktemp("serial") / "run"
-            status, stdout, stderr = run(1, "-m", "psmpi.train", "--out", out, *options)
-            assert status == 0, stderr
-            known[options] = Trained(out, stdout)
-        return known[options]
-
-    return call
 
 
 @given(st.integers(1, 60), st.integers(1, 80), st.lists(st.integers(0, 4), min_size=1, max_size=8), st.data())
@@ -109,7 +94,7 @@ def test_our_own_sums_are_sums_and_send_what_the_formulas_say(tmp_path, ranks):
     program = tmp_path / "sums.py"
     program.write_text(SUMS)
     names = ["ring"] if ranks in (3, 5) else ["ring", "doubling", "halving"]
-    status, out, err = run(ranks, program, *names)
+    status, out, err = launch(ranks, program, *names)
     assert status == 0, err
     for name, size, apart, different, sent in json.loads(out):
         assert apart <= 1e-13 * ranks

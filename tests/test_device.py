@@ -8,11 +8,11 @@ import os
 import subprocess
 import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import cuda_host
 import numpy as np
 import pytest
+from helpers.paths import FAKE
 from layer_examples import NETWORKS, make
 from test_nn import random_problem
 
@@ -36,34 +36,12 @@ from psmpi.optim.curvature.compiled import CompiledCurvature
 from psmpi.optim.curvature.gpu import CupyCurvature
 from psmpi.optim.registry import COUNTED
 
-FAKE = Path(__file__).parent / "fake"
 F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
 TOLERANCE = {F32: 2e-5, F64: 1e-11}
 # What the device does as the reference does: it is made of other operations.
 SHARED = {NumpyOps: {"fused", "scratch"}, CurvatureOps: {"restriction", "restricted_products"}}
 
 needs_compiler = pytest.mark.skipif(cuda_host.compiler() is None, reason="no g++ to compile the CUDA kernels as C++")
-
-
-@pytest.fixture
-def stand_in(monkeypatch):
-    """The stand-in as `cupy`, and as `cudnn`."""
-    fakes = ("cupy", "cudnn")
-    real = {name: module for name, module in sys.modules.items() if name.partition(".")[0] in fakes}
-    for name in real:
-        del sys.modules[name]
-    monkeypatch.syspath_prepend(FAKE)
-    runtime.load_cupy.cache_clear()
-    import cupy
-
-    yield cupy
-    # What the stand-in never frees: each set of operations has its workspace.
-    cupy._memory.clear()
-    runtime.stream_of.cache_clear()
-    for name in [name for name in sys.modules if name.partition(".")[0] in fakes]:
-        del sys.modules[name]
-    sys.modules.update(real)
-    runtime.load_cupy.cache_clear()
 
 
 @pytest.fixture(params=["stand-in", pytest.param("gpu", marks=pytest.mark.gpu)])

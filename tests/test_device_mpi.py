@@ -6,8 +6,9 @@ import re
 
 import cuda_host
 import pytest
-from conftest import Trained, distance, run
-from test_device import FAKE
+from helpers.paths import FAKE
+from helpers.processes import launch
+from helpers.runs import Trained, distance, once, run
 
 from psmpi.backend import gpu
 
@@ -17,8 +18,8 @@ EXACT = ("--dtype", "float64", "--max-steps", "20", "--epochs", "10", "--batch-s
 
 
 @pytest.fixture(autouse=True)
-def fake(monkeypatch):
-    """The stand-in as `cupy` in the programs that are started."""
+def fake(monkeypatch, stand_in):
+    """The stand-in as `cupy` here, and in the processes that are started."""
     for real in ("float", "double"):
         cuda_host.load(real)
     monkeypatch.setenv("PYTHONPATH", str(FAKE), prepend=os.pathsep)
@@ -27,17 +28,7 @@ def fake(monkeypatch):
 @pytest.fixture(scope="module")
 def host(tmp_path_factory):
     """A run on one process and on the host, by options."""
-    known = {}
-
-    def call(*options):
-        if options not in known:
-            out = tmp_path_factory.mktemp("host") / "run"
-            status, stdout, stderr = run(1, "-m", "psmpi.train", "--backend", "numpy", "--out", out, *options)
-            assert status == 0, stderr
-            known[options] = Trained(out, stdout)
-        return known[options]
-
-    return call
+    return once(tmp_path_factory.mktemp("host"), "--backend", "numpy")
 
 
 GRIDS = {
@@ -117,9 +108,9 @@ def test_weights_and_bytes_are_those_of_the_host(train, host, name):
     ],
     ids=str,
 )
-def test_replicas_on_devices_have_the_weights_of_the_host(train, options, monkeypatch):
+def test_replicas_on_devices_have_the_weights_of_the_host(train, mpi_train, options, monkeypatch):
     monkeypatch.setenv("FAKE_CUDA", "alone")
-    there = train(3, "--backend", "cupy", *EXACT, *options).tensors()
+    there = (mpi_train if "--nccl" in options else train)(3, "--backend", "cupy", *EXACT, *options).tensors()
     here = train(3, "--backend", "numpy", *EXACT, *(o for o in options if o != "--nccl")).tensors()
     assert distance(here, there) <= 1e-9
 
@@ -158,10 +149,10 @@ def test_parts_of_layers_on_devices_have_the_weights_and_bytes_of_the_host(train
             assert ours[key] == pytest.approx(expected[key], rel=1e-9, abs=2e-6 if key == "alignment" else 0)
 
 
-def test_the_rows_of_a_part_sum_by_nccl(train, monkeypatch):
+def test_the_rows_of_a_part_sum_by_nccl(mpi_train, monkeypatch):
     monkeypatch.setenv("FAKE_CUDA", "alone")
     ranks, options = PARTS["sil stored, two rows"]
-    here, there = (train(ranks, *options, "--backend", *way) for way in (("numpy",), ("cupy", "--nccl")))
+    here, there = (mpi_train(ranks, *options, "--backend", *way) for way in (("numpy",), ("cupy", "--nccl")))
     assert distance(here.tensors(), there.tensors()) <= 1e-9
 
 
@@ -217,7 +208,7 @@ def test_optimizers_step_on_the_device(host, tmp_path, optimizer, lr):
     program, out = tmp_path / "checked.py", tmp_path / "run"
     program.write_text(ON_THE_DEVICE)
     options = (*EXACT, "--optimizer", optimizer, "--lr", lr, "--weight-decay", "0.001")
-    status, stdout, stderr = run(3, program, "--backend", "cupy", "--out", out, *options)
+    status, stdout, stderr = launch(3, program, "--backend", "cupy", "--out", out, *options)
     assert status == 0, stderr
     assert distance(host(*options).tensors(), Trained(out, stdout).tensors()) <= 1e-6
 
@@ -278,9 +269,9 @@ def test_convolutions_by_cudnn_give_the_weights_of_the_host(train, host, ranks):
     assert told and len(told) == len(set(told)) and all(line.endswith(": cuDNN on turned images") for line in told)
 
 
-def test_without_cudnn_nothing_is_measured(train, host, monkeypatch):
+def test_without_cudnn_nothing_is_measured(mpi_train, host, monkeypatch):
     monkeypatch.setenv("FAKE_CUDNN", "import")
-    result = train(2, "--backend", "cupy", "--convolution", "measured", *EXACT)
+    result = mpi_train(2, "--backend", "cupy", "--convolution", "measured", *EXACT)
     assert distance(host(*EXACT).tensors(), result.tensors()) <= 1e-10
     assert result.stdout.count("psmpi's own alone: cuDNN does not load") == 1
 
@@ -302,7 +293,7 @@ def test_the_passes_of_parts_are_recorded(tmp_path, way):
     program = tmp_path / "recorded.py"
     program.write_text(RECORDED)
     options = (*SIL, *DEEP, "--parts", "4", "--backend", "cupy", "--hand-over", way, "--out", tmp_path / "run")
-    status, stdout, stderr = run(1, program, *options)
+    status, stdout, stderr = launch(1, program, *options)
     assert status == 0, stderr
     # Eighteen steps of one part after the other, or of all, with minibatches of two sizes that are done first.
     assert int(stdout.split()[-1]) >= (18 - 4 * 4 if way == "stored" else 4 * (18 - 6))
@@ -334,29 +325,29 @@ def test_an_optimizer_that_starts_afresh_starts_from_nothing(train, tmp_path, th
     assert distance(runs[0].tensors(), runs[1].tensors()) <= 1e-6
 
 
-def test_without_a_compiler_auto_computes_on_the_host(train, monkeypatch):
+def test_without_a_compiler_auto_computes_on_the_host(mpi_train, monkeypatch):
     monkeypatch.setenv("FAKE_CUDA", "compiler")
-    result = train(2, *EXACT)
+    result = mpi_train(2, *EXACT)
     assert result.stdout.count("the GPU is not used") == 1 and "backend cupy" not in result.stdout
 
 
 @pytest.mark.parametrize("seen", ["all", "one"])
-def test_nccl_exchanges_scores_and_sums_replicas(train, host, monkeypatch, seen):
+def test_nccl_exchanges_scores_and_sums_replicas(mpi_train, host, monkeypatch, seen):
     options = ("--nccl", "--placement", "owner", "--replicas", "2")
     # All devices for every rank to see, or its own alone.
     monkeypatch.setenv("FAKE_CUDA_DEVICES" if seen == "all" else "FAKE_CUDA", "5" if seen == "all" else "alone")
-    result = train(5, "--backend", "cupy", *EXACT, *options, timeout=240)
+    result = mpi_train(5, "--backend", "cupy", *EXACT, *options, timeout=240)
     assert distance(host(*EXACT).tensors(), result.tensors()) <= 1e-10
 
 
-def test_the_placement_table_shows_each_rank_s_device(train, monkeypatch):
+def test_the_placement_table_shows_each_rank_s_device(mpi_train, monkeypatch):
     monkeypatch.setenv("FAKE_CUDA_DEVICES", "2")
     monkeypatch.setenv("COLUMNS", "200")
-    result = train(3, *EXACT)
+    result = mpi_train(3, *EXACT)
     assert re.findall(r"device (\d) ", result.stdout)[:3] == ["0", "1", "0"]
     assert "backend cupy" in result.stdout
     for method in ("dfa", "sil"):
-        assert "backend cupy" in train(2, "--max-steps", "2", "--method", method).stdout
+        assert "backend cupy" in mpi_train(2, "--max-steps", "2", "--method", method).stdout
 
 
 PROBE = """
@@ -397,7 +388,7 @@ if world.rank == 0:
 def test_mpi_takes_device_arrays_and_the_probe_finds_wrong_values(tmp_path):
     program = tmp_path / "probe.py"
     program.write_text(PROBE)
-    status, out, err = run(3, program)
+    status, out, err = launch(3, program)
     assert status == 0, err
     assert json.loads(out) == [True, True, False, False]
 
@@ -417,7 +408,7 @@ def test_a_gpu_aware_mpi_gives_the_same_weights(host, tmp_path):
     ring = ("--method", "data_parallel", "--allreduce", "ring")
     for ranks, options in ((4, ("--placement", "owner", "--replicas", "2", "--colocate")), (2, ring)):
         command = (program, "--backend", "cupy", "--gpu-aware", *EXACT, *options, "--out", out / str(ranks))
-        status, stdout, stderr = run(ranks, *command)
+        status, stdout, stderr = launch(ranks, *command)
         assert status == 0, stderr
         assert distance(host(*EXACT).tensors(), Trained(out / str(ranks), stdout).tensors()) <= 1e-10
     for name in ("dfa", "sil stored, two rows"):
@@ -425,13 +416,13 @@ def test_a_gpu_aware_mpi_gives_the_same_weights(host, tmp_path):
         found = []
         for command in (("-m", "psmpi.train", "--backend", "numpy"), (program, "--backend", "cupy", "--gpu-aware")):
             here = out / name / command[-1]
-            status, stdout, stderr = run(ranks, *command, *options, "--out", here)
+            status, stdout, stderr = launch(ranks, *command, *options, "--out", here)
             assert status == 0, stderr
             found.append(Trained(here, stdout).tensors())
         assert distance(*found) <= 1e-9
     # What is compressed goes over the host.
     topk = ("--method", "data_parallel", "--compression", "topk", "--max-steps", "3")
-    status, _, stderr = run(2, program, "--backend", "cupy", "--gpu-aware", *EXACT, *topk, "--out", out / "topk")
+    status, _, stderr = launch(2, program, "--backend", "cupy", "--gpu-aware", *EXACT, *topk, "--out", out / "topk")
     assert status == 0, stderr
 
 
@@ -457,7 +448,8 @@ def test_a_gpu_aware_mpi_gives_the_same_weights(host, tmp_path):
 def test_what_cannot_be_is_said_once_and_ends_the_job(monkeypatch, tmp_path, options, environment, says):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    status, _, err = run(3, "-m", "psmpi.train", "--out", tmp_path / "run", "--max-steps", "2", *options)
+    how = launch if environment else run
+    status, _, err = how(3, "-m", "psmpi.train", "--out", tmp_path / "run", "--max-steps", "2", *options)
     assert status != 0 and err.count(says) == 1, err
     assert "Traceback" not in err
 
@@ -470,10 +462,10 @@ def test_a_run_that_diverges_says_so_once(tmp_path):
 
 
 @pytest.mark.gpu
-def test_several_ranks_share_a_gpu(train, host, monkeypatch):
+def test_several_ranks_share_a_gpu(mpi_train, host, monkeypatch):
     monkeypatch.delenv("PYTHONPATH")
     if not gpu.available():
         pytest.skip("no GPU here, or no CuPy for it")
     for ranks, options in ((1, ()), (3, ()), (3, ("--placement", "owner", "--colocate"))):
-        result = train(ranks, "--backend", "cupy", *EXACT, *options)
+        result = mpi_train(ranks, "--backend", "cupy", *EXACT, *options)
         assert distance(host(*EXACT).tensors(), result.tensors()) <= 1e-9

@@ -7,7 +7,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from conftest import run
+from helpers.runs import run
 
 import psmpi.checkpoint
 from psmpi import checkpoint
@@ -53,7 +53,6 @@ def data_sets(path):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    from conftest import run
 
     made = []
     for number, (options, ranks) in enumerate(RUNS):

@@ -6,7 +6,8 @@ import os
 import h5py
 import numpy as np
 import pytest
-from conftest import run
+from helpers.processes import launch
+from helpers.runs import run
 from scipy.signal import correlate
 from scipy.special import expit
 
@@ -90,7 +91,7 @@ def test_no_tool_starts_mpi(trained):
         "import sys; from psmpi.inspect.__main__ import main; status = main(['show', sys.argv[1]]); "
         "print('mpi4py' in sys.modules, file=sys.stderr); sys.exit(status)"
     )
-    status, _, err = run(1, "-c", code, trained)
+    status, _, err = launch(1, "-c", code, trained)
     assert (status, err.strip()) == (0, "False")
 
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import distance, run
+from helpers.runs import distance, run
 
 from psmpi.backend import NumpyOps
 from psmpi.config import Config

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import distance, run
+from helpers.runs import distance, run
 
 from psmpi.backend import make_backend
 from psmpi.data import Resident, open_dataset

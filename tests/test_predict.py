@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import run
+from helpers.runs import run
 
 from psmpi.data import open_dataset
 

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import run
+from helpers.processes import launch
 from test_data import make_cifar
 
 from psmpi.bench.published import EPOCHS, SETTINGS, read
@@ -36,7 +36,7 @@ def test_rows_give_their_figures():
 
 def published(folder, *options):
     arguments = ("--settings", "cifar10-20-nll", "--seeds", "2", "--out", folder / "runs", *options)
-    return run(1, "-m", "psmpi.bench", "published", *arguments, cwd=folder)
+    return launch(1, "-m", "psmpi.bench", "published", *arguments, cwd=folder)
 
 
 def test_it_trains_every_seed_and_reports(tmp_path):

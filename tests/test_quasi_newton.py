@@ -7,7 +7,7 @@ from itertools import combinations, pairwise
 import h5py
 import numpy as np
 import pytest
-from conftest import distance, run
+from helpers.runs import distance, run
 from test_data import real
 
 from psmpi.backend import make_backend

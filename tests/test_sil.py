@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import distance, run
+from helpers.runs import distance, run
 from test_data import real
 
 from psmpi.backend import make_backend

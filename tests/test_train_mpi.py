@@ -5,27 +5,11 @@ import re
 
 import numpy as np
 import pytest
-from conftest import HERE, distance, run
+from helpers.paths import HERE
+from helpers.processes import launch
+from helpers.runs import distance
 
 EXACT = ("--dtype", "float64", "--max-steps", "50", "--epochs", "10")
-
-
-@pytest.fixture(scope="module")
-def serial(tmp_path_factory):
-    """The weights of a run on one process, by options."""
-    known = {}
-
-    def call(*options):
-        if options not in known:
-            from conftest import Trained
-
-            out = tmp_path_factory.mktemp("serial") / "run"
-            status, stdout, stderr = run(1, "-m", "psmpi.train", "--out", out, *options)
-            assert status == 0, stderr
-            known[options] = Trained(out, stdout)
-        return known[options]
-
-    return call
 
 
 @pytest.mark.parametrize("masters", [1, 3])
@@ -149,7 +133,7 @@ def test_any_number_of_ranks_up_to_forty_trains(train, serial, ranks):
 
 
 def counted(ranks, *options):
-    status, out, err = run(ranks, HERE / "program_counts.py", *options)
+    status, out, err = launch(ranks, HERE / "program_counts.py", *options)
     assert status == 0, err
     return json.loads(out)
 
