@@ -1,6 +1,6 @@
 """The GPU backend on a stand-in for CuPy, over host memory (see fake/cupy): operations, models, optimizers, exchange.
 
-Kernels by themselves are in test_cuda_kernels.py, trainings under MPI in test_device_mpi.py; a real GPU in test_gpu.py.
+Kernels by themselves are in test_cuda_kernels.py, trainings in test_device_mpi.py.
 """
 
 import inspect

@@ -6,7 +6,6 @@ are those of psmpi, compiled as C++ (cuda_host.py).
 """
 
 import sys
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -144,10 +143,6 @@ def get_default_pinned_memory_pool():
     return _Pool()
 
 
-# The kernels of a process share what cuda_host.h keeps.
-_kernels = threading.Lock()
-
-
 class RawModule:
     def __init__(self, *, code, options):
         import cuda_host
@@ -179,8 +174,7 @@ class RawModule:
             # What the work needs stays alive until it is done.
             def work(held=args):
                 cuda.clock.spend(name)
-                with _kernels:
-                    self.module.launch(name, grid, block, tuple(passed))
+                self.module.launch(name, grid, block, tuple(passed))
 
             current().enqueue(work)
 
