@@ -199,7 +199,7 @@ class _Cublas:
 
     @property
     def __file__(self):
-        import cuda_host
+        from helpers import cuda_host
 
         path = cuda_host.library("cublas", CUBLAS)
         library = ctypes.CDLL(path)

@@ -9,10 +9,10 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from helpers.partitions import layouts, ownerships
 from helpers.runs import run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from partitions import layouts, ownerships
 
 from psmpi import checkpoint
 from psmpi.checkpoint.build import build

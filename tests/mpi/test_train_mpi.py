@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 import pytest
-from helpers.paths import HERE
+from helpers.paths import TESTS
 from helpers.processes import launch
 from helpers.runs import distance
 
@@ -133,7 +133,7 @@ def test_any_number_of_ranks_up_to_forty_trains(train, serial, ranks):
 
 
 def counted(ranks, *options):
-    status, out, err = launch(ranks, HERE / "program_counts.py", *options)
+    status, out, err = launch(ranks, TESTS / "helpers" / "program_counts.py", *options)
     assert status == 0, err
     return json.loads(out)
 

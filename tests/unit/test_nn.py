@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from layer_examples import APART, FLAT, NETWORKS, dense, make, residual, separable
+from helpers.layer_examples import APART, FLAT, NETWORKS, dense, make, residual, separable
+from helpers.problems import make_model, random_problem
 from scipy.signal import correlate2d
 
 from psmpi.backend import NumpyOps
@@ -14,23 +15,6 @@ from psmpi.nn.layers import SampleSums
 from psmpi.nn.model import Model
 from psmpi.nn.network import build
 from psmpi.nn.zoo import make_network
-
-
-def random_problem(network, batch=3, dtype=np.float64, seed=0):
-    layout = network.layout()
-    rng = np.random.default_rng(seed)
-    w = rng.normal(size=layout.size).astype(dtype)
-    x = rng.normal(size=(int(np.prod(network.in_shape)), batch)).astype(dtype)
-    d = rng.normal(size=(network.classes, batch)).astype(dtype)
-    return layout, w, x, d
-
-
-def make_model(network, layout, w, classes=None, fold=True):
-    """A model of `classes` over its own copy of its part of w, its gradient not yet filled."""
-    part = layout.part(range(network.classes) if classes is None else classes)
-    return Model(
-        network, layout, restrict(w, part), np.full(part.size, np.nan, w.dtype), NumpyOps(), classes, fold=fold
-    )
 
 
 def plain_scores(network, layout, w, x):

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from helpers.datasets import real
 from helpers.runs import distance, run
-from test_data import real
 
 from psmpi.backend import make_backend
 from psmpi.config import Config, Synthetic, check

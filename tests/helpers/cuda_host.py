@@ -18,8 +18,10 @@ from pathlib import Path
 from threading import Lock
 from zlib import crc32
 
+from helpers.paths import ROOT
+
 HERE = Path(__file__).parent
-SOURCES = HERE.parent / "psmpi" / "backend" / "gpu" / "cuda"
+SOURCES = ROOT / "psmpi" / "backend" / "gpu" / "cuda"
 FLAGS = ("-O2", "-std=c++17", "-fPIC", "-shared", "-Wall", "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE")
 KERNEL = re.compile(r'extern\s+"C"\s+__global__\s+void\s+(\w+)\s*\(([^)]*)\)\s*\{')
 COMMENT = re.compile(r"/\*.*?\*/|//[^\n]*", re.DOTALL)

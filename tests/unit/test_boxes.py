@@ -5,9 +5,9 @@ from math import prod
 
 import numpy as np
 import pytest
+from helpers.partitions import boxes, layouts, positions, shapes
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from partitions import boxes, layouts, positions, shapes
 
 from psmpi.errors import UserError
 from psmpi.layout import (

@@ -11,10 +11,10 @@ import sysconfig
 from math import log
 from pathlib import Path
 
-import cuda_host
 import numpy as np
 import pytest
-from cuda_host import Address, Kernels
+from helpers import cuda_host
+from helpers.cuda_host import Address, Kernels
 
 from psmpi.backend import CupyOps, NumpyOps, Stripes
 from psmpi.backend.reference import Im2col

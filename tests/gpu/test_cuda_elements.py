@@ -2,9 +2,9 @@
 
 from itertools import combinations
 
-import cuda_host
 import numpy as np
 import pytest
+from helpers import cuda_host
 from test_cuda_kernels import OPS, SHAPES, TOLERANCE, Guarded, blocks, near, real_types, some
 from test_device import cupy, far, put  # noqa: F401
 

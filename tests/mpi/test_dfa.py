@@ -6,8 +6,8 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from helpers.datasets import real
 from helpers.runs import distance, run
-from test_data import real
 
 from psmpi.backend import make_backend
 from psmpi.config import Config

@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
+from helpers.datasets import real
 from helpers.runs import distance, run
-from test_data import real
 
 from psmpi.comm.compression import (
     COMPRESSORS,

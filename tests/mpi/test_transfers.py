@@ -7,8 +7,8 @@ import pytest
 
 pytest.importorskip("mpi4py.MPI")
 
-import program_transfers
-from helpers.paths import HERE
+from helpers import program_transfers
+from helpers.paths import TESTS
 from helpers.processes import launch
 
 from psmpi.comm.group import Counter, Group
@@ -34,7 +34,7 @@ def trials():
             if kind == "threads":
                 known[kind, ranks] = run_ranks(ranks, program_transfers.trials)[0]
             else:
-                status, out, err = launch(ranks, HERE / "program_transfers.py")
+                status, out, err = launch(ranks, TESTS / "helpers" / "program_transfers.py")
                 assert status == 0, err + out
                 known[kind, ranks] = json.loads(out)
         assert "error" not in known[kind, ranks]

@@ -7,8 +7,8 @@ from itertools import combinations, pairwise
 import h5py
 import numpy as np
 import pytest
+from helpers.datasets import real
 from helpers.runs import distance, run
-from test_data import real
 
 from psmpi.backend import make_backend
 from psmpi.config import Config

@@ -3,8 +3,8 @@
 import json
 
 import pytest
+from helpers.datasets import make_cifar
 from helpers.processes import launch
-from test_data import make_cifar
 
 from psmpi.bench.published import EPOCHS, SETTINGS, read
 

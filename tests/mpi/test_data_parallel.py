@@ -4,12 +4,12 @@ import json
 
 import numpy as np
 import pytest
+from helpers.layer_examples import NETWORKS, make
+from helpers.problems import random_problem
 from helpers.processes import launch
 from helpers.runs import distance, run
 from hypothesis import given
 from hypothesis import strategies as st
-from layer_examples import NETWORKS, make
-from test_nn import random_problem
 
 from psmpi.backend import NumpyOps
 from psmpi.comm.allreduce import ALGORITHMS, Ring

@@ -9,12 +9,12 @@ import subprocess
 import sys
 from importlib.util import find_spec
 
-import cuda_host
 import numpy as np
 import pytest
+from helpers import cuda_host
+from helpers.layer_examples import NETWORKS, make
 from helpers.paths import FAKE
-from layer_examples import NETWORKS, make
-from test_nn import random_problem
+from helpers.problems import random_problem
 
 from psmpi.backend import CompiledOps, CupyOps, NumpyOps, Stripes, compiled, gpu, make_backend
 from psmpi.backend.gpu import cudnn, recording, runtime

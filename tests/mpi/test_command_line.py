@@ -8,9 +8,9 @@ import sys
 import time
 from pathlib import Path
 
-import cuda_host
 import numpy as np
 import pytest
+from helpers import cuda_host
 from helpers.paths import FAKE, ROOT
 from helpers.processes import finish, launch, start
 from helpers.runs import run

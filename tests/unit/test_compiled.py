@@ -4,7 +4,7 @@ import threading
 
 import numpy as np
 import pytest
-from layer_examples import APART, NETWORKS, make
+from helpers.layer_examples import APART, NETWORKS, make
 
 from psmpi.backend import CompiledOps, NumpyOps, Stripes, compiled, make_backend
 from psmpi.backend.compiled import convolution, library

@@ -4,8 +4,8 @@ import json
 import os
 import re
 
-import cuda_host
 import pytest
+from helpers import cuda_host
 from helpers.paths import FAKE
 from helpers.processes import launch
 from helpers.runs import Trained, distance, once, run

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from layer_examples import NETWORKS, make
-from test_nn import make_model, random_problem
+from helpers.layer_examples import NETWORKS, make
+from helpers.problems import make_model, random_problem
 
 from psmpi.backend import NumpyOps
 from psmpi.bench.memory import pass_numbers

@@ -16,6 +16,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+from helpers.datasets import CIFAR_NAMES, make_cifar, real, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -29,17 +30,11 @@ MNIST_NAMES = (
     "t10k-images-idx3-ubyte",
     "t10k-labels-idx1-ubyte",
 )
-CIFAR_NAMES = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
 
 
 def idx(values: np.ndarray) -> bytes:
     header = struct.pack(f">{1 + values.ndim}I", 0x800 + values.ndim, *values.shape)
     return header + values.astype(np.uint8).tobytes()
-
-
-def write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
 
 
 def make_mnist(folder: Path, end: str = "", n: int = 23, n_test: int = 7) -> dict[str, np.ndarray]:
@@ -53,17 +48,6 @@ def make_mnist(folder: Path, end: str = "", n: int = 23, n_test: int = 7) -> dic
     for name, values in arrays.items():
         write(folder / (name + end), idx(values))
     return arrays
-
-
-def make_cifar(folder: Path, counts: tuple[int, ...] = (3, 1, 4, 2, 5, 6)) -> list[np.ndarray]:
-    rng = np.random.default_rng(2)
-    batches = []
-    for name, count in zip(CIFAR_NAMES, counts, strict=True):
-        records = rng.integers(0, 256, (count, 3073)).astype(np.uint8)
-        records[:, 0] %= 10
-        write(folder / f"{name}.bin", records.tobytes())
-        batches.append(records)
-    return batches
 
 
 def make_cifar_pickles(folder: Path, protocol: int = 2) -> list[np.ndarray]:
@@ -958,18 +942,6 @@ def test_minibatches_refuse_steps_that_are_not_there(epoch: int, step: int) -> N
 
 
 # ---------------------------------------------------------------------------------- real files
-
-
-def real(name: str) -> Path:
-    """A directory with the real files, or skip."""
-    places = [Path(__file__).resolve().parents[2] / "shared" / "data"]
-    if "PSMPI_TEST_DATA" in os.environ:
-        places.insert(0, Path(os.environ["PSMPI_TEST_DATA"]))
-    for place in places:
-        found = place.glob("mnist/train-images*" if name == "mnist" else "cifar-10-batches-bin/test_batch.bin")
-        if any(found):
-            return place
-    pytest.skip(f"no {name} in {', '.join(map(str, places))}; name its directory in PSMPI_TEST_DATA")
 
 
 @pytest.mark.parametrize(
