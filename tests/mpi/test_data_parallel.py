@@ -4,7 +4,9 @@ import json
 
 import numpy as np
 import pytest
+from helpers import program_sums
 from helpers.layer_examples import NETWORKS, make
+from helpers.paths import TESTS
 from helpers.problems import random_problem
 from helpers.processes import launch
 from helpers.runs import distance, run
@@ -16,6 +18,7 @@ from psmpi.comm.allreduce import ALGORITHMS, Ring
 from psmpi.comm.buckets import FIRST, NEVER, SEGMENT, Blocking, Bucket, Buckets, Whole, plan_buckets
 from psmpi.errors import UserError
 from psmpi.nn.model import Model
+from psmpi.testing import run_ranks
 
 DATA = ("--method", "data_parallel")
 
@@ -63,40 +66,18 @@ def test_a_bucket_is_whole_when_it_is_said_to_be(name):
         assert np.array_equal(values, g[bucket.start : bucket.stop]) and np.isfinite(values).all()
 
 
-SUMS = """
-import json
-import sys
-import numpy as np
-from psmpi.comm.allreduce import ALGORITHMS
-from psmpi.comm.group import Counter, Group
-from psmpi.comm.world import start
-
-world, found = start(), []
-for name in sys.argv[1:]:
-    for size in (1, 3, 8, 1000, 1680):
-        counter = Counter()
-        group = Group(world, range(world.size), counter)
-        mine = np.random.default_rng([size, world.rank]).normal(size=size)
-        expected = sum(np.random.default_rng([size, rank]).normal(size=size) for rank in range(world.size))
-        ALGORITHMS[name](group, mine)
-        apart = float(abs(mine - expected).max())
-        bits = world.gather(mine.tobytes())
-        far, sent = world.gather(apart), world.gather(counter.sent // 8)
-        if world.rank == 0:
-            found.append([name, size, max(far), len(set(bits)), sent])
-if world.rank == 0:
-    print(json.dumps(found))
-"""
-
-
-@pytest.mark.parametrize("ranks", [1, 2, 3, 5, 8])
-def test_our_own_sums_are_sums_and_send_what_the_formulas_say(tmp_path, ranks):
-    program = tmp_path / "sums.py"
-    program.write_text(SUMS)
+@pytest.mark.parametrize(
+    ("kind", "ranks"), [*(("threads", ranks) for ranks in (1, 2, 3, 5, 8)), ("mpirun", 3), ("mpirun", 4)]
+)
+def test_our_own_sums_are_sums_and_send_what_the_formulas_say(kind, ranks):
     names = ["ring"] if ranks in (3, 5) else ["ring", "doubling", "halving"]
-    status, out, err = launch(ranks, program, *names)
-    assert status == 0, err
-    for name, size, apart, different, sent in json.loads(out):
+    if kind == "threads":
+        found = run_ranks(ranks, lambda world: program_sums.sums(world, names))[0]
+    else:
+        status, out, err = launch(ranks, TESTS / "helpers" / "program_sums.py", *names)
+        assert status == 0, err
+        found = json.loads(out)
+    for name, size, apart, different, sent in found:
         assert apart <= 1e-13 * ranks
         assert different == 1, (name, size)
         if size % ranks == 0:

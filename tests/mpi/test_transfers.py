@@ -19,7 +19,10 @@ from psmpi.testing import run_ranks
 ALL = {"spread", "deal", "sum", "exchange", "rows", "boundary", "gather", "neighbours", "subnets"}
 
 
-WORLDS = [*(("threads", ranks) for ranks in range(1, 6)), *(("mpirun", ranks) for ranks in range(1, 6))]
+WORLDS = [
+    *(("threads", ranks) for ranks in range(1, 6)),
+    *(pytest.param("mpirun", ranks, marks=[pytest.mark.slow] * (ranks != 4)) for ranks in range(1, 6)),
+]
 
 
 @pytest.fixture(scope="module")
