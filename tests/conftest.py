@@ -1,101 +1,48 @@
-"""Helpers shared by the tests: programs under mpirun, in subprocesses with timeouts, and small data sets."""
+"""Fixtures of all tests."""
 
-import json
-import os
-import shutil
-import signal
-import subprocess
 import sys
-from pathlib import Path
 
-import h5py
-import numpy as np
 import pytest
+from helpers.paths import FAKE
+from helpers.runs import launch, once, trainer
 
-HERE = Path(__file__).parent
-
-
-def launcher():
-    """The mpirun beside this Python, else the one on the path."""
-    beside = Path(sys.executable).with_name("mpirun")
-    return str(beside) if beside.exists() else shutil.which("mpirun")
-
-
-def mpi_environment():
-    return {
-        **os.environ,
-        "OMPI_ALLOW_RUN_AS_ROOT": "1",
-        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-        "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
-        "PYTHONUNBUFFERED": "1",
-    }
-
-
-def start(ranks, *arguments, cwd=None, **options):
-    """A process group that runs Python with `arguments`, under mpirun where ranks > 1."""
-    command = [sys.executable, *map(str, arguments)]
-    if ranks > 1:
-        found = launcher()
-        if found is None:
-            pytest.skip("no mpirun: pip install 'psmpi[mpi]'")
-        command = [found, "-n", str(ranks), *command]
-    return subprocess.Popen(
-        command, cwd=cwd, env=mpi_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        start_new_session=True, stdin=subprocess.DEVNULL, **options,
-    )  # fmt: skip
-
-
-def finish(process, timeout):
-    """Its (status, stdout, stderr); ends the group it started, and fails the test, where it takes longer."""
-    try:
-        out, err = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        out, err = process.communicate()
-        pytest.fail(f"no end within {timeout} s\n{out}\n{err}")
-    return process.returncode, out, err
-
-
-def run(ranks, *arguments, timeout=120, cwd=None):
-    return finish(start(ranks, *arguments, cwd=cwd), timeout)
-
-
-class Trained:
-    """A finished run directory."""
-
-    def __init__(self, out, stdout):
-        self.out, self.stdout = out, stdout
-        self.checkpoint = max((out / "checkpoints").glob("step-*.h5"))
-        self.rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-    def tensors(self):
-        """Weights, optimizer vectors and tables by name."""
-        found = {}
-
-        def keep(name, item):
-            if isinstance(item, h5py.Dataset) and name.startswith(("weights/", "optimizer/", "elements/", "rank/")):
-                found[name] = item[...]
-
-        with h5py.File(self.checkpoint) as file:
-            file.visititems(keep)
-        return found
+from psmpi.backend.gpu import runtime
 
 
 @pytest.fixture
 def train(tmp_path):
-    """train(ranks, *options) runs psmpi.train to its end and returns what it left."""
-    count = iter(range(1000))
-
-    def call(ranks, *options, out=None, timeout=120):
-        out = out or tmp_path / f"run{next(count)}"
-        status, stdout, stderr = run(ranks, "-m", "psmpi.train", "--out", out, *options, timeout=timeout, cwd=tmp_path)
-        assert status == 0, stderr + stdout
-        return Trained(out, stdout)
-
-    return call
+    """train(ranks, *options) runs psmpi.train to its end on ranks that are threads, and returns what it left."""
+    return trainer(tmp_path)
 
 
-def distance(first, second):
-    """The largest relative distance between tensors of the same name."""
-    assert first.keys() == second.keys()
-    return max(float(np.linalg.norm(first[k] - second[k])) / max(1e-300, np.linalg.norm(first[k])) for k in first)
+@pytest.fixture
+def mpi_train(tmp_path):
+    """The same in processes, under mpirun where there are several ranks."""
+    return trainer(tmp_path, launch)
+
+
+@pytest.fixture(scope="session")
+def serial(tmp_path_factory):
+    """serial(*options): the training on one process with these options, made once."""
+    return once(tmp_path_factory.mktemp("serial"))
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """The stand-in for CuPy as `cupy`, and that for cuDNN as `cudnn`."""
+    fakes = ("cupy", "cudnn")
+    real = {name: module for name, module in sys.modules.items() if name.partition(".")[0] in fakes}
+    for name in real:
+        del sys.modules[name]
+    monkeypatch.syspath_prepend(FAKE)
+    runtime.load_cupy.cache_clear()
+    import cupy
+
+    yield cupy
+    # What the stand-in never frees: each set of operations has its workspace.
+    cupy._memory.clear()
+    runtime.stream_of.cache_clear()
+    for name in [name for name in sys.modules if name.partition(".")[0] in fakes]:
+        del sys.modules[name]
+    sys.modules.update(real)
+    runtime.load_cupy.cache_clear()

@@ -51,8 +51,8 @@ def run_program(
     __main__. cwd: the folder to run it in. A deadlock is a DeadlockError, more than `timeout` seconds a TimeoutError.
 
     Folder, streams, environment and threads of linear algebra are afterwards as they were. A rank has nothing that only
-    a process has: sys.argv (the command that checkpoints note), signals, exit handlers, memory of its own,
-    MPI.COMM_WORLD. The process that writes checkpoints is a thread. Warnings go by this process's filters on all ranks.
+    a process has: sys.argv (the command that checkpoints note), signals, exit handlers, memory of its own, MPI's own
+    communicators. The process that writes checkpoints is a thread. Warnings go by this process's filters on all ranks.
     """
     from threadpoolctl import threadpool_limits
 

@@ -145,7 +145,7 @@ def get_default_pinned_memory_pool():
 
 class RawModule:
     def __init__(self, *, code, options):
-        import cuda_host
+        from helpers import cuda_host
 
         if cuda.FAULT == "compiler":
             raise cuda.compiler.CompileException("nvrtc: error: failed to open libnvrtc-builtins.so")
@@ -156,7 +156,7 @@ class RawModule:
         self.module, self.real = cuda_host.load(real), real
 
     def get_function(self, name):
-        import cuda_host
+        from helpers import cuda_host
 
         kinds = self.module.kernels[name]
 

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import threading
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
@@ -25,12 +26,17 @@ class OutOfMemoryError(MemoryError):
 class clock:
     """What events measure, in milliseconds: the time of kernels by name, 1 unless a test sets it."""
 
-    now = 0.0
     costs: dict[str, float] = {}  # noqa: RUF012
+    # Of each thread, as each rank has a device to itself.
+    own = threading.local()
+
+    @classmethod
+    def now(cls):
+        return getattr(cls.own, "now", 0.0)
 
     @classmethod
     def spend(cls, name):
-        cls.now += cls.costs.get(name, 1.0)
+        cls.own.now = cls.now() + cls.costs.get(name, 1.0)
 
 
 class MemoryPointer:
@@ -38,8 +44,8 @@ class MemoryPointer:
         self.ptr, self.mem = ptr, mem
 
 
-class Stream:
-    """Work in order; none of it is done before someone waits for it."""
+class Stream(threading.local):
+    """Work in order; none of it is done before someone waits for it. Each thread, a rank, has its own."""
 
     ptr = 7
 
@@ -49,8 +55,7 @@ class Stream:
         self.launches = 0
 
     def use(self):
-        global _current
-        _current = self
+        _chosen.stream = self
         return self
 
     def enqueue(self, work):
@@ -92,11 +97,11 @@ class Graph:
             stream.enqueue(work)
 
 
-_current = Stream()
+_first, _chosen = Stream(), threading.local()
 
 
 def current():
-    return _current
+    return getattr(_chosen, "stream", _first)
 
 
 class Event:
@@ -109,7 +114,7 @@ class Event:
 
         def reached():
             if self.mark is mark:
-                self.done, self.time = True, clock.now
+                self.done, self.time = True, clock.now()
 
         stream.enqueue(reached)
 
@@ -167,7 +172,7 @@ class runtime:
 
     @staticmethod
     def memcpyAsync(dst, src, size, kind, stream):
-        _current.enqueue(lambda: ctypes.memmove(dst, src, size))
+        current().enqueue(lambda: ctypes.memmove(dst, src, size))
 
 
 class driver:
@@ -194,7 +199,7 @@ class _Cublas:
 
     @property
     def __file__(self):
-        import cuda_host
+        from helpers import cuda_host
 
         path = cuda_host.library("cublas", CUBLAS)
         library = ctypes.CDLL(path)
@@ -256,7 +261,7 @@ def _called(which, arguments):
 
     left, right = matrices(a, m, k, lda, a_step, transa), matrices(b, k, n, ldb, b_step, transb)
     into = matrices(c, m, n, ldc, c_step, False)
-    _current.enqueue(lambda: np.copyto(into, left @ right))
+    current().enqueue(lambda: np.copyto(into, left @ right))
     return SUCCESS
 
 

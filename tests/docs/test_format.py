@@ -1,0 +1,145 @@
+"""FORMAT.md against the files of runs."""
+
+import json
+import re
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from helpers.runs import run
+
+import psmpi.checkpoint
+from psmpi import checkpoint
+from psmpi.checkpoint.format import HEADER, seal
+
+TEXT = Path(psmpi.checkpoint.__file__).with_name("FORMAT.md").read_text()
+MLP = ("--model", "mlp", "--widths", "12", "8")
+# What makes files that differ in what they hold: options, and ranks.
+RUNS = [
+    (("--optimizer", "sgd", "--batch-norm"), 1),
+    (("--optimizer", "lbfgs"), 1),
+    (("--partition", "pairs", "--optimizer", "plbfgs", "--extrapolation", "constant", "--scaling", "moments"), 1),
+    (("--method", "data_parallel", "--compression", "dgc", *MLP), 2),
+    (("--method", "data_parallel", "--compression", "qsgd", *MLP), 1),
+    (("--method", "data_parallel", "--compression", "powersgd", *MLP), 1),
+    (("--method", "local_sgd", "--outer-lr", "0.7", "--outer-momentum", "0.9", *MLP), 2),
+    (("--method", "ist", "--optimizer-state", "travel", *MLP), 2),
+    (("--method", "dfa", *MLP), 2),
+    (("--method", "sil", *MLP), 1),
+]
+
+
+def tables():
+    """The rows of FORMAT.md's tables: the names in the first column, and the other columns."""
+    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in TEXT.splitlines() if line[:3] == "| `"]
+    return [(re.findall(r"`([^`]+)`", first), rest) for first, *rest in rows]
+
+
+def patterns():
+    """Of each path in the tables a pattern, by path."""
+    named = {path: [] for names, _ in tables() for path in names if path.startswith("/")}
+    for path in named:
+        named[path] = re.compile(re.sub("NAME|VECTOR|SPACE", "[^/]+", path))
+    return named
+
+
+def data_sets(path):
+    found = {}
+    with h5py.File(path) as file:
+        file.visititems(lambda name, item: found.update({f"/{name}": item.shape} if hasattr(item, "shape") else {}))
+    return found
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+
+    made = []
+    for number, (options, ranks) in enumerate(RUNS):
+        out = tmp_path_factory.mktemp("formats") / f"run{number}"
+        status, _, err = run(ranks, "-m", "psmpi.train", "--out", out, "--max-steps", "2", *options)
+        assert status == 0, err
+        made.append(checkpoint.available(out)[-1])
+    status, _, err = run(1, "-m", "psmpi.inspect", "cut", made[0], "--classes", "3", "--out", out / "part.h5")
+    assert status == 0, err
+    return [*made, out / "part.h5"]
+
+
+def test_every_path_of_every_file_is_in_the_tables_and_every_row_in_a_file(files):
+    named = patterns()
+    seen = set()
+    for path in files:
+        for name in data_sets(path):
+            # The last group of names is that of no method.
+            rows = [row for row, pattern in named.items() if "SPACE" not in row and pattern.fullmatch(name)]
+            assert len(rows) == 1, f"{name} of {path} is in {rows}"
+            seen |= set(rows)
+    assert seen == {row for row in named if "SPACE" not in row}
+
+
+def test_every_vector_is_in_its_table(files):
+    named = {name for names, _ in tables() for name in names if not name.startswith("/")}
+    found = {vector for path in files for vector in checkpoint.read_contents(path).vectors}
+    assert {"s0" if v[0] == "s" and v[1:].isdigit() else "y0" if v[0] == "y" else v for v in found} == named
+
+
+def test_shapes_are_those_of_the_tables(files):
+    """Of the tables of elements and ranks: as many axes as written, and rows for elements or ranks."""
+    shapes = {}
+    for names, rest in tables():
+        if names[0].startswith(("/elements", "/rank")):
+            written = re.findall(r"\(([^()]+)\)", rest[0])
+            for k, name in enumerate(names):
+                shapes[name] = written[min(k, len(written) - 1)].rstrip(",").split(", ")
+    for path in files:
+        contents, sets = checkpoint.read_contents(path), data_sets(path)
+        sizes = {"weights": contents.layout.size, "ranks": contents.provenance["ranks"], "m": 5, "2 m": 10}
+        sizes |= {"2": 2, "1": 1, "elements": 90}
+        for name, shape in sets.items():
+            if name in shapes:
+                assert len(shape) == len(shapes[name])
+                for axis, word in zip(shape, shapes[name], strict=True):
+                    assert sizes.get(word, axis) == axis, (name, shape, shapes[name])
+
+
+def test_texts_have_the_keys_that_are_named(files):
+    for path in files:
+        with h5py.File(path) as file:
+            texts = {name: item.asstr()[0] for name, item in file.items() if isinstance(item, h5py.Dataset)}
+            assert file.attrs["format"] == checkpoint.FORMAT and file.userblock_size == HEADER
+        for names, rest in tables():
+            name = names[0].lstrip("/")
+            if name in ("progress", "random", "provenance", "placement"):
+                keys, quoted = json.loads(texts[name]), set(re.findall(r"`([a-z_]+)`", rest[0]))
+                missing = quoted - keys.keys() - {"cut_from", "average_of", "git", "parallel"}
+                assert not missing, f"{name} of {path} lacks {missing}"
+                assert name != "progress" or quoted == keys.keys()
+
+
+def old(path, target):
+    """A file as psmpi wrote it before `/rank`: the tables of ranks among those of elements."""
+    target.parent.mkdir(parents=True)
+    target.write_bytes(path.read_bytes())
+    with h5py.File(target, "r+") as file:
+        file.move("rank", "elements")
+    seal(target)
+    return target
+
+
+@pytest.mark.parametrize(
+    "options", [("--method", "local_sgd"), ("--method", "data_parallel", "--compression", "dgc", "--density", "0.05")]
+)
+def test_files_with_the_tables_of_ranks_among_elements_are_read(train, tmp_path, options):
+    """And a run of two ranks goes on in the same bits."""
+    options = (*options, *MLP, "--epochs", "1", "--dtype", "float64", "--max-steps")
+    first, whole = train(2, *options, "5"), train(2, *options, "9")
+    assert any(name.startswith("rank/") for name in first.tensors())
+    before = old(first.checkpoint, tmp_path / "old" / "checkpoints" / first.checkpoint.name)
+    resumed = train(2, *options, "9", "--resume", before)
+    assert "does not hold" not in resumed.stdout
+    mine, theirs = whole.tensors(), resumed.tensors()
+    assert mine.keys() == theirs.keys() and all(np.array_equal(mine[k], theirs[k]) for k in mine)
+    status, out, err = run(1, "-m", "psmpi.inspect", "diff", first.checkpoint, before, "--json")
+    assert status == 0 and json.loads(out)["identical"], err
+    # On other numbers of ranks what is of ranks is lost, and told.
+    assert "the checkpoint does not hold" in train(1, *options, "6", "--resume", before).stdout

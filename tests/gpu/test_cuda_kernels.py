@@ -1,0 +1,811 @@
+"""The CUDA kernels: nvcc takes them, and on the CPU they compute what the NumPy reference does.
+
+Every launch is made twice, blocks and threads in both orders, on arrays with guard zones: results must agree bit for
+bit, inputs stay as they are, and nothing be written beyond an array. Outputs are NaN before.
+"""
+
+import os
+import shutil
+import subprocess
+import sysconfig
+from math import log
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import cuda_host
+from helpers.cuda_host import Address, Kernels
+
+from psmpi.backend import CupyOps, NumpyOps, Stripes
+from psmpi.backend.reference import Im2col
+from psmpi.methods.sil.targets import TargetDistance
+from psmpi.nn.losses import LOSSES, largest_exponent, make_loss
+from psmpi.optim import Hyper, make_optimizer
+
+F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
+REALS = {F32: "float", F64: "double"}
+TOLERANCE = {F32: 1e-5, F64: 1e-10}
+KINDS = ("identity", "sigmoid", "tanh", "relu")
+# The largest component of a gradient that was scaled up again.
+LIMIT = {F32: 2.0**50, F64: 2.0**400}
+GUARD = 64
+OPS = NumpyOps()
+# The losses that have a kernel, in the order of its numbers.
+FUSED = [name for name in LOSSES if hasattr(CupyOps, f"{name}_loss")]
+
+runs = pytest.mark.skipif(cuda_host.compiler() is None, reason="no g++ to run the CUDA kernels on the CPU")
+real_types = pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+
+
+# The kernels as CUDA.
+
+
+def find_nvcc():
+    """nvcc on the path, of CUDA_HOME, or of a pip package beside this Python."""
+    places = [shutil.which("nvcc")]
+    if "CUDA_HOME" in os.environ:
+        places.append(os.path.join(os.environ["CUDA_HOME"], "bin", "nvcc"))
+    places += sorted(map(str, Path(sysconfig.get_paths()["purelib"]).glob("nvidia/cu*/bin/nvcc")), reverse=True)
+    return next((place for place in places if place and os.access(place, os.X_OK)), None)
+
+
+ALL = "together"
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((path.name, F32) for path in sorted(cuda_host.SOURCES.glob("*.cu"))), (ALL, F32), (ALL, F64)],
+    ids=str,
+)
+def test_nvcc_takes_the_kernels_without_a_warning(name, dtype, tmp_path):
+    nvcc = find_nvcc()
+    if nvcc is None:
+        pytest.skip("no nvcc on the path, in CUDA_HOME or in this Python environment")
+    source = cuda_host.SOURCES / name
+    if name == ALL:
+        source = tmp_path / "all.cu"
+        source.write_text("".join(f'#include "{path.name}"\n' for path in sorted(cuda_host.SOURCES.glob("*.cu"))))
+    done = subprocess.run(
+        [
+            nvcc, "-std=c++17", "-fatbin", "-Werror", "all-warnings", f"-DREAL={REALS[dtype]}",
+            "-gencode", "arch=compute_80,code=sm_80", "-gencode", "arch=compute_90,code=sm_90",
+            f"-I{cuda_host.SOURCES}", "-o", str(tmp_path / "out.fatbin"), str(source),
+        ],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    # A register that does not fit is written to memory in every pass of a loop.
+    assert not done.stderr, done.stderr
+
+
+# The kernels on the CPU.
+
+
+class Guarded:
+    """Arrays between guard zones, on which kernels are launched."""
+
+    def __init__(self, dtype):
+        self.dtype, self.kernels = dtype, cuda_host.load(REALS[dtype])
+        self.whole = {}
+
+    def array(self, shape, dtype=None, fill=np.nan):
+        """A new array; `fill` is a number, or what it holds."""
+        dtype = np.dtype(dtype or self.dtype)
+        size = int(np.prod(shape))
+        room = np.full(size + 2 * GUARD, 77, dtype)
+        # The first element on a multiple of 16 bytes, as the allocators of CUDA have it.
+        skip = -(room.ctypes.data + GUARD * dtype.itemsize) % 16 // dtype.itemsize
+        start = GUARD + skip
+        inner = room[start : start + size].reshape(shape)
+        inner[...] = fill
+        self.whole[inner.ctypes.data] = (room, inner, start)
+        return inner
+
+    def of(self, values, dtype=None):
+        values = np.asarray(values)
+        return self.array(values.shape, dtype or values.dtype, values)
+
+    def __call__(self, name, grid, block, *arguments):
+        types = {"T": self.dtype, "double": F64, "float": F32, "long long": np.int64, "unsigned char": np.uint8}
+        signature, values, written = self.kernels.kernels[name], [], []
+        assert len(signature) == len(arguments), name
+        for kind, a in zip(signature, arguments, strict=True):
+            if isinstance(a, np.ndarray):
+                assert a.dtype == types[kind.removeprefix("const ").removesuffix("*")], (name, kind, a.dtype)
+                assert a.flags.c_contiguous
+                if not kind.startswith("const"):
+                    written.append(a)
+                a = Address(a.ctypes.data)
+            values.append(a)
+        before = [(inner, inner.copy()) for _, inner, _ in self.whole.values()]
+        results = []
+        for self.kernels.reverse in (True, False):
+            for inner, old in before:
+                inner[...] = old
+            self.kernels.launch(name, grid, block, tuple(values))
+            results.append([a.copy() for a in written])
+            for room, inner, start in self.whole.values():
+                assert (room[:start] == 77).all() and (room[start + inner.size :] == 77).all(), f"{name}: beyond"
+            for inner, old in before:
+                if not any(np.shares_memory(inner, a) for a in written):
+                    assert inner.tobytes() == old.tobytes(), f"{name} wrote to its input"
+        for first, second in zip(*results, strict=True):
+            assert first.tobytes() == second.tobytes(), f"{name}: the order of threads shows"
+
+
+@pytest.fixture
+def device(dtype):
+    return Guarded(dtype)
+
+
+def near(found, expected, tolerance):
+    assert found.shape == expected.shape
+    assert np.array_equal(np.isnan(found), np.isnan(expected))
+    found, expected = (np.nan_to_num(a.astype(F64), nan=0.0) for a in (found, expected))
+    if np.array_equal(found, expected):
+        return
+    assert abs(found - expected).max() <= tolerance * abs(expected).max()
+
+
+def blocks(size, threads):
+    return -(-size // threads)
+
+
+def some(rng, dtype, *shape):
+    return rng.standard_normal(shape).astype(dtype)
+
+
+# Stripes, channels, height and width, kernel, stride.
+SHAPES = {
+    "one group": (Stripes(1, 7, 5, 0, 0, 0), 5, (9, 8), 3, 2),
+    "many units": (Stripes(1, 10, 1, 0, 0, 0), 1, (14, 15), 6, 2),
+    "groups": (Stripes(4, 3, 2, 0, 2, 0), 8, (7, 7), 2, 1),
+    "groups of more than a block": (Stripes(2, 9, 6, 0, 6, 0), 12, (6, 5), 2, 1),
+    "rows and columns that no output sees": (Stripes(1, 2, 3, 0, 0, 0), 3, (10, 11), 4, 3),
+    "a kernel as large as the image": (Stripes(1, 5, 2, 0, 0, 0), 2, (4, 4), 4, 1),
+    "pointwise": (Stripes(5, 6, 9, 0, 9, 0), 45, (1, 1), 1, 1),
+    "a later segment": (Stripes(3, 1, 2, 3, 2, 2), 9, (5, 5), 2, 1),
+    "unseen channels": (Stripes(2, 2, 2, 1, 3, 1), 7, (5, 6), 2, 1),
+    "stride larger than the kernel": (Stripes(1, 3, 2, 0, 0, 0), 2, (9, 9), 2, 3),
+    "five": (Stripes(1, 4, 4, 0, 0, 0), 4, (9, 7), 5, 1),
+    "wide": (Stripes(1, 3, 1, 0, 0, 0), 1, (12, 11), 9, 1),
+    "wider": (Stripes(1, 2, 1, 0, 0, 0), 1, (17, 18), 16, 1),
+}
+
+
+@runs
+@real_types
+@pytest.mark.parametrize("batch", [1, 7, 33])
+@pytest.mark.parametrize(
+    ("channels", "size", "kernel", "stride", "first", "rows"),
+    [(1, (5, 4), 1, 1, 0, 5), (3, (9, 8), 3, 2, 0, 4), (2, (12, 11), 6, 2, 1, 2), (2, (9, 9), 2, 3, 2, 1)],
+)
+def test_windows_are_those_of_the_reference(channels, size, kernel, stride, first, rows, batch, dtype, device):
+    rng = np.random.default_rng(0)
+    width = (size[1] - kernel) // stride + 1
+    x = some(rng, dtype, channels, *size, batch)
+    shape = (channels, kernel, kernel, rows, width, batch)
+    expected, found = np.empty(shape, dtype), device.array(shape)
+    numbers = (channels, *size, batch, kernel, stride, first, rows, width)
+    NumpyOps().im2col(x, stride, first, expected)
+    device("im2col", (3,), (64,), *numbers, device.array(x.shape, fill=x), found)
+    assert np.array_equal(found, expected)
+    cols = some(rng, dtype, *shape)
+    into, there = x.copy(), device.array(x.shape, fill=x)
+    NumpyOps().col2im(cols, stride, first, into)
+    device("col2im", (3,), (64,), *numbers, device.array(shape, fill=cols), there)
+    near(there, into, 1e-5 if dtype == np.float32 else 1e-12)
+
+
+@runs
+@real_types
+@pytest.mark.parametrize("batch", [1, 3, 33, 100])
+@pytest.mark.parametrize("name", SHAPES)
+def test_convolutions_are_those_of_the_reference(name, batch, dtype, device):
+    s, channels, (height, width), k, stride = SHAPES[name]
+    rows, columns = (height - k) // stride + 1, (width - k) // stride + 1
+    # One unit more than the stripes have, which must stay as it is.
+    own, units = s.count * s.n, s.out + s.count * s.n + 1
+    rng = np.random.default_rng(0)
+    x, dy = some(rng, dtype, channels, height, width, batch), some(rng, dtype, units, rows, columns, batch)
+    kernels, bias = some(rng, dtype, units, s.n_in, k, k), some(rng, dtype, units)
+    reference = Im2col([s], x.shape[:3], dy.shape[:3], k, stride, dtype, ops=OPS)
+    reference.reserve(batch)
+    reference.dcols.fill(0)
+    y, dkernels, dx = np.zeros_like(dy), np.zeros_like(kernels), np.zeros_like(x)
+    reference.forward(x, kernels, bias, y)
+    reference.backward(x, dy, kernels, dkernels, dx)
+    mine = slice(s.out, s.out + own)
+    seen = np.zeros(channels, bool)
+    for stripe in range(s.count):
+        seen[s.source + stripe * s.source_step :][: s.n_in] = True
+
+    x, dy, kernels, bias = (device.of(a) for a in (x, dy, kernels, bias))
+    wide, deep = blocks(s.n, 4) * 4, blocks(s.n_in, 4) * 4
+    by_unit = device.array((s.count, s.n_in, k * k, wide))
+    by_channel = device.array((s.count, s.n, k * k, deep))
+    device("conv_pack", (3,), (64,), s.count, s.n, s.n_in, s.out, k, kernels, by_unit, by_channel)
+    expected = kernels[mine].reshape(s.count, s.n, s.n_in, k * k)
+    assert np.array_equal(by_unit[..., : s.n], expected.transpose(0, 2, 3, 1)) and not by_unit[..., s.n :].any()
+    assert np.array_equal(by_channel[..., : s.n_in], expected.transpose(0, 1, 3, 2))
+    assert not by_channel[..., s.n_in :].any()
+
+    dims = (s.count, s.n, s.n_in, s.source, s.source_step, s.out, height, width, rows, columns, k, stride, batch)
+    for kind, activation in enumerate(KINDS):
+        out = device.array(y.shape)
+        grid = (blocks(rows * columns * batch, 128), wide // 4, s.count)
+        device("conv_forward", grid, (128,), *dims, x, by_unit, bias, out, kind)
+        expected = y.copy()
+        OPS.activate(activation, expected)
+        near(out[mine], expected[mine], TOLERANCE[dtype])
+        assert np.isnan(out[: s.out]).all() and np.isnan(out[s.out + own :]).all()
+
+    grid = (blocks(height * width * batch, 128), deep // 4, s.count)
+    out = device.array(x.shape)
+    device("conv_input", grid, (128,), *dims, dy, by_channel, out, 0)
+    near(out[seen], dx[seen], TOLERANCE[dtype])
+    assert np.isnan(out[~seen]).all()
+    out[...] = x
+    device("conv_input", grid, (128,), *dims, dy, by_channel, out, 1)
+    near(out[seen], (x + dx)[seen], TOLERANCE[dtype])
+    assert np.array_equal(out[~seen], x[~seen])
+
+    for splits in (1, 3, 7):
+        partial, out = device.array((splits, own, s.n_in, k, k)), device.array(kernels.shape)
+        device("conv_weight", (s.count * wide // 4, s.n_in * k, splits), (128,), *dims, x, dy, partial, splits)
+        device("conv_weight_sum", (2,), (64,), dkernels[mine].size, splits, partial, out[mine])
+        near(out[mine], dkernels[mine], TOLERANCE[dtype])
+        assert np.isnan(out[: s.out]).all() and np.isnan(out[s.out + own :]).all()
+
+
+@runs
+@real_types
+@pytest.mark.parametrize("kind", range(4))
+@pytest.mark.parametrize(("count", "n", "m"), [(1, 1, 1), (3, 5, 33), (2, 7, 700)])
+def test_biases_and_activations_are_those_of_the_reference(count, n, m, kind, dtype, device):
+    rng = np.random.default_rng(0)
+    y, dy = some(rng, dtype, count, n, m) * 3, some(rng, dtype, count, n, m)
+    y[0, 0, 0] = np.nan
+    if y.size > 1:
+        y[0, -1, -1] = -1000
+    # The biases lie apart, between other weights.
+    weights = some(rng, dtype, count * 40)
+    step, row_step = 37, 4
+    bias = weights[np.arange(count)[:, None] * step + np.arange(n) * row_step]
+    expected = y + bias[:, :, None]
+    OPS.activate(KINDS[kind], expected)
+    out, weights = device.of(y), device.of(weights)
+    device("finish", (2,), (32,), count, n, m, out, weights, step, row_step, kind)
+    near(out, expected, TOLERANCE[dtype])
+    out = device.of(y + bias[:, :, None])
+    device("activate", (2,), (32,), out.size, out, kind)
+    near(out, expected, TOLERANCE[dtype])
+
+    slope = dy.copy()
+    OPS.activate_back(KINDS[kind], expected, slope)
+    output, d = device.of(expected), device.of(dy)
+    device("activate_back", (3,), (32,), d.size, output, d, kind)
+    near(d, slope, TOLERANCE[dtype])
+    for splits in (1, 3, 5):
+        d, partial, db = device.of(dy), device.array((count * n, splits)), device.of(weights)
+        device("finish_back", (count * n, splits), (256,), count, n, m, output, d, partial, splits, kind)
+        near(d, slope, TOLERANCE[dtype])
+        device("row_sums", (1,), (64,), count, n, splits, partial, db, step, row_step)
+        rows = weights.copy()
+        rows[np.arange(count)[:, None] * step + np.arange(n) * row_step] = slope.sum(axis=-1)
+        near(db, rows, TOLERANCE[dtype])
+
+
+@runs
+@real_types
+@pytest.mark.parametrize("kind", range(4))
+@pytest.mark.parametrize(("n", "m"), [(1, 1), (5, 33), (3, 700)])
+def test_normalization_is_that_of_the_reference(n, m, kind, dtype, device):
+    rng = np.random.default_rng(0)
+    x, dy = some(rng, dtype, n, m) * 3 + 5, some(rng, dtype, n, m)
+    gamma, beta = some(rng, dtype, n), some(rng, dtype, n)
+    normal, scale, expected = np.empty_like(x), np.empty(n, dtype), np.empty_like(x)
+    OPS.normalize(x, 1e-5, normal, scale)
+    OPS.affine(normal, gamma, beta, KINDS[kind], expected)
+    ours, rooms = device.of(x), [device.array((n,)) for _ in range(3)]
+    device("normalize", (n,), (256,), m, ours, 1e-5, ours, rooms[0])
+    near(ours, normal, 30 * TOLERANCE[dtype])
+    near(rooms[0], scale, 30 * TOLERANCE[dtype])
+    ours[...], rooms[0][...] = normal, scale
+    gamma, y = device.of(gamma), device.array((n, m))
+    device("affine", (2,), (32,), n, m, ours, gamma, device.of(beta), kind, y)
+    near(y, expected, TOLERANCE[dtype])
+
+    d, dgamma, dbeta = dy.copy(), np.empty(n, dtype), np.empty(n, dtype)
+    OPS.normalize_back(normal, scale, gamma, expected, d, KINDS[kind], dgamma, dbeta)
+    out = device.of(dy)
+    device("normalize_back", (n,), (256,), m, ours, rooms[0], gamma, device.of(expected), out, kind, *rooms[1:])
+    # Differences of sums; a row of one value has no variance, and the factor is 316.
+    near(out, d, 300 * TOLERANCE[dtype])
+    near(rooms[1], dgamma, 30 * TOLERANCE[dtype])
+    near(rooms[2], dbeta, 30 * TOLERANCE[dtype])
+
+
+@runs
+@real_types
+@pytest.mark.parametrize("batch", [1, 3, 33])
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("shape", [(1, 3, 3), (3, 7, 8), (5, 4, 9)], ids=str)
+def test_pooling_is_that_of_the_reference(shape, size, batch, dtype, device):
+    channels, height, width = shape
+    rng = np.random.default_rng(0)
+    # Few different numbers: many ties.
+    x = rng.integers(-3, 3, (channels, height, width, batch)).astype(dtype)
+    x[0, 0, 0, 0] = np.nan
+    x[-1, :size, :size, -1] = -np.inf
+    pooled = (channels, height // size, width // size, batch)
+    dims, dy = (channels, height, width, batch, size), some(rng, dtype, *pooled)
+    x, dy = device.of(x), device.of(dy)
+    for kind, activation in enumerate(KINDS):
+        for name in ("mean_pool", "max_pool"):
+            expected, out = np.empty(pooled, dtype), device.array(pooled)
+            getattr(OPS, name)(x, size, expected)
+            OPS.activate(activation, expected)
+            device(name, (3,), (32,), *dims, x, out, kind)
+            near(out, expected, TOLERANCE[dtype])
+    expected, out = np.empty_like(x), device.array(x.shape)
+    OPS.mean_pool_back(dy, size, expected)
+    device("mean_pool_back", (3,), (32,), *dims, dy, out)
+    near(out, expected, TOLERANCE[dtype])
+    out = device.array(x.shape)
+    OPS.max_pool_back(x, np.empty(pooled, dtype), dy, size, expected)
+    device("max_pool_back", (3,), (32,), *dims, x, dy, out)
+    assert np.array_equal(out, expected)
+
+
+@runs
+@real_types
+@pytest.mark.parametrize("pool", [1, 2, 3])
+@pytest.mark.parametrize("k", [1, 2, 5, 6])
+def test_folded_kernels_are_those_of_the_reference(k, pool, dtype, device):
+    count, rows, n_in, wide = 3, 5, 2, k + pool - 1
+    rng = np.random.default_rng(0)
+    # Each row of weights is followed by a bias, and each stripe by something else.
+    row_step = n_in * k * k + 1
+    step = rows * row_step + 3
+    flat = device.of(some(rng, dtype, count * step))
+
+    def kernels(vector):
+        return vector.reshape(count, step)[:, : rows * row_step].reshape(count, rows, row_step)[:, :, : n_in * k * k]
+
+    w = kernels(flat).reshape(count, rows, n_in, k, k)
+    expected, out = np.empty((count, rows, n_in, wide, wide), dtype), device.array((count, rows, n_in, wide, wide))
+    OPS.fold(w, pool, expected)
+    device("fold", (2,), (64,), count, rows, n_in, k, pool, flat, step, row_step, out)
+    near(out, expected, TOLERANCE[dtype])
+
+    dfolded, narrow = device.of(some(rng, dtype, *expected.shape)), np.empty_like(w)
+    OPS.unfold(dfolded, pool, narrow)
+    everything, out = flat.copy(), device.of(flat)
+    kernels(everything)[...] = narrow.reshape(count, rows, -1)
+    device("unfold", (2,), (64,), count, rows, n_in, k, pool, dfolded, out, step, row_step)
+    near(out, everything, TOLERANCE[dtype])
+
+
+def one_sample(loss, scores, labels, pairs):
+    """The loss of each sample alone."""
+    return np.array([loss(scores[:, [b]].copy(), labels[[b]], 1.0, pairs=pairs) for b in range(len(labels))])
+
+
+@runs
+@real_types
+@pytest.mark.parametrize("batch", [1, 3, 33, 300])
+@pytest.mark.parametrize("size", [1.0, 60.0, 1000.0, 1e30])
+@pytest.mark.parametrize(
+    ("name", "paired"), [(name, paired) for name in FUSED for paired in (False, True)[: 1 + LOSSES[name].pairwise]]
+)
+def test_losses_are_those_of_the_reference(name, paired, size, batch, dtype, device):
+    classes, scale, kappa = 7, 0.125, 1.5
+    kind, loss = FUSED.index(name), make_loss(name, dtype, kappa=kappa)
+    limit = largest_exponent(dtype)
+    rng = np.random.default_rng(0)
+    scores, labels = some(rng, dtype, classes, batch) * dtype.type(size), rng.integers(0, classes, batch)
+    pairs = rng.random((classes, classes)) < 0.5 if paired else None
+    if paired:
+        pairs |= pairs.T
+    grad, out, samples = np.empty((classes, batch)), device.array((classes, batch), F64), device.array((3, batch), F64)
+    value = loss(scores, labels, scale, grad, pairs)
+    z = np.zeros((classes, batch))
+    if name == "psl":
+        z = (scores.astype(F64) - scores.astype(F64)[labels, np.arange(batch)]) * kappa
+        if paired:
+            z[~pairs[:, labels]] = -np.inf
+    worst, clipped = z.max(axis=0, initial=0.0), (z > limit).sum(axis=0)
+    assert loss.clipped == clipped.sum()
+
+    scores, labels = device.of(scores), device.of(labels)
+    table = None if pairs is None else device.of(pairs, np.uint8)
+    device("losses", (2,), (64,), kind, classes, batch, scores, labels, scale, kappa, limit, table, out, samples)
+    tolerance = TOLERANCE[F64]
+    near(out, grad, tolerance)
+    if dtype == F32 or size < 1e30:
+        near(samples[0], one_sample(loss, scores, labels, pairs), tolerance)
+    else:
+        # Terms of psl are limited here, by the size of the minibatch: see the sum below.
+        assert np.isfinite(samples[0]).all()
+    near(samples[1], worst, tolerance)
+    assert np.array_equal(samples[2], clipped)
+    # Without derivatives the same.
+    again = device.array((3, batch), F64)
+    device("losses", (2,), (64,), kind, classes, batch, scores, labels, scale, kappa, limit, table, None, again)
+    assert np.array_equal(again, samples)
+
+    report = device.array((4,), F64)
+    for first, last in ((0, classes), (2, 5), (3, 3)):
+        device("loss_report", (1,), (256,), classes, batch, first, last, samples, out, scale, report)
+        expected = [value, worst.max(initial=0.0), clipped.sum(), abs(grad[first:last]).max(initial=0.0)]
+        for found, number in zip(report, expected, strict=True):
+            assert found == pytest.approx(number, rel=tolerance, abs=0)
+    device("loss_report", (1,), (256,), classes, batch, 0, classes, samples, out, scale, report)
+    cast = device.array((classes, batch))
+    device("cast_scores", (2,), (64,), cast.size, out, cast, report)
+    expected = np.empty_like(cast)
+    OPS.cast_scores(grad, expected, report)
+    near(cast, expected, TOLERANCE[dtype])
+    assert abs(cast).max() <= 2.0**20
+    g = some(rng, dtype, 1000)
+    back, mine = g.copy(), device.of(g)
+    OPS.unscale(back, report, LIMIT[dtype])
+    device("unscale", (2,), (64,), g.size, mine, report, LIMIT[dtype])
+    near(mine, back, TOLERANCE[dtype])
+    assert np.isfinite(mine).all()
+
+
+@runs
+@real_types
+@pytest.mark.parametrize("batch", [1, 3, 300])
+@pytest.mark.parametrize("units", [1, 7, 40])
+def test_distances_are_those_of_the_reference(units, batch, dtype, device):
+    classes, scale, rng = 7, 0.125, np.random.default_rng(0)
+    loss = TargetDistance(rng.normal(size=(units, classes)), 2.0)
+    outputs, labels = device.of(some(rng, dtype, units, batch)), device.of(rng.integers(0, classes, batch))
+    targets, report = device.of(loss.targets), device.array((4,), F64)
+    for bad in (False, True):
+        if bad:
+            outputs[-1, -1] = np.nan
+        grad = np.empty((units, batch))
+        value = loss(outputs, labels, scale, grad)
+        for count in (1, 3):
+            out, partial = device.array((units, batch), F64), device.array((4, count), F64)
+            shape = (classes, batch, outputs.size)
+            device("distances", (count,), (256,), *shape, outputs, targets, labels, scale * loss.share, out, partial)
+            near(out, grad, TOLERANCE[F64])
+            device("loss_report", (1,), (256,), 1, count, 0, 1, partial, partial[3], scale * loss.share, report)
+            assert np.array_equal(report[1:3], [0, 0])
+            assert report[[0, 3]] == pytest.approx([value, abs(grad).max()], rel=1e-12, nan_ok=True)
+
+
+@runs
+@real_types
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("name", FUSED)
+def test_a_score_that_is_no_number_shows(name, bad, dtype, device):
+    classes, batch = 5, 40
+    rng = np.random.default_rng(0)
+    for where in ("label", "other"):
+        scores, labels = some(rng, dtype, classes, batch), rng.integers(0, classes, batch)
+        scores[labels[7] if where == "label" else (labels[7] + 1) % classes, 7] = bad
+        scores, labels = device.of(scores), device.of(labels)
+        grad, samples = device.array((classes, batch), F64), device.array((3, batch), F64)
+        kind, report = FUSED.index(name), device.array((4,), F64)
+        limit = largest_exponent(dtype)
+        device("losses", (1,), (64,), kind, classes, batch, scores, labels, 1.0, 1.0, limit, None, grad, samples)
+        device("loss_report", (1,), (256,), classes, batch, 0, classes, samples, grad, 1.0, report)
+        if name == "psl":
+            assert not report[1] < np.inf and not samples[1, 7] < np.inf
+            if np.isnan(bad):
+                assert np.isnan(samples[1, 7]) and np.isnan(report[1])
+        elif name != "logistic" or np.isnan(bad):
+            assert not np.isfinite(report[0])
+        if np.isnan(bad):
+            assert np.isnan(report[3])
+            assert np.isnan(samples[0, 7]) and np.isnan(report[0])
+        assert np.isfinite(np.delete(samples, 7, axis=1)).all() and np.isfinite(np.delete(grad, 7, axis=1)).all()
+
+
+@runs
+@real_types
+@pytest.mark.parametrize("name", FUSED)
+def test_losses_are_as_the_reference_has_them_where_it_has_them(name, dtype, device):
+    # Infinite scores of other classes, below the label's: PSL and its kin have values there.
+    scores = np.zeros((4, 2), dtype)
+    scores[3, 1] = -np.inf
+    labels, kind = np.array([1, 0]), FUSED.index(name)
+    grad, limit = np.empty(scores.shape), largest_exponent(dtype)
+    with np.errstate(all="ignore"):
+        value = make_loss(name, dtype)(scores, labels, 1.0, grad)
+    scores, labels, out = device.of(scores), device.of(labels), device.array(grad.shape, F64)
+    samples = device.array((3, 2), F64)
+    device("losses", (1,), (32,), kind, 4, 2, scores, labels, 1.0, 1.0, limit, None, out, samples)
+    assert samples[0].sum() == pytest.approx(value, rel=1e-12, nan_ok=True)
+    near(out[np.isfinite(grad)], grad[np.isfinite(grad)], 1e-12)
+
+
+@runs
+@real_types
+@pytest.mark.parametrize("peak", [0.0, 1.0, 2.0**20, 2.0**20 + 1, 3e25, 2.0**700, 1.7e308])
+def test_large_derivatives_are_scaled_by_the_power_of_two_of_the_reference(peak, dtype, device):
+    rng = np.random.default_rng(0)
+    grad = rng.uniform(-1, 1, 99)
+    grad[5] = -1
+    grad *= peak
+    grad, report, out = device.of(grad), device.of([0.0, 0.0, 0.0, peak]), device.array(99)
+    expected = np.empty_like(out)
+    OPS.cast_scores(grad, expected, report)
+    device("cast_scores", (1,), (64,), 99, grad, out, report)
+    assert np.array_equal(out, expected)
+    assert abs(out).max() == (peak if peak <= 2.0**20 else np.frexp(dtype.type(np.frexp(peak)[0]))[0])
+    g = some(rng, dtype, 99)
+    g[3] = np.nan
+    mine = device.of(g)
+    with np.errstate(over="ignore"):
+        OPS.unscale(g, report, LIMIT[dtype])
+    device("unscale", (1,), (64,), 99, mine, report, LIMIT[dtype])
+    assert np.array_equal(mine, g, equal_nan=True)
+
+
+@runs
+@real_types
+def test_derivatives_without_a_finite_peak_are_cast_as_they_are(dtype, device):
+    grad, out = device.of(np.array([1.0, np.nan, -2.0])), device.array(3)
+    for peak in (np.nan, np.inf):
+        report = device.of([0.0, 0.0, 0.0, peak])
+        device("cast_scores", (1,), (64,), 3, grad, out, report)
+        assert np.array_equal(out, grad.astype(dtype), equal_nan=True)
+        mine = device.of(np.array([5.0, 6.0], dtype))
+        device("unscale", (1,), (64,), 2, mine, report, 1.0)
+        assert mine.tolist() == [5.0, 6.0]
+
+
+@runs
+@real_types
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize(
+    ("name", "counted"),
+    [*((name, False) for name in ("sgd", "momentum", "nesterov", "adam", "adamw", "rmsprop", "lion")), ("adam", True),
+     ("adamw", True)],
+)  # fmt: skip
+def test_steps_are_those_of_the_optimizers(name, counted, decay, dtype, device):
+    n, lr = 1003, 0.05
+    rng = np.random.default_rng(0)
+    hyper = Hyper(momentum=0.9, beta2=0.999, weight_decay=decay)
+    optimizer = make_optimizer(name, n, dtype, hyper, counted=counted)
+    if counted:
+        optimizer.vectors["t"][:] = rng.integers(0, 9, n)
+    w = some(rng, dtype, n)
+    mine, state = device.of(w), [device.of(v) for v in optimizer.vectors.values()]
+    for t in range(1, 6):
+        g = some(rng, dtype, n)
+        g[::7] = 0
+        gradient = device.of(g)
+        optimizer.step(w, g, lr, lambda a: a)
+        if name == "sgd":
+            device("sgd", (3,), (64,), n, mine, gradient, lr, decay)
+        elif name in ("momentum", "nesterov"):
+            nesterov = int(name == "nesterov")
+            device("momentum", (3,), (64,), n, mine, gradient, *state, lr, hyper.momentum, decay, nesterov)
+        elif name == "rmsprop":
+            device("rmsprop", (3,), (64,), n, mine, gradient, *state, lr, hyper.alpha, hyper.eps, decay)
+        elif name == "lion":
+            rest = (lr, hyper.beta1, hyper.beta2, 0.0, 1 - lr * decay)
+            device("lion", (3,), (64,), n, mine, gradient, *state, *rest)
+        else:
+            l2, keep = (decay, 1.0) if name == "adam" else (0.0, 1 - lr * decay)
+            rest = (hyper.beta1, hyper.beta2, hyper.eps, l2, keep)
+            if counted:
+                rates = (lr, log(hyper.beta1), log(hyper.beta2))
+            else:
+                rates = (lr / (1 - hyper.beta1**t), (1 - hyper.beta2**t) ** -0.5)
+            device("counted_adam" if counted else "adam", (3,), (64,), n, mine, gradient, *state, *rates, *rest)
+        near(mine, w, TOLERANCE[dtype])
+        for found, expected in zip(state, optimizer.vectors.values(), strict=True):
+            near(found, expected, TOLERANCE[dtype])
+
+
+sizes = pytest.mark.parametrize("size", [0, 1, 255, 257, 5001])
+
+
+@runs
+@real_types
+@sizes
+def test_scaling_and_multiplying(size, dtype, device):
+    g, by = (device.of(some(np.random.default_rng(seed), dtype, size + 3))[3:] for seed in (0, 1))
+    scaled = g * dtype.type(0.3)
+    device("scale", (2,), (64,), size, g, 0.3)
+    assert np.array_equal(g, scaled)
+    OPS.multiply(scaled, by)
+    device("multiply", (2,), (64,), size, g, by)
+    assert np.array_equal(g, scaled)
+
+
+@runs
+@real_types
+@sizes
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize(
+    "factors", [(1,), (-1,), (0.3,), (1, -1), (-1, 1), (1e-3, 1), (-1.7, 0.1, -1), (1, 3, -7, 1e30)]
+)
+def test_sums_of_multiples_have_the_bits_of_the_reference(factors, inside, size, dtype, device):
+    rng = np.random.default_rng(0)
+    # What overflows in float32, and numbers below the normal ones.
+    scale = 10.0 ** rng.integers(-40, 38, (len(factors), size + 4))
+    arrays = [device.of(a) for a in (rng.standard_normal(scale.shape) * scale).astype(dtype)]
+    # They begin anywhere.
+    terms = [(float(factor), a[k:][:size]) for k, (factor, a) in enumerate(zip(factors, arrays, strict=True))]
+    out = arrays[0] if inside else device.array(size + 4)
+    at, expected = slice(0, size) if inside else slice(3, size + 3), out.copy()
+    OPS.combine(expected[at], *((f, expected[at] if inside and k == 0 else a) for k, (f, a) in enumerate(terms)))
+    none = 4 - len(terms)
+    device(
+        "combine", (3,), (64,), size, out[at], *(a for _, a in terms), *none * [None], *(f for f, _ in terms),
+        *none * [0.0],
+    )  # fmt: skip
+    assert out.tobytes() == expected.tobytes()
+
+
+@real_types
+def test_products_and_sums_of_multiples_are_rounded_one_by_one(dtype, tmp_path):
+    nvcc = find_nvcc()
+    if nvcc is None:
+        pytest.skip("no nvcc on the path, in CUDA_HOME or in this Python environment")
+    made = tmp_path / "vector.ptx"
+    source = cuda_host.SOURCES / "vector.cu"
+    subprocess.run([nvcc, "-std=c++17", "-ptx", f"-DREAL={REALS[dtype]}", "-o", str(made), str(source)], check=True)
+    kernels = {part.split("(")[0].strip(): part for part in made.read_text().split(".visible .entry")[1:]}
+    # Without .rn the assembler may join them.
+    assert "mul.rn.f" in kernels["combine"] and "add.rn.f" in kernels["combine"]
+    assert "fma" not in kernels["combine"] and "fma" in kernels["dots"]
+
+
+@runs
+@real_types
+@sizes
+@pytest.mark.parametrize("pairs", [1, 2, 3, 4])
+def test_scalar_products_and_sums(pairs, size, dtype, device):
+    vectors = [device.of(some(np.random.default_rng(k), dtype, size + k))[k:] for k in range(4)]
+    some_pairs = [(vectors[k // 2], vectors[(3 * k + 1) % 4]) for k in range(pairs)]
+    expected = [float(a.astype(F64) @ b.astype(F64)) for a, b in some_pairs]
+    assert OPS.dots(some_pairs) == pytest.approx(expected, rel=1e-12, abs=1e-12)
+    total = float(abs(vectors[3].astype(F64)).sum())
+    assert OPS.abs_sum(vectors[3]) == pytest.approx(total, rel=1e-12 if dtype == F64 else 1e-6)
+    for grid in (1, 7, 300):
+        partial, out = device.array((5, grid), F64), device.array(5, F64)
+        arrays = [array for pair in some_pairs for array in pair] + (8 - 2 * pairs) * [None]
+        device("dots", (grid,), (256,), size, *arrays, partial)
+        device("abs_sum", (grid,), (256,), size, vectors[3], partial[4:])
+        device("sum_partials", (5,), (256,), grid, partial, out)
+        assert out[:pairs] == pytest.approx(expected, rel=1e-12, abs=1e-12) and np.isnan(out[pairs:4]).all()
+        assert out[4] == pytest.approx(total, rel=1e-13)
+
+
+@runs
+@real_types
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (32, 32), (33, 5), (5, 33), (100, 70)])
+def test_matrices_are_turned(device, dtype, rows, columns):
+    values = np.random.default_rng(0).normal(size=(rows, columns)).astype(dtype)
+    found = device.array((columns, rows))
+    device("turn", (blocks(rows, 32) * blocks(columns, 32),), (32, 8), rows, columns, device.of(values), found)
+    assert np.array_equal(found, values.T)
+
+
+@runs
+@real_types
+@pytest.mark.parametrize("values", [np.uint8, np.float32, np.float64], ids=lambda t: t.__name__)
+@pytest.mark.parametrize(("batch", "features"), [(1, 1), (3, 70), (33, 32), (100, 95)])
+def test_minibatches_are_gathered(batch, features, values, dtype, device):
+    rng = np.random.default_rng(0)
+    data = device.of((rng.random((57, features)) * 255).astype(values))
+    at, scale = device.of(rng.integers(0, 57, batch)), device.of(some(rng, dtype, features))
+    out = device.array((features, batch))
+    name = {np.uint8: "gather_u8", np.float32: "gather_f32", np.float64: "gather_f64"}[values]
+    device(name, (blocks(batch, 32), blocks(features, 32)), (32, 8), batch, features, at, data, scale, out)
+    assert np.array_equal(out, data[at].astype(dtype).T * scale[:, None])
+
+
+# What runs them.
+
+
+@runs
+def test_arguments_that_a_gpu_would_misread_are_refused():
+    kernels, array = cuda_host.load("float"), np.zeros(8, np.float32)
+    at = Address(array.ctypes.data)
+
+    def launch(*args, name="scale", grid=(1,), block=(32,)):
+        kernels.launch(name, grid, block, args)
+
+    launch(8, at, 2.0)
+    assert kernels.kernels["scale"] == ["long long", "T*", "double"]
+    for wrong in (
+        (8.0, at, 2.0), (8, at, 2), (True, at, 2.0), (np.int64(8), at, 2.0), (8, at, np.float64(2)), (at, at, 2.0),
+        (8, int(at), 2.0), (8, array, 2.0), (8, at), (8, at, 2.0, 1), (None, at, 2.0), (8, at, None),
+    ):  # fmt: skip
+        with pytest.raises(TypeError, match="scale"):
+            launch(*wrong)
+    for shape in (
+        {"block": (1025,)}, {"block": (32, 33)}, {"block": (1, 1, 65)}, {"grid": (0,)}, {"grid": (1, 65536)},
+        {"grid": (1, 1, 65536)}, {"grid": (2**31,)}, {"block": (0,)},
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="scale"):
+            launch(8, at, 2.0, **shape)
+    for shape in ({"grid": 1}, {"grid": (1, 1, 1, 1)}, {"block": (32.0,)}, {"grid": (np.int64(1),)}):
+        with pytest.raises(TypeError, match="scale"):
+            launch(8, at, 2.0, **shape)
+    with pytest.raises(KeyError):
+        launch(name="unknown")
+    # The integer stays as it is, whatever its size.
+    launch(-1, at, 2.0)
+    with pytest.raises(ValueError, match="64-bit"):
+        launch(2**63, at, 2.0)
+
+
+@runs
+def test_all_threads_get_the_sum_of_a_block_again_and_again(tmp_path, monkeypatch):
+    (tmp_path / "try.cu").write_text(
+        f'#include "{cuda_host.SOURCES / "common.cuh"}"'
+        """
+        extern "C" __global__ void sums(double *out) {
+            __shared__ double room[64];
+            for (int k = 0; k < 3; k++) {
+                out[(2 * k) * 64 + threadIdx.x] = block_sum<64>(threadIdx.x + (double)k, room);
+                out[(2 * k + 1) * 64 + threadIdx.x] = block_max<64>((threadIdx.x + 21 * k) % 64 + 0.5 * k, room);
+            }
+        }
+        """
+    )
+    monkeypatch.setattr(cuda_host, "SOURCES", tmp_path)
+    kernels = cuda_host.load.__wrapped__("double")
+    for kernels.reverse in (False, True):
+        out = np.full((3, 2, 64), np.nan)
+        kernels.launch("sums", (1,), (64,), (Address(out.ctypes.data),))
+        assert (out == np.array([[[2016 + 64 * k], [63 + 0.5 * k]] for k in range(3)])).all()
+
+
+@runs
+def test_barriers_shared_memory_and_ended_threads(tmp_path, monkeypatch):
+    (tmp_path / "try.cu").write_text(
+        """
+        extern "C" __global__ void turn(long long n, long long *out) {
+            __shared__ long long room[256];
+            if (threadIdx.x == 5) return;
+            for (int k = 0; k < 3; k++) {
+                room[threadIdx.x] = threadIdx.x + k;
+                __syncthreads();
+                out[blockIdx.x * 3 * n + k * n + threadIdx.x] = room[(threadIdx.x + 1) % n];
+                __syncthreads();
+            }
+        }
+        extern "C" __global__ void split(long long *out) {
+            if (threadIdx.x < 3) __syncthreads(); else
+                __syncthreads();
+            out[threadIdx.x] = 1;
+        }
+        extern "C" __global__ void same(long long *out) {
+            for (int k = 0; k < (int)threadIdx.x; k++) __syncthreads();
+            out[threadIdx.x] = 1;
+        }
+        extern "C" __global__ void unset(double *out) { __shared__ double room[8]; out[threadIdx.x] = room[threadIdx.x];
+            room[threadIdx.x] = 1; }
+        """
+    )
+    monkeypatch.setattr(cuda_host, "SOURCES", tmp_path)
+    kernels: Kernels = cuda_host.load.__wrapped__("double")
+    for kernels.reverse in (False, True):
+        out = np.full((4, 3, 200), -1)
+        kernels.launch("turn", (4,), (200,), (200, Address(out.ctypes.data)))
+        expected = (np.arange(200) + 1) % 200 + np.arange(3)[:, None]
+        # What thread 5 would have written was never set.
+        expected[:, 4] = -1
+        expected[:, 5] = -1
+        assert np.array_equal(out, np.broadcast_to(expected, out.shape))
+        with pytest.raises(RuntimeError, match="different barriers"):
+            kernels.launch("split", (1,), (8,), (Address(out.ctypes.data),))
+        kernels.launch("same", (1,), (8,), (Address(out.ctypes.data),))
+        assert (out[0, 0, :8] == 1).all()
+        numbers = np.zeros(8)
+        kernels.launch("unset", (2,), (8,), (Address(numbers.ctypes.data),))
+        assert np.isnan(numbers).all()

@@ -1,0 +1,121 @@
+"""A few steps of the method psl on made-up images: what each rank moves and holds; as a program, in JSON."""
+
+import argparse
+import hashlib
+import json
+import sys
+import tracemalloc
+from dataclasses import replace
+
+import numpy as np
+
+from psmpi.backend import make_backend
+from psmpi.comm.world import start
+from psmpi.config import Config
+from psmpi.data import Batch, Dataset
+from psmpi.methods.psl.plan import Settings
+from psmpi.nn.network import build
+from psmpi.nn.zoo import make_network
+from psmpi.registry import find_method
+from psmpi.training.context import Context
+from psmpi.training.masters import Masters
+
+
+def parse(words):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("network")
+    parser.add_argument("--placement", default="master")
+    parser.add_argument("--partition", default="scores")
+    parser.add_argument("--masters", type=int, default=1)
+    parser.add_argument("--replicas", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=1)
+    parser.add_argument("--optimizer", default="adam")
+    parser.add_argument("--scaling", default="none")
+    parser.add_argument("--trace", action="store_true")
+    parser.add_argument("--trace-step", action="store_true")
+    return parser.parse_args(words)
+
+
+class Made:
+    """A split of made-up samples with every class equally often."""
+
+    def __init__(self, shape, n=200):
+        self.shape, self.n, self.scale, self.dtype = shape, n, 1 / 255, np.dtype(np.uint8)
+        self.labels = self.targets = np.arange(n) % 10
+        self.task = "classes"
+        self.features = int(np.prod(shape))
+
+    def read(self, rows):
+        rng = np.random.default_rng(0)
+        return rng.integers(0, 256, (self.n, int(np.prod(self.shape))), np.uint8)[rows]
+
+
+def count(world, words):
+    """What each rank moved and held, on rank 0."""
+    options = parse(words)
+    shape = {"mnist": (1, 28, 28), "cifar": (3, 32, 32), "wide": (20,)}[options.network]
+    if options.network == "wide":
+        layers = [{"type": "dense", "units": 100}, {"type": "sigmoid"}]
+        for units in (5000, 5000):
+            layers += [{"type": "separable_dense", "units": units, "groups": 10}, {"type": "sigmoid"}]
+        layers += [{"type": "separable_dense", "units": 10, "groups": 10}]
+        network = build("wide", shape, layers, 10)
+    else:
+        network = make_network("psnet", shape, 10)
+    base = Config()
+    config = replace(
+        base, optimization=replace(base.optimization, optimizer=options.optimizer, scaling=options.scaling)
+    )
+    config = config.changed(Settings, partition=options.partition, replicas=options.replicas)
+    config = config.changed(Masters, placement=options.placement, masters=options.masters)
+    dataset = Dataset(name="made", outputs=10, shape=shape, train=Made(shape), test=Made(shape))
+    if options.trace:
+        tracemalloc.start()
+    method = find_method("psl")(Context(world, network, dataset, config, make_backend("numpy")))
+    calls = dict.fromkeys(("forward", "backward", "agree"), 0)
+
+    def counted(owner, name):
+        """Count the calls of a method of an object."""
+        inner = getattr(owner, name)
+
+        def outer(*arguments):
+            calls[name] += 1
+            return inner(*arguments)
+
+        setattr(owner, name, outer)
+
+    for owner, name in ((method.exchange, "forward"), (method.exchange, "backward"), (method.world, "agree")):
+        counted(owner, name)
+    # Global sums of control data are not counted, so one step counts what a step moves.
+    before = method.counter.sent, method.counter.received
+    for _ in range(options.steps):
+        method.step(Batch(np.arange(100)), 1e-3)
+    sent, received = method.counter.sent - before[0], method.counter.received - before[1]
+    peak = tracemalloc.get_traced_memory()[1] if options.trace else 0
+    step_peak = 0
+    if options.trace_step:
+        tracemalloc.start()
+        method.step(Batch(np.arange(100)), 1e-3)
+        tracemalloc.reset_peak()
+        low = tracemalloc.get_traced_memory()[0]
+        method.step(Batch(np.arange(100)), 1e-3)
+        step_peak = tracemalloc.get_traced_memory()[1] - low
+    arrays = [method.w_part, method.g_part, *method.optimizer.vectors.values()]
+    if method.exchange.inside is None:
+        arrays += [method.w, method.g]
+    private = hashlib.sha256(method.w.tobytes()).hexdigest() if world.rank else ""
+    mine = {
+        "sent": sent, "received": received, "vectors": sum(a.nbytes for a in arrays), "peak": peak, "private": private
+    }  # fmt: skip
+    everyone = world.gather(mine)
+    if world.rank == 0:
+        table = {key: [one[key] for one in everyone] for key in mine}
+        more = {"calls": calls, **{name: method.scalars.get(name, 0) for name in ("products", "trials")}}
+        return {**table, "size": method.layout.size, "step_peak": step_peak, **more}
+    return None
+
+
+if __name__ == "__main__":
+    found = count(start(), sys.argv[1:])
+    if found is not None:
+        print(json.dumps(found))

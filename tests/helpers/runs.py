@@ -1,0 +1,71 @@
+"""Programs of psmpi on ranks that are threads, and what a training leaves."""
+
+import json
+
+import h5py
+import numpy as np
+
+from helpers.processes import launch
+from psmpi.testing import run_program
+
+
+def run(ranks, option, module, *arguments, timeout=120, cwd=None):
+    """(status, stdout, stderr) of `mpirun -n ranks python -m module arguments`, on threads of this process."""
+    assert option == "-m"
+    ended = run_program(ranks, module, arguments, timeout=timeout, cwd=cwd)
+    return ended.status, ended.stdout, ended.stderr
+
+
+class Trained:
+    """A finished run directory."""
+
+    def __init__(self, out, stdout):
+        self.out, self.stdout = out, stdout
+        self.checkpoint = max((out / "checkpoints").glob("step-*.h5"))
+        self.rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+    def tensors(self):
+        """Weights, optimizer vectors and tables by name."""
+        found = {}
+
+        def keep(name, item):
+            if isinstance(item, h5py.Dataset) and name.startswith(("weights/", "optimizer/", "elements/", "rank/")):
+                found[name] = item[...]
+
+        with h5py.File(self.checkpoint) as file:
+            file.visititems(keep)
+        return found
+
+
+def trainer(folder, how=run):
+    """train(ranks, *options): psmpi.train to its end, by `run` or by `launch`; what it left."""
+    count = iter(range(1000))
+
+    def call(ranks, *options, out=None, timeout=120):
+        out = out or folder / f"run{next(count)}"
+        status, stdout, stderr = how(ranks, "-m", "psmpi.train", "--out", out, *options, timeout=timeout, cwd=folder)
+        assert status == 0, stderr + stdout
+        return Trained(out, stdout)
+
+    return call
+
+
+def once(folder, *fixed):
+    """serial(*options): a training on one process, with `fixed` options too; each is made once."""
+    known, train = {}, trainer(folder)
+
+    def call(*options):
+        if options not in known:
+            known[options] = train(1, *fixed, *options)
+        return known[options]
+
+    return call
+
+
+def distance(first, second):
+    """The largest relative distance between tensors of the same name."""
+    assert first.keys() == second.keys()
+    return max(float(np.linalg.norm(first[k] - second[k])) / max(1e-300, np.linalg.norm(first[k])) for k in first)
+
+
+__all__ = ["Trained", "distance", "launch", "once", "run", "trainer"]

@@ -1,0 +1,329 @@
+"""The measurements: that they run, that their counts are right, and what they say of memory. No times are tested."""
+
+import json
+import re
+import resource
+import subprocess
+
+import numpy as np
+import pytest
+from helpers.processes import finish, launch, start
+
+from psmpi.bench.compute import ours
+from psmpi.bench.hosts import slow_hosts
+from psmpi.bench.problems import LR, Minibatch, operations, problems
+from psmpi.bench.pytorch import theirs
+from psmpi.errors import UserError
+
+WIDE = """
+[model]
+model = "custom"
+[[model.layers]]
+type = "flatten"
+[[model.layers]]
+type = "dense"
+units = {units}
+[[model.layers]]
+type = "sigmoid"
+[[model.layers]]
+type = "separable_dense"
+units = {units}
+groups = 10
+[[model.layers]]
+type = "sigmoid"
+[[model.layers]]
+type = "separable_dense"
+units = 10
+groups = 10
+"""
+
+
+def test_operations_are_those_of_the_unfused_network():
+    """Against counts by hand: multiplications and additions of each layer, forward, for weights, for inputs."""
+    found = {name: operations(problem, 1) for name, problem in problems().items()}
+    mlp = 2 * (2 * 784 * 1024 + 3 * 1024 * 1024 + 3 * 10 * 1024)
+    assert found["mlp"] == mlp
+    lenet = 24 * 24 * 6 * 25 * 2 + (8 * 8 * 16 * 6 * 25 + 256 * 120 + 120 * 84 + 84 * 10) * 3
+    assert found["mnist-lenet"] == 2 * lenet
+    assert found["one-class"] < found["mnist-psnet"]
+
+
+@pytest.mark.parametrize("name", sorted(problems()))
+def test_the_measured_step_is_a_training_step(name):
+    """Adam's first step moves each weight by the learning rate, against its gradient."""
+    problem = problems()[name]
+    step, w, model = ours(problem, Minibatch(problem, 20), "auto")
+    before = w.copy()
+    step()
+    moved = w - before
+    far = abs(model.g) > 1e-5
+    assert far.any() and np.allclose(moved[far], -LR * np.sign(model.g[far]), rtol=2e-2)
+
+
+@pytest.mark.parametrize("kind", ["eager", "channels last"])
+@pytest.mark.parametrize("name", sorted(problems()))
+def test_pytorch_makes_the_same_steps(name, kind):
+    pytest.importorskip("torch")
+    problem = problems()[name]
+    data = Minibatch(problem, 20)
+    mine, w, model = ours(problem, data, "auto")
+    before = w.copy()
+    other, net = theirs(problem, data, model, kind)
+    other()
+    # The gradient of the first step is still there, on both sides.
+    mine()
+    weighted = [module for module in net if hasattr(module, "weight")]
+    parts = [part for part in model.parts if part.layer.linear]
+    for module, part in zip(weighted, parts, strict=True):
+        for attribute, k in (("weight", 0), ("bias", 1)):
+            found = np.concatenate([pair[k].reshape(-1) for pair in part.g])
+            expected = getattr(module, attribute).grad.numpy().reshape(-1)
+            assert abs(found - expected).max() <= 1e-5 * abs(expected).max()
+    # And Adam made of it what ours did.
+    far = abs(model.g) > 1e-6
+    moved = np.concatenate([getattr(m, a).detach().numpy().reshape(-1) for m in weighted for a in ("weight", "bias")])
+    assert far.any() and abs(w - before).max() <= 1.01 * LR and np.isfinite(moved).all()
+
+
+def test_compute_measures_side_by_side(tmp_path):
+    pytest.importorskip("torch")
+    options = ("--networks", "one-class", "mlp", "--pairs", "2", "--batch-size", "10")
+    status, out, err = launch(
+        1, "-m", "psmpi.bench", "compute", *options, "--json", tmp_path / "a.json", "--plot", tmp_path / "a.png"
+    )
+    assert status == 0, err
+    found = json.loads((tmp_path / "a.json").read_text())
+    kinds = [(row["network"], row["kind"]) for row in found["rows"]]
+    assert kinds == [("one-class", "eager"), ("one-class", "channels last"), ("mlp", "eager")]
+    assert found["gemm_gflops"] > 0
+    assert all(0 < row["low"] <= row["ratio"] <= row["high"] for row in found["rows"])
+    assert (tmp_path / "a.png").stat().st_size > 1000 and "one-class" in out
+
+
+@pytest.mark.parametrize("backend", ["numpy", "auto"])
+def test_kernels_are_measured_beside_a_copy(tmp_path, backend):
+    options = ("--backend", backend, "--megabytes", "2", "--repeats", "3", "--json", tmp_path / "a.json")
+    status, out, err = launch(1, "-m", "psmpi.bench", "kernels", *options)
+    assert status == 0, err
+    rows = json.loads((tmp_path / "a.json").read_text())["rows"]
+    assert {"bias and sigmoid", "max pooling", "squared norm"} <= {row["name"] for row in rows}
+    assert all(row["share"] == pytest.approx(row["gb_per_s"] / row["copy_gb_per_s"], rel=0.9) for row in rows)
+    assert all(0 < row["low"] <= row["share"] <= row["high"] for row in rows) and "share of the copy" in out
+
+
+def test_methods_are_compared_on_this_machine(tmp_path):
+    options = ("--ranks", "2", "--rates", "0", "--epochs", "1", "--repeats", "2", "--json", tmp_path / "a.json")
+    status, out, err = launch(1, "-m", "psmpi.bench", "network", *options)
+    assert status == 0, err
+    rows = {row["method"]: row for row in json.loads((tmp_path / "a.json").read_text())["rows"]}
+    assert list(rows) == ["psl", "psl-owner", "data_parallel", "local_sgd"]
+    for name, row in rows.items():
+        assert row["ms_per_step"] > 0 and row["megabytes_held"] > 0 and len(row["seconds_of_all"]) == 2
+        assert f"{name}, unlimited: accuracy" in out
+    # The gradient of 4,800 weights, there and back; scores and shared weights; all the same training.
+    assert rows["data_parallel"]["megabytes_sent"] == pytest.approx(15 * 4 * 4800 / 1e6)
+    assert rows["psl-owner"]["megabytes_sent"] < rows["data_parallel"]["megabytes_sent"] / 2
+    assert rows["psl"]["accuracy"] == pytest.approx(rows["data_parallel"]["accuracy"], abs=0.02)
+
+
+def test_links_between_hosts_are_as_slow_as_asked_for(tmp_path):
+    try:
+        with slow_hosts(2, 100.0) as names:
+            assert len(names) == 2
+    except UserError as error:
+        pytest.skip(f"no network namespaces here: {error}")
+    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout
+    assert not any(name in listed for name in names)
+    options = ("--methods", "data_parallel", "--ranks", "2", "--rates", "20", "--model", "mlp", "--loss", "nll",
+               "--widths", "400", "400", "--epochs", "1", "--json", tmp_path / "a.json")  # fmt: skip
+    status, _, err = launch(1, "-m", "psmpi.bench", "network", *options)
+    assert status == 0, err
+    (row,) = json.loads((tmp_path / "a.json").read_text())["rows"]
+    # What is sent takes so long at least; the first burst is free.
+    assert row["seconds"] >= 0.9 * row["megabytes_sent"] * 8 / 20
+
+
+def test_network_says_what_cannot_be():
+    for options, says in (
+        (("--rates", "-1"), "expected numbers from 0"),
+        (("--ranks", "0"), "from 1 up"),
+        (("--rates", "0", "--limit", "1", "--epochs", "5000"), "no end within 1 s"),
+        (("--rates", "0", "--dataset", "nothing"), "nothing"),
+    ):
+        status, _, err = launch(1, "-m", "psmpi.bench", "network", *options)
+        assert status == 1 and says in err and "Traceback" not in err, err
+
+
+def test_compute_says_what_it_needs():
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        status, _, err = launch(1, "-m", "psmpi.bench", "compute", "--pairs", "1")
+        assert status == 1 and "pip install 'psmpi[torch]'" in err
+        return
+    for options, says in (
+        (("--pairs", "0"), "--pairs 0"),
+        (("--json", "/nonexistent/a.json"), "no such folder"),
+        (("--plot", "a.xyz"), "ends in .png"),
+        (("--convolution", "measured"), "--convolution measured is for GPUs"),
+    ):
+        status, _, err = launch(1, "-m", "psmpi.bench", "compute", *options)
+        assert status == 1 and says in err and "Traceback" not in err
+
+
+IMAGES = """
+[model]
+model = "custom"
+[[model.layers]]
+type = "conv"
+channels = 20
+kernel = 3
+[[model.layers]]
+type = "{pool}"
+[[model.layers]]
+type = "sigmoid"
+[[model.layers]]
+type = "separable_conv"
+channels = 40
+kernel = 3
+groups = 10
+[[model.layers]]
+type = "relu"
+[[model.layers]]
+type = "tanh"
+[[model.layers]]
+type = "flatten"
+[[model.layers]]
+type = "separable_dense"
+units = 10
+groups = 10
+"""
+FLAT = """
+[model]
+model = "custom"
+[[model.layers]]
+type = "sigmoid"
+[[model.layers]]
+type = "flatten"
+[[model.layers]]
+type = "sigmoid"
+[[model.layers]]
+type = "dense"
+units = 10
+"""
+
+
+@pytest.mark.parametrize("backend", ["auto", "numpy"])
+@pytest.mark.parametrize("pool", ["mean_pool", "max_pool", ""])
+def test_memory_of_images_is_what_the_network_needs(pool, backend, tmp_path):
+    rng = np.random.default_rng(0)
+    n = 600
+    np.savez(tmp_path / "data.npz", x=rng.integers(0, 255, (n, 3, 32, 32), np.uint8), y=np.arange(n) % 10)
+    config = tmp_path / "images.toml"
+    config.write_text(IMAGES.format(pool=pool) if pool else FLAT)
+    options = ("--dataset", tmp_path / "data.npz", "--config", config, "--batch-size", "300", "--backend", backend)
+    status, out, err = launch(1, "-m", "psmpi.bench", "memory", "--json", *options)
+    assert status == 0, err
+    (row,) = json.loads(out)
+    held, needed = sum(row["held"].values()), sum(row["needed"].values())
+    assert needed > 10e6
+    assert held <= 1.1 * needed and needed <= 1.1 * held and row["traced"] <= 1.1 * needed, row
+
+
+def test_memory_refuses_what_training_does(tmp_path):
+    status, _, err = launch(1, "-m", "psmpi.bench", "memory", "--threads", "-1")
+    assert status == 1 and "--threads -1" in err and "Traceback" not in err
+    status, _, err = launch(1, "-m", "psmpi.bench", "memory", "--method", "data_parallel")
+    assert status == 1 and "in its placement table" in " ".join(err.split()) and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("ranks", "options"),
+    [
+        (1, ()),
+        (3, ("--placement", "owner")),
+        (3, ("--placement", "master", "--backend", "numpy")),
+        (4, ("--partition", "pairs")),
+        pytest.param(4, ("--placement", "owner", "--replicas", "3", "--optimizer", "momentum"), marks=pytest.mark.slow),
+    ],
+)
+def test_memory_is_what_the_network_needs(ranks, options, tmp_path):
+    """Within a tenth, above 10 MB: of the arrays, and of all that was allocated."""
+    config = tmp_path / "wide.toml"
+    config.write_text(WIDE.format(units=8000))
+    status, out, err = launch(ranks, "-m", "psmpi.bench", "memory", "--config", config, "--json", *options)
+    assert status == 0, err
+    large = 0
+    for row in json.loads(out):
+        held, needed = sum(row["held"].values()), sum(row["needed"].values())
+        if needed > 10e6:
+            large += 1
+            assert held <= 1.1 * needed and needed <= 1.1 * held, row
+            assert row["traced"] <= 1.1 * needed, row
+    assert large >= ranks - 1
+    status, out, err = launch(ranks, "-m", "psmpi.bench", "memory", *options)
+    assert status == 0 and "traced / needed" in out, err
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_the_parts_of_a_quasi_newton_step_are_told(ranks):
+    options = ("--partition", "pairs", "--optimizer", "plbfgs", "--cg-iterations", "4", "--merge-pairs")
+    status, out, err = launch(ranks, "-m", "psmpi.bench", "optimizer", "--json", *options)
+    assert status == 0, err
+    found = json.loads(out)
+    assert sum(row["elements"] for row in found["ranks"]) == 45
+    assert 2 < found["products"] <= 4 and found["trials"] >= 1
+    for row in found["ranks"]:
+        parts = [row[name] for name in ("gradients", "values", "products", "pairs", "communication")]
+        assert max(parts) > 0 and row["step"]["low"] <= row["step"]["median"] <= row["step"]["high"]
+        assert (row["gradients"] > 0) == (row["elements"] > 0) and (row["bytes_sent"] > 0) == (ranks > 1)
+    if ranks > 1:
+        # The master sends a slice a product: to each worker the shared block and those of its classes.
+        assert found["ranks"][0]["bytes_sent"] > 4 * 4800 * found["products"]
+    else:
+        status, out, err = launch(ranks, "-m", "psmpi.bench", "optimizer", *options)
+        assert status == 0 and "products and" in out and "communication" in out, err
+
+
+def test_the_parts_of_other_steps_are_refused():
+    status, _, err = launch(1, "-m", "psmpi.bench", "optimizer", "--optimizer", "adam")
+    assert status == 1 and "plbfgs" in err and "Traceback" not in err
+
+
+PEAK = """
+import runpy, sys
+sys.argv = ["psmpi.train", *sys.argv[1:]]
+try:
+    runpy.run_module("psmpi.train", run_name="__main__")
+except SystemExit:
+    pass
+[line] = [line for line in open("/proc/self/status") if line.startswith("VmPeak")]
+sys.stdout.write("peak %s\\n" % line.split()[1])
+"""
+
+
+def test_nine_ranks_train_what_one_process_cannot_hold(tmp_path):
+    """Each process may have as much address space as a small run, and half of the whole network's vectors more."""
+    small, wide = tmp_path / "small.toml", tmp_path / "wide.toml"
+    small.write_text(WIDE.format(units=40))
+    wide.write_text(WIDE.format(units=16000))
+    parameters = 65 * 16000 + 10 * 1600 * 1601 + 10 * 1601
+    whole = 4 * 4 * parameters
+    options = ("--placement", "owner", "--max-steps", "3", "--threads", "1", "--config")
+    peaks = []
+    for ranks in (1, 9):
+        status, out, err = launch(ranks, "-c", PEAK, *options, small, "--out", tmp_path / f"small{ranks}")
+        assert status == 0, err
+        peaks += [int(kilobytes) << 10 for kilobytes in re.findall(r"peak (\d+)", out)]
+    assert len(peaks) == 10
+    limit = max(peaks) + whole // 2
+
+    def limited():
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+    train = ("-m", "psmpi.train", *options, wide, "--out")
+    status, out, err = finish(start(1, *train, tmp_path / "one", preexec_fn=limited), 120)
+    assert status == 1 and "out of memory" in err and "more ranks" in err, err
+    status, out, err = finish(start(9, *train, tmp_path / "nine", preexec_fn=limited), 200)
+    assert status == 0 and f"{parameters:,} parameters" in out, err
+    assert list((tmp_path / "nine" / "checkpoints").glob("step-*.h5")), out + err

@@ -1,0 +1,364 @@
+"""What a person types and sees: help, configuration, errors, and ranks that fail."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import cuda_host
+from helpers.paths import FAKE, ROOT
+from helpers.processes import finish, launch, start
+from helpers.runs import run
+
+from psmpi.comm.world import announced_size, check_launcher
+from psmpi.config import Config, from_toml, read_file, to_toml
+from psmpi.errors import UserError
+from psmpi.registry import BUILTIN
+
+TRAIN = ("-m", "psmpi.train")
+OPTIONS = (
+    "config method dataset data-dir model loss partition placement masters colocate replicas optimizer "
+    "lr batch-size epochs max-steps seed dtype backend out resume checkpoint-every"
+)
+
+
+def test_importing_the_package_starts_no_mpi():
+    modules = "psmpi, psmpi.layout, psmpi.training.loop, psmpi.methods.psl.method, psmpi.train, sys"
+    code = f"import {modules}; print('mpi4py' in sys.modules)"
+    status, out, err = launch(1, "-W", "error", "-c", code)
+    assert (status, out.strip()) == (0, "False"), err
+
+
+def test_only_the_world_module_names_comm_world():
+    sources = [p for p in (ROOT / "psmpi").rglob("*.py") if "COMM_WORLD" in p.read_text()]
+    assert [p.name for p in sources] == ["world.py"]
+
+
+def test_only_comm_speaks_to_mpi():
+    """No other room imports mpi4py or makes a communicator's own calls, but for the one that stands in for it."""
+    for path in (ROOT / "psmpi").rglob("*.py"):
+        if not {"comm", "testing"} & set(path.parts):
+            text = path.read_text()
+            assert not re.search(r"(from|import) mpi4py", text), path
+            assert not re.search(r"world\.[A-Z]\w+\(", text), path
+
+
+def test_modules_import_from_floors_below_only():
+    """Floors: backend and layout, then nn, optim and data, config, comm, checkpoint, training, methods, commands."""
+    floors = [("errors", "metrics"), ("registry",), ("backend",), ("layout",), ("nn", "optim", "data"), ("config",),
+              ("comm",), ("checkpoint",), ("training",), ("methods",), ("command",),
+              ("train", "bench", "inspect", "predict", "plot"), ("__main__", "testing")]  # fmt: skip
+    floor = {name: k for k, names in enumerate(floors) for name in names}
+    root = ROOT / "psmpi"
+    for path in root.rglob("*.py"):
+        own = path.relative_to(root).parts[0].removesuffix(".py")
+        if own == "__init__":
+            continue
+        # What is imported for types alone is not there when the program runs.
+        text = path.read_text().split("if TYPE_CHECKING:")[0] if own == "registry" else path.read_text()
+        for name in re.findall(r"^\s*(?:from|import) psmpi\.(\w+)", text, re.M):
+            assert floor[name] < floor[own] or name == own, f"{path.name} imports psmpi.{name}"
+
+
+def test_methods_do_not_import_each_other():
+    root = ROOT / "psmpi" / "methods"
+    for path in root.rglob("*.py"):
+        own = path.relative_to(root).parts[0].removesuffix(".py")
+        for name in re.findall(r"^\s*(?:from|import) psmpi\.methods\.(\w+)", path.read_text(), re.M):
+            assert name == own, f"{path.name} imports psmpi.methods.{name}"
+
+
+def test_only_a_method_and_the_registry_and_benchmarks_name_it():
+    """Outside its own file or folder; one loss has the name of a method, and is chosen and computed by that name."""
+    root = ROOT / "psmpi"
+    for path in root.rglob("*.py"):
+        parts = path.relative_to(root).parts
+        named = {"psl"} if parts[-2:] in (("config", "sections.py"), ("gpu", "losses.py")) else set()
+        if parts[0] in ("registry.py", "bench") or parts[:2] == ("nn", "losses"):
+            continue
+        for name in BUILTIN.keys() - named:
+            if parts[0] != "methods" or parts[1].removesuffix(".py") != name:
+                found = re.search(rf"\b{name}\b", path.read_text())
+                assert not found, f"{path.relative_to(root)} names the method {name}"
+
+
+def test_help_names_every_option_with_its_default():
+    status, out, err = run(1, *TRAIN, "--help")
+    assert status == 0 and not err
+    for option in OPTIONS.split():
+        assert f"--{option}" in out, option
+    assert "(default: psnet)" in " ".join(out.split())
+
+
+def test_help_and_usage_errors_appear_once_under_mpirun():
+    status, out, _ = launch(3, *TRAIN, "--help")
+    assert status == 0 and out.count("--batch-size") == 1
+    status, out, err = launch(3, *TRAIN, "--loss", "huber")
+    assert status == 1 and (out + err).count("huber") == 1
+
+
+def test_the_command_line_goes_before_the_file(train, tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text('[run]\nepochs = 1\nseed = 7\n[optimization]\nlr = 0.5\noptimizer = "sgd"\n')
+    result = train(1, "--config", path, "--lr", "0.25")
+    resolved = read_file(str(result.out / "config.toml"))
+    assert (resolved.run.seed, resolved.run.epochs) == (7, 1)
+    assert (resolved.optimization.lr, resolved.optimization.optimizer) == (0.25, "sgd")
+    assert from_toml(to_toml(resolved), "again") == resolved
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("[runs]\nepochs = 1", "unknown table \\[runs\\]"),
+        ("[run]\nepoch = 1", "unknown setting 'epoch' in \\[run\\]"),
+        ('[run]\nepochs = "one"', "expected int, got str"),
+        ('[objective]\nloss = "huber"', "choose one of psl, logistic, nll, squared"),
+        ("[model]\nwidths = 3", "expected a list"),
+        ("[run\nepochs = 1", "not valid TOML"),
+    ],
+)
+def test_a_wrong_configuration_file_names_what_is_wrong(tmp_path, text, says):
+    path = tmp_path / "wrong.toml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=says):
+        read_file(str(path))
+
+
+def test_a_missing_configuration_file_is_named():
+    with pytest.raises(UserError, match=r"none\.toml"):
+        read_file("none.toml")
+
+
+def test_the_default_configuration_survives_toml():
+    assert from_toml(to_toml(Config()), "text") == Config()
+
+
+@pytest.mark.parametrize(
+    ("ranks", "options", "says"),
+    [
+        (1, ("--epochs", "0"), "--epochs 0"),
+        (1, ("--lr", "0"), "--lr 0"),
+        (1, ("--dataset", "minst"), "minst"),
+        (1, ("--dataset", "mnist", "--data-dir", "nowhere"), "nowhere"),
+        (1, ("--dataset", "mine.npz"), "mine.npz"),
+        (1, ("--batch-size", "5000"), "5000"),
+        (1, ("--schedule", "step"), "--step-size"),
+        (1, ("--resume", "auto", "--out", ""), "--out"),
+        (3, ("--dataset", "mnist", "--data-dir", "nowhere"), "nowhere"),
+        (3, ("--model", "lenet"), "not made for samples of shape (1, 8, 8)"),
+        (3, ("--model", "mlp"), "layer 'dense2' ties the classes"),
+        (3, ("--masters", "3"), "leaves no worker"),
+        (3, ("--masters", "4"), "start at least 4 ranks"),
+        (3, ("--partition", "pairs", "--loss", "nll"), "--loss psl or --loss logistic"),
+        (3, ("--replicas", "2", "--batch-size", "1"), "--batch-size 2 or more"),
+        (3, ("--kappa", "-1"), "--kappa -1"),
+        (3, ("--exp-clip", "200"), "from 0 to 88.7"),
+        (3, ("--init-gain", "0"), "--init-gain"),
+        (1, ("--init-gain", "inf"), "expected a finite number"),
+        (1, ("--lr", "nan"), "expected a finite number"),
+        (1, ("--kappa", "1e300"), "up to 1e6"),
+        (1, ("--history", "100000000"), "1000 pairs at most"),
+        (1, ("--widths", "3"), "--model mlp"),
+        (1, ("--checkpoint-gzip", "10"), "0 (none) to 9"),
+        (1, ("--out", "/proc/none/run"), "name a folder that can be made"),
+        (3, ("--out", "file"), "name a folder that can be made"),
+    ],
+)
+def test_a_wrong_setting_is_one_message_that_names_the_fix(tmp_path, ranks, options, says):
+    begun = time.monotonic()
+    (tmp_path / "file").write_text("")
+    out = () if "--out" in options else ("--out", tmp_path / "run")
+    status, stdout, stderr = run(ranks, *TRAIN, *out, *options, cwd=tmp_path)
+    told = " ".join(stderr.split())
+    assert status == 1, stdout
+    assert says in told and "Traceback" not in told, told
+    assert told.count("error:") == 1, told
+    assert time.monotonic() - begun < 20
+
+
+FAILING = """
+import sys, time
+from psmpi.comm.world import run, start
+def program():
+    world = start()
+    if world.rank == 1:
+        time.sleep(0.5)
+        {failure}
+    import numpy as np
+    world.Allreduce(np.ones(3), np.ones(3))
+    world.Barrier()
+    return 0
+sys.exit(run(program))
+"""
+
+
+@pytest.mark.parametrize(
+    ("failure", "says"),
+    [
+        ("raise RuntimeError('the moon is full')", "RuntimeError: the moon is full"),
+        ("from psmpi.errors import UserError; raise UserError('say cheese')", "error: say cheese"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", ""),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", ""),
+        ("sys.exit(5)", ""),
+    ],
+)
+def test_a_rank_that_fails_ends_the_job(failure, says):
+    begun = time.monotonic()
+    status, _, err = launch(3, "-c", FAILING.format(failure=failure), timeout=30)
+    assert status != 0 and time.monotonic() - begun < 12
+    assert says in err
+    if says:
+        assert "rank 1 of 3" in err
+
+
+@pytest.mark.parametrize("victim", [0, 2])
+def test_a_rank_killed_in_training_ends_the_job(tmp_path, victim):
+    process = start(4, *TRAIN, "--out", tmp_path / "run", "--epochs", "100000", cwd=tmp_path)
+    try:
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.glob("run/checkpoints/step-*.h5")):
+            assert time.monotonic() < deadline, "training did not begin"
+            time.sleep(0.1)
+        ranks = [p for p in children(process.pid) if b"psmpi.train" in command(p) and b"mpirun" not in command(p)]
+        ranks.sort()
+        os.kill(ranks[victim], signal.SIGKILL)
+        begun = time.monotonic()
+        status, _, _ = finish(process, 20)
+        assert status != 0 and time.monotonic() - begun < 10
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def command(pid):
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def children(pid):
+    """All descendants of a process."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in task.read_text().split():
+            found += [int(child), *children(int(child))]
+    return found
+
+
+def test_a_launcher_of_another_mpi_is_explained():
+    assert announced_size({"PMI_SIZE": "4"}) == ("PMI_SIZE", 4)
+    assert announced_size({"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "3"}) == ("SLURM_STEP_NUM_TASKS", 8)
+    assert announced_size({"SLURM_NTASKS": "8"}) is None, "the batch shell itself"
+    check_launcher(4, {"PMI_SIZE": "4"}, "MPICH")
+    check_launcher(1, {}, "MPICH")
+    with pytest.raises(UserError, match="started 4 processes \\(OMPI_COMM_WORLD_SIZE=4\\)"):
+        check_launcher(1, {"OMPI_COMM_WORLD_SIZE": "4"}, "MPICH Version: 5")
+
+
+def test_singletons_of_another_launcher_stop_with_that_explanation(tmp_path):
+    environment = {**os.environ, "OMPI_COMM_WORLD_SIZE": "3"}
+    done = subprocess.run(
+        [sys.executable, *TRAIN, "--out", str(tmp_path / "run")], env=environment, capture_output=True, text=True,
+        timeout=60, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 1 and "belongs to another MPI" in done.stderr
+    # One of them speaks for all.
+    done = subprocess.run(
+        [sys.executable, *TRAIN], env={**environment, "OMPI_COMM_WORLD_RANK": "2"}, capture_output=True, text=True,
+        timeout=60, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 1 and not done.stderr
+
+
+def test_what_several_ranks_meet_is_told_once(tmp_path):
+    """A compressed file whose damage shows when its samples are read."""
+    rng = np.random.default_rng(0)
+    path = tmp_path / "x.npz"
+    np.savez_compressed(path, x=rng.integers(0, 256, (400, 8, 8)).astype(np.uint8), y=np.arange(400) % 10)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 3] ^= 255
+    path.write_bytes(data)
+    status, _, err = launch(4, *TRAIN, "--out", tmp_path / "run", "--dataset", path)
+    assert status == 1 and err.count("x.npz") == 1 and "Traceback" not in err, err
+
+
+def test_samples_that_are_not_numbers_are_named(tmp_path):
+    x = np.random.default_rng(0).random((100, 6))
+    x[40, 3] = np.nan
+    np.savez(tmp_path / "x.npz", x=x, y=np.arange(100) % 2)
+    options = ("--dataset", tmp_path / "x.npz", "--loss", "nll", "--model", "mlp", "--batch-size", "10")
+    status, _, err = run(1, *TRAIN, "--out", tmp_path / "run", *options)
+    assert status == 1 and "sample 40 has values that are not finite" in err and "Traceback" not in err
+
+
+def test_a_layer_that_is_no_table_is_named(tmp_path):
+    (tmp_path / "net.toml").write_text('[model]\nmodel = "custom"\nlayers = ["dense"]\n')
+    status, _, err = run(1, *TRAIN, "--config", tmp_path / "net.toml", "--out", tmp_path / "run")
+    assert status == 1 and "'dense' is not a table" in err and "Traceback" not in err
+
+
+def test_more_threads_than_cores_are_told(train):
+    """Not so few that the machine of the tests has them."""
+    assert "2 rank(s) of 600 thread(s)" in train(2, "--max-steps", "1", "--threads", "600").stdout
+    assert "thread(s)" not in train(1, "--max-steps", "1", "--threads", "1").stdout
+
+
+def test_odd_names_of_folders_are_no_markup(train, tmp_path):
+    assert "mk[red]x" in train(1, "--epochs", "1", out=tmp_path / "mk[red]x").stdout
+
+
+@pytest.mark.parametrize("suffix", ["npz", "h5"])
+def test_own_data_trains(train, tmp_path, suffix):
+    import h5py
+
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(4, 12))
+    y = np.arange(400) % 4
+    x = (centres[y] + 0.3 * rng.normal(size=(400, 12))).astype(np.float32)
+    path = tmp_path / f"mine.{suffix}"
+    if suffix == "npz":
+        np.savez(path, x=x, y=y)
+    else:
+        with h5py.File(path, "w") as file:
+            file["x"], file["y"] = x, y
+    config = tmp_path / "net.toml"
+    config.write_text(
+        '[model]\nmodel = "custom"\n[[model.layers]]\ntype = "dense"\nunits = 12\n[[model.layers]]\ntype = "tanh"\n'
+        '[[model.layers]]\ntype = "separable_dense"\nunits = 4\ngroups = 4\n'
+    )
+    result = train(3, "--dataset", path, "--config", config, "--epochs", "30", "--lr", "0.01", "--batch-size", "20")
+    assert result.rows[-1]["test_accuracy"] > 0.9
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "jobs").glob("*.sh")), ids=lambda p: p.name)
+def test_job_scripts_are_valid_and_name_existing_options(script, tmp_path):
+    """The shell accepts them, and with srun standing in they start the program with options it knows."""
+    assert subprocess.run(["bash", "-n", script]).returncode == 0
+    text = script.read_text()
+    assert "#SBATCH" in text and "CHANGE" in text and "srun" in text
+    environment = {**os.environ, "SLURM_JOB_ID": "17"}
+    if "cupy" in text:
+        if cuda_host.compiler() is None:
+            pytest.skip("no g++ to compile the CUDA kernels as C++")
+        environment["PYTHONPATH"] = str(FAKE)
+    command = text[text.index("srun --kill") :].replace("srun --kill-on-bad-exit=1 python", f"{sys.executable}")
+    command = re.sub(r"#.*", "", command).replace("--dataset mnist", "--dataset digits")
+    done = subprocess.run(
+        ["bash", "-c", f"set -euo pipefail\n{command}", "job", "--epochs", "1"], cwd=tmp_path, capture_output=True,
+        text=True, env=environment, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs/17/metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("options", [("--compression", "topk"), ("--local-steps", "5"), ("--feedback", "shared")])
+def test_settings_of_another_method_are_not_passed_over(tmp_path, options):
+    status, _, err = run(1, "-m", "psmpi.train", "--out", tmp_path / "run", *options)
+    assert status == 1 and "and the method here is psl: leave it out, or choose that method" in err

@@ -1,0 +1,129 @@
+"""Batch normalization and residual blocks in whole runs: on several ranks, in predictions and in exports."""
+
+import json
+
+import numpy as np
+import pytest
+from helpers.runs import distance, run
+
+from psmpi.backend import make_backend
+from psmpi.data import Resident, open_dataset
+from psmpi.inspect.export import make_model
+from psmpi.inspect.opened import Opened
+from psmpi.nn.model import Model
+from psmpi.nn.zoo import make_network
+
+PSNET = ("--batch-norm", "--dtype", "float64", "--max-steps", "20", "--epochs", "2", "--optimizer", "momentum")
+
+
+def test_workers_of_a_row_normalize_alike(train):
+    alone = train(1, *PSNET)
+    for ranks, more in ((3, ()), (4, ("--colocate", "--placement", "owner"))):
+        many = train(ranks, *PSNET, *more)
+        assert distance(alone.tensors(), many.tensors()) <= 1e-9
+        assert many.rows[-1]["test_loss"] == pytest.approx(alone.rows[-1]["test_loss"], rel=1e-9)
+    # The normalized scores have no parameters.
+    assert "weights/batch_norm3.weight" in alone.tensors() and "weights/batch_norm4.weight" not in alone.tensors()
+
+
+def test_where_workers_would_normalize_otherwise_it_is_said(train):
+    for options in (("--replicas", "2", "--colocate"), ("--partition", "pairs", "--colocate")):
+        status, _, err = run(4, "-m", "psmpi.train", *PSNET, *options)
+        assert status == 1 and "whole minibatches" in err, err
+    found = train(2, *PSNET, "--method", "data_parallel")
+    assert "each rank's own slice" in " ".join(found.stdout.split())
+
+
+def test_predictions_and_exports_of_a_residual_network(train, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    found = train(1, "--model", "resnet", "--widths", "4", "6", "--blocks", "1", "2", "--loss", "nll", "--epochs", "4",
+                  "--lr", "0.01")  # fmt: skip
+    for ranks in (1, 3):
+        status, out, err = run(ranks, "-m", "psmpi.predict", found.out, "--json", "--out", tmp_path / f"{ranks}.npz")
+        assert status == 0, err
+        assert json.loads(out)["accuracy"] == found.rows[-1]["test_accuracy"] > 0.5
+    one, three = (np.load(tmp_path / f"{ranks}.npz")["scores"] for ranks in (1, 3))
+    assert abs(one - three).max() <= 1e-5 * abs(one).max()
+
+    status, out, err = run(1, "-m", "psmpi.inspect", "export", found.out, "--out", tmp_path / "net.onnx")
+    assert status == 0 and "differ from psmpi's by" in out, err
+    x = np.random.default_rng(0).random((9, 1, 8, 8), np.float32)
+    ours = (
+        make_model(Opened(found.out), np.dtype(np.float32)).forward(np.ascontiguousarray(x.reshape(9, -1).T)).scores.T
+    )
+    theirs = onnxruntime.InferenceSession(tmp_path / "net.onnx").run(None, {"x": x})[0]
+    assert abs(theirs - ours).max() <= 1e-5 * abs(ours).max()
+
+
+def test_few_samples_are_predicted_by_the_statistics_of_the_training(train, tmp_path):
+    found = train(
+        1, "--model", "mlp", "--widths", "32", "--batch-norm", "--loss", "nll", "--epochs", "5", "--lr", "0.01"
+    )
+    data = open_dataset("digits", "").test
+    x = np.empty((64, data.n), np.float32)
+    Resident(data, np.arange(data.n), x.dtype).fetch(np.arange(data.n), x)
+    threes = data.labels == 3
+    np.savez(tmp_path / "threes.npz", x=x.T[threes].reshape(-1, 1, 8, 8), y=data.labels[threes])
+    np.savez(tmp_path / "one.npz", x=x.T[threes][:1].reshape(-1, 1, 8, 8), y=data.labels[threes][:1])
+    accuracy = {}
+    for name in ("threes", "one"):
+        options = (found.out, "--dataset", tmp_path / f"{name}.npz", "--split", "all", "--json")
+        for ranks in (1, 3):
+            status, out, err = run(ranks, "-m", "psmpi.predict", *options, "--calibrate", "1000")
+            assert status == 0 and "note" not in err, err
+            accuracy[name, ranks] = json.loads(out)["accuracy"]
+    assert accuracy["threes", 1] == accuracy["threes", 3] > 0.85 and accuracy["one", 1] == accuracy["one", 3]
+    status, out, err = run(1, "-m", "psmpi.predict", *options)
+    assert status == 1 and "a single sample is none" in " ".join(err.split())
+    options = (found.out, "--dataset", tmp_path / "threes.npz", "--split", "all", "--json")
+    status, out, err = run(1, "-m", "psmpi.predict", *options)
+    assert status == 0 and "these very samples" in err and json.loads(out)["accuracy"] < 0.5
+
+
+def test_fixed_statistics_are_those_of_the_minibatches_seen():
+    net = make_network("mlp", (6,), 3, widths=(5,), batch_norm=True)
+    rng = np.random.default_rng(0)
+    w = rng.standard_normal(net.layout().size)
+    model = Model(net, net.layout(), w, None, make_backend("numpy"))
+    x = rng.standard_normal((6, 40)) * 2 + 1
+    own = model.forward(x).scores.copy()
+    # The statistics of the one minibatch are its own.
+    model.calibrate([x])
+    assert np.allclose(model.forward(x).scores, own, rtol=1e-12)
+    assert np.allclose(model.forward(x[:, :1].copy()).scores, own[:, :1], rtol=1e-12)
+    model.calibrate([x[:, :20].copy(), x[:, 20:].copy()])
+    halves = [x[:, :20], x[:, 20:]]
+    first = model.parts[0].w[0][0][0]
+    mean = np.mean([(first @ half).mean(axis=1) for half in halves], axis=0)
+    variance = (first @ x).var(axis=1)
+    norm = next(part for part in model.parts if part.layer.couples)
+    assert np.allclose(norm.fixed[0], mean) and np.allclose(norm.fixed[1], 1 / np.sqrt(variance + 1e-5))
+
+
+def test_normalized_samples_are_learnt_by_direct_feedback_too(train, tmp_path):
+    config = tmp_path / "net.toml"
+    config.write_text(
+        '[model]\nmodel = "custom"\n'
+        + "".join(
+            f"[[model.layers]]\n{line}\n"
+            for line in ('type = "flatten"', 'type = "batch_norm"', 'type = "dense"\nunits = 20', 'type = "batch_norm"',
+                         'type = "tanh"', 'type = "dense"\nunits = 10')
+        )
+    )  # fmt: skip
+    options = (
+        "--config",
+        config,
+        "--method",
+        "dfa",
+        "--loss",
+        "nll",
+        "--epochs",
+        "3",
+        "--lr",
+        "0.02",
+        "--dtype",
+        "float64",
+    )
+    one, two = (train(ranks, *options) for ranks in (1, 2))
+    assert distance(one.tensors(), two.tensors()) <= 1e-9
+    assert abs(one.tensors()["weights/batch_norm1.weight"] - 1).max() > 1e-3 and one.rows[-1]["test_accuracy"] > 0.6

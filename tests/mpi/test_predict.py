@@ -1,0 +1,104 @@
+"""Predictions from a checkpoint."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+from helpers.runs import run
+
+from psmpi.data import open_dataset
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    out = tmp_path_factory.mktemp("trained") / "run"
+    status, _, err = run(1, "-m", "psmpi.train", "--out", out, "--epochs", "12", "--lr", "0.01")
+    assert status == 0, err
+    return out
+
+
+def predict(ranks, *arguments):
+    status, out, err = run(ranks, "-m", "psmpi.predict", *arguments)
+    assert status == 0 and "Traceback" not in err, err
+    return out
+
+
+def refused(*arguments):
+    status, _, err = run(1, "-m", "psmpi.predict", *arguments)
+    assert status == 1 and "Traceback" not in err
+    return " ".join(err.split())
+
+
+@pytest.mark.parametrize("ranks", [1, 3, 10, 13])
+def test_any_ranks_find_the_accuracy_of_the_training(trained, tmp_path, ranks):
+    row = json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])
+    found = json.loads(predict(ranks, trained, "--json", "--out", tmp_path / "p.npz"))
+    assert found["accuracy"] == row["test_accuracy"] > 0.5
+    saved = np.load(tmp_path / "p.npz")
+    labels = open_dataset("digits", None).test.labels
+    assert np.array_equal(saved["labels"], labels) and saved["scores"].shape == (len(labels), 10)
+    assert np.array_equal(saved["predicted"], saved["scores"].argmax(axis=1))
+    confusion = np.array(found["confusion"])
+    assert confusion.sum() == len(labels)
+    assert all(
+        confusion[i, j] == np.sum((labels == i) & (saved["predicted"] == j)) for i in range(10) for j in range(10)
+    )
+
+
+def test_ranks_give_the_same_scores(trained, tmp_path):
+    for ranks in (1, 4):
+        predict(ranks, trained, "--out", tmp_path / f"{ranks}.npz", "--split", "train")
+    one, four = (np.load(tmp_path / f"{ranks}.npz")["scores"] for ranks in (1, 4))
+    assert abs(one - four).max() <= 1e-5 * abs(one).max()
+
+
+def test_a_network_that_cannot_be_cut_shares_the_samples(tmp_path):
+    options = ("--out", tmp_path / "run", "--model", "mlp", "--widths", "8", "--epochs", "2")
+    status, _, err = run(1, "-m", "psmpi.train", *options)
+    assert status == 0, err
+    one, three = (json.loads(predict(ranks, tmp_path / "run", "--json")) for ranks in (1, 3))
+    assert one == three
+
+
+def test_files_of_ones_own_need_no_labels(trained, tmp_path):
+    split = open_dataset("digits", None).test
+    x = (split.read(np.arange(30)) / np.float32(16)).astype(np.float32).reshape(-1, 8, 8)
+    np.savez(tmp_path / "x.npz", x=x)
+    options = (trained, "--dataset", tmp_path / "x.npz", "--split", "all", "--out", tmp_path / "p.csv")
+    out = predict(1, *options)
+    assert "30 samples" in out and "no accuracy" in out
+    rows = list(csv.DictReader((tmp_path / "p.csv").read_text().splitlines()))
+    predict(1, trained, "--out", tmp_path / "p.npz")
+    expected = np.load(tmp_path / "p.npz")
+    assert [int(row["predicted"]) for row in rows] == expected["predicted"][:30].tolist()
+    assert {row["label"] for row in rows} == {""}
+    assert float(rows[4]["score_7"]) == pytest.approx(expected["scores"][4, 7], rel=1e-5)
+    np.savez(tmp_path / "x.npz", x=x, y=split.labels[:30])
+    found = json.loads(predict(2, *options, "--json"))
+    assert found["accuracy"] == np.mean(expected["predicted"][:30] == split.labels[:30])
+
+
+def test_a_part_scores_its_classes(trained, tmp_path):
+    status, _, err = run(1, "-m", "psmpi.inspect", "cut", trained, "--classes", "4", "6", "--out", tmp_path / "part.h5")
+    assert status == 0, err
+    predict(1, trained, "--out", tmp_path / "all.npz")
+    for ranks in (1, 2, 3):
+        out = predict(ranks, tmp_path / "part.h5", "--out", tmp_path / "part.npz")
+        assert "classes 4 6" in out
+        part, whole = np.load(tmp_path / "part.npz"), np.load(tmp_path / "all.npz")
+        assert abs(part["scores"] - whole["scores"][:, [4, 6]]).max() <= 1e-5 * abs(whole["scores"]).max()
+        assert set(part["predicted"]) <= {4, 6}
+
+
+def test_mistakes_are_named(trained, tmp_path):
+    assert "there is no such checkpoint" in refused(tmp_path / "none.h5")
+    assert "ends in .csv or .npz" in refused(trained, "--out", "p.txt")
+    assert "nowhere" in refused(trained, "--out", tmp_path / "nowhere" / "p.csv")
+    np.savez(tmp_path / "x.npz", x=np.zeros((9, 3), np.float32), y=np.zeros(9, int))
+    assert "was trained on (1, 8, 8)" in refused(trained, "--dataset", tmp_path / "x.npz")
+    np.savez(tmp_path / "x.npz", x=np.zeros((9, 8, 8), np.float32), y=np.full(9, 12))
+    assert "has the label 12" in refused(trained, "--dataset", tmp_path / "x.npz")
+    np.savez(tmp_path / "x.npz", x=np.zeros((9, 8, 8), np.float32))
+    assert "no array 'y'" in refused(trained, "--dataset", tmp_path / "x.npz")
+    assert "splits train and test" in refused(trained, "--split", "all")

@@ -1,0 +1,513 @@
+"""Elements and their gradients against whole networks; partitioned quasi-Newton training, serial and distributed."""
+
+import json
+from dataclasses import replace
+from itertools import combinations, pairwise
+
+import h5py
+import numpy as np
+import pytest
+from helpers.datasets import real
+from helpers.runs import distance, run
+
+from psmpi.backend import make_backend
+from psmpi.config import Config
+from psmpi.data import Batch, Dataset, open_dataset
+from psmpi.methods.psl.element_set import ElementSet
+from psmpi.methods.psl.plan import Settings
+from psmpi.nn.losses import make_loss
+from psmpi.nn.model import Model
+from psmpi.nn.network import build
+from psmpi.nn.zoo import make_network
+from psmpi.optim.curvature import RULES, Outcome
+from psmpi.registry import find_method
+from psmpi.training.context import Context
+
+F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
+PAIRS = list(combinations(range(10), 2))
+
+
+def problem(shape, dtype, batch=40, seed=0):
+    """(network, layout, weights, samples, labels in their order)."""
+    network = make_network("psnet", shape, 10)
+    rng = np.random.default_rng(seed)
+    w = (0.2 * rng.standard_normal(network.layout().size)).astype(dtype)
+    x = rng.random((int(np.prod(shape)), batch)).astype(dtype)
+    return network, network.layout(), w, x, np.sort(rng.integers(0, 10, batch))
+
+
+def element_set(network, layout, dtype, classes=range(10), pairs=PAIRS, loss=None, **options):
+    loss = loss or make_loss("psl", dtype)
+    found = ElementSet(network, layout, tuple(classes), pairs, dtype, make_backend("auto"), loss, **options)
+    return found, np.full((len(found.elements), found.size), np.nan, dtype)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("loss", ["psl", "logistic"])
+@pytest.mark.parametrize("dtype", [F64, F32], ids=str)
+@pytest.mark.parametrize("shape", [(1, 8, 8), (1, 28, 28), (3, 32, 32)])
+def test_element_gradients_add_up_to_that_of_the_network(shape, dtype, loss, merged):
+    network, layout, w, x, labels = problem(shape, dtype)
+    whole, apart = make_loss(loss, dtype, kappa=2), make_loss(loss, dtype, kappa=2)
+    g = np.empty_like(w)
+    model = Model(network, layout, w, g, make_backend("auto"))
+    tape = model.forward(x)
+    scores = tape.scores
+    dscores = np.empty(scores.shape)
+    value = whole(scores, labels, 1 / 40, dscores)
+    model.backward(tape, dscores.astype(dtype))
+    elements, out = element_set(network, layout, dtype, loss=apart, merged=merged)
+    assert len(elements.elements) == (45 if merged else 90)
+    found = elements.gradients(w, x, labels, 1 / 40, out)
+    tolerance = 1e-12 if dtype == F64 else 1e-6
+    assert found + whole.constant == pytest.approx(value, rel=tolerance)
+    assert elements.value(w, x, labels, 1 / 40) == pytest.approx(found, rel=tolerance)
+    total = np.empty_like(w)
+    elements.accumulate(out, total)
+    assert np.linalg.norm(total - g) <= tolerance * np.linalg.norm(g)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_an_element_gradient_is_that_of_its_terms(merged):
+    """Each by a backward pass of its own through the whole network."""
+    network, layout, w, x, labels = problem((1, 8, 8), F64)
+    labels[labels == 4] = 5
+    elements, out = element_set(network, layout, F64, merged=merged)
+    elements.gradients(w, x, labels, 1.0, out)
+    model = Model(network, layout, w, np.empty_like(w), make_backend("numpy"))
+    for number, (i, j) in enumerate(elements.elements):
+        tape = model.forward(x)
+        scores = tape.scores.copy()
+        dscores = np.zeros_like(scores)
+        for a, b in ((i, j), (j, i)) if merged else ((i, j),):
+            mine = labels == a
+            term = np.exp(scores[b] - scores[a]) * mine
+            dscores[b] += term
+            dscores[a] -= term
+        model.backward(tape, dscores)
+        alone = np.zeros((len(elements.elements), elements.size))
+        alone[number] = out[number]
+        found = np.empty_like(w)
+        elements.accumulate(alone, found)
+        assert np.linalg.norm(found - model.g) <= 1e-12 * max(1e-3, np.linalg.norm(model.g))
+    expected = [4 not in e[: 1 + merged] if not merged else e != (4, 4) for e in elements.elements]
+    assert elements.seen(labels).tolist() == expected
+    assert not out[~elements.seen(labels)].any()
+
+
+def test_elements_of_different_sizes_and_of_a_worker():
+    """Blocks that cut channels make elements of different sizes; a worker sees its own classes only."""
+    layers = [
+        *({"type": "conv", "channels": 6, "kernel": 4}, {"type": "mean_pool"}, {"type": "sigmoid"}),
+        *({"type": "conv", "channels": 16, "kernel": 4}, {"type": "mean_pool"}, {"type": "sigmoid"}),
+        *({"type": "flatten"}, {"type": "separable_dense", "units": 200, "groups": 10}, {"type": "sigmoid"}),
+        {"type": "separable_dense", "units": 10, "groups": 10},
+    ]
+    network = build("cut", (1, 28, 28), layers, 10)
+    layout, rng = network.layout(), np.random.default_rng(1)
+    w = 0.1 * rng.standard_normal(layout.size)
+    x, labels = rng.random((784, 30)), np.sort(rng.integers(0, 10, 30))
+    classes, pairs = (2, 3, 7), [(2, 7), (3, 7)]
+    elements, out = element_set(network, layout, F64, classes, pairs)
+    assert len(set(elements.restriction.sizes)) > 1
+    mine = np.concatenate([w[a:b] for a, b in elements.part.intervals])
+    known = np.isin(labels, classes)
+    numbers = np.searchsorted(classes, labels[known])
+    elements.gradients(mine, np.ascontiguousarray(x[:, known]), numbers, 1.0, out)
+    model = Model(network, layout, w, np.empty_like(w), make_backend("numpy"))
+    tape = model.forward(x)
+    scores = tape.scores
+    dscores = np.zeros_like(scores)
+    for i, j in ((2, 7), (7, 2), (3, 7), (7, 3)):
+        term = np.exp(scores[j] - scores[i]) * (labels == i)
+        dscores[j] += term
+        dscores[i] -= term
+    model.backward(tape, dscores)
+    total = np.empty_like(mine)
+    elements.accumulate(out, total)
+    expected = np.concatenate([model.g[a:b] for a, b in elements.part.intervals])
+    assert np.linalg.norm(total - expected) <= 1e-12 * np.linalg.norm(expected)
+    restricted = elements.make_vectors()
+    elements.restrict(mine, restricted)
+    for e, size in enumerate(elements.restriction.sizes):
+        expected = np.concatenate([w[a:b] for a, b in layout.part(elements.elements[e]).intervals])
+        assert np.array_equal(restricted[e, :size], expected) and not restricted[e, size:].any()
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize(
+    "layers",
+    [
+        [
+            {"type": "conv", "channels": 16, "kernel": 3, "bias": False}, {"type": "mean_pool"}, {"type": "sigmoid"},
+            {"type": "flatten"}, {"type": "separable_dense", "units": 10, "groups": 10, "bias": False},
+        ],
+        [
+            {"type": "flatten"}, {"type": "separable_dense", "units": 48, "groups": 4, "bias": False},
+            {"type": "sigmoid"}, {"type": "separable_dense", "units": 10, "groups": 2, "bias": False},
+        ],
+    ],
+    ids=["convolution", "dense"],
+)  # fmt: skip
+def test_layers_without_biases_have_the_gradients_of_the_network(layers, merged):
+    network = build("without", (1, 8, 8), layers, 10)
+    layout, rng = network.layout(), np.random.default_rng(3)
+    w, x, labels = 0.3 * rng.standard_normal(layout.size), rng.random((64, 40)), rng.integers(0, 10, 40)
+    loss = make_loss("psl", F64)
+    model = Model(network, layout, w, np.empty_like(w), make_backend("auto"))
+    dscores = np.empty((10, 40))
+    tape = model.forward(x)
+    loss(tape.scores, labels, 1 / 40, dscores)
+    model.backward(tape, dscores)
+    elements, out = element_set(network, layout, F64, merged=merged)
+    elements.gradients(w, x, labels, 1 / 40, out)
+    total = np.empty_like(w)
+    elements.accumulate(out, total)
+    assert np.linalg.norm(total - model.g) <= 1e-12 * np.linalg.norm(model.g)
+
+
+@pytest.mark.parametrize(("shape", "shared"), [((1, 28, 28), 1040), ((3, 32, 32), 4560)])
+def test_the_matrix_starts_as_the_diagonal_of_multiplicities(shape, shared):
+    network = make_network("psnet", shape, 10)
+    layout = network.layout()
+    elements, v = element_set(network, layout, F64)
+    elements.restrict(np.ones(layout.size), v)
+    diagonal = np.empty(layout.size)
+    elements.accumulate(v, diagonal)
+    values, counts = np.unique(diagonal, return_counts=True)
+    assert values.tolist() == [18, 90] and counts.tolist() == [layout.size - shared, shared]
+
+
+def test_huge_terms_give_finite_gradients():
+    network, layout, w, x, labels = problem((1, 8, 8), F32)
+    elements, out = element_set(network, layout, F32)
+    value = elements.gradients(w * 400, x, labels, 1.0, out)
+    assert np.isfinite(out).all() and np.isfinite(value) and value > 1e30
+
+
+class Alone:
+    rank, size = 0, 1
+
+
+class Fixed:
+    """The first samples of a split."""
+
+    def __init__(self, split, n):
+        self.split, self.n, self.shape, self.scale, self.dtype = split, n, split.shape, split.scale, split.dtype
+        self.features, self.targets, self.index = split.features, split.targets[:n], None
+        self.labels, self.task = self.targets, "classes"
+
+    def read(self, rows):
+        return self.split.read(rows)
+
+
+def make_method(network, dataset, **changes):
+    base = Config()
+    config = replace(
+        base,
+        data=replace(base.data, batch_size=dataset.train.n),
+        model=replace(base.model, dtype="float64"),
+        optimization=replace(base.optimization, **changes),
+    ).changed(Settings, partition="pairs")
+    return find_method("psl")(Context(Alone(), network, dataset, config, make_backend("auto")))
+
+
+def digits(n=120):
+    whole = open_dataset("digits", "")
+    train = Fixed(whole.train, n)
+    return replace(whole, train=train) if hasattr(whole, "__dataclass_fields__") else Dataset(
+        "digits", 10, whole.shape, train, whole.test
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_secant_equations_hold_after_a_step(rule):
+    """B_e s_e = y_e of every element that took its pair; where all did, B s = y and s^T B s = s^T y."""
+    network = make_network("psnet", (1, 8, 8), 10)
+    method = make_method(network, digits(), optimizer=rule)
+    newton, ids, updates, whole = method.newton, np.arange(120), 0, 0
+    for _ in range(8):
+        failed, weights = newton.scalars["failed_steps"], method.w.copy()
+        method.step(Batch(ids), 0.0)
+        if newton.scalars["failed_steps"] > failed:
+            continue
+        # The step as the elements have it: a difference of weights would bring their rounding in.
+        step, down = newton.s.copy(), newton.elements.restriction.down.table
+        s, product = np.zeros(newton.elements.part.size), np.empty_like(step)
+        for source, target, length in down:
+            s[source : source + length] = step.reshape(-1)[target : target + length]
+        newton.operators.product(step, product)
+        assert np.linalg.norm(method.w - weights - s) <= 1e-12 * np.linalg.norm(weights)
+        np.copyto(newton.p, s)
+        newton._product(newton.p, newton.q)
+        done = newton.outcome == Outcome.UPDATED
+        updates += done.sum()
+        y = newton.after
+        far, size = (np.linalg.norm(v, axis=1) for v in (product - y, y))
+        # A product starts from sigma s, and where that is thousands of times y the rest cancels it.
+        start = newton.operators.sigma * np.linalg.norm(step, axis=1)
+        assert (far[done] <= np.maximum(1e-10 * size, 1e-12 * start)[done]).all()
+        if done.all():
+            whole += 1
+            total = np.empty_like(s)
+            newton.elements.accumulate(y, total)
+            assert np.linalg.norm(newton.q - total) <= max(1e-10 * np.linalg.norm(total), 1e-12 * start.sum())
+    assert updates >= 200 and (whole >= 3 or rule == "plbfgs")
+
+
+@pytest.mark.parametrize("lr", [1e-3, 2.5e-4])
+def test_a_first_scaled_step_is_that_of_adam_with_the_multiplicities(lr):
+    """All matrices are the identity, so B is diagonal: the multiplicities and sigma, which rises as lr falls."""
+    network = make_network("psnet", (1, 8, 8), 10)
+    options = {"cg_tolerance": 1e-13, "line_search": "backtracking", "sigma": 1000.0}
+    method = make_method(network, digits(), optimizer="plse", scaling="moments", **options)
+    newton, w = method.newton, method.w.copy()
+    method.step(Batch(np.arange(120)), lr)
+    g = newton.g / newton.root
+    multiplicity = np.empty_like(w)
+    newton.elements.accumulate(np.ones((90, newton.elements.size)), multiplicity)
+    assert sorted(set(multiplicity.tolist())) == [18, 90]
+    step = -g / (np.abs(g) + 1e-8) / (multiplicity + 1000 * 1e-3 / lr)
+    taken = method.w - w
+    length = (taken @ step) / (step @ step)
+    assert 0 < length <= 1 + 1e-9 and np.linalg.norm(taken - length * step) <= 1e-10 * np.linalg.norm(taken)
+
+
+@pytest.mark.parametrize("scaling", ["none", "moments"])
+def test_sigma_is_added_to_the_matrix(scaling):
+    network = make_network("psnet", (1, 8, 8), 10)
+    methods = [make_method(network, digits(), optimizer="plsr1", scaling=scaling, sigma=s) for s in (0.0, 3.0)]
+    found = []
+    for method in methods:
+        method.newton.p[:] = np.cos(np.arange(len(method.w)))
+        method.newton._product(method.newton.p, method.newton.q)
+        found.append(method.newton.q.copy())
+    assert np.linalg.norm(found[1] - found[0] - 3 * methods[0].newton.p) <= 1e-12 * np.linalg.norm(found[1])
+
+
+def test_scaled_pairs_satisfy_the_secant_equation_of_the_weights():
+    """D^(1/2) B D^(1/2) s = y, with s and y those of the weights, where every element took its pair."""
+    network = make_network("psnet", (1, 8, 8), 10)
+    method = make_method(network, digits(), optimizer="plse", scaling="moments")
+    newton, ids, whole = method.newton, np.arange(120), 0
+    for _ in range(8):
+        before = method.w.copy()
+        method.gradient(Batch(ids))
+        g = method.g.copy()
+        method.step(Batch(ids), 1e-3)
+        method.gradient(Batch(ids))
+        y, s, root = method.g - g, method.w - before, newton.root.copy()
+        if not (newton.taken and (newton.outcome == Outcome.UPDATED).all()):
+            continue
+        whole += 1
+        np.copyto(newton.p, s / root)
+        newton._product(newton.p, newton.q)
+        assert np.linalg.norm(newton.q / root - y) <= 1e-8 * np.linalg.norm(y)
+    assert whole >= 2
+
+
+OPTIONS = ("--partition", "pairs", "--dtype", "float64", "--max-steps", "12")
+VARIANTS = {
+    "plbfgs": ("--optimizer", "plbfgs"),
+    # Denominators of SR1 may be a millionth of their terms and multiply rounding by as much: a few steps only.
+    "plsr1": ("--optimizer", "plsr1", "--globalization", "trust-region", "--max-steps", "6"),
+    "plse": ("--optimizer", "plse", "--merge-pairs", "--curvature", "relative"),
+    # So do fourth roots of squares of small gradients.
+    "scaled": (
+        *(
+            "--max-steps",
+            "5",
+            "--optimizer",
+            "plbfgs",
+            "--scaling",
+            "moments",
+            "--sigma",
+            "1000",
+            "--extrapolation",
+            "constant",
+        ),
+        *("--schedule", "cosine", "--cg-iterations", "5"),
+    ),
+    "adaptive": ("--optimizer", "plse", "--extrapolation", "adaptive", "--line-search", "backtracking"),
+}
+
+
+@pytest.mark.parametrize("variant", [pytest.param(v, marks=[pytest.mark.slow] * (v == "plbfgs")) for v in VARIANTS])
+def test_steps_do_not_depend_on_ranks(train, variant):
+    options = (*OPTIONS, *VARIANTS[variant])
+    serial = train(1, *options)
+    layouts: list = [(4, ())]
+    if variant == "plbfgs":
+        layouts += [(2, ()), (7, ("--masters", "3")), (4, ("--colocate",)), (5, ("--placement", "owner"))]
+    for ranks, layout in layouts:
+        result = train(ranks, *options, *layout)
+        assert distance(serial.tensors(), result.tensors()) <= 1e-10
+        assert result.rows[-1]["train_loss"] == pytest.approx(serial.rows[-1]["train_loss"], rel=1e-12)
+
+
+@pytest.mark.parametrize("optimizer", ["plbfgs", "plsr1", "plse"])
+def test_training_learns(train, optimizer):
+    region = ("--globalization", "trust-region") if optimizer == "plsr1" else ()
+    rows = train(1, "--partition", "pairs", "--optimizer", optimizer, "--epochs", "12", *region).rows
+    assert rows[-1]["test_accuracy"] > 0.6 and rows[-1]["train_loss"] < 0.7 * rows[0]["train_loss"]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "options"),
+    [
+        (1, ("--optimizer", "plse", "--extrapolation", "constant")),
+        (3, ("--optimizer", "plsr1", "--globalization", "trust-region", "--dtype", "float32")),
+        (4, ("--optimizer", "plbfgs", "--merge-pairs", "--masters", "2", "--placement", "owner")),
+        (
+            3,
+            (
+                *("--optimizer", "plse", "--scaling", "moments", "--sigma", "50", "--extrapolation", "adaptive"),
+                *("--batch-size", "37", "--dtype", "float32", "--colocate", "--schedule", "cosine"),
+            ),
+        ),
+    ],
+)
+def test_a_resumed_run_ends_in_the_same_bits(train, ranks, options):
+    """Weights, vectors and the curvature of every element."""
+    whole = train(ranks, *OPTIONS, *options, "--max-steps", "20")
+    first = train(ranks, *OPTIONS, *options, "--max-steps", "9")
+    resumed = train(ranks, *OPTIONS, *options, "--max-steps", "20", "--resume", "auto", out=first.out)
+    assert "afresh" not in resumed.stdout
+    mine, theirs = whole.tensors(), resumed.tensors()
+    assert {f"elements/{name}" for name in ("classes", "pairs", "gram", "middle", "stamps", "sigma")} < mine.keys()
+    assert mine.keys() == theirs.keys() and all(np.array_equal(mine[k], theirs[k]) for k in mine)
+    assert len(mine["elements/classes"]) == (45 if "--merge-pairs" in options else 90)
+    assert (mine["elements/pushes"] > 0).sum() > 40
+
+
+def test_curvature_goes_on_on_another_number_of_ranks(train):
+    options = (*OPTIONS, "--optimizer", "plse", "--extrapolation", "constant")
+    first = train(1, *options, "--max-steps", "9")
+    results = [
+        train(ranks, *options, "--max-steps", "11", "--resume", first.checkpoint).tensors() for ranks in (1, 3, 6)
+    ]
+    for other in results[1:]:
+        assert (other["elements/classes"] == results[0]["elements/classes"]).all()
+        assert distance(results[0], other) <= 1e-9
+
+
+def test_the_tools_tell_of_elements(train):
+    """Shown with their sizes, compared, and not what a part of the network is cut with."""
+    runs = [train(1, *OPTIONS, "--max-steps", n, "--optimizer", "plbfgs") for n in ("6", "7")]
+    status, out, err = run(1, "-m", "psmpi.inspect", "show", runs[0].checkpoint)
+    assert status == 0 and "elements  90 elements" in out and "pairs  float64 90 x 10 x 1056" in out, err
+    status, out, err = run(1, "-m", "psmpi.inspect", "diff", runs[0].checkpoint, runs[1].checkpoint, "--json")
+    table = {row["name"]: row for row in json.loads(out)["tensors"]}
+    assert status == 0 and table["elements/classes"]["identical"] and table["elements/pairs"]["distance"] > 0, err
+    pairs = [r.tensors()["elements/pairs"] for r in runs]
+    expected = np.linalg.norm(pairs[1] - pairs[0]) / np.linalg.norm(pairs[0])
+    assert table["elements/pairs"]["distance"] == pytest.approx(expected, rel=1e-12)
+    part = runs[0].checkpoint.parent / "part.h5"
+    status, _, err = run(1, "-m", "psmpi.inspect", "cut", runs[0].checkpoint, "--classes", "1", "2", "--out", part)
+    assert status == 0, err
+    with h5py.File(part) as file:
+        assert "elements" not in file
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        (("--scaling", "moments"), ()),
+        ((), ("--scaling", "moments")),
+        ((), ("--extrapolation", "constant")),
+        (("--extrapolation", "constant"), ()),
+    ],
+)
+def test_a_state_of_other_settings_is_not_taken_up(train, first, then):
+    """Pairs of scaled variables are no pairs of the weights."""
+    begun = train(1, *OPTIONS, "--optimizer", "plse", *first)
+    resumed = train(1, *OPTIONS, "--optimizer", "plse", *then, "--max-steps", "13", "--resume", begun.checkpoint)
+    said = " ".join(resumed.stdout.split())
+    assert "note: the checkpoint's optimizer has " in said and "the optimizer starts afresh" in said
+    assert resumed.tensors()["elements/pushes"].max() <= 1
+
+
+def test_counts_begin_again_in_a_resumed_run(train):
+    """Steps that failed, of the partitioned methods and of the whole vector's; every step is in its epoch's row."""
+    for options in (("--partition", "pairs", "--optimizer", "plse"), ("--optimizer", "lbfgs-tr")):
+        options = (*options, "--kappa", "200", "--globalization", "trust-region", "--max-steps")
+        first = train(1, *options, "10")
+        failed = first.rows[-1]["events"]["optimizer_failed_steps"]
+        assert failed > 0 and f"optimizer failed steps: {failed} so far" in first.stdout
+        resumed = train(1, *options, "12", "--resume", first.checkpoint)
+        assert resumed.rows[-1]["events"]["optimizer_failed_steps"] <= 2
+
+
+def test_a_line_search_comes_back_from_steps_far_too_long(train):
+    """The first gradients are so large that 46 cuts of the length are too few."""
+    result = train(1, "--partition", "pairs", "--optimizer", "plbfgs", "--kappa", "12", "--max-steps", "30")
+    assert result.rows[-1]["events"]["optimizer_failed_steps"] < 15
+    assert result.rows[-1]["events"]["steps_without_update"] < 15
+
+
+def test_steps_that_bring_no_pair_are_counted_when_they_happen(monkeypatch):
+    network = make_network("psnet", (1, 8, 8), 10)
+    method = make_method(network, digits(), optimizer="plbfgs")
+    skip = np.full(90, Outcome.SKIPPED)
+    monkeypatch.setattr(method.newton.operators, "push", lambda *a: skip)
+    for count in (1, 2, 3):
+        method.step(Batch(np.arange(120)), 1e-3)
+        events = method.events()
+        assert events["steps_without_update"] == count and events["curvature_pairs_skipped"] == 90 * count
+    assert method.events()["steps_without_update"] == 3
+
+
+@pytest.mark.parametrize("options", [("--memory", "3"), ("--merge-pairs",)])
+def test_other_elements_than_the_checkpoint_has_start_afresh(train, options):
+    first = train(1, *OPTIONS, "--optimizer", "plse")
+    resumed = train(1, *OPTIONS, "--optimizer", "plse", *options, "--max-steps", "14", "--resume", first.checkpoint)
+    assert "the curvature of these elements: it starts afresh" in " ".join(resumed.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("ranks", "options", "says"),
+    [
+        (1, (), "needs --partition pairs"),
+        (3, ("--partition", "pairs", "--replicas", "2"), "use --replicas 1"),
+        (1, ("--partition", "pairs", "--damping"), "--damping is of --optimizer plbfgs"),
+        (1, ("--partition", "pairs", "--scaling", "moments", "--eps", "1e-50"), "rounds to 0 in float32"),
+        (1, ("--partition", "pairs", "--sigma", "-1"), "0 or more"),
+        (1, ("--optimizer", "adam", "--memory", "0"), "1 to 100 pairs"),
+        (1, ("--partition", "pairs", "--extrapolation", "adaptive", "--globalization", "trust-region"), "line-search"),
+        (1, ("--partition", "pairs", "--memory", "0"), "--memory 0"),
+        (1, ("--partition", "pairs", "--cg-tolerance", "2"), "--cg-tolerance 2"),
+        (1, ("--partition", "pairs", "--cg-iterations", "0"), "--cg-iterations 0"),
+        (1, ("--partition", "pairs", "--weight-decay", "0.1"), "--weight-decay is of --optimizer sgd"),
+        (1, ("--partition", "pairs", "--loss", "nll"), "--loss psl"),
+    ],
+)
+def test_what_cannot_be_is_refused(tmp_path, ranks, options, says):
+    status, _, err = run(ranks, "-m", "psmpi.train", "--optimizer", "plse", *options, "--out", tmp_path / "run")
+    assert status == 1 and says in " ".join(err.split()) and "Traceback" not in err
+
+
+CUSTOM = [
+    *({"type": "conv", "channels": 6, "kernel": 5}, {"type": "mean_pool"}, {"type": "sigmoid"}),
+    *({"type": "conv", "channels": 10, "kernel": 5}, {"type": "mean_pool"}, {"type": "sigmoid"}, {"type": "flatten"}),
+    *({"type": "separable_dense", "units": 60, "groups": 10}, {"type": "sigmoid"}),
+    *({"type": "separable_dense", "units": 40, "groups": 10}, {"type": "sigmoid"}),
+    {"type": "separable_dense", "units": 10, "groups": 10},
+]
+
+
+@pytest.mark.parametrize(("rule", "bound"), [("plbfgs", 5.0), ("plse", 5.0), ("plsr1", 8.0)])
+def test_the_loss_of_a_fixed_minibatch_never_increases(rule, bound):
+    """Forty iterations on the first 200 training images of MNIST."""
+    whole = open_dataset("mnist", real("mnist"))
+    network = build("small", (1, 28, 28), CUSTOM, 10)
+    assert network.layout().size == 3016
+    dataset = Dataset(name="mnist", outputs=10, shape=whole.shape, train=Fixed(whole.train, 200), test=whole.test)
+    method = make_method(network, dataset, optimizer=rule)
+    losses, ids = [], np.arange(200)
+    for _ in range(41):
+        before = method.loss_sum
+        method.step(Batch(ids), 0.0)
+        losses.append((method.loss_sum - before) / 200)
+    assert all(b <= a for a, b in pairwise(losses)), losses
+    assert losses[-1] <= bound
+    assert method.newton.counts["updated"] > 0

@@ -1,0 +1,189 @@
+"""Every kind of layer, by the examples that have it: exports, memory, passes that are open at once, sums over ranks."""
+
+import threading
+import tracemalloc
+import weakref
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from helpers.layer_examples import NETWORKS, make
+from helpers.problems import make_model, random_problem
+
+from psmpi.backend import NumpyOps
+from psmpi.bench.memory import pass_numbers
+from psmpi.inspect.export import build_onnx
+from psmpi.nn.layers import LAYERS
+from psmpi.nn.layers.chain import leaves, walk
+from psmpi.nn.model import Model
+
+
+def types(tables):
+    """The types of layer tables, those inside others too."""
+    for table in tables:
+        yield table["type"]
+        yield from types(table.get("layers", ()))
+
+
+def test_every_kind_of_layer_has_an_example():
+    seen = {kind for _, layers, _ in NETWORKS.values() if layers is not None for kind in types(layers)}
+    assert seen == set(LAYERS)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_initial_values_and_users_are_of_the_layer_s_own_parameters(name):
+    network = make(name)
+    for layer in leaves(network.layers):
+        names = [p.name for p in layer.parameters()]
+        assert len(set(names)) == len(names) and layer.initial("he", 1.0).keys() <= set(names)
+        uses = ((0, layer.out_shape[0], frozenset([0])),)
+        assert [p.name for p, _ in layer.users(uses)] == names
+        assert layer.restrict(layer.out_shape[0], layer.in_shape) == layer
+        assert replace(layer, name="x").out_shape == layer.out_shape
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_an_exported_network_has_the_scores_of_the_model(name):
+    onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    network = make(name)
+    layout, w, x, _ = random_problem(network, batch=5, dtype=np.float32)
+    for classes in (None, [1], [0, 2]):
+        model = make_model(network, layout, w, classes, fold=False)
+        proto = build_onnx(model)
+        onnx.checker.check_model(proto, full_check=True)
+        session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+        theirs = session.run(None, {"x": np.ascontiguousarray(x.T).reshape(5, *network.in_shape)})[0]
+        ours = model.forward(x).scores.T
+        assert abs(theirs - ours).max() <= 2e-5 * max(1.0, abs(ours).max())
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_model_holds_what_its_layers_say(name):
+    network = make(name)
+    layout, w, x, d = random_problem(network, batch=400)
+    for classes in (tuple(range(network.classes)), (1,)):
+        model = make_model(network, layout, w, classes)
+        model.backward(model.forward(x), d[list(classes)].copy())
+        outputs, besides = pass_numbers(network, classes, 400, packed=False)
+        held, needed = model.activation_bytes + model.buffer_bytes, 8 * (outputs + besides)
+        assert held <= 1.1 * needed + 4096 and needed <= 1.1 * held + 4096
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_passes_that_are_open_at_once_keep_apart(name):
+    """Three forward passes of different minibatches, then their backward passes in another order."""
+    network = make(name)
+    layout, w, x, d = random_problem(network, batch=9)
+    slices, expected = [slice(0, 2), slice(2, 6), slice(4, 9)], []
+    for at in slices:
+        model = make_model(network, layout, w)
+        model.backward(model.forward(np.ascontiguousarray(x[:, at])), d[:, at].copy())
+        expected.append(model.g)
+    model = make_model(network, layout, w)
+    tapes = [model.forward(np.ascontiguousarray(x[:, at]), model.open(9)) for at in slices]
+    for k in (1, 0, 2):
+        model.backward(tapes[k], d[:, slices[k]].copy())
+        assert np.array_equal(model.g, expected[k])
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_gradients_are_added_where_that_is_wanted_and_left_out_where_not(name):
+    network = make(name)
+    layout, w, x, d = random_problem(network, batch=6)
+    model = make_model(network, layout, w)
+    model.backward(model.forward(x), d.copy())
+    once = model.g.copy()
+    model.backward(model.forward(x), 2 * d, add=True)
+    assert np.allclose(model.g, 3 * once, rtol=1e-12, atol=1e-12 * abs(once).max())
+    before, dx, again = model.g.copy(), np.full((*model.in_shape, 6), np.nan), np.full((*model.in_shape, 6), np.nan)
+    model.backward(model.forward(x), d.copy(), weights=False, dx=dx)
+    assert np.array_equal(model.g, before)
+    model.backward(model.forward(x), d.copy(), dx=again)
+    assert np.array_equal(dx, again) and np.array_equal(model.g, once)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_gradient_of_the_inputs_matches_central_differences(name):
+    network = make(name)
+    layout, w, x, d = random_problem(network)
+    model = make_model(network, layout, w)
+    dx, h = np.empty((*model.in_shape, 3)), 1e-6
+    model.backward(model.forward(x), d.copy(), dx=dx)
+    flat = x.reshape(-1)
+    for i in np.random.default_rng(1).permutation(flat.size)[:30]:
+        sums = []
+        for move in (h, -2 * h):
+            flat[i] += move
+            sums.append((model.forward(x).scores * d).sum())
+        flat[i] += h
+        assert abs((sums[0] - sums[1]) / (2 * h) - dx.reshape(-1)[i]) <= 1e-6 * max(1, np.abs(dx).max())
+
+
+class Together:
+    """Sums of arrays over threads, each of which calls `total` in turn with the others."""
+
+    def __init__(self, count):
+        self.barrier, self.arrays, self.numbers = threading.Barrier(count), [None] * count, [0] * count
+
+    def total(self, k):
+        def call(values):
+            self.numbers[k] += values.size
+            self.arrays[k] = values
+            self.barrier.wait(30)
+            found = sum(array.copy() for array in self.arrays)
+            self.barrier.wait(30)
+            values[...] = found
+
+        return call
+
+
+@pytest.mark.parametrize("name", [name for name in NETWORKS if make(name).normalized])
+def test_with_the_sums_that_layers_state_slices_are_as_good_as_the_minibatch(name):
+    network = make(name)
+    layout, w, x, d = random_problem(network, batch=11)
+    whole = make_model(network, layout, w)
+    tape = whole.forward(x)
+    scores = tape.scores.copy()
+    whole.backward(tape, d.copy())
+    cuts, together = [slice(0, 3), slice(3, 4), slice(4, 11)], Together(3)
+    models = [
+        Model(network, layout, whole.w, np.full_like(whole.w, np.nan), NumpyOps(), total=together.total(k))
+        for k in range(3)
+    ]
+    found = [None] * 3
+
+    def work(k):
+        tape = models[k].forward(np.ascontiguousarray(x[:, cuts[k]]))
+        found[k] = tape.scores.copy()
+        models[k].backward(tape, d[:, cuts[k]].copy())
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert np.allclose(np.concatenate(found, axis=1), scores, rtol=1e-10, atol=1e-11)
+    total = sum(model.g for model in models)
+    assert np.allclose(total, whole.g, rtol=1e-9, atol=1e-10 * abs(whole.g).max())
+    stages = [one for stage in network.stages(range(network.classes)) for one in walk(stage)]
+    # Of the units that the model has: those that no score sees are not there.
+    parts = [stage.layer.restrict(int(stage.kept.sum()), stage.layer.in_shape) for stage in stages]
+    stated = sum(sum(layer.rank_sums) for layer in parts)
+    assert together.numbers == [stated] * 3
+
+
+def test_a_larger_minibatch_takes_the_place_of_smaller_ones():
+    """Also where somebody has kept the last pass."""
+    network = make("dense")
+    layout, w, x, _ = random_problem(network, batch=50_000)
+    model = make_model(network, layout, w)
+    tape = model.forward(np.ascontiguousarray(x[:, :40_000]))
+    tracemalloc.start()
+    model.reserve(50_000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert not tape.outputs and peak <= 1.05 * (model.activation_bytes + model.buffer_bytes)
+    gone = weakref.ref(model.room.buffers[0])
+    again = model.forward(x)
+    model.reserve(60_000)
+    assert gone() is None and not again.outputs

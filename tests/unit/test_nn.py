@@ -1,0 +1,374 @@
+"""Layers, models and initial weights."""
+
+import numpy as np
+import pytest
+from helpers.layer_examples import APART, FLAT, NETWORKS, dense, make, residual, separable
+from helpers.problems import make_model, random_problem
+from scipy.signal import correlate2d
+
+from psmpi.backend import NumpyOps
+from psmpi.errors import UserError
+from psmpi.layout import Runs, accumulate, restrict
+from psmpi.methods.psl.borrowed import Borrowed
+from psmpi.nn.init import initial_values, initial_weights
+from psmpi.nn.layers import SampleSums
+from psmpi.nn.model import Model
+from psmpi.nn.network import build
+from psmpi.nn.zoo import make_network
+
+
+def plain_scores(network, layout, w, x):
+    """The network sample by sample, written from the definitions with SciPy's correlation."""
+    tensors = {}
+    for k, p in enumerate(layout.parameters):
+        rows = np.empty((p.units, p.unit_size))
+        for piece in layout.pieces():
+            if piece.parameter == k:
+                count = piece.last - piece.first
+                rows[piece.first : piece.last] = w[piece.offset : piece.offset + count * p.unit_size].reshape(count, -1)
+        tensors[p.name] = rows.reshape(p.shape)
+    return np.array(plain_layers(network.layers, tensors, [sample.reshape(network.in_shape) for sample in x.T])).T
+
+
+def plain_layers(layers, tensors, batch):
+    for layer in layers:
+        kind = type(layer).__name__
+        if kind == "BatchNorm":
+            # Of all samples at once: the mean and the variance of each unit.
+            axes = (0, *range(2, 1 + len(layer.out_shape)))
+            a = np.stack(batch)
+            a = (a - a.mean(axis=axes, keepdims=True)) / np.sqrt(a.var(axis=axes, keepdims=True) + 1e-5)
+            if layer.affine:
+                shape = (-1, *(1,) * (len(layer.out_shape) - 1))
+                a = a * tensors[f"{layer.name}.weight"].reshape(shape) + tensors[f"{layer.name}.bias"].reshape(shape)
+            batch = list(a)
+        elif kind == "Residual":
+            branch = plain_layers(layer.layers, tensors, batch)
+            batch = [layer.scale * a + b for a, b in zip(branch, batch, strict=True)]
+        else:
+            batch = [plain_layer(kind, layer, tensors, a) for a in batch]
+    return batch
+
+
+def plain_layer(kind, layer, tensors, a):
+    if kind in ("Dense", "Conv"):
+        weight, bias = tensors[f"{layer.name}.weight"], tensors.get(f"{layer.name}.bias", np.zeros(layer.units))
+    if kind == "Dense":
+        blocks = weight.reshape(layer.groups, -1, layer.group_inputs)
+        used = a[: layer.groups * layer.group_inputs].reshape(layer.groups, -1)
+        return np.concatenate([m @ v for m, v in zip(blocks, used, strict=True)]) + bias
+    if kind == "Conv":
+        outs = []
+        for u in range(layer.units):
+            first = u // (layer.units // layer.groups) * layer.group_inputs
+            maps = [correlate2d(a[first + c], weight[u, c], "valid") for c in range(layer.group_inputs)]
+            outs.append(sum(maps) + bias[u])
+        return np.stack(outs)
+    if kind == "Pool":
+        c, h, width = layer.out_shape
+        windows = a[:, : h * layer.size, : width * layer.size].reshape(c, h, layer.size, width, layer.size)
+        return windows.mean(axis=(2, 4)) if layer.kind == "mean" else windows.max(axis=(2, 4))
+    if kind == "GroupNorm":
+        groups = a.reshape(layer.groups, -1)
+        groups = (groups - groups.mean(axis=1, keepdims=True)) / np.sqrt(groups.var(axis=1, keepdims=True) + 1e-5)
+        weight, bias = (tensors[f"{layer.name}.{k}"].reshape(-1, *(1,) * (a.ndim - 1)) for k in ("weight", "bias"))
+        return groups.reshape(a.shape) * weight + bias
+    if kind == "Flatten":
+        return a.reshape(-1)
+    if kind == "Pad":
+        return np.pad(a, [(0, 0), (layer.size, layer.size), (layer.size, layer.size)])
+    act = {"sigmoid": lambda v: 1 / (1 + np.exp(-v)), "tanh": np.tanh, "relu": lambda v: v * (v > 0)}
+    return act.get(layer.kind, lambda v: v)(a)
+
+
+@pytest.mark.parametrize("fold", [True, False])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_scores_follow_the_definitions(name, fold):
+    network = make(name)
+    layout, w, x, _ = random_problem(network)
+    model = make_model(network, layout, w, fold=fold)
+    np.testing.assert_allclose(model.forward(x).scores, plain_scores(network, layout, w, x), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("fold", [True, False])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_gradients_match_central_differences(name, fold):
+    network = make(name)
+    layout, w, x, d = random_problem(network)
+    model = make_model(network, layout, w, fold=fold)
+    model.backward(model.forward(x), d.copy())
+    h, w, g = 1e-6, model.w, model.g
+    chosen = np.random.default_rng(1).permutation(len(w))[:60]
+    for i in chosen:
+        w[i] += h
+        above = (model.forward(x).scores * d).sum()
+        w[i] -= 2 * h
+        below = (model.forward(x).scores * d).sum()
+        w[i] += h
+        assert abs((above - below) / (2 * h) - g[i]) <= 1e-7 * max(1, np.abs(g).max())
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_model_restricted_to_classes_is_the_same_model(name):
+    """Scores and gradients of the subnetworks of any classes add up to those of the whole network."""
+    network = make(name)
+    layout, w, x, d = random_problem(network)
+    whole = make_model(network, layout, w)
+    tape = whole.forward(x)
+    scores = tape.scores.copy()
+    whole.backward(tape, d.copy())
+    total, g = np.zeros_like(w), np.zeros_like(w)
+    accumulate(g, whole.part, whole.g)
+    every = list(range(network.classes))
+    for classes in ([every[0], every[-1]], every[1:-1]):
+        model = make_model(network, layout, w, classes)
+        tape = model.forward(x)
+        np.testing.assert_allclose(tape.scores, scores[classes], rtol=1e-12, atol=1e-13)
+        model.backward(tape, d[classes])
+        accumulate(total, model.part, model.g)
+    np.testing.assert_allclose(total, g, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_float32_follows_float64(name):
+    network = make(name)
+    layout, w, x, d = random_problem(network)
+    results = []
+    for dtype in (np.float64, np.float32):
+        model = make_model(network, layout, w.astype(dtype))
+        tape = model.forward(x.astype(dtype))
+        scores = tape.scores.copy()
+        model.backward(tape, d.astype(dtype))
+        assert scores.dtype == model.g.dtype == dtype
+        results.append((scores, model.g))
+    for double, single in zip(*results, strict=True):
+        assert np.linalg.norm(single - double) <= 1e-5 * np.linalg.norm(double)
+
+
+@pytest.mark.parametrize("name", APART)
+def test_gradients_of_samples_are_those_of_minibatches_of_one(name):
+    network = make(name)
+    layout, w, x, d = random_problem(network, batch=5)
+    for classes in (None, (1,)):
+        part = layout.part(range(network.classes) if classes is None else classes)
+        mine = np.concatenate([w[a:b] for a, b in part.intervals])
+        model = Model(network, layout, mine, np.full_like(mine, np.nan), NumpyOps(), classes)
+        rows = slice(None) if classes is None else slice(1, 2)
+        apart, sums = np.full((5, part.size), np.nan), np.full((3, part.size), np.nan)
+        weights = np.random.default_rng(1).standard_normal((3, 5))
+        tape = model.forward(x)
+        model.backward(tape, d[rows].copy(), sums=SampleSums(np.eye(5), apart))
+        model.backward(tape, d[rows].copy(), sums=SampleSums(weights, sums))
+        assert np.isnan(model.g).all(), "the gradient of the minibatch is not asked for"
+        assert np.linalg.norm(sums - weights @ apart) <= 1e-12 * np.linalg.norm(sums)
+        for k in range(5):
+            tape = model.forward(np.ascontiguousarray(x[:, k : k + 1]))
+            model.backward(tape, np.ascontiguousarray(d[rows, k : k + 1]))
+            assert np.linalg.norm(apart[k] - model.g) <= 1e-12 * np.linalg.norm(model.g)
+            model.g.fill(np.nan)
+
+
+@pytest.mark.parametrize("name", [name for name in APART if not any(layer.keeps for layer in make(name).walk())])
+def test_a_model_that_borrows_has_the_gradient_of_one_that_computes(name):
+    """Also where its units do not lie side by side in the lender's."""
+    network = make(name)
+    layout, w, x, d = random_problem(network, batch=5)
+    whole = make_model(network, layout, w)
+    theirs = whole.forward(x)
+    for classes in ((1,), (0, 2), tuple(range(network.classes))):
+        part = layout.part(classes)
+        mine = np.concatenate([w[a:b] for a, b in part.intervals])
+        models = [
+            Model(network, layout, mine, np.full_like(mine, np.nan), NumpyOps(), classes, space=space)
+            for space in (None, whole.space)
+        ]
+        tapes = models[0].forward(x), Borrowed(models[1], whole).tape(theirs)
+        for model, tape in zip(models, tapes, strict=True):
+            model.backward(tape, d[list(classes)].copy())
+        assert np.array_equal(tapes[1].scores, theirs.scores[list(classes)])
+        assert np.linalg.norm(models[1].g - models[0].g) <= 1e-12 * np.linalg.norm(models[0].g)
+
+
+def test_any_batch_size_uses_the_same_buffers():
+    network = make("mean pooling")
+    layout, w, x, d = random_problem(network, batch=9)
+    model = make_model(network, layout, w)
+    model.reserve(9)
+    whole = model.forward(x).scores.copy()
+    held = model.activation_bytes + model.buffer_bytes
+    for batch in (1, 4, 9):
+        tape = model.forward(np.ascontiguousarray(x[:, :batch]))
+        np.testing.assert_allclose(tape.scores, whole[:, :batch], rtol=1e-12)
+        model.backward(tape, d[:, :batch].copy())
+    assert model.activation_bytes + model.buffer_bytes == held
+
+
+def test_max_pooling_sends_a_tie_to_the_first_entry():
+    ops, x = NumpyOps(), np.ones((1, 2, 2, 1))
+    y, dx = np.empty((1, 1, 1, 1)), np.empty_like(x)
+    ops.max_pool(x, 2, y)
+    ops.max_pool_back(x, y, np.full((1, 1, 1, 1), 5.0), 2, dx)
+    assert dx.ravel().tolist() == [5, 0, 0, 0]
+
+
+@pytest.mark.parametrize(("forward", "back"), [("im2col", "col2im"), ("fold", "unfold")])
+def test_data_movements_have_their_adjoints(forward, back):
+    ops, rng = NumpyOps(), np.random.default_rng(0)
+    if forward == "im2col":
+        x, y = rng.normal(size=(2, 9, 8, 3)), rng.normal(size=(2, 3, 3, 3, 3, 3))
+        moved, returned = np.empty_like(y), np.zeros_like(x)
+        NumpyOps().im2col(x, 2, 0, moved)
+        NumpyOps().col2im(y, 2, 0, returned)
+    else:
+        x, y = rng.normal(size=(4, 2, 5, 5)), rng.normal(size=(4, 2, 6, 6))
+        moved, returned = np.empty_like(y), np.empty_like(x)
+        ops.fold(x, 2, moved)
+        ops.unfold(y, 2, returned)
+    assert np.isclose((moved * y).sum(), (x * returned).sum())
+
+
+def test_sigmoid_and_loss_do_not_overflow_for_large_inputs():
+    ops, y = NumpyOps(), np.array([-1e30, -1e3, 0, 1e3, 1e30], np.float32)
+    ops.activate("sigmoid", y)
+    assert y.tolist() == [0, 0, 0.5, 1, 1]
+
+
+def test_initial_weights_depend_on_seed_and_place_alone():
+    network = make_network("psnet", (1, 28, 28), 10)
+    layout = network.layout()
+    whole = np.empty(layout.size)
+    initial_weights(network, layout, Runs(((0, layout.size),)), whole, seed=3)
+    for runs in (layout.part([2, 7]), Runs(((1000, 1100), (20001, 30003)))):
+        some = np.empty(runs.size)
+        initial_weights(network, layout, runs, some, seed=3)
+        assert np.array_equal(some, restrict(whole, runs))
+    other = np.empty(layout.size)
+    initial_weights(network, layout, Runs(((0, layout.size),)), other, seed=4)
+    assert not np.array_equal(whole, other)
+
+
+def widths(network, kind, gain):
+    return {name: law.value for name, law in initial_values(network, kind, gain).items() if law.law == "uniform"}
+
+
+def test_initial_weights_fill_their_published_ranges():
+    network = make_network("psnet", (1, 28, 28), 10)
+    a = widths(network, "xavier", 1.0)
+    assert a["conv1.weight"] == pytest.approx(np.sqrt(6 / (25 + 1000)))
+    assert a["conv2.weight"] == pytest.approx(np.sqrt(6 / (1000 + 750)))
+    assert a["dense1.weight"] == pytest.approx(np.sqrt(6 / (48 + 24)))
+    assert a["dense3.weight"] == pytest.approx(np.sqrt(6 / (15 + 1)))
+    assert widths(network, "he", 1.0)["dense1.weight"] == pytest.approx(np.sqrt(6 / 48))
+    assert widths(network, "pytorch", 1.0)["dense1.weight"] == pytest.approx(1 / np.sqrt(48))
+    gained = widths(network, "xavier", 4.0)
+    assert gained["dense2.weight"] == 4 * a["dense2.weight"] and gained["dense3.weight"] == a["dense3.weight"]
+    layout = network.layout()
+    w = np.empty(layout.size)
+    initial_weights(network, layout, Runs(((0, layout.size),)), w, seed=0)
+    first = w[:1000]
+    assert np.abs(first).max() <= a["conv1.weight"] and first.std() == pytest.approx(
+        a["conv1.weight"] / np.sqrt(3), rel=0.1
+    )
+    assert (w[1000:1040] == 0).all(), "biases of the first convolution"
+
+
+@pytest.mark.parametrize(
+    ("layers", "says"),
+    [
+        ([{"type": "dens", "units": 3}], "unknown layer type 'dens'"),
+        ([{"type": "dense"}], "needs 'units'"),
+        ([{"type": "dense", "units": 0}], "whole number above 0"),
+        ([{"type": "dense", "units": 4, "color": 1}], "unknown setting\\(s\\) color"),
+        ([{"type": "conv", "channels": 3, "kernel": 3}], "needs \\(channels, height, width\\)"),
+        ([dense(5)], "has 4 classes"),
+        ([separable(10, 3)], "cannot be cut into 3 groups"),
+    ],
+)
+def test_a_wrong_layer_table_is_named(layers, says):
+    with pytest.raises(UserError, match=says):
+        build("net", (7,), layers, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "says"),
+    [("psnet", (1, 9, 9), "use --model mlp"), ("alexnet", (1, 28, 28), "choose one of"), ("custom", (4,), "layers")],
+)
+def test_a_model_that_does_not_fit_says_what_to_use(name, shape, says):
+    with pytest.raises(UserError, match=says):
+        make_network(name, shape, 10)
+
+
+def test_backward_through_some_steps_is_that_of_all():
+    tanh = {"type": "tanh"}
+    layers = [
+        {"type": "conv", "channels": 4, "kernel": 3}, {"type": "max_pool"}, tanh, tanh, {"type": "max_pool"}, FLAT,
+        dense(4),
+    ]  # fmt: skip
+    network = build("pools", (1, 14, 14), layers, 4)
+    layout, w, x, d = random_problem(network)
+    models = [make_model(network, layout, w) for _ in range(2)]
+    tapes = [model.forward(x) for model in models]
+    models[0].backward(tapes[0], d.copy())
+    top = next(k for k, part in enumerate(models[1].parts) if part.layer.linear and k > 0)
+    below = np.full(tapes[1].outputs[top].shape, np.nan)
+    models[1].backward(tapes[1], d.copy(), first=top, dx=below)
+    models[1].backward(tapes[1], below, last=top - 1)
+    np.testing.assert_array_equal(models[1].g, models[0].g)
+
+
+def test_batch_normalization_takes_the_place_of_biases():
+    plain, normalized = (make_network("lenet", (1, 28, 28), 10, batch_norm=on) for on in (False, True))
+    kinds = [type(layer).__name__ for layer in normalized.layers]
+    # Before the activation, behind the pooling that is folded into the convolution.
+    assert kinds[:4] == ["Conv", "Pool", "BatchNorm", "Activation"] and kinds[-1] == "BatchNorm"
+    names = {p.name for p in normalized.layout().parameters}
+    assert "conv1.bias" not in names and {"batch_norm1.weight", "batch_norm1.bias"} <= names
+    # That of the scores has no parameters.
+    assert "batch_norm5.weight" not in names and "batch_norm4.weight" in names
+    assert normalized.layout().size == plain.layout().size + 6 + 16 + 120 + 84 - 10
+
+
+def test_resnet_has_sections_of_residual_blocks():
+    network = make_network("resnet", (3, 32, 32), 10, widths=(8, 16), blocks=(2, 1))
+    kinds = [type(layer).__name__ for layer in network.layers]
+    assert kinds.count("Residual") == 3
+    convolutions = 3 * 8 * 9 + 2 * 2 * 8 * 8 * 9 + 8 * 16 * 9 + 2 * 16 * 16 * 9
+    assert network.layout().size == convolutions + 2 * (2 * 2 * 8 + 2 * 16 + 16) + 16 * 10 + 10
+    for settings, says in (
+        ({"widths": (8, 8), "blocks": (2,)}, "as many numbers"),
+        ({"widths": (8,) * 7}, "too often"),
+        ({"batch_norm": True}, "say themselves"),
+    ):
+        with pytest.raises(UserError, match=says):
+            make_network("resnet", (3, 32, 32), 10, **settings)
+    with pytest.raises(UserError, match="--blocks"):
+        make_network("lenet", (1, 28, 28), 10, blocks=(2,))
+
+
+@pytest.mark.parametrize(
+    ("table", "says"),
+    [
+        (residual(dense(5)), "are to be added"),
+        (residual(dense(7), scale=0), "scale"),
+        ({"type": "residual"}, "layers"),
+        ({"type": "residual", "layers": 3}, "list of tables"),
+        ({"type": "batch_norm", "affine": 1}, "true or false"),
+        ({**dense(3), "bias": 0}, "true or false"),
+        ({"type": "batch_norm", "units": 3}, "unknown setting"),
+    ],
+)
+def test_blocks_that_do_not_fit_are_named(table, says):
+    with pytest.raises(UserError, match=says):
+        build("it", (7,), [table, dense(4)], 4)
+    with pytest.raises(UserError, match="groups in all"):
+        build("it", (8,), [separable(8, 4), residual(separable(8, 2)), separable(4, 4)], 4)
+
+
+def test_evaluations_take_the_same_minibatches_on_any_number_of_ranks():
+    plain, normalized = (make_network("mlp", (1, 8, 8), 10, batch_norm=on) for on in (False, True))
+    assert [at.stop - at.start for at in plain.evaluation_batches(250)] == [100, 100, 50]
+    for n, count in ((1, 1), (999, 1), (1500, 2), (10_000, 10), (10_001, 10)):
+        batches = normalized.evaluation_batches(n)
+        sizes = [at.stop - at.start for at in batches]
+        assert len(sizes) == count and sum(sizes) == n and max(sizes) - min(sizes) <= 1
+        assert [at.start for at in batches[1:]] == [at.stop for at in batches[:-1]]
