@@ -29,7 +29,7 @@ from psmpi.training.checks import check_first_order, check_layers, check_slices
 from psmpi.training.context import Context, check_optimizer, configured_loss
 from psmpi.training.descent import Descent
 from psmpi.training.evaluator import evaluate
-from psmpi.training.method import Method, nbytes
+from psmpi.training.method import Exactness, Method, nbytes
 
 # Samples of which the alignment is measured.
 ALIGNED = 256
@@ -82,6 +82,7 @@ class DirectFeedback(Method):
     name = "dfa"
     summary = "direct feedback alignment, each rank some layers, which learn from the error of the scores alone"
     settings = (Settings,)
+    exactness = Exactness(options=("--model", "mlp", "--widths", "20", "20", "20", "20"))
 
     def __init__(self, context: Context):
         network, layout, dataset = context.network, context.layout, context.dataset

@@ -36,7 +36,7 @@ from psmpi.optim import clip_by_global_norm
 from psmpi.training.context import Context
 from psmpi.training.descent import no_sum
 from psmpi.training.evaluator import evaluate
-from psmpi.training.method import Method, nbytes, together
+from psmpi.training.method import Exactness, Method, nbytes, together
 from psmpi.training.replica import verify
 from psmpi.training.state import Places
 
@@ -57,6 +57,7 @@ class SyntheticLabels(Method):
     )
     settings = (Settings,)
     nccl = True
+    exactness = Exactness(options=("--parts", "4", "--model", "mlp", "--widths", "20", "20", "20"))
 
     def __init__(self, context: Context):
         network, layout, dataset, ops = context.network, context.layout, context.dataset, context.ops

@@ -1,0 +1,318 @@
+"""Checks that every training method passes by being registered.
+
+A test file of a method outside the package has
+
+    @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+    def test_method(check, tmp_path):
+        check(Case("name", tmp_path))
+
+What the weights of other numbers of ranks and of a resumed run have to be is what the method declares: its `exactness`.
+"""
+
+from __future__ import annotations
+
+import json
+import tracemalloc
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, fields
+from math import isfinite
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+from unittest import mock
+
+import h5py
+import numpy as np
+
+from psmpi.backend import NumpyOps
+from psmpi.comm.transfers import totals
+from psmpi.config import Config, Least, check, option
+from psmpi.data import Batch, Dataset, open_dataset
+from psmpi.errors import UserError
+from psmpi.nn.network import Network
+from psmpi.nn.zoo import make_network
+from psmpi.registry import find_method
+from psmpi.testing.program import Ended, train
+from psmpi.testing.world import run_ranks
+from psmpi.train import parse
+from psmpi.training.context import Context
+from psmpi.training.loop import plan_steps
+from psmpi.training.method import Method
+
+# Numbers of ranks that are tried; those that a method refuses are left out.
+RANKS = (1, 2, 3, 4, 5)
+# The largest relative distance of weights that differ by rounding alone, in float64 after some steps.
+ROUNDING = 1e-8
+# How far the account of memory may be from what is held.
+MEMORY = 0.1
+STEPS = 12
+
+
+@dataclass
+class Case:
+    """A method under test: its name, and a folder for runs. options: of psmpi.train, for all of them."""
+
+    name: str
+    folder: Path
+    options: tuple[str, ...] = ()
+    runs: int = field(default=0, init=False)
+
+    @property
+    def method(self) -> type[Method]:
+        return find_method(self.name)
+
+    def words(self, *more: str) -> list[str]:
+        """The options of a run: small minibatches in float64, and what the method declares."""
+        fixed = ("--method", self.name, "--dtype", "float64", "--batch-size", "30", "--threads", "1", "--epochs", "4")
+        return [*fixed, *self.method.exactness.options, *self.options, *more]
+
+    def config(self, *more: str) -> Config:
+        return parse(self.words(*more))
+
+    def problem(self, *more: str) -> tuple[Network, Dataset, Config]:
+        """Network, data and configuration of a run."""
+        config = self.config(*more)
+        dataset = open_dataset(config.data.dataset, config.data.data_dir)
+        return make_network(config.model.model, dataset.shape, dataset.outputs, **config.model.shape), dataset, config
+
+    def fits(self, ranks: int) -> bool:
+        """Whether the method trains these options on so many ranks."""
+        with suppress(UserError):
+            self.method.check(ranks, *self.problem())
+            return True
+        return False
+
+    @property
+    def ranks(self) -> list[int]:
+        return [ranks for ranks in RANKS if self.fits(ranks)]
+
+    def run(self, ranks: int, *more: str, out: Path | None = None) -> Path:
+        """The run directory of a training to its end."""
+        self.runs += 1
+        out = out or self.folder / f"{self.name}-{self.runs}"
+        ended = self.end(ranks, *more, out=out)
+        assert ended.status == 0, f"on {ranks} rank(s): {ended.stderr}"
+        return out
+
+    def end(self, ranks: int, *more: str, out: Path) -> Ended:
+        return train(ranks, ["--out", str(out), *self.words(*more)], cwd=self.folder, timeout=120)
+
+
+def tensors(out: Path, groups: Sequence[str] = ("weights", "optimizer", "elements", "rank")) -> dict[str, np.ndarray]:
+    """The tensors of the newest checkpoint of a run by name."""
+    found: dict[str, np.ndarray] = {}
+
+    def keep(name: str, item: Any) -> None:
+        if isinstance(item, h5py.Dataset) and name.startswith(tuple(f"{group}/" for group in groups)):
+            found[name] = item[...]
+
+    with h5py.File(max((out / "checkpoints").glob("step-*.h5"))) as file:
+        file.visititems(keep)
+    return found
+
+
+def rows(out: Path) -> list[dict[str, Any]]:
+    """The rows of metrics of a run."""
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def compare(how: str, tolerance: float, one: Path, other: Path, what: str) -> None:
+    """AssertionError unless the weights of two runs are as equal as `how` says, or their accuracies are."""
+    if how == "statistical":
+        accuracies = [rows(out)[-1]["test_accuracy"] for out in (one, other)]
+        assert abs(accuracies[0] - accuracies[1]) <= tolerance, f"{what}: accuracies {accuracies}"
+        return
+    first, second = tensors(one, ("weights",)), tensors(other, ("weights",))
+    for name, tensor in first.items():
+        if how == "exact":
+            assert np.array_equal(tensor, second[name]), f"{what}: {name} differs"
+        else:
+            distance = np.linalg.norm(tensor - second[name]) / max(1e-300, float(np.linalg.norm(tensor)))
+            assert distance <= ROUNDING, f"{what}: {name} differs by {distance:.1e}"
+
+
+def other_ranks_give_the_same(case: Case) -> None:
+    """Weights, or accuracy, are those of the smallest number of ranks."""
+    exactness, sizes = case.method.exactness, case.ranks
+    assert len(sizes) > 1, f"the method trains on none but {sizes} of {RANKS} ranks: declare options that more can"
+    long = ("--max-steps", "160") if exactness.ranks == "statistical" else ("--max-steps", str(STEPS))
+    alone = case.run(sizes[0], *long)
+    for ranks in sizes[1:]:
+        compare(exactness.ranks, exactness.tolerance, alone, case.run(ranks, *long), f"{ranks} ranks")
+
+
+def resumed_runs_end_the_same(case: Case) -> None:
+    """Begun, stopped within an epoch and gone on with, on one rank and on several."""
+    exactness = case.method.exactness
+    for ranks in (case.ranks[0], case.ranks[-1]):
+        whole = case.run(ranks, "--max-steps", str(STEPS))
+        part = case.run(ranks, "--max-steps", str(STEPS // 2 + 1))
+        case.run(ranks, "--max-steps", str(STEPS), "--resume", "auto", out=part)
+        # What a stop cuts short, such as a round, is another training.
+        if exactness.resume != "statistical":
+            compare(exactness.resume, 0.0, whole, part, f"resumed on {ranks} rank(s)")
+
+
+def other_ranks_go_on(case: Case) -> None:
+    """A checkpoint is taken up on other numbers of ranks."""
+    exactness, first, last = case.method.exactness, case.ranks[0], case.ranks[-1]
+    for before, after in ((first, last), (last, first)):
+        whole = case.run(before, "--max-steps", str(STEPS))
+        part = case.run(before, "--max-steps", str(STEPS // 2 + 1))
+        case.run(after, "--max-steps", str(STEPS), "--resume", "auto", out=part)
+        assert rows(part)[-1]["step"] == STEPS
+        if "statistical" not in (exactness.ranks, exactness.resume):
+            compare("rounding", 0.0, whole, part, f"{before} rank(s), then {after}")
+
+
+def counters_equal_messages(case: Case) -> None:
+    """Every rank sends and receives the bytes that the method's messages say, step by step."""
+    for ranks in case.ranks:
+        network, dataset, config = case.problem()
+        batches, _, rate = plan_steps(dataset, config)
+
+        def work(
+            world: Any, network: Network = network, dataset: Dataset = dataset, config: Config = config,
+            batches: Any = batches, rate: Callable[[int], float] = rate,
+        ) -> None:  # fmt: skip
+            kind: Any = case.method
+            method: Method = kind(Context(world, network, dataset, config, NumpyOps()))
+            for step in range(6):
+                batch = Batch(batches.ids(0, step))
+                stated = method.messages(step, len(batch))
+                if stated is None:
+                    return
+                before = method.counter.sent, method.counter.received
+                method.step(batch, rate(step))
+                found = method.counter.sent - before[0], method.counter.received - before[1]
+                expected = totals(stated, world.rank)
+                assert found == expected, f"step {step}, rank {world.rank} of {world.size}: {found}, not {expected}"
+
+        run_ranks(ranks, work, timeout=60)
+
+
+def memory_is_accounted_for(case: Case) -> None:
+    """The account of one rank is what its method holds, within a tenth."""
+    network, dataset, config = case.problem("--dtype", "float32")
+    if not case.fits(1):
+        return
+    batches, _, rate = plan_steps(dataset, config)
+
+    def work(world: Any) -> tuple[int, int]:
+        kind: Any = case.method
+        held = 0
+        # The first one loads what is loaded once.
+        for traced in (False, True):
+            if traced:
+                tracemalloc.start()
+            try:
+                method: Method = kind(Context(world, network, dataset, config, NumpyOps()))
+                for step in range(2):
+                    method.step(Batch(batches.ids(0, step)), rate(step))
+                method.test()
+                held = tracemalloc.get_traced_memory()[0] if traced else 0
+            finally:
+                if traced:
+                    tracemalloc.stop()
+        return sum(method.memory().values()), held
+
+    ((stated, held),) = run_ranks(1, work, timeout=60)
+    # Objects of Python beside arrays.
+    slack = 300_000
+    assert abs(stated - held) <= MEMORY * held + slack, f"{stated:,} bytes are accounted for, {held:,} held"
+
+
+def bad_settings_are_refused_once(case: Case) -> None:
+    """A setting of the method's own that is out of its range, or no number, ends the job with one message."""
+    bad: list[tuple[str, str]] = []
+    for kind in case.method.settings:
+        hints = get_type_hints(kind, include_extras=True)
+        for one in fields(kind):
+            bounds = [b for b in getattr(hints[one.name], "__metadata__", ()) if isinstance(b, Least)]
+            if bounds:
+                bad.append((option(one.name), str(bounds[0].bound - 1)))
+            elif get_origin(hints[one.name]) is Literal:
+                bad.append((option(one.name), "-".join(map(str, get_args(hints[one.name])))))
+            elif isinstance(one.default, float):
+                bad.append((option(one.name), "nan"))
+    ranks = case.ranks[-1]
+    for words in bad:
+        ended = case.end(ranks, *words, out=case.folder / "refused")
+        told = ended.stdout + ended.stderr
+        assert ended.status != 0, f"{' '.join(words)} is accepted"
+        assert words[0] in told and "Traceback" not in told, f"{' '.join(words)}: {told}"
+
+
+def a_rank_that_raises_ends_the_job(case: Case) -> None:
+    """The others are not left waiting, and the message is that rank's."""
+    ranks, kind = case.ranks[-1], case.method
+    step: Any = kind.step
+
+    def broken(self: Method, batch: Batch, lr: float) -> None:
+        if self.rank == ranks - 1 and self.context.world.rank == ranks - 1:
+            raise UserError("this rank has had enough")
+        step(self, batch, lr)
+
+    with mock.patch.object(kind, "step", broken):
+        ended = case.end(ranks, "--max-steps", str(STEPS), out=case.folder / "broken")
+    assert ended.status != 0 and ended.stderr.count("this rank has had enough") == 1, ended.stderr
+
+
+def weights_that_are_no_numbers_end_it(case: Case) -> None:
+    """A loss that is not finite is an error, not a result."""
+    network, dataset, config = case.problem()
+    batches, _, rate = plan_steps(dataset, config)
+
+    def work(world: Any) -> None:
+        kind: Any = case.method
+        method: Method = kind(Context(world, network, dataset, config, NumpyOps()))
+        method.collect()
+        method.state.vectors["weights"].fill(np.nan)
+        method.state.restore()
+        method.restored(False, frozenset())
+        for step in range(3):
+            method.step(Batch(batches.ids(0, step)), rate(step))
+
+    for ranks in (case.ranks[0], case.ranks[-1]):
+        try:
+            run_ranks(ranks, work, timeout=60)
+        except FloatingPointError as error:
+            assert str(error), "the error says nothing"
+        else:
+            raise AssertionError(f"on {ranks} rank(s) weights that are no numbers are trained")
+
+
+def metrics_are_complete(case: Case) -> None:
+    """Every epoch has a row with losses, scores and bytes; those sent have been received."""
+    ranks = case.ranks[-1]
+    found = rows(case.run(ranks, "--epochs", "4", "--batch-size", "100"))
+    assert [row["epoch"] for row in found] == [1, 2, 3, 4]
+    for row in found:
+        for key in ("train_loss", "test_loss", "test_accuracy", "seconds", "samples_per_second"):
+            assert isfinite(row[key]), key
+        assert len(row["bytes_sent_by_rank"]) == len(row["bytes_received_by_rank"]) == ranks
+        assert row["bytes_sent"] == row["bytes_received"]
+        assert row.keys() >= {"step", "events"} and set(row) == set(found[0])
+
+
+def settings_are_in_help_and_checkpoint(case: Case) -> None:
+    """Every setting has a help text, and the configuration in a checkpoint is read back."""
+    out = case.run(case.ranks[0], "--max-steps", "1")
+    text = (out / "config.toml").read_text()
+    for kind in case.method.settings:
+        assert kind.__doc__ and f"[{kind.table}]" in text
+    check(case.config("--config", str(out / "config.toml")))
+
+
+CHECKS: tuple[Callable[[Case], None], ...] = (
+    other_ranks_give_the_same,
+    resumed_runs_end_the_same,
+    other_ranks_go_on,
+    counters_equal_messages,
+    memory_is_accounted_for,
+    bad_settings_are_refused_once,
+    a_rank_that_raises_ends_the_job,
+    weights_that_are_no_numbers_end_it,
+    metrics_are_complete,
+    settings_are_in_help_and_checkpoint,
+)
