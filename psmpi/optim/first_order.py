@@ -61,18 +61,20 @@ class FirstOrder(Optimizer):
         lr = float(lr)
         if self.counts:
             self.scalars["t"] += 1
-        self.step_part(w, g, lr, slice(0, self.n))
+        self.sweep(w, g, lr, list(self.vectors.values()))
 
-    def step_part(self, w: np.ndarray, g: np.ndarray, lr: float, part: slice) -> None:
-        """Step the elements `part` of the shard."""
-        w, g, *vectors = (array[part] for array in (w, g, *self.vectors.values()))
+    def sweep(self, w: np.ndarray, g: np.ndarray, lr: float, vectors: list[np.ndarray]) -> None:
+        """Step weights w (k,) of the shard along g (k,), with these elements of the vectors."""
         if self.fused is not None:
             self.fused(w, g, *vectors, *self.arguments(lr))
             return
+        decay = self.weights.apply if self.weight_decay else None
         for at in chunks(w.size):
-            a, b = self.scratch[:, : at.stop - at.start]
+            size = at.stop - at.start
+            a, b = self.scratch[0, :size], self.scratch[1, :size]
             w_at, g_at = w[at], g[at]
-            self.weights.apply(w_at, g_at, lr, a)
+            if decay is not None:
+                decay(w_at, g_at, lr, a)
             self.update(w_at, g_at, lr, [vector[at] for vector in vectors], a, b)
 
     def arguments(self, lr: float) -> tuple[float, ...]:
