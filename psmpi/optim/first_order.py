@@ -18,7 +18,7 @@ from psmpi.optim.decay import Coupled, WeightDecay
 
 
 class FirstOrder(Optimizer):
-    """Applies a rule's `update` to the chunks of a shard, after weight decay.
+    """The base class of rules: weight decay and `update`, chunk by chunk, or one pass of the backend's.
 
     The settings of `settings` are keywords of the constructor and attributes. UserError for one out of its range, for
     an eps that is 0 in `dtype`, and on a device that has no kernel of the rule; TypeError for one that is not used.
@@ -29,7 +29,7 @@ class FirstOrder(Optimizer):
     # The backend's operation that steps a whole shard in one pass, where it has one:
     # operation(w, g, *vectors, *arguments(lr)).
     operation: ClassVar[str] = ""
-    # Whether scalars["t"] is the number of steps so far, the present one included.
+    # Whether scalars["t"] counts the steps, the present one included.
     counts: ClassVar[bool] = False
     decay: ClassVar[type[WeightDecay]] = Coupled
     weight_decay: float
