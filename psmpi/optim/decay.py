@@ -10,7 +10,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class WeightDecay(ABC):
-    """Pull of the weights towards 0, by `factor`, 0 or more; 0 changes nothing."""
+    """Pull of the weights towards 0, by `factor`, 0 or more."""
 
     factor: float
 
@@ -27,9 +27,8 @@ class Coupled(WeightDecay):
     """L2 penalty factor / 2 ||w||^2 on the loss: g += factor w."""
 
     def apply(self, w: np.ndarray, g: np.ndarray, lr: float, scratch: np.ndarray) -> None:
-        if self.factor:
-            np.multiply(w, self.factor, out=scratch)
-            g += scratch
+        np.multiply(w, self.factor, out=scratch)
+        g += scratch
 
     def factors(self, lr: float) -> tuple[float, float]:
         return self.factor, 1.0
@@ -39,8 +38,7 @@ class Decoupled(WeightDecay):
     """Weights that shrink beside the step: w *= 1 - lr factor (Loshchilov and Hutter 2019, times lr as in PyTorch)."""
 
     def apply(self, w: np.ndarray, g: np.ndarray, lr: float, scratch: np.ndarray) -> None:
-        if self.factor:
-            w *= 1 - lr * self.factor
+        w *= 1 - lr * self.factor
 
     def factors(self, lr: float) -> tuple[float, float]:
         return 0.0, 1 - lr * self.factor

@@ -18,7 +18,7 @@ from psmpi.optim.decay import Coupled, WeightDecay
 
 
 class FirstOrder(Optimizer):
-    """Applies a rule's `update` to the chunks of a shard, after weight decay.
+    """The base class of rules: weight decay and `update`, chunk by chunk, or one pass of the backend's.
 
     The settings of `settings` are keywords of the constructor and attributes. UserError for one out of its range, for
     an eps that is 0 in `dtype`, and on a device that has no kernel of the rule; TypeError for one that is not used.
@@ -29,7 +29,7 @@ class FirstOrder(Optimizer):
     # The backend's operation that steps a whole shard in one pass, where it has one:
     # operation(w, g, *vectors, *arguments(lr)).
     operation: ClassVar[str] = ""
-    # Whether scalars["t"] is the number of steps so far, the present one included.
+    # Whether scalars["t"] counts the steps, the present one included.
     counts: ClassVar[bool] = False
     decay: ClassVar[type[WeightDecay]] = Coupled
     weight_decay: float
@@ -61,18 +61,20 @@ class FirstOrder(Optimizer):
         lr = float(lr)
         if self.counts:
             self.scalars["t"] += 1
-        self.step_part(w, g, lr, slice(0, self.n))
+        self.sweep(w, g, lr, list(self.vectors.values()))
 
-    def step_part(self, w: np.ndarray, g: np.ndarray, lr: float, part: slice) -> None:
-        """Step the elements `part` of the shard."""
-        w, g, *vectors = (array[part] for array in (w, g, *self.vectors.values()))
+    def sweep(self, w: np.ndarray, g: np.ndarray, lr: float, vectors: list[np.ndarray]) -> None:
+        """Step weights w (k,) of the shard along g (k,), with these elements of the vectors."""
         if self.fused is not None:
             self.fused(w, g, *vectors, *self.arguments(lr))
             return
+        decay = self.weights.apply if self.weight_decay else None
         for at in chunks(w.size):
-            a, b = self.scratch[:, : at.stop - at.start]
+            size = at.stop - at.start
+            a, b = self.scratch[0, :size], self.scratch[1, :size]
             w_at, g_at = w[at], g[at]
-            self.weights.apply(w_at, g_at, lr, a)
+            if decay is not None:
+                decay(w_at, g_at, lr, a)
             self.update(w_at, g_at, lr, [vector[at] for vector in vectors], a, b)
 
     def arguments(self, lr: float) -> tuple[float, ...]:

@@ -18,9 +18,9 @@ TINY = 1e-7
 
 
 class NewtonSchulz:
-    """Makes all singular values of a matrix about 1, with workspaces for the largest of `matrices`.
+    """Newton-Schulz iterations, which bring the singular values of a matrix to about 1, with room for `matrices`.
 
-    work: all memory, of `ops`: for each call two matrices, and two squares of the shorter side.
+    work: all memory, arrays of `ops`: two matrices, and two squares of the shorter side, of the largest of each.
     """
 
     def __init__(self, matrices: Sequence[Matrix], dtype: np.dtype, ops: NumpyOps) -> None:

@@ -573,7 +573,8 @@ def test_derivatives_without_a_finite_peak_are_cast_as_they_are(dtype, device):
 def test_steps_are_those_of_the_optimizers(name, counted, decay, dtype, device):
     n, lr = 1003, 0.05
     rng = np.random.default_rng(0)
-    hyper = Hyper(momentum=0.9, beta2=0.999, weight_decay=decay)
+    # Moments that move far in a few steps.
+    hyper = Hyper(momentum=0.9, beta1=0.5, beta2=0.8, weight_decay=decay)
     optimizer = make_optimizer(name, n, dtype, hyper, counted=counted)
     if counted:
         optimizer.vectors["t"][:] = rng.integers(0, 9, n)

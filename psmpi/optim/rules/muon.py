@@ -58,7 +58,7 @@ class Muon(AdamW):
         lr = float(lr)
         self.scalars["t"] += 1
         for part in self.others:
-            self.step_part(w, g, ADAM_RATE * lr, part)
+            self.sweep(w[part], g[part], ADAM_RATE * lr, [vector[part] for vector in self.vectors.values()])
         for matrix in self.matrices:
             self.step_matrix(w[matrix.place], g[matrix.place], lr, matrix)
 
