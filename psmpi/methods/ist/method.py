@@ -51,6 +51,12 @@ class Settings:
     """A fresh optimizer each round, or its state goes with the weights, of Adam with a count of each one's steps."""
 
 
+# A task for tests: a network that is wide enough for five workers.
+OPTIONS = (
+    "--model", "mlp", "--widths", "80", "--batch-norm", "--loss", "nll", "--lr", "0.01", "--local-steps", "4"
+)  # fmt: skip
+
+
 class IndependentSubnets(Method):
     """The method on one rank: a shard of the network, a subnet to train, or both.
 
@@ -61,7 +67,7 @@ class IndependentSubnets(Method):
     name = "ist"
     summary = "independent subnets, each worker a random part of all layers, new each round"
     settings = (Settings, Rounds, Masters)
-    exactness = Exactness("statistical", "statistical", 0.1, ("--model", "mlp", "--widths", "40", "--local-steps", "4"))
+    exactness = Exactness("statistical", "statistical", 0.05, OPTIONS)
 
     def __init__(self, context: Context):
         config, ops, self.options = context.config, context.ops, context.settings(Settings)
