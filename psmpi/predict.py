@@ -47,10 +47,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(argv: list[str]) -> int:
-    from psmpi.comm.control import share
+    from psmpi.comm.control import Control
     from psmpi.comm.world import start
 
     world = start()
+    control = Control(world)
     text, status = "", 0
     if world.rank == 0:
         import tyro
@@ -62,9 +63,9 @@ def _main(argv: list[str]) -> int:
             text = json.dumps(vars(_settle(options)))
         except SystemExit as end:
             status = 1 if end.code else 0
-    text, status = json.loads(share(world, json.dumps([text, status])))
+    text, status = json.loads(control.share(json.dumps([text, status])))
     if text:
-        _predict(world, Options(**json.loads(text)))
+        _predict(world, control, Options(**json.loads(text)))
     return int(status)
 
 
@@ -92,7 +93,7 @@ def _settle(options: Options) -> Options:
     )
 
 
-def _predict(world: Any, options: Options) -> None:
+def _predict(world: Any, control: Any, options: Options) -> None:
     import numpy as np
     from threadpoolctl import threadpool_limits
 
@@ -157,7 +158,7 @@ def _predict(world: Any, options: Options) -> None:
     with threadpool_limits(threads):
         # Whatever computed in training: it may not be there.
         ops = make_backend("auto", threads)
-        predictor = Predictor(world, network, layout, classes, np.dtype(model.dtype), ops)
+        predictor = Predictor(world, control, network, layout, classes, np.dtype(model.dtype), ops)
         checkpoint.load(path, layout, predictor.part, {"weights": predictor.w}, contents.part)
         if options.calibrate:
             same = options.dataset == trained.data.dataset

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from psmpi.checkpoint import Contents
+    from psmpi.comm.control import Control
+    from psmpi.comm.protocol import World
     from psmpi.config import Config
 
 DESCRIPTION = """Train a neural network whose loss is a sum of element losses, each rank computing its own.
@@ -44,28 +46,29 @@ def parse(argv: list[str]) -> Config:
 
 
 def _main(argv: list[str]) -> int:
+    from psmpi.comm.control import Control
     from psmpi.comm.world import start
 
     world = start()
-    config, status = _configure(world, argv)
+    control = Control(world)
+    config, status = _configure(control, argv)
     if config is None:
         return status
-    _train(world, config)
+    _train(world, control, config)
     return 0
 
 
-def _configure(world: Any, argv: list[str]) -> tuple[Config | None, int]:
+def _configure(control: Control, argv: list[str]) -> tuple[Config | None, int]:
     """Rank 0 reads and checks the command line, so that help and errors appear once; the others get its result."""
-    from psmpi.comm.control import share
     from psmpi.config import from_toml, to_toml
 
     text, status = "", 0
-    if world.rank == 0:
+    if control.rank == 0:
         try:
             text = to_toml(_settle(parse(argv)))
         except SystemExit as end:
             status = 1 if end.code else 0
-    text, status = json.loads(share(world, json.dumps([text, status])))
+    text, status = json.loads(control.share(json.dumps([text, status])))
     return (from_toml(text, "configuration"), 0) if text else (None, status)
 
 
@@ -97,7 +100,7 @@ def _settle(config: Config) -> Config:
     return replace(config, run=replace(run, out=out))
 
 
-def _train(world: Any, config: Config) -> None:
+def _train(world: World, control: Control, config: Config) -> None:
     import socket
     from dataclasses import asdict
     from functools import partial
@@ -107,7 +110,6 @@ def _train(world: Any, config: Config) -> None:
     from threadpoolctl import threadpool_limits
 
     from psmpi import checkpoint, metrics
-    from psmpi.comm.control import collect_texts, share
     from psmpi.comm.world import host, library
     from psmpi.config import to_toml
     from psmpi.data import open_dataset
@@ -149,7 +151,7 @@ def _train(world: Any, config: Config) -> None:
             metrics.write_rows(out / "metrics.jsonl", ())
         except (OSError, ValueError) as error:
             raise UserError(f"--out {config.run.out}: {error}; name a folder that can be made and written") from None
-    found = share(world, found)
+    found = control.share(found)
     if world.rank != 0:
         dataset = open_dataset(config.data.dataset, config.data.data_dir)
         network = _network(config, dataset, make_network)
@@ -169,7 +171,7 @@ def _train(world: Any, config: Config) -> None:
         ops = _backend(world, config, threads)
         method = kind(Context(world, network, dataset, config, ops))
         place = json.dumps([socket.gethostname(), *vars(method.place()).values()])
-        places = [json.loads(text) for text in collect_texts(world, place)]
+        places = [json.loads(text) for text in control.collect_texts(place)]
         show_places(console, [(rank, host, Place(*rest)) for rank, (host, *rest) in enumerate(places)])
         console.print(
             f"model {network.name}: {method.layout.size:,} parameters; backend {ops.description}; run directory {out}",
@@ -195,13 +197,13 @@ def _train(world: Any, config: Config) -> None:
             task=dataset.task,
             own=frozenset(method.state.own & method.state.vectors.keys()),
         )
-        loop = Loop(world, method, dataset, config, out, console, contents, held)
+        loop = Loop(control, method, dataset, config, out, console, contents, held)
         if found:
             loop.resume(Path(found))
         loop.run()
         if config.parallel.convolution != "own":
             chosen: dict[str, str] = {}
-            for text in collect_texts(world, "\n".join(ops.choices), most=10_000):
+            for text in control.collect_texts("\n".join(ops.choices), most=10_000):
                 for line in text.splitlines():
                     # Where ranks have the same sizes, the first one speaks for them.
                     chosen.setdefault(line.partition(":")[0], line)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from psmpi.comm import control
+from psmpi.comm.control import Control
 from psmpi.errors import UserError
 
 # Weights of this network are in equal blocks, one a class, as a worker of the score partition holds them.
@@ -84,7 +84,8 @@ def _measure(
     size = shards[world.rank].size
     rng = np.random.default_rng(world.rank)
     vectors = {name: rng.random(size, np.float32) for name in ("weights", "m", "v")}
-    writer = Writer(world, Contents("", network.in_shape, layout), shards, place, keep=1, gzip=gzip)
+    control = Control(world)
+    writer = Writer(control, Contents("", network.in_shape, layout), shards, place, keep=1, gzip=gzip)
 
     copies = []
     for _ in range(3):
@@ -95,14 +96,14 @@ def _measure(
     alone, beside, pauses, whole = [], [], [], []
     held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for number in range(repeats + 1):
-        alone += [_step(world, vectors) for _ in range(5)]
+        alone += [_step(control, vectors) for _ in range(5)]
         before, start = writer.pause, time.perf_counter()
         writer.write(vectors, {}, Progress(step=number + 1))
         pause, busy = writer.pause - before, []
         while True:
-            busy.append(_step(world, vectors))
+            busy.append(_step(control, vectors))
             # Rank 0 alone knows, and all must take the same number of steps.
-            if not control.share_flag(world, world.rank == 0 and writer.busy):
+            if not control.share_flag(world.rank == 0 and writer.busy):
                 break
         if number:
             pauses.append(pause)
@@ -139,7 +140,7 @@ def _peak(process: int) -> float:
     return sum(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith("VmHWM"))
 
 
-def _step(world: Any, vectors: dict[str, np.ndarray]) -> float:
+def _step(control: Control, vectors: dict[str, np.ndarray]) -> float:
     """Seconds of an optimizer step on this rank's shard, in pieces that fit the cache."""
     start = time.perf_counter()
     w, m, v = vectors["weights"], vectors["m"], vectors["v"]
@@ -148,7 +149,7 @@ def _step(world: Any, vectors: dict[str, np.ndarray]) -> float:
         m[piece] *= np.float32(0.9)
         v[piece] *= np.float32(0.999)
         w[piece] -= np.float32(1e-3) * m[piece]
-    control.wait_for_all(world)
+    control.wait_for_all()
     return time.perf_counter() - start
 
 

@@ -22,7 +22,7 @@ def main(argv: list[str]) -> int:
     from psmpi.bench.hosts import NETWORK
     from psmpi.bench.problems import Minibatch, Problem
     from psmpi.bench.pytorch import theirs
-    from psmpi.comm.control import share
+    from psmpi.comm.control import Control
     from psmpi.comm.world import start
     from psmpi.config import Config
     from psmpi.data import open_dataset
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
     model = Model(net, layout, w, np.zeros_like(w), NumpyOps())
     torch.set_num_threads(1)
     host = f"{NETWORK}1" if os.environ.get("GLOO_SOCKET_IFNAME") else "127.0.0.1"
-    port = share(world, str(29400 + os.getpid() % 500))
+    port = Control(world).share(str(29400 + os.getpid() % 500))
     dist.init_process_group("gloo", init_method=f"tcp://{host}:{port}", rank=world.rank, world_size=world.size)
     size = -(-config.data.batch_size // world.size)
     step, _ = theirs(problem, Minibatch(problem, size), model, wrap=torch.nn.parallel.DistributedDataParallel)

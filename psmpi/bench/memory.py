@@ -32,7 +32,7 @@ def memory(config: Config, json: bool = False) -> int:
     from threadpoolctl import threadpool_limits
 
     from psmpi.backend import make_backend
-    from psmpi.comm import control
+    from psmpi.comm.control import Control
     from psmpi.comm.world import host, start
     from psmpi.config import check
     from psmpi.data import Batch, open_dataset
@@ -49,6 +49,7 @@ def memory(config: Config, json: bool = False) -> int:
             f"{config.parallel.method} says what each rank holds in its placement table"
         )
     world = start()
+    control = Control(world)
     model = config.model
     dataset = open_dataset(config.data.dataset, config.data.data_dir)
     network = make_network(model.model, dataset.shape, dataset.outputs, **model.shape)
@@ -68,7 +69,7 @@ def memory(config: Config, json: bool = False) -> int:
         tracemalloc.stop()
     held, needed = method.memory(), _needed(method, network, dataset, config)
     mine = [float(t.get(kind, 0)) for t in (held, needed) for kind in KINDS]
-    everyone = control.rows(world, np.array([*mine, float(traced)]))
+    everyone = control.rows(np.array([*mine, float(traced)]))
     if world.rank == 0:
         roles = ["worker" if w is not None else "master" for w in method.roles.workers]
         count = len(KINDS)

@@ -32,7 +32,7 @@ def optimizer(config: Config, json: bool = False) -> int:
     from threadpoolctl import threadpool_limits
 
     from psmpi.backend import make_backend
-    from psmpi.comm import control
+    from psmpi.comm.control import Control
     from psmpi.comm.world import host, start
     from psmpi.config import check
     from psmpi.data import Batch, open_dataset
@@ -48,6 +48,7 @@ def optimizer(config: Config, json: bool = False) -> int:
             "--partition pairs; the others' steps are a gradient (python -m psmpi.bench compute) and one pass over w"
         )
     world = start()
+    control = Control(world)
     model = config.model
     dataset = open_dataset(config.data.dataset, config.data.data_dir)
     network = make_network(model.model, dataset.shape, dataset.outputs, **model.shape)
@@ -80,8 +81,8 @@ def optimizer(config: Config, json: bool = False) -> int:
                 rows.append([time.perf_counter() - begin, *watch.seconds.values()])
                 counts.append([method.scalars[name] - scalars[name] for name in ("products", "trials")])
                 sent.append(method.counter.sent - before)
-    everyone = control.rows(world, np.array(rows) * 1e3)
-    held = control.rows(world, np.array([float(sum(method.memory().values())), float(np.mean(sent))]))
+    everyone = control.rows(np.array(rows) * 1e3)
+    held = control.rows(np.array([float(sum(method.memory().values())), float(np.mean(sent))]))
     if world.rank == 0:
         table = [
             {

@@ -7,8 +7,7 @@ from functools import cached_property
 
 import numpy as np
 
-from psmpi.comm.control import receive_from, send_to_first
-from psmpi.comm.protocol import Communicator
+from psmpi.comm.control import Control
 from psmpi.layout import Ownership, Runs, TableRows, copy_runs
 
 # Elements that rank 0 takes from another rank at a time.
@@ -16,7 +15,7 @@ BUFFER = 1 << 20
 
 
 def collect(
-    world: Communicator,
+    control: Control,
     sizes: Sequence[int],
     dtype: np.dtype,
     piece: Callable[[int, int], np.ndarray],
@@ -27,20 +26,20 @@ def collect(
     All ranks call it. On rank 0, `keep(rank, first, elements)` is called for each piece, rank by rank in order; the
     elements are there until it returns. A message has up to BUFFER elements.
     """
-    others = max([0, *sizes[1:]]) if world.rank == 0 else 0
+    others = max([0, *sizes[1:]]) if control.rank == 0 else 0
     buffer = np.empty(min(BUFFER, others), dtype)
     for rank, size in enumerate(sizes):
-        if world.rank not in (0, rank):
+        if control.rank not in (0, rank):
             continue
         for first in range(0, size, BUFFER):
             last = min(first + BUFFER, size)
-            if rank == world.rank:
+            if rank == control.rank:
                 elements = piece(first, last)
             else:
                 elements = buffer[: last - first]
-                receive_from(world, elements, rank)
-            if world.rank != 0:
-                send_to_first(world, elements)
+                control.receive_from(elements, rank)
+            if control.rank != 0:
+                control.send_to_first(elements)
             else:
                 keep(rank, first, elements)
 

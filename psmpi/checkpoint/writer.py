@@ -18,8 +18,7 @@ from psmpi.checkpoint.collect import Records, collect, row_pieces
 from psmpi.checkpoint.contents import Contents, Progress
 from psmpi.checkpoint.format import folder, partial_of
 from psmpi.checkpoint.spool import Spool
-from psmpi.comm.control import share, share_flag
-from psmpi.comm.protocol import Communicator
+from psmpi.comm.control import Control
 from psmpi.layout import Ownership, TableRows
 
 # Seconds that training waits for a checkpoint that is still being written when the next is due.
@@ -42,7 +41,7 @@ class Writer:
 
     def __init__(
         self,
-        world: Communicator,
+        control: Control,
         contents: Contents,
         shards: Ownership,
         out: Path,
@@ -54,15 +53,15 @@ class Writer:
         rows: TableRows | None = None,
         spaces: Mapping[str, Ownership] | None = None,
     ):
-        self.world, self.contents, self.out, self.keep, self.gzip = world, contents, out, keep, gzip
+        self.control, self.contents, self.out, self.keep, self.gzip = control, contents, out, keep, gzip
         self.parallel, self.rows = parallel, rows or TableRows()
         # Seconds that the next checkpoint waits for the one before, while training waits too.
         self.patience = PATIENCE
         self.shards, self.spaces = shards, dict(spaces or {})
         if self.spaces.keys() != contents.spaces.keys():
             raise ValueError(f"spaces of {sorted(self.spaces)}, the contents have {sorted(contents.spaces)}")
-        self.shares = {name: Records(of, contents.spaces[name].size, world.rank) for name, of in self.spaces.items()}
-        self.weights = Records(shards, contents.layout.size, world.rank)
+        self.shares = {name: Records(of, contents.spaces[name].size, control.rank) for name, of in self.spaces.items()}
+        self.weights = Records(shards, contents.layout.size, control.rank)
         self.spool = Spool(lock)
         self.target: Path | None = None
         self.found: list[str] = []
@@ -85,7 +84,7 @@ class Writer:
         tables = tables or {}
         start = time.perf_counter()
         target = folder(self.out) / f"step-{progress.step:09d}.h5"
-        if not share_flag(self.world, self.world.rank != 0 or self._ready(target)):
+        if not self.control.share_flag(self.control.rank != 0 or self._ready(target)):
             self.pause += time.perf_counter() - start
             return
         contents = self._contents(scalars, progress)
@@ -94,8 +93,8 @@ class Writer:
             self._together(vectors, contents, tables)
         else:
             job |= {**self._copy(vectors, tables), "gzip": self.gzip}
-            job["texts"] = contents.texts() if self.world.rank == 0 else {}
-        if self.world.rank == 0 and self.target is not None:
+            job["texts"] = contents.texts() if self.control.rank == 0 else {}
+        if self.control.rank == 0 and self.target is not None:
             try:
                 self.spool.submit(job)
             except OSError:
@@ -125,7 +124,7 @@ class Writer:
         """All ranks write the file, if rank 0 could make the folder and sees room."""
         from psmpi.checkpoint.parallel import write_together
 
-        if self.world.rank == 0 and self.target is not None:
+        if self.control.rank == 0 and self.target is not None:
             needed = sum(self._share(name).total * vector.itemsize for name, vector in vectors.items())
             needed += sum(prod(self._whole(table)) * table.itemsize for table in tables.values())
             try:
@@ -134,13 +133,13 @@ class Writer:
                     self._failed(f"No space left on device: {needed:,} bytes are needed, {free:,} are free")
             except OSError as error:
                 self._failed(str(error))
-        said = json.dumps([str(self.target or ""), contents.texts()]) if self.world.rank == 0 else ""
-        target, told = json.loads(share(self.world, said))
+        said = json.dumps([str(self.target or ""), contents.texts()]) if self.control.rank == 0 else ""
+        target, told = json.loads(self.control.share(said))
         if target:
             # Every rank must make the same data sets: the texts are rank 0's.
             contents = Contents.of(told)
             owned = {name: self.spaces.get(name, self.shards) for name in vectors}
-            write_together(self.world, Path(target), contents, vectors, owned, self.gzip, tables, self.rows)
+            write_together(self.control.comm, Path(target), contents, vectors, owned, self.gzip, tables, self.rows)
 
     def _copy(self, vectors: Mapping[str, np.ndarray], tables: Mapping[str, np.ndarray]) -> dict[str, Any]:
         """Bring all ranks' pieces to the spool; what is where in it.
@@ -157,14 +156,14 @@ class Writer:
             def keep(rank: int, first: int, elements: np.ndarray, base: int = at, shares: Records = shares) -> None:
                 self._put(elements, base + (int(shares.starts[rank]) + first) * elements.itemsize)
 
-            collect(self.world, shares.sizes, vector.dtype, piece, keep)
+            collect(self.control, shares.sizes, vector.dtype, piece, keep)
             placed.append([name, vector.dtype.str, at])
             at += shares.total * vector.itemsize
         tables_at = at
         for name, table in tables.items():
             at = self._copy_table(table, at)
             shapes[f"{self.rows.group}/{name}"] = [self._whole(table), table.dtype.str]
-        if self.world.rank == 0:
+        if self.control.rank == 0:
             for name in ["weights", *self.spaces]:
                 table = self._share(name).table
                 maps[name] = [at, table.shape[1]]
@@ -182,7 +181,7 @@ class Writer:
                 self._put(piece[a - first : b - first], start + at)
 
         sizes = [len(numbers) * row for numbers in self.rows.of]
-        collect(self.world, sizes, np.dtype(np.uint8), lambda first, last: mine[first:last], keep)
+        collect(self.control, sizes, np.dtype(np.uint8), lambda first, last: mine[first:last], keep)
         return start + self.rows.total * row
 
     def _put(self, elements: np.ndarray, at: int) -> None:

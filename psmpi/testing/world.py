@@ -117,6 +117,11 @@ class Comm:
         shared = self.shared.sub(("group", group.ranks, self.groups[group.ranks]), group.ranks)
         return Comm(shared, group.ranks.index(self.rank))
 
+    def Dup(self) -> Comm:
+        number = self.calls
+        self.Barrier()
+        return Comm(self.shared.sub(("copy", number), range(self.size)), self.rank)
+
     def Split_type(self, kind: Any) -> Comm:
         """All ranks: threads share their memory."""
         number = self.calls

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from psmpi import checkpoint, metrics
 from psmpi.checkpoint import Contents, Progress
-from psmpi.comm.control import total
+from psmpi.comm.control import Control
 from psmpi.config import Config
 from psmpi.data import Batch, Dataset, Minibatches
 from psmpi.errors import UserError
@@ -59,11 +59,11 @@ def plan_steps(dataset: Dataset, config: Config) -> tuple[Minibatches, int, Call
 
 
 class Loop:
-    """Runs a method to the end of its epochs on all ranks of `world`; only rank 0 prints and writes."""
+    """Runs a method to the end of its epochs on all ranks; only rank 0 prints and writes."""
 
     def __init__(
         self,
-        world: Any,
+        control: Control,
         method: Method,
         dataset: Dataset,
         config: Config,
@@ -72,11 +72,11 @@ class Loop:
         contents: Contents,
         lock: IO[bytes] | None = None,
     ):
-        self.world, self.method, self.config, self.out, self.console = world, method, config, out, console
+        self.control, self.method, self.config, self.out, self.console = control, method, config, out, console
         self.batches, self.total, self.schedule = plan_steps(dataset, config)
         run = config.run
         self.writer = checkpoint.Writer(
-            world, contents, method.shards, out,
+            control, contents, method.shards, out,
             keep=run.checkpoint_keep, gzip=run.checkpoint_gzip, parallel=run.checkpoint_parallel, lock=lock,
             rows=method.state.rows,
         )  # fmt: skip
@@ -91,7 +91,7 @@ class Loop:
         progress = contents.progress
         notes = restore(self.method, path, contents, self.config)
         # The shares of the loss are summed over ranks: the past is rank 0's.
-        if self.world.rank == 0:
+        if self.control.rank == 0:
             self.method.loss_sum = progress.loss_sum
         self.before[:] = progress.bytes_sent, progress.bytes_received
         self.progress = progress
@@ -100,7 +100,7 @@ class Loop:
                 f"checkpoint {path} is {progress.cursor} steps into an epoch, which here has "
                 f"{self.batches.steps_per_epoch}: use the data set it was made with"
             )
-        if self.world.rank == 0:
+        if self.control.rank == 0:
             metrics.write_rows(self.out / "metrics.jsonl", progress.rows)
             notes = [*(f"note: {note}" for note in notes), f"resumed from {path}, step {progress.step}"]
             if progress.step >= self.total:
@@ -113,7 +113,7 @@ class Loop:
             task = bar.add_task("", total=self.total, completed=self.progress.step)
             while self.progress.step < self.total:
                 self._epoch(bar, task)
-        if self.world.rank == 0:
+        if self.control.rank == 0:
             self.writer.close()
             self._tell_troubles()
             if self.writer.last_failed:
@@ -123,7 +123,7 @@ class Loop:
                 )
 
     def _bar(self) -> Bar:
-        hidden = self.world.rank != 0 or not self.console.is_terminal
+        hidden = self.control.rank != 0 or not self.console.is_terminal
         columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn())
         return Bar(*columns, console=self.console, transient=True, disable=hidden)
 
@@ -159,7 +159,7 @@ class Loop:
             rows = (*self.progress.rows, row)
             self.progress = replace(self.progress, epoch=first.epoch + 1, cursor=0, seconds=elapsed, rows=rows)
             method.loss_sum = 0.0
-        if self.world.rank == 0:
+        if self.control.rank == 0:
             try:
                 metrics.append_row(self.out / "metrics.jsonl", row)
             except OSError as error:
@@ -180,9 +180,9 @@ class Loop:
         scores = method.test()
         loss_sum, _, _ = self._totals()
         # A rank that has nothing to do in some epochs is no measure of the rate.
-        counts = np.zeros((self.world.size, 3))
-        counts[self.world.rank] = method.counter.sent, method.counter.received, rate
-        counts = total(self.world, counts)
+        counts = np.zeros((self.control.size, 3))
+        counts[self.control.rank] = method.counter.sent, method.counter.received, rate
+        counts = self.control.total(counts)
         events = self._events()
         return {
             "epoch": self.progress.epoch + 1,
@@ -203,18 +203,18 @@ class Loop:
         """Sum over ranks of the loss shares, the bytes sent and received so far."""
         method = self.method
         shares = np.array([method.loss_sum, method.counter.sent, method.counter.received])
-        loss_sum, sent, received = total(self.world, shares)
+        loss_sum, sent, received = self.control.total(shares)
         return float(loss_sum), int(sent + self.before[0]), int(received + self.before[1])
 
     def _events(self) -> dict[str, int]:
         """The ranks' counts of unusual events together; warns of each kind when it first happens."""
         events = self.method.events()
-        counts = total(self.world, np.array([float(n) for n in events.values()]))
+        counts = self.control.total(np.array([float(n) for n in events.values()]))
         found = {name: int(count) for name, count in zip(events, counts, strict=True)}
         for name, count in found.items():
             if count and name not in self.warned:
                 self.warned.add(name)
-                if self.world.rank == 0:
+                if self.control.rank == 0:
                     self.console.print(f"warning: {name.replace('_', ' ')}: {count} so far")
         return found
 
@@ -227,7 +227,7 @@ class Loop:
         self._tell_troubles()
 
     def _tell_troubles(self) -> None:
-        if self.world.rank == 0:
+        if self.control.rank == 0:
             for trouble in self.writer.troubles():
                 self._warn_loudly(trouble)
 

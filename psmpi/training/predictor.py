@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from psmpi.backend import NumpyOps
-from psmpi.comm.control import receive_from, send_to_first
+from psmpi.comm.control import Control
 from psmpi.comm.group import Counter, Group
+from psmpi.comm.protocol import World
 from psmpi.comm.transfers import RowExchange
 from psmpi.data import Resident, Split
 from psmpi.layout import Layout, make_grid
@@ -25,10 +25,17 @@ class Predictor:
     """
 
     def __init__(
-        self, world: Any, network: Network, layout: Layout, classes: Sequence[int], dtype: np.dtype, ops: NumpyOps
+        self,
+        world: World,
+        control: Control,
+        network: Network,
+        layout: Layout,
+        classes: Sequence[int],
+        dtype: np.dtype,
+        ops: NumpyOps,
     ):
         self.network = network
-        self.world, self.classes, self.dtype = world, tuple(classes), dtype
+        self.control, self.classes, self.dtype = control, tuple(classes), dtype
         rows = world.size if network.tie() is not None else 0
         grid = make_grid("scores", len(self.classes), world.size, rows)
         self.place = grid[world.rank]
@@ -70,14 +77,14 @@ class Predictor:
             scores = np.empty((count, x.shape[1]), self.dtype)
             self.score_exchange.forward(self.model.forward(x).scores, scores)
             found[at.start - first : at.stop - first] = scores.T
-        if self.world.rank != 0:
+        if self.control.rank != 0:
             if self.place.column == 0 and len(found):
-                send_to_first(self.world, found)
+                self.control.send_to_first(found)
             return None
         everything = np.empty((split.n, count), self.dtype)
         for rank, (start, stop) in zip(self.reporters, edges, strict=True):
             if start < stop and rank != 0:
-                receive_from(self.world, everything[start:stop], rank)
+                self.control.receive_from(everything[start:stop], rank)
             elif start < stop:
                 everything[start:stop] = found
         return everything

@@ -16,6 +16,7 @@ from helpers.runs import distance, run
 
 from psmpi import checkpoint
 from psmpi.checkpoint.format import chunk_of, seal
+from psmpi.comm.control import Control
 from psmpi.errors import UserError
 from psmpi.layout import Ownership, Runs
 from psmpi.nn.zoo import make_network
@@ -255,7 +256,7 @@ def alone(tmp_path):
         layout = network.layout()
         contents = checkpoint.Contents("seed = 1", network.in_shape, layout)
         writers.append(
-            checkpoint.Writer(Alone(), contents, Ownership((Runs(((0, layout.size),)),)), tmp_path, **options)
+            checkpoint.Writer(Control(Alone()), contents, Ownership((Runs(((0, layout.size),)),)), tmp_path, **options)
         )
         rng = np.random.default_rng(3)
         return writers[-1], {name: rng.standard_normal(layout.size) for name in ("weights", "m")}

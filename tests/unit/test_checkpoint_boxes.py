@@ -20,6 +20,7 @@ from psmpi.checkpoint.format import seal
 from psmpi.checkpoint.parallel import parts_of, values_of
 from psmpi.checkpoint.selection import find_boxes, find_parts, read_runs
 from psmpi.checkpoint.tensors import make_tensors
+from psmpi.comm.control import Control
 from psmpi.errors import UserError
 from psmpi.layout import Box, Ownership, Parameter, Runs, TableRows, make_layout, plain_layout, restrict
 from psmpi.nn.zoo import make_network
@@ -57,7 +58,7 @@ def save(out, contents, shards, vectors, spaces=None, rows=None, tables=None, gz
 
     def work(world):
         rank = world.rank
-        writer = checkpoint.Writer(world, contents, shards, out, spaces=spaces, rows=rows, gzip=gzip)
+        writer = checkpoint.Writer(Control(world), contents, shards, out, spaces=spaces, rows=rows, gzip=gzip)
         mine = {name: restrict(w, spaces.get(name, shards)[rank]) for name, w in vectors.items()}
         own = {name: table[list(rows.of[rank])] for name, table in (tables or {}).items()}
         writer.write(mine, {}, checkpoint.Progress(step=1), own)
