@@ -146,6 +146,8 @@ def command_line(default: Config) -> Any:
         "Parallel", [("method", choice)], bases=(Parallel,), frozen=True, namespace={"__doc__": Parallel.__doc__}
     )
     sections["parallel"] = kind(**vars(default.parallel))
+    # Tables of the file alone, of whatever they are: no option shows them.
+    layers, sections["model"] = default.model.layers, replace(default.model, layers=())
     optimization = sections.pop("optimization"), sections.pop("run")
     for table, settings in kinds_of_settings().items():
         sections[table] = default.of(settings)
@@ -154,7 +156,7 @@ def command_line(default: Config) -> Any:
     given: list[Any] = [
         (name, type(value), field(default_factory=partial(replace, value))) for name, value in sections.items()
     ]
-    return make_dataclass("Options", [*given, ("config", file, "")], frozen=True)
+    return make_dataclass("Options", [*given, ("config", file, "")], frozen=True, namespace={"layers": layers})
 
 
 FILE = "TOML file with any of these settings, in tables named as the groups here; the command line goes before it."
@@ -164,4 +166,5 @@ def from_command_line(tree: Any) -> Config:
     """The configuration that a tree of `command_line` says."""
     sections = {name: getattr(tree, name) for name in Config().sections}
     sections["parallel"] = Parallel(**vars(sections["parallel"]))
+    sections["model"] = replace(sections["model"], layers=tree.layers)
     return Config(**sections).having(getattr(tree, table) for table in kinds_of_settings())

@@ -58,12 +58,13 @@ def save(out, contents, shards, vectors, spaces=None, rows=None, tables=None, gz
 
     def work(world):
         rank = world.rank
-        writer = checkpoint.Writer(Control(world), contents, shards, out, spaces=spaces, rows=rows, gzip=gzip)
+        control = Control(world)
+        writer = checkpoint.Writer(control, contents, shards, out, spaces=spaces, rows=rows, gzip=gzip)
         mine = {name: restrict(w, spaces.get(name, shards)[rank]) for name, w in vectors.items()}
         own = {name: table[list(rows.of[rank])] for name, table in (tables or {}).items()}
         writer.write(mine, {}, checkpoint.Progress(step=1), own)
         assert writer.found == []
-        return world.sent
+        return control.comm.sent
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("psmpi.checkpoint.writer.Spool", AtOnce)
