@@ -321,8 +321,8 @@ def test_nine_ranks_train_what_one_process_cannot_hold(tmp_path):
     """Each process may have as much address space as a small run, and half of the whole network's vectors more."""
     small, wide = tmp_path / "small.toml", tmp_path / "wide.toml"
     small.write_text(WIDE.format(units=40))
-    wide.write_text(WIDE.format(units=16000))
-    parameters = 65 * 16000 + 10 * 1600 * 1601 + 10 * 1601
+    wide.write_text(WIDE.format(units=11000))
+    parameters = 65 * 11000 + 10 * 1100 * 1101 + 10 * 1101
     whole = 4 * 4 * parameters
     options = ("--placement", "owner", "--max-steps", "3", "--threads", "1", "--config")
     peaks = []
