@@ -282,7 +282,17 @@ def test_memory_is_shown_as_a_table():
 
 @pytest.mark.parametrize("ranks", [1, 4])
 def test_the_parts_of_a_quasi_newton_step_are_told(ranks):
-    options = ("--partition", "pairs", "--optimizer", "plbfgs", "--cg-iterations", "4", "--merge-pairs")
+    options = (
+        "--partition",
+        "pairs",
+        "--optimizer",
+        "plbfgs",
+        "--cg-iterations",
+        "4",
+        "--merge-pairs",
+        "--batch-size",
+        "30",
+    )
     status, out, err = launch(ranks, "-m", "psmpi.bench", "optimizer", "--json", *options)
     assert status == 0, err
     found = json.loads(out)
@@ -296,7 +306,7 @@ def test_the_parts_of_a_quasi_newton_step_are_told(ranks):
         # The master sends a slice a product: to each worker the shared block and those of its classes.
         assert found["ranks"][0]["bytes_sent"] > 4 * 4800 * found["products"]
     else:
-        status, out, err = launch(ranks, "-m", "psmpi.bench", "optimizer", *options)
+        status, out, err = run(ranks, "-m", "psmpi.bench", "optimizer", *options)
         assert status == 0 and "products and" in out and "communication" in out, err
 
 
