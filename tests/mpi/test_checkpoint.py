@@ -262,6 +262,8 @@ def alone(tmp_path):
 
     yield call
     for writer in writers:
+        # A test that fails may leave a process that is stopped.
+        writer.spool.kill()
         writer.close()
 
 
