@@ -263,6 +263,8 @@ def alone(tmp_path):
 
     yield call
     for writer in writers:
+        # A test that fails may leave a process that is stopped.
+        writer.spool.kill()
         writer.close()
 
 
@@ -424,7 +426,7 @@ def test_a_file_under_a_wrong_name_is_no_checkpoint_of_the_run(train):
 @pytest.mark.parametrize("gzip", [0, 1])
 @pytest.mark.parametrize("room", [40_000, 160_000])
 def test_a_full_disk_stops_no_training(tmp_path, room, gzip):
-    """On a small file system: full while the vectors are copied, or while the file is made."""
+    """On a small file system: full while the vectors are copied, or while the file is made, by a process of its own."""
     place = tmp_path / "small"
     place.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", place]
@@ -434,13 +436,13 @@ def test_a_full_disk_stops_no_training(tmp_path, room, gzip):
         ballast = place / "ballast"
         ballast.write_bytes(bytes(400_000 - room))
         options = ("--out", place / "run", "--epochs", "4", "--checkpoint-gzip", str(gzip), "--max-steps")
-        status, out, err = run(1, "-m", "psmpi.train", *options, "30", cwd=tmp_path)
+        status, out, err = launch(1, "-m", "psmpi.train", *options, "30", cwd=tmp_path)
         assert out.count("epoch   ") == 2 and "Traceback" not in out + err
         assert out.count("is NOT written") == 2 and "No space left" in out
         assert status == 1 and "last checkpoint is not written" in err
         assert list((place / "run" / "checkpoints").iterdir()) == []
         ballast.unlink()
-        status, out, err = run(1, "-m", "psmpi.train", *options, "15", "--resume", "auto", cwd=tmp_path)
+        status, out, err = launch(1, "-m", "psmpi.train", *options, "15", "--resume", "auto", cwd=tmp_path)
         assert status == 0, err
         (whole,) = checkpoint.available(place / "run")
         checkpoint.check_file(whole)
@@ -466,8 +468,9 @@ def test_a_thousand_damaged_files_are_refused(train, tmp_path):
         assert "\n" not in str(found.value)
 
 
-def test_a_writing_process_killed_at_any_moment_leaves_whole_files(alone, tmp_path):
-    """SIGKILL at 100 moments of saves that take tens of milliseconds: what is there is whole, and is one of two."""
+@pytest.mark.parametrize("moments", [30, pytest.param(100, marks=pytest.mark.slow)])
+def test_a_writing_process_killed_at_any_moment_leaves_whole_files(alone, tmp_path, moments):
+    """SIGKILL at moments of saves that take tens of milliseconds: what is there is whole, and is one of two."""
     writer, vectors = alone(make_network("mlp", (256,), 10, widths=(256, 256)), keep=2)
     for step in (1, 2):
         start = time.perf_counter()
@@ -475,7 +478,7 @@ def test_a_writing_process_killed_at_any_moment_leaves_whole_files(alone, tmp_pa
         writer.finish()
         duration = time.perf_counter() - start
     rng, survived, last, reach = np.random.default_rng(0), 0, 2, duration
-    for step in range(3, 203, 2):
+    for step in range(3, 3 + 2 * moments, 2):
         writer.write(vectors, {}, checkpoint.Progress(step=step))
         time.sleep(rng.uniform(0, reach))
         helper = writer.spool.process
@@ -499,7 +502,7 @@ def test_a_writing_process_killed_at_any_moment_leaves_whole_files(alone, tmp_pa
         writer.finish()
         assert writer.troubles() == []
         last = step + 1
-    assert 5 <= survived <= 95, "the moments are spread over the saves"
+    assert 0.05 * moments <= survived <= 0.95 * moments, "the moments are spread over the saves"
     assert not list(checkpoint.folder(tmp_path).glob(".*"))
 
 

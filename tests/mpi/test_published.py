@@ -4,7 +4,7 @@ import json
 
 import pytest
 from helpers.datasets import make_cifar
-from helpers.processes import launch
+from helpers.runs import run
 
 from psmpi.bench.published import EPOCHS, SETTINGS, read
 
@@ -36,7 +36,7 @@ def test_rows_give_their_figures():
 
 def published(folder, *options):
     arguments = ("--settings", "cifar10-20-nll", "--seeds", "2", "--out", folder / "runs", *options)
-    return launch(1, "-m", "psmpi.bench", "published", *arguments, cwd=folder)
+    return run(1, "-m", "psmpi.bench", "published", *arguments, cwd=folder)
 
 
 def test_it_trains_every_seed_and_reports(tmp_path):

@@ -4,7 +4,6 @@ import json
 
 import numpy as np
 import pytest
-from helpers.processes import launch
 from helpers.runs import run
 from scipy.linalg import lstsq
 
@@ -185,7 +184,7 @@ def test_a_run_that_has_learnt_labels_does_not_go_on_with_values(own, train):
     again = ("-m", "psmpi.train", *options, "--dataset", "own.npz", "--out", found.out, "--resume", "auto")
     status, _, err = run(1, *again, "--epochs", "2", cwd=own)
     assert status == 1 and "has learnt labels" in " ".join(err.split())
-    status, _, err = launch(1, "-m", "psmpi.bench", "network", "--dataset", own / "own.npz", cwd=own)
+    status, _, err = run(1, "-m", "psmpi.bench", "network", "--dataset", own / "own.npz", cwd=own)
     assert status == 1 and "use a data set with labels" in " ".join(err.split())
 
 
