@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from importlib import import_module
-from pathlib import PurePath
 
 # Module whose `main` takes the remaining words, and what the command does.
 COMMANDS = {
@@ -30,9 +29,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def program(command: str = "") -> str:
     """What was typed to start a command, for its help: `psmpi train`, `python -m psmpi train` or `-m psmpi.train`."""
-    started = PurePath(sys.argv[0] if sys.argv else "")
-    script = started.stem == "psmpi"
-    if script or not command or started.parts[-2:] == ("psmpi", "__main__.py"):
+    folder, file = os.path.split(sys.argv[0])
+    script = file == "psmpi"
+    if script or not command or (os.path.basename(folder), file) == ("psmpi", "__main__.py"):
         return f"{'psmpi' if script else 'python -m psmpi'} {command}".rstrip()
     return f"python -m psmpi.{command}"
 

@@ -169,6 +169,9 @@ def run(program: Callable[[], int]) -> int:
         # Processes that another MPI's launcher started all come here; one speaks for all.
         if announced_rank(dict(os.environ)) == 0:
             print(f"psmpi: {message}", file=sys.stderr, flush=True)
+        else:
+            # Some launchers end the job at the first failure: not before the message is out.
+            time.sleep(0.5)
         return 1
     # What several ranks meet, such as a damaged file, one tells: the first of those that speak ends the others.
     time.sleep(min(0.5 * comm.rank, 3.0))

@@ -360,11 +360,11 @@ def test_a_killed_writing_process_is_told_and_replaced(alone, tmp_path):
 
 
 def test_a_writing_process_that_hangs_costs_checkpoints_not_training(alone, monkeypatch):
-    monkeypatch.setattr("psmpi.checkpoint.writer.PATIENCE", 0.2)
-    monkeypatch.setattr("psmpi.checkpoint.writer.LAST_PATIENCE", 0.5)
     writer, vectors = alone()
     writer.write(vectors, {}, checkpoint.Progress(step=1))
     writer.finish()
+    monkeypatch.setattr("psmpi.checkpoint.writer.PATIENCE", 0.2)
+    monkeypatch.setattr("psmpi.checkpoint.writer.LAST_PATIENCE", 0.5)
     os.kill(writer.spool.process.pid, signal.SIGSTOP)
     begun = time.monotonic()
     for step in range(2, 12):

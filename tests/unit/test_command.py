@@ -1,6 +1,7 @@
 """The command `psmpi`: its words, its help under several names, its exit status, and how little it imports."""
 
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +16,7 @@ SCRIPT, PACKAGE, MODULE = "/opt/venv/bin/psmpi", "/opt/psmpi/__main__.py", "/opt
 
 @pytest.fixture(autouse=True)
 def no_launcher(monkeypatch):
-    """The tests themselves may run under a launcher."""
+    """Hide a launcher under which the tests themselves run."""
     for name in LAUNCHER_RANKS:
         monkeypatch.delenv(name, raising=False)
 
@@ -49,6 +50,7 @@ def test_only_the_launchers_first_rank_prints(variable, words, monkeypatch, caps
     status = command.main(words)
     assert any(capsys.readouterr())
     monkeypatch.setenv(variable, "2")
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
     assert command.main(words) == status
     assert not any(capsys.readouterr())
 
