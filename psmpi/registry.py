@@ -10,14 +10,13 @@ from contextlib import suppress
 from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
-from typing import TYPE_CHECKING, TypeVar
+from typing import Any, TypeVar
 
 from psmpi.errors import UserError
 
-if TYPE_CHECKING:
-    from psmpi.training.method import Method
-
-    M = TypeVar("M", bound=type[Method])
+# Classes of methods, subclasses of psmpi.training.method.Method, which this module does not know.
+Kind = type[Any]
+M = TypeVar("M", bound=type[Any])
 
 DEFAULT = "psl"
 
@@ -30,7 +29,7 @@ BUILTIN = {
     "sil": "psmpi.methods.sil.method:SyntheticLabels",
 }
 
-_registered: dict[str, type[Method]] = {}
+_registered: dict[str, Kind] = {}
 
 
 def register(method: M) -> M:
@@ -53,18 +52,18 @@ def method_names() -> tuple[str, ...]:
     return tuple(dict.fromkeys([*BUILTIN, *_installed(), *_registered]))
 
 
-def find_method(name: str) -> type[Method]:
+def find_method(name: str) -> Kind:
     """The class of the method called `name`; UserError where there is none, or where it cannot be imported."""
     if name in _registered:
         return _registered[name]
     if name in BUILTIN:
         module, _, attribute = BUILTIN[name].partition(":")
-        found: type[Method] = getattr(import_module(module), attribute)
+        found: Kind = getattr(import_module(module), attribute)
         return found
     if name not in _installed():
         raise UserError(f"--method {name} is unknown: choose one of {', '.join(method_names())}")
     try:
-        loaded: type[Method] = _installed()[name].load()
+        loaded: Kind = _installed()[name].load()
     except Exception as error:
         raise UserError(
             f"--method {name}: {_installed()[name].value} of an installed package cannot be imported ({error!r}): "
@@ -73,7 +72,7 @@ def find_method(name: str) -> type[Method]:
     return loaded
 
 
-def all_methods() -> dict[str, type[Method]]:
+def all_methods() -> dict[str, Kind]:
     """All training methods by name, imported; without those of other packages that cannot be."""
     found = {}
     for name in method_names():
