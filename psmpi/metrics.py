@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 # How a person sees what tests measure, of which a row has some.
-SCORES = {
+SCORES: dict[str, Callable[[float], str]] = {
     "test_loss": lambda value: f"test loss {value:.5g}",
     "test_accuracy": lambda value: f"test accuracy {100 * value:.2f} %",
     "test_top5": lambda value: f"top 5 {100 * value:.2f} %",

@@ -14,7 +14,7 @@ import h5py
 
 from psmpi.checkpoint.format import check_file, open_file
 from psmpi.checkpoint.tensors import Tensor, held_runs, make_tensors
-from psmpi.config import tomllib
+from psmpi.config import parse_toml
 from psmpi.errors import DamagedError
 from psmpi.layout import Block, Layout, Parameter, Piece, Runs
 from psmpi.metrics import SCORES
@@ -116,7 +116,7 @@ class Contents:
         rows = tuple(_table(line) for line in texts["metrics"].splitlines())
         for row in rows:
             _expect(isinstance(row.get("test_accuracy", 0.0), float | int), "metrics")
-        tomllib.loads(texts["config"])
+        parse_toml(texts["config"])
         layout = json.loads(texts["layout"])
         progress = replace(Progress(**_table(texts["progress"])), rows=rows)
         for name, value in vars(progress).items():

@@ -2,7 +2,7 @@
 
 from psmpi.config.ranges import Least, option
 from psmpi.config.sections import Data, LossSettings, NetworkSettings, Optimization, Parallel, Run
-from psmpi.config.text import defaults, from_table, from_toml, read_file, to_toml, tomllib
+from psmpi.config.text import defaults, from_table, from_toml, parse_toml, read_file, to_toml
 from psmpi.config.tree import Config, Settings, check, command_line, from_command_line, kinds_of_settings
 
 __all__ = [
@@ -23,7 +23,7 @@ __all__ = [
     "from_toml",
     "kinds_of_settings",
     "option",
+    "parse_toml",
     "read_file",
     "to_toml",
-    "tomllib",
 ]

@@ -22,6 +22,11 @@ else:
 FORMER = ("parallel", "replicated", "alignment", "subnets", "synthetic")
 
 
+def parse_toml(text: str) -> dict[str, Any]:
+    """The tables of a TOML text; ValueError where it is none."""
+    return tomllib.loads(text)
+
+
 def defaults(argv: Sequence[str]) -> Config:
     """The configuration that a command line changes: that of --config, which has to be known before the rest is read.
 

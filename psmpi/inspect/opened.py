@@ -15,7 +15,7 @@ from psmpi.checkpoint.format import HEADER, open_file
 from psmpi.checkpoint.reader import find_tensor
 from psmpi.checkpoint.selection import read_elements
 from psmpi.checkpoint.tensors import Tensor
-from psmpi.config import tomllib
+from psmpi.config import parse_toml
 from psmpi.errors import DamagedError
 
 Checkpoint = Positional[Annotated[Path, arg(metavar="CHECKPOINT")]]
@@ -45,7 +45,7 @@ class Opened:
                     label = f"{group}/{name}" if "classes" in file.get("elements", ()) else f"rank/{name}"
                     self.tables[label], self.places[label] = (table.shape, table.dtype), table.name
             self.dtype: np.dtype = file[f"weights/{next(iter(self.tensors))}"].dtype
-            self.dtypes = {
+            self.dtypes: dict[str, np.dtype] = {
                 f"{space}/{name}": file[f"{space}/{name}"].dtype for space, of in self.spaces.items() for name in of
             }
 
@@ -106,7 +106,7 @@ class Opened:
 
     def settings(self) -> dict[str, Any]:
         """The configuration: `section.name` to value."""
-        tables = tomllib.loads(self.contents.config)
+        tables = parse_toml(self.contents.config)
         return {f"{section}.{name}": value for section, table in tables.items() for name, value in table.items()}
 
     def describe(self) -> dict[str, Any]:

@@ -216,7 +216,7 @@ class DirectFeedback(Method):
         else:
             self.below.forward(None, x)
         self.tape = self.forward_pass(x.shape[1])
-        y = self.tape.scores
+        y: np.ndarray = self.tape.scores
         if self.above is not None:
             self.above.forward(y, None)
         return y

@@ -170,7 +170,8 @@ class LBFGS(Optimizer):
 
     def _products(self, pairs: Sequence[tuple[np.ndarray, np.ndarray]], allsum: AllSum) -> list[float]:
         """Global scalar products of pairs of shards, in one sum."""
-        return allsum(self.ops.dots(pairs)).tolist()
+        sums: list[float] = allsum(self.ops.dots(pairs)).tolist()
+        return sums
 
     def _decay(self, w: np.ndarray, g: np.ndarray) -> None:
         """g += weight_decay w."""

@@ -242,7 +242,8 @@ class Comm:
     def _own(self, sent: Any, into: NDArray[Any]) -> NDArray[Any]:
         from mpi4py import MPI
 
-        return _flat(into if sent is MPI.IN_PLACE else sent).copy()
+        own: NDArray[Any] = _flat(into if sent is MPI.IN_PLACE else sent).copy()
+        return own
 
     def Reduce_scatter(self, sent: Any, into: NDArray[Any], counts: Sequence[int]) -> None:
         """In place: what is behind the sum is anything then, here NaN."""

@@ -49,12 +49,12 @@ class DeviceProducts(DevicePointwise):
             # The tensor cores compute products of matrices.
             own = DeviceWindows(stripes, in_shape, out_shape, kernel, stride, dtype, activation, ops=self)
         else:
-            own = DeviceConvolution(self, stripes, in_shape, out_shape, kernel, stride, dtype, activation)  # type: ignore[assignment]
+            own = DeviceConvolution(self, stripes, in_shape, out_shape, kernel, stride, dtype, activation)
         count = groups(stripes, in_shape[0], out_shape[0])
         if self.cudnn is None or not count:
             return own
         shape = ConvolutionShape(in_shape, out_shape, count, kernel, stride, activation, np.dtype(dtype))
-        return ChosenConvolution(own, self.cudnn, shape)  # type: ignore[return-value]
+        return ChosenConvolution(own, self.cudnn, shape)
 
     def im2col(self, x: Any, stride: int, first: int, cols: Any) -> None:
         _, k, _, rows, width, b = cols.shape

@@ -65,4 +65,5 @@ class DeviceVectors(Device):
         self.launch("sum_partials", dtype, (count,), (256,), each, partial, self.sums.array)
         self.sums.fetch(slice(count))
         self.sums.wait()
-        return self.sums.host[:count].copy()
+        sums: np.ndarray = self.sums.host[:count].copy()
+        return sums

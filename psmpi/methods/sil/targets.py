@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import sqrt
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +22,7 @@ def draw_targets(law: str, units: int, classes: int, seed: int, part: int, scale
     ValueError for orthogonal columns of fewer units than classes.
     """
     rng = np.random.default_rng([seed, part])
+    drawn: np.ndarray
     if law == "uniform":
         drawn = rng.random((units, classes), np.float32)
     elif law == "sign":
@@ -32,7 +35,8 @@ def draw_targets(law: str, units: int, classes: int, seed: int, part: int, scale
         q, r = np.linalg.qr(rng.standard_normal((units, classes)))
         # Without the signs that a library happens to choose.
         drawn = (q * np.copysign(sqrt(units / 12), np.diag(r))).astype(np.float32)
-    return drawn * np.float32(scale)
+    drawn *= np.float32(scale)
+    return drawn
 
 
 class TargetDistance(Loss):
@@ -53,7 +57,14 @@ class TargetDistance(Loss):
     def nbytes(self) -> int:
         return int(super().nbytes + self.columns.nbytes)
 
-    def __call__(self, scores, labels, scale, grad=None, pairs=None):
+    def __call__(
+        self,
+        scores: np.ndarray,
+        labels: np.ndarray,
+        scale: float,
+        grad: np.ndarray | None = None,
+        pairs: np.ndarray | None = None,
+    ) -> float:
         (z,) = self._buffers(scores, 1)
         np.take(self.targets, labels, axis=1, out=z, mode="clip")
         np.subtract(scores, z, out=z)
@@ -61,12 +72,12 @@ class TargetDistance(Loss):
             np.multiply(z, 2 * scale * self.share, out=grad)
         return float(np.vdot(z, z)) * scale * self.share
 
-    def fused(self, ops):
+    def fused(self, ops: NumpyOps) -> Callable[..., None] | None:
         distances = ops.fused("distances")
         if distances is None:
             return None
 
-        def compute(scores, labels, scale, pairs, own, grad, report):
+        def compute(scores: Any, labels: Any, scale: float, pairs: Any, own: slice, grad: Any, report: Any) -> None:
             distances(scores, self.columns, labels, scale * self.share, grad, report)
 
         return compute
@@ -86,12 +97,14 @@ class LabelReader:
 
     @property
     def nbytes(self) -> int:
-        return self.columns.nbytes + self.halves.nbytes + self.inverse.nbytes
+        return sum(int(array.nbytes) for array in (self.columns, self.halves, self.inverse))
 
     def nearest(self, outputs: np.ndarray) -> np.ndarray:
         """argmin_j ||f - S_j|| (b,)."""
-        return (self.columns @ outputs - self.halves).argmax(axis=0)
+        places: np.ndarray = (self.columns @ outputs - self.halves).argmax(axis=0)
+        return places
 
     def probabilities(self, outputs: np.ndarray) -> np.ndarray:
         """S^+ f (classes, b)."""
-        return self.inverse @ outputs
+        solved: np.ndarray = self.inverse @ outputs
+        return solved

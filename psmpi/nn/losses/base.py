@@ -135,7 +135,7 @@ class PairwiseLoss(Loss):
 
     def _margins(self, scores: np.ndarray, labels: np.ndarray, z: np.ndarray) -> np.ndarray:
         """z = kappa (c_j - c_y); returns the flat positions of the labels' own scores."""
-        own = labels * scores.shape[1] + np.arange(scores.shape[1])
+        own: np.ndarray = labels * scores.shape[1] + np.arange(scores.shape[1])
         np.copyto(z, scores)
         z -= z.ravel()[own]
         z *= self.kappa

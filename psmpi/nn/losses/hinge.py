@@ -15,7 +15,14 @@ class Hinge(PairwiseLoss):
     name = "hinge"
     formula = "sum_{j != y} max(0, 1 + kappa (c_j - c_y))"
 
-    def __call__(self, scores, labels, scale, grad=None, pairs=None):
+    def __call__(
+        self,
+        scores: np.ndarray,
+        labels: np.ndarray,
+        scale: float,
+        grad: np.ndarray | None = None,
+        pairs: np.ndarray | None = None,
+    ) -> float:
         (z,) = self._buffers(scores, 1)
         own = self._margins(scores, labels, z)
         z += 1

@@ -13,7 +13,14 @@ class PairwiseLogistic(PairwiseLoss):
     name = "logistic"
     formula = "sum_{j != y} log(1 + exp(kappa (c_j - c_y)))"
 
-    def __call__(self, scores, labels, scale, grad=None, pairs=None):
+    def __call__(
+        self,
+        scores: np.ndarray,
+        labels: np.ndarray,
+        scale: float,
+        grad: np.ndarray | None = None,
+        pairs: np.ndarray | None = None,
+    ) -> float:
         z, e = self._buffers(scores, 2)
         own = self._margins(scores, labels, z)
         np.logaddexp(0, z, out=e)

@@ -14,7 +14,14 @@ class CrossEntropy(Loss):
     # The label's for the value.
     sums = ("largest", "exponentials", "label")
 
-    def __call__(self, scores, labels, scale, grad=None, pairs=None):
+    def __call__(
+        self,
+        scores: np.ndarray,
+        labels: np.ndarray,
+        scale: float,
+        grad: np.ndarray | None = None,
+        pairs: np.ndarray | None = None,
+    ) -> float:
         z, e = self._buffers(scores, 2)
         np.copyto(z, scores)
         z -= z.max(axis=0)

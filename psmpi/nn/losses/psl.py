@@ -18,7 +18,14 @@ class PSL(PairwiseLoss):
     name, constant = "psl", 1.0
     formula = "sum_j exp(kappa (c_j - c_y))"
 
-    def __call__(self, scores, labels, scale, grad=None, pairs=None):
+    def __call__(
+        self,
+        scores: np.ndarray,
+        labels: np.ndarray,
+        scale: float,
+        grad: np.ndarray | None = None,
+        pairs: np.ndarray | None = None,
+    ) -> float:
         z, e = self._buffers(scores, 2)
         own = self._margins(scores, labels, z)
         if pairs is not None:

@@ -13,7 +13,14 @@ class SquaredError(Loss):
     name, formula = "squared", "sum_j (c_j - t_j)^2, t_j the values to learn, or [j = y] of classes"
     tasks = ("classes", "regression")
 
-    def __call__(self, scores, targets, scale, grad=None, pairs=None):
+    def __call__(
+        self,
+        scores: np.ndarray,
+        targets: np.ndarray,
+        scale: float,
+        grad: np.ndarray | None = None,
+        pairs: np.ndarray | None = None,
+    ) -> float:
         (z,) = self._buffers(scores, 1)
         np.copyto(z, scores)
         if self.task == "regression":

@@ -24,7 +24,8 @@ class CupyCurvature(CurvatureOps):
         self._dots(pairs, v, found.array)
         found.fetch(slice(0, count * rows))
         found.wait()
-        return found.host[: count * rows].reshape(count, rows).copy()
+        products: np.ndarray = found.host[: count * rows].reshape(count, rows).copy()
+        return products
 
     def row_dots(self, a: Any, b: Any) -> np.ndarray:
         return self.pair_dots(a.reshape(len(a), 1, -1), b)[:, 0]

@@ -209,7 +209,8 @@ class ElementOperators:
         sigma = np.where(scaled, yy / sy, kept)
         middle, stamps, sound = recurse(gram, stamps, sigma, indefinite[chosen])
         sound &= stamps[rows, slot] >= 0
-        done, good = chosen[sound], np.flatnonzero(sound)
+        done: np.ndarray = chosen[sound]
+        good = np.flatnonzero(sound)
         slots, fresh = np.full(self.count, -1), np.zeros(self.count, bool)
         slots[done] = slot[good]
         # A fresh operator has nothing of the old one.

@@ -31,7 +31,8 @@ class CurvatureOps:
 
     def pair_dots(self, pairs: np.ndarray, v: np.ndarray) -> np.ndarray:
         """Z v (count, rows) float64 in host memory, of pairs (count, rows, size) and v (count, size)."""
-        return np.matmul(pairs, v[:, :, None])[:, :, 0].astype(np.float64)
+        products: np.ndarray = np.matmul(pairs, v[:, :, None])[:, :, 0].astype(np.float64)
+        return products
 
     def products(
         self,
