@@ -24,7 +24,8 @@ FORMER = ("parallel", "replicated", "alignment", "subnets", "synthetic")
 
 def parse_toml(text: str) -> dict[str, Any]:
     """The tables of a TOML text; ValueError where it is none."""
-    return tomllib.loads(text)
+    tables: dict[str, Any] = tomllib.loads(text)
+    return tables
 
 
 def defaults(argv: Sequence[str]) -> Config:
