@@ -27,6 +27,7 @@ RUNS = [
     (("--method", "ist", "--optimizer-state", "travel", *MLP), 2),
     (("--method", "dfa", *MLP), 2),
     (("--method", "sil", *MLP), 1),
+    (("--method", "sil", "--hand-over", "stale", *MLP), 1),
 ]
 
 
