@@ -345,7 +345,9 @@ def test_steps_do_not_depend_on_ranks(train, variant):
         assert result.rows[-1]["train_loss"] == pytest.approx(serial.rows[-1]["train_loss"], rel=1e-12)
 
 
-@pytest.mark.parametrize("optimizer", ["plbfgs", "plsr1", "plse"])
+@pytest.mark.parametrize(
+    "optimizer", [*(pytest.param(rule, marks=pytest.mark.slow) for rule in ("plbfgs", "plse")), "plsr1"]
+)
 def test_training_learns(train, optimizer):
     region = ("--globalization", "trust-region") if optimizer == "plsr1" else ()
     rows = train(1, "--partition", "pairs", "--optimizer", optimizer, "--epochs", "12", *region).rows
