@@ -203,9 +203,7 @@ class _Cublas:
 
         path = cuda_host.library("cublas", CUBLAS)
         library = ctypes.CDLL(path)
-        # The library lives as long as the process, and so does what it calls.
-        self.callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.POINTER(ctypes.c_longlong))(_called)
-        library.answer_by(self.callback)
+        library.answer_by(_callback)
         return path
 
 
@@ -265,4 +263,6 @@ def _called(which, arguments):
     return SUCCESS
 
 
+# The library lives as long as the process, and so does what it calls, whichever thread it is given by.
+_callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.POINTER(ctypes.c_longlong))(_called)
 cublas = _Cublas()
