@@ -16,13 +16,16 @@ if TYPE_CHECKING:
     from psmpi.comm.protocol import World
     from psmpi.config import Config
 
+# The exit status of a run that was stopped by a signal, and can be gone on with.
+GO_ON = 85
+
 DESCRIPTION = """Train a neural network whose loss is a sum of element losses, each rank computing its own.
 
 Run it under mpirun or srun; one process does all the work where there is no launcher."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point; returns the exit status, 0 done, 1 error."""
+    """Entry point; returns the exit status: 0 done, 1 error, 85 stopped by a signal and saved."""
     from psmpi.comm.world import run
 
     return run(lambda: _main(sys.argv[1:] if argv is None else argv))
@@ -54,8 +57,7 @@ def _main(argv: list[str]) -> int:
     config, status = _configure(control, argv)
     if config is None:
         return status
-    _train(world, control, config)
-    return 0
+    return 0 if _train(world, control, config) else GO_ON
 
 
 def _configure(control: Control, argv: list[str]) -> tuple[Config | None, int]:
@@ -100,7 +102,8 @@ def _settle(config: Config) -> Config:
     return replace(config, run=replace(run, out=out))
 
 
-def _train(world: World, control: Control, config: Config) -> None:
+def _train(world: World, control: Control, config: Config) -> bool:
+    """Train; whether all of it is done, and not stopped by a signal."""
     import socket
     from dataclasses import asdict
     from functools import partial
@@ -110,6 +113,7 @@ def _train(world: World, control: Control, config: Config) -> None:
     from threadpoolctl import threadpool_limits
 
     from psmpi import checkpoint, metrics
+    from psmpi.comm.signals import StopSignals
     from psmpi.comm.world import host, library
     from psmpi.config import to_toml
     from psmpi.data import open_dataset
@@ -197,10 +201,13 @@ def _train(world: World, control: Control, config: Config) -> None:
             task=dataset.task,
             own=frozenset(method.state.own & method.state.vectors.keys()),
         )
-        loop = Loop(control, method, dataset, config, out, console, contents, held)
+        signals = StopSignals()
+        loop = Loop(control, method, dataset, config, out, console, contents, held, signals)
         if found:
             loop.resume(Path(found))
-        loop.run()
+        # After MPI's own handlers.
+        with signals:
+            done = loop.run()
         if config.parallel.convolution != "own":
             chosen: dict[str, str] = {}
             for text in control.collect_texts("\n".join(ops.choices), most=10_000):
@@ -209,6 +216,7 @@ def _train(world: World, control: Control, config: Config) -> None:
                     chosen.setdefault(line.partition(":")[0], line)
             for line in chosen.values():
                 console.print(line, highlight=False, markup=False, soft_wrap=True)
+    return done
 
 
 def _backend(world: Any, config: Config, threads: int) -> Any:

@@ -67,6 +67,8 @@ class Spool:
             pass_fds=(number, *inherit(self.lock)),
             text=True,
             env=_environment(),
+            # A signal that stops the run leaves it time to end what it writes; the end of its input ends it.
+            start_new_session=True,
         )
 
     def put(self, elements: np.ndarray, at: int) -> None:

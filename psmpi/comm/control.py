@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 
 from psmpi.comm.group import Counter
-from psmpi.comm.protocol import World
+from psmpi.comm.protocol import Request, World
 
 
 class Control:
@@ -82,3 +84,50 @@ class Control:
         """Take what another rank gives rank 0, into a contiguous array of its size and dtype."""
         self.comm.Recv(piece, source=rank)
         self.counter.add(0, piece.nbytes)
+
+
+class Poll:
+    """A question of yes or no that ranks ask in passing: whether any rank has said yes, told to all at the same call.
+
+    All ranks call it equally often, once a step. An answer is the sum of what ranks said some calls before, begun then
+    and fetched now, so that no call waits for ranks that are no more than that behind. Between two of these sums there
+    are as many calls as rank 0 makes in about `seconds`.
+    """
+
+    def __init__(self, control: Control, seconds: float = 0.2):
+        self.control, self.seconds = control, seconds
+        self.request: Request | None = None
+        # Ranks that say yes; calls to the sum after the next one, by rank 0 alone.
+        self.said, self.sums = np.zeros(2), np.zeros(2)
+        self.calls, self.interval, self.begun, self.yes = 0, 1, time.perf_counter(), False
+
+    def __call__(self, yes: bool) -> bool:
+        """Whether some rank has said yes; `yes` is this rank's, and holds once it was said."""
+        self.yes |= yes
+        if self.control.size == 1:
+            return self.yes
+        self.calls += 1
+        if self.calls < self.interval:
+            return False
+        answer = self._fetch()
+        now = time.perf_counter()
+        # Towards the number of calls that takes `seconds`, at most twice as many as before.
+        rate = self.calls / max(1e-9, now - self.begun)
+        self.said[:] = self.yes, min(2 * self.interval, max(1, int(rate * self.seconds))) * (self.control.rank == 0)
+        self.calls, self.begun = 0, now
+        self.request = self.control.comm.Iallreduce(self.said, self.sums)
+        moved = 2 * (self.control.size - 1) * self.said.nbytes // self.control.size
+        self.control.counter.add(moved, moved)
+        return answer
+
+    def _fetch(self) -> bool:
+        """The answer of the sum that is under way."""
+        if self.request is None:
+            return False
+        self.request.Wait()
+        self.request, self.interval = None, int(self.sums[1])
+        return bool(self.sums[0] > 0)
+
+    def close(self) -> None:
+        """End the sum that is under way: all ranks have begun it."""
+        self._fetch()

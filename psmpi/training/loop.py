@@ -16,7 +16,8 @@ from rich.table import Table
 
 from psmpi import checkpoint, metrics
 from psmpi.checkpoint import Contents, Progress
-from psmpi.comm.control import Control
+from psmpi.comm.control import Control, Poll
+from psmpi.comm.signals import StopSignals
 from psmpi.config import Config
 from psmpi.data import Batch, Dataset, Minibatches
 from psmpi.errors import UserError
@@ -71,6 +72,7 @@ class Loop:
         console: Console,
         contents: Contents,
         lock: IO[bytes] | None = None,
+        signals: StopSignals | None = None,
     ):
         self.control, self.method, self.config, self.out, self.console = control, method, config, out, console
         self.batches, self.total, self.schedule = plan_steps(dataset, config)
@@ -81,6 +83,9 @@ class Loop:
             rows=method.state.rows,
         )  # fmt: skip
         self.progress = Progress()
+        # Whether to stop, which all ranks find after the same step.
+        self.signals = StopSignals() if signals is None else signals
+        self.poll, self.stopped = Poll(control), False
         # Bytes sent and received before this start.
         self.before = np.zeros(2)
         self.warned: set[str] = set()
@@ -108,11 +113,13 @@ class Loop:
             for note in notes:
                 self.console.print(note, highlight=False, markup=False, soft_wrap=True)
 
-    def run(self) -> None:
+    def run(self) -> bool:
+        """Train to the end, or until a rank is asked to stop by a signal; whether all is done."""
         with self._bar() as bar:
             task = bar.add_task("", total=self.total, completed=self.progress.step)
-            while self.progress.step < self.total:
+            while self.progress.step < self.total and not self.stopped:
                 self._epoch(bar, task)
+        self.poll.close()
         if self.control.rank == 0:
             self.writer.close()
             self._tell_troubles()
@@ -121,6 +128,14 @@ class Loop:
                     "training is done, but its last checkpoint is not written, see above: "
                     "make room and go on with --resume auto"
                 )
+        done = self.progress.step >= self.total
+        if not done:
+            by = f"by {self.signals.name} " if self.signals else ""
+            self.console.print(
+                f"stopped {by}after step {self.progress.step}, and saved: go on with --resume auto --out {self.out}",
+                highlight=False, markup=False, soft_wrap=True,
+            )  # fmt: skip
+        return done
 
     def _bar(self) -> Bar:
         hidden = self.control.rank != 0 or not self.console.is_terminal
@@ -141,6 +156,9 @@ class Loop:
             self.progress = replace(self.progress, step=self.progress.step + 1, cursor=cursor + 1, seconds=elapsed)
             bar.update(task, completed=self.progress.step)
             self._tell_troubles()
+            if self.poll(bool(self.signals)):
+                self.stopped = True
+                break
             whole = cursor + 1 == self.batches.steps_per_epoch
             if every and self.progress.step % every == 0 and not whole and self.progress.step < self.total:
                 self._save()
@@ -149,6 +167,10 @@ class Loop:
         method, every = self.method, self.config.run.checkpoint_every
         start, first = time.perf_counter(), self.progress
         method.run_epoch(self._steps(bar, task, start))
+        if self.stopped and self.progress.cursor < self.batches.steps_per_epoch and self.progress.step < self.total:
+            # The epoch's row is written when it is whole.
+            self._save()
+            return
         trained = self._seen(self.progress) - self._seen(first)
         rate = trained / (time.perf_counter() - start)
         whole = self.progress.cursor == self.batches.steps_per_epoch

@@ -1,0 +1,122 @@
+"""Runs that a signal stops: saved at a step that all ranks agree on, and gone on with to the same bits."""
+
+import signal
+import threading
+import time
+
+import numpy as np
+import pytest
+from helpers.processes import finish, start
+from helpers.runs import Trained
+
+from psmpi.comm.control import Control, Poll
+from psmpi.comm.signals import StopSignals
+from psmpi.testing import run_ranks
+
+OPTIONS = (
+    "--dtype",
+    "float64",
+    "--threads",
+    "1",
+    "--batch-size",
+    "20",
+    "--epochs",
+    "40",
+    "--checkpoint-every",
+    "100000",
+)
+
+
+def stopped(ranks, out, number, *options):
+    """A run that gets a signal when it has some rows of metrics; how it ended."""
+    process = start(ranks, "-m", "psmpi.train", "--out", out, *OPTIONS, *options)
+    rows = out / "metrics.jsonl"
+    begun = time.monotonic()
+    while not (rows.exists() and rows.read_text().count("\n") >= 2):
+        assert process.poll() is None and time.monotonic() - begun < 60
+        time.sleep(0.02)
+    process.send_signal(number)
+    return finish(process, 60)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "number"), [(1, signal.SIGTERM), (1, signal.SIGINT), (3, signal.SIGUSR1), (3, signal.SIGTERM)]
+)
+def test_a_stopped_run_is_saved_and_ends_as_if_it_had_not_been(train, tmp_path, ranks, number):
+    method = ("--method", "local_sgd", "--local-steps", "7") if ranks > 1 else ()
+    status, out, err = stopped(ranks, tmp_path / "run", number, *method)
+    assert status == 85, err
+    assert "and saved: go on with --resume auto" in out and "Traceback" not in err
+    begun = Trained(tmp_path / "run", out)
+    assert len(begun.rows) < 24
+    resumed = train(ranks, *OPTIONS, *method, "--resume", "auto", out=tmp_path / "run")
+    whole = train(ranks, *OPTIONS, *method)
+    assert [row["epoch"] for row in resumed.rows] == list(range(1, 25))
+    for name, tensor in whole.tensors().items():
+        assert np.array_equal(tensor, resumed.tensors()[name]), name
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 5])
+def test_all_ranks_find_a_yes_at_the_same_call(ranks):
+    """Whoever said it, however fast they go, and at most two sums later."""
+    for speaker in range(ranks):
+
+        def work(world, speaker=speaker):
+            poll, said = Poll(Control(world), seconds=0.01), 0
+            for call in range(2000):
+                # Not all of one speed.
+                time.sleep(0.0001 * (world.rank + 1))
+                if call == 40 and world.rank == speaker:
+                    said = call
+                if poll(said > 0):
+                    poll.close()
+                    return call
+            raise AssertionError("nobody was told")
+
+        found = run_ranks(ranks, work, timeout=60)
+        assert len(set(found)) == 1 and 40 <= found[0] < 1000
+
+
+def test_sums_are_few_and_counted():
+    def work(world):
+        control = Control(world)
+        poll = Poll(control, seconds=0.1)
+        for _ in range(3000):
+            assert not poll(False)
+        poll.close()
+        return control.counter.sent
+
+    sent = run_ranks(2, work)
+    assert 0 < sent[0] == sent[1] < 3000 * 16 / 10
+
+
+def test_a_second_signal_does_what_it_did_before():
+    before = signal.getsignal(signal.SIGUSR1)
+    caught = []
+    signal.signal(signal.SIGUSR1, lambda number, frame: caught.append(number))
+    try:
+        with StopSignals() as signals:
+            assert not signals
+            signal.raise_signal(signal.SIGUSR1)
+            assert signals and signals.name == "SIGUSR1" and caught == []
+            signal.raise_signal(signal.SIGUSR1)
+            assert caught == [signal.SIGUSR1]
+        with StopSignals():
+            pass
+        signal.raise_signal(signal.SIGUSR1)
+        assert caught == [signal.SIGUSR1] * 2
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_other_threads_than_the_main_one_note_nothing():
+    found = []
+
+    def work():
+        with StopSignals() as signals:
+            found.append(signals.before)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [{}]
