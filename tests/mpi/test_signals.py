@@ -13,18 +13,7 @@ from psmpi.comm.control import Control, Poll
 from psmpi.comm.signals import StopSignals
 from psmpi.testing import run_ranks
 
-OPTIONS = (
-    "--dtype",
-    "float64",
-    "--threads",
-    "1",
-    "--batch-size",
-    "20",
-    "--epochs",
-    "40",
-    "--checkpoint-every",
-    "100000",
-)
+OPTIONS = ("--dtype", "float64", "--threads", "1", "--batch-size", "20", "--epochs", "24", "--checkpoint-every", "9999")
 
 
 def stopped(ranks, out, number, *options):
