@@ -85,6 +85,11 @@ def test_only_a_method_and_the_registry_and_benchmarks_name_it():
                 assert not found, f"{path.relative_to(root)} names the method {name}"
 
 
+def test_no_file_is_longer_than_a_few_screens():
+    lengths = {path.name: len(path.read_text().splitlines()) for path in (ROOT / "psmpi").rglob("*.py")}
+    assert {name: n for name, n in lengths.items() if n > 400} == {}
+
+
 def test_help_names_every_option_with_its_default():
     status, out, err = run(1, *TRAIN, "--help")
     assert status == 0 and not err
