@@ -14,7 +14,7 @@ from psmpi.backend import gpu
 
 pytestmark = pytest.mark.skipif(cuda_host.compiler() is None, reason="no g++ to compile the CUDA kernels as C++")
 
-EXACT = ("--dtype", "float64", "--max-steps", "20", "--epochs", "10", "--batch-size", "32")
+EXACT = ("--dtype", "float64", "--max-steps", "8", "--epochs", "10", "--batch-size", "32")
 
 
 @pytest.fixture(autouse=True)
@@ -214,7 +214,7 @@ def test_optimizers_step_on_the_device(host, tmp_path, optimizer, lr):
 
 
 def test_float32_and_without_graphs_too(train, host):
-    options = ("--max-steps", "20", "--batch-size", "32")
+    options = ("--max-steps", "8", "--batch-size", "32")
     for more in (("--no-cuda-graphs",), ("--compute", "bfloat16")):
         assert distance(host(*options).tensors(), train(2, "--backend", "cupy", *options, *more).tensors()) <= 1e-5
     for method in ("dfa", "sil"):
@@ -310,7 +310,7 @@ LBFGS = ("--optimizer", "lbfgs", "--lr", "1", "--history", "4")
 )
 def test_a_run_goes_on_on_the_other_kind_of_memory(train, host, tmp_path, first, then, options, tolerance):
     begun, options = tmp_path / "begun", (*EXACT, *options)
-    train(3, "--backend", first, *options[:3], "9", *options[4:], out=begun)
+    train(3, "--backend", first, *options[:3], "4", *options[4:], out=begun)
     result = train(2, "--backend", then, *options, "--resume", "auto", out=begun)
     assert distance(host(*options).tensors(), result.tensors()) <= tolerance
 
@@ -320,7 +320,7 @@ def test_an_optimizer_that_starts_afresh_starts_from_nothing(train, tmp_path, th
     runs = []
     for backend in ("numpy", "cupy"):
         out = tmp_path / backend
-        train(2, "--backend", backend, *EXACT, "--optimizer", "sgd", "--max-steps", "5", out=out)
+        train(2, "--backend", backend, *EXACT, "--optimizer", "sgd", "--max-steps", "3", out=out)
         runs.append(train(2, "--backend", backend, *EXACT, *then, "--resume", "auto", out=out))
     assert distance(runs[0].tensors(), runs[1].tensors()) <= 1e-6
 
