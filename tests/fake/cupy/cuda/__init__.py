@@ -197,14 +197,16 @@ class compiler:
 class _Cublas:
     """A library that hands its calls to Python, so that they are made as those of the real one are."""
 
+    def __init__(self):
+        # The library lives as long as the process, and all ranks call it: one function for all of them.
+        self.callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.POINTER(ctypes.c_longlong))(_called)
+
     @property
     def __file__(self):
         from helpers import cuda_host
 
         path = cuda_host.library("cublas", CUBLAS)
         library = ctypes.CDLL(path)
-        # The library lives as long as the process, and so does what it calls.
-        self.callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.POINTER(ctypes.c_longlong))(_called)
         library.answer_by(self.callback)
         return path
 
