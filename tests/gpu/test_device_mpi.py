@@ -10,6 +10,8 @@ from helpers.paths import FAKE
 from helpers.processes import launch
 from helpers.runs import Trained, distance, once, run
 
+from psmpi.methods.psl import PartiallySeparable
+
 pytestmark = pytest.mark.skipif(cuda_host.compiler() is None, reason="no g++ to compile the CUDA kernels as C++")
 
 EXACT = ("--dtype", "float64", "--max-steps", "8", "--epochs", "10", "--batch-size", "32")
@@ -180,35 +182,23 @@ def test_parts_go_on_on_a_device_bit_for_bit(train, tmp_path, ranks, end, option
 
 
 OPTIMIZERS = [("lbfgs", "1"), ("lsr1-tr", "1"), ("rmsprop", "0.01")]
-ON_THE_DEVICE = """
-import sys
-import cupy
-from psmpi.methods.psl import PartiallySeparable
-from psmpi.train import main
-
-step = PartiallySeparable.step
-
-
-def checked(self, ids, lr):
-    assert self.optimizer.vectors
-    for array in (*vars(self.optimizer).values(), *self.optimizer.vectors.values()):
-        assert getattr(array, "shape", ()) != self.w.shape or isinstance(array, cupy.ndarray)
-    step(self, ids, lr)
-
-
-PartiallySeparable.step = checked
-sys.exit(main())
-"""
 
 
 @pytest.mark.parametrize(("optimizer", "lr"), OPTIMIZERS)
-def test_optimizers_step_on_the_device(host, tmp_path, optimizer, lr):
-    program, out = tmp_path / "checked.py", tmp_path / "run"
-    program.write_text(ON_THE_DEVICE)
+def test_optimizers_step_on_the_device(train, host, monkeypatch, stand_in, optimizer, lr):
     options = (*EXACT, "--optimizer", optimizer, "--lr", lr, "--weight-decay", "0.001")
-    status, stdout, stderr = launch(3, program, "--backend", "cupy", "--out", out, *options)
-    assert status == 0, stderr
-    assert distance(host(*options).tensors(), Trained(out, stdout).tensors()) <= 1e-6
+    expected, step, checks = host(*options).tensors(), PartiallySeparable.step, []
+
+    def checked(self, ids, lr):
+        assert self.optimizer.vectors
+        for array in (*vars(self.optimizer).values(), *self.optimizer.vectors.values()):
+            assert getattr(array, "shape", ()) != self.w.shape or isinstance(array, stand_in.ndarray)
+        checks.append(ids)
+        step(self, ids, lr)
+
+    monkeypatch.setattr(PartiallySeparable, "step", checked)
+    assert distance(expected, train(3, "--backend", "cupy", *options).tensors()) <= 1e-6
+    assert len(checks) == 3 * 8
 
 
 def test_float32_and_without_graphs_too(train, host):
@@ -414,7 +404,8 @@ def test_a_gpu_aware_mpi_gives_the_same_weights(host, tmp_path):
         found = []
         for command in (("-m", "psmpi.train", "--backend", "numpy"), (program, "--backend", "cupy", "--gpu-aware")):
             here = out / name / command[-1]
-            status, stdout, stderr = launch(ranks, *command, *options, "--out", here)
+            how = run if command[0] == "-m" else launch
+            status, stdout, stderr = how(ranks, *command, *options, "--out", here)
             assert status == 0, stderr
             found.append(Trained(here, stdout).tensors())
         assert distance(*found) <= 1e-9
