@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from psmpi.testing.communicator import Comm
 from psmpi.testing.hub import DeadlockError, StoppedError
 from psmpi.testing.program import Ended, run_program, train
-from psmpi.testing.world import Comm, run_ranks
+from psmpi.testing.world import run_ranks
 
 __all__ = ["Comm", "DeadlockError", "Ended", "StoppedError", "run_program", "run_ranks", "train"]

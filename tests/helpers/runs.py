@@ -42,7 +42,7 @@ def trainer(folder, how=run):
     count = iter(range(1000))
 
     def call(ranks, *options, out=None, timeout=120):
-        out = out or folder / f"run{next(count)}"
+        out = out or folder / f"{how.__name__}{next(count)}"
         status, stdout, stderr = how(ranks, "-m", "psmpi.train", "--out", out, *options, timeout=timeout, cwd=folder)
         assert status == 0, stderr + stdout
         return Trained(out, stdout)

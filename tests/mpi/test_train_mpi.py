@@ -206,11 +206,15 @@ def test_workers_never_hold_the_flat_vector():
     assert max(pairs["vectors"][1:]) == 19_320 * 4 * 2
 
 
-def test_no_worker_allocates_anything_of_the_size_of_the_flat_vector():
+def test_no_owner_allocates_anything_of_the_size_of_the_flat_vector():
     """All that Python and NumPy ever hold on such a rank together is less than one flat vector (10 MB)."""
     result = counted(12, "wide", "--placement", "owner", "--trace", "--masters", "2")
     assert result["size"] * 4 > 10_000_000
     assert max(result["peak"]) < result["size"] * 4
+
+
+@pytest.mark.slow
+def test_no_worker_of_a_master_allocates_anything_of_the_size_of_the_flat_vector():
     result = counted(11, "wide", "--placement", "master", "--trace")
     assert max(result["peak"][1:]) < result["size"] * 4 < result["peak"][0]
 

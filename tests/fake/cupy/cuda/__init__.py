@@ -197,13 +197,17 @@ class compiler:
 class _Cublas:
     """A library that hands its calls to Python, so that they are made as those of the real one are."""
 
+    def __init__(self):
+        # The library lives as long as the process, and all ranks call it: one function for all of them.
+        self.callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.POINTER(ctypes.c_longlong))(_called)
+
     @property
     def __file__(self):
         from helpers import cuda_host
 
         path = cuda_host.library("cublas", CUBLAS)
         library = ctypes.CDLL(path)
-        library.answer_by(_callback)
+        library.answer_by(self.callback)
         return path
 
 
@@ -263,6 +267,4 @@ def _called(which, arguments):
     return SUCCESS
 
 
-# The library lives as long as the process, and so does what it calls, whichever thread it is given by.
-_callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.POINTER(ctypes.c_longlong))(_called)
 cublas = _Cublas()

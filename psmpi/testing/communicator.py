@@ -1,0 +1,241 @@
+"""A communicator between threads of one process: the calls of mpi4py's that psmpi makes."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from psmpi.testing.hub import Request
+from psmpi.testing.shared import Meeting, Shared, flat, put, reduced, runs_of
+
+
+class Comm:
+    """One rank's side of a communicator: the names are mpi4py's."""
+
+    def __init__(self, shared: Shared, rank: int):
+        self.shared, self.hub, self.rank, self.size = shared, shared.hub, rank, len(shared.members)
+        # Messages to single ranks, so far.
+        self.sent = 0
+        self.calls = 0
+        self.groups: defaultdict[tuple[int, ...], int] = defaultdict(int)
+        self.group = SimpleNamespace(Incl=lambda ranks: SimpleNamespace(ranks=tuple(ranks), Free=lambda: None))
+
+    # Communicators.
+
+    def Create_group(self, group: Any) -> Comm:
+        # The same ranks may make several, one after the other.
+        self.groups[group.ranks] += 1
+        shared = self.shared.sub(("group", group.ranks, self.groups[group.ranks]), group.ranks)
+        return Comm(shared, group.ranks.index(self.rank))
+
+    def Dup(self) -> Comm:
+        number = self.calls
+        self.Barrier()
+        return Comm(self.shared.sub(("copy", number), range(self.size)), self.rank)
+
+    def Split_type(self, kind: Any) -> Comm:
+        """All ranks: threads share their memory."""
+        number = self.calls
+        self.Barrier()
+        return Comm(self.shared.sub(("host", number), range(self.size)), self.rank)
+
+    def Free(self) -> None:
+        """Nothing is held."""
+
+    # Single messages.
+
+    def _request(self, what: str, ready: Callable[[], bool], complete: Callable[[], None] | None = None) -> Request:
+        return Request(self.hub, self.shared.members[self.rank], what, ready, complete)
+
+    def Isend(self, array: NDArray[Any], dest: int, tag: int = 0) -> Request:
+        message = flat(array).copy()
+        with self.hub.lock:
+            self.hub.check()
+            channel = self.shared.channels[self.rank, dest, tag]
+            channel.arrived[channel.sent] = message
+            channel.sent += 1
+            self.hub.wake([self.shared.members[dest]])
+        self.sent += 1
+        return self._request(f"Isend to {dest}, tag {tag}", lambda: True)
+
+    def Irecv(self, array: NDArray[Any], source: int, tag: int = 0) -> Request:
+        what = f"Recv from {source}, tag {tag}"
+        with self.hub.lock:
+            self.hub.check()
+            channel = self.shared.channels[source, self.rank, tag]
+            number = channel.asked
+            channel.asked += 1
+        return self._request(
+            what, lambda: number in channel.arrived, lambda: put(array, channel.arrived.pop(number), what)
+        )
+
+    def Send(self, array: NDArray[Any], dest: int, tag: int = 0) -> None:
+        self.Isend(array, dest, tag).Wait()
+
+    def Recv(self, array: NDArray[Any], source: int, tag: int = 0) -> None:
+        self.Irecv(array, source, tag).Wait()
+
+    def Sendrecv(
+        self, array: NDArray[Any], dest: int, sendtag: int, into: NDArray[Any], source: int, recvtag: int
+    ) -> None:
+        request = self.Irecv(into, source, recvtag)
+        self.Isend(array, dest, sendtag)
+        request.Wait()
+
+    # Collectives.
+
+    def _meet(
+        self, kind: str, value: Any, complete: Callable[[list[Any]], None] | None = None, root: int | None = None
+    ) -> Request:
+        """Bring `value` to the next collective. complete: takes the values of all ranks, by rank, when they are there.
+
+        root: the only rank whose value is needed, the others' being None. Without `complete` nothing is waited for.
+        """
+        number, self.calls = self.calls, self.calls + 1
+        what = f"{kind}, collective {number} of {self.size} ranks"
+        with self.hub.lock:
+            self.hub.check()
+            meeting = self.shared.meetings.setdefault(number, Meeting(kind))
+            if meeting.kind != kind:
+                raise RuntimeError(f"rank {self.rank} calls {what}, where others call {meeting.kind}")
+            values = meeting.values
+            values[self.rank] = value
+            if complete is None:
+                self._through(number, meeting)
+            self.hub.wake(self.shared.members)
+
+        def ready() -> bool:
+            return len(values) == self.size if root is None else root in values
+
+        def finish() -> None:
+            assert complete is not None
+            complete([values.get(rank) for rank in range(self.size)])
+            self._through(number, meeting)
+
+        return self._request(what, (lambda: True) if complete is None else ready, None if complete is None else finish)
+
+    def _through(self, number: int, meeting: Meeting) -> None:
+        meeting.through += 1
+        if meeting.through == self.size:
+            del self.shared.meetings[number]
+
+    def Barrier(self) -> None:
+        self._meet("Barrier", None, lambda values: None).Wait()
+
+    def Ibcast(self, array: NDArray[Any], root: int = 0) -> Request:
+        kind = f"Bcast from {root}"
+        if self.rank == root:
+            return self._meet(kind, flat(array).copy())
+        return self._meet(kind, None, lambda values: put(array, values[root], kind), root)
+
+    def Bcast(self, array: NDArray[Any], root: int = 0) -> None:
+        self.Ibcast(array, root).Wait()
+
+    def Ireduce(self, sent: Any, into: NDArray[Any] | None, op: Any = None, root: int = 0) -> Request:
+        kind = f"Reduce to {root}"
+        if self.rank != root:
+            return self._meet(kind, flat(sent).copy())
+        assert into is not None
+        place = into
+        return self._meet(kind, self._own(sent, into), lambda values: put(place, reduced(values, op, root), kind))
+
+    def Reduce(self, sent: Any, into: NDArray[Any] | None, op: Any = None, root: int = 0) -> None:
+        self.Ireduce(sent, into, op, root).Wait()
+
+    def Iallreduce(self, sent: Any, into: NDArray[Any], op: Any = None) -> Request:
+        return self._meet(
+            "Allreduce", self._own(sent, into), lambda values: put(into, reduced(values, op), "Allreduce")
+        )
+
+    def Allreduce(self, sent: Any, into: NDArray[Any], op: Any = None) -> None:
+        self.Iallreduce(sent, into, op).Wait()
+
+    def _own(self, sent: Any, into: NDArray[Any]) -> NDArray[Any]:
+        from mpi4py import MPI
+
+        own: NDArray[Any] = flat(into if sent is MPI.IN_PLACE else sent).copy()
+        return own
+
+    def Reduce_scatter(self, sent: Any, into: NDArray[Any], counts: Sequence[int]) -> None:
+        """In place: what is behind the sum is anything then, here NaN."""
+        start, own = sum(counts[: self.rank]), counts[self.rank]
+
+        def complete(values: list[Any]) -> None:
+            found = reduced(values)[start : start + own]
+            flat(into)[:] = np.nan
+            flat(into)[:own] = found
+
+        self._meet("Reduce_scatter", self._own(sent, into), complete).Wait()
+
+    def Scatterv(self, sent: Sequence[Any] | None, into: Any, root: int = 0) -> None:
+        kind = f"Scatterv from {root}"
+        if self.rank == root:
+            assert sent is not None
+            self._meet(kind, [run.copy() for run in runs_of(sent)]).Wait()
+        else:
+            self._meet(kind, None, lambda values: put(into, values[root][self.rank], kind), root).Wait()
+
+    def Gatherv(self, sent: Any, into: Sequence[Any] | None, root: int = 0) -> None:
+        kind = f"Gatherv to {root}"
+        if self.rank != root:
+            self._meet(kind, flat(sent).copy()).Wait()
+            return
+        assert into is not None
+        places = runs_of(into)
+
+        def complete(values: list[Any]) -> None:
+            for rank, place in enumerate(places):
+                if rank != root:
+                    put(place, values[rank], kind)
+
+        self._meet(kind, None, complete).Wait()
+
+    def Gather(self, sent: NDArray[Any], into: NDArray[Any] | None, root: int = 0) -> None:
+        kind = f"Gather to {root}"
+        if self.rank != root:
+            self._meet(kind, flat(sent).copy()).Wait()
+            return
+        assert into is not None
+        rows = into
+        self._meet(kind, flat(sent).copy(), lambda values: put(rows, np.concatenate(values), kind)).Wait()
+
+    def Allgather(self, sent: NDArray[Any], into: NDArray[Any]) -> None:
+        self._meet("Allgather", flat(sent).copy(), lambda values: put(into, np.concatenate(values), "Allgather")).Wait()
+
+    def Allgatherv(self, sent: Any, into: Sequence[Any]) -> None:
+        from mpi4py import MPI
+
+        places = runs_of(into)
+        own = places[self.rank] if sent is MPI.IN_PLACE else flat(sent)
+
+        def complete(values: list[Any]) -> None:
+            for place, value in zip(places, values, strict=True):
+                put(place, value, "Allgatherv")
+
+        self._meet("Allgatherv", own.copy(), complete).Wait()
+
+    def Alltoallv(self, sent: Sequence[Any], into: Sequence[Any]) -> None:
+        places = runs_of(into)
+
+        def complete(values: list[Any]) -> None:
+            for place, value in zip(places, values, strict=True):
+                put(place, value[self.rank], "Alltoallv")
+
+        self._meet("Alltoallv", [run.copy() for run in runs_of(sent)], complete).Wait()
+
+    def allgather(self, value: Any) -> list[Any]:
+        found: list[Any] = []
+        self._meet("allgather", value, found.extend).Wait()
+        return found
+
+    def gather(self, value: Any, root: int = 0) -> list[Any] | None:
+        found = self.allgather(value)
+        return found if self.rank == root else None
+
+    def allreduce(self, value: Any) -> Any:
+        return sum(self.allgather(value))
