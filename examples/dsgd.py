@@ -3,7 +3,6 @@
 Lian et al., "Can decentralized algorithms outperform centralized algorithms?" (2017): each rank steps a copy of the
 network, and averages it with those of its neighbours. Run: mpirun -n 4 python examples/dsgd.py --method dsgd."""
 
-import sys
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -38,7 +37,8 @@ class RingSGD(Copies):
         size, own = context.size, context.settings(Settings).self_weight
         ring = {(rank, (rank + step) % size) for rank in range(size) for step in (-1, 1) if size > 1}
         self.ring = Neighbours(self.world, ring, self.w.size, self.dtype, self.ops)
-        self.theirs = self.ops.zeros(len(self.ring.sources) * self.w.size, self.dtype).reshape(-1, self.w.size)
+        rows = self.ops.zeros(len(self.ring.sources) * self.w.size, self.dtype).reshape(-1, self.w.size)
+        self.theirs = self.hold("buffers", rows)
         self.factors = [own, *[(1 - own) / max(1, len(self.theirs))] * len(self.theirs)] if size > 1 else [1.0]
 
     @classmethod
@@ -57,4 +57,4 @@ class RingSGD(Copies):
 
 
 if __name__ == "__main__":
-    sys.exit(psmpi.train.main())
+    raise SystemExit(psmpi.train.main())

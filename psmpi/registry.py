@@ -69,6 +69,11 @@ def find_method(name: str) -> Kind:
             f"--method {name}: {_installed()[name].value} of an installed package cannot be imported ({error!r}): "
             "mend or remove that package"
         ) from None
+    if not all(hasattr(loaded, what) for what in ("name", "summary", "settings", "check", "step")):
+        raise UserError(
+            f"--method {name}: {_installed()[name].value} of an installed package is no psmpi.training.method.Method: "
+            "mend or remove that package"
+        )
     return loaded
 
 

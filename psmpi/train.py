@@ -183,6 +183,7 @@ def _train(world: World, control: Control, config: Config) -> bool:
             markup=False,
             soft_wrap=True,
         )
+        method_settings = {name: value for one in config.chosen.values() for name, value in asdict(one).items()}
         contents = checkpoint.Contents(
             to_toml(config),
             tuple(dataset.shape),
@@ -194,7 +195,7 @@ def _train(world: World, control: Control, config: Config) -> bool:
             },
             placement={
                 **asdict(config.parallel),
-                **{t: asdict(s) for t, s in config.chosen.items()},
+                **method_settings,
                 "ranks": [[host, *rest] for host, *rest in places],
             },
             provenance=checkpoint.provenance(world.size, library()) if world.rank == 0 else {},
@@ -295,12 +296,14 @@ def _results(config: Config) -> dict[str, Any]:
     """The settings that change a training's results, by name."""
     from dataclasses import asdict
 
-    from psmpi.optim import given
+    from psmpi.optim import find_optimizer
 
     sections = (config.data, config.model, config.objective, config.optimization)
     chosen = [one for one in config.chosen.values() if one.results]
     found = {name: value for one in (*sections, *chosen) for name, value in asdict(one).items() if name != "data_dir"}
-    found |= {name: given(config.optimization, name) for name, value in found.items() if value is None}
+    # With the numbers that stand for what is not given.
+    found |= find_optimizer(config.optimization.optimizer).chosen(config.optimization)
+    found = {name: value for name, value in found.items() if value is not None}
     return {**found, "epochs": config.run.epochs, "seed": config.run.seed}
 
 

@@ -76,6 +76,7 @@ class Whole:
 
     def wait(self) -> None:
         self.group.wait(self.vector, self.request)
+        self.request = None
 
     def messages(self) -> list[Message]:
         return around(self.group.ranks, self.vector.nbytes)
@@ -86,7 +87,7 @@ class Blocking:
 
     def __init__(self, group: Group, vector: np.ndarray, kind: str):
         self.group, self.vector, self.kind = group, vector, kind
-        self.algorithm = ALGORITHMS.get(kind, _by_nccl)
+        self.algorithm = _by_nccl if kind == "nccl" else ALGORITHMS[kind]
 
     def begin(self) -> None:
         """All is done in `wait`."""

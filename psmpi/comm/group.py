@@ -29,8 +29,10 @@ class Counter:
     def paused(self) -> Iterator[None]:
         """Messages that do not count: they are no part of the training."""
         before = self.sent, self.received
-        yield
-        self.sent, self.received = before
+        try:
+            yield
+        finally:
+            self.sent, self.received = before
 
 
 class Group:

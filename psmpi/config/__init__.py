@@ -1,6 +1,6 @@
 """The settings of a run; the command line, the TOML file and the help are made from their dataclasses."""
 
-from psmpi.config.ranges import Least, option
+from psmpi.config.ranges import Least, listed, option
 from psmpi.config.sections import Data, LossSettings, NetworkSettings, Optimization, Parallel, Run
 from psmpi.config.text import defaults, from_table, from_toml, parse_toml, read_file, to_toml
 from psmpi.config.tree import Config, Settings, check, command_line, from_command_line, kinds_of_settings
@@ -22,6 +22,7 @@ __all__ = [
     "from_table",
     "from_toml",
     "kinds_of_settings",
+    "listed",
     "option",
     "parse_toml",
     "read_file",

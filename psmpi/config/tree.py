@@ -13,7 +13,7 @@ from psmpi.config.ranges import check_ranges, listed, option
 from psmpi.config.sections import Data, LossSettings, NetworkSettings, Optimization, Parallel, Run
 from psmpi.errors import UserError
 from psmpi.optim import find_optimizer, unused_settings
-from psmpi.registry import all_methods, find_method
+from psmpi.registry import all_methods, find_method, method_names
 
 
 class Settings(Protocol):
@@ -29,6 +29,7 @@ class Settings(Protocol):
 
 
 S = TypeVar("S")
+SECTIONS = ("data", "model", "objective", "parallel", "optimization", "run")
 
 
 @dataclass(frozen=True)
@@ -65,13 +66,20 @@ class Config:
 
     @property
     def chosen(self) -> dict[str, Any]:
-        """The settings of the method that trains, by the names of their tables."""
+        """The settings of the method that trains, by the names of their tables; none where it is not installed here."""
+        if self.parallel.method not in all_methods():
+            return {}
         return {kind.table: self.of(kind) for kind in find_method(self.parallel.method).settings}
 
 
 def kinds_of_settings() -> dict[str, type[Any]]:
-    """The classes of all methods' settings, by the names of their tables."""
-    return {kind.table: kind for method in all_methods().values() for kind in method.settings}
+    """The classes of all methods' settings, by the names of their tables. UserError where two have one name."""
+    found: dict[str, type[Any]] = {}
+    for name, method in all_methods().items():
+        for kind in method.settings:
+            if found.setdefault(kind.table, kind) is not kind or kind.table in SECTIONS:
+                raise UserError(f"--method {name} has a table [{kind.table}], which is there already: it needs another")
+    return found
 
 
 def check(config: Config) -> None:
@@ -138,10 +146,12 @@ def _check_used(config: Config) -> None:
 def command_line(default: Config) -> Any:
     """A tree of dataclasses from which tyro makes the options and the help, with defaults; see `from_command_line`."""
     methods = all_methods()
+    # Before a parser complains in its own words.
+    find_method(default.parallel.method)
     told = "; ".join(f"{name}, {method.summary}" for name, method in methods.items())
     sections: dict[str, Any] = dict(default.sections)
-    # Known when the program runs: the names that are there to choose from.
-    choice = Annotated[Literal[tuple(methods)], arg(help=f"Training method: {told}.")]  # type: ignore[valid-type]
+    # The names to choose from, broken ones too: what is wrong with these is told by `check`.
+    choice = Annotated[Literal[tuple(method_names())], arg(help=f"Training method: {told}.")]  # type: ignore[valid-type]
     kind = make_dataclass(
         "Parallel", [("method", choice)], bases=(Parallel,), frozen=True, namespace={"__doc__": Parallel.__doc__}
     )

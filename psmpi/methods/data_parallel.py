@@ -17,15 +17,14 @@ from psmpi.backend.reference import exponent_of
 from psmpi.comm.buckets import Buckets, plan_buckets
 from psmpi.comm.compression import Compressor, check_compression, make_compressor
 from psmpi.comm.transfers import Message
-from psmpi.config import Config
+from psmpi.config import Config, listed, option
 from psmpi.data import Batch, Dataset
 from psmpi.errors import UserError
 from psmpi.layout import TableRows
 from psmpi.nn.network import Network
 from psmpi.optim import FIRST_ORDER, given
 from psmpi.training.context import Context
-from psmpi.training.method import nbytes, together
-from psmpi.training.replica import Replica, Replicas
+from psmpi.training.replica import Replica, Sums
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class Settings:
     """Data parallelism (data_parallel)."""
 
     table: ClassVar[str] = "data_parallel"
-    results: ClassVar[bool] = False
+    results: ClassVar[bool] = True
 
     bucket_megabytes: float = 25.0
     """Size of the pieces in which a gradient is summed, the first one a 25th of it."""
@@ -52,12 +51,16 @@ class Settings:
     """Multiples that qsgd rounds to, 1 to 127."""
 
 
+# The kinds of compression that use a setting.
+USERS = {"density": ("topk", "dgc"), "powersgd_rank": ("powersgd",), "qsgd_levels": ("qsgd",)}
+
+
 class DataParallel(Replica):
     """The method on one rank. What compression has left out is a row of the tables, for other ranks its mean."""
 
     name = "data_parallel"
     summary = "each rank the whole network and a slice of each minibatch"
-    settings = (Settings, Replicas)
+    settings = (Settings, Sums)
     advice = "use --allreduce ring, and no --compression"
 
     def __init__(self, context: Context):
@@ -87,8 +90,9 @@ class DataParallel(Replica):
             )
         room = max(1, int(o.bucket_megabytes * 1e6) // self.dtype.itemsize)
         plan = plan_buckets(model.filled(), self.layout.size, room)
-        how = context.settings(Replicas).allreduce
+        how = context.settings(Sums).allreduce
         self.buckets = Buckets(self.world, self.by_host, self.g, plan, how, self.own_sums)
+        self.hold("buffers", self.compressor if self.compressor is not None else self.buckets)
         if o.overlap and not self.ops.on_device and self.compressor is None:
             model.finished = self._finished
 
@@ -104,6 +108,11 @@ class DataParallel(Replica):
                 f"{config.optimization.optimizer} searches: use a first-order one (sgd, momentum, adam, ...)"
             )
         check_compression(o.density, o.powersgd_rank, o.qsgd_levels)
+        for name, kinds in USERS.items():
+            if getattr(o, name) != getattr(Settings(), name) and o.compression not in kinds:
+                raise UserError(
+                    f"{option(name)} is of --compression {listed(kinds)}, not of {o.compression}: leave it out"
+                )
 
     @classmethod
     def uses(cls, config: Config) -> frozenset[str]:
@@ -158,7 +167,3 @@ class DataParallel(Replica):
     def messages(self, step: int, batch: int) -> list[Message] | None:
         known = self.compressor is None and not self.optimizer.needs_closure
         return self.buckets.messages() if known else None
-
-    def memory(self) -> dict[str, int]:
-        sums = self.compressor if self.compressor is not None else self.buckets
-        return together(super().memory(), {"buffers": nbytes(sums, *self.means.values())})

@@ -7,7 +7,7 @@ al. 2023): the mean change of a round is a gradient, with which Nesterov's momen
 from __future__ import annotations
 
 from collections.abc import Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from psmpi.comm.buckets import Bucket, Buckets
@@ -16,11 +16,9 @@ from psmpi.config import Config
 from psmpi.data import Batch, Dataset
 from psmpi.errors import UserError
 from psmpi.nn.network import Network
-from psmpi.training.checks import check_first_order
 from psmpi.training.context import Context
 from psmpi.training.copies import Copies
-from psmpi.training.method import nbytes, together
-from psmpi.training.replica import Replicas
+from psmpi.training.replica import Sums
 from psmpi.training.rounds import Rounds, check_rounds
 
 
@@ -41,8 +39,9 @@ class LocalSGD(Copies):
     """The method on one rank, whose weights and optimizer state are its own between two averages."""
 
     name = "local_sgd"
-    summary = "the same, but ranks step alone and average now and then"
-    settings = (Settings, Rounds, Replicas)
+    summary = "local SGD, each rank a copy of the network that it trains alone, averaged now and then"
+    settings = (Settings, Rounds, Sums)
+    exactness = replace(Copies.exactness, options=(*Copies.exactness.options, "--local-steps", "4"))
 
     def __init__(self, context: Context):
         super().__init__(context)
@@ -56,13 +55,13 @@ class LocalSGD(Copies):
             self.anchor[...] = self.w
             self.keep("anchor", self.anchor, own=True)
             self.keep("outer", self.momentum, own=True)
-        how, whole = context.settings(Replicas).allreduce, [Bucket(0, self.layout.size, 0)]
+        how, whole = context.settings(Sums).allreduce, [Bucket(0, self.layout.size, 0)]
         self.sum = Buckets(self.world, self.by_host, self.means["weights"], whole, how, self.own_sums)
+        self.hold("buffers", self.sum)
 
     @classmethod
     def check(cls, size: int, network: Network, dataset: Dataset, config: Config) -> None:
         super().check(size, network, dataset, config)
-        check_first_order(config, "has searches and pairs that every rank would make its own")
         check_rounds(config, "between two averages")
         o = config.of(Settings)
         if not 0 < o.outer_lr <= 100:
@@ -107,7 +106,3 @@ class LocalSGD(Copies):
 
     def messages(self, step: int, batch: int) -> list[Message]:
         return self.sum.messages() if (step + 1) % self.every == 0 else []
-
-    def memory(self) -> dict[str, int]:
-        outer = (self.anchor, self.momentum) if self.outer else ()
-        return together(super().memory(), {"weights": nbytes(*outer), "buffers": nbytes(self.sum)})

@@ -54,6 +54,10 @@ def run_ranks(
         _join(threads, hub, timeout)
     except BaseException as error:
         hub.stop(error)
+        # What they stand in, streams and folders, is not taken away from under them.
+        end = time.monotonic() + GRACE
+        for thread in threads:
+            thread.join(max(0.0, end - time.monotonic()))
         raise
     if errors:
         raise errors[min(errors)]

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
-from functools import cached_property
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
@@ -13,6 +12,7 @@ from psmpi.backend import NumpyOps
 from psmpi.comm.bridge import Bridge, Staged
 from psmpi.comm.group import Counter, Group
 from psmpi.comm.probe import make_bridge
+from psmpi.comm.protocol import World
 from psmpi.config import Config
 from psmpi.data import Dataset
 from psmpi.layout import Layout, Runs, whole_matrices
@@ -26,36 +26,39 @@ S = TypeVar("S")
 
 
 class Context:
-    """One rank's context; `counter` counts the bytes of the training, `layout` is that of the whole network."""
+    """One rank's context; all ranks make theirs at the same point.
 
-    def __init__(self, world: Any, network: Network, dataset: Dataset, config: Config, ops: NumpyOps):
+    layout: of the whole network; counter: of the bytes of the training; bridge: what messages of this rank's arrays go
+    through; host_bridge: what messages go through that leave from host memory in any case. outer: the context of the
+    network that `network` is a part of, whose messages count together with these.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        network: Network,
+        dataset: Dataset,
+        config: Config,
+        ops: NumpyOps,
+        outer: Context | None = None,
+    ):
         self.world, self.network, self.dataset, self.config, self.ops = world, network, dataset, config, ops
-        self.rank, self.size = world.rank, world.size
-        self.dtype, self.counter = np.dtype(config.model.dtype), Counter()
+        self.rank, self.size, self.dtype = world.rank, world.size, np.dtype(config.model.dtype)
+        self.layout = network.layout()
+        if outer is None:
+            self.counter = Counter()
+            self.bridge = make_bridge(world, ops, config.parallel.gpu_aware)
+            self.host_bridge = Staged(ops) if ops.on_device else self.bridge
+        else:
+            self.counter, self.bridge, self.host_bridge = outer.counter, outer.bridge, outer.host_bridge
 
     def of_network(self, network: Network) -> Context:
-        """The context of another network, whose messages count with this one's."""
-        made = Context(self.world, network, self.dataset, self.config, self.ops)
-        made.counter = self.counter
-        return made
-
-    @cached_property
-    def layout(self) -> Layout:
-        return self.network.layout()
+        """The context of a network that is a part of this one's; makes no messages."""
+        return Context(self.world, network, self.dataset, self.config, self.ops, self)
 
     def settings(self, kind: type[S]) -> S:
         """The method's settings of one class."""
         return self.config.of(kind)
-
-    @cached_property
-    def bridge(self) -> Bridge:
-        """What messages of this rank's arrays go through; all ranks ask for it at the same point."""
-        return make_bridge(self.world, self.ops, self.config.parallel.gpu_aware)
-
-    @cached_property
-    def host_bridge(self) -> Bridge:
-        """What messages go through that leave from host memory in any case."""
-        return Staged(self.ops) if self.ops.on_device else self.bridge
 
     def group(self, ranks: Sequence[int] | None = None, *, nccl: bool = False, bridge: Bridge | None = None) -> Group:
         """Some ranks, all if not given, whose messages count; with `nccl` by NCCL where --nccl asks for it."""

@@ -6,10 +6,13 @@ from collections.abc import Set
 
 import numpy as np
 
-from psmpi.data import Batch
+from psmpi.config import Config
+from psmpi.data import Batch, Dataset
 from psmpi.layout import TableRows
+from psmpi.nn.network import Network
+from psmpi.training.checks import check_first_order
 from psmpi.training.context import Context
-from psmpi.training.method import Exactness, nbytes, together
+from psmpi.training.method import Exactness
 from psmpi.training.replica import Replica
 
 
@@ -36,7 +39,12 @@ class Copies(Replica):
         self.state.rows = TableRows.one_each(context.size)
         self.state.lost = "the copies of this many ranks: all of them start from the mean"
         # The rank's weights while the mean is tested.
-        self.kept = self.ops.zeros(self.w.size, self.dtype)
+        self.kept = self.hold("weights", self.ops.zeros(self.w.size, self.dtype))
+
+    @classmethod
+    def check(cls, size: int, network: Network, dataset: Dataset, config: Config) -> None:
+        super().check(size, network, dataset, config)
+        check_first_order(config, "has searches and pairs that every rank would make its own")
 
     def train(self, batch: Batch, lr: float) -> None:
         """Step this rank's copy on its slice of a minibatch."""
@@ -71,6 +79,3 @@ class Copies(Replica):
         scores = super().test()
         self.w[...] = self.kept
         return scores
-
-    def memory(self) -> dict[str, int]:
-        return together(super().memory(), {"weights": nbytes(self.kept, *self.means.values())})

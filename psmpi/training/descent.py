@@ -34,7 +34,7 @@ class Descent:
 
     def step(self, w: np.ndarray, g: np.ndarray, lr: float) -> None:
         """Step along g (n,), the gradient of w (n,), which is used up."""
-        if w.size and self.clip > 0:
+        if self.clip > 0:
             clip_by_global_norm(g, self.clip, self.allsum, self.ops)
         # With an empty shard too: the optimizer's scalars stay the same on all ranks.
         self.optimizer.step(w, g, lr, self.allsum)

@@ -189,7 +189,7 @@ class Loop:
             self.console.print(
                 metrics.describe(row, self.config.run.epochs), highlight=False, markup=False, soft_wrap=True
             )
-        if not every or self.progress.step == self.total or self.progress.step % every == 0:
+        if self.stopped or not every or self.progress.step == self.total or self.progress.step % every == 0:
             self._save()
 
     def _seen(self, progress: Progress) -> int:

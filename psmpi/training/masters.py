@@ -14,8 +14,7 @@ class Masters:
     results: ClassVar[bool] = False
 
     placement: Literal["master", "owner"] = "master"
-    """Who steps a worker's private weights: the masters, or the worker that owns them; in independent subnet training,
-    who holds the network: the masters or all ranks."""
+    """Holders of the weights that a worker computes with: the masters, or the workers themselves."""
     masters: int = 1
     """Ranks, from rank 0 on, that share the weights and the optimizer state."""
     colocate: bool = False

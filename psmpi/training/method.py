@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Set
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 from psmpi.comm.transfers import Message
 from psmpi.config import Config
@@ -13,6 +13,8 @@ from psmpi.layout import Ownership
 from psmpi.nn.network import Network
 from psmpi.training.context import Context
 from psmpi.training.state import State
+
+A = TypeVar("A")
 
 
 @dataclass(frozen=True)
@@ -32,13 +34,14 @@ class Exactness:
     """How far the weights of a training are the same on other numbers of ranks, and when it is resumed.
 
     exact: to the bit; rounding: but for the order of sums; statistical: the accuracy of a task is, within `tolerance`.
-    options: of the command line, for that task.
+    options: of the command line, for that task. every: the steps after which a run may be stopped and be resumed so.
     """
 
     ranks: Literal["exact", "rounding", "statistical"] = "rounding"
     resume: Literal["exact", "rounding", "statistical"] = "exact"
     tolerance: float = 0.0
     options: tuple[str, ...] = ()
+    every: int = 1
 
 
 class Method:
@@ -66,6 +69,12 @@ class Method:
         self.counter, self.shards = context.counter, shards
         self.state = State(context.ops, shards, context.rank)
         self.loss_sum = 0.0
+        self.held: dict[str, list[Any]] = {}
+
+    def hold(self, what: str, array: A) -> A:
+        """Account for an array, or an object with `nbytes`, that is kept for as long as the method; returns it."""
+        self.held.setdefault(what, []).append(array)
+        return array
 
     @property
     def scalars(self) -> dict[str, float | int]:
@@ -127,15 +136,15 @@ class Method:
         return Place(role, classes, held, owned, sum(self.memory().values()), self.ops.place)
 
     def memory(self) -> dict[str, int]:
-        """Bytes that this rank holds, by what for."""
-        raise NotImplementedError
+        """Bytes that this rank holds, by what for; here what `hold` was given."""
+        return {what: nbytes(*of) for what, of in self.held.items()}
 
     def messages(self, step: int, batch: int) -> list[Message] | None:
         """The messages of step number `step`, from 0, on `batch` samples: those of this rank, and others it knows.
 
         None where their number depends on the run, as that of a line search does.
         """
-        return None
+        raise NotImplementedError
 
     def events(self) -> dict[str, int]:
         """Counts of unusual events on this rank since the start, by name. All ranks call it."""

@@ -25,10 +25,10 @@ from psmpi.training.method import Method, nbytes, together
 
 
 @dataclass(frozen=True)
-class Replicas:
+class Sums:
     """Sums over ranks that have the whole network each."""
 
-    table: ClassVar[str] = "replicas"
+    table: ClassVar[str] = "sums"
     results: ClassVar[bool] = False
 
     allreduce: Literal["auto", "mpi", "ring", "doubling", "halving"] = "auto"
@@ -69,13 +69,15 @@ class Replica(Method):
 
     def keep(self, name: str, vector: np.ndarray, *, own: bool = False) -> None:
         """Let checkpoints hold this rank's share of a vector (all parameters,); restored, it is whole on all ranks."""
+        if vector is not self.w and vector is not self.optimizer.vectors.get(name):
+            self.hold("weights", vector)
         share = vector[self.share]
         self.state.vector(name, share, own=own, after=partial(self.whole.forward, share, vector))
 
     @property
     def own_sums(self) -> bool:
         """Whether large pieces are summed by psmpi's ring: --allreduce auto on several hosts."""
-        kind = self.context.settings(Replicas).allreduce
+        kind = self.context.settings(Sums).allreduce
         return kind == "auto" and self.context.size > 1 and several_hosts(self.context.world)
 
     @classmethod
@@ -84,7 +86,7 @@ class Replica(Method):
         check_slices(network, config.data.batch_size, size, "ranks")
         configured_loss(config, dataset.task)
         check_optimizer(config, network.layout(), ())
-        check_allreduce(config.of(Replicas).allreduce, size)
+        check_allreduce(config.of(Sums).allreduce, size)
 
     @staticmethod
     def warnings(size: int, network: Network, config: Config) -> Iterator[str]:
@@ -103,7 +105,7 @@ class Replica(Method):
 
     def memory(self) -> dict[str, int]:
         own = {"weights": nbytes(self.w), "gradients": nbytes(self.g), "optimizer": nbytes(self.optimizer)}
-        return together(own, self.worker.memory())
+        return together(super().memory(), own, self.worker.memory())
 
     def events(self) -> dict[str, int]:
         return {"psl_terms_past_exp_clip": self.worker.loss.clipped}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -93,6 +92,8 @@ class State:
 
     def optimizer(self, optimizer: Optimizer) -> None:
         """Declare the vectors and the scalars of an optimizer of this rank's shard; scalars are shared with it."""
+        if self.scalars:
+            raise ValueError(f"the optimizer is to be declared before {', '.join(self.scalars)}")
         for name, vector in optimizer.vectors.items():
             self.vector(name, vector)
         self.scalars = optimizer.scalars
@@ -129,7 +130,7 @@ class State:
             if entry.after is not None:
                 entry.after()
 
-    def update(self, scalars: Mapping[str, float | int], names: Any) -> None:
+    def update(self, scalars: Mapping[str, float | int], names: Collection[str]) -> None:
         """Take the scalars of some names from a checkpoint, as far as both have them."""
         self.scalars.update({k: v for k, v in scalars.items() if k in names and k in self.scalars})
 

@@ -5,6 +5,7 @@ import importlib.util
 import pytest
 from helpers.paths import ROOT
 
+from psmpi import registry
 from psmpi.registry import BUILTIN
 from psmpi.testing.conformance import CHECKS, Case
 
@@ -19,7 +20,8 @@ def example():
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("name", [*BUILTIN, "example"])
-def test_method(name, check, tmp_path):
+def test_method(name, check, tmp_path, monkeypatch):
+    monkeypatch.setattr(registry, "_registered", {})
     check(Case(example() if name == "example" else name, tmp_path))
 
 

@@ -105,7 +105,7 @@ def test_show_tells_tensors_settings_and_score(trained):
         values = tensors(newest)[row["name"]]
         assert (tuple(row["shape"]), row["bytes"]) == (values.shape, values.nbytes)
         assert row["norm"] == pytest.approx(np.linalg.norm(values.ravel()))
-    assert found["config"]["parallel.placement"] == "owner" and found["provenance"]["ranks"] == 4
+    assert found["config"]["masters.placement"] == "owner" and found["provenance"]["ranks"] == 4
     text = done("show", newest)
     assert "step 45, epoch 3" in text and f"{100 * accuracy:.2f} %" in text
     assert "conv2.weight  float32 30 x 12 x 3 x 3" in text and "placement = 'owner'" in text

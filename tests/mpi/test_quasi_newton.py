@@ -431,8 +431,9 @@ def test_a_state_of_other_settings_is_not_taken_up(train, first, then):
 
 def test_counts_begin_again_in_a_resumed_run(train):
     """Steps that failed, of the partitioned methods and of the whole vector's; every step is in its epoch's row."""
-    for options in (("--partition", "pairs", "--optimizer", "plse"), ("--optimizer", "lbfgs-tr")):
-        options = (*options, "--kappa", "200", "--globalization", "trust-region", "--max-steps")
+    pairs = ("--partition", "pairs", "--optimizer", "plse", "--globalization", "trust-region")
+    for options in (pairs, ("--optimizer", "lbfgs-tr")):
+        options = (*options, "--kappa", "200", "--max-steps")
         first = train(1, *options, "10")
         failed = first.rows[-1]["events"]["optimizer_failed_steps"]
         assert failed > 0 and f"optimizer failed steps: {failed} so far" in first.stdout
@@ -474,7 +475,7 @@ def test_other_elements_than_the_checkpoint_has_start_afresh(train, options):
         (1, ("--partition", "pairs", "--damping"), "--damping is of --optimizer plbfgs"),
         (1, ("--partition", "pairs", "--scaling", "moments", "--eps", "1e-50"), "rounds to 0 in float32"),
         (1, ("--partition", "pairs", "--sigma", "-1"), "0 or more"),
-        (1, ("--optimizer", "adam", "--memory", "0"), "1 to 100 pairs"),
+        (1, ("--partition", "pairs", "--memory", "101"), "1 to 100 pairs"),
         (1, ("--partition", "pairs", "--extrapolation", "adaptive", "--globalization", "trust-region"), "line-search"),
         (1, ("--partition", "pairs", "--memory", "0"), "--memory 0"),
         (1, ("--partition", "pairs", "--cg-tolerance", "2"), "--cg-tolerance 2"),

@@ -120,7 +120,7 @@ def test_tables_of_earlier_versions_are_read():
             "parallel": {"method": "local_sgd", "threads": 2},
             "local_sgd": {"outer_lr": 0.7},
             "rounds": {"local_steps": 7},
-            "replicas": {"allreduce": "ring"},
+            "sums": {"allreduce": "ring"},
             "optimization": {"momentum": 0.9, "beta2": 0.999},
         },
         Config(),

@@ -67,7 +67,7 @@ class IndependentSubnets(Method):
     name = "ist"
     summary = "independent subnets, each worker a random part of all layers, new each round"
     settings = (Settings, Rounds, Masters)
-    exactness = Exactness("statistical", "statistical", 0.05, OPTIONS)
+    exactness = Exactness("statistical", "exact", 0.05, OPTIONS, every=4)
 
     def __init__(self, context: Context):
         config, ops, self.options = context.config, context.ops, context.settings(Settings)

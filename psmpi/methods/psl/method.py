@@ -50,7 +50,7 @@ class PartiallySeparable(Method):
         self.descent = Descent(context, shard, allsum=self.allsum, world=self.world)
         self.optimizer = self.descent.optimizer
         self.deciders = self.world if self.optimizer.needs_closure else context.group(holders)
-        # Replicas of a private block all hold it: in a global sum it counts once, at its owner of record.
+        # Sums of a private block all hold it: in a global sum it counts once, at its owner of record.
         self.counts = self.shards.record[self.rank] == shard
         self.metric = context.metric()
         self.worker: ElementWorker | None = None
@@ -79,7 +79,8 @@ class PartiallySeparable(Method):
         """`values` (k,) float64 summed over the shards, in place, the same on every rank that takes part."""
         if not self.counts:
             values.fill(0)
-        return self.deciders.agree(values)
+        # Ranks without a shard need no sums of first-order steps.
+        return self.deciders.agree(values) if self.deciders.rank >= 0 else values
 
     def step(self, batch: Batch, lr: float) -> None:
         if self.newton is not None:

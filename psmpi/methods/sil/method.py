@@ -44,6 +44,12 @@ from psmpi.training.state import Places
 NOISE = 0x6E6F6973
 
 
+# A task for tests: four parts in turn and one epoch of all as one network.
+OPTIONS = (
+    "--parts", "4", "--model", "mlp", "--widths", "20", "20", "20", "--epochs", "5", "--recovery-epochs", "1"
+)  # fmt: skip
+
+
 class SyntheticLabels(Method):
     """The method on one rank: one or more parts, the weights and optimizer state of these alone.
 
@@ -57,7 +63,7 @@ class SyntheticLabels(Method):
     )
     settings = (Settings,)
     nccl = True
-    exactness = Exactness(options=("--parts", "4", "--model", "mlp", "--widths", "20", "20", "20"))
+    exactness = Exactness(options=OPTIONS)
 
     def __init__(self, context: Context):
         network, layout, dataset, ops = context.network, context.layout, context.dataset, context.ops
