@@ -237,7 +237,7 @@ def _compare_memory(
     # Without the backend's scratch, which is of one size whatever the method and the network.
     held -= sum(array.nbytes for _, ops in made for array in ops.buffers.values())
     # An account has what a test holds for a while, too.
-    assert (1 - MEMORY) * held <= stated <= max((1 + MEMORY) * held, peak), (
+    assert (1 - MEMORY) * held <= stated <= (1 + MEMORY) * peak, (
         f"{ranks} rank(s) account for {stated:,} bytes, hold {held:,} and held {peak:,}"
     )
 

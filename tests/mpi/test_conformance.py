@@ -1,6 +1,7 @@
 """The conformance suite over all registered training methods, and over the one of the examples."""
 
-import importlib.util
+import importlib
+import sys
 
 import pytest
 from helpers.paths import ROOT
@@ -10,19 +11,18 @@ from psmpi.registry import BUILTIN
 from psmpi.testing.conformance import CHECKS, Case
 
 
-def example():
-    """The example's method, registered."""
-    spec = importlib.util.spec_from_file_location("dsgd", ROOT / "examples" / "dsgd.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.RingSGD.name
+def example(monkeypatch):
+    """The example's method, registered while the test runs."""
+    monkeypatch.setattr(registry, "_registered", {})
+    monkeypatch.delitem(sys.modules, "dsgd", raising=False)
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    return importlib.import_module("dsgd").RingSGD.name
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("name", [*BUILTIN, "example"])
 def test_method(name, check, tmp_path, monkeypatch):
-    monkeypatch.setattr(registry, "_registered", {})
-    check(Case(example() if name == "example" else name, tmp_path))
+    check(Case(example(monkeypatch) if name == "example" else name, tmp_path))
 
 
 def test_the_example_is_a_page():
