@@ -149,6 +149,7 @@ def test_parts_of_layers_on_devices_have_the_weights_and_bytes_of_the_host(train
             assert ours[key] == pytest.approx(expected[key], rel=1e-9, abs=2e-6 if key == "alignment" else 0)
 
 
+@pytest.mark.slow
 def test_the_rows_of_a_part_sum_by_nccl(mpi_train, monkeypatch):
     monkeypatch.setenv("FAKE_CUDA", "alone")
     ranks, options = PARTS["sil stored, two rows"]
@@ -228,7 +229,7 @@ def apart(first, second):
     return distance(*kept)
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "plsr1")) for n in RULES])
 def test_partitioned_quasi_newton_on_devices_has_the_weights_of_the_host(train, name):
     ranks, options = RULES[name]
     here, there = (train(ranks, "--backend", b, *NEWTON, "--max-steps", "2", *options) for b in ("numpy", "cupy"))
@@ -334,8 +335,11 @@ def test_the_placement_table_shows_each_rank_s_device(mpi_train, monkeypatch):
     result = mpi_train(3, *EXACT)
     assert re.findall(r"device (\d) ", result.stdout)[:3] == ["0", "1", "0"]
     assert "backend cupy" in result.stdout
-    for method in ("dfa", "sil"):
-        assert "backend cupy" in mpi_train(2, "--max-steps", "2", "--method", method).stdout
+
+
+@pytest.mark.parametrize("method", ["dfa", "sil"])
+def test_a_device_that_is_there_is_used(train, method):
+    assert "backend cupy" in train(2, "--max-steps", "2", "--method", method).stdout
 
 
 PROBE = """

@@ -148,7 +148,7 @@ def test_links_between_hosts_are_as_slow_as_asked_for(tmp_path):
     assert not any(name in listed for name in names)
     options = ("--methods", "data_parallel", "--ranks", "2", "--rates", "20", "--model", "mlp", "--loss", "nll",
                "--widths", "400", "400", "--epochs", "1", "--json", tmp_path / "a.json")  # fmt: skip
-    status, _, err = run(1, "-m", "psmpi.bench", "network", *options)
+    status, _, err = launch(1, "-m", "psmpi.bench", "network", *options)
     assert status == 0, err
     (row,) = json.loads((tmp_path / "a.json").read_text())["rows"]
     # What is sent takes so long at least; the first burst is free.

@@ -305,6 +305,7 @@ def test_samples_that_are_not_numbers_are_named(tmp_path):
     assert status == 1 and "sample 40 has values that are not finite" in err and "Traceback" not in err
 
 
+@pytest.mark.filterwarnings("ignore:The field `model.layers`")
 def test_a_layer_that_is_no_table_is_named(tmp_path):
     (tmp_path / "net.toml").write_text('[model]\nmodel = "custom"\nlayers = ["dense"]\n')
     status, _, err = run(1, *TRAIN, "--config", tmp_path / "net.toml", "--out", tmp_path / "run")
