@@ -2,11 +2,11 @@
 
 import json
 
-import h5py
 import numpy as np
 
 from helpers.processes import launch
 from psmpi.testing import run_program
+from psmpi.testing.conformance import tensors
 
 
 def run(ranks, option, module, *arguments, timeout=120, cwd=None):
@@ -26,15 +26,7 @@ class Trained:
 
     def tensors(self):
         """Weights, optimizer vectors and tables by name."""
-        found = {}
-
-        def keep(name, item):
-            if isinstance(item, h5py.Dataset) and name.startswith(("weights/", "optimizer/", "elements/", "rank/")):
-                found[name] = item[...]
-
-        with h5py.File(self.checkpoint) as file:
-            file.visititems(keep)
-        return found
+        return tensors(self.out)
 
 
 def trainer(folder, how=run):
