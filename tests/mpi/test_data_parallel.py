@@ -204,10 +204,11 @@ def test_units_that_no_score_depends_on_change_nothing(train, serial, tmp_path_f
 
 
 def test_compression_may_be_turned_on_and_off(train, tmp_path):
-    options = (*DATA, "--epochs", "10", "--density", "0.05")
+    options = (*DATA, "--epochs", "10")
     out = tmp_path / "begun"
     train(3, *options, "--max-steps", "5", out=out)
-    with_it = train(3, *options, "--compression", "topk", "--max-steps", "9", "--resume", "auto", out=out)
+    topk = ("--compression", "topk", "--density", "0.05")
+    with_it = train(3, *options, *topk, "--max-steps", "9", "--resume", "auto", out=out)
     assert "the checkpoint has no left: these start afresh" in with_it.stdout
     without = train(3, *options, "--max-steps", "12", "--resume", "auto", out=out)
     assert "afresh" not in without.stdout and "the optimizer starts" not in with_it.stdout
