@@ -25,6 +25,7 @@ import h5py
 import numpy as np
 
 from psmpi.backend import NumpyOps
+from psmpi.checkpoint import newest
 from psmpi.comm.transfers import totals
 from psmpi.config import Config, check, from_toml, option
 from psmpi.data import Batch, Dataset, open_dataset
@@ -98,15 +99,15 @@ class Case:
         return train(ranks, ["--out", str(out), *self.words(*more)], cwd=self.folder, timeout=120)
 
 
-def tensors(out: Path, groups: Sequence[str] = ("weights", "optimizer", "elements", "rank")) -> dict[str, np.ndarray]:
-    """The tensors of the newest checkpoint of a run by name, those of some groups."""
+def tensors(path: Path, groups: Sequence[str] = ("weights", "optimizer", "elements", "rank")) -> dict[str, np.ndarray]:
+    """The tensors of a checkpoint by name, those of some groups."""
     found: dict[str, np.ndarray] = {}
 
     def keep(name: str, item: Any) -> None:
         if isinstance(item, h5py.Dataset) and name.startswith(tuple(f"{group}/" for group in groups)):
             found[name] = item[...]
 
-    with h5py.File(max((out / "checkpoints").glob("step-*.h5"))) as file:
+    with h5py.File(path) as file:
         file.visititems(keep)
     return found
 
@@ -122,7 +123,7 @@ def compare(how: str, tolerance: float, one: Path, other: Path, what: str) -> No
         accuracies = [rows(out)[-1]["test_accuracy"] for out in (one, other)]
         assert abs(accuracies[0] - accuracies[1]) <= tolerance, f"{what}: accuracies {accuracies}"
         return
-    first, second = tensors(one, ("weights",)), tensors(other, ("weights",))
+    first, second = tensors(newest(one), ("weights",)), tensors(newest(other), ("weights",))
     for name, tensor in first.items():
         if how == "exact":
             assert np.array_equal(tensor, second[name]), f"{what}: {name} differs"
@@ -153,7 +154,7 @@ def resumed_runs_end_the_same(case: Case) -> None:
         compare(exactness.resume, exactness.tolerance, whole, part, f"resumed on {ranks} rank(s)")
         if exactness.resume == "exact":
             # Weights might be the same by chance, and the next step not.
-            first, second = tensors(whole), tensors(part)
+            first, second = tensors(newest(whole)), tensors(newest(part))
             assert first.keys() == second.keys()
             assert all(np.array_equal(first[name], second[name], equal_nan=True) for name in first)
 
@@ -163,10 +164,10 @@ def other_ranks_go_on(case: Case) -> None:
     first, last = case.ranks[0], case.ranks[-1]
     for before, after in ((first, last), (last, first)):
         part = case.run(before, "--max-steps", str(STEPS))
-        saved = tensors(part, ("weights",))
+        saved = tensors(newest(part), ("weights",))
         case.run(after, "--max-steps", str(STEPS + 1), "--lr", "1e-14", "--resume", "auto", out=part)
         assert rows(part)[-1]["step"] == STEPS + 1
-        for name, tensor in tensors(part, ("weights",)).items():
+        for name, tensor in tensors(newest(part), ("weights",)).items():
             distance = np.linalg.norm(tensor - saved[name]) / max(1e-300, float(np.linalg.norm(saved[name])))
             assert distance <= ROUNDING, f"{before} rank(s), then {after}: {name} differs by {distance:.1e}"
 
@@ -320,7 +321,7 @@ def settings_are_in_help_and_checkpoint(case: Case) -> None:
     """Every setting is in the help, and the configuration in a checkpoint is read back."""
     told = case.end(1, "--help", out=case.folder / "none").stdout
     out = case.run(case.ranks[0], "--max-steps", "1")
-    with h5py.File(max((out / "checkpoints").glob("step-*.h5"))) as file:
+    with h5py.File(newest(out)) as file:
         saved = from_toml(str(file["config"].asstr()[0]), "checkpoint")
     check(saved)
     for kind in case.method.settings:

@@ -26,7 +26,7 @@ class Trained:
 
     def tensors(self):
         """Weights, optimizer vectors and tables by name."""
-        return tensors(self.out)
+        return tensors(self.checkpoint)
 
 
 def trainer(folder, how=run):
