@@ -196,6 +196,30 @@ def counters_equal_messages(case: Case) -> None:
         assert sum(sent) > 0 or ranks == 1, f"{ranks} ranks have sent nothing"
 
 
+def steps_are_clipped(case: Case) -> None:
+    """A step of plain gradient descent is no longer than --lr times --clip, in each part that is clipped by itself."""
+    lengths = []
+    for clip in ("1e-3", "0"):
+        network, dataset, config = case.problem("--optimizer", "sgd", "--lr", "1", "--clip", clip)
+        batches, _, rate = plan_steps(dataset, config)
+
+        def work(
+            world: Any, network: Network = network, dataset: Dataset = dataset, config: Config = config,
+            batches: Any = batches, rate: Callable[[int], float] = rate,
+        ) -> float:  # fmt: skip
+            kind: Any = case.method
+            method: Method = kind(Context(world, network, dataset, config, NumpyOps()))
+            method.collect()
+            before = method.state.vectors["weights"].copy()
+            method.step(Batch(batches.ids(0, 0)), rate(0))
+            method.collect()
+            return float(np.linalg.norm(method.state.vectors["weights"] - before))
+
+        lengths += run_ranks(case.ranks[0], work, timeout=60)
+    parts = 10
+    assert 0 < lengths[0] <= 1e-3 * parts**0.5 < lengths[-1], f"steps of length {lengths} with --clip 1e-3 and without"
+
+
 def memory_is_accounted_for(case: Case) -> None:
     """The accounts of all ranks together are what they hold, within a tenth."""
     # Weights that make up a good part of it.
@@ -334,6 +358,7 @@ CHECKS: tuple[Callable[[Case], None], ...] = (
     resumed_runs_end_the_same,
     other_ranks_go_on,
     counters_equal_messages,
+    steps_are_clipped,
     memory_is_accounted_for,
     bad_settings_are_refused_once,
     a_rank_that_raises_ends_the_job,

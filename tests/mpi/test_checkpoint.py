@@ -578,3 +578,16 @@ def test_ranks_write_the_same_file_together(train, layout, gzip):
 @pytest.mark.skipif(checkpoint.supported(), reason="h5py is built with parallel HDF5")
 def test_writing_together_needs_parallel_hdf5(tmp_path):
     assert "this h5py has no parallel HDF5" in refusal(tmp_path, "--checkpoint-parallel")
+
+
+def test_a_vector_of_another_optimizer_is_not_taken_for_one_of_the_same_name(train, tmp_path):
+    """RMSprop begins with its own v, whether the checkpoint is of momentum, which has a v, or of plain descent."""
+    ends = []
+    for first in ("momentum", "sgd"):
+        # The weights do not move: both checkpoints have the same.
+        begun = train(1, "--optimizer", first, "--lr", "1e-30", "--max-steps", "3", "--dtype", "float64")
+        options = ("--optimizer", "rmsprop", "--lr", "0.01", "--max-steps", "6", "--dtype", "float64")
+        end = train(1, *options, "--resume", begun.checkpoint)
+        assert f"the checkpoint is of {first}, not of rmsprop: the optimizer starts afresh" in end.stdout
+        ends.append(end.tensors())
+    assert all(np.array_equal(tensor, ends[1][name]) for name, tensor in ends[0].items())

@@ -19,6 +19,7 @@ from psmpi.comm.buckets import FIRST, NEVER, SEGMENT, Blocking, Bucket, Buckets,
 from psmpi.errors import UserError
 from psmpi.nn.model import Model
 from psmpi.testing import run_ranks
+from psmpi.testing.conformance import Case, counters_equal_messages
 
 DATA = ("--method", "data_parallel")
 
@@ -201,6 +202,12 @@ def test_units_that_no_score_depends_on_change_nothing(train, serial, tmp_path_f
     options = ("--config", config, "--backend", "numpy", "--dtype", "float64", "--optimizer", "sgd", "--lr", "0.1",
                "--weight-decay", "0.001", "--max-steps", "60", "--epochs", "10")  # fmt: skip
     assert distance(serial(*options).tensors(), train(3, *DATA, *options).tensors()) <= 1e-12
+
+
+@pytest.mark.parametrize("how", ["mpi", "ring", "doubling", "halving"])
+def test_bytes_are_those_of_the_messages(tmp_path, how):
+    """Of a gradient that ranks cannot cut evenly."""
+    counters_equal_messages(Case("data_parallel", tmp_path, ("--allreduce", how, "--model", "mlp", "--widths", "7")))
 
 
 def test_compression_may_be_turned_on_and_off(train, tmp_path):
