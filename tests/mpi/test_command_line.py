@@ -168,6 +168,11 @@ def test_the_default_configuration_survives_toml():
         (1, ("--kappa", "1e300"), "up to 1e6"),
         (1, ("--optimizer", "lbfgs", "--history", "100000000"), "1000 pairs at most"),
         (1, ("--sigma", "3"), "--sigma is of --optimizer plbfgs, plsr1 and plse, and the optimizer here is adam"),
+        (
+            3,
+            ("--optimizer", "muon", "--masters", "3", "--colocate"),
+            "a matrix that one rank has to step as a whole",
+        ),
         (1, ("--merge-pairs",), "--merge-pairs is of --optimizer plbfgs"),
         (1, ("--step-size", "3"), "--step-size is of --schedule step"),
         (1, ("--clip", "0.5", "--optimizer", "lbfgs"), "--clip 0.5 is not for --optimizer lbfgs"),

@@ -24,6 +24,7 @@ from psmpi.nn.model import Model
 from psmpi.nn.network import build
 from psmpi.nn.zoo import make_network
 from psmpi.registry import find_method
+from psmpi.testing.conformance import Case, counters_equal_messages
 from psmpi.train import parse
 from psmpi.training.context import Context
 from psmpi.training.rounds import Rounds
@@ -593,3 +594,7 @@ def test_subnets_of_mnist_learn_as_they_should(train):
                "--checkpoint-every", "2340", "--colocate")  # fmt: skip
     last = train(4, *options, timeout=280).rows[-1]
     assert last["step"] == 2340 and last["test_accuracy"] == pytest.approx(0.9455, abs=0.005)
+
+
+def test_bytes_of_travelling_state_are_those_of_the_messages(tmp_path):
+    counters_equal_messages(Case("ist", tmp_path, ("--optimizer-state", "travel", "--batch-size", "400")))
