@@ -34,9 +34,9 @@ class Compressor:
         return {name: row.reshape(-1) for name, row in self.tables.items() if row.size == self.size and name != "right"}
 
     @property
-    def nbytes(self) -> int:
-        """Bytes that it holds."""
-        return sum(value.nbytes for value in vars(self).values() if isinstance(value, np.ndarray))
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        """All that it keeps."""
+        return tuple(value for value in vars(self).values() if isinstance(value, np.ndarray))
 
     def reduce(self, g: np.ndarray) -> None:
         """Replace g (size,), in host or in device memory, by what the ranks' compressed shares add up to."""

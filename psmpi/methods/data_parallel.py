@@ -92,7 +92,7 @@ class DataParallel(Replica):
         plan = plan_buckets(model.filled(), self.layout.size, room)
         how = context.settings(Sums).allreduce
         self.buckets = Buckets(self.world, self.by_host, self.g, plan, how, self.own_sums)
-        self.hold("buffers", self.compressor if self.compressor is not None else self.buckets)
+        self.account.ask("buffers", lambda: (self.buckets,) if self.compressor is None else self.compressor.arrays)
         if o.overlap and not self.ops.on_device and self.compressor is None:
             model.finished = self._finished
 

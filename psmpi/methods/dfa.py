@@ -29,7 +29,7 @@ from psmpi.training.checks import check_first_order, check_layers, check_slices
 from psmpi.training.context import Context, check_optimizer, configured_loss
 from psmpi.training.descent import Descent
 from psmpi.training.evaluator import evaluate
-from psmpi.training.method import Exactness, Method, nbytes
+from psmpi.training.method import Exactness, Method
 
 # Samples of which the alignment is measured.
 ALIGNED = 256
@@ -104,6 +104,7 @@ class DirectFeedback(Method):
         context.put_weights(shard, self.w)
         self.state.vector("weights", self.w)
         self.state.optimizer(self.descent.optimizer)
+        self.account.hold("gradients", self.g)
         self.loss, self.metric = context.loss(), context.metric()
         self.objective = Objective(self.loss, self.model)
         self.forward_pass, self.backward_pass = ops.record(self._compute), ops.record(self._learn)
@@ -128,6 +129,12 @@ class DirectFeedback(Method):
         tests = np.arange(dataset.test.n if self.first else 0)
         self.train = Resident(dataset.train, samples, self.dtype, ops)
         self.tests = Resident(dataset.test, tests, self.dtype, ops)
+        self.account.hold("buffers", *self.back)
+        self.account.hold("samples", self.train, self.tests)
+        self.account.ask("activations", lambda: (self.x, self.model.activation_bytes))
+        self.account.ask("buffers", lambda: (self.error, self.signal, self.model.buffer_bytes))
+        if self.last:
+            self.account.hold("buffers", self.objective)
         self.inputs = int(np.prod(self.model.in_shape))
         self.capacity = 0
         self.batches = network.evaluation_batches(dataset.test.n)
@@ -331,17 +338,6 @@ class DirectFeedback(Method):
         names = [layer.name for layer in self.network.linear]
         mine = names[self.before : self.before + len(self.layers)]
         return "layers", mine[0] if len(mine) == 1 else f"{mine[0]} to {mine[-1]}", self.w.size
-
-    def memory(self) -> dict[str, int]:
-        own = (self.error, self.signal, *self.back, *((self.objective,) if self.last else ()))
-        return {
-            "weights": nbytes(self.w),
-            "gradients": nbytes(self.g),
-            "optimizer": nbytes(self.descent.optimizer),
-            "activations": nbytes(self.x, self.model.activation_bytes),
-            "buffers": nbytes(self.model.buffer_bytes, *own),
-            "samples": nbytes(self.train, self.tests),
-        }
 
     def events(self) -> dict[str, int]:
         return {"psl_terms_past_exp_clip": self.loss.clipped}

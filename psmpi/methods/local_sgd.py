@@ -57,7 +57,7 @@ class LocalSGD(Copies):
             self.keep("outer", self.momentum, own=True)
         how, whole = context.settings(Sums).allreduce, [Bucket(0, self.layout.size, 0)]
         self.sum = Buckets(self.world, self.by_host, self.means["weights"], whole, how, self.own_sums)
-        self.hold("buffers", self.sum)
+        self.account.hold("buffers", self.sum)
 
     @classmethod
     def check(cls, size: int, network: Network, dataset: Dataset, config: Config) -> None:

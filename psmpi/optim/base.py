@@ -65,9 +65,9 @@ class Optimizer:
         return {name: usual[name] if value is None else value for name, value in values.items()}
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of the state, and of what a step works in."""
-        return sum(int(a.nbytes) for a in (*self.vectors.values(), *self.work, self.scratch))
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        """All that it keeps: the vectors of the state, and what a step works in."""
+        return (*self.vectors.values(), *self.work, self.scratch)
 
     def step(self, w: np.ndarray, g: np.ndarray, lr: float, allsum: AllSum, closure: Closure | None = None) -> None:
         """Move the weights w (n,) by one step, in place; g (n,) is their gradient and may be overwritten.

@@ -39,7 +39,8 @@ class Copies(Replica):
         self.state.rows = TableRows.one_each(context.size)
         self.state.lost = "the copies of this many ranks: all of them start from the mean"
         # The rank's weights while the mean is tested.
-        self.kept = self.hold("weights", self.ops.zeros(self.w.size, self.dtype))
+        self.kept = self.ops.zeros(self.w.size, self.dtype)
+        self.account.hold("weights", self.kept)
 
     @classmethod
     def check(cls, size: int, network: Network, dataset: Dataset, config: Config) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Set
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal
 
 from psmpi.comm.transfers import Message
 from psmpi.config import Config
@@ -13,8 +13,6 @@ from psmpi.layout import Ownership
 from psmpi.nn.network import Network
 from psmpi.training.context import Context
 from psmpi.training.state import State
-
-A = TypeVar("A")
 
 
 @dataclass(frozen=True)
@@ -68,13 +66,8 @@ class Method:
         self.dataset, self.ops, self.dtype, self.rank = context.dataset, context.ops, context.dtype, context.rank
         self.counter, self.shards = context.counter, shards
         self.state = State(context.ops, shards, context.rank)
+        self.account = self.state.account
         self.loss_sum = 0.0
-        self.held: dict[str, list[Any]] = {}
-
-    def hold(self, what: str, array: A) -> A:
-        """Account for an array, or an object with `nbytes`, that is kept for as long as the method; returns it."""
-        self.held.setdefault(what, []).append(array)
-        return array
 
     @property
     def scalars(self) -> dict[str, float | int]:
@@ -136,8 +129,8 @@ class Method:
         return Place(role, classes, held, owned, sum(self.memory().values()), self.ops.place)
 
     def memory(self) -> dict[str, int]:
-        """Bytes that this rank holds, by what for; here what `hold` was given."""
-        return {what: nbytes(*of) for what, of in self.held.items()}
+        """Bytes that this rank holds, by what for: the state's, and what else the method has put to `account`."""
+        return self.account.bytes()
 
     def messages(self, step: int, batch: int) -> list[Message] | None:
         """The messages of step number `step`, from 0, on `batch` samples: those of this rank, and others it knows.
@@ -149,15 +142,3 @@ class Method:
     def events(self) -> dict[str, int]:
         """Counts of unusual events on this rank since the start, by name. All ranks call it."""
         return {}
-
-
-def nbytes(*held: Any) -> int:
-    """The bytes of arrays and of objects with `nbytes`, and numbers of bytes, together."""
-    return sum(one if isinstance(one, int) else int(one.nbytes) for one in held)
-
-
-def together(*accounts: dict[str, int]) -> dict[str, int]:
-    """Accounts of memory added up, by what for."""
-    return {
-        what: sum(one.get(what, 0) for one in accounts) for what in dict.fromkeys(k for one in accounts for k in one)
-    }

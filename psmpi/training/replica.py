@@ -21,7 +21,7 @@ from psmpi.training.checks import check_not_partitioned, check_slices, slices_ar
 from psmpi.training.context import Context, check_optimizer, configured_loss
 from psmpi.training.descent import Descent
 from psmpi.training.element_worker import ElementWorker
-from psmpi.training.method import Method, nbytes, together
+from psmpi.training.method import Method
 
 
 @dataclass(frozen=True)
@@ -65,12 +65,15 @@ class Replica(Method):
         self.descent = Descent(context, everything, world=self.world)
         self.optimizer = self.descent.optimizer
         self.state.scalars = self.optimizer.scalars
+        self.account.hold("weights", self.w)
+        self.account.hold("gradients", self.g)
+        self.account.ask("optimizer", lambda: self.optimizer.arrays)
+        self.account.include(self.worker.memory)
         context.put_weights(everything, self.w)
 
     def keep(self, name: str, vector: np.ndarray, *, own: bool = False) -> None:
         """Let checkpoints hold this rank's share of a vector (all parameters,); restored, it is whole on all ranks."""
-        if vector is not self.w and vector is not self.optimizer.vectors.get(name):
-            self.hold("weights", vector)
+        self.account.hold("weights", vector)
         share = vector[self.share]
         self.state.vector(name, share, own=own, after=partial(self.whole.forward, share, vector))
 
@@ -102,10 +105,6 @@ class Replica(Method):
 
     def work(self) -> tuple[str, str, int]:
         return "replica", "all", self.layout.size
-
-    def memory(self) -> dict[str, int]:
-        own = {"weights": nbytes(self.w), "gradients": nbytes(self.g), "optimizer": nbytes(self.optimizer)}
-        return together(super().memory(), own, self.worker.memory())
 
     def events(self) -> dict[str, int]:
         return {"psl_terms_past_exp_clip": self.worker.loss.clipped}

@@ -10,6 +10,7 @@ import numpy as np
 from psmpi.backend import Mirror, NumpyOps
 from psmpi.layout import Ownership, TableRows
 from psmpi.optim import Optimizer
+from psmpi.training.account import Account
 
 # Slices of this rank's shard, and of an array whose values these are.
 Places = list[tuple[slice, slice]]
@@ -46,7 +47,8 @@ class State:
 
     shards: every rank's; the vectors of the state are local vectors of this rank's. own: the names of vectors and
     scalars that are the method's and not the optimizer's; rows: which rows of the tables each rank has; lost: what is
-    said where a checkpoint has no such tables: "the checkpoint does not hold ...".
+    said where a checkpoint has no such tables: "the checkpoint does not hold ...". account: the memory of what is
+    declared, to which a method adds what it keeps besides.
     """
 
     def __init__(self, ops: NumpyOps, shards: Ownership, rank: int):
@@ -57,6 +59,7 @@ class State:
         self.tables: dict[str, np.ndarray] = {}
         self.rows, self.lost = TableRows(), ""
         self.own: set[str] = set()
+        self.account = Account()
 
     @property
     def vectors(self) -> dict[str, np.ndarray]:
@@ -81,6 +84,7 @@ class State:
             self._add(name, Entry(mirrors[0].host, mirrors, [None]), own)
             return
         saved = np.empty(self.shards[self.rank].size, mirrors[0].host.dtype)
+        self.account.hold("buffers", saved)
         self._add(name, Entry(saved, mirrors, [places for _, places in arrays]), own)
 
     def _add(self, name: str, entry: Entry, own: bool) -> None:
@@ -89,6 +93,8 @@ class State:
         self.entries[name] = entry
         if own:
             self.own.add(name)
+        optimizers = name != "weights" and not own
+        self.account.hold("optimizer" if optimizers else "weights", *(mirror.array for mirror in entry.mirrors))
 
     def optimizer(self, optimizer: Optimizer) -> None:
         """Declare the vectors and the scalars of an optimizer of this rank's shard; scalars are shared with it."""
@@ -96,6 +102,7 @@ class State:
             raise ValueError(f"the optimizer is to be declared before {', '.join(self.scalars)}")
         for name, vector in optimizer.vectors.items():
             self.vector(name, vector)
+        self.account.ask("optimizer", lambda: optimizer.arrays)
         self.scalars = optimizer.scalars
 
     def scalar(self, name: str, value: float | int) -> None:
@@ -108,6 +115,7 @@ class State:
         mirror = self.ops.mirror(array) if not isinstance(array, np.ndarray) else Mirror(array)
         self.table_mirrors.append(mirror)
         self.tables[name] = mirror.host
+        self.account.hold("optimizer", mirror.array)
 
     def _mirrors(self) -> Iterator[Mirror]:
         for entry in self.entries.values():

@@ -26,7 +26,7 @@ from psmpi.training.descent import Descent
 from psmpi.training.element_worker import ElementWorker
 from psmpi.training.evaluator import Evaluator
 from psmpi.training.masters import Masters
-from psmpi.training.method import Exactness, Method, nbytes, together
+from psmpi.training.method import Exactness, Method
 from psmpi.training.rounds import Rounds, check_rounds
 from psmpi.training.state import fetch
 
@@ -85,6 +85,7 @@ class IndependentSubnets(Method):
         self.w = ops.mirror((ops.zeros if alone else np.zeros)(shard.size, self.dtype))
         context.draw_weights(shard, self.w.host)
         self.travel = self.options.optimizer_state == "travel"
+        self.account.hold("buffers", self.subnets)
         self.state.vector("weights", self.w.host)
         for name in context.optimizer(Runs(), counted=True).vectors if self.travel else ():
             self.state.vector(name, np.zeros(shard.size, self.dtype))
@@ -99,6 +100,7 @@ class IndependentSubnets(Method):
         if self.rank in self.holders:
             held = [self.shards[rank] for rank in self.holders]
             self.evaluator = Evaluator(self.network, group, held, self.w, self.dataset.test, self.metric, ops)
+            self.account.hold("tests", self.evaluator)
         # Steps of the present round; between two rounds none.
         self.steps = 0
 
@@ -115,6 +117,10 @@ class IndependentSubnets(Method):
         self.worker = ElementWorker(inner, place, roles, row, self.part[used], self.g[used], tests=False)
         self.descent = Descent(inner, everything, counted=self.travel)
         self.optimizer = self.descent.optimizer
+        self.account.hold("weights", self.part)
+        self.account.hold("gradients", self.g)
+        self.account.ask("optimizer", lambda: self.optimizer.arrays)
+        self.account.include(self.worker.memory)
         self.fresh = dict(self.optimizer.scalars)
         own = {"weights": self.part, **self.optimizer.vectors}
         self.mirrors = {name: ops.mirror(own[name]) for name in self.state.entries}
@@ -203,15 +209,6 @@ class IndependentSubnets(Method):
     def work(self) -> tuple[str, str, int]:
         names = [name for name, mine in (("master", self.rank in self.holders), ("worker", self.number >= 0)) if mine]
         return "+".join(names), "all", self.part.size if self.worker is not None else 0
-
-    def memory(self) -> dict[str, int]:
-        account = {"weights": nbytes(*self.state.vectors.values()), "buffers": nbytes(self.subnets)}
-        if self.evaluator is not None:
-            account["tests"] = nbytes(self.evaluator)
-        if self.worker is None:
-            return account
-        own = {"weights": nbytes(self.part), "gradients": nbytes(self.g), "optimizer": nbytes(self.optimizer)}
-        return together(account, own, self.worker.memory())
 
     def events(self) -> dict[str, int]:
         return {"psl_terms_past_exp_clip": self.worker.loss.clipped if self.worker is not None else 0}

@@ -21,7 +21,7 @@ from psmpi.training.context import Context
 from psmpi.training.descent import Descent
 from psmpi.training.element_worker import ElementWorker
 from psmpi.training.masters import Masters
-from psmpi.training.method import Method, nbytes, together
+from psmpi.training.method import Method
 
 # Scalars of optimizers that count steps in which the weights stayed.
 FAILURES = ("failed_searches", "failed_steps")
@@ -43,6 +43,8 @@ class PartiallySeparable(Method):
         self.exchange = Exchange(context.world, self.roles, self.counter, self.dtype, self.ops, context.bridge)
         self.w_part, self.w = self.exchange.make_vectors()
         self.g_part, self.g = self.exchange.make_vectors()
+        self.account.hold("weights", self.w_part)
+        self.account.hold("gradients", self.g_part, self.g)
         context.put_weights(shard, self.w)
         self.world = context.group()
         # The global sums concern the ranks that hold weights; with a line search, all ranks follow its decisions.
@@ -58,6 +60,7 @@ class PartiallySeparable(Method):
         if place is not None:
             row = context.group(self.roles.row(self.rank), nccl=True)
             self.worker = ElementWorker(context, place, self.roles, row, self.w_part, self.g_part)
+            self.account.include(self.worker.memory)
         if nccl:
             self.exchange.use_nccl(self.ops.stream)
         self.state.vector("weights", self.w)
@@ -133,17 +136,6 @@ class PartiallySeparable(Method):
         if worker is not None and self.roles.rows > 1:
             classes += f" (row {worker.row})"
         return "+".join(roles), classes, self.w_part.size
-
-    def memory(self) -> dict[str, int]:
-        # Where the shard is a slice of the part, it has no memory of its own.
-        apart = self.exchange.inside is None
-        own = {
-            "weights": nbytes(self.w_part, self.w if apart else 0),
-            "gradients": nbytes(self.g_part, self.g if apart else 0),
-            "optimizer": nbytes(self.optimizer),
-        }
-        worker = self.worker.memory() if self.worker is not None else {}
-        return together(own, worker, {"curvature": nbytes(self.newton)} if self.newton is not None else {})
 
     def events(self) -> dict[str, int]:
         # With the score partition every worker of a row sees the same terms: the first counts them.

@@ -51,7 +51,7 @@ class PartitionedNewton:
         w: np.ndarray,
     ):
         o, ops, scalars = context.config.optimization, context.ops, state.scalars
-        self.world, self.exchange, self.worker = world, exchange, worker
+        self.world, self.exchange, self.worker, self.account = world, exchange, worker, state.account
         self.w_part, self.w, self.dtype, self.scalars = w_part, w, w.dtype, scalars
         self.search, self.extend = o.globalization == "line-search", o.line_search == "basic"
         self.ops, self.curvature, self.batch_multiple = ops, curvature_ops(ops), ops.batch_multiple
@@ -62,19 +62,21 @@ class PartitionedNewton:
         if o.extrapolation != "none":
             self.momentum = Extrapolation(o.extrapolation == "adaptive", given(o, "momentum"))
         scalars.update(radius=1.0, first=1.0, theta=1.0, products=0, trials=0, failed_steps=0)
-        self.p_part, self.p = exchange.make_vectors()
-        self.q_part, self.q = exchange.make_vectors()
+        self.p_part, self.p = self._pair()
+        self.q_part, self.q = self._pair()
         self.g, self.r, self.x = (ops.empty(w.size, self.dtype) for _ in range(3))
         self.x_part, self.t_part = (ops.zeros(w_part.size, self.dtype) for _ in range(2))
+        self.account.hold("curvature", self.g, self.r, self.x, self.x_part, self.t_part)
         if self.momentum is not None:
-            self.v_part, self.v = exchange.make_vectors()
+            self.v_part, self.v = self._pair()
             state.vector("v", self.v)
         self.beta2, self.eps = given(o, "beta2"), o.eps
         self.scaled = o.scaling == "moments"
         if self.scaled:
             # What a step in the scaled variables is multiplied by to be one in the weights.
-            self.root_part, self.root = exchange.make_vectors()
+            self.root_part, self.root = self._pair()
             self.squares = ops.zeros(w.size, self.dtype)
+            self.account.hold("curvature", self.squares)
             state.vector("squares", self.squares)
             scalars["t"] = 0
         self.counts = dict.fromkeys(("skipped", "rejected", "reset", "updated"), 0)
@@ -90,6 +92,7 @@ class PartitionedNewton:
                 worker.loss, merged=o.merge_pairs,
             )  # fmt: skip
             self.before, self.after, self.s = (self.elements.make_vectors() for _ in range(3))
+            self.account.hold("curvature", self.elements, self.before, self.after, self.s)
             # What the last pairs did to their elements.
             self.outcome = np.full(len(classes), Outcome.SKIPPED)
         self.operators = ElementOperators(
@@ -103,25 +106,18 @@ class PartitionedNewton:
             damping=o.damping,
             rescaled=o.initial == "scaled",
         )
+        self.account.ask("curvature", lambda: self.operators.arrays)
         # This rank's rows of what all elements remember, and which elements they are.
         state.table("classes", np.array(classes, np.int64).reshape(-1, 2))
         state.table("pairs", self.operators.pairs)
         for name, table in self.operators.state().items():
             state.table(name, table)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of everything it holds but w and w_part."""
-        pairs = [(self.p_part, self.p), (self.q_part, self.q)]
-        pairs += [(self.v_part, self.v)] if self.momentum is not None else []
-        pairs += [(self.root_part, self.root)] if self.scaled else []
-        # Where the shard is a slice of the part, it has no memory of its own.
-        apart = self.exchange.inside is None
-        own = [self.g, self.r, self.x, self.x_part, self.t_part, *(part for part, _ in pairs)]
-        own += [shard for _, shard in pairs if apart] + ([self.squares] if self.scaled else [])
-        own += [self.before, self.after, self.s] if self.elements is not None else []
-        held = sum(a.nbytes for a in own) + self.operators.nbytes
-        return int(held + (self.elements.nbytes if self.elements is not None else 0))
+    def _pair(self) -> tuple[np.ndarray, np.ndarray]:
+        """A vector on this rank's part, and on its shard."""
+        part, shard = self.exchange.make_vectors()
+        self.account.hold("curvature", part, shard)
+        return part, shard
 
     def step(self, batch: Batch, lr: float) -> float:
         """One step on training samples; returns this rank's share of their mean loss before it.

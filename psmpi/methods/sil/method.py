@@ -36,7 +36,7 @@ from psmpi.optim import clip_by_global_norm
 from psmpi.training.context import Context
 from psmpi.training.descent import no_sum
 from psmpi.training.evaluator import evaluate
-from psmpi.training.method import Exactness, Method, nbytes, together
+from psmpi.training.method import Exactness, Method
 from psmpi.training.replica import verify
 from psmpi.training.state import Places
 
@@ -98,6 +98,11 @@ class SyntheticLabels(Method):
         self.line = Row(context, self.parts, self.seats, self.stages, self.world, self.peers, self.train)
         self.handed = ops.empty(self.w.size if self.way == "stale" else 0, self.dtype)
         self._declare(places)
+        self.account.hold("gradients", self.g)
+        self.account.hold("weights", self.handed)
+        self.account.hold("samples", self.train, self.tests)
+        for part in self.parts.values():
+            self.account.include(part.memory)
         self.cuts: dict[str, Any] = {}
 
     def _declare(self, places: dict[int, slice]) -> None:
@@ -342,15 +347,6 @@ class SyntheticLabels(Method):
         role = f"part {numbers[0] + 1}" if len(numbers) == 1 else f"parts {numbers[0] + 1} to {numbers[-1] + 1}"
         where = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
         return role, where, sum(part.w.size for part in self.parts.values())
-
-    def memory(self) -> dict[str, int]:
-        saved = self.state.vectors.values() if len(self.parts) > 1 else ()
-        more = {
-            "weights": nbytes(self.handed),
-            "buffers": nbytes(*saved),
-            "samples": nbytes(self.train, self.tests),
-        }
-        return together(*(part.memory() for part in self.parts.values()), more)
 
     def events(self) -> dict[str, int]:
         return {"psl_terms_past_exp_clip": self.last.loss.clipped if self.last is not None else 0}

@@ -10,8 +10,8 @@ from psmpi.methods.sil.targets import LabelReader, TargetDistance, draw_targets
 from psmpi.nn.losses import Loss
 from psmpi.nn.model import Model
 from psmpi.nn.objective import Objective
+from psmpi.training.account import nbytes
 from psmpi.training.context import Context
-from psmpi.training.method import nbytes
 
 
 class TrainedPart:
@@ -107,9 +107,7 @@ class TrainedPart:
         if not self.last:
             own += [self.loss, self.reader]
         return {
-            "weights": nbytes(self.w),
-            "gradients": nbytes(self.g),
-            "optimizer": nbytes(self.optimizer),
+            "optimizer": nbytes(*self.optimizer.work, self.optimizer.scratch),
             "activations": nbytes(self.x, self.model.activation_bytes),
             "buffers": nbytes(self.model.buffer_bytes, *own),
             "samples": nbytes(self.samples),

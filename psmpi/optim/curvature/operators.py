@@ -105,11 +105,10 @@ class ElementOperators:
         return {name: getattr(self, name) for name in names} | {"indefinite": self.indefinite.view(np.uint8)}
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of everything it holds."""
-        host = [value for value in vars(self).values() if isinstance(value, np.ndarray) and value is not self.pairs]
-        there = [mirror.array for mirror in self.small if mirror.array is not mirror.host]
-        return int(self.pairs.nbytes) + sum(int(value.nbytes) for value in (*host, *there))
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        """All that it keeps, in host memory and where products are computed; some are slices of others."""
+        host = (value for value in vars(self).values() if isinstance(value, np.ndarray) and value is not self.pairs)
+        return (self.pairs, *host, *(mirror.array for mirror in self.small))
 
     def product(self, v: np.ndarray, out: np.ndarray) -> None:
         """out = B_e v_e for every element; v and out (count, size), not the same array."""
