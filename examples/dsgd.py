@@ -37,9 +37,8 @@ class RingSGD(Copies):
         size, own = context.size, context.settings(Settings).self_weight
         ring = {(rank, (rank + step) % size) for rank in range(size) for step in (-1, 1) if size > 1}
         self.ring = Neighbours(self.world, ring, self.w.size, self.dtype, self.ops)
-        rows = self.ops.zeros(len(self.ring.sources) * self.w.size, self.dtype)
-        self.theirs = rows.reshape(-1, self.w.size)
-        self.account.hold("buffers", rows)
+        self.theirs = self.ops.zeros(len(self.ring.sources) * self.w.size, self.dtype).reshape(-1, self.w.size)
+        self.account.hold("buffers", self.theirs)
         self.factors = [own, *[(1 - own) / max(1, len(self.theirs))] * len(self.theirs)] if size > 1 else [1.0]
 
     @classmethod
