@@ -16,6 +16,16 @@ from psmpi.errors import UserError
 DATASETS = ("digits", "mnist", "cifar10")
 
 
+def locate(name: str, data_dir: str | Path | None) -> str:
+    """The absolute path of a file of the user's own, or the `name` of a data set that has one.
+
+    UserError for an unknown name, and where there is no such file.
+    """
+    if name in DATASETS:
+        return name
+    return str(_locate(name, None if data_dir is None else Path(data_dir).expanduser()).absolute())
+
+
 def open_dataset(name: str, data_dir: str | Path | None) -> Dataset:
     """Open the data set `name`: digits (embedded), mnist, cifar10, or the path of an .npz, .h5 or .hdf5 file.
 
@@ -23,7 +33,7 @@ def open_dataset(name: str, data_dir: str | Path | None) -> Dataset:
     the labels and checks the headers and sizes of all files, but reads no samples. Raises UserError for an
     unknown name, for missing files and for files of the wrong format, size or content.
     """
-    folder = None if data_dir is None else Path(data_dir)
+    folder = None if data_dir is None else Path(data_dir).expanduser()
     if name == "digits":
         return open_digits()
     if name == "mnist":
@@ -40,7 +50,7 @@ def open_split(name: str, data_dir: str | Path | None, split: str) -> Split:
     Raises UserError as open_dataset does.
     """
     if split == "all" and name not in DATASETS:
-        return build_all(*_read_own(name, None if data_dir is None else Path(data_dir)))
+        return build_all(*_read_own(name, None if data_dir is None else Path(data_dir).expanduser()))
     if split == "all":
         raise UserError(f"{name} has the splits train and test; `all` is for files of your own")
     dataset = open_dataset(name, data_dir)
@@ -48,19 +58,18 @@ def open_split(name: str, data_dir: str | Path | None, split: str) -> Split:
 
 
 def _read_own(name: str, folder: Path | None) -> tuple[Path, list[str], dict[str, Header]]:
-    suffix = Path(name).suffix.lower()
-    if suffix not in SUFFIXES:
+    path = _locate(name, folder)
+    return path, *(read_npz(path) if path.suffix.lower() == ".npz" else read_hdf5(path))
+
+
+def _locate(name: str, folder: Path | None) -> Path:
+    if Path(name).suffix.lower() not in SUFFIXES:
         raise UserError(
             f"unknown data set {name!r}; choose one of {', '.join(DATASETS)}, "
             f"or the path of a file that ends in {', '.join(SUFFIXES)}"
         )
-    path = _locate(name, folder)
-    return path, *(read_npz(path) if suffix == ".npz" else read_hdf5(path))
-
-
-def _locate(name: str, folder: Path | None) -> Path:
-    places = [Path(name)]
-    if folder is not None and not Path(name).is_absolute():
+    places = [Path(name).expanduser()]
+    if folder is not None and not places[0].is_absolute():
         places.insert(0, folder / name)
     for place in places:
         if place.is_file():
