@@ -1,10 +1,8 @@
-"""The table of epochs, as JSON lines in the run directory."""
+"""The rows of the table of epochs, as a person sees them."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 # How a person sees what tests measure, of which a row has some.
@@ -14,16 +12,6 @@ SCORES: dict[str, Callable[[float], str]] = {
     "test_top5": lambda value: f"top 5 {100 * value:.2f} %",
     "test_rmse": lambda value: f"test RMSE {value:.5g}",
 }
-
-
-def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Replace the file's rows."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def append_row(path: Path, row: dict[str, Any]) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(row) + "\n")
 
 
 def describe(row: dict[str, Any], epochs: int) -> str:

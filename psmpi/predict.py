@@ -75,6 +75,7 @@ def _settle(options: Options) -> Options:
 
     from psmpi import checkpoint
     from psmpi.config import from_toml
+    from psmpi.data import Identity, differences, identify, open_dataset
     from psmpi.errors import UserError
 
     if options.out and Path(options.out).suffix not in (".csv", ".npz"):
@@ -83,8 +84,17 @@ def _settle(options: Options) -> Options:
         raise UserError(f"--calibrate {options.calibrate}: expected 0, or a number of samples from 2 up")
     if not 0 <= options.threads <= 1024:
         raise UserError(f"--threads {options.threads}: expected 0 to 1024")
-    path = checkpoint.newest(Path(options.checkpoint))
-    trained = from_toml(checkpoint.validate(path).config, str(path), foreign=True).data
+    path = checkpoint.newest(Path(options.checkpoint).expanduser())
+    contents = checkpoint.validate(path)
+    trained = from_toml(contents.config, str(path), foreign=True).data
+    if contents.data and not options.dataset:
+        here = identify(open_dataset(trained.dataset, options.data_dir or trained.data_dir))
+        found = differences(Identity.of(contents.data), here)
+        if found:
+            raise UserError(
+                f"{trained.dataset} is not what checkpoint {path} was trained on any more: in the checkpoint "
+                f"{'; '.join(found)}: bring that back, or name the file with --dataset to predict what it holds now"
+            )
     return replace(
         options,
         checkpoint=str(path),
@@ -111,6 +121,7 @@ def _predict(world: Any, control: Any, options: Options) -> None:
     trained = from_toml(contents.config, str(path), foreign=True)
     model = trained.model
     split = open_split(options.dataset, options.data_dir, options.split)
+    _check_data(world, control, options, contents, split)
     network = make_network(model.model, contents.in_shape, contents.layout.classes, **model.shape)
     if split.shape != contents.in_shape:
         raise UserError(
@@ -174,6 +185,32 @@ def _predict(world: Any, control: Any, options: Options) -> None:
         _report_values(options, targets, scores, list(classes))
     elif scores is not None:
         _report(options, split.labels, scores, list(classes), network.classes)
+
+
+def _check_data(world: Any, control: Any, options: Options, contents: Any, split: Any) -> None:
+    """UserError where ranks have other samples than rank 0; a warning where they look as if of another scale."""
+    import socket
+    from dataclasses import asdict
+
+    from psmpi.data import Identity, identify_split, other_scale
+    from psmpi.errors import UserError
+
+    here = identify_split(split)
+    for rank, text in enumerate(control.collect_texts(json.dumps([socket.gethostname(), asdict(here)]), most=2000)):
+        host, theirs = json.loads(text)
+        if theirs != asdict(here):
+            raise UserError(
+                f"the samples of {options.dataset} on rank {rank}, host {host}, are not those of rank 0: give all "
+                "hosts the same files"
+            )
+    if world.rank == 0 and contents.data:
+        trained = Identity.of(contents.data).train
+        if other_scale(trained, here):
+            print(
+                f"warning: the samples of {options.dataset} have scaled values up to {here.most:.4g} ({here.dtype}), "
+                f"those trained on up to {trained.most:.4g} ({trained.dtype}): bring them to one scale",
+                file=sys.stderr,
+            )
 
 
 def _report_values(options: Options, targets: Any, values: Any, outputs: list[int]) -> None:

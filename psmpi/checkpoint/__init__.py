@@ -6,7 +6,7 @@ collects a checkpoint from the ranks, `build` is the process that writes it, `re
 
 from psmpi.checkpoint.contents import Contents, Progress, read_contents, validate
 from psmpi.checkpoint.format import FORMAT, available, check_file, folder
-from psmpi.checkpoint.lock import take
+from psmpi.checkpoint.lock import Lock
 from psmpi.checkpoint.parallel import supported
 from psmpi.checkpoint.provenance import provenance
 from psmpi.checkpoint.reader import clear, find, load, load_space, load_tables, newest
@@ -15,6 +15,7 @@ from psmpi.checkpoint.writer import Writer
 __all__ = [
     "FORMAT",
     "Contents",
+    "Lock",
     "Progress",
     "Writer",
     "available",
@@ -29,6 +30,5 @@ __all__ = [
     "provenance",
     "read_contents",
     "supported",
-    "take",
     "validate",
 ]

@@ -55,6 +55,10 @@ def write_file(
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_of(target)
+    # A link of either name would be written through.
+    if target.parent.is_symlink():
+        raise OSError(f"{target.parent} is a symbolic link, and checkpoints are written through none")
+    partial.unlink(missing_ok=True)
     tensors = {vector: contents.tensors(vector) for vector in vectors}
     texts = contents.texts()
     if not gzip:

@@ -15,12 +15,13 @@ import h5py
 from psmpi.checkpoint.format import check_file, open_file
 from psmpi.checkpoint.tensors import Tensor, held_runs, make_tensors
 from psmpi.config import parse_toml
+from psmpi.data import Identity
 from psmpi.errors import DamagedError
 from psmpi.layout import Block, Layout, Parameter, Piece, Runs
 from psmpi.metrics import SCORES
 
 TABLES = ("elements", "rank")
-TEXTS = ("config", "layout", "metrics", "part", "placement", "progress", "provenance", "random", "scalars")
+TEXTS = ("config", "data", "layout", "metrics", "part", "placement", "progress", "provenance", "random", "scalars")
 # In files that do not say which vectors are the method's own, these are.
 FORMER_OWN = frozenset({"anchor", "handed", "left", "moving", "outer"})
 SPACE = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
@@ -60,7 +61,8 @@ class Contents:
 
     config: TOML; in_shape: of a sample; task: what the scores are for, "classes" or "regression"; layout: of the whole
     network; part: the classes whose part alone the file holds, None for all; placement, provenance: what ranks did and
-    where, for people; random: what random numbers are drawn from; scalars: of the optimizer; spaces: layouts, by name,
+    where, for people; random: what random numbers are drawn from; data: the identity of the data set, see
+    `psmpi.data.identity`, empty in files that do not have it; scalars: of the optimizer; spaces: layouts, by name,
     of tensors that are neither weights nor vectors of the optimizer, each a vector of that name, of any dtype; own: the
     vectors under /optimizer that are the training method's, not the optimizer's.
     """
@@ -79,6 +81,7 @@ class Contents:
     spaces: Mapping[str, Layout] = field(default_factory=dict)
     task: str = "classes"
     own: frozenset[str] = FORMER_OWN
+    data: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in self.spaces:
@@ -108,6 +111,7 @@ class Contents:
             "random": json.dumps(dict(self.random)),
             "scalars": json.dumps(dict(self.scalars)),
         }
+        texts |= {"data": json.dumps(dict(self.data))} if self.data else {}
         return texts if self.part is None else {**texts, "part": json.dumps(self.part)}
 
     @staticmethod
@@ -136,6 +140,7 @@ class Contents:
             spaces={name: _layout(of) for name, of in layout.get("spaces", {}).items()},
             task=layout.get("task", "classes"),
             own=frozenset(layout.get("own", FORMER_OWN)),
+            data=_identity(_table(texts["data"])) if "data" in texts else {},
         )
         _expect(all(isinstance(name, str) for name in made.own), "layout, own")
         _expect(made.task in ("classes", "regression"), "layout, task")
@@ -209,6 +214,10 @@ def _table(text: str) -> dict[str, Any]:
     found = json.loads(text)
     _expect(isinstance(found, dict), text[:40])
     return dict(found)
+
+
+def _identity(table: dict[str, Any]) -> dict[str, Any]:
+    return Identity.of(table).table()
 
 
 def _sizes(numbers: Any) -> tuple[int, ...]:

@@ -8,41 +8,74 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO
-
-from psmpi.errors import UserError
 
 # Seconds that the writing process of a run that has just been killed gets to end.
 PATIENCE = 30.0
+# For file systems that lock files only.
+NAME = ".lock"
 
 
-def take(out: Path, tell: Callable[[str], None]) -> IO[bytes]:
-    """Take the lock of a run directory, to hold until the file returned is closed in every process that inherits it.
+class Lock:
+    """The lock of a run directory: on the directory itself, so that no file that is removed gives it away.
 
-    UserError where another run holds it. On file systems without locks there is none.
+    Where a file system has locks of files alone it is on the file `.lock`; where it has none there is none. It is held
+    until it is closed in every process that inherits it.
     """
-    file = (out / ".lock").open("ab")
-    told, end = False, time.monotonic() + PATIENCE
-    while True:
+
+    def __init__(self, out: Path, patience: float = 0.0, tell: Callable[[str], None] | None = None):
+        """Take it, waiting `patience` seconds at most; `tell` hears of it. BlockingIOError where another run has it."""
+        self.out = self.path = out
+        self.fd = os.open(out, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return file
+            self._wait(patience, tell)
+        except BaseException:
+            self.close()
+            raise
+
+    def _wait(self, patience: float, tell: Callable[[str], None] | None) -> None:
+        end = time.monotonic() + patience
+        while True:
+            try:
+                self._lock()
+                return
+            except BlockingIOError:
+                if time.monotonic() >= end:
+                    raise
+                if tell is not None:
+                    tell(f"waiting for another run to leave {self.out}")
+                    tell = None
+                time.sleep(0.2)
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
         except BlockingIOError:
-            if not told:
-                tell(f"waiting for another run to leave {out}")
-                told = True
-            if time.monotonic() > end:
-                file.close()
-                raise UserError(f"--out {out}: another run is writing there; name another folder, or end it") from None
-            time.sleep(0.2)
+            raise
         except OSError:
-            return file
+            if self.path != self.out:
+                # This file system has no locks.
+                return
+        file = os.open(self.out / NAME, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        os.close(self.fd)
+        self.fd, self.path = file, self.out / NAME
+        self._lock()
+
+    @property
+    def there(self) -> bool:
+        """Whether the directory, or the file, that is locked is still the one of that name."""
+        try:
+            return os.path.samestat(os.fstat(self.fd), os.stat(self.path))
+        except OSError:
+            return False
+
+    def close(self) -> None:
+        """Give it up in this process."""
+        with contextlib.suppress(OSError):
+            os.close(self.fd)
+        self.fd = -1
 
 
-def inherit(file: IO[bytes] | None) -> tuple[int, ...]:
+def inherit(lock: Lock | None) -> tuple[int, ...]:
     """The descriptors to pass on to a process that is to hold the lock too."""
-    with contextlib.suppress(ValueError, OSError):
-        if file is not None:
-            os.fstat(file.fileno())
-            return (file.fileno(),)
-    return ()
+    return () if lock is None or lock.fd < 0 else (lock.fd,)

@@ -52,11 +52,11 @@ def clear(out: Path, step: int, *, damaged: bool, tell: Callable[[str], None]) -
     """Make a run directory ready for a run that goes on at `step` (-1: starts).
 
     Removes what a killed writer left. Checkpoints of later steps would pass for newer ones of this run: where they are
-    `damaged` they get another name, else they are another run's, which is a UserError.
+    `damaged` they get another name, else they are another run's, which is a UserError, after which all is as before.
     """
-    for leftover in folder(out).glob(".*.part"):
-        leftover.unlink(missing_ok=True)
     later = [path for path in available(out) if step_of(path) > step]
+    if later and step < 0 and not damaged:
+        raise UserError(f"--out {out} holds a run already: add --resume auto to go on with it, or name another folder")
     if later and step < 0:
         raise UserError(
             f"the checkpoints of --out {out} are all damaged (python -m psmpi.inspect verify {out}): move them away to "
@@ -66,6 +66,8 @@ def clear(out: Path, step: int, *, damaged: bool, tell: Callable[[str], None]) -
         raise UserError(
             f"--out {out} holds checkpoints of later steps than {step}, up to {later[-1].name}: name another folder"
         )
+    for leftover in folder(out).glob(".*.part"):
+        leftover.unlink(missing_ok=True)
     for path in later:
         aside = path.with_name(path.name + ".damaged")
         path.rename(aside)

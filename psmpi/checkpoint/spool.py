@@ -16,7 +16,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from psmpi.checkpoint.lock import inherit
+from psmpi.checkpoint.lock import Lock, inherit
 
 
 def _environment() -> dict[str, str]:
@@ -35,7 +35,7 @@ class Spool:
     lock: the lock of the run directory, which the process holds too.
     """
 
-    def __init__(self, lock: IO[bytes] | None = None):
+    def __init__(self, lock: Lock | None = None):
         self.lock = lock
         self.file: IO[bytes] | None = None
         self.process: subprocess.Popen[str] | None = None

@@ -10,13 +10,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from math import prod
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
 from psmpi.checkpoint.collect import Records, collect, row_pieces
 from psmpi.checkpoint.contents import Contents, Progress
 from psmpi.checkpoint.format import folder, partial_of
+from psmpi.checkpoint.lock import Lock
 from psmpi.checkpoint.spool import Spool
 from psmpi.comm.control import Control
 from psmpi.layout import Ownership, TableRows
@@ -49,7 +50,7 @@ class Writer:
         keep: int = 0,
         gzip: int = 0,
         parallel: bool = False,
-        lock: IO[bytes] | None = None,
+        lock: Lock | None = None,
         rows: TableRows | None = None,
         spaces: Mapping[str, Ownership] | None = None,
     ):
@@ -209,6 +210,12 @@ class Writer:
         except OSError as error:
             self._failed(str(error))
         return True
+
+    def relock(self, lock: Lock) -> None:
+        """Go on with another lock of the run directory, which was made again: with a new file and process."""
+        self.finish()
+        self.spool.close()
+        self.spool.lock, self.last_good = lock, None
 
     @property
     def busy(self) -> bool:

@@ -1,8 +1,9 @@
 """The settings of a run; the command line, the TOML file and the help are made from their dataclasses."""
 
+from psmpi.config.carried import changes, without_unused
 from psmpi.config.ranges import Least, listed, option
 from psmpi.config.sections import Data, LossSettings, NetworkSettings, Optimization, Parallel, Run
-from psmpi.config.text import defaults, from_table, from_toml, parse_toml, read_file, to_toml
+from psmpi.config.text import defaults, from_table, from_toml, given, parse_toml, read_file, to_toml
 from psmpi.config.tree import Config, Settings, check, command_line, from_command_line, kinds_of_settings
 
 __all__ = [
@@ -15,16 +16,19 @@ __all__ = [
     "Parallel",
     "Run",
     "Settings",
+    "changes",
     "check",
     "command_line",
     "defaults",
     "from_command_line",
     "from_table",
     "from_toml",
+    "given",
     "kinds_of_settings",
     "listed",
     "option",
     "parse_toml",
     "read_file",
     "to_toml",
+    "without_unused",
 ]

@@ -123,13 +123,16 @@ class Run:
     epochs: Annotated[int, Least(1)] = 10
     """Passes over the training samples."""
     max_steps: Annotated[int, Least(0)] = 0
-    """Stop after this many steps in all; 0: no such limit."""
+    """Stop this start after so many steps of the run in all; 0: no such limit."""
     seed: Annotated[int, Least(0)] = 0
     """Seed of the initial weights and of the order of the samples."""
     out: str = ""
     """Run directory; a new folder under runs/ if not given."""
     resume: str = ""
-    """Checkpoint to go on from: its path, or auto for the newest one in the run directory (a fresh start if none)."""
+    """Checkpoint to go on from, with the run's own settings but for those given here: its path, or auto for the newest
+    one in the run directory (a fresh start if none)."""
+    new_data: bool = False
+    """Go on from the checkpoint with other data than it was made with, from the beginning of an epoch."""
     checkpoint_every: Annotated[int, Least(0)] = 0
     """Steps between checkpoints; 0: at the end of each epoch."""
     checkpoint_keep: Annotated[int, Least(0)] = 3

@@ -28,18 +28,27 @@ def parse_toml(text: str) -> dict[str, Any]:
     return tables
 
 
-def defaults(argv: Sequence[str]) -> Config:
-    """The configuration that a command line changes: that of --config, which has to be known before the rest is read.
+def given(argv: Sequence[str], name: str) -> str:
+    """The value of an option on a command line, such as "--config", before the rest is read; "" where it is not there.
+
+    The last one counts where there are several.
+    """
+    found = ""
+    for at, word in enumerate(argv):
+        if word == name and at + 1 < len(argv):
+            found = argv[at + 1]
+        elif word.startswith(f"{name}="):
+            found = word.partition("=")[2]
+    return found
+
+
+def defaults(argv: Sequence[str], base: Config | None = None) -> Config:
+    """The configuration that a command line changes: `base`, the defaults if not given, with what --config says.
 
     UserError where that file is wrong.
     """
-    path = ""
-    for at, word in enumerate(argv):
-        if word == "--config" and at + 1 < len(argv):
-            path = argv[at + 1]
-        elif word.startswith("--config="):
-            path = word.partition("=")[2]
-    return read_file(path) if path else Config()
+    path, base = given(argv, "--config"), base or Config()
+    return read_file(path, base) if path else base
 
 
 def from_table(table: Mapping[str, Any], base: Config, where: str, foreign: bool = False) -> Config:
@@ -93,11 +102,11 @@ def _checked(value: Any, section: Any, key: str, where: str) -> Any:
     return value
 
 
-def read_file(path: str) -> Config:
-    """The defaults with the settings of a TOML file; UserError where it cannot be read."""
+def read_file(path: str, base: Config | None = None) -> Config:
+    """`base`, the defaults if not given, with the settings of a TOML file; UserError where it cannot be read."""
     try:
-        text = Path(path).read_bytes().decode()
-        return from_table(tomllib.loads(text), Config(), path)
+        text = Path(path).expanduser().read_bytes().decode()
+        return from_table(tomllib.loads(text), base or Config(), path)
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}; give the path of a TOML file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

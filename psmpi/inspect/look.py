@@ -15,6 +15,7 @@ from psmpi.checkpoint import available, read_contents
 from psmpi.checkpoint.contents import TABLES
 from psmpi.checkpoint.format import NAME
 from psmpi.checkpoint.scan import damaged_parts
+from psmpi.data import Identity
 from psmpi.errors import DamagedError, UserError
 from psmpi.inspect.figures import sums_of
 from psmpi.inspect.opened import Checkpoint, Opened
@@ -49,6 +50,7 @@ def show(checkpoint: Checkpoint, /, json: bool = False) -> int:
         **{group: _tables(opened, group) for group in TABLES},
         "scalars": dict(contents.scalars),
         "config": opened.settings(),
+        "data": dict(contents.data),
         "metrics": list(contents.progress.rows),
         "placement": dict(contents.placement),
         "provenance": dict(contents.provenance),
@@ -73,6 +75,11 @@ def show(checkpoint: Checkpoint, /, json: bool = False) -> int:
                 branch.add(f"{table['name']}  {table['dtype']} {shape}  {size_text(table['bytes'])}")
     if contents.scalars:
         tree.add("scalars  " + "  ".join(f"{name} = {value}" for name, value in contents.scalars.items()))
+    if contents.data:
+        data = Identity.of(contents.data)
+        splits = [f"{one.samples:,} {kind} samples" for kind, one in (("training", data.train), ("test", data.test))]
+        shape = " x ".join(map(str, data.shape))
+        tree.add(f"data  {' and '.join(splits)} of {shape} {data.train.dtype}, digest {data.train.targets[:12]}")
     branch = tree.add("configuration")
     sections: dict[str, list[str]] = {}
     for name, value in found["config"].items():

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 from unittest import mock
 
+from psmpi.checkpoint import Lock
 from psmpi.comm.world import describe
 from psmpi.testing.builder import ThreadSpool
 from psmpi.testing.hub import DeadlockError, StoppedError
@@ -139,26 +140,15 @@ def _forget(error: BaseException | None) -> None:
 @contextlib.contextmanager
 def _programs() -> Iterator[None]:
     """Let programs find the world of their thread; close what a run that fails leaves open."""
-    from psmpi.checkpoint import lock
-
-    locks: list[IO[bytes]] = []
-    take = lock.take
-
-    def taken(out: Path, tell: Callable[[str], None]) -> IO[bytes]:
-        file = take(out, tell)
-        locks.append(file)
-        return file
-
     spools: list[ThreadSpool] = []
 
-    def spool(held: IO[bytes] | None = None) -> ThreadSpool:
+    def spool(held: Lock | None = None) -> ThreadSpool:
         spools.append(ThreadSpool(held))
         return spools[-1]
 
     with (
         mock.patch("psmpi.comm.world.start", _start),
         mock.patch("psmpi.comm.world.run", _run),
-        mock.patch("psmpi.checkpoint.take", taken),
         mock.patch("psmpi.checkpoint.writer.Spool", spool),
     ):
         try:
@@ -166,8 +156,6 @@ def _programs() -> Iterator[None]:
         finally:
             for one in spools:
                 one.close()
-            for file in locks:
-                file.close()
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -22,6 +22,7 @@ from psmpi.config import Config
 from psmpi.data import Batch, Dataset, Minibatches
 from psmpi.errors import UserError
 from psmpi.optim import make_schedule
+from psmpi.training.folder import RunFolder
 from psmpi.training.method import Method, Place
 from psmpi.training.resume import restore
 
@@ -41,11 +42,17 @@ def show_places(console: Console, places: list[tuple[int, str, Place]]) -> None:
     console.print(table)
 
 
-def plan_steps(dataset: Dataset, config: Config) -> tuple[Minibatches, int, Callable[[int], float]]:
-    """The minibatches, how many steps in all, and the learning rate of each; UserError for settings that make none."""
+def plan_steps(
+    dataset: Dataset, config: Config, done: Progress | None = None
+) -> tuple[Minibatches, int, Callable[[int], float]]:
+    """The minibatches, how many steps in all, and the learning rate of each; UserError for settings that make none.
+
+    done: what a run that goes on has done, perhaps in epochs of other lengths. It ends after --epochs in any case.
+    """
     batches = Minibatches(dataset.train.n, config.data.batch_size, config.run.seed, config.data.shuffle)
+    done = done or Progress()
     # A run cut short by --max-steps, and gone on with later, has the learning rates of the whole.
-    total = config.run.epochs * batches.steps_per_epoch
+    total = done.step - done.cursor + max(0, config.run.epochs - done.epoch) * batches.steps_per_epoch
     optimization = config.optimization
     schedule = make_schedule(
         optimization.schedule,
@@ -71,16 +78,17 @@ class Loop:
         out: Path,
         console: Console,
         contents: Contents,
-        lock: IO[bytes] | None = None,
+        folder: RunFolder | None = None,
         signals: StopSignals | None = None,
     ):
         self.control, self.method, self.config, self.out, self.console = control, method, config, out, console
+        self.dataset, self.folder = dataset, folder
         self.batches, self.total, self.schedule = plan_steps(dataset, config)
         run = config.run
         self.writer = checkpoint.Writer(
             control, contents, method.shards, out,
-            keep=run.checkpoint_keep, gzip=run.checkpoint_gzip, parallel=run.checkpoint_parallel, lock=lock,
-            rows=method.state.rows,
+            keep=run.checkpoint_keep, gzip=run.checkpoint_gzip, parallel=run.checkpoint_parallel,
+            lock=None if folder is None else folder.lock, rows=method.state.rows,
         )  # fmt: skip
         self.progress = Progress()
         # Whether to stop, which all ranks find after the same step.
@@ -90,11 +98,12 @@ class Loop:
         self.before = np.zeros(2)
         self.warned: set[str] = set()
 
-    def resume(self, path: Path) -> None:
-        """Go on from a checkpoint."""
+    def resume(self, path: Path) -> list[str]:
+        """Take up a checkpoint; returns notes for the user."""
         contents = checkpoint.read_contents(path)
         progress = contents.progress
-        notes = restore(self.method, path, contents, self.config)
+        self.batches, self.total, self.schedule = plan_steps(self.dataset, self.config, progress)
+        notes = restore(self.method, path, contents, self.config, self.batches.steps_per_epoch)
         # The shares of the loss are summed over ranks: the past is rank 0's.
         if self.control.rank == 0:
             self.method.loss_sum = progress.loss_sum
@@ -105,13 +114,15 @@ class Loop:
                 f"checkpoint {path} is {progress.cursor} steps into an epoch, which here has "
                 f"{self.batches.steps_per_epoch}: use the data set it was made with"
             )
-        if self.control.rank == 0:
-            metrics.write_rows(self.out / "metrics.jsonl", progress.rows)
-            notes = [*(f"note: {note}" for note in notes), f"resumed from {path}, step {progress.step}"]
-            if progress.step >= self.total:
-                notes.append(f"nothing left to do: {self.total} steps asked for; raise --epochs or --max-steps")
-            for note in notes:
-                self.console.print(note, highlight=False, markup=False, soft_wrap=True)
+        notes = [*(f"note: {note}" for note in notes), f"resumed from {path}, step {progress.step}"]
+        if progress.step >= self.total:
+            most = self.config.run.max_steps
+            asked = f"{most} steps" if 0 < most <= progress.step else f"{self.config.run.epochs} epochs"
+            notes.append(
+                f"nothing left to do: {asked} asked for, {progress.step} steps and {progress.epoch} epochs are done; "
+                f"raise {'--max-steps' if asked.endswith('steps') else '--epochs'}"
+            )
+        return notes
 
     def run(self) -> bool:
         """Train to the end, or until a rank is asked to stop by a signal; whether all is done."""
@@ -182,15 +193,31 @@ class Loop:
             self.progress = replace(self.progress, epoch=first.epoch + 1, cursor=0, seconds=elapsed, rows=rows)
             method.loss_sum = 0.0
         if self.control.rank == 0:
-            try:
-                metrics.append_row(self.out / "metrics.jsonl", row)
-            except OSError as error:
-                self._warn_loudly(f"metrics.jsonl lacks the row of epoch {row['epoch']}: {error}")
+            self._append(row)
             self.console.print(
                 metrics.describe(row, self.config.run.epochs), highlight=False, markup=False, soft_wrap=True
             )
         if self.stopped or not every or self.progress.step == self.total or self.progress.step % every == 0:
             self._save()
+
+    def _append(self, row: dict[str, Any]) -> None:
+        """Add a row to the metrics, in a run directory that is still there."""
+        self._keep()
+        if self.folder is not None:
+            try:
+                self.folder.append(row)
+            except OSError as error:
+                self._warn_loudly(f"metrics.jsonl lacks the row of epoch {row['epoch']}: {error}")
+
+    def _keep(self) -> None:
+        """On rank 0, make sure that the run directory is there, and this run's."""
+        if self.folder is not None:
+            try:
+                lock = self.folder.keep()
+                if lock is not None:
+                    self.writer.relock(lock)
+            except OSError as error:
+                self._warn_loudly(f"the run directory {self.out} was removed, and cannot be made again: {error}")
 
     def _seen(self, progress: Progress) -> int:
         """The training samples of the steps done in an epoch."""
@@ -243,6 +270,7 @@ class Loop:
     def _save(self) -> None:
         loss_sum, sent, received = self._totals()
         progress = replace(self.progress, loss_sum=loss_sum, bytes_sent=sent, bytes_received=received)
+        self._keep()
         self.method.collect()
         state = self.method.state
         self.writer.write(state.vectors, state.scalars, progress, state.tables)

@@ -107,6 +107,7 @@ def test_show_tells_tensors_settings_and_score(trained):
         assert row["norm"] == pytest.approx(np.linalg.norm(values.ravel()))
     assert found["config"]["masters.placement"] == "owner" and found["provenance"]["ranks"] == 4
     text = done("show", newest)
+    assert found["data"]["train"]["samples"] == 1438 and "1,438 training samples and 359 test samples" in text
     assert "step 45, epoch 3" in text and f"{100 * accuracy:.2f} %" in text
     assert "conv2.weight  float32 30 x 12 x 3 x 3" in text and "placement = 'owner'" in text
 

@@ -161,7 +161,7 @@ def test_an_outer_optimizer_begins_where_another_method_s_checkpoint_is(train, t
     first = train(3, "--method", "data_parallel", *options, "--lr", "0.01", "--max-steps", "400", out=out)
     begun = first.rows[-1]["test_loss"]
     outer = ("--method", "local_sgd", "--local-steps", "5", "--outer-lr", "0.7", "--outer-momentum", "0.9")
-    result = train(3, *outer, *options, "--max-steps", "460", "--resume", "auto", out=out)
+    result = train(3, *outer, *options, "--lr", "0.001", "--max-steps", "460", "--resume", "auto", out=out)
     assert "the checkpoint has no anchor outer: these start afresh" in result.stdout
     assert "the optimizer starts afresh" not in result.stdout
     # Not back to the weights of the beginning, where the loss is above 9.

@@ -414,10 +414,10 @@ def test_the_tools_tell_of_elements(train):
 @pytest.mark.parametrize(
     ("first", "then"),
     [
-        (("--scaling", "moments"), ()),
+        (("--scaling", "moments"), ("--scaling", "none")),
         ((), ("--scaling", "moments")),
         ((), ("--extrapolation", "constant")),
-        (("--extrapolation", "constant"), ()),
+        (("--extrapolation", "constant"), ("--extrapolation", "none")),
     ],
 )
 def test_a_state_of_other_settings_is_not_taken_up(train, first, then):

@@ -1,0 +1,174 @@
+"""The run directory: made for one run, locked, its text files written whole or not at all and through no link."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from psmpi import checkpoint
+from psmpi.checkpoint import Lock
+from psmpi.errors import UserError
+
+CONFIG, METRICS = "config.toml", "metrics.jsonl"
+# Seconds that a run waits for another one to leave the directory.
+PATIENCE = 30.0
+
+
+class RunFolder:
+    """A run directory, which this process has alone until the block that it manages ends. On rank 0.
+
+    `begin` writes into it for the first time: a start that is refused before that leaves it as it was. Raises UserError
+    where it cannot be made, where another run has it, and for symbolic links in it.
+    """
+
+    def __init__(self, out: Path, tell: Callable[[str], None], patience: float = PATIENCE):
+        self.path, self.tell = out, tell
+        self.config, self.rows, self.begun = "", "", False
+        self.made = not out.exists()
+        try:
+            self.lock = self._take(patience)
+        except BlockingIOError:
+            raise UserError(f"--out {out}: another run is writing there; name another folder, or end it") from None
+        except (OSError, ValueError) as error:
+            raise _unwritable(out, error) from None
+        try:
+            for name in (CONFIG, METRICS, checkpoint.folder(out).name):
+                if (out / name).is_symlink():
+                    raise UserError(
+                        f"{out / name} is a symbolic link, and a run writes through none in its directory: remove it, "
+                        "or let the directory itself be a link to where there is room"
+                    )
+        except BaseException:
+            self.lock.close()
+            raise
+
+    @staticmethod
+    def unnamed(stem: str, tell: Callable[[str], None]) -> RunFolder:
+        """A new folder under runs/ that no other run has: the time, `stem`, and a number if needed."""
+        start = f"{time.strftime('%Y%m%d-%H%M%S')}-{stem}"
+        for number in range(1, 10_000):
+            out = Path("runs") / (start if number == 1 else f"{start}-{number}")
+            try:
+                out.parent.mkdir(parents=True, exist_ok=True)
+                # Of several runs one makes it.
+                out.mkdir()
+            except FileExistsError:
+                continue
+            except OSError as error:
+                raise _unwritable(out, error) from None
+            folder = RunFolder(out, tell)
+            folder.made = True
+            return folder
+        raise UserError(f"runs/{start} and 9,999 more are there: name a run directory with --out")
+
+    def _take(self, patience: float) -> Lock:
+        while True:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = Lock(self.path, patience, self.tell)
+            if lock.there:
+                return lock
+            # It was removed in between.
+            lock.close()
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave the directory to others; where nothing was begun in one that was made for it, remove it."""
+        if self.made and not self.begun:
+            # Only where nothing else is in it.
+            with contextlib.suppress(OSError):
+                (self.path / ".lock").unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self.path.rmdir()
+        self.lock.close()
+
+    def begin(self, config: str, rows: Iterable[Mapping[str, Any]], step: int, *, damaged: bool) -> None:
+        """Take the directory for a run with this configuration, a TOML text, and rows of metrics.
+
+        step, damaged: as in `psmpi.checkpoint.clear`. UserError where it cannot be written.
+        """
+        self.config, self.rows = config, "".join(json.dumps(row) + "\n" for row in rows)
+        try:
+            checkpoint.clear(self.path, step, damaged=damaged, tell=self.tell)
+            self.begun = True
+            self._write_texts()
+        except OSError as error:
+            raise _unwritable(self.path, error) from None
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Add a row to the metrics. OSError where it cannot be written; the next row brings it too."""
+        line = json.dumps(row) + "\n"
+        self.rows += line
+        path = self.path / METRICS
+        try:
+            file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW)
+        except OSError:
+            file = -1
+        if file >= 0:
+            with os.fdopen(file, "ab") as stream:
+                # What an earlier row could not have is written now.
+                if os.fstat(file).st_size == len(self.rows.encode()) - len(line.encode()):
+                    stream.write(line.encode())
+                    return
+        self._replace(path, self.rows)
+
+    def keep(self) -> Lock | None:
+        """Make sure that the directory is still this run's; a new lock where it was removed and is made again.
+
+        UserError where another run has it now. OSError where it cannot be made.
+        """
+        if self.lock.there:
+            return None
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = Lock(self.path)
+        except BlockingIOError:
+            raise self._lost() from None
+        if checkpoint.available(self.path):
+            lock.close()
+            raise self._lost()
+        self.lock.close()
+        self.lock = lock
+        self._write_texts()
+        self.tell(
+            f"WARNING: the run directory {self.path} was removed or moved while this run writes to it: it is made "
+            "again with its text files, earlier checkpoints are gone; training goes on"
+        )
+        return lock
+
+    def _lost(self) -> UserError:
+        return UserError(
+            f"the run directory {self.path} was removed or moved, and another run has written there since: this run "
+            "ends; start it again with another --out"
+        )
+
+    def _write_texts(self) -> None:
+        self._replace(self.path / CONFIG, self.config)
+        self._replace(self.path / METRICS, self.rows)
+
+    def _replace(self, path: Path, text: str) -> None:
+        """Write a file whole or not at all; a link of its name is replaced, not followed."""
+        part = path.with_name(f".{path.name}.part")
+        part.unlink(missing_ok=True)
+        try:
+            with part.open("x", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def _unwritable(out: Path, error: Exception) -> UserError:
+    return UserError(f"--out {out}: {error}; name a folder that can be made and written")

@@ -1,0 +1,280 @@
+"""Runs that go on: with their own settings and data, from other folders, counted in epochs; refusals change nothing."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from helpers.runs import run
+
+from psmpi import data
+from psmpi.config import read_file
+from psmpi.training.loop import Loop
+
+MLP = ("--model", "mlp", "--widths", "12")
+FEW = ("--batch-size", "60", "--lr", "0.01", "--optimizer", "momentum", "--momentum", "0.8", *MLP)
+RNG = np.random.default_rng(0)
+X, Y = RNG.normal(0, 1, (300, 20)), np.arange(300) % 4
+X += RNG.normal(0, 2, (4, 20))[Y]
+
+
+def start(folder, *options, ranks=1, ok=True, out="run"):
+    status, stdout, err = run(ranks, "-m", "psmpi.train", "--out", folder / out, *options, cwd=folder)
+    assert (status == 0) is ok and "Traceback" not in err, err + stdout
+    return " ".join(stdout.split()) if ok else " ".join(err.split())
+
+
+def save(path, x=X, y=Y):
+    np.savez(path, x=x, y=y)
+
+
+def held(folder):
+    """All files of a folder with their bytes and times."""
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_goes_on_with_its_own_settings(train, ranks):
+    whole = train(ranks, *FEW, "--epochs", "3")
+    first = train(ranks, *FEW, "--epochs", "3", "--max-steps", "30")
+    resumed = train(ranks, "--resume", "auto", out=first.out)
+    assert "note:" not in resumed.stdout.replace("note: 2 rank(s)", "").replace("note: 1 rank(s)", "")
+    assert all(np.array_equal(value, resumed.tensors()[name]) for name, value in whole.tensors().items())
+    assert [row["epoch"] for row in resumed.rows] == [1, 2, 3]
+
+
+def test_without_config_toml_the_settings_are_those_of_the_checkpoint(train):
+    first = train(1, *FEW, "--epochs", "1")
+    (first.out / "config.toml").unlink()
+    resumed = train(1, "--resume", "auto", "--epochs", "2", out=first.out)
+    assert resumed.rows[-1]["step"] == 48 and read_file(str(first.out / "config.toml")).optimization.momentum == 0.8
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_afresh_with_its_own_settings(train, tmp_path):
+    first = train(1, *FEW, "--epochs", "2")
+    shutil.rmtree(first.out / "checkpoints")
+    again = train(1, "--resume", "auto", out=first.out)
+    assert again.rows[-1]["train_loss"] == first.rows[-1]["train_loss"]
+
+
+def test_the_checkpoint_that_is_named_has_the_settings_too(train):
+    first = train(1, *FEW, "--epochs", "1")
+    resumed = train(1, "--resume", first.checkpoint, "--epochs", "2")
+    assert resumed.rows[-1]["step"] == 48
+
+
+def test_a_file_and_the_command_line_change_them_and_that_is_told(train, tmp_path):
+    first = train(1, *FEW, "--epochs", "1")
+    (tmp_path / "more.toml").write_text("[run]\nepochs = 2\n[optimization]\nlr = 0.02\n")
+    resumed = train(1, "--resume", "auto", "--config", tmp_path / "more.toml", "--lr", "0.03", out=first.out)
+    assert "note: lr is 0.03, in the checkpoint it was 0.01" in resumed.stdout
+    assert "note: epochs is 2, in the checkpoint it was 1" in resumed.stdout
+    assert "momentum" not in resumed.stdout
+    # And that is what the run has from then on.
+    assert "note: lr is" not in train(1, "--resume", "auto", "--epochs", "3", out=first.out).stdout
+
+
+def test_settings_that_the_new_choice_does_not_use_are_left_behind(train):
+    first = train(1, "--method", "local_sgd", "--local-steps", "5", *FEW, "--epochs", "1")
+    resumed = train(
+        1, "--resume", first.checkpoint, "--epochs", "2", "--method", "data_parallel", "--optimizer", "adam"
+    )
+    assert "the optimizer starts afresh" in resumed.stdout
+    config = read_file(str(resumed.out / "config.toml"))
+    assert config.optimization.momentum is None and config.data.batch_size == 60
+
+
+def test_settings_that_are_given_and_not_used_are_refused_as_ever(train, tmp_path):
+    train(1, *FEW, "--epochs", "1", out=tmp_path / "run")
+    told = start(tmp_path, "--resume", "auto", "--optimizer", "adam", "--momentum", "0.7", ok=False)
+    assert "--momentum is of --optimizer" in told
+
+
+@pytest.mark.parametrize("method", ["psl", "data_parallel", "sil", "ist"])
+def test_another_minibatch_is_taken_up_at_the_end_of_an_epoch_and_the_run_ends_after_its_epochs(train, method):
+    options = ("--method", method, "--model", "mlp", "--widths", "12", "12", "--epochs", "4")
+    first = train(1, *options, "--max-steps", "30")
+    resumed = train(1, "--resume", "auto", "--batch-size", "40", out=first.out)
+    assert "note: batch_size is 40, in the checkpoint it was 100" in resumed.stdout
+    assert [(row["epoch"], row["step"]) for row in resumed.rows] == [(1, 15), (2, 30), (3, 66), (4, 102)]
+    # A method that goes through phases by the steps of epochs is in the same one.
+    whole = train(1, *options)
+    assert [row.get("phase") for row in resumed.rows] == [row.get("phase") for row in whole.rows]
+    done = train(1, "--resume", "auto", out=first.out)
+    assert "nothing left to do: 4 epochs asked for" in done.stdout and done.rows == resumed.rows
+
+
+CHANGES = {
+    "reorder": lambda: (X[::-1], Y[::-1]),
+    "append": lambda: (np.concatenate([X, X[:50]]), np.concatenate([Y, Y[:50]])),
+    "shrink": lambda: (X[:250], Y[:250]),
+    "relabel": lambda: (X, (Y + 1) % 4),
+    "rescale": lambda: (X * 16, Y),
+    "convert": lambda: (X.astype(np.float32), Y),
+    "classes": lambda: (X, np.where(np.arange(300) % 7 == 0, 4, Y)),
+    "values": lambda: (X, Y.astype(float)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_other_data_than_before_are_refused_and_nothing_is_changed(tmp_path, change):
+    save(tmp_path / "d.npz")
+    start(tmp_path, "--dataset", "d.npz", *MLP, "--epochs", "1")
+    save(tmp_path / "d.npz", *CHANGES[change]())
+    before = held(tmp_path / "run")
+    told = start(tmp_path, "--resume", "auto", "--epochs", "2", ok=False)
+    needs_labels = "needs labels, and the targets are floating point numbers"
+    assert ("d.npz is not the data set that checkpoint" if change != "values" else needs_labels) in told
+    assert held(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize("change", ["append", "rescale", "reorder"])
+def test_other_data_are_taken_up_where_that_is_asked_for(tmp_path, change):
+    save(tmp_path / "d.npz")
+    start(tmp_path, "--dataset", "d.npz", *MLP, "--epochs", "1", "--batch-size", "50")
+    save(tmp_path / "d.npz", *CHANGES[change]())
+    told = start(tmp_path, "--resume", "auto", "--epochs", "3", "--new-data")
+    assert "note: other data than in the checkpoint: " in told
+    steps = {"append": [5, 11, 17]}.get(change, [5, 10, 15])
+    assert [row["step"] for row in rows(tmp_path / "run")] == steps
+    # It is said once: from here on these are its data.
+    assert "other data" not in start(tmp_path, "--resume", "auto", "--epochs", "4")
+
+
+def test_new_data_are_not_taken_up_inside_an_epoch_nor_without_a_checkpoint(tmp_path):
+    save(tmp_path / "d.npz")
+    assert "add --resume" in start(tmp_path, "--dataset", "d.npz", *MLP, "--new-data", ok=False)
+    start(tmp_path, "--dataset", "d.npz", *MLP, "--max-steps", "2")
+    save(tmp_path / "d.npz", *CHANGES["reorder"]())
+    told = start(tmp_path, "--resume", "auto", "--new-data", ok=False)
+    assert "an epoch is to be ended with the same data (it is 2 steps into epoch 1)" in told
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--model", "mlp", "--widths", "7"),
+        ("--dataset", "none.npz"),
+        ("--masters", "5"),
+        ("--dtype", "float64", "--lr", "-1"),
+    ],
+)
+def test_a_resume_that_is_refused_changes_nothing(train, tmp_path, options):
+    train(1, *MLP, "--epochs", "1", out=tmp_path / "run")
+    (tmp_path / "run" / "checkpoints" / ".step-000000099.h5.part").write_bytes(b"half")
+    before = held(tmp_path / "run")
+    start(tmp_path, "--resume", "auto", "--epochs", "2", *options, ok=False)
+    assert held(tmp_path / "run") == before
+
+
+def test_a_start_that_is_refused_leaves_no_folder(tmp_path):
+    start(tmp_path, "--dataset", "none.npz", ok=False)
+    start(tmp_path, "--masters", "5", ok=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_fresh_start_does_not_take_a_folder_with_a_run(train, tmp_path, monkeypatch):
+    """Also where the checkpoints came while it waited for the lock."""
+    out = train(1, *MLP, "--epochs", "1", out=tmp_path / "run").out
+    assert "holds a run already" in start(tmp_path, *MLP, ok=False)
+    seen = iter([[]])
+    monkeypatch.setattr("psmpi.checkpoint.available", lambda _: next(seen))
+    before = held(out)
+    told = start(tmp_path, *MLP, ok=False)
+    assert "holds a run already: add --resume auto" in told and "damaged" not in told
+    assert held(out) == before
+
+
+def test_paths_of_data_hold_in_other_folders(tmp_path):
+    work, other = tmp_path / "work", tmp_path / "other"
+    (work / "sets").mkdir(parents=True)
+    other.mkdir()
+    save(work / "sets" / "d.npz")
+    start(work, "--dataset", "d.npz", "--data-dir", "sets", *MLP, "--epochs", "1")
+    status, _, err = run(1, "-m", "psmpi.train", "--resume", "auto", "--out", "../work/run", "--epochs", "2", cwd=other)
+    assert status == 0, err
+    status, out, err = run(1, "-m", "psmpi.predict", "../work/run", "--json", cwd=other)
+    assert status == 0 and json.loads(out)["samples"] == 60, err
+
+
+def test_a_home_folder_in_a_file_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save(tmp_path / "d.npz")
+    (tmp_path / "c.toml").write_text('[data]\ndataset = "~/d.npz"\n[run]\nout = "~/deep/run"\nepochs = 1\n')
+    status, _, err = run(1, "-m", "psmpi.train", "--config", "~/c.toml", *MLP, cwd=tmp_path)
+    assert status == 0 and rows(tmp_path / "deep" / "run"), err
+    (tmp_path / "sets").mkdir()
+    (tmp_path / "d.npz").rename(tmp_path / "sets" / "e.npz")
+    (tmp_path / "c.toml").write_text('[data]\ndataset = "e.npz"\ndata_dir = "~/sets"\n[run]\nepochs = 1\n')
+    start(tmp_path, "--config", "c.toml", *MLP)
+
+
+def stale(monkeypatch, **arrays):
+    """Let all ranks but the first find other data."""
+    opened, real = [], data.open_dataset
+
+    def open_other(*arguments, **more):
+        opened.append(1)
+        return real(arrays["path"] if len(opened) > 1 else arguments[0], *arguments[1:], **more)
+
+    monkeypatch.setattr("psmpi.data.open_dataset", open_other)
+
+
+@pytest.mark.parametrize("change", ["reorder", "shrink", "relabel", "rescale", "classes", "convert"])
+def test_ranks_that_see_other_data_are_named(tmp_path, monkeypatch, change):
+    save(tmp_path / "d.npz")
+    save(tmp_path / "stale.npz", *CHANGES[change]())
+    stale(monkeypatch, path=str(tmp_path / "stale.npz"))
+    told = start(tmp_path, "--dataset", "d.npz", *MLP, "--method", "data_parallel", ranks=3, ok=False)
+    assert "the data set on rank 1, host" in told and "is not that of rank 0" in told
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_whose_folder_is_removed_goes_on_and_says_so(train, tmp_path, monkeypatch):
+    real = Loop._append
+
+    def remove(self, row):
+        if row["epoch"] == 2 and self.folder is not None:
+            shutil.rmtree(self.out)
+        real(self, row)
+
+    monkeypatch.setattr(Loop, "_append", remove)
+    done = train(2, *MLP, "--epochs", "4", out=tmp_path / "run")
+    assert done.stdout.count("was removed or moved while this run writes to it") == 1
+    assert [row["epoch"] for row in done.rows] == [1, 2, 3, 4]
+    assert len(list((done.out / "checkpoints").glob("step-*.h5"))) == 3 and (done.out / "config.toml").exists()
+    monkeypatch.undo()
+    assert train(2, "--resume", "auto", "--epochs", "5", out=done.out).rows[-1]["epoch"] == 5
+
+
+def test_predictions_are_of_the_data_of_the_training(tmp_path):
+    save(tmp_path / "d.npz")
+    start(tmp_path, "--dataset", "d.npz", *MLP, "--epochs", "1")
+    save(tmp_path / "d.npz", *CHANGES["relabel"]())
+    status, _, err = run(1, "-m", "psmpi.predict", tmp_path / "run", cwd=tmp_path)
+    assert status == 1 and "is not what checkpoint" in err and "other labels of the training samples" in err
+    # Whoever names it means what it holds now.
+    status, _, err = run(1, "-m", "psmpi.predict", tmp_path / "run", "--dataset", "d.npz", cwd=tmp_path)
+    assert status == 0 and "warning" not in err
+    save(tmp_path / "large.npz", X * 255)
+    status, _, err = run(1, "-m", "psmpi.predict", tmp_path / "run", "--dataset", "large.npz", cwd=tmp_path)
+    assert status == 0 and "bring them to one scale" in " ".join(err.split())
+
+
+def test_ranks_that_predict_other_data_are_named(tmp_path, monkeypatch):
+    save(tmp_path / "d.npz")
+    start(tmp_path, "--dataset", "d.npz", *MLP, "--epochs", "1")
+    save(tmp_path / "stale.npz", *CHANGES["reorder"]())
+    opened, real = [], data.open_split
+
+    def open_other(name, *more, **others):
+        opened.append(1)
+        return real(str(tmp_path / "stale.npz") if len(opened) > 1 else name, *more, **others)
+
+    monkeypatch.setattr("psmpi.data.open_split", open_other)
+    status, _, err = run(2, "-m", "psmpi.predict", tmp_path / "run", "--dataset", "d.npz", cwd=tmp_path)
+    assert status == 1 and "are not those of rank 0" in " ".join(err.split())
