@@ -88,7 +88,7 @@ def _settle(options: Options) -> Options:
     contents = checkpoint.validate(path)
     trained = from_toml(contents.config, str(path), foreign=True).data
     if contents.data and not options.dataset:
-        here = identify(open_dataset(trained.dataset, options.data_dir or trained.data_dir))
+        here = identify(open_dataset(trained.dataset, options.data_dir or trained.data_dir, trained.split_seed))
         found = differences(Identity.of(contents.data), here)
         if found:
             raise UserError(
@@ -120,7 +120,7 @@ def _predict(world: Any, control: Any, options: Options) -> None:
     contents = checkpoint.read_contents(path)
     trained = from_toml(contents.config, str(path), foreign=True)
     model = trained.model
-    split = open_split(options.dataset, options.data_dir, options.split)
+    split = open_split(options.dataset, options.data_dir, options.split, trained.data.split_seed)
     _check_data(world, control, options, contents, split)
     network = make_network(model.model, contents.in_shape, contents.layout.classes, **model.shape)
     if split.shape != contents.in_shape:
@@ -173,7 +173,8 @@ def _predict(world: Any, control: Any, options: Options) -> None:
         checkpoint.load(path, layout, predictor.part, {"weights": predictor.w}, contents.part)
         if options.calibrate:
             same = options.dataset == trained.data.dataset
-            known = open_split(trained.data.dataset, options.data_dir if same else trained.data.data_dir, "train")
+            place = options.data_dir if same else trained.data.data_dir
+            known = open_split(trained.data.dataset, place, "train", trained.data.split_seed)
             if known.shape != contents.in_shape:
                 raise UserError(
                     f"--calibrate: {trained.data.dataset} has samples of shape {known.shape}, checkpoint {path} was "

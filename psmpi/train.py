@@ -137,7 +137,7 @@ def _begin(size: int, config: Config, tell: Callable[[str], None]) -> Start:
 
     kind: Any = find_method(config.parallel.method)
     run = config.run
-    dataset = open_dataset(config.data.dataset, config.data.data_dir)
+    dataset = open_dataset(config.data.dataset, config.data.data_dir, config.data.split_seed)
     network = _network(config, dataset, make_network)
     kind.check(size, network, dataset, config)
     plan_steps(dataset, config)
@@ -189,7 +189,7 @@ def _train(world: World, control: Control, config: Config) -> bool:
         if start is not None:
             dataset, identity = start.dataset, start.identity
         else:
-            dataset = open_dataset(config.data.dataset, config.data.data_dir)
+            dataset = open_dataset(config.data.dataset, config.data.data_dir, config.data.split_seed)
             identity = identify(dataset)
         texts = control.collect_texts(json.dumps([socket.gethostname(), identity.table()]), most=2000)
         everyone = dict(enumerate(map(json.loads, texts)))

@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
 
     world = start()
     config = tyro.cli(Config, args=argv, config=(tyro.conf.OmitArgPrefixes,))
-    dataset = open_dataset(config.data.dataset, config.data.data_dir)
+    dataset = open_dataset(config.data.dataset, config.data.data_dir, config.data.split_seed)
     net = make_network(config.model.model, dataset.shape, dataset.outputs, **config.model.shape)
     problem = Problem(net, config.objective.loss, tuple(range(net.classes)))
     layout = net.layout()

@@ -50,7 +50,7 @@ def optimizer(config: Config, json: bool = False) -> int:
     world = start()
     control = Control(world)
     model = config.model
-    dataset = open_dataset(config.data.dataset, config.data.data_dir)
+    dataset = open_dataset(config.data.dataset, config.data.data_dir, config.data.split_seed)
     network = make_network(model.model, dataset.shape, dataset.outputs, **model.shape)
     kind: Any = find_method(config.parallel.method)
     kind.check(world.size, network, dataset, config)

@@ -30,6 +30,9 @@ class Data:
     floating point numbers the values of a regression."""
     data_dir: str = "data"
     """Folder that holds the data set's files."""
+    split_seed: Annotated[int, Least(-1)] = 0
+    """Seed of the test samples of a file without x_test and y_test, a fifth of each class; -1: every fifth sample of
+    the file."""
     batch_size: Annotated[int, Least(1)] = 100
     """Samples in a minibatch, over all replica rows."""
     shuffle: bool = True

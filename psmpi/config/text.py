@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import tomli_w
 
+from psmpi.config.sections import Data
 from psmpi.config.tree import Config, kinds_of_settings
 from psmpi.errors import UserError
 
@@ -20,6 +21,8 @@ else:
 
 # Tables of earlier versions' files; what they hold beside the sections' settings is now in tables of the methods.
 FORMER = ("parallel", "replicated", "alignment", "subnets", "synthetic")
+# What checkpoints mean that were written before there was a setting, where that is not its default.
+UNSAID = Config(data=Data(split_seed=-1))
 
 
 def parse_toml(text: str) -> dict[str, Any]:
@@ -124,5 +127,9 @@ def to_toml(config: Config) -> str:
 
 
 def from_toml(text: str, where: str, foreign: bool = False) -> Config:
-    """The reverse of to_toml; `where` names the text in errors, `foreign` is that of `from_table`."""
-    return from_table(tomllib.loads(text), Config(), where, foreign)
+    """The reverse of to_toml; `where` names the text in errors.
+
+    foreign: the text is that of a checkpoint, whose settings may be those of a method that is not installed here, and
+    may lack those that came later.
+    """
+    return from_table(tomllib.loads(text), UNSAID if foreign else Config(), where, foreign)

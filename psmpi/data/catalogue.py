@@ -26,10 +26,12 @@ def locate(name: str, data_dir: str | Path | None) -> str:
     return str(_locate(name, None if data_dir is None else Path(data_dir).expanduser()).absolute())
 
 
-def open_dataset(name: str, data_dir: str | Path | None) -> Dataset:
+def open_dataset(name: str, data_dir: str | Path | None, split_seed: int = 0) -> Dataset:
     """Open the data set `name`: digits (embedded), mnist, cifar10, or the path of an .npz, .h5 or .hdf5 file.
 
-    A relative path is looked up in `data_dir` first, if given, and then in the current directory. Reads
+    A relative path is looked up in `data_dir` first, if given, and then in the current directory. The test samples of
+    a file without any are a fifth of each class (of all samples in a regression), drawn with `split_seed`, or with -1
+    every fifth sample. Reads
     the labels and checks the headers and sizes of all files, but reads no samples. Raises UserError for an
     unknown name, for missing files and for files of the wrong format, size or content.
     """
@@ -41,10 +43,10 @@ def open_dataset(name: str, data_dir: str | Path | None) -> Dataset:
     if name == "cifar10":
         return open_cifar10(folder)
     path, keys, headers = _read_own(name, folder)
-    return build(name, path, keys, headers)
+    return build(name, path, keys, headers, split_seed)
 
 
-def open_split(name: str, data_dir: str | Path | None, split: str) -> Split:
+def open_split(name: str, data_dir: str | Path | None, split: str, split_seed: int = 0) -> Split:
     """The `train` or `test` samples of a data set, or `all` the samples x of a file, labelled or not (then -1).
 
     Raises UserError as open_dataset does.
@@ -53,7 +55,7 @@ def open_split(name: str, data_dir: str | Path | None, split: str) -> Split:
         return build_all(*_read_own(name, None if data_dir is None else Path(data_dir).expanduser()))
     if split == "all":
         raise UserError(f"{name} has the splits train and test; `all` is for files of your own")
-    dataset = open_dataset(name, data_dir)
+    dataset = open_dataset(name, data_dir, split_seed)
     return dataset.test if split == "test" else dataset.train
 
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from psmpi.data.labels import check_given, check_values
 from psmpi.data.rows import RowSource
-from psmpi.data.split import Dataset, Split, every_fifth, frozen
+from psmpi.data.split import Dataset, Split, every_fifth, frozen, hold_out, random_fifth
 from psmpi.errors import UserError
 
 SUFFIXES = (".npz", ".h5", ".hdf5")
@@ -29,10 +29,10 @@ class Header:
     values: Callable[[], npt.NDArray[Any]]
 
 
-def build(name: str, path: Path, keys: list[str], headers: dict[str, Header]) -> Dataset:
+def build(name: str, path: Path, keys: list[str], headers: dict[str, Header], split_seed: int) -> Dataset:
     """Make a Dataset of the arrays described by `headers`; `keys` are all the names in the file.
 
-    Raises UserError for arrays that are missing, empty, of the wrong shape or dtype or that do not match, and
+    Without x_test and y_test a fifth of the samples is held out for testing, see `open_dataset`. Raises UserError for arrays that are missing, empty, of the wrong shape or dtype or that do not match, and
     for targets other than labels 0..C-1, or finite values (samples,) or (samples, outputs).
     """
     for key in ("x", "y"):
@@ -43,19 +43,25 @@ def build(name: str, path: Path, keys: list[str], headers: dict[str, Header]) ->
             )
     if ("x_test" in headers) != ("y_test" in headers):
         raise UserError(
-            f"{path}: found one of x_test and y_test only; expected both or, to have every fifth sample held "
-            "out for testing, neither: save the other one too"
+            f"{path}: found one of x_test and y_test only; expected both or, to have a fifth of the samples "
+            "held out for testing, neither: save the other one too"
         )
     scale, shape = _scale(path, "x", headers["x"]), _sample_shape(path, "x", headers["x"])
     y, outputs = _targets(path, "y", headers)
     if "x_test" not in headers:
         if len(y) < 5:
             raise UserError(
-                f"{path}: x has {len(y)} samples, too few to hold out every fifth for testing; "
+                f"{path}: x has {len(y)} samples, too few to hold out a fifth for testing; "
                 "save more, or add x_test and y_test"
             )
-        train, test = every_fifth(y, shape, scale, headers["x"].source())
-        return Dataset(name, outputs, shape, train, test)
+        held_out = every_fifth(len(y)) if split_seed < 0 else random_fifth(y, split_seed)
+        if not held_out.any():
+            raise UserError(
+                f"{path}: each of the {len(y)} samples has a label of its own, so that none can be held out for "
+                "testing; give samples of a kind the same label, or add x_test and y_test"
+            )
+        train, test = hold_out(held_out, y, shape, scale, headers["x"].source())
+        return Dataset(name, outputs, shape, train, test, held_out=True)
     test_shape, test_scale = (
         _sample_shape(path, "x_test", headers["x_test"]),
         _scale(path, "x_test", headers["x_test"]),

@@ -13,6 +13,9 @@ from psmpi.data.rows import RowSource
 
 Rows = npt.NDArray[np.int64]
 
+# Keeps these random numbers apart from all others drawn from the same seed.
+_TAG = 0x73706C69
+
 
 @dataclass(frozen=True, eq=False)
 class Split:
@@ -80,13 +83,17 @@ class Split:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """A named data set: samples of `shape`, a training and a test split; `outputs`: classes, or values of a sample."""
+    """A named data set: samples of `shape`, a training and a test split; `outputs`: classes, or values of a sample.
+
+    held_out: whether the test samples were drawn from those of one array, by a split seed.
+    """
 
     name: str
     outputs: int
     shape: tuple[int, ...]
     train: Split
     test: Split
+    held_out: bool = False
 
     @property
     def task(self) -> str:
@@ -116,11 +123,40 @@ def frozen(targets: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return copy
 
 
-def every_fifth(
-    targets: npt.NDArray[Any], shape: tuple[int, ...], scale: float, source: RowSource
+def every_fifth(count: int) -> npt.NDArray[np.bool_]:
+    """Which of `count` rows are test samples where every fifth is: those with index % 5 == 4."""
+    chosen = np.zeros(count, np.bool_)
+    chosen[4::5] = True
+    return chosen
+
+
+def random_fifth(targets: npt.NDArray[Any], seed: int) -> npt.NDArray[np.bool_]:
+    """Which rows are test samples: a random fifth of each class, or of all samples where the targets are values.
+
+    targets: labels (n,) or values (n, outputs). Of n samples about n / 5 are drawn, of a class of c samples c / 5
+    rounded down or up, one at least of 5 and more, and never all. They depend on the targets and the seed alone. None
+    is drawn where no class has two samples.
+    """
+    count = len(targets)
+    sequence = np.random.SeedSequence([seed, _TAG])
+    order = np.random.Generator(np.random.Philox(sequence)).permutation(count)
+    if targets.ndim == 1:
+        # Class by class, in random order within each. Of any five that follow each other one is drawn, so that the
+        # classes share the rounding; the only sample of a class is for training.
+        order = order[np.argsort(targets[order], kind="stable")]
+        ordered = targets[order]
+        same = ordered[1:] == ordered[:-1]
+        order = order[np.append(same, False) | np.append(False, same)]
+    drawn = order[4::5] if len(order) > 4 else order[-1:]
+    chosen = np.zeros(count, np.bool_)
+    chosen[drawn] = True
+    return chosen
+
+
+def hold_out(
+    held_out: npt.NDArray[np.bool_], targets: npt.NDArray[Any], shape: tuple[int, ...], scale: float, source: RowSource
 ) -> tuple[Split, Split]:
-    """Split samples into (train, test): those with index % 5 == 4 are the test samples."""
-    held_out = np.arange(len(targets), dtype=np.int64) % 5 == 4
+    """Split samples into (train, test), the test samples being the rows `held_out`, (n,)."""
     train, test = (
         Split(frozen(targets[chosen]), shape, scale, source, np.flatnonzero(chosen).astype(np.int64))
         for chosen in (~held_out, held_out)

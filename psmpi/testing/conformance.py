@@ -73,7 +73,7 @@ class Case:
     def problem(self, *more: str) -> tuple[Network, Dataset, Config]:
         """Network, data and configuration of a run."""
         config = self.config(*more)
-        dataset = open_dataset(config.data.dataset, config.data.data_dir)
+        dataset = open_dataset(config.data.dataset, config.data.data_dir, config.data.split_seed)
         return make_network(config.model.model, dataset.shape, dataset.outputs, **config.model.shape), dataset, config
 
     def fits(self, ranks: int) -> bool:

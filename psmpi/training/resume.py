@@ -9,7 +9,7 @@ from pathlib import Path
 from psmpi import checkpoint
 from psmpi.checkpoint import Contents
 from psmpi.config import Config, changes, from_toml
-from psmpi.data import Identity, differences
+from psmpi.data import DATASETS, Identity, differences
 from psmpi.errors import DamagedError, UserError
 from psmpi.training.folder import CONFIG
 from psmpi.training.method import Method
@@ -59,6 +59,12 @@ def compare(contents: Contents, config: Config, data: Identity, path: str, tell:
     elif contents.random.get("samples", data.train.samples) != data.train.samples:
         # Of a file that does not say more.
         found = [f"{contents.random['samples']:,} training samples, there {data.train.samples:,}"]
+    seeds = (saved.data.split_seed, config.data.split_seed)
+    if len(set(seeds)) > 1 and config.data.dataset not in DATASETS and (found or not contents.data):
+        raise UserError(
+            f"checkpoint {path} was made with --split-seed {seeds[0]}: with {seeds[1]} it would be tested on samples "
+            "that it was trained on; use the same"
+        )
     if found and not (config.run.new_data and not progress.cursor):
         fix = f"an epoch is to be ended with the same data{inside}" if config.run.new_data else "use the same data set"
         more = "" if progress.cursor else ", or add --new-data to go on with the other one"

@@ -520,16 +520,16 @@ def test_files_of_all_dtypes_are_read(tmp_path: Path, end: str, packed: bool, dt
 @pytest.mark.parametrize("end", [".npz", ".h5"])
 @pytest.mark.parametrize(("stored", "shape"), [((10, 6), (6,)), ((10, 2, 3), (1, 2, 3)), ((10, 3, 2, 1), (3, 2, 1))])
 def test_sample_shapes_follow_from_the_array(tmp_path: Path, end: str, stored: Any, shape: Any) -> None:
-    x, y = np.arange(60.0).reshape(stored), np.arange(10)
+    x, y = np.arange(60.0).reshape(stored), np.arange(10) % 2
     data = open_dataset(save(tmp_path / f"own{end}", x=x, y=y), None)
     assert data.shape == data.train.shape == data.test.shape == shape
 
 
 @pytest.mark.parametrize("end", [".npz", ".h5"])
 @pytest.mark.parametrize("packed", [False, True])
-def test_every_fifth_sample_is_held_out_without_a_test_set(tmp_path: Path, end: str, packed: bool) -> None:
+def test_every_fifth_sample_is_held_out_for_a_split_seed_of_minus_one(tmp_path: Path, end: str, packed: bool) -> None:
     x, y = np.arange(46.0).reshape(23, 2), np.arange(23) % 3
-    data = open_dataset(save(tmp_path / f"own{end}", packed, x=x, y=y), None)
+    data = open_dataset(save(tmp_path / f"own{end}", packed, x=x, y=y), None, -1)
     held_out = np.arange(23) % 5 == 4
     assert_reads(data.train, x[~held_out], y[~held_out])
     assert_reads(data.test, x[held_out], y[held_out])
@@ -539,10 +539,10 @@ def test_a_relative_path_is_looked_up_in_the_data_dir_first(tmp_path: Path, monk
     (tmp_path / "data").mkdir()
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    save(tmp_path / "here" / "own.npz", x=np.zeros((5, 1)), y=np.arange(5))
+    save(tmp_path / "here" / "own.npz", x=np.zeros((5, 1)), y=np.arange(5) // 4 * 4)
     assert open_dataset("own.npz", None).outputs == 5
     assert open_dataset("own.npz", tmp_path / "data").outputs == 5
-    save(tmp_path / "data" / "own.npz", x=np.zeros((6, 1)), y=np.arange(6))
+    save(tmp_path / "data" / "own.npz", x=np.zeros((6, 1)), y=np.arange(6) // 5 * 5)
     assert open_dataset("own.npz", tmp_path / "data").outputs == 6
     assert open_dataset(str(tmp_path / "here" / "own.npz"), tmp_path / "data").outputs == 5
     (tmp_path / "data" / "own.npz").rename(tmp_path / "data" / "OWN.NPZ")
@@ -615,7 +615,7 @@ def test_bad_arrays_are_refused(tmp_path: Path, end: str, case: str) -> None:
 @pytest.mark.parametrize("shape", [(10,), (10, 1), (10, 3)])
 def test_floating_point_targets_are_a_regression(tmp_path: Path, end: str, dtype: Any, shape: tuple[int, ...]) -> None:
     y = np.random.default_rng(0).normal(size=shape).astype(dtype)
-    data = open_dataset(save(tmp_path / f"own{end}", x=X, y=y), None)
+    data = open_dataset(save(tmp_path / f"own{end}", x=X, y=y), None, -1)
     columns = y.reshape(10, -1).astype(np.float64)
     assert (data.task, data.outputs, data.train.n, data.test.n) == ("regression", columns.shape[1], 8, 2)
     np.testing.assert_array_equal(data.test.targets, columns[[4, 9]])
@@ -733,7 +733,7 @@ def test_an_uncompressed_npz_whose_local_header_has_an_extra_field_is_read(tmp_p
     x = np.random.default_rng(0).normal(size=(10, 3))
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr(info, npy(x, tmp_path / "x.npy"))
-    data = open_dataset(str(path), None)
+    data = open_dataset(str(path), None, -1)
     np.testing.assert_array_equal(data.test.read([0, 1]), x[[4, 9]])
 
 

@@ -1,0 +1,171 @@
+"""The test samples of files without any: a fifth of each class, whoever opens the file."""
+
+import json
+import time
+
+import h5py
+import numpy as np
+import pytest
+from helpers.runs import run
+
+from psmpi.checkpoint.format import as_data, filters, seal
+from psmpi.config import Config, check, from_table, from_toml, to_toml
+from psmpi.data import open_dataset, open_split
+from psmpi.data.split import random_fifth
+from psmpi.errors import UserError
+
+SMALL = ("--model", "mlp", "--widths", "8", "--batch-size", "20", "--threads", "1", "--lr", "0.01")
+
+
+def in_turn(path, classes, n=1000):
+    """Samples of well separated classes, one class after the other: 0 1 2 ... 0 1 2 ..."""
+    rng = np.random.default_rng(0)
+    y = np.arange(n) % classes
+    x = (rng.normal(0, 2, (classes, 20))[y] + rng.normal(0, 1, (n, 20))).astype(np.float32)
+    np.savez(path, x=x, y=y)
+    return x, y
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**40])
+@pytest.mark.parametrize("dtype", [np.int8, np.uint64, np.int64])
+def test_a_fifth_of_each_class_is_drawn(seed, dtype):
+    rng = np.random.default_rng(3)
+    counts = np.array([1, 2, 3, 4, 5, 6, 9, 10, 11, 100, 101, 1])
+    y = rng.permutation(np.repeat(np.arange(12), counts)).astype(dtype)
+    drawn = random_fifth(y, seed)
+    of_class = np.bincount(y[drawn].astype(np.int64), minlength=12)
+    assert (of_class >= counts // 5).all() and (of_class <= -(-counts // 5)).all()
+    # The only sample of a class is for training; the classes share the rounding.
+    assert of_class[0] == of_class[11] == 0 and (of_class < counts).all() and of_class.sum() == (len(y) - 2) // 5
+    assert drawn.dtype == bool and np.array_equal(drawn, random_fifth(y, seed))
+
+
+def test_the_split_is_one_and_the_same_on_every_machine():
+    """The rows as they were drawn once: another one would test a checkpoint on samples that it was trained on."""
+    y = np.array([0, 1, 2] * 7)
+    assert np.flatnonzero(random_fifth(y, 0)).tolist() == ROWS[0]
+    assert np.flatnonzero(random_fifth(y, 1)).tolist() == ROWS[1]
+    assert np.flatnonzero(random_fifth(np.zeros((21, 2)), 0)).tolist() == ROWS[2]
+
+
+ROWS = [[1, 5, 11, 12], [8, 12, 16, 17], [3, 9, 14, 20]]
+
+
+def test_each_sample_of_a_class_is_as_likely_to_be_drawn():
+    y = np.repeat([0, 1], [10, 5])
+    often = sum(random_fifth(y, seed).astype(int) for seed in range(1000))
+    # A fifth of 1,000, within five standard deviations of the binomial distribution.
+    assert abs(often - 200).max() < 5 * np.sqrt(1000 * 0.2 * 0.8)
+
+
+def test_values_are_split_at_random():
+    drawn = random_fifth(np.zeros((1000, 1)), 0)
+    assert (
+        drawn.sum() == 200 and 0 < drawn[::5].sum() < 100 and not np.array_equal(drawn, random_fifth(drawn[:, None], 1))
+    )
+
+
+def test_many_classes_and_samples_are_split_quickly():
+    y = np.random.default_rng(0).integers(0, 10_000, 500_000)
+    began = time.perf_counter()
+    drawn = random_fifth(y, 0)
+    assert time.perf_counter() - began < 10
+    assert (np.bincount(y[~drawn], minlength=10_000) > 0).all() and (np.bincount(y[drawn], minlength=10_000) > 0).all()
+
+
+@pytest.mark.parametrize("counts", [[2], [1, 2], [3, 1, 1], [2, 1, 1, 1, 1], [4]])
+def test_few_samples_leave_one_for_the_test(counts):
+    y = np.repeat(np.arange(len(counts)), counts)
+    assert random_fifth(y, 0).sum() == 1 and set(y[~random_fifth(y, 0)]) == set(y)
+
+
+@pytest.mark.parametrize("end", [".npz", ".h5"])
+def test_train_and_test_share_out_the_samples_of_a_file(tmp_path, end):
+    x, y = in_turn(tmp_path / "own.npz", 10)
+    if end == ".h5":
+        with h5py.File(tmp_path / "own.h5", "w") as file:
+            file["x"], file["y"] = x, y
+    name = str(tmp_path / f"own{end}")
+    for seed in (0, 7, -1):
+        data, drawn = open_dataset(name, None, seed), random_fifth(y, seed) if seed >= 0 else np.arange(1000) % 5 == 4
+        for split, rows in ((data.train, np.flatnonzero(~drawn)), (data.test, np.flatnonzero(drawn))):
+            assert np.array_equal(split.labels, y[rows]) and np.array_equal(split.read(np.arange(split.n)), x[rows])
+        assert data.held_out and np.array_equal(open_split(name, None, "test", seed).labels, data.test.labels)
+    assert set(open_dataset(name, None, -1).test.labels) == {4, 9} and not open_dataset("digits", None, 3).held_out
+
+
+def test_labels_of_one_sample_each_cannot_be_split(tmp_path):
+    np.savez(tmp_path / "own.npz", x=np.zeros((10, 2), np.float32), y=np.arange(10))
+    with pytest.raises(UserError, match=r"each of the 10 samples has a label of its own.*add x_test and y_test"):
+        open_dataset(str(tmp_path / "own.npz"), None)
+
+
+@pytest.mark.parametrize("name", ["digits", "own.npz"])
+def test_the_embedded_digits_and_own_test_samples_know_no_seed(tmp_path, name):
+    rng = np.random.default_rng(0)
+    np.savez(
+        tmp_path / "own.npz",
+        x=rng.random((50, 3)),
+        y=np.arange(50) % 2,
+        x_test=rng.random((9, 3)),
+        y_test=np.arange(9) % 2,
+    )
+    one, two = (open_dataset(name, tmp_path, seed) for seed in (0, -1))
+    assert np.array_equal(one.test.read(np.arange(one.test.n)), two.test.read(np.arange(two.test.n)))
+    assert not one.held_out and one.test.n in (359, 9)
+
+
+def test_classes_in_turn_are_learnt_and_predicted(train, tmp_path):
+    """Every fifth sample is of two classes only, which training then never sees."""
+    in_turn(tmp_path / "own.npz", 10)
+    options = ("--dataset", "own.npz", "--epochs", "5", *SMALL)
+    assert train(1, *options, "--split-seed", "-1").rows[-1]["test_accuracy"] < 0.2
+    for ranks, seed in ((1, "0"), (3, "5")):
+        found = train(ranks, *options, "--split-seed", seed, "--seed", "3", "--method", "data_parallel")
+        accuracy = found.rows[-1]["test_accuracy"]
+        assert accuracy > 0.5
+        status, out, err = run(2, "-m", "psmpi.predict", found.out, "--json", cwd=tmp_path)
+        assert status == 0 and json.loads(out)["accuracy"] == pytest.approx(accuracy, abs=1e-12), err
+
+
+def test_the_split_does_not_depend_on_the_seed_of_a_run(train, tmp_path):
+    in_turn(tmp_path / "own.npz", 4, 60)
+    labels = []
+    for seed in ("0", "1"):
+        found = train(1, "--dataset", "own.npz", "--epochs", "1", *SMALL, "--seed", seed)
+        status, _, err = run(1, "-m", "psmpi.predict", found.out, "--out", tmp_path / "p.npz", cwd=tmp_path)
+        assert status == 0, err
+        labels.append(np.load(tmp_path / "p.npz")["labels"])
+    assert np.array_equal(*labels) and len(labels[0]) == 12
+
+
+def test_checkpoints_without_a_split_seed_were_trained_without_every_fifth_sample(train, tmp_path):
+    in_turn(tmp_path / "own.npz", 3, 60)
+    options = ("--dataset", "own.npz", "--epochs", "2", *SMALL)
+    found = train(1, *options, "--split-seed", "-1", "--max-steps", "3")
+    with h5py.File(found.checkpoint, "r+") as file:
+        text = str(file["config"].asstr()[0])
+        del file["config"]
+        file.create_dataset("config", data=as_data(text.replace("split_seed = -1\n", "")), **filters(0))
+    seal(found.checkpoint)
+    assert "split_seed" in text and from_toml("[data]\n", "there", foreign=True).data.split_seed == -1
+    status, _, err = run(1, "-m", "psmpi.predict", found.out, "--out", tmp_path / "p.npz", cwd=tmp_path)
+    assert status == 0, err
+    assert np.load(tmp_path / "p.npz")["labels"].tolist() == [(k % 3) for k in range(4, 60, 5)]
+    status, _, err = run(1, "-m", "psmpi.train", *options, "--resume", found.checkpoint, "--out", "again", cwd=tmp_path)
+    assert status == 1 and "was made with --split-seed -1: with 0 it would be tested on samples" in " ".join(
+        err.split()
+    )
+    assert train(1, *options, "--split-seed", "-1", "--resume", found.checkpoint).rows[-1]["epoch"] == 2
+
+
+def test_a_split_seed_that_changes_nothing_is_not_told(train):
+    found = train(1, "--epochs", "1")
+    told = train(1, "--epochs", "2", "--split-seed", "4", "--resume", found.checkpoint).stdout
+    assert "note: epochs is 2" in told and "split_seed is" not in told
+
+
+def test_the_split_seed_has_a_range_and_a_default():
+    assert from_toml(to_toml(Config()), "again") == Config() and Config().data.split_seed == 0
+    with pytest.raises(UserError, match="--split-seed -2: expected a whole number from -1 up"):
+        check(from_table({"data": {"split_seed": -2}}, Config(), "there"))
