@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from psmpi.data.arrays import Header
 from psmpi.data.cifar import open_cifar10
 from psmpi.data.digits import open_digits
 from psmpi.data.hdf5 import read_hdf5
 from psmpi.data.mnist import open_mnist
 from psmpi.data.npz import read_npz
-from psmpi.data.own import SUFFIXES, Header, build, build_all
+from psmpi.data.own import SUFFIXES, build, build_all
 from psmpi.data.split import Dataset, Split
 from psmpi.errors import UserError
 

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from psmpi.data.arrays import Header
 from psmpi.data.files import reading, rows_per_chunk
-from psmpi.data.own import KEYS, Header
+from psmpi.data.own import KEYS
 from psmpi.data.rows import RowSource, windows
 from psmpi.errors import UserError
 

@@ -10,6 +10,8 @@ import numpy.typing as npt
 from psmpi.errors import UserError
 
 MAX_CLASSES = 1 << 16
+# What numbers the classes of labels y, of whatever kind these are.
+NUMBERED = "np.unique(y, return_inverse=True)[1]"
 
 
 def check_range(where: str, labels: npt.NDArray[Any], classes: int) -> None:
@@ -49,12 +51,12 @@ def check_given(where: str, labels: npt.NDArray[Any]) -> int:
     if low < 0:
         raise UserError(
             f"{where}: found the negative label {low}; expected 0..C-1; number the classes from 0 on, "
-            "for instance with np.unique(y, return_inverse=True)[1]"
+            f"for instance with {NUMBERED}"
         )
     # Far too large a label means ids or measurements in the place of classes, and would size the network.
     if high >= MAX_CLASSES:
         raise UserError(
             f"{where}: found the label {high}; expected classes numbered from 0, {MAX_CLASSES} at most; "
-            "number them with np.unique(y, return_inverse=True)[1]"
+            f"number them with {NUMBERED}"
         )
     return high

@@ -11,8 +11,9 @@ import numpy as np
 import numpy.typing as npt
 from numpy.lib import format as npy
 
+from psmpi.data.arrays import Header
 from psmpi.data.files import reading
-from psmpi.data.own import KEYS, Header
+from psmpi.data.own import KEYS
 from psmpi.data.rows import FileRows, RowSource, StreamRows
 from psmpi.errors import UserError
 

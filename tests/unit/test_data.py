@@ -557,8 +557,30 @@ def test_a_missing_file_lists_the_directories_searched(tmp_path: Path, monkeypat
 
 X, Y = np.zeros((10, 3), np.float32), np.arange(10) % 2
 BAD_ARRAYS: dict[str, tuple[dict[str, Any], list[str]]] = {
-    "no x": ({"X": X, "y": Y}, ["no array 'x'", "X, y"]),
-    "no y": ({"labels": Y, "x": X}, ["no array 'y'", "labels, x"]),
+    "no x": ({"X": X, "y": Y}, ["no array 'x'", "X, y", "save X as x"]),
+    "no y": ({"labels": Y, "x": X}, ["no array 'y'", "labels, x", "save labels as y"]),
+    "nothing alike": ({"a": X, "b": Y}, ["no array 'x'", "a, b", "save them under these names"]),
+    "names of Keras": (
+        {"x_train": X, "y_train": Y, "x_test": X, "y_test": Y},
+        ["no array 'x'; found", "save x_train as x and y_train as y"],
+    ),
+    "no names": ({"arr_0": X, "arr_1": Y}, ["without names: np.savez(NAME, x=samples, y=labels)"]),
+    "MATLAB's axes": (
+        {"x": X.T, "y": Y[None]},
+        ["(3, 10)", "(1, 10)", "along the last axis", "save x.T and y.ravel()"],
+    ),
+    "samples last": ({"x": X.T, "y": Y}, ["along the last axis", "save x.T"]),
+    "images last": (
+        {"x": np.zeros((4, 5, 3, 10), np.uint8), "y": Y[:, None]},
+        ["save x.transpose(3, 2, 0, 1) and y.ravel()"],
+    ),
+    "grey images last": ({"x": np.zeros((4, 5, 10), np.uint8), "y": Y}, ["save np.moveaxis(x, -1, 0)"]),
+    "values last": ({"x": X.T, "y": np.zeros((2, 10))}, ["along the last axis", "save x.T and y.T"]),
+    "test samples last": (
+        {"x": X, "y": Y, "x_test": X.T, "y_test": Y},
+        ["samples of shape (3,)", "samples of shape (10,)"],
+    ),
+    "values a row": ({"x": X, "y": np.zeros((1, 10))}, ["y has the shape (1, 10)", "save y.T"]),
     "x_test alone": ({"x": X, "y": Y, "x_test": X}, ["x_test and y_test"]),
     "y_test alone": ({"x": X, "y": Y, "y_test": Y}, ["x_test and y_test"]),
     "x a vector": ({"x": X[:, 0], "y": Y}, ["x has the shape (10,)"]),
@@ -570,7 +592,7 @@ BAD_ARRAYS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "x int64": ({"x": X.astype(np.int64), "y": Y}, ["int64", "astype"]),
     "x float16": ({"x": X.astype(np.float16), "y": Y}, ["float16", "astype"]),
     "x complex": ({"x": X.astype(np.complex64), "y": Y}, ["complex64", "astype"]),
-    "x bool": ({"x": X.astype(bool), "y": Y}, ["bool", "astype"]),
+    "x bool": ({"x": X.astype(bool), "y": Y}, ["bool", "convert it with x.astype(np.float32)"]),
     "x_test another dtype": (
         {"x": X, "y": Y, "x_test": X.astype(float), "y_test": Y},
         ["float32", "float64"],
@@ -581,7 +603,12 @@ BAD_ARRAYS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "y a matrix": ({"x": X, "y": Y[:, None]}, ["y has the shape (10, 1)", "ravel"]),
     "y a scalar": ({"x": X, "y": np.int64(1)}, ["y has the shape ()"]),
     "y complex": ({"x": X, "y": Y.astype(complex)}, ["complex128", "integers 0..C-1 for classes, or float64"]),
-    "y strings": ({"x": X, "y": np.array(["cat"] * 10, "S3")}, ["S3", "integers"]),
+    "y strings": ({"x": X, "y": np.array(["cat"] * 10, "S3")}, ["S3", "integers", "np.unique(y, return_inverse=True)"]),
+    "y_test strings": (
+        {"x": X, "y": Y, "x_test": X, "y_test": np.array(["cat"] * 10, "S3")},
+        ["y_test holds strings", "np.unique(y_test, return_inverse=True)[1]"],
+    ),
+    "x strings": ({"x": np.array([["1", "2"]] * 10, "S1"), "y": Y}, ["x holds strings", "expected numbers"]),
     "y float of three axes": ({"x": X, "y": np.zeros((10, 2, 2))}, ["(10, 2, 2)", "y.reshape(10, -1)"]),
     "y without columns": ({"x": X, "y": np.zeros((10, 0))}, ["0 values a sample"]),
     "y float with a NaN": ({"x": X, "y": np.where(Y == 1, np.nan, 0.5)}, ["5 samples", "the first being sample 1"]),
@@ -594,7 +621,7 @@ BAD_ARRAYS: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"x": X, "y": np.zeros((10, 2)), "x_test": X, "y_test": np.zeros((10, 3))},
         ["y has 2 values a sample, y_test has 3 values a sample"],
     ),
-    "y bool": ({"x": X, "y": Y > 0}, ["bool", "integers"]),
+    "y bool": ({"x": X, "y": Y > 0}, ["bool", "integers", "save y.astype(np.int64)"]),
     "y negative": ({"x": X, "y": Y - 1}, ["negative label -1"]),
     "y_test negative": ({"x": X, "y": Y, "x_test": X, "y_test": Y - 2}, ["y_test", "negative label -2"]),
     "y huge": ({"x": X, "y": np.full(10, 2**64 - 1, np.uint64)}, ["18446744073709551615"]),
@@ -641,6 +668,15 @@ def test_a_batch_has_the_samples_of_its_ids_and_is_shared_in_order() -> None:
     assert shares[0].inputs is None and not len(Batch(ids[:1]).share(1, 2))
 
 
+@pytest.mark.parametrize("axes", [(30, 10), (30, 1), (1, 10)])
+def test_samples_along_the_first_axis_are_not_taken_for_transposed(tmp_path: Path, axes: tuple[int, int]) -> None:
+    """Also where there are as many features as samples."""
+    x, y = np.zeros((10, axes[0]), np.float32), np.zeros((10, axes[1]))
+    assert open_dataset(save(tmp_path / "own.npz", x=x, y=y), None).outputs == axes[1]
+    square = np.zeros((10, 10), np.float32)
+    assert open_dataset(save(tmp_path / "own.npz", x=square, y=Y), None).shape == (10,)
+
+
 @pytest.mark.parametrize("key", ["x", "y"])
 def test_object_arrays_are_refused_without_unpickling_them(tmp_path: Path, key: str) -> None:
     trace = tmp_path / "trace"
@@ -654,7 +690,7 @@ def test_object_arrays_are_refused_without_unpickling_them(tmp_path: Path, key: 
 
 def test_strings_in_hdf5_are_refused(tmp_path: Path) -> None:
     name = save(tmp_path / "own.h5", x=X, y=["cat"] * 10)
-    expect_error(name, "y is an array of Python objects", name=name)
+    expect_error(name, "y holds strings", "np.unique(y, return_inverse=True)[1]", name=name)
 
 
 def test_a_group_in_the_place_of_an_array_is_refused(tmp_path: Path) -> None:

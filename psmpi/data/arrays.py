@@ -1,0 +1,147 @@
+"""Arrays of files of the user's own: their names, shapes and dtypes, and what to save instead of wrong ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from psmpi.data.labels import NUMBERED, check_given, check_values
+from psmpi.data.rows import RowSource
+from psmpi.errors import UserError
+
+# What others call the arrays of a file, in small letters.
+OTHERS = {
+    "x": ("x_train", "train_x", "xtrain", "trainx", "x", "train_images", "images", "train_data", "data", "features"),
+    "y": ("y_train", "train_y", "ytrain", "trainy", "y", "train_labels", "labels", "label", "targets", "target"),
+}
+
+
+@dataclass(frozen=True)
+class Header:
+    """Shape and dtype of an array in a file, known without reading it."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    source: Callable[[], RowSource]
+    values: Callable[[], npt.NDArray[Any]]
+
+
+def check_names(path: Path, keys: Sequence[str], wanted: Sequence[str]) -> None:
+    """Raise UserError unless all `wanted` names are among the `keys` of a file."""
+    missing = [key for key in wanted if key not in keys]
+    if not missing:
+        return
+    small = {key.lower(): key for key in reversed(keys)}
+    renamed = {key: next((small[name] for name in OTHERS[key] if name in small), None) for key in missing}
+    if keys and all(key.startswith("arr_") for key in keys):
+        advice = "they were saved without names: np.savez(NAME, x=samples, y=labels)"
+    elif all(renamed.values()):
+        advice = "save " + " and ".join(f"{old} as {key}" for key, old in renamed.items())
+    elif "x" in missing and wanted == ("x",):
+        advice = "save the samples as x"
+    else:
+        advice = "expected x (the samples) and y (labels or values): save them under these names"
+    raise UserError(f"{path}: no array {missing[0]!r}; found {', '.join(keys) or 'nothing'}; {advice}")
+
+
+def sample_shape(path: Path, key: str, header: Header) -> tuple[int, ...]:
+    """The shape of a sample of the array `key`, (features,) or (channels, height, width). UserError for another."""
+    shape = header.shape
+    if len(shape) not in (2, 3, 4):
+        raise UserError(
+            f"{path}: {key} has the shape {shape}; expected (samples, features), (samples, height, width) or "
+            f"(samples, channels, height, width): reshape it, as with {key}.reshape(len({key}), -1)"
+        )
+    if 0 in shape:
+        raise UserError(f"{path}: {key} is empty, with the shape {shape}; save at least one sample in it")
+    return (1, *shape[1:]) if len(shape) == 3 else shape[1:]
+
+
+def scale_of(path: Path, key: str, header: Header) -> float:
+    """The factor on the stored values of the array `key`. UserError for a dtype that samples cannot have."""
+    _refuse_kinds(path, key, header)
+    native = header.dtype.newbyteorder("=")
+    if native == np.uint8:
+        return 1 / 255
+    if native in (np.dtype(np.float32), np.dtype(np.float64)):
+        return 1.0
+    pixels = f", or {key}.astype(np.uint8) for pixels 0..255" if native.kind in "iu" else ""
+    raise UserError(
+        f"{path}: {key} is {header.dtype}; expected uint8 (pixels 0..255), float32 or float64; convert it "
+        f"with {key}.astype(np.float32){pixels}"
+    )
+
+
+def as_targets(path: Path, key: str, headers: dict[str, Header]) -> tuple[npt.NDArray[Any], int]:
+    """Labels (n,) of any integer type and the number of classes they need, or values (n, outputs) and their number."""
+    header, samples = headers[key], headers["x" + key[1:]].shape[0]
+    _refuse_kinds(path, key, header)
+    _check_axes(path, key, header.shape, headers["x" + key[1:]].shape)
+    values = header.dtype.kind == "f"
+    if values and len(header.shape) not in (1, 2):
+        raise UserError(
+            f"{path}: {key} has the shape {header.shape}; expected values ({samples},) or ({samples}, outputs): save "
+            f"{key}.reshape({samples}, -1)"
+        )
+    if not values and len(header.shape) != 1:
+        raise UserError(
+            f"{path}: {key} has the shape {header.shape}; expected ({samples},), one label a sample: "
+            f"save {key}.ravel(), or {key}.argmax(axis=1) of one-hot rows"
+        )
+    if values and len(header.shape) == 2 and samples == header.shape[1] != header.shape[0]:
+        raise UserError(
+            f"{path}: {key} has the shape {header.shape}; expected ({samples}, outputs), one row a sample: save {key}.T"
+        )
+    if header.shape[0] != samples:
+        raise UserError(
+            f"{path}: {header.shape[0]} {'rows' if values else 'labels'} in {key} for {samples} samples in "
+            f"{'x' + key[1:]}; expected one {'row' if values else 'label'} a sample: save arrays of the same length"
+        )
+    if values:
+        # In float64 first: what is too large for it is not finite.
+        rows = header.values().astype(np.float64).reshape(samples, -1)
+        check_values(f"{path}, {key}", rows)
+        return rows, rows.shape[1]
+    labels = header.values()
+    return labels, check_given(f"{path}, {key}", labels) + 1
+
+
+def _check_axes(path: Path, key: str, targets: tuple[int, ...], samples: tuple[int, ...]) -> None:
+    """Raise UserError where the samples lie along the last axis of x, as MATLAB's arrays have them in HDF5."""
+    count = samples[-1]
+    if len(targets) not in (1, 2) or samples[0] in targets or count not in (targets[0], targets[-1]) or count < 2:
+        return
+    x = "x" + key[1:]
+    turned = {3: f"np.moveaxis({x}, -1, 0)", 4: f"{x}.transpose(3, 2, 0, 1)"}.get(len(samples), f"{x}.T")
+    also = ""
+    if len(targets) == 2:
+        also = f" and {key}.ravel()" if 1 in targets else f" and {key}.T" if targets[0] != count else ""
+    raise UserError(
+        f"{path}: {x} has the shape {samples} and {key} {targets}: the samples lie along the last axis, as MATLAB has "
+        f"them; expected them along the first: save {turned}{also}"
+    )
+
+
+def _refuse_kinds(path: Path, key: str, header: Header) -> None:
+    dtype, labels = header.dtype, key.startswith("y")
+    # What h5py makes of strings of any length are objects that say so.
+    if dtype.kind in "SU" or (dtype.metadata is not None and dtype.metadata.get("vlen") in (str, bytes)):
+        found = f"strings ({dtype})" if dtype.kind in "SU" else "strings"
+        advice = f"integers 0..C-1: number the classes, {NUMBERED.replace('(y', '(' + key)}" if labels else "numbers"
+        raise UserError(f"{path}: {key} holds {found}; expected {advice}")
+    if dtype.hasobject:
+        advice = f", or of labels {NUMBERED.replace('(y', '(' + key)}" if labels else ""
+        raise UserError(
+            f"{path}: {key} is an array of Python objects, which psmpi does not load, as loading could run "
+            f"code; expected numbers: save np.array({key}.tolist()) after making all samples the same length{advice}"
+        )
+    if labels and dtype == np.bool_:
+        raise UserError(
+            f"{path}: {key} is bool; expected integers 0..C-1 for classes, or float64 for values: save "
+            f"{key}.astype(np.int64)"
+        )
