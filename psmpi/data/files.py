@@ -13,6 +13,10 @@ from pathlib import Path
 from psmpi.errors import UserError
 
 CHUNK_BYTES = 1 << 20
+# What may be unpacked into memory without a look at how far it was packed.
+UNPACKED_BYTES = 1 << 30
+# How far samples that were measured can be packed; gzip packs zeros a thousandfold.
+PACKED = 200
 
 
 def rows_per_chunk(row_bytes: int) -> int:
@@ -36,6 +40,36 @@ def reading(path: Path) -> Iterator[None]:
             f"{path}: the file cannot be read ({error.strerror or error}); check that it is there, complete "
             "and readable to you, or fetch or write it again"
         ) from error
+
+
+def check_unpacked(where: str, packed: int, unpacked: int, advice: str) -> None:
+    """Raise UserError for `packed` bytes that become so many more, `unpacked`, that they are no measured samples."""
+    if unpacked > UNPACKED_BYTES and unpacked > PACKED * packed:
+        raise UserError(
+            f"{where}: {packed:,} bytes that would unpack to {unpacked:,}: nearly all of it repeats itself, as samples "
+            f"do not; if it is what it should be, {advice}"
+        )
+
+
+# The beginnings of files, and what these are.
+MAGIC = {
+    b"PK": "a zip file (.npz)",
+    b"\x93NUMPY": "a single array of NumPy (.npy)",
+    b"\x89HDF": "an HDF5 file (.h5)",
+    b"\x1f\x8b": "compressed by gzip",
+    b"MATLAB 5.0": "a MATLAB file of version 5",
+    b"CDF": "a netCDF file of version 3",
+}
+ADVICE = "save it as HDF5 or, with np.savez(NAME, x=samples, y=labels), as .npz, and let its name end so"
+
+
+def described(path: Path) -> str:
+    """A file by its first bytes: "it is an HDF5 file (.h5)"."""
+    with path.open("rb") as file:
+        start = file.read(16)
+    if not start:
+        return "it is empty"
+    return "it is " + next((what for magic, what in MAGIC.items() if start.startswith(magic)), "of an unknown format")
 
 
 def fill(stream: BufferedIOBase, buffer: memoryview) -> int:

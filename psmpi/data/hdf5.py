@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -11,9 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from psmpi.data.arrays import Header
-from psmpi.data.files import reading, rows_per_chunk
+from psmpi.data.files import ADVICE, described, reading, rows_per_chunk
 from psmpi.data.own import KEYS
 from psmpi.data.rows import RowSource, windows
+from psmpi.data.stored import check_stored
 from psmpi.errors import UserError
 
 
@@ -25,16 +28,58 @@ def _h5py() -> Any:
 def read_hdf5(path: Path) -> tuple[list[str], dict[str, Header]]:
     """The names of everything in the HDF5 file `path`, and headers of the arrays psmpi knows. UserError if damaged."""
     h5py = _h5py()
-    with reading(path), h5py.File(path, "r") as file:
+    with _opened(path) as file:
         keys = list(file)
         headers = {}
         for key in KEYS:
             if key in keys:
                 array = file.get(key)
+                link = file.get(key, getlink=True)
+                if array is None and isinstance(link, h5py.ExternalLink):
+                    raise UserError(
+                        f"{path}: {key} is a link to {link.path} in {link.filename}, which is not there; bring that "
+                        "file back, or save the array itself"
+                    )
                 if not isinstance(array, h5py.Dataset) or array.shape is None:
                     raise UserError(f"{path}: {key} is a group, a dead link or empty; save an array under this name")
+                check_stored(path, key, array)
                 headers[key] = _header(path, key, array.shape, array.dtype)
     return keys, headers
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """The HDF5 file `path`, and UserError for whatever HDF5 finds wrong with it, or with what is read of it."""
+    with reading(path):
+        try:
+            # Best effort: file systems without locks are no reason to fail.
+            with _h5py().File(path, "r", locking="best-effort") as file:
+                yield file
+        except OSError as error:
+            raise _explained(path, error) or error from error
+        # What h5py raises for headers and links that are damaged, or that it does not know.
+        except (RuntimeError, KeyError, ValueError, TypeError) as error:
+            raise UserError(
+                f"{path}: the file is damaged, or made in a way that h5py cannot read ({error}); write it anew"
+            ) from error
+
+
+def _explained(path: Path, error: OSError) -> UserError | None:
+    """The cause of an error of HDF5 that is not the operating system's."""
+    text = str(error)
+    if "unable to lock file" in text:
+        return UserError(
+            f"{path}: another program has the file open for writing; end or close it there, or train on a copy"
+        )
+    if "consistency flags" in text:
+        return UserError(
+            f"{path}: the program that wrote the file did not close it, or still writes; end it, then h5clear -s {path}"
+        )
+    if "signature not found" in text:
+        return UserError(f"{path}: {described(path)}, not an HDF5 file; {ADVICE}")
+    if "read data" in text or "checksum" in text:
+        return UserError(f"{path}: the file is damaged ({text}); fetch or write it again")
+    return None
 
 
 def _header(path: Path, key: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Header:
@@ -42,7 +87,7 @@ def _header(path: Path, key: str, shape: tuple[int, ...], dtype: np.dtype[Any]) 
         return Hdf5Rows(path, key, shape, dtype)
 
     def values() -> npt.NDArray[Any]:
-        with reading(path), _h5py().File(path, "r") as file:
+        with _opened(path) as file:
             return np.asarray(file[key][()])
 
     return Header(shape, dtype, source, values)
@@ -68,10 +113,11 @@ class Hdf5Rows:
 
     def read_into(self, rows: npt.NDArray[np.int64], where: npt.NDArray[np.int64], out: npt.NDArray[Any]) -> None:
         width = rows_per_chunk(out.shape[1] * self.stored.itemsize)
-        with reading(self.path), _h5py().File(self.path, "r") as file:
+        with _opened(self.path) as file:
             array = file[self.key]
             if array.shape != self.shape or array.dtype != self.stored:
                 raise UserError(f"{self.path}: {self.key} has changed since the file was opened; start again")
+            check_stored(self.path, self.key, array)
             for i, j in windows(rows, width):
                 first, last = int(rows[i]), int(rows[j - 1])
                 # A whole window and the wanted rows out of it: picking single rows takes HDF5 up to ten times

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from numpy.lib import format as npy
 
 from psmpi.data.arrays import Header
-from psmpi.data.files import reading
+from psmpi.data.files import ADVICE, described, reading
 from psmpi.data.own import KEYS
 from psmpi.data.rows import FileRows, RowSource, StreamRows
 from psmpi.errors import UserError
@@ -25,6 +25,9 @@ def read_npz(path: Path) -> tuple[list[str], dict[str, Header]]:
 
     An uncompressed x is read row by row (its zip checksum then goes unchecked), a compressed one as a stream.
     """
+    with reading(path):
+        if not zipfile.is_zipfile(path) and not described(path).startswith("it is a zip"):
+            raise UserError(f"{path}: {described(path)}, not an .npz file; {ADVICE}")
     with reading(path), zipfile.ZipFile(path) as archive:
         members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
         return list(members), {key: _header(path, archive, members[key]) for key in KEYS if key in members}

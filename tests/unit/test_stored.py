@@ -1,0 +1,283 @@
+"""HDF5 files whose values are not there: never written, or in other files that are gone."""
+
+from __future__ import annotations
+
+import fcntl
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+
+from psmpi.data import open_dataset, open_split
+from psmpi.errors import UserError
+
+KEYS = ("x", "y", "x_test", "y_test")
+RNG = np.random.default_rng(0)
+X, Y = RNG.random((20, 3)).astype(np.float32), np.arange(20) % 4
+ARRAYS = {"x": X, "y": Y, "x_test": X + 1, "y_test": Y[::-1].copy()}
+
+
+def refused(path: Path, *fragments: str) -> None:
+    for opening in (lambda: open_dataset(str(path), None), lambda: open_split(str(path), None, "all")):
+        with pytest.raises(UserError) as caught:
+            opening()
+        for fragment in (str(path), *fragments):
+            assert fragment in str(caught.value)
+
+
+def write(path: Path, leave_out: str = "", **arrays: Any) -> h5py.File:
+    file = h5py.File(path, "w")
+    for key, values in {**ARRAYS, **arrays}.items():
+        if key != leave_out:
+            file[key] = values
+    return file
+
+
+def virtual(file: h5py.File, key: str, parts: dict[str, int], total: int, inner: str = "part") -> None:
+    """Put `key` together from arrays of so many rows in other files."""
+    shape = ARRAYS[key].shape[1:]
+    layout, first = h5py.VirtualLayout((total, *shape), ARRAYS[key].dtype), 0
+    for name, rows in parts.items():
+        layout[first : first + rows] = h5py.VirtualSource(name, inner, (rows, *shape), ARRAYS[key].dtype)
+        first += rows
+    file.create_virtual_dataset(key, layout)
+
+
+def parts(folder: Path, key: str) -> dict[str, int]:
+    """Write an array in two files, and tell how many rows each has."""
+    folder.mkdir(exist_ok=True)
+    for name, rows in (("first.h5", slice(0, 12)), ("second.h5", slice(12, 20))):
+        with h5py.File(folder / name, "w") as file:
+            file["part"] = ARRAYS[key][rows]
+    return {"first.h5": 12, "second.h5": 8}
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_chunks_that_were_never_written_are_refused(tmp_path: Path, key: str) -> None:
+    path, values = tmp_path / "own.h5", ARRAYS[key]
+    for options in ({}, {"compression": "gzip"}, {"maxshape": (None, *values.shape[1:])}):
+        with write(path, key) as file:
+            file.create_dataset(key, values.shape, values.dtype, chunks=(2, *values.shape[1:]), **options)[:13] = (
+                values[:13]
+            )
+        refused(path, f"{key} is not all there: 7 of 10 chunks were written", "write the file anew")
+        with h5py.File(path, "a") as file:
+            file[key][:] = values
+        assert np.array_equal(open_dataset(str(path), None).test.read(np.arange(20)), X + 1)
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_arrays_that_were_made_and_never_written_are_refused(tmp_path: Path, key: str) -> None:
+    values = ARRAYS[key]
+    for chunks, says in (
+        (None, f"{key} was made and never written"),
+        (values.shape, f"{key} is not all there: 0 of 1 chunks"),
+    ):
+        with write(tmp_path / "own.h5", key) as file:
+            file.create_dataset(key, values.shape, values.dtype, chunks=chunks)
+        refused(tmp_path / "own.h5", says, "zeros")
+
+
+def test_zeros_that_were_written_are_samples(tmp_path: Path) -> None:
+    compact = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    compact.set_layout(h5py.h5d.COMPACT)
+    with write(tmp_path / "own.h5", "x", x_test=np.zeros_like(X)) as file:
+        file.create_dataset("x", data=np.zeros_like(X), chunks=(3, 2), compression="gzip")
+        del file["y_test"]
+        made = h5py.h5d.create(file.id, b"y_test", h5py.h5t.NATIVE_INT64, h5py.h5s.create_simple((20,)), compact)
+        h5py.Dataset(made)[...] = 0
+    data = open_dataset(str(tmp_path / "own.h5"), None)
+    assert not data.train.read(np.arange(20)).any() and not data.test.labels.any()
+
+
+def test_a_hundred_thousand_chunks_are_counted_quickly_and_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with h5py.File(tmp_path / "own.h5", "w") as file:
+        file.create_dataset("x", data=np.ones((100_000, 1), np.float32), chunks=(1, 1), maxshape=(None, 1))
+        file["y"] = np.arange(100_000) % 2
+    read, real = [], h5py.Dataset.__getitem__
+    monkeypatch.setattr(h5py.Dataset, "__getitem__", lambda self, *at: read.append(self.name) or real(self, *at))
+    began = time.perf_counter()
+    assert open_dataset(str(tmp_path / "own.h5"), None).train.n == 80_000
+    # 0.1 s where nothing else runs.
+    assert time.perf_counter() - began < 5 and read == ["/y"]
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_virtual_arrays_whose_sources_are_there_are_read(tmp_path: Path, key: str) -> None:
+    with write(tmp_path / "own.h5", key) as file:
+        virtual(file, key, parts(tmp_path, key), 20)
+    data = open_dataset(str(tmp_path / "own.h5"), None)
+    assert np.array_equal(data.train.read(np.arange(20)), X) and np.array_equal(data.train.labels, Y)
+    assert np.array_equal(data.test.read(np.arange(20)), X + 1) and np.array_equal(data.test.labels, Y[::-1])
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_virtual_arrays_without_a_source_file_name_it(tmp_path: Path, key: str) -> None:
+    with write(tmp_path / "own.h5", key) as file:
+        virtual(file, key, parts(tmp_path, key), 20)
+    (tmp_path / "second.h5").rename(tmp_path / "elsewhere.h5")
+    refused(
+        tmp_path / "own.h5", f"{key} is put together from 2 other files, and second.h5 is not there", "bring it back"
+    )
+    (tmp_path / "first.h5").unlink()
+    refused(tmp_path / "own.h5", "first.h5 (and 1 more) is not there")
+
+
+def test_virtual_sources_are_looked_for_where_hdf5_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {str(tmp_path / "far" / name): rows for name, rows in parts(tmp_path / "far", "x").items()}
+    (tmp_path / "near").mkdir()
+    for folder, names in (("near", parts(tmp_path / "far", "x")), ("far", found)):
+        with write(tmp_path / folder / "own.h5", "x") as file:
+            virtual(file, "x", names, 20)
+    rows = np.arange(20)
+    # By an absolute name and, when that is gone, by the last part of it beside the file.
+    assert np.array_equal(open_dataset(str(tmp_path / "far" / "own.h5"), None).train.read(rows), X)
+    (tmp_path / "far").rename(tmp_path / "moved")
+    assert np.array_equal(open_dataset(str(tmp_path / "moved" / "own.h5"), None).train.read(rows), X)
+    near = tmp_path / "near" / "own.h5"
+    refused(near, "first.h5 (and 1 more)", "HDF5_VDS_PREFIX")
+    monkeypatch.setenv("HDF5_VDS_PREFIX", str(tmp_path / "moved"))
+    assert np.array_equal(open_dataset(str(near), None).train.read(rows), X)
+    monkeypatch.delenv("HDF5_VDS_PREFIX")
+    monkeypatch.chdir(tmp_path / "moved")
+    assert np.array_equal(open_dataset(str(near), None).train.read(rows), X)
+
+
+def test_virtual_sources_that_lack_something_are_named(tmp_path: Path) -> None:
+    path, names = tmp_path / "own.h5", parts(tmp_path, "x")
+    with write(path, "x") as file:
+        virtual(file, "x", names, 21)
+    refused(path, "which have 60 of its 63 values")
+    with write(path, "x") as file:
+        virtual(file, "x", names, 20)
+    with h5py.File(tmp_path / "second.h5", "w") as file:
+        file["part"] = X[12:19]
+    refused(path, "takes more from part in", "second.h5", "(7, 3)")
+    with h5py.File(tmp_path / "second.h5", "w") as file:
+        file.create_dataset("part", (8, 3), np.float32)
+    with pytest.raises(UserError, match=r"second\.h5: part was made and never written"):
+        open_dataset(str(path), None)
+    with h5py.File(tmp_path / "second.h5", "w") as file:
+        file["other"] = X[12:]
+    refused(path, "second.h5 has no array part")
+
+
+def test_virtual_arrays_of_parts_of_arrays_are_read(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "wide.h5", "w") as file:
+        file["all"] = np.hstack([X, X])
+    layout = h5py.VirtualLayout((20, 3), np.float32)
+    layout[::2] = h5py.VirtualSource(tmp_path / "wide.h5", "all", (20, 6), np.float32)[::2, 3:]
+    layout[1::2] = h5py.VirtualSource("wide.h5", "all", (20, 6), np.float32)[1::2, :3]
+    with write(tmp_path / "own.h5", "x") as file:
+        file.create_virtual_dataset("x", layout)
+    assert np.array_equal(open_dataset(str(tmp_path / "own.h5"), None).train.read(np.arange(20)), X)
+    with h5py.File(tmp_path / "wide.h5", "w") as file:
+        file["all"] = np.hstack([X, X])[:19]
+    refused(tmp_path / "own.h5", "takes more from all", "(19, 6)")
+
+
+def test_virtual_arrays_in_a_circle_are_refused(tmp_path: Path) -> None:
+    for name, other in (("own.h5", "other.h5"), ("other.h5", "own.h5")):
+        with write(tmp_path / name, "x") as file:
+            virtual(file, "x", {other: 20}, 20, "x")
+    with pytest.raises(UserError, match=r"(own|other)\.h5: x is virtual, of virtual arrays without end"):
+        open_dataset(str(tmp_path / "own.h5"), None)
+
+
+def test_a_source_that_goes_after_opening_is_told_when_it_is_read(tmp_path: Path) -> None:
+    with write(tmp_path / "own.h5", "x") as file:
+        virtual(file, "x", parts(tmp_path, "x"), 20)
+    data = open_dataset(str(tmp_path / "own.h5"), None)
+    (tmp_path / "second.h5").unlink()
+    with pytest.raises(UserError, match=r"second\.h5 is not there"):
+        data.train.read([0])
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_raw_bytes_of_another_file_are_not_read(tmp_path: Path, key: str) -> None:
+    (tmp_path / "private").write_bytes(bytes(4096))
+    with write(tmp_path / "own.h5", key) as file:
+        raw = [(str(tmp_path / "private"), 0, h5py.h5f.UNLIMITED)]
+        file.create_dataset(key, ARRAYS[key].shape, ARRAYS[key].dtype, external=raw)
+    refused(tmp_path / "own.h5", f"{key} lies in another file", "private", "h5repack")
+
+
+def test_links_to_other_files_are_followed_or_named(tmp_path: Path) -> None:
+    parts(tmp_path, "x")
+    with h5py.File(tmp_path / "whole.h5", "w") as file:
+        file["part"] = X
+    with write(tmp_path / "own.h5", "x") as file:
+        file["x"] = h5py.ExternalLink("whole.h5", "/part")
+    assert np.array_equal(open_dataset(str(tmp_path / "own.h5"), None).train.read(np.arange(20)), X)
+    (tmp_path / "whole.h5").unlink()
+    refused(tmp_path / "own.h5", "x is a link to /part in whole.h5, which is not there")
+    with write(tmp_path / "own.h5", "x") as file:
+        file["x"] = h5py.SoftLink("/x")
+    refused(tmp_path / "own.h5")
+
+
+def test_a_filter_that_is_not_installed_is_named(tmp_path: Path) -> None:
+    """The filter is optional, so that HDF5 makes the array, and its one chunk says that it was used."""
+    if h5py.h5z.filter_avail(32013):
+        pytest.skip("this HDF5 has the filter zfp")
+    path = tmp_path / "own.h5"
+    for used, ends in ((0, "is packed"), (1, "")):
+        made = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        made.set_chunk(X.shape)
+        made.set_filter(32013, h5py.h5z.FLAG_OPTIONAL, (1, 2))
+        with write(path, "x") as file:
+            x = h5py.h5d.create(file.id, b"x", h5py.h5t.IEEE_F32LE, h5py.h5s.create_simple(X.shape), made)
+            x.write_direct_chunk((0, 0), X.tobytes(), used)
+        if ends:
+            refused(path, "x is packed by the HDF5 filter 32013 (zfp)", "pip install hdf5plugin", "h5repack -f GZIP")
+    assert np.array_equal(open_dataset(str(path), None).train.read(np.arange(20)), X)
+
+
+def test_a_file_that_is_being_written_is_told_so(tmp_path: Path) -> None:
+    write(tmp_path / "own.h5").close()
+    with (tmp_path / "own.h5").open("rb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        refused(tmp_path / "own.h5", "another program has the file open for writing")
+    with h5py.File(tmp_path / "live.h5", "w", libver="latest") as file:
+        for key, values in ARRAYS.items():
+            file[key] = values
+        file.swmr_mode = True
+        file.flush()
+        shutil.copy(tmp_path / "live.h5", tmp_path / "copy.h5")
+    refused(tmp_path / "copy.h5", "did not close it", "h5clear -s")
+
+
+def test_a_wrong_checksum_of_a_chunk_is_damage(tmp_path: Path) -> None:
+    with write(tmp_path / "own.h5", "x") as file:
+        file.create_dataset("x", data=X, chunks=X.shape, fletcher32=True)
+        at = file["x"].id.get_chunk_info(0).byte_offset
+    content = bytearray((tmp_path / "own.h5").read_bytes())
+    content[at + 5] ^= 4
+    (tmp_path / "own.h5").write_bytes(content)
+    data = open_dataset(str(tmp_path / "own.h5"), None)
+    with pytest.raises(UserError, match=r"own\.h5: the file is damaged .*filter returned failure"):
+        data.train.read([0])
+
+
+def test_files_that_only_repeat_themselves_are_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with write(tmp_path / "own.h5", "y") as file:
+        file.create_dataset("y", data=np.zeros(20, np.int64), chunks=(20,), compression="gzip")
+    assert open_dataset(str(tmp_path / "own.h5"), None).outputs == 4
+    monkeypatch.setattr("psmpi.data.files.UNPACKED_BYTES", 100)
+    monkeypatch.setattr("psmpi.data.files.PACKED", 5)
+    refused(tmp_path / "own.h5", "y: ", "bytes that would unpack to 160", "save it without compression")
+
+
+def test_what_is_no_hdf5_is_called_what_it_is(tmp_path: Path) -> None:
+    for content, says in (
+        (b"PK\3\4" + bytes(99), "a zip file (.npz)"), (b"\x93NUMPY" + bytes(99), "a single array of NumPy (.npy)"),
+        (b"", "empty"), (b"x,y\n1,2\n" * 99, "of an unknown format"), (b"MATLAB 5.0 MAT-file", "a MATLAB file"),
+    ):  # fmt: skip
+        (tmp_path / "own.h5").write_bytes(content)
+        refused(tmp_path / "own.h5", f"it is {says}", "not an HDF5 file", "np.savez(NAME, x=samples, y=labels)")
