@@ -30,7 +30,8 @@ def reading(path: Path) -> Iterator[None]:
     try:
         yield
     # BadGzipFile is an OSError, so this clause has to come first.
-    except (gzip.BadGzipFile, zipfile.BadZipFile, zlib.error, EOFError) as error:
+    # NotImplementedError: what zip files say that they need, and zipfile has not.
+    except (gzip.BadGzipFile, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
         raise UserError(
             f"{path}: the file is damaged, truncated or not of the format its name promises ({error}); "
             "fetch or write it again"

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from psmpi.data.files import CHUNK_BYTES, find_set, need_data_dir, not_found, reading
+from psmpi.data.files import CHUNK_BYTES, check_unpacked, find_set, need_data_dir, not_found, reading
 from psmpi.data.labels import check_range
 from psmpi.data.rows import FileRows, StreamRows
 from psmpi.data.split import Dataset, Split, frozen
@@ -61,6 +61,10 @@ def _open_split(images: Path, labels: Path) -> Split:
         )
     if min(count, height, width) == 0:
         raise UserError(f"{images}: {count} images of {height} x {width}: the file is empty; fetch it again")
+    for path, offset, size in ((images, 16, count * height * width), (labels, 8, count)):
+        if path.suffix == ".gz":
+            with reading(path):
+                check_unpacked(str(path), path.stat().st_size, offset + size, "unpack it with gunzip")
     source = _source(images, 16, count, height * width)
     _check_size(images, 16 + count * height * width)
     _check_size(labels, 8 + count)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import zipfile
 from math import prod
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,9 @@ import numpy.typing as npt
 from numpy.lib import format as npy
 
 from psmpi.data.arrays import Header
-from psmpi.data.files import ADVICE, described, reading
+from psmpi.data.files import ADVICE, check_unpacked, described, reading
 from psmpi.data.own import KEYS
-from psmpi.data.rows import FileRows, RowSource, StreamRows
+from psmpi.data.rows import CheckedRows, FileRows, RowSource, StreamRows
 from psmpi.errors import UserError
 
 _LOCAL_HEADER = 30
@@ -23,13 +24,22 @@ _LOCAL_HEADER = 30
 def read_npz(path: Path) -> tuple[list[str], dict[str, Header]]:
     """The names of all arrays in the .npz file `path`, and headers of those psmpi knows. UserError if it is damaged.
 
-    An uncompressed x is read row by row (its zip checksum then goes unchecked), a compressed one as a stream.
+    An uncompressed x is read row by row, after its checksum is compared, a compressed one as a stream.
     """
     with reading(path):
         if not zipfile.is_zipfile(path) and not described(path).startswith("it is a zip"):
             raise UserError(f"{path}: {described(path)}, not an .npz file; {ADVICE}")
     with reading(path), zipfile.ZipFile(path) as archive:
         members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+        names = [info.filename.removesuffix(".npy") for info in archive.infolist()]
+        # One wrong byte in the directory can hide members, which zipfile does not notice.
+        if _members(path) not in (len(names), 0xFFFF):
+            raise EOFError(f"its directory has {len(names)} members, its end says {_members(path)}")
+        for key in KEYS:
+            if names.count(key) > 1:
+                raise UserError(
+                    f"{path}: holds {names.count(key)} arrays named {key}; write the file anew with np.savez"
+                )
         return list(members), {key: _header(path, archive, members[key]) for key in KEYS if key in members}
 
 
@@ -46,9 +56,15 @@ def _header(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Head
                 shape, fortran, dtype = npy.read_array_header_2_0(stream)
             else:
                 raise ValueError(f"version {version} of the .npy format, which arrays of numbers never need")
-        except ValueError as error:
-            raise UserError(f"{where}: no sound .npy header ({error}); write it with np.savez") from error
+        # What Python raises for a text that is none of its literals, which a header has to be.
+        except (ValueError, SyntaxError, TokenError, RecursionError, MemoryError) as error:
+            # NumPy repeats the header, which may be long.
+            reason = str(error) if len(str(error)) < 200 else f"{str(error)[:200]}..."
+            raise UserError(f"{where}: no sound .npy header ({reason}); write it with np.savez") from error
         offset = stream.tell()
+    if any(size < 0 for size in shape):
+        raise UserError(f"{where}: its header says the shape {shape}; write the file again")
+    check_unpacked(where, info.compress_size, info.file_size, "save it with np.savez")
     if not dtype.hasobject and info.file_size != offset + prod(shape) * dtype.itemsize:
         raise UserError(
             f"{where}: found {info.file_size} bytes, expected {offset + prod(shape) * dtype.itemsize} by its "
@@ -60,15 +76,28 @@ def _header(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Head
         if fortran and len(shape) > 1:
             columns = np.arange(features, dtype=np.int64).reshape(shape[1:]).ravel(order="F")
             return StreamRows(path, info.filename, offset, shape[0], features, dtype, columns)
+        stream = StreamRows(path, info.filename, offset, shape[0], features, dtype)
         if info.compress_type == zipfile.ZIP_STORED:
-            return FileRows(path, _data_start(path, info) + offset, shape[0], features, dtype)
-        return StreamRows(path, info.filename, offset, shape[0], features, dtype)
+            first = _data_start(path, info) + offset
+            return CheckedRows(stream, FileRows(path, first, shape[0], features, dtype))
+        return stream
 
     def values() -> npt.NDArray[Any]:
         with reading(path), zipfile.ZipFile(path) as archive, archive.open(info.filename) as stream:
             return np.asarray(npy.read_array(stream, allow_pickle=False))
 
     return Header(tuple(shape), dtype, source, values)
+
+
+def _members(path: Path) -> int:
+    """The number of members that the end of a zip file says; 65535 stands for as many or more."""
+    with path.open("rb") as file:
+        size = file.seek(0, 2)
+        # Behind it there may be a comment of 65,535 bytes.
+        file.seek(max(0, size - 65535 - 22))
+        end = file.read()
+    at = end.rfind(b"PK\5\6")
+    return int.from_bytes(end[at + 10 : at + 12], "little")
 
 
 def _data_start(path: Path, info: zipfile.ZipInfo) -> int:

@@ -193,3 +193,32 @@ class StreamRows:
         got = fill(stream, memoryview(cast(Any, part.reshape(-1).view(np.uint8))))
         if got != part.nbytes:
             raise EOFError(f"the data end {part.nbytes - got} or more bytes early")
+
+
+@dataclass(eq=False)
+class CheckedRows:
+    """Rows of an uncompressed member of a zip file, none of which is handed out before its checksum was compared.
+
+    The first read goes over all of the member, as a stream; later ones take the rows that they want from the file.
+    """
+
+    stream: StreamRows
+    file: FileRows
+    checked: bool = False
+
+    @property
+    def path(self) -> Path:
+        return self.file.path
+
+    @property
+    def n(self) -> int:
+        return self.file.n
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.file.dtype
+
+    def read_into(self, rows: Rows, where: Rows, out: Array) -> None:
+        source: RowSource = self.file if self.checked else self.stream
+        source.read_into(rows, where, out)
+        self.checked = True

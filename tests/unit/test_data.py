@@ -785,6 +785,103 @@ def test_an_npz_with_a_damaged_compressed_x_is_refused_when_it_is_read(tmp_path:
         train.read(np.array([0]))
 
 
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_no_flipped_bit_of_an_npz_becomes_a_sample(tmp_path: Path, packed: bool, order: Any) -> None:
+    path, rng = tmp_path / "own.npz", np.random.default_rng(0)
+    # So much that zipfile has not read all of it, and compared its checksum, with the header.
+    x, y = rng.random((800, 5), np.float32), np.arange(800) % 2
+    save(path, packed, x=np.asarray(x, order=order), y=y, x_test=x[:2], y_test=y[:2])
+    whole, refused = path.read_bytes(), 0
+    for at in [*range(0, len(whole), 97), *range(len(whole) - 300, len(whole), 5)]:
+        content = bytearray(whole)
+        content[at] ^= 1 << int(rng.integers(8))
+        path.write_bytes(content)
+        try:
+            data = open_dataset(str(path), None)
+            assert_reads(data.train, x, y)
+            assert_reads(data.test, x[:2], y[:2])
+        except UserError as error:
+            assert str(path) in str(error)
+            refused += 1
+    # What is left are times, permissions and the like.
+    assert refused > 0.9 * len(whole) / 97
+
+
+def test_a_flipped_bit_of_an_uncompressed_array_is_found_by_whatever_rows_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "own.npz"
+    x = np.random.default_rng(0).normal(size=(5000, 40))
+    save(path, x=x, y=np.arange(5000) % 2)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    data = open_dataset(str(path), None)
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"damaged.*Bad CRC-32 for file 'x.npy'"):
+            data.train.read([0])
+
+
+def test_an_uncompressed_array_is_read_whole_once_and_then_by_rows(tmp_path: Path) -> None:
+    path, x = tmp_path / "own.npz", np.random.default_rng(0).normal(size=(50, 4))
+    save(path, x=x, y=np.arange(50) % 2)
+    data = open_dataset(str(path), None, -1)
+    assert np.array_equal(data.test.read([1]), x[[9]])
+    content = bytearray(path.read_bytes())
+    content[content.index(x[4].tobytes()) : content.index(x[4].tobytes()) + 32] = bytes(32)
+    path.write_bytes(content)
+    assert np.array_equal(data.test.read([1]), x[[9]]) and not data.test.read([0]).any()
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.parametrize("second", ["x.npy", "x"])
+def test_two_arrays_of_one_name_are_refused(tmp_path: Path, second: str) -> None:
+    path = tmp_path / "own.npz"
+    save(path, x=X, y=Y)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(second, npy(X + 1, tmp_path / "x.npy"))
+    expect_error(str(path), "2 arrays named x", name=str(path))
+
+
+def header(text: str) -> bytes:
+    text += " " * (-(len(text) + 11) % 64) + "\n"
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode()
+
+
+@pytest.mark.parametrize(
+    ("text", "body"),
+    [
+        ("{'descr':'<f4','shape':(10,3)", 120),
+        ("{'descr':'<f4','fortran_order':False,'shape':" + "(" * 3000 + ")" * 3000 + "}", 0),
+        ("{'descr':'<f4','fortran_order':False,'shape':(-10,-3)}", 120),
+        ("{'descr':'<f4','fortran_order':False,'shape':(10,-1,-3)}", 120),
+        ("{'descr':'<f4','fortran_order':False,'shape':(1000000000000,3)}", 120),
+        ("{'descr':('<f4',(3,)),'fortran_order':False,'shape':(10,)}", 120),
+        ("{'descr':'|V4','fortran_order':False,'shape':(10,3)}", 120),
+    ],
+)
+def test_an_npz_header_that_makes_no_sense_is_refused_in_a_line(tmp_path: Path, text: str, body: int) -> None:
+    path = tmp_path / "own.npz"
+    replace_member(path, header(text) + bytes(body))
+    with pytest.raises(UserError, match="x") as caught:
+        open_dataset(str(path), None)
+    assert str(path) in str(caught.value) and len(str(caught.value)) < 700 and "\n" not in str(caught.value)
+
+
+def test_packed_files_that_only_repeat_themselves_are_not_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("psmpi.data.files.UNPACKED_BYTES", 5_000)
+    x, y = np.random.default_rng(0).integers(0, 256, (1000, 4, 5)), np.zeros(1000, np.int64)
+    name = save(tmp_path / "own.npz", True, x=x.astype(np.uint8), y=y)
+    assert open_dataset(name, None).outputs == 1
+    monkeypatch.setattr("psmpi.data.files.PACKED", 20)
+    expect_error(name, "y.npy", "unpack to 8,128", "save it with np.savez", name=name)
+    make_mnist(tmp_path, ".gz")
+    write(tmp_path / (MNIST_NAMES[0] + ".gz"), idx(x * 0))
+    write(tmp_path / (MNIST_NAMES[1] + ".gz"), idx(y))
+    expect_error(MNIST_NAMES[0], "unpack to 20,016", "gunzip", name="mnist", data_dir=tmp_path)
+
+
 def test_an_hdf5_file_that_changes_after_opening_is_refused(tmp_path: Path) -> None:
     name = save(tmp_path / "own.h5", x=X, y=Y)
     train = open_dataset(name, None).train
