@@ -128,7 +128,7 @@ class Start(NamedTuple):
 def _begin(size: int, config: Config, tell: Callable[[str], None]) -> Start:
     """Meet a missing file or a wrong setting first, on rank 0 alone; the run directory is locked, and as it was."""
     from psmpi import checkpoint
-    from psmpi.data import identify, open_dataset
+    from psmpi.data import find_doubts, identify, open_dataset
     from psmpi.nn.zoo import make_network
     from psmpi.registry import find_method
     from psmpi.training.folder import RunFolder
@@ -141,7 +141,7 @@ def _begin(size: int, config: Config, tell: Callable[[str], None]) -> Start:
     network = _network(config, dataset, make_network)
     kind.check(size, network, dataset, config)
     plan_steps(dataset, config)
-    for warning in kind.warnings(size, network, config):
+    for warning in (*kind.warnings(size, network, config), *find_doubts(dataset)):
         tell(f"warning: {warning}")
     identity = identify(dataset)
     stem = f"{Path(config.data.dataset).stem}-{config.model.model}"

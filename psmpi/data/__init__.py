@@ -2,6 +2,7 @@
 
 from psmpi.data.batch import Batch
 from psmpi.data.catalogue import DATASETS, locate, open_dataset, open_split
+from psmpi.data.doubts import find_doubts
 from psmpi.data.identity import Identity, check_same, differences, identify, identify_split, other_scale
 from psmpi.data.minibatches import Minibatches
 from psmpi.data.resident import Resident
@@ -17,6 +18,7 @@ __all__ = [
     "Split",
     "check_same",
     "differences",
+    "find_doubts",
     "identify",
     "identify_split",
     "locate",

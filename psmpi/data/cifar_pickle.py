@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from psmpi.data.files import reading
+from psmpi.data.rows import some_rows
 from psmpi.errors import UserError
 
 
@@ -104,3 +105,6 @@ class PickleRows:
         if len(data) != self.n:
             raise UserError(f"{self.path}: the file has changed since it was opened; start again")
         out[where] = data[rows]
+
+    def glance(self, count: int) -> npt.NDArray[Any]:
+        return some_rows(self, self.features, count)

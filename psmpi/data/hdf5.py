@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy.typing as npt
 from psmpi.data.arrays import Header
 from psmpi.data.files import ADVICE, described, reading, rows_per_chunk
 from psmpi.data.own import KEYS
-from psmpi.data.rows import RowSource, windows
+from psmpi.data.rows import RowSource, some_rows, windows
 from psmpi.data.stored import check_stored
 from psmpi.errors import UserError
 
@@ -124,3 +125,6 @@ class Hdf5Rows:
                 # as long, and saves nothing where the array is stored in chunks.
                 block = array[first : last + 1][rows[i:j] - first]
                 out[where[i:j]] = block.reshape(j - i, -1)
+
+    def glance(self, count: int) -> npt.NDArray[Any]:
+        return some_rows(self, prod(self.shape[1:]), count)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import zipfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedIOBase
 from pathlib import Path
@@ -34,6 +35,19 @@ class RowSource(Protocol):
 
     def read_into(self, rows: Rows, where: Rows, out: Array) -> None:
         """Store row `rows[i]` in `out[where[i]]`; `rows` ascend and may repeat, `out` is (k, features)."""
+
+    def glance(self, count: int) -> Array:
+        """Up to `count` rows, (k, features), that are read quickly, whose checksum may not be compared."""
+
+
+def some_rows(source: RowSource, features: int, count: int) -> Array:
+    """About `count` rows of a source, in four places that are far apart."""
+    each = -(-count // 4)
+    starts = np.linspace(0, max(0, source.n - each), 4).astype(np.int64)
+    rows = np.unique(np.minimum(starts[:, None] + np.arange(each), source.n - 1))
+    out = np.empty((len(rows), features), source.dtype)
+    source.read_into(rows, np.arange(len(rows), dtype=np.int64), out)
+    return out
 
 
 def windows(rows: Rows, width: int) -> Iterator[tuple[int, int]]:
@@ -61,6 +75,9 @@ class ArrayRows:
 
     def read_into(self, rows: Rows, where: Rows, out: Array) -> None:
         out[where] = self.values[rows]
+
+    def glance(self, count: int) -> Array:
+        return some_rows(self, self.values.shape[1], count)
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,6 +117,9 @@ class FileRows:
             records = self._map(int(rows[i]), int(rows[j - 1]))[rows[i:j] - rows[i]]
             out[where[i:j]] = np.ascontiguousarray(records[:, self.skip :]).view(self.stored)
 
+    def glance(self, count: int) -> Array:
+        return some_rows(self, self.features, count)
+
     def column(self, k: int) -> npt.NDArray[np.uint8]:
         """Byte `k` of every record, (n,) uint8."""
         out = np.empty(self.n, np.uint8)
@@ -132,6 +152,9 @@ class Concatenated:
                 part.read_into(rows[i:j] - first, where[i:j], out)
             first += part.n
 
+    def glance(self, count: int) -> Array:
+        return self.parts[0].glance(count)
+
 
 @dataclass(frozen=True, eq=False)
 class StreamRows:
@@ -155,16 +178,28 @@ class StreamRows:
         return native
 
     def read_into(self, rows: Rows, where: Rows, out: Array) -> None:
-        if self.member is None:
-            with reading(self.path), gzip.open(self.path, "rb") as stream:
-                self._read(stream, rows, where, out)
-        else:
-            with (
-                reading(self.path),
-                zipfile.ZipFile(self.path) as archive,
-                archive.open(self.member) as stream,
-            ):
-                self._read(cast(BufferedIOBase, stream), rows, where, out)
+        with self._stream() as stream:
+            self._read(stream, rows, where, out)
+
+    def glance(self, count: int) -> Array:
+        """The first rows; none of an array in Fortran order, which would have to be unpacked whole."""
+        first = np.empty((0 if self.columns is not None else min(count, self.n), self.features), self.stored)
+        if len(first):
+            with self._stream() as stream:
+                self._exactly(stream, np.empty(self.offset, np.uint8))
+                self._exactly(stream, first)
+        return first.astype(self.dtype)
+
+    @contextmanager
+    def _stream(self) -> Iterator[BufferedIOBase]:
+        """The unpacked bytes from the first one on."""
+        with reading(self.path):
+            if self.member is None:
+                with gzip.open(self.path, "rb") as stream:
+                    yield stream
+            else:
+                with zipfile.ZipFile(self.path) as archive, archive.open(self.member) as member:
+                    yield cast(BufferedIOBase, member)
 
     def _read(self, stream: BufferedIOBase, rows: Rows, where: Rows, out: Array) -> None:
         self._exactly(stream, np.empty(self.offset, np.uint8))
@@ -222,3 +257,6 @@ class CheckedRows:
         source: RowSource = self.file if self.checked else self.stream
         source.read_into(rows, where, out)
         self.checked = True
+
+    def glance(self, count: int) -> Array:
+        return self.file.glance(count)

@@ -33,7 +33,7 @@ def make_loss(name: str, dtype: np.dtype, *, kappa: float = 1.0, exp_clip: str =
         fit = " or ".join(f"--loss {other}" for other, loss in LOSSES.items() if task in loss.tasks)
         raise UserError(
             f"--loss {name} needs labels, and the targets are floating point numbers, values to learn: use {fit}, or "
-            "save labels as integers, y.astype(np.int64)"
+            "save labels as integers, y.astype(np.int64), of one-hot rows y.argmax(axis=1)"
         )
     if not 0 < kappa <= 1e6:
         raise UserError(f"--kappa {kappa}: expected a number above 0 and up to 1e6, usually 1 or 2")

@@ -1,0 +1,116 @@
+"""What in a data set is probably a mistake, though it can be trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from psmpi.data.labels import NUMBERED
+from psmpi.data.split import Dataset, Split
+
+# Samples that are looked at, and the bytes that they may take.
+ROWS, BYTES = 64, 1 << 22
+# Numbers of channels that images have.
+CHANNELS = (1, 3, 4)
+# The largest value of pixels that are as good as black.
+DIM = 32
+# Times that the values of test samples may be those of training samples.
+APART = 20
+
+
+def find_doubts(dataset: Dataset) -> Iterator[str]:
+    """Phrases about what is probably a mistake in `dataset`, each with what to do; reads a few samples.
+
+    Of classes: no or one class in all, in training or in the test, gaps in their numbers. Of values: labels among them.
+    Of samples: pixels that are not scaled, channels that come last, test samples of another scale.
+    """
+    yield from _labels(dataset) if dataset.task == "classes" else _values(dataset.train.targets)
+    yield from _samples(dataset)
+
+
+def _labels(dataset: Dataset) -> Iterator[str]:
+    train, test = (np.bincount(split.labels, minlength=dataset.outputs) > 0 for split in (dataset.train, dataset.test))
+    used = np.flatnonzero(train | test)
+    if len(used) == 1:
+        yield f"all samples have the label {used[0]}: there is nothing to tell apart"
+        return
+    first, last = int(used[0]), int(used[-1])
+    if first:
+        yield (
+            f"the labels begin at {first}, and each number below has a score that nothing trains: number the classes "
+            f"from 0, y - {first}"
+        )
+    gaps = np.setdiff1d(np.arange(first, last), used)
+    if len(gaps):
+        lone = last - int(used[-2]) > 2
+        ignored = f"; if {last} marks samples to be ignored, remove these" if lone else ""
+        yield f"no sample has the {_named(gaps, 'label')}: number the classes without gaps, {NUMBERED}{ignored}"
+    for here, there, of, lacking in ((test, train, "test", "training"), (train, test, "training", "test")):
+        found = np.flatnonzero(here & ~there)
+        if len(found):
+            verb = "has" if len(found) == 1 else "have"
+            yield f"the {_named(found, 'class')} {verb} {of} samples and no {lacking} samples"
+
+
+def _named(classes: npt.NDArray[Any], what: str) -> str:
+    """ "classes 1, 2, 3, 4, 5 and 20 more"."""
+    several = {"class": "classes", "label": "labels"}[what]
+    more = f" and {len(classes) - 5:,} more" if len(classes) > 5 else ""
+    return f"{what if len(classes) == 1 else several} {', '.join(map(str, classes[:5]))}{more}"
+
+
+def _values(values: npt.NDArray[Any]) -> Iterator[str]:
+    """values: (n, outputs), of training samples."""
+    fixed = np.flatnonzero((values == values[0]).all(axis=0))
+    if len(values) > 1 and len(fixed):
+        yield (
+            f"all training samples have the value {values[0, fixed[0]]:g} in column {fixed[0]} of y: there is nothing "
+            "to learn"
+        )
+    elif values.shape[1] > 1 and ((values == 0) | (values == 1)).all() and (values.sum(axis=1) == 1).all():
+        yield ("y has a 1 and zeros in each row, which are learnt as values: for classes save y.argmax(axis=1) instead")
+    elif values.shape[1] == 1 and values.min() >= 0 and values.max() < 1000 and (values == np.rint(values)).all():
+        yield (
+            f"y is floating point and has whole numbers only, {values.min():g} to {values.max():g}, which are learnt "
+            "as values: for classes save y.astype(np.int64)"
+        )
+
+
+def _samples(dataset: Dataset) -> Iterator[str]:
+    shape = dataset.shape
+    if len(shape) == 3 and shape[2] in CHANNELS and min(shape[:2]) > max(CHANNELS):
+        yield (
+            f"samples of the shape {shape} are taken for {shape[0]} channels of {shape[1]} x {shape[2]}: if the "
+            "channels come last, save x.transpose(0, 3, 1, 2)"
+        )
+    some = _some(dataset.train)
+    if not some.size or not np.isfinite(some).all():
+        return
+    low, high = float(some.min()), float(some.max())
+    if low == high and len(some) > 1:
+        yield f"all values looked at in x are {low:g}: there is nothing to learn from"
+        return
+    floats = some.dtype.kind == "f"
+    if floats and low >= 0 and 1.5 < high <= 65535 and some.shape[1] >= 16 and np.mean(some == np.rint(some)) > 0.9:
+        top = 255 if 127 < high <= 255 else 65535 if high > 4095 else high
+        other = ", or save it as uint8" if top == 255 else ""
+        yield f"x has whole numbers up to {high:g}, as pixels that are not scaled: divide it by {top:g}{other}"
+    if not floats and dataset.train.scale == 1 / 255 and high <= DIM:
+        yield (
+            f"x is uint8, is divided by 255 and has values up to {high:g} only, so that all are near 0: save it as "
+            f"x.astype(np.float32){f' / {high:g}' if high != 1 else ''}"
+        )
+    if dataset.test.source is not dataset.train.source:
+        tests = _some(dataset.test)
+        largest = [float(np.abs(one).max(initial=0)) if np.isfinite(one).all() else 0.0 for one in (some, tests)]
+        if min(largest) and max(largest) > APART * min(largest):
+            yield f"x has values up to {largest[0]:g}, x_test up to {largest[1]:g}: scale both alike"
+
+
+def _some(split: Split) -> npt.NDArray[Any]:
+    """Some samples as they are stored, (k, features)."""
+    row = split.features * split.dtype.itemsize
+    return split.source.glance(min(ROWS, max(1, BYTES // row)))

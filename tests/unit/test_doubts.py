@@ -1,0 +1,175 @@
+"""What psmpi says of a data set that can be trained on and is probably not meant so."""
+
+from __future__ import annotations
+
+import re
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+from helpers.datasets import make_cifar, real
+from helpers.runs import run
+
+from psmpi.data import find_doubts, open_dataset
+
+RNG = np.random.default_rng(0)
+X, Y = RNG.random((40, 5, 6)).astype(np.float32), np.arange(40) % 4
+PIXELS = RNG.integers(0, 256, (40, 5, 6))
+FOR_TEST = {"x_test": X[:20], "y_test": Y[:20]}
+
+
+def told(path: Path, packed: bool = False, **arrays: Any) -> list[str]:
+    if path.suffix == ".npz":
+        (np.savez_compressed if packed else np.savez)(path, **arrays)
+    else:
+        with h5py.File(path, "w") as file:
+            for key, values in arrays.items():
+                file.create_dataset(key, data=values, compression="gzip" if packed else None)
+    return list(find_doubts(open_dataset(str(path), None)))
+
+
+@pytest.mark.parametrize("end", [".npz", ".h5"])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        {"x": X, "y": Y},
+        {"x": X, "y": Y, **FOR_TEST},
+        {"x": X - 0.5, "y": Y * 0.5},
+        {"x": PIXELS.astype(np.uint8), "y": Y},
+        {"x": (PIXELS / 255).astype(np.float32), "y": Y},
+        {"x": (PIXELS > 127).astype(np.float32), "y": Y},
+        {"x": RNG.normal(size=(40, 3, 8, 8)), "y": Y},
+        {"x": RNG.integers(0, 9, (40, 7)).astype(float), "y": Y},
+        {"x": RNG.normal(0, 100, (40, 30)), "y": RNG.normal(size=(40, 3))},
+        {"x": X, "y": RNG.integers(0, 10**6, 40).astype(float)},
+    ],
+)
+def test_sound_data_sets_raise_no_doubts(tmp_path: Path, end: str, packed: bool, arrays: dict[str, Any]) -> None:
+    assert told(tmp_path / f"own{end}", packed, **arrays) == []
+
+
+def test_data_sets_with_a_name_raise_no_doubts(tmp_path: Path) -> None:
+    make_cifar(tmp_path, (40, 40, 40, 40, 40, 40))
+    for name, place in (("digits", None), ("cifar10", tmp_path)):
+        assert list(find_doubts(open_dataset(name, place))) == []
+    assert list(find_doubts(open_dataset("mnist", real("mnist")))) == []
+
+
+@pytest.mark.parametrize("end", [".npz", ".h5"])
+@pytest.mark.parametrize(
+    ("y", "says"),
+    [
+        (Y * 0 + 3, ["all samples have the label 3: there is nothing to tell apart"]),
+        (Y + 1, ["the labels begin at 1, and each number below has a score that nothing trains: number .* y - 1"]),
+        (Y * 2 + 10, ["the labels begin at 10", r"no sample has the labels 11, 13, 15: number .* np.unique\(y,"]),
+        (
+            np.where(np.arange(40) < 6, 255, Y).astype(np.uint8),
+            ["no sample has the labels 4, 5, 6, 7, 8 and 246 more: .*; if 255 marks samples to be ignored, remove"],
+        ),
+        (np.where(Y == 2, 1, Y), ["no sample has the label 2: number the classes without gaps"]),
+    ],
+)
+def test_labels_that_leave_classes_out_are_told(tmp_path: Path, end: str, y: Any, says: list[str]) -> None:
+    for more in ({}, {"x_test": X, "y_test": y}):
+        found = told(tmp_path / f"own{end}", x=X, y=y, **more)
+        assert len(found) == len(says)
+        for phrase, pattern in zip(found, says, strict=True):
+            assert re.match(pattern, phrase), phrase
+
+
+def test_classes_of_one_split_alone_are_told(tmp_path: Path) -> None:
+    path = tmp_path / "own.npz"
+    assert told(path, x=X, y=np.arange(40) % 10, x_test=X, y_test=np.arange(40) % 3) == [
+        "the classes 3, 4, 5, 6, 7 and 2 more have training samples and no test samples"
+    ]
+    assert told(path, x=X, y=Y, x_test=X, y_test=np.arange(40) % 6) == [
+        "the classes 4, 5 have test samples and no training samples"
+    ]
+    assert told(path, x=X, y=np.where(np.arange(40) == 7, 4, Y)) == [
+        "the class 4 has training samples and no test samples"
+    ]
+    assert told(path, x=X, y=np.arange(40) % 5) == []
+    np.savez(path, x=X, y=np.arange(40) % 5)
+    assert "the class 4 has test samples and no training samples" in list(
+        find_doubts(open_dataset(str(path), None, -1))
+    )
+
+
+def test_values_that_look_like_classes_are_told(tmp_path: Path) -> None:
+    path = tmp_path / "own.npz"
+    assert told(path, x=X, y=Y * 1.0) == [
+        "y is floating point and has whole numbers only, 0 to 3, which are learnt as values: for classes save "
+        "y.astype(np.int64)"
+    ]
+    assert "for classes save y.argmax(axis=1)" in told(path, x=X, y=np.eye(4)[Y])[0]
+    assert "the value 2 in column 1 of y" in told(path, x=X, y=np.stack([Y * 0.3, np.full(40, 2.0)], 1))[0]
+
+
+@pytest.mark.parametrize("end", [".npz", ".h5"])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("x", "says"),
+    [
+        (PIXELS.astype(np.float32), "x has whole numbers up to 255, .* divide it by 255, or save it as uint8"),
+        (PIXELS.reshape(40, 30).astype(np.float64), "x has whole numbers up to 255"),
+        (PIXELS.astype(np.float32) // 16, "x has whole numbers up to 15, .* divide it by 15$"),
+        (PIXELS.astype(np.float32) * 257, "x has whole numbers up to 65535, .* divide it by 65535$"),
+        ((PIXELS > 127).astype(np.uint8), r"x is uint8, .* values up to 1 only, .* save it as x.astype\(np.float32\)$"),
+        ((PIXELS // 16).astype(np.uint8), r"x is uint8, .* values up to 15 only, .* x.astype\(np.float32\) / 15$"),
+        (np.full((40, 9), 0.5), "all values looked at in x are 0.5"),
+        (RNG.random((40, 8, 9, 3)), r"samples of the shape \(8, 9, 3\) are taken for 8 channels of 9 x 3"),
+        (RNG.random((40, 28, 28, 1)), r"samples of the shape \(28, 28, 1\) .* save x.transpose\(0, 3, 1, 2\)"),
+    ],
+)
+def test_samples_that_are_not_scaled_or_turned_are_told(
+    tmp_path: Path, end: str, packed: bool, x: Any, says: str
+) -> None:
+    (found,) = told(tmp_path / f"own{end}", packed, x=x, y=Y)
+    assert re.match(says, found), found
+    assert told(tmp_path / f"own{end}", packed, x=x, y=Y, x_test=x[:20], y_test=Y[:20]) == [found]
+
+
+def test_test_samples_of_another_scale_are_told(tmp_path: Path) -> None:
+    for one, two, says in ((X, X * 255, "0.9.*, x_test up to 25"), (X * 1e4, -X, "99.*, x_test up to 0.9")):
+        (found,) = told(tmp_path / "own.npz", x=one, y=Y, x_test=two, y_test=Y)
+        assert re.match(f"x has values up to {says}.*: scale both alike", found), found
+
+
+def test_looking_at_a_packed_file_unpacks_its_first_samples_only(tmp_path: Path) -> None:
+    """Damage behind them is found when all are read."""
+    x = RNG.integers(0, 256, (4000, 50, 50)).astype(np.uint8)
+    name = tmp_path / "own.npz"
+    np.savez_compressed(name, x=x, y=np.arange(4000) % 4)
+    content = bytearray(name.read_bytes())
+    at = len(content) // 2
+    content[at : at + 8] = bytes(8)
+    name.write_bytes(content)
+    data = open_dataset(str(name), None)
+    tracemalloc.start()
+    assert list(find_doubts(data)) == []
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 3_000_000
+
+
+def test_training_says_once_what_is_doubtful(tmp_path: Path) -> None:
+    np.savez(tmp_path / "own.npz", x=PIXELS.astype(np.float32), y=Y + 1)
+    options = (
+        "--dataset",
+        "own.npz",
+        "--epochs",
+        "1",
+        "--batch-size",
+        "8",
+        "--out",
+        "run",
+        "--method",
+        "data_parallel",
+    )
+    status, out, err = run(2, "-m", "psmpi.train", *options, "--model", "mlp", "--widths", "4", cwd=tmp_path)
+    assert status == 0, err
+    assert out.count("warning: the labels begin at 1") == 1 and out.count("warning: x has whole numbers up to") == 1
