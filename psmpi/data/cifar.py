@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from psmpi.data.cifar_pickle import PickleRows
-from psmpi.data.files import find_set, need_data_dir, not_found, reading
+from psmpi.data.files import described, find_set, need_data_dir, not_found, reading
 from psmpi.data.labels import check_range
 from psmpi.data.rows import Concatenated, FileRows, RowSource
 from psmpi.data.split import Dataset, Split, frozen
@@ -56,6 +56,9 @@ def open_cifar10(data_dir: Path | None) -> Dataset:
 def _open_binary(path: Path) -> tuple[RowSource, np.ndarray]:
     with reading(path):
         size = path.stat().st_size
+        kind = described(path)
+    if size % RECORD and "gzip" in kind:
+        raise UserError(f"{path}: {kind}; unpack it with gunzip, to the name it has now")
     if size == 0 or size % RECORD:
         raise UserError(
             f"{path}: found {size} bytes, expected a whole number of records of {RECORD} bytes (a label and "

@@ -18,6 +18,8 @@ from psmpi.errors import UserError
 
 CLASSES = 10
 IMAGES, LABELS = 0x803, 0x801
+# The third byte of IDX files.
+TYPES = {8: "uint8", 9: "int8", 11: "int16", 12: "int32", 13: "float32", 14: "float64"}
 
 
 def open_mnist(data_dir: Path | None) -> Dataset:
@@ -71,8 +73,24 @@ def _open_split(images: Path, labels: Path) -> Split:
     values: npt.NDArray[Any] = np.empty((count, 1), np.uint8)
     everything = np.arange(count, dtype=np.int64)
     _source(labels, 8, count, 1).read_into(everything, everything, values)
-    check_range(str(labels), values[:, 0], CLASSES)
+    _check_labels(labels, values[:, 0])
     return Split(frozen(values[:, 0]), (1, height, width), 1 / 255, source)
+
+
+def _check_labels(path: Path, labels: npt.NDArray[np.uint8]) -> None:
+    """Raise UserError unless all labels are of the ten classes."""
+    low, high = int(labels.min()), int(labels.max())
+    others = np.count_nonzero(labels >= CLASSES)
+    # A damaged file has few wrong labels, and any.
+    if others > len(labels) // 20 and high < 100:
+        first = int(np.flatnonzero(labels >= CLASSES)[0])
+        numbered = f"y - {low}" if low else "y"
+        raise UserError(
+            f"{path}: {others} labels are out of range, the first being {labels[first]} of sample {first}; expected "
+            f"labels 0..{CLASSES - 1}, and these are {low}..{high}, as parts of EMNIST have them: save the four arrays "
+            f"as x, y, x_test and y_test with np.savez, with {numbered} for y, and name that file as the data set"
+        )
+    check_range(str(path), labels, CLASSES)
 
 
 def _source(path: Path, offset: int, count: int, features: int) -> FileRows | StreamRows:
@@ -84,18 +102,37 @@ def _source(path: Path, offset: int, count: int, features: int) -> FileRows | St
 def _dimensions(path: Path, magic: int) -> tuple[int, ...]:
     """The dimensions in the header of an IDX file; UserError unless its first four bytes are `magic`."""
     size = 4 + 4 * (magic & 0xFF)
+    if path.suffix == ".gz":
+        with reading(path), path.open("rb") as file:
+            start = file.read(2)
+        if start and start != b"\x1f\x8b":
+            raise UserError(f"{path}: not compressed by gzip, though its name ends in .gz; rename it to {path.stem}")
     with reading(path), gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
         header = stream.read(size)
     if len(header) < size:
         raise UserError(f"{path}: truncated: {len(header)} bytes, where the header alone takes {size}; fetch it again")
     found = struct.unpack_from(">I", header)[0]
     if found != magic:
-        advice = "it is gzip-compressed: add .gz to its name" if header[:2] == b"\x1f\x8b" else "fetch it again"
         raise UserError(
             f"{path}: not the IDX file it should be: found the magic number {found:#010x}, "
-            f"expected {magic:#010x}; {advice}"
+            f"expected {magic:#010x}; {_mistaken(found, magic)}"
         )
     return struct.unpack_from(f">{magic & 0xFF}I", header, 4)
+
+
+def _mistaken(found: int, magic: int) -> str:
+    """What a file is whose first four bytes are `found` where `magic` should be, and what to do."""
+    if found >> 16 == 0x1F8B:
+        return "it is gzip-compressed: add .gz to its name"
+    dtype, axes = TYPES.get(found >> 8), found & 0xFF
+    if (found, magic) in ((IMAGES, LABELS), (LABELS, IMAGES)):
+        return f"it has {'images' if found == IMAGES else 'labels'}: exchange the names of the files"
+    if dtype is None or not 0 < axes < 9:
+        return "fetch it again"
+    return (
+        f"it has {dtype} along {axes} {'axis' if axes == 1 else 'axes'}, and psmpi reads uint8 along {magic & 0xFF} "
+        "here: save the four arrays as x, y, x_test and y_test with np.savez, and name that file as the data set"
+    )
 
 
 def _check_size(path: Path, expected: int) -> None:

@@ -300,7 +300,8 @@ def test_a_stream_that_hands_over_little_at_a_time_is_read_in_full() -> None:
 def test_mnist_named_gz_but_not_compressed_is_refused(tmp_path: Path) -> None:
     arrays = make_mnist(tmp_path, ".gz")
     (tmp_path / (MNIST_NAMES[0] + ".gz")).write_bytes(idx(arrays[MNIST_NAMES[0]]))
-    expect_error(MNIST_NAMES[0] + ".gz", "gzip", name="mnist", data_dir=tmp_path)
+    advice = f"not compressed by gzip, though its name ends in .gz; rename it to {MNIST_NAMES[0]}"
+    expect_error(MNIST_NAMES[0] + ".gz", advice, name="mnist", data_dir=tmp_path)
 
 
 def test_mnist_compressed_but_not_named_gz_is_refused_with_that_advice(tmp_path: Path) -> None:
@@ -337,6 +338,41 @@ def test_mnist_with_test_images_of_another_size_is_refused(tmp_path: Path) -> No
     make_mnist(tmp_path)
     write(tmp_path / MNIST_NAMES[2], idx(np.zeros((7, 4, 5))))
     expect_error(MNIST_NAMES[2], "4 x 5", "5 x 4", name="mnist", data_dir=tmp_path)
+
+
+def typed(values: np.ndarray, code: int, dtype: str) -> bytes:
+    return struct.pack(f">HBB{values.ndim}I", 0, code, values.ndim, *values.shape) + values.astype(dtype).tobytes()
+
+
+@pytest.mark.parametrize("end", ["", ".gz"])
+@pytest.mark.parametrize(
+    ("name", "code", "dtype", "shape", "says"),
+    [
+        (MNIST_NAMES[0], 13, ">f4", (23, 5, 4), "it has float32 along 3 axes, and psmpi reads uint8 along 3"),
+        (MNIST_NAMES[1], 12, ">i4", (23,), "it has int32 along 1 axis, and psmpi reads uint8 along 1"),
+        (MNIST_NAMES[3], 12, ">i4", (7, 8), "it has int32 along 2 axes"),
+        (MNIST_NAMES[2], 8, ">u1", (7, 5, 4, 3), "it has uint8 along 4 axes"),
+        (MNIST_NAMES[0], 8, ">u1", (23,), "it has labels: exchange the names"),
+        (MNIST_NAMES[1], 8, ">u1", (23, 5, 4), "it has images: exchange the names"),
+    ],
+)
+def test_idx_files_of_other_kinds_are_called_what_they_are(
+    tmp_path: Path, end: str, name: str, code: int, dtype: str, shape: tuple[int, ...], says: str
+) -> None:
+    make_mnist(tmp_path, end)
+    write(tmp_path / (name + end), typed(np.ones(shape), code, dtype))
+    expect_error(name, says, name="mnist", data_dir=tmp_path)
+
+
+@pytest.mark.parametrize("end", ["", ".gz"])
+@pytest.mark.parametrize(("low", "high", "y"), [(1, 26, "y - 1"), (0, 46, "y")])
+def test_idx_files_of_more_classes_are_to_be_saved_otherwise(
+    tmp_path: Path, end: str, low: int, high: int, y: str
+) -> None:
+    make_mnist(tmp_path, end, n=200)
+    write(tmp_path / (MNIST_NAMES[1] + end), idx(np.arange(200) % (high - low + 1) + low))
+    says = (f"labels 0..9, and these are {low}..{high}", f"with np.savez, with {y} for y")
+    expect_error(MNIST_NAMES[1], "labels are out of range", *says, name="mnist", data_dir=tmp_path)
 
 
 def test_mnist_without_images_is_refused(tmp_path: Path) -> None:
@@ -477,6 +513,13 @@ def test_cifar_files_that_hold_no_whole_number_of_records_are_refused(tmp_path: 
     make_cifar(tmp_path)
     write(tmp_path / "data_batch_4.bin", bytes(size))
     expect_error("data_batch_4.bin", f"{size} bytes", "3073", name="cifar10", data_dir=tmp_path)
+
+
+def test_cifar_files_that_are_compressed_are_to_be_unpacked(tmp_path: Path) -> None:
+    make_cifar(tmp_path)
+    path = tmp_path / "data_batch_2.bin"
+    path.write_bytes(gzip.compress(path.read_bytes()))
+    expect_error("data_batch_2.bin", "compressed by gzip; unpack it with gunzip", name="cifar10", data_dir=tmp_path)
 
 
 @pytest.mark.parametrize("name", ["data_batch_5.bin", "test_batch.bin"])
@@ -719,6 +762,18 @@ def test_files_of_another_format_are_refused(tmp_path: Path, end: str) -> None:
     path = tmp_path / f"own{end}"
     path.write_bytes(b"x,y\n1,2\n" * 100)
     expect_error(str(path), name=str(path))
+
+
+def test_what_is_no_npz_is_called_what_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "own.npz"
+    for content, says in (
+        (npy(X, tmp_path / "x.npy"), "a single array of NumPy (.npy)"), (b"\x89HDF\r\n\x1a\n", "an HDF5 file (.h5)"),
+        (b"", "empty"), (gzip.compress(b"text"), "compressed by gzip"), (b"x,y\n1,2\n" * 99, "of an unknown format"),
+    ):  # fmt: skip
+        path.write_bytes(content)
+        expect_error(
+            str(path), f"it is {says}", "not an .npz file", "np.savez(NAME, x=samples, y=labels)", name=str(path)
+        )
 
 
 def replace_member(path: Path, content: bytes, compression: int = zipfile.ZIP_DEFLATED) -> None:
