@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,10 +26,14 @@ def find_doubts(dataset: Dataset) -> Iterator[str]:
     """Phrases about what is probably a mistake in `dataset`, each with what to do; reads a few samples.
 
     Of classes: no or one class in all, in training or in the test, gaps in their numbers. Of values: labels among them.
-    Of samples: pixels that are not scaled, channels that come last, test samples of another scale.
+    Of samples: pixels that are not scaled, channels that come last, test samples of another scale, or none of their
+    own.
     """
     yield from _labels(dataset) if dataset.task == "classes" else _values(dataset.train.targets)
     yield from _samples(dataset)
+    path, here = getattr(dataset.train.source, "path", None), Path(dataset.name)
+    if path is not None and here.is_file() and not here.samefile(path):
+        yield f"the data set is {path}, and there is another {here}: name the one that is meant by its whole path"
 
 
 def _labels(dataset: Dataset) -> Iterator[str]:
@@ -105,6 +110,8 @@ def _samples(dataset: Dataset) -> Iterator[str]:
         )
     if dataset.test.source is not dataset.train.source:
         tests = _some(dataset.test)
+        if dataset.train.n == dataset.test.n and np.array_equal(some, tests):
+            yield "x_test has the same samples as x, so that tests are of what is learnt by heart: save others"
         largest = [float(np.abs(one).max(initial=0)) if np.isfinite(one).all() else 0.0 for one in (some, tests)]
         if min(largest) and max(largest) > APART * min(largest):
             yield f"x has values up to {largest[0]:g}, x_test up to {largest[1]:g}: scale both alike"

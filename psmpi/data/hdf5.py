@@ -44,8 +44,20 @@ def read_hdf5(path: Path) -> tuple[list[str], dict[str, Header]]:
                 if not isinstance(array, h5py.Dataset) or array.shape is None:
                     raise UserError(f"{path}: {key} is a group, a dead link or empty; save an array under this name")
                 check_stored(path, key, array)
+                _check_attributes(path, key, array)
                 headers[key] = _header(path, key, array.shape, array.dtype)
     return keys, headers
+
+
+def _check_attributes(path: Path, key: str, array: Any) -> None:
+    """UserError where the values of an array are not those that are stored, as netCDF's conventions allow."""
+    for name, nothing in (("scale_factor", 1), ("add_offset", 0)):
+        value = array.attrs.get(name, nothing)
+        if np.any(value != nothing):
+            raise UserError(
+                f"{path}: {key} has the attribute {name} = {value}, which psmpi does not apply; save the scaled values "
+                "as float32, without it"
+            )
 
 
 @contextmanager

@@ -69,5 +69,6 @@ def build_all(path: Path, keys: list[str], headers: dict[str, Header]) -> Split:
     """All samples of x as one split; labels are -1 where there is no y. Raises UserError as `build` does."""
     check_names(path, keys, ("x",))
     header = headers["x"]
+    shape, scale = sample_shape(path, "x", header), scale_of(path, "x", header)
     targets = as_targets(path, "y", headers)[0] if "y" in headers else np.full(header.shape[0], -1)
-    return Split(frozen(targets), sample_shape(path, "x", header), scale_of(path, "x", header), header.source())
+    return Split(frozen(targets), shape, scale, header.source())

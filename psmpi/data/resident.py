@@ -32,17 +32,30 @@ class Resident:
         self._targets = split.targets
         values, self._features = split.read(self._rows), split.features
         if values.dtype.kind == "f":
-            # The sum of a row is finite where all of it is; the rows where it is not are looked at.
-            with np.errstate(over="ignore", invalid="ignore"):
-                suspects = np.flatnonzero(~np.isfinite(values.sum(axis=1)))
-            for row in suspects:
-                if not np.isfinite(values[row]).all():
-                    number = self._rows[row] if split.index is None else split.index[self._rows[row]]
-                    raise UserError(
-                        f"{getattr(split.source, 'path', 'the data set')}: sample {number} has values that are not "
-                        "finite numbers; correct or remove such samples"
-                    )
+            self._check_finite(split, values)
         self._samples = (ops or NumpyOps()).samples(values, split.scale)
+
+    def _check_finite(self, split: Split, values: npt.NDArray[Any]) -> None:
+        """UserError for a value that is no finite number, or none in the dtype that `fetch` fills."""
+        # The sum of a row is finite where all of it is; the rows where it is not are looked at.
+        with np.errstate(over="ignore", invalid="ignore"):
+            suspects = np.flatnonzero(~np.isfinite(values.sum(axis=1)))
+        for row in map(int, suspects):
+            if not np.isfinite(values[row]).all():
+                raise UserError(
+                    f"{self._name(split, row)} has values that are not finite numbers; correct or remove such samples"
+                )
+        most = float(np.finfo(self._dtype).max)
+        if values.dtype.itemsize > self._dtype.itemsize and max(values.max(initial=0), -values.min(initial=0)) > most:
+            row = int(np.flatnonzero((np.abs(values) > most).any(axis=1))[0])
+            raise UserError(
+                f"{self._name(split, row)} has values beyond {most:.2g}, infinite in {self._dtype}; scale the samples, "
+                "or train with --dtype float64"
+            )
+
+    def _name(self, split: Split, row: int) -> str:
+        number = self._rows[row] if split.index is None else split.index[self._rows[row]]
+        return f"{getattr(split.source, 'path', 'the data set')}: sample {number}"
 
     @property
     def nbytes(self) -> int:

@@ -1032,6 +1032,30 @@ def test_resident_refuses_rows_that_do_not_increase(train: Split) -> None:
         Resident(train, [train.n], np.float32)
 
 
+@pytest.mark.parametrize("end", [".npz", ".h5"])
+def test_values_that_the_dtype_of_training_cannot_hold_are_refused(tmp_path: Path, end: str) -> None:
+    x = np.ones((10, 3))
+    x[7, 1], largest = -1e39, float(np.finfo(np.float32).max)
+    split = open_dataset(save(tmp_path / f"own{end}", x=x, y=Y, x_test=x, y_test=Y), None).train
+    with pytest.raises(UserError, match=r"sample 7 has values beyond 3.4e\+38, infinite in float32; .*float64"):
+        Resident(split, np.arange(10), np.float32)
+    assert Resident(split, np.arange(7), np.float32).nbytes and Resident(split, np.arange(10), np.float64).nbytes
+    x[7, 1] = -largest
+    split = open_dataset(save(tmp_path / f"own{end}", x=x, y=Y, x_test=x, y_test=Y), None).train
+    out = np.empty((3, 10), np.float32)
+    Resident(split, np.arange(10), np.float32).fetch(np.arange(10), out)
+    assert np.isfinite(out).all() and out[1, 7] == -largest
+
+
+@pytest.mark.parametrize("end", [".npz", ".h5"])
+@pytest.mark.parametrize("shape", [(0, 3), (), (3,)])
+def test_samples_of_no_shape_are_refused_beside_labels_too(tmp_path: Path, end: str, shape: tuple[int, ...]) -> None:
+    name = save(tmp_path / f"own{end}", x=np.zeros(shape), y=np.zeros(shape[:1], np.int64))
+    expect_error(name, f"the shape {shape}", name=name)
+    with pytest.raises(UserError, match="the shape"):
+        open_split(name, None, "all")
+
+
 def test_resident_refuses_other_dtypes(train: Split) -> None:
     with pytest.raises(ValueError, match="float16"):
         Resident(train, [0], np.float16)

@@ -74,7 +74,7 @@ def test_data_sets_with_a_name_raise_no_doubts(tmp_path: Path) -> None:
     ],
 )
 def test_labels_that_leave_classes_out_are_told(tmp_path: Path, end: str, y: Any, says: list[str]) -> None:
-    for more in ({}, {"x_test": X, "y_test": y}):
+    for more in ({}, {"x_test": X[::-1], "y_test": y}):
         found = told(tmp_path / f"own{end}", x=X, y=y, **more)
         assert len(found) == len(says)
         for phrase, pattern in zip(found, says, strict=True):
@@ -83,10 +83,10 @@ def test_labels_that_leave_classes_out_are_told(tmp_path: Path, end: str, y: Any
 
 def test_classes_of_one_split_alone_are_told(tmp_path: Path) -> None:
     path = tmp_path / "own.npz"
-    assert told(path, x=X, y=np.arange(40) % 10, x_test=X, y_test=np.arange(40) % 3) == [
+    assert told(path, x=X, y=np.arange(40) % 10, x_test=X[::-1], y_test=np.arange(40) % 3) == [
         "the classes 3, 4, 5, 6, 7 and 2 more have training samples and no test samples"
     ]
-    assert told(path, x=X, y=Y, x_test=X, y_test=np.arange(40) % 6) == [
+    assert told(path, x=X, y=Y, x_test=X[::-1], y_test=np.arange(40) % 6) == [
         "the classes 4, 5 have test samples and no training samples"
     ]
     assert told(path, x=X, y=np.where(np.arange(40) == 7, 4, Y)) == [
@@ -137,6 +137,22 @@ def test_test_samples_of_another_scale_are_told(tmp_path: Path) -> None:
     for one, two, says in ((X, X * 255, "0.9.*, x_test up to 25"), (X * 1e4, -X, "99.*, x_test up to 0.9")):
         (found,) = told(tmp_path / "own.npz", x=one, y=Y, x_test=two, y_test=Y)
         assert re.match(f"x has values up to {says}.*: scale both alike", found), found
+
+
+def test_test_samples_that_are_the_training_samples_are_told(tmp_path: Path) -> None:
+    (found,) = told(tmp_path / "own.npz", x=X, y=Y, x_test=X, y_test=Y)
+    assert found.startswith("x_test has the same samples as x")
+
+
+def test_a_file_of_the_same_name_in_the_current_folder_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    for end, folder in ((".npz", "data"), (".h5", "data"), (".h5", ".")):
+        told(Path(folder) / f"own{end}", x=X, y=Y)
+    assert list(find_doubts(open_dataset("own.npz", "data"))) == []
+    (found,) = find_doubts(open_dataset("own.h5", "data"))
+    assert found.startswith("the data set is data/own.h5, and there is another own.h5: name")
+    assert list(find_doubts(open_dataset("own.h5", "."))) == list(find_doubts(open_dataset("data/own.h5", None))) == []
 
 
 def test_looking_at_a_packed_file_unpacks_its_first_samples_only(tmp_path: Path) -> None:

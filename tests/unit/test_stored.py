@@ -281,3 +281,14 @@ def test_what_is_no_hdf5_is_called_what_it_is(tmp_path: Path) -> None:
     ):  # fmt: skip
         (tmp_path / "own.h5").write_bytes(content)
         refused(tmp_path / "own.h5", f"it is {says}", "not an HDF5 file", "np.savez(NAME, x=samples, y=labels)")
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_values_that_are_stored_scaled_are_refused(tmp_path: Path, key: str) -> None:
+    for name, value, fine in (("scale_factor", 0.5, 1.0), ("add_offset", -3, 0)):
+        with write(tmp_path / "own.h5") as file:
+            file[key].attrs[name] = value
+        refused(tmp_path / "own.h5", f"{key} has the attribute {name} = {value}", "save the scaled values")
+        with write(tmp_path / "own.h5") as file:
+            file[key].attrs[name] = fine
+        assert open_dataset(str(tmp_path / "own.h5"), None).train.n == 20
