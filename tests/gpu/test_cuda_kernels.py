@@ -327,6 +327,31 @@ def test_normalization_is_that_of_the_reference(n, m, kind, dtype, device):
 
 
 @runs
+@pytest.mark.parametrize("dtype", [F32], ids=str)
+def test_long_rows_lose_no_digits(dtype, device):
+    """Of numbers of one size, of which a sum one by one is off by the same each time."""
+    m = 400_000
+    x = np.where(np.random.default_rng(0).random((1, m)) < 0.5, F32.type(0.7), F32.type(-0.7)) + F32.type(8)
+    wide = x.astype(np.float64)
+    exact = 1 / np.sqrt(wide.var(axis=1) + 1e-5)
+    normal, scale = device.of(x), device.array((1,))
+    device("normalize", (1,), (256,), m, normal, 1e-5, normal, scale)
+    assert abs(scale / exact - 1).max() <= 1e-6
+    assert abs(normal - (wide - wide.mean(axis=1)) * exact).max() <= 2e-6
+    signs = np.sign(normal) * F32.type(0.7)
+    dy, one, sums = device.of(signs), device.of(np.ones(1, F32)), [device.array((1,)) for _ in range(2)]
+    device("normalize_back", (1,), (256,), m, normal, scale, one, normal, dy, 0, *sums)
+    assert abs(sums[0] / (signs.astype(np.float64) * normal).sum() - 1).max() <= 1e-6
+    ones, partial, total = device.of(np.full((1, m), F32.type(0.7))), device.array((1, 2)), device.array((1,))
+    device("finish_back", (1, 2), (256,), 1, 1, m, ones, ones, partial, 2, 0)
+    device("row_sums", (1,), (64,), 1, 1, 2, partial, total, 1, 1)
+    assert abs(total / (ones.astype(np.float64).sum()) - 1).max() <= 1e-6
+    images, found = device.of(np.full((1, m, 2), F32.type(0.7))), device.array((1, 2))
+    device("position_sums", (1,), (64,), 1, m, 2, images, found)
+    assert abs(found / (0.7 * m) - 1).max() <= 1e-6
+
+
+@runs
 @real_types
 @pytest.mark.parametrize("batch", [1, 3, 33])
 @pytest.mark.parametrize("size", [1, 2, 3])

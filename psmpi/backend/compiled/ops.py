@@ -53,6 +53,18 @@ class CompiledOps(NumpyOps):
         call = function("add_bias", y.dtype, "iinppnn", self.instructions)
         call(*bias.shape, y[0, 0].size, *pointers(bias.dtype, y), bias.ctypes.data, *steps(bias))
 
+    def normalize(self, x: np.ndarray, eps: float, out: np.ndarray, scale: np.ndarray) -> None:
+        values, into, factors = pointers(x.dtype, x, out, scale)
+        function("normalize", x.dtype, "inpdpp", self.instructions)(*x.shape, values, eps, into, factors)
+
+    def normalize_back(
+        self, x: np.ndarray, scale: np.ndarray, gamma: np.ndarray, y: np.ndarray, dy: np.ndarray, kind: str,
+        dgamma: np.ndarray, dbeta: np.ndarray,
+    ) -> None:  # fmt: skip
+        self.activate_back(kind, y, dy)
+        call = function("normalize_back", x.dtype, "inpppppp", self.instructions)
+        call(*x.shape, *pointers(x.dtype, x, scale, gamma, dy, dgamma, dbeta))
+
     def run_copies(self, table: np.ndarray) -> RunCopies:
         return CompiledRunCopies(table, self.instructions)
 

@@ -14,6 +14,9 @@ from psmpi.backend.reference.convolution import Im2col, Stripes, seen_once
 # Units or channels that a thread computes.
 TILE = 4
 
+# Terms of a sum that one block of 128 threads makes.
+LONGEST = 1 << 15
+
 
 class DeviceConvolution:
     """Register blocks along the batch, see cuda/conv.cu; the packed kernels are made by `prepare`."""
@@ -97,9 +100,13 @@ class DeviceConvolution:
         _samples(self.ops, self.stripes, self.rest, x, dy, dkernels, dbias)
 
     def _splits(self, s: Stripes, batch: int) -> int:
-        """Parts of the sum over positions and samples: by the shapes alone, so that it keeps its order."""
+        """Parts of the sum over positions and samples: by the shapes alone, so that it keeps its order.
+
+        They are short enough for a thread to add up its share in float32.
+        """
         each = s.count * blocks(s.n, TILE) * s.n_in * self.kernel
-        return max(1, min(blocks(BLOCKS, each), blocks(self.positions * batch, 1024)))
+        terms = self.positions * batch
+        return max(blocks(terms, LONGEST), min(blocks(BLOCKS, each), blocks(terms, 1024)))
 
 
 class DeviceWindows(Im2col):

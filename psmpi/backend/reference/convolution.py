@@ -182,7 +182,7 @@ class Im2col:
             dkernels += self.product
 
     def samples(self, x: np.ndarray, dy: np.ndarray, dkernels: np.ndarray, dbias: np.ndarray) -> None:
-        np.sum(dy, axis=(1, 2), out=dbias)
+        np.sum(dy, axis=(1, 2), dtype=np.float64, out=dbias)
         batch, one = x.shape[-1], np.empty(dkernels.shape[:-1], dkernels.dtype)
         for k in range(batch):
             # Minibatches of one sample: slow, and as right as the sum.

@@ -6,6 +6,11 @@ import numpy as np
 
 from psmpi.backend.reference.arrays import CHUNK, Arrays
 
+# Numbers whose plain sum loses few digits in float32.
+SHORT = 1 << 10
+# Windows of more rows are summed in float64.
+FEW_ROWS = 8
+
 
 class Pointwise(Arrays):
     """All activations are one of identity, sigmoid, tanh and relu, by name."""
@@ -67,10 +72,10 @@ class Pointwise(Arrays):
         out may be x. The variance is that of the m values, not an estimate of a larger population's.
         """
         m = x.shape[1]
-        np.mean(x, axis=1, out=scale)
-        np.subtract(x, scale[:, None], out=out)
-        np.einsum("ij,ij->i", out, out, out=scale)
-        scale /= m
+        np.subtract(x, np.mean(x, axis=1)[:, None], out=out)
+        # What rounding has left of the mean: much, beside a small deviation.
+        out -= np.mean(out, axis=1)[:, None]
+        np.copyto(scale, row_dots(out, out) / m)
         scale += eps
         np.sqrt(scale, out=scale)
         np.divide(1, scale, out=scale)
@@ -98,7 +103,7 @@ class Pointwise(Arrays):
         """
         m = x.shape[1]
         self.activate_back(kind, y, dy)
-        np.einsum("ij,ij->i", dy, x, out=dgamma)
+        np.copyto(dgamma, row_dots(dy, x))
         self.row_sums(dy[None], dbeta[None])
         x *= (dgamma / m)[:, None]
         dy -= x
@@ -107,11 +112,16 @@ class Pointwise(Arrays):
 
     def mean_pool(self, x: np.ndarray, size: int, y: np.ndarray, activation: str = "identity") -> None:
         """y (c, h // size, w // size, b) = activation(mean of x (c, h, w, b) over size x size windows)."""
-        first, *others = _windows(x, size, y)
-        y[...] = first
-        for window in others:
-            y += window
-        y *= 1 / size**2
+        if size > FEW_ROWS:
+            channels, rows, columns, batch = y.shape
+            windows = x[:, : rows * size, : columns * size].reshape(channels, rows, size, columns, size, batch)
+            np.mean(windows, axis=(2, 4), dtype=np.float64, out=y)
+        else:
+            first, *others = _windows(x, size, y)
+            y[...] = first
+            for window in others:
+                y += window
+            y *= 1 / size**2
         self.activate(activation, y)
 
     def mean_pool_back(self, dy: np.ndarray, size: int, dx: np.ndarray) -> None:
@@ -143,6 +153,15 @@ class Pointwise(Arrays):
     def weighted_sums(self, y: np.ndarray, weights: np.ndarray, out: np.ndarray) -> None:
         """out (k, count, n) = the sums of y (count, n, b) over the samples, each times its weight in weights (k, b)."""
         out[...] = np.matmul(y, weights.T).transpose(2, 0, 1)
+
+
+def row_dots(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The scalar products (n,) float64 of the rows of a and b (n, m): plain sums of pieces, theirs in float64."""
+    found = np.zeros(len(a))
+    for first in range(0, a.shape[1], SHORT):
+        at = slice(first, first + SHORT)
+        found += np.einsum("ij,ij->i", a[:, at], b[:, at])
+    return found
 
 
 def _windows(x: np.ndarray, size: int, like: np.ndarray) -> list[np.ndarray]:

@@ -113,13 +113,15 @@ class BatchNormPart(Part):
             normal *= factor[:, None]
         else:
             # They may take the place of x.
-            means = self.ops.host(x.reshape(normal.shape).mean(axis=1)) if self.seen is not None else None
+            means = None
+            if self.seen is not None:
+                means = self.ops.host(x.reshape(normal.shape).mean(axis=1, dtype=np.float64))
             if self.total is None:
                 self.ops.normalize(x.reshape(normal.shape), EPS, normal, scale)
             else:
                 count = self._normalize_together(x.reshape(normal.shape), normal, scale)
             if self.seen is not None and means is not None:
-                self.seen.append(np.stack([means, self.ops.host(scale) ** -2.0 - EPS]))
+                self.seen.append(np.stack([means, self.ops.host(scale).astype(np.float64) ** -2.0 - EPS]))
         rows = y.reshape(normal.shape)
         for (units, *_), (gamma, beta) in zip(self.runs, self.w, strict=True):
             self.ops.affine(normal[units], gamma, beta, self.activation, rows[units])
@@ -131,7 +133,7 @@ class BatchNormPart(Part):
         sums = np.append(x.sum(axis=1, dtype=np.float64), x.shape[1])
         self.total(sums)
         count = sums[-1]
-        np.subtract(x, (sums[:-1] / count).astype(self.dtype)[:, None], out=out)
+        np.subtract(x, (sums[:-1] / count)[:, None], out=out, casting="same_kind")
         squares = np.einsum("ij,ij->i", out, out, dtype=np.float64)
         self.total(squares)
         scale[...] = 1 / np.sqrt(squares / count + EPS)

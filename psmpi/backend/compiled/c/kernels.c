@@ -25,6 +25,9 @@ typedef struct {
 /* Vectors that are summed up before the sum goes into another. */
 #define FLUSH 256
 
+/* Vectors whose sum is made in the type, before it goes into one in double. */
+#define SHORT 32
+
 /* Vectors of curvature that one pass reads side by side. */
 #define PAIRS 5
 

@@ -25,6 +25,7 @@
 #include "convolution.h"
 #include "samples.h"
 #include "pointwise.h"
+#include "rows.h"
 #include "vectors.h"
 #include "elements.h"
 

@@ -47,30 +47,6 @@ void NAME(max_pool_back)(int channels, int height, int width, int batch, int siz
             }
 }
 
-/* out (at i so + j to) = y summed over the n elements of row (i, j), rows one after the other. */
-void NAME(row_sums)(int count, int rows, ptrdiff_t n, const R *y, R *out, ptrdiff_t so, ptrdiff_t to)
-{
-    for (int i = 0; i < count; i++)
-        for (int j = 0; j < rows; j++) {
-            double total = 0;
-            /* Short sums in the dtype, their sum in double. */
-            for (ptrdiff_t k = 0; k < n; k += 128 * VL) {
-                const ptrdiff_t left = n - k < 128 * VL ? n - k : 128 * VL, whole = left / (2 * VL) * 2 * VL;
-                V a = SET1((R)0), b = a;
-                for (ptrdiff_t q = 0; q < whole; q += 2 * VL) {
-                    a += LOAD(y + q);
-                    b += LOAD(y + q + VL);
-                }
-                R sum = SUM(a + b);
-                for (ptrdiff_t q = whole; q < left; q++)
-                    sum += y[q];
-                total += sum;
-                y += left;
-            }
-            out[i * so + j * to] = (R)total;
-        }
-}
-
 /* Rows of y (n elements each, one after the other) += bias (at i sb + j tb). */
 void NAME(add_bias)(int count, int rows, ptrdiff_t n, R *restrict y, const R *restrict bias, ptrdiff_t sb, ptrdiff_t tb)
 {

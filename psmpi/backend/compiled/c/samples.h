@@ -1,18 +1,19 @@
 /* What each sample adds to the gradient of a convolution's kernels. Part of the template kernels.h. */
 
 /* Sums over outputs, for each sample apart, of `nu` rows of dy times `nt` taps of x. The rows of out are so apart, its
- * taps a batch. */
+ * taps a batch. Every FLUSH outputs or more, at the end of a row, the sums go into others, as in `products`. */
 INLINE void NAME(apart)(const int nu, const int nt, const int some, const shape_t *s, const R *dy, ptrdiff_t sd,
                         const R *x, const ptrdiff_t *taps, R *out, ptrdiff_t so)
 {
-    V acc[ROWS][TAPS];
+    V acc[ROWS][TAPS], sums[ROWS][TAPS];
     const R *px[TAPS];
+    int since = 0;
     const ptrdiff_t row = (ptrdiff_t)s->stride * s->width * s->batch, step = (ptrdiff_t)s->stride * s->batch;
 #pragma GCC unroll 8
     for (int u = 0; u < nu; u++)
 #pragma GCC unroll 8
         for (int t = 0; t < nt; t++)
-            acc[u][t] = SET1((R)0);
+            acc[u][t] = sums[u][t] = SET1((R)0);
     for (int i = 0; i < s->rows; i++) {
 #pragma GCC unroll 8
         for (int t = 0; t < nt; t++)
@@ -31,15 +32,26 @@ INLINE void NAME(apart)(const int nu, const int nt, const int some, const shape_
                     acc[u][t] = FMA(g, v[t], acc[u][t]);
             }
         }
+        since += s->columns;
+        if (since >= FLUSH) {
+            since = 0;
+#pragma GCC unroll 8
+            for (int u = 0; u < nu; u++)
+#pragma GCC unroll 8
+                for (int t = 0; t < nt; t++) {
+                    sums[u][t] += acc[u][t];
+                    acc[u][t] = SET1((R)0);
+                }
+        }
     }
 #pragma GCC unroll 8
     for (int u = 0; u < nu; u++)
 #pragma GCC unroll 8
         for (int t = 0; t < nt; t++) {
             if (some)
-                STORE_SOME(out + u * so + (ptrdiff_t)t * s->batch, some, acc[u][t]);
+                STORE_SOME(out + u * so + (ptrdiff_t)t * s->batch, some, sums[u][t] + acc[u][t]);
             else
-                STORE(out + u * so + (ptrdiff_t)t * s->batch, acc[u][t]);
+                STORE(out + u * so + (ptrdiff_t)t * s->batch, sums[u][t] + acc[u][t]);
         }
 }
 
@@ -82,8 +94,12 @@ void NAME(conv_samples)(const shape_t *s, const R *x, const R *dy, R *dkernels, 
                 const int u0 = EDGE(block, blocks, s->n), nu = EDGE(block + 1, blocks, s->n) - u0;
                 for (int u = unit + u0; u < unit + u0 + nu; u++) {
                     V sum = SET1((R)0);
-                    for (ptrdiff_t at = u * out + b; at < (u + 1) * out; at += s->batch)
-                        sum += some ? LOAD_SOME(dy + at, some) : LOAD(dy + at);
+                    for (ptrdiff_t at = u * out + b; at < (u + 1) * out;) {
+                        V few = SET1((R)0);
+                        for (int k = 0; k < s->columns; k++, at += s->batch)
+                            few += some ? LOAD_SOME(dy + at, some) : LOAD(dy + at);
+                        sum += few;
+                    }
                     if (some)
                         STORE_SOME(dbias + (ptrdiff_t)u * s->batch + b, some, sum);
                     else

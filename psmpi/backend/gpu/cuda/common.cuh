@@ -105,6 +105,28 @@ __device__ __forceinline__ T t_add(T a, T b)
 }
 #endif
 
+/* A sum of many numbers: short sums in T, theirs in double, of which many devices do few operations. */
+struct LongSum {
+    T few = T(0);
+    double total = 0;
+    int count = 0;
+
+    __device__ __forceinline__ void add(T value)
+    {
+        few += value;
+        if (++count == 32) {
+            total += (double)few;
+            few = T(0);
+            count = 0;
+        }
+    }
+
+    __device__ __forceinline__ double value() const
+    {
+        return total + (double)few;
+    }
+};
+
 /* Kinds of activations. */
 #define SIGMOID 1
 #define TANH 2

@@ -242,10 +242,10 @@ extern "C" __global__ void conv_weight_sum(long long size, long long splits, con
                                            T *__restrict__ dkernels)
 {
     for (long long i = thread(); i < size; i += threads()) {
-        T sum = partial[i];
+        double sum = (double)partial[i];
         for (long long s = 1; s < splits; s++)
-            sum += partial[s * size + i];
-        dkernels[i] = sum;
+            sum += (double)partial[s * size + i];
+        dkernels[i] = (T)sum;
     }
 }
 
@@ -269,15 +269,21 @@ extern "C" __global__ void conv_samples(long long count, long long n, long long 
     const T *from = x + (source + k * source_step + c) * height * line + i * line + j * batch + sample;
     const T *d = dy + unit * positions + sample;
     const int units = n - first < PER_THREAD ? (int)(n - first) : PER_THREAD;
+    /* Row by row, so that no sum is long. */
     T sum[PER_THREAD] = {T(0), T(0), T(0), T(0)};
-    for (long long r = 0; r < rows; r++)
+    for (long long r = 0; r < rows; r++) {
+        T some[PER_THREAD] = {T(0), T(0), T(0), T(0)};
         for (long long q = 0; q < columns; q++) {
             const T seen = from[r * stride * line + q * stride * batch];
 #pragma unroll
             for (int u = 0; u < PER_THREAD; u++)
                 if (u < units)
-                    sum[u] += d[u * positions + (r * columns + q) * batch] * seen;
+                    some[u] += d[u * positions + (r * columns + q) * batch] * seen;
         }
+#pragma unroll
+        for (int u = 0; u < PER_THREAD; u++)
+            sum[u] += some[u];
+    }
 #pragma unroll
     for (int u = 0; u < PER_THREAD; u++)
         if (u < units)

@@ -160,10 +160,10 @@ extern "C" __global__ void position_sums(long long size, long long positions, lo
     for (long long k = thread(); k < size * batch; k += threads()) {
         const long long row = quotient(k, batch);
         const T *from = y + row * positions * batch + (k - row * batch);
-        T sum = T(0);
+        LongSum sum;
         for (long long p = 0; p < positions; p++)
-            sum += from[p * batch];
-        out[k] = sum;
+            sum.add(from[p * batch]);
+        out[k] = (T)sum.value();
     }
 }
 

@@ -19,21 +19,21 @@ extern "C" __global__ void finish(long long count, long long n, long long m, T *
 extern "C" __global__ void finish_back(long long count, long long n, long long m, const T *__restrict__ y,
                                        T *__restrict__ dy, T *__restrict__ partial, long long splits, long long kind)
 {
-    __shared__ T room[ROW_THREADS];
+    __shared__ double room[ROW_THREADS];
     const long long share = (m + splits - 1) / splits, begin = blockIdx.y * share;
     const long long end = begin + share < m ? begin + share : m, row = blockIdx.x * m;
-    T sum = T(0);
+    LongSum sum;
     for (long long i = begin + threadIdx.x; i < end; i += ROW_THREADS) {
         T d = dy[row + i];
         if (kind) {
             d *= slope(y[row + i], (int)kind);
             dy[row + i] = d;
         }
-        sum += d;
+        sum.add(d);
     }
-    sum = block_sum<ROW_THREADS>(sum, room);
+    const double total = block_sum<ROW_THREADS>(sum.value(), room);
     if (threadIdx.x == 0)
-        partial[blockIdx.x * splits + blockIdx.y] = sum;
+        partial[blockIdx.x * splits + blockIdx.y] = (T)total;
 }
 
 /* db[k step + u row_step] = the sum of row (k, u) of partial (count, n, splits). */
@@ -42,10 +42,10 @@ extern "C" __global__ void row_sums(long long count, long long n, long long spli
 {
     for (long long row = thread(); row < count * n; row += threads()) {
         const long long k = quotient(row, n), u = row - k * n;
-        T sum = T(0);
+        double sum = 0;
         for (long long s = 0; s < splits; s++)
-            sum += partial[row * splits + s];
-        db[k * step + u * row_step] = sum;
+            sum += (double)partial[row * splits + s];
+        db[k * step + u * row_step] = (T)sum;
     }
 }
 
@@ -95,10 +95,14 @@ extern "C" __global__ void mean_pool(long long channels, long long height, long 
     const T weight = T(1.0 / (double)(size * size));
     for (long long i = thread(); i < channels * down * across * batch; i += threads()) {
         const T *from = x + square(i, across, down, height, width, batch, size).pixel;
+        /* Row by row, so that no sum is long. */
         T sum = T(0);
-        for (int r = 0; r < (int)size; r++)
+        for (int r = 0; r < (int)size; r++) {
+            T line = T(0);
             for (int c = 0; c < (int)size; c++)
-                sum += from[(r * width + c) * batch];
+                line += from[(r * width + c) * batch];
+            sum += line;
+        }
         y[i] = activation(sum * weight, (int)kind);
     }
 }

@@ -3,23 +3,26 @@
 
 #define NORM_THREADS 256
 
-/* out = (x - its mean) scale with scale (n,) = 1 / sqrt(variance + eps), row by row; out may be x. Grid: (rows,). */
+/* out = (x - its mean) scale with scale (n,) = 1 / sqrt(variance + eps), row by row; out may be x. What a mean in T is
+ * off by is found with the squares, so that little is lost where a mean is large. Grid: (rows,). */
 extern "C" __global__ void normalize(long long m, const T *x, double eps, T *out, T *__restrict__ scale)
 {
-    __shared__ T room[NORM_THREADS];
+    __shared__ double room[NORM_THREADS];
     const long long row = blockIdx.x * m;
-    T sum = T(0);
+    LongSum sum, rest, squares;
     for (long long i = threadIdx.x; i < m; i += NORM_THREADS)
-        sum += x[row + i];
-    const T mean = block_sum<NORM_THREADS>(sum, room) / T(m);
-    sum = T(0);
+        sum.add(x[row + i]);
+    const T mean = (T)(block_sum<NORM_THREADS>(sum.value(), room) / (double)m);
     for (long long i = threadIdx.x; i < m; i += NORM_THREADS) {
         const T d = x[row + i] - mean;
-        sum += d * d;
+        rest.add(d);
+        squares.add(d * d);
     }
-    const T factor = T(1) / t_sqrt(block_sum<NORM_THREADS>(sum, room) / T(m) + T(eps));
+    const double off = block_sum<NORM_THREADS>(rest.value(), room) / (double)m;
+    const double square = block_sum<NORM_THREADS>(squares.value(), room) / (double)m;
+    const T more = (T)off, factor = (T)(1 / sqrt(square - off * off + eps));
     for (long long i = threadIdx.x; i < m; i += NORM_THREADS)
-        out[row + i] = (x[row + i] - mean) * factor;
+        out[row + i] = (x[row + i] - mean - more) * factor;
     if (threadIdx.x == 0)
         scale[blockIdx.x] = factor;
 }
@@ -39,22 +42,23 @@ extern "C" __global__ void normalize_back(long long m, const T *__restrict__ x, 
                                           const T *__restrict__ gamma, const T *__restrict__ y, T *__restrict__ dy,
                                           long long kind, T *__restrict__ dgamma, T *__restrict__ dbeta)
 {
-    __shared__ T room[NORM_THREADS];
+    __shared__ double room[NORM_THREADS];
     const long long row = blockIdx.x * m;
-    T first = T(0), second = T(0);
+    LongSum products, gradients;
     for (long long i = threadIdx.x; i < m; i += NORM_THREADS) {
         const T d = dy[row + i] * slope(y[row + i], (int)kind);
         dy[row + i] = d;
-        first += d * x[row + i];
-        second += d;
+        products.add(d * x[row + i]);
+        gradients.add(d);
     }
-    first = block_sum<NORM_THREADS>(first, room);
-    second = block_sum<NORM_THREADS>(second, room);
-    const T factor = gamma[blockIdx.x] * scale[blockIdx.x], along = first / T(m), mean = second / T(m);
+    const double first = block_sum<NORM_THREADS>(products.value(), room);
+    const double second = block_sum<NORM_THREADS>(gradients.value(), room);
+    const T factor = gamma[blockIdx.x] * scale[blockIdx.x], along = (T)(first / (double)m);
+    const T mean = (T)(second / (double)m);
     for (long long i = threadIdx.x; i < m; i += NORM_THREADS)
         dy[row + i] = factor * (dy[row + i] - x[row + i] * along - mean);
     if (threadIdx.x == 0) {
-        dgamma[blockIdx.x] = first;
-        dbeta[blockIdx.x] = second;
+        dgamma[blockIdx.x] = (T)first;
+        dbeta[blockIdx.x] = (T)second;
     }
 }

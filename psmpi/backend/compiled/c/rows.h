@@ -1,0 +1,90 @@
+/* Sums over rows, and normalization by them. Part of the template kernels.h. */
+
+/* The sum of the n elements of y and, with `products`, that of their products with x: short sums in the type, theirs in
+ * double, so that no digits are lost in long rows. */
+INLINE double NAME(long_sums)(const int products, ptrdiff_t n, const R *x, const R *y, double *dot)
+{
+    double sum = 0, along = 0;
+    for (ptrdiff_t k = 0; k < n; k += SHORT * VL) {
+        const ptrdiff_t last = n - k < SHORT * VL ? n : k + SHORT * VL, whole = k + (last - k) / (2 * VL) * 2 * VL;
+        V a = SET1((R)0), b = a, c = a, d = a;
+        for (ptrdiff_t q = k; q < whole; q += 2 * VL) {
+            const V u = LOAD(y + q), v = LOAD(y + q + VL);
+            a += u;
+            b += v;
+            if (products) {
+                c = FMA(u, LOAD(x + q), c);
+                d = FMA(v, LOAD(x + q + VL), d);
+            }
+        }
+        for (ptrdiff_t q = whole; q < last; q += VL) {
+            const int some = last - q < VL ? (int)(last - q) : 0;
+            const V u = some ? LOAD_SOME(y + q, some) : LOAD(y + q);
+            a += u;
+            if (products)
+                c = FMA(u, some ? LOAD_SOME(x + q, some) : LOAD(x + q), c);
+        }
+        sum += SUM(a + b);
+        if (products)
+            along += SUM(c + d);
+    }
+    if (products)
+        *dot = along;
+    return sum;
+}
+
+/* out (at i so + j to) = y summed over the n elements of row (i, j), rows one after the other. */
+void NAME(row_sums)(int count, int rows, ptrdiff_t n, const R *y, R *out, ptrdiff_t so, ptrdiff_t to)
+{
+    for (int i = 0; i < count; i++)
+        for (int j = 0; j < rows; j++, y += n)
+            out[i * so + j * to] = (R)NAME(long_sums)(0, n, 0, y, 0);
+}
+
+/* out (rows, m) = the rows of x less their means, times scale (rows,) = 1 / sqrt(their variance + eps); out may be x.
+ * What a mean in the type is off by is found with the squares, so that little is lost where a mean is large. */
+void NAME(normalize)(int rows, ptrdiff_t m, const R *x, double eps, R *out, R *scale)
+{
+    for (int i = 0; i < rows; i++, x += m, out += m) {
+        const R mean = (R)(NAME(long_sums)(0, m, 0, x, 0) / m);
+        const V means = SET1(mean);
+        double rest = 0, squares = 0;
+        for (ptrdiff_t k = 0; k < m; k += SHORT * VL) {
+            const ptrdiff_t last = m - k < SHORT * VL ? m : k + SHORT * VL, whole = k + (last - k) / VL * VL;
+            V a = SET1((R)0), b = a;
+            for (ptrdiff_t q = k; q < whole; q += VL) {
+                const V d = LOAD(x + q) - means;
+                a += d;
+                b = FMA(d, d, b);
+            }
+            rest += SUM(a);
+            squares += SUM(b);
+            for (ptrdiff_t q = whole; q < last; q++) {
+                const R d = x[q] - mean;
+                rest += d;
+                squares += d * d;
+            }
+        }
+        const double off = rest / m;
+        const R more = (R)off, factor = (R)(1 / __builtin_sqrt(squares / m - off * off + eps));
+        for (ptrdiff_t k = 0; k < m; k++)
+            out[k] = (x[k] - mean - more) * factor;
+        scale[i] = factor;
+    }
+}
+
+/* The adjoint: dy (rows, m) becomes the gradient of what was normalized to x by `scale`, and then scaled by gamma and
+ * shifted; dgamma and dbeta (rows,) are the sums of dy x and of dy. */
+void NAME(normalize_back)(int rows, ptrdiff_t m, const R *restrict x, const R *scale, const R *gamma, R *restrict dy,
+                          R *dgamma, R *dbeta)
+{
+    for (int i = 0; i < rows; i++, x += m, dy += m) {
+        double dot;
+        const double sum = NAME(long_sums)(1, m, x, dy, &dot);
+        const R along = (R)(dot / m), mean = (R)(sum / m), factor = gamma[i] * scale[i];
+        for (ptrdiff_t k = 0; k < m; k++)
+            dy[k] = factor * (dy[k] - x[k] * along - mean);
+        dgamma[i] = (R)dot;
+        dbeta[i] = (R)sum;
+    }
+}
