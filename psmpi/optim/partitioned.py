@@ -10,8 +10,8 @@ from psmpi.backend import NumpyOps
 from psmpi.optim.base import Optimizer
 
 COMMON = (
-    "globalization", "line_search", "extrapolation", "memory", "merge_pairs", "initial", "sigma", "scaling",
-    "cg_tolerance", "cg_iterations", "momentum", "beta2", "eps",
+    "globalization", "line_search", "first_step", "extrapolation", "memory", "merge_pairs", "initial", "sigma",
+    "scaling", "cg_tolerance", "cg_iterations", "momentum", "beta2", "eps",
 )  # fmt: skip
 
 

@@ -443,9 +443,27 @@ def test_counts_begin_again_in_a_resumed_run(train):
 
 def test_a_line_search_comes_back_from_steps_far_too_long(train):
     """The first gradients are so large that 46 cuts of the length are too few."""
-    result = train(1, "--partition", "pairs", "--optimizer", "plbfgs", "--kappa", "12", "--max-steps", "30")
+    options = ("--partition", "pairs", "--optimizer", "plbfgs", "--kappa", "12", "--max-steps", "30")
+    assert train(1, *options).rows[-1]["events"]["optimizer_failed_steps"] == 30
+    result = train(1, *options, "--first-step", "last")
     assert result.rows[-1]["events"]["optimizer_failed_steps"] < 15
     assert result.rows[-1]["events"]["steps_without_update"] < 15
+
+
+@pytest.mark.parametrize(("first_step", "firsts"), [("unit", [1.0, 1.0, 1.0]), ("last", [1.0, 0.02, 1.0])])
+def test_a_line_search_starts_at_1_unless_told_otherwise(first_step, firsts, monkeypatch):
+    """After steps of the lengths 0.002 and 0.5."""
+    method = make_method(make_network("psnet", (1, 8, 8), 10), digits(), optimizer="plbfgs", first_step=first_step)
+    lengths, begun = iter([0.002, 0.5, 0.25]), []
+
+    def search(value, start, slope, *, extend, first):
+        begun.append(first)
+        return next(lengths), start
+
+    monkeypatch.setattr("psmpi.methods.psl.newton.armijo", search)
+    for _ in firsts:
+        method.step(Batch(np.arange(120)), 1e-3)
+    assert begun == pytest.approx(firsts)
 
 
 def test_steps_that_bring_no_pair_are_counted_when_they_happen(monkeypatch):
@@ -477,6 +495,8 @@ def test_other_elements_than_the_checkpoint_has_start_afresh(train, options):
         (1, ("--partition", "pairs", "--sigma", "-1"), "0 or more"),
         (1, ("--partition", "pairs", "--memory", "101"), "1 to 100 pairs"),
         (1, ("--partition", "pairs", "--extrapolation", "adaptive", "--globalization", "trust-region"), "line-search"),
+        (1, ("--partition", "pairs", "--first-step", "last", "--globalization", "trust-region"), "line-search"),
+        (1, ("--partition", "pairs", "--line-search", "backtracking", "--globalization", "trust-region"), "leave one"),
         (1, ("--partition", "pairs", "--memory", "0"), "--memory 0"),
         (1, ("--partition", "pairs", "--cg-tolerance", "2"), "--cg-tolerance 2"),
         (1, ("--partition", "pairs", "--cg-iterations", "0"), "--cg-iterations 0"),

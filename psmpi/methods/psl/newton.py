@@ -54,6 +54,7 @@ class PartitionedNewton:
         self.world, self.exchange, self.worker, self.account = world, exchange, worker, state.account
         self.w_part, self.w, self.dtype, self.scalars = w_part, w, w.dtype, scalars
         self.search, self.extend = o.globalization == "line-search", o.line_search == "basic"
+        self.follows = o.first_step == "last"
         self.ops, self.curvature, self.batch_multiple = ops, curvature_ops(ops), ops.batch_multiple
         self.rtol, self.itmax, self.sigma = o.cg_tolerance, o.cg_iterations, o.sigma
         self.first_lr, self.first_sigma = o.lr, o.sigma
@@ -160,11 +161,12 @@ class PartitionedNewton:
 
         length: float | None = None
         if self.search:
-            # After a search that found nothing the next one begins where it ended, until steps are longer again.
             first = float(self.scalars["first"])
             searched = armijo(value, start, found.slope, extend=self.extend, first=first)
             length = None if searched is None else searched[0]
-            self.scalars["first"] = max(first * SHORTEST, TINY) if length is None else min(1.0, 10 * length)
+            if self.follows:
+                # After a search that found nothing the next one begins where it ended, until steps are longer again.
+                self.scalars["first"] = max(first * SHORTEST, TINY) if length is None else min(1.0, 10 * length)
         elif found.iterations:
             decrease = -(found.slope + found.curvature / 2)
             length = 1.0 if self.region.judge(start, value(1.0), decrease, found.length) else None
@@ -188,6 +190,9 @@ class PartitionedNewton:
         self.operators.settled()
         self.exchange.forward(self.w, self.w_part)
         self.region.radius = float(self.scalars["radius"])
+        if not self.follows:
+            # A run with --first-step last may have left another.
+            self.scalars["first"] = 1.0
         if self.momentum is not None:
             self.momentum.theta = float(self.scalars["theta"])
             self.exchange.forward(self.v, self.v_part)

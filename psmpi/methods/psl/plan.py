@@ -15,6 +15,7 @@ from psmpi.layout import Layout, Roles, TableRows, assign_roles
 from psmpi.methods.psl.element_set import elements_of
 from psmpi.nn.losses import LOSSES
 from psmpi.nn.network import Network
+from psmpi.optim import NewtonSettings
 from psmpi.optim.base import check_eps
 from psmpi.optim.curvature import RULES
 from psmpi.training.checks import check_classes, check_slices
@@ -119,5 +120,11 @@ def _check_newton(network: Network, roles: Roles, config: Config) -> None:
         )
     if o.scaling == "moments":
         check_eps(o.eps, np.dtype(config.model.dtype))
-    if o.extrapolation != "none" and o.globalization != "line-search":
-        raise UserError(f"--extrapolation {o.extrapolation} goes with --globalization line-search")
+    usual = NewtonSettings()
+    for setting in ("extrapolation", "line_search", "first_step"):
+        value = getattr(o, setting)
+        if value != getattr(usual, setting) and o.globalization != "line-search":
+            raise UserError(
+                f"--{setting.replace('_', '-')} {value} goes with --globalization line-search, and it is "
+                f"{o.globalization} here: leave one of them out"
+            )

@@ -15,6 +15,10 @@ class NewtonSettings:
     line_search: Literal["basic", "backtracking"] = "basic"
     """Of --globalization line-search. basic: lengthens a step that is good as it is, by 3/2 as long as the loss falls,
     whatever --sigma says; backtracking: only shortens."""
+    first_step: Literal["unit", "last"] = "unit"
+    """Of --globalization line-search, the length that a search tries first. unit: 1; last: ten times that of the step
+    before, and at most 1, which takes fewer trials where steps are short, and after a search that found nothing the
+    length where it ended."""
     extrapolation: Literal["none", "constant", "adaptive"] = "none"
     """Nesterov's extrapolation of partitioned quasi-Newton steps, by --momentum or adaptive."""
     memory: int = 5
