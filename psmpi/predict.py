@@ -114,7 +114,7 @@ def _predict(world: Any, control: Any, options: Options) -> None:
     from psmpi.data import open_split
     from psmpi.errors import UserError
     from psmpi.nn.zoo import make_network
-    from psmpi.training.predictor import Predictor
+    from psmpi.training.predictor import Predictor, calibrate, calibration_split
 
     path = Path(options.checkpoint)
     contents = checkpoint.read_contents(path)
@@ -173,14 +173,9 @@ def _predict(world: Any, control: Any, options: Options) -> None:
         checkpoint.load(path, layout, predictor.part, {"weights": predictor.w}, contents.part)
         if options.calibrate:
             same = options.dataset == trained.data.dataset
-            place = options.data_dir if same else trained.data.data_dir
-            known = open_split(trained.data.dataset, place, "train", trained.data.split_seed)
-            if known.shape != contents.in_shape:
-                raise UserError(
-                    f"--calibrate: {trained.data.dataset} has samples of shape {known.shape}, checkpoint {path} was "
-                    f"trained on {contents.in_shape}: bring back the data set it was trained on"
-                )
-            predictor.calibrate(known, options.calibrate)
+            folder = options.data_dir if same else ""
+            known = calibration_split(trained.data, "", folder, contents.in_shape, path)
+            calibrate(predictor.model, known, options.calibrate, predictor.dtype)
         scores = predictor.run(split)
     if scores is not None and contents.task == "regression":
         _report_values(options, targets, scores, list(classes))

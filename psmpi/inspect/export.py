@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,12 +14,16 @@ from tyro.conf import Positional, arg
 
 from psmpi.backend import NumpyOps
 from psmpi.checkpoint import load
-from psmpi.config import from_toml
+from psmpi.config import Config, from_toml
+from psmpi.data import Split
 from psmpi.errors import UserError
 from psmpi.inspect.opened import Opened
 from psmpi.nn.layers.chain import export_chain
 from psmpi.nn.model import Model
+from psmpi.nn.network import Network
 from psmpi.nn.zoo import make_network
+from psmpi.training.predictor import calibrate as calibrate_model
+from psmpi.training.predictor import calibration_split, fetch
 
 # Widely read: onnxruntime from 1.12 on, and what converts to devices' formats.
 OPSET, IR_VERSION = 17, 8
@@ -25,58 +31,117 @@ TOLERANCE = 1e-5
 NEEDS = "{0} export needs psmpi[export]: pip install 'psmpi[export]'"
 
 
-def export(checkpoint: Positional[Annotated[Path, arg(metavar="CHECKPOINT")]], /, out: Path) -> int:
+def export(
+    checkpoint: Positional[Annotated[Path, arg(metavar="CHECKPOINT")]],
+    /,
+    out: Path,
+    calibrate: int = 0,
+    dataset: str = "",
+    data_dir: str = "",
+) -> int:
     """Write the weights for other programs: .npz or .safetensors (named tensors), or .onnx (the network itself).
 
     The ONNX network takes x (batch, *shape of a sample), float32, scaled as in training (pixels to 0..1), and gives raw
-    scores (batch, classes). It is run with onnxruntime on random samples, and refused if it differs from psmpi's own
-    scores by more than 1e-5 of the largest.
+    scores (batch, classes). It is run with onnxruntime, sample by sample and on several at once, and refused if it
+    differs from psmpi's own scores by more than 1e-5 of the largest.
 
     Args:
         checkpoint: Checkpoint file or run directory; may be a part.
         out: File to write; its ending says the format.
+        calibrate: Of networks with batch normalization: how many samples of the training split give the statistics
+            that are written with the weights, as those of psmpi.predict; .onnx needs them.
+        dataset: The data set of the training, if its file has moved; for --calibrate.
+        data_dir: Folder that holds the data set's files; the one of the training if not given.
     """
-    writers: dict[str, Callable[[Opened, Path], str]] = {".npz": _npz, ".safetensors": _safetensors, ".onnx": _onnx}
+    writers: dict[str, Callable[[Export], str]] = {".npz": _npz, ".safetensors": _safetensors, ".onnx": _onnx}
     if out.suffix not in writers:
         raise UserError(f"--out {out}: expected a name that ends in {', '.join(writers)}")
+    if calibrate < 0 or calibrate == 1:
+        raise UserError(f"--calibrate {calibrate}: expected 0, or a number of samples from 2 up")
+    if (dataset or data_dir) and not calibrate:
+        raise UserError("--dataset and --data-dir are for --calibrate: add, for instance, --calibrate 10000")
     opened = Opened(checkpoint)
+    trained = from_toml(opened.contents.config, str(opened.path), foreign=True)
+    network = _network(opened, trained)
+    if calibrate and not network.normalized:
+        raise UserError(f"--calibrate: --model {network.name} has no batch normalization; leave the option out")
+    model, split = None, None
+    if calibrate:
+        split = calibration_split(trained.data, dataset, data_dir, opened.contents.in_shape, opened.path)
+        model = make_model(opened, np.dtype(np.float32))
+        calibrate_model(model, split, calibrate, np.dtype(np.float32))
+    elif network.normalized and out.suffix == ".onnx":
+        raise UserError(
+            f"--out {out}: --model {network.name} normalizes over minibatches, and would give a sample other scores in "
+            "each: add --calibrate 10000, which fixes the statistics of so many training samples"
+        )
+    elif network.normalized:
+        print(
+            "note: the weights alone, without the statistics of batch normalization: add --calibrate 10000 for those "
+            "of so many training samples",
+            file=sys.stderr,
+        )
     try:
-        said = writers[out.suffix](opened, out)
+        said = writers[out.suffix](Export(opened, out, model, split))
     except OSError as error:
         raise UserError(f"--out {out}: {error}") from None
     print(f"wrote {out}{said}")
     return 0
 
 
-def _npz(opened: Opened, out: Path) -> str:
+@dataclass(frozen=True)
+class Export:
+    """What is written, and where: with `--calibrate` a calibrated model, and the split that it was calibrated on."""
+
+    opened: Opened
+    out: Path
+    model: Model | None = None
+    split: Split | None = None
+
+    def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
+        """The named weights, and the statistics if there are any."""
+        for tensor, values in self.opened.walk("weights"):
+            yield tensor.name, values
+        if self.model is not None:
+            yield from self.model.statistics().items()
+
+
+def _npz(export: Export) -> str:
     # Tensor by tensor: np.savez would hold them all.
-    with zipfile.ZipFile(out, "w") as archive:
-        for tensor, values in opened.walk("weights"):
-            with archive.open(f"{tensor.name}.npy", "w", force_zip64=True) as member:
+    with zipfile.ZipFile(export.out, "w") as archive:
+        for name, values in export.tensors():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, values, allow_pickle=False)
     return ""
 
 
-def _safetensors(opened: Opened, out: Path) -> str:
+def _safetensors(export: Export) -> str:
     try:
         from safetensors import SafetensorError
         from safetensors.numpy import save_file
     except ImportError:
         raise UserError(NEEDS.format("safetensors")) from None
-    progress = opened.contents.progress
-    tensors = {tensor.name: values for tensor, values in opened.walk("weights")}
+    contents = export.opened.contents
     try:
-        save_file(tensors, out, metadata={"step": str(progress.step), "config": opened.contents.config})
+        save_file(
+            dict(export.tensors()),
+            export.out,
+            metadata={"step": str(contents.progress.step), "config": contents.config},
+        )
     except SafetensorError as error:
         raise OSError(str(error)) from None
     return ""
 
 
+def _network(opened: Opened, trained: Config) -> Network:
+    contents, settings = opened.contents, trained.model
+    return make_network(settings.model, contents.in_shape, contents.layout.classes, **settings.shape)
+
+
 def make_model(opened: Opened, dtype: np.dtype) -> Model:
     """The checkpoint's network, or the subnetwork of its part, for forward calls; mean pooling is not folded."""
     contents = opened.contents
-    settings = from_toml(contents.config, str(opened.path), foreign=True).model
-    network = make_network(settings.model, contents.in_shape, contents.layout.classes, **settings.shape)
+    network = _network(opened, from_toml(contents.config, str(opened.path), foreign=True))
     layout = network.layout()
     classes = range(network.classes) if contents.part is None else contents.part
     runs = layout.part(classes)
@@ -85,20 +150,27 @@ def make_model(opened: Opened, dtype: np.dtype) -> Model:
     return Model(network, layout, w, None, NumpyOps(), list(classes), fold=False)
 
 
-def _onnx(opened: Opened, out: Path) -> str:
+def _onnx(export: Export) -> str:
     try:
         import onnx
         import onnxruntime
     except ImportError:
         raise UserError(NEEDS.format("ONNX")) from None
-    model = make_model(opened, np.dtype(np.float32))
+    out, split, float32 = export.out, export.split, np.dtype(np.float32)
+    model = export.model or make_model(export.opened, float32)
     proto = build_onnx(model)
     onnx.checker.check_model(proto)
     session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
-    x = np.random.default_rng(0).random((16, *model.network.in_shape), np.float32)
-    theirs = session.run(None, {"x": x})[0]
+    shape = model.network.in_shape
+    # Samples that were not used for the statistics are as good: those are fixed.
+    x = np.random.default_rng(0).random((16, *shape), np.float32)
+    if split is not None:
+        ids = np.arange(min(16, split.n)) * split.n // min(16, split.n)
+        x = np.ascontiguousarray(fetch(split, ids, float32).T).reshape(-1, *shape)
     ours = model.forward(np.ascontiguousarray(x.reshape(len(x), -1).T)).scores.T
-    apart = float(abs(theirs - ours).max() / max(1.0, abs(ours).max()))
+    together = session.run(None, {"x": x})[0]
+    alone = np.concatenate([session.run(None, {"x": x[k : k + 1]})[0] for k in range(len(x))])
+    apart = float(max(abs(theirs - ours).max() for theirs in (together, alone)) / max(1.0, abs(ours).max()))
     if not apart <= TOLERANCE:
         raise UserError(f"--out {out}: onnxruntime's scores differ from psmpi's by {apart:.1e}; nothing is written")
     onnx.save(proto, out)

@@ -200,3 +200,7 @@ class Model:
             self.forward(x)
         for part in self.parts:
             part.fix_statistics()
+
+    def statistics(self) -> dict[str, np.ndarray]:
+        """The statistics that `calibrate` has fixed, (units,) each, by name."""
+        return {name: values for part in self.parts for name, values in part.statistics().items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -11,10 +12,44 @@ from psmpi.comm.control import Control
 from psmpi.comm.group import Counter, Group
 from psmpi.comm.protocol import World
 from psmpi.comm.transfers import RowExchange
-from psmpi.data import Resident, Split
+from psmpi.config import Data
+from psmpi.data import Resident, Split, open_split
+from psmpi.errors import UserError
 from psmpi.layout import Layout, make_grid
 from psmpi.nn.model import Model
 from psmpi.nn.network import Network
+
+
+def calibration_split(trained: Data, dataset: str, data_dir: str, shape: tuple[int, ...], path: Path) -> Split:
+    """The training split of the data set that the checkpoint at `path` was trained on, for `--calibrate`.
+
+    dataset, data_dir: where the data set is now, both empty where it is still in its place. shape: of the samples that
+    the checkpoint knows.
+    """
+    name = dataset or trained.dataset
+    split = open_split(name, data_dir or trained.data_dir, "train", trained.split_seed)
+    if split.shape != shape:
+        raise UserError(
+            f"--calibrate: {name} has samples of shape {split.shape}, checkpoint {path} was trained on {shape}: "
+            "bring back the data set it was trained on"
+        )
+    return split
+
+
+def calibrate(model: Model, split: Split, count: int, dtype: np.dtype) -> None:
+    """Let the batch normalization of a model use the statistics of `count` samples from all over a split."""
+    count = min(count, split.n)
+    # A file may be in the order of the classes.
+    ids = np.arange(count) * split.n // count
+    pieces = len(model.network.evaluation_batches(count))
+    model.calibrate(fetch(split, ids[k::pieces], dtype) for k in range(pieces))
+
+
+def fetch(split: Split, ids: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """The samples `ids` (b,) of a split, (features, b)."""
+    x = np.empty((split.features, len(ids)), dtype)
+    Resident(split, ids, dtype).fetch(ids, x)
+    return x
 
 
 class Predictor:
@@ -50,19 +85,6 @@ class Predictor:
         self.w = np.empty(self.part.size, dtype)
         self.model = Model(network, layout, self.w, None, ops, mine)
 
-    def calibrate(self, split: Split, count: int) -> None:
-        """Let batch normalization use the statistics of `count` samples from all over a split."""
-        count = min(count, split.n)
-        # A file may be in the order of the classes.
-        ids = np.arange(count) * split.n // count
-        pieces = len(self.network.evaluation_batches(count))
-        self.model.calibrate(self._fetch(split, ids[k::pieces]) for k in range(pieces))
-
-    def _fetch(self, split: Split, ids: np.ndarray) -> np.ndarray:
-        x = np.empty((split.features, len(ids)), self.dtype)
-        Resident(split, ids, self.dtype).fetch(ids, x)
-        return x
-
     def run(self, split: Split) -> np.ndarray | None:
         """Scores (n, classes) of all samples, on rank 0; None on the others."""
         batches = self.network.evaluation_batches(split.n)
@@ -73,7 +95,7 @@ class Predictor:
         count = len(self.classes)
         found = np.empty((behind - first, count), self.dtype)
         for at in dealt[self.place.row]:
-            x = self._fetch(split, np.arange(at.start, at.stop))
+            x = fetch(split, np.arange(at.start, at.stop), self.dtype)
             scores = np.empty((count, x.shape[1]), self.dtype)
             self.score_exchange.forward(self.model.forward(x).scores, scores)
             found[at.start - first : at.stop - first] = scores.T

@@ -8,8 +8,6 @@ from helpers.runs import distance, run
 
 from psmpi.backend import make_backend
 from psmpi.data import Resident, open_dataset
-from psmpi.inspect.export import make_model
-from psmpi.inspect.opened import Opened
 from psmpi.nn.model import Model
 from psmpi.nn.zoo import make_network
 
@@ -45,14 +43,35 @@ def test_predictions_and_exports_of_a_residual_network(train, tmp_path):
     one, three = (np.load(tmp_path / f"{ranks}.npz")["scores"] for ranks in (1, 3))
     assert abs(one - three).max() <= 1e-5 * abs(one).max()
 
-    status, out, err = run(1, "-m", "psmpi.inspect", "export", found.out, "--out", tmp_path / "net.onnx")
+    export = ("-m", "psmpi.inspect", "export", found.out, "--out")
+    status, out, err = run(1, *export, tmp_path / "net.onnx")
+    assert status == 1 and "add --calibrate 10000" in " ".join(err.split()) and not (tmp_path / "net.onnx").exists()
+    status, out, err = run(1, *export, tmp_path / "net.onnx", "--calibrate", "1000")
     assert status == 0 and "differ from psmpi's by" in out, err
-    x = np.random.default_rng(0).random((9, 1, 8, 8), np.float32)
-    ours = (
-        make_model(Opened(found.out), np.dtype(np.float32)).forward(np.ascontiguousarray(x.reshape(9, -1).T)).scores.T
-    )
-    theirs = onnxruntime.InferenceSession(tmp_path / "net.onnx").run(None, {"x": x})[0]
-    assert abs(theirs - ours).max() <= 1e-5 * abs(ours).max()
+    # One sample at a time, as psmpi.predict with the same statistics.
+    status, out, err = run(1, "-m", "psmpi.predict", found.out, "--calibrate", "1000", "--out", tmp_path / "fixed.npz")
+    assert status == 0, err
+    ours, data = np.load(tmp_path / "fixed.npz")["scores"], open_dataset("digits", "").test
+    x = np.empty((64, data.n), np.float32)
+    Resident(data, np.arange(data.n), x.dtype).fetch(np.arange(data.n), x)
+    session = onnxruntime.InferenceSession(tmp_path / "net.onnx")
+    theirs = np.concatenate([session.run(None, {"x": one.reshape(1, 1, 8, 8)})[0] for one in x.T.copy()])
+    assert abs(theirs - ours).max() <= 2e-5 * abs(ours).max()
+    assert np.mean(theirs.argmax(axis=1) == data.labels) == json.loads(
+        run(1, "-m", "psmpi.predict", found.out, "--calibrate", "1000", "--json")[1]
+    )["accuracy"]  # fmt: skip
+    # The data set has moved; and what is written of the weights alone says so.
+    moved = tmp_path / "moved.npz"
+    np.savez(moved, x=np.zeros((4, 1, 8, 8)), y=np.arange(4) % 2, x_test=np.zeros((2, 1, 8, 8)), y_test=np.arange(2))
+    assert run(1, *export, tmp_path / "b.onnx", "--calibrate", "4", "--dataset", moved)[0] == 0
+    assert (tmp_path / "b.onnx").read_bytes() != (tmp_path / "net.onnx").read_bytes()
+    status, out, err = run(1, *export, tmp_path / "w.npz")
+    assert status == 0 and "without the statistics" in err
+    assert not [name for name in np.load(tmp_path / "w.npz") if name.endswith((".mean", ".variance"))]
+    assert run(1, *export, tmp_path / "w.npz", "--calibrate", "1000")[0] == 0
+    w, norm = dict(np.load(tmp_path / "w.npz")), "batch_norm"
+    names = [name.removesuffix(".variance") for name in w if name.endswith(".variance")]
+    assert names and all(norm in name and w[f"{name}.mean"].shape == w[f"{name}.weight"].shape for name in names)
 
 
 def test_few_samples_are_predicted_by_the_statistics_of_the_training(train, tmp_path):

@@ -49,6 +49,10 @@ def test_an_exported_network_has_the_scores_of_the_model(name):
     layout, w, x, _ = random_problem(network, batch=5, dtype=np.float32)
     for classes in (None, [1], [0, 2]):
         model = make_model(network, layout, w, classes, fold=False)
+        if network.normalized:
+            with pytest.raises(ValueError, match="calibrate the model first"):
+                build_onnx(model)
+            model.calibrate([x.copy(), (0.7 * x + 0.2).astype(x.dtype)])
         proto = build_onnx(model)
         onnx.checker.check_model(proto, full_check=True)
         session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])

@@ -275,6 +275,10 @@ class Part:
     def fix_statistics(self) -> None:
         """From now on use those gathered, each minibatch counting alike, in place of each minibatch's own."""
 
+    def statistics(self) -> dict[str, np.ndarray]:
+        """The fixed statistics by name, (units,) each: means, and variances, to which EPS is yet to be added."""
+        return {}
+
     def arrays(self) -> list[np.ndarray]:
         """Arrays that it holds besides weights, what passes keep, and the workspace."""
         return []

@@ -190,17 +190,23 @@ class BatchNormPart(Part):
         mean, scale = (values.astype(self.dtype) for values in (mean, 1 / np.sqrt(variance + EPS)))
         self.fixed, self.seen = (self.ops.put(mean), self.ops.put(scale)), None
 
+    def statistics(self) -> dict[str, np.ndarray]:
+        if self.fixed is None:
+            return {}
+        mean, scale = (self.ops.host(values) for values in self.fixed)
+        variance = (scale.astype(np.float64) ** -2.0 - EPS).astype(self.dtype)
+        return {f"{self.layer.name}.mean": mean, f"{self.layer.name}.variance": variance}
+
     def export(self, graph: Any, value: str) -> str:
-        """With the minibatch's statistics, as psmpi has it: ONNX's own operator would take stored ones."""
-        name, axes = self.layer.name, [0, *range(2, len(self.shape) + 1)]
-        mean = graph.node("ReduceMean", [value], f"{name}.mean", axes=axes)
-        apart = graph.node("Sub", [value, mean], f"{name}.apart")
-        square = graph.node("Mul", [apart, apart], f"{name}.square")
-        variance = graph.node("ReduceMean", [square], f"{name}.variance", axes=axes)
-        eps = graph.constant(f"{name}.eps", np.array(EPS, np.float32))
-        total = graph.node("Add", [variance, eps], f"{name}.sum")
-        deviation = graph.node("Sqrt", [total], f"{name}.deviation")
-        return export_affine(graph, self, graph.node("Div", [apart, deviation], f"{name}.normal"))
+        """With fixed statistics, which every sample can be normalized by on its own; ValueError without."""
+        if self.fixed is None:
+            raise ValueError(f"{self.layer.name} has no fixed statistics: calibrate the model first")
+        name, shape = self.layer.name, (-1, *(1,) * (len(self.shape) - 1))
+        mean, scale = (self.ops.host(values).reshape(shape) for values in self.fixed)
+        apart = graph.node("Sub", [value, graph.constant(f"{name}.mean", mean)], f"{name}.apart")
+        return export_affine(
+            graph, self, graph.node("Mul", [apart, graph.constant(f"{name}.scale", scale)], f"{name}.normal")
+        )
 
 
 def affine_runs(layer: Layer, layout: Layout, part: Runs, kept: np.ndarray) -> list[tuple[slice, int, int]]:

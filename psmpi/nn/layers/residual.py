@@ -155,6 +155,9 @@ class ResidualPart(Part):
         for part in self.chain.parts:
             part.fix_statistics()
 
+    def statistics(self) -> dict[str, np.ndarray]:
+        return {name: values for part in self.chain.parts for name, values in part.statistics().items()}
+
     def arrays(self) -> list[np.ndarray]:
         return [array for part in self.chain.parts for array in part.arrays()]
 
