@@ -22,6 +22,7 @@ from psmpi.config import Config
 from psmpi.data import Batch, Dataset, Minibatches
 from psmpi.errors import UserError
 from psmpi.optim import make_schedule
+from psmpi.training.context import configured_loss
 from psmpi.training.folder import RunFolder
 from psmpi.training.method import Method, Place
 from psmpi.training.resume import restore
@@ -97,6 +98,12 @@ class Loop:
         # Bytes sent and received before this start.
         self.before = np.zeros(2)
         self.warned: set[str] = set()
+        # What says whether an epoch's loss is one of a training that has diverged: the loss, the terms beyond the
+        # tangent of psl counted before, and the size of the values to learn.
+        self.loss, self.clipped = configured_loss(config, dataset.task), 0
+        self.terms = max(1, dataset.outputs - 1)
+        targets = dataset.train.targets if dataset.task == "regression" else None
+        self.size = 1.0 if targets is None else float(np.mean(np.sum(np.square(targets, dtype=np.float64), axis=1)))
 
     def resume(self, path: Path) -> list[str]:
         """Take up a checkpoint; returns notes for the user."""
@@ -197,6 +204,7 @@ class Loop:
             self.console.print(
                 metrics.describe(row, self.config.run.epochs), highlight=False, markup=False, soft_wrap=True
             )
+        self._check(row, trained)
         if self.stopped or not every or self.progress.step == self.total or self.progress.step % every == 0:
             self._save()
 
@@ -218,6 +226,20 @@ class Loop:
                     self.writer.relock(lock)
             except OSError as error:
                 self._warn_loudly(f"the run directory {self.out} was removed, and cannot be made again: {error}")
+
+    def _check(self, row: dict[str, Any], trained: int) -> None:
+        """FloatingPointError, on all ranks, where the epoch's row is one of a training that has diverged.
+
+        trained: samples since the start of this epoch, or of the run that goes on in it.
+        """
+        count = row["events"].get("psl_terms_past_exp_clip", 0)
+        share, self.clipped = (count - self.clipped) / max(1, trained * self.terms), count
+        if self.loss.diverged(row["train_loss"], share, self.size):
+            beyond = f", with {100 * share:.0f} % of the terms of psl beyond --exp-clip" if 0 < share <= 1 else ""
+            raise FloatingPointError(
+                f"the mean loss of epoch {row['epoch']} is {row['train_loss']:.1e}{beyond}: the training diverged, and "
+                "the last epoch is not saved; lower --lr, or clip gradients with --clip 1"
+            )
 
     def _seen(self, progress: Progress) -> int:
         """The training samples of the steps done in an epoch."""

@@ -8,8 +8,9 @@ import pytest
 from helpers import program_counts
 from helpers.paths import TESTS
 from helpers.processes import launch
-from helpers.runs import distance
+from helpers.runs import distance, run
 
+from psmpi.nn.losses import LOSSES
 from psmpi.testing import run_ranks
 
 EXACT = ("--dtype", "float64", "--max-steps", "50", "--epochs", "10")
@@ -242,15 +243,42 @@ def test_metrics_hold_a_row_an_epoch(train):
         assert np.isfinite([row["train_loss"], row["test_loss"]]).all()
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
-def test_psl_in_float32_survives_a_training_that_diverges(train, optimizer):
-    """Margins far beyond the largest float32 exponential: no NaN, no infinity, and the log tells of it."""
-    options = ("--optimizer", optimizer, "--lr", "100", "--clip", "0", "--kappa", "2", "--epochs", "2")
-    result = train(3, *options)
+def test_psl_in_float32_survives_margins_beyond_the_dtype(train):
+    """Some far beyond the largest float32 exponential: no NaN, no infinity, and the log tells of it."""
+    result = train(3, "--lr", "10", "--epochs", "2")
     assert all(np.isfinite(tensor).all() for tensor in result.tensors().values())
     assert all(np.isfinite([row["train_loss"], row["test_loss"]]).all() for row in result.rows)
-    assert result.rows[-1]["test_loss"] > 1e30, "margins were to be large"
+    assert result.rows[0]["train_loss"] > 1e38, "margins were to be large"
     assert result.stdout.count("psl terms past exp clip") == 1
+
+
+@pytest.mark.parametrize(
+    ("ranks", "options"),
+    [
+        *((ranks, ("--lr", "1e30", "--loss", loss)) for ranks in (1, 3) for loss in LOSSES),
+        (3, ("--optimizer", "sgd", "--lr", "100", "--kappa", "2")),
+        (4, ("--lr", "1e30", "--partition", "pairs")),
+        (4, ("--lr", "1e30", "--replicas", "2", "--colocate")),
+        (1, ("--lr", "1e30", "--exp-clip", "3")),
+        *((2, ("--lr", "1e30", "--method", method)) for method in ("data_parallel", "local_sgd", "ist")),
+        (2, ("--lr", "1e30", "--method", "dfa", "--model", "mlp", "--widths", "32")),
+        (2, ("--lr", "1e30", "--method", "sil", "--model", "mlp", "--widths", "32")),
+    ],
+)
+def test_a_training_that_diverges_to_finite_numbers_is_an_error(tmp_path, ranks, options):
+    out = tmp_path / "run"
+    status, _, err = run(ranks, "-m", "psmpi.train", *options, "--clip", "0", "--epochs", "3", "--out", out)
+    said = " ".join(err.split())
+    assert status == 1 and "the training diverged" in said and "lower --lr" in said and "Traceback" not in said
+    assert not list((out / "checkpoints").glob("*.h5"))
+
+
+def test_large_values_to_learn_are_no_divergence(train, tmp_path):
+    rng = np.random.default_rng(0)
+    x = rng.random((60, 4))
+    np.savez(tmp_path / "large.npz", x=x, y=1e9 * x.sum(axis=1), x_test=x, y_test=1e9 * x.sum(axis=1))
+    options = ("--dataset", tmp_path / "large.npz", "--loss", "squared", "--model", "mlp", "--widths", "5")
+    assert train(1, *options, "--epochs", "2", "--batch-size", "20").rows[-1]["train_loss"] > 1e17
 
 
 @pytest.mark.parametrize("ranks", [1, 3])

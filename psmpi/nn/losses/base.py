@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 # What float64, in which losses are computed, keeps free above the largest exponential, for sums and tangents.
 HEADROOM = 60.0
 
+# A mean loss that is no use any more, in units of the largest derivative: at the rates that lead there, steps are as
+# long as the way back.
+HOPELESS = 1e12
+
 # Sums (and maxima) of a sample over all classes, by name: see `Loss.sums`.
 SUMS = {
     "label": "c_y, the score of the label",
@@ -96,6 +100,14 @@ class Loss:
         """
         raise NotImplementedError
 
+    def diverged(self, mean: float, clipped: float, size: float = 1.0) -> bool:
+        """Whether a mean loss over the samples of an epoch is one of a training that has diverged.
+
+        clipped: the share of psl's terms that were beyond `tangent`; size: the mean over samples of sum_j t_j^2 of the
+        values to learn.
+        """
+        return mean > HOPELESS
+
     def fused(self, ops: NumpyOps) -> Callable[..., None] | None:
         """The loss in one pass on the arrays of `ops`, or None where these have none.
 
@@ -140,6 +152,9 @@ class PairwiseLoss(Loss):
         z -= z.ravel()[own]
         z *= self.kappa
         return own
+
+    def diverged(self, mean: float, clipped: float, size: float = 1.0) -> bool:
+        return mean > HOPELESS * self.kappa
 
     @staticmethod
     def _close(grad: np.ndarray, own: np.ndarray, scale: float) -> None:

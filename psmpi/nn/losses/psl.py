@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from math import exp
+
 import numpy as np
 
-from psmpi.nn.losses.base import PairwiseLoss
+from psmpi.nn.losses.base import HOPELESS, PairwiseLoss, largest_exponent
+
+# Of the terms of scores that are nothing but extreme, half grow beyond all bounds, and half vanish: half of these.
+MOST = 0.25
 
 
 class PSL(PairwiseLoss):
@@ -17,6 +22,14 @@ class PSL(PairwiseLoss):
 
     name, constant = "psl", 1.0
     formula = "sum_j exp(kappa (c_j - c_y))"
+
+    def diverged(self, mean: float, clipped: float, size: float = 1.0) -> bool:
+        """Whether more than MOST of the terms lie beyond what the dtype holds, or the loss is huge beside the tangent.
+
+        Line searches count terms of their trials too, which then are not in the loss.
+        """
+        bend, own = exp(self.tangent), self.tangent == largest_exponent(self.dtype)
+        return (own and clipped > MOST and mean > MOST * bend) or mean > HOPELESS * max(1.0, self.kappa) * bend
 
     def __call__(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from psmpi.nn.losses.base import Loss
+from psmpi.nn.losses.base import HOPELESS, Loss
 
 
 class SquaredError(Loss):
@@ -12,6 +12,9 @@ class SquaredError(Loss):
 
     name, formula = "squared", "sum_j (c_j - t_j)^2, t_j the values to learn, or [j = y] of classes"
     tasks = ("classes", "regression")
+
+    def diverged(self, mean: float, clipped: float, size: float = 1.0) -> bool:
+        return mean > HOPELESS * max(1.0, size)
 
     def __call__(
         self,
