@@ -141,6 +141,8 @@ def _begin(size: int, config: Config, tell: Callable[[str], None]) -> Start:
     network = _network(config, dataset, make_network)
     kind.check(size, network, dataset, config)
     plan_steps(dataset, config)
+    for note in network.notes:
+        tell(f"note: {note}")
     for warning in (*kind.warnings(size, network, config), *find_doubts(dataset)):
         tell(f"warning: {warning}")
     identity = identify(dataset)

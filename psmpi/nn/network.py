@@ -44,6 +44,11 @@ class Network:
         return any(layer.couples for layer in self.walk())
 
     @property
+    def notes(self) -> list[str]:
+        """What its layers leave unused of their inputs, for people, a line each."""
+        return [f"{layer.name} of --model {self.name}: {layer.note}" for layer in self.walk() if layer.note]
+
+    @property
     def residual(self) -> bool:
         """Whether it has residual blocks."""
         return any(layer.inner for layer in self.layers)

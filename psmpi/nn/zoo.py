@@ -72,6 +72,11 @@ def _normalized(tables: Sequence[LayerTable]) -> list[LayerTable]:
     return [*found, {"type": "batch_norm", "affine": False}] if waiting else found
 
 
+def has_psnet(in_shape: tuple[int, ...], classes: int) -> bool:
+    """Whether there is a PSNet, which can be partitioned, for samples of this shape."""
+    return _built_in("psnet", in_shape, classes) is not None
+
+
 MODELS = ("psnet", "psnet-24", "psnet-35", "lenet", "mlp", "resnet", "custom")
 
 
@@ -107,6 +112,29 @@ def make_network(
         return build(name, in_shape, layers, classes)
     if layers:
         raise UserError(f"the configuration has [[model.layers]] but --model is {name!r}: use --model custom")
+    made = _built_in(name, in_shape, classes, widths, blocks, batch_norm)
+    if made is not None:
+        return made
+    if name in MODELS:
+        use = f"--model {name} is not made for samples of shape {in_shape}: use"
+        if has_psnet(in_shape, classes):
+            raise UserError(f"{use} --model psnet, or --model custom with the layers in the configuration file")
+        raise UserError(
+            f"{use} --model mlp, on several ranks with --method data_parallel because it cannot be partitioned, or "
+            "--model custom with layers in the configuration file that end in separable ones"
+        )
+    raise UserError(f"--model {name!r} is unknown: choose one of {', '.join(MODELS)}")
+
+
+def _built_in(
+    name: str,
+    in_shape: tuple[int, ...],
+    classes: int,
+    widths: Sequence[int] = (),
+    blocks: Sequence[int] = (),
+    batch_norm: bool = False,
+) -> Network | None:
+    """A network of the package, see `make_network`; None where there is none for samples of this shape."""
     finish = _normalized if batch_norm else list
     if name == "mlp":
         return build(name, in_shape, finish(_mlp(widths or (1024, 1024), classes, in_shape)), classes)
@@ -134,9 +162,4 @@ def make_network(
             return build(name, in_shape, finish(_psnet(convolutions, (10,), classes)), classes)
     if name == "lenet" and size in ((28, 28), (32, 32)):
         return build(name, in_shape, finish(_lenet((120, 84) if size == (28, 28) else (200, 100), classes)), classes)
-    if name in MODELS:
-        raise UserError(
-            f"--model {name} is not made for samples of shape {in_shape}: use --model mlp, or --model custom with the "
-            "layers in the configuration file"
-        )
-    raise UserError(f"--model {name!r} is unknown: choose one of {', '.join(MODELS)}")
+    return None

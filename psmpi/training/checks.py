@@ -49,8 +49,8 @@ def check_layers(network: Network, config: Config, parts: int = 2) -> None:
     method = config.parallel.method
     if network.residual and parts > 1:
         raise UserError(
-            f"--model {network.name} has residual blocks, and --method {method} takes single layers apart: use a "
-            "network without them, or another method"
+            f"--model {network.name} has residual blocks, and --method {method} takes single layers apart: use "
+            "--model mlp or another network without them, or --method data_parallel"
         )
     layout = network.layout()
     if layout.dead.size:

@@ -15,6 +15,7 @@ from psmpi.layout import Layout, Roles, TableRows, assign_roles
 from psmpi.methods.psl.element_set import elements_of
 from psmpi.nn.losses import LOSSES
 from psmpi.nn.network import Network
+from psmpi.nn.zoo import has_psnet
 from psmpi.optim import NewtonSettings
 from psmpi.optim.base import check_eps
 from psmpi.optim.curvature import RULES
@@ -56,8 +57,8 @@ def _check_roles(network: Network, roles: Roles, dataset: Dataset, config: Confi
     if tie is not None and any(w.column > 0 for w in workers):
         raise UserError(
             f"--model {network.name} cannot be partitioned: layer {tie!r} ties the classes, every score depends on all "
-            "of its weights. Use a network that ends in separable layers (--model psnet), or give each worker the "
-            f"whole network and a slice of the minibatch with --replicas {len(workers)}"
+            f"of its weights. Use {_partitionable(network)}, or give each worker the whole network and a slice of the "
+            f"minibatch with {_sliced(network, len(workers))}"
         )
     loss, partition = configured_loss(config, dataset.task), config.of(Settings).partition
     if partition == "pairs":
@@ -70,12 +71,25 @@ def _check_roles(network: Network, roles: Roles, dataset: Dataset, config: Confi
             f"{' or '.join(f'--loss {name}' for name, kind in LOSSES.items() if kind.pairwise)}, or --partition scores"
         )
     if network.normalized and (roles.rows > 1 or partition == "pairs"):
+        fix = "use --partition scores with --replicas 1 and no more workers than classes, or --method data_parallel"
         raise UserError(
-            "with batch normalization every worker of --method psl has to see whole minibatches: use --partition "
-            "scores with --replicas 1 and no more workers than classes, or another --method"
+            "with batch normalization every worker of --method psl has to see whole minibatches: "
+            + (fix if tie is None else "use --method data_parallel")
         )
     _check_newton(network, roles, config)
     check_slices(network, config.data.batch_size, roles.rows, "replica rows")
+
+
+def _partitionable(network: Network) -> str:
+    """What to use in place of a network that cannot be partitioned, for the same samples."""
+    ends = "a network that ends in separable layers"
+    fits = has_psnet(network.in_shape, network.classes)
+    return f"{ends} (--model psnet)" if fits else f"--model custom with {ends} in the configuration file"
+
+
+def _sliced(network: Network, workers: int) -> str:
+    """How to give each worker a slice of the minibatch: by replicas, but where layers need whole minibatches."""
+    return "--method data_parallel" if network.normalized else f"--replicas {workers}"
 
 
 def element_rows(roles: Roles, merged: bool) -> TableRows:

@@ -82,6 +82,11 @@ class Layer:
         return ""
 
     @property
+    def note(self) -> str:
+        """What of its inputs it leaves unused, for people; nothing where it uses all."""
+        return ""
+
+    @property
     def inner(self) -> tuple[Layer, ...]:
         """The layers inside it."""
         return ()

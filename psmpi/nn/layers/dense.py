@@ -30,6 +30,16 @@ class Dense(Linear):
             raise UserError(f"{table.where}: {shape[0]} inputs and {units} units cannot be cut into {groups} groups")
         return [cls(label, shape, (units,), groups, bias=table.flag("bias"))]
 
+    @property
+    def note(self) -> str:
+        inputs, used = self.in_shape[0], self.groups * self.group_inputs
+        if used == inputs:
+            return ""
+        return (
+            f"the last {inputs - used} of {inputs} inputs are not used, for {self.groups} groups see "
+            f"{self.group_inputs} each; {inputs + self.groups - inputs % self.groups} inputs would all be"
+        )
+
     def weight_shape(self) -> tuple[int, ...]:
         size = (self.units, self.group_inputs)
         return size if self.groups == 1 else (self.groups, self.units // self.groups, self.group_inputs)

@@ -31,6 +31,15 @@ class Pool(Layer):
             raise UserError(f"{table.where}: a window of {size} x {size} does not fit in {h} x {w}")
         return [cls(label, shape, (c, h // size, w // size), table.kind.split("_")[0], size)]
 
+    @property
+    def note(self) -> str:
+        sides = ("rows", "columns")
+        lost = [f"the last {n % self.size} of {n} {side}" for n, side in zip(self.in_shape[1:], sides, strict=True)
+                if n % self.size]  # fmt: skip
+        if not lost:
+            return ""
+        return f"windows of {self.size} x {self.size} do not see {' and '.join(lost)}"
+
     def absorbs(self, following: Sequence[Layer], fold: bool) -> int:
         return int(bool(following and following[0].activation))
 
