@@ -19,6 +19,8 @@ Kind = type[Any]
 M = TypeVar("M", bound=type[Any])
 
 DEFAULT = "psl"
+# What messages name to those whose network cannot be partitioned: a method that takes all networks on any ranks.
+WHOLE = "data_parallel"
 
 BUILTIN = {
     "psl": "psmpi.methods.psl.method:PartiallySeparable",

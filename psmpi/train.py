@@ -41,7 +41,8 @@ def parse(argv: list[str]) -> Config:
     import tyro
 
     from psmpi.command import program
-    from psmpi.config import command_line, defaults, from_command_line, given, without_unused
+    from psmpi.config import Config, command_line, defaults, from_command_line, given, without_unused
+    from psmpi.config.unknown import tables_of, unknown_options
     from psmpi.training.resume import own_settings
 
     start = defaults(argv)
@@ -50,13 +51,18 @@ def parse(argv: list[str]) -> Config:
         method = given(argv, "--method")
         # That of the run may not be installed here.
         start = defaults(argv, replace(base, parallel=replace(base.parallel, method=method)) if method else base)
-    tree = tyro.cli(
-        command_line(start),
-        prog=program("train"),
-        description=DESCRIPTION,
-        config=(tyro.conf.OmitArgPrefixes,),
-        args=argv,
-    )
+    try:
+        tree = tyro.cli(
+            command_line(start),
+            prog=program("train"),
+            description=DESCRIPTION,
+            config=(tyro.conf.OmitArgPrefixes,),
+            args=argv,
+        )
+    except SystemExit as end:
+        for hint in unknown_options(argv, tables_of(Config())) if end.code else ():
+            print(f"psmpi.train: {hint}", file=sys.stderr)
+        raise
     config = from_command_line(tree)
     return config if base is None else without_unused(config, base)
 

@@ -12,6 +12,7 @@ import tomli_w
 
 from psmpi.config.sections import Data
 from psmpi.config.tree import Config, kinds_of_settings
+from psmpi.config.unknown import unknown_setting, unknown_table
 from psmpi.errors import UserError
 
 if sys.version_info >= (3, 11):
@@ -67,13 +68,12 @@ def from_table(table: Mapping[str, Any], base: Config, where: str, foreign: bool
         if isinstance(given, Mapping) and name not in known and name not in FORMER and foreign:
             continue
         if not isinstance(given, Mapping) or (name not in known and name not in FORMER):
-            raise UserError(f"{where}: unknown table [{name}]; known are {', '.join(f'[{s}]' for s in known)}")
+            raise UserError(unknown_table(name, given, known, where))
         for key, value in given.items():
             moved = (s for s, one in settings.items() if name in FORMER and hasattr(one, key))
             owner = name if name in known and _has(known[name], key) else next(moved, "")
             if not owner:
-                names = ", ".join(sorted(f.name for f in fields(known[name]))) if name in known else "none"
-                raise UserError(f"{where}: unknown setting {key!r} in [{name}]; known are {names}")
+                raise UserError(unknown_setting(key, name, known, where))
             label = f"{where}: [{name}] {key} = {value!r}"
             changes.setdefault(owner, {})[key] = _checked(value, known[owner], key, label)
     made = {name: replace(known[name], **values) for name, values in changes.items()}

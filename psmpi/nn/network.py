@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from psmpi.errors import UserError
+from psmpi.errors import UserError, nearest
 from psmpi.layout import Layout, Runs, make_layout
 from psmpi.nn.layers import LAYERS, Layer, Stage
 from psmpi.nn.layers.chain import leaves, make_stages, uses_of
@@ -159,7 +159,9 @@ class TableReader:
             label = f"{base}{self.counts[base]}"
             where = f"model {self.model!r}, layer {number} ({label})"
             if kind not in LAYERS:
-                raise UserError(f"{where}: unknown layer type {kind!r}; known are {', '.join(LAYERS)}")
+                meant = nearest(kind, LAYERS)
+                hint = f"did you mean {meant}? Known" if meant else "known"
+                raise UserError(f"{where}: unknown layer type {kind!r}; {hint} are {', '.join(LAYERS)}")
             one = Table(kind, settings, where, self.read)
             layers += LAYERS[kind].read(one, label, shape)
             one.finish()

@@ -8,6 +8,7 @@ from typing import Any
 from psmpi.errors import UserError
 from psmpi.nn.layers import ACTIVATIONS, LAYERS
 from psmpi.nn.network import Network, build
+from psmpi.registry import WHOLE
 
 LayerTable = dict[str, Any]
 
@@ -120,7 +121,7 @@ def make_network(
         if has_psnet(in_shape, classes):
             raise UserError(f"{use} --model psnet, or --model custom with the layers in the configuration file")
         raise UserError(
-            f"{use} --model mlp, on several ranks with --method data_parallel because it cannot be partitioned, or "
+            f"{use} --model mlp, on several ranks with --method {WHOLE} because it cannot be partitioned, or "
             "--model custom with layers in the configuration file that end in separable ones"
         )
     raise UserError(f"--model {name!r} is unknown: choose one of {', '.join(MODELS)}")

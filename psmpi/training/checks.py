@@ -8,7 +8,7 @@ from psmpi.errors import UserError
 from psmpi.nn.network import Network
 from psmpi.optim import FIRST_ORDER
 from psmpi.optim.curvature import RULES
-from psmpi.registry import all_methods
+from psmpi.registry import WHOLE, all_methods
 
 
 def check_classes(dataset: Dataset, what: str, fix: str) -> None:
@@ -50,7 +50,7 @@ def check_layers(network: Network, config: Config, parts: int = 2) -> None:
     if network.residual and parts > 1:
         raise UserError(
             f"--model {network.name} has residual blocks, and --method {method} takes single layers apart: use "
-            "--model mlp or another network without them, or --method data_parallel"
+            f"--model mlp or another network without them, or --method {WHOLE}"
         )
     layout = network.layout()
     if layout.dead.size:

@@ -99,7 +99,7 @@ class Loop:
         self.before = np.zeros(2)
         self.warned: set[str] = set()
         # What says whether an epoch's loss is one of a training that has diverged: the loss, the terms beyond the
-        # tangent of psl counted before, and the size of the values to learn.
+        # tangent that were counted before, and the size of the values to learn.
         self.loss, self.clipped = configured_loss(config, dataset.task), 0
         self.terms = max(1, dataset.outputs - 1)
         targets = dataset.train.targets if dataset.task == "regression" else None
@@ -235,7 +235,7 @@ class Loop:
         count = row["events"].get("psl_terms_past_exp_clip", 0)
         share, self.clipped = (count - self.clipped) / max(1, trained * self.terms), count
         if self.loss.diverged(row["train_loss"], share, self.size):
-            beyond = f", with {100 * share:.0f} % of the terms of psl beyond --exp-clip" if 0 < share <= 1 else ""
+            beyond = f", with {100 * share:.0f} % of the terms of the loss beyond --exp-clip" if 0 < share <= 1 else ""
             raise FloatingPointError(
                 f"the mean loss of epoch {row['epoch']} is {row['train_loss']:.1e}{beyond}: the training diverged, and "
                 "the last epoch is not saved; lower --lr, or clip gradients with --clip 1"

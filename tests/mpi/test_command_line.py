@@ -119,7 +119,17 @@ def test_the_command_line_goes_before_the_file(train, tmp_path):
     ("text", "says"),
     [
         ("[runs]\nepochs = 1", "unknown table \\[runs\\]"),
-        ("[run]\nepoch = 1", "unknown setting 'epoch' in \\[run\\]"),
+        ("[run]\nepoch = 1", "unknown setting 'epoch' in \\[run\\]; did you mean epochs\\?"),
+        ("[runs]\nepochs = 1", "did you mean \\[run\\]\\?"),
+        ("[optimisation]\nlr = 1", "did you mean \\[optimization\\]\\?"),
+        ("[optimization]\nlearning_rate = 1", "'learning_rate' in \\[optimization\\]; did you mean lr\\?"),
+        ("[run]\nlearning_rate = 1", "in \\[run\\]; did you mean lr, of \\[optimization\\]\\?"),
+        ("[data]\nlr = 1", "unknown setting 'lr' in \\[data\\]: it is of \\[optimization\\]"),
+        ("[data]\npartition = 'pairs'", "it is of \\[psl\\]"),
+        ("epochs = 3", "epochs is a setting of \\[run\\]: write it below a line \\[run\\]"),
+        ("epoch = 3", "did you mean epochs, of \\[run\\]\\?"),
+        ("[[layers]]\ntype = 'dense'", "write \\[\\[model.layers\\]\\] for each"),
+        ("[run]\nxyzzy = 1", "known are checkpoint_every, "),
         ('[run]\nepochs = "one"', "expected int, got str"),
         ('[objective]\nloss = "huber"', "choose one of psl, logistic, nll, squared"),
         ("[model]\nwidths = 3", "expected a list"),
@@ -308,6 +318,16 @@ def test_samples_that_are_not_numbers_are_named(tmp_path):
     options = ("--dataset", tmp_path / "x.npz", "--loss", "nll", "--model", "mlp", "--batch-size", "10")
     status, _, err = run(1, *TRAIN, "--out", tmp_path / "run", *options)
     assert status == 1 and "sample 40 has values that are not finite" in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("option", "meant"), [("--learning-rate", "--lr"), ("--batch_sizes", "--batch-size"), ("--no-shufle", "--shuffle")]
+)
+def test_an_unknown_option_is_told_with_the_one_that_may_be_meant(option, meant):
+    status, _, err = run(2, *TRAIN, option, "3")
+    assert status == 1 and f"{option} is no option; did you mean {meant}?" in err
+    status, _, err = run(1, *TRAIN, "--lr", "x", "--batch_size", "3", "--no-shuffle")
+    assert status == 1 and "is no option" not in err
 
 
 @pytest.mark.filterwarnings("ignore:The field `model.layers`")

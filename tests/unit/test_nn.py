@@ -275,7 +275,9 @@ def test_initial_weights_fill_their_published_ranges():
 @pytest.mark.parametrize(
     ("layers", "says"),
     [
-        ([{"type": "dens", "units": 3}], "unknown layer type 'dens'"),
+        ([{"type": "dens", "units": 3}], "unknown layer type 'dens'; did you mean dense\\?"),
+        ([{"type": "dense", "unit": 4}], "needs 'units', and has 'unit'"),
+        ([{"type": "dense", "units": 4, "biases": False}], "unknown setting\\(s\\) biases .*; did you mean bias\\?"),
         ([{"type": "dense"}], "needs 'units'"),
         ([{"type": "dense", "units": 0}], "whole number above 0"),
         ([{"type": "dense", "units": 4, "color": 1}], "unknown setting\\(s\\) color"),

@@ -19,6 +19,7 @@ from psmpi.nn.zoo import has_psnet
 from psmpi.optim import NewtonSettings
 from psmpi.optim.base import check_eps
 from psmpi.optim.curvature import RULES
+from psmpi.registry import WHOLE
 from psmpi.training.checks import check_classes, check_slices
 from psmpi.training.context import check_optimizer, configured_loss
 from psmpi.training.masters import Masters
@@ -71,10 +72,10 @@ def _check_roles(network: Network, roles: Roles, dataset: Dataset, config: Confi
             f"{' or '.join(f'--loss {name}' for name, kind in LOSSES.items() if kind.pairwise)}, or --partition scores"
         )
     if network.normalized and (roles.rows > 1 or partition == "pairs"):
-        fix = "use --partition scores with --replicas 1 and no more workers than classes, or --method data_parallel"
+        fix = f"use --partition scores with --replicas 1 and no more workers than classes, or --method {WHOLE}"
         raise UserError(
             "with batch normalization every worker of --method psl has to see whole minibatches: "
-            + (fix if tie is None else "use --method data_parallel")
+            + (fix if tie is None else f"use --method {WHOLE}")
         )
     _check_newton(network, roles, config)
     check_slices(network, config.data.batch_size, roles.rows, "replica rows")
@@ -89,7 +90,7 @@ def _partitionable(network: Network) -> str:
 
 def _sliced(network: Network, workers: int) -> str:
     """How to give each worker a slice of the minibatch: by replicas, but where layers need whole minibatches."""
-    return "--method data_parallel" if network.normalized else f"--replicas {workers}"
+    return f"--method {WHOLE}" if network.normalized else f"--replicas {workers}"
 
 
 def element_rows(roles: Roles, merged: bool) -> TableRows:

@@ -26,7 +26,7 @@ class Conv(Linear):
 
     @classmethod
     def read(cls, table: Table, label: str, shape: tuple[int, ...]) -> list[Layer]:
-        pad, before = table.settings.pop("pad", 0), []
+        pad, before = table.take("pad", 0), []
         if not isinstance(pad, int) or isinstance(pad, bool) or pad < 0:
             raise UserError(f"{table.where}: pad = {pad!r}; expected a whole number")
         if pad and len(shape) == 3:

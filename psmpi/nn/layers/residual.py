@@ -27,7 +27,7 @@ class Residual(Layer):
 
     @classmethod
     def read(cls, table: Table, label: str, shape: tuple[int, ...]) -> list[Layer]:
-        scale: Any = table.settings.pop("scale", 1.0)
+        scale: Any = table.take("scale", 1.0)
         if not isinstance(scale, float | int) or isinstance(scale, bool) or not 0 < abs(scale) <= 1e6:
             raise UserError(f"{table.where}: scale = {scale!r}; expected a number other than 0")
         branch, out = table.layers("layers", shape)

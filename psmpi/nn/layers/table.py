@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from psmpi.errors import UserError
+from psmpi.errors import UserError, nearest
 
 Shape = tuple[int, ...]
 
@@ -25,23 +25,28 @@ class Table:
         read: Callable[[Any, Shape], tuple[tuple[Any, ...], Shape]],
     ):
         self.kind, self.settings, self.where, self.read = kind, settings, where, read
+        # Settings that were given, and those that the layer has.
+        self.given, self.known = set(settings), {"type"}
 
-    def take(self, key: str) -> Any:
-        """A setting that has to be there, of any type."""
-        if key not in self.settings:
-            raise UserError(f"{self.where}: a {self.kind} layer needs {key!r}")
-        return self.settings.pop(key)
+    def take(self, key: str, default: Any = None) -> Any:
+        """A setting of any type, which has to be there unless there is a default."""
+        self.known.add(key)
+        if key not in self.settings and default is None:
+            meant = nearest(key, self.settings) or next((k for k in self.settings if nearest(k, [key])), "")
+            instead = f", and has {meant!r}" if meant else ""
+            raise UserError(f"{self.where}: a {self.kind} layer needs {key!r}{instead}")
+        return self.settings.pop(key, default)
 
     def whole(self, key: str, default: int | None = None) -> int:
         """A whole number above 0."""
-        value = self.take(key) if default is None else self.settings.pop(key, default)
+        value = self.take(key, default)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise UserError(f"{self.where}: {key} = {value!r}; expected a whole number above 0")
         return value
 
     def flag(self, key: str) -> bool:
         """True or false; true where it is not there."""
-        value = self.settings.pop(key, True)
+        value = self.take(key, True)
         if not isinstance(value, bool):
             raise UserError(f"{self.where}: {key} = {value!r}; expected true or false")
         return value
@@ -60,4 +65,7 @@ class Table:
         """UserError where settings are left that the layer does not have."""
         if self.settings:
             left = ", ".join(self.settings)
-            raise UserError(f"{self.where}: unknown setting(s) {left} for a {self.kind} layer")
+            # One may be meant by the first that is not given too.
+            meant = nearest(next(iter(self.settings)), sorted(self.known - self.given))
+            hint = f"; did you mean {meant}?" if meant else f"; it has {', '.join(sorted(self.known))}"
+            raise UserError(f"{self.where}: unknown setting(s) {left} for a {self.kind} layer{hint}")
