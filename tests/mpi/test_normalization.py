@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import tomli_w
 from helpers.runs import distance, run
 
 from psmpi.backend import make_backend
@@ -146,3 +147,61 @@ def test_normalized_samples_are_learnt_by_direct_feedback_too(train, tmp_path):
     one, two = (train(ranks, *options) for ranks in (1, 2))
     assert distance(one.tensors(), two.tensors()) <= 1e-9
     assert abs(one.tensors()["weights/batch_norm1.weight"] - 1).max() > 1e-3 and one.rows[-1]["test_accuracy"] > 0.6
+
+
+# No biases before a normalization: their gradients are rounding alone.
+CONV = {"type": "conv", "channels": 5, "kernel": 7, "bias": False}
+FLAT, NORM = {"type": "flatten"}, {"type": "batch_norm"}
+PARTLY_USED = {
+    "features": [FLAT, NORM],
+    "channels": [CONV, FLAT, NORM],
+    "images": [CONV, NORM, {"type": "tanh"}, FLAT],
+}
+
+
+@pytest.mark.parametrize("name", PARTLY_USED)
+def test_channels_of_which_a_class_uses_a_part_are_normalized_alike_on_any_ranks(train, tmp_path, name):
+    """On 1 to 3 ranks, and in the part that a cut leaves."""
+    layers = [*PARTLY_USED[name], {"type": "separable_dense", "units": 10, "groups": 10}]
+    (tmp_path / "net.toml").write_text(tomli_w.dumps({"model": {"model": "custom", "layers": layers}}))
+    options = ("--config", tmp_path / "net.toml", "--dtype", "float64", "--epochs", "2", "--lr", "0.01")
+    runs = [train(ranks, *options) for ranks in (1, 2, 3)]
+    for other in runs[1:]:
+        assert distance(runs[0].tensors(), other.tensors()) <= 1e-9
+        assert other.rows[-1]["test_loss"] == pytest.approx(runs[0].rows[-1]["test_loss"], rel=1e-9)
+    scores = {}
+    for label, ranks, source, classes in (("whole", 1, runs[2].out, None), ("three", 3, runs[2].out, None),
+                                          ("part", 1, tmp_path / "part.h5", (1, 4, 9))):  # fmt: skip
+        if classes:
+            cut = ("cut", runs[2].out, "--classes", *map(str, classes), "--out", source)
+            assert run(1, "-m", "psmpi.inspect", *cut)[0] == 0
+        status, _, err = run(ranks, "-m", "psmpi.predict", source, "--out", tmp_path / f"{label}.npz")
+        assert status == 0, err
+        scores[label] = np.load(tmp_path / f"{label}.npz")["scores"]
+    assert np.allclose(scores["three"], scores["whole"], rtol=1e-9)
+    assert np.allclose(scores["part"], scores["whole"][:, [1, 4, 9]], rtol=1e-9)
+    # Against the definition, in NumPy.
+    weights = {key.removeprefix("weights/"): value for key, value in runs[0].tensors().items()}
+    data = open_dataset("digits", "").test
+    x = np.empty((64, data.n))
+    Resident(data, np.arange(data.n), x.dtype).fetch(np.arange(data.n), x)
+    assert np.allclose(scores["whole"], by_definition(name, weights, x.T.reshape(-1, 1, 8, 8)), rtol=1e-6, atol=1e-8)
+
+
+def by_definition(name, w, x):
+    """Scores of the networks above for one minibatch."""
+    if name != "features":
+        windows = np.lib.stride_tricks.sliding_window_view(x, (7, 7), (2, 3))
+        x = np.einsum("bcijkl,ockl->boij", windows, w["conv1.weight"])
+    if name != "images":
+        x = x.reshape(len(x), -1)
+    axes = (0, 2, 3) if name == "images" else (0,)
+    x = (x - x.mean(axes, keepdims=True)) / np.sqrt(x.var(axes, keepdims=True) + 1e-5)
+    shape = (-1, 1, 1) if name == "images" else (-1,)
+    x = x * w["batch_norm1.weight"].reshape(shape) + w["batch_norm1.bias"].reshape(shape)
+    x = (np.tanh(x) if name == "images" else x).reshape(len(x), -1)
+    k = w["dense1.weight"].shape[-1]
+    return (
+        np.einsum("bgi,goi->bgo", x[:, : 10 * k].reshape(-1, 10, k), w["dense1.weight"]).reshape(-1, 10)
+        + w["dense1.bias"]
+    )
