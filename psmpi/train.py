@@ -137,6 +137,7 @@ def _begin(size: int, config: Config, tell: Callable[[str], None]) -> Start:
     from psmpi.data import find_doubts, identify, open_dataset
     from psmpi.nn.zoo import make_network
     from psmpi.registry import find_method
+    from psmpi.training.checks import notes
     from psmpi.training.folder import RunFolder
     from psmpi.training.loop import plan_steps
     from psmpi.training.resume import compare
@@ -147,7 +148,7 @@ def _begin(size: int, config: Config, tell: Callable[[str], None]) -> Start:
     network = _network(config, dataset, make_network)
     kind.check(size, network, dataset, config)
     plan_steps(dataset, config)
-    for note in network.notes:
+    for note in notes(size, network, dataset, config.data.batch_size):
         tell(f"note: {note}")
     for warning in (*kind.warnings(size, network, config), *find_doubts(dataset)):
         tell(f"warning: {warning}")

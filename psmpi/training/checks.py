@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import numpy as np
+
 from psmpi.config import Config
 from psmpi.data import Dataset
 from psmpi.errors import UserError
@@ -9,6 +13,9 @@ from psmpi.nn.network import Network
 from psmpi.optim import FIRST_ORDER
 from psmpi.optim.curvature import RULES
 from psmpi.registry import WHOLE, all_methods
+
+# Samples that are too few for statistics.
+FEW = 8
 
 
 def check_classes(dataset: Dataset, what: str, fix: str) -> None:
@@ -57,6 +64,30 @@ def check_layers(network: Network, config: Config, parts: int = 2) -> None:
         raise UserError(
             f"--model {network.name} has units that no score depends on, and --method {method} would train them for "
             "nothing: use a network without such units"
+        )
+
+
+def notes(size: int, network: Network, dataset: Dataset, batch: int) -> Iterator[str]:
+    """What users should know of a network on their data: inputs left unused, and statistics of too few samples."""
+    yield from network.notes
+    if not network.normalized:
+        return
+    n, last = dataset.train.n, dataset.train.n % batch
+    if 0 < last < max(FEW, 2 * size):
+        fits = next((b for b in range(batch, 1, -1) if n % b == 0 or n % b >= max(FEW, b // 2, 2 * size)), batch)
+        better = f": --batch-size {fits} leaves {n % fits or 'none'}" if fits != batch else ""
+        yield (
+            f"the last minibatch of an epoch has {last} of the {n} samples, on which batch normalization takes its "
+            f"statistics as on all others{better}"
+        )
+    tests = dataset.test
+    if tests.task != "classes":
+        return
+    known = len(np.unique(tests.labels))
+    if any(2 * len(np.unique(tests.labels[at])) <= known for at in network.evaluation_batches(tests.n)):
+        yield (
+            "the test samples are in the order of their classes, and batch normalization takes the statistics of about "
+            "1,000 of them in turn, of few classes each: save them in a random order, or do not trust the tests"
         )
 
 

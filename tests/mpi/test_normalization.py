@@ -149,6 +149,35 @@ def test_normalized_samples_are_learnt_by_direct_feedback_too(train, tmp_path):
     assert abs(one.tensors()["weights/batch_norm1.weight"] - 1).max() > 1e-3 and one.rows[-1]["test_accuracy"] > 0.6
 
 
+def test_statistics_of_few_samples_or_classes_are_noted(train, tmp_path):
+    rng = np.random.default_rng(0)
+    x, y = rng.random((101, 4)), np.arange(101) % 4
+    many = np.arange(2400) % 4
+    norm = (
+        "--model",
+        "mlp",
+        "--widths",
+        "5",
+        "--batch-norm",
+        "--loss",
+        "nll",
+        "--max-steps",
+        "1",
+        "--batch-size",
+        "20",
+    )
+    said = {}
+    for name, labels in (("mixed", many), ("sorted", np.sort(many))):
+        path = tmp_path / f"{name}.npz"
+        np.savez(path, x=x, y=y, x_test=rng.random((2400, 4)), y_test=labels)
+        said[name] = " ".join(train(1, "--dataset", path, *norm).stdout.split())
+        assert "the last minibatch of an epoch has 1 of the 101 samples" in said[name]
+        assert "--batch-size 19 leaves" not in said[name] and "--batch-size 18 leaves 11" in said[name]
+    assert "in the order of their classes" in said["sorted"] and "in the order" not in said["mixed"]
+    plain = [option for option in norm if option != "--batch-norm"]
+    assert "note: the" not in train(1, "--dataset", tmp_path / "sorted.npz", *plain).stdout
+
+
 # No biases before a normalization: their gradients are rounding alone.
 CONV = {"type": "conv", "channels": 5, "kernel": 7, "bias": False}
 FLAT, NORM = {"type": "flatten"}, {"type": "batch_norm"}
