@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from importlib import import_module
+
+from psmpi.output import dress_help
 
 # Module whose `main` takes the remaining words, and what the command does.
 COMMANDS = {
@@ -22,13 +25,25 @@ def main(argv: list[str] | None = None) -> int:
     if words and words[0] in COMMANDS:
         module, _ = COMMANDS[words[0]]
         return int(import_module(module).main(words[1:]))
+    return answer(lambda: _answer(words))
+
+
+def answer(command: Callable[[], int]) -> int:
+    """The exit status of a command that starts no MPI; 1 too after the message about a wrong option."""
     from psmpi.comm.world import run
 
-    return run(lambda: _answer(words))
+    def go() -> int:
+        try:
+            return command()
+        except SystemExit as end:
+            return 1 if end.code else 0
+
+    return run(go)
 
 
 def program(command: str = "") -> str:
     """What was typed to start a command, for its help: `psmpi train`, `python -m psmpi train` or `-m psmpi.train`."""
+    dress_help()
     folder, file = os.path.split(sys.argv[0])
     script = file == "psmpi"
     if script or not command or (os.path.basename(folder), file) == ("psmpi", "__main__.py"):
@@ -56,13 +71,14 @@ def usage() -> str:
 
 def _answer(words: list[str]) -> int:
     """Help, version, or UserError; on rank 0 alone, by the launcher's word, since no MPI has been started."""
-    from psmpi.comm.world import announced_rank
     from psmpi.errors import UserError
+    from psmpi.launcher import announced_rank
+    from psmpi.output import tell
 
     if not words:
         raise UserError(f"name a command: {', '.join(COMMANDS)}")
     word = words[0]
-    first = announced_rank(dict(os.environ)) == 0
+    first = announced_rank(os.environ) == 0
     if word in ("--help", "-h"):
         text = usage()
     elif word == "--version":
@@ -76,5 +92,5 @@ def _answer(words: list[str]) -> int:
         hint = f"did you mean {near[0]}? " if near else ""
         raise UserError(f"unknown command {word!r}: {hint}choose one of {', '.join(COMMANDS)}")
     if first:
-        print(text)
+        tell(text)
     return 0

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, get_args
 from tyro.conf import Positional, arg
 
 from psmpi.errors import UserError
+from psmpi.output import tell
 
 Axis = Literal["epoch", "step", "seconds", "megabytes"]
 Figures = Literal["test_accuracy", "test_top5", "test_rmse", "test_loss", "train_loss"]
@@ -90,7 +91,7 @@ def plot(
         figure.savefig(out, dpi=110)
     except (OSError, ValueError) as error:
         raise UserError(f"--out {out}: {error}") from None
-    print(f"wrote {out}")
+    tell(f"wrote {out}")
     return 0
 
 
@@ -120,16 +121,15 @@ def _mean(values: Sequence[float]) -> float:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status: 0 done, 1 an error."""
-    import tyro
+    from psmpi.command import answer, program
 
-    from psmpi.command import program
+    def go() -> int:
+        import tyro
 
-    words = sys.argv[1:] if argv is None else argv
-    try:
+        words = sys.argv[1:] if argv is None else argv
         return int(tyro.cli(plot, prog=program("plot"), args=words, config=(tyro.conf.OmitArgPrefixes,)))
-    except UserError as error:
-        print(f"psmpi.plot: error: {error}", file=sys.stderr)
-        return 1
+
+    return answer(go)
 
 
 if __name__ == "__main__":

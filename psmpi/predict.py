@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
+from psmpi.output import Screen, complain, tell
+
 
 @dataclass(frozen=True)
 class Options:
@@ -157,10 +159,9 @@ def _predict(world: Any, control: Any, options: Options) -> None:
                 "10000"
             )
         if world.rank == 0:
-            print(
+            complain(
                 "note: batch normalization takes the statistics of these very samples: with few of them, or of few "
-                "classes, add --calibrate 10000",
-                file=sys.stderr,
+                "classes, add --calibrate 10000"
             )
     layout = network.layout()
     classes = range(network.classes) if contents.part is None else contents.part
@@ -231,10 +232,10 @@ def _report_values(options: Options, targets: Any, values: Any, outputs: list[in
         rows = ([k, *(repr(float(v)) for v in row)] for k, row in enumerate(zip(*columns.values(), strict=True)))
         _save(Path(options.out), arrays, ["sample", *columns], rows)
     if options.json:
-        print(json.dumps(found))
+        tell(json.dumps(found))
         return
-    print(f"{found['checkpoint']}: {found['samples']:,} samples of {found['dataset']} ({found['split']})")
-    print(f"RMSE {found['rmse']:.5g}" if "rmse" in found else "values predicted; no RMSE (it needs targets y)")
+    tell(f"{found['checkpoint']}: {found['samples']:,} samples of {found['dataset']} ({found['split']})")
+    tell(f"RMSE {found['rmse']:.5g}" if "rmse" in found else "values predicted; no RMSE (it needs targets y)")
 
 
 def _report(options: Options, labels: Any, scores: Any, classes: list[int], known: int) -> None:
@@ -257,7 +258,7 @@ def _report(options: Options, labels: Any, scores: Any, classes: list[int], know
         found["accuracy"] = float(np.count_nonzero(predicted == labels) / len(labels))
         found["confusion"] = confusion.tolist()
     if options.json:
-        print(json.dumps(found))
+        tell(json.dumps(found))
     else:
         _show(found)
 
@@ -292,23 +293,21 @@ def _save(path: Path, arrays: dict[str, Any], titles: list[str], rows: Iterable[
 
 
 def _show(found: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
-    print(f"{found['checkpoint']}: {found['samples']:,} samples of {found['dataset']} ({found['split']})")
+    tell(f"{found['checkpoint']}: {found['samples']:,} samples of {found['dataset']} ({found['split']})")
     if "accuracy" not in found:
         which = f"classes {' '.join(map(str, found['classes']))}"
-        print(f"scores of {which}; no accuracy (it needs labels, and the scores of all classes)")
+        tell(f"scores of {which}; no accuracy (it needs labels, and the scores of all classes)")
         return
-    print(f"accuracy {100 * found['accuracy']:.2f} %")
+    tell(f"accuracy {100 * found['accuracy']:.2f} %")
     table = Table(title="confusion: rows are labels, columns predictions", title_justify="left")
     for name in ("label", *map(str, found["classes"]), "right"):
         table.add_column(name, justify="right")
     for label, row in enumerate(found["confusion"]):
         share = f"{100 * row[label] / sum(row):.1f} %" if sum(row) else "-"
         table.add_row(str(label), *(str(n) if n else "." for n in row), share)
-    console.print(table)
+    Screen().print(table)
 
 
 if __name__ == "__main__":

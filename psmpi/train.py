@@ -170,10 +170,8 @@ def _train(world: World, control: Control, config: Config) -> bool:
     import contextlib
     import socket
     from dataclasses import asdict, replace
-    from functools import partial
 
     import numpy as np
-    from rich.console import Console
     from threadpoolctl import threadpool_limits
 
     from psmpi import checkpoint
@@ -182,13 +180,14 @@ def _train(world: World, control: Control, config: Config) -> bool:
     from psmpi.config import to_toml
     from psmpi.data import Identity, check_same, identify, open_dataset
     from psmpi.nn.zoo import make_network
+    from psmpi.output import Screen
     from psmpi.registry import find_method
     from psmpi.training.context import Context
     from psmpi.training.loop import Loop, show_places
     from psmpi.training.method import Place
 
-    console = Console(quiet=world.rank != 0)
-    tell = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    console = Screen(quiet=world.rank != 0, goes_on="training goes on")
+    tell = console.tell
     kind: Any = find_method(config.parallel.method)
     start = _begin(world.size, config, tell) if world.rank == 0 else None
     told = json.dumps([str(start.folder.path), start.found]) if start is not None else ""
@@ -274,6 +273,7 @@ def _backend(world: Any, config: Config, threads: int) -> Any:
     from psmpi.comm import nccl
     from psmpi.comm.world import host_by_host, local_rank
     from psmpi.errors import UserError
+    from psmpi.output import Screen
 
     parallel, dtype = config.parallel, np.dtype(config.model.dtype)
     settings = (parallel.compute, parallel.cuda_graphs, parallel.convolution)
@@ -287,7 +287,9 @@ def _backend(world: Any, config: Config, threads: int) -> Any:
                 raise
             made[0] = make_backend("auto", threads)
             if world.rank == 0:
-                print("note: the GPU is not used:", str(error).removeprefix("--backend cupy: "))
+                Screen(goes_on="training goes on").tell(
+                    f"note: the GPU is not used: {str(error).removeprefix('--backend cupy: ')}"
+                )
 
     # The first rank of a host compiles the kernels, the others find them in its cache.
     host_by_host(world, compile_kernels)

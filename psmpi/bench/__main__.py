@@ -22,8 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     from psmpi.bench.network import network
     from psmpi.bench.optimizer import optimizer
     from psmpi.bench.published import published
-    from psmpi.comm.world import run
-    from psmpi.command import program
+    from psmpi.command import answer, program
     from psmpi.config import defaults
 
     words = sys.argv[1:] if argv is None else argv
@@ -36,20 +35,13 @@ def main(argv: list[str] | None = None) -> int:
         )  # fmt: skip
         for command in commands:
             app.command(command)
-        try:
-            return int(
-                app.cli(
-                    prog=program("bench"),
-                    description="Measure psmpi.",
-                    args=words,
-                    config=(tyro.conf.OmitArgPrefixes,),
-                )
+        return int(
+            app.cli(
+                prog=program("bench"), description="Measure psmpi.", args=words, config=(tyro.conf.OmitArgPrefixes,)
             )
-        except SystemExit as end:
-            # After the help, or the message about a wrong option.
-            return 1 if end.code else 0
+        )
 
-    return run(go)
+    return answer(go)
 
 
 def _with(measure: Callable[[Config, bool], int], default: Config) -> Callable[..., int]:

@@ -15,6 +15,7 @@ import numpy as np
 
 from psmpi.comm.control import Control
 from psmpi.errors import UserError
+from psmpi.output import tell
 
 # Weights of this network are in equal blocks, one a class, as a worker of the score partition holds them.
 CLASSES, LAYERS = 10, 8
@@ -155,10 +156,10 @@ def _step(control: Control, vectors: dict[str, np.ndarray]) -> float:
 
 def _show(found: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        print(json.dumps(found))
+        tell(json.dumps(found))
         return
     ratio = f" (ratio {found['pause_seconds'] / found['copy_seconds']:.1f})" if found["copy_seconds"] > 1e-3 else ""
-    print(
+    tell(
         f"checkpoint of {found['megabytes']:.0f} MB, {found['ranks']} rank(s), placement {found['placement']}\n"
         f"training waits     {found['pause_seconds']:.2f} s ({found['pause_least']:.2f} to {found['pause_most']:.2f})\n"
         f"copy in memory     {found['copy_seconds']:.2f} s on rank 0{ratio}\n"

@@ -24,6 +24,7 @@ from psmpi.nn.losses import make_loss
 from psmpi.nn.model import Model
 from psmpi.nn.objective import Objective
 from psmpi.optim import Hyper, make_optimizer
+from psmpi.output import Screen, tell
 
 Call = Callable[[], None]
 Backend = Literal["auto", "numpy", "compiled", "cupy"]
@@ -134,7 +135,7 @@ def compute(
     if convolution != "own" and backend != "cupy":
         raise UserError(f"--convolution {convolution} is for GPUs: add --backend cupy")
     if threads > present:
-        print(f"note: {threads} threads share {present} core(s): the figures say little")
+        tell(f"note: {threads} threads share {present} core(s): the figures say little")
     torch.set_num_threads(threads)
     rows = []
     with threadpool_limits(threads):
@@ -151,13 +152,13 @@ def compute(
                     other()
                 except Exception as error:
                     # torch.compile needs a C++ compiler, among other things.
-                    print(f"{name} ({kind}): PyTorch cannot: {str(error).strip().splitlines()[0]}", flush=True)
+                    tell(f"{name} ({kind}): PyTorch cannot: {str(error).strip().splitlines()[0]}")
                     continue
                 waits = (model.ops.synchronize, torch.cuda.synchronize if model.ops.on_device else lambda: None)
                 rows.append(_row(name, kind, (step, other), waits, pairs, operations(problem, batch_size)))
-                print(_line(rows[-1]), flush=True)
+                tell(_line(rows[-1]))
             for line in model.ops.choices:
-                print(line, flush=True)
+                tell(line)
     machine = f"{platform.processor() or platform.machine()}, {threads} thread(s)"
     if model.ops.on_device:
         machine = f"{model.ops.description} on {machine}"
@@ -233,7 +234,6 @@ def _line(row: Row) -> str:
 
 
 def _show(rows: Sequence[Row], found: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title=f"a step of {found['batch_size']} samples; PyTorch {found['torch']}", title_justify="left")
@@ -244,8 +244,8 @@ def _show(rows: Sequence[Row], found: dict[str, Any]) -> None:
     for row in rows:
         figures = (f"{row.ours_ms:.2f}", f"{row.theirs_ms:.2f}", f"{row.ratio:.2f}", f"{row.low:.2f}-{row.high:.2f}")
         table.add_row(row.network, row.kind, *figures, f"{row.ours_gflops:.0f}", f"{row.theirs_gflops:.0f}")
-    Console(width=120).print(table)
-    print(f"float32 matrix product: {found['gemm_gflops']:.0f} GFLOP/s; {found['machine']}")
+    Screen().print(table)
+    tell(f"float32 matrix product: {found['gemm_gflops']:.0f} GFLOP/s; {found['machine']}")
 
 
 def _draw(rows: Sequence[Row], path: str, found: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 from psmpi.backend import NumpyOps, make_backend
 from psmpi.bench.compute import Backend
 from psmpi.errors import UserError
+from psmpi.output import Screen
 
 # Samples of the images and scores that are measured.
 BATCH = 256
@@ -103,7 +104,6 @@ def measure(ops: NumpyOps, size: int, repeats: int) -> list[dict[str, Any]]:
 
 
 def _show(rows: list[dict[str, Any]], ops: NumpyOps) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title=f"operations that memory bounds, backend {ops.description}", title_justify="left")
@@ -113,4 +113,4 @@ def _show(rows: list[dict[str, Any]], ops: NumpyOps) -> None:
     for row in rows:
         figures = (f"{row['megabytes']:.0f}", f"{row['gb_per_s']:.1f}", f"{row['copy_gb_per_s']:.1f}")
         table.add_row(row["name"], *figures, f"{row['share']:.2f}", f"{row['low']:.2f}-{row['high']:.2f}")
-    Console(width=120).print(table)
+    Screen().print(table)

@@ -12,6 +12,7 @@ import numpy as np
 from psmpi.backend.compiled import level
 from psmpi.nn.layers.chain import output_numbers, plan_buffers, workspace_numbers
 from psmpi.nn.network import Network
+from psmpi.output import Screen, tell
 
 if TYPE_CHECKING:
     from psmpi.config import Config
@@ -84,7 +85,7 @@ def memory(config: Config, json: bool = False) -> int:
             for rank, row in enumerate(everyone)
         ]
         if json:
-            print(jsonlib.dumps(rows))
+            tell(jsonlib.dumps(rows))
         else:
             _show(rows)
     return 0
@@ -145,7 +146,6 @@ def pass_numbers(network: Network, classes: tuple[int, ...], batch: int, packed:
 
 
 def _show(rows: list[dict[str, Any]]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title="bytes held, and needed", title_justify="left")
@@ -160,4 +160,4 @@ def _show(rows: list[dict[str, Any]]) -> None:
         table.add_row(
             f"{row['rank']} {row['role']}", *cells, f"{all_held:,}\n{all_needed:,}", f"{row['traced']:,}", ratio
         )
-    Console(width=160).print(table)
+    Screen().print(table)

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from psmpi.bench.hosts import ENVIRONMENT, check_hosts, slow_hosts, wrapper
 from psmpi.data import open_dataset
 from psmpi.errors import UserError
+from psmpi.output import Screen, tell
 from psmpi.training.checks import check_classes
 
 Variant = Literal[
@@ -125,10 +126,10 @@ def network(
                 runs.sort(key=lambda run: run["seconds"])
                 rows.append({"method": name, "megabits": rate, **runs[len(runs) // 2]})
                 rows[-1]["seconds_of_all"] = [run["seconds"] for run in runs]
-                print(_line(rows[-1]), flush=True)
+                tell(_line(rows[-1]))
             if pytorch:
                 rows.append({"method": "PyTorch DDP", "megabits": rate, **_ddp(ranks, hosts, given, limit)})
-                print(_line(rows[-1]), flush=True)
+                tell(_line(rows[-1]))
     _show(rows, ranks, epochs, target)
     if json:
         Path(json).write_text(jsonlib.dumps({"options": given, "ranks": ranks, "rows": rows}) + "\n")
@@ -208,7 +209,6 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def _show(rows: list[dict[str, Any]], ranks: int, epochs: int, target: float) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title=f"{ranks} ranks, {epochs} epochs", title_justify="left")
@@ -226,4 +226,4 @@ def _show(rows: list[dict[str, Any]], ranks: int, epochs: int, target: float) ->
             row["method"], rate, f"{100 * row['accuracy']:.2f}", f"{row['seconds']:.1f}", *until,
             f"{row['ms_per_step']:.2f}", f"{row['megabytes_sent']:.1f}", f"{row['megabytes_held']:.1f}",
         )  # fmt: skip
-    Console(width=120).print(table)
+    Screen().print(table)

@@ -10,6 +10,7 @@ import numpy as np
 
 from psmpi.errors import UserError
 from psmpi.optim.curvature import RULES
+from psmpi.output import Screen, tell
 
 if TYPE_CHECKING:
     from psmpi.config import Config
@@ -99,7 +100,7 @@ def optimizer(config: Config, json: bool = False) -> int:
         ]
         products, trials = np.mean(counts, axis=0).tolist()
         if json:
-            print(jsonlib.dumps({"ranks": table, "products": products, "trials": trials, "backend": ops.description}))
+            tell(jsonlib.dumps({"ranks": table, "products": products, "trials": trials, "backend": ops.description}))
         else:
             _show(config, table, products, trials, ops.description, threads)
     return 0
@@ -128,7 +129,6 @@ class Stopwatch:
 def _show(
     config: Config, rows: list[dict[str, Any]], products: float, trials: float, backend: str, threads: int
 ) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     o = config.optimization
@@ -150,8 +150,8 @@ def _show(
             f"{row['bytes_sent'] / 1e6:.2f} MB",
             f"{row['memory'] / 1e6:.0f} MB",
         )
-    console = Console(width=140)
+    console = Screen()
     console.print(table)
-    console.print(
+    console.tell(
         f"{products:.1f} products and {trials:.1f} trial lengths a step; {backend}, {threads} thread(s) a rank"
     )

@@ -17,10 +17,10 @@ from pathlib import Path
 from statistics import median
 from typing import Literal
 
-from rich.console import Console
 from rich.table import Table
 
 from psmpi.errors import UserError
+from psmpi.output import Screen, tell
 
 EPOCHS = 50
 PUBLISHED_RUNS = 10
@@ -146,7 +146,7 @@ def _train(runs: Sequence[list[str]], jobs: int) -> None:
                 with (folder / "output.txt").open("w") as output:
                     command = [sys.executable, "-m", "psmpi.train", *options]
                     running.append((folder, subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)))
-                print(f"training {folder} ({len(waiting)} more to start)", flush=True)
+                tell(f"training {folder} ({len(waiting)} more to start)")
             time.sleep(0.2)
             for folder, process in list(running):
                 if process.poll() is not None:
@@ -179,5 +179,5 @@ def _show(rows: dict[str, list[list[dict[str, float]]]]) -> int:
                     *(f"{value:.2f}" for value in (median(values), min(values), max(values))),
                     *(f"{figure.mean:.2f} ± {figure.deviation:.2f}", f"{floor:.2f}", "passes" if passed else "FAILS"),
                 )
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    Screen().print(table)
     return 1 if failed else 0

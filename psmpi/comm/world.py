@@ -16,35 +16,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from psmpi import output
 from psmpi.errors import UserError
+from psmpi.launcher import announced_rank, announced_size
 
 if TYPE_CHECKING:
     from psmpi.comm.protocol import Communicator, World
-
-# What launchers tell each process about the number of ranks they started.
-LAUNCHER_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PALS_SIZE", "FLUX_JOB_SIZE", "MV2_COMM_WORLD_SIZE")
-
-LAUNCHER_RANKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PALS_RANKID", "FLUX_TASK_RANK", "MV2_COMM_WORLD_RANK",
-                  "SLURM_PROCID")  # fmt: skip
-
-
-def announced_size(environ: dict[str, str]) -> tuple[str, int] | None:
-    """The variable and number of ranks that the launcher set, or None where there is no launcher."""
-    for name in LAUNCHER_SIZES:
-        if environ.get(name, "").isdigit():
-            return name, int(environ[name])
-    # SLURM sets SLURM_NTASKS for the batch shell as well; only a step that srun launched has one process a task.
-    if environ.get("SLURM_STEP_NUM_TASKS", "").isdigit() and environ.get("SLURM_PROCID", "").isdigit():
-        return "SLURM_STEP_NUM_TASKS", int(environ["SLURM_STEP_NUM_TASKS"])
-    return None
-
-
-def announced_rank(environ: dict[str, str]) -> int:
-    """The rank that the launcher gave this process, 0 where it gave none."""
-    for name in LAUNCHER_RANKS:
-        if environ.get(name, "").isdigit():
-            return int(environ[name])
-    return 0
 
 
 def check_launcher(size: int, environ: dict[str, str], library: str) -> None:
@@ -158,26 +135,43 @@ def run(program: Callable[[], int]) -> int:
     """Run `program` and return its exit status; an exception ends the whole job with this rank's message.
 
     A UserError is printed as its message, anything else with its traceback, both to stderr. Under MPI the other ranks
-    are aborted, so that none waits for a rank that is gone.
+    are aborted, so that none waits for a rank that is gone. Where nobody reads the output any more, that is no message.
     """
-    try:
-        return program()
-    except (Exception, KeyboardInterrupt, SystemExit) as error:
-        message = describe(error)
+    with output.prepared():
+        try:
+            return output.finish(program())
+        except output.ClosedError:
+            return _end_unread()
+        except (Exception, KeyboardInterrupt, SystemExit) as error:
+            message = describe(error)
+        return _end(message)
+
+
+def _end_unread() -> int:
+    """End the job without a word: nobody reads it."""
+    comm = _running()
+    if comm is not None and comm.size > 1:
+        comm.Abort(output.CLOSED)
+    output.finish(0)
+    return output.CLOSED
+
+
+def _end(message: str) -> int:
+    """End the job with a message."""
     comm = _running()
     if comm is None or comm.size == 1:
         # Processes that another MPI's launcher started all come here; one speaks for all.
-        if announced_rank(dict(os.environ)) == 0:
-            print(f"psmpi: {message}", file=sys.stderr, flush=True)
+        if announced_rank(os.environ) == 0:
+            output.complain(f"psmpi: {message}")
         else:
             # Some launchers end the job at the first failure: not before the message is out.
             time.sleep(0.5)
-        return 1
+        return output.finish(1)
     # What several ranks meet, such as a damaged file, one tells: the first of those that speak ends the others.
     time.sleep(min(0.5 * comm.rank, 3.0))
     where = f"rank {comm.rank} of {comm.size} on {socket.gethostname()}"
-    print(f"psmpi, {where}: {message}", file=sys.stderr, flush=True)
     try:
+        output.complain(f"psmpi, {where}: {message}")
         _delivered()
     finally:
         comm.Abort(1)

@@ -17,6 +17,7 @@ from psmpi.checkpoint.tensors import Tensor
 from psmpi.errors import UserError
 from psmpi.inspect.look import state
 from psmpi.inspect.opened import Opened
+from psmpi.output import tell
 
 Checkpoints = Positional[Annotated[tuple[Path, ...], arg(metavar="CHECKPOINT")]]
 
@@ -122,7 +123,7 @@ def prune(run: Positional[Annotated[Path, arg(metavar="RUN")]], /, keep: int, dr
         if path not in kept and states[path] != "unreadable":
             if not dry_run:
                 path.unlink(missing_ok=True)
-            print(f"{'would remove' if dry_run else 'removed'} {path}")
+            tell(f"{'would remove' if dry_run else 'removed'} {path}")
     return 0
 
 
@@ -176,4 +177,4 @@ def _write(out: Path, contents: Contents, vectors: Sequence[str], dtype: np.dtyp
         write_file(out, contents, dict.fromkeys(vectors, dtype), read)
     except OSError as error:
         raise UserError(f"--out {out}: {error}") from None
-    print(f"wrote {out}")
+    tell(f"wrote {out}")

@@ -10,7 +10,8 @@ import numpy as np
 from rich.table import Table
 
 from psmpi.inspect.opened import Checkpoint, Opened
-from psmpi.inspect.output import figure, finite, make_console, print_json
+from psmpi.inspect.output import figure, finite, print_json
+from psmpi.output import Screen, tell
 
 
 def diff(first: Checkpoint, second: Checkpoint, /, json: bool = False) -> int:
@@ -60,20 +61,20 @@ def diff(first: Checkpoint, second: Checkpoint, /, json: bool = False) -> int:
         return print_json(found)
     for label, one in (("first ", a), ("second", b)):
         progress = one.contents.progress
-        print(f"{label} {one.path}: step {progress.step}, {progress.score}")
+        tell(f"{label} {one.path}: step {progress.step}, {progress.score}")
     table = Table()
     table.add_column("tensor")
     table.add_column("relative distance", justify="right")
     table.add_column("largest difference", justify="right")
     for row in rows:
         table.add_row(row["name"], figure(row["distance"]), figure(row["largest"]))
-    make_console().print(table)
+    Screen().print(table)
     for lone in unmatched:
-        print(f"{lone['name']}: {lone['first'] or 'absent'} in the first, {lone['second'] or 'absent'} in the second")
+        tell(f"{lone['name']}: {lone['first'] or 'absent'} in the first, {lone['second'] or 'absent'} in the second")
     for name, (before, after) in changed.items():
-        print(f"{name}: {before!r} in the first, {after!r} in the second")
+        tell(f"{name}: {before!r} in the first, {after!r} in the second")
     differ = len(unmatched) + sum(not row["identical"] for row in rows)
-    print("all tensors are bit-identical" if found["identical"] else f"{differ} differ")
+    tell("all tensors are bit-identical" if found["identical"] else f"{differ} differ")
     return 0
 
 

@@ -22,6 +22,7 @@ from psmpi.nn.layers.chain import export_chain
 from psmpi.nn.model import Model
 from psmpi.nn.network import Network
 from psmpi.nn.zoo import make_network
+from psmpi.output import tell
 from psmpi.training.predictor import calibrate as calibrate_model
 from psmpi.training.predictor import calibration_split, fetch
 
@@ -85,7 +86,7 @@ def export(
         said = writers[out.suffix](Export(opened, out, model, split))
     except OSError as error:
         raise UserError(f"--out {out}: {error}") from None
-    print(f"wrote {out}{said}")
+    tell(f"wrote {out}{said}")
     return 0
 
 

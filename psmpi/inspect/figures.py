@@ -13,9 +13,11 @@ from rich.table import Table
 
 from psmpi.errors import UserError
 from psmpi.inspect.opened import Checkpoint, Opened
-from psmpi.inspect.output import figure, make_console, print_json
+from psmpi.inspect.output import figure, print_json
+from psmpi.output import Screen
 
 BARS = " ▁▂▃▄▅▆▇█"
+PLAIN_BARS = " .:-=+*#@"
 BINS = 24
 
 
@@ -99,6 +101,8 @@ def stats(checkpoint: Checkpoint, /, vector: str = "weights", plot: str = "", js
         _draw(Path(plot), opened, vector)
     if json:
         return print_json({"file": str(opened.path), "vector": vector, "tensors": layers, "parts": rows})
+    screen = Screen()
+    bars = PLAIN_BARS if screen.ascii else BARS
     for title, lines in (("tensors", layers), ("blocks, by the classes that use them", rows)):
         table = Table(title=title, title_justify="left")
         table.add_column("name")
@@ -109,8 +113,8 @@ def stats(checkpoint: Checkpoint, /, vector: str = "weights", plot: str = "", js
         for line in lines:
             figures = (figure(line[name]) for name in ("mean", "spread", "least", "most", "norm"))
             cells = [line["name"], f"{line['count']:,}", *figures, str(line["nan"]), str(line["infinite"])]
-            table.add_row(*cells, *([_bars(line["histogram"]["counts"])] if lines is layers else []))
-        make_console().print(table)
+            table.add_row(*cells, *([_bars(line["histogram"]["counts"], bars)] if lines is layers else []))
+        screen.print(table)
     return 0
 
 
@@ -166,6 +170,6 @@ def _draw(path: Path, opened: Opened, vector: str) -> None:
         raise UserError(f"--plot {path}: {error}") from None
 
 
-def _bars(counts: list[int]) -> str:
+def _bars(counts: list[int], bars: str) -> str:
     top = max(counts, default=0) or 1
-    return "".join(BARS[-(-count * (len(BARS) - 1) // top)] for count in counts)
+    return "".join(bars[-(-count * (len(bars) - 1) // top)] for count in counts)

@@ -19,7 +19,8 @@ from psmpi.data import Identity
 from psmpi.errors import DamagedError, UserError
 from psmpi.inspect.figures import sums_of
 from psmpi.inspect.opened import Checkpoint, Opened
-from psmpi.inspect.output import figure, finite, make_console, print_json, size_text, text
+from psmpi.inspect.output import figure, finite, print_json, size_text, text
+from psmpi.output import Screen, tell
 
 
 def show(checkpoint: Checkpoint, /, json: bool = False) -> int:
@@ -92,7 +93,7 @@ def show(checkpoint: Checkpoint, /, json: bool = False) -> int:
         if isinstance(value, dict):
             value = ", ".join(f"{k} {v}" for k, v in value.items())
         branch.add(f"{name}: {' '.join(value) if isinstance(value, list) else value}")
-    make_console().print(tree, markup=False, highlight=False)
+    Screen().print(tree, markup=False, highlight=False)
     return 0
 
 
@@ -138,7 +139,7 @@ def list_(run: Positional[Annotated[Path, arg(metavar="RUN")]], /, json: bool = 
     for row in rows:
         texts = (text(row["step"]), text(row["epoch"]), row["score"], size_text(row["bytes"]))
         table.add_row(*texts, Text(Path(row["file"]).name), row["state"])
-    make_console().print(table)
+    Screen().print(table)
     return 0
 
 
@@ -161,9 +162,9 @@ def verify(files: Positional[Annotated[tuple[Path, ...], arg(metavar="CHECKPOINT
         print_json(rows)
     else:
         for row in rows:
-            print(row["problem"] or f"{row['file']}: whole")
+            tell(str(row["problem"]) or f"{row['file']}: whole")
             for line in row["tensors"]:
-                print(f"    {line}")
+                tell(f"    {line}")
     return int(any(row["state"] != "whole" for row in rows))
 
 

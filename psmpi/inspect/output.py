@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import asdict
 from math import isfinite
 from typing import Any
 
-from rich.console import Console
-
-
-def make_console() -> Console:
-    # A pipe has no width of its own; nothing is to be cut there.
-    return Console() if sys.stdout.isatty() else Console(width=10_000)
+from psmpi.output import tell
 
 
 def print_json(found: Any) -> int:
-    print(json.dumps(found, default=asdict))
+    tell(json.dumps(found, default=asdict))
     return 0
 
 

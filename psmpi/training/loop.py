@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 
@@ -22,13 +20,14 @@ from psmpi.config import Config
 from psmpi.data import Batch, Dataset, Minibatches
 from psmpi.errors import UserError
 from psmpi.optim import make_schedule
+from psmpi.output import Screen
 from psmpi.training.context import configured_loss
 from psmpi.training.folder import RunFolder
 from psmpi.training.method import Method, Place
 from psmpi.training.resume import restore
 
 
-def show_places(console: Console, places: list[tuple[int, str, Place]]) -> None:
+def show_places(console: Screen, places: list[tuple[int, str, Place]]) -> None:
     """Print the placement table: what each rank does and holds."""
     table = Table(title="placement", title_justify="left")
     devices = any(place.device for _, _, place in places)
@@ -77,7 +76,7 @@ class Loop:
         dataset: Dataset,
         config: Config,
         out: Path,
-        console: Console,
+        console: Screen,
         contents: Contents,
         folder: RunFolder | None = None,
         signals: StopSignals | None = None,
@@ -133,7 +132,7 @@ class Loop:
 
     def run(self) -> bool:
         """Train to the end, or until a rank is asked to stop by a signal; whether all is done."""
-        with self._bar() as bar:
+        with self.console.bar() as bar:
             task = bar.add_task("", total=self.total, completed=self.progress.step)
             while self.progress.step < self.total and not self.stopped:
                 self._epoch(bar, task)
@@ -149,16 +148,10 @@ class Loop:
         done = self.progress.step >= self.total
         if not done:
             by = f"by {self.signals.name} " if self.signals else ""
-            self.console.print(
-                f"stopped {by}after step {self.progress.step}, and saved: go on with --resume auto --out {self.out}",
-                highlight=False, markup=False, soft_wrap=True,
-            )  # fmt: skip
+            self.console.tell(
+                f"stopped {by}after step {self.progress.step}, and saved: go on with --resume auto --out {self.out}"
+            )
         return done
-
-    def _bar(self) -> Bar:
-        hidden = self.control.rank != 0 or not self.console.is_terminal
-        columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn())
-        return Bar(*columns, console=self.console, transient=True, disable=hidden)
 
     def _steps(self, bar: Bar, task: Any, start: float) -> Iterator[tuple[Batch, float]]:
         """The minibatches of the rest of an epoch with their learning rates; whoever takes one has done those before.
@@ -201,9 +194,7 @@ class Loop:
             method.loss_sum = 0.0
         if self.control.rank == 0:
             self._append(row)
-            self.console.print(
-                metrics.describe(row, self.config.run.epochs), highlight=False, markup=False, soft_wrap=True
-            )
+            self.console.tell(metrics.describe(row, self.config.run.epochs))
         self._check(row, trained)
         if self.stopped or not every or self.progress.step == self.total or self.progress.step % every == 0:
             self._save()
@@ -286,7 +277,7 @@ class Loop:
             if count and name not in self.warned:
                 self.warned.add(name)
                 if self.control.rank == 0:
-                    self.console.print(f"warning: {name.replace('_', ' ')}: {count} so far")
+                    self.console.tell(f"warning: {name.replace('_', ' ')}: {count} so far")
         return found
 
     def _save(self) -> None:
@@ -304,6 +295,4 @@ class Loop:
                 self._warn_loudly(trouble)
 
     def _warn_loudly(self, trouble: str) -> None:
-        self.console.print(
-            f"WARNING: {trouble}; training goes on", style="bold red", highlight=False, markup=False, soft_wrap=True
-        )
+        self.console.tell(f"WARNING: {trouble}; training goes on", style="bold red")

@@ -9,7 +9,7 @@ from helpers.processes import launch
 
 import psmpi
 from psmpi import command
-from psmpi.comm.world import LAUNCHER_RANKS
+from psmpi.launcher import LAUNCHER_RANKS
 
 SCRIPT, PACKAGE, MODULE = "/opt/venv/bin/psmpi", "/opt/psmpi/__main__.py", "/opt/psmpi/train.py"
 

@@ -160,7 +160,7 @@ class runtime:
 
     @staticmethod
     def deviceGetPCIBusId(device):
-        from psmpi.comm.world import announced_rank
+        from psmpi.launcher import announced_rank
 
         # As where a scheduler shows each process one device, always as number 0.
         first = announced_rank(dict(os.environ)) if FAULT == "alone" else 0
