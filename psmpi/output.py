@@ -58,6 +58,11 @@ def complain(text: str) -> None:
         return
 
 
+def legible(text: str) -> str:
+    """A text that UTF-8 can hold: a file name's bytes that Python could not decode are UTF-8, or are replaced."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
 class Stream:
     """A text stream that raises ClosedError where its reader has gone, UserError where it cannot be written.
 

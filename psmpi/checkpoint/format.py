@@ -16,6 +16,7 @@ import h5py
 import numpy as np
 
 from psmpi.errors import DamagedError, UserError
+from psmpi.output import legible
 
 FORMAT = 1
 HEADER = 512
@@ -45,7 +46,8 @@ def filters(gzip: int) -> dict[str, Any]:
 
 def as_data(text: str) -> np.ndarray:
     """A text as an array of one string that fits it, which a data set of numbers' filters can guard."""
-    return np.array([text.encode()], h5py.string_dtype("utf-8", max(1, len(text.encode()))))
+    data = legible(text).encode()
+    return np.array([data], h5py.string_dtype("utf-8", max(1, len(data))))
 
 
 def folder(out: Path) -> Path:

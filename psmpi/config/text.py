@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
@@ -24,6 +25,12 @@ else:
 FORMER = ("parallel", "replicated", "alignment", "subnets", "synthetic")
 # What checkpoints mean that were written before there was a setting, where that is not its default.
 UNSAID = Config(data=Data(split_seed=-1))
+
+# Byte-order marks of other encodings than UTF-8; that of UTF-32 begins as that of UTF-16.
+WIDE = {
+    "UTF-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),
+    "UTF-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
+}
 
 
 def parse_toml(text: str) -> dict[str, Any]:
@@ -108,12 +115,30 @@ def _checked(value: Any, section: Any, key: str, where: str) -> Any:
 def read_file(path: str, base: Config | None = None) -> Config:
     """`base`, the defaults if not given, with the settings of a TOML file; UserError where it cannot be read."""
     try:
-        text = Path(path).expanduser().read_bytes().decode()
+        text = _decoded(Path(path).expanduser().read_bytes(), path)
         return from_table(tomllib.loads(text), base or Config(), path)
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}; give the path of a TOML file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except tomllib.TOMLDecodeError as error:
         raise UserError(f"--config {path}: not valid TOML: {error}") from None
+
+
+def _decoded(data: bytes, path: str) -> str:
+    """The text of a TOML file, which is UTF-8 and may begin with a byte-order mark; UserError for another encoding."""
+    wide = next((name for name, marks in WIDE.items() if data.startswith(marks)), "")
+    if not wide and b"\0" in data:
+        wide = "UTF-32" if b"\0\0" in data else "UTF-16"
+    if wide:
+        raise UserError(
+            f"--config {path} is {wide} text, and TOML is UTF-8: save it as UTF-8, or iconv -f {wide} -t UTF-8 {path}"
+        )
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise UserError(
+            f"--config {path}, line {line}: the byte {data[error.start]:#x} is not UTF-8, as TOML is: save it as UTF-8"
+        ) from None
 
 
 def to_toml(config: Config) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 from psmpi import checkpoint
 from psmpi.checkpoint import Lock
 from psmpi.errors import UserError
+from psmpi.output import legible
 
 CONFIG, METRICS = "config.toml", "metrics.jsonl"
 # Seconds that a run waits for another one to leave the directory.
@@ -97,7 +98,7 @@ class RunFolder:
 
         step, damaged: as in `psmpi.checkpoint.clear`. UserError where it cannot be written.
         """
-        self.config, self.rows = config, "".join(json.dumps(row) + "\n" for row in rows)
+        self.config, self.rows = legible(config), "".join(json.dumps(row) + "\n" for row in rows)
         try:
             checkpoint.clear(self.path, step, damaged=damaged, tell=self.tell)
             self.begun = True

@@ -36,7 +36,7 @@ def test_importing_the_package_starts_no_mpi():
 
 
 def test_only_the_world_module_names_comm_world():
-    sources = [p for p in (ROOT / "psmpi").rglob("*.py") if "COMM_WORLD" in p.read_text()]
+    sources = [p for p in (ROOT / "psmpi").rglob("*.py") if ".COMM_WORLD" in p.read_text()]
     assert [p.name for p in sources] == ["world.py"]
 
 
@@ -140,6 +140,30 @@ def test_the_command_line_goes_before_the_file(train, tmp_path):
 def test_a_wrong_configuration_file_names_what_is_wrong(tmp_path, text, says):
     path = tmp_path / "wrong.toml"
     path.write_text(text)
+    with pytest.raises(UserError, match=says):
+        read_file(str(path))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_a_configuration_file_may_begin_with_a_byte_order_mark(tmp_path, encoding):
+    path = tmp_path / "run.toml"
+    path.write_text('[run]\nseed = 7\nout = "läufe"\n', encoding)
+    assert (read_file(str(path)).run.seed, read_file(str(path)).run.out) == (7, "läufe")
+
+
+@pytest.mark.parametrize(
+    ("encoding", "says"),
+    [
+        ("utf-16", "is UTF-16 text, and TOML is UTF-8"),
+        ("utf-16-be", "is UTF-16 text, and TOML is UTF-8"),
+        ("utf-32", "is UTF-32 text, and TOML is UTF-8"),
+        ("utf-32-le", "is UTF-32 text, and TOML is UTF-8"),
+        ("latin-1", "line 3: the byte 0xe4 is not UTF-8"),
+    ],
+)
+def test_a_configuration_file_of_another_encoding_is_named(tmp_path, encoding, says):
+    path = tmp_path / "run.toml"
+    path.write_text('[run]\nseed = 7\nout = "läufe"\n', encoding)
     with pytest.raises(UserError, match=says):
         read_file(str(path))
 

@@ -11,6 +11,8 @@ import sys
 import pytest
 
 from psmpi import command
+from psmpi.checkpoint import read_contents
+from psmpi.config import from_toml
 from psmpi.errors import UserError
 from psmpi.output import CLOSED, ClosedError, Screen, Stream, complain, finish, prepared, styled, tell
 
@@ -174,6 +176,17 @@ def test_names_that_an_encoding_lacks_are_printed_as_they_can_be(ascii_stdout):
     with prepared():
         print("• Σ naïve \udcff")
     assert printed() == b"- \\u03a3 na\\xefve \xff\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"), [("l\u00e4ufe", "l\u00e4ufe"), ("l\udcc3\udca4ufe", "l\u00e4ufe"), ("r\udcff", "r\ufffd")]
+)
+def test_run_directories_of_any_name_can_be_trained_in(name, kept, train, tmp_path):
+    """Names in UTF-8, ones that the locale C did not decode, and ones that are in no encoding."""
+    found = train(1, "--max-steps", "1", out=tmp_path / name)
+    config = (found.out / "config.toml").read_bytes().decode()
+    assert f'{tmp_path / kept}"' in config
+    assert from_toml(read_contents(found.checkpoint).config, "checkpoint").run.out == str(tmp_path / kept)
 
 
 @pytest.mark.parametrize(
