@@ -12,7 +12,7 @@ import termios
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,17 +24,44 @@ if TYPE_CHECKING:
     from psmpi.comm.protocol import Communicator, World
 
 
-def check_launcher(size: int, environ: dict[str, str], library: str) -> None:
+def check_launcher(size: int, environ: Mapping[str, str], library: str) -> None:
     """UserError where the launcher started more ranks than this MPI sees (each would think it is rank 0 of 1)."""
     announced = announced_size(environ)
     if announced is not None and size == 1 and announced[1] > 1:
         name, number = announced
         raise UserError(
             f"the launcher started {number} processes ({name}={number}), but MPI ({library}) sees 1: the launcher "
-            "belongs to another MPI. Use the mpirun that lies beside this Python "
-            f"({os.path.dirname(sys.executable)}), or on SLURM srun --mpi=pmi2 or --mpi=pmix as your MPI wants it "
-            "(`srun --mpi=list`)"
+            f"belongs to another MPI. {_fitting_launcher()}"
         )
+
+
+def check_protocol(vendor: str, environ: Mapping[str, str], library: str, pmix: bool) -> None:
+    """UserError where MPI, whose vendor is mpi4py's name of it, would not start under this launcher.
+
+    What it then prints explains nothing: MPICH ends the process without PMIx, by which Open MPI's mpirun starts ranks;
+    Open MPI looks for help texts of its own under MPICH's. pmix: whether a PMIx library is loaded.
+    """
+    by_pmix = "PMIX_NAMESPACE" in environ or "OMPI_COMM_WORLD_SIZE" in environ
+    told = "PMI_FD" in environ or "MPIR_CVAR_PMI_VERSION" in environ
+    if vendor == "MPICH" and by_pmix and not told and not pmix:
+        launcher = "Open MPI's" if "OMPI_COMM_WORLD_SIZE" in environ else "one that speaks PMIx"
+    elif vendor == "Open MPI" and "HYDI_CONTROL_FD" in environ and not by_pmix:
+        launcher = "MPICH's"
+    else:
+        return
+    raise UserError(
+        f"the launcher is {launcher}, and MPI ({library}) does not start under it: the launcher belongs to another "
+        f"MPI. {_fitting_launcher()}"
+    )
+
+
+def _fitting_launcher() -> str:
+    beside = os.path.dirname(sys.executable)
+    found = "lies beside this Python" if os.path.exists(f"{beside}/mpirun") else "belongs to the MPI of this Python"
+    return (
+        f"Use the mpirun that {found} ({beside}), or on SLURM srun --mpi=pmi2 or --mpi=pmix as your MPI wants it "
+        "(`srun --mpi=list`)"
+    )
 
 
 def start() -> World:
@@ -42,20 +69,34 @@ def start() -> World:
 
     Python's warnings appear on rank 0 only.
     """
-    try:
-        with warnings.catch_warnings():
-            # mpi4py warns of another MPI's launcher; check_launcher says what to do.
-            warnings.filterwarnings("ignore", message="suspicious MPI execution environment")
+    with warnings.catch_warnings():
+        # mpi4py warns of another MPI's launcher; the checks here say what to do.
+        warnings.filterwarnings("ignore", message="suspicious MPI execution environment")
+        try:
+            import mpi4py
+
+            # Not before the launcher is known to fit.
+            mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
             from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:
-        raise UserError(
-            f"cannot load MPI ({error}): install one with pip install 'psmpi[mpi]', or load your site's MPI module"
-        ) from None
+        except (ImportError, RuntimeError) as error:
+            raise UserError(
+                f"cannot load MPI ({error}): install one with pip install 'psmpi[mpi]', or load your site's MPI module"
+            ) from None
+        if not MPI.Is_initialized():
+            check_protocol(MPI.get_vendor()[0], os.environ, library(), _pmix_loaded())
+            MPI.Init_thread()
     comm = MPI.COMM_WORLD
-    check_launcher(comm.size, dict(os.environ), library())
+    check_launcher(comm.size, os.environ, library())
     if comm.rank != 0:
         warnings.simplefilter("ignore")
     return comm
+
+
+def _pmix_loaded() -> bool:
+    try:
+        return "libpmix" in Path("/proc/self/maps").read_text()
+    except OSError:
+        return True
 
 
 def host(world: Communicator) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from helpers.paths import FAKE, ROOT
 from helpers.processes import finish, launch, start
 from helpers.runs import run
 
-from psmpi.comm.world import check_launcher
+from psmpi.comm.world import check_launcher, check_protocol
 from psmpi.config import Config, from_toml, read_file, to_toml
 from psmpi.errors import UserError
 from psmpi.launcher import announced_size
@@ -309,8 +309,35 @@ def test_a_launcher_of_another_mpi_is_explained():
         check_launcher(1, {"OMPI_COMM_WORLD_SIZE": "4"}, "MPICH Version: 5")
 
 
+@pytest.mark.parametrize(
+    ("vendor", "environ", "pmix", "says"),
+    [
+        ("MPICH", {"OMPI_COMM_WORLD_SIZE": "1", "PMIX_NAMESPACE": "p"}, False, "the launcher is Open MPI's"),
+        ("MPICH", {"PMIX_NAMESPACE": "p", "SLURM_PROCID": "0"}, False, "the launcher is one that speaks PMIx"),
+        # MPICH with PMIx, MPICH told otherwise, MPICH's launcher in a job of Open MPI's.
+        ("MPICH", {"PMIX_NAMESPACE": "p"}, True, ""),
+        ("MPICH", {"PMIX_NAMESPACE": "p", "MPIR_CVAR_PMI_VERSION": "1"}, False, ""),
+        ("MPICH", {"PMIX_NAMESPACE": "p", "PMI_FD": "9", "HYDI_CONTROL_FD": "7"}, False, ""),
+        ("MPICH", {"PMI_FD": "9", "HYDI_CONTROL_FD": "7"}, False, ""),
+        ("MPICH", {}, False, ""),
+        ("Open MPI", {"PMI_FD": "9", "HYDI_CONTROL_FD": "7"}, False, "the launcher is MPICH's"),
+        ("Open MPI", {"OMPI_COMM_WORLD_SIZE": "2", "PMIX_NAMESPACE": "p"}, False, ""),
+        # SLURM's, which some builds of Open MPI take.
+        ("Open MPI", {"PMI_FD": "9", "SLURM_PROCID": "0"}, False, ""),
+        ("Intel MPI", {"PMIX_NAMESPACE": "p"}, False, ""),
+    ],
+)
+def test_a_launcher_under_which_mpi_would_not_start_is_explained_before(vendor, environ, pmix, says):
+    if says:
+        with pytest.raises(UserError, match=f"{says}.*belongs to another MPI. Use the mpirun"):
+            check_protocol(vendor, environ, vendor, pmix)
+    else:
+        check_protocol(vendor, environ, vendor, pmix)
+
+
 def test_singletons_of_another_launcher_stop_with_that_explanation(tmp_path):
-    environment = {**os.environ, "OMPI_COMM_WORLD_SIZE": "3"}
+    # As many launchers as there are MPIs; this one is of no library's own protocol.
+    environment = {**os.environ, "PALS_SIZE": "3"}
     done = subprocess.run(
         [sys.executable, *TRAIN, "--out", str(tmp_path / "run")], env=environment, capture_output=True, text=True,
         timeout=60, cwd=tmp_path,
@@ -318,7 +345,7 @@ def test_singletons_of_another_launcher_stop_with_that_explanation(tmp_path):
     assert done.returncode == 1 and "belongs to another MPI" in done.stderr
     # One of them speaks for all.
     done = subprocess.run(
-        [sys.executable, *TRAIN], env={**environment, "OMPI_COMM_WORLD_RANK": "2"}, capture_output=True, text=True,
+        [sys.executable, *TRAIN], env={**environment, "PALS_RANKID": "2"}, capture_output=True, text=True,
         timeout=60, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 1 and not done.stderr
