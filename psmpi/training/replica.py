@@ -15,6 +15,7 @@ from psmpi.comm.transfers import Gather
 from psmpi.comm.world import several_hosts
 from psmpi.config import Config
 from psmpi.data import Dataset
+from psmpi.errors import UserError
 from psmpi.layout import Runs, replicate
 from psmpi.nn.network import Network
 from psmpi.training.checks import check_not_partitioned, check_slices, slices_are_normalized
@@ -43,7 +44,7 @@ class Replica(Method):
     """
 
     nccl = True
-    # What helps where ranks do not sum alike.
+    # What helps where ranks that compute alike are given different sums.
     advice: ClassVar[str] = "use another MPI library"
 
     def __init__(self, context: Context):
@@ -70,6 +71,21 @@ class Replica(Method):
         self.account.ask("optimizer", lambda: self.optimizer.arrays)
         self.account.include(self.worker.memory)
         context.put_weights(everything, self.w)
+        # Ranks whose processors sum in other orders would scale and search otherwise, and part: one of them decides.
+        self.alike = self._sums_alike()
+        if not self.alike:
+            self.descent.allsum = self._of_first
+
+    def _sums_alike(self) -> bool:
+        """Whether scalar products of the same vectors are the same bits on all ranks."""
+        sizes = [self.w.size - self.w.size * k // 16 for k in range(16)]
+        found = [(float(self.ops.dots([(self.w[:n], self.w[:n])])[0]), self.ops.abs_sum(self.w[:n])) for n in sizes]
+        return self.by_host.same_bits(np.array(found))
+
+    def _of_first(self, values: np.ndarray) -> np.ndarray:
+        """Rank 0's values, in place, as sums over the shards of a vector that all ranks have."""
+        self.by_host.bcast(values)
+        return values
 
     def keep(self, name: str, vector: np.ndarray, *, own: bool = False) -> None:
         """Let checkpoints hold this rank's share of a vector (all parameters,); restored, it is whole on all ranks."""
@@ -100,8 +116,8 @@ class Replica(Method):
         return self.worker.metric.scores(self.world.agree(self.worker.test()))
 
     def verify(self, vector: np.ndarray) -> None:
-        """RuntimeError unless all ranks hold the same bits of a vector, as they must after the same steps."""
-        verify(self.world, self.ops.host(vector), self.advice)
+        """UserError unless all ranks hold the same bits of a vector, as they must after the same steps."""
+        verify(self.world, self.ops.host(vector), self.advice, self.alike)
 
     def work(self) -> tuple[str, str, int]:
         return "replica", "all", self.layout.size
@@ -110,7 +126,19 @@ class Replica(Method):
         return {"psl_terms_past_exp_clip": self.worker.loss.clipped}
 
 
-def verify(group: Group, vector: np.ndarray, advice: str) -> None:
-    """RuntimeError unless all ranks of a group hold the same bits of a vector."""
-    if not group.same_bits(vector):
-        raise RuntimeError(f"the ranks no longer hold the same weights: they were given different sums; {advice}")
+def verify(group: Group, vector: np.ndarray, advice: str, alike: bool = True) -> None:
+    """UserError unless all ranks of a group hold the same bits of a vector.
+
+    advice: what helps where they were given different sums; alike: whether their own scalar products are the same.
+    """
+    if group.same_bits(vector):
+        return
+    if alike:
+        why = f"were given different sums, or do not compute alike: {advice}, or hosts of one kind of processor"
+    else:
+        why = (
+            "do not compute alike, as their processors or libraries of linear algebra are of different kinds: use "
+            "hosts of one kind, which OPENBLAS_CORETYPE=HASWELL makes them for OpenBLAS, an optimizer without "
+            "products of matrices (not muon) and no --compression powersgd, or a method that averages weights"
+        )
+    raise UserError(f"the ranks no longer hold the same weights: they {why}")

@@ -1,6 +1,7 @@
 """Data parallelism: buckets, sums over ranks, and whole runs against the serial one."""
 
 import json
+import threading
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from psmpi.backend import NumpyOps
+from psmpi.backend.reference.vectors import Vectors
 from psmpi.comm.allreduce import ALGORITHMS, Ring
 from psmpi.comm.buckets import FIRST, NEVER, SEGMENT, Blocking, Bucket, Buckets, Whole, plan_buckets
 from psmpi.errors import UserError
@@ -122,6 +124,58 @@ def test_a_last_minibatch_with_fewer_samples_than_ranks(train, serial):
 def test_networks_that_cannot_be_partitioned_are_replicated(train, serial, loss):
     options = ("--dtype", "float64", "--max-steps", "20", "--model", "mlp", "--widths", "30", "20", "--loss", loss)
     assert distance(serial(*options).tensors(), train(3, *DATA, *options).tensors()) <= 1e-12
+
+
+@pytest.fixture
+def another_processor(monkeypatch):
+    """another_processor("dots", ...) has rank 1 compute these otherwise than the others: what it returns, or fills."""
+
+    def change(*names):
+        for name in names:
+            plain = getattr(Vectors, name)
+
+            def other(self, first, *rest, plain=plain):
+                found = plain(self, first, *rest)
+                factor = 1 + 1e-10 * (threading.current_thread().name == "rank 1")
+                if found is None:
+                    first *= factor
+                    return None
+                return found * factor
+
+            monkeypatch.setattr(Vectors, name, other)
+
+    return change
+
+
+@pytest.mark.parametrize("optimizer", ["lbfgs", "lbfgs-tr", "adam"])
+def test_ranks_of_different_processors_take_the_same_steps(train, another_processor, optimizer):
+    options = (*DATA, "--dtype", "float64", "--epochs", "2", "--batch-size", "240", "--optimizer", optimizer)
+    options += ("--lr", "1" if optimizer == "lbfgs" else "0.01", "--backend", "numpy")
+    plain = train(3, *options)
+    another_processor("dots", "abs_sum", "squared_norm")
+    mixed = train(3, *options)
+    assert distance(plain.tensors(), mixed.tensors()) == 0
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        (
+            ("combine",),
+            "were given different sums, or do not compute alike: use --allreduce ring, and no --compression",
+        ),
+        (("combine", "dots"), "do not compute alike, as their processors or libraries"),
+    ],
+)
+def test_ranks_that_part_are_told_why_and_what_helps(another_processor, tmp_path, changed, says):
+    another_processor(*changed)
+    options = ("--dtype", "float64", "--epochs", "1", "--optimizer", "lbfgs", "--lr", "1", "--backend", "numpy")
+    status, _, err = run(2, "-m", "psmpi.train", *DATA, *options, "--out", tmp_path / "run")
+    assert status == 1 and f"the ranks no longer hold the same weights: they {says}" in err and "Traceback" not in err
+    if len(changed) > 1:
+        # What the message offers: one kind for all, and copies that may differ.
+        options = ("--method", "local_sgd", "--dtype", "float64", "--epochs", "1", "--backend", "numpy")
+        assert run(2, "-m", "psmpi.train", *options, "--out", tmp_path / "other")[0] == 0
 
 
 @pytest.mark.slow

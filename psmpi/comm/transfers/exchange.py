@@ -15,6 +15,7 @@ from psmpi.comm.transfers.base import Message, Step, Transfer
 from psmpi.comm.transfers.deal import Deal
 from psmpi.comm.transfers.spread import Spread
 from psmpi.comm.transfers.sum import Sum
+from psmpi.errors import UserError
 from psmpi.layout import Move, Roles, Runs, plan_moves
 
 
@@ -131,10 +132,11 @@ class Exchange(Transfer):
             group.use_nccl(stream)
 
     def verify(self, shard: np.ndarray) -> None:
-        """RuntimeError unless all owners of a run hold the same bits of it, as they must after the same steps."""
+        """UserError unless all owners of a run hold the same bits of it, as they must after the same steps."""
         for group, run in self.sums:
             if not group.same_bits(self.ops.host(shard[run])):
-                raise RuntimeError(
+                raise UserError(
                     f"the replicas {group.ranks} of a private block no longer hold the same weights: this MPI's "
-                    "Allreduce gives ranks different sums; use --placement master"
+                    "Allreduce gives ranks different sums, or their processors do not compute alike; use --placement "
+                    "master"
                 )
