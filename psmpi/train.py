@@ -82,11 +82,13 @@ def _main(argv: list[str]) -> int:
 def _configure(control: Control, argv: list[str]) -> tuple[Config | None, int]:
     """Rank 0 reads and checks the command line, so that help and errors appear once; the others get its result."""
     from psmpi.config import from_toml, to_toml
+    from psmpi.output import Screen
+    from psmpi.training.usual import usual
 
     text, status = "", 0
     if control.rank == 0:
         try:
-            text = to_toml(_settle(parse(argv)))
+            text = to_toml(usual(_settle(parse(argv)), Screen(goes_on="training goes on").tell))
         except SystemExit as end:
             status = 1 if end.code else 0
     text, status = json.loads(control.share(json.dumps([text, status])))

@@ -47,12 +47,13 @@ def main(argv: list[str] | None = None) -> int:
 def _with(measure: Callable[[Config, bool], int], default: Config) -> Callable[..., int]:
     """A command whose options are those of training, with the TOML file's settings as their defaults."""
     from psmpi.config import command_line, from_command_line
+    from psmpi.training.usual import usual
 
     tree = command_line(default)
     given = tree()
 
     def command(config: Any = given, json: bool = False) -> int:
-        return measure(from_command_line(config), json)
+        return measure(usual(from_command_line(config)), json)
 
     command.__name__, command.__doc__ = measure.__name__, measure.__doc__
     command.__annotations__["config"] = tree

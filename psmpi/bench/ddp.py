@@ -30,9 +30,10 @@ def main(argv: list[str]) -> int:
     from psmpi.nn.init import initial_weights
     from psmpi.nn.model import Model
     from psmpi.nn.zoo import make_network
+    from psmpi.training.usual import usual
 
     world = start()
-    config = tyro.cli(Config, args=argv, config=(tyro.conf.OmitArgPrefixes,))
+    config = usual(tyro.cli(Config, args=argv, config=(tyro.conf.OmitArgPrefixes,)))
     dataset = open_dataset(config.data.dataset, config.data.data_dir, config.data.split_seed)
     net = make_network(config.model.model, dataset.shape, dataset.outputs, **config.model.shape)
     problem = Problem(net, config.objective.loss, tuple(range(net.classes)))

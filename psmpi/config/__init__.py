@@ -5,6 +5,7 @@ from psmpi.config.ranges import Least, listed, option
 from psmpi.config.sections import Data, LossSettings, NetworkSettings, Optimization, Parallel, Run
 from psmpi.config.text import defaults, from_table, from_toml, given, parse_toml, read_file, to_toml
 from psmpi.config.tree import Config, Settings, check, command_line, from_command_line, kinds_of_settings
+from psmpi.config.usual import Numbers, usual_numbers
 
 __all__ = [
     "Config",
@@ -12,6 +13,7 @@ __all__ = [
     "Least",
     "LossSettings",
     "NetworkSettings",
+    "Numbers",
     "Optimization",
     "Parallel",
     "Run",
@@ -30,5 +32,6 @@ __all__ = [
     "parse_toml",
     "read_file",
     "to_toml",
+    "usual_numbers",
     "without_unused",
 ]

@@ -30,6 +30,9 @@ def without_unused(config: Config, base: Config) -> Config:
     names = [one.setting for one in unused_settings(o.optimizer, o.schedule, vars(o)) if one.setting not in used]
     if find_optimizer(o.optimizer).needs_closure:
         names.append("clip")
+    if o.optimizer != before.optimizer:
+        # A rate is one for an optimizer.
+        names.append("lr")
     o = replace(o, **{name: getattr(usual, name) for name in names if getattr(o, name) == getattr(before, name)})
     model, parallel = config.model, config.parallel
     if model.model != base.model.model:

@@ -32,7 +32,7 @@ def check_ranges(section: Any) -> None:
     for one in fields(section):
         value = getattr(section, one.name)
         for bound in getattr(hints[one.name], "__metadata__", ()):
-            if isinstance(bound, Least) and value < bound.bound:
+            if isinstance(bound, Least) and value is not None and value < bound.bound:
                 raise UserError(f"{option(one.name)} {value}: expected a whole number from {bound.bound} up")
         if isinstance(value, float) and not isfinite(value):
             raise UserError(f"{option(one.name)} {value}: expected a finite number")

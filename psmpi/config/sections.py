@@ -15,10 +15,16 @@ from psmpi.registry import DEFAULT
 if TYPE_CHECKING:
     LossName = str
     OptimizerName = str
+    # None until the usual number is in its place, before anything is made of it.
+    Count = int
+    Rate = float
 else:
+    Count, Rate = int | None, float | None
     # The registry's names, for the command line, TOML files and the help.
     LossName = Literal[tuple(LOSSES)]
     OptimizerName = Literal[tuple(ALL_OPTIMIZERS)]
+
+NOT_GIVEN: Any = None
 
 
 @dataclass(frozen=True)
@@ -33,8 +39,8 @@ class Data:
     split_seed: Annotated[int, Least(-1)] = 0
     """Seed of the test samples of a file without x_test and y_test, a fifth of each class; -1: every fifth sample of
     the file."""
-    batch_size: Annotated[int, Least(1)] = 100
-    """Samples in a minibatch, over all replica rows."""
+    batch_size: Annotated[Count, Least(1)] = NOT_GIVEN
+    """Samples in a minibatch, over all replica rows; if not given 32, from 10,000 training samples on 100."""
     shuffle: bool = True
     """A new order of the samples each epoch, a function of (seed, epoch) alone; else the file's order."""
 
@@ -107,8 +113,9 @@ class OptimizerChoice:
     optimizer: OptimizerName = "adam"
     """Update rule; lbfgs has a line search, lbfgs-tr and lsr1-tr a trust region; plbfgs, plsr1 and plse are partitioned
     quasi-Newton methods, for --partition pairs."""
-    lr: float = 1e-3
-    """Learning rate (lbfgs: length of its first trial step, 1 is usual; other quasi-Newton methods have none)."""
+    lr: Rate = NOT_GIVEN
+    """Learning rate (lbfgs: length of its first trial step; other quasi-Newton methods have none). If not given, by the
+    optimizer and the network: adam 0.001, on less than 10,000 samples with logistic sigmoids 0.01; see the README."""
     clip: float = 1.0
     """Largest global norm of the gradient; 0: no clipping. (Not used by the quasi-Newton methods, which keep their
     steps in bounds themselves.)"""
@@ -123,8 +130,8 @@ class Optimization(NewtonSettings, Hyper, ScheduleSettings, OptimizerChoice):
 class Run:
     """How long, and what is written where."""
 
-    epochs: Annotated[int, Least(1)] = 10
-    """Passes over the training samples."""
+    epochs: Annotated[Count, Least(1)] = NOT_GIVEN
+    """Passes over the training samples; if not given those that come to 2,700 steps, from 10 to 200."""
     max_steps: Annotated[int, Least(0)] = 0
     """Stop this start after so many steps of the run in all; 0: no such limit."""
     seed: Annotated[int, Least(0)] = 0

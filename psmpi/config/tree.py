@@ -97,7 +97,7 @@ def check(config: Config) -> None:
     for section in (*config.sections.values(), *config.settings.values()):
         check_ranges(section)
     run, model, o, parallel = config.run, config.model, config.optimization, config.parallel
-    if not o.lr > 0:
+    if o.lr is not None and not o.lr > 0:
         raise UserError(f"--lr {o.lr}: expected a number above 0")
     if not 0 < model.init_gain <= 1e3:
         raise UserError(f"--init-gain {model.init_gain}: expected a number above 0 and up to 1000")

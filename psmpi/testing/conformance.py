@@ -39,6 +39,7 @@ from psmpi.train import parse
 from psmpi.training.context import Context
 from psmpi.training.loop import plan_steps
 from psmpi.training.method import Method
+from psmpi.training.usual import usual
 
 # Numbers of ranks that are tried; those that a method refuses are left out.
 RANKS = (1, 2, 3, 4, 5)
@@ -65,10 +66,10 @@ class Case:
     def words(self, *more: str) -> list[str]:
         """The options of a run: small minibatches in float64, and what the method declares."""
         fixed = ("--method", self.name, "--dtype", "float64", "--batch-size", "30", "--threads", "1", "--epochs", "3")
-        return [*fixed, *self.method.exactness.options, *self.options, *more]
+        return [*fixed, "--lr", "0.001", *self.method.exactness.options, *self.options, *more]
 
     def config(self, *more: str) -> Config:
-        return parse(self.words(*more))
+        return usual(parse(self.words(*more)))
 
     def problem(self, *more: str) -> tuple[Network, Dataset, Config]:
         """Network, data and configuration of a run."""

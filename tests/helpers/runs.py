@@ -5,6 +5,7 @@ import json
 import numpy as np
 
 from helpers.processes import launch
+from psmpi.config import Config, from_table
 from psmpi.testing import run_program
 from psmpi.testing.conformance import tensors
 
@@ -29,13 +30,32 @@ class Trained:
         return tensors(self.checkpoint)
 
 
+# What tests train with that say nothing else.
+NUMBERS = {"--epochs": "10", "--batch-size": "100", "--lr": "0.001"}
+
+
+def said(options):
+    """Options for those of NUMBERS that are not among `options`, nor in a file or checkpoint that these name."""
+    if {"--config", "--resume"} & set(map(str, options)):
+        return []
+    return [word for name, number in NUMBERS.items() if name not in options for word in (name, number)]
+
+
+def usual_config():
+    """The default configuration with NUMBERS."""
+    numbers = {"run": {"epochs": 10}, "data": {"batch_size": 100}, "optimization": {"lr": 0.001}}
+    return from_table(numbers, Config(), "tests")
+
+
 def trainer(folder, how=run):
     """train(ranks, *options): psmpi.train to its end, by `run` or by `launch`; what it left."""
     count = iter(range(1000))
 
     def call(ranks, *options, out=None, timeout=120):
         out = out or folder / f"{how.__name__}{next(count)}"
-        status, stdout, stderr = how(ranks, "-m", "psmpi.train", "--out", out, *options, timeout=timeout, cwd=folder)
+        status, stdout, stderr = how(
+            ranks, "-m", "psmpi.train", "--out", out, *said(options), *options, timeout=timeout, cwd=folder
+        )
         assert status == 0, stderr + stdout
         return Trained(out, stdout)
 
@@ -60,4 +80,4 @@ def distance(first, second):
     return max(float(np.linalg.norm(first[k] - second[k])) / max(1e-300, np.linalg.norm(first[k])) for k in first)
 
 
-__all__ = ["Trained", "distance", "launch", "once", "run", "trainer"]
+__all__ = ["Trained", "distance", "launch", "once", "run", "trainer", "usual_config"]

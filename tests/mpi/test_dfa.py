@@ -7,10 +7,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from helpers.datasets import real
-from helpers.runs import distance, run
+from helpers.runs import distance, run, usual_config
 
 from psmpi.backend import make_backend
-from psmpi.config import Config
 from psmpi.data import Batch, open_dataset
 from psmpi.methods.dfa import Settings, feedback, widths
 from psmpi.nn.cut import split_layers
@@ -34,7 +33,7 @@ def network(*units, activation="tanh", inputs=64):
 
 
 def method(net, **settings):
-    base = Config()
+    base = usual_config()
     config = replace(
         base,
         model=replace(base.model, dtype="float64"),

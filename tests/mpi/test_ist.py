@@ -6,11 +6,11 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from helpers.datasets import real
-from helpers.runs import distance, run
+from helpers.runs import distance, run, usual_config
 
 from psmpi.backend import make_backend
 from psmpi.comm.transfers.strips import find_strips, shard_rows, strips_size
-from psmpi.config import Config, check
+from psmpi.config import check
 from psmpi.data import Batch, Minibatches, Resident, open_dataset
 from psmpi.errors import UserError
 from psmpi.layout import Runs
@@ -28,6 +28,7 @@ from psmpi.testing.conformance import Case, counters_equal_messages
 from psmpi.train import parse
 from psmpi.training.context import Context
 from psmpi.training.rounds import Rounds
+from psmpi.training.usual import usual
 
 IST = ("--method", "ist", "--model", "mlp", "--loss", "nll", "--optimizer", "sgd", "--lr", "0.1", "--dtype", "float64")
 
@@ -75,7 +76,7 @@ def tensors(layout, w):
 
 
 def method(net, **settings):
-    base, every = Config(), settings.pop("every", 20)
+    base, every = usual_config(), settings.pop("every", 20)
     config = replace(
         base,
         model=replace(base.model, dtype="float32"),
@@ -555,7 +556,7 @@ def test_the_gradient_of_batch_normalization_is_exact():
     ],
 )
 def test_mistakes_are_named(options, says):
-    config = parse([*IST, "--colocate", *options])
+    config = usual(parse([*IST, "--colocate", *options]))
     data = open_dataset("digits", "")
     with pytest.raises(UserError, match=says):
         check(config)

@@ -4,10 +4,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from helpers.runs import distance, run
+from helpers.runs import distance, run, usual_config
 
 from psmpi.backend import NumpyOps
-from psmpi.config import Config
 from psmpi.data import Batch, Minibatches, open_dataset
 from psmpi.nn.zoo import make_network
 from psmpi.registry import find_method
@@ -22,7 +21,7 @@ class Alone:
 
 def copies(ranks, steps, every, *, optimizer="sgd", lr=0.05, batch=64, outer_lr=1.0, beta=0.0):
     """The weights that local SGD ends with: `ranks` models of the method psl, and the outer step by its formula."""
-    base = Config()
+    base = usual_config()
     config = replace(
         base,
         model=replace(base.model, dtype="float64"),

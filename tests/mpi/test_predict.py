@@ -13,7 +13,7 @@ from psmpi.data import open_dataset
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     out = tmp_path_factory.mktemp("trained") / "run"
-    status, _, err = run(1, "-m", "psmpi.train", "--out", out, "--epochs", "12", "--lr", "0.01")
+    status, _, err = run(1, "-m", "psmpi.train", "--out", out, "--epochs", "12", "--lr", "0.01", "--batch-size", "100")
     assert status == 0, err
     return out
 

@@ -8,10 +8,9 @@ import h5py
 import numpy as np
 import pytest
 from helpers.datasets import real
-from helpers.runs import distance, run
+from helpers.runs import distance, run, usual_config
 
 from psmpi.backend import make_backend
-from psmpi.config import Config
 from psmpi.data import Batch, Dataset, open_dataset
 from psmpi.methods.psl.element_set import ElementSet
 from psmpi.methods.psl.plan import Settings
@@ -202,7 +201,7 @@ class Fixed:
 
 
 def make_method(network, dataset, **changes):
-    base = Config()
+    base = usual_config()
     config = replace(
         base,
         data=replace(base.data, batch_size=dataset.train.n),

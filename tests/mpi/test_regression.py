@@ -4,11 +4,11 @@ import json
 
 import numpy as np
 import pytest
-from helpers.runs import run
+from helpers.runs import run, usual_config
 from scipy.linalg import lstsq
 
 from psmpi.backend import NumpyOps
-from psmpi.config import Config, check, from_table
+from psmpi.config import check, from_table
 from psmpi.data import open_dataset
 from psmpi.errors import UserError
 from psmpi.nn.losses import LOSSES, make_loss
@@ -121,7 +121,7 @@ REFUSED = [
 @pytest.mark.parametrize(("changes", "says"), REFUSED)
 def test_what_needs_classes_refuses_values_by_name(own, monkeypatch, changes, says):
     monkeypatch.chdir(own)
-    dataset, config = open_dataset("own.npz", "."), Config()
+    dataset, config = open_dataset("own.npz", "."), usual_config()
     settings = {"objective": {"loss": "squared"}, "model": {"model": "mlp", "widths": [8, 8]}, **changes}
     config = from_table({"data": {}, **settings}, config, "settings")
     check(config)

@@ -6,10 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from helpers.datasets import real
-from helpers.runs import distance, run
+from helpers.runs import distance, run, usual_config
 
 from psmpi.backend import make_backend
-from psmpi.config import Config, check
+from psmpi.config import check
 from psmpi.data import Batch, Minibatches, open_dataset
 from psmpi.errors import UserError
 from psmpi.methods.sil.cost import apart, conventional, count
@@ -22,6 +22,7 @@ from psmpi.nn.zoo import make_network
 from psmpi.registry import find_method
 from psmpi.train import parse
 from psmpi.training.context import Context
+from psmpi.training.usual import usual
 
 SIL = ("--method", "sil", "--model", "mlp", "--loss", "nll", "--threads", "1")
 SMALL = (*SIL, "--widths", "40", "30", "20", "--dtype", "float64", "--lr", "0.01", "--batch-size", "50")
@@ -42,7 +43,7 @@ def network(*units, activation="relu", inputs=64):
 
 
 def method(net, *, optimizer="adam", clip=1.0, epochs=4, name="sil", shuffle=True, **settings):
-    base = Config()
+    base = usual_config()
     config = replace(
         base,
         data=replace(base.data, batch_size=50, shuffle=shuffle),
@@ -564,7 +565,7 @@ def test_costs_of_convolutions():
     ],
 )
 def test_what_cannot_be_is_said(ranks, options, says):
-    config = parse([*SIL, "--widths", "20", "20", "20", *options])
+    config = usual(parse([*SIL, "--widths", "20", "20", "20", *options]))
     with pytest.raises(UserError) as error:
         check(config)
         dataset = open_dataset("digits", "")

@@ -1,0 +1,70 @@
+"""Numbers that stand for epochs, minibatch and learning rate that are not given: by samples, network and optimizer.
+
+Found by trying on the embedded digits, MNIST and CIFAR-10; the README has what they reach.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from psmpi.config.tree import Config
+
+# From so many training samples on a data set is large; the samples of a minibatch of small and large ones.
+LARGE, SMALL_BATCH, LARGE_BATCH = 10_000, 32, 100
+# Epochs at least and at most, and the steps that a training comes to between them.
+LEAST_EPOCHS, MOST_EPOCHS, STEPS = 10, 200, 2700
+
+
+class Rates(NamedTuple):
+    """Learning rates of an optimizer.
+
+    On small data sets and on large ones for networks of logistic sigmoids, whose gradients are small, and for others.
+    """
+
+    small: float
+    large: float
+    other: float
+
+
+# A line search begins with the whole step; the quasi-Newton methods that have none do not use a rate.
+WHOLE = Rates(1.0, 1.0, 1.0)
+RATES = {
+    "sgd": Rates(1.0, 1.0, 0.1),
+    "momentum": Rates(0.1, 0.1, 0.1),
+    "nesterov": Rates(0.1, 0.1, 0.1),
+    "adam": Rates(1e-2, 1e-3, 1e-3),
+    "adamw": Rates(1e-2, 1e-3, 1e-3),
+    "rmsprop": Rates(1e-2, 3e-3, 1e-3),
+    "lion": Rates(1e-3, 1e-3, 1e-4),
+    "muon": Rates(3e-2, 3e-2, 1e-2),
+}
+
+
+class Numbers(NamedTuple):
+    """How long a training is, in which minibatches, and how fast it learns."""
+
+    epochs: int
+    batch_size: int
+    lr: float
+
+
+def usual_numbers(samples: int, config: Config) -> Numbers:
+    """The usual numbers for so many training samples, and the network and optimizer of a configuration.
+
+    With a batch_size that is given the epochs are those of its steps.
+    """
+    large = samples >= LARGE
+    batch = config.data.batch_size or min(samples, LARGE_BATCH if large else SMALL_BATCH)
+    epochs = min(MOST_EPOCHS, max(LEAST_EPOCHS, -(-STEPS // -(-samples // batch))))
+    rates = RATES.get(config.optimization.optimizer, WHOLE)
+    return Numbers(epochs, batch, (rates.large if large else rates.small) if _saturates(config) else rates.other)
+
+
+def _saturates(config: Config) -> bool:
+    """Whether the network is one of logistic sigmoids, without normalization before them."""
+    model = config.model
+    if model.batch_norm:
+        return False
+    if model.model == "custom":
+        return any(table.get("type") == "sigmoid" for table in model.layers if isinstance(table, dict))
+    return model.model not in ("mlp", "resnet")

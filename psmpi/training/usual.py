@@ -1,0 +1,40 @@
+"""Epochs, minibatch and learning rate of a run that does not say them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from psmpi.config import Config, Numbers, usual_numbers
+from psmpi.data import open_dataset
+
+
+def usual(config: Config, tell: Callable[[str], None] | None = None) -> Config:
+    """`config` with the usual numbers for epochs, batch_size and lr where these are None, which `tell` then hears of.
+
+    UserError where the data set cannot be opened.
+    """
+    if None not in (config.run.epochs, config.data.batch_size, config.optimization.lr):
+        return config
+    data = config.data
+    samples = open_dataset(data.dataset, data.data_dir, data.split_seed).train.n
+    config = _fill(config, usual_numbers(samples, config))
+    if tell is not None:
+        run, data, optimization = config.run, config.data, config.optimization
+        tell(
+            f"{run.epochs} epochs, {data.batch_size} samples a minibatch, learning rate {optimization.lr:g}: usual "
+            f"for {samples:,} samples, {config.model.model} and {optimization.optimizer}, where not given "
+            "(--epochs, --batch-size, --lr)"
+        )
+    return config
+
+
+def _fill(config: Config, numbers: Numbers) -> Config:
+    """`config` with these numbers in the places of None."""
+    run, data, optimization = config.run, config.data, config.optimization
+    return replace(
+        config,
+        run=replace(run, epochs=run.epochs or numbers.epochs),
+        data=replace(data, batch_size=data.batch_size or numbers.batch_size),
+        optimization=replace(optimization, lr=numbers.lr if optimization.lr is None else optimization.lr),
+    )
