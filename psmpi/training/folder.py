@@ -124,11 +124,19 @@ class RunFolder:
         self._replace(path, self.rows)
 
     def keep(self) -> Lock | None:
-        """Make sure that the directory is still this run's; a new lock where it was removed and is made again.
+        """Make sure that the directory and its text files are there, and this run's; a new lock where it is a new one.
 
         UserError where another run has it now. OSError where it cannot be made.
         """
+        if self.lock.there and (self.path / CONFIG).is_file():
+            return None
         if self.lock.there:
+            # Removing a directory that is written to may leave it there, emptied.
+            self._write_texts()
+            self.tell(
+                f"WARNING: files of the run directory {self.path} were removed while this run writes to it: its text "
+                "files are written again; training goes on"
+            )
             return None
         try:
             self.path.mkdir(parents=True, exist_ok=True)

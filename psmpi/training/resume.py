@@ -29,7 +29,7 @@ def own_settings(resume: str, out: str) -> Config | None:
             checkpoint.check_file(path)
             found = from_toml(checkpoint.read_contents(path).config, str(path), foreign=True)
         elif out and (path := Path(out).expanduser() / CONFIG).is_file():
-            found = from_toml(path.read_text(encoding="utf-8"), str(path), foreign=True)
+            found = _read(path)
         else:
             whole = checkpoint.find(resume, Path(out).expanduser(), lambda _: None) if out else None
             if whole is None:
@@ -38,6 +38,16 @@ def own_settings(resume: str, out: str) -> Config | None:
     except DamagedError:
         return None
     return replace(found, run=replace(found.run, out=out, resume=resume, new_data=False, max_steps=0))
+
+
+def _read(path: Path) -> Config:
+    """The settings of a run directory's configuration; UserError where it is not what a run writes."""
+    try:
+        return from_toml(path.read_text(encoding="utf-8"), str(path), foreign=True)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path}: {error}; correct it, or remove it to go on with the settings of the checkpoint"
+        ) from None
 
 
 def compare(contents: Contents, config: Config, data: Identity, path: str, tell: Callable[[str], None]) -> None:

@@ -54,6 +54,15 @@ def test_without_config_toml_the_settings_are_those_of_the_checkpoint(train):
     assert resumed.rows[-1]["step"] == 48 and read_file(str(first.out / "config.toml")).optimization.momentum == 0.8
 
 
+@pytest.mark.parametrize("text", [b"epochs = ", b"\xff\xfe", b"[run]\nepoch = 3\n"])
+def test_a_config_toml_that_is_none_is_named(train, tmp_path, text):
+    train(1, *FEW, "--epochs", "1", out=tmp_path / "run")
+    (tmp_path / "run" / "config.toml").write_bytes(text)
+    before = held(tmp_path / "run")
+    assert "config.toml" in start(tmp_path, "--resume", "auto", "--epochs", "2", ok=False)
+    assert held(tmp_path / "run") == before
+
+
 def test_a_run_killed_before_its_first_checkpoint_starts_afresh_with_its_own_settings(train, tmp_path):
     first = train(1, *FEW, "--epochs", "2")
     shutil.rmtree(first.out / "checkpoints")

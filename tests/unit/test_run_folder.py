@@ -162,6 +162,16 @@ def test_a_folder_that_is_removed_is_made_again_and_told(tmp_path, told):
     assert texts(folder.path)["metrics.jsonl"].splitlines() == [json.dumps(row) for row in ROWS]
 
 
+def test_a_folder_that_is_emptied_gets_its_texts_again_and_that_is_told(tmp_path, told):
+    with begun(tmp_path / "run", told, ROWS) as folder:
+        for path in folder.path.iterdir():
+            path.unlink()
+        assert folder.keep() is None and folder.keep() is None
+    assert ["were removed while this run writes to it" in line for line in told] == [True]
+    assert texts(folder.path)["config.toml"] == "a = 1\n"
+    assert texts(folder.path)["metrics.jsonl"].splitlines() == [json.dumps(row) for row in ROWS]
+
+
 def test_a_folder_that_another_run_has_now_is_left_to_it(tmp_path, told):
     with begun(tmp_path / "run", told) as folder:
         (tmp_path / "run").rename(tmp_path / "moved")
