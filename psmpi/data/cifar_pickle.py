@@ -6,7 +6,9 @@ The unpickler resolves the few names that a pickled dict of arrays, lists and st
 from __future__ import annotations
 
 import pickle
+import pickletools
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any, cast
 
@@ -46,13 +48,23 @@ class _RestrictedUnpickler(pickle.Unpickler):
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not allowed") from None
 
 
+def _check_memory(content: bytes) -> None:
+    """Raise UnpicklingError where few bytes would take much memory: lengths, or numbers of objects, beyond the file.
+
+    One wrong bit is enough for that.
+    """
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(content)):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and cast(int, argument) > count:
+            raise pickle.UnpicklingError(f"it numbers an object {argument} that is the {count}th at most")
+
+
 def _load(path: Path) -> Any:
     """Unpickle dicts, lists, strings, numbers and arrays from `path`; UserError for anything else."""
-    with reading(path), path.open("rb") as file:
+    with reading(path):
+        content = path.read_bytes()
         try:
-            return _RestrictedUnpickler(file, encoding="bytes").load()
-        except OSError:
-            raise
+            _check_memory(content)
+            return _RestrictedUnpickler(BytesIO(content), encoding="bytes").load()
         # A damaged pickle can raise almost anything, depending on where it is damaged.
         except Exception as error:
             raise UserError(

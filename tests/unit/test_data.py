@@ -483,6 +483,21 @@ def test_cifar_pickles_cut_short_are_refused(tmp_path: Path, keep: int) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*restricted unpickler")
+@pytest.mark.parametrize(
+    "start", [b"]r\0\0\0\x40", *(code + b"\0\0\0\0\0\1\0\0" for code in (b"\x8e", b"\x96", b"\x8d"))]
+)
+def test_the_restricted_unpickler_takes_no_more_memory_than_the_file(tmp_path: Path, start: bytes) -> None:
+    """An object with the number 2^30, and lengths of 2^40 bytes."""
+    make_cifar_pickles(tmp_path)
+    write(tmp_path / CIFAR_NAMES[1], b"\x80\x05" + start + b".")
+    tracemalloc.start()
+    expect_error(CIFAR_NAMES[1], "damaged pickle", name="cifar10", data_dir=tmp_path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10_000_000
+
+
+@pytest.mark.filterwarnings("ignore:.*restricted unpickler")
 def test_cifar_pickles_that_change_after_opening_are_refused(tmp_path: Path) -> None:
     make_cifar_pickles(tmp_path)
     data = open_dataset("cifar10", tmp_path)
