@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pickle
 import pickletools
+import re
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -28,14 +29,55 @@ def _encode(text: str, encoding: str) -> bytes:
     return text.encode("latin-1")
 
 
-# Where numpy keeps this function differs between its versions; an array's own account of itself does not.
-_reconstruct = cast(Any, np.empty(0)).__reduce__()[0]
+class _Dtype:
+    """Stands in for numpy.dtype, whose state NumPy takes as it is, be it wrong for its memory."""
+
+    def __init__(self, code: Any = "", *options: Any) -> None:
+        self.code = code.decode("latin-1") if isinstance(code, bytes) else str(code)
+
+    def __setstate__(self, state: Any) -> None:
+        """Byte order and alignment say nothing of uint8."""
+
+
+class _Array:
+    """Stands in for numpy.ndarray: what the pickle says of an array, for `values` to check."""
+
+    state: Any = None
+
+    def __init__(self, *options: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def __str__(self) -> str:
+        """ "int64 array of shape (1, 2)"."""
+        match self.state:
+            case (int(), tuple() as shape, _Dtype() as dtype, int(), _):
+                known = re.fullmatch("b1|[iu][1248]|f[248]", dtype.code)
+                return f"{np.dtype(dtype.code) if known else repr(dtype.code)[:40]} array of shape {str(shape)[:80]}"
+        return "damaged array"
+
+    def values(self, features: int) -> npt.NDArray[np.uint8] | None:
+        """The values (n, features), or None where they are no such array of uint8."""
+        match self.state:
+            case (int(), (int(n), int(found)), _Dtype(code="u1"), int(fortran), bytes(raw)):
+                if found == features and n >= 0 and len(raw) == n * features:
+                    flat = np.frombuffer(raw, np.uint8)
+                    return flat.reshape((n, features), order="F" if fortran else "C")
+        return None
+
+
+def _reconstruct(*options: Any) -> _Array:
+    """Stands in for the function of that name by which pickles make arrays without values."""
+    return _Array()
+
 
 _ALLOWED: dict[tuple[str, str], Any] = {
     ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
     ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
+    ("numpy", "ndarray"): _Array,
+    ("numpy", "dtype"): _Dtype,
     ("_codecs", "encode"): _encode,
 }
 
@@ -80,18 +122,19 @@ def _images(path: Path, pixels: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray
     data, labels = (batch.get(key.encode(), batch.get(key)) for key in ("data", "labels"))
     if data is None or labels is None:
         raise UserError(f"{path}: found the keys {sorted(map(str, batch))}, expected data and labels; fetch it again")
-    if not (isinstance(data, np.ndarray) and data.dtype == np.uint8 and data.shape[1:] == (pixels,)):
-        found = f"{data.dtype} array of shape {data.shape}" if isinstance(data, np.ndarray) else type(data).__name__
+    values = data.values(pixels) if isinstance(data, _Array) else None
+    if values is None:
+        found = data if isinstance(data, _Array) else type(data).__name__
         raise UserError(f"{path}: data is a {found}, expected uint8 (n, {pixels}); fetch the file again")
     if not (isinstance(labels, list) and all(type(label) is int for label in labels)):
         raise UserError(f"{path}: the labels are no list of integers; fetch the file again")
-    if len(labels) != len(data) or not labels:
+    if len(labels) != len(values) or not labels:
         raise UserError(
-            f"{path}: {len(data)} images and {len(labels)} labels; expected as many of the one as of the "
+            f"{path}: {len(values)} images and {len(labels)} labels; expected as many of the one as of the "
             "other, and at least one; fetch the file again"
         )
     # A pickled integer may be too large for int64, and would raise OverflowError; 99 is out of range as well.
-    return data, np.array([label if 0 <= label < 99 else 99 for label in labels], np.int64)
+    return values, np.array([label if 0 <= label < 99 else 99 for label in labels], np.int64)
 
 
 @dataclass(frozen=True, eq=False)

@@ -474,6 +474,27 @@ def test_cifar_pickles_that_are_no_batches_are_refused(tmp_path: Path, batch: An
 
 
 @pytest.mark.filterwarnings("ignore:.*restricted unpickler")
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_cifar_pickles_in_either_order_are_read(tmp_path: Path, order: Any) -> None:
+    make_cifar_pickles(tmp_path)
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 3072)).astype(np.uint8)
+    batch = {"data": np.asarray(pixels, order=order), "labels": [1, 0, 3, 9]}
+    write(tmp_path / CIFAR_NAMES[5], pickle.dumps(batch, 4))
+    assert_reads(open_dataset("cifar10", tmp_path).test, pixels, np.array([1, 0, 3, 9]))
+
+
+@pytest.mark.filterwarnings("ignore:.*restricted unpickler")
+@pytest.mark.parametrize("new", [b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x01", b"NNNM\xff\xffJ\xff\xff\xff\xffK\0"])
+def test_flags_and_sizes_that_a_pickle_gives_uint8_are_passed_over(tmp_path: Path, new: bytes) -> None:
+    """NumPy would take them, and then clear objects that are not there, or read beyond its memory."""
+    batches = make_cifar_pickles(tmp_path)
+    content, old = (tmp_path / CIFAR_NAMES[5]).read_bytes(), b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\0"
+    assert content.count(old) == 1
+    write(tmp_path / CIFAR_NAMES[5], content.replace(old, new))
+    assert_reads(open_dataset("cifar10", tmp_path).test, batches[-1][:, 1:], batches[-1][:, 0])
+
+
+@pytest.mark.filterwarnings("ignore:.*restricted unpickler")
 @pytest.mark.parametrize("keep", [0, 1, 50, -1])
 def test_cifar_pickles_cut_short_are_refused(tmp_path: Path, keep: int) -> None:
     make_cifar_pickles(tmp_path)
@@ -483,11 +504,9 @@ def test_cifar_pickles_cut_short_are_refused(tmp_path: Path, keep: int) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*restricted unpickler")
-@pytest.mark.parametrize(
-    "start", [b"]r\0\0\0\x40", *(code + b"\0\0\0\0\0\1\0\0" for code in (b"\x8e", b"\x96", b"\x8d"))]
-)
+@pytest.mark.parametrize("start", [b"]r\0\0\x40\0", b"\x8e\0\0\0\x10\0\0\0\0", b"\x96\0\0\0\x10\0\0\0\0"])
 def test_the_restricted_unpickler_takes_no_more_memory_than_the_file(tmp_path: Path, start: bytes) -> None:
-    """An object with the number 2^30, and lengths of 2^40 bytes."""
+    """An object with the number 2^22, and lengths of 2^28 bytes."""
     make_cifar_pickles(tmp_path)
     write(tmp_path / CIFAR_NAMES[1], b"\x80\x05" + start + b".")
     tracemalloc.start()
