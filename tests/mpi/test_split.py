@@ -1,11 +1,13 @@
 """The test samples of files without any: a fifth of each class, whoever opens the file."""
 
+import ast
 import json
 import time
 
 import h5py
 import numpy as np
 import pytest
+from helpers.paths import ROOT
 from helpers.runs import run
 
 from psmpi.checkpoint.format import as_data, filters, seal
@@ -163,6 +165,16 @@ def test_a_split_seed_that_changes_nothing_is_not_told(train):
     found = train(1, "--epochs", "1")
     told = train(1, "--epochs", "2", "--split-seed", "4", "--resume", found.checkpoint).stdout
     assert "note: epochs is 2" in told and "split_seed is" not in told
+
+
+def test_whoever_opens_a_data_set_of_a_run_says_its_split_seed():
+    """Other than a look at the labels alone, which has no run."""
+    given = {"open_dataset": 3, "open_split": 4}
+    for path in (ROOT / "psmpi").rglob("*.py"):
+        for call in ast.walk(ast.parse(path.read_text())):
+            name = call.func.id if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) else ""
+            if name in given and path.name != "network.py":
+                assert len(call.args) == given[name], f"{path}, line {call.lineno}"
 
 
 def test_the_split_seed_has_a_range_and_a_default():
