@@ -43,6 +43,7 @@ def told(path: Path, packed: bool = False, **arrays: Any) -> list[str]:
         {"x": (PIXELS / 255).astype(np.float32), "y": Y},
         {"x": (PIXELS > 127).astype(np.float32), "y": Y},
         {"x": RNG.normal(size=(40, 3, 8, 8)), "y": Y},
+        {"x": RNG.normal(size=(40, 3, 8, 3)), "y": Y},
         {"x": RNG.integers(0, 9, (40, 7)).astype(float), "y": Y},
         {"x": RNG.normal(0, 100, (40, 30)), "y": RNG.normal(size=(40, 3))},
         {"x": X, "y": RNG.integers(0, 10**6, 40).astype(float)},
