@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from math import prod
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,11 +16,13 @@ from psmpi.checkpoint import available, read_contents
 from psmpi.checkpoint.contents import TABLES
 from psmpi.checkpoint.format import NAME
 from psmpi.checkpoint.scan import damaged_parts
+from psmpi.config import from_toml
 from psmpi.data import Identity
 from psmpi.errors import DamagedError, UserError
 from psmpi.inspect.figures import sums_of
 from psmpi.inspect.opened import Checkpoint, Opened
 from psmpi.inspect.output import figure, finite, print_json, size_text, text
+from psmpi.nn.zoo import make_network
 from psmpi.output import Screen, tell
 
 
@@ -52,6 +55,7 @@ def show(checkpoint: Checkpoint, /, json: bool = False) -> int:
         "scalars": dict(contents.scalars),
         "config": opened.settings(),
         "data": dict(contents.data),
+        "notes": _notes(opened),
         "metrics": list(contents.progress.rows),
         "placement": dict(contents.placement),
         "provenance": dict(contents.provenance),
@@ -88,6 +92,8 @@ def show(checkpoint: Checkpoint, /, json: bool = False) -> int:
         sections.setdefault(section, []).append(f"{key} = {value!r}")
     for section, lines in sections.items():
         branch.add(f"{section}: {', '.join(lines)}")
+    for note in found["notes"]:
+        tree.add(f"note: {note}")
     branch = tree.add("origin")
     for name, value in contents.provenance.items():
         if isinstance(value, dict):
@@ -95,6 +101,16 @@ def show(checkpoint: Checkpoint, /, json: bool = False) -> int:
         branch.add(f"{name}: {' '.join(value) if isinstance(value, list) else value}")
     Screen().print(tree, markup=False, highlight=False)
     return 0
+
+
+def _notes(opened: Opened) -> list[str]:
+    """What the network leaves unused of its inputs."""
+    contents = opened.contents
+    # A checkpoint may be of a network that is not known here.
+    with suppress(UserError):
+        model = from_toml(contents.config, str(opened.path), foreign=True).model
+        return make_network(model.model, contents.in_shape, contents.layout.classes, **model.shape).notes
+    return []
 
 
 def _tables(opened: Opened, group: str) -> list[dict[str, Any]]:
