@@ -102,7 +102,7 @@ class Loop:
         self.loss, self.clipped = configured_loss(config, dataset.task), 0
         self.terms = max(1, dataset.outputs - 1)
         targets = dataset.train.targets if dataset.task == "regression" else None
-        self.size = 1.0 if targets is None else float(np.mean(np.sum(np.square(targets, dtype=np.float64), axis=1)))
+        self.size = 1.0 if targets is None else float(np.vdot(targets, targets)) / len(targets)
 
     def resume(self, path: Path) -> list[str]:
         """Take up a checkpoint; returns notes for the user."""

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 # What float64, in which losses are computed, keeps free above the largest exponential, for sums and tangents.
 HEADROOM = 60.0
 
-# A mean loss that is no use any more, in units of the largest derivative: at the rates that lead there, steps are as
-# long as the way back.
+# A mean loss that no training comes back from, in units of the loss's largest derivative: scores would have to move by
+# as much.
 HOPELESS = 1e12
 
 # Sums (and maxima) of a sample over all classes, by name: see `Loss.sums`.
