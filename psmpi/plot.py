@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -62,31 +63,47 @@ def plot(
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("plot needs matplotlib: pip install 'psmpi[plot]'") from None
+    if low is not None and high is not None and not low < high:
+        raise UserError(f"--low {low:g} --high {high:g}: expected a number and one above it")
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
     for label, several in curves.items():
-        if any(y not in row for rows in several for row in rows):
-            has = ", ".join(name for name in get_args(Figures) if name in several[0][0])
-            raise UserError(f"--y {y}: the runs of {label} have not measured it: choose one of {has}")
+        for option, name in (("--y", y), ("--x", "bytes_sent" if x == "megabytes" else x)):
+            if any(name not in row for rows in several for row in rows):
+                has = ", ".join(known for known in get_args(Figures) if known in several[0][0])
+                raise UserError(f"{option} {name}: the runs of {label} have not measured it: choose one of {has}")
         length = min(map(len, several))
         along = [_mean([_value(rows[k], x) for rows in several]) for k in range(length)]
         values = [[_value(rows[k], y) for rows in several] for k in range(length)]
-        (line,) = axes.plot(along, [_mean(v) for v in values], label=label)
-        if len(several) > 1:
-            axes.fill_between(
-                along,
-                [min(v) for v in values],
-                [max(v) for v in values],
-                alpha=0.2,
-                color=line.get_color(),
-                linewidth=0,
+        means = [_mean(v) for v in values]
+        shown = [v for v in means if isfinite(v) and (low is None or v >= low) and (high is None or v <= high)]
+        if not shown:
+            finite = [v for v in means if isfinite(v)]
+            if not finite:
+                raise UserError(f"nothing to draw of {label}: none of its {y} is finite")
+            raise UserError(
+                f"nothing to draw of {label}: all of its {y} lies from {min(finite):.4g} to {max(finite):.4g}: change "
+                "--low and --high"
             )
+        # No line goes to a point that has no neighbour.
+        near = [(*means[max(0, k - 1) : k], *means[k + 1 : k + 2]) for k in range(length)]
+        alone = [k for k in range(length) if not any(map(isfinite, near[k]))]
+        (line,) = axes.plot(along, means, label=label, marker="o" if alone else None, markevery=alone)
+        if len(several) > 1:
+            band = [min(v) for v in values], [max(v) for v in values]
+            if length > 1:
+                axes.fill_between(along, *band, alpha=0.2, color=line.get_color(), linewidth=0)
+            else:
+                axes.vlines(along, *band, color=line.get_color())
     axes.set_xlabel(TITLES[x])
     axes.set_ylabel(TITLES[y])
     axes.set_ylim(low, high)
-    axes.set_title(title)
+    axes.set_title(title, parse_math=False)
     axes.grid(alpha=0.3)
-    axes.legend()
+    # Lines named by hand: a name that begins with _ is none by itself, and $ begins no formula.
+    for entry, label in zip(axes.legend(axes.lines, map(str, range(len(curves)))).get_texts(), curves, strict=True):
+        entry.set_parse_math(False)
+        entry.set_text(label)
     try:
         figure.savefig(out, dpi=110)
     except (OSError, ValueError) as error:

@@ -160,7 +160,7 @@ def _draw(path: Path, opened: Opened, vector: str) -> None:
     for axis, tensor in zip(axes, tensors, strict=False):
         bins = histogram(opened, vector, tensor.name, sums_of(opened, vector, tensor.name))
         axis.stairs(bins["counts"], bins["edges"], fill=True)
-        axis.set_title(tensor.name)
+        axis.set_title(tensor.name if any(bins["counts"]) else f"{tensor.name}: none finite")
     for axis in axes[len(tensors) :]:
         axis.remove()
     figure.suptitle(f"{vector}, step {opened.contents.progress.step}")

@@ -58,3 +58,58 @@ def test_a_picture_that_cannot_be_written_is_named(make_run, tmp_path, capsys):
     run = make_run("one", [0.5])
     assert main([str(run), "--out", str(tmp_path / "x.nothing")]) == 1
     assert "x.nothing" in capsys.readouterr().err
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figure that is saved last."""
+    from matplotlib.figure import Figure
+
+    saved, savefig = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: saved.append(self) or savefig(self, *a, **k))
+    return lambda: saved[-1].axes[0]
+
+
+def test_one_epoch_is_a_point_that_is_seen(make_run, tmp_path, drawn):
+    runs = [f"adam={make_run(name, [value])}" for name, value in (("a", 0.5), ("b", 0.75))]
+    assert main([*runs, str(make_run("c", [0.25, 0.5])), "--out", str(tmp_path / "x.png")]) == 0
+    one, two = drawn().lines
+    assert (one.get_marker(), two.get_marker()) == ("o", "None")
+    # From the least to the most of several runs.
+    assert drawn().collections[0].get_segments()[0].tolist() == [[1, 50], [1, 75]]
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "words", "says"),
+    [
+        ([float("nan")], (), "nothing to draw of one: none of its test_accuracy is finite"),
+        ([float("inf"), float("nan")], ("--y", "test_loss"), "none of its test_loss is finite"),
+        ([0.5, 0.6], ("--low", "88"), "all of its test_accuracy lies from 50 to 60: change --low and --high"),
+        ([0.5, 0.6], ("--low", "20", "--high", "20"), "--low 20 --high 20: expected a number and one above it"),
+    ],
+)
+def test_an_empty_picture_is_refused(make_run, tmp_path, capsys, accuracies, words, says):
+    assert main([str(make_run("one", accuracies)), "--out", str(tmp_path / "x.png"), *words]) == 1
+    assert says in capsys.readouterr().err and not (tmp_path / "x.png").exists()
+
+
+def test_points_without_neighbours_are_seen(make_run, tmp_path, drawn):
+    run = make_run("one", [0.5, float("nan"), 0.6, float("nan"), 0.7, 0.8])
+    assert main([str(run), "--out", str(tmp_path / "x.png")]) == 0
+    (line,) = drawn().lines
+    assert line.get_marker() == "o" and {0, 2} <= set(line.get_markevery()) and not {4, 5} & set(line.get_markevery())
+
+
+@pytest.mark.parametrize("label", ["_mine", "a$b_$c", "$x^2$"])
+def test_labels_and_titles_are_drawn_as_they_are(make_run, tmp_path, drawn, label):
+    run = make_run("one", [0.5, 0.6])
+    assert main([f"{label}={run}", "--out", str(tmp_path / "x.png"), "--title", label]) == 0
+    (text,) = drawn().get_legend().get_texts()
+    assert (text.get_text(), drawn().get_title()) == (label, label)
+
+
+def test_rows_without_what_goes_along_are_named(make_run, tmp_path, capsys):
+    run = make_run("one", [0.5])
+    (run / "metrics.jsonl").write_text('{"epoch": 1, "test_accuracy": 0.5}\n')
+    assert main([str(run), "--out", str(tmp_path / "x.png"), "--x", "megabytes"]) == 1
+    assert "--x bytes_sent: the runs of one have not measured it" in capsys.readouterr().err
