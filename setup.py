@@ -17,4 +17,6 @@ KERNELS = Extension(
     optional=True,
 )
 
-setup(ext_modules=[KERNELS])
+# With a folder named, an editable install is a path file, which goes before the folder that Python is started in: the
+# one above a checkout called psmpi has a psmpi too. Without it is an import hook, which comes after.
+setup(ext_modules=[KERNELS], package_dir={"": "."})
