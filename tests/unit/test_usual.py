@@ -1,0 +1,96 @@
+"""Epochs, minibatch and learning rate that are not given: what stands for them, and what they reach."""
+
+import pytest
+from helpers.runs import Trained, run
+
+from psmpi.config import Config, Data, NetworkSettings, Optimization, read_file, usual_numbers
+from psmpi.config.usual import RATES
+from psmpi.optim import FIRST_ORDER
+
+TRAIN = ("-m", "psmpi.train", "--threads", "1")
+
+
+def numbers(samples, model="psnet", optimizer="adam", batch=None, **settings):
+    model = NetworkSettings(model=model, **settings)
+    return usual_numbers(samples, Config(Data(batch_size=batch), model, optimization=Optimization(optimizer=optimizer)))
+
+
+@pytest.mark.parametrize(
+    ("samples", "found"),
+    [
+        (7, (200, 7, 1e-2)),
+        (100, (200, 32, 1e-2)),
+        (1438, (60, 32, 1e-2)),
+        (9_999, (10, 32, 1e-2)),
+        (10_000, (27, 100, 1e-3)),
+        (50_000, (10, 100, 1e-3)),
+        (60_000, (10, 100, 1e-3)),
+        (10**7, (10, 100, 1e-3)),
+    ],
+)
+def test_small_data_sets_are_seen_more_often_in_smaller_minibatches(samples, found):
+    assert numbers(samples) == found
+
+
+def test_epochs_are_those_of_the_minibatch_that_is_given():
+    assert numbers(1438, batch=100)[:2] == (180, 100)
+    assert numbers(60_000, batch=6000)[:2] == (200, 6000)
+
+
+def test_rates_are_of_the_network_and_the_optimizer():
+    assert RATES.keys() == FIRST_ORDER
+    assert [numbers(1438, model).lr for model in ("psnet", "lenet", "mlp", "resnet")] == [1e-2, 1e-2, 1e-3, 1e-3]
+    layers = {"sigmoid": ({"type": "dense"}, {"type": "sigmoid"}), "tanh": ({"type": "tanh"},)}
+    assert [numbers(1438, "custom", layers=layers[kind]).lr for kind in layers] == [1e-2, 1e-3]
+    assert numbers(1438, batch_norm=True).lr == 1e-3
+    assert [numbers(1438, optimizer=name).lr for name in ("momentum", "lbfgs", "plse", "sgd")] == [0.1, 1, 1, 1]
+
+
+def test_a_run_keeps_the_numbers_that_it_found(tmp_path):
+    status, out, err = run(2, *TRAIN, "--out", tmp_path / "run", "--max-steps", "2")
+    assert status == 0, err
+    assert "60 epochs, 32 samples a minibatch, learning rate 0.01: usual for 1,438 samples, psnet and adam" in out
+    kept = read_file(str(tmp_path / "run" / "config.toml"))
+    assert (kept.run.epochs, kept.data.batch_size, kept.optimization.lr) == (60, 32, 0.01)
+
+
+def test_what_is_given_is_used(tmp_path):
+    (tmp_path / "run.toml").write_text("[optimization]\nlr = 0.25\n")
+    options = ("--config", tmp_path / "run.toml", "--epochs", "3", "--batch-size", "700", "--max-steps", "1")
+    status, out, err = run(1, *TRAIN, "--out", tmp_path / "run", *options)
+    assert status == 0 and "usual" not in out, err
+    kept = read_file(str(tmp_path / "run" / "config.toml"))
+    assert (kept.run.epochs, kept.data.batch_size, kept.optimization.lr) == (3, 700, 0.25)
+
+
+def test_a_resumed_run_goes_on_with_its_own_numbers(train, tmp_path):
+    begun = train(1, "--epochs", "1", "--batch-size", "700", "--lr", "0.02")
+    again = ("--out", begun.out, "--resume", "auto", "--epochs", "2")
+    status, out, err = run(1, *TRAIN, *again)
+    assert status == 0 and "usual" not in out, err
+    kept = read_file(str(begun.out / "config.toml"))
+    assert (kept.run.epochs, kept.data.batch_size, kept.optimization.lr) == (2, 700, 0.02)
+    # The rate of one optimizer is not that of another.
+    path = Trained(begun.out, "").checkpoint
+    status, out, err = run(
+        1, *TRAIN, "--out", tmp_path / "other", "--resume", path, "--optimizer", "sgd", "--epochs", "3"
+    )
+    assert status == 0, err
+    kept = read_file(str(tmp_path / "other" / "config.toml"))
+    assert (kept.data.batch_size, kept.optimization.lr) == (700, RATES["sgd"].small)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [(), ("--partition", "pairs"), ("--optimizer", "momentum"), ("--optimizer", "sgd", "--loss", "nll"),
+     ("--model", "mlp", "--widths", "64"), ("--model", "mlp", "--widths", "64", "--loss", "nll", "--optimizer", "sgd")],
+)  # fmt: skip
+def test_the_plainest_command_learns_the_digits(tmp_path, options):
+    status, out, err = run(1, *TRAIN, "--out", tmp_path / "run", *options)
+    assert status == 0, err
+    assert Trained(tmp_path / "run", out).rows[-1]["test_accuracy"] >= 0.96
+
+
+def test_a_data_set_without_numbers_to_fit_is_named(tmp_path):
+    status, _, err = run(2, *TRAIN, "--out", tmp_path / "run", "--dataset", "none.npz")
+    assert status == 1 and err.count("none.npz: no such file") == 1, err
