@@ -147,23 +147,28 @@ def _begin(size: int, config: Config, tell: Callable[[str], None]) -> Start:
     kind: Any = find_method(config.parallel.method)
     run = config.run
     dataset = open_dataset(config.data.dataset, config.data.data_dir, config.data.split_seed)
-    network = _network(config, dataset, make_network)
-    kind.check(size, network, dataset, config)
-    plan_steps(dataset, config)
-    for note in notes(size, network, dataset, config.data.batch_size):
-        tell(f"note: {note}")
-    for warning in (*kind.warnings(size, network, config), *find_doubts(dataset)):
-        tell(f"warning: {warning}")
     identity = identify(dataset)
-    stem = f"{Path(config.data.dataset).stem}-{config.model.model}"
-    folder = RunFolder(Path(run.out), tell) if run.out else RunFolder.unnamed(stem, tell)
+    # Of a run that goes on before its checkpoints are looked at, else when nothing is wrong with what was asked for.
+    folder, found = RunFolder(Path(run.out), tell) if run.out and run.resume else None, ""
     try:
-        found = str(checkpoint.find(run.resume, folder.path, tell) or "") if run.resume else ""
+        if run.resume:
+            found = str(checkpoint.find(run.resume, Path(run.out), tell) or "")
         if found:
             compare(checkpoint.read_contents(Path(found)), config, identity, found, tell)
+        network = _network(config, dataset, make_network)
+        kind.check(size, network, dataset, config)
+        plan_steps(dataset, config)
+        for note in notes(size, network, dataset, config.data.batch_size):
+            tell(f"note: {note}")
+        for warning in (*kind.warnings(size, network, config), *find_doubts(dataset)):
+            tell(f"warning: {warning}")
     except BaseException:
-        folder.close()
+        if folder is not None:
+            folder.close()
         raise
+    stem = f"{Path(config.data.dataset).stem}-{config.model.model}"
+    if folder is None:
+        folder = RunFolder(Path(run.out), tell) if run.out else RunFolder.unnamed(stem, tell)
     return Start(dataset, identity, folder, found)
 
 

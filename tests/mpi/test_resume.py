@@ -136,8 +136,8 @@ def test_other_data_than_before_are_refused_and_nothing_is_changed(tmp_path, cha
     save(tmp_path / "d.npz", *CHANGES[change]())
     before = held(tmp_path / "run")
     told = start(tmp_path, "--resume", "auto", "--epochs", "2", ok=False)
-    needs_labels = "needs labels, and the targets are floating point numbers"
-    assert ("d.npz is not the data set that checkpoint" if change != "values" else needs_labels) in told
+    learnt = "has learnt labels, and the targets of --dataset"
+    assert ("d.npz is not the data set that checkpoint" if change != "values" else learnt) in told
     assert held(tmp_path / "run") == before
 
 
