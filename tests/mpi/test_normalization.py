@@ -34,7 +34,7 @@ def test_where_workers_would_normalize_otherwise_it_is_said(train):
 
 
 def test_predictions_and_exports_of_a_residual_network(train, tmp_path):
-    onnxruntime = pytest.importorskip("onnxruntime")
+    onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
     found = train(1, "--model", "resnet", "--widths", "4", "6", "--blocks", "1", "2", "--loss", "nll", "--epochs", "4",
                   "--lr", "0.01")  # fmt: skip
     for ranks in (1, 3):
@@ -73,6 +73,10 @@ def test_predictions_and_exports_of_a_residual_network(train, tmp_path):
     w, norm = dict(np.load(tmp_path / "w.npz")), "batch_norm"
     names = [name.removesuffix(".variance") for name in w if name.endswith(".variance")]
     assert names and all(norm in name and w[f"{name}.mean"].shape == w[f"{name}.weight"].shape for name in names)
+    graph = {one.name: onnx.numpy_helper.to_array(one) for one in onnx.load(tmp_path / "net.onnx").graph.initializer}
+    for name in names:
+        assert np.array_equal(graph[f"{name}.mean"].ravel(), w[f"{name}.mean"])
+        assert np.allclose(graph[f"{name}.scale"].ravel(), (w[f"{name}.variance"] + 1e-5) ** -0.5, rtol=1e-5)
 
 
 def test_few_samples_are_predicted_by_the_statistics_of_the_training(train, tmp_path):
