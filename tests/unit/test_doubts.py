@@ -175,18 +175,9 @@ def test_looking_at_a_packed_file_unpacks_its_first_samples_only(tmp_path: Path)
 
 def test_training_says_once_what_is_doubtful(tmp_path: Path) -> None:
     np.savez(tmp_path / "own.npz", x=PIXELS.astype(np.float32), y=Y + 1)
-    options = (
-        "--dataset",
-        "own.npz",
-        "--epochs",
-        "1",
-        "--batch-size",
-        "8",
-        "--out",
-        "run",
-        "--method",
-        "data_parallel",
-    )
-    status, out, err = run(2, "-m", "psmpi.train", *options, "--model", "mlp", "--widths", "4", cwd=tmp_path)
+    # A loss that bears such values.
+    options = ("--dataset", "own.npz", "--epochs", "1", "--batch-size", "8", "--out", "run")
+    options += ("--lr", "1e-5", "--loss", "nll", "--model", "mlp", "--widths", "4", "--method", "data_parallel")
+    status, out, err = run(2, "-m", "psmpi.train", *options, cwd=tmp_path)
     assert status == 0, err
     assert out.count("warning: the labels begin at 1") == 1 and out.count("warning: x has whole numbers up to") == 1
