@@ -24,8 +24,16 @@ def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     if words and words[0] in COMMANDS:
         module, _ = COMMANDS[words[0]]
-        return int(import_module(module).main(words[1:]))
+        try:
+            return int(import_module(module).main(words[1:]))
+        except ModuleNotFoundError as missing:
+            error = missing
+            return answer(lambda: _raise(error))
     return answer(lambda: _answer(words))
+
+
+def _raise(error: Exception) -> int:
+    raise error
 
 
 def answer(command: Callable[[], int]) -> int:

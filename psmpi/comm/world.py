@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import errno
 import fcntl
 import os
 import socket
@@ -22,6 +23,9 @@ from psmpi.launcher import announced_rank, announced_size
 
 if TYPE_CHECKING:
     from psmpi.comm.protocol import Communicator, World
+
+# Errors of files that are nobody's fault in this package.
+OUTSIDE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.ESTALE, errno.EIO)
 
 
 def check_launcher(size: int, environ: Mapping[str, str], library: str) -> None:
@@ -80,7 +84,8 @@ def start() -> World:
             from mpi4py import MPI
         except (ImportError, RuntimeError) as error:
             raise UserError(
-                f"cannot load MPI ({error}): install one with pip install 'psmpi[mpi]', or load your site's MPI module"
+                f"cannot load MPI ({' '.join(str(error).split())}): install one with pip install 'psmpi[mpi]', or load "
+                "your site's MPI module"
             ) from None
         if not MPI.Is_initialized():
             check_protocol(MPI.get_vendor()[0], os.environ, library(), _pmix_loaded())
@@ -227,6 +232,13 @@ def describe(error: BaseException) -> str:
         return "interrupted"
     if isinstance(error, SystemExit):
         return f"ended with status {error.code}"
+    if isinstance(error, OSError) and error.filename and error.errno in OUTSIDE:
+        return f"error: {error.filename}: {error.strerror}: name another place, or see to it that this user may use it"
+    if isinstance(error, ModuleNotFoundError) and not (error.name or "psmpi").startswith("psmpi"):
+        return (
+            f"error: {sys.executable} has no module {error.name}: start psmpi by the Python of the environment that it "
+            "is installed in, or install it again (pip install psmpi)"
+        )
     if isinstance(error, MemoryError):
         return f"error: out of memory ({error}): use a smaller --batch-size or more ranks"
     return "".join(traceback.format_exception(error)).rstrip()

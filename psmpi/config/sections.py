@@ -25,6 +25,7 @@ else:
     OptimizerName = Literal[tuple(ALL_OPTIMIZERS)]
 
 NOT_GIVEN: Any = None
+FITTED = arg(help_behavior_hint="(default: fits the data)")
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Data:
     split_seed: Annotated[int, Least(-1)] = 0
     """Seed of the test samples of a file without x_test and y_test, a fifth of each class; -1: every fifth sample of
     the file."""
-    batch_size: Annotated[Count, Least(1)] = NOT_GIVEN
+    batch_size: Annotated[Count, Least(1), FITTED] = NOT_GIVEN
     """Samples in a minibatch, over all replica rows; if not given 32, from 10,000 training samples on 100."""
     shuffle: bool = True
     """A new order of the samples each epoch, a function of (seed, epoch) alone; else the file's order."""
@@ -113,7 +114,7 @@ class OptimizerChoice:
     optimizer: OptimizerName = "adam"
     """Update rule; lbfgs has a line search, lbfgs-tr and lsr1-tr a trust region; plbfgs, plsr1 and plse are partitioned
     quasi-Newton methods, for --partition pairs."""
-    lr: Rate = NOT_GIVEN
+    lr: Annotated[Rate, FITTED] = NOT_GIVEN
     """Learning rate (lbfgs: length of its first trial step; other quasi-Newton methods have none). If not given, by the
     optimizer and the network: adam 0.001, on less than 10,000 samples with logistic sigmoids 0.01; see the README."""
     clip: float = 1.0
@@ -130,7 +131,7 @@ class Optimization(NewtonSettings, Hyper, ScheduleSettings, OptimizerChoice):
 class Run:
     """How long, and what is written where."""
 
-    epochs: Annotated[Count, Least(1)] = NOT_GIVEN
+    epochs: Annotated[Count, Least(1), FITTED] = NOT_GIVEN
     """Passes over the training samples; if not given those that come to 2,700 steps, from 10 to 200."""
     max_steps: Annotated[int, Least(0)] = 0
     """Stop this start after so many steps of the run in all; 0: no such limit."""

@@ -93,7 +93,8 @@ def find_set(what: str, data_dir: Path, folders: list[Path], wanted: dict[str, l
     but none of the folders has all of them.
     """
     if not data_dir.is_dir():
-        raise UserError(f"{data_dir}: no such directory; give --data-dir the directory that holds the {what} files")
+        lacks = "is no directory" if data_dir.exists() else "no such directory"
+        raise UserError(f"{data_dir}: {lacks}; give --data-dir the directory that holds the {what} files")
     best: dict[str, Path] = {}
     best_folder = data_dir
     for folder in folders:

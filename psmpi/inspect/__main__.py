@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
                 )
             )
         except OSError as error:
-            raise UserError(str(error)) from None
+            raise UserError(f"{error.filename}: {error.strerror}" if error.filename else str(error)) from None
 
     return answer(go)
 

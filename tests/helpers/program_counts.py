@@ -9,9 +9,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from helpers.runs import usual_config
 from psmpi.backend import make_backend
 from psmpi.comm.world import start
+from psmpi.config import Config, from_table
 from psmpi.data import Batch, Dataset
 from psmpi.methods.psl.plan import Settings
 from psmpi.nn.network import build
@@ -62,7 +62,8 @@ def count(world, words):
         network = build("wide", shape, layers, 10)
     else:
         network = make_network("psnet", shape, 10)
-    base = usual_config()
+    numbers = {"data": {"batch_size": 100}, "optimization": {"lr": 0.001}, "run": {"epochs": 10}}
+    base = from_table(numbers, Config(), "counts")
     config = replace(
         base, optimization=replace(base.optimization, optimizer=options.optimizer, scaling=options.scaling)
     )

@@ -15,7 +15,7 @@ from helpers.paths import FAKE, ROOT
 from helpers.processes import finish, launch, start
 from helpers.runs import run
 
-from psmpi.comm.world import check_launcher, check_protocol
+from psmpi.comm.world import check_launcher, check_protocol, describe
 from psmpi.config import Config, from_toml, read_file, to_toml
 from psmpi.errors import UserError
 from psmpi.launcher import announced_size
@@ -227,6 +227,41 @@ def test_a_wrong_setting_is_one_message_that_names_the_fix(tmp_path, ranks, opti
     assert says in told and "Traceback" not in told, told
     assert told.count("error:") == 1, told
     assert time.monotonic() - begun < 20
+
+
+def test_a_missing_module_is_named_with_the_python_that_lacks_it():
+    code = "import sys; sys.modules['{0}'] = None; from psmpi.command import main; sys.exit(main({1!r}))"
+    for module, words in (("tyro", ["train"]), ("numpy", ["predict", "x"]), ("h5py", ["inspect", "list", "x"])):
+        status, _, err = launch(1, "-c", code.format(module, words))
+        assert status == 1 and f"{sys.executable} has no module {module}" in err and "Traceback" not in err, err
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        ("train", ("--dataset", "mnist", "--data-dir")),
+        ("train", ("--out",)),
+        ("train", ("--resume",)),
+        ("train", ("--config",)),
+        ("predict", ()),
+        ("inspect", ("show",)),
+        ("inspect", ("list",)),
+        ("plot", ("--out", "x.png")),
+    ],
+)
+def test_places_that_cannot_be_looked_into_are_named(tmp_path, module, words):
+    """A name that is too long stands for all that a system refuses, such as another user's folder."""
+    place = "x" * 300
+    status, _, err = run(1, "-m", f"psmpi.{module}", *words, place, cwd=tmp_path)
+    assert status == 1 and place in err and "File name too long" in err and "Traceback" not in err, err
+
+
+@pytest.mark.parametrize(
+    "refused", [PermissionError(13, "Permission denied", "/root/x"), OSError(30, "Read-only", "/x")]
+)
+def test_what_a_system_refuses_is_no_error_of_the_program(refused):
+    assert describe(refused).startswith(f"error: {refused.filename}: {refused.strerror}: name another place")
+    assert "OSError" in describe(OSError("of our own"))
 
 
 FAILING = """

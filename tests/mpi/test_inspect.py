@@ -58,11 +58,14 @@ def refused(*arguments):
     return " ".join(err.split())
 
 
+LENGTH = ("--epochs", "3", "--batch-size", "100", "--lr", "0.001")
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A run of three epochs on four ranks."""
     out = tmp_path_factory.mktemp("trained") / "run"
-    status, _, err = run(4, "-m", "psmpi.train", "--out", out, "--epochs", "3", "--placement", "owner")
+    status, _, err = run(4, "-m", "psmpi.train", "--out", out, *LENGTH, "--placement", "owner")
     assert status == 0, err
     return out
 
