@@ -59,6 +59,18 @@ def check_protocol(vendor: str, environ: Mapping[str, str], library: str, pmix: 
     )
 
 
+def lacking_memory(vendor: str, folder: str = "/dev/shm", least: int = 8 << 20) -> str:
+    """Why MPICH may not start here, which then speaks of a lack of memory or dies of a signal; "" where it should."""
+    if vendor != "MPICH":
+        return ""
+    fix = "should MPI not start, give the container some (docker run --shm-size=1g), or use Open MPI"
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return f"{folder}, by which MPICH's ranks share memory, cannot be written: {fix}"
+    found = os.statvfs(folder)
+    free = found.f_bavail * found.f_frsize
+    return f"{folder}, by which MPICH's ranks share memory, has {free >> 10} kB left: {fix}" if free < least else ""
+
+
 def _fitting_launcher() -> str:
     beside = os.path.dirname(sys.executable)
     found = "lies beside this Python" if os.path.exists(f"{beside}/mpirun") else "belongs to the MPI of this Python"
@@ -89,6 +101,9 @@ def start() -> World:
             ) from None
         if not MPI.Is_initialized():
             check_protocol(MPI.get_vendor()[0], os.environ, library(), _pmix_loaded())
+            lacks = lacking_memory(MPI.get_vendor()[0])
+            if lacks and announced_rank(os.environ) == 0:
+                output.complain(f"psmpi: note: {lacks}")
             MPI.Init_thread()
     comm = MPI.COMM_WORLD
     check_launcher(comm.size, os.environ, library())

@@ -15,7 +15,7 @@ from helpers.paths import FAKE, ROOT
 from helpers.processes import finish, launch, start
 from helpers.runs import run
 
-from psmpi.comm.world import check_launcher, check_protocol, describe
+from psmpi.comm.world import check_launcher, check_protocol, describe, lacking_memory
 from psmpi.config import Config, from_toml, read_file, to_toml
 from psmpi.errors import UserError
 from psmpi.launcher import announced_size
@@ -368,6 +368,12 @@ def test_a_launcher_under_which_mpi_would_not_start_is_explained_before(vendor, 
             check_protocol(vendor, environ, vendor, pmix)
     else:
         check_protocol(vendor, environ, vendor, pmix)
+
+
+def test_a_lack_of_shared_memory_is_told_before_mpi_starts(tmp_path):
+    assert lacking_memory("MPICH", str(tmp_path), 1) == "" == lacking_memory("Open MPI", "/nowhere")
+    assert "/nowhere, by which MPICH's ranks share memory, cannot be written" in lacking_memory("MPICH", "/nowhere")
+    assert " kB left: should MPI not start" in lacking_memory("MPICH", str(tmp_path), 1 << 62)
 
 
 def test_singletons_of_another_launcher_stop_with_that_explanation(tmp_path):
