@@ -52,11 +52,14 @@ def plot(
         high: Where it ends.
         title: Title of the picture.
     """
+    if not out.suffix:
+        raise UserError(f"--out {out}: expected a name that ends in .png, .svg or .pdf")
     if not runs:
         raise UserError("plot: give run directories")
     curves: dict[str, list[list[dict[str, Any]]]] = {}
     for text in runs:
-        label, found, run = text.partition("=")
+        # A folder's name may have an = too.
+        label, found, run = (text, "", "") if Path(text).is_dir() else text.partition("=")
         place = Path(run if found else text)
         curves.setdefault(label if found else place.name, []).append(_read(place))
     try:

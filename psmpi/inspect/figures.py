@@ -81,6 +81,8 @@ def stats(checkpoint: Checkpoint, /, vector: str = "weights", plot: str = "", js
         plot: Also draw the histograms into this file (.png, .pdf or .svg); needs psmpi[plot].
         json: Print JSON.
     """
+    if plot and not Path(plot).suffix:
+        raise UserError(f"--plot {plot}: expected a name that ends in .png, .svg or .pdf")
     opened = Opened(checkpoint)
     known = [*opened.vectors, *opened.spaces]
     if vector not in known:

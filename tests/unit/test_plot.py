@@ -113,3 +113,14 @@ def test_rows_without_what_goes_along_are_named(make_run, tmp_path, capsys):
     (run / "metrics.jsonl").write_text('{"epoch": 1, "test_accuracy": 0.5}\n')
     assert main([str(run), "--out", str(tmp_path / "x.png"), "--x", "megabytes"]) == 1
     assert "--x bytes_sent: the runs of one have not measured it" in capsys.readouterr().err
+
+
+def test_a_picture_needs_an_ending(make_run, tmp_path, capsys):
+    assert main([str(make_run("one", [0.5])), "--out", str(tmp_path / "x")]) == 1
+    assert "expected a name that ends in .png" in capsys.readouterr().err and not [*tmp_path.glob("x*")]
+
+
+def test_a_run_whose_name_has_an_equals_sign_is_found(make_run, tmp_path, drawn):
+    run = make_run("lr=0.1", [0.5, 0.6])
+    assert main([str(run), f"a={run}", "--out", str(tmp_path / "x.png")]) == 0
+    assert [text.get_text() for text in drawn().get_legend().get_texts()] == ["lr=0.1", "a"]
