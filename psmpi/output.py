@@ -139,9 +139,11 @@ class Screen:
     def print(self, *things: Any, **options: Any) -> None:
         """Print tables, trees and the like, as rich's Console does, but cut no word: a narrow terminal breaks lines."""
         room = self.console.options.update(width=WIDE)
-        least = max(self.console.measure(one, options=room).minimum for one in things)
-        if least > self.console.width and not isinstance(things[0], str):
-            self.console.width = least
+        for one in things:
+            # A line of text breaks anywhere, and may look like markup.
+            least = 0 if isinstance(one, str) else self.console.measure(one, options=room).minimum
+            if least > self.console.width:
+                self.console.width = least
         self.console.print(*things, **options)
 
     def bar(self) -> Progress:

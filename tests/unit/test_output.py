@@ -179,10 +179,12 @@ def test_names_that_an_encoding_lacks_are_printed_as_they_can_be(ascii_stdout):
 
 
 @pytest.mark.parametrize(
-    ("name", "kept"), [("l\u00e4ufe", "l\u00e4ufe"), ("l\udcc3\udca4ufe", "l\u00e4ufe"), ("r\udcff", "r\ufffd")]
+    ("name", "kept"),
+    [("läufe", "läufe"), ("l\udcc3\udca4ufe", "läufe"), ("r\udcff", "r\ufffd"), ("[", "[")],
 )
 def test_run_directories_of_any_name_can_be_trained_in(name, kept, train, tmp_path):
-    """Names in UTF-8, ones that the locale C did not decode, and ones that are in no encoding."""
+    """Names in UTF-8, ones that the locale C did not decode, ones in no encoding, and ones like rich's markup."""
+    name, kept = (f"{one}/b]" if one == "[" else one for one in (name, kept))
     found = train(1, "--max-steps", "1", out=tmp_path / name)
     config = (found.out / "config.toml").read_bytes().decode()
     assert f'{tmp_path / kept}"' in config
