@@ -96,6 +96,9 @@ def compare(contents: Contents, config: Config, data: Identity, path: str, tell:
                 f"meaning with {now}; use the same up to the end of the epoch"
             )
     for name, before, now in changes(saved, config):
+        if name == "split_seed":
+            # Where it matters it is told as other data.
+            continue
         tell(f"note: {name} is {now}, in the checkpoint it was {before}")
 
 

@@ -154,11 +154,11 @@ def test_checkpoints_without_a_split_seed_were_trained_without_every_fifth_sampl
     status, _, err = run(1, "-m", "psmpi.predict", found.out, "--out", tmp_path / "p.npz", cwd=tmp_path)
     assert status == 0, err
     assert np.load(tmp_path / "p.npz")["labels"].tolist() == [(k % 3) for k in range(4, 60, 5)]
-    status, _, err = run(1, "-m", "psmpi.train", *options, "--resume", found.checkpoint, "--out", "again", cwd=tmp_path)
-    assert status == 1 and "was made with --split-seed -1: with 0 it would be tested on samples" in " ".join(
-        err.split()
-    )
-    assert train(1, *options, "--split-seed", "-1", "--resume", found.checkpoint).rows[-1]["epoch"] == 2
+    other = ("--split-seed", "0", "--resume", found.checkpoint, "--out", "again")
+    status, _, err = run(1, "-m", "psmpi.train", *options, *other, cwd=tmp_path)
+    refusal = "was made with --split-seed -1: with 0 it would be tested on samples"
+    assert status == 1 and refusal in " ".join(err.split())
+    assert train(1, *options, "--resume", found.checkpoint).rows[-1]["epoch"] == 2
 
 
 def test_a_split_seed_that_changes_nothing_is_not_told(train):
