@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from helpers.runs import usual_config
 
-from psmpi.config import Config
 from psmpi.data import Dataset, Split
 from psmpi.data.split import frozen
 from psmpi.errors import UserError
@@ -29,7 +29,7 @@ def digits_of(shape):
 
 def refusal(shape, ranks, model, method, replicas=0):
     """Why a training is refused; nothing where it is not."""
-    config = Config()
+    config = usual_config()
     config = replace(
         config, model=replace(config.model, model=model), parallel=replace(config.parallel, method=method)
     ).changed(Settings, replicas=replicas)
