@@ -88,14 +88,15 @@ def _configure(control: Control, argv: list[str]) -> tuple[Config | None, int]:
     text, status = "", 0
     if control.rank == 0:
         try:
-            text = to_toml(usual(_settle(parse(argv)), Screen(goes_on="training goes on").tell))
+            tell = Screen(goes_on="training goes on").tell
+            text = to_toml(usual(_settle(parse(argv), tell), tell))
         except SystemExit as end:
             status = 1 if end.code else 0
     text, status = json.loads(control.share(json.dumps([text, status])))
     return (from_toml(text, "configuration"), 0) if text else (None, status)
 
 
-def _settle(config: Config) -> Config:
+def _settle(config: Config, tell: Callable[[str], None]) -> Config:
     """Checks that need no MPI, and paths that hold wherever the run goes on."""
     from dataclasses import replace
 
@@ -119,7 +120,7 @@ def _settle(config: Config) -> Config:
     if out and not resume and checkpoint.available(Path(out)):
         raise UserError(f"--out {out} holds a run already: add --resume auto to go on with it, or name another folder")
     folder = Path(data.data_dir).expanduser().absolute()
-    data = replace(data, data_dir=str(folder), dataset=locate(data.dataset, folder))
+    data = replace(data, data_dir=str(folder), dataset=locate(data.dataset, folder, tell))
     return replace(config, data=data, run=replace(run, out=out, resume=resume))
 
 

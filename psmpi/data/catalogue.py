@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from psmpi.data.arrays import Header
@@ -17,14 +18,18 @@ from psmpi.errors import UserError
 DATASETS = ("digits", "mnist", "cifar10")
 
 
-def locate(name: str, data_dir: str | Path | None) -> str:
+def locate(name: str, data_dir: str | Path | None, tell: Callable[[str], None]) -> str:
     """The absolute path of a file of the user's own, or the `name` of a data set that has one.
 
-    UserError for an unknown name, and where there is no such file.
+    `tell` hears of another file of that name. UserError for an unknown name, and where there is no such file.
     """
     if name in DATASETS:
         return name
-    return str(_locate(name, None if data_dir is None else Path(data_dir).expanduser()).absolute())
+    folder = None if data_dir is None else Path(data_dir).expanduser()
+    path, here = _locate(name, folder), Path(name).expanduser()
+    if here.is_file() and not here.samefile(path):
+        tell(f"warning: the data set is {path}, and there is another {here}: name the one that is meant by its path")
+    return str(path.absolute())
 
 
 def open_dataset(name: str, data_dir: str | Path | None, split_seed: int = 0) -> Dataset:
@@ -32,9 +37,8 @@ def open_dataset(name: str, data_dir: str | Path | None, split_seed: int = 0) ->
 
     A relative path is looked up in `data_dir` first, if given, and then in the current directory. The test samples of
     a file without any are a fifth of each class (of all samples in a regression), drawn with `split_seed`, or with -1
-    every fifth sample. Reads
-    the labels and checks the headers and sizes of all files, but reads no samples. Raises UserError for an
-    unknown name, for missing files and for files of the wrong format, size or content.
+    every fifth sample. Reads the labels and checks the headers and sizes of all files, but reads no samples. Raises
+    UserError for an unknown name, for missing files and for files of the wrong format, size or content.
     """
     folder = None if data_dir is None else Path(data_dir).expanduser()
     if name == "digits":

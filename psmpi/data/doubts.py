@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,9 +30,6 @@ def find_doubts(dataset: Dataset) -> Iterator[str]:
     """
     yield from _labels(dataset) if dataset.task == "classes" else _values(dataset.train.targets)
     yield from _samples(dataset)
-    path, here = getattr(dataset.train.source, "path", None), Path(dataset.name)
-    if path is not None and here.is_file() and not here.samefile(path):
-        yield f"the data set is {path}, and there is another {here}: name the one that is meant by its whole path"
 
 
 def _labels(dataset: Dataset) -> Iterator[str]:

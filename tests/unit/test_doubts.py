@@ -13,7 +13,7 @@ import pytest
 from helpers.datasets import make_cifar, real
 from helpers.runs import run
 
-from psmpi.data import find_doubts, open_dataset
+from psmpi.data import find_doubts, locate, open_dataset
 
 RNG = np.random.default_rng(0)
 X, Y = RNG.random((40, 5, 6)).astype(np.float32), np.arange(40) % 4
@@ -150,10 +150,13 @@ def test_a_file_of_the_same_name_in_the_current_folder_is_told(tmp_path: Path, m
     (tmp_path / "data").mkdir()
     for end, folder in ((".npz", "data"), (".h5", "data"), (".h5", ".")):
         told(Path(folder) / f"own{end}", x=X, y=Y)
-    assert list(find_doubts(open_dataset("own.npz", "data"))) == []
-    (found,) = find_doubts(open_dataset("own.h5", "data"))
-    assert found.startswith("the data set is data/own.h5, and there is another own.h5: name")
-    assert list(find_doubts(open_dataset("own.h5", "."))) == list(find_doubts(open_dataset("data/own.h5", None))) == []
+    said: list[str] = []
+    assert locate("own.npz", "data", said.append) == str(tmp_path / "data" / "own.npz") and said == []
+    assert locate("own.h5", "data", said.append) == str(tmp_path / "data" / "own.h5")
+    assert said.pop().startswith("warning: the data set is data/own.h5, and there is another own.h5: name")
+    assert locate("own.h5", ".", said.append) == str(tmp_path / "own.h5")
+    assert locate("data/own.h5", None, said.append) == str(tmp_path / "data" / "own.h5")
+    assert locate("digits", "data", said.append) == "digits" and said == []
 
 
 def test_looking_at_a_packed_file_unpacks_its_first_samples_only(tmp_path: Path) -> None:
