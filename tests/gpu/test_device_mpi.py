@@ -14,7 +14,7 @@ from psmpi.methods.psl.method import PartiallySeparable
 
 pytestmark = pytest.mark.skipif(cuda_host.compiler() is None, reason="no g++ to compile the CUDA kernels as C++")
 
-EXACT = ("--dtype", "float64", "--max-steps", "8", "--epochs", "10", "--batch-size", "32")
+EXACT = ("--dtype", "float64", "--max-steps", "8", "--epochs", "10", "--batch-size", "32", "--lr", "0.001")
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,8 @@ from psmpi.comm.control import Control, Poll
 from psmpi.comm.signals import StopSignals
 from psmpi.testing import run_ranks
 
-OPTIONS = ("--dtype", "float64", "--threads", "1", "--batch-size", "20", "--epochs", "24", "--checkpoint-every", "9999")
+OPTIONS = ("--dtype", "float64", "--threads", "1", "--batch-size", "20", "--epochs", "24", "--lr", "0.001",
+           "--checkpoint-every", "9999")  # fmt: skip
 
 
 def stopped(ranks, out, number, *options):
