@@ -1,9 +1,10 @@
-"""The one exception that stands for a mistake of the user's, and what may have been meant by a wrong name."""
+"""The one exception that stands for a mistake of the user's, and what helps to tell of one."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -23,3 +24,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
         if len(words) > 1 and short in names:
             return short
     return next(iter(get_close_matches(plain, names, 1)), "")
+
+
+def expanded(path: str | Path, what: str) -> Path:
+    """A path whose ~ is a home folder; UserError, which names `what` it is of, where there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(f"{what} {path}: there is no user of that name; write the folder out") from None

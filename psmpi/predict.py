@@ -78,7 +78,7 @@ def _settle(options: Options) -> Options:
     from psmpi import checkpoint
     from psmpi.config import from_toml
     from psmpi.data import Identity, differences, identify, open_dataset
-    from psmpi.errors import UserError
+    from psmpi.errors import UserError, expanded
 
     if options.out and Path(options.out).suffix not in (".csv", ".npz"):
         raise UserError(f"--out {options.out}: expected a name that ends in .csv or .npz")
@@ -86,21 +86,25 @@ def _settle(options: Options) -> Options:
         raise UserError(f"--calibrate {options.calibrate}: expected 0, or a number of samples from 2 up")
     if not 0 <= options.threads <= 1024:
         raise UserError(f"--threads {options.threads}: expected 0 to 1024")
-    path = checkpoint.newest(Path(options.checkpoint).expanduser())
+    path = checkpoint.newest(expanded(options.checkpoint, "checkpoint"))
     contents = checkpoint.validate(path)
     trained = from_toml(contents.config, str(path), foreign=True).data
-    if contents.data and not options.dataset:
-        here = identify(open_dataset(trained.dataset, options.data_dir or trained.data_dir, trained.split_seed))
+    # A file that has moved has its name.
+    moved = options.data_dir and Path(trained.dataset).is_absolute()
+    name = Path(trained.dataset).name if moved else trained.dataset
+    same = not options.dataset or Path(options.dataset).absolute() == Path(trained.dataset).absolute()
+    if contents.data and same:
+        here = identify(open_dataset(name, options.data_dir or trained.data_dir, trained.split_seed))
         found = differences(Identity.of(contents.data), here)
+        changed = f"{name} is not what checkpoint {path} was trained on any more: in the checkpoint {'; '.join(found)}"
+        if found and not options.dataset:
+            raise UserError(f"{changed}: bring that back, or name the file with --dataset to predict what it holds now")
         if found:
-            raise UserError(
-                f"{trained.dataset} is not what checkpoint {path} was trained on any more: in the checkpoint "
-                f"{'; '.join(found)}: bring that back, or name the file with --dataset to predict what it holds now"
-            )
+            print(f"note: {changed}", file=sys.stderr)
     return replace(
         options,
         checkpoint=str(path),
-        dataset=options.dataset or trained.dataset,
+        dataset=options.dataset or name,
         data_dir=options.data_dir or trained.data_dir,
     )
 
@@ -173,9 +177,9 @@ def _predict(world: Any, control: Any, options: Options) -> None:
         predictor = Predictor(world, control, network, layout, classes, np.dtype(model.dtype), ops)
         checkpoint.load(path, layout, predictor.part, {"weights": predictor.w}, contents.part)
         if options.calibrate:
-            same = options.dataset == trained.data.dataset
-            folder = options.data_dir if same else ""
-            known = calibration_split(trained.data, "", folder, contents.in_shape, path)
+            same = Path(options.dataset).name == Path(trained.data.dataset).name
+            where = (options.dataset, options.data_dir) if same else ("", "")
+            known = calibration_split(trained.data, *where, contents.in_shape, path)
             calibrate(predictor.model, known, options.calibrate, predictor.dtype)
         scores = predictor.run(split)
     if scores is not None and contents.task == "regression":

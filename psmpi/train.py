@@ -36,21 +36,31 @@ def parse(argv: list[str]) -> Config:
 
     Raises SystemExit as argparse does.
     """
+    return _parse(argv)[0]
+
+
+def _parse(argv: list[str]) -> tuple[Config, str]:
+    """The configuration, and the path that the settings of a run that goes on are from."""
     from dataclasses import replace
 
     import tyro
 
     from psmpi.command import program
-    from psmpi.config import Config, command_line, defaults, from_command_line, given, without_unused
+    from psmpi.config import Config, command_line, defaults, from_command_line, given, given_names, without_unused
     from psmpi.config.unknown import tables_of, unknown_options
     from psmpi.training.resume import own_settings
 
     start = defaults(argv)
+    said = given_names(argv)
     base = own_settings(given(argv, "--resume") or start.run.resume, given(argv, "--out") or start.run.out)
     if base is not None:
-        method = given(argv, "--method")
+        method, own = given(argv, "--method"), base.config
         # That of the run may not be installed here.
-        start = defaults(argv, replace(base, parallel=replace(base.parallel, method=method)) if method else base)
+        own = replace(own, parallel=replace(own.parallel, method=method)) if method else own
+        if "data_dir" in said and Path(own.data.dataset).is_absolute():
+            # The file may have moved.
+            own = replace(own, data=replace(own.data, dataset=Path(own.data.dataset).name))
+        start = defaults(argv, own)
     try:
         tree = tyro.cli(
             command_line(start),
@@ -64,7 +74,7 @@ def parse(argv: list[str]) -> Config:
             print(f"psmpi.train: {hint}", file=sys.stderr)
         raise
     config = from_command_line(tree)
-    return config if base is None else without_unused(config, base)
+    return (config, "") if base is None else (without_unused(config, base.config, said), base.path)
 
 
 def _main(argv: list[str]) -> int:
@@ -73,27 +83,33 @@ def _main(argv: list[str]) -> int:
 
     world = start()
     control = Control(world)
-    config, status = _configure(control, argv)
+    config, status, own = _configure(control, argv)
     if config is None:
         return status
-    return 0 if _train(world, control, config) else GO_ON
+    return 0 if _train(world, control, config, own) else GO_ON
 
 
-def _configure(control: Control, argv: list[str]) -> tuple[Config | None, int]:
-    """Rank 0 reads and checks the command line, so that help and errors appear once; the others get its result."""
+def _configure(control: Control, argv: list[str]) -> tuple[Config | None, int, str]:
+    """Rank 0 reads and checks the command line, so that help and errors appear once; the others get its result.
+
+    Beside the configuration, the exit status where there is none, and the path that a run's own settings are from.
+    """
     from psmpi.config import from_toml, to_toml
     from psmpi.output import Screen
+    from psmpi.training.resume import noting
     from psmpi.training.usual import usual
 
-    text, status = "", 0
+    text, status, own = "", 0, ""
     if control.rank == 0:
         try:
             tell = Screen(goes_on="training goes on").tell
-            text = to_toml(usual(_settle(parse(argv), tell), tell))
+            config, own = _parse(argv)
+            with noting(own):
+                text = to_toml(usual(_settle(config, tell), tell))
         except SystemExit as end:
             status = 1 if end.code else 0
-    text, status = json.loads(control.share(json.dumps([text, status])))
-    return (from_toml(text, "configuration"), 0) if text else (None, status)
+    text, status, own = json.loads(control.share(json.dumps([text, status, own])))
+    return (from_toml(text, "configuration"), 0, own) if text else (None, status, own)
 
 
 def _settle(config: Config, tell: Callable[[str], None]) -> Config:
@@ -103,7 +119,7 @@ def _settle(config: Config, tell: Callable[[str], None]) -> Config:
     from psmpi import checkpoint
     from psmpi.config import check
     from psmpi.data import locate
-    from psmpi.errors import UserError
+    from psmpi.errors import UserError, expanded
 
     check(config)
     run, data = config.run, config.data
@@ -114,12 +130,12 @@ def _settle(config: Config, tell: Callable[[str], None]) -> Config:
         )
     if run.new_data and not run.resume:
         raise UserError("--new-data goes on from a checkpoint with other data: add --resume, or leave it out")
-    out, resume = (str(Path(one).expanduser()) if one else "" for one in (run.out, run.resume))
+    out, resume = (str(expanded(one, of)) if one else "" for one, of in ((run.out, "--out"), (run.resume, "--resume")))
     if not out and resume == "auto":
         raise UserError("--resume auto needs --out, the run directory to go on in")
     if out and not resume and checkpoint.available(Path(out)):
         raise UserError(f"--out {out} holds a run already: add --resume auto to go on with it, or name another folder")
-    folder = Path(data.data_dir).expanduser().absolute()
+    folder = expanded(data.data_dir, "--data-dir").absolute()
     data = replace(data, data_dir=str(folder), dataset=locate(data.dataset, folder, tell))
     return replace(config, data=data, run=replace(run, out=out, resume=resume))
 
@@ -129,36 +145,50 @@ class Start(NamedTuple):
 
     dataset: Dataset
     identity: Identity
-    folder: RunFolder
+    # The run directory, where it is there already.
+    folder: RunFolder | None
     # The checkpoint to go on from, or "".
     found: str
 
 
-def _begin(size: int, config: Config, tell: Callable[[str], None]) -> Start:
-    """Meet a missing file or a wrong setting first, on rank 0 alone; the run directory is locked, and as it was."""
+def _begin(size: int, config: Config, own: str, tell: Callable[[str], None]) -> Start:
+    """Meet a missing file or a wrong setting first, on rank 0 alone; a run directory that is there is locked, and kept.
+
+    own: the path that the run's own settings are from.
+    """
     from psmpi import checkpoint
     from psmpi.data import find_doubts, identify, open_dataset
+    from psmpi.errors import UserError
     from psmpi.nn.zoo import make_network
     from psmpi.registry import find_method
     from psmpi.training.checks import notes
     from psmpi.training.folder import RunFolder
     from psmpi.training.loop import plan_steps
-    from psmpi.training.resume import compare
+    from psmpi.training.resume import compare, noting
 
     kind: Any = find_method(config.parallel.method)
     run = config.run
     dataset = open_dataset(config.data.dataset, config.data.data_dir, config.data.split_seed)
     identity = identify(dataset)
-    # Of a run that goes on before its checkpoints are looked at, else when nothing is wrong with what was asked for.
-    folder, found = RunFolder(Path(run.out), tell) if run.out and run.resume else None, ""
+    folder, found = RunFolder(Path(run.out), tell) if run.out and Path(run.out).exists() else None, ""
     try:
         if run.resume:
             found = str(checkpoint.find(run.resume, Path(run.out), tell) or "")
+        if run.resume == "auto" and found != own and (found or not own.endswith(".toml")):
+            raise UserError(
+                f"--out {run.out}: another run wrote {found} there while this one waited for it: start this one again, "
+                "to go on with its settings"
+            )
         if found:
-            compare(checkpoint.read_contents(Path(found)), config, identity, found, tell)
+            compare(checkpoint.read_contents(Path(found)), config, dataset, identity, found, tell)
+        elif run.resume == "auto":
+            tell(f"note: there is no checkpoint in {run.out}: this is a fresh start")
+        if folder is not None:
+            folder.check(Path(found) if found else None)
         network = _network(config, dataset, make_network)
-        kind.check(size, network, dataset, config)
-        plan_steps(dataset, config)
+        with noting(own):
+            kind.check(size, network, dataset, config)
+            plan_steps(dataset, config)
         for note in notes(size, network, dataset, config.data.batch_size):
             tell(f"note: {note}")
         for warning in (*kind.warnings(size, network, config), *find_doubts(dataset)):
@@ -167,14 +197,11 @@ def _begin(size: int, config: Config, tell: Callable[[str], None]) -> Start:
         if folder is not None:
             folder.close()
         raise
-    stem = f"{Path(config.data.dataset).stem}-{config.model.model}"
-    if folder is None:
-        folder = RunFolder(Path(run.out), tell) if run.out else RunFolder.unnamed(stem, tell)
     return Start(dataset, identity, folder, found)
 
 
-def _train(world: World, control: Control, config: Config) -> bool:
-    """Train; whether all of it is done, and not stopped by a signal."""
+def _train(world: World, control: Control, config: Config, own: str) -> bool:
+    """Train; whether all of it is done, and not stopped by a signal. own: as of `_begin`."""
     import contextlib
     import socket
     from dataclasses import asdict, replace
@@ -191,17 +218,18 @@ def _train(world: World, control: Control, config: Config) -> bool:
     from psmpi.output import Screen
     from psmpi.registry import find_method
     from psmpi.training.context import Context
+    from psmpi.training.folder import RunFolder
     from psmpi.training.loop import Loop, show_places
     from psmpi.training.method import Place
 
     console = Screen(quiet=world.rank != 0, goes_on="training goes on")
     tell = console.tell
     kind: Any = find_method(config.parallel.method)
-    start = _begin(world.size, config, tell) if world.rank == 0 else None
-    told = json.dumps([str(start.folder.path), start.found]) if start is not None else ""
-    with start.folder if start is not None else contextlib.nullcontext() as folder:
-        name, found = json.loads(control.share(told))
-        out, config = Path(name), replace(config, run=replace(config.run, out=name))
+    start = _begin(world.size, config, own, tell) if world.rank == 0 else None
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(start.folder) if start is not None and start.folder is not None else None
+        # Ranks may have been started in other folders.
+        found = control.share(str(Path(start.found).absolute()) if start is not None and start.found else "")
         if start is not None:
             dataset, identity = start.dataset, start.identity
         else:
@@ -211,6 +239,14 @@ def _train(world: World, control: Control, config: Config) -> bool:
         everyone = dict(enumerate(map(json.loads, texts)))
         check_same(identity, {f"rank {rank}, host {at}": Identity.of(of) for rank, (at, of) in everyone.items()})
         network = _network(config, dataset, make_network)
+        if start is not None:
+            found = start.found
+            stem = f"{Path(config.data.dataset).stem}-{config.model.model}"
+            if folder is None:
+                made = RunFolder(Path(config.run.out), tell) if config.run.out else RunFolder.unnamed(stem, tell)
+                folder = stack.enter_context(made)
+        out = Path(control.share(str(folder.path) if folder is not None else ""))
+        config = replace(config, run=replace(config.run, out=str(out)))
         ranks, cores = host(world)
         threads = config.parallel.threads or max(1, cores // ranks)
         if world.rank == 0 and ranks * threads > cores:
@@ -230,8 +266,10 @@ def _train(world: World, control: Control, config: Config) -> bool:
                 f"{out}"
             )
             method_settings = {name: value for one in config.chosen.values() for name, value in asdict(one).items()}
+            # What each start says anew is not of the run.
+            text = to_toml(replace(config, run=replace(config.run, out="", resume="", new_data=False)))
             contents = checkpoint.Contents(
-                to_toml(config),
+                text,
                 tuple(dataset.shape),
                 method.layout,
                 random={
@@ -256,7 +294,7 @@ def _train(world: World, control: Control, config: Config) -> bool:
             control.wait_for_all()
             if folder is not None:
                 step, damaged = loop.progress.step if found else -1, config.run.resume == "auto"
-                folder.begin(to_toml(config), loop.progress.rows, step, damaged=damaged)
+                folder.begin(text, loop.progress.rows, step, damaged=damaged)
                 for note in notes:
                     tell(note)
             # After MPI's own handlers.

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -243,7 +244,20 @@ def read_contents(path: Path) -> Contents:
 
 
 def validate(path: Path) -> Contents:
-    """`check_file`, and what a file says of itself, and that every tensor is there. Errors as those of `check_file`."""
+    """`check_file`, and what a file says of itself, and that every tensor is there. Errors as those of `check_file`.
+
+    A file that is as it was at the last call is not read again.
+    """
+    try:
+        now = path.stat()
+    except OSError:
+        return _validate(path, ())
+    return _validate(path, (now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns))
+
+
+@lru_cache(maxsize=2)
+def _validate(path: Path, state: tuple[int, ...]) -> Contents:
+    """`validate`; state: what changes when the file does."""
     check_file(path)
     contents = read_contents(path)
     with open_file(path) as file:

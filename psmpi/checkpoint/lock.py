@@ -66,7 +66,7 @@ class Lock:
         """Whether the directory, or the file, that is locked is still the one of that name."""
         try:
             return os.path.samestat(os.fstat(self.fd), os.stat(self.path))
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError):
             return False
 
     def close(self) -> None:

@@ -1,6 +1,6 @@
 """The settings of a run; the command line, the TOML file and the help are made from their dataclasses."""
 
-from psmpi.config.carried import changes, without_unused
+from psmpi.config.carried import changes, given_names, without_unused
 from psmpi.config.ranges import Least, listed, option
 from psmpi.config.sections import Data, LossSettings, NetworkSettings, Optimization, Parallel, Run
 from psmpi.config.text import defaults, from_table, from_toml, given, parse_toml, read_file, to_toml
@@ -26,6 +26,7 @@ __all__ = [
     "from_table",
     "from_toml",
     "given",
+    "given_names",
     "kinds_of_settings",
     "listed",
     "option",

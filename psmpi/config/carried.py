@@ -2,46 +2,66 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from psmpi.config.sections import NetworkSettings, Optimization
+from psmpi.config.sections import NetworkSettings, Optimization, Parallel
+from psmpi.config.text import given, tables_in
 from psmpi.config.tree import Config
-from psmpi.optim import find_optimizer, unused_settings
+from psmpi.optim import Hyper, find_optimizer, unused_settings
 from psmpi.registry import all_methods, find_method
 
 # Where things are, and what is said anew at each start.
 ANEW = ("data_dir", "max_steps", "new_data", "out", "resume")
+# What is of a GPU, and of the rate of an optimizer.
+OF_DEVICE = ("compute", "convolution", "gpu_aware", "nccl")
+OF_RATE = ("lr", "min_lr", "clip", *(one.name for one in fields(Hyper)))
 
 
-def without_unused(config: Config, base: Config) -> Config:
-    """`config` without the settings of `base` that its own method, optimizer, schedule and network do not use.
+def given_names(argv: Sequence[str]) -> set[str]:
+    """The names of all settings that a command line, or the TOML file that it names, gives."""
+    options = {word[2:].partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
+    tables = tables_in(given(argv, "--config"))
+    keys = {key for table in tables.values() if isinstance(table, dict) for key in table}
+    return options | {one.removeprefix("no_") for one in options} | keys
 
-    Of a run that goes on in another way, nobody gave these settings: they are as by default. Those that differ from
-    `base` were given, and stay.
+
+def without_unused(config: Config, base: Config, said: Collection[str]) -> Config:
+    """`config` without the settings of `base` that its own method, optimizer, network and backend do not use.
+
+    Those of an optimizer and its rate are that optimizer's. Of a run that goes on in another way nobody gave these
+    settings, and they are as by default, but for those whose names are `said`.
     """
     method = config.parallel.method
     if method not in all_methods():
         return config
     kind, o, before = find_method(method), config.optimization, base.optimization
-    settings = {one: of for one, of in config.settings.items() if one in kind.settings or of != base.of(one)}
-    usual, used = Optimization(), kind.uses(config)
-    names = [one.setting for one in unused_settings(o.optimizer, o.schedule, vars(o)) if one.setting not in used]
+    # Settings of other methods that are said stay, and are refused.
+    settings = [
+        of if one in kind.settings else _by_default(of, one(), vars(of).keys() - set(said))
+        for one, of in config.settings.items()
+    ]
+    used = kind.uses(config)
+    names = {one.setting for one in unused_settings(o.optimizer, o.schedule, vars(o)) if one.setting not in used}
     if find_optimizer(o.optimizer).needs_closure:
-        names.append("clip")
+        names.add("clip")
     if o.optimizer != before.optimizer:
-        # A rate is one for an optimizer.
-        names.append("lr")
-    o = replace(o, **{name: getattr(usual, name) for name in names if getattr(o, name) == getattr(before, name)})
+        names |= set(OF_RATE)
+    o = _by_default(o, Optimization(), names - set(said))
     model, parallel = config.model, config.parallel
     if model.model != base.model.model:
-        plain, theirs = vars(NetworkSettings()), vars(base.model)
-        names = [name for name in ("widths", "blocks", "layers") if vars(model)[name] == theirs[name]]
-        model = replace(model, **{name: plain[name] for name in names})
-    if parallel.nccl and base.parallel.nccl and not kind.nccl:
-        parallel = replace(parallel, nccl=False)
-    return replace(config, optimization=o, model=model, parallel=parallel, settings=settings)
+        model = _by_default(model, NetworkSettings(), {"widths", "blocks", "layers"} - set(said))
+    if parallel.backend != base.parallel.backend:
+        parallel = _by_default(parallel, Parallel(), set(OF_DEVICE) - set(said))
+    elif not kind.nccl:
+        parallel = _by_default(parallel, Parallel(), {"nccl"} - set(said))
+    return replace(config, optimization=o, model=model, parallel=parallel).having(settings)
+
+
+def _by_default(section: Any, plain: Any, names: Collection[str]) -> Any:
+    return replace(section, **{name: getattr(plain, name) for name in names})
 
 
 def changes(before: Config, now: Config) -> list[tuple[str, Any, Any]]:

@@ -6,7 +6,6 @@ import codecs
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
-from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import tomli_w
@@ -14,7 +13,7 @@ import tomli_w
 from psmpi.config.sections import Data
 from psmpi.config.tree import Config, kinds_of_settings
 from psmpi.config.unknown import unknown_setting, unknown_table
-from psmpi.errors import UserError
+from psmpi.errors import UserError, expanded
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -114,9 +113,15 @@ def _checked(value: Any, section: Any, key: str, where: str) -> Any:
 
 def read_file(path: str, base: Config | None = None) -> Config:
     """`base`, the defaults if not given, with the settings of a TOML file; UserError where it cannot be read."""
+    return from_table(tables_in(path), base or Config(), path)
+
+
+def tables_in(path: str) -> dict[str, Any]:
+    """The tables of a TOML file, none where no path is given; UserError where it cannot be read."""
+    if not path:
+        return {}
     try:
-        text = _decoded(Path(path).expanduser().read_bytes(), path)
-        return from_table(tomllib.loads(text), base or Config(), path)
+        return parse_toml(_decoded(expanded(path, "--config").read_bytes(), path))
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}; give the path of a TOML file") from None
     except tomllib.TOMLDecodeError as error:

@@ -13,7 +13,7 @@ from psmpi.data.mnist import open_mnist
 from psmpi.data.npz import read_npz
 from psmpi.data.own import SUFFIXES, build, build_all
 from psmpi.data.split import Dataset, Split
-from psmpi.errors import UserError
+from psmpi.errors import UserError, expanded
 
 DATASETS = ("digits", "mnist", "cifar10")
 
@@ -25,8 +25,8 @@ def locate(name: str, data_dir: str | Path | None, tell: Callable[[str], None]) 
     """
     if name in DATASETS:
         return name
-    folder = None if data_dir is None else Path(data_dir).expanduser()
-    path, here = _locate(name, folder), Path(name).expanduser()
+    folder = _folder(data_dir)
+    path, here = _locate(name, folder), expanded(name, "--dataset")
     if here.is_file() and not here.samefile(path):
         tell(f"warning: the data set is {path}, and there is another {here}: name the one that is meant by its path")
     return str(path.absolute())
@@ -40,7 +40,7 @@ def open_dataset(name: str, data_dir: str | Path | None, split_seed: int = 0) ->
     every fifth sample. Reads the labels and checks the headers and sizes of all files, but reads no samples. Raises
     UserError for an unknown name, for missing files and for files of the wrong format, size or content.
     """
-    folder = None if data_dir is None else Path(data_dir).expanduser()
+    folder = _folder(data_dir)
     if name == "digits":
         return open_digits()
     if name == "mnist":
@@ -57,7 +57,7 @@ def open_split(name: str, data_dir: str | Path | None, split: str, split_seed: i
     Raises UserError as open_dataset does.
     """
     if split == "all" and name not in DATASETS:
-        return build_all(*_read_own(name, None if data_dir is None else Path(data_dir).expanduser()))
+        return build_all(*_read_own(name, _folder(data_dir)))
     if split == "all":
         raise UserError(f"{name} has the splits train and test; `all` is for files of your own")
     dataset = open_dataset(name, data_dir, split_seed)
@@ -69,13 +69,17 @@ def _read_own(name: str, folder: Path | None) -> tuple[Path, list[str], dict[str
     return path, *(read_npz(path) if path.suffix.lower() == ".npz" else read_hdf5(path))
 
 
+def _folder(data_dir: str | Path | None) -> Path | None:
+    return None if data_dir is None else expanded(data_dir, "--data-dir")
+
+
 def _locate(name: str, folder: Path | None) -> Path:
     if Path(name).suffix.lower() not in SUFFIXES:
         raise UserError(
             f"unknown data set {name!r}; choose one of {', '.join(DATASETS)}, "
             f"or the path of a file that ends in {', '.join(SUFFIXES)}"
         )
-    places = [Path(name).expanduser()]
+    places = [expanded(name, "--dataset")]
     if folder is not None and not places[0].is_absolute():
         places.insert(0, folder / name)
     for place in places:

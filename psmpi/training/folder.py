@@ -31,23 +31,48 @@ class RunFolder:
     def __init__(self, out: Path, tell: Callable[[str], None], patience: float = PATIENCE):
         self.path, self.tell = out, tell
         self.config, self.rows, self.begun = "", "", False
-        self.made = not out.exists()
+        # What is made for this run, the innermost first.
+        self.made: list[Path] = []
         try:
+            self.made += (path for path in (out, *out.parents) if not path.exists())
             self.lock = self._take(patience)
         except BlockingIOError:
             raise UserError(f"--out {out}: another run is writing there; name another folder, or end it") from None
         except (OSError, ValueError) as error:
             raise _unwritable(out, error) from None
         try:
-            for name in (CONFIG, METRICS, checkpoint.folder(out).name):
-                if (out / name).is_symlink():
-                    raise UserError(
-                        f"{out / name} is a symbolic link, and a run writes through none in its directory: remove it, "
-                        "or let the directory itself be a link to where there is room"
-                    )
+            self._look()
         except BaseException:
-            self.lock.close()
+            self.close()
             raise
+
+    def _look(self) -> None:
+        """UserError for what is in the directory and cannot be written, or is no place to write to."""
+        out = self.path
+        if out.name == checkpoint.folder(out).name and checkpoint.available(out):
+            raise UserError(f"--out {out} is the folder of a run's checkpoints: name the run directory, {out.parent}")
+        for path, there in (
+            (out, Path.is_dir),
+            (out / CONFIG, Path.is_file),
+            (out / METRICS, Path.is_file),
+            (checkpoint.folder(out), Path.is_dir),
+        ):
+            if path != out and path.is_symlink():
+                raise UserError(
+                    f"{path} is a symbolic link, and a run writes through none in its directory: remove it, or let the "
+                    "directory itself be a link to where there is room"
+                )
+            if path.exists() and not (there(path) and os.access(path, os.W_OK)):
+                raise UserError(f"{path} is in the way, or may not be written: move it, or name another --out")
+
+    def check(self, source: Path | None) -> None:
+        """UserError where the directory has checkpoints of a run that does not go on from `source`."""
+        there = checkpoint.available(self.path)
+        if there and source is not None and source.parent.absolute() != there[-1].parent.absolute():
+            raise UserError(
+                f"--out {self.path} holds a run already, and {source} is not of it: name another folder, or go on with "
+                "that run by --resume auto"
+            )
 
     @staticmethod
     def unnamed(stem: str, tell: Callable[[str], None]) -> RunFolder:
@@ -64,7 +89,7 @@ class RunFolder:
             except OSError as error:
                 raise _unwritable(out, error) from None
             folder = RunFolder(out, tell)
-            folder.made = True
+            folder.made.insert(0, out)
             return folder
         raise UserError(f"runs/{start} and 9,999 more are there: name a run directory with --out")
 
@@ -86,11 +111,12 @@ class RunFolder:
     def close(self) -> None:
         """Leave the directory to others; where nothing was begun in one that was made for it, remove it."""
         if self.made and not self.begun:
-            # Only where nothing else is in it.
             with contextlib.suppress(OSError):
                 (self.path / ".lock").unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
-                self.path.rmdir()
+            for path in self.made:
+                # Only where nothing else is in it.
+                with contextlib.suppress(OSError):
+                    path.rmdir()
         self.lock.close()
 
     def begin(self, config: str, rows: Iterable[Mapping[str, Any]], step: int, *, damaged: bool) -> None:
@@ -101,10 +127,21 @@ class RunFolder:
         self.config, self.rows = legible(config), "".join(json.dumps(row) + "\n" for row in rows)
         try:
             checkpoint.clear(self.path, step, damaged=damaged, tell=self.tell)
-            self.begun = True
+            if step < 0:
+                self._put_aside()
             self._write_texts()
+            self.begun = True
         except OSError as error:
             raise _unwritable(self.path, error) from None
+
+    def _put_aside(self) -> None:
+        """Rename text files that are there where a run starts afresh: they are another's, or a user's own."""
+        for name in (CONFIG, METRICS):
+            path = self.path / name
+            if path.exists() and path.stat().st_size and (name == METRICS or path.read_bytes() != self.config.encode()):
+                aside = path.with_name(f"{name}.before")
+                os.replace(path, aside)
+                self.tell(f"note: {path} was there already, and is {aside.name} now")
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Add a row to the metrics. OSError where it cannot be written; the next row brings it too."""
@@ -112,7 +149,7 @@ class RunFolder:
         self.rows += line
         path = self.path / METRICS
         try:
-            file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW)
+            file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK)
         except OSError:
             file = -1
         if file >= 0:

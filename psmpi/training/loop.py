@@ -120,6 +120,8 @@ class Loop:
                 f"checkpoint {path} is {progress.cursor} steps into an epoch, which here has "
                 f"{self.batches.steps_per_epoch}: use the data set it was made with"
             )
+        if path.parent.absolute() == checkpoint.folder(self.out).absolute():
+            self.writer.last_good = path
         notes = [*(f"note: {note}" for note in notes), f"resumed from {path}, step {progress.step}"]
         if progress.step >= self.total:
             most = self.config.run.max_steps
@@ -141,9 +143,10 @@ class Loop:
             self.writer.close()
             self._tell_troubles()
             if self.writer.last_failed:
+                ended = "training is done" if self.progress.step >= self.total else "the run was stopped"
                 raise UserError(
-                    "training is done, but its last checkpoint is not written, see above: "
-                    "make room and go on with --resume auto"
+                    f"{ended}, but its last checkpoint is not written, see above: make room and go on with --resume "
+                    "auto"
                 )
         done = self.progress.step >= self.total
         if not done:
@@ -210,13 +213,20 @@ class Loop:
 
     def _keep(self) -> None:
         """On rank 0, make sure that the run directory is there, and this run's."""
-        if self.folder is not None:
-            try:
-                lock = self.folder.keep()
-                if lock is not None:
-                    self.writer.relock(lock)
-            except OSError as error:
-                self._warn_loudly(f"the run directory {self.out} was removed, and cannot be made again: {error}")
+        if self.folder is None:
+            return
+        try:
+            lock, last = self.folder.keep(), self.writer.last_good
+            if lock is not None:
+                self.writer.relock(lock)
+            elif last is not None and not last.exists():
+                self.writer.last_good = None
+                self._warn_loudly(f"the checkpoint {last} was removed while this run writes to {self.out}")
+        except OSError as error:
+            trouble = f"the run directory {self.out} cannot be looked into or written: {error}"
+            if trouble not in self.warned:
+                self.warned.add(trouble)
+                self._warn_loudly(trouble)
 
     def _check(self, row: dict[str, Any], trained: int) -> None:
         """FloatingPointError, on all ranks, where the epoch's row is one of a training that has diverged.

@@ -2,55 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from psmpi import checkpoint
 from psmpi.checkpoint import Contents
-from psmpi.config import Config, changes, from_toml
-from psmpi.data import DATASETS, Identity, differences
-from psmpi.errors import DamagedError, UserError
+from psmpi.config import Config, changes, from_toml, read_file
+from psmpi.data import Dataset, Identity, differences
+from psmpi.errors import UserError, expanded
 from psmpi.training.folder import CONFIG
 from psmpi.training.method import Method
 
 
-def own_settings(resume: str, out: str) -> Config | None:
+class Base(NamedTuple):
+    """The settings of a run that goes on, and the path that they are from: a checkpoint, or config.toml without one."""
+
+    config: Config
+    path: str
+
+
+def own_settings(resume: str, out: str) -> Base | None:
     """The settings of the run that --resume goes on with, None where it is a fresh start after all.
 
-    Those of config.toml in the run directory, which the run was started with last; else those of the checkpoint. What
-    is wrong with a checkpoint is told where it is read whole.
+    Those of the checkpoint; before a run has written one, those of config.toml in its directory. UserError as that of
+    `psmpi.checkpoint.find`.
     """
     if not resume:
         return None
-    try:
-        if resume != "auto":
-            path = checkpoint.newest(Path(resume).expanduser())
-            checkpoint.check_file(path)
-            found = from_toml(checkpoint.read_contents(path).config, str(path), foreign=True)
-        elif out and (path := Path(out).expanduser() / CONFIG).is_file():
-            found = _read(path)
-        else:
-            whole = checkpoint.find(resume, Path(out).expanduser(), lambda _: None) if out else None
-            if whole is None:
-                return None
-            found = from_toml(checkpoint.read_contents(whole).config, str(whole), foreign=True)
-    except DamagedError:
+    folder = expanded(out, "--out")
+    path = checkpoint.find(resume if resume == "auto" else str(expanded(resume, "--resume")), folder, lambda _: None)
+    if path is not None:
+        found = from_toml(checkpoint.read_contents(path).config, str(path), foreign=True)
+    elif out and (folder / CONFIG).is_file():
+        path = folder / CONFIG
+        found = read_file(str(path))
+    else:
         return None
-    return replace(found, run=replace(found.run, out=out, resume=resume, new_data=False, max_steps=0))
+    run = replace(found.run, out=out, resume=resume, new_data=False, max_steps=0)
+    return Base(replace(found, run=run), str(path))
 
 
-def _read(path: Path) -> Config:
-    """The settings of a run directory's configuration; UserError where it is not what a run writes."""
+@contextmanager
+def noting(own: str) -> Iterator[None]:
+    """Say in a UserError whose settings may be at fault: those not given are of the run that goes on, in `own`."""
     try:
-        return from_toml(path.read_text(encoding="utf-8"), str(path), foreign=True)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path}: {error}; correct it, or remove it to go on with the settings of the checkpoint"
-        ) from None
+        yield
+    except UserError as error:
+        raise UserError(f"{error} (settings that are not given are those in {own})" if own else str(error)) from None
 
 
-def compare(contents: Contents, config: Config, data: Identity, path: str, tell: Callable[[str], None]) -> None:
+def compare(
+    contents: Contents, config: Config, dataset: Dataset, data: Identity, path: str, tell: Callable[[str], None]
+) -> None:
     """Tell which settings differ from those of a checkpoint; UserError where the run would not go on with the same.
 
     That is with other data, unless --new-data says so, and inside an epoch with another order of the samples.
@@ -70,7 +76,7 @@ def compare(contents: Contents, config: Config, data: Identity, path: str, tell:
         # Of a file that does not say more.
         found = [f"{contents.random['samples']:,} training samples, there {data.train.samples:,}"]
     seeds = (saved.data.split_seed, config.data.split_seed)
-    if len(set(seeds)) > 1 and config.data.dataset not in DATASETS and (found or not contents.data):
+    if len(set(seeds)) > 1 and dataset.held_out and (found or not contents.data) and not config.run.new_data:
         raise UserError(
             f"checkpoint {path} was made with --split-seed {seeds[0]}: with {seeds[1]} it would be tested on samples "
             "that it was trained on; use the same"
@@ -84,6 +90,11 @@ def compare(contents: Contents, config: Config, data: Identity, path: str, tell:
         )
     for difference in found:
         tell(f"note: other data than in the checkpoint: {difference}")
+    if found and dataset.held_out:
+        tell(
+            "warning: the test samples are drawn from these other data, and some may be ones that were trained on: "
+            "save those to test on as x_test and y_test"
+        )
     fixed = [
         ("--batch-size", saved.data.batch_size, config.data.batch_size),
         ("--seed", saved.run.seed, config.run.seed),

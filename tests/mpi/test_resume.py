@@ -47,9 +47,10 @@ def test_a_run_goes_on_with_its_own_settings(train, ranks):
     assert [row["epoch"] for row in resumed.rows] == [1, 2, 3]
 
 
-def test_without_config_toml_the_settings_are_those_of_the_checkpoint(train):
+@pytest.mark.parametrize("text", [None, "", "[optimization]\nlr = 0.5\n"])
+def test_the_settings_are_those_of_the_checkpoint_and_not_of_config_toml(train, text):
     first = train(1, *FEW, "--epochs", "1")
-    (first.out / "config.toml").unlink()
+    (first.out / "config.toml").unlink() if text is None else (first.out / "config.toml").write_text(text)
     resumed = train(1, "--resume", "auto", "--epochs", "2", out=first.out)
     assert resumed.rows[-1]["step"] == 48 and read_file(str(first.out / "config.toml")).optimization.momentum == 0.8
 
@@ -57,6 +58,7 @@ def test_without_config_toml_the_settings_are_those_of_the_checkpoint(train):
 @pytest.mark.parametrize("text", [b"epochs = ", b"\xff\xfe", b"[run]\nepoch = 3\n"])
 def test_a_config_toml_that_is_none_is_named(train, tmp_path, text):
     train(1, *FEW, "--epochs", "1", out=tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
     (tmp_path / "run" / "config.toml").write_bytes(text)
     before = held(tmp_path / "run")
     assert "config.toml" in start(tmp_path, "--resume", "auto", "--epochs", "2", ok=False)
@@ -68,6 +70,10 @@ def test_a_run_killed_before_its_first_checkpoint_starts_afresh_with_its_own_set
     shutil.rmtree(first.out / "checkpoints")
     again = train(1, "--resume", "auto", out=first.out)
     assert again.rows[-1]["train_loss"] == first.rows[-1]["train_loss"]
+    assert "note: there is no checkpoint in" in again.stdout and "this is a fresh start" in again.stdout
+    assert "metrics.jsonl was there already, and is metrics.jsonl.before now" in again.stdout
+    before = [json.loads(line) for line in (first.out / "metrics.jsonl.before").read_text().splitlines()]
+    assert before == first.rows
 
 
 def test_the_checkpoint_that_is_named_has_the_settings_too(train):
@@ -190,7 +196,7 @@ def test_a_fresh_start_does_not_take_a_folder_with_a_run(train, tmp_path, monkey
     """Also where the checkpoints came while it waited for the lock."""
     out = train(1, *MLP, "--epochs", "1", out=tmp_path / "run").out
     assert "holds a run already" in start(tmp_path, *MLP, ok=False)
-    seen = iter([[]])
+    seen = iter([[], []])
     monkeypatch.setattr("psmpi.checkpoint.available", lambda _: next(seen))
     before = held(out)
     told = start(tmp_path, *MLP, ok=False)
@@ -287,3 +293,136 @@ def test_ranks_that_predict_other_data_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr("psmpi.data.open_split", open_other)
     status, _, err = run(2, "-m", "psmpi.predict", tmp_path / "run", "--dataset", "d.npz", cwd=tmp_path)
     assert status == 1 and "are not those of rank 0" in " ".join(err.split())
+
+
+def test_what_is_given_is_taken_though_the_run_had_the_same(train, tmp_path):
+    first = train(1, *MLP, "--optimizer", "sgd", "--lr", "0.02", "--weight-decay", "0.3", "--epochs", "1")
+    (tmp_path / "c.toml").write_text("[optimization]\nweight_decay = 0.3\n")
+    options = ("--optimizer", "adam", "--lr", "0.02", "--config", tmp_path / "c.toml", "--epochs", "2")
+    config = read_file(str(train(1, "--resume", first.checkpoint, *options).out / "config.toml"))
+    assert (config.optimization.lr, config.optimization.weight_decay) == (0.02, 0.3)
+    config = read_file(
+        str(train(1, "--resume", first.checkpoint, "--optimizer", "adam", "--epochs", "2").out / "config.toml")
+    )
+    # Those of another optimizer are not this one's.
+    assert (config.optimization.lr, config.optimization.weight_decay) == (0.001, 0.0)
+
+
+def test_a_setting_that_is_given_and_not_used_is_refused_though_the_run_had_the_same(train, tmp_path):
+    schedule = ("--schedule", "cosine", "--min-lr", "0.0001")
+    train(1, *MLP, *schedule, "--epochs", "1", out=tmp_path / "run")
+    again = ("--resume", "auto", "--epochs", "2", "--schedule", "step", "--step-size", "1")
+    assert "--min-lr" in start(tmp_path, *again, "--min-lr", "0.0001", ok=False)
+    assert "schedule is step" in start(tmp_path, *again)
+
+
+def test_a_run_does_not_go_on_in_the_directory_of_another(train, tmp_path):
+    """Its older checkpoints would pass for this one's."""
+    long, short = train(1, *MLP, "--epochs", "3"), train(1, *MLP, "--epochs", "1", "--seed", "5", out=tmp_path / "run")
+    before = held(short.out)
+    told = start(tmp_path, "--resume", long.checkpoint, "--epochs", "4", ok=False)
+    assert "holds a run already, and" in told and "is not of it" in told and held(short.out) == before
+
+
+def test_texts_of_a_user_s_own_are_put_aside(tmp_path):
+    text = "# mine\n[model]\nmodel = 'mlp'\nwidths = [12]\n[run]\nepochs = 1\n"
+    (tmp_path / "config.toml").write_text(text)
+    told = start(tmp_path, "--config", "config.toml", out=".")
+    assert "config.toml was there already, and is config.toml.before now" in told
+    assert (tmp_path / "config.toml.before").read_text() == text and rows(tmp_path)
+
+
+def test_a_start_with_nothing_left_to_do_changes_no_later_one(train, tmp_path):
+    save(tmp_path / "d.npz")
+    save(tmp_path / "e.npz", *CHANGES["reorder"]())
+    start(tmp_path, "--dataset", "d.npz", *MLP, "--epochs", "1")
+    assert "nothing left to do" in start(
+        tmp_path, "--resume", "auto", "--dataset", "e.npz", "--new-data", "--lr", "0.5"
+    )
+    assert "note: lr" not in start(tmp_path, "--resume", "auto", "--epochs", "2")
+
+
+def test_the_checkpoints_folder_is_no_run_directory(train, tmp_path):
+    out = train(1, *MLP, "--epochs", "1", out=tmp_path / "run").out
+    before = held(out)
+    for options in ((), ("--resume", "auto", "--epochs", "2")):
+        told = start(tmp_path, *MLP, *options, ok=False, out="run/checkpoints")
+        assert "is the folder of a run's checkpoints" in told or "holds a run already" in told
+    assert held(out) == before
+
+
+def test_a_run_s_configuration_starts_a_run_of_its_own(train, tmp_path):
+    first = train(1, *MLP, "--epochs", "1")
+    resumed = train(1, "--resume", first.checkpoint, "--epochs", "2")
+    again = train(1, "--config", resumed.out / "config.toml", "--seed", "7")
+    assert "resumed" not in again.stdout and [row["epoch"] for row in again.rows] == [1, 2]
+
+
+def test_a_waiting_start_does_not_go_on_with_other_settings(train, tmp_path, monkeypatch):
+    """Those that it read before the run that it waited for had written any."""
+    out = train(1, *FEW, "--epochs", "1", out=tmp_path / "run").out
+    monkeypatch.setattr("psmpi.training.resume.own_settings", lambda *_: None)
+    before = held(out)
+    assert "while this one waited for it: start this one again" in start(tmp_path, "--resume", "auto", ok=False)
+    assert held(out) == before
+
+
+def test_a_file_that_has_moved_is_found_by_its_folder(tmp_path):
+    for place in ("one", "two"):
+        (tmp_path / place).mkdir()
+    save(tmp_path / "one" / "d.npz")
+    start(tmp_path, "--dataset", "one/d.npz", *MLP, "--epochs", "1")
+    (tmp_path / "one" / "d.npz").rename(tmp_path / "two" / "d.npz")
+    start(tmp_path, "--resume", "auto", "--epochs", "2", "--data-dir", "two")
+    (tmp_path / "two" / "d.npz").rename(tmp_path / "one" / "d.npz")
+    status, _, err = run(1, "-m", "psmpi.predict", tmp_path / "run", "--data-dir", tmp_path / "one", cwd=tmp_path)
+    assert status == 0, err
+
+
+def test_settings_that_nobody_gave_here_are_told_as_the_run_s(train, tmp_path):
+    train(3, "--masters", "2", "--epochs", "1", out=tmp_path / "run")
+    told = start(tmp_path, "--resume", "auto", "--epochs", "2", ok=False)
+    assert "--masters 2" in told and "settings that are not given are those in" in told
+
+
+def test_test_samples_that_may_have_been_trained_on_are_told(tmp_path):
+    save(tmp_path / "d.npz")
+    start(tmp_path, "--dataset", "d.npz", *MLP, "--epochs", "1")
+    save(tmp_path / "d.npz", *CHANGES["append"]())
+    told = start(tmp_path, "--resume", "auto", "--epochs", "2", "--new-data")
+    assert "some may be ones that were trained on" in told
+
+
+def test_checkpoints_that_are_removed_under_a_run_are_told(train, tmp_path, monkeypatch):
+    real = Loop._append
+
+    def remove(self, row):
+        if row["epoch"] == 3 and self.folder is not None:
+            self.writer.finish()
+            shutil.rmtree(self.out / "checkpoints")
+        real(self, row)
+
+    monkeypatch.setattr(Loop, "_append", remove)
+    done = train(1, *MLP, "--epochs", "4")
+    assert done.stdout.count("was removed while this run writes to") == 1
+
+
+@pytest.mark.parametrize("option", ["--out", "--resume", "--dataset", "--data-dir", "--config"])
+def test_homes_of_nobody_are_named(tmp_path, option):
+    more = ("--dataset", "d.npz") if option == "--data-dir" else ()
+    status, _, err = run(1, "-m", "psmpi.train", option, "~nobody-of-this-name/x.npz", *more, cwd=tmp_path)
+    assert status == 1 and "there is no user of that name" in err and "Traceback" not in err
+
+
+def test_places_in_the_way_are_named_before_training(tmp_path):
+    for name in ("config.toml", "metrics.jsonl"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+        assert f"{name} is in the way" in start(tmp_path, *MLP, ok=False)
+        (tmp_path / "run" / name).rmdir()
+    (tmp_path / "run" / "checkpoints").write_text("")
+    assert "checkpoints is in the way" in start(tmp_path, *MLP, ok=False)
+
+
+def test_folders_above_one_that_is_refused_are_removed_too(tmp_path):
+    start(tmp_path, "--backend", "cupy", *MLP, ok=False, out="a/b/c")
+    assert list(tmp_path.iterdir()) == []
