@@ -200,6 +200,23 @@ def _begin(size: int, config: Config, own: str, tell: Callable[[str], None]) -> 
     return Start(dataset, identity, folder, found)
 
 
+def _agree(control: Control, config: Config, start: Start | None) -> tuple[Dataset, Identity]:
+    """The data set and its identity, which are the same on all ranks; UserError on rank 0 where they are not."""
+    import socket
+
+    from psmpi.data import Identity, check_same, identify, open_dataset
+
+    if start is not None:
+        dataset, identity = start.dataset, start.identity
+    else:
+        dataset = open_dataset(config.data.dataset, config.data.data_dir, config.data.split_seed)
+        identity = identify(dataset)
+    texts = control.collect_texts(json.dumps([socket.gethostname(), identity.table()]), most=2000)
+    everyone = dict(enumerate(map(json.loads, texts)))
+    check_same(identity, {f"rank {rank}, host {at}": Identity.of(of) for rank, (at, of) in everyone.items()})
+    return dataset, identity
+
+
 def _train(world: World, control: Control, config: Config, own: str) -> bool:
     """Train; whether all of it is done, and not stopped by a signal. own: as of `_begin`."""
     import contextlib
@@ -213,7 +230,6 @@ def _train(world: World, control: Control, config: Config, own: str) -> bool:
     from psmpi.comm.signals import StopSignals
     from psmpi.comm.world import host, library
     from psmpi.config import to_toml
-    from psmpi.data import Identity, check_same, identify, open_dataset
     from psmpi.nn.zoo import make_network
     from psmpi.output import Screen
     from psmpi.registry import find_method
@@ -230,14 +246,7 @@ def _train(world: World, control: Control, config: Config, own: str) -> bool:
         folder = stack.enter_context(start.folder) if start is not None and start.folder is not None else None
         # Ranks may have been started in other folders.
         found = control.share(str(Path(start.found).absolute()) if start is not None and start.found else "")
-        if start is not None:
-            dataset, identity = start.dataset, start.identity
-        else:
-            dataset = open_dataset(config.data.dataset, config.data.data_dir, config.data.split_seed)
-            identity = identify(dataset)
-        texts = control.collect_texts(json.dumps([socket.gethostname(), identity.table()]), most=2000)
-        everyone = dict(enumerate(map(json.loads, texts)))
-        check_same(identity, {f"rank {rank}, host {at}": Identity.of(of) for rank, (at, of) in everyone.items()})
+        dataset, identity = _agree(control, config, start)
         network = _network(config, dataset, make_network)
         if start is not None:
             found = start.found
@@ -302,8 +311,8 @@ def _train(world: World, control: Control, config: Config, own: str) -> bool:
                 done = loop.run()
             if config.parallel.convolution != "own":
                 chosen: dict[str, str] = {}
-                for text in control.collect_texts("\n".join(ops.choices), most=10_000):
-                    for line in text.splitlines():
+                for told in control.collect_texts("\n".join(ops.choices), most=10_000):
+                    for line in told.splitlines():
                         # Where ranks have the same sizes, the first one speaks for them.
                         chosen.setdefault(line.partition(":")[0], line)
                 for line in chosen.values():

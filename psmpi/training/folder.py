@@ -80,8 +80,9 @@ class RunFolder:
         start = f"{time.strftime('%Y%m%d-%H%M%S')}-{stem}"
         for number in range(1, 10_000):
             out = Path("runs") / (start if number == 1 else f"{start}-{number}")
+            above = [] if out.parent.exists() else [out.parent]
             try:
-                out.parent.mkdir(parents=True, exist_ok=True)
+                out.parent.mkdir(exist_ok=True)
                 # Of several runs one makes it.
                 out.mkdir()
             except FileExistsError:
@@ -89,7 +90,7 @@ class RunFolder:
             except OSError as error:
                 raise _unwritable(out, error) from None
             folder = RunFolder(out, tell)
-            folder.made.insert(0, out)
+            folder.made = [out, *above]
             return folder
         raise UserError(f"runs/{start} and 9,999 more are there: name a run directory with --out")
 
