@@ -200,6 +200,12 @@ def _begin(size: int, config: Config, own: str, tell: Callable[[str], None]) -> 
     return Start(dataset, identity, folder, found)
 
 
+def _share(control: Control, path: str) -> str:
+    """Rank 0's path on all ranks; names of files need not be UTF-8."""
+    shared: str = json.loads(control.share(json.dumps(path)))
+    return shared
+
+
 def _agree(control: Control, config: Config, start: Start | None) -> tuple[Dataset, Identity]:
     """The data set and its identity, which are the same on all ranks; UserError on rank 0 where they are not."""
     import socket
@@ -245,7 +251,7 @@ def _train(world: World, control: Control, config: Config, own: str) -> bool:
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(start.folder) if start is not None and start.folder is not None else None
         # Ranks may have been started in other folders.
-        found = control.share(str(Path(start.found).absolute()) if start is not None and start.found else "")
+        found = _share(control, str(Path(start.found).absolute()) if start is not None and start.found else "")
         dataset, identity = _agree(control, config, start)
         network = _network(config, dataset, make_network)
         if start is not None:
@@ -254,7 +260,7 @@ def _train(world: World, control: Control, config: Config, own: str) -> bool:
             if folder is None:
                 made = RunFolder(Path(config.run.out), tell) if config.run.out else RunFolder.unnamed(stem, tell)
                 folder = stack.enter_context(made)
-        out = Path(control.share(str(folder.path) if folder is not None else ""))
+        out = Path(_share(control, str(folder.path) if folder is not None else ""))
         config = replace(config, run=replace(config.run, out=str(out)))
         ranks, cores = host(world)
         threads = config.parallel.threads or max(1, cores // ranks)

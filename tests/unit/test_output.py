@@ -185,10 +185,10 @@ def test_names_that_an_encoding_lacks_are_printed_as_they_can_be(ascii_stdout):
 def test_run_directories_of_any_name_can_be_trained_in(name, kept, train, tmp_path):
     """Names in UTF-8, ones that the locale C did not decode, ones in no encoding, and ones like rich's markup."""
     name, kept = (f"{one}/b]" if one == "[" else one for one in (name, kept))
-    found = train(1, "--max-steps", "1", out=tmp_path / name)
+    found = train(1, "--max-steps", "1", "--data-dir", tmp_path / name, out=tmp_path / name)
     config = (found.out / "config.toml").read_bytes().decode()
     assert f'{tmp_path / kept}"' in config
-    assert from_toml(read_contents(found.checkpoint).config, "checkpoint").run.out == str(tmp_path / kept)
+    assert from_toml(read_contents(found.checkpoint).config, "checkpoint").data.data_dir == str(tmp_path / kept)
 
 
 @pytest.mark.parametrize(
