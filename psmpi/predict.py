@@ -177,9 +177,11 @@ def _predict(world: Any, control: Any, options: Options) -> None:
         predictor = Predictor(world, control, network, layout, classes, np.dtype(model.dtype), ops)
         checkpoint.load(path, layout, predictor.part, {"weights": predictor.w}, contents.part)
         if options.calibrate:
-            same = Path(options.dataset).name == Path(trained.data.dataset).name
-            where = (options.dataset, options.data_dir) if same else ("", "")
-            known = calibration_split(trained.data, *where, contents.in_shape, path)
+            stored = Path(trained.data.dataset)
+            moved = stored.is_absolute() and not stored.is_file() and stored.name == Path(options.dataset).name
+            here = moved or options.dataset == trained.data.dataset
+            where = (options.dataset, options.data_dir) if here else ("", "")
+            known = calibration_split(trained.data, *where, contents, path)
             calibrate(predictor.model, known, options.calibrate, predictor.dtype)
         scores = predictor.run(split)
     if scores is not None and contents.task == "regression":

@@ -74,6 +74,9 @@ def _parse(argv: list[str]) -> tuple[Config, str]:
             print(f"psmpi.train: {hint}", file=sys.stderr)
         raise
     config = from_command_line(tree)
+    if base is None and config.optimization.optimizer != start.optimization.optimizer:
+        # A file's rate is that of its optimizer.
+        return without_unused(config, start, given_names(argv, file=False)), ""
     return (config, "") if base is None else (without_unused(config, base.config, said), base.path)
 
 
@@ -307,11 +310,11 @@ def _train(world: World, control: Control, config: Config, own: str) -> bool:
             notes = loop.resume(Path(found)) if found else []
             # Up to here any rank may refuse the start, and nothing is changed.
             control.wait_for_all()
-            if folder is not None:
+            if folder is not None and loop.progress.step < loop.total:
                 step, damaged = loop.progress.step if found else -1, config.run.resume == "auto"
                 folder.begin(text, loop.progress.rows, step, damaged=damaged)
-                for note in notes:
-                    tell(note)
+            for note in notes:
+                tell(note)
             # After MPI's own handlers.
             with signals:
                 done = loop.run()

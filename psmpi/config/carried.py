@@ -20,10 +20,10 @@ OF_DEVICE = ("compute", "convolution", "gpu_aware", "nccl")
 OF_RATE = ("lr", "min_lr", "clip", *(one.name for one in fields(Hyper)))
 
 
-def given_names(argv: Sequence[str]) -> set[str]:
-    """The names of all settings that a command line, or the TOML file that it names, gives."""
+def given_names(argv: Sequence[str], file: bool = True) -> set[str]:
+    """The names of all settings that a command line gives, and with `file` the TOML file that it names."""
     options = {word[2:].partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
-    tables = tables_in(given(argv, "--config"))
+    tables = tables_in(given(argv, "--config")) if file else {}
     keys = {key for table in tables.values() if isinstance(table, dict) for key in table}
     return options | {one.removeprefix("no_") for one in options} | keys
 

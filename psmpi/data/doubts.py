@@ -17,8 +17,10 @@ ROWS, BYTES = 64, 1 << 22
 CHANNELS = (1, 3, 4)
 # The largest value of pixels that are as good as black.
 DIM = 32
+# The largest magnitude of values of samples that are as good as scaled.
+LARGE = 12
 # Times that the values of test samples may be those of training samples.
-APART = 20
+APART = 8
 
 
 def find_doubts(dataset: Dataset) -> Iterator[str]:
@@ -94,11 +96,16 @@ def _samples(dataset: Dataset) -> Iterator[str]:
     if low == high and len(some) > 1:
         yield f"all values looked at in x are {low:g}: there is nothing to learn from"
         return
-    floats = some.dtype.kind == "f"
-    if floats and low >= 0 and 1.5 < high <= 65535 and some.shape[1] >= 16 and np.mean(some == np.rint(some)) > 0.9:
-        top = 255 if 127 < high <= 255 else 65535 if high > 4095 else high
-        other = ", or save it as uint8" if top == 255 else ""
-        yield f"x has whole numbers up to {high:g}, as pixels that are not scaled: divide it by {top:g}{other}"
+    empty = int((some == 0).all(axis=1).sum())
+    if len(some) >= 8 and 8 * empty > len(some):
+        yield (
+            f"{empty} of {len(some)} samples looked at are zeros throughout: was the file written to its end, of all "
+            "its parts?"
+        )
+    floats, largest = some.dtype.kind == "f", max(-low, high)
+    if floats and largest > LARGE:
+        other = " (pixels: by 255, or save them as uint8)" if 127 < largest <= 255 else ""
+        yield f"x has values up to {largest:g}, and networks learn from values of about 1: divide it by a number{other}"
     if not floats and dataset.train.scale == 1 / 255 and high <= DIM:
         yield (
             f"x is uint8, is divided by 255 and has values up to {high:g} only, so that all are near 0: save it as "
@@ -108,9 +115,9 @@ def _samples(dataset: Dataset) -> Iterator[str]:
         tests = _some(dataset.test)
         if dataset.train.n == dataset.test.n and np.array_equal(some, tests):
             yield "x_test has the same samples as x, so that tests are of what is learnt by heart: save others"
-        largest = [float(np.abs(one).max(initial=0)) if np.isfinite(one).all() else 0.0 for one in (some, tests)]
-        if min(largest) and max(largest) > APART * min(largest):
-            yield f"x has values up to {largest[0]:g}, x_test up to {largest[1]:g}: scale both alike"
+        most = [float(np.abs(one).max(initial=0)) if np.isfinite(one).all() else 0.0 for one in (some, tests)]
+        if min(most) and max(most) > APART * min(most):
+            yield f"x has values up to {most[0]:g}, x_test up to {most[1]:g}: scale both alike"
 
 
 def _some(split: Split) -> npt.NDArray[Any]:

@@ -42,6 +42,8 @@ def check_stored(path: Path, key: str, array: Any, depth: int = 0) -> None:
     written, and virtual arrays of which a source is missing, too short or itself not all there.
     """
     where = f"{path}: {key}"
+    # Behind a link it lies in another file, which its own sources are beside.
+    path = Path(array.file.filename)
     if array.external:
         raise UserError(
             f"{where} lies in another file, {array.external[0][0]}, which psmpi does not read; put the values into "
@@ -104,7 +106,7 @@ def _check_virtual(path: Path, key: str, array: Any, depth: int) -> None:
             f"{where} is put together from {len(names)} other files, and {missing[0]}{more} is not there, so that its "
             f"part would be read as zeros; bring it back beside {path.name}, or name its folder in HDF5_VDS_PREFIX"
         )
-    covered = sum(one.vspace.get_select_npoints() for one in sources)
+    covered = _covered(array, sources)
     if covered < array.size:
         raise UserError(
             f"{where} is put together from other arrays, which have {covered:,} of its {array.size:,} values, so that "
@@ -130,6 +132,22 @@ def _check_virtual(path: Path, key: str, array: Any, depth: int) -> None:
                         f"that the rest would be read as zeros; make {key} anew of the parts that are there"
                     )
                 check_stored(found, inner, source, depth + 1)
+
+
+def _covered(array: Any, sources: Any) -> int:
+    """How many values of a virtual array its sources have, those that two have once; along the first axis exactly."""
+    points = sum(one.vspace.get_select_npoints() for one in sources)
+    bounds = [one.vspace.get_select_bounds() for one in sources]
+    # Blocks of whole rows, which is how files are put together.
+    rows = [(first[0], last[0] + 1) for first, last in bounds]
+    width = array.size // max(1, array.shape[0])
+    if any(one.vspace.get_select_npoints() != (b - a) * width for one, (a, b) in zip(sources, rows, strict=True)):
+        return int(points)
+    count, at = 0, 0
+    for a, b in sorted(rows):
+        count += max(0, b - max(a, at))
+        at = max(at, b)
+    return int(count * width)
 
 
 def _long_enough(one: Any, source: Any) -> bool:

@@ -68,7 +68,7 @@ def export(
         raise UserError(f"--calibrate: --model {network.name} has no batch normalization; leave the option out")
     model, split = None, None
     if calibrate:
-        split = calibration_split(trained.data, dataset, data_dir, opened.contents.in_shape, opened.path)
+        split = calibration_split(trained.data, dataset, data_dir, opened.contents, opened.path)
         model = make_model(opened, np.dtype(np.float32))
         calibrate_model(model, split, calibrate, np.dtype(np.float32))
     elif network.normalized and out.suffix == ".onnx":

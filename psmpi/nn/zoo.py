@@ -117,7 +117,9 @@ def make_network(
     if made is not None:
         return made
     if name in MODELS:
-        use = f"--model {name} is not made for samples of shape {in_shape}: use"
+        last = len(in_shape) == 3 and in_shape[2] in (1, 3, 4) and min(in_shape[:2]) > 4
+        turned = "if the channels come last, save x.transpose(0, 3, 1, 2), or " if last else ""
+        use = f"--model {name} is not made for samples of shape {in_shape}: {turned}use"
         if has_psnet(in_shape, classes):
             raise UserError(f"{use} --model psnet, or --model custom with the layers in the configuration file")
         raise UserError(

@@ -26,6 +26,9 @@ from psmpi.training.folder import RunFolder
 from psmpi.training.method import Method, Place
 from psmpi.training.resume import restore
 
+# A mean loss so many times that of the first minibatch is not one of a training that may come down again.
+WORSE = 100.0
+
 
 def show_places(console: Screen, places: list[tuple[int, str, Place]]) -> None:
     """Print the placement table: what each rank does and holds."""
@@ -101,6 +104,8 @@ class Loop:
         # tangent that were counted before, and the size of the values to learn.
         self.loss, self.clipped = configured_loss(config, dataset.task), 0
         self.terms = max(1, dataset.outputs - 1)
+        # The mean loss of this start's first minibatch: this rank's share, and the sum over ranks once it is known.
+        self.first = self.begun = 0.0
         targets = dataset.train.targets if dataset.task == "regression" else None
         self.size = 1.0 if targets is None else float(np.vdot(targets, targets)) / len(targets)
 
@@ -165,7 +170,10 @@ class Loop:
         for cursor in range(first.cursor, self.batches.steps_per_epoch):
             if self.progress.step == self.total:
                 break
-            yield Batch(self.batches.ids(first.epoch, cursor)), self.schedule(self.progress.step)
+            batch, past = Batch(self.batches.ids(first.epoch, cursor)), self.method.loss_sum
+            yield batch, self.schedule(self.progress.step)
+            if cursor == first.cursor and not self.begun:
+                self.first = (self.method.loss_sum - past) / len(batch)
             elapsed = first.seconds + time.perf_counter() - start
             self.progress = replace(self.progress, step=self.progress.step + 1, cursor=cursor + 1, seconds=elapsed)
             bar.update(task, completed=self.progress.step)
@@ -235,11 +243,14 @@ class Loop:
         """
         count = row["events"].get("psl_terms_past_exp_clip", 0)
         share, self.clipped = (count - self.clipped) / max(1, trained * self.terms), count
-        if self.loss.diverged(row["train_loss"], share, self.size):
+        # Spikes of some minibatches pass, and so does what was as large from the beginning and may come down.
+        mean, spike = row["train_loss"], row.get("test_loss", np.inf) <= self.begun
+        if self.loss.diverged(mean, share, self.size) and mean > WORSE * self.begun and not spike:
             beyond = f", with {100 * share:.0f} % of the terms of the loss beyond --exp-clip" if 0 < share <= 1 else ""
             raise FloatingPointError(
-                f"the mean loss of epoch {row['epoch']} is {row['train_loss']:.1e}{beyond}: the training diverged, and "
-                "the last epoch is not saved; lower --lr, or clip gradients with --clip 1"
+                f"the mean loss of epoch {row['epoch']} is {row['train_loss']:.1e}{beyond}, at its beginning it was "
+                f"{self.begun:.1e}: the training diverged, and the end of the epoch is not saved; start again with a "
+                "lower --lr, or clip gradients with --clip 1"
             )
 
     def _seen(self, progress: Progress) -> int:
@@ -250,7 +261,8 @@ class Loop:
         """The row of metrics of the epoch so far; also warns of new unusual events."""
         method = self.method
         scores = method.test()
-        loss_sum, _, _ = self._totals()
+        loss_sum, _, _, first = self._totals()
+        self.begun = self.begun or first
         # A rank that has nothing to do in some epochs is no measure of the rate.
         counts = np.zeros((self.control.size, 3))
         counts[self.control.rank] = method.counter.sent, method.counter.received, rate
@@ -271,12 +283,12 @@ class Loop:
             **method.diagnostics(),
         }
 
-    def _totals(self) -> tuple[float, int, int]:
-        """Sum over ranks of the loss shares, the bytes sent and received so far."""
+    def _totals(self) -> tuple[float, int, int, float]:
+        """Sums over ranks: loss shares, bytes sent and received so far, and the mean loss of the first minibatch."""
         method = self.method
-        shares = np.array([method.loss_sum, method.counter.sent, method.counter.received])
-        loss_sum, sent, received = self.control.total(shares)
-        return float(loss_sum), int(sent + self.before[0]), int(received + self.before[1])
+        shares = np.array([method.loss_sum, method.counter.sent, method.counter.received, self.first])
+        loss_sum, sent, received, first = self.control.total(shares)
+        return float(loss_sum), int(sent + self.before[0]), int(received + self.before[1]), float(first)
 
     def _events(self) -> dict[str, int]:
         """The ranks' counts of unusual events together; warns of each kind when it first happens."""
@@ -291,7 +303,7 @@ class Loop:
         return found
 
     def _save(self) -> None:
-        loss_sum, sent, received = self._totals()
+        loss_sum, sent, received, _ = self._totals()
         progress = replace(self.progress, loss_sum=loss_sum, bytes_sent=sent, bytes_received=received)
         self._keep()
         self.method.collect()

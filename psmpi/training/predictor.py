@@ -8,30 +8,32 @@ from pathlib import Path
 import numpy as np
 
 from psmpi.backend import NumpyOps
+from psmpi.checkpoint import Contents
 from psmpi.comm.control import Control
 from psmpi.comm.group import Counter, Group
 from psmpi.comm.protocol import World
 from psmpi.comm.transfers import RowExchange
 from psmpi.config import Data
-from psmpi.data import Resident, Split, open_split
+from psmpi.data import Identity, Resident, Split, identify_split, open_split
 from psmpi.errors import UserError
 from psmpi.layout import Layout, make_grid
 from psmpi.nn.model import Model
 from psmpi.nn.network import Network
 
 
-def calibration_split(trained: Data, dataset: str, data_dir: str, shape: tuple[int, ...], path: Path) -> Split:
+def calibration_split(trained: Data, dataset: str, data_dir: str, contents: Contents, path: Path) -> Split:
     """The training split of the data set that the checkpoint at `path` was trained on, for `--calibrate`.
 
-    dataset, data_dir: where the data set is now, both empty where it is still in its place. shape: of the samples that
-    the checkpoint knows.
+    dataset, data_dir: where the data set is now, both empty where it is still in its place. contents: of the
+    checkpoint. UserError for other samples than those that it was trained on.
     """
     name = dataset or trained.dataset
     split = open_split(name, data_dir or trained.data_dir, "train", trained.split_seed)
-    if split.shape != shape:
+    known = Identity.of(contents.data).train if contents.data else None
+    if split.shape != contents.in_shape or (known is not None and identify_split(split) != known):
         raise UserError(
-            f"--calibrate: {name} has samples of shape {split.shape}, checkpoint {path} was trained on {shape}: "
-            "bring back the data set it was trained on"
+            f"--calibrate: {name} has not the training samples, of shape {contents.in_shape}, that checkpoint {path} "
+            "was trained on: bring back that data set, or say where it is with --data-dir"
         )
     return split
 

@@ -426,3 +426,21 @@ def test_places_in_the_way_are_named_before_training(tmp_path):
 def test_folders_above_one_that_is_refused_are_removed_too(tmp_path):
     start(tmp_path, "--backend", "cupy", *MLP, ok=False, out="a/b/c")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_of_another_optimizer_does_not_give_its_rate(train, tmp_path):
+    first = train(1, *MLP, "--epochs", "1")
+    config = read_file(str(first.out / "config.toml"))
+    assert config.optimization.lr == 0.001
+    again = train(1, "--config", first.out / "config.toml", "--optimizer", "sgd")
+    assert "learning rate 0.1" in again.stdout
+    given = train(1, "--config", first.out / "config.toml", "--optimizer", "sgd", "--lr", "0.001")
+    assert read_file(str(given.out / "config.toml")).optimization.lr == 0.001
+
+
+def test_a_start_with_nothing_left_to_do_writes_nothing(train, tmp_path):
+    out = train(1, *MLP, "--epochs", "2", out=tmp_path / "run").out
+    before = held(out)
+    assert "nothing left to do" in start(tmp_path, "--resume", "auto", "--epochs", "1", "--lr", "5")
+    assert held(out) == before
+    assert "nothing left to do" in start(tmp_path, "--resume", out, out="other") and not (tmp_path / "other").exists()

@@ -252,6 +252,19 @@ def test_psl_in_float32_survives_margins_beyond_the_dtype(train):
     assert result.stdout.count("psl terms past exp clip") == 1
 
 
+def test_a_loss_that_is_huge_from_the_beginning_is_no_divergence(tmp_path):
+    """Of samples that are not scaled, which a warning tells; it comes down."""
+    rng = np.random.default_rng(0)
+    y = np.arange(400) % 4
+    x = 1e4 * (rng.normal(0, 2, (4, 20))[y] + rng.normal(0, 1, (400, 20)))
+    np.savez(tmp_path / "x.npz", x=x.astype(np.float32), y=y)
+    options = ("--dataset", "x.npz", "--model", "mlp", "--widths", "16", "--epochs", "12", "--out", "run")
+    status, out, err = run(1, "-m", "psmpi.train", *options, cwd=tmp_path)
+    assert status == 0 and "warning: x has values up to" in out, err
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["train_loss"] > 1e38 and rows[-1]["train_loss"] < 1e-3 * rows[0]["train_loss"]
+
+
 @pytest.mark.parametrize(
     ("ranks", "options"),
     [

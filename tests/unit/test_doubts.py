@@ -45,7 +45,7 @@ def told(path: Path, packed: bool = False, **arrays: Any) -> list[str]:
         {"x": RNG.normal(size=(40, 3, 8, 8)), "y": Y},
         {"x": RNG.normal(size=(40, 3, 8, 3)), "y": Y},
         {"x": RNG.integers(0, 9, (40, 7)).astype(float), "y": Y},
-        {"x": RNG.normal(0, 100, (40, 30)), "y": RNG.normal(size=(40, 3))},
+        {"x": RNG.normal(0, 2, (40, 30)), "y": RNG.normal(size=(40, 3))},
         {"x": X, "y": RNG.integers(0, 10**6, 40).astype(float)},
     ],
 )
@@ -110,15 +110,25 @@ def test_values_that_look_like_classes_are_told(tmp_path: Path) -> None:
     assert "the value 2 in column 1 of y" in told(path, x=X, y=np.stack([Y * 0.3, np.full(40, 2.0)], 1))[0]
 
 
+def test_samples_of_zeros_are_told(tmp_path: Path) -> None:
+    """As of files whose writer did not come to the end."""
+    half = np.where(np.arange(40)[:, None] < 30, RNG.random((40, 9)), 0)
+    assert told(tmp_path / "own.npz", x=half, y=Y)[0].startswith("10 of 40 samples looked at are zeros throughout")
+    assert told(tmp_path / "own.npz", x=np.where(np.arange(40)[:, None] < 37, half + 0.1, 0), y=Y) == []
+
+
 @pytest.mark.parametrize("end", [".npz", ".h5"])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize(
     ("x", "says"),
     [
-        (PIXELS.astype(np.float32), "x has whole numbers up to 255, .* divide it by 255, or save it as uint8"),
-        (PIXELS.reshape(40, 30).astype(np.float64), "x has whole numbers up to 255"),
-        (PIXELS.astype(np.float32) // 16, "x has whole numbers up to 15, .* divide it by 15$"),
-        (PIXELS.astype(np.float32) * 257, "x has whole numbers up to 65535, .* divide it by 65535$"),
+        (
+            PIXELS.astype(np.float32),
+            r"x has values up to 255, .*: divide it by a number \(pixels: by 255, or save them as uint8\)$",
+        ),
+        (PIXELS.reshape(40, 30).astype(np.float64), "x has values up to 255"),
+        (PIXELS.astype(np.float32) // 16, "x has values up to 15, "),
+        (PIXELS.astype(np.float32) * 257, "x has values up to 65535, .* divide it by a number$"),
         ((PIXELS > 127).astype(np.uint8), r"x is uint8, .* values up to 1 only, .* save it as x.astype\(np.float32\)$"),
         ((PIXELS // 16).astype(np.uint8), r"x is uint8, .* values up to 15 only, .* x.astype\(np.float32\) / 15$"),
         (np.full((40, 9), 0.5), "all values looked at in x are 0.5"),
@@ -136,7 +146,7 @@ def test_samples_that_are_not_scaled_or_turned_are_told(
 
 def test_test_samples_of_another_scale_are_told(tmp_path: Path) -> None:
     for one, two, says in ((X, X * 255, "0.9.*, x_test up to 25"), (X * 1e4, -X, "99.*, x_test up to 0.9")):
-        (found,) = told(tmp_path / "own.npz", x=one, y=Y, x_test=two, y_test=Y)
+        *_, found = told(tmp_path / "own.npz", x=one, y=Y, x_test=two, y_test=Y)
         assert re.match(f"x has values up to {says}.*: scale both alike", found), found
 
 
@@ -183,4 +193,4 @@ def test_training_says_once_what_is_doubtful(tmp_path: Path) -> None:
     options += ("--lr", "1e-5", "--loss", "nll", "--model", "mlp", "--widths", "4", "--method", "data_parallel")
     status, out, err = run(2, "-m", "psmpi.train", *options, cwd=tmp_path)
     assert status == 0, err
-    assert out.count("warning: the labels begin at 1") == 1 and out.count("warning: x has whole numbers up to") == 1
+    assert out.count("warning: the labels begin at 1") == 1 and out.count("warning: x has values up to") == 1

@@ -182,6 +182,32 @@ def test_virtual_arrays_of_parts_of_arrays_are_read(tmp_path: Path) -> None:
     refused(tmp_path / "own.h5", "takes more from all", "(19, 6)")
 
 
+def test_virtual_arrays_whose_sources_overlap_are_not_all_there(tmp_path: Path) -> None:
+    for name in ("a.h5", "b.h5"):
+        with h5py.File(tmp_path / name, "w") as file:
+            file["part"] = X[:10]
+    with write(tmp_path / "own.h5", leave_out="x") as file:
+        layout = h5py.VirtualLayout(X.shape, X.dtype)
+        for name in ("a.h5", "b.h5"):
+            layout[:10] = h5py.VirtualSource(name, "part", (10, 3))
+        file.create_virtual_dataset("x", layout)
+    refused(tmp_path / "own.h5", "which have 30 of its 60 values")
+
+
+def test_virtual_arrays_behind_a_link_are_beside_their_own_sources(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    with h5py.File(tmp_path / "sub" / "raw.h5", "w") as file:
+        file["part"] = X
+    with h5py.File(tmp_path / "sub" / "joined.h5", "w") as file:
+        layout = h5py.VirtualLayout(X.shape, X.dtype)
+        layout[:] = h5py.VirtualSource("raw.h5", "part", X.shape)
+        file.create_virtual_dataset("x", layout)
+    with write(tmp_path / "own.h5", leave_out="x") as file:
+        file["x"] = h5py.ExternalLink("sub/joined.h5", "/x")
+    split = open_dataset(str(tmp_path / "own.h5"), None).train
+    assert np.array_equal(split.read(np.arange(split.n)), X)
+
+
 def test_virtual_arrays_in_a_circle_are_refused(tmp_path: Path) -> None:
     for name, other in (("own.h5", "other.h5"), ("other.h5", "own.h5")):
         with write(tmp_path / name, "x") as file:
