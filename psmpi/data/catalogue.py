@@ -13,7 +13,7 @@ from psmpi.data.mnist import open_mnist
 from psmpi.data.npz import read_npz
 from psmpi.data.own import SUFFIXES, build, build_all
 from psmpi.data.split import Dataset, Split
-from psmpi.errors import UserError, expanded
+from psmpi.errors import UserError, expanded, nearest
 
 DATASETS = ("digits", "mnist", "cifar10")
 
@@ -75,9 +75,11 @@ def _folder(data_dir: str | Path | None) -> Path | None:
 
 def _locate(name: str, folder: Path | None) -> Path:
     if Path(name).suffix.lower() not in SUFFIXES:
+        meant = nearest(name, DATASETS)
+        hint = f"did you mean {meant}? Choose" if meant else "choose"
         raise UserError(
-            f"unknown data set {name!r}; choose one of {', '.join(DATASETS)}, "
-            f"or the path of a file that ends in {', '.join(SUFFIXES)}"
+            f"unknown data set {name!r}; {hint} one of {', '.join(DATASETS)}, or the path of a file that ends in "
+            f"{', '.join(SUFFIXES)}"
         )
     places = [expanded(name, "--dataset")]
     if folder is not None and not places[0].is_absolute():

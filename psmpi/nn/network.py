@@ -153,7 +153,12 @@ class TableReader:
                     '{type = "dense", units = 10}'
                 )
             settings = dict(table)
-            kind = str(settings.pop("type", "(none)"))
+            if "type" not in settings:
+                raise UserError(
+                    f'model {self.model!r}, layer {number}: no type is given: add, for instance, type = "dense"; known '
+                    f"are {', '.join(LAYERS)}"
+                )
+            kind = str(settings.pop("type"))
             base = kind.removeprefix("separable_") if kind in LAYERS else kind
             self.counts[base] = self.counts.get(base, 0) + 1
             label = f"{base}{self.counts[base]}"

@@ -130,7 +130,7 @@ class Loop:
         notes = [*(f"note: {note}" for note in notes), f"resumed from {path}, step {progress.step}"]
         if progress.step >= self.total:
             most = self.config.run.max_steps
-            asked = f"{most} steps" if 0 < most <= progress.step else f"{self.config.run.epochs} epochs"
+            asked = f"{most} steps" if 0 < most <= progress.step else f"--epochs {self.config.run.epochs}"
             notes.append(
                 f"nothing left to do: {asked} asked for, {progress.step} steps and {progress.epoch} epochs are done; "
                 f"raise {'--max-steps' if asked.endswith('steps') else '--epochs'}"

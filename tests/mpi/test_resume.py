@@ -120,7 +120,7 @@ def test_another_minibatch_is_taken_up_at_the_end_of_an_epoch_and_the_run_ends_a
     whole = train(1, *options)
     assert [row.get("phase") for row in resumed.rows] == [row.get("phase") for row in whole.rows]
     done = train(1, "--resume", "auto", out=first.out)
-    assert "nothing left to do: 4 epochs asked for" in done.stdout and done.rows == resumed.rows
+    assert "nothing left to do: --epochs 4 asked for" in done.stdout and done.rows == resumed.rows
 
 
 CHANGES = {

@@ -94,3 +94,10 @@ def test_identities_that_make_no_sense_are_refused(made):
 def test_few_samples_are_all_looked_at(made):
     assert identify_split(open_dataset("digits", None).test).samples == 359
     assert made(X, Y, at=3).train.samples == 3
+
+
+def test_an_unknown_data_set_is_told_with_the_one_that_may_be_meant():
+    with pytest.raises(UserError, match="unknown data set 'mnits'; did you mean mnist"):
+        open_dataset("mnits", None)
+    with pytest.raises(UserError, match="unknown data set 'flowers'; choose one of digits, mnist, cifar10"):
+        open_dataset("flowers", None)

@@ -276,6 +276,7 @@ def test_initial_weights_fill_their_published_ranges():
     ("layers", "says"),
     [
         ([{"type": "dens", "units": 3}], "unknown layer type 'dens'; did you mean dense\\?"),
+        ([{"units": 3}], 'layer 1: no type is given: add, for instance, type = "dense"'),
         ([{"type": "dense", "unit": 4}], "needs 'units', and has 'unit'"),
         ([{"type": "dense", "units": 4, "biases": False}], "unknown setting\\(s\\) biases .*; did you mean bias\\?"),
         ([{"type": "dense"}], "needs 'units'"),
