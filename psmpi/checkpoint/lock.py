@@ -16,14 +16,17 @@ NAME = ".lock"
 
 
 class Lock:
-    """The lock of a run directory: on the directory itself, so that no file that is removed gives it away.
+    """The lock of a run directory, taken on the directory itself: removing files in it does not free the lock.
 
-    Where a file system has locks of files alone it is on the file `.lock`; where it has none there is none. It is held
-    until it is closed in every process that inherits it.
+    On a file system with locks of files alone, the lock of the file `.lock`; on one without locks, none. The lock is
+    held until every process that inherits it has closed it.
     """
 
     def __init__(self, out: Path, patience: float = 0.0, tell: Callable[[str], None] | None = None):
-        """Take it, waiting `patience` seconds at most; `tell` hears of it. BlockingIOError where another run has it."""
+        """Take the lock of `out`, waiting `patience` seconds at most; `tell` hears of a wait.
+
+        BlockingIOError where another run has the lock, OSError where `out` cannot be opened.
+        """
         self.out = self.path = out
         self.fd = os.open(out, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
@@ -70,7 +73,7 @@ class Lock:
             return False
 
     def close(self) -> None:
-        """Give it up in this process."""
+        """Give the lock up in this process."""
         with contextlib.suppress(OSError):
             os.close(self.fd)
         self.fd = -1

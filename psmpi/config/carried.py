@@ -1,4 +1,4 @@
-"""Settings that a run which goes on carries over, and those that differ from the ones it had."""
+"""Settings carried over by a resumed run, and settings changed at its start."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def given_names(argv: Sequence[str], file: bool = True) -> set[str]:
 def without_unused(config: Config, base: Config, said: Collection[str]) -> Config:
     """`config` without the settings of `base` that its own method, optimizer, network and backend do not use.
 
-    Those of an optimizer and its rate are that optimizer's. Of a run that goes on in another way nobody gave these
-    settings, and they are as by default, but for those whose names are `said`.
+    Such settings are set to their defaults, except those named in `said`. With another optimizer, so are the learning
+    rate and all settings of optimizers.
     """
     method = config.parallel.method
     if method not in all_methods():

@@ -10,7 +10,7 @@ from psmpi.data import open_dataset
 
 
 def usual(config: Config, tell: Callable[[str], None] | None = None) -> Config:
-    """`config` with the usual numbers for epochs, batch_size and lr where these are None, which `tell` then hears of.
+    """`config` with the usual numbers in the place of epochs, batch_size and lr that are None; `tell` hears of them.
 
     UserError where the data set cannot be opened.
     """
