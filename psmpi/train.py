@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from psmpi.comm.control import Control
     from psmpi.comm.protocol import World
     from psmpi.config import Config
-    from psmpi.data import Dataset, Identity
-    from psmpi.training.folder import RunFolder
 
 # The exit status of a run that was stopped by a signal, and can be gone on with.
 GO_ON = 85
@@ -143,91 +141,8 @@ def _settle(config: Config, tell: Callable[[str], None]) -> Config:
     return replace(config, data=data, run=replace(run, out=out, resume=resume))
 
 
-class Start(NamedTuple):
-    """What rank 0 has found before the others come in."""
-
-    dataset: Dataset
-    identity: Identity
-    # The run directory, where it is there already.
-    folder: RunFolder | None
-    # The checkpoint to go on from, or "".
-    found: str
-
-
-def _begin(size: int, config: Config, own: str, tell: Callable[[str], None]) -> Start:
-    """Meet a missing file or a wrong setting first, on rank 0 alone; a run directory that is there is locked, and kept.
-
-    own: the path that the run's own settings are from.
-    """
-    from psmpi import checkpoint
-    from psmpi.data import find_doubts, identify, open_dataset
-    from psmpi.errors import UserError
-    from psmpi.nn.zoo import make_network
-    from psmpi.registry import find_method
-    from psmpi.training.checks import notes
-    from psmpi.training.folder import RunFolder
-    from psmpi.training.loop import plan_steps
-    from psmpi.training.resume import compare, noting
-
-    kind: Any = find_method(config.parallel.method)
-    run = config.run
-    dataset = open_dataset(config.data.dataset, config.data.data_dir, config.data.split_seed)
-    identity = identify(dataset)
-    folder, found = RunFolder(Path(run.out), tell) if run.out and Path(run.out).exists() else None, ""
-    try:
-        if run.resume:
-            found = str(checkpoint.find(run.resume, Path(run.out), tell) or "")
-        if run.resume == "auto" and found != own and (found or not own.endswith(".toml")):
-            raise UserError(
-                f"--out {run.out}: another run wrote {found} there while this one waited for it: start this one again, "
-                "to go on with its settings"
-            )
-        if found:
-            compare(checkpoint.read_contents(Path(found)), config, dataset, identity, found, tell)
-        elif run.resume == "auto":
-            tell(f"note: there is no checkpoint in {run.out}: this is a fresh start")
-        if folder is not None:
-            folder.check(Path(found) if found else None)
-        network = _network(config, dataset, make_network)
-        with noting(own):
-            kind.check(size, network, dataset, config)
-            plan_steps(dataset, config)
-        for note in notes(size, network, dataset, config.data.batch_size):
-            tell(f"note: {note}")
-        for warning in (*kind.warnings(size, network, config), *find_doubts(dataset)):
-            tell(f"warning: {warning}")
-    except BaseException:
-        if folder is not None:
-            folder.close()
-        raise
-    return Start(dataset, identity, folder, found)
-
-
-def _share(control: Control, path: str) -> str:
-    """Rank 0's path on all ranks; names of files need not be UTF-8."""
-    shared: str = json.loads(control.share(json.dumps(path)))
-    return shared
-
-
-def _agree(control: Control, config: Config, start: Start | None) -> tuple[Dataset, Identity]:
-    """The data set and its identity, which are the same on all ranks; UserError on rank 0 where they are not."""
-    import socket
-
-    from psmpi.data import Identity, check_same, identify, open_dataset
-
-    if start is not None:
-        dataset, identity = start.dataset, start.identity
-    else:
-        dataset = open_dataset(config.data.dataset, config.data.data_dir, config.data.split_seed)
-        identity = identify(dataset)
-    texts = control.collect_texts(json.dumps([socket.gethostname(), identity.table()]), most=2000)
-    everyone = dict(enumerate(map(json.loads, texts)))
-    check_same(identity, {f"rank {rank}, host {at}": Identity.of(of) for rank, (at, of) in everyone.items()})
-    return dataset, identity
-
-
 def _train(world: World, control: Control, config: Config, own: str) -> bool:
-    """Train; whether all of it is done, and not stopped by a signal. own: as of `_begin`."""
+    """Train; whether all of it is done, and not stopped by a signal. own: as of `begin`."""
     import contextlib
     import socket
     from dataclasses import asdict, replace
@@ -239,31 +154,31 @@ def _train(world: World, control: Control, config: Config, own: str) -> bool:
     from psmpi.comm.signals import StopSignals
     from psmpi.comm.world import host, library
     from psmpi.config import to_toml
-    from psmpi.nn.zoo import make_network
     from psmpi.output import Screen
     from psmpi.registry import find_method
     from psmpi.training.context import Context
     from psmpi.training.folder import RunFolder
     from psmpi.training.loop import Loop, show_places
     from psmpi.training.method import Place
+    from psmpi.training.start import agree, begin, network_of, share_path
 
     console = Screen(quiet=world.rank != 0, goes_on="training goes on")
     tell = console.tell
     kind: Any = find_method(config.parallel.method)
-    start = _begin(world.size, config, own, tell) if world.rank == 0 else None
+    start = begin(world.size, config, own, tell) if world.rank == 0 else None
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(start.folder) if start is not None and start.folder is not None else None
         # Ranks may have been started in other folders.
-        found = _share(control, str(Path(start.found).absolute()) if start is not None and start.found else "")
-        dataset, identity = _agree(control, config, start)
-        network = _network(config, dataset, make_network)
+        found = share_path(control, str(Path(start.found).absolute()) if start is not None and start.found else "")
+        dataset, identity = agree(control, config, start)
+        network = network_of(config, dataset)
         if start is not None:
             found = start.found
             stem = f"{Path(config.data.dataset).stem}-{config.model.model}"
             if folder is None:
                 made = RunFolder(Path(config.run.out), tell) if config.run.out else RunFolder.unnamed(stem, tell)
                 folder = stack.enter_context(made)
-        out = Path(_share(control, str(folder.path) if folder is not None else ""))
+        out = Path(share_path(control, str(folder.path) if folder is not None else ""))
         config = replace(config, run=replace(config.run, out=str(out)))
         ranks, cores = host(world)
         threads = config.parallel.threads or max(1, cores // ranks)
@@ -370,11 +285,6 @@ def _backend(world: Any, config: Config, threads: int) -> Any:
     elif parallel.nccl:
         nccl.check_devices(world, ops.pci_id)
     return ops
-
-
-def _network(config: Config, dataset: Any, make_network: Any) -> Any:
-    model = config.model
-    return make_network(model.model, dataset.shape, dataset.outputs, **model.shape)
 
 
 if __name__ == "__main__":

@@ -236,7 +236,7 @@ def stale(monkeypatch, **arrays):
         opened.append(1)
         return real(arrays["path"] if len(opened) > 1 else arguments[0], *arguments[1:], **more)
 
-    monkeypatch.setattr("psmpi.data.open_dataset", open_other)
+    monkeypatch.setattr("psmpi.training.start.open_dataset", open_other)
 
 
 @pytest.mark.parametrize("change", ["reorder", "shrink", "relabel", "rescale", "classes", "convert"])

@@ -1,0 +1,98 @@
+"""The start of a run: what rank 0 finds before the others come in, and what all ranks must agree on."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from psmpi import checkpoint
+from psmpi.data import Dataset, Identity, check_same, find_doubts, identify, open_dataset
+from psmpi.errors import UserError
+from psmpi.nn.zoo import make_network
+from psmpi.registry import find_method
+from psmpi.training.checks import notes
+from psmpi.training.folder import RunFolder
+from psmpi.training.loop import plan_steps
+from psmpi.training.resume import compare, noting
+
+if TYPE_CHECKING:
+    from psmpi.comm.control import Control
+    from psmpi.config import Config
+
+
+class Start(NamedTuple):
+    """What rank 0 has found before the others come in."""
+
+    dataset: Dataset
+    identity: Identity
+    # The run directory, where it is there already.
+    folder: RunFolder | None
+    # The checkpoint to go on from, or "".
+    found: str
+
+
+def begin(size: int, config: Config, own: str, tell: Callable[[str], None]) -> Start:
+    """Meet a missing file or a wrong setting first, on rank 0 alone; a run directory that is there is locked, and kept.
+
+    own: the path that the run's own settings are from.
+    """
+    kind: Any = find_method(config.parallel.method)
+    run = config.run
+    dataset = open_dataset(config.data.dataset, config.data.data_dir, config.data.split_seed)
+    identity = identify(dataset)
+    folder, found = RunFolder(Path(run.out), tell) if run.out and Path(run.out).exists() else None, ""
+    try:
+        if run.resume:
+            found = str(checkpoint.find(run.resume, Path(run.out), tell) or "")
+        if run.resume == "auto" and found != own and (found or not own.endswith(".toml")):
+            raise UserError(
+                f"--out {run.out}: another run wrote {found} there while this one waited for it: start this one again, "
+                "to go on with its settings"
+            )
+        if found:
+            compare(checkpoint.read_contents(Path(found)), config, dataset, identity, found, tell)
+        elif run.resume == "auto":
+            tell(f"note: there is no checkpoint in {run.out}: this is a fresh start")
+        if folder is not None:
+            folder.check(Path(found) if found else None)
+        network = network_of(config, dataset)
+        with noting(own):
+            kind.check(size, network, dataset, config)
+            plan_steps(dataset, config)
+        for note in notes(size, network, dataset, config.data.batch_size):
+            tell(f"note: {note}")
+        for warning in (*kind.warnings(size, network, config), *find_doubts(dataset)):
+            tell(f"warning: {warning}")
+    except BaseException:
+        if folder is not None:
+            folder.close()
+        raise
+    return Start(dataset, identity, folder, found)
+
+
+def share_path(control: Control, path: str) -> str:
+    """Rank 0's path on all ranks; names of files need not be UTF-8."""
+    shared: str = json.loads(control.share(json.dumps(path)))
+    return shared
+
+
+def agree(control: Control, config: Config, start: Start | None) -> tuple[Dataset, Identity]:
+    """The data set and its identity, which are the same on all ranks; UserError on rank 0 where they are not."""
+    if start is not None:
+        dataset, identity = start.dataset, start.identity
+    else:
+        dataset = open_dataset(config.data.dataset, config.data.data_dir, config.data.split_seed)
+        identity = identify(dataset)
+    texts = control.collect_texts(json.dumps([socket.gethostname(), identity.table()]), most=2000)
+    everyone = dict(enumerate(map(json.loads, texts)))
+    check_same(identity, {f"rank {rank}, host {at}": Identity.of(of) for rank, (at, of) in everyone.items()})
+    return dataset, identity
+
+
+def network_of(config: Config, dataset: Dataset) -> Any:
+    """The network that is asked for, in the shape of the data set."""
+    model = config.model
+    return make_network(model.model, dataset.shape, dataset.outputs, **model.shape)
