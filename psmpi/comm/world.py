@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from psmpi import output
+from psmpi.comm.leftovers import first_of_host, remove_leftovers
 from psmpi.errors import UserError
 from psmpi.launcher import announced_rank, announced_size
 
@@ -104,6 +105,13 @@ def start() -> World:
             lacks = lacking_memory(MPI.get_vendor()[0])
             if lacks and announced_rank(os.environ) == 0:
                 output.complain(f"psmpi: note: {lacks}")
+            if first_of_host(os.environ):
+                count, nbytes = remove_leftovers()
+                if count:
+                    output.complain(
+                        f"psmpi: note: removed {count} segment(s) of shared memory, {nbytes / 1e6:.0f} MB, that killed "
+                        f"jobs left on {socket.gethostname()}"
+                    )
             MPI.Init_thread()
     comm = MPI.COMM_WORLD
     check_launcher(comm.size, os.environ, library())

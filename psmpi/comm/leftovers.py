@@ -1,0 +1,108 @@
+"""Shared memory and session folders that killed MPI jobs of this user left on this host, and their removal.
+
+MPICH and Open MPI remove their segments of shared memory when a job ends by itself. Those of a killed job stay, and a
+job that SLURM starts again under the same number, on the same host, takes their names: MPICH then fails, or hangs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+# MPICH; Open MPI, whose names have the host, the user and the job's number; UCX.
+SEGMENT = re.compile(
+    r"mpich_shm_[0-9a-f]+_\d+|ucx_shm_posix_[0-9a-f]+|sm_segment\.(?P<host>.+)\.\d+\.(?P<job>[0-9a-f]+)\.\d+"
+)
+# The session folder of an Open MPI launcher, whose process number it has, and of a single process.
+SESSION = re.compile(r"ompi\.(?P<pid>\d+)")
+SINGLE = re.compile(r"ompi\.(?P<host>.+)\.\d+")
+# Seconds between the making of a segment and its use by the process that makes it, at most.
+YOUNG = 2.0
+
+# This process's number among those of its host.
+LOCAL_RANKS = ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "PALS_LOCAL_RANKID", "SLURM_LOCALID")
+
+
+def first_of_host(environ: Mapping[str, str]) -> bool:
+    """Whether this process is the first that a launcher started on its host, or was started by none."""
+    return all(environ.get(name, "0") == "0" for name in LOCAL_RANKS)
+
+
+def remove_leftovers(memory: Path = Path("/dev/shm"), folder: Path | None = None) -> tuple[int, int]:
+    """Remove what belongs to this user and to no living process; the number of segments removed, and their bytes.
+
+    To be called before MPI starts, by the first process of a host: MPICH's makes the segment, and the others then open
+    it. A process of another container that shares /dev/shm is not seen: what it uses already it goes on using, as a
+    file that is removed stays with those that have it open; and what has another host's name stays.
+    """
+    folder = folder or Path(tempfile.gettempdir())
+    segments = [one for one in _mine(memory) if (of := SEGMENT.fullmatch(one.name)) and _here(of["host"])]
+    found = list(_mine(folder))
+    sessions = [one for one in found if SESSION.fullmatch(one.name) and _told_here(one)]
+    single = [one for one in found if (of := SINGLE.fullmatch(one.name)) and _here(of["host"])]
+    # Each has folders of its jobs, by their numbers.
+    jobs = [job for one in single for part in _mine(one) for job in _mine(part) if job.name.isdigit()]
+    if not (segments or sessions or jobs):
+        return 0, 0
+    used = set(_used())
+    count = nbytes = 0
+    for one in segments:
+        if str(one) not in used:
+            with contextlib.suppress(OSError):
+                size = one.stat(follow_symlinks=False).st_size
+                one.unlink()
+                count, nbytes = count + 1, nbytes + size
+    alive = {of["job"] for path in used if (of := SEGMENT.fullmatch(os.path.basename(path)))}
+    dead = [one for one in sessions if not _living(int(one.name.partition(".")[2]), one, used)]
+    for session in (*dead, *(job for job in jobs if f"{int(job.name):x}" not in alive)):
+        shutil.rmtree(session, ignore_errors=True)
+    return count, nbytes
+
+
+def _mine(folder: Path) -> Iterator[Path]:
+    """The files and folders in a folder that are this user's, no links, and not just made."""
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            with contextlib.suppress(OSError):
+                found = entry.stat(follow_symlinks=False)
+                if found.st_uid == os.getuid() and not entry.is_symlink() and time.time() - found.st_ctime > YOUNG:
+                    yield Path(entry.path)
+
+
+def _here(host: str | None) -> bool:
+    """Whether a name of a host is this host's, or there is none."""
+    here = socket.gethostname()
+    return host is None or host in (here, here.partition(".")[0])
+
+
+def _told_here(session: Path) -> bool:
+    """Whether a launcher's session folder is of this host, which the names in it tell."""
+    names = [one.name.split(".") for one in _mine(session)]
+    return any(name[0] == "pmix" and _here(".".join(name[1:-1])) for name in names if name[-1] == "tool")
+
+
+def _processes() -> Iterable[int]:
+    return (int(name) for name in os.listdir("/proc") if name.isdigit())
+
+
+def _used() -> Iterator[str]:
+    """The files that living processes have in their memory."""
+    for pid in _processes():
+        # Another user's process, or one that has ended.
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/maps", encoding="utf-8", errors="replace") as maps:
+            for line in maps:
+                path = line.rstrip("\n").split(maxsplit=5)
+                if len(path) == 6 and path[5].startswith("/"):
+                    yield path[5]
+
+
+def _living(pid: int, session: Path, used: Iterable[str]) -> bool:
+    """Whether a launcher lives, or ranks that outlive it use files of its session folder."""
+    return os.path.exists(f"/proc/{pid}") or any(path.startswith(f"{session}/") for path in used)
