@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from psmpi.comm.protocol import World
     from psmpi.config import Config
 
+# What is said at the first signal.
+STOPPING = "the run stops after the next step, and is saved; another signal ends it at once"
 # The exit status of a run that was stopped by a signal, and can be gone on with.
 GO_ON = 85
 
@@ -165,8 +167,10 @@ def _train(world: World, control: Control, config: Config, own: str) -> bool:
     console = Screen(quiet=world.rank != 0, goes_on="training goes on")
     tell = console.tell
     kind: Any = find_method(config.parallel.method)
-    start = begin(world.size, config, own, tell) if world.rank == 0 else None
     with contextlib.ExitStack() as stack:
+        # After MPI's own handlers.
+        signals = stack.enter_context(StopSignals(config.run.save_signal, "" if world.rank else STOPPING))
+        start = begin(world.size, config, own, tell) if world.rank == 0 else None
         folder = stack.enter_context(start.folder) if start is not None and start.folder is not None else None
         # Ranks may have been started in other folders.
         found = share_path(control, str(Path(start.found).absolute()) if start is not None and start.found else "")
@@ -220,7 +224,6 @@ def _train(world: World, control: Control, config: Config, own: str) -> bool:
                 own=frozenset(method.state.own & method.state.vectors.keys()),
                 data=identity.table(),
             )
-            signals = StopSignals()
             loop = Loop(control, method, dataset, config, out, console, contents, folder, signals)
             notes = loop.resume(Path(found)) if found else []
             # Up to here any rank may refuse the start, and nothing is changed.
@@ -230,9 +233,9 @@ def _train(world: World, control: Control, config: Config, own: str) -> bool:
                 folder.begin(text, loop.progress.rows, step, damaged=damaged)
             for note in notes:
                 tell(note)
-            # After MPI's own handlers.
-            with signals:
-                done = loop.run()
+            done = loop.run()
+            # A launcher may kill the others when the first one ends with status 85, and rank 0 may still write.
+            control.wait_for_all()
             if config.parallel.convolution != "own":
                 chosen: dict[str, str] = {}
                 for told in control.collect_texts("\n".join(ops.choices), most=10_000):

@@ -2,42 +2,106 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
+import socket
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
-STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# SIGHUP: the terminal is gone.
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+# Seconds within which signals are one: a launcher passes on what the batch system, or the terminal, sends to all.
+ONE = 2.0
+# Seconds after which a process ends that a later signal did not end: it waits in a library, where Python hears nothing.
+GRACE = 5.0
 
 
 class StopSignals:
-    """While it is entered, the first of these signals is noted: `name`. A second one does what it did before.
+    """While it is entered, the first of these signals is noted: `name`. A later one does what it did before.
 
     Handlers are those of the main thread, and to be set after MPI has been started, which sets its own. Elsewhere
-    nothing is noted.
+    nothing is noted. A signal that the process was started to ignore, as nohup does with SIGHUP, stays ignored. A
+    thread beside it ends the process where the main thread cannot: after GRACE seconds, with status 128 + the signal's
+    number.
+
+    also: one more signal, by its name without SIG; told: what is written to standard error at the first one.
     """
 
-    def __init__(self) -> None:
-        self.name = ""
+    def __init__(self, also: str = "USR1", told: str = "") -> None:
+        self.name, self.told, self.noted = "", told, 0.0
+        self.signals = (*STOPPING, signal.Signals[f"SIG{also}"])
         self.before: dict[signal.Signals, Callable[[int, FrameType | None], Any] | int | None] = {}
+        # The numbers of all signals, as soon as they come, whatever the main thread does.
+        self.pipe: socket.socket | None = None
 
     def __bool__(self) -> bool:
         return bool(self.name)
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            self.before = {one: signal.signal(one, self._note) for one in STOPPING}
+            heeded = (one for one in self.signals if signal.getsignal(one) != signal.SIG_IGN)
+            self.before = {one: signal.signal(one, self._note) for one in heeded}
+            self.pipe, heard = socket.socketpair()
+            self.pipe.setblocking(False)
+            signal.set_wakeup_fd(self.pipe.fileno(), warn_on_full_buffer=False)
+            threading.Thread(target=self._listen, args=(heard, set(self.before)), daemon=True).start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._restore()
+        if self.pipe is not None:
+            signal.set_wakeup_fd(-1)
+            self.pipe.close()
+            self.pipe = None
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.name = signal.Signals(number).name
-        self._restore()
+        if not self.name:
+            self.name, self.noted = signal.Signals(number).name, time.monotonic()
+            if self.told:
+                # Not by print, in which the signal may have come.
+                with contextlib.suppress(OSError):
+                    os.write(2, f"{self.name}: {self.told}\n".encode())
+        elif time.monotonic() - self.noted > ONE:
+            self._restore()
+            os.kill(os.getpid(), number)
+
+    def _listen(self, heard: socket.socket, heeded: set[signal.Signals]) -> None:
+        """The thread: it ends with the pipe, or after a later signal the process."""
+        first = 0.0
+        with heard:
+            while told := heard.recv(1):
+                number = told[0]
+                if number not in heeded:
+                    continue
+                first = first or time.monotonic()
+                if time.monotonic() - first > ONE:
+                    if not _closed_by(heard, time.monotonic() + GRACE):
+                        os._exit(128 + number)
+                    return
 
     def _restore(self) -> None:
         for one, handler in self.before.items():
             signal.signal(one, signal.SIG_DFL if handler is None else handler)
         self.before = {}
+
+
+def _closed_by(heard: socket.socket, end: float) -> bool:
+    """Whether the other end of a pipe is closed before a time of the monotonic clock; returns then."""
+    while (left := end - time.monotonic()) > 0:
+        heard.settimeout(left)
+        with contextlib.suppress(TimeoutError):
+            if not heard.recv(1):
+                return True
+    return False
+
+
+def heed_hangups() -> None:
+    """Let SIGHUP do what it did when this process was started: UCX, in MPI's libraries, would swallow it."""
+    if threading.current_thread() is threading.main_thread():
+        before = signal.getsignal(signal.SIGHUP)
+        if before is not None:
+            signal.signal(signal.SIGHUP, before)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from psmpi import output
 from psmpi.comm.leftovers import first_of_host, remove_leftovers
+from psmpi.comm.signals import heed_hangups
 from psmpi.errors import UserError
 from psmpi.launcher import announced_rank, announced_size
 
@@ -113,6 +114,7 @@ def start() -> World:
                         f"jobs left on {socket.gethostname()}"
                     )
             MPI.Init_thread()
+            heed_hangups()
     comm = MPI.COMM_WORLD
     check_launcher(comm.size, os.environ, library())
     if comm.rank != 0:

@@ -152,3 +152,6 @@ class Run:
     """Compression of checkpoints: 0 (none) to 9."""
     checkpoint_parallel: bool = False
     """All ranks write the checkpoint together, while training waits; needs an h5py built with parallel HDF5."""
+    save_signal: Literal["USR1", "USR2", "URG", "XCPU"] = "USR1"
+    """Signal that stops the run after the next step, saved, with exit status 85, as SIGTERM, SIGINT and SIGHUP do; for
+    the warning that a batch system gives before its time limit (sbatch --signal=USR1@120)."""

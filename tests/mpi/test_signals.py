@@ -9,6 +9,7 @@ import pytest
 from helpers.processes import finish, start
 from helpers.runs import Trained
 
+from psmpi.comm import signals
 from psmpi.comm.control import Control, Poll
 from psmpi.comm.signals import StopSignals
 from psmpi.testing import run_ranks
@@ -30,13 +31,22 @@ def stopped(ranks, out, number, *options):
 
 
 @pytest.mark.parametrize(
-    ("ranks", "number"), [(1, signal.SIGTERM), (1, signal.SIGINT), (3, signal.SIGUSR1), (3, signal.SIGTERM)]
+    ("ranks", "number"),
+    [
+        (1, signal.SIGTERM),
+        (1, signal.SIGINT),
+        (1, signal.SIGHUP),
+        (3, signal.SIGUSR1),
+        (3, signal.SIGTERM),
+        (3, signal.SIGINT),
+    ],
 )
 def test_a_stopped_run_is_saved_and_ends_as_if_it_had_not_been(train, tmp_path, ranks, number):
     method = ("--method", "local_sgd", "--local-steps", "7") if ranks > 1 else ()
     status, out, err = stopped(ranks, tmp_path / "run", number, *method)
     assert status == 85, err
     assert "and saved: go on with --resume auto" in out and "Traceback" not in err
+    assert err.count("another signal ends it at once") == 1
     begun = Trained(tmp_path / "run", out)
     assert len(begun.rows) < 24
     resumed = train(ranks, *OPTIONS, *method, "--resume", "auto", out=tmp_path / "run")
@@ -80,15 +90,22 @@ def test_sums_are_few_and_counted():
     assert 0 < sent[0] == sent[1] < 3000 * 16 / 10
 
 
-def test_a_second_signal_does_what_it_did_before():
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(signals, "ONE", 0.05)
+
+
+def test_a_later_signal_does_what_it_did_before(quick):
     before = signal.getsignal(signal.SIGUSR1)
     caught = []
     signal.signal(signal.SIGUSR1, lambda number, frame: caught.append(number))
     try:
-        with StopSignals() as signals:
-            assert not signals
+        with StopSignals() as noted:
+            assert not noted
             signal.raise_signal(signal.SIGUSR1)
-            assert signals and signals.name == "SIGUSR1" and caught == []
+            signal.raise_signal(signal.SIGUSR1)
+            assert noted and noted.name == "SIGUSR1" and caught == []
+            time.sleep(0.1)
             signal.raise_signal(signal.SIGUSR1)
             assert caught == [signal.SIGUSR1]
         with StopSignals():
@@ -97,6 +114,56 @@ def test_a_second_signal_does_what_it_did_before():
         assert caught == [signal.SIGUSR1] * 2
     finally:
         signal.signal(signal.SIGUSR1, before)
+
+
+def test_signals_of_one_event_are_one():
+    with StopSignals() as noted:
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+            signal.raise_signal(number)
+        assert noted.name == "SIGTERM"
+
+
+def test_another_signal_may_be_the_one_that_saves():
+    before = signal.getsignal(signal.SIGUSR1), signal.getsignal(signal.SIGUSR2)
+    with StopSignals("USR2") as noted:
+        assert signal.getsignal(signal.SIGUSR1) == before[0] and signal.getsignal(signal.SIGUSR2) != before[1]
+        signal.raise_signal(signal.SIGUSR2)
+        assert noted.name == "SIGUSR2"
+    assert signal.getsignal(signal.SIGUSR2) == before[1]
+
+
+def test_what_was_to_be_ignored_stays_ignored():
+    """As of a process that nohup starts."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignals() as noted:
+            signal.raise_signal(signal.SIGHUP)
+            assert not noted
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_process_that_waits_in_a_library_ends_at_a_later_signal(tmp_path):
+    code = (
+        "import numpy as np\nfrom psmpi.comm import signals, world\nsignals.ONE, signals.GRACE = 0.2, 0.5\n"
+        "comm = world.start()\nwith signals.StopSignals(told='soon'):\n"
+        "    print('ready', flush=True)\n    comm.Recv(np.zeros(1), 0)\n"
+    )
+    process = start(1, "-c", code)
+    assert process.stdout.readline() == "ready\n"
+    for _ in range(2):
+        time.sleep(0.3)
+        process.send_signal(signal.SIGTERM)
+    assert finish(process, 20)[0] == 128 + signal.SIGTERM
+
+
+def test_a_closed_terminal_ends_programs_that_do_not_train():
+    """Libraries of MPI catch SIGHUP, and do nothing."""
+    code = "import time\nfrom psmpi.comm import world\nworld.start()\nprint('ready', flush=True)\ntime.sleep(30)\n"
+    process = start(1, "-c", code)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGHUP)
+    assert finish(process, 20)[0] == -signal.SIGHUP
 
 
 def test_other_threads_than_the_main_one_note_nothing():
