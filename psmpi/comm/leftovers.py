@@ -13,7 +13,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 # MPICH; Open MPI, whose names have the host, the user and the job's number; UCX.
@@ -26,21 +26,14 @@ SINGLE = re.compile(r"ompi\.(?P<host>.+)\.\d+")
 # Seconds between the making of a segment and its use by the process that makes it, at most.
 YOUNG = 2.0
 
-# This process's number among those of its host.
-LOCAL_RANKS = ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "PALS_LOCAL_RANKID", "SLURM_LOCALID")
-
-
-def first_of_host(environ: Mapping[str, str]) -> bool:
-    """Whether this process is the first that a launcher started on its host, or was started by none."""
-    return all(environ.get(name, "0") == "0" for name in LOCAL_RANKS)
-
 
 def remove_leftovers(memory: Path = Path("/dev/shm"), folder: Path | None = None) -> tuple[int, int]:
     """Remove what belongs to this user and to no living process; the number of segments removed, and their bytes.
 
-    To be called before MPI starts, by the first process of a host: MPICH's makes the segment, and the others then open
-    it. A process of another container that shares /dev/shm is not seen: what it uses already it goes on using, as a
-    file that is removed stays with those that have it open; and what has another host's name stays.
+    To be called before MPI starts, by every process: those of a host find their segment by its name, and one that is
+    ahead of the others would find that of the dead. What a living process has just made stays. A process of another
+    container that shares /dev/shm is not seen: what it uses already it goes on using, as a file that is removed stays
+    with those that have it open; and what has another host's name stays.
     """
     folder = folder or Path(tempfile.gettempdir())
     segments = [one for one in _mine(memory) if (of := SEGMENT.fullmatch(one.name)) and _here(of["host"])]

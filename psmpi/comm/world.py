@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from psmpi import output
-from psmpi.comm.leftovers import first_of_host, remove_leftovers
+from psmpi.comm.leftovers import remove_leftovers
 from psmpi.comm.signals import heed_hangups
 from psmpi.errors import UserError
 from psmpi.launcher import announced_rank, announced_size
@@ -106,13 +106,12 @@ def start() -> World:
             lacks = lacking_memory(MPI.get_vendor()[0])
             if lacks and announced_rank(os.environ) == 0:
                 output.complain(f"psmpi: note: {lacks}")
-            if first_of_host(os.environ):
-                count, nbytes = remove_leftovers()
-                if count:
-                    output.complain(
-                        f"psmpi: note: removed {count} segment(s) of shared memory, {nbytes / 1e6:.0f} MB, that killed "
-                        f"jobs left on {socket.gethostname()}"
-                    )
+            count, nbytes = remove_leftovers()
+            if count:
+                output.complain(
+                    f"psmpi: note: removed {count} segment(s) of shared memory, {nbytes / 1e6:.0f} MB, that killed "
+                    f"jobs left on {socket.gethostname()}"
+                )
             MPI.Init_thread()
             heed_hangups()
     comm = MPI.COMM_WORLD
@@ -281,6 +280,18 @@ def _delivered(patience: float = 2.0) -> None:
             time.sleep(0.01)
     # It has it, but has yet to pass it on.
     time.sleep(0.1)
+
+
+def vendor() -> str:
+    """mpi4py's name of this Python's MPI, such as MPICH or Open MPI, which is not started; "" where there is none."""
+    try:
+        import mpi4py
+
+        mpi4py.rc.initialize = False
+        from mpi4py import MPI
+    except (ImportError, RuntimeError):
+        return ""
+    return str(MPI.get_vendor()[0])
 
 
 def _running() -> Communicator | None:

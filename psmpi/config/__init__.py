@@ -1,9 +1,9 @@
 """The settings of a run; the command line, the TOML file and the help are made from their dataclasses."""
 
 from psmpi.config.carried import changes, given_names, without_unused
-from psmpi.config.ranges import Least, listed, option
+from psmpi.config.ranges import Least, check_ranges, listed, option
 from psmpi.config.sections import Data, LossSettings, NetworkSettings, Optimization, Parallel, Run
-from psmpi.config.text import defaults, from_table, from_toml, given, parse_toml, read_file, to_toml
+from psmpi.config.text import defaults, from_table, from_toml, given, parse_toml, read_file, tables_in, to_toml
 from psmpi.config.tree import Config, Settings, check, command_line, from_command_line, kinds_of_settings
 from psmpi.config.usual import Numbers, usual_numbers
 
@@ -20,6 +20,7 @@ __all__ = [
     "Settings",
     "changes",
     "check",
+    "check_ranges",
     "command_line",
     "defaults",
     "from_command_line",
@@ -32,6 +33,7 @@ __all__ = [
     "option",
     "parse_toml",
     "read_file",
+    "tables_in",
     "to_toml",
     "usual_numbers",
     "without_unused",

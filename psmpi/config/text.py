@@ -116,33 +116,32 @@ def read_file(path: str, base: Config | None = None) -> Config:
     return from_table(tables_in(path), base or Config(), path)
 
 
-def tables_in(path: str) -> dict[str, Any]:
+def tables_in(path: str, option: str = "--config") -> dict[str, Any]:
     """The tables of a TOML file, none where no path is given; UserError where it cannot be read."""
     if not path:
         return {}
     try:
-        return parse_toml(_decoded(expanded(path, "--config").read_bytes(), path))
+        return parse_toml(_decoded(expanded(path, option).read_bytes(), f"{option} {path}"))
     except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror}; give the path of a TOML file") from None
+        raise UserError(f"{option} {path}: {error.strerror}; give the path of a TOML file") from None
     except tomllib.TOMLDecodeError as error:
-        raise UserError(f"--config {path}: not valid TOML: {error}") from None
+        raise UserError(f"{option} {path}: not valid TOML: {error}") from None
 
 
-def _decoded(data: bytes, path: str) -> str:
+def _decoded(data: bytes, place: str) -> str:
     """The text of a TOML file, which is UTF-8 and may begin with a byte-order mark; UserError for another encoding."""
     wide = next((name for name, marks in WIDE.items() if data.startswith(marks)), "")
     if not wide and b"\0" in data:
         wide = "UTF-32" if b"\0\0" in data else "UTF-16"
     if wide:
-        raise UserError(
-            f"--config {path} is {wide} text, and TOML is UTF-8: save it as UTF-8, or iconv -f {wide} -t UTF-8 {path}"
-        )
+        file = place.partition(" ")[2]
+        raise UserError(f"{place} is {wide} text, and TOML is UTF-8: save it so, or iconv -f {wide} -t UTF-8 {file}")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         raise UserError(
-            f"--config {path}, line {line}: the byte {data[error.start]:#x} is not UTF-8, as TOML is: save it as UTF-8"
+            f"{place}, line {line}: the byte {data[error.start]:#x} is not UTF-8, as TOML is: save it as UTF-8"
         ) from None
 
 

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import cuda_host
-from helpers.paths import FAKE, ROOT
+from helpers.paths import ROOT
 from helpers.processes import finish, launch, start
 from helpers.runs import run
 
@@ -53,7 +52,8 @@ def test_modules_import_from_floors_below_only():
     """Floors: backend and layout, then nn, optim and data, config, comm, checkpoint, training, methods, commands."""
     floors = [("errors", "metrics", "launcher"), ("output",), ("registry",), ("backend",), ("layout",),
               ("nn", "optim", "data"), ("config",), ("comm",), ("checkpoint",), ("training",), ("methods",),
-              ("command",), ("train", "bench", "inspect", "predict", "plot"), ("__main__", "testing")]  # fmt: skip
+              ("command",), ("train", "bench", "inspect", "predict", "plot"), ("submit",),
+              ("__main__", "testing")]  # fmt: skip
     floor = {name: k for k, names in enumerate(floors) for name in names}
     root = ROOT / "psmpi"
     for path in root.rglob("*.py"):
@@ -461,27 +461,6 @@ def test_own_data_trains(train, tmp_path, suffix):
     )
     result = train(3, "--dataset", path, "--config", config, "--epochs", "30", "--lr", "0.01", "--batch-size", "20")
     assert result.rows[-1]["test_accuracy"] > 0.9
-
-
-@pytest.mark.parametrize("script", sorted((ROOT / "jobs").glob("*.sh")), ids=lambda p: p.name)
-def test_job_scripts_are_valid_and_name_existing_options(script, tmp_path):
-    """The shell accepts them, and with srun standing in they start the program with options it knows."""
-    assert subprocess.run(["bash", "-n", script]).returncode == 0
-    text = script.read_text()
-    assert "#SBATCH" in text and "CHANGE" in text and "srun" in text
-    environment = {**os.environ, "SLURM_JOB_ID": "17"}
-    if "cupy" in text:
-        if cuda_host.compiler() is None:
-            pytest.skip("no g++ to compile the CUDA kernels as C++")
-        environment["PYTHONPATH"] = str(FAKE)
-    command = text[text.index("srun --kill") :].replace("srun --kill-on-bad-exit=1 python", f"{sys.executable}")
-    command = re.sub(r"#.*", "", command).replace("--dataset mnist", "--dataset digits")
-    done = subprocess.run(
-        ["bash", "-c", f"set -euo pipefail\n{command}", "job", "--epochs", "1"], cwd=tmp_path, capture_output=True,
-        text=True, env=environment, timeout=60,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "runs/17/metrics.jsonl").exists()
 
 
 @pytest.mark.parametrize("options", [("--compression", "topk"), ("--local-steps", "5"), ("--feedback", "shared")])

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from psmpi.comm import leftovers
-from psmpi.comm.leftovers import first_of_host, remove_leftovers
+from psmpi.comm.leftovers import remove_leftovers
 
 HERE, USER = socket.gethostname(), os.getuid()
 
@@ -102,17 +102,3 @@ def test_sessions_of_single_processes_go_with_their_segments(places):
 
 def test_no_such_folders(tmp_path):
     assert remove_leftovers(tmp_path / "no", tmp_path / "none") == (0, 0)
-
-
-@pytest.mark.parametrize(
-    ("environ", "first"),
-    [
-        ({}, True),
-        ({"MPI_LOCALRANKID": "0"}, True),
-        ({"MPI_LOCALRANKID": "1"}, False),
-        ({"OMPI_COMM_WORLD_LOCAL_RANK": "2", "SLURM_LOCALID": "0"}, False),
-        ({"SLURM_LOCALID": "1"}, False),
-    ],
-)
-def test_one_process_a_host_removes(environ, first):
-    assert first_of_host(environ) == first

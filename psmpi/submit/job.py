@@ -1,0 +1,139 @@
+"""What a job asks a batch system for, and what it trains: pure data, whatever the batch system."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from tyro.conf import arg
+
+from psmpi.config.ranges import Least
+from psmpi.errors import UserError
+
+# Seconds of a job's time limit: minutes, [hours:]minutes:seconds, or days-hours[:minutes[:seconds]].
+LIMIT = re.compile(
+    r"(?P<minutes>\d+)|((?P<h>\d+):)?(?P<m>\d+):(?P<s>\d+)|(?P<d>\d+)-(?P<dh>\d+)(:(?P<dm>\d+)(:(?P<ds>\d+))?)?"
+)
+
+# How a batch system starts ranks.
+Interface = Literal["pmi2", "pmix", "auto"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job, or an array of jobs, that trains. Words behind -- are options of psmpi train."""
+
+    name: str = "psmpi"
+    """Name of the job; its run directory is runs/NAME, in which a job of the same name goes on."""
+    ranks: Annotated[int, Least(1)] = 2
+    """MPI ranks, on all nodes together."""
+    nodes: Annotated[int, Least(1)] = 1
+    """Nodes; ranks are spread over them."""
+    cores: Annotated[int, Least(1)] = 1
+    """Cores a rank, of which it makes as many threads."""
+    gpus: Annotated[int, Least(0)] = 0
+    """GPUs a node; ranks of a node share them in turn. Training needs --backend cupy then."""
+    memory: str = ""
+    """Memory a node, such as 16G; if not given the batch system's usual amount."""
+    time: str = "01:00:00"
+    """Time limit of a start, such as 30 (minutes), 04:00:00 or 2-00:00:00."""
+    save_before: Annotated[int, Least(0)] = 120
+    """Seconds before the time limit at which training is stopped and saved; 0: no such warning."""
+    requeue: bool = False
+    """Start again after the time limit, until training is done."""
+    seeds: Annotated[int, Least(0)] = 0
+    """An array of jobs, one for each of so many seeds, from 0 on."""
+    grid: str = ""
+    """An array of jobs, one for each combination of the settings in this TOML file: lr = [0.01, 0.001], for example."""
+    partition: str = ""
+    """Partition, or queue; if not given the batch system's usual one."""
+    account: str = ""
+    """Account that the job is charged to."""
+    ask: tuple[str, ...] = ()
+    """Further options of the batch system, such as --mail-type=END."""
+    modules: tuple[str, ...] = ()
+    """Environment modules to load, such as the site's MPI."""
+    activate: str | None = None
+    """Script that makes the Python environment; if not given that of this Python's virtual environment, "" for none."""
+    mpi: Annotated[Interface, arg(help_behavior_hint="(default: fits this MPI)")] = "auto"
+    """How the batch system starts ranks: pmi2 for MPICH, pmix for Open MPI."""
+
+    def check(self) -> None:
+        """UserError for a job that no batch system could start, or that would not be saved."""
+        if not re.fullmatch(r"[\w.+=-]+", self.name) or self.name.startswith(("-", ".")):
+            raise UserError(f"--name {self.name!r}: use letters, digits, '-', '_' and '.', of which it does not begin "
+                            "with '-' or '.'")  # fmt: skip
+        if self.ranks < self.nodes:
+            raise UserError(
+                f"--ranks {self.ranks} on --nodes {self.nodes} leaves nodes without a rank: use fewer nodes"
+            )
+        limit = seconds(self.time)
+        if self.save_before and limit <= self.save_before + 60:
+            raise UserError(
+                f"--time {self.time} is {limit} s, of which the last {self.save_before} are for saving, and the "
+                "warning may come a minute early: use a longer --time, or a shorter --save-before"
+            )
+        if self.requeue and not self.save_before:
+            raise UserError("--requeue goes on from what is saved before the time limit: set --save-before")
+        if self.seeds and self.grid:
+            raise UserError("--seeds and --grid are one array: write seed = [0, 1, ...] into the file of --grid")
+        for word in (*self.ask, *self.modules, self.memory, self.partition, self.account):
+            if re.search(r"[\n\r]", word):
+                raise UserError(f"{word!r}: options of a job are of one line each")
+
+    def tasks(self) -> list[tuple[str, list[str]]]:
+        """The folder below the run directory and the options of psmpi train of each job of the array; [] for no array.
+
+        UserError for a grid that is no table of lists.
+        """
+        if self.seeds:
+            return [(f"seed={seed}", ["--seed", str(seed)]) for seed in range(self.seeds)]
+        if not self.grid:
+            return []
+        from psmpi.config import tables_in
+
+        grid = tables_in(self.grid, "--grid")
+        if not grid:
+            raise UserError(f"--grid {self.grid}: no settings in it: write lines such as lr = [0.01, 0.001]")
+        for key, values in grid.items():
+            if not isinstance(values, list) or not values:
+                raise UserError(f"--grid {self.grid}: {key} = {values}: write a list of values: {key} = [...]")
+        tasks = [_task(pairs) for pairs in _combinations(grid)]
+        for _, words in tasks:
+            for word in words:
+                if not re.fullmatch(r"[\w.+=,:/~@%-]+", word):
+                    raise UserError(f"--grid {self.grid}: {word!r}: values are words without spaces and quotes")
+        return tasks
+
+
+def seconds(limit: str) -> int:
+    """The seconds of a time limit as batch systems write it; UserError for what is none."""
+    found = LIMIT.fullmatch(limit)
+    if found is None:
+        raise UserError(f"--time {limit!r}: write minutes, HH:MM:SS or D-HH:MM:SS")
+    n = {name: int(digits or 0) for name, digits in found.groupdict().items()}
+    minutes = n["minutes"] + 60 * (24 * n["d"] + n["h"] + n["dh"]) + n["m"] + n["dm"]
+    return 60 * minutes + n["s"] + n["ds"]
+
+
+def _combinations(grid: Mapping[str, Sequence[Any]]) -> Iterator[list[tuple[str, Any]]]:
+    for values in itertools.product(*grid.values()):
+        yield list(zip(grid, values, strict=True))
+
+
+def _task(pairs: Sequence[tuple[str, Any]]) -> tuple[str, list[str]]:
+    """The folder and the options of some settings and their values."""
+    words, parts = [], []
+    for key, value in pairs:
+        option = key.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{option}" if value else f"--no-{option}")
+        else:
+            words += [f"--{option}", *map(str, value if isinstance(value, list) else [value])]
+        text = "-".join(map(str, value)) if isinstance(value, list) else Path(str(value)).name
+        parts.append(f"{key}={text}")
+    return re.sub(r"[^\w.+=,-]", "_", ",".join(parts)), words

@@ -1,0 +1,142 @@
+"""SLURM: a job as a script of sbatch."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from psmpi.errors import UserError
+from psmpi.submit.job import Job
+
+# Starts of a job that requeues itself, at most: one that never comes to train would else go on for ever.
+MOST_STARTS = 1000
+WIDTH = 110
+
+
+class Slurm:
+    """The batch system SLURM, by its command sbatch."""
+
+    def script(self, job: Job, options: Sequence[str], command: str) -> str:
+        """The text of a script that trains with these options of psmpi train; command: what wrote it."""
+        tasks = job.tasks()
+        asked = {
+            "--job-name": job.name,
+            "--nodes": job.nodes,
+            "--ntasks": job.ranks,
+            "--cpus-per-task": job.cores,
+            "--gpus-per-node": job.gpus or None,
+            "--mem": job.memory,
+            "--time": job.time,
+            "--partition": job.partition,
+            "--account": job.account,
+            "--array": f"0-{len(tasks) - 1}" if tasks else None,
+            # To the ranks, not to this script; SLURM may be up to a minute early.
+            "--signal": f"USR1@{job.save_before}" if job.save_before else None,
+            "--output": "%x-%A_%a.out" if tasks else "%x-%j.out",
+            "--open-mode": "append",
+        }
+        lines = [f"#SBATCH {name}={value}" for name, value in asked.items() if value not in (None, "")]
+        # Where a node fails too.
+        lines += ["#SBATCH --requeue", *(f"#SBATCH {one}" for one in job.ask)]
+        parts = [
+            "#!/bin/bash\n"
+            f"# Train with {job.ranks} rank(s) on {job.nodes} node(s){_series(job, len(tasks))}. Written by:\n"
+            f"# {command}\n"
+            "# Submit it by sbatch from a folder that all nodes see; further options of psmpi train may follow its "
+            "name.\n" + "\n".join(lines),
+            "set -euo pipefail",
+            self._environment(job),
+            self._task(job, tasks),
+            self._train(job, options, bool(tasks)),
+        ]
+        return "\n\n".join(part for part in parts if part) + "\n"
+
+    def _environment(self, job: Job) -> str:
+        lines = [f"module load {shlex.quote(one)}" for one in job.modules]
+        if job.activate:
+            lines += ["# shellcheck source=/dev/null", f"source {shlex.quote(job.activate)}"]
+        lines += [
+            "# The launcher must speak to the MPI of this Python: srun --mpi=list shows what there is.",
+            f'export SLURM_MPI_TYPE="${{SLURM_MPI_TYPE:-{job.mpi}}}"',
+            "# srun does not take --cpus-per-task over from a batch script.",
+            f"export SRUN_CPUS_PER_TASK={job.cores}",
+            "# Locks of files are not always there on Lustre and NFS.",
+            "export HDF5_USE_FILE_LOCKING=BEST_EFFORT",
+        ]
+        if job.gpus:
+            lines += [
+                "# Kernels are compiled once a node, and kept on a disk of its own.",
+                'export CUPY_CACHE_DIR="${TMPDIR:-/tmp}/psmpi-cupy-$UID"',
+            ]
+        return "\n".join(lines)
+
+    def _task(self, job: Job, tasks: Sequence[tuple[str, Sequence[str]]]) -> str:
+        if not tasks:
+            return ""
+        words = (" ".join([folder, *options]) for folder, options in tasks)
+        listed = "\n".join(f"    {shlex.quote(line)}" for line in words)
+        return (
+            "# Run directory and options of each job of the array.\n"
+            f"tasks=(\n{listed}\n)\n"
+            'read -ra task <<< "${tasks[SLURM_ARRAY_TASK_ID]}"'
+        )
+
+    def _train(self, job: Job, options: Sequence[str], array: bool) -> str:
+        # The job's number does not stand in it: another job of this name goes on with the run.
+        out = f'"runs/{job.name}/${{task[0]}}"' if array else f"runs/{job.name}"
+        words = [*map(shlex.quote, options), "--threads", str(job.cores), "--out", out, "--resume", "auto"]
+        words += ['"${task[@]:1}"'] * array + ['"$@"']
+        command = _wrapped(["srun", "--kill-on-bad-exit=1", "python", "-m", "psmpi.train"], words)
+        if not job.requeue:
+            return command
+        return (
+            f"status=0\n{command} || status=$?\n"
+            "# 85: stopped by a signal, and saved.\n"
+            f'if [ "$status" = 85 ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {MOST_STARTS} ]; then\n'
+            '    scontrol requeue "$SLURM_JOB_ID"\n'
+            "fi\n"
+            'exit "$status"'
+        )
+
+    def submit(self, path: Path) -> str:
+        """Submit a script; what sbatch says. UserError where there is no sbatch, or it refuses."""
+        try:
+            done = subprocess.run(["sbatch", str(path)], capture_output=True, text=True, check=False)
+        except OSError as error:
+            raise UserError(
+                f"sbatch cannot be started ({error.strerror}): submit where SLURM is, or look at the script (--dry-run)"
+            ) from None
+        if done.returncode:
+            said = " ".join(done.stderr.split()) or f"status {done.returncode}"
+            raise UserError(f"sbatch does not take {path}: {said}")
+        return done.stdout.strip()
+
+
+def _series(job: Job, tasks: int) -> str:
+    array = f", {tasks} settings one by one" if job.grid else f", {tasks} seeds" if tasks else ""
+    return array + (", beyond the time limit" if job.requeue else "")
+
+
+def _wrapped(start: Sequence[str], words: Sequence[str]) -> str:
+    """A command on lines of at most WIDTH characters where words are short enough; an option's values stay with it."""
+    lines, groups = [" ".join(start)], list[str]()
+    for word in words:
+        if word.startswith(("--", '"$')) or not groups:
+            groups.append(word)
+        else:
+            groups[-1] += f" {word}"
+    for group in groups:
+        if len(lines) > 1 and len(lines[-1]) + len(group) + 3 <= WIDTH:
+            lines[-1] += f" {group}"
+        else:
+            lines.append(f"    {group}")
+    return " \\\n".join(lines)
+
+
+def activation() -> str:
+    """The script that makes this Python's virtual environment, "" where it is in none."""
+    path = Path(sys.prefix) / "bin" / "activate"
+    return str(path) if sys.prefix != sys.base_prefix and path.exists() else ""

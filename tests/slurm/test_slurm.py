@@ -1,0 +1,197 @@
+"""Jobs on a real SLURM: they end, are stopped at their time limit, start again, and end in the same bits."""
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers.paths import FAKE, ROOT
+from helpers.runs import Trained
+from helpers.slurm import Cluster, missing
+
+from psmpi.comm.world import vendor
+
+pytestmark = [pytest.mark.slurm, pytest.mark.skipif(bool(missing()), reason=missing()), pytest.mark.timeout(600)]
+
+OPTIONS = ("--dtype", "float64", "--batch-size", "20", "--lr", "0.001", "--checkpoint-every", "100000")
+
+# Each step takes a while, for as long as there is a file of this name.
+SLOW = """
+import os, time
+import psmpi.comm.control as control
+call = control.Poll.__call__
+def slow(self, yes):
+    if os.path.exists({file!r}):
+        time.sleep(0.05)
+    return call(self, yes)
+control.Poll.__call__ = slow
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with Cluster() as one:
+        yield one
+
+
+@pytest.fixture
+def place(tmp_path, cluster):
+    """A folder to submit from, with an environment; steps are slow there until its file `slow` is removed."""
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(SLOW.format(file=str(tmp_path / "slow")))
+    (tmp_path / ".venv" / "bin" / "activate").write_text(
+        f"export PATH={shlex.quote(str(sys.prefix))}/bin:$PATH PYTHONPATH={shlex.quote(str(tmp_path / 'site'))}:"
+        f"{shlex.quote(str(ROOT))}:$PYTHONPATH\n"
+    )
+    return tmp_path
+
+
+def submit(cluster, place, *words):
+    """The number of a job that psmpi submit has written and submitted."""
+    done = subprocess.run(
+        [sys.executable, "-m", "psmpi.submit", "--activate", ".venv/bin/activate", *map(str, words)], cwd=place,
+        env={**cluster.environment, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return re.search(r"Submitted batch job (\d+)", done.stdout)[1]
+
+
+def said(place):
+    return "\n".join(path.read_text() for path in place.glob("*.out"))
+
+
+def begun(cluster, place, job, out):
+    """Return when a job has some rows of metrics."""
+    end = time.monotonic() + 60
+    rows = place / out / "metrics.jsonl"
+    while not (rows.exists() and rows.read_text().count("\n") >= 1):
+        assert time.monotonic() < end, f"{cluster.show(job, 'JobState')}\n{said(place)}"
+        time.sleep(0.1)
+
+
+def undisturbed(train, ranks, *options):
+    return train(ranks, *OPTIONS, *options).tensors()
+
+
+def same(run, expected):
+    tensors = Trained(run, "").tensors()
+    return all(np.array_equal(tensor, tensors[name]) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "jobs").glob("*.sh")), ids=lambda path: path.stem)
+def test_the_scripts_train(cluster, place, script):
+    """Each as it is, but for the size of the job and the data."""
+    shutil.copytree(ROOT / "jobs", place / "jobs")
+    done = cluster.run(
+        "sbatch", "--nodes=1", "--ntasks=2", "--cpus-per-task=1", "--gpus-per-node=0", "--overcommit",
+        *(["--array=1-2"] if script.stem == "array" else []), f"jobs/{script.name}", "--dataset", "digits",
+        "--epochs", "1", "--batch-size", "32", "--threads", "1", cwd=place,
+        PYTHONPATH=str(FAKE) if script.stem == "gpus" else "",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    job = done.stdout.split()[-1]
+    assert cluster.wait(job, 120) == "COMPLETED", said(place)
+    runs = {"array": ["array/lr=0.01,seed=1", "array/lr=0.01,seed=2"]}.get(script.stem, [script.stem])
+    for one in runs:
+        end = time.monotonic() + 60
+        while not (place / "runs" / one / "metrics.jsonl").exists():
+            assert time.monotonic() < end, said(place)
+            time.sleep(0.1)
+
+
+def test_a_job_goes_on_beyond_its_time_limit(cluster, place, train):
+    """Stopped before the limit, saved, requeued, and done: in the bits of a run that nothing stopped."""
+    (place / "slow").touch()
+    job = submit(
+        cluster, place, "--name", "beyond", "--ranks", "2", "--time", "2", "--save-before", "50", "--requeue", "--",
+        *OPTIONS, "--epochs", "40",
+    )  # fmt: skip
+    expected = undisturbed(train, 2, "--epochs", "40")
+    cluster.wait(job, 60, ("RUNNING",))
+    cluster.wait(job, 150, ("PENDING",))
+    assert int(cluster.show(job, "Restarts")) == 1
+    (place / "slow").unlink()
+    cluster.again(job)
+    assert cluster.wait(job, 120) == "COMPLETED", said(place)
+    out = said(place)
+    assert "stopped by SIGUSR1 after step" in out and "resumed from" in out
+    assert same(place / "runs" / "beyond", expected)
+
+
+def test_a_requeued_job_goes_on(cluster, place, train):
+    """Requeued in mid-run, by whoever looks after the cluster."""
+    (place / "slow").touch()
+    job = submit(cluster, place, "--name", "again", "--ranks", "2", "--", *OPTIONS, "--epochs", "6")
+    begun(cluster, place, job, "runs/again")
+    assert cluster.run("scontrol", "requeue", job).returncode == 0
+    (place / "slow").unlink()
+    cluster.again(job)
+    assert cluster.wait(job, 120) == "COMPLETED", said(place)
+    out = said(place)
+    assert "stopped by SIGTERM after step" in out and "resumed from" in out
+    assert same(place / "runs" / "again", undisturbed(train, 2, "--epochs", "6"))
+
+
+def test_a_cancelled_job_is_saved_and_another_goes_on(cluster, place, train):
+    (place / "slow").touch()
+    words = ("--name", "later", "--ranks", "2", "--requeue", "--", *OPTIONS, "--epochs", "6")
+    job = submit(cluster, place, *words)
+    begun(cluster, place, job, "runs/later")
+    cluster.run("scancel", job)
+    assert cluster.wait(job, 60) == "CANCELLED"
+    assert "stopped by SIGTERM after step" in said(place)
+    (place / "slow").unlink()
+    assert cluster.wait(submit(cluster, place, *words), 120) == "COMPLETED", said(place)
+    assert same(place / "runs" / "later", undisturbed(train, 2, "--epochs", "6"))
+
+
+def test_an_array_has_a_run_of_each_seed(cluster, place):
+    job = submit(cluster, place, "--name", "seeds", "--ranks", "1", "--seeds", "4", "--", "--epochs", "1")
+    end = time.monotonic() + 120
+    while cluster.run("squeue", "-h", "-j", job).stdout.strip():
+        assert time.monotonic() < end, said(place)
+        time.sleep(0.3)
+    rows = {
+        seed: json.loads((place / "runs" / "seeds" / f"seed={seed}" / "metrics.jsonl").read_text().splitlines()[0])
+        for seed in range(4)
+    }
+    assert len({row["train_loss"] for row in rows.values()}) == 4
+    assert len(list(place.glob("seeds-*_*.out"))) == 4
+
+
+@pytest.mark.parametrize("times", [1, pytest.param(20, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])])
+def test_ranks_of_a_killed_job_leave_nothing_that_stops_the_next_start(cluster, place, times):
+    """MPICH's shared memory has the job's and the step's numbers, and a job that starts again has them too."""
+    (place / "slow").touch()
+    job = submit(cluster, place, "--name", "killed", "--ranks", "2", "--requeue", "--", *OPTIONS, "--epochs", "200",
+                 "--checkpoint-every", "10")  # fmt: skip
+    begun(cluster, place, job, "runs/killed")
+    for start in range(times):
+        cluster.run("scancel", "--signal=KILL", f"{job}.0")
+        cluster.wait(job, 60, ("FAILED",))
+        assert list(Path("/dev/shm").glob("mpich_shm_*")) or vendor() != "MPICH"
+        cluster.run("scontrol", "requeue", job)
+        cluster.again(job)
+        end = time.monotonic() + 60
+        while said(place).count("resumed from") <= start:
+            assert time.monotonic() < end and cluster.show(job, "JobState") == "RUNNING", said(place)
+            time.sleep(0.1)
+    (place / "slow").unlink()
+    assert cluster.wait(job, 120) == "COMPLETED", said(place)
+
+
+def test_ranks_see_each_other(cluster, place):
+    """By the interface that fits this Python's MPI."""
+    done = cluster.run(
+        "srun", f"--mpi={'pmix' if vendor() == 'Open MPI' else 'pmi2'}", "-n", "2", "--overcommit", sys.executable,
+        "-m", "psmpi.train", "--epochs", "1", "--out", place / "run", cwd=place,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "│ 1    │" in done.stdout

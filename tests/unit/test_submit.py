@@ -1,0 +1,226 @@
+"""Scripts of jobs: what they ask for, that the shell takes them, and that they train."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+from helpers import cuda_host
+from helpers.paths import FAKE, ROOT
+
+from psmpi.errors import UserError
+from psmpi.submit.__main__ import submit
+from psmpi.submit.job import Job, seconds
+
+SCRIPTS = sorted((ROOT / "jobs").glob("*.sh"))
+TRAINING = ("--", "--dataset", "digits", "--epochs", "2")
+
+
+@pytest.fixture
+def script(tmp_path, monkeypatch, capsys):
+    """script(*words): what psmpi submit prints for them."""
+    monkeypatch.chdir(tmp_path)
+
+    def of(*words):
+        assert submit([*words, "--activate", "", "--mpi", "pmi2", "--dry-run", *TRAINING]) == 0
+        return capsys.readouterr().out
+
+    return of
+
+
+@pytest.fixture
+def standing_in(tmp_path, monkeypatch):
+    """A sbatch and a srun that note their words, one a line; sbatch has status 1 where there is a file `refuse`."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (folder / "sbatch").write_text(
+        '#!/bin/bash\nif [ -e refuse ]; then echo "sbatch: error: invalid partition" >&2; exit 1; fi\n'
+        'printf "%s\\n" "$@" > told\necho "Submitted batch job 17"\n'
+    )
+    (folder / "srun").write_text('#!/bin/bash\nprintf "%s\\n" "$@" >> "told-$SLURM_ARRAY_TASK_ID"\nexit "$STATUS"\n')
+    (folder / "scontrol").write_text('#!/bin/bash\nprintf "%s\\n" "$@" > requeued\n')
+    for file in folder.iterdir():
+        file.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run_script(text, folder, status=0, task=0, **more):
+    environment = {**os.environ, "SLURM_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": str(task), "STATUS": str(status), **more}
+    (folder / "job").write_text(text)
+    return subprocess.run(
+        ["bash", "job", "--seed", "5"], cwd=folder, env=environment, capture_output=True, text=True, timeout=60,
+        check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_the_scripts_of_the_project_are_as_their_commands_write_them(path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    text = path.read_text()
+    command = re.search(r"Written by:\n# psmpi submit (.*)\n", text)[1]
+    assert submit(shlex.split(command)) == 0
+    assert capsys.readouterr().out == text
+
+
+def test_there_is_a_script_for_each_kind_of_job():
+    assert {path.stem for path in SCRIPTS} == {"one_node", "several_nodes", "gpus", "array", "long"}
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="no shellcheck")
+def test_shellcheck_finds_nothing(path):
+    done = subprocess.run(["shellcheck", path], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_the_scripts_train(path, tmp_path):
+    """On one process, which srun stands for."""
+    environment = {**os.environ, "SLURM_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "1", "PYTHONPATH": str(ROOT)}
+    text = path.read_text()
+    if "cupy" in text:
+        if cuda_host.compiler() is None:
+            pytest.skip("no g++ to compile the CUDA kernels as C++")
+        environment["PYTHONPATH"] += f":{FAKE}"
+    text = text.replace("srun --kill-on-bad-exit=1 python", sys.executable).replace("source .venv", "true .venv")
+    (tmp_path / "job").write_text(text)
+    done = subprocess.run(
+        ["bash", "job", "--dataset", "digits", "--epochs", "1"], cwd=tmp_path, capture_output=True, text=True,
+        env=environment, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "runs").rglob("metrics.jsonl"))) == 1
+
+
+def test_what_is_asked_for_stands_in_the_script(script):
+    text = script(
+        "--name", "many", "--ranks", "64", "--nodes", "8", "--cores", "4", "--gpus", "2", "--memory", "16G", "--time",
+        "1-12", "--partition", "long", "--account", "me", "--modules", "openmpi/5", "--ask=--mail-type=END",
+    )  # fmt: skip
+    for line in (
+        "--job-name=many", "--ntasks=64", "--nodes=8", "--cpus-per-task=4", "--gpus-per-node=2", "--mem=16G",
+        "--time=1-12", "--partition=long", "--account=me", "--mail-type=END", "--signal=USR1@120",
+        "--open-mode=append", "--requeue",
+    ):  # fmt: skip
+        assert f"\n#SBATCH {line}\n" in text, line
+    assert "module load openmpi/5\n" in text and "--threads 4" in text and "scontrol requeue" not in text
+
+
+def test_a_job_is_submitted(standing_in, capsys):
+    assert submit(["--name", "mine", *TRAINING]) == 0
+    assert (standing_in / "told").read_text() == "mine.sh\n"
+    assert "mine.sh: Submitted batch job 17; it trains in runs/mine" in capsys.readouterr().out
+    # Its own script is written anew, another file is not.
+    assert submit(["--name", "mine", "--ranks", "3", *TRAINING]) == 0
+    assert "--ntasks=3" in (standing_in / "mine.sh").read_text()
+    (standing_in / "mine.sh").write_text("precious")
+    with pytest.raises(UserError, match=r"mine\.sh is a file that psmpi has not written"):
+        submit(["--name", "mine", *TRAINING])
+
+
+def test_what_sbatch_says_is_passed_on(standing_in):
+    (standing_in / "refuse").touch()
+    with pytest.raises(UserError, match=r"sbatch does not take psmpi\.sh: sbatch: error: invalid partition"):
+        submit([*TRAINING])
+
+
+def test_without_sbatch_the_error_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="sbatch cannot be started"):
+        submit([*TRAINING])
+
+
+@pytest.mark.parametrize(
+    ("status", "starts", "again"), [(85, 0, True), (85, 1000, False), (0, 0, False), (1, 0, False)]
+)
+def test_a_run_that_was_saved_is_requeued(script, standing_in, status, starts, again):
+    done = run_script(script("--requeue"), standing_in, status, SLURM_RESTART_COUNT=str(starts))
+    assert done.returncode == status
+    requeued = standing_in / "requeued"
+    assert requeued.exists() == again
+    if again:
+        assert requeued.read_text().split() == ["requeue", "17"]
+
+
+def test_a_job_of_another_number_has_the_same_run_directory(script):
+    text = script("--name", "mine")
+    assert "--out runs/mine --resume auto" in text and "SLURM_JOB_ID" not in text
+
+
+def test_jobs_of_an_array_have_their_own_options_and_run_directories(script, standing_in):
+    (standing_in / "grid.toml").write_text("lr = [0.1, 1e-3]\nwidths = [[8, 4]]\nshuffle = [true, false]\n")
+    text = script("--grid", "grid.toml")
+    assert "#SBATCH --array=0-3\n" in text
+    cases = [(rate, shuffle) for rate in ("0.1", "0.001") for shuffle in (True, False)]
+    for task, (rate, shuffle) in enumerate(cases):
+        assert run_script(text, standing_in, task=task).returncode == 0
+        told = (standing_in / f"told-{task}").read_text().splitlines()
+        assert told[told.index("--out") + 1] == f"runs/psmpi/model=mlp,lr={rate},widths=8-4,shuffle={shuffle}"
+        own = ["--model", "mlp", "--lr", rate, "--widths", "8", "4", "--shuffle" if shuffle else "--no-shuffle"]
+        assert told[told.index("auto") + 1 :] == [*own, "--seed", "5"]
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds_"),
+    [("30", 1800), ("2:30", 150), ("01:00:00", 3600), ("1-12", 129600), ("2-0:30", 174600), ("1-0:0:5", 86405)],
+)
+def test_time_limits_are_those_of_slurm(text, seconds_):
+    assert seconds(text) == seconds_
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--time", "soon"), "--time 'soon': write minutes, HH:MM:SS"),
+        (("--time", "3"), "--time 3 is 180 s, of which the last 120 are for saving"),
+        (("--ranks", "2", "--nodes", "3"), "leaves nodes without a rank"),
+        (("--ranks", "0"), "--ranks 0: expected a whole number from 1 up"),
+        (("--name", "a b"), "--name 'a b': use letters"),
+        (("--name", "../x"), "use letters"),
+        (("--requeue", "--save-before", "0"), "set --save-before"),
+        (("--seeds", "2", "--grid", "grid.toml"), "are one array"),
+        (("--grid", "none.toml"), "--grid none.toml: No such file"),
+        (("--grid", "grid.toml"), r"lr = 0.1: write a list of values: lr = \[...\]"),
+        (("--ask", "a\nb"), "of one line each"),
+    ],
+)
+def test_what_makes_no_job_is_named(tmp_path, monkeypatch, words, says):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "grid.toml").write_text("lr = 0.1\n")
+    with pytest.raises(UserError, match=says):
+        submit([*words, "--dry-run", *TRAINING])
+
+
+def test_values_of_a_grid_are_words(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "grid.toml").write_text('dataset = ["my data.npz", "$(rm x)"]\n')
+    with pytest.raises(UserError, match="values are words without spaces and quotes"):
+        Job(grid="grid.toml").tasks()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--out", "x"), "--out is the job's own: --name"),
+        (("--resume", "auto"), "--resume is the job's own"),
+        (("--threads", "2"), "--threads is the job's own: --cores"),
+        (("--momentum", "0.5"), "momentum"),
+    ],
+)
+def test_training_that_could_not_start_is_not_submitted(tmp_path, monkeypatch, options, says):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=says):
+        submit(["--dry-run", "--", *options])
+
+
+def test_unknown_options_of_training_are_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        submit(["--dry-run", "--", "--epoch", "3"])
+    assert "did you mean --epochs" in capsys.readouterr().err
