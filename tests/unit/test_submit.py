@@ -154,7 +154,9 @@ def test_a_job_of_another_number_has_the_same_run_directory(script):
 
 
 def test_jobs_of_an_array_have_their_own_options_and_run_directories(script, standing_in):
-    (standing_in / "grid.toml").write_text("lr = [0.1, 1e-3]\nwidths = [[8, 4]]\nshuffle = [true, false]\n")
+    (standing_in / "grid.toml").write_text(
+        "model = ['mlp']\nlr = [0.1, 1e-3]\nwidths = [[8, 4]]\nshuffle = [true, false]\n"
+    )
     text = script("--grid", "grid.toml")
     assert "#SBATCH --array=0-3\n" in text
     cases = [(rate, shuffle) for rate in ("0.1", "0.001") for shuffle in (True, False)]
