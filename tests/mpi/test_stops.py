@@ -1,0 +1,131 @@
+"""Ranks that are killed, or asked to stop, at random moments: the run goes on to the bits of an undisturbed one."""
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers.processes import finish, launch, start
+from helpers.runs import Trained
+
+RANKS = 3
+OPTIONS = ("--threads", "1", "--batch-size", "20", "--epochs", "12", "--lr", "0.001", "--checkpoint-every", "25")
+METHODS = {
+    "psl": ("--masters", "2"),
+    "owner": ("--placement", "owner"),
+    "data_parallel": ("--method", "data_parallel"),
+    "local_sgd": ("--method", "local_sgd", "--local-steps", "5"),
+}
+TIMES = [0, *(pytest.param(k, marks=pytest.mark.slow) for k in range(1, 20))]
+
+
+def descendants(pid):
+    """Processes that a process has started, and theirs."""
+    parents = {}
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            text = Path(f"/proc/{entry}/stat").read_text()
+        except OSError:
+            continue
+        parents.setdefault(int(text.rpartition(")")[2].split()[1]), []).append(int(entry))
+    found = list(parents.get(pid, []))
+    for one in found:
+        found += parents.get(one, [])
+    return found
+
+
+def command(pid):
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def gone(pids, patience=20.0):
+    """Whether processes end in time."""
+    end = time.monotonic() + patience
+    while left := [pid for pid in pids if b"psmpi" in command(pid)]:
+        if time.monotonic() > end:
+            return left
+        time.sleep(0.05)
+    return []
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """undisturbed(method): the tensors of a run that nothing stopped, made once."""
+    made = {}
+
+    def of(method):
+        if method not in made:
+            out = tmp_path_factory.mktemp("whole") / "run"
+            status, said, err = launch(RANKS, "-m", "psmpi.train", "--out", out, *OPTIONS, *METHODS[method])
+            assert status == 0, err
+            made[method] = Trained(out, said).tensors()
+        return made[method]
+
+    return of
+
+
+def begin(out, method, rng):
+    """A run that is somewhere in its training; its ranks, and all processes it has started."""
+    process = start(RANKS, "-m", "psmpi.train", "--out", out, *OPTIONS, *METHODS[method])
+    end = time.monotonic() + 60
+    rows = out / "metrics.jsonl"
+    while not (rows.exists() and rows.read_text()):
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.01)
+    time.sleep(rng.uniform(0, 1.0))
+    started = descendants(process.pid)
+    return process, [pid for pid in started if b"psmpi.train" in command(pid) and b"mpi" not in exe(pid)], started
+
+
+def exe(pid):
+    try:
+        return os.path.basename(os.readlink(f"/proc/{pid}/exe")).encode()
+    except OSError:
+        return b""
+
+
+def goes_on(out, method, expected):
+    """Resume, and compare; nothing of the run before is left."""
+    status, said, err = launch(RANKS, "-m", "psmpi.train", "--out", out, "--resume", "auto")
+    assert status == 0, err
+    tensors = Trained(out, said).tensors()
+    for name, tensor in expected.items():
+        assert np.array_equal(tensor, tensors[name]), name
+    assert [path.name for path in (out / "checkpoints").iterdir() if not path.name.endswith(".h5")] == []
+
+
+@pytest.mark.parametrize("seed", TIMES)
+def test_a_killed_rank_ends_the_job_and_the_run_goes_on(tmp_path, undisturbed, seed):
+    rng = random.Random(seed)
+    method = rng.choice(list(METHODS))
+    process, ranks, started = begin(tmp_path / "run", method, rng)
+    done = process.poll() is not None
+    if not done:
+        assert len(ranks) == RANKS
+        os.kill(rng.choice(ranks), signal.SIGKILL)
+    status, _, _ = finish(process, 60)
+    assert done or status != 0
+    assert gone(started) == []
+    goes_on(tmp_path / "run", method, undisturbed(method))
+
+
+@pytest.mark.parametrize("seed", TIMES)
+def test_a_rank_asked_to_stop_stops_all_and_the_run_goes_on(tmp_path, undisturbed, seed):
+    rng = random.Random(100 + seed)
+    method = rng.choice(list(METHODS))
+    process, ranks, started = begin(tmp_path / "run", method, rng)
+    number = rng.choice([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
+    done = process.poll() is not None
+    if not done:
+        assert len(ranks) == RANKS
+        os.kill(rng.choice(ranks), number)
+    status, said, err = finish(process, 60)
+    assert status in ((0, 85) if done or "epoch  12/12" in said else (85,)), (number, err)
+    assert gone(started) == []
+    goes_on(tmp_path / "run", method, undisturbed(method))
