@@ -8,6 +8,7 @@ from __future__ import annotations
 import pickle
 import pickletools
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from psmpi.data.files import reading
-from psmpi.data.rows import some_rows
+from psmpi.data.rows import InPieces, some_rows
 from psmpi.errors import UserError
 
 
@@ -138,7 +139,7 @@ def _images(path: Path, pixels: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray
 
 
 @dataclass(frozen=True, eq=False)
-class PickleRows:
+class PickleRows(InPieces):
     """Rows of one pickled batch, which is loaded whole for each read, as the format allows nothing else."""
 
     path: Path
@@ -155,11 +156,11 @@ class PickleRows:
     def dtype(self) -> np.dtype[Any]:
         return np.dtype(np.uint8)
 
-    def read_into(self, rows: npt.NDArray[np.int64], where: npt.NDArray[np.int64], out: npt.NDArray[Any]) -> None:
+    def pieces(self, rows: npt.NDArray[np.int64], features: int) -> Iterator[tuple[int, npt.NDArray[Any]]]:
         data = _images(self.path, self.features)[0]
         if len(data) != self.n:
             raise UserError(f"{self.path}: the file has changed since it was opened; start again")
-        out[where] = data[rows]
+        yield 0, data[rows]
 
     def glance(self, count: int) -> npt.NDArray[Any]:
         return some_rows(self, self.features, count)

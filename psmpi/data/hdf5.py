@@ -16,7 +16,7 @@ import numpy.typing as npt
 from psmpi.data.arrays import Header
 from psmpi.data.files import ADVICE, described, reading, rows_per_chunk
 from psmpi.data.own import KEYS
-from psmpi.data.rows import RowSource, some_rows, windows
+from psmpi.data.rows import InPieces, RowSource, some_rows, windows
 from psmpi.data.stored import check_stored
 from psmpi.errors import UserError
 
@@ -107,7 +107,7 @@ def _header(path: Path, key: str, shape: tuple[int, ...], dtype: np.dtype[Any]) 
 
 
 @dataclass(frozen=True, eq=False)
-class Hdf5Rows:
+class Hdf5Rows(InPieces):
     """The rows of the array `key`, of shape (n, ...), in an HDF5 file."""
 
     path: Path
@@ -124,8 +124,8 @@ class Hdf5Rows:
         native: np.dtype[Any] = self.stored.newbyteorder("=")
         return native
 
-    def read_into(self, rows: npt.NDArray[np.int64], where: npt.NDArray[np.int64], out: npt.NDArray[Any]) -> None:
-        width = rows_per_chunk(out.shape[1] * self.stored.itemsize)
+    def pieces(self, rows: npt.NDArray[np.int64], features: int) -> Iterator[tuple[int, npt.NDArray[Any]]]:
+        width = rows_per_chunk(features * self.stored.itemsize)
         with _opened(self.path) as file:
             array = file[self.key]
             if array.shape != self.shape or array.dtype != self.stored:
@@ -135,8 +135,7 @@ class Hdf5Rows:
                 first, last = int(rows[i]), int(rows[j - 1])
                 # A whole window and the wanted rows out of it: picking single rows takes HDF5 up to ten times
                 # as long, and saves nothing where the array is stored in chunks.
-                block = array[first : last + 1][rows[i:j] - first]
-                out[where[i:j]] = block.reshape(j - i, -1)
+                yield i, array[first : last + 1][rows[i:j] - first].reshape(j - i, -1)
 
     def glance(self, count: int) -> npt.NDArray[Any]:
         return some_rows(self, prod(self.shape[1:]), count)

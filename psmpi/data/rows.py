@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import zipfile
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,9 @@ from psmpi.errors import UserError
 Array = npt.NDArray[Any]
 Rows = npt.NDArray[np.int64]
 
+# What is held at once of an array in Fortran order that is read in pieces.
+COLUMN_BYTES = 64 << 20
+
 
 class RowSource(Protocol):
     """The source from which a Split reads its samples."""
@@ -36,8 +40,29 @@ class RowSource(Protocol):
     def read_into(self, rows: Rows, where: Rows, out: Array) -> None:
         """Store row `rows[i]` in `out[where[i]]`; `rows` ascend and may repeat, `out` is (k, features)."""
 
+    def pieces(self, rows: Rows, features: int) -> Iterator[tuple[int, Array]]:
+        """Yield the ascending `rows` some at a time, in one pass: (i, values) with rows[i : i + len(values)].
+
+        Values are (k, features), and what is yielded holds until the next piece.
+        """
+
     def glance(self, count: int) -> Array:
         """Up to `count` rows, (k, features), that are read quickly, whose checksum may not be compared."""
+
+
+class InPieces(ABC):
+    """The base of sources whose `read_into` stores the rows as they come in pieces."""
+
+    @abstractmethod
+    def pieces(self, rows: Rows, features: int) -> Iterator[tuple[int, Array]]:
+        """See RowSource."""
+
+    def read_into(self, rows: Rows, where: Rows, out: Array) -> None:
+        """See RowSource."""
+        for i, values in self.pieces(rows, out.shape[1]):
+            out[where[i : i + len(values)]] = values
+            # Or it would be held while the next one is made.
+            del values
 
 
 def some_rows(source: RowSource, features: int, count: int) -> Array:
@@ -60,7 +85,7 @@ def windows(rows: Rows, width: int) -> Iterator[tuple[int, int]]:
 
 
 @dataclass(frozen=True, eq=False)
-class ArrayRows:
+class ArrayRows(InPieces):
     """Rows of an array (n, features) that is in memory anyway."""
 
     values: Array
@@ -73,15 +98,17 @@ class ArrayRows:
     def dtype(self) -> np.dtype[Any]:
         return self.values.dtype
 
-    def read_into(self, rows: Rows, where: Rows, out: Array) -> None:
-        out[where] = self.values[rows]
+    def pieces(self, rows: Rows, features: int) -> Iterator[tuple[int, Array]]:
+        step = rows_per_chunk(features * self.dtype.itemsize)
+        for i in range(0, len(rows), step):
+            yield i, self.values[rows[i : i + step]]
 
     def glance(self, count: int) -> Array:
         return some_rows(self, self.values.shape[1], count)
 
 
 @dataclass(frozen=True, eq=False)
-class FileRows:
+class FileRows(InPieces):
     """Records in a plain file: `offset` bytes, then `n` times `skip` bytes and `features` values `stored`."""
 
     path: Path
@@ -111,11 +138,11 @@ class FileRows:
                 raise EOFError(f"it ends before byte {end}")
             return np.memmap(self.path, np.uint8, "r", self.offset + first * size, shape)
 
-    def read_into(self, rows: Rows, where: Rows, out: Array) -> None:
+    def pieces(self, rows: Rows, features: int) -> Iterator[tuple[int, Array]]:
         # A fresh map for every window, since pages count as memory of the process as long as their map lives.
         for i, j in windows(rows, rows_per_chunk(self.record_bytes)):
             records = self._map(int(rows[i]), int(rows[j - 1]))[rows[i:j] - rows[i]]
-            out[where[i:j]] = np.ascontiguousarray(records[:, self.skip :]).view(self.stored)
+            yield i, np.ascontiguousarray(records[:, self.skip :]).view(self.stored)
 
     def glance(self, count: int) -> Array:
         return some_rows(self, self.features, count)
@@ -131,7 +158,7 @@ class FileRows:
 
 
 @dataclass(frozen=True, eq=False)
-class Concatenated:
+class Concatenated(InPieces):
     """The rows of several sources of one dtype, one source after the other."""
 
     parts: Sequence[RowSource]
@@ -144,12 +171,13 @@ class Concatenated:
     def dtype(self) -> np.dtype[Any]:
         return self.parts[0].dtype
 
-    def read_into(self, rows: Rows, where: Rows, out: Array) -> None:
+    def pieces(self, rows: Rows, features: int) -> Iterator[tuple[int, Array]]:
         first = 0
         for part in self.parts:
-            i, j = np.searchsorted(rows, (first, first + part.n))
+            i, j = map(int, np.searchsorted(rows, (first, first + part.n)))
             if j > i:
-                part.read_into(rows[i:j] - first, where[i:j], out)
+                for k, values in part.pieces(rows[i:j] - first, features):
+                    yield i + k, values
             first += part.n
 
     def glance(self, count: int) -> Array:
@@ -157,7 +185,7 @@ class Concatenated:
 
 
 @dataclass(frozen=True, eq=False)
-class StreamRows:
+class StreamRows(InPieces):
     """Rows in a compressed stream: `offset` bytes, then `n` rows of `features` values of dtype `stored`.
 
     `member` is the member of a zip file, or None for a gzip file. Where `columns` is given the array lies in
@@ -178,8 +206,34 @@ class StreamRows:
         return native
 
     def read_into(self, rows: Rows, where: Rows, out: Array) -> None:
-        with self._stream() as stream:
-            self._read(stream, rows, where, out)
+        if self.columns is None:
+            super().read_into(rows, where, out)
+            return
+        with self._whole() as stream:
+            run = np.empty(self.n, self.stored)
+            for column in self.columns:
+                self._exactly(stream, run)
+                out[where, column] = run[rows]
+
+    def pieces(self, rows: Rows, features: int) -> Iterator[tuple[int, Array]]:
+        """As of a source; an array in Fortran order is gone through once for each COLUMN_BYTES of what is wanted."""
+        if self.columns is not None:
+            step = max(1, COLUMN_BYTES // (features * self.dtype.itemsize))
+            for i in range(0, len(rows), step):
+                some = rows[i : i + step]
+                values = np.empty((len(some), features), self.dtype)
+                self.read_into(some, np.arange(len(some), dtype=np.int64), values)
+                yield i, values
+            return
+        step = min(self.n, rows_per_chunk(features * self.stored.itemsize))
+        chunk = np.empty((step, features), self.stored)
+        with self._whole() as stream:
+            for first in range(0, self.n, step):
+                part = chunk[: self.n - first]
+                self._exactly(stream, part)
+                i, j = map(int, np.searchsorted(rows, (first, first + len(part))))
+                if j > i:
+                    yield i, part[rows[i:j] - first]
 
     def glance(self, count: int) -> Array:
         """The first rows; none of an array in Fortran order, which would have to be unpacked whole."""
@@ -201,28 +255,15 @@ class StreamRows:
                 with zipfile.ZipFile(self.path) as archive, archive.open(self.member) as member:
                     yield cast(BufferedIOBase, member)
 
-    def _read(self, stream: BufferedIOBase, rows: Rows, where: Rows, out: Array) -> None:
-        self._exactly(stream, np.empty(self.offset, np.uint8))
-        if self.columns is None:
-            self._read_rows(stream, rows, where, out)
-        else:
-            run = np.empty(self.n, self.stored)
-            for column in self.columns:
-                self._exactly(stream, run)
-                out[where, column] = run[rows]
-        # Reading on to the end, whatever rows are wanted, is what makes gzip and zip compare their checksums.
-        if stream.read(1):
-            raise UserError(f"{self.path}: there are more bytes than the header announces; fetch the file again")
-
-    def _read_rows(self, stream: BufferedIOBase, rows: Rows, where: Rows, out: Array) -> None:
-        step = min(self.n, rows_per_chunk(self.features * self.stored.itemsize))
-        chunk = np.empty((step, self.features), self.stored)
-        for first in range(0, self.n, step):
-            part = chunk[: self.n - first]
-            self._exactly(stream, part)
-            i, j = np.searchsorted(rows, (first, first + len(part)))
-            if j > i:
-                out[where[i:j]] = part[rows[i:j] - first]
+    @contextmanager
+    def _whole(self) -> Iterator[BufferedIOBase]:
+        """The bytes behind the offset, all of which are to be read."""
+        with self._stream() as stream:
+            self._exactly(stream, np.empty(self.offset, np.uint8))
+            yield stream
+            # Reading on to the end, whatever rows are wanted, is what makes gzip and zip compare their checksums.
+            if stream.read(1):
+                raise UserError(f"{self.path}: there are more bytes than the header announces; fetch the file again")
 
     def _exactly(self, stream: BufferedIOBase, part: Array) -> None:
         got = fill(stream, memoryview(cast(Any, part.reshape(-1).view(np.uint8))))
@@ -231,7 +272,7 @@ class StreamRows:
 
 
 @dataclass(eq=False)
-class CheckedRows:
+class CheckedRows(InPieces):
     """Rows of an uncompressed member of a zip file, none of which is handed out before its checksum was compared.
 
     The first read goes over all of the member, as a stream; later ones take the rows that they want from the file.
@@ -253,9 +294,9 @@ class CheckedRows:
     def dtype(self) -> np.dtype[Any]:
         return self.file.dtype
 
-    def read_into(self, rows: Rows, where: Rows, out: Array) -> None:
+    def pieces(self, rows: Rows, features: int) -> Iterator[tuple[int, Array]]:
         source: RowSource = self.file if self.checked else self.stream
-        source.read_into(rows, where, out)
+        yield from source.pieces(rows, features)
         self.checked = True
 
     def glance(self, count: int) -> Array:

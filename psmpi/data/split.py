@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -79,6 +80,14 @@ class Split:
                 ordered = self.index[ordered]
             self.source.read_into(ordered, order, out)
         return out
+
+    def pieces(self, rows: Rows) -> Iterator[tuple[int, npt.NDArray[Any]]]:
+        """Read the samples `rows`, strictly increasing in 0..n-1, some at a time, going through the source once.
+
+        Yields (i, values): the samples rows[i : i + k] as `read` returns them, (k, prod(shape)), which hold until the
+        next piece. Raises UserError as `read` does.
+        """
+        yield from self.source.pieces(rows if self.index is None else self.index[rows], self.features)
 
 
 @dataclass(frozen=True, eq=False)
