@@ -115,7 +115,7 @@ def _predict(world: Any, control: Any, options: Options) -> None:
 
     from psmpi import checkpoint
     from psmpi.backend import make_backend
-    from psmpi.comm.world import host
+    from psmpi.comm.world import host, local_rank
     from psmpi.config import from_toml
     from psmpi.data import open_split
     from psmpi.errors import UserError
@@ -181,7 +181,8 @@ def _predict(world: Any, control: Any, options: Options) -> None:
             moved = stored.is_absolute() and not stored.is_file() and stored.name == Path(options.dataset).name
             here = moved or options.dataset == trained.data.dataset
             where = (options.dataset, options.data_dir) if here else ("", "")
-            known = calibration_split(trained.data, *where, contents, path)
+            share = (local_rank(world), ranks)
+            known = calibration_split(trained.data, *where, contents, path, share)
             calibrate(predictor.model, known, options.calibrate, predictor.dtype)
         scores = predictor.run(split)
     if scores is not None and contents.task == "regression":
@@ -195,16 +196,22 @@ def _check_data(world: Any, control: Any, options: Options, contents: Any, split
     import socket
     from dataclasses import asdict
 
-    from psmpi.data import Identity, identify_split, other_scale
+    from psmpi.comm.world import host, local_rank
+    from psmpi.data import Identity, SplitIdentity, identify_split, other_scale, split_differences
     from psmpi.errors import UserError
 
-    here = identify_split(split)
+    # Rank 0 looks at all samples, the ranks of a host at them between them.
+    share = (local_rank(world), host(world)[0])
+    here = identify_split(split, share if world.rank else (0, 1))
+    kind = {"train": "training", "all": "given"}.get(options.split, "test")
+    targets = "values" if split.task == "regression" else "labels"
     for rank, text in enumerate(control.collect_texts(json.dumps([socket.gethostname(), asdict(here)]), most=2000)):
-        host, theirs = json.loads(text)
-        if theirs != asdict(here):
+        at, theirs = json.loads(text)
+        found = split_differences(here, SplitIdentity(**theirs), kind, targets)
+        if found:
             raise UserError(
-                f"the samples of {options.dataset} on rank {rank}, host {host}, are not those of rank 0: give all "
-                "hosts the same files"
+                f"the samples of {options.dataset} on rank {rank}, host {at}, are not those of rank 0: here "
+                f"{'; '.join(found)}: give all hosts the same files"
             )
     if world.rank == 0 and contents.data:
         trained = Identity.of(contents.data).train

@@ -154,7 +154,7 @@ def _train(world: World, control: Control, config: Config, own: str) -> bool:
 
     from psmpi import checkpoint
     from psmpi.comm.signals import StopSignals
-    from psmpi.comm.world import host, library
+    from psmpi.comm.world import host, library, local_rank
     from psmpi.config import to_toml
     from psmpi.output import Screen
     from psmpi.registry import find_method
@@ -174,7 +174,8 @@ def _train(world: World, control: Control, config: Config, own: str) -> bool:
         folder = stack.enter_context(start.folder) if start is not None and start.folder is not None else None
         # Ranks may have been started in other folders.
         found = share_path(control, str(Path(start.found).absolute()) if start is not None and start.found else "")
-        dataset, identity = agree(control, config, start)
+        ranks, cores = host(world)
+        dataset, identity = agree(control, config, start, (local_rank(world), ranks))
         network = network_of(config, dataset)
         if start is not None:
             found = start.found
@@ -184,7 +185,6 @@ def _train(world: World, control: Control, config: Config, own: str) -> bool:
                 folder = stack.enter_context(made)
         out = Path(share_path(control, str(folder.path) if folder is not None else ""))
         config = replace(config, run=replace(config.run, out=str(out)))
-        ranks, cores = host(world)
         threads = config.parallel.threads or max(1, cores // ranks)
         if world.rank == 0 and ranks * threads > cores:
             tell(

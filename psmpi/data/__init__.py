@@ -3,7 +3,16 @@
 from psmpi.data.batch import Batch
 from psmpi.data.catalogue import DATASETS, locate, open_dataset, open_split
 from psmpi.data.doubts import find_doubts
-from psmpi.data.identity import Identity, check_same, differences, identify, identify_split, other_scale
+from psmpi.data.identity import (
+    Identity,
+    SplitIdentity,
+    check_same,
+    differences,
+    identify,
+    identify_split,
+    other_scale,
+    split_differences,
+)
 from psmpi.data.minibatches import Minibatches
 from psmpi.data.resident import Resident
 from psmpi.data.split import Dataset, Split
@@ -16,6 +25,7 @@ __all__ = [
     "Minibatches",
     "Resident",
     "Split",
+    "SplitIdentity",
     "check_same",
     "differences",
     "find_doubts",
@@ -25,4 +35,5 @@ __all__ = [
     "open_dataset",
     "open_split",
     "other_scale",
+    "split_differences",
 ]

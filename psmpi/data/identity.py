@@ -1,29 +1,41 @@
-"""The identity of a data set: what tells it from another one of the same name, without reading all of it."""
+"""The identity of a data set: what tells it from another one of the same name, by reading a bounded part of it.
+
+All targets are looked at, and all samples up to SEEN_BYTES; of more, runs of samples from all over, of about as many
+bytes. Which samples these are depends on their number and size alone, and not on how they are stored.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
-from psmpi.data.split import Dataset, Split
+from psmpi.data.split import Dataset, Rows, Split
 from psmpi.errors import UserError
 
-# Samples of a split whose values are looked at, from all over it.
+# Samples of a split whose values have a digest and a largest magnitude, from all over it.
 SAMPLES = 64
+# Bytes of samples that have checksums, and what each sample counts for at least: row numbers take memory too.
+SEEN_BYTES, LEAST_BYTES = 256 << 20, 64
+# Runs of samples that have checksums where there are more bytes.
+RUNS = 1024
+# Checksums of a split, each of so large a part of it, and one that was not made.
+SUMS, UNSEEN = 64, "-" * 8
 # Values that are so many times larger, or smaller, than those trained on are taken for another scale.
 SCALE = 10.0
 
 
 @dataclass(frozen=True)
 class SplitIdentity:
-    """One split: its number of samples, their stored dtype and scale, and SHA-256 digests (first 128 bits, hex).
+    """One split: its number of samples, their stored dtype and scale, SHA-256 digests (first 128 bits, hex), checksums.
 
     targets: of all labels (int64) or values (float64); values: of `SAMPLES` samples as they are stored, little-endian;
-    most: the largest magnitude in these after scaling.
+    most: the largest magnitude in these after scaling; seen: how many samples have checksums; sums: CRC-32 of those in
+    each of the `SUMS` parts of the split, 8 hex digits a part, or UNSEEN. Earlier checkpoints have no checksums: 0, "".
     """
 
     samples: int
@@ -32,6 +44,8 @@ class SplitIdentity:
     targets: str
     values: str
     most: float
+    seen: int = 0
+    sums: str = ""
 
 
 @dataclass(frozen=True)
@@ -46,7 +60,10 @@ class Identity:
 
     def table(self) -> dict[str, Any]:
         """The identity as plain data, for a checkpoint."""
-        return asdict(self)
+        table = asdict(self)
+        # Apart, where readers of earlier versions pass over them.
+        sums = {name: {key: table[name].pop(key) for key in ("seen", "sums")} for name in ("train", "test")}
+        return {**table, "sums": sums}
 
     @staticmethod
     def of(table: Mapping[str, Any]) -> Identity:
@@ -56,7 +73,10 @@ class Identity:
             found = dict(table[name])
             if not all(isinstance(found[key], kind) for key, kind in KINDS.items()) or len(found) != len(KINDS):
                 raise ValueError(f"data, {name}")
-            splits[name] = SplitIdentity(**found)
+            sums = dict(table.get("sums", {}).get(name, {"seen": 0, "sums": ""}))
+            if not (isinstance(sums["seen"], int) and isinstance(sums["sums"], str) and len(sums) == 2):
+                raise ValueError(f"data, sums, {name}")
+            splits[name] = SplitIdentity(**found, **sums)
         shape = tuple(int(size) for size in table["shape"])
         return Identity(shape, str(table["task"]), int(table["outputs"]), **splits)
 
@@ -66,17 +86,29 @@ KINDS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def identify(dataset: Dataset) -> Identity:
-    """The identity of a data set; reads a few samples of each split."""
-    return Identity(
-        tuple(dataset.shape), dataset.task, dataset.outputs, identify_split(dataset.train), identify_split(dataset.test)
-    )
+def identify(dataset: Dataset, share: tuple[int, int] = (0, 1)) -> Identity:
+    """The identity of a data set; share: see `identify_split`."""
+    train, test = (identify_split(split, share) for split in (dataset.train, dataset.test))
+    return Identity(tuple(dataset.shape), dataset.task, dataset.outputs, train, test)
 
 
-def identify_split(split: Split) -> SplitIdentity:
-    """The identity of one split."""
+def identify_split(split: Split, share: tuple[int, int] = (0, 1)) -> SplitIdentity:
+    """The identity of one split, with all checksums, or with `share` (k, of) every of-th only, from the k-th on."""
     count = min(SAMPLES, split.n)
-    values = split.read(np.arange(count) * split.n // max(1, count))
+    some = np.arange(count) * split.n // max(1, count)
+    edges = np.arange(SUMS + 1) * split.n // SUMS
+    seen = seen_rows(split.n, split.features * split.dtype.itemsize, some)
+    mine = np.arange(SUMS) % share[1] == share[0]
+    part = np.searchsorted(edges, seen, "right") - 1
+    rows = seen if mine.all() else np.union1d(seen[mine[part]], some)
+    values, sums = np.empty((count, split.features), split.dtype), [0] * SUMS
+    for first, piece in split.pieces(rows):
+        here = rows[first : first + len(piece)]
+        at, behind = np.searchsorted(some, (here[0], here[-1] + 1))
+        values[at:behind] = piece[np.searchsorted(here, some[at:behind])]
+        cuts = np.searchsorted(here, edges)
+        for k in np.flatnonzero(cuts[1:] > cuts[:-1]):
+            sums[k] = zlib.crc32(_little(piece[cuts[k] : cuts[k + 1]]).data, sums[k])
     # A value that is no number is an error where samples are read to be learnt.
     with np.errstate(invalid="ignore"):
         most = float(np.abs(values, dtype=np.float64).max(initial=0.0)) * split.scale
@@ -87,12 +119,28 @@ def identify_split(split: Split) -> SplitIdentity:
         _digest(split.targets),
         _digest(values),
         most if np.isfinite(most) else 0.0,
+        len(seen),
+        "".join(f"{one:08x}" if looked else UNSEEN for one, looked in zip(sums, mine, strict=True)),
     )
 
 
+def seen_rows(count: int, size: int, some: Rows) -> Rows:
+    """The samples, of `count` of `size` bytes, that have checksums: all up to SEEN_BYTES, else `some` and runs."""
+    size = max(size, LEAST_BYTES)
+    if count * size <= SEEN_BYTES:
+        return np.arange(count)
+    runs = min(count, max(len(some), min(RUNS, SEEN_BYTES // size)))
+    each = max(1, SEEN_BYTES // (runs * size))
+    starts = np.arange(runs) * count // runs
+    return np.union1d(starts[:, None] + np.arange(each), some)
+
+
+def _little(values: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(values, values.dtype.newbyteorder("<"))
+
+
 def _digest(values: np.ndarray) -> str:
-    little = np.ascontiguousarray(values, values.dtype.newbyteorder("<"))
-    return hashlib.sha256(little.tobytes()).hexdigest()[:32]
+    return hashlib.sha256(_little(values).tobytes()).hexdigest()[:32]
 
 
 def differences(one: Identity, other: Identity) -> list[str]:
@@ -106,15 +154,51 @@ def differences(one: Identity, other: Identity) -> list[str]:
     found += [f"{what} {here}, there {there}" for what, here, there in pairs if here != there]
     targets = "values" if one.task == "regression" else "labels"
     for kind, a, b in (("training", one.train, other.train), ("test", one.test, other.test)):
-        if a.samples != b.samples:
-            found.append(f"{a.samples:,} {kind} samples, there {b.samples:,}")
-        if (a.dtype, a.scale) != (b.dtype, b.scale):
-            found.append(f"{kind} samples of {_stored(a)}, there {_stored(b)}")
-        if a.samples == b.samples and a.targets != b.targets:
-            found.append(f"other {targets} of the {kind} samples, or in another order")
-        elif a.samples == b.samples and a.values != b.values and (a.dtype, a.scale) == (b.dtype, b.scale):
-            found.append(f"other values in the {kind} samples (up to {a.most:.4g}, there {b.most:.4g})")
+        found += split_differences(a, b, kind, targets)
     return found
+
+
+def split_differences(a: SplitIdentity, b: SplitIdentity, kind: str, targets: str = "labels") -> list[str]:
+    """What differs from one split to another, as far as both have been looked at, a phrase each; kind: "training"."""
+    found: list[str] = []
+    if a.samples != b.samples:
+        found.append(f"{a.samples:,} {kind} samples, there {b.samples:,}")
+    if (a.dtype, a.scale) != (b.dtype, b.scale):
+        found.append(f"{kind} samples of {_stored(a)}, there {_stored(b)}")
+    if a.samples == b.samples and a.targets != b.targets:
+        found.append(f"other {targets} of the {kind} samples, or in another order")
+    elif a.samples == b.samples and (a.dtype, a.scale) == (b.dtype, b.scale):
+        parts = _other_parts(a, b)
+        largest = f" (up to {a.most:.4g}, there {b.most:.4g})" if a.values != b.values else ""
+        if largest or parts:
+            found.append(f"other values in the {kind} samples{_named(parts, a.samples)}{largest}")
+    return found
+
+
+def _other_parts(a: SplitIdentity, b: SplitIdentity) -> list[tuple[int, int]]:
+    """Parts of a split, first and behind the last sample, whose checksums differ where both have them."""
+    # Of another version of psmpi, which may look at others.
+    if a.seen != b.seen or len(a.sums) != len(b.sums):
+        return []
+    size = len(UNSEEN)
+    pairs = [(a.sums[k : k + size], b.sums[k : k + size]) for k in range(0, len(a.sums), size)]
+    merged: list[tuple[int, int]] = []
+    for k, pair in enumerate(pairs):
+        if UNSEEN in pair or pair[0] == pair[1]:
+            continue
+        first, behind = (at * a.samples // len(pairs) for at in (k, k + 1))
+        if merged and merged[-1][1] == first:
+            first = merged.pop()[0]
+        merged.append((first, behind))
+    return merged
+
+
+def _named(parts: list[tuple[int, int]], samples: int) -> str:
+    """Samples by their numbers, " 100-199, 350 and others"; "" where these are all, or none."""
+    if parts in ([], [(0, samples)]):
+        return ""
+    named = [f"{first:,}" if behind - first == 1 else f"{first:,}-{behind - 1:,}" for first, behind in parts[:3]]
+    return f" {', '.join(named)}{' and others' if len(parts) > 3 else ''}"
 
 
 def _stored(split: SplitIdentity) -> str:

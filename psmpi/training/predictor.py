@@ -14,23 +14,27 @@ from psmpi.comm.group import Counter, Group
 from psmpi.comm.protocol import World
 from psmpi.comm.transfers import RowExchange
 from psmpi.config import Data
-from psmpi.data import Identity, Resident, Split, identify_split, open_split
+from psmpi.data import Identity, Resident, Split, identify_split, open_split, split_differences
 from psmpi.errors import UserError
 from psmpi.layout import Layout, make_grid
 from psmpi.nn.model import Model
 from psmpi.nn.network import Network
 
 
-def calibration_split(trained: Data, dataset: str, data_dir: str, contents: Contents, path: Path) -> Split:
+def calibration_split(
+    trained: Data, dataset: str, data_dir: str, contents: Contents, path: Path, share: tuple[int, int] = (0, 1)
+) -> Split:
     """The training split of the data set that the checkpoint at `path` was trained on, for `--calibrate`.
 
     dataset, data_dir: where the data set is now, both empty where it is still in its place. contents: of the
-    checkpoint. UserError for other samples than those that it was trained on.
+    checkpoint. share: which part of the samples to compare, see `psmpi.data.identify_split`. UserError for other
+    samples than those that it was trained on.
     """
     name = dataset or trained.dataset
     split = open_split(name, data_dir or trained.data_dir, "train", trained.split_seed)
     known = Identity.of(contents.data).train if contents.data else None
-    if split.shape != contents.in_shape or (known is not None and identify_split(split) != known):
+    other = known is not None and bool(split_differences(known, identify_split(split, share), "training"))
+    if split.shape != contents.in_shape or other:
         raise UserError(
             f"--calibrate: {name} has not the training samples, of shape {contents.in_shape}, that checkpoint {path} "
             "was trained on: bring back that data set, or say where it is with --data-dir"

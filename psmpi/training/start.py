@@ -79,14 +79,19 @@ def share_path(control: Control, path: str) -> str:
     return shared
 
 
-def agree(control: Control, config: Config, start: Start | None) -> tuple[Dataset, Identity]:
-    """The data set and its identity, which are the same on all ranks; UserError on rank 0 where they are not."""
+def agree(
+    control: Control, config: Config, start: Start | None, share: tuple[int, int] = (0, 1)
+) -> tuple[Dataset, Identity]:
+    """The data set and its identity, which are the same on all ranks; UserError on rank 0 where they are not.
+
+    share: this rank's number among those of its host and how many these are, which look at the samples between them.
+    """
     if start is not None:
         dataset, identity = start.dataset, start.identity
     else:
         dataset = open_dataset(config.data.dataset, config.data.data_dir, config.data.split_seed)
-        identity = identify(dataset)
-    texts = control.collect_texts(json.dumps([socket.gethostname(), identity.table()]), most=2000)
+        identity = identify(dataset, share)
+    texts = control.collect_texts(json.dumps([socket.gethostname(), identity.table()]), most=4000)
     everyone = dict(enumerate(map(json.loads, texts)))
     check_same(identity, {f"rank {rank}, host {at}": Identity.of(of) for rank, (at, of) in everyone.items()})
     return dataset, identity
