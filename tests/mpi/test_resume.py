@@ -130,6 +130,7 @@ CHANGES = {
     "relabel": lambda: (X, (Y + 1) % 4),
     "rescale": lambda: (X * 16, Y),
     "convert": lambda: (X.astype(np.float32), Y),
+    "pixel": lambda: (np.where(np.arange(X.size).reshape(X.shape) == 7 * X[0].size + 3, X + 1, X), Y),
     "classes": lambda: (X, np.where(np.arange(300) % 7 == 0, 4, Y)),
     "values": lambda: (X, Y.astype(float)),
 }
@@ -147,7 +148,7 @@ def test_other_data_than_before_are_refused_and_nothing_is_changed(tmp_path, cha
     assert held(tmp_path / "run") == before
 
 
-@pytest.mark.parametrize("change", ["append", "rescale", "reorder"])
+@pytest.mark.parametrize("change", ["append", "rescale", "reorder", "pixel"])
 def test_other_data_are_taken_up_where_that_is_asked_for(tmp_path, change):
     save(tmp_path / "d.npz")
     start(tmp_path, "--dataset", "d.npz", *MLP, "--epochs", "1", "--batch-size", "50")
@@ -239,7 +240,7 @@ def stale(monkeypatch, **arrays):
     monkeypatch.setattr("psmpi.training.start.open_dataset", open_other)
 
 
-@pytest.mark.parametrize("change", ["reorder", "shrink", "relabel", "rescale", "classes", "convert"])
+@pytest.mark.parametrize("change", ["reorder", "shrink", "relabel", "rescale", "classes", "convert", "pixel"])
 def test_ranks_that_see_other_data_are_named(tmp_path, monkeypatch, change):
     save(tmp_path / "d.npz")
     save(tmp_path / "stale.npz", *CHANGES[change]())
@@ -280,10 +281,11 @@ def test_predictions_are_of_the_data_of_the_training(tmp_path):
     assert status == 0 and "bring them to one scale" in " ".join(err.split())
 
 
-def test_ranks_that_predict_other_data_are_named(tmp_path, monkeypatch):
+@pytest.mark.parametrize("change", ["reorder", "pixel"])
+def test_ranks_that_predict_other_data_are_named(tmp_path, monkeypatch, change):
     save(tmp_path / "d.npz")
     start(tmp_path, "--dataset", "d.npz", *MLP, "--epochs", "1")
-    save(tmp_path / "stale.npz", *CHANGES["reorder"]())
+    save(tmp_path / "stale.npz", *CHANGES[change]())
     opened, real = [], data.open_split
 
     def open_other(name, *more, **others):
@@ -291,7 +293,8 @@ def test_ranks_that_predict_other_data_are_named(tmp_path, monkeypatch):
         return real(str(tmp_path / "stale.npz") if len(opened) > 1 else name, *more, **others)
 
     monkeypatch.setattr("psmpi.data.open_split", open_other)
-    status, _, err = run(2, "-m", "psmpi.predict", tmp_path / "run", "--dataset", "d.npz", cwd=tmp_path)
+    options = ("--dataset", "d.npz", "--split", "train")
+    status, _, err = run(2, "-m", "psmpi.predict", tmp_path / "run", *options, cwd=tmp_path)
     assert status == 1 and "are not those of rank 0" in " ".join(err.split())
 
 
