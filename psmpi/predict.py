@@ -120,7 +120,7 @@ def _predict(world: Any, control: Any, options: Options) -> None:
     from psmpi.data import open_split
     from psmpi.errors import UserError
     from psmpi.nn.zoo import make_network
-    from psmpi.training.predictor import Predictor, calibrate, calibration_split
+    from psmpi.training.predictor import Predictor, calibrate, calibration_notes, calibration_split
 
     path = Path(options.checkpoint)
     contents = checkpoint.read_contents(path)
@@ -183,6 +183,8 @@ def _predict(world: Any, control: Any, options: Options) -> None:
             where = (options.dataset, options.data_dir) if here else ("", "")
             share = (local_rank(world), ranks)
             known = calibration_split(trained.data, *where, contents, path, share)
+            for note in calibration_notes(options.calibrate, known.n) if world.rank == 0 else ():
+                complain(note)
             calibrate(predictor.model, known, options.calibrate, predictor.dtype)
         scores = predictor.run(split)
     if scores is not None and contents.task == "regression":

@@ -24,7 +24,7 @@ from psmpi.nn.network import Network
 from psmpi.nn.zoo import make_network
 from psmpi.output import tell
 from psmpi.training.predictor import calibrate as calibrate_model
-from psmpi.training.predictor import calibration_split, fetch
+from psmpi.training.predictor import calibration_notes, calibration_split, fetch
 
 # Widely read: onnxruntime from 1.12 on, and what converts to devices' formats.
 OPSET, IR_VERSION = 17, 8
@@ -69,6 +69,8 @@ def export(
     model, split = None, None
     if calibrate:
         split = calibration_split(trained.data, dataset, data_dir, opened.contents, opened.path)
+        for note in calibration_notes(calibrate, split.n):
+            print(note, file=sys.stderr)
         model = make_model(opened, np.dtype(np.float32))
         calibrate_model(model, split, calibrate, np.dtype(np.float32))
     elif network.normalized and out.suffix == ".onnx":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import sqrt
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,9 @@ from psmpi.errors import UserError
 from psmpi.layout import Layout, make_grid
 from psmpi.nn.model import Model
 from psmpi.nn.network import Network
+
+# As many as tests in training take their statistics from; the means of fewer are over 3 % of a standard deviation off.
+FEW = 1000
 
 
 def calibration_split(
@@ -40,6 +44,23 @@ def calibration_split(
             "was trained on: bring back that data set, or say where it is with --data-dir"
         )
     return split
+
+
+def calibration_notes(count: int, samples: int) -> list[str]:
+    """What to tell of `--calibrate` with `count`, where the training split has so many `samples`.
+
+    The mean of n samples has the standard error σ / √n, whatever their distribution, if σ is their standard deviation;
+    channels of convolutions, with their many positions, have a smaller one.
+    """
+    if count > samples:
+        return [f"note: --calibrate {count}: the training split has {samples:,} samples, and all of them are taken"]
+    if count >= min(FEW, samples):
+        return []
+    off = f"{100 / sqrt(count):.0f} %"
+    return [
+        f"warning: --calibrate {count}: means of so few samples are up to about {off} of a standard deviation off, and "
+        f"each score with them: take more, as with --calibrate {min(10_000, samples)}"
+    ]
 
 
 def calibrate(model: Model, split: Split, count: int, dtype: np.dtype) -> None:

@@ -11,6 +11,7 @@ from psmpi.backend import make_backend
 from psmpi.data import Resident, open_dataset
 from psmpi.nn.model import Model
 from psmpi.nn.zoo import make_network
+from psmpi.training.predictor import calibration_notes
 
 PSNET = ("--batch-norm", "--dtype", "float64", "--max-steps", "20", "--epochs", "2", "--optimizer", "momentum")
 
@@ -70,7 +71,11 @@ def test_predictions_and_exports_of_a_residual_network(train, tmp_path):
     status, out, err = run(1, *export, tmp_path / "w.npz")
     assert status == 0 and "without the statistics" in err
     assert not [name for name in np.load(tmp_path / "w.npz") if name.endswith((".mean", ".variance"))]
-    assert run(1, *export, tmp_path / "w.npz", "--calibrate", "1000")[0] == 0
+    for count, says in (("2", "about 71 % of a standard deviation off"), ("10000", "all of them are taken")):
+        status, _, err = run(1, *export, tmp_path / "w.npz", "--calibrate", count)
+        assert status == 0 and says in " ".join(err.split()) and f"--calibrate {count}: " in err
+    status, _, err = run(1, *export, tmp_path / "w.npz", "--calibrate", "1000")
+    assert status == 0 and not err
     w, norm = dict(np.load(tmp_path / "w.npz")), "batch_norm"
     names = [name.removesuffix(".variance") for name in w if name.endswith(".variance")]
     assert names and all(norm in name and w[f"{name}.mean"].shape == w[f"{name}.weight"].shape for name in names)
@@ -97,12 +102,47 @@ def test_few_samples_are_predicted_by_the_statistics_of_the_training(train, tmp_
             status, out, err = run(ranks, "-m", "psmpi.predict", *options, "--calibrate", "1000")
             assert status == 0 and "note" not in err, err
             accuracy[name, ranks] = json.loads(out)["accuracy"]
+    # Of several ranks one tells.
+    for count, says in (("20000", "has 1,438 samples, and all of them"), ("100", "up to about 10 % of a standard")):
+        for ranks in (1, 3):
+            status, _, err = run(ranks, "-m", "psmpi.predict", *options, "--calibrate", count)
+            assert status == 0 and err.count(f"--calibrate {count}: ") == " ".join(err.split()).count(says) == 1, err
     assert accuracy["threes", 1] == accuracy["threes", 3] > 0.85 and accuracy["one", 1] == accuracy["one", 3]
     status, out, err = run(1, "-m", "psmpi.predict", *options)
     assert status == 1 and "a single sample is none" in " ".join(err.split())
     options = (found.out, "--dataset", tmp_path / "threes.npz", "--split", "all", "--json")
     status, out, err = run(1, "-m", "psmpi.predict", *options)
     assert status == 0 and "these very samples" in err and json.loads(out)["accuracy"] < 0.5
+
+
+def test_the_error_that_is_told_of_few_samples_is_that_of_their_means():
+    net = make_network("mlp", (6,), 3, widths=(400,), batch_norm=True)
+    rng = np.random.default_rng(0)
+    model = Model(net, net.layout(), rng.standard_normal(net.layout().size), None, make_backend("numpy"))
+    x = rng.exponential(size=(6, 40_000))
+
+    def means(samples):
+        model.calibrate([samples.copy()])
+        of = next(part for part in model.parts if part.layer.couples)
+        return of.fixed[0].copy(), 1 / of.fixed[1]
+
+    whole, deviation = means(x)
+    for count in (4, 100, 900):
+        off = [(means(x[:, k * count : (k + 1) * count])[0] - whole) / deviation for k in range(20)]
+        (note,) = calibration_notes(count, 40_000)
+        assert note.startswith(f"warning: --calibrate {count}: ") and note.endswith("as with --calibrate 10000")
+        told = int(note.partition(" %")[0].rpartition(" ")[2])
+        # 400 units of 6 inputs in 20 draws are about 120 independent means.
+        assert 100 * np.sqrt(np.mean(np.square(off))) == pytest.approx(told, rel=0.2)
+
+
+@pytest.mark.parametrize(("count", "samples", "kind"), [
+    (2, 10**5, "warning"), (999, 10**5, "warning"), (1000, 10**5, ""), (10**5, 10**5, ""), (10**5 + 1, 10**5, "note"),
+    (50, 50, ""), (49, 50, "warning"), (51, 50, "note"),
+])  # fmt: skip
+def test_too_few_samples_for_statistics_and_too_many_are_told(count, samples, kind):
+    found = calibration_notes(count, samples)
+    assert [one.partition(":")[0] for one in found] == ([kind] if kind else [])
 
 
 def test_fixed_statistics_are_those_of_the_minibatches_seen():
