@@ -2,6 +2,7 @@
 
 from psmpi.data.batch import Batch
 from psmpi.data.catalogue import DATASETS, locate, open_dataset, open_split
+from psmpi.data.copies import Prints
 from psmpi.data.doubts import find_doubts
 from psmpi.data.identity import (
     Identity,
@@ -23,6 +24,7 @@ __all__ = [
     "Dataset",
     "Identity",
     "Minibatches",
+    "Prints",
     "Resident",
     "Split",
     "SplitIdentity",

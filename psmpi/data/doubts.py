@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from psmpi.data.copies import Prints, find_copies
 from psmpi.data.labels import NUMBERED
 from psmpi.data.split import Dataset, Split
 
@@ -23,15 +24,20 @@ LARGE = 12
 APART = 8
 
 
-def find_doubts(dataset: Dataset) -> Iterator[str]:
+def find_doubts(dataset: Dataset, prints: Sequence[Prints] = ()) -> Iterator[str]:
     """Phrases about what is probably a mistake in `dataset`, each with what to do; reads a few samples.
 
+    prints: fingerprints of training samples and of test samples, see `psmpi.data.identify`.
+
     Of classes: no or one class in all, in training or in the test, gaps in their numbers. Of values: labels among them.
-    Of samples: pixels that are not scaled, channels that come last, test samples of another scale, or none of their
-    own.
+    Of samples: pixels that are not scaled, channels that come last, test samples of another scale, or that are training
+    samples.
     """
     yield from _labels(dataset) if dataset.task == "classes" else _values(dataset.train.targets)
-    yield from _samples(dataset)
+    some = _some(dataset.train)
+    yield from _samples(dataset, some)
+    if len(prints) == 2:
+        yield from find_copies(dataset, prints, some)
 
 
 def _labels(dataset: Dataset) -> Iterator[str]:
@@ -82,14 +88,13 @@ def _values(values: npt.NDArray[Any]) -> Iterator[str]:
         )
 
 
-def _samples(dataset: Dataset) -> Iterator[str]:
+def _samples(dataset: Dataset, some: npt.NDArray[Any]) -> Iterator[str]:
     shape = dataset.shape
     if len(shape) == 3 and shape[2] in CHANNELS and min(shape[:2]) > max(CHANNELS):
         yield (
             f"samples of the shape {shape} are taken for {shape[0]} channels of {shape[1]} x {shape[2]}: if the "
             "channels come last, save x.transpose(0, 3, 1, 2)"
         )
-    some = _some(dataset.train)
     if not some.size or not np.isfinite(some).all():
         return
     low, high = float(some.min()), float(some.max())
@@ -113,8 +118,6 @@ def _samples(dataset: Dataset) -> Iterator[str]:
         )
     if dataset.test.source is not dataset.train.source:
         tests = _some(dataset.test)
-        if dataset.train.n == dataset.test.n and np.array_equal(some, tests):
-            yield "x_test has the same samples as x, so that tests are of what is learnt by heart: save others"
         most = [float(np.abs(one).max(initial=0)) if np.isfinite(one).all() else 0.0 for one in (some, tests)]
         if min(most) and max(most) > APART * min(most):
             yield f"x has values up to {most[0]:g}, x_test up to {most[1]:g}: scale both alike"

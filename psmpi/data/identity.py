@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from psmpi.data.copies import Prints, fingerprints
 from psmpi.data.split import Dataset, Rows, Split
 from psmpi.errors import UserError
 
@@ -86,14 +87,17 @@ KINDS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def identify(dataset: Dataset, share: tuple[int, int] = (0, 1)) -> Identity:
-    """The identity of a data set; share: see `identify_split`."""
-    train, test = (identify_split(split, share) for split in (dataset.train, dataset.test))
+def identify(dataset: Dataset, share: tuple[int, int] = (0, 1), prints: list[Prints] | None = None) -> Identity:
+    """The identity of a data set; share, prints: see `identify_split`, of the training and then of the test samples."""
+    train, test = (identify_split(split, share, prints) for split in (dataset.train, dataset.test))
     return Identity(tuple(dataset.shape), dataset.task, dataset.outputs, train, test)
 
 
-def identify_split(split: Split, share: tuple[int, int] = (0, 1)) -> SplitIdentity:
-    """The identity of one split, with all checksums, or with `share` (k, of) every of-th only, from the k-th on."""
+def identify_split(split: Split, share: tuple[int, int] = (0, 1), prints: list[Prints] | None = None) -> SplitIdentity:
+    """The identity of one split, with all checksums, or with `share` (k, of) every of-th only, from the k-th on.
+
+    Fingerprints of the samples that were read are appended to `prints`.
+    """
     count = min(SAMPLES, split.n)
     some = np.arange(count) * split.n // max(1, count)
     edges = np.arange(SUMS + 1) * split.n // SUMS
@@ -102,6 +106,7 @@ def identify_split(split: Split, share: tuple[int, int] = (0, 1)) -> SplitIdenti
     part = np.searchsorted(edges, seen, "right") - 1
     rows = seen if mine.all() else np.union1d(seen[mine[part]], some)
     values, sums = np.empty((count, split.features), split.dtype), [0] * SUMS
+    found = np.empty(len(rows) if prints is not None else 0, np.uint64)
     for first, piece in split.pieces(rows):
         here = rows[first : first + len(piece)]
         at, behind = np.searchsorted(some, (here[0], here[-1] + 1))
@@ -109,6 +114,10 @@ def identify_split(split: Split, share: tuple[int, int] = (0, 1)) -> SplitIdenti
         cuts = np.searchsorted(here, edges)
         for k in np.flatnonzero(cuts[1:] > cuts[:-1]):
             sums[k] = zlib.crc32(_little(piece[cuts[k] : cuts[k + 1]]).data, sums[k])
+        if prints is not None:
+            found[first : first + len(piece)] = fingerprints(piece)
+    if prints is not None:
+        prints.append(found)
     # A value that is no number is an error where samples are read to be learnt.
     with np.errstate(invalid="ignore"):
         most = float(np.abs(values, dtype=np.float64).max(initial=0.0)) * split.scale

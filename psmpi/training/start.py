@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from psmpi import checkpoint
-from psmpi.data import Dataset, Identity, check_same, find_doubts, identify, open_dataset
+from psmpi.data import Dataset, Identity, Prints, check_same, find_doubts, identify, open_dataset
 from psmpi.errors import UserError
 from psmpi.nn.zoo import make_network
 from psmpi.registry import find_method
@@ -42,7 +42,8 @@ def begin(size: int, config: Config, own: str, tell: Callable[[str], None]) -> S
     kind: Any = find_method(config.parallel.method)
     run = config.run
     dataset = open_dataset(config.data.dataset, config.data.data_dir, config.data.split_seed)
-    identity = identify(dataset)
+    prints: list[Prints] = []
+    identity = identify(dataset, prints=prints)
     folder, found = RunFolder(Path(run.out), tell) if run.out and Path(run.out).exists() else None, ""
     try:
         if run.resume:
@@ -64,7 +65,7 @@ def begin(size: int, config: Config, own: str, tell: Callable[[str], None]) -> S
             plan_steps(dataset, config)
         for note in notes(size, network, dataset, config.data.batch_size):
             tell(f"note: {note}")
-        for warning in (*kind.warnings(size, network, config), *find_doubts(dataset)):
+        for warning in (*kind.warnings(size, network, config), *find_doubts(dataset, prints)):
             tell(f"warning: {warning}")
     except BaseException:
         if folder is not None:

@@ -13,12 +13,14 @@ import pytest
 from helpers.datasets import make_cifar, real
 from helpers.runs import run
 
-from psmpi.data import find_doubts, locate, open_dataset
+from psmpi.data import Dataset, Prints, find_doubts, identify, locate, open_dataset
+from psmpi.data import identity as identity_module
+from psmpi.data.copies import fingerprints
 
 RNG = np.random.default_rng(0)
 X, Y = RNG.random((40, 5, 6)).astype(np.float32), np.arange(40) % 4
 PIXELS = RNG.integers(0, 256, (40, 5, 6))
-FOR_TEST = {"x_test": X[:20], "y_test": Y[:20]}
+FOR_TEST = {"x_test": RNG.random((20, 5, 6)).astype(np.float32), "y_test": Y[:20]}
 
 
 def told(path: Path, packed: bool = False, **arrays: Any) -> list[str]:
@@ -28,7 +30,13 @@ def told(path: Path, packed: bool = False, **arrays: Any) -> list[str]:
         with h5py.File(path, "w") as file:
             for key, values in arrays.items():
                 file.create_dataset(key, data=values, compression="gzip" if packed else None)
-    return list(find_doubts(open_dataset(str(path), None)))
+    return doubts(open_dataset(str(path), None))
+
+
+def doubts(dataset: Dataset) -> list[str]:
+    prints: list[Prints] = []
+    identify(dataset, prints=prints)
+    return list(find_doubts(dataset, prints))
 
 
 @pytest.mark.parametrize("end", [".npz", ".h5"])
@@ -56,8 +64,8 @@ def test_sound_data_sets_raise_no_doubts(tmp_path: Path, end: str, packed: bool,
 def test_data_sets_with_a_name_raise_no_doubts(tmp_path: Path) -> None:
     make_cifar(tmp_path, (40, 40, 40, 40, 40, 40))
     for name, place in (("digits", None), ("cifar10", tmp_path)):
-        assert list(find_doubts(open_dataset(name, place))) == []
-    assert list(find_doubts(open_dataset("mnist", real("mnist")))) == []
+        assert doubts(open_dataset(name, place)) == []
+    assert doubts(open_dataset("mnist", real("mnist"))) == []
 
 
 @pytest.mark.parametrize("end", [".npz", ".h5"])
@@ -75,7 +83,7 @@ def test_data_sets_with_a_name_raise_no_doubts(tmp_path: Path) -> None:
     ],
 )
 def test_labels_that_leave_classes_out_are_told(tmp_path: Path, end: str, y: Any, says: list[str]) -> None:
-    for more in ({}, {"x_test": X[::-1], "y_test": y}):
+    for more in ({}, {"x_test": 1 - X, "y_test": y}):
         found = told(tmp_path / f"own{end}", x=X, y=y, **more)
         assert len(found) == len(says)
         for phrase, pattern in zip(found, says, strict=True):
@@ -84,10 +92,10 @@ def test_labels_that_leave_classes_out_are_told(tmp_path: Path, end: str, y: Any
 
 def test_classes_of_one_split_alone_are_told(tmp_path: Path) -> None:
     path = tmp_path / "own.npz"
-    assert told(path, x=X, y=np.arange(40) % 10, x_test=X[::-1], y_test=np.arange(40) % 3) == [
+    assert told(path, x=X, y=np.arange(40) % 10, x_test=1 - X, y_test=np.arange(40) % 3) == [
         "the classes 3, 4, 5, 6, 7 and 2 more have training samples and no test samples"
     ]
-    assert told(path, x=X, y=Y, x_test=X[::-1], y_test=np.arange(40) % 6) == [
+    assert told(path, x=X, y=Y, x_test=1 - X, y_test=np.arange(40) % 6) == [
         "the classes 4, 5 have test samples and no training samples"
     ]
     assert told(path, x=X, y=np.where(np.arange(40) == 7, 4, Y)) == [
@@ -114,7 +122,8 @@ def test_samples_of_zeros_are_told(tmp_path: Path) -> None:
     """As of files whose writer did not come to the end."""
     half = np.where(np.arange(40)[:, None] < 30, RNG.random((40, 9)), 0)
     assert told(tmp_path / "own.npz", x=half, y=Y)[0].startswith("10 of 40 samples looked at are zeros throughout")
-    assert told(tmp_path / "own.npz", x=np.where(np.arange(40)[:, None] < 37, half + 0.1, 0), y=Y) == []
+    few = np.where(np.arange(40)[:, None] < 37, RNG.random((40, 9)), 0)
+    assert told(tmp_path / "own.npz", x=few, y=Y) == []
 
 
 @pytest.mark.parametrize("end", [".npz", ".h5"])
@@ -141,7 +150,7 @@ def test_samples_that_are_not_scaled_or_turned_are_told(
 ) -> None:
     (found,) = told(tmp_path / f"own{end}", packed, x=x, y=Y)
     assert re.match(says, found), found
-    assert told(tmp_path / f"own{end}", packed, x=x, y=Y, x_test=x[:20], y_test=Y[:20]) == [found]
+    assert told(tmp_path / f"own{end}", packed, x=x, y=Y, x_test=x[:20], y_test=Y[:20])[:1] == [found]
 
 
 def test_test_samples_of_another_scale_are_told(tmp_path: Path) -> None:
@@ -150,9 +159,66 @@ def test_test_samples_of_another_scale_are_told(tmp_path: Path) -> None:
         assert re.match(f"x has values up to {says}.*: scale both alike", found), found
 
 
-def test_test_samples_that_are_the_training_samples_are_told(tmp_path: Path) -> None:
-    (found,) = told(tmp_path / "own.npz", x=X, y=Y, x_test=X, y_test=Y)
-    assert found.startswith("x_test has the same samples as x")
+@pytest.mark.parametrize("end", [".npz", ".h5"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_test_samples_that_are_training_samples_are_told(tmp_path: Path, end: str, packed: bool) -> None:
+    path = tmp_path / f"own{end}"
+    for x in (X, (X - 0.5).astype(np.float64), PIXELS.astype(np.uint8), np.sign(X - 0.5)):
+        others = x[:, ::-1].copy() if x.dtype == np.uint8 else -x
+        for count, mixed in ((40, x), (20, x[:20]), (15, np.concatenate([others[:25], x[::-1][:15]]))):
+            (found,) = told(path, packed, x=x, y=Y, x_test=mixed, y_test=Y[: len(mixed)])
+            assert found.startswith(f"{count} of the {len(mixed)} test samples are training samples too, so that"), (
+                found
+            )
+        assert told(path, packed, x=x, y=Y, x_test=others, y_test=Y) == []
+
+
+def test_samples_that_are_alike_by_chance_are_not_told(tmp_path: Path) -> None:
+    """As rows of a few categories are, within the training samples as well."""
+    for categories in (2, 5):
+        rows = RNG.integers(0, categories, (600, 4)).astype(np.float32)
+        arrays = {"x": rows[:400], "y": np.arange(400) % 4, "x_test": rows[400:], "y_test": np.arange(200) % 4}
+        assert told(tmp_path / "own.npz", **arrays) == []
+        assert told(tmp_path / "own.npz", x=rows, y=np.arange(600) % 4) == []
+
+
+def test_one_copy_of_a_hundred_samples_is_no_more_than_collections_have(tmp_path: Path) -> None:
+    x = RNG.random((400, 9))
+    arrays = {"x": x, "y": np.arange(400) % 4, "y_test": np.arange(200) % 4}
+    for count in (2, 3):
+        x_test = np.concatenate([RNG.random((200 - count, 9)), x[:count]])
+        assert len(told(tmp_path / "own.npz", x_test=x_test, **arrays)) == (count > 2)
+
+
+def test_copies_among_samples_of_which_a_fifth_is_held_out_are_told(tmp_path: Path) -> None:
+    x = RNG.random((100, 9))
+    (found,) = told(tmp_path / "own.npz", x=np.concatenate([x, x]), y=np.arange(200) % 4)
+    said = re.match(r"x has samples more than once, so that (\d+) of the 40 test samples, which", found)
+    data = open_dataset(str(tmp_path / "own.npz"), None)
+    train, test = ([row.tobytes() for row in one.read(np.arange(one.n))] for one in (data.train, data.test))
+    assert said is not None and int(said[1]) == sum(row in train for row in test) > 4
+    assert told(tmp_path / "own.npz", x=np.concatenate([x, x[:9]]), y=np.arange(109) % 4) == []
+
+
+def test_of_large_sets_copies_are_looked_for_among_some(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = RNG.random((5000, 30)).astype(np.float32), np.arange(5000) % 4
+    monkeypatch.setattr(identity_module, "SEEN_BYTES", x.nbytes // 2)
+    (found,) = told(tmp_path / "own.h5", x=x, y=y, x_test=x[::5], y_test=y[::5])
+    count = re.match(r"(\d+) of the 1,000 test samples looked at are training samples too", found)
+    assert count is not None and 400 < int(count[1]) < 600
+
+
+def test_fingerprints_are_the_same_for_the_same_samples_alone() -> None:
+    for x in (
+        X.reshape(40, -1),
+        PIXELS.reshape(40, -1).astype(np.uint8)[:, :29],
+        np.sign(RNG.random((4000, 64)) - 0.5),
+    ):
+        prints = fingerprints(x)
+        assert len(set(prints.tolist())) == len(np.unique(x, axis=0)) == len(x)
+        assert np.array_equal(fingerprints(x[5:9]), prints[5:9])
+    signs = np.array([[a, b, c] for a in (1, -1) for b in (1, -1) for c in (1, -1)], np.float64)
+    assert len(set(fingerprints(signs).tolist())) == 8
 
 
 def test_a_file_of_the_same_name_in_the_current_folder_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,62 @@
+"""Test samples that are training samples too, found by a fingerprint of each sample."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from psmpi.data.split import Dataset
+
+Prints = npt.NDArray[np.uint64]
+
+# Shares of the test samples: what honest collections have, too, and what is said of samples that were held out.
+FEW, HELD_OUT = 0.01, 0.1
+# So many values at most are categories, whose rows are alike by chance.
+CATEGORIES = 16
+
+
+def fingerprints(values: npt.NDArray[np.generic]) -> Prints:
+    """64 bits for each row of values (k, features), the same for the same bytes.
+
+    Sums of a_i w_i modulo 2⁶⁴ over the words w_i of 32 bits, with random odd a_i: rows that differ have the same one
+    with a probability of 2⁻³² at most.
+    """
+    rows = np.ascontiguousarray(values).view(np.uint8)
+    if rows.shape[1] % 4:
+        padded = np.zeros((len(rows), -(-rows.shape[1] // 4) * 4), np.uint8)
+        padded[:, : rows.shape[1]] = rows
+        rows = padded
+    words = rows.view(np.uint32)
+    factors = np.random.default_rng(0).integers(0, 2**64, words.shape[1], np.uint64) | np.uint64(1)
+    found: Prints = words.astype(np.uint64) @ factors
+    return found
+
+
+def find_copies(dataset: Dataset, prints: Sequence[Prints], values: npt.NDArray[np.generic]) -> Iterator[str]:
+    """A phrase where test samples are training samples too, beyond what chance or honest collections have.
+
+    prints: of training and of test samples, of all or of some; values: of some samples, which tell categories.
+    """
+    train, test = prints
+    # Samples of zeros, whose fingerprint is 0, are told of elsewhere.
+    kept, counts = np.unique(train[train != 0], return_counts=True)
+    again = float(counts[counts > 1].sum() / len(train))
+    found = int(np.isin(test, kept).sum())
+    share = found / len(test)
+    looked = "" if len(test) == dataset.test.n and len(train) == dataset.train.n else " looked at"
+    if dataset.test.source is dataset.train.source:
+        # Of samples drawn from one array as many have a copy as among those that stay.
+        if share > HELD_OUT and len(np.unique(values)) > CATEGORIES:
+            yield (
+                f"x has samples more than once, so that {found:,} of the {len(test):,} test samples{looked}, which are "
+                "drawn from it, are training samples too: save each sample once (np.unique(x, axis=0, "
+                "return_index=True)[1]), or x_test and y_test of others"
+            )
+    # Where rows are alike by chance, they are so within x as well.
+    elif share > FEW + 2 * again or (share > 1 - FEW and again < 1 - HELD_OUT):
+        yield (
+            f"{found:,} of the {len(test):,} test samples{looked} are training samples too, so that tests are of what "
+            "is learnt by heart: test on others, or take these out of the training samples"
+        )
