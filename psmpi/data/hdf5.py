@@ -139,3 +139,6 @@ class Hdf5Rows(InPieces):
 
     def glance(self, count: int) -> npt.NDArray[Any]:
         return some_rows(self, prod(self.shape[1:]), count)
+
+    def place(self, row: int) -> str:
+        return f"{self.path}, {self.key}: sample {row}"

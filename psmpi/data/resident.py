@@ -55,7 +55,7 @@ class Resident:
 
     def _name(self, split: Split, row: int) -> str:
         number = self._rows[row] if split.index is None else split.index[self._rows[row]]
-        return f"{getattr(split.source, 'path', 'the data set')}: sample {number}"
+        return split.source.place(int(number))
 
     @property
     def nbytes(self) -> int:

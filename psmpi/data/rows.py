@@ -49,6 +49,9 @@ class RowSource(Protocol):
     def glance(self, count: int) -> Array:
         """Up to `count` rows, (k, features), that are read quickly, whose checksum may not be compared."""
 
+    def place(self, row: int) -> str:
+        """Where a row is, for people: its file, its array and its number there, "a.npz, x_test: sample 3"."""
+
 
 class InPieces(ABC):
     """The base of sources whose `read_into` stores the rows as they come in pieces."""
@@ -63,6 +66,10 @@ class InPieces(ABC):
             out[where[i : i + len(values)]] = values
             # Or it would be held while the next one is made.
             del values
+
+    def place(self, row: int) -> str:
+        """See RowSource; of a source with a path and one array."""
+        return f"{getattr(self, 'path', 'the data set')}: sample {row}"
 
 
 def some_rows(source: RowSource, features: int, count: int) -> Array:
@@ -183,6 +190,13 @@ class Concatenated(InPieces):
     def glance(self, count: int) -> Array:
         return self.parts[0].glance(count)
 
+    def place(self, row: int) -> str:
+        for part in self.parts[:-1]:
+            if row < part.n:
+                return part.place(row)
+            row -= part.n
+        return self.parts[-1].place(row)
+
 
 @dataclass(frozen=True, eq=False)
 class StreamRows(InPieces):
@@ -244,6 +258,10 @@ class StreamRows(InPieces):
                 self._exactly(stream, first)
         return first.astype(self.dtype)
 
+    def place(self, row: int) -> str:
+        array = f", {self.member.removesuffix('.npy')}" if self.member else ""
+        return f"{self.path}{array}: sample {row}"
+
     @contextmanager
     def _stream(self) -> Iterator[BufferedIOBase]:
         """The unpacked bytes from the first one on."""
@@ -301,3 +319,6 @@ class CheckedRows(InPieces):
 
     def glance(self, count: int) -> Array:
         return self.file.glance(count)
+
+    def place(self, row: int) -> str:
+        return self.stream.place(row)

@@ -1066,12 +1066,51 @@ def test_resident_refuses_rows_that_do_not_increase(train: Split) -> None:
         Resident(train, [train.n], np.float32)
 
 
+@pytest.mark.parametrize("name", ["plain.npz", "packed.npz", "turned.npz", "own.h5"])
+@pytest.mark.parametrize(("key", "row"), [("x", 3), ("x_test", 6), ("", 8)])
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_values_that_are_no_numbers_are_named_by_array_and_sample(
+    tmp_path: Path, name: str, key: str, row: int, value: float
+) -> None:
+    """Without test samples of their own (no key), by the row of x from which they were drawn."""
+    arrays = {"x": np.ones((10, 3)), "y": Y, "x_test": np.ones((10, 3)), "y_test": Y}
+    if not key:
+        del arrays["x_test"], arrays["y_test"]
+    arrays[key or "x"][row, 1] = value
+    if name == "turned.npz":
+        arrays = {one: np.asfortranarray(values) for one, values in arrays.items()}
+    path = tmp_path / name
+    if name == "packed.npz":
+        np.savez_compressed(path, **arrays)
+    else:
+        save(path, **arrays)
+    data = open_dataset(str(path), None)
+    splits = {"x": (data.train,), "x_test": (data.test,)}.get(key, (data.train, data.test))
+    with pytest.raises(UserError) as caught:
+        for split in splits:
+            Resident(split, np.arange(split.n)[1:], np.float64)
+    told = f"{path}, {key or 'x'}: sample {row} has values that are not finite numbers; correct or remove such samples"
+    assert str(caught.value) == told
+
+
+def test_places_of_samples_in_several_files_are_told(tmp_path: Path) -> None:
+    make_cifar(tmp_path)
+    data = open_dataset("cifar10", tmp_path)
+    assert [data.train.source.place(row) for row in (0, 2, 3, 4, 14)] == [
+        f"{tmp_path}/data_batch_{k}.bin: sample {at}" for k, at in ((1, 0), (1, 2), (2, 0), (3, 0), (5, 4))
+    ]
+    assert data.test.source.place(5) == f"{tmp_path}/test_batch.bin: sample 5"
+    assert open_dataset("digits", None).train.source.place(7) == "the data set: sample 7"
+
+
 @pytest.mark.parametrize("end", [".npz", ".h5"])
 def test_values_that_the_dtype_of_training_cannot_hold_are_refused(tmp_path: Path, end: str) -> None:
     x = np.ones((10, 3))
     x[7, 1], largest = -1e39, float(np.finfo(np.float32).max)
     split = open_dataset(save(tmp_path / f"own{end}", x=x, y=Y, x_test=x, y_test=Y), None).train
-    with pytest.raises(UserError, match=r"sample 7 has values beyond 3.4e\+38, infinite in float32; .*float64"):
+    with pytest.raises(
+        UserError, match=r"own\.(npz|h5), x: sample 7 has values beyond 3.4e\+38, infinite in float32; .*float64"
+    ):
         Resident(split, np.arange(10), np.float32)
     assert Resident(split, np.arange(7), np.float32).nbytes and Resident(split, np.arange(10), np.float64).nbytes
     x[7, 1] = -largest
