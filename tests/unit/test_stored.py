@@ -182,6 +182,95 @@ def test_virtual_arrays_of_parts_of_arrays_are_read(tmp_path: Path) -> None:
     refused(tmp_path / "own.h5", "takes more from all", "(19, 6)")
 
 
+def growing(file: h5py.File, key: str, sources: dict[str, Any], step: int = 1) -> None:
+    """Put `key` together from arrays of any length, `step` apart, of which the k-th has rows from k on."""
+    end, shape = h5py.h5s.UNLIMITED, ARRAYS[key].shape[1:]
+    layout = h5py.VirtualLayout((20, *shape), ARRAYS[key].dtype, maxshape=(None, *shape))
+    for k, (name, values) in enumerate(sources.items()):
+        with h5py.File(Path(file.filename).parent / name, "w") as other:
+            other.create_dataset("part", data=values, maxshape=(None, *shape), chunks=True)
+        source = h5py.VirtualSource(name, "part", values.shape, values.dtype, maxshape=(None, *shape))
+        layout[k:end:step] = source[0:end]
+    file.create_virtual_dataset(key, layout)
+
+
+def numbered(file: h5py.File, key: str, pattern: str, rows: int, inner: bytes = b"part") -> None:
+    """Put `key` together from as many arrays of so many rows as a pattern finds."""
+    shape, dtype = ARRAYS[key].shape[1:], h5py.h5t.py_create(ARRAYS[key].dtype, logical=True)
+    made, ones = h5py.h5p.create(h5py.h5p.DATASET_CREATE), (1,) * len(shape)
+    space = h5py.h5s.create_simple((rows, *shape), (h5py.h5s.UNLIMITED, *shape))
+    whole = h5py.h5s.create_simple((rows, *shape), (h5py.h5s.UNLIMITED, *shape))
+    space.select_hyperslab(
+        (0, *(0 for _ in shape)), (h5py.h5s.UNLIMITED, *ones), stride=(rows, *ones), block=(rows, *shape)
+    )
+    made.set_virtual(space, pattern.encode(), inner, h5py.h5s.create_simple((rows, *shape)))
+    h5py.h5d.create(file.id, key.encode(), dtype, whole, made)
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_virtual_arrays_of_unlimited_size_are_read(tmp_path: Path, key: str) -> None:
+    path, values = tmp_path / "own.h5", ARRAYS[key]
+    for step in (1, 2, 3):
+        with write(path, key) as file:
+            growing(file, key, {f"{k}.h5": values[k::step] for k in range(step)}, step)
+        data = open_dataset(str(path), None)
+        assert np.array_equal(data.train.read(np.arange(20)), X) and np.array_equal(data.test.labels, Y[::-1])
+        assert np.array_equal(data.test.read(np.arange(20)), X + 1) and np.array_equal(data.train.labels, Y)
+    # One source is shorter than the others, or was not written to its end.
+    with h5py.File(tmp_path / "1.h5", "a") as file:
+        file["part"].resize(5, axis=0)
+    refused(path, f"{key} takes more from part in", "1.h5", "than this has, with its shape (5,")
+    with h5py.File(tmp_path / "1.h5", "w") as file:
+        file.create_dataset(
+            "part", (7, *values.shape[1:]), values.dtype, maxshape=(None, *values.shape[1:]), chunks=True
+        )
+    with pytest.raises(UserError, match=r"1\.h5: part is not all there"):
+        open_dataset(str(path), None)
+    (tmp_path / "1.h5").unlink()
+    refused(path, f"{key} is put together from 3 other files, and 1.h5 is not there")
+
+
+@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("pattern", ["b-%b.h5", "%b%%.h5"])
+def test_virtual_arrays_of_numbered_files_are_read(tmp_path: Path, key: str, pattern: str) -> None:
+    path, values = tmp_path / "own.h5", ARRAYS[key]
+    names = [pattern.replace("%b", str(k)).replace("%%", "%") for k in range(4)]
+    for k, name in enumerate(names):
+        with h5py.File(tmp_path / name, "w") as file:
+            file["part"] = values[5 * k : 5 * k + 5]
+    with write(path, key) as file:
+        numbered(file, key, pattern, 5)
+    data = open_dataset(str(path), None)
+    assert np.array_equal(data.train.read(np.arange(20)), X) and np.array_equal(data.test.labels, Y[::-1])
+    assert np.array_equal(data.test.read(np.arange(20)), X + 1) and np.array_equal(data.train.labels, Y)
+    # HDF5 ends at the first one that is not there, or has not its array.
+    (tmp_path / names[2]).rename(tmp_path / "gone")
+    refused(path, f"{key} is put together from files named {pattern}, and ends before {names[2]}", names[3], "bring it")
+    (tmp_path / names[3]).unlink()
+    with pytest.raises(UserError, match="expected one label a sample" if key.startswith("x") else "10 labels in y"):
+        open_dataset(str(path), None)
+    with h5py.File(tmp_path / names[2], "w") as file:
+        file["other"] = values[:5]
+    refused(path, f"ends before {names[2]}, which has no array part")
+    for name in (names[0], names[2]):
+        (tmp_path / name).unlink()
+    refused(path, f"{names[0]} is not there")
+
+
+def test_virtual_arrays_of_numbered_arrays_are_read(tmp_path: Path) -> None:
+    """In one file, and in the file itself."""
+    for name, place in (("other.h5", "other.h5"), ("own.h5", ".")):
+        with write(tmp_path / "own.h5", "x") as file:
+            numbered(file, "x", place, 10, b"%%/part-%b")
+        with h5py.File(tmp_path / name, "a") as file:
+            for k in range(2):
+                file[f"%/part-{k}"] = X[10 * k : 10 * k + 10]
+        assert np.array_equal(open_dataset(str(tmp_path / "own.h5"), None).train.read(np.arange(20)), X)
+    with h5py.File(tmp_path / "own.h5", "a") as file:
+        del file["%/part-0"]
+    refused(tmp_path / "own.h5", "has no array %/part-0")
+
+
 def test_virtual_arrays_whose_sources_overlap_are_not_all_there(tmp_path: Path) -> None:
     for name in ("a.h5", "b.h5"):
         with h5py.File(tmp_path / name, "w") as file:
