@@ -29,9 +29,9 @@ def find_doubts(dataset: Dataset, prints: Sequence[Prints] = ()) -> Iterator[str
 
     prints: fingerprints of training samples and of test samples, see `psmpi.data.identify`.
 
-    Of classes: no or one class in all, in training or in the test, gaps in their numbers. Of values: labels among them.
-    Of samples: pixels that are not scaled, channels that come last, test samples of another scale, or that are training
-    samples.
+    Of classes: no or one class in all, in training or in the test, gaps in their numbers. Of values: one that all have;
+    not whole numbers, since only those learn values who ask for the squared error. Of samples: pixels that are not
+    scaled, channels that come last, test samples of another scale, or that are training samples.
     """
     yield from _labels(dataset) if dataset.task == "classes" else _values(dataset.train.targets)
     some = _some(dataset.train)
@@ -78,13 +78,6 @@ def _values(values: npt.NDArray[Any]) -> Iterator[str]:
         yield (
             f"all training samples have the value {values[0, fixed[0]]:g} in column {fixed[0]} of y: there is nothing "
             "to learn"
-        )
-    elif values.shape[1] > 1 and ((values == 0) | (values == 1)).all() and (values.sum(axis=1) == 1).all():
-        yield ("y has a 1 and zeros in each row, which are learnt as values: for classes save y.argmax(axis=1) instead")
-    elif values.shape[1] == 1 and values.min() >= 0 and values.max() < 1000 and (values == np.rint(values)).all():
-        yield (
-            f"y is floating point and has whole numbers only, {values.min():g} to {values.max():g}, which are learnt "
-            "as values: for classes save y.astype(np.int64)"
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -108,14 +109,34 @@ def test_classes_of_one_split_alone_are_told(tmp_path: Path) -> None:
     )
 
 
-def test_values_that_look_like_classes_are_told(tmp_path: Path) -> None:
+def test_values_that_are_all_the_same_are_told(tmp_path: Path) -> None:
     path = tmp_path / "own.npz"
-    assert told(path, x=X, y=Y * 1.0) == [
-        "y is floating point and has whole numbers only, 0 to 3, which are learnt as values: for classes save "
-        "y.astype(np.int64)"
-    ]
-    assert "for classes save y.argmax(axis=1)" in told(path, x=X, y=np.eye(4)[Y])[0]
     assert "the value 2 in column 1 of y" in told(path, x=X, y=np.stack([Y * 0.3, np.full(40, 2.0)], 1))[0]
+
+
+@pytest.mark.parametrize("y", [Y * 1.0, np.eye(4)[Y], (Y > 1) * 1.0])
+def test_whole_numbers_are_values_to_who_asks_for_the_squared_error(
+    train: Callable[..., Any], tmp_path: Path, y: Any
+) -> None:
+    """Without --loss squared they are refused, with what to save if they are classes."""
+    assert told(tmp_path / "own.npz", x=X, y=y) == []
+    options = (
+        "--dataset",
+        tmp_path / "own.npz",
+        "--model",
+        "mlp",
+        "--widths",
+        "4",
+        "--epochs",
+        "1",
+        "--batch-size",
+        "8",
+    )
+    for ranks, more in ((1, ()), (2, ("--method", "data_parallel"))):
+        done = train(ranks, *options, "--loss", "squared", *more)
+        assert "warning" not in done.stdout and len(done.rows) == 1
+    status, _, err = run(1, "-m", "psmpi.train", *options)
+    assert status == 1 and "or save labels as integers, y.astype(np.int64), of one-hot rows" in " ".join(err.split())
 
 
 def test_samples_of_zeros_are_told(tmp_path: Path) -> None:
