@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, get_args
 from tyro.conf import Positional, arg
 
 from psmpi.errors import UserError
-from psmpi.output import tell
+from psmpi.output import legible, tell
 
 Axis = Literal["epoch", "step", "seconds", "megabytes"]
 Figures = Literal["test_accuracy", "test_top5", "test_rmse", "test_loss", "train_loss"]
@@ -101,12 +101,12 @@ def plot(
     axes.set_xlabel(TITLES[x])
     axes.set_ylabel(TITLES[y])
     axes.set_ylim(low, high)
-    axes.set_title(title, parse_math=False)
+    axes.set_title(legible(title), parse_math=False)
     axes.grid(alpha=0.3)
     # Lines named by hand: a name that begins with _ is none by itself, and $ begins no formula.
     for entry, label in zip(axes.legend(axes.lines, map(str, range(len(curves)))).get_texts(), curves, strict=True):
         entry.set_parse_math(False)
-        entry.set_text(label)
+        entry.set_text(legible(label))
     try:
         figure.savefig(out, dpi=110)
     except (OSError, ValueError) as error:

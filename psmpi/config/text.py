@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import codecs
+import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -33,9 +34,32 @@ WIDE = {
 
 
 def parse_toml(text: str) -> dict[str, Any]:
-    """The tables of a TOML text; ValueError where it is none."""
-    tables: dict[str, Any] = tomllib.loads(text)
+    """The tables of a TOML text, the names of files in it as Python has them; ValueError where it is none."""
+    tables: dict[str, Any] = _each_text(tomllib.loads(text), _with_bytes)
     return tables
+
+
+def _each_text(value: Any, change: Callable[[str], str]) -> Any:
+    """A value of a TOML text, with all strings in it changed."""
+    if isinstance(value, dict):
+        return {key: _each_text(one, change) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_each_text(one, change) for one in value]
+    return change(value) if isinstance(value, str) else value
+
+
+def _without_bytes(text: str) -> str:
+    """A name of a file in characters that TOML can hold: a byte that is not UTF-8 is NUL and its two hex digits.
+
+    No name has a NUL. Bytes that the locale did not let Python decode, and that are UTF-8, are characters again.
+    """
+    plain = text.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")
+    return re.sub("[\udc80-\udcff]", lambda byte: f"\0{ord(byte[0]) - 0xDC00:02x}", plain)
+
+
+def _with_bytes(text: str) -> str:
+    """The reverse: bytes that are not UTF-8 as Python has them in names of files."""
+    return re.sub("\0([89a-f][0-9a-f])", lambda byte: chr(0xDC00 + int(byte[1], 16)), text)
 
 
 def given(argv: Sequence[str], name: str) -> str:
@@ -152,7 +176,7 @@ def to_toml(config: Config) -> str:
         name: {key: value for key, value in asdict(one).items() if value is not None}
         for name, one in (config.sections | config.chosen).items()
     }
-    return tomli_w.dumps(tables)
+    return tomli_w.dumps(_each_text(tables, _without_bytes))
 
 
 def from_toml(text: str, where: str, foreign: bool = False) -> Config:
@@ -161,4 +185,4 @@ def from_toml(text: str, where: str, foreign: bool = False) -> Config:
     foreign: the text is that of a checkpoint, whose settings may be those of a method that is not installed here, and
     may lack those that came later.
     """
-    return from_table(tomllib.loads(text), UNSAID if foreign else Config(), where, foreign)
+    return from_table(parse_toml(text), UNSAID if foreign else Config(), where, foreign)

@@ -1,14 +1,19 @@
 """Runs that go on: with their own settings and data, from other folders, counted in epochs; refusals change nothing."""
 
 import json
+import os
+import re
 import shutil
+from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 from helpers.runs import run
 
 from psmpi import data
 from psmpi.config import read_file
+from psmpi.config.text import tomllib
 from psmpi.training.loop import Loop
 
 MLP = ("--model", "mlp", "--widths", "12")
@@ -215,6 +220,30 @@ def test_paths_of_data_hold_in_other_folders(tmp_path):
     assert status == 0, err
     status, out, err = run(1, "-m", "psmpi.predict", "../work/run", "--json", cwd=other)
     assert status == 0 and json.loads(out)["samples"] == 60, err
+
+
+@pytest.mark.parametrize("end", [".npz", ".h5"])
+@pytest.mark.parametrize("folder", [b"d\xff", b"l\xe4ufe \xc3\xa4 \xc3", b"\xe4\xe4", b"0ff"])
+def test_data_in_folders_whose_names_are_not_utf8_are_found_again(tmp_path, end, folder):
+    sets = Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + folder))
+    sets.mkdir()
+    if end == ".npz":
+        save(sets / "d.npz")
+    else:
+        with h5py.File(sets / "d.h5", "w") as file:
+            file["x"], file["y"] = X, Y
+    start(tmp_path, "--dataset", f"d{end}", "--data-dir", sets, *MLP, "--epochs", "1")
+    start(tmp_path, "--resume", "auto", "--epochs", "2", ranks=2)
+    assert rows(tmp_path / "run")[-1]["epoch"] == 2
+    status, out, err = run(1, "-m", "psmpi.predict", tmp_path / "run", "--json", cwd=tmp_path)
+    assert status == 0 and json.loads(out)["samples"] == 60, err
+    start(tmp_path, "--config", "run/config.toml", out="again")
+    # Which any reader of TOML reads: a byte is NUL, which no name has, and its digits.
+    said = tomllib.loads((tmp_path / "run" / "config.toml").read_text("utf-8"))["data"]["data_dir"]
+    raw = re.sub(rb"\0(..)", lambda byte: bytes.fromhex(byte[1].decode()), said.encode())
+    assert raw == os.fsencode(sets)
+    status, out, err = run(1, "-m", "psmpi.inspect", "show", tmp_path / "run", "--json", cwd=tmp_path)
+    assert status == 0 and json.loads(out)["config"]["data.data_dir"] == str(sets)
 
 
 def test_a_home_folder_in_a_file_is_found(tmp_path, monkeypatch):
