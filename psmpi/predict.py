@@ -94,8 +94,19 @@ def _settle(options: Options) -> Options:
     name = Path(trained.dataset).name if moved else trained.dataset
     same = not options.dataset or Path(options.dataset).absolute() == Path(trained.dataset).absolute()
     if contents.data and same:
-        here = identify(open_dataset(name, options.data_dir or trained.data_dir, trained.split_seed))
-        found = differences(Identity.of(contents.data), here)
+        found: list[str] = []
+        try:
+            here = identify(open_dataset(name, options.data_dir or trained.data_dir, trained.split_seed))
+            found = differences(Identity.of(contents.data), here)
+        except UserError as error:
+            if not options.dataset:
+                raise
+            # All samples of a file need no targets, as those of a training do.
+            if options.split == "all":
+                print(
+                    f"note: {name} cannot be compared with what checkpoint {path} was trained on: {error}",
+                    file=sys.stderr,
+                )
         changed = f"{name} is not what checkpoint {path} was trained on any more: in the checkpoint {'; '.join(found)}"
         if found and not options.dataset:
             raise UserError(f"{changed}: bring that back, or name the file with --dataset to predict what it holds now")
@@ -126,7 +137,7 @@ def _predict(world: Any, control: Any, options: Options) -> None:
     contents = checkpoint.read_contents(path)
     trained = from_toml(contents.config, str(path), foreign=True)
     model = trained.model
-    split = open_split(options.dataset, options.data_dir, options.split, trained.data.split_seed)
+    split = open_split(options.dataset, options.data_dir, options.split, trained.data.split_seed, predicted=True)
     _check_data(world, control, options, contents, split)
     network = make_network(model.model, contents.in_shape, contents.layout.classes, **model.shape)
     if split.shape != contents.in_shape:

@@ -31,8 +31,8 @@ class Header:
     values: Callable[[], npt.NDArray[Any]]
 
 
-def check_names(path: Path, keys: Sequence[str], wanted: Sequence[str]) -> None:
-    """Raise UserError unless all `wanted` names are among the `keys` of a file."""
+def check_names(path: Path, keys: Sequence[str], wanted: Sequence[str], predicted: bool = False) -> None:
+    """Raise UserError unless all `wanted` names are among the `keys` of a file; predicted: see `open_split`."""
     missing = [key for key in wanted if key not in keys]
     if not missing:
         return
@@ -46,6 +46,10 @@ def check_names(path: Path, keys: Sequence[str], wanted: Sequence[str]) -> None:
         advice = "save the samples as x"
     else:
         advice = "expected x (the samples) and y (labels or values): save them under these names"
+    if predicted and missing == ["y"]:
+        advice = "to predict samples without labels or values add --split all, which takes all samples x" + (
+            f", else {advice}" if renamed["y"] else ""
+        )
     raise UserError(f"{path}: no array {missing[0]!r}; found {', '.join(keys) or 'nothing'}; {advice}")
 
 

@@ -51,16 +51,23 @@ def open_dataset(name: str, data_dir: str | Path | None, split_seed: int = 0) ->
     return build(name, path, keys, headers, split_seed)
 
 
-def open_split(name: str, data_dir: str | Path | None, split: str, split_seed: int = 0) -> Split:
+def open_split(
+    name: str, data_dir: str | Path | None, split: str, split_seed: int = 0, predicted: bool = False
+) -> Split:
     """The `train` or `test` samples of a data set, or `all` the samples x of a file, labelled or not (then -1).
 
-    Raises UserError as open_dataset does.
+    predicted: whether they are to be predicted, so that errors can say how to do without targets. Raises UserError as
+    open_dataset does.
     """
-    if split == "all" and name not in DATASETS:
-        return build_all(*_read_own(name, _folder(data_dir)))
-    if split == "all":
+    if split == "all" and name in DATASETS:
         raise UserError(f"{name} has the splits train and test; `all` is for files of your own")
-    dataset = open_dataset(name, data_dir, split_seed)
+    if name in DATASETS:
+        dataset = open_dataset(name, data_dir, split_seed)
+    else:
+        own = _read_own(name, _folder(data_dir))
+        if split == "all":
+            return build_all(*own)
+        dataset = build(name, *own, split_seed, predicted)
     return dataset.test if split == "test" else dataset.train
 
 

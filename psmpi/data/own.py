@@ -14,18 +14,23 @@ SUFFIXES = (".npz", ".h5", ".hdf5")
 KEYS = ("x", "y", "x_test", "y_test")
 
 
-def build(name: str, path: Path, keys: list[str], headers: dict[str, Header], split_seed: int) -> Dataset:
+def build(
+    name: str, path: Path, keys: list[str], headers: dict[str, Header], split_seed: int, predicted: bool = False
+) -> Dataset:
     """Make a Dataset of the arrays described by `headers`; `keys` are all the names in the file.
 
-    Without x_test and y_test a fifth of the samples is held out for testing, see `open_dataset`. Raises UserError for
-    arrays that are missing, empty, of the wrong shape or dtype or that do not match, and for targets other than
-    labels 0..C-1, or finite values (samples,) or (samples, outputs).
+    Without x_test and y_test a fifth of the samples is held out for testing, see `open_dataset`; predicted: see
+    `open_split`. Raises UserError for arrays that are missing, empty, of the wrong shape or dtype or that do not match,
+    and for targets other than labels 0..C-1, or finite values (samples,) or (samples, outputs).
     """
-    check_names(path, keys, ("x", "y"))
+    check_names(path, keys, ("x", "y"), predicted)
     if ("x_test" in headers) != ("y_test" in headers):
+        save = "save the other one too"
+        if predicted and "x_test" in headers:
+            save += ", or to predict x_test without labels or values save it as x and add --split all"
         raise UserError(
             f"{path}: found one of x_test and y_test only; expected both or, to have a fifth of the samples "
-            "held out for testing, neither: save the other one too"
+            f"held out for testing, neither: {save}"
         )
     scale, shape = scale_of(path, "x", headers["x"]), sample_shape(path, "x", headers["x"])
     y, outputs = as_targets(path, "y", headers)

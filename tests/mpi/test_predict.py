@@ -3,11 +3,13 @@
 import csv
 import json
 
+import h5py
 import numpy as np
 import pytest
 from helpers.runs import run
 
-from psmpi.data import open_dataset
+from psmpi.data import open_dataset, open_split
+from psmpi.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -102,3 +104,62 @@ def test_mistakes_are_named(trained, tmp_path):
     np.savez(tmp_path / "x.npz", x=np.zeros((9, 8, 8), np.float32))
     assert "no array 'y'" in refused(trained, "--dataset", tmp_path / "x.npz")
     assert "splits train and test" in refused(trained, "--split", "all")
+
+
+SAMPLES, LABELS = np.full((9, 8, 8), 0.5, np.float32), np.arange(9)
+ALL = "to predict samples without labels or values add --split all, which takes all samples x"
+
+
+@pytest.mark.parametrize("end", [".npz", ".h5"])
+@pytest.mark.parametrize("split", ["test", "train"])
+@pytest.mark.parametrize(
+    ("arrays", "says"),
+    [
+        ({"x": SAMPLES}, f"no array 'y'; found x; {ALL}"),
+        ({"x": SAMPLES, "x_test": SAMPLES}, f"no array 'y'; found x, x_test; {ALL}"),
+        ({"x": SAMPLES, "labels": LABELS}, f"no array 'y'; found labels, x; {ALL}, else save labels as y"),
+        (
+            {"x": SAMPLES, "y": LABELS, "x_test": SAMPLES},
+            "or to predict x_test without labels or values save it as x and",
+        ),
+        ({"images": SAMPLES}, "no array 'x'; found images; expected x (the samples)"),
+    ],
+)
+def test_what_to_do_without_labels_is_said(tmp_path, end, split, arrays, says):
+    path = tmp_path / f"own{end}"
+    if end == ".npz":
+        np.savez(path, **dict(sorted(arrays.items())))
+    else:
+        with h5py.File(path, "w") as file:
+            for key, values in arrays.items():
+                file[key] = values
+    with pytest.raises(UserError) as caught:
+        open_split(str(path), None, split, predicted=True)
+    assert f"{path}: " in str(caught.value) and says in str(caught.value)
+    # Trainings need them.
+    with pytest.raises(UserError) as caught:
+        open_dataset(str(path), None)
+    assert "--split" not in str(caught.value)
+    if "x" in arrays:
+        assert open_split(str(path), None, "all", predicted=True).n == 9
+
+
+def test_samples_without_labels_are_predicted_as_the_error_says(trained, tmp_path):
+    np.savez(tmp_path / "x.npz", x=SAMPLES)
+    for ranks in (1, 3):
+        status, _, err = run(ranks, "-m", "psmpi.predict", trained, "--dataset", tmp_path / "x.npz")
+        assert status == 1 and " ".join(err.split()).count(ALL) == 1
+        assert "9 samples" in predict(ranks, trained, "--dataset", tmp_path / "x.npz", "--split", "all")
+
+
+def test_the_file_of_a_training_that_has_lost_its_labels_is_predicted(tmp_path):
+    path = tmp_path / "own.npz"
+    np.savez(path, x=np.random.default_rng(0).random((40, 6)), y=np.arange(40) % 4)
+    options = ("--model", "mlp", "--widths", "4", "--epochs", "1", "--batch-size", "8", "--out", tmp_path / "run")
+    status, _, err = run(1, "-m", "psmpi.train", "--dataset", path, *options)
+    assert status == 0, err
+    np.savez(path, x=np.ones((7, 6)))
+    assert "no array 'y'" in refused(tmp_path / "run") and "no array 'y'" in refused(tmp_path / "run", "--split", "all")
+    assert ALL in refused(tmp_path / "run", "--dataset", path)
+    status, out, err = run(1, "-m", "psmpi.predict", tmp_path / "run", "--dataset", path, "--split", "all")
+    assert status == 0 and "7 samples" in out and "cannot be compared with what checkpoint" in err
