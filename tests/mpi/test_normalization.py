@@ -145,6 +145,39 @@ def test_too_few_samples_for_statistics_and_too_many_are_told(count, samples, ki
     assert [one.partition(":")[0] for one in found] == ([kind] if kind else [])
 
 
+def test_other_samples_than_those_of_the_training_give_no_statistics(tmp_path):
+    """Be it by one value of one sample."""
+    rng, path = np.random.default_rng(0), tmp_path / "own.npz"
+    arrays = {
+        "x": rng.random((300, 6)),
+        "y": np.arange(300) % 4,
+        "x_test": rng.random((40, 6)),
+        "y_test": np.arange(40) % 4,
+    }
+    np.savez(path, **arrays)
+    options = (
+        "--model",
+        "mlp",
+        "--widths",
+        "4",
+        "--batch-norm",
+        "--epochs",
+        "1",
+        "--batch-size",
+        "30",
+        "--loss",
+        "nll",
+    )
+    status, _, err = run(1, "-m", "psmpi.train", "--dataset", path, *options, "--out", tmp_path / "run")
+    assert status == 0, err
+    export = ("-m", "psmpi.inspect", "export", tmp_path / "run", "--out", tmp_path / "w.npz", "--calibrate", "300")
+    for name, at, allowed in (("x_test", 3, True), ("x", 123, False)):
+        arrays[name][at, 2] += 1e-6
+        np.savez(path, **arrays)
+        status, _, err = run(1, *export)
+        assert (status == 0) is allowed and ("has not the training samples" in err) is not allowed, err
+
+
 def test_fixed_statistics_are_those_of_the_minibatches_seen():
     net = make_network("mlp", (6,), 3, widths=(5,), batch_norm=True)
     rng = np.random.default_rng(0)
