@@ -101,13 +101,13 @@ class Loop:
         self.before = np.zeros(2)
         self.warned: set[str] = set()
         # What says whether an epoch's loss is one of a training that has diverged: the loss, the terms beyond the
-        # tangent that were counted before, and the size of the values to learn.
+        # tangent that were counted before, the terms of a sample, and the size of what is to be learnt.
         self.loss, self.clipped = configured_loss(config, dataset.task), 0
         self.terms = max(1, dataset.outputs - 1)
         # The mean loss of this start's first minibatch: this rank's share, and the sum over ranks once it is known.
         self.first = self.begun = 0.0
         targets = dataset.train.targets if dataset.task == "regression" else None
-        self.size = 1.0 if targets is None else float(np.vdot(targets, targets)) / len(targets)
+        self.size = float(self.terms) if targets is None else float(np.vdot(targets, targets)) / len(targets)
 
     def resume(self, path: Path) -> list[str]:
         """Take up a checkpoint; returns notes for the user."""

@@ -265,6 +265,9 @@ def test_a_loss_that_is_huge_from_the_beginning_is_no_divergence(tmp_path):
     assert rows[0]["train_loss"] > 1e38 and rows[-1]["train_loss"] < 1e-3 * rows[0]["train_loss"]
 
 
+WIDE = ("--model", "mlp", "--widths", "64", "64")
+
+
 @pytest.mark.parametrize(
     ("ranks", "options"),
     [
@@ -277,6 +280,8 @@ def test_a_loss_that_is_huge_from_the_beginning_is_no_divergence(tmp_path):
         *((2, ("--lr", "1e30", "--method", method)) for method in ("data_parallel", "local_sgd", "ist")),
         (2, ("--lr", "1e30", "--method", "dfa", "--model", "mlp", "--widths", "32")),
         (2, ("--lr", "1e30", "--method", "sil", "--model", "mlp", "--widths", "32")),
+        # To no more than 1e9.
+        (2, ("--lr", "10", "--optimizer", "sgd", "--loss", "nll", "--method", "dfa", *WIDE)),
     ],
 )
 def test_a_training_that_diverges_to_finite_numbers_is_an_error(tmp_path, ranks, options):
@@ -285,6 +290,13 @@ def test_a_training_that_diverges_to_finite_numbers_is_an_error(tmp_path, ranks,
     said = " ".join(err.split())
     assert status == 1 and "the training diverged" in said and "lower --lr" in said and "Traceback" not in said
     assert not list((out / "checkpoints").glob("*.h5"))
+
+
+def test_large_losses_of_a_training_that_learns_are_no_divergence(train):
+    """The weights are large, not the share of samples that they get wrong."""
+    options = ("--method", "dfa", *WIDE, "--loss", "hinge", "--lr", "1", "--clip", "0", "--batch-size", "32")
+    rows = train(2, *options, "--epochs", "6").rows
+    assert rows[-1]["test_accuracy"] > 0.85 and max(row["train_loss"] for row in rows) > 1e4
 
 
 def test_large_values_to_learn_are_no_divergence(train, tmp_path):

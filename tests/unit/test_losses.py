@@ -260,6 +260,33 @@ def test_clipped_terms_are_counted_and_refused_when_clipping_is_off():
         make_loss("psl", F32, kappa=2.0, exp_clip="off")(scores, labels, 1.0)
 
 
+@pytest.mark.parametrize("classes", [2, 10, 1000])
+@pytest.mark.parametrize("kappa", [1e-3, 1.0, 100.0])
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_is_hopeless_where_its_scores_are_a_million_steps_away(name, kappa, classes):
+    """Steps of the length of the largest derivative, whatever kappa and the number of classes; psl: on its tangent."""
+    found = []
+    for distance in (1e5, 1e7):
+        if name == "psl":
+            distance /= min(1, kappa)
+        # All others above the label's score.
+        scores, labels = np.full((classes, 1), distance), np.array([0])
+        scores[0] = 0
+        loss, grad = make_loss(name, F32, kappa=kappa), np.empty((classes, 1))
+        mean = loss(scores, labels, 1.0, grad)
+        found.append(loss.diverged(mean, 0.0, classes - 1))
+        # All losses but one are straight out there.
+        assert name in ("squared", "psl") or mean == pytest.approx(distance * abs(grad[0, 0]), rel=0.02)
+    assert found == [name == "squared", True]
+
+
+def test_values_to_learn_are_hopeless_beside_their_own_size():
+    loss = make_loss("squared", F32, task="regression")
+    assert [loss.diverged(mean, 0.0, 1e18) for mean in (1e23, 1e25)] == [False, True]
+    # Weights are drawn for outputs of about 1.
+    assert [loss.diverged(mean, 0.0, 1e-6) for mean in (1e5, 1e7)] == [False, True]
+
+
 def test_scores_that_are_not_numbers_are_an_error():
     scores, labels = at_margin(np.nan, np.float32)
     with pytest.raises(FloatingPointError, match="diverged"):

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 HEADROOM = 60.0
 
 # A mean loss that no training comes back from, in units of the loss's largest derivative: scores would have to move by
-# as much.
-HOPELESS = 1e12
+# as much. Trainings that ended well had epochs up to 5e3.
+HOPELESS = 1e6
 
 # Sums (and maxima) of a sample over all classes, by name: see `Loss.sums`.
 SUMS = {
@@ -103,8 +103,8 @@ class Loss:
     def diverged(self, mean: float, clipped: float, size: float = 1.0) -> bool:
         """Whether a mean loss over the samples of an epoch is one of a training that has diverged.
 
-        clipped: the share of psl's terms that were beyond `tangent`; size: the mean over samples of sum_j t_j^2 of the
-        values to learn.
+        clipped: the share of psl's terms that were beyond `tangent`; size: of classes how many others a label has, of
+        values to learn the mean over samples of sum_j t_j^2.
         """
         return mean > HOPELESS
 
@@ -154,7 +154,7 @@ class PairwiseLoss(Loss):
         return own
 
     def diverged(self, mean: float, clipped: float, size: float = 1.0) -> bool:
-        return mean > HOPELESS * self.kappa
+        return mean > HOPELESS * self.kappa * size
 
     @staticmethod
     def _close(grad: np.ndarray, own: np.ndarray, scale: float) -> None:

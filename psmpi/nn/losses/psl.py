@@ -29,7 +29,8 @@ class PSL(PairwiseLoss):
         Line searches count terms of their trials too, which then are not in the loss.
         """
         bend, own = exp(self.tangent), self.tangent == largest_exponent(self.dtype)
-        return (own and clipped > MOST and mean > MOST * bend) or mean > HOPELESS * max(1.0, self.kappa) * bend
+        hopeless = HOPELESS * max(1.0, self.kappa) * size * bend
+        return (own and clipped > MOST and mean > MOST * bend) or mean > hopeless
 
     def __call__(
         self,

@@ -14,7 +14,8 @@ class SquaredError(Loss):
     tasks = ("classes", "regression")
 
     def diverged(self, mean: float, clipped: float, size: float = 1.0) -> bool:
-        return mean > HOPELESS * max(1.0, size)
+        # The values that labels stand for have the size 1, and weights are drawn for outputs of about 1.
+        return mean > HOPELESS * (max(1.0, size) if self.task == "regression" else 1.0)
 
     def __call__(
         self,
