@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
     from psmpi.comm.control import Control
     from psmpi.comm.protocol import World
@@ -97,7 +97,7 @@ def _configure(control: Control, argv: list[str]) -> tuple[Config | None, int, s
 
     Beside the configuration, the exit status where there is none, and the path that a run's own settings are from.
     """
-    from psmpi.config import from_toml, to_toml
+    from psmpi.config import from_toml, given_names, to_toml
     from psmpi.output import Screen
     from psmpi.training.resume import noting
     from psmpi.training.usual import usual
@@ -108,15 +108,15 @@ def _configure(control: Control, argv: list[str]) -> tuple[Config | None, int, s
             tell = Screen(goes_on="training goes on").tell
             config, own = _parse(argv)
             with noting(own):
-                text = to_toml(usual(_settle(config, tell), tell))
+                text = to_toml(usual(_settle(config, tell, given_names(argv, file=False)), tell))
         except SystemExit as end:
             status = 1 if end.code else 0
     text, status, own = json.loads(control.share(json.dumps([text, status, own])))
     return (from_toml(text, "configuration"), 0, own) if text else (None, status, own)
 
 
-def _settle(config: Config, tell: Callable[[str], None]) -> Config:
-    """Checks that need no MPI, and paths that hold wherever the run goes on."""
+def _settle(config: Config, tell: Callable[[str], None], said: Collection[str]) -> Config:
+    """Checks that need no MPI, and paths that hold wherever the run goes on; said: as of psmpi.config.check."""
     from dataclasses import replace
 
     from psmpi import checkpoint
@@ -124,7 +124,7 @@ def _settle(config: Config, tell: Callable[[str], None]) -> Config:
     from psmpi.data import locate
     from psmpi.errors import UserError, expanded
 
-    check(config)
+    check(config, said)
     run, data = config.run, config.data
     if run.checkpoint_parallel and not checkpoint.supported():
         raise UserError(

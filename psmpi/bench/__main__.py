@@ -31,7 +31,8 @@ def main(argv: list[str] | None = None) -> int:
         app = SubcommandApp()
         default = defaults(words)
         commands: tuple[Callable[..., int], ...] = (
-            checkpoint, compute, kernels, _with(memory, default), network, _with(optimizer, default), published
+            checkpoint, compute, kernels, _with(memory, default, words), network, _with(optimizer, default, words),
+            published,
         )  # fmt: skip
         for command in commands:
             app.command(command)
@@ -44,16 +45,18 @@ def main(argv: list[str] | None = None) -> int:
     return answer(go)
 
 
-def _with(measure: Callable[[Config, bool], int], default: Config) -> Callable[..., int]:
+def _with(measure: Callable[[Config, bool], int], default: Config, words: list[str]) -> Callable[..., int]:
     """A command whose options are those of training, with the TOML file's settings as their defaults."""
-    from psmpi.config import command_line, from_command_line
+    from psmpi.config import check, command_line, from_command_line, given_names
     from psmpi.training.usual import usual
 
     tree = command_line(default)
     given = tree()
 
     def command(config: Any = given, json: bool = False) -> int:
-        return measure(usual(from_command_line(config)), json)
+        found = from_command_line(config)
+        check(found, given_names(words, file=False))
+        return measure(usual(found), json)
 
     command.__name__, command.__doc__ = measure.__name__, measure.__doc__
     command.__annotations__["config"] = tree

@@ -35,7 +35,6 @@ def memory(config: Config, json: bool = False) -> int:
     from psmpi.backend import make_backend
     from psmpi.comm.control import Control
     from psmpi.comm.world import host, start
-    from psmpi.config import check
     from psmpi.data import Batch, open_dataset
     from psmpi.errors import UserError
     from psmpi.nn.zoo import make_network
@@ -43,7 +42,6 @@ def memory(config: Config, json: bool = False) -> int:
     from psmpi.training.context import Context
     from psmpi.training.loop import plan_steps
 
-    check(config)
     if config.parallel.method != "psl":
         raise UserError(
             "bench memory counts what parts of a network need, of --method psl; --method "

@@ -35,14 +35,12 @@ def optimizer(config: Config, json: bool = False) -> int:
     from psmpi.backend import make_backend
     from psmpi.comm.control import Control
     from psmpi.comm.world import host, start
-    from psmpi.config import check
     from psmpi.data import Batch, open_dataset
     from psmpi.nn.zoo import make_network
     from psmpi.registry import find_method
     from psmpi.training.context import Context
     from psmpi.training.loop import plan_steps
 
-    check(config)
     if config.optimization.optimizer not in RULES:
         raise UserError(
             f"--optimizer {config.optimization.optimizer} has no partitioned matrix: use {', '.join(RULES)} with "

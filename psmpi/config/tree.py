@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass, replace
 from functools import partial
 from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar
@@ -82,17 +82,21 @@ def kinds_of_settings() -> dict[str, type[Any]]:
     return found
 
 
-def check(config: Config) -> None:
-    """UserError for a value that no run can have, whatever its data and ranks."""
+def check(config: Config, said: Collection[str] = ()) -> None:
+    """UserError for a value that no run can have, whatever its data and ranks, and for a setting that nothing uses.
+
+    said: names of settings that the words of a command line give, which are meant to be used even as by default.
+    """
     method = config.parallel.method
     taken = find_method(method).settings
-    for kind, one in config.settings.items():
+    for kind in kinds_of_settings().values():
+        one = config.of(kind)
         for name in (f.name for f in fields(one)) if kind not in taken else ():
-            if getattr(one, name) != getattr(kind(), name):
-                others = listed([known for known, of in all_methods().items() if kind in of.settings])
+            if name in said or getattr(one, name) != getattr(kind(), name):
+                others = [known for known, of in all_methods().items() if kind in of.settings]
                 raise UserError(
-                    f"{option(name)} is of --method {others}, and the method here is {method}: leave it out, or choose "
-                    "that method"
+                    f"{_word(name, said)} is of --method {listed(others)}, and the method here is {method}: leave it "
+                    f"out, or choose {'that method' if len(others) == 1 else 'one of these'}"
                 )
     for section in (*config.sections.values(), *config.settings.values()):
         check_ranges(section)
@@ -101,7 +105,7 @@ def check(config: Config) -> None:
         raise UserError(f"--lr {o.lr}: expected a number above 0")
     if not 0 < model.init_gain <= 1e3:
         raise UserError(f"--init-gain {model.init_gain}: expected a number above 0 and up to 1000")
-    _check_used(config)
+    _check_used(config, said)
     if o.history > 1000:
         raise UserError(f"--history {o.history}: expected 1000 pairs at most")
     if model.widths and model.model not in ("mlp", "resnet"):
@@ -124,22 +128,28 @@ def check(config: Config) -> None:
     if parallel.nccl and not find_method(method).nccl:
         others = listed([name for name, known in all_methods().items() if known.nccl])
         raise UserError(
-            f"--nccl is of --method {others}, and the method here is {method}: leave it out, or choose that method"
+            f"--nccl is of --method {others}, and the method here is {method}: leave it out, or choose one of these"
         )
 
 
-def _check_used(config: Config) -> None:
+def _word(name: str, said: Collection[str]) -> str:
+    """The option that gives a setting, or the one that says no to it where that is among `said`."""
+    return option(f"no_{name}" if f"no_{name}" in said else name)
+
+
+def _check_used(config: Config, said: Collection[str]) -> None:
     """UserError for a setting of an optimizer or a schedule that the chosen ones do not use, nor the method."""
     o, method = config.optimization, find_method(config.parallel.method)
     used = method.uses(config)
-    for one in unused_settings(o.optimizer, o.schedule, vars(o)):
+    for one in unused_settings(o.optimizer, o.schedule, vars(o), said):
         if one.setting not in used:
             chosen = getattr(o, one.choice)
             raise UserError(
-                f"{option(one.setting)} is of --{one.choice} {listed(one.users)}, and the {one.choice} here is "
+                f"{_word(one.setting, said)} is of --{one.choice} {listed(one.users)}, and the {one.choice} here is "
                 f"{chosen}: leave it out, or choose {'that one' if len(one.users) == 1 else 'one of these'}"
             )
-    if o.clip not in (0, Optimization().clip) and find_optimizer(o.optimizer).needs_closure:
+    given = o.clip != Optimization().clip or "clip" in said
+    if o.clip and given and find_optimizer(o.optimizer).needs_closure:
         raise UserError(f"--clip {o.clip} is not for --optimizer {o.optimizer}, which bounds its steps: leave it out")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -23,16 +23,20 @@ class Unused:
     users: tuple[str, ...]
 
 
-def unused_settings(optimizer: str, schedule: str, values: Mapping[str, Any]) -> list[Unused]:
+def unused_settings(
+    optimizer: str, schedule: str, values: Mapping[str, Any], said: Collection[str] = ()
+) -> list[Unused]:
     """The settings of `values` that differ from their defaults and that neither of the two uses, in their order.
 
     values: settings by their names in `Hyper`, `NewtonSettings` and `ScheduleSettings`; other names are passed over.
-    UserError for an unknown optimizer or schedule.
+    said: names of settings that count whatever their values. UserError for an unknown optimizer or schedule.
     """
     used = {*find_optimizer(optimizer).settings, *find_schedule(schedule).settings}
     found = []
     for name, value in values.items():
-        if name in used or name not in DEFAULTS or value in (DEFAULTS[name], USUAL.get(name, DEFAULTS[name])):
+        if name in used or name not in DEFAULTS:
+            continue
+        if name not in said and value in (DEFAULTS[name], USUAL.get(name, DEFAULTS[name])):
             continue
         optimizers = tuple(known for known, kind in ALL_OPTIMIZERS.items() if name in kind.settings)
         schedules = tuple(known for known, kind in SCHEDULES.items() if name in kind.settings)

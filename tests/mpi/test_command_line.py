@@ -466,4 +466,40 @@ def test_own_data_trains(train, tmp_path, suffix):
 @pytest.mark.parametrize("options", [("--compression", "topk"), ("--local-steps", "5"), ("--feedback", "shared")])
 def test_settings_of_another_method_are_not_passed_over(tmp_path, options):
     status, _, err = run(1, "-m", "psmpi.train", "--out", tmp_path / "run", *options)
-    assert status == 1 and "and the method here is psl: leave it out, or choose that method" in err
+    assert status == 1 and "and the method here is psl: leave it out, or choose " in err
+
+
+UNUSED = [
+    (("--momentum", "0.9"), "--momentum is of --optimizer momentum"),
+    (("--sigma=0.0",), "--sigma is of --optimizer plbfgs, plsr1 and plse"),
+    (("--no-merge-pairs",), "--no-merge-pairs is of --optimizer"),
+    (("--gamma", "0.1"), "--gamma is of --schedule step"),
+    (("--optimizer", "lbfgs", "--clip", "1"), "--clip 1.0 is not for --optimizer lbfgs"),
+    (("--local-steps", "20"), "--local-steps is of --method local_sgd and ist, and the method here is psl"),
+    (("--local_steps", "20"), "--local-steps is of --method local_sgd and ist, and the method here is psl"),
+    (("--method", "data_parallel", "--no-colocate"), "--no-colocate is of --method psl and ist"),
+]
+
+
+@pytest.mark.parametrize(("options", "says"), UNUSED)
+def test_words_that_nothing_uses_are_refused_even_with_the_default_value(tmp_path, options, says):
+    status, _, err = run(1, "-m", "psmpi.train", "--out", tmp_path / "run", *options)
+    assert status == 1 and says in err and "leave it out" in err and not (tmp_path / "run").exists()
+
+
+def test_files_and_runs_that_go_on_may_list_what_nothing_uses(train, tmp_path):
+    file = tmp_path / "all.toml"
+    file.write_text("[optimization]\nmomentum = 0.9\ngamma = 0.1\nsigma = 0.0\n[replicated]\nlocal_steps = 20\n")
+    train(1, "--config", file, "--max-steps", "1")
+    begun = train(1, "--optimizer", "momentum", "--momentum", "0.9", "--max-steps", "1")
+    again = ("--resume", "auto", "--max-steps", "2", "--optimizer", "adam")
+    train(1, *again, out=begun.out)
+    status, _, err = run(1, "-m", "psmpi.train", "--out", begun.out, *again, "--momentum", "0.9")
+    assert status == 1 and "--momentum is of --optimizer momentum" in err
+    # What the method uses is used, whatever the optimizer.
+    train(2, "--method", "data_parallel", "--compression", "dgc", "--momentum", "0.9", "--max-steps", "1")
+
+
+def test_measurements_refuse_what_nothing_uses():
+    status, _, err = run(1, "-m", "psmpi.bench", "memory", "--momentum", "0.9")
+    assert status == 1 and "--momentum is of --optimizer momentum" in err

@@ -937,6 +937,10 @@ def test_settings_that_nothing_uses_name_who_does():
     assert [one.setting for one in unused_settings("plse", "step", values)] == ["min_lr", "beta1", "damping"]
     assert unused_settings("lbfgs", "constant", {"history": 3, "max_evals": 9, "weight_decay": 0.1}) == []
     assert unused_settings("lsr1-tr", "constant", {"max_evals": 9}) == [Unused("max_evals", "optimizer", ("lbfgs",))]
+    # Even as by default where it is said.
+    values, said = {"history": 10, "gamma": 0.1, "momentum": None, "sigma": 0.0}, {"history", "gamma", "lr"}
+    assert [one.setting for one in unused_settings("adam", "constant", values, said)] == ["history", "gamma"]
+    assert unused_settings("lbfgs", "step", values, said) == []
     with pytest.raises(UserError, match="choose one of sgd"):
         unused_settings("adagrad", "cosine", {})
 
