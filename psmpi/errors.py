@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 
 
 class UserError(Exception):
     """An error of the user: says what was wrong, where, and what to do instead; shown without a traceback."""
+
+
+class LayersError(UserError):
+    """A mistake in the tables of layers of a file, which says where it is in that file."""
 
 
 class DamagedError(UserError):
@@ -32,3 +37,12 @@ def expanded(path: str | Path, what: str) -> Path:
         return Path(path).expanduser()
     except RuntimeError:
         raise UserError(f"{what} {path}: there is no user of that name; write the folder out") from None
+
+
+@contextmanager
+def layers_in(file: str) -> Iterator[None]:
+    """Say in a LayersError which file has the tables of layers, where that is known."""
+    try:
+        yield
+    except LayersError as error:
+        raise UserError(f"{file}: {error}" if file else str(error)) from None

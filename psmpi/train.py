@@ -86,33 +86,35 @@ def _main(argv: list[str]) -> int:
 
     world = start()
     control = Control(world)
-    config, status, own = _configure(control, argv)
+    config, status, *files = _configure(control, argv)
     if config is None:
         return status
-    return 0 if _train(world, control, config, own) else GO_ON
+    return 0 if _train(world, control, config, *files) else GO_ON
 
 
-def _configure(control: Control, argv: list[str]) -> tuple[Config | None, int, str]:
+def _configure(control: Control, argv: list[str]) -> tuple[Config | None, int, str, str]:
     """Rank 0 reads and checks the command line, so that help and errors appear once; the others get its result.
 
-    Beside the configuration, the exit status where there is none, and the path that a run's own settings are from.
+    Beside the configuration, the exit status where there is none, the path that a run's own settings are from, and that
+    of the file that describes its layers.
     """
-    from psmpi.config import from_toml, given_names, to_toml
+    from psmpi.config import from_toml, given, given_names, to_toml
     from psmpi.output import Screen
     from psmpi.training.resume import noting
     from psmpi.training.usual import usual
 
-    text, status, own = "", 0, ""
+    text, status, own, layers = "", 0, "", ""
     if control.rank == 0:
         try:
             tell = Screen(goes_on="training goes on").tell
             config, own = _parse(argv)
+            layers = given(argv, "--config") if "layers" in given_names(argv) else own
             with noting(own):
                 text = to_toml(usual(_settle(config, tell, given_names(argv, file=False)), tell))
         except SystemExit as end:
             status = 1 if end.code else 0
-    text, status, own = json.loads(control.share(json.dumps([text, status, own])))
-    return (from_toml(text, "configuration"), 0, own) if text else (None, status, own)
+    text, status, own, layers = json.loads(control.share(json.dumps([text, status, own, layers])))
+    return from_toml(text, "configuration") if text else None, status, own, layers
 
 
 def _settle(config: Config, tell: Callable[[str], None], said: Collection[str]) -> Config:
@@ -143,8 +145,8 @@ def _settle(config: Config, tell: Callable[[str], None], said: Collection[str]) 
     return replace(config, data=data, run=replace(run, out=out, resume=resume))
 
 
-def _train(world: World, control: Control, config: Config, own: str) -> bool:
-    """Train; whether all of it is done, and not stopped by a signal. own: as of `begin`."""
+def _train(world: World, control: Control, config: Config, own: str, layers: str) -> bool:
+    """Train; whether all of it is done, and not stopped by a signal. own, layers: as of `begin`."""
     import contextlib
     import socket
     from dataclasses import asdict, replace
@@ -170,7 +172,7 @@ def _train(world: World, control: Control, config: Config, own: str) -> bool:
     with contextlib.ExitStack() as stack:
         # After MPI's own handlers.
         signals = stack.enter_context(StopSignals(config.run.save_signal, "" if world.rank else STOPPING))
-        start = begin(world.size, config, own, tell) if world.rank == 0 else None
+        start = begin(world.size, config, own, tell, layers) if world.rank == 0 else None
         folder = stack.enter_context(start.folder) if start is not None and start.folder is not None else None
         # Ranks may have been started in other folders.
         found = share_path(control, str(Path(start.found).absolute()) if start is not None and start.found else "")

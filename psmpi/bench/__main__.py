@@ -47,16 +47,18 @@ def main(argv: list[str] | None = None) -> int:
 
 def _with(measure: Callable[[Config, bool], int], default: Config, words: list[str]) -> Callable[..., int]:
     """A command whose options are those of training, with the TOML file's settings as their defaults."""
-    from psmpi.config import check, command_line, from_command_line, given_names
+    from psmpi.config import check, command_line, from_command_line, given, given_names
+    from psmpi.errors import layers_in
     from psmpi.training.usual import usual
 
     tree = command_line(default)
-    given = tree()
+    by_default = tree()
 
-    def command(config: Any = given, json: bool = False) -> int:
+    def command(config: Any = by_default, json: bool = False) -> int:
         found = from_command_line(config)
         check(found, given_names(words, file=False))
-        return measure(usual(found), json)
+        with layers_in(given(words, "--config")):
+            return measure(usual(found), json)
 
     command.__name__, command.__doc__ = measure.__name__, measure.__doc__
     command.__annotations__["config"] = tree

@@ -126,9 +126,9 @@ def check(config: Config, said: Collection[str] = ()) -> None:
     if parallel.threads > 1024:
         raise UserError(f"--threads {parallel.threads}: expected 1024 at most")
     if parallel.nccl and not find_method(method).nccl:
-        others = listed([name for name, known in all_methods().items() if known.nccl])
+        with_nccl = listed([name for name, known in all_methods().items() if known.nccl])
         raise UserError(
-            f"--nccl is of --method {others}, and the method here is {method}: leave it out, or choose one of these"
+            f"--nccl is of --method {with_nccl}, and the method here is {method}: leave it out, or choose one of these"
         )
 
 

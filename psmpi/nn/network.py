@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -16,14 +17,18 @@ from psmpi.nn.layers.chain import leaves, make_stages, uses_of
 from psmpi.nn.layers.table import Shape, Table
 from psmpi.nn.layers.uses import Uses
 
+# The model that the tables of a file describe.
+CUSTOM = "custom"
+
 
 @dataclass(frozen=True)
 class Network:
-    """Layers from `in_shape` to one raw score a class."""
+    """Layers from `in_shape` to one raw score a class; places: where a file has its layers, by their names."""
 
     name: str
     in_shape: tuple[int, ...]
     layers: tuple[Layer, ...]
+    places: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def classes(self) -> int:
@@ -46,7 +51,11 @@ class Network:
     @property
     def notes(self) -> list[str]:
         """What its layers leave unused of their inputs, for people, a line each."""
-        return [f"{layer.name} of --model {self.name}: {layer.note}" for layer in self.walk() if layer.note]
+        return [f"{self.named(layer.name)} of --model {self.name}: {layer.note}" for layer in self.walk() if layer.note]
+
+    def named(self, layer: str) -> str:
+        """The name of a layer for people, with its place in the file that describes it."""
+        return f"{layer} ({self.places[layer]})" if layer in self.places else layer
 
     @property
     def residual(self) -> bool:
@@ -118,8 +127,9 @@ def build(name: str, in_shape: tuple[int, ...], layers: Sequence[Mapping[str, An
     `kernel`, `pad`, `size`, `bias` (true), `affine` (true), and of residual `layers` and `scale` (1.0). UserError names
     the layer and what does not fit.
     """
-    made, shape = TableReader(name).read(layers, tuple(in_shape))
-    network = Network(name, tuple(in_shape), made)
+    reader = TableReader(name)
+    made, shape = reader.read(layers, tuple(in_shape))
+    network = Network(name, tuple(in_shape), made, reader.places if name == CUSTOM else {})
     if not made or not network.linear:
         raise UserError(f"model {name!r} has no layer with weights")
     if shape != (classes,):
@@ -129,45 +139,50 @@ def build(name: str, in_shape: tuple[int, ...], layers: Sequence[Mapping[str, An
     try:
         network.users()
     except UserError as error:
-        raise UserError(f"model {name!r}, {error}") from None
+        label, _, said = str(error).partition(": ")
+        raise UserError(f"model {name!r}, {network.named(label)}: {said}") from None
     return network
 
 
 class TableReader:
-    """Reads lists of layer tables, and numbers the layers of each kind."""
+    """Reads lists of layer tables, and numbers the layers of each kind; places: where the tables are, by layers."""
 
     def __init__(self, model: str):
         self.model = model
         self.counts: dict[str, int] = {}
+        self.places: dict[str, str] = {}
 
-    def read(self, tables: Any, shape: Shape) -> tuple[tuple[Layer, ...], Shape]:
-        """The layers that the tables describe for inputs of `shape`, and the shape of their outputs."""
+    def read(self, tables: Any, shape: Shape, inside: str = "") -> tuple[tuple[Layer, ...], Shape]:
+        """The layers that the tables describe for inputs of `shape`, and the shape of their outputs.
+
+        inside: the place of the table that has these.
+        """
+        model = "" if self.model == CUSTOM else f"model {self.model!r}, "
         if not isinstance(tables, Sequence) or isinstance(tables, str):
-            raise UserError(f"model {self.model!r}: layers = {tables!r}; expected a list of tables")
+            raise UserError(f"{model}{inside or 'model'}: layers = {tables!r}; expected a list of tables")
         layers: list[Layer] = []
-        for table in tables:
-            number = sum(self.counts.values()) + 1
+        for number, table in enumerate(tables, 1):
+            place = f"{inside}, entry {number} of its layers" if inside else f"[[model.layers]] entry {number}"
+            if model and not inside:
+                place = f"layer {number}"
+            where = f"{model}{place}"
             if not isinstance(table, Mapping):
-                raise UserError(
-                    f"model {self.model!r}, layer {number}: {table!r} is not a table like "
-                    '{type = "dense", units = 10}'
-                )
+                raise UserError(f'{where}: {table!r} is not a table like {{type = "dense", units = 10}}')
             settings = dict(table)
             if "type" not in settings:
                 raise UserError(
-                    f'model {self.model!r}, layer {number}: no type is given: add, for instance, type = "dense"; known '
-                    f"are {', '.join(LAYERS)}"
+                    f'{where}: no type is given: add, for instance, type = "dense"; known are {", ".join(LAYERS)}'
                 )
             kind = str(settings.pop("type"))
             base = kind.removeprefix("separable_") if kind in LAYERS else kind
             self.counts[base] = self.counts.get(base, 0) + 1
             label = f"{base}{self.counts[base]}"
-            where = f"model {self.model!r}, layer {number} ({label})"
+            self.places[label], where = place, f"{where} ({label})"
             if kind not in LAYERS:
                 meant = nearest(kind, LAYERS)
                 hint = f"did you mean {meant}? Known" if meant else "known"
                 raise UserError(f"{where}: unknown layer type {kind!r}; {hint} are {', '.join(LAYERS)}")
-            one = Table(kind, settings, where, self.read)
+            one = Table(kind, settings, where, partial(self.read, inside=place))
             layers += LAYERS[kind].read(one, label, shape)
             one.finish()
             shape = layers[-1].out_shape

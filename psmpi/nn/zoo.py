@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from psmpi.errors import UserError
+from psmpi.errors import LayersError, UserError
 from psmpi.nn.layers import ACTIVATIONS, LAYERS
 from psmpi.nn.network import Network, build
 from psmpi.registry import WHOLE
@@ -110,7 +110,10 @@ def make_network(
             raise UserError(
                 "--model custom needs the layers in the configuration file: one [[model.layers]] table each"
             )
-        return build(name, in_shape, layers, classes)
+        try:
+            return build(name, in_shape, layers, classes)
+        except UserError as error:
+            raise LayersError(str(error)) from None
     if layers:
         raise UserError(f"the configuration has [[model.layers]] but --model is {name!r}: use --model custom")
     made = _built_in(name, in_shape, classes, widths, blocks, batch_norm)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from psmpi import checkpoint
 from psmpi.data import Dataset, Identity, Prints, check_same, find_doubts, identify, open_dataset
-from psmpi.errors import UserError
+from psmpi.errors import UserError, layers_in
 from psmpi.nn.zoo import make_network
 from psmpi.registry import find_method
 from psmpi.training.checks import notes
@@ -34,10 +34,10 @@ class Start(NamedTuple):
     found: str
 
 
-def begin(size: int, config: Config, own: str, tell: Callable[[str], None]) -> Start:
+def begin(size: int, config: Config, own: str, tell: Callable[[str], None], layers: str) -> Start:
     """Meet a missing file or a wrong setting first, on rank 0 alone; a run directory that is there is locked, and kept.
 
-    own: the path that the run's own settings are from.
+    own: the path that the run's own settings are from; layers: that of the file that describes its layers.
     """
     kind: Any = find_method(config.parallel.method)
     run = config.run
@@ -59,7 +59,8 @@ def begin(size: int, config: Config, own: str, tell: Callable[[str], None]) -> S
             tell(f"note: there is no checkpoint in {run.out}: this is a fresh start")
         if folder is not None:
             folder.check(Path(found) if found else None)
-        network = network_of(config, dataset)
+        with layers_in(layers):
+            network = network_of(config, dataset)
         with noting(own):
             kind.check(size, network, dataset, config)
             plan_steps(dataset, config)

@@ -190,7 +190,7 @@ def test_the_default_configuration_survives_toml():
         (1, ("--resume", "auto", "--out", ""), "--out"),
         (3, ("--dataset", "mnist", "--data-dir", "nowhere"), "nowhere"),
         (3, ("--model", "lenet"), "not made for samples of shape (1, 8, 8)"),
-        (3, ("--model", "mlp"), "layer 'dense2' ties the classes"),
+        (3, ("--model", "mlp"), "layer dense2 ties the classes"),
         (3, ("--masters", "3"), "leaves no worker"),
         (3, ("--masters", "4"), "start at least 4 ranks"),
         (3, ("--partition", "pairs", "--loss", "nll"), "--loss psl or --loss logistic"),
@@ -467,6 +467,18 @@ def test_own_data_trains(train, tmp_path, suffix):
 def test_settings_of_another_method_are_not_passed_over(tmp_path, options):
     status, _, err = run(1, "-m", "psmpi.train", "--out", tmp_path / "run", *options)
     assert status == 1 and "and the method here is psl: leave it out, or choose " in err
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_wrong_layer_is_told_with_its_file(tmp_path, ranks):
+    file = tmp_path / "net.toml"
+    branch = '[[model.layers]]\ntype = "residual"\nlayers = [{type = "relu"}, {type = "dense", unit = 7}]\n'
+    file.write_text(f'[model]\nmodel = "custom"\n[[model.layers]]\ntype = "flatten"\n{branch}')
+    said = f"{file}: [[model.layers]] entry 2, entry 2 of its layers (dense1): a dense layer needs 'units'"
+    for module in ("psmpi.train", "psmpi.bench")[: 3 - ranks]:
+        command = ("memory",) if module == "psmpi.bench" else ("--out", tmp_path / "run")
+        status, _, err = run(ranks, "-m", module, *command, "--config", file)
+        assert status == 1 and said in err, err
 
 
 UNUSED = [

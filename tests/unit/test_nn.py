@@ -7,7 +7,7 @@ from helpers.problems import make_model, random_problem
 from scipy.signal import correlate2d
 
 from psmpi.backend import NumpyOps
-from psmpi.errors import UserError
+from psmpi.errors import LayersError, UserError, layers_in
 from psmpi.layout import Runs, accumulate, restrict
 from psmpi.methods.psl.borrowed import Borrowed
 from psmpi.nn.init import initial_values, initial_weights
@@ -290,6 +290,43 @@ def test_initial_weights_fill_their_published_ranges():
 def test_a_wrong_layer_table_is_named(layers, says):
     with pytest.raises(UserError, match=says):
         build("net", (7,), layers, 4)
+
+
+BRANCH = "[[model.layers]] entry 2, entry 2 of its layers"
+
+
+@pytest.mark.parametrize(
+    ("inner", "says"),
+    [
+        ({"type": "dens"}, f"{BRANCH} (dens1): unknown layer type"),
+        ({"units": 7}, f"{BRANCH}: no type is given"),
+        (7, f"{BRANCH}: 7 is not a table"),
+        ({"type": "dense", "unit": 7}, f"{BRANCH} (dense3): a dense layer needs 'units'"),
+        ({"type": "residual", "layers": 3}, f"{BRANCH}: layers = 3; expected a list"),
+        (residual(dense(7), dense(6)), f"{BRANCH} (residual2): its layers make (6,) of (7,)"),
+        (residual(dense(7), {"type": "dense"}), f"{BRANCH}, entry 2 of its layers (dense4): a dense layer needs"),
+        (dense(8), "[[model.layers]] entry 2 (residual1): its layers make (8,) of (7,)"),
+    ],
+)
+def test_a_wrong_layer_of_a_file_is_told_by_its_place_there(inner, says):
+    layers = [dense(7), {"type": "residual", "layers": [dense(7), inner]}, dense(4)]
+    with pytest.raises(LayersError) as error:
+        make_network("custom", (7,), 4, layers=layers)
+    assert str(error.value).startswith(says)
+    with pytest.raises(UserError) as error, layers_in("net.toml"):
+        make_network("custom", (7,), 4, layers=layers)
+    assert str(error.value).startswith(f"net.toml: {says}")
+
+
+def test_layers_are_named_with_their_place_in_a_file_and_built_in_ones_without():
+    table = [{"type": "residual", "layers": [dense(7), dense(7)]}, dense(4)]
+    own = make_network("custom", (7,), 4, layers=table)
+    assert own.named("dense2") == f"dense2 ({BRANCH.replace('entry 2,', 'entry 1,')})"
+    assert own.named("dense3") == "dense3 ([[model.layers]] entry 2)" and own.tie() == "dense2"
+    assert make_network("mlp", (7,), 4).named("dense2") == "dense2"
+    pool = [{"type": "conv", "channels": 2, "kernel": 3}, {"type": "max_pool"}, FLAT, dense(4)]
+    (note,) = make_network("custom", (1, 7, 7), 4, layers=pool).notes
+    assert note.startswith("max_pool1 ([[model.layers]] entry 2) of --model custom")
 
 
 @pytest.mark.parametrize(

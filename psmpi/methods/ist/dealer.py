@@ -70,8 +70,9 @@ class Dealer:
         least = workers**2 if strata else workers
         if narrow.out_shape[0] < least:
             raise UserError(
-                f"--deal units{' --strata' * strata}: layer {narrow.name} of --model {network.name} has "
-                f"{narrow.out_shape[0]} units, and {workers} workers need {least}: use fewer ranks, or a wider network"
+                f"--deal units{' --strata' * strata}: layer {network.named(narrow.name)} of --model "
+                f"{network.name} has {narrow.out_shape[0]} units, and {workers} workers need {least}: use fewer ranks, "
+                "or a wider network"
             )
         self.networks = [self._with_units(worker) for worker in range(workers)]
         self.layouts = [network.layout() for network in self.networks]

@@ -57,9 +57,9 @@ def _check_roles(network: Network, roles: Roles, dataset: Dataset, config: Confi
     tie = network.tie()
     if tie is not None and any(w.column > 0 for w in workers):
         raise UserError(
-            f"--model {network.name} cannot be partitioned: layer {tie!r} ties the classes, every score depends on all "
-            f"of its weights. Use {_partitionable(network)}, or give each worker the whole network and a slice of the "
-            f"minibatch with {_sliced(network, len(workers))}"
+            f"--model {network.name} cannot be partitioned: layer {network.named(tie)} ties the classes, every score "
+            f"depends on all of its weights. Use {_partitionable(network)}, or give each worker the whole network and "
+            f"a slice of the minibatch with {_sliced(network, len(workers))}"
         )
     loss, partition = configured_loss(config, dataset.task), config.of(Settings).partition
     if partition == "pairs":
@@ -122,8 +122,9 @@ def _check_newton(network: Network, roles: Roles, config: Config) -> None:
     keeping = [layer.name for layer in network.walk() if layer.keeps]
     if keeping:
         raise UserError(
-            f"{name} shares one forward pass among the elements, and what {keeping[0]} of --model {network.name} keeps "
-            "of it is of all units at once: use a network without normalization, or another --optimizer"
+            f"{name} shares one forward pass among the elements, and what {network.named(keeping[0])} of --model "
+            f"{network.name} keeps of it is of all units at once: use a network without normalization, or another "
+            "--optimizer"
         )
     if roles.rows > 1:
         workers = [w for w in roles.workers if w is not None]
