@@ -10,6 +10,7 @@ import codecs
 import errno
 import io
 import os
+import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,8 +26,9 @@ if TYPE_CHECKING:
 # The exit status of a command whose reader has gone: what a shell shows for a tool that SIGPIPE ended.
 CLOSED = 141
 
-# Columns of output that is no terminal, where nothing is to be cut, and those that a terminal has at least.
-WIDE, NARROW = 10_000, 40
+# Columns of output that is no terminal, where nothing is to be cut, those that a terminal has at least, and those that
+# help has at least: on fewer, words are broken.
+WIDE, NARROW, HELP_WIDTH = 10_000, 40, 60
 
 # What stands for characters that an encoding lacks.
 PLAIN = {"•": "-", "…": "...", "×": "x", "–": "-", "—": "-", "“": '"', "”": '"', "‘": "'", "’": "'"}
@@ -191,6 +193,21 @@ def dress_help() -> None:
     plain = os.environ.get("NO_COLOR") or not (styled(sys.stdout) and styled(sys.stderr))
     if plain and "tyro" in sys.modules:
         sys.modules["tyro"]._experimental_options["ansi_codes"] = False
+
+
+@contextmanager
+def wide_help() -> Iterator[None]:
+    """At least HELP_WIDTH columns for what tyro prints, however narrow the terminal is."""
+    given = shutil.get_terminal_size
+    if given().columns >= HELP_WIDTH:
+        yield
+        return
+    # Tyro asks this function alone. COLUMNS would be seen by tables and by processes that a command starts.
+    shutil.get_terminal_size = lambda fallback=(80, 24): os.terminal_size((HELP_WIDTH, given(fallback).lines))
+    try:
+        yield
+    finally:
+        shutil.get_terminal_size = given
 
 
 def finish(status: int) -> int:

@@ -142,12 +142,14 @@ def _mean(values: Sequence[float]) -> float:
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status: 0 done, 1 an error."""
     from psmpi.command import answer, program
+    from psmpi.output import wide_help
 
     def go() -> int:
         import tyro
 
         words = sys.argv[1:] if argv is None else argv
-        return int(tyro.cli(plot, prog=program("plot"), args=words, config=(tyro.conf.OmitArgPrefixes,)))
+        with wide_help():
+            return int(tyro.cli(plot, prog=program("plot"), args=words, config=(tyro.conf.OmitArgPrefixes,)))
 
     return answer(go)
 

@@ -59,9 +59,11 @@ def _main(argv: list[str]) -> int:
         import tyro
 
         from psmpi.command import program
+        from psmpi.output import wide_help
 
         try:
-            options = tyro.cli(Options, prog=program("predict"), args=argv)
+            with wide_help():
+                options = tyro.cli(Options, prog=program("predict"), args=argv)
             text = json.dumps(vars(_settle(options)))
         except SystemExit as end:
             status = 1 if end.code else 0

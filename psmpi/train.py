@@ -48,6 +48,7 @@ def _parse(argv: list[str]) -> tuple[Config, str]:
     from psmpi.command import program
     from psmpi.config import Config, command_line, defaults, from_command_line, given, given_names, without_unused
     from psmpi.config.unknown import tables_of, unknown_options
+    from psmpi.output import wide_help
     from psmpi.training.resume import own_settings
 
     start = defaults(argv)
@@ -62,13 +63,14 @@ def _parse(argv: list[str]) -> tuple[Config, str]:
             own = replace(own, data=replace(own.data, dataset=Path(own.data.dataset).name))
         start = defaults(argv, own)
     try:
-        tree = tyro.cli(
-            command_line(start),
-            prog=program("train"),
-            description=DESCRIPTION,
-            config=(tyro.conf.OmitArgPrefixes,),
-            args=argv,
-        )
+        with wide_help():
+            tree = tyro.cli(
+                command_line(start),
+                prog=program("train"),
+                description=DESCRIPTION,
+                config=(tyro.conf.OmitArgPrefixes,),
+                args=argv,
+            )
     except SystemExit as end:
         for hint in unknown_options(argv, tables_of(Config())) if end.code else ():
             print(f"psmpi.train: {hint}", file=sys.stderr)

@@ -24,6 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     from psmpi.bench.published import published
     from psmpi.command import answer, program
     from psmpi.config import defaults
+    from psmpi.output import wide_help
 
     words = sys.argv[1:] if argv is None else argv
 
@@ -36,11 +37,12 @@ def main(argv: list[str] | None = None) -> int:
         )  # fmt: skip
         for command in commands:
             app.command(command)
-        return int(
-            app.cli(
-                prog=program("bench"), description="Measure psmpi.", args=words, config=(tyro.conf.OmitArgPrefixes,)
+        with wide_help():
+            return int(
+                app.cli(
+                    prog=program("bench"), description="Measure psmpi.", args=words, config=(tyro.conf.OmitArgPrefixes,)
+                )
             )
-        )
 
     return answer(go)
 

@@ -16,6 +16,7 @@ def main(argv: list[str] | None = None) -> int:
     from psmpi.inspect.export import export
     from psmpi.inspect.figures import stats
     from psmpi.inspect.look import list_, show, verify
+    from psmpi.output import wide_help
 
     commands: tuple[Callable[..., int], ...] = (show, stats, diff, verify, export, average, prune, cut, join)
 
@@ -28,15 +29,16 @@ def main(argv: list[str] | None = None) -> int:
             app.command(command)
         app.command(name="list")(list_)
         try:
-            return int(
-                app.cli(
-                    prog=program("inspect"),
-                    description="Look into checkpoints and change them. A run directory stands for its newest "
-                    "checkpoint.",
-                    args=sys.argv[1:] if argv is None else argv,
-                    config=(tyro.conf.OmitArgPrefixes,),
+            with wide_help():
+                return int(
+                    app.cli(
+                        prog=program("inspect"),
+                        description="Look into checkpoints and change them. A run directory stands for its newest "
+                        "checkpoint.",
+                        args=sys.argv[1:] if argv is None else argv,
+                        config=(tyro.conf.OmitArgPrefixes,),
+                    )
                 )
-            )
         except OSError as error:
             raise UserError(f"{error.filename}: {error.strerror}" if error.filename else str(error)) from None
 

@@ -5,6 +5,7 @@ import io
 import os
 import pty
 import select
+import shutil
 import subprocess
 import sys
 
@@ -14,7 +15,8 @@ from psmpi import command
 from psmpi.checkpoint import read_contents
 from psmpi.config import from_toml
 from psmpi.errors import UserError
-from psmpi.output import CLOSED, ClosedError, Screen, Stream, complain, finish, prepared, styled, tell
+from psmpi.output import CLOSED, HELP_WIDTH, ClosedError, Screen, Stream, complain, finish, prepared, styled, tell
+from psmpi.testing.program import TERMINAL, run_program
 
 GOES_ON = "training goes on"
 
@@ -248,3 +250,24 @@ def test_a_launchers_terminal_gets_no_escape_codes(tmp_path):
 def test_a_terminal_of_few_columns_still_shows_the_table(columns, tmp_path):
     out = on_terminal([*TRAIN, "--max-steps", "1"], tmp_path, TERM="xterm", COLUMNS=columns, NO_COLOR="1")
     assert b"rank" in out and b"epoch   1/2" in out
+
+
+@pytest.mark.parametrize("module", ["train", "predict", "inspect", "inspect show", "plot", "bench", "bench compute"])
+def test_help_is_as_wide_on_a_terminal_of_few_columns(module, monkeypatch):
+    """On so few that a word does not fit, tyro breaks it letter by letter, and on one it goes on for ever."""
+    given, (name, *words) = shutil.get_terminal_size, module.split()
+    shown = ""
+    for columns in (str(HELP_WIDTH), "20", "1"):
+        monkeypatch.setitem(TERMINAL, "COLUMNS", columns)
+        ended = run_program(1, f"psmpi.{name}", [*words, "--help"])
+        shown = shown or ended.stdout
+        assert ended.status == 0 and ended.stdout == shown and "show this help message" in shown
+    assert shutil.get_terminal_size is given
+    monkeypatch.setitem(TERMINAL, "COLUMNS", "100")
+    assert max(map(len, run_program(1, "psmpi.train", ["--help"]).stdout.splitlines())) > HELP_WIDTH
+
+
+def test_what_is_wrong_with_an_option_is_said_in_whole_words_on_a_terminal_of_few_columns(monkeypatch):
+    monkeypatch.setitem(TERMINAL, "COLUMNS", "20")
+    ended = run_program(1, "psmpi.train", ["--learning-rate", "1"])
+    assert ended.status == 1 and "Unrecognized options" in ended.stderr
