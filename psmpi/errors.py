@@ -20,6 +20,11 @@ class DamagedError(UserError):
     """A file that is not what was once written: it will not get better."""
 
 
+def counted(number: int, noun: str) -> str:
+    """ "1 epoch", "1,438 samples"; noun: of one."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """The known name most like `name`, or made of the initials of its words (learning_rate: lr); "" where none is."""
     # Options have dashes where settings have underscores.

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
+from psmpi.errors import counted
 from psmpi.output import Screen, complain, tell
 
 
@@ -262,7 +263,7 @@ def _report_values(options: Options, targets: Any, values: Any, outputs: list[in
     if options.json:
         tell(json.dumps(found))
         return
-    tell(f"{found['checkpoint']}: {found['samples']:,} samples of {found['dataset']} ({found['split']})")
+    tell(f"{found['checkpoint']}: {counted(found['samples'], 'sample')} of {found['dataset']} ({found['split']})")
     tell(f"RMSE {found['rmse']:.5g}" if "rmse" in found else "values predicted; no RMSE (it needs targets y)")
 
 
@@ -323,7 +324,7 @@ def _save(path: Path, arrays: dict[str, Any], titles: list[str], rows: Iterable[
 def _show(found: dict[str, Any]) -> None:
     from rich.table import Table
 
-    tell(f"{found['checkpoint']}: {found['samples']:,} samples of {found['dataset']} ({found['split']})")
+    tell(f"{found['checkpoint']}: {counted(found['samples'], 'sample')} of {found['dataset']} ({found['split']})")
     if "accuracy" not in found:
         which = f"classes {' '.join(map(str, found['classes']))}"
         tell(f"scores of {which}; no accuracy (it needs labels, and the scores of all classes)")

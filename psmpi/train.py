@@ -94,11 +94,11 @@ def _main(argv: list[str]) -> int:
     return 0 if _train(world, control, config, *files) else GO_ON
 
 
-def _configure(control: Control, argv: list[str]) -> tuple[Config | None, int, str, str]:
+def _configure(control: Control, argv: list[str]) -> tuple[Config | None, int, str, str, str]:
     """Rank 0 reads and checks the command line, so that help and errors appear once; the others get its result.
 
-    Beside the configuration, the exit status where there is none, the path that a run's own settings are from, and that
-    of the file that describes its layers.
+    Beside the configuration, the exit status where there is none, the path that a run's own settings are from, that of
+    the file that describes its layers, and what is to be told of the usual numbers.
     """
     from psmpi.config import from_toml, given, given_names, to_toml
     from psmpi.output import Screen
@@ -106,17 +106,18 @@ def _configure(control: Control, argv: list[str]) -> tuple[Config | None, int, s
     from psmpi.training.usual import usual
 
     text, status, own, layers = "", 0, "", ""
+    numbers: list[str] = []
     if control.rank == 0:
         try:
             tell = Screen(goes_on="training goes on").tell
             config, own = _parse(argv)
             layers = given(argv, "--config") if "layers" in given_names(argv) else own
             with noting(own):
-                text = to_toml(usual(_settle(config, tell, given_names(argv, file=False)), tell))
+                text = to_toml(usual(_settle(config, tell, given_names(argv, file=False)), numbers.append))
         except SystemExit as end:
             status = 1 if end.code else 0
     text, status, own, layers = json.loads(control.share(json.dumps([text, status, own, layers])))
-    return from_toml(text, "configuration") if text else None, status, own, layers
+    return from_toml(text, "configuration") if text else None, status, own, layers, "".join(numbers)
 
 
 def _settle(config: Config, tell: Callable[[str], None], said: Collection[str]) -> Config:
@@ -147,8 +148,8 @@ def _settle(config: Config, tell: Callable[[str], None], said: Collection[str]) 
     return replace(config, data=data, run=replace(run, out=out, resume=resume))
 
 
-def _train(world: World, control: Control, config: Config, own: str, layers: str) -> bool:
-    """Train; whether all of it is done, and not stopped by a signal. own, layers: as of `begin`."""
+def _train(world: World, control: Control, config: Config, own: str, layers: str, numbers: str) -> bool:
+    """Train; whether all of it is done, and not stopped by a signal. own, layers, numbers: as of `_configure`."""
     import contextlib
     import socket
     from dataclasses import asdict, replace
@@ -189,6 +190,8 @@ def _train(world: World, control: Control, config: Config, own: str, layers: str
                 folder = stack.enter_context(made)
         out = Path(share_path(control, str(folder.path) if folder is not None else ""))
         config = replace(config, run=replace(config.run, out=str(out)))
+        if numbers:
+            tell(numbers)
         threads = config.parallel.threads or max(1, cores // ranks)
         if world.rank == 0 and ranks * threads > cores:
             tell(

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from psmpi.bench.hosts import ENVIRONMENT, check_hosts, slow_hosts, wrapper
 from psmpi.data import open_dataset
-from psmpi.errors import UserError
+from psmpi.errors import UserError, counted
 from psmpi.output import Screen, tell
 from psmpi.training.checks import check_classes
 
@@ -211,7 +211,7 @@ def _line(row: dict[str, Any]) -> str:
 def _show(rows: list[dict[str, Any]], ranks: int, epochs: int, target: float) -> None:
     from rich.table import Table
 
-    table = Table(title=f"{ranks} ranks, {epochs} epochs", title_justify="left")
+    table = Table(title=f"{counted(ranks, 'rank')}, {counted(epochs, 'epoch')}", title_justify="left")
     table.add_column("method")
     reached = (f"s to {100 * target:g} %",) if target else ()
     for name in ("Mbit/s", "accuracy %", "s", *reached, "ms a step", "MB sent by a rank", "MB held by a rank"):

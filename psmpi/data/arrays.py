@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from psmpi.data.labels import NUMBERED, check_given, check_values
 from psmpi.data.rows import RowSource
-from psmpi.errors import UserError
+from psmpi.errors import UserError, counted
 
 # What others call the arrays of a file, in small letters.
 OTHERS = {
@@ -103,8 +103,9 @@ def as_targets(path: Path, key: str, headers: dict[str, Header]) -> tuple[npt.ND
         )
     if header.shape[0] != samples:
         raise UserError(
-            f"{path}: {header.shape[0]} {'rows' if values else 'labels'} in {key} for {samples} samples in "
-            f"{'x' + key[1:]}; expected one {'row' if values else 'label'} a sample: save arrays of the same length"
+            f"{path}: {counted(header.shape[0], 'row' if values else 'label')} in {key} for "
+            f"{counted(samples, 'sample')} in {'x' + key[1:]}; expected one {'row' if values else 'label'} a sample: "
+            "save arrays of the same length"
         )
     if values:
         # In float64 first: what is too large for it is not finite.

@@ -16,7 +16,7 @@ import numpy as np
 
 from psmpi.data.copies import Prints, fingerprints
 from psmpi.data.split import Dataset, Rows, Split
-from psmpi.errors import UserError
+from psmpi.errors import UserError, counted
 
 # Samples of a split whose values have a digest and a largest magnitude, from all over it.
 SAMPLES = 64
@@ -171,7 +171,7 @@ def split_differences(a: SplitIdentity, b: SplitIdentity, kind: str, targets: st
     """What differs from one split to another, as far as both have been looked at, a phrase each; kind: "training"."""
     found: list[str] = []
     if a.samples != b.samples:
-        found.append(f"{a.samples:,} {kind} samples, there {b.samples:,}")
+        found.append(f"{counted(a.samples, f'{kind} sample')}, there {b.samples:,}")
     if (a.dtype, a.scale) != (b.dtype, b.scale):
         found.append(f"{kind} samples of {_stored(a)}, there {_stored(b)}")
     if a.samples == b.samples and a.targets != b.targets:

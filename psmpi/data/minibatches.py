@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from psmpi.errors import UserError
+from psmpi.errors import UserError, counted
 
 # Keeps these random numbers apart from all others drawn from the same seed.
 _TAG = 0x6D696E69
@@ -22,7 +22,10 @@ class Minibatches:
         if batch_size < 1:
             raise UserError(f"batch size {batch_size}: a minibatch needs at least one sample; give 1..{n}")
         if batch_size > n:
-            raise UserError(f"batch size {batch_size}: there are only {n} training samples; give 1..{n}")
+            raise UserError(
+                f"batch size {batch_size}: there {'is' if n == 1 else 'are'} only {counted(n, 'training sample')}; "
+                f"give 1..{n}"
+            )
         if seed < 0:
             raise UserError(f"seed {seed}: seeds are not negative; give 0 or more")
         self.n, self.batch_size, self.seed, self.shuffle = n, batch_size, seed, shuffle

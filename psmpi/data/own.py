@@ -8,7 +8,7 @@ import numpy as np
 
 from psmpi.data.arrays import Header, as_targets, check_names, sample_shape, scale_of
 from psmpi.data.split import Dataset, Split, every_fifth, frozen, hold_out, random_fifth
-from psmpi.errors import UserError
+from psmpi.errors import UserError, counted
 
 SUFFIXES = (".npz", ".h5", ".hdf5")
 KEYS = ("x", "y", "x_test", "y_test")
@@ -37,7 +37,7 @@ def build(
     if "x_test" not in headers:
         if len(y) < 5:
             raise UserError(
-                f"{path}: x has {len(y)} samples, too few to hold out a fifth for testing; "
+                f"{path}: x has {counted(len(y), 'sample')}, too few to hold out a fifth for testing; "
                 "save more, or add x_test and y_test"
             )
         held_out = every_fifth(len(y)) if split_seed < 0 else random_fifth(y, split_seed)

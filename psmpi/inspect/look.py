@@ -18,7 +18,7 @@ from psmpi.checkpoint.format import NAME
 from psmpi.checkpoint.scan import damaged_parts
 from psmpi.config import from_toml
 from psmpi.data import Identity
-from psmpi.errors import DamagedError, UserError
+from psmpi.errors import DamagedError, UserError, counted
 from psmpi.inspect.figures import sums_of
 from psmpi.inspect.opened import Checkpoint, Opened
 from psmpi.inspect.output import figure, finite, print_json, size_text, text
@@ -67,14 +67,14 @@ def show(checkpoint: Checkpoint, /, json: bool = False) -> int:
     tree.add(f"step {found['step']}, epoch {found['epoch']}, {contents.progress.score}{part}")
     for vector, rows in tensors.items():
         size = sum(row["bytes"] for row in rows)
-        branch = tree.add(f"{vector}  {len(rows)} tensors, {size_text(size)}")
+        branch = tree.add(f"{vector}  {counted(len(rows), 'tensor')}, {size_text(size)}")
         for row in rows:
             shape = " x ".join(map(str, row["shape"]))
             branch.add(f"{row['name']}  {row['dtype']} {shape}  {size_text(row['bytes'])}  norm {figure(row['norm'])}")
-    for group, of in zip(TABLES, ("elements", "ranks"), strict=True):
+    for group, of in zip(TABLES, ("element", "rank"), strict=True):
         if found[group]:
             size = sum(table["bytes"] for table in found[group])
-            branch = tree.add(f"{group}  {found[group][0]['shape'][0]} {of}, {size_text(size)}")
+            branch = tree.add(f"{group}  {counted(found[group][0]['shape'][0], of)}, {size_text(size)}")
             for table in found[group]:
                 shape = " x ".join(map(str, table["shape"]))
                 branch.add(f"{table['name']}  {table['dtype']} {shape}  {size_text(table['bytes'])}")
@@ -82,7 +82,9 @@ def show(checkpoint: Checkpoint, /, json: bool = False) -> int:
         tree.add("scalars  " + "  ".join(f"{name} = {value}" for name, value in contents.scalars.items()))
     if contents.data:
         data = Identity.of(contents.data)
-        splits = [f"{one.samples:,} {kind} samples" for kind, one in (("training", data.train), ("test", data.test))]
+        splits = [
+            counted(one.samples, f"{kind} sample") for kind, one in (("training", data.train), ("test", data.test))
+        ]
         shape = " x ".join(map(str, data.shape))
         tree.add(f"data  {' and '.join(splits)} of {shape} {data.train.dtype}, digest {data.train.targets[:12]}")
     branch = tree.add("configuration")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from psmpi.errors import UserError
+from psmpi.errors import UserError, counted
 from psmpi.layout.grid import Worker, make_grid, private_runs
 from psmpi.layout.layout import Layout
 from psmpi.layout.ownership import Ownership
@@ -52,7 +52,10 @@ def assign_roles(
     if masters < 1:
         raise UserError(f"--masters {masters}: at least one rank must hold weights; use --masters 1")
     if masters > size:
-        raise UserError(f"--masters {masters} with {size} rank(s): start at least {masters} ranks or lower --masters")
+        raise UserError(
+            f"--masters {masters} with {counted(size, 'rank')}: start at least {counted(masters, 'rank')} or lower "
+            "--masters"
+        )
     if size == masters:
         if size > 1 and not colocate:
             raise UserError(

@@ -18,7 +18,7 @@ from psmpi.comm.control import Control, Poll
 from psmpi.comm.signals import StopSignals
 from psmpi.config import Config
 from psmpi.data import Batch, Dataset, Minibatches
-from psmpi.errors import UserError
+from psmpi.errors import UserError, counted
 from psmpi.optim import make_schedule
 from psmpi.output import Screen
 from psmpi.training.context import configured_loss
@@ -122,7 +122,7 @@ class Loop:
         self.progress = progress
         if progress.cursor >= self.batches.steps_per_epoch:
             raise UserError(
-                f"checkpoint {path} is {progress.cursor} steps into an epoch, which here has "
+                f"checkpoint {path} is {counted(progress.cursor, 'step')} into an epoch, which here has "
                 f"{self.batches.steps_per_epoch}: use the data set it was made with"
             )
         if path.parent.absolute() == checkpoint.folder(self.out).absolute():
@@ -130,10 +130,11 @@ class Loop:
         notes = [*(f"note: {note}" for note in notes), f"resumed from {path}, step {progress.step}"]
         if progress.step >= self.total:
             most = self.config.run.max_steps
-            asked = f"{most} steps" if 0 < most <= progress.step else f"--epochs {self.config.run.epochs}"
+            asked = counted(most, "step") if 0 < most <= progress.step else f"--epochs {self.config.run.epochs}"
             notes.append(
-                f"nothing left to do: {asked} asked for, {progress.step} steps and {progress.epoch} epochs are done; "
-                f"raise {'--max-steps' if asked.endswith('steps') else '--epochs'}"
+                f"nothing left to do: {asked} asked for, {counted(progress.step, 'step')} and "
+                f"{counted(progress.epoch, 'epoch')} are done; raise "
+                f"{'--epochs' if asked.startswith('--') else '--max-steps'}"
             )
         return notes
 

@@ -12,7 +12,7 @@ from psmpi import checkpoint
 from psmpi.checkpoint import Contents
 from psmpi.config import Config, changes, from_toml, read_file
 from psmpi.data import Dataset, Identity, differences
-from psmpi.errors import UserError, expanded
+from psmpi.errors import UserError, counted, expanded
 from psmpi.training.folder import CONFIG
 from psmpi.training.method import Method
 
@@ -68,7 +68,7 @@ def compare(
             f"checkpoint {path} has learnt {means[contents.task]}, and the targets of --dataset {config.data.dataset} "
             f"are {means[data.task]}: use the data set it was made with, or start afresh without --resume"
         )
-    inside = f" (it is {progress.cursor} steps into epoch {progress.epoch + 1})" if progress.cursor else ""
+    inside = f" (it is {counted(progress.cursor, 'step')} into epoch {progress.epoch + 1})" if progress.cursor else ""
     found = []
     if contents.data:
         found = differences(Identity.of(contents.data), data)

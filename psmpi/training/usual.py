@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from psmpi.config import Config, Numbers, usual_numbers
 from psmpi.data import open_dataset
+from psmpi.errors import counted
 
 
 def usual(config: Config, tell: Callable[[str], None] | None = None) -> Config:
@@ -22,9 +23,9 @@ def usual(config: Config, tell: Callable[[str], None] | None = None) -> Config:
     if tell is not None:
         run, data, optimization = config.run, config.data, config.optimization
         tell(
-            f"{run.epochs} epochs, {data.batch_size} samples a minibatch, learning rate {optimization.lr:g}: usual "
-            f"for {samples:,} samples, {config.model.model} and {optimization.optimizer}, where not given "
-            "(--epochs, --batch-size, --lr)"
+            f"{counted(run.epochs, 'epoch')}, {counted(data.batch_size, 'sample')} a minibatch, learning rate "
+            f"{optimization.lr:g}: usual for {counted(samples, 'sample')}, {config.model.model} and "
+            f"{optimization.optimizer}, where not given (--epochs, --batch-size, --lr)"
         )
     return config
 

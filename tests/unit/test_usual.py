@@ -5,6 +5,7 @@ from helpers.runs import Trained, run
 
 from psmpi.config import Config, Data, NetworkSettings, Optimization, read_file, usual_numbers
 from psmpi.config.usual import RATES
+from psmpi.errors import counted
 from psmpi.optim import FIRST_ORDER
 
 TRAIN = ("-m", "psmpi.train", "--threads", "1")
@@ -52,6 +53,15 @@ def test_a_run_keeps_the_numbers_that_it_found(tmp_path):
     assert "60 epochs, 32 samples a minibatch, learning rate 0.01: usual for 1,438 samples, psnet and adam" in out
     kept = read_file(str(tmp_path / "run" / "config.toml"))
     assert (kept.run.epochs, kept.data.batch_size, kept.optimization.lr) == (60, 32, 0.01)
+
+
+def test_one_is_no_plural_and_what_is_refused_is_told_without_usual_numbers(tmp_path):
+    status, out, err = run(1, *TRAIN, "--out", tmp_path / "run", "--epochs", "1", "--max-steps", "1")
+    assert status == 0 and "\n1 epoch, 32 samples a minibatch" in "\n" + out, err
+    for options in (("--batch-size", "5000"), ("--resume", "none.h5"), ("--method", "sil", "--parts", "9")):
+        status, out, err = run(2, *TRAIN, "--out", tmp_path / "other", *options)
+        assert status == 1 and "usual" not in out, err
+    assert [counted(n, "sample") for n in (0, 1, 2, 1438)] == ["0 samples", "1 sample", "2 samples", "1,438 samples"]
 
 
 def test_what_is_given_is_used(tmp_path):

@@ -36,8 +36,9 @@ class Dense(Linear):
         if used == inputs:
             return ""
         return (
-            f"the last {inputs - used} of {inputs} inputs are not used, for {self.groups} groups see "
-            f"{self.group_inputs} each; {inputs + self.groups - inputs % self.groups} inputs would all be"
+            f"the last {inputs - used} of {inputs} inputs {'is' if inputs == used + 1 else 'are'} not used, for "
+            f"{self.groups} groups see {self.group_inputs} each; "
+            f"{inputs + self.groups - inputs % self.groups} inputs would all be"
         )
 
     def weight_shape(self) -> tuple[int, ...]:
