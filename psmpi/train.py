@@ -84,9 +84,10 @@ def _parse(argv: list[str]) -> tuple[Config, str]:
 
 def _main(argv: list[str]) -> int:
     from psmpi.comm.control import Control
+    from psmpi.comm.flight import recorded
     from psmpi.comm.world import start
 
-    world = start()
+    world = recorded(start())
     control = Control(world)
     config, status, *files = _configure(control, argv)
     if config is None:
@@ -159,8 +160,9 @@ def _train(world: World, control: Control, config: Config, own: str, layers: str
 
     from psmpi import checkpoint
     from psmpi.comm.signals import StopSignals
+    from psmpi.comm.watch import watched
     from psmpi.comm.world import host, library, local_rank
-    from psmpi.config import to_toml
+    from psmpi.config import to_toml, without_anew
     from psmpi.output import Screen
     from psmpi.registry import find_method
     from psmpi.training.context import Context
@@ -175,7 +177,8 @@ def _train(world: World, control: Control, config: Config, own: str, layers: str
     with contextlib.ExitStack() as stack:
         # After MPI's own handlers.
         signals = stack.enter_context(StopSignals(config.run.save_signal, "" if world.rank else STOPPING))
-        start = begin(world.size, config, own, tell, layers) if world.rank == 0 else None
+        watch = stack.enter_context(watched(control, config.run.stall_warn, config.run.stall_abort))
+        start = begin(control, config, own, tell, layers) if world.rank == 0 else None
         folder = stack.enter_context(start.folder) if start is not None and start.folder is not None else None
         # Ranks may have been started in other folders.
         found = share_path(control, str(Path(start.found).absolute()) if start is not None and start.found else "")
@@ -186,12 +189,15 @@ def _train(world: World, control: Control, config: Config, own: str, layers: str
             found = start.found
             stem = f"{Path(config.data.dataset).stem}-{config.model.model}"
             if folder is None:
-                made = RunFolder(Path(config.run.out), tell) if config.run.out else RunFolder.unnamed(stem, tell)
+                with control.flight.task("making the run directory"):
+                    made = RunFolder(Path(config.run.out), tell) if config.run.out else RunFolder.unnamed(stem, tell)
                 folder = stack.enter_context(made)
         out = Path(share_path(control, str(folder.path) if folder is not None else ""))
         config = replace(config, run=replace(config.run, out=str(out)))
         if numbers:
             tell(numbers)
+        if watch is not None:
+            watch.folder = out
         threads = config.parallel.threads or max(1, cores // ranks)
         if world.rank == 0 and ranks * threads > cores:
             tell(
@@ -211,7 +217,7 @@ def _train(world: World, control: Control, config: Config, own: str, layers: str
             )
             method_settings = {name: value for one in config.chosen.values() for name, value in asdict(one).items()}
             # What each start says anew is not of the run.
-            text = to_toml(replace(config, run=replace(config.run, out="", resume="", new_data=False)))
+            text = to_toml(without_anew(config))
             contents = checkpoint.Contents(
                 text,
                 tuple(dataset.shape),
@@ -237,7 +243,8 @@ def _train(world: World, control: Control, config: Config, own: str, layers: str
             control.wait_for_all()
             if folder is not None and loop.progress.step < loop.total:
                 step, damaged = loop.progress.step if found else -1, config.run.resume == "auto"
-                folder.begin(text, loop.progress.rows, step, damaged=damaged)
+                with control.flight.task("beginning the run directory"):
+                    folder.begin(text, loop.progress.rows, step, damaged=damaged)
             for note in notes:
                 tell(note)
             done = loop.run()

@@ -18,6 +18,7 @@ from psmpi.checkpoint.contents import Contents
 from psmpi.checkpoint.format import FORMAT, HEADER, as_data, chunk_of, filters, partial_of
 from psmpi.checkpoint.selection import Ranges, Slab, find_parts
 from psmpi.checkpoint.tensors import Tensor
+from psmpi.comm.flight import bare
 from psmpi.comm.protocol import Communicator
 from psmpi.layout import Ownership, TableRows, copy_runs
 
@@ -63,7 +64,7 @@ def write_together(
     """
     collective = h5py.h5p.create(h5py.h5p.DATASET_XFER)
     collective.set_dxpl_mpio(h5py.h5fd.MPIO_COLLECTIVE)
-    with h5py.File(partial_of(target), "w", driver="mpio", comm=world, userblock_size=HEADER) as file:
+    with h5py.File(partial_of(target), "w", driver="mpio", comm=bare(world), userblock_size=HEADER) as file:
         file.attrs["format"] = FORMAT
         for name, text in contents.texts().items():
             data = as_data(text)

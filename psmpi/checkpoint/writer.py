@@ -26,6 +26,8 @@ from psmpi.layout import Ownership, TableRows
 PATIENCE = 60.0
 # Seconds that the end of a run waits for its last one.
 LAST_PATIENCE = 600.0
+# The name of the operation that may wait for a disk.
+HANDING_OVER = "handing over a checkpoint to the process that writes it"
 
 
 class Writer:
@@ -97,7 +99,8 @@ class Writer:
             job["texts"] = contents.texts() if self.control.rank == 0 else {}
         if self.control.rank == 0 and self.target is not None:
             try:
-                self.spool.submit(job)
+                with self.control.flight.task(HANDING_OVER):
+                    self.spool.submit(job)
             except OSError:
                 self._answer()
         self.pause += time.perf_counter() - start
@@ -140,7 +143,8 @@ class Writer:
             # Every rank must make the same data sets: the texts are rank 0's.
             contents = Contents.of(told)
             owned = {name: self.spaces.get(name, self.shards) for name in vectors}
-            write_together(self.control.comm, Path(target), contents, vectors, owned, self.gzip, tables, self.rows)
+            with self.control.flight.task(f"writing the checkpoint {target} together"):
+                write_together(self.control.comm, Path(target), contents, vectors, owned, self.gzip, tables, self.rows)
 
     def _copy(self, vectors: Mapping[str, np.ndarray], tables: Mapping[str, np.ndarray]) -> dict[str, Any]:
         """Bring all ranks' pieces to the spool; what is where in it.
@@ -189,13 +193,15 @@ class Writer:
         """Put elements at byte `at` of the spool; after an error, nothing more of this checkpoint."""
         if self.target is not None:
             try:
-                self.spool.put(elements, at)
+                with self.control.flight.task(HANDING_OVER):
+                    self.spool.put(elements, at)
             except OSError as error:
                 self._failed(str(error))
 
     def _ready(self, target: Path) -> bool:
         """Take up `target` as the next checkpoint, unless the one before is still not written."""
-        self.finish(self.patience)
+        with self.control.flight.task("waiting for the process that writes the checkpoint before"):
+            self.finish(self.patience)
         if self.target is not None:
             self.found.append(
                 f"the checkpoint {target} is NOT written: {self.target} is still being written after "
@@ -206,7 +212,8 @@ class Writer:
             return False
         self.target, self.patience = target, PATIENCE
         try:
-            self.spool.open(folder(self.out))
+            with self.control.flight.task(HANDING_OVER):
+                self.spool.open(folder(self.out))
         except OSError as error:
             self._failed(str(error))
         return True

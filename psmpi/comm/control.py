@@ -6,6 +6,7 @@ import time
 
 import numpy as np
 
+from psmpi.comm.flight import flight_of
 from psmpi.comm.group import Counter
 from psmpi.comm.protocol import Request, World
 
@@ -13,12 +14,13 @@ from psmpi.comm.protocol import Request, World
 class Control:
     """A communicator of its own, so that no message of the training is taken for one of these, and its own `counter`.
 
-    All ranks make one, and its calls, in the same order.
+    All ranks make one, and its calls, in the same order. flight: the recorder of this rank's operations.
     """
 
     def __init__(self, world: World):
         self.comm = world.Dup() if world.size > 1 else world
         self.rank, self.size, self.counter = world.rank, world.size, Counter()
+        self.flight = flight_of(world)
 
     def _from_first(self, nbytes: int) -> None:
         """Count what rank 0 sends to all others."""

@@ -242,7 +242,7 @@ def _end(message: str) -> int:
     where = f"rank {comm.rank} of {comm.size} on {socket.gethostname()}"
     try:
         output.complain(f"psmpi, {where}: {message}")
-        _delivered()
+        delivered()
     finally:
         comm.Abort(1)
     return 1
@@ -268,7 +268,7 @@ def describe(error: BaseException) -> str:
     return "".join(traceback.format_exception(error)).rstrip()
 
 
-def _delivered(patience: float = 2.0) -> None:
+def delivered(patience: float = 2.0) -> None:
     """Wait until the launcher has taken what stderr was given: at an abort it drops what it has not read."""
     end = time.monotonic() + patience
     with contextlib.suppress(OSError, ValueError):

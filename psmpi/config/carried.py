@@ -7,14 +7,14 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from psmpi.config.sections import NetworkSettings, Optimization, Parallel
+from psmpi.config.sections import NetworkSettings, Optimization, Parallel, Run
 from psmpi.config.text import given, tables_in
 from psmpi.config.tree import Config
 from psmpi.optim import Hyper, find_optimizer, unused_settings
 from psmpi.registry import all_methods, find_method
 
 # Where things are, and what is said anew at each start.
-ANEW = ("data_dir", "max_steps", "new_data", "out", "resume")
+ANEW = ("data_dir", "max_steps", "new_data", "out", "resume", "stall_abort", "stall_warn")
 # What is of a GPU, and of the rate of an optimizer.
 OF_DEVICE = ("compute", "convolution", "gpu_aware", "nccl")
 OF_RATE = ("lr", "min_lr", "clip", *(one.name for one in fields(Hyper)))
@@ -58,6 +58,12 @@ def without_unused(config: Config, base: Config, said: Collection[str]) -> Confi
     elif not kind.nccl:
         parallel = _by_default(parallel, Parallel(), {"nccl"} - set(said))
     return replace(config, optimization=o, model=model, parallel=parallel).having(settings)
+
+
+def without_anew(config: Config) -> Config:
+    """`config` as a run keeps it, without what each start says anew beside the number of steps."""
+    names = {"new_data", "out", "resume", "stall_abort", "stall_warn"}
+    return replace(config, run=_by_default(config.run, Run(), names))
 
 
 def _by_default(section: Any, plain: Any, names: Collection[str]) -> Any:

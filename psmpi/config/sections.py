@@ -144,6 +144,10 @@ class Run:
     one in the run directory (a fresh start if none)."""
     new_data: bool = False
     """Go on from the checkpoint with other data than it was made with, from the beginning of an epoch."""
+    stall_warn: float = 60.0
+    """Seconds that ranks stand still before it is said which of them is waited for; 0: ranks are not watched."""
+    stall_abort: float = 1800.0
+    """Seconds that ranks stand still before the job ends, with every rank's Python stacks; 0: never."""
     checkpoint_every: Annotated[int, Least(0)] = 0
     """Steps between checkpoints; 0: at the end of each epoch."""
     checkpoint_keep: Annotated[int, Least(0)] = 3

@@ -114,6 +114,14 @@ def check(config: Config, said: Collection[str] = ()) -> None:
         raise UserError(f"--clip {o.clip}: expected 0 (no clipping) or a number above it")
     if not 0 <= run.checkpoint_gzip <= 9:
         raise UserError(f"--checkpoint-gzip {run.checkpoint_gzip}: expected 0 (none) to 9")
+    for name in ("stall_warn", "stall_abort"):
+        if getattr(run, name) < 0:
+            raise UserError(f"{option(name)} {getattr(run, name):g}: expected 0 or a number of seconds")
+    if 0 < run.stall_abort <= run.stall_warn:
+        raise UserError(
+            f"--stall-abort {run.stall_abort:g} is to be more than --stall-warn {run.stall_warn:g}, after which it is "
+            "told who is waited for: give more, or 0 to wait for ever"
+        )
     if parallel.compute != "float32" and model.dtype != "float32":
         raise UserError(
             f"--compute {parallel.compute} is for float32 weights, not --dtype {model.dtype}: leave one out"

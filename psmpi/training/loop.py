@@ -111,7 +111,8 @@ class Loop:
 
     def resume(self, path: Path) -> list[str]:
         """Take up a checkpoint; returns notes for the user."""
-        contents = checkpoint.read_contents(path)
+        with self.control.flight.task(f"reading the checkpoint {path}"):
+            contents = checkpoint.read_contents(path)
         progress = contents.progress
         self.batches, self.total, self.schedule = plan_steps(self.dataset, self.config, progress)
         notes = restore(self.method, path, contents, self.config, self.batches.steps_per_epoch)
@@ -146,7 +147,8 @@ class Loop:
                 self._epoch(bar, task)
         self.poll.close()
         if self.control.rank == 0:
-            self.writer.close()
+            with self.control.flight.task("ending the last checkpoint"):
+                self.writer.close()
             self._tell_troubles()
             if self.writer.last_failed:
                 ended = "training is done" if self.progress.step >= self.total else "the run was stopped"
@@ -167,7 +169,8 @@ class Loop:
 
         Between two of them checkpoints are written.
         """
-        first, every = self.progress, self.config.run.checkpoint_every
+        first, every, flight = self.progress, self.config.run.checkpoint_every, self.control.flight
+        flight.step = first.step
         for cursor in range(first.cursor, self.batches.steps_per_epoch):
             if self.progress.step == self.total:
                 break
@@ -177,6 +180,7 @@ class Loop:
                 self.first = (self.method.loss_sum - past) / len(batch)
             elapsed = first.seconds + time.perf_counter() - start
             self.progress = replace(self.progress, step=self.progress.step + 1, cursor=cursor + 1, seconds=elapsed)
+            flight.step = self.progress.step
             bar.update(task, completed=self.progress.step)
             self._tell_troubles()
             if self.poll(bool(self.signals)):
@@ -216,7 +220,8 @@ class Loop:
         self._keep()
         if self.folder is not None:
             try:
-                self.folder.append(row)
+                with self.control.flight.task("writing metrics.jsonl"):
+                    self.folder.append(row)
             except OSError as error:
                 self._warn_loudly(f"metrics.jsonl lacks the row of epoch {row['epoch']}: {error}")
 
@@ -225,7 +230,8 @@ class Loop:
         if self.folder is None:
             return
         try:
-            lock, last = self.folder.keep(), self.writer.last_good
+            with self.control.flight.task("looking into the run directory"):
+                lock, last = self.folder.keep(), self.writer.last_good
             if lock is not None:
                 self.writer.relock(lock)
             elif last is not None and not last.exists():

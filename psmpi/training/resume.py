@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from psmpi import checkpoint
 from psmpi.checkpoint import Contents
+from psmpi.comm.flight import flight_of
 from psmpi.config import Config, changes, from_toml, read_file
 from psmpi.data import Dataset, Identity, differences
 from psmpi.errors import UserError, counted, expanded
@@ -135,9 +136,10 @@ def restore(method: Method, path: Path, contents: Contents, config: Config, step
     taken = {name: vector for name, vector in vectors.items() if name in there}
     state.update(contents.scalars, state.own if reason else state.scalars.keys())
     fresh = vectors.keys() - taken.keys()
-    checkpoint.load(path, method.layout, method.shards[method.rank], taken, contents.part)
     tables = not reason and state.rows.total > 0
-    found = tables and checkpoint.load_tables(path, state.tables, state.rows, method.rank)
+    with flight_of(method.context.world).task(f"reading the checkpoint {path}"):
+        checkpoint.load(path, method.layout, method.shards[method.rank], taken, contents.part)
+        found = tables and checkpoint.load_tables(path, state.tables, state.rows, method.rank)
     if "steps" in state.scalars:
         # A method that goes by the steps of epochs goes on with them, whatever the checkpoint is of.
         state.scalars["steps"] = contents.progress.epoch * steps_per_epoch + contents.progress.cursor

@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
 from psmpi import checkpoint
 from psmpi.data import Dataset, Identity, Prints, check_same, find_doubts, identify, open_dataset
+from psmpi.data.rows import ArrayRows, RowSource
 from psmpi.errors import UserError, layers_in
 from psmpi.nn.zoo import make_network
 from psmpi.registry import find_method
@@ -20,6 +25,7 @@ from psmpi.training.resume import compare, noting
 
 if TYPE_CHECKING:
     from psmpi.comm.control import Control
+    from psmpi.comm.flight import Flight
     from psmpi.config import Config
 
 
@@ -34,20 +40,21 @@ class Start(NamedTuple):
     found: str
 
 
-def begin(size: int, config: Config, own: str, tell: Callable[[str], None], layers: str) -> Start:
+def begin(control: Control, config: Config, own: str, tell: Callable[[str], None], layers: str) -> Start:
     """Meet a missing file or a wrong setting first, on rank 0 alone; a run directory that is there is locked, and kept.
 
     own: the path that the run's own settings are from; layers: that of the file that describes its layers.
     """
     kind: Any = find_method(config.parallel.method)
-    run = config.run
-    dataset = open_dataset(config.data.dataset, config.data.data_dir, config.data.split_seed)
+    run, size = config.run, control.size
     prints: list[Prints] = []
-    identity = identify(dataset, prints=prints)
-    folder, found = RunFolder(Path(run.out), tell) if run.out and Path(run.out).exists() else None, ""
+    dataset, identity = _open(control, config, prints=prints)
+    with control.flight.task(f"opening the run directory {run.out}"):
+        folder, found = RunFolder(Path(run.out), tell) if run.out and Path(run.out).exists() else None, ""
     try:
         if run.resume:
-            found = str(checkpoint.find(run.resume, Path(run.out), tell) or "")
+            with control.flight.task(f"looking for the checkpoint {run.resume} of {run.out}"):
+                found = str(checkpoint.find(run.resume, Path(run.out), tell) or "")
         if run.resume == "auto" and found != own and (found or not own.endswith(".toml")):
             raise UserError(
                 f"--out {run.out}: another run wrote {found} there while this one waited for it: start this one again, "
@@ -91,12 +98,63 @@ def agree(
     if start is not None:
         dataset, identity = start.dataset, start.identity
     else:
-        dataset = open_dataset(config.data.dataset, config.data.data_dir, config.data.split_seed)
-        identity = identify(dataset, share)
+        dataset, identity = _open(control, config, share)
     texts = control.collect_texts(json.dumps([socket.gethostname(), identity.table()]), most=4000)
     everyone = dict(enumerate(map(json.loads, texts)))
     check_same(identity, {f"rank {rank}, host {at}": Identity.of(of) for rank, (at, of) in everyone.items()})
     return dataset, identity
+
+
+def _open(
+    control: Control, config: Config, share: tuple[int, int] = (0, 1), prints: list[Prints] | None = None
+) -> tuple[Dataset, Identity]:
+    """The data set and its identity; reading its files is an operation of this rank, then and later.
+
+    share, prints: as of `identify`.
+    """
+    with control.flight.task(f"reading the data set {config.data.dataset}"):
+        dataset = open_dataset(config.data.dataset, config.data.data_dir, config.data.split_seed)
+        return _recorded(dataset, control), identify(dataset, share, prints)
+
+
+def _recorded(dataset: Dataset, control: Control) -> Dataset:
+    """The data set with sources that record what is read from files."""
+    if control.size == 1:
+        return dataset
+    train, test = (
+        split
+        if isinstance(split.source, ArrayRows)
+        else replace(split, source=RecordedRows(split.source, control.flight))
+        for split in (dataset.train, dataset.test)
+    )
+    return replace(dataset, train=train, test=test)
+
+
+class RecordedRows:
+    """A source of samples whose reads are recorded."""
+
+    def __init__(self, source: RowSource, flight: Flight):
+        self.source, self.flight = source, flight
+        self.name = f"reading samples from {getattr(source, 'path', 'the files of the data set')}"
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.source, name)
+
+    @property
+    def n(self) -> int:
+        return self.source.n
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.source.dtype
+
+    def read_into(self, rows: npt.NDArray[np.int64], where: npt.NDArray[np.int64], out: npt.NDArray[Any]) -> None:
+        with self.flight.task(self.name):
+            self.source.read_into(rows, where, out)
+
+    def glance(self, count: int) -> npt.NDArray[Any]:
+        with self.flight.task(self.name):
+            return self.source.glance(count)
 
 
 def network_of(config: Config, dataset: Dataset) -> Any:

@@ -1,0 +1,323 @@
+"""The monitor of a job: hears what every rank does, finds out who stands still, and says so."""
+
+from __future__ import annotations
+
+import json
+import struct
+import time
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from psmpi.comm.flight import Flight, spans
+from psmpi.comm.link import ASK, BEAT, BYE, DUMP, DUMPED, END, FLIGHT, LONGEST, Message
+from psmpi.comm.stalls import (
+    BUSY,
+    COMPUTING,
+    GONE,
+    SILENT,
+    UNWATCHED,
+    WAITING,
+    Finding,
+    Rank,
+    describe,
+    diagnose,
+    from_table,
+    state_of,
+)
+
+# Count of operations, step, and which of DOING; the name of the last operation follows.
+HEARTBEAT = struct.Struct("!QqB")
+DOING = (COMPUTING, WAITING, BUSY)
+LIMIT = struct.Struct("!I")
+# Bytes of a flight that are asked for, less where the answer does not arrive: large datagrams are cut on the way.
+SIZES = (LONGEST, 8000, 1200)
+# Bytes that a flight may have when it is unpacked.
+UNPACKED = 1 << 22
+# Seconds that ranks get to show their stacks.
+SHOWN = 3.0
+# Flights that are asked for at a time.
+ASKED = 16
+
+
+class Patience(NamedTuple):
+    """Seconds: until a stall is told, and until it ends the job (0: never); between heartbeats; until all are heard."""
+
+    warn: float
+    abort: float = 0.0
+    interval: float = 1.0
+    settle: float = 15.0
+
+    @property
+    def quiet(self) -> float:
+        """Seconds without a heartbeat after which a rank that does not answer either is silent."""
+        return max(3 * self.interval, self.warn / 2)
+
+    @property
+    def jump(self) -> float:
+        """Seconds between two looks after which this process itself stood still, or the whole job did."""
+        return max(4 * self.interval, 2.0)
+
+
+def heartbeat(flight: Flight) -> bytes:
+    """What a rank does, for its monitors."""
+    last, state = flight.last(), state_of(flight)
+    name = str(last[0]) if last is not None else ""
+    return HEARTBEAT.pack(flight.count, flight.step, DOING.index(state)) + name.encode()[:200]
+
+
+def pack_flight(table: dict[str, Any], limit: int) -> bytes:
+    """A rank's flight in at most so many bytes, with as many of the newest operations as fit."""
+    operations = table["operations"]
+    while True:
+        data = zlib.compress(json.dumps({**table, "operations": operations}, separators=(",", ":")).encode())
+        if len(data) <= limit or not operations:
+            return data
+        operations = operations[-(len(operations) // 2) :] if len(operations) > 1 else []
+
+
+def unpack_flight(data: bytes) -> dict[str, Any]:
+    """The table of such bytes; ValueError where they are none."""
+    try:
+        text = zlib.decompressobj().decompress(data, UNPACKED)
+    except zlib.error as error:
+        raise ValueError(str(error)) from None
+    table = json.loads(text)
+    from_table(table)
+    return dict(table)
+
+
+@dataclass
+class Seen:
+    """What a monitor has heard of a rank, and when by its own clock: of it at all, and of another operation."""
+
+    at: float
+    changed: float
+    heard: bool = False
+    gone: bool = False
+    count: int = 0
+    step: int = 0
+    state: str = COMPUTING
+    name: str = ""
+    # The longest time that it computed at a stretch.
+    longest: float = 0.0
+
+
+class Ending(NamedTuple):
+    """The end of the job: when ranks are no longer waited for, which ones have not shown their stacks, the silent."""
+
+    until: float
+    lacking: set[int]
+    silent: list[int]
+
+
+class Monitor:
+    """Watches the ranks of a job from one of them. first: the rank that speaks as long as it is not silent itself.
+
+    post(kind, to, body) sends a message, to this rank too; tell(lines) prints; keep(tables) writes the flights and
+    returns a line on where they are. All of it is called by the thread that calls `tick`.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        first: int,
+        hosts: Sequence[str],
+        patience: Patience,
+        post: Callable[[int, int, bytes], None],
+        tell: Callable[[list[str]], None],
+        keep: Callable[[list[dict[str, Any]]], str],
+        now: float,
+    ):
+        self.rank, self.first, self.hosts, self.patience = rank, first, hosts, patience
+        self.post, self.tell, self.keep = post, tell, keep
+        self.seen = [Seen(now, now) for _ in hosts]
+        self.ticked = self.begun = now
+        # When it is said who has not been heard.
+        self.noting = float("inf")
+        # Flights that have come, and ranks asked: how often, and when last.
+        self.collecting = False
+        self.flights: dict[int, dict[str, Any]] = {}
+        self.asked: dict[int, tuple[int, float]] = {}
+        # The stall that was looked into last, when to look again, and what was told.
+        self.stuck: frozenset[Any] = frozenset()
+        self.again = now
+        self.told: tuple[Any, ...] | None = None
+        self.since = now
+        self.ending: Ending | None = None
+
+    def hear(self, message: Message, now: float) -> None:
+        """Take a message of a rank."""
+        seen, rank = self.seen[message.sender], message.sender
+        seen.at, seen.heard = now, True
+        if message.kind == BYE:
+            seen.gone = True
+        elif message.kind == BEAT and len(message.body) >= HEARTBEAT.size:
+            count, step, doing = HEARTBEAT.unpack_from(message.body)
+            name = message.body[HEARTBEAT.size :].decode(errors="replace")
+            self._note(seen, count, step, DOING[min(doing, len(DOING) - 1)], name, now)
+        elif message.kind == FLIGHT and self.collecting:
+            try:
+                table = unpack_flight(message.body)
+            except ValueError:
+                return
+            if table["rank"] == rank:
+                self.flights[rank] = table
+                self._note(seen, table["count"], table["step"], table["state"], table["doing"], now)
+        elif message.kind == DUMPED and self.ending is not None:
+            self.ending.lacking.discard(rank)
+
+    def _note(self, seen: Seen, count: int, step: int, state: str, name: str, now: float) -> None:
+        if (count, step, state) != (seen.count, seen.step, seen.state):
+            if seen.state == COMPUTING:
+                seen.longest = max(seen.longest, now - seen.changed)
+            seen.changed = now
+        seen.count, seen.step, seen.state, seen.name = count, step, state, name
+
+    def tick(self, now: float) -> None:
+        """Look at all ranks; now: seconds of a clock that goes evenly."""
+        if now - self.ticked > self.patience.jump:
+            self._forget_times(now)
+        self.ticked = now
+        if self.ending is not None:
+            self._go_on_ending(now)
+            return
+        if self.collecting:
+            self._ask(now)
+            return
+        if not self._speaks(now):
+            self.told = None
+            return
+        if now >= self.noting:
+            self.noting = float("inf")
+            unheard = [rank for rank, one in enumerate(self.seen) if not one.heard]
+            if unheard:
+                self.tell([f"note: {spans(unheard)} cannot be watched: neither datagrams nor files arrive from there"])
+        stuck = self._stuck(now)
+        if not stuck:
+            self._goes_on(now)
+            self.stuck = stuck
+        elif stuck != self.stuck or now >= self.again:
+            self.stuck, self.collecting = stuck, True
+            self.flights, self.asked = {}, {}
+            self._ask(now)
+
+    def _forget_times(self, now: float) -> None:
+        """This process stood still, and with it perhaps all: nothing is known of the time that has passed."""
+        for one in self.seen:
+            one.at = one.changed = now
+        self.begun, self.collecting = now, False
+
+    def _speaks(self, now: float) -> bool:
+        first = self.seen[self.first]
+        silent = first.heard and not first.gone and now - first.at >= max(self.patience.warn, self.patience.quiet)
+        return self.rank == self.first or silent
+
+    def _stuck(self, now: float) -> frozenset[Any]:
+        """Ranks that have been in one operation, or silent, for long."""
+        patience, found = self.patience, set()
+        for rank, one in enumerate(self.seen):
+            if one.gone or not one.heard:
+                continue
+            if now - one.at >= max(patience.warn, patience.quiet):
+                found.add((rank, SILENT, one.count))
+            elif one.state != COMPUTING and now - one.changed >= patience.warn:
+                found.add((rank, one.state, one.count))
+        return frozenset(found)
+
+    def _ask(self, now: float) -> None:
+        """Ask for the flights that are missing, some at a time, in smaller pieces each time; then conclude."""
+        wait = max(0.5, self.patience.interval)
+
+        def is_open(rank: int) -> bool:
+            times, last = self.asked.get(rank, (0, now))
+            known = self.seen[rank].gone or not self.seen[rank].heard or rank in self.flights
+            return not known and (times < len(SIZES) or now - last < wait)
+
+        under_way = sum(is_open(rank) and now - last < wait for rank, (_, last) in self.asked.items())
+        for rank in filter(is_open, range(len(self.seen))):
+            times, last = self.asked.get(rank, (0, now - wait))
+            if now - last >= wait and under_way < ASKED:
+                under_way += 1
+                self.asked[rank] = times + 1, now
+                self.post(ASK, rank, LIMIT.pack(SIZES[times]))
+        if not any(map(is_open, range(len(self.seen)))):
+            self.collecting = False
+            self._conclude(now)
+
+    def _rank(self, rank: int, now: float) -> Rank:
+        """What is known of a rank."""
+        seen, host = self.seen[rank], self.hosts[rank]
+        known = Rank(rank, host, seen.state, now - seen.changed, seen.count, seen.step, seen.name)
+        if seen.gone:
+            known.state = GONE
+        elif rank in self.flights:
+            found = from_table(self.flights[rank])
+            known.calls, known.operations = found.calls, found.operations
+        elif not seen.heard:
+            known.state, known.seconds = UNWATCHED, now - self.begun
+        elif now - seen.at >= self.patience.quiet:
+            known.state, known.seconds = SILENT, now - seen.at
+        return known
+
+    def _conclude(self, now: float) -> None:
+        """Say who is waited for, where that has not been said; end the job where it is time."""
+        patience = self.patience
+        if self.rank != self.first and self.first in self.flights:
+            return
+        ranks = [self._rank(rank, now) for rank in range(len(self.seen))]
+        longest = {rank: one.longest for rank, one in enumerate(self.seen)}
+        finding = diagnose(ranks, patience.warn, longest)
+        self.again = now + max(2 * patience.interval, patience.warn / 4)
+        if finding is None:
+            self._goes_on(now)
+            return
+        slow = max([0.0, *(2 * longest[one.rank] for one in finding.culprits if one.state == COMPUTING)])
+        abort = max(patience.abort, slow) if patience.abort else 0.0
+        ends = bool(abort) and finding.seconds >= abort
+        if finding.key != self.told or ends:
+            self._say(finding, ranks, abort, ends, now)
+        self.told, self.since = finding.key, now - finding.seconds
+        self.again = now + patience.warn
+        if ends:
+            silent = [one.rank for one in ranks if one.state in (SILENT, UNWATCHED)]
+            # Silent ones too: they may only have been stopped, and are woken.
+            lacking = {one.rank for one in ranks if one.state not in (UNWATCHED, GONE)}
+            self.ending = Ending(now + SHOWN, lacking, silent)
+            for rank in sorted(lacking):
+                self.post(DUMP, rank, json.dumps(silent).encode())
+        elif abort:
+            self.again = min(self.again, now + max(2 * patience.interval, abort - finding.seconds))
+
+    def _say(self, finding: Finding, ranks: Sequence[Rank], abort: float, ends: bool, now: float) -> None:
+        lines = describe(finding, time.time())
+        if ends:
+            lines.append(f"the job ends with status 1 (--stall-abort {self.patience.abort:g})")
+        elif abort:
+            lines.append(f"the job ends in {abort - finding.seconds:.0f} s unless it goes on (--stall-abort)")
+        # Told before anything is written: it may be the folder that does not answer.
+        self.tell(lines)
+        where = self.keep([self._table(one) for one in ranks])
+        if where and (self.told is None or ends):
+            self.tell([where])
+
+    def _table(self, one: Rank) -> dict[str, Any]:
+        """A rank's line of the file of flights."""
+        empty: Mapping[str, Any] = {"groups": [], "fields": [], "operations": []}
+        table = {**empty, **self.flights.get(one.rank, {})}
+        found = {name: getattr(one, name) for name in ("rank", "host", "state", "seconds", "count", "step", "doing")}
+        return {**table, **found, "seconds": round(one.seconds, 3), "written": round(time.time(), 3)}
+
+    def _goes_on(self, now: float) -> None:
+        if self.told is not None:
+            self.told = None
+            self.tell([f"training goes on, after a stall of about {now - self.since:.0f} s"])
+
+    def _go_on_ending(self, now: float) -> None:
+        assert self.ending is not None
+        if not self.ending.lacking or now >= self.ending.until:
+            body = json.dumps(self.ending.silent).encode()
+            for rank in sorted(range(len(self.seen)), key=lambda rank: rank == self.rank):
+                if not self.seen[rank].gone:
+                    self.post(END, rank, body)

@@ -1,0 +1,108 @@
+"""The processes of ranks: who they are, what their threads do, and their end where they are stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, NamedTuple
+
+# Seconds that the launcher gets to kill stopped ranks, and the program that then does.
+LATER = 2.0
+KILLER = """
+import os, sys, time
+time.sleep(float(sys.argv[1]))
+for pid, start in zip(sys.argv[2::2], sys.argv[3::2]):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            if file.read().rpartition(")")[2].split()[19] == start:
+                os.kill(int(pid), 9)
+    except OSError:
+        pass
+"""
+
+
+class Process(NamedTuple):
+    """A rank's process: its host's name, the networks and processes that it shares, its number and start time."""
+
+    host: str
+    network: str
+    processes: str
+    pid: int
+    start: str
+
+    @staticmethod
+    def own() -> Process:
+        boot = _read("/proc/sys/kernel/random/boot_id")
+        spaces = []
+        for space in ("net", "pid"):
+            try:
+                spaces.append(f"{boot} {os.readlink(f'/proc/self/ns/{space}')}")
+            except OSError:
+                spaces.append(socket.gethostname())
+        network, processes = spaces
+        return Process(socket.gethostname(), network, processes, os.getpid(), start_of(os.getpid()))
+
+    @property
+    def lives(self) -> bool:
+        """Whether it is there, as far as this host can tell; its number may be another process's by now."""
+        return bool(self.start) and start_of(self.pid) == self.start
+
+
+def start_of(pid: int) -> str:
+    """When a process was started, which tells it from a later one of the same number; "" where that is not known."""
+    # The name of the program, in brackets, may have blanks.
+    fields = _read(f"/proc/{pid}/stat").rpartition(")")[2].split()
+    return fields[19] if len(fields) > 19 else ""
+
+
+def kill_later(processes: Sequence[Process], seconds: float = LATER) -> None:
+    """Kill processes of this host after some seconds, from a process that outlives this one.
+
+    A stopped process takes no milder signal. Not at once: a launcher's status may be that of the first to end.
+    """
+    words = [word for one in processes for word in (str(one.pid), one.start)]
+    subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", KILLER, str(seconds), *words],
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text().strip()
+    except (OSError, ValueError):
+        return ""
+
+
+def show_stacks(rank: int, size: int, host: str) -> None:
+    """Print the Python stacks of all threads of this process to standard error, in one piece."""
+    from psmpi.comm.world import delivered
+
+    with contextlib.suppress(OSError, ValueError), _nameless() as file:
+        faulthandler.dump_traceback(file, all_threads=True)
+        file.seek(0)
+        # The thread that trains before this one.
+        *others, own = sorted(file.read().decode(errors="replace").strip().split("\n\n"), key=_is_current)
+        text = f"psmpi, rank {rank} of {size} on {host}: what it was doing when --stall-abort ended the job"
+        # Past Python's buffers, whose lock the thread that trains may hold.
+        number = sys.__stderr__.fileno() if sys.__stderr__ is not None else 2
+        os.write(number, "\n\n".join([text, *others, own, ""]).encode())
+    delivered(1.0)
+
+
+def _is_current(stack: str) -> bool:
+    return stack.startswith("Current thread")
+
+
+def _nameless() -> IO[bytes]:
+    """A file in memory, or one that goes away when it is closed."""
+    if hasattr(os, "memfd_create"):
+        return os.fdopen(os.memfd_create("stacks"), "w+b")
+    return tempfile.TemporaryFile()

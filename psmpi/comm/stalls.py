@@ -1,0 +1,273 @@
+"""Who is waited for when ranks stand still: found from what every rank was doing, without any message."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from psmpi.comm.flight import BEGUN, BYTES, ENDED, GROUP, NAME, NO_GROUP, NUMBER, PEER, STEP, Flight, spans
+
+# What a rank is doing. SILENT: nothing is heard of it; GONE: it has ended the training; UNWATCHED: never heard of.
+SILENT, COMPUTING, WAITING, BUSY, GONE, UNWATCHED = "silent", "computing", "waiting", "busy", "gone", "unwatched"
+STATES = (SILENT, COMPUTING, WAITING, BUSY, GONE, UNWATCHED)
+FIELDS = ("name", "group", "number", "peer", "bytes", "step", "begun", "ended")
+
+
+class Operation(NamedTuple):
+    """One operation of a rank. group: its key, "" outside MPI; ranks: of the group; peer: a rank of the job, or -1.
+
+    number: of a collective among those of its group, else 0. begun, ended: seconds since 1970; ended 0: it goes on.
+    """
+
+    name: str
+    group: str
+    ranks: tuple[int, ...]
+    number: int
+    peer: int
+    nbytes: int
+    step: int
+    begun: float
+    ended: float
+
+    @property
+    def kind(self) -> str:
+        """The call that began it, where it is a wait."""
+        return self.name.removeprefix("Wait(").removesuffix(")")
+
+    def __str__(self) -> str:
+        if not self.group:
+            return self.name
+        if not self.number:
+            way = "to" if self.kind in ("Send", "Isend") else "from"
+            return f"{self.name} {way} rank {self.peer}"
+        root = f" with root {self.peer}" if self.peer >= 0 else ""
+        return f"{self.name}{root}, call {self.number} among {spans(self.ranks)} ({self.group.partition(' ')[0]})"
+
+
+@dataclass
+class Rank:
+    """What one rank was doing, and for how many seconds nothing else. calls: collectives begun, by the group's key."""
+
+    rank: int
+    host: str
+    state: str
+    seconds: float = 0.0
+    count: int = 0
+    step: int = 0
+    # What it did last, where its operations are not known.
+    doing: str = ""
+    calls: Mapping[str, int] = field(default_factory=dict)
+    operations: Sequence[Operation] = ()
+
+    @property
+    def last(self) -> Operation | None:
+        return self.operations[-1] if self.operations else None
+
+    @property
+    def action(self) -> str:
+        """The operation done last, in words."""
+        return str(self.last) if self.last is not None else self.doing
+
+
+def state_of(flight: Flight) -> str:
+    """What a rank is doing by its own recorder."""
+    last = flight.last()
+    if last is None or last[ENDED]:
+        return COMPUTING
+    return BUSY if last[GROUP] == NO_GROUP else WAITING
+
+
+def to_table(flight: Flight, rank: int, host: str, newest: int | None = None) -> dict[str, Any]:
+    """A rank's flight for JSON, with the `newest` operations, all by default."""
+    # Another thread goes on recording: the operations first, so that the counts have all of them.
+    state, records, groups = state_of(flight), flight.records(), list(flight.groups)
+    shift = time.time() - time.monotonic()
+    kept = records if newest is None else records[len(records) - min(newest, len(records)) :]
+    rows = [
+        [*one[:BEGUN], round(one[BEGUN] + shift, 6), round(one[ENDED] + shift, 6) if one[ENDED] else 0.0]
+        for one in kept
+        if one[GROUP] < len(groups)
+    ]
+    return {
+        "rank": rank, "host": host, "state": state, "seconds": 0.0, "count": flight.count, "step": flight.step,
+        "doing": str(records[-1][NAME]) if records else "",
+        "groups": [[group.key, list(group.ranks), group.calls] for group in groups],
+        "fields": list(FIELDS), "operations": rows,
+    }  # fmt: skip
+
+
+def from_table(table: Mapping[str, Any]) -> Rank:
+    """The rank of such a table; ValueError where it is none."""
+    try:
+        groups = [(str(key), tuple(int(one) for one in ranks), int(calls)) for key, ranks, calls in table["groups"]]
+        operations = [_operation(row, groups) for row in table["operations"]]
+        if table["state"] not in STATES:
+            raise ValueError(f"a state {table['state']!r}")
+        return Rank(
+            int(table["rank"]), str(table["host"]), str(table["state"]), float(table["seconds"]), int(table["count"]),
+            int(table["step"]), str(table["doing"]), {key: calls for key, _, calls in groups}, operations,
+        )  # fmt: skip
+    except (KeyError, TypeError, IndexError, OverflowError) as error:
+        raise ValueError(f"no flight of a rank: {error!r}") from None
+
+
+def _operation(row: Sequence[Any], groups: Sequence[tuple[str, tuple[int, ...], int]]) -> Operation:
+    at, peer = int(row[GROUP]), int(row[PEER])
+    key, ranks, _ = groups[at] if at >= 0 else ("", (), 0)
+    if peer >= 0 and ranks:
+        peer = ranks[peer]
+    return Operation(
+        str(row[NAME]), key, ranks, int(row[NUMBER]), peer, int(row[BYTES]), int(row[STEP]), float(row[BEGUN]),
+        float(row[ENDED]),
+    )  # fmt: skip
+
+
+@dataclass
+class Finding:
+    """Why ranks stand still: the ranks that are waited for, those that wait, and the calls that are missing, in words.
+
+    seconds: for how long. Without `culprits` ranks wait for each other, in `missing` calls.
+    """
+
+    culprits: list[Rank]
+    waiting: list[Rank]
+    missing: list[str]
+    seconds: float
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What is the same as long as the stall is."""
+        return tuple((one.rank, one.state) for one in self.culprits), () if self.culprits else tuple(self.missing)
+
+
+def diagnose(ranks: Sequence[Rank], warn: float, longest: Mapping[int, float] | None = None) -> Finding | None:
+    """Who is waited for, None where nobody has stood still for `warn` seconds.
+
+    ranks: all of the job, in order. longest: seconds that a rank has computed at a stretch before; one that computes is
+    not suspected before twice as long. A rank that goes on, however slowly, is waited for rightly.
+    """
+    longest = longest or {}
+
+    def stands(one: Rank) -> bool:
+        least = max(warn, 2 * longest.get(one.rank, 0.0)) if one.state == COMPUTING else warn
+        return one.state in (SILENT, COMPUTING, BUSY) and one.seconds >= least
+
+    waiting = [one for one in ranks if one.state == WAITING and one.seconds >= warn]
+    # A rank that waits is not at fault, whoever it waits for; the others are where the search ends.
+    seen: set[int] = set()
+    near = [one.rank for one in waiting]
+    while near:
+        rank = near.pop()
+        if rank not in seen:
+            seen.add(rank)
+            if ranks[rank].state == WAITING:
+                near += waits_for(ranks[rank], ranks)
+    ends = [ranks[rank] for rank in sorted(seen) if ranks[rank].state != WAITING]
+    alone = [one for one in ranks if one.state in (SILENT, BUSY) and one.seconds >= warn]
+    culprits = {one.rank: one for one in (*ends, *alone) if stands(one)}
+    # Those that nothing is known of, where nobody else is to blame.
+    culprits = culprits or {one.rank: one for one in ends if one.state in (GONE, UNWATCHED)}
+    if culprits:
+        found = [culprits[rank] for rank in sorted(culprits)]
+        longest_wait = max((one.seconds for one in waiting), default=0.0)
+        seconds = max(one.seconds if one.state in (SILENT, BUSY) else longest_wait for one in found)
+        if all(one.state == COMPUTING for one in found):
+            seconds = min(seconds, max(one.seconds for one in found))
+        return Finding(found, waiting, _missing(waiting, ranks), seconds)
+    stuck = [ranks[rank] for rank in sorted(seen)]
+    if ends or not stuck or any(one.seconds < warn for one in stuck):
+        # Some rank goes on, or is not known.
+        return None
+    return Finding([], stuck, _missing(stuck, ranks), min(one.seconds for one in stuck))
+
+
+def waits_for(one: Rank, ranks: Sequence[Rank]) -> list[int]:
+    """The ranks without which the operation that a rank is in cannot end."""
+    last = one.last
+    if last is None or not last.group:
+        return []
+    if not last.number:
+        return [last.peer] if 0 <= last.peer < len(ranks) else []
+    return [
+        rank
+        for rank in last.ranks
+        if rank != one.rank
+        and rank < len(ranks)
+        # What a silent rank has begun may not be the last that is known of it.
+        and (ranks[rank].state == SILENT or ranks[rank].calls.get(last.group, 0) < last.number)
+    ]
+
+
+def _missing(waiting: Iterable[Rank], ranks: Sequence[Rank]) -> list[str]:
+    """The calls that ranks wait in and others have not made, or have made as another one."""
+    found: dict[str, None] = {}
+    for one in waiting:
+        last = one.last
+        if last is None or not last.group:
+            continue
+        if not last.number:
+            back = "Recv" if last.kind in ("Send", "Isend") else "Send"
+            text = f"{_listed([one.rank])} is in {last}: the {back} of rank {last.peer} for it is missing"
+            found.setdefault(text)
+            continue
+        lacking = [rank for rank in waits_for(one, ranks) if ranks[rank].state not in (SILENT, UNWATCHED)]
+        unknown = [rank for rank in waits_for(one, ranks) if rank not in lacking]
+        for group, verb in ((lacking, "not made by"), (unknown, "perhaps not made by")):
+            if group:
+                found.setdefault(f"{last.kind}, {str(last).partition(', ')[2]}: {verb} {_listed(group)}")
+        for rank in last.ranks:
+            other = _same_call(ranks[rank], last) if rank < len(ranks) else None
+            if other is not None and (other.kind, other.peer) != (last.kind, last.peer):
+                first, second = sorted([(one.rank, last), (rank, other)], key=lambda pair: pair[0])
+                found.setdefault(f"rank {first[0]} makes {first[1]}, where rank {second[0]} makes {second[1]}")
+    return list(found)
+
+
+def _same_call(rank: Rank, last: Operation) -> Operation | None:
+    """The operation of a rank that meets this collective."""
+    for one in reversed(rank.operations):
+        if (one.group, one.number) == (last.group, last.number):
+            return one
+    return None
+
+
+def _listed(ranks: Sequence[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+
+
+def describe(finding: Finding, now: float) -> list[str]:
+    """The finding in lines for people; now: seconds since 1970."""
+    lines = [f"no progress for {finding.seconds:.0f} s: {'; '.join(_of(one, now) for one in finding.culprits)}"]
+    if not finding.culprits:
+        lines = [f"no progress for {finding.seconds:.0f} s: ranks wait for each other"]
+    by_call: dict[tuple[str, int], list[Rank]] = {}
+    for one in finding.waiting:
+        by_call.setdefault((one.action, one.step), []).append(one)
+    for (action, step), some in by_call.items():
+        since = _clock(now - max(one.seconds for one in some))
+        waits = "wait" if len(some) > 1 else "waits"
+        lines.append(f"{_listed([one.rank for one in some])} {waits} in {action}, step {step}, since {since}")
+    return [*lines, *(f"missing: {text}" for text in finding.missing)]
+
+
+def _of(one: Rank, now: float) -> str:
+    where, since = f"rank {one.rank} on {one.host}", _clock(now - one.seconds)
+    after = f"after {one.action}" if one.action else "before its first operation"
+    if one.state == SILENT:
+        return (
+            f"{where} is silent since {since}, stopped or its host gone (or in a library that keeps Python from going "
+            f"on); seen last in step {one.step}, {after}"
+        )
+    if one.state == BUSY:
+        return f"{where} is in {one.action}, step {one.step}, since {since}: a file server or a disk may not answer"
+    if one.state == UNWATCHED:
+        return f"{where} is waited for, and nothing was heard of it since the start"
+    if one.state == GONE:
+        return f"{where} is waited for, and has left the training since {since}"
+    return f"{where} computes since {since}, perhaps in an endless loop: step {one.step}, {after}"
+
+
+def _clock(seconds: float) -> str:
+    return time.strftime("%H:%M:%S", time.localtime(seconds))

@@ -1,0 +1,325 @@
+"""The watch of a rank: a thread that tells monitors what the rank does, and never calls MPI.
+
+Ranks 0 and a deputy, on another host where there is one, have a monitor. Messages go by datagrams, or by files of the
+run directory where none arrives. The thread neither raises into the training nor keeps the process alive.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from psmpi import output
+from psmpi.comm.control import Control
+from psmpi.comm.flight import Flight
+from psmpi.comm.link import (
+    ANSWER,
+    ASK,
+    BEAT,
+    BYE,
+    DUMP,
+    DUMPED,
+    END,
+    FLIGHT,
+    HELLO,
+    LONGEST,
+    Address,
+    Courier,
+    Datagrams,
+    Message,
+    pack,
+    unpack,
+)
+from psmpi.comm.monitor import LIMIT, Monitor, Patience, heartbeat, pack_flight
+from psmpi.comm.process import Process, kill_later, show_stacks
+from psmpi.comm.stalls import to_table
+
+# Seconds in which datagrams are tried before files; that a folder gets to take the flights; that the thread gets to
+# end; and after which a rank that has shown its stacks ends by itself.
+LOOK, WRITE, JOIN, LEFT = 3.0, 5.0, 5.0, 10.0
+# The file of flights in a run directory, and the folder of messages.
+FLIGHTS, FOLDER = "flight.jsonl", ".watch"
+
+
+class Watch:
+    """One rank's watch. monitors: the ranks that have one, the first of which speaks, and where they may be reached.
+
+    folder: the run directory, once it is known. show(rank, size, host) prints this process's stacks; leave(status) ends
+    it at once.
+    """
+
+    def __init__(
+        self,
+        flight: Flight,
+        rank: int,
+        processes: Sequence[Process],
+        patience: Patience,
+        token: bytes,
+        monitors: Mapping[int, Sequence[Address]],
+        datagrams: Datagrams,
+        *,
+        tell: Callable[[list[str]], None] | None = None,
+        leave: Callable[[int], Any] = os._exit,
+        show: Callable[[int, int, str], None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        look: float = LOOK,
+    ):
+        self.flight, self.rank, self.processes, self.patience = flight, rank, processes, patience
+        self.token, self.monitors, self.datagrams = token, dict(monitors), datagrams
+        self.size, self.host = len(processes), processes[rank].host
+        self.leave, self.show, self.clock, self.look = leave, show or show_stacks, clock, look
+        self.folder: Path | None = None
+        now = clock()
+        self.begun = self.next = now
+        # How other ranks are reached: by datagrams to an address, or by files.
+        self.routes: dict[int, Address] = {}
+        self.by_files: set[int] = set()
+        self.courier: Courier | None = None
+        self.monitor: Monitor | None = None
+        if rank in self.monitors:
+            hosts, tell = [one.host for one in processes], tell or _complain
+            first = next(iter(self.monitors))
+            self.monitor = Monitor(rank, first, hosts, patience, self.post, tell, self._keep, now)
+        self.settled: float | None = None
+        self.ends = float("inf")
+        self.stopping = threading.Event()
+        self.wake, self.waker = os.pipe()
+        self.thread = threading.Thread(target=self._run, name=f"watch of rank {rank}", daemon=True)
+
+    def start(self) -> None:
+        self.thread.start()
+
+    def close(self) -> None:
+        """Tell monitors that this rank leaves, and end the thread."""
+        self.stopping.set()
+        with contextlib.suppress(OSError):
+            os.write(self.waker, b"x")
+        self.thread.join(JOIN)
+        if not self.thread.is_alive():
+            os.close(self.wake)
+            os.close(self.waker)
+
+    def _run(self) -> None:
+        # Signals are for the thread that trains, whose waits they end.
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        try:
+            while not self.stopping.is_set():
+                self._wait()
+                self.turn()
+            for monitor in self.monitors:
+                self.post(BYE, monitor)
+        except Exception as error:
+            output.complain(f"psmpi: note: rank {self.rank} is not watched any more: {error!r}")
+        finally:
+            self.datagrams.close()
+            if self.courier is not None:
+                self.courier.close()
+
+    def _wait(self) -> None:
+        """Until a datagram comes, or it is time for the next look."""
+        busy = self.monitor is not None and (self.monitor.collecting or self.monitor.ending is not None)
+        seconds = min(max(0.0, self.next - self.clock()), 0.1 if busy else self.patience.interval)
+        # Not select: it cannot take the large descriptors that a rank with many connections has.
+        waiting = select.poll()
+        waiting.register(self.wake, select.POLLIN)
+        if self.datagrams.socket is not None:
+            waiting.register(self.datagrams.socket, select.POLLIN)
+        waiting.poll(1000 * seconds + 1)
+
+    def turn(self) -> None:
+        """Take what has come, and tell what this rank does where it is time to."""
+        for data, address in self.datagrams.receive():
+            self._take(data, address)
+        now = self.clock()
+        if now >= self.next:
+            self.next = now + self.patience.interval
+            self._use_folder(now)
+            self._find_monitors(now)
+            beat = heartbeat(self.flight)
+            for monitor in self.monitors:
+                self.post(BEAT, monitor, beat)
+        if self.monitor is not None:
+            self.monitor.tick(self.clock())
+        if now >= self.ends:
+            self.leave(1)
+
+    def _use_folder(self, now: float) -> None:
+        """Take messages from the run directory, if there is need to: it may be what does not answer."""
+        if self.folder is None:
+            return
+        if self.monitor is not None and self.settled is None:
+            self.settled = now
+            self.monitor.noting = now + self.patience.settle
+        unheard = self.monitor is not None and len(self.routes) < self.size - 1
+        if self.courier is None and now - self.begun >= self.look and (self.by_files or unheard):
+            clears = self.rank == next(iter(self.monitors))
+            self.courier = Courier(self.folder / FOLDER, self.rank, self.patience.interval, clears)
+            self.courier.start()
+        for data in self.courier.receive() if self.courier is not None else ():
+            self._take(data, None)
+
+    def _find_monitors(self, now: float) -> None:
+        """Try all addresses of the monitors that have not answered; after a while, files."""
+        for monitor, addresses in self.monitors.items():
+            if monitor in self.routes or monitor in self.by_files or monitor == self.rank:
+                continue
+            data = pack(Message(HELLO, self.rank, monitor, b""), self.token)
+            for address in addresses:
+                self.datagrams.send(data, address)
+            if now - self.begun >= self.look and self.folder is not None:
+                self.by_files.add(monitor)
+
+    def post(self, kind: int, to: int, body: bytes = b"") -> None:
+        """Send a message to a rank that can be reached, or to this one."""
+        message = Message(kind, self.rank, to, body)
+        if to == self.rank:
+            self._obey(message)
+        elif to in self.routes:
+            self.datagrams.send(pack(message, self.token), self.routes[to])
+        elif to in self.by_files and self.courier is not None:
+            self.courier.send(pack(message, self.token), message)
+
+    def _take(self, data: bytes, address: Address | None) -> None:
+        """Take the bytes of a message, which anybody may have sent."""
+        message = unpack(data, self.token, self.size)
+        if message is None or message.to != self.rank or message.sender == self.rank:
+            return
+        if address is None:
+            self.by_files.add(message.sender)
+        elif message.kind in (HELLO, ANSWER):
+            # The first address that works.
+            self.routes.setdefault(message.sender, address)
+        if message.kind == HELLO and self.monitor is not None:
+            self.post(ANSWER, message.sender)
+        self._obey(message)
+
+    def _obey(self, message: Message) -> None:
+        if message.sender in self.monitors and message.kind in (ASK, DUMP, END):
+            if message.kind == ASK and len(message.body) == LIMIT.size:
+                limit = min(LIMIT.unpack(message.body)[0], LONGEST)
+                table = to_table(self.flight, self.rank, self.host)
+                self.post(FLIGHT, message.sender, pack_flight(table, limit))
+            elif message.kind == DUMP:
+                self._show(message.sender, message.body)
+            elif message.kind == END:
+                self._end(message.body)
+        elif self.monitor is not None:
+            self.monitor.hear(message, self.clock())
+
+    def _show(self, monitor: int, body: bytes) -> None:
+        """Print this process's stacks, and wake stopped ones of its host, which are asked for theirs too."""
+        if self.ends == float("inf"):
+            self.ends = self.clock() + LEFT
+            for other in self._reachable(body):
+                with contextlib.suppress(OSError):
+                    os.kill(other.pid, signal.SIGCONT)
+            self.show(self.rank, self.size, self.host)
+        self.post(DUMPED, monitor)
+
+    def _end(self, body: bytes) -> None:
+        """End this process; silent ones of its host are killed if they do not end either, nor by the launcher."""
+        found = self._reachable(body)
+        if found:
+            with contextlib.suppress(OSError):
+                kill_later(found)
+        self.leave(1)
+
+    def _reachable(self, body: bytes) -> list[Process]:
+        """Those of the ranks in a message whose processes this one may send signals, as far as it is known."""
+        try:
+            ranks = [int(rank) for rank in json.loads(body)]
+        except (ValueError, TypeError):
+            return []
+        own = self.processes[self.rank]
+        others = [self.processes[rank] for rank in ranks if 0 <= rank < self.size]
+        return [one for one in others if one.processes == own.processes and one.pid != own.pid and one.lives]
+
+    def _keep(self, tables: list[dict[str, Any]]) -> str:
+        """Write the flights of all ranks into the run directory; a line on where they are."""
+        folder = self.folder
+        if folder is None:
+            return ""
+        failed: list[str] = []
+
+        def write() -> None:
+            try:
+                write_flights(folder, tables)
+            except OSError as error:
+                failed.append(f"the last operations of the ranks cannot be written: {error}")
+
+        # It may be this folder that does not answer.
+        writing = threading.Thread(target=write, daemon=True)
+        writing.start()
+        writing.join(WRITE)
+        if writing.is_alive():
+            return f"the last operations of the ranks cannot be written: {folder} does not answer"
+        return failed[0] if failed else f"the last operations of all ranks: psmpi inspect flight {folder}"
+
+
+def write_flights(folder: Path, tables: Sequence[Mapping[str, Any]]) -> None:
+    """Write the flights of all ranks, a line each, whole or not at all."""
+    part = folder / f".{FLIGHTS}.part"
+    part.unlink(missing_ok=True)
+    try:
+        with part.open("x", encoding="utf-8") as file:
+            file.writelines(json.dumps(table) + "\n" for table in tables)
+        os.replace(part, folder / FLIGHTS)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _complain(lines: list[str]) -> None:
+    first, *rest = lines
+    kind = "WARNING: " if first.startswith("no progress") else ""
+    output.complain("\n".join([f"psmpi: {kind}{first}", *(f"    {line}" for line in rest)]))
+
+
+@contextlib.contextmanager
+def watched(control: Control, warn: float, abort: float) -> Iterator[Watch | None]:
+    """A block in which the ranks of a job are watched; None with one rank, or without `warn`. All ranks enter it."""
+    watch = _connect(control, warn, abort) if control.size > 1 and warn > 0 else None
+    if watch is None:
+        yield None
+        return
+    try:
+        watch.start()
+    except RuntimeError as error:
+        output.complain(f"psmpi: note: rank {control.rank} is not watched: {error}")
+        yield None
+        return
+    try:
+        yield watch
+    finally:
+        watch.close()
+
+
+def _connect(control: Control, warn: float, abort: float) -> Watch:
+    """This rank's watch, which knows all others: addresses and the token of the job go by MPI."""
+    rows = control.collect_texts(json.dumps(Process.own()))
+    rows = json.loads(control.share(json.dumps(rows)))
+    processes = [Process(*json.loads(row)) for row in rows]
+    # A deputy of the first rank that is not stopped with its host.
+    apart = (rank for rank, one in enumerate(processes) if one.host != processes[0].host)
+    ranks = [0, next(apart, 1)]
+    datagrams = Datagrams(local=len({one.network for one in processes}) == 1)
+    own = datagrams.addresses[:20] if control.rank in ranks else []
+    texts = control.collect_texts(json.dumps(own))
+    said = [os.urandom(32).hex(), [texts[rank] for rank in ranks]] if control.rank == 0 else []
+    token, found = json.loads(control.share(json.dumps(said)))
+    monitors = {
+        rank: [(str(host), int(port)) for host, port in json.loads(text)]
+        for rank, text in zip(ranks, found, strict=True)
+    }
+    interval = max(min(1.0, warn / 4), control.size / 200)
+    patience = Patience(warn, abort, interval, max(15.0, 5 * interval))
+    return Watch(
+        control.flight, control.rank, processes, patience, bytes.fromhex(token), monitors, datagrams
+    )  # fmt: skip
