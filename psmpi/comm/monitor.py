@@ -295,7 +295,7 @@ class Monitor:
         if ends:
             lines.append(f"the job ends with status 1 (--stall-abort {self.patience.abort:g})")
         elif abort:
-            lines.append(f"the job ends in {abort - finding.seconds:.0f} s unless it goes on (--stall-abort)")
+            lines.append(f"the job ends in {max(0.0, abort - finding.seconds):.0f} s unless it goes on (--stall-abort)")
         # Told before anything is written: it may be the folder that does not answer.
         self.tell(lines)
         where = self.keep([self._table(one) for one in ranks])
@@ -307,7 +307,7 @@ class Monitor:
         empty: Mapping[str, Any] = {"groups": [], "fields": [], "operations": []}
         table = {**empty, **self.flights.get(one.rank, {})}
         found = {name: getattr(one, name) for name in ("rank", "host", "state", "seconds", "count", "step", "doing")}
-        return {**table, **found, "seconds": round(one.seconds, 3), "written": round(time.time(), 3)}
+        return {**table, **found, "seconds": round(one.seconds, 3), "warn": self.patience.warn, "written": time.time()}
 
     def _goes_on(self, now: float) -> None:
         if self.told is not None:

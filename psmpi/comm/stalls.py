@@ -166,13 +166,14 @@ def diagnose(ranks: Sequence[Rank], warn: float, longest: Mapping[int, float] | 
                 near += waits_for(ranks[rank], ranks)
     ends = [ranks[rank] for rank in sorted(seen) if ranks[rank].state != WAITING]
     alone = [one for one in ranks if one.state in (SILENT, BUSY) and one.seconds >= warn]
-    culprits = {one.rank: one for one in (*ends, *alone) if stands(one)}
+    # Ranks wait long already for one that has just become silent.
+    culprits = {one.rank: one for one in (*ends, *alone) if stands(one) or one.state == SILENT}
     # Those that nothing is known of, where nobody else is to blame.
     culprits = culprits or {one.rank: one for one in ends if one.state in (GONE, UNWATCHED)}
     if culprits:
         found = [culprits[rank] for rank in sorted(culprits)]
         longest_wait = max((one.seconds for one in waiting), default=0.0)
-        seconds = max(one.seconds if one.state in (SILENT, BUSY) else longest_wait for one in found)
+        seconds = max([longest_wait, *(one.seconds for one in found if one.state in (SILENT, BUSY))])
         if all(one.state == COMPUTING for one in found):
             seconds = min(seconds, max(one.seconds for one in found))
         return Finding(found, waiting, _missing(waiting, ranks), seconds)

@@ -15,10 +15,13 @@ def main(argv: list[str] | None = None) -> int:
     from psmpi.inspect.compare import diff
     from psmpi.inspect.export import export
     from psmpi.inspect.figures import stats
+    from psmpi.inspect.flight import flight
     from psmpi.inspect.look import list_, show, verify
     from psmpi.output import wide_help
 
-    commands: tuple[Callable[..., int], ...] = (show, stats, diff, verify, export, average, prune, cut, join)
+    commands: tuple[Callable[..., int], ...] = (
+        show, stats, diff, verify, export, average, prune, cut, join, flight,
+    )  # fmt: skip
 
     def go() -> int:
         import tyro
@@ -33,8 +36,8 @@ def main(argv: list[str] | None = None) -> int:
                 return int(
                     app.cli(
                         prog=program("inspect"),
-                        description="Look into checkpoints and change them. A run directory stands for its newest "
-                        "checkpoint.",
+                        description="Look into checkpoints and change them, and into the operations of ranks that "
+                        "stood still. A run directory stands for its newest checkpoint.",
                         args=sys.argv[1:] if argv is None else argv,
                         config=(tyro.conf.OmitArgPrefixes,),
                     )

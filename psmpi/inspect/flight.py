@@ -1,0 +1,101 @@
+"""The last operations of every rank at a stall, as the run wrote them: flight."""
+
+from __future__ import annotations
+
+import json as json_
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from rich.table import Table
+from rich.text import Text
+from tyro.conf import Positional, arg
+
+from psmpi.comm.stalls import SILENT, Operation, Rank, describe, diagnose, from_table
+from psmpi.comm.watch import FLIGHTS
+from psmpi.errors import DamagedError, UserError
+from psmpi.inspect.output import print_json, size_text
+from psmpi.output import Screen
+
+
+def flight(run: Positional[Annotated[Path, arg(metavar="RUN")]], /, last: int = 10, json: bool = False) -> int:
+    """Show what each rank did last when ranks stood still, who was waited for, and the calls that were missing.
+
+    Args:
+        run: Run directory, or the file flight.jsonl of one.
+        last: Operations to show of each rank.
+        json: Print JSON.
+    """
+    if last < 0:
+        raise UserError(f"--last {last}: expected 0 or a number of operations")
+    ranks, warn, written = read_flights(run / FLIGHTS if run.is_dir() else run)
+    finding = diagnose(ranks, warn)
+    lines = describe(finding, written) if finding is not None else ["no rank had stood still for long"]
+    if json:
+        rows = [{**vars(one), "operations": [at._asdict() for at in _newest(one, last)]} for one in ranks]
+        return print_json({"written": written, "finding": lines, "ranks": rows})
+    screen = Screen()
+    for one in ranks:
+        screen.tell(_title(one))
+        if _newest(one, last):
+            screen.print(_table(one, last))
+    screen.tell(f"at {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(written))}:")
+    for line in lines:
+        screen.tell(line)
+    return 0
+
+
+def _newest(one: Rank, last: int) -> Sequence[Operation]:
+    return one.operations[max(0, len(one.operations) - last) :]
+
+
+def _title(one: Rank) -> str:
+    state = f"{one.state} for {one.seconds:.1f} s, step {one.step}, {one.count:,} operations"
+    more = f", the last that is known {one.doing}" if one.state == SILENT and one.doing else ""
+    return f"rank {one.rank} on {one.host}: {state}{more}"
+
+
+def _table(one: Rank, last: int) -> Table:
+    table = Table()
+    for name in ("begun", "ms", "step"):
+        table.add_column(name, justify="right")
+    table.add_column("operation", overflow="fold")
+    table.add_column("size", justify="right")
+    for at in _newest(one, last):
+        table.add_row(
+            _clock(at.begun), _took(at), str(at.step), Text(str(at)), size_text(at.nbytes) if at.group else ""
+        )
+    return table
+
+
+def _took(at: Operation) -> str:
+    return f"{1e3 * (at.ended - at.begun):.3f}" if at.ended else "goes on"
+
+
+def _clock(seconds: float) -> str:
+    return f"{time.strftime('%H:%M:%S', time.localtime(seconds))}.{int(seconds % 1 * 1e6):06d}"
+
+
+def read_flights(path: Path) -> tuple[list[Rank], float, float]:
+    """The ranks of a file of flights, the seconds after which a stall was told, and when it was written.
+
+    UserError where there is no such file, DamagedError where it is none.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(
+            f"{path} is not there: it is written when ranks stand still for --stall-warn seconds; give the directory "
+            "of such a run"
+        ) from None
+    except ValueError as error:
+        raise DamagedError(f"{path} holds no operations of ranks: {error}") from None
+    try:
+        tables: list[Any] = [json_.loads(line) for line in text.splitlines()]
+        ranks = [from_table(table) for table in tables]
+        if not ranks or [one.rank for one in ranks] != list(range(len(ranks))):
+            raise ValueError("not one line of each rank, in order")
+        return ranks, float(tables[0]["warn"]), float(tables[0]["written"])
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise DamagedError(f"{path} holds no operations of ranks: {error}") from None

@@ -1,0 +1,133 @@
+"""The flight recorder: what goes through communicators is kept, the same on all ranks, and nothing else changes."""
+
+import time
+
+import numpy as np
+import pytest
+
+from psmpi.comm import flight
+from psmpi.comm.allreduce import doubling
+from psmpi.comm.control import Control, Poll
+from psmpi.comm.flight import BYTES, ENDED, NAME, NUMBER, PEER, ROOM, STEP, Flight, Recorded, recorded, spans
+from psmpi.comm.group import Counter, Group
+from psmpi.comm.protocol import Communicator, World
+from psmpi.comm.stalls import from_table, to_table
+from psmpi.testing import run_ranks
+
+
+def calls(world):
+    """Every call that a group and control data make; what came out."""
+    found = []
+    everyone = Group(world, range(world.size), Counter())
+    some = Group(world, [0, 2], Counter())
+    own = np.arange(6.0) + world.rank
+    everyone.bcast(own, 1)
+    everyone.reduce(own, own, 0)
+    everyone.allreduce(own)
+    everyone.wait(own, everyone.iallreduce(own))
+    everyone.ibcast(own, 2).Wait()
+    everyone.ireduce(own, 1).Wait()
+    everyone.gather_all(own, [2, 2, 2])
+    everyone.reduce_scatter(own.copy(), [2, 2, 2])
+    everyone.scatterv(own, [2, 2, 2], [0, 2, 4], own[:2])
+    everyone.gatherv(own[:2], own, [2, 2, 2], [0, 2, 4])
+    everyone.alltoallv(own, [2, 2, 2], own.copy())
+    into = np.empty(18)
+    everyone.allgatherv(own, into, [6, 6, 6])
+    found += [own, into]
+    if world.rank == 0:
+        everyone.send(own, 1)
+        everyone.isend(own, 1, 3).Wait()
+    elif world.rank == 1:
+        everyone.receive(own, 0)
+        everyone.irecv(own, 0, 3).Wait()
+    if some.rank >= 0:
+        some.allreduce(own)
+        doubling(some, own)
+    control = Control(world)
+    control.wait_for_all()
+    found += [own, control.total(own), control.rows(own), np.array(control.share_flag(world.rank == 0))]
+    control.collect_texts("text")
+    return found
+
+
+def test_recorded_ranks_get_what_unrecorded_ones_get():
+    plain = run_ranks(3, calls)
+    for one, other in zip(plain, run_ranks(3, lambda world: calls(recorded(world))), strict=True):
+        assert all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_collectives_have_one_name_and_number_on_all_their_ranks():
+    def work(world):
+        world = recorded(world)
+        calls(world)
+        return from_table(to_table(world.flight, world.rank, "here"))
+
+    ranks = run_ranks(3, work)
+    assert all(one.state == "computing" and one.operations[-1].ended for one in ranks)
+    made = {}
+    for one in ranks:
+        for at in one.operations:
+            if at.number and not at.name.startswith("Wait"):
+                made.setdefault((at.group, at.number), []).append((at.name, at.peer, at.ranks))
+    assert len({group for group, _ in made}) == 3
+    for of in made.values():
+        assert len(set(of)) == 1 and len(of) == len(of[0][2])
+    assert [at.peer for at in ranks[1].operations if at.kind in ("Recv", "Irecv")] == [0, 0, 0]
+
+
+def test_every_call_of_the_protocol_is_recorded():
+    """But for those that make no message."""
+    asked = {name for kind in (Communicator, World) for name in vars(kind) if name[0].isupper()}
+    own = {name for name in vars(Recorded) if name[0].isupper()}
+    assert asked - {"Free", "Abort"} <= own and len(asked) > 20
+
+
+def test_peers_bytes_steps_and_ends_are_kept():
+    def work(world):
+        world = recorded(world)
+        world.flight.step = 7
+        if world.rank == 0:
+            world.Send(np.zeros(5, np.float32), 1)
+        else:
+            request = world.Irecv(np.zeros(5, np.float32), 0)
+            request.Wait()
+        return world.flight.records()
+
+    [send], [irecv, wait] = run_ranks(2, work)
+    assert [send[at] for at in (NAME, PEER, BYTES, STEP, NUMBER)] == ["Send", 1, 20, 7, 0]
+    assert [one[NAME] for one in (irecv, wait)] == ["Irecv", "Wait(Irecv)"] and wait[PEER] == 0 and wait[BYTES] == 20
+    assert all(0 < one[flight.BEGUN] <= one[ENDED] <= time.monotonic() for one in (send, irecv, wait))
+
+
+def test_the_last_operations_are_kept_and_all_are_counted():
+    recorder = Flight()
+    for k in range(ROOM + 5):
+        with recorder.task(str(k)):
+            assert recorder.last()[ENDED] == 0
+    records = recorder.records()
+    assert recorder.count == ROOM + 5 and [one[NAME] for one in records] == [str(k) for k in range(5, ROOM + 5)]
+    assert all(one[ENDED] for one in records)
+
+
+def test_one_rank_records_nothing():
+    assert run_ranks(1, lambda world: recorded(world) is world) == [True]
+
+
+def test_a_poll_counts_and_waits_as_before():
+    def work(world):
+        poll = Poll(Control(recorded(world)), seconds=0.001)
+        found = [poll(world.rank == 1 and k == 3) for k in range(200)]
+        poll.close()
+        return found
+
+    first, second = run_ranks(2, work)
+    assert first == second and True in first
+
+
+@pytest.mark.parametrize(
+    ("ranks", "text"),
+    [((3,), "rank 3"), ((0, 1, 2), "ranks 0-2"), ((0, 1, 2, 5), "ranks 0-2 5"), ((2, 0), "ranks 2 0")],
+)
+def test_ranks_in_few_characters(ranks, text):
+    assert spans(ranks) == text

@@ -1,0 +1,438 @@
+"""Watches of several ranks in one process, over loopback, on a clock of the tests' own."""
+
+import json
+import os
+import random
+import socket
+import struct
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from psmpi.comm.control import Control
+from psmpi.comm.flight import NO_GROUP, Flight, recorded
+from psmpi.comm.link import (
+    ASK,
+    BEAT,
+    BYE,
+    DUMP,
+    END,
+    FLIGHT,
+    HEAD,
+    HELLO,
+    LONGEST,
+    Datagrams,
+    Message,
+    own_addresses,
+    pack,
+)
+from psmpi.comm.link import unpack as unpack_message
+from psmpi.comm.monitor import HEARTBEAT, Patience, heartbeat, pack_flight, unpack_flight
+from psmpi.comm.process import Process, show_stacks, start_of
+from psmpi.comm.stalls import to_table
+from psmpi.comm.watch import FLIGHTS, FOLDER, Watch, watched, write_flights
+from psmpi.inspect.flight import read_flights
+from psmpi.testing import run_ranks
+
+TOKEN = b"t" * 32
+PATIENCE = Patience(warn=10.0, abort=30.0, interval=1.0, settle=5.0)
+
+
+class Job:
+    """Ranks without MPI: their recorders and watches, and what these said. monitors: the first one speaks."""
+
+    def __init__(self, folder, size=3, monitors=(0, 1), patience=PATIENCE, reach=lambda address: [address]):
+        self.now, self.told, self.left, self.shown = 1000.0, [], [], []
+        self.size, self.patience, self.folder = size, patience, folder
+        sockets = [Datagrams(local=True) for _ in range(size)]
+        addresses = {rank: [a for one in sockets[rank].addresses for a in reach(one)] for rank in monitors}
+        ranks = [Process(f"host{rank}", "net", "pids", rank, "") for rank in range(size)]
+        self.flights = [Flight() for _ in range(size)]
+        self.watches = [
+            Watch(
+                self.flights[rank], rank, ranks, patience, TOKEN, addresses, sockets[rank],
+                tell=lambda lines, rank=rank: self.told.append((rank, "\n".join(lines))),
+                leave=lambda status, rank=rank: self.left.append((rank, status)),
+                show=lambda rank, size, host: self.shown.append(rank),
+                clock=lambda: self.now, look=3.0,
+            )
+            for rank in range(size)
+        ]  # fmt: skip
+        for one in self.watches:
+            one.folder = folder
+        self.groups = [SimpleNamespace(key=f"world 1 ranks 0-{size - 1}", ranks=tuple(range(size)), calls=0)
+                       for _ in range(size)]  # fmt: skip
+        for flight, group in zip(self.flights, self.groups, strict=True):
+            flight.groups.append(group)
+
+    def call(self, rank, name="Allreduce"):
+        """Begin a collective of all ranks on one of them."""
+        self.groups[rank].calls += 1
+        flight = self.flights[rank]
+        return flight.begin([name, 0, self.groups[rank].calls, -1, 8, flight.step, time.monotonic(), 0.0])
+
+    def step(self):
+        """A call of all ranks, which ends."""
+        for record in [self.call(rank) for rank in range(self.size)]:
+            record[-1] = time.monotonic()
+
+    def run(self, seconds, stopped=(), progress=False):
+        """Let the time pass in halves of a second; stopped ranks do nothing."""
+        for _ in range(int(2 * seconds)):
+            self.now += 0.5
+            if progress:
+                self.step()
+            # Twice: messages and their answers.
+            for one in [*self.watches, *self.watches]:
+                if one.rank not in stopped:
+                    one.turn()
+                    if one.courier is not None:
+                        one.courier.turn()
+
+    def close(self):
+        for one in self.watches:
+            one.datagrams.close()
+            if one.courier is not None:
+                one.courier.close()
+            os.close(one.wake)
+            os.close(one.waker)
+
+
+@pytest.fixture
+def job(tmp_path):
+    made = []
+
+    def make(**options):
+        made.append(Job(tmp_path, **options))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def stop(job, rank):
+    """All ranks work, then one is stopped and the others wait for it."""
+    job.run(5, progress=True)
+    for one in range(job.size):
+        if one != rank:
+            job.call(one)
+
+
+@pytest.mark.parametrize("culprit", [0, 1, 2])
+def test_a_stopped_rank_is_named_by_the_first_monitor_that_goes_on(job, tmp_path, culprit):
+    job = job()
+    stop(job, culprit)
+    job.run(9, stopped=[culprit])
+    assert job.told == []
+    job.run(6, stopped=[culprit])
+    [(speaker, text), (_, where)] = job.told
+    assert speaker == (1 if culprit == 0 else 0)
+    assert text.startswith("no progress for ") and f"s: rank {culprit} on host{culprit} is silent" in text
+    assert text.count("on host") == 1 and "wait in Allreduce, call 11 among ranks 0-2 (world), step 0" in text
+    assert f"psmpi inspect flight {tmp_path}" in where
+    ranks, warn, _ = read_flights(tmp_path / FLIGHTS)
+    assert [one.state for one in ranks] == ["silent" if k == culprit else "waiting" for k in range(3)] and warn == 10
+    assert all(len(one.operations) == (0 if one.rank == culprit else 11) for one in ranks)
+    # Once.
+    job.run(8, stopped=[culprit])
+    assert len(job.told) == 2 and job.left == []
+
+
+def test_it_is_said_when_it_goes_on_and_again_when_it_stands_still(job):
+    job = job()
+    stop(job, 2)
+    job.run(15, stopped=[2])
+    assert len(job.told) == 2
+    job.call(2)
+    for flight in job.flights:
+        flight.last()[-1] = time.monotonic()
+    job.run(4, progress=True)
+    assert job.told[2] == (0, job.told[2][1]) and "training goes on, after a stall of about" in job.told[2][1]
+    stop(job, 1)
+    job.run(15, stopped=[1])
+    assert "rank 1 on host1 is silent" in job.told[3][1] and len(job.told) == 5
+
+
+def test_another_culprit_is_told_too(job):
+    job = job(patience=Patience(10.0, 0.0, 1.0))
+    stop(job, 2)
+    job.run(15)
+    assert "rank 2 on host2 computes since" in job.told[0][1] and "endless loop" in job.told[0][1]
+    job.run(25, stopped=[2])
+    assert "rank 2 on host2 is silent" in job.told[2][1] and len(job.told) == 3
+
+
+def test_a_rank_in_a_file_operation_is_named_with_it(job):
+    job = job()
+    stop(job, 1)
+    with job.flights[1].task("reading samples from /data/x.npy"):
+        job.run(15)
+    assert "rank 1 on host1 is in reading samples from /data/x.npy, step 0" in job.told[0][1]
+
+
+def test_ranks_that_wait_for_each_other(job):
+    job = job()
+    job.run(3, progress=True)
+    job.call(0, "Bcast")
+    job.call(1, "Allreduce")
+    job.call(2, "Allreduce")
+    job.run(15)
+    assert "ranks wait for each other" in job.told[0][1]
+    assert "rank 0 makes Bcast, call 7 among ranks 0-2 (world), where rank 1 makes Allreduce, call 7" in job.told[0][1]
+
+
+def test_long_waits_for_ranks_that_go_on_are_no_stall(job):
+    """Rank 1 waits for rank 0, which exchanges with rank 2 for long; then all compute for long."""
+    job = job()
+    job.run(2, progress=True)
+    job.call(1)
+    for _ in range(60):
+        for rank in (0, 2):
+            job.flights[rank].begin(["Recv", 0, 0, 2 - rank, 8, 0, time.monotonic(), time.monotonic()])
+        job.run(0.5)
+    job.call(0)[-1] = job.call(2)[-1] = job.flights[1].last()[-1] = time.monotonic()
+    job.run(40)
+    assert job.told == []
+
+
+def test_what_took_long_before_may_take_long_again(job):
+    """A test of 20 s warns once that rank 0 computes, a second one does not."""
+    job = job(patience=Patience(10.0, 0.0, 1.0))
+    for _ in range(2):
+        job.run(5, progress=True)
+        waiting = [job.call(rank) for rank in (1, 2)]
+        job.run(20)
+        for record in (job.call(0), *waiting):
+            record[-1] = time.monotonic()
+    assert [text.partition(",")[0].partition(" for")[0] for _, text in job.told] == [
+        "no progress", "the last operations of all ranks: psmpi inspect flight " + str(job.folder), "training goes on"
+    ]  # fmt: skip
+
+
+def test_a_job_that_was_suspended_as_a_whole_is_not_warned_of(job):
+    job = job()
+    job.run(5, progress=True)
+    for rank in (0, 1):
+        job.call(rank)
+    job.run(5)
+    job.now += 3600
+    job.run(8)
+    assert job.told == []
+    job.run(8)
+    assert "rank 2 on host2 computes" in job.told[0][1]
+
+
+def test_the_job_ends_with_all_stacks(job):
+    job = job()
+    stop(job, 2)
+    job.run(26, stopped=[2])
+    assert job.left == []
+    job.run(13, stopped=[2])
+    assert job.shown == [0, 1] and {(0, 1), (1, 1)} <= set(job.left) and (2, 1) not in job.left
+    assert "the job ends with status 1 (--stall-abort 30)" in job.told[2][1]
+    # The stopped one, when it is woken.
+    job.run(1)
+    assert job.shown == [0, 1, 2] and (2, 1) in job.left
+
+
+def test_a_rank_ends_after_its_stacks_though_nobody_says_so(job):
+    job = job()
+    job.run(2)
+    job.watches[2]._obey(Message(DUMP, 0, 2, b"[]"))
+    job.run(9, stopped=[0, 1])
+    assert job.shown == [2] and job.left == []
+    job.run(3, stopped=[0, 1])
+    assert (2, 1) in job.left
+
+
+def test_only_monitors_are_obeyed(job):
+    job = job()
+    job.run(2)
+    for kind in (ASK, DUMP, END):
+        job.watches[1]._take(pack(Message(kind, 2, 1, b"[]"), TOKEN), ("127.0.0.1", 9))
+    assert job.shown == job.left == []
+
+
+def test_strangers_are_not_heard(job):
+    """Datagrams that are malformed, of another job, to another rank, or altered."""
+    job = job()
+    job.run(2, progress=True)
+    [address] = job.watches[0].datagrams.addresses
+    beat = heartbeat(job.flights[1])
+    good, draw = pack(Message(BEAT, 1, 0, beat), TOKEN), random.Random(0)
+    before = [vars(one).copy() for one in job.watches[0].monitor.seen]
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
+        for data in (
+            b"", b"psw1", os.urandom(500), bytes(LONGEST), good[:-1], good + b"x",
+            pack(Message(BEAT, 1, 0, beat), b"another token"),
+            *(good[:k] + bytes([good[k] ^ 1]) + good[k + 1 :] for k in range(len(good))),
+            *(bytes(draw.randrange(256) for _ in range(draw.randrange(80))) for _ in range(200)),
+        ):  # fmt: skip
+            other.sendto(data, address)
+            # One by one: the kernel keeps few.
+            job.watches[0].turn()
+        for message in (
+            Message(BEAT, 7, 0, beat), Message(BEAT, 1, 2, beat), Message(BEAT, 0, 0, beat), Message(77, 1, 0, beat),
+            Message(BEAT, 1, 0, b"short"), Message(FLIGHT, 1, 0, b"no zlib"), Message(END, 2, 0, b"[0]"),
+        ):  # fmt: skip
+            other.sendto(pack(message, TOKEN), address)
+            job.watches[0].turn()
+    for seen, was in zip(job.watches[0].monitor.seen, before, strict=True):
+        assert vars(seen) | {"at": 0} == was | {"at": 0}
+    assert job.left == job.told == []
+    # It hears what is right.
+    job.step()
+    assert unpack_message(good, TOKEN, 3).body == beat
+    job.run(1)
+    assert job.watches[0].monitor.seen[1].count == job.flights[1].count > before[1]["count"]
+
+
+def test_where_no_datagram_arrives_files_do(job, tmp_path):
+    """Addresses where nobody listens: heartbeats, flights and the end go by the run directory."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        job = job(reach=lambda address: [nobody.getsockname()])
+        job.run(6, progress=True)
+        assert all(not one.routes and one.courier is not None for one in job.watches)
+        for rank in (0, 1):
+            job.call(rank)
+        job.run(20)
+        assert "rank 2 on host2 computes" in job.told[0][1]
+        assert [len(one.operations) for one in read_flights(tmp_path / FLIGHTS)[0]] == [13, 13, 12]
+        job.run(30)
+        assert sorted(job.shown) == [0, 1, 2] and (2, 1) in job.left
+    job.watches[0].courier.close()
+    assert not (tmp_path / FOLDER).exists()
+
+
+def test_who_can_be_reached_by_nothing_is_told_at_the_start(job):
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        job = job(reach=lambda address: [nobody.getsockname()])
+        job.watches[2].folder = None
+        job.run(7, progress=True)
+    assert job.told == [(0, "note: rank 2 cannot be watched: neither datagrams nor files arrive from there")]
+
+
+def test_the_first_address_that_answers_is_taken(job):
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        job = job(reach=lambda address: [nobody.getsockname(), ("127.0.0.1", 0), address])
+        job.run(2)
+    assert job.watches[2].routes == {rank: job.watches[rank].datagrams.addresses[0] for rank in (0, 1)}
+    assert all(one.courier is None for one in job.watches)
+
+
+def test_a_folder_that_does_not_answer_holds_up_nobody(job, tmp_path, monkeypatch):
+    """The stall is told, and the job ends, though the flights cannot be written."""
+    monkeypatch.setattr("psmpi.comm.watch.WRITE", 0.05)
+    free = threading.Event()
+    monkeypatch.setattr("psmpi.comm.watch.write_flights", lambda folder, tables: free.wait(30))
+    job = job()
+    stop(job, 2)
+    job.run(45, stopped=[2])
+    free.set()
+    assert "rank 2 on host2 is silent" in job.told[0][1] and "does not answer" in job.told[1][1]
+    assert (0, 1) in job.left
+
+
+def test_a_rank_that_leaves_is_not_missed(job):
+    job = job()
+    job.run(3, progress=True)
+    job.watches[2].post(BYE, 0)
+    job.watches[2].post(BYE, 1)
+    job.run(20, stopped=[2])
+    assert job.told == []
+
+
+def test_a_flight_fits_a_datagram():
+    flight = Flight()
+    for k in range(2000):
+        flight.begin([random.Random(k).randbytes(20).hex(), NO_GROUP, 0, -1, k, k, time.monotonic(), 0.0])
+    table = to_table(flight, 1, "host")
+    for limit, least in ((LONGEST, 500), (8000, 50), (1200, 3), (300, 0)):
+        data = pack_flight(table, limit)
+        found = unpack_flight(data)
+        assert len(data) <= limit and least <= len(found["operations"]) <= 2000
+        assert found["operations"] == table["operations"][2000 - len(found["operations"]) :]
+    for data in (b"", b"x", pack_flight({**table, "rank": "one"}, 10**6)):
+        with pytest.raises(ValueError):
+            unpack_flight(data)
+
+
+def test_watches_of_a_world_of_ranks_begin_and_end(capfd):
+    """The whole way through control data: tokens, addresses, threads; nothing is left, nothing is said."""
+    before = set(threading.enumerate())
+
+    def work(world):
+        control = Control(recorded(world))
+        with watched(control, 60.0, 1800.0) as watch:
+            end = time.monotonic() + 10
+            while len(watch.routes) < 1 and time.monotonic() < end:
+                time.sleep(0.01)
+            control.wait_for_all()
+            heard = [one.heard for one in watch.monitor.seen] if watch.monitor else []
+            return watch.patience, list(watch.monitors), len(watch.token), watch.thread.daemon, heard
+
+    found = run_ranks(3, work)
+    assert {one[:4] for one in found if not isinstance(one[1], list)} == set()
+    assert all(one[0] == Patience(60.0, 1800.0, 1.0, 15.0) and one[1] == [0, 1] and one[2] == 32 for one in found)
+    assert not {one.name for one in set(threading.enumerate()) - before if one.name.startswith("watch")}
+    assert capfd.readouterr() == ("", "")
+
+
+def test_one_rank_and_no_warnings_have_no_watch():
+    def work(world):
+        with watched(Control(recorded(world)), 0.0, 0.0) as watch:
+            return watch
+
+    assert run_ranks(2, work) == [None, None] and run_ranks(1, work) == [None]
+
+
+def test_an_error_in_the_watch_is_no_error_of_the_training(job, capfd, monkeypatch):
+    watch = job().watches[2]
+    monkeypatch.setattr(watch, "turn", lambda: 1 / 0)
+    watch.start()
+    watch.thread.join(10)
+    assert not watch.thread.is_alive()
+    assert "note: rank 2 is not watched any more: ZeroDivisionError" in capfd.readouterr().err
+
+
+def test_flights_are_written_whole_and_through_no_link(tmp_path):
+    outside = tmp_path / "outside"
+    outside.write_text("mine")
+    for name in (FLIGHTS, f".{FLIGHTS}.part"):
+        (tmp_path / name).symlink_to(outside)
+    write_flights(tmp_path, [{"rank": 0}, {"rank": 1}])
+    assert outside.read_text() == "mine" and not (tmp_path / FLIGHTS).is_symlink()
+    assert [json.loads(line)["rank"] for line in (tmp_path / FLIGHTS).read_text().splitlines()] == [0, 1]
+
+
+def test_stacks_name_the_rank_and_every_thread(capfd):
+    show_stacks(3, 8, "somewhere")
+    err = capfd.readouterr().err
+    assert err.startswith("psmpi, rank 3 of 8 on somewhere: ") and "test_stacks_name_the_rank" in err
+
+
+def test_a_process_is_known_by_its_number_and_start():
+    own = Process.own()
+    if not own.start:
+        pytest.skip("no /proc here")
+    assert own.lives and own.start == start_of(os.getpid())
+    assert not own._replace(start="1").lives and not own._replace(pid=2**22 + 1).lives
+
+
+def test_own_addresses_begin_with_the_loopback():
+    found = own_addresses()
+    assert found[0] == "127.0.0.1" and len(set(found)) == len(found)
+    assert all(socket.inet_aton(one) for one in found)
+
+
+def test_heads_have_one_layout():
+    """The first bytes of a message, for whoever looks at the network."""
+    data = pack(Message(HELLO, 5, 6, b"body"), TOKEN)
+    assert data[: HEAD.size] == b"psw1" + bytes([1]) + struct.pack("!II", 5, 6) and len(data) == HEAD.size + 4 + 16
+    assert HEARTBEAT.size == 17
