@@ -22,6 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     from psmpi.bench.network import network
     from psmpi.bench.optimizer import optimizer
     from psmpi.bench.published import published
+    from psmpi.bench.recorder import recorder
     from psmpi.command import answer, program
     from psmpi.config import defaults
     from psmpi.output import wide_help
@@ -34,6 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         commands: tuple[Callable[..., int], ...] = (
             checkpoint, compute, kernels, _with(memory, default, words), network, _with(optimizer, default, words),
             published,
+            _with(recorder, default, words),
         )  # fmt: skip
         for command in commands:
             app.command(command)

@@ -12,6 +12,8 @@ from psmpi.comm.flight import BEGUN, BYTES, ENDED, GROUP, NAME, NO_GROUP, NUMBER
 # What a rank is doing. SILENT: nothing is heard of it; GONE: it has ended the training; UNWATCHED: never heard of.
 SILENT, COMPUTING, WAITING, BUSY, GONE, UNWATCHED = "silent", "computing", "waiting", "busy", "gone", "unwatched"
 STATES = (SILENT, COMPUTING, WAITING, BUSY, GONE, UNWATCHED)
+# Seconds since 1970 that every calendar has.
+LAST_TIME = 1e11
 FIELDS = ("name", "group", "number", "peer", "bytes", "step", "begun", "ended")
 
 
@@ -106,7 +108,7 @@ def from_table(table: Mapping[str, Any]) -> Rank:
         if table["state"] not in STATES:
             raise ValueError(f"a state {table['state']!r}")
         return Rank(
-            int(table["rank"]), str(table["host"]), str(table["state"]), float(table["seconds"]), int(table["count"]),
+            int(table["rank"]), str(table["host"]), str(table["state"]), seconds(table["seconds"]), int(table["count"]),
             int(table["step"]), str(table["doing"]), {key: calls for key, _, calls in groups}, operations,
         )  # fmt: skip
     except (KeyError, TypeError, IndexError, OverflowError) as error:
@@ -119,9 +121,17 @@ def _operation(row: Sequence[Any], groups: Sequence[tuple[str, tuple[int, ...], 
     if peer >= 0 and ranks:
         peer = ranks[peer]
     return Operation(
-        str(row[NAME]), key, ranks, int(row[NUMBER]), peer, int(row[BYTES]), int(row[STEP]), float(row[BEGUN]),
-        float(row[ENDED]),
+        str(row[NAME]), key, ranks, int(row[NUMBER]), peer, int(row[BYTES]), int(row[STEP]), seconds(row[BEGUN]),
+        seconds(row[ENDED]),
     )  # fmt: skip
+
+
+def seconds(value: Any) -> float:
+    """A time or a stretch of it; ValueError for what no clock shows."""
+    found = float(value)
+    if not 0 <= found < LAST_TIME:
+        raise ValueError(f"a time of {found} s")
+    return found
 
 
 @dataclass

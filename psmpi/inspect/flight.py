@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 from tyro.conf import Positional, arg
 
-from psmpi.comm.stalls import SILENT, Operation, Rank, describe, diagnose, from_table
+from psmpi.comm.stalls import SILENT, Operation, Rank, describe, diagnose, from_table, seconds
 from psmpi.comm.watch import FLIGHTS
 from psmpi.errors import DamagedError, UserError
 from psmpi.inspect.output import print_json, size_text
@@ -96,6 +96,6 @@ def read_flights(path: Path) -> tuple[list[Rank], float, float]:
         ranks = [from_table(table) for table in tables]
         if not ranks or [one.rank for one in ranks] != list(range(len(ranks))):
             raise ValueError("not one line of each rank, in order")
-        return ranks, float(tables[0]["warn"]), float(tables[0]["written"])
+        return ranks, seconds(tables[0]["warn"]), seconds(tables[0]["written"])
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise DamagedError(f"{path} holds no operations of ranks: {error}") from None

@@ -210,7 +210,8 @@ class Loop:
             method.loss_sum = 0.0
         if self.control.rank == 0:
             self._append(row)
-            self.console.tell(metrics.describe(row, self.config.run.epochs))
+            with self.control.flight.task("printing to standard output"):
+                self.console.tell(metrics.describe(row, self.config.run.epochs))
         self._check(row, trained)
         if self.stopped or not every or self.progress.step == self.total or self.progress.step % every == 0:
             self._save()

@@ -1,0 +1,199 @@
+"""Real ranks that stand still: named, with what the others wait for, and every process gone afterwards."""
+
+import json
+import os
+import random
+import re
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers.processes import finish, start
+
+from psmpi.inspect.flight import read_flights
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the ranks' processes in /proc")
+
+MLP = ("--model", "mlp", "--widths", "64", "64", "--loss", "nll")
+METHODS = {
+    "psl": ("--colocate",),
+    "data_parallel": MLP,
+    "local_sgd": (*MLP, "--local-steps", "5"),
+    "ist": ("--colocate", *MLP, "--local-steps", "5"),
+    "sil": (*MLP, "--parts", "3", "--hand-over", "stale"),
+    "dfa": MLP,
+}
+# A method of a user's own, whose rank 1 gets no further in a step.
+PROGRAM = """
+import os, time
+import numpy as np
+import psmpi.train
+from psmpi.methods.data_parallel import DataParallel
+from psmpi.registry import register
+
+@register
+class Own(DataParallel):
+    name, summary, done = "own", "one whose rank 1 stands still", 0
+
+    def step(self, batch, lr):
+        super().step(batch, lr)
+        self.done += 1
+        if self.rank == 1 and self.done == 20:
+            getattr(self, os.environ["OWN_STEP"])()
+
+    def turn_round(self):
+        while True:
+            self.done += 1
+
+    def read_for_ever(self):
+        type(self.dataset.train.source.source).read_into = lambda *arguments: time.sleep(3600)
+        self.dataset.train.read([0])
+
+    def take_what_nobody_sends(self):
+        self.context.world.Recv(np.zeros(1), 0)
+
+raise SystemExit(psmpi.train.main())
+"""
+
+
+def ranks_of(out):
+    """The process number of each rank of the run with this directory."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (folder / "cmdline").read_bytes().split(b"\0")
+            variables = dict(
+                one.split(b"=", 1) for one in (folder / "environ").read_bytes().split(b"\0") if b"=" in one
+            )
+        except OSError:
+            continue
+        rank = variables.get(b"PMI_RANK", variables.get(b"OMPI_COMM_WORLD_RANK"))
+        # Not the launcher, nor the processes between.
+        if rank is not None and str(out).encode() in words and b"python" in Path(os.fsdecode(words[0])).name.encode():
+            found[int(rank)] = int(folder.name)
+    return found
+
+
+def begin(out, *options, warn=1, abort=3, program=("-m", "psmpi.train")):
+    """A training of three ranks without end, that has written its first row; its process and its ranks'."""
+    process = start(
+        3, *program, "--out", out, "--threads", "1", "--epochs", "5000", "--batch-size", "100", "--lr", "0.001",
+        "--stall-warn", warn, "--stall-abort", abort, *options,
+    )  # fmt: skip
+    rows, begun = out / "metrics.jsonl", time.monotonic()
+    while not (rows.exists() and rows.read_text()) and "OWN_STEP" not in os.environ:
+        if process.poll() is not None or time.monotonic() - begun > 120:
+            pytest.fail(f"no first epoch: {finish(process, 1)}")
+        time.sleep(0.02)
+    return process, ranks_of(out)
+
+
+def gone(numbers, patience=10.0):
+    """Whether none of the processes is there, or only as a dead one that nobody has taken notice of."""
+    end = time.monotonic() + patience
+    while time.monotonic() < end:
+        states = []
+        for number in numbers:
+            try:
+                states.append(Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0])
+            except OSError:
+                continue
+        if set(states) <= {"Z", "X"}:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def culprits(err):
+    """The ranks that the first warning names."""
+    first = next((line for line in err.splitlines() if "psmpi: WARNING: no progress" in line), "")
+    return [int(rank) for rank in re.findall(r"rank (\d+) on ", first)]
+
+
+def stopped(out, rank, wait, *options, **times):
+    """Stop a rank some seconds after the first epoch; (status, standard error, whether all are gone, ranks named)."""
+    process, ranks = begin(out, *options, **times)
+    assert sorted(ranks) == [0, 1, 2], ranks
+    time.sleep(wait)
+    os.kill(ranks[rank], signal.SIGSTOP)
+    status, _, err = finish(process, 90)
+    return status, err, gone(ranks.values()), culprits(err)
+
+
+def test_a_stopped_rank_is_named_and_the_job_ends(tmp_path):
+    draw = random.Random(os.urandom(8))
+    rank, wait = draw.randrange(3), draw.random()
+    status, err, all_gone, named = stopped(tmp_path / "run", rank, wait)
+    assert named == [rank] and status == 1 and all_gone, (rank, wait, err)
+    assert f"rank {rank} on " in err and " is silent since " in err and "wait" in err
+    # The stopped one's too, which is woken for it.
+    for other in range(3):
+        assert f"psmpi, rank {other} of 3 on " in err
+    assert "in run_epoch" in err or "in run" in err
+    ranks, _, _ = read_flights(tmp_path / "run" / "flight.jsonl")
+    assert [one.state == "silent" for one in ranks] == [k == rank for k in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("turn_round", r"rank 1 on \S+ computes since .*perhaps in an endless loop"),
+        ("read_for_ever", r"rank 1 on \S+ is in reading samples from \S+mine.npz"),
+        ("take_what_nobody_sends", r"ranks wait for each other"),
+    ],
+)
+def test_a_rank_that_gets_no_further_in_a_method_of_ones_own(tmp_path, monkeypatch, what, said):
+    (tmp_path / "own.py").write_text(PROGRAM)
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "mine.npz", x=rng.random((3000, 8), np.float32), y=rng.integers(0, 3, 3000))
+    monkeypatch.setenv("OWN_STEP", what)
+    process, _ = begin(
+        tmp_path / "run", "--method", "own", *MLP, "--dataset", tmp_path / "mine.npz", program=(tmp_path / "own.py",)
+    )
+    status, _, err = finish(process, 90)
+    assert status == 1, err
+    first = next(line for line in err.splitlines() if "no progress" in line)
+    assert re.search(said, first), err
+    assert f"in {what}" in err and gone(ranks_of(tmp_path / "run").values())
+    if what == "take_what_nobody_sends":
+        assert "rank 1 is in Recv from rank 0: the Send of rank 0 for it is missing" in err
+    else:
+        assert re.search(r"ranks? (0, 2 wait|[02] waits) in Wait\(Iallreduce\), call \d+ among ranks 0-2", err), err
+        assert re.search(r"missing: Iallreduce, call \d+ among ranks 0-2 \(\w+\): not made by rank 1", err), err
+
+
+def test_a_stopped_rank_that_goes_on_costs_a_warning(tmp_path):
+    process, ranks = begin(tmp_path / "run", abort=0, warn=1)
+    os.kill(ranks[1], signal.SIGSTOP)
+    flight, end = tmp_path / "run" / "flight.jsonl", time.monotonic() + 60
+    while not flight.exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    os.kill(ranks[1], signal.SIGCONT)
+    rows = (tmp_path / "run" / "metrics.jsonl").read_text().count("\n")
+    while (tmp_path / "run" / "metrics.jsonl").read_text().count("\n") < rows + 5 and time.monotonic() < end:
+        time.sleep(0.05)
+    time.sleep(1.5)
+    process.send_signal(signal.SIGUSR1)
+    status, out, err = finish(process, 60)
+    assert status == 85 and "and saved: go on with --resume auto" in out, err + out
+    assert culprits(err) == [1] and "training goes on, after a stall of about" in err
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_twenty_stopped_ranks_are_named(tmp_path):
+    """Over methods, ranks and moments: the one that was stopped, and no other, in 19 of 20; print what was not."""
+    draw, found = random.Random(20), []
+    for k in range(20):
+        method, rank, wait = list(METHODS)[k % len(METHODS)], draw.randrange(3), 3 * draw.random()
+        options = ("--method", method, *METHODS[method])
+        status, err, all_gone, named = stopped(tmp_path / str(k), rank, wait, *options, warn=2, abort=4)
+        found.append((named == [rank], status == 1, all_gone))
+        print(json.dumps([method, rank, round(wait, 2), named, status, all_gone]))
+        if not all(found[-1]):
+            print(err)
+    named, ended, left = (sum(one) for one in zip(*found, strict=True))
+    print(f"named {named}, status 1 {ended}, all gone {left}, of {len(found)}")
+    assert named >= 19 and ended >= 19 and left == 20
