@@ -14,16 +14,18 @@ from psmpi.output import tell
 if TYPE_CHECKING:
     from psmpi.config import Config
 
-# Pairs of blocks, one recorded and one not, and the seconds that a block takes about.
-PAIRS, BLOCK = 300, 0.02
-WARM = 20
+# Seconds of the measurement; steps of a block, and before all blocks; groups of pairs of blocks, whose spread is shown.
+SECONDS, STEPS, WARM, GROUPS = 20.0, 10, 20, 10
+# What others do on the machine only ever makes a block longer.
+QUANTILE = 0.1
 
 
 def recorder(config: Config, json: bool = False) -> int:
-    """Time steps with and without the flight recorder, in blocks that alternate: median ratio of 300 pairs.
+    """Time steps with and without the flight recorder, in blocks of 10 that alternate for 20 s.
 
     Takes the options of psmpi.train; run it on two ranks or more, under mpirun. Both trainings are in one job, so that
-    they see the same machine; `low` and `high` bound the median ratio (95 %, by order statistics).
+    they see the same machine. Times are those that a tenth of the blocks stay below, and their ratio; `low` and `high`
+    are the least and the largest ratio of ten parts of the measurement.
 
     Args:
         json: Print JSON.
@@ -70,31 +72,28 @@ def recorder(config: Config, json: bool = False) -> int:
 
         for method in methods:
             block(method, WARM)
-        first = np.array([block(methods[0], WARM) / WARM])
-        steps = max(1, int(BLOCK / (control.total(first)[0] / world.size)))
-        before, times = flight.count, np.empty((PAIRS, 2))
-        for pair in range(PAIRS):
-            for k in (0, 1) if pair % 2 else (1, 0):
-                times[pair, k] = block(methods[k], steps)
-    # Of all ranks together: the slowest decides.
-    everyone = control.rows(times).max(axis=0)
-    operations = control.total(np.array([flight.count - before])) / (PAIRS * steps * world.size)
-    ratios = np.sort(everyone[:, 1] / everyone[:, 0])
-    spread = round(0.98 * PAIRS**0.5)
-    found = {
-        "ms": float(1e3 * np.median(everyone[:, 0]) / steps),
-        "ms_recorded": float(1e3 * np.median(everyone[:, 1]) / steps),
-        "ratio": float(np.median(ratios)),
-        "low": float(ratios[PAIRS // 2 - spread]),
-        "high": float(ratios[PAIRS // 2 + spread]),
-        "operations": float(operations[0]),
-    }
+        times: list[tuple[float, float]] = []
+        count, end = flight.count, time.perf_counter() + SECONDS
+        while control.share_flag(time.perf_counter() < end or len(times) < GROUPS):
+            order = (0, 1) if len(times) % 2 else (1, 0)
+            found = {k: block(methods[k], STEPS) for k in order}
+            times.append((found[0], found[1]))
+    # The slowest rank decides.
+    taken = control.rows(np.array(times)).max(axis=0) / STEPS
+    operations = control.total(np.array([float(flight.count - count)]))[0] / (len(times) * STEPS * world.size)
+    plain, with_recorder = np.quantile(taken, QUANTILE, axis=0)
+    parts = [np.quantile(part, QUANTILE, axis=0) for part in np.array_split(taken, GROUPS)]
+    ratios = [part[1] / part[0] for part in parts]
+    figures = {
+        "ms": float(1e3 * plain), "ms_recorded": float(1e3 * with_recorder), "ratio": float(with_recorder / plain),
+        "low": float(min(ratios)), "high": float(max(ratios)), "operations": float(operations), "pairs": len(times),
+    }  # fmt: skip
     if world.rank == 0:
         if json:
-            tell(jsonlib.dumps(found))
+            tell(jsonlib.dumps(figures))
         else:
             tell(
-                f"{found['ms']:.3f} ms a step, recorded {found['ms_recorded']:.3f}, ratio {found['ratio']:.4f} "
-                f"({found['low']:.4f} to {found['high']:.4f}), {found['operations']:.1f} operations a step and rank"
+                f"{figures['ms']:.4f} ms a step, recorded {figures['ms_recorded']:.4f}, ratio {figures['ratio']:.4f} "
+                f"({figures['low']:.4f} to {figures['high']:.4f}), {figures['operations']:.1f} operations a step"
             )
     return 0

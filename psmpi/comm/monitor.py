@@ -38,7 +38,7 @@ UNPACKED = 1 << 22
 # Seconds that ranks get to show their stacks.
 SHOWN = 3.0
 # Flights that are asked for at a time.
-ASKED = 16
+ASKED = 4
 
 
 class Patience(NamedTuple):
@@ -150,13 +150,16 @@ class Monitor:
     def hear(self, message: Message, now: float) -> None:
         """Take a message of a rank."""
         seen, rank = self.seen[message.sender], message.sender
+        # What was not heard of is no measure of how long it computes.
+        even = now - seen.at < self.patience.quiet
         seen.at, seen.heard = now, True
         if message.kind == BYE:
-            seen.gone = True
+            # With a body where the watch ends, and not the training.
+            seen.gone, seen.heard = not message.body, not message.body
         elif message.kind == BEAT and len(message.body) >= HEARTBEAT.size:
             count, step, doing = HEARTBEAT.unpack_from(message.body)
             name = message.body[HEARTBEAT.size :].decode(errors="replace")
-            self._note(seen, count, step, DOING[min(doing, len(DOING) - 1)], name, now)
+            self._note(seen, count, step, DOING[min(doing, len(DOING) - 1)], name, now, even)
         elif message.kind == FLIGHT and self.collecting:
             try:
                 table = unpack_flight(message.body)
@@ -164,13 +167,13 @@ class Monitor:
                 return
             if table["rank"] == rank:
                 self.flights[rank] = table
-                self._note(seen, table["count"], table["step"], table["state"], table["doing"], now)
+                self._note(seen, table["count"], table["step"], table["state"], table["doing"], now, even)
         elif message.kind == DUMPED and self.ending is not None:
             self.ending.lacking.discard(rank)
 
-    def _note(self, seen: Seen, count: int, step: int, state: str, name: str, now: float) -> None:
+    def _note(self, seen: Seen, count: int, step: int, state: str, name: str, now: float, even: bool) -> None:
         if (count, step, state) != (seen.count, seen.step, seen.state):
-            if seen.state == COMPUTING:
+            if seen.state == COMPUTING and even:
                 seen.longest = max(seen.longest, now - seen.changed)
             seen.changed = now
         seen.count, seen.step, seen.state, seen.name = count, step, state, name
@@ -275,7 +278,7 @@ class Monitor:
             return
         slow = max([0.0, *(2 * longest[one.rank] for one in finding.culprits if one.state == COMPUTING)])
         abort = max(patience.abort, slow) if patience.abort else 0.0
-        ends = bool(abort) and finding.seconds >= abort
+        ends = bool(abort) and finding.waited >= abort
         if finding.key != self.told or ends:
             self._say(finding, ranks, abort, ends, now)
         self.told, self.since = finding.key, now - finding.seconds
@@ -288,14 +291,14 @@ class Monitor:
             for rank in sorted(lacking):
                 self.post(DUMP, rank, json.dumps(silent).encode())
         elif abort:
-            self.again = min(self.again, now + max(2 * patience.interval, abort - finding.seconds))
+            self.again = min(self.again, now + max(2 * patience.interval, abort - finding.waited))
 
     def _say(self, finding: Finding, ranks: Sequence[Rank], abort: float, ends: bool, now: float) -> None:
         lines = describe(finding, time.time())
         if ends:
             lines.append(f"the job ends with status 1 (--stall-abort {self.patience.abort:g})")
-        elif abort:
-            lines.append(f"the job ends in {max(0.0, abort - finding.seconds):.0f} s unless it goes on (--stall-abort)")
+        elif abort and finding.waited:
+            lines.append(f"the job ends in {max(0.0, abort - finding.waited):.0f} s unless it goes on (--stall-abort)")
         # Told before anything is written: it may be the folder that does not answer.
         self.tell(lines)
         where = self.keep([self._table(one) for one in ranks])

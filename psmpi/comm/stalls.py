@@ -138,13 +138,15 @@ def seconds(value: Any) -> float:
 class Finding:
     """Why ranks stand still: the ranks that are waited for, those that wait, and the calls that are missing, in words.
 
-    seconds: for how long. Without `culprits` ranks wait for each other, in `missing` calls.
+    seconds: for how long; waited: for how long somebody has waited, 0 where nobody has. Without `culprits` ranks wait
+    for each other, in `missing` calls.
     """
 
     culprits: list[Rank]
     waiting: list[Rank]
     missing: list[str]
     seconds: float
+    waited: float
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -186,12 +188,15 @@ def diagnose(ranks: Sequence[Rank], warn: float, longest: Mapping[int, float] | 
         seconds = max([longest_wait, *(one.seconds for one in found if one.state in (SILENT, BUSY))])
         if all(one.state == COMPUTING for one in found):
             seconds = min(seconds, max(one.seconds for one in found))
-        return Finding(found, waiting, _missing(waiting, ranks), seconds)
+        # A silent rank that nobody waits for may go on: its messages may be what is lost.
+        waited = longest_wait if seen & culprits.keys() else 0.0
+        return Finding(found, waiting, _missing(waiting, ranks), seconds, min(seconds, waited))
     stuck = [ranks[rank] for rank in sorted(seen)]
     if ends or not stuck or any(one.seconds < warn for one in stuck):
         # Some rank goes on, or is not known.
         return None
-    return Finding([], stuck, _missing(stuck, ranks), min(one.seconds for one in stuck))
+    shortest = min(one.seconds for one in stuck)
+    return Finding([], stuck, _missing(stuck, ranks), shortest, shortest)
 
 
 def waits_for(one: Rank, ranks: Sequence[Rank]) -> list[int]:
@@ -274,7 +279,7 @@ def _of(one: Rank, now: float) -> str:
     if one.state == BUSY:
         return f"{where} is in {one.action}, step {one.step}, since {since}: a file server or a disk may not answer"
     if one.state == UNWATCHED:
-        return f"{where} is waited for, and nothing was heard of it since the start"
+        return f"{where} is waited for, and is not watched: no message of its watch arrives"
     if one.state == GONE:
         return f"{where} is waited for, and has left the training since {since}"
     return f"{where} computes since {since}, perhaps in an endless loop: step {one.step}, {after}"

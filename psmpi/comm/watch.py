@@ -78,7 +78,9 @@ class Watch:
         self.leave, self.show, self.clock, self.look = leave, show or show_stacks, clock, look
         self.folder: Path | None = None
         now = clock()
-        self.begun = self.next = now
+        self.begun = now
+        # Not all ranks at one time: a socket takes a few hundred datagrams.
+        self.next = now + patience.interval * rank / self.size
         # How other ranks are reached: by datagrams to an address, or by files.
         self.routes: dict[int, Address] = {}
         self.by_files: set[int] = set()
@@ -114,14 +116,20 @@ class Watch:
             while not self.stopping.is_set():
                 self._wait()
                 self.turn()
-            for monitor in self.monitors:
-                self.post(BYE, monitor)
+            self._leave(b"")
         except Exception as error:
             output.complain(f"psmpi: note: rank {self.rank} is not watched any more: {error!r}")
+            self._leave(b"failed")
         finally:
             self.datagrams.close()
             if self.courier is not None:
                 self.courier.close()
+
+    def _leave(self, reason: bytes) -> None:
+        """Tell the monitors that no more comes."""
+        for monitor in self.monitors:
+            if monitor != self.rank:
+                self.post(BYE, monitor, reason)
 
     def _wait(self) -> None:
         """Until a datagram comes, or it is time for the next look."""

@@ -352,3 +352,16 @@ def test_nine_ranks_train_what_one_process_cannot_hold(tmp_path):
     status, out, err = finish(start(9, *train, tmp_path / "nine", preexec_fn=limited), 200)
     assert status == 0 and f"{parameters:,} parameters" in out, err
     assert list((tmp_path / "nine" / "checkpoints").glob("step-*.h5")), out + err
+
+
+def test_the_recorder_is_timed_beside_steps_without_it(monkeypatch):
+    monkeypatch.setattr("psmpi.bench.recorder.SECONDS", 0.5)
+    options = ("--method", "data_parallel", "--loss", "nll", "--model", "mlp", "--widths", "8", "--threads", "1")
+    status, out, err = run(2, "-m", "psmpi.bench", "recorder", *options, "--json")
+    assert status == 0, err
+    found = json.loads(out)
+    # A sum of the gradient is begun and waited for.
+    assert found["operations"] == 2 and found["pairs"] >= 10 and found["low"] <= found["ratio"] <= found["high"]
+    assert found["ratio"] == pytest.approx(found["ms_recorded"] / found["ms"])
+    status, _, err = run(1, "-m", "psmpi.bench", "recorder")
+    assert status == 1 and "one rank records nothing" in err

@@ -436,3 +436,41 @@ def test_heads_have_one_layout():
     data = pack(Message(HELLO, 5, 6, b"body"), TOKEN)
     assert data[: HEAD.size] == b"psw1" + bytes([1]) + struct.pack("!II", 5, 6) and len(data) == HEAD.size + 4 + 16
     assert HEARTBEAT.size == 17
+
+
+def test_a_rank_whose_messages_are_lost_does_not_end_a_job_that_goes_on(job):
+    """Nobody waits for it: that nothing is heard is told, and no more."""
+    job = job()
+    job.run(5, progress=True)
+    job.run(100, stopped=[2], progress=True)
+    assert "rank 2 on host2 is silent" in job.told[0][1] and "the job ends" not in job.told[0][1]
+    assert job.left == job.shown == [] and len(job.told) == 2
+
+
+def test_a_watch_that_fails_is_neither_silent_nor_missed(job):
+    job = job()
+    job.run(12, progress=True)
+    job.watches[2]._leave(b"failed")
+    job.run(60, stopped=[2], progress=True)
+    assert job.told == []
+    for rank in (0, 1):
+        job.call(rank)
+    job.run(15, stopped=[2])
+    assert "rank 2 on host2 is waited for, and is not watched" in job.told[0][1]
+
+
+def test_the_time_that_a_rank_was_stopped_is_none_that_it_computed(job):
+    job = job(patience=Patience(10.0, 0.0, 1.0))
+    stop(job, 2)
+    job.run(100, stopped=[2])
+    job.call(2)
+    for flight in job.flights:
+        flight.last()[-1] = time.monotonic()
+    job.run(5, progress=True)
+    assert all(one.longest < 12 for one in job.watches[0].monitor.seen)
+
+
+def test_heartbeats_of_many_ranks_are_spread_over_the_interval(job):
+    job = job(size=20)
+    starts = [one.next - one.begun for one in job.watches]
+    assert starts == sorted(starts) and starts[0] == 0 and 0.9 < starts[-1] < 1.0
