@@ -15,16 +15,16 @@ if TYPE_CHECKING:
     from psmpi.config import Config
 
 # Seconds of the measurement; steps of a block, and before all blocks; groups of pairs of blocks, whose spread is shown.
-SECONDS, STEPS, WARM, GROUPS = 20.0, 10, 20, 10
+SECONDS, STEPS, WARM, GROUPS = 30.0, 5, 20, 10
 # What others do on the machine only ever makes a block longer.
-QUANTILE = 0.1
+QUANTILE = 0.05
 
 
 def recorder(config: Config, json: bool = False) -> int:
-    """Time steps with and without the flight recorder, in blocks of 10 that alternate for 20 s.
+    """Time steps with and without the flight recorder, in blocks of 5 that alternate for 30 s.
 
     Takes the options of psmpi.train; run it on two ranks or more, under mpirun. Both trainings are in one job, so that
-    they see the same machine. Times are those that a tenth of the blocks stay below, and their ratio; `low` and `high`
+    they see the same machine. Times are those that one of 20 blocks stays below, and their ratio; `low` and `high`
     are the least and the largest ratio of ten parts of the measurement.
 
     Args:
