@@ -88,8 +88,9 @@ def show_stacks(rank: int, size: int, host: str) -> None:
     with contextlib.suppress(OSError, ValueError), _nameless() as file:
         faulthandler.dump_traceback(file, all_threads=True)
         file.seek(0)
-        # The thread that trains before this one.
-        *others, own = sorted(file.read().decode(errors="replace").strip().split("\n\n"), key=_is_current)
+        # The main thread is the last one. Before this one, too.
+        stacks = file.read().decode(errors="replace").strip().split("\n\n")
+        *others, own = sorted(stacks[::-1], key=_is_current)
         text = f"psmpi, rank {rank} of {size} on {host}: what it was doing when --stall-abort ended the job"
         # Past Python's buffers, whose lock the thread that trains may hold.
         number = sys.__stderr__.fileno() if sys.__stderr__ is not None else 2

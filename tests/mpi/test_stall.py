@@ -1,5 +1,6 @@
 """Real ranks that stand still: named, with what the others wait for, and every process gone afterwards."""
 
+import contextlib
 import json
 import os
 import random
@@ -12,6 +13,8 @@ import numpy as np
 import pytest
 from helpers.processes import finish, start
 
+from psmpi.bench.hosts import ENVIRONMENT, slow_hosts
+from psmpi.errors import UserError
 from psmpi.inspect.flight import read_flights
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the ranks' processes in /proc")
@@ -179,6 +182,25 @@ def test_a_stopped_rank_that_goes_on_costs_a_warning(tmp_path):
     status, out, err = finish(process, 60)
     assert status == 85 and "and saved: go on with --resume auto" in out, err + out
     assert culprits(err) == [1] and "training goes on, after a stall of about" in err
+
+
+def test_ranks_of_several_hosts_are_watched(tmp_path, monkeypatch):
+    """Hosts with addresses and loopbacks of their own: datagrams go by the link between them, not by files."""
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    with contextlib.ExitStack() as stack:
+        try:
+            hub = stack.enter_context(slow_hosts(3, 1000.0))[0].rpartition("-")[0]
+        except UserError as error:
+            pytest.skip(f"no network namespaces here: {error}")
+        there = f"import os, sys; name = '{hub}-' + os.environ['PMI_RANK']; "
+        there += "os.execvp('ip', ['ip', 'netns', 'exec', name, sys.executable, *sys.argv[1:]])"
+        out = tmp_path / "run"
+        status, err, all_gone, named = stopped(
+            out, 2, 4.0, "--method", "data_parallel", *MLP, program=("-c", there, "-m", "psmpi.train"), warn=2, abort=6
+        )
+        assert named == [2] and status == 1 and all_gone, err
+        assert "cannot be watched" not in err and not (out / ".watch").exists()
 
 
 @pytest.mark.slow
