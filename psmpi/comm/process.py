@@ -88,18 +88,15 @@ def show_stacks(rank: int, size: int, host: str) -> None:
     with contextlib.suppress(OSError, ValueError), _nameless() as file:
         faulthandler.dump_traceback(file, all_threads=True)
         file.seek(0)
-        # The main thread is the last one. Before this one, too.
         stacks = file.read().decode(errors="replace").strip().split("\n\n")
-        *others, own = sorted(stacks[::-1], key=_is_current)
+        # The main thread, which is the last one, before the others and this one.
+        others = [one for one in reversed(stacks) if not one.startswith("Current thread")]
+        own = [one for one in stacks if one.startswith("Current thread")]
         text = f"psmpi, rank {rank} of {size} on {host}: what it was doing when --stall-abort ended the job"
         # Past Python's buffers, whose lock the thread that trains may hold.
         number = sys.__stderr__.fileno() if sys.__stderr__ is not None else 2
-        os.write(number, "\n\n".join([text, *others, own, ""]).encode())
+        os.write(number, "\n\n".join([text, *others, *own, ""]).encode())
     delivered(1.0)
-
-
-def _is_current(stack: str) -> bool:
-    return stack.startswith("Current thread")
 
 
 def _nameless() -> IO[bytes]:
