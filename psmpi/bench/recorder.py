@@ -27,6 +27,7 @@ def recorder(config: Config, json: bool = False) -> int:
     they see the same machine. Times are those that one of 20 blocks stays below, and their ratio; `low` and `high`
     are the least and the largest ratio of ten parts of the measurement. `call_us` is what a recorded call takes longer
     than one that is not, `wait_us` a request with its wait, on a communicator that does nothing: least of many times.
+    `watch_ms` is the processor time of the watch, which goes on beside both, in a second: of the rank with the most.
 
     Args:
         json: Print JSON.
@@ -36,6 +37,7 @@ def recorder(config: Config, json: bool = False) -> int:
     from psmpi.backend import make_backend
     from psmpi.comm.control import Control
     from psmpi.comm.flight import recorded
+    from psmpi.comm.watch import watched
     from psmpi.comm.world import host, start
     from psmpi.config import check
     from psmpi.data import Batch, open_dataset
@@ -56,11 +58,12 @@ def recorder(config: Config, json: bool = False) -> int:
     batches, _, rate = plan_steps(dataset, config)
     ranks, cores = host(world)
     threads = config.parallel.threads or max(1, cores // ranks)
-    watched = recorded(world)
-    flight = Control(watched).flight
+    kept = recorded(world)
+    aside = Control(kept)
+    flight = aside.flight
     with threadpool_limits(threads), np.errstate(all="ignore"):
         ops = make_backend(config.parallel.backend, threads)
-        methods = [kind(Context(one, network, dataset, config, ops)) for one in (world, watched)]
+        methods = [kind(Context(one, network, dataset, config, ops)) for one in (world, kept)]
 
         def block(method: Any, steps: int) -> float:
             control.wait_for_all()
@@ -74,11 +77,16 @@ def recorder(config: Config, json: bool = False) -> int:
         for method in methods:
             block(method, WARM)
         times: list[tuple[float, float]] = []
-        count, end = flight.count, time.perf_counter() + SECONDS
-        while control.share_flag(time.perf_counter() < end or len(times) < GROUPS):
-            order = (0, 1) if len(times) % 2 else (1, 0)
-            found = {k: block(methods[k], STEPS) for k in order}
-            times.append((found[0], found[1]))
+        with watched(aside, 60.0, 0.0) as watch:
+            count, begun = flight.count, time.perf_counter()
+            while control.share_flag(time.perf_counter() < begun + SECONDS or len(times) < GROUPS):
+                order = (0, 1) if len(times) % 2 else (1, 0)
+                found = {k: block(methods[k], STEPS) for k in order}
+                times.append((found[0], found[1]))
+            # Of the thread, whatever is computed beside it.
+            thread = None if watch is None else watch.thread.ident
+            used = 0.0 if thread is None else time.clock_gettime(time.pthread_getcpuclockid(thread))
+            watching = control.rows(np.array([1e3 * used / (time.perf_counter() - begun)]))
     # The slowest rank decides.
     taken = control.rows(np.array(times)).max(axis=0) / STEPS
     operations = control.total(np.array([float(flight.count - count)]))[0] / (len(times) * STEPS * world.size)
@@ -86,7 +94,7 @@ def recorder(config: Config, json: bool = False) -> int:
     parts = [np.quantile(part, QUANTILE, axis=0) for part in np.array_split(taken, GROUPS)]
     ratios = [part[1] / part[0] for part in parts]
     figures = {
-        **call_times(),
+        **call_times(), "watch_ms": float(watching.max()),
         "ms": float(1e3 * plain), "ms_recorded": float(1e3 * with_recorder), "ratio": float(with_recorder / plain),
         "low": float(min(ratios)), "high": float(max(ratios)), "operations": float(operations), "pairs": len(times),
     }  # fmt: skip
@@ -97,7 +105,8 @@ def recorder(config: Config, json: bool = False) -> int:
             tell(
                 f"{figures['ms']:.4f} ms a step, recorded {figures['ms_recorded']:.4f}, ratio {figures['ratio']:.4f} "
                 f"({figures['low']:.4f} to {figures['high']:.4f}), {figures['operations']:.1f} operations a step; "
-                f"a recorded call takes {figures['call_us']:.2f} us, a request and its wait {figures['wait_us']:.2f}"
+                f"a recorded call takes {figures['call_us']:.2f} us, a request and its wait {figures['wait_us']:.2f}; "
+                f"the watch takes {figures['watch_ms']:.2f} ms a second"
             )
     return 0
 

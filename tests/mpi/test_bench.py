@@ -364,6 +364,7 @@ def test_the_recorder_is_timed_beside_steps_without_it(monkeypatch):
     assert found["operations"] == 2 and found["pairs"] >= 10 and found["low"] <= found["ratio"] <= found["high"]
     assert found["ratio"] == pytest.approx(found["ms_recorded"] / found["ms"])
     # Recorded calls are cheap.
+    assert 0 < found["watch_ms"] < 1000
     assert 0 < found["call_us"] < found["wait_us"] < 10
     status, _, err = run(1, "-m", "psmpi.bench", "recorder")
     assert status == 1 and "one rank records nothing" in err
