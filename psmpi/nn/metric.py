@@ -38,8 +38,8 @@ class Metric:
         """
         if self.loss.task != "classes":
             off = scores - targets
-            return np.array([self.loss(scores, targets, 1.0), np.vdot(off, off), targets.shape[-1]])
-        found = [self.loss(scores, targets, 1.0), np.count_nonzero(scores.argmax(axis=0) == targets)]
+            return np.array([self.loss.value(scores, targets, 1.0), np.vdot(off, off), targets.shape[-1]])
+        found = [self.loss.value(scores, targets, 1.0), np.count_nonzero(scores.argmax(axis=0) == targets)]
         if "top5" in self.names:
             found.append(np.count_nonzero(count_above(scores, targets) < TOP))
         return np.array([*found, len(targets)], np.float64)

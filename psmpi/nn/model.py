@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -55,6 +55,11 @@ class Model:
                     f"{vector.dtype}"
                 )
         self.w, self.g, self.dtype = w, g, w.dtype
+        # Whether inputs are samples, and outputs scores.
+        first, behind = layers or (0, len(network.layers))
+        self.begins, self.ends = first == 0, behind == len(network.layers)
+        # Whether passes make no sums over ranks.
+        self.alone = total is None
         self.shared = space is not None
         self.space = space or Workspace(ops, self.dtype)
         stages = network.stages(self.classes, fold=fold, layers=layers)
@@ -154,6 +159,11 @@ class Model:
         self.reserve(x.shape[-1])
         self.last = self.chain.forward(images, self.room)
         return self.last
+
+    def trace(self, x: np.ndarray) -> Iterator[tuple[Part, np.ndarray]]:
+        """The parts with their outputs for x, one after the other, in arrays that no other pass uses."""
+        images = x.reshape(*self.in_shape, x.shape[-1])
+        return self.chain.trace(images, self.open(x.shape[-1]))
 
     def backward(
         self,

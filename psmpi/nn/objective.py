@@ -23,6 +23,9 @@ class Objective:
     The backward pass is linear in the derivatives of the loss, float64 of any size: very large ones are scaled down by
     a power of two first, and the gradient is scaled up again and limited to GRADIENT_LIMIT in each component.
 
+    finite: whether the last loss and its scores were. Where they were not, a `lenient` loss is NaN or infinity, and any
+    other an error. ids: of the samples of the minibatch, where whoever brings their targets says so.
+
     A loss that the backend does not have in one pass is computed by NumPy in host memory, on a device too: its steps
     look at values and index by labels, for which a device would have to be waited for.
     """
@@ -30,6 +33,8 @@ class Objective:
     def __init__(self, loss: Loss, model: Model):
         self.loss, self.model, self.ops = loss, model, model.ops
         self.fused = loss.fused(self.ops)
+        self.finite = True
+        self.ids: np.ndarray | None = None
         # Loss, largest exponent, terms beyond the limit, largest derivative of the last minibatch.
         self.report = self.ops.mirror(self.ops.zeros(4, np.dtype(np.float64)))
         self.report.host.fill(0)
@@ -109,8 +114,10 @@ class Objective:
         self.report.settle()
         grad = self.grad.host[: scores.size].reshape(scores.shape) if derivatives else None
         pairs = None if pairs is None else host(pairs)
-        report[0] = self.loss(host(scores), host(targets), scale, grad, pairs)
-        if not np.isfinite(report[0]):
+        self.finite = False
+        report[0] = self.loss.value(host(scores), host(targets), scale, grad, pairs)
+        self.finite = bool(np.isfinite(report[0]))
+        if not (self.finite or self.loss.lenient):
             raise FloatingPointError(DIVERGED)
         if grad is not None:
             # Without an array of absolute values: outputs at a cut are many.
@@ -144,13 +151,20 @@ class Objective:
         self.ops.unscale(self.model.g, report, GRADIENT_LIMIT[self.model.dtype])
 
     def value(self) -> float:
-        """The scaled sum of the losses last derived. FloatingPointError where it, or a score, is not finite."""
+        """The scaled sum of the losses last derived. Where it, or a score, is not finite, see the class."""
         self.report.fetch()
         self.report.wait()
         value, worst, clipped, _ = (float(number) for number in self.report.host)
         if self.fused is not None:
-            self.loss.check(worst)
-            if not np.isfinite(value):
-                raise FloatingPointError(DIVERGED)
+            self.finite = False
+            try:
+                self.loss.check(worst)
+                if not np.isfinite(value):
+                    raise FloatingPointError(DIVERGED)
+            except FloatingPointError:
+                if not self.loss.lenient:
+                    raise
+                return np.nan
+            self.finite = True
             self.loss.clipped += int(clipped)
         return value

@@ -184,6 +184,14 @@ class Chain:
             tape.kept.append(kept)
         return tape
 
+    def trace(self, x: np.ndarray, room: Room) -> Iterator[tuple[Part, np.ndarray]]:
+        """The parts with their outputs for x, one after the other: the next one may overwrite an output."""
+        batch = x.shape[-1]
+        for part, buffer, own in zip(self.parts, room.buffers, room.rooms, strict=True):
+            y = None if buffer is None else buffer[: part.size * batch].reshape(*part.shape, batch)
+            x, _ = part.forward(x, y, own)
+            yield part, x
+
     def backward(
         self,
         tape: Tape,

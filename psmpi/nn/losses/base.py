@@ -46,6 +46,7 @@ class Loss:
     own score, whether it is the label's or not, the derivative with respect to that score follows. The value is the sum
     over classes of what their own scores and these numbers say.
     tasks: what it can learn, "classes" by labels or "regression" by values; task: which of these.
+    lenient: a loss of scores that are not finite is NaN, and no error, where `Objective` and `Metric` ask for it.
     Buffers grow to the largest minibatch seen and are then reused.
     """
 
@@ -58,7 +59,7 @@ class Loss:
 
     def __init__(self, dtype: np.dtype, *, kappa: float = 1.0, exp_clip: float | None = 0.0, task: str = "classes"):
         self.dtype, self.kappa, self.task = np.dtype(dtype), float(kappa), task
-        self.clipped = 0
+        self.clipped, self.lenient = 0, False
         self.limit = largest_exponent(self.dtype) if exp_clip == 0.0 else exp_clip
         self._store = np.empty(0)
 
@@ -99,6 +100,24 @@ class Loss:
         loss's constant is then left out, for it belongs to no pair.
         """
         raise NotImplementedError
+
+    def value(
+        self,
+        scores: np.ndarray,
+        targets: np.ndarray,
+        scale: float,
+        grad: np.ndarray | None = None,
+        pairs: np.ndarray | None = None,
+    ) -> float:
+        """What a call returns, of a `lenient` loss NaN in place of an error: so is then all of `grad`."""
+        try:
+            return self(scores, targets, scale, grad, pairs)
+        except FloatingPointError:
+            if not self.lenient:
+                raise
+            if grad is not None:
+                grad.fill(np.nan)
+            return np.nan
 
     def diverged(self, mean: float, clipped: float, size: float = 1.0) -> bool:
         """Whether a mean loss over the samples of an epoch is one of a training that has diverged.

@@ -1,0 +1,128 @@
+"""The place where numbers stop being finite: samples, weights or gradients by parameter, or the first layer."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from psmpi.layout import Layout, Runs
+
+if TYPE_CHECKING:
+    from psmpi.nn.model import Model
+
+# Parameters that a message names, the rest are counted.
+MOST = 3
+# One sample in so many, at most, is to be looked at before the weights are.
+FEW = 4
+# What a cause is of, the most telling first: samples, weights, a layer's outputs, what comes from another rank's
+# layers, the loss of finite scores, and gradients.
+KINDS = ("inputs", "weights", "layer", "handed", "loss", "gradient")
+
+
+@dataclass(frozen=True)
+class Cause:
+    """The first thing that is not finite, for people: `text` is a clause, kind one of KINDS.
+
+    columns: the samples of the pass that it is of; few: they are a small part of it.
+    """
+
+    kind: str
+    text: str
+    columns: tuple[int, ...] = ()
+    few: bool = False
+
+
+def spans(numbers: Collection[int]) -> str:
+    """(0, 1, 2, 5) -> "0-2 5"."""
+    runs: list[list[int]] = []
+    for n in sorted(numbers):
+        if runs and n == runs[-1][1] + 1:
+            runs[-1][1] = n
+        else:
+            runs.append([n, n])
+    return " ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def of_classes(classes: Collection[int], all_of: int) -> str:
+    """Some of the network's classes in brackets; nothing where it is all of them, or none."""
+    plural = "es" if len(classes) > 1 else ""
+    return f" (class{plural} {spans(classes)})" if 0 < len(classes) < all_of else ""
+
+
+def kind_of(values: np.ndarray) -> str:
+    """The kind of the values that are not finite: "NaN", "inf" or both."""
+    kinds = (("NaN", np.isnan(values).any()), ("inf", np.isinf(values).any()))
+    return " and ".join(name for name, there in kinds if there)
+
+
+def find_parameters(layout: Layout, runs: Runs, vector: np.ndarray) -> str:
+    """The parameters with values that are not finite: names, units, and the classes that use these; "" if all are.
+
+    vector: (runs.size,) in host memory, of the elements of the flat vector that `runs` names.
+    """
+    bad = np.flatnonzero(~np.isfinite(vector))
+    if not bad.size:
+        return ""
+    run = runs.offsets.searchsorted(bad, side="right") - 1
+    places = bad - runs.offsets[run] + runs.starts[run]
+    units: dict[int, set[int]] = {}
+    classes: dict[int, set[int]] = {}
+    for block in layout.blocks:
+        for piece in block.pieces:
+            size = layout.parameters[piece.parameter].unit_size
+            ends = piece.offset, piece.offset + (piece.last - piece.first) * size
+            first, last = places.searchsorted(ends)
+            if first < last:
+                own = np.unique((places[first:last] - piece.offset) // size) + piece.first
+                units.setdefault(piece.parameter, set()).update(own.tolist())
+                classes.setdefault(piece.parameter, set()).update(block.classes)
+    found = []
+    for number in sorted(units)[:MOST]:
+        p, some = layout.parameters[number], units[number]
+        of = f", unit{'s' * (len(some) > 1)} {spans(some)} of {p.units}" if len(some) < p.units else ""
+        found.append(f"{p.name}{of}{of_classes(classes[number], layout.classes)}")
+    more = len(units) - len(found)
+    return f"{' and '.join(found)}{f' and {more} more' if more else ''} ({kind_of(vector)})"
+
+
+def find_cause(model: Model) -> Cause:
+    """The cause of a loss that is not finite: the model's last pass, looked at again from the samples on.
+
+    Samples, then weights, then the outputs of one layer after the other, which are computed anew in arrays of their
+    own: what a later layer has squashed or overwritten is seen too.
+    """
+    tape, ops = model.last, model.ops
+    if tape is None or not tape.outputs:
+        return Cause("loss", "")
+    x = tape.outputs[0]
+    columns = _columns(ops.host(x))
+    if columns and model.begins:
+        return Cause("inputs", f"the inputs have {kind_of(ops.host(x))}", columns, True)
+    if columns:
+        first = model.parts[0].layer.name
+        return Cause("handed", f"what comes to layer {first} from those before it has {kind_of(ops.host(x))}", columns)
+    weights = find_parameters(model.layout, model.part, ops.host(model.w))
+    if weights:
+        return Cause("weights", f"not finite is {weights}")
+    for part, output in model.trace(x) if model.alone else ():
+        y = ops.host(output)
+        columns = _columns(y)
+        if columns:
+            rows = np.flatnonzero(~np.isfinite(y).reshape(len(y), -1).all(axis=1)).tolist()
+            scores = part is model.parts[-1] and model.ends and len(y) == len(model.classes)
+            classes: Sequence[int] = [model.classes[k] for k in rows] if scores else model.classes
+            own = of_classes(classes, model.layout.classes) if model.ends or not model.begins else ""
+            count = f"{len(rows)} of {len(y)} units, " if len(rows) < len(y) and not scores else ""
+            text = f"layer {part.layer.name}{own} is the first to put out {kind_of(y)}, in {count}"
+            return Cause(
+                "layer", f"{text}{len(columns)} of {y.shape[-1]} samples", columns, FEW * len(columns) <= y.shape[-1]
+            )
+    return Cause("loss", "all weights and the outputs of all layers are finite, the loss of these is beyond float64")
+
+
+def _columns(values: np.ndarray) -> tuple[int, ...]:
+    """The samples with values that are not finite, of an array that puts the samples last."""
+    return tuple(np.flatnonzero(~np.isfinite(values).reshape(-1, values.shape[-1]).all(axis=0)).tolist())
