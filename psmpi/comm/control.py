@@ -89,46 +89,53 @@ class Control:
 
 
 class Poll:
-    """A question of yes or no that ranks ask in passing: whether any rank has said yes, told to all at the same call.
+    """Questions of yes or no that ranks ask in passing: whether any rank has said yes, told to all at the same call.
 
-    All ranks call it equally often, once a step. An answer is the sum of what ranks said some calls before, begun then
-    and fetched now, so that no call waits for ranks that are no more than that behind. Between two of these sums there
-    are as many calls as rank 0 makes in about `seconds`.
+    All ranks call it equally often, once a step, with their answer to each of two questions. What is told is the sum of
+    what ranks said some calls before, begun then and fetched now, so that no call waits for ranks that are no more than
+    that behind. Between two of these sums there are as many calls as rank 0 makes in about `seconds`.
     """
 
     def __init__(self, control: Control, seconds: float = 0.2):
         self.control, self.seconds = control, seconds
         self.request: Request | None = None
-        # Ranks that say yes; calls to the sum after the next one, by rank 0 alone.
-        self.said, self.sums = np.zeros(2), np.zeros(2)
-        self.calls, self.interval, self.begun, self.yes = 0, 1, time.perf_counter(), False
+        # Ranks that say yes to each question; calls to the sum after the next one, by rank 0 alone.
+        self.said, self.sums = np.zeros(3), np.zeros(3)
+        self.calls, self.interval, self.begun = 0, 1, time.perf_counter()
+        self.yes = [False, False]
 
-    def __call__(self, yes: bool) -> bool:
-        """Whether some rank has said yes; `yes` is this rank's, and holds once it was said."""
-        self.yes |= yes
+    def __call__(self, first: bool, second: bool = False) -> tuple[bool, bool]:
+        """Whether some rank has said yes, to each question; a rank's own yes holds once it was said."""
+        self.yes = [self.yes[0] or first, self.yes[1] or second]
         if self.control.size == 1:
-            return self.yes
+            return self.yes[0], self.yes[1]
         self.calls += 1
         if self.calls < self.interval:
-            return False
+            return False, False
         answer = self._fetch()
         now = time.perf_counter()
         # Towards the number of calls that takes `seconds`, at most twice as many as before.
         rate = self.calls / max(1e-9, now - self.begun)
-        self.said[:] = self.yes, min(2 * self.interval, max(1, int(rate * self.seconds))) * (self.control.rank == 0)
+        interval = min(2 * self.interval, max(1, int(rate * self.seconds)))
+        self.said[:] = *self.yes, interval * (self.control.rank == 0)
         self.calls, self.begun = 0, now
         self.request = self.control.comm.Iallreduce(self.said, self.sums)
         moved = 2 * (self.control.size - 1) * self.said.nbytes // self.control.size
         self.control.counter.add(moved, moved)
         return answer
 
-    def _fetch(self) -> bool:
-        """The answer of the sum that is under way."""
+    def _fetch(self) -> tuple[bool, bool]:
+        """The answers of the sum that is under way."""
         if self.request is None:
-            return False
+            return False, False
         self.request.Wait()
-        self.request, self.interval = None, int(self.sums[1])
-        return bool(self.sums[0] > 0)
+        self.request, self.interval = None, int(self.sums[2])
+        return bool(self.sums[0] > 0), bool(self.sums[1] > 0)
+
+    def forget(self) -> None:
+        """Take back all answers to the second question, those under way too; all ranks call it after the same call."""
+        self._fetch()
+        self.yes[1] = False
 
     def close(self) -> None:
         """End the sum that is under way: all ranks have begun it."""
