@@ -39,6 +39,8 @@ class Optimizer:
     """
 
     needs_closure: bool = False
+    # Whether steps are shorter with a lower learning rate.
+    rated: ClassVar[bool] = True
     # Whether the constructor is told the whole matrices of the shard.
     needs_matrices: ClassVar[bool] = False
     # The settings that are used, by name; those of `Hyper` are keywords of the constructor.

@@ -23,6 +23,7 @@ class Partitioned(Optimizer):
     """
 
     needs_closure = True
+    rated = False
     settings: ClassVar[tuple[str, ...]] = COMMON
 
     def __init__(

@@ -35,6 +35,7 @@ class TrustRegionQuasiNewton(Optimizer):
     """
 
     needs_closure = True
+    rated = False
     settings = ("history", "weight_decay")
     indefinite = False
 

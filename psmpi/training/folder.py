@@ -161,6 +161,11 @@ class RunFolder:
                     return
         self._replace(path, self.rows)
 
+    def rewind(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Let the metrics be these rows. OSError where they cannot be written; the next row brings them too."""
+        self.rows = "".join(json.dumps(row) + "\n" for row in rows)
+        self._replace(self.path / METRICS, self.rows)
+
     def keep(self) -> Lock | None:
         """Make sure that the directory and its text files are there, and this run's; a new lock where it is a new one.
 
