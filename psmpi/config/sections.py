@@ -137,6 +137,10 @@ class Run:
     """Stop this start after so many steps of the run in all; 0: no such limit."""
     seed: Annotated[int, Least(0)] = 0
     """Seed of the initial weights and of the order of the samples."""
+    on_nan: Literal["stop", "skip", "rollback"] = "stop"
+    """What a loss or a gradient that is no finite number does. stop: ends the run, with its place; skip: leaves out
+    the step, up to 10 in a row; rollback: goes back to the last checkpoint, or the start, and on with half the learning
+    rate, up to 3 times in an epoch."""
     out: str = ""
     """Run directory; a new folder under runs/ if not given."""
     resume: str = ""

@@ -112,6 +112,14 @@ def check(config: Config, said: Collection[str] = ()) -> None:
         raise UserError(f"--widths are those of --model mlp and resnet; --model {model.model} has its own")
     if not o.clip >= 0:
         raise UserError(f"--clip {o.clip}: expected 0 (no clipping) or a number above it")
+    if run.on_nan == "skip" and not find_method(method).skips:
+        raise UserError(
+            f"--on-nan skip: --method {method} cannot leave out a single step; use --on-nan rollback, or stop"
+        )
+    if run.on_nan == "rollback" and not find_optimizer(o.optimizer).rated:
+        raise UserError(
+            f"--on-nan rollback halves the learning rate, and --optimizer {o.optimizer} has none; use --on-nan skip"
+        )
     if not 0 <= run.checkpoint_gzip <= 9:
         raise UserError(f"--checkpoint-gzip {run.checkpoint_gzip}: expected 0 (none) to 9")
     for name in ("stall_warn", "stall_abort"):

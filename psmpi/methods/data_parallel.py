@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Set
 from dataclasses import dataclass
-from math import inf
+from math import inf, isfinite, nan
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -61,6 +61,7 @@ class DataParallel(Replica):
     name = "data_parallel"
     summary = "each rank the whole network and a slice of each minibatch"
     settings = (Settings, Sums)
+    skips = True
     advice = "use --allreduce ring, and no --compression"
 
     def __init__(self, context: Context):
@@ -135,7 +136,12 @@ class DataParallel(Replica):
             if not trial:
                 raise
             loss = inf
+        if trial and not isfinite(loss):
+            loss = inf
         if self.compressor is not None:
+            if self.numbers.mode == "skip" and not self.numbers.agree(isfinite(self.ops.squared_norm(self.g) + loss)):
+                # What was left out before is not to be made up for by what is no number.
+                return nan
             self.compressor.reduce(self.g)
             # A sign is never nothing.
             self.g[self.unused].fill(0)

@@ -82,6 +82,7 @@ class DirectFeedback(Method):
     name = "dfa"
     summary = "direct feedback alignment, each rank some layers, which learn from the error of the scores alone"
     settings = (Settings,)
+    skips = True
     exactness = Exactness(options=("--model", "mlp", "--widths", "20", "20", "20", "20"))
 
     def __init__(self, context: Context):
@@ -107,6 +108,7 @@ class DirectFeedback(Method):
         self.account.hold("gradients", self.g)
         self.loss, self.metric = context.loss(), context.metric()
         self.objective = Objective(self.loss, self.model)
+        self.numbers.watch(self.objective)
         self.forward_pass, self.backward_pass = ops.record(self._compute), ops.record(self._learn)
         self.error_pass = self.objective.record(self._differentiate)
         # What diagnostics allocate is not of these.
@@ -204,15 +206,17 @@ class DirectFeedback(Method):
         b = len(batch)
         self.reserve(b)
         self._forward(self.train, batch.ids)
+        self.objective.ids = batch.ids
         if self.last:
             self.objective.bring(self.train.targets(batch.ids))
             self.error_pass(b)
         error = self._error(b)
         self.errors.forward(error, error)
         self.backward_pass(b)
-        if self.last:
-            self.loss_sum += self.objective.value() * b
-        self.descent.step(self.w, self.g, lr)
+        loss = self.objective.value() if self.last else 0.0
+        if self.descent.sound(loss, self.g):
+            self.loss_sum += loss * b
+            self.descent.step(self.w, self.g, lr)
 
     def _forward(self, samples: Resident, ids: np.ndarray) -> np.ndarray:
         """The outputs of this rank's last layer; those of the rank before are received, and its own sent on."""
@@ -284,7 +288,7 @@ class DirectFeedback(Method):
         error = self._error(b)
         if self.last:
             derivatives = np.empty(error.shape)
-            self.metric.loss(self.ops.host(scores), self.tests.targets(ids), 1 / b, derivatives)
+            self.metric.loss.value(self.ops.host(scores), self.tests.targets(ids), 1 / b, derivatives)
             error[...] = self.aside.put(np.clip(derivatives, -self.limit, self.limit).astype(self.dtype))
         self.errors.forward(error, error)
         cosines = np.zeros(max(1, self.depth - 1))

@@ -21,6 +21,7 @@ from psmpi.nn.losses import Loss, make_loss
 from psmpi.nn.metric import Metric
 from psmpi.nn.network import Network
 from psmpi.optim import Hyper, Optimizer, find_optimizer, make_optimizer
+from psmpi.training.numbers import Numbers
 
 S = TypeVar("S")
 
@@ -29,7 +30,8 @@ class Context:
     """One rank's context; all ranks make theirs at the same point.
 
     layout: of the whole network; counter: of the bytes of the training; bridge: what messages of this rank's arrays go
-    through; host_bridge: what messages go through that leave from host memory in any case. outer: the context of the
+    through; host_bridge: what messages go through that leave from host memory in any case; numbers: what is done about
+    losses and gradients that are not finite. outer: the context of the
     network that `network` is a part of, whose messages count together with these.
     """
 
@@ -49,7 +51,9 @@ class Context:
             self.counter = Counter()
             self.bridge = make_bridge(world, ops, config.parallel.gpu_aware)
             self.host_bridge = Staged(ops) if ops.on_device else self.bridge
+            self.numbers = Numbers(world, dataset, config.run.on_nan)
         else:
+            self.numbers = outer.numbers
             self.counter, self.bridge, self.host_bridge = outer.counter, outer.bridge, outer.host_bridge
 
     def of_network(self, network: Network) -> Context:
@@ -74,7 +78,9 @@ class Context:
 
     def loss(self) -> Loss:
         """A loss of its own: it counts what happens to it."""
-        return configured_loss(self.config, self.dataset.task)
+        made = configured_loss(self.config, self.dataset.task)
+        made.lenient = self.numbers.lenient
+        return made
 
     def metric(self) -> Metric:
         """Sums over the test split, by a loss of their own: what that counts is not of the training."""

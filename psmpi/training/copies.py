@@ -24,6 +24,7 @@ class Copies(Replica):
     """
 
     # Of a network that has learnt the digits, whose accuracy depends little on how.
+    skips = True
     exactness = Exactness(
         "statistical", "exact", 0.05, ("--model", "mlp", "--widths", "40", "--loss", "nll", "--lr", "0.01")
     )
@@ -53,8 +54,10 @@ class Copies(Replica):
         # A last minibatch may leave some ranks without a sample: they take all of it, and every rank steps alike.
         own = share if len(share) else batch
         self.g[self.unused].fill(0)
-        self.loss_sum += self.worker.element_losses(own, own) * len(share)
-        self.descent.step(self.w, self.g, lr)
+        loss = self.worker.element_losses(own, own)
+        if self.descent.sound(loss, self.g, len(share)):
+            self.loss_sum += loss * len(share)
+            self.descent.step(self.w, self.g, lr)
 
     def mean(self, name: str) -> np.ndarray:
         """The mean of a vector over the ranks; it is no part of the training."""

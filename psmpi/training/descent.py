@@ -8,7 +8,7 @@ import numpy as np
 
 from psmpi.comm.group import Group
 from psmpi.layout import Runs
-from psmpi.optim import AllSum, clip_by_global_norm
+from psmpi.optim import AllSum
 from psmpi.training.context import Context
 
 
@@ -31,29 +31,39 @@ class Descent:
     ):
         self.ops, self.clip, self.allsum, self.world = context.ops, context.config.optimization.clip, allsum, world
         self.optimizer = context.optimizer(runs, counted)
+        self.numbers, self.layout, self.runs = context.numbers, context.layout, runs
 
     def step(self, w: np.ndarray, g: np.ndarray, lr: float) -> None:
         """Step along g (n,), the gradient of w (n,), which is used up."""
         if self.clip > 0:
-            clip_by_global_norm(g, self.clip, self.allsum, self.ops)
+            self.numbers.clip(g, self.clip, self.allsum, self.ops, self.layout, self.runs)
         # With an empty shard too: the optimizer's scalars stay the same on all ranks.
         self.optimizer.step(w, g, lr, self.allsum)
+
+    def sound(self, loss: float, g: np.ndarray, share: int | None = None) -> bool:
+        """Whether to step along g (n,): `Numbers.sound`."""
+        return self.numbers.sound(self.ops, loss, [(g, self.runs)], self.layout, share)
 
     def search(self, w: np.ndarray, g: np.ndarray, lr: float, gradient: Callable[[bool], float]) -> float:
         """Step where the optimizer may ask for more than one gradient; returns this rank's share of the first loss.
 
-        gradient(trial) fills g and returns this rank's share of the loss; a `trial` that is not finite is infinity.
+        gradient(trial) fills g and returns this rank's share of the loss; a `trial` that is not finite is infinity. A
+        step that is not sound is not made, and its loss 0.
         """
+        loss = gradient(False)
+        if not self.sound(loss, g):
+            return 0.0
         if not self.optimizer.needs_closure:
-            loss = gradient(False)
             self.step(w, g, lr)
             return loss
-        losses: list[float] = []
+        tried = 0
 
         def objective() -> float:
-            losses.append(gradient(len(losses) > 0))
+            nonlocal tried
+            share = gradient(True) if tried else loss
+            tried += 1
             assert self.world is not None
-            return float(self.world.agree(np.array([losses[-1]]))[0])
+            return float(self.world.agree(np.array([share]))[0])
 
         self.optimizer.step(w, g, lr, self.allsum, objective)
-        return losses[0]
+        return loss

@@ -27,9 +27,9 @@ class Divergence:
     def __init__(self, config: Config, dataset: Dataset):
         self.loss, self.clipped, self.begun = configured_loss(config, dataset.task), 0, 0.0
         self.terms = max(1, dataset.outputs - 1)
-        # The size of the values to learn.
+        # The size of what is to be learnt.
         targets = dataset.train.targets if dataset.task == "regression" else None
-        self.size = 1.0 if targets is None else float(np.vdot(targets, targets)) / len(targets)
+        self.size = float(self.terms) if targets is None else float(np.vdot(targets, targets)) / len(targets)
 
     def count(self, events: dict[str, int]) -> int:
         """The terms beyond the tangent since the last call."""

@@ -40,6 +40,8 @@ class ElementWorker:
         self.model = Model(network, context.layout, w_part, g_part, ops, place.classes)
         self.loss, self.metric = context.loss(), context.metric()
         self.objective = Objective(self.loss, self.model)
+        # Of pairs a worker's loss is that of its own scores.
+        context.numbers.watch(self.objective, row if place.elements is None else None)
         self.forward_pass, self.backward_pass = ops.record(self._forward), self.objective.record(self._backward)
         peers = [w for w in roles.workers if w is not None and w.row == place.row]
         # Of training and tests with the score partition; of tests with the pair partition.
@@ -118,6 +120,7 @@ class ElementWorker:
         self.reserve(b)
         own = self.train.batch(own.ids, self.x)
         assert own.targets is not None
+        self.objective.ids = own.ids
         self.objective.bring(own.targets if self.pairs is None else self.number[own.targets])
         self.tape = self.forward_pass(b)
         if self.pairs is None:

@@ -21,13 +21,11 @@ from psmpi.data import Batch, Dataset, Minibatches
 from psmpi.errors import UserError, counted
 from psmpi.optim import make_schedule
 from psmpi.output import Screen
-from psmpi.training.context import configured_loss
+from psmpi.training.divergence import Divergence
 from psmpi.training.folder import RunFolder
 from psmpi.training.method import Method, Place
 from psmpi.training.resume import restore
-
-# A mean loss so many times that of the first minibatch is not one of a training that may come down again.
-WORSE = 100.0
+from psmpi.training.rollback import LEFT_OUT, Rollback
 
 
 def show_places(console: Screen, places: list[tuple[int, str, Place]]) -> None:
@@ -97,17 +95,16 @@ class Loop:
         # Whether to stop, which all ranks find after the same step.
         self.signals = StopSignals() if signals is None else signals
         self.poll, self.stopped = Poll(control), False
+        # Numbers that are not finite: this rank's account of them, and whether all ranks are to go back.
+        self.numbers, self.wrong = method.numbers, False
+        self.rollback = Rollback(control, method, config, self.writer, self.batches.steps_per_epoch)
         # Bytes sent and received before this start.
         self.before = np.zeros(2)
-        self.warned: set[str] = set()
-        # What says whether an epoch's loss is one of a training that has diverged: the loss, the terms beyond the
-        # tangent that were counted before, the terms of a sample, and the size of what is to be learnt.
-        self.loss, self.clipped = configured_loss(config, dataset.task), 0
-        self.terms = max(1, dataset.outputs - 1)
-        # The mean loss of this start's first minibatch: this rank's share, and the sum over ranks once it is known.
-        self.first = self.begun = 0.0
-        targets = dataset.train.targets if dataset.task == "regression" else None
-        self.size = float(self.terms) if targets is None else float(np.vdot(targets, targets)) / len(targets)
+        # Of what ranks do about numbers that are not finite they tell themselves.
+        self.warned: set[str] = {"steps_skipped", "rollbacks"}
+        self.divergence = Divergence(config, dataset)
+        # This rank's share of the mean loss of this start's first minibatch.
+        self.first = 0.0
 
     def resume(self, path: Path) -> list[str]:
         """Take up a checkpoint; returns notes for the user."""
@@ -115,12 +112,10 @@ class Loop:
             contents = checkpoint.read_contents(path)
         progress = contents.progress
         self.batches, self.total, self.schedule = plan_steps(self.dataset, self.config, progress)
+        self.rollback.declare(contents.scalars)
         notes = restore(self.method, path, contents, self.config, self.batches.steps_per_epoch)
-        # The shares of the loss are summed over ranks: the past is rank 0's.
-        if self.control.rank == 0:
-            self.method.loss_sum = progress.loss_sum
         self.before[:] = progress.bytes_sent, progress.bytes_received
-        self.progress = progress
+        self._take_up(progress)
         if progress.cursor >= self.batches.steps_per_epoch:
             raise UserError(
                 f"checkpoint {path} is {counted(progress.cursor, 'step')} into an epoch, which here has "
@@ -139,8 +134,15 @@ class Loop:
             )
         return notes
 
+    def _take_up(self, progress: Progress) -> None:
+        """Go on with this progress. The shares of the loss are summed over ranks: the past is rank 0's."""
+        first = self.control.rank == 0
+        self.progress, self.method.loss_sum = progress, progress.loss_sum if first else 0.0
+        self.numbers.left_out = int(self.method.scalars.get(LEFT_OUT, 0)) if first else 0
+
     def run(self) -> bool:
         """Train to the end, or until a rank is asked to stop by a signal; whether all is done."""
+        self.rollback.begin(self.progress)
         with self.console.bar() as bar:
             task = bar.add_task("", total=self.total, completed=self.progress.step)
             while self.progress.step < self.total and not self.stopped:
@@ -175,46 +177,81 @@ class Loop:
             if self.progress.step == self.total:
                 break
             batch, past = Batch(self.batches.ids(first.epoch, cursor)), self.method.loss_sum
-            yield batch, self.schedule(self.progress.step)
-            if cursor == first.cursor and not self.begun:
+            self.numbers.begin(self.progress.step + 1, first.epoch + 1, len(batch))
+            yield batch, self.schedule(self.progress.step) * self.rollback.rate()
+            self.numbers.look(self.method.loss_sum)
+            if cursor == first.cursor and not self.divergence.begun:
                 self.first = (self.method.loss_sum - past) / len(batch)
             elapsed = first.seconds + time.perf_counter() - start
             self.progress = replace(self.progress, step=self.progress.step + 1, cursor=cursor + 1, seconds=elapsed)
             flight.step = self.progress.step
             bar.update(task, completed=self.progress.step)
             self._tell_troubles()
-            if self.poll(bool(self.signals)):
-                self.stopped = True
+            stopped, self.wrong = self.poll(bool(self.signals), bool(self.numbers.noted))
+            if stopped or self.wrong:
+                self.stopped = stopped and not self.wrong
                 break
             whole = cursor + 1 == self.batches.steps_per_epoch
             if every and self.progress.step % every == 0 and not whole and self.progress.step < self.total:
                 self._save()
+            if self.wrong:
+                break
 
     def _epoch(self, bar: Bar, task: Any) -> None:
         method, every = self.method, self.config.run.checkpoint_every
         start, first = time.perf_counter(), self.progress
-        method.run_epoch(self._steps(bar, task, start))
+        with self.numbers.naming():
+            method.run_epoch(self._steps(bar, task, start))
+        if self.wrong or self.rollback.due():
+            self._go_back()
+            return
         if self.stopped and self.progress.cursor < self.batches.steps_per_epoch and self.progress.step < self.total:
             # The epoch's row is written when it is whole.
             self._save()
+            if self.wrong:
+                self._go_back()
             return
         trained = self._seen(self.progress) - self._seen(first)
         rate = trained / (time.perf_counter() - start)
         whole = self.progress.cursor == self.batches.steps_per_epoch
         row = self._measure(self._seen(self.progress), rate)
+        diverged = self.divergence.find(row, trained)
+        if self.rollback.due(diverged):
+            self._go_back()
+            return
         elapsed = first.seconds + time.perf_counter() - start
         row["seconds"] = round(elapsed, 3)
         if whole:
             rows = (*self.progress.rows, row)
             self.progress = replace(self.progress, epoch=first.epoch + 1, cursor=0, seconds=elapsed, rows=rows)
-            method.loss_sum = 0.0
+            method.loss_sum, self.numbers.left_out = 0.0, 0
         if self.control.rank == 0:
             self._append(row)
             with self.control.flight.task("printing to standard output"):
                 self.console.tell(metrics.describe(row, self.config.run.epochs))
-        self._check(row, trained)
+        if diverged:
+            raise FloatingPointError(diverged)
         if self.stopped or not every or self.progress.step == self.total or self.progress.step % every == 0:
             self._save()
+        if self.wrong:
+            self._go_back()
+        elif whole:
+            self.rollback.passed(self.progress.step)
+
+    def _go_back(self) -> None:
+        """Go on from the last checkpoint, or the start, with half the learning rate; all ranks come here together."""
+        self.poll.forget()
+        progress, told = self.rollback.go(self.progress.step)
+        self._take_up(progress)
+        self.wrong = False
+        self.divergence.count(self._events())
+        if self.control.rank == 0:
+            self._warn_loudly(told)
+            if self.folder is not None:
+                try:
+                    self.folder.rewind(progress.rows)
+                except OSError as error:
+                    self._warn_loudly(f"metrics.jsonl has rows of epochs that are trained again: {error}")
 
     def _append(self, row: dict[str, Any]) -> None:
         """Add a row to the metrics, in a run directory that is still there."""
@@ -244,23 +281,6 @@ class Loop:
                 self.warned.add(trouble)
                 self._warn_loudly(trouble)
 
-    def _check(self, row: dict[str, Any], trained: int) -> None:
-        """FloatingPointError, on all ranks, where the epoch's row is one of a training that has diverged.
-
-        trained: samples since the start of this epoch, or of the run that goes on in it.
-        """
-        count = row["events"].get("psl_terms_past_exp_clip", 0)
-        share, self.clipped = (count - self.clipped) / max(1, trained * self.terms), count
-        # Spikes of some minibatches pass, and so does what was as large from the beginning and may come down.
-        mean, spike = row["train_loss"], row.get("test_loss", np.inf) <= self.begun
-        if self.loss.diverged(mean, share, self.size) and mean > WORSE * self.begun and not spike:
-            beyond = f", with {100 * share:.0f} % of the terms of the loss beyond --exp-clip" if 0 < share <= 1 else ""
-            raise FloatingPointError(
-                f"the mean loss of epoch {row['epoch']} is {row['train_loss']:.1e}{beyond}, at its beginning it was "
-                f"{self.begun:.1e}: the training diverged, and the end of the epoch is not saved; start again with a "
-                "lower --lr, or clip gradients with --clip 1"
-            )
-
     def _seen(self, progress: Progress) -> int:
         """The training samples of the steps done in an epoch."""
         return min(progress.cursor * self.batches.batch_size, self.batches.n)
@@ -269,8 +289,8 @@ class Loop:
         """The row of metrics of the epoch so far; also warns of new unusual events."""
         method = self.method
         scores = method.test()
-        loss_sum, _, _, first = self._totals()
-        self.begun = self.begun or first
+        (loss_sum, _, _, first), left_out = self._totals(), self._left_out()
+        self.divergence.begun = self.divergence.begun or first
         # A rank that has nothing to do in some epochs is no measure of the rate.
         counts = np.zeros((self.control.size, 3))
         counts[self.control.rank] = method.counter.sent, method.counter.received, rate
@@ -280,7 +300,7 @@ class Loop:
             "epoch": self.progress.epoch + 1,
             "step": self.progress.step,
             "seconds": 0.0,
-            "train_loss": loss_sum / max(1, seen),
+            "train_loss": loss_sum / max(1, seen - left_out),
             **{f"test_{name}": value for name, value in scores.items()},
             "samples_per_second": float(counts[:, 2].min()),
             "bytes_sent": int(self.before[0] + counts[:, 0].sum()),
@@ -298,9 +318,17 @@ class Loop:
         loss_sum, sent, received, first = self.control.total(shares)
         return float(loss_sum), int(sent + self.before[0]), int(received + self.before[1]), float(first)
 
+    def _left_out(self) -> int:
+        """The samples of this epoch whose losses are not counted, on all ranks together; in the state, where it is."""
+        if LEFT_OUT not in self.method.scalars:
+            return 0
+        (count,) = self.control.total(np.array([float(self.numbers.left_out)]))
+        self.method.scalars[LEFT_OUT] = int(count)
+        return int(count)
+
     def _events(self) -> dict[str, int]:
         """The ranks' counts of unusual events together; warns of each kind when it first happens."""
-        events = self.method.events()
+        events = self.method.events() | self.numbers.events(self.rollback.count)
         counts = self.control.total(np.array([float(n) for n in events.values()]))
         found = {name: int(count) for name, count in zip(events, counts, strict=True)}
         for name, count in found.items():
@@ -308,13 +336,19 @@ class Loop:
                 self.warned.add(name)
                 if self.control.rank == 0:
                     self.console.tell(f"warning: {name.replace('_', ' ')}: {count} so far")
+        told = self.numbers.report(self.control, found)
+        if told:
+            self.console.tell(told)
         return found
 
     def _save(self) -> None:
-        loss_sum, sent, received, _ = self._totals()
+        (loss_sum, sent, received, _), _ = self._totals(), self._left_out()
         progress = replace(self.progress, loss_sum=loss_sum, bytes_sent=sent, bytes_received=received)
         self._keep()
         self.method.collect()
+        if not self.rollback.sound():
+            self.wrong = True
+            return
         state = self.method.state
         self.writer.write(state.vectors, state.scalars, progress, state.tables)
         self._tell_troubles()

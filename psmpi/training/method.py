@@ -59,13 +59,15 @@ class Method:
     nccl: ClassVar[bool] = False
     # Whether partitioned quasi-Newton optimizers step here.
     partitioned: ClassVar[bool] = False
+    # Whether `step` asks `Numbers.sound` before it changes anything, so that --on-nan skip can leave a step out.
+    skips: ClassVar[bool] = False
     exactness: ClassVar[Exactness] = Exactness()
 
     def __init__(self, context: Context, shards: Ownership):
         self.context, self.network, self.layout = context, context.network, context.layout
         self.dataset, self.ops, self.dtype, self.rank = context.dataset, context.ops, context.dtype, context.rank
         self.counter, self.shards = context.counter, shards
-        self.state = State(context.ops, shards, context.rank)
+        self.state, self.numbers = State(context.ops, shards, context.rank), context.numbers
         self.account = self.state.account
         self.loss_sum = 0.0
 

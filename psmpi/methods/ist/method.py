@@ -67,6 +67,7 @@ class IndependentSubnets(Method):
     name = "ist"
     summary = "independent subnets, each worker a random part of all layers, new each round"
     settings = (Settings, Rounds, Masters)
+    skips = True
     exactness = Exactness("statistical", "exact", 0.05, OPTIONS, every=4)
 
     def __init__(self, context: Context):
@@ -152,8 +153,10 @@ class IndependentSubnets(Method):
             # A last minibatch may leave some workers without a sample: they take all of it, and every one steps alike.
             own = share if len(share) else batch
             self.g[self.unused].fill(0)
-            self.loss_sum += self.worker.element_losses(own, own) * len(share)
-            self.descent.step(self.part, self.g, lr)
+            loss = self.worker.element_losses(own, own)
+            if self.descent.sound(loss, self.g, len(share)):
+                self.loss_sum += loss * len(share)
+                self.descent.step(self.part, self.g, lr)
         self.steps += 1
         if self.steps == self.every:
             self.drain()

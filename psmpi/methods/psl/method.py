@@ -8,7 +8,7 @@ back to the shards, optimizer.
 from __future__ import annotations
 
 from collections.abc import Set
-from math import inf
+from math import inf, isfinite
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from psmpi.comm.transfers import Exchange, Message, Step
 from psmpi.data import Batch
 from psmpi.methods.psl.newton import PartitionedNewton
 from psmpi.methods.psl.plan import Settings, check_psl, element_rows, plan_roles
+from psmpi.nn.finite import spans
 from psmpi.optim.curvature import RULES
 from psmpi.training.context import Context
 from psmpi.training.descent import Descent
@@ -34,7 +35,7 @@ class PartiallySeparable(Method):
     summary = "the partially-separable loss, each rank its part of the network"
     settings = (Settings, Masters)
     nccl = True
-    partitioned = True
+    partitioned = skips = True
 
     def __init__(self, context: Context):
         self.roles = plan_roles(context.layout, context.size, context.config)
@@ -105,6 +106,8 @@ class PartiallySeparable(Method):
             except FloatingPointError:
                 if not trial:
                     raise
+                loss = inf
+            if trial and not isfinite(loss):
                 # The others of the row may be fine with their own elements, and wait for this rank's share.
                 self.g_part.fill(0)
                 loss = inf
@@ -132,7 +135,7 @@ class PartiallySeparable(Method):
     def work(self) -> tuple[str, str, int]:
         worker = self.roles.workers[self.rank]
         roles = ["master"] * (self.rank < self.roles.masters) + ["worker"] * (worker is not None)
-        classes = "" if worker is None else _ranges(worker.classes)
+        classes = "" if worker is None else spans(worker.classes)
         if worker is not None and self.roles.rows > 1:
             classes += f" (row {worker.row})"
         return "+".join(roles), classes, self.w_part.size
@@ -152,14 +155,3 @@ class PartiallySeparable(Method):
             **failed,
             **(self.newton.events() if self.newton is not None else {}),
         }
-
-
-def _ranges(numbers: tuple[int, ...]) -> str:
-    """(0, 1, 2, 5) -> '0-2 5'."""
-    runs: list[list[int]] = []
-    for n in numbers:
-        if runs and n == runs[-1][1] + 1:
-            runs[-1][1] = n
-        else:
-            runs.append([n, n])
-    return " ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)

@@ -52,6 +52,7 @@ class PartitionedNewton:
     ):
         o, ops, scalars = context.config.optimization, context.ops, state.scalars
         self.world, self.exchange, self.worker, self.account = world, exchange, worker, state.account
+        self.numbers, self.layout = context.numbers, context.layout
         self.w_part, self.w, self.dtype, self.scalars = w_part, w, w.dtype, scalars
         self.search, self.extend = o.globalization == "line-search", o.line_search == "basic"
         self.follows = o.first_step == "last"
@@ -92,6 +93,7 @@ class PartitionedNewton:
                 context.network, context.layout, worker.place.classes, worker.place.elements, self.dtype, ops,
                 worker.loss, merged=o.merge_pairs,
             )  # fmt: skip
+            self.numbers.watch(self.elements.objective)
             self.before, self.after, self.s = (self.elements.make_vectors() for _ in range(3))
             self.account.hold("curvature", self.elements, self.before, self.after, self.s)
             # What the last pairs did to their elements.
@@ -124,7 +126,8 @@ class PartitionedNewton:
         """One step on training samples; returns this rank's share of their mean loss before it.
 
         As lr falls below the one the schedule starts from, the multiple of the identity rises.
-        With a momentum "before" is after the extrapolation. FloatingPointError where that loss is not finite.
+        With a momentum "before" is after the extrapolation. Where that loss is not finite, FloatingPointError, or the
+        weights stay; a step that is not sound has a loss of 0.
         """
         self.sigma = self.first_sigma * min(self.first_lr / lr, STIFF) if lr > 0 else self.first_sigma * STIFF
         self._extrapolate()
@@ -136,7 +139,12 @@ class PartitionedNewton:
             self.elements.accumulate(self.before, self.q_part)
         start, brought = self.world.agree(np.array([share, self.brought])).tolist()
         self._count(brought)
+        part = [(self.q_part, self.elements.part)] if self.elements is not None else []
+        if not self.numbers.sound(self.ops, share, part, self.layout):
+            return 0.0
         if not isfinite(start):
+            if self.numbers.lenient:
+                return share
             raise FloatingPointError(DIVERGED)
         self.exchange.backward(self.q_part, self.q)
         self.g[...] = self.q
@@ -259,9 +267,10 @@ class PartitionedNewton:
             return 0.0
         self.ops.combine(self.t_part, (1.0, self.w_part), (length, self.x_part))
         try:
-            return self.elements.value(self.t_part, x, labels, self.scale)
+            value = self.elements.value(self.t_part, x, labels, self.scale)
         except FloatingPointError:
             return inf
+        return value if isfinite(value) else inf
 
     def _move(self, length: float) -> None:
         """w += length x, and so the momentum."""

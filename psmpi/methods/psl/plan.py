@@ -134,6 +134,11 @@ def _check_newton(network: Network, roles: Roles, config: Config) -> None:
             f"{name} keeps each element on one worker, and replicas would each keep their own: use --replicas 1 and "
             f"{most} ranks or fewer"
         )
+    if config.run.on_nan == "skip" and o.extrapolation != "none":
+        raise UserError(
+            f"--on-nan skip: --extrapolation {o.extrapolation} moves the weights before a step's loss is known; use "
+            "--extrapolation none, or --on-nan stop"
+        )
     if o.scaling == "moments":
         check_eps(o.eps, np.dtype(config.model.dtype))
     usual = NewtonSettings()

@@ -32,7 +32,6 @@ from psmpi.methods.sil.plan import (
 )  # fmt: skip
 from psmpi.methods.sil.row import Row
 from psmpi.nn.cut import split_layers
-from psmpi.optim import clip_by_global_norm
 from psmpi.training.context import Context
 from psmpi.training.descent import no_sum
 from psmpi.training.evaluator import evaluate
@@ -62,7 +61,7 @@ class SyntheticLabels(Method):
         "synthetic intermediate labels, each rank some layers, which learn random vectors that stand for the classes"
     )
     settings = (Settings,)
-    nccl = True
+    nccl = skips = True
     exactness = Exactness(options=OPTIONS)
 
     def __init__(self, context: Context):
@@ -136,6 +135,7 @@ class SyntheticLabels(Method):
         self.scalars["phase"] = self.phases.index(phase)
         mine = np.array_split(np.arange(len(ids)), self.seats.rows)[self.row]
         trained = [self.parts[k] for k in phase.parts if k in self.parts]
+        before = self.loss_sum
         if not len(mine):
             self.g.fill(0)
         elif phase.joined:
@@ -145,16 +145,25 @@ class SyntheticLabels(Method):
                 self._learn_apart(k, ids, mine, labels=epoch == phase.start, counts=k == phase.parts[-1])
         for part in trained:
             self.sums[part.number].backward(part.g, part.g)
-        if self.clip > 0 and phase.joined:
-            clip_by_global_norm(self.g, self.clip, self._over_parts, self.ops)
+        gradients = [(part.g, part.runs) for part in trained]
+        if self.numbers.sound(self.ops, self.loss_sum - before, gradients, self.layout):
+            self._update(trained, lr, joined=phase.joined)
+        else:
+            self.loss_sum = before
+        self.scalars["steps"] += 1
+
+    def _update(self, trained: list[TrainedPart], lr: float, *, joined: bool) -> None:
+        """Step these parts along their gradients."""
+        if self.clip > 0 and joined:
+            self.numbers.clip(self.g, self.clip, self._over_parts, self.ops, self.layout, self.shards[self.rank])
         elif self.clip > 0:
             for part in trained:
-                clip_by_global_norm(part.g, self.clip, no_sum, self.ops)
+                self.numbers.clip(part.g, self.clip, no_sum, self.ops, self.layout, part.runs)
         for part in trained:
             part.optimizer.scalars.update({name: self.scalars[name] for name in part.optimizer.scalars})
             part.optimizer.step(part.w, part.g, lr, no_sum)
-        for name in self.scalars.keys() & {"steps", "t"}:
-            self.scalars[name] += 1
+        if "t" in self.scalars:
+            self.scalars["t"] += 1
 
     def _begin(self, phase: Phase, epoch: int) -> None:
         """The preparations of an epoch: fresh optimizers in a new phase, and what is handed over."""
@@ -196,6 +205,7 @@ class SyntheticLabels(Method):
         elif x is None:
             x = part.room(len(own))
             part.samples.fetch(own, x)
+        part.objective.ids = own
         loss = part.learn(x, self.dataset.train.labels[own], 1 / len(ids))
         self.line.macs += part.cost.training() * len(own)
         self.loss_sum += loss * len(ids) * counts
@@ -215,6 +225,7 @@ class SyntheticLabels(Method):
             dx = part.dx[: part.inputs * len(own)].reshape(*part.model.in_shape, -1) if k else None
             if part.last:
                 assert x is not None
+                part.objective.ids = own
                 loss = part.learn(x, self.dataset.train.labels[own], 1 / len(ids), dx)
                 self.loss_sum += loss * len(ids)
                 self.line.macs += part.cost.forward * len(own)
@@ -251,6 +262,7 @@ class SyntheticLabels(Method):
         if "handed" in fresh:
             self.handed[...] = self.w
         self.line.past = int(self.scalars["macs"]), int(self.scalars["handed_bytes"])
+        self.line.macs = self.line.handed_bytes = 0
         if self.scalars["parts"] != self.count:
             raise UserError(
                 f"the checkpoint is of {int(self.scalars['parts'])} parts, and this run would have {self.count}: use "

@@ -37,6 +37,7 @@ class TrainedPart:
         else:
             targets = draw_targets(s.labels, self.units, classes, s.labels_seed, number + 1, s.labels_scale)
             self.loss, self.reader = TargetDistance(targets, s.labels_scale, ops), LabelReader(targets)
+        self.loss.lenient = context.numbers.lenient
         self.found, self.alive = np.zeros(4), np.zeros(self.units, bool)
         drawn = np.empty((0, classes), dtype)
         if number and s.hand_over in ("stale", "labels"):
@@ -49,6 +50,7 @@ class TrainedPart:
         pieces = [at for split in (dataset.train, dataset.test) for at in network.evaluation_batches(split.n)]
         batch = max(config.data.batch_size, *(at.stop - at.start for at in pieces))
         self.objective = Objective(self.loss, self.model)
+        context.numbers.watch(self.objective)
         self.model.reserve(batch)
         # Gradients are of minibatches alone.
         most = config.data.batch_size

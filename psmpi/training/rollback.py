@@ -1,0 +1,143 @@
+"""Going back: a training whose numbers went wrong goes on from its last checkpoint with half the learning rate."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from psmpi import checkpoint
+from psmpi.checkpoint import Progress, Writer
+from psmpi.comm.control import Control
+from psmpi.config import Config
+from psmpi.nn.finite import find_parameters
+from psmpi.training.method import Method
+from psmpi.training.numbers import ADVICE, Finding, NotFiniteError, first_of
+from psmpi.training.resume import restore
+
+# The scalar of the state that all learning rates are multiplied by; the samples that an epoch's loss lacks.
+FACTOR, LEFT_OUT = "lr_factor", "left_out_samples"
+# Times that a run goes back before it ends, without an epoch between them.
+MOST = 3
+
+
+class Rollback:
+    """Brings all ranks back to the last good checkpoint of this start, or to how it began where there is none yet.
+
+    What a start begins from is kept in memory until a checkpoint is on disk. `count` is how often the run went back,
+    `tries` how often since an epoch ended beyond where it did so before.
+    """
+
+    def __init__(self, control: Control, method: Method, config: Config, writer: Writer, steps_per_epoch: int):
+        self.control, self.method, self.config, self.writer = control, method, config, writer
+        self.steps_per_epoch, self.numbers = steps_per_epoch, method.numbers
+        self.on = self.numbers.mode == "rollback"
+        self.count = self.tries = self.furthest = 0
+        self.kept: tuple[dict[str, np.ndarray], dict[str, float | int], Progress] | None = None
+        self.declare({})
+
+    def declare(self, scalars: Mapping[str, float | int]) -> None:
+        """Declare the run's own scalars to the state, where they are used, or those of a checkpoint have them."""
+        own: tuple[tuple[str, float | int, bool], ...] = (
+            (FACTOR, 1.0, self.on),
+            (LEFT_OUT, 0, self.numbers.mode == "skip"),
+        )
+        for name, value, used in own:
+            if used or name in scalars:
+                self.method.state.scalar(name, value)
+
+    def begin(self, progress: Progress) -> None:
+        """Keep what this start begins from, unless that is a checkpoint in its own directory."""
+        if self.on and self.writer.last_good is None:
+            self.method.collect()
+            self.kept = {name: array.copy() for name, array in self._arrays()}, dict(self.method.scalars), progress
+
+    def _arrays(self) -> list[tuple[str, np.ndarray]]:
+        state = self.method.state
+        return [*state.vectors.items(), *((f"table {name}", table) for name, table in state.tables.items())]
+
+    def rate(self) -> float:
+        """The factor of the learning rate."""
+        return float(self.method.scalars.get(FACTOR, 1.0))
+
+    def passed(self, step: int) -> None:
+        """Take note of the end of an epoch, after `step` steps."""
+        self.tries = 0 if step > self.furthest else self.tries
+
+    def due(self, trouble: str = "") -> bool:
+        """Whether to go back: some rank has noted a number that is not finite, or has a trouble. All ranks hear it.
+
+        One sum over the ranks, where they go back at all.
+        """
+        if not self.on:
+            return False
+        if trouble:
+            text, _, advice = trouble.partition(": ")
+            self.numbers.note(Finding(0, text, advice or ADVICE))
+        good = self.control.rank == 0 and self.writer.last_good is not None
+        wrong, saved = self.control.total(np.array([float(bool(self.numbers.noted)), float(good)]))
+        if saved:
+            self.kept = None
+        return bool(wrong > 0)
+
+    def sound(self) -> bool:
+        """Whether the vectors collected for a checkpoint are finite on all ranks; FloatingPointError without rollback.
+
+        A rank notes what is not.
+        """
+        state, shard = self.method.state, self.method.shards[self.control.rank]
+        for name, vector in state.vectors.items():
+            if not np.isfinite(vector).all():
+                text = f"not finite, and not saved, of {name}: {find_parameters(self.method.layout, shard, vector)}"
+                if not self.on:
+                    raise NotFiniteError(f"{text}: {ADVICE}")
+                self.numbers.note(Finding(0, text))
+        return not self.due()
+
+    def go(self, step: int) -> tuple[Progress, str]:
+        """Go back after `step` steps, on all ranks; the progress to go on with, and what to tell.
+
+        FloatingPointError after too many times, and where there is nothing to go back to any more.
+        """
+        factor, self.furthest = self.rate() / 2, max(self.furthest, step)
+        first = first_of(self.control, self.numbers.noted) or Finding(0, "a loss is not a finite number")
+        if self.control.rank == 0:
+            self.writer.finish()
+        good = self.writer.last_good if self.control.rank == 0 else None
+        found: str = str(good.absolute()) if good is not None and good.exists() else ""
+        found = json.loads(self.control.share(json.dumps(found)))
+        if self.tries == MOST:
+            raise NotFiniteError(
+                f"{first.text}; the run went back {MOST} times without an epoch between them, the last time to go on "
+                f"with {2 * factor:g} times the learning rate: {first.advice}"
+            )
+        if not found and self.kept is None:
+            raise NotFiniteError(
+                f"{first.text}, and no checkpoint of this run is there any more to go back to: {first.advice}"
+            )
+        self.count, self.tries, self.numbers.noted = self.count + 1, self.tries + 1, None
+        progress = self._restore(Path(found)) if found else self._begin_again()
+        self.method.scalars[FACTOR] = factor
+        return progress, (
+            f"{first.text}; back to {found or 'the start'}, step {progress.step}, and on with {factor:g} times the "
+            f"learning rate (time {self.tries} of {MOST} before an epoch ends)"
+        )
+
+    def _restore(self, path: Path) -> Progress:
+        contents = checkpoint.read_contents(path)
+        restore(self.method, path, contents, self.config, self.steps_per_epoch)
+        return contents.progress
+
+    def _begin_again(self) -> Progress:
+        assert self.kept is not None
+        arrays, scalars, progress = self.kept
+        # What is under way ends.
+        self.method.collect()
+        for name, array in self._arrays():
+            array[...] = arrays[name]
+        self.method.scalars.update(scalars)
+        self.method.state.restore()
+        self.method.restored(True, frozenset())
+        return progress
