@@ -1,0 +1,74 @@
+"""Checks of training methods: steps whose gradients are not finite are left out, or gone back from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from psmpi.backend import NumpyOps
+from psmpi.checkpoint import newest
+from psmpi.config import check
+from psmpi.data import Batch
+from psmpi.errors import UserError
+from psmpi.testing.case import STEPS, Case, rows, tensors
+from psmpi.testing.poison import poisoned
+from psmpi.testing.world import run_ranks
+from psmpi.training.context import Context
+from psmpi.training.loop import plan_steps
+from psmpi.training.method import Method
+
+
+def steps_that_are_not_sound_leave_no_trace(case: Case) -> None:
+    """A step whose gradient is not finite changes nothing with --on-nan skip, or that is refused."""
+    if not case.method.skips:
+        with suppress(UserError):
+            check(case.config("--on-nan", "skip"))
+            raise AssertionError("the method cannot leave out a step, and --on-nan skip is not refused")
+        return
+    network, dataset, config = case.problem("--on-nan", "skip")
+    batches, _, rate = plan_steps(dataset, config)
+
+    def work(world: Any, steps: Sequence[int] = (0, 1, 2)) -> dict[str, Any]:
+        kind: Any = case.method
+        method: Method = kind(Context(world, network, dataset, config, NumpyOps()))
+        for step in steps:
+            method.numbers.begin(step + 1, 1, 0)
+            method.step(Batch(batches.ids(0, step)), rate(step))
+        method.collect()
+        state = method.state
+        # The method's own count positions in the epoch, which goes on.
+        scalars = {name: value for name, value in state.scalars.items() if name not in {*state.own, "steps"}}
+        return {**state.vectors, **{f"table {name}": table for name, table in state.tables.items()}, **scalars}
+
+    # Ranks that step copies of their own may mix them in each step, sound or not.
+    for ranks in case.ranks[:1] if case.method.exactness.ranks == "statistical" else (case.ranks[0], case.ranks[-1]):
+        with poisoned(lambda rank, step: step == 2) as hit:
+            found = run_ranks(ranks, work, timeout=60)
+        assert hit, "no gradient is made by a backward pass of a model"
+        expected = run_ranks(ranks, partial(work, steps=(0, 2)), timeout=60)
+        for rank, (one, other) in enumerate(zip(found, expected, strict=True)):
+            for name, value in one.items():
+                same = np.array_equal(value, other[name], equal_nan=True)
+                assert same, f"{name} of rank {rank} of {ranks} shows a step that was to be left out"
+
+
+def runs_go_back(case: Case) -> None:
+    """With --on-nan rollback a run goes on from its last checkpoint, or the start, as one with half the rate does."""
+    half = ("--lr", repr(case.config().optimization.lr / 2))
+    first, every = case.ranks[0], ("--max-steps", str(STEPS), "--checkpoint-every", "4", "--checkpoint-keep", "0")
+    for ranks, bad in ((first, 2), (case.ranks[-1], 6)):
+        with poisoned(lambda rank, step, bad=bad: step == bad) as hit:  # type: ignore[misc]
+            found = case.run(ranks, *every, "--on-nan", "rollback")
+        assert hit and rows(found)[-1]["events"]["rollbacks"] == 1, "nothing was gone back from"
+        if bad < 4:
+            expected = case.run(ranks, *every, *half)
+        else:
+            expected = case.run(ranks, "--max-steps", "4")
+            case.run(ranks, *every, *half, "--resume", "auto", out=expected)
+        one, other = tensors(newest(found)), tensors(newest(expected))
+        for name, tensor in one.items():
+            assert np.array_equal(tensor, other[name], equal_nan=True), f"{ranks} ranks, back from {bad}: {name}"
