@@ -13,26 +13,28 @@ from psmpi.layout import Layout, Runs
 if TYPE_CHECKING:
     from psmpi.nn.model import Model
 
-# Parameters that a message names, the rest are counted.
-MOST = 3
+# Parameters that a message names, and runs of their units; the rest are counted.
+MOST, RUNS = 3, 4
 # One sample in so many, at most, is to be looked at before the weights are.
 FEW = 4
 # What a cause is of, the most telling first: samples, weights, a layer's outputs, what comes from another rank's
-# layers, the loss of finite scores, and gradients.
-KINDS = ("inputs", "weights", "layer", "handed", "loss", "gradient")
+# layers, the loss of finite scores, a rank's own gradient, and sums of these.
+KINDS = ("inputs", "weights", "layer", "handed", "loss", "gradient", "sum")
 
 
 @dataclass(frozen=True)
 class Cause:
-    """The first thing that is not finite, for people: `text` is a clause, kind one of KINDS.
+    """The first thing that is not finite, for people: `text` is a clause, of weights their names; kind one of KINDS.
 
-    columns: the samples of the pass that it is of; few: they are a small part of it.
+    columns: the samples of the pass that it is of; few: they are a small part of it; rank: whose pass it is, -1: not
+    said.
     """
 
     kind: str
     text: str
     columns: tuple[int, ...] = ()
     few: bool = False
+    rank: int = -1
 
 
 def spans(numbers: Collection[int]) -> str:
@@ -82,7 +84,9 @@ def find_parameters(layout: Layout, runs: Runs, vector: np.ndarray) -> str:
     found = []
     for number in sorted(units)[:MOST]:
         p, some = layout.parameters[number], units[number]
-        of = f", unit{'s' * (len(some) > 1)} {spans(some)} of {p.units}" if len(some) < p.units else ""
+        which = spans(some)
+        of = f", unit{'s' * (len(some) > 1)} {which} of {p.units}" if len(some) < p.units else ""
+        of = f", {len(some)} of {p.units} units" if of and which.count(" ") >= RUNS else of
         found.append(f"{p.name}{of}{of_classes(classes[number], layout.classes)}")
     more = len(units) - len(found)
     return f"{' and '.join(found)}{f' and {more} more' if more else ''} ({kind_of(vector)})"
@@ -92,7 +96,7 @@ def find_cause(model: Model) -> Cause:
     """The cause of a loss that is not finite: the model's last pass, looked at again from the samples on.
 
     Samples, then weights, then the outputs of one layer after the other, which are computed anew in arrays of their
-    own: what a later layer has squashed or overwritten is seen too.
+    own: what a later layer has overwritten is seen too.
     """
     tape, ops = model.last, model.ops
     if tape is None or not tape.outputs:
@@ -106,7 +110,7 @@ def find_cause(model: Model) -> Cause:
         return Cause("handed", f"what comes to layer {first} from those before it has {kind_of(ops.host(x))}", columns)
     weights = find_parameters(model.layout, model.part, ops.host(model.w))
     if weights:
-        return Cause("weights", f"not finite is {weights}")
+        return Cause("weights", weights)
     for part, output in model.trace(x) if model.alone else ():
         y = ops.host(output)
         columns = _columns(y)

@@ -41,7 +41,7 @@ class ElementWorker:
         self.loss, self.metric = context.loss(), context.metric()
         self.objective = Objective(self.loss, self.model)
         # Of pairs a worker's loss is that of its own scores.
-        context.numbers.watch(self.objective, row if place.elements is None else None)
+        context.numbers.watch(self.objective, row if place.elements is None else None, self.own_gradient)
         self.forward_pass, self.backward_pass = ops.record(self._forward), self.objective.record(self._backward)
         peers = [w for w in roles.workers if w is not None and w.row == place.row]
         # Of training and tests with the score partition; of tests with the pair partition.
@@ -72,7 +72,8 @@ class ElementWorker:
         mine = np.concatenate([np.arange(0), *(np.arange(at.start, at.stop) for at in self.test_batches)])
         self.test_ids = mine if self.pairs is None or self.reports else mine[:0]
         self.test_samples = Resident(dataset.test, self.test_ids, self.dtype, ops)
-        self.capacity = 0
+        # Samples and factor of the last minibatch.
+        self.last, self.capacity = (0, 1.0), 0
         share = -(-context.config.data.batch_size // self.rows)
         if self.pairs is not None:
             # As many samples of its classes as hardly ever meet in a minibatch.
@@ -113,7 +114,7 @@ class ElementWorker:
         constant = scale * len(own) * self.loss.constant if self.pairs is not None and self.place.column == 0 else 0.0
         if self.pairs is not None:
             own = Batch(own.ids[self.number[self.dataset.train.labels[own.ids]] >= 0])
-        b = len(own)
+        self.last = b, _ = len(own), scale
         if b == 0:
             self.g_part.fill(0)
             return constant
@@ -129,6 +130,14 @@ class ElementWorker:
         loss = self.objective.value()
         # With the score partition every worker of the row has seen the whole loss.
         return loss + constant if self.pairs is not None or self.place.column == 0 else 0.0
+
+    def own_gradient(self) -> np.ndarray:
+        """g_part of the last minibatch once more, at the same weights, whatever sums over ranks have made of it."""
+        (b, scale), finished, self.model.finished = self.last, self.model.finished, None
+        if b:
+            self._backward(b, scale)
+        self.model.finished = finished
+        return self.g_part
 
     def _forward(self, b: int) -> Tape:
         """The pass that gives the scores of the model's classes."""

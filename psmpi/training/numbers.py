@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import isfinite
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 # Steps that may be skipped in a row. Where one minibatch in four is bad, one more than that in a row have a chance of
 # 0.25^11, 2e-7: it is the weights then, or most of the data.
 MOST = 10
-# Samples that a message names, and bytes of it that other ranks are told.
-NAMED, TEXT = 5, 2000
+# Samples that a message names, characters of it that other ranks are told, and bytes that these take in JSON.
+NAMED, TOLD, TEXT = 5, 400, 2600
 # What helps, where no more is known.
 ADVICE, MEANS = DIVERGED.partition(": ")[2], "the training diverged; "
 
@@ -38,14 +38,17 @@ class NotFiniteError(FloatingPointError):
 
 @dataclass(frozen=True)
 class Finding:
-    """A loss or gradient that is not finite: what of it people are told, and what helps. Of several the least counts.
+    """A loss or gradient that is not finite: what of it people are told, and what helps.
 
-    order: the place of its cause among KINDS, behind which are others.
+    Of several the one of the first step counts, and of these that of the least order: the place of its cause among
+    KINDS, behind which are others. rank: that of which `text` speaks, -1: its own.
     """
 
     order: int
     text: str
     advice: str = ADVICE
+    rank: int = -1
+    step: int = 0
 
 
 class Numbers:
@@ -67,21 +70,27 @@ class Numbers:
         self.skipped = self.in_row = self.left_out = self.reported = 0
         self.noted: Finding | None = None
         self.told: Finding | None = None
-        # Of each objective of this rank, and the ranks that share its scores.
-        self.watched: list[tuple[Objective, Group | None]] = []
+        # Of each objective of this rank, the ranks that share its scores, and what makes its gradient again.
+        self.watched: list[tuple[Objective, Group | None, Callable[[], np.ndarray] | None]] = []
 
     @property
     def lenient(self) -> bool:
         """Whether losses that are not finite are numbers like others, until a step has been judged."""
         return self.mode != "stop"
 
-    def watch(self, objective: Objective, row: Group | None = None) -> None:
-        """Name the place from now on where this objective's losses are not finite; row: ranks that share its scores."""
-        self.watched.append((objective, row))
+    def watch(
+        self, objective: Objective, row: Group | None = None, again: Callable[[], np.ndarray] | None = None
+    ) -> None:
+        """Name the place from now on where this objective's losses are not finite.
+
+        row: ranks that share its scores. again: makes the gradient of its last minibatch once more, where sums over
+        ranks may have taken its place, and returns it, over the model's part.
+        """
+        self.watched.append((objective, row, again))
 
     def begin(self, step: int, epoch: int, samples: int) -> None:
         """Take up the next minibatch."""
-        for objective, _ in self.watched:
+        for objective, *_ in self.watched:
             # The last trial of a search may have been too far.
             objective.finite = True
         self.step, self.epoch, self.samples = step, epoch, samples
@@ -105,7 +114,7 @@ class Numbers:
         if self.mode == "stop":
             return True
         # Of ranks that share scores one has the loss.
-        fine = isfinite(loss) and all(objective.finite for objective, _ in self.watched)
+        fine = isfinite(loss) and all(objective.finite for objective, *_ in self.watched)
         if self.mode == "rollback":
             if not fine:
                 self.note(self._finding("loss", self._cause()))
@@ -114,11 +123,7 @@ class Numbers:
         if sound if share is not None else self.agree(sound):
             self.in_row = 0
             return True
-        found = None
-        if not fine:
-            found = self._finding("loss", self._cause())
-        elif not sound:
-            found = self._gradient(ops, gradients, layout)
+        found = self._gradient(ops, gradients, layout) if fine else self._finding("loss", self._cause())
         self._skip(found, share)
         return False
 
@@ -135,7 +140,7 @@ class Numbers:
         """
         if isfinite(clip_by_global_norm(g, most, allsum, ops)) or self.mode == "skip":
             return
-        found = self._gradient(ops, [(g, runs)], layout)
+        found = self._gradient(ops, [(g, runs)], layout) or self._finding("gradient of another rank", None)
         if self.mode == "stop":
             raise NotFiniteError(f"{found.text}: {found.advice}")
         self.note(found)
@@ -149,10 +154,11 @@ class Numbers:
         self.in_row += 1
         self.skipped += share is not None or self.rank == 0
         self.left_out += (self.samples * (self.rank == 0)) if share is None else share
+        if share is None and self.control is not None:
+            found = first_of(self.control, found)
         self.told = self.told or found
         hopeless = found is not None and found.order == KINDS.index("weights")
-        if hopeless or self.in_row > MOST:
-            found = found or Finding(len(KINDS), "a loss or gradient of another rank is not a finite number")
+        if found is not None and (hopeless or self.in_row > MOST):
             why = "no later step mends weights" if hopeless else f"the {MOST} steps before were skipped too"
             raise NotFiniteError(f"{found.text}, and {why}: {found.advice}")
 
@@ -192,40 +198,47 @@ class Numbers:
 
     def _finding(self, what: str, cause: Cause | None, advice: str = ADVICE) -> Finding:
         """Of a cause; what: the number that is not finite, or a sentence that says so."""
-        text = f"the {what} is not a finite number" if what in ("loss", "gradient") else what
+        text = f"the {what} is not a finite number" if what.startswith(("loss", "gradient")) else what
         order = len(KINDS) if cause is None else KINDS.index(cause.kind)
         if cause is not None and cause.kind == "inputs":
             advice = "correct or remove such samples"
         elif cause is not None and cause.few:
             advice = f"look at such samples; where they are right, {advice.removeprefix(MEANS)}"
-        return Finding(order, text + self._where(cause), advice)
+        return Finding(order, text + self._where(cause), advice, -1 if cause is None else cause.rank, self.step)
 
-    def _gradient(self, ops: NumpyOps, gradients: Sequence[tuple[np.ndarray, Runs]], layout: Layout) -> Finding:
-        """What is found of a gradient that is not finite: layers whose outputs are not, or its parameters."""
-        for objective, _ in self.watched:
-            cause = self._named(find_cause(objective.model), objective.ids)
-            if cause.kind != "loss":
+    def _gradient(self, ops: NumpyOps, gradients: Sequence[tuple[np.ndarray, Runs]], layout: Layout) -> Finding | None:
+        """What this rank finds of a gradient that is not finite: layers whose outputs are not, or parameters.
+
+        First those of its own share, which is made again; of sums over ranks that it has where that is finite.
+        """
+        sums = " and ".join(filter(None, (find_parameters(layout, runs, ops.host(g)) for g, runs in gradients)))
+        for objective, _, again in self.watched:
+            model = objective.model
+            cause = self._named(find_cause(model), objective.ids)
+            if cause.kind not in ("loss", "gradient"):
                 return self._finding("gradient", cause)
-        places = [find_parameters(layout, runs, ops.host(g)) for g, runs in gradients]
-        text = " and ".join(filter(None, places))
-        return self._finding("gradient", Cause("gradient", f"that of {text}" if text else "that of another rank"))
+            own = find_parameters(model.layout, model.part, ops.host(again())) if again is not None else ""
+            if own:
+                return self._finding("gradient", Cause("gradient", f"that of {own}"))
+        return self._finding("gradient", Cause("sum", f"that of {sums}, in the sum over ranks")) if sums else None
 
     def _where(self, cause: Cause | None) -> str:
         """Step, epoch and place, to follow what is not finite."""
         text = f" in step {self.step} of epoch {self.epoch}" if self.step else ""
         if cause is None or not cause.text:
             return text
-        text += f": {cause.text}"
-        if cause.kind == "weights" and self.step:
-            text += f", as the update of step {self.step - 1} left it" if self.step > 1 else ", from the start"
-        return text
+        rank = f"on rank {cause.rank} " if cause.rank >= 0 else ""
+        if cause.kind == "weights":
+            left = f"the update of step {self.step - 1} left weights that are" if self.step > 1 else "weights are"
+            return f"{text}: {rank}{left} not finite: {cause.text}"
+        return f"{text}: {rank}{cause.text}"
 
     def _cause(self) -> Cause | None:
         """The cause of the losses of this rank's objectives that are not finite; None where they are, or say nothing.
 
         Ranks that share scores, and see all of them the same, come here together where some are not finite.
         """
-        for objective, row in self.watched:
+        for objective, row, _ in self.watched:
             if not objective.finite:
                 found = self._named(find_cause(objective.model), objective.ids)
                 return found if row is None or row.size == 1 else share_cause(row, found)
@@ -246,23 +259,27 @@ class Numbers:
 
 def share_cause(row: Group, own: Cause) -> Cause:
     """The most telling cause of the ranks of a row, whose scores are the same on all of them."""
-    several = replace(own, text=f"rank {row.ranks[row.rank]}: {own.text}") if own.text and own.kind != "loss" else own
-    text = json.dumps([KINDS.index(several.kind), several.text[: TEXT // 4], several.few]).encode()
+    told = [KINDS.index(own.kind), row.ranks[row.rank], own.text[:TOLD], own.few]
+    text = json.dumps(told).encode()
     mine = np.zeros(TEXT, np.uint8)
     mine[: len(text)] = np.frombuffer(text, np.uint8)
     everyone = np.zeros((row.size, TEXT), np.uint8)
     with row.counter.paused():
         row.allgather(mine, everyone)
-    order, said, few = min(json.loads(line.tobytes().rstrip(b"\0")) for line in everyone)
-    return Cause(KINDS[order], said, few=few)
+    order, rank, said, few = min(json.loads(line.tobytes().rstrip(b"\0")) for line in everyone)
+    return Cause(KINDS[order], said, few=few, rank=rank if KINDS[order] != "loss" else -1)
 
 
 def first_of(control: Control, own: Finding | None) -> Finding | None:
     """The most telling finding of all ranks, with its rank, on all of them; all call it."""
-    told = [] if own is None else [own.order, control.rank, own.text[: TEXT // 4], own.advice[: TEXT // 4]]
-    texts = control.collect_texts(json.dumps(told), most=TEXT * 2)
+    told: list[Any] = []
+    if own is not None:
+        told = [own.step, own.order, control.rank, own.rank, own.text[:TOLD], own.advice[: TOLD // 2]]
+    texts = control.collect_texts(json.dumps(told), most=2 * TEXT)
     found = json.loads(control.share(json.dumps(min(filter(None, map(json.loads, texts)), default=[]))))
     if not found:
         return None
-    order, rank, text, advice = found
-    return Finding(order, f"rank {rank}: {text}" if control.size > 1 else text, advice)
+    step, order, at, rank, text, advice = found
+    if rank < 0 and control.size > 1:
+        rank, text = at, f"rank {at}: {text}"
+    return Finding(order, text, advice, rank, step)
