@@ -285,14 +285,19 @@ def _nbytes(sent: Sent, other: Any) -> int:
 
 def spans(ranks: Sequence[int]) -> str:
     """Rising ranks in few characters: "rank 3", "ranks 0-2 5"; others one by one."""
+    texts = [str(a) if a == b else f"{a}-{b}" for a, b in ranges(ranks)]
+    return f"rank{'s' if len(ranks) != 1 else ''} {' '.join(texts)}"
+
+
+def ranges(ranks: Sequence[int]) -> list[list[int]]:
+    """Ranks as pairs of the first and the last of those that follow each other."""
     parts: list[list[int]] = []
     for rank in ranks:
         if parts and rank == parts[-1][1] + 1:
             parts[-1][1] = rank
         else:
             parts.append([rank, rank])
-    texts = [str(a) if a == b else f"{a}-{b}" for a, b in parts]
-    return f"rank{'s' if len(ranks) != 1 else ''} {' '.join(texts)}"
+    return parts
 
 
 def recorded(world: World) -> World:

@@ -108,7 +108,7 @@ class Courier:
     """Messages as files of a folder that ranks share: one of each kind from each rank to each other, the newest.
 
     A thread of its own reads and writes them: a folder that does not answer holds up nobody else. clears: whether this
-    rank removes the folder in the end.
+    rank makes the folder, and removes it in the end.
     """
 
     def __init__(self, folder: Path, rank: int, interval: float, clears: bool = False):
@@ -139,23 +139,25 @@ class Courier:
         while not self.stopping.wait(self.interval / 2):
             self.turn()
         self.turn()
-        with contextlib.suppress(OSError):
-            if self.clears and not self.folder.is_symlink():
+        # Others may write one more file meanwhile.
+        for _ in range(10 if self.clears and not self.folder.is_symlink() else 0):
+            with contextlib.suppress(OSError):
                 for path in self.folder.iterdir():
                     path.unlink(missing_ok=True)
                 self.folder.rmdir()
+                break
 
     def turn(self) -> None:
-        """Write and read once."""
+        """Write and read once, through no link."""
+        with contextlib.suppress(OSError):
+            if self.folder.is_symlink():
+                return
+            if self.clears and not self.stopping.is_set():
+                self.folder.mkdir(exist_ok=True)
         for name in list(self.leaving):
             data, path = self.leaving.pop(name), self.folder / name
             part = path.with_name(f".{name}.part")
             with contextlib.suppress(OSError):
-                if self.folder.is_symlink():
-                    continue
-                if not self.stopping.is_set():
-                    # Else it may be gone already.
-                    self.folder.mkdir(exist_ok=True)
                 part.unlink(missing_ok=True)
                 with part.open("xb") as file:
                     file.write(data)

@@ -7,11 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from psmpi.comm.flight import BEGUN, BYTES, ENDED, GROUP, NAME, NO_GROUP, NUMBER, PEER, STEP, Flight, spans
+from psmpi.comm.flight import BEGUN, BYTES, ENDED, GROUP, NAME, NO_GROUP, NUMBER, PEER, STEP, Flight, ranges, spans
 
 # What a rank is doing. SILENT: nothing is heard of it; GONE: it has ended the training; UNWATCHED: never heard of.
 SILENT, COMPUTING, WAITING, BUSY, GONE, UNWATCHED = "silent", "computing", "waiting", "busy", "gone", "unwatched"
 STATES = (SILENT, COMPUTING, WAITING, BUSY, GONE, UNWATCHED)
+# Ranks of a group; ranks, or calls, that are told one by one.
+MOST_RANKS, MOST_TOLD = 1_000_000, 8
 # Seconds since 1970 that every calendar has.
 LAST_TIME = 1e11
 FIELDS = ("name", "group", "number", "peer", "bytes", "step", "begun", "ended")
@@ -95,7 +97,7 @@ def to_table(flight: Flight, rank: int, host: str, newest: int | None = None) ->
     return {
         "rank": rank, "host": host, "state": state, "seconds": 0.0, "count": flight.count, "step": flight.step,
         "doing": str(records[-1][NAME]) if records else "",
-        "groups": [[group.key, list(group.ranks), group.calls] for group in groups],
+        "groups": [[group.key, ranges(group.ranks), group.calls] for group in groups],
         "fields": list(FIELDS), "operations": rows,
     }  # fmt: skip
 
@@ -103,7 +105,7 @@ def to_table(flight: Flight, rank: int, host: str, newest: int | None = None) ->
 def from_table(table: Mapping[str, Any]) -> Rank:
     """The rank of such a table; ValueError where it is none."""
     try:
-        groups = [(str(key), tuple(int(one) for one in ranks), int(calls)) for key, ranks, calls in table["groups"]]
+        groups = [(str(key), _expanded(pairs), int(calls)) for key, pairs, calls in table["groups"]]
         operations = [_operation(row, groups) for row in table["operations"]]
         if table["state"] not in STATES:
             raise ValueError(f"a state {table['state']!r}")
@@ -113,6 +115,16 @@ def from_table(table: Mapping[str, Any]) -> Rank:
         )  # fmt: skip
     except (KeyError, TypeError, IndexError, OverflowError) as error:
         raise ValueError(f"no flight of a rank: {error!r}") from None
+
+
+def _expanded(pairs: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """The ranks of such pairs as `ranges` makes."""
+    found: list[int] = []
+    for first, last in pairs:
+        if not 0 <= first <= last <= first + MOST_RANKS - len(found):
+            raise ValueError(f"ranks {first} to {last}")
+        found += range(int(first), int(last) + 1)
+    return tuple(found)
 
 
 def _operation(row: Sequence[Any], groups: Sequence[tuple[str, tuple[int, ...], int]]) -> Operation:
@@ -250,22 +262,27 @@ def _same_call(rank: Rank, last: Operation) -> Operation | None:
 
 
 def _listed(ranks: Sequence[int]) -> str:
-    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+    return spans(ranks) if len(ranks) > 4 else f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
 
 
 def describe(finding: Finding, now: float) -> list[str]:
     """The finding in lines for people; now: seconds since 1970."""
-    lines = [f"no progress for {finding.seconds:.0f} s: {'; '.join(_of(one, now) for one in finding.culprits)}"]
+    told = [_of(one, now) for one in finding.culprits[:MOST_TOLD]]
+    if len(finding.culprits) > MOST_TOLD:
+        told.append(f"and so do {spans([one.rank for one in finding.culprits[MOST_TOLD:]])}")
+    lines = [f"no progress for {finding.seconds:.0f} s: {'; '.join(told)}"]
     if not finding.culprits:
         lines = [f"no progress for {finding.seconds:.0f} s: ranks wait for each other"]
     by_call: dict[tuple[str, int], list[Rank]] = {}
     for one in finding.waiting:
         by_call.setdefault((one.action, one.step), []).append(one)
-    for (action, step), some in by_call.items():
+    for (action, step), some in list(by_call.items())[:MOST_TOLD]:
         since = _clock(now - max(one.seconds for one in some))
         waits = "wait" if len(some) > 1 else "waits"
         lines.append(f"{_listed([one.rank for one in some])} {waits} in {action}, step {step}, since {since}")
-    return [*lines, *(f"missing: {text}" for text in finding.missing)]
+    lines += [f"missing: {text}" for text in finding.missing[:MOST_TOLD]]
+    more = max(0, len(by_call) - MOST_TOLD), max(0, len(finding.missing) - MOST_TOLD)
+    return [*lines, f"{more[0]} more calls that ranks wait in, {more[1]} more missing"] if any(more) else lines
 
 
 def _of(one: Rank, now: float) -> str:

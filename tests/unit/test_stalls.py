@@ -1,9 +1,11 @@
 """Who is waited for, found from hand-made records of what ranks were doing."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 
+from psmpi.comm.flight import Flight
 from psmpi.comm.stalls import (
     BUSY,
     COMPUTING,
@@ -15,6 +17,7 @@ from psmpi.comm.stalls import (
     describe,
     diagnose,
     from_table,
+    to_table,
 )
 
 ALL = ("world 1 ranks 0-2", (0, 1, 2))
@@ -163,6 +166,9 @@ def test_no_states_of_three_ranks_are_beyond_it():
         {"rank": "x"},
         {"state": "gone fishing"},
         {"groups": 3},
+        {"groups": [["world", [[0, 10**12]], 1]]},
+        {"groups": [["world", [[2, 1]], 1]]},
+        {"groups": [["world", [[-1, 1]], 1]]},
         {"operations": [[1, 2]]},
         {"operations": [["a", 5, *[0] * 6]]},
     ],
@@ -173,3 +179,19 @@ def test_what_is_no_flight_is_refused(change):
     assert from_table(table).rank == 0
     with pytest.raises(ValueError):
         from_table({**table, **change})
+
+
+def test_a_stall_of_many_ranks_takes_few_lines():
+    ranks = tuple(range(1000))
+    group = ("world 1 ranks 0-999", ranks)
+    waiting = [rank(k, WAITING, call("Bcast", group, k // 10 + 1)) for k in range(900)]
+    lines = describe(diagnose([*waiting, *(rank(k, COMPUTING) for k in range(900, 1000))], 60.0), 1e9)
+    assert len(lines) < 20 and max(map(len, lines)) < 1200
+    assert "and so do ranks 908-999" in lines[0] and "82 more calls that ranks wait in" in lines[-1]
+
+
+def test_groups_of_many_ranks_are_kept_short():
+    flight = Flight()
+    flight.groups.append(SimpleNamespace(key="world 1", ranks=tuple(range(5000)), calls=3))
+    table = to_table(flight, 0, "host")
+    assert table["groups"] == [["world 1", [[0, 4999]], 3]] and from_table(table).calls == {"world 1": 3}

@@ -23,6 +23,7 @@ from psmpi.comm.link import (
     HEAD,
     HELLO,
     LONGEST,
+    Courier,
     Datagrams,
     Message,
     own_addresses,
@@ -101,8 +102,11 @@ class Job:
 
 
 @pytest.fixture
-def job(tmp_path):
+def job(tmp_path, monkeypatch):
+    """Makes jobs, whose files are read and written where the test says, not by threads."""
     made = []
+    monkeypatch.setattr(Courier, "start", lambda courier: None)
+    monkeypatch.setattr(Courier, "close", lambda courier: (courier.stopping.set(), courier._run()))
 
     def make(**options):
         made.append(Job(tmp_path, **options))
@@ -474,3 +478,33 @@ def test_heartbeats_of_many_ranks_are_spread_over_the_interval(job):
     job = job(size=20)
     starts = [one.next - one.begun for one in job.watches]
     assert starts == sorted(starts) and starts[0] == 0 and 0.9 < starts[-1] < 1.0
+
+
+def test_files_of_messages_are_in_no_other_folder(tmp_path):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "0-1-3").write_text("mine")
+    (tmp_path / FOLDER).symlink_to(outside)
+    courier = Courier(tmp_path / FOLDER, 0, 1.0, clears=True)
+    courier.send(b"hello", Message(HELLO, 0, 1, b""))
+    courier.turn()
+    courier.stopping.set()
+    courier._run()
+    assert [path.read_text() for path in outside.iterdir()] == ["mine"] and not list(courier.receive())
+
+
+def test_messages_by_files_go_by_a_thread_of_their_own(tmp_path):
+    """And are gone with the folder, once the one who clears it has left."""
+    first, second = Courier(tmp_path / FOLDER, 0, 0.02, clears=True), Courier(tmp_path / FOLDER, 1, 0.02)
+    first.start()
+    second.start()
+    end, found = time.monotonic() + 20, []
+    while not found and time.monotonic() < end:
+        second.send(b"hello", Message(HELLO, 1, 0, b""))
+        time.sleep(0.01)
+        found += first.receive()
+    assert found[0] == b"hello"
+    first.close(20)
+    second.send(b"bye", Message(BYE, 1, 0, b""))
+    second.close(20)
+    assert not (tmp_path / FOLDER).exists() and not first.thread.is_alive() and not second.thread.is_alive()
