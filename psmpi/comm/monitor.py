@@ -37,6 +37,8 @@ SIZES = (LONGEST, 8000, 1200)
 UNPACKED = 1 << 22
 # Seconds that ranks get to show their stacks.
 SHOWN = 3.0
+# What a line of the file of flights has from the monitor.
+TABLE = ("rank", "host", "state", "seconds", "count", "step", "doing", "process")
 # Flights that are asked for at a time.
 ASKED = 4
 
@@ -116,7 +118,8 @@ class Monitor:
     """Watches the ranks of a job from one of them. first: the rank that speaks as long as it is not silent itself.
 
     post(kind, to, body) sends a message, to this rank too; tell(lines) prints; keep(tables) writes the flights and
-    returns a line on where they are. All of it is called by the thread that calls `tick`.
+    returns a line on where they are; condition(rank) is what can be seen of a process. All of it is called by the
+    thread that calls `tick`.
     """
 
     def __init__(
@@ -128,10 +131,11 @@ class Monitor:
         post: Callable[[int, int, bytes], None],
         tell: Callable[[list[str]], None],
         keep: Callable[[list[dict[str, Any]]], str],
+        condition: Callable[[int], str],
         now: float,
     ):
         self.rank, self.first, self.hosts, self.patience = rank, first, hosts, patience
-        self.post, self.tell, self.keep = post, tell, keep
+        self.post, self.tell, self.keep, self.condition = post, tell, keep, condition
         self.seen = [Seen(now, now) for _ in hosts]
         self.ticked = self.begun = now
         # When it is said who has not been heard.
@@ -262,6 +266,7 @@ class Monitor:
             known.state, known.seconds = UNWATCHED, now - self.begun
         elif now - seen.at >= self.patience.quiet:
             known.state, known.seconds = SILENT, now - seen.at
+            known.process = self.condition(rank)
         return known
 
     def _conclude(self, now: float) -> None:
@@ -309,7 +314,7 @@ class Monitor:
         """A rank's line of the file of flights."""
         empty: Mapping[str, Any] = {"groups": [], "fields": [], "operations": []}
         table = {**empty, **self.flights.get(one.rank, {})}
-        found = {name: getattr(one, name) for name in ("rank", "host", "state", "seconds", "count", "step", "doing")}
+        found = {name: getattr(one, name) for name in TABLE}
         return {**table, **found, "seconds": round(one.seconds, 3), "warn": self.patience.warn, "written": time.time()}
 
     def _goes_on(self, now: float) -> None:

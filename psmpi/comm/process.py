@@ -54,12 +54,29 @@ class Process(NamedTuple):
         """Whether it is there, as far as this host can tell; its number may be another process's by now."""
         return bool(self.start) and start_of(self.pid) == self.start
 
+    def condition(self, other: Process) -> str:
+        """What can be seen of another process from here, in words; "" where it is out of sight."""
+        if self.processes != other.processes or not other.start:
+            return ""
+        state, start = _stat(other.pid)
+        # Z: nobody has taken notice of its end.
+        if start != other.start or state in ("X", "Z"):
+            return "its process has ended"
+        if state in ("T", "t"):
+            return f"stopped by a signal (kill -CONT {other.pid} lets it go on)"
+        return f"though its process {other.pid} is there: in a library that keeps Python from going on, or swapped out"
+
 
 def start_of(pid: int) -> str:
     """When a process was started, which tells it from a later one of the same number; "" where that is not known."""
+    return _stat(pid)[1]
+
+
+def _stat(pid: int) -> tuple[str, str]:
+    """State and start of a process, as /proc has them."""
     # The name of the program, in brackets, may have blanks.
     fields = _read(f"/proc/{pid}/stat").rpartition(")")[2].split()
-    return fields[19] if len(fields) > 19 else ""
+    return (fields[0], fields[19]) if len(fields) > 19 else ("", "")
 
 
 def kill_later(processes: Sequence[Process], seconds: float = LATER) -> None:

@@ -60,8 +60,9 @@ class Rank:
     seconds: float = 0.0
     count: int = 0
     step: int = 0
-    # What it did last, where its operations are not known.
+    # What it did last, where its operations are not known; what is seen of its process.
     doing: str = ""
+    process: str = ""
     calls: Mapping[str, int] = field(default_factory=dict)
     operations: Sequence[Operation] = ()
 
@@ -96,7 +97,7 @@ def to_table(flight: Flight, rank: int, host: str, newest: int | None = None) ->
     ]
     return {
         "rank": rank, "host": host, "state": state, "seconds": 0.0, "count": flight.count, "step": flight.step,
-        "doing": str(records[-1][NAME]) if records else "",
+        "doing": str(records[-1][NAME]) if records else "", "process": "",
         "groups": [[group.key, ranges(group.ranks), group.calls] for group in groups],
         "fields": list(FIELDS), "operations": rows,
     }  # fmt: skip
@@ -111,7 +112,8 @@ def from_table(table: Mapping[str, Any]) -> Rank:
             raise ValueError(f"a state {table['state']!r}")
         return Rank(
             int(table["rank"]), str(table["host"]), str(table["state"]), seconds(table["seconds"]), int(table["count"]),
-            int(table["step"]), str(table["doing"]), {key: calls for key, _, calls in groups}, operations,
+            int(table["step"]), str(table["doing"]), str(table["process"]), {key: calls for key, _, calls in groups},
+            operations,
         )  # fmt: skip
     except (KeyError, TypeError, IndexError, OverflowError) as error:
         raise ValueError(f"no flight of a rank: {error!r}") from None
@@ -289,10 +291,8 @@ def _of(one: Rank, now: float) -> str:
     where, since = f"rank {one.rank} on {one.host}", _clock(now - one.seconds)
     after = f"after {one.action}" if one.action else "before its first operation"
     if one.state == SILENT:
-        return (
-            f"{where} is silent since {since}, stopped or its host gone (or in a library that keeps Python from going "
-            f"on); seen last in step {one.step}, {after}"
-        )
+        why = one.process or "stopped or its host gone (or in a library that keeps Python from going on)"
+        return f"{where} is silent since {since}, {why}; seen last in step {one.step}, {after}"
     if one.state == BUSY:
         return f"{where} is in {one.action}, step {one.step}, since {since}: a file server or a disk may not answer"
     if one.state == UNWATCHED:

@@ -89,7 +89,7 @@ class Watch:
         if rank in self.monitors:
             hosts, tell = [one.host for one in processes], tell or _complain
             first = next(iter(self.monitors))
-            self.monitor = Monitor(rank, first, hosts, patience, self.post, tell, self._keep, now)
+            self.monitor = Monitor(rank, first, hosts, patience, self.post, tell, self._keep, self._condition, now)
         self.settled: float | None = None
         self.ends = float("inf")
         self.stopping = threading.Event()
@@ -249,6 +249,10 @@ class Watch:
         own = self.processes[self.rank]
         others = [self.processes[rank] for rank in ranks if 0 <= rank < self.size]
         return [one for one in others if one.processes == own.processes and one.pid != own.pid and one.lives]
+
+    def _condition(self, rank: int) -> str:
+        """What can be seen of a rank's process."""
+        return self.processes[self.rank].condition(self.processes[rank])
 
     def _keep(self, tables: list[dict[str, Any]]) -> str:
         """Write the flights of all ranks into the run directory; a line on where they are."""

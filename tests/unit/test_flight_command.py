@@ -17,7 +17,7 @@ def table(rank, state, seconds, *rows, calls):
     """A line of the file, made by hand: operations of the group of ranks 0 and 1."""
     return {
         "rank": rank, "host": "node", "state": state, "seconds": seconds, "count": len(rows), "step": 3,
-        "doing": "Bcast",
+        "doing": "Bcast", "process": "",
         "groups": [["world 1 ranks 0-1", [[0, 1]], calls]], "operations": list(rows), "warn": 60.0, "written": 2e9,
     }  # fmt: skip
 

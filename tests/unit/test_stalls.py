@@ -36,7 +36,7 @@ def rank(number, state, *operations, seconds=100.0, **more):
     calls = {}
     for one in operations:
         calls[one.group] = max(calls.get(one.group, 0), one.number)
-    return Rank(number, "host", state, seconds, len(operations), 5, "", calls, operations, **more)
+    return Rank(number, "host", state, seconds, len(operations), 5, "", "", calls, operations, **more)
 
 
 def named(*ranks, warn=60.0, **options):
@@ -174,8 +174,8 @@ def test_no_states_of_three_ranks_are_beyond_it():
     ],
 )
 def test_what_is_no_flight_is_refused(change):
-    table = {"rank": 0, "host": "h", "state": "silent", "seconds": 0, "count": 0, "step": 0, "doing": "", "groups": [],
-             "operations": []}  # fmt: skip
+    table = {"rank": 0, "host": "h", "state": "silent", "seconds": 0, "count": 0, "step": 0, "doing": "", "process": "",
+             "groups": [], "operations": []}  # fmt: skip
     assert from_table(table).rank == 0
     with pytest.raises(ValueError):
         from_table({**table, **change})

@@ -3,8 +3,11 @@
 import json
 import os
 import random
+import signal
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -426,6 +429,15 @@ def test_a_process_is_known_by_its_number_and_start():
     if not own.start:
         pytest.skip("no /proc here")
     assert own.lives and own.start == start_of(os.getpid())
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        seen = own._replace(pid=other.pid, start=start_of(other.pid))
+        assert f"though its process {other.pid} is there" in own.condition(seen)
+        assert own.condition(seen._replace(processes="of another host")) == ""
+        os.kill(other.pid, signal.SIGSTOP)
+        os.waitpid(other.pid, os.WUNTRACED)
+        assert f"stopped by a signal (kill -CONT {other.pid}" in own.condition(seen)
+        os.kill(other.pid, signal.SIGCONT)
+    assert own.condition(seen) == "its process has ended"
     assert not own._replace(start="1").lives and not own._replace(pid=2**22 + 1).lives
 
 
