@@ -102,12 +102,14 @@ def find_cause(model: Model) -> Cause:
     if tape is None or not tape.outputs:
         return Cause("loss", "")
     x = tape.outputs[0]
-    columns = _columns(ops.host(x))
+    given = ops.host(x)
+    columns, kinds = _columns(given), kind_of(given)
+    few = FEW * len(columns) <= x.shape[-1]
     if columns and model.begins:
-        return Cause("inputs", f"the inputs have {kind_of(ops.host(x))}", columns, True)
+        return Cause("inputs", f"the inputs have {kinds}", columns, True)
     if columns:
         first = model.parts[0].layer.name
-        return Cause("handed", f"what comes to layer {first} from those before it has {kind_of(ops.host(x))}", columns)
+        return Cause("handed", f"what comes to layer {first} from those before it has {kinds}", columns, few)
     weights = find_parameters(model.layout, model.part, ops.host(model.w))
     if weights:
         return Cause("weights", weights)

@@ -161,9 +161,11 @@ class Model:
         return self.last
 
     def trace(self, x: np.ndarray) -> Iterator[tuple[Part, np.ndarray]]:
-        """The parts with their outputs for x, one after the other, in arrays that no other pass uses."""
-        images = x.reshape(*self.in_shape, x.shape[-1])
-        return self.chain.trace(images, self.open(x.shape[-1]))
+        """The parts with their outputs for x, one after the other, in arrays that no other pass uses.
+
+        x: of no more samples than there is room for; what all passes share stays where it is.
+        """
+        return self.chain.trace(x.reshape(*self.in_shape, x.shape[-1]), self.chain.room(x.shape[-1]))
 
     def backward(
         self,

@@ -9,6 +9,7 @@ from helpers.runs import run
 
 from psmpi.checkpoint import available, newest
 from psmpi.config import check
+from psmpi.data import open_dataset
 from psmpi.errors import UserError
 from psmpi.testing.case import Case, rows, tensors
 from psmpi.testing.poison import poisoned
@@ -163,13 +164,14 @@ def test_a_replica_leaves_out_its_own_step_alone(tmp_path):
 
 def test_losses_of_steps_that_are_left_out_are_not_in_the_mean(tmp_path):
     """Of three minibatches: with so low a rate the sums of losses of some and of the others are those of all."""
-    options = ("--batch-size", "479", "--epochs", "1", "--lr", "1e-30", "--dtype", "float64", "--on-nan", "skip")
+    n, b = open_dataset("digits", "").train.n, 480
+    options = ("--batch-size", b, "--epochs", "1", "--lr", "1e-30", "--dtype", "float64", "--on-nan", "skip")
     means = []
     for number, bad in enumerate(((), (2,), (1, 3))):
         with poisoned(lambda rank, step, bad=bad: step in bad):
             assert train(2, tmp_path / str(number), *options)[0] == 0
         means.append(rows(tmp_path / str(number))[-1]["train_loss"])
-    assert means[0] == pytest.approx((2 * means[1] + means[2]) / 3, rel=1e-12) and means[1] != means[2]
+    assert n * means[0] == pytest.approx((n - b) * means[1] + b * means[2], rel=1e-12) and means[1] != means[2]
     # Begun, left after the first step, and gone on with.
     with poisoned(lambda rank, step: step == 1):
         assert train(2, tmp_path / "part", *options, "--max-steps", "2")[0] == 0
@@ -206,7 +208,7 @@ def test_a_run_that_went_back_goes_on_with_its_rate_after_a_resume(tmp_path, ran
 
 def test_rows_beyond_the_checkpoint_are_made_again(tmp_path):
     """Epochs of 3 steps, checkpoints every 4: row 2, of step 6, is behind the checkpoint that step 8 goes back to."""
-    options = ("--on-nan", "rollback", "--batch-size", "479", "--checkpoint-every", "4", "--epochs", "4")
+    options = ("--on-nan", "rollback", "--batch-size", "480", "--checkpoint-every", "4", "--epochs", "4")
     with poisoned(lambda rank, step: step == 7) as hit:
         status, told, _ = train(2, tmp_path / "run", *options)
     found = rows(tmp_path / "run")
@@ -238,7 +240,7 @@ def test_epochs_that_end_only_to_go_back_count_as_tries(tmp_path):
         hits.clear()
         return step == 7
 
-    options = ("--on-nan", "rollback", "--batch-size", "479", "--checkpoint-every", "4", "--epochs", "4")
+    options = ("--on-nan", "rollback", "--batch-size", "480", "--checkpoint-every", "4", "--epochs", "4")
     with poisoned(always) as hits:
         status, told, said = train(1, tmp_path / "run", *options, timeout=60)
     assert status == 1 and "went back 3 times" in said and told.count("step-000000004.h5, step 4") == 3

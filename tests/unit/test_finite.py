@@ -93,3 +93,14 @@ def test_finite_passes_have_no_layer_to_name():
     assert find_cause(model).kind == "loss"
     # The look has not touched the pass.
     assert np.array_equal(model.last.scores, before)
+
+
+def test_a_look_at_a_small_pass_leaves_room_for_large_ones():
+    """What all passes share, windows of convolutions too, is of the largest minibatch."""
+    net = make_network("lenet", (1, 28, 28), 10)
+    layout, w, x, _ = random_problem(net, batch=9)
+    model = make_model(net, layout, w)
+    expected = model.forward(x).scores.copy()
+    model.forward(x[:, :2].copy())
+    find_cause(model)
+    assert np.array_equal(model.forward(x).scores, expected)
