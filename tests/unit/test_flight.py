@@ -117,7 +117,7 @@ def test_one_rank_records_nothing():
 def test_a_poll_counts_and_waits_as_before():
     def work(world):
         poll = Poll(Control(recorded(world)), seconds=0.001)
-        found = [poll(world.rank == 1 and k == 3) for k in range(200)]
+        found = [poll(world.rank == 1 and k == 3)[0] for k in range(200)]
         poll.close()
         return found
 
