@@ -26,10 +26,10 @@ SLOW = """
 import os, time
 import psmpi.comm.control as control
 call = control.Poll.__call__
-def slow(self, yes):
+def slow(self, *questions):
     if os.path.exists({file!r}):
         time.sleep(0.05)
-    return call(self, yes)
+    return call(self, *questions)
 control.Poll.__call__ = slow
 """
 
