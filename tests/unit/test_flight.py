@@ -74,6 +74,8 @@ def test_collectives_have_one_name_and_number_on_all_their_ranks():
     for of in made.values():
         assert len(set(of)) == 1 and len(of) == len(of[0][2])
     assert [at.peer for at in ranks[1].operations if at.kind in ("Recv", "Irecv")] == [0, 0, 0]
+    # A rank of the job, whatever its number in the group.
+    assert [at.peer for at in ranks[0].operations if at.name == "Sendrecv"] == [2]
 
 
 def test_every_call_of_the_protocol_is_recorded():
