@@ -200,8 +200,7 @@ class Writer:
 
     def _ready(self, target: Path) -> bool:
         """Take up `target` as the next checkpoint, unless the one before is still not written."""
-        with self.control.flight.task("waiting for the process that writes the checkpoint before"):
-            self.finish(self.patience)
+        self.finish(self.patience)
         if self.target is not None:
             self.found.append(
                 f"the checkpoint {target} is NOT written: {self.target} is still being written after "
@@ -239,7 +238,14 @@ class Writer:
     def finish(self, patience: float | None = None) -> None:
         """Wait until the checkpoint being written is done, but no longer than `patience` seconds (LAST_PATIENCE)."""
         patience = LAST_PATIENCE if patience is None else patience
-        if self.target is not None and self.spool.process is not None and self.spool.answered(patience):
+        if self.target is None or self.spool.process is None:
+            return
+        if not patience:
+            answered = self.spool.answered(0)
+        else:
+            with self.control.flight.task(f"waiting for the process that writes the checkpoint {self.target}"):
+                answered = self.spool.answered(patience)
+        if answered:
             self._answer()
 
     def close(self) -> None:
@@ -248,7 +254,8 @@ class Writer:
         if self.spool.process is not None and self.target is not None:
             self.spool.kill()
             self._failed(f"it was not written within {LAST_PATIENCE:.0f} s")
-        self.spool.close()
+        with self.control.flight.task("ending the process that writes checkpoints"):
+            self.spool.close()
 
     def _answer(self) -> None:
         """Take the process's answer, waiting for it, and free the spool."""

@@ -149,8 +149,7 @@ class Loop:
                 self._epoch(bar, task)
         self.poll.close()
         if self.control.rank == 0:
-            with self.control.flight.task("ending the last checkpoint"):
-                self.writer.close()
+            self.writer.close()
             self._tell_troubles()
             if self.writer.last_failed:
                 ended = "training is done" if self.progress.step >= self.total else "the run was stopped"
@@ -249,7 +248,8 @@ class Loop:
             self._warn_loudly(told)
             if self.folder is not None:
                 try:
-                    self.folder.rewind(progress.rows)
+                    with self.control.flight.task("writing metrics.jsonl"):
+                        self.folder.rewind(progress.rows)
                 except OSError as error:
                     self._warn_loudly(f"metrics.jsonl has rows of epochs that are trained again: {error}")
 

@@ -126,7 +126,8 @@ class Rollback:
         )
 
     def _restore(self, path: Path) -> Progress:
-        contents = checkpoint.read_contents(path)
+        with self.control.flight.task(f"reading the checkpoint {path}"):
+            contents = checkpoint.read_contents(path)
         restore(self.method, path, contents, self.config, self.steps_per_epoch)
         return contents.progress
 

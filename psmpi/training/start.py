@@ -61,7 +61,9 @@ def begin(control: Control, config: Config, own: str, tell: Callable[[str], None
                 "to go on with its settings"
             )
         if found:
-            compare(checkpoint.read_contents(Path(found)), config, dataset, identity, found, tell)
+            with control.flight.task(f"reading the checkpoint {found}"):
+                contents = checkpoint.read_contents(Path(found))
+            compare(contents, config, dataset, identity, found, tell)
         elif run.resume == "auto":
             tell(f"note: there is no checkpoint in {run.out}: this is a fresh start")
         if folder is not None:

@@ -133,3 +133,27 @@ def test_a_poll_counts_and_waits_as_before():
 )
 def test_ranks_in_few_characters(ranks, text):
     assert spans(ranks) == text
+
+
+@pytest.mark.parametrize("options", [("--resume", "auto"), ("--on-nan", "rollback"), ()])
+def test_no_operation_of_a_training_is_inside_another(train, tmp_path, monkeypatch, options):
+    """Else a rank would seem to compute, once the inner one has ended."""
+    begin, found = Flight.begin, []
+
+    def check(recorder, record):
+        last = recorder.last()
+        if last is not None and not last[ENDED]:
+            found.append((last[NAME], record[NAME]))
+        return begin(recorder, record)
+
+    monkeypatch.setattr(Flight, "begin", check)
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "mine.npz", x=rng.random((300, 8), np.float32), y=rng.integers(0, 3, 300))
+    plain = ("--method", "data_parallel", "--model", "mlp", "--widths", "8", "--loss", "nll", "--dataset",
+             tmp_path / "mine.npz", "--checkpoint-every", "3")  # fmt: skip
+    train(2, *plain, "--epochs", "2", out=tmp_path / "run")
+    if options:
+        out = tmp_path / ("run" if "auto" in options else "other")
+        train(2, *(plain if "auto" not in options else ("--dataset", tmp_path / "mine.npz")), *options, "--epochs", "3",
+              out=out)  # fmt: skip
+    assert found == []
