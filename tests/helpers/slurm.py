@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import random
 import shutil
 import signal
 import socket
@@ -59,6 +60,8 @@ class Cluster:
             "SlurmdPidFile": folder / "slurmd.pid", "ProctrackType": "proctrack/linuxproc", "TaskPlugin": "task/none",
             "SelectType": "select/cons_tres", "SelectTypeParameters": "CR_Core", "ReturnToService": 2,
             "MpiDefault": "pmi2", "KillWait": 20,
+            # MPICH's shared memory has the name of the job: not that of another cluster of this host.
+            "FirstJobId": random.randrange(1000, 60_000_000),
         }  # fmt: skip
         node = f"NodeName={host} NodeAddr=127.0.0.1 CPUs={os.cpu_count()} RealMemory={int(memory * 0.8)}"
         partition = "PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=FORCE:8"
