@@ -35,6 +35,6 @@ tasks=(
 )
 read -ra task <<< "${tasks[SLURM_ARRAY_TASK_ID]}"
 
-srun --kill-on-bad-exit=1 python -m psmpi.train \
+srun --kill-on-bad-exit=0 --wait=30 python -m psmpi.train \
     --dataset digits --epochs 30 --batch-size 20 --threads 1 --out "runs/array/${task[0]}" --resume auto \
     "${task[@]:1}" "$@"

@@ -26,6 +26,6 @@ export HDF5_USE_FILE_LOCKING=BEST_EFFORT
 # Kernels are compiled once a node, and kept on a disk of its own.
 export CUPY_CACHE_DIR="${TMPDIR:-/tmp}/psmpi-cupy-$UID"
 
-srun --kill-on-bad-exit=1 python -m psmpi.train \
+srun --kill-on-bad-exit=0 --wait=30 python -m psmpi.train \
     --backend cupy --colocate --dataset mnist --data-dir data --epochs 10 --placement owner --threads 4 \
     --out runs/gpus --resume auto "$@"

@@ -24,7 +24,7 @@ export SRUN_CPUS_PER_TASK=1
 export HDF5_USE_FILE_LOCKING=BEST_EFFORT
 
 status=0
-srun --kill-on-bad-exit=1 python -m psmpi.train \
+srun --kill-on-bad-exit=0 --wait=30 python -m psmpi.train \
     --dataset mnist --data-dir data --epochs 1000 --threads 1 --out runs/long --resume auto "$@" || status=$?
 # 85: stopped by a signal, and saved.
 if [ "$status" = 85 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 1000 ]; then

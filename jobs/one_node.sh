@@ -23,6 +23,6 @@ export SRUN_CPUS_PER_TASK=1
 # Locks of files are not always there on Lustre and NFS.
 export HDF5_USE_FILE_LOCKING=BEST_EFFORT
 
-srun --kill-on-bad-exit=1 python -m psmpi.train \
+srun --kill-on-bad-exit=0 --wait=30 python -m psmpi.train \
     --dataset digits --epochs 30 --batch-size 20 --lr 0.01 --threads 1 --out runs/one_node --resume auto \
     "$@"

@@ -23,6 +23,6 @@ export SRUN_CPUS_PER_TASK=1
 # Locks of files are not always there on Lustre and NFS.
 export HDF5_USE_FILE_LOCKING=BEST_EFFORT
 
-srun --kill-on-bad-exit=1 python -m psmpi.train \
+srun --kill-on-bad-exit=0 --wait=30 python -m psmpi.train \
     --dataset mnist --data-dir data --epochs 10 --placement owner --threads 1 --out runs/several_nodes \
     --resume auto "$@"

@@ -14,6 +14,9 @@ from psmpi.submit.job import Job
 # Starts of a job that requeues itself, at most: one that never comes to train would else go on for ever.
 MOST_STARTS = 1000
 WIDTH = 110
+# Seconds that ranks may end after the first one, before they are killed: those of a stopped run all end with status 85,
+# and of a killed one srun would tell its signal.
+PATIENCE = 30
 
 
 class Slurm:
@@ -87,16 +90,18 @@ class Slurm:
     def _train(self, job: Job, options: Sequence[str], array: bool) -> str:
         # The job's number does not stand in it: another job of this name goes on with the run.
         out = f'"runs/{job.name}/${{task[0]}}"' if array else f"runs/{job.name}"
+        number = '"${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"' if array else '"$SLURM_JOB_ID"'
         words = [*map(shlex.quote, options), "--threads", str(job.cores), "--out", out, "--resume", "auto"]
         words += ['"${task[@]:1}"'] * array + ['"$@"']
-        command = _wrapped(["srun", "--kill-on-bad-exit=1", "python", "-m", "psmpi.train"], words)
+        command = _wrapped(["srun", "--kill-on-bad-exit=0", f"--wait={PATIENCE}", "python", "-m", "psmpi.train"], words)
         if not job.requeue:
             return command
         return (
             f"status=0\n{command} || status=$?\n"
             "# 85: stopped by a signal, and saved.\n"
             f'if [ "$status" = 85 ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {MOST_STARTS} ]; then\n'
-            '    scontrol requeue "$SLURM_JOB_ID"\n'
+            # The number of one of an array's jobs is that of the whole array, which would start again.
+            f"    scontrol requeue {number}\n"
             "fi\n"
             'exit "$status"'
         )

@@ -33,6 +33,19 @@ def slow(self, *questions):
 control.Poll.__call__ = slow
 """
 
+# The second rank ends a second after the others, for as long as there is a file of this name.
+LATE = """
+import signal
+if os.path.exists({file!r}) and os.environ.get("SLURM_PROCID") == "1":
+    child = os.fork()
+    if child:
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        time.sleep(1)
+        os._exit(status)
+"""
+
 
 @pytest.fixture(scope="module")
 def cluster():
@@ -45,7 +58,9 @@ def place(tmp_path, cluster):
     """A folder to submit from, with an environment; steps are slow there until its file `slow` is removed."""
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text(SLOW.format(file=str(tmp_path / "slow")))
+    (tmp_path / "site" / "sitecustomize.py").write_text(
+        SLOW.format(file=str(tmp_path / "slow")) + LATE.format(file=str(tmp_path / "late"))
+    )
     (tmp_path / ".venv" / "bin" / "activate").write_text(
         f"export PATH={shlex.quote(str(sys.prefix))}/bin:$PATH PYTHONPATH={shlex.quote(str(tmp_path / 'site'))}:"
         f"{shlex.quote(str(ROOT))}:$PYTHONPATH\n"
@@ -164,6 +179,26 @@ def test_an_array_has_a_run_of_each_seed(cluster, place):
     }
     assert len({row["train_loss"] for row in rows.values()}) == 4
     assert len(list(place.glob("seeds-*_*.out"))) == 4
+
+
+def test_one_job_of_an_array_goes_on_and_disturbs_no_other(cluster, place, train):
+    """It is the last one, whose number is that of the array, and its ranks do not end at once."""
+    for name in ("slow", "late"):
+        (place / name).touch()
+    array = submit(
+        cluster, place, "--name", "two", "--ranks", "2", "--seeds", "2", "--requeue", "--", *OPTIONS, "--epochs", "6"
+    )
+    for task in range(2):
+        begun(cluster, place, f"{array}_{task}", f"runs/two/seed={task}")
+    cluster.run("scancel", "--signal=USR1", f"{array}_1")
+    cluster.wait(f"{array}_1", 60, ("PENDING",))
+    assert (cluster.show(f"{array}_0", "JobState"), cluster.show(f"{array}_0", "Restarts")) == ("RUNNING", "0")
+    (place / "slow").unlink()
+    cluster.again(f"{array}_1")
+    for task in range(2):
+        assert cluster.wait(f"{array}_{task}", 120) == "COMPLETED", said(place)
+    assert "stopped by SIGUSR1 after step" in said(place) and int(cluster.show(f"{array}_0", "Restarts")) == 0
+    assert same(place / "runs" / "two" / "seed=1", undisturbed(train, 2, "--epochs", "6", "--seed", "1"))
 
 
 @pytest.mark.parametrize("times", [1, pytest.param(20, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])])

@@ -87,7 +87,9 @@ def test_the_scripts_train(path, tmp_path):
         if cuda_host.compiler() is None:
             pytest.skip("no g++ to compile the CUDA kernels as C++")
         environment["PYTHONPATH"] += f":{FAKE}"
-    text = text.replace("srun --kill-on-bad-exit=1 python", sys.executable).replace("source .venv", "true .venv")
+    text = text.replace("srun --kill-on-bad-exit=0 --wait=30 python", sys.executable).replace(
+        "source .venv", "true .venv"
+    )
     (tmp_path / "job").write_text(text)
     done = subprocess.run(
         ["bash", "job", "--dataset", "digits", "--epochs", "1"], cwd=tmp_path, capture_output=True, text=True,
@@ -146,6 +148,13 @@ def test_a_run_that_was_saved_is_requeued(script, standing_in, status, starts, a
     assert requeued.exists() == again
     if again:
         assert requeued.read_text().split() == ["requeue", "17"]
+
+
+def test_one_job_of_an_array_is_requeued_alone(script, standing_in):
+    """The number of the last one is that of the array, which SLURM would start again, done jobs too."""
+    done = run_script(script("--requeue", "--seeds", "3"), standing_in, 85, task=2, SLURM_ARRAY_JOB_ID="17")
+    assert done.returncode == 85
+    assert (standing_in / "requeued").read_text().split() == ["requeue", "17_2"]
 
 
 def test_a_job_of_another_number_has_the_same_run_directory(script):
