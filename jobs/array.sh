@@ -13,7 +13,7 @@
 #SBATCH --open-mode=append
 #SBATCH --requeue
 
-set -euo pipefail
+set -eo pipefail
 
 # shellcheck source=/dev/null
 source .venv/bin/activate
@@ -23,6 +23,7 @@ export SLURM_MPI_TYPE="${SLURM_MPI_TYPE:-pmi2}"
 export SRUN_CPUS_PER_TASK=1
 # Locks of files are not always there on Lustre and NFS.
 export HDF5_USE_FILE_LOCKING=BEST_EFFORT
+set -u
 
 # Run directory and options of each job of the array.
 tasks=(

@@ -13,7 +13,7 @@
 #SBATCH --open-mode=append
 #SBATCH --requeue
 
-set -euo pipefail
+set -eo pipefail
 
 # shellcheck source=/dev/null
 source .venv/bin/activate
@@ -25,6 +25,7 @@ export SRUN_CPUS_PER_TASK=4
 export HDF5_USE_FILE_LOCKING=BEST_EFFORT
 # Kernels are compiled once a node, and kept on a disk of its own.
 export CUPY_CACHE_DIR="${TMPDIR:-/tmp}/psmpi-cupy-$UID"
+set -u
 
 srun --kill-on-bad-exit=0 --wait=30 python -m psmpi.train \
     --backend cupy --colocate --dataset mnist --data-dir data --epochs 10 --placement owner --threads 4 \

@@ -12,7 +12,7 @@
 #SBATCH --open-mode=append
 #SBATCH --requeue
 
-set -euo pipefail
+set -eo pipefail
 
 # shellcheck source=/dev/null
 source .venv/bin/activate
@@ -22,6 +22,7 @@ export SLURM_MPI_TYPE="${SLURM_MPI_TYPE:-pmi2}"
 export SRUN_CPUS_PER_TASK=1
 # Locks of files are not always there on Lustre and NFS.
 export HDF5_USE_FILE_LOCKING=BEST_EFFORT
+set -u
 
 srun --kill-on-bad-exit=0 --wait=30 python -m psmpi.train \
     --dataset digits --epochs 30 --batch-size 20 --lr 0.01 --threads 1 --out runs/one_node --resume auto \

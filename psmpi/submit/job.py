@@ -81,9 +81,15 @@ class Job:
             raise UserError("--requeue goes on from what is saved before the time limit: set --save-before")
         if self.seeds and self.grid:
             raise UserError("--seeds and --grid are one array: write seed = [0, 1, ...] into the file of --grid")
-        for word in (*self.ask, *self.modules, self.memory, self.partition, self.account):
+        for option in ("memory", "partition", "account"):
+            if re.search(r"\s", getattr(self, option)):
+                raise UserError(f"--{option} {getattr(self, option)!r}: write it without spaces")
+        for word in (*self.ask, *self.modules):
             if re.search(r"[\n\r]", word):
                 raise UserError(f"{word!r}: options of a job are of one line each")
+        for word in self.ask:
+            if not word.startswith("-"):
+                raise UserError(f"--ask {word!r} is no option of the batch system: write it as --ask=--mail-type=END")
 
     def tasks(self) -> list[tuple[str, list[str]]]:
         """The folder below the run directory and the options of psmpi train of each job of the array; [] for no array.
@@ -107,6 +113,13 @@ class Job:
             for word in words:
                 if not re.fullmatch(r"[\w.+=,:/~@%-]+", word):
                     raise UserError(f"--grid {self.grid}: {word!r}: values are words without spaces and quotes")
+        folders: dict[str, list[str]] = {}
+        for folder, words in tasks:
+            if folders.setdefault(folder, words) is not words:
+                raise UserError(
+                    f"--grid {self.grid}: {' '.join(folders[folder])} and {' '.join(words)} would share the run "
+                    f"directory {folder}: write each value once, and give files names of their own"
+                )
         return tasks
 
 

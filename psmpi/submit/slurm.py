@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from psmpi.errors import UserError
@@ -17,6 +19,10 @@ WIDTH = 110
 # Seconds that ranks may end after the first one, before they are killed: those of a stopped run all end with status 85,
 # and of a killed one srun would tell its signal.
 PATIENCE = 30
+# Of sbatch's variables, those that are not named as their options.
+VARIABLES = {"ARRAY": "ARRAY_INX", "MEM": "MEM_PER_NODE", "REQUEUE": "NO_REQUEUE", "TIME": "TIMELIMIT"}
+# Variables of a job and its steps.
+OF_JOB = ("SLURM_", "SRUN_", "PMI_", "PMIX_")
 
 
 class Slurm:
@@ -43,14 +49,15 @@ class Slurm:
         }
         lines = [f"#SBATCH {name}={value}" for name, value in asked.items() if value not in (None, "")]
         # Where a node fails too.
-        lines += ["#SBATCH --requeue", *(f"#SBATCH {one}" for one in job.ask)]
+        lines += ["#SBATCH --requeue", *(f"#SBATCH {_quoted(one)}" for one in job.ask)]
         parts = [
             "#!/bin/bash\n"
             f"# Train with {job.ranks} rank(s) on {job.nodes} node(s){_series(job, len(tasks))}. Written by:\n"
             f"# {command}\n"
             "# Submit it by sbatch from a folder that all nodes see; further options of psmpi train may follow its "
             "name.\n" + "\n".join(lines),
-            "set -euo pipefail",
+            # Scripts of modules and environments, conda's too, use variables that are not set.
+            "set -eo pipefail",
             self._environment(job),
             self._task(job, tasks),
             self._train(job, options, bool(tasks)),
@@ -74,7 +81,7 @@ class Slurm:
                 "# Kernels are compiled once a node, and kept on a disk of its own.",
                 'export CUPY_CACHE_DIR="${TMPDIR:-/tmp}/psmpi-cupy-$UID"',
             ]
-        return "\n".join(lines)
+        return "\n".join([*lines, "set -u"])
 
     def _task(self, job: Job, tasks: Sequence[tuple[str, Sequence[str]]]) -> str:
         if not tasks:
@@ -109,7 +116,10 @@ class Slurm:
     def submit(self, path: Path) -> str:
         """Submit a script; what sbatch says. UserError where there is no sbatch, or it refuses."""
         try:
-            done = subprocess.run(["sbatch", str(path)], capture_output=True, text=True, check=False)
+            done = subprocess.run(
+                ["sbatch", str(path)], env=submitting(os.environ, path.read_text()), capture_output=True, text=True,
+                check=False,
+            )  # fmt: skip
         except OSError as error:
             raise UserError(
                 f"sbatch cannot be started ({error.strerror}): submit where SLURM is, or look at the script (--dry-run)"
@@ -118,6 +128,29 @@ class Slurm:
             said = " ".join(done.stderr.split()) or f"status {done.returncode}"
             raise UserError(f"sbatch does not take {path}: {said}")
         return done.stdout.strip()
+
+
+def submitting(environ: Mapping[str, str], script: str) -> dict[str, str]:
+    """An environment to submit a script in: without what would speak for the script, or for the job around it.
+
+    sbatch takes its variables before the directives of a script, and hands on all others: inside a job, those that tell
+    srun how that job's steps are bound and spread.
+    """
+    asked = {name.upper().replace("-", "_") for name in re.findall(r"^#SBATCH --([\w-]+)", script, re.MULTILINE)}
+    spoiling = {f"SBATCH_{VARIABLES.get(name, name)}" for name in asked}
+    around = "SLURM_JOB_ID" in environ
+    return {
+        name: value
+        for name, value in environ.items()
+        if name not in spoiling and not (around and name.startswith(OF_JOB) and name != "SLURM_CONF")
+    }
+
+
+def _quoted(option: str) -> str:
+    """An option of sbatch whose value may have spaces, as a directive."""
+    name, equals, value = option.partition("=")
+    spaced = equals and re.search(r"\s", value) and not re.search(r"\s", name)
+    return f"{name}={shlex.quote(value)}" if spaced else option
 
 
 def _series(job: Job, tasks: int) -> str:

@@ -11,9 +11,11 @@ import pytest
 from helpers import cuda_host
 from helpers.paths import FAKE, ROOT
 
+from psmpi import train
 from psmpi.errors import UserError
 from psmpi.submit.__main__ import submit
 from psmpi.submit.job import Job, seconds
+from psmpi.submit.slurm import submitting
 
 SCRIPTS = sorted((ROOT / "jobs").glob("*.sh"))
 TRAINING = ("--", "--dataset", "digits", "--epochs", "2")
@@ -125,6 +127,60 @@ def test_a_job_is_submitted(standing_in, capsys):
         submit(["--name", "mine", *TRAINING])
 
 
+def test_where_no_script_can_be_written_the_error_says_so(standing_in):
+    (standing_in / "file").touch()
+    for path in (".", "file/job.sh"):
+        with pytest.raises(UserError, match=rf"--script {re.escape(path)}: .*: name a file that can be written"):
+            submit(["--script", path, *TRAINING])
+    assert not (standing_in / "told").exists()
+
+
+def test_an_environment_that_is_not_there_is_named(standing_in):
+    with pytest.raises(UserError, match="--activate none/activate: no such file"):
+        submit(["--activate", "none/activate", *TRAINING])
+
+
+def test_that_a_job_goes_on_with_a_run_is_told(standing_in, capsys):
+    assert train.main(["--dataset", "digits", "--epochs", "1", "--out", "runs/mine/seed=1"]) == 0
+    for words, says in ((("--seeds", "2"), "goes on with the run"), ((), "trains"), (("--seeds", "1"), "trains")):
+        assert submit(["--name", "mine", *words, *TRAINING]) == 0
+        assert f"it {says} in runs/mine\n" in capsys.readouterr().out
+
+
+def test_the_script_holds_whatever_the_shell_has_set(monkeypatch):
+    """Variables of sbatch go before a script's directives, those of a job around go on to srun."""
+    text = "#!/bin/bash\n#SBATCH --time=01:00:00\n#SBATCH --array=0-3\n#SBATCH --requeue\n"
+    shell = {"PATH": "/bin", "SBATCH_ACCOUNT": "me", "SLURM_CONF": "/c", "SLURM_CPU_BIND": "none"}
+    spoiling = {"SBATCH_TIMELIMIT": "7", "SBATCH_ARRAY_INX": "9", "SBATCH_NO_REQUEUE": "1"}
+    assert submitting({**shell, **spoiling}, text) == shell
+    around = {"SLURM_JOB_ID": "1", "SLURM_RESTART_COUNT": "999", "SRUN_DEBUG": "3", "PMI_RANK": "0"}
+    del shell["SLURM_CPU_BIND"]
+    assert submitting({**shell, **around, "SLURM_CPU_BIND": "none"}, text) == shell
+
+
+def test_scripts_of_environments_may_use_variables_that_are_not_set(script, standing_in, capsys):
+    (standing_in / "activate").write_text('export FOUND="$NOWHERE_SET.it"\n')
+    assert submit(["--activate", "activate", "--dry-run", *TRAINING]) == 0
+    text = capsys.readouterr().out.replace("\nsrun", '\necho "$FOUND"\nsrun')
+    assert run_script(text, standing_in).stdout == ".it\n"
+
+
+def test_options_on_the_wrong_side_are_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for words, says in (
+        (("--dataset", "digits"), "--dataset is an option of training: write it behind --"),
+        (("--", "--ranks", "3"), "--ranks is an option of the job: write it before --"),
+    ):
+        with pytest.raises(SystemExit):
+            submit(words)
+        assert says in capsys.readouterr().err
+
+
+def test_a_value_of_sbatch_may_have_spaces(script):
+    text = script("--ask=--comment=two words")
+    assert "#SBATCH --comment='two words'\n" in text
+
+
 def test_what_sbatch_says_is_passed_on(standing_in):
     (standing_in / "refuse").touch()
     with pytest.raises(UserError, match=r"sbatch does not take psmpi\.sh: sbatch: error: invalid partition"):
@@ -199,11 +255,18 @@ def test_time_limits_are_those_of_slurm(text, seconds_):
         (("--grid", "none.toml"), "--grid none.toml: No such file"),
         (("--grid", "grid.toml"), r"lr = 0.1: write a list of values: lr = \[...\]"),
         (("--ask", "a\nb"), "of one line each"),
+        (("--script", "a\ntouch b"), "of one line each"),
+        (("--ask", "mail-type=END"), "is no option of the batch system"),
+        (("--partition", "a b"), "--partition 'a b': write it without spaces"),
+        (("--grid", "twice.toml"), r"would share the run directory dataset=x\.npz"),
+        (("--grid", "own.toml"), "--out is the job's own"),
     ],
 )
 def test_what_makes_no_job_is_named(tmp_path, monkeypatch, words, says):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "grid.toml").write_text("lr = 0.1\n")
+    (tmp_path / "twice.toml").write_text('dataset = ["a/x.npz", "b/x.npz"]\n')
+    (tmp_path / "own.toml").write_text('out = ["a", "b"]\n')
     with pytest.raises(UserError, match=says):
         submit([*words, "--dry-run", *TRAINING])
 
@@ -222,10 +285,16 @@ def test_values_of_a_grid_are_words(tmp_path, monkeypatch):
         (("--resume", "auto"), "--resume is the job's own"),
         (("--threads", "2"), "--threads is the job's own: --cores"),
         (("--momentum", "0.5"), "momentum"),
+        (("--local-steps", "1"), "--local-steps is of --method"),
+        (("--dataset", "digitz"), "did you mean digits"),
+        (("--save-signal", "USR2"), "--save-signal USR2: a job is warned by USR1"),
+        (("--config", "other.toml"), "--save-signal XCPU: a job is warned by USR1"),
+        (("--data-dir", "a\ntouch b\n#"), "of one line each"),
     ],
 )
 def test_training_that_could_not_start_is_not_submitted(tmp_path, monkeypatch, options, says):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "other.toml").write_text('[run]\nsave_signal = "XCPU"\n')
     with pytest.raises(UserError, match=says):
         submit(["--dry-run", "--", *options])
 
