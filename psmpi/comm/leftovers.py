@@ -23,6 +23,9 @@ SEGMENT = re.compile(
 # The session folder of an Open MPI launcher, whose process number it has, and of a single process.
 SESSION = re.compile(r"ompi\.(?P<pid>\d+)")
 SINGLE = re.compile(r"ompi\.(?P<host>.+)\.\d+")
+ANY = re.compile(".*", re.DOTALL)
+NUMBER = re.compile(r"[0-9]+")
+PROCESSES = "/proc"
 # Seconds between the making of a segment and its use by the process that makes it, at most.
 YOUNG = 2.0
 
@@ -35,38 +38,52 @@ def remove_leftovers(memory: Path = Path("/dev/shm"), folder: Path | None = None
     container that shares /dev/shm is not seen: what it uses already it goes on using, as a file that is removed stays
     with those that have it open; and what has another host's name stays.
     """
-    folder = folder or Path(tempfile.gettempdir())
-    segments = [one for one in _mine(memory) if (of := SEGMENT.fullmatch(one.name)) and _here(of["host"])]
-    found = list(_mine(folder))
-    sessions = [one for one in found if SESSION.fullmatch(one.name) and _told_here(one)]
-    single = [one for one in found if (of := SINGLE.fullmatch(one.name)) and _here(of["host"])]
-    # Each has folders of its jobs, by their numbers.
-    jobs = [job for one in single for part in _mine(one) for job in _mine(part) if job.name.isdigit()]
-    if not (segments or sessions or jobs):
+    if not os.path.isdir(PROCESSES):
+        # Nobody could be seen to live.
+        return 0, 0
+    # Processes are told to have files open by paths without links.
+    memory, folder = memory.resolve(), (folder or Path(tempfile.gettempdir())).resolve()
+    segments = [(one, of["job"], found) for one, of, found in _mine(memory, SEGMENT) if _here(of["host"])]
+    sessions = [one for one, _, _ in _mine(folder, SESSION) if _told_here(one)]
+    single = [one for one, of, _ in _mine(folder, SINGLE) if _here(of["host"])]
+    if not (segments or sessions):
         return 0, 0
     used = set(_used())
     count = nbytes = 0
-    for one in segments:
-        if str(one) not in used:
+    ended: set[str | None] = set()
+    for one, job, found in segments:
+        # A rank of this job that is ahead may have removed it, and made its own of that name.
+        if str(one) not in used and _same(one, found):
             with contextlib.suppress(OSError):
-                size = one.stat(follow_symlinks=False).st_size
                 one.unlink()
-                count, nbytes = count + 1, nbytes + size
-    alive = {of["job"] for path in used if (of := SEGMENT.fullmatch(os.path.basename(path)))}
+                count, nbytes = count + 1, nbytes + found.st_size
+                ended.add(job)
     dead = [one for one in sessions if not _living(int(one.name.partition(".")[2]), one, used)]
-    for session in (*dead, *(job for job in jobs if f"{int(job.name):x}" not in alive)):
+    # A single process has a folder of its job, by its number. It may live without shared memory.
+    jobs = [job for one in single for part, _, _ in _mine(one) for job, _, _ in _mine(part, NUMBER)]
+    for session in (*dead, *(job for job in jobs if f"{int(job.name):x}" in ended)):
         shutil.rmtree(session, ignore_errors=True)
     return count, nbytes
 
 
-def _mine(folder: Path) -> Iterator[Path]:
-    """The files and folders in a folder that are this user's, no links, and not just made."""
+def _mine(folder: Path, names: re.Pattern[str] = ANY) -> Iterator[tuple[Path, re.Match[str], os.stat_result]]:
+    """The files and folders of such names in a folder that are this user's, no links, and not just made."""
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
+            if (of := names.fullmatch(entry.name)) is None:
+                continue
             with contextlib.suppress(OSError):
                 found = entry.stat(follow_symlinks=False)
                 if found.st_uid == os.getuid() and not entry.is_symlink() and time.time() - found.st_ctime > YOUNG:
-                    yield Path(entry.path)
+                    yield Path(entry.path), of, found
+
+
+def _same(path: Path, before: os.stat_result) -> bool:
+    """Whether a file is still that which was found."""
+    with contextlib.suppress(OSError):
+        now = path.stat(follow_symlinks=False)
+        return (now.st_ino, now.st_ctime_ns) == (before.st_ino, before.st_ctime_ns)
+    return False
 
 
 def _here(host: str | None) -> bool:
@@ -77,19 +94,19 @@ def _here(host: str | None) -> bool:
 
 def _told_here(session: Path) -> bool:
     """Whether a launcher's session folder is of this host, which the names in it tell."""
-    names = [one.name.split(".") for one in _mine(session)]
+    names = [one.name.split(".") for one, _, _ in _mine(session)]
     return any(name[0] == "pmix" and _here(".".join(name[1:-1])) for name in names if name[-1] == "tool")
 
 
 def _processes() -> Iterable[int]:
-    return (int(name) for name in os.listdir("/proc") if name.isdigit())
+    return (int(name) for name in os.listdir(PROCESSES) if name.isdigit())
 
 
 def _used() -> Iterator[str]:
     """The files that living processes have in their memory."""
     for pid in _processes():
         # Another user's process, or one that has ended.
-        with contextlib.suppress(OSError), open(f"/proc/{pid}/maps", encoding="utf-8", errors="replace") as maps:
+        with contextlib.suppress(OSError), open(f"{PROCESSES}/{pid}/maps", encoding="utf-8", errors="replace") as maps:
             for line in maps:
                 path = line.rstrip("\n").split(maxsplit=5)
                 if len(path) == 6 and path[5].startswith("/"):
@@ -98,4 +115,4 @@ def _used() -> Iterator[str]:
 
 def _living(pid: int, session: Path, used: Iterable[str]) -> bool:
     """Whether a launcher lives, or ranks that outlive it use files of its session folder."""
-    return os.path.exists(f"/proc/{pid}") or any(path.startswith(f"{session}/") for path in used)
+    return os.path.exists(f"{PROCESSES}/{pid}") or any(path.startswith(f"{session}/") for path in used)

@@ -90,14 +90,58 @@ def test_ranks_that_outlive_their_launcher_keep_its_session(places, dead):
 
 
 def test_sessions_of_single_processes_go_with_their_segments(places):
+    """One that has none may live: without shared memory, as with OMPI_MCA_btl=self."""
     memory, folder = places
-    segments(memory, f"sm_segment.{HERE}.{USER}.12410000.0")
+    segments(memory, *(f"sm_segment.{HERE}.{USER}.{job}.0" for job in ("12410000", "12420000")))
     of = folder / f"ompi.{HERE}.{USER}" / "jf.0"
-    for job in (0x12410000, 0x12420000):
+    for job in (0x12410000, 0x12420000, 0x12430000):
         (of / str(job) / "0").mkdir(parents=True)
     with open(memory / f"sm_segment.{HERE}.{USER}.12410000.0", "r+b") as file, mmap.mmap(file.fileno(), 4096):
         remove_leftovers(memory, folder)
-    assert os.listdir(of) == [str(0x12410000)]
+    assert sorted(os.listdir(of)) == [str(0x12410000), str(0x12430000)]
+
+
+def test_a_segment_that_another_rank_has_made_anew_stays(places, monkeypatch):
+    """It was ahead: removed that of the dead, and made its own of that name, after this rank had looked."""
+    memory, folder = places
+    segments(memory, "mpich_shm_10_0")
+    look = leftovers._used
+
+    def slowly():
+        found = list(look())
+        (memory / "mpich_shm_10_0").unlink()
+        segments(memory, "mpich_shm_10_0")
+        return found
+
+    monkeypatch.setattr(leftovers, "_used", slowly)
+    assert remove_leftovers(memory, folder) == (0, 0)
+    assert (memory / "mpich_shm_10_0").exists()
+
+
+def test_what_is_in_use_is_known_under_its_place_s_other_name(places):
+    """As where /dev/shm is a link to /run/shm."""
+    memory, folder = places
+    (folder / "link").symlink_to(memory)
+    segments(memory, "mpich_shm_10_0")
+    with open(memory / "mpich_shm_10_0", "r+b") as file, mmap.mmap(file.fileno(), 4096):
+        assert remove_leftovers(folder / "link", folder) == (0, 0)
+    assert remove_leftovers(folder / "link", folder) == (1, 4096)
+
+
+def test_nothing_goes_where_processes_cannot_be_seen(places, dead, monkeypatch):
+    memory, folder = places
+    segments(memory, "mpich_shm_10_0")
+    one = session(folder, dead)
+    monkeypatch.setattr(leftovers, "PROCESSES", str(folder / "none"))
+    assert remove_leftovers(memory, folder) == (0, 0)
+    assert one.exists() and os.listdir(memory) == ["mpich_shm_10_0"]
+
+
+def test_other_files_of_a_full_folder_are_not_looked_at(places, monkeypatch):
+    memory, folder = places
+    segments(memory, *(f"x{k}" for k in range(100)))
+    monkeypatch.setattr(leftovers.os, "getuid", lambda: pytest.fail("looked at"))
+    assert remove_leftovers(memory, folder) == (0, 0)
 
 
 def test_no_such_folders(tmp_path):
