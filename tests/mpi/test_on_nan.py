@@ -5,7 +5,7 @@ from unittest import mock
 import h5py
 import numpy as np
 import pytest
-from helpers.runs import run
+from helpers.runs import launch, run
 
 from psmpi.checkpoint import available, newest
 from psmpi.config import check
@@ -83,6 +83,15 @@ def test_a_rate_beyond_all_bounds_ends_in_every_mode(tmp_path, method, mode, ran
     assert finite(tmp_path / "run")
     if mode == "rollback":
         assert told.count("back to the start, step 0, and on with 0.") == 3 and "went back 3 times" in said
+
+
+def test_processes_go_back_together_too(tmp_path):
+    """Ranks that are processes, with real messages under way where one of them finds what is not finite."""
+    options = ("--lr", "1e38", "--optimizer", "sgd", "--clip", "0", "--epochs", "2", "--batch-size", "100")
+    words = ("-m", "psmpi.train", "--out", tmp_path / "run", *options, "--on-nan", "rollback")
+    status, stdout, stderr = launch(3, *words, timeout=120)
+    assert status == 1 and " ".join(stdout.split()).count("back to the start, step 0, and on with 0.") == 3
+    assert "went back 3 times" in stderr and "Traceback" not in stderr
 
 
 @pytest.mark.parametrize("mode", ["stop", "skip"])

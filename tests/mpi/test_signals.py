@@ -77,6 +77,27 @@ def test_all_ranks_find_a_yes_at_the_same_call(ranks):
         assert len(set(found)) == 1 and 40 <= found[0] < 1000
 
 
+def test_an_answer_to_the_second_question_can_be_taken_back():
+    """All ranks hear it at the same call, and after it is forgotten only if it is said again; the first one stays."""
+
+    def work(world):
+        poll, heard = Poll(Control(world), seconds=0.01), []
+        for call in range(1500):
+            time.sleep(0.0001)
+            first, second = poll(call == 900 and world.rank == 0, call in (40, 500) and world.rank == 2)
+            if second:
+                heard.append(call)
+                poll.forget()
+            if first:
+                poll.close()
+                return [*heard, call]
+        raise AssertionError(f"heard at {heard}")
+
+    found = run_ranks(3, work, timeout=60)
+    assert found[0] == found[1] == found[2] and len(found[0]) == 3
+    assert 40 <= found[0][0] < 500 <= found[0][1] < 900 <= found[0][2]
+
+
 def test_sums_are_few_and_counted():
     def work(world):
         control = Control(world)
