@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -58,7 +59,7 @@ class Process(NamedTuple):
         """What can be seen of another process from here, in words; "" where it is out of sight."""
         if self.processes != other.processes or not other.start:
             return ""
-        state, start = _stat(other.pid)
+        state, start, _ = _fields(other.pid)
         # Z: nobody has taken notice of its end.
         if start != other.start or state in ("X", "Z"):
             return "its process has ended"
@@ -69,14 +70,23 @@ class Process(NamedTuple):
 
 def start_of(pid: int) -> str:
     """When a process was started, which tells it from a later one of the same number; "" where that is not known."""
-    return _stat(pid)[1]
+    return _fields(pid)[1]
 
 
-def _stat(pid: int) -> tuple[str, str]:
-    """State and start of a process, as /proc has them."""
+def _fields(pid: int | str) -> tuple[str, str, str]:
+    """State, start and parent of a process, as /proc has them."""
     # The name of the program, in brackets, may have blanks.
     fields = _read(f"/proc/{pid}/stat").rpartition(")")[2].split()
-    return (fields[0], fields[19]) if len(fields) > 19 else ("", "")
+    return (fields[0], fields[19], fields[1]) if len(fields) > 19 else ("", "", "")
+
+
+def wake_children() -> None:
+    """Let stopped children of this process go on, where /proc shows them: they end with what they read from it."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        state, _, parent = _fields(folder.name)
+        if parent == str(os.getpid()) and state == "T":
+            with contextlib.suppress(OSError):
+                os.kill(int(folder.name), signal.SIGCONT)
 
 
 def kill_later(processes: Sequence[Process], seconds: float = LATER) -> None:

@@ -1,4 +1,4 @@
-"""The watch of a rank: a thread that tells monitors what the rank does, and never calls MPI.
+"""The watch of a rank: a thread that tells monitors what the rank does, without MPI, which ends the job at most.
 
 Ranks 0 and a deputy, on another host where there is one, have a monitor. Messages go by datagrams, or by files of the
 run directory where none arrives. The thread neither raises into the training nor keeps the process alive.
@@ -39,12 +39,15 @@ from psmpi.comm.link import (
     unpack,
 )
 from psmpi.comm.monitor import LIMIT, Monitor, Patience, heartbeat, pack_flight
-from psmpi.comm.process import Process, kill_later, show_stacks
+from psmpi.comm.process import Process, kill_later, show_stacks, wake_children
 from psmpi.comm.stalls import to_table
+from psmpi.comm.world import abort
 
 # Seconds in which datagrams are tried before files; that a folder gets to take the flights; that the thread gets to
 # end; and after which a rank that has shown its stacks ends by itself.
 LOOK, WRITE, JOIN, LEFT = 3.0, 5.0, 5.0, 10.0
+# Seconds that the launcher gets to end a rank with the job.
+ENDED = 3.0
 # The file of flights in a run directory, and the folder of messages.
 FLIGHTS, FOLDER = "flight.jsonl", ".watch"
 
@@ -67,7 +70,7 @@ class Watch:
         datagrams: Datagrams,
         *,
         tell: Callable[[list[str]], None] | None = None,
-        leave: Callable[[int], Any] = os._exit,
+        leave: Callable[[int], Any] = abort,
         show: Callable[[int, int, str], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
         look: float = LOOK,
@@ -218,7 +221,7 @@ class Watch:
             elif message.kind == DUMP:
                 self._show(message.sender, message.body)
             elif message.kind == END:
-                self._end(message.body)
+                self._end(message.sender, message.body)
         elif self.monitor is not None:
             self.monitor.hear(message, self.clock())
 
@@ -230,15 +233,23 @@ class Watch:
                 with contextlib.suppress(OSError):
                     os.kill(other.pid, signal.SIGCONT)
             self.show(self.rank, self.size, self.host)
+            # The process that writes checkpoints, which nobody else would end.
+            wake_children()
         self.post(DUMPED, monitor)
 
-    def _end(self, body: bytes) -> None:
-        """End this process; silent ones of its host are killed if they do not end either, nor by the launcher."""
+    def _end(self, monitor: int, body: bytes) -> None:
+        """End the job, on the monitor that says so; on others it has some seconds, before they end by themselves.
+
+        Silent processes of this host are killed if the launcher does not.
+        """
         found = self._reachable(body)
         if found:
             with contextlib.suppress(OSError):
                 kill_later(found)
-        self.leave(1)
+        if monitor == self.rank:
+            self.leave(1)
+        else:
+            self.ends = min(self.ends, self.clock() + ENDED)
 
     def _reachable(self, body: bytes) -> list[Process]:
         """Those of the ranks in a message whose processes this one may send signals, as far as it is known."""

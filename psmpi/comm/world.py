@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import contextlib
 import errno
+import faulthandler
 import fcntl
 import os
 import socket
@@ -26,6 +27,8 @@ from psmpi.launcher import announced_rank, announced_size
 if TYPE_CHECKING:
     from psmpi.comm.protocol import Communicator, World
 
+# Seconds that MPI gets to end a job.
+PATIENCE = 2.0
 # Errors of files that are nobody's fault in this package.
 OUTSIDE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.ESTALE, errno.EIO)
 
@@ -246,6 +249,24 @@ def _end(message: str) -> int:
     finally:
         comm.Abort(1)
     return 1
+
+
+def abort(status: int) -> None:
+    """End the job at once, from any thread, whatever the main thread does.
+
+    By MPI where it takes calls of several threads: launchers then report this status, and not that of ranks that they
+    kill.
+    """
+    # A thread of its own, which needs no lock of Python's.
+    with contextlib.suppress(RuntimeError, ValueError, OSError):
+        faulthandler.dump_traceback_later(PATIENCE, exit=True, file=sys.__stderr__ or sys.stderr)
+    comm = _running()
+    if comm is not None and comm.size > 1:
+        from mpi4py import MPI
+
+        if MPI.Query_thread() == MPI.THREAD_MULTIPLE:
+            comm.Abort(status)
+    os._exit(status)
 
 
 def describe(error: BaseException) -> str:

@@ -63,7 +63,7 @@ raise SystemExit(psmpi.train.main())
 
 def ranks_of(out):
     """The process number of each rank of the run with this directory."""
-    found = {}
+    found, parents = {}, {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             words = (folder / "cmdline").read_bytes().split(b"\0")
@@ -75,8 +75,20 @@ def ranks_of(out):
         rank = variables.get(b"PMI_RANK", variables.get(b"OMPI_COMM_WORLD_RANK"))
         # Not the launcher, nor the processes between.
         if rank is not None and str(out).encode() in words and b"python" in Path(os.fsdecode(words[0])).name.encode():
-            found[int(rank)] = int(folder.name)
-    return found
+            found[int(folder.name)] = int(rank)
+            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+    # A process that a rank has just started looks like it.
+    return {rank: number for number, rank in found.items() if parents[number] not in found}
+
+
+def builder_of(number):
+    """The process beside a rank, that writes checkpoints."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent == number and b"psmpi.checkpoint.build" in (folder / "cmdline").read_bytes():
+                return int(folder.name)
+    return 0
 
 
 def begin(out, *options, warn=1, abort=3, program=("-m", "psmpi.train")):
@@ -165,6 +177,18 @@ def test_a_rank_that_gets_no_further_in_a_method_of_ones_own(tmp_path, monkeypat
     else:
         assert re.search(r"ranks? (0, 2 wait|[02] waits) in Wait\(Iallreduce\), call \d+ among ranks 0-2", err), err
         assert re.search(r"missing: Iallreduce, call \d+ among ranks 0-2 \(\w+\): not made by rank 1", err), err
+
+
+def test_a_stopped_writer_of_checkpoints_is_named_and_does_not_outlive_the_job(tmp_path):
+    process, ranks = begin(tmp_path / "run", warn=1, abort=3)
+    builder, end = 0, time.monotonic() + 30
+    while not builder and time.monotonic() < end:
+        builder = builder_of(ranks[0])
+    os.kill(builder, signal.SIGSTOP)
+    status, _, err = finish(process, 90)
+    assert status == 1 and culprits(err) == [0], err
+    assert re.search(r"rank 0 on \S+ is in waiting for the process that writes the checkpoint", err), err
+    assert gone([builder, *ranks.values()], 30)
 
 
 def test_a_stopped_rank_that_goes_on_costs_a_warning(tmp_path):
