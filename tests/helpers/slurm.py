@@ -130,6 +130,8 @@ class Cluster:
     def again(self, job):
         """Start a requeued job at once: by itself SLURM would wait two minutes."""
         self.wait(job, 60, ("PENDING",))
+        # One that starts in the second in which it was stopped slurmd takes for the one that it has killed.
+        time.sleep(2)
         end = time.monotonic() + 60
         while self.show(job, "JobState") == "PENDING":
             assert time.monotonic() < end, self.run("scontrol", "show", "job", job).stdout

@@ -39,8 +39,7 @@ import signal
 if os.path.exists({file!r}) and os.environ.get("SLURM_PROCID") == "1":
     child = os.fork()
     if child:
-        for number in (signal.SIGUSR1, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         time.sleep(1)
         os._exit(status)
