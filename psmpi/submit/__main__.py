@@ -67,7 +67,9 @@ def submit(argv: Sequence[str]) -> int:
         activate=activate,
         mpi=_interface() if job.mpi == "auto" else job.mpi,
     )
-    text = scheduler.script(complete, options, shlex.join(["psmpi", "submit", *argv]))
+    # Without a script that makes it, the name may be another Python's there.
+    python = "python" if activate or job.activate is not None else sys.executable
+    text = scheduler.script(complete, options, shlex.join(["psmpi", "submit", *argv]), python)
     if job.dry_run:
         tell(text.rstrip("\n"))
         return 0
@@ -96,11 +98,15 @@ def _check_training(job: Job, options: Sequence[str]) -> None:
     from psmpi.train import parse
 
     tasks = job.tasks() or [("", [])]
-    taken = (given_names(options, file=False) | given_names(tasks[0][1], file=False)) & {"out", "resume", "threads"}
+    given, of_tasks = given_names(options, file=False), given_names(tasks[0][1], file=False)
+    taken = (given | of_tasks) & {"out", "resume", "threads"}
     if taken:
         name = sorted(taken)[0]
         fix = {"threads": "--cores, before --,", "out": "--name, before --,", "resume": "the run directory, runs/NAME,"}
         raise UserError(f"--{name} is the job's own: {fix[name]} says it; leave it out")
+    if twice := given & of_tasks:
+        array = "--grid" if job.grid else "--seeds"
+        raise UserError(f"{array} says --{sorted(twice)[0].replace('_', '-')} of each job: leave it out behind --")
     # Seeds differ in nothing that could be refused.
     for folder, words in tasks[:1] if job.seeds else tasks:
         argv = [*options, "--out", str(Path("runs") / job.name / folder), "--resume", "auto", *words]

@@ -28,8 +28,11 @@ OF_JOB = ("SLURM_", "SRUN_", "PMI_", "PMIX_")
 class Slurm:
     """The batch system SLURM, by its command sbatch."""
 
-    def script(self, job: Job, options: Sequence[str], command: str) -> str:
-        """The text of a script that trains with these options of psmpi train; command: what wrote it."""
+    def script(self, job: Job, options: Sequence[str], command: str, python: str = "python") -> str:
+        """The text of a script that trains with these options of psmpi train.
+
+        command: what wrote it; python: name or path of the interpreter.
+        """
         tasks = job.tasks()
         asked = {
             "--job-name": job.name,
@@ -60,7 +63,7 @@ class Slurm:
             "set -eo pipefail",
             self._environment(job),
             self._task(job, tasks),
-            self._train(job, options, bool(tasks)),
+            self._train(job, options, bool(tasks), python),
         ]
         return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -94,13 +97,14 @@ class Slurm:
             'read -ra task <<< "${tasks[SLURM_ARRAY_TASK_ID]}"'
         )
 
-    def _train(self, job: Job, options: Sequence[str], array: bool) -> str:
+    def _train(self, job: Job, options: Sequence[str], array: bool, python: str) -> str:
         # The job's number does not stand in it: another job of this name goes on with the run.
         out = f'"runs/{job.name}/${{task[0]}}"' if array else f"runs/{job.name}"
         number = '"${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"' if array else '"$SLURM_JOB_ID"'
         words = [*map(shlex.quote, options), "--threads", str(job.cores), "--out", out, "--resume", "auto"]
         words += ['"${task[@]:1}"'] * array + ['"$@"']
-        command = _wrapped(["srun", "--kill-on-bad-exit=0", f"--wait={PATIENCE}", "python", "-m", "psmpi.train"], words)
+        start = ["srun", "--kill-on-bad-exit=0", f"--wait={PATIENCE}", shlex.quote(python), "-m", "psmpi.train"]
+        command = _wrapped(start, words)
         if not job.requeue:
             return command
         return (

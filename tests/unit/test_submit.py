@@ -165,6 +165,13 @@ def test_scripts_of_environments_may_use_variables_that_are_not_set(script, stan
     assert run_script(text, standing_in).stdout == ".it\n"
 
 
+def test_a_python_of_no_environment_is_named_by_its_path(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "prefix", sys.base_prefix)
+    assert submit(["--dry-run", *TRAINING]) == 0
+    assert f" {sys.executable} -m psmpi.train" in capsys.readouterr().out
+
+
 def test_options_on_the_wrong_side_are_told(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for words, says in (
@@ -259,6 +266,7 @@ def test_time_limits_are_those_of_slurm(text, seconds_):
         (("--ask", "mail-type=END"), "is no option of the batch system"),
         (("--partition", "a b"), "--partition 'a b': write it without spaces"),
         (("--grid", "twice.toml"), r"would share the run directory dataset=x\.npz"),
+        (("--grid", "epochs.toml"), "--grid says --epochs of each job"),
         (("--grid", "own.toml"), "--out is the job's own"),
     ],
 )
@@ -266,6 +274,7 @@ def test_what_makes_no_job_is_named(tmp_path, monkeypatch, words, says):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "grid.toml").write_text("lr = 0.1\n")
     (tmp_path / "twice.toml").write_text('dataset = ["a/x.npz", "b/x.npz"]\n')
+    (tmp_path / "epochs.toml").write_text("epochs = [1, 2]\n")
     (tmp_path / "own.toml").write_text('out = ["a", "b"]\n')
     with pytest.raises(UserError, match=says):
         submit([*words, "--dry-run", *TRAINING])
