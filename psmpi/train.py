@@ -84,7 +84,7 @@ def _parse(argv: list[str]) -> tuple[Config, str]:
 
 def _main(argv: list[str]) -> int:
     from psmpi.comm.control import Control
-    from psmpi.comm.flight import recorded
+    from psmpi.comm.watch.flight import recorded
     from psmpi.comm.world import start
 
     world = recorded(start())
@@ -160,7 +160,7 @@ def _train(world: World, control: Control, config: Config, own: str, layers: str
 
     from psmpi import checkpoint
     from psmpi.comm.signals import StopSignals
-    from psmpi.comm.watch import watched
+    from psmpi.comm.watch.watch import watched
     from psmpi.comm.world import host, library, local_rank
     from psmpi.config import to_toml, without_anew
     from psmpi.output import Screen

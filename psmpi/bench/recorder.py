@@ -36,8 +36,8 @@ def recorder(config: Config, json: bool = False) -> int:
 
     from psmpi.backend import make_backend
     from psmpi.comm.control import Control
-    from psmpi.comm.flight import recorded
-    from psmpi.comm.watch import watched
+    from psmpi.comm.watch.flight import recorded
+    from psmpi.comm.watch.watch import watched
     from psmpi.comm.world import host, start
     from psmpi.config import check
     from psmpi.data import Batch, open_dataset
@@ -128,7 +128,7 @@ class Idle:
 
 def call_times(repeats: int = 200, calls: int = 500) -> dict[str, float]:
     """Microseconds that recording adds to a call, and to a request with its wait."""
-    from psmpi.comm.flight import Flight, Recorded
+    from psmpi.comm.watch.flight import Flight, Recorded
 
     buffer, plain = np.zeros(8), Idle()
     kept: Any = Recorded(plain, Flight(), "idle", (0, 1))

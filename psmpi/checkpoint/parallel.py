@@ -18,8 +18,8 @@ from psmpi.checkpoint.contents import Contents
 from psmpi.checkpoint.format import FORMAT, HEADER, as_data, chunk_of, filters, partial_of
 from psmpi.checkpoint.selection import Ranges, Slab, find_parts
 from psmpi.checkpoint.tensors import Tensor
-from psmpi.comm.flight import bare
 from psmpi.comm.protocol import Communicator
+from psmpi.comm.watch.flight import bare
 from psmpi.layout import Ownership, TableRows, copy_runs
 
 

@@ -6,9 +6,9 @@ import time
 
 import numpy as np
 
-from psmpi.comm.flight import flight_of
 from psmpi.comm.group import Counter
 from psmpi.comm.protocol import Request, World
+from psmpi.comm.watch.flight import flight_of
 
 
 class Control:

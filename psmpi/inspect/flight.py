@@ -12,8 +12,8 @@ from rich.table import Table
 from rich.text import Text
 from tyro.conf import Positional, arg
 
-from psmpi.comm.stalls import SILENT, Operation, Rank, describe, diagnose, from_table, seconds
-from psmpi.comm.watch import FLIGHTS
+from psmpi.comm.watch.stalls import SILENT, Operation, Rank, describe, diagnose, from_table, seconds
+from psmpi.comm.watch.watch import FLIGHTS
 from psmpi.errors import DamagedError, UserError
 from psmpi.inspect.output import print_json, size_text
 from psmpi.output import Screen

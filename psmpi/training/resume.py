@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from psmpi import checkpoint
 from psmpi.checkpoint import Contents
-from psmpi.comm.flight import flight_of
+from psmpi.comm.watch.flight import flight_of
 from psmpi.config import Config, changes, from_toml, read_file
 from psmpi.data import Dataset, Identity, differences
 from psmpi.errors import UserError, counted, expanded

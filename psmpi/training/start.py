@@ -25,7 +25,7 @@ from psmpi.training.resume import compare, noting
 
 if TYPE_CHECKING:
     from psmpi.comm.control import Control
-    from psmpi.comm.flight import Flight
+    from psmpi.comm.watch.flight import Flight
     from psmpi.config import Config
 
 

@@ -5,13 +5,13 @@ import time
 import numpy as np
 import pytest
 
-from psmpi.comm import flight
 from psmpi.comm.allreduce import doubling
 from psmpi.comm.control import Control, Poll
-from psmpi.comm.flight import BYTES, ENDED, NAME, NUMBER, PEER, ROOM, STEP, Flight, Recorded, recorded, spans
 from psmpi.comm.group import Counter, Group
 from psmpi.comm.protocol import Communicator, World
-from psmpi.comm.stalls import from_table, to_table
+from psmpi.comm.watch import flight
+from psmpi.comm.watch.flight import BYTES, ENDED, NAME, NUMBER, PEER, ROOM, STEP, Flight, Recorded, recorded, spans
+from psmpi.comm.watch.stalls import from_table, to_table
 from psmpi.testing import run_ranks
 
 

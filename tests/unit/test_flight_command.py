@@ -6,9 +6,9 @@ import random
 import pytest
 from helpers.runs import run
 
-from psmpi.comm.flight import Flight
-from psmpi.comm.stalls import to_table
-from psmpi.comm.watch import FLIGHTS, write_flights
+from psmpi.comm.watch.flight import Flight
+from psmpi.comm.watch.stalls import to_table
+from psmpi.comm.watch.watch import FLIGHTS, write_flights
 from psmpi.config import Config, check, from_toml, to_toml, without_anew
 from psmpi.testing import run_program
 

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from psmpi.comm.flight import Flight
-from psmpi.comm.stalls import (
+from psmpi.comm.watch.flight import Flight
+from psmpi.comm.watch.stalls import (
     BUSY,
     COMPUTING,
     SILENT,

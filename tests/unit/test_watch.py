@@ -15,8 +15,8 @@ from types import SimpleNamespace
 import pytest
 
 from psmpi.comm.control import Control
-from psmpi.comm.flight import NO_GROUP, Flight, recorded
-from psmpi.comm.link import (
+from psmpi.comm.watch.flight import NO_GROUP, Flight, recorded
+from psmpi.comm.watch.link import (
     ASK,
     BEAT,
     BYE,
@@ -32,11 +32,11 @@ from psmpi.comm.link import (
     own_addresses,
     pack,
 )
-from psmpi.comm.link import unpack as unpack_message
-from psmpi.comm.monitor import HEARTBEAT, Patience, heartbeat, pack_flight, unpack_flight
-from psmpi.comm.process import Process, show_stacks, start_of, wake_children
-from psmpi.comm.stalls import to_table
-from psmpi.comm.watch import FLIGHTS, FOLDER, Watch, watched, write_flights
+from psmpi.comm.watch.link import unpack as unpack_message
+from psmpi.comm.watch.monitor import HEARTBEAT, Patience, heartbeat, pack_flight, unpack_flight
+from psmpi.comm.watch.process import Process, show_stacks, start_of, wake_children
+from psmpi.comm.watch.stalls import to_table
+from psmpi.comm.watch.watch import FLIGHTS, FOLDER, Watch, watched, write_flights
 from psmpi.inspect.flight import read_flights
 from psmpi.testing import run_ranks
 
@@ -338,9 +338,9 @@ def test_the_first_address_that_answers_is_taken(job):
 
 def test_a_folder_that_does_not_answer_holds_up_nobody(job, tmp_path, monkeypatch):
     """The stall is told, and the job ends, though the flights cannot be written."""
-    monkeypatch.setattr("psmpi.comm.watch.WRITE", 0.05)
+    monkeypatch.setattr("psmpi.comm.watch.watch.WRITE", 0.05)
     free = threading.Event()
-    monkeypatch.setattr("psmpi.comm.watch.write_flights", lambda folder, tables: free.wait(30))
+    monkeypatch.setattr("psmpi.comm.watch.watch.write_flights", lambda folder, tables: free.wait(30))
     job = job()
     stop(job, 2)
     job.run(45, stopped=[2])

@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from psmpi.comm.flight import Flight, spans
-from psmpi.comm.link import ASK, BEAT, BYE, DUMP, DUMPED, END, FLIGHT, LONGEST, Message
-from psmpi.comm.stalls import (
+from psmpi.comm.watch.flight import Flight, spans
+from psmpi.comm.watch.link import ASK, BEAT, BYE, DUMP, DUMPED, END, FLIGHT, LONGEST, Message
+from psmpi.comm.watch.stalls import (
     BUSY,
     COMPUTING,
     GONE,

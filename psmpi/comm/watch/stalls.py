@@ -7,7 +7,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from psmpi.comm.flight import BEGUN, BYTES, ENDED, GROUP, NAME, NO_GROUP, NUMBER, PEER, STEP, Flight, ranges, spans
+from psmpi.comm.watch.flight import (
+    BEGUN,
+    BYTES,
+    ENDED,
+    GROUP,
+    NAME,
+    NO_GROUP,
+    NUMBER,
+    PEER,
+    STEP,
+    Flight,
+    ranges,
+    spans,
+)
 
 # What a rank is doing. SILENT: nothing is heard of it; GONE: it has ended the training; UNWATCHED: never heard of.
 SILENT, COMPUTING, WAITING, BUSY, GONE, UNWATCHED = "silent", "computing", "waiting", "busy", "gone", "unwatched"

@@ -19,8 +19,8 @@ from typing import Any
 
 from psmpi import output
 from psmpi.comm.control import Control
-from psmpi.comm.flight import Flight
-from psmpi.comm.link import (
+from psmpi.comm.watch.flight import Flight
+from psmpi.comm.watch.link import (
     ANSWER,
     ASK,
     BEAT,
@@ -38,9 +38,9 @@ from psmpi.comm.link import (
     pack,
     unpack,
 )
-from psmpi.comm.monitor import LIMIT, Monitor, Patience, heartbeat, pack_flight
-from psmpi.comm.process import Process, kill_later, show_stacks, wake_children
-from psmpi.comm.stalls import to_table
+from psmpi.comm.watch.monitor import LIMIT, Monitor, Patience, heartbeat, pack_flight
+from psmpi.comm.watch.process import Process, kill_later, show_stacks, wake_children
+from psmpi.comm.watch.stalls import to_table
 from psmpi.comm.world import abort
 
 # Seconds in which datagrams are tried before files; that a folder gets to take the flights; that the thread gets to

@@ -1,0 +1,1 @@
+"""What each rank does, and the naming of ranks that stand still: records, heartbeats, and who waits for whom."""
