@@ -37,6 +37,7 @@ class StopSignals:
         self.before: dict[signal.Signals, Callable[[int, FrameType | None], Any] | int | None] = {}
         # The numbers of all signals, as soon as they come, whatever the main thread does.
         self.pipe: socket.socket | None = None
+        self.woken = -1
 
     def __bool__(self) -> bool:
         return bool(self.name)
@@ -47,14 +48,14 @@ class StopSignals:
             self.before = {one: signal.signal(one, self._note) for one in heeded}
             self.pipe, heard = socket.socketpair()
             self.pipe.setblocking(False)
-            signal.set_wakeup_fd(self.pipe.fileno(), warn_on_full_buffer=False)
+            self.woken = signal.set_wakeup_fd(self.pipe.fileno(), warn_on_full_buffer=False)
             threading.Thread(target=self._listen, args=(heard, set(self.before)), daemon=True).start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._restore()
         if self.pipe is not None:
-            signal.set_wakeup_fd(-1)
+            signal.set_wakeup_fd(self.woken)
             self.pipe.close()
             self.pipe = None
 

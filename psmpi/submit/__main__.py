@@ -117,6 +117,11 @@ def _check_training(job: Job, options: Sequence[str]) -> None:
                 _tell_of_halves([], options)
             raise
         check(config, given_names(argv, file=False))
+        if job.gpus and config.parallel.backend not in ("auto", "cupy"):
+            raise UserError(
+                f"--gpus {job.gpus}, and --backend {config.parallel.backend} uses none: give --backend cupy behind --, "
+                "or leave --gpus out"
+            )
         if job.save_before and config.run.save_signal != "USR1":
             raise UserError(
                 f"--save-signal {config.run.save_signal}: a job is warned by USR1 before its time limit; leave the "

@@ -106,6 +106,8 @@ class Job:
         if not grid:
             raise UserError(f"--grid {self.grid}: no settings in it: write lines such as lr = [0.01, 0.001]")
         for key, values in grid.items():
+            if isinstance(values, dict):
+                raise UserError(f"--grid {self.grid}: [{key}]: settings stand in no table here: leave that line out")
             if not isinstance(values, list) or not values:
                 raise UserError(f"--grid {self.grid}: {key} = {values}: write a list of values: {key} = [...]")
         tasks = [_task(pairs) for pairs in _combinations(grid)]

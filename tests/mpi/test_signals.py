@@ -1,6 +1,7 @@
 """Runs that a signal stops: saved at a step that all ranks agree on, and gone on with to the same bits."""
 
 import signal
+import socket
 import threading
 import time
 
@@ -135,6 +136,21 @@ def test_a_later_signal_does_what_it_did_before(quick):
         assert caught == [signal.SIGUSR1] * 2
     finally:
         signal.signal(signal.SIGUSR1, before)
+
+
+def test_who_listens_to_signals_already_does_so_again():
+    """As an event loop of asyncio does."""
+    mine, other = socket.socketpair()
+    other.setblocking(False)
+    signal.set_wakeup_fd(other.fileno())
+    try:
+        with StopSignals():
+            pass
+        assert signal.set_wakeup_fd(-1) == other.fileno()
+    finally:
+        signal.set_wakeup_fd(-1)
+        mine.close()
+        other.close()
 
 
 def test_signals_of_one_event_are_one():

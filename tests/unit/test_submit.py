@@ -267,6 +267,7 @@ def test_time_limits_are_those_of_slurm(text, seconds_):
         (("--partition", "a b"), "--partition 'a b': write it without spaces"),
         (("--grid", "twice.toml"), r"would share the run directory dataset=x\.npz"),
         (("--grid", "epochs.toml"), "--grid says --epochs of each job"),
+        (("--grid", "table.toml"), r"\[optimization\]: settings stand in no table here"),
         (("--grid", "own.toml"), "--out is the job's own"),
     ],
 )
@@ -275,6 +276,7 @@ def test_what_makes_no_job_is_named(tmp_path, monkeypatch, words, says):
     (tmp_path / "grid.toml").write_text("lr = 0.1\n")
     (tmp_path / "twice.toml").write_text('dataset = ["a/x.npz", "b/x.npz"]\n')
     (tmp_path / "epochs.toml").write_text("epochs = [1, 2]\n")
+    (tmp_path / "table.toml").write_text("[optimization]\nlr = [0.1]\n")
     (tmp_path / "own.toml").write_text('out = ["a", "b"]\n')
     with pytest.raises(UserError, match=says):
         submit([*words, "--dry-run", *TRAINING])
@@ -306,6 +308,12 @@ def test_training_that_could_not_start_is_not_submitted(tmp_path, monkeypatch, o
     (tmp_path / "other.toml").write_text('[run]\nsave_signal = "XCPU"\n')
     with pytest.raises(UserError, match=says):
         submit(["--dry-run", "--", *options])
+
+
+def test_gpus_that_training_would_not_use_are_not_asked_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="--gpus 2, and --backend numpy uses none"):
+        submit(["--gpus", "2", "--dry-run", *TRAINING, "--backend", "numpy"])
 
 
 def test_unknown_options_of_training_are_named(tmp_path, monkeypatch, capsys):
