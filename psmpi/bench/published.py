@@ -20,6 +20,7 @@ from typing import Literal
 from rich.table import Table
 
 from psmpi.errors import UserError
+from psmpi.nn.losses import LOSSES
 from psmpi.output import Screen, tell
 
 EPOCHS = 50
@@ -55,7 +56,8 @@ class Setting:
         """Options of `psmpi.train` besides data, seed and run directory."""
         return [
             *("--dataset", self.dataset, "--batch-size", str(self.batch_size), "--model", "psnet", "--loss", self.loss),
-            *("--kappa", "2", "--init-gain", "1", "--clip", "0", "--no-shuffle", "--optimizer", "adam", "--lr", "1e-3"),
+            *(("--kappa", "2") if "kappa" in LOSSES[self.loss].settings else ()),
+            *("--init-gain", "1", "--clip", "0", "--no-shuffle", "--optimizer", "adam", "--lr", "1e-3"),
             *("--epochs", str(EPOCHS)),
         ]
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from psmpi.config.sections import NetworkSettings, Optimization, Parallel, Run
+from psmpi.config.sections import LossSettings, NetworkSettings, Optimization, Parallel, Run, unused_of_loss
 from psmpi.config.text import given, tables_in
 from psmpi.config.tree import Config
 from psmpi.optim import Hyper, find_optimizer, unused_settings
@@ -29,7 +29,7 @@ def given_names(argv: Sequence[str], file: bool = True) -> set[str]:
 
 
 def without_unused(config: Config, base: Config, said: Collection[str]) -> Config:
-    """`config` without the settings of `base` that its own method, optimizer, network and backend do not use.
+    """`config` without the settings of `base` that its own method, optimizer, loss, network and backend do not use.
 
     Such settings are set to their defaults, except those named in `said`. With another optimizer, so are the learning
     rate and all settings of optimizers.
@@ -50,6 +50,8 @@ def without_unused(config: Config, base: Config, said: Collection[str]) -> Confi
     if o.optimizer != before.optimizer:
         names |= set(OF_RATE)
     o = _by_default(o, Optimization(), names - set(said))
+    loss = config.objective
+    loss = _by_default(loss, LossSettings(), unused_of_loss(loss) - set(said))
     model, parallel = config.model, config.parallel
     if model.model != base.model.model:
         model = _by_default(model, NetworkSettings(), {"widths", "blocks", "layers"} - set(said))
@@ -57,7 +59,7 @@ def without_unused(config: Config, base: Config, said: Collection[str]) -> Confi
         parallel = _by_default(parallel, Parallel(), set(OF_DEVICE) - set(said))
     elif not kind.nccl:
         parallel = _by_default(parallel, Parallel(), {"nccl"} - set(said))
-    return replace(config, optimization=o, model=model, parallel=parallel).having(settings)
+    return replace(config, optimization=o, objective=loss, model=model, parallel=parallel).having(settings)
 
 
 def without_anew(config: Config) -> Config:

@@ -84,6 +84,11 @@ class LossSettings:
     """Exponent from which psl goes on as its tangent: auto (where the dtype overflows), a number, or off (an error)."""
 
 
+def unused_of_loss(given: LossSettings) -> set[str]:
+    """The names of the settings that the loss does not use."""
+    return {"kappa", "exp_clip"} - set(LOSSES[given.loss].settings)
+
+
 @dataclass(frozen=True)
 class Parallel:
     """Method and machine."""

@@ -10,8 +10,9 @@ from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar
 from tyro.conf import arg
 
 from psmpi.config.ranges import check_ranges, listed, option
-from psmpi.config.sections import Data, LossSettings, NetworkSettings, Optimization, Parallel, Run
+from psmpi.config.sections import Data, LossSettings, NetworkSettings, Optimization, Parallel, Run, unused_of_loss
 from psmpi.errors import UserError
+from psmpi.nn.losses import LOSSES
 from psmpi.optim import find_optimizer, unused_settings
 from psmpi.registry import all_methods, find_method, method_names
 
@@ -154,7 +155,7 @@ def _word(name: str, said: Collection[str]) -> str:
 
 
 def _check_used(config: Config, said: Collection[str]) -> None:
-    """UserError for a setting of an optimizer or a schedule that the chosen ones do not use, nor the method."""
+    """UserError for a setting of an optimizer, schedule or loss that the chosen ones do not use, nor the method."""
     o, method = config.optimization, find_method(config.parallel.method)
     used = method.uses(config)
     for one in unused_settings(o.optimizer, o.schedule, vars(o), said):
@@ -163,6 +164,14 @@ def _check_used(config: Config, said: Collection[str]) -> None:
             raise UserError(
                 f"{_word(one.setting, said)} is of --{one.choice} {listed(one.users)}, and the {one.choice} here is "
                 f"{chosen}: leave it out, or choose {'that one' if len(one.users) == 1 else 'one of these'}"
+            )
+    loss = config.objective
+    for name in sorted(unused_of_loss(loss)):
+        if name in said or getattr(loss, name) != getattr(LossSettings(), name):
+            users = [known for known, kind in LOSSES.items() if name in kind.settings]
+            raise UserError(
+                f"{option(name)} is of --loss {listed(users)}, and the loss here is {loss.loss}: leave it out, or "
+                f"choose {'that one' if len(users) == 1 else 'one of these'}"
             )
     given = o.clip != Optimization().clip or "clip" in said
     if o.clip and given and find_optimizer(o.optimizer).needs_closure:

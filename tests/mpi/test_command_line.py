@@ -490,6 +490,8 @@ UNUSED = [
     (("--local-steps", "20"), "--local-steps is of --method local_sgd and ist, and the method here is psl"),
     (("--local_steps", "20"), "--local-steps is of --method local_sgd and ist, and the method here is psl"),
     (("--method", "data_parallel", "--no-colocate"), "--no-colocate is of --method psl and ist"),
+    (("--loss", "nll", "--kappa", "1"), "--kappa is of --loss psl, logistic and hinge, and the loss here is nll"),
+    (("--loss", "logistic", "--exp-clip", "3"), "--exp-clip is of --loss psl, and the loss here is logistic"),
 ]
 
 
@@ -503,8 +505,8 @@ def test_files_and_runs_that_go_on_may_list_what_nothing_uses(train, tmp_path):
     file = tmp_path / "all.toml"
     file.write_text("[optimization]\nmomentum = 0.9\ngamma = 0.1\nsigma = 0.0\n[replicated]\nlocal_steps = 20\n")
     train(1, "--config", file, "--max-steps", "1")
-    begun = train(1, "--optimizer", "momentum", "--momentum", "0.9", "--max-steps", "1")
-    again = ("--resume", "auto", "--max-steps", "2", "--optimizer", "adam")
+    begun = train(1, "--optimizer", "momentum", "--momentum", "0.9", "--kappa", "2", "--max-steps", "1")
+    again = ("--resume", "auto", "--max-steps", "2", "--optimizer", "adam", "--loss", "nll")
     train(1, *again, out=begun.out)
     status, _, err = run(1, "-m", "psmpi.train", "--out", begun.out, *again, "--momentum", "0.9")
     assert status == 1 and "--momentum is of --optimizer momentum" in err

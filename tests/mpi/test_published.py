@@ -34,6 +34,13 @@ def test_rows_give_their_figures():
     assert read([]) == {}
 
 
+def test_losses_over_pairs_have_the_published_factor():
+    for one in SETTINGS:
+        words = one.arguments()
+        at = words.index("--kappa") if "--kappa" in words else -1
+        assert words[at + 1] == "2" if one.loss == "psl" else at == -1
+
+
 def published(folder, *options):
     arguments = ("--settings", "cifar10-20-nll", "--seeds", "2", "--out", folder / "runs", *options)
     return run(1, "-m", "psmpi.bench", "published", *arguments, cwd=folder)
@@ -50,7 +57,7 @@ def test_it_trains_every_seed_and_reports(tmp_path):
     assert [len(rows.splitlines()) for rows in first] == [EPOCHS, EPOCHS]
     assert first[0] != first[1]
     settings = (seeds[0] / "config.toml").read_text()
-    for line in ("kappa = 2.0", "clip = 0.0", "init_gain = 1.0", "shuffle = false", 'model = "psnet"', "lr = 0.001"):
+    for line in ("kappa = 1.0", "clip = 0.0", "init_gain = 1.0", "shuffle = false", 'model = "psnet"', "lr = 0.001"):
         assert line in settings
 
     status, again, _ = published(tmp_path, "--report")

@@ -46,6 +46,7 @@ class Loss:
     own score, whether it is the label's or not, the derivative with respect to that score follows. The value is the sum
     over classes of what their own scores and these numbers say.
     tasks: what it can learn, "classes" by labels or "regression" by values; task: which of these.
+    settings: the names of the settings that it uses, of those below.
     lenient: a loss of scores that are not finite is NaN, and no error, where `Objective` and `Metric` ask for it.
     Buffers grow to the largest minibatch seen and are then reused.
     """
@@ -56,6 +57,7 @@ class Loss:
     constant = 0.0
     sums: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ("classes",)
+    settings: tuple[str, ...] = ()
 
     def __init__(self, dtype: np.dtype, *, kappa: float = 1.0, exp_clip: float | None = 0.0, task: str = "classes"):
         self.dtype, self.kappa, self.task = np.dtype(dtype), float(kappa), task
@@ -163,6 +165,7 @@ class PairwiseLoss(Loss):
 
     pairwise = True
     sums = ("label", "terms")
+    settings: tuple[str, ...] = ("kappa",)
 
     def _margins(self, scores: np.ndarray, labels: np.ndarray, z: np.ndarray) -> np.ndarray:
         """z = kappa (c_j - c_y); returns the flat positions of the labels' own scores."""

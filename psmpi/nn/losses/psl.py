@@ -22,6 +22,7 @@ class PSL(PairwiseLoss):
 
     name, constant = "psl", 1.0
     formula = "sum_j exp(kappa (c_j - c_y))"
+    settings = ("kappa", "exp_clip")
 
     def diverged(self, mean: float, clipped: float, size: float = 1.0) -> bool:
         """Whether more than MOST of the terms lie beyond what the dtype holds, or the loss is huge beside the tangent.
