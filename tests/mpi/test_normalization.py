@@ -270,7 +270,7 @@ PARTLY_USED = {
 def test_channels_of_which_a_class_uses_a_part_are_normalized_alike_on_any_ranks(train, tmp_path, name):
     """On 1 to 3 ranks, and in the part that a cut leaves."""
     layers = [*PARTLY_USED[name], {"type": "separable_dense", "units": 10, "groups": 10}]
-    unused = "dense1 of --model custom: the last 4 of 64 inputs are not used"
+    unused = "dense1 ([[model.layers]] entry 3) of --model custom: the last 4 of 64 inputs are not used"
     (tmp_path / "net.toml").write_text(tomli_w.dumps({"model": {"model": "custom", "layers": layers}}))
     options = ("--config", tmp_path / "net.toml", "--dtype", "float64", "--epochs", "2", "--lr", "0.01")
     runs = [train(ranks, *options) for ranks in (1, 2, 3)]

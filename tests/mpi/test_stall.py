@@ -179,6 +179,7 @@ def test_a_rank_that_gets_no_further_in_a_method_of_ones_own(tmp_path, monkeypat
         assert re.search(r"missing: Iallreduce, call \d+ among ranks 0-2 \(\w+\): not made by rank 1", err), err
 
 
+@pytest.mark.slow
 def test_a_stopped_writer_of_checkpoints_is_named_and_does_not_outlive_the_job(tmp_path):
     process, ranks = begin(tmp_path / "run", warn=1, abort=3)
     builder, end = 0, time.monotonic() + 30
@@ -191,6 +192,7 @@ def test_a_stopped_writer_of_checkpoints_is_named_and_does_not_outlive_the_job(t
     assert gone([builder, *ranks.values()], 30)
 
 
+@pytest.mark.slow
 def test_a_stopped_rank_that_goes_on_costs_a_warning(tmp_path):
     process, ranks = begin(tmp_path / "run", abort=0, warn=1)
     os.kill(ranks[1], signal.SIGSTOP)
@@ -208,6 +210,7 @@ def test_a_stopped_rank_that_goes_on_costs_a_warning(tmp_path):
     assert culprits(err) == [1] and "training goes on, after a stall of about" in err
 
 
+@pytest.mark.slow
 def test_ranks_of_several_hosts_are_watched(tmp_path, monkeypatch):
     """Hosts with addresses and loopbacks of their own: datagrams go by the link between them, not by files."""
     for name, value in ENVIRONMENT.items():

@@ -294,7 +294,7 @@ def test_the_tools_know_other_tensors_and_tables_of_ranks(tmp_path):
         shown["rank"] == [{"name": "left", "shape": [2, 7], "dtype": "float64", "bytes": 112}] and not shown["elements"]
     )
     text = told("show", paths[0])
-    assert "rank  2 ranks, 0.1 kB" in text and "left  float64 2 x 7" in text and "dni  1 tensors" in text
+    assert "rank  2 ranks, 0.1 kB" in text and "left  float64 2 x 7" in text and "dni  1 tensor," in text
     (row,) = json.loads(told("stats", paths[0], "--vector", "dni", "--json"))["tensors"]
     assert (row["count"], row["mean"], row["most"]) == (24, 11.5, 23)
     apart = {row["name"]: row for row in json.loads(told("diff", *paths, "--json"))["tensors"]}

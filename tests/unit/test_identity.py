@@ -130,7 +130,7 @@ def test_of_more_than_a_bound_runs_from_all_over_are_read_in_one_pass(tmp_path, 
 
 
 @pytest.mark.parametrize(
-    ("n", "size"), [(1, 10**9), (63, 10**8), (100, 10**7), (5000, 10**6), (10**7, 1), (10**6, 3000)]
+    ("n", "size"), [(1, 10**9), (63, 10**8), (100, 10**7), (5000, 10**6), (5 * 10**6, 1), (10**6, 3000)]
 )
 def test_what_is_seen_stays_within_the_bound(n, size):
     count = min(64, n)
