@@ -231,6 +231,7 @@ def test_ranks_of_several_hosts_are_watched(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.repeated
 @pytest.mark.timeout(1800)
 def test_twenty_stopped_ranks_are_named(tmp_path):
     """Over methods, ranks and moments: the one that was stopped, and no other, in 19 of 20; print what was not."""

@@ -11,6 +11,9 @@ import pytest
 from helpers.processes import finish, launch, start
 from helpers.runs import Trained
 
+# Some minutes: the README's test command and the sweeps leave it out.
+pytestmark = [pytest.mark.slow, pytest.mark.repeated]
+
 RANKS = 3
 OPTIONS = ("--threads", "1", "--batch-size", "20", "--epochs", "12", "--lr", "0.001", "--checkpoint-every", "25")
 METHODS = {
@@ -19,7 +22,7 @@ METHODS = {
     "data_parallel": ("--method", "data_parallel"),
     "local_sgd": ("--method", "local_sgd", "--local-steps", "5"),
 }
-TIMES = [pytest.param(k, marks=pytest.mark.slow) for k in range(20)]
+TIMES = range(20)
 
 
 def descendants(pid):

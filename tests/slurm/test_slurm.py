@@ -200,7 +200,9 @@ def test_one_job_of_an_array_goes_on_and_disturbs_no_other(cluster, place, train
     assert same(place / "runs" / "two" / "seed=1", undisturbed(train, 2, "--epochs", "6", "--seed", "1"))
 
 
-@pytest.mark.parametrize("times", [1, pytest.param(20, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])])
+@pytest.mark.parametrize(
+    "times", [1, pytest.param(20, marks=[pytest.mark.slow, pytest.mark.repeated, pytest.mark.timeout(1200)])]
+)
 def test_ranks_of_a_killed_job_leave_nothing_that_stops_the_next_start(cluster, place, times):
     """MPICH's shared memory has the job's and the step's numbers, and a job that starts again has them too."""
     (place / "slow").touch()
