@@ -206,8 +206,8 @@ def test_one_job_of_an_array_goes_on_and_disturbs_no_other(cluster, place, train
 def test_ranks_of_a_killed_job_leave_nothing_that_stops_the_next_start(cluster, place, times):
     """MPICH's shared memory has the job's and the step's numbers, and a job that starts again has them too."""
     (place / "slow").touch()
-    job = submit(cluster, place, "--name", "killed", "--ranks", "2", "--requeue", "--", *OPTIONS, "--epochs", "200",
-                 "--checkpoint-every", "10")  # fmt: skip
+    epochs = ("--epochs", 2 * times + 2, "--checkpoint-every", "10")
+    job = submit(cluster, place, "--name", "killed", "--ranks", "2", "--requeue", "--", *OPTIONS, *epochs)
     begun(cluster, place, job, "runs/killed")
     for start in range(times):
         cluster.run("scancel", "--signal=KILL", f"{job}.0")
