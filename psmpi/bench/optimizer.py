@@ -33,13 +33,11 @@ def optimizer(config: Config, json: bool = False) -> int:
     from threadpoolctl import threadpool_limits
 
     from psmpi.backend import make_backend
+    from psmpi.bench.training import prepare
     from psmpi.comm.control import Control
-    from psmpi.comm.world import host, start
-    from psmpi.data import Batch, open_dataset
-    from psmpi.nn.zoo import make_network
-    from psmpi.registry import find_method
+    from psmpi.comm.world import start
+    from psmpi.data import Batch
     from psmpi.training.context import Context
-    from psmpi.training.loop import plan_steps
 
     if config.optimization.optimizer not in RULES:
         raise UserError(
@@ -48,14 +46,7 @@ def optimizer(config: Config, json: bool = False) -> int:
         )
     world = start()
     control = Control(world)
-    model = config.model
-    dataset = open_dataset(config.data.dataset, config.data.data_dir, config.data.split_seed)
-    network = make_network(model.model, dataset.shape, dataset.outputs, **model.shape)
-    kind: Any = find_method(config.parallel.method)
-    kind.check(world.size, network, dataset, config)
-    batches, _, rate = plan_steps(dataset, config)
-    ranks, cores = host(world)
-    threads = config.parallel.threads or max(1, cores // ranks)
+    kind, network, dataset, batches, rate, threads = prepare(config, world)
     # Enough steps before for every element to have all its pairs.
     first = config.optimization.memory + 1
     with threadpool_limits(threads), np.errstate(all="ignore"):

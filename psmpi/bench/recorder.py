@@ -35,29 +35,21 @@ def recorder(config: Config, json: bool = False) -> int:
     from threadpoolctl import threadpool_limits
 
     from psmpi.backend import make_backend
+    from psmpi.bench.training import prepare
     from psmpi.comm.control import Control
     from psmpi.comm.watch.flight import recorded
     from psmpi.comm.watch.watch import watched
-    from psmpi.comm.world import host, start
+    from psmpi.comm.world import start
     from psmpi.config import check
-    from psmpi.data import Batch, open_dataset
-    from psmpi.nn.zoo import make_network
-    from psmpi.registry import find_method
+    from psmpi.data import Batch
     from psmpi.training.context import Context
-    from psmpi.training.loop import plan_steps
 
     check(config)
     world = start()
     if world.size < 2:
         raise UserError("bench recorder: one rank records nothing: start it by mpirun -n 2")
-    control, model = Control(world), config.model
-    dataset = open_dataset(config.data.dataset, config.data.data_dir, config.data.split_seed)
-    network = make_network(model.model, dataset.shape, dataset.outputs, **model.shape)
-    kind: Any = find_method(config.parallel.method)
-    kind.check(world.size, network, dataset, config)
-    batches, _, rate = plan_steps(dataset, config)
-    ranks, cores = host(world)
-    threads = config.parallel.threads or max(1, cores // ranks)
+    control = Control(world)
+    kind, network, dataset, batches, rate, threads = prepare(config, world)
     kept = recorded(world)
     aside = Control(kept)
     flight = aside.flight

@@ -84,9 +84,6 @@ class Job:
         for option in ("memory", "partition", "account"):
             if re.search(r"\s", getattr(self, option)):
                 raise UserError(f"--{option} {getattr(self, option)!r}: write it without spaces")
-        for word in (*self.ask, *self.modules):
-            if re.search(r"[\n\r]", word):
-                raise UserError(f"{word!r}: options of a job are of one line each")
         for word in self.ask:
             if not word.startswith("-"):
                 raise UserError(f"--ask {word!r} is no option of the batch system: write it as --ask=--mail-type=END")
