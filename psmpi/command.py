@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial, wraps
 from importlib import import_module
+from typing import Any
 
-from psmpi.output import dress_help
+from psmpi.output import dress_help, wide_help
 
 # Module whose `main` takes the remaining words, and what the command does.
 COMMANDS = {
@@ -48,6 +50,34 @@ def answer(command: Callable[[], int]) -> int:
             return 1 if end.code else 0
 
     return run(go)
+
+
+def chosen(commands: Iterable[Callable[..., int]], words: list[str], name: str, description: str) -> Callable[[], int]:
+    """The one of the commands that the first word names, with its options, still to be called.
+
+    name: that of them all, as `program` takes it. Raises SystemExit as argparse does.
+    """
+    from tyro.conf import OmitArgPrefixes
+    from tyro.extras import SubcommandApp
+
+    app = SubcommandApp()
+    for command in commands:
+        app.command(name=command.__name__.rstrip("_"))(_with_options(command))
+    with wide_help():
+        found: Callable[[], int] = app.cli(
+            prog=program(name), description=description, args=words, config=(OmitArgPrefixes,)
+        )
+    return found
+
+
+def _with_options(command: Callable[..., int]) -> Callable[..., Callable[[], int]]:
+    """A function with a command's parameters that returns the call of it: tyro itself calls what it parses for."""
+
+    @wraps(command)
+    def call(*positional: Any, **options: Any) -> Callable[[], int]:
+        return partial(command, *positional, **options)
+
+    return call
 
 
 def program(command: str = "") -> str:

@@ -12,9 +12,6 @@ if TYPE_CHECKING:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status: 0 done, 1 an error, or a published accuracy is missed."""
-    import tyro
-    from tyro.extras import SubcommandApp
-
     from psmpi.bench.checkpoint import checkpoint
     from psmpi.bench.compute import compute
     from psmpi.bench.kernels import kernels
@@ -23,28 +20,18 @@ def main(argv: list[str] | None = None) -> int:
     from psmpi.bench.optimizer import optimizer
     from psmpi.bench.published import published
     from psmpi.bench.recorder import recorder
-    from psmpi.command import answer, program
+    from psmpi.command import answer, chosen
     from psmpi.config import defaults
-    from psmpi.output import wide_help
 
     words = sys.argv[1:] if argv is None else argv
 
     def go() -> int:
-        app = SubcommandApp()
         default = defaults(words)
         commands: tuple[Callable[..., int], ...] = (
             checkpoint, compute, kernels, _with(memory, default, words), network, _with(optimizer, default, words),
-            published,
-            _with(recorder, default, words),
+            published, _with(recorder, default, words),
         )  # fmt: skip
-        for command in commands:
-            app.command(command)
-        with wide_help():
-            return int(
-                app.cli(
-                    prog=program("bench"), description="Measure psmpi.", args=words, config=(tyro.conf.OmitArgPrefixes,)
-                )
-            )
+        return chosen(commands, words, "bench", "Measure psmpi.")()
 
     return answer(go)
 

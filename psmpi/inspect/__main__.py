@@ -10,38 +10,25 @@ from psmpi.errors import UserError
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status, 0 done, 1 error or damaged."""
-    from psmpi.command import answer, program
+    from psmpi.command import answer, chosen
     from psmpi.inspect.change import average, cut, join, prune
     from psmpi.inspect.compare import diff
     from psmpi.inspect.export import export
     from psmpi.inspect.figures import stats
     from psmpi.inspect.flight import flight
     from psmpi.inspect.look import list_, show, verify
-    from psmpi.output import wide_help
 
     commands: tuple[Callable[..., int], ...] = (
-        show, stats, diff, verify, export, average, prune, cut, join, flight,
+        show, stats, diff, verify, export, average, prune, cut, join, flight, list_,
     )  # fmt: skip
+    description = (
+        "Look into checkpoints and change them, and into the operations of ranks that stood still. A run directory "
+        "stands for its newest checkpoint."
+    )
 
     def go() -> int:
-        import tyro
-        from tyro.extras import SubcommandApp
-
-        app = SubcommandApp()
-        for command in commands:
-            app.command(command)
-        app.command(name="list")(list_)
         try:
-            with wide_help():
-                return int(
-                    app.cli(
-                        prog=program("inspect"),
-                        description="Look into checkpoints and change them, and into the operations of ranks that "
-                        "stood still. A run directory stands for its newest checkpoint.",
-                        args=sys.argv[1:] if argv is None else argv,
-                        config=(tyro.conf.OmitArgPrefixes,),
-                    )
-                )
+            return chosen(commands, sys.argv[1:] if argv is None else argv, "inspect", description)()
         except OSError as error:
             raise UserError(f"{error.filename}: {error.strerror}" if error.filename else str(error)) from None
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import functools
 import io
 import os
 import socket
@@ -137,9 +139,23 @@ def _forget(error: BaseException | None) -> None:
         error = error.__cause__ or error.__context__
 
 
+def _one_at_a_time(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that one thread at a time is in, and which may call itself."""
+    lock = threading.RLock()
+
+    @functools.wraps(function)
+    def call(*args: Any, **options: Any) -> Any:
+        with lock:
+            return function(*args, **options)
+
+    return call
+
+
 @contextlib.contextmanager
 def _programs() -> Iterator[None]:
     """Let programs find the world of their thread; close what a run that fails leaves open."""
+    import tyro
+
     spools: list[ThreadSpool] = []
 
     def spool(held: Lock | None = None) -> ThreadSpool:
@@ -147,6 +163,9 @@ def _programs() -> Iterator[None]:
         return spools[-1]
 
     with (
+        # CPython 3.11 counts the depth of a tree once for all threads that parse, and tyro has state of that kind too.
+        mock.patch("ast.parse", _one_at_a_time(ast.parse)),
+        mock.patch("tyro.cli", _one_at_a_time(tyro.cli)),
         mock.patch("psmpi.comm.world.start", _start),
         mock.patch("psmpi.comm.world.run", _run),
         mock.patch("psmpi.checkpoint.writer.Spool", spool),

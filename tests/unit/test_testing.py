@@ -1,10 +1,13 @@
 """The world of threads: what goes wrong ends it with a message, and what belongs to the process is as it was."""
 
+import ast
+import gc
 import os
 import sys
 import threading
 import time
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -155,6 +158,40 @@ def test_rank_zero_speaks_and_paths_are_of_the_folder(tmp_path):
 def test_a_failure_is_told_as_under_mpirun(tmp_path):
     ended = testing.train(3, ["--out", tmp_path, "--dataset", "none.npz"])
     assert ended.status == 1 and ended.stderr.startswith("psmpi, rank 0 of 3 on ") and "Traceback" not in ended.stderr
+
+
+def test_ranks_may_all_parse_source_at_once(monkeypatch):
+    """np.load does, and inspect; a callback of the collector lets other threads in meanwhile."""
+
+    def wait(phase, info):
+        time.sleep(1e-5)
+
+    source = "x = [(1, 2), {3: f(4)}]\n" * 800
+    monkeypatch.setitem(sys.modules, "parser", SimpleNamespace(main=lambda _: len(ast.parse(source).body) != 800))
+    often = gc.get_threshold()
+    gc.callbacks.append(wait)
+    try:
+        gc.set_threshold(100)
+        ended = testing.run_program(3, "parser", [])
+    finally:
+        gc.set_threshold(*often)
+        gc.callbacks.remove(wait)
+    assert ended.status == 0, ended.stderr
+
+
+def test_ranks_parse_their_command_lines_one_at_a_time(monkeypatch):
+    inside, seen = [], []
+
+    def cli(*_, **__):
+        inside.append(1)
+        time.sleep(0.05)
+        seen.append(len(inside))
+        inside.pop()
+        raise SystemExit(0)
+
+    monkeypatch.setattr("tyro.cli", cli)
+    assert testing.run_program(3, "psmpi.bench", ["network"]).status == 0
+    assert seen == [1, 1, 1]
 
 
 def test_a_deadlock_in_a_program_is_an_error(tmp_path, monkeypatch):
