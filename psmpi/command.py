@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial, wraps
 from importlib import import_module
 from typing import Any
@@ -52,12 +52,24 @@ def answer(command: Callable[[], int]) -> int:
     return run(go)
 
 
-def chosen(commands: Iterable[Callable[..., int]], words: list[str], name: str, description: str) -> Callable[[], int]:
+def parsed(kind: Any, words: Sequence[str], name: str, description: str | None = None) -> Any:
+    """What the words say of a dataclass, or what a function returns with these as its arguments.
+
+    name: the command's, as `program` takes it. Raises SystemExit as argparse does.
+    """
+    import tyro
+
+    with wide_help():
+        return tyro.cli(kind, prog=program(name), description=description, args=words, config=_conventions())
+
+
+def chosen(
+    commands: Iterable[Callable[..., int]], words: Sequence[str], name: str, description: str
+) -> Callable[[], int]:
     """The one of the commands that the first word names, with its options, still to be called.
 
     name: that of them all, as `program` takes it. Raises SystemExit as argparse does.
     """
-    from tyro.conf import OmitArgPrefixes
     from tyro.extras import SubcommandApp
 
     app = SubcommandApp()
@@ -65,9 +77,16 @@ def chosen(commands: Iterable[Callable[..., int]], words: list[str], name: str, 
         app.command(name=command.__name__.rstrip("_"))(_with_options(command))
     with wide_help():
         found: Callable[[], int] = app.cli(
-            prog=program(name), description=description, args=words, config=(OmitArgPrefixes,)
+            prog=program(name), description=description, args=words, config=_conventions()
         )
     return found
+
+
+def _conventions() -> tuple[Any, ...]:
+    """Options have no prefixes, and their help is never a comment: in search of one tyro parses whole files."""
+    from tyro.conf import HelptextFromCommentsOff, OmitArgPrefixes
+
+    return OmitArgPrefixes, HelptextFromCommentsOff
 
 
 def _with_options(command: Callable[..., int]) -> Callable[..., Callable[[], int]]:

@@ -141,17 +141,9 @@ def _mean(values: Sequence[float]) -> float:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status: 0 done, 1 an error."""
-    from psmpi.command import answer, program
-    from psmpi.output import wide_help
+    from psmpi.command import answer, parsed
 
-    def go() -> int:
-        import tyro
-
-        words = sys.argv[1:] if argv is None else argv
-        with wide_help():
-            return int(tyro.cli(plot, prog=program("plot"), args=words, config=(tyro.conf.OmitArgPrefixes,)))
-
-    return answer(go)
+    return answer(lambda: int(parsed(plot, sys.argv[1:] if argv is None else argv, "plot")))
 
 
 if __name__ == "__main__":

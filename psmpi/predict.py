@@ -57,15 +57,10 @@ def _main(argv: list[str]) -> int:
     control = Control(world)
     text, status = "", 0
     if world.rank == 0:
-        import tyro
-
-        from psmpi.command import program
-        from psmpi.output import wide_help
+        from psmpi.command import parsed
 
         try:
-            with wide_help():
-                options = tyro.cli(Options, prog=program("predict"), args=argv)
-            text = json.dumps(vars(_settle(options)))
+            text = json.dumps(vars(_settle(parsed(Options, argv, "predict"))))
         except SystemExit as end:
             status = 1 if end.code else 0
     text, status = json.loads(control.share(json.dumps([text, status])))

@@ -43,12 +43,9 @@ def _parse(argv: list[str]) -> tuple[Config, str]:
     """The configuration, and the path that the settings of a run that goes on are from."""
     from dataclasses import replace
 
-    import tyro
-
-    from psmpi.command import program
+    from psmpi.command import parsed
     from psmpi.config import Config, command_line, defaults, from_command_line, given, given_names, without_unused
     from psmpi.config.unknown import tables_of, unknown_options
-    from psmpi.output import wide_help
     from psmpi.training.resume import own_settings
 
     start = defaults(argv)
@@ -63,14 +60,7 @@ def _parse(argv: list[str]) -> tuple[Config, str]:
             own = replace(own, data=replace(own.data, dataset=Path(own.data.dataset).name))
         start = defaults(argv, own)
     try:
-        with wide_help():
-            tree = tyro.cli(
-                command_line(start),
-                prog=program("train"),
-                description=DESCRIPTION,
-                config=(tyro.conf.OmitArgPrefixes,),
-                args=argv,
-            )
+        tree = parsed(command_line(start), argv, "train", DESCRIPTION)
     except SystemExit as end:
         for hint in unknown_options(argv, tables_of(Config())) if end.code else ():
             print(f"psmpi.train: {hint}", file=sys.stderr)

@@ -33,10 +33,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def submit(argv: Sequence[str]) -> int:
     """Write and submit a job, or print it. UserError, or SystemExit, for options that make none."""
-    import tyro
-
     from psmpi.checkpoint import available
-    from psmpi.command import program
+    from psmpi.command import parsed
     from psmpi.config import check_ranges
     from psmpi.errors import UserError, expanded
     from psmpi.output import tell
@@ -48,7 +46,7 @@ def submit(argv: Sequence[str]) -> int:
     at = argv.index("--") if "--" in argv else len(argv)
     own, options = list(argv[:at]), list(argv[at + 1 :])
     try:
-        job = tyro.cli(Submission, prog=program("submit"), args=own, config=(tyro.conf.OmitArgPrefixes,))
+        job = parsed(Submission, own, "submit")
     except SystemExit as end:
         if end.code:
             _tell_of_halves(own, options)

@@ -1,5 +1,6 @@
 """The command `psmpi`: its words, its help under several names, its exit status, and how little it imports."""
 
+import inspect
 import sys
 import time
 from types import SimpleNamespace
@@ -8,7 +9,7 @@ import pytest
 from helpers.processes import launch
 
 import psmpi
-from psmpi import command
+from psmpi import command, train
 from psmpi.launcher import LAUNCHER_RANKS
 
 SCRIPT, PACKAGE, MODULE = "/opt/venv/bin/psmpi", "/opt/psmpi/__main__.py", "/opt/psmpi/train.py"
@@ -83,6 +84,14 @@ def test_a_command_is_known_before_anything_large_is_imported():
     code = f"import sys; from psmpi.command import main; main(['trian']); print({large} & set(sys.modules))"
     status, out, err = launch(1, "-c", code)
     assert (status, out) == (0, "set()\n"), err
+
+
+def test_options_are_parsed_without_a_look_into_the_source(monkeypatch):
+    def read(of):
+        raise AssertionError(f"reads the source of {of}")
+
+    monkeypatch.setattr(inspect, "getsource", read)
+    assert train.parse(["--lr", "0.5"]).optimization.lr == 0.5
 
 
 def test_an_unknown_command_under_mpirun_is_told_once():
