@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -58,16 +59,15 @@ class Case:
         dataset = open_dataset(config.data.dataset, config.data.data_dir, config.data.split_seed)
         return make_network(config.model.model, dataset.shape, dataset.outputs, **config.model.shape), dataset, config
 
-    def fits(self, ranks: int) -> bool:
-        """Whether the method trains these options on so many ranks."""
-        with suppress(UserError):
-            self.method.check(ranks, *self.problem())
-            return True
-        return False
-
-    @property
+    @cached_property
     def ranks(self) -> list[int]:
-        return [ranks for ranks in RANKS if self.fits(ranks)]
+        """Those of RANKS on which the method trains these options."""
+        problem, found = self.problem(), []
+        for ranks in RANKS:
+            with suppress(UserError):
+                self.method.check(ranks, *problem)
+                found.append(ranks)
+        return found
 
     def run(self, ranks: int, *more: str, out: Path | None = None) -> Path:
         """The run directory of a training to its end."""
