@@ -59,8 +59,9 @@ def parsed(kind: Any, words: Sequence[str], name: str, description: str | None =
     """
     import tyro
 
+    config = (tyro.conf.OmitArgPrefixes,)
     with wide_help():
-        return tyro.cli(kind, prog=program(name), description=description, args=words, config=_conventions())
+        return tyro.cli(kind, prog=program(name), description=description, args=words, config=config)
 
 
 def chosen(
@@ -70,6 +71,7 @@ def chosen(
 
     name: that of them all, as `program` takes it. Raises SystemExit as argparse does.
     """
+    from tyro.conf import OmitArgPrefixes
     from tyro.extras import SubcommandApp
 
     app = SubcommandApp()
@@ -77,16 +79,9 @@ def chosen(
         app.command(name=command.__name__.rstrip("_"))(_with_options(command))
     with wide_help():
         found: Callable[[], int] = app.cli(
-            prog=program(name), description=description, args=words, config=_conventions()
+            prog=program(name), description=description, args=words, config=(OmitArgPrefixes,)
         )
     return found
-
-
-def _conventions() -> tuple[Any, ...]:
-    """Options have no prefixes, and their help is never a comment: in search of one tyro parses whole files."""
-    from tyro.conf import HelptextFromCommentsOff, OmitArgPrefixes
-
-    return OmitArgPrefixes, HelptextFromCommentsOff
 
 
 def _with_options(command: Callable[..., int]) -> Callable[..., Callable[[], int]]:

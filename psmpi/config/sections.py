@@ -59,7 +59,7 @@ class NetworkSettings:
     batch_norm: bool = False
     """Batch normalization before each activation and of the scores, instead of biases; statistics are always those of
     the minibatch, in evaluations of about 1,000 samples."""
-    layers: Annotated[tuple[dict[str, Any], ...], Suppress] = ()
+    layers: Annotated[tuple[dict[str, Any], ...], Suppress, arg(help="Tables of the file.")] = ()
     init: Literal["xavier", "he", "pytorch"] = "xavier"
     """Initial weights: uniform, Xavier, He, or within 1 / sqrt(inputs) as PyTorch's."""
     init_gain: float = 4.0

@@ -199,7 +199,9 @@ def command_line(default: Config) -> Any:
     sections["optimization"], sections["run"] = optimization
     file = Annotated[str, arg(metavar="FILE.toml", help=FILE)]
     given: list[Any] = [
-        (name, type(value), field(default_factory=partial(replace, value))) for name, value in sections.items()
+        # Without help of its own, tyro looks for one in the source.
+        (name, type(value), field(default_factory=partial(replace, value), metadata={"help": value.__doc__}))
+        for name, value in sections.items()
     ]
     return make_dataclass("Options", [*given, ("config", file, "")], frozen=True, namespace={"layers": layers})
 
