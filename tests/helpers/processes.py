@@ -1,6 +1,7 @@
 """Programs in processes of their own, under mpirun where there are several ranks, with timeouts."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -8,6 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
+
+# What a start of MPI says where a job that was killed, such as another test's, has left something on this host.
+NOTE = re.compile(r"^psmpi: note: removed \d+ segment\(s\) .* that killed jobs left on .*\n", re.MULTILINE)
+
+
+def without_note(stderr):
+    """Standard error without the note of what killed jobs had left: what a test says of all of it is of the rest."""
+    return NOTE.sub("", stderr)
 
 
 def launcher():

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from helpers.processes import launch, without_note
 
 from psmpi.comm import leftovers
 from psmpi.comm.leftovers import remove_leftovers
@@ -146,3 +147,10 @@ def test_other_files_of_a_full_folder_are_not_looked_at(places, monkeypatch):
 
 def test_no_such_folders(tmp_path):
     assert remove_leftovers(tmp_path / "no", tmp_path / "none") == (0, 0)
+
+
+def test_a_start_tells_what_it_has_removed():
+    code = "from psmpi.comm import world; world.remove_leftovers = lambda: (2, 4_000_000); world.start()"
+    status, out, err = launch(1, "-c", code)
+    assert (status, out) == (0, "") and "removed 2 segment(s) of shared memory, 4 MB" in err
+    assert without_note(err) == ""
