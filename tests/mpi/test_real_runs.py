@@ -4,11 +4,16 @@ Sums are of numbers that MPICH adds in the order of psmpi.testing, as it does fo
 may round otherwise.
 """
 
+import json
+
 import numpy as np
 import pytest
-from helpers.runs import distance
+from helpers.paths import TESTS
+from helpers.processes import launch
+from helpers.runs import Trained, distance, said
 
 from psmpi.comm.world import library
+from psmpi.testing import train
 
 F64 = ("--dtype", "float64")
 MLP = ("--model", "mlp", "--widths", "20", "12", "--loss", "nll")
@@ -46,20 +51,44 @@ STEPS = ("--epochs", "2", "--max-steps", "18")
 MEASURED = {"seconds", "samples_per_second"}
 
 
-@pytest.mark.parametrize("name", [*RUNS, *(pytest.param(name, marks=pytest.mark.slow) for name in SWEEP)])
-def test_processes_leave_what_threads_leave(train, mpi_train, tmp_path, name):
-    ranks, options = {**RUNS, **SWEEP}[name]
-    here = train(ranks, *STEPS, *options, out=tmp_path / "threads")
-    there = mpi_train(ranks, *STEPS, *options, out=tmp_path / "processes")
-    ours, theirs = here.tensors(), there.tensors()
+def agree(one, other):
+    """Whether two runs have left the same: to the last bit, but for what is measured, where sums are in one order."""
+    ours, theirs = one.tensors(), other.tensors()
     assert len(ours) > 1 and distance(ours, theirs) <= 1e-6
     if "MPICH" in library():
         assert all(np.array_equal(ours[k], theirs[k], equal_nan=True) for k in ours)
-        rows = [[{k: v for k, v in row.items() if k not in MEASURED} for row in run.rows] for run in (here, there)]
+        rows = [[{k: v for k, v in row.items() if k not in MEASURED} for row in run.rows] for run in (one, other)]
         assert rows[0] == rows[1]
+
+
+def shown(stdout):
+    """What is printed, without what is measured and the names of folders."""
+    return [line for line in stdout.splitlines() if "samples/s" not in line and "run directory" not in line]
+
+
+def compare(ranks, runs, folder):
+    """Train each of the runs on threads, and all of them in processes that mpirun starts once."""
+    words, threads = {}, []
+    for name, options in runs.items():
+        words[name] = [*map(str, said(options)), *STEPS, *options, "--out"]
+        threads.append(train(ranks, [*words[name], folder / "threads" / name], cwd=folder))
+        assert threads[-1].status == 0, f"{name}: {threads[-1].stderr}"
+    each = [json.dumps([*options, str(folder / "processes" / name)]) for name, options in words.items()]
+    status, stdout, stderr = launch(ranks, TESTS / "helpers" / "program_trainings.py", *each, cwd=folder)
+    assert status == 0, stderr
+    for name in runs:
+        agree(*(Trained(folder / how / name, "") for how in ("threads", "processes")))
+    if "MPICH" in library():
         # mpirun of Open MPI gives the first rank a terminal.
-        shown = [
-            [line for line in run.stdout.splitlines() if "samples/s" not in line and "run directory" not in line]
-            for run in (here, there)
-        ]
-        assert shown[0] == shown[1]
+        assert shown(stdout) == shown("".join(ended.stdout for ended in threads))
+
+
+@pytest.mark.parametrize("ranks", sorted({ranks for ranks, _ in RUNS.values()}))
+def test_processes_leave_what_threads_leave(tmp_path, ranks):
+    compare(ranks, {name: options for name, (size, options) in RUNS.items() if size == ranks}, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", sorted({ranks for ranks, _ in SWEEP.values()}))
+def test_processes_leave_what_threads_leave_in_more_runs(tmp_path, ranks):
+    compare(ranks, {name: options for name, (size, options) in SWEEP.items() if size == ranks}, tmp_path)
