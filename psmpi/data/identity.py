@@ -141,7 +141,9 @@ def seen_rows(count: int, size: int, some: Rows) -> Rows:
     runs = min(count, max(len(some), min(RUNS, SEEN_BYTES // size)))
     each = max(1, SEEN_BYTES // (runs * size))
     starts = np.arange(runs) * count // runs
-    return np.union1d(starts[:, None] + np.arange(each), some)
+    # Runs do not overlap. np.union1d takes seconds for four million.
+    rows = np.sort(np.concatenate([(starts[:, None] + np.arange(each)).ravel(), some]))
+    return rows[np.diff(rows, prepend=-1) > 0]
 
 
 def _little(values: np.ndarray) -> np.ndarray:
