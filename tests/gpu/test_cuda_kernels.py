@@ -49,22 +49,14 @@ def find_nvcc():
     return next((place for place in places if place and os.access(place, os.X_OK)), None)
 
 
-ALL = "together"
-
-
-@pytest.mark.parametrize(
-    ("name", "dtype"),
-    [*((path.name, F32) for path in sorted(cuda_host.SOURCES.glob("*.cu"))), (ALL, F32), (ALL, F64)],
-    ids=str,
-)
-def test_nvcc_takes_the_kernels_without_a_warning(name, dtype, tmp_path):
+@real_types
+def test_nvcc_takes_the_kernels_without_a_warning(dtype, tmp_path):
+    """All files as one, as CuPy is given them."""
     nvcc = find_nvcc()
     if nvcc is None:
         pytest.skip("no nvcc on the path, in CUDA_HOME or in this Python environment")
-    source = cuda_host.SOURCES / name
-    if name == ALL:
-        source = tmp_path / "all.cu"
-        source.write_text("".join(f'#include "{path.name}"\n' for path in sorted(cuda_host.SOURCES.glob("*.cu"))))
+    source = tmp_path / "all.cu"
+    source.write_text("".join(f'#include "{path.name}"\n' for path in sorted(cuda_host.SOURCES.glob("*.cu"))))
     done = subprocess.run(
         [
             nvcc, "-std=c++17", "-fatbin", "-Werror", "all-warnings", f"-DREAL={REALS[dtype]}",
