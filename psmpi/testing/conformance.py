@@ -22,7 +22,7 @@ from unittest import mock
 import h5py
 import numpy as np
 
-from psmpi.backend import NumpyOps
+from psmpi.backend import NumpyOps, make_backend
 from psmpi.checkpoint import newest
 from psmpi.comm.transfers import totals
 from psmpi.config import Config, check, from_toml, option
@@ -89,7 +89,7 @@ def counters_equal_messages(case: Case) -> None:
 
     def work(world: Any) -> int:
         kind: Any = case.method
-        method: Method = kind(Context(world, network, dataset, config, NumpyOps()))
+        method: Method = kind(Context(world, network, dataset, config, make_backend("auto")))
         for step in range(steps):
             batch = Batch(batches.ids(*divmod(step, batches.steps_per_epoch)))
             stated = method.messages(step, len(batch))
@@ -118,7 +118,7 @@ def steps_are_clipped(case: Case) -> None:
             batches: Any = batches, rate: Callable[[int], float] = rate,
         ) -> float:  # fmt: skip
             kind: Any = case.method
-            method: Method = kind(Context(world, network, dataset, config, NumpyOps()))
+            method: Method = kind(Context(world, network, dataset, config, make_backend("auto")))
             method.collect()
             before = method.state.vectors["weights"].copy()
             method.step(Batch(batches.ids(0, 0)), rate(0))
@@ -221,7 +221,7 @@ def weights_that_are_no_numbers_end_it(case: Case) -> None:
 
     def work(world: Any) -> None:
         kind: Any = case.method
-        method: Method = kind(Context(world, network, dataset, config, NumpyOps()))
+        method: Method = kind(Context(world, network, dataset, config, make_backend("auto")))
         method.collect()
         method.state.vectors["weights"].fill(np.nan)
         method.state.restore()

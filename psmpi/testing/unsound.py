@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from psmpi.backend import NumpyOps
+from psmpi.backend import make_backend
 from psmpi.checkpoint import newest
 from psmpi.config import check
 from psmpi.data import Batch
@@ -34,7 +34,7 @@ def steps_that_are_not_sound_leave_no_trace(case: Case) -> None:
 
     def work(world: Any, steps: Sequence[int] = (0, 1, 2)) -> dict[str, Any]:
         kind: Any = case.method
-        method: Method = kind(Context(world, network, dataset, config, NumpyOps()))
+        method: Method = kind(Context(world, network, dataset, config, make_backend("auto")))
         for step in steps:
             method.numbers.begin(step + 1, 1, 0)
             method.step(Batch(batches.ids(0, step)), rate(step))
