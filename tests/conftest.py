@@ -5,8 +5,16 @@ import sys
 import pytest
 from helpers.paths import FAKE
 from helpers.runs import launch, once, trainer
+from threadpoolctl import threadpool_limits
 
 from psmpi.backend.gpu import runtime
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Matrices of tests are small: several threads would only wait for each other, on cores that other tests need."""
+    with threadpool_limits(1):
+        yield
 
 
 @pytest.fixture
