@@ -26,6 +26,12 @@ F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
 PAIRS = list(combinations(range(10), 2))
 
 
+@pytest.fixture
+def train(train):
+    """That of all tests, with one thread a rank, which is faster with elements as small as these."""
+    return lambda ranks, *options, **more: train(ranks, "--threads", "1", *options, **more)
+
+
 def problem(shape, dtype, batch=40, seed=0):
     """(network, layout, weights, samples, labels in their order)."""
     network = make_network("psnet", shape, 10)
