@@ -462,7 +462,7 @@ def test_a_thousand_damaged_files_are_refused(train, tmp_path):
         assert "\n" not in str(found.value)
 
 
-@pytest.mark.parametrize("moments", [30, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("moments", [16, pytest.param(100, marks=pytest.mark.slow)])
 def test_a_writing_process_killed_at_any_moment_leaves_whole_files(alone, tmp_path, moments):
     """SIGKILL at moments of saves that take tens of milliseconds: what is there is whole, and is one of two."""
     writer, vectors = alone(make_network("mlp", (256,), 10, widths=(256, 256)), keep=2)
