@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from psmpi.backend import make_backend
+from psmpi.backend import NumpyOps, make_backend
 from psmpi.bench.problems import LR, Minibatch, Problem, operations, problems
 from psmpi.bench.pytorch import Kind, theirs
 from psmpi.comm.world import cores, quota
@@ -50,26 +50,47 @@ def ours(
     initial_weights(network, layout, part, start, seed=0)
     w, g = ops.put(start), ops.zeros(part.size, start.dtype)
     model = Model(network, layout, w, g, ops, classes)
-    objective = Objective(make_loss(problem.loss, w.dtype), model)
-    optimizer = make_optimizer("adam", part.size, w.dtype, Hyper(), ops)
     b = len(data.labels)
-    objective.reserve(network.classes, b)
+    others = None if len(classes) == network.classes else OtherClasses(data, classes, ops)
+    objective = Objective(make_loss(problem.loss, w.dtype), model, others)
+    optimizer = make_optimizer("adam", part.size, w.dtype, Hyper(), ops)
+    objective.reserve(len(classes), b)
     x = ops.put(np.ascontiguousarray(data.x.reshape(b, -1).T))
-    own = slice(classes[0], classes[-1] + 1)
-    scores, labels = ops.put(data.others), ops.put(data.labels.astype(np.int64))
+    labels = ops.put(data.labels.astype(np.int64) - classes[0])
 
     def passes() -> None:
         tape = model.forward(x)
-        scores[own] = tape.scores
-        objective.derive(tape, scores, labels, 1 / b, own)
+        objective.derive(tape, tape.scores, labels, 1 / b)
 
-    recorded = ops.record(passes)
+    recorded = objective.record(passes)
 
     def step() -> None:
         recorded()
         optimizer.step(w, g, LR, lambda values: values)
 
     return step, w, model
+
+
+class OtherClasses:
+    """What ranks with the other classes, whose scores are fixed, tell a step of psl; a minibatch's mean."""
+
+    def __init__(self, data: Minibatch, classes: Sequence[int], ops: NumpyOps):
+        labels, samples = data.labels, np.arange(len(data.labels))
+        scores = data.others.astype(np.float64)
+        absent = ~np.isin(labels, classes)
+        self.label_scores = ops.put(np.where(absent, scores[labels, samples], 0)[None])
+        # The label's own score has no term.
+        scores[labels, samples] = -np.inf
+        self.scores = ops.put(np.delete(scores, classes, axis=0))
+        self.known = ops.zeros(len(labels), np.dtype(np.float64)).reshape(1, -1)
+
+    def summed(self, summary: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        known: np.ndarray = self.known
+        known[...] = summary + self.label_scores
+        return known
+
+    def add(self, values: np.ndarray) -> None:
+        values += np.exp(self.scores - self.known).sum(axis=0) / len(values)
 
 
 @dataclass(frozen=True)

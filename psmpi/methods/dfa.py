@@ -157,7 +157,7 @@ class DirectFeedback(Method):
         scale = config.of(Settings).feedback_scale
         if not 0 < scale <= 1e6:
             raise UserError(f"--feedback-scale {scale}: expected a number above 0")
-        configured_loss(config, dataset.task)
+        configured_loss(config, dataset)
         check_optimizer(config, network.layout(), ())
 
     @staticmethod
@@ -243,7 +243,7 @@ class DirectFeedback(Method):
     def _differentiate(self, b: int) -> None:
         """Find e, the derivatives of the mean loss with respect to the scores, limited."""
         scores, error = self.tape.scores, self._error(b)
-        derivatives = self.objective.losses(scores, self.objective.targets(b), 1 / b, slice(0, len(scores)))
+        derivatives = self.objective.losses(scores, self.objective.targets(b), 1 / b)
         if self.ops.on_device:
             self.ops.cast_scores(derivatives, error, self.objective.report.array)
             self.ops.unscale(error, self.objective.report.array, self.limit)

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import sqrt
 
 import numpy as np
 
-from psmpi.nn.losses import Loss
+from psmpi.nn.losses import Loss, OverClasses
 
 # With more classes than this, samples are counted too whose label is among so many largest scores.
 TOP = 5
+
+
+@dataclass(frozen=True)
+class ScorePart:
+    """Scores of some classes, of which ranks have different ones.
+
+    classes: (n,) their numbers; numbers: (all classes,) the place of each among them, that of another outside, see
+    `Loss.summarize`; others: sums over
+    the ranks, of arrays in host memory; counts: whether this rank counts what all of them know.
+    """
+
+    classes: np.ndarray
+    numbers: np.ndarray
+    others: OverClasses
+    counts: bool
 
 
 class Metric:
@@ -31,18 +47,29 @@ class Metric:
         """Sums over no samples, (names + 1,) float64."""
         return np.zeros(len(self.names) + 1)
 
-    def sums(self, scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    def sums(self, scores: np.ndarray, targets: np.ndarray, part: ScorePart | None = None) -> np.ndarray:
         """The sums over some samples: of their losses, of what is shown, and of the samples themselves.
 
-        scores (outputs, b), and targets (b,) int64 or (outputs, b) float64, in host memory.
+        scores (outputs, b), and targets (b,) int64 or (outputs, b) float64, in host memory. With `part` scores
+        are those of some outputs, and so are the values to learn: the share of this rank, which ranks add up.
         """
+        count = targets.shape[-1] if part is None or part.counts else 0
         if self.loss.task != "classes":
             off = scores - targets
-            return np.array([self.loss.value(scores, targets, 1.0), np.vdot(off, off), targets.shape[-1]])
-        found = [self.loss.value(scores, targets, 1.0), np.count_nonzero(scores.argmax(axis=0) == targets)]
-        if "top5" in self.names:
-            found.append(np.count_nonzero(count_above(scores, targets) < TOP))
-        return np.array([*found, len(targets)], np.float64)
+            return np.array([self.loss.value(scores, targets, 1.0), np.vdot(off, off), count])
+        if part is None:
+            found = [self.loss.value(scores, targets, 1.0), np.count_nonzero(scores.argmax(axis=0) == targets)]
+            if "top5" in self.names:
+                found.append(np.count_nonzero(count_above(scores, targets) < TOP))
+            return np.array([*found, count], np.float64)
+        labels = part.numbers[targets]
+        given = part.others.summed(self.loss.summarize(scores, labels), labels)
+        above = count_above(scores, targets, given[-1], part.classes).astype(np.float64)
+        part.others.add(above)
+        found = [self.loss.value(scores, labels, 1.0, given=given)]
+        if part.counts:
+            found += [np.count_nonzero(above < most) for most in (1, TOP)][: len(self.names) - 1]
+        return np.array([*found, *[0] * (len(self.names) - len(found)), count], np.float64)
 
     def scores(self, sums: np.ndarray) -> dict[str, float]:
         """The scores by name, from sums over one sample or more."""
@@ -52,12 +79,17 @@ class Metric:
         return found
 
 
-def count_above(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
+def count_above(
+    scores: np.ndarray, labels: np.ndarray, own: np.ndarray | None = None, classes: np.ndarray | None = None
+) -> np.ndarray:
     """The number of classes before the label's in the order of scores (classes, b), for each of the labels (b,).
 
-    Scores that are not numbers come first.
+    Scores that are not numbers come first. Where scores are those of some classes alone, `classes` (n,) are their
+    numbers, and `own` (b,) the labels' scores.
     """
-    own = np.take_along_axis(scores, labels[None], axis=0)
-    before = np.arange(len(scores))[:, None] < labels
+    numbers = np.arange(len(scores)) if classes is None else classes
+    if own is None:
+        own = np.take_along_axis(scores, labels[None], axis=0)
+    before = numbers[:, None] < labels
     found: np.ndarray = np.count_nonzero(~(scores <= own) | ((scores == own) & before), axis=0)
     return found

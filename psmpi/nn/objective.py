@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from psmpi.backend import Mirror
+from psmpi.backend import Mirror, NumpyOps
 from psmpi.nn.layers.chain import Tape
-from psmpi.nn.losses import Loss
+from psmpi.nn.losses import Loss, OverClasses, OverflowsError
 from psmpi.nn.model import Model
 
 # The largest gradient component that a part hands out: its square, summed over thousands of ranks, stays in the dtype.
@@ -23,6 +23,9 @@ class Objective:
     The backward pass is linear in the derivatives of the loss, float64 of any size: very large ones are scaled down by
     a power of two first, and the gradient is scaled up again and limited to GRADIENT_LIMIT in each component.
 
+    others: ranks that compute the scores of other classes, whose sums the loss needs; they are arrays of `ops` where
+    the loss is `fused`, else of the host. Labels then count from the model's first class.
+
     finite: whether the last loss and its scores were. Where they were not, a `lenient` loss is NaN or infinity, and any
     other an error. ids: of the samples of the minibatch, where whoever brings their targets says so.
 
@@ -30,8 +33,9 @@ class Objective:
     look at values and index by labels, for which a device would have to be waited for.
     """
 
-    def __init__(self, loss: Loss, model: Model):
+    def __init__(self, loss: Loss, model: Model, others: OverClasses | None = None):
         self.loss, self.model, self.ops = loss, model, model.ops
+        self.others = others if loss.sums else None
         self.fused = loss.fused(self.ops)
         self.finite = True
         self.ids: np.ndarray | None = None
@@ -40,10 +44,12 @@ class Objective:
         self.report.host.fill(0)
         self.grad = self._derivatives(0)
         self.given = self._targets(0)
+        # What is known of other classes, where the loss is computed.
+        self.sums = np.empty(0)
 
     def record(self, work: Callable[..., Any]) -> Callable[..., Any]:
-        """`NumpyOps.record` for work that computes losses: not recorded where it waits for the device."""
-        return work if self.fused is None else self.ops.record(work)
+        """`NumpyOps.record` for work that computes losses: not recorded where it waits for the device, or for ranks."""
+        return work if self.fused is None or self.others is not None else self.ops.record(work)
 
     def reserve(self, outputs: int, batch: int) -> None:
         """Make room for minibatches of up to `batch` samples with `outputs` scores."""
@@ -53,6 +59,9 @@ class Objective:
         self.outputs = outputs
         self.given = self._targets(batch if self.loss.task == "classes" else outputs * batch)
         self.cast = self.ops.empty(self.model.size * batch, self.model.dtype)
+        if self.others is not None:
+            where = self.ops if self.fused is not None else NumpyOps()
+            self.sums = where.empty((len(self.loss.sums) + 1) * batch, np.dtype(np.float64))
 
     def _derivatives(self, size: int) -> Mirror:
         """Room for derivatives; in one pass the host needs no image of them."""
@@ -64,7 +73,8 @@ class Objective:
 
     @property
     def nbytes(self) -> int:
-        return int(self.grad.array.nbytes + self.cast.nbytes + self.given.array.nbytes)
+        arrays = (self.grad.array, self.cast, self.given.array, self.sums)
+        return int(sum(array.nbytes for array in arrays))
 
     def bring(self, targets: np.ndarray) -> None:
         """Take the next minibatch's targets, (b,) or (outputs, b) in host memory, to where its loss is computed."""
@@ -83,20 +93,28 @@ class Objective:
         scores: np.ndarray,
         targets: np.ndarray,
         scale: float,
-        own: slice,
         pairs: np.ndarray | None = None,
         derivatives: bool = True,
     ) -> np.ndarray:
         """Compute the scaled sum of the losses, see `value`, and its derivatives (classes, b) float64, to be returned.
 
-        Arguments as in `derive`. Without `derivatives` none are made, and what is returned means nothing.
+        scores: (classes, b); targets, pairs as in `Loss`. Without `derivatives` none are made, and what is returned
+        means nothing.
         """
-        found = self.grad.array[: scores.size].reshape(scores.shape)
-        if self.fused is not None:
+        found: np.ndarray = self.grad.array[: scores.size].reshape(scores.shape)
+        if self.fused is None:
+            self._losses_on_host(scores, targets, scale, pairs, derivatives)
+        elif self.others is None:
             grad = found if derivatives else None
-            self.fused(scores, targets, scale, pairs, own, grad, self.report.array)
+            self.fused(scores, targets, scale, pairs, None, grad, None, self.report.array)
         else:
-            self._losses_on_host(scores, targets, scale, own, pairs, derivatives)
+            b = scores.shape[-1]
+            rest = self.sums[:b] if "terms" in self.loss.sums else None
+            given = self.others.summed(self.loss.fused_summary(self.ops, scores, targets, self.sums[b:]), targets)
+            self.fused(scores, targets, scale, None, given, found, rest, self.report.array)
+            if rest is not None:
+                self.others.add(rest)
+                self.loss.fused_close(self.ops, found, targets, rest, self.report.array, scores.dtype)
         return found
 
     def _losses_on_host(
@@ -104,7 +122,6 @@ class Objective:
         scores: np.ndarray,
         targets: np.ndarray,
         scale: float,
-        own: slice,
         pairs: np.ndarray | None,
         derivatives: bool,
     ) -> None:
@@ -115,15 +132,51 @@ class Objective:
         grad = self.grad.host[: scores.size].reshape(scores.shape) if derivatives else None
         pairs = None if pairs is None else host(pairs)
         self.finite = False
-        report[0] = self.loss.value(host(scores), host(targets), scale, grad, pairs)
+        if self.others is None:
+            report[0] = self.loss.value(host(scores), host(targets), scale, grad, pairs)
+        else:
+            assert grad is not None
+            report[0] = self._shared_loss(self.others, host(scores), host(targets), scale, grad)
         self.finite = bool(np.isfinite(report[0]))
         if not (self.finite or self.loss.lenient):
             raise FloatingPointError(DIVERGED)
         if grad is not None:
             # Without an array of absolute values: outputs at a cut are many.
-            report[3] = max(grad[own].max(initial=0.0), -grad[own].min(initial=0.0))
+            report[3] = max(grad.max(initial=0.0), -grad.min(initial=0.0))
             self.grad.push(slice(0, scores.size))
         self.report.push()
+
+    def _shared_loss(
+        self, others: OverClasses, scores: np.ndarray, labels: np.ndarray, scale: float, grad: np.ndarray
+    ) -> float:
+        """This rank's share of the loss; of scores that are not finite no rank of them all has a finite one.
+
+        Whatever a rank finds, it takes part in the sums.
+        """
+        loss, error = self.loss, None
+        given = others.summed(loss.summarize(scores, labels), labels)
+        rest = self.sums[: len(labels)] if "terms" in loss.sums else None
+        try:
+            value = loss.terms(scores, labels, scale, given, grad, rest)
+        except FloatingPointError as wrong:
+            value, error = np.nan, wrong
+            grad.fill(np.nan)
+            if rest is not None:
+                rest.fill(np.inf if isinstance(wrong, OverflowsError) else np.nan)
+        known = given
+        if rest is not None:
+            if not np.isfinite(value) and error is None:
+                rest.fill(np.nan)
+            others.add(rest)
+            loss.close(grad, labels, rest)
+            known = rest
+        if error is not None and not loss.lenient:
+            raise error
+        if np.isfinite(known).all():
+            return value
+        if not loss.lenient:
+            loss.check_rest(known)
+        return np.nan
 
     def derive(
         self,
@@ -131,18 +184,25 @@ class Objective:
         scores: np.ndarray,
         targets: np.ndarray,
         scale: float,
-        own: slice,
         pairs: np.ndarray | None = None,
         dx: np.ndarray | None = None,
     ) -> None:
-        """Fill the model's gradient with that of the scaled sum of the losses of the minibatch of a pass.
+        """Compute the scaled sum of the losses of the minibatch of a pass, and its gradient.
 
-        scores (outputs, b), the pass's own being `own`; targets, pairs as in `Loss`. dx, of the shape of the model's
-        inputs, is filled with the gradient of these; the model then begins with a layer with weights.
+        scores (outputs, b): the pass's; targets, pairs as in `Loss`. dx: see `backward`.
         """
-        grad, report = self.losses(scores, targets, scale, own, pairs), self.report.array
-        cast = self.cast[: grad[own].size].reshape(grad[own].shape)
-        self.ops.cast_scores(grad[own], cast, report)
+        self.losses(scores, targets, scale, pairs)
+        self.backward(tape, dx)
+
+    def backward(self, tape: Tape, dx: np.ndarray | None = None) -> None:
+        """Fill the model's gradient from the derivatives that `losses` has found last.
+
+        dx, of the shape of the model's inputs, is filled with the gradient of these; the model then begins with a layer
+        with weights.
+        """
+        size, report = tape.scores.size, self.report.array
+        grad, cast = (array[:size].reshape(-1, tape.scores.shape[-1]) for array in (self.grad.array, self.cast))
+        self.ops.cast_scores(grad, cast, report)
         # Outputs of some layers alone may be images.
         self.model.backward(tape, cast.reshape(tape.scores.shape), dx=dx)
         if dx is not None:

@@ -78,7 +78,7 @@ class Context:
 
     def loss(self) -> Loss:
         """A loss of its own: it counts what happens to it."""
-        made = configured_loss(self.config, self.dataset.task)
+        made = configured_loss(self.config, self.dataset)
         made.lenient = self.numbers.lenient
         return made
 
@@ -105,10 +105,10 @@ class Context:
         mirror.settle()
 
 
-def configured_loss(config: Config, task: str) -> Loss:
-    """The loss of a configuration for a data set's task; UserError for settings that it cannot have."""
-    c = config.objective
-    return make_loss(c.loss, np.dtype(config.model.dtype), kappa=c.kappa, exp_clip=c.exp_clip, task=task)
+def configured_loss(config: Config, dataset: Dataset) -> Loss:
+    """The loss of a configuration for a data set; UserError for settings that it cannot have."""
+    c, dtype = config.objective, np.dtype(config.model.dtype)
+    return make_loss(c.loss, dtype, kappa=c.kappa, exp_clip=c.exp_clip, task=dataset.task, outputs=dataset.outputs)
 
 
 def configured_optimizer(

@@ -25,7 +25,7 @@ class Divergence:
     """
 
     def __init__(self, config: Config, dataset: Dataset):
-        self.loss, self.clipped, self.begun = configured_loss(config, dataset.task), 0, 0.0
+        self.loss, self.clipped, self.begun = configured_loss(config, dataset), 0, 0.0
         self.terms = max(1, dataset.outputs - 1)
         # The size of what is to be learnt.
         targets = dataset.train.targets if dataset.task == "regression" else None

@@ -6,13 +6,17 @@ from math import ceil, sqrt
 
 import numpy as np
 
+from psmpi.backend import NumpyOps
+from psmpi.comm.bridge import Bridge
 from psmpi.comm.group import Group
-from psmpi.comm.transfers import Message, RowExchange, Step, Sum
+from psmpi.comm.transfers import Message, Step
 from psmpi.data import Batch, Resident
 from psmpi.layout import Roles, Worker
 from psmpi.nn.layers.chain import Tape
+from psmpi.nn.metric import ScorePart
 from psmpi.nn.model import Model
 from psmpi.nn.objective import Objective
+from psmpi.training.class_sums import ClassSums
 from psmpi.training.context import Context
 from psmpi.training.evaluator import evaluate
 
@@ -20,8 +24,9 @@ from psmpi.training.evaluator import evaluate
 class ElementWorker:
     """Computes with w_part and fills g_part, both (part.size,), for one column of one replica row.
 
-    With the score partition the row exchanges scores and the loss sees all classes; with the pair partition the loss
-    sees only this worker's classes, and only samples of these are read. Without `tests` it has no samples to test.
+    With the score partition the row exchanges what the loss needs of all classes, a few numbers a sample (`ClassSums`);
+    with the pair partition the loss sees only this worker's classes, and only samples of these are read. Without
+    `tests` no samples are tested.
     """
 
     def __init__(
@@ -39,41 +44,58 @@ class ElementWorker:
         self.dtype, self.ops, self.g_part = context.dtype, ops, g_part
         self.model = Model(network, context.layout, w_part, g_part, ops, place.classes)
         self.loss, self.metric = context.loss(), context.metric()
-        self.objective = Objective(self.loss, self.model)
-        # Of pairs a worker's loss is that of its own scores.
-        context.numbers.watch(self.objective, row if place.elements is None else None, self.own_gradient)
-        self.forward_pass, self.backward_pass = ops.record(self._forward), self.objective.record(self._backward)
+        self.classes = np.array(place.classes)
+        # This worker's number of each class, -1 of others.
+        self.numbers = np.full(dataset.outputs, -1)
+        self.numbers[self.classes] = np.arange(len(self.classes))
         peers = [w for w in roles.workers if w is not None and w.row == place.row]
-        # Of training and tests with the score partition; of tests with the pair partition.
-        self.score_exchange = RowExchange(row, [len(w.classes) for w in peers], self.dtype)
-        self.score_sum = Sum(row, dataset.outputs, self.dtype, per_sample=True)
-        self.own = slice(place.classes[0], place.classes[-1] + 1)
-        # In an evaluation, a class's scores come from the first worker of the row that computes them.
-        first = {c: w.column for w in reversed(peers) for c in w.classes}
-        self.reports = [(k, c) for k, c in enumerate(place.classes) if first[c] == place.column]
+        alone = len(peers) == 1
+        self.sums: ClassSums | None = None
+        if place.elements is None and not alone:
+            counts = [len(w.classes) for w in peers]
+            # Sums are made where the loss is computed.
+            host = self.loss.fused(ops) is None
+            group = context.group(row.ranks, bridge=Bridge()) if host else row
+            self.sums = ClassSums(group, self.loss, counts, self.dtype, NumpyOps() if host else ops)
+        self.objective = Objective(self.loss, self.model, self.sums)
+        # Ranks whose losses need no sums, and those of pairs, know of their own scores alone.
+        context.numbers.watch(self.objective, row if self.objective.others is not None else None, self.own_gradient)
+        self.forward_pass, self.backward_pass = ops.record(self._forward), ops.record(self._backward)
+        self.derive_pass = self.objective.record(self._derive)
 
         samples = np.arange(dataset.train.n)
         self.pairs: np.ndarray | None = None
         self.mask: np.ndarray | None = None
         if place.elements is not None:
-            # The loss of a pair worker knows its own classes only, numbered from 0.
-            self.number = np.full(dataset.outputs, -1)
-            self.number[list(place.classes)] = np.arange(len(place.classes))
             self.pairs = np.zeros((len(place.classes),) * 2, bool)
             for i, j in place.elements:
-                self.pairs[self.number[i], self.number[j]] = self.pairs[self.number[j], self.number[i]] = True
-            samples = samples[self.number[dataset.train.labels] >= 0]
+                self.pairs[self.numbers[i], self.numbers[j]] = self.pairs[self.numbers[j], self.numbers[i]] = True
+            samples = samples[self.numbers[dataset.train.labels] >= 0]
             # Where the loss is computed.
             self.mask = ops.put(self.pairs)
         self.train = Resident(dataset.train, samples, self.dtype, ops)
         # Whole minibatches, the same on any number of rows.
         batches = network.evaluation_batches(dataset.test.n) if tests else []
         self.test_batches = [batches[k] for k in np.array_split(np.arange(len(batches)), self.rows)[place.row]]
+        # In a test the first worker of the row that computes a class's score has it.
+        first = {c: w.column for w in reversed(peers) for c in w.classes}
+        self.tested = [k for k, c in enumerate(place.classes) if first[c] == place.column]
+        self.part: ScorePart | None = None
+        if not alone:
+            classes = self.classes[self.tested]
+            numbers = np.arange(dataset.outputs) - self.classes[0]
+            if place.elements is not None:
+                numbers.fill(-1)
+                numbers[classes] = np.arange(len(classes))
+            counts = [sum(first[c] == w.column for c in w.classes) for w in peers]
+            others = context.group(row.ranks, bridge=Bridge())
+            sums = ClassSums(others, self.metric.loss, counts, self.dtype, NumpyOps())
+            self.part = ScorePart(classes, numbers, sums, place.column == 0)
         mine = np.concatenate([np.arange(0), *(np.arange(at.start, at.stop) for at in self.test_batches)])
-        self.test_ids = mine if self.pairs is None or self.reports else mine[:0]
+        self.test_ids = mine if self.tested else mine[:0]
         self.test_samples = Resident(dataset.test, self.test_ids, self.dtype, ops)
         # Samples and factor of the last minibatch.
-        self.last, self.capacity = (0, 1.0), 0
+        self.last, self.capacity = 0, 0
         share = -(-context.config.data.batch_size // self.rows)
         if self.pairs is not None:
             # As many samples of its classes as hardly ever meet in a minibatch.
@@ -89,15 +111,16 @@ class ElementWorker:
         self.features = int(np.prod(self.dataset.shape))
         self.model.reserve(batch)
         self.x = self.ops.empty(self.features * batch, self.dtype)
-        self.scores = self.ops.empty(self.dataset.outputs * batch, self.dtype)
-        self.objective.reserve(self.dataset.outputs, batch)
+        self.objective.reserve(len(self.classes), batch)
+        if self.sums is not None:
+            self.sums.reserve(batch)
 
     def memory(self) -> dict[str, int]:
         """Bytes of what it holds besides weights and gradients, by what for."""
-        own = self.scores.nbytes + self.objective.nbytes
+        sums = self.sums.nbytes if self.sums is not None else 0
         return {
             "activations": self.x.nbytes + self.model.activation_bytes,
-            "buffers": self.model.buffer_bytes + own,
+            "buffers": self.model.buffer_bytes + self.objective.nbytes + sums,
             "samples": self.train.nbytes + self.test_samples.nbytes,
         }
 
@@ -113,8 +136,8 @@ class ElementWorker:
         # What every sample adds whatever the weights belongs to no pair: the row's first worker counts it.
         constant = scale * len(own) * self.loss.constant if self.pairs is not None and self.place.column == 0 else 0.0
         if self.pairs is not None:
-            own = Batch(own.ids[self.number[self.dataset.train.labels[own.ids]] >= 0])
-        self.last = b, _ = len(own), scale
+            own = Batch(own.ids[self.numbers[self.dataset.train.labels[own.ids]] >= 0])
+        self.last = b = len(own)
         if b == 0:
             self.g_part.fill(0)
             return constant
@@ -122,20 +145,28 @@ class ElementWorker:
         own = self.train.batch(own.ids, self.x)
         assert own.targets is not None
         self.objective.ids = own.ids
-        self.objective.bring(own.targets if self.pairs is None else self.number[own.targets])
+        self.objective.bring(self._own_targets(own.targets))
         self.tape = self.forward_pass(b)
-        if self.pairs is None:
-            self._share(self.tape.scores)
-        self.backward_pass(b, scale)
-        loss = self.objective.value()
-        # With the score partition every worker of the row has seen the whole loss.
-        return loss + constant if self.pairs is not None or self.place.column == 0 else 0.0
+        if self.objective.others is None:
+            self.derive_pass(b, scale)
+        else:
+            self._losses(b, scale)
+            self.backward_pass(b)
+        return self.objective.value() + constant
+
+    def _own_targets(self, targets: np.ndarray) -> np.ndarray:
+        """Labels as this worker numbers classes, counted from its first with the score partition; values of its own."""
+        if self.dataset.task != "classes":
+            values: np.ndarray = targets[self.classes]
+            return values
+        own: np.ndarray = targets - self.classes[0] if self.pairs is None else self.numbers[targets]
+        return own
 
     def own_gradient(self) -> np.ndarray:
         """g_part of the last minibatch once more, at the same weights, whatever sums over ranks have made of it."""
-        (b, scale), finished, self.model.finished = self.last, self.model.finished, None
-        if b:
-            self._backward(b, scale)
+        finished, self.model.finished = self.model.finished, None
+        if self.last:
+            self._backward(self.last)
         self.model.finished = finished
         return self.g_part
 
@@ -143,43 +174,36 @@ class ElementWorker:
         """The pass that gives the scores of the model's classes."""
         return self.model.forward(self.x[: self.features * b].reshape(self.features, b))
 
-    def _backward(self, b: int, scale: float) -> None:
-        """From the scores, the row's or this worker's own, to g_part."""
-        if self.pairs is None:
-            scores, own = self.scores[: self.dataset.outputs * b].reshape(-1, b), self.own
-        else:
-            scores, own = self.tape.scores, slice(0, len(self.place.classes))
-        self.objective.derive(self.tape, scores, self.objective.targets(b), scale, own, self.mask)
+    def _losses(self, b: int, scale: float) -> None:
+        """From the scores to their derivatives."""
+        self.objective.losses(self.tape.scores, self.objective.targets(b), scale, self.mask)
 
-    def _share(self, output: np.ndarray) -> np.ndarray:
-        """All classes' scores (classes, b), from each column's own (its classes, b)."""
-        b = output.shape[1]
-        scores = self.scores[: self.dataset.outputs * b].reshape(-1, b)
-        self.score_exchange.forward(output, scores)
-        return scores
+    def _backward(self, b: int) -> None:
+        """From the derivatives of b samples to g_part."""
+        self.objective.backward(self.tape)
+
+    def _derive(self, b: int, scale: float) -> None:
+        """From the scores to g_part."""
+        self._losses(b, scale)
+        self._backward(b)
 
     def messages(self, batch: int) -> list[Message]:
         """The messages of its row in a step on `batch` samples of all rows."""
         share = len(Batch(np.arange(batch)).share(self.place.row, self.rows))
-        return self.score_exchange.messages(Step(share)) if self.pairs is None and share else []
+        return self.sums.messages(Step(share)) if self.sums is not None and share else []
 
     def test(self) -> np.ndarray:
-        """The metric's sums over the row's slice of the test split; 0 but on its first worker."""
-        return evaluate(self.metric, self.test_batches, self._test_scores, self.test_samples.targets, self.ops)
+        """This rank's share of the metric's sums over the row's slice of the test split."""
+        return evaluate(self.metric, self.test_batches, self._test_scores, self._test_targets, self.ops, self.part)
 
-    def _test_scores(self, ids: np.ndarray) -> np.ndarray | None:
-        """All classes' scores (classes, b) of test samples, on the row's first worker."""
-        scores = self.scores[: self.dataset.outputs * len(ids)].reshape(-1, len(ids))
-        output = None
-        if len(self.test_ids):
-            output = self.model.forward(self.test_samples.batch(ids, self.x).inputs).scores
-        if self.pairs is None:
-            assert output is not None
-            scores = self._share(output)
-        else:
-            scores.fill(0)
-            for k, c in self.reports:
-                assert output is not None
-                scores[c] = output[k]
-            self.score_sum.backward(scores, scores)
-        return scores if self.place.column == 0 else None
+    def _test_targets(self, ids: np.ndarray) -> np.ndarray:
+        """Labels of test samples, or values of the outputs tested here."""
+        targets: np.ndarray = self.dataset.test.targets[ids]
+        return targets if self.dataset.task == "classes" else targets[:, self.classes[self.tested]].T
+
+    def _test_scores(self, ids: np.ndarray) -> np.ndarray:
+        """The scores (classes tested here, b) of test samples."""
+        if not self.tested:
+            return np.empty((0, len(ids)), self.dtype)
+        scores: np.ndarray = self.model.forward(self.test_samples.batch(ids, self.x).inputs).scores
+        return scores if len(self.tested) == len(scores) else scores[self.tested]

@@ -14,7 +14,7 @@ from psmpi.data import Resident, Split
 from psmpi.layout import Runs
 from psmpi.nn.cut import cut_stages
 from psmpi.nn.layers.chain import leaves
-from psmpi.nn.metric import Metric
+from psmpi.nn.metric import Metric, ScorePart
 from psmpi.nn.model import Model
 from psmpi.nn.network import Network
 
@@ -25,18 +25,19 @@ def evaluate(
     scores: Callable[[np.ndarray], np.ndarray | None],
     targets: Callable[[np.ndarray], np.ndarray],
     ops: NumpyOps,
+    part: ScorePart | None = None,
 ) -> np.ndarray:
     """The metric's sums over minibatches of test samples, each a run of ids.
 
-    scores(ids): those of all outputs (outputs, b), arrays of `ops`, None where another rank counts them; targets(ids):
-    in host memory, as a batch has them.
+    scores(ids): those of all outputs, or of `part`, (outputs, b), arrays of `ops`, None where another rank counts them;
+    targets(ids): in host memory, as a batch has them.
     """
     totals = metric.zeros()
     for at in batches:
         ids = np.arange(at.start, at.stop)
         found = scores(ids)
         if found is not None:
-            totals += metric.sums(ops.host(found), targets(ids))
+            totals += metric.sums(ops.host(found), targets(ids), part)
     return totals
 
 

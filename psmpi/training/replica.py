@@ -103,7 +103,7 @@ class Replica(Method):
     def check(cls, size: int, network: Network, dataset: Dataset, config: Config) -> None:
         check_not_partitioned(config)
         check_slices(network, config.data.batch_size, size, "ranks")
-        configured_loss(config, dataset.task)
+        configured_loss(config, dataset)
         check_optimizer(config, network.layout(), ())
         check_allreduce(config.of(Sums).allreduce, size)
 

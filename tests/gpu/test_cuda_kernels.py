@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sysconfig
+from itertools import pairwise
 from math import log
 from pathlib import Path
 
@@ -437,7 +438,8 @@ def test_losses_are_those_of_the_reference(name, paired, size, batch, dtype, dev
 
     scores, labels = device.of(scores), device.of(labels)
     table = None if pairs is None else device.of(pairs, np.uint8)
-    device("losses", (2,), (64,), kind, classes, batch, scores, labels, scale, kappa, limit, table, out, samples)
+    settings = (classes, batch, scores, labels, scale, kappa, limit, 0, loss.offset(classes))
+    device("losses", (2,), (64,), kind, *settings, table, None, out, None, samples)
     tolerance = TOLERANCE[F64]
     near(out, grad, tolerance)
     if dtype == F32 or size < 1e30:
@@ -449,16 +451,15 @@ def test_losses_are_those_of_the_reference(name, paired, size, batch, dtype, dev
     assert np.array_equal(samples[2], clipped)
     # Without derivatives the same.
     again = device.array((3, batch), F64)
-    device("losses", (2,), (64,), kind, classes, batch, scores, labels, scale, kappa, limit, table, None, again)
+    device("losses", (2,), (64,), kind, *settings, table, None, None, None, again)
     assert np.array_equal(again, samples)
 
     report = device.array((4,), F64)
-    for first, last in ((0, classes), (2, 5), (3, 3)):
-        device("loss_report", (1,), (256,), classes, batch, first, last, samples, out, scale, report)
-        expected = [value, worst.max(initial=0.0), clipped.sum(), abs(grad[first:last]).max(initial=0.0)]
-        for found, number in zip(report, expected, strict=True):
+    for derivatives in (None, out):
+        device("loss_report", (1,), (256,), classes, batch, samples, derivatives, scale, report)
+        largest = 0 if derivatives is None else abs(grad).max()
+        for found, number in zip(report, [value, worst.max(initial=0.0), clipped.sum(), largest], strict=True):
             assert found == pytest.approx(number, rel=tolerance, abs=0)
-    device("loss_report", (1,), (256,), classes, batch, 0, classes, samples, out, scale, report)
     cast = device.array((classes, batch))
     device("cast_scores", (2,), (64,), cast.size, out, cast, report)
     expected = np.empty_like(cast)
@@ -471,6 +472,78 @@ def test_losses_are_those_of_the_reference(name, paired, size, batch, dtype, dev
     device("unscale", (2,), (64,), g.size, mine, report, LIMIT[dtype])
     near(mine, back, TOLERANCE[dtype])
     assert np.isfinite(mine).all()
+
+
+@runs
+@real_types
+@pytest.mark.parametrize("cuts", [(7,), (4, 3), (1, 6), (2, 2, 3)], ids=str)
+@pytest.mark.parametrize("size", [1.0, 60.0])
+@pytest.mark.parametrize("name", FUSED)
+def test_losses_of_some_classes_are_those_of_the_reference(name, size, cuts, dtype, device):
+    """Summaries, what they are merged to, terms, and what closes them, rank by rank."""
+    classes, batch, scale, kind = sum(cuts), 33, 0.125, FUSED.index(name)
+    rng, limit = np.random.default_rng(0), largest_exponent(dtype)
+    scores, labels = some(rng, dtype, classes, batch) * dtype.type(size), rng.integers(0, classes, batch)
+    loss = make_loss(name, dtype, kappa=1.5, outputs=classes)
+    starts = np.cumsum([0, *cuts])
+    spans = [slice(a, b) for a, b in pairwise(starts.tolist())]
+    summaries, tolerance = [], 10 * TOLERANCE[F64]
+    for at in spans:
+        expected, c, y = (
+            loss.summarize(scores[at], labels - at.start),
+            device.of(scores[at]),
+            device.of(labels - at.start),
+        )
+        found = expected
+        if (loss.sums and len(expected) != at.stop - at.start) or not loss.gathers:
+            found = device.array(expected.shape, F64)
+            device("normalizers" if loss.gathers else "label_scores", (2,), (64,), len(c), batch, c, y, found)
+            near(found, expected, tolerance)
+        summaries.append(found)
+    rests, parts = [], []
+    for at in spans:
+        c, y, given = device.of(scores[at]), device.of(labels - at.start), None
+        if loss.gathers:
+            gathered, first = device.of(np.concatenate(summaries).astype(dtype)), device.of(starts - at.start)
+            given = device.array((3, batch), F64)
+            device("merge_normalizers", (2,), (64,), len(cuts), batch, gathered, first, y, given)
+            near(given, loss.merge(gathered, first.tolist(), y), tolerance)
+        elif loss.sums:
+            given = device.of(sum(summaries))
+        grad, rest, ours = np.empty(c.shape), np.zeros(batch), device.array(batch, F64)
+        value = loss.terms(c, y, scale, given, grad, rest)
+        out, samples, report = device.array(c.shape, F64), device.array((3, batch), F64), device.array((4,), F64)
+        settings = (len(c), batch, c, y, scale, 1.5, limit, 0, loss.offset(len(c)))
+        left = ours if "terms" in loss.sums else None
+        device("losses", (2,), (64,), kind, *settings, None, given, out, left, samples)
+        device("loss_report", (1,), (256,), len(c), batch, samples, out, scale, report)
+        near(out, grad, tolerance)
+        assert report[0] == pytest.approx(value, rel=tolerance, abs=1e-300)
+        if left is not None:
+            near(ours, rest, tolerance)
+        rests.append(rest)
+        parts.append((at, y, grad, out, report))
+    rest = sum(rests)
+    for at, y, grad, out, report in parts if "terms" in loss.sums else ():
+        loss.close(grad, labels - at.start, rest)
+        device("close_losses", (2,), (64,), len(out), batch, y, device.of(rest), out)
+        device("close_report", (1,), (256,), out.size, batch, out, device.of(rest), report)
+        near(out, grad, tolerance)
+        assert report[3] == pytest.approx(abs(grad).max(), rel=tolerance) and np.isfinite(report[0])
+        device("close_report", (1,), (256,), out.size, batch, out, device.of(np.where(rest < 0, rest, np.inf)), report)
+        assert np.isnan(report[0])
+
+
+@runs
+@real_types
+def test_an_exponent_past_the_limit_is_told_to_all_where_it_is_an_error(dtype, device):
+    scores, given = device.of(np.full((2, 3), 200, dtype)), device.of(np.array([[0.0, 150, 150]]))
+    labels, rest = device.of(np.full(3, 5)), device.array(3, F64)
+    out, samples = device.array((2, 3), F64), device.array((3, 3), F64)
+    for strict in (0, 1):
+        settings = (2, 3, scores, labels, 1.0, 1.0, 88.0, strict, 0.0)
+        device("losses", (1,), (32,), 0, *settings, None, given, out, rest, samples)
+        assert np.isinf(rest).tolist() == [bool(strict), False, False]
 
 
 @runs
@@ -492,7 +565,7 @@ def test_distances_are_those_of_the_reference(units, batch, dtype, device):
             shape = (classes, batch, outputs.size)
             device("distances", (count,), (256,), *shape, outputs, targets, labels, scale * loss.share, out, partial)
             near(out, grad, TOLERANCE[F64])
-            device("loss_report", (1,), (256,), 1, count, 0, 1, partial, partial[3], scale * loss.share, report)
+            device("loss_report", (1,), (256,), 1, count, partial, partial[3], scale * loss.share, report)
             assert np.array_equal(report[1:3], [0, 0])
             assert report[[0, 3]] == pytest.approx([value, abs(grad).max()], rel=1e-12, nan_ok=True)
 
@@ -511,13 +584,14 @@ def test_a_score_that_is_no_number_shows(name, bad, dtype, device):
         grad, samples = device.array((classes, batch), F64), device.array((3, batch), F64)
         kind, report = FUSED.index(name), device.array((4,), F64)
         limit = largest_exponent(dtype)
-        device("losses", (1,), (64,), kind, classes, batch, scores, labels, 1.0, 1.0, limit, None, grad, samples)
-        device("loss_report", (1,), (256,), classes, batch, 0, classes, samples, grad, 1.0, report)
+        settings = (classes, batch, scores, labels, 1.0, 1.0, limit, 0, 0.0)
+        device("losses", (1,), (64,), kind, *settings, None, None, grad, None, samples)
+        device("loss_report", (1,), (256,), classes, batch, samples, grad, 1.0, report)
         if name == "psl":
             assert not report[1] < np.inf and not samples[1, 7] < np.inf
             if np.isnan(bad):
                 assert np.isnan(samples[1, 7]) and np.isnan(report[1])
-        elif name != "logistic" or np.isnan(bad):
+        elif (name != "logistic" and (name, where) != ("bce", "label")) or np.isnan(bad):
             assert not np.isfinite(report[0])
         if np.isnan(bad):
             assert np.isnan(report[3])
@@ -538,7 +612,8 @@ def test_losses_are_as_the_reference_has_them_where_it_has_them(name, dtype, dev
         value = make_loss(name, dtype)(scores, labels, 1.0, grad)
     scores, labels, out = device.of(scores), device.of(labels), device.array(grad.shape, F64)
     samples = device.array((3, 2), F64)
-    device("losses", (1,), (32,), kind, 4, 2, scores, labels, 1.0, 1.0, limit, None, out, samples)
+    settings = (4, 2, scores, labels, 1.0, 1.0, limit, 0, make_loss(name, dtype).offset(4))
+    device("losses", (1,), (32,), kind, *settings, None, None, out, None, samples)
     assert samples[0].sum() == pytest.approx(value, rel=1e-12, nan_ok=True)
     near(out[np.isfinite(grad)], grad[np.isfinite(grad)], 1e-12)
 

@@ -553,7 +553,7 @@ def test_the_loss_and_its_gradient_are_those_of_the_reference(cupy, name, dtype)
             objective.reserve(10, 9)
             mask = None if pairs is None else put(ops, pairs)
             tape = model.forward(put(ops, x))
-            objective.derive(tape, tape.scores, put(ops, labels), 1 / 9, slice(0, 10), mask)
+            objective.derive(tape, tape.scores, put(ops, labels), 1 / 9, mask)
             results.append((objective.value(), ops.host(g), objective.loss.clipped))
         (value, g, clipped), (our_value, our_g, our_clipped) = results
         assert our_value == pytest.approx(value, rel=100 * TOLERANCE[dtype]) and our_clipped == clipped
@@ -577,7 +577,7 @@ def test_the_distance_from_targets_and_its_gradient_are_those_of_the_reference(c
         objective = Objective(loss, model)
         objective.reserve(10, 9)
         tape = model.forward(put(ops, x))
-        objective.derive(tape, tape.scores, put(ops, labels), 1 / 9, slice(0, 10))
+        objective.derive(tape, tape.scores, put(ops, labels), 1 / 9)
         results.append((objective.value(), ops.host(g), ops.host(objective.report.array)))
         assert loss.nbytes >= 8 * targets.size and (objective.fused is not None) == ops.on_device
     (value, g, report), (our_value, our_g, our_report) = results
@@ -585,7 +585,7 @@ def test_the_distance_from_targets_and_its_gradient_are_those_of_the_reference(c
     assert our_report == pytest.approx(report, rel=TOLERANCE[dtype]) and our_report[3] > 0
     model.w[:] = put(ops, np.full_like(w, np.nan))
     tape = model.forward(put(ops, x))
-    objective.derive(tape, tape.scores, put(ops, labels), 1 / 9, slice(0, 10))
+    objective.derive(tape, tape.scores, put(ops, labels), 1 / 9)
     with pytest.raises(FloatingPointError, match="the loss is not a finite number"):
         objective.value()
 
@@ -610,7 +610,7 @@ def test_a_loss_without_a_kernel_of_its_own_goes_through_host_memory_outside_of_
 
         def work(b, objective=objective, model=model, given=given):
             tape = model.forward(given[0])
-            objective.derive(tape, tape.scores, given[1], 1 / b, slice(0, 10))
+            objective.derive(tape, tape.scores, given[1], 1 / b)
 
         recorded, before = objective.record(work), ops.stream.launches
         # A step is recorded the second time.
@@ -639,7 +639,7 @@ def test_values_to_learn_are_those_of_the_reference(cupy, dtype):
         objective.reserve(10, 9)
         objective.bring(targets.T)
         tape = model.forward(put(ops, x))
-        objective.derive(tape, tape.scores, objective.targets(9), 1 / 9, slice(0, 10))
+        objective.derive(tape, tape.scores, objective.targets(9), 1 / 9)
         results.append((objective.value(), ops.host(model.g)))
     (value, g), (our_value, our_g) = results
     assert our_value == pytest.approx(value, rel=TOLERANCE[dtype]) and far(our_g, g) <= TOLERANCE[dtype]
@@ -655,14 +655,14 @@ def test_what_is_no_number_is_said(cupy):
         objective = Objective(make_loss(name, w.dtype), model)
         objective.reserve(10, 2)
         tape = model.forward(put(ops, x))
-        objective.derive(tape, tape.scores, put(ops, np.zeros(2, int)), 1.0, slice(0, 10))
+        objective.derive(tape, tape.scores, put(ops, np.zeros(2, int)), 1.0)
         with pytest.raises(FloatingPointError, match=says):
             objective.value()
     objective = Objective(make_loss("psl", w.dtype, exp_clip="off"), model)
     objective.reserve(10, 2)
     model.w[:] = put(ops, 1e4 * w)
     tape = model.forward(put(ops, x))
-    objective.derive(tape, tape.scores, put(ops, np.zeros(2, int)), 1.0, slice(0, 10))
+    objective.derive(tape, tape.scores, put(ops, np.zeros(2, int)), 1.0)
     with pytest.raises(FloatingPointError, match="--exp-clip is off"):
         objective.value()
 

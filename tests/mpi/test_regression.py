@@ -161,7 +161,7 @@ def test_the_objective_takes_values_in_the_order_of_the_scores():
     objective.reserve(3, 7)
     objective.bring(targets.T)
     tape = model.forward(x)
-    objective.derive(tape, tape.scores, objective.targets(5), 0.2, slice(0, 3))
+    objective.derive(tape, tape.scores, objective.targets(5), 0.2)
     assert objective.value() == pytest.approx(0.2 * ((tape.scores - targets.T) ** 2).sum(), rel=1e-14)
 
 

@@ -162,16 +162,17 @@ def test_bytes_a_step_are_those_of_the_formulas(name, columns, rows):
     """Sent by one worker, and one direction at the master's link, with b = 100 and float32."""
     shared, private = PSNETS[name]
     batch, classes = 100 // rows, 10 // columns
-    scores = 4 * batch * classes * (columns - 1)
+    # The label's score and the sum of terms of each sample, in float32 and float64, around rings.
+    sums = sum(2 * (columns - 1) * itemsize * batch // columns for itemsize in (4, 8))
     master = counted(columns * rows + 1, name, "--placement", "master", "--replicas", str(rows))
-    assert master["sent"][1:] == [4 * (shared + classes * private) + scores] * (columns * rows)
+    assert master["sent"][1:] == [4 * (shared + classes * private) + sums] * (columns * rows)
     assert master["sent"][0] == master["received"][0] == 4 * rows * (columns * shared + 10 * private)
     owner = counted(columns * rows + 1, name, "--placement", "owner", "--replicas", str(rows))
     ring = 2 * (rows - 1) * 4 * classes * private // rows
-    assert owner["sent"][1:] == [4 * shared + scores + ring] * (columns * rows)
+    assert owner["sent"][1:] == [4 * shared + sums + ring] * (columns * rows)
     assert owner["sent"][0] == owner["received"][0] == 4 * columns * rows * shared
     if (name, columns, rows) == ("mnist", 10, 1):
-        assert master["sent"][1] == 26040 and owner["sent"][1] == 7760
+        assert master["sent"][1] == 24600 and owner["sent"][1] == 6320
 
 
 def test_bytes_of_the_pair_partition_are_those_of_its_table():

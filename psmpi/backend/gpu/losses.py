@@ -9,7 +9,7 @@ import numpy as np
 from psmpi.backend.gpu.device import Device
 from psmpi.backend.gpu.grids import BLOCKS, blocks
 
-LOSSES = {"psl": 0, "logistic": 1, "nll": 2, "squared": 3}
+LOSSES = {"psl": 0, "logistic": 1, "nll": 2, "squared": 3, "bce": 4}
 
 
 class DeviceLosses(Device):
@@ -23,19 +23,43 @@ class DeviceLosses(Device):
         scale: float,
         kappa: float,
         limit: float,
+        strict: bool,
+        offset: float,
         pairs: Any,
-        own: slice,
+        given: Any,
         grad: Any,
+        rest: Any,
         report: Any,
     ) -> None:
-        """One pass over a minibatch of the loss called `name`; grad and report as in `Loss.fused`."""
+        """One pass over a minibatch of the loss called `name`; arguments as in `Loss.fused`."""
         classes, b = scores.shape
         each = self.partial(3 * b, np.dtype(np.float64))
-        seen, into = (0 if array is None else array for array in (pairs, grad))
-        settings = (LOSSES[name], classes, b, scores, labels, scale, kappa, limit, seen)
-        self.spread("losses", scores.dtype, b, *settings, into, each)
-        first, last, _ = own.indices(classes) if grad is not None else (0, 0, 1)
-        self.launch("loss_report", scores.dtype, (1,), (256,), classes, b, first, last, each, into, scale, report)
+        seen, sums, into, left = (0 if array is None else array for array in (pairs, given, grad, rest))
+        settings = (LOSSES[name], classes, b, scores, labels, scale, kappa, limit, int(strict), offset, seen, sums)
+        self.spread("losses", scores.dtype, b, *settings, into, left, each)
+        self.launch("loss_report", scores.dtype, (1,), (256,), classes, b, each, into, scale, report)
+
+    def label_scores(self, scores: Any, labels: Any, out: Any) -> None:
+        """out (1, b) float64: the labels' scores, 0 of labels that are not among these classes."""
+        self.spread("label_scores", scores.dtype, len(labels), *scores.shape, scores, labels, out)
+
+    def normalizers(self, scores: Any, labels: Any, out: Any) -> None:
+        """out (3, b) float64: largest score, sum of exponentials relative to it, the label's score as label_scores."""
+        self.spread("normalizers", scores.dtype, len(labels), *scores.shape, scores, labels, out)
+
+    def merge_normalizers(self, gathered: Any, starts: Any, labels: Any, out: Any) -> None:
+        """out (3, b) float64 of all ranks' classes, see `CrossEntropy.merge`."""
+        ranks, b = len(starts) - 1, len(labels)
+        self.spread("merge_normalizers", gathered.dtype, b, ranks, b, gathered, starts, labels, out)
+
+    def close_losses(self, grad: Any, labels: Any, rest: Any, report: Any, dtype: np.dtype) -> None:
+        """Complete derivatives, see `Loss.close`, and report their largest, and NaN as the loss where a rest is none.
+
+        dtype: that of the scores.
+        """
+        classes, b = grad.shape
+        self.spread("close_losses", dtype, b, classes, b, labels, rest, grad)
+        self.launch("close_report", dtype, (1,), (256,), grad.size, b, grad, rest, report)
 
     def distances(self, outputs: Any, targets: Any, labels: Any, scale: float, grad: Any, report: Any) -> None:
         """The same for the loss ||f - S_y||^2 of outputs f (units, b), the y-th column of targets S (units, classes)
@@ -49,7 +73,7 @@ class DeviceLosses(Device):
         )
         # What blocks have found is added up as if they were samples with one score each.
         peaks = partial[3 * count :]
-        self.launch("loss_report", outputs.dtype, (1,), (256,), 1, count, 0, 1, partial, peaks, scale, report)
+        self.launch("loss_report", outputs.dtype, (1,), (256,), 1, count, partial, peaks, scale, report)
 
     def psl_loss(self, *args: Any) -> None:
         self.losses("psl", *args)
@@ -62,6 +86,9 @@ class DeviceLosses(Device):
 
     def squared_loss(self, *args: Any) -> None:
         self.losses("squared", *args)
+
+    def bce_loss(self, *args: Any) -> None:
+        self.losses("bce", *args)
 
     def cast_scores(self, grad: Any, out: Any, report: Any) -> None:
         self.spread("cast_scores", out.dtype, out.size, out.size, grad, out, report)

@@ -134,7 +134,7 @@ class IndependentSubnets(Method):
         check_optimizer(config, network.layout(), (), counted=config.of(Settings).optimizer_state == "travel")
         check_rounds(config, "in a round")
         check_slices(network, config.data.batch_size, len(workers), "workers")
-        configured_loss(config, dataset.task)
+        configured_loss(config, dataset)
 
     @staticmethod
     def warnings(size: int, network: Network, config: Config) -> Iterator[str]:

@@ -214,8 +214,7 @@ class ElementSet:
             first = self.scores[: len(scores) * b].reshape(len(scores), b)
             first[...] = scores[:, :b]
             scores = first
-        own = slice(0, len(self.classes))
-        derived = self.objective.losses(scores, self.objective.targets(b), scale, own, self.mask, derivatives)
+        derived = self.objective.losses(scores, self.objective.targets(b), scale, self.mask, derivatives)
         return tape, derived
 
     def _gradients(self, x: np.ndarray, out: np.ndarray, b: int, scale: float) -> None:

@@ -1,8 +1,8 @@
 """Partially-separable training: each worker computes its element losses, the owners of the weights step them.
 
 Raynaud, Orban, Bigeon, "Partially-separable loss to parallelize partitioned neural network training" (G-2023-36). One
-step: weights out to the parts, forward, scores along the replica row (partition `scores` only), backward, gradients
-back to the shards, optimizer.
+step: weights out to the parts, forward, sums over classes along the replica row (partition `scores` only), backward,
+gradients back to the shards, optimizer.
 """
 
 from __future__ import annotations
@@ -141,9 +141,7 @@ class PartiallySeparable(Method):
         return "+".join(roles), classes, self.w_part.size
 
     def events(self) -> dict[str, int]:
-        # With the score partition every worker of a row sees the same terms: the first counts them.
-        counts = self.worker is not None and (self.worker.pairs is not None or self.worker.place.column == 0)
-        clipped = self.worker.loss.clipped if self.worker is not None and counts else 0
+        clipped = self.worker.loss.clipped if self.worker is not None else 0
         # Scalars are the same everywhere: the first rank counts them, from where a resumed run began.
         failed = {
             f"optimizer_{name}": int(self.scalars[name] - self.failed_before.get(name, 0)) * (self.rank == 0)

@@ -239,7 +239,7 @@ class PartitionedNewton:
         worker, ids = self.worker, batch.ids
         if worker is None:
             return self.x_part[:0], np.empty(0, np.int64)
-        labels = worker.number[worker.dataset.train.labels[ids]]
+        labels = worker.numbers[worker.dataset.train.labels[ids]]
         mine = np.flatnonzero(labels >= 0)
         filled = (
             np.resize(ids[mine], -(-len(mine) // self.batch_multiple) * self.batch_multiple) if len(mine) else ids[mine]

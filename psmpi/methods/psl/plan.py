@@ -61,7 +61,7 @@ def _check_roles(network: Network, roles: Roles, dataset: Dataset, config: Confi
             f"depends on all of its weights. Use {_partitionable(network)}, or give each worker the whole network and "
             f"a slice of the minibatch with {_sliced(network, len(workers))}"
         )
-    loss, partition = configured_loss(config, dataset.task), config.of(Settings).partition
+    loss, partition = configured_loss(config, dataset), config.of(Settings).partition
     if partition == "pairs":
         check_classes(dataset, "--partition pairs", "leave it out")
     if config.optimization.optimizer in RULES:

@@ -81,7 +81,7 @@ class TrainedPart:
 
     def _derive(self, x: np.ndarray, dx: np.ndarray | None, b: int, scale: float) -> None:
         outputs = self.forward(x)
-        self.objective.derive(self.tape, outputs, self.objective.targets(b), scale, slice(0, self.units), dx=dx)
+        self.objective.derive(self.tape, outputs, self.objective.targets(b), scale, dx=dx)
 
     def back(self, dy: np.ndarray, dx: np.ndarray | None) -> None:
         """Fill g, and dx where there is one, from the gradient of the outputs, which is used up."""

@@ -156,7 +156,7 @@ def check_sil(size: int, network: Network, dataset: Dataset, config: Config) -> 
         raise UserError(
             f"--labels orthogonal: {network.classes} vectors of {min(widths)} units cannot be; use --labels uniform"
         )
-    configured_loss(config, dataset.task)
+    configured_loss(config, dataset)
     check_optimizer(config, network.layout(), ())
 
 

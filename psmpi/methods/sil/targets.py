@@ -77,7 +77,9 @@ class TargetDistance(Loss):
         if distances is None:
             return None
 
-        def compute(scores: Any, labels: Any, scale: float, pairs: Any, own: slice, grad: Any, report: Any) -> None:
+        def compute(
+            scores: Any, labels: Any, scale: float, pairs: Any, given: Any, grad: Any, rest: Any, report: Any
+        ) -> None:
             distances(scores, self.columns, labels, scale * self.share, grad, report)
 
         return compute

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from psmpi.nn.losses.base import SUMS, Loss, largest_exponent
+from psmpi.nn.losses.base import SUMS, Loss, OverClasses, OverflowsError, largest_exponent, own_labels
 from psmpi.nn.losses.registry import LOSSES, make_loss
 
-__all__ = ["LOSSES", "SUMS", "Loss", "largest_exponent", "make_loss"]
+__all__ = ["LOSSES", "SUMS", "Loss", "OverClasses", "OverflowsError", "largest_exponent", "make_loss", "own_labels"]

@@ -15,24 +15,20 @@ class Hinge(PairwiseLoss):
     name = "hinge"
     formula = "sum_{j != y} max(0, 1 + kappa (c_j - c_y))"
 
-    def __call__(
+    def of_margins(
         self,
-        scores: np.ndarray,
-        labels: np.ndarray,
-        scale: float,
-        grad: np.ndarray | None = None,
-        pairs: np.ndarray | None = None,
+        z: np.ndarray,
+        values: np.ndarray,
+        grad: np.ndarray | None,
+        own: tuple[np.ndarray, np.ndarray],
+        pairs: np.ndarray | None,
     ) -> float:
-        (z,) = self._buffers(scores, 1)
-        own = self._margins(scores, labels, z)
         z += 1
         np.maximum(z, 0, out=z)
-        z.reshape(-1)[own] = 0
+        z[own] = 0
         if pairs is not None:
-            np.copyto(z, 0, where=~pairs[:, labels])
-        value = float(z.sum())
+            np.copyto(z, 0, where=~pairs)
         if grad is not None:
             np.greater(z, 0, out=grad)
             grad *= self.kappa
-            self._close(grad, own, scale)
-        return value * scale
+        return float(z.sum())

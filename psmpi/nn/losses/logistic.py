@@ -13,21 +13,18 @@ class PairwiseLogistic(PairwiseLoss):
     name = "logistic"
     formula = "sum_{j != y} log(1 + exp(kappa (c_j - c_y)))"
 
-    def __call__(
+    def of_margins(
         self,
-        scores: np.ndarray,
-        labels: np.ndarray,
-        scale: float,
-        grad: np.ndarray | None = None,
-        pairs: np.ndarray | None = None,
+        z: np.ndarray,
+        values: np.ndarray,
+        grad: np.ndarray | None,
+        own: tuple[np.ndarray, np.ndarray],
+        pairs: np.ndarray | None,
     ) -> float:
-        z, e = self._buffers(scores, 2)
-        own = self._margins(scores, labels, z)
-        np.logaddexp(0, z, out=e)
-        e.reshape(-1)[own] = 0
+        np.logaddexp(0, z, out=values)
+        values[own] = 0
         if pairs is not None:
-            e *= pairs[:, labels]
-        value = float(e.sum())
+            values *= pairs
         if grad is not None:
             # The logistic function by tanh, which cannot overflow.
             np.multiply(z, 0.5, out=grad)
@@ -35,6 +32,5 @@ class PairwiseLogistic(PairwiseLoss):
             grad += 1
             grad *= 0.5 * self.kappa
             if pairs is not None:
-                grad *= pairs[:, labels]
-            self._close(grad, own, scale)
-        return value * scale
+                grad *= pairs
+        return float(values.sum())

@@ -2,35 +2,94 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
 import numpy as np
 
-from psmpi.nn.losses.base import Loss
+from psmpi.nn.losses.base import Loss, own_labels
+
+if TYPE_CHECKING:
+    from psmpi.backend import NumpyOps
 
 
 class CrossEntropy(Loss):
-    """-log softmax_y of the scores (NLL): the logarithm ties all scores, so it needs them all."""
+    """-log softmax_y of the scores (NLL): the logarithm ties all scores, so it needs them all.
+
+    The summary of three classes or more is their largest score, the sum of exponentials relative to it, and the label's
+    score, 0 where another rank has it; that of fewer is their scores themselves, which are less.
+    """
 
     name, formula = "nll", "cross-entropy"
     # The label's for the value.
     sums = ("largest", "exponentials", "label")
+    gathers = True
 
-    def __call__(
+    def summary_size(self, classes: int) -> int:
+        return min(classes, len(self.sums))
+
+    def summarize(self, scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        if len(scores) < len(self.sums):
+            return scores.astype(np.float64)
+        return self._triple(scores, labels)
+
+    def _triple(self, scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        (e,) = self._buffers(scores, 1)
+        largest = scores.max(axis=0)
+        np.subtract(scores, largest, out=e, dtype=np.float64)
+        np.exp(e, out=e)
+        return np.concatenate([largest[None], e.sum(axis=0)[None], super().summarize(scores, labels)])
+
+    def merge(self, gathered: np.ndarray, starts: Sequence[int], labels: np.ndarray) -> np.ndarray:
+        at, terms, factors = 0, [], []
+        label = np.zeros(len(labels))
+        for first, behind in pairwise(starts):
+            here = gathered[at : at + self.summary_size(behind - first)].astype(np.float64)
+            at += len(here)
+            if behind - first >= len(self.sums):
+                terms.append(here[:1])
+                factors.append(here[1:2])
+                label += here[2]
+            else:
+                terms.append(here)
+                factors.append(np.ones_like(here))
+                own = own_labels(labels - first, behind - first)
+                label[own] = here[labels[own] - first, own]
+        scores = np.concatenate(terms)
+        largest = scores.max(axis=0)
+        total = (np.exp(scores - largest) * np.concatenate(factors)).sum(axis=0)
+        return np.stack([largest, total, label])
+
+    def fused_summary(self, ops: NumpyOps, scores: np.ndarray, labels: np.ndarray, room: np.ndarray) -> np.ndarray:
+        out = room[: self.summary_size(len(scores)) * scores.shape[1]].reshape(-1, scores.shape[1])
+        if len(scores) < len(self.sums):
+            out[...] = scores
+        else:
+            self._operation(ops, "normalizers")(scores, labels, out)
+        return out
+
+    def terms(
         self,
         scores: np.ndarray,
-        labels: np.ndarray,
+        targets: np.ndarray,
         scale: float,
+        given: np.ndarray | None = None,
         grad: np.ndarray | None = None,
+        rest: np.ndarray | None = None,
         pairs: np.ndarray | None = None,
     ) -> float:
-        z, e = self._buffers(scores, 2)
-        np.copyto(z, scores)
-        z -= z.max(axis=0)
-        np.exp(z, out=e)
-        total = e.sum(axis=0)
-        own = labels * scores.shape[1] + np.arange(scores.shape[1])
-        value = float((np.log(total) - z.ravel()[own]).sum())
+        assert given is not None
+        if len(given) != len(self.sums):
+            # Of two classes alone.
+            given = self._triple(scores, targets)
+        largest, total, label = given
+        own = own_labels(targets, len(scores))
+        value = float((np.log(total[own]) - (label[own] - largest[own])).sum())
         if grad is not None:
-            np.divide(e, total, out=grad)
-            grad.reshape(-1)[own] -= 1
+            np.subtract(scores, largest, out=grad)
+            np.exp(grad, out=grad)
+            grad /= total
+            grad[targets[own], own] -= 1
             grad *= scale
         return value * scale

@@ -6,7 +6,7 @@ from math import exp
 
 import numpy as np
 
-from psmpi.nn.losses.base import HOPELESS, PairwiseLoss, largest_exponent
+from psmpi.nn.losses.base import HOPELESS, PairwiseLoss, largest_exponent, own_labels
 
 # Of the terms of scores that are nothing but extreme, half grow beyond all bounds, and half vanish: half of these.
 MOST = 0.25
@@ -33,37 +33,50 @@ class PSL(PairwiseLoss):
         hopeless = HOPELESS * max(1.0, self.kappa) * size * bend
         return (own and clipped > MOST and mean > MOST * bend) or mean > hopeless
 
-    def __call__(
+    def check_rest(self, rest: np.ndarray) -> None:
+        if not np.isfinite(rest).all():
+            self.check(np.nan if np.isnan(rest).any() or self.limit is not None else np.finfo(np.float64).max)
+
+    def terms(
         self,
         scores: np.ndarray,
-        labels: np.ndarray,
+        targets: np.ndarray,
         scale: float,
+        given: np.ndarray | None = None,
         grad: np.ndarray | None = None,
+        rest: np.ndarray | None = None,
         pairs: np.ndarray | None = None,
     ) -> float:
-        z, e = self._buffers(scores, 2)
-        own = self._margins(scores, labels, z)
+        value = super().terms(scores, targets, scale, given, grad, rest, pairs)
+        # The term j = y, of whoever has the label's score; it belongs to no pair.
+        return value if pairs is not None else value + scale * len(own_labels(targets, len(scores)))
+
+    def of_margins(
+        self,
+        z: np.ndarray,
+        values: np.ndarray,
+        grad: np.ndarray | None,
+        own: tuple[np.ndarray, np.ndarray],
+        pairs: np.ndarray | None,
+    ) -> float:
         if pairs is not None:
             # The margins of other workers' pairs do not matter here, whatever they are.
-            np.copyto(z, -np.inf, where=~pairs[:, labels])
+            np.copyto(z, -np.inf, where=~pairs)
         limit = self.tangent
         worst = float(z.max(initial=0.0))
         if not worst <= limit:
             self.check(worst)
             self.clipped += int(np.count_nonzero(z > limit))
-        np.minimum(z, limit, out=e)
-        np.exp(e, out=e)
-        e.reshape(-1)[own] = 0
+        np.minimum(z, limit, out=values)
+        np.exp(values, out=values)
+        values[own] = 0
         if worst > limit:
             tail = np.maximum(z - limit, 0)
             # Neither the tangent nor a sum of such terms may leave float64.
             with np.errstate(over="ignore"):
-                value = float(np.minimum(e * (1 + tail), np.finfo(np.float64).max / (2 * e.size)).sum())
+                value = float(np.minimum(values * (1 + tail), np.finfo(np.float64).max / (2 * values.size)).sum())
         else:
-            value = float(e.sum())
-        if pairs is None:
-            value += len(labels)
+            value = float(values.sum())
         if grad is not None:
-            np.multiply(e, self.kappa, out=grad)
-            self._close(grad, own, scale)
-        return value * scale
+            np.multiply(values, self.kappa, out=grad)
+        return value

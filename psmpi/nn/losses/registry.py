@@ -6,6 +6,7 @@ import numpy as np
 
 from psmpi.errors import UserError
 from psmpi.nn.losses.base import Loss, largest_exponent
+from psmpi.nn.losses.bce import BinaryCrossEntropy
 from psmpi.nn.losses.hinge import Hinge
 from psmpi.nn.losses.logistic import PairwiseLogistic
 from psmpi.nn.losses.nll import CrossEntropy
@@ -18,11 +19,22 @@ LOSSES: dict[str, type[Loss]] = {
     "nll": CrossEntropy,
     "squared": SquaredError,
     "hinge": Hinge,
+    "bce": BinaryCrossEntropy,
 }
 
 
-def make_loss(name: str, dtype: np.dtype, *, kappa: float = 1.0, exp_clip: str = "auto", task: str = "classes") -> Loss:
+def make_loss(
+    name: str,
+    dtype: np.dtype,
+    *,
+    kappa: float = 1.0,
+    exp_clip: str = "auto",
+    task: str = "classes",
+    outputs: int = 0,
+) -> Loss:
     """The loss called `name`; exp_clip: auto, off or the exponent from which psl goes on as its tangent.
+
+    outputs: scores of a sample, of all ranks together.
 
     UserError where the name is unknown, the loss cannot learn the task (see `Loss`), kappa is not positive or exp_clip
     is none of these.
@@ -46,4 +58,4 @@ def make_loss(name: str, dtype: np.dtype, *, kappa: float = 1.0, exp_clip: str =
             f"--exp-clip {exp_clip}: expected auto, off, or an exponent from 0 to {largest_exponent(dtype):.1f} "
             f"(the largest one for {np.dtype(dtype)})"
         )
-    return LOSSES[name](dtype, kappa=kappa, exp_clip=limit, task=task)
+    return LOSSES[name](dtype, kappa=kappa, exp_clip=limit, task=task, outputs=outputs)

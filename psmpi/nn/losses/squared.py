@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from psmpi.nn.losses.base import HOPELESS, Loss
+from psmpi.nn.losses.base import HOPELESS, Loss, own_labels
 
 
 class SquaredError(Loss):
@@ -17,12 +17,14 @@ class SquaredError(Loss):
         # The values that labels stand for have the size 1, and weights are drawn for outputs of about 1.
         return mean > HOPELESS * (max(1.0, size) if self.task == "regression" else 1.0)
 
-    def __call__(
+    def terms(
         self,
         scores: np.ndarray,
         targets: np.ndarray,
         scale: float,
+        given: np.ndarray | None = None,
         grad: np.ndarray | None = None,
+        rest: np.ndarray | None = None,
         pairs: np.ndarray | None = None,
     ) -> float:
         (z,) = self._buffers(scores, 1)
@@ -30,7 +32,8 @@ class SquaredError(Loss):
         if self.task == "regression":
             z -= targets
         else:
-            z.reshape(-1)[targets * scores.shape[1] + np.arange(scores.shape[1])] -= 1
+            own = own_labels(targets, len(scores))
+            z[targets[own], own] -= 1
         value = float(np.vdot(z, z))
         if grad is not None:
             np.multiply(z, 2 * scale, out=grad)

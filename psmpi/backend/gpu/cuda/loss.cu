@@ -5,6 +5,8 @@
 #define PSL 0
 #define LOGISTIC 1
 #define NLL 2
+#define SQUARED 3
+#define SUMS 3
 #define REPORT_THREADS 256
 
 /* What the loss of a sample comes to. */
@@ -12,14 +14,20 @@ struct Sample {
     double value, worst, clipped;
 };
 
+/* Whether a label, counted from the first of some classes, is among these. */
+__device__ __forceinline__ bool here(long long y, long long classes)
+{
+    return y >= 0 && y < classes;
+}
+
 /* The pairwise losses: terms in z_j = kappa (c_j - c_y). Scores and grad are those of one sample, from a class to the
- * next is `step`; y: the label. */
+ * next is `step`; y: the label, own: its score. rest, if any, gets the sum of the derivatives, which else is minus that
+ * of the label's score; infinity where a margin exceeds the limit and is to be an error (strict). */
 __device__ __forceinline__ Sample pairwise(bool psl, long long classes, long long step, const T *scores, long long y,
-                                           double scale, double kappa, double limit, double cap,
-                                           const unsigned char *pairs, double *grad)
+                                           double own, double scale, double kappa, double limit, bool strict,
+                                           double cap, const unsigned char *pairs, double *grad, double *rest)
 {
     Sample found = {0, 0, 0};
-    const double own = (double)scores[y * step];
     double sum = 0;
     for (long long j = 0; j < classes; j++) {
         const double z = ((double)scores[j * step] - own) * kappa;
@@ -52,28 +60,38 @@ __device__ __forceinline__ Sample pairwise(bool psl, long long classes, long lon
         if (grad)
             grad[j * step] = d;
     }
+    /* A loss that is not finite is to be known to all. */
+    if (rest)
+        *rest = strict && found.worst > limit ? exp(1e4) : sum + (found.value - found.value);
     /* Every term sees c_j - c_y. */
-    if (grad)
-        grad[y * step] = -sum;
+    if (grad && here(y, classes))
+        grad[y * step] = rest ? 0 : -sum;
     /* The term j = y of psl is the constant 1, which belongs to no pair. */
-    if (psl && !pairs)
+    if (psl && !pairs && here(y, classes))
         found.value += 1;
     return found;
 }
 
+/* The largest score and the sum of exponentials relative to it. */
+__device__ __forceinline__ void normalizer(long long classes, long long step, const T *scores, double *top,
+                                           double *total)
+{
+    *top = (double)scores[0];
+    *total = 0;
+    for (long long j = 1; j < classes; j++)
+        *top = larger(*top, (double)scores[j * step]);
+    for (long long j = 0; j < classes; j++)
+        *total += exp((double)scores[j * step] - *top);
+}
+
 /* Minus the logarithm of softmax. */
 __device__ __forceinline__ double cross_entropy(long long classes, long long step, const T *scores, long long y,
-                                                double scale, double *grad)
+                                                double top, double total, double scale, double *grad)
 {
-    double top = (double)scores[0], total = 0;
-    for (long long j = 1; j < classes; j++)
-        top = larger(top, (double)scores[j * step]);
-    for (long long j = 0; j < classes; j++)
-        total += exp((double)scores[j * step] - top);
     if (grad)
         for (long long j = 0; j < classes; j++)
             grad[j * step] = (exp((double)scores[j * step] - top) / total - (j == y ? 1 : 0)) * scale;
-    return log(total) - ((double)scores[y * step] - top);
+    return here(y, classes) ? log(total) - ((double)scores[y * step] - top) : 0;
 }
 
 __device__ __forceinline__ double squared_error(long long classes, long long step, const T *scores, long long y,
@@ -89,13 +107,87 @@ __device__ __forceinline__ double squared_error(long long classes, long long ste
     return sum;
 }
 
+/* Binary cross-entropy of each class, of scores to which an offset is added. */
+__device__ __forceinline__ double binary(long long classes, long long step, const T *scores, long long y, double offset,
+                                         double scale, double *grad)
+{
+    double sum = 0;
+    for (long long j = 0; j < classes; j++) {
+        const double z = (double)scores[j * step] + offset, up = j == y ? -z : z;
+        sum += (up > 0 ? up : 0) + log1p(exp(-fabs(z)));
+        if (grad)
+            grad[j * step] = ((tanh(0.5 * z) + 1) * 0.5 - (j == y ? 1 : 0)) * scale;
+    }
+    return sum;
+}
+
+/* out (batch,): the scores of the labels, 0 of those of other ranks. */
+extern "C" __global__ void label_scores(long long classes, long long batch, const T *__restrict__ scores,
+                                        const long long *__restrict__ labels, double *__restrict__ out)
+{
+    for (long long b = thread(); b < batch; b += threads())
+        out[b] = here(labels[b], classes) ? (double)scores[labels[b] * batch + b] : 0;
+}
+
+/* out (3, batch): the largest scores, the sums of exponentials relative to these, the labels' scores as above. */
+extern "C" __global__ void normalizers(long long classes, long long batch, const T *__restrict__ scores,
+                                       const long long *__restrict__ labels, double *__restrict__ out)
+{
+    for (long long b = thread(); b < batch; b += threads()) {
+        normalizer(classes, batch, scores + b, out + b, out + batch + b);
+        out[2 * batch + b] = here(labels[b], classes) ? (double)scores[labels[b] * batch + b] : 0;
+    }
+}
+
+/* out (3, batch), the same of all ranks' classes together: rank r, of classes starts[r] to starts[r + 1] - 1, has three
+ * rows of `gathered`, or its scores where it has fewer classes. */
+extern "C" __global__ void merge_normalizers(long long ranks, long long batch, const T *__restrict__ gathered,
+                                             const long long *__restrict__ starts, const long long *__restrict__ labels,
+                                             double *__restrict__ out)
+{
+    for (long long b = thread(); b < batch; b += threads()) {
+        double top = (double)gathered[b], total = 0, label = 0;
+        for (int pass = 0; pass < 2; pass++) {
+            const T *at = gathered + b;
+            for (long long r = 0; r < ranks; r++) {
+                const long long size = starts[r + 1] - starts[r], y = labels[b] - starts[r];
+                const long long terms = size < SUMS ? size : 1, rows = size < SUMS ? size : SUMS;
+                for (long long j = 0; j < terms; j++) {
+                    const double score = (double)at[j * batch];
+                    if (pass == 0)
+                        top = larger(top, score);
+                    else
+                        total += exp(score - top) * (size < SUMS ? 1 : (double)at[batch]);
+                }
+                if (pass == 1)
+                    label += size >= SUMS ? (double)at[2 * batch] : here(y, size) ? (double)at[y * batch] : 0;
+                at += rows * batch;
+            }
+        }
+        out[b] = top;
+        out[batch + b] = total;
+        out[2 * batch + b] = label;
+    }
+}
+
+/* grad (classes, batch) of a pairwise loss is completed in the labels' rows. */
+extern "C" __global__ void close_losses(long long classes, long long batch, const long long *__restrict__ labels,
+                                        const double *__restrict__ rest, double *__restrict__ grad)
+{
+    for (long long b = thread(); b < batch; b += threads())
+        if (here(labels[b], classes))
+            grad[labels[b] * batch + b] = -rest[b];
+}
+
 /* samples (3, batch): each sample's loss, its largest margin kappa (c_j - c_y), at least 0 and NaN where one is, and
  * how many margins exceed the limit (these two of psl only, else 0); grad (classes, batch), if any: d (scale loss) /
- * d scores. pairs (classes, classes), if any, keeps the terms of these pairs. */
+ * d scores. pairs (classes, classes), if any, keeps the terms of these pairs. Where other ranks have other classes,
+ * given (sums, batch) are the labels' scores, or what normalizers are merged to; rest, if any, as in `pairwise`. */
 extern "C" __global__ void losses(long long kind, long long classes, long long batch, const T *__restrict__ scores,
                                   const long long *__restrict__ labels, double scale, double kappa, double limit,
-                                  const unsigned char *__restrict__ pairs, double *__restrict__ grad,
-                                  double *__restrict__ samples)
+                                  long long strict, double offset, const unsigned char *__restrict__ pairs,
+                                  const double *__restrict__ given, double *__restrict__ grad,
+                                  double *__restrict__ rest, double *__restrict__ samples)
 {
     /* No sum of that many terms leaves double. */
     const double cap = LARGEST / (2.0 * (double)classes * (double)batch);
@@ -104,12 +196,22 @@ extern "C" __global__ void losses(long long kind, long long classes, long long b
         double *into = grad ? grad + b : grad;
         const long long y = labels[b];
         Sample found = {0, 0, 0};
-        if (kind == PSL || kind == LOGISTIC)
-            found = pairwise(kind == PSL, classes, batch, c, y, scale, kappa, limit, cap, pairs, into);
-        else if (kind == NLL)
-            found.value = cross_entropy(classes, batch, c, y, scale, into);
-        else
+        if (kind == PSL || kind == LOGISTIC) {
+            const double own = given ? given[b] : (double)c[y * batch];
+            found = pairwise(kind == PSL, classes, batch, c, y, own, scale, kappa, limit, strict != 0, cap, pairs, into,
+                             rest ? rest + b : rest);
+        } else if (kind == NLL) {
+            double top, total;
+            if (given) {
+                top = given[b];
+                total = given[batch + b];
+            } else
+                normalizer(classes, batch, c, &top, &total);
+            found.value = cross_entropy(classes, batch, c, y, top, total, scale, into);
+        } else if (kind == SQUARED)
             found.value = squared_error(classes, batch, c, y, scale, into);
+        else
+            found.value = binary(classes, batch, c, y, offset, scale, into);
         samples[b] = found.value;
         samples[batch + b] = found.worst;
         samples[2 * batch + b] = found.clipped;
@@ -142,11 +244,10 @@ extern "C" __global__ void distances(long long classes, long long batch, long lo
     }
 }
 
-/* report (4,): the scaled sum of the losses, the largest margin, the terms past the limit, and the largest derivative
- * in magnitude with respect to the scores of classes `first` to `last` - 1. One block of 256. */
-extern "C" __global__ void loss_report(long long classes, long long batch, long long first, long long last,
-                                       const double *__restrict__ samples, const double *__restrict__ grad,
-                                       double scale, double *__restrict__ report)
+/* report (4,): the scaled sum of the losses, the largest margin, the terms past the limit, and the largest of the
+ * derivatives in magnitude, grad (classes, batch) if any. One block of 256. */
+extern "C" __global__ void loss_report(long long classes, long long batch, const double *__restrict__ samples,
+                                       const double *__restrict__ grad, double scale, double *__restrict__ report)
 {
     __shared__ double room[REPORT_THREADS];
     double value = 0, worst = 0, clipped = 0, peak = 0;
@@ -155,7 +256,7 @@ extern "C" __global__ void loss_report(long long classes, long long batch, long 
         worst = larger(worst, samples[batch + b]);
         clipped += samples[2 * batch + b];
     }
-    for (long long i = first * batch + threadIdx.x; i < last * batch; i += REPORT_THREADS)
+    for (long long i = threadIdx.x; grad && i < classes * batch; i += REPORT_THREADS)
         peak = larger(peak, fabs(grad[i]));
     value = block_sum<REPORT_THREADS>(value, room);
     worst = block_max<REPORT_THREADS>(worst, room);
@@ -166,6 +267,25 @@ extern "C" __global__ void loss_report(long long classes, long long batch, long 
         report[1] = worst;
         report[2] = clipped;
         report[3] = peak;
+    }
+}
+
+/* The largest of the derivatives once more, when they are complete; where one or another rank's sum is no number, the
+ * loss is none either. One block of 256. */
+extern "C" __global__ void close_report(long long size, long long batch, const double *__restrict__ grad,
+                                        const double *__restrict__ rest, double *__restrict__ report)
+{
+    __shared__ double room[REPORT_THREADS];
+    double peak = 0, wrong = 0;
+    for (long long i = threadIdx.x; i < size; i += REPORT_THREADS)
+        peak = larger(peak, fabs(grad[i]));
+    for (long long b = threadIdx.x; b < batch; b += REPORT_THREADS)
+        wrong += rest[b] - rest[b];
+    peak = block_max<REPORT_THREADS>(peak, room);
+    wrong = block_sum<REPORT_THREADS>(wrong, room);
+    if (threadIdx.x == 0) {
+        report[3] = peak;
+        report[0] += wrong;
     }
 }
 

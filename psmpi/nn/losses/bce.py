@@ -1,0 +1,52 @@
+"""Binary cross-entropy, a problem of its own for each class."""
+
+from __future__ import annotations
+
+from math import log
+
+import numpy as np
+
+from psmpi.nn.losses.base import HOPELESS, Loss, own_labels
+
+
+class BinaryCrossEntropy(Loss):
+    """sum_j log(1 + exp(z_j)) - z_y with z = c - log(C - 1): each score says whether the class is the label's.
+
+    The offset makes 1/C the probability that a score of 0 stands for, that of a label among C classes (derived). No
+    class needs another's score (Zhai et al. 2023, "Sigmoid loss for language image pre-training").
+    """
+
+    name, formula = "bce", "sum_j log(1 + exp(z_j)) - z_y, z = c - log(C - 1) of C classes"
+
+    def offset(self, classes: int) -> float:
+        return -log(max(1, (self.outputs or classes) - 1))
+
+    def diverged(self, mean: float, clipped: float, size: float = 1.0) -> bool:
+        return mean > HOPELESS * max(1.0, size)
+
+    def terms(
+        self,
+        scores: np.ndarray,
+        targets: np.ndarray,
+        scale: float,
+        given: np.ndarray | None = None,
+        grad: np.ndarray | None = None,
+        rest: np.ndarray | None = None,
+        pairs: np.ndarray | None = None,
+    ) -> float:
+        z, values = self._buffers(scores, 2)
+        np.add(scores, self.offset(len(scores)), out=z, dtype=np.float64)
+        own = own_labels(targets, len(scores))
+        labels = targets[own], own
+        np.logaddexp(0, z, out=values)
+        # log(1 + exp(z)) - z, without the difference of large numbers.
+        values[labels] = np.logaddexp(0, -z[labels])
+        if grad is not None:
+            # The logistic function by tanh, which cannot overflow.
+            np.multiply(z, 0.5, out=grad)
+            np.tanh(grad, out=grad)
+            grad += 1
+            grad *= 0.5
+            grad[labels] -= 1
+            grad *= scale
+        return float(values.sum()) * scale

@@ -1,0 +1,196 @@
+"""Losses and tests of scores that ranks have some classes of each: what they tell each other, and what follows."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+
+pytest.importorskip("mpi4py.MPI")
+
+from helpers.runs import distance
+from scipy.special import expit, softmax
+
+from psmpi.backend import NumpyOps
+from psmpi.comm.group import Counter, Group
+from psmpi.comm.transfers import Step, totals
+from psmpi.layout import Runs
+from psmpi.nn.init import initial_weights
+from psmpi.nn.losses import LOSSES, make_loss
+from psmpi.nn.metric import Metric, ScorePart
+from psmpi.nn.network import build
+from psmpi.nn.objective import Objective
+from psmpi.testing import run_ranks
+from psmpi.training.class_sums import ClassSums
+
+F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
+# Words a sample that the sums have, a float64 counting two of float32: of three classes a rank and more.
+WORDS = {"psl": 3, "logistic": 3, "hinge": 3, "nll": 3, "squared": 0, "bce": 0}
+
+
+class Scores:
+    """In the place of a model: derivatives of scores are all that is wanted."""
+
+    def __init__(self, classes, dtype):
+        self.ops, self.size, self.dtype, self.w, self.g = NumpyOps(), classes, dtype, None, None
+
+
+def spread(world, classes):
+    """The classes of each rank, and the first of this one."""
+    counts = [len(some) for some in np.array_split(np.arange(classes), world.size)]
+    return counts, sum(counts[: world.rank])
+
+
+def derivatives(world, name, scores, labels, lenient=False):
+    """Value, derivatives and bytes of this rank's classes; the messages that the sums say they make."""
+    counts, first = spread(world, len(scores))
+    counter, loss = Counter(), make_loss(name, scores.dtype, outputs=len(scores))
+    loss.lenient = lenient
+    sums = ClassSums(Group(world, range(world.size), counter), loss, counts, scores.dtype, NumpyOps())
+    objective = Objective(loss, Scores(counts[world.rank], scores.dtype), sums if world.size > 1 else None)
+    objective.reserve(counts[world.rank], scores.shape[1])
+    mine = scores[first : first + counts[world.rank]].copy()
+    try:
+        with np.errstate(all="ignore"):
+            grad = objective.losses(mine, labels - first, 0.25).copy()
+            value = objective.value()
+    except FloatingPointError as error:
+        return str(error), None, None, None
+    said = totals(sums.messages(Step(len(labels))), world.rank)
+    return value, grad, (counter.sent, counter.received), said
+
+
+def problem(classes, batch=30, dtype=F64, levels=0):
+    rng = np.random.default_rng(0)
+    scores = rng.normal(size=(classes, batch)) if not levels else rng.integers(0, levels, (classes, batch))
+    return scores.astype(dtype), rng.integers(0, classes, batch)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
+@pytest.mark.parametrize("name", LOSSES)
+def test_derivatives_are_those_of_all_scores_at_once(name, ranks):
+    scores, labels = problem(7)
+    whole = np.empty(scores.shape)
+    value = make_loss(name, F64)(scores, labels, 0.25, whole)
+    found = run_ranks(ranks, lambda world: derivatives(world, name, scores, labels))
+    assert sum(one[0] for one in found) == pytest.approx(value, rel=1e-13)
+    np.testing.assert_allclose(np.concatenate([one[1] for one in found]), whole, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_what_ranks_tell_each_other_does_not_grow_with_the_classes(name):
+    batch, size = 30, 3
+    for classes in (7, 60, 3000):
+        scores, labels = problem(classes, batch, F32)
+        found = run_ranks(size, partial(derivatives, name=name, scores=scores, labels=labels))
+        assert all(sent == said for _, _, sent, said in found)
+        # As a ring sums, or as one gathers: what others have is received once.
+        share = 2 * (size - 1) / size if not LOSSES[name].gathers else size - 1
+        words = WORDS[name] * (classes > 7 or not LOSSES[name].gathers)
+        assert words == 0 or all(one[2][1] == 4 * words * share * batch for one in found)
+        if classes == 7 and LOSSES[name].gathers:
+            # Two classes or fewer are their scores: 3, 2 and 2 of them.
+            assert [one[2][1] for one in found] == [4 * n * batch for n in (4, 5, 5)]
+
+
+@pytest.mark.parametrize("lenient", [False, True])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("where", ["label", "other"])
+@pytest.mark.parametrize("name", [name for name, loss in LOSSES.items() if loss.sums])
+def test_all_ranks_learn_of_a_score_that_is_no_number(name, where, bad, lenient):
+    """So that all of them go the same way."""
+    scores, labels = problem(9)
+    scores[labels[4] if where == "label" else (labels[4] + 1) % 9, 4] = bad
+    found = run_ranks(3, lambda world: derivatives(world, name, scores, labels, lenient))
+    wrong = [isinstance(one[0], str) if not lenient else not np.isfinite(one[0]) for one in found]
+    # Nothing is lost where the label's score is infinite, but to psl, whose margins are to be numbers, and nll.
+    fine = bad == np.inf and where == "label" and name in ("logistic", "hinge")
+    assert wrong == [not fine] * 3
+
+
+def test_all_ranks_say_that_clipping_is_off():
+    scores, labels = problem(9)
+    scores[(labels[4] + 1) % 9, 4] = 800.0
+
+    def work(world):
+        loss = make_loss("psl", F64, exp_clip="off")
+        counts, first = spread(world, 9)
+        sums = ClassSums(Group(world, range(3), Counter()), loss, counts, F64, NumpyOps())
+        objective = Objective(loss, Scores(3, F64), sums)
+        objective.reserve(3, len(labels))
+        with pytest.raises(FloatingPointError, match="--exp-clip is off"):
+            objective.losses(scores[first : first + 3], labels - first, 1.0)
+        return objective.finite
+
+    assert run_ranks(3, work) == [False] * 3
+
+
+@pytest.mark.parametrize("levels", [3, 1000])
+@pytest.mark.parametrize("ranks", [2, 3, 7])
+@pytest.mark.parametrize("name", LOSSES)
+def test_ranks_test_as_one_that_has_all_scores(name, ranks, levels):
+    """Ties of equal scores on several ranks included."""
+    scores, labels = problem(12, 100, F32, levels)
+
+    def share(world):
+        counts, first = spread(world, 12)
+        metric = Metric(make_loss(name, F32, outputs=12), 12)
+        sums = ClassSums(Group(world, range(ranks), Counter()), metric.loss, counts, F32, NumpyOps())
+        classes = np.arange(first, first + counts[world.rank])
+        part = ScorePart(classes, np.arange(12) - first, sums, world.rank == 0)
+        return metric.sums(scores[classes], labels, part)
+
+    found, whole = sum(run_ranks(ranks, share)), Metric(make_loss(name, F32), 12).sums(scores, labels)
+    assert np.array_equal(found[1:], whole[1:]) and found[0] == pytest.approx(whole[0], rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["bce", "nll", "squared"])
+def test_weights_do_not_depend_on_the_ranks_but_through_rounding(name, train):
+    options = ("--dtype", "float64", "--loss", name, "--max-steps", "10", "--batch-size", "20", "--placement", "owner")
+    found = [train(ranks, "--colocate", *options) for ranks in (1, 2, 4, 7)]
+    for one in found[1:]:
+        assert distance(found[0].tensors(), one.tensors()) <= 1e-10
+        for key in ("train_loss", "test_loss", "test_accuracy", "test_top5"):
+            assert one.rows[-1][key] == pytest.approx(found[0].rows[-1][key], rel=1e-10)
+
+
+# Derivatives of the mean loss with respect to scores (b, classes), of targets (b, classes) of ones and zeros.
+SLOPES = {
+    "nll": lambda c, t: softmax(c, axis=1) - t,
+    "bce": lambda c, t: expit(c - np.log(c.shape[1] - 1)) - t,
+}
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("name", SLOPES)
+def test_a_linear_network_steps_as_regression_does(name, ranks, train, tmp_path):
+    """20 steps of Adam on all samples, against its formulas written out with SciPy's softmax and logistic function."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(50, 6)), np.arange(50) % 5
+    np.savez(tmp_path / "data.npz", x=x, y=y, x_test=x[:5], y_test=y[:5])
+    (tmp_path / "linear.toml").write_text(
+        '[model]\nmodel = "custom"\ndtype = "float64"\n[[model.layers]]\ntype = "dense"\nunits = 5\n'
+        f'[data]\nbatch_size = 50\n[optimization]\nlr = 0.01\nclip = 0.0\n[objective]\nloss = "{name}"\n'
+    )
+    options = ("--dataset", tmp_path / "data.npz", "--config", tmp_path / "linear.toml", "--colocate")
+    first = train(ranks, *options, "--epochs", "1").tensors()
+    last = train(ranks, *options, "--epochs", "20").tensors()
+    network = build("custom", (6,), [{"type": "dense", "units": 5}], 5)
+    layout = network.layout()
+    start = np.empty(layout.size)
+    initial_weights(network, layout, Runs(((0, layout.size),)), start, seed=0)
+    w, b = (np.empty(p.shape) for p in layout.parameters)
+    for piece in layout.pieces():
+        into = (w, b)[piece.parameter].reshape(5, -1)[piece.first : piece.last]
+        into[...] = start[piece.offset : piece.offset + into.size].reshape(into.shape)
+    moments = [np.zeros_like(a) for a in (w, b, w, b)]
+    for step in range(1, 21):
+        slope = SLOPES[name](x @ w.T + b, np.eye(5)[y]) / 50
+        for k, (values, g) in enumerate(((w, slope.T @ x), (b, slope.sum(axis=0)))):
+            moments[k] += 0.1 * (g - moments[k])
+            moments[2 + k] += 0.001 * (g * g - moments[2 + k])
+            rate = 0.01 * np.sqrt(1 - 0.999**step) / (1 - 0.9**step)
+            values -= rate * moments[k] / (np.sqrt(moments[2 + k]) + 1e-8 * np.sqrt(1 - 0.999**step))
+        found = {1: first, 20: last}.get(step)
+        if found is not None:
+            for key, values in ((layout.parameters[0].name, w), (layout.parameters[1].name, b)):
+                np.testing.assert_allclose(found[f"weights/{key}"], values, rtol=1e-10, atol=1e-12)
