@@ -126,6 +126,9 @@ def find_cause(model: Model) -> Cause:
             return Cause(
                 "layer", f"{text}{len(columns)} of {y.shape[-1]} samples", columns, FEW * len(columns) <= y.shape[-1]
             )
+    if model.head is not None:
+        # Its outputs are nowhere all at once.
+        return Cause("loss", f"all weights are finite, and the outputs of all layers before {model.head.layer.name}")
     return Cause("loss", "all weights and the outputs of all layers are finite, the loss of these is beyond float64")
 
 

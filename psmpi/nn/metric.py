@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import sqrt
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from psmpi.nn.losses import Loss, OverClasses
+
+if TYPE_CHECKING:
+    from psmpi.nn.tiles import Head
 
 # With more classes than this, samples are counted too whose label is among so many largest scores.
 TOP = 5
@@ -70,6 +74,30 @@ class Metric:
         if part.counts:
             found += [np.count_nonzero(above < most) for most in (1, TOP)][: len(self.names) - 1]
         return np.array([*found, *[0] * (len(self.names) - len(found)), count], np.float64)
+
+    def sums_by_tiles(
+        self, head: Head, features: np.ndarray, labels: np.ndarray, classes: np.ndarray, part: ScorePart | None = None
+    ) -> np.ndarray:
+        """`sums` of scores that `head` makes tile by tile from features (inputs, b).
+
+        Tiles are made twice: what is known of all classes comes first.
+
+        classes: (n,) the numbers of the head's, consecutive.
+        """
+        own = labels - classes[0]
+        summary = head.normalizers(features, own)
+        if not self.loss.gathers:
+            summary = summary[-1:]
+        given = summary if part is None else part.others.summed(summary, own)
+        value, above = 0.0, np.zeros(len(labels))
+        for first, scores in head.tiles(features):
+            value += self.loss.value(scores, own - first, 1.0, given=given)
+            above += count_above(scores, labels, given[-1], classes[first : first + len(scores)])
+        counts = part is None or part.counts
+        if part is not None:
+            part.others.add(above)
+        places = [np.count_nonzero(above < most) * counts for most in (1, TOP)][: len(self.names) - 1]
+        return np.array([value, *places, len(labels) * counts], np.float64)
 
     def scores(self, sums: np.ndarray) -> dict[str, float]:
         """The scores by name, from sums over one sample or more."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from math import prod
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from psmpi.layout import Layout, Runs
 from psmpi.nn.layers import Part, SampleSums, Site
 from psmpi.nn.layers.base import Total
 from psmpi.nn.layers.chain import Chain, Room, Tape, room_bytes
+from psmpi.nn.layers.linear import LinearPart
 from psmpi.nn.layers.workspace import Workspace
 from psmpi.nn.network import Network
 
@@ -23,7 +25,8 @@ class Model:
     mean pooling right after a convolution is folded into its kernel. With `layers`, (first, behind the last), these
     alone: the part is of them, and the model goes from the outputs of the layer before the first to those of the last.
     space: the workspace of another model, to be shared with it. total: sums over the ranks that compute with the other
-    slices of each minibatch, for layers that state such sums; on the host.
+    slices of each minibatch, for layers that state such sums; on the host. With `head` passes end before the last one,
+    a dense one, and `head` is its part: whoever computes with it does so class by class (psmpi.nn.tiles).
 
     A pass is a `Tape`. Its arrays are those of a room: by default the model's own, which the next pass overwrites;
     passes that are open at once go through rooms of their own (`open`).
@@ -42,6 +45,7 @@ class Model:
         layers: tuple[int, int] | None = None,
         space: Workspace | None = None,
         total: Total | None = None,
+        head: bool = False,
     ):
         self.network, self.layout, self.ops = network, layout, ops
         self.classes = tuple(range(network.classes)) if classes is None else tuple(sorted(classes))
@@ -65,9 +69,17 @@ class Model:
         stages = network.stages(self.classes, fold=fold, layers=layers)
         units = int(stages[0].inputs.sum()) if stages else network.in_shape[0]
         in_shape = (units, *(stages[0].layer.in_shape[1:] if stages else network.in_shape[1:]))
-        self.chain = Chain(stages, Site(layout, self.part, ops, self.space, self.dtype, total), in_shape)
+        site = Site(layout, self.part, ops, self.space, self.dtype, total)
+        self.head: LinearPart | None = None
+        if head:
+            last = stages.pop()
+            made = last.layer.part(last, site)
+            assert isinstance(made, LinearPart)
+            self.head, self.ends = made, False
+            made.bind(w, g)
+        self.chain = Chain(stages, site, in_shape)
         self.chain.bind(w, g)
-        for number, part in enumerate(self.chain.walk()):
+        for number, part in enumerate(self.walk()):
             part.number = number
         self.room = Room(0)
         # The last pass through it.
@@ -80,6 +92,12 @@ class Model:
         """The parts of the layers, one after the other."""
         return self.chain.parts
 
+    def walk(self) -> Iterator[Part]:
+        """All parts, the head and those inside others too, in the order of forward."""
+        yield from self.chain.walk()
+        if self.head is not None:
+            yield self.head
+
     @property
     def in_shape(self) -> tuple[int, ...]:
         """The shape of a sample."""
@@ -87,8 +105,8 @@ class Model:
 
     @property
     def size(self) -> int:
-        """Numbers that the last layer puts out a sample."""
-        return self.parts[-1].size
+        """Numbers that a pass puts out a sample."""
+        return self.parts[-1].size if self.parts else prod(self.in_shape)
 
     @property
     def finished(self) -> Callable[[int], None] | None:
@@ -126,7 +144,7 @@ class Model:
         """(start, stop, number) of the runs of g that each part with weights fills in `backward`."""
         names = [p.name for p in self.layout.parameters]
         found = []
-        for part in self.chain.walk():
+        for part in self.walk():
             own = set() if part.layer.inner else {names.index(p.name) for p in part.layer.parameters()}
             for piece in self.layout.pieces() if own else ():
                 if piece.parameter in own:

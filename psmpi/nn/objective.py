@@ -153,28 +153,40 @@ class Objective:
 
         Whatever a rank finds, it takes part in the sums.
         """
-        loss, error = self.loss, None
+        loss = self.loss
         given = others.summed(loss.summarize(scores, labels), labels)
         rest = self.sums[: len(labels)] if "terms" in loss.sums else None
+        value, wrong = np.nan, None
         try:
             value = loss.terms(scores, labels, scale, given, grad, rest)
-        except FloatingPointError as wrong:
-            value, error = np.nan, wrong
+        except FloatingPointError as error:
+            wrong = error
             grad.fill(np.nan)
-            if rest is not None:
-                rest.fill(np.inf if isinstance(wrong, OverflowsError) else np.nan)
-        known = given
+        value = self.agreed(value, wrong, given, rest)
         if rest is not None:
-            if not np.isfinite(value) and error is None:
-                rest.fill(np.nan)
-            others.add(rest)
             loss.close(grad, labels, rest)
+        return value
+
+    def agreed(
+        self, value: float, wrong: FloatingPointError | None, given: np.ndarray | None, rest: np.ndarray | None
+    ) -> float:
+        """The loss of own terms, or NaN; `rest`, their sum where the loss needs it, becomes that of all ranks.
+
+        wrong: what is wrong with own terms. Where these are not finite, or what is known of all classes, all ranks
+        raise an error, or have NaN where the loss is lenient.
+        """
+        loss, known = self.loss, given
+        if rest is not None:
+            if wrong is not None or not np.isfinite(value):
+                rest.fill(np.inf if isinstance(wrong, OverflowsError) else np.nan)
+            if self.others is not None:
+                self.others.add(rest)
             known = rest
-        if error is not None and not loss.lenient:
-            raise error
-        if np.isfinite(known).all():
+        if wrong is not None and not loss.lenient:
+            raise wrong
+        if wrong is None and (known is None or np.isfinite(known).all()):
             return value
-        if not loss.lenient:
+        if known is not None and not loss.lenient:
             loss.check_rest(known)
         return np.nan
 

@@ -16,6 +16,7 @@ from psmpi.nn.layers.chain import Tape
 from psmpi.nn.metric import ScorePart
 from psmpi.nn.model import Model
 from psmpi.nn.objective import Objective
+from psmpi.nn.tiles import Head, TiledObjective, is_tiled
 from psmpi.training.class_sums import ClassSums
 from psmpi.training.context import Context
 from psmpi.training.evaluator import evaluate
@@ -42,7 +43,10 @@ class ElementWorker:
         network, dataset, ops = context.network, context.dataset, context.ops
         self.place, self.rows, self.dataset = place, roles.rows, dataset
         self.dtype, self.ops, self.g_part = context.dtype, ops, g_part
-        self.model = Model(network, context.layout, w_part, g_part, ops, place.classes)
+        share = -(-context.config.data.batch_size // roles.rows)
+        tiled = place.elements is None and is_tiled(network, len(place.classes), share, ops, dataset.task)
+        self.model = Model(network, context.layout, w_part, g_part, ops, place.classes, head=tiled)
+        self.head = Head(self.model) if tiled else None
         self.loss, self.metric = context.loss(), context.metric()
         self.classes = np.array(place.classes)
         # This worker's number of each class, -1 of others.
@@ -57,7 +61,7 @@ class ElementWorker:
             host = self.loss.fused(ops) is None
             group = context.group(row.ranks, bridge=Bridge()) if host else row
             self.sums = ClassSums(group, self.loss, counts, self.dtype, NumpyOps() if host else ops)
-        self.objective = Objective(self.loss, self.model, self.sums)
+        self.objective = (TiledObjective if tiled else Objective)(self.loss, self.model, self.sums)
         # Ranks whose losses need no sums, and those of pairs, know of their own scores alone.
         context.numbers.watch(self.objective, row if self.objective.others is not None else None, self.own_gradient)
         self.forward_pass, self.backward_pass = ops.record(self._forward), ops.record(self._backward)
@@ -96,7 +100,6 @@ class ElementWorker:
         self.test_samples = Resident(dataset.test, self.test_ids, self.dtype, ops)
         # Samples and factor of the last minibatch.
         self.last, self.capacity = 0, 0
-        share = -(-context.config.data.batch_size // self.rows)
         if self.pairs is not None:
             # As many samples of its classes as hardly ever meet in a minibatch.
             mean = share * len(samples) / dataset.train.n
@@ -194,7 +197,18 @@ class ElementWorker:
 
     def test(self) -> np.ndarray:
         """This rank's share of the metric's sums over the row's slice of the test split."""
+        if self.head is not None:
+            return self._test_by_tiles(self.head)
         return evaluate(self.metric, self.test_batches, self._test_scores, self._test_targets, self.ops, self.part)
+
+    def _test_by_tiles(self, head: Head) -> np.ndarray:
+        """The same where no array of all scores is ever made."""
+        totals = self.metric.zeros()
+        for at in self.test_batches:
+            ids = np.arange(at.start, at.stop)
+            features = self.model.forward(self.test_samples.batch(ids, self.x).inputs).scores.reshape(-1, len(ids))
+            totals += self.metric.sums_by_tiles(head, features, self._test_targets(ids), self.classes, self.part)
+        return totals
 
     def _test_targets(self, ids: np.ndarray) -> np.ndarray:
         """Labels of test samples, or values of the outputs tested here."""

@@ -194,3 +194,23 @@ def test_a_linear_network_steps_as_regression_does(name, ranks, train, tmp_path)
         if found is not None:
             for key, values in ((layout.parameters[0].name, w), (layout.parameters[1].name, b)):
                 np.testing.assert_allclose(found[f"weights/{key}"], values, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_tiles_of_classes_on_any_ranks_make_the_steps_of_all_scores_on_one(name, train, tmp_path, monkeypatch):
+    """A trunk that all ranks compute and rows of classes, 37 of them; trained and tested, in float64."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(150, 6)), np.arange(150) % 37
+    np.savez(tmp_path / "data.npz", x=x, y=y, x_test=x[:60] + 0.1, y_test=y[:60])
+    (tmp_path / "head.toml").write_text(
+        '[model]\nmodel = "custom"\ndtype = "float64"\n[[model.layers]]\ntype = "dense"\nunits = 37\n'
+        "[data]\nbatch_size = 50\n[optimization]\nlr = 0.01\n"
+    )
+    options = ("--dataset", tmp_path / "data.npz", "--config", tmp_path / "head.toml", "--loss", name, "--epochs", "3")
+    whole = train(1, *options)
+    monkeypatch.setattr("psmpi.nn.tiles.tile_size", lambda batch: 5)
+    for ranks in (1, 3, 4):
+        found = train(ranks, *options, "--colocate", *(("--placement", "owner") if ranks > 3 else ()))
+        assert distance(whole.tensors(), found.tensors()) <= 1e-10
+        for key in ("train_loss", "test_loss", "test_accuracy", "test_top5"):
+            assert found.rows[-1][key] == pytest.approx(whole.rows[-1][key], rel=1e-10)

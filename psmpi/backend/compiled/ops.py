@@ -12,13 +12,14 @@ import numpy as np
 
 from psmpi.backend.compiled.convolution import BATCH_MULTIPLE, DirectConvolution
 from psmpi.backend.compiled.library import NAMES, function, level, pointers, steps, units_pointer
+from psmpi.backend.compiled.losses import CompiledLosses
 from psmpi.backend.compiled.team import Team
 from psmpi.backend.reference.convolution import Convolution, Stripes
 from psmpi.backend.reference.moves import RunCopies
 from psmpi.backend.reference.ops import NumpyOps
 
 
-class CompiledOps(NumpyOps):
+class CompiledOps(CompiledLosses, NumpyOps):
     name = "compiled"
     batch_multiple = BATCH_MULTIPLE
 

@@ -6,6 +6,7 @@
 #define MANTISSA 52
 #define SHIFT 6755399441055744.0
 #define TERMS 13
+#define SERIES 16
 #define LARGE 708.0
 #define LOG2_HIGH 6.93145751953125e-1
 #define LOG2_LOW 1.42860682030941723212e-6
@@ -16,6 +17,7 @@
 #define MANTISSA 23
 #define SHIFT 12582912.0
 #define TERMS 7
+#define SERIES 7
 #define LARGE 87.0
 #define LOG2_HIGH 0.693359375
 #define LOG2_LOW -2.12194440054690583e-4
@@ -28,6 +30,7 @@
 #include "rows.h"
 #include "vectors.h"
 #include "elements.h"
+#include "losses.h"
 
 #undef R
 #undef V
@@ -49,6 +52,7 @@
 #undef MANTISSA
 #undef SHIFT
 #undef TERMS
+#undef SERIES
 #undef LARGE
 #undef LOG2_HIGH
 #undef LOG2_LOW

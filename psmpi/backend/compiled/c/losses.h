@@ -1,0 +1,194 @@
+/* Losses of a tile of classes: scores become derivatives. Part of the template kernels.h. */
+
+/* Samples that are taken through all classes of a tile at once, so that their sums stay in registers or the cache. */
+#define SAMPLES 64
+
+/* Classes whose terms are summed in the type, before the sum goes into one in double. */
+#define CLASSES 16
+
+#define PSL 0
+#define LOGISTIC 1
+#define NLL 2
+#define SQUARED 3
+#define BCE 4
+
+/* x within the range of `exponential`; not a number stays so. */
+INLINE R NAME(clamped)(R x)
+{
+    return x > (R)LARGE ? (R)LARGE : x < -(R)LARGE ? -(R)LARGE : x;
+}
+
+/* log(1 + a) for 0 <= a <= 1: twice the series of artanh(a / (2 + a)), which is at most 1 / 3, to rounding. */
+INLINE R NAME(log_of_more)(R a)
+{
+    const R s = a / ((R)2 + a), square = s * s;
+    R sum = 0;
+#pragma GCC unroll 32
+    for (int k = SERIES; k > 0; k--)
+        sum = (sum + (R)(1.0 / (2 * k + 1))) * square;
+    return (R)2 * s * (sum + (R)1);
+}
+
+/* Terms of one kind, of `samples` samples of `classes` classes; b from one class to the next. own: scores of labels, or
+ * largest scores; inverse: scale over the sums of exponentials. value, worst and rest (samples,) are added to. */
+INLINE void NAME(terms)(const int kind, int classes, ptrdiff_t b, int samples, R *c, const R *restrict own,
+                        const R *restrict inverse, R kappa, R scale, R offset, double *restrict value,
+                        R *restrict worst, double *restrict rest)
+{
+    for (int first = 0; first < classes; first += CLASSES) {
+        const int last = first + CLASSES < classes ? first + CLASSES : classes;
+        R values[SAMPLES], slopes[SAMPLES];
+        for (int s = 0; s < samples; s++)
+            values[s] = slopes[s] = 0;
+        for (int j = first; j < last; j++) {
+            R *restrict row = c + j * b;
+            for (int s = 0; s < samples; s++) {
+                R v = 0, d;
+                if (kind == PSL) {
+                    const R z = (row[s] - own[s]) * kappa;
+                    worst[s] = z > worst[s] ? z : worst[s];
+                    v = NAME(exponential)(NAME(clamped)(z));
+                    d = v;
+                } else if (kind == NLL) {
+                    d = NAME(exponential)(NAME(clamped)(row[s] - own[s])) * inverse[s];
+                } else if (kind == SQUARED) {
+                    v = row[s] * row[s];
+                    d = row[s];
+                } else {
+                    const R z = kind == BCE ? row[s] + offset : (row[s] - own[s]) * kappa;
+                    const R e = NAME(exponential)(NAME(clamped)(z > 0 ? -z : z)), share = (R)1 / ((R)1 + e);
+                    v = (z > 0 ? z : 0) + NAME(log_of_more)(e);
+                    d = z > 0 ? share : e * share;
+                }
+                values[s] += v;
+                slopes[s] += d;
+                row[s] = kind == NLL ? d : d * scale;
+            }
+        }
+        for (int s = 0; s < samples; s++) {
+            value[s] += values[s];
+            rest[s] += slopes[s];
+        }
+    }
+}
+
+/* The losses of the classes of a tile, `kind` as above, psl without its tangent: scores c (classes, b) become d loss /
+ * d c. labels (b,) count from the first of these classes; the label's score of a loss with a sum of terms has none.
+ * given: (b,) scores of labels, of nll (2, b) largest scores and sums of exponentials. rest (b,) = the sums of the
+ * derivatives but the label's; found (2,) = the scaled loss, and of psl the largest margin, at least 0. */
+void NAME(class_terms)(int kind, int classes, ptrdiff_t b, R *c, const int64_t *labels, const double *given,
+                       double scale, double kappa, double offset, double *rest, double *found)
+{
+    /* What the derivative of a term is a multiple of. */
+    const R factor = (R)(kind == SQUARED ? 2 * scale : kind == BCE ? scale : scale * kappa);
+    double total = 0, most = 0;
+    for (ptrdiff_t at = 0; at < b; at += SAMPLES) {
+        const int samples = b - at < SAMPLES ? (int)(b - at) : SAMPLES;
+        R own[SAMPLES], inverse[SAMPLES], worst[SAMPLES];
+        double value[SAMPLES], mine[SAMPLES];
+        for (int s = 0; s < samples; s++) {
+            const int64_t y = labels[at + s];
+            own[s] = given ? (R)given[at + s] : 0;
+            inverse[s] = kind == NLL ? (R)(scale / given[b + at + s]) : 0;
+            worst[s] = value[s] = rest[at + s] = 0;
+            if (y >= 0 && y < classes) {
+                R *score = c + y * b + at + s;
+                mine[s] = *score;
+                /* Of a score that far down no term is left. */
+                if (kind != NLL)
+                    *score = kind == SQUARED ? 0 : -INFINITY;
+            }
+        }
+#define CALL(kind) \
+    NAME(terms)(kind, classes, b, samples, c + at, own, inverse, (R)kappa, factor, (R)offset, value, worst, rest + at)
+        if (kind == PSL)
+            CALL(PSL);
+        else if (kind == LOGISTIC)
+            CALL(LOGISTIC);
+        else if (kind == NLL)
+            CALL(NLL);
+        else if (kind == SQUARED)
+            CALL(SQUARED);
+        else
+            CALL(BCE);
+#undef CALL
+        for (int s = 0; s < samples; s++) {
+            const int64_t y = labels[at + s];
+            if (kind == NLL)
+                value[s] = 0;
+            rest[at + s] *= kind == NLL ? 1 : factor;
+            if (y >= 0 && y < classes) {
+                R *slope = c + y * b + at + s;
+                const double score = mine[s] + offset;
+                if (kind == PSL)
+                    value[s] += 1;
+                if (kind == PSL || kind == LOGISTIC)
+                    *slope = 0;
+                else if (kind == NLL) {
+                    value[s] = log(given[b + at + s]) - (mine[s] - given[at + s]);
+                    *slope -= (R)scale;
+                } else if (kind == SQUARED) {
+                    value[s] += (mine[s] - 1) * (mine[s] - 1);
+                    *slope = (R)(2 * scale * (mine[s] - 1));
+                } else {
+                    const double e = exp(-fabs(score));
+                    value[s] += (score > 0 ? 0 : -score) + log1p(e);
+                    *slope = (R)(scale * (score > 0 ? -e / (1 + e) : -1 / (1 + e)));
+                }
+            }
+            total += value[s];
+            most = worst[s] > most ? worst[s] : most;
+        }
+    }
+    found[0] = scale * total;
+    found[1] = most;
+}
+
+/* Of scores c (classes, b) the largest ones go into top (b,) and the sums of exponentials relative to these into sums
+ * (b,), where those of classes before may be. */
+void NAME(class_normalizers)(int classes, ptrdiff_t b, const R *c, double *top, double *sums)
+{
+    for (ptrdiff_t at = 0; at < b; at += SAMPLES) {
+        const int samples = b - at < SAMPLES ? (int)(b - at) : SAMPLES;
+        R largest[SAMPLES];
+        double total[SAMPLES];
+        for (int s = 0; s < samples; s++)
+            largest[s] = c[at + s];
+        for (int j = 1; j < classes; j++)
+            for (int s = 0; s < samples; s++) {
+                const R score = c[j * b + at + s];
+                /* Not a number stays so. */
+                largest[s] = score > largest[s] || score != score ? score : largest[s];
+            }
+        for (int s = 0; s < samples; s++) {
+            largest[s] = !(largest[s] > (R)top[at + s]) && top[at + s] == top[at + s] && largest[s] == largest[s]
+                             ? (R)top[at + s]
+                             : largest[s];
+            total[s] = 0;
+        }
+        for (int first = 0; first < classes; first += CLASSES) {
+            const int last = first + CLASSES < classes ? first + CLASSES : classes;
+            R some[SAMPLES];
+            for (int s = 0; s < samples; s++)
+                some[s] = 0;
+            for (int j = first; j < last; j++)
+                for (int s = 0; s < samples; s++)
+                    some[s] += NAME(exponential)(NAME(clamped)(c[j * b + at + s] - largest[s]));
+            for (int s = 0; s < samples; s++)
+                total[s] += some[s];
+        }
+        for (int s = 0; s < samples; s++) {
+            /* Of nothing before, minus infinity, the exponential is 0. */
+            sums[at + s] = total[s] + sums[at + s] * exp(top[at + s] - largest[s]);
+            top[at + s] = largest[s];
+        }
+    }
+}
+
+#undef PSL
+#undef LOGISTIC
+#undef NLL
+#undef SQUARED
+#undef BCE
+#undef SAMPLES
+#undef CLASSES

@@ -1,0 +1,272 @@
+"""The last layer, the loss and their gradients in one pass over tiles of classes, without an array of all scores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from psmpi.backend import NumpyOps
+from psmpi.backend.reference import exponent_of
+from psmpi.nn.layers.dense import Dense
+from psmpi.nn.layers.linear import LinearPart
+from psmpi.nn.losses import Loss, OverClasses, own_labels
+from psmpi.nn.model import Model
+from psmpi.nn.network import Network
+from psmpi.nn.objective import DIVERGED, GRADIENT_LIMIT, Objective
+
+# Scores of a tile: with their derivatives they fit the cache. Classes that it has at least.
+ELEMENTS, LEAST = 1 << 17, 64
+# Margins of psl and derivatives up to which terms in the scores' dtype lose nothing.
+MARGIN = {np.dtype(np.float32): 60.0, np.dtype(np.float64): 600.0}
+PEAK = 2.0**20
+
+
+def has_head(network: Network) -> bool:
+    """Whether the network ends in a dense layer in one group, all inputs of which every class sees."""
+    last = network.layers[-1]
+    return isinstance(last, Dense) and last.groups == 1
+
+
+def tile_size(batch: int) -> int:
+    """Classes of a tile, given the minibatch."""
+    return max(LEAST, ELEMENTS // max(1, batch))
+
+
+class Head:
+    """The scores of a model's classes by tiles, from the features (inputs, b) that its passes put out."""
+
+    def __init__(self, model: Model):
+        assert model.head is not None
+        self.model, self.ops, self.dtype, self.classes = model, model.ops, model.dtype, len(model.classes)
+        self.part: LinearPart = model.head
+        self.weights, self.biases = _rows(self.part, self.part.w)
+
+    def scores(self, features: np.ndarray, first: int, out: np.ndarray) -> np.ndarray:
+        """The scores of classes from `first` on, as many as `out` (any,) has room for; a view of it, (classes, b)."""
+        b = features.shape[1]
+        stop = min(first + out.size // b, self.classes)
+        found: np.ndarray = out[: (stop - first) * b].reshape(-1, b)
+        self.ops.matmul(self.weights[first:stop], features, found)
+        self.ops.finish(found[None], self.biases[None, first:stop], "identity")
+        return found
+
+    def tiles(self, features: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """The first class of each tile, and its scores (classes, b), which the next one overwrites."""
+        b = features.shape[1]
+        room = self.ops.scratch("tile", min(tile_size(b), self.classes) * b, self.dtype)[: tile_size(b) * b]
+        first = 0
+        while first < self.classes:
+            found = self.scores(features, first, room)
+            yield first, found
+            first += len(found)
+
+    def label_scores(self, features: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """(1, b) float64: the scores of labels, 0 of those that are not among the model's classes."""
+        own = own_labels(labels, self.classes)
+        rows, found = labels[own], np.zeros((1, len(labels)))
+        found[0, own] = np.einsum("sf,fs->s", self.weights[rows], features[:, own], dtype=np.float64)
+        found[0, own] += self.biases[rows]
+        return found.astype(self.dtype).astype(np.float64)
+
+    def normalizers(self, features: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """(3, b) float64: largest scores, sums of exponentials relative to these, labels' scores."""
+        b = len(labels)
+        found = np.zeros((3, b))
+        found[0] = -np.inf
+        for first, scores in self.tiles(features):
+            self.ops.class_normalizers(scores, found[0], found[1])
+            own = own_labels(labels - first, len(scores))
+            found[2, own] = scores[labels[own] - first, own]
+        return found
+
+
+class TiledObjective(Objective):
+    """The objective of a model with a head (`Model`): its passes end in features, and all after that is done here.
+
+    For each tile of classes: scores, terms of the loss, the gradient of these rows of weights, and what they add to the
+    gradient of the features. Of nll a pass for the normalizer comes before. In host memory.
+    """
+
+    def __init__(self, loss: Loss, model: Model, others: OverClasses | None = None):
+        super().__init__(loss, model, others)
+        self.head = Head(model)
+        self.g_weights, self.g_biases = _rows(self.head.part, self.head.part.g)
+        self.fast = self.ops.fused("class_terms")
+        # Whether anything before the head has weights.
+        self.below = model.chain.lowest < len(model.parts)
+
+    def reserve(self, outputs: int, batch: int) -> None:
+        self.tile = min(outputs, tile_size(batch))
+        super().reserve(self.tile, batch)
+        self.scores = self.ops.empty(self.tile * batch, self.model.dtype)
+        self.part = self.ops.empty(self.model.size * batch, self.model.dtype)
+        # Sums of terms, of a tile and of all.
+        self.sums = np.empty(2 * batch)
+
+    @property
+    def nbytes(self) -> int:
+        return super().nbytes + int(self.scores.nbytes + self.part.nbytes)
+
+    def losses(
+        self,
+        scores: np.ndarray,
+        targets: np.ndarray,
+        scale: float,
+        pairs: np.ndarray | None = None,
+        derivatives: bool = True,
+    ) -> np.ndarray:
+        """Compute loss and gradients of the head; scores: the features (inputs, b), whose gradient is returned."""
+        features, loss, report = scores.reshape(-1, scores.shape[-1]), self.loss, self.report.host
+        b = features.shape[1]
+        dh: np.ndarray = self.cast[: features.size].reshape(features.shape)
+        self.finite, report[:] = False, 0
+        given, rest = self._known(features, targets), self.sums[:b]
+        wrong: FloatingPointError | None = None
+        value, factor, clipped = np.nan, 1.0, loss.clipped
+        try:
+            value, peak = self._pass(features, targets, scale, given, rest, dh)
+            if exponent_of(peak):
+                # Once more, with derivatives that stay in the dtype.
+                loss.clipped, report[3], factor = clipped, peak, 2.0 ** -exponent_of(peak)
+                value, _ = self._pass(features, targets, scale * factor, given, rest, dh)
+                value /= factor
+        except FloatingPointError as error:
+            wrong = error
+        value = self._settle(value, wrong, given, rest, factor)
+        if "terms" in loss.sums:
+            self._close(features, targets, rest, dh)
+        if np.isnan(value):
+            dh.fill(np.nan)
+        report[0] = value
+        self.finite = bool(np.isfinite(value))
+        if not (self.finite or loss.lenient):
+            raise FloatingPointError(DIVERGED)
+        return dh
+
+    def backward(self, tape: Any, dx: np.ndarray | None = None) -> None:
+        """Fill the rest of the model's gradient from that of the features."""
+        finished = self.model.finished
+        if finished is not None:
+            finished(self.head.part.number)
+        assert self.model.g is not None
+        if self.below:
+            dh = self.cast[: tape.scores.size].reshape(tape.scores.shape)
+            self.model.backward(tape, dh, dx=dx)
+        self.ops.unscale(self.model.g, self.report.array, GRADIENT_LIMIT[self.model.dtype])
+
+    def _known(self, features: np.ndarray, labels: np.ndarray) -> np.ndarray | None:
+        """What is known of all classes before any derivative."""
+        if not self.loss.sums:
+            return None
+        find = self.head.normalizers if self.loss.gathers else self.head.label_scores
+        own = find(features, labels)
+        return own if self.others is None else self.others.summed(own, labels)
+
+    def _pass(
+        self,
+        features: np.ndarray,
+        labels: np.ndarray,
+        scale: float,
+        given: np.ndarray | None,
+        rest: np.ndarray,
+        dh: np.ndarray,
+    ) -> tuple[float, float]:
+        """One pass over the tiles: the scaled loss, and the largest derivative where it is large."""
+        value = peak = 0.0
+        rest.fill(0)
+        dh.fill(0)
+        across, part = features.T, self.part[: features.size].reshape(features.shape)
+        first = 0
+        while first < self.head.classes:
+            scores, more, largest = self._terms(features, labels, first, scale, given, rest)
+            start, stop = first, first + len(scores)
+            value, peak, first = value + more, max(peak, largest), stop
+            if exponent_of(peak):
+                # Too large for the dtype: what is found now is the largest.
+                continue
+            self.ops.matmul(scores, across, self.g_weights[start:stop])
+            if self.head.part.bias:
+                self.ops.row_sums(scores[None], self.g_biases[None, start:stop])
+            if self.below:
+                self.ops.matmul(self.head.weights[start:stop].T, scores, part)
+                dh += part
+        return value, peak
+
+    def _terms(
+        self,
+        features: np.ndarray,
+        labels: np.ndarray,
+        first: int,
+        scale: float,
+        given: np.ndarray | None,
+        rest: np.ndarray,
+    ) -> tuple[np.ndarray, float, float]:
+        """The derivatives of a tile (classes, b), its scaled loss, and the largest derivative where it is large."""
+        loss, b = self.loss, len(labels)
+        mine, own = self.sums[b : 2 * b], labels - first
+        mine.fill(0)
+        room = self.scores[: self.tile * b]
+        scores = self.head.scores(features, first, room)
+        if self.fast is not None:
+            found = self.fast(loss.name, scores, own, scale, loss.kappa, loss.offset(self.head.classes), given, mine)
+            if found is not None and np.isfinite(found[0]) and self._is_small(found[1], scale):
+                rest += mine
+                return scores, found[0], 0.0
+            scores = self.head.scores(features, first, room)
+        grad = self.grad.host[: scores.size].reshape(scores.shape)
+        value = loss.terms(scores, own, scale, given, grad, mine)
+        rest += mine
+        peak = float(max(grad.max(initial=0.0), -grad.min(initial=0.0)))
+        with np.errstate(over="ignore"):
+            np.copyto(scores, grad, casting="same_kind")
+        return scores, value, peak
+
+    def _is_small(self, margin: float, scale: float) -> bool:
+        """Whether terms of psl up to this margin are exact in the dtype, and their derivatives small enough for it."""
+        return margin == 0 or (margin <= MARGIN[self.model.dtype] and np.exp(margin) * self.loss.kappa * scale <= PEAK)
+
+    def _settle(
+        self,
+        value: float,
+        wrong: FloatingPointError | None,
+        given: np.ndarray | None,
+        rest: np.ndarray,
+        factor: float,
+    ) -> float:
+        """Sum the terms over the ranks, `rest` being this rank's times `factor`; the loss that follows."""
+        rest /= factor
+        value = self.agreed(value, wrong, given, rest if "terms" in self.loss.sums else None)
+        rest *= factor
+        return value
+
+    def _close(self, features: np.ndarray, labels: np.ndarray, rest: np.ndarray, dh: np.ndarray) -> None:
+        """Complete what the labels' own scores add: minus the sum of the terms."""
+        own = own_labels(labels, self.head.classes)
+        if not own.size:
+            return
+        rows, at = np.unique(labels[own], return_inverse=True)
+        slopes = rest[own].astype(self.model.dtype)
+        # Rows of several samples are written once.
+        share = np.zeros((len(rows), len(own)), self.model.dtype)
+        share[at, np.arange(len(own))] = slopes
+        self.g_weights[rows] -= share @ features[:, own].T
+        if self.head.part.bias:
+            self.g_biases[rows] -= share.sum(axis=1)
+        if self.below:
+            dh[:, own] -= self.head.weights[labels[own]].T * slopes
+
+
+def _rows(part: LinearPart, views: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Weights (classes, inputs) and biases (classes,) of a head, views of the local vector."""
+    ((weights, biases),) = views
+    if len(weights) > 1:
+        # Each class's row by itself.
+        return weights[:, 0], biases[:, 0]
+    return weights[0], biases[0]
+
+
+def is_tiled(network: Network, classes: int, batch: int, ops: NumpyOps, task: str) -> bool:
+    """Whether a model of so many classes computes scores by tiles: where all of them are more than one, on the host."""
+    return task == "classes" and not ops.on_device and has_head(network) and classes > tile_size(batch)

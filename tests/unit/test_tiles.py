@@ -1,0 +1,151 @@
+"""The pass over tiles of classes against the pass that has all scores at once."""
+
+import tracemalloc
+
+import numpy as np
+import pytest
+
+from psmpi.backend import CompiledOps, NumpyOps
+from psmpi.backend.compiled.library import level
+from psmpi.nn import tiles
+from psmpi.nn.losses import LOSSES, make_loss
+from psmpi.nn.metric import Metric
+from psmpi.nn.model import Model
+from psmpi.nn.network import build
+from psmpi.nn.objective import Objective
+from psmpi.nn.tiles import Head, TiledObjective, has_head
+
+F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
+BACKENDS = ["numpy", pytest.param("compiled", marks=pytest.mark.skipif(level() == 0, reason="no compiled kernels"))]
+
+
+def make_ops(name):
+    return CompiledOps() if name == "compiled" else NumpyOps()
+
+
+def network_of(classes, trunk=True, bias=True):
+    layers = [{"type": "dense", "units": 7}, {"type": "tanh"}] if trunk else []
+    return build("head", (5,), [*layers, {"type": "dense", "units": classes, "bias": bias}], classes)
+
+
+def problem(network, dtype, batch=33, size=1.0):
+    rng = np.random.default_rng(0)
+    w = (size * rng.normal(size=network.layout().size)).astype(dtype)
+    return w, rng.normal(size=(5, batch)).astype(dtype), rng.integers(0, network.classes, batch)
+
+
+def derive(network, w, x, labels, loss, ops, tiled, scale=0.125):
+    """Loss and gradient, of all scores or by tiles; with the number of clipped terms."""
+    g = np.full_like(w, np.nan)
+    model = Model(network, network.layout(), w, g, ops, head=tiled)
+    objective = (TiledObjective if tiled else Objective)(loss, model)
+    objective.reserve(network.classes, len(labels))
+    objective.bring(labels)
+    tape = model.forward(x)
+    objective.losses(tape.scores, objective.targets(len(labels)), scale)
+    objective.backward(tape)
+    return objective.value(), g, loss.clipped
+
+
+@pytest.fixture
+def tile(monkeypatch):
+    """tile(n): tiles of n classes from now on."""
+    return lambda n: monkeypatch.setattr(tiles, "tile_size", lambda batch: n)
+
+
+@pytest.mark.parametrize("size", [1, 4, 20])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(F64, 1e-12), (F32, 2e-5)])
+@pytest.mark.parametrize("name", LOSSES)
+def test_loss_and_gradient_are_those_of_all_scores_at_once(name, dtype, tolerance, backend, size, tile):
+    tile(size)
+    kappa = {"kappa": 1.5} if "kappa" in LOSSES[name].settings else {}
+    for trunk, bias in ((True, True), (False, True), (True, False)):
+        network = network_of(13, trunk, bias)
+        assert has_head(network)
+        w, x, labels = problem(network, dtype)
+        make = lambda: make_loss(name, dtype, outputs=13, **kappa)  # noqa: E731
+        value, g, _ = derive(network, w, x, labels, make(), NumpyOps(), tiled=False)
+        found, ours, _ = derive(network, w, x, labels, make(), make_ops(backend), tiled=True)
+        assert found == pytest.approx(value, rel=tolerance)
+        assert abs(ours - g).max() <= tolerance * abs(g).max()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [F64, F32], ids=str)
+@pytest.mark.parametrize("spread", [10.0, 40.0, 400.0])
+def test_large_margins_of_psl_have_tangents_and_gradients_that_are_scaled_down(spread, dtype, backend, tile):
+    tile(4)
+    # Behind the head such derivatives cancel, and what is left is rounding.
+    network = network_of(13, trunk=False)
+    w, x, labels = problem(network, dtype, size=spread)
+    value, g, clipped = derive(network, w, x, labels, make_loss("psl", dtype), NumpyOps(), tiled=False)
+    found, ours, ours_clipped = derive(network, w, x, labels, make_loss("psl", dtype), make_ops(backend), tiled=True)
+    assert found == pytest.approx(value, rel=1e-3 if dtype == F32 else 1e-10) and ours_clipped == clipped
+    assert abs(ours - g).max() <= (1e-3 if dtype == F32 else 1e-10) * abs(g).max()
+    assert spread < 400 or clipped or dtype == F64
+
+
+@pytest.mark.parametrize("lenient", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_score_that_is_no_number_is_an_error_or_a_loss_that_is_none(name, backend, lenient, tile):
+    tile(4)
+    network = network_of(13)
+    w, x, labels = problem(network, F32)
+    x[2, 5] = np.nan
+    loss = make_loss(name, F32, outputs=13)
+    loss.lenient = lenient
+    with np.errstate(invalid="ignore"):
+        if lenient:
+            value, _, _ = derive(network, w, x, labels, loss, make_ops(backend), tiled=True)
+            assert np.isnan(value)
+        else:
+            with pytest.raises(FloatingPointError, match="not a finite number"):
+                derive(network, w, x, labels, loss, make_ops(backend), tiled=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", LOSSES)
+def test_tests_count_as_with_all_scores_at_once(name, backend, tile):
+    """Equal scores of several classes included: many rows of weights are the same."""
+    tile(5)
+    network, ops = network_of(13), make_ops(backend)
+    w, x, labels = problem(network, F32)
+    model = Model(network, network.layout(), w, None, ops, head=True)
+    for k in range(4, 13):
+        model.head.w[0][0][0][k] = model.head.w[0][0][0][k % 4]
+        model.head.w[0][1][0][k] = model.head.w[0][1][0][k % 4]
+    whole = Model(network, network.layout(), w, None, ops).forward(x).scores
+    expected = Metric(make_loss(name, F32, outputs=13), 13).sums(whole, labels)
+    metric = Metric(make_loss(name, F32, outputs=13), 13)
+    found = metric.sums_by_tiles(Head(model), model.forward(x).scores, labels, np.arange(13))
+    assert found[0] == pytest.approx(expected[0], rel=1e-6) and np.array_equal(found[1:], expected[1:])
+    assert 0 < found[1] < found[2]
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def many(request):
+    """A model of many classes."""
+    network = network_of(20_000)
+    layout = network.layout()
+    w = (0.1 * np.random.default_rng(0).normal(size=layout.size)).astype(F32)
+    return Model(network, layout, w, np.empty_like(w), make_ops(request.param), head=True)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_no_array_of_all_scores_is_ever_made(name, many):
+    classes, batch, rng = len(many.classes), 256, np.random.default_rng(0)
+    x, labels = rng.normal(size=(5, batch)).astype(F32), rng.integers(0, classes, batch)
+    objective = TiledObjective(make_loss(name, F32, outputs=classes), many)
+    metric = Metric(make_loss(name, F32, outputs=classes), classes)
+    tracemalloc.start()
+    try:
+        objective.reserve(classes, batch)
+        tape = many.forward(x)
+        objective.losses(tape.scores, labels, 1 / batch)
+        objective.backward(tape)
+        metric.sums_by_tiles(Head(many), tape.scores, labels, np.arange(classes))
+        assert tracemalloc.get_traced_memory()[1] < 4 * classes * batch / 2
+    finally:
+        tracemalloc.stop()
