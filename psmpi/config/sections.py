@@ -50,10 +50,12 @@ class Data:
 class NetworkSettings:
     """The network."""
 
-    model: Literal["psnet", "psnet-24", "psnet-35", "lenet", "mlp", "resnet", "custom"] = "psnet"
-    """Built-in network, or custom: described by [[model.layers]] tables in the configuration file."""
+    model: Literal["psnet", "psnet-24", "psnet-35", "lenet", "mlp", "head", "resnet", "custom"] = "psnet"
+    """Built-in network, or custom: described by [[model.layers]] tables in the configuration file. head: for very many
+    classes, a trunk (--widths, or such tables) that every worker computes and rows of weights, one a class."""
     widths: tuple[int, ...] = ()
-    """Hidden widths of mlp, 1024 1024 if not given; channels of resnet's sections, 16 32 if not given."""
+    """Hidden widths of mlp, 1024 1024 if not given, and of head's trunk, 512 128; channels of resnet's sections, 16
+    32."""
     blocks: tuple[int, ...] = ()
     """Residual blocks of each of resnet's sections; 3 if not given."""
     batch_norm: bool = False
@@ -107,7 +109,7 @@ class Parallel:
     gpu_aware: bool = False
     """Hand GPU memory to MPI, which has to be GPU-aware; else what is sent goes through pinned host memory."""
     nccl: bool = False
-    """Exchange the scores of a row, and sum over replicas, by NCCL; needs a GPU a rank."""
+    """Make the sums of a row and of replicas by NCCL; needs a GPU a rank."""
     threads: Annotated[int, Least(0)] = 0
     """Threads a rank, of linear algebra and of the kernels; 0: the host's cores over its ranks, at least 1."""
 

@@ -65,6 +65,6 @@ def _saturates(config: Config) -> bool:
     model = config.model
     if model.batch_norm:
         return False
-    if model.model == "custom":
+    if model.model == "custom" or model.layers:
         return any(table.get("type") == "sigmoid" for table in model.layers if isinstance(table, dict))
-    return model.model not in ("mlp", "resnet")
+    return model.model not in ("mlp", "head", "resnet")

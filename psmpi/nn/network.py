@@ -23,12 +23,16 @@ CUSTOM = "custom"
 
 @dataclass(frozen=True)
 class Network:
-    """Layers from `in_shape` to one raw score a class; places: where a file has its layers, by their names."""
+    """Layers from `in_shape` to one raw score a class; places: where a file has its layers, by their names.
+
+    trunk: whether all layers but the last are meant to be computed by every rank that has some of the classes.
+    """
 
     name: str
     in_shape: tuple[int, ...]
     layers: tuple[Layer, ...]
     places: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+    trunk: bool = False
 
     @property
     def classes(self) -> int:
@@ -110,8 +114,10 @@ class Network:
         """The name of the last layer with weights, before the scores' own rows, that makes every score see all of it.
 
         None where the network can be partitioned: where some layer before has units that not all classes use, or where
-        there is no layer before.
+        there is no layer before, or none but those of a trunk.
         """
+        if self.trunk:
+            return None
         linear = {parameter.name: layer.name for layer in self.linear for parameter in layer.parameters()}
         names = [layer.name for layer in self.linear][:-1]
         weighted = [uses for pairs in self.users() for parameter, uses in pairs if linear.get(parameter.name) in names]

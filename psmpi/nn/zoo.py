@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from psmpi.errors import LayersError, UserError
@@ -73,12 +74,25 @@ def _normalized(tables: Sequence[LayerTable]) -> list[LayerTable]:
     return [*found, {"type": "batch_norm", "affine": False}] if waiting else found
 
 
+def _head(
+    widths: Sequence[int], layers: Sequence[LayerTable], in_shape: tuple[int, ...], classes: int, finish: Any
+) -> Network:
+    """A trunk of these layers, or of `widths` units with ReLU each, and a dense layer of one score a class."""
+    if layers and widths:
+        raise UserError("--widths: the configuration file has the trunk's [[model.layers]]; leave one of them out")
+    if layers:
+        tables = [*layers, {"type": "dense", "units": classes}]
+    else:
+        tables = finish(_mlp(widths or (512, 128), classes, in_shape))
+    return replace(build("head", in_shape, tables, classes), trunk=True)
+
+
 def has_psnet(in_shape: tuple[int, ...], classes: int) -> bool:
     """Whether there is a PSNet, which can be partitioned, for samples of this shape."""
     return _built_in("psnet", in_shape, classes) is not None
 
 
-MODELS = ("psnet", "psnet-24", "psnet-35", "lenet", "mlp", "resnet", "custom")
+MODELS = ("psnet", "psnet-24", "psnet-35", "lenet", "mlp", "head", "resnet", "custom")
 
 
 def make_network(
@@ -94,12 +108,13 @@ def make_network(
     """The network called `name` for samples of `in_shape` (per sample) and `classes` classes.
 
     `psnet` is `psnet-24` on 28 x 28 images (`psnet-35` has separable layers 35/15/1 instead of 24/15/1), its CIFAR-10
-    sister on 32 x 32 and a small one on 8 x 8; `mlp` has hidden `widths` (1024, 1024 by default) with ReLU; `resnet`
+    sister on 32 x 32 and a small one on 8 x 8; `mlp` has hidden `widths` (1024, 1024 by default) with ReLU; `head` a
+    trunk of `layers`, or of `widths` (512, 128) with ReLU, and one score a class, by which it is partitioned; `resnet`
     has sections of `widths` channels (16 and 32) with `blocks` residual blocks each (3); `custom` is described layer by
     layer in `layers` (see psmpi.nn.network.build). With `batch_norm` the other ones have batch normalization instead of
     biases. UserError where the name or the shape is not known.
     """
-    if batch_norm and name in ("resnet", "custom"):
+    if batch_norm and (name in ("resnet", "custom") or (name == "head" and layers)):
         raise UserError(
             f"--batch-norm is for networks that do not say themselves where it goes, as --model {name} does"
         )
@@ -114,8 +129,16 @@ def make_network(
             return build(name, in_shape, layers, classes)
         except UserError as error:
             raise LayersError(str(error)) from None
-    if layers:
-        raise UserError(f"the configuration has [[model.layers]] but --model is {name!r}: use --model custom")
+    if layers and name != "head":
+        raise UserError(
+            f"the configuration has [[model.layers]] but --model is {name!r}: use --model custom, or --model head "
+            "where they are a trunk"
+        )
+    if name == "head":
+        try:
+            return _head(widths, layers, in_shape, classes, _normalized if batch_norm else list)
+        except UserError as error:
+            raise LayersError(str(error)) from None
     made = _built_in(name, in_shape, classes, widths, blocks, batch_norm)
     if made is not None:
         return made
@@ -126,8 +149,8 @@ def make_network(
         if has_psnet(in_shape, classes):
             raise UserError(f"{use} --model psnet, or --model custom with the layers in the configuration file")
         raise UserError(
-            f"{use} --model mlp, on several ranks with --method {WHOLE} because it cannot be partitioned, or "
-            "--model custom with layers in the configuration file that end in separable ones"
+            f"{use} --model mlp, on several ranks with --method {WHOLE} because it cannot be partitioned, or --model "
+            "head, or --model custom with layers in the configuration file that end in separable ones"
         )
     raise UserError(f"--model {name!r} is unknown: choose one of {', '.join(MODELS)}")
 

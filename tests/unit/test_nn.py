@@ -338,6 +338,23 @@ def test_a_model_that_does_not_fit_says_what_to_use(name, shape, says):
         make_network(name, shape, 10)
 
 
+def test_a_head_has_rows_of_its_own_for_each_class_behind_a_trunk_of_widths_or_layers():
+    by_widths = make_network("head", (2, 3, 3), 6, widths=(5,))
+    by_layers = make_network("head", (2, 3, 3), 6, layers=[FLAT, dense(5), {"type": "relu"}])
+    assert by_widths == by_layers and by_widths.tie() is None
+    layout = by_widths.layout()
+    trunk = 5 * 18 + 5
+    assert layout.part([3]).size == trunk + 6 and layout.part([1, 4]).size == trunk + 2 * 6
+    assert make_network("head", (4,), 6).layers[0].units == 512
+    for wrong, says in (
+        ({"layers": [dense(5)], "widths": (3,)}, "leave one of them out"),
+        ({"layers": [dense(5)], "batch_norm": True}, "--batch-norm is for networks"),
+        ({"layers": [{"type": "conv", "channels": 2, "kernel": 3}]}, "needs a flat input"),
+    ):
+        with pytest.raises(UserError, match=says):
+            make_network("head", (2, 3, 3) if "conv" in str(wrong) else (4,), 6, **wrong)
+
+
 def test_backward_through_some_steps_is_that_of_all():
     tanh = {"type": "tanh"}
     layers = [

@@ -83,9 +83,12 @@ def _check_roles(network: Network, roles: Roles, dataset: Dataset, config: Confi
 
 def _partitionable(network: Network) -> str:
     """What to use in place of a network that cannot be partitioned, for the same samples."""
-    ends = "a network that ends in separable layers"
-    fits = has_psnet(network.in_shape, network.classes)
-    return f"{ends} (--model psnet)" if fits else f"--model custom with {ends} in the configuration file"
+    if has_psnet(network.in_shape, network.classes):
+        return "a network that ends in separable layers (--model psnet)"
+    return (
+        "--model head, which is cut by classes, or --model custom with a network that ends in separable layers in the "
+        "configuration file"
+    )
 
 
 def _sliced(network: Network, workers: int) -> str:
