@@ -14,6 +14,7 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status: 0 done, 1 an error, or a published accuracy is missed."""
     from psmpi.bench.checkpoint import checkpoint
     from psmpi.bench.compute import compute
+    from psmpi.bench.head import head
     from psmpi.bench.kernels import kernels
     from psmpi.bench.memory import memory
     from psmpi.bench.network import network
@@ -28,8 +29,8 @@ def main(argv: list[str] | None = None) -> int:
     def go() -> int:
         default = defaults(words)
         commands: tuple[Callable[..., int], ...] = (
-            checkpoint, compute, kernels, _with(memory, default, words), network, _with(optimizer, default, words),
-            published, _with(recorder, default, words),
+            checkpoint, compute, head, kernels, _with(memory, default, words), network,
+            _with(optimizer, default, words), published, _with(recorder, default, words),
         )  # fmt: skip
         return chosen(commands, words, "bench", "Measure psmpi.")()
 

@@ -11,6 +11,7 @@ from helpers.processes import finish, launch, start
 from helpers.runs import run
 
 from psmpi.bench.compute import ours
+from psmpi.bench.head import own_step, pytorch_step
 from psmpi.bench.hosts import slow_hosts
 from psmpi.bench.problems import LR, Minibatch, operations, problems
 from psmpi.bench.pytorch import theirs
@@ -101,6 +102,29 @@ def test_compute_measures_side_by_side(tmp_path):
     assert (tmp_path / "a.png").stat().st_size > 1000 and "one-class" in out
 
 
+def test_a_head_is_measured_side_by_side(tmp_path):
+    torch = pytest.importorskip("torch")
+    options = ("--classes", "1000", "--features", "8", "--batch-size", "20", "--pairs", "2", "--losses", "nll", "bce")
+    status, out, err = launch(1, "-m", "psmpi.bench", "head", *options, "--json", tmp_path / "a.json")
+    assert status == 0, err
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert [row["loss"] for row in found["rows"]] == ["nll", "bce"] and "1000 classes" in out
+    assert all(0 < row["low"] <= row["ratio"] <= row["high"] for row in found["rows"])
+    assert set(found["memory_mb"]) == {"nll", "bce", "PyTorch"} and torch.__version__ == found["torch"]
+
+
+def test_a_measured_head_makes_the_steps_of_pytorch():
+    """The weights after a step with cross-entropy, of both."""
+    pytest.importorskip("torch")
+    (ours, weights), (theirs, layer) = own_step("nll", 50, 8, 20, 1), pytorch_step(50, 8, 20)
+    before = weights.copy()
+    ours()
+    theirs()
+    assert abs(weights - before).max() == pytest.approx(1e-3, rel=0.01)
+    # Adam's first steps go by the sign of the gradient, which is rounding where it is nearly 0.
+    assert (abs(weights - layer.weight.detach().numpy()) <= 1e-5).mean() > 0.99
+
+
 @pytest.mark.parametrize("backend", ["numpy", "auto"])
 def test_kernels_are_measured_beside_a_copy(tmp_path, backend):
     options = ("--backend", backend, "--megabytes", "2", "--repeats", "3", "--json", tmp_path / "a.json")
@@ -170,9 +194,12 @@ def test_compute_says_what_it_needs():
     try:
         import torch  # noqa: F401
     except ImportError:
-        status, _, err = run(1, "-m", "psmpi.bench", "compute", "--pairs", "1")
-        assert status == 1 and "pip install 'psmpi[torch]'" in err
+        for measure in ("compute", "head"):
+            status, _, err = run(1, "-m", "psmpi.bench", measure, "--pairs", "1")
+            assert status == 1 and "pip install 'psmpi[torch]'" in err
         return
+    status, _, err = run(1, "-m", "psmpi.bench", "head", "--classes", "1")
+    assert status == 1 and "--classes 1: expected 2 or more" in err
     for options, says in (
         (("--pairs", "0"), "--pairs 0"),
         (("--json", "/nonexistent/a.json"), "no such folder"),

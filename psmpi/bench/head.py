@@ -1,0 +1,215 @@
+"""A step of a linear head of very many classes, tile by tile, beside PyTorch's of all scores at once."""
+
+from __future__ import annotations
+
+import json as jsonlib
+import multiprocessing
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any, Literal
+
+import numpy as np
+
+from psmpi.backend import make_backend
+from psmpi.errors import UserError
+from psmpi.output import Screen, tell
+
+Call = Callable[[], None]
+Loss = Literal["bce", "psl", "logistic", "nll", "squared", "hinge"]
+LR = 1e-3
+
+
+def head(
+    classes: int = 60_000,
+    features: int = 128,
+    batch_size: int = 256,
+    losses: tuple[Loss, ...] = ("bce", "psl", "logistic", "nll"),
+    pairs: int = 7,
+    threads: int = 1,
+    json: str = "",
+) -> int:
+    """Measure a step (scores, loss, gradients, Adam) of a head of many classes beside PyTorch's cross-entropy.
+
+    PyTorch: Linear, cross_entropy, fused Adam; both take the gradient of the features too. Memory is what a process of
+    its own needs at most, beyond what it had with its libraries loaded.
+
+    Needs psmpi[torch].
+
+    Args:
+        classes: Rows of weights.
+        features: Inputs of each.
+        batch_size: Samples in the minibatch.
+        losses: What psmpi computes; PyTorch always cross-entropy.
+        pairs: Measurements of each, psmpi and PyTorch in turn, after a warm-up.
+        threads: Threads of both.
+        json: Also write the figures into this file.
+    """
+    from threadpoolctl import threadpool_limits
+
+    try:
+        import torch
+    except ImportError:
+        raise UserError("bench head compares with PyTorch: pip install 'psmpi[torch]'") from None
+    settings = (("--classes", classes), ("--features", features), ("--batch-size", batch_size), ("--pairs", pairs))
+    for option, value in (*settings, ("--threads", threads)):
+        if value < 1:
+            raise UserError(f"{option} {value}: expected a whole number from 1 up")
+    if classes < 2:
+        raise UserError(f"--classes {classes}: expected 2 or more")
+    torch.set_num_threads(threads)
+    shape = (classes, features, batch_size)
+    with threadpool_limits(threads):
+        other, _ = pytorch_step(*shape)
+        rows = [_measure(name, own_step(name, *shape, threads)[0], other, pairs) for name in losses]
+    del other
+    memory = {name: _memory(name, shape, threads) for name in (*losses, "PyTorch")}
+    found = {
+        "classes": classes, "features": features, "batch_size": batch_size, "threads": threads,
+        "torch": torch.__version__, "rows": rows, "memory_mb": memory,
+    }  # fmt: skip
+    _show(found)
+    if json:
+        Path(json).write_text(jsonlib.dumps(found) + "\n")
+    return 0
+
+
+def _problem(classes: int, features: int, batch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Weights (classes, features), features (features, batch) and labels."""
+    rng = np.random.default_rng(0)
+    w = rng.standard_normal((classes, features), np.float32) / np.float32(np.sqrt(features))
+    return w, rng.standard_normal((features, batch), np.float32), rng.integers(0, classes, batch)
+
+
+def own_step(loss: str, classes: int, features: int, batch: int, threads: int) -> tuple[Call, np.ndarray]:
+    """A step of psmpi, and its weights (classes, features): of a layer whose features' gradient is wanted too."""
+    from psmpi.nn.losses import make_loss
+    from psmpi.nn.model import Model
+    from psmpi.nn.network import build
+    from psmpi.nn.tiles import TiledObjective
+    from psmpi.optim import Hyper, make_optimizer
+
+    ops, dtype = make_backend("auto", threads), np.dtype(np.float32)
+    network = build("head", (features,), [{"type": "dense", "units": classes}], classes)
+    layout = network.layout()
+    rows, x, labels = _problem(classes, features, batch)
+    w, g = ops.zeros(layout.size, dtype), ops.zeros(layout.size, dtype)
+    model = Model(network, layout, w, g, ops, head=True)
+    objective = TiledObjective(make_loss(loss, dtype, outputs=classes), model)
+    objective.below = True
+    objective.head.weights[...] = rows
+    del rows
+    objective.reserve(classes, batch)
+    optimizer = make_optimizer("adam", layout.size, dtype, Hyper(), ops)
+
+    def step() -> None:
+        tape = model.forward(x)
+        objective.losses(tape.scores, labels, 1 / batch)
+        objective.value()
+        optimizer.step(w, g, LR, lambda values: values)
+
+    return step, objective.head.weights
+
+
+def pytorch_step(classes: int, features: int, batch: int) -> tuple[Call, Any]:
+    """The same in PyTorch, with cross-entropy, and its layer."""
+    import torch
+    from torch import nn
+
+    rows, x, labels = _problem(classes, features, batch)
+    layer = nn.Linear(features, classes)
+    with torch.no_grad():
+        layer.weight.copy_(torch.from_numpy(rows))
+        layer.bias.zero_()
+    del rows
+    optimizer = torch.optim.Adam(layer.parameters(), lr=LR, fused=True)
+    h, y = torch.from_numpy(np.ascontiguousarray(x.T)).requires_grad_(), torch.from_numpy(labels)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        h.grad = None
+        nn.functional.cross_entropy(layer(h), y).backward()
+        optimizer.step()
+
+    return step, layer
+
+
+def _measure(name: str, ours: Call, other: Call, pairs: int) -> dict[str, Any]:
+    """Medians of seconds, and the ratio with its quartiles."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for k in range(pairs + 1):
+        for each, into in zip((ours, other), times, strict=True):
+            start = time.perf_counter()
+            each()
+            if k:
+                into.append(time.perf_counter() - start)
+    ratios = [a / b for a, b in zip(*times, strict=True)]
+    low, middle, high = quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
+    row = {"loss": name, "ours_ms": 1e3 * median(times[0]), "theirs_ms": 1e3 * median(times[1])}
+    tell(f"{name}: {row['ours_ms']:.0f} ms, PyTorch {row['theirs_ms']:.0f} ms, ratio {middle:.2f}")
+    return {**row, "ratio": middle, "low": low, "high": high}
+
+
+def _memory(name: str, shape: tuple[int, int, int], threads: int) -> float:
+    """MB that a process of its own needs for some steps."""
+    context = multiprocessing.get_context("spawn")
+    mine, its = context.Pipe(duplex=False)
+    process = context.Process(target=_steps, args=(its, name, shape, threads))
+    process.start()
+    its.close()
+    try:
+        found: float = mine.recv()
+    except EOFError:
+        raise UserError(
+            f"the process that measures the memory of {name} ended early: is there memory enough?"
+        ) from None
+    finally:
+        process.join()
+    return found
+
+
+def _steps(answer: Any, name: str, shape: tuple[int, int, int], threads: int) -> None:
+    """Send the MB by which this process has grown in some steps after its first, small one."""
+    small = (64, shape[1], shape[2])
+    if name == "PyTorch":
+        import torch
+
+        torch.set_num_threads(threads)
+        pytorch_step(*small)[0]()
+    else:
+        own_step(name, *small, threads)[0]()
+    before = _now()
+    step, _ = pytorch_step(*shape) if name == "PyTorch" else own_step(name, *shape, threads)
+    for _ in range(3):
+        step()
+    answer.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3)
+
+
+def _now() -> float:
+    """kB that this process holds."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 1e3
+
+
+def _show(found: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    title = f"{found['classes']} classes, {found['features']} features, {found['batch_size']} samples; PyTorch"
+    table = Table(title=f"{title} {found['torch']}", title_justify="left")
+    table.add_column("loss")
+    for name in ("psmpi ms", "PyTorch ms", "ratio", "quartiles", "psmpi MB", "PyTorch MB"):
+        table.add_column(name, justify="right")
+    memory = found["memory_mb"]
+    for row in found["rows"]:
+        table.add_row(
+            row["loss"],
+            f"{row['ours_ms']:.0f}",
+            f"{row['theirs_ms']:.0f}",
+            f"{row['ratio']:.2f}",
+            f"{row['low']:.2f} {row['high']:.2f}",
+            f"{memory[row['loss']]:.0f}",
+            f"{memory['PyTorch']:.0f}",
+        )
+    Screen().print(table)
