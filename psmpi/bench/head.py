@@ -15,11 +15,19 @@ import numpy as np
 
 from psmpi.backend import make_backend
 from psmpi.errors import UserError
+from psmpi.nn.losses import LOSSES, make_loss
+from psmpi.nn.model import Model
+from psmpi.nn.network import build
+from psmpi.nn.tiles import TiledObjective
+from psmpi.optim import Hyper, make_optimizer
+from psmpi.optim.first_order import FirstOrder
 from psmpi.output import Screen, tell
 
 Call = Callable[[], None]
 Loss = Literal["bce", "psl", "logistic", "nll", "squared", "hinge"]
 LR = 1e-3
+# Behind the name of a loss: rows are stepped tile by tile.
+IN_TILES = ", in tiles"
 
 
 def head(
@@ -33,8 +41,9 @@ def head(
 ) -> int:
     """Measure a step (scores, loss, gradients, Adam) of a head of many classes beside PyTorch's cross-entropy.
 
-    PyTorch: Linear, cross_entropy, fused Adam; both take the gradient of the features too. Memory is what a process of
-    its own needs at most, beyond what it had with its libraries loaded.
+    PyTorch: Linear, cross_entropy, fused Adam; both take the gradient of the features too. Where the loss allows it
+    Adam steps the rows of a tile while these are in the cache (--clip 0 in a training): both ways are measured. Memory
+    is what a process of its own needs at most, beyond what it had with its libraries loaded.
 
     Needs psmpi[torch].
 
@@ -63,9 +72,10 @@ def head(
     shape = (classes, features, batch_size)
     with threadpool_limits(threads):
         other, _ = pytorch_step(*shape)
-        rows = [_measure(name, own_step(name, *shape, threads)[0], other, pairs) for name in losses]
+        named = [name + more for name in losses for more in ("", IN_TILES)[: 1 + LOSSES[name].immediate]]
+        rows = [_measure(name, own_step(name, *shape, threads)[0], other, pairs) for name in named]
     del other
-    memory = {name: _memory(name, shape, threads) for name in (*losses, "PyTorch")}
+    memory = {name: _memory(name, shape, threads) for name in (*named, "PyTorch")}
     found = {
         "classes": classes, "features": features, "batch_size": batch_size, "threads": threads,
         "torch": torch.__version__, "rows": rows, "memory_mb": memory,
@@ -84,31 +94,35 @@ def _problem(classes: int, features: int, batch: int) -> tuple[np.ndarray, np.nd
 
 
 def own_step(loss: str, classes: int, features: int, batch: int, threads: int) -> tuple[Call, np.ndarray]:
-    """A step of psmpi, and its weights (classes, features): of a layer whose features' gradient is wanted too."""
-    from psmpi.nn.losses import make_loss
-    from psmpi.nn.model import Model
-    from psmpi.nn.network import build
-    from psmpi.nn.tiles import TiledObjective
-    from psmpi.optim import Hyper, make_optimizer
+    """A step of psmpi, and its weights (classes, features): of a layer whose features' gradient is wanted too.
 
+    loss: its name, perhaps with IN_TILES.
+    """
     ops, dtype = make_backend("auto", threads), np.dtype(np.float32)
     network = build("head", (features,), [{"type": "dense", "units": classes}], classes)
     layout = network.layout()
     rows, x, labels = _problem(classes, features, batch)
     w, g = ops.zeros(layout.size, dtype), ops.zeros(layout.size, dtype)
     model = Model(network, layout, w, g, ops, head=True)
-    objective = TiledObjective(make_loss(loss, dtype, outputs=classes), model)
+    name, in_tiles = loss.removesuffix(IN_TILES), loss.endswith(IN_TILES)
+    objective = TiledObjective(make_loss(name, dtype, outputs=classes), model)
     objective.below = True
     objective.head.weights[...] = rows
     del rows
     objective.reserve(classes, batch)
     optimizer = make_optimizer("adam", layout.size, dtype, Hyper(), ops)
+    assert isinstance(optimizer, FirstOrder)
+    if in_tiles:
+        objective.step_in_tiles(lambda at, gradient: optimizer.step_piece(w, gradient, LR, at))
 
     def step() -> None:
+        if in_tiles:
+            optimizer.begin()
         tape = model.forward(x)
         objective.losses(tape.scores, labels, 1 / batch)
         objective.value()
-        optimizer.step(w, g, LR, lambda values: values)
+        if not in_tiles:
+            optimizer.step(w, g, LR, lambda values: values)
 
     return step, objective.head.weights
 

@@ -109,8 +109,8 @@ def check(config: Config, said: Collection[str] = ()) -> None:
     _check_used(config, said)
     if o.history > 1000:
         raise UserError(f"--history {o.history}: expected 1000 pairs at most")
-    if model.widths and model.model not in ("mlp", "resnet"):
-        raise UserError(f"--widths are those of --model mlp and resnet; --model {model.model} has its own")
+    if model.widths and model.model not in ("mlp", "head", "resnet"):
+        raise UserError(f"--widths are those of --model mlp, head and resnet; --model {model.model} has its own")
     if not o.clip >= 0:
         raise UserError(f"--clip {o.clip}: expected 0 (no clipping) or a number above it")
     if run.on_nan == "skip" and not find_method(method).skips:

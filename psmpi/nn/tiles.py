@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -42,6 +42,20 @@ class Head:
         self.model, self.ops, self.dtype, self.classes = model, model.ops, model.dtype, len(model.classes)
         self.part: LinearPart = model.head
         self.weights, self.biases = _rows(self.part, self.part.w)
+
+    @property
+    def in_rows(self) -> bool:
+        """Whether each class's weights and bias lie one after the other in the local vector, class after class."""
+        w, weights, biases = self.model.w, self.weights, self.biases
+        size = weights.shape[1] + self.part.bias
+        places = weights.strides == (size * w.itemsize, w.itemsize)
+        return places and (not self.part.bias or biases.ctypes.data == weights.ctypes.data + w.itemsize * (size - 1))
+
+    def run(self, first: int, stop: int) -> slice:
+        """The slice of the local vector that the rows of some classes are, where they are `in_rows`."""
+        size = self.weights.strides[0] // self.dtype.itemsize
+        start = (self.weights.ctypes.data - self.model.w.ctypes.data) // self.dtype.itemsize
+        return slice(start + first * size, start + stop * size)
 
     def scores(self, features: np.ndarray, first: int, out: np.ndarray) -> np.ndarray:
         """The scores of classes from `first` on, as many as `out` (any,) has room for; a view of it, (classes, b)."""
@@ -87,6 +101,10 @@ class TiledObjective(Objective):
 
     For each tile of classes: scores, terms of the loss, the gradient of these rows of weights, and what they add to the
     gradient of the features. Of nll a pass for the normalizer comes before. In host memory.
+
+    step_rows: called, where there is one, with a slice of the model's weights, rows of the head, and their gradient
+    (k,), while both are in the cache; g has no gradient of the head then. For a loss that is `immediate` and a head
+    whose weights are `in_rows`.
     """
 
     def __init__(self, loss: Loss, model: Model, others: OverClasses | None = None):
@@ -94,6 +112,8 @@ class TiledObjective(Objective):
         self.head = Head(model)
         self.g_weights, self.g_biases = _rows(self.head.part, self.head.part.g)
         self.fast = self.ops.fused("class_terms")
+        self.step_rows: Callable[[slice, np.ndarray], None] | None = None
+        self.rows = np.empty(0, model.dtype)
         # Whether anything before the head has weights.
         self.below = model.chain.lowest < len(model.parts)
 
@@ -102,12 +122,24 @@ class TiledObjective(Objective):
         super().reserve(self.tile, batch)
         self.scores = self.ops.empty(self.tile * batch, self.model.dtype)
         self.part = self.ops.empty(self.model.size * batch, self.model.dtype)
+        if self.step_rows is not None:
+            self._make_rows()
         # Sums of terms, of a tile and of all.
         self.sums = np.empty(2 * batch)
 
+    def step_in_tiles(self, step_rows: Callable[[slice, np.ndarray], None]) -> None:
+        """Let the rows of a tile be stepped at once, see the class."""
+        self.step_rows = step_rows
+        self._make_rows()
+
+    def _make_rows(self) -> None:
+        """Room for the gradient of a tile's rows."""
+        at = self.head.run(0, self.tile)
+        self.rows = self.ops.empty(at.stop - at.start, self.model.dtype)
+
     @property
     def nbytes(self) -> int:
-        return super().nbytes + int(self.scores.nbytes + self.part.nbytes)
+        return super().nbytes + int(self.scores.nbytes + self.part.nbytes + self.rows.nbytes)
 
     def losses(
         self,
@@ -186,13 +218,23 @@ class TiledObjective(Objective):
             if exponent_of(peak):
                 # Too large for the dtype: what is found now is the largest.
                 continue
-            self.ops.matmul(scores, across, self.g_weights[start:stop])
-            if self.head.part.bias:
-                self.ops.row_sums(scores[None], self.g_biases[None, start:stop])
             if self.below:
                 self.ops.matmul(self.head.weights[start:stop].T, scores, part)
                 dh += part
+            if self.step_rows is None:
+                self._gradient(scores, across, self.g_weights[start:stop], self.g_biases[start:stop])
+                continue
+            at, rows = self.head.run(start, stop), self.rows[: self.rows.size // self.tile * len(scores)]
+            table = rows.reshape(len(scores), -1)
+            self._gradient(scores, across, table[:, : len(features)], table[:, -1])
+            self.step_rows(at, rows)
         return value, peak
+
+    def _gradient(self, scores: np.ndarray, across: np.ndarray, weights: np.ndarray, biases: np.ndarray) -> None:
+        """The gradients of a tile's weights and biases, from the derivatives of its scores."""
+        self.ops.matmul(scores, across, weights)
+        if self.head.part.bias:
+            self.ops.row_sums(scores[None], biases[None])
 
     def _terms(
         self,

@@ -57,11 +57,18 @@ class FirstOrder(Optimizer):
 
     def step(self, w: np.ndarray, g: np.ndarray, lr: float, allsum: AllSum, closure: Closure | None = None) -> None:
         self.check_shard(w, g)
+        self.begin()
         # A NumPy float64 would draw float32 chunks up to float64.
-        lr = float(lr)
+        self.sweep(w, g, float(lr), list(self.vectors.values()))
+
+    def begin(self) -> None:
+        """Begin a step that is made piece by piece, by `step_piece` of each."""
         if self.counts:
             self.scalars["t"] += 1
-        self.sweep(w, g, lr, list(self.vectors.values()))
+
+    def step_piece(self, w: np.ndarray, g: np.ndarray, lr: float, at: slice) -> None:
+        """Step the elements `at` of the shard w (n,) along their gradient g; each once, after `begin`."""
+        self.sweep(w[at], g, float(lr), [vector[at] for vector in self.vectors.values()])
 
     def sweep(self, w: np.ndarray, g: np.ndarray, lr: float, vectors: list[np.ndarray]) -> None:
         """Step weights w (k,) of the shard along g (k,), with these elements of the vectors."""

@@ -108,15 +108,17 @@ def test_a_head_is_measured_side_by_side(tmp_path):
     status, out, err = launch(1, "-m", "psmpi.bench", "head", *options, "--json", tmp_path / "a.json")
     assert status == 0, err
     found = json.loads((tmp_path / "a.json").read_text())
-    assert [row["loss"] for row in found["rows"]] == ["nll", "bce"] and "1000 classes" in out
+    names = ["nll", "nll, in tiles", "bce", "bce, in tiles"]
+    assert [row["loss"] for row in found["rows"]] == names and "1000 classes" in out
     assert all(0 < row["low"] <= row["ratio"] <= row["high"] for row in found["rows"])
-    assert set(found["memory_mb"]) == {"nll", "bce", "PyTorch"} and torch.__version__ == found["torch"]
+    assert set(found["memory_mb"]) == {*names, "PyTorch"} and torch.__version__ == found["torch"]
 
 
-def test_a_measured_head_makes_the_steps_of_pytorch():
+@pytest.mark.parametrize("name", ["nll", "nll, in tiles"])
+def test_a_measured_head_makes_the_steps_of_pytorch(name):
     """The weights after a step with cross-entropy, of both."""
     pytest.importorskip("torch")
-    (ours, weights), (theirs, layer) = own_step("nll", 50, 8, 20, 1), pytorch_step(50, 8, 20)
+    (ours, weights), (theirs, layer) = own_step(name, 50, 8, 20, 1), pytorch_step(50, 8, 20)
     before = weights.copy()
     ours()
     theirs()

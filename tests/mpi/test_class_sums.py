@@ -19,6 +19,7 @@ from psmpi.nn.losses import LOSSES, make_loss
 from psmpi.nn.metric import Metric, ScorePart
 from psmpi.nn.network import build
 from psmpi.nn.objective import Objective
+from psmpi.optim.first_order import FirstOrder
 from psmpi.testing import run_ranks
 from psmpi.training.class_sums import ClassSums
 
@@ -196,21 +197,51 @@ def test_a_linear_network_steps_as_regression_does(name, ranks, train, tmp_path)
                 np.testing.assert_allclose(found[f"weights/{key}"], values, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def test_tiles_of_classes_on_any_ranks_make_the_steps_of_all_scores_on_one(name, train, tmp_path, monkeypatch):
-    """A trunk that all ranks compute and rows of classes, 37 of them; trained and tested, in float64."""
+def save_many(folder):
+    """Options for a head of 37 classes, in float64."""
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(150, 6)), np.arange(150) % 37
-    np.savez(tmp_path / "data.npz", x=x, y=y, x_test=x[:60] + 0.1, y_test=y[:60])
-    (tmp_path / "head.toml").write_text(
-        '[model]\nmodel = "custom"\ndtype = "float64"\n[[model.layers]]\ntype = "dense"\nunits = 37\n'
-        "[data]\nbatch_size = 50\n[optimization]\nlr = 0.01\n"
-    )
-    options = ("--dataset", tmp_path / "data.npz", "--config", tmp_path / "head.toml", "--loss", name, "--epochs", "3")
+    np.savez(folder / "data.npz", x=x, y=y, x_test=x[:60] + 0.1, y_test=y[:60])
+    numbers = ("--epochs", "3", "--batch-size", "50", "--lr", "0.01", "--dtype", "float64")
+    return ("--dataset", folder / "data.npz", "--model", "head", "--widths", "9", *numbers)
+
+
+def same_run(first, second):
+    """Whether weights, losses and scores are the same to rounding."""
+    keys = ("train_loss", "test_loss", "test_accuracy", "test_top5")
+    near = all(second.rows[-1][key] == pytest.approx(first.rows[-1][key], rel=1e-10) for key in keys)
+    return near and distance(first.tensors(), second.tensors()) <= 1e-10
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_tiles_of_classes_on_any_ranks_make_the_steps_of_all_scores_on_one(name, train, tmp_path, monkeypatch):
+    """A trunk that all ranks compute and rows of classes, 37 of them; trained and tested."""
+    options = (*save_many(tmp_path), "--loss", name)
     whole = train(1, *options)
     monkeypatch.setattr("psmpi.nn.tiles.tile_size", lambda batch: 5)
     for ranks in (1, 3, 4):
         found = train(ranks, *options, "--colocate", *(("--placement", "owner") if ranks > 3 else ()))
-        assert distance(whole.tensors(), found.tensors()) <= 1e-10
-        for key in ("train_loss", "test_loss", "test_accuracy", "test_top5"):
-            assert found.rows[-1][key] == pytest.approx(whole.rows[-1][key], rel=1e-10)
+        assert same_run(whole, found)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.parametrize("name", [name for name, loss in LOSSES.items() if loss.immediate])
+def test_rows_that_are_stepped_in_their_tiles_step_as_others(name, optimizer, train, tmp_path, monkeypatch):
+    options = (*save_many(tmp_path), "--loss", name, "--clip", "0", "--optimizer", optimizer, "--weight-decay", "0.01")
+    whole, pieces = train(1, *options), []
+    step_piece = FirstOrder.step_piece
+
+    def counted(self, w, g, lr, at):
+        pieces.append(at)
+        step_piece(self, w, g, lr, at)
+
+    monkeypatch.setattr(FirstOrder, "step_piece", counted)
+    monkeypatch.setattr("psmpi.nn.tiles.tile_size", lambda batch: 5)
+    for more, seen in (
+        ((1,), True),
+        ((3, "--placement", "owner"), True),
+        ((3,), False),
+        ((1, "--on-nan", "skip"), False),
+    ):
+        pieces.clear()
+        assert same_run(whole, train(more[0], *options, "--colocate", *more[1:])) and bool(pieces) == seen

@@ -40,7 +40,7 @@ def test_epochs_are_those_of_the_minibatch_that_is_given():
 
 def test_rates_are_of_the_network_and_the_optimizer():
     assert RATES.keys() == FIRST_ORDER
-    assert [numbers(1438, model).lr for model in ("psnet", "lenet", "mlp", "resnet")] == [1e-2, 1e-2, 1e-3, 1e-3]
+    assert [numbers(1438, model).lr for model in ("psnet", "lenet", "mlp", "head", "resnet")] == [1e-2] * 2 + [1e-3] * 3
     layers = {"sigmoid": ({"type": "dense"}, {"type": "sigmoid"}), "tanh": ({"type": "tanh"},)}
     assert [numbers(1438, "custom", layers=layers[kind]).lr for kind in layers] == [1e-2, 1e-3]
     assert numbers(1438, batch_norm=True).lr == 1e-3

@@ -17,7 +17,9 @@ from psmpi.data import Batch
 from psmpi.methods.psl.newton import PartitionedNewton
 from psmpi.methods.psl.plan import Settings, check_psl, element_rows, plan_roles
 from psmpi.nn.finite import spans
+from psmpi.nn.tiles import TiledObjective
 from psmpi.optim.curvature import RULES
+from psmpi.optim.first_order import FirstOrder
 from psmpi.training.context import Context
 from psmpi.training.descent import Descent
 from psmpi.training.element_worker import ElementWorker
@@ -66,6 +68,11 @@ class PartiallySeparable(Method):
             self.exchange.use_nccl(self.ops.stream)
         self.state.vector("weights", self.w)
         self.state.optimizer(self.optimizer)
+        # The rows of a head that are stepped tile by tile, a slice of the shard.
+        self.early: slice | None = None
+        objective = self.worker.objective if self.worker is not None else None
+        if isinstance(objective, TiledObjective) and isinstance(self.optimizer, FirstOrder):
+            self.early = self._stepped_in_tiles(objective, self.optimizer)
         self.newton: PartitionedNewton | None = None
         if context.config.optimization.optimizer in RULES:
             self.newton = PartitionedNewton(
@@ -76,6 +83,7 @@ class PartiallySeparable(Method):
             # From here on the workers make the steps of the owners themselves.
             self.exchange.forward(self.w, self.w_part)
         self.failed_before: dict[str, float | int] = {}
+        self.lr = 0.0
 
     check = staticmethod(check_psl)
 
@@ -86,9 +94,39 @@ class PartiallySeparable(Method):
         # Ranks without a shard need no sums of first-order steps.
         return self.deciders.agree(values) if self.deciders.rank >= 0 else values
 
+    def _stepped_in_tiles(self, objective: TiledObjective, optimizer: FirstOrder) -> slice | None:
+        """Let the rows of the head be stepped as their gradients are made, where nothing has to be known before.
+
+        That is so where this rank owns all of its rows, nobody else adds to their gradients, no norm of the gradient is
+        wanted, no step is left out, and the loss is `immediate`. Elsewhere None.
+        """
+        inside, head = self.exchange.inside, objective.head
+        alone = self.roles.rows == 1 and self.descent.clip == 0 and self.numbers.mode == "stop"
+        if inside is None or not (alone and objective.loss.immediate and head.in_rows) or optimizer.needs_matrices:
+            return None
+        rows = head.run(0, head.classes)
+        if rows.start < inside.start or rows.stop > inside.stop or not self.counts:
+            return None
+        shift = inside.start
+        objective.step_in_tiles(
+            lambda at, g: optimizer.step_piece(self.w, g, self.lr, slice(at.start - shift, at.stop - shift))
+        )
+        return slice(rows.start - shift, rows.stop - shift)
+
+    def _step_in_tiles(self, optimizer: FirstOrder, early: slice, batch: Batch, lr: float) -> float:
+        """A step in which the gradient of the head is nowhere all at once; returns this rank's share of the loss."""
+        self.lr = lr
+        optimizer.begin()
+        loss = self.gradient(batch)
+        for at in (slice(0, early.start), slice(early.stop, self.w.size)):
+            optimizer.step_piece(self.w, self.g[at], lr, at)
+        return loss
+
     def step(self, batch: Batch, lr: float) -> None:
         if self.newton is not None:
             loss = self.newton.step(batch, lr)
+        elif self.early is not None and isinstance(self.optimizer, FirstOrder):
+            loss = self._step_in_tiles(self.optimizer, self.early, batch, lr)
         else:
             loss = self.descent.search(self.w, self.g, lr, lambda trial: self.gradient(batch, trial))
         self.loss_sum += loss * len(batch)

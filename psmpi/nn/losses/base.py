@@ -72,6 +72,7 @@ class Loss:
     default those of the scores that the loss is called with.
     tasks: what it can learn, "classes" by labels or "regression" by values; task: which of these.
     settings: the names of the settings that it uses, of those below.
+    immediate: whether derivatives are bounded, and final as soon as what `sums` says is known.
     lenient: a loss of scores that are not finite is NaN, and no error, where `Objective` and `Metric` ask for it.
     Buffers grow to the largest minibatch seen and are then reused.
     """
@@ -82,6 +83,7 @@ class Loss:
     constant = 0.0
     sums: tuple[str, ...] = ()
     gathers = False
+    immediate = False
     tasks: tuple[str, ...] = ("classes",)
     settings: tuple[str, ...] = ()
 

@@ -18,6 +18,8 @@ class BinaryCrossEntropy(Loss):
 
     name, formula = "bce", "sum_j log(1 + exp(z_j)) - z_y, z = c - log(C - 1) of C classes"
 
+    immediate = True
+
     def offset(self, classes: int) -> float:
         return -log(max(1, (self.outputs or classes) - 1))
 

@@ -24,7 +24,7 @@ class CrossEntropy(Loss):
     name, formula = "nll", "cross-entropy"
     # The label's for the value.
     sums = ("largest", "exponentials", "label")
-    gathers = True
+    gathers = immediate = True
 
     def summary_size(self, classes: int) -> int:
         return min(classes, len(self.sums))
