@@ -15,6 +15,9 @@ from tyro.conf import Positional, arg
 from psmpi.errors import counted
 from psmpi.output import Screen, complain, tell
 
+# Classes whose confusion is a table; of more it is a list of pairs, of which so many are shown.
+TABLE, SHOWN = 40, 10
+
 
 @dataclass(frozen=True)
 class Options:
@@ -277,14 +280,28 @@ def _report(options: Options, labels: Any, scores: Any, classes: list[int], know
     }
     # A part of the classes scores, and cannot choose among all.
     if len(labels) and labels.min() >= 0 and len(classes) == known:
-        confusion = np.zeros((known, known), int)
-        np.add.at(confusion, (labels, predicted), 1)
         found["accuracy"] = float(np.count_nonzero(predicted == labels) / len(labels))
-        found["confusion"] = confusion.tolist()
+        if known <= TABLE:
+            confusion = np.zeros((known, known), int)
+            np.add.at(confusion, (labels, predicted), 1)
+            found["confusion"] = confusion.tolist()
+        else:
+            found["confused"] = _confused(labels, predicted)
     if options.json:
         tell(json.dumps(found))
     else:
         _show(found)
+
+
+def _confused(labels: Any, predicted: Any) -> list[list[int]]:
+    """[label, prediction, samples] of what is confused, the most frequent first."""
+    import numpy as np
+
+    wrong = labels != predicted
+    pairs, counts = np.unique(np.stack([labels[wrong], predicted[wrong]]), axis=1, return_counts=True)
+    order = np.argsort(-counts, kind="stable")
+    found: list[list[int]] = np.concatenate([pairs, counts[None]])[:, order].T.tolist()
+    return found
 
 
 def _write(path: Path, labels: Any, predicted: Any, scores: Any, classes: list[int]) -> None:
@@ -325,6 +342,12 @@ def _show(found: dict[str, Any]) -> None:
         tell(f"scores of {which}; no accuracy (it needs labels, and the scores of all classes)")
         return
     tell(f"accuracy {100 * found['accuracy']:.2f} %")
+    if "confused" in found:
+        several, shown = found["confused"], found["confused"][:SHOWN]
+        tell(f"{counted(len(several), 'pair')} of classes confused" + (", most often:" if shown else ""))
+        for label, choice, count in shown:
+            tell(f"  label {label} taken for {choice}: {counted(count, 'sample')}")
+        return
     table = Table(title="confusion: rows are labels, columns predictions", title_justify="left")
     for name in ("label", *map(str, found["classes"]), "right"):
         table.add_column(name, justify="right")

@@ -163,3 +163,22 @@ def test_the_file_of_a_training_that_has_lost_its_labels_is_predicted(tmp_path):
     assert ALL in refused(tmp_path / "run", "--dataset", path)
     status, out, err = run(1, "-m", "psmpi.predict", tmp_path / "run", "--dataset", path, "--split", "all")
     assert status == 0 and "7 samples" in out and "cannot be compared with what checkpoint" in err
+
+
+def test_of_many_classes_what_is_confused_is_listed(tmp_path):
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(100, 5)), np.arange(100) % 50
+    np.savez(tmp_path / "many.npz", x=x, y=y, x_test=x, y_test=y)
+    options = ("--dataset", tmp_path / "many.npz", "--model", "head", "--widths", "6", "--loss", "nll", "--epochs", "2")
+    status, _, err = run(
+        1, "-m", "psmpi.train", "--out", tmp_path / "run", *options, "--lr", "0.01", "--batch-size", "50"
+    )
+    assert status == 0, err
+    found = json.loads(predict(1, tmp_path / "run", "--json", "--out", tmp_path / "p.npz"))
+    predicted = np.load(tmp_path / "p.npz")["predicted"]
+    counts = [count for *_, count in found["confused"]]
+    assert counts == sorted(counts, reverse=True) and sum(counts) == np.count_nonzero(predicted != y) > 0
+    for label, choice, count in found["confused"]:
+        assert count == np.count_nonzero((y == label) & (predicted == choice)) and label != choice
+    shown = predict(1, tmp_path / "run")
+    assert f"{len(counts)} pairs of classes confused, most often:" in shown and shown.count("taken for") == 10
