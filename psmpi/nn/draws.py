@@ -1,0 +1,130 @@
+"""Draws of many of NumPy's generators at once, to the bit those of each by itself.
+
+`np.random.default_rng([*key, unit])` is the generator PCG64 (O'Neill, "PCG: A family of simple fast space-efficient
+statistically good algorithms", 2014: 128-bit state, output XSL-RR), which a SeedSequence (O'Neill, "Developing a
+seed_seq alternative", 2015) starts from the integers. Making one takes about as long as drawing 8,000 numbers from it,
+so that rows of few numbers are drawn here side by side: one array operation a step of all generators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+Words = list[np.ndarray]
+
+# Words of a SeedSequence's pool, and the constants of its hash.
+POOL = 4
+INIT_A, MULT_A, INIT_B, MULT_B = 0x43B0D7E5, 0x931E8875, 0x8B51F9DD, 0x58F38DED
+MIX_L, MIX_R = 0xCA01F9DD, 0x4973F715
+# The multiplier of PCG64, as its high and low half.
+PCG = 0x2360ED051FC65DA4, 0x4385DF649FCCF645
+# Generators that step side by side: the arrays of a step stay in a core's own cache.
+SIDE = 4096
+LOW = np.uint64(0xFFFFFFFF)
+HALF = np.uint64(32)
+
+
+def uniform_rows(key: Sequence[int], first: int, last: int, size: int, low: float, high: float) -> np.ndarray:
+    """Row k is `np.random.default_rng([*key, first + k]).uniform(low, high, size)`; (last - first, size) float64.
+
+    key: whole numbers from 0 up; first < last <= 2^32.
+    """
+    if 2 * size > last - first:
+        return np.stack([np.random.default_rng([*key, unit]).uniform(low, high, size) for unit in range(first, last)])
+    columns = np.empty((size, last - first))
+    for begin in range(first, last, SIDE):
+        end = min(begin + SIDE, last)
+        hi, lo, inc_hi, inc_lo = _states(key, np.arange(begin, end, dtype=np.uint32))
+        for column in columns[:, begin - first : end - first]:
+            hi, lo = _step(hi, lo, inc_hi, inc_lo)
+            turn = hi >> np.uint64(58)
+            mixed = hi ^ lo
+            value = (mixed >> turn) | (mixed << (-turn & np.uint64(63)))
+            # As NumPy makes numbers of [0, 1) from 64 bits, and of [low, high) from these.
+            np.multiply(value >> np.uint64(11), 2.0**-53, out=column)
+            column *= high - low
+            column += low
+    rows: np.ndarray = columns.T
+    return rows
+
+
+def _states(key: Sequence[int], units: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """High and low half of the state and of the increment of each unit's PCG64, (units,) uint64."""
+    words = _seed_words(key, units)
+    start_hi, start_lo, seq_hi, seq_lo = (words[2 * k] | words[2 * k + 1] << HALF for k in range(4))
+    one = np.uint64(1)
+    inc_hi, inc_lo = seq_hi << one | seq_lo >> np.uint64(63), seq_lo << one | one
+    # A step from 0 is the increment.
+    lo = inc_lo + start_lo
+    hi = inc_hi + start_hi + (lo < start_lo)
+    return *_step(hi, lo, inc_hi, inc_lo), inc_hi, inc_lo
+
+
+def _step(hi: np.ndarray, lo: np.ndarray, inc_hi: np.ndarray, inc_lo: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """state * PCG + increment modulo 2^128."""
+    mult_hi, mult_lo = map(np.uint64, PCG)
+    m1, m0 = mult_lo >> HALF, mult_lo & LOW
+    l1, l0 = lo >> HALF, lo & LOW
+    # The high half of the product of the low halves.
+    middle = l1 * m0
+    middle += (l0 * m0) >> HALF
+    other = l0 * m1
+    other += middle & LOW
+    new_hi = l1 * m1
+    new_hi += middle >> HALF
+    new_hi += other >> HALF
+    new_hi += hi * mult_lo
+    new_hi += lo * mult_hi
+    new_hi += inc_hi
+    new_lo = lo * mult_lo
+    new_lo += inc_lo
+    new_hi += new_lo < inc_lo
+    return new_hi, new_lo
+
+
+def _seed_words(key: Sequence[int], units: np.ndarray) -> Words:
+    """SeedSequence([*key, unit]).generate_state(8) of each unit: eight arrays (units,) uint64 below 2^32."""
+    entropy: Words = [np.full(units.shape, word, np.uint32) for number in key for word in _words(number)]
+    entropy.append(units)
+    hashing = _Hash(INIT_A, MULT_A)
+    nothing = np.zeros(units.shape, np.uint32)
+    pool = [hashing(entropy[k] if k < len(entropy) else nothing) for k in range(POOL)]
+    for source in range(POOL):
+        for target in range(POOL):
+            if source != target:
+                pool[target] = _mix(pool[target], hashing(pool[source]))
+    for word in entropy[POOL:]:
+        for target in range(POOL):
+            pool[target] = _mix(pool[target], hashing(word))
+    hashing = _Hash(INIT_B, MULT_B)
+    return [hashing(pool[k % POOL]).astype(np.uint64) for k in range(2 * POOL)]
+
+
+def _words(number: int) -> list[int]:
+    """The 32-bit words of a whole number, the lowest first; one of 0."""
+    words = [number & 0xFFFFFFFF]
+    while number := number >> 32:
+        words.append(number & 0xFFFFFFFF)
+    return words
+
+
+class _Hash:
+    """The hash of a SeedSequence, whose constant changes with each call."""
+
+    def __init__(self, constant: int, multiplier: int):
+        self.constant, self.multiplier = constant, multiplier
+
+    def __call__(self, value: np.ndarray) -> np.ndarray:
+        value = value ^ np.uint32(self.constant)
+        self.constant = self.constant * self.multiplier & 0xFFFFFFFF
+        value *= np.uint32(self.constant)
+        value ^= value >> np.uint32(16)
+        return value
+
+
+def _mix(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    mixed: np.ndarray = x * np.uint32(MIX_L) - y * np.uint32(MIX_R)
+    mixed ^= mixed >> np.uint32(16)
+    return mixed

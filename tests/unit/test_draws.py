@@ -1,0 +1,31 @@
+"""Draws of many generators at once, against each of NumPy's generators by itself."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from psmpi.nn import draws
+from psmpi.nn.draws import uniform_rows
+
+
+def rows_by_numpy(key, first, last, size, low, high):
+    return np.stack([np.random.default_rng([*key, unit]).uniform(low, high, size) for unit in range(first, last)])
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.integers(0, 2**70), min_size=1, max_size=4), st.integers(0, 2**32 - 40), st.integers(1, 40),
+    st.integers(1, 12), st.floats(-1e3, 1e3), st.floats(1e-3, 1e3),
+)  # fmt: skip
+def test_rows_are_those_of_numpy_s_generators_to_the_bit(key, first, count, size, low, width):
+    high = low + width
+    made = uniform_rows(key, first, first + count, size, low, high)
+    assert np.array_equal(made, rows_by_numpy(key, first, first + count, size, low, high))
+
+
+@pytest.mark.parametrize("first", [0, 2**32 - 5 * 1000])
+def test_more_units_than_step_side_by_side_are_the_same(first, monkeypatch):
+    monkeypatch.setattr(draws, "SIDE", 700)
+    made = uniform_rows([3, 7], first, first + 5000, 3, -0.5, 0.5)
+    assert np.array_equal(made, rows_by_numpy([3, 7], first, first + 5000, 3, -0.5, 0.5))
