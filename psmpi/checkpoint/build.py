@@ -34,6 +34,9 @@ from psmpi.checkpoint.format import (
 from psmpi.checkpoint.tensors import Tensor
 from psmpi.layout import copy_runs
 
+# Bytes of a spool between two runs of elements that are read with them, and bytes that are read at a time.
+GAP, READ = 1 << 12, 1 << 22
+
 # Fills a vector of elements [first, last) of a tensor of a vector of the run: read(vector, tensor, first, into).
 Source = Callable[[str, Tensor, int, np.ndarray], None]
 # Tables: path in the file, shape, dtype, and read(first row, into).
@@ -157,35 +160,29 @@ class SpoolSource:
             table = np.empty(3 * count, np.int64)
             _fetch(spool, at, table)
             self.maps[name] = table.reshape(3, count)
-        self.seen: dict[tuple[str, str], tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
-
-    def _places(self, of: str, tensor: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """First and last element of pieces of a tensor, in its order, and their places among the vector's elements."""
-        if (of, tensor.name) not in self.seen:
-            starts, stops, places = self.maps[of]
-            first, last, run, start = tensor.meet(starts, stops)
-            self.seen[of, tensor.name] = first, last, places[run] + start - starts[run]
-        return self.seen[of, tensor.name]
 
     def read(self, vector: str, tensor: Tensor, first: int, into: np.ndarray) -> None:
         """Fill `into` with elements of a tensor of a vector, from `first` on."""
-        (dtype, base), last = self.vectors[vector], first + len(into)
-        starts, stops, places = self._places(vector if vector in self.spaces else "weights", tensor)
-        some = slice(stops.searchsorted(first, side="right"), starts.searchsorted(last))
-        at, behind = np.maximum(starts[some], first), np.minimum(stops[some], last)
-        order = np.argsort(places := places[some] + at - starts[some])
-        at, sizes, places = at[order] - first, (behind - at)[order], places[order]
-        # What lies side by side in the spool is read at once: what one rank has of these rows.
-        edges = np.append(np.flatnonzero(places[1:] != (places + sizes)[:-1]) + 1, len(places))
+        dtype, base = self.vectors[vector]
+        starts, stops, places = self.maps[vector if vector in self.spaces else "weights"]
+        at, last, run, start = tensor.meet(starts, stops, first, first + len(into))
+        at, sizes, places = at - first, last - at, places[run] + start - starts[run]
+        order = np.argsort(places, kind="stable")
+        at, sizes, places = at[order], sizes[order], places[order]
+        # What lies close together in the spool is read at once, with what lies between.
+        ends = places + sizes
+        apart = places[1:] - ends[:-1] > GAP // dtype.itemsize
+        far = np.diff((places - places[:1]) // (READ // dtype.itemsize)) > 0
+        edges = np.append(np.flatnonzero(apart | far & (places[1:] != ends[:-1])) + 1, len(places))
         begin = 0
         for end in edges.tolist():
-            byte = base + int(places[begin]) * dtype.itemsize
+            byte, some = base + int(places[begin]) * dtype.itemsize, slice(begin, end)
             if end == begin + 1:
                 _fetch(self.spool, byte, into[at[begin] : at[begin] + sizes[begin]])
             else:
-                values = np.empty(int(sizes[begin:end].sum()), dtype)
+                values = np.empty(int(ends[end - 1] - places[begin]), dtype)
                 _fetch(self.spool, byte, values)
-                copy_runs(values, places[begin:end] - places[begin], into, at[begin:end], sizes[begin:end])
+                copy_runs(values, places[some] - places[begin], into, at[some], sizes[some])
             begin = end
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from psmpi.checkpoint.tensors import Tensor, held_runs, make_tensors
 from psmpi.config import parse_toml
 from psmpi.data import Identity
 from psmpi.errors import DamagedError
-from psmpi.layout import Block, Layout, Parameter, Piece, Runs
+from psmpi.layout import Block, Classes, Each, Layout, Parameter, Piece, Runs, Users
+from psmpi.layout.classes import as_users
 from psmpi.metrics import SCORES
 
 TABLES = ("elements", "rank")
@@ -145,8 +146,8 @@ class Contents:
         )
         _expect(all(isinstance(name, str) for name in made.own), "layout, own")
         _expect(made.task in ("classes", "regression"), "layout, task")
-        known = set(range(made.layout.classes))
-        _expect(made.part is None or (len(made.part) > 0 and set(made.part) <= known), "part")
+        known = range(made.layout.classes)
+        _expect(made.part is None or (len(made.part) > 0 and all(c in known for c in made.part)), "part")
         return made
 
     def held(self) -> Runs:
@@ -178,12 +179,13 @@ def _describe(layout: Layout) -> dict[str, Any]:
         "parameters": [{"name": p.name, "shape": p.shape, "units": p.units} for p in layout.parameters],
         "blocks": [
             {
-                "classes": sorted(b.classes),
+                "classes": b.classes.ranges,
+                **({"each": True} if isinstance(b.users, Each) else {}),
                 "start": b.start,
                 "stop": b.stop,
                 "pieces": [[p.parameter, p.first, p.last, p.offset] for p in b.pieces],
             }
-            for b in layout.blocks
+            for b in layout.bands
         ],
     }
 
@@ -194,21 +196,37 @@ def _layout(table: Mapping[str, Any]) -> Layout:
         # Units are the elements of some leading axes.
         _expect(p.units in accumulate(p.shape, lambda a, b: a * b), f"layout, {p.name}")
     _expect(len({p.name for p in parameters}) == len(parameters), "layout, parameters")
-    at, units, blocks = 0, [0] * len(parameters), []
+    classes, at, units, bands = int(table["classes"]), 0, [0] * len(parameters), []
     for b in table["blocks"]:
         _expect(b["start"] == at, "layout, blocks")
-        pieces = tuple(Piece(*map(int, p)) for p in b["pieces"])
-        for piece in pieces:
-            _expect(0 <= piece.parameter < len(parameters) and piece.first < piece.last, "layout, pieces")
-            _expect(piece.offset == at, "layout, pieces")
-            units[piece.parameter] += piece.last - piece.first
-            at += (piece.last - piece.first) * parameters[piece.parameter].unit_size
-        _expect(b["stop"] == at, "layout, blocks")
-        blocks.append(Block(frozenset(map(int, b["classes"])), b["start"], b["stop"], pieces))
+        users = _users(b["classes"], b.get("each", False), classes)
+        count = users.count if isinstance(users, Each) else 1
+        step, rest = divmod(b["stop"] - at, count)
+        _expect(rest == 0, "layout, blocks")
+        pieces = []
+        for k, first, last, offset in (map(int, p) for p in b["pieces"]):
+            _expect(0 <= k < len(parameters) and first < last and (last - first) % count == 0, "layout, pieces")
+            _expect(offset == at, "layout, pieces")
+            pieces.append(Piece(k, first, last, offset, count, step if count > 1 else 0))
+            units[k] += last - first
+            at += (last - first) // count * parameters[k].unit_size
+        _expect(b["start"] + step == at, "layout, blocks")
+        at = b["stop"]
+        bands.append(Block(users, b["start"], b["stop"], tuple(pieces)))
     _expect(units == [p.units for p in parameters], "layout, pieces")
-    classes = int(table["classes"])
-    _expect(all(block.classes <= set(range(classes)) for block in blocks), "layout, classes")
-    return Layout(parameters, tuple(blocks), classes)
+    return Layout(parameters, tuple(bands), classes)
+
+
+def _users(table: Sequence[Any], each: bool, classes: int) -> Users:
+    """The users of a block. In files of version 1 it is a list of the classes."""
+    if table and isinstance(table[0], int):
+        _expect(all(0 <= int(c) < classes for c in table), "layout, classes")
+        return as_users(list(map(int, table)))
+    some = Classes(tuple((int(first), int(last)) for first, last in table))
+    ends = [-1, *(end for ends in some.ranges for end in ends), classes + 1]
+    _expect(all(a < b for a, b in pairwise(ends)), "layout, classes")
+    _expect(not each or len(some.ranges) == 1, "layout, classes")
+    return Each(*some.ranges[0]) if each else as_users(some)
 
 
 def _table(text: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import numpy as np
 from psmpi.errors import DamagedError, UserError
 from psmpi.output import legible
 
-FORMAT = 1
+FORMAT = 2
 HEADER = 512
 NAME = re.compile(r"step-(\d{9})\.h5")
 # Elements of a chunk at most, where a tensor's rows allow it.

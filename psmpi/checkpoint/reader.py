@@ -113,14 +113,15 @@ def _fill(path: Path, tensors: Sequence[Tensor], runs: Runs, groups: Mapping[str
     """Fill the vectors of groups of the file with the elements of tensors that `runs` names."""
     with open_file(path) as file:
         for tensor in tensors:
-            first, last, _, start = tensor.meet(runs.starts, runs.stops)
-            places = runs.places(start, start + last - first)
-            for group, vector in groups.items():
-                dataset = find_tensor(file, group, tensor, path)
-                try:
-                    read_runs(dataset, first, last, places, vector)
-                except OSError as error:
-                    raise UserError(f"checkpoint {path}, {dataset.name}: {error}; the file is damaged") from None
+            datasets = [(find_tensor(file, group, tensor, path), vector) for group, vector in groups.items()]
+            for slab in tensor.slabs():
+                first, last, _, start = tensor.meet(runs.starts, runs.stops, *slab)
+                places = runs.places(start, start + last - first)
+                for dataset, vector in datasets:
+                    try:
+                        read_runs(dataset, first, last, places, vector)
+                    except OSError as error:
+                        raise UserError(f"checkpoint {path}, {dataset.name}: {error}; the file is damaged") from None
 
 
 def load_tables(path: Path, tables: Mapping[str, np.ndarray], rows: TableRows, rank: int) -> bool:

@@ -135,7 +135,9 @@ def _whole(part: Opened) -> str:
 def _same_network(opened: Sequence[Opened]) -> None:
     """UserError unless all are of one network."""
     for other in opened[1:]:
-        if other.contents.layout != opened[0].contents.layout:
+        mine, theirs = opened[0].contents.layout, other.contents.layout
+        # Files of version 1 name neighbouring classes one by one.
+        if mine != theirs and (mine.parameters, mine.blocks) != (theirs.parameters, theirs.blocks):
             names = [t.name for t in opened[0].tensors.values() if other.tensors.get(t.name) != t]
             which = f" (they differ in {names[0]})" if names else ""
             raise UserError(f"{other.path} and {opened[0].path} are of different networks{which}")

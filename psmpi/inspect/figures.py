@@ -14,6 +14,7 @@ from rich.table import Table
 from psmpi.errors import UserError
 from psmpi.inspect.opened import Checkpoint, Opened
 from psmpi.inspect.output import figure, print_json
+from psmpi.layout import Classes
 from psmpi.output import Screen
 
 BARS = " ▁▂▃▄▅▆▇█"
@@ -97,7 +98,7 @@ def stats(checkpoint: Checkpoint, /, vector: str = "weights", plot: str = "", js
         for at, slab in opened.slabs(vector, tensor.name):
             for (first, last, _), classes in zip(tensor.spans, owners, strict=True):
                 parts[classes].add(slab[max(first - at, 0) : max(last - at, 0)])
-    everyone = frozenset(range(layout.classes))
+    everyone = Classes.of(range(layout.classes))
     rows = [sums.row(_block(classes, everyone)) for classes, sums in parts.items() if sums.count]
     if plot:
         _draw(Path(plot), opened, vector)
@@ -139,7 +140,7 @@ def histogram(opened: Opened, vector: str, name: str, sums: Moments) -> dict[str
     return {"counts": counts.tolist(), "edges": np.linspace(low, high, BINS + 1).tolist()}
 
 
-def _block(classes: frozenset[int], everyone: frozenset[int]) -> str:
+def _block(classes: Classes, everyone: Classes) -> str:
     if classes == everyone:
         return "shared by all"
     return "used by none" if not classes else ("class " if len(classes) == 1 else "classes ") + _ranges(sorted(classes))

@@ -4,6 +4,7 @@ Everything here is pure data about the flat vector: no arrays of weights, no dev
 """
 
 from psmpi.layout.box import Box, box_runs, tile
+from psmpi.layout.classes import Classes, Each, Users
 from psmpi.layout.grid import (
     PARTITIONS,
     Pair,
@@ -23,12 +24,15 @@ from psmpi.layout.roles import Roles, assign_roles, replicate
 from psmpi.layout.runs import Runs, accumulate, copy_runs, cross, restrict
 from psmpi.layout.share import Share, Shares
 from psmpi.layout.split import even_edges, split_evenly
+from psmpi.layout.stretch import Stretch, spelled
 from psmpi.layout.table_rows import TableRows
 
 __all__ = [
     "PARTITIONS",
     "Block",
     "Box",
+    "Classes",
+    "Each",
     "Layout",
     "Matrix",
     "Move",
@@ -40,7 +44,9 @@ __all__ = [
     "Runs",
     "Share",
     "Shares",
+    "Stretch",
     "TableRows",
+    "Users",
     "Worker",
     "accumulate",
     "all_pairs",
@@ -60,6 +66,7 @@ __all__ = [
     "replicate",
     "restrict",
     "score_columns",
+    "spelled",
     "split_evenly",
     "tile",
     "whole_matrices",

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import numpy as np
 
 from psmpi.errors import UserError
 from psmpi.layout.layout import Layout
+from psmpi.layout.ownership import Ownership, holders
 from psmpi.layout.runs import Runs
-from psmpi.layout.split import split_evenly
+from psmpi.layout.split import even_edges, split_evenly
 
 Pair = tuple[int, int]
 
@@ -23,7 +24,7 @@ class Worker:
 
     row: int
     column: int
-    classes: tuple[int, ...]
+    classes: Sequence[int]
     elements: frozenset[Pair] | None = None
 
 
@@ -37,7 +38,7 @@ def all_pairs(classes: int) -> int:
 
 def score_columns(classes: int, columns: int) -> list[Worker]:
     """One replica row of the score partition: consecutive groups of classes (row 0)."""
-    return [Worker(0, k, tuple(group)) for k, group in enumerate(split_evenly(range(classes), columns))]
+    return [Worker(0, k, range(a, b)) for k, (a, b) in enumerate(pairwise(even_edges(classes, columns)))]
 
 
 def pair_columns(classes: int, columns: int) -> list[Worker]:
@@ -126,12 +127,11 @@ def make_grid(partition: str, classes: int, workers: int, replicas: int = 0) -> 
 
 def private_runs(layout: Layout, grid: Sequence[Worker]) -> list[Runs]:
     """For each worker, the runs that no other worker of its own row holds, in every row: those it can own."""
-    used = [layout.blocks_of(worker.classes) for worker in grid]
-    alone = np.ones(len(layout.blocks), bool)
+    used = [layout.part(worker.classes) for worker in grid]
+    alone = Runs.union([(0, layout.size)])
     for row in sorted({w.row for w in grid}):
-        holders = np.zeros(len(layout.blocks), np.int64)
-        for worker, blocks in zip(grid, used, strict=True):
-            if worker.row == row:
-                holders[blocks] += 1
-        alone &= holders == 1
-    return [layout.runs_of_blocks(blocks[alone[blocks]]) for blocks in used]
+        parts = [part for worker, part in zip(grid, used, strict=True) if worker.row == row]
+        edges, spans, _ = holders([Ownership(tuple(parts))])
+        once = np.flatnonzero(np.bincount(spans, minlength=max(0, len(edges) - 1)) == 1)
+        alone &= Runs.covering(edges[once], edges[once + 1])
+    return [part & alone for part in used]

@@ -88,6 +88,6 @@ def assign_roles(
 def replicate(layout: Layout, size: int) -> Roles:
     """Every rank computes with the whole network, on its own slice of each minibatch, and keeps an equal share of w."""
     whole = Runs.union([(0, layout.size)])
-    every = tuple(range(layout.classes))
+    every = range(layout.classes)
     workers = tuple(Worker(rank, 0, every) for rank in range(size))
     return Roles(size, workers, Ownership((layout.part(every),) * size), Ownership(tuple(whole.split(size))))

@@ -7,6 +7,7 @@ from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
+from numpy.lib.stride_tricks import as_strided
 
 # Intervals of fewer elements on average are copied by index arrays, longer ones one by one.
 SHORT = 256
@@ -167,12 +168,26 @@ def copy_runs(
 ) -> None:
     """target[places[k] + i] = source[starts[k] + i] for i in range(sizes[k]) and all k; all arrays (any,)."""
     total = int(sizes.sum())
-    if total >= SHORT * len(sizes):
+    if len(sizes) > 1 and (sizes == sizes[0]).all() and (steps := _steps(starts, places)):
+        shape = len(sizes), int(sizes[0])
+        from_, into = (
+            as_strided(vector[int(at[0]) :], shape, (step * vector.itemsize, vector.itemsize))
+            for vector, at, step in zip((source, target), (starts, places), steps, strict=True)
+        )
+        into[...] = from_
+    elif total >= SHORT * len(sizes):
         for a, b, n in zip(starts.tolist(), places.tolist(), sizes.tolist(), strict=True):
             target[b : b + n] = source[a : a + n]
     else:
         within = np.arange(total) - np.repeat(np.cumsum(sizes) - sizes, sizes)
         target[np.repeat(places, sizes) + within] = source[np.repeat(starts, sizes) + within]
+
+
+def _steps(*several: np.ndarray) -> list[int]:
+    """The step of each array of two or more numbers; nothing where the numbers of one do not grow in equal steps."""
+    steps = [np.diff(numbers) for numbers in several]
+    equal = all(one[0] > 0 and (one == one[0]).all() for one in steps)
+    return [int(one[0]) for one in steps] if equal else []
 
 
 def restrict(w: np.ndarray, runs: Runs) -> np.ndarray:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from psmpi.layout import Layout, Runs
+from psmpi.layout import Classes, Layout, Runs
 
 if TYPE_CHECKING:
     from psmpi.nn.model import Model
@@ -39,13 +39,7 @@ class Cause:
 
 def spans(numbers: Collection[int]) -> str:
     """(0, 1, 2, 5) -> "0-2 5"."""
-    runs: list[list[int]] = []
-    for n in sorted(numbers):
-        if runs and n == runs[-1][1] + 1:
-            runs[-1][1] = n
-        else:
-            runs.append([n, n])
-    return " ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+    return " ".join(str(a) if a + 1 == b else f"{a}-{b - 1}" for a, b in Classes.of(numbers).ranges)
 
 
 def of_classes(classes: Collection[int], all_of: int) -> str:
@@ -71,23 +65,26 @@ def find_parameters(layout: Layout, runs: Runs, vector: np.ndarray) -> str:
     run = runs.offsets.searchsorted(bad, side="right") - 1
     places = bad - runs.offsets[run] + runs.starts[run]
     units: dict[int, set[int]] = {}
-    classes: dict[int, set[int]] = {}
-    for block in layout.blocks:
+    classes: dict[int, list[Classes]] = {}
+    for block in layout.bands:
         for piece in block.pieces:
             size = layout.parameters[piece.parameter].unit_size
-            ends = piece.offset, piece.offset + (piece.last - piece.first) * size
-            first, last = places.searchsorted(ends)
-            if first < last:
-                own = np.unique((places[first:last] - piece.offset) // size) + piece.first
+            first, last = places.searchsorted((piece.offset, piece.stretch(size).stop))
+            k, inside = np.divmod(places[first:last] - piece.offset, piece.step or layout.size)
+            there = inside < piece.units * size
+            if there.any():
+                own = np.unique(piece.first + k[there] * piece.units + inside[there] // size)
                 units.setdefault(piece.parameter, set()).update(own.tolist())
-                classes.setdefault(piece.parameter, set()).update(block.classes)
+                # Of each class its own, the k-th.
+                users = block.classes if piece.count == 1 else Classes.of(k[there] + block.classes.ranges[0][0])
+                classes.setdefault(piece.parameter, []).append(users)
     found = []
     for number in sorted(units)[:MOST]:
         p, some = layout.parameters[number], units[number]
         which = spans(some)
         of = f", unit{'s' * (len(some) > 1)} {which} of {p.units}" if len(some) < p.units else ""
         of = f", {len(some)} of {p.units} units" if of and which.count(" ") >= RUNS else of
-        found.append(f"{p.name}{of}{of_classes(classes[number], layout.classes)}")
+        found.append(f"{p.name}{of}{of_classes(Classes.union(classes[number]), layout.classes)}")
     more = len(units) - len(found)
     return f"{' and '.join(found)}{f' and {more} more' if more else ''} ({kind_of(vector)})"
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from zlib import crc32
 
 import numpy as np
 
 from psmpi.errors import UserError
-from psmpi.layout import Layout, Runs
+from psmpi.layout import Layout, Runs, Stretch
+from psmpi.nn.draws import uniform_rows
 from psmpi.nn.layers.base import Initial
 from psmpi.nn.network import Network
 
 INITS = ("xavier", "he", "pytorch")
+# Elements that are drawn at a time.
+TILE = 1 << 18
 
 
 def initial_values(network: Network, kind: str, gain: float) -> dict[str, Initial]:
@@ -37,21 +42,40 @@ def initial_weights(
 ) -> None:
     """Fill `out` (runs.size,) with the initial weights of `runs`, each unit's drawn by itself."""
     laws = initial_values(network, kind, gain)
-    for piece in layout.pieces():
+    for piece in chain.from_iterable(layout.banded):
         parameter = layout.parameters[piece.parameter]
-        size = parameter.unit_size
-        span = Runs(((piece.offset, piece.offset + (piece.last - piece.first) * size),))
-        for start, stop in (span & runs).intervals:
-            into = out[runs.local(start, stop)]
-            law = laws.get(parameter.name, Initial("constant", 0.0))
-            if law.law == "constant":
-                into[:] = law.value
-                continue
-            a, key = law.value, crc32(parameter.name.encode())
-            first = (start - piece.offset) // size
-            last = -(-(stop - piece.offset) // size)
-            for k in range(first, last):
-                begin = piece.offset + k * size
-                row = np.random.default_rng([seed, key, piece.first + k]).uniform(-a, a, size)
-                lo, hi = max(begin, start), min(begin + size, stop)
-                into[lo - start : hi - start] = row[lo - begin : hi - begin]
+        law, key = laws.get(parameter.name, Initial("constant", 0.0)), [seed, crc32(parameter.name.encode())]
+        stretch = piece.stretch(parameter.unit_size)
+        for start, stop in (runs & Runs(((stretch.offset, stretch.stop),))).intervals:
+            shift = runs.local(start, stop).start - start
+            for some in stretch.within(start, stop):
+                if law.law == "constant":
+                    some.view(out, shift)[...] = law.value
+                else:
+                    _draw(key, law.value, parameter.unit_size, some, out, shift)
+
+
+def _draw(key: Sequence[int], a: float, size: int, some: Stretch, out: np.ndarray, shift: int) -> None:
+    """Fill a stretch of a parameter, whose units have `size` elements each, with draws of U(-a, a), piece by piece."""
+    most = max(size, TILE // size * size)
+    if some.length <= most and some.count > 1:
+        # Whole units of several classes.
+        each = some.length // size
+        for tile in _tiles(some, most // some.length * some.length):
+            rows = uniform_rows(key, tile.first // size, tile.last // size, size, -a, a)
+            tile.view(out, shift).reshape(tile.count, each, size)[...] = rows.reshape(tile.count, each, size)
+        return
+    for k in range(some.count):
+        (one,) = some.elements(some.first + k * some.length, some.first + (k + 1) * some.length)
+        # The first and the last unit may be there in part.
+        for first in range(one.first // size * size, one.last, most):
+            last = min(first + most, -(-one.last // size) * size)
+            begin, end = max(first, one.first), min(last, one.last)
+            rows = uniform_rows(key, first // size, last // size, size, -a, a).reshape(-1)
+            at = one.offset + shift + begin - one.first
+            out[at : at + end - begin] = rows[begin - first : end - first]
+
+
+def _tiles(some: Stretch, elements: int) -> Iterator[Stretch]:
+    for first in range(some.first, some.last, elements):
+        yield from some.elements(first, first + elements)

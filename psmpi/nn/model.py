@@ -48,7 +48,9 @@ class Model:
         head: bool = False,
     ):
         self.network, self.layout, self.ops = network, layout, ops
-        self.classes = tuple(range(network.classes)) if classes is None else tuple(sorted(classes))
+        if classes is None:
+            classes = range(network.classes)
+        self.classes: Sequence[int] = classes if isinstance(classes, range) else tuple(sorted(classes))
         self.part: Runs = layout.part(self.classes)
         if layers is not None:
             self.part = self.part & network.runs(layout, *layers)
@@ -142,16 +144,13 @@ class Model:
 
     def filled(self) -> list[tuple[int, int, int]]:
         """(start, stop, number) of the runs of g that each part with weights fills in `backward`."""
-        names = [p.name for p in self.layout.parameters]
         found = []
         for part in self.walk():
-            own = set() if part.layer.inner else {names.index(p.name) for p in part.layer.parameters()}
-            for piece in self.layout.pieces() if own else ():
-                if piece.parameter in own:
-                    size = self.layout.parameters[piece.parameter].unit_size * (piece.last - piece.first)
-                    runs = Runs(((piece.offset, piece.offset + size),)) & self.part
-                    places = [self.part.local(a, b) for a, b in runs.intervals]
-                    found += [(place.start, place.stop, part.number) for place in places]
+            own = set() if part.layer.inner else {p.name for p in part.layer.parameters()}
+            runs = self.layout.runs_of_parameters(own) & self.part
+            places = self.part.places(runs.starts, runs.stops)
+            stops = places + runs.stops - runs.starts
+            found += [(a, b, part.number) for a, b in zip(places.tolist(), stops.tolist(), strict=True)]
         return found
 
     @property

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from psmpi.errors import UserError, nearest
-from psmpi.layout import Layout, Runs, make_layout
+from psmpi.layout import Classes, Each, Layout, Runs, Users, make_layout
 from psmpi.nn.layers import LAYERS, Layer, Stage
 from psmpi.nn.layers.chain import leaves, make_stages, uses_of
 from psmpi.nn.layers.table import Shape, Table
@@ -79,7 +79,7 @@ class Network:
 
     def score_uses(self) -> Uses:
         """Each score is of its own class."""
-        return tuple((c, c + 1, frozenset([c])) for c in range(self.classes))
+        return ((0, self.classes, Each(0, self.classes)),)
 
     def users(self) -> list[list[tuple[Any, Uses]]]:
         """For each layer, its parameters with the classes whose scores depend on their units."""
@@ -93,7 +93,7 @@ class Network:
         """The stages of the subnetwork of `classes`, or of its layers (first, behind the last)."""
         inputs = np.ones(self.in_shape[0], bool)
         some = slice(*layers) if layers else slice(None)
-        return make_stages(self.layers, self.score_uses(), frozenset(classes), inputs, fold=fold, some=some)
+        return make_stages(self.layers, self.score_uses(), Classes.of(classes), inputs, fold=fold, some=some)
 
     def layout(self) -> Layout:
         """The flat vector of this network, ordered by which scores use what."""
@@ -102,13 +102,7 @@ class Network:
 
     def runs(self, layout: Layout, first: int, behind: int) -> Runs:
         """The runs of the flat vector that the parameters of the layers [first, behind) are."""
-        names = {p.name for layer in self.layers[first:behind] for p in layer.parameters()}
-        found = []
-        for piece in layout.pieces():
-            parameter = layout.parameters[piece.parameter]
-            if parameter.name in names:
-                found.append((piece.offset, piece.offset + (piece.last - piece.first) * parameter.unit_size))
-        return Runs.union(found)
+        return layout.runs_of_parameters({p.name for layer in self.layers[first:behind] for p in layer.parameters()})
 
     def tie(self) -> str | None:
         """The name of the last layer with weights, before the scores' own rows, that makes every score see all of it.
@@ -121,9 +115,13 @@ class Network:
         linear = {parameter.name: layer.name for layer in self.linear for parameter in layer.parameters()}
         names = [layer.name for layer in self.linear][:-1]
         weighted = [uses for pairs in self.users() for parameter, uses in pairs if linear.get(parameter.name) in names]
-        if not weighted or any(0 < len(users) < self.classes for runs in weighted for _, _, users in runs):
+        if not weighted or any(self._apart(users) for runs in weighted for _, _, users in runs):
             return None
         return names[-1]
+
+    def _apart(self, users: Users) -> bool:
+        """Whether units of these users are of some classes and not of all."""
+        return self.classes > 1 if isinstance(users, Each) else 0 < len(users) < self.classes
 
 
 def build(name: str, in_shape: tuple[int, ...], layers: Sequence[Mapping[str, Any]], classes: int) -> Network:

@@ -162,8 +162,8 @@ def test_foreign_and_damaged_files_are_named(train, tmp_path):
         file["x"] = np.zeros(3)
     assert "HDF5 but not a psmpi checkpoint" in refusal(tmp_path, "--resume", tmp_path / "plain.h5")
     newer = tmp_path / "newer.h5"
-    newer.write_bytes(made.read_bytes().replace(b"psmpi checkpoint 1", b"psmpi checkpoint 2", 1))
-    assert "has format 2" in refusal(tmp_path, "--resume", newer)
+    newer.write_bytes(made.read_bytes().replace(b"psmpi checkpoint 2", b"psmpi checkpoint 3", 1))
+    assert "has format 3" in refusal(tmp_path, "--resume", newer)
     other = tmp_path / "shape.h5"
     shutil.copy(made, other)
     with h5py.File(other, "r+") as file:

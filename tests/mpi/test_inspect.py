@@ -252,7 +252,7 @@ def test_a_file_of_a_newer_format_is_left_alone(trained, tmp_path):
     for path in files(trained):
         (folder / path.name).write_bytes(path.read_bytes())
     newest = files(tmp_path / "run")[-1]
-    newest.write_bytes(newest.read_bytes().replace(b"psmpi checkpoint 1", b"psmpi checkpoint 2", 1))
+    newest.write_bytes(newest.read_bytes().replace(b"psmpi checkpoint 2", b"psmpi checkpoint 3", 1))
     assert [row["state"] for row in asked("list", tmp_path / "run")] == ["whole", "whole", "unreadable"]
     assert "removed" in done("prune", tmp_path / "run", "--keep", "1")
     assert [path.name for path in files(tmp_path / "run")] == ["step-000000030.h5", "step-000000045.h5"]

@@ -13,6 +13,7 @@ from helpers.problems import make_model, random_problem
 from psmpi.backend import NumpyOps
 from psmpi.bench.memory import pass_numbers
 from psmpi.inspect.export import build_onnx
+from psmpi.layout import Each
 from psmpi.nn.layers import LAYERS
 from psmpi.nn.layers.chain import leaves, walk
 from psmpi.nn.model import Model
@@ -36,7 +37,7 @@ def test_initial_values_and_users_are_of_the_layer_s_own_parameters(name):
     for layer in leaves(network.layers):
         names = [p.name for p in layer.parameters()]
         assert len(set(names)) == len(names) and layer.initial("he", 1.0).keys() <= set(names)
-        uses = ((0, layer.out_shape[0], frozenset([0])),)
+        uses = ((0, layer.out_shape[0], Each(0, 1)),)
         assert [p.name for p, _ in layer.users(uses)] == names
         assert layer.restrict(layer.out_shape[0], layer.in_shape) == layer
         assert replace(layer, name="x").out_shape == layer.out_shape

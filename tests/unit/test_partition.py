@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from psmpi.errors import UserError
-from psmpi.layout import Runs, accumulate, assign_roles, make_grid, plan_moves, restrict
+from psmpi.layout import Classes, Runs, accumulate, assign_roles, make_grid, plan_moves, restrict
 from psmpi.nn.network import build
 from psmpi.nn.zoo import make_network
 
@@ -49,7 +49,7 @@ def test_parameter_counts_are_the_published_ones(model, shape, n):
 )
 def test_index_sets_of_the_psnets_are_the_published_ones(model, shape, shared, private):
     layout = make_network(model, shape, 10).layout()
-    assert layout.blocks[0].classes == frozenset(range(10))
+    assert layout.blocks[0].classes == Classes.of(range(10))
     assert layout.blocks[0].stop == shared
     assert {b.stop - b.start for b in layout.blocks[1:]} == {private}
     assert sizes(layout, 1) == {shared + private}

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from psmpi.layout import Classes
 from psmpi.nn.layers.activation import export_activation
 from psmpi.nn.layers.base import NEW, OVER, VIEW, Layer, Part, Site, Stage
 from psmpi.nn.layers.select import Select
@@ -26,7 +27,7 @@ def uses_of(layers: Sequence[Layer], uses: Uses) -> list[Uses]:
 def make_stages(
     layers: Sequence[Layer],
     uses: Uses,
-    classes: frozenset[int],
+    classes: Classes,
     inputs: np.ndarray,
     *,
     fold: bool = True,

@@ -11,6 +11,7 @@ from psmpi.errors import UserError
 from psmpi.nn.layers.base import Layer, Part, SampleSums, Site, Stage
 from psmpi.nn.layers.linear import Linear, LinearPart
 from psmpi.nn.layers.table import Table
+from psmpi.nn.layers.uses import singles
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Dense(Linear):
         found = super().workspace_numbers(stage, batch, wanted)
         size = self.units // self.groups
         used = int(stage.kept.reshape(self.groups, size).any(axis=1).sum())
-        stripes = [(max(a, k * size), min(b, (k + 1) * size)) for a, b, _ in stage.users if stage.kept[a]
+        stripes = [(max(a, k * size), min(b, (k + 1) * size)) for a, b, _ in singles(stage.users) if stage.kept[a]
                    for k in range(a // size, -(-b // size))]  # fmt: skip
         # Where an input is seen by no stripe of units, or by several, a product cannot be its gradient.
         once = len(stripes) == used or (used == 1 and all(b - a == 1 for a, b in stripes))

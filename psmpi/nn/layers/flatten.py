@@ -10,7 +10,7 @@ import numpy as np
 
 from psmpi.nn.layers.base import VIEW, Layer, Part, Site, Stage
 from psmpi.nn.layers.table import Table
-from psmpi.nn.layers.uses import Uses, grouped, joined
+from psmpi.nn.layers.uses import Uses, grouped
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,7 @@ class Flatten(Layer):
         return [cls(label, shape, (prod(shape),))]
 
     def sources(self, uses: Uses) -> Uses:
-        channels = grouped(uses, prod(self.in_shape[1:]), self.in_shape[0])
-        return joined((c, c + 1, classes) for c, classes in enumerate(channels))
+        return grouped(uses, prod(self.in_shape[1:]))
 
     def present(self, inputs: np.ndarray, wanted: np.ndarray) -> np.ndarray:
         # All of a channel is there, seen or not.

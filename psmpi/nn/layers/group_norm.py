@@ -13,7 +13,7 @@ from psmpi.layout import Parameter
 from psmpi.nn.layers.base import Initial, Layer, Part, SampleSums, Site, Stage
 from psmpi.nn.layers.batch_norm import EPS, affine_runs, export_affine
 from psmpi.nn.layers.table import Table
-from psmpi.nn.layers.uses import Uses, grouped, joined
+from psmpi.nn.layers.uses import Uses, grouped, stretched
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class GroupNorm(Layer):
 
     def sources(self, uses: Uses) -> Uses:
         size = self.in_shape[0] // self.groups
-        return joined((k * size, (k + 1) * size, users) for k, users in enumerate(grouped(uses, size, self.groups)))
+        return stretched(grouped(uses, size), size)
 
     def users(self, uses: Uses) -> list[tuple[Parameter, Uses]]:
         # A subnetwork has whole groups, with the scales and shifts of all their units.

@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from psmpi.layout import Parameter
+from psmpi.layout import Classes, Parameter
 from psmpi.nn.layers.base import Initial, Layer, Part, Site, Stage
 from psmpi.nn.layers.segments import Segment, find_segments
-from psmpi.nn.layers.uses import Uses, grouped, joined
+from psmpi.nn.layers.uses import Uses, grouped, joined, stretched
 
 # Weights (count, n, unit size) and biases (count, n) of each segment.
 Views = list[tuple[np.ndarray, np.ndarray]]
@@ -64,10 +64,8 @@ class Linear(Layer):
         return {f"{self.name}.weight": Initial("uniform", width)}
 
     def sources(self, uses: Uses) -> Uses:
-        n = self.group_inputs
-        groups = enumerate(grouped(uses, self.units // self.groups, self.groups))
-        seen = [(g * n, (g + 1) * n, classes) for g, classes in groups]
-        return joined([*seen, (self.groups * n, self.in_shape[0], frozenset())])
+        seen = stretched(grouped(uses, self.units // self.groups), self.group_inputs)
+        return joined([*seen, (self.groups * self.group_inputs, self.in_shape[0], Classes())])
 
     def present(self, inputs: np.ndarray, wanted: np.ndarray) -> np.ndarray:
         return wanted

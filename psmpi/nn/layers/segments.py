@@ -7,14 +7,15 @@ handles.
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise, repeat
 from typing import Any
 
 import numpy as np
 
 from psmpi.backend import NumpyOps, Stripes
-from psmpi.layout import Layout, Runs
+from psmpi.layout import Layout, Piece, Runs
 
 
 @dataclass(frozen=True)
@@ -58,58 +59,111 @@ def find_segments(layer: Any, layout: Layout, part: Runs, kept: np.ndarray, posi
     kept: (units,) bool, the output units that the part computes; positions: (inputs,) local index of each kept input.
     """
     names = [p.name for p in layout.parameters]
-    weight = names.index(f"{layer.name}.weight")
-    bias = names.index(f"{layer.name}.bias") if layer.bias else -1
+    weights = layout.banded[names.index(f"{layer.name}.weight")]
+    biases = layout.banded[names.index(f"{layer.name}.bias")] if layer.bias else [None] * len(weights)
     local = np.cumsum(kept) - 1
-    per_group = layer.units // layer.groups
-    biases = {p.first: p.offset for p in layout.pieces() if p.parameter == bias}
-    stripes = []
-    for piece in layout.pieces():
-        if piece.parameter != weight or not kept[piece.first]:
+    stripes: list[Segment] = []
+    for piece, bias in zip(weights, biases, strict=True):
+        if _whole_stripes(layer, piece):
+            stripes += _stripes_of_classes(layer, part, kept, positions, local, piece, bias)
             continue
-        edges = sorted(
-            {piece.first, piece.last, *range(-(-piece.first // per_group) * per_group, piece.last, per_group)}
-        )
-        for a, b in itertools.pairwise(edges):
-            w_at = piece.offset + (a - piece.first) * layer.unit_size
-            b_at = biases[piece.first] + a - piece.first if layer.bias else -1
-            stripes.append(
-                Segment(
-                    count=1,
-                    n=b - a,
-                    n_in=layer.group_inputs,
-                    out=int(local[a]),
-                    source=int(positions[a // per_group * layer.group_inputs]),
-                    source_step=0,
-                    weight=part.local(w_at, w_at + 1).start,
-                    weight_step=0,
-                    # Without biases a place in zeros, one for each unit.
-                    bias=part.local(b_at, b_at + 1).start if layer.bias else int(local[a]),
-                    bias_step=0,
-                    row_step=layer.unit_size,
-                    row_length=layer.unit_size,
-                )
-            )
+        ones = piece.singles(), bias.singles() if bias else repeat(None)
+        for one, shifts in zip(*ones, strict=False):
+            if kept[one.first]:
+                stripes += _stripes(layer, part, positions, local, one, shifts)
     return [_as_rows(s) for s in _merge(sorted(stripes, key=lambda s: s.out))]
+
+
+def _stripes(
+    layer: Any, part: Runs, positions: np.ndarray, local: np.ndarray, piece: Piece, bias: Piece | None
+) -> Iterator[Segment]:
+    """The stripes of units that are contiguous in the flat vector: one of each group that they are in."""
+    per_group = layer.units // layer.groups
+    inside = range(-(-piece.first // per_group) * per_group, piece.last, per_group)
+    for a, b in pairwise(sorted({piece.first, piece.last, *inside})):
+        w_at = piece.offset + (a - piece.first) * layer.unit_size
+        b_at = bias.offset + a - piece.first if bias else -1
+        yield Segment(
+            count=1,
+            n=b - a,
+            n_in=layer.group_inputs,
+            out=int(local[a]),
+            source=int(positions[a // per_group * layer.group_inputs]),
+            source_step=0,
+            weight=part.local(w_at, w_at + 1).start,
+            weight_step=0,
+            # Without biases a place in zeros, one for each unit.
+            bias=part.local(b_at, b_at + 1).start if bias else int(local[a]),
+            bias_step=0,
+            row_step=layer.unit_size,
+            row_length=layer.unit_size,
+        )
+
+
+def _whole_stripes(layer: Any, piece: Piece) -> bool:
+    """Whether the units of each of several classes are one stripe: in a group that is theirs, or all classes'."""
+    per_group = layer.units // layer.groups
+    return piece.count > 1 and (layer.groups == 1 or (piece.units == per_group and piece.first % per_group == 0))
+
+
+def _stripes_of_classes(
+    layer: Any, part: Runs, kept: np.ndarray, positions: np.ndarray, local: np.ndarray, piece: Piece, bias: Piece | None
+) -> Iterator[Segment]:
+    """The stripes of the classes that are kept, those of neighbours together."""
+    there = np.concatenate([[False], kept[piece.first : piece.last : piece.units], [False]])
+    for k, end in np.flatnonzero(there[1:] != there[:-1]).reshape(-1, 2).tolist():
+        one, *others = (
+            stripe
+            for at in range(k, min(k + 2, end))
+            for stripe in _stripes(layer, part, positions, local, piece.single(at), bias.single(at) if bias else None)
+        )
+        # The part has the same of each class: in its vector neighbours are at equal distances too.
+        for second in others:
+            steps = second.source - one.source, second.weight - one.weight, second.bias - one.bias
+            one = replace(one, count=end - k, source_step=steps[0], weight_step=steps[1], bias_step=steps[2])
+        yield one
 
 
 def _merge(stripes: list[Segment]) -> list[Segment]:
     """Join consecutive stripes of one shape whose starts advance in equal steps."""
     merged: list[Segment] = []
-    for s in stripes:
-        last = merged[-1] if merged else None
-        if last is not None and (last.n, last.out + last.count * last.n) == (s.n, s.out):
-            k = last.count
-            steps = (
-                s.source - last.source - (k - 1) * last.source_step,
-                s.weight - last.weight - (k - 1) * last.weight_step,
-                s.bias - last.bias - (k - 1) * last.bias_step,
-            )
-            if k == 1 or steps == (last.source_step, last.weight_step, last.bias_step):
-                merged[-1] = replace(last, count=k + 1, source_step=steps[0], weight_step=steps[1], bias_step=steps[2])
-                continue
-        merged.append(s)
+    todo = stripes[::-1]
+    while todo:
+        s, last = todo.pop(), merged[-1] if merged else None
+        if last is None or (last.n, last.out + last.count * last.n) != (s.n, s.out):
+            merged.append(s)
+            continue
+        k = last.count
+        steps = (
+            s.source - last.source - (k - 1) * last.source_step,
+            s.weight - last.weight - (k - 1) * last.weight_step,
+            s.bias - last.bias - (k - 1) * last.bias_step,
+        )
+        own = (s.source_step, s.weight_step, s.bias_step)
+        if k > 1 and steps != (last.source_step, last.weight_step, last.bias_step):
+            merged.append(s)
+            continue
+        joins = s.count if s.count == 1 or own == steps else 1
+        merged[-1] = replace(last, count=k + joins, source_step=steps[0], weight_step=steps[1], bias_step=steps[2])
+        if joins < s.count:
+            todo.append(_without_first(s))
     return merged
+
+
+def _without_first(s: Segment) -> Segment:
+    """All stripes of a segment but the first."""
+    steps = (s.source_step, s.weight_step, s.bias_step) if s.count > 2 else (0, 0, 0)
+    return replace(
+        s,
+        count=s.count - 1,
+        out=s.out + s.n,
+        source=s.source + s.source_step,
+        weight=s.weight + s.weight_step,
+        bias=s.bias + s.bias_step,
+        source_step=steps[0],
+        weight_step=steps[1],
+        bias_step=steps[2],
+    )
 
 
 def _as_rows(s: Segment) -> Segment:
