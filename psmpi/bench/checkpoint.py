@@ -1,8 +1,9 @@
-"""The time for which a checkpoint keeps training waiting."""
+"""The time for which a checkpoint keeps training waiting, and the speed at which it is written."""
 
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
 import tempfile
@@ -23,19 +24,22 @@ CLASSES, LAYERS = 10, 8
 
 def checkpoint(
     megabytes: int = 1000,
+    classes: int = 0,
     repeats: int = 5,
     placement: str = "master",
     folder: str = "",
     gzip: int = 0,
     json: bool = False,
 ) -> int:
-    """Measure the pause that a checkpoint puts into training, alone or under mpirun.
+    """Measure the pause that a checkpoint puts into training, and its speed, alone or under mpirun.
 
     Between two checkpoints training is played by Adam's arithmetic on the shards. The pause is to be compared with a
-    plain copy of the same bytes in memory, measured in the same run.
+    plain copy of the same bytes in memory, and the time until a checkpoint is on the disk with that of a plain file of
+    the same bytes in the same folder, written and synced just before; both are measured in the same run.
 
     Args:
         megabytes: Size of the weights and of Adam's two moments together.
+        classes: Classes of a single dense layer, whose features follow from --megabytes; 0: ten with private layers.
         repeats: Checkpoints to write, after one to warm up.
         placement: master or owner.
         folder: Where to write; the system's folder for temporary files if not given.
@@ -44,8 +48,11 @@ def checkpoint(
     """
     from psmpi.comm.world import start
 
-    if megabytes < 1 or repeats < 1 or placement not in ("master", "owner"):
-        raise UserError("checkpoint: expected --megabytes and --repeats from 1 up, and --placement master or owner")
+    if megabytes < 1 or repeats < 1 or classes < 0 or placement not in ("master", "owner"):
+        raise UserError(
+            "checkpoint: expected --megabytes and --repeats from 1 up, --classes from 0 up, and --placement master or "
+            "owner"
+        )
     world = start()
     place = ""
     if world.rank == 0:
@@ -54,7 +61,7 @@ def checkpoint(
         except OSError as error:
             raise UserError(f"--folder {folder}: {error.strerror}") from None
     try:
-        found = _measure(world, Path(place), megabytes, repeats, placement, gzip)
+        found = _measure(world, Path(place), megabytes, classes, repeats, placement, gzip)
     finally:
         if place:
             shutil.rmtree(place, ignore_errors=True)
@@ -64,25 +71,16 @@ def checkpoint(
 
 
 def _measure(
-    world: Any, place: Path, megabytes: int, repeats: int, placement: str, gzip: int
+    world: Any, place: Path, megabytes: int, classes: int, repeats: int, placement: str, gzip: int
 ) -> dict[str, float | int | str]:
     from psmpi.checkpoint import Contents, Progress, Writer
     from psmpi.layout import assign_roles
-    from psmpi.nn.network import build
 
-    width = max(1, round((megabytes * 1e6 / (3 * 4 * LAYERS * CLASSES)) ** 0.5))
-    tables: list[dict[str, Any]] = [
-        {"type": "separable_dense", "units": CLASSES * width, "groups": CLASSES} for _ in range(LAYERS)
-    ]
-    network = build(
-        "bench",
-        (CLASSES * width,),
-        [*tables, {"type": "separable_dense", "units": CLASSES, "groups": CLASSES}],
-        CLASSES,
-    )
+    began = time.perf_counter()
+    network = _network(megabytes, classes)
     layout = network.layout()
     shards = assign_roles(layout, world.size, placement=placement, colocate=world.size == 1).shards
-    size = shards[world.rank].size
+    set_up, size = time.perf_counter() - began, shards[world.rank].size
     rng = np.random.default_rng(world.rank)
     vectors = {name: rng.random(size, np.float32) for name in ("weights", "m", "v")}
     control = Control(world)
@@ -94,10 +92,12 @@ def _measure(
         for vector in vectors.values():
             vector.copy()
         copies.append(time.perf_counter() - start)
-    alone, beside, pauses, whole = [], [], [], []
+    alone, beside, pauses, whole, plain = [], [], [], [], []
     held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for number in range(repeats + 1):
         alone += [_step(control, vectors) for _ in range(5)]
+        plain.append(_plain_file(place, vectors["weights"], 3 * 4 * layout.size) if world.rank == 0 else 0.0)
+        control.wait_for_all()
         before, start = writer.pause, time.perf_counter()
         writer.write(vectors, {}, Progress(step=number + 1))
         pause, busy = writer.pause - before, []
@@ -127,11 +127,41 @@ def _measure(
         "pause_least": min(pauses),
         "pause_most": max(pauses),
         "written_seconds": median(whole),
+        "plain_seconds": median(plain[1:]),
+        "speed": median(b / a for a, b in zip(whole, plain[1:], strict=True)),
+        "layout_seconds": set_up,
         "step_seconds": median(alone),
         "step_beside_seconds": median(beside),
         "extra_megabytes": (peak - held) * 1024 / 1e6,
         "writer_megabytes": written_by,
     }
+
+
+def _network(megabytes: int, classes: int) -> Any:
+    """A network of private layers of CLASSES classes, or one layer of many classes, of this size with two moments."""
+    from psmpi.nn.network import build
+
+    if classes:
+        features = max(1, round(megabytes * 1e6 / (3 * 4 * classes)) - 1)
+        return build("bench", (features,), [{"type": "dense", "units": classes}], classes)
+    width = max(1, round((megabytes * 1e6 / (3 * 4 * LAYERS * CLASSES)) ** 0.5))
+    kind = {"type": "separable_dense", "groups": CLASSES}
+    tables = [*({**kind, "units": CLASSES * width} for _ in range(LAYERS)), {**kind, "units": CLASSES}]
+    return build("bench", (CLASSES * width,), tables, CLASSES)
+
+
+def _plain_file(place: Path, values: np.ndarray, nbytes: int) -> float:
+    """Seconds for a file of so many bytes, of these values over and over, to be written and synced."""
+    start, view, path = time.perf_counter(), memoryview(values.data).cast("B"), place / "plain"
+    with path.open("wb", buffering=0) as file:
+        at = 0
+        while at < nbytes:
+            first = at % len(view)
+            at += file.write(view[first : first + min(1 << 22, nbytes - at)])
+        os.fsync(file.fileno())
+    seconds = time.perf_counter() - start
+    path.unlink()
+    return seconds
 
 
 def _peak(process: int) -> float:
@@ -163,7 +193,8 @@ def _show(found: dict[str, Any], as_json: bool) -> None:
         f"checkpoint of {found['megabytes']:.0f} MB, {found['ranks']} rank(s), placement {found['placement']}\n"
         f"training waits     {found['pause_seconds']:.2f} s ({found['pause_least']:.2f} to {found['pause_most']:.2f})\n"
         f"copy in memory     {found['copy_seconds']:.2f} s on rank 0{ratio}\n"
-        f"written after      {found['written_seconds']:.2f} s\n"
+        f"written after      {found['written_seconds']:.2f} s; a plain file of the same bytes, synced, takes "
+        f"{found['plain_seconds']:.2f} s: {100 * found['speed']:.0f} % of its speed\n"
         f"optimizer step     {1e3 * found['step_seconds']:.0f} ms alone, {1e3 * found['step_beside_seconds']:.0f} ms "
         f"beside the writing\n"
         f"extra memory       {found['extra_megabytes']:.1f} MB on rank 0, {found['writer_megabytes']:.0f} MB in the "

@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import IO, Any
@@ -32,10 +33,12 @@ from psmpi.checkpoint.format import (
     seal,
 )
 from psmpi.checkpoint.tensors import Tensor
-from psmpi.layout import copy_runs
+from psmpi.layout import Stretch, copy_runs
 
 # Bytes of a spool between two runs of elements that are read with them, and bytes that are read at a time.
-GAP, READ = 1 << 12, 1 << 22
+GAP, READ = 1 << 14, 1 << 22
+# Runs of elements that are read one after the other; more of them by arrays.
+FEW = 64
 
 # Fills a vector of elements [first, last) of a tensor of a vector of the run: read(vector, tensor, first, into).
 Source = Callable[[str, Tensor, int, np.ndarray], None]
@@ -160,11 +163,44 @@ class SpoolSource:
             table = np.empty(3 * count, np.int64)
             _fetch(spool, at, table)
             self.maps[name] = table.reshape(3, count)
+        self.room = np.empty(READ, np.uint8)
 
     def read(self, vector: str, tensor: Tensor, first: int, into: np.ndarray) -> None:
         """Fill `into` with elements of a tensor of a vector, from `first` on."""
-        dtype, base = self.vectors[vector]
-        starts, stops, places = self.maps[vector if vector in self.spaces else "weights"]
+        (dtype, base), runs = self.vectors[vector], self.maps[vector if vector in self.spaces else "weights"]
+        starts, stops, places = runs
+        parts = tensor.elements(first, first + len(into))
+        met = [range(stops.searchsorted(p.offset, side="right"), starts.searchsorted(p.stop)) for p in parts]
+        if sum(map(len, met)) > FEW:
+            self._gather(dtype, base, runs, tensor, first, into)
+            return
+        for part, numbers in zip(parts, met, strict=True):
+            for k in numbers:
+                for one in part.within(int(starts[k]), int(stops[k])):
+                    moved = replace(one, offset=one.offset + int(places[k] - starts[k]))
+                    self._copy(moved, base, into[one.first - first : one.last - first])
+
+    def _copy(self, part: Stretch, base: int, into: np.ndarray) -> None:
+        """Fill `into` with a stretch of a vector that begins at byte `base`."""
+        size = into.itemsize
+        # Runs that lie close together are read with what lies between them.
+        close = (part.step - part.length) * size <= GAP
+        some = max(1, READ // size // part.step) * part.length if close and part.count > 1 else part.length
+        for begin in range(part.first, part.last, some):
+            at = begin - part.first
+            (tile,) = part.elements(begin, begin + some)
+            if tile.count == 1:
+                _fetch(self.spool, base + tile.offset * size, into[at : at + tile.length])
+                continue
+            values = self.room[: (tile.stop - tile.offset) * size].view(into.dtype)
+            _fetch(self.spool, base + tile.offset * size, values)
+            into[at : at + some].reshape(tile.count, -1)[...] = tile.view(values, -tile.offset)
+
+    def _gather(
+        self, dtype: np.dtype, base: int, runs: np.ndarray, tensor: Tensor, first: int, into: np.ndarray
+    ) -> None:
+        """As `read`, of elements that lie in many runs."""
+        starts, stops, places = runs
         at, last, run, start = tensor.meet(starts, stops, first, first + len(into))
         at, sizes, places = at - first, last - at, places[run] + start - starts[run]
         order = np.argsort(places, kind="stable")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +80,12 @@ def digest(path: Path) -> tuple[int, str]:
 
 def seal(path: Path) -> None:
     """Write the header of a finished HDF5 file and flush it to the disk."""
-    length, sha256 = digest(path)
     with path.open("r+b") as file:
+        # What is not on the disk yet goes there meanwhile.
+        with ThreadPoolExecutor(1) as beside:
+            flushed = beside.submit(os.fdatasync, file.fileno())
+            length, sha256 = digest(path)
+            flushed.result()
         file.write(f"psmpi checkpoint {FORMAT}\nbytes {length}\nsha256 {sha256}\n".encode().ljust(HEADER, b"\0"))
         file.flush()
         os.fsync(file.fileno())

@@ -54,6 +54,11 @@ class Tensor:
     def _firsts(self) -> list[int]:
         return [stretch.first for stretch in self.stretches]
 
+    def elements(self, first: int, last: int) -> list[Stretch]:
+        """Where its elements [first, last) lie."""
+        some = slice(max(0, bisect_right(self._firsts, first) - 1), bisect_left(self._firsts, last))
+        return [part for stretch in self.stretches[some] for part in stretch.elements(first, last)]
+
     def meet(
         self, starts: np.ndarray, stops: np.ndarray, first: int = 0, last: int | None = None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -62,10 +67,7 @@ class Tensor:
         First element, element behind the last, number of the interval, start in the flat vector: four arrays
         (meetings,) int64.
         """
-        last = self.size if last is None else last
-        some = slice(max(0, bisect_right(self._firsts, first) - 1), bisect_left(self._firsts, last))
-        there = [part for stretch in self.stretches[some] for part in stretch.elements(first, last)]
-        elements, ends, begins = spelled(there)
+        elements, ends, begins = spelled(self.elements(first, self.size if last is None else last))
         by_offset = np.argsort(begins, kind="stable")
         elements, begins, sizes = elements[by_offset], begins[by_offset], (ends - elements)[by_offset]
         span, interval, a, b = cross(begins, begins + sizes, starts, stops)

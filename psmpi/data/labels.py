@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from psmpi.errors import UserError
 
-MAX_CLASSES = 1 << 16
+MAX_CLASSES = 1 << 20
 # What numbers the classes of labels y, of whatever kind these are.
 NUMBERED = "np.unique(y, return_inverse=True)[1]"
 

@@ -702,7 +702,7 @@ BAD_ARRAYS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "y negative": ({"x": X, "y": Y - 1}, ["negative label -1"]),
     "y_test negative": ({"x": X, "y": Y, "x_test": X, "y_test": Y - 2}, ["y_test", "negative label -2"]),
     "y huge": ({"x": X, "y": np.full(10, 2**64 - 1, np.uint64)}, ["18446744073709551615"]),
-    "y too many classes": ({"x": X, "y": Y + 65535}, ["65536"]),
+    "y too many classes": ({"x": X, "y": Y + 1048575}, ["1048576"]),
 }
 
 
