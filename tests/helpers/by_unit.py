@@ -1,0 +1,87 @@
+"""Layouts and initial weights by their definitions, unit by unit: slow, and without any of psmpi's index arithmetic."""
+
+from itertools import groupby
+from math import prod
+from zlib import crc32
+
+import numpy as np
+
+from psmpi.nn.init import initial_values
+from psmpi.nn.layers.flatten import Flatten
+from psmpi.nn.layers.group_norm import GroupNorm
+from psmpi.nn.layers.linear import Linear
+
+
+def _of_groups(users, size, count):
+    """The classes that use any unit of each of `count` groups."""
+    return [frozenset().union(*users[k * size : (k + 1) * size]) for k in range(count)]
+
+
+def _inputs(layer, users):
+    """The classes that depend on each input unit, given those of each output unit."""
+    if isinstance(layer, Linear):
+        groups = _of_groups(users, layer.units // layer.groups, layer.groups)
+        seen = [of for of in groups for _ in range(layer.group_inputs)]
+        return seen + [frozenset()] * (layer.in_shape[0] - len(seen))
+    if isinstance(layer, Flatten):
+        return _of_groups(users, prod(layer.in_shape[1:]), layer.in_shape[0])
+    if isinstance(layer, GroupNorm):
+        size = len(users) // layer.groups
+        return [of for of in _of_groups(users, size, layer.groups) for _ in range(size)]
+    for one in reversed(layer.inner):
+        users = _inputs(one, users)
+    return users
+
+
+def _parameters(layers, users):
+    """(parameter, the classes that use each of its units), in the order of the layers."""
+    found = []
+    for layer in reversed(layers):
+        before = _inputs(layer, users)
+        own = before if isinstance(layer, GroupNorm) else users
+        found = (_parameters(layer.inner, users) if layer.inner else [(p, own) for p in layer.parameters()]) + found
+        users = before
+    return found
+
+
+def blocks_by_unit(network):
+    """(classes, start, stop, pieces) of each block; pieces: (parameter, first unit, last unit, offset)."""
+    classes, members = network.classes, {}
+    pairs = _parameters(network.layers, [frozenset([c]) for c in range(classes)])
+    for k, (_, users) in enumerate(pairs):
+        for of, units in groupby(range(len(users)), key=users.__getitem__):
+            numbers = list(units)
+            members.setdefault(of, []).append((k, numbers[0], numbers[-1] + 1))
+
+    def order(of):
+        if len(of) in (0, classes):
+            return (0,) if of else (2,)
+        return 1, min(of), max(of), sorted(of)
+
+    blocks, offset = [], 0
+    for of in sorted(members, key=order):
+        start, pieces = offset, []
+        for k, first, last in members[of]:
+            pieces.append((k, first, last, offset))
+            offset += (last - first) * pairs[k][0].unit_size
+        blocks.append((of, start, offset, tuple(pieces)))
+    return blocks
+
+
+def weights_by_unit(network, seed, kind, gain):
+    """The flat vector of initial weights, each unit drawn by a generator of its own; float64."""
+    laws = initial_values(network, kind, gain)
+    parameters = [p for p, _ in _parameters(network.layers, [frozenset()] * network.classes)]
+    blocks = blocks_by_unit(network)
+    vector = np.zeros(blocks[-1][2])
+    for *_, pieces in blocks:
+        for k, first, last, offset in pieces:
+            p = parameters[k]
+            for unit in range(first, last):
+                law, at = laws.get(p.name), offset + (unit - first) * p.unit_size
+                if law is not None and law.law == "constant":
+                    vector[at : at + p.unit_size] = law.value
+                elif law is not None:
+                    rng = np.random.default_rng([seed, crc32(p.name.encode()), unit])
+                    vector[at : at + p.unit_size] = rng.uniform(-law.value, law.value, p.unit_size)
+    return vector

@@ -1,0 +1,264 @@
+"""Networks of very many classes: what is known of them is ranges of classes, and the same as unit by unit."""
+
+import json
+import tracemalloc
+
+import h5py
+import numpy as np
+import pytest
+from helpers.by_unit import blocks_by_unit, weights_by_unit
+from helpers.layer_examples import NETWORKS, conv, dense, make, separable, unbiased
+from helpers.partitions import layouts, ownerships
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from psmpi import checkpoint
+from psmpi.backend import NumpyOps
+from psmpi.checkpoint import Contents
+from psmpi.checkpoint import build as building
+from psmpi.checkpoint.build import SpoolSource, write_file
+from psmpi.checkpoint.collect import Records
+from psmpi.checkpoint.format import seal
+from psmpi.checkpoint.tensors import make_tensors
+from psmpi.errors import UserError
+from psmpi.layout import Classes, Each, Layout, Runs, assign_roles, plan_moves, restrict
+from psmpi.nn.init import initial_weights
+from psmpi.nn.layers.linear import LinearPart
+from psmpi.nn.layers.uses import joined, singles
+from psmpi.nn.model import Model
+from psmpi.nn.network import build
+
+FEATURES = 64
+
+
+def many(classes):
+    return build("net", (FEATURES,), [dense(classes)], classes)
+
+
+def spelled_out(layout):
+    """The same layout with an object for each block of each class."""
+    return Layout(layout.parameters, layout.blocks, layout.classes)
+
+
+@st.composite
+def networks(draw):
+    """Layers with groups that fit those of the next layer, or cut them, or tie the classes."""
+    classes = draw(st.integers(1, 9))
+    shape, layers = (draw(st.integers(1, 40)),), []
+    if draw(st.booleans()):
+        shape, layers = (1, 4, 4), [*conv(draw(st.integers(1, 7)), 2), {"type": "flatten"}]
+    for _ in range(draw(st.integers(0, 3))):
+        groups = draw(st.sampled_from([1, 2, 3, classes, classes, 2 * classes]))
+        units = groups * draw(st.integers(1, 3))
+        table = dense(units) if groups == 1 else separable(units, groups)
+        layers += [table if draw(st.booleans()) else unbiased(table)]
+        if draw(st.booleans()):
+            layers += [{"type": "group_norm", "groups": draw(st.sampled_from([1, groups, units]))}]
+    divisors = [n for n in range(2, classes + 1) if classes % n == 0]
+    last = separable(classes, draw(st.sampled_from(divisors))) if divisors and draw(st.booleans()) else dense(classes)
+    layers += [last if draw(st.booleans()) else unbiased(last)]
+    try:
+        return build("net", shape, layers, classes)
+    except UserError:
+        assume(False)
+        raise
+
+
+def plain(block):
+    pieces = tuple((p.parameter, p.first, p.last, p.offset) for p in block.pieces)
+    return set(block.classes), block.start, block.stop, pieces
+
+
+@settings(deadline=None, max_examples=80)
+@given(networks(), st.data())
+def test_layouts_are_those_that_units_one_by_one_have(network, data):
+    layout, blocks = network.layout(), blocks_by_unit(network)
+    assert [plain(block) for block in layout.blocks] == blocks
+    some = data.draw(st.sets(st.integers(0, network.classes - 1)))
+    wanted = Runs.union((start, stop) for of, start, stop, _ in blocks if of & some)
+    assert layout.part(some) == wanted and layout.part(Classes.of(some)) == wanted
+    names = [p.name for p in layout.parameters]
+    named = data.draw(st.sets(st.sampled_from(names)))
+    pieces = [(at, (last - first) * layout.parameters[k].unit_size) for *_, of in blocks for k, first, last, at in of
+              if names[k] in named]  # fmt: skip
+    assert layout.runs_of_parameters(named) == Runs.union((at, at + size) for at, size in pieces)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_layouts_of_every_kind_of_layer_are_those_of_its_units(name):
+    network = make(name)
+    assert [plain(block) for block in network.layout().blocks] == blocks_by_unit(network)
+
+
+@settings(deadline=None, max_examples=60)
+@given(networks(), st.data(), st.sampled_from(["xavier", "he", "pytorch"]))
+def test_initial_weights_of_any_runs_are_those_of_each_unit_s_own_generator(network, data, kind):
+    layout = network.layout()
+    edges = st.integers(0, layout.size)
+    runs = Runs.union(data.draw(st.lists(st.tuples(edges, edges), max_size=4)))
+    out = np.full(runs.size, np.nan)
+    initial_weights(network, layout, runs, out, seed=5, kind=kind, gain=4.0)
+    assert np.array_equal(out, restrict(weights_by_unit(network, 5, kind, 4.0), runs))
+
+
+@pytest.mark.parametrize("classes", [700, 9000])
+def test_initial_weights_of_many_classes_are_the_same_bits(classes):
+    """In tiles of classes, and where a shard ends inside a unit."""
+    network = build("net", (30,), [dense(5), dense(classes)], classes)
+    layout = network.layout()
+    whole = weights_by_unit(network, 2, "xavier", 1.0)
+    for runs in Runs.union([(0, layout.size)]).split(3):
+        out = np.empty(runs.size, np.float32)
+        initial_weights(network, layout, runs, out, seed=2)
+        assert np.array_equal(out, restrict(whole, runs).astype(np.float32))
+
+
+@settings(deadline=None, max_examples=60)
+@given(networks(), st.data())
+def test_subnetworks_compute_with_the_same_segments(network, data):
+    """Matrix products are of the same shapes, and so of the same bits, as from blocks of single classes."""
+    layout = network.layout()
+    classes = sorted(data.draw(st.sets(st.integers(0, network.classes - 1), min_size=1)))
+    first = data.draw(st.integers(0, len(network.layers) - 1))
+    layers = data.draw(st.sampled_from([None, (first, len(network.layers))]))
+    made = []
+    for one in (layout, spelled_out(layout)):
+        part = one.part(classes)
+        part = part if layers is None else part & network.runs(one, *layers)
+        model = Model(network, one, np.zeros(part.size), np.zeros(part.size), NumpyOps(), classes, layers=layers)
+        made.append(([p.segments for p in model.chain.walk() if isinstance(p, LinearPart)], model.filled()))
+    assert made[0] == made[1]
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 3), st.booleans()), max_size=12), st.data())
+def test_users_are_the_same_runs_however_they_were_put_together(units, data):
+    """Runs of single classes, of some of them together, and of sets between them."""
+    runs, at = [], 0
+    for c, count, alone in units:
+        runs.append((at, at + count, Each(c, c + 1) if alone else Classes(((c, c + 2),))))
+        at += count
+    cuts = sorted(data.draw(st.sets(st.integers(0, len(runs)))))
+    parts = [joined(runs[a:b]) for a, b in zip([0, *cuts], [*cuts, len(runs)], strict=True)]
+    whole = joined(runs)
+    assert joined(run for part in parts for run in part) == whole
+    of = [
+        users.classes if isinstance(users, Each) else users for first, last, users in runs for _ in range(first, last)
+    ]
+    assert [classes for first, last, classes in singles(whole) for _ in range(first, last)] == of
+    assert all(isinstance(users, Each) or len(users) > 1 for *_, users in whole)
+
+
+def test_the_set_up_has_no_objects_of_classes():
+    network = many(50_000)
+    layout = network.layout()
+    assert len(layout.bands) == 1 and len(layout.bands[0].pieces) == 2
+    assert network.score_uses() == ((0, 50_000, Each(0, 50_000)),)
+    roles = assign_roles(layout, 3, placement="owner", colocate=True)
+    assert [len(part.starts) for part in (*roles.parts, *roles.shards)] == [1, 1, 1, 1, 1, 1]
+    assert plan_moves(roles) == [] and all(isinstance(w.classes, range) for w in roles.workers)
+    assert [len(tensor.stretches) for tensor in make_tensors(layout)] == [1, 1]
+    assert [len(tensor.stretches) for tensor in make_tensors(layout, range(7, 9000))] == [1, 1]
+    w = np.zeros(roles.parts[1].size, np.float32)
+    model = Model(network, layout, w, w.copy(), NumpyOps(), roles.workers[1].classes)
+    assert [len(part.segments) for part in model.parts] == [1] and len(model.filled()) == 1
+    assert sum(map(len, Contents("", network.in_shape, layout).texts().values())) < 2000
+
+
+def test_the_set_up_needs_no_memory_of_the_size_of_the_layer():
+    """Beside 13 MB of weights: tiles of initial weights, and numbers of a few bytes a class."""
+    network = many(50_000)
+    size = network.layout().size
+    w, g = (np.zeros(size, np.float32) for _ in range(2))
+    tracemalloc.start()
+    layout = network.layout()
+    initial_weights(network, layout, Runs.union([(0, size)]), w, seed=0)
+    model = Model(network, layout, w, g, NumpyOps())
+    tensors = make_tensors(layout)
+    kept, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(model.parts) == 1 and len(tensors) == 2
+    assert w.nbytes == 13e6 and peak < 6e6 and kept < 5e5
+
+
+def test_writing_a_checkpoint_needs_no_memory_of_the_size_of_the_layer(tmp_path):
+    layout = many(50_000).layout()
+    w = np.arange(layout.size, dtype=np.float32)
+    records = Records(assign_roles(layout, 1, colocate=True).shards, layout.size, 0)
+    with (tmp_path / "spool").open("w+b") as spool:
+        spool.write(w)
+        spool.write(records.table)
+        spool.flush()
+        contents = Contents("", (FEATURES,), layout)
+        tracemalloc.start()
+        source = SpoolSource(spool.fileno(), contents, [("weights", "<f4", 0)], {"weights": (w.nbytes, 1)})
+        write_file(tmp_path / "run" / "step-000000001.h5", contents, {"weights": w.dtype}, source.read)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert w.nbytes == 13e6 and peak < 8e6
+    vector = np.empty_like(w)
+    checkpoint.load(tmp_path / "run" / "step-000000001.h5", layout, Runs.union([(0, layout.size)]), {"weights": vector})
+    assert np.array_equal(vector, w)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data(), st.sampled_from([0, 64]), st.sampled_from([0, 8, 1 << 14]), st.sampled_from([16, 1 << 22]))
+def test_what_ranks_have_spooled_is_read_in_the_order_of_the_tensors(tmp_path_factory, data, few, gap, read):
+    """Run by run and by arrays, with what lies between and without, whole and in small pieces."""
+    layout = data.draw(layouts()) if data.draw(st.booleans()) else data.draw(networks()).layout()
+    ownership = data.draw(ownerships(layout, 3))
+    w = np.random.default_rng(0).random(layout.size)
+    records = Records(ownership, layout.size, 0)
+    path = tmp_path_factory.mktemp("spool") / "spool"
+    path.write_bytes(b"".join(restrict(w, runs).tobytes() for runs in records.record) + records.table.tobytes())
+    with pytest.MonkeyPatch.context() as patch, path.open("rb") as spool:
+        patch.setattr(building, "FEW", few)
+        patch.setattr(building, "GAP", gap)
+        patch.setattr(building, "READ", read)
+        maps = {"weights": (w.nbytes, records.table.shape[1])}
+        source = SpoolSource(spool.fileno(), Contents("", (1,), layout), [("weights", "<f8", 0)], maps)
+        for tensor in make_tensors(layout):
+            first = data.draw(st.integers(0, tensor.size - 1))
+            into = np.full(data.draw(st.integers(1, tensor.size - first)), np.nan)
+            source.read("weights", tensor, first, into)
+            whole = np.concatenate([w[offset : offset + b - a] for a, b, offset in tensor.spans])
+            assert np.array_equal(into, whole[first : first + len(into)])
+
+
+def as_version_1(path):
+    """A file as psmpi wrote it before ranges of classes: a block for each class, with a list of classes."""
+    with h5py.File(path, "r+") as file:
+        layout = json.loads(file["layout"].asstr()[0])
+        del file["layout"]
+        blocks = []
+        for b in layout["blocks"]:
+            classes = [c for first, last in b["classes"] for c in range(first, last)]
+            count = len(classes) if b.get("each") else 1
+            step = (b["stop"] - b["start"]) // count
+            for k in range(count):
+                start, pieces = b["start"] + k * step, []
+                for p, first, last, at in b["pieces"]:
+                    units = (last - first) // count
+                    pieces.append([p, first + k * units, first + (k + 1) * units, at + k * step])
+                own = [classes[k]] if count > 1 else classes
+                blocks.append({"classes": own, "start": start, "stop": start + step, "pieces": pieces})
+        layout["blocks"] = blocks
+        file.create_dataset("layout", data=np.array([json.dumps(layout)], h5py.string_dtype()))
+        file.attrs["format"] = 1
+    seal(path)
+    with path.open("r+b") as file:
+        file.write(b"psmpi checkpoint 1")
+
+
+def test_files_of_version_1_are_read(train, tmp_path):
+    """And a run of them goes on in the same bits."""
+    options = ("--model", "psnet", "--dtype", "float64", "--max-steps")
+    whole, first = train(2, *options, "6"), train(2, *options, "3")
+    path = tmp_path / "old" / "checkpoints" / first.checkpoint.name
+    path.parent.mkdir(parents=True)
+    path.write_bytes(first.checkpoint.read_bytes())
+    as_version_1(path)
+    new, old = (checkpoint.validate(one).layout for one in (first.checkpoint, path))
+    assert old.blocks == new.blocks and len(old.bands) > len(new.bands)
+    resumed = train(2, *options, "6", "--resume", path)
+    mine, theirs = whole.tensors(), resumed.tensors()
+    assert all(np.array_equal(mine[name], theirs[name]) for name in mine)
