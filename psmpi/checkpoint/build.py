@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import IO, Any
 import h5py
 import numpy as np
 
+from psmpi.checkpoint.chunks import fletcher32
 from psmpi.checkpoint.contents import Contents
 from psmpi.checkpoint.format import (
     CHUNK,
@@ -53,11 +55,13 @@ def write_file(
     read: Source,
     gzip: int = 0,
     tables: Tables = (),
+    done: Callable[[str], None] | None = None,
 ) -> None:
     """Write a checkpoint; it appears under its name whole or not at all.
 
-    `vectors` names what is written ("weights", the optimizer's, spaces) and its dtype, `read` gives the elements slab
-    by slab; gzip: 0 (none) to 9. OSError where it cannot be written (a full disk may end the process instead).
+    `vectors` names what is written ("weights", the optimizer's, spaces) and its dtype, in this order and behind all
+    tables; `read` gives the elements slab by slab, and `done` hears of each vector that is not read any more; gzip: 0
+    (none) to 9. OSError where it cannot be written (a full disk may end the process instead).
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_of(target)
@@ -77,12 +81,14 @@ def write_file(
             # Data sets, not attributes: these end at 64 kB.
             for name, text in texts.items():
                 file.create_dataset(name, data=as_data(text), chunks=(1,), fletcher32=True)
+            for path, shape, of, get in tables:
+                _write_table(file, path, shape, of, get, gzip)
             for vector, dtype in vectors.items():
                 for tensor in tensors[vector]:
                     path = f"{contents.group(vector)}/{tensor.name}"
                     _write_tensor(file, path, vector, tensor, dtype, read, gzip)
-            for path, shape, of, get in tables:
-                _write_table(file, path, shape, of, get, gzip)
+                if done is not None:
+                    done(vector)
         _finish(target)
     finally:
         partial.unlink(missing_ok=True)
@@ -106,6 +112,9 @@ def _write_tensor(
 ) -> None:
     chunks = chunk_of(tensor.shape)
     dataset = file.create_dataset(path, tensor.shape, dtype, chunks=chunks, **filters(gzip))
+    if not gzip and dtype.itemsize % 4 == 0 and chunks[1:] == tensor.shape[1:]:
+        _write_chunks(dataset, vector, tensor, read)
+        return
     # Slabs of whole chunks; a row longer than a chunk is cut along the next axis by HDF5 itself.
     row = tensor.size // tensor.shape[0]
     rows = max(chunks[0], CHUNK // row // chunks[0] * chunks[0])
@@ -115,6 +124,30 @@ def _write_tensor(
         slab = buffer[: (last - top) * row]
         read(vector, tensor, top * row, slab)
         dataset[top:last] = slab.reshape(last - top, *tensor.shape[1:])
+
+
+def _write_chunks(dataset: h5py.Dataset, vector: str, tensor: Tensor, read: Source) -> None:
+    """Write chunks of whole rows, each while the next one is read and summed."""
+    rows, row = dataset.chunks[0], tensor.size // tensor.shape[0]
+    size = rows * row
+
+    def chunk(top: int, room: np.ndarray) -> np.ndarray:
+        values, last = room[:-4].view(dataset.dtype), min((top + rows) * row, tensor.size)
+        there = last - top * row
+        read(vector, tensor, top * row, values[:there])
+        values[there:] = 0
+        room[-4:].view("<u4")[0] = fletcher32(room[:-4].view("<u4"))
+        return room
+
+    rooms = [np.empty(size * dataset.dtype.itemsize + 4, np.uint8) for _ in range(2)]
+    zeros = (0,) * (len(tensor.shape) - 1)
+    with ThreadPoolExecutor(1) as beside:
+        following = beside.submit(chunk, 0, rooms[0])
+        for number, top in enumerate(range(0, tensor.shape[0], rows), 1):
+            made = following.result()
+            if top + rows < tensor.shape[0]:
+                following = beside.submit(chunk, top + rows, rooms[number % 2])
+            dataset.id.write_direct_chunk((top, *zeros), made)
 
 
 def _write_table(
@@ -179,6 +212,10 @@ class SpoolSource:
                 for one in part.within(int(starts[k]), int(stops[k])):
                     moved = replace(one, offset=one.offset + int(places[k] - starts[k]))
                     self._copy(moved, base, into[one.first - first : one.last - first])
+
+    def forget(self, vector: str) -> None:
+        """Give back the memory of a vector, and of all that lies behind it."""
+        os.truncate(self.spool, self.vectors[vector][1])
 
     def _copy(self, part: Stretch, base: int, into: np.ndarray) -> None:
         """Fill `into` with a stretch of a vector that begins at byte `base`."""
@@ -263,8 +300,9 @@ def build(job: Mapping[str, Any], spool: int) -> None:
         contents = Contents.of(job["texts"])
         source = SpoolSource(spool, contents, job["vectors"], job["maps"])
         tables = spool_tables(spool, job["tables_at"], job["tables"])
-        vectors = {name: np.dtype(text) for name, text, _ in job["vectors"]}
-        write_file(target, contents, vectors, source.read, job["gzip"], tables)
+        # From the end of the spool, which gives its memory back for what is written.
+        vectors = {name: np.dtype(text) for name, text, _ in reversed(job["vectors"])}
+        write_file(target, contents, vectors, source.read, job["gzip"], tables, source.forget)
     else:
         # The ranks have written it together.
         try:

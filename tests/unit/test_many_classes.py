@@ -17,6 +17,7 @@ from psmpi.backend import NumpyOps
 from psmpi.checkpoint import Contents
 from psmpi.checkpoint import build as building
 from psmpi.checkpoint.build import SpoolSource, write_file
+from psmpi.checkpoint.chunks import fletcher32
 from psmpi.checkpoint.collect import Records
 from psmpi.checkpoint.format import seal
 from psmpi.checkpoint.tensors import make_tensors
@@ -262,3 +263,19 @@ def test_files_of_version_1_are_read(train, tmp_path):
     resumed = train(2, *options, "6", "--resume", path)
     mine, theirs = whole.tensors(), resumed.tensors()
     assert all(np.array_equal(mine[name], theirs[name]) for name in mine)
+
+
+def fletcher_by_words(data):
+    """The definition in HDF5's sources (H5_checksum_fletcher32), word by word."""
+    low = high = 0
+    for word in np.frombuffer(data, ">u2").tolist():
+        low += word
+        high += low
+    return ((high % 65535 or (65535 if high else 0)) << 16) | (low % 65535 or (65535 if low else 0))
+
+
+@given(st.integers(0, 3000), st.integers(0, 2**32 - 1), st.sampled_from([0, 1, 1 << 16, 2**32 - 1, None]))
+def test_checksums_of_chunks_are_those_of_hdf5(count, seed, value):
+    words = np.random.default_rng(seed).integers(0, 2**32, count, np.uint32) if value is None else np.full(count, value)
+    words = words.astype("<u4")
+    assert fletcher32(words) == fletcher_by_words(words.tobytes())
