@@ -21,6 +21,7 @@ def main(argv: list[str] | None = None) -> int:
     from psmpi.bench.optimizer import optimizer
     from psmpi.bench.published import published
     from psmpi.bench.recorder import recorder
+    from psmpi.bench.start import start
     from psmpi.command import answer, chosen
     from psmpi.config import defaults
 
@@ -30,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
         default = defaults(words)
         commands: tuple[Callable[..., int], ...] = (
             checkpoint, compute, head, kernels, _with(memory, default, words), network,
-            _with(optimizer, default, words), published, _with(recorder, default, words),
+            _with(optimizer, default, words), published, _with(recorder, default, words), start,
         )  # fmt: skip
         return chosen(commands, words, "bench", "Measure psmpi.")()
 

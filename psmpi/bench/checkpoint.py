@@ -76,11 +76,10 @@ def _measure(
     from psmpi.checkpoint import Contents, Progress, Writer
     from psmpi.layout import assign_roles
 
-    began = time.perf_counter()
     network = _network(megabytes, classes)
     layout = network.layout()
     shards = assign_roles(layout, world.size, placement=placement, colocate=world.size == 1).shards
-    set_up, size = time.perf_counter() - began, shards[world.rank].size
+    size = shards[world.rank].size
     rng = np.random.default_rng(world.rank)
     vectors = {name: rng.random(size, np.float32) for name in ("weights", "m", "v")}
     control = Control(world)
@@ -129,7 +128,6 @@ def _measure(
         "written_seconds": median(whole),
         "plain_seconds": median(plain[1:]),
         "speed": median(b / a for a, b in zip(whole, plain[1:], strict=True)),
-        "layout_seconds": set_up,
         "step_seconds": median(alone),
         "step_beside_seconds": median(beside),
         "extra_megabytes": (peak - held) * 1024 / 1e6,

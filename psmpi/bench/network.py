@@ -136,7 +136,8 @@ def network(
     return 0
 
 
-def _launcher() -> str:
+def launcher() -> str:
+    """The mpirun beside this Python, or of the system; UserError where there is none."""
     beside = Path(sys.executable).with_name("mpirun")
     found = str(beside) if beside.exists() else shutil.which("mpirun")
     if found is None:
@@ -173,7 +174,7 @@ def _train(ranks: int, hosts: list[str], options: Sequence[str], limit: int, tar
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         program = [sys.executable, "-m", "psmpi.train", "--out", str(out), *options]
-        _run([_launcher(), "-n", str(ranks), *before, *program], bool(hosts), limit)
+        _run([launcher(), "-n", str(ranks), *before, *program], bool(hosts), limit)
         rows = [jsonlib.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         held = checkpoint.read_contents(checkpoint.newest(out)).placement["ranks"]
     last = rows[-1]
@@ -194,7 +195,7 @@ def _ddp(ranks: int, hosts: list[str], options: Sequence[str], limit: int) -> di
     """Time a step; PyTorch trains the same network on as many samples, of random numbers."""
     before = wrapper(hosts) if hosts else []
     program = [sys.executable, "-m", "psmpi.bench.ddp", *options]
-    found = jsonlib.loads(_run([_launcher(), "-n", str(ranks), *before, *program], bool(hosts), limit).splitlines()[-1])
+    found = jsonlib.loads(_run([launcher(), "-n", str(ranks), *before, *program], bool(hosts), limit).splitlines()[-1])
     return {"ms_per_step": found["ms_per_step"]}
 
 

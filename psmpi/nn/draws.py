@@ -3,7 +3,7 @@
 `np.random.default_rng([*key, unit])` is the generator PCG64 (O'Neill, "PCG: A family of simple fast space-efficient
 statistically good algorithms", 2014: 128-bit state, output XSL-RR), which a SeedSequence (O'Neill, "Developing a
 seed_seq alternative", 2015) starts from the integers. Making one takes about as long as drawing 8,000 numbers from it,
-so that rows of few numbers are drawn here side by side: one array operation a step of all generators.
+so that rows of few numbers are drawn here side by side: a step of all generators is a few array operations.
 """
 
 from __future__ import annotations
@@ -20,34 +20,40 @@ INIT_A, MULT_A, INIT_B, MULT_B = 0x43B0D7E5, 0x931E8875, 0x8B51F9DD, 0x58F38DED
 MIX_L, MIX_R = 0xCA01F9DD, 0x4973F715
 # The multiplier of PCG64, as its high and low half.
 PCG = 0x2360ED051FC65DA4, 0x4385DF649FCCF645
-# Generators that step side by side: the arrays of a step stay in a core's own cache.
-SIDE = 4096
+# Generators that step side by side, and steps whose numbers go into their rows together.
+SIDE, COLUMNS = 1 << 13, 16
 LOW = np.uint64(0xFFFFFFFF)
 HALF = np.uint64(32)
 
 
-def uniform_rows(key: Sequence[int], first: int, last: int, size: int, low: float, high: float) -> np.ndarray:
-    """Row k is `np.random.default_rng([*key, first + k]).uniform(low, high, size)`; (last - first, size) float64.
+def draw_rows(out: np.ndarray, key: Sequence[int], first: int, low: float, high: float) -> None:
+    """Fill row k of `out` with `np.random.default_rng([*key, first + k]).uniform(low, high, size)`.
 
-    key: whole numbers from 0 up; first < last <= 2^32.
+    out: (units, size), float32 or float64, of any strides; key: whole numbers from 0 up; first + units <= 2^32.
     """
-    if 2 * size > last - first:
-        return np.stack([np.random.default_rng([*key, unit]).uniform(low, high, size) for unit in range(first, last)])
-    columns = np.empty((size, last - first))
-    for begin in range(first, last, SIDE):
-        end = min(begin + SIDE, last)
-        hi, lo, inc_hi, inc_lo = _states(key, np.arange(begin, end, dtype=np.uint32))
-        for column in columns[:, begin - first : end - first]:
-            hi, lo = _step(hi, lo, inc_hi, inc_lo)
-            turn = hi >> np.uint64(58)
-            mixed = hi ^ lo
-            value = (mixed >> turn) | (mixed << (-turn & np.uint64(63)))
-            # As NumPy makes numbers of [0, 1) from 64 bits, and of [low, high) from these.
-            np.multiply(value >> np.uint64(11), 2.0**-53, out=column)
-            column *= high - low
-            column += low
-    rows: np.ndarray = columns.T
-    return rows
+    units, size = out.shape
+    if 2 * size > units:
+        for k in range(units):
+            out[k] = np.random.default_rng([*key, first + k]).uniform(low, high, size)
+        return
+    for begin in range(0, units, SIDE):
+        some = out[begin : begin + SIDE]
+        hi, lo, inc_hi, inc_lo = _states(key, np.arange(first + begin, first + begin + len(some), dtype=np.uint32))
+        columns = np.empty((min(COLUMNS, size), len(some)))
+        for k in range(0, size, COLUMNS):
+            drawn = columns[: size - k]
+            for column in drawn:
+                hi, lo = _step(hi, lo, inc_hi, inc_lo)
+                turn = hi >> np.uint64(58)
+                mixed = hi ^ lo
+                value = mixed >> turn
+                # NumPy shifts by 64 to 0.
+                value |= mixed << (np.uint64(64) - turn)
+                value >>= np.uint64(11)
+                # NumPy takes 53 bits for a number of [0, 1): a factor of a power of two rounds nothing.
+                np.multiply(value, (high - low) * 2.0**-53, out=column)
+                column += low
+            some[:, k : k + COLUMNS] = drawn.T
 
 
 def _states(key: Sequence[int], units: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -68,14 +74,17 @@ def _step(hi: np.ndarray, lo: np.ndarray, inc_hi: np.ndarray, inc_lo: np.ndarray
     m1, m0 = mult_lo >> HALF, mult_lo & LOW
     l1, l0 = lo >> HALF, lo & LOW
     # The high half of the product of the low halves.
-    middle = l1 * m0
-    middle += (l0 * m0) >> HALF
+    middle = l0 * m0
+    middle >>= HALF
+    middle += l1 * m0
     other = l0 * m1
     other += middle & LOW
-    new_hi = l1 * m1
-    new_hi += middle >> HALF
-    new_hi += other >> HALF
-    new_hi += hi * mult_lo
+    other >>= HALF
+    middle >>= HALF
+    new_hi = hi * mult_lo
+    new_hi += l1 * m1
+    new_hi += middle
+    new_hi += other
     new_hi += lo * mult_hi
     new_hi += inc_hi
     new_lo = lo * mult_lo

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from zlib import crc32
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from psmpi.errors import UserError
 from psmpi.layout import Layout, Runs, Stretch
-from psmpi.nn.draws import uniform_rows
+from psmpi.nn.draws import draw_rows
 from psmpi.nn.layers.base import Initial
 from psmpi.nn.network import Network
 
@@ -57,25 +57,17 @@ def initial_weights(
 
 def _draw(key: Sequence[int], a: float, size: int, some: Stretch, out: np.ndarray, shift: int) -> None:
     """Fill a stretch of a parameter, whose units have `size` elements each, with draws of U(-a, a), piece by piece."""
-    most = max(size, TILE // size * size)
-    if some.length <= most and some.count > 1:
-        # Whole units of several classes.
-        each = some.length // size
-        for tile in _tiles(some, most // some.length * some.length):
-            rows = uniform_rows(key, tile.first // size, tile.last // size, size, -a, a)
-            tile.view(out, shift).reshape(tile.count, each, size)[...] = rows.reshape(tile.count, each, size)
+    if some.length == size and some.first % size == 0:
+        # A unit of each class.
+        draw_rows(some.view(out, shift), key, some.first // size, -a, a)
         return
-    for k in range(some.count):
-        (one,) = some.elements(some.first + k * some.length, some.first + (k + 1) * some.length)
+    most = max(size, TILE // size * size)
+    for first in range(some.first // size * size, some.last, most):
+        last = min(first + most, -(-some.last // size) * size)
+        rows = np.empty(((last - first) // size, size))
+        draw_rows(rows, key, first // size, -a, a)
+        drawn = rows.reshape(-1)
         # The first and the last unit may be there in part.
-        for first in range(one.first // size * size, one.last, most):
-            last = min(first + most, -(-one.last // size) * size)
-            begin, end = max(first, one.first), min(last, one.last)
-            rows = uniform_rows(key, first // size, last // size, size, -a, a).reshape(-1)
-            at = one.offset + shift + begin - one.first
-            out[at : at + end - begin] = rows[begin - first : end - first]
-
-
-def _tiles(some: Stretch, elements: int) -> Iterator[Stretch]:
-    for first in range(some.first, some.last, elements):
-        yield from some.elements(first, first + elements)
+        for part in some.elements(first, last):
+            view = part.view(out, shift)
+            view[...] = drawn[part.first - first : part.last - first].reshape(view.shape)

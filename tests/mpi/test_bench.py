@@ -385,6 +385,17 @@ def test_nine_ranks_train_what_one_process_cannot_hold(tmp_path):
     assert list((tmp_path / "nine" / "checkpoints").glob("step-*.h5")), out + err
 
 
+def test_the_start_with_many_classes_is_timed():
+    options = ("--classes", "3000", "--features", "5", "--repeats", "1")
+    status, out, err = run(1, "-m", "psmpi.bench", "start", *options, "--method", "data_parallel", "--json")
+    assert status == 0, err
+    found = json.loads(out)
+    assert found["weights_megabytes"] == 4 * 3000 * 6 / 1e6
+    assert 0 < found["ready_seconds"] == found["ready_seconds_of_all"][0] and found["rank_megabytes"] > 10
+    status, _, err = run(1, "-m", "psmpi.bench", "start", "--classes", "1")
+    assert status == 1 and "--classes 1: expected a whole number from 2 up" in err
+
+
 def test_the_recorder_is_timed_beside_steps_without_it(monkeypatch):
     monkeypatch.setattr("psmpi.bench.recorder.SECONDS", 0.5)
     options = ("--method", "data_parallel", "--loss", "nll", "--model", "mlp", "--widths", "8", "--threads", "1")

@@ -538,6 +538,7 @@ def test_the_measurement_of_the_pause_runs(ranks, placement, tmp_path):
     assert status == 0, err
     found = json.loads(out)
     assert found["megabytes"] == pytest.approx(5, rel=0.1) and 0 < found["pause_seconds"] < found["written_seconds"]
+    assert found["plain_seconds"] > 0 and found["speed"] > 0
     assert list(tmp_path.iterdir()) == []
 
 

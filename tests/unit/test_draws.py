@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from psmpi.nn import draws
-from psmpi.nn.draws import uniform_rows
+from psmpi.nn.draws import draw_rows
 
 
 def rows_by_numpy(key, first, last, size, low, high):
@@ -20,12 +20,16 @@ def rows_by_numpy(key, first, last, size, low, high):
 )  # fmt: skip
 def test_rows_are_those_of_numpy_s_generators_to_the_bit(key, first, count, size, low, width):
     high = low + width
-    made = uniform_rows(key, first, first + count, size, low, high)
-    assert np.array_equal(made, rows_by_numpy(key, first, first + count, size, low, high))
+    made = np.full((count, size + 1), np.nan)
+    draw_rows(made[:, :size], key, first, low, high)
+    assert np.isnan(made[:, size]).all()
+    assert np.array_equal(made[:, :size], rows_by_numpy(key, first, first + count, size, low, high))
 
 
 @pytest.mark.parametrize("first", [0, 2**32 - 5 * 1000])
 def test_more_units_than_step_side_by_side_are_the_same(first, monkeypatch):
     monkeypatch.setattr(draws, "SIDE", 700)
-    made = uniform_rows([3, 7], first, first + 5000, 3, -0.5, 0.5)
-    assert np.array_equal(made, rows_by_numpy([3, 7], first, first + 5000, 3, -0.5, 0.5))
+    monkeypatch.setattr(draws, "COLUMNS", 2)
+    made = np.empty((5000, 3), np.float32)
+    draw_rows(made, [3, 7], first, -0.5, 0.5)
+    assert np.array_equal(made, rows_by_numpy([3, 7], first, first + 5000, 3, -0.5, 0.5).astype(np.float32))
