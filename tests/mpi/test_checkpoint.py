@@ -531,9 +531,10 @@ def test_a_run_killed_at_any_moment_goes_on(tmp_path):
     assert status == 0 and f"step {steps[-1]}" in stdout, err
 
 
-@pytest.mark.parametrize(("ranks", "placement"), [(1, "master"), (3, "owner")])
-def test_the_measurement_of_the_pause_runs(ranks, placement, tmp_path):
+@pytest.mark.parametrize(("ranks", "placement", "classes"), [(1, "master", 0), (3, "owner", 0), (1, "owner", 9000)])
+def test_the_measurement_of_the_pause_runs(ranks, placement, classes, tmp_path):
     options = ("--megabytes", "5", "--repeats", "2", "--placement", placement, "--folder", tmp_path, "--json")
+    options += ("--classes", str(classes))
     status, out, err = launch(ranks, "-m", "psmpi.bench", "checkpoint", *options)
     assert status == 0, err
     found = json.loads(out)
