@@ -52,7 +52,7 @@ def _labels(dataset: Dataset) -> Iterator[str]:
             f"the labels begin at {first}, and each number below has a score that nothing trains: number the classes "
             f"from 0, y - {first}"
         )
-    gaps = np.setdiff1d(np.arange(first, last), used)
+    gaps = first + np.flatnonzero(~(train | test)[first:last])
     if len(gaps):
         lone = last - int(used[-2]) > 2
         ignored = f"; if {last} marks samples to be ignored, remove these" if lone else ""
