@@ -417,7 +417,7 @@ def test_a_file_under_a_wrong_name_is_no_checkpoint_of_the_run(train):
 
 
 @pytest.mark.parametrize("gzip", [0, 1])
-@pytest.mark.parametrize("room", [40_000, 160_000])
+@pytest.mark.parametrize("room", [40_000, 100_000])
 def test_a_full_disk_stops_no_training(tmp_path, room, gzip):
     """On a small file system: full while the vectors are copied, or while the file is made, by a process of its own."""
     place = tmp_path / "small"
