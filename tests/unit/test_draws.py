@@ -13,7 +13,7 @@ def rows_by_numpy(key, first, last, size, low, high):
     return np.stack([np.random.default_rng([*key, unit]).uniform(low, high, size) for unit in range(first, last)])
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(
     st.lists(st.integers(0, 2**70), min_size=1, max_size=4), st.integers(0, 2**32 - 40), st.integers(1, 40),
     st.integers(1, 12), st.floats(-1e3, 1e3), st.floats(1e-3, 1e3),
@@ -26,10 +26,10 @@ def test_rows_are_those_of_numpy_s_generators_to_the_bit(key, first, count, size
     assert np.array_equal(made[:, :size], rows_by_numpy(key, first, first + count, size, low, high))
 
 
-@pytest.mark.parametrize("first", [0, 2**32 - 5 * 1000])
+@pytest.mark.parametrize("first", [0, 2**32 - 2000])
 def test_more_units_than_step_side_by_side_are_the_same(first, monkeypatch):
     monkeypatch.setattr(draws, "SIDE", 700)
     monkeypatch.setattr(draws, "COLUMNS", 2)
-    made = np.empty((5000, 3), np.float32)
+    made = np.empty((2000, 3), np.float32)
     draw_rows(made, [3, 7], first, -0.5, 0.5)
-    assert np.array_equal(made, rows_by_numpy([3, 7], first, first + 5000, 3, -0.5, 0.5).astype(np.float32))
+    assert np.array_equal(made, rows_by_numpy([3, 7], first, first + 2000, 3, -0.5, 0.5).astype(np.float32))

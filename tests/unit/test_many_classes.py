@@ -70,7 +70,7 @@ def plain(block):
     return set(block.classes), block.start, block.stop, pieces
 
 
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=40)
 @given(networks(), st.data())
 def test_layouts_are_those_that_units_one_by_one_have(network, data):
     layout, blocks = network.layout(), blocks_by_unit(network)
@@ -91,7 +91,7 @@ def test_layouts_of_every_kind_of_layer_are_those_of_its_units(name):
     assert [plain(block) for block in network.layout().blocks] == blocks_by_unit(network)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(networks(), st.data(), st.sampled_from(["xavier", "he", "pytorch"]))
 def test_initial_weights_of_any_runs_are_those_of_each_unit_s_own_generator(network, data, kind):
     layout = network.layout()
@@ -102,7 +102,7 @@ def test_initial_weights_of_any_runs_are_those_of_each_unit_s_own_generator(netw
     assert np.array_equal(out, restrict(weights_by_unit(network, 5, kind, 4.0), runs))
 
 
-@pytest.mark.parametrize("classes", [700, 9000])
+@pytest.mark.parametrize("classes", [700, 3000])
 def test_initial_weights_of_many_classes_are_the_same_bits(classes):
     """In tiles of classes, and where a shard ends inside a unit."""
     network = build("net", (30,), [dense(5), dense(classes)], classes)
@@ -114,7 +114,7 @@ def test_initial_weights_of_many_classes_are_the_same_bits(classes):
         assert np.array_equal(out, restrict(whole, runs).astype(np.float32))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(networks(), st.data())
 def test_subnetworks_compute_with_the_same_segments(network, data):
     """Matrix products are of the same shapes, and so of the same bits, as from blocks of single classes."""
@@ -201,7 +201,7 @@ def test_writing_a_checkpoint_needs_no_memory_of_the_size_of_the_layer(tmp_path)
     assert np.array_equal(vector, w)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(st.data(), st.sampled_from([0, 64]), st.sampled_from([0, 8, 1 << 14]), st.sampled_from([16, 1 << 22]))
 def test_what_ranks_have_spooled_is_read_in_the_order_of_the_tensors(tmp_path_factory, data, few, gap, read):
     """Run by run and by arrays, with what lies between and without, whole and in small pieces."""
