@@ -2,6 +2,7 @@
 
 import json
 import tracemalloc
+from itertools import pairwise
 
 import h5py
 import numpy as np
@@ -22,9 +23,11 @@ from psmpi.checkpoint.collect import Records
 from psmpi.checkpoint.format import seal
 from psmpi.checkpoint.tensors import make_tensors
 from psmpi.errors import UserError
-from psmpi.layout import Classes, Each, Layout, Runs, assign_roles, plan_moves, restrict
+from psmpi.layout import Classes, Each, Layout, Runs, assign_roles, copy_runs, plan_moves, restrict
 from psmpi.nn.init import initial_weights
 from psmpi.nn.layers.linear import LinearPart
+from psmpi.nn.layers.segments import Segment
+from psmpi.nn.layers.segments import _merge as merge
 from psmpi.nn.layers.uses import joined, singles
 from psmpi.nn.model import Model
 from psmpi.nn.network import build
@@ -279,3 +282,28 @@ def test_checksums_of_chunks_are_those_of_hdf5(count, seed, value):
     words = np.random.default_rng(seed).integers(0, 2**32, count, np.uint32) if value is None else np.full(count, value)
     words = words.astype("<u4")
     assert fletcher32(words) == fletcher_by_words(words.tobytes())
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.tuples(st.sampled_from([1, 1, 2]), st.integers(0, 1), st.integers(3, 4)), max_size=12), st.data())
+def test_stripes_join_alike_one_by_one_and_together(units, data):
+    """Neighbours of equal steps, joined before in any way, make the segments that single stripes make."""
+    stripes, out, source, weight = [], 0, 0, 0
+    for n, across, step in units:
+        stripes.append(Segment(1, n, 2, out, source, 0, weight, 0, out, 0, 2, 2))
+        out, source, weight = out + n, source + across, weight + step
+    cuts = sorted(data.draw(st.sets(st.integers(0, len(stripes)))))
+    parts = [merge(stripes[a:b]) for a, b in pairwise([0, *cuts, len(stripes)])]
+    assert merge([one for part in parts for one in part]) == merge(stripes)
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), max_size=8), st.integers(1, 3), st.booleans())
+def test_runs_are_copied_at_equal_and_other_distances(gaps, size, alike):
+    sizes = np.array([size if alike else size + k % 2 for k in range(len(gaps))], np.int64)
+    starts, places = (np.cumsum([0, *(sizes + [gap[k] for gap in gaps])])[:-1].astype(np.int64) for k in (0, 1))
+    source, target = np.arange(1.0, 60.0), np.zeros(60)
+    copy_runs(source, starts, target, places, sizes)
+    wanted = np.zeros(60)
+    for a, b, n in zip(starts, places, sizes, strict=True):
+        wanted[b : b + n] = source[a : a + n]
+    assert np.array_equal(target, wanted)
