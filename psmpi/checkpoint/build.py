@@ -51,7 +51,7 @@ Tables = Sequence[tuple[str, tuple[int, ...], np.dtype, Callable[[int, np.ndarra
 def write_file(
     target: Path,
     contents: Contents,
-    vectors: Mapping[str, np.dtype],
+    vectors: dict[str, np.dtype],
     read: Source,
     gzip: int = 0,
     tables: Tables = (),
@@ -59,9 +59,9 @@ def write_file(
 ) -> None:
     """Write a checkpoint; it appears under its name whole or not at all.
 
-    `vectors` names what is written ("weights", the optimizer's, spaces) and its dtype, in this order and behind all
-    tables; `read` gives the elements slab by slab, and `done` hears of each vector that is not read any more; gzip: 0
-    (none) to 9. OSError where it cannot be written (a full disk may end the process instead).
+    `vectors` names what is written ("weights", the optimizer's, spaces) and its dtype, the last one first, all of them
+    behind the tables; `read` gives the elements slab by slab, and `done` hears of each vector that is not read any
+    more; gzip: 0 (none) to 9. OSError where it cannot be written (a full disk may end the process instead).
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_of(target)
@@ -83,7 +83,7 @@ def write_file(
                 file.create_dataset(name, data=as_data(text), chunks=(1,), fletcher32=True)
             for path, shape, of, get in tables:
                 _write_table(file, path, shape, of, get, gzip)
-            for vector, dtype in vectors.items():
+            for vector, dtype in reversed(vectors.items()):
                 for tensor in tensors[vector]:
                     path = f"{contents.group(vector)}/{tensor.name}"
                     _write_tensor(file, path, vector, tensor, dtype, read, gzip)
@@ -300,8 +300,8 @@ def build(job: Mapping[str, Any], spool: int) -> None:
         contents = Contents.of(job["texts"])
         source = SpoolSource(spool, contents, job["vectors"], job["maps"])
         tables = spool_tables(spool, job["tables_at"], job["tables"])
+        vectors = {name: np.dtype(text) for name, text, _ in job["vectors"]}
         # From the end of the spool, which gives its memory back for what is written.
-        vectors = {name: np.dtype(text) for name, text, _ in reversed(job["vectors"])}
         write_file(target, contents, vectors, source.read, job["gzip"], tables, source.forget)
     else:
         # The ranks have written it together.
