@@ -125,7 +125,7 @@ def find_cause(model: Model) -> Cause:
             )
     if model.head is not None:
         # Its outputs are nowhere all at once.
-        return Cause("loss", f"all weights are finite, and the outputs of all layers before {model.head.layer.name}")
+        return Cause("loss", f"all weights and the outputs of all layers before {model.head.layer.name} are finite")
     return Cause("loss", "all weights and the outputs of all layers are finite, the loss of these is beyond float64")
 
 

@@ -57,23 +57,26 @@ class Metric:
         scores (outputs, b), and targets (b,) int64 or (outputs, b) float64, in host memory. With `part` scores
         are those of some outputs, and so are the values to learn: the share of this rank, which ranks add up.
         """
-        count = targets.shape[-1] if part is None or part.counts else 0
         if self.loss.task != "classes":
-            off = scores - targets
+            count, off = targets.shape[-1] * (part is None or part.counts), scores - targets
             return np.array([self.loss.value(scores, targets, 1.0), np.vdot(off, off), count])
         if part is None:
-            found = [self.loss.value(scores, targets, 1.0), np.count_nonzero(scores.argmax(axis=0) == targets)]
-            if "top5" in self.names:
-                found.append(np.count_nonzero(count_above(scores, targets) < TOP))
-            return np.array([*found, count], np.float64)
-        labels = part.numbers[targets]
-        given = part.others.summed(self.loss.summarize(scores, labels), labels)
-        above = count_above(scores, targets, given[-1], part.classes).astype(np.float64)
-        part.others.add(above)
-        found = [self.loss.value(scores, labels, 1.0, given=given)]
-        if part.counts:
-            found += [np.count_nonzero(above < most) for most in (1, TOP)][: len(self.names) - 1]
-        return np.array([*found, *[0] * (len(self.names) - len(found)), count], np.float64)
+            value, above = self.loss.value(scores, targets, 1.0), count_above(scores, targets)
+        else:
+            labels = part.numbers[targets]
+            given = part.others.summed(self.loss.summarize(scores, labels), labels)
+            above = count_above(scores, targets, given[-1], part.classes)
+            value = self.loss.value(scores, labels, 1.0, given=given)
+        return self._found(value, above, part)
+
+    def _found(self, value: float, above: np.ndarray, part: ScorePart | None) -> np.ndarray:
+        """The sums, from that of losses and of each sample the number of classes before the label's (b,)."""
+        above = above.astype(np.float64)
+        if part is not None:
+            part.others.add(above)
+        counts = part is None or part.counts
+        places = [np.count_nonzero(above < most) * counts for most in (1, TOP)][: len(self.names) - 1]
+        return np.array([value, *places, len(above) * counts], np.float64)
 
     def sums_by_tiles(
         self, head: Head, features: np.ndarray, labels: np.ndarray, classes: np.ndarray, part: ScorePart | None = None
@@ -93,11 +96,7 @@ class Metric:
         for first, scores in head.tiles(features):
             value += self.loss.value(scores, own - first, 1.0, given=given)
             above += count_above(scores, labels, given[-1], classes[first : first + len(scores)])
-        counts = part is None or part.counts
-        if part is not None:
-            part.others.add(above)
-        places = [np.count_nonzero(above < most) * counts for most in (1, TOP)][: len(self.names) - 1]
-        return np.array([value, *places, len(labels) * counts], np.float64)
+        return self._found(value, above, part)
 
     def scores(self, sums: np.ndarray) -> dict[str, float]:
         """The scores by name, from sums over one sample or more."""

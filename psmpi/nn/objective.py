@@ -222,6 +222,10 @@ class Objective:
         assert self.model.g is not None
         self.ops.unscale(self.model.g, report, GRADIENT_LIMIT[self.model.dtype])
 
+    def again(self, tape: Tape) -> None:
+        """Fill the model's gradient once more for the last minibatch; its pass, and the weights, are as they were."""
+        self.backward(tape)
+
     def value(self) -> float:
         """The scaled sum of the losses last derived. Where it, or a score, is not finite, see the class."""
         self.report.fetch()

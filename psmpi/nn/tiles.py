@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from math import log
 from typing import Any
 
 import numpy as np
@@ -124,8 +125,8 @@ class TiledObjective(Objective):
         self.part = self.ops.empty(self.model.size * batch, self.model.dtype)
         if self.step_rows is not None:
             self._make_rows()
-        # Sums of terms, of a tile and of all.
-        self.sums = np.empty(2 * batch)
+        # Sums of terms: this rank's, those of a tile, and all ranks'.
+        self.sums = np.empty(3 * batch)
 
     def step_in_tiles(self, step_rows: Callable[[slice, np.ndarray], None]) -> None:
         """Let the rows of a tile be stepped at once, see the class."""
@@ -152,30 +153,50 @@ class TiledObjective(Objective):
         """Compute loss and gradients of the head; scores: the features (inputs, b), whose gradient is returned."""
         features, loss, report = scores.reshape(-1, scores.shape[-1]), self.loss, self.report.host
         b = features.shape[1]
-        dh: np.ndarray = self.cast[: features.size].reshape(features.shape)
         self.finite, report[:] = False, 0
-        given, rest = self._known(features, targets), self.sums[:b]
-        wrong: FloatingPointError | None = None
-        value, factor, clipped = np.nan, 1.0, loss.clipped
+        given, rest, total = self._known(features, targets), self.sums[:b], self.sums[2 * b : 3 * b]
+        value, peak, wrong = np.nan, 0.0, None
         try:
-            value, peak = self._pass(features, targets, scale, given, rest, dh)
-            if exponent_of(peak):
-                # Once more, with derivatives that stay in the dtype.
-                loss.clipped, report[3], factor = clipped, peak, 2.0 ** -exponent_of(peak)
-                value, _ = self._pass(features, targets, scale * factor, given, rest, dh)
-                value /= factor
+            value, peak = self._pass(features, targets, scale, given)
         except FloatingPointError as error:
             wrong = error
-        value = self._settle(value, wrong, given, rest, factor)
+        np.copyto(total, rest)
+        value = self.agreed(value, wrong, given, total if "terms" in loss.sums else None)
         if "terms" in loss.sums:
-            self._close(features, targets, rest, dh)
-        if np.isnan(value):
-            dh.fill(np.nan)
+            slopes = np.abs(total[own_labels(targets, self.head.classes)])
+            peak = max(peak, float(slopes.max(initial=0.0)))
+        self.last, report[3] = (features, targets, scale, given), peak
+        if exponent_of(peak) and np.isfinite(value):
+            # Once more, with derivatives that stay in the dtype.
+            self._derive()
+        elif "terms" in loss.sums:
+            self._close(features, targets, total)
         report[0] = value
         self.finite = bool(np.isfinite(value))
-        if not (self.finite or loss.lenient):
-            raise FloatingPointError(DIVERGED)
+        dh = self._dh(features)
+        if not self.finite:
+            dh.fill(np.nan)
+            if not loss.lenient:
+                raise FloatingPointError(DIVERGED)
         return dh
+
+    def _dh(self, features: np.ndarray) -> np.ndarray:
+        """The gradient of the features (inputs, b)."""
+        found: np.ndarray = self.cast[: features.size].reshape(features.shape)
+        return found
+
+    def _derive(self) -> None:
+        """Make the gradients of the last minibatch again, divided by the power of two that the report asks for."""
+        (features, labels, scale, given), clipped = self.last, self.loss.clipped
+        factor = 2.0 ** -exponent_of(float(self.report.host[3]))
+        self._pass(features, labels, scale * factor, given)
+        self.loss.clipped, b = clipped, len(labels)
+        if "terms" in self.loss.sums:
+            self._close(features, labels, factor * self.sums[2 * b : 3 * b])
+
+    def again(self, tape: Any) -> None:
+        self._derive()
+        self.backward(tape)
 
     def backward(self, tape: Any, dx: np.ndarray | None = None) -> None:
         """Fill the rest of the model's gradient from that of the features."""
@@ -184,8 +205,7 @@ class TiledObjective(Objective):
             finished(self.head.part.number)
         assert self.model.g is not None
         if self.below:
-            dh = self.cast[: tape.scores.size].reshape(tape.scores.shape)
-            self.model.backward(tape, dh, dx=dx)
+            self.model.backward(tape, self.cast[: tape.scores.size].reshape(tape.scores.shape), dx=dx)
         self.ops.unscale(self.model.g, self.report.array, GRADIENT_LIMIT[self.model.dtype])
 
     def _known(self, features: np.ndarray, labels: np.ndarray) -> np.ndarray | None:
@@ -197,16 +217,10 @@ class TiledObjective(Objective):
         return own if self.others is None else self.others.summed(own, labels)
 
     def _pass(
-        self,
-        features: np.ndarray,
-        labels: np.ndarray,
-        scale: float,
-        given: np.ndarray | None,
-        rest: np.ndarray,
-        dh: np.ndarray,
+        self, features: np.ndarray, labels: np.ndarray, scale: float, given: np.ndarray | None
     ) -> tuple[float, float]:
         """One pass over the tiles: the scaled loss, and the largest derivative where it is large."""
-        value = peak = 0.0
+        value, peak, rest, dh = 0.0, 0.0, self.sums[: len(labels)], self._dh(features)
         rest.fill(0)
         dh.fill(0)
         across, part = features.T, self.part[: features.size].reshape(features.shape)
@@ -253,7 +267,7 @@ class TiledObjective(Objective):
         scores = self.head.scores(features, first, room)
         if self.fast is not None:
             found = self.fast(loss.name, scores, own, scale, loss.kappa, loss.offset(self.head.classes), given, mine)
-            if found is not None and np.isfinite(found[0]) and self._is_small(found[1], scale):
+            if found is not None and np.isfinite(found[0]) and self._is_small(found[1], scale, given):
                 rest += mine
                 return scores, found[0], 0.0
             scores = self.head.scores(features, first, room)
@@ -265,25 +279,21 @@ class TiledObjective(Objective):
             np.copyto(scores, grad, casting="same_kind")
         return scores, value, peak
 
-    def _is_small(self, margin: float, scale: float) -> bool:
-        """Whether terms of psl up to this margin are exact in the dtype, and their derivatives small enough for it."""
-        return margin == 0 or (margin <= MARGIN[self.model.dtype] and np.exp(margin) * self.loss.kappa * scale <= PEAK)
+    def _is_small(self, largest: float, scale: float, given: np.ndarray | None) -> bool:
+        """Whether terms of a tile are exact in the dtype, and their derivatives small enough for it.
 
-    def _settle(
-        self,
-        value: float,
-        wrong: FloatingPointError | None,
-        given: np.ndarray | None,
-        rest: np.ndarray,
-        factor: float,
-    ) -> float:
-        """Sum the terms over the ranks, `rest` being this rank's times `factor`; the loss that follows."""
-        rest /= factor
-        value = self.agreed(value, wrong, given, rest if "terms" in self.loss.sums else None)
-        rest *= factor
-        return value
+        largest: margin of psl, or score of `squared`.
+        """
+        loss = self.loss
+        if loss.name == "squared":
+            return 2 * scale * (1 + largest) <= PEAK
+        if loss.name != "psl":
+            return True
+        # The logarithm of the largest derivative, which may be beyond any dtype.
+        slope = largest + log(loss.kappa * scale)
+        return largest <= min(MARGIN[self.model.dtype], loss.tangent) and slope <= log(PEAK) and _is_finite(given)
 
-    def _close(self, features: np.ndarray, labels: np.ndarray, rest: np.ndarray, dh: np.ndarray) -> None:
+    def _close(self, features: np.ndarray, labels: np.ndarray, rest: np.ndarray) -> None:
         """Complete what the labels' own scores add: minus the sum of the terms."""
         own = own_labels(labels, self.head.classes)
         if not own.size:
@@ -297,7 +307,7 @@ class TiledObjective(Objective):
         if self.head.part.bias:
             self.g_biases[rows] -= share.sum(axis=1)
         if self.below:
-            dh[:, own] -= self.head.weights[labels[own]].T * slopes
+            self._dh(features)[:, own] -= self.head.weights[labels[own]].T * slopes
 
 
 def _rows(part: LinearPart, views: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -307,6 +317,10 @@ def _rows(part: LinearPart, views: Any) -> tuple[np.ndarray, np.ndarray]:
         # Each class's row by itself.
         return weights[:, 0], biases[:, 0]
     return weights[0], biases[0]
+
+
+def _is_finite(given: np.ndarray | None) -> bool:
+    return given is None or bool(np.isfinite(given).all())
 
 
 def is_tiled(network: Network, classes: int, batch: int, ops: NumpyOps, task: str) -> bool:

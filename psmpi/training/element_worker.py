@@ -44,7 +44,9 @@ class ElementWorker:
         self.place, self.rows, self.dataset = place, roles.rows, dataset
         self.dtype, self.ops, self.g_part = context.dtype, ops, g_part
         share = -(-context.config.data.batch_size // roles.rows)
-        tiled = place.elements is None and is_tiled(network, len(place.classes), share, ops, dataset.task)
+        batches = network.evaluation_batches(dataset.test.n) if tests else []
+        most = max(share, *(at.stop - at.start for at in batches), 1)
+        tiled = place.elements is None and is_tiled(network, len(place.classes), most, ops, dataset.task)
         self.model = Model(network, context.layout, w_part, g_part, ops, place.classes, head=tiled)
         self.head = Head(self.model) if tiled else None
         self.loss, self.metric = context.loss(), context.metric()
@@ -79,7 +81,6 @@ class ElementWorker:
             self.mask = ops.put(self.pairs)
         self.train = Resident(dataset.train, samples, self.dtype, ops)
         # Whole minibatches, the same on any number of rows.
-        batches = network.evaluation_batches(dataset.test.n) if tests else []
         self.test_batches = [batches[k] for k in np.array_split(np.arange(len(batches)), self.rows)[place.row]]
         # In a test the first worker of the row that computes a class's score has it.
         first = {c: w.column for w in reversed(peers) for c in w.classes}
@@ -169,7 +170,7 @@ class ElementWorker:
         """g_part of the last minibatch once more, at the same weights, whatever sums over ranks have made of it."""
         finished, self.model.finished = self.model.finished, None
         if self.last:
-            self._backward(self.last)
+            self.objective.again(self.tape)
         self.model.finished = finished
         return self.g_part
 

@@ -113,7 +113,7 @@ class Numbers:
         """
         if self.mode == "stop":
             return True
-        # Of ranks that share scores one has the loss.
+        # Of ranks with different classes each has its share of the loss.
         fine = isfinite(loss) and all(objective.finite for objective, *_ in self.watched)
         if self.mode == "rollback":
             if not fine:

@@ -17,8 +17,10 @@ from psmpi.layout import Runs
 from psmpi.nn.init import initial_weights
 from psmpi.nn.losses import LOSSES, make_loss
 from psmpi.nn.metric import Metric, ScorePart
+from psmpi.nn.model import Model
 from psmpi.nn.network import build
-from psmpi.nn.objective import Objective
+from psmpi.nn.objective import GRADIENT_LIMIT, Objective
+from psmpi.nn.tiles import TiledObjective
 from psmpi.optim.first_order import FirstOrder
 from psmpi.testing import run_ranks
 from psmpi.training.class_sums import ClassSums
@@ -123,6 +125,37 @@ def test_all_ranks_say_that_clipping_is_off():
         return objective.finite
 
     assert run_ranks(3, work) == [False] * 3
+
+
+@pytest.mark.parametrize(("dtype", "bias"), [(F32, 40.0), (F32, 80.0), (F32, 100.0), (F64, 640.0)])
+def test_large_terms_of_another_rank_scale_the_gradient_of_the_label_down(dtype, bias, monkeypatch):
+    """All labels on one rank and the large scores on the other: limited as on one rank."""
+    monkeypatch.setattr("psmpi.nn.tiles.tile_size", lambda batch: 4)
+    network = build("head", (5,), [{"type": "dense", "units": 12}], 12)
+    layout, rng = network.layout(), np.random.default_rng(0)
+    w, x = rng.normal(size=layout.size).astype(dtype), rng.normal(size=(5, 8)).astype(dtype)
+    labels = rng.integers(0, 6, 8)
+    Model(network, layout, w, None, NumpyOps()).parts[-1].w[0][1][0][9] = bias
+
+    def gradient(world, tiled):
+        counts, first = spread(world, 12)
+        part = layout.part(range(first, first + counts[world.rank]))
+        mine = np.concatenate([w[a:b] for a, b in part.intervals])
+        model = Model(
+            network, layout, mine, np.empty_like(mine), NumpyOps(), range(first, first + len(mine) // 6), head=tiled
+        )
+        loss = make_loss("psl", dtype)
+        sums = ClassSums(Group(world, range(world.size), Counter()), loss, counts, dtype, NumpyOps())
+        objective = (TiledObjective if tiled else Objective)(loss, model, sums if world.size > 1 else None)
+        objective.reserve(counts[world.rank], 8)
+        tape = model.forward(x)
+        objective.losses(tape.scores, labels - first, 0.125)
+        objective.backward(tape)
+        return model.g
+
+    whole = gradient(run_ranks(1, lambda world: world)[0], False)
+    found = np.concatenate(run_ranks(2, lambda world: gradient(world, True)))
+    assert abs(found - whole).max() <= 1e-4 * abs(whole).max() and abs(found).max() <= GRADIENT_LIMIT[dtype]
 
 
 @pytest.mark.parametrize("levels", [3, 1000])

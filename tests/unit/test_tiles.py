@@ -12,7 +12,7 @@ from psmpi.nn.losses import LOSSES, make_loss
 from psmpi.nn.metric import Metric
 from psmpi.nn.model import Model
 from psmpi.nn.network import build
-from psmpi.nn.objective import Objective
+from psmpi.nn.objective import GRADIENT_LIMIT, Objective
 from psmpi.nn.tiles import Head, TiledObjective, has_head
 
 F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
@@ -84,6 +84,61 @@ def test_large_margins_of_psl_have_tangents_and_gradients_that_are_scaled_down(s
     assert found == pytest.approx(value, rel=1e-3 if dtype == F32 else 1e-10) and ours_clipped == clipped
     assert abs(ours - g).max() <= (1e-3 if dtype == F32 else 1e-10) * abs(g).max()
     assert spread < 400 or clipped or dtype == F64
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("exp_clip", ["1", "5", "30"])
+def test_tangents_begin_where_they_are_asked_for(exp_clip, backend, tile):
+    tile(4)
+    network = network_of(13)
+    w, x, labels = problem(network, F32, size=2.0)
+    whole, ours = make_loss("psl", F32, exp_clip=exp_clip), make_loss("psl", F32, exp_clip=exp_clip)
+    value, g, clipped = derive(network, w, x, labels, whole, NumpyOps(), tiled=False)
+    found, mine, seen = derive(network, w, x, labels, ours, make_ops(backend), tiled=True)
+    assert found == pytest.approx(value, rel=1e-5) and seen == clipped and (exp_clip == "30" or clipped > 0)
+    assert abs(mine - g).max() <= 1e-5 * abs(g).max()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("size", [1e6, 1e8])
+def test_large_scores_of_squared_are_scaled_down_and_limited(size, backend, tile):
+    tile(4)
+    network = network_of(13, trunk=False)
+    w, x, labels = problem(network, F32, size=size)
+    _, g, _ = derive(network, w, x, labels, make_loss("squared", F32), NumpyOps(), tiled=False)
+    _, ours, _ = derive(network, w, x, labels, make_loss("squared", F32), make_ops(backend), tiled=True)
+    assert abs(ours - g).max() <= 1e-5 * abs(g).max() and abs(ours).max() <= GRADIENT_LIMIT[F32]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_infinite_score_of_a_label_is_an_error_of_psl(backend, tile):
+    tile(4)
+    network = network_of(13, trunk=False)
+    w, x, labels = problem(network, F64)
+    model = Model(network, network.layout(), w, None, NumpyOps())
+    model.parts[-1].w[0][1][0][labels[3]] = np.inf
+    with np.errstate(invalid="ignore"), pytest.raises(FloatingPointError, match="a score is not a finite number"):
+        derive(network, w, x, labels, make_loss("psl", F64), make_ops(backend), tiled=True)
+
+
+@pytest.mark.parametrize("spread", [1.0, 40.0])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_gradient_is_made_again_whatever_has_become_of_it(name, backend, spread, tile):
+    tile(4)
+    network = network_of(13)
+    w, x, labels = problem(network, F64, size=spread)
+    g = np.empty_like(w)
+    model = Model(network, network.layout(), w, g, make_ops(backend), head=True)
+    objective = TiledObjective(make_loss(name, F64, outputs=13), model)
+    objective.reserve(13, len(labels))
+    tape = model.forward(x)
+    objective.losses(tape.scores, labels, 0.25)
+    objective.backward(tape)
+    before, clipped = g.copy(), objective.loss.clipped
+    g.fill(np.nan)
+    objective.again(tape)
+    assert np.allclose(g, before, rtol=1e-12, atol=0) and objective.loss.clipped == clipped
 
 
 @pytest.mark.parametrize("lenient", [False, True])

@@ -27,7 +27,9 @@ class CompiledLosses(Arrays):
         given: np.ndarray | None,
         rest: np.ndarray,
     ) -> tuple[float, float] | None:
-        """The scaled loss and psl's largest margin; scores become derivatives, see `Loss.terms`. None without a kernel.
+        """The scaled loss, and the largest margin of psl or score of squared; scores become derivatives.
+
+        See `Loss.terms`. None where there is no kernel.
 
         Terms are of the scores' dtype, summed over few classes in it and then in float64; psl has no tangent here. rest
         (b,) float64 is filled for losses with a sum of terms.

@@ -52,6 +52,8 @@ INLINE void NAME(terms)(const int kind, int classes, ptrdiff_t b, int samples, R
                 } else if (kind == NLL) {
                     d = NAME(exponential)(NAME(clamped)(row[s] - own[s])) * inverse[s];
                 } else if (kind == SQUARED) {
+                    const R size = row[s] < 0 ? -row[s] : row[s];
+                    worst[s] = size > worst[s] ? size : worst[s];
                     v = row[s] * row[s];
                     d = row[s];
                 } else {
@@ -75,7 +77,8 @@ INLINE void NAME(terms)(const int kind, int classes, ptrdiff_t b, int samples, R
 /* The losses of the classes of a tile, `kind` as above, psl without its tangent: scores c (classes, b) become d loss /
  * d c. labels (b,) count from the first of these classes; the label's score of a loss with a sum of terms has none.
  * given: (b,) scores of labels, of nll (2, b) largest scores and sums of exponentials. rest (b,) = the sums of the
- * derivatives but the label's; found (2,) = the scaled loss, and of psl the largest margin, at least 0. */
+ * derivatives but the label's; found (2,) = the scaled loss, and of psl the largest margin, at least 0, of squared the
+ * largest score in magnitude. */
 void NAME(class_terms)(int kind, int classes, ptrdiff_t b, R *c, const int64_t *labels, const double *given,
                        double scale, double kappa, double offset, double *rest, double *found)
 {
@@ -128,6 +131,7 @@ void NAME(class_terms)(int kind, int classes, ptrdiff_t b, R *c, const int64_t *
                     value[s] = log(given[b + at + s]) - (mine[s] - given[at + s]);
                     *slope -= (R)scale;
                 } else if (kind == SQUARED) {
+                    worst[s] = fabs(mine[s]) > worst[s] ? (R)fabs(mine[s]) : worst[s];
                     value[s] += (mine[s] - 1) * (mine[s] - 1);
                     *slope = (R)(2 * scale * (mine[s] - 1));
                 } else {
@@ -161,9 +165,8 @@ void NAME(class_normalizers)(int classes, ptrdiff_t b, const R *c, double *top, 
                 largest[s] = score > largest[s] || score != score ? score : largest[s];
             }
         for (int s = 0; s < samples; s++) {
-            largest[s] = !(largest[s] > (R)top[at + s]) && top[at + s] == top[at + s] && largest[s] == largest[s]
-                             ? (R)top[at + s]
-                             : largest[s];
+            const R before = (R)top[at + s];
+            largest[s] = before > largest[s] || before != before ? before : largest[s];
             total[s] = 0;
         }
         for (int first = 0; first < classes; first += CLASSES) {

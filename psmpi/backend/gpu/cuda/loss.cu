@@ -208,6 +208,9 @@ extern "C" __global__ void losses(long long kind, long long classes, long long b
             } else
                 normalizer(classes, batch, c, &top, &total);
             found.value = cross_entropy(classes, batch, c, y, top, total, scale, into);
+            /* What is not finite is to be known to all ranks. */
+            if (given)
+                found.value += (top - top) + (total - total) + (given[2 * batch + b] - given[2 * batch + b]);
         } else if (kind == SQUARED)
             found.value = squared_error(classes, batch, c, y, scale, into);
         else
