@@ -84,11 +84,14 @@ class LossSettings:
     """Factor on the score differences of losses over pairs of classes."""
     exp_clip: str = "auto"
     """Exponent from which psl goes on as its tangent: auto (where the dtype overflows), a number, or off (an error)."""
+    psl_weights: Literal["none", "remembered", "current"] = "none"
+    """What psl divides a sample's derivatives by: nothing, its own loss when the sample was last seen, or its loss in
+    this step, which makes it cross-entropy."""
 
 
 def unused_of_loss(given: LossSettings) -> set[str]:
     """The names of the settings that the loss does not use."""
-    return {"kappa", "exp_clip"} - set(LOSSES[given.loss].settings)
+    return {"kappa", "exp_clip", "psl_weights"} - set(LOSSES[given.loss].settings)
 
 
 @dataclass(frozen=True)

@@ -173,6 +173,18 @@ def _check_used(config: Config, said: Collection[str]) -> None:
                 f"{option(name)} is of --loss {listed(users)}, and the loss here is {loss.loss}: leave it out, or "
                 f"choose {'that one' if len(users) == 1 else 'one of these'}"
             )
+    weights = loss.psl_weights
+    if weights != "none" and find_optimizer(o.optimizer).needs_closure:
+        raise UserError(
+            f"{option('psl_weights')} {weights} weighs samples anew in each step, and --optimizer {o.optimizer} "
+            "compares the values of one objective: use another optimizer (adam, sgd, ...), or --loss nll"
+        )
+    if weights == "remembered" and not method.remembers:
+        those = listed([name for name, known in all_methods().items() if known.remembers])
+        raise UserError(
+            f"{option('psl_weights')} {weights} is of --method {those}, and the method here is "
+            f"{config.parallel.method}: use {option('psl_weights')} current, or --loss nll"
+        )
     given = o.clip != Optimization().clip or "clip" in said
     if o.clip and given and find_optimizer(o.optimizer).needs_closure:
         raise UserError(f"--clip {o.clip} is not for --optimizer {o.optimizer}, which bounds its steps: leave it out")

@@ -37,12 +37,13 @@ class Opened:
         with open_file(self.path) as file:
             self.vectors = ["weights", *file.get("optimizer", ())]
             # Of tables of elements and of ranks, by path, shape and dtype; and where they are: earlier files have the
-            # tables of ranks among those of elements, whose classes they lack.
+            # tables of ranks among those of elements, without what says of which elements or samples these are.
             self.tables: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
             self.places: dict[str, str] = {}
+            former = not {"classes", "remembered"} & set(file.get("elements", ()))
             for group in TABLES:
                 for name, table in file.get(group, {}).items():
-                    label = f"{group}/{name}" if "classes" in file.get("elements", ()) else f"rank/{name}"
+                    label = f"rank/{name}" if former else f"{group}/{name}"
                     self.tables[label], self.places[label] = (table.shape, table.dtype), table.name
             self.dtype: np.dtype = file[f"weights/{next(iter(self.tensors))}"].dtype
             self.dtypes: dict[str, np.dtype] = {

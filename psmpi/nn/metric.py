@@ -66,7 +66,7 @@ class Metric:
             labels = part.numbers[targets]
             given = part.others.summed(self.loss.summarize(scores, labels), labels)
             above = count_above(scores, targets, given[-1], part.classes)
-            value = self.loss.value(scores, labels, 1.0, given=given)
+            value = self.loss.value(scores, labels, 1.0, given=given, others=part.others)
         return self._found(value, above, part)
 
     def _found(self, value: float, above: np.ndarray, part: ScorePart | None) -> np.ndarray:

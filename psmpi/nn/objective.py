@@ -164,7 +164,7 @@ class Objective:
             grad.fill(np.nan)
         value = self.agreed(value, wrong, given, rest)
         if rest is not None:
-            loss.close(grad, labels, rest)
+            value += loss.close(grad, labels, rest, scale)
         return value
 
     def agreed(

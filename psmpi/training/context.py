@@ -108,7 +108,15 @@ class Context:
 def configured_loss(config: Config, dataset: Dataset) -> Loss:
     """The loss of a configuration for a data set; UserError for settings that it cannot have."""
     c, dtype = config.objective, np.dtype(config.model.dtype)
-    return make_loss(c.loss, dtype, kappa=c.kappa, exp_clip=c.exp_clip, task=dataset.task, outputs=dataset.outputs)
+    return make_loss(
+        c.loss,
+        dtype,
+        kappa=c.kappa,
+        exp_clip=c.exp_clip,
+        task=dataset.task,
+        outputs=dataset.outputs,
+        weights=c.psl_weights,
+    )
 
 
 def configured_optimizer(

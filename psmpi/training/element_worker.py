@@ -20,6 +20,7 @@ from psmpi.nn.tiles import Head, TiledObjective, is_tiled
 from psmpi.training.class_sums import ClassSums
 from psmpi.training.context import Context
 from psmpi.training.evaluator import evaluate
+from psmpi.training.remembered import Remembered
 
 
 class ElementWorker:
@@ -46,7 +47,8 @@ class ElementWorker:
         share = -(-context.config.data.batch_size // roles.rows)
         batches = network.evaluation_batches(dataset.test.n) if tests else []
         most = max(share, *(at.stop - at.start for at in batches), 1)
-        tiled = place.elements is None and is_tiled(network, len(place.classes), most, ops, dataset.task)
+        plain = place.elements is None and context.config.objective.psl_weights == "none"
+        tiled = plain and is_tiled(network, len(place.classes), most, ops, dataset.task)
         self.model = Model(network, context.layout, w_part, g_part, ops, place.classes, head=tiled)
         self.head = Head(self.model) if tiled else None
         self.loss, self.metric = context.loss(), context.metric()
@@ -64,6 +66,8 @@ class ElementWorker:
             group = context.group(row.ranks, bridge=Bridge()) if host else row
             self.sums = ClassSums(group, self.loss, counts, self.dtype, NumpyOps() if host else ops)
         self.objective = (TiledObjective if tiled else Objective)(self.loss, self.model, self.sums)
+        # Where the loss remembers samples, whoever keeps what it does.
+        self.remembered: Remembered | None = None
         # Ranks whose losses need no sums, and those of pairs, know of their own scores alone.
         context.numbers.watch(self.objective, row if self.objective.others is not None else None, self.own_gradient)
         self.forward_pass, self.backward_pass = ops.record(self._forward), ops.record(self._backward)
@@ -138,8 +142,10 @@ class ElementWorker:
         if own is None:
             own = batch.share(self.place.row, self.rows)
         # What every sample adds whatever the weights belongs to no pair: the row's first worker counts it.
-        constant = scale * len(own) * self.loss.constant if self.pairs is not None and self.place.column == 0 else 0.0
+        constant = 0.0
         if self.pairs is not None:
+            if self.place.column == 0:
+                constant = scale * self.loss.constants(self._divisors(own.ids), len(own))
             own = Batch(own.ids[self.numbers[self.dataset.train.labels[own.ids]] >= 0])
         self.last = b = len(own)
         if b == 0:
@@ -150,13 +156,19 @@ class ElementWorker:
         assert own.targets is not None
         self.objective.ids = own.ids
         self.objective.bring(self._own_targets(own.targets))
+        self.loss.divisors = self._divisors(own.ids)
         self.tape = self.forward_pass(b)
         if self.objective.others is None:
             self.derive_pass(b, scale)
         else:
             self._losses(b, scale)
             self.backward_pass(b)
+        if self.remembered is not None:
+            self.remembered.note(own.ids, self.loss.rests)
         return self.objective.value() + constant
+
+    def _divisors(self, ids: np.ndarray) -> np.ndarray | None:
+        return None if self.remembered is None else self.remembered.values[ids]
 
     def _own_targets(self, targets: np.ndarray) -> np.ndarray:
         """Labels as this worker numbers classes, counted from its first with the score partition; values of its own."""

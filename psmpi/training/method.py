@@ -61,6 +61,8 @@ class Method:
     partitioned: ClassVar[bool] = False
     # Whether `step` asks `Numbers.sound` before it changes anything, so that --on-nan skip can leave a step out.
     skips: ClassVar[bool] = False
+    # Whether losses can remember samples here.
+    remembers: ClassVar[bool] = False
     exactness: ClassVar[Exactness] = Exactness()
 
     def __init__(self, context: Context, shards: Ownership):

@@ -117,7 +117,7 @@ def loss_by_parts(name, dtype, scores, labels, cuts, scale=0.5, **settings):
         value += loss.terms(scores[at], own, scale, given, grad[at], rests[k])
     for loss, at in zip(made, spans, strict=True):
         if "terms" in loss.sums:
-            loss.close(grad[at], labels - at.start, rests.sum(axis=0))
+            value += loss.close(grad[at], labels - at.start, rests.sum(axis=0), scale)
     return value, grad, sum(loss.clipped for loss in made)
 
 

@@ -12,6 +12,7 @@ from math import inf, isfinite
 
 import numpy as np
 
+from psmpi.comm.bridge import Bridge
 from psmpi.comm.transfers import Exchange, Message, Step
 from psmpi.data import Batch
 from psmpi.methods.psl.newton import PartitionedNewton
@@ -25,6 +26,7 @@ from psmpi.training.descent import Descent
 from psmpi.training.element_worker import ElementWorker
 from psmpi.training.masters import Masters
 from psmpi.training.method import Method
+from psmpi.training.remembered import Remembered
 
 # Scalars of optimizers that count steps in which the weights stayed.
 FAILURES = ("failed_searches", "failed_steps")
@@ -37,7 +39,7 @@ class PartiallySeparable(Method):
     summary = "the partially-separable loss, each rank its part of the network"
     settings = (Settings, Masters)
     nccl = True
-    partitioned = skips = True
+    partitioned = skips = remembers = True
 
     def __init__(self, context: Context):
         self.roles = plan_roles(context.layout, context.size, context.config)
@@ -73,6 +75,9 @@ class PartiallySeparable(Method):
         objective = self.worker.objective if self.worker is not None else None
         if isinstance(objective, TiledObjective) and isinstance(self.optimizer, FirstOrder):
             self.early = self._stepped_in_tiles(objective, self.optimizer)
+        self.remembered: Remembered | None = None
+        if context.config.objective.psl_weights == "remembered":
+            self._remember()
         self.newton: PartitionedNewton | None = None
         if context.config.optimization.optimizer in RULES:
             self.newton = PartitionedNewton(
@@ -86,6 +91,21 @@ class PartiallySeparable(Method):
         self.lr = 0.0
 
     check = staticmethod(check_psl)
+
+    def _remember(self) -> None:
+        """Keep what psl remembers of each sample, on all workers."""
+        workers = [rank for rank, place in enumerate(self.roles.workers) if place is not None]
+        group = self.context.group(workers, bridge=Bridge()) if self.worker is not None else None
+        samples, size = self.dataset.train.n, self.context.size
+        self.remembered = Remembered(group, workers, size, samples, self.dtype, self.state)
+        # Steps so far: at the end of an epoch workers exchange what they have found.
+        self.state.scalar("steps", 0)
+        self.steps_per_epoch = -(-samples // self.context.config.data.batch_size)
+        if self.worker is not None:
+            self.worker.remembered = self.remembered
+
+    def _ends_epoch(self, step: int) -> bool:
+        return self.remembered is not None and (step + 1) % self.steps_per_epoch == 0
 
     def allsum(self, values: np.ndarray) -> np.ndarray:
         """`values` (k,) float64 summed over the shards, in place, the same on every rank that takes part."""
@@ -130,6 +150,15 @@ class PartiallySeparable(Method):
         else:
             loss = self.descent.search(self.w, self.g, lr, lambda trial: self.gradient(batch, trial))
         self.loss_sum += loss * len(batch)
+        if self.remembered is not None:
+            self.remembered.visit(batch.ids, self.numbers.in_row == 0)
+            if self._ends_epoch(int(self.scalars["steps"])):
+                self.remembered.settle()
+            self.scalars["steps"] += 1
+
+    def drain(self) -> None:
+        if self.remembered is not None:
+            self.remembered.drain()
 
     def gradient(self, batch: Batch, trial: bool = False) -> float:
         """Fill the shards' gradient of the mean loss over the samples; returns this rank's share of that loss.
@@ -156,6 +185,8 @@ class PartiallySeparable(Method):
         self.failed_before = {name: self.scalars[name] for name in FAILURES if name in self.scalars}
         if self.newton is not None:
             self.newton.restored()
+        if self.remembered is not None:
+            self.remembered.restored()
 
     def test(self) -> dict[str, float]:
         # The weights that other ranks own have moved since they were last sent.
@@ -168,6 +199,8 @@ class PartiallySeparable(Method):
         if self.optimizer.needs_closure:
             return None
         found = [*self.exchange.messages(Step(batch)), *self.exchange.messages(Step(batch), back=True)]
+        if self.remembered is not None and self._ends_epoch(step):
+            found += self.remembered.messages()
         return found + (self.worker.messages(batch) if self.worker is not None else [])
 
     def work(self) -> tuple[str, str, int]:

@@ -71,6 +71,11 @@ def _check_roles(network: Network, roles: Roles, dataset: Dataset, config: Confi
             f"--partition pairs needs a loss that is a sum over pairs of classes, and --loss {loss.name} is not: use "
             f"{' or '.join(f'--loss {name}' for name, kind in LOSSES.items() if kind.pairwise)}, or --partition scores"
         )
+    if partition == "pairs" and loss.weights == "current":
+        raise UserError(
+            "--psl-weights current needs a sum over all classes in each step, and a worker of --partition pairs has "
+            "that of its own pairs: use --psl-weights remembered, or --partition scores"
+        )
     if network.normalized and (roles.rows > 1 or partition == "pairs"):
         fix = f"use --partition scores with --replicas 1 and no more workers than classes, or --method {WHOLE}"
         raise UserError(

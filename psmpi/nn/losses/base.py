@@ -71,7 +71,8 @@ class Loss:
     gathers: whether ranks' summaries are merged, and not added up. outputs: the classes of all ranks together, by
     default those of the scores that the loss is called with.
     tasks: what it can learn, "classes" by labels or "regression" by values; task: which of these.
-    settings: the names of the settings that it uses, of those below.
+    settings: the names of the settings that it uses, of those below. weights: what psl divides a sample by.
+    divisors, rests: see `PSL`.
     immediate: whether derivatives are bounded, and final as soon as what `sums` says is known.
     lenient: a loss of scores that are not finite is NaN, and no error, where `Objective` and `Metric` ask for it.
     Buffers grow to the largest minibatch seen and are then reused.
@@ -95,16 +96,20 @@ class Loss:
         exp_clip: float | None = 0.0,
         task: str = "classes",
         outputs: int = 0,
+        weights: str = "none",
     ):
         self.dtype, self.kappa, self.task, self.outputs = np.dtype(dtype), float(kappa), task, outputs
-        self.clipped, self.lenient = 0, False
-        self.limit = largest_exponent(self.dtype) if exp_clip == 0.0 else exp_clip
+        self.clipped, self.lenient, self.weights = 0, False, weights
+        self.largest = largest_exponent(self.dtype if weights == "none" else np.dtype(np.float64))
+        self.limit = self.largest if exp_clip == 0.0 else exp_clip
+        self.divisors: np.ndarray | None = None
+        self.rests: np.ndarray | None = None
         self._store = np.empty(0)
 
     @property
     def tangent(self) -> float:
         """The exponent from which psl goes on as its tangent, or beyond which it fails."""
-        return largest_exponent(self.dtype) if self.limit is None else self.limit
+        return self.largest if self.limit is None else self.limit
 
     @property
     def nbytes(self) -> int:
@@ -144,7 +149,7 @@ class Loss:
         rest = np.empty(scores.shape[-1]) if grad is not None and "terms" in self.sums else None
         value = self.terms(scores, targets, scale, given, grad, rest, pairs)
         if grad is not None and rest is not None:
-            self.close(grad, targets, rest)
+            value += self.close(grad, targets, rest, scale)
         return value
 
     def summary_size(self, classes: int) -> int:
@@ -188,13 +193,14 @@ class Loss:
         """
         raise NotImplementedError
 
-    def close(self, grad: np.ndarray, labels: np.ndarray, rest: np.ndarray) -> None:
-        """Complete the derivatives with respect to the labels' scores; rest: of all classes, see `terms`.
+    def close(self, grad: np.ndarray, labels: np.ndarray, rest: np.ndarray, scale: float) -> float:
+        """Complete the derivatives of labels' scores; rest: of all classes, see `terms`. Returns what its value lacked.
 
         Every term is one of c_j - c_y: what c_y adds is minus the sum of the others.
         """
         own = own_labels(labels, len(grad))
         grad[labels[own], own] = -rest[own]
+        return 0.0
 
     def value(
         self,
@@ -204,14 +210,15 @@ class Loss:
         grad: np.ndarray | None = None,
         pairs: np.ndarray | None = None,
         given: np.ndarray | None = None,
+        others: OverClasses | None = None,
     ) -> float:
         """What a call returns, of a `lenient` loss NaN in place of an error: so is then all of `grad`.
 
-        With `given` what `terms` returns, without derivatives.
+        With `given` the share of some classes, without derivatives; others: sums over the ranks that have others.
         """
         try:
             if given is not None:
-                return self.terms(scores, targets, scale, given)
+                return self.partial_value(scores, targets, scale, given, others)
             return self(scores, targets, scale, grad, pairs)
         except FloatingPointError:
             if not self.lenient:
@@ -220,6 +227,12 @@ class Loss:
                 grad.fill(np.nan)
             return np.nan
 
+    def partial_value(
+        self, scores: np.ndarray, targets: np.ndarray, scale: float, given: np.ndarray, others: OverClasses | None
+    ) -> float:
+        """The share of some classes in a call's value; given as in `terms`. All ranks of `others` call it."""
+        return self.terms(scores, targets, scale, given)
+
     def diverged(self, mean: float, clipped: float, size: float = 1.0) -> bool:
         """Whether a mean loss over the samples of an epoch is one of a training that has diverged.
 
@@ -227,6 +240,10 @@ class Loss:
         values to learn the mean over samples of sum_j t_j^2.
         """
         return mean > HOPELESS
+
+    def constants(self, divisors: np.ndarray | None, b: int) -> float:
+        """What b samples add to a sum over pairs, whatever the weights; divisors: see `PSL`."""
+        return self.constant * b
 
     def fused(self, ops: NumpyOps) -> Callable[..., None] | None:
         """The loss in one pass on the arrays of `ops`, or None where these have none.

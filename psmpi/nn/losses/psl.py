@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import exp
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from psmpi.nn.losses.base import HOPELESS, PairwiseLoss, largest_exponent, own_labels
+from psmpi.nn.losses.base import HOPELESS, OverClasses, PairwiseLoss, own_labels
+
+if TYPE_CHECKING:
+    from psmpi.backend import NumpyOps
 
 # Of the terms of scores that are nothing but extreme, half grow beyond all bounds, and half vanish: half of these.
 MOST = 0.25
@@ -18,18 +23,31 @@ class PSL(PairwiseLoss):
     Where kappa (c_j - c_y) exceeds `limit` (by default `largest_exponent`: 88.7 in float32, 649.8 in float64) the
     exponential goes on as its tangent there, exp(limit) (1 + z - limit), so that value and derivative stay finite and
     continuous; `clipped` counts those terms. With limit None (clipping off) such a term is an error.
+
+    S is the sum over j != y, of terms at `limit` at most. `weights` make cross-entropy's derivatives of these terms, or
+    nearly (derived: psl is its exponential). current: the derivatives of a sample are divided by 1 + S, its loss is
+    log(1 + S). remembered: the derivative of a term e_j is divided by the larger one of 1 + e_j and r, what 1 + S was
+    when the sample was last visited. The loss is then that of these derivatives which, with r = 1 + S, is log(1 + S),
+    and else lies above it (e_j < r - 1: by the tangent of the logarithm at r); with r = 1 it is `logistic`. Derivatives
+    of terms stay below kappa, so `limit` is what float64 holds, whatever the dtype. In tests the loss is log(1 + S).
+
+    divisors: (b,) r of the next minibatch's samples, 1 if None; rests: (b,) float64, what the last one's terms of
+    these classes, or pairs, add to S.
     """
 
     name, constant = "psl", 1.0
     formula = "sum_j exp(kappa (c_j - c_y))"
-    settings = ("kappa", "exp_clip")
+    settings = ("kappa", "exp_clip", "psl_weights")
 
     def diverged(self, mean: float, clipped: float, size: float = 1.0) -> bool:
         """Whether more than MOST of the terms lie beyond what the dtype holds, or the loss is huge beside the tangent.
 
         Line searches count terms of their trials too, which then are not in the loss.
         """
-        bend, own = exp(self.tangent), self.tangent == largest_exponent(self.dtype)
+        own = self.tangent == self.largest
+        if self.weights != "none":
+            return own and clipped > MOST
+        bend = exp(self.tangent)
         hopeless = HOPELESS * max(1.0, self.kappa) * size * bend
         return (own and clipped > MOST and mean > MOST * bend) or mean > hopeless
 
@@ -47,9 +65,71 @@ class PSL(PairwiseLoss):
         rest: np.ndarray | None = None,
         pairs: np.ndarray | None = None,
     ) -> float:
+        self.rests = None
         value = super().terms(scores, targets, scale, given, grad, rest, pairs)
-        # The term j = y, of whoever has the label's score; it belongs to no pair.
-        return value if pairs is not None else value + scale * len(own_labels(targets, len(scores)))
+        own = own_labels(targets, len(scores))
+        if grad is None or rest is None or self.weights == "none":
+            # The term j = y, of whoever has the label's score; it belongs to no pair.
+            return value if pairs is not None else value + scale * len(own)
+        if self.weights == "current":
+            # `close` knows the sum; a value that is not finite stays so.
+            return 0.0 * value
+        # `of_margins` leaves the terms in the second one.
+        z, e = self._buffers(scores, 2)
+        self.rests = e.sum(axis=0)
+        r = np.ones(len(rest)) if self.divisors is None else self.divisors.astype(np.float64)
+        np.add(e, 1, out=z)
+        np.maximum(z, r, out=z)
+        grad /= z
+        grad.sum(axis=0, out=rest)
+        z /= r
+        value = float((np.log(z) + np.minimum(e, r - 1) / r).sum())
+        return scale * (value if pairs is not None else value + self.constants(r[own], len(own)))
+
+    def constants(self, divisors: np.ndarray | None, b: int) -> float:
+        if self.weights == "none":
+            return super().constants(divisors, b)
+        r = np.ones(b) if divisors is None else divisors.astype(np.float64)
+        return float((np.log(r) + 1 / r - 1).sum())
+
+    def close(self, grad: np.ndarray, labels: np.ndarray, rest: np.ndarray, scale: float) -> float:
+        super().close(grad, labels, rest, scale)
+        if self.weights != "current":
+            return 0.0
+        total = rest / (scale * self.kappa)
+        with np.errstate(invalid="ignore"):
+            grad /= 1 + total
+        return scale * float(np.log1p(total[own_labels(labels, len(grad))]).sum())
+
+    def __call__(
+        self,
+        scores: np.ndarray,
+        targets: np.ndarray,
+        scale: float,
+        grad: np.ndarray | None = None,
+        pairs: np.ndarray | None = None,
+    ) -> float:
+        if grad is None and pairs is None and self.weights != "none":
+            return self.partial_value(scores, targets, scale, self.summarize(scores, targets), None)
+        return super().__call__(scores, targets, scale, grad, pairs)
+
+    def partial_value(
+        self, scores: np.ndarray, targets: np.ndarray, scale: float, given: np.ndarray, others: OverClasses | None
+    ) -> float:
+        if self.weights == "none":
+            return super().partial_value(scores, targets, scale, given, others)
+        grad, rest = self._buffers(scores, 3)[2], np.full(len(targets), np.nan)
+        try:
+            super().terms(scores, targets, 1.0, given, grad, rest)
+        finally:
+            # Whatever a rank finds, it takes part in the sum.
+            if others is not None:
+                others.add(rest)
+        self.check_rest(rest)
+        return scale * float(np.log1p(rest[own_labels(targets, len(scores))] / self.kappa).sum())
+
+    def fused(self, ops: NumpyOps) -> Callable[..., None] | None:
+        return super().fused(ops) if self.weights == "none" else None
 
     def of_margins(
         self,

@@ -31,10 +31,11 @@ def make_loss(
     exp_clip: str = "auto",
     task: str = "classes",
     outputs: int = 0,
+    weights: str = "none",
 ) -> Loss:
     """The loss called `name`; exp_clip: auto, off or the exponent from which psl goes on as its tangent.
 
-    outputs: scores of a sample, of all ranks together.
+    outputs: scores of a sample, of all ranks together; weights: see `PSL`.
 
     UserError where the name is unknown, the loss cannot learn the task (see `Loss`), kappa is not positive or exp_clip
     is none of these.
@@ -58,4 +59,4 @@ def make_loss(
             f"--exp-clip {exp_clip}: expected auto, off, or an exponent from 0 to {largest_exponent(dtype):.1f} "
             f"(the largest one for {np.dtype(dtype)})"
         )
-    return LOSSES[name](dtype, kappa=kappa, exp_clip=limit, task=task, outputs=outputs)
+    return LOSSES[name](dtype, kappa=kappa, exp_clip=limit, task=task, outputs=outputs, weights=weights)
