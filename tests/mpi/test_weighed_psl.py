@@ -101,6 +101,15 @@ def test_what_is_remembered_weighs_the_next_visit(steps, ranks, options, linear,
     assert found.rows[-1]["train_loss"] == pytest.approx(loss, rel=1e-10)
 
 
+def test_weighed_samples_have_all_scores_where_others_have_tiles_of_them(linear, train, monkeypatch):
+    folder, x, y = linear
+    fixed = ("--dataset", folder / "data.npz", "--config", folder / "linear.toml", "--max-steps", "10")
+    whole = train(1, *fixed, "--psl-weights", "current")
+    monkeypatch.setattr("psmpi.nn.tiles.tile_size", lambda batch: 2)
+    assert distance(whole.tensors(), train(1, *fixed, "--psl-weights", "current").tensors()) == 0
+    np.testing.assert_allclose(train(1, *fixed).tensors()["elements/remembered"][:, 0], reference(x, y, 10)[2])
+
+
 @pytest.mark.parametrize(("ranks", "options"), PLACES, ids=str)
 def test_a_run_that_goes_on_within_an_epoch_ends_in_the_same_bits(ranks, options, train):
     whole = train(ranks, *SHORT, *options)
