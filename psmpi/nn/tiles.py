@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from math import log
 from typing import Any
 
 import numpy as np
@@ -19,9 +18,6 @@ from psmpi.nn.objective import DIVERGED, GRADIENT_LIMIT, Objective
 
 # Scores of a tile: with their derivatives they fit the cache. Classes that it has at least.
 ELEMENTS, LEAST = 1 << 17, 64
-# Margins of psl and derivatives up to which terms in the scores' dtype lose nothing.
-MARGIN = {np.dtype(np.float32): 60.0, np.dtype(np.float64): 600.0}
-PEAK = 2.0**20
 
 
 def has_head(network: Network) -> bool:
@@ -267,7 +263,7 @@ class TiledObjective(Objective):
         scores = self.head.scores(features, first, room)
         if self.fast is not None:
             found = self.fast(loss.name, scores, own, scale, loss.kappa, loss.offset(self.head.classes), given, mine)
-            if found is not None and np.isfinite(found[0]) and self._is_small(found[1], scale, given):
+            if found is not None and np.isfinite(found[0]) and loss.suits(found[1], scale, given):
                 rest += mine
                 return scores, found[0], 0.0
             scores = self.head.scores(features, first, room)
@@ -278,20 +274,6 @@ class TiledObjective(Objective):
         with np.errstate(over="ignore"):
             np.copyto(scores, grad, casting="same_kind")
         return scores, value, peak
-
-    def _is_small(self, largest: float, scale: float, given: np.ndarray | None) -> bool:
-        """Whether terms of a tile are exact in the dtype, and their derivatives small enough for it.
-
-        largest: margin of psl, or score of `squared`.
-        """
-        loss = self.loss
-        if loss.name == "squared":
-            return 2 * scale * (1 + largest) <= PEAK
-        if loss.name != "psl":
-            return True
-        # The logarithm of the largest derivative, which may be beyond any dtype.
-        slope = largest + log(loss.kappa * scale)
-        return largest <= min(MARGIN[self.model.dtype], loss.tangent) and slope <= log(PEAK) and _is_finite(given)
 
     def _close(self, features: np.ndarray, labels: np.ndarray, rest: np.ndarray) -> None:
         """Complete what the labels' own scores add: minus the sum of the terms."""
@@ -317,10 +299,6 @@ def _rows(part: LinearPart, views: Any) -> tuple[np.ndarray, np.ndarray]:
         # Each class's row by itself.
         return weights[:, 0], biases[:, 0]
     return weights[0], biases[0]
-
-
-def _is_finite(given: np.ndarray | None) -> bool:
-    return given is None or bool(np.isfinite(given).all())
 
 
 def is_tiled(network: Network, classes: int, batch: int, ops: NumpyOps, task: str) -> bool:

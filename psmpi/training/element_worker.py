@@ -87,8 +87,10 @@ class ElementWorker:
         # Whole minibatches, the same on any number of rows.
         self.test_batches = [batches[k] for k in np.array_split(np.arange(len(batches)), self.rows)[place.row]]
         # In a test the first worker of the row that computes a class's score has it.
-        first = {c: w.column for w in reversed(peers) for c in w.classes}
-        self.tested = [k for k, c in enumerate(place.classes) if first[c] == place.column]
+        first = np.full(dataset.outputs, len(peers))
+        for w in reversed(peers):
+            first[np.array(w.classes, int)] = w.column
+        self.tested = np.flatnonzero(first[self.classes] == place.column)
         self.part: ScorePart | None = None
         if not alone:
             classes = self.classes[self.tested]
@@ -96,12 +98,12 @@ class ElementWorker:
             if place.elements is not None:
                 numbers.fill(-1)
                 numbers[classes] = np.arange(len(classes))
-            counts = [sum(first[c] == w.column for c in w.classes) for w in peers]
+            counts = [int(np.count_nonzero(first == w.column)) for w in peers]
             others = context.group(row.ranks, bridge=Bridge())
             sums = ClassSums(others, self.metric.loss, counts, self.dtype, NumpyOps())
             self.part = ScorePart(classes, numbers, sums, place.column == 0)
         mine = np.concatenate([np.arange(0), *(np.arange(at.start, at.stop) for at in self.test_batches)])
-        self.test_ids = mine if self.tested else mine[:0]
+        self.test_ids = mine if self.tested.size else mine[:0]
         self.test_samples = Resident(dataset.test, self.test_ids, self.dtype, ops)
         # Samples and factor of the last minibatch.
         self.last, self.capacity = 0, 0
@@ -230,7 +232,7 @@ class ElementWorker:
 
     def _test_scores(self, ids: np.ndarray) -> np.ndarray:
         """The scores (classes tested here, b) of test samples."""
-        if not self.tested:
+        if not self.tested.size:
             return np.empty((0, len(ids)), self.dtype)
         scores: np.ndarray = self.model.forward(self.test_samples.batch(ids, self.x).inputs).scores
         return scores if len(self.tested) == len(scores) else scores[self.tested]

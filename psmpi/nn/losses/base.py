@@ -27,6 +27,9 @@ HEADROOM = 60.0
 # as much. Trainings that ended well had epochs up to 5e3.
 HOPELESS = 1e6
 
+# Derivatives up to this size stay in float32 in any backward pass.
+PEAK = 2.0**20
+
 # Sums (and maxima) of a sample over all classes, by name: see `Loss.sums`.
 SUMS = {
     "label": "c_y, the score of the label",
@@ -296,6 +299,14 @@ class Loss:
         if found is None:
             raise TypeError(f"the backend {ops.name} has no {name}")
         return found
+
+    def suits(self, largest: float, scale: float, given: np.ndarray | None) -> bool:
+        """Whether terms made in the scores' dtype, by `class_terms` of a backend, are as exact as its scores.
+
+        And whether their derivatives, and sums of products with these, stay in it. largest: what the operation says of
+        its scores; scale, given: as in `terms`.
+        """
+        return True
 
     def offset(self, classes: int) -> float:
         """What is added to every score first, given how many there are here."""

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import exp
+from math import exp, log
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from psmpi.nn.losses.base import HOPELESS, OverClasses, PairwiseLoss, own_labels
+from psmpi.nn.losses.base import HOPELESS, PEAK, OverClasses, PairwiseLoss, own_labels
 
 if TYPE_CHECKING:
     from psmpi.backend import NumpyOps
 
 # Of the terms of scores that are nothing but extreme, half grow beyond all bounds, and half vanish: half of these.
 MOST = 0.25
+# Margins whose exponentials, and sums of these, the dtype holds.
+MARGIN = {np.dtype(np.float32): 60.0, np.dtype(np.float64): 600.0}
 
 
 class PSL(PairwiseLoss):
@@ -54,6 +56,11 @@ class PSL(PairwiseLoss):
     def check_rest(self, rest: np.ndarray) -> None:
         if not np.isfinite(rest).all():
             self.check(np.nan if np.isnan(rest).any() or self.limit is not None else np.finfo(np.float64).max)
+
+    def suits(self, largest: float, scale: float, given: np.ndarray | None) -> bool:
+        # No tangent, and the logarithm of the largest derivative, which may be beyond any dtype.
+        small = largest <= min(MARGIN[self.dtype], self.tangent) and largest + log(self.kappa * scale) <= log(PEAK)
+        return small and given is not None and bool(np.isfinite(given).all())
 
     def terms(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from psmpi.nn.losses.base import HOPELESS, Loss, own_labels
+from psmpi.nn.losses.base import HOPELESS, PEAK, Loss, own_labels
 
 
 class SquaredError(Loss):
@@ -16,6 +16,9 @@ class SquaredError(Loss):
     def diverged(self, mean: float, clipped: float, size: float = 1.0) -> bool:
         # The values that labels stand for have the size 1, and weights are drawn for outputs of about 1.
         return mean > HOPELESS * (max(1.0, size) if self.task == "regression" else 1.0)
+
+    def suits(self, largest: float, scale: float, given: np.ndarray | None) -> bool:
+        return 2 * scale * (1 + largest) <= PEAK
 
     def terms(
         self,
