@@ -525,13 +525,25 @@ def test_losses_of_some_classes_are_those_of_the_reference(name, size, cuts, dty
         parts.append((at, y, grad, out, report))
     rest = sum(rests)
     for at, y, grad, out, report in parts if "terms" in loss.sums else ():
-        loss.close(grad, labels - at.start, rest)
+        loss.close(grad, labels - at.start, rest, scale)
         device("close_losses", (2,), (64,), len(out), batch, y, device.of(rest), out)
         device("close_report", (1,), (256,), out.size, batch, out, device.of(rest), report)
         near(out, grad, tolerance)
         assert report[3] == pytest.approx(abs(grad).max(), rel=tolerance) and np.isfinite(report[0])
         device("close_report", (1,), (256,), out.size, batch, out, device.of(np.where(rest < 0, rest, np.inf)), report)
         assert np.isnan(report[0])
+
+
+@runs
+@real_types
+@pytest.mark.parametrize("row", [0, 1, 2])
+def test_a_normalizer_that_is_no_number_is_a_loss_that_is_none_on_ranks_without_the_label(row, dtype, device):
+    scores, labels, given = device.of(np.zeros((2, 3), dtype)), device.of(np.full(3, 5)), np.ones((3, 3))
+    given[row, 1] = np.inf
+    out, samples = device.array((2, 3), F64), device.array((3, 3), F64)
+    settings = (2, 3, scores, labels, 1.0, 1.0, 88.0, 0, 0.0)
+    device("losses", (1,), (32,), FUSED.index("nll"), *settings, None, device.of(given), out, None, samples)
+    assert np.isnan(samples[0]).tolist() == [False, True, False] and samples[0, 0] == 0
 
 
 @runs
