@@ -12,6 +12,7 @@ from psmpi.backend.reference import exponent_of
 from psmpi.nn.layers.dense import Dense
 from psmpi.nn.layers.linear import LinearPart
 from psmpi.nn.losses import Loss, OverClasses, own_labels
+from psmpi.nn.losses.nll import add_normalizers
 from psmpi.nn.model import Model
 from psmpi.nn.network import Network
 from psmpi.nn.objective import DIVERGED, GRADIENT_LIMIT, Objective
@@ -39,6 +40,7 @@ class Head:
         self.model, self.ops, self.dtype, self.classes = model, model.ops, model.dtype, len(model.classes)
         self.part: LinearPart = model.head
         self.weights, self.biases = _rows(self.part, self.part.w)
+        self.add_normalizers = self.ops.fused("class_normalizers") or add_normalizers
 
     @property
     def in_rows(self) -> bool:
@@ -87,7 +89,7 @@ class Head:
         found = np.zeros((3, b))
         found[0] = -np.inf
         for first, scores in self.tiles(features):
-            self.ops.class_normalizers(scores, found[0], found[1])
+            self.add_normalizers(scores, found[0], found[1])
             own = own_labels(labels - first, len(scores))
             found[2, own] = scores[labels[own] - first, own]
         return found

@@ -235,4 +235,6 @@ class ElementWorker:
         if not self.tested.size:
             return np.empty((0, len(ids)), self.dtype)
         scores: np.ndarray = self.model.forward(self.test_samples.batch(ids, self.x).inputs).scores
-        return scores if len(self.tested) == len(scores) else scores[self.tested]
+        if len(self.tested) == len(scores):
+            return scores
+        return self.ops.put(self.ops.host(scores)[self.tested])

@@ -20,6 +20,7 @@ RUNS = [
     (("--optimizer", "sgd", "--batch-norm"), 1),
     (("--optimizer", "lbfgs"), 1),
     (("--partition", "pairs", "--optimizer", "plbfgs", "--extrapolation", "constant", "--scaling", "moments"), 1),
+    (("--psl-weights", "remembered"), 1),
     (("--method", "data_parallel", "--compression", "dgc", *MLP), 2),
     (("--method", "data_parallel", "--compression", "qsgd", *MLP), 1),
     (("--method", "data_parallel", "--compression", "powersgd", *MLP), 1),

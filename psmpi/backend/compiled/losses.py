@@ -48,5 +48,6 @@ class CompiledLosses(Arrays):
         return float(found[0]), float(found[1])
 
     def class_normalizers(self, scores: np.ndarray, top: np.ndarray, sums: np.ndarray) -> None:
+        """Take up scores (classes, b) into the largest (b,) and the sums of exponentials relative to these (b,)."""
         call = function("class_normalizers", scores.dtype, "inppp", self.instructions)
         call(*scores.shape, *pointers(scores.dtype, scores), *pointers(np.dtype(np.float64), top, sums))

@@ -20,16 +20,6 @@ class Losses(Arrays):
         exponent = exponent_of(report[3])
         np.copyto(out, np.ldexp(grad, -exponent) if exponent else grad, casting="same_kind")
 
-    def class_normalizers(self, scores: np.ndarray, top: np.ndarray, sums: np.ndarray) -> None:
-        """Take up scores (classes, b) into the largest, top (b,), and the sums of exponentials relative to these (b,).
-
-        Both float64, of classes before: of none minus infinity, and 0.
-        """
-        largest = np.maximum(top, scores.max(axis=0))
-        exponentials = np.exp(scores - largest, dtype=np.float64)
-        np.copyto(sums, exponentials.sum(axis=0) + sums * np.exp(top - largest))
-        np.copyto(top, largest)
-
     def unscale(self, g: np.ndarray, report: np.ndarray, limit: float) -> None:
         """g times that power of two, in place, limited to `limit` in each component."""
         exponent = exponent_of(report[3])

@@ -14,6 +14,17 @@ if TYPE_CHECKING:
     from psmpi.backend import NumpyOps
 
 
+def add_normalizers(scores: np.ndarray, top: np.ndarray, sums: np.ndarray) -> None:
+    """Take up scores (classes, b) into the largest, top (b,), and the sums of exponentials relative to these (b,).
+
+    Both float64, of classes before: of none minus infinity, and 0.
+    """
+    largest = np.maximum(top, scores.max(axis=0))
+    exponentials = np.exp(scores - largest, dtype=np.float64)
+    np.copyto(sums, exponentials.sum(axis=0) + sums * np.exp(top - largest))
+    np.copyto(top, largest)
+
+
 class CrossEntropy(Loss):
     """-log softmax_y of the scores (NLL): the logarithm ties all scores, so it needs them all.
 
