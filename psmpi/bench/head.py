@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json as jsonlib
 import multiprocessing
-import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -194,17 +193,18 @@ def _steps(answer: Any, name: str, shape: tuple[int, int, int], threads: int) ->
         pytorch_step(*small)[0]()
     else:
         own_step(name, *small, threads)[0]()
-    before = _now()
+    before = _held("VmRSS")
     step, _ = pytorch_step(*shape) if name == "PyTorch" else own_step(name, *shape, threads)
     for _ in range(3):
         step()
-    answer.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3)
+    answer.send(_held("VmHWM") - before)
 
 
-def _now() -> float:
-    """kB that this process holds."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize() / 1e3
+def _held(name: str) -> float:
+    """MB that this process holds (VmRSS), or has held at most (VmHWM), as Linux says."""
+    # The resource module's maximum is that of the process before, which has started this one.
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) * 1024 / 1e6
 
 
 def _show(found: dict[str, Any]) -> None:
