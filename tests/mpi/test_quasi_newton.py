@@ -354,8 +354,9 @@ def test_steps_do_not_depend_on_ranks(train, variant):
     "optimizer", [*(pytest.param(rule, marks=pytest.mark.slow) for rule in ("plbfgs", "plse")), "plsr1"]
 )
 def test_training_learns(train, optimizer):
-    region = ("--globalization", "trust-region") if optimizer == "plsr1" else ()
-    rows = train(1, "--partition", "pairs", "--optimizer", optimizer, "--epochs", "12", *region).rows
+    # SR1 multiplies rounding: the accuracies of two processors part by a tenth, and until epoch 12 by more.
+    more = ("--globalization", "trust-region", "--epochs", "20") if optimizer == "plsr1" else ("--epochs", "12")
+    rows = train(1, "--partition", "pairs", "--optimizer", optimizer, *more).rows
     assert rows[-1]["test_accuracy"] > 0.6 and rows[-1]["train_loss"] < 0.7 * rows[0]["train_loss"]
 
 
