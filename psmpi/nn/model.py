@@ -23,7 +23,8 @@ class Model:
     w, g: (part.size,) arrays of one dtype, the weights and (written by `backward`) their gradient; the part is
     `layout.part(classes)`. With g = None backward writes sums alone. Activations put the minibatch last. With `fold`,
     mean pooling right after a convolution is folded into its kernel. With `layers`, (first, behind the last), these
-    alone: the part is of them, and the model goes from the outputs of the layer before the first to those of the last.
+    alone: the model goes from the outputs of the layer before the first to those of the last, and the part is of these
+    layers, or with `beside` still of all, whose other weights are those of models beside this one.
     space: the workspace of another model, to be shared with it. total: sums over the ranks that compute with the other
     slices of each minibatch, for layers that state such sums; on the host. With `head` passes end before the last one,
     a dense one, and `head` is its part: whoever computes with it does so class by class (psmpi.nn.tiles).
@@ -43,6 +44,7 @@ class Model:
         *,
         fold: bool = True,
         layers: tuple[int, int] | None = None,
+        beside: bool = False,
         space: Workspace | None = None,
         total: Total | None = None,
         head: bool = False,
@@ -52,7 +54,7 @@ class Model:
             classes = range(network.classes)
         self.classes: Sequence[int] = classes if isinstance(classes, range) else tuple(sorted(classes))
         self.part: Runs = layout.part(self.classes)
-        if layers is not None:
+        if layers is not None and not beside:
             self.part = self.part & network.runs(layout, *layers)
         for name, vector in (("w", w), ("g", g)):
             if vector is not None and (vector.shape, vector.dtype) != ((self.part.size,), w.dtype):
@@ -130,7 +132,7 @@ class Model:
         self.room, self.last = Room(0), None
         self.room = self.open(batch)
         if self.g is not None:
-            self.chain.reserve_backward(batch)
+            self.chain.reserve_backward(batch, wanted=not self.begins)
 
     def open(self, batch: int) -> Room:
         """Room for a pass of up to `batch` samples beside others."""

@@ -20,6 +20,7 @@ from psmpi.comm.transfers import (
     Neighbours,
     Overlapping,
     RowExchange,
+    Slices,
     Spread,
     Step,
     Subnets,
@@ -143,6 +144,17 @@ def row_exchange(world, counter, rng, dtype):
     return Case(made, on(world, ranks, own), every, ((-1, b), (-1, b)), Step(b), whole=True)
 
 
+def slices(world, counter, rng, dtype):
+    """Ranks without a sample among them."""
+    ranks, units, b = ranks_of(world, rng), int(rng.integers(1, 5)), int(rng.integers(1, 8))
+    made = Slices(Group(world, ranks, counter), units, dtype)
+    every = np.arange(units * b).reshape(units, b)
+    own = [every[:, columns].reshape(-1) for columns in np.array_split(np.arange(b), len(ranks))]
+    mine = len(np.array_split(np.arange(b), len(ranks))[ranks.index(world.rank)]) if world.rank in ranks else 0
+    users = on(world, ranks, [every.reshape(-1)] * len(ranks))
+    return Case(made, on(world, ranks, own), users, ((units, mine), (units, b)), Step(b), whole=True)
+
+
 def boundary(world, counter, rng, dtype):
     ranks, units, b = ranks_of(world, rng), int(rng.integers(1, 6)), int(rng.integers(1, 4))
     source, target = rng.integers(0, len(ranks), 2).tolist()
@@ -214,8 +226,8 @@ def subnets(world, counter, rng, dtype):
 
 
 TRANSFERS = {
-    "spread": spread, "deal": deal, "sum": total, "exchange": exchange, "rows": row_exchange, "boundary": boundary,
-    "gather": gather, "neighbours": neighbours, "subnets": subnets,
+    "spread": spread, "deal": deal, "sum": total, "exchange": exchange, "rows": row_exchange, "slices": slices,
+    "boundary": boundary, "gather": gather, "neighbours": neighbours, "subnets": subnets,
 }  # fmt: skip
 
 

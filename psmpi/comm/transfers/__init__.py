@@ -10,6 +10,7 @@ from psmpi.comm.transfers.exchange import Exchange
 from psmpi.comm.transfers.gather import Gather
 from psmpi.comm.transfers.neighbours import Neighbours
 from psmpi.comm.transfers.rows import RowExchange
+from psmpi.comm.transfers.slices import Slices
 from psmpi.comm.transfers.spread import Spread
 from psmpi.comm.transfers.subnets import Subnets
 from psmpi.comm.transfers.sum import Sum
@@ -24,6 +25,7 @@ __all__ = [
     "Neighbours",
     "Overlapping",
     "RowExchange",
+    "Slices",
     "Spread",
     "Step",
     "Subnets",
