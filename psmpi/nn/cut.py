@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from psmpi.layout import split_evenly
+from psmpi.layout import Classes, split_evenly
+from psmpi.nn.layers.chain import leaves, uses_of
 from psmpi.nn.network import Network
 
 
@@ -28,3 +29,19 @@ def split_layers(network: Network, parts: int) -> list[tuple[int, int]]:
 def cut_stages(network: Network) -> list[tuple[int, int]]:
     """(first, behind the last) layer of each of the smallest runs."""
     return split_layers(network, len(starts(network)))
+
+
+def trunk_length(network: Network) -> int:
+    """The number of leading layers all of whose outputs every score depends on; 0 where none of them has weights.
+
+    A layer that goes with the one that follows it is not among them.
+    """
+    layers, everyone = network.layers, Classes.of(range(network.classes))
+    found = 0
+    for uses, layer in zip(uses_of(layers, network.score_uses()), layers[:-1], strict=False):
+        if uses != ((0, layer.out_shape[0], everyone),):
+            break
+        found += 1
+    while found and layers[found - 1].leads:
+        found -= 1
+    return found if any(layer.linear for layer in leaves(layers[:found])) else 0

@@ -66,6 +66,8 @@ class Model:
         # Whether inputs are samples, and outputs scores.
         first, behind = layers or (0, len(network.layers))
         self.begins, self.ends = first == 0, behind == len(network.layers)
+        # Whether backward passes hand on the gradient of the inputs.
+        self.hands_on = beside and not self.begins
         # Whether passes make no sums over ranks.
         self.alone = total is None
         self.shared = space is not None
@@ -132,7 +134,7 @@ class Model:
         self.room, self.last = Room(0), None
         self.room = self.open(batch)
         if self.g is not None:
-            self.chain.reserve_backward(batch, wanted=not self.begins)
+            self.chain.reserve_backward(batch, self.hands_on)
 
     def open(self, batch: int) -> Room:
         """Room for a pass of up to `batch` samples beside others."""

@@ -39,6 +39,8 @@ class Objective:
         self.fused = loss.fused(self.ops)
         self.finite = True
         self.ids: np.ndarray | None = None
+        # Where passes begin with what other layers put out: these, and the samples of the minibatch that they are of.
+        self.trunk: tuple[Model, slice] | None = None
         # Loss, largest exponent, terms beyond the limit, largest derivative of the last minibatch.
         self.report = self.ops.mirror(self.ops.zeros(4, np.dtype(np.float64)))
         self.report.host.fill(0)
@@ -222,9 +224,9 @@ class Objective:
         assert self.model.g is not None
         self.ops.unscale(self.model.g, report, GRADIENT_LIMIT[self.model.dtype])
 
-    def again(self, tape: Tape) -> None:
+    def again(self, tape: Tape, dx: np.ndarray | None = None) -> None:
         """Fill the model's gradient once more for the last minibatch; its pass, and the weights, are as they were."""
-        self.backward(tape)
+        self.backward(tape, dx)
 
     def value(self) -> float:
         """The scaled sum of the losses last derived. Where it, or a score, is not finite, see the class."""

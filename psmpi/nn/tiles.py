@@ -114,7 +114,7 @@ class TiledObjective(Objective):
         self.step_rows: Callable[[slice, np.ndarray], None] | None = None
         self.rows = np.empty(0, model.dtype)
         # Whether anything before the head has weights.
-        self.below = model.chain.lowest < len(model.parts)
+        self.below = model.hands_on or model.chain.lowest < len(model.parts)
 
     def reserve(self, outputs: int, batch: int) -> None:
         self.tile = min(outputs, tile_size(batch))
@@ -192,9 +192,9 @@ class TiledObjective(Objective):
         if "terms" in self.loss.sums:
             self._close(features, labels, factor * self.sums[2 * b : 3 * b])
 
-    def again(self, tape: Any) -> None:
+    def again(self, tape: Any, dx: np.ndarray | None = None) -> None:
         self._derive()
-        self.backward(tape)
+        self.backward(tape, dx)
 
     def backward(self, tape: Any, dx: np.ndarray | None = None) -> None:
         """Fill the rest of the model's gradient from that of the features."""

@@ -21,6 +21,7 @@ from psmpi.training.class_sums import ClassSums
 from psmpi.training.context import Context
 from psmpi.training.evaluator import evaluate
 from psmpi.training.remembered import Remembered
+from psmpi.training.trunk import Trunk
 
 
 class ElementWorker:
@@ -28,7 +29,7 @@ class ElementWorker:
 
     With the score partition the row exchanges what the loss needs of all classes, a few numbers a sample (`ClassSums`);
     with the pair partition the loss sees only this worker's classes, and only samples of these are read. Without
-    `tests` no samples are tested.
+    `tests` no samples are tested. trunk: the number of leading layers that the row computes on slices (`Trunk`).
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class ElementWorker:
         w_part: np.ndarray,
         g_part: np.ndarray,
         tests: bool = True,
+        trunk: int = 0,
     ):
         network, dataset, ops = context.network, context.dataset, context.ops
         self.place, self.rows, self.dataset = place, roles.rows, dataset
@@ -49,15 +51,30 @@ class ElementWorker:
         most = max(share, *(at.stop - at.start for at in batches), 1)
         plain = place.elements is None and context.config.objective.psl_weights == "none"
         tiled = plain and is_tiled(network, len(place.classes), most, ops, dataset.task)
-        self.model = Model(network, context.layout, w_part, g_part, ops, place.classes, head=tiled)
+        peers = [w for w in roles.workers if w is not None and w.row == place.row]
+        alone = len(peers) == 1
+        self.trunk: Trunk | None = None
+        layers = None
+        if trunk and not alone:
+            self.trunk = Trunk(context, row, trunk, place.classes, w_part, g_part)
+            layers = trunk, len(network.layers)
+        self.model = Model(
+            network,
+            context.layout,
+            w_part,
+            g_part,
+            ops,
+            place.classes,
+            layers=layers,
+            beside=layers is not None,
+            head=tiled,
+        )
         self.head = Head(self.model) if tiled else None
         self.loss, self.metric = context.loss(), context.metric()
         self.classes = np.array(place.classes)
         # This worker's number of each class, -1 of others.
         self.numbers = np.full(dataset.outputs, -1)
         self.numbers[self.classes] = np.arange(len(self.classes))
-        peers = [w for w in roles.workers if w is not None and w.row == place.row]
-        alone = len(peers) == 1
         self.sums: ClassSums | None = None
         if place.elements is None and not alone:
             counts = [len(w.classes) for w in peers]
@@ -102,11 +119,13 @@ class ElementWorker:
             others = context.group(row.ranks, bridge=Bridge())
             sums = ClassSums(others, self.metric.loss, counts, self.dtype, NumpyOps())
             self.part = ScorePart(classes, numbers, sums, place.column == 0)
-        mine = np.concatenate([np.arange(0), *(np.arange(at.start, at.stop) for at in self.test_batches)])
+        mine = np.concatenate(
+            [np.arange(0), *(self._fetched(np.arange(at.start, at.stop)) for at in self.test_batches)]
+        )
         self.test_ids = mine if self.tested.size else mine[:0]
         self.test_samples = Resident(dataset.test, self.test_ids, self.dtype, ops)
         # Samples and factor of the last minibatch.
-        self.last, self.capacity = 0, 0
+        self.last, self.capacity, self.x = 0, 0, np.empty(0)
         if self.pairs is not None:
             # As many samples of its classes as hardly ever meet in a minibatch.
             mean = share * len(samples) / dataset.train.n
@@ -120,7 +139,10 @@ class ElementWorker:
         self.capacity = batch
         self.features = int(np.prod(self.dataset.shape))
         self.model.reserve(batch)
-        self.x = self.ops.empty(self.features * batch, self.dtype)
+        if self.trunk is not None:
+            self.trunk.reserve(batch)
+        else:
+            self.x = self.ops.empty(self.features * batch, self.dtype)
         self.objective.reserve(len(self.classes), batch)
         if self.sums is not None:
             self.sums.reserve(batch)
@@ -128,9 +150,12 @@ class ElementWorker:
     def memory(self) -> dict[str, int]:
         """Bytes of what it holds besides weights and gradients, by what for."""
         sums = self.sums.nbytes if self.sums is not None else 0
+        below, more = self.x.nbytes, 0
+        if self.trunk is not None:
+            below, more = self.trunk.activation_bytes, self.trunk.buffer_bytes
         return {
-            "activations": self.x.nbytes + self.model.activation_bytes,
-            "buffers": self.model.buffer_bytes + self.objective.nbytes + sums,
+            "activations": below + self.model.activation_bytes,
+            "buffers": self.model.buffer_bytes + self.objective.nbytes + sums + more,
             "samples": self.train.nbytes + self.test_samples.nbytes,
         }
 
@@ -154,20 +179,41 @@ class ElementWorker:
             self.g_part.fill(0)
             return constant
         self.reserve(b)
-        own = self.train.batch(own.ids, self.x)
-        assert own.targets is not None
+        self._bring(self.train, own.ids)
         self.objective.ids = own.ids
-        self.objective.bring(self._own_targets(own.targets))
+        self.objective.bring(self._own_targets(self.train.targets(own.ids)))
         self.loss.divisors = self._divisors(own.ids)
         self.tape = self.forward_pass(b)
-        if self.objective.others is None:
-            self.derive_pass(b, scale)
-        else:
-            self._losses(b, scale)
-            self.backward_pass(b)
+        try:
+            if self.objective.others is None:
+                self.derive_pass(b, scale)
+            else:
+                self._losses(b, scale)
+                self.backward_pass(b)
+        except FloatingPointError:
+            if self.trunk is not None:
+                # The others of the row may be fine with their own elements, and wait for this rank's share.
+                self.trunk.dx(b).fill(0)
+                self.trunk.backward(b)
+            raise
+        if self.trunk is not None:
+            self.trunk.backward(b)
         if self.remembered is not None:
             self.remembered.note(own.ids, self.loss.rests)
         return self.objective.value() + constant
+
+    def _fetched(self, ids: np.ndarray) -> np.ndarray:
+        """The samples among a minibatch's that this rank takes itself from the data."""
+        return ids if self.trunk is None else ids[self.trunk.share(len(ids))]
+
+    def _bring(self, samples: Resident, ids: np.ndarray) -> np.ndarray:
+        """Put the model's inputs (inputs, b) of a minibatch where passes take them from; returns them."""
+        if self.trunk is None:
+            inputs: np.ndarray = samples.batch(ids, self.x).inputs
+            return inputs
+        found = self.trunk.forward(samples, ids)
+        self.objective.trunk = self.trunk.model, self.trunk.slice
+        return found
 
     def _divisors(self, ids: np.ndarray) -> np.ndarray | None:
         return None if self.remembered is None else self.remembered.values[ids]
@@ -184,13 +230,21 @@ class ElementWorker:
         """g_part of the last minibatch once more, at the same weights, whatever sums over ranks have made of it."""
         finished, self.model.finished = self.model.finished, None
         if self.last:
-            self.objective.again(self.tape)
+            self.objective.again(self.tape, self._dx(self.last))
+            if self.trunk is not None:
+                self.trunk.backward(self.last, alone=True)
         self.model.finished = finished
         return self.g_part
 
     def _forward(self, b: int) -> Tape:
         """The pass that gives the scores of the model's classes."""
+        if self.trunk is not None:
+            return self.model.forward(self.trunk.all(b))
         return self.model.forward(self.x[: self.features * b].reshape(self.features, b))
+
+    def _dx(self, b: int) -> np.ndarray | None:
+        """Where the gradient of the inputs goes, which a trunk wants."""
+        return None if self.trunk is None else self.trunk.dx(b).reshape(*self.model.in_shape, b)
 
     def _losses(self, b: int, scale: float) -> None:
         """From the scores to their derivatives."""
@@ -198,7 +252,7 @@ class ElementWorker:
 
     def _backward(self, b: int) -> None:
         """From the derivatives of b samples to g_part."""
-        self.objective.backward(self.tape)
+        self.objective.backward(self.tape, self._dx(b))
 
     def _derive(self, b: int, scale: float) -> None:
         """From the scores to g_part."""
@@ -208,7 +262,10 @@ class ElementWorker:
     def messages(self, batch: int) -> list[Message]:
         """The messages of its row in a step on `batch` samples of all rows."""
         share = len(Batch(np.arange(batch)).share(self.place.row, self.rows))
-        return self.sums.messages(Step(share)) if self.sums is not None and share else []
+        if not share:
+            return []
+        found = self.trunk.messages(share) if self.trunk is not None else []
+        return found + (self.sums.messages(Step(share)) if self.sums is not None else [])
 
     def test(self) -> np.ndarray:
         """This rank's share of the metric's sums over the row's slice of the test split."""
@@ -221,7 +278,7 @@ class ElementWorker:
         totals = self.metric.zeros()
         for at in self.test_batches:
             ids = np.arange(at.start, at.stop)
-            features = self.model.forward(self.test_samples.batch(ids, self.x).inputs).scores.reshape(-1, len(ids))
+            features = self.model.forward(self._bring(self.test_samples, ids)).scores.reshape(-1, len(ids))
             totals += self.metric.sums_by_tiles(head, features, self._test_targets(ids), self.classes, self.part)
         return totals
 
@@ -234,7 +291,7 @@ class ElementWorker:
         """The scores (classes tested here, b) of test samples."""
         if not self.tested.size:
             return np.empty((0, len(ids)), self.dtype)
-        scores: np.ndarray = self.model.forward(self.test_samples.batch(ids, self.x).inputs).scores
+        scores: np.ndarray = self.model.forward(self._bring(self.test_samples, ids)).scores
         if len(self.tested) == len(scores):
             return scores
         return self.ops.put(self.ops.host(scores)[self.tested])

@@ -87,8 +87,13 @@ class Method:
         return frozenset()
 
     @staticmethod
+    def notes(size: int, network: Network, config: Config) -> Iterable[str]:
+        """What the user should know of what the method has chosen itself."""
+        return ()
+
+    @staticmethod
     def warnings(size: int, network: Network, config: Config) -> Iterable[str]:
-        """Notes for the user on this method on `size` ranks with this network."""
+        """Warnings for the user of this method on `size` ranks with this network."""
         return ()
 
     def run_epoch(self, steps: Iterable[tuple[Batch, float]]) -> None:

@@ -214,7 +214,7 @@ class Numbers:
         sums = " and ".join(filter(None, (find_parameters(layout, runs, ops.host(g)) for g, runs in gradients)))
         for objective, _, again in self.watched:
             model = objective.model
-            cause = self._named(find_cause(model), objective.ids)
+            cause = self._look(objective)
             if cause.kind not in ("loss", "gradient"):
                 return self._finding("gradient", cause)
             own = find_parameters(model.layout, model.part, ops.host(again())) if again is not None else ""
@@ -240,9 +240,18 @@ class Numbers:
         """
         for objective, row, _ in self.watched:
             if not objective.finite:
-                found = self._named(find_cause(objective.model), objective.ids)
+                found = self._look(objective)
                 return found if row is None or row.size == 1 else share_cause(row, found)
         return None
+
+    def _look(self, objective: Objective) -> Cause:
+        """The cause of an objective's loss that is not finite: the layers that all classes share come first."""
+        if objective.trunk is not None:
+            model, at = objective.trunk
+            found = find_cause(model)
+            if found.kind != "loss":
+                return self._named(found, None if objective.ids is None else objective.ids[at])
+        return self._named(find_cause(objective.model), objective.ids)
 
     def _named(self, cause: Cause, ids: np.ndarray | None) -> Cause:
         """With the numbers of samples in the data set."""

@@ -73,7 +73,7 @@ def begin(control: Control, config: Config, own: str, tell: Callable[[str], None
         with noting(own):
             kind.check(size, network, dataset, config)
             plan_steps(dataset, config)
-        for note in notes(size, network, dataset, config.data.batch_size):
+        for note in (*notes(size, network, dataset, config.data.batch_size), *kind.notes(size, network, config)):
             tell(f"note: {note}")
         for warning in (*kind.warnings(size, network, config), *find_doubts(dataset, prints)):
             tell(f"warning: {warning}")

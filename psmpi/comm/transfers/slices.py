@@ -32,10 +32,10 @@ class Slices(Transfer):
     def nbytes(self) -> int:
         return int(self.room.nbytes)
 
-    def slice(self, batch: int, rank: int | None = None) -> slice:
-        """The samples of a rank, by default of this one, of a minibatch of `batch`."""
-        edges, k = even_edges(batch, self.group.size), self.group.rank if rank is None else rank
-        return slice(edges[k], edges[k + 1])
+    def of_rank(self, batch: int, rank: int) -> slice:
+        """The samples of a rank of the group in a minibatch of `batch`."""
+        edges = even_edges(batch, self.group.size)
+        return slice(edges[rank], edges[rank + 1])
 
     def forward(self, src: Any, dst: Any) -> None:
         counts, blocks = self._blocks(dst.shape[-1])
@@ -57,10 +57,10 @@ class Slices(Transfer):
         """Elements of each rank's slice; the samples of each slice, and its block of the room (units, samples)."""
         if self.room.size < self.units * batch:
             self.reserve(batch)
-        samples = [self.slice(batch, k) for k in range(self.group.size)]
+        samples = [self.of_rank(batch, k) for k in range(self.group.size)]
         blocks = [self.room[self.units * at.start : self.units * at.stop].reshape(self.units, -1) for at in samples]
         return [block.size for block in blocks], list(zip(samples, blocks, strict=True))
 
     def messages(self, step: Step, back: bool = False) -> list[Message]:
-        counts = [at.stop - at.start for at in (self.slice(step.batch, k) for k in range(self.group.size))]
+        counts = [at.stop - at.start for at in (self.of_rank(step.batch, k) for k in range(self.group.size))]
         return gathered(self.group.ranks, [self.units * n * self.dtype.itemsize for n in counts], back)

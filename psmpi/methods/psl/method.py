@@ -16,7 +16,7 @@ from psmpi.comm.bridge import Bridge
 from psmpi.comm.transfers import Exchange, Message, Step
 from psmpi.data import Batch
 from psmpi.methods.psl.newton import PartitionedNewton
-from psmpi.methods.psl.plan import Settings, check_psl, element_rows, plan_roles
+from psmpi.methods.psl.plan import Settings, check_psl, choice, element_rows, make_plan
 from psmpi.nn.finite import spans
 from psmpi.nn.tiles import TiledObjective
 from psmpi.optim.curvature import RULES
@@ -42,7 +42,8 @@ class PartiallySeparable(Method):
     partitioned = skips = remembers = True
 
     def __init__(self, context: Context):
-        self.roles = plan_roles(context.layout, context.size, context.config)
+        plan = make_plan(context.network, context.size, context.config)
+        self.roles = plan.roles
         super().__init__(context, self.roles.shards)
         nccl, shard = context.config.parallel.nccl, self.shards[self.rank]
         self.exchange = Exchange(context.world, self.roles, self.counter, self.dtype, self.ops, context.bridge)
@@ -64,7 +65,7 @@ class PartiallySeparable(Method):
         place = self.roles.workers[self.rank]
         if place is not None:
             row = context.group(self.roles.row(self.rank), nccl=True)
-            self.worker = ElementWorker(context, place, self.roles, row, self.w_part, self.g_part)
+            self.worker = ElementWorker(context, place, self.roles, row, self.w_part, self.g_part, trunk=plan.trunk)
             self.account.include(self.worker.memory)
         if nccl:
             self.exchange.use_nccl(self.ops.stream)
@@ -91,6 +92,7 @@ class PartiallySeparable(Method):
         self.lr = 0.0
 
     check = staticmethod(check_psl)
+    notes = staticmethod(choice)
 
     def _remember(self) -> None:
         """Keep what psl remembers of each sample, on all workers."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from math import inf
 from typing import Annotated, ClassVar, Literal
@@ -11,8 +13,10 @@ import numpy as np
 from psmpi.config import Config, Least
 from psmpi.data import Dataset
 from psmpi.errors import UserError
-from psmpi.layout import Layout, Roles, TableRows, assign_roles
+from psmpi.layout import Roles, TableRows, assign_roles
+from psmpi.methods.psl.arrangement import Arrangement, Cost, arrangements, cost
 from psmpi.methods.psl.element_set import elements_of
+from psmpi.nn.cut import trunk_length
 from psmpi.nn.losses import LOSSES
 from psmpi.nn.network import Network
 from psmpi.nn.zoo import has_psnet
@@ -35,20 +39,86 @@ class Settings:
     partition: Literal["scores", "pairs"] = "scores"
     """Part of a worker: the subnetwork of some scores, or the element losses of some pairs of classes."""
     replicas: Annotated[int, Least(0)] = 0
-    """Rows of workers that split each minibatch; 0: as few as give every worker work."""
+    """Rows of workers that split each minibatch; 0: as few as give every worker work (auto: see --trunk)."""
+    trunk: Literal["replicated", "split", "auto"] = "replicated"
+    """First layers, which all classes share: computed by each worker on all samples of its row; or by each on a slice
+    of these, what they put out gathered by all; or what costs less by counted operations and bytes, replica rows too
+    (auto)."""
 
 
-def plan_roles(layout: Layout, size: int, config: Config) -> Roles:
-    """The roles of `size` ranks."""
-    return assign_roles(layout, size, **asdict(config.of(Settings)), **asdict(config.of(Masters)))
+@dataclass(frozen=True)
+class Plan:
+    """The roles of all ranks, and the number of first layers that the workers of a row compute on slices of samples.
+
+    costs: of the arrangements among which --trunk auto has chosen, the cheapest first.
+    """
+
+    roles: Roles
+    trunk: int
+    costs: tuple[tuple[Arrangement, Cost], ...] = ()
+
+
+def make_plan(network: Network, size: int, config: Config) -> Plan:
+    """The plan of `size` ranks; UserError where there is none."""
+    layout, own, masters = network.layout(), config.of(Settings), asdict(config.of(Masters))
+
+    def roles(rows: int) -> Roles:
+        return assign_roles(layout, size, partition=own.partition, replicas=rows, **masters)
+
+    first = roles(own.replicas)
+    if own.trunk == "replicated" or own.partition == "pairs":
+        return Plan(first, 0)
+    length = trunk_length(network)
+    if own.trunk == "split":
+        return Plan(first, length)
+    workers = sum(w is not None for w in first.workers)
+    found, itemsize = [], np.dtype(config.model.dtype).itemsize
+    for one in arrangements(network, workers, first.rows, own.replicas):
+        try:
+            planned = roles(one.rows)
+        except UserError:
+            # Masters that are workers too are of the first row.
+            continue
+        found.append((one, planned, cost(network, planned, one.split, config.data.batch_size, itemsize)))
+    found.sort(key=lambda each: each[2].time)
+    best, chosen, _ = found[0]
+    return Plan(chosen, length * best.split, tuple((one, spent) for one, _, spent in found))
+
+
+def choice(size: int, network: Network, config: Config) -> Iterator[str]:
+    """A note on what --trunk auto has chosen, and the costs of what it has not."""
+    costs = make_plan(network, size, config).costs
+    if len(costs) > 1:
+        (best, least), *others = costs
+        rest = "; ".join(f"{one}: {spent}" for one, spent in others[:3])
+        yield f"--trunk auto takes {best}: a rank has at most {least} a step ({rest})"
 
 
 def check_psl(size: int, network: Network, dataset: Dataset, config: Config) -> None:
     """UserError for a configuration that `size` ranks cannot train; needs no MPI and no arrays of weights."""
-    layout = network.layout()
-    roles = plan_roles(layout, size, config)
-    _check_roles(network, roles, dataset, config)
-    check_optimizer(config, layout, roles.shards)
+    plan = make_plan(network, size, config)
+    _check_roles(network, plan.roles, dataset, config)
+    _check_trunk(network, plan, config)
+    check_optimizer(config, network.layout(), plan.roles.shards)
+
+
+def _check_trunk(network: Network, plan: Plan, config: Config) -> None:
+    """UserError where no layers can be computed on slices, or these would be too small."""
+    if config.of(Settings).trunk != "split":
+        return
+    if config.of(Settings).partition == "pairs":
+        raise UserError(
+            "--trunk split: a worker of --partition pairs sees the samples of its own classes only; leave it out, or "
+            "use --partition scores"
+        )
+    if not plan.trunk:
+        raise UserError(
+            f"--trunk split: --model {network.name} has no layers with weights that all classes share before some that "
+            "they do not; leave it out"
+        )
+    rows = plan.roles.rows
+    columns = Counter(w.row for w in plan.roles.workers if w is not None)
+    check_slices(network, config.data.batch_size // rows, max(columns.values()), "workers of a row")
 
 
 def _check_roles(network: Network, roles: Roles, dataset: Dataset, config: Config) -> None:

@@ -127,12 +127,12 @@ class Layer:
         return 0
 
     @property
-    def rank_sums(self) -> tuple[int, int]:
-        """Numbers that forward and backward sum over the ranks that share a minibatch, where they are to be exact.
+    def rank_sums(self) -> tuple[int, ...]:
+        """Numbers of each sum over the ranks that share a minibatch that forward and backward make, to be exact.
 
         They do so by the `total` of their site; without one, a rank takes its slice for the minibatch.
         """
-        return 0, 0
+        return ()
 
     @property
     def macs(self) -> int:

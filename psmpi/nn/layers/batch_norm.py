@@ -46,10 +46,11 @@ class BatchNorm(Layer):
         return int(bool(following and following[0].activation))
 
     @property
-    def rank_sums(self) -> tuple[int, int]:
-        # Of values and of their squared distances from the mean, and their number; of gradients, alone and times the
+    def rank_sums(self) -> tuple[int, ...]:
+        # Of values, and their number; of their squared distances from the mean; of gradients, alone and times the
         # normalized values.
-        return 2 * self.out_shape[0] + 1, 2 * self.out_shape[0]
+        units = self.out_shape[0]
+        return units + 1, units, 2 * units
 
     def held(self, stage: Stage, batch: int, writable: bool, packed: bool) -> int:
         units = int(stage.kept.sum())
@@ -130,13 +131,14 @@ class BatchNormPart(Part):
     def _normalize_together(self, x: np.ndarray, out: np.ndarray, scale: np.ndarray) -> int:
         """`ops.normalize` by the statistics of all ranks' slices together; returns how many values a unit has there."""
         assert self.total is not None
-        sums = np.append(x.sum(axis=1, dtype=np.float64), x.shape[1])
+        ops = self.ops
+        sums = np.append(ops.host(x.sum(axis=1, dtype=np.float64)), x.shape[1])
         self.total(sums)
         count = sums[-1]
-        np.subtract(x, (sums[:-1] / count)[:, None], out=out, casting="same_kind")
-        squares = np.einsum("ij,ij->i", out, out, dtype=np.float64)
+        np.subtract(x, ops.put(sums[:-1] / count)[:, None], out=out, casting="same_kind")
+        squares = ops.host(np.einsum("ij,ij->i", out, out, dtype=np.float64))
         self.total(squares)
-        scale[...] = 1 / np.sqrt(squares / count + EPS)
+        scale[...] = ops.put((1 / np.sqrt(squares / count + EPS)).astype(self.dtype))
         out *= scale[:, None]
         return int(count)
 
@@ -162,14 +164,13 @@ class BatchNormPart(Part):
         """`ops.normalize_back` on a slice: dgamma and dbeta are this slice's shares of the sums that dy needs."""
         assert self.total is not None
         self.ops.activate_back(self.activation, y, dy)
-        sums = np.concatenate(
-            [np.einsum("ij,ij->i", dy, normal, dtype=np.float64), dy.sum(axis=1, dtype=np.float64)]
-        ).reshape(2, -1)
+        both = np.einsum("ij,ij->i", dy, normal, dtype=np.float64), dy.sum(axis=1, dtype=np.float64)
         for (units, *_), pair in zip(self.runs, into, strict=True):
-            for share, mine in zip(sums, pair, strict=True):
+            for share, mine in zip(both, pair, strict=True):
                 mine[...] = share[units]
-        self.total(sums.reshape(-1))
-        dgamma, dbeta = (sums / count).astype(self.dtype)
+        sums = np.concatenate([self.ops.host(one) for one in both])
+        self.total(sums)
+        dgamma, dbeta = self.ops.put((sums / count).astype(self.dtype)).reshape(2, -1)
         normal *= dgamma[:, None]
         dy -= normal
         dy -= dbeta[:, None]

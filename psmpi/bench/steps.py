@@ -1,0 +1,50 @@
+"""One rank of a training, timed step by step: started by `bench trunk`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+
+STEPS, WARM = 40, 5
+
+
+def main(argv: list[str]) -> int:
+    """Time steps with the options of psmpi.train; the last line that rank 0 prints is JSON."""
+    import numpy as np
+    from threadpoolctl import threadpool_limits
+
+    from psmpi.backend import make_backend
+    from psmpi.bench.training import prepare
+    from psmpi.command import parsed
+    from psmpi.comm.control import Control
+    from psmpi.comm.world import start
+    from psmpi.config import command_line, defaults, from_command_line
+    from psmpi.data import Batch
+    from psmpi.training.context import Context
+    from psmpi.training.usual import usual
+
+    world = start()
+    control = Control(world)
+    config = usual(from_command_line(parsed(command_line(defaults(argv)), argv, "bench")))
+    kind, network, dataset, batches, rate, threads = prepare(config, world)
+    with threadpool_limits(threads), np.errstate(all="ignore"):
+        method = kind(Context(world, network, dataset, config, make_backend(config.parallel.backend, threads)))
+        times, sent = [], 0
+        for step in range(WARM + STEPS):
+            control.total(np.zeros(1))
+            before, begin = method.counter.sent, time.perf_counter()
+            method.step(Batch(batches.ids(*divmod(step, batches.steps_per_epoch))), rate(0))
+            control.total(np.zeros(1))
+            if step >= WARM:
+                times.append(1e3 * (time.perf_counter() - begin))
+                sent = method.counter.sent - before
+    held = control.rows(np.array([float(sum(method.memory().values())), float(sent)]))
+    if world.rank == 0:
+        found = {"ms": sorted(times), "memory": held[:, 0].max(), "sent": held[:, 1].max()}
+        print(json.dumps(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

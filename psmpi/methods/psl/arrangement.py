@@ -1,0 +1,100 @@
+"""The choice among ways to lay the work of the method `psl` out on ranks, by counted operations and bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+
+from psmpi.errors import counted
+from psmpi.layout import Roles, Worker, plan_moves
+from psmpi.nn.cut import trunk_length
+from psmpi.nn.layers.chain import walk
+from psmpi.nn.network import Network
+
+# Multiplications that take as long as a byte that a rank sends or receives: a core does some 3e10 a second, through
+# memory or a link of 10 Gb/s about 1e9 bytes a second go.
+BALANCE = 30.0
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The most that a rank does in a step: multiplications of forward and backward, bytes sent and received."""
+
+    macs: int
+    nbytes: int
+
+    @property
+    def time(self) -> float:
+        """In multiplications."""
+        return self.macs + BALANCE * self.nbytes
+
+    def __str__(self) -> str:
+        return f"{self.macs / 1e6:,.1f} million multiplications and {self.nbytes / 1e6:,.2f} MB"
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """Replica rows, and whether each row computes the layers that all classes share on slices of its samples."""
+
+    rows: int
+    split: bool
+
+    def __str__(self) -> str:
+        return f"{'split' if self.split else 'replicated'} in {counted(self.rows, 'replica row')}"
+
+
+def arrangements(network: Network, workers: int, least: int, replicas: int) -> Iterator[Arrangement]:
+    """Those of so many workers; least: the fewest rows there can be; replicas: rows if given, else 0."""
+    most = least if network.normalized else workers
+    for rows in [replicas] if replicas else range(least, most + 1):
+        if rows in (replicas, least) or workers % rows == 0:
+            yield Arrangement(rows, False)
+            if workers > rows and trunk_length(network):
+                yield Arrangement(rows, True)
+
+
+def cost(network: Network, roles: Roles, split: bool, batch: int, itemsize: int) -> Cost:
+    """The cost of a step on `batch` samples; pooling that is folded into convolutions is counted apart from them."""
+    traffic = np.zeros(roles.size, np.int64)
+    for move in plan_moves(roles):
+        ranks, sizes = list(move.ranks), np.array([b - a for a, b in move.slices])
+        if move.kind == "sum":
+            traffic[ranks] += 4 * (len(ranks) - 1) * sizes[0] // len(ranks)
+        elif move.kind == "deal":
+            traffic[ranks] += 2 * sizes
+            traffic[move.root] += 2 * sizes.sum()
+        else:
+            traffic[ranks[1:]] += 2 * sizes[0]
+            traffic[move.root] += 2 * sizes[0] * (len(ranks) - 1)
+    length = trunk_length(network) if split else 0
+    macs = np.zeros(roles.size, np.int64)
+    columns: dict[tuple[int, int], int] = {}
+    for rank, worker in enumerate(roles.workers):
+        if worker is None:
+            continue
+        peers, samples = len(roles.row(rank)), -(-batch // roles.rows)
+        key = worker.column, peers
+        if key not in columns:
+            columns[key] = _macs(network, worker, length, samples, -(-samples // peers))
+        macs[rank] = columns[key]
+        if length:
+            units = prod(network.layers[length - 1].out_shape)
+            traffic[rank] += 4 * units * samples * (peers - 1) // peers
+    busiest = int(np.argmax(macs + BALANCE * itemsize * traffic))
+    return Cost(int(macs[busiest]), int(traffic[busiest]) * itemsize)
+
+
+def _macs(network: Network, worker: Worker, length: int, samples: int, sliced: int) -> int:
+    """Multiplications of a worker's step: of the first `length` layers on `sliced` samples, of the others on all."""
+    total, first = 0, True
+    for layers, count in (((0, length), sliced), ((length, len(network.layers)), samples)):
+        stages = network.stages(worker.classes, fold=False, layers=layers) if layers[0] < layers[1] else ()
+        for stage in (one for outer in stages for one in walk(outer)):
+            macs = stage.layer.macs // len(stage.kept) * int(np.count_nonzero(stage.kept)) * count
+            # The gradient of the samples themselves is not made.
+            total += macs * (2 if first else 3)
+            first = first and not macs
+    return total

@@ -1,0 +1,134 @@
+"""The layers that all classes share, computed by each rank of a row on its slice of the minibatch's samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from psmpi.comm.bridge import Bridge
+from psmpi.comm.group import Group
+from psmpi.comm.transfers import Message, Slices, Step, Sum
+from psmpi.data import Resident
+from psmpi.nn.layers.chain import Tape, leaves
+from psmpi.nn.model import Model
+from psmpi.nn.objective import GRADIENT_LIMIT
+from psmpi.training.context import Context
+
+
+class Trunk:
+    """The first `length` layers on one rank of `row`: a slice of each minibatch, and the exchange of features.
+
+    w, g: over the part of `classes`, as those of a `Model`. Features, the outputs of the trunk, are (units, b) of all
+    samples on all ranks; the gradients of a sample's features are summed over the row on the rank that made them. So g
+    holds this slice's share of the trunk's gradient for the elements of all ranks. Statistics of batch normalization
+    are those of the whole minibatch. A minibatch of fewer samples than ranks is computed whole by each of them.
+    """
+
+    def __init__(self, context: Context, row: Group, length: int, classes: Sequence[int], w: np.ndarray, g: np.ndarray):
+        network, ops = context.network, context.ops
+        self.ops, self.dtype, self.row = ops, context.dtype, row
+        self.sums: Group | None = None
+        if any(layer.couples for layer in leaves(network.layers[:length])):
+            self.sums = context.group(row.ranks, bridge=Bridge())
+        total = None if self.sums is None else self._total
+        self.model = Model(network, context.layout, w, g, ops, classes, layers=(0, length), beside=True, total=total)
+        self.units = self.model.size
+        self.slices = Slices(row, self.units, self.dtype, ops)
+        trained = network.runs(context.layout, 0, length) & self.model.part
+        self.g = [g[self.model.part.local(a, b)] for a, b in trained.intervals]
+        self.inputs = int(np.prod(self.model.in_shape))
+        self.whole, self.slice = True, slice(0, 0)
+        self.forward_pass, self.backward_pass = self._forward, self._backward
+        if self.sums is None:
+            self.forward_pass, self.backward_pass = ops.record(self._forward), ops.record(self._backward)
+        self.capacity = 0
+
+    def _total(self, values: np.ndarray) -> None:
+        """Sum statistics over the row, unless this rank has the whole minibatch."""
+        if self.sums is not None and not self.whole:
+            self.sums.allreduce(values)
+
+    def share(self, batch: int) -> slice:
+        """The samples of a minibatch of `batch` whose features this rank computes."""
+        return self.slices.of_rank(batch, self.row.rank) if batch >= self.row.size else slice(0, batch)
+
+    def reserve(self, batch: int) -> None:
+        """Make room for minibatches of up to `batch` samples."""
+        if batch <= self.capacity:
+            return
+        self.capacity = batch
+        own = max(self.share(b).stop - self.share(b).start for b in {batch, min(batch, self.row.size - 1)})
+        self.model.reserve(own)
+        self.x = self.ops.empty(self.inputs * own, self.dtype)
+        self.features = self.ops.empty(self.units * batch, self.dtype)
+        self.gradient = self.ops.empty(self.units * batch, self.dtype)
+        self.own = self.ops.empty(self.units * own, self.dtype)
+        self.slices.reserve(batch)
+
+    @property
+    def activation_bytes(self) -> int:
+        return int(self.x.nbytes + self.features.nbytes + self.model.activation_bytes)
+
+    @property
+    def buffer_bytes(self) -> int:
+        return int(self.gradient.nbytes + self.own.nbytes + self.slices.nbytes + self.model.buffer_bytes)
+
+    def forward(self, samples: Resident, ids: np.ndarray) -> np.ndarray:
+        """The features (units, b) of the samples `ids` (b,), of which `samples` has at least this rank's share."""
+        b = len(ids)
+        self.reserve(b)
+        self.whole, self.slice = b < self.row.size, self.share(b)
+        samples.batch(ids[self.slice], self.x)
+        self.tape = self.forward_pass(self.slice.stop - self.slice.start)
+        made, features = self.tape.scores.reshape(self.units, -1), self.all(b)
+        if self.whole:
+            features[...] = made
+        else:
+            self.slices.forward(made, features)
+        return features
+
+    def all(self, b: int) -> np.ndarray:
+        """The array (units, b) of the features of b samples."""
+        return self.features[: self.units * b].reshape(self.units, b)
+
+    def dx(self, b: int) -> np.ndarray:
+        """The array (units, b) for the gradient of the features of b samples, from this rank's elements."""
+        return self.gradient[: self.units * b].reshape(self.units, b)
+
+    def backward(self, b: int, alone: bool = False) -> None:
+        """Write this slice's share of the trunk's gradient, from `dx`, which is used up.
+
+        alone: without the gradients of other ranks' elements, and without messages.
+        """
+        dx, n = self.dx(b), self.slice.stop - self.slice.start
+        own = self.own[: self.units * n].reshape(self.units, n)
+        if alone or self.whole:
+            own[...] = dx[:, self.slice]
+        else:
+            self.slices.backward(dx, own)
+        whole, self.whole = self.whole, self.whole or alone
+        self.backward_pass(n)
+        self.whole = whole
+
+    def _forward(self, n: int) -> Tape:
+        return self.model.forward(self.x[: self.inputs * n].reshape(self.inputs, n))
+
+    def _backward(self, n: int) -> None:
+        scores = self.tape.scores
+        self.model.backward(self.tape, self.own[: self.units * n].reshape(scores.shape))
+        limit = GRADIENT_LIMIT[self.dtype]
+        for g in self.g:
+            # What ranks have limited can be large together.
+            g.clip(-limit, limit, out=g)
+
+    def messages(self, batch: int) -> list[Message]:
+        """The messages of the row in a training step on `batch` samples."""
+        if batch < self.row.size:
+            return []
+        found = [*self.slices.messages(Step(batch)), *self.slices.messages(Step(batch), back=True)]
+        if self.sums is not None:
+            for part in self.model.walk():
+                for numbers in part.layer.restrict(part.shape[0], part.layer.in_shape).rank_sums:
+                    found += Sum(self.sums, numbers, np.dtype(np.float64)).messages(Step(), back=True)
+        return found
