@@ -16,9 +16,9 @@ def main(argv: list[str]) -> int:
 
     from psmpi.backend import make_backend
     from psmpi.bench.training import prepare
-    from psmpi.command import parsed
     from psmpi.comm.control import Control
     from psmpi.comm.world import start
+    from psmpi.command import parsed
     from psmpi.config import command_line, defaults, from_command_line
     from psmpi.data import Batch
     from psmpi.training.context import Context

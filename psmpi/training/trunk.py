@@ -10,6 +10,7 @@ from psmpi.comm.bridge import Bridge
 from psmpi.comm.group import Group
 from psmpi.comm.transfers import Message, Slices, Step, Sum
 from psmpi.data import Resident
+from psmpi.errors import UserError
 from psmpi.nn.layers.chain import Tape, leaves
 from psmpi.nn.model import Model
 from psmpi.nn.objective import GRADIENT_LIMIT
@@ -30,6 +31,11 @@ class Trunk:
         self.ops, self.dtype, self.row = ops, context.dtype, row
         self.sums: Group | None = None
         if any(layer.couples for layer in leaves(network.layers[:length])):
+            if ops.on_device:
+                raise UserError(
+                    f"--trunk split sums the statistics of --model {network.name}'s batch normalization over ranks in "
+                    "host memory: use --trunk replicated, or --backend compiled"
+                )
             self.sums = context.group(row.ranks, bridge=Bridge())
         total = None if self.sums is None else self._total
         self.model = Model(network, context.layout, w, g, ops, classes, layers=(0, length), beside=True, total=total)
@@ -120,7 +126,7 @@ class Trunk:
         limit = GRADIENT_LIMIT[self.dtype]
         for g in self.g:
             # What ranks have limited can be large together.
-            g.clip(-limit, limit, out=g)
+            self.ops.bound(g, limit)
 
     def messages(self, batch: int) -> list[Message]:
         """The messages of the row in a training step on `batch` samples."""

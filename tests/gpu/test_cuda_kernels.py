@@ -655,6 +655,16 @@ def test_large_derivatives_are_scaled_by_the_power_of_two_of_the_reference(peak,
 
 @runs
 @real_types
+def test_components_are_bounded(dtype, device):
+    g = device.of(np.array([5.0, -6.0, np.inf, -np.inf, np.nan, 1.0], dtype))
+    expected = g.copy()
+    OPS.bound(expected, 4.0)
+    device("bound", (1,), (64,), 6, g, 4.0)
+    assert np.array_equal(g, expected, equal_nan=True) and expected.tolist()[:4] == [4.0, -4.0, 4.0, -4.0]
+
+
+@runs
+@real_types
 def test_derivatives_without_a_finite_peak_are_cast_as_they_are(dtype, device):
     grad, out = device.of(np.array([1.0, np.nan, -2.0])), device.array(3)
     for peak in (np.nan, np.inf):

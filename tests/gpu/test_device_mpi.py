@@ -38,6 +38,8 @@ GRIDS = {
     "several masters": (5, ("--masters", "2", "--placement", "owner")),
     "masters that compute": (3, ("--colocate", "--masters", "2")),
     "replicas": (5, ("--replicas", "2", "--placement", "owner", "--colocate")),
+    "split trunk": (3, ("--trunk", "split")),
+    "split trunk of replicas": (5, ("--trunk", "split", "--replicas", "2", "--placement", "owner", "--colocate")),
     "pairs": (4, ("--partition", "pairs")),
     "pairs of owners": (3, ("--partition", "pairs", "--placement", "owner", "--colocate")),
 }
@@ -53,6 +55,11 @@ def test_weights_and_bytes_are_those_of_the_host(train, host, name):
         assert there.rows[-1][key] == here.rows[-1][key]
     assert there.rows[-1]["train_loss"] == pytest.approx(here.rows[-1]["train_loss"], rel=1e-10)
     assert "backend cupy (host memory as a device, device 0)" in there.stdout
+
+
+def test_statistics_of_slices_are_not_summed_from_a_device():
+    status, _, err = run(3, "-m", "psmpi.train", "--backend", "cupy", "--batch-norm", "--trunk", "split", "--colocate")
+    assert status == 1 and "use --trunk replicated, or --backend compiled" in " ".join(err.split())
 
 
 @pytest.mark.parametrize(

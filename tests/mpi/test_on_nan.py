@@ -121,6 +121,7 @@ def test_the_rank_of_a_row_is_named_whose_scores_are_wrong(tmp_path, mode):
         ("local_sgd", 3, (), "that of conv1.weight and"),
         ("psl", 3, (), "(classes 5-9)"),
         ("psl", 5, ("--replicas", "2"), "(classes "),
+        ("psl", 3, ("--trunk", "split"), "(classes 5-9)"),
         ("psl", 4, ("--partition", "pairs"), "(classes "),
     ],
 )

@@ -95,3 +95,6 @@ class DeviceLosses(Device):
 
     def unscale(self, g: Any, report: Any, limit: float) -> None:
         self.spread("unscale", g.dtype, g.size, g.size, g, report, limit)
+
+    def bound(self, g: Any, limit: float) -> None:
+        self.spread("bound", g.dtype, g.size, g.size, g, limit)

@@ -25,3 +25,7 @@ class Losses(Arrays):
         exponent = exponent_of(report[3])
         if exponent:
             np.copyto(g, np.clip(np.ldexp(g.astype(np.float64), exponent), -limit, limit), casting="same_kind")
+
+    def bound(self, g: np.ndarray, limit: float) -> None:
+        """g limited to `limit` in each component, in place; what is not a number stays so."""
+        np.clip(g, -limit, limit, out=g)

@@ -131,14 +131,13 @@ class BatchNormPart(Part):
     def _normalize_together(self, x: np.ndarray, out: np.ndarray, scale: np.ndarray) -> int:
         """`ops.normalize` by the statistics of all ranks' slices together; returns how many values a unit has there."""
         assert self.total is not None
-        ops = self.ops
-        sums = np.append(ops.host(x.sum(axis=1, dtype=np.float64)), x.shape[1])
+        sums = np.append(x.sum(axis=1, dtype=np.float64), x.shape[1])
         self.total(sums)
         count = sums[-1]
-        np.subtract(x, ops.put(sums[:-1] / count)[:, None], out=out, casting="same_kind")
-        squares = ops.host(np.einsum("ij,ij->i", out, out, dtype=np.float64))
+        np.subtract(x, (sums[:-1] / count)[:, None], out=out, casting="same_kind")
+        squares = np.einsum("ij,ij->i", out, out, dtype=np.float64)
         self.total(squares)
-        scale[...] = ops.put((1 / np.sqrt(squares / count + EPS)).astype(self.dtype))
+        scale[...] = 1 / np.sqrt(squares / count + EPS)
         out *= scale[:, None]
         return int(count)
 
@@ -164,13 +163,14 @@ class BatchNormPart(Part):
         """`ops.normalize_back` on a slice: dgamma and dbeta are this slice's shares of the sums that dy needs."""
         assert self.total is not None
         self.ops.activate_back(self.activation, y, dy)
-        both = np.einsum("ij,ij->i", dy, normal, dtype=np.float64), dy.sum(axis=1, dtype=np.float64)
+        sums = np.concatenate(
+            [np.einsum("ij,ij->i", dy, normal, dtype=np.float64), dy.sum(axis=1, dtype=np.float64)]
+        ).reshape(2, -1)
         for (units, *_), pair in zip(self.runs, into, strict=True):
-            for share, mine in zip(both, pair, strict=True):
+            for share, mine in zip(sums, pair, strict=True):
                 mine[...] = share[units]
-        sums = np.concatenate([self.ops.host(one) for one in both])
-        self.total(sums)
-        dgamma, dbeta = self.ops.put((sums / count).astype(self.dtype)).reshape(2, -1)
+        self.total(sums.reshape(-1))
+        dgamma, dbeta = (sums / count).astype(self.dtype)
         normal *= dgamma[:, None]
         dy -= normal
         dy -= dbeta[:, None]

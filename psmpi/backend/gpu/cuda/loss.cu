@@ -312,3 +312,10 @@ extern "C" __global__ void unscale(long long size, T *__restrict__ g, const doub
         g[i] = (T)(value > limit ? limit : value < -limit ? -limit : value);
     }
 }
+
+/* g is limited in each component, in place; what is not a number stays so. */
+extern "C" __global__ void bound(long long size, T *__restrict__ g, double limit)
+{
+    for (long long i = thread(); i < size; i += threads())
+        g[i] = (T)(g[i] > limit ? limit : g[i] < -limit ? -limit : g[i]);
+}

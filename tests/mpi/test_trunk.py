@@ -1,0 +1,185 @@
+"""Layers that all classes share, computed on slices of the minibatch: the training is that of one process."""
+
+from unittest import mock
+
+import numpy as np
+import pytest
+
+pytest.importorskip("mpi4py.MPI")
+
+from helpers.runs import distance, run
+
+from psmpi.methods.psl.arrangement import Arrangement
+from psmpi.methods.psl.plan import Settings, make_plan
+from psmpi.nn.cut import trunk_length
+from psmpi.nn.objective import Objective
+from psmpi.nn.zoo import make_network
+from psmpi.testing.conformance import Case, counters_equal_messages, memory_is_accounted_for
+from psmpi.training.element_worker import ElementWorker
+
+SHORT = ("--dtype", "float64", "--max-steps", "10", "--batch-size", "60", "--epochs", "2")
+OWN = ("--colocate", "--placement", "owner")
+SPLIT = ("--trunk", "split")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "more"),
+    [
+        (2, OWN),
+        (3, ()),
+        (6, (*OWN, "--replicas", "2")),
+        (7, (*OWN, "--optimizer", "momentum")),
+        (3, (*OWN, "--loss", "bce")),
+        (4, ("--loss", "nll", "--masters", "2")),
+        (3, (*OWN, "--optimizer", "lbfgs", "--lr", "1")),
+        (3, (*OWN, "--batch-norm")),
+        (3, ("--model", "head", "--widths", "20", "12", "--loss", "squared")),
+        (5, (*OWN, "--model", "head", "--widths", "20", "12", "--batch-norm", "--loss", "nll")),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else str(value),
+)
+def test_weights_and_tests_are_those_of_one_process(serial, train, ranks, more):
+    alone = serial(*SHORT, *(word for word in more if word not in (*OWN, "--replicas", "--masters", "2")))
+    many = train(ranks, *SHORT, *more, *SPLIT)
+    assert distance(alone.tensors(), many.tensors()) <= 1e-9
+    for key in ("train_loss", "test_loss", "test_accuracy"):
+        assert many.rows[-1][key] == pytest.approx(alone.rows[-1][key], rel=1e-9)
+
+
+@pytest.mark.parametrize("more", [(), ("--batch-norm",)], ids=str)
+def test_a_minibatch_of_fewer_samples_than_ranks_is_computed_by_each(serial, train, more):
+    """The last of an epoch has 2 of the 1,438 samples."""
+    options = ("--dtype", "float64", "--batch-size", "359", "--epochs", "2", *more)
+    alone, many = serial(*options), train(5, *options, *OWN, *SPLIT)
+    assert distance(alone.tensors(), many.tensors()) <= 1e-9
+
+
+@pytest.mark.parametrize(
+    "more", [(), ("--batch-norm",), ("--model", "head", "--widths", "20", "--loss", "bce")], ids=str
+)
+def test_bytes_and_memory_are_those_that_are_said(tmp_path, more):
+    case = Case("psl", tmp_path, (*OWN, *SPLIT, *more))
+    counters_equal_messages(case)
+    memory_is_accounted_for(case)
+
+
+def test_a_sample_s_features_go_out_and_their_gradients_come_back(train):
+    """Of 12 x 6 x 6 features in float32, the other rank's half each way, and 12 bytes of psl's sums."""
+    step = {}
+    for batch in ("40", "80"):
+        found = train(2, *OWN, *SPLIT, "--batch-size", batch, "--max-steps", "1", "--epochs", "1").rows[-1]
+        step[batch] = np.array(found["bytes_sent_by_rank"])
+    assert (step["80"] - step["40"]).tolist() == [40 * (2 * 432 * 4 // 2 + 12)] * 2
+
+
+def test_the_trunk_ends_where_classes_part():
+    lengths = {
+        ("psnet", (1, 28, 28)): 3, ("psnet", (3, 32, 32)): 3, ("head", (20,)): 4, ("mlp", (20,)): 4,
+        ("resnet", (1, 8, 8)): 15,
+    }  # fmt: skip
+    for (name, shape), length in lengths.items():
+        assert trunk_length(make_network(name, shape, 10)) == length, name
+
+
+@pytest.mark.parametrize(
+    ("ranks", "options", "says"),
+    [
+        (3, ("--partition", "pairs"), "sees the samples of its own classes only"),
+        (3, ("--batch-size", "1"), "use --batch-size 2 or more"),
+        (3, ("--config", "apart.toml"), "no layers with weights that all classes share"),
+        (3, ("--method", "data_parallel"), "--trunk"),
+    ],
+)
+def test_what_cannot_be_split_is_refused(tmp_path, ranks, options, says):
+    tables = "".join(f'[[model.layers]]\ntype = "{kind}"\n{more}\n' for kind, more in [
+        ("flatten", ""), ("separable_dense", "units = 10\ngroups = 10"),
+    ])  # fmt: skip
+    (tmp_path / "apart.toml").write_text(f'[model]\nmodel = "custom"\n{tables}')
+    status, _, err = run(ranks, "-m", "psmpi.train", "--epochs", "1", *SPLIT, *options, cwd=tmp_path)
+    assert status == 1 and says in " ".join(err.split())
+
+
+@pytest.mark.parametrize("mode", ["stop", "skip"])
+@pytest.mark.parametrize("whose", ["weights", "features", "loss"])
+def test_the_rank_is_named_whose_layers_are_wrong(tmp_path, mode, whose):
+    """Rank 2's own slice goes wrong in the shared layers; or its own classes do."""
+    losses, calls = ElementWorker.element_losses, []
+
+    def wrong(self, batch, own=None):
+        if 9 in self.place.classes:
+            calls.append(1)
+            if len(calls) == 3 and whose == "weights":
+                self.model.w[-1] = np.nan
+            elif len(calls) == 3 and whose == "features":
+                forward = self.trunk.forward_pass
+
+                def spoiled(n):
+                    tape = forward(n)
+                    self.trunk.model.parts[0].w[0][0][...] = np.inf
+                    tape.scores[...] = np.nan
+                    return tape
+
+                self.trunk.forward_pass = spoiled
+        return losses(self, batch, own)
+
+    diverges = ("--loss", "squared", "--lr", "1e38", "--clip", "0", "--optimizer", "sgd")
+    with mock.patch.object(ElementWorker, "element_losses", wrong):
+        status, _, err = run(
+            3,
+            "-m",
+            "psmpi.train",
+            "--out",
+            tmp_path / "run",
+            "--epochs",
+            "1",
+            "--on-nan",
+            mode,
+            *SPLIT,
+            *(diverges if whose == "loss" else ()),
+        )
+    said = " ".join(err.split())
+    assert status == 1 and "Traceback" not in err
+    if whose == "weights":
+        assert "on rank 2 the update of step 2 left weights that are not finite: dense2.bias, unit 9" in said
+    elif whose == "features":
+        assert "step 3 of epoch 1" in said and "rank 2" in said and "conv1" in said
+
+
+def test_a_rank_whose_trial_is_too_far_keeps_no_other_waiting(train):
+    """A loss that ranks make by themselves: in a search one of them finds that it is infinite."""
+    losses, calls = Objective.losses, []
+
+    def too_far(self, *arguments, **options):
+        if 9 in self.model.classes:
+            calls.append(1)
+            if len(calls) == 2:
+                raise FloatingPointError("too far")
+        return losses(self, *arguments, **options)
+
+    with mock.patch.object(Objective, "losses", too_far):
+        found = train(3, "--loss", "bce", "--optimizer", "lbfgs", "--lr", "1", *SPLIT, "--max-steps", "4", timeout=60)
+    assert len(calls) > 4 and np.isfinite(found.rows[-1]["train_loss"])
+
+
+def chosen(network, size, **changes):
+    from helpers.runs import usual_config
+
+    config = usual_config().changed(Settings, trunk="auto", **changes)
+    plan = make_plan(network, size, config)
+    assert [cost.time for _, cost in plan.costs] == sorted(cost.time for _, cost in plan.costs)
+    return plan
+
+
+def test_auto_takes_what_costs_least():
+    psnet, wide = make_network("psnet", (3, 32, 32), 10), make_network("head", (64,), 20_000, widths=(2048, 2048, 16))
+    # Few weights and large features: replicas. Many weights of few features: slices.
+    assert chosen(psnet, 3).costs[0][0] == Arrangement(2, False)
+    assert chosen(wide, 3).costs[0][0] == Arrangement(1, True) and chosen(wide, 3).trunk == 6
+    assert chosen(psnet, 3, replicas=1).costs[0][0].rows == 1
+    assert chosen(make_network("psnet", (1, 8, 8), 10, batch_norm=True), 3).roles.rows == 1
+    assert chosen(psnet, 4, partition="pairs").trunk == 0
+
+
+def test_the_choice_is_told_and_is_one_that_trains(train):
+    found = train(3, "--trunk", "auto", "--max-steps", "3")
+    assert "--trunk auto takes replicated in" in found.stdout
