@@ -22,6 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     from psmpi.bench.published import published
     from psmpi.bench.recorder import recorder
     from psmpi.bench.start import start
+    from psmpi.bench.trunk import trunk
     from psmpi.command import answer, chosen
     from psmpi.config import defaults
 
@@ -31,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         default = defaults(words)
         commands: tuple[Callable[..., int], ...] = (
             checkpoint, compute, head, kernels, _with(memory, default, words), network,
-            _with(optimizer, default, words), published, _with(recorder, default, words), start,
+            _with(optimizer, default, words), published, _with(recorder, default, words), start, trunk,
         )  # fmt: skip
         return chosen(commands, words, "bench", "Measure psmpi.")()
 

@@ -145,7 +145,7 @@ def launcher() -> str:
     return found
 
 
-def _run(command: Sequence[str], slow: bool, limit: int) -> str:
+def run_program(command: Sequence[str], slow: bool = False, limit: int = 600) -> str:
     """The output of a command; UserError where it fails, or does not end in time: it and all it started are ended."""
     environment = {**os.environ, **(ENVIRONMENT if slow else {}), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
@@ -174,7 +174,7 @@ def _train(ranks: int, hosts: list[str], options: Sequence[str], limit: int, tar
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         program = [sys.executable, "-m", "psmpi.train", "--out", str(out), *options]
-        _run([launcher(), "-n", str(ranks), *before, *program], bool(hosts), limit)
+        run_program([launcher(), "-n", str(ranks), *before, *program], bool(hosts), limit)
         rows = [jsonlib.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         held = checkpoint.read_contents(checkpoint.newest(out)).placement["ranks"]
     last = rows[-1]
@@ -195,7 +195,9 @@ def _ddp(ranks: int, hosts: list[str], options: Sequence[str], limit: int) -> di
     """Time a step; PyTorch trains the same network on as many samples, of random numbers."""
     before = wrapper(hosts) if hosts else []
     program = [sys.executable, "-m", "psmpi.bench.ddp", *options]
-    found = jsonlib.loads(_run([launcher(), "-n", str(ranks), *before, *program], bool(hosts), limit).splitlines()[-1])
+    found = jsonlib.loads(
+        run_program([launcher(), "-n", str(ranks), *before, *program], bool(hosts), limit).splitlines()[-1]
+    )
     return {"ms_per_step": found["ms_per_step"]}
 
 

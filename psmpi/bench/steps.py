@@ -1,4 +1,4 @@
-"""One rank of a training, timed step by step: started by `bench trunk`."""
+"""One rank of a training whose steps are timed: started by `bench trunk`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import sys
 import time
 
-STEPS, WARM = 40, 5
+from psmpi.bench.ddp import STEPS, WARM
 
 
 def main(argv: list[str]) -> int:
@@ -30,19 +30,17 @@ def main(argv: list[str]) -> int:
     kind, network, dataset, batches, rate, threads = prepare(config, world)
     with threadpool_limits(threads), np.errstate(all="ignore"):
         method = kind(Context(world, network, dataset, config, make_backend(config.parallel.backend, threads)))
-        times, sent = [], 0
         for step in range(WARM + STEPS):
-            control.total(np.zeros(1))
-            before, begin = method.counter.sent, time.perf_counter()
+            if step == WARM:
+                control.total(np.zeros(1))
+                sent, begin = method.counter.sent, time.perf_counter()
             method.step(Batch(batches.ids(*divmod(step, batches.steps_per_epoch))), rate(0))
-            control.total(np.zeros(1))
-            if step >= WARM:
-                times.append(1e3 * (time.perf_counter() - begin))
-                sent = method.counter.sent - before
-    held = control.rows(np.array([float(sum(method.memory().values())), float(sent)]))
+        control.total(np.zeros(1))
+        seconds, sent = time.perf_counter() - begin, method.counter.sent - sent
+    held = control.rows(np.array([float(sum(method.memory().values())), sent / STEPS])) / 1e6
     if world.rank == 0:
-        found = {"ms": sorted(times), "memory": held[:, 0].max(), "sent": held[:, 1].max()}
-        print(json.dumps(found))
+        memory, bytes_sent = held.max(axis=0).tolist()
+        print(json.dumps({"ms_per_step": 1e3 * seconds / STEPS, "megabytes": memory, "megabytes_sent": bytes_sent}))
     return 0
 
 

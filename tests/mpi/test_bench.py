@@ -127,6 +127,20 @@ def test_a_measured_head_makes_the_steps_of_pytorch(name):
     assert (abs(weights - layer.weight.detach().numpy()) <= 1e-5).mean() > 0.99
 
 
+def test_ways_to_share_a_step_are_compared(tmp_path):
+    options = ("--pairs", "1", "--batch-size", "20", "--json", tmp_path / "a.json")
+    status, out, err = launch(1, "-m", "psmpi.bench", "trunk", *options)
+    assert status == 0, err
+    rows = {row["way"]: row for row in json.loads((tmp_path / "a.json").read_text())["rows"]}
+    assert list(rows) == [
+        "one process", "as many processes, apart", "replicated", "split", "replica rows", "data_parallel"
+    ]  # fmt: skip
+    assert rows["one process"]["speedup"] == 1 and rows["one process"]["megabytes_sent"] == 0
+    # Features of 12 x 6 x 6 numbers, half of 20 samples each way.
+    more = rows["split"]["megabytes_sent"] - rows["replicated"]["megabytes_sent"]
+    assert more == pytest.approx(20 * 432 * 4 / 1e6) and "split" in out
+
+
 @pytest.mark.parametrize("backend", ["numpy", "auto"])
 def test_kernels_are_measured_beside_a_copy(tmp_path, backend):
     options = ("--backend", backend, "--megabytes", "2", "--repeats", "3", "--json", tmp_path / "a.json")

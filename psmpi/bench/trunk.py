@@ -1,0 +1,119 @@
+"""The time of a step on one process and on several ranks, which share its work in one way or another."""
+
+from __future__ import annotations
+
+import json as jsonlib
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+from psmpi.bench.network import launcher, run_program
+from psmpi.errors import UserError
+from psmpi.output import Screen, tell
+
+ALONE, ASIDE, DDP = "one process", "as many processes, apart", "PyTorch DDP"
+OWN = ("--colocate", "--placement", "owner")
+
+
+def trunk(
+    ranks: int = 2,
+    dataset: str = "digits",
+    data_dir: str = "",
+    model: str = "psnet",
+    widths: tuple[int, ...] = (),
+    loss: str = "psl",
+    batch_size: int = 100,
+    pairs: int = 5,
+    options: str = "",
+    pytorch: bool = False,
+    json: str = "",
+) -> int:
+    """Time steps of the same training on one process and on several ranks of this machine, one after the other.
+
+    The ranks share the classes with a trunk that each computes whole (replicated) or on a slice of the minibatch
+    (split), or the samples (replica rows, data_parallel). As many processes that train apart show what the machine has
+    for several. Speed-ups are medians of ratios to the one process of the same round, with quartiles.
+
+    Args:
+        ranks: Ranks, and processes apart, of a thread each.
+        dataset: digits, mnist, cifar10, or a file, as in psmpi.train.
+        data_dir: Folder of the data set's files.
+        model: Network, as in psmpi.train.
+        widths: Widths of --model mlp and head.
+        loss: Loss, as in psmpi.train.
+        batch_size: Samples of a minibatch, of all ranks together.
+        pairs: Rounds.
+        options: More options of psmpi.train for all, in one word: --options="--batch-norm --dtype float64".
+        pytorch: Also steps of PyTorch's DistributedDataParallel (gloo); needs psmpi[torch].
+        json: Also write the figures into this file.
+    """
+    for option, value, least in (("--ranks", ranks, 2), ("--pairs", pairs, 1), ("--batch-size", batch_size, ranks)):
+        if value < least:
+            raise UserError(f"{option} {value}: expected a whole number from {least} up")
+    if pytorch and find_spec("torch") is None:
+        raise UserError("--pytorch needs PyTorch: pip install 'psmpi[torch]'")
+    words = ["--dataset", dataset, "--model", model, "--loss", loss, "--batch-size", str(batch_size), "--threads", "1"]
+    words += [*(("--data-dir", data_dir) if data_dir else ()), *(["--widths", *map(str, widths)] if widths else [])]
+    words += options.split()
+    ways: dict[str, tuple[str, ...]] = {
+        "replicated": OWN,
+        "split": (*OWN, "--trunk", "split"),
+        "replica rows": (*OWN, "--replicas", str(ranks)),
+        "data_parallel": ("--method", "data_parallel"),
+    }
+    rounds: list[dict[str, dict[str, float]]] = []
+    for k in range(pairs):
+        found = {ALONE: _steps(1, words), ASIDE: _apart(ranks, words)}
+        found |= {name: _steps(ranks, [*words, *more]) for name, more in ways.items()}
+        if pytorch:
+            found[DDP] = _steps(ranks, words, "psmpi.bench.ddp")
+        rounds.append(found)
+        times = (f"{name} {one['ms_per_step']:.2f} ms" for name, one in found.items())
+        tell(f"round {k + 1}: {', '.join(times)}")
+    rows = [_row(name, rounds, ranks if name == ASIDE else 1) for name in rounds[0]]
+    _show(rows, ranks, dataset, model)
+    if json:
+        Path(json).write_text(jsonlib.dumps({"options": words, "ranks": ranks, "rows": rows}) + "\n")
+    return 0
+
+
+def _steps(ranks: int, words: Sequence[str], module: str = "psmpi.bench.steps") -> dict[str, float]:
+    """Milliseconds of a step, and megabytes that the rank with most holds and sends."""
+    start = [launcher(), "-n", str(ranks)] if ranks > 1 else []
+    out = run_program([*start, sys.executable, "-m", module, *words])
+    found: dict[str, float] = jsonlib.loads(out.splitlines()[-1])
+    return found
+
+
+def _apart(ranks: int, words: Sequence[str]) -> dict[str, float]:
+    """The slowest of some trainings of one process each at the same time."""
+    with ThreadPoolExecutor(ranks) as pool:
+        found = list(pool.map(lambda _: _steps(1, words), range(ranks)))
+    return max(found, key=lambda one: one["ms_per_step"])
+
+
+def _row(name: str, rounds: Sequence[dict[str, dict[str, float]]], trainings: int) -> dict[str, Any]:
+    """Medians, and the speed-up with its quartiles, of so many trainings at a time."""
+    ratios = [trainings * one[ALONE]["ms_per_step"] / one[name]["ms_per_step"] for one in rounds]
+    low, middle, high = quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
+    names = ("ms_per_step", "megabytes", "megabytes_sent")
+    medians = {key: median(one[name][key] for one in rounds) for key in names if key in rounds[0][name]}
+    return {"way": name, **medians, "speedup": middle, "low": low, "high": high}
+
+
+def _show(rows: Sequence[dict[str, Any]], ranks: int, dataset: str, model: str) -> None:
+    from rich.table import Table
+
+    table = Table(title=f"a step of {model} on {dataset}, {ranks} ranks of one thread", title_justify="left")
+    table.add_column("way")
+    for name in ("ms", "speed-up", "quartiles", "MB a rank", "MB sent"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        sizes = (f"{row[key]:.3g}" if key in row else "" for key in ("megabytes", "megabytes_sent"))
+        span = f"{row['low']:.2f} {row['high']:.2f}"
+        table.add_row(row["way"], f"{row['ms_per_step']:.2f}", f"{row['speedup']:.2f}", span, *sizes)
+    Screen().print(table)
