@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from psmpi.backend import NumpyOps
-from psmpi.comm.group import Group
+from psmpi.comm.group import Group, wait_all
 from psmpi.comm.transfers.base import Message, Step, Transfer
 from psmpi.comm.transfers.rows import gathered
 from psmpi.layout import even_edges
@@ -16,21 +16,26 @@ from psmpi.layout import even_edges
 class Slices(Transfer):
     """src (units, b_k) of rank k to all ranks of a group: dst (units, b), the samples in the order of the ranks.
 
-    Slices are consecutive and nearly equal, see `even_edges`. Forward is an all-gather, backward a reduce-scatter, both
-    through a room in which each rank's slice is contiguous. Arrays are those of `ops`.
+    Slices are consecutive and nearly equal, see `even_edges`. In round k a rank sends to the k-th rank after it and
+    receives from the k-th before it. (Collectives would copy the rank's own slice, and the others' once more.) Arrays
+    are those of `ops`.
     """
 
     def __init__(self, group: Group, units: int, dtype: np.dtype, ops: NumpyOps | None = None):
         self.group, self.units, self.dtype, self.ops = group, units, np.dtype(dtype), ops or NumpyOps()
-        self.reserve(0)
+        self.capacity = 0
+        self.sent = self.received = self.ops.empty(0, self.dtype)
 
     def reserve(self, batch: int) -> None:
-        """Make room for minibatches of up to `batch` samples."""
-        self.room = self.ops.empty(self.units * batch, self.dtype)
+        """Make room for minibatches of up to `batch` samples: a slice that is sent and one that is received."""
+        if batch > self.capacity:
+            self.capacity = batch
+            size = self.units * -(-batch // self.group.size)
+            self.sent, self.received = (self.ops.empty(size, self.dtype) for _ in range(2))
 
     @property
     def nbytes(self) -> int:
-        return int(self.room.nbytes)
+        return int(self.sent.nbytes + self.received.nbytes)
 
     def of_rank(self, batch: int, rank: int) -> slice:
         """The samples of a rank of the group in a minibatch of `batch`."""
@@ -38,28 +43,47 @@ class Slices(Transfer):
         return slice(edges[rank], edges[rank + 1])
 
     def forward(self, src: Any, dst: Any) -> None:
-        counts, blocks = self._blocks(dst.shape[-1])
-        self.group.allgatherv(src, self._front(sum(counts)), counts)
-        for at, block in blocks:
-            dst[:, at] = block
+        b, group = dst.shape[-1], self.group
+        self.reserve(b)
+        if group.size == 1:
+            dst[...] = src
+        for k in range(1, group.size):
+            to, source = (group.rank + k) % group.size, (group.rank - k) % group.size
+            theirs = self.of_rank(b, source)
+            values = self._block(self.received, theirs)
+            begun = [group.irecv(values, source), group.isend(src, to)]
+            if k == 1:
+                # While the first messages are under way.
+                dst[:, self.of_rank(b, group.rank)] = src
+            wait_all(begun)
+            group.bridge.arrived(values)
+            dst[:, theirs] = values
 
     def backward(self, dst: Any, src: Any) -> None:
-        counts, blocks = self._blocks(dst.shape[-1])
-        for at, block in blocks:
-            block[...] = dst[:, at]
-        src[...] = self.group.reduce_scatter(self._front(sum(counts)), counts).reshape(src.shape)
+        b, group = dst.shape[-1], self.group
+        self.reserve(b)
+        mine = self.of_rank(b, group.rank)
+        found = src.reshape(self.units, -1)
+        if group.size == 1:
+            found[...] = dst[:, mine]
+        for k in range(1, group.size):
+            to, source = (group.rank + k) % group.size, (group.rank - k) % group.size
+            theirs = self.of_rank(b, to)
+            values, others = self._block(self.received, mine), self._block(self.sent, theirs)
+            others[...] = dst[:, theirs]
+            begun = [group.irecv(values, source), group.isend(others, to)]
+            if k == 1:
+                # While the first messages are under way.
+                found[...] = dst[:, mine]
+            wait_all(begun)
+            group.bridge.arrived(values)
+            found += values
 
-    def _front(self, size: int) -> np.ndarray:
-        found: np.ndarray = self.room[:size]
+    def _block(self, room: np.ndarray, samples: slice) -> np.ndarray:
+        """The front of a room, for a slice of samples (units, n)."""
+        count = samples.stop - samples.start
+        found: np.ndarray = room[: self.units * count].reshape(self.units, count)
         return found
-
-    def _blocks(self, batch: int) -> tuple[list[int], list[tuple[slice, np.ndarray]]]:
-        """Elements of each rank's slice; the samples of each slice, and its block of the room (units, samples)."""
-        if self.room.size < self.units * batch:
-            self.reserve(batch)
-        samples = [self.of_rank(batch, k) for k in range(self.group.size)]
-        blocks = [self.room[self.units * at.start : self.units * at.stop].reshape(self.units, -1) for at in samples]
-        return [block.size for block in blocks], list(zip(samples, blocks, strict=True))
 
     def messages(self, step: Step, back: bool = False) -> list[Message]:
         counts = [at.stop - at.start for at in (self.of_rank(step.batch, k) for k in range(self.group.size))]
