@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from dataclasses import dataclass
-from math import inf, sqrt
+from math import sqrt
 from pathlib import Path
 from typing import Any
 
@@ -14,62 +13,63 @@ from rich.table import Table
 from psmpi.errors import UserError
 from psmpi.inspect.opened import Checkpoint, Opened
 from psmpi.inspect.output import figure, print_json
-from psmpi.layout import Classes
+from psmpi.layout import Block, Each
 from psmpi.output import Screen
 
 BARS = " ▁▂▃▄▅▆▇█"
 PLAIN_BARS = " .:-=+*#@"
 BINS = 24
+# Blocks of single classes that are shown one by one.
+MANY = 40
 
 
-@dataclass
 class Moments:
-    """Statistics of values that come in pieces; not-a-number and infinite ones are counted apart."""
+    """Statistics of `count` sets of values that come in pieces; not-a-number and infinite ones are counted apart."""
 
-    count: int = 0
-    total: float = 0.0
-    squares: float = 0.0
-    least: float = inf
-    most: float = -inf
-    nan: int = 0
-    infinite: int = 0
+    def __init__(self, count: int = 1):
+        self.total, self.squares = np.zeros(count), np.zeros(count)
+        self.least, self.most = np.full(count, np.inf), np.full(count, -np.inf)
+        self.counts, self.nan, self.infinite = (np.zeros(count, int) for _ in range(3))
 
-    def add(self, values: np.ndarray) -> None:
-        values = values.astype(np.float64, copy=False).ravel()
-        self.count += values.size
-        nan = int(np.isnan(values).sum())
-        infinite = int(np.isinf(values).sum())
-        if nan or infinite:
-            values = values[np.isfinite(values)]
-        self.nan += nan
-        self.infinite += infinite
-        if values.size:
-            with np.errstate(over="ignore"):
-                self.total += float(values.sum())
-                self.squares += float(values @ values)
-            self.least = min(self.least, float(values.min()))
-            self.most = max(self.most, float(values.max()))
+    def add(self, first: int, values: np.ndarray) -> None:
+        """Values (sets, k) of each of some sets from `first` on."""
+        at = slice(first, first + len(values))
+        values = values.astype(np.float64, copy=False)
+        nan, infinite = np.isnan(values), np.isinf(values)
+        self.counts[at] += values.shape[1]
+        self.nan[at] += nan.sum(axis=1)
+        self.infinite[at] += infinite.sum(axis=1)
+        fine = None
+        if nan.any() or infinite.any():
+            fine = ~(nan | infinite)
+            values = np.where(fine, values, 0.0)
+        with np.errstate(over="ignore"):
+            self.total[at] += values.sum(axis=1)
+            self.squares[at] += np.einsum("ij,ij->i", values, values)
+        where = True if fine is None else fine
+        np.minimum(self.least[at], values.min(axis=1, initial=np.inf, where=where), out=self.least[at])
+        np.maximum(self.most[at], values.max(axis=1, initial=-np.inf, where=where), out=self.most[at])
 
     @property
-    def norm(self) -> float:
-        return sqrt(self.squares)
+    def norms(self) -> np.ndarray:
+        """2-norms of the finite values, (count,)."""
+        return np.sqrt(self.squares)
 
-    def row(self, name: str) -> dict[str, Any]:
-        """Mean, spread (standard deviation), extremes and 2-norm of the finite values."""
-        finite = self.count - self.nan - self.infinite
-        mean = self.total / finite if finite else 0.0
-        square = self.squares / finite - mean * mean if finite else 0.0
-        spread = sqrt(square) if square > 0 else 0.0
+    def row(self, name: str, k: int = 0) -> dict[str, Any]:
+        """Mean, spread (standard deviation), extremes and 2-norm of the finite values of a set."""
+        finite = int(self.counts[k] - self.nan[k] - self.infinite[k])
+        mean = float(self.total[k]) / finite if finite else 0.0
+        square = float(self.squares[k]) / finite - mean * mean if finite else 0.0
         return {
             "name": name,
-            "count": self.count,
+            "count": int(self.counts[k]),
             "mean": mean,
-            "spread": spread,
-            "least": self.least if finite else None,
-            "most": self.most if finite else None,
-            "norm": self.norm,
-            "nan": self.nan,
-            "infinite": self.infinite,
+            "spread": sqrt(square) if square > 0 else 0.0,
+            "least": float(self.least[k]) if finite else None,
+            "most": float(self.most[k]) if finite else None,
+            "norm": sqrt(self.squares[k]),
+            "nan": int(self.nan[k]),
+            "infinite": int(self.infinite[k]),
         }
 
 
@@ -89,24 +89,27 @@ def stats(checkpoint: Checkpoint, /, vector: str = "weights", plot: str = "", js
     if vector not in known:
         raise UserError(f"{opened.path} has no vector {vector!r}: choose one of {', '.join(known)}")
     layout = opened.contents.layout_of(vector)
-    layers, parts = [], {block.classes: Moments() for block in layout.blocks}
-    starts = [block.start for block in layout.blocks]
+    layers, parts = [], [Moments(band.count) for band in layout.bands]
+    starts = [band.start for band in layout.bands]
     for tensor in opened.of(vector).values():
         sums = sums_of(opened, vector, tensor.name)
         layers.append({**sums.row(tensor.name), "histogram": histogram(opened, vector, tensor.name, sums)})
-        owners = [layout.blocks[bisect_right(starts, offset) - 1].classes for _, _, offset in tensor.spans]
         for at, slab in opened.slabs(vector, tensor.name):
-            for (first, last, _), classes in zip(tensor.spans, owners, strict=True):
-                parts[classes].add(slab[max(first - at, 0) : max(last - at, 0)])
-    everyone = Classes.of(range(layout.classes))
-    rows = [sums.row(_block(classes, everyone)) for classes, sums in parts.items() if sums.count]
+            for some in tensor.elements(at, at + len(slab)):
+                number = bisect_right(starts, some.offset) - 1
+                band, begin = layout.bands[number], some.first - at
+                values = slab[begin : begin + some.count * some.length].reshape(some.count, some.length)
+                parts[number].add((some.offset - band.start) // band.step, values)
     if plot:
         _draw(Path(plot), opened, vector)
+    of_bands = [(band, sums, layout.classes) for band, sums in zip(layout.bands, parts, strict=True)]
     if json:
+        rows = [row for one in of_bands for row in _rows(*one)]
         return print_json({"file": str(opened.path), "vector": vector, "tensors": layers, "parts": rows})
     screen = Screen()
     bars = PLAIN_BARS if screen.ascii else BARS
-    for title, lines in (("tensors", layers), ("blocks, by the classes that use them", rows)):
+    told = [row for one in of_bands for row in _told(*one)]
+    for title, lines in (("tensors", layers), ("blocks, by the classes that use them", told)):
         table = Table(title=title, title_justify="left")
         table.add_column("name")
         for name in ("count", "mean", "spread", "least", "most", "norm", "nan", "inf"):
@@ -124,13 +127,14 @@ def stats(checkpoint: Checkpoint, /, vector: str = "weights", plot: str = "", js
 def sums_of(opened: Opened, vector: str, name: str) -> Moments:
     sums = Moments()
     for _, slab in opened.slabs(vector, name):
-        sums.add(slab)
+        sums.add(0, slab[None])
     return sums
 
 
 def histogram(opened: Opened, vector: str, name: str, sums: Moments) -> dict[str, Any]:
     """Counts of the finite values of a tensor in `BINS` equal bins from least to most."""
-    low, high = (sums.least, sums.most) if sums.least <= sums.most else (0.0, 1.0)
+    low, high = float(sums.least[0]), float(sums.most[0])
+    low, high = (low, high) if low <= high else (0.0, 1.0)
     # As NumPy does for values that are all equal.
     low, high = (low, high) if low < high else (low - 0.5, high + 0.5)
     counts = np.zeros(BINS, int)
@@ -140,10 +144,35 @@ def histogram(opened: Opened, vector: str, name: str, sums: Moments) -> dict[str
     return {"counts": counts.tolist(), "edges": np.linspace(low, high, BINS + 1).tolist()}
 
 
-def _block(classes: Classes, everyone: Classes) -> str:
-    if classes == everyone:
+def _rows(band: Block, sums: Moments, classes: int) -> list[dict[str, Any]]:
+    """A row of each of the blocks of a band that the file has something of."""
+    return [sums.row(_name(band, k, classes), k) for k in np.flatnonzero(sums.counts).tolist()]
+
+
+def _told(band: Block, sums: Moments, classes: int) -> list[dict[str, Any]]:
+    """The rows that people are shown: of many classes those with values that are not finite, and three by the norm."""
+    there = np.flatnonzero(sums.counts)
+    if len(there) <= MANY:
+        return _rows(band, sums, classes)
+    bad = there[(sums.nan + sums.infinite)[there] > 0]
+    found = [sums.row(_name(band, k, classes), k) for k in bad[:MANY].tolist()]
+    if len(bad) > MANY:
+        found[-1]["name"] += f" and {len(bad) - MANY:,} more"
+    order = there[np.argsort(sums.norms[there], kind="stable")]
+    of = f"norm of {len(there):,} classes"
+    for which, k in (("least", order[0]), ("median", order[len(order) // 2]), ("largest", order[-1])):
+        found.append(sums.row(f"{_name(band, int(k), classes)}, the {which} {of}", int(k)))
+    return found
+
+
+def _name(band: Block, k: int, classes: int) -> str:
+    """The name of the k-th block of a band, by the classes that use it."""
+    if isinstance(band.users, Each) and band.count > 1:
+        return f"class {band.users.first + k}"
+    users = band.classes
+    if len(users) == classes:
         return "shared by all"
-    return "used by none" if not classes else ("class " if len(classes) == 1 else "classes ") + _ranges(sorted(classes))
+    return "used by none" if not users else ("class " if len(users) == 1 else "classes ") + _ranges(sorted(users))
 
 
 def _ranges(numbers: list[int]) -> str:

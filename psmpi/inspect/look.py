@@ -43,7 +43,7 @@ def show(checkpoint: Checkpoint, /, json: bool = False) -> int:
                 "shape": tensor.shape,
                 "dtype": str(opened.dtype_of(vector, tensor.name)),
                 "bytes": tensor.size * opened.dtype_of(vector, tensor.name).itemsize,
-                "norm": finite(sums_of(opened, vector, tensor.name).norm),
+                "norm": finite(float(sums_of(opened, vector, tensor.name).norms[0])),
             }
             for tensor in opened.of(vector).values()
         ]

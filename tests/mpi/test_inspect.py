@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import h5py
 import numpy as np
@@ -288,6 +289,31 @@ def test_stats_are_those_of_numpy(trained, tmp_path):
     assert "choose one of weights, m, v" in refused("stats", trained, "--vector", "nothing")
     done("stats", trained, "--vector", "m", "--plot", tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_stats_of_many_classes_show_few_and_count_all(tmp_path):
+    """With 60 classes, one of which has a weight that is no number; the JSON has them all."""
+    x, y = np.random.default_rng(0).random((120, 5)), np.arange(120) % 60
+    np.savez(tmp_path / "many.npz", x=x, y=y, x_test=x[:60], y_test=y[:60])
+    options = ("--dataset", tmp_path / "many.npz", "--model", "head", "--widths", "4", "--epochs", "1")
+    status, _, err = run(3, "-m", "psmpi.train", *options, "--out", tmp_path / "run")
+    assert status == 0, err
+    path = files(tmp_path / "run")[-1]
+    with h5py.File(path, "r+") as file:
+        file["weights/dense2.bias"][17] = np.nan
+    seal(path)
+    found, w = asked("stats", path)["parts"], tensors(path)
+    rows = np.column_stack([w["dense2.weight"], w["dense2.bias"]]).astype(float)
+    rows[17, 4] = 0
+    norms = np.linalg.norm(rows, axis=1)
+    assert [row["name"] for row in found] == ["shared by all", *(f"class {c}" for c in range(60))]
+    assert [row["norm"] for row in found[1:]] == pytest.approx(norms.tolist())
+    assert [row["nan"] for row in found] == [0] * 18 + [1] + [0] * 42
+    said = " ".join(done("stats", path).split())
+    order = np.argsort(norms)
+    for which, c in (("least", order[0]), ("median", order[30]), ("largest", order[-1])):
+        assert f"class {c}, the {which} norm of 60 classes" in said
+    assert set(re.findall(r"class (\d+)", said)) == {"17", *(str(order[k]) for k in (0, 30, -1))}
 
 
 def test_stats_count_what_is_not_a_number(trained, tmp_path):
