@@ -9,7 +9,8 @@ pytest.importorskip("mpi4py.MPI")
 
 from helpers.runs import distance, run
 
-from psmpi.methods.psl.arrangement import Arrangement
+from psmpi.layout import assign_roles
+from psmpi.methods.psl.arrangement import Arrangement, cost
 from psmpi.methods.psl.plan import Settings, make_plan
 from psmpi.nn.cut import trunk_length
 from psmpi.nn.objective import Objective
@@ -178,6 +179,26 @@ def test_auto_takes_what_costs_least():
     assert chosen(psnet, 3, replicas=1).costs[0][0].rows == 1
     assert chosen(make_network("psnet", (1, 8, 8), 10, batch_norm=True), 3).roles.rows == 1
     assert chosen(psnet, 4, partition="pairs").trunk == 0
+
+
+def test_layers_that_are_computed_by_all_limit_the_speed_up():
+    """Multiplications of one process over those of the busiest of two and of ten, counted from the sizes of layers."""
+    # Of the first convolution, the second, and the dense layers, of all classes a sample.
+    sizes = {
+        (1, 28, 28): (24**2 * 40 * 25, 8**2 * 30 * 40 * 25, (24 * 48 + 15 * 24 + 15) * 10),
+        (3, 32, 32): (28**2 * 60 * 75, 10**2 * 30 * 60 * 25, (35 * 75 + 15 * 35 + 15) * 10),
+    }
+    limits = {(1, 28, 28): (1.72, 4.02), (3, 32, 32): (1.49, 2.45)}
+    for shape, (first, *rest) in sizes.items():
+        network, whole = make_network("psnet", shape, 10), 2 * first + 3 * sum(rest)
+        for ranks, limit in zip((2, 10), limits[shape], strict=True):
+            for split, expected in ((False, whole / (2 * first + 3 * sum(rest) / ranks)), (True, ranks)):
+                costs = [
+                    cost(network, assign_roles(network.layout(), n, colocate=True), split and n > 1, 100, 4).macs
+                    for n in (1, ranks)
+                ]
+                assert costs[0] == 100 * whole and costs[0] / costs[1] == pytest.approx(expected)
+                assert split or costs[0] / costs[1] == pytest.approx(limit, abs=5e-3)
 
 
 def test_the_choice_is_told_and_is_one_that_trains(train):
