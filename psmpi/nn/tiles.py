@@ -39,7 +39,7 @@ class Head:
         assert model.head is not None
         self.model, self.ops, self.dtype, self.classes = model, model.ops, model.dtype, len(model.classes)
         self.part: LinearPart = model.head
-        self.weights, self.biases = _rows(self.part, self.part.w)
+        self.weights, self.biases = rows_of(self.part, self.part.w)
         self.add_normalizers = self.ops.fused("class_normalizers") or add_normalizers
 
     @property
@@ -109,7 +109,7 @@ class TiledObjective(Objective):
     def __init__(self, loss: Loss, model: Model, others: OverClasses | None = None):
         super().__init__(loss, model, others)
         self.head = Head(model)
-        self.g_weights, self.g_biases = _rows(self.head.part, self.head.part.g)
+        self.g_weights, self.g_biases = rows_of(self.head.part, self.head.part.g)
         self.fast = self.ops.fused("class_terms")
         self.step_rows: Callable[[slice, np.ndarray], None] | None = None
         self.rows = np.empty(0, model.dtype)
@@ -294,7 +294,7 @@ class TiledObjective(Objective):
             self._dh(features)[:, own] -= self.head.weights[labels[own]].T * slopes
 
 
-def _rows(part: LinearPart, views: Any) -> tuple[np.ndarray, np.ndarray]:
+def rows_of(part: LinearPart, views: Any) -> tuple[np.ndarray, np.ndarray]:
     """Weights (classes, inputs) and biases (classes,) of a head, views of the local vector."""
     ((weights, biases),) = views
     if len(weights) > 1:

@@ -12,6 +12,7 @@ from psmpi.comm.group import Group
 from psmpi.comm.transfers import Message, Step
 from psmpi.data import Batch, Resident
 from psmpi.layout import Roles, Worker
+from psmpi.nn.device_tiles import DeviceHead, DeviceTiledObjective, has_device_tiles
 from psmpi.nn.layers.chain import Tape
 from psmpi.nn.metric import ScorePart
 from psmpi.nn.model import Model
@@ -50,7 +51,6 @@ class ElementWorker:
         batches = network.evaluation_batches(dataset.test.n) if tests else []
         most = max(share, *(at.stop - at.start for at in batches), 1)
         plain = place.elements is None and context.config.objective.psl_weights == "none"
-        tiled = plain and is_tiled(network, len(place.classes), most, ops, dataset.task)
         peers = [w for w in roles.workers if w is not None and w.row == place.row]
         alone = len(peers) == 1
         self.trunk: Trunk | None = None
@@ -58,19 +58,17 @@ class ElementWorker:
         if trunk and not alone:
             self.trunk = Trunk(context, row, trunk, place.classes, w_part, g_part)
             layers = trunk, len(network.layers)
-        self.model = Model(
-            network,
-            context.layout,
-            w_part,
-            g_part,
-            ops,
-            place.classes,
-            layers=layers,
-            beside=layers is not None,
-            head=tiled,
-        )
-        self.head = Head(self.model) if tiled else None
         self.loss, self.metric = context.loss(), context.metric()
+        if ops.on_device:
+            tiled = plain and has_device_tiles(network, len(place.classes), most, self.loss, ops)
+        else:
+            tiled = plain and is_tiled(network, len(place.classes), most, ops, dataset.task)
+        head, objective = (DeviceHead, DeviceTiledObjective) if ops.on_device else (Head, TiledObjective)
+        self.model = Model(
+            network, context.layout, w_part, g_part, ops, place.classes, layers=layers, beside=layers is not None,
+            head=tiled,
+        )  # fmt: skip
+        self.head = head(self.model) if tiled else None
         self.classes = np.array(place.classes)
         # This worker's number of each class, -1 of others.
         self.numbers = np.full(dataset.outputs, -1)
@@ -82,7 +80,7 @@ class ElementWorker:
             host = self.loss.fused(ops) is None
             group = context.group(row.ranks, bridge=Bridge()) if host else row
             self.sums = ClassSums(group, self.loss, counts, self.dtype, NumpyOps() if host else ops)
-        self.objective = (TiledObjective if tiled else Objective)(self.loss, self.model, self.sums)
+        self.objective = (objective if tiled else Objective)(self.loss, self.model, self.sums)
         # Where the loss remembers samples, whoever keeps what it does.
         self.remembered: Remembered | None = None
         # Ranks whose losses need no sums, and those of pairs, know of their own scores alone.

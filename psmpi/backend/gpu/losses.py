@@ -47,6 +47,10 @@ class DeviceLosses(Device):
         """out (3, b) float64: largest score, sum of exponentials relative to it, the label's score as label_scores."""
         self.spread("normalizers", scores.dtype, len(labels), *scores.shape, scores, labels, out)
 
+    def add_normalizers(self, first: int, scores: Any, labels: Any, out: Any) -> None:
+        """normalizers of one tile more, of classes from `first` on as labels count; out: of those before, if any."""
+        self.spread("add_normalizers", scores.dtype, len(labels), first, *scores.shape, scores, labels, out)
+
     def merge_normalizers(self, gathered: Any, starts: Any, labels: Any, out: Any) -> None:
         """out (3, b) float64 of all ranks' classes, see `CrossEntropy.merge`."""
         ranks, b = len(starts) - 1, len(labels)

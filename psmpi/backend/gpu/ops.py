@@ -14,13 +14,14 @@ from psmpi.backend.gpu.moves import DeviceRunCopies, DeviceSamples
 from psmpi.backend.gpu.optim import DeviceSteps
 from psmpi.backend.gpu.products import DeviceProducts
 from psmpi.backend.gpu.recording import Recording
+from psmpi.backend.gpu.tiles import DeviceTiles
 from psmpi.backend.gpu.vectors import DeviceVectors
 from psmpi.backend.reference.moves import RunCopies, Samples
 from psmpi.backend.reference.ops import NumpyOps
 from psmpi.errors import UserError
 
 
-class CupyOps(DeviceProducts, DeviceLosses, DeviceVectors, DeviceSteps, NumpyOps):
+class CupyOps(DeviceProducts, DeviceLosses, DeviceTiles, DeviceVectors, DeviceSteps, NumpyOps):
     """The operations on one device.
 
     compute: what the matrix products of float32 arrays, and convolutions by way of them, compute with: float32, tf32,

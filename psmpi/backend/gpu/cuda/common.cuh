@@ -42,6 +42,12 @@ __device__ __forceinline__ Place place(long long p, int columns, int batch)
     return {(int)row, (int)(image - row * columns), (int)(p - image * batch)};
 }
 
+/* Whether a label, counted from the first of some classes, is among these. */
+__device__ __forceinline__ bool here(long long y, long long classes)
+{
+    return y >= 0 && y < classes;
+}
+
 __device__ __forceinline__ float t_tanh(float a)
 {
     return tanhf(a);

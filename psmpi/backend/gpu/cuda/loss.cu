@@ -14,12 +14,6 @@ struct Sample {
     double value, worst, clipped;
 };
 
-/* Whether a label, counted from the first of some classes, is among these. */
-__device__ __forceinline__ bool here(long long y, long long classes)
-{
-    return y >= 0 && y < classes;
-}
-
 /* The pairwise losses: terms in z_j = kappa (c_j - c_y). Scores and grad are those of one sample, from a class to the
  * next is `step`; y: the label, own: its score. rest, if any, gets the sum of the derivatives, which else is minus that
  * of the label's score; infinity where a margin exceeds the limit and is to be an error (strict). */
@@ -136,6 +130,28 @@ extern "C" __global__ void normalizers(long long classes, long long batch, const
     for (long long b = thread(); b < batch; b += threads()) {
         normalizer(classes, batch, scores + b, out + b, out + batch + b);
         out[2 * batch + b] = here(labels[b], classes) ? (double)scores[labels[b] * batch + b] : 0;
+    }
+}
+
+/* The same of one tile of classes more: the scores are those of classes from `first` on, as the labels count them, and
+ * out has what came of those before. */
+extern "C" __global__ void add_normalizers(long long first, long long classes, long long batch,
+                                           const T *__restrict__ scores, const long long *__restrict__ labels,
+                                           double *__restrict__ out)
+{
+    for (long long b = thread(); b < batch; b += threads()) {
+        const long long y = labels[b] - first;
+        double top, total;
+        normalizer(classes, batch, scores + b, &top, &total);
+        if (first > 0) {
+            const double before = out[b], largest = larger(before, top);
+            total = out[batch + b] * exp(before - largest) + total * exp(top - largest);
+            top = largest;
+        }
+        out[b] = top;
+        out[batch + b] = total;
+        if (first == 0 || here(y, classes))
+            out[2 * batch + b] = here(y, classes) ? (double)scores[y * batch + b] : 0;
     }
 }
 

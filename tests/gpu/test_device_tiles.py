@@ -1,0 +1,190 @@
+"""The pass over tiles of classes on the stand-in for a GPU: as all scores at once on the host, and without waiting."""
+
+import numpy as np
+import pytest
+from helpers import cuda_host
+
+from psmpi.backend import CupyOps, NumpyOps
+from psmpi.nn import device_tiles
+from psmpi.nn.device_tiles import DeviceHead, DeviceTiledObjective, has_device_tiles
+from psmpi.nn.losses import LOSSES, make_loss
+from psmpi.nn.metric import Metric
+from psmpi.nn.model import Model
+from psmpi.nn.network import build
+from psmpi.nn.objective import GRADIENT_LIMIT, Objective
+
+pytestmark = pytest.mark.skipif(cuda_host.compiler() is None, reason="no g++ to compile the CUDA kernels as C++")
+
+F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
+CLASSES, SCALE = 13, 0.125
+FUSED = [name for name in LOSSES if hasattr(CupyOps, f"{name}_loss")]
+KINDS = {"trunk": (True, True), "no trunk": (False, True), "no biases": (True, False)}
+
+
+def problem(dtype, trunk=True, bias=True, size=1.0, batch=33):
+    layers = [{"type": "dense", "units": 7}, {"type": "tanh"}] if trunk else []
+    network = build("head", (5,), [*layers, {"type": "dense", "units": CLASSES, "bias": bias}], CLASSES)
+    rng = np.random.default_rng(0)
+    w = (size * rng.normal(size=network.layout().size)).astype(dtype)
+    return network, w, rng.normal(size=(5, batch)).astype(dtype), rng.integers(0, CLASSES, batch)
+
+
+class Step:
+    """A loss and its gradient, of all scores on the host or by tiles on the device."""
+
+    def __init__(self, network, w, loss, ops, batch):
+        self.ops, self.tiled = ops, ops.on_device
+        self.g = ops.put(np.full_like(w, np.nan))
+        self.model = Model(network, network.layout(), ops.put(w), self.g, ops, head=self.tiled)
+        self.objective = (DeviceTiledObjective if self.tiled else Objective)(loss, self.model)
+        self.objective.reserve(network.classes, batch)
+
+    def __call__(self, x, labels, scale=SCALE):
+        objective = self.objective
+        objective.bring(labels)
+        self.tape = self.model.forward(x)
+        objective.losses(self.tape.scores, objective.targets(len(labels)), scale)
+        objective.backward(self.tape)
+
+    def found(self):
+        return self.objective.value(), self.ops.host(self.g).copy(), self.objective.loss.clipped
+
+
+def derive(ops, network, w, x, labels, loss):
+    step = Step(network, w, loss, ops, len(labels))
+    step(ops.put(x), labels)
+    return step.found()
+
+
+def both(name, dtype, problem, **settings):
+    """(value, gradient, clipped terms) on the host, and on the device."""
+    kappa = {"kappa": 1.5} if "kappa" in LOSSES[name].settings else {}
+    return [
+        derive(ops, *problem, make_loss(name, dtype, outputs=CLASSES, **kappa, **settings))
+        for ops in (NumpyOps(), CupyOps())
+    ]
+
+
+@pytest.fixture
+def tile(monkeypatch, stand_in):
+    """tile(n): tiles of n classes from now on."""
+    return lambda n: monkeypatch.setattr(device_tiles, "tile_size", lambda batch: n)
+
+
+@pytest.mark.parametrize("size", [1, 4, 20])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(F64, 1e-12), (F32, 1e-5)], ids=str)
+@pytest.mark.parametrize("name", FUSED)
+def test_loss_and_gradient_are_those_of_all_scores_at_once_on_the_host(name, dtype, tolerance, size, tile):
+    tile(size)
+    for kind in KINDS.values():
+        (value, g, _), (found, ours, _) = both(name, dtype, problem(dtype, *kind))
+        assert found == pytest.approx(value, rel=tolerance)
+        assert abs(ours - g).max() <= tolerance * abs(g).max()
+
+
+@pytest.mark.parametrize("dtype", [F64, F32], ids=str)
+@pytest.mark.parametrize(("name", "size"), [("psl", 10), ("psl", 40), ("psl", 400), ("squared", 1e6), ("squared", 1e8)])
+def test_very_large_derivatives_are_scaled_tile_by_tile(name, size, dtype, tile):
+    """The largest are not in the first tile, nor the same in all."""
+    tile(4)
+    given = problem(dtype, trunk=False, size=size)
+    rows = given[1][: 5 * CLASSES].reshape(CLASSES, 5)
+    rows[:4] /= 50
+    (value, g, clipped), (found, ours, ours_clipped) = both(name, dtype, given)
+    tolerance = 1e-3 if dtype == F32 else 1e-10
+    assert found == pytest.approx(value, rel=tolerance) and ours_clipped == clipped
+    assert abs(ours - g).max() <= tolerance * abs(g).max() and abs(ours).max() <= GRADIENT_LIMIT[dtype]
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_a_recorded_step_is_played_back_and_its_gradient_made_again(name, tile):
+    """Whatever other minibatch has been recorded in between."""
+    tile(4)
+    network, w, x, labels = problem(F64, size=4.0)
+    ops = CupyOps()
+    step, whole = (Step(network, w, make_loss(name, F64, outputs=CLASSES), o, 33) for o in (ops, NumpyOps()))
+    inputs = {b: (ops.put(np.ascontiguousarray(x[:, :b])), x[:, :b], labels[:b]) for b in (33, 17)}
+    step.objective.bring(labels)
+
+    def work(b, scale):
+        step.tape = step.model.forward(inputs[b][0])
+        step.objective.losses(step.tape.scores, step.objective.targets(b), scale)
+        step.objective.backward(step.tape)
+        return step.tape
+
+    recorded, before = step.objective.record(work), ops.stream.launches
+    for b in (33, 17) * 4:
+        tape = recorded(b, 1 / b)
+        whole(*inputs[b][1:], 1 / b)
+        value, g, clipped = whole.found()
+        for again in (False, True):
+            if again:
+                step.g.fill(np.nan)
+                step.objective.again(tape)
+            assert np.allclose(ops.host(step.g), g, rtol=1e-10, atol=1e-10 * abs(g).max())
+        assert step.objective.value() == pytest.approx(value, rel=1e-10)
+        assert step.objective.loss.clipped == clipped
+    # The first time makes room.
+    assert ops.graphs and ops.stream.launches - before == 5
+
+
+def test_a_step_does_not_wait_and_has_no_array_of_all_scores(tile, monkeypatch):
+    tile(4)
+    asked = []
+    for made in ("empty", "zeros"):
+        plain = getattr(CupyOps, made)
+        monkeypatch.setattr(
+            CupyOps, made, lambda self, size, dtype, plain=plain: asked.append(size) or plain(self, size, dtype)
+        )
+    batch = 1000
+    network, w, x, labels = problem(F32, batch=batch)
+    ops = CupyOps()
+    asked.clear()
+    for name in FUSED:
+        step, x_there = Step(network, w, make_loss(name, F32, outputs=CLASSES), ops, batch), ops.put(x)
+        done = len(ops.stream.queue)
+        step(x_there, labels)
+        # The stand-in does nothing until something waits.
+        assert len(ops.stream.queue) > done + 20
+        assert np.isfinite(step.found()[0])
+    assert 0 < max(asked) <= 7 * batch < CLASSES * batch
+
+
+@pytest.mark.parametrize("lenient", [False, True])
+@pytest.mark.parametrize("name", FUSED)
+def test_a_score_that_is_no_number_is_an_error_or_a_loss_that_is_none(name, lenient, tile):
+    tile(4)
+    network, w, x, labels = problem(F32)
+    x[2, 5] = np.nan
+    loss = make_loss(name, F32, outputs=CLASSES)
+    loss.lenient = lenient
+    if lenient:
+        assert np.isnan(derive(CupyOps(), network, w, x, labels, loss)[0])
+        return
+    with pytest.raises(FloatingPointError, match="not a finite number"):
+        derive(CupyOps(), network, w, x, labels, loss)
+
+
+def test_an_exponential_that_overflows_is_an_error_where_clipping_is_off(tile):
+    tile(4)
+    with pytest.raises(FloatingPointError, match="--exp-clip is off"):
+        derive(CupyOps(), *problem(F32, trunk=False, size=400), make_loss("psl", F32, exp_clip="off"))
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_tests_count_as_with_all_scores_at_once(name, tile, monkeypatch):
+    monkeypatch.setattr("psmpi.nn.tiles.tile_size", lambda batch: 5)
+    network, w, x, labels = problem(F32)
+    ops, metric = CupyOps(), Metric(make_loss(name, F32, outputs=CLASSES), CLASSES)
+    expected = metric.sums(Model(network, network.layout(), w, None, NumpyOps()).forward(x).scores, labels)
+    model = Model(network, network.layout(), ops.put(w), None, ops, head=True)
+    found = metric.sums_by_tiles(DeviceHead(model), model.forward(ops.put(x)).scores, labels, np.arange(CLASSES))
+    assert found[0] == pytest.approx(expected[0], rel=1e-6) and np.array_equal(found[1:], expected[1:])
+
+
+def test_only_losses_that_the_device_computes_go_by_tiles_there(tile):
+    tile(4)
+    network, ops = problem(F32)[0], CupyOps()
+    found = [name for name in LOSSES if has_device_tiles(network, CLASSES, 33, make_loss(name, F32), ops)]
+    assert found == FUSED and "hinge" not in found
+    assert not has_device_tiles(network, 4, 33, make_loss("nll", F32), ops)
