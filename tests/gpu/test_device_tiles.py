@@ -1,8 +1,12 @@
 """The pass over tiles of classes on the stand-in for a GPU: as all scores at once on the host, and without waiting."""
 
+import os
+
 import numpy as np
 import pytest
 from helpers import cuda_host
+from helpers.paths import FAKE
+from helpers.runs import distance
 
 from psmpi.backend import CupyOps, NumpyOps
 from psmpi.nn import device_tiles
@@ -188,3 +192,49 @@ def test_only_losses_that_the_device_computes_go_by_tiles_there(tile):
     found = [name for name in LOSSES if has_device_tiles(network, CLASSES, 33, make_loss(name, F32), ops)]
     assert found == FUSED and "hinge" not in found
     assert not has_device_tiles(network, 4, 33, make_loss("nll", F32), ops)
+
+
+@pytest.fixture
+def many(train, tmp_path, monkeypatch, tile):
+    """many(ranks, backend, *options): a training of a head of 37 classes, on the device in tiles of 5."""
+    for real in ("float", "double"):
+        cuda_host.load(real)
+    monkeypatch.setenv("PYTHONPATH", str(FAKE), prepend=os.pathsep)
+    tile(5)
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(150, 6)), np.arange(150) % 37
+    np.savez(tmp_path / "data.npz", x=x, y=y, x_test=x[:60] + 0.1, y_test=y[:60])
+    common = ("--dataset", tmp_path / "data.npz", "--model", "head", "--widths", "9", "--batch-size", "40")
+    numbers = ("--epochs", "3", "--lr", "0.01", "--dtype", "float64", "--colocate")
+    return lambda ranks, backend, *options: train(ranks, "--backend", backend, *common, *numbers, *options)
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """The objectives that are made from now on."""
+    found, begin = [], DeviceTiledObjective.__init__
+
+    def counted(self, *args):
+        found.append(self)
+        begin(self, *args)
+
+    monkeypatch.setattr(DeviceTiledObjective, "__init__", counted)
+    return found
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_trainings_by_tiles_have_the_weights_and_bytes_of_the_host(name, many, made):
+    """With minibatches of two sizes, recorded and not."""
+    for ranks in (1, 3):
+        here = many(ranks, "numpy", "--loss", name)
+        assert not made
+        there = many(ranks, "cupy", "--loss", name)
+        assert len(made) == ranks
+        made.clear()
+        assert distance(here.tensors(), there.tensors()) <= 1e-10
+        for ours, expected in zip(there.rows, here.rows, strict=True):
+            for key in ("test_accuracy", "test_top5", "bytes_sent_by_rank", "bytes_received_by_rank"):
+                assert ours.get(key) == expected.get(key)
+            for key in expected.keys() & {"train_loss", "test_loss"}:
+                assert ours[key] == pytest.approx(expected[key], rel=1e-10)
+    assert distance(here.tensors(), many(3, "cupy", "--loss", name, "--no-cuda-graphs").tensors()) <= 1e-10

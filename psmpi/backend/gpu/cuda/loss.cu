@@ -66,14 +66,14 @@ __device__ __forceinline__ Sample pairwise(bool psl, long long classes, long lon
     return found;
 }
 
-/* The largest score and the sum of exponentials relative to it. */
+/* Take up scores into the largest one and the sum of exponentials relative to it: of none any of them, and 0. */
 __device__ __forceinline__ void normalizer(long long classes, long long step, const T *scores, double *top,
                                            double *total)
 {
-    *top = (double)scores[0];
-    *total = 0;
-    for (long long j = 1; j < classes; j++)
+    const double before = *top;
+    for (long long j = 0; j < classes; j++)
         *top = larger(*top, (double)scores[j * step]);
+    *total *= exp(before - *top);
     for (long long j = 0; j < classes; j++)
         *total += exp((double)scores[j * step] - *top);
 }
@@ -128,7 +128,10 @@ extern "C" __global__ void normalizers(long long classes, long long batch, const
                                        const long long *__restrict__ labels, double *__restrict__ out)
 {
     for (long long b = thread(); b < batch; b += threads()) {
-        normalizer(classes, batch, scores + b, out + b, out + batch + b);
+        double top = (double)scores[b], total = 0;
+        normalizer(classes, batch, scores + b, &top, &total);
+        out[b] = top;
+        out[batch + b] = total;
         out[2 * batch + b] = here(labels[b], classes) ? (double)scores[labels[b] * batch + b] : 0;
     }
 }
@@ -141,13 +144,8 @@ extern "C" __global__ void add_normalizers(long long first, long long classes, l
 {
     for (long long b = thread(); b < batch; b += threads()) {
         const long long y = labels[b] - first;
-        double top, total;
+        double top = first > 0 ? out[b] : (double)scores[b], total = first > 0 ? out[batch + b] : 0;
         normalizer(classes, batch, scores + b, &top, &total);
-        if (first > 0) {
-            const double before = out[b], largest = larger(before, top);
-            total = out[batch + b] * exp(before - largest) + total * exp(top - largest);
-            top = largest;
-        }
         out[b] = top;
         out[batch + b] = total;
         if (first == 0 || here(y, classes))
@@ -217,11 +215,8 @@ extern "C" __global__ void losses(long long kind, long long classes, long long b
             found = pairwise(kind == PSL, classes, batch, c, y, own, scale, kappa, limit, strict != 0, cap, pairs, into,
                              rest ? rest + b : rest);
         } else if (kind == NLL) {
-            double top, total;
-            if (given) {
-                top = given[b];
-                total = given[batch + b];
-            } else
+            double top = given ? given[b] : (double)c[0], total = given ? given[batch + b] : 0;
+            if (!given)
                 normalizer(classes, batch, c, &top, &total);
             found.value = cross_entropy(classes, batch, c, y, top, total, scale, into);
             /* What is not finite is to be known to all ranks. */
