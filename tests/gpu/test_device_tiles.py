@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from helpers import cuda_host
 from helpers.paths import FAKE
-from helpers.runs import distance
+from helpers.runs import Trained, distance, run
 
 from psmpi.backend import CupyOps, NumpyOps
+from psmpi.comm.bridge import Staged
+from psmpi.comm.group import Counter, Group
 from psmpi.nn import device_tiles
 from psmpi.nn.device_tiles import DeviceHead, DeviceTiledObjective, has_device_tiles
 from psmpi.nn.losses import LOSSES, make_loss
@@ -16,6 +18,9 @@ from psmpi.nn.metric import Metric
 from psmpi.nn.model import Model
 from psmpi.nn.network import build
 from psmpi.nn.objective import GRADIENT_LIMIT, Objective
+from psmpi.testing import run_ranks
+from psmpi.testing.poison import poisoned
+from psmpi.training.class_sums import ClassSums
 
 pytestmark = pytest.mark.skipif(cuda_host.compiler() is None, reason="no g++ to compile the CUDA kernels as C++")
 
@@ -36,12 +41,12 @@ def problem(dtype, trunk=True, bias=True, size=1.0, batch=33):
 class Step:
     """A loss and its gradient, of all scores on the host or by tiles on the device."""
 
-    def __init__(self, network, w, loss, ops, batch):
+    def __init__(self, network, w, loss, ops, batch, classes=None, others=None):
         self.ops, self.tiled = ops, ops.on_device
         self.g = ops.put(np.full_like(w, np.nan))
-        self.model = Model(network, network.layout(), ops.put(w), self.g, ops, head=self.tiled)
-        self.objective = (DeviceTiledObjective if self.tiled else Objective)(loss, self.model)
-        self.objective.reserve(network.classes, batch)
+        self.model = Model(network, network.layout(), ops.put(w), self.g, ops, classes, head=self.tiled)
+        self.objective = (DeviceTiledObjective if self.tiled else Objective)(loss, self.model, others)
+        self.objective.reserve(len(self.model.classes), batch)
 
     def __call__(self, x, labels, scale=SCALE):
         objective = self.objective
@@ -204,9 +209,13 @@ def many(train, tmp_path, monkeypatch, tile):
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(150, 6)), np.arange(150) % 37
     np.savez(tmp_path / "data.npz", x=x, y=y, x_test=x[:60] + 0.1, y_test=y[:60])
-    common = ("--dataset", tmp_path / "data.npz", "--model", "head", "--widths", "9", "--batch-size", "40")
-    numbers = ("--epochs", "3", "--lr", "0.01", "--dtype", "float64", "--colocate")
-    return lambda ranks, backend, *options: train(ranks, "--backend", backend, *common, *numbers, *options)
+    head = ("--dataset", tmp_path / "data.npz", "--model", "head", "--widths", "9", "--batch-size", "40")
+
+    def call(ranks, backend, *options):
+        return train(ranks, "--backend", backend, *call.options, *options)
+
+    call.options = (*head, "--epochs", "3", "--lr", "0.01", "--dtype", "float64", "--colocate")
+    return call
 
 
 @pytest.fixture
@@ -238,3 +247,59 @@ def test_trainings_by_tiles_have_the_weights_and_bytes_of_the_host(name, many, m
             for key in expected.keys() & {"train_loss", "test_loss"}:
                 assert ours[key] == pytest.approx(expected[key], rel=1e-10)
     assert distance(here.tensors(), many(3, "cupy", "--loss", name, "--no-cuda-graphs").tensors()) <= 1e-10
+
+
+@pytest.mark.parametrize("mode", ["stop", "skip"])
+@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("name", ["psl", "nll"])
+def test_what_is_no_number_is_said_and_skipped_as_on_the_host(name, ranks, mode, many, tmp_path, monkeypatch):
+    """A sample with scores beyond float32, and a gradient of the last rank, which is made again to be named."""
+    monkeypatch.setattr("psmpi.nn.tiles.tile_size", lambda batch: 5)
+    rng = np.random.default_rng(0)
+    x, y = rng.random((150, 6)).astype(np.float32), np.arange(150) % 37
+    x[17] = 3.3e38
+    np.savez(tmp_path / "huge.npz", x=x, y=y, x_test=x[20:60], y_test=y[20:60])
+    huge = ("--dataset", tmp_path / "huge.npz", "--dtype", "float32")
+    for bad, options in ((None, huge), (ranks - 1, ("--max-steps", "5"))):
+        runs = []
+        for backend in ("numpy", "cupy"):
+            out = tmp_path / f"{backend} {bad}"
+            words = (*many.options, "--loss", name, *options, "--on-nan", mode, "--backend", backend, "--out", out)
+            # Not in a step that is recorded.
+            with poisoned(lambda rank, step, bad=bad: (rank, step) == (bad, 1)):
+                status, told, said = run(ranks, "-m", "psmpi.train", *words)
+            assert status == (mode == "stop") and "Traceback" not in said, said
+            text = said if mode == "stop" else told
+            at = text.index("is not a finite number" if mode == "stop" else "skipped, ")
+            # Names run over the ends of lines.
+            runs.append((" ".join(text[at:].split())[:180], out))
+        assert runs[0][0] == runs[1][0]
+        assert ("dense1" if bad is None else "dense") in runs[0][0]
+        if mode == "skip":
+            here, there = (Trained(out, "") for _, out in runs)
+            assert distance(here.tensors(), there.tensors()) <= (1e-5 if bad is None else 1e-10)
+            skipped = [run.rows[-1]["events"]["steps_skipped"] for run in (here, there)]
+            assert skipped == [3 if bad is None else 1] * 2
+
+
+@pytest.mark.parametrize(("dtype", "bias"), [(F32, 40.0), (F32, 80.0), (F32, 100.0), (F64, 640.0)], ids=str)
+def test_large_terms_of_another_rank_scale_the_gradient_of_the_label_down(dtype, bias, tile):
+    """All labels on one rank and the large scores on the other: limited as on one rank."""
+    tile(4)
+    network, w, x, labels = problem(dtype, trunk=False)
+    layout, labels = network.layout(), labels % 6
+    Model(network, layout, w, None, NumpyOps()).parts[-1].w[0][1][0][9] = bias
+    loss = lambda: make_loss("psl", dtype, outputs=CLASSES)  # noqa: E731
+
+    def part(world):
+        ops, (first, stop) = CupyOps(), ((0, 6), (6, CLASSES))[world.rank]
+        runs = layout.part(range(first, stop))
+        mine = np.concatenate([w[a:b] for a, b in runs.intervals])
+        sums = ClassSums(Group(world, range(2), Counter(), Staged(ops)), loss(), (6, CLASSES - 6), dtype, ops)
+        step = Step(network, mine, loss(), ops, len(labels), range(first, stop), sums)
+        step(ops.put(x), labels - first)
+        return step.found()[1]
+
+    _, whole, _ = derive(NumpyOps(), network, w, x, labels, loss())
+    found = np.concatenate(run_ranks(2, part))
+    assert abs(found - whole).max() <= 1e-4 * abs(whole).max() and abs(found).max() <= GRADIENT_LIMIT[dtype]
