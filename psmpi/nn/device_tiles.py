@@ -152,12 +152,8 @@ class DeviceTiledObjective(Objective):
         one_pass = device.fused(f"{loss.name}_loss")
         settings = (scale, loss.kappa, loss.tangent, loss.limit is None, loss.offset(head.classes))
         rest, rests = self._sums(b)[:2] if self.terms else (None, None)
-        room, part, dh = (
-            self.scores[: self.tile * b],
-            self.part[: features.size].reshape(features.shape),
-            self._dh(features),
-        )
-        known, own, before = self._known(b), labels, None
+        room, part = self.scores[: self.tile * b], self.part[: features.size].reshape(features.shape)
+        dh, known, own, before = self._dh(features), self._known(b), labels, None
         for first, report in zip(range(0, head.classes, self.tile), self.reports, strict=True):
             scores = head.scores(features, first, room)
             stop, grad = first + len(scores), self.grad.array[: scores.size].reshape(scores.shape)

@@ -162,26 +162,35 @@ def test_a_recorded_step_is_played_back_and_its_gradient_made_again(name, tile):
     assert ops.graphs and ops.stream.launches - before == 5
 
 
-def test_a_step_does_not_wait_and_has_no_array_of_all_scores(tile, monkeypatch):
+@pytest.fixture
+def asked(monkeypatch):
+    """The elements of all arrays that are asked for from now on."""
+    found = []
+    for name in ("empty", "zeros"):
+        plain = getattr(CupyOps, name)
+
+        def counted(self, size, dtype, plain=plain):
+            found.append(size)
+            return plain(self, size, dtype)
+
+        monkeypatch.setattr(CupyOps, name, counted)
+    return found
+
+
+def test_a_step_does_not_wait_and_has_no_array_of_all_scores(tile, asked):
     tile(4)
-    asked = []
-    for made in ("empty", "zeros"):
-        plain = getattr(CupyOps, made)
-        monkeypatch.setattr(
-            CupyOps, made, lambda self, size, dtype, plain=plain: asked.append(size) or plain(self, size, dtype)
-        )
     batch = 1000
     network, w, x, labels = problem(F32, batch=batch)
     ops = CupyOps()
-    asked.clear()
     for name in FUSED:
         step, x_there = Step(network, w, make_loss(name, F32, outputs=CLASSES), ops, batch), ops.put(x)
-        done = len(ops.stream.queue)
-        step(x_there, labels)
+        ops.synchronize()
         # The stand-in does nothing until something waits.
-        assert len(ops.stream.queue) > done + 20
+        ops.stream.enqueue(first := lambda: None)
+        step(x_there, labels)
+        assert ops.stream.queue[0] is first
         assert np.isfinite(step.found()[0])
-    assert 0 < max(asked) <= 7 * batch < CLASSES * batch
+    assert 4 * batch < max(asked) <= 7 * batch < CLASSES * batch
 
 
 @pytest.mark.parametrize("lenient", [False, True])
@@ -277,6 +286,14 @@ def test_trainings_by_tiles_have_the_weights_and_bytes_of_the_host(name, many, m
                 assert ours[key] == pytest.approx(expected[key], rel=1e-10)
     if name == "nll":
         assert distance(here.tensors(), many(3, "cupy", "--loss", name, "--no-cuda-graphs").tensors()) <= 1e-10
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_trainings_and_their_tests_have_no_array_of_all_scores(ranks, many, asked, monkeypatch):
+    monkeypatch.setattr("psmpi.nn.tiles.tile_size", lambda batch: 5)
+    many(ranks, "cupy", "--loss", "nll", "--batch-size", "75", "--epochs", "2")
+    # Outputs of the trunk are the most.
+    assert max(asked) == 75 * 9 < 75 * (37 // ranks)
 
 
 @pytest.mark.parametrize("mode", ["stop", "skip"])
