@@ -57,7 +57,7 @@ class DeviceTiledObjective(Objective):
         self.g_weights, biases = rows_of(self.head.part, self.head.part.g)
         self.g_biases = biases if self.head.part.bias else None
         # Whether anything before the head has weights.
-        self.below = model.chain.lowest < len(model.parts)
+        self.below = model.hands_on or model.chain.lowest < len(model.parts)
         self.terms = "terms" in loss.sums
         # Operations of the device alone.
         self.device: Any = model.ops
@@ -104,12 +104,12 @@ class DeviceTiledObjective(Objective):
         self.finish(features, targets)
         return self._dh(features)
 
-    def again(self, tape: Any) -> None:
+    def again(self, tape: Any, dx: Any | None = None) -> None:
         scale, b = float(self.ops.host(self.factor)[0]), tape.scores.shape[-1]
         features, targets = tape.scores.reshape(-1, b), self.targets(b)
         self._make(features, targets, scale)
         self._finish(features, targets)
-        self.backward(tape)
+        self.backward(tape, dx)
 
     def backward(self, tape: Any, dx: Any | None = None) -> None:
         """Fill the rest of the model's gradient from that of the features."""

@@ -288,6 +288,13 @@ def test_trainings_by_tiles_have_the_weights_and_bytes_of_the_host(name, many, m
         assert distance(here.tensors(), many(3, "cupy", "--loss", name, "--no-cuda-graphs").tensors()) <= 1e-10
 
 
+@pytest.mark.parametrize("name", ["psl", "nll", "bce"])
+def test_the_layers_before_may_be_computed_on_slices(name, many):
+    here, there = (many(3, backend, "--loss", name, "--trunk", "split") for backend in ("numpy", "cupy"))
+    assert distance(here.tensors(), there.tensors()) <= 1e-10
+    assert there.rows[-1]["bytes_sent_by_rank"] == here.rows[-1]["bytes_sent_by_rank"]
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_trainings_and_their_tests_have_no_array_of_all_scores(ranks, many, asked, monkeypatch):
     monkeypatch.setattr("psmpi.nn.tiles.tile_size", lambda batch: 5)
