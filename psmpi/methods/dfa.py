@@ -173,7 +173,8 @@ class DirectFeedback(Method):
     def _layers(self) -> list[Hidden]:
         """This rank's layers with weights, each with the steps without that follow it."""
         parts = self.model.parts
-        starts = [k for k, part in enumerate(parts) if part.layer.linear]
+        # Where ranks are cut too: what leads a layer with weights goes with that one.
+        starts = [k - (k > 0 and parts[k - 1].layer.leads) for k, part in enumerate(parts) if part.layer.linear]
         # What comes before goes with the first one.
         starts[0] = 0
         if self.first:

@@ -320,6 +320,23 @@ def test_normalization_is_that_of_the_reference(n, m, kind, dtype, device):
 
 
 @runs
+@real_types
+@pytest.mark.parametrize("m", [1, 33, 700])
+def test_rows_of_unit_length_are_those_of_the_reference(m, dtype, device):
+    rng = np.random.default_rng(0)
+    w, g = some(rng, dtype, 2, 3, m + 1), some(rng, dtype, 4, 2, 3, m + 1)
+    expected, gradient = np.empty((2, 3), dtype), g.copy()
+    OPS.row_factors(w[..., :m], 0.5, 3.0, expected)
+    OPS.project_rows(w[..., :m], expected, 3.0, gradient[..., :m])
+    ours, rows, out = device.of(w), device.array((2, 3)), device.of(g)
+    steps = (3 * (m + 1), m + 1)
+    device("row_factors", (6,), (256,), 3, m, ours, *steps, 0.5, 3.0, rows)
+    near(rows, expected, TOLERANCE[dtype])
+    device("project_rows", (6, 4), (256,), 3, m, ours, *steps, rows, 3.0, out, 6 * (m + 1), *steps)
+    near(out, gradient, 30 * TOLERANCE[dtype])
+
+
+@runs
 @pytest.mark.parametrize("dtype", [F32], ids=str)
 def test_long_rows_lose_no_digits(dtype, device):
     """Of numbers of one size, of which a sum one by one is off by the same each time."""

@@ -19,6 +19,10 @@ def dense(units):
     return {"type": "dense", "units": units}
 
 
+def cosine(units, scale):
+    return {"type": "cosine", "units": units, "scale": scale}
+
+
 def unbiased(table):
     return {**table, "bias": False}
 
@@ -76,6 +80,8 @@ NETWORKS = {
          {"type": "mean_pool"}, FLAT, {"type": "group_norm", "groups": 2}, separable(4, 4)],
         4,
     ),
+    "cosines": ((7,), [dense(6), TANH, cosine(4, 3.0)], 4),
+    "cosines of cosines": ((7,), [cosine(6, 2.0), TANH, separable(8, 4), cosine(4, 0.5)], 4),
     "residual": ((7,), [dense(6), TANH, residual(dense(5), TANH, dense(6), scale=0.5), TANH, dense(4)], 4),
     "residual around activations": ((7,), [dense(6), residual(TANH, dense(6), TANH), residual(TANH), dense(4)], 4),
     "residual of classes": ((8,), [separable(8, 4), residual(separable(8, 4), TANH), separable(4, 4)], 4),

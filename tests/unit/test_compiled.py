@@ -323,6 +323,24 @@ def test_sums_and_biases_are_those_of_the_reference(n, level, dtype):
 
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
 @pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("m", [1, 5, 16, 700])
+def test_rows_of_unit_length_are_those_of_the_reference(m, level, dtype):
+    rng, ops = np.random.default_rng(0), CompiledOps(level)
+    # Behind each row a number that is not of it.
+    w, g = (rng.standard_normal((*shape, m + 1)).astype(dtype)[..., :m] for shape in ((2, 3), (4, 2, 3)))
+    found, expected, gradient = np.empty((2, 3), dtype), np.empty((2, 3), dtype), g.copy()
+    OPS.row_factors(w, 0.5, 3.0, expected)
+    ops.row_factors(w, 0.5, 3.0, found)
+    assert far(found, expected) <= TOLERANCE[dtype]
+    OPS.project_rows(w, expected, 3.0, gradient)
+    ops.project_rows(w, expected, 3.0, g)
+    assert far(g, gradient) <= TOLERANCE[dtype]
+    with pytest.raises(ValueError, match="contiguous rows"):
+        ops.row_factors(np.repeat(w, 2, axis=-1)[..., ::2], 0.5, 3.0, found)
+
+
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("pool", [1, 2, 3])
 @pytest.mark.parametrize("k", [1, 3, 5])
 def test_folded_kernels_are_those_of_the_reference(k, pool, level, dtype):

@@ -73,6 +73,10 @@ def plain_layer(kind, layer, tensors, a):
         groups = (groups - groups.mean(axis=1, keepdims=True)) / np.sqrt(groups.var(axis=1, keepdims=True) + 1e-5)
         weight, bias = (tensors[f"{layer.name}.{k}"].reshape(-1, *(1,) * (a.ndim - 1)) for k in ("weight", "bias"))
         return groups.reshape(a.shape) * weight + bias
+    if kind == "Cosine":
+        return layer.scale * (weight := tensors[f"{layer.name}.weight"]) @ a / np.linalg.norm(weight, axis=1)
+    if kind == "UnitLength":
+        return a / np.linalg.norm(a)
     if kind == "Flatten":
         return a.reshape(-1)
     if kind == "Pad":

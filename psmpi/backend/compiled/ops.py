@@ -66,6 +66,14 @@ class CompiledOps(CompiledLosses, NumpyOps):
         call = function("normalize_back", x.dtype, "inpppppp", self.instructions)
         call(*x.shape, *pointers(x.dtype, x, scale, gamma, dy, dgamma, dbeta))
 
+    def row_factors(self, w: np.ndarray, eps: float, scale: float, out: np.ndarray) -> None:
+        call = function("row_factors", w.dtype, "iinpnnddp", self.instructions)
+        call(*w.shape, *_rows(out.dtype, w), eps, scale, *pointers(w.dtype, out))
+
+    def project_rows(self, w: np.ndarray, factors: np.ndarray, scale: float, g: np.ndarray) -> None:
+        call = function("project_rows", g.dtype, "iiinpnnpdpnnn", self.instructions)
+        call(*g.shape, *_rows(g.dtype, w), *pointers(g.dtype, factors), scale, *_rows(w.dtype, g))
+
     def run_copies(self, table: np.ndarray) -> RunCopies:
         return CompiledRunCopies(table, self.instructions)
 
@@ -110,6 +118,13 @@ class CompiledOps(CompiledLosses, NumpyOps):
         """
         call = function("adam", w.dtype, "nppppddddddd", self.instructions)
         call(w.size, *pointers(w.dtype, w, g, m, v), rate, root, beta1, beta2, eps, l2, keep)
+
+
+def _rows(dtype: np.dtype, w: np.ndarray) -> tuple[int, ...]:
+    """The address and the steps of rows w (..., n, m), each of which is contiguous."""
+    if w.dtype != dtype or w.strides[-1] != w.itemsize:
+        raise ValueError(f"a kernel needs contiguous rows of {dtype}, not {w.dtype} with strides {w.strides}")
+    return w.ctypes.data, *steps(w[..., 0])
 
 
 class CompiledRunCopies(RunCopies):

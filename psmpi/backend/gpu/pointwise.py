@@ -62,6 +62,17 @@ class DevicePointwise(Device):
             "normalize_back", x.dtype, (n,), (256,), m, x, scale, gamma, y, dy, ACTIVATIONS[kind], dgamma, dbeta
         )
 
+    def row_factors(self, w: Any, eps: float, scale: float, out: Any) -> None:
+        count, n, m = w.shape
+        steps = [stride // w.itemsize for stride in w.strides[:-1]]
+        self.launch("row_factors", w.dtype, (count * n,), (256,), n, m, w, *steps, eps, scale, out)
+
+    def project_rows(self, w: Any, factors: Any, scale: float, g: Any) -> None:
+        many, count, n, m = g.shape
+        own, its = ([stride // g.itemsize for stride in array.strides[:-1]] for array in (w, g))
+        grid = (count * n, many)
+        self.launch("project_rows", g.dtype, grid, (256,), n, m, w, *own, factors, scale, g, *its)
+
     def mean_pool(self, x: Any, size: int, y: Any, activation: str = "identity") -> None:
         self.spread("mean_pool", x.dtype, y.size, *x.shape, size, x, y, ACTIVATIONS[activation])
 

@@ -110,6 +110,24 @@ class Pointwise(Arrays):
         dy -= (dbeta / m)[:, None]
         dy *= (gamma * scale)[:, None]
 
+    def row_factors(self, w: np.ndarray, eps: float, scale: float, out: np.ndarray) -> None:
+        """out (count, n) = scale / sqrt(|row|^2 + eps) of the rows of w (count, n, m)."""
+        np.einsum("...j,...j->...", w, w, out=out)
+        out += eps
+        np.sqrt(out, out=out)
+        np.divide(scale, out, out=out)
+
+    def project_rows(self, w: np.ndarray, factors: np.ndarray, scale: float, g: np.ndarray) -> None:
+        """g (k, count, n, m) loses its share along the rows of w (count, n, m): g -= f^2 <g, w> w, f = factors / scale.
+
+        factors (count, n): those of `row_factors`. The gradient of scale w / |w| is factors times what is left of g.
+        """
+        along = np.einsum("...j,...j->...", g, w)
+        along *= (factors / scale) ** 2
+        product = self.scratch("along", g.size, g.dtype)[: g.size].reshape(g.shape)
+        np.multiply(along[..., None], w, out=product)
+        g -= product
+
     def mean_pool(self, x: np.ndarray, size: int, y: np.ndarray, activation: str = "identity") -> None:
         """y (c, h // size, w // size, b) = activation(mean of x (c, h, w, b) over size x size windows)."""
         if size > FEW_ROWS:

@@ -7,6 +7,7 @@ from psmpi.nn.layers.activation import ACTIVATIONS, Activation
 from psmpi.nn.layers.base import Layer, Part, SampleSums, Site, Stage
 from psmpi.nn.layers.batch_norm import BatchNorm
 from psmpi.nn.layers.conv import Conv
+from psmpi.nn.layers.cosine import Cosine
 from psmpi.nn.layers.dense import Dense
 from psmpi.nn.layers.flatten import Flatten
 from psmpi.nn.layers.group_norm import GroupNorm
@@ -16,6 +17,7 @@ from psmpi.nn.layers.residual import Residual
 LAYERS: dict[str, type[Layer]] = {
     "dense": Dense,
     "separable_dense": Dense,
+    "cosine": Cosine,
     "conv": Conv,
     "separable_conv": Conv,
     "mean_pool": Pool,

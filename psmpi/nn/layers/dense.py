@@ -20,11 +20,7 @@ class Dense(Linear):
 
     @classmethod
     def read(cls, table: Table, label: str, shape: tuple[int, ...]) -> list[Layer]:
-        if len(shape) != 1:
-            raise UserError(
-                f"{table.where}: {table.kind} needs a flat input, its input has shape {shape}; add a flatten layer "
-                "before"
-            )
+        table.flat(shape)
         units = table.whole("units")
         groups = table.whole("groups") if table.kind == "separable_dense" else 1
         if units % groups or shape[0] < groups:

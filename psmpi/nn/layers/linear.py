@@ -118,6 +118,10 @@ class LinearPart(Part):
         """A segment's output units, (count, n, b), as a view of y (units, b)."""
         return y[s.out : s.out + s.count * s.n].reshape(s.count, s.n, y.shape[1])
 
+    def exported(self, s: Segment, weights: np.ndarray) -> np.ndarray:
+        """What a segment multiplies its inputs by, from its weights (count, n, unit size)."""
+        return weights
+
     def export_as_convolutions(self, graph: Any, value: str, kernel: int) -> str:
         """Stripes of units that see the same number of inputs are one grouped convolution, 1 x 1 for dense layers."""
         outputs, name = [], self.layer.name
@@ -127,7 +131,7 @@ class LinearPart(Part):
             for j, (part, first) in enumerate(places):
                 label = f"{name}.{k}.{j}" if len(self.segments) > 1 or not together else name
                 groups = 1 if not together or s.source_step == 0 else s.count
-                kernels = weights[part].reshape(-1, s.n_in, kernel, kernel)
+                kernels = self.exported(s, weights)[part].reshape(-1, s.n_in, kernel, kernel)
                 seen = graph.some(value, first, groups * s.n_in, self.inputs, label)
                 constants = [
                     graph.constant(f"{label}.weight", kernels),

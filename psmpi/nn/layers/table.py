@@ -51,11 +51,25 @@ class Table:
             raise UserError(f"{self.where}: {key} = {value!r}; expected true or false")
         return value
 
+    def above_0(self, key: str) -> float:
+        """A number above 0, up to 1e6."""
+        value: Any = self.take(key)
+        if not isinstance(value, float | int) or isinstance(value, bool) or not 0 < value <= 1e6:
+            raise UserError(f"{self.where}: {key} = {value!r}; expected a number above 0")
+        return float(value)
+
     def image(self, shape: Shape) -> tuple[int, int, int]:
         """The shape of the layer's input, which has to be (channels, height, width)."""
         if len(shape) != 3:
             raise UserError(f"{self.where}: {self.kind} needs (channels, height, width), its input has shape {shape}")
         return shape[0], shape[1], shape[2]
+
+    def flat(self, shape: Shape) -> None:
+        """UserError unless the layer's input is (features,)."""
+        if len(shape) != 1:
+            raise UserError(
+                f"{self.where}: {self.kind} needs a flat input, its input has shape {shape}; add a flatten layer before"
+            )
 
     def layers(self, key: str, shape: Shape) -> tuple[tuple[Any, ...], Shape]:
         """The layers of a list of tables, for inputs of `shape`, and the shape of their outputs."""

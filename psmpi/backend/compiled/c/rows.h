@@ -73,6 +73,38 @@ void NAME(normalize)(int rows, ptrdiff_t m, const R *x, double eps, R *out, R *s
     }
 }
 
+/* out (count, rows) = scale / sqrt(|row|^2 + eps) of rows of m at w + i sw + j tw. */
+void NAME(row_factors)(int count, int rows, ptrdiff_t m, const R *w, ptrdiff_t sw, ptrdiff_t tw, double eps,
+                       double scale, R *out)
+{
+    for (int i = 0; i < count; i++)
+        for (int j = 0; j < rows; j++) {
+            const R *row = w + i * sw + j * tw;
+            double square;
+            NAME(long_sums)(1, m, row, row, &square);
+            *out++ = (R)(scale / __builtin_sqrt(square + eps));
+        }
+}
+
+/* Rows of m at g + k rg + i sg + j tg lose their share along those at w + i sw + j tw: g -= f^2 <g, w> w with
+ * f = factors (count, rows) / scale. */
+void NAME(project_rows)(int many, int count, int rows, ptrdiff_t m, const R *w, ptrdiff_t sw, ptrdiff_t tw,
+                        const R *factors, double scale, R *g, ptrdiff_t rg, ptrdiff_t sg, ptrdiff_t tg)
+{
+    for (int k = 0; k < many; k++)
+        for (int i = 0; i < count; i++)
+            for (int j = 0; j < rows; j++) {
+                const R *restrict row = w + i * sw + j * tw;
+                R *restrict out = g + k * rg + i * sg + j * tg;
+                const double f = factors[i * rows + j] / scale;
+                double dot;
+                NAME(long_sums)(1, m, row, out, &dot);
+                const R along = (R)(f * f * dot);
+                for (ptrdiff_t q = 0; q < m; q++)
+                    out[q] -= along * row[q];
+            }
+}
+
 /* The adjoint: dy (rows, m) becomes the gradient of what was normalized to x by `scale`, and then scaled by gamma and
  * shifted; dgamma and dbeta (rows,) are the sums of dy x and of dy. */
 void NAME(normalize_back)(int rows, ptrdiff_t m, const R *restrict x, const R *scale, const R *gamma, R *restrict dy,

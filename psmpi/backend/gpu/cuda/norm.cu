@@ -1,4 +1,4 @@
-/* Batch normalization: rows of (n, m), m being all values of a unit in a minibatch. */
+/* Normalization: of rows (n, m), m being all values of a unit in a minibatch, and of rows of weights to unit length. */
 #include "common.cuh"
 
 #define NORM_THREADS 256
@@ -61,4 +61,38 @@ extern "C" __global__ void normalize_back(long long m, const T *__restrict__ x, 
         dgamma[blockIdx.x] = (T)first;
         dbeta[blockIdx.x] = (T)second;
     }
+}
+
+/* out (count, n) = scale / sqrt(|row|^2 + eps) of rows of m at w + i sw + j tw. Grid: (count n,). */
+extern "C" __global__ void row_factors(long long n, long long m, const T *__restrict__ w, long long sw, long long tw,
+                                       double eps, double scale, T *__restrict__ out)
+{
+    __shared__ double room[NORM_THREADS];
+    const long long i = quotient(blockIdx.x, n), j = blockIdx.x - i * n;
+    const T *row = w + i * sw + j * tw;
+    LongSum squares;
+    for (long long q = threadIdx.x; q < m; q += NORM_THREADS)
+        squares.add(row[q] * row[q]);
+    const double square = block_sum<NORM_THREADS>(squares.value(), room);
+    if (threadIdx.x == 0)
+        out[blockIdx.x] = (T)(scale / sqrt(square + eps));
+}
+
+/* Rows of m at g + k rg + i sg + j tg lose their share along those at w + i sw + j tw: g -= f^2 <g, w> w with f =
+ * factors (count, n) / scale. Grid: (count n, k). */
+extern "C" __global__ void project_rows(long long n, long long m, const T *__restrict__ w, long long sw, long long tw,
+                                        const T *__restrict__ factors, double scale, T *__restrict__ g, long long rg,
+                                        long long sg, long long tg)
+{
+    __shared__ double room[NORM_THREADS];
+    const long long i = quotient(blockIdx.x, n), j = blockIdx.x - i * n;
+    const T *row = w + i * sw + j * tw;
+    T *out = g + blockIdx.y * rg + i * sg + j * tg;
+    LongSum products;
+    for (long long q = threadIdx.x; q < m; q += NORM_THREADS)
+        products.add(out[q] * row[q]);
+    const double f = (double)factors[blockIdx.x] / scale;
+    const T along = (T)(f * f * block_sum<NORM_THREADS>(products.value(), room));
+    for (long long q = threadIdx.x; q < m; q += NORM_THREADS)
+        out[q] -= along * row[q];
 }
