@@ -61,6 +61,9 @@ class NetworkSettings:
     batch_norm: bool = False
     """Batch normalization before each activation and of the scores, instead of biases; statistics are always those of
     the minibatch, in evaluations of about 1,000 samples."""
+    scale: float = 0.0
+    """Scores of head that are this times the cosine of the angle between the trunk's outputs and the class's row of
+    weights, 16 to 64 for many classes; 0: products, of any length."""
     layers: Annotated[tuple[dict[str, Any], ...], Suppress, arg(help="Tables of the file.")] = ()
     init: Literal["xavier", "he", "pytorch"] = "xavier"
     """Initial weights: uniform, Xavier, He, or within 1 / sqrt(inputs) as PyTorch's."""
@@ -72,7 +75,7 @@ class NetworkSettings:
     @property
     def shape(self) -> dict[str, Any]:
         """What says the layers of the network called `model`."""
-        return {name: getattr(self, name) for name in ("widths", "layers", "blocks", "batch_norm")}
+        return {name: getattr(self, name) for name in ("widths", "layers", "blocks", "batch_norm", "scale")}
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,11 @@ class LossSettings:
     psl_weights: Literal["none", "remembered", "current"] = "none"
     """What psl divides a sample's derivatives by: nothing, its own loss when the sample was last seen, or its loss in
     this step, which makes it cross-entropy."""
+    margin: float = 0.0
+    """With --scale, what training alone takes off the label's score: an angle in radians that is added to its own
+    (arcface, often 0.5), or a number subtracted from its cosine (cosface, often 0.35)."""
+    margin_kind: Literal["arcface", "cosface"] = "arcface"
+    """What the margin is: S cos(angle + M), or S (cos(angle) - M)."""
 
 
 def unused_of_loss(given: LossSettings) -> set[str]:

@@ -13,6 +13,7 @@ from psmpi.config.ranges import check_ranges, listed, option
 from psmpi.config.sections import Data, LossSettings, NetworkSettings, Optimization, Parallel, Run, unused_of_loss
 from psmpi.errors import UserError
 from psmpi.nn.losses import LOSSES
+from psmpi.nn.margin import LARGEST
 from psmpi.optim import find_optimizer, unused_settings
 from psmpi.registry import all_methods, find_method, method_names
 
@@ -102,6 +103,7 @@ def check(config: Config, said: Collection[str] = ()) -> None:
     for section in (*config.sections.values(), *config.settings.values()):
         check_ranges(section)
     run, model, o, parallel = config.run, config.model, config.optimization, config.parallel
+    loss = config.objective
     if o.lr is not None and not o.lr > 0:
         raise UserError(f"--lr {o.lr}: expected a number above 0")
     if not 0 < model.init_gain <= 1e3:
@@ -111,6 +113,13 @@ def check(config: Config, said: Collection[str] = ()) -> None:
         raise UserError(f"--history {o.history}: expected 1000 pairs at most")
     if model.widths and model.model not in ("mlp", "head", "resnet"):
         raise UserError(f"--widths are those of --model mlp, head and resnet; --model {model.model} has its own")
+    if not 0 <= model.scale <= 1e6:
+        raise UserError(f"--scale {model.scale:g}: expected a number above 0, usually 16 to 64, or 0 for none")
+    if not 0 <= loss.margin <= LARGEST[loss.margin_kind]:
+        what = "an angle from 0 to pi/2" if loss.margin_kind == "arcface" else "a number from 0 to 2"
+        raise UserError(f"--margin {loss.margin:g}: expected {what} with --margin-kind {loss.margin_kind}")
+    if not loss.margin and ("margin_kind" in said or loss.margin_kind != LossSettings().margin_kind):
+        raise UserError("--margin-kind is of a margin: add --margin 0.5, or leave it out")
     if not o.clip >= 0:
         raise UserError(f"--clip {o.clip}: expected 0 (no clipping) or a number above it")
     if run.on_nan == "skip" and not find_method(method).skips:

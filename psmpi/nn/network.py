@@ -14,6 +14,7 @@ from psmpi.errors import UserError, nearest
 from psmpi.layout import Classes, Each, Layout, Runs, Users, make_layout
 from psmpi.nn.layers import LAYERS, Layer, Stage
 from psmpi.nn.layers.chain import leaves, make_stages, uses_of
+from psmpi.nn.layers.cosine import Cosine
 from psmpi.nn.layers.table import Shape, Table
 from psmpi.nn.layers.uses import Uses
 
@@ -37,6 +38,12 @@ class Network:
     @property
     def classes(self) -> int:
         return self.layers[-1].out_shape[0]
+
+    @property
+    def scale(self) -> float:
+        """What scores are times cosines with; 0 where they are not cosines."""
+        last = self.layers[-1]
+        return last.scale if isinstance(last, Cosine) else 0.0
 
     def walk(self) -> Iterator[Layer]:
         """All layers in the order of forward, those inside others instead of these."""
@@ -128,8 +135,8 @@ def build(name: str, in_shape: tuple[int, ...], layers: Sequence[Mapping[str, An
     """A network from layer tables, the form of a configuration file's [[model.layers]].
 
     Each table has `type`, one of psmpi.nn.layers.LAYERS, and that type's settings: `units`, `groups`, `channels`,
-    `kernel`, `pad`, `size`, `bias` (true), `affine` (true), and of residual `layers` and `scale` (1.0). UserError names
-    the layer and what does not fit.
+    `kernel`, `pad`, `size`, `bias` (true), `affine` (true), of cosine `scale`, and of residual `layers` and `scale`
+    (1.0). UserError names the layer and what does not fit.
     """
     reader = TableReader(name)
     made, shape = reader.read(layers, tuple(in_shape))

@@ -37,6 +37,8 @@ class Objective:
         self.loss, self.model, self.ops = loss, model, model.ops
         self.others = others if loss.sums else None
         self.fused = loss.fused(self.ops)
+        # Where the loss is computed.
+        self.where = self.ops if self.fused is not None else NumpyOps()
         self.finite = True
         self.ids: np.ndarray | None = None
         # Where passes begin with what other layers put out: these, and the samples of the minibatch that they are of.
@@ -46,8 +48,8 @@ class Objective:
         self.report.host.fill(0)
         self.grad = self._derivatives(0)
         self.given = self._targets(0)
-        # What is known of other classes, where the loss is computed.
-        self.sums = np.empty(0)
+        # What is known of other classes, and the slopes of margins, there.
+        self.sums = self.slopes = np.empty(0)
 
     def record(self, work: Callable[..., Any]) -> Callable[..., Any]:
         """`NumpyOps.record` for work that computes losses: not recorded where it waits for the device, or for ranks."""
@@ -62,8 +64,9 @@ class Objective:
         self.given = self._targets(batch if self.loss.task == "classes" else outputs * batch)
         self.cast = self.ops.empty(self.model.size * batch, self.model.dtype)
         if self.others is not None:
-            where = self.ops if self.fused is not None else NumpyOps()
-            self.sums = where.empty((len(self.loss.sums) + 1) * batch, np.dtype(np.float64))
+            self.sums = self.where.empty((len(self.loss.sums) + 1) * batch, np.dtype(np.float64))
+        if self.loss.margin is not None:
+            self.slopes = self.where.empty(batch, np.dtype(np.float64))
 
     def _derivatives(self, size: int) -> Mirror:
         """Room for derivatives; in one pass the host needs no image of them."""
@@ -75,7 +78,7 @@ class Objective:
 
     @property
     def nbytes(self) -> int:
-        arrays = (self.grad.array, self.cast, self.given.array, self.sums)
+        arrays = (self.grad.array, self.cast, self.given.array, self.sums, self.slopes)
         return int(sum(array.nbytes for array in arrays))
 
     def bring(self, targets: np.ndarray) -> None:
@@ -100,13 +103,15 @@ class Objective:
     ) -> np.ndarray:
         """Compute the scaled sum of the losses, see `value`, and its derivatives (classes, b) float64, to be returned.
 
-        scores: (classes, b); targets, pairs as in `Loss`. Without `derivatives` none are made, and what is returned
-        means nothing.
+        scores: (classes, b), of which labels' get the loss's margin; targets, pairs as in `Loss`. Without
+        `derivatives` none are made, and what is returned means nothing.
         """
         found: np.ndarray = self.grad.array[: scores.size].reshape(scores.shape)
         if self.fused is None:
             self._losses_on_host(scores, targets, scale, pairs, derivatives)
-        elif self.others is None:
+            return found
+        self.add_margins(scores, targets)
+        if self.others is None:
             grad = found if derivatives else None
             self.fused(scores, targets, scale, pairs, None, grad, None, self.report.array)
         else:
@@ -117,7 +122,19 @@ class Objective:
             if rest is not None:
                 self.others.add(rest)
                 self.loss.fused_close(self.ops, found, targets, rest, self.report.array, scores.dtype)
+        if derivatives:
+            self._multiply_slopes(found, targets, self.report.array)
         return found
+
+    def add_margins(self, scores: np.ndarray, labels: np.ndarray) -> None:
+        """Give scores (classes, b) of labels the loss's margin, if it has one, and keep the slopes."""
+        if self.loss.margin is not None:
+            self.where.add_margins(scores, labels, *self.loss.margin, self.slopes[: len(labels)])
+
+    def _multiply_slopes(self, grad: np.ndarray, labels: np.ndarray, report: np.ndarray) -> None:
+        """Make of derivatives (classes, b) with respect to labels' scores with the margin those without."""
+        if self.loss.margin is not None:
+            self.where.multiply_labels(grad, labels, self.slopes[: len(labels)], report)
 
     def _losses_on_host(
         self,
@@ -129,22 +146,25 @@ class Objective:
     ) -> None:
         """The same by NumPy; a device gets derivatives and report afterwards."""
         host, report = self.ops.host, self.report.host
+        scores, targets = host(scores), host(targets)
         self.grad.settle()
         self.report.settle()
+        self.add_margins(scores, targets)
         grad = self.grad.host[: scores.size].reshape(scores.shape) if derivatives else None
         pairs = None if pairs is None else host(pairs)
         self.finite = False
         if self.others is None:
-            report[0] = self.loss.value(host(scores), host(targets), scale, grad, pairs)
+            report[0] = self.loss.value(scores, targets, scale, grad, pairs)
         else:
             assert grad is not None
-            report[0] = self._shared_loss(self.others, host(scores), host(targets), scale, grad)
+            report[0] = self._shared_loss(self.others, scores, targets, scale, grad)
         self.finite = bool(np.isfinite(report[0]))
         if not (self.finite or self.loss.lenient):
             raise FloatingPointError(DIVERGED)
         if grad is not None:
             # Without an array of absolute values: outputs at a cut are many.
             report[3] = max(grad.max(initial=0.0), -grad.min(initial=0.0))
+            self._multiply_slopes(grad, targets, report)
             self.grad.push(slice(0, scores.size))
         self.report.push()
 

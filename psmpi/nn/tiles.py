@@ -9,8 +9,10 @@ import numpy as np
 
 from psmpi.backend import NumpyOps
 from psmpi.backend.reference import exponent_of
+from psmpi.nn.layers.cosine import CosinePart
 from psmpi.nn.layers.dense import Dense
 from psmpi.nn.layers.linear import LinearPart
+from psmpi.nn.layers.unit_length import EPS
 from psmpi.nn.losses import Loss, OverClasses, own_labels
 from psmpi.nn.losses.nll import add_normalizers
 from psmpi.nn.model import Model
@@ -33,7 +35,10 @@ def tile_size(batch: int) -> int:
 
 
 class Head:
-    """The scores of a model's classes by tiles, from the features (inputs, b) that its passes put out."""
+    """The scores of a model's classes by tiles, from the features (inputs, b) that its passes put out.
+
+    with_margin: labels (b,) and their scores (b,), which take the place of those found here.
+    """
 
     def __init__(self, model: Model):
         assert model.head is not None
@@ -41,6 +46,10 @@ class Head:
         self.part: LinearPart = model.head
         self.weights, self.biases = rows_of(self.part, self.part.w)
         self.add_normalizers = self.ops.fused("class_normalizers") or add_normalizers
+        # Where scores are cosines: scale / |w_j| of each class (classes,), when its scores were made last.
+        cosine = self.part if isinstance(self.part, CosinePart) else None
+        self.scale, self.factors = (0.0, np.empty(0)) if cosine is None else (cosine.scale, cosine.factors)
+        self.with_margin: tuple[np.ndarray, np.ndarray] | None = None
 
     @property
     def in_rows(self) -> bool:
@@ -62,8 +71,22 @@ class Head:
         stop = min(first + out.size // b, self.classes)
         found: np.ndarray = out[: (stop - first) * b].reshape(-1, b)
         self.ops.matmul(self.weights[first:stop], features, found)
-        self.ops.finish(found[None], self.biases[None, first:stop], "identity")
+        if self.scale:
+            factors = self.factors[first:stop]
+            self.ops.row_factors(self.weights[None, first:stop], EPS, self.scale, factors[None])
+            found *= factors[:, None]
+        else:
+            self.ops.finish(found[None], self.biases[None, first:stop], "identity")
+        if self.with_margin is not None:
+            labels, known = self.with_margin
+            own = own_labels(labels - first, len(found))
+            found[labels[own] - first, own] = known[own]
         return found
+
+    def project(self, rows: slice | np.ndarray, g: np.ndarray) -> None:
+        """Of the gradient g (n, inputs) of some rows, by scores times factors, leave that of rows of unit length."""
+        if self.scale:
+            self.ops.project_rows(self.weights[None, rows], self.factors[None, rows], self.scale, g[None, None])
 
     def tiles(self, features: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         """The first class of each tile, and its scores (classes, b), which the next one overwrites."""
@@ -79,7 +102,12 @@ class Head:
         """(1, b) float64: the scores of labels, 0 of those that are not among the model's classes."""
         own = own_labels(labels, self.classes)
         rows, found = labels[own], np.zeros((1, len(labels)))
-        found[0, own] = np.einsum("sf,fs->s", self.weights[rows], features[:, own], dtype=np.float64)
+        weights = self.weights[rows]
+        found[0, own] = np.einsum("sf,fs->s", weights, features[:, own], dtype=np.float64)
+        if self.scale:
+            factors = np.empty(len(rows), self.dtype)
+            self.ops.row_factors(weights[None], EPS, self.scale, factors[None])
+            found[0, own] *= factors
         found[0, own] += self.biases[rows]
         return found.astype(self.dtype).astype(np.float64)
 
@@ -138,7 +166,8 @@ class TiledObjective(Objective):
 
     @property
     def nbytes(self) -> int:
-        return super().nbytes + int(self.scores.nbytes + self.part.nbytes + self.rows.nbytes)
+        own = (self.scores, self.part, self.rows, *self.head.part.arrays())
+        return super().nbytes + sum(array.nbytes for array in own)
 
     def losses(
         self,
@@ -161,7 +190,7 @@ class TiledObjective(Objective):
         np.copyto(total, rest)
         value = self.agreed(value, wrong, given, total if "terms" in loss.sums else None)
         if "terms" in loss.sums:
-            slopes = np.abs(total[own_labels(targets, self.head.classes)])
+            slopes = np.abs(self._slopes(total)[own_labels(targets, self.head.classes)])
             peak = max(peak, float(slopes.max(initial=0.0)))
         self.last, report[3] = (features, targets, scale, given), peak
         if exponent_of(peak) and np.isfinite(value):
@@ -208,10 +237,19 @@ class TiledObjective(Objective):
 
     def _known(self, features: np.ndarray, labels: np.ndarray) -> np.ndarray | None:
         """What is known of all classes before any derivative."""
+        self.head.with_margin = None
+        margin, gathers = self.loss.margin is not None, self.loss.gathers
+        if margin or (self.loss.sums and not gathers):
+            own = self.head.label_scores(features, labels)
+        if margin:
+            here = (labels >= 0) & (labels < self.head.classes)
+            self.add_margins(own, np.where(here, 0, -1))
+            own = own.astype(self.model.dtype).astype(np.float64)
+            self.head.with_margin = labels, own[0]
         if not self.loss.sums:
             return None
-        find = self.head.normalizers if self.loss.gathers else self.head.label_scores
-        own = find(features, labels)
+        if gathers:
+            own = self.head.normalizers(features, labels)
         return own if self.others is None else self.others.summed(own, labels)
 
     def _pass(
@@ -230,21 +268,26 @@ class TiledObjective(Objective):
             if exponent_of(peak):
                 # Too large for the dtype: what is found now is the largest.
                 continue
+            if self.head.scale:
+                scores *= self.head.factors[start:stop, None]
             if self.below:
                 self.ops.matmul(self.head.weights[start:stop].T, scores, part)
                 dh += part
             if self.step_rows is None:
-                self._gradient(scores, across, self.g_weights[start:stop], self.g_biases[start:stop])
+                self._gradient(scores, across, start, self.g_weights[start:stop], self.g_biases[start:stop])
                 continue
             at, rows = self.head.run(start, stop), self.rows[: self.rows.size // self.tile * len(scores)]
             table = rows.reshape(len(scores), -1)
-            self._gradient(scores, across, table[:, : len(features)], table[:, -1])
+            self._gradient(scores, across, start, table[:, : len(features)], table[:, -1])
             self.step_rows(at, rows)
         return value, peak
 
-    def _gradient(self, scores: np.ndarray, across: np.ndarray, weights: np.ndarray, biases: np.ndarray) -> None:
+    def _gradient(
+        self, scores: np.ndarray, across: np.ndarray, first: int, weights: np.ndarray, biases: np.ndarray
+    ) -> None:
         """The gradients of a tile's weights and biases, from the derivatives of its scores."""
         self.ops.matmul(scores, across, weights)
+        self.head.project(slice(first, first + len(scores)), weights)
         if self.head.part.bias:
             self.ops.row_sums(scores[None], biases[None])
 
@@ -267,15 +310,27 @@ class TiledObjective(Objective):
             found = self.fast(loss.name, scores, own, scale, loss.kappa, loss.offset(self.head.classes), given, mine)
             if found is not None and np.isfinite(found[0]) and loss.suits(found[1], scale, given):
                 rest += mine
+                self._times_slopes(scores, own)
                 return scores, found[0], 0.0
             scores = self.head.scores(features, first, room)
         grad = self.grad.host[: scores.size].reshape(scores.shape)
         value = loss.terms(scores, own, scale, given, grad, mine)
         rest += mine
+        self._times_slopes(grad, own)
         peak = float(max(grad.max(initial=0.0), -grad.min(initial=0.0)))
         with np.errstate(over="ignore"):
             np.copyto(scores, grad, casting="same_kind")
         return scores, value, peak
+
+    def _times_slopes(self, grad: np.ndarray, labels: np.ndarray) -> None:
+        """Of a tile's derivatives (classes, b), those with respect to labels' scores before the margin."""
+        if self.loss.margin is not None:
+            own = own_labels(labels, len(grad))
+            grad[labels[own], own] *= self.slopes[own]
+
+    def _slopes(self, rest: np.ndarray) -> np.ndarray:
+        """Minus what the labels' own scores add, (b,), from the sums of terms."""
+        return rest if self.loss.margin is None else rest * self.slopes[: len(rest)]
 
     def _close(self, features: np.ndarray, labels: np.ndarray, rest: np.ndarray) -> None:
         """Complete what the labels' own scores add: minus the sum of the terms."""
@@ -283,11 +338,15 @@ class TiledObjective(Objective):
         if not own.size:
             return
         rows, at = np.unique(labels[own], return_inverse=True)
-        slopes = rest[own].astype(self.model.dtype)
+        slopes = self._slopes(rest)[own].astype(self.model.dtype)
+        if self.head.scale:
+            slopes *= self.head.factors[labels[own]]
         # Rows of several samples are written once.
         share = np.zeros((len(rows), len(own)), self.model.dtype)
         share[at, np.arange(len(own))] = slopes
-        self.g_weights[rows] -= share @ features[:, own].T
+        gradient = share @ features[:, own].T
+        self.head.project(rows, gradient)
+        self.g_weights[rows] -= gradient
         if self.head.part.bias:
             self.g_biases[rows] -= share.sum(axis=1)
         if self.below:

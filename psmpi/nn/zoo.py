@@ -75,15 +75,24 @@ def _normalized(tables: Sequence[LayerTable]) -> list[LayerTable]:
 
 
 def _head(
-    widths: Sequence[int], layers: Sequence[LayerTable], in_shape: tuple[int, ...], classes: int, finish: Any
+    widths: Sequence[int],
+    layers: Sequence[LayerTable],
+    in_shape: tuple[int, ...],
+    classes: int,
+    finish: Any,
+    scale: float,
 ) -> Network:
-    """A trunk of these layers, or of `widths` units with ReLU each, and a dense layer of one score a class."""
+    """A trunk of these layers, or of `widths` units with ReLU each, and a layer of one score, or cosine, a class."""
     if layers and widths:
         raise UserError("--widths: the configuration file has the trunk's [[model.layers]]; leave one of them out")
+    last = {"type": "cosine", "units": classes, "scale": scale} if scale else {"type": "dense", "units": classes}
+    own = _mlp(widths or (512, 128), classes, in_shape)
     if layers:
-        tables = [*layers, {"type": "dense", "units": classes}]
+        tables = [*layers, last]
+    elif scale:
+        tables = [*finish(own[:-1]), last]
     else:
-        tables = finish(_mlp(widths or (512, 128), classes, in_shape))
+        tables = finish(own)
     return replace(build("head", in_shape, tables, classes), trunk=True)
 
 
@@ -104,12 +113,14 @@ def make_network(
     layers: Sequence[LayerTable] = (),
     blocks: Sequence[int] = (),
     batch_norm: bool = False,
+    scale: float = 0.0,
 ) -> Network:
     """The network called `name` for samples of `in_shape` (per sample) and `classes` classes.
 
     `psnet` is `psnet-24` on 28 x 28 images (`psnet-35` has separable layers 35/15/1 instead of 24/15/1), its CIFAR-10
     sister on 32 x 32 and a small one on 8 x 8; `mlp` has hidden `widths` (1024, 1024 by default) with ReLU; `head` a
-    trunk of `layers`, or of `widths` (512, 128) with ReLU, and one score a class, by which it is partitioned; `resnet`
+    trunk of `layers`, or of `widths` (512, 128) with ReLU, and one score a class, by which it is partitioned, with a
+    `scale` (if not 0) this times the cosine of the angle between the trunk's outputs and the class's row; `resnet`
     has sections of `widths` channels (16 and 32) with `blocks` residual blocks each (3); `custom` is described layer by
     layer in `layers` (see psmpi.nn.network.build). With `batch_norm` the other ones have batch normalization instead of
     biases. UserError where the name or the shape is not known.
@@ -120,6 +131,11 @@ def make_network(
         )
     if blocks and name != "resnet":
         raise UserError(f"--blocks are those of --model resnet; --model {name} has none")
+    if scale and name != "head":
+        raise UserError(
+            f"--scale is of --model head, and the model here is {name}: leave it out, or let --model custom end in a "
+            'layer {type = "cosine", units = CLASSES, scale = S}'
+        )
     if name == "custom":
         if not layers:
             raise UserError(
@@ -136,7 +152,7 @@ def make_network(
         )
     if name == "head":
         try:
-            return _head(widths, layers, in_shape, classes, _normalized if batch_norm else list)
+            return _head(widths, layers, in_shape, classes, _normalized if batch_norm else list, scale)
         except UserError as error:
             raise LayersError(str(error)) from None
     made = _built_in(name, in_shape, classes, widths, blocks, batch_norm)

@@ -9,7 +9,7 @@ import numpy as np
 from psmpi.config import Config
 from psmpi.data import Dataset
 from psmpi.errors import UserError
-from psmpi.nn.network import Network
+from psmpi.nn.network import CUSTOM, Network
 from psmpi.optim import FIRST_ORDER
 from psmpi.optim.curvature import RULES
 from psmpi.registry import WHOLE, all_methods
@@ -22,6 +22,24 @@ def check_classes(dataset: Dataset, what: str, fix: str) -> None:
     """UserError for a regression, which `what` cannot learn."""
     if dataset.task != "classes":
         raise UserError(f"{what} is for classes, and {dataset.name} has values to learn: {fix}")
+
+
+def check_margin(network: Network, dataset: Dataset, config: Config) -> None:
+    """UserError for a margin where scores are not cosines of classes, or where an optimizer takes terms apart."""
+    given, optimizer = f"--margin {config.objective.margin:g}", config.optimization.optimizer
+    if network.scale:
+        check_classes(dataset, "a network of cosines (--scale)", "use --model mlp, or leave the option out")
+    if not config.objective.margin:
+        return
+    if not network.scale:
+        fix = 'let [[model.layers]] end in a layer of type "cosine"' if network.name == CUSTOM else "add --scale 16"
+        fix = fix if network.name in (CUSTOM, "head") else "use --model head --scale 16"
+        raise UserError(f"{given} is put between cosines, and the scores here are none: {fix}, or leave it out")
+    if optimizer in RULES:
+        raise UserError(
+            f"{given} changes the label's score in all terms alike, and --optimizer {optimizer} takes terms apart: use "
+            "another one (adam, lbfgs, ...)"
+        )
 
 
 def check_slices(network: Network, batch: int, slices: int, of: str) -> None:

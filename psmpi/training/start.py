@@ -18,7 +18,7 @@ from psmpi.data.rows import ArrayRows, RowSource
 from psmpi.errors import UserError, layers_in
 from psmpi.nn.zoo import make_network
 from psmpi.registry import find_method
-from psmpi.training.checks import notes
+from psmpi.training.checks import check_margin, notes
 from psmpi.training.folder import RunFolder
 from psmpi.training.loop import plan_steps
 from psmpi.training.resume import compare, noting
@@ -71,6 +71,7 @@ def begin(control: Control, config: Config, own: str, tell: Callable[[str], None
         with layers_in(layers):
             network = network_of(config, dataset)
         with noting(own):
+            check_margin(network, dataset, config)
             kind.check(size, network, dataset, config)
             plan_steps(dataset, config)
         for note in (*notes(size, network, dataset, config.data.batch_size), *kind.notes(size, network, config)):

@@ -65,6 +65,15 @@ class DeviceLosses(Device):
         self.spread("close_losses", dtype, b, classes, b, labels, rest, grad)
         self.launch("close_report", dtype, (1,), (256,), grad.size, b, grad, rest, report)
 
+    def add_margins(
+        self, scores: Any, labels: Any, arc: bool, size: float, scale: float, least: float, slopes: Any
+    ) -> None:
+        settings = (scores, labels, int(arc), size, scale, least, slopes)
+        self.spread("add_margins", scores.dtype, len(labels), *scores.shape, *settings)
+
+    def multiply_labels(self, grad: Any, labels: Any, slopes: Any, report: Any) -> None:
+        self.launch("multiply_labels", np.dtype(np.float64), (1,), (256,), *grad.shape, labels, slopes, grad, report)
+
     def distances(self, outputs: Any, targets: Any, labels: Any, scale: float, grad: Any, report: Any) -> None:
         """The same for the loss ||f - S_y||^2 of outputs f (units, b), the y-th column of targets S (units, classes)
         float64; of the report the second and the third number are 0.

@@ -15,6 +15,39 @@ def exponent_of(peak: float) -> int:
 class Losses(Arrays):
     """A report (4,) float64 says how a loss came out, see psmpi.nn.losses.Loss.fused."""
 
+    def add_margins(
+        self,
+        scores: np.ndarray,
+        labels: np.ndarray,
+        arc: bool,
+        size: float,
+        scale: float,
+        least: float,
+        slopes: np.ndarray,
+    ) -> None:
+        """Scores (classes, b) of labels (b,) get a margin, see psmpi.nn.margin; slopes (b,) float64: their derivatives.
+
+        Labels that are not among the classes have the slope 1.
+        """
+        own = np.flatnonzero((labels >= 0) & (labels < len(scores)))
+        at = labels[own], own
+        slopes.fill(1)
+        if not arc:
+            scores[at] -= scale * size
+            return
+        cosine = np.clip(scores[at].astype(np.float64) / scale, -1, 1)
+        sine = np.sqrt(np.maximum(1 - cosine**2, least))
+        inside = cosine > -np.cos(size)
+        turned = np.cos(size) * cosine - np.sin(size) * sine
+        scores[at] = scale * np.where(inside, turned, cosine - size * np.sin(size))
+        slopes[own] = np.where(inside, np.cos(size) + np.sin(size) * cosine / sine, 1)
+
+    def multiply_labels(self, grad: np.ndarray, labels: np.ndarray, slopes: np.ndarray, report: np.ndarray) -> None:
+        """Derivatives (classes, b) of labels' scores times slopes (b,); the report's largest derivative follows."""
+        own = np.flatnonzero((labels >= 0) & (labels < len(grad)))
+        grad[labels[own], own] *= slopes[own]
+        report[3] = max(report[3], np.abs(grad[labels[own], own]).max(initial=0.0))
+
     def cast_scores(self, grad: np.ndarray, out: np.ndarray, report: np.ndarray) -> None:
         """out = grad, over the power of two by which the report says that derivatives are too large."""
         exponent = exponent_of(report[3])

@@ -16,6 +16,7 @@ import numpy as np
 from psmpi.errors import UserError
 from psmpi.layout import Share, Shares, even_edges
 from psmpi.nn.layers import Layer
+from psmpi.nn.layers.cosine import Cosine
 from psmpi.nn.layers.linear import Linear
 from psmpi.nn.layers.scale import Scale
 from psmpi.nn.network import Network
@@ -188,7 +189,7 @@ class Dealer:
             units = layer.out_shape[0] if layer.linear else shape[0]
             if at in self.layers:
                 units = len(self.groups(0, at)[worker])
-            if at in readers and not _normalized(self.flat[at + 1 :]):
+            if at in readers and not isinstance(layer, Cosine) and not _normalized(self.flat[at + 1 :]):
                 whole = self._layer(readers[at]).out_shape[0]
                 ratio = whole / len(self.groups(0, readers[at])[worker])
                 if ratio != 1:

@@ -12,16 +12,18 @@ from psmpi.nn.losses.base import HOPELESS, Loss, own_labels
 class BinaryCrossEntropy(Loss):
     """sum_j log(1 + exp(z_j)) - z_y with z = c - log(C - 1): each score says whether the class is the label's.
 
-    The offset makes 1/C the probability that a score of 0 stands for, that of a label among C classes (derived). No
-    class needs another's score (Zhai et al. 2023, "Sigmoid loss for language image pre-training").
+    The offset makes 1/C the probability that a score of 0 stands for, that of a label among C classes (derived). Scores
+    of at most s, s times cosines, have s/2 less: a cosine of 1/2 then stands for 1/C. No class needs another's score
+    (Zhai et al. 2023, "Sigmoid loss for language image pre-training").
     """
 
-    name, formula = "bce", "sum_j log(1 + exp(z_j)) - z_y, z = c - log(C - 1) of C classes"
+    name = "bce"
+    formula = "sum_j log(1 + exp(z_j)) - z_y, z = c - log(C - 1) of C classes, with --scale S also - S/2"
 
     immediate = True
 
     def offset(self, classes: int) -> float:
-        return -log(max(1, (self.outputs or classes) - 1))
+        return -log(max(1, (self.outputs or classes) - 1)) - self.scale / 2
 
     def diverged(self, mean: float, clipped: float, size: float = 1.0) -> bool:
         return mean > HOPELESS * max(1.0, size)

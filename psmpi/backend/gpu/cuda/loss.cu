@@ -123,6 +123,48 @@ extern "C" __global__ void label_scores(long long classes, long long batch, cons
         out[b] = here(labels[b], classes) ? (double)scores[labels[b] * batch + b] : 0;
 }
 
+/* The labels' scores get a margin, see psmpi.nn.margin; slopes (batch,): the derivatives, 1 of labels of other ranks. */
+extern "C" __global__ void add_margins(long long classes, long long batch, T *__restrict__ scores,
+                                       const long long *__restrict__ labels, long long arc, double size, double scale,
+                                       double least, double *__restrict__ slopes)
+{
+    for (long long b = thread(); b < batch; b += threads()) {
+        slopes[b] = 1;
+        if (!here(labels[b], classes))
+            continue;
+        T *at = scores + labels[b] * batch + b;
+        const double score = (double)*at, ratio = score / scale;
+        const double cosine = ratio > 1 ? 1 : ratio < -1 ? -1 : ratio, square = 1 - cosine * cosine;
+        if (!arc)
+            *at = (T)(score - scale * size);
+        else if (cosine > -cos(size)) {
+            const double sine = sqrt(square < least ? least : square);
+            *at = (T)(scale * (cos(size) * cosine - sin(size) * sine));
+            slopes[b] = cos(size) + sin(size) * cosine / sine;
+        } else
+            *at = (T)(scale * (cosine - size * sin(size)));
+    }
+}
+
+/* The derivatives of the labels' scores, in grad (classes, batch), times slopes (batch,); the largest derivative that
+ * the report has follows. One block of 256. */
+extern "C" __global__ void multiply_labels(long long classes, long long batch, const long long *__restrict__ labels,
+                                           const double *__restrict__ slopes, double *__restrict__ grad,
+                                           double *__restrict__ report)
+{
+    __shared__ double room[REPORT_THREADS];
+    double peak = report[3];
+    for (long long b = threadIdx.x; b < batch; b += REPORT_THREADS)
+        if (here(labels[b], classes)) {
+            double *at = grad + labels[b] * batch + b;
+            *at *= slopes[b];
+            peak = larger(peak, fabs(*at));
+        }
+    peak = block_max<REPORT_THREADS>(peak, room);
+    if (threadIdx.x == 0)
+        report[3] = peak;
+}
+
 /* out (3, batch): the largest scores, the sums of exponentials relative to these, the labels' scores as above. */
 extern "C" __global__ void normalizers(long long classes, long long batch, const T *__restrict__ scores,
                                        const long long *__restrict__ labels, double *__restrict__ out)
