@@ -47,8 +47,9 @@ class Head:
         self.weights, self.biases = rows_of(self.part, self.part.w)
         self.add_normalizers = self.ops.fused("class_normalizers") or add_normalizers
         # Where scores are cosines: scale / |w_j| of each class (classes,), when its scores were made last.
-        cosine = self.part if isinstance(self.part, CosinePart) else None
-        self.scale, self.factors = (0.0, np.empty(0)) if cosine is None else (cosine.scale, cosine.factors)
+        self.scale, self.factors = 0.0, np.empty(0)
+        if isinstance(self.part, CosinePart):
+            self.scale, self.factors = self.part.scale, self.part.factors
         self.with_margin: tuple[np.ndarray, np.ndarray] | None = None
 
     @property
@@ -167,7 +168,7 @@ class TiledObjective(Objective):
     @property
     def nbytes(self) -> int:
         own = (self.scores, self.part, self.rows, *self.head.part.arrays())
-        return super().nbytes + sum(array.nbytes for array in own)
+        return super().nbytes + sum(int(array.nbytes) for array in own)
 
     def losses(
         self,

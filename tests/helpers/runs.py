@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pytest
 
 from helpers.processes import launch
 from psmpi.config import Config, from_table
@@ -81,3 +82,19 @@ def distance(first, second):
 
 
 __all__ = ["Trained", "distance", "launch", "once", "run", "trainer", "usual_config"]
+
+
+def save_many(folder):
+    """Options for a head of 37 classes, in float64."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(150, 6)), np.arange(150) % 37
+    np.savez(folder / "data.npz", x=x, y=y, x_test=x[:60] + 0.1, y_test=y[:60])
+    numbers = ("--epochs", "3", "--batch-size", "50", "--lr", "0.01", "--dtype", "float64")
+    return ("--dataset", folder / "data.npz", "--model", "head", "--widths", "9", *numbers)
+
+
+def same_run(first, second):
+    """Whether weights, losses and scores are the same to rounding."""
+    keys = ("train_loss", "test_loss", "test_accuracy", "test_top5")
+    near = all(second.rows[-1][key] == pytest.approx(first.rows[-1][key], rel=1e-10) for key in keys)
+    return near and distance(first.tensors(), second.tensors()) <= 1e-10

@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("mpi4py.MPI")
 
-from helpers.runs import distance
+from helpers.runs import distance, same_run, save_many
 from scipy.special import expit, softmax
 
 from psmpi.backend import NumpyOps
@@ -228,22 +228,6 @@ def test_a_linear_network_steps_as_regression_does(name, ranks, train, tmp_path)
         if found is not None:
             for key, values in ((layout.parameters[0].name, w), (layout.parameters[1].name, b)):
                 np.testing.assert_allclose(found[f"weights/{key}"], values, rtol=1e-10, atol=1e-12)
-
-
-def save_many(folder):
-    """Options for a head of 37 classes, in float64."""
-    rng = np.random.default_rng(0)
-    x, y = rng.normal(size=(150, 6)), np.arange(150) % 37
-    np.savez(folder / "data.npz", x=x, y=y, x_test=x[:60] + 0.1, y_test=y[:60])
-    numbers = ("--epochs", "3", "--batch-size", "50", "--lr", "0.01", "--dtype", "float64")
-    return ("--dataset", folder / "data.npz", "--model", "head", "--widths", "9", *numbers)
-
-
-def same_run(first, second):
-    """Whether weights, losses and scores are the same to rounding."""
-    keys = ("train_loss", "test_loss", "test_accuracy", "test_top5")
-    near = all(second.rows[-1][key] == pytest.approx(first.rows[-1][key], rel=1e-10) for key in keys)
-    return near and distance(first.tensors(), second.tensors()) <= 1e-10
 
 
 @pytest.mark.parametrize("name", LOSSES)

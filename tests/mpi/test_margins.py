@@ -1,0 +1,319 @@
+"""Scores that are cosines, with and without a margin: formulas, gradients, tiles, ranks, tests and predictions."""
+
+import tracemalloc
+
+import numpy as np
+import pytest
+
+pytest.importorskip("mpi4py.MPI")
+
+from helpers.runs import run, same_run, save_many
+from scipy.special import softmax
+
+from psmpi.backend import CompiledOps, NumpyOps
+from psmpi.backend.compiled.library import level
+from psmpi.layout import Runs
+from psmpi.nn import tiles
+from psmpi.nn.init import initial_weights
+from psmpi.nn.losses import LOSSES, make_loss
+from psmpi.nn.margin import KINDS, make_margin
+from psmpi.nn.model import Model
+from psmpi.nn.network import build
+from psmpi.nn.objective import Objective
+from psmpi.nn.tiles import TiledObjective, has_head
+from psmpi.nn.zoo import make_network
+from psmpi.optim.first_order import FirstOrder
+
+F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
+BACKENDS = ["numpy", pytest.param("compiled", marks=pytest.mark.skipif(level() == 0, reason="no compiled kernels"))]
+SCALE = 5.0
+# Kinds and sizes; beyond 1.2 many angles are more than pi with the margin.
+MARGINS = [("arcface", 0.0), ("arcface", 0.4), ("arcface", 1.3), ("cosface", 0.3)]
+OPTIONS = [("--scale", "5", "--margin", str(size), "--margin-kind", kind) if size else ("--scale", "5")
+           for kind, size in MARGINS]  # fmt: skip
+
+every_loss = pytest.mark.parametrize("name", LOSSES)
+every_margin = pytest.mark.parametrize(("kind", "size"), MARGINS)
+every_option = pytest.mark.parametrize("margin", OPTIONS, ids=" ".join)
+
+
+def with_margin(cosine, kind, size):
+    """The label's score over the scale, from its cosine."""
+    angle = np.arccos(cosine)
+    if kind == "cosface":
+        return cosine - size
+    return np.where(angle + size <= np.pi, np.cos(angle + size), cosine - size * np.sin(size))
+
+
+@pytest.mark.parametrize(("kind", "size"), MARGINS[1:])
+def test_margins_and_their_slopes_are_those_of_the_angles(kind, size):
+    cosines, h = np.linspace(-0.999, 0.999, 300), 1e-7
+    scores, slopes = np.stack([SCALE * cosines, np.ones(300)]), np.empty(300)
+    labels = np.where(np.arange(300) % 5, 0, 7)
+    NumpyOps().add_margins(scores, labels, *make_margin(kind, size, SCALE, F64), slopes)
+    own = labels == 0
+    np.testing.assert_allclose(scores[0, own], SCALE * with_margin(cosines[own], kind, size), atol=1e-12)
+    np.testing.assert_array_equal(scores[0, ~own], SCALE * cosines[~own])
+    moved = [with_margin(cosines + move, kind, size) for move in (-h, h)]
+    steady = own & (abs(cosines + np.cos(size)) > 2 * h)
+    np.testing.assert_allclose(slopes[steady], ((moved[1] - moved[0]) / (2 * h))[steady], rtol=1e-5)
+    assert (scores[1] == 1).all() and (slopes[~own] == 1).all()
+
+
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+def test_a_label_in_its_row_s_direction_has_a_slope_that_rounding_bears(dtype):
+    scores, slopes = np.array([[SCALE, SCALE * (1 + 1e-7), -SCALE, np.nan]], dtype), np.empty(4)
+    NumpyOps().add_margins(scores, np.zeros(4, int), *make_margin("arcface", 0.5, SCALE, dtype), slopes)
+    assert (slopes[:2] > 100).all() and (slopes[:2] <= np.finfo(dtype).eps ** -0.5).all()
+    assert scores[0, 0] == pytest.approx(SCALE * np.cos(0.5), rel=1e-3) and slopes[2] == 1 and np.isnan(scores[0, 3])
+
+
+def network_of(classes, trunk=True):
+    layers = [{"type": "dense", "units": 7}, {"type": "tanh"}] if trunk else []
+    return build("head", (5,), [*layers, {"type": "cosine", "units": classes, "scale": SCALE}], classes)
+
+
+def problem(network, dtype=F64, batch=33):
+    rng = np.random.default_rng(0)
+    w = rng.normal(size=network.layout().size).astype(dtype)
+    return w, rng.normal(size=(5, batch)).astype(dtype), rng.integers(0, network.classes, batch)
+
+
+def losing(name, dtype, kind, size, classes=13, **settings):
+    loss = make_loss(name, dtype, outputs=classes, **settings)
+    loss.scale, loss.margin = SCALE, make_margin(kind, size, SCALE, dtype)
+    return loss
+
+
+class Derived:
+    """An objective of a network, and its gradient g at given weights w."""
+
+    def __init__(self, network, w, batch, loss, ops, tiled):
+        self.w, self.g = w, np.full_like(w, np.nan)
+        self.model = Model(network, network.layout(), w, self.g, ops, head=tiled)
+        self.objective = (TiledObjective if tiled else Objective)(loss, self.model)
+        self.objective.reserve(network.classes, batch)
+
+    def __call__(self, x, labels):
+        """The loss."""
+        self.tape = self.model.forward(x)
+        self.objective.losses(self.tape.scores, labels, 1 / len(labels))
+        self.objective.backward(self.tape)
+        return self.objective.value()
+
+
+def make_ops(backend):
+    return CompiledOps() if backend == "compiled" else NumpyOps()
+
+
+@pytest.fixture
+def tile(monkeypatch):
+    """tile(n): tiles of n classes from now on."""
+    return lambda n: monkeypatch.setattr(tiles, "tile_size", lambda batch: n)
+
+
+WEIGHTS = [(name, {}) for name in LOSSES] + [("psl", {"weights": "current"})]
+
+
+@pytest.mark.parametrize("tiled", [False, True])
+@every_margin
+@pytest.mark.parametrize(("name", "settings"), WEIGHTS, ids=str)
+def test_gradients_match_central_differences(name, settings, kind, size, tiled, tile):
+    if tiled and settings:
+        pytest.skip("weighed samples have no tiles")
+    tile(4)
+    network = network_of(13)
+    w, x, labels = problem(network, batch=9)
+    derive, h = Derived(network, w, 9, losing(name, F64, kind, size, **settings), NumpyOps(), tiled), 1e-6
+    derive(x, labels)
+    g = derive.g.copy()
+    for i in np.random.default_rng(1).permutation(w.size)[:40]:
+        values = []
+        for move in (h, -2 * h):
+            w[i] += move
+            values.append(derive(x, labels))
+        w[i] += h
+        assert g[i] == pytest.approx((values[0] - values[1]) / (2 * h), abs=1e-6 * max(1, abs(g).max()))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(F64, 1e-12), (F32, 3e-5)], ids=str)
+@every_margin
+@every_loss
+def test_tiles_make_the_loss_and_gradient_of_all_scores_at_once(name, kind, size, dtype, tolerance, backend, tile):
+    for trunk, classes in ((True, 1), (True, 4), (False, 20)):
+        tile(classes)
+        network = network_of(13, trunk)
+        assert has_head(network)
+        w, x, labels = problem(network, dtype)
+        whole = Derived(network, w, 33, losing(name, dtype, kind, size), NumpyOps(), False)
+        ours = Derived(network, w, 33, losing(name, dtype, kind, size), make_ops(backend), True)
+        assert ours(x, labels) == pytest.approx(whole(x, labels), rel=tolerance)
+        assert abs(ours.g - whole.g).max() <= tolerance * abs(whole.g).max()
+        before = ours.g.copy()
+        ours.g.fill(np.nan)
+        ours.objective.again(ours.tape)
+        assert np.allclose(ours.g, before, rtol=1e-6 if dtype == F32 else 1e-12, atol=0)
+
+
+@every_option
+@every_loss
+def test_tiles_on_any_ranks_make_the_steps_of_all_scores_on_one(name, margin, train, tmp_path, monkeypatch):
+    options = (*save_many(tmp_path), "--loss", name, *margin)
+    whole = train(1, *options)
+    for ranks, classes, more in ((3, 5, ()), (2, 50, ("--placement", "owner"))):
+        monkeypatch.setattr(tiles, "tile_size", lambda batch, classes=classes: classes)
+        assert same_run(whole, train(ranks, *options, "--colocate", *more))
+
+
+@every_option
+@pytest.mark.parametrize("name", [name for name, loss in LOSSES.items() if loss.immediate])
+def test_rows_that_are_stepped_in_their_tiles_step_as_others(name, margin, train, tmp_path, monkeypatch):
+    options, pieces = (*save_many(tmp_path), "--loss", name, *margin, "--clip", "0", "--weight-decay", "0.01"), []
+    whole, step_piece = train(1, *options), FirstOrder.step_piece
+    monkeypatch.setattr(FirstOrder, "step_piece", lambda *given: (pieces.append(given), step_piece(*given)))
+    monkeypatch.setattr(tiles, "tile_size", lambda batch: 5)
+    for ranks in (1, 3):
+        pieces.clear()
+        assert same_run(whole, train(ranks, *options, "--colocate", "--placement", "owner")) and pieces
+
+
+@pytest.mark.parametrize("tiled", [False, True])
+@pytest.mark.parametrize("ranks", [1, 3])
+@every_margin
+def test_twenty_steps_are_those_of_plain_formulas(kind, size, ranks, tiled, train, tmp_path, monkeypatch):
+    """Cross-entropy of normalized features and rows, by steps of gradient descent, written out with angles."""
+    if tiled:
+        monkeypatch.setattr(tiles, "tile_size", lambda batch: 2)
+    rng, samples = np.random.default_rng(0), np.arange(50)
+    x, y = rng.normal(size=(50, 6)), samples % 8
+    np.savez(tmp_path / "data.npz", x=x, y=y, x_test=x[:8], y_test=y[:8])
+    options = ("--dataset", tmp_path / "data.npz", "--model", "head", "--widths", "16", "--scale", "5", "--loss", "nll",
+               "--margin", size, "--optimizer", "sgd", "--lr", "0.5", "--clip", "0", "--dtype", "float64",
+               "--batch-size", "50", "--epochs", "20", "--colocate", "--placement", "owner")  # fmt: skip
+    found = train(ranks, *options, *(("--margin-kind", kind) if size else ())).tensors()
+
+    network = make_network("head", (6,), 8, widths=(16,), scale=SCALE)
+    layout = network.layout()
+    start = np.empty(layout.size)
+    initial_weights(network, layout, Runs(((0, layout.size),)), start, seed=0)
+    tensors = {p.name: np.empty(p.shape) for p in layout.parameters}
+    for piece in layout.pieces():
+        into = tensors[layout.parameters[piece.parameter].name]
+        rows = into.reshape(len(into), -1)[piece.first : piece.last]
+        rows[...] = start[piece.offset : piece.offset + rows.size].reshape(rows.shape)
+    v, w, b = (tensors[name] for name in ("cosine1.weight", "dense1.weight", "dense1.bias"))
+    for _ in range(20):
+        z = x @ w.T + b
+        h = np.maximum(z, 0)
+        sizes, lengths = np.linalg.norm(h, axis=1, keepdims=True), np.linalg.norm(v, axis=1, keepdims=True)
+        u, unit = h / sizes, v / lengths
+        cosines = u @ unit.T
+        scores, own = SCALE * cosines, cosines[samples, y]
+        scores[samples, y] = SCALE * with_margin(own, kind, size)
+        d = SCALE * (softmax(scores, axis=1) - np.eye(8)[y]) / 50
+        angle = np.arccos(own)
+        if kind == "arcface":
+            d[samples, y] *= np.where(angle + size <= np.pi, np.sin(angle + size) / np.sin(angle), 1)
+        du, dunit = d @ unit, d.T @ u
+        dz = (du - (du * u).sum(axis=1, keepdims=True) * u) / sizes * (z > 0)
+        v -= 0.5 * (dunit - (dunit * unit).sum(axis=1, keepdims=True) * unit) / lengths
+        w -= 0.5 * dz.T @ x
+        b -= 0.5 * dz.sum(axis=0)
+    for name, values in tensors.items():
+        np.testing.assert_allclose(found[f"weights/{name}"], values, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", KINDS)
+@every_loss
+def test_no_array_of_all_scores_is_ever_made(name, kind, backend):
+    classes, batch = 20_000, 256
+    network = network_of(classes)
+    w, x, labels = problem(network, F32, batch)
+    tracemalloc.start()
+    try:
+        derive = Derived(network, w, batch, losing(name, F32, kind, 0.3, classes), make_ops(backend), True)
+        derive(x, labels)
+        assert tracemalloc.get_traced_memory()[1] < 4 * classes * batch / 2
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("tiled", [False, True])
+def test_margins_are_of_training_alone(tiled, train, tmp_path, monkeypatch):
+    """Tests and predictions are by cosines times the run's scale."""
+    if tiled:
+        monkeypatch.setattr(tiles, "tile_size", lambda batch: 5)
+    options = (*save_many(tmp_path), "--loss", "nll", "--lr", "1e-9", "--scale", "5")
+    plain, margin = train(1, *options), train(2, *options, "--margin", "0.5", "--colocate")
+    assert margin.rows[-1]["train_loss"] > plain.rows[-1]["train_loss"] + 1
+    for key in ("test_loss", "test_accuracy", "test_top5"):
+        assert margin.rows[-1][key] == pytest.approx(plain.rows[-1][key], rel=1e-6)
+    found = {name.removeprefix("weights/"): values for name, values in margin.tensors().items()}
+    x = np.load(tmp_path / "data.npz")["x_test"]
+    h = np.maximum(x @ found["dense1.weight"].T + found["dense1.bias"], 0)
+    cosines = (h / np.linalg.norm(h, axis=1, keepdims=True)) @ found["cosine1.weight"].T
+    cosines /= np.linalg.norm(found["cosine1.weight"], axis=1)
+    status, _, err = run(2, "-m", "psmpi.predict", margin.out, "--out", tmp_path / "out.npz")
+    assert status == 0, err
+    np.testing.assert_allclose(np.load(tmp_path / "out.npz")["scores"], 5 * cosines, rtol=1e-9, atol=1e-9)
+
+
+def test_checkpoints_of_cosines_are_looked_into_cut_and_exported(train, tmp_path):
+    trained = train(1, *save_many(tmp_path), "--loss", "nll", "--scale", "5", "--margin", "0.5")
+    part = tmp_path / "part.h5"
+    for command in (("stats", trained.out), ("cut", trained.out, "--classes", "3", "20", "--out", part)):
+        status, _, err = run(1, "-m", "psmpi.inspect", *command)
+        assert status == 0, err
+    pytest.importorskip("onnxruntime")
+    for source in (trained.out, part):
+        status, out, err = run(1, "-m", "psmpi.inspect", "export", source, "--out", tmp_path / "net.onnx")
+        assert status == 0 and "onnxruntime's scores differ from psmpi's by" in out, err
+
+
+@pytest.mark.parametrize("more", [(), ("--scale", "8"), ("--margin", "0.2")], ids=str)
+def test_a_run_goes_on_with_its_scale_and_margin_or_with_others(more, train, tmp_path):
+    options = (*save_many(tmp_path), "--loss", "nll", "--scale", "5", "--margin", "0.5")
+    whole, half = train(1, *options), train(1, *options, "--epochs", "1")
+    assert same_run(whole, train(1, "--resume", half.checkpoint, "--epochs", "3", *more)) == (not more)
+
+
+@pytest.mark.parametrize("method", ["data_parallel", "local_sgd", "ist", "sil", "dfa"])
+def test_every_method_takes_cosines_and_margins(method, train, tmp_path):
+    options = (*save_many(tmp_path), "--widths", "30", "20", "--loss", "nll", "--scale", "8", "--margin", "0.2")
+    found = train(2, *options, "--method", method)
+    assert np.isfinite(found.rows[-1]["test_loss"]) and 0 < found.rows[-1]["train_loss"] < 20
+    if method == "data_parallel":
+        assert same_run(train(1, *options, "--method", method), found)
+
+
+def refused(*words):
+    status, _, err = run(1, "-m", "psmpi.train", "--epochs", "1", *words)
+    assert status == 1 and "Traceback" not in err
+    return " ".join(err.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--model mlp --scale 16", "--scale is of --model head, and the model here is mlp"),
+        ("--model head --scale -1", "--scale -1: expected a number above 0"),
+        ("--model head --scale nan", "--scale nan: expected a finite number"),
+        ("--model head --margin 0.5", "--margin 0.5 is put between cosines, and the scores here are none: add --scale"),
+        ("--margin 0.5", "use --model head --scale 16"),
+        ("--model head --scale 16 --margin 1.6", "--margin 1.6: expected an angle from 0 to pi/2"),
+        ("--model head --scale 16 --margin -0.1", "--margin -0.1: expected an angle"),
+        ("--model head --scale 16 --margin 2.1 --margin-kind cosface", "expected a number from 0 to 2"),
+        ("--model head --scale 16 --margin-kind cosface", "--margin-kind is of a margin: add --margin"),
+        ("--model head --scale 16 --margin 0.5 --optimizer plbfgs --partition pairs", "takes terms apart"),
+    ],
+)
+def test_what_cannot_be_is_refused(words, says):
+    assert says in refused(*words.split())
+
+
+def test_values_to_learn_are_no_cosines(tmp_path):
+    np.savez(tmp_path / "data.npz", x=np.ones((30, 3)), y=np.ones((30, 2)))
+    said = refused("--dataset", tmp_path / "data.npz", "--loss", "squared", "--model", "head", "--scale", "16")
+    assert "a network of cosines (--scale) is for classes, and " in said
