@@ -26,6 +26,7 @@ from psmpi.errors import UserError
 from psmpi.layout import Matrix, Runs
 from psmpi.methods.sil.targets import TargetDistance, draw_targets
 from psmpi.nn.losses import LOSSES, make_loss
+from psmpi.nn.margin import make_margin
 from psmpi.nn.metric import Metric
 from psmpi.nn.model import Model
 from psmpi.nn.objective import GRADIENT_LIMIT, Objective
@@ -562,6 +563,28 @@ def test_the_loss_and_its_gradient_are_those_of_the_reference(cupy, name, dtype)
         else:
             # Scaled up by so much, rounding reaches the limit too.
             assert name == "psl" and abs(our_g).max() == GRADIENT_LIMIT[dtype]
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+@pytest.mark.parametrize(("kind", "size"), [("arcface", 0.5), ("arcface", 1.4), ("cosface", 0.3)])
+@pytest.mark.parametrize("name", LOSSES)
+def test_margins_are_those_of_the_reference(cupy, name, kind, size, dtype):
+    network, results = make("cosines"), []
+    layout, w, x, _ = random_problem(network, batch=40, dtype=dtype)
+    labels = np.arange(40) % 4
+    for ops in (NumpyOps(), CupyOps()):
+        model = Model(network, layout, put(ops, w), put(ops, np.zeros(layout.size, dtype)), ops)
+        objective = Objective(make_loss(name, dtype), model)
+        objective.loss.margin = make_margin(kind, size, 3.0, dtype)
+        objective.reserve(4, 40)
+        tape = model.forward(put(ops, x))
+        objective.derive(tape, tape.scores, put(ops, labels), 1e6)
+        results.append((objective.value(), ops.host(model.g), float(ops.host(objective.report.array)[3])))
+    (value, g, peak), (our_value, our_g, our_peak) = results
+    tolerance = 100 * TOLERANCE[dtype]
+    assert our_value == pytest.approx(value, rel=tolerance) and our_peak == pytest.approx(peak, rel=tolerance)
+    assert far(our_g, g) <= tolerance
 
 
 @needs_compiler

@@ -62,6 +62,17 @@ def test_statistics_of_slices_are_not_summed_from_a_device():
     assert status == 1 and "use --trunk replicated, or --backend compiled" in " ".join(err.split())
 
 
+@pytest.mark.parametrize(("kind", "loss"), [("arcface", "nll"), ("cosface", "psl"), ("arcface", "hinge")])
+def test_cosines_with_margins_on_devices_have_the_weights_of_the_host(train, kind, loss):
+    options = (*EXACT, "--model", "head", "--widths", "20", "--scale", "8", "--loss", loss, "--margin", "0.4")
+    options = (*options, "--margin-kind", kind)
+    whole = train(1, "--backend", "numpy", *options)
+    for ranks in (1, 3):
+        found = train(ranks, "--backend", "cupy", *options, "--colocate")
+        assert distance(whole.tensors(), found.tensors()) <= 1e-10
+        assert found.rows[-1]["test_accuracy"] == whole.rows[-1]["test_accuracy"]
+
+
 @pytest.mark.parametrize(
     "options",
     [
