@@ -78,19 +78,15 @@ class Context:
         return Group(self.world, range(self.size) if ranks is None else ranks, Counter(), self.host_bridge)
 
     def loss(self) -> Loss:
-        """A loss of its own, with the margin of training: it counts what happens to it."""
-        made, o = self._loss(), self.config.objective
+        """A loss of its own: it counts what happens to it."""
+        made, o = configured_loss(self.config, self.dataset), self.config.objective
+        made.lenient, made.scale = self.numbers.lenient, self.network.scale
         made.margin = make_margin(o.margin_kind, o.margin, made.scale, self.dtype)
         return made
 
-    def _loss(self) -> Loss:
-        made = configured_loss(self.config, self.dataset)
-        made.lenient, made.scale = self.numbers.lenient, self.network.scale
-        return made
-
     def metric(self) -> Metric:
-        """Sums over the test split, by a loss of their own without margin: what it counts is not of the training."""
-        return Metric(self._loss(), self.dataset.outputs)
+        """Sums over the test split, by a loss of their own: what that counts is not of the training."""
+        return Metric(self.loss(), self.dataset.outputs)
 
     def optimizer(self, runs: Runs, counted: bool = False) -> Optimizer:
         """The optimizer of the weights of `runs`; `counted` as in `make_optimizer`."""

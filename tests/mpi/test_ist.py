@@ -471,6 +471,10 @@ def test_where_normalization_follows_nothing_is_scaled():
     assert "Scale" not in kinds
     kinds = [type(layer).__name__ for layer in Dealer(mlp(8, 8), 4, 0).networks[0].layers]
     assert kinds.count("Scale") == 2
+    # Nor is what is brought to unit length.
+    net = make_network("head", (5,), 4, widths=(8, 8), scale=16.0)
+    kinds = [type(layer).__name__ for layer in Dealer(net, 4, 0).networks[0].layers]
+    assert kinds.count("Scale") == 1 and kinds[-2:] == ["UnitLength", "Cosine"]
     # What goes past a residual block is not normalized in its branch.
     past = [{"type": "dense", "units": 8}, {"type": "dense", "units": 6},
             {"type": "residual", "layers": [{"type": "batch_norm"}]}, {"type": "dense", "units": 4}]  # fmt: skip

@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("mpi4py.MPI")
 
 from helpers.runs import run, same_run, save_many
-from scipy.special import softmax
+from scipy.special import expit, softmax
 
 from psmpi.backend import CompiledOps, NumpyOps
 from psmpi.backend.compiled.library import level
@@ -178,17 +178,25 @@ def test_rows_that_are_stepped_in_their_tiles_step_as_others(name, margin, train
         assert same_run(whole, train(ranks, *options, "--colocate", "--placement", "owner")) and pieces
 
 
+# Derivatives with respect to scores (b, 8) of targets (b, 8), ones and zeros.
+SLOPES = {
+    "nll": lambda c, t: softmax(c, axis=1) - t,
+    "bce": lambda c, t: expit(c - np.log(7) - SCALE / 2) - t,
+}
+
+
 @pytest.mark.parametrize("tiled", [False, True])
 @pytest.mark.parametrize("ranks", [1, 3])
 @every_margin
-def test_twenty_steps_are_those_of_plain_formulas(kind, size, ranks, tiled, train, tmp_path, monkeypatch):
-    """Cross-entropy of normalized features and rows, by steps of gradient descent, written out with angles."""
+@pytest.mark.parametrize("name", SLOPES)
+def test_twenty_steps_are_those_of_plain_formulas(name, kind, size, ranks, tiled, train, tmp_path, monkeypatch):
+    """Of normalized features and rows, by gradient descent, written out with angles."""
     if tiled:
         monkeypatch.setattr(tiles, "tile_size", lambda batch: 2)
     rng, samples = np.random.default_rng(0), np.arange(50)
     x, y = rng.normal(size=(50, 6)), samples % 8
     np.savez(tmp_path / "data.npz", x=x, y=y, x_test=x[:8], y_test=y[:8])
-    options = ("--dataset", tmp_path / "data.npz", "--model", "head", "--widths", "16", "--scale", "5", "--loss", "nll",
+    options = ("--dataset", tmp_path / "data.npz", "--model", "head", "--widths", "16", "--scale", "5", "--loss", name,
                "--margin", size, "--optimizer", "sgd", "--lr", "0.5", "--clip", "0", "--dtype", "float64",
                "--batch-size", "50", "--epochs", "20", "--colocate", "--placement", "owner")  # fmt: skip
     found = train(ranks, *options, *(("--margin-kind", kind) if size else ())).tensors()
@@ -202,7 +210,7 @@ def test_twenty_steps_are_those_of_plain_formulas(kind, size, ranks, tiled, trai
         into = tensors[layout.parameters[piece.parameter].name]
         rows = into.reshape(len(into), -1)[piece.first : piece.last]
         rows[...] = start[piece.offset : piece.offset + rows.size].reshape(rows.shape)
-    v, w, b = (tensors[name] for name in ("cosine1.weight", "dense1.weight", "dense1.bias"))
+    v, w, b = (tensors[key] for key in ("cosine1.weight", "dense1.weight", "dense1.bias"))
     for _ in range(20):
         z = x @ w.T + b
         h = np.maximum(z, 0)
@@ -211,7 +219,7 @@ def test_twenty_steps_are_those_of_plain_formulas(kind, size, ranks, tiled, trai
         cosines = u @ unit.T
         scores, own = SCALE * cosines, cosines[samples, y]
         scores[samples, y] = SCALE * with_margin(own, kind, size)
-        d = SCALE * (softmax(scores, axis=1) - np.eye(8)[y]) / 50
+        d = SCALE * SLOPES[name](scores, np.eye(8)[y]) / 50
         angle = np.arccos(own)
         if kind == "arcface":
             d[samples, y] *= np.where(angle + size <= np.pi, np.sin(angle + size) / np.sin(angle), 1)
@@ -220,8 +228,8 @@ def test_twenty_steps_are_those_of_plain_formulas(kind, size, ranks, tiled, trai
         v -= 0.5 * (dunit - (dunit * unit).sum(axis=1, keepdims=True) * unit) / lengths
         w -= 0.5 * dz.T @ x
         b -= 0.5 * dz.sum(axis=0)
-    for name, values in tensors.items():
-        np.testing.assert_allclose(found[f"weights/{name}"], values, rtol=1e-9, atol=1e-10)
+    for key, values in tensors.items():
+        np.testing.assert_allclose(found[f"weights/{key}"], values, rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -284,7 +292,7 @@ def test_every_method_takes_cosines_and_margins(method, train, tmp_path):
     options = (*save_many(tmp_path), "--widths", "30", "20", "--loss", "nll", "--scale", "8", "--margin", "0.2")
     found = train(2, *options, "--method", method)
     assert np.isfinite(found.rows[-1]["test_loss"]) and 0 < found.rows[-1]["train_loss"] < 20
-    if method == "data_parallel":
+    if method in ("data_parallel", "dfa"):
         assert same_run(train(1, *options, "--method", method), found)
 
 

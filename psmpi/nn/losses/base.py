@@ -78,8 +78,8 @@ class Loss:
     tasks: what it can learn, "classes" by labels or "regression" by values; task: which of these.
     settings: the names of the settings that it uses, of those below. weights: what psl divides a sample by.
     divisors, rests: see `PSL`.
-    scale: what scores are times cosines with, 0 where they are not cosines. margin: of training, what `Objective` makes
-    of the label's score before the loss sees it.
+    scale: what scores are times cosines with, 0 where they are not cosines. margin: what `Objective`
+    makes of the label's score before the loss sees it, in training; the loss itself, in tests too, knows nothing of it.
     immediate: whether derivatives are bounded, and final as soon as what `sums` says is known.
     lenient: a loss of scores that are not finite is NaN, and no error, where `Objective` and `Metric` ask for it.
     Buffers grow to the largest minibatch seen and are then reused.
