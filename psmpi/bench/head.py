@@ -23,6 +23,8 @@ from psmpi.optim.first_order import FirstOrder
 from psmpi.output import Screen, tell
 
 Call = Callable[[], None]
+# Classes, features, samples, and what scores are times cosines with.
+Shape = tuple[int, int, int, float]
 Loss = Literal["bce", "psl", "logistic", "nll", "squared", "hinge"]
 LR = 1e-3
 # Behind the name of a loss: rows are stepped tile by tile.
@@ -34,6 +36,7 @@ def head(
     features: int = 128,
     batch_size: int = 256,
     losses: tuple[Loss, ...] = ("bce", "psl", "logistic", "nll"),
+    scale: float = 0.0,
     pairs: int = 7,
     threads: int = 1,
     json: str = "",
@@ -51,6 +54,7 @@ def head(
         features: Inputs of each.
         batch_size: Samples in the minibatch.
         losses: What psmpi computes; PyTorch always cross-entropy.
+        scale: Scores are this times cosines, of both; 0: products.
         pairs: Measurements of each, psmpi and PyTorch in turn, after a warm-up.
         threads: Threads of both.
         json: Also write the figures into this file.
@@ -67,8 +71,10 @@ def head(
             raise UserError(f"{option} {value}: expected a whole number from 1 up")
     if classes < 2:
         raise UserError(f"--classes {classes}: expected 2 or more")
+    if not 0 <= scale <= 1e6:
+        raise UserError(f"--scale {scale:g}: expected a number above 0, or 0 for none")
     torch.set_num_threads(threads)
-    shape = (classes, features, batch_size)
+    shape = (classes, features, batch_size, scale)
     with threadpool_limits(threads):
         other, _ = pytorch_step(*shape)
         named = [name + more for name in losses for more in ("", IN_TILES)[: 1 + LOSSES[name].immediate]]
@@ -76,7 +82,7 @@ def head(
     del other
     memory = {name: _memory(name, shape, threads) for name in (*named, "PyTorch")}
     found = {
-        "classes": classes, "features": features, "batch_size": batch_size, "threads": threads,
+        "classes": classes, "features": features, "batch_size": batch_size, "scale": scale, "threads": threads,
         "torch": torch.__version__, "rows": rows, "memory_mb": memory,
     }  # fmt: skip
     _show(found)
@@ -92,19 +98,22 @@ def _problem(classes: int, features: int, batch: int) -> tuple[np.ndarray, np.nd
     return w, rng.standard_normal((features, batch), np.float32), rng.integers(0, classes, batch)
 
 
-def own_step(loss: str, classes: int, features: int, batch: int, threads: int) -> tuple[Call, np.ndarray]:
+def own_step(loss: str, classes: int, features: int, batch: int, scale: float, threads: int) -> tuple[Call, np.ndarray]:
     """A step of psmpi, and its weights (classes, features): of a layer whose features' gradient is wanted too.
 
     loss: its name, perhaps with IN_TILES.
     """
     ops, dtype = make_backend("auto", threads), np.dtype(np.float32)
-    network = build("head", (features,), [{"type": "dense", "units": classes}], classes)
+    kind = {"type": "cosine", "scale": scale, "units": classes} if scale else {"type": "dense", "units": classes}
+    network = build("head", (features,), [kind], classes)
     layout = network.layout()
     rows, x, labels = _problem(classes, features, batch)
     w, g = ops.zeros(layout.size, dtype), ops.zeros(layout.size, dtype)
     model = Model(network, layout, w, g, ops, head=True)
     name, in_tiles = loss.removesuffix(IN_TILES), loss.endswith(IN_TILES)
-    objective = TiledObjective(make_loss(name, dtype, outputs=classes), model)
+    made = make_loss(name, dtype, outputs=classes)
+    made.scale = scale
+    objective = TiledObjective(made, model)
     objective.below = True
     objective.head.weights[...] = rows
     del rows
@@ -126,24 +135,31 @@ def own_step(loss: str, classes: int, features: int, batch: int, threads: int) -
     return step, objective.head.weights
 
 
-def pytorch_step(classes: int, features: int, batch: int) -> tuple[Call, Any]:
+def pytorch_step(classes: int, features: int, batch: int, scale: float) -> tuple[Call, Any]:
     """The same in PyTorch, with cross-entropy, and its layer."""
     import torch
     from torch import nn
 
     rows, x, labels = _problem(classes, features, batch)
-    layer = nn.Linear(features, classes)
+    layer = nn.Linear(features, classes, bias=not scale)
     with torch.no_grad():
         layer.weight.copy_(torch.from_numpy(rows))
-        layer.bias.zero_()
+        if layer.bias is not None:
+            layer.bias.zero_()
     del rows
     optimizer = torch.optim.Adam(layer.parameters(), lr=LR, fused=True)
     h, y = torch.from_numpy(np.ascontiguousarray(x.T)).requires_grad_(), torch.from_numpy(labels)
 
+    def scores() -> Any:
+        if not scale:
+            return layer(h)
+        rows, unit = (nn.functional.normalize(values, dim=1) for values in (layer.weight, h))
+        return scale * nn.functional.linear(unit, rows)
+
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
         h.grad = None
-        nn.functional.cross_entropy(layer(h), y).backward()
+        nn.functional.cross_entropy(scores(), y).backward()
         optimizer.step()
 
     return step, layer
@@ -165,7 +181,7 @@ def _measure(name: str, ours: Call, other: Call, pairs: int) -> dict[str, Any]:
     return {**row, "ratio": middle, "low": low, "high": high}
 
 
-def _memory(name: str, shape: tuple[int, int, int], threads: int) -> float:
+def _memory(name: str, shape: Shape, threads: int) -> float:
     """MB that a process of its own needs for some steps."""
     context = multiprocessing.get_context("spawn")
     mine, its = context.Pipe(duplex=False)
@@ -183,9 +199,9 @@ def _memory(name: str, shape: tuple[int, int, int], threads: int) -> float:
     return found
 
 
-def _steps(answer: Any, name: str, shape: tuple[int, int, int], threads: int) -> None:
+def _steps(answer: Any, name: str, shape: Shape, threads: int) -> None:
     """Send the MB by which this process has grown in some steps after its first, small one."""
-    small = (64, shape[1], shape[2])
+    small = (64, *shape[1:])
     if name == "PyTorch":
         import torch
 
@@ -210,7 +226,9 @@ def _held(name: str) -> float:
 def _show(found: dict[str, Any]) -> None:
     from rich.table import Table
 
-    title = f"{found['classes']} classes, {found['features']} features, {found['batch_size']} samples; PyTorch"
+    cosines = f", cosines times {found['scale']:g}" if found["scale"] else ""
+    sizes = f"{found['classes']} classes, {found['features']} features, {found['batch_size']} samples"
+    title = f"{sizes}{cosines}; PyTorch"
     table = Table(title=f"{title} {found['torch']}", title_justify="left")
     table.add_column("loss")
     for name in ("psmpi ms", "PyTorch ms", "ratio", "quartiles", "psmpi MB", "PyTorch MB"):

@@ -63,7 +63,7 @@ class NetworkSettings:
     the minibatch, in evaluations of about 1,000 samples."""
     scale: float = 0.0
     """Scores of head that are this times the cosine of the angle between the trunk's outputs and the class's row of
-    weights, 16 to 64 for many classes; 0: products, of any length."""
+    weights, 16 to 64 for many classes; 0: products, of any length. The last of the widths then has no ReLU."""
     layers: Annotated[tuple[dict[str, Any], ...], Suppress, arg(help="Tables of the file.")] = ()
     init: Literal["xavier", "he", "pytorch"] = "xavier"
     """Initial weights: uniform, Xavier, He, or within 1 / sqrt(inputs) as PyTorch's."""

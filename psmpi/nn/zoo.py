@@ -90,7 +90,8 @@ def _head(
     if layers:
         tables = [*layers, last]
     elif scale:
-        tables = [*finish(own[:-1]), last]
+        # Features that a ReLU has gone over last are all within a right angle.
+        tables = [*finish(own[:-2]), last]
     else:
         tables = finish(own)
     return replace(build("head", in_shape, tables, classes), trunk=True)
@@ -119,8 +120,9 @@ def make_network(
 
     `psnet` is `psnet-24` on 28 x 28 images (`psnet-35` has separable layers 35/15/1 instead of 24/15/1), its CIFAR-10
     sister on 32 x 32 and a small one on 8 x 8; `mlp` has hidden `widths` (1024, 1024 by default) with ReLU; `head` a
-    trunk of `layers`, or of `widths` (512, 128) with ReLU, and one score a class, by which it is partitioned, with a
-    `scale` (if not 0) this times the cosine of the angle between the trunk's outputs and the class's row; `resnet`
+    trunk of `layers`, or of `widths` (512, 128) with ReLU, and one score a class, by which it is partitioned: with a
+    `scale` this times the cosine of the angle between the trunk's outputs, without the last ReLU, and the class's row;
+    `resnet`
     has sections of `widths` channels (16 and 32) with `blocks` residual blocks each (3); `custom` is described layer by
     layer in `layers` (see psmpi.nn.network.build). With `batch_norm` the other ones have batch normalization instead of
     biases. UserError where the name or the shape is not known.

@@ -114,11 +114,13 @@ def test_a_head_is_measured_side_by_side(tmp_path):
     assert set(found["memory_mb"]) == {*names, "PyTorch"} and torch.__version__ == found["torch"]
 
 
+@pytest.mark.parametrize("scale", [0.0, 16.0])
 @pytest.mark.parametrize("name", ["nll", "nll, in tiles"])
-def test_a_measured_head_makes_the_steps_of_pytorch(name):
+def test_a_measured_head_makes_the_steps_of_pytorch(name, scale):
     """The weights after a step with cross-entropy, of both."""
     pytest.importorskip("torch")
-    (ours, weights), (theirs, layer) = own_step(name, 50, 8, 20, 1), pytorch_step(50, 8, 20)
+    shape = (50, 8, 20, scale)
+    (ours, weights), (theirs, layer) = own_step(name, *shape, 1), pytorch_step(*shape)
     before = weights.copy()
     ours()
     theirs()

@@ -196,12 +196,13 @@ def test_twenty_steps_are_those_of_plain_formulas(name, kind, size, ranks, tiled
     rng, samples = np.random.default_rng(0), np.arange(50)
     x, y = rng.normal(size=(50, 6)), samples % 8
     np.savez(tmp_path / "data.npz", x=x, y=y, x_test=x[:8], y_test=y[:8])
-    options = ("--dataset", tmp_path / "data.npz", "--model", "head", "--widths", "16", "--scale", "5", "--loss", name,
-               "--margin", size, "--optimizer", "sgd", "--lr", "0.5", "--clip", "0", "--dtype", "float64",
-               "--batch-size", "50", "--epochs", "20", "--colocate", "--placement", "owner")  # fmt: skip
+    options = ("--dataset", tmp_path / "data.npz", "--model", "head", "--widths", "16", "9", "--scale", "5",
+               "--loss", name, "--margin", size, "--optimizer", "sgd", "--lr", "0.5", "--clip", "0",
+               "--dtype", "float64", "--batch-size", "50", "--epochs", "20",
+               "--colocate", "--placement", "owner")  # fmt: skip
     found = train(ranks, *options, *(("--margin-kind", kind) if size else ())).tensors()
 
-    network = make_network("head", (6,), 8, widths=(16,), scale=SCALE)
+    network = make_network("head", (6,), 8, widths=(16, 9), scale=SCALE)
     layout = network.layout()
     start = np.empty(layout.size)
     initial_weights(network, layout, Runs(((0, layout.size),)), start, seed=0)
@@ -210,10 +211,11 @@ def test_twenty_steps_are_those_of_plain_formulas(name, kind, size, ranks, tiled
         into = tensors[layout.parameters[piece.parameter].name]
         rows = into.reshape(len(into), -1)[piece.first : piece.last]
         rows[...] = start[piece.offset : piece.offset + rows.size].reshape(rows.shape)
-    v, w, b = (tensors[key] for key in ("cosine1.weight", "dense1.weight", "dense1.bias"))
+    v, (w, b), (t, c) = tensors["cosine1.weight"], *([tensors[f"dense{k}.{key}"] for key in ("weight", "bias")]
+                                                    for k in (1, 2))  # fmt: skip
     for _ in range(20):
         z = x @ w.T + b
-        h = np.maximum(z, 0)
+        h = np.maximum(z, 0) @ t.T + c
         sizes, lengths = np.linalg.norm(h, axis=1, keepdims=True), np.linalg.norm(v, axis=1, keepdims=True)
         u, unit = h / sizes, v / lengths
         cosines = u @ unit.T
@@ -224,10 +226,12 @@ def test_twenty_steps_are_those_of_plain_formulas(name, kind, size, ranks, tiled
         if kind == "arcface":
             d[samples, y] *= np.where(angle + size <= np.pi, np.sin(angle + size) / np.sin(angle), 1)
         du, dunit = d @ unit, d.T @ u
-        dz = (du - (du * u).sum(axis=1, keepdims=True) * u) / sizes * (z > 0)
+        dh = (du - (du * u).sum(axis=1, keepdims=True) * u) / sizes
+        dz = dh @ t * (z > 0)
         v -= 0.5 * (dunit - (dunit * unit).sum(axis=1, keepdims=True) * unit) / lengths
-        w -= 0.5 * dz.T @ x
-        b -= 0.5 * dz.sum(axis=0)
+        for values, into, d in ((np.maximum(z, 0), (t, c), dh), (x, (w, b), dz)):
+            into[0][...] -= 0.5 * d.T @ values
+            into[1][...] -= 0.5 * d.sum(axis=0)
     for key, values in tensors.items():
         np.testing.assert_allclose(found[f"weights/{key}"], values, rtol=1e-9, atol=1e-10)
 
@@ -260,7 +264,7 @@ def test_margins_are_of_training_alone(tiled, train, tmp_path, monkeypatch):
         assert margin.rows[-1][key] == pytest.approx(plain.rows[-1][key], rel=1e-6)
     found = {name.removeprefix("weights/"): values for name, values in margin.tensors().items()}
     x = np.load(tmp_path / "data.npz")["x_test"]
-    h = np.maximum(x @ found["dense1.weight"].T + found["dense1.bias"], 0)
+    h = x @ found["dense1.weight"].T + found["dense1.bias"]
     cosines = (h / np.linalg.norm(h, axis=1, keepdims=True)) @ found["cosine1.weight"].T
     cosines /= np.linalg.norm(found["cosine1.weight"], axis=1)
     status, _, err = run(2, "-m", "psmpi.predict", margin.out, "--out", tmp_path / "out.npz")
