@@ -166,6 +166,33 @@ def test_tiles_on_any_ranks_make_the_steps_of_all_scores_on_one(name, margin, tr
         assert same_run(whole, train(ranks, *options, "--colocate", *more))
 
 
+def refused(*words):
+    status, _, err = run(1, "-m", "psmpi.train", "--epochs", "1", *words)
+    assert status == 1 and "Traceback" not in err
+    return " ".join(err.split())
+
+
+@pytest.mark.parametrize("name", [name for name, loss in LOSSES.items() if loss.pairwise])
+def test_pairs_of_classes_make_the_steps_of_all(name, train, tmp_path):
+    options = (*save_many(tmp_path), "--loss", name, *OPTIONS[1])
+    whole, pairs = train(1, *options), train(3, *options, "--partition", "pairs", "--colocate")
+    assert same_run(whole, pairs)
+
+
+def test_a_network_of_a_file_ends_in_cosines_too(train, tmp_path):
+    options = (*save_many(tmp_path)[:2], "--lr", "0.01", "--epochs", "3", "--margin", "0.4", "--loss", "nll")
+    trunk = '[[model.layers]]\ntype = "dense"\nunits = 9\n'
+    head, custom = tmp_path / "head.toml", tmp_path / "custom.toml"
+    head.write_text(f'[model]\nmodel = "head"\nscale = 5.0\n{trunk}')
+    custom.write_text(f'[model]\nmodel = "custom"\n{trunk}[[model.layers]]\ntype = "cosine"\nunits = 37\nscale = 5.0\n')
+    options = (*options, "--dtype", "float64", "--batch-size", "50")
+    first, second = (train(1, *options, "--config", file) for file in (head, custom))
+    assert same_run(first, second)
+    custom.write_text(f'[model]\nmodel = "custom"\n{trunk}[[model.layers]]\ntype = "dense"\nunits = 37\n')
+    said = refused(*options, "--config", custom)
+    assert 'the scores here are none: let [[model.layers]] end in a layer of type "cosine"' in said
+
+
 @every_option
 @pytest.mark.parametrize("name", [name for name, loss in LOSSES.items() if loss.immediate])
 def test_rows_that_are_stepped_in_their_tiles_step_as_others(name, margin, train, tmp_path, monkeypatch):
@@ -298,12 +325,6 @@ def test_every_method_takes_cosines_and_margins(method, train, tmp_path):
     assert np.isfinite(found.rows[-1]["test_loss"]) and 0 < found.rows[-1]["train_loss"] < 20
     if method in ("data_parallel", "dfa"):
         assert same_run(train(1, *options, "--method", method), found)
-
-
-def refused(*words):
-    status, _, err = run(1, "-m", "psmpi.train", "--epochs", "1", *words)
-    assert status == 1 and "Traceback" not in err
-    return " ".join(err.split())
 
 
 @pytest.mark.parametrize(
