@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-KINDS = ("arcface", "cosface")
 # The largest margin of each kind: a right angle, and all that two cosines can be apart.
 LARGEST = {"arcface": np.pi / 2, "cosface": 2.0}
 
@@ -15,7 +14,7 @@ class Margin(NamedTuple):
     """The label's score s cos(theta) becomes, before the loss and its sums over classes,
 
     - arc: s cos(theta + m) (Deng et al. 2019, "ArcFace", eq. 3) and, where theta + m > pi, s (cos(theta) - m sin(m)),
-      which goes on falling with theta (the authors' code);
+      which goes on falling with theta (the authors' code, InsightFace);
     - else: s (cos(theta) - m) (Wang et al. 2018, "CosFace", eq. 4).
 
     The loss's derivative is then times the slope, of arc sin(theta + m) / sin(theta): sin(theta)^2 is taken for `least`

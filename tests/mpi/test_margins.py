@@ -7,7 +7,9 @@ import pytest
 
 pytest.importorskip("mpi4py.MPI")
 
+from helpers.paths import ROOT
 from helpers.runs import run, same_run, save_many
+from scipy.ndimage import affine_transform
 from scipy.special import expit, softmax
 
 from psmpi.backend import CompiledOps, NumpyOps
@@ -16,7 +18,7 @@ from psmpi.layout import Runs
 from psmpi.nn import tiles
 from psmpi.nn.init import initial_weights
 from psmpi.nn.losses import LOSSES, make_loss
-from psmpi.nn.margin import KINDS, make_margin
+from psmpi.nn.margin import LARGEST, make_margin
 from psmpi.nn.model import Model
 from psmpi.nn.network import build
 from psmpi.nn.objective import Objective
@@ -264,7 +266,7 @@ def test_twenty_steps_are_those_of_plain_formulas(name, kind, size, ranks, tiled
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LARGEST)
 @every_loss
 def test_no_array_of_all_scores_is_ever_made(name, kind, backend):
     classes, batch = 20_000, 256
@@ -344,6 +346,22 @@ def test_every_method_takes_cosines_and_margins(method, train, tmp_path):
 )
 def test_what_cannot_be_is_refused(words, says):
     assert says in refused(*words.split())
+
+
+def test_the_example_turns_scales_and_shifts_as_scipy_does(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    from many_classes import copies
+
+    images = np.random.default_rng(1).random((7, 28, 28))
+    found, rng = copies(images, np.random.default_rng(0)), np.random.default_rng(0)
+    drawn = [rng.uniform(low, high, (7, 1, 1)).ravel() for low, high in ((-15, 15), (0.9, 1.1), (-2, 2), (-2, 2))]
+    noise = rng.normal(0, 12, found.shape)
+    for k, (degrees, size, *shift) in enumerate(zip(*drawn, strict=True)):
+        cos, sin = np.cos(np.deg2rad(degrees)) / size, np.sin(np.deg2rad(degrees)) / size
+        turn = np.array([[cos, -sin], [sin, cos]])
+        offset = 13.5 + np.array(shift) - turn @ [13.5, 13.5]
+        moved = affine_transform(images[k], turn, offset, order=1, mode="grid-constant")
+        np.testing.assert_allclose(found[k], np.clip(255 * moved + noise[k], 0, 255), atol=1)
 
 
 def test_values_to_learn_are_no_cosines(tmp_path):
