@@ -56,7 +56,9 @@ def without_unused(config: Config, base: Config, said: Collection[str]) -> Confi
     if model.model != base.model.model:
         model = _by_default(model, NetworkSettings(), {"widths", "blocks", "layers", "scale"} - set(said))
     if not model.scale and model.model != "custom":
-        loss = _by_default(loss, LossSettings(), {"margin", "margin_kind"} - set(said))
+        loss = _by_default(loss, LossSettings(), {"margin"} - set(said))
+    if not loss.margin:
+        loss = _by_default(loss, LossSettings(), {"margin_kind"} - set(said))
     if parallel.backend != base.parallel.backend:
         parallel = _by_default(parallel, Parallel(), set(OF_DEVICE) - set(said))
     elif not kind.nccl:

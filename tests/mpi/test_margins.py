@@ -313,9 +313,9 @@ def test_checkpoints_of_cosines_are_looked_into_cut_and_exported(train, tmp_path
         assert status == 0 and "onnxruntime's scores differ from psmpi's by" in out, err
 
 
-@pytest.mark.parametrize("more", [(), ("--scale", "8"), ("--margin", "0.2")], ids=str)
+@pytest.mark.parametrize("more", [(), ("--scale", "8"), ("--margin", "0.2"), ("--margin", "0")], ids=str)
 def test_a_run_goes_on_with_its_scale_and_margin_or_with_others(more, train, tmp_path):
-    options = (*save_many(tmp_path), "--loss", "nll", "--scale", "5", "--margin", "0.5")
+    options = (*save_many(tmp_path), "--loss", "nll", *OPTIONS[-1])
     whole, half = train(1, *options), train(1, *options, "--epochs", "1")
     assert same_run(whole, train(1, "--resume", half.checkpoint, "--epochs", "3", *more)) == (not more)
 
