@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from psmpi.backend import NumpyOps
+from psmpi.nn.layers.cosine import Cosine
 from psmpi.nn.losses import Loss, OverClasses
 from psmpi.nn.model import Model
 from psmpi.nn.network import Network
@@ -24,8 +25,12 @@ def tile_size(batch: int) -> int:
 
 
 def has_device_tiles(network: Network, classes: int, batch: int, loss: Loss, ops: NumpyOps) -> bool:
-    """Whether a model on a device computes scores by tiles: where all are more than one, and the loss is made there."""
-    return loss.fused(ops) is not None and has_head(network) and classes > tile_size(batch)
+    """Whether a model on a device computes scores by tiles: where all are more than one, and the loss is made there.
+
+    Scores that are cosines are made all at once.
+    """
+    plain = has_head(network) and not isinstance(network.layers[-1], Cosine)
+    return loss.fused(ops) is not None and plain and classes > tile_size(batch)
 
 
 class DeviceHead(Head):

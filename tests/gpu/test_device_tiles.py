@@ -295,6 +295,12 @@ def test_the_layers_before_may_be_computed_on_slices(name, many):
     assert there.rows[-1]["bytes_sent_by_rank"] == here.rows[-1]["bytes_sent_by_rank"]
 
 
+def test_cosines_are_made_all_at_once(many, made):
+    options = ("--loss", "nll", "--scale", "8", "--margin", "0.3")
+    here, there = (many(3, backend, *options) for backend in ("numpy", "cupy"))
+    assert not made and distance(here.tensors(), there.tensors()) <= 1e-10
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_trainings_and_their_tests_have_no_array_of_all_scores(ranks, many, asked, monkeypatch):
     monkeypatch.setattr("psmpi.nn.tiles.tile_size", lambda batch: 5)
