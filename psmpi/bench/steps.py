@@ -11,6 +11,12 @@ from psmpi.bench.ddp import STEPS, WARM
 
 def main(argv: list[str]) -> int:
     """Time steps with the options of psmpi.train; the last line that rank 0 prints is JSON."""
+    from psmpi.command import answer
+
+    return answer(lambda: _time(argv))
+
+
+def _time(argv: list[str]) -> int:
     import numpy as np
     from threadpoolctl import threadpool_limits
 

@@ -27,7 +27,7 @@ def trunk(
     widths: tuple[int, ...] = (),
     loss: str = "psl",
     batch_size: int = 100,
-    pairs: int = 5,
+    rounds: int = 5,
     options: str = "",
     pytorch: bool = False,
     json: str = "",
@@ -36,7 +36,8 @@ def trunk(
 
     The ranks share the classes with a trunk that each computes whole (replicated) or on a slice of the minibatch
     (split), or the samples (replica rows, data_parallel). As many processes that train apart show what the machine has
-    for several. Speed-ups are medians of ratios to the one process of the same round, with quartiles.
+    for several. Speed-ups are medians of ratios to the one process of the same round, with quartiles. A way that the
+    network or the options do not allow is left out, and it is said why.
 
     Args:
         ranks: Ranks, and processes apart, of a thread each.
@@ -46,35 +47,44 @@ def trunk(
         widths: Widths of --model mlp and head.
         loss: Loss, as in psmpi.train.
         batch_size: Samples of a minibatch, of all ranks together.
-        pairs: Rounds.
-        options: More options of psmpi.train for all, in one word: --options="--batch-norm --dtype float64".
+        rounds: Rounds, in each of which every way is timed once.
+        options: More options of psmpi.train for all, in one word: --options="--optimizer momentum --dtype float64".
         pytorch: Also steps of PyTorch's DistributedDataParallel (gloo); needs psmpi[torch].
         json: Also write the figures into this file.
     """
-    for option, value, least in (("--ranks", ranks, 2), ("--pairs", pairs, 1), ("--batch-size", batch_size, ranks)):
+    for option, value, least in (("--ranks", ranks, 2), ("--rounds", rounds, 1), ("--batch-size", batch_size, ranks)):
         if value < least:
             raise UserError(f"{option} {value}: expected a whole number from {least} up")
+    if json and not Path(json).absolute().parent.is_dir():
+        raise UserError(f"--json {json}: there is no folder {Path(json).parent}")
     if pytorch and find_spec("torch") is None:
         raise UserError("--pytorch needs PyTorch: pip install 'psmpi[torch]'")
     words = ["--dataset", dataset, "--model", model, "--loss", loss, "--batch-size", str(batch_size), "--threads", "1"]
     words += [*(("--data-dir", data_dir) if data_dir else ()), *(["--widths", *map(str, widths)] if widths else [])]
     words += options.split()
     ways: dict[str, tuple[str, ...]] = {
-        "replicated": OWN,
+        "replicated": (*OWN, "--trunk", "replicated"),
         "split": (*OWN, "--trunk", "split"),
-        "replica rows": (*OWN, "--replicas", str(ranks)),
+        "replica rows": (*OWN, "--trunk", "replicated", "--replicas", str(ranks)),
         "data_parallel": ("--method", "data_parallel"),
     }
-    rounds: list[dict[str, dict[str, float]]] = []
-    for k in range(pairs):
+    all_found: list[dict[str, dict[str, float]]] = []
+    for k in range(rounds):
         found = {ALONE: _steps(1, words), ASIDE: _apart(ranks, words)}
-        found |= {name: _steps(ranks, [*words, *more]) for name, more in ways.items()}
+        for name, more in list(ways.items()):
+            try:
+                found[name] = _steps(ranks, [*words, *more])
+            except UserError as error:
+                if k:
+                    raise
+                tell(f"{name} is left out: {str(error).rpartition('error: ')[2]}")
+                del ways[name]
         if pytorch:
             found[DDP] = _steps(ranks, words, "psmpi.bench.ddp")
-        rounds.append(found)
+        all_found.append(found)
         times = (f"{name} {one['ms_per_step']:.2f} ms" for name, one in found.items())
         tell(f"round {k + 1}: {', '.join(times)}")
-    rows = [_row(name, rounds, ranks if name == ASIDE else 1) for name in rounds[0]]
+    rows = [_row(name, all_found, ranks if name == ASIDE else 1) for name in all_found[0]]
     _show(rows, ranks, dataset, model)
     if json:
         Path(json).write_text(jsonlib.dumps({"options": words, "ranks": ranks, "rows": rows}) + "\n")
@@ -110,7 +120,7 @@ def _show(rows: Sequence[dict[str, Any]], ranks: int, dataset: str, model: str) 
 
     table = Table(title=f"a step of {model} on {dataset}, {ranks} ranks of one thread", title_justify="left")
     table.add_column("way")
-    for name in ("ms", "speed-up", "quartiles", "MB a rank", "MB sent"):
+    for name in ("ms", "speed-up", "quartiles", "MB a rank", "MB sent a step"):
         table.add_column(name, justify="right")
     for row in rows:
         sizes = (f"{row[key]:.3g}" if key in row else "" for key in ("megabytes", "megabytes_sent"))

@@ -124,6 +124,8 @@ class DeviceTiledObjective(Objective):
         assert model.g is not None
         if self.below:
             model.backward(tape, self._dh(tape.scores), dx=dx)
+        if dx is not None:
+            self.ops.unscale(dx, self.report.array, GRADIENT_LIMIT[model.dtype])
         self.ops.unscale(model.g, self.report.array, GRADIENT_LIMIT[model.dtype])
 
     def _dh(self, features: Any) -> Any:

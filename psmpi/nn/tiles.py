@@ -234,6 +234,8 @@ class TiledObjective(Objective):
         assert self.model.g is not None
         if self.below:
             self.model.backward(tape, self.cast[: tape.scores.size].reshape(tape.scores.shape), dx=dx)
+        if dx is not None:
+            self.ops.unscale(dx, self.report.array, GRADIENT_LIMIT[self.model.dtype])
         self.ops.unscale(self.model.g, self.report.array, GRADIENT_LIMIT[self.model.dtype])
 
     def _known(self, features: np.ndarray, labels: np.ndarray) -> np.ndarray | None:

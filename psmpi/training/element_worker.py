@@ -83,7 +83,7 @@ class ElementWorker:
         self.objective = (objective if tiled else Objective)(self.loss, self.model, self.sums)
         # Where the loss remembers samples, whoever keeps what it does.
         self.remembered: Remembered | None = None
-        # Ranks whose losses need no sums, and those of pairs, know of their own scores alone.
+        # Ranks whose losses need no sums, and those of pairs, need not find that one is not finite all together.
         context.numbers.watch(self.objective, row if self.objective.others is not None else None, self.own_gradient)
         self.forward_pass, self.backward_pass = ops.record(self._forward), ops.record(self._backward)
         self.derive_pass = self.objective.record(self._derive)
@@ -193,6 +193,7 @@ class ElementWorker:
                 # The others of the row may be fine with their own elements, and wait for this rank's share.
                 self.trunk.dx(b).fill(0)
                 self.trunk.backward(b)
+                self.trunk.let_others_speak()
             raise
         if self.trunk is not None:
             self.trunk.backward(b)
@@ -225,7 +226,11 @@ class ElementWorker:
         return own
 
     def own_gradient(self) -> np.ndarray:
-        """g_part of the last minibatch once more, at the same weights, whatever sums over ranks have made of it."""
+        """This rank's share of the gradient of the last minibatch once more, at the same weights, without messages.
+
+        It is in g_part, whatever sums over ranks have made of that; with a trunk on slices without what other ranks'
+        elements add to the trunk's.
+        """
         finished, self.model.finished = self.model.finished, None
         if self.last:
             self.objective.again(self.tape, self._dx(self.last))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,6 +16,9 @@ from psmpi.nn.layers.chain import Tape, leaves
 from psmpi.nn.model import Model
 from psmpi.nn.objective import GRADIENT_LIMIT
 from psmpi.training.context import Context
+
+# Seconds: the last of many ranks that meet an error at once speaks after 3 (psmpi.comm.world).
+PATIENCE = 4.0
 
 
 class Trunk:
@@ -44,7 +48,7 @@ class Trunk:
         trained = network.runs(context.layout, 0, length) & self.model.part
         self.g = [g[self.model.part.local(a, b)] for a, b in trained.intervals]
         self.inputs = int(np.prod(self.model.in_shape))
-        self.whole, self.slice = True, slice(0, 0)
+        self.batch, self.whole, self.slice = 0, True, slice(0, 0)
         self.forward_pass, self.backward_pass = self._forward, self._backward
         if self.sums is None:
             self.forward_pass, self.backward_pass = ops.record(self._forward), ops.record(self._backward)
@@ -84,7 +88,7 @@ class Trunk:
         """The features (units, b) of the samples `ids` (b,), of which `samples` has at least this rank's share."""
         b = len(ids)
         self.reserve(b)
-        self.whole, self.slice = b < self.row.size, self.share(b)
+        self.batch, self.whole, self.slice = b, b < self.row.size, self.share(b)
         samples.batch(ids[self.slice], self.x)
         self.tape = self.forward_pass(self.slice.stop - self.slice.start)
         made, features = self.tape.scores.reshape(self.units, -1), self.all(b)
@@ -116,6 +120,12 @@ class Trunk:
         whole, self.whole = self.whole, self.whole or alone
         self.backward_pass(n)
         self.whole = whole
+
+    def let_others_speak(self) -> None:
+        """Wait a little where features of other ranks alone are not finite: these know why, and end the job."""
+        host = self.ops.host
+        if np.isfinite(host(self.tape.scores)).all() and not np.isfinite(host(self.all(self.batch))).all():
+            time.sleep(PATIENCE)
 
     def _forward(self, n: int) -> Tape:
         return self.model.forward(self.x[: self.inputs * n].reshape(self.inputs, n))

@@ -130,7 +130,7 @@ def test_a_measured_head_makes_the_steps_of_pytorch(name, scale):
 
 
 def test_ways_to_share_a_step_are_compared(tmp_path):
-    options = ("--pairs", "1", "--batch-size", "20", "--json", tmp_path / "a.json")
+    options = ("--rounds", "1", "--batch-size", "20", "--json", tmp_path / "a.json")
     status, out, err = launch(1, "-m", "psmpi.bench", "trunk", *options)
     assert status == 0, err
     rows = {row["way"]: row for row in json.loads((tmp_path / "a.json").read_text())["rows"]}
@@ -141,6 +141,21 @@ def test_ways_to_share_a_step_are_compared(tmp_path):
     # Features of 12 x 6 x 6 numbers, half of 20 samples each way.
     more = rows["split"]["megabytes_sent"] - rows["replicated"]["megabytes_sent"]
     assert more == pytest.approx(20 * 432 * 4 / 1e6) and "split" in out
+
+
+def test_a_way_that_cannot_be_is_left_out(monkeypatch):
+    from psmpi.bench import trunk
+
+    def steps(ranks, words, module=""):
+        if "--replicas" in words:
+            raise UserError("python ... failed: psmpi, rank 0 of 2 on here: error: every worker has to see all of it")
+        return {"ms_per_step": 1.0, "megabytes": 1.0, "megabytes_sent": 0.0}
+
+    monkeypatch.setattr(trunk, "_steps", steps)
+    status, out, err = run(1, "-m", "psmpi.bench", "trunk", "--rounds", "2", "--options=--batch-norm")
+    assert status == 0 and "replica rows is left out: every worker has to see all of it" in out, err
+    status, _, err = run(1, "-m", "psmpi.bench", "trunk", "--json", "/nowhere/a.json")
+    assert status == 1 and "there is no folder" in err
 
 
 @pytest.mark.parametrize("backend", ["numpy", "auto"])

@@ -1,5 +1,6 @@
 """Layers that all classes share, computed on slices of the minibatch: the training is that of one process."""
 
+from dataclasses import replace
 from unittest import mock
 
 import numpy as np
@@ -7,15 +8,17 @@ import pytest
 
 pytest.importorskip("mpi4py.MPI")
 
-from helpers.runs import distance, run
+from helpers.runs import distance, launch, run, usual_config
 
 from psmpi.layout import assign_roles
 from psmpi.methods.psl.arrangement import Arrangement, cost
 from psmpi.methods.psl.plan import Settings, make_plan
+from psmpi.nn import tiles
 from psmpi.nn.cut import trunk_length
 from psmpi.nn.objective import Objective
 from psmpi.nn.zoo import make_network
 from psmpi.testing.conformance import Case, counters_equal_messages, memory_is_accounted_for
+from psmpi.training import trunk
 from psmpi.training.element_worker import ElementWorker
 
 SHORT = ("--dtype", "float64", "--max-steps", "10", "--batch-size", "60", "--epochs", "2")
@@ -45,6 +48,26 @@ def test_weights_and_tests_are_those_of_one_process(serial, train, ranks, more):
     assert distance(alone.tensors(), many.tensors()) <= 1e-9
     for key in ("train_loss", "test_loss", "test_accuracy"):
         assert many.rows[-1][key] == pytest.approx(alone.rows[-1][key], rel=1e-9)
+
+
+@pytest.mark.parametrize("kappa", ["1", "40"])
+@pytest.mark.parametrize("loss", ["psl", "nll"])
+def test_tiles_of_classes_behind_a_split_trunk_train_as_one_process(train, monkeypatch, loss, kappa):
+    """With derivatives, too, that are scaled by another power of two on each rank."""
+    monkeypatch.setattr(tiles, "tile_size", lambda batch: 2)
+    options = (*SHORT, "--model", "head", "--widths", "20", "12", "--loss", loss, "--optimizer", "sgd", "--lr", "1e-6")
+    options = (*options, "--kappa", kappa) if loss == "psl" else options
+    alone, many = train(1, *options, *OWN), train(3, *options, *OWN, *SPLIT)
+    assert distance(alone.tensors(), many.tensors()) <= 1e-12
+
+
+def test_gradients_of_the_trunk_are_bounded(train, monkeypatch):
+    """The largest component that a rank hands out is 1e-6 here, the step of plain descent 1e-6 for each rank."""
+    monkeypatch.setattr(trunk, "GRADIENT_LIMIT", dict.fromkeys(trunk.GRADIENT_LIMIT, 1e-6))
+    options = (*OWN, *SPLIT, "--dtype", "float64", "--optimizer", "sgd", "--lr", "1", "--clip", "0", "--epochs", "1")
+    first, second = (train(2, *options, "--max-steps", steps).tensors()["weights/conv1.weight"] for steps in ("1", "2"))
+    moved = abs(second - first)
+    assert 1e-6 <= moved.max() <= 2e-6 * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("more", [(), ("--batch-norm",)], ids=str)
@@ -86,7 +109,8 @@ def test_the_trunk_ends_where_classes_part():
     ("ranks", "options", "says"),
     [
         (3, ("--partition", "pairs"), "sees the samples of its own classes only"),
-        (3, ("--batch-size", "1"), "use --batch-size 2 or more"),
+        (3, ("--batch-size", "1"), "use --batch-size 2 or more, or --trunk replicated"),
+        (5, ("--batch-size", "2", "--replicas", "2"), "use --batch-size 4 or more"),
         (3, ("--config", "apart.toml"), "no layers with weights that all classes share"),
         (3, ("--method", "data_parallel"), "--trunk"),
     ],
@@ -162,10 +186,35 @@ def test_a_rank_whose_trial_is_too_far_keeps_no_other_waiting(train):
     assert len(calls) > 4 and np.isfinite(found.rows[-1]["train_loss"])
 
 
-def chosen(network, size, **changes):
-    from helpers.runs import usual_config
+@pytest.mark.parametrize("loss", ["psl", "squared"])
+def test_the_sample_is_named_that_another_rank_has_computed(tmp_path, loss):
+    """Only one rank sees sample 200 itself, and others only what its layers make of it."""
+    rng = np.random.default_rng(0)
+    x, y = rng.random((300, 7)).astype(np.float32), np.arange(300) % 10
+    x[200] = 3e38
+    np.savez(tmp_path / "huge.npz", x=x, y=y, x_test=x[:60], y_test=y[:60])
+    options = ("--dataset", tmp_path / "huge.npz", "--model", "head", "--widths", "20", "12", "--batch-size", "60")
+    # Threads that end with errors end all others; processes are ended by the first that speaks.
+    how = launch if loss == "squared" else run
+    status, _, err = how(3, "-m", "psmpi.train", *options, "--loss", loss, "--lr", "1e-6", *OWN, *SPLIT, cwd=tmp_path)
+    said = " ".join(err.split())
+    assert (
+        status == 1
+        and "layer dense1" in said
+        and "(sample 200 of" in said
+        and said.count("is not a finite number") == 1
+    )
 
+
+def test_batch_normalization_takes_slices_of_one_sample(serial, train):
+    """Their statistics are those of the whole minibatch."""
+    options = ("--dtype", "float64", "--batch-norm", "--batch-size", "4", "--max-steps", "8", "--epochs", "1")
+    assert distance(serial(*options).tensors(), train(4, *options, *OWN, *SPLIT).tensors()) <= 1e-9
+
+
+def chosen(network, size, batch=100, **changes):
     config = usual_config().changed(Settings, trunk="auto", **changes)
+    config = replace(config, data=replace(config.data, batch_size=batch))
     plan = make_plan(network, size, config)
     assert [cost.time for _, cost in plan.costs] == sorted(cost.time for _, cost in plan.costs)
     return plan
@@ -179,6 +228,9 @@ def test_auto_takes_what_costs_least():
     assert chosen(psnet, 3, replicas=1).costs[0][0].rows == 1
     assert chosen(make_network("psnet", (1, 8, 8), 10, batch_norm=True), 3).roles.rows == 1
     assert chosen(psnet, 4, partition="pairs").trunk == 0
+    # No more rows than samples, no slices without one, no columns of a network that is not cut by classes.
+    assert all(one.rows <= 2 and not one.split for one, _ in chosen(wide, 4, batch=2).costs)
+    assert all(one.rows == 5 for one, _ in chosen(make_network("mlp", (64,), 10), 6).costs)
 
 
 def test_layers_that_are_computed_by_all_limit_the_speed_up():
@@ -204,3 +256,19 @@ def test_layers_that_are_computed_by_all_limit_the_speed_up():
 def test_the_choice_is_told_and_is_one_that_trains(train):
     found = train(3, "--trunk", "auto", "--max-steps", "3")
     assert "--trunk auto takes replicated in" in found.stdout
+    for options, says in (
+        (("--trunk", "auto", "--partition", "pairs"), "--trunk auto changes nothing"),
+        (("--trunk", "split", "--replicas", "2"), "--trunk split changes nothing"),
+    ):
+        assert says in " ".join(train(3, *options, "--max-steps", "1").stdout.split())
+
+
+def test_what_a_rank_does_at_most_is_told_of_different_ranks():
+    """A master that computes nothing sends most: the multiplications are a worker's."""
+    network = make_network("psnet", (1, 8, 8), 10)
+    plan = chosen(network, 16, batch=256)
+    assert all(spent.macs > 1e6 for _, spent in plan.costs)
+    (_, replicated), (_, split) = (
+        next(one for one in plan.costs if one[0] == Arrangement(3, split)) for split in (False, True)
+    )
+    assert split.macs < replicated.macs and plan.costs[0][1].time <= split.time

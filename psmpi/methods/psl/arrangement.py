@@ -21,14 +21,18 @@ BALANCE = 30.0
 
 @dataclass(frozen=True)
 class Cost:
-    """The most that a rank does in a step: multiplications of forward and backward, bytes sent and received."""
+    """The most multiplications of a rank in a step, forward and backward, and the most bytes that one moves.
+
+    Bytes are those sent and received of weights, their gradients and features. Sums over classes and of statistics, a
+    few numbers a sample or unit, are left out, and memory plays no part.
+    """
 
     macs: int
     nbytes: int
 
     @property
     def time(self) -> float:
-        """In multiplications."""
+        """In multiplications: ranks compute at the same time, and then exchange."""
         return self.macs + BALANCE * self.nbytes
 
     def __str__(self) -> str:
@@ -52,12 +56,13 @@ def arrangements(network: Network, workers: int, least: int, replicas: int) -> I
     for rows in [replicas] if replicas else range(least, most + 1):
         if rows in (replicas, least) or workers % rows == 0:
             yield Arrangement(rows, False)
-            if workers > rows and trunk_length(network):
+            # Statistics of batch normalization are summed in host memory, and a device may compute.
+            if workers > rows and trunk_length(network) and not network.normalized:
                 yield Arrangement(rows, True)
 
 
 def cost(network: Network, roles: Roles, split: bool, batch: int, itemsize: int) -> Cost:
-    """The cost of a step on `batch` samples; pooling that is folded into convolutions is counted apart from them."""
+    """The cost of a step on `batch` samples, convolutions counted whole, also where pooling is folded into them."""
     traffic = np.zeros(roles.size, np.int64)
     for move in plan_moves(roles):
         ranks, sizes = list(move.ranks), np.array([b - a for a, b in move.slices])
@@ -76,15 +81,15 @@ def cost(network: Network, roles: Roles, split: bool, batch: int, itemsize: int)
         if worker is None:
             continue
         peers, samples = len(roles.row(rank)), -(-batch // roles.rows)
+        sliced = -(-samples // peers) if samples >= peers else samples
         key = worker.column, peers
         if key not in columns:
-            columns[key] = _macs(network, worker, length, samples, -(-samples // peers))
+            columns[key] = _macs(network, worker, length, samples, sliced)
         macs[rank] = columns[key]
-        if length:
+        if length and samples >= peers:
             units = prod(network.layers[length - 1].out_shape)
             traffic[rank] += 4 * units * samples * (peers - 1) // peers
-    busiest = int(np.argmax(macs + BALANCE * itemsize * traffic))
-    return Cost(int(macs[busiest]), int(traffic[busiest]) * itemsize)
+    return Cost(int(macs.max()), int(traffic.max()) * itemsize)
 
 
 def _macs(network: Network, worker: Worker, length: int, samples: int, sliced: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from math import inf
 from typing import Annotated, ClassVar, Literal
 
@@ -39,11 +40,11 @@ class Settings:
     partition: Literal["scores", "pairs"] = "scores"
     """Part of a worker: the subnetwork of some scores, or the element losses of some pairs of classes."""
     replicas: Annotated[int, Least(0)] = 0
-    """Rows of workers that split each minibatch; 0: as few as give every worker work (auto: see --trunk)."""
+    """Rows of workers that split each minibatch; 0: as few as give every worker work, or what --trunk auto takes."""
     trunk: Literal["replicated", "split", "auto"] = "replicated"
-    """First layers, which all classes share: computed by each worker on all samples of its row; or by each on a slice
-    of these, what they put out gathered by all; or what costs less by counted operations and bytes, replica rows too
-    (auto)."""
+    """Who computes the first layers, which all classes share. replicated: each worker of a row, on all of its samples;
+    split: each on a slice of these, and the row exchanges what comes out; auto: what costs least by counted operations
+    and bytes, --replicas too where not given (memory does not count: --replicas 1 keeps one row)."""
 
 
 @dataclass(frozen=True)
@@ -60,10 +61,17 @@ class Plan:
 
 def make_plan(network: Network, size: int, config: Config) -> Plan:
     """The plan of `size` ranks; UserError where there is none."""
-    layout, own, masters = network.layout(), config.of(Settings), asdict(config.of(Masters))
+    masters, itemsize = config.of(Masters), np.dtype(config.model.dtype).itemsize
+    return _planned(network, size, config.of(Settings), masters, config.data.batch_size, itemsize)
+
+
+@lru_cache(maxsize=16)
+def _planned(network: Network, size: int, own: Settings, masters: Masters, batch: int, itemsize: int) -> Plan:
+    """`make_plan`, of what it takes of the configuration."""
+    layout = network.layout()
 
     def roles(rows: int) -> Roles:
-        return assign_roles(layout, size, partition=own.partition, replicas=rows, **masters)
+        return assign_roles(layout, size, partition=own.partition, replicas=rows, **asdict(masters))
 
     first = roles(own.replicas)
     if own.trunk == "replicated" or own.partition == "pairs":
@@ -71,27 +79,40 @@ def make_plan(network: Network, size: int, config: Config) -> Plan:
     length = trunk_length(network)
     if own.trunk == "split":
         return Plan(first, length)
-    workers = sum(w is not None for w in first.workers)
-    found, itemsize = [], np.dtype(config.model.dtype).itemsize
+    workers, found = sum(w is not None for w in first.workers), []
     for one in arrangements(network, workers, first.rows, own.replicas):
         try:
             planned = roles(one.rows)
+            _check_cut(network, planned, own.partition, batch)
+            if one.split:
+                _check_trunk_slices(planned, batch)
         except UserError:
-            # Masters that are workers too are of the first row.
+            # Masters that are workers too are of the first row; others, no such network or minibatch can have.
             continue
-        found.append((one, planned, cost(network, planned, one.split, config.data.batch_size, itemsize)))
+        found.append((one, planned, cost(network, planned, one.split, batch, itemsize)))
+    if not found:
+        return Plan(first, 0)
     found.sort(key=lambda each: each[2].time)
     best, chosen, _ = found[0]
     return Plan(chosen, length * best.split, tuple((one, spent) for one, _, spent in found))
 
 
 def choice(size: int, network: Network, config: Config) -> Iterator[str]:
-    """A note on what --trunk auto has chosen, and the costs of what it has not."""
-    costs = make_plan(network, size, config).costs
-    if len(costs) > 1:
-        (best, least), *others = costs
+    """Notes on what --trunk auto has chosen and the costs of what it has not, and on a --trunk without effect."""
+    plan, own = make_plan(network, size, config), config.of(Settings)
+    if len(plan.costs) > 1:
+        (best, least), *others = plan.costs
         rest = "; ".join(f"{one}: {spent}" for one, spent in others[:3])
-        yield f"--trunk auto takes {best}: a rank has at most {least} a step ({rest})"
+        yield f"--trunk auto takes {best}: at most {least} of a rank a step ({rest})"
+    elif own.trunk == "auto" and own.partition == "pairs":
+        yield "--trunk auto changes nothing: with --partition pairs a worker has the samples of its own classes alone"
+    elif own.trunk == "split" and max(_columns(plan.roles).values()) == 1:
+        yield "--trunk split changes nothing: each row has one worker, which computes all layers"
+
+
+def _columns(roles: Roles) -> Counter[int]:
+    """The number of workers of each row."""
+    return Counter(w.row for w in roles.workers if w is not None)
 
 
 def check_psl(size: int, network: Network, dataset: Dataset, config: Config) -> None:
@@ -111,29 +132,32 @@ def _check_trunk(network: Network, plan: Plan, config: Config) -> None:
             "--trunk split: a worker of --partition pairs sees the samples of its own classes only; leave it out, or "
             "use --partition scores"
         )
+    if max(_columns(plan.roles).values()) == 1:
+        return
     if not plan.trunk:
         raise UserError(
             f"--trunk split: --model {network.name} has no layers with weights that all classes share before some that "
             "they do not; leave it out"
         )
-    rows = plan.roles.rows
-    columns = Counter(w.row for w in plan.roles.workers if w is not None)
-    check_slices(network, config.data.batch_size // rows, max(columns.values()), "workers of a row")
+    _check_trunk_slices(plan.roles, config.data.batch_size)
+
+
+def _check_trunk_slices(roles: Roles, batch: int) -> None:
+    """UserError for a minibatch that does not give each worker of a row a sample."""
+    workers, rows = max(_columns(roles).values()), roles.rows
+    if batch // rows < workers:
+        raise UserError(
+            f"--batch-size {batch} with --trunk split leaves some of {workers} workers of a row without a sample: use "
+            f"--batch-size {workers * rows} or more, or --trunk replicated"
+        )
 
 
 def _check_roles(network: Network, roles: Roles, dataset: Dataset, config: Config) -> None:
     """UserError where the network, the loss or the minibatch does not allow these roles."""
-    workers = [w for w in roles.workers if w is not None]
-    tie = network.tie()
-    if tie is not None and any(w.column > 0 for w in workers):
-        raise UserError(
-            f"--model {network.name} cannot be partitioned: layer {network.named(tie)} ties the classes, every score "
-            f"depends on all of its weights. Use {_partitionable(network)}, or give each worker the whole network and "
-            f"a slice of the minibatch with {_sliced(network, len(workers))}"
-        )
     loss, partition = configured_loss(config, dataset), config.of(Settings).partition
     if partition == "pairs":
         check_classes(dataset, "--partition pairs", "leave it out")
+    _check_cut(network, roles, partition, config.data.batch_size)
     if config.optimization.optimizer in RULES:
         check_classes(dataset, f"--optimizer {config.optimization.optimizer}", "use another one (adam, lbfgs, ...)")
     if partition == "pairs" and not loss.pairwise:
@@ -146,14 +170,26 @@ def _check_roles(network: Network, roles: Roles, dataset: Dataset, config: Confi
             "--psl-weights current needs a sum over all classes in each step, and a worker of --partition pairs has "
             "that of its own pairs: use --psl-weights remembered, or --partition scores"
         )
+    _check_newton(network, roles, config)
+
+
+def _check_cut(network: Network, roles: Roles, partition: str, batch: int) -> None:
+    """UserError where the layers or the size of a minibatch do not allow these roles."""
+    workers = [w for w in roles.workers if w is not None]
+    tie = network.tie()
+    if tie is not None and any(w.column > 0 for w in workers):
+        raise UserError(
+            f"--model {network.name} cannot be partitioned: layer {network.named(tie)} ties the classes, every score "
+            f"depends on all of its weights. Use {_partitionable(network)}, or give each worker the whole network and "
+            f"a slice of the minibatch with {_sliced(network, len(workers))}"
+        )
     if network.normalized and (roles.rows > 1 or partition == "pairs"):
         fix = f"use --partition scores with --replicas 1 and no more workers than classes, or --method {WHOLE}"
         raise UserError(
             "with batch normalization every worker of --method psl has to see whole minibatches: "
             + (fix if tie is None else f"use --method {WHOLE}")
         )
-    _check_newton(network, roles, config)
-    check_slices(network, config.data.batch_size, roles.rows, "replica rows")
+    check_slices(network, batch, roles.rows, "replica rows")
 
 
 def _partitionable(network: Network) -> str:
