@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import json as jsonlib
 import tracemalloc
-from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from psmpi.backend.compiled import level
-from psmpi.nn.layers.chain import output_numbers, plan_buffers, workspace_numbers
-from psmpi.nn.network import Network
 from psmpi.output import Screen, tell
 
 if TYPE_CHECKING:
@@ -66,7 +62,11 @@ def memory(config: Config, json: bool = False) -> int:
         method.test()
         traced = tracemalloc.get_traced_memory()[0]
         tracemalloc.stop()
-    held, needed = method.memory(), _needed(method, network, dataset, config)
+    held, needed = method.memory(), dict(kind.needed(world.size, network, dataset, config)[world.rank])
+    if method.newton is not None and method.newton.elements is not None:
+        # The pairs alone; the element gradients and where they lie come on top.
+        numbers = 2 * config.optimization.memory * int(method.newton.elements.restriction.sizes.sum())
+        needed["curvature"] = method.dtype.itemsize * numbers
     mine = [float(t.get(kind, 0)) for t in (held, needed) for kind in KINDS]
     everyone = control.rows(np.array([*mine, float(traced)]))
     if world.rank == 0:
@@ -87,60 +87,6 @@ def memory(config: Config, json: bool = False) -> int:
         else:
             _show(rows)
     return 0
-
-
-def _needed(method: Any, network: Network, dataset: Any, config: Config) -> dict[str, int]:
-    """Bytes by kind, from formulas: w, g and the optimizer's vectors of the rank's weights; for a minibatch its
-    samples, one output a layer and the gradients of two; the samples themselves.
-    """
-    rank, roles = method.rank, method.roles
-    part, shard = roles.parts[rank], roles.shards[rank]
-    # A shard inside the part is a slice of it.
-    vector = part.size + (shard.size if method.exchange.inside is None else 0)
-    size = np.dtype(config.model.dtype).itemsize
-    found = {
-        "weights": size * vector,
-        "gradients": size * vector,
-        "optimizer": size * shard.size * len(method.optimizer.vectors),
-    }
-    worker = roles.workers[rank]
-    if worker is None:
-        return found
-    if method.newton is not None and method.newton.elements is not None:
-        # The pairs alone; the element gradients and where they lie come on top.
-        o = config.optimization
-        found["curvature"] = 2 * o.memory * size * int(method.newton.elements.restriction.sizes.sum())
-    batch = -(-config.data.batch_size // roles.rows)
-    tested = -(-dataset.test.n // roles.rows)
-    batch = max(batch, min(100, tested))
-    packed = config.parallel.backend != "numpy" and level() > 0
-    outputs, besides = pass_numbers(network, worker.classes, batch, packed)
-    sample = dataset.train.dtype.itemsize * dataset.train.features
-    trained = dataset.train.n
-    if worker.elements is not None:
-        # Of the test samples, a class's first worker of a row takes care.
-        before = (w for w in roles.workers if w is not None and w.row == worker.row and w.column < worker.column)
-        if set(worker.classes) <= {c for w in before for c in w.classes}:
-            tested = 0
-        trained = int(np.isin(dataset.train.labels, list(worker.classes)).sum())
-    return {
-        **found,
-        "activations": size * (batch * prod(network.in_shape) + outputs),
-        "buffers": size * (batch * dataset.outputs + besides),
-        "samples": sample * (trained + tested + batch) + 8 * (trained + tested),
-    }
-
-
-def pass_numbers(network: Network, classes: tuple[int, ...], batch: int, packed: bool) -> tuple[int, int]:
-    """Numbers that the passes of the part of `classes` need for minibatches of `batch`: outputs, and all else.
-
-    Outputs are those that are not written over their input; all else is what the layers say. packed: convolutions are
-    computed without windows.
-    """
-    stages = network.stages(classes)
-    pairs = list(zip(stages, plan_buffers(stages)[0], strict=True))
-    held = sum(stage.layer.held(stage, batch, spot.writable, packed) for stage, spot in pairs)
-    return output_numbers(stages) * batch, held + sum(workspace_numbers(stages, batch).values())
 
 
 def _show(rows: list[dict[str, Any]]) -> None:

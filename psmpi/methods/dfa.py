@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import sqrt
+from math import prod, sqrt
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
@@ -21,7 +21,7 @@ from psmpi.errors import UserError
 from psmpi.layout import Ownership
 from psmpi.nn.cut import split_layers
 from psmpi.nn.layers.base import VIEW
-from psmpi.nn.layers.chain import Tape
+from psmpi.nn.layers.chain import Tape, leaves
 from psmpi.nn.model import Model
 from psmpi.nn.network import Network
 from psmpi.nn.objective import Objective
@@ -30,6 +30,7 @@ from psmpi.training.context import Context, check_optimizer, configured_loss
 from psmpi.training.descent import Descent
 from psmpi.training.evaluator import evaluate
 from psmpi.training.method import Exactness, Method
+from psmpi.training.need import Need, added, passes_needed, samples_needed, vectors_needed
 
 # Samples of which the alignment is measured.
 ALIGNED = 256
@@ -159,6 +160,27 @@ class DirectFeedback(Method):
             raise UserError(f"--feedback-scale {scale}: expected a number above 0")
         configured_loss(config, dataset)
         check_optimizer(config, network.layout(), ())
+
+    @classmethod
+    def needed(cls, size: int, network: Network, dataset: Dataset, config: Config) -> list[Need]:
+        layout, dtype, found = network.layout(), np.dtype(config.model.dtype), []
+        tests = [at.stop - at.start for at in network.evaluation_batches(dataset.test.n)]
+        batch = max(config.data.batch_size, *tests)
+        for stage in split_layers(network, size):
+            first, last = stage[0] == 0, stage[1] == len(network.layers)
+            shard = network.runs(layout, *stage).size
+            linear = [layer for layer in leaves(network.layers[slice(*stage)]) if layer.linear]
+            # The error, and the matrices that bring it to the hidden layers.
+            numbers = batch + sum(prod(layer.out_shape) for layer in (linear[:-1] if last else linear))
+            found.append(
+                added(
+                    vectors_needed(config, layout, shard, shard, shard),
+                    passes_needed(config, network, batch, layers=stage),
+                    {"buffers": dtype.itemsize * network.classes * numbers},
+                    samples_needed(dataset, dataset.train.n * first, dataset.test.n * first, config.data.batch_size),
+                )
+            )
+        return found
 
     @staticmethod
     def warnings(size: int, network: Network, config: Config) -> Iterator[str]:

@@ -131,7 +131,7 @@ def steps_are_clipped(case: Case) -> None:
 
 
 def memory_is_accounted_for(case: Case) -> None:
-    """The accounts of all ranks together are what they hold, within a tenth."""
+    """The accounts of all ranks together are what they hold, within a tenth, and none is less than its need."""
     # Weights that make up a good part of it.
     wide = ("--dtype", "float32", "--model", "mlp", "--widths", "300", "300", "300")
     network, dataset, config = case.problem(*wide)
@@ -150,6 +150,8 @@ def _compare_memory(
 ) -> None:
     made: list[list[Any]] = [[] for _ in range(ranks)]
 
+    needed = case.method.needed(ranks, network, dataset, config)
+
     def work(world: Any) -> int:
         kind: Any = case.method
         ops = NumpyOps()
@@ -158,7 +160,14 @@ def _compare_memory(
         for step in range(2):
             method.step(Batch(batches.ids(0, step)), rate(step))
         method.test()
-        return sum(method.memory().values())
+        stated = sum(method.memory().values())
+        if needed:
+            # A start is refused where there is less than what is needed at least.
+            least = sum(needed[world.rank].values())
+            assert least <= stated, (
+                f"rank {world.rank} of {ranks} holds {stated:,} bytes, and is said to need {least:,}"
+            )
+        return stated
 
     # The first time loads what is loaded once.
     run_ranks(ranks, work, timeout=60)

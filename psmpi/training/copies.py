@@ -13,6 +13,7 @@ from psmpi.nn.network import Network
 from psmpi.training.checks import check_first_order
 from psmpi.training.context import Context
 from psmpi.training.method import Exactness
+from psmpi.training.need import Need, added, vectors_needed
 from psmpi.training.replica import Replica
 
 
@@ -47,6 +48,13 @@ class Copies(Replica):
     def check(cls, size: int, network: Network, dataset: Dataset, config: Config) -> None:
         super().check(size, network, dataset, config)
         check_first_order(config, "has searches and pairs that every rank would make its own")
+
+    @classmethod
+    def needed(cls, size: int, network: Network, dataset: Dataset, config: Config) -> list[Need]:
+        # Means of weights and optimizer, and the weights once more.
+        layout = network.layout()
+        means = {"weights": sum(vectors_needed(config, layout, 2 * layout.size, 0, layout.size).values())}
+        return [added(need, means) for need in super().needed(size, network, dataset, config)]
 
     def train(self, batch: Batch, lr: float) -> None:
         """Step this rank's copy on its slice of a minibatch."""

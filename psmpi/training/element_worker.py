@@ -10,12 +10,15 @@ from psmpi.backend import NumpyOps
 from psmpi.comm.bridge import Bridge
 from psmpi.comm.group import Group
 from psmpi.comm.transfers import Message, Step
+from psmpi.config import Config
 from psmpi.data import Batch, Resident
 from psmpi.layout import Roles, Worker
 from psmpi.nn.device_tiles import DeviceHead, DeviceTiledObjective, has_device_tiles
 from psmpi.nn.layers.chain import Tape
+from psmpi.nn.losses import Loss
 from psmpi.nn.metric import ScorePart
 from psmpi.nn.model import Model
+from psmpi.nn.network import Network
 from psmpi.nn.objective import Objective
 from psmpi.nn.tiles import Head, TiledObjective, is_tiled
 from psmpi.training.class_sums import ClassSums
@@ -23,6 +26,15 @@ from psmpi.training.context import Context
 from psmpi.training.evaluator import evaluate
 from psmpi.training.remembered import Remembered
 from psmpi.training.trunk import Trunk
+
+
+def by_tiles(config: Config, network: Network, loss: Loss, place: Worker, batch: int, ops: NumpyOps) -> bool:
+    """Whether a worker computes scores and losses of minibatches of up to `batch` by tiles of classes."""
+    if place.elements is not None or config.objective.psl_weights != "none":
+        return False
+    if ops.on_device:
+        return has_device_tiles(network, len(place.classes), batch, loss, ops)
+    return is_tiled(network, len(place.classes), batch, ops, loss.task)
 
 
 class ElementWorker:
@@ -50,7 +62,6 @@ class ElementWorker:
         share = -(-context.config.data.batch_size // roles.rows)
         batches = network.evaluation_batches(dataset.test.n) if tests else []
         most = max(share, *(at.stop - at.start for at in batches), 1)
-        plain = place.elements is None and context.config.objective.psl_weights == "none"
         peers = [w for w in roles.workers if w is not None and w.row == place.row]
         alone = len(peers) == 1
         self.trunk: Trunk | None = None
@@ -59,10 +70,7 @@ class ElementWorker:
             self.trunk = Trunk(context, row, trunk, place.classes, w_part, g_part)
             layers = trunk, len(network.layers)
         self.loss, self.metric = context.loss(), context.metric()
-        if ops.on_device:
-            tiled = plain and has_device_tiles(network, len(place.classes), most, self.loss, ops)
-        else:
-            tiled = plain and is_tiled(network, len(place.classes), most, ops, dataset.task)
+        tiled = by_tiles(context.config, network, self.loss, place, most, ops)
         head, objective = (DeviceHead, DeviceTiledObjective) if ops.on_device else (Head, TiledObjective)
         self.model = Model(
             network, context.layout, w_part, g_part, ops, place.classes, layers=layers, beside=layers is not None,

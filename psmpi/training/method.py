@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -12,6 +12,7 @@ from psmpi.data import Batch, Dataset
 from psmpi.layout import Ownership
 from psmpi.nn.network import Network
 from psmpi.training.context import Context
+from psmpi.training.need import Need
 from psmpi.training.state import State
 
 
@@ -80,6 +81,14 @@ class Method:
     @classmethod
     def check(cls, size: int, network: Network, dataset: Dataset, config: Config) -> None:
         """UserError for a configuration that `size` ranks cannot train; needs no MPI and no arrays of weights."""
+
+    @classmethod
+    def needed(cls, size: int, network: Network, dataset: Dataset, config: Config) -> Sequence[Need]:
+        """The bytes that each of `size` ranks needs at least by what for, in host memory; none where that is not known.
+
+        As `check`, it needs no MPI and no arrays of weights. A start is refused where it is more than there is.
+        """
+        return ()
 
     @classmethod
     def uses(cls, config: Config) -> frozenset[str]:

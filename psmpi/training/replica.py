@@ -23,6 +23,7 @@ from psmpi.training.context import Context, check_optimizer, configured_loss
 from psmpi.training.descent import Descent
 from psmpi.training.element_worker import ElementWorker
 from psmpi.training.method import Method
+from psmpi.training.need import Need, added, vectors_needed, worker_needed
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,14 @@ class Replica(Method):
         configured_loss(config, dataset)
         check_optimizer(config, network.layout(), ())
         check_allreduce(config.of(Sums).allreduce, size)
+
+    @classmethod
+    def needed(cls, size: int, network: Network, dataset: Dataset, config: Config) -> list[Need]:
+        layout = network.layout()
+        roles, whole = replicate(layout, size), layout.size
+        need = vectors_needed(config, layout, whole, whole, whole)
+        workers = (worker for worker in roles.workers if worker is not None)
+        return [added(need, worker_needed(config, network, dataset, worker, roles)) for worker in workers]
 
     @staticmethod
     def warnings(size: int, network: Network, config: Config) -> Iterator[str]:

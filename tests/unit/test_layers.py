@@ -11,12 +11,12 @@ from helpers.layer_examples import NETWORKS, make
 from helpers.problems import make_model, random_problem
 
 from psmpi.backend import NumpyOps
-from psmpi.bench.memory import pass_numbers
 from psmpi.inspect.export import build_onnx
 from psmpi.layout import Each
 from psmpi.nn.layers import LAYERS
 from psmpi.nn.layers.chain import leaves, walk
 from psmpi.nn.model import Model
+from psmpi.training.need import pass_numbers
 
 
 def types(tables):

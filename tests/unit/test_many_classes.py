@@ -28,7 +28,7 @@ from psmpi.nn.init import initial_weights
 from psmpi.nn.layers.linear import LinearPart
 from psmpi.nn.layers.segments import Segment
 from psmpi.nn.layers.segments import _merge as merge
-from psmpi.nn.layers.uses import joined, singles
+from psmpi.nn.layers.uses import joined
 from psmpi.nn.model import Model
 from psmpi.nn.network import build
 
@@ -66,6 +66,18 @@ def networks(draw):
     except UserError:
         assume(False)
         raise
+
+
+def singles(uses):
+    """The runs of single classes one by one, an object each."""
+    for first, last, users in uses:
+        if isinstance(users, Classes):
+            yield first, last, users
+            continue
+        share = (last - first) // users.count
+        for k in range(users.count):
+            c = users.first + k
+            yield first + k * share, first + (k + 1) * share, Classes(((c, c + 1),))
 
 
 def plain(block):

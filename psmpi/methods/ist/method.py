@@ -14,6 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import numpy as np
 
 from psmpi.comm.transfers import Message, Step, Subnets
+from psmpi.comm.transfers.strips import shard_rows
 from psmpi.config import Config, Least
 from psmpi.data import Batch, Dataset
 from psmpi.errors import UserError
@@ -27,6 +28,7 @@ from psmpi.training.element_worker import ElementWorker
 from psmpi.training.evaluator import Evaluator
 from psmpi.training.masters import Masters
 from psmpi.training.method import Exactness, Method
+from psmpi.training.need import Need, added, vectors_needed, worker_needed
 from psmpi.training.rounds import Rounds, check_rounds
 from psmpi.training.state import fetch
 
@@ -135,6 +137,24 @@ class IndependentSubnets(Method):
         check_rounds(config, "in a round")
         check_slices(network, config.data.batch_size, len(workers), "workers")
         configured_loss(config, dataset)
+
+    @classmethod
+    def needed(cls, size: int, network: Network, dataset: Dataset, config: Config) -> list[Need]:
+        holders, workers = find_roles(size, config)
+        dealer = make_dealer(network, len(workers), config)
+        layout, travel = network.layout(), config.of(Settings).optimizer_state == "travel"
+        found: list[Need] = [{} for _ in range(size)]
+        shards = shard_rows(layout, len(holders)) if len(holders) > 1 else [Runs(((0, layout.size),))]
+        for rank, shard in zip(holders, shards, strict=True):
+            found[rank] = vectors_needed(config, layout, shard.size, 0, shard.size * travel, counted=True)
+        for number, rank in enumerate(workers):
+            subnet, inner = dealer.networks[number], dealer.layouts[number]
+            roles = replicate(inner, len(workers))
+            place = roles.workers[number]
+            assert place is not None
+            own = vectors_needed(config, inner, *[inner.size] * 3, counted=travel)
+            found[rank] = added(found[rank], own, worker_needed(config, subnet, dataset, place, roles, tests=False))
+        return found
 
     @staticmethod
     def warnings(size: int, network: Network, config: Config) -> Iterator[str]:

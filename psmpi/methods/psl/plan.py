@@ -14,20 +14,22 @@ import numpy as np
 from psmpi.config import Config, Least
 from psmpi.data import Dataset
 from psmpi.errors import UserError
-from psmpi.layout import Roles, TableRows, assign_roles
+from psmpi.layout import Layout, Roles, Runs, TableRows, assign_roles
 from psmpi.methods.psl.arrangement import Arrangement, Cost, arrangements, cost
 from psmpi.methods.psl.element_set import elements_of
 from psmpi.nn.cut import trunk_length
 from psmpi.nn.losses import LOSSES
 from psmpi.nn.network import Network
+from psmpi.nn.tiles import has_head
 from psmpi.nn.zoo import has_psnet
-from psmpi.optim import NewtonSettings
+from psmpi.optim import FIRST_ORDER, NewtonSettings, find_optimizer
 from psmpi.optim.base import check_eps
 from psmpi.optim.curvature import RULES
 from psmpi.registry import WHOLE
 from psmpi.training.checks import check_classes, check_slices
 from psmpi.training.context import check_optimizer, configured_loss
 from psmpi.training.masters import Masters
+from psmpi.training.need import Need, added, vectors_needed, worker_needed
 
 
 @dataclass(frozen=True)
@@ -205,6 +207,32 @@ def _partitionable(network: Network) -> str:
 def _sliced(network: Network, workers: int) -> str:
     """How to give each worker a slice of the minibatch: by replicas, but where layers need whole minibatches."""
     return f"--method {WHOLE}" if network.normalized else f"--replicas {workers}"
+
+
+def psl_needed(size: int, network: Network, dataset: Dataset, config: Config) -> list[Need]:
+    """What each of `size` ranks needs at least, see `Method.needed`."""
+    layout = network.layout()
+    roles = make_plan(network, size, config).roles
+    found = []
+    for part, shard, worker in zip(roles.parts, roles.shards, roles.workers, strict=True):
+        apart = shard.inside(part) is None
+        vector = part.size + apart * shard.size
+        rows = 0 if apart or worker is None else _stepped_at_once(network, layout, roles, dataset, config, shard)
+        need = vectors_needed(config, layout, vector, vector - rows, shard.size)
+        found.append(need if worker is None else added(need, worker_needed(config, network, dataset, worker, roles)))
+    return found
+
+
+def _stepped_at_once(
+    network: Network, layout: Layout, roles: Roles, dataset: Dataset, config: Config, shard: Runs
+) -> int:
+    """Weights of a head whose rows may be stepped tile by tile: their gradient is never there all at once."""
+    o, alone = config.optimization, roles.rows == 1 and config.optimization.clip == 0 and config.run.on_nan == "stop"
+    one_by_one = o.optimizer in FIRST_ORDER and not find_optimizer(o.optimizer).needs_matrices
+    if not (alone and one_by_one and configured_loss(config, dataset).immediate and has_head(network)):
+        return 0
+    head = network.runs(layout, len(network.layers) - 1, len(network.layers))
+    return (head & shard).size
 
 
 def element_rows(roles: Roles, merged: bool) -> TableRows:

@@ -28,6 +28,7 @@ from psmpi.methods.sil.plan import (
     count_parts,
     cut_activation,
     plan_phases,
+    sil_needed,
     warnings,
 )  # fmt: skip
 from psmpi.methods.sil.row import Row
@@ -124,7 +125,7 @@ class SyntheticLabels(Method):
             state.scalar(name, value)
         state.scalars.update(optimizers[0].scalars)
 
-    check, warnings = staticmethod(check_sil), staticmethod(warnings)
+    check, needed, warnings = staticmethod(check_sil), staticmethod(sil_needed), staticmethod(warnings)
 
     def step(self, batch: Batch, lr: float) -> None:
         ids = batch.ids

@@ -17,6 +17,7 @@ from psmpi.nn.cut import split_layers
 from psmpi.nn.network import Network
 from psmpi.training.checks import check_classes, check_first_order, check_layers, check_slices, slices_are_normalized
 from psmpi.training.context import check_optimizer, configured_loss
+from psmpi.training.need import Need, added, passes_needed, samples_needed, vectors_needed
 
 # The least and the largest value of labels at scale 1, and of activations.
 LAWS = {"uniform": (0.0, 1.0), "sign": (-1.0, 1.0), "gaussian": (-inf, inf), "orthogonal": (-inf, inf)}
@@ -158,6 +159,29 @@ def check_sil(size: int, network: Network, dataset: Dataset, config: Config) -> 
         )
     configured_loss(config, dataset)
     check_optimizer(config, network.layout(), ())
+
+
+def sil_needed(size: int, network: Network, dataset: Dataset, config: Config) -> list[Need]:
+    """What each of `size` ranks needs at least, see `Method.needed`."""
+    s, layout, dtype = config.of(Settings), network.layout(), np.dtype(config.model.dtype)
+    parts = count_parts(size, network, s.parts)
+    seats, stages = Seats(size, parts), split_layers(network, parts)
+    pieces = [at.stop - at.start for n in (dataset.train.n, dataset.test.n) for at in network.evaluation_batches(n)]
+    found = []
+    for rank in range(size):
+        held, tests = seats.held(rank), network.evaluation_batches(dataset.test.n)[rank % seats.rows :: seats.rows]
+        shard = sum(network.runs(layout, *stages[k]).size for k in held)
+        needs = [vectors_needed(config, layout, shard, shard, shard)]
+        for k in held:
+            needs.append(passes_needed(config, network, max(config.data.batch_size, *pieces), layers=stages[k]))
+            if k and s.hand_over in ("stored", "stale"):
+                inputs = int(np.prod(network.layers[stages[k][0]].in_shape))
+                needs.append({"samples": dtype.itemsize * dataset.train.n * inputs})
+        if 0 in held:
+            tested, share = sum(at.stop - at.start for at in tests), -(-config.data.batch_size // seats.rows)
+            needs.append(samples_needed(dataset, dataset.train.n, tested, share))
+        found.append(added(*needs))
+    return found
 
 
 def warnings(size: int, network: Network, config: Config) -> Iterator[str]:

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from psmpi.errors import UserError
+from psmpi.layout import Each
 from psmpi.nn.layers.base import Layer, Part, SampleSums, Site, Stage
 from psmpi.nn.layers.linear import Linear, LinearPart
 from psmpi.nn.layers.table import Table
-from psmpi.nn.layers.uses import singles
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,16 @@ class Dense(Linear):
         found = super().workspace_numbers(stage, batch, wanted)
         size = self.units // self.groups
         used = int(stage.kept.reshape(self.groups, size).any(axis=1).sum())
-        stripes = [(max(a, k * size), min(b, (k + 1) * size)) for a, b, _ in singles(stage.users) if stage.kept[a]
-                   for k in range(a // size, -(-b // size))]  # fmt: skip
+        stripes, thin = 0, True
+        for first, last, users in stage.users:
+            # Of single classes each has a run, and a run has a stripe in each group that it meets.
+            share = (last - first) // users.count if isinstance(users, Each) else last - first
+            starts = np.arange(first, last, share)
+            starts = starts[stage.kept[starts]]
+            stripes += int((-(-(starts + share) // size) - starts // size).sum())
+            thin = thin and (len(starts) == 0 or min(share, size) == 1)
         # Where an input is seen by no stripe of units, or by several, a product cannot be its gradient.
-        once = len(stripes) == used or (used == 1 and all(b - a == 1 for a, b in stripes))
+        once = stripes == used or (used == 1 and thin)
         if once and used * self.group_inputs == stage.inputs.sum():
             return found
         return {**found, "product": self.group_inputs * batch}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -95,18 +95,6 @@ def grouped(uses: Uses, size: int) -> Uses:
 def stretched(uses: Uses, size: int) -> Uses:
     """The users of `size` units for each unit."""
     return tuple((first * size, last * size, users) for first, last, users in uses)
-
-
-def singles(uses: Uses) -> Iterator[tuple[int, int, Classes]]:
-    """The runs of single classes one by one, an object each."""
-    for first, last, users in uses:
-        if isinstance(users, Classes):
-            yield first, last, users
-            continue
-        share = (last - first) // users.count
-        for k in range(users.count):
-            c = users.first + k
-            yield first + k * share, first + (k + 1) * share, Classes(((c, c + 1),))
 
 
 def used(uses: Uses, classes: Classes, units: int) -> np.ndarray:

@@ -1,0 +1,108 @@
+"""The memory that ranks need at least: bytes by what for, from network, roles and minibatch alone, without arrays."""
+
+from __future__ import annotations
+
+from math import ceil, prod, sqrt
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from psmpi.backend import NumpyOps
+from psmpi.backend.compiled import level
+from psmpi.layout import Layout, Roles, Runs, Worker
+from psmpi.nn.layers.chain import output_numbers, plan_buffers, workspace_numbers
+from psmpi.nn.network import Network
+from psmpi.training.context import configured_loss, configured_optimizer
+from psmpi.training.element_worker import by_tiles
+
+if TYPE_CHECKING:
+    from psmpi.config import Config
+    from psmpi.data import Dataset
+
+# Bytes by what for, by the names of a method's account.
+Need = dict[str, int]
+
+
+def added(*several: Need) -> Need:
+    """The sums of some needs."""
+    return {what: sum(one.get(what, 0) for one in several) for what in dict.fromkeys(k for one in several for k in one)}
+
+
+def vectors_needed(
+    config: Config, layout: Layout, weights: int, gradients: int, shard: int, *, counted: bool = False
+) -> Need:
+    """Of so many weights and gradients, and of the optimizer's vectors of a shard; `counted` as in `make_optimizer`."""
+    size = np.dtype(config.model.dtype).itemsize
+    vectors = len(configured_optimizer(config, layout, Runs(), counted=counted).vectors)
+    return {"weights": size * weights, "gradients": size * gradients, "optimizer": size * shard * vectors}
+
+
+def pass_numbers(
+    network: Network,
+    classes: range | tuple[int, ...],
+    batch: int,
+    packed: bool,
+    *,
+    layers: tuple[int, int] | None = None,
+    head: bool = False,
+) -> tuple[int, int]:
+    """Numbers that the passes of the part of `classes` need for minibatches of `batch`: outputs, and all else.
+
+    Outputs are those that are not written over their input; all else is what the layers say. packed: convolutions are
+    computed without windows; layers, head: as of `Model`.
+    """
+    stages = network.stages(classes, layers=layers)
+    stages = stages[:-1] if head else stages
+    pairs = list(zip(stages, plan_buffers(stages)[0], strict=True))
+    held = sum(stage.layer.held(stage, batch, spot.writable, packed) for stage, spot in pairs)
+    return output_numbers(stages) * batch, held + sum(workspace_numbers(stages, batch).values())
+
+
+def passes_needed(
+    config: Config,
+    network: Network,
+    batch: int,
+    classes: range | tuple[int, ...] | None = None,
+    layers: tuple[int, int] | None = None,
+    head: bool = False,
+) -> Need:
+    """Of the passes of a part, or of some layers, with the inputs of a minibatch; arguments as in `pass_numbers`."""
+    size, packed = np.dtype(config.model.dtype).itemsize, config.parallel.backend != "numpy" and level() > 0
+    inputs = prod(network.layers[layers[0]].in_shape if layers else network.in_shape)
+    outputs, besides = pass_numbers(
+        network, range(network.classes) if classes is None else classes, batch, packed, layers=layers, head=head
+    )
+    return {"activations": size * (batch * inputs + outputs), "buffers": size * besides}
+
+
+def samples_needed(dataset: Dataset, trained: int, tested: int, batch: int) -> Need:
+    """Of samples in memory, each with its number, and of those of a minibatch as they are stored."""
+    sample = dataset.train.dtype.itemsize * dataset.train.features
+    return {"samples": (sample + 8) * (trained + tested) + sample * min(trained, batch)}
+
+
+def worker_needed(
+    config: Config, network: Network, dataset: Dataset, place: Worker, roles: Roles, tests: bool = True
+) -> Need:
+    """Of an `ElementWorker`, besides weights and gradients."""
+    size, own = np.dtype(config.model.dtype).itemsize, place.classes
+    share, trained = -(-config.data.batch_size // roles.rows), dataset.train.n
+    batches = network.evaluation_batches(dataset.test.n) if tests else []
+    sizes = [batches[k].stop - batches[k].start for k in np.array_split(np.arange(len(batches)), roles.rows)[place.row]]
+    tested = sum(sizes)
+    if place.elements is not None:
+        # Of the test samples, a class's first worker of a row takes care.
+        before = (w for w in roles.workers if w is not None and w.row == place.row and w.column < place.column)
+        if set(own) <= {c for w in before for c in w.classes}:
+            tested = 0
+        trained = int(np.isin(dataset.train.labels, list(own)).sum())
+        mean = share * trained / dataset.train.n
+        share = min(share, trained, ceil(mean + 4 * sqrt(mean)))
+    batch = max(1, share, *sizes)
+    most = max(1, share, *(at.stop - at.start for at in batches))
+    head = by_tiles(config, network, configured_loss(config, dataset), place, most, NumpyOps())
+    # Derivatives of the scores, in float64 and in the dtype.
+    derivatives = {"buffers": 0 if head else (8 + size) * batch * len(own)}
+    classes = own if isinstance(own, range) else tuple(own)
+    passes = passes_needed(config, network, batch, classes, head=head)
+    return added(passes, derivatives, samples_needed(dataset, trained, tested, share))
