@@ -149,6 +149,7 @@ def _train(world: World, control: Control, config: Config, own: str, layers: str
     from threadpoolctl import threadpool_limits
 
     from psmpi import checkpoint
+    from psmpi.comm.memory import limits
     from psmpi.comm.signals import StopSignals
     from psmpi.comm.watch.watch import watched
     from psmpi.comm.world import host, library, local_rank
@@ -156,6 +157,7 @@ def _train(world: World, control: Control, config: Config, own: str, layers: str
     from psmpi.output import Screen
     from psmpi.registry import find_method
     from psmpi.training.context import Context
+    from psmpi.training.fit import check_fit
     from psmpi.training.folder import RunFolder
     from psmpi.training.loop import Loop, show_places
     from psmpi.training.method import Place
@@ -197,6 +199,8 @@ def _train(world: World, control: Control, config: Config, own: str, layers: str
         # What overflows is dealt with where it matters; a diverging run says so itself, once.
         with threadpool_limits(threads), np.errstate(all="ignore"):
             ops = _backend(world, config, threads)
+            # What a device holds is not of the host's memory.
+            check_fit(control, kind, network, dataset, config, [] if ops.on_device else limits())
             method = kind(Context(world, network, dataset, config, ops))
             place = json.dumps([socket.gethostname(), *vars(method.place()).values()])
             places = [json.loads(text) for text in control.collect_texts(place)]

@@ -1,0 +1,188 @@
+"""Whether the ranks of a training have the memory that they need at least, and if not, what would do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from psmpi.comm.memory import Limit
+from psmpi.config import listed, option
+from psmpi.errors import UserError, counted
+from psmpi.training.masters import Masters
+from psmpi.training.need import Need
+
+if TYPE_CHECKING:
+    from psmpi.comm.control import Control
+    from psmpi.config import Config
+    from psmpi.data import Dataset
+    from psmpi.nn.network import Network
+
+# Numbers of ranks up to FEW are tried one by one, more by halving, and none above MOST. Ranks named in a message.
+FEW, MOST, NAMED = 16, 512, 3
+
+
+class Room(NamedTuple):
+    """Bytes that some ranks can have together."""
+
+    what: str
+    ranks: tuple[int, ...]
+    nbytes: int
+
+    def lacks(self, needs: Sequence[Need]) -> int:
+        """The bytes that its ranks need beyond these."""
+        return sum(_total(needs[rank]) for rank in self.ranks) - self.nbytes
+
+
+def check_fit(
+    control: Control, kind: Any, network: Network, dataset: Dataset, config: Config, own: Sequence[Limit]
+) -> None:
+    """UserError on rank 0 where ranks need more memory than their hosts have; all ranks make this call.
+
+    kind: the method's class; own: this rank's limits. Ranks that have none, and methods that do not say what they need,
+    are taken to fit.
+    """
+    texts = control.collect_texts(json.dumps(own), most=4000)
+    if control.rank == 0:
+        Problem(kind, network, dataset).check(config, find_rooms([json.loads(text) for text in texts]), len(texts))
+
+
+def find_rooms(everyone: Sequence[Sequence[Sequence[Any]]]) -> list[Room]:
+    """The memory that ranks share, from the limits of each."""
+    found: dict[str, Room] = {}
+    for rank, limits in enumerate(everyone):
+        for key, what, nbytes in limits:
+            before = found.get(key, Room(what, (), 0))
+            # Ranks look one after the other.
+            found[key] = Room(what, (*before.ranks, rank), max(before.nbytes, nbytes))
+    return list(found.values())
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A method, by its class, with a network and its data, on any number of ranks."""
+
+    kind: Any
+    network: Network
+    dataset: Dataset
+
+    def check(self, config: Config, rooms: Sequence[Room], size: int) -> None:
+        """UserError where ranks need more than there is."""
+        needs = self.kind.needed(size, self.network, self.dataset, config)
+        if not needs or not rooms:
+            return
+        worst = max(rooms, key=lambda room: room.lacks(needs))
+        if worst.lacks(needs) <= 0:
+            return
+        most = sorted(worst.ranks, key=lambda rank: -_total(needs[rank]))
+        told = [f"{_size(_total(needs[rank]))} on rank {rank} ({_uses(needs[rank])})" for rank in most[:NAMED]]
+        if len(most) > NAMED:
+            told.append(f"up to {_size(_total(needs[most[NAMED]]))} on each of {len(most) - NAMED} more")
+        raise UserError(
+            f"{worst.what} has {_size(worst.nbytes)} of memory left, and this training needs "
+            f"{_size(worst.lacks(needs) + worst.nbytes)} there at least: {listed(told)}; "
+            f"{self._advice(config, rooms, worst, size)}"
+        )
+
+    def fits(self, config: Config, rooms: Sequence[Room], size: int) -> bool:
+        """Whether `size` ranks can train, and have the memory that they need."""
+        try:
+            self.kind.check(size, self.network, self.dataset, config)
+            needs = self.kind.needed(size, self.network, self.dataset, config)
+        except UserError:
+            return False
+        return all(room.lacks(needs) <= 0 for room in rooms)
+
+    def least(self, placed: Callable[[int], Config], like: Room) -> int:
+        """The least number of ranks that fit on hosts like this one, with as many ranks each; 0 where none do.
+
+        placed(size): the configuration.
+        """
+        each = len(like.ranks)
+
+        def fits(size: int) -> bool:
+            hosts = [Room("", tuple(range(a, min(a + each, size))), like.nbytes) for a in range(0, size, each)]
+            return self.fits(placed(size), hosts, size)
+
+        for size in range(1, FEW + 1):
+            if fits(size):
+                return size
+        low, high = FEW, 2 * FEW
+        while not fits(high):
+            low, high = high, 2 * high
+            if high > MOST:
+                return 0
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if fits(middle) else (middle, high)
+        return high
+
+    def _advice(self, config: Config, rooms: Sequence[Room], worst: Room, size: int) -> str:
+        """What to do: place the weights otherwise, start another number of ranks, or both."""
+        own, each, said = config.of(Masters), len(worst.ranks), []
+        others = [place for place in PLACEMENTS if Masters in self.kind.settings and place(size) != own]
+        here = next(
+            (one for one in (place(size) for place in others) if self.fits(config.having([one]), rooms, size)), own
+        )
+        if here != own:
+            said.append(f"use {_words(here, own)}")
+        ranks = self.least(lambda _: config, worst)
+        if ranks:
+            said.append(f"start {_start(ranks, each)}")
+        if not said:
+            tried = [(self.least(_placed(config, place), worst), place) for place in others]
+            ranks, best = min((one for one in tried if one[0]), key=lambda one: one[0], default=(0, PLACEMENTS[0]))
+            said += [f"start {_start(ranks, each)}, and use {_words(best(ranks), own)}"] if ranks else []
+        return " or ".join(said) or "use hosts with more memory, a smaller network, or a smaller --batch-size"
+
+
+# Placements of the weights on so many ranks, the simplest first.
+PLACEMENTS: tuple[Callable[[int], Masters], ...] = (
+    lambda size: Masters("owner"),
+    lambda size: Masters(colocate=True),
+    lambda size: Masters("owner", colocate=True),
+    lambda size: Masters(masters=size, colocate=True),
+)
+
+
+def _placed(config: Config, place: Callable[[int], Masters]) -> Callable[[int], Config]:
+    """The configuration of so many ranks with a placement."""
+    return lambda size: config.having([place(size)])
+
+
+def _words(new: Masters, old: Masters) -> str:
+    """The options that ask for a placement, and those that they replace."""
+    before = _options(old)
+    return _options(new) + (f" in place of {before}" if before else "")
+
+
+def _options(masters: Masters) -> str:
+    usual, words = Masters(), []
+    for one in fields(masters):
+        value = getattr(masters, one.name)
+        if value != getattr(usual, one.name):
+            words.append(option(one.name) if value is True else f"{option(one.name)} {value}")
+    return " ".join(words)
+
+
+def _start(ranks: int, each: int) -> str:
+    """So many ranks, `each` of them a host."""
+    many = counted(ranks, "rank")
+    if ranks <= each:
+        return many
+    return f"{many}, {f'{each} on each host' if each > 1 else 'each on a host'} with as much memory"
+
+
+def _total(need: Need) -> int:
+    return sum(need.values())
+
+
+def _uses(need: Need) -> str:
+    """What most of a rank's need is for."""
+    largest = sorted(need, key=lambda what: -need[what])[:NAMED]
+    return ", ".join(f"{what} {_size(need[what])}" for what in largest)
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.2f} MB"
