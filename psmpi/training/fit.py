@@ -179,9 +179,9 @@ def _total(need: Need) -> int:
 
 
 def _uses(need: Need) -> str:
-    """What most of a rank's need is for."""
+    """What most of a rank's need is for, without what is less than a hundredth of it."""
     largest = sorted(need, key=lambda what: -need[what])[:NAMED]
-    return ", ".join(f"{what} {_size(need[what])}" for what in largest)
+    return ", ".join(f"{what} {_size(need[what])}" for what in largest if 100 * need[what] > _total(need))
 
 
 def _size(nbytes: int) -> str:
