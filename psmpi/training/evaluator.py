@@ -17,6 +17,7 @@ from psmpi.nn.layers.chain import leaves
 from psmpi.nn.metric import Metric, ScorePart
 from psmpi.nn.model import Model
 from psmpi.nn.network import Network
+from psmpi.nn.tiles import Head, is_tiled, tile_size
 
 
 def evaluate(
@@ -46,7 +47,8 @@ class Evaluator:
 
     shards: of the group's ranks. weights: this rank's shard, in host memory by its mirror. Where there is one rank, the
     network is used as it is; else each layer's weights are brought together on all ranks for as long as it takes, or
-    those of all layers where they are less than what layers put out.
+    those of all layers where they are less than what layers put out. Scores are not kept, and of very many classes
+    those of a minibatch are never there all at once.
     """
 
     def __init__(
@@ -62,6 +64,10 @@ class Evaluator:
         self.batches = dealt[group.rank]
         ids = np.concatenate([np.arange(0), *(np.arange(at.start, at.stop) for at in self.batches)])
         self.samples = Resident(split, ids, self.dtype, ops)
+        # Of the largest minibatch of all, so that all ranks decide alike.
+        self.most = max((at.stop - at.start for at in batches), default=0)
+        tiled = metric.loss.weights == "none" and is_tiled(network, network.classes, self.most, ops, split.task)
+        self.classes = np.arange(network.classes) if tiled else None
         # By the first rank's share, the largest, so that all ranks decide alike.
         ways = [[(0, len(network.layers))], *([cut_stages(network)] if group.size > 1 else [])]
         self.stages = min(ways, key=lambda stages: self._need(stages, dealt[0]))
@@ -74,18 +80,26 @@ class Evaluator:
             everything = Runs(((0, self.layout.size),))
             at = (everything - self.layout.dead).inside(everything)
             assert at is not None
-            self.whole = Model(network, self.layout, weights.array[at], None, ops)
+            self.whole = Model(network, self.layout, weights.array[at], None, ops, head=tiled)
 
     def run(self) -> np.ndarray:
         """The metric's sums over this rank's minibatches."""
         held = [self._sample(at) for at in self.batches]
-        for stage in self.stages:
-            model = self.whole or self._gathered(stage)
+        *before, last = self.stages
+        for stage in before:
+            model = self._gathered(stage)
             for k, x in enumerate(held):
                 # One by one: what went in makes room for what comes out.
                 held[k] = self._kept(model.forward(x).scores)
-        scores = iter(held)
-        return evaluate(self.metric, self.batches, lambda _: next(scores), self.samples.targets, self.ops)
+        model, inputs, targets = self.whole or self._gathered(last), iter(held), self.samples.targets
+        if self.classes is None:
+            scores = (model.forward(x).scores for x in inputs)
+            return evaluate(self.metric, self.batches, lambda _: next(scores), targets, self.ops)
+        head, totals = Head(model), self.metric.zeros()
+        for at, x in zip(self.batches, inputs, strict=True):
+            features = model.forward(x).scores.reshape(-1, x.shape[-1])
+            totals += self.metric.sums_by_tiles(head, features, targets(np.arange(at.start, at.stop)), self.classes)
+        return totals
 
     def _sample(self, at: slice) -> np.ndarray:
         x = self.ops.empty(self.split.features * (at.stop - at.start), self.dtype).reshape(self.split.features, -1)
@@ -104,17 +118,21 @@ class Evaluator:
         gather.forward(self.weights.host, w.host)
         w.push()
         w.settle()
-        return Model(self.network, self.layout, w.array, None, self.ops, layers=stage)
+        head = self.classes is not None and stage == self.stages[-1]
+        return Model(self.network, self.layout, w.array, None, self.ops, layers=stage, head=head)
 
     def _need(self, stages: Sequence[tuple[int, int]], batches: Sequence[slice]) -> int:
         """The most bytes at a time: of weights brought together, of what is held between stages, of one minibatch."""
-        most = max((at.stop - at.start for at in batches), default=0)
         samples, found = sum(at.stop - at.start for at in batches), 0
         for first, behind in stages:
             sizes = [prod(layer.out_shape) for layer in leaves(self.network.layers[first:behind])]
-            held = samples * max(prod(self.network.layers[first].in_shape), sizes[-1])
+            held = samples * prod(self.network.layers[first].in_shape)
+            if behind < len(self.network.layers):
+                held = max(held, samples * sizes[-1])
+            elif self.classes is not None:
+                sizes[-1] = tile_size(self.most)
             weights = self.network.runs(self.layout, first, behind).size if self.group.size > 1 else 0
-            found = max(found, held + most * sum(sizes) + weights)
+            found = max(found, held + self.most * sum(sizes) + weights)
         return found * self.dtype.itemsize
 
     @property

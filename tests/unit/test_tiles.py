@@ -5,8 +5,12 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from psmpi.backend import CompiledOps, NumpyOps
+from psmpi.backend import CompiledOps, Mirror, NumpyOps
 from psmpi.backend.compiled.library import level
+from psmpi.comm.group import Counter, Group
+from psmpi.data import Split
+from psmpi.data.rows import ArrayRows
+from psmpi.layout import Runs, restrict
 from psmpi.nn import tiles
 from psmpi.nn.losses import LOSSES, make_loss
 from psmpi.nn.metric import Metric
@@ -14,6 +18,8 @@ from psmpi.nn.model import Model
 from psmpi.nn.network import build
 from psmpi.nn.objective import GRADIENT_LIMIT, Objective
 from psmpi.nn.tiles import Head, TiledObjective, has_head
+from psmpi.testing.world import run_ranks
+from psmpi.training.evaluator import Evaluator
 
 F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
 BACKENDS = ["numpy", pytest.param("compiled", marks=pytest.mark.skipif(level() == 0, reason="no compiled kernels"))]
@@ -204,3 +210,33 @@ def test_no_array_of_all_scores_is_ever_made(name, many):
         assert tracemalloc.get_traced_memory()[1] < 4 * classes * batch / 2
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("name", ["nll", "psl"])
+def test_a_test_of_shards_makes_no_array_of_all_scores(name, ranks):
+    """Nor keeps those of all samples; it counts as with all scores at once."""
+    classes, n = 40_000, 120
+    network, rng = network_of(classes), np.random.default_rng(0)
+    layout = network.layout()
+    w, values = (rng.normal(size=size).astype(F32) for size in (layout.size, (n, 5)))
+    split = Split(rng.integers(0, classes, n), (5,), 1.0, ArrayRows(values))
+    shards = Runs(((0, layout.size),)).split(ranks)
+    new_metric = lambda: Metric(make_loss(name, F32, outputs=classes), classes)  # noqa: E731
+
+    def work(world):
+        weights, ops = Mirror(restrict(w, shards[world.rank]).copy()), NumpyOps()
+        group = Group(world, range(ranks), Counter())
+        return Evaluator(network, group, shards, weights, split, new_metric(), ops).run()
+
+    expected = Model(network, layout, w, None, NumpyOps()).forward(values.T.copy()).scores
+    expected = new_metric().sums(expected, split.labels)
+    run_ranks(ranks, work)
+    tracemalloc.start()
+    try:
+        found = sum(run_ranks(ranks, work))
+        # Beside the weights, of which each rank has a shard, and brings those of a layer together.
+        assert tracemalloc.get_traced_memory()[1] < ranks * (4 * classes * 100 / 2 + 2 * w.nbytes)
+    finally:
+        tracemalloc.stop()
+    assert found[0] == pytest.approx(expected[0], rel=1e-6) and np.array_equal(found[1:], expected[1:])
