@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import sys
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from psmpi.errors import counted
-from psmpi.output import Screen, complain, tell
-
-# Classes whose confusion is a table; of more it is a list of pairs, of which so many are shown.
-TABLE, SHOWN = 40, 10
+from psmpi.output import complain
 
 
 @dataclass(frozen=True)
@@ -131,7 +125,9 @@ def _predict(world: Any, control: Any, options: Options) -> None:
     from psmpi.config import from_toml
     from psmpi.data import open_split
     from psmpi.errors import UserError
+    from psmpi.nn.metric import TOP
     from psmpi.nn.zoo import make_network
+    from psmpi.predicted import Choices, Values, room
     from psmpi.training.predictor import Predictor, calibrate, calibration_notes, calibration_split
 
     path = Path(options.checkpoint)
@@ -183,10 +179,14 @@ def _predict(world: Any, control: Any, options: Options) -> None:
     classes = range(network.classes) if contents.part is None else contents.part
     ranks, cores = host(world)
     threads = options.threads or max(1, cores // ranks)
-    with threadpool_limits(threads):
+    first = world.rank == 0
+    with threadpool_limits(threads), room(options.out if first else "") as file:
         # Whatever computed in training: it may not be there.
         ops = make_backend("auto", threads)
-        predictor = Predictor(world, control, network, layout, classes, np.dtype(model.dtype), ops)
+        values = contents.task == "regression"
+        # All scores are for the file alone.
+        top = 0 if values or options.out else TOP
+        predictor = Predictor(world, control, network, layout, classes, np.dtype(model.dtype), ops, top)
         checkpoint.load(path, layout, predictor.part, {"weights": predictor.w}, contents.part)
         if options.calibrate:
             stored = Path(trained.data.dataset)
@@ -198,11 +198,11 @@ def _predict(world: Any, control: Any, options: Options) -> None:
             for note in calibration_notes(options.calibrate, known.n) if world.rank == 0 else ():
                 complain(note)
             calibrate(predictor.model, known, options.calibrate, predictor.dtype)
-        scores = predictor.run(split)
-    if scores is not None and contents.task == "regression":
-        _report_values(options, targets, scores, list(classes))
-    elif scores is not None:
-        _report(options, split.labels, scores, list(classes), network.classes)
+        of = (options, targets, classes, network.classes, split.n, predictor.dtype, file)
+        found = (Values if values else Choices)(*of) if first else None
+        predictor.run(split, found.take if found is not None else None)
+        if found is not None:
+            found.report()
 
 
 def _check_data(world: Any, control: Any, options: Options, contents: Any, split: Any) -> None:
@@ -235,126 +235,6 @@ def _check_data(world: Any, control: Any, options: Options, contents: Any, split
                 f"those trained on up to {trained.most:.4g} ({trained.dtype}): bring them to one scale",
                 file=sys.stderr,
             )
-
-
-def _report_values(options: Options, targets: Any, values: Any, outputs: list[int]) -> None:
-    """Write and print predicted values (n, outputs) beside the targets (n, all outputs), if these are known."""
-    import numpy as np
-
-    found: dict[str, Any] = {
-        "checkpoint": options.checkpoint,
-        "dataset": options.dataset,
-        "split": options.split,
-        "samples": len(values),
-        "outputs": outputs,
-    }
-    columns = {f"value_{k}": values[:, at] for at, k in enumerate(outputs)}
-    arrays = {"values": values, "outputs": np.array(outputs)}
-    if targets is not None:
-        wanted = targets[:, outputs]
-        found["rmse"] = float(np.sqrt(np.mean((values - wanted) ** 2)))
-        columns = {f"target_{k}": wanted[:, at] for at, k in enumerate(outputs)} | columns
-        arrays["targets"] = wanted
-    if options.out:
-        rows = ([k, *(repr(float(v)) for v in row)] for k, row in enumerate(zip(*columns.values(), strict=True)))
-        _save(Path(options.out), arrays, ["sample", *columns], rows)
-    if options.json:
-        tell(json.dumps(found))
-        return
-    tell(f"{found['checkpoint']}: {counted(found['samples'], 'sample')} of {found['dataset']} ({found['split']})")
-    tell(f"RMSE {found['rmse']:.5g}" if "rmse" in found else "values predicted; no RMSE (it needs targets y)")
-
-
-def _report(options: Options, labels: Any, scores: Any, classes: list[int], known: int) -> None:
-    import numpy as np
-
-    predicted = np.array(classes)[scores.argmax(axis=1)] if scores.size else np.zeros(len(labels), int)
-    if options.out:
-        _write(Path(options.out), labels, predicted, scores, classes)
-    found: dict[str, Any] = {
-        "checkpoint": options.checkpoint,
-        "dataset": options.dataset,
-        "split": options.split,
-        "samples": len(labels),
-        "classes": classes,
-    }
-    # A part of the classes scores, and cannot choose among all.
-    if len(labels) and labels.min() >= 0 and len(classes) == known:
-        found["accuracy"] = float(np.count_nonzero(predicted == labels) / len(labels))
-        if known <= TABLE:
-            confusion = np.zeros((known, known), int)
-            np.add.at(confusion, (labels, predicted), 1)
-            found["confusion"] = confusion.tolist()
-        else:
-            found["confused"] = _confused(labels, predicted)
-    if options.json:
-        tell(json.dumps(found))
-    else:
-        _show(found)
-
-
-def _confused(labels: Any, predicted: Any) -> list[list[int]]:
-    """[label, prediction, samples] of what is confused, the most frequent first."""
-    import numpy as np
-
-    wrong = labels != predicted
-    pairs, counts = np.unique(np.stack([labels[wrong], predicted[wrong]]), axis=1, return_counts=True)
-    order = np.argsort(-counts, kind="stable")
-    found: list[list[int]] = np.concatenate([pairs, counts[None]])[:, order].T.tolist()
-    return found
-
-
-def _write(path: Path, labels: Any, predicted: Any, scores: Any, classes: list[int]) -> None:
-    import numpy as np
-
-    arrays = {"predicted": predicted, "labels": labels, "scores": scores, "classes": np.array(classes)}
-    rows = (
-        [k, label if label >= 0 else "", choice, *(repr(float(v)) for v in row)]
-        for k, (label, choice, row) in enumerate(zip(labels, predicted, scores, strict=True))
-    )
-    _save(path, arrays, ["sample", "label", "predicted", *(f"score_{c}" for c in classes)], rows)
-
-
-def _save(path: Path, arrays: dict[str, Any], titles: list[str], rows: Iterable[list[Any]]) -> None:
-    """Write arrays to an .npz file, or a table to a .csv file."""
-    import numpy as np
-
-    from psmpi.errors import UserError
-
-    try:
-        if path.suffix == ".npz":
-            np.savez(path, **arrays)
-            return
-        with path.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(titles)
-            writer.writerows(rows)
-    except OSError as error:
-        raise UserError(f"--out {path}: {error.strerror}; give the path of a file that can be written") from None
-
-
-def _show(found: dict[str, Any]) -> None:
-    from rich.table import Table
-
-    tell(f"{found['checkpoint']}: {counted(found['samples'], 'sample')} of {found['dataset']} ({found['split']})")
-    if "accuracy" not in found:
-        which = f"classes {' '.join(map(str, found['classes']))}"
-        tell(f"scores of {which}; no accuracy (it needs labels, and the scores of all classes)")
-        return
-    tell(f"accuracy {100 * found['accuracy']:.2f} %")
-    if "confused" in found:
-        several, shown = found["confused"], found["confused"][:SHOWN]
-        tell(f"{counted(len(several), 'pair')} of classes confused" + (", most often:" if shown else ""))
-        for label, choice, count in shown:
-            tell(f"  label {label} taken for {choice}: {counted(count, 'sample')}")
-        return
-    table = Table(title="confusion: rows are labels, columns predictions", title_justify="left")
-    for name in ("label", *map(str, found["classes"]), "right"):
-        table.add_column(name, justify="right")
-    for label, row in enumerate(found["confusion"]):
-        share = f"{100 * row[label] / sum(row):.1f} %" if sum(row) else "-"
-        table.add_row(str(label), *(str(n) if n else "." for n in row), share)
-    Screen().print(table)
 
 
 if __name__ == "__main__":

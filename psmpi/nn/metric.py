@@ -106,6 +106,22 @@ class Metric:
         return found
 
 
+def largest(scores: np.ndarray, count: int, classes: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """The `count` largest of scores (rows, b), or all of fewer, and their classes, (count, b) each, the largest first.
+
+    classes: (rows, b) int64; by default the numbers of the rows. Of equal scores the first row counts as the largest;
+    those that are no numbers come first of all.
+    """
+    count, b = min(count, len(scores)), np.arange(scores.shape[1])
+    # A sample's scores lie together; those that are taken are put below what is left.
+    left = np.maximum(scores.T, np.finfo(scores.dtype).min, order="C")
+    at = np.empty((count, len(b)), np.int64)
+    for k in range(count):
+        left.argmax(axis=1, out=at[k])
+        left[b, at[k]] = -np.inf
+    return scores[at, b], at if classes is None else classes[at, b]
+
+
 def count_above(
     scores: np.ndarray, labels: np.ndarray, own: np.ndarray | None = None, classes: np.ndarray | None = None
 ) -> np.ndarray:

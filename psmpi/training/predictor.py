@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import sqrt
 from pathlib import Path
 
@@ -13,13 +13,14 @@ from psmpi.checkpoint import Contents
 from psmpi.comm.control import Control
 from psmpi.comm.group import Counter, Group
 from psmpi.comm.protocol import World
-from psmpi.comm.transfers import RowExchange
 from psmpi.config import Data
 from psmpi.data import Identity, Resident, Split, identify_split, open_split, split_differences
 from psmpi.errors import UserError
 from psmpi.layout import Layout, make_grid
+from psmpi.nn.metric import largest
 from psmpi.nn.model import Model
 from psmpi.nn.network import Network
+from psmpi.nn.tiles import Head, is_tiled
 
 # As many as tests in training take their statistics from; the means of fewer are over 3 % of a standard deviation off.
 FEW = 1000
@@ -80,10 +81,11 @@ def fetch(split: Split, ids: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 class Predictor:
-    """The scores of `classes` on one rank of `world`, where all ranks are workers of the score partition.
+    """Scores of `classes` on one rank of `world`, where all ranks are workers of the score partition.
 
     The caller fills `w`, (part.size,), the weights of `part`. More ranks than classes share the samples; so do all
-    ranks where the network cannot be partitioned.
+    ranks where the network cannot be partitioned. top: how many of the largest scores of a sample are found, those of
+    very many classes tile by tile; 0: all scores, or the values of a regression.
     """
 
     def __init__(
@@ -95,45 +97,86 @@ class Predictor:
         classes: Sequence[int],
         dtype: np.dtype,
         ops: NumpyOps,
+        top: int,
     ):
         self.network = network
-        self.control, self.classes, self.dtype = control, tuple(classes), dtype
+        self.control, self.dtype, self.top = control, dtype, top
         rows = world.size if network.tie() is not None else 0
-        grid = make_grid("scores", len(self.classes), world.size, rows)
+        grid = make_grid("scores", len(classes), world.size, rows)
         self.place = grid[world.rank]
         self.rows = 1 + grid[-1].row
         peers = [rank for rank, w in enumerate(grid) if w.row == self.place.row]
-        counts = [len(grid[rank].classes) for rank in peers]
-        self.score_exchange = RowExchange(Group(world, peers, Counter()), counts, dtype)
+        counts = [min(top, len(grid[rank].classes)) if top else len(grid[rank].classes) for rank in peers]
+        self.group, self.counts = Group(world, peers, Counter()), counts
+        # Numbers of a sample that rank 0 is told, and their types.
+        self.told = min(top, sum(counts)) if top else sum(counts)
+        self.kinds: list[np.dtype] = [dtype, *([np.dtype(np.int64)] if top else [])]
         # The ranks that gather what their row has found.
         self.reporters = [rank for rank, w in enumerate(grid) if w.column == 0]
-        mine = [self.classes[k] for k in self.place.classes]
+        mine = classes[self.place.classes[0] : self.place.classes[-1] + 1]
+        self.mine = np.array(mine, np.int64)
         self.part = layout.part(mine)
         self.w = np.empty(self.part.size, dtype)
-        self.model = Model(network, layout, self.w, None, ops, mine)
+        most = max(at.stop - at.start for at in network.evaluation_batches(FEW))
+        tiled = top > 0 and is_tiled(network, len(mine), most, ops, "classes")
+        self.model = Model(network, layout, self.w, None, ops, mine, head=tiled)
+        self.head = Head(self.model) if tiled else None
 
-    def run(self, split: Split) -> np.ndarray | None:
-        """Scores (n, classes) of all samples, on rank 0; None on the others."""
+    def run(self, split: Split, take: Callable[..., None] | None) -> None:
+        """Call take(at, scores), on rank 0 alone, for the samples `at`, a slice, of each minibatch, in any order.
+
+        scores: (b, classes) of the dtype. With `top` the call is take(at, scores, classes), of the largest scores with
+        their classes, (b, top) each, as `largest` has them.
+        """
         batches = self.network.evaluation_batches(split.n)
         dealt = [[batches[k] for k in some] for some in np.array_split(np.arange(len(batches)), self.rows)]
-        # First and behind the last sample of each row.
-        edges = [(some[0].start, some[-1].stop) if some else (0, 0) for some in dealt]
-        first, behind = edges[self.place.row]
-        count = len(self.classes)
-        found = np.empty((behind - first, count), self.dtype)
-        for at in dealt[self.place.row]:
-            x = fetch(split, np.arange(at.start, at.stop), self.dtype)
-            scores = np.empty((count, x.shape[1]), self.dtype)
-            self.score_exchange.forward(self.model.forward(x).scores, scores)
-            found[at.start - first : at.stop - first] = scores.T
-        if self.control.rank != 0:
-            if self.place.column == 0 and len(found):
-                self.control.send_to_first(found)
-            return None
-        everything = np.empty((split.n, count), self.dtype)
-        for rank, (start, stop) in zip(self.reporters, edges, strict=True):
-            if start < stop and rank != 0:
-                self.control.receive_from(everything[start:stop], rank)
-            elif start < stop:
-                everything[start:stop] = found
-        return everything
+        mine = dealt[self.place.row]
+        # Minibatch by minibatch, so that no rank holds more than one.
+        for turn in range(max(map(len, dealt))):
+            found = self._find(split, mine[turn]) if turn < len(mine) else []
+            if take is None:
+                for array in found:
+                    self.control.send_to_first(array)
+                continue
+            for rank, some in zip(self.reporters, dealt, strict=True):
+                if turn < len(some):
+                    take(some[turn], *(found if rank == 0 else self._receive(some[turn], rank)))
+
+    def _find(self, split: Split, at: slice) -> list[np.ndarray]:
+        """What the row's ranks find together, samples first; nothing on those that do not gather it."""
+        x = fetch(split, np.arange(at.start, at.stop), self.dtype)
+        found = [self.model.forward(x).scores] if self.top == 0 else self._largest(x)
+        b, first = x.shape[1], self.place.column == 0
+        gathered = [np.empty((sum(self.counts) if first else 0, b), array.dtype) for array in found]
+        sizes = [n * b for n in self.counts]
+        starts = np.cumsum([0, *sizes[:-1]]).tolist()
+        for own, room in zip(found, gathered, strict=True):
+            if first:
+                room[: len(own)] = own
+            if self.group.size > 1:
+                self.group.gatherv(own, room, sizes, starts)
+        if not first:
+            return []
+        if self.top:
+            gathered = list(largest(gathered[0], self.top, gathered[1]))
+        return [np.ascontiguousarray(array.T) for array in gathered]
+
+    def _largest(self, x: np.ndarray) -> list[np.ndarray]:
+        """The largest of this rank's scores, with their classes."""
+        y = self.model.forward(x).scores
+        tiles = [(0, y)] if self.head is None else self.head.tiles(y.reshape(-1, x.shape[1]))
+        scores, classes = np.empty((0, x.shape[1]), self.dtype), np.empty((0, x.shape[1]), np.int64)
+        for first, tile in tiles:
+            more, at = largest(tile, self.top)
+            # Tiles are in the order of their classes.
+            scores = np.concatenate([scores, more])
+            classes = np.concatenate([classes, self.mine[first + at]])
+            scores, classes = largest(scores, self.top, classes)
+        return [scores, classes]
+
+    def _receive(self, at: slice, rank: int) -> list[np.ndarray]:
+        """What another row has found of some samples."""
+        found: list[np.ndarray] = [np.empty((at.stop - at.start, self.told), kind) for kind in self.kinds]
+        for array in found:
+            self.control.receive_from(array, rank)
+        return found

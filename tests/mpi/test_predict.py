@@ -2,6 +2,7 @@
 
 import csv
 import json
+import tracemalloc
 
 import h5py
 import numpy as np
@@ -36,7 +37,7 @@ def refused(*arguments):
 def test_any_ranks_find_the_accuracy_of_the_training(trained, tmp_path, ranks):
     row = json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])
     found = json.loads(predict(ranks, trained, "--json", "--out", tmp_path / "p.npz"))
-    assert found["accuracy"] == row["test_accuracy"] > 0.5
+    assert found["accuracy"] == row["test_accuracy"] > 0.5 and found["top5"] == row["test_top5"] > found["accuracy"]
     saved = np.load(tmp_path / "p.npz")
     labels = open_dataset("digits", None).test.labels
     assert np.array_equal(saved["labels"], labels) and saved["scores"].shape == (len(labels), 10)
@@ -182,3 +183,39 @@ def test_of_many_classes_what_is_confused_is_listed(tmp_path):
         assert count == np.count_nonzero((y == label) & (predicted == choice)) and label != choice
     shown = predict(1, tmp_path / "run")
     assert f"{len(counts)} pairs of classes confused, most often:" in shown and shown.count("taken for") == 10
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """A run with 20,000 classes, of which the scores of all test samples are 96 MB."""
+    folder, rng = tmp_path_factory.mktemp("many"), np.random.default_rng(0)
+    y, tested = (np.where(rng.random(n) < 0.5, rng.integers(0, 9, n), rng.integers(0, 20_000, n)) for n in (900, 1200))
+    x, x_test = (rng.normal(size=(len(labels), 5)).astype(np.float32) for labels in (y, tested))
+    y[0] = 19_999
+    np.savez(folder / "many.npz", x=x, y=y, x_test=x_test, y_test=tested)
+    options = ("--dataset", folder / "many.npz", "--model", "head", "--widths", "6", "--loss", "nll", "--epochs", "9")
+    options = (*options, "--lr", "0.01", "--batch-size", "300", "--out", folder / "run")
+    status, _, err = run(1, "-m", "psmpi.train", *options)
+    assert status == 0, err
+    return folder / "run"
+
+
+def test_of_many_classes_no_rank_holds_the_scores_of_all_samples(many, tmp_path):
+    """But finds the largest, by tiles of classes, and writes all of them where they are asked for."""
+    ranks, peaks = 3, {}
+    # What is loaded once.
+    alone = json.loads(predict(1, many, "--json"))
+    for out in ((), ("--out", tmp_path / "p.npz")):
+        tracemalloc.start()
+        try:
+            found = json.loads(predict(ranks, many, "--json", *out))
+            peaks[bool(out)] = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert found == alone
+    saved = np.load(tmp_path / "p.npz")
+    scores, labels = saved["scores"], saved["labels"]
+    assert scores.shape == (1200, 20_000) and np.array_equal(saved["predicted"], scores.argmax(axis=1))
+    above = (scores > scores[np.arange(1200), labels][:, None]).sum(axis=1)
+    assert (found["accuracy"], found["top5"]) == (np.mean(above < 1), np.mean(above < 5)) and found["top5"] > 0
+    assert peaks[False] < scores.nbytes / 8 and peaks[True] < scores.nbytes * 3 / 4

@@ -5,7 +5,7 @@ import pytest
 
 from psmpi.metrics import describe
 from psmpi.nn.losses import make_loss
-from psmpi.nn.metric import Metric, count_above
+from psmpi.nn.metric import Metric, count_above, largest
 
 F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
 
@@ -33,6 +33,22 @@ def test_accuracy_and_top_5_are_those_of_a_count(classes, levels):
     assert found["top5"] == np.mean([y in order[:5] for order, y in zip(orders, labels, strict=True)])
     assert found["loss"] == pytest.approx(make_loss("nll", F32)(scores, labels, 1 / len(labels)))
     assert count_above(scores, labels).tolist() == [o.index(y) for o, y in zip(orders, labels, strict=True)]
+
+
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize("cuts", [[], [3, 4, 30], [20]])
+def test_the_largest_scores_are_those_of_a_sort_whoever_finds_them(cuts, dtype):
+    """Of all classes at once, or of several runs of them, one after the other."""
+    scores, _ = problem(40, levels=12)
+    scores = scores.astype(dtype)
+    scores[[5, 30], 0], scores[:, 1], scores[7, 2] = np.nan, -np.inf, np.inf
+    expected = [sorted(range(40), key=lambda k: (-np.nan_to_num(column[k], nan=np.inf), k))[:5] for column in scores.T]
+    parts = [largest(part, 5) for part in np.split(scores, cuts)]
+    numbers = [first + at for first, (_, at) in zip([0, *cuts], parts, strict=True)]
+    values, classes = largest(np.concatenate([found for found, _ in parts]), 5, np.concatenate(numbers))
+    assert classes.T.tolist() == expected and values.dtype == dtype
+    assert np.array_equal(values, np.take_along_axis(scores, np.array(expected).T, axis=0), equal_nan=True)
+    assert largest(scores[:3], 5)[1].shape == (3, 200)
 
 
 def test_five_classes_have_no_top_5():

@@ -1,0 +1,211 @@
+"""What is found of predicted samples, minibatch by minibatch: written and shown on rank 0."""
+
+from __future__ import annotations
+
+import csv
+import json
+import tempfile
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from math import sqrt
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+
+from psmpi.errors import UserError, counted
+from psmpi.nn.metric import TOP, largest
+from psmpi.output import Screen, tell
+
+if TYPE_CHECKING:
+    from psmpi.predict import Options
+
+# Classes whose confusion is a table; of more it is a list of pairs, of which so many are shown.
+TABLE, SHOWN = 40, 10
+
+
+def room(out: str) -> AbstractContextManager[IO[bytes] | None]:
+    """A file without a name for the values of all samples, beside the one that --out names; None where none does."""
+    try:
+        return tempfile.TemporaryFile(dir=Path(out).parent) if out else nullcontext()
+    except OSError as error:
+        raise _unwritable(Path(out), error) from None
+
+
+class Found:
+    """What is found of n samples, on rank 0.
+
+    targets: of the samples, None where they are not known; outputs: numbers of the classes or values that are
+    predicted, of `known` in all; file: where their values (n, outputs) of `dtype` are put, if anywhere.
+    """
+
+    def __init__(
+        self,
+        options: Options,
+        targets: Any,
+        outputs: Sequence[int],
+        known: int,
+        n: int,
+        dtype: Any,
+        file: IO[bytes] | None,
+    ):
+        self.options, self.targets, self.n, self.dtype, self.file = options, targets, n, dtype, file
+        self.outputs, self.known, self.path = np.array(outputs), known, Path(options.out)
+
+    def keep(self, at: slice, values: Any) -> None:
+        """Put the values (b, outputs) of some samples into the file."""
+        if self.file is None:
+            return
+        try:
+            self.file.seek(at.start * values.shape[1] * values.itemsize)
+            self.file.write(values)
+            self.file.flush()
+        except OSError as error:
+            raise _unwritable(self.path, error) from None
+
+    def kept(self) -> Any:
+        """The values (n, outputs) of all samples, of which only what is looked at is in memory."""
+        assert self.file is not None
+        if not self.n:
+            return np.empty((0, len(self.outputs)), self.dtype)
+        return np.memmap(self.file, self.dtype, "r", shape=(self.n, len(self.outputs))).view(np.ndarray)
+
+    def summary(self) -> dict[str, Any]:
+        """What the options name."""
+        o = self.options
+        return {"checkpoint": o.checkpoint, "dataset": o.dataset, "split": o.split, "samples": self.n}
+
+
+class Values(Found):
+    """Predicted values."""
+
+    squares = 0.0
+
+    def take(self, at: slice, values: Any) -> None:
+        """Take the values (b, outputs) of some samples."""
+        self.keep(at, values)
+        if self.targets is not None:
+            off = values - self.targets[at][:, self.outputs]
+            self.squares += float(np.vdot(off, off))
+
+    def report(self) -> None:
+        """Write and print the values beside the targets, if these are known."""
+        found = self.summary() | {"outputs": self.outputs.tolist()}
+        if self.targets is not None:
+            found["rmse"] = sqrt(self.squares / max(1, self.n * len(self.outputs)))
+        if self.options.out:
+            self._write()
+        if self.options.json:
+            tell(json.dumps(found))
+            return
+        tell(f"{found['checkpoint']}: {counted(found['samples'], 'sample')} of {found['dataset']} ({found['split']})")
+        tell(f"RMSE {found['rmse']:.5g}" if "rmse" in found else "values predicted; no RMSE (it needs targets y)")
+
+    def _write(self) -> None:
+        values = self.kept()
+        columns = {f"value_{k}": values[:, at] for at, k in enumerate(self.outputs)}
+        arrays = {"values": values, "outputs": self.outputs}
+        if self.targets is not None:
+            wanted = self.targets[:, self.outputs]
+            columns = {f"target_{k}": wanted[:, at] for at, k in enumerate(self.outputs)} | columns
+            arrays["targets"] = wanted
+        rows = ([k, *(repr(float(v)) for v in row)] for k, row in enumerate(zip(*columns.values(), strict=True)))
+        _save(self.path, arrays, ["sample", *columns], rows)
+
+
+class Choices(Found):
+    """Predicted classes: of each sample those of its largest scores."""
+
+    def __init__(self, *known: Any):
+        super().__init__(*known)
+        self.labels = np.full(self.n, -1) if self.targets is None else self.targets
+        self.choices = np.zeros((self.n, min(TOP, len(self.outputs))), np.int64)
+
+    def take(self, at: slice, scores: Any, classes: Any = None) -> None:
+        """Take the scores (b, outputs) of some samples, or the largest with their classes (b, TOP)."""
+        if classes is None:
+            self.keep(at, scores)
+            classes = self.outputs[largest(scores.T, TOP)[1].T]
+        self.choices[at] = classes
+
+    def report(self) -> None:
+        """Write and print the predictions, and how good they are."""
+        labels, predicted, known = self.labels, self.choices[:, 0], self.known
+        if self.options.out:
+            self._write()
+        found = self.summary() | {"classes": self.outputs.tolist()}
+        # A part of the classes scores, and cannot choose among all.
+        if len(labels) and labels.min() >= 0 and len(self.outputs) == known:
+            found["accuracy"] = float(np.count_nonzero(predicted == labels) / len(labels))
+            if known > TOP:
+                found["top5"] = float(np.count_nonzero(self.choices == labels[:, None]) / len(labels))
+            if known <= TABLE:
+                confusion = np.zeros((known, known), int)
+                np.add.at(confusion, (labels, predicted), 1)
+                found["confusion"] = confusion.tolist()
+            else:
+                found["confused"] = _confused(labels, predicted)
+        if self.options.json:
+            tell(json.dumps(found))
+        else:
+            _show(found)
+
+    def _write(self) -> None:
+        predicted, scores = self.choices[:, 0], self.kept()
+        arrays = {"predicted": predicted, "labels": self.labels, "scores": scores, "classes": self.outputs}
+        rows = (
+            [k, label if label >= 0 else "", choice, *(repr(float(v)) for v in row)]
+            for k, (label, choice, row) in enumerate(zip(self.labels, predicted, scores, strict=True))
+        )
+        _save(self.path, arrays, ["sample", "label", "predicted", *(f"score_{c}" for c in self.outputs)], rows)
+
+
+def _confused(labels: Any, predicted: Any) -> list[list[int]]:
+    """[label, prediction, samples] of what is confused, the most frequent first."""
+    wrong = labels != predicted
+    pairs, counts = np.unique(np.stack([labels[wrong], predicted[wrong]]), axis=1, return_counts=True)
+    order = np.argsort(-counts, kind="stable")
+    found: list[list[int]] = np.concatenate([pairs, counts[None]])[:, order].T.tolist()
+    return found
+
+
+def _save(path: Path, arrays: dict[str, Any], titles: list[str], rows: Iterable[list[Any]]) -> None:
+    """Write arrays to an .npz file, or a table to a .csv file."""
+    try:
+        if path.suffix == ".npz":
+            np.savez(path, **arrays)
+            return
+        with path.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(titles)
+            writer.writerows(rows)
+    except OSError as error:
+        raise _unwritable(path, error) from None
+
+
+def _unwritable(path: Path, error: OSError) -> UserError:
+    return UserError(f"--out {path}: {error.strerror}; give the path of a file that can be written")
+
+
+def _show(found: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    tell(f"{found['checkpoint']}: {counted(found['samples'], 'sample')} of {found['dataset']} ({found['split']})")
+    if "accuracy" not in found:
+        which = f"classes {' '.join(map(str, found['classes']))}"
+        tell(f"scores of {which}; no accuracy (it needs labels, and the scores of all classes)")
+        return
+    tell(f"accuracy {100 * found['accuracy']:.2f} %")
+    if "confused" in found:
+        several, shown = found["confused"], found["confused"][:SHOWN]
+        tell(f"{counted(len(several), 'pair')} of classes confused" + (", most often:" if shown else ""))
+        for label, choice, count in shown:
+            tell(f"  label {label} taken for {choice}: {counted(count, 'sample')}")
+        return
+    table = Table(title="confusion: rows are labels, columns predictions", title_justify="left")
+    for name in ("label", *map(str, found["classes"]), "right"):
+        table.add_column(name, justify="right")
+    for label, row in enumerate(found["confusion"]):
+        share = f"{100 * row[label] / sum(row):.1f} %" if sum(row) else "-"
+        table.add_row(str(label), *(str(n) if n else "." for n in row), share)
+    Screen().print(table)
