@@ -195,7 +195,8 @@ def _show(found: dict[str, Any]) -> None:
         which = f"classes {' '.join(map(str, found['classes']))}"
         tell(f"scores of {which}; no accuracy (it needs labels, and the scores of all classes)")
         return
-    tell(f"accuracy {100 * found['accuracy']:.2f} %")
+    more = f", label among the 5 largest scores {100 * found['top5']:.2f} %" if "top5" in found else ""
+    tell(f"accuracy {100 * found['accuracy']:.2f} %{more}")
     if "confused" in found:
         several, shown = found["confused"], found["confused"][:SHOWN]
         tell(f"{counted(len(several), 'pair')} of classes confused" + (", most often:" if shown else ""))
