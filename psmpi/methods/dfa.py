@@ -30,7 +30,7 @@ from psmpi.training.context import Context, check_optimizer, configured_loss
 from psmpi.training.descent import Descent
 from psmpi.training.evaluator import evaluate
 from psmpi.training.method import Exactness, Method
-from psmpi.training.need import Need, added, passes_needed, samples_needed, vectors_needed
+from psmpi.training.need import Need, added, derivatives_needed, passes_needed, samples_needed, vectors_needed
 
 # Samples of which the alignment is measured.
 ALIGNED = 256
@@ -177,6 +177,7 @@ class DirectFeedback(Method):
                     vectors_needed(config, layout, shard, shard, shard),
                     passes_needed(config, network, batch, layers=stage),
                     {"buffers": dtype.itemsize * network.classes * numbers},
+                    derivatives_needed(config, batch * network.classes * last),
                     samples_needed(dataset, dataset.train.n * first, dataset.test.n * first, config.data.batch_size),
                 )
             )

@@ -75,6 +75,11 @@ def passes_needed(
     return {"activations": size * (batch * inputs + outputs), "buffers": size * besides}
 
 
+def derivatives_needed(config: Config, scores: int) -> Need:
+    """Of the derivatives of so many scores, in float64 and in the dtype."""
+    return {"buffers": (8 + np.dtype(config.model.dtype).itemsize) * scores}
+
+
 def samples_needed(dataset: Dataset, trained: int, tested: int, batch: int) -> Need:
     """Of samples in memory, each with its number, and of those of a minibatch as they are stored."""
     sample = dataset.train.dtype.itemsize * dataset.train.features
@@ -85,7 +90,7 @@ def worker_needed(
     config: Config, network: Network, dataset: Dataset, place: Worker, roles: Roles, tests: bool = True
 ) -> Need:
     """Of an `ElementWorker`, besides weights and gradients."""
-    size, own = np.dtype(config.model.dtype).itemsize, place.classes
+    own = place.classes
     share, trained = -(-config.data.batch_size // roles.rows), dataset.train.n
     batches = network.evaluation_batches(dataset.test.n) if tests else []
     sizes = [batches[k].stop - batches[k].start for k in np.array_split(np.arange(len(batches)), roles.rows)[place.row]]
@@ -101,8 +106,7 @@ def worker_needed(
     batch = max(1, share, *sizes)
     most = max(1, share, *(at.stop - at.start for at in batches))
     head = by_tiles(config, network, configured_loss(config, dataset), place, most, NumpyOps())
-    # Derivatives of the scores, in float64 and in the dtype.
-    derivatives = {"buffers": 0 if head else (8 + size) * batch * len(own)}
+    derivatives = derivatives_needed(config, 0 if head else batch * len(own))
     classes = own if isinstance(own, range) else tuple(own)
     passes = passes_needed(config, network, batch, classes, head=head)
     return added(passes, derivatives, samples_needed(dataset, trained, tested, share))

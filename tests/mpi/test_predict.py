@@ -189,7 +189,9 @@ def test_of_many_classes_what_is_confused_is_listed(tmp_path):
 def many(tmp_path_factory):
     """A run with 20,000 classes, of which the scores of all test samples are 96 MB."""
     folder, rng = tmp_path_factory.mktemp("many"), np.random.default_rng(0)
-    y, tested = (np.where(rng.random(n) < 0.5, rng.integers(0, 9, n), rng.integers(0, 20_000, n)) for n in (900, 1200))
+    # Half of the samples are of classes that lie far from each other.
+    often = [7 + 2200 * rng.integers(0, 9, n) for n in (900, 1200)]
+    y, tested = (np.where(rng.random(len(one)) < 0.5, one, rng.integers(0, 20_000, len(one))) for one in often)
     x, x_test = (rng.normal(size=(len(labels), 5)).astype(np.float32) for labels in (y, tested))
     y[0] = 19_999
     np.savez(folder / "many.npz", x=x, y=y, x_test=x_test, y_test=tested)

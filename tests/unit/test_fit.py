@@ -7,15 +7,19 @@ import numpy as np
 import pytest
 from helpers.runs import run, usual_config
 
+from psmpi.backend import NumpyOps
 from psmpi.comm import memory
 from psmpi.comm.control import Control
 from psmpi.comm.memory import Limit, limits
-from psmpi.data import Dataset, Split
+from psmpi.data import Batch, Dataset, Split
+from psmpi.data.rows import ArrayRows
 from psmpi.data.split import frozen
 from psmpi.errors import UserError
 from psmpi.nn.zoo import make_network
 from psmpi.registry import find_method
 from psmpi.testing.world import run_ranks
+from psmpi.training import fit
+from psmpi.training.context import Context
 from psmpi.training.fit import Problem, check_fit, find_rooms
 from psmpi.training.masters import Masters
 
@@ -91,8 +95,9 @@ def test_the_least_number_of_ranks_that_is_told_fits_and_one_less_does_not(ranks
     assert advised >= 4 * HEAD / (room / each)
 
 
-def test_where_neither_is_enough_both_are_told():
+def test_where_neither_is_enough_both_are_told(monkeypatch):
     """A master of all weights is too much for any host: the workers have to own them, and there have to be more."""
+    monkeypatch.setattr(fit, "MOST", 32)
     said = refusal(2, *problem(), 200_000_000, 1)
     ranks, words = re.search(r"; start (\d+) ranks, each on a host with as much memory, and use (.*)$", said).groups()
     assert words == "--placement owner --colocate"
@@ -119,6 +124,28 @@ def test_every_method_is_refused_where_a_byte_is_lacking_and_not_where_none_is(m
         rooms = max(sum(needed[k : k + each]) for k in range(0, ranks, each))
         assert not refusal(ranks, *given, rooms, each)
         assert "of memory left, and this training needs" in refusal(ranks, *given, rooms - 1, each)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("method", ["psl", "data_parallel", "local_sgd", "dfa", "ist", "sil"])
+def test_with_many_classes_what_is_needed_is_most_of_what_is_held(method, ranks):
+    """And never more, on any rank."""
+    # Subnets of very many classes take long to plan.
+    model, classes = "head" if method == "psl" else "mlp", 150 if method == "ist" else 3000
+    kind, network, dataset, config = problem(method, model, classes, (60, 60))
+    values = np.zeros((400, 128), np.float32)
+    splits = [replace(split, source=ArrayRows(values[: split.n])) for split in (dataset.train, dataset.test)]
+    dataset = Dataset("mine", classes, (128,), *splits)
+
+    def work(world):
+        trained = kind(Context(world, network, dataset, config, NumpyOps()))
+        trained.step(Batch(np.arange(100)), 0.001)
+        trained.test()
+        return sum(trained.memory().values())
+
+    held, needed = run_ranks(ranks, work), total(kind, network, dataset, config, ranks)
+    assert all(need <= have for need, have in zip(needed, held, strict=True)), (needed, held)
+    assert sum(needed) >= 0.4 * sum(held), (needed, held)
 
 
 def test_rows_that_are_stepped_as_they_are_made_need_no_gradient():

@@ -17,7 +17,7 @@ from psmpi.nn.cut import split_layers
 from psmpi.nn.network import Network
 from psmpi.training.checks import check_classes, check_first_order, check_layers, check_slices, slices_are_normalized
 from psmpi.training.context import check_optimizer, configured_loss
-from psmpi.training.need import Need, added, passes_needed, samples_needed, vectors_needed
+from psmpi.training.need import Need, added, derivatives_needed, passes_needed, samples_needed, vectors_needed
 
 # The least and the largest value of labels at scale 1, and of activations.
 LAWS = {"uniform": (0.0, 1.0), "sign": (-1.0, 1.0), "gaussian": (-inf, inf), "orthogonal": (-inf, inf)}
@@ -174,6 +174,8 @@ def sil_needed(size: int, network: Network, dataset: Dataset, config: Config) ->
         needs = [vectors_needed(config, layout, shard, shard, shard)]
         for k in held:
             needs.append(passes_needed(config, network, max(config.data.batch_size, *pieces), layers=stages[k]))
+            units = int(np.prod(network.layers[stages[k][1] - 1].out_shape))
+            needs.append(derivatives_needed(config, config.data.batch_size * units))
             if k and s.hand_over in ("stored", "stale"):
                 inputs = int(np.prod(network.layers[stages[k][0]].in_shape))
                 needs.append({"samples": dtype.itemsize * dataset.train.n * inputs})
