@@ -227,7 +227,9 @@ def test_a_test_of_shards_makes_no_array_of_all_scores(name, ranks):
     def work(world):
         weights, ops = Mirror(restrict(w, shards[world.rank]).copy()), NumpyOps()
         group = Group(world, range(ranks), Counter())
-        return Evaluator(network, group, shards, weights, split, new_metric(), ops).run()
+        evaluator = Evaluator(network, group, shards, weights, split, new_metric(), ops)
+        assert evaluator.nbytes < 4 * classes * 100 / 2
+        return evaluator.run()
 
     expected = Model(network, layout, w, None, NumpyOps()).forward(values.T.copy()).scores
     expected = new_metric().sums(expected, split.labels)
