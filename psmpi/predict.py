@@ -127,7 +127,7 @@ def _predict(world: Any, control: Any, options: Options) -> None:
     from psmpi.errors import UserError
     from psmpi.nn.metric import TOP
     from psmpi.nn.zoo import make_network
-    from psmpi.predicted import Choices, Values, room
+    from psmpi.training.predictions import Choices, Values, room
     from psmpi.training.predictor import Predictor, calibrate, calibration_notes, calibration_split
 
     path = Path(options.checkpoint)

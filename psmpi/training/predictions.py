@@ -9,16 +9,13 @@ from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from math import sqrt
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 import numpy as np
 
 from psmpi.errors import UserError, counted
 from psmpi.nn.metric import TOP, largest
 from psmpi.output import Screen, tell
-
-if TYPE_CHECKING:
-    from psmpi.predict import Options
 
 # Classes whose confusion is a table; of more it is a list of pairs, of which so many are shown.
 TABLE, SHOWN = 40, 10
@@ -35,13 +32,13 @@ def room(out: str) -> AbstractContextManager[IO[bytes] | None]:
 class Found:
     """What is found of n samples, on rank 0.
 
-    targets: of the samples, None where they are not known; outputs: numbers of the classes or values that are
-    predicted, of `known` in all; file: where their values (n, outputs) of `dtype` are put, if anywhere.
+    options: of psmpi.predict; targets: of the samples, None where they are not known; outputs: numbers of the classes
+    or values that are predicted, of `known` in all; file: where their values (n, outputs) of `dtype` go, if anywhere.
     """
 
     def __init__(
         self,
-        options: Options,
+        options: Any,
         targets: Any,
         outputs: Sequence[int],
         known: int,
