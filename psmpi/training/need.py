@@ -87,9 +87,9 @@ def samples_needed(dataset: Dataset, trained: int, tested: int, batch: int) -> N
 
 
 def worker_needed(
-    config: Config, network: Network, dataset: Dataset, place: Worker, roles: Roles, tests: bool = True
+    config: Config, network: Network, dataset: Dataset, place: Worker, roles: Roles, tests: bool = True, trunk: int = 0
 ) -> Need:
-    """Of an `ElementWorker`, besides weights and gradients."""
+    """Of an `ElementWorker`, besides weights and gradients; arguments as its own."""
     own = place.classes
     share, trained = -(-config.data.batch_size // roles.rows), dataset.train.n
     batches = network.evaluation_batches(dataset.test.n) if tests else []
@@ -97,8 +97,8 @@ def worker_needed(
     tested = sum(sizes)
     if place.elements is not None:
         # Of the test samples, a class's first worker of a row takes care.
-        before = (w for w in roles.workers if w is not None and w.row == place.row and w.column < place.column)
-        if set(own) <= {c for w in before for c in w.classes}:
+        earlier = (w for w in roles.workers if w is not None and w.row == place.row and w.column < place.column)
+        if set(own) <= {c for w in earlier for c in w.classes}:
             tested = 0
         trained = int(np.isin(dataset.train.labels, list(own)).sum())
         mean = share * trained / dataset.train.n
@@ -108,5 +108,15 @@ def worker_needed(
     head = by_tiles(config, network, configured_loss(config, dataset), place, most, NumpyOps())
     derivatives = derivatives_needed(config, 0 if head else batch * len(own))
     classes = own if isinstance(own, range) else tuple(own)
-    passes = passes_needed(config, network, batch, classes, head=head)
-    return added(passes, derivatives, samples_needed(dataset, trained, tested, share))
+    peers = sum(w is not None and w.row == place.row for w in roles.workers)
+    if not trunk or peers == 1:
+        passes = passes_needed(config, network, batch, classes, head=head)
+        return added(passes, derivatives, samples_needed(dataset, trained, tested, share))
+    # A slice of each minibatch in the trunk, with what it gets back, and a slice to send and one that comes.
+    sliced = batch // peers
+    units = prod(network.layers[trunk - 1].out_shape)
+    tail = passes_needed(config, network, batch, classes, (trunk, len(network.layers)), head)
+    before = passes_needed(config, network, sliced, classes, (0, trunk))
+    exchanged = {"buffers": np.dtype(config.model.dtype).itemsize * units * (batch + 3 * sliced)}
+    tested = sum(n // peers for n in sizes)
+    return added(tail, before, exchanged, derivatives, samples_needed(dataset, trained, tested, share // peers))

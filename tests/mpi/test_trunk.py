@@ -1,5 +1,6 @@
 """Layers that all classes share, computed on slices of the minibatch: the training is that of one process."""
 
+import json
 from dataclasses import replace
 from unittest import mock
 
@@ -17,7 +18,7 @@ from psmpi.nn import tiles
 from psmpi.nn.cut import trunk_length
 from psmpi.nn.objective import Objective
 from psmpi.nn.zoo import make_network
-from psmpi.testing.conformance import Case, counters_equal_messages, memory_is_accounted_for
+from psmpi.testing.conformance import Case, counters_equal_messages
 from psmpi.training import trunk
 from psmpi.training.element_worker import ElementWorker
 
@@ -81,10 +82,23 @@ def test_a_minibatch_of_fewer_samples_than_ranks_is_computed_by_each(serial, tra
 @pytest.mark.parametrize(
     "more", [(), ("--batch-norm",), ("--model", "head", "--widths", "20", "--loss", "bce")], ids=str
 )
-def test_bytes_and_memory_are_those_that_are_said(tmp_path, more):
-    case = Case("psl", tmp_path, (*OWN, *SPLIT, *more))
-    counters_equal_messages(case)
-    memory_is_accounted_for(case)
+def test_bytes_are_those_that_are_said(tmp_path, more):
+    counters_equal_messages(Case("psl", tmp_path, (*OWN, *SPLIT, *more)))
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_memory_is_what_slices_need(tmp_path, ranks):
+    """Of what trunk and exchange hold on each rank, within a tenth: activations, buffers, samples."""
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(0, 255, (600, 1, 28, 28), np.uint8), np.arange(600) % 10
+    np.savez(tmp_path / "images.npz", x=x, y=y, x_test=x, y_test=y)
+    options = ("--dataset", tmp_path / "images.npz", "--batch-size", "300", *OWN, *SPLIT, "--json")
+    status, out, err = launch(ranks, "-m", "psmpi.bench", "memory", *options)
+    assert status == 0, err
+    for row in json.loads(out):
+        for what in ("activations", "buffers", "samples"):
+            assert row["needed"][what] > 5e5
+            assert 0.9 * row["needed"][what] <= row["held"][what] <= 1.1 * row["needed"][what], (what, row)
 
 
 def test_a_sample_s_features_go_out_and_their_gradients_come_back(train):

@@ -212,14 +212,16 @@ def _sliced(network: Network, workers: int) -> str:
 def psl_needed(size: int, network: Network, dataset: Dataset, config: Config) -> list[Need]:
     """What each of `size` ranks needs at least, see `Method.needed`."""
     layout = network.layout()
-    roles = make_plan(network, size, config).roles
-    found = []
+    plan, found = make_plan(network, size, config), []
+    roles = plan.roles
     for part, shard, worker in zip(roles.parts, roles.shards, roles.workers, strict=True):
         apart = shard.inside(part) is None
         vector = part.size + apart * shard.size
         rows = 0 if apart or worker is None else _stepped_at_once(network, layout, roles, dataset, config, shard)
         need = vectors_needed(config, layout, vector, vector - rows, shard.size)
-        found.append(need if worker is None else added(need, worker_needed(config, network, dataset, worker, roles)))
+        if worker is not None:
+            need = added(need, worker_needed(config, network, dataset, worker, roles, trunk=plan.trunk))
+        found.append(need)
     return found
 
 
