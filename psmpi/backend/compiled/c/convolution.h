@@ -1,9 +1,18 @@
 /* Convolutions in register blocks along the batch. Part of the template kernels.h. */
 
+/* Where vectors that go on from one column to the next lie: of each the lanes in its first column, VL where it has no
+ * other, where it begins, and the elements that the lanes of the second column lie further on. */
+typedef struct {
+    int lanes[2];
+    ptrdiff_t begin[2], on;
+} NAME(cut);
+
 /* Products of `nu` rows of weights with `nv` vectors along the batch, summed over three nested loops. In a step of loop
- * k the vectors advance by sv[k] elements and the weights by sw[k]. With some > 0 the only vector has `some` lanes. */
-INLINE void NAME(micro)(const int nu, const int nv, const int some, const int n[3], const R *v, const ptrdiff_t sv[3],
-                        const R *w, const ptrdiff_t sw[3], R *out, ptrdiff_t so, const R *bias, int add)
+ * k the vectors advance by sv[k] elements and the weights by sw[k]. With some > 0 the only vector has `some` lanes. The
+ * vectors follow each other, or lie where `cut` says. */
+INLINE void NAME(micro)(const int nu, const int nv, const int some, const NAME(cut) * cut, const int n[3], const R *v,
+                        const ptrdiff_t sv[3], const R *w, const ptrdiff_t sw[3], R *out, ptrdiff_t so, const R *bias,
+                        int add)
 {
     V acc[UNITS][2];
 #pragma GCC unroll 16
@@ -22,7 +31,9 @@ INLINE void NAME(micro)(const int nu, const int nv, const int some, const int n[
                 V x[2];
 #pragma GCC unroll 2
                 for (int k = 0; k < nv; k++)
-                    x[k] = some ? LOAD_SOME(pv, some) : LOAD(pv + k * VL);
+                    x[k] = cut    ? LOAD_CUT(pv + cut->begin[k], cut->lanes[k], cut->on)
+                           : some ? LOAD_SOME(pv, some)
+                                  : LOAD(pv + k * VL);
 #pragma GCC unroll 16
                 for (int u = 0; u < nu; u++) {
                     V weight = SET1(pw[u]);
@@ -52,11 +63,31 @@ static void NAME(block)(int nu, int nv, int some, const int n[3], const R *v, co
 #define ONE(u)                                                                                                         \
     case u:                                                                                                            \
         if (nv == 2)                                                                                                   \
-            NAME(micro)(u, 2, 0, n, v, sv, w, sw, out, so, bias, add);                                                 \
+            NAME(micro)(u, 2, 0, 0, n, v, sv, w, sw, out, so, bias, add);                                              \
         else if (!some)                                                                                                \
-            NAME(micro)(u, 1, 0, n, v, sv, w, sw, out, so, bias, add);                                                 \
+            NAME(micro)(u, 1, 0, 0, n, v, sv, w, sw, out, so, bias, add);                                              \
         else                                                                                                           \
-            NAME(micro)(u, 1, some, n, v, sv, w, sw, out, so, bias, add);                                              \
+            NAME(micro)(u, 1, some, 0, n, v, sv, w, sw, out, so, bias, add);                                           \
+        break;
+    switch (nu) {
+        ONE(1) ONE(2) ONE(3) ONE(4) ONE(5) ONE(6)
+#if UNITS > 6
+        ONE(7) ONE(8) ONE(9) ONE(10)
+#endif
+    }
+#undef ONE
+}
+
+/* And where the vectors are cut. */
+static void NAME(block_cut)(int nu, int nv, const NAME(cut) * cut, const int n[3], const R *v, const ptrdiff_t sv[3],
+                            const R *w, const ptrdiff_t sw[3], R *out, ptrdiff_t so, const R *bias)
+{
+#define ONE(u)                                                                                                         \
+    case u:                                                                                                            \
+        if (nv == 2)                                                                                                   \
+            NAME(micro)(u, 2, 0, cut, n, v, sv, w, sw, out, so, bias, 0);                                              \
+        else                                                                                                           \
+            NAME(micro)(u, 1, 0, cut, n, v, sv, w, sw, out, so, bias, 0);                                              \
         break;
     switch (nu) {
         ONE(1) ONE(2) ONE(3) ONE(4) ONE(5) ONE(6)
@@ -70,13 +101,64 @@ static void NAME(block)(int nu, int nv, int some, const int n[3], const R *v, co
 /* Where block number k of `blocks` equal ones of `n` rows begins. */
 #define EDGE(k, blocks, n) ((int)((int64_t)(k) * (n) / (blocks)))
 
+/* Of so many vectors' lanes a column's batch fills a part; columns side by side, whose batches follow each other, fill
+ * more of them. The columns, 1, 2 or 4, that leave the fewest lanes empty. */
+static int NAME(together)(const shape_t *s)
+{
+    int best = 1;
+    if (s->first > 0 || s->last < s->batch || s->batch < VL)
+        return 1;
+    for (int g = 2; g <= 4 && g <= s->columns; g *= 2) {
+        const int more = (g * s->batch + VL - 1) / VL, before = (best * s->batch + VL - 1) / VL;
+        best = more * best < before * g ? g : best;
+    }
+    return best;
+}
+
+/* conv_forward of one stripe and columns [j0, j1), `g` at a time: these are a multiple of g. */
+static void NAME(forward_columns)(const shape_t *s, int j0, int j1, int g, const R *xs, const R *pack, const R *bias,
+                                  R *ys)
+{
+    const int k2 = s->kernel * s->kernel, taps = s->n_in * k2, blocks = (s->n + UNITS - 1) / UNITS;
+    const ptrdiff_t plane = (ptrdiff_t)s->height * s->width * s->batch, out = (ptrdiff_t)s->rows * s->columns * s->batch;
+    const ptrdiff_t row = (ptrdiff_t)s->width * s->batch, step = (ptrdiff_t)s->stride * s->batch;
+    const int last = g > 1 ? g * s->batch : s->last;
+    for (int f = g > 1 ? 0 : s->first; f < last;) {
+        const int left = last - f, nv = left >= 2 * VL ? 2 : 1, some = left < VL ? left : 0, column = f / s->batch;
+        NAME(cut) cut = {{VL, VL}, {0, 0}, step - s->batch};
+        int cuts = 0;
+        for (int k = 0; k < nv && !some; k++) {
+            const int at = f + k * VL, c = at / s->batch, here = s->batch - at % s->batch;
+            cut.begin[k] = k * VL + (c - column) * cut.on;
+            cut.lanes[k] = here < VL ? here : VL;
+            cuts |= here < VL || c > column;
+        }
+        for (int i = 0; i < s->rows; i++)
+            for (int j = j0; j < j1; j += g)
+                for (int block = 0; block < blocks; block++) {
+                    const int u0 = EDGE(block, blocks, s->n), nu = EDGE(block + 1, blocks, s->n) - u0;
+                    const int n[3] = {s->n_in, s->kernel, s->kernel};
+                    const ptrdiff_t sv[3] = {plane, row, s->batch};
+                    const ptrdiff_t sw[3] = {(ptrdiff_t)k2 * nu, (ptrdiff_t)s->kernel * nu, nu};
+                    const R *v = xs + i * s->stride * row + (j + column) * step + (f - (ptrdiff_t)column * s->batch);
+                    R *into = ys + u0 * out + ((ptrdiff_t)i * s->columns + j) * s->batch + f;
+                    const R *w = pack + (ptrdiff_t)u0 * taps, *b = bias ? bias + u0 : 0;
+                    if (cuts)
+                        NAME(block_cut)(nu, nv, &cut, n, v, sv, w, sw, into, out, b);
+                    else
+                        NAME(block)(nu, nv, some, n, v, sv, w, sw, into, out, b, 0);
+                }
+        f += some ? some : nv * VL;
+    }
+}
+
 /* y (units, rows, columns, batch) = bias + correlation of x (channels, height, width, batch) with kernels
  * (units, n_in, kernel, kernel), for one segment. pack: scratch of n x n_in x kernel^2 elements. */
 void NAME(conv_forward)(const shape_t *s, const R *x, const R *kernels, const R *bias, R *y, R *pack)
 {
     const int k2 = s->kernel * s->kernel, taps = s->n_in * k2, blocks = (s->n + UNITS - 1) / UNITS;
     const ptrdiff_t plane = (ptrdiff_t)s->height * s->width * s->batch, out = (ptrdiff_t)s->rows * s->columns * s->batch;
-    const ptrdiff_t row = (ptrdiff_t)s->width * s->batch;
+    const int g = NAME(together)(s), even = s->columns / g * g;
     for (int stripe = 0; stripe < s->count; stripe++) {
         const int unit = s->out + stripe * s->n;
         const R *xs = x + (s->source + stripe * s->source_step) * plane, *ks = kernels + (ptrdiff_t)unit * taps;
@@ -87,22 +169,8 @@ void NAME(conv_forward)(const shape_t *s, const R *x, const R *kernels, const R 
                 for (int t = 0; t < taps; t++)
                     packed[(ptrdiff_t)t * nu + u] = ks[(ptrdiff_t)(u0 + u) * taps + t];
         }
-        for (int b = s->first; b < s->last;) {
-            const int left = s->last - b, nv = left >= 2 * VL ? 2 : 1, some = left < VL ? left : 0;
-            for (int i = 0; i < s->rows; i++)
-                for (int j = 0; j < s->columns; j++)
-                    for (int block = 0; block < blocks; block++) {
-                        const int u0 = EDGE(block, blocks, s->n), nu = EDGE(block + 1, blocks, s->n) - u0;
-                        const int n[3] = {s->n_in, s->kernel, s->kernel};
-                        const ptrdiff_t sv[3] = {plane, row, s->batch};
-                        const ptrdiff_t sw[3] = {(ptrdiff_t)k2 * nu, (ptrdiff_t)s->kernel * nu, nu};
-                        const R *v = xs + i * s->stride * row + (ptrdiff_t)j * s->stride * s->batch + b;
-                        R *into = y + (unit + u0) * out + ((ptrdiff_t)i * s->columns + j) * s->batch + b;
-                        NAME(block)(nu, nv, some, n, v, sv, pack + (ptrdiff_t)u0 * taps, sw, into, out,
-                                    bias ? bias + unit + u0 : 0, 0);
-                    }
-            b += some ? some : nv * VL;
-        }
+        NAME(forward_columns)(s, 0, even, g, xs, pack, bias ? bias + unit : 0, y + unit * out);
+        NAME(forward_columns)(s, even, s->columns, 1, xs, pack, bias ? bias + unit : 0, y + unit * out);
     }
 }
 
@@ -163,6 +231,8 @@ INLINE void NAME(products)(const int nu, const int nt, const shape_t *s, const R
     V acc[ROWS][TAPS], sums[ROWS][TAPS];
     const R *px[TAPS];
     const ptrdiff_t row = (ptrdiff_t)s->stride * s->width * s->batch, step = (ptrdiff_t)s->stride * s->batch;
+    /* Batches of columns follow each other in dy: as one they leave the fewest lanes empty. */
+    const int all = s->columns * s->batch, together = s->batch >= VL;
     const int whole = s->batch / VL * VL, some = s->batch - whole;
     int since = 0;
 #pragma GCC unroll 8
@@ -170,7 +240,51 @@ INLINE void NAME(products)(const int nu, const int nt, const shape_t *s, const R
 #pragma GCC unroll 8
         for (int t = 0; t < nt; t++)
             acc[u][t] = sums[u][t] = SET1((R)0);
-    for (int i = 0; i < s->rows; i++)
+    for (int i = 0; together && i < s->rows; i++) {
+        const R *d = dy + (ptrdiff_t)i * all;
+        ptrdiff_t at = i * row;
+        for (int f = 0, b = 0; f < all; f += VL) {
+            const int left = all - f, here = s->batch - b;
+            V v[TAPS];
+            if (here >= VL) {
+#pragma GCC unroll 8
+                for (int t = 0; t < nt; t++)
+                    v[t] = LOAD(x + taps[t] + at);
+            } else if (left >= VL) {
+#pragma GCC unroll 8
+                for (int t = 0; t < nt; t++)
+                    v[t] = LOAD_CUT(x + taps[t] + at, here, step - s->batch);
+            } else {
+#pragma GCC unroll 8
+                for (int t = 0; t < nt; t++)
+                    v[t] = LOAD_SOME(x + taps[t] + at, left);
+            }
+#pragma GCC unroll 8
+            for (int u = 0; u < nu; u++) {
+                V g = left >= VL ? LOAD(d + u * sd + f) : LOAD_SOME(d + u * sd + f, left);
+#pragma GCC unroll 8
+                for (int t = 0; t < nt; t++)
+                    acc[u][t] = FMA(g, v[t], acc[u][t]);
+            }
+            b += VL;
+            at += VL;
+            if (b >= s->batch) {
+                b -= s->batch;
+                at += step - s->batch;
+            }
+            if (++since >= FLUSH) {
+                since = 0;
+#pragma GCC unroll 8
+                for (int u = 0; u < nu; u++)
+#pragma GCC unroll 8
+                    for (int t = 0; t < nt; t++) {
+                        sums[u][t] += acc[u][t];
+                        acc[u][t] = SET1((R)0);
+                    }
+            }
+        }
+    }
+    for (int i = 0; !together && i < s->rows; i++)
         for (int j = 0; j < s->columns; j++) {
             const R *d = dy + ((ptrdiff_t)i * s->columns + j) * s->batch;
 #pragma GCC unroll 8

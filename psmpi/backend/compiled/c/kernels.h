@@ -42,11 +42,13 @@
 #undef LOAD
 #undef STORE
 #undef LOAD_SOME
+#undef LOAD_CUT
 #undef STORE_SOME
 #undef SET1
 #undef FMA
 #undef SUM
 #undef MASK
+#undef REST
 #undef ROOT
 #undef INTEGER
 #undef MANTISSA
