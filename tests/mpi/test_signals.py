@@ -196,7 +196,9 @@ def test_a_process_that_waits_in_a_library_ends_at_a_later_signal(tmp_path):
 
 def test_a_closed_terminal_ends_programs_that_do_not_train():
     """Libraries of MPI catch SIGHUP, and do nothing."""
-    code = "import time\nfrom psmpi.comm import world\nworld.start()\nprint('ready', flush=True)\ntime.sleep(30)\n"
+    # Whoever starts the tests may have told them to ignore it.
+    code = "import signal, time\nsignal.signal(signal.SIGHUP, signal.SIG_DFL)\nfrom psmpi.comm import world\n"
+    code += "world.start()\nprint('ready', flush=True)\ntime.sleep(30)\n"
     process = start(1, "-c", code)
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGHUP)
