@@ -114,7 +114,9 @@ def check(config: Config, said: Collection[str] = ()) -> None:
     if model.widths and model.model not in ("mlp", "head", "resnet"):
         raise UserError(f"--widths are those of --model mlp, head and resnet; --model {model.model} has its own")
     if not 0 <= model.scale <= 1e6:
-        raise UserError(f"--scale {model.scale:g}: expected a number above 0, usually 16 to 64, or 0 for none")
+        raise UserError(
+            f"--scale {model.scale:g}: expected a number above 0 up to 1e6, usually 16 to 64, or 0 for none"
+        )
     if not 0 <= loss.margin <= LARGEST[loss.margin_kind]:
         what = "an angle from 0 to pi/2" if loss.margin_kind == "arcface" else "a number from 0 to 2"
         raise UserError(f"--margin {loss.margin:g}: expected {what} with --margin-kind {loss.margin_kind}")

@@ -105,7 +105,7 @@ class Head:
         rows, found = labels[own], np.zeros((1, len(labels)))
         weights = self.weights[rows]
         found[0, own] = np.einsum("sf,fs->s", weights, features[:, own], dtype=np.float64)
-        if self.scale:
+        if self.scale and len(rows):
             factors = np.empty(len(rows), self.dtype)
             self.ops.row_factors(weights[None], EPS, self.scale, factors[None])
             found[0, own] *= factors

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import ceil, prod, sqrt
+from math import prod
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -91,7 +91,8 @@ def worker_needed(
 ) -> Need:
     """Of an `ElementWorker`, besides weights and gradients; arguments as its own."""
     own = place.classes
-    share, trained = -(-config.data.batch_size // roles.rows), dataset.train.n
+    share, trained = config.data.batch_size // roles.rows, dataset.train.n
+    largest = -(-config.data.batch_size // roles.rows)
     batches = network.evaluation_batches(dataset.test.n) if tests else []
     sizes = [batches[k].stop - batches[k].start for k in np.array_split(np.arange(len(batches)), roles.rows)[place.row]]
     tested = sum(sizes)
@@ -101,10 +102,10 @@ def worker_needed(
         if set(own) <= {c for w in earlier for c in w.classes}:
             tested = 0
         trained = int(np.isin(dataset.train.labels, list(own)).sum())
-        mean = share * trained / dataset.train.n
-        share = min(share, trained, ceil(mean + 4 * sqrt(mean)))
+        # There may come more of its classes.
+        share = share * trained // dataset.train.n
     batch = max(1, share, *sizes)
-    most = max(1, share, *(at.stop - at.start for at in batches))
+    most = max(1, largest, *(at.stop - at.start for at in batches))
     head = by_tiles(config, network, configured_loss(config, dataset), place, most, NumpyOps())
     derivatives = derivatives_needed(config, 0 if head else batch * len(own))
     classes = own if isinstance(own, range) else tuple(own)

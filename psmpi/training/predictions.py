@@ -14,6 +14,7 @@ from typing import IO, Any
 import numpy as np
 
 from psmpi.errors import UserError, counted
+from psmpi.nn.finite import spans
 from psmpi.nn.metric import TOP, largest
 from psmpi.output import Screen, tell
 
@@ -189,7 +190,7 @@ def _show(found: dict[str, Any]) -> None:
 
     tell(f"{found['checkpoint']}: {counted(found['samples'], 'sample')} of {found['dataset']} ({found['split']})")
     if "accuracy" not in found:
-        which = f"classes {' '.join(map(str, found['classes']))}"
+        which = f"classes {spans(found['classes'])}"
         tell(f"scores of {which}; no accuracy (it needs labels, and the scores of all classes)")
         return
     more = f", label among the 5 largest scores {100 * found['top5']:.2f} %" if "top5" in found else ""

@@ -334,6 +334,9 @@ def test_rows_of_unit_length_are_those_of_the_reference(m, dtype, device):
     near(rows, expected, TOLERANCE[dtype])
     device("project_rows", (6, 4), (256,), 3, m, ours, *steps, rows, 3.0, out, 6 * (m + 1), *steps)
     near(out, gradient, 30 * TOLERANCE[dtype])
+    w[1, 2] = np.finfo(dtype).max / 4
+    device("row_factors", (6,), (256,), 3, m, device.of(w), *steps, 0.5, 3.0, rows)
+    assert np.isnan(rows).tolist() == [[False] * 3, [False, False, True]]
 
 
 @runs

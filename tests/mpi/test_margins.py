@@ -168,6 +168,24 @@ def test_tiles_on_any_ranks_make_the_steps_of_all_scores_on_one(name, margin, tr
         assert same_run(whole, train(ranks, *options, "--colocate", *more))
 
 
+@pytest.mark.parametrize(("name", "margin"), [("psl", ()), ("nll", ("--margin", "0.3"))], ids=str)
+def test_a_rank_may_have_no_label_of_a_minibatch(name, margin, train, tmp_path, monkeypatch):
+    """Of two samples, and of many ranks some in any minibatch."""
+    monkeypatch.setattr(tiles, "tile_size", lambda batch: 3)
+    options = (*save_many(tmp_path), "--loss", name, "--scale", "8", *margin, "--batch-size", "2", "--max-steps", "5")
+    assert same_run(train(1, *options), train(4, *options, "--colocate"))
+
+
+def test_features_beyond_the_dtype_are_told(tmp_path):
+    """Not made vectors of zeros, which learn nothing."""
+    rng = np.random.default_rng(0)
+    x, y = rng.random((60, 5)).astype(np.float32), np.arange(60) % 6
+    x[7] = 1e25
+    np.savez(tmp_path / "huge.npz", x=x, y=y, x_test=x[10:30], y_test=y[10:30])
+    said = refused("--dataset", tmp_path / "huge.npz", "--model", "head", "--scale", "8", "--loss", "nll")
+    assert "the loss is not a finite number" in said and "cosine1.unit is the first to put out NaN" in said
+
+
 def refused(*words):
     status, _, err = run(1, "-m", "psmpi.train", "--epochs", "1", *words)
     assert status == 1 and "Traceback" not in err

@@ -70,7 +70,7 @@ def test_files_of_ones_own_need_no_labels(trained, tmp_path):
     np.savez(tmp_path / "x.npz", x=x)
     options = (trained, "--dataset", tmp_path / "x.npz", "--split", "all", "--out", tmp_path / "p.csv")
     out = predict(1, *options)
-    assert "30 samples" in out and "no accuracy" in out
+    assert "30 samples" in out and "scores of classes 0-9; no accuracy" in out
     rows = list(csv.DictReader((tmp_path / "p.csv").read_text().splitlines()))
     predict(1, trained, "--out", tmp_path / "p.npz")
     expected = np.load(tmp_path / "p.npz")

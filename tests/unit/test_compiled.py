@@ -335,6 +335,12 @@ def test_rows_of_unit_length_are_those_of_the_reference(m, level, dtype):
     OPS.project_rows(w, expected, 3.0, gradient)
     ops.project_rows(w, expected, 3.0, g)
     assert far(g, gradient) <= TOLERANCE[dtype]
+    # A row whose length is beyond the dtype has none.
+    w[1, 2] = np.finfo(dtype).max / 4
+    for each in (OPS, ops):
+        with np.errstate(over="ignore"):
+            each.row_factors(w, 0.5, 3.0, found)
+        assert np.isnan(found).tolist() == [[False] * 3, [False, False, True]]
     with pytest.raises(ValueError, match="contiguous rows"):
         ops.row_factors(np.repeat(w, 2, axis=-1)[..., ::2], 0.5, 3.0, found)
 

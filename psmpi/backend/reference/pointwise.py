@@ -111,11 +111,13 @@ class Pointwise(Arrays):
         dy *= (gamma * scale)[:, None]
 
     def row_factors(self, w: np.ndarray, eps: float, scale: float, out: np.ndarray) -> None:
-        """out (count, n) = scale / sqrt(|row|^2 + eps) of the rows of w (count, n, m)."""
+        """out (count, n) = scale / sqrt(|row|^2 + eps) of the rows of w (count, n, m); NaN where a square overflows."""
         np.einsum("...j,...j->...", w, w, out=out)
+        lost = np.isinf(out)
         out += eps
         np.sqrt(out, out=out)
         np.divide(scale, out, out=out)
+        out[lost] = np.nan
 
     def project_rows(self, w: np.ndarray, factors: np.ndarray, scale: float, g: np.ndarray) -> None:
         """g (k, count, n, m) loses its share along the rows of w (count, n, m): g -= f^2 <g, w> w, f = factors / scale.

@@ -14,11 +14,10 @@ from typing import Annotated, Any, ClassVar, Literal
 import numpy as np
 
 from psmpi.comm.transfers import Message, Step, Subnets
-from psmpi.comm.transfers.strips import shard_rows
 from psmpi.config import Config, Least
 from psmpi.data import Batch, Dataset
 from psmpi.errors import UserError
-from psmpi.layout import Runs, replicate
+from psmpi.layout import Runs, even_edges, replicate
 from psmpi.methods.ist.dealer import Dealer
 from psmpi.nn.network import Network
 from psmpi.training.checks import check_first_order, check_slices
@@ -144,9 +143,11 @@ class IndependentSubnets(Method):
         dealer = make_dealer(network, len(workers), config)
         layout, travel = network.layout(), config.of(Settings).optimizer_state == "travel"
         found: list[Need] = [{} for _ in range(size)]
-        shards = shard_rows(layout, len(holders)) if len(holders) > 1 else [Runs(((0, layout.size),))]
-        for rank, shard in zip(holders, shards, strict=True):
-            found[rank] = vectors_needed(config, layout, shard.size, 0, shard.size * travel, counted=True)
+        edges = [(p.unit_size, even_edges(p.units, len(holders))) for p in layout.parameters]
+        for number, rank in enumerate(holders):
+            # What `shard_rows` deals to it.
+            shard = sum(size * (rows[number + 1] - rows[number]) for size, rows in edges)
+            found[rank] = vectors_needed(config, layout, shard, 0, shard * travel, counted=True)
         for number, rank in enumerate(workers):
             subnet, inner = dealer.networks[number], dealer.layouts[number]
             roles = replicate(inner, len(workers))

@@ -73,7 +73,7 @@ void NAME(normalize)(int rows, ptrdiff_t m, const R *x, double eps, R *out, R *s
     }
 }
 
-/* out (count, rows) = scale / sqrt(|row|^2 + eps) of rows of m at w + i sw + j tw. */
+/* out (count, rows) = scale / sqrt(|row|^2 + eps) of rows of m at w + i sw + j tw; NaN where the square overflows. */
 void NAME(row_factors)(int count, int rows, ptrdiff_t m, const R *w, ptrdiff_t sw, ptrdiff_t tw, double eps,
                        double scale, R *out)
 {
@@ -82,7 +82,7 @@ void NAME(row_factors)(int count, int rows, ptrdiff_t m, const R *w, ptrdiff_t s
             const R *row = w + i * sw + j * tw;
             double square;
             NAME(long_sums)(1, m, row, row, &square);
-            *out++ = (R)(scale / __builtin_sqrt(square + eps));
+            *out++ = (R)(scale / __builtin_sqrt(square + eps) + (square - square));
         }
 }
 

@@ -63,7 +63,8 @@ extern "C" __global__ void normalize_back(long long m, const T *__restrict__ x, 
     }
 }
 
-/* out (count, n) = scale / sqrt(|row|^2 + eps) of rows of m at w + i sw + j tw. Grid: (count n,). */
+/* out (count, n) = scale / sqrt(|row|^2 + eps) of rows of m at w + i sw + j tw; NaN where the square overflows. Grid:
+ * (count n,). */
 extern "C" __global__ void row_factors(long long n, long long m, const T *__restrict__ w, long long sw, long long tw,
                                        double eps, double scale, T *__restrict__ out)
 {
@@ -75,7 +76,7 @@ extern "C" __global__ void row_factors(long long n, long long m, const T *__rest
         squares.add(row[q] * row[q]);
     const double square = block_sum<NORM_THREADS>(squares.value(), room);
     if (threadIdx.x == 0)
-        out[blockIdx.x] = (T)(scale / sqrt(square + eps));
+        out[blockIdx.x] = (T)(scale / sqrt(square + eps) + (square - square));
 }
 
 /* Rows of m at g + k rg + i sg + j tg lose their share along those at w + i sw + j tw: g -= f^2 <g, w> w with f =
