@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -89,10 +90,14 @@ class Problem:
         """Whether `size` ranks can train, and have the memory that they need."""
         try:
             self.kind.check(size, self.network, self.dataset, config)
-            needs = self.kind.needed(size, self.network, self.dataset, config)
+            return not self.lacks(config, rooms, size)
         except UserError:
             return False
-        return all(room.lacks(needs) <= 0 for room in rooms)
+
+    def lacks(self, config: Config, rooms: Sequence[Room], size: int) -> bool:
+        """Whether `size` ranks need more memory than there is; UserError where they cannot train at all."""
+        needs = self.kind.needed(size, self.network, self.dataset, config)
+        return any(room.lacks(needs) > 0 for room in rooms)
 
     def least(self, placed: Callable[[int], Config], like: Room) -> int:
         """The least number of ranks that fit on hosts like this one, with as many ranks each; 0 where none do.
@@ -101,11 +106,19 @@ class Problem:
         """
         each = len(like.ranks)
 
+        def hosts(size: int) -> list[Room]:
+            return [Room("", tuple(range(a, min(a + each, size))), like.nbytes) for a in range(0, size, each)]
+
         def fits(size: int) -> bool:
-            hosts = [Room("", tuple(range(a, min(a + each, size))), like.nbytes) for a in range(0, size, each)]
-            return self.fits(placed(size), hosts, size)
+            return self.fits(placed(size), hosts(size), size)
 
         for size in range(1, FEW + 1):
+            if size == each + 1:
+                with suppress(UserError):
+                    # On full hosts no fewer do where so many lack memory.
+                    self.kind.check(MOST, self.network, self.dataset, placed(MOST))
+                    if self.lacks(placed(MOST), hosts(MOST), MOST):
+                        return 0
             if fits(size):
                 return size
         low, high = FEW, 2 * FEW
