@@ -11,6 +11,7 @@ import argparse
 import numpy as np
 
 from psmpi.data import open_split
+from psmpi.errors import UserError
 from psmpi.training.predictor import fetch
 
 PIECE = 1000
@@ -52,4 +53,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        raise SystemExit(f"{error}") from None
