@@ -56,7 +56,19 @@ INLINE void NAME(micro)(const int nu, const int nv, const int some, const NAME(c
         }
 }
 
-/* The same for any nu, with constants where the compiler needs them. */
+/* ONE(nu) for any nu, with constants where the compiler needs them. */
+#if UNITS > 6
+#define ANY(nu)                                                                                                        \
+    switch (nu) {                                                                                                      \
+        ONE(1) ONE(2) ONE(3) ONE(4) ONE(5) ONE(6) ONE(7) ONE(8) ONE(9) ONE(10)                                         \
+    }
+#else
+#define ANY(nu)                                                                                                        \
+    switch (nu) {                                                                                                      \
+        ONE(1) ONE(2) ONE(3) ONE(4) ONE(5) ONE(6)                                                                      \
+    }
+#endif
+
 static void NAME(block)(int nu, int nv, int some, const int n[3], const R *v, const ptrdiff_t sv[3], const R *w,
                         const ptrdiff_t sw[3], R *out, ptrdiff_t so, const R *bias, int add)
 {
@@ -69,16 +81,11 @@ static void NAME(block)(int nu, int nv, int some, const int n[3], const R *v, co
         else                                                                                                           \
             NAME(micro)(u, 1, some, 0, n, v, sv, w, sw, out, so, bias, add);                                           \
         break;
-    switch (nu) {
-        ONE(1) ONE(2) ONE(3) ONE(4) ONE(5) ONE(6)
-#if UNITS > 6
-        ONE(7) ONE(8) ONE(9) ONE(10)
-#endif
-    }
+    ANY(nu)
 #undef ONE
 }
 
-/* And where the vectors are cut. */
+/* block, of vectors that are cut. */
 static void NAME(block_cut)(int nu, int nv, const NAME(cut) * cut, const int n[3], const R *v, const ptrdiff_t sv[3],
                             const R *w, const ptrdiff_t sw[3], R *out, ptrdiff_t so, const R *bias)
 {
@@ -89,14 +96,11 @@ static void NAME(block_cut)(int nu, int nv, const NAME(cut) * cut, const int n[3
         else                                                                                                           \
             NAME(micro)(u, 1, 0, cut, n, v, sv, w, sw, out, so, bias, 0);                                              \
         break;
-    switch (nu) {
-        ONE(1) ONE(2) ONE(3) ONE(4) ONE(5) ONE(6)
-#if UNITS > 6
-        ONE(7) ONE(8) ONE(9) ONE(10)
-#endif
-    }
+    ANY(nu)
 #undef ONE
 }
+
+#undef ANY
 
 /* Where block number k of `blocks` equal ones of `n` rows begins. */
 #define EDGE(k, blocks, n) ((int)((int64_t)(k) * (n) / (blocks)))
@@ -229,22 +233,21 @@ INLINE void NAME(products)(const int nu, const int nt, const shape_t *s, const R
                            const ptrdiff_t *taps, R *out, ptrdiff_t so)
 {
     V acc[ROWS][TAPS], sums[ROWS][TAPS];
-    const R *px[TAPS];
     const ptrdiff_t row = (ptrdiff_t)s->stride * s->width * s->batch, step = (ptrdiff_t)s->stride * s->batch;
-    /* Batches of columns follow each other in dy: as one they leave the fewest lanes empty. */
-    const int all = s->columns * s->batch, together = s->batch >= VL;
-    const int whole = s->batch / VL * VL, some = s->batch - whole;
+    /* Batches of columns follow each other in dy: as one they leave the fewest lanes empty. Smaller ones than a vector,
+     * which could reach over more than two columns, are by themselves. */
+    const int runs = s->batch < VL ? s->columns : 1, size = s->columns / runs * s->batch;
     int since = 0;
 #pragma GCC unroll 8
     for (int u = 0; u < nu; u++)
 #pragma GCC unroll 8
         for (int t = 0; t < nt; t++)
             acc[u][t] = sums[u][t] = SET1((R)0);
-    for (int i = 0; together && i < s->rows; i++) {
-        const R *d = dy + (ptrdiff_t)i * all;
-        ptrdiff_t at = i * row;
-        for (int f = 0, b = 0; f < all; f += VL) {
-            const int left = all - f, here = s->batch - b;
+    for (int k = 0; k < s->rows * runs; k++) {
+        const R *d = dy + (ptrdiff_t)k * size;
+        ptrdiff_t at = k / runs * row + k % runs * step;
+        for (int f = 0, b = 0; f < size; f += VL) {
+            const int left = size - f, here = s->batch - b;
             V v[TAPS];
             if (here >= VL) {
 #pragma GCC unroll 8
@@ -284,53 +287,6 @@ INLINE void NAME(products)(const int nu, const int nt, const shape_t *s, const R
             }
         }
     }
-    for (int i = 0; !together && i < s->rows; i++)
-        for (int j = 0; j < s->columns; j++) {
-            const R *d = dy + ((ptrdiff_t)i * s->columns + j) * s->batch;
-#pragma GCC unroll 8
-            for (int t = 0; t < nt; t++)
-                px[t] = x + taps[t] + i * row + j * step;
-            for (int first = 0; first < s->batch; first += FLUSH * VL) {
-                const int last = first + FLUSH * VL < whole ? first + FLUSH * VL : whole;
-                for (int b = first; b < last; b += VL) {
-                    V v[TAPS];
-#pragma GCC unroll 8
-                    for (int t = 0; t < nt; t++)
-                        v[t] = LOAD(px[t] + b);
-#pragma GCC unroll 8
-                    for (int u = 0; u < nu; u++) {
-                        V g = LOAD(d + u * sd + b);
-#pragma GCC unroll 8
-                        for (int t = 0; t < nt; t++)
-                            acc[u][t] = FMA(g, v[t], acc[u][t]);
-                    }
-                }
-                if (some && first + FLUSH * VL >= s->batch) {
-                    V v[TAPS];
-#pragma GCC unroll 8
-                    for (int t = 0; t < nt; t++)
-                        v[t] = LOAD_SOME(px[t] + whole, some);
-#pragma GCC unroll 8
-                    for (int u = 0; u < nu; u++) {
-                        V g = LOAD_SOME(d + u * sd + whole, some);
-#pragma GCC unroll 8
-                        for (int t = 0; t < nt; t++)
-                            acc[u][t] = FMA(g, v[t], acc[u][t]);
-                    }
-                }
-                since += last > first ? (last - first) / VL : 1;
-                if (since >= FLUSH) {
-                    since = 0;
-#pragma GCC unroll 8
-                    for (int u = 0; u < nu; u++)
-#pragma GCC unroll 8
-                        for (int t = 0; t < nt; t++) {
-                            sums[u][t] += acc[u][t];
-                            acc[u][t] = SET1((R)0);
-                        }
-                }
-            }
-        }
 #pragma GCC unroll 8
     for (int u = 0; u < nu; u++)
 #pragma GCC unroll 8
