@@ -156,8 +156,8 @@ def _train(world: World, control: Control, config: Config, own: str, layers: str
     from psmpi.config import to_toml, without_anew
     from psmpi.output import Screen
     from psmpi.registry import find_method
+    from psmpi.training.capacity import check_capacity
     from psmpi.training.context import Context
-    from psmpi.training.fit import check_fit
     from psmpi.training.folder import RunFolder
     from psmpi.training.loop import Loop, show_places
     from psmpi.training.method import Place
@@ -200,7 +200,7 @@ def _train(world: World, control: Control, config: Config, own: str, layers: str
         with threadpool_limits(threads), np.errstate(all="ignore"):
             ops = _backend(world, config, threads)
             # What a device holds is not of the host's memory.
-            check_fit(control, kind, network, dataset, config, [] if ops.on_device else limits())
+            check_capacity(control, kind, network, dataset, config, [] if ops.on_device else limits())
             method = kind(Context(world, network, dataset, config, ops))
             place = json.dumps([socket.gethostname(), *vars(method.place()).values()])
             places = [json.loads(text) for text in control.collect_texts(place)]

@@ -36,17 +36,17 @@ class Room(NamedTuple):
         return sum(_total(needs[rank]) for rank in self.ranks) - self.nbytes
 
 
-def check_fit(
+def check_capacity(
     control: Control, kind: Any, network: Network, dataset: Dataset, config: Config, own: Sequence[Limit]
 ) -> None:
     """UserError on rank 0 where ranks need more memory than their hosts have; all ranks make this call.
 
     kind: the method's class; own: this rank's limits. Ranks that have none, and methods that do not say what they need,
-    are taken to fit.
+    are taken to capacity.
     """
     texts = control.collect_texts(json.dumps(own), most=4000)
     if control.rank == 0:
-        Problem(kind, network, dataset).check(config, find_rooms([json.loads(text) for text in texts]), len(texts))
+        Candidate(kind, network, dataset).check(config, find_rooms([json.loads(text) for text in texts]), len(texts))
 
 
 def find_rooms(everyone: Sequence[Sequence[Sequence[Any]]]) -> list[Room]:
@@ -61,7 +61,7 @@ def find_rooms(everyone: Sequence[Sequence[Sequence[Any]]]) -> list[Room]:
 
 
 @dataclass(frozen=True)
-class Problem:
+class Candidate:
     """A method, by its class, with a network and its data, on any number of ranks."""
 
     kind: Any

@@ -23,7 +23,7 @@ from psmpi.nn.objective import Objective
 from psmpi.nn.tiles import Head, TiledObjective, is_tiled
 from psmpi.training.class_sums import ClassSums
 from psmpi.training.context import Context
-from psmpi.training.evaluator import evaluate
+from psmpi.training.evaluator import evaluate, evaluate_by_tiles
 from psmpi.training.remembered import Remembered
 from psmpi.training.trunk import Trunk
 
@@ -281,17 +281,16 @@ class ElementWorker:
     def test(self) -> np.ndarray:
         """This rank's share of the metric's sums over the row's slice of the test split."""
         if self.head is not None:
-            return self._test_by_tiles(self.head)
+            return evaluate_by_tiles(
+                self.metric, self.test_batches, self.head, self._test_features, self._test_targets, self.classes,
+                self.part,
+            )  # fmt: skip
         return evaluate(self.metric, self.test_batches, self._test_scores, self._test_targets, self.ops, self.part)
 
-    def _test_by_tiles(self, head: Head) -> np.ndarray:
-        """The same where no array of all scores is ever made."""
-        totals = self.metric.zeros()
-        for at in self.test_batches:
-            ids = np.arange(at.start, at.stop)
-            features = self.model.forward(self._bring(self.test_samples, ids)).scores.reshape(-1, len(ids))
-            totals += self.metric.sums_by_tiles(head, features, self._test_targets(ids), self.classes, self.part)
-        return totals
+    def _test_features(self, ids: np.ndarray) -> np.ndarray:
+        """The features (inputs, b) that the head makes scores of test samples from."""
+        features: np.ndarray = self.model.forward(self._bring(self.test_samples, ids)).scores
+        return features
 
     def _test_targets(self, ids: np.ndarray) -> np.ndarray:
         """Labels of test samples, or values of the outputs tested here."""

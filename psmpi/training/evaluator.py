@@ -42,6 +42,24 @@ def evaluate(
     return totals
 
 
+def evaluate_by_tiles(
+    metric: Metric,
+    batches: Iterable[slice],
+    head: Head,
+    features: Callable[[np.ndarray], np.ndarray],
+    targets: Callable[[np.ndarray], np.ndarray],
+    classes: np.ndarray,
+    part: ScorePart | None = None,
+) -> np.ndarray:
+    """`evaluate` without an array of all scores: `head` makes those of `classes` from features(ids), (inputs, b)."""
+    totals = metric.zeros()
+    for at in batches:
+        ids = np.arange(at.start, at.stop)
+        found = features(ids).reshape(-1, len(ids))
+        totals += metric.sums_by_tiles(head, found, targets(ids), classes, part)
+    return totals
+
+
 class Evaluator:
     """The metric's sums over a split, of which each rank of `group` takes some minibatches.
 
@@ -92,14 +110,10 @@ class Evaluator:
                 # One by one: what went in makes room for what comes out.
                 held[k] = self._kept(model.forward(x).scores)
         model, inputs, targets = self.whole or self._gathered(last), iter(held), self.samples.targets
+        found = (model.forward(x).scores for x in inputs)
         if self.classes is None:
-            scores = (model.forward(x).scores for x in inputs)
-            return evaluate(self.metric, self.batches, lambda _: next(scores), targets, self.ops)
-        head, totals = Head(model), self.metric.zeros()
-        for at, x in zip(self.batches, inputs, strict=True):
-            features = model.forward(x).scores.reshape(-1, x.shape[-1])
-            totals += self.metric.sums_by_tiles(head, features, targets(np.arange(at.start, at.stop)), self.classes)
-        return totals
+            return evaluate(self.metric, self.batches, lambda _: next(found), targets, self.ops)
+        return evaluate_by_tiles(self.metric, self.batches, Head(model), lambda _: next(found), targets, self.classes)
 
     def _sample(self, at: slice) -> np.ndarray:
         x = self.ops.empty(self.split.features * (at.stop - at.start), self.dtype).reshape(self.split.features, -1)

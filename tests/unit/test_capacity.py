@@ -18,9 +18,9 @@ from psmpi.errors import UserError
 from psmpi.nn.zoo import make_network
 from psmpi.registry import find_method
 from psmpi.testing.world import run_ranks
-from psmpi.training import fit
+from psmpi.training import capacity
+from psmpi.training.capacity import Candidate, check_capacity, find_rooms
 from psmpi.training.context import Context
-from psmpi.training.fit import Problem, check_fit, find_rooms
 from psmpi.training.masters import Masters
 
 CLASSES, GB = 400_000, 10**9
@@ -48,7 +48,7 @@ def refusal(ranks, kind, network, dataset, config, nbytes, each):
     def work(world):
         host = world.rank // each
         own = [Limit(f"key {host}", f"host n{host}", nbytes)]
-        check_fit(Control(world), kind, network, dataset, config, own)
+        check_capacity(Control(world), kind, network, dataset, config, own)
         # Where rank 0 is not content the others are ended here.
         world.Barrier()
 
@@ -97,7 +97,7 @@ def test_the_least_number_of_ranks_that_is_told_fits_and_one_less_does_not(ranks
 
 def test_where_neither_is_enough_both_are_told(monkeypatch):
     """A master of all weights is too much for any host: the workers have to own them, and there have to be more."""
-    monkeypatch.setattr(fit, "MOST", 32)
+    monkeypatch.setattr(capacity, "MOST", 32)
     said = refusal(2, *problem(), 200_000_000, 1)
     ranks, words = re.search(r"; start (\d+) ranks, each on a host with as much memory, and use (.*)$", said).groups()
     assert words == "--placement owner --colocate"
@@ -161,12 +161,12 @@ def test_rows_that_are_stepped_as_they_are_made_need_no_gradient():
 def test_ranks_that_know_of_no_limit_are_not_refused():
     kind, *more = problem("data_parallel")
     assert not find_rooms([[], []])
-    Problem(kind, *more[:2]).check(more[2], [], 2)
+    Candidate(kind, *more[:2]).check(more[2], [], 2)
     # One host of two says what it has.
     rooms = find_rooms([[], [("b", "host b", 1000)], [("b", "host b", 1001)]])
     assert [room.ranks for room in rooms] == [(1, 2)] and rooms[0].nbytes == 1001
     with pytest.raises(UserError, match="host b has 0"):
-        Problem(kind, *more[:2]).check(more[2], rooms, 3)
+        Candidate(kind, *more[:2]).check(more[2], rooms, 3)
 
 
 def test_a_training_is_refused_once_and_before_it_holds_anything(tmp_path, monkeypatch):
