@@ -1,4 +1,4 @@
-"""Whether the ranks of a training have the memory that they need at least, and if not, what would do."""
+"""The check that ranks have the memory that a training needs at least, and advice where they have not."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ class Cost:
 
     @property
     def time(self) -> float:
-        """In multiplications: ranks compute at the same time, and then exchange."""
+        """The time of a step in multiplications: ranks compute at the same time, and then exchange."""
         return self.macs + BALANCE * self.nbytes
 
     def __str__(self) -> str:
@@ -51,7 +51,7 @@ class Arrangement:
 
 
 def arrangements(network: Network, workers: int, least: int, replicas: int) -> Iterator[Arrangement]:
-    """Those of so many workers; least: the fewest rows there can be; replicas: rows if given, else 0."""
+    """The arrangements of so many workers; least: the fewest rows there can be; replicas: rows if given, else 0."""
     most = least if network.normalized else workers
     for rows in [replicas] if replicas else range(least, most + 1):
         if rows in (replicas, least) or workers % rows == 0:
