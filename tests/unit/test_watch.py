@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 from psmpi.comm.control import Control
+from psmpi.comm.watch import watch as watch_module
 from psmpi.comm.watch.flight import NO_GROUP, Flight, recorded
 from psmpi.comm.watch.link import (
     ASK,
@@ -392,6 +393,48 @@ def test_watches_of_a_world_of_ranks_begin_and_end(capfd):
     assert all(one[0] == Patience(60.0, 1800.0, 1.0, 15.0) and one[1] == [0, 1] and one[2] == 32 for one in found)
     assert not {one.name for one in set(threading.enumerate()) - before if one.name.startswith("watch")}
     assert capfd.readouterr() == ("", "")
+
+
+def test_watches_that_do_not_begin_leave_no_socket(monkeypatch, capfd):
+    """Where another rank ends the job while addresses are collected, and where the system has no thread left."""
+    made = []
+
+    def note(**options):
+        made.append(Datagrams(**options))
+        return made[-1]
+
+    monkeypatch.setattr(watch_module, "Datagrams", note)
+
+    def leave(world):
+        control = Control(recorded(world))
+        if world.rank == 1:
+            control.collect_texts(json.dumps(Process.own()))
+            control.share("")
+            raise ValueError("this rank ends the job")
+        with watched(control, 60.0, 1800.0):
+            raise AssertionError
+
+    with pytest.raises(ValueError, match="this rank ends the job"):
+        run_ranks(2, leave)
+    assert [one.socket for one in made] == [None]
+
+    make = Watch.__init__
+
+    def without_thread(self, *words, **options):
+        make(self, *words, **options)
+        self.thread.start = refuse
+
+    def refuse():
+        raise RuntimeError("can't start new thread")
+
+    def go_on(world):
+        with watched(Control(recorded(world)), 60.0, 1800.0) as watch:
+            return watch
+
+    monkeypatch.setattr(Watch, "__init__", without_thread)
+    assert run_ranks(2, go_on) == [None, None]
+    assert [one.socket for one in made] == [None, None, None]
+    assert "is not watched: can't start new thread" in capfd.readouterr().err
 
 
 def test_one_rank_and_no_warnings_have_no_watch():

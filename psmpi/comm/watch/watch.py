@@ -100,7 +100,13 @@ class Watch:
         self.thread = threading.Thread(target=self._run, name=f"watch of rank {rank}", daemon=True)
 
     def start(self) -> None:
-        self.thread.start()
+        """Begin the thread; a RuntimeError where the system has none left."""
+        try:
+            self.thread.start()
+        except RuntimeError:
+            self.datagrams.close()
+            self._close_pipe()
+            raise
 
     def close(self) -> None:
         """Tell monitors that this rank leaves, and end the thread."""
@@ -109,8 +115,11 @@ class Watch:
             os.write(self.waker, b"x")
         self.thread.join(JOIN)
         if not self.thread.is_alive():
-            os.close(self.wake)
-            os.close(self.waker)
+            self._close_pipe()
+
+    def _close_pipe(self) -> None:
+        os.close(self.wake)
+        os.close(self.waker)
 
     def _run(self) -> None:
         # Signals are for the thread that trains, whose waits they end.
@@ -333,16 +342,18 @@ def _connect(control: Control, warn: float, abort: float) -> Watch:
     apart = (rank for rank, one in enumerate(processes) if one.host != processes[0].host)
     ranks = [0, next(apart, 1)]
     datagrams = Datagrams(local=len({one.network for one in processes}) == 1)
-    own = datagrams.addresses[:20] if control.rank in ranks else []
-    texts = control.collect_texts(json.dumps(own))
-    said = [os.urandom(32).hex(), [texts[rank] for rank in ranks]] if control.rank == 0 else []
-    token, found = json.loads(control.share(json.dumps(said)))
+    with contextlib.ExitStack() as unused:
+        # Another rank may end the job meanwhile.
+        unused.callback(datagrams.close)
+        own = datagrams.addresses[:20] if control.rank in ranks else []
+        texts = control.collect_texts(json.dumps(own))
+        said = [os.urandom(32).hex(), [texts[rank] for rank in ranks]] if control.rank == 0 else []
+        token, found = json.loads(control.share(json.dumps(said)))
+        unused.pop_all()
     monitors = {
         rank: [(str(host), int(port)) for host, port in json.loads(text)]
         for rank, text in zip(ranks, found, strict=True)
     }
     interval = max(min(1.0, warn / 4), control.size / 200)
     patience = Patience(warn, abort, interval, max(15.0, 5 * interval))
-    return Watch(
-        control.flight, control.rank, processes, patience, bytes.fromhex(token), monitors, datagrams
-    )  # fmt: skip
+    return Watch(control.flight, control.rank, processes, patience, bytes.fromhex(token), monitors, datagrams)
