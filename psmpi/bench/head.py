@@ -14,6 +14,7 @@ import numpy as np
 
 from psmpi.backend import make_backend
 from psmpi.errors import UserError
+from psmpi.nn.head import Head
 from psmpi.nn.losses import LOSSES, make_loss
 from psmpi.nn.model import Model
 from psmpi.nn.network import build
@@ -109,13 +110,15 @@ def own_step(loss: str, classes: int, features: int, batch: int, scale: float, t
     layout = network.layout()
     rows, x, labels = _problem(classes, features, batch)
     w, g = ops.zeros(layout.size, dtype), ops.zeros(layout.size, dtype)
-    model = Model(network, layout, w, g, ops, head=True)
+    model = Model(network, layout, w, g, ops, tiled=True)
     name, in_tiles = loss.removesuffix(IN_TILES), loss.endswith(IN_TILES)
     made = make_loss(name, dtype, outputs=classes)
     made.scale = scale
     objective = TiledObjective(made, model)
     objective.below = True
-    objective.head.weights[...] = rows
+    head = objective.tail
+    assert isinstance(head, Head)
+    head.weights[...] = rows
     del rows
     objective.reserve(classes, batch)
     optimizer = make_optimizer("adam", layout.size, dtype, Hyper(), ops)
@@ -132,7 +135,7 @@ def own_step(loss: str, classes: int, features: int, batch: int, scale: float, t
         if not in_tiles:
             optimizer.step(w, g, LR, lambda values: values)
 
-    return step, objective.head.weights
+    return step, head.weights
 
 
 def pytorch_step(classes: int, features: int, batch: int, scale: float) -> tuple[Call, Any]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from psmpi.layout import Classes, split_evenly
+from psmpi.layout import Classes, Each, split_evenly
 from psmpi.nn.layers.chain import leaves, uses_of
+from psmpi.nn.layers.dense import Dense
 from psmpi.nn.network import Network
 
 
@@ -31,8 +32,8 @@ def cut_stages(network: Network) -> list[tuple[int, int]]:
     return split_layers(network, len(starts(network)))
 
 
-def trunk_length(network: Network) -> int:
-    """The number of leading layers all of whose outputs every score depends on; 0 where none of them has weights.
+def shared_length(network: Network) -> int:
+    """The number of leading layers all of whose outputs every score depends on.
 
     A layer that goes with the one that follows it is not among them.
     """
@@ -44,4 +45,34 @@ def trunk_length(network: Network) -> int:
         found += 1
     while found and layers[found - 1].leads:
         found -= 1
-    return found if any(layer.linear for layer in leaves(layers[:found])) else 0
+    return found
+
+
+def trunk_length(network: Network) -> int:
+    """`shared_length` of a network, 0 where none of these layers has weights."""
+    found = shared_length(network)
+    return found if any(layer.linear for layer in leaves(network.layers[:found])) else 0
+
+
+def has_head(network: Network) -> bool:
+    """Whether the network ends in a dense layer in one group, all inputs of which every class sees."""
+    last = network.layers[-1]
+    return isinstance(last, Dense) and last.groups == 1
+
+
+def tail_of(network: Network) -> tuple[int, int] | None:
+    """(first, behind the last) of the layers that every class has for itself, from outputs that all classes see.
+
+    Those are the last layer of a network that `has_head`, and else all behind the shared ones, where each of their
+    units is one class's and all classes have as many. None where that is not so.
+    """
+    layers, everyone, each = network.layers, Classes.of(range(network.classes)), Each(0, network.classes)
+    if has_head(network):
+        return len(layers) - 1, len(layers)
+    first, uses = shared_length(network), uses_of(layers, network.score_uses())
+    for layer, users in zip(layers[first:], uses[first:], strict=True):
+        if users != ((0, layer.out_shape[0], everyone if layer.leads else each),):
+            return None
+    if layers[first].sources(uses[first]) != ((0, layers[first].in_shape[0], everyone),):
+        return None
+    return first, len(layers)

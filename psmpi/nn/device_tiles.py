@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 
 from psmpi.backend import NumpyOps
+from psmpi.nn.cut import has_head
+from psmpi.nn.head import Head
 from psmpi.nn.layers.cosine import Cosine
 from psmpi.nn.losses import Loss, OverClasses
 from psmpi.nn.model import Model
 from psmpi.nn.network import Network
 from psmpi.nn.objective import GRADIENT_LIMIT, Objective
-from psmpi.nn.tiles import LEAST, Head, has_head, rows_of
+from psmpi.nn.tail import LEAST
 
 # Scores of a tile: enough for a device to be busy with; with their derivatives they take 50 MB in float32.
 ELEMENTS = 1 << 22
@@ -55,12 +57,14 @@ class DeviceTiledObjective(Objective):
     scaled at once, as in `Objective`.
     """
 
+    tail: DeviceHead
+
     def __init__(self, loss: Loss, model: Model, others: OverClasses | None = None):
         super().__init__(loss, model, others)
         assert self.fused is not None
-        self.head = DeviceHead(model)
-        self.g_weights, biases = rows_of(self.head.part, self.head.part.g)
-        self.g_biases = biases if self.head.part.bias else None
+        self.tail = DeviceHead(model)
+        self.g_weights = self.tail.g_weights
+        self.g_biases = self.tail.g_biases if self.tail.part.bias else None
         # Whether anything before the head has weights.
         self.below = model.hands_on or model.chain.lowest < len(model.parts)
         self.terms = "terms" in loss.sums
@@ -120,7 +124,7 @@ class DeviceTiledObjective(Objective):
         """Fill the rest of the model's gradient from that of the features."""
         model, finished = self.model, self.model.finished
         if finished is not None:
-            finished(self.head.part.number)
+            finished(model.behind)
         assert model.g is not None
         if self.below:
             model.backward(tape, self._dh(tape.scores), dx=dx)
@@ -145,7 +149,7 @@ class DeviceTiledObjective(Objective):
 
     def _find(self, features: Any, labels: Any, known: Any) -> None:
         """This rank's share of what is known before."""
-        head = self.head
+        head = self.tail
         if not self.loss.gathers:
             self.device.head_labels(features, labels, head.weights, head.biases, known)
             return
@@ -155,7 +159,7 @@ class DeviceTiledObjective(Objective):
 
     def _make(self, features: Any, labels: Any, scale: float) -> None:
         """One pass over the tiles: reports, sums of terms, and gradients without what these add."""
-        head, loss, device, b = self.head, self.loss, self.device, len(labels)
+        head, loss, device, b = self.tail, self.loss, self.device, len(labels)
         one_pass = device.fused(f"{loss.name}_loss")
         settings = (scale, loss.kappa, loss.tangent, loss.limit is None, loss.offset(head.classes))
         rest, rests = self._sums(b)[:2] if self.terms else (None, None)
@@ -183,4 +187,4 @@ class DeviceTiledObjective(Objective):
         device.close_head(features, labels, rest, self.reports, self.tile, self.g_weights, self.g_biases, report)
         if self.below and rest is not None:
             last, dh = self.reports[-1], self._dh(features)
-            device.close_features(labels, rest, self.head.weights, last, report, dh)
+            device.close_features(labels, rest, self.tail.weights, last, report, dh)

@@ -12,6 +12,7 @@ from psmpi.layout import Classes, Layout, Runs
 
 if TYPE_CHECKING:
     from psmpi.nn.model import Model
+    from psmpi.nn.tail import Tail
 
 # Parameters that a message names, and runs of their units; the rest are counted.
 MOST, RUNS = 3, 4
@@ -89,11 +90,11 @@ def find_parameters(layout: Layout, runs: Runs, vector: np.ndarray) -> str:
     return f"{' and '.join(found)}{f' and {more} more' if more else ''} ({kind_of(vector)})"
 
 
-def find_cause(model: Model) -> Cause:
+def find_cause(model: Model, tail: Tail | None = None) -> Cause:
     """The cause of a loss that is not finite: the model's last pass, looked at again from the samples on.
 
     Samples, then weights, then the outputs of one layer after the other, which are computed anew in arrays of their
-    own: what a later layer has overwritten is seen too.
+    own: what a later layer has overwritten is seen too. tail: of a model that is `tiled`.
     """
     tape, ops = model.last, model.ops
     if tape is None or not tape.outputs:
@@ -110,23 +111,37 @@ def find_cause(model: Model) -> Cause:
     weights = find_parameters(model.layout, model.part, ops.host(model.w))
     if weights:
         return Cause("weights", weights)
-    for part, output in model.trace(x) if model.alone else ():
-        y = ops.host(output)
-        columns = _columns(y)
-        if columns:
-            rows = np.flatnonzero(~np.isfinite(y).reshape(len(y), -1).all(axis=1)).tolist()
-            scores = part is model.parts[-1] and model.ends and len(y) == len(model.classes)
-            classes: Sequence[int] = [model.classes[k] for k in rows] if scores else model.classes
-            own = of_classes(classes, model.layout.classes) if model.ends or not model.begins else ""
-            count = f"{len(rows)} of {len(y)} units, " if len(rows) < len(y) and not scores else ""
-            text = f"layer {part.layer.name}{own} is the first to put out {kind_of(y)}, in {count}"
-            return Cause(
-                "layer", f"{text}{len(columns)} of {y.shape[-1]} samples", columns, FEW * len(columns) <= y.shape[-1]
-            )
-    if model.head is not None:
-        # Its outputs are nowhere all at once.
-        return Cause("loss", f"all weights and the outputs of all layers before {model.head.layer.name} are finite")
+    if model.alone:
+        everyone = model.classes if model.ends or not model.begins else ()
+        features = x
+        for part, features in model.trace(x):
+            scores = part is model.parts[-1] and model.ends and len(features) == len(model.classes)
+            found = _first_output(part.layer.name, ops.host(features), everyone, scores, model.layout.classes)
+            if found is not None:
+                return found
+        tiles = tail.trace(features.reshape(-1, x.shape[-1])) if tail is not None else ()
+        for at, part, output in tiles:
+            found = _first_output(part.layer.name, ops.host(output), model.classes[at], True, model.layout.classes)
+            if found is not None:
+                return found
     return Cause("loss", "all weights and the outputs of all layers are finite, the loss of these is beyond float64")
+
+
+def _first_output(layer: str, y: np.ndarray, classes: Sequence[int], apart: bool, all_of: int) -> Cause | None:
+    """The cause that outputs y (units, ..., b) of a layer are, if one is not finite.
+
+    classes: those that use the units, `apart`: each its own, as many as any other, one after the other.
+    """
+    columns = _columns(y)
+    if not columns:
+        return None
+    rows = np.flatnonzero(~np.isfinite(y).reshape(len(y), -1).all(axis=1))
+    if apart:
+        each = len(y) // len(classes)
+        classes = [classes[k] for k in np.unique(rows // each).tolist()]
+    count = f"{len(rows)} of {len(y)} units, " if len(rows) < len(y) and not (apart and each == 1) else ""
+    text = f"layer {layer}{of_classes(classes, all_of)} is the first to put out {kind_of(y)}, in {count}"
+    return Cause("layer", f"{text}{len(columns)} of {y.shape[-1]} samples", columns, FEW * len(columns) <= y.shape[-1])
 
 
 def _columns(values: np.ndarray) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ import numpy as np
 from psmpi.nn.losses import Loss, OverClasses
 
 if TYPE_CHECKING:
-    from psmpi.nn.tiles import Head
+    from psmpi.nn.tail import Tail
 
 # With more classes than this, samples are counted too whose label is among so many largest scores.
 TOP = 5
@@ -79,21 +79,21 @@ class Metric:
         return np.array([value, *places, len(above) * counts], np.float64)
 
     def sums_by_tiles(
-        self, head: Head, features: np.ndarray, labels: np.ndarray, classes: np.ndarray, part: ScorePart | None = None
+        self, tail: Tail, features: np.ndarray, labels: np.ndarray, classes: np.ndarray, part: ScorePart | None = None
     ) -> np.ndarray:
-        """`sums` of scores that `head` makes tile by tile from features (inputs, b).
+        """`sums` of scores that `tail` makes tile by tile from features (inputs, b).
 
         Tiles are made twice: what is known of all classes comes first.
 
-        classes: (n,) the numbers of the head's, consecutive.
+        classes: (n,) the numbers of the tail's, consecutive.
         """
         own = labels - classes[0]
-        summary = head.normalizers(features, own)
+        summary = tail.normalizers(features, own)
         if not self.loss.gathers:
             summary = summary[-1:]
         given = summary if part is None else part.others.summed(summary, own)
         value, above = 0.0, np.zeros(len(labels))
-        for first, scores in head.tiles(features):
+        for first, scores in tail.tiles(features):
             value += self.loss.value(scores, own - first, 1.0, given=given)
             above += count_above(scores, labels, given[-1], classes[first : first + len(scores)])
         return self._found(value, above, part)

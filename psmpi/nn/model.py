@@ -9,10 +9,10 @@ import numpy as np
 
 from psmpi.backend import NumpyOps
 from psmpi.layout import Layout, Runs
+from psmpi.nn.cut import tail_of
 from psmpi.nn.layers import Part, SampleSums, Site
 from psmpi.nn.layers.base import Total
 from psmpi.nn.layers.chain import Chain, Room, Tape, room_bytes
-from psmpi.nn.layers.linear import LinearPart
 from psmpi.nn.layers.workspace import Workspace
 from psmpi.nn.network import Network
 
@@ -26,8 +26,9 @@ class Model:
     alone: the model goes from the outputs of the layer before the first to those of the last, and the part is of these
     layers, or with `beside` still of all, whose other weights are those of models beside this one.
     space: the workspace of another model, to be shared with it. total: sums over the ranks that compute with the other
-    slices of each minibatch, for layers that state such sums; on the host. With `head` passes end before the last one,
-    a dense one, and `head` is its part: whoever computes with it does so class by class (psmpi.nn.tiles).
+    slices of each minibatch, for layers that state such sums; on the host. With `tiled` passes end before the layers
+    that every class has for itself, `tail` (first, behind the last), which are computed by tiles of classes
+    (psmpi.nn.tiles).
 
     A pass is a `Tape`. Its arrays are those of a room: by default the model's own, which the next pass overwrites;
     passes that are open at once go through rooms of their own (`open`).
@@ -47,7 +48,7 @@ class Model:
         beside: bool = False,
         space: Workspace | None = None,
         total: Total | None = None,
-        head: bool = False,
+        tiled: bool = False,
     ):
         self.network, self.layout, self.ops = network, layout, ops
         if classes is None:
@@ -65,6 +66,10 @@ class Model:
         self.w, self.g, self.dtype = w, g, w.dtype
         # Whether inputs are samples, and outputs scores.
         first, behind = layers or (0, len(network.layers))
+        self.tail = tail_of(network) if tiled else None
+        if self.tail is not None:
+            behind = self.tail[0]
+            layers = first, behind
         self.begins, self.ends = first == 0, behind == len(network.layers)
         # Whether backward passes hand on the gradient of the inputs.
         self.hands_on = beside and not self.begins
@@ -73,25 +78,27 @@ class Model:
         self.shared = space is not None
         self.space = space or Workspace(ops, self.dtype)
         stages = network.stages(self.classes, fold=fold, layers=layers)
-        units = int(stages[0].inputs.sum()) if stages else network.in_shape[0]
-        in_shape = (units, *(stages[0].layer.in_shape[1:] if stages else network.in_shape[1:]))
+        in_shape = network.layers[first].in_shape if first < len(network.layers) else network.in_shape
+        if stages:
+            in_shape = (int(stages[0].inputs.sum()), *stages[0].layer.in_shape[1:])
         site = Site(layout, self.part, ops, self.space, self.dtype, total)
-        self.head: LinearPart | None = None
-        if head:
-            last = stages.pop()
-            made = last.layer.part(last, site)
-            assert isinstance(made, LinearPart)
-            self.head, self.ends = made, False
-            made.bind(w, g)
         self.chain = Chain(stages, site, in_shape)
         self.chain.bind(w, g)
-        for number, part in enumerate(self.walk()):
-            part.number = number
+        # The number behind those of its parts: that of a tail.
+        self.behind = 0
+        for part in self.walk():
+            part.number = self.behind
+            self.behind += 1
         self.room = Room(0)
         # The last pass through it.
         self.last: Tape | None = None
         # Gradients that are to be added to g.
         self.more: tuple[np.ndarray, list[object]] | None = None
+
+    def move(self, w: np.ndarray, g: np.ndarray | None) -> None:
+        """Compute with other vectors from now on, of the same sizes."""
+        self.w, self.g = w, g
+        self.chain.bind(w, g)
 
     @property
     def parts(self) -> list[Part]:
@@ -99,10 +106,8 @@ class Model:
         return self.chain.parts
 
     def walk(self) -> Iterator[Part]:
-        """All parts, the head and those inside others too, in the order of forward."""
+        """All parts, those inside others too, in the order of forward."""
         yield from self.chain.walk()
-        if self.head is not None:
-            yield self.head
 
     @property
     def in_shape(self) -> tuple[int, ...]:
@@ -147,15 +152,21 @@ class Model:
         self.chain.reserve_backward(batch)
 
     def filled(self) -> list[tuple[int, int, int]]:
-        """(start, stop, number) of the runs of g that each part with weights fills in `backward`."""
+        """(start, stop, number) of the runs of g that each part with weights fills, and the tail, in `backward`."""
         found = []
         for part in self.walk():
             own = set() if part.layer.inner else {p.name for p in part.layer.parameters()}
-            runs = self.layout.runs_of_parameters(own) & self.part
-            places = self.part.places(runs.starts, runs.stops)
-            stops = places + runs.stops - runs.starts
-            found += [(a, b, part.number) for a, b in zip(places.tolist(), stops.tolist(), strict=True)]
+            found += self._places(self.layout.runs_of_parameters(own), part.number)
+        if self.tail is not None:
+            found += self._places(self.network.runs(self.layout, *self.tail), self.behind)
         return found
+
+    def _places(self, runs: Runs, number: int) -> list[tuple[int, int, int]]:
+        """(start, stop, number) of the local vector that runs of the flat one are."""
+        runs = runs & self.part
+        starts = self.part.places(runs.starts, runs.stops)
+        stops = starts + runs.stops - runs.starts
+        return [(a, b, number) for a, b in zip(starts.tolist(), stops.tolist(), strict=True)]
 
     @property
     def activation_bytes(self) -> int:

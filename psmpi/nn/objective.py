@@ -11,6 +11,7 @@ from psmpi.backend import Mirror, NumpyOps
 from psmpi.nn.layers.chain import Tape
 from psmpi.nn.losses import Loss, OverClasses, OverflowsError
 from psmpi.nn.model import Model
+from psmpi.nn.tail import Tail
 
 # The largest gradient component that a part hands out: its square, summed over thousands of ranks, stays in the dtype.
 GRADIENT_LIMIT = {np.dtype(np.float32): 2.0**50, np.dtype(np.float64): 2.0**400}
@@ -40,6 +41,8 @@ class Objective:
         # Where the loss is computed.
         self.where = self.ops if self.fused is not None else NumpyOps()
         self.finite = True
+        # What computes the last layers, where these go by tiles of classes.
+        self.tail: Tail | None = None
         self.ids: np.ndarray | None = None
         # Where passes begin with what other layers put out: these, and the samples of the minibatch that they are of.
         self.trunk: tuple[Model, slice] | None = None

@@ -13,14 +13,14 @@ from psmpi.comm.transfers import Message, Step
 from psmpi.config import Config
 from psmpi.data import Batch, Resident
 from psmpi.layout import Roles, Worker
-from psmpi.nn.device_tiles import DeviceHead, DeviceTiledObjective, has_device_tiles
+from psmpi.nn.device_tiles import DeviceTiledObjective, has_device_tiles
 from psmpi.nn.layers.chain import Tape
 from psmpi.nn.losses import Loss
 from psmpi.nn.metric import ScorePart
 from psmpi.nn.model import Model
 from psmpi.nn.network import Network
 from psmpi.nn.objective import Objective
-from psmpi.nn.tiles import Head, TiledObjective, is_tiled
+from psmpi.nn.tiles import TiledObjective, is_tiled
 from psmpi.training.class_sums import ClassSums
 from psmpi.training.context import Context
 from psmpi.training.evaluator import evaluate, evaluate_by_tiles
@@ -71,12 +71,10 @@ class ElementWorker:
             layers = trunk, len(network.layers)
         self.loss, self.metric = context.loss(), context.metric()
         tiled = by_tiles(context.config, network, self.loss, place, most, ops)
-        head, objective = (DeviceHead, DeviceTiledObjective) if ops.on_device else (Head, TiledObjective)
         self.model = Model(
             network, context.layout, w_part, g_part, ops, place.classes, layers=layers, beside=layers is not None,
-            head=tiled,
+            tiled=tiled,
         )  # fmt: skip
-        self.head = head(self.model) if tiled else None
         self.classes = np.array(place.classes)
         # This worker's number of each class, -1 of others.
         self.numbers = np.full(dataset.outputs, -1)
@@ -88,6 +86,7 @@ class ElementWorker:
             host = self.loss.fused(ops) is None
             group = context.group(row.ranks, bridge=Bridge()) if host else row
             self.sums = ClassSums(group, self.loss, counts, self.dtype, NumpyOps() if host else ops)
+        objective = DeviceTiledObjective if ops.on_device else TiledObjective
         self.objective = (objective if tiled else Objective)(self.loss, self.model, self.sums)
         # Where the loss remembers samples, whoever keeps what it does.
         self.remembered: Remembered | None = None
@@ -280,15 +279,15 @@ class ElementWorker:
 
     def test(self) -> np.ndarray:
         """This rank's share of the metric's sums over the row's slice of the test split."""
-        if self.head is not None:
+        tail = self.objective.tail
+        if tail is not None:
             return evaluate_by_tiles(
-                self.metric, self.test_batches, self.head, self._test_features, self._test_targets, self.classes,
-                self.part,
-            )  # fmt: skip
+                self.metric, self.test_batches, tail, self._test_features, self._test_targets, self.classes, self.part
+            )
         return evaluate(self.metric, self.test_batches, self._test_scores, self._test_targets, self.ops, self.part)
 
     def _test_features(self, ids: np.ndarray) -> np.ndarray:
-        """The features (inputs, b) that the head makes scores of test samples from."""
+        """The features (inputs, b) that scores of test samples are made from by tiles."""
         features: np.ndarray = self.model.forward(self._bring(self.test_samples, ids)).scores
         return features
 

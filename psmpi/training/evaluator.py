@@ -12,12 +12,13 @@ from psmpi.comm.group import Group
 from psmpi.comm.transfers import Gather
 from psmpi.data import Resident, Split
 from psmpi.layout import Runs
-from psmpi.nn.cut import cut_stages
+from psmpi.nn.cut import cut_stages, has_head, tail_of
 from psmpi.nn.layers.chain import leaves
 from psmpi.nn.metric import Metric, ScorePart
 from psmpi.nn.model import Model
 from psmpi.nn.network import Network
-from psmpi.nn.tiles import Head, is_tiled, tile_size
+from psmpi.nn.tail import Tail, classes_at_once
+from psmpi.nn.tiles import is_tiled, make_tail, tail_numbers
 
 
 def evaluate(
@@ -45,18 +46,18 @@ def evaluate(
 def evaluate_by_tiles(
     metric: Metric,
     batches: Iterable[slice],
-    head: Head,
+    tail: Tail,
     features: Callable[[np.ndarray], np.ndarray],
     targets: Callable[[np.ndarray], np.ndarray],
     classes: np.ndarray,
     part: ScorePart | None = None,
 ) -> np.ndarray:
-    """`evaluate` without an array of all scores: `head` makes those of `classes` from features(ids), (inputs, b)."""
+    """`evaluate` without an array of all scores: `tail` makes those of `classes` from features(ids), (inputs, b)."""
     totals = metric.zeros()
     for at in batches:
         ids = np.arange(at.start, at.stop)
         found = features(ids).reshape(-1, len(ids))
-        totals += metric.sums_by_tiles(head, found, targets(ids), classes, part)
+        totals += metric.sums_by_tiles(tail, found, targets(ids), classes, part)
     return totals
 
 
@@ -85,6 +86,8 @@ class Evaluator:
         # Of the largest minibatch of all, so that all ranks decide alike.
         self.most = max((at.stop - at.start for at in batches), default=0)
         tiled = metric.loss.weights == "none" and is_tiled(network, network.classes, self.most, ops, split.task)
+        # Layers are brought together one after the other, not a class's together.
+        tiled = tiled and (group.size == 1 or has_head(network))
         self.classes = np.arange(network.classes) if tiled else None
         # By the first rank's share, the largest, so that all ranks decide alike.
         ways = [[(0, len(network.layers))], *([cut_stages(network)] if group.size > 1 else [])]
@@ -98,7 +101,7 @@ class Evaluator:
             everything = Runs(((0, self.layout.size),))
             at = (everything - self.layout.dead).inside(everything)
             assert at is not None
-            self.whole = Model(network, self.layout, weights.array[at], None, ops, head=tiled)
+            self.whole = Model(network, self.layout, weights.array[at], None, ops, tiled=tiled)
 
     def run(self) -> np.ndarray:
         """The metric's sums over this rank's minibatches."""
@@ -113,7 +116,9 @@ class Evaluator:
         found = (model.forward(x).scores for x in inputs)
         if self.classes is None:
             return evaluate(self.metric, self.batches, lambda _: next(found), targets, self.ops)
-        return evaluate_by_tiles(self.metric, self.batches, Head(model), lambda _: next(found), targets, self.classes)
+        return evaluate_by_tiles(
+            self.metric, self.batches, make_tail(model), lambda _: next(found), targets, self.classes
+        )
 
     def _sample(self, at: slice) -> np.ndarray:
         x = self.ops.empty(self.split.features * (at.stop - at.start), self.dtype).reshape(self.split.features, -1)
@@ -132,19 +137,22 @@ class Evaluator:
         gather.forward(self.weights.host, w.host)
         w.push()
         w.settle()
-        head = self.classes is not None and stage == self.stages[-1]
-        return Model(self.network, self.layout, w.array, None, self.ops, layers=stage, head=head)
+        tiled = self.classes is not None and stage == self.stages[-1]
+        return Model(self.network, self.layout, w.array, None, self.ops, layers=stage, tiled=tiled)
 
     def _need(self, stages: Sequence[tuple[int, int]], batches: Sequence[slice]) -> int:
         """The most bytes at a time: of weights brought together, of what is held between stages, of one minibatch."""
         samples, found = sum(at.stop - at.start for at in batches), 0
         for first, behind in stages:
-            sizes = [prod(layer.out_shape) for layer in leaves(self.network.layers[first:behind])]
+            tail = tail_of(self.network) if self.classes is not None and behind == len(self.network.layers) else None
+            last = behind if tail is None else tail[0]
+            sizes = [prod(layer.out_shape) for layer in leaves(self.network.layers[first:last])]
             held = samples * prod(self.network.layers[first].in_shape)
             if behind < len(self.network.layers):
                 held = max(held, samples * sizes[-1])
-            elif self.classes is not None:
-                sizes[-1] = tile_size(self.most)
+            if tail is not None:
+                numbers = tail_numbers(self.network, tail)
+                sizes.append(numbers * classes_at_once(self.network.classes, self.most * numbers))
             weights = self.network.runs(self.layout, first, behind).size if self.group.size > 1 else 0
             found = max(found, held + self.most * sum(sizes) + weights)
         return found * self.dtype.itemsize

@@ -10,8 +10,11 @@ import numpy as np
 from psmpi.backend import NumpyOps
 from psmpi.backend.compiled import level
 from psmpi.layout import Layout, Roles, Runs, Worker
+from psmpi.nn.cut import has_head, tail_of
 from psmpi.nn.layers.chain import output_numbers, plan_buffers, workspace_numbers
 from psmpi.nn.network import Network
+from psmpi.nn.tail import classes_at_once
+from psmpi.nn.tiles import tail_numbers
 from psmpi.training.context import configured_loss, configured_optimizer
 from psmpi.training.element_worker import by_tiles
 
@@ -44,18 +47,25 @@ def pass_numbers(
     packed: bool,
     *,
     layers: tuple[int, int] | None = None,
-    head: bool = False,
+    tiled: bool = False,
 ) -> tuple[int, int]:
     """Numbers that the passes of the part of `classes` need for minibatches of `batch`: outputs, and all else.
 
     Outputs are those that are not written over their input; all else is what the layers say. packed: convolutions are
-    computed without windows; layers, head: as of `Model`.
+    computed without windows; layers, tiled: as of `Model`.
     """
+    tail = tail_of(network) if tiled else None
+    if tail is not None:
+        layers = layers[0] if layers else 0, tail[0]
     stages = network.stages(classes, layers=layers)
-    stages = stages[:-1] if head else stages
     pairs = list(zip(stages, plan_buffers(stages)[0], strict=True))
     held = sum(stage.layer.held(stage, batch, spot.writable, packed) for stage, spot in pairs)
-    return output_numbers(stages) * batch, held + sum(workspace_numbers(stages, batch).values())
+    outputs, besides = output_numbers(stages) * batch, held + sum(workspace_numbers(stages, batch).values())
+    if tail is not None and not has_head(network):
+        tile = classes_at_once(len(classes), batch * tail_numbers(network, tail))
+        more = pass_numbers(network, range(tile), batch, packed, layers=tail)
+        outputs, besides = outputs + more[0], besides + more[1]
+    return outputs, besides
 
 
 def passes_needed(
@@ -64,13 +74,13 @@ def passes_needed(
     batch: int,
     classes: range | tuple[int, ...] | None = None,
     layers: tuple[int, int] | None = None,
-    head: bool = False,
+    tiled: bool = False,
 ) -> Need:
     """Of the passes of a part, or of some layers, with the inputs of a minibatch; arguments as in `pass_numbers`."""
     size, packed = np.dtype(config.model.dtype).itemsize, config.parallel.backend != "numpy" and level() > 0
     inputs = prod(network.layers[layers[0]].in_shape if layers else network.in_shape)
     outputs, besides = pass_numbers(
-        network, range(network.classes) if classes is None else classes, batch, packed, layers=layers, head=head
+        network, range(network.classes) if classes is None else classes, batch, packed, layers=layers, tiled=tiled
     )
     return {"activations": size * (batch * inputs + outputs), "buffers": size * besides}
 
@@ -106,17 +116,17 @@ def worker_needed(
         share = share * trained // dataset.train.n
     batch = max(1, share, *sizes)
     most = max(1, largest, *(at.stop - at.start for at in batches))
-    head = by_tiles(config, network, configured_loss(config, dataset), place, most, NumpyOps())
-    derivatives = derivatives_needed(config, 0 if head else batch * len(own))
+    tiled = by_tiles(config, network, configured_loss(config, dataset), place, most, NumpyOps())
+    derivatives = derivatives_needed(config, 0 if tiled else batch * len(own))
     classes = own if isinstance(own, range) else tuple(own)
     peers = sum(w is not None and w.row == place.row for w in roles.workers)
     if not trunk or peers == 1:
-        passes = passes_needed(config, network, batch, classes, head=head)
+        passes = passes_needed(config, network, batch, classes, tiled=tiled)
         return added(passes, derivatives, samples_needed(dataset, trained, tested, share))
     # A slice of each minibatch in the trunk, with what it gets back, and a slice to send and one that comes.
     sliced = batch // peers
     units = prod(network.layers[trunk - 1].out_shape)
-    tail = passes_needed(config, network, batch, classes, (trunk, len(network.layers)), head)
+    tail = passes_needed(config, network, batch, classes, (trunk, len(network.layers)), tiled)
     before = passes_needed(config, network, sliced, classes, (0, trunk))
     exchanged = {"buffers": np.dtype(config.model.dtype).itemsize * units * (batch + 3 * sliced)}
     tested = sum(n // peers for n in sizes)

@@ -251,7 +251,7 @@ class Numbers:
             found = find_cause(model)
             if found.kind != "loss":
                 return self._named(found, None if objective.ids is None else objective.ids[at])
-        return self._named(find_cause(objective.model), objective.ids)
+        return self._named(find_cause(objective.model, objective.tail), objective.ids)
 
     def _named(self, cause: Cause, ids: np.ndarray | None) -> Cause:
         """With the numbers of samples in the data set."""

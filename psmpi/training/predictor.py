@@ -20,7 +20,7 @@ from psmpi.layout import Layout, make_grid
 from psmpi.nn.metric import largest
 from psmpi.nn.model import Model
 from psmpi.nn.network import Network
-from psmpi.nn.tiles import Head, is_tiled
+from psmpi.nn.tiles import is_tiled, make_tail
 
 # As many as tests in training take their statistics from; the means of fewer are over 3 % of a standard deviation off.
 FEW = 1000
@@ -119,8 +119,8 @@ class Predictor:
         self.w = np.empty(self.part.size, dtype)
         most = max(at.stop - at.start for at in network.evaluation_batches(FEW))
         tiled = top > 0 and is_tiled(network, len(mine), most, ops, "classes")
-        self.model = Model(network, layout, self.w, None, ops, mine, head=tiled)
-        self.head = Head(self.model) if tiled else None
+        self.model = Model(network, layout, self.w, None, ops, mine, tiled=tiled)
+        self.tail = make_tail(self.model) if tiled else None
 
     def run(self, split: Split, take: Callable[..., None] | None) -> None:
         """Call take(at, scores), on rank 0 alone, for the samples `at`, a slice, of each minibatch, in any order.
@@ -164,7 +164,7 @@ class Predictor:
     def _largest(self, x: np.ndarray) -> list[np.ndarray]:
         """The largest of this rank's scores, with their classes."""
         y = self.model.forward(x).scores
-        tiles = [(0, y)] if self.head is None else self.head.tiles(y.reshape(-1, x.shape[1]))
+        tiles = [(0, y)] if self.tail is None else self.tail.tiles(y.reshape(-1, x.shape[1]))
         scores, classes = np.empty((0, x.shape[1]), self.dtype), np.empty((0, x.shape[1]), np.int64)
         for first, tile in tiles:
             more, at = largest(tile, self.top)

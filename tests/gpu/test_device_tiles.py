@@ -55,7 +55,7 @@ class Step:
     def __init__(self, network, w, loss, ops, batch, classes=None, others=None):
         self.ops, self.tiled = ops, ops.on_device
         self.g = ops.put(np.full_like(w, np.nan))
-        self.model = Model(network, network.layout(), ops.put(w), self.g, ops, classes, head=self.tiled)
+        self.model = Model(network, network.layout(), ops.put(w), self.g, ops, classes, tiled=self.tiled)
         self.objective = (DeviceTiledObjective if self.tiled else Objective)(loss, self.model, others)
         self.objective.reserve(len(self.model.classes), batch)
 
@@ -216,11 +216,11 @@ def test_an_exponential_that_overflows_is_an_error_where_clipping_is_off(tile):
 
 @pytest.mark.parametrize("name", FUSED)
 def test_tests_count_as_with_all_scores_at_once(name, tile, monkeypatch):
-    monkeypatch.setattr("psmpi.nn.tiles.tile_size", lambda batch: 5)
+    monkeypatch.setattr("psmpi.nn.tail.tile_size", lambda batch: 5)
     network, w, x, labels = problem(F32)
     ops, metric = CupyOps(), Metric(make_loss(name, F32, outputs=CLASSES), CLASSES)
     expected = metric.sums(Model(network, network.layout(), w, None, NumpyOps()).forward(x).scores, labels)
-    model = Model(network, network.layout(), ops.put(w), None, ops, head=True)
+    model = Model(network, network.layout(), ops.put(w), None, ops, tiled=True)
     found = metric.sums_by_tiles(DeviceHead(model), model.forward(ops.put(x)).scores, labels, np.arange(CLASSES))
     assert found[0] == pytest.approx(expected[0], rel=1e-6) and np.array_equal(found[1:], expected[1:])
 
@@ -303,7 +303,7 @@ def test_cosines_are_made_all_at_once(many, made):
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_trainings_and_their_tests_have_no_array_of_all_scores(ranks, many, asked, monkeypatch):
-    monkeypatch.setattr("psmpi.nn.tiles.tile_size", lambda batch: 5)
+    monkeypatch.setattr("psmpi.nn.tail.tile_size", lambda batch: 5)
     many(ranks, "cupy", "--loss", "nll", "--batch-size", "75", "--epochs", "2")
     # Outputs of the trunk are the most.
     assert max(asked) == 75 * 9 < 75 * (37 // ranks)
@@ -314,7 +314,7 @@ def test_trainings_and_their_tests_have_no_array_of_all_scores(ranks, many, aske
 @pytest.mark.parametrize("name", ["psl", "nll"])
 def test_what_is_no_number_is_said_and_skipped_as_on_the_host(name, ranks, mode, many, tmp_path, monkeypatch):
     """A sample with scores beyond float32, and a gradient of the last rank, which is made again to be named."""
-    monkeypatch.setattr("psmpi.nn.tiles.tile_size", lambda batch: 5)
+    monkeypatch.setattr("psmpi.nn.tail.tile_size", lambda batch: 5)
     rng = np.random.default_rng(0)
     x, y = rng.random((150, 6)).astype(np.float32), np.arange(150) % 37
     x[17] = 3.3e38

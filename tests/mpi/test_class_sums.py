@@ -130,7 +130,7 @@ def test_all_ranks_say_that_clipping_is_off():
 @pytest.mark.parametrize(("dtype", "bias"), [(F32, 40.0), (F32, 80.0), (F32, 100.0), (F64, 640.0)])
 def test_large_terms_of_another_rank_scale_the_gradient_of_the_label_down(dtype, bias, monkeypatch):
     """All labels on one rank and the large scores on the other: limited as on one rank."""
-    monkeypatch.setattr("psmpi.nn.tiles.tile_size", lambda batch: 4)
+    monkeypatch.setattr("psmpi.nn.tail.tile_size", lambda batch: 4)
     network = build("head", (5,), [{"type": "dense", "units": 12}], 12)
     layout, rng = network.layout(), np.random.default_rng(0)
     w, x = rng.normal(size=layout.size).astype(dtype), rng.normal(size=(5, 8)).astype(dtype)
@@ -142,7 +142,7 @@ def test_large_terms_of_another_rank_scale_the_gradient_of_the_label_down(dtype,
         part = layout.part(range(first, first + counts[world.rank]))
         mine = np.concatenate([w[a:b] for a, b in part.intervals])
         model = Model(
-            network, layout, mine, np.empty_like(mine), NumpyOps(), range(first, first + len(mine) // 6), head=tiled
+            network, layout, mine, np.empty_like(mine), NumpyOps(), range(first, first + len(mine) // 6), tiled=tiled
         )
         loss = make_loss("psl", dtype)
         sums = ClassSums(Group(world, range(world.size), Counter()), loss, counts, dtype, NumpyOps())
@@ -235,7 +235,7 @@ def test_tiles_of_classes_on_any_ranks_make_the_steps_of_all_scores_on_one(name,
     """A trunk that all ranks compute and rows of classes, 37 of them; trained and tested."""
     options = (*save_many(tmp_path), "--loss", name)
     whole = train(1, *options)
-    monkeypatch.setattr("psmpi.nn.tiles.tile_size", lambda batch: 5)
+    monkeypatch.setattr("psmpi.nn.tail.tile_size", lambda batch: 5)
     for ranks in (1, 3, 4):
         found = train(ranks, *options, "--colocate", *(("--placement", "owner") if ranks > 3 else ()))
         assert same_run(whole, found)
@@ -253,7 +253,7 @@ def test_rows_that_are_stepped_in_their_tiles_step_as_others(name, optimizer, tr
         step_piece(self, w, g, lr, at)
 
     monkeypatch.setattr(FirstOrder, "step_piece", counted)
-    monkeypatch.setattr("psmpi.nn.tiles.tile_size", lambda batch: 5)
+    monkeypatch.setattr("psmpi.nn.tail.tile_size", lambda batch: 5)
     for more, seen in (
         ((1,), True),
         ((3, "--placement", "owner"), True),

@@ -15,14 +15,15 @@ from scipy.special import expit, softmax
 from psmpi.backend import CompiledOps, NumpyOps
 from psmpi.backend.compiled.library import level
 from psmpi.layout import Runs
-from psmpi.nn import tiles
+from psmpi.nn import tail
+from psmpi.nn.cut import has_head
 from psmpi.nn.init import initial_weights
 from psmpi.nn.losses import LOSSES, make_loss
 from psmpi.nn.margin import LARGEST, make_margin
 from psmpi.nn.model import Model
 from psmpi.nn.network import build
 from psmpi.nn.objective import Objective
-from psmpi.nn.tiles import TiledObjective, has_head
+from psmpi.nn.tiles import TiledObjective
 from psmpi.nn.zoo import make_network
 from psmpi.optim.first_order import FirstOrder
 
@@ -92,7 +93,7 @@ class Derived:
 
     def __init__(self, network, w, batch, loss, ops, tiled):
         self.w, self.g = w, np.full_like(w, np.nan)
-        self.model = Model(network, network.layout(), w, self.g, ops, head=tiled)
+        self.model = Model(network, network.layout(), w, self.g, ops, tiled=tiled)
         self.objective = (TiledObjective if tiled else Objective)(loss, self.model)
         self.objective.reserve(network.classes, batch)
 
@@ -111,7 +112,7 @@ def make_ops(backend):
 @pytest.fixture
 def tile(monkeypatch):
     """tile(n): tiles of n classes from now on."""
-    return lambda n: monkeypatch.setattr(tiles, "tile_size", lambda batch: n)
+    return lambda n: monkeypatch.setattr(tail, "tile_size", lambda batch: n)
 
 
 WEIGHTS = [(name, {}) for name in LOSSES] + [("psl", {"weights": "current"})]
@@ -164,14 +165,14 @@ def test_tiles_on_any_ranks_make_the_steps_of_all_scores_on_one(name, margin, tr
     options = (*save_many(tmp_path), "--loss", name, *margin)
     whole = train(1, *options)
     for ranks, classes, more in ((3, 5, ()), (2, 50, ("--placement", "owner"))):
-        monkeypatch.setattr(tiles, "tile_size", lambda batch, classes=classes: classes)
+        monkeypatch.setattr(tail, "tile_size", lambda batch, classes=classes: classes)
         assert same_run(whole, train(ranks, *options, "--colocate", *more))
 
 
 @pytest.mark.parametrize(("name", "margin"), [("psl", ()), ("nll", ("--margin", "0.3"))], ids=str)
 def test_a_rank_may_have_no_label_of_a_minibatch(name, margin, train, tmp_path, monkeypatch):
     """Of two samples, and of many ranks some in any minibatch."""
-    monkeypatch.setattr(tiles, "tile_size", lambda batch: 3)
+    monkeypatch.setattr(tail, "tile_size", lambda batch: 3)
     options = (*save_many(tmp_path), "--loss", name, "--scale", "8", *margin, "--batch-size", "2", "--max-steps", "5")
     assert same_run(train(1, *options), train(4, *options, "--colocate"))
 
@@ -219,7 +220,7 @@ def test_rows_that_are_stepped_in_their_tiles_step_as_others(name, margin, train
     options, pieces = (*save_many(tmp_path), "--loss", name, *margin, "--clip", "0", "--weight-decay", "0.01"), []
     whole, step_piece = train(1, *options), FirstOrder.step_piece
     monkeypatch.setattr(FirstOrder, "step_piece", lambda *given: (pieces.append(given), step_piece(*given)))
-    monkeypatch.setattr(tiles, "tile_size", lambda batch: 5)
+    monkeypatch.setattr(tail, "tile_size", lambda batch: 5)
     for ranks in (1, 3):
         pieces.clear()
         assert same_run(whole, train(ranks, *options, "--colocate", "--placement", "owner")) and pieces
@@ -239,7 +240,7 @@ SLOPES = {
 def test_twenty_steps_are_those_of_plain_formulas(name, kind, size, ranks, tiled, train, tmp_path, monkeypatch):
     """Of normalized features and rows, by gradient descent, written out with angles."""
     if tiled:
-        monkeypatch.setattr(tiles, "tile_size", lambda batch: 2)
+        monkeypatch.setattr(tail, "tile_size", lambda batch: 2)
     rng, samples = np.random.default_rng(0), np.arange(50)
     x, y = rng.normal(size=(50, 6)), samples % 8
     np.savez(tmp_path / "data.npz", x=x, y=y, x_test=x[:8], y_test=y[:8])
@@ -303,7 +304,7 @@ def test_no_array_of_all_scores_is_ever_made(name, kind, backend):
 def test_margins_are_of_training_alone(tiled, train, tmp_path, monkeypatch):
     """Tests and predictions are by cosines times the run's scale."""
     if tiled:
-        monkeypatch.setattr(tiles, "tile_size", lambda batch: 5)
+        monkeypatch.setattr(tail, "tile_size", lambda batch: 5)
     options = (*save_many(tmp_path), "--loss", "nll", "--lr", "1e-9", "--scale", "5")
     plain, margin = train(1, *options), train(2, *options, "--margin", "0.5", "--colocate")
     assert margin.rows[-1]["train_loss"] > plain.rows[-1]["train_loss"] + 1

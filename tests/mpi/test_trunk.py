@@ -14,7 +14,7 @@ from helpers.runs import distance, launch, run, usual_config
 from psmpi.layout import assign_roles
 from psmpi.methods.psl.arrangement import Arrangement, cost
 from psmpi.methods.psl.plan import Settings, make_plan
-from psmpi.nn import tiles
+from psmpi.nn import tail
 from psmpi.nn.cut import trunk_length
 from psmpi.nn.objective import Objective
 from psmpi.nn.zoo import make_network
@@ -55,7 +55,7 @@ def test_weights_and_tests_are_those_of_one_process(serial, train, ranks, more):
 @pytest.mark.parametrize("loss", ["psl", "nll"])
 def test_tiles_of_classes_behind_a_split_trunk_train_as_one_process(train, monkeypatch, loss, kappa):
     """With derivatives, too, that are scaled by another power of two on each rank."""
-    monkeypatch.setattr(tiles, "tile_size", lambda batch: 2)
+    monkeypatch.setattr(tail, "tile_size", lambda batch: 2)
     options = (*SHORT, "--model", "head", "--widths", "20", "12", "--loss", loss, "--optimizer", "sgd", "--lr", "1e-6")
     options = (*options, "--kappa", kappa) if loss == "psl" else options
     alone, many = train(1, *options, *OWN), train(3, *options, *OWN, *SPLIT)

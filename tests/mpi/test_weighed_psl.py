@@ -105,7 +105,7 @@ def test_weighed_samples_have_all_scores_where_others_have_tiles_of_them(linear,
     folder, x, y = linear
     fixed = ("--dataset", folder / "data.npz", "--config", folder / "linear.toml", "--max-steps", "10")
     whole = train(1, *fixed, "--psl-weights", "current")
-    monkeypatch.setattr("psmpi.nn.tiles.tile_size", lambda batch: 2)
+    monkeypatch.setattr("psmpi.nn.tail.tile_size", lambda batch: 2)
     assert distance(whole.tensors(), train(1, *fixed, "--psl-weights", "current").tensors()) == 0
     np.testing.assert_allclose(train(1, *fixed).tensors()["elements/remembered"][:, 0], reference(x, y, 10)[2])
 

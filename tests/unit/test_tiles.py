@@ -11,13 +11,15 @@ from psmpi.comm.group import Counter, Group
 from psmpi.data import Split
 from psmpi.data.rows import ArrayRows
 from psmpi.layout import Runs, restrict
-from psmpi.nn import tiles
+from psmpi.nn import tail
+from psmpi.nn.cut import has_head
+from psmpi.nn.head import Head
 from psmpi.nn.losses import LOSSES, make_loss
 from psmpi.nn.metric import Metric
 from psmpi.nn.model import Model
 from psmpi.nn.network import build
 from psmpi.nn.objective import GRADIENT_LIMIT, Objective
-from psmpi.nn.tiles import Head, TiledObjective, has_head
+from psmpi.nn.tiles import TiledObjective
 from psmpi.testing.world import run_ranks
 from psmpi.training.evaluator import Evaluator
 
@@ -43,7 +45,7 @@ def problem(network, dtype, batch=33, size=1.0):
 def derive(network, w, x, labels, loss, ops, tiled, scale=0.125):
     """Loss and gradient, of all scores or by tiles; with the number of clipped terms."""
     g = np.full_like(w, np.nan)
-    model = Model(network, network.layout(), w, g, ops, head=tiled)
+    model = Model(network, network.layout(), w, g, ops, tiled=tiled)
     objective = (TiledObjective if tiled else Objective)(loss, model)
     objective.reserve(network.classes, len(labels))
     objective.bring(labels)
@@ -56,7 +58,7 @@ def derive(network, w, x, labels, loss, ops, tiled, scale=0.125):
 @pytest.fixture
 def tile(monkeypatch):
     """tile(n): tiles of n classes from now on."""
-    return lambda n: monkeypatch.setattr(tiles, "tile_size", lambda batch: n)
+    return lambda n: monkeypatch.setattr(tail, "tile_size", lambda batch: n)
 
 
 @pytest.mark.parametrize("size", [1, 4, 20])
@@ -135,7 +137,7 @@ def test_a_gradient_is_made_again_whatever_has_become_of_it(name, backend, sprea
     network = network_of(13)
     w, x, labels = problem(network, F64, size=spread)
     g = np.empty_like(w)
-    model = Model(network, network.layout(), w, g, make_ops(backend), head=True)
+    model = Model(network, network.layout(), w, g, make_ops(backend), tiled=True)
     objective = TiledObjective(make_loss(name, F64, outputs=13), model)
     objective.reserve(13, len(labels))
     tape = model.forward(x)
@@ -173,10 +175,10 @@ def test_tests_count_as_with_all_scores_at_once(name, backend, tile):
     tile(5)
     network, ops = network_of(13), make_ops(backend)
     w, x, labels = problem(network, F32)
-    model = Model(network, network.layout(), w, None, ops, head=True)
+    model = Model(network, network.layout(), w, None, ops, tiled=True)
+    weights, biases = Head(model).weights, Head(model).biases
     for k in range(4, 13):
-        model.head.w[0][0][0][k] = model.head.w[0][0][0][k % 4]
-        model.head.w[0][1][0][k] = model.head.w[0][1][0][k % 4]
+        weights[k], biases[k] = weights[k % 4], biases[k % 4]
     whole = Model(network, network.layout(), w, None, ops).forward(x).scores
     expected = Metric(make_loss(name, F32, outputs=13), 13).sums(whole, labels)
     metric = Metric(make_loss(name, F32, outputs=13), 13)
@@ -191,7 +193,7 @@ def many(request):
     network = network_of(20_000)
     layout = network.layout()
     w = (0.1 * np.random.default_rng(0).normal(size=layout.size)).astype(F32)
-    return Model(network, layout, w, np.empty_like(w), make_ops(request.param), head=True)
+    return Model(network, layout, w, np.empty_like(w), make_ops(request.param), tiled=True)
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -71,7 +71,7 @@ class PartiallySeparable(Method):
             self.exchange.use_nccl(self.ops.stream)
         self.state.vector("weights", self.w)
         self.state.optimizer(self.optimizer)
-        # The rows of a head that are stepped tile by tile, a slice of the shard.
+        # Weights of the tail that are stepped tile by tile, a slice of the shard.
         self.early: slice | None = None
         objective = self.worker.objective if self.worker is not None else None
         if isinstance(objective, TiledObjective) and isinstance(self.optimizer, FirstOrder):
@@ -117,16 +117,16 @@ class PartiallySeparable(Method):
         return self.deciders.agree(values) if self.deciders.rank >= 0 else values
 
     def _stepped_in_tiles(self, objective: TiledObjective, optimizer: FirstOrder) -> slice | None:
-        """Let the rows of the head be stepped as their gradients are made, where nothing has to be known before.
+        """Let the tail's weights be stepped as their gradients are made, where nothing has to be known before.
 
-        That is so where this rank owns all of its rows, nobody else adds to their gradients, no norm of the gradient is
+        That is so where this rank owns all of them, nobody else adds to their gradients, no norm of the gradient is
         wanted, no step is left out, and the loss is `immediate`. Elsewhere None.
         """
-        inside, head = self.exchange.inside, objective.head
+        inside, tail = self.exchange.inside, objective.tail
         alone = self.roles.rows == 1 and self.descent.clip == 0 and self.numbers.mode == "stop"
-        if inside is None or not (alone and objective.loss.immediate and head.in_rows) or optimizer.needs_matrices:
+        if inside is None or not (alone and objective.loss.immediate and tail.in_rows) or optimizer.needs_matrices:
             return None
-        rows = head.run(0, head.classes)
+        rows = tail.run(0, tail.classes)
         if rows.start < inside.start or rows.stop > inside.stop or not self.counts:
             return None
         shift = inside.start
@@ -136,7 +136,7 @@ class PartiallySeparable(Method):
         return slice(rows.start - shift, rows.stop - shift)
 
     def _step_in_tiles(self, optimizer: FirstOrder, early: slice, batch: Batch, lr: float) -> float:
-        """A step in which the gradient of the head is nowhere all at once; returns this rank's share of the loss."""
+        """A step in which the gradient of the tail is nowhere all at once; returns this rank's share of the loss."""
         self.lr = lr
         optimizer.begin()
         loss = self.gradient(batch)

@@ -17,10 +17,9 @@ from psmpi.errors import UserError
 from psmpi.layout import Layout, Roles, Runs, TableRows, assign_roles
 from psmpi.methods.psl.arrangement import Arrangement, Cost, arrangements, cost
 from psmpi.methods.psl.element_set import elements_of
-from psmpi.nn.cut import trunk_length
+from psmpi.nn.cut import has_head, trunk_length
 from psmpi.nn.losses import LOSSES
 from psmpi.nn.network import Network
-from psmpi.nn.tiles import has_head
 from psmpi.nn.zoo import has_psnet
 from psmpi.optim import FIRST_ORDER, NewtonSettings, find_optimizer
 from psmpi.optim.base import check_eps

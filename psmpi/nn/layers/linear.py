@@ -96,7 +96,6 @@ class LinearPart(Part):
 
     def views(self, vector: np.ndarray) -> Any:
         """Weights (count, n, unit size) and biases (count, n) of each segment."""
-        # What stands for biases that the layer has not: they are 0, and their gradients go nowhere.
         biases = vector if self.bias else self.ops.zeros(self.units, vector.dtype)
         return [(s.weights(vector, self.ops), s.biases(biases, self.ops)) for s in self.segments]
 

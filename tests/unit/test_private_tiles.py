@@ -1,0 +1,238 @@
+"""Layers of which each class has units of its own, by tiles of classes, against the pass of all classes at once."""
+
+import tracemalloc
+
+import numpy as np
+import pytest
+from helpers.layer_examples import NETWORKS, make
+
+from psmpi.backend import CompiledOps, NumpyOps
+from psmpi.backend.compiled.library import level
+from psmpi.nn import tail
+from psmpi.nn.cut import has_head, tail_of
+from psmpi.nn.finite import find_cause
+from psmpi.nn.losses import LOSSES, make_loss
+from psmpi.nn.metric import Metric
+from psmpi.nn.model import Model
+from psmpi.nn.network import build
+from psmpi.nn.objective import Objective
+from psmpi.nn.private_layers import PrivateLayers
+from psmpi.nn.tiles import TiledObjective, make_tail
+from psmpi.nn.zoo import make_network
+
+F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
+BACKENDS = ["numpy", pytest.param("compiled", marks=pytest.mark.skipif(level() == 0, reason="no compiled kernels"))]
+FLAT, TANH = {"type": "flatten"}, {"type": "tanh"}
+OWN = {
+    "psnet": make_network("psnet", (1, 8, 8), 5),
+    "large psnet": make_network("psnet", (1, 28, 28), 3),
+    "normalized psnet": make_network("psnet", (1, 8, 8), 5, batch_norm=True),
+    "padded": build(
+        "padded", (2, 5, 5),
+        [{"type": "conv", "channels": 3, "kernel": 3, "pad": 1}, TANH,
+         {"type": "conv", "channels": 8, "kernel": 3, "pad": 1}, {"type": "max_pool"}, TANH, FLAT,
+         {"type": "separable_dense", "units": 4, "groups": 4}],
+        4,
+    ),
+    "blocks": build(
+        "blocks", (6,),
+        [{"type": "dense", "units": 7}, TANH, {"type": "dense", "units": 8},
+         {"type": "residual", "layers": [{"type": "separable_dense", "units": 8, "groups": 4}, TANH]},
+         {"type": "separable_dense", "units": 4, "groups": 4, "bias": False}],
+        4,
+    ),
+    "one layer": build("one layer", (6,), [TANH, {"type": "dense", "units": 4}, {"type": "relu"}], 4),
+}  # fmt: skip
+PRIVATE = {**{name: make(name) for name in NETWORKS}, **OWN}
+PRIVATE = {name: one for name, one in PRIVATE.items() if tail_of(one) is not None and not has_head(one)}
+
+
+def make_ops(name):
+    return CompiledOps() if name == "compiled" else NumpyOps()
+
+
+def problem(network, dtype, batch=9, size=0.5, seed=0):
+    rng = np.random.default_rng(seed)
+    w = (size * rng.normal(size=network.layout().size)).astype(dtype)
+    x = rng.normal(size=(int(np.prod(network.in_shape)), batch)).astype(dtype)
+    return w, x, rng.integers(0, network.classes, batch)
+
+
+def derive(network, w, x, labels, loss, ops, tiled, scale=0.125):
+    """Loss and gradient, of all classes at once or by tiles."""
+    g = np.full_like(w, np.nan)
+    model = Model(network, network.layout(), w, g, ops, tiled=tiled)
+    objective = (TiledObjective if tiled else Objective)(loss, model)
+    objective.reserve(network.classes, len(labels))
+    objective.bring(labels)
+    tape = model.forward(x)
+    objective.losses(tape.scores.reshape(-1, len(labels)), objective.targets(len(labels)), scale)
+    objective.backward(tape)
+    return objective.value(), g
+
+
+@pytest.fixture
+def tile(monkeypatch):
+    """tile(n): tiles of n classes from now on."""
+    return lambda n: monkeypatch.setattr(tail, "tile_size", lambda numbers: n)
+
+
+def test_networks_with_private_layers_have_a_tail():
+    """From outputs that all classes see on, where no two classes share a unit."""
+    tails = {
+        "psnet": (make_network("psnet", (1, 28, 28), 10), (3, 12)),
+        "psnet, normalized": (make_network("psnet", (3, 32, 32), 10, batch_norm=True), (4, 17)),
+        "head": (make_network("head", (20,), 10), (4, 5)),
+        "mlp": (make_network("mlp", (20,), 10), (4, 5)),
+        "padded": (OWN["padded"], (3, 9)),
+        "inputs of each class": (make("separable dense, ignored inputs"), None),
+        "units of two classes": (make("groups of two kinds"), (4, 5)),
+        "of some": (make("blocks cut by later blocks"), None),
+    }
+    for name, (network, expected) in tails.items():
+        assert tail_of(network) == expected, name
+    assert set(OWN) < set(PRIVATE)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("size", [1, 3, 20])
+@pytest.mark.parametrize("name", PRIVATE)
+def test_all_layers_go_by_tiles(name, size, backend, tile):
+    tile(size)
+    network = PRIVATE[name]
+    w, x, labels = problem(network, F64)
+    for kind in ("psl", "nll", "bce"):
+        loss = lambda kind=kind: make_loss(kind, F64, outputs=network.classes)  # noqa: E731
+        value, g = derive(network, w, x, labels, loss(), NumpyOps(), tiled=False)
+        found, ours = derive(network, w, x, labels, loss(), make_ops(backend), tiled=True)
+        assert found == pytest.approx(value, rel=1e-11)
+        assert abs(ours - g).max() <= 1e-10 * abs(g).max()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(F64, 1e-11), (F32, 5e-5)])
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_goes_by_tiles(name, dtype, tolerance, backend, tile):
+    """Of few samples, too, whose labels are in few of the tiles."""
+    network = make_network("psnet", (1, 8, 8), 23)
+    for size, batch in ((4, 33), (7, 3)):
+        tile(size)
+        w, x, labels = problem(network, dtype, batch)
+        loss = lambda: make_loss(name, dtype, outputs=23)  # noqa: E731
+        value, g = derive(network, w, x, labels, loss(), NumpyOps(), tiled=False)
+        found, ours = derive(network, w, x, labels, loss(), make_ops(backend), tiled=True)
+        assert found == pytest.approx(value, rel=tolerance)
+        assert abs(ours - g).max() <= tolerance * abs(g).max()
+
+
+def widened(network, w, spread):
+    """The weights with those of the last layer `spread` times as large."""
+    found = w.copy()
+    for first, stop in network.runs(network.layout(), len(network.layers) - 1, len(network.layers)).intervals:
+        found[first:stop] *= spread
+    return found
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("spread", "clips"), [(10, False), (25, False), (1000, True)])
+def test_large_derivatives_of_psl_are_scaled_down(spread, clips, backend, tile):
+    """Those beyond float32 too, where terms go on as tangents; and found again at the same weights."""
+    tile(4)
+    network = make_network("psnet", (1, 8, 8), 10)
+    w, x, labels = problem(network, F32)
+    w, whole, loss = widened(network, w, spread), make_loss("psl", F32), make_loss("psl", F32)
+    value, g = derive(network, w, x, labels, whole, NumpyOps(), tiled=False)
+    ours = np.empty_like(w)
+    model = Model(network, network.layout(), w, ours, make_ops(backend), tiled=True)
+    objective = TiledObjective(loss, model)
+    objective.reserve(10, len(labels))
+    tape = model.forward(x)
+    objective.losses(tape.scores.reshape(-1, len(labels)), labels, 0.125)
+    objective.backward(tape)
+    assert objective.value() == pytest.approx(value, rel=1e-3) and loss.clipped == whole.clipped
+    assert (loss.clipped > 0) == clips and abs(ours - g).max() <= 1e-3 * abs(g).max()
+    before, clipped = ours.copy(), loss.clipped
+    ours.fill(np.nan)
+    objective.again(tape)
+    assert np.allclose(ours, before, rtol=1e-5, atol=1e-6 * abs(before).max()) and loss.clipped == clipped
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("lenient", [False, True])
+@pytest.mark.parametrize("name", LOSSES)
+def test_what_is_no_number_is_found_in_its_class(name, lenient, backend, tile):
+    """A weight of one class so large that its scores, and no other's, are infinite or NaN."""
+    tile(4)
+    network = make_network("psnet", (1, 8, 8), 10)
+    w, x, labels = problem(network, F32)
+    layout = network.layout()
+    last = len(network.layers) - 1
+    for first, stop in (layout.part((6,)) & network.runs(layout, last, last + 1)).intervals:
+        w[first:stop] = 3e38
+    loss = make_loss(name, F32, outputs=10)
+    loss.lenient = lenient
+    model = Model(network, layout, w, np.empty_like(w), make_ops(backend), tiled=True)
+    objective = TiledObjective(loss, model)
+    objective.reserve(10, len(labels))
+    with np.errstate(invalid="ignore", over="ignore"):
+        tape = model.forward(x)
+        value = np.nan
+        if lenient:
+            objective.losses(tape.scores.reshape(-1, len(labels)), labels, 0.125)
+            value = objective.value()
+        else:
+            with pytest.raises(FloatingPointError):
+                objective.losses(tape.scores.reshape(-1, len(labels)), labels, 0.125)
+        cause = find_cause(model, objective.tail)
+    assert not np.isfinite(value) and not objective.finite
+    assert cause.kind == "layer" and cause.text.startswith("layer dense2 (class 6) is the first to put out inf")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", LOSSES)
+def test_tests_count_as_with_all_classes_at_once(name, backend, tile):
+    """Equal scores included: several classes have the same weights."""
+    tile(5)
+    network = make_network("psnet", (1, 8, 8), 13)
+    w, x, labels = problem(network, F32, 40)
+    layout, own = network.layout(), []
+    for c in range(13):
+        ((first, stop),) = (layout.part((c,)) & network.runs(layout, 2, len(network.layers))).intervals
+        own.append(w[first:stop])
+    for c in range(4, 13):
+        own[c][...] = own[c % 4]
+    whole = Model(network, layout, w, None, make_ops(backend)).forward(x).scores
+    metric = lambda: Metric(make_loss(name, F32, outputs=13), 13)  # noqa: E731
+    expected = metric().sums(whole, labels)
+    model = Model(network, layout, w, None, make_ops(backend), tiled=True)
+    features = model.forward(x).scores.reshape(-1, 40)
+    found = metric().sums_by_tiles(make_tail(model), features, labels, np.arange(13))
+    assert found[0] == pytest.approx(expected[0], rel=1e-5) and np.array_equal(found[1:], expected[1:])
+    assert 0 < found[1] < found[2]
+
+
+@pytest.mark.parametrize("name", ["psl", "nll", "bce"])
+def test_memory_beside_weights_and_gradients_does_not_grow_with_classes(name):
+    """Nor is anything allocated in a step, but what is found of a few samples."""
+    taken = []
+    for classes in (256, 1024):
+        network = make_network("psnet", (1, 8, 8), classes)
+        w, x, labels = problem(network, F32, 64)
+        model = Model(network, network.layout(), w, np.zeros_like(w), CompiledOps(), tiled=True)
+        assert isinstance(make_tail(model), PrivateLayers)
+        tracemalloc.start()
+        try:
+            objective = TiledObjective(make_loss(name, F32, outputs=classes), model)
+            objective.reserve(classes, 64)
+            for step in range(2):
+                tape = model.forward(x)
+                objective.losses(tape.scores.reshape(-1, 64), labels, 1 / 64)
+                objective.backward(tape)
+                if step == 0:
+                    tracemalloc.reset_peak()
+                    before = tracemalloc.get_traced_memory()[0]
+            taken.append(tracemalloc.get_traced_memory()[1])
+            assert taken[-1] - before < 2e5
+        finally:
+            tracemalloc.stop()
+    assert taken[1] < 1.1 * taken[0] < 0.2 * 1024 * 138 * 64 * 4
