@@ -19,6 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     from psmpi.bench.memory import memory
     from psmpi.bench.network import network
     from psmpi.bench.optimizer import optimizer
+    from psmpi.bench.private import private
     from psmpi.bench.published import published
     from psmpi.bench.recorder import recorder
     from psmpi.bench.start import start
@@ -32,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         default = defaults(words)
         commands: tuple[Callable[..., int], ...] = (
             checkpoint, compute, head, kernels, _with(memory, default, words), network,
-            _with(optimizer, default, words), published, _with(recorder, default, words), start, trunk,
+            _with(optimizer, default, words), private, published, _with(recorder, default, words), start, trunk,
         )  # fmt: skip
         return chosen(commands, words, "bench", "Measure psmpi.")()
 

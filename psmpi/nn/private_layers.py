@@ -12,7 +12,14 @@ from psmpi.nn.layers.workspace import Workspace
 from psmpi.nn.losses import own_labels
 from psmpi.nn.model import Model
 from psmpi.nn.network import Network
-from psmpi.nn.tail import Tail
+from psmpi.nn.tail import Tail, classes_at_once
+
+# Numbers that the layers of all classes put out for a minibatch from which on tiles save time. Where there are less the
+# last cache holds them, and what is known of labels costs more than it saves.
+SPILL = 1 << 23
+
+# Classes of labels at a time. With as many samples at least, the kernels' vectors are full.
+FEW = 16
 
 
 def class_numbers(network: Network, tail: tuple[int, int]) -> int:
@@ -20,12 +27,16 @@ def class_numbers(network: Network, tail: tuple[int, int]) -> int:
     return output_numbers(network.stages(range(1), layers=tail))
 
 
+def goes_by_tiles(network: Network, tail: tuple[int, int], classes: int, batch: int) -> bool:
+    """Whether the layers [first, behind) of so many classes are better computed by tiles."""
+    numbers = batch * class_numbers(network, tail)
+    return classes * numbers > SPILL and classes > classes_at_once(classes, numbers)
+
+
 class PrivateLayers(Tail):
     """The subnetworks of a tile's classes, all of one shape, in turn by one model: only its weights are others'.
 
-    Activations, packed kernels and the like are those of a tile. The label's score, and what it adds to the gradients,
-    is made of the samples whose labels are among a tile's classes alone; where batch normalization makes a sample's
-    outputs depend on the others, of all samples.
+    Activations, packed kernels and the like are those of a tile.
     """
 
     in_rows = True
@@ -33,10 +44,9 @@ class PrivateLayers(Tail):
     def __init__(self, model: Model):
         super().__init__(model)
         assert model.tail is not None
-        self.network, self.tail = model.network, model.tail
-        self.numbers = class_numbers(self.network, self.tail)
-        self.couples = any(layer.couples for layer in leaves(self.network.layers[self.tail[0] : self.tail[1]]))
-        (own,) = (self.network.runs(model.layout, *self.tail) & model.part).intervals
+        self.network, self.layers = model.network, model.tail
+        self.numbers = class_numbers(self.network, self.layers)
+        (own,) = (self.network.runs(model.layout, *self.layers) & model.part).intervals
         at = model.part.local(*own)
         # Weights of a class, and of all classes from where on.
         self.size, self.start = (at.stop - at.start) // self.classes, at.start
@@ -44,25 +54,38 @@ class PrivateLayers(Tail):
         self.models: dict[int, Model] = {}
         # The pass of the tile whose scores were made last, and its model.
         self.last: tuple[Model, Tape] | None = None
-        self.batch, self.dx, self.some, self.more, self.dy = 0, *(np.empty(0, self.dtype) for _ in range(4))
+        self.batch, self.dx = 0, np.empty(0, self.dtype)
+        self.labelled: Labelled | None = None
 
     @property
     def nbytes(self) -> int:
-        arrays = self.dx, self.some, self.more, self.dy
-        passes = sum(model.activation_bytes + model.buffer_bytes for model in self.models.values())
-        return passes + self.space.nbytes + sum(array.nbytes for array in arrays)
+        passes = sum(model.buffer_bytes for model in self.models.values())
+        labelled = self.labelled.nbytes if self.labelled is not None else 0
+        return int(passes + labelled + self.space.nbytes + self.dx.nbytes)
+
+    def tile(self, batch: int) -> int:
+        """As `Tail.tile`, the same for smaller minibatches: of up to half as many classes more, as leave fewest over.
+
+        Those that are left over are a model of their own.
+        """
+        least = super().tile(max(batch, self.batch))
+        most = min(least + least // 2, self.classes)
+        return min(range(least, most + 1), key=lambda count: (self.classes % count, count))
+
+    @property
+    def activation_bytes(self) -> int:
+        models = [*self.models.values(), *([self.labelled.model] if self.labelled is not None else [])]
+        return sum(model.activation_bytes for model in models)
 
     def reserve(self, batch: int, labels: bool) -> None:
         if batch <= self.batch:
             return
         self.batch, self.models, tile = batch, {}, self.tile(batch)
-        features, empty = self.model.size * batch, self.ops.empty
-        self.dx = empty(features, self.dtype)
-        if labels:
-            self.more, self.dy = empty(self.size * tile, self.dtype), empty(tile * batch, self.dtype)
-            self.some = empty(0 if self.couples else features, self.dtype)
+        self.dx = self.ops.empty(self.model.size * batch, self.dtype)
         for classes in {tile, self.classes % tile} - {0}:
             self._model(0, classes, batch).chain.reserve_backward(batch, True)
+        if labels:
+            self.labelled = Labelled(self, batch)
 
     def run(self, first: int, stop: int) -> slice:
         return slice(self.start + first * self.size, self.start + stop * self.size)
@@ -83,39 +106,18 @@ class PrivateLayers(Tail):
         model, tape = self.last
         if rows is not None:
             model.move(model.w, rows)
-        dx = None
-        if dh is not None:
-            dx = self.dx[: features.size].reshape(*model.in_shape, -1)
-        model.backward(tape, dy, dx=dx)
-        if dx is not None:
-            dh += dx.reshape(features.shape)
+        dx = None if dh is None else self.dx[: features.size]
+        model.backward(tape, dy, dx=None if dx is None else dx.reshape(*model.in_shape, -1))
+        if dh is not None and dx is not None:
+            dh += dx.reshape(dh.shape)
 
     def close(self, features: np.ndarray, labels: np.ndarray, slopes: np.ndarray, dh: np.ndarray | None) -> None:
-        g = self.model.g
-        assert g is not None
-        for first, stop, own, place in self._with_labels(labels):
-            model, x = self._model(first, stop, features.shape[1]), self._some(features, own)
-            tape, more = model.forward(x), self.more[: self.size * (stop - first)]
-            dy = self.dy[: (stop - first) * x.shape[1]].reshape(-1, x.shape[1])
-            dy.fill(0)
-            dy[labels[own] - first, place] = -slopes[own]
-            model.move(model.w, more)
-            dx = None if dh is None else self.dx[: x.size].reshape(*model.in_shape, -1)
-            model.backward(tape, dy, dx=dx)
-            g[self.run(first, stop)] += more
-            if dh is None or dx is None:
-                continue
-            if self.couples:
-                dh += dx.reshape(dh.shape)
-            else:
-                dh[:, own] += dx.reshape(x.shape)
+        assert self.labelled is not None
+        self.labelled.add_gradients(features, labels, slopes, dh)
 
     def label_scores(self, features: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        found = np.zeros((1, len(labels)))
-        for first, stop, own, place in self._with_labels(labels):
-            scores = self._model(first, stop, features.shape[1]).forward(self._some(features, own)).scores
-            found[0, own] = scores[labels[own] - first, place]
-        return found
+        assert self.labelled is not None
+        return self.labelled.scores(features, labels)
 
     def trace(self, features: np.ndarray) -> Iterator[tuple[slice, Part, np.ndarray]]:
         b = features.shape[1]
@@ -124,34 +126,105 @@ class PrivateLayers(Tail):
             for part, output in self._model(first, stop, b).trace(features):
                 yield slice(first, stop), part, output
 
-    def _with_labels(self, labels: np.ndarray) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
-        """Tiles (first, stop) that have labels, these samples, and their places among those of a pass."""
-        tile = self.tile(len(labels))
-        for first in range(0, self.classes, tile):
-            stop = min(first + tile, self.classes)
-            own = own_labels(labels - first, stop - first)
-            if own.size:
-                yield first, stop, own, own if self.couples else np.arange(len(own))
-
-    def _some(self, features: np.ndarray, own: np.ndarray) -> np.ndarray:
-        """The features of some samples, or of all where layers couple them."""
-        if self.couples:
-            return features
-        found = self.some[: len(features) * len(own)].reshape(len(features), -1)
-        # Without a mode NumPy makes a copy before, in case that a place is wrong.
-        return np.take(features, own, axis=1, out=found, mode="clip")
+    def make_model(self, w: np.ndarray, g: np.ndarray | None) -> Model:
+        """A model of as many classes as there are weights (classes size,)."""
+        classes, layout = range(len(w) // self.size), self.model.layout
+        return Model(self.network, layout, w, g, self.ops, classes, layers=self.layers, space=self.space)
 
     def _model(self, first: int, stop: int, batch: int) -> Model:
         """The model of a tile's classes, with their weights."""
-        count, w, own = stop - first, self.model.w[self.run(first, stop)], None
+        at, g = self.run(first, stop), None
+        w = self.model.w[at]
         if self.model.g is not None:
-            own = self.model.g[self.run(first, stop)]
-        model = self.models.get(count)
+            g = self.model.g[at]
+        model = self.models.get(stop - first)
         if model is None:
-            network, layout = self.network, self.model.layout
-            model = self.models[count] = Model(
-                network, layout, w, own, self.ops, range(count), layers=self.tail, space=self.space
-            )
+            model = self.models[stop - first] = self.make_model(w, g)
+        else:
+            model.move(w, g)
         model.reserve(batch)
-        model.move(w, own)
         return model
+
+
+class Labelled:
+    """The labels' own scores, and what these add to the gradients, of up to `batch` samples.
+
+    The classes that are labels, FEW at a time, see the samples of these labels alone; where batch normalization makes a
+    sample's outputs depend on the others, all samples.
+    """
+
+    def __init__(self, private: PrivateLayers, batch: int):
+        whole, self.size = private.model, private.size
+        at, size, empty = private.run(0, private.classes), private.size, private.ops.empty
+        self.classes, self.few = private.classes, min(FEW, private.classes)
+        self.w, self.g = whole.w[at].reshape(-1, size), None
+        if whole.g is not None:
+            self.g = whole.g[at].reshape(-1, size)
+        layers = private.network.layers[private.layers[0] : private.layers[1]]
+        self.couples = any(layer.couples for layer in leaves(layers))
+        few, features = self.few * size, whole.size * batch
+        # Weights of few classes, their gradient, and that of all with theirs.
+        self.rows, self.more, self.sum = (empty(few, private.dtype).reshape(-1, size) for _ in range(3))
+        # Features that a pass sees, and their gradient, which nobody needs meanwhile.
+        self.x, self.dx = empty(features, private.dtype), private.dx
+        self.dy = empty(self.few * batch, private.dtype)
+        self.model = private.make_model(self.rows.reshape(-1), self.more.reshape(-1))
+        self.model.reserve(batch)
+        self.model.chain.reserve_backward(batch, True)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what it holds besides activations."""
+        arrays = self.rows, self.more, self.sum, self.x, self.dy
+        return self.model.buffer_bytes + sum(array.nbytes for array in arrays)
+
+    def scores(self, features: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """(1, b) float64, as `Tail.label_scores`."""
+        found = np.zeros((1, len(labels)))
+        for _, own, rows, columns in self._some(labels):
+            found[0, own] = self.model.forward(self._seen(features, own)).scores[rows, columns]
+        return found
+
+    def add_gradients(
+        self, features: np.ndarray, labels: np.ndarray, slopes: np.ndarray, dh: np.ndarray | None
+    ) -> None:
+        """As `Tail.close`."""
+        assert self.g is not None
+        for classes, own, rows, columns in self._some(labels):
+            x = self._seen(features, own)
+            tape, dy = self.model.forward(x), self.dy[: self.few * x.shape[1]].reshape(self.few, -1)
+            dy.fill(0)
+            dy[rows, columns] = -slopes[own]
+            dx = None if dh is None else self.dx[: x.size].reshape(x.shape)
+            self.model.backward(tape, dy, dx=None if dx is None else dx.reshape(*self.model.in_shape, -1))
+            here = np.take(self.g, classes, axis=0, out=self.sum, mode="clip")[: rows.max() + 1]
+            here += self.more[: len(here)]
+            self.g[classes[: len(here)]] = here
+            if dh is None or dx is None:
+                continue
+            if self.couples:
+                dh += dx
+            else:
+                there = np.take(dh, own, axis=1, out=x, mode="clip")
+                there += dx
+                dh[:, own] = there
+
+    def _some(self, labels: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+        """Of few labels after few, with their weights in the model: classes (few,), the last one repeated where there
+        are less, samples (n,), and where the scores of these are in a pass: rows (n,), columns (n,).
+        """
+        known = own_labels(labels, self.classes)
+        classes, places = np.unique(labels[known], return_inverse=True)
+        for first in range(0, len(classes), self.few):
+            own = np.flatnonzero(places // self.few == first // self.few)
+            some = np.resize(classes[first : first + self.few], self.few)
+            some[len(classes) - first :] = classes[-1]
+            np.take(self.w, some, axis=0, out=self.rows, mode="clip")
+            yield some, known[own], places[own] - first, known[own] if self.couples else np.arange(len(own))
+
+    def _seen(self, features: np.ndarray, own: np.ndarray) -> np.ndarray:
+        """The features of the samples that the model is to see."""
+        if self.couples:
+            return features
+        # Without a mode NumPy makes a copy before, in case that a place is wrong.
+        return np.take(features, own, axis=1, out=self.x[: len(features) * len(own)].reshape(-1, len(own)), mode="clip")

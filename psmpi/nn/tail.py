@@ -43,8 +43,13 @@ class Tail:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of what it holds besides weights and gradients."""
+        """Bytes of what it holds besides weights, gradients and activations."""
         raise NotImplementedError
+
+    @property
+    def activation_bytes(self) -> int:
+        """Bytes of its layers' outputs besides the scores."""
+        return 0
 
     def tile(self, batch: int) -> int:
         """Classes of a tile for minibatches of `batch` samples."""

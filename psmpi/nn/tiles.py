@@ -18,14 +18,19 @@ from psmpi.nn.losses import Loss, OverClasses, own_labels
 from psmpi.nn.model import Model
 from psmpi.nn.network import Network
 from psmpi.nn.objective import DIVERGED, GRADIENT_LIMIT, Objective
-from psmpi.nn.private_layers import PrivateLayers, class_numbers
+from psmpi.nn.private_layers import PrivateLayers, class_numbers, goes_by_tiles
 from psmpi.nn.tail import Tail, classes_at_once
 
 
 def is_tiled(network: Network, classes: int, batch: int, ops: NumpyOps, task: str) -> bool:
-    """Whether a model of so many classes computes by tiles: where all of them are more than one, on the host."""
+    """Whether a model of so many classes computes by tiles: where all of them are more than one, on the host.
+
+    Private layers do where those of all classes do not fit the caches.
+    """
     tail = None if ops.on_device or task != "classes" else tail_of(network)
-    return tail is not None and classes > classes_at_once(classes, batch * tail_numbers(network, tail))
+    if tail is None or has_head(network):
+        return tail is not None and classes > classes_at_once(classes, batch)
+    return goes_by_tiles(network, tail, classes, batch)
 
 
 def tail_numbers(network: Network, tail: tuple[int, int]) -> int:

@@ -155,11 +155,11 @@ class ElementWorker:
     def memory(self) -> dict[str, int]:
         """Bytes of what it holds besides weights and gradients, by what for."""
         sums = self.sums.nbytes if self.sums is not None else 0
-        below, more = self.x.nbytes, 0
+        below, more, tail = self.x.nbytes, 0, self.objective.tail
         if self.trunk is not None:
             below, more = self.trunk.activation_bytes, self.trunk.buffer_bytes
         return {
-            "activations": below + self.model.activation_bytes,
+            "activations": below + self.model.activation_bytes + (tail.activation_bytes if tail is not None else 0),
             "buffers": self.model.buffer_bytes + self.objective.nbytes + sums + more,
             "samples": self.train.nbytes + self.test_samples.nbytes,
         }

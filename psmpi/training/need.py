@@ -64,7 +64,9 @@ def pass_numbers(
     if tail is not None and not has_head(network):
         tile = classes_at_once(len(classes), batch * tail_numbers(network, tail))
         more = pass_numbers(network, range(tile), batch, packed, layers=tail)
-        outputs, besides = outputs + more[0], besides + more[1]
+        # The gradient of what goes in is summed over tiles.
+        features = batch * prod(network.layers[tail[0]].in_shape)
+        outputs, besides = outputs + more[0], besides + more[1] + 2 * features
     return outputs, besides
 
 
@@ -96,13 +98,22 @@ def samples_needed(dataset: Dataset, trained: int, tested: int, batch: int) -> N
     return {"samples": (sample + 8) * (trained + tested) + sample * min(trained, batch)}
 
 
+def worker_tiles(
+    config: Config, network: Network, dataset: Dataset, place: Worker, roles: Roles, tests: bool = True
+) -> bool:
+    """Whether an `ElementWorker` on the host goes by tiles of classes; arguments as its own."""
+    batches = network.evaluation_batches(dataset.test.n) if tests else []
+    share = -(-config.data.batch_size // roles.rows)
+    most = max(1, share, *(at.stop - at.start for at in batches))
+    return by_tiles(config, network, configured_loss(config, dataset), place, most, NumpyOps())
+
+
 def worker_needed(
     config: Config, network: Network, dataset: Dataset, place: Worker, roles: Roles, tests: bool = True, trunk: int = 0
 ) -> Need:
     """Of an `ElementWorker`, besides weights and gradients; arguments as its own."""
     own = place.classes
     share, trained = config.data.batch_size // roles.rows, dataset.train.n
-    largest = -(-config.data.batch_size // roles.rows)
     batches = network.evaluation_batches(dataset.test.n) if tests else []
     sizes = [batches[k].stop - batches[k].start for k in np.array_split(np.arange(len(batches)), roles.rows)[place.row]]
     tested = sum(sizes)
@@ -115,8 +126,7 @@ def worker_needed(
         # There may come more of its classes.
         share = share * trained // dataset.train.n
     batch = max(1, share, *sizes)
-    most = max(1, largest, *(at.stop - at.start for at in batches))
-    tiled = by_tiles(config, network, configured_loss(config, dataset), place, most, NumpyOps())
+    tiled = worker_tiles(config, network, dataset, place, roles, tests)
     derivatives = derivatives_needed(config, 0 if tiled else batch * len(own))
     classes = own if isinstance(own, range) else tuple(own)
     peers = sum(w is not None and w.row == place.row for w in roles.workers)

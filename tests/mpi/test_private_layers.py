@@ -8,7 +8,7 @@ pytest.importorskip("mpi4py.MPI")
 
 from helpers.runs import distance, run, same_run
 
-from psmpi.nn import tail
+from psmpi.nn import private_layers, tail
 from psmpi.nn.losses import LOSSES
 from psmpi.nn.private_layers import PrivateLayers
 from psmpi.optim.first_order import FirstOrder
@@ -33,6 +33,7 @@ def tiles(monkeypatch):
 
     def begin(size):
         monkeypatch.setattr(tail, "tile_size", lambda numbers: size)
+        monkeypatch.setattr(private_layers, "SPILL", 0)
         return count
 
     return begin

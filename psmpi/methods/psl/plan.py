@@ -17,7 +17,7 @@ from psmpi.errors import UserError
 from psmpi.layout import Layout, Roles, Runs, TableRows, assign_roles
 from psmpi.methods.psl.arrangement import Arrangement, Cost, arrangements, cost
 from psmpi.methods.psl.element_set import elements_of
-from psmpi.nn.cut import has_head, trunk_length
+from psmpi.nn.cut import tail_of, trunk_length
 from psmpi.nn.losses import LOSSES
 from psmpi.nn.network import Network
 from psmpi.nn.zoo import has_psnet
@@ -28,7 +28,7 @@ from psmpi.registry import WHOLE
 from psmpi.training.checks import check_classes, check_slices
 from psmpi.training.context import check_optimizer, configured_loss
 from psmpi.training.masters import Masters
-from psmpi.training.need import Need, added, vectors_needed, worker_needed
+from psmpi.training.need import Need, added, vectors_needed, worker_needed, worker_tiles
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,8 @@ def psl_needed(size: int, network: Network, dataset: Dataset, config: Config) ->
     for part, shard, worker in zip(roles.parts, roles.shards, roles.workers, strict=True):
         apart = shard.inside(part) is None
         vector = part.size + apart * shard.size
-        rows = 0 if apart or worker is None else _stepped_at_once(network, layout, roles, dataset, config, shard)
+        tiled = not apart and worker is not None and worker_tiles(config, network, dataset, worker, roles)
+        rows = _stepped_at_once(network, layout, roles, dataset, config, shard) if tiled else 0
         need = vectors_needed(config, layout, vector, vector - rows, shard.size)
         if worker is not None:
             need = added(need, worker_needed(config, network, dataset, worker, roles, trunk=plan.trunk))
@@ -227,13 +228,13 @@ def psl_needed(size: int, network: Network, dataset: Dataset, config: Config) ->
 def _stepped_at_once(
     network: Network, layout: Layout, roles: Roles, dataset: Dataset, config: Config, shard: Runs
 ) -> int:
-    """Weights of a head whose rows may be stepped tile by tile: their gradient is never there all at once."""
+    """Weights of classes that may be stepped tile by tile: their gradient is never there all at once."""
     o, alone = config.optimization, roles.rows == 1 and config.optimization.clip == 0 and config.run.on_nan == "stop"
     one_by_one = o.optimizer in FIRST_ORDER and not find_optimizer(o.optimizer).needs_matrices
-    if not (alone and one_by_one and configured_loss(config, dataset).immediate and has_head(network)):
+    tail = tail_of(network)
+    if not (alone and one_by_one and configured_loss(config, dataset).immediate and tail is not None):
         return 0
-    head = network.runs(layout, len(network.layers) - 1, len(network.layers))
-    return (head & shard).size
+    return (network.runs(layout, *tail) & shard).size
 
 
 def element_rows(roles: Roles, merged: bool) -> TableRows:
