@@ -33,6 +33,15 @@ def goes_by_tiles(network: Network, tail: tuple[int, int], classes: int, batch: 
     return classes * numbers > SPILL and classes > classes_at_once(classes, numbers)
 
 
+def tile_of(classes: int, numbers: int) -> int:
+    """Classes of a tile whose layers put out so many numbers each: up to half more than needed, if fewer are left over.
+
+    Classes that are left over take a model of their own.
+    """
+    least = classes_at_once(classes, numbers)
+    return min(range(least, min(least + least // 2, classes) + 1), key=lambda count: (classes % count, count))
+
+
 class PrivateLayers(Tail):
     """The subnetworks of a tile's classes, all of one shape, in turn by one model: only its weights are others'.
 
@@ -64,13 +73,8 @@ class PrivateLayers(Tail):
         return int(passes + labelled + self.space.nbytes + self.dx.nbytes)
 
     def tile(self, batch: int) -> int:
-        """As `Tail.tile`, the same for smaller minibatches: of up to half as many classes more, as leave fewest over.
-
-        Those that are left over are a model of their own.
-        """
-        least = super().tile(max(batch, self.batch))
-        most = min(least + least // 2, self.classes)
-        return min(range(least, most + 1), key=lambda count: (self.classes % count, count))
+        """As `Tail.tile`; smaller minibatches have the same tiles."""
+        return tile_of(self.classes, max(batch, self.batch) * self.numbers)
 
     @property
     def activation_bytes(self) -> int:

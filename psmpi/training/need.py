@@ -12,9 +12,9 @@ from psmpi.backend.compiled import level
 from psmpi.layout import Layout, Roles, Runs, Worker
 from psmpi.nn.cut import has_head, tail_of
 from psmpi.nn.layers.chain import output_numbers, plan_buffers, workspace_numbers
+from psmpi.nn.losses import Loss
 from psmpi.nn.network import Network
-from psmpi.nn.tail import classes_at_once
-from psmpi.nn.tiles import tail_numbers
+from psmpi.nn.private_layers import FEW, class_numbers, tile_of
 from psmpi.training.context import configured_loss, configured_optimizer
 from psmpi.training.element_worker import by_tiles
 
@@ -47,26 +47,41 @@ def pass_numbers(
     packed: bool,
     *,
     layers: tuple[int, int] | None = None,
-    tiled: bool = False,
+    tiled: Loss | None = None,
 ) -> tuple[int, int]:
     """Numbers that the passes of the part of `classes` need for minibatches of `batch`: outputs, and all else.
 
     Outputs are those that are not written over their input; all else is what the layers say. packed: convolutions are
-    computed without windows; layers, tiled: as of `Model`.
+    computed without windows; layers: as of `Model`; tiled: the loss, where the last layers go by tiles of classes.
     """
-    tail = tail_of(network) if tiled else None
+    tail = tail_of(network) if tiled is not None else None
     if tail is not None:
         layers = layers[0] if layers else 0, tail[0]
     stages = network.stages(classes, layers=layers)
     pairs = list(zip(stages, plan_buffers(stages)[0], strict=True))
     held = sum(stage.layer.held(stage, batch, spot.writable, packed) for stage, spot in pairs)
     outputs, besides = output_numbers(stages) * batch, held + sum(workspace_numbers(stages, batch).values())
-    if tail is not None and not has_head(network):
-        tile = classes_at_once(len(classes), batch * tail_numbers(network, tail))
-        more = pass_numbers(network, range(tile), batch, packed, layers=tail)
-        # The gradient of what goes in is summed over tiles.
-        features = batch * prod(network.layers[tail[0]].in_shape)
-        outputs, besides = outputs + more[0], besides + more[1] + 2 * features
+    if tiled is not None and tail is not None and not has_head(network):
+        more = _private_numbers(network, tail, len(classes), batch, packed, tiled)
+        outputs, besides = outputs + more[0], besides + more[1]
+    return outputs, besides
+
+
+def _private_numbers(
+    network: Network, tail: tuple[int, int], classes: int, batch: int, packed: bool, loss: Loss
+) -> tuple[int, int]:
+    """`pass_numbers` of private layers by tiles."""
+    tile = tile_of(classes, batch * class_numbers(network, tail))
+    outputs, besides = pass_numbers(network, range(tile), batch, packed, layers=tail)
+    # The gradient of what goes in is summed over tiles.
+    features = batch * prod(network.layers[tail[0]].in_shape)
+    besides += 2 * features
+    if loss.sums and not loss.gathers:
+        # The labels' classes, with weights of their own.
+        few = min(FEW, classes)
+        more = pass_numbers(network, range(few), batch, packed, layers=tail)
+        weights = network.runs(network.layout(), *tail).size // network.classes
+        outputs, besides = outputs + more[0], besides + more[1] + features + 3 * few * weights
     return outputs, besides
 
 
@@ -76,7 +91,7 @@ def passes_needed(
     batch: int,
     classes: range | tuple[int, ...] | None = None,
     layers: tuple[int, int] | None = None,
-    tiled: bool = False,
+    tiled: Loss | None = None,
 ) -> Need:
     """Of the passes of a part, or of some layers, with the inputs of a minibatch; arguments as in `pass_numbers`."""
     size, packed = np.dtype(config.model.dtype).itemsize, config.parallel.backend != "numpy" and level() > 0
@@ -126,8 +141,8 @@ def worker_needed(
         # There may come more of its classes.
         share = share * trained // dataset.train.n
     batch = max(1, share, *sizes)
-    tiled = worker_tiles(config, network, dataset, place, roles, tests)
-    derivatives = derivatives_needed(config, 0 if tiled else batch * len(own))
+    tiled = configured_loss(config, dataset) if worker_tiles(config, network, dataset, place, roles, tests) else None
+    derivatives = derivatives_needed(config, 0 if tiled is not None else batch * len(own))
     classes = own if isinstance(own, range) else tuple(own)
     peers = sum(w is not None and w.row == place.row for w in roles.workers)
     if not trunk or peers == 1:

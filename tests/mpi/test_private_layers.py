@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 pytest.importorskip("mpi4py.MPI")
@@ -98,3 +99,22 @@ def test_predictions_of_the_largest_scores_are_the_same(train, tiles, tmp_path):
         assert status == 0 and bool(count) == (size == 2), out + err
         told.append(json.loads(out))
     assert told[0] == told[1] == told[2]
+
+
+@pytest.mark.parametrize("more", [("--loss", "psl"), ("--loss", "bce"), ("--loss", "nll", "--clip", "0")], ids=str)
+def test_memory_is_that_of_a_tile(tmp_path, tiles, more):
+    """Activations and buffers within a tenth of what is said before, and less than those of all classes."""
+    rng, found = np.random.default_rng(0), {}
+    x, y = rng.integers(0, 255, (600, 1, 28, 28), np.uint8), np.arange(600) % 200
+    np.savez(tmp_path / "images.npz", x=x, y=y, x_test=x, y_test=y)
+    for size in (200, 12):
+        tiles(size)
+        options = ("--dataset", tmp_path / "images.npz", "--batch-size", "100", "--threads", "1", *more, "--json")
+        status, out, err = run(1, "-m", "psmpi.bench", "memory", *options)
+        assert status == 0, err
+        (found[size],) = json.loads(out)
+        for what in ("activations", "buffers"):
+            held, needed = found[size]["held"][what], found[size]["needed"][what]
+            assert needed > 1e6 and 0.9 * needed <= held <= 1.1 * needed, (what, size, held, needed)
+    held = [found[size]["held"]["activations"] + found[size]["held"]["buffers"] for size in (200, 12)]
+    assert held[1] < 0.5 * held[0]

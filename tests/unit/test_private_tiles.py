@@ -16,8 +16,8 @@ from psmpi.nn.metric import Metric
 from psmpi.nn.model import Model
 from psmpi.nn.network import build
 from psmpi.nn.objective import Objective
-from psmpi.nn.private_layers import PrivateLayers
-from psmpi.nn.tiles import TiledObjective, make_tail
+from psmpi.nn.private_layers import PrivateLayers, tile_of
+from psmpi.nn.tiles import TiledObjective, is_tiled, make_tail
 from psmpi.nn.zoo import make_network
 
 F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
@@ -236,3 +236,11 @@ def test_memory_beside_weights_and_gradients_does_not_grow_with_classes(name):
         finally:
             tracemalloc.stop()
     assert taken[1] < 1.1 * taken[0] < 0.2 * 1024 * 138 * 64 * 4
+
+
+def test_tiles_are_taken_where_all_classes_at_once_do_not_fit_the_caches():
+    ops, large = NumpyOps(), make_network("psnet", (1, 28, 28), 1200)
+    assert is_tiled(large, 1200, 100, ops, "classes") and not is_tiled(large, 1200, 100, ops, "regression")
+    assert not is_tiled(large, 300, 100, ops, "classes") and is_tiled(large, 600, 250, ops, "classes")
+    assert not is_tiled(make_network("psnet", (1, 28, 28), 10), 10, 10_000, ops, "classes")
+    assert tile_of(1000, 8800) == 83 and tile_of(10, 8800) == 10
