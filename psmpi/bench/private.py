@@ -85,7 +85,7 @@ def make_steps(
     """A step each way, all from the same weights, and the megabytes that psmpi's ways hold."""
     data, steps, sizes = Minibatch(problem, batch), {}, {}
     for way in (AT_ONCE, BY_TILES, *([IN_TILES] if LOSSES[problem.loss].immediate else [])):
-        steps[way], model, sizes[way] = _own_step(problem, data, threads, way)
+        steps[way], model, sizes[way] = own_step(problem, data, threads, way)
         if way == AT_ONCE and pytorch and problem.loss in ("psl", "nll"):
             try:
                 import torch
@@ -96,7 +96,7 @@ def make_steps(
     return steps, sizes
 
 
-def _own_step(problem: Problem, data: Minibatch, threads: int, way: str) -> tuple[Call, Model, float]:
+def own_step(problem: Problem, data: Minibatch, threads: int, way: str) -> tuple[Call, Model, float]:
     """A step of psmpi, its model, and the megabytes that it holds."""
     network, b = problem.network, len(data.labels)
     layout, ops = network.layout(), make_backend("auto", threads)

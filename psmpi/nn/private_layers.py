@@ -55,10 +55,9 @@ class PrivateLayers(Tail):
         assert model.tail is not None
         self.network, self.layers = model.network, model.tail
         self.numbers = class_numbers(self.network, self.layers)
-        (own,) = (self.network.runs(model.layout, *self.layers) & model.part).intervals
-        at = model.part.local(*own)
-        # Weights of a class, and of all classes from where on.
-        self.size, self.start = (at.stop - at.start) // self.classes, at.start
+        # Classes need not be neighbours in the flat vector; in the local one they are.
+        own = self.network.runs(model.layout, *self.layers) & model.part
+        self.size, self.start = own.size // self.classes, int(model.part.places(own.starts, own.stops)[0])
         self.space = Workspace(self.ops, self.dtype)
         self.models: dict[int, Model] = {}
         # The pass of the tile whose scores were made last, and its model.

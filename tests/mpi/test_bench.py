@@ -13,9 +13,12 @@ from helpers.runs import run
 from psmpi.bench.compute import ours
 from psmpi.bench.head import own_step, pytorch_step
 from psmpi.bench.hosts import slow_hosts
-from psmpi.bench.problems import LR, Minibatch, operations, problems
+from psmpi.bench.private import AT_ONCE, BY_TILES, IN_TILES
+from psmpi.bench.private import own_step as own_step_of_private
+from psmpi.bench.problems import LR, Minibatch, Problem, operations, problems
 from psmpi.bench.pytorch import theirs
 from psmpi.errors import UserError
+from psmpi.nn.zoo import make_network
 
 WIDE = """
 [model]
@@ -127,6 +130,36 @@ def test_a_measured_head_makes_the_steps_of_pytorch(name, scale):
     assert abs(weights - before).max() == pytest.approx(1e-3, rel=0.01)
     # Adam's first steps go by the sign of the gradient, which is rounding where it is nearly 0.
     assert (abs(weights - layer.weight.detach().numpy()) <= 1e-5).mean() > 0.99
+
+
+def test_private_layers_are_measured_by_tiles_and_all_at_once(tmp_path):
+    options = ("--classes", "90", "--batch-size", "5", "--pairs", "2", "--losses", "psl", "bce", "--threads", "1")
+    status, out, err = launch(1, "-m", "psmpi.bench", "private", *options, "--json", tmp_path / "a.json")
+    assert status == 0 and "90 classes" in out, err
+    rows = json.loads((tmp_path / "a.json").read_text())["rows"]
+    assert [(row["loss"], row["way"]) for row in rows] == [
+        ("psl", "all at once"), ("psl", "by tiles"),
+        ("bce", "all at once"), ("bce", "by tiles"), ("bce", "stepped in tiles"),
+    ]  # fmt: skip
+    assert all(0 < row["low"] <= row["ratio"] <= row["high"] and row["megabytes"] > 1 for row in rows)
+    for words, says in ((("--classes", "1"), "expected a whole number from 2"), (("--json", "/no/a"), "no folder")):
+        status, _, err = run(1, "-m", "psmpi.bench", "private", *words)
+        assert status == 1 and says in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize("loss", ["psl", "nll"])
+def test_measured_private_layers_make_the_same_steps(loss):
+    problem = Problem(make_network("psnet", (1, 28, 28), 70), loss, tuple(range(70)))
+    data, found = Minibatch(problem, 6), {}
+    for way in (AT_ONCE, BY_TILES, IN_TILES)[: 2 + (loss == "nll")]:
+        step, model, _ = own_step_of_private(problem, data, 1, way)
+        for _ in range(3):
+            step()
+        found[way] = model.w
+    moved = abs(found[AT_ONCE]).max()
+    for way, weights in found.items():
+        # Adam's first steps go by the sign of the gradient, which is rounding where it is nearly 0.
+        assert (abs(weights - found[AT_ONCE]) <= 1e-5 * moved).mean() > 0.99, way
 
 
 def test_ways_to_share_a_step_are_compared(tmp_path):

@@ -117,4 +117,4 @@ def test_memory_is_that_of_a_tile(tmp_path, tiles, more):
             held, needed = found[size]["held"][what], found[size]["needed"][what]
             assert needed > 1e6 and 0.9 * needed <= held <= 1.1 * needed, (what, size, held, needed)
     held = [found[size]["held"]["activations"] + found[size]["held"]["buffers"] for size in (200, 12)]
-    assert held[1] < 0.5 * held[0]
+    assert held[1] < 0.6 * held[0]

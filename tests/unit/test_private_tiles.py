@@ -8,6 +8,7 @@ from helpers.layer_examples import NETWORKS, make
 
 from psmpi.backend import CompiledOps, NumpyOps
 from psmpi.backend.compiled.library import level
+from psmpi.layout import restrict
 from psmpi.nn import tail
 from psmpi.nn.cut import has_head, tail_of
 from psmpi.nn.finite import find_cause
@@ -236,6 +237,22 @@ def test_memory_beside_weights_and_gradients_does_not_grow_with_classes(name):
         finally:
             tracemalloc.stop()
     assert taken[1] < 1.1 * taken[0] < 0.2 * 1024 * 138 * 64 * 4
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_some_of_the_classes_go_by_tiles(backend, tile):
+    """Those of a rank, or of a part of a network, neighbours or not."""
+    tile(2)
+    network = make_network("psnet", (1, 8, 8), 12, batch_norm=True)
+    w, x, labels = problem(network, F64)
+    layout = network.layout()
+    for classes in ((1, 2, 3, 4, 5), (0, 2, 3, 7, 11)):
+        own = restrict(w, layout.part(classes))
+        whole = Model(network, layout, own, None, make_ops(backend), classes).forward(x).scores
+        model = Model(network, layout, own, None, make_ops(backend), classes, tiled=True)
+        features = model.forward(x).scores.reshape(-1, len(labels))
+        found = np.concatenate([scores.copy() for _, scores in make_tail(model).tiles(features)])
+        assert np.allclose(found, whole, rtol=1e-12, atol=1e-14)
 
 
 def test_tiles_are_taken_where_all_classes_at_once_do_not_fit_the_caches():
