@@ -60,6 +60,11 @@ def has_head(network: Network) -> bool:
     return isinstance(last, Dense) and last.groups == 1
 
 
+def couples(network: Network, tail: tuple[int, int]) -> bool:
+    """Whether outputs of a sample of the layers [first, behind) depend on the other samples of its minibatch."""
+    return any(layer.couples for layer in leaves(network.layers[tail[0] : tail[1]]))
+
+
 def tail_of(network: Network) -> tuple[int, int] | None:
     """(first, behind the last) of the layers that every class has for itself, from outputs that all classes see.
 
@@ -70,8 +75,11 @@ def tail_of(network: Network) -> tuple[int, int] | None:
     if has_head(network):
         return len(layers) - 1, len(layers)
     first, uses = shared_length(network), uses_of(layers, network.score_uses())
+    begins = True
     for layer, users in zip(layers[first:], uses[first:], strict=True):
-        if users != ((0, layer.out_shape[0], everyone if layer.leads else each),):
+        # What goes with the first of these layers puts out what all classes see.
+        begins = begins and layer.leads
+        if users != ((0, layer.out_shape[0], everyone if begins else each),):
             return None
     if layers[first].sources(uses[first]) != ((0, layers[first].in_shape[0], everyone),):
         return None

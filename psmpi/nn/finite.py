@@ -116,32 +116,79 @@ def find_cause(model: Model, tail: Tail | None = None) -> Cause:
         features = x
         for part, features in model.trace(x):
             scores = part is model.parts[-1] and model.ends and len(features) == len(model.classes)
-            found = _first_output(part.layer.name, ops.host(features), everyone, scores, model.layout.classes)
+            found = Bad.of(ops.host(features), everyone, scores)
             if found is not None:
-                return found
-        tiles = tail.trace(features.reshape(-1, x.shape[-1])) if tail is not None else ()
-        for at, part, output in tiles:
-            found = _first_output(part.layer.name, ops.host(output), model.classes[at], True, model.layout.classes)
-            if found is not None:
-                return found
+                return found.cause(part.layer.name, model.layout.classes)
+        if tail is not None:
+            cause = _first_of_tiles(model, tail, features.reshape(-1, x.shape[-1]))
+            if cause is not None:
+                return cause
     return Cause("loss", "all weights and the outputs of all layers are finite, the loss of these is beyond float64")
 
 
-def _first_output(layer: str, y: np.ndarray, classes: Sequence[int], apart: bool, all_of: int) -> Cause | None:
-    """The cause that outputs y (units, ..., b) of a layer are, if one is not finite.
+@dataclass
+class Bad:
+    """What is not finite among the outputs of a layer: of which kinds, in which samples, of which classes.
 
-    classes: those that use the units, `apart`: each its own, as many as any other, one after the other.
+    rows, units: of the layer's units how many are not finite; one: whether each of the classes has one unit.
     """
-    columns = _columns(y)
-    if not columns:
-        return None
-    rows = np.flatnonzero(~np.isfinite(y).reshape(len(y), -1).all(axis=1))
-    if apart:
-        each = len(y) // len(classes)
-        classes = [classes[k] for k in np.unique(rows // each).tolist()]
-    count = f"{len(rows)} of {len(y)} units, " if len(rows) < len(y) and not (apart and each == 1) else ""
-    text = f"layer {layer}{of_classes(classes, all_of)} is the first to put out {kind_of(y)}, in {count}"
-    return Cause("layer", f"{text}{len(columns)} of {y.shape[-1]} samples", columns, FEW * len(columns) <= y.shape[-1])
+
+    kinds: str
+    columns: set[int]
+    classes: list[int]
+    rows: int
+    units: int
+    samples: int
+    one: bool
+
+    @classmethod
+    def of(cls, y: np.ndarray, classes: Sequence[int], apart: bool) -> Bad | None:
+        """Of outputs y (units, ..., b), if there is something.
+
+        classes: those that use the units, `apart`: each its own, as many as any other, one after the other.
+        """
+        columns = _columns(y)
+        if not columns:
+            return None
+        rows = np.flatnonzero(~np.isfinite(y).reshape(len(y), -1).all(axis=1))
+        each = max(1, len(y) // max(1, len(classes))) if apart else 0
+        named = [classes[k] for k in np.unique(rows // each).tolist()] if apart else list(classes)
+        return cls(kind_of(y), set(columns), named, len(rows), len(y), y.shape[-1], each == 1)
+
+    def join(self, other: Bad) -> None:
+        """Add what there is of the same layer among other classes' units."""
+        both = {*self.kinds.split(" and "), *other.kinds.split(" and ")}
+        self.kinds = " and ".join(sorted(both, reverse=True))
+        self.columns |= other.columns
+        self.classes += other.classes
+        self.rows, self.units = self.rows + other.rows, self.units + other.units
+
+    def cause(self, layer: str, all_of: int) -> Cause:
+        """The cause that this is."""
+        count = f"{self.rows} of {self.units} units, " if self.rows < self.units and not self.one else ""
+        text = f"layer {layer}{of_classes(self.classes, all_of)} is the first to put out {self.kinds}, in {count}"
+        columns = tuple(sorted(self.columns))
+        few = FEW * len(columns) <= self.samples
+        return Cause("layer", f"{text}{len(columns)} of {self.samples} samples", columns, few)
+
+
+def _first_of_tiles(model: Model, tail: Tail, features: np.ndarray) -> Cause | None:
+    """The first layer of a tail that puts out what is not finite, in all tiles together."""
+    layers: dict[int, tuple[str, list[Bad | None], int]] = {}
+    for at, part, output in tail.trace(features):
+        y = model.ops.host(output)
+        found = Bad.of(y, model.classes[at], True)
+        name, bad, units = layers.get(part.number, (part.layer.name, [], 0))
+        layers[part.number] = name, [*bad, found], units + len(y)
+    for name, several, units in (layers[number] for number in sorted(layers)):
+        there = [one for one in several if one is not None]
+        if there:
+            first, *others = there
+            for one in others:
+                first.join(one)
+            first.units = units
+            return first.cause(name, model.layout.classes)
+    return None
 
 
 def _columns(values: np.ndarray) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from psmpi.backend import NumpyOps
 from psmpi.layout import Layout, Runs
-from psmpi.nn.cut import tail_of
+from psmpi.nn.cut import couples, tail_of
 from psmpi.nn.layers import Part, SampleSums, Site
 from psmpi.nn.layers.base import Total
 from psmpi.nn.layers.chain import Chain, Room, Tape, room_bytes
@@ -236,8 +236,10 @@ class Model:
     def calibrate(self, minibatches: Iterable[np.ndarray]) -> None:
         """Normalize by the statistics of these minibatches (features, b) together from now on, not of each one.
 
-        For forward passes alone.
+        For forward passes alone. ValueError for a model that is `tiled`, whose tail has statistics too.
         """
+        if self.tail is not None and couples(self.network, self.tail):
+            raise ValueError("layers that go by tiles of classes keep no statistics of all of them")
         for part in self.parts:
             part.gather_statistics()
         for x in minibatches:

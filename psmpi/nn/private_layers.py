@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from psmpi.nn.cut import couples
 from psmpi.nn.layers import Part
-from psmpi.nn.layers.chain import Tape, leaves, output_numbers
+from psmpi.nn.layers.chain import Tape, output_numbers
 from psmpi.nn.layers.workspace import Workspace
 from psmpi.nn.losses import own_labels
 from psmpi.nn.model import Model
@@ -83,7 +84,9 @@ class PrivateLayers(Tail):
     def reserve(self, batch: int, labels: bool) -> None:
         if batch <= self.batch:
             return
-        self.batch, self.models, tile = batch, {}, self.tile(batch)
+        # The smaller arrays go first.
+        self.last, self.labelled, self.models, self.dx = None, None, {}, np.empty(0, self.dtype)
+        self.batch, tile = batch, self.tile(batch)
         self.dx = self.ops.empty(self.model.size * batch, self.dtype)
         for classes in {tile, self.classes % tile} - {0}:
             self._model(0, classes, batch).chain.reserve_backward(batch, True)
@@ -163,8 +166,7 @@ class Labelled:
         self.w, self.g = whole.w[at].reshape(-1, size), None
         if whole.g is not None:
             self.g = whole.g[at].reshape(-1, size)
-        layers = private.network.layers[private.layers[0] : private.layers[1]]
-        self.couples = any(layer.couples for layer in leaves(layers))
+        self.couples = couples(private.network, private.layers)
         few, features = self.few * size, whole.size * batch
         # Weights of few classes, their gradient, and that of all with theirs.
         self.rows, self.more, self.sum = (empty(few, private.dtype).reshape(-1, size) for _ in range(3))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -57,32 +58,53 @@ def pass_numbers(
     tail = tail_of(network) if tiled is not None else None
     if tail is not None:
         layers = layers[0] if layers else 0, tail[0]
+    found = [_own_numbers(network, classes, batch, packed, layers)]
+    if tiled is not None and tail is not None and not has_head(network):
+        found.append(_private_numbers(network, tail, len(classes), batch, packed, tiled))
+    return sum(one.outputs for one in found), sum(one.held + sum(one.shared.values()) for one in found)
+
+
+@dataclass
+class Numbers:
+    """Numbers that passes need: outputs of layers, what is held besides, and arrays of the workspace by their names."""
+
+    outputs: int
+    held: int
+    shared: dict[str, int]
+
+    def beside(self, other: Numbers) -> Numbers:
+        """Of both, with one workspace."""
+        names = {*self.shared, *other.shared}
+        shared = {name: max(self.shared.get(name, 0), other.shared.get(name, 0)) for name in names}
+        return Numbers(self.outputs + other.outputs, self.held + other.held, shared)
+
+
+def _own_numbers(
+    network: Network, classes: range | tuple[int, ...], batch: int, packed: bool, layers: tuple[int, int] | None
+) -> Numbers:
+    """Of the passes of one model."""
     stages = network.stages(classes, layers=layers)
     pairs = list(zip(stages, plan_buffers(stages)[0], strict=True))
     held = sum(stage.layer.held(stage, batch, spot.writable, packed) for stage, spot in pairs)
-    outputs, besides = output_numbers(stages) * batch, held + sum(workspace_numbers(stages, batch).values())
-    if tiled is not None and tail is not None and not has_head(network):
-        more = _private_numbers(network, tail, len(classes), batch, packed, tiled)
-        outputs, besides = outputs + more[0], besides + more[1]
-    return outputs, besides
+    return Numbers(output_numbers(stages) * batch, held, workspace_numbers(stages, batch))
 
 
 def _private_numbers(
     network: Network, tail: tuple[int, int], classes: int, batch: int, packed: bool, loss: Loss
-) -> tuple[int, int]:
-    """`pass_numbers` of private layers by tiles."""
-    tile = tile_of(classes, batch * class_numbers(network, tail))
-    outputs, besides = pass_numbers(network, range(tile), batch, packed, layers=tail)
-    # The gradient of what goes in is summed over tiles.
+) -> Numbers:
+    """Of private layers by tiles: models of a tile, of the classes left over, and of those of labels."""
+    tile, few = tile_of(classes, batch * class_numbers(network, tail)), min(FEW, classes)
     features = batch * prod(network.layers[tail[0]].in_shape)
-    besides += 2 * features
+    # The gradient of what goes in is summed over tiles.
+    found, sizes = Numbers(0, 2 * features, {}), [tile, classes % tile]
     if loss.sums and not loss.gathers:
         # The labels' classes, with weights of their own.
-        few = min(FEW, classes)
-        more = pass_numbers(network, range(few), batch, packed, layers=tail)
-        weights = network.runs(network.layout(), *tail).size // network.classes
-        outputs, besides = outputs + more[0], besides + more[1] + features + 3 * few * weights
-    return outputs, besides
+        found.held += features + 3 * few * (network.runs(network.layout(), *tail).size // network.classes)
+        sizes.append(few)
+    for size in sizes:
+        if size:
+            found = found.beside(_own_numbers(network, range(size), batch, packed, tail))
+    return found
 
 
 def passes_needed(

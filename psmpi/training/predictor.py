@@ -17,6 +17,7 @@ from psmpi.config import Data
 from psmpi.data import Identity, Resident, Split, identify_split, open_split, split_differences
 from psmpi.errors import UserError
 from psmpi.layout import Layout, make_grid
+from psmpi.nn.cut import couples, tail_of
 from psmpi.nn.metric import largest
 from psmpi.nn.model import Model
 from psmpi.nn.network import Network
@@ -118,7 +119,10 @@ class Predictor:
         self.part = layout.part(mine)
         self.w = np.empty(self.part.size, dtype)
         most = max(at.stop - at.start for at in network.evaluation_batches(FEW))
-        tiled = top > 0 and is_tiled(network, len(mine), most, ops, "classes")
+        tail = tail_of(network)
+        # Statistics that are fixed are those of all classes.
+        fixes = tail is not None and couples(network, tail)
+        tiled = top > 0 and not fixes and is_tiled(network, len(mine), most, ops, "classes")
         self.model = Model(network, layout, self.w, None, ops, mine, tiled=tiled)
         self.tail = make_tail(self.model) if tiled else None
 

@@ -11,7 +11,7 @@ from psmpi.backend.compiled.library import level
 from psmpi.layout import restrict
 from psmpi.nn import tail
 from psmpi.nn.cut import has_head, tail_of
-from psmpi.nn.finite import find_cause
+from psmpi.nn.finite import _first_of_tiles, find_cause
 from psmpi.nn.losses import LOSSES, make_loss
 from psmpi.nn.metric import Metric
 from psmpi.nn.model import Model
@@ -31,7 +31,8 @@ OWN = {
     "padded": build(
         "padded", (2, 5, 5),
         [{"type": "conv", "channels": 3, "kernel": 3, "pad": 1}, TANH,
-         {"type": "conv", "channels": 8, "kernel": 3, "pad": 1}, {"type": "max_pool"}, TANH, FLAT,
+         {"type": "conv", "channels": 8, "kernel": 3, "pad": 1}, {"type": "max_pool"}, TANH,
+         {"type": "separable_conv", "channels": 4, "kernel": 3, "groups": 4, "pad": 1}, FLAT,
          {"type": "separable_dense", "units": 4, "groups": 4}],
         4,
     ),
@@ -85,7 +86,7 @@ def test_networks_with_private_layers_have_a_tail():
         "psnet, normalized": (make_network("psnet", (3, 32, 32), 10, batch_norm=True), (4, 17)),
         "head": (make_network("head", (20,), 10), (4, 5)),
         "mlp": (make_network("mlp", (20,), 10), (4, 5)),
-        "padded": (OWN["padded"], (3, 9)),
+        "padded": (OWN["padded"], (3, 11)),
         "inputs of each class": (make("separable dense, ignored inputs"), None),
         "units of two classes": (make("groups of two kinds"), (4, 5)),
         "of some": (make("blocks cut by later blocks"), None),
@@ -187,6 +188,31 @@ def test_what_is_no_number_is_found_in_its_class(name, lenient, backend, tile):
         cause = find_cause(model, objective.tail)
     assert not np.isfinite(value) and not objective.finite
     assert cause.kind == "layer" and cause.text.startswith("layer dense2 (class 6) is the first to put out inf")
+
+
+def test_what_is_no_number_in_several_tiles_is_told_at_once(tile):
+    """The first layer of all tiles, with all of its classes: one weight of two classes, and a later one of another."""
+    tile(4)
+    tables = [{"type": "dense", "units": 20}, {"type": "relu"}, {"type": "separable_dense", "units": 10, "groups": 10}]
+    network = build("wide", (6,), [{"type": "dense", "units": 6}, TANH, *tables], 10)
+    w, x, labels = problem(network, F32)
+    layout = network.layout()
+    last = len(network.layers) - 1
+    for c, first in ((1, last), (5, last - 2), (8, last - 2)):
+        for start, stop in (layout.part((c,)) & network.runs(layout, first, first + 1)).intervals:
+            w[start:stop] = np.inf
+    model = Model(network, layout, w, np.empty_like(w), NumpyOps(), tiled=True)
+    objective = TiledObjective(make_loss("nll", F32, outputs=10), model)
+    objective.reserve(10, len(labels))
+    tape = model.forward(x)
+    with np.errstate(invalid="ignore", over="ignore"), pytest.raises(FloatingPointError):
+        objective.losses(tape.scores.reshape(-1, len(labels)), labels, 0.125)
+    # Weights that are not finite come first; these are, as far as is known here.
+    features = tape.scores.reshape(-1, len(labels))
+    with np.errstate(invalid="ignore", over="ignore"):
+        cause = _first_of_tiles(model, objective.tail, features)
+    assert cause.text.startswith("layer dense2 (classes 5 8) is the first to put out NaN")
+    assert " in 4 of 20 units, 9 of 9 samples" in cause.text and cause.columns == tuple(range(9))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

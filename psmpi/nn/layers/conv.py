@@ -68,7 +68,9 @@ class Conv(Linear):
         if packed:
             return found + kernels // self.groups
         row = int(stage.inputs.sum()) * wide * stage.shape[2] * batch
-        return found + 2 * min(row * stage.shape[1], max(row, CHUNK))
+        windows, most = row * stage.shape[1], max(row, CHUNK)
+        # What several rows of outputs add to the kernels' gradients are products by themselves.
+        return found + 2 * min(windows, most) + kernels * (windows > most)
 
     def part(self, stage: Stage, site: Site) -> Part:
         return ConvPart(stage, site)

@@ -83,6 +83,8 @@ class LinearPart(Part):
         self.bias, self.group_inputs = self.layer.bias, self.layer.group_inputs
         self.inputs, self.units = int(stage.inputs.sum()), int(stage.kept.sum())
         self.segments = find_segments(self.layer, site.layout, site.part, stage.kept, np.cumsum(stage.inputs) - 1)
+        # What stands for biases that the layer has not, and for their gradient: they are 0, which goes nowhere.
+        self.no_biases = [self.ops.zeros(0 if self.bias else self.units, site.dtype) for _ in range(2)]
         # The array that sums went into last, and its views.
         self.summed: tuple[np.ndarray | None, Views] = (None, [])
         # A product can write straight into dx where every input belongs to exactly one stripe.
@@ -94,9 +96,17 @@ class LinearPart(Part):
             and one.count * one.n_in == self.inputs
         )
 
+    def bind(self, w: np.ndarray, g: np.ndarray | None) -> None:
+        none, nowhere = self.no_biases
+        self.w = self._views(w, none)
+        self.g = None if g is None else self._views(g, nowhere)
+
     def views(self, vector: np.ndarray) -> Any:
         """Weights (count, n, unit size) and biases (count, n) of each segment."""
-        biases = vector if self.bias else self.ops.zeros(self.units, vector.dtype)
+        return self._views(vector, vector if self.bias else self.ops.zeros(self.units, vector.dtype))
+
+    def _views(self, vector: np.ndarray, biases: np.ndarray) -> Views:
+        biases = vector if self.bias else biases
         return [(s.weights(vector, self.ops), s.biases(biases, self.ops)) for s in self.segments]
 
     def rows(self, into: np.ndarray) -> Views:
