@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from psmpi.backend import NumpyOps, make_backend
+from psmpi.bench.files import check_files
 from psmpi.bench.problems import LR, Minibatch, Problem, operations, problems
 from psmpi.bench.pytorch import Kind, theirs
 from psmpi.comm.world import cores, quota
@@ -149,7 +150,7 @@ def compute(
     for option, value in (("--batch-size", batch_size), ("--pairs", pairs), ("--threads", threads)):
         if value < 1:
             raise UserError(f"{option} {value}: expected a whole number from 1 up")
-    _check_files(json, plot)
+    check_files(plot, json=json)
     present = min(len(cores()), quota())
     if compute != "float32" and backend != "cupy":
         raise UserError(f"--compute {compute} is for GPUs: add --backend cupy")
@@ -197,20 +198,6 @@ def compute(
     if plot:
         _draw(rows, plot, found)
     return 0
-
-
-def _check_files(json: str, plot: str) -> None:
-    """UserError where a result could not be written in the end."""
-    for option, name in (("--json", json), ("--plot", plot)):
-        if name and not Path(name).absolute().parent.is_dir():
-            raise UserError(f"{option} {name}: there is no such folder")
-    if plot:
-        if Path(plot).suffix not in (".png", ".pdf", ".svg"):
-            raise UserError(f"--plot {plot}: expected a name that ends in .png, .pdf or .svg")
-        try:
-            import matplotlib  # noqa: F401
-        except ImportError:
-            raise UserError("--plot needs matplotlib: pip install 'psmpi[plot]'") from None
 
 
 def gemm_peak(n: int = 1536, repeats: int = 5) -> float:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from psmpi.backend import make_backend
+from psmpi.bench.files import check_files
 from psmpi.bench.problems import LR, Minibatch, Problem
 from psmpi.bench.pytorch import theirs
 from psmpi.errors import UserError
@@ -64,8 +65,7 @@ def private(
     for option, value, least in (("--classes", classes, 2), *settings):
         if value < least:
             raise UserError(f"{option} {value}: expected a whole number from {least} up")
-    if json and not Path(json).absolute().parent.is_dir():
-        raise UserError(f"--json {json}: there is no folder {Path(json).parent}")
+    check_files(json=json)
     rows = []
     with threadpool_limits(threads):
         for loss in losses:

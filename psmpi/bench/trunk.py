@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
+from psmpi.bench.files import check_files
 from psmpi.bench.network import launcher, run_program
 from psmpi.errors import UserError
 from psmpi.output import Screen, tell
@@ -55,8 +56,7 @@ def trunk(
     for option, value, least in (("--ranks", ranks, 2), ("--rounds", rounds, 1), ("--batch-size", batch_size, ranks)):
         if value < least:
             raise UserError(f"{option} {value}: expected a whole number from {least} up")
-    if json and not Path(json).absolute().parent.is_dir():
-        raise UserError(f"--json {json}: there is no folder {Path(json).parent}")
+    check_files(json=json)
     if pytorch and find_spec("torch") is None:
         raise UserError("--pytorch needs PyTorch: pip install 'psmpi[torch]'")
     words = ["--dataset", dataset, "--model", model, "--loss", loss, "--batch-size", str(batch_size), "--threads", "1"]

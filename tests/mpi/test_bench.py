@@ -162,6 +162,50 @@ def test_measured_private_layers_make_the_same_steps(loss):
         assert (abs(weights - found[AT_ONCE]) <= 1e-5 * moved).mean() > 0.99, way
 
 
+@pytest.mark.parametrize(
+    ("ranks", "more", "operations"),
+    [
+        (3, (), {"Bcast", "Scatterv", "Gatherv", "Allreduce"}),
+        (2, ("--colocate", "--placement", "owner", "--trunk", "split"), {"Isend", "Wait(Irecv)", "Allreduce"}),
+        (2, ("--method", "data_parallel"), {"Iallreduce", "Wait(Iallreduce)"}),
+        (1, (), set()),
+    ],
+    ids=str,
+)
+def test_a_step_is_what_ranks_do_in_it(tmp_path, ranks, more, operations):
+    """The table of all ranks, and a trace of all operations; each kind of time there is at least 0."""
+    options = ("--steps", "5", *more, "--trace", tmp_path / "trace.json")
+    status, out, err = launch(ranks, "-m", "psmpi.bench", "step", "--json", *options)
+    assert status == 0, err
+    found = json.loads(out.splitlines()[-1])
+    assert found["steps"] == 5 and [row["rank"] for row in found["rows"]] == list(range(ranks))
+    for row in found["rows"]:
+        times = [row[f"{kind}_ms"] for kind in ("compute", "optimizer", "wait", "transfer")]
+        assert all(value >= 0 for value in times) and times[0] > 0 and row["step_ms"] > 0
+        assert row["name"].startswith(f"rank {row['rank']} ") and (row["bytes_sent"] > 0) == (ranks > 1)
+    assert any(row["optimizer_ms"] > 0 for row in found["rows"])
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert operations <= {event["name"] for event in events if event.get("cat") == "operation"}
+    assert sum(event["name"] == "optimizer" for event in events) >= 5
+
+
+def test_a_step_is_drawn_and_shown(tmp_path):
+    pytest.importorskip("matplotlib")
+    status, out, err = launch(2, "-m", "psmpi.bench", "step", "--steps", "3", "--plot", tmp_path / "step.png")
+    assert status == 0 and "1 worker of 0-9" in out and "milliseconds a step" in out, err
+    assert (tmp_path / "step.png").stat().st_size > 5000
+
+
+def test_a_step_says_what_is_wrong_before_it_begins(tmp_path):
+    for words, says in (
+        (("--steps", "0"), "--steps 0"),
+        (("--trace", "/nonexistent/a.json"), "--trace /nonexistent/a.json: there is no such folder"),
+        (("--momentum", "0.9"), "--momentum"),
+    ):
+        status, _, err = run(1, "-m", "psmpi.bench", "step", *words)
+        assert status == 1 and says in err and "Traceback" not in err
+
+
 def test_ways_to_share_a_step_are_compared(tmp_path):
     options = ("--rounds", "1", "--batch-size", "20", "--json", tmp_path / "a.json")
     status, out, err = launch(1, "-m", "psmpi.bench", "trunk", *options)

@@ -64,6 +64,11 @@ class Flight:
         self.count += 1
         return record
 
+    def begin_wait(self, begun: Record) -> Record:
+        """`begin` for the wait for what an earlier record has begun."""
+        name, group, number, peer, nbytes, *_ = begun
+        return self.begin([WAITS[name], group, number, peer, nbytes, self.step, now(), 0.0])
+
     def task(self, name: str) -> Task:
         """A block that is recorded as one operation."""
         return Task(self, name)
@@ -97,8 +102,7 @@ class RecordedRequest:
         return self.request.Test()
 
     def Wait(self) -> object:
-        name, group, number, peer, nbytes, *_ = self.record
-        record = self.flight.begin([WAITS[name], group, number, peer, nbytes, self.flight.step, now(), 0.0])
+        record = self.flight.begin_wait(self.record)
         found = self.request.Wait()
         record[ENDED] = now()
         return found
@@ -300,9 +304,9 @@ def ranges(ranks: Sequence[int]) -> list[list[int]]:
     return parts
 
 
-def recorded(world: World) -> World:
-    """The communicator of all ranks with a flight recorder; one rank's as it is."""
-    return Recorded(world, Flight(), "world", range(world.size)) if world.size > 1 else world
+def recorded(world: World, flight: Flight | None = None) -> World:
+    """The communicator of all ranks with a flight recorder, a new one by default; one rank's as it is."""
+    return Recorded(world, flight or Flight(), "world", range(world.size)) if world.size > 1 else world
 
 
 def flight_of(comm: Communicator) -> Flight:

@@ -1,0 +1,264 @@
+"""The time of each rank in computing, in the optimizer, in waiting for others and in transfers, a step."""
+
+from __future__ import annotations
+
+import json as jsonlib
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from psmpi.bench.files import check_files
+from psmpi.bench.timeline import KINDS, Operation, Track, chrome_trace, shares, spans_of
+from psmpi.comm.watch.flight import BYTES, ENDED, GROUP, NAME, NO_GROUP, NUMBER, PEER, Flight, Record
+from psmpi.errors import UserError
+from psmpi.output import Screen, tell
+
+if TYPE_CHECKING:
+    from psmpi.comm.control import Control
+    from psmpi.config import Config
+    from psmpi.layout import Runs
+    from psmpi.optim import Optimizer
+
+# Steps before those that are timed; round trips by which clocks are compared.
+WARM, TRIPS = 10, 20
+
+
+class Tracing(Flight):
+    """A recorder that keeps all operations, and of each wait what had begun what it waits for."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
+        self.all: list[Record] = []
+        # Places of records by their identity, and of what a record waits for.
+        self.places: dict[int, int] = {}
+        self.since: dict[int, int] = {}
+
+    def begin(self, record: Record) -> Record:
+        self.places[id(record)] = len(self.all)
+        self.all.append(record)
+        return super().begin(record)
+
+    def begin_wait(self, begun: Record) -> Record:
+        record = super().begin_wait(begun)
+        self.since[self.places[id(record)]] = self.places[id(begun)]
+        return record
+
+    def operations(self, first: int) -> list[Operation]:
+        """The operations between ranks from the record at `first` on."""
+        found: list[Operation] = []
+        places: dict[int, int] = {}
+        for place, record in enumerate(self.all[first:], first):
+            if record[GROUP] == NO_GROUP:
+                continue
+            group, since = self.groups[record[GROUP]], self.since.get(place, -1)
+            places[place] = len(found)
+            found.append(
+                Operation(
+                    record[NAME], group.key, group.ranks, record[NUMBER], record[PEER], record[BYTES],
+                    record[ENDED - 1], record[ENDED], places.get(since, -1),
+                )
+            )  # fmt: skip
+        return found
+
+
+def step(config: Config, steps: int = 20, trace: str = "", plot: str = "", json: bool = False) -> int:
+    """Time steps of a training, and say what each rank does in them: compute, optimize, wait, transfer.
+
+    Takes the options of psmpi.train; run it under mpirun. An operation between ranks waits until the ranks that it
+    needs have begun theirs, and transfers from then on; clocks of hosts are compared first. Figures are medians over
+    steps. On a GPU the time is that of the host, which waits where it needs results.
+
+    Args:
+        steps: Steps to time, after 10 others.
+        trace: Also write all operations into this file (.json), a Chrome trace, which ui.perfetto.dev opens.
+        plot: Also draw shares of the time, and a step of median length, into this file (.png, .pdf or .svg); needs
+            psmpi[plot].
+        json: Print JSON.
+    """
+    from threadpoolctl import threadpool_limits
+
+    from psmpi.backend import make_backend
+    from psmpi.bench.training import prepare
+    from psmpi.comm.control import Control
+    from psmpi.comm.watch.flight import recorded
+    from psmpi.comm.world import start
+    from psmpi.config import check
+    from psmpi.data import Batch
+    from psmpi.training.context import Context
+
+    if steps < 1:
+        raise UserError(f"--steps {steps}: expected a whole number from 1 up")
+    check_files(plot, trace=trace)
+    check(config)
+    world = start()
+    control, flight = Control(world), Tracing()
+    kind, network, dataset, batches, rate, threads = prepare(config, world)
+    track = Track(world.rank)
+
+    class Timed(Context):
+        """A context whose optimizers note when they work."""
+
+        def optimizer(self, runs: Runs, counted: bool = False) -> Optimizer:
+            made: Any = super().optimizer(runs, counted)
+            for name in ("step", "step_piece"):
+                if hasattr(made, name):
+                    setattr(made, name, _noted(getattr(made, name), track.optimizing))
+            optimizer: Optimizer = made
+            return optimizer
+
+    with threadpool_limits(threads), np.errstate(all="ignore"):
+        ops = make_backend(config.parallel.backend, threads)
+        method = kind(Timed(recorded(world, flight), network, dataset, config, ops))
+        shift = clock_shift(control)
+        for number in range(WARM + steps):
+            if number == WARM:
+                track.optimizing.clear()
+                first, sent = len(flight.all), method.counter.sent
+                control.wait_for_all()
+            begun = time.monotonic()
+            flight.step = number
+            method.step(Batch(batches.ids(*divmod(number, batches.steps_per_epoch))), rate(0))
+            if number >= WARM:
+                track.steps.append((begun, time.monotonic()))
+        sent = (method.counter.sent - sent) / steps
+    track.operations = flight.operations(first)
+    role, classes, _ = method.work()
+    name = f"rank {world.rank} {role}{f' of {classes}' if classes else ''}"
+    told = _collected(control, jsonlib.dumps([name, sent, _moved(track, shift)]))
+    if world.rank == 0:
+        _report([jsonlib.loads(text) for text in told], trace, plot, json)
+    return 0
+
+
+def _collected(control: Control, text: str) -> list[str]:
+    """The texts of all ranks, of any length, on rank 0."""
+    data: np.ndarray = np.frombuffer(text.encode(), np.uint8).copy()
+    sizes = control.rows(np.array([data.size]))[:, 0].tolist()
+    if control.rank:
+        control.send_to_first(data)
+        return []
+    found = [text]
+    for rank, size in enumerate(sizes[1:], 1):
+        data = np.empty(size, np.uint8)
+        control.receive_from(data, rank)
+        found.append(data.tobytes().decode())
+    return found
+
+
+def _noted(call: Callable[..., Any], into: list[tuple[float, float]]) -> Callable[..., Any]:
+    """A call whose begin and end are noted."""
+
+    def noted(*words: Any, **options: Any) -> Any:
+        begun = time.monotonic()
+        found = call(*words, **options)
+        into.append((begun, time.monotonic()))
+        return found
+
+    return noted
+
+
+def clock_shift(control: Control) -> float:
+    """Seconds to add to this rank's clock to have rank 0's: of round trips the shortest one counts."""
+    if control.size == 1:
+        return 0.0
+    found, comm, buffer = 0.0, control.comm, np.zeros(1)
+    for rank in range(1, control.size):
+        best = np.inf
+        for _ in range(TRIPS):
+            if control.rank == 0:
+                comm.Recv(buffer, rank)
+                buffer[0] = time.monotonic()
+                comm.Send(buffer, rank)
+            elif control.rank == rank:
+                begun = time.monotonic()
+                comm.Send(buffer, 0)
+                comm.Recv(buffer, 0)
+                taken = time.monotonic() - begun
+                if taken < best:
+                    best, found = taken, float(buffer[0]) - begun - taken / 2
+    return found
+
+
+def _moved(track: Track, shift: float) -> dict[str, Any]:
+    """A track as JSON has it, on rank 0's clock."""
+    return {
+        "rank": track.rank,
+        "operations": [[*one[:6], one.begun + shift, one.ended + shift, one.since] for one in track.operations],
+        "optimizing": [[a + shift, b + shift] for a, b in track.optimizing],
+        "steps": [[a + shift, b + shift] for a, b in track.steps],
+    }
+
+
+def _track(table: dict[str, Any]) -> Track:
+    operations = [Operation(name, key, tuple(ranks), *rest) for name, key, ranks, *rest in table["operations"]]
+    return Track(table["rank"], operations, [tuple(pair) for pair in table["optimizing"]], table["steps"])
+
+
+def _report(told: Sequence[Any], trace: str, plot: str, json: bool) -> None:
+    """Print the figures of all ranks, and write the files."""
+    names, sent = [name for name, *_ in told], [nbytes for _, nbytes, _ in told]
+    tracks = [_track(table) for *_, table in told]
+    found = shares(tracks)
+    rows: list[dict[str, Any]] = []
+    for rank, steps in enumerate(found):
+        figures = {f"{kind}_ms": 1e3 * median(one[kind] for one in steps) for kind in (*KINDS, "step")}
+        rows.append({"rank": rank, "name": names[rank], **figures, "bytes_sent": sent[rank]})
+    if trace:
+        Path(trace).write_text(jsonlib.dumps(chrome_trace(tracks, dict(enumerate(names)))) + "\n")
+    if plot:
+        _draw(rows, tracks, found, plot)
+    if json:
+        tell(jsonlib.dumps({"steps": len(found[0]), "rows": rows}))
+        return
+    _show(rows, len(found[0]))
+
+
+def _show(rows: Sequence[dict[str, Any]], steps: int) -> None:
+    from rich.table import Table
+
+    table = Table(title=f"milliseconds a step, medians of {steps}", title_justify="left")
+    table.add_column("rank")
+    for name in (*KINDS, "step", "MB sent"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        figures = (f"{row[f'{kind}_ms']:.3f}" for kind in (*KINDS, "step"))
+        table.add_row(row["name"].removeprefix("rank "), *figures, f"{row['bytes_sent'] / 1e6:.3f}")
+    Screen().print(table)
+
+
+def _draw(
+    rows: Sequence[dict[str, Any]], tracks: Sequence[Track], found: Sequence[Sequence[dict[str, float]]], path: str
+) -> None:
+    """The shares of the time of each rank, and below them one step of median length."""
+    from matplotlib.figure import Figure
+
+    from psmpi.bench.timeline import Meetings
+
+    colours = dict(zip(KINDS, ("tab:green", "tab:blue", "lightgrey", "tab:orange"), strict=True))
+    figure = Figure(figsize=(9, 0.8 * len(rows) + 3), layout="constrained")
+    above, below = figure.subplots(2)
+    names = [row["name"] for row in rows]
+    left = np.zeros(len(rows))
+    for kind in KINDS:
+        widths = np.array([row[f"{kind}_ms"] for row in rows])
+        above.barh(names, widths, left=left, color=colours[kind], label=kind)
+        left += widths
+    above.invert_yaxis()
+    above.legend(ncols=len(KINDS), loc="lower right", bbox_to_anchor=(1, 1))
+    above.set_xlabel("ms a step, medians")
+    lengths = [steps["step"] for steps in found[0]]
+    chosen = int(np.argsort(lengths)[len(lengths) // 2])
+    meetings, start = Meetings(tracks), min(track.steps[chosen][0] for track in tracks)
+    for track, name in zip(tracks, names, strict=True):
+        for kind in KINDS:
+            spans = [span for span in spans_of(track, chosen, meetings) if span.kind == kind]
+            bars = [(1e3 * (span.begun - start), 1e3 * (span.ended - span.begun)) for span in spans]
+            below.broken_barh(bars, (names.index(name) - 0.4, 0.8), color=colours[kind])
+    below.set_yticks(range(len(names)), names)
+    below.invert_yaxis()
+    below.set_xlabel(f"ms of step {chosen}")
+    figure.savefig(path)
