@@ -248,7 +248,10 @@ class Objective:
         self.ops.unscale(self.model.g, report, GRADIENT_LIMIT[self.model.dtype])
 
     def again(self, tape: Tape, dx: np.ndarray | None = None) -> None:
-        """Fill the model's gradient once more for the last minibatch; its pass, and the weights, are as they were."""
+        """Fill the model's gradient once more for the last minibatch, from its pass; the weights are as they were.
+
+        A pass through batch normalization, of which backward uses up what it keeps, is to be made anew.
+        """
         self.backward(tape, dx)
 
     def value(self) -> float:

@@ -240,6 +240,8 @@ class ElementWorker:
         """
         finished, self.model.finished = self.model.finished, None
         if self.last:
+            # Backward uses up what some layers keep of a pass.
+            self.tape = self._forward(self.last)
             self.objective.again(self.tape, self._dx(self.last))
             if self.trunk is not None:
                 self.trunk.backward(self.last, alone=True)

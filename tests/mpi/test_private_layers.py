@@ -14,6 +14,7 @@ from psmpi.nn.losses import LOSSES
 from psmpi.nn.private_layers import PrivateLayers
 from psmpi.optim.first_order import FirstOrder
 from psmpi.testing.conformance import Case, counters_equal_messages
+from psmpi.training.element_worker import ElementWorker
 
 SHORT = ("--dtype", "float64", "--max-steps", "6", "--batch-size", "60", "--epochs", "1")
 OWN = ("--colocate", "--placement", "owner")
@@ -83,6 +84,25 @@ def test_weights_that_are_stepped_in_their_tiles_step_as_others(serial, train, t
         pieces.clear()
         assert same_run(whole, train(ranks, *options, *more)) and bool(pieces) == seen
     assert not pieces
+
+
+@pytest.mark.parametrize("size", [2, 100])
+@pytest.mark.parametrize("more", [(), ("--batch-norm",), ("--batch-norm", "--backend", "numpy")], ids=str)
+def test_a_rank_s_gradient_is_made_again(train, tiles, monkeypatch, more, size):
+    """As it is where a sum of ranks' gradients is no number, to find whose it comes from."""
+    tiles(size)
+    losses, seen = ElementWorker.element_losses, []
+
+    def twice(self, batch, own=None):
+        value = losses(self, batch, own)
+        before = self.g_part.copy()
+        self.g_part.fill(np.nan)
+        seen.append(abs(self.own_gradient() - before).max() / abs(before).max())
+        return value
+
+    monkeypatch.setattr(ElementWorker, "element_losses", twice)
+    train(1, *SHORT, *more)
+    assert len(seen) == 6 and max(seen) <= 1e-12
 
 
 def test_bytes_are_those_of_all_classes_at_once(tmp_path, tiles):
