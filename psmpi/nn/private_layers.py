@@ -15,8 +15,8 @@ from psmpi.nn.model import Model
 from psmpi.nn.network import Network
 from psmpi.nn.tail import Tail, classes_at_once
 
-# Numbers that the layers of all classes put out for a minibatch from which on tiles save time. Where there are less the
-# last cache holds them, and what is known of labels costs more than it saves.
+# Numbers that the layers of all classes put out for a minibatch. Tiles save time where there are more; fewer stay in
+# the last cache, and the labels' own scores cost more than tiles save.
 SPILL = 1 << 23
 
 # Classes of labels at a time. With as many samples at least, the kernels' vectors are full.
@@ -72,14 +72,14 @@ class PrivateLayers(Tail):
         labelled = self.labelled.nbytes if self.labelled is not None else 0
         return int(passes + labelled + self.space.nbytes + self.dx.nbytes)
 
-    def tile(self, batch: int) -> int:
-        """As `Tail.tile`; smaller minibatches have the same tiles."""
-        return tile_of(self.classes, max(batch, self.batch) * self.numbers)
-
     @property
     def activation_bytes(self) -> int:
         models = [*self.models.values(), *([self.labelled.model] if self.labelled is not None else [])]
         return sum(model.activation_bytes for model in models)
+
+    def tile(self, batch: int) -> int:
+        """As `Tail.tile`; smaller minibatches have the same tiles."""
+        return tile_of(self.classes, max(batch, self.batch) * self.numbers)
 
     def reserve(self, batch: int, labels: bool) -> None:
         if batch <= self.batch:
@@ -167,9 +167,9 @@ class Labelled:
         if whole.g is not None:
             self.g = whole.g[at].reshape(-1, size)
         self.couples = couples(private.network, private.layers)
-        few, features = self.few * size, whole.size * batch
-        # Weights of few classes, their gradient, and that of all with theirs.
-        self.rows, self.more, self.sum = (empty(few, private.dtype).reshape(-1, size) for _ in range(3))
+        weights, features = self.few * size, whole.size * batch
+        # Weights of few classes, what is added to their gradients, and these then.
+        self.rows, self.more, self.sum = (empty(weights, private.dtype).reshape(-1, size) for _ in range(3))
         # Features that a pass sees, and their gradient, which nobody needs meanwhile.
         self.x, self.dx = empty(features, private.dtype), private.dx
         self.dy = empty(self.few * batch, private.dtype)
