@@ -6,14 +6,14 @@ import json as jsonlib
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import median
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from psmpi.bench.files import check_files
 from psmpi.bench.timeline import KINDS, Operation, Track, chrome_trace, shares, spans_of
-from psmpi.comm.watch.flight import BYTES, ENDED, GROUP, NAME, NO_GROUP, NUMBER, PEER, Flight, Record
+from psmpi.comm.watch.flight import BEGUN, BYTES, ENDED, GROUP, NAME, NO_GROUP, NUMBER, PEER, Flight, Record
 from psmpi.errors import UserError
 from psmpi.output import Screen, tell
 
@@ -59,7 +59,7 @@ class Tracing(Flight):
             found.append(
                 Operation(
                     record[NAME], group.key, group.ranks, record[NUMBER], record[PEER], record[BYTES],
-                    record[ENDED - 1], record[ENDED], places.get(since, -1),
+                    record[BEGUN], record[ENDED], places.get(since, -1),
                 )
             )  # fmt: skip
         return found
@@ -69,8 +69,9 @@ def step(config: Config, steps: int = 20, trace: str = "", plot: str = "", json:
     """Time steps of a training, and say what each rank does in them: compute, optimize, wait, transfer.
 
     Takes the options of psmpi.train; run it under mpirun. An operation between ranks waits until the ranks that it
-    needs have begun theirs, and transfers from then on; clocks of hosts are compared first. Figures are medians over
-    steps. On a GPU the time is that of the host, which waits where it needs results.
+    needs have begun theirs, and transfers from then on; clocks of hosts are compared first. Figures are means over
+    steps; of a method that exchanges once in a round of steps, time some rounds. On a GPU the time is that of the
+    host, which waits where it needs results.
 
     Args:
         steps: Steps to time, after 10 others.
@@ -205,7 +206,7 @@ def _report(told: Sequence[Any], trace: str, plot: str, json: bool) -> None:
     found = shares(tracks)
     rows: list[dict[str, Any]] = []
     for rank, steps in enumerate(found):
-        figures = {f"{kind}_ms": 1e3 * median(one[kind] for one in steps) for kind in (*KINDS, "step")}
+        figures = {f"{kind}_ms": 1e3 * fmean(one[kind] for one in steps) for kind in (*KINDS, "step")}
         rows.append({"rank": rank, "name": names[rank], **figures, "bytes_sent": sent[rank]})
     if trace:
         Path(trace).write_text(jsonlib.dumps(chrome_trace(tracks, dict(enumerate(names)))) + "\n")
@@ -220,7 +221,7 @@ def _report(told: Sequence[Any], trace: str, plot: str, json: bool) -> None:
 def _show(rows: Sequence[dict[str, Any]], steps: int) -> None:
     from rich.table import Table
 
-    table = Table(title=f"milliseconds a step, medians of {steps}", title_justify="left")
+    table = Table(title=f"milliseconds a step, means of {steps}", title_justify="left")
     table.add_column("rank")
     for name in (*KINDS, "step", "MB sent"):
         table.add_column(name, justify="right")
@@ -249,7 +250,7 @@ def _draw(
         left += widths
     above.invert_yaxis()
     above.legend(ncols=len(KINDS), loc="lower right", bbox_to_anchor=(1, 1))
-    above.set_xlabel("ms a step, medians")
+    above.set_xlabel("ms a step, means")
     lengths = [steps["step"] for steps in found[0]]
     chosen = int(np.argsort(lengths)[len(lengths) // 2])
     meetings, start = Meetings(tracks), min(track.steps[chosen][0] for track in tracks)

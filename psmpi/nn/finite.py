@@ -116,7 +116,7 @@ def find_cause(model: Model, tail: Tail | None = None) -> Cause:
         features = x
         for part, features in model.trace(x):
             scores = part is model.parts[-1] and model.ends and len(features) == len(model.classes)
-            found = Bad.of(ops.host(features), everyone, scores)
+            found = NonFinite.of(ops.host(features), everyone, scores)
             if found is not None:
                 return found.cause(part.layer.name, model.layout.classes)
         if tail is not None:
@@ -127,7 +127,7 @@ def find_cause(model: Model, tail: Tail | None = None) -> Cause:
 
 
 @dataclass
-class Bad:
+class NonFinite:
     """What is not finite among the outputs of a layer: of which kinds, in which samples, of which classes.
 
     rows, units: of the layer's units how many are not finite; one: whether each of the classes has one unit.
@@ -142,7 +142,7 @@ class Bad:
     one: bool
 
     @classmethod
-    def of(cls, y: np.ndarray, classes: Sequence[int], apart: bool) -> Bad | None:
+    def of(cls, y: np.ndarray, classes: Sequence[int], apart: bool) -> NonFinite | None:
         """Of outputs y (units, ..., b), if there is something.
 
         classes: those that use the units, `apart`: each its own, as many as any other, one after the other.
@@ -155,13 +155,13 @@ class Bad:
         named = [classes[k] for k in np.unique(rows // each).tolist()] if apart else list(classes)
         return cls(kind_of(y), set(columns), named, len(rows), len(y), y.shape[-1], each == 1)
 
-    def join(self, other: Bad) -> None:
-        """Add what there is of the same layer among other classes' units."""
+    def join(self, other: NonFinite) -> None:
+        """Add what is not finite of the same layer among other classes' units, all but the number of units."""
         both = {*self.kinds.split(" and "), *other.kinds.split(" and ")}
         self.kinds = " and ".join(sorted(both, reverse=True))
         self.columns |= other.columns
         self.classes += other.classes
-        self.rows, self.units = self.rows + other.rows, self.units + other.units
+        self.rows += other.rows
 
     def cause(self, layer: str, all_of: int) -> Cause:
         """The cause that this is."""
@@ -174,20 +174,18 @@ class Bad:
 
 def _first_of_tiles(model: Model, tail: Tail, features: np.ndarray) -> Cause | None:
     """The first layer of a tail that puts out what is not finite, in all tiles together."""
-    layers: dict[int, tuple[str, list[Bad | None], int]] = {}
+    layers: dict[int, tuple[str, int, NonFinite | None]] = {}
     for at, part, output in tail.trace(features):
         y = model.ops.host(output)
-        found = Bad.of(y, model.classes[at], True)
-        name, bad, units = layers.get(part.number, (part.layer.name, [], 0))
-        layers[part.number] = name, [*bad, found], units + len(y)
-    for name, several, units in (layers[number] for number in sorted(layers)):
-        there = [one for one in several if one is not None]
-        if there:
-            first, *others = there
-            for one in others:
-                first.join(one)
-            first.units = units
-            return first.cause(name, model.layout.classes)
+        found = NonFinite.of(y, model.classes[at], True)
+        name, units, before = layers.get(part.number, (part.layer.name, 0, None))
+        if before is not None and found is not None:
+            before.join(found)
+        layers[part.number] = name, units + len(y), before or found
+    for _, (name, units, bad) in sorted(layers.items()):
+        if bad is not None:
+            bad.units = units
+            return bad.cause(name, model.layout.classes)
     return None
 
 

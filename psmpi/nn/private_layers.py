@@ -215,8 +215,10 @@ class Labelled:
                 dh[:, own] = there
 
     def _some(self, labels: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
-        """Of few labels after few, with their weights in the model: classes (few,), the last one repeated where there
-        are less, samples (n,), and where the scores of these are in a pass: rows (n,), columns (n,).
+        """The classes of labels in groups of `few`, each with its weights in the model.
+
+        classes (few,), of which the last is repeated in a smaller group; samples (n,) with these labels; rows (n,) and
+        columns (n,), the places of their labels' scores in a pass.
         """
         known = own_labels(labels, self.classes)
         classes, places = np.unique(labels[known], return_inverse=True)

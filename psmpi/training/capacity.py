@@ -42,7 +42,7 @@ def check_capacity(
     """UserError on rank 0 where ranks need more memory than their hosts have; all ranks make this call.
 
     kind: the method's class; own: this rank's limits. Ranks that have none, and methods that do not say what they need,
-    are taken to capacity.
+    are taken to have enough.
     """
     texts = control.collect_texts(json.dumps(own), most=4000)
     if control.rank == 0:

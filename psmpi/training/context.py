@@ -59,7 +59,7 @@ class Context:
 
     def of_network(self, network: Network) -> Context:
         """The context of a network that is a part of this one's; makes no messages."""
-        return Context(self.world, network, self.dataset, self.config, self.ops, self)
+        return type(self)(self.world, network, self.dataset, self.config, self.ops, self)
 
     def settings(self, kind: type[S]) -> S:
         """The method's settings of one class."""

@@ -4,9 +4,9 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from helpers.tiled import BACKENDS, derive, make_ops
 
-from psmpi.backend import CompiledOps, Mirror, NumpyOps
-from psmpi.backend.compiled.library import level
+from psmpi.backend import Mirror, NumpyOps
 from psmpi.comm.group import Counter, Group
 from psmpi.data import Split
 from psmpi.data.rows import ArrayRows
@@ -18,17 +18,12 @@ from psmpi.nn.losses import LOSSES, make_loss
 from psmpi.nn.metric import Metric
 from psmpi.nn.model import Model
 from psmpi.nn.network import build
-from psmpi.nn.objective import GRADIENT_LIMIT, Objective
+from psmpi.nn.objective import GRADIENT_LIMIT
 from psmpi.nn.tiles import TiledObjective
 from psmpi.testing.world import run_ranks
 from psmpi.training.evaluator import Evaluator
 
 F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
-BACKENDS = ["numpy", pytest.param("compiled", marks=pytest.mark.skipif(level() == 0, reason="no compiled kernels"))]
-
-
-def make_ops(name):
-    return CompiledOps() if name == "compiled" else NumpyOps()
 
 
 def network_of(classes, trunk=True, bias=True):
@@ -40,19 +35,6 @@ def problem(network, dtype, batch=33, size=1.0):
     rng = np.random.default_rng(0)
     w = (size * rng.normal(size=network.layout().size)).astype(dtype)
     return w, rng.normal(size=(5, batch)).astype(dtype), rng.integers(0, network.classes, batch)
-
-
-def derive(network, w, x, labels, loss, ops, tiled, scale=0.125):
-    """Loss and gradient, of all scores or by tiles; with the number of clipped terms."""
-    g = np.full_like(w, np.nan)
-    model = Model(network, network.layout(), w, g, ops, tiled=tiled)
-    objective = (TiledObjective if tiled else Objective)(loss, model)
-    objective.reserve(network.classes, len(labels))
-    objective.bring(labels)
-    tape = model.forward(x)
-    objective.losses(tape.scores, objective.targets(len(labels)), scale)
-    objective.backward(tape)
-    return objective.value(), g, loss.clipped
 
 
 @pytest.fixture
