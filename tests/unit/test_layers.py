@@ -2,6 +2,7 @@
 
 import threading
 import tracemalloc
+import warnings
 import weakref
 from dataclasses import replace
 
@@ -192,3 +193,12 @@ def test_a_larger_minibatch_takes_the_place_of_smaller_ones():
     again = model.forward(x)
     model.reserve(60_000)
     assert gone() is None and not again.outputs
+
+
+def test_products_of_what_is_not_finite_do_not_warn():
+    """A BLAS may raise flags for finite products too, and NaN is the loss's to find."""
+    out = np.empty((1, 1, 1), np.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        NumpyOps().matmul(np.float32([[[np.inf, 1]]]), np.float32([[[0], [1]]]), out)
+    assert np.isnan(out).all()

@@ -30,6 +30,12 @@ def test_a_rank_that_raises_ends_the_others():
     assert time.monotonic() - begun < 5
 
 
+def test_ranks_compute_without_warnings_of_numbers():
+    """As in training: warnings are errors here."""
+    found = run_ranks(2, lambda world: np.float32([3e38]) * np.float32(world.rank + 10))
+    assert np.isinf(found).all()
+
+
 def test_a_rank_that_raises_ends_those_that_compute_at_their_next_call():
     def work(world):
         if world.rank == 0:

@@ -170,6 +170,7 @@ class Pointwise(Arrays):
         """out (k, count, n, b) = y (count, n, b), each sample times its weight in weights (k, b)."""
         np.multiply(weights[:, None, None], y, out=out)
 
+    @np.errstate(all="ignore")
     def weighted_sums(self, y: np.ndarray, weights: np.ndarray, out: np.ndarray) -> None:
         """out (k, count, n) = the sums of y (count, n, b) over the samples, each times its weight in weights (k, b)."""
         out[...] = np.matmul(y, weights.T).transpose(2, 0, 1)

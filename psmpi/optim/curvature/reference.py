@@ -29,11 +29,13 @@ class CurvatureOps:
         found: np.ndarray = np.einsum("ei,ei->e", a, b, dtype=np.float64, casting="same_kind")
         return found
 
+    @np.errstate(all="ignore")
     def pair_dots(self, pairs: np.ndarray, v: np.ndarray) -> np.ndarray:
         """Z v (count, rows) float64 in host memory, of pairs (count, rows, size) and v (count, size)."""
         products: np.ndarray = np.matmul(pairs, v[:, :, None])[:, :, 0].astype(np.float64)
         return products
 
+    @np.errstate(all="ignore")
     def products(
         self,
         pairs: np.ndarray,
