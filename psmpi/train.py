@@ -150,8 +150,10 @@ def _train(world: World, control: Control, config: Config, own: str, layers: str
 
     from psmpi import checkpoint
     from psmpi.comm.memory import limits
+    from psmpi.comm.patience import settle
     from psmpi.comm.signals import StopSignals
     from psmpi.comm.watch.watch import watched
+    from psmpi.comm.world import cores as own_cores
     from psmpi.comm.world import host, library, local_rank
     from psmpi.config import to_toml, without_anew
     from psmpi.output import Screen
@@ -202,6 +204,7 @@ def _train(world: World, control: Control, config: Config, own: str, layers: str
             # What a device holds is not of the host's memory.
             check_capacity(control, kind, network, dataset, config, [] if ops.on_device else limits())
             method = kind(Context(world, network, dataset, config, ops))
+            settle(world, own_cores(), method.place().held > 0)
             place = json.dumps([socket.gethostname(), *vars(method.place()).values()])
             places = [json.loads(text) for text in control.collect_texts(place)]
             show_places(console, [(rank, host, Place(*rest)) for rank, (host, *rest) in enumerate(places)])

@@ -85,8 +85,9 @@ def step(config: Config, steps: int = 20, trace: str = "", plot: str = "", json:
     from psmpi.backend import make_backend
     from psmpi.bench.training import prepare
     from psmpi.comm.control import Control
+    from psmpi.comm.patience import settle
     from psmpi.comm.watch.flight import recorded
-    from psmpi.comm.world import start
+    from psmpi.comm.world import cores, start
     from psmpi.config import check
     from psmpi.data import Batch
     from psmpi.training.context import Context
@@ -114,6 +115,7 @@ def step(config: Config, steps: int = 20, trace: str = "", plot: str = "", json:
     with threadpool_limits(threads), np.errstate(all="ignore"):
         ops = make_backend(config.parallel.backend, threads)
         method = kind(Timed(recorded(world, flight), network, dataset, config, ops))
+        settle(world, cores(), method.place().held > 0)
         shift = clock_shift(control)
         for number in range(WARM + steps):
             if number == WARM:

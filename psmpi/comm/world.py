@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from psmpi import output
 from psmpi.comm.leftovers import remove_leftovers
+from psmpi.comm.patience import patient
 from psmpi.comm.signals import heed_hangups
 from psmpi.errors import UserError
 from psmpi.launcher import announced_rank, announced_size
@@ -86,9 +87,10 @@ def _fitting_launcher() -> str:
 
 
 def start() -> World:
-    """Start MPI and return the communicator of all ranks (mpi4py's). UserError where there is no usable MPI.
+    """Start MPI and return the communicator of all ranks. UserError where there is no usable MPI.
 
-    Python's warnings appear on rank 0 only.
+    Where ranks outnumber the cores of a host, all ranks sleep while they wait, see `patient`. Python's warnings appear
+    on rank 0 only.
     """
     with warnings.catch_warnings():
         # mpi4py warns of another MPI's launcher; the checks here say what to do.
@@ -121,7 +123,8 @@ def start() -> World:
     check_launcher(comm.size, os.environ, library())
     if comm.rank != 0:
         warnings.simplefilter("ignore")
-    return comm
+    found: World = patient(comm, *host(comm))
+    return found
 
 
 def _pmix_loaded() -> bool:

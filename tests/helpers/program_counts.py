@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 
 from psmpi.backend import make_backend
+from psmpi.comm.watch.flight import bare
 from psmpi.comm.world import start
 from psmpi.config import Config, from_table
 from psmpi.data import Batch, Dataset
@@ -108,7 +109,7 @@ def count(world, words):
     mine = {
         "sent": sent, "received": received, "vectors": sum(a.nbytes for a in arrays), "peak": peak, "private": private
     }  # fmt: skip
-    everyone = world.gather(mine)
+    everyone = bare(world).gather(mine)
     if world.rank == 0:
         table = {key: [one[key] for one in everyone] for key in mine}
         more = {"calls": calls, **{name: method.scalars.get(name, 0) for name in ("products", "trials")}}

@@ -19,9 +19,12 @@ from psmpi.testing import run_ranks
 ALL = {"spread", "deal", "sum", "exchange", "rows", "slices", "boundary", "gather", "neighbours", "subnets"}
 
 
+# Processes wait in either way.
 WORLDS = [
     *(("threads", ranks) for ranks in range(1, 6)),
-    *(pytest.param("mpirun", ranks, marks=[pytest.mark.slow] * (ranks != 4)) for ranks in range(1, 6)),
+    ("spin", 4),
+    ("sleep", 4),
+    *(pytest.param(kind, ranks, marks=pytest.mark.slow) for ranks in (1, 2, 3, 5) for kind in ("spin", "sleep")),
 ]
 
 
@@ -37,7 +40,9 @@ def trials():
             if kind == "threads":
                 known[kind, ranks] = run_ranks(ranks, program_transfers.trials)[0]
             else:
-                status, out, err = launch(ranks, TESTS / "helpers" / "program_transfers.py")
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setenv("PSMPI_WAIT", kind)
+                    status, out, err = launch(ranks, TESTS / "helpers" / "program_transfers.py")
                 assert status == 0, err + out
                 known[kind, ranks] = json.loads(out)
         assert "error" not in known[kind, ranks]

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from psmpi.comm.patience import Patient
 from psmpi.comm.protocol import Communicator, RankGroup, Request, Sent, VectorSpec, World
 
 # Operations that are kept.
@@ -316,4 +317,7 @@ def flight_of(comm: Communicator) -> Flight:
 
 def bare(comm: Communicator) -> Any:
     """The communicator itself, of mpi4py, for libraries that ask for it."""
-    return comm.comm if isinstance(comm, Recorded) else comm
+    found: Any = comm
+    while isinstance(found, (Recorded, Patient)):
+        found = found.comm
+    return found

@@ -1,0 +1,346 @@
+"""Waiting that leaves its core to others: communicators whose ranks sleep until another one may have what they need.
+
+MPI's own waiting keeps a core busy. Where ranks outnumber the cores of a host it takes that core from a rank that
+computes. Neither transfers nor methods know of it: `patient` wraps the communicator of all ranks, and those made of it
+wait in the same way.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from psmpi.comm.protocol import Communicator, Request, Sent, VectorSpec
+from psmpi.errors import UserError
+
+# Says how ranks wait, instead of what is found: spin or sleep.
+SETTING = "PSMPI_WAIT"
+# Looks without sleep, for what has come already or is about to.
+LOOKS = 3
+# Seconds that a rank sleeps at most, first, after long, and between these as a share of the time waited so far: where
+# those that it waits for ring its bell, which they do not for all that MPI does on the way; and where they do not.
+CALLED, UNCALLED = (5e-3, 2e-2, 1 / 4), (1e-4, 1e-3, 1 / 16)
+# Bytes of a message up to which its sender does not wait for who receives it.
+AT_ONCE = 4096
+# Times that a rank which was woken for nothing wakes others in turn: what it looked at may have gone a step further.
+TURNS = 4
+# System calls of Linux.
+FUTEX, FUTEX_WAIT, FUTEX_WAKE = {"x86_64": 202, "aarch64": 98, "ppc64le": 221, "riscv64": 98}, 0, 1
+
+
+class Time(ctypes.Structure):
+    """A time as system calls take it."""
+
+    _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
+
+
+class Bells:
+    """A bell for each rank of a host, by which others wake it; where the system has none, ranks sleep some time.
+
+    Words are in memory that the host's ranks share: 1 while a rank sleeps, or is about to.
+    """
+
+    def __init__(self, local: Any):
+        self.number = int(local.rank)
+        self.room = _shared(local, mmap.PAGESIZE * -(-4 * local.size // mmap.PAGESIZE))
+        self.words = memoryview(self.room).cast("i")
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.room))
+        call = FUTEX.get(os.uname().machine) if sys.platform == "linux" else None
+        self.call = None if call is None else ctypes.CDLL(None, use_errno=True).syscall
+        self.code = ctypes.c_long(call or 0)
+        self.own = ctypes.c_void_p(self.address + 4 * self.number)
+        self.time = Time()
+        # Whether this rank has a core for itself, but for ranks that mostly sleep: it only gives way to them.
+        self.settled = False
+
+    def ring(self, places: Sequence[int]) -> None:
+        """Wake those of some ranks, numbers on this host, that sleep."""
+        for place in places:
+            if self.words[place]:
+                self.words[place] = 0
+                if self.call is not None:
+                    self.call(self.code, ctypes.c_void_p(self.address + 4 * place), FUTEX_WAKE, 1, None, None, 0)
+
+    def arm(self) -> None:
+        """Say that this rank is about to sleep; what it waits for is to be looked at between this and `sleep`."""
+        self.words[self.number] = 1
+
+    def awake(self) -> None:
+        """Say that this rank does not sleep."""
+        self.words[self.number] = 0
+
+    def sleep(self, seconds: float) -> bool:
+        """Sleep until the bell rings, or some seconds; whether it has rung."""
+        if self.call is None:
+            time.sleep(seconds)
+        else:
+            self.time.nanoseconds = int(1e9 * seconds)
+            self.call(self.code, self.own, FUTEX_WAIT, 1, ctypes.byref(self.time), None, 0)
+        return not self.words[self.number]
+
+
+def _shared(local: Any, size: int) -> mmap.mmap:
+    """Zeros that the ranks of a host share, in a file that has no name any more; all ranks of `local` call it."""
+    name = np.zeros(4096, np.uint8)
+    folder = "/dev/shm" if os.access("/dev/shm", os.W_OK | os.X_OK) else None
+    if local.rank == 0:
+        handle, path = tempfile.mkstemp(prefix="psmpi-bells-", dir=folder)
+        os.truncate(handle, size)
+        data = np.frombuffer(os.fsencode(path), np.uint8)
+        name[: len(data)] = data
+    local.Bcast(name, 0)
+    if local.rank != 0:
+        handle = os.open(os.fsdecode(name.tobytes().rstrip(b"\0")), os.O_RDWR)
+    room = mmap.mmap(handle, size)
+    os.close(handle)
+    local.Barrier()
+    if local.rank == 0:
+        os.unlink(path)
+    return room
+
+
+class PatientRequest:
+    """A request for which its rank waits asleep; who may wait for its begin, and for its end, is woken then.
+
+    before, after: their numbers on this host.
+    """
+
+    __slots__ = ("after", "bells", "naps", "request")
+
+    def __init__(
+        self,
+        request: Request,
+        bells: Bells,
+        before: Sequence[int],
+        after: Sequence[int],
+        naps: tuple[float, float, float],
+    ):
+        self.request, self.bells, self.after, self.naps = request, bells, after, naps
+        bells.ring(before)
+
+    def Test(self) -> bool:
+        if not self.request.Test():
+            return False
+        self.bells.ring(self.after)
+        return True
+
+    def Wait(self) -> object:
+        request, bells = self.request, self.bells
+        if bells.settled:
+            while not request.Test():
+                os.sched_yield()
+        elif not any(request.Test() for _ in range(LOOKS)):
+            begun, turns, (shortest, longest, share) = time.monotonic(), TURNS, self.naps
+            bells.arm()
+            while not request.Test():
+                nap = min(longest, max(shortest, share * (time.monotonic() - begun)))
+                if bells.sleep(nap) and turns:
+                    turns -= 1
+                    if not request.Test():
+                        bells.ring(self.after)
+                bells.arm()
+            bells.awake()
+        bells.ring(self.after)
+        return None
+
+
+class Patient:
+    """A communicator of mpi4py whose calls that wait are made of those that do not.
+
+    A collective that blocks does not match one that does not: all ranks of the job have such communicators, or none.
+    """
+
+    def __init__(self, comm: Any, bells: Bells, places: Sequence[int]):
+        self.comm, self.bells, self.rank, self.size = comm, bells, comm.rank, comm.size
+        # Numbers on this host of the communicator's ranks, -1 for those elsewhere and for this one.
+        self.each = list(places)
+        self.others = [place for place in places if place >= 0]
+        called = bells.call is not None and len(self.others) == self.size - 1
+        self.naps = CALLED if called else UNCALLED
+
+    def _made(self, comm: Any) -> Patient:
+        ranks = range(comm.size)
+        found = comm.group.Translate_ranks(list(ranks), self.comm.group)
+        return Patient(comm, self.bells, [self.each[rank] for rank in found])
+
+    def _sent(self, request: Request, rank: int) -> PatientRequest:
+        return PatientRequest(request, self.bells, self._on_host(rank), (), self.naps)
+
+    def _received(self, request: Request, rank: int, nbytes: int) -> PatientRequest:
+        return PatientRequest(request, self.bells, (), self._on_host(rank) if nbytes > AT_ONCE else (), self.naps)
+
+    def _on_host(self, rank: int) -> Sequence[int]:
+        place = self.each[rank]
+        return (place,) if place >= 0 else ()
+
+    def _rooted(self, request: Request, root: int, out: bool, nbytes: int, tree: bool) -> PatientRequest:
+        """Of a collective from (`out`) or to a root; tree: whether some ranks hand on what they get from others."""
+        handing = tree and self.size > 3
+        peers = self.others if handing or self.rank == root else self._on_host(root)
+        gives = (self.rank == root) == out
+        after = peers if handing or (not gives and nbytes > AT_ONCE) else ()
+        return PatientRequest(request, self.bells, peers if gives else (), after, self.naps)
+
+    def _among(self, request: Request, nbytes: int) -> PatientRequest:
+        """Of a collective among all."""
+        after = self.others if self.size > 2 or nbytes > AT_ONCE else ()
+        return PatientRequest(request, self.bells, self.others, after, self.naps)
+
+    # Communicators.
+
+    @property
+    def group(self) -> Any:
+        return self.comm.group
+
+    def Create_group(self, group: Any, /) -> Patient:
+        return self._made(self.comm.Create_group(group))
+
+    def Dup(self) -> Patient:
+        return Patient(self.comm.Dup(), self.bells, self.each)
+
+    def Split_type(self, kind: int, /) -> Patient:
+        return self._made(self.comm.Split_type(kind))
+
+    def Free(self) -> None:
+        self.comm.Free()
+
+    def Abort(self, status: int, /) -> object:
+        return self.comm.Abort(status)
+
+    def Barrier(self) -> None:
+        self._among(self.comm.Ibarrier(), 0).Wait()
+
+    # Messages.
+
+    def Send(self, buffer: np.ndarray, /, dest: int) -> None:
+        self.Isend(buffer, dest, 0).Wait()
+
+    def Recv(self, buffer: np.ndarray, /, source: int) -> None:
+        self.Irecv(buffer, source, 0).Wait()
+
+    def Isend(self, buffer: np.ndarray, /, dest: int, tag: int = 0) -> Request:
+        return self._sent(self.comm.Isend(buffer, dest, tag), dest)
+
+    def Irecv(self, buffer: np.ndarray, /, source: int, tag: int = 0) -> Request:
+        return self._received(self.comm.Irecv(buffer, source, tag), source, buffer.nbytes)
+
+    def Sendrecv(
+        self, sent: np.ndarray, dest: int, sent_tag: int, into: np.ndarray, source: int, into_tag: int, /
+    ) -> None:
+        coming = self.Irecv(into, source, into_tag)
+        self.Isend(sent, dest, sent_tag).Wait()
+        coming.Wait()
+
+    # From and to a root.
+
+    def Bcast(self, buffer: np.ndarray, root: int, /) -> None:
+        self.Ibcast(buffer, root).Wait()
+
+    def Ibcast(self, buffer: np.ndarray, root: int, /) -> Request:
+        return self._rooted(self.comm.Ibcast(buffer, root), root, True, buffer.nbytes, tree=True)
+
+    def Reduce(self, sent: Sent, into: np.ndarray | None, /, *, root: int) -> None:
+        self.Ireduce(sent, into, root=root).Wait()
+
+    def Ireduce(self, sent: Sent, into: np.ndarray | None, /, *, root: int) -> Request:
+        nbytes = 0 if into is None else into.nbytes
+        return self._rooted(self.comm.Ireduce(sent, into, root=root), root, False, nbytes, tree=True)
+
+    def Scatterv(self, sent: VectorSpec | None, into: Sent, /, *, root: int) -> None:
+        nbytes = into.nbytes if sent is None else 0
+        self._rooted(self.comm.Iscatterv(sent, into, root=root), root, True, nbytes, tree=False).Wait()
+
+    def Gather(self, sent: np.ndarray, into: np.ndarray | None, /, *, root: int) -> None:
+        self._rooted(self.comm.Igather(sent, into, root=root), root, False, sent.nbytes, tree=True).Wait()
+
+    def Gatherv(self, sent: Sent, into: VectorSpec | None, /, *, root: int) -> None:
+        nbytes = 0 if into is None else into[0].nbytes
+        self._rooted(self.comm.Igatherv(sent, into, root=root), root, False, nbytes, tree=False).Wait()
+
+    # Among all.
+
+    def Allreduce(self, sent: Sent, into: np.ndarray, /, *op: Any) -> None:
+        self._among(self.comm.Iallreduce(sent, into, *op), into.nbytes).Wait()
+
+    def Iallreduce(self, sent: Sent, into: np.ndarray, /) -> Request:
+        return self._among(self.comm.Iallreduce(sent, into), into.nbytes)
+
+    def Reduce_scatter(self, sent: Sent, into: np.ndarray, counts: Sequence[int], /) -> None:
+        self._among(self.comm.Ireduce_scatter(sent, into, counts), into.nbytes).Wait()
+
+    def Allgather(self, sent: np.ndarray, into: np.ndarray, /) -> None:
+        self._among(self.comm.Iallgather(sent, into), into.nbytes).Wait()
+
+    def Allgatherv(self, sent: Sent, into: VectorSpec, /) -> None:
+        self._among(self.comm.Iallgatherv(sent, into), into[0].nbytes).Wait()
+
+    def Alltoallv(self, sent: VectorSpec, into: VectorSpec, /) -> None:
+        self._among(self.comm.Ialltoallv(sent, into), into[0].nbytes).Wait()
+
+
+def patient(world: Any, ranks: int, cores: int) -> Any:
+    """The communicator of all ranks as it is, or where ranks outnumber the cores of a host one whose ranks wait asleep.
+
+    world: mpi4py's; ranks, cores: those of this rank's host. Rank 0's PSMPI_WAIT, spin or sleep, decides where it is
+    set; UserError where it is set to anything else. All ranks make this call.
+    """
+    if world.size == 1:
+        return world
+    from mpi4py import MPI
+
+    said = os.environ.get(SETTING, "") if world.rank == 0 else ""
+    answers = {"": 0, "spin": 1, "sleep": 2}
+    if said not in answers:
+        raise UserError(f"{SETTING}={said}: expected spin or sleep")
+    found = np.array([int(ranks > cores), answers[said]])
+    world.Allreduce(MPI.IN_PLACE, found, MPI.MAX)
+    crowded, decided = found.tolist()
+    if decided == 1 or not (crowded or decided):
+        return world
+    local = world.Split_type(MPI.COMM_TYPE_SHARED)
+    bells = Bells(local)
+    numbers = local.group.Translate_ranks(list(range(local.size)), world.group)
+    places = [-1] * world.size
+    for place, rank in enumerate(numbers):
+        places[rank] = place if rank != world.rank else -1
+    local.Free()
+    return Patient(world, bells, places)
+
+
+def settle(world: Communicator, cores: Sequence[int], computes: bool) -> None:
+    """Give each rank that computes a core of its own, where ranks are `patient` and those that compute have one each.
+
+    Left alone a system now and then lets two of them share a core for some milliseconds while one is idle: the others,
+    such as masters, wake beside them. cores: those that this rank may use, and nothing is done where ranks of a host
+    may use different ones. All ranks make this call.
+    """
+    found: Any = world
+    while not isinstance(found, Patient):
+        found = getattr(found, "comm", None)
+        if found is None:
+            return
+    local = found.Split_type(_shared_memory())
+    mine = np.zeros(8193, np.uint8)
+    mine[list(cores)], mine[-1] = 1, computes
+    rows = np.empty((local.size, len(mine)), np.uint8)
+    local.Allgather(mine, rows)
+    local.Free()
+    computing, alike = int(rows[:, -1].sum()), bool((rows[:, :-1] == rows[0, :-1]).all())
+    if computes and alike and computing <= len(cores) < len(rows) and hasattr(os, "sched_setaffinity"):
+        found.bells.settled = bool(computes)
+        if computes:
+            os.sched_setaffinity(0, {cores[int(rows[: local.rank, -1].sum())]})
+
+
+def _shared_memory() -> int:
+    from mpi4py import MPI
+
+    return MPI.COMM_TYPE_SHARED
