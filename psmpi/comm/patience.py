@@ -28,6 +28,9 @@ LOOKS = 3
 # Seconds that a rank sleeps at most, first, after long, and between these as a share of the time waited so far: where
 # those that it waits for ring its bell, which they do not for all that MPI does on the way; and where they do not.
 CALLED, UNCALLED = (5e-3, 2e-2, 1 / 4), (1e-4, 1e-3, 1 / 16)
+# Sleeps, and seconds of each, that begin a wait, and that follow a bell: messages may be under way, which go on only
+# while both ranks look at them.
+NAPS, NAP = 8, 1e-4
 # Bytes of a message up to which its sender does not wait for who receives it.
 AT_ONCE = 4096
 # Times that a rank which was woken for nothing wakes others in turn: what it looked at may have gone a step further.
@@ -139,12 +142,15 @@ class PatientRequest:
                 os.sched_yield()
         elif not any(request.Test() for _ in range(LOOKS)):
             begun, turns, (shortest, longest, share) = time.monotonic(), TURNS, self.naps
+            short = NAPS
             bells.arm()
             while not request.Test():
-                nap = min(longest, max(shortest, share * (time.monotonic() - begun)))
-                if bells.sleep(nap) and turns:
-                    turns -= 1
-                    if not request.Test():
+                nap = NAP if short else min(longest, max(shortest, share * (time.monotonic() - begun)))
+                short = max(0, short - 1)
+                if bells.sleep(nap):
+                    short = NAPS
+                    if turns and not request.Test():
+                        turns -= 1
                         bells.ring(self.after)
                 bells.arm()
             bells.awake()
