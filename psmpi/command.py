@@ -7,13 +7,18 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial, wraps
 from importlib import import_module
-from typing import Any
+from inspect import Signature, signature
+from typing import TYPE_CHECKING, Any
 
 from psmpi.output import dress_help, wide_help
+
+if TYPE_CHECKING:
+    from psmpi.config import Config
 
 # Module whose `main` takes the remaining words, and what the command does.
 COMMANDS = {
     "train": ("psmpi.train", "Train a partitioned network, on one process or under mpirun."),
+    "plan": ("psmpi.plan", "Say what a training would be on so many ranks: memory, bytes and time of a step."),
     "predict": ("psmpi.predict", "Predict from a checkpoint, on one process or under mpirun."),
     "inspect": ("psmpi.inspect.__main__", "Show, compare, verify, export, cut and join checkpoints."),
     "plot": ("psmpi.plot", "Draw the curves of training runs."),
@@ -50,6 +55,31 @@ def answer(command: Callable[[], int]) -> int:
             return 1 if end.code else 0
 
     return run(go)
+
+
+def with_training_options(work: Callable[..., int], default: Config, words: Sequence[str]) -> Callable[..., int]:
+    """A command whose options are those of training beside the others of `work`, whose first argument they become.
+
+    default: the configuration whose settings are the options' defaults, such as a TOML file's; words: of the command.
+    """
+    from psmpi.config import check, command_line, from_command_line, given, given_names
+    from psmpi.errors import layers_in
+    from psmpi.training.usual import usual
+
+    tree = command_line(default)
+    by_default = tree()
+
+    def command(config: Any = by_default, **more: Any) -> int:
+        found = from_command_line(config)
+        check(found, given_names(words, file=False))
+        with layers_in(given(words, "--config")):
+            return work(usual(found), **more)
+
+    command.__name__, command.__doc__ = work.__name__, work.__doc__
+    first, *others = signature(work).parameters.values()
+    command.__annotations__ = {**work.__annotations__, "config": tree}
+    command.__signature__ = Signature([first.replace(default=by_default), *others])  # type: ignore[attr-defined]
+    return command
 
 
 def parsed(kind: Any, words: Sequence[str], name: str, description: str | None = None) -> Any:

@@ -14,6 +14,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 from weakref import WeakSet
 
@@ -264,3 +265,17 @@ def _open_closed() -> None:
     given: tuple[Any, Any] = (sys.stdout, sys.stderr)
     nowhere = [None if stream is not None else open(os.devnull, "w") for stream in given]  # noqa: SIM115
     sys.stdout, sys.stderr = given[0] or nowhere[0], given[1] or nowhere[1]
+
+
+def check_files(plot: str = "", **others: str) -> None:
+    """UserError where a picture `plot`, or a file of another option by its name, could not be written in the end."""
+    for option, name in {**others, "plot": plot}.items():
+        if name and not Path(name).absolute().parent.is_dir():
+            raise UserError(f"--{option} {name}: there is no such folder as {Path(name).parent}")
+    if plot:
+        if Path(plot).suffix not in (".png", ".pdf", ".svg"):
+            raise UserError(f"--plot {plot}: expected a name that ends in .png, .pdf or .svg")
+        try:
+            import matplotlib  # noqa: F401
+        except ImportError:
+            raise UserError("--plot needs matplotlib: pip install 'psmpi[plot]'") from None

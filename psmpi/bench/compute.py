@@ -14,7 +14,6 @@ from typing import Any, Literal
 import numpy as np
 
 from psmpi.backend import NumpyOps, make_backend
-from psmpi.bench.files import check_files
 from psmpi.bench.problems import LR, Minibatch, Problem, operations, problems
 from psmpi.bench.pytorch import Kind, theirs
 from psmpi.comm.world import cores, quota
@@ -25,7 +24,7 @@ from psmpi.nn.losses import make_loss
 from psmpi.nn.model import Model
 from psmpi.nn.objective import Objective
 from psmpi.optim import Hyper, make_optimizer
-from psmpi.output import Screen, tell
+from psmpi.output import Screen, check_files, tell
 
 Call = Callable[[], None]
 Backend = Literal["auto", "numpy", "compiled", "cupy"]

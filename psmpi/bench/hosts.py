@@ -46,10 +46,10 @@ def _do(*command: str) -> None:
 
 
 @contextmanager
-def slow_hosts(count: int, megabits: float) -> Iterator[list[str]]:
+def slow_hosts(count: int, megabits: float, burst: str = "64kb") -> Iterator[list[str]]:
     """`count` namespaces, their names, each linked to one switch at so many Mbit/s both ways; none for 0 Mbit/s.
 
-    They are removed at the end.
+    burst: what a link that was idle lets through at once. They are removed at the end.
     """
     if not megabits:
         yield []
@@ -57,7 +57,7 @@ def slow_hosts(count: int, megabits: float) -> Iterator[list[str]]:
     check_hosts()
     hub = f"psmpi{os.getpid()}"
     names = [f"{hub}-{k}" for k in range(count)]
-    limit = ("root", "tbf", "rate", f"{megabits}mbit", "burst", "64kb", "latency", "100ms")
+    limit = ("root", "tbf", "rate", f"{megabits}mbit", "burst", burst, "latency", "100ms")
     made = []
     # As after Ctrl-C, nothing is left behind.
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))

@@ -12,7 +12,6 @@ from typing import Any, Literal
 import numpy as np
 
 from psmpi.backend import make_backend
-from psmpi.bench.files import check_files
 from psmpi.bench.problems import LR, Minibatch, Problem
 from psmpi.bench.pytorch import theirs
 from psmpi.errors import UserError
@@ -24,7 +23,7 @@ from psmpi.nn.tiles import TiledObjective
 from psmpi.nn.zoo import make_network
 from psmpi.optim import Hyper, make_optimizer
 from psmpi.optim.first_order import FirstOrder
-from psmpi.output import Screen, tell
+from psmpi.output import Screen, check_files, tell
 
 Call = Callable[[], None]
 Loss = Literal["bce", "psl", "logistic", "nll", "squared", "hinge"]

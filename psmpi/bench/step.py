@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from psmpi.bench.files import check_files
 from psmpi.bench.timeline import KINDS, Operation, Track, chrome_trace, shares, spans_of
 from psmpi.comm.watch.flight import BEGUN, BYTES, ENDED, GROUP, NAME, NO_GROUP, NUMBER, PEER, Flight, Record
 from psmpi.errors import UserError
-from psmpi.output import Screen, tell
+from psmpi.output import Screen, check_files, tell
 
 if TYPE_CHECKING:
     from psmpi.comm.control import Control
@@ -131,13 +130,13 @@ def step(config: Config, steps: int = 20, trace: str = "", plot: str = "", json:
     track.operations = flight.operations(first)
     role, classes, _ = method.work()
     name = f"rank {world.rank} {role}{f' of {classes}' if classes else ''}"
-    told = _collected(control, jsonlib.dumps([name, sent, _moved(track, shift)]))
+    told = collected(control, jsonlib.dumps([name, sent, _moved(track, shift)]))
     if world.rank == 0:
         _report([jsonlib.loads(text) for text in told], trace, plot, json)
     return 0
 
 
-def _collected(control: Control, text: str) -> list[str]:
+def collected(control: Control, text: str) -> list[str]:
     """The texts of all ranks, of any length, on rank 0."""
     data: np.ndarray = np.frombuffer(text.encode(), np.uint8).copy()
     sizes = control.rows(np.array([data.size]))[:, 0].tolist()

@@ -11,10 +11,9 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-from psmpi.bench.files import check_files
 from psmpi.bench.network import launcher, run_program
 from psmpi.errors import UserError
-from psmpi.output import Screen, tell
+from psmpi.output import Screen, check_files, tell
 
 ALONE, ASIDE, DDP = "one process", "as many processes, apart", "PyTorch DDP"
 OWN = ("--colocate", "--placement", "owner")

@@ -198,9 +198,10 @@ class Group:
 
     def same_bits(self, vector: np.ndarray) -> bool:
         """Whether all ranks hold the same bits of a vector in host memory, by their checksums; not counted."""
-        sums = np.zeros(self.size)
-        sums[self.rank] = crc32(np.ascontiguousarray(vector).data)
-        return len(set(self.agree(sums).tolist())) == 1
+        own, sums = np.array([crc32(np.ascontiguousarray(vector).data)], np.int64), np.zeros(self.size, np.int64)
+        if self.size > 1:
+            self.comm.Allgather(own, sums)
+        return len(set(sums.tolist())) == 1
 
     def scatterv(self, source: np.ndarray, counts: Sequence[int], starts: Sequence[int], into: np.ndarray) -> None:
         """Elements [starts[k], + counts[k]) of the root's `source` go to rank k's `into`."""

@@ -1,0 +1,78 @@
+"""Times of messages between two ranks of a host and of two hosts, for the cost model and for people."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from psmpi.errors import UserError
+from psmpi.output import Screen, check_files
+
+if TYPE_CHECKING:
+    from psmpi.comm.control import Control
+    from psmpi.cost import Link
+
+
+def links(save: str = "") -> int:
+    """Time messages between two ranks; run it under mpirun, on two hosts for the link between them.
+
+    Messages go there and back between rank 0 and the first other rank of its host, and of another host.
+
+    Args:
+        save: Also write the times into this file, which psmpi plan --links reads.
+    """
+    from psmpi.comm.control import Control
+    from psmpi.comm.world import start
+    from psmpi.cost.link import save as write
+
+    check_files(save=save)
+    control = Control(start())
+    if control.size == 1:
+        raise UserError("a link has two ends: run it under mpirun, with 2 ranks or more")
+    found = find_links(control)
+    if control.rank == 0:
+        _show(found)
+        if save:
+            write(found, Path(save))
+    return 0
+
+
+def host_numbers(control: Control) -> list[int]:
+    """For each rank the number of its host, which is its first rank."""
+    from mpi4py import MPI
+
+    local = control.comm.Split_type(MPI.COMM_TYPE_SHARED)
+    own = np.array([control.rank])
+    local.Bcast(own, 0)
+    local.Free()
+    return [int(number) for number in control.rows(own)[:, 0]]
+
+
+def find_links(control: Control) -> dict[str, Link]:
+    """The links "within" a host and "between" hosts that there are, on rank 0; all ranks make this call."""
+    from psmpi.comm.watch.flight import bare
+    from psmpi.cost import Link
+
+    hosts, found = host_numbers(control), {}
+    for name, same in (("within", True), ("between", False)):
+        other = next((rank for rank in range(1, control.size) if (hosts[rank] == hosts[0]) == same), None)
+        link = None if other is None else Link.measured(bare(control.comm), 0, other)
+        if link is not None:
+            found[name] = link
+        control.wait_for_all()
+    return found
+
+
+def _show(found: dict[str, Link]) -> None:
+    from rich.table import Table
+
+    names = {"within": "between ranks of a host", "between": "between hosts"}
+    for name, link in found.items():
+        table = Table(title=names[name], title_justify="left")
+        for column in ("bytes", "microseconds", "MB/s"):
+            table.add_column(column, justify="right")
+        for size, seconds in link.times:
+            table.add_row(f"{size:,}", f"{1e6 * seconds:,.1f}", f"{size / seconds / 1e6:,.0f}" if size else "")
+        Screen().print(table)

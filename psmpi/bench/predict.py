@@ -1,0 +1,94 @@
+"""Predictions of the cost model beside measured steps, on this machine and on hosts with slow links between them."""
+
+from __future__ import annotations
+
+import json as jsonlib
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from psmpi.bench.hosts import check_hosts, slow_hosts, wrapper
+from psmpi.bench.network import VARIANTS, Variant, launcher, run_program
+from psmpi.errors import UserError, counted
+from psmpi.output import Screen, check_files, tell
+
+# A link has one rate, for short messages as for long ones: little of a message goes through at once.
+BURST = "8kb"
+
+
+def predict(
+    methods: tuple[Variant, ...] = ("psl", "psl-owner", "data_parallel", "powersgd", "local_sgd", "dfa", "ist", "sil"),
+    ranks: int = 2,
+    rates: tuple[float, ...] = (0.0, 1000.0, 100.0),
+    dataset: str = "digits",
+    data_dir: str = "",
+    model: str = "psnet",
+    options: str = "",
+    limit: int = 600,
+    json: str = "",
+) -> int:
+    """Predict the time of a step by several methods, and measure it: both in one run, three times in turn.
+
+    A prediction knows what each rank computes by rehearsing it without the others, and links by timing messages
+    between two of them. Rates other than 0 need root, iproute2 and MPICH, and as many cores as ranks.
+
+    Args:
+        methods: Methods, as in `bench network`.
+        ranks: Processes of each run.
+        rates: Mbit/s of each host's link, 0 for this machine as it is.
+        dataset: digits, mnist, cifar10, or a file, as in psmpi.train.
+        data_dir: Folder of the data set's files.
+        model: Network, as in psmpi.train.
+        options: More options of psmpi.train for all methods, in one word: --options="--batch-size 100".
+        limit: Seconds after which a run is ended.
+        json: Also write the figures into this file.
+    """
+    if not 2 <= ranks <= 250:
+        raise UserError(f"--ranks {ranks}: expected 2 to 250")
+    if any(not 0 <= rate <= 1e6 for rate in rates):
+        raise UserError(f"--rates {' '.join(map(str, rates))}: expected numbers from 0 to 1e6")
+    check_files(json=json)
+    if any(rates):
+        check_hosts()
+    dataset = str(Path(dataset).absolute()) if Path(dataset).is_file() else dataset
+    given = ["--dataset", dataset, "--model", model, "--threads", "1", *shlex.split(options)]
+    given += ["--data-dir", str(Path(data_dir).absolute())] if data_dir else []
+    rows: list[dict[str, Any]] = []
+    for rate in rates:
+        with slow_hosts(ranks, rate, BURST) as hosts:
+            before = wrapper(hosts) if hosts else []
+            for name in methods:
+                program = [sys.executable, "-m", "psmpi.bench.rehearsed", *given, *VARIANTS[name]]
+                out = run_program([launcher(), "-n", str(ranks), *before, *program], bool(hosts), limit)
+                found = jsonlib.loads(out.splitlines()[-1])
+                rows.append({"method": name, "megabits": rate, **found})
+                row = rows[-1]
+                row["ratio"] = sum(row["predicted_ms"]) / sum(row["measured_ms"])
+                tell(_line(row))
+    _show(rows, ranks)
+    if json:
+        Path(json).write_text(jsonlib.dumps({"options": given, "ranks": ranks, "rows": rows}) + "\n")
+    return 0
+
+
+def _rate(row: dict[str, Any]) -> str:
+    return f"{row['megabits']:g} Mbit/s" if row["megabits"] else "unlimited"
+
+
+def _line(row: dict[str, Any]) -> str:
+    predicted, measured = (" ".join(f"{one:.2f}" for one in row[key]) for key in ("predicted_ms", "measured_ms"))
+    return f"{row['method']}, {_rate(row)}: predicted {predicted}, measured {measured} ms, ratio {row['ratio']:.3f}"
+
+
+def _show(rows: list[dict[str, Any]], ranks: int) -> None:
+    from rich.table import Table
+
+    table = Table(title=f"{counted(ranks, 'rank')}, ms a step, means of 3", title_justify="left")
+    table.add_column("method")
+    for name in ("link", "computing", "predicted", "measured", "ratio"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        means = (sum(row[key]) / len(row[key]) for key in ("computing_ms", "predicted_ms", "measured_ms"))
+        table.add_row(row["method"], _rate(row), *(f"{mean:.2f}" for mean in means), f"{row['ratio']:.3f}")
+    Screen().print(table)

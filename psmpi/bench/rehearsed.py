@@ -1,0 +1,91 @@
+"""Steps of a training on these ranks, measured, beside what their rehearsals predict; a program under mpirun.
+
+Takes the options of psmpi.train; rank 0 prints JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Any
+
+import numpy as np
+
+# Steps before those that are timed.
+WARM = 10
+
+
+def run(argv: list[str], steps: int = 40) -> int:
+    """Measure and predict; returns the exit status."""
+    from threadpoolctl import threadpool_limits
+
+    from psmpi.backend import make_backend
+    from psmpi.bench.links import find_links, host_numbers
+    from psmpi.bench.step import collected
+    from psmpi.bench.training import prepare
+    from psmpi.comm.control import Control
+    from psmpi.comm.patience import settle
+    from psmpi.comm.world import cores, start
+    from psmpi.config import check
+    from psmpi.cost import Link, Network, Program, make_schedule, rehearse, simulate
+    from psmpi.cost.rehearsal import blank
+    from psmpi.data import Batch
+    from psmpi.output import tell
+    from psmpi.train import parse
+    from psmpi.training.context import Context
+    from psmpi.training.usual import usual
+
+    config = usual(parse(argv))
+    check(config, ())
+    world = start()
+    control = Control(world)
+    kind, network, dataset, batches, rate, threads = prepare(config, world)
+    of_host = host_numbers(control)
+    links = find_links(control)
+    programs: list[list[Program]] = []
+    with threadpool_limits(threads), np.errstate(all="ignore"):
+        ops = make_backend(config.parallel.backend, threads)
+        method = kind(Context(world, network, dataset, config, ops))
+        settle(world, cores(), method.place().held > 0)
+
+        def rehearsed() -> None:
+            """All ranks at once: they share caches and memory as in training."""
+            control.wait_for_all()
+            found = rehearse(kind, world.rank, of_host, network, blank(dataset), config, ops, 20)
+            told = collected(control, json.dumps(found.program.table()))
+            programs.append([Program.of(json.loads(text)) for text in told])
+
+        def trained(first: int, count: int) -> float:
+            """Seconds of a step."""
+            control.wait_for_all()
+            begun = time.perf_counter()
+            for number in range(first, first + count):
+                method.step(Batch(batches.ids(*divmod(number, batches.steps_per_epoch))), rate(0))
+            control.wait_for_all()
+            return (time.perf_counter() - begun) / count
+
+        trained(0, WARM)
+        measured = []
+        for k in range(3):
+            rehearsed()
+            measured.append(trained(WARM + k * steps, steps))
+    if world.rank == 0:
+        here, there = links.get("within"), links.get("between")
+        # Of one rank alone there is none.
+        one = here or there or Link.of(1e-6, 1e10)
+        net = Network(tuple(of_host), here or one, there or one)
+        predicted = [simulate(make_schedule(some), net).step for some in programs]
+        computing = [max(program.computing for program in some) for some in programs]
+        row: dict[str, Any] = {
+            "measured_ms": [1e3 * one for one in measured],
+            "predicted_ms": [1e3 * one for one in predicted],
+            "computing_ms": [1e3 * one for one in computing],
+            "links": {name: one.times for name, one in links.items()},
+        }
+        tell(json.dumps(row))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:]))

@@ -1,0 +1,214 @@
+"""Collectives as messages between two ranks each: the algorithms of MPICH and those that follow it.
+
+Thakur, Rabenseifner, Gropp, "Optimization of collective communication operations in MPICH" (2005); the sizes at which
+one gives way to another are MPICH's. Other MPIs have others, of the same orders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class Part(NamedTuple):
+    """A message of a round: whether it is sent, the other rank's place in the group, bytes, and in how many pieces."""
+
+    out: bool
+    peer: int
+    nbytes: int
+    pieces: int = 1
+
+
+# Messages of a rank that go on at the same time; the next round begins when all of them are done.
+Round = list[Part]
+# Rounds of a ring that are told one by one; further ones are told several as one.
+RING = 32
+
+
+def rounds(name: str, size: int, me: int, root: int, sizes: Sequence[int]) -> list[Round]:
+    """The rounds of one rank, `me`, of a collective of `size` ranks; name: of MPI's blocking call.
+
+    sizes: as of `Call`: bytes of the vector, or of each rank's run. ValueError for other names.
+    """
+    if size == 1:
+        return []
+    if name in ("Scatterv", "Gatherv", "Gather"):
+        return _linear(name == "Scatterv", size, me, root, sizes)
+    if name == "Bcast":
+        return _bcast(size, me, root, sizes[0])
+    if name == "Reduce":
+        return _reduce(size, me, root, sizes[0])
+    if name == "Allreduce":
+        return _allreduce(size, me, sizes[0])
+    if name in ("Allgather", "Allgatherv"):
+        return _allgather(size, me, sizes)
+    if name == "Reduce_scatter":
+        return _reduce_scatter(size, me, sizes)
+    if name == "Barrier":
+        return _doubling(size, me, 0)
+    raise ValueError(f"no rounds are known of {name}")
+
+
+def _linear(out: bool, size: int, me: int, root: int, sizes: Sequence[int]) -> list[Round]:
+    """From the root to each other, or back. The root knows all sizes, another rank its own."""
+    if me != root:
+        return [[Part(not out, root, sizes[-1])]]
+    own = sizes if len(sizes) == size else [sizes[0]] * size
+    return [[Part(out, other, own[other]) for other in range(size) if other != root]]
+
+
+def _binomial(size: int, me: int, root: int, nbytes: int) -> list[Round]:
+    """A broadcast down a tree: at distances of powers of two."""
+    place, found, distance = (me - root) % size, [], 1
+    while distance < size and not place & distance:
+        distance *= 2
+    if place:
+        found.append([Part(False, (me - distance) % size, nbytes)])
+    while distance > 1:
+        distance //= 2
+        if place + distance < size:
+            found.append([Part(True, (me + distance) % size, nbytes)])
+    return found
+
+
+def _turned(steps: list[Round]) -> list[Round]:
+    """The rounds backwards, what was sent coming."""
+    return [[Part(not part.out, part.peer, part.nbytes, part.pieces) for part in one] for one in reversed(steps)]
+
+
+def _bcast(size: int, me: int, root: int, nbytes: int) -> list[Round]:
+    if nbytes < 12288 or size < 8:
+        return _binomial(size, me, root, nbytes)
+    # Scattered down a tree, each branch its share, then gathered on all.
+    share = nbytes // size
+    return _scattered(size, me, root, share) + _allgather(size, me, [share] * size)
+
+
+def _scattered(size: int, me: int, root: int, share: int) -> list[Round]:
+    place, found, distance = (me - root) % size, [], 1
+    while distance < size and not place & distance:
+        distance *= 2
+    if place:
+        found.append([Part(False, (me - distance) % size, share * min(distance, size - place))])
+    while distance > 1:
+        distance //= 2
+        if place + distance < size:
+            found.append([Part(True, (me + distance) % size, share * min(distance, size - place - distance))])
+    return found
+
+
+def _reduce(size: int, me: int, root: int, nbytes: int) -> list[Round]:
+    if nbytes <= 2048 or size < 4:
+        return _turned(_binomial(size, me, root, nbytes))
+    # Summed in shares, which are then gathered up a tree.
+    share = nbytes // size
+    return _halved(size, me, nbytes) + _turned(_scattered(size, me, root, share))
+
+
+def _power(size: int) -> int:
+    """The largest power of two up to `size`."""
+    return 1 << (size.bit_length() - 1)
+
+
+def _folded(size: int, me: int, nbytes: int, inner: list[Round], back: bool) -> list[Round]:
+    """`inner` among a power of two of ranks, into which the others are folded first."""
+    left = size - _power(size)
+    if me >= 2 * left:
+        return inner
+    other = me ^ 1
+    if me % 2:
+        return [[Part(False, other, nbytes)], *inner, *([[Part(True, other, nbytes)]] if back else [])]
+    return [[Part(True, other, nbytes)], *([[Part(False, other, nbytes)]] if back else [])]
+
+
+def _inner(size: int, me: int) -> int:
+    """A rank's number among those that are left after folding; -1 for one that is folded into another."""
+    left = size - _power(size)
+    if me >= 2 * left:
+        return me - left
+    return me // 2 if me % 2 else -1
+
+
+def _outer(size: int, number: int) -> int:
+    left = size - _power(size)
+    return 2 * number + 1 if number < left else number + left
+
+
+def _pairs(size: int, me: int) -> list[int]:
+    """The ranks with which one exchanges at distances 1, 2, 4, ... after folding."""
+    number, found, distance = _inner(size, me), [], 1
+    while number >= 0 and distance < _power(size):
+        found.append(_outer(size, number ^ distance))
+        distance *= 2
+    return found
+
+
+def _both(peer: int, nbytes: int, back: int | None = None) -> Round:
+    return [Part(False, peer, nbytes if back is None else back), Part(True, peer, nbytes)]
+
+
+def _doubling(size: int, me: int, nbytes: int) -> list[Round]:
+    """All of it exchanged at each distance."""
+    return _folded(size, me, nbytes, [_both(peer, nbytes) for peer in _pairs(size, me)], back=True)
+
+
+def _halved(size: int, me: int, nbytes: int) -> list[Round]:
+    """Summed so that each rank has a share: halves, quarters, ... are exchanged at growing distances."""
+    inner = [_both(peer, nbytes >> (k + 1)) for k, peer in enumerate(_pairs(size, me))]
+    return _folded(size, me, nbytes, inner, back=False)
+
+
+def _allreduce(size: int, me: int, nbytes: int) -> list[Round]:
+    if nbytes <= 2048 or nbytes < 8 * _power(size):
+        return _doubling(size, me, nbytes)
+    pairs = _pairs(size, me)
+    down = [_both(peer, nbytes >> (k + 1)) for k, peer in enumerate(pairs)]
+    return _folded(size, me, nbytes, [*down, *reversed(down)], back=True)
+
+
+def _allgather(size: int, me: int, sizes: Sequence[int]) -> list[Round]:
+    total = sum(sizes)
+    if size == _power(size) and total < 524288:
+        return [_both(peer, (total // size) << k) for k, peer in enumerate(_pairs(size, me))]
+    if total < 81920:
+        found, have = [], 1
+        while have < size:
+            count = min(have, size - have)
+            found.append([Part(False, (me + have) % size, total // size * count),
+                          Part(True, (me - have) % size, total // size * count)])  # fmt: skip
+            have *= 2
+        return found
+    return _ring(size, me, total // size, size - 1)
+
+
+def _ring(size: int, me: int, share: int, count: int) -> list[Round]:
+    """`count` rounds in which each rank hands a share to the next one."""
+    found = []
+    for k in range(min(RING, count)):
+        pieces = count * (k + 1) // min(RING, count) - count * k // min(RING, count)
+        found.append([Part(False, (me - 1) % size, share * pieces, pieces),
+                      Part(True, (me + 1) % size, share * pieces, pieces)])  # fmt: skip
+    return found
+
+
+def _reduce_scatter(size: int, me: int, sizes: Sequence[int]) -> list[Round]:
+    total = sum(sizes)
+    if total < 524288:
+        return _halved(size, me, total) + ([] if size == _power(size) else _unfolded(size, me, total // size))
+    found = []
+    count = min(RING, size - 1)
+    for k in range(count):
+        first, last = (size - 1) * k // count, (size - 1) * (k + 1) // count
+        distance, pieces = first + 1, last - first
+        share = total // size * pieces
+        found.append([Part(False, (me - distance) % size, share, pieces),
+                      Part(True, (me + distance) % size, share, pieces)])  # fmt: skip
+    return found
+
+
+def _unfolded(size: int, me: int, share: int) -> list[Round]:
+    """Ranks that were folded into others get theirs."""
+    left = size - _power(size)
+    if me >= 2 * left:
+        return []
+    return [[Part(bool(me % 2), me ^ 1, share)]]

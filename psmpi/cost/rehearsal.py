@@ -1,0 +1,110 @@
+"""A method's steps on one rank, alone: its program, and the memory it takes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from psmpi.backend import NumpyOps
+from psmpi.cost.alone import Alone, Notebook
+from psmpi.cost.program import Program
+from psmpi.data import Batch, Dataset, Minibatches, Split
+
+if TYPE_CHECKING:
+    from psmpi.config import Config
+    from psmpi.nn.network import Network
+    from psmpi.training.method import Place
+
+# Steps before those that are written down.
+WARM = 3
+
+
+@dataclass(frozen=True, eq=False)
+class Blank:
+    """Samples that nobody reads: zeros, as many as there are."""
+
+    n: int
+    dtype: np.dtype[Any]
+
+    def read_into(self, rows: Any, where: Any, out: np.ndarray) -> None:
+        """Leave `out` as it is, where it is large: memory that was never written is zeros, and stays unused."""
+        if out.dtype.kind == "f" or out.nbytes < 1 << 20:
+            out[where] = 0
+
+    def pieces(self, rows: Any, features: int) -> Iterator[tuple[int, np.ndarray]]:
+        step = max(1, (1 << 20) // features)
+        for i in range(0, len(rows), step):
+            yield i, np.zeros((min(step, len(rows) - i), features), self.dtype)
+
+    def glance(self, count: int) -> np.ndarray:
+        return np.zeros((0, 1), self.dtype)
+
+    def place(self, row: int) -> str:
+        return f"sample {row}"
+
+
+def blank(dataset: Dataset) -> Dataset:
+    """The data set with its targets, and zeros in place of its samples, of which none is read."""
+
+    def emptied(split: Split) -> Split:
+        return replace(split, source=Blank(split.source.n, split.dtype), index=None)
+
+    return replace(dataset, train=emptied(dataset.train), test=emptied(dataset.test))
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """A rank's program, its line of the placement table, and its memory in bytes by what for.
+
+    sent: bytes a step, as the method's counter counts them.
+    """
+
+    rank: int
+    program: Program
+    place: Place
+    memory: dict[str, int]
+    sent: float
+
+
+def rehearse(
+    kind: Any,
+    rank: int,
+    of_host: Sequence[int],
+    network: Network,
+    dataset: Dataset,
+    config: Config,
+    ops: NumpyOps,
+    steps: int,
+) -> Rehearsal:
+    """Make a rank's steps of the method `kind`, a class, on as many ranks as there are numbers of hosts in `of_host`.
+
+    dataset: best a `blank` one.
+    """
+    from psmpi.training.context import Context
+
+    book = Notebook()
+    world = Alone(book, "world", range(len(of_host)), rank, of_host)
+    method = kind(Context(world, network, dataset, config, ops))
+    batches = Minibatches(dataset.train.n, config.data.batch_size, config.run.seed, config.data.shuffle)
+    whole = dataset.train.n // config.data.batch_size or 1
+    lr, sent = float(config.optimization.lr), 0.0
+
+    def run(first: int, count: int) -> Iterator[tuple[Batch, float]]:
+        for number in range(first, first + count):
+            # The last minibatch of an epoch may be a smaller one.
+            yield Batch(batches.ids(number // whole, number % whole)), lr
+
+    for number, (batch, rate) in enumerate(run(0, WARM + steps)):
+        if number == WARM:
+            book.clear()
+            sent = method.counter.sent
+        book.since = time.perf_counter()
+        method.step(batch, rate)
+        if number >= WARM:
+            book.end_step()
+    sent = (method.counter.sent - sent) / steps
+    return Rehearsal(rank, book.program, method.place(), method.memory(), sent)

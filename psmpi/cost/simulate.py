@@ -1,0 +1,145 @@
+"""The time of a schedule on a network: each message takes the links of its two hosts for some time.
+
+LogGP's terms (Alexandrov and others, 1995): a latency, during which a link takes others, and a time a byte, during
+which it does not. A rank computes one thing at a time. Up to EAGER bytes a message leaves when it is sent; a longer one
+when both ranks have come to it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from dataclasses import dataclass
+from heapq import heappop, heappush
+
+from psmpi.cost.link import Network
+from psmpi.cost.schedule import COMPUTE, SEND, STEP, Schedule
+
+EAGER = 16384
+# What happens at a time: a task may begin, a message may leave, a task is done.
+BEGIN, LEAVE, END = range(3)
+
+
+@dataclass(frozen=True)
+class Times:
+    """When each rank ended each step, seconds from the start; and its seconds of computing in all."""
+
+    ends: list[list[float]]
+    computing: list[float]
+
+    @property
+    def step(self) -> float:
+        """Seconds of a step once they follow each other: of the slowest rank, the first step left out."""
+        whole = [max(rank[k] for rank in self.ends) for k in range(len(self.ends[0]))]
+        return (whole[-1] - whole[0]) / (len(whole) - 1) if len(whole) > 1 else whole[0]
+
+
+class _Run:
+    """A simulation under way. Tasks have numbers, those of the ranks one after the other."""
+
+    def __init__(self, schedule: Schedule, network: Network):
+        self.network = network
+        self.tasks = [task for tasks in schedule.ranks for task in tasks]
+        self.rank = [rank for rank, tasks in enumerate(schedule.ranks) for _ in tasks]
+        self.first = [0]
+        for tasks in schedule.ranks:
+            self.first.append(self.first[-1] + len(tasks))
+        self.missing = [len(task.after) for task in self.tasks]
+        self.next: list[list[int]] = [[] for _ in self.tasks]
+        for number, task in enumerate(self.tasks):
+            for before in task.after:
+                self.next[self.first[self.rank[number]] + before].append(number)
+        self.heap: list[tuple[float, int, int]] = []
+        self.ready = [0.0] * len(self.tasks)
+        # When hosts' links are free, out and in.
+        self.out: defaultdict[int, float] = defaultdict(float)
+        self.into: defaultdict[int, float] = defaultdict(float)
+        # Sends and receives that have come to their message, which the other side has not.
+        self.sent: defaultdict[tuple[int, int, str], deque[int]] = defaultdict(deque)
+        self.wanted: defaultdict[tuple[int, int, str], deque[int]] = defaultdict(deque)
+        self.other: dict[int, int] = {}
+        self.arrival: dict[int, float] = {}
+        self.ends: list[list[float]] = [[] for _ in schedule.ranks]
+        self.computing = [0.0] * len(schedule.ranks)
+        self.left = len(self.tasks)
+
+    def run(self) -> Times:
+        for number, missing in enumerate(self.missing):
+            if not missing:
+                heappush(self.heap, (0.0, BEGIN, number))
+        while self.heap:
+            now, what, number = heappop(self.heap)
+            if what == BEGIN:
+                self._begin(now, number)
+            elif what == LEAVE:
+                self._leave(now, number)
+            else:
+                self._end(now, number)
+        if self.left:
+            stuck = next(n for n in range(len(self.tasks)) if self.missing[n] > 0)
+            raise ValueError(f"rank {self.rank[stuck]} waits for a message that nobody sends or takes")
+        return Times(self.ends, self.computing)
+
+    def _begin(self, now: float, number: int) -> None:
+        task, rank = self.tasks[number], self.rank[number]
+        if task.kind == COMPUTE:
+            self.computing[rank] += task.seconds
+            heappush(self.heap, (now + task.seconds, END, number))
+        elif task.kind == STEP:
+            self.ends[rank].append(now)
+            self._end(now, number)
+        elif task.kind == SEND:
+            key = rank, task.peer, task.tag
+            at_once = task.nbytes <= EAGER
+            if self.wanted[key]:
+                receive = self.wanted[key].popleft()
+                self.other[number], self.other[receive] = receive, number
+                heappush(self.heap, (now, LEAVE, number))
+            else:
+                self.sent[key].append(number)
+                if at_once:
+                    heappush(self.heap, (now, LEAVE, number))
+        else:
+            key = task.peer, rank, task.tag
+            self.ready[number] = now
+            if not self.sent[key]:
+                self.wanted[key].append(number)
+                return
+            send = self.sent[key].popleft()
+            self.other[send], self.other[number] = number, send
+            if send in self.arrival:
+                heappush(self.heap, (max(now, self.arrival[send]), END, number))
+            elif self.tasks[send].nbytes > EAGER:
+                heappush(self.heap, (now, LEAVE, send))
+
+    def _leave(self, now: float, number: int) -> None:
+        """A message takes its links, in the order in which messages leave."""
+        task, rank = self.tasks[number], self.rank[number]
+        link = self.network.link(rank, task.peer)
+        latency, busy = link.parts(task.nbytes)
+        if task.pieces > 1:
+            latency, busy = link.parts(task.nbytes // task.pieces)
+            latency, busy = latency * task.pieces, busy * task.pieces
+        a, b = self.network.of_host[rank], self.network.of_host[task.peer]
+        if a == b:
+            gone = arrival = now + latency + busy
+        else:
+            begun = max(now, self.out[a])
+            gone = self.out[a] = begun + busy
+            arrival = self.into[b] = max(begun + latency, self.into[b]) + busy
+        self.arrival[number] = arrival
+        heappush(self.heap, (gone if task.nbytes <= EAGER else arrival, END, number))
+        receive = self.other.get(number)
+        if receive is not None:
+            heappush(self.heap, (max(arrival, self.ready[receive]), END, receive))
+
+    def _end(self, now: float, number: int) -> None:
+        self.left -= 1
+        for after in self.next[number]:
+            self.missing[after] -= 1
+            if not self.missing[after]:
+                heappush(self.heap, (now, BEGIN, after))
+
+
+def simulate(schedule: Schedule, network: Network) -> Times:
+    """When ranks end their steps. ValueError where a message is sent that nobody takes, or the reverse."""
+    return _Run(schedule, network).run()

@@ -1,0 +1,319 @@
+"""The cost model: collectives as messages, times of small schedules by hand, and rehearsals beside the real thing."""
+
+import json
+from collections import Counter, defaultdict
+
+import numpy as np
+import pytest
+from threadpoolctl import threadpool_limits
+
+pytest.importorskip("mpi4py.MPI")
+
+from psmpi.backend import NumpyOps
+from psmpi.bench.step import Tracing
+from psmpi.comm.watch.flight import recorded
+from psmpi.config import check
+from psmpi.cost import Call, Link, Network, Program, make_schedule, rehearse, simulate
+from psmpi.cost.collectives import rounds
+from psmpi.cost.link import load, save
+from psmpi.cost.rehearsal import WARM, blank
+from psmpi.data import Batch, Minibatches, open_dataset
+from psmpi.data.rows import ArrayRows
+from psmpi.errors import UserError
+from psmpi.nn.zoo import make_network
+from psmpi.plan import main as plan
+from psmpi.registry import find_method
+from psmpi.testing import run_ranks
+from psmpi.train import parse
+from psmpi.training.context import Context
+from psmpi.training.usual import usual
+
+SIZES = [*range(1, 10), 12, 16, 31]
+FLAT = ("Bcast", "Reduce", "Allreduce", "Barrier")
+RUNS = ("Scatterv", "Gatherv", "Allgatherv", "Reduce_scatter")
+# 1 s, and 1 GB/s.
+SLOW = Link.of(1.0, 1e9)
+
+
+def all_rounds(name, size, root, nbytes):
+    """The rounds of all ranks, each of which knows what it would."""
+    found = []
+    for me in range(size):
+        whole = [nbytes] * size
+        sizes = [nbytes] if name in FLAT or (name in RUNS[:2] and me != root) else whole
+        found.append(rounds(name, size, me, root, sizes))
+    return found
+
+
+@pytest.mark.parametrize("nbytes", [8, 3000, 100_000, 4_000_000])
+@pytest.mark.parametrize("name", [*FLAT, *RUNS])
+def test_what_one_rank_sends_the_other_receives(name, nbytes):
+    for size in SIZES:
+        for root in {0, size - 1} if name in ("Bcast", "Reduce", *RUNS[:2]) else {0}:
+            sent, received = defaultdict(list), defaultdict(list)
+            for me, steps in enumerate(all_rounds(name, size, root, nbytes)):
+                for part in (part for one in steps for part in one):
+                    pair = (me, part.peer) if part.out else (part.peer, me)
+                    (sent if part.out else received)[pair].append((part.nbytes, part.pieces))
+            assert sent == received, (size, root)
+
+
+@pytest.mark.parametrize("nbytes", [64, 1 << 20])
+@pytest.mark.parametrize("size", [2, 4, 8, 16])
+def test_bytes_of_collectives_are_those_of_their_algorithms(size, nbytes):
+    """Of a power of two of ranks: Thakur, Rabenseifner and Gropp (2005), table of costs."""
+
+    def sent(name, root=0):
+        return [sum(p.nbytes for one in steps for p in one if p.out) for steps in all_rounds(name, size, root, nbytes)]
+
+    ring = 2 * nbytes * (size - 1) // size
+    assert sent("Allreduce") == [ring if nbytes > 2048 else nbytes * (size.bit_length() - 1)] * size
+    assert sent("Allgatherv") == [nbytes * (size - 1)] * size
+    assert sent("Reduce_scatter") == [nbytes * (size - 1)] * size
+    assert sum(sent("Bcast")) >= nbytes * (size - 1) and sum(sent("Reduce")) >= nbytes * (size - 1)
+    assert sum(sent("Gatherv")) == sum(sent("Scatterv")) == nbytes * (size - 1)
+
+
+def test_unknown_collectives_are_named():
+    with pytest.raises(ValueError, match="no rounds are known of Scan"):
+        rounds("Scan", 4, 0, 0, [8])
+
+
+def program(*calls, rest=0.0):
+    return Program(list(calls), [len(calls)], [rest])
+
+
+def call(name, size, *, seconds=0.0, peer=-1, nbytes=(0,), number=0):
+    return Call(seconds, name, "world", tuple(range(size)), number, peer, tuple(nbytes))
+
+
+def step(programs, link, hosts=None):
+    hosts = tuple(range(len(programs))) if hosts is None else hosts
+    return simulate(make_schedule(programs), Network(hosts, Link.of(1e-9, 1e15), link)).step
+
+
+def test_a_message_takes_its_latency_and_its_bytes():
+    sender = program(call("Send", 2, seconds=2.0, peer=1, nbytes=[10**9]))
+    receiver = program(call("Recv", 2, peer=0, nbytes=[10**9]), rest=3.0)
+    assert step([sender, receiver], SLOW) == pytest.approx(2 + 1 + 1 + 3)
+    # Ranks of one host have another link.
+    assert step([sender, receiver], SLOW, (0, 0)) == pytest.approx(5, rel=1e-5)
+
+
+def test_long_messages_wait_for_who_receives_them_and_short_ones_do_not():
+    for nbytes, expected in ((10**9, 5 + 1 + 1), (8, 5)):
+        sender = program(call("Send", 2, peer=1, nbytes=[nbytes]))
+        receiver = program(call("Recv", 2, seconds=5.0, peer=0, nbytes=[nbytes]))
+        assert step([sender, receiver], SLOW) == pytest.approx(expected)
+
+
+def test_several_senders_share_the_link_of_who_receives():
+    workers = [program(call("Gatherv", 4, peer=0, nbytes=[10**9])) for _ in range(3)]
+    root = program(call("Gatherv", 4, peer=0, nbytes=[0, 10**9, 10**9, 10**9]))
+    assert step([root, *workers], SLOW) == pytest.approx(1 + 3)
+
+
+def test_a_broadcast_goes_down_a_tree():
+    for size, levels in ((2, 1), (4, 2), (7, 2), (8, 3), (31, 4), (32, 5)):
+        some = [program(call("Bcast", size, peer=0, nbytes=[100])) for _ in range(size)]
+        assert step(some, SLOW) == pytest.approx(levels, rel=1e-5)
+
+
+def test_what_is_begun_goes_on_beside_computing():
+    def sender(seconds):
+        begun = call("Isend", 2, peer=1, nbytes=[10**9])
+        return program(begun, call("Wait", 2, seconds=seconds, number=0))
+
+    receiver = program(call("Recv", 2, peer=0, nbytes=[10**9]))
+    assert step([sender(0.5), receiver], SLOW) == pytest.approx(2)
+    assert step([sender(7.0), receiver], SLOW) == pytest.approx(7)
+
+
+def test_steps_follow_each_other():
+    """The first one is left out: a rank may go on while others end it."""
+    one = call("Allreduce", 2, seconds=1.0, nbytes=[8], number=1)
+    several = Program([one, one, one], [1, 2, 3], [0.5, 0.5, 0.5])
+    assert step([several, several], SLOW) == pytest.approx(1 + 1 + 0.5)
+
+
+def test_a_message_that_nobody_sends_is_told():
+    waits, other = program(call("Recv", 2, peer=1, nbytes=[8])), program(rest=1.0)
+    with pytest.raises(ValueError, match="rank 0 waits for a message"):
+        step([waits, other], SLOW)
+
+
+def test_programs_of_alike_steps_have_the_medians_of_their_seconds():
+    ones = [call("Bcast", 2, seconds=s, nbytes=[8], number=k) for k, s in enumerate((1.0, 9.0, 2.0))]
+    several = Program(ones, [1, 2, 3], [0.1, 0.3, 0.2])
+    found = several.typical()
+    assert [one.seconds for one in found.calls] == [2.0] * 3 and found.rest == [0.2] * 3
+    assert Program.of(json.loads(json.dumps(several.table()))) == several
+    other = Program([*ones[:2], call("Reduce", 2, nbytes=[8])], [1, 2, 3], [0.1, 0.3, 0.2])
+    assert other.typical() is other
+
+
+def test_links_are_lines_between_what_was_measured(tmp_path):
+    link = Link(((0, 1.0), (100, 2.0), (1100, 3.0)))
+    assert [link.seconds(n) for n in (0, 50, 100, 600, 1100, 2100)] == pytest.approx([1, 1.5, 2, 2.5, 3, 4])
+    assert link.parts(1100) == pytest.approx((1.9, 1.1))
+    save({"within": link}, tmp_path / "links.json")
+    assert load(tmp_path / "links.json") == {"within": link}
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[1]", '{"within": [[0, 1]]}', '{"within": [[0, 1], [0, 2]]}', '{"a": [[0, -1], [1, 1]]}']
+)
+def test_files_that_hold_no_links_are_named(tmp_path, text):
+    path = tmp_path / "links.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match="no links"):
+        load(path)
+    with pytest.raises(UserError, match="No such file"):
+        load(tmp_path / "none.json")
+
+
+METHODS = {
+    "psl": (3,),
+    "psl --colocate --masters 2": (4,),
+    "psl --placement owner --replicas 2": (4,),
+    "psl --colocate --trunk split": (3,),
+    "psl --partition pairs --loss nll": (),
+    "psl --partition pairs": (3,),
+    "psl --on-nan skip --loss nll": (3,),
+    "data_parallel": (3,),
+    "data_parallel --allreduce ring --bucket-megabytes 0.01": (3,),
+    "data_parallel --compression powersgd": (2,),
+    "local_sgd --local-steps 2": (3,),
+    "ist": (3,),
+    "ist --placement owner --local-steps 3": (2,),
+    "sil --parts 2": (2,),
+    "dfa --model mlp --widths 12 10": (3,),
+}
+CASES = [(options, ranks) for options, some in METHODS.items() for ranks in some]
+
+
+def prepared(options):
+    config = usual(parse(["--method", *options.split(), "--backend", "numpy", "--threads", "1"]))
+    check(config, ())
+    dataset = open_dataset("digits", None)
+    return config, dataset, make_network(config.model.model, dataset.shape, dataset.outputs, **config.model.shape)
+
+
+@pytest.mark.parametrize(("options", "ranks"), CASES)
+def test_a_rehearsal_is_what_ranks_do_together(options, ranks):
+    """The same calls of the same bytes on each rank, and the same memory, as in a world of threads."""
+    config, dataset, network = prepared(options)
+    kind, steps = find_method(config.parallel.method), 4
+
+    def work(world):
+        flight = Tracing()
+        method = kind(Context(recorded(world, flight), network, dataset, config, NumpyOps()))
+        batches = Minibatches(dataset.train.n, config.data.batch_size, config.run.seed)
+        for number in range(WARM + steps):
+            if number == WARM:
+                first, sent = len(flight.all), method.counter.sent
+            method.step(Batch(batches.ids(0, number)), config.optimization.lr)
+        calls = Counter((one.name, one.members, one.nbytes) for one in flight.operations(first))
+        return calls, (method.counter.sent - sent) / steps, method.memory(), method.place()
+
+    together = run_ranks(ranks, work)
+    with threadpool_limits(1), np.errstate(all="ignore"):
+        for rank, (calls, sent, memory, place) in enumerate(together):
+            found = rehearse(kind, rank, [0] * ranks, network, blank(dataset), config, NumpyOps(), steps)
+            mine = Counter((one.name, one.ranks) for one in found.program.calls if one.name != "Wait")
+            theirs = Counter()
+            for (name, group, _), count in calls.items():
+                if not name.startswith("Wait"):
+                    theirs[name, group] += count
+            both = Counter()
+            for (name, group), count in theirs.items():
+                for one in ("Isend", "Irecv") if name == "Sendrecv" else (name,):
+                    both[one, group] += count
+            assert mine == both, (rank, mine, both)
+            assert (found.sent, found.memory, found.place) == (sent, memory, place)
+
+
+@pytest.mark.parametrize(("options", "ranks"), CASES)
+def test_rehearsals_of_all_ranks_fit_together(options, ranks):
+    config, dataset, network = prepared(options)
+    kind = find_method(config.parallel.method)
+    with np.errstate(all="ignore"):
+        found = [
+            rehearse(kind, rank, range(ranks), network, blank(dataset), config, NumpyOps(), 4) for rank in range(ranks)
+        ]
+    schedule = make_schedule([one.program for one in found])
+    times = simulate(schedule, Network(tuple(range(ranks)), SLOW, Link.of(1e-5, 1e9)))
+    # A link a hundred times slower makes no step faster.
+    assert simulate(schedule, Network(tuple(range(ranks)), SLOW, Link.of(1e-3, 1e7))).step >= times.step
+
+
+def planned(capsys, *options):
+    assert plan([*options, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_a_plan_reads_no_samples(capsys, monkeypatch):
+    def refused(*words):
+        raise AssertionError("samples were read")
+
+    monkeypatch.setattr(ArrayRows, "pieces", refused)
+    found = planned(capsys, "--ranks", "3")
+    given, *others = found["plans"]
+    assert found["parameters"] == sum(one["optimizes"] for one in given["ranks"])
+    assert [one["role"] for one in given["ranks"]] == ["master", "worker", "worker"]
+    assert "--method data_parallel" in [one["options"] for one in others]
+    assert all(one["ms_per_step"] > 0 for one in found["plans"])
+
+
+def test_a_plan_says_what_would_be_faster(capsys):
+    """On a link on which a byte takes a millisecond nothing but fewer bytes counts."""
+    options = ("--ranks", "2", "--colocate", "--ranks-per-host", "1", "--gigabits", "8e-6")
+    assert plan(list(options)) == 0
+    out = capsys.readouterr().out
+    assert (
+        "--method psl --colocate --placement owner: a step would take 0." in out and "messages and waiting take" in out
+    )
+    given, *others = planned(capsys, *options)["plans"]
+    fastest = min(others, key=lambda one: one["ms_per_step"])
+    assert max(one["bytes_sent"] for one in fastest["ranks"]) == min(
+        max(one["bytes_sent"] for one in other["ranks"]) for other in (given, *others)
+    )
+
+
+def test_a_plan_of_many_ranks_shows_some(capsys):
+    assert plan(["--ranks", "40", "--replicas", "4", "--batch-size", "64"]) == 0
+    out = capsys.readouterr().out
+    assert "and 24 more; none has more than" in out and out.count("as given") == 1
+
+
+def test_a_schedule_is_written_for_simulators(capsys, tmp_path):
+    path = tmp_path / "schedule.goal"
+    planned(capsys, "--ranks", "3", "--no-others", "--goal", str(path))
+    lines = path.read_text().splitlines()
+    assert lines[0] == "num_ranks 3" and sum(line.startswith("rank ") for line in lines) == 3
+    sends, receives, rank = Counter(), Counter(), -1
+    for line in lines:
+        words = line.split()
+        if words[0] == "rank":
+            rank = int(words[1])
+        elif "send" in words:
+            sends[rank, int(words[4]), words[2], words[6]] += 1
+        elif "recv" in words:
+            receives[int(words[4]), rank, words[2], words[6]] += 1
+    assert sends == receives and sends
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--ranks", "0"), "--ranks 0: expected a whole number from 1 up"),
+        (("--gigabits", "0"), "--gigabits 0: expected a number above 0"),
+        (("--optimizer", "lbfgs"), "no time can be said before"),
+        (("--ranks", "40", "--replicas", "1"), "use --replicas"),
+        (("--links", "nowhere.json"), "nowhere.json: No such file"),
+        (("--goal", "no/where"), "--goal no/where: there is no such folder"),
+    ],
+)
+def test_what_cannot_be_planned_is_told(capsys, options, said):
+    assert plan(list(options)) == 1
+    assert said in capsys.readouterr().err
