@@ -21,6 +21,7 @@ def main(argv: list[str] | None = None) -> int:
     from psmpi.bench.private import private
     from psmpi.bench.published import published
     from psmpi.bench.recorder import recorder
+    from psmpi.bench.scale import scale
     from psmpi.bench.start import start
     from psmpi.bench.step import step
     from psmpi.bench.trunk import trunk
@@ -33,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
         trains = partial(with_training_options, default=defaults(words), words=words)
         commands: tuple[Callable[..., int], ...] = (
             checkpoint, compute, head, kernels, links, trains(memory), network, trains(optimizer), predict, private,
-            published, trains(recorder), start, trains(step), trunk,
+            published, trains(recorder), trains(scale), start, trains(step), trunk,
         )  # fmt: skip
         return chosen(commands, words, "bench", "Measure psmpi.")()
 

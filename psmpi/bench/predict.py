@@ -25,13 +25,15 @@ def predict(
     data_dir: str = "",
     model: str = "psnet",
     options: str = "",
+    sleep_ms: float = 0.0,
     limit: int = 600,
     json: str = "",
 ) -> int:
     """Predict the time of a step by several methods, and measure it: both in one run, three times in turn.
 
     A prediction knows what each rank computes by rehearsing it without the others, and links by timing messages
-    between two of them. Rates other than 0 need root, iproute2 and MPICH, and as many cores as ranks.
+    between two of them. Rates other than 0 need root, iproute2 and MPICH. Ranks need a core each, unless they sleep in
+    place of computing.
 
     Args:
         methods: Methods, as in `bench network`.
@@ -41,6 +43,7 @@ def predict(
         data_dir: Folder of the data set's files.
         model: Network, as in psmpi.train.
         options: More options of psmpi.train for all methods, in one word: --options="--batch-size 100".
+        sleep_ms: Milliseconds that each pass through layers sleeps besides, as if they were larger.
         limit: Seconds after which a run is ended.
         json: Also write the figures into this file.
     """
@@ -49,6 +52,8 @@ def predict(
     if any(not 0 <= rate <= 1e6 for rate in rates):
         raise UserError(f"--rates {' '.join(map(str, rates))}: expected numbers from 0 to 1e6")
     check_files(json=json)
+    if not 0 <= sleep_ms < 1e6:
+        raise UserError(f"--sleep-ms {sleep_ms:g}: expected a number from 0 to 1e6")
     if any(rates):
         check_hosts()
     dataset = str(Path(dataset).absolute()) if Path(dataset).is_file() else dataset
@@ -59,7 +64,9 @@ def predict(
         with slow_hosts(ranks, rate, BURST) as hosts:
             before = wrapper(hosts) if hosts else []
             for name in methods:
-                program = [sys.executable, "-m", "psmpi.bench.rehearsed", *given, *VARIANTS[name]]
+                program = [sys.executable, "-m", "psmpi.bench.rehearsed", str(sleep_ms), *given, *VARIANTS[name]]
+                # On their hosts of their own ranks do not see that they share cores.
+                program = [*(["env", "PSMPI_WAIT=sleep"] if sleep_ms else []), *program]
                 out = run_program([launcher(), "-n", str(ranks), *before, *program], bool(hosts), limit)
                 found = jsonlib.loads(out.splitlines()[-1])
                 rows.append({"method": name, "megabits": rate, **found})

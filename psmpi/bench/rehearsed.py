@@ -1,6 +1,7 @@
 """Steps of a training on these ranks, measured, beside what their rehearsals predict; a program under mpirun.
 
-Takes the options of psmpi.train; rank 0 prints JSON.
+Its first word: milliseconds that each pass through layers sleeps besides. The others are options of psmpi.train. Rank 0
+prints JSON.
 """
 
 from __future__ import annotations
@@ -8,16 +9,38 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 # Steps before those that are timed.
 WARM = 10
+# Steps that are timed in a row, and of passes that sleep.
+STEPS, FEW = 40, 15
 
 
-def run(argv: list[str], steps: int = 40) -> int:
-    """Measure and predict; returns the exit status."""
+def emulate(seconds: float) -> None:
+    """Let each pass forward or backward sleep so long, in one piece, as if its layers were larger.
+
+    What is sent is not changed, and sleeping ranks need no core.
+    """
+    from psmpi.nn.model import Model
+
+    def slowed(call: Callable[..., Any]) -> Callable[..., Any]:
+        def slow(*words: Any, **options: Any) -> Any:
+            found = call(*words, **options)
+            time.sleep(seconds)
+            return found
+
+        return slow
+
+    Model.forward = slowed(Model.forward)  # type: ignore[method-assign]
+    Model.backward = slowed(Model.backward)  # type: ignore[method-assign]
+
+
+def run(argv: list[str], sleep: float = 0.0) -> int:
+    """Measure and predict; returns the exit status. sleep: milliseconds of each pass."""
     from threadpoolctl import threadpool_limits
 
     from psmpi.backend import make_backend
@@ -36,9 +59,13 @@ def run(argv: list[str], steps: int = 40) -> int:
     from psmpi.training.context import Context
     from psmpi.training.usual import usual
 
+    # One rank speaks of what is wrong with options.
+    world = start()
     config = usual(parse(argv))
     check(config, ())
-    world = start()
+    if sleep:
+        emulate(1e-3 * sleep)
+    steps = FEW if sleep else STEPS
     control = Control(world)
     kind, network, dataset, batches, rate, threads = prepare(config, world)
     of_host = host_numbers(control)
@@ -52,7 +79,7 @@ def run(argv: list[str], steps: int = 40) -> int:
         def rehearsed() -> None:
             """All ranks at once: they share caches and memory as in training."""
             control.wait_for_all()
-            found = rehearse(kind, world.rank, of_host, network, blank(dataset), config, ops, 20)
+            found = rehearse(kind, world.rank, of_host, network, blank(dataset), config, ops, steps // 2)
             told = collected(control, json.dumps(found.program.table()))
             programs.append([Program.of(json.loads(text)) for text in told])
 
@@ -88,4 +115,6 @@ def run(argv: list[str], steps: int = 40) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:]))
+    from psmpi.comm.world import run as as_job
+
+    sys.exit(as_job(lambda: run(sys.argv[2:], float(sys.argv[1]))))

@@ -27,7 +27,7 @@ SETTING = "PSMPI_WAIT"
 LOOKS = 3
 # Seconds that a rank sleeps at most, first, after long, and between these as a share of the time waited so far: where
 # those that it waits for ring its bell, which they do not for all that MPI does on the way; and where they do not.
-CALLED, UNCALLED = (5e-3, 2e-2, 1 / 4), (1e-4, 1e-3, 1 / 16)
+CALLED, UNCALLED = (5e-3, 2e-2, 1 / 4), (2e-4, 4e-3, 1 / 8)
 # Sleeps, and seconds of each, that begin a wait, and that follow a bell: messages may be under way, which go on only
 # while both ranks look at them.
 NAPS, NAP = 8, 1e-4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -28,7 +29,8 @@ class Move:
         return self.ranks[0]
 
 
-def plan_moves(roles: Roles) -> list[Move]:
+@lru_cache(maxsize=4)
+def plan_moves(roles: Roles) -> tuple[Move, ...]:
     """The collectives that one step needs, in an order that all ranks follow (so that none waits for ever)."""
     moves: list[Move] = []
     # By root and rank, the slices that it alone needs.
@@ -47,7 +49,7 @@ def plan_moves(roles: Roles) -> list[Move]:
         for k in range(max(map(len, dealt.values()))):
             ranks = sorted(rank for rank, slices in dealt.items() if k < len(slices))
             moves.append(Move("deal", (root, *ranks), ((0, 0), *(dealt[r][k] for r in ranks))))
-    return moves
+    return tuple(moves)
 
 
 def _spans(roles: Roles) -> list[tuple[int, int, tuple[int, ...], tuple[int, ...]]]:

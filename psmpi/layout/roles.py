@@ -11,7 +11,7 @@ from psmpi.layout.ownership import Ownership
 from psmpi.layout.runs import Runs
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Roles:
     """Roles of all ranks: rank r computes with `parts[r]`, optimizes `shards[r]`, and its place is `workers[r]`."""
 

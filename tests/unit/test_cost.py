@@ -1,6 +1,9 @@
 """The cost model: collectives as messages, times of small schedules by hand, and rehearsals beside the real thing."""
 
 import json
+import shutil
+import subprocess
+import sys
 from collections import Counter, defaultdict
 
 import numpy as np
@@ -9,7 +12,10 @@ from threadpoolctl import threadpool_limits
 
 pytest.importorskip("mpi4py.MPI")
 
+from helpers.paths import TESTS
+
 from psmpi.backend import NumpyOps
+from psmpi.bench.__main__ import main as bench
 from psmpi.bench.step import Tracing
 from psmpi.comm.watch.flight import recorded
 from psmpi.config import check
@@ -303,12 +309,71 @@ def test_a_schedule_is_written_for_simulators(capsys, tmp_path):
     assert sends == receives and sends
 
 
+def with_simgrid():
+    """A Python that has SimGrid's bindings: this one, or Debian's."""
+    for python in (sys.executable, "/usr/bin/python3"):
+        if (
+            shutil.which(python)
+            and subprocess.run([python, "-c", "import simgrid"], capture_output=True).returncode == 0
+        ):
+            return python
+    return None
+
+
+def by_simgrid(schedule, path, latency, bandwidth):
+    """Seconds of a schedule by an independent simulator: flows share a link at the same time, not one after another."""
+    python = with_simgrid()
+    if python is None:
+        pytest.skip("no SimGrid: apt-get install python3-simgrid")
+    path.write_text("".join(f"{line}\n" for line in schedule.goal()))
+    command = [python, TESTS / "helpers" / "program_simgrid.py", path, str(latency), str(bandwidth)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return float(done.stdout)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "nbytes"),
+    [("Allreduce", 16, 19200), ("Allreduce", 8, 400_000), ("Reduce", 16, 400_000), ("Allgatherv", 12, 3000)],
+)
+def test_simgrid_says_the_same_of_a_collective(tmp_path, name, size, nbytes):
+    sizes = [nbytes] * (1 if name in FLAT else size)
+    some = [program(call(name, size, peer=0, nbytes=sizes)) for _ in range(size)]
+    theirs = by_simgrid(make_schedule(some), tmp_path / "one.goal", 2e-5, 1e7)
+    assert step(some, Link.of(2e-5, 1e7)) == pytest.approx(theirs, rel=1e-3)
+
+
+@pytest.mark.parametrize("bandwidth", [1e9, 1e7])
+@pytest.mark.parametrize("options", ["psl", "psl --colocate --masters 2"])
+def test_simgrid_says_the_same_of_a_training(tmp_path, options, bandwidth):
+    config, dataset, network = prepared(f"{options} --batch-size 64")
+    kind, ranks, latency = find_method(config.parallel.method), 24, 2e-5
+    with np.errstate(all="ignore"):
+        found = [
+            rehearse(kind, rank, range(ranks), network, blank(dataset), config, NumpyOps(), 2) for rank in range(ranks)
+        ]
+    # Of 1 ms each: that it is the same is not by what this machine does besides.
+    schedule = make_schedule([evened(one.program, 1e-3) for one in found])
+    own = simulate(schedule, Network(tuple(range(ranks)), SLOW, Link.of(latency, bandwidth)))
+    theirs = by_simgrid(schedule, tmp_path / "training.goal", latency, bandwidth)
+    assert max(ends[-1] for ends in own.ends) == pytest.approx(theirs, rel=0.1)
+
+
+def evened(program, seconds):
+    """The program with so many seconds of computing a step, all of them before the first call."""
+    calls, starts = [one._replace(seconds=0.0) for one in program.calls], [0, *program.ends[:-1]]
+    for start in starts:
+        calls[start] = calls[start]._replace(seconds=seconds)
+    return Program(calls, program.ends, [0.0] * len(program.rest))
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         (("--ranks", "0"), "--ranks 0: expected a whole number from 1 up"),
         (("--gigabits", "0"), "--gigabits 0: expected a number above 0"),
         (("--optimizer", "lbfgs"), "no time can be said before"),
+        (("--ranks-per-host", "-1"), "--ranks-per-host -1: expected a whole number from 0 up"),
         (("--ranks", "40", "--replicas", "1"), "use --replicas"),
         (("--links", "nowhere.json"), "nowhere.json: No such file"),
         (("--goal", "no/where"), "--goal no/where: there is no such folder"),
@@ -317,3 +382,34 @@ def test_a_schedule_is_written_for_simulators(capsys, tmp_path):
 def test_what_cannot_be_planned_is_told(capsys, options, said):
     assert plan(list(options)) == 1
     assert said in capsys.readouterr().err
+
+
+def scaled(capsys, *options):
+    assert bench(["scale", "--batch-size", "64", *options]) == 0
+    return capsys.readouterr().out
+
+
+def test_scaling_says_where_one_master_is_saturated(capsys, tmp_path):
+    """On a slow link weights of 1 kB a worker take longer than anything else; a fast one is not in the way."""
+    path = tmp_path / "rows.json"
+    out = scaled(capsys, "--ranks", "2", "4", "8", "--gigabits", "1e-3", "--json", str(path))
+    assert "more than 2 ranks do not help" in out and "one master is saturated" in out
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["ranks"] for row in rows] == [2, 4, 8] and all(row["batch"] == 64 for row in rows)
+    assert all(0.5 < row["first_busy"] <= 1 for row in rows)
+    assert "saturated" not in scaled(capsys, "--ranks", "2", "4", "--gigabits", "1e5", "--latency-us", "0.1")
+
+
+def test_weak_scaling_has_as_many_samples_a_rank(capsys, tmp_path):
+    path, picture = tmp_path / "rows.json", tmp_path / "scaling.svg"
+    pytest.importorskip("matplotlib")
+    scaled(capsys, "--ranks", "2", "6", "--weak", "--json", str(path), "--plot", str(picture))
+    assert [row["batch"] for row in json.loads(path.read_text())["rows"]] == [64, 192]
+    assert "weak scaling" in picture.read_text()
+
+
+def test_scaling_stops_where_no_more_ranks_can_be(capsys):
+    out = scaled(capsys, "--ranks", "2", "64", "--replicas", "1")
+    assert "on 64 ranks: 63 workers in 1 replica row" in out
+    assert bench(["scale", "--ranks", "4", "2"]) == 1
+    assert "growing" in capsys.readouterr().err

@@ -1,0 +1,112 @@
+"""The estimate of a training: memory, bytes and time of a step on so many ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from psmpi.cost.link import Link, Network, load
+from psmpi.cost.rehearsal import Rehearsal, rehearse
+from psmpi.cost.schedule import SEND, Schedule, make_schedule
+from psmpi.cost.simulate import simulate
+from psmpi.errors import UserError
+
+if TYPE_CHECKING:
+    from psmpi.config import Config
+    from psmpi.data import Dataset
+    from psmpi.nn.network import Network as Layers
+
+# Ranks up to which there are few, and the steps that are rehearsed on few and on many.
+SMALL, STEPS, FEW = 32, 10, 4
+# Seconds of a short message and bytes a second between ranks of a host, where they were not measured.
+WITHIN = 2e-6, 8e9
+
+
+def network_of(ranks: int, ranks_per_host: int, gigabits: float, latency_us: float, links: str = "") -> Network:
+    """The network that options tell of, see `psmpi plan`; links: a file that `save` wrote. UserError for wrong ones."""
+    if ranks_per_host < 0:
+        raise UserError(f"--ranks-per-host {ranks_per_host}: expected a whole number from 0 up")
+    for option, number in (("--gigabits", gigabits), ("--latency-us", latency_us)):
+        if not 0 < number < 1e9:
+            raise UserError(f"{option} {number:g}: expected a number above 0")
+    known, each = load(Path(links)) if links else {}, ranks_per_host or ranks
+    return Network(
+        tuple(rank // each for rank in range(ranks)),
+        known.get("within") or Link.of(*WITHIN),
+        known.get("between") or Link.of(1e-6 * latency_us, gigabits / 8 * 1e9),
+    )
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A training on so many ranks: each one's rehearsal, their schedule, and the seconds of a step."""
+
+    ranks: list[Rehearsal]
+    schedule: Schedule
+    step: float
+
+    @property
+    def computing(self) -> float:
+        """Seconds that the rank computes that computes longest."""
+        return max(one.program.computing for one in self.ranks)
+
+    @property
+    def held(self) -> int:
+        """Bytes that the rank holds that holds most."""
+        return max(sum(one.memory.values()) for one in self.ranks)
+
+    @property
+    def sent(self) -> float:
+        """Bytes a step that the rank sends that sends most."""
+        return max(one.sent for one in self.ranks)
+
+    def busy(self, rank: int, network: Network) -> float:
+        """The share of a step in which the link of a rank sends or receives its messages, both added up; 1 at most."""
+        busy = 0.0
+        for number, tasks in enumerate(self.schedule.ranks):
+            for task in tasks:
+                if task.kind == SEND and rank in (number, task.peer):
+                    busy += network.link(number, task.peer).parts(task.nbytes)[1]
+        return min(1.0, busy / self.schedule.steps / self.step)
+
+    def table(self) -> dict[str, Any]:
+        """The estimate as JSON has it."""
+        ranks = [
+            {"role": one.place.role, "classes": one.place.classes, "computes_with": one.place.held,
+             "optimizes": one.place.owned, "bytes": sum(one.memory.values()), "bytes_sent": one.sent,
+             "computing_ms": 1e3 * one.program.computing}
+            for one in self.ranks
+        ]  # fmt: skip
+        return {"ms_per_step": 1e3 * self.step, "ranks": ranks}
+
+
+def estimate(config: Config, network: Layers, dataset: Dataset, hosts: Network) -> Estimate:
+    """Rehearse a training's step on each of its ranks, and simulate all of them together.
+
+    dataset: best a `blank` one. UserError for what cannot be trained on these ranks, and for an optimizer whose
+    messages depend on what it finds.
+    """
+    from threadpoolctl import threadpool_limits
+
+    from psmpi.backend import make_backend
+    from psmpi.optim import find_optimizer
+    from psmpi.registry import find_method
+
+    if find_optimizer(config.optimization.optimizer).needs_closure:
+        raise UserError(
+            f"--optimizer {config.optimization.optimizer}: the messages of a step depend on what its line search "
+            "finds, and no time can be said before; take another one, such as adam"
+        )
+    size = len(hosts.of_host)
+    kind = find_method(config.parallel.method)
+    kind.check(size, network, dataset, config)
+    threads, steps = config.parallel.threads or 1, STEPS if size <= SMALL else FEW
+    with threadpool_limits(threads), np.errstate(all="ignore"):
+        ops = make_backend(config.parallel.backend, threads)
+        ranks = [rehearse(kind, rank, hosts.of_host, network, dataset, config, ops, steps) for rank in range(size)]
+    ranks = [replace(one, program=one.program.typical()) for one in ranks]
+    schedule = make_schedule([one.program for one in ranks])
+    return Estimate(ranks, schedule, simulate(schedule, hosts).step)
