@@ -272,6 +272,8 @@ def check_files(plot: str = "", **others: str) -> None:
     for option, name in {**others, "plot": plot}.items():
         if name and not Path(name).absolute().parent.is_dir():
             raise UserError(f"--{option} {name}: there is no such folder as {Path(name).parent}")
+        if name and Path(name).is_dir():
+            raise UserError(f"--{option} {name}: expected the name of a file, and this is a folder")
     if plot:
         if Path(plot).suffix not in (".png", ".pdf", ".svg"):
             raise UserError(f"--plot {plot}: expected a name that ends in .png, .pdf or .svg")

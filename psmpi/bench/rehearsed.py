@@ -52,6 +52,7 @@ def run(argv: list[str], sleep: float = 0.0) -> int:
     from psmpi.comm.world import cores, start
     from psmpi.config import check
     from psmpi.cost import Link, Network, Program, make_schedule, rehearse, simulate
+    from psmpi.cost.estimate import check_foreseen
     from psmpi.cost.rehearsal import blank
     from psmpi.data import Batch
     from psmpi.output import tell
@@ -63,6 +64,7 @@ def run(argv: list[str], sleep: float = 0.0) -> int:
     world = start()
     config = usual(parse(argv))
     check(config, ())
+    check_foreseen(config)
     if sleep:
         emulate(1e-3 * sleep)
     steps = FEW if sleep else STEPS
@@ -102,7 +104,7 @@ def run(argv: list[str], sleep: float = 0.0) -> int:
         # Of one rank alone there is none.
         one = here or there or Link.of(1e-6, 1e10)
         net = Network(tuple(of_host), here or one, there or one)
-        predicted = [simulate(make_schedule(some), net).step for some in programs]
+        predicted = [simulate(make_schedule(some), net).step(method.period) for some in programs]
         computing = [max(program.computing for program in some) for some in programs]
         row: dict[str, Any] = {
             "measured_ms": [1e3 * one for one in measured],

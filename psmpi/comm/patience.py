@@ -61,8 +61,8 @@ class Bells:
         self.code = ctypes.c_long(call or 0)
         self.own = ctypes.c_void_p(self.address + 4 * self.number)
         self.time = Time()
-        # Whether this rank has a core for itself, but for ranks that mostly sleep: it only gives way to them.
-        self.settled = False
+        # Whether this rank only gives way to others while it waits, and does not sleep.
+        self.awake = False
 
     def ring(self, places: Sequence[int]) -> None:
         """Wake those of some ranks, numbers on this host, that sleep."""
@@ -76,7 +76,7 @@ class Bells:
         """Say that this rank is about to sleep; what it waits for is to be looked at between this and `sleep`."""
         self.words[self.number] = 1
 
-    def awake(self) -> None:
+    def disarm(self) -> None:
         """Say that this rank does not sleep."""
         self.words[self.number] = 0
 
@@ -137,7 +137,7 @@ class PatientRequest:
 
     def Wait(self) -> object:
         request, bells = self.request, self.bells
-        if bells.settled:
+        if bells.awake:
             while not request.Test():
                 os.sched_yield()
         elif not any(request.Test() for _ in range(LOOKS)):
@@ -153,7 +153,7 @@ class PatientRequest:
                         turns -= 1
                         bells.ring(self.after)
                 bells.arm()
-            bells.awake()
+            bells.disarm()
         bells.ring(self.after)
         return None
 
@@ -322,11 +322,12 @@ def patient(world: Any, ranks: int, cores: int) -> Any:
 
 
 def settle(world: Communicator, cores: Sequence[int], computes: bool) -> None:
-    """Give each rank that computes a core of its own, where ranks are `patient` and those that compute have one each.
+    """Let ranks that are `patient` wait by what they do: all ranks make this call. cores: those that this rank may use.
 
-    Left alone a system now and then lets two of them share a core for some milliseconds while one is idle: the others,
-    such as masters, wake beside them. cores: those that this rank may use, and nothing is done where ranks of a host
-    may use different ones. All ranks make this call.
+    Where the ranks of a host that compute have a core each, they get one of their own, on which they only give way to
+    the others, such as masters, which sleep. (Left alone a system now and then lets two of them share a core for some
+    milliseconds while one is idle.) Where more ranks compute than there are cores, all give way and none sleeps: what
+    they wait for is short, and comes from ranks that need the core.
     """
     found: Any = world
     while not isinstance(found, Patient):
@@ -339,11 +340,13 @@ def settle(world: Communicator, cores: Sequence[int], computes: bool) -> None:
     rows = np.empty((local.size, len(mine)), np.uint8)
     local.Allgather(mine, rows)
     local.Free()
-    computing, alike = int(rows[:, -1].sum()), bool((rows[:, :-1] == rows[0, :-1]).all())
-    if computes and alike and computing <= len(cores) < len(rows) and hasattr(os, "sched_setaffinity"):
-        found.bells.settled = bool(computes)
-        if computes:
-            os.sched_setaffinity(0, {cores[int(rows[: local.rank, -1].sum())]})
+    computing, available = int(rows[:, -1].sum()), int(rows[:, :-1].any(axis=0).sum())
+    if len(rows) > available:
+        found.bells.awake = bool(computes) or computing > available
+    # Ranks that may use different cores have been given theirs by somebody else.
+    alike = bool((rows[:, :-1] == rows[0, :-1]).all())
+    if computes and alike and computing <= available < len(rows) and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {cores[int(rows[: local.rank, -1].sum())]})
 
 
 def _shared_memory() -> int:

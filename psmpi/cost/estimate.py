@@ -33,11 +33,30 @@ def network_of(ranks: int, ranks_per_host: int, gigabits: float, latency_us: flo
         if not 0 < number < 1e9:
             raise UserError(f"{option} {number:g}: expected a number above 0")
     known, each = load(Path(links)) if links else {}, ranks_per_host or ranks
+    if known and ranks > each and "between" not in known:
+        raise UserError(
+            f"--links {links}: has no link between hosts, and ranks are on several: measure it on two, or leave it out"
+        )
     return Network(
         tuple(rank // each for rank in range(ranks)),
         known.get("within") or Link.of(*WITHIN),
         known.get("between") or Link.of(1e-6 * latency_us, gigabits / 8 * 1e9),
     )
+
+
+def check_foreseen(config: Config) -> None:
+    """UserError for settings of which no time can be said before."""
+    from psmpi.optim import find_optimizer
+
+    if find_optimizer(config.optimization.optimizer).needs_closure:
+        raise UserError(
+            f"--optimizer {config.optimization.optimizer}: how often a step computes and sends depends on the losses "
+            "that it finds, and no time can be said before; take another one, such as adam"
+        )
+    if config.run.resume:
+        raise UserError("--resume: a run that goes on is not foreseen; give its settings instead")
+    if config.parallel.nccl or config.parallel.gpu_aware:
+        raise UserError("--nccl and --gpu-aware: messages between devices are not foreseen; leave them out")
 
 
 @dataclass(frozen=True)
@@ -92,21 +111,20 @@ def estimate(config: Config, network: Layers, dataset: Dataset, hosts: Network) 
     from threadpoolctl import threadpool_limits
 
     from psmpi.backend import make_backend
-    from psmpi.optim import find_optimizer
     from psmpi.registry import find_method
+    from psmpi.training.checks import check_margin
+    from psmpi.training.loop import plan_steps
 
-    if find_optimizer(config.optimization.optimizer).needs_closure:
-        raise UserError(
-            f"--optimizer {config.optimization.optimizer}: the messages of a step depend on what its line search "
-            "finds, and no time can be said before; take another one, such as adam"
-        )
+    check_foreseen(config)
     size = len(hosts.of_host)
     kind = find_method(config.parallel.method)
+    check_margin(network, dataset, config)
     kind.check(size, network, dataset, config)
+    plan_steps(dataset, config)
     threads, steps = config.parallel.threads or 1, STEPS if size <= SMALL else FEW
     with threadpool_limits(threads), np.errstate(all="ignore"):
         ops = make_backend(config.parallel.backend, threads)
         ranks = [rehearse(kind, rank, hosts.of_host, network, dataset, config, ops, steps) for rank in range(size)]
     ranks = [replace(one, program=one.program.typical()) for one in ranks]
     schedule = make_schedule([one.program for one in ranks])
-    return Estimate(ranks, schedule, simulate(schedule, hosts).step)
+    return Estimate(ranks, schedule, simulate(schedule, hosts).step(ranks[0].period))

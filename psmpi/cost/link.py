@@ -88,10 +88,12 @@ def load(path: Path) -> dict[str, Link]:
     """Read what `save` wrote; UserError for anything else."""
     try:
         found = json.loads(path.read_text())
+        if not found or not set(found) <= {"within", "between"}:
+            raise ValueError
         return {str(name): Link(_pairs(pairs)) for name, pairs in found.items()}
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError, OverflowError):
         raise UserError(f"{path}: no links: expected the file that 'psmpi bench links --save' writes") from None
 
 
@@ -99,7 +101,7 @@ def _pairs(found: Sequence[Sequence[float]]) -> tuple[tuple[int, float], ...]:
     pairs = tuple((int(size), float(seconds)) for size, seconds in found)
     if len(pairs) < 2 or any(a >= b for (a, _), (b, _) in pairwise(pairs)):
         raise ValueError
-    if any(seconds < 0 or not np.isfinite(seconds) for _, seconds in pairs):
+    if pairs[0][0] < 0 or any(seconds < 0 or not np.isfinite(seconds) for _, seconds in pairs):
         raise ValueError
     return pairs
 

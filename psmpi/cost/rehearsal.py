@@ -60,7 +60,7 @@ def blank(dataset: Dataset) -> Dataset:
 class Rehearsal:
     """A rank's program, its line of the placement table, and its memory in bytes by what for.
 
-    sent: bytes a step, as the method's counter counts them.
+    sent: bytes a step, as the method's counter counts them; period: of the method.
     """
 
     rank: int
@@ -68,6 +68,7 @@ class Rehearsal:
     place: Place
     memory: dict[str, int]
     sent: float
+    period: int
 
 
 def rehearse(
@@ -82,13 +83,15 @@ def rehearse(
 ) -> Rehearsal:
     """Make a rank's steps of the method `kind`, a class, on as many ranks as there are numbers of hosts in `of_host`.
 
-    dataset: best a `blank` one.
+    dataset: best a `blank` one; steps: at least so many, two and more of whole periods. What happens between epochs is
+    left out.
     """
     from psmpi.training.context import Context
 
     book = Notebook()
     world = Alone(book, "world", range(len(of_host)), rank, of_host)
     method = kind(Context(world, network, dataset, config, ops))
+    steps = method.period * max(2, -(-steps // method.period))
     batches = Minibatches(dataset.train.n, config.data.batch_size, config.run.seed, config.data.shuffle)
     whole = dataset.train.n // config.data.batch_size or 1
     lr, sent = float(config.optimization.lr), 0.0
@@ -107,4 +110,4 @@ def rehearse(
         if number >= WARM:
             book.end_step()
     sent = (method.counter.sent - sent) / steps
-    return Rehearsal(rank, book.program, method.place(), method.memory(), sent)
+    return Rehearsal(rank, book.program, method.place(), method.memory(), sent, method.period)

@@ -26,11 +26,11 @@ class Times:
     ends: list[list[float]]
     computing: list[float]
 
-    @property
-    def step(self) -> float:
-        """Seconds of a step once they follow each other: of the slowest rank, the first step left out."""
+    def step(self, period: int = 1) -> float:
+        """Seconds of a step once they follow each other: of the slowest rank, the first `period` of steps left out."""
         whole = [max(rank[k] for rank in self.ends) for k in range(len(self.ends[0]))]
-        return (whole[-1] - whole[0]) / (len(whole) - 1) if len(whole) > 1 else whole[0]
+        left = period if len(whole) > period else 0
+        return (whole[-1] - (whole[left - 1] if left else 0.0)) / (len(whole) - left)
 
 
 class _Run:

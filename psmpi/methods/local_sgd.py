@@ -104,5 +104,9 @@ class LocalSGD(Copies):
             self.momentum.fill(0)
         super().restored(tables, fresh)
 
+    @property
+    def period(self) -> int:
+        return self.every
+
     def messages(self, step: int, batch: int) -> list[Message]:
         return self.sum.messages() if (step + 1) % self.every == 0 else []

@@ -157,6 +157,11 @@ class Method:
         """
         raise NotImplementedError
 
+    @property
+    def period(self) -> int:
+        """Steps after which messages repeat, the steps between epochs left out."""
+        return 1
+
     def events(self) -> dict[str, int]:
         """Counts of unusual events on this rank since the start, by name. All ranks call it."""
         return {}

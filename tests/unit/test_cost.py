@@ -95,7 +95,7 @@ def call(name, size, *, seconds=0.0, peer=-1, nbytes=(0,), number=0):
 
 def step(programs, link, hosts=None):
     hosts = tuple(range(len(programs))) if hosts is None else hosts
-    return simulate(make_schedule(programs), Network(hosts, Link.of(1e-9, 1e15), link)).step
+    return simulate(make_schedule(programs), Network(hosts, Link.of(1e-9, 1e15), link)).step()
 
 
 def test_a_message_takes_its_latency_and_its_bytes():
@@ -167,7 +167,7 @@ def test_links_are_lines_between_what_was_measured(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[1]", '{"within": [[0, 1]]}', '{"within": [[0, 1], [0, 2]]}', '{"a": [[0, -1], [1, 1]]}']
+    "text", ["", "[1]", '{"within": [[0, 1]]}', '{"within": [[0, 1], [0, 2]]}', '{"within": [[0, -1], [1, 1]]}']
 )
 def test_files_that_hold_no_links_are_named(tmp_path, text):
     path = tmp_path / "links.json"
@@ -209,7 +209,12 @@ def prepared(options):
 def test_a_rehearsal_is_what_ranks_do_together(options, ranks):
     """The same calls of the same bytes on each rank, and the same memory, as in a world of threads."""
     config, dataset, network = prepared(options)
-    kind, steps = find_method(config.parallel.method), 4
+    kind = find_method(config.parallel.method)
+    with threadpool_limits(1), np.errstate(all="ignore"):
+        alone = [
+            rehearse(kind, rank, [0] * ranks, network, blank(dataset), config, NumpyOps(), 4) for rank in range(ranks)
+        ]
+    steps = len(alone[0].program.ends)
 
     def work(world):
         flight = Tracing()
@@ -223,20 +228,19 @@ def test_a_rehearsal_is_what_ranks_do_together(options, ranks):
         return calls, (method.counter.sent - sent) / steps, method.memory(), method.place()
 
     together = run_ranks(ranks, work)
-    with threadpool_limits(1), np.errstate(all="ignore"):
-        for rank, (calls, sent, memory, place) in enumerate(together):
-            found = rehearse(kind, rank, [0] * ranks, network, blank(dataset), config, NumpyOps(), steps)
-            mine = Counter((one.name, one.ranks) for one in found.program.calls if one.name != "Wait")
-            theirs = Counter()
-            for (name, group, _), count in calls.items():
-                if not name.startswith("Wait"):
-                    theirs[name, group] += count
-            both = Counter()
-            for (name, group), count in theirs.items():
-                for one in ("Isend", "Irecv") if name == "Sendrecv" else (name,):
-                    both[one, group] += count
-            assert mine == both, (rank, mine, both)
-            assert (found.sent, found.memory, found.place) == (sent, memory, place)
+    for found, (calls, sent, memory, place) in zip(alone, together, strict=True):
+        rank = found.rank
+        mine = Counter((one.name, one.ranks) for one in found.program.calls if one.name != "Wait")
+        theirs = Counter()
+        for (name, group, _), count in calls.items():
+            if not name.startswith("Wait"):
+                theirs[name, group] += count
+        both = Counter()
+        for (name, group), count in theirs.items():
+            for one in ("Isend", "Irecv") if name == "Sendrecv" else (name,):
+                both[one, group] += count
+        assert mine == both, (rank, mine, both)
+        assert (found.sent, found.memory, found.place) == (sent, memory, place)
 
 
 @pytest.mark.parametrize(("options", "ranks"), CASES)
@@ -250,7 +254,7 @@ def test_rehearsals_of_all_ranks_fit_together(options, ranks):
     schedule = make_schedule([one.program for one in found])
     times = simulate(schedule, Network(tuple(range(ranks)), SLOW, Link.of(1e-5, 1e9)))
     # A link a hundred times slower makes no step faster.
-    assert simulate(schedule, Network(tuple(range(ranks)), SLOW, Link.of(1e-3, 1e7))).step >= times.step
+    assert simulate(schedule, Network(tuple(range(ranks)), SLOW, Link.of(1e-3, 1e7))).step() >= times.step()
 
 
 def planned(capsys, *options):
@@ -413,3 +417,30 @@ def test_scaling_stops_where_no_more_ranks_can_be(capsys):
     assert "on 64 ranks: 63 workers in 1 replica row" in out
     assert bench(["scale", "--ranks", "4", "2"]) == 1
     assert "growing" in capsys.readouterr().err
+
+
+def test_rounds_are_rehearsed_whole(capsys):
+    """Whatever the number of their steps: what a rank sends is a round's bytes over its steps."""
+    for steps in (1, 7, 20):
+        found = planned(capsys, "--ranks", "3", "--method", "local_sgd", "--local-steps", str(steps), "--no-others")
+        size = 4 * found["parameters"]
+        assert found["plans"][0]["ranks"][0]["bytes_sent"] == pytest.approx(2 * size * 2 // 3 / steps)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--nccl",), "--nccl and --gpu-aware: messages between devices are not foreseen"),
+        (("--resume", "auto"), "--resume: a run that goes on is not foreseen"),
+        (("--goal", "."), "--goal .: expected the name of a file, and this is a folder"),
+    ],
+)
+def test_what_is_not_foreseen_is_told(capsys, options, said):
+    assert plan([*options]) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_links_of_one_host_are_not_those_between_hosts(capsys, tmp_path):
+    save({"within": SLOW}, tmp_path / "links.json")
+    assert plan(["--links", str(tmp_path / "links.json"), "--ranks", "4", "--ranks-per-host", "2"]) == 1
+    assert "has no link between hosts" in capsys.readouterr().err

@@ -85,12 +85,12 @@ def test_bells_leave_no_files(tmp_path, monkeypatch):
     assert not [name for name in after - before if name.startswith("psmpi-bells")]
 
 
-@pytest.mark.parametrize("settled", [False, True])
-def test_who_may_wait_is_woken_at_the_begin_and_at_the_end(settled):
+@pytest.mark.parametrize("awake", [False, True])
+def test_who_may_wait_is_woken_at_the_begin_and_at_the_end(awake):
     rung = []
 
     def work(bells):
-        bells.settled = settled
+        bells.awake = awake
         bells.ring = lambda places: rung.append((bells.number, tuple(places)))
         if bells.number == 0:
             PatientRequest(Request(12), bells, (1,), (0, 1), (1e-4, 1e-4, 0.0)).Wait()
@@ -144,7 +144,7 @@ def test_other_ways_to_wait_are_refused(monkeypatch):
 @linux
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core")
 def test_ranks_that_compute_get_a_core_each(tmp_path):
-    """Of three ranks on two cores the first one does not compute."""
+    """Of three ranks on two cores the first one does not compute; if it did, none would sleep."""
     program = tmp_path / "program.py"
     program.write_text(
         "import os\n"
@@ -157,8 +157,10 @@ def test_ranks_that_compute_get_a_core_each(tmp_path):
         "found = sorted(os.sched_getaffinity(0))\n"
         "expected = [cores, cores[:1], cores[1:]][world.rank]\n"
         "assert found == expected, (world.rank, found)\n"
+        "assert world.bells.awake == (world.rank > 0)\n"
         "settle(world, cores, True)\n"
         "assert sorted(os.sched_getaffinity(0)) == expected\n"
+        "assert world.bells.awake\n"
     )
     status, out, err = launch(3, program)
     assert status == 0, err + out

@@ -224,6 +224,10 @@ class IndependentSubnets(Method):
     def diagnostics(self) -> dict[str, Any]:
         return {"rounds": int(self.scalars["rounds"])}
 
+    @property
+    def period(self) -> int:
+        return self.every
+
     def messages(self, step: int, batch: int) -> list[Message]:
         number, within = divmod(step, self.every)
         out = self.subnets.messages(Step(batch, number)) if within == 0 else []
