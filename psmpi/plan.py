@@ -5,7 +5,6 @@ from __future__ import annotations
 import json as jsonlib
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -92,36 +91,20 @@ def plan(
         )
     else:
         _show(found, network, hosts)
+        if goal:
+            given = found[GIVEN]
+            tell(f"{goal} has {counted(given.schedule.steps, 'step')}, of {1e3 * given.whole:.4g} ms in all")
     return 0
 
 
 def _others(config: Config) -> Iterator[tuple[str, Config]]:
-    """Other arrangements of the same training: their options, and configurations."""
-    from psmpi.methods.psl.plan import Settings
-    from psmpi.training.masters import Masters
+    """Other arrangements of the same training, by all methods that know some: their options, and configurations."""
+    from psmpi.registry import find_method, method_names
 
-    seen = [config]
-    whole = replace(config, parallel=replace(config.parallel, method="data_parallel"))
-    psl = replace(config, parallel=replace(config.parallel, method="psl"))
-    owners = Masters(colocate=True, placement="owner")
-    for options, other in (
-        ("--method psl", psl.having([Masters(), Settings()])),
-        ("--method psl --colocate", psl.having([Masters(colocate=True), Settings()])),
-        ("--method psl --colocate --masters 2", psl.having([Masters(colocate=True, masters=2), Settings()])),
-        ("--method psl --colocate --trunk split", psl.having([Masters(colocate=True), Settings(trunk="split")])),
-        (
-            "--method psl --colocate --placement owner",
-            psl.having([owners, Settings()]),
-        ),
-        (
-            "--method psl --colocate --placement owner --trunk split",
-            psl.having([owners, Settings(trunk="split")]),
-        ),
-        ("--method data_parallel", whole),
-    ):
-        if other not in seen:
-            seen.append(other)
-            yield options, other
+    for name in method_names():
+        for options, other in find_method(name).arrangements(config):
+            if other != config:
+                yield options, other
 
 
 def _show(found: dict[str, Estimate], network: Layers, hosts: Network) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from psmpi.errors import UserError
 from psmpi.output import Screen, check_files
 
@@ -39,23 +37,13 @@ def links(save: str = "") -> int:
     return 0
 
 
-def host_numbers(control: Control) -> list[int]:
-    """For each rank the number of its host, which is its first rank."""
-    from mpi4py import MPI
-
-    local = control.comm.Split_type(MPI.COMM_TYPE_SHARED)
-    own = np.array([control.rank])
-    local.Bcast(own, 0)
-    local.Free()
-    return [int(number) for number in control.rows(own)[:, 0]]
-
-
 def find_links(control: Control) -> dict[str, Link]:
     """The links "within" a host and "between" hosts that there are, on rank 0; all ranks make this call."""
     from psmpi.comm.watch.flight import bare
+    from psmpi.comm.world import host_numbers
     from psmpi.cost import Link
 
-    hosts, found = host_numbers(control), {}
+    hosts, found = host_numbers(control.comm), {}
     for name, same in (("within", True), ("between", False)):
         other = next((rank for rank in range(1, control.size) if (hosts[rank] == hosts[0]) == same), None)
         link = None if other is None else Link.measured(bare(control.comm), 0, other)

@@ -64,7 +64,15 @@ def predict(
         with slow_hosts(ranks, rate, BURST) as hosts:
             before = wrapper(hosts) if hosts else []
             for name in methods:
-                program = [sys.executable, "-m", "psmpi.bench.rehearsed", str(sleep_ms), *given, *VARIANTS[name]]
+                program = [
+                    sys.executable,
+                    "-m",
+                    "psmpi.bench.rehearsed",
+                    *given,
+                    *VARIANTS[name],
+                    "--sleep-ms",
+                    str(sleep_ms),
+                ]
                 # On their hosts of their own ranks do not see that they share cores.
                 program = [*(["env", "PSMPI_WAIT=sleep"] if sleep_ms else []), *program]
                 out = run_program([launcher(), "-n", str(ranks), *before, *program], bool(hosts), limit)

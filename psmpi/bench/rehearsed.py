@@ -1,7 +1,6 @@
 """Steps of a training on these ranks, measured, beside what their rehearsals predict; a program under mpirun.
 
-Its first word: milliseconds that each pass through layers sleeps besides. The others are options of psmpi.train. Rank 0
-prints JSON.
+Takes the options of psmpi.train, and the milliseconds that each pass through layers sleeps besides. Rank 0 prints JSON.
 """
 
 from __future__ import annotations
@@ -10,9 +9,12 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from psmpi.config import Config
 
 # Steps before those that are timed.
 WARM = 10
@@ -39,38 +41,36 @@ def emulate(seconds: float) -> None:
     Model.backward = slowed(Model.backward)  # type: ignore[method-assign]
 
 
-def run(argv: list[str], sleep: float = 0.0) -> int:
-    """Measure and predict; returns the exit status. sleep: milliseconds of each pass."""
+def rehearsed(config: Config, sleep_ms: float = 0.0) -> int:
+    """Measure steps beside their prediction.
+
+    Args:
+        sleep_ms: Milliseconds that each pass through layers sleeps besides.
+    """
     from threadpoolctl import threadpool_limits
 
     from psmpi.backend import make_backend
-    from psmpi.bench.links import find_links, host_numbers
+    from psmpi.bench.links import find_links
     from psmpi.bench.step import collected
     from psmpi.bench.training import prepare
     from psmpi.comm.control import Control
     from psmpi.comm.patience import settle
-    from psmpi.comm.world import cores, start
-    from psmpi.config import check
+    from psmpi.comm.world import cores, host_numbers, start
     from psmpi.cost import Link, Network, Program, make_schedule, rehearse, simulate
     from psmpi.cost.estimate import check_foreseen
     from psmpi.cost.rehearsal import blank
     from psmpi.data import Batch
     from psmpi.output import tell
-    from psmpi.train import parse
     from psmpi.training.context import Context
-    from psmpi.training.usual import usual
 
-    # One rank speaks of what is wrong with options.
-    world = start()
-    config = usual(parse(argv))
-    check(config, ())
     check_foreseen(config)
-    if sleep:
-        emulate(1e-3 * sleep)
-    steps = FEW if sleep else STEPS
+    world = start()
+    if sleep_ms:
+        emulate(1e-3 * sleep_ms)
+    steps = FEW if sleep_ms else STEPS
     control = Control(world)
     kind, network, dataset, batches, rate, threads = prepare(config, world)
-    of_host = host_numbers(control)
+    of_host = host_numbers(world)
     links = find_links(control)
     programs: list[list[Program]] = []
     with threadpool_limits(threads), np.errstate(all="ignore"):
@@ -78,7 +78,7 @@ def run(argv: list[str], sleep: float = 0.0) -> int:
         method = kind(Context(world, network, dataset, config, ops))
         settle(world, cores(), method.place().held > 0)
 
-        def rehearsed() -> None:
+        def rehearse_all() -> None:
             """All ranks at once: they share caches and memory as in training."""
             control.wait_for_all()
             found = rehearse(kind, world.rank, of_host, network, blank(dataset), config, ops, steps // 2)
@@ -97,7 +97,7 @@ def run(argv: list[str], sleep: float = 0.0) -> int:
         trained(0, WARM)
         measured = []
         for k in range(3):
-            rehearsed()
+            rehearse_all()
             measured.append(trained(WARM + k * steps, steps))
     if world.rank == 0:
         here, there = links.get("within"), links.get("between")
@@ -116,7 +116,19 @@ def run(argv: list[str], sleep: float = 0.0) -> int:
     return 0
 
 
-if __name__ == "__main__":
-    from psmpi.comm.world import run as as_job
+def main(words: list[str]) -> int:
+    """Entry point; returns the exit status."""
+    from psmpi.comm.world import start
+    from psmpi.command import answer, parsed, with_training_options
+    from psmpi.config import defaults
 
-    sys.exit(as_job(lambda: run(sys.argv[2:], float(sys.argv[1]))))
+    def go() -> int:
+        # Before options are read: one rank then speaks of what is wrong with them.
+        start()
+        return int(parsed(with_training_options(rehearsed, defaults(words), words), words, "bench predict"))
+
+    return answer(go)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

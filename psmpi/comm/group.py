@@ -278,6 +278,15 @@ def _runs(array: np.ndarray, counts: Sequence[int]) -> VectorSpec:
     return [array, sizes, starts, MPI.BYTE]
 
 
+def run_bytes(spec: VectorSpec) -> tuple[int, ...]:
+    """Bytes of each rank's run, as calls with counts describe them."""
+    from mpi4py import MPI
+
+    array, counts, _, kind = spec
+    size = 1 if kind == MPI.BYTE else array.itemsize
+    return tuple(int(count) * size for count in counts)
+
+
 def _datatype(array: np.ndarray) -> Any:
     from mpi4py import MPI
 

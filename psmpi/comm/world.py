@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING
 
 from psmpi import output
 from psmpi.comm.leftovers import remove_leftovers
-from psmpi.comm.patience import patient
 from psmpi.comm.signals import heed_hangups
 from psmpi.errors import UserError
 from psmpi.launcher import announced_rank, announced_size
@@ -123,6 +122,8 @@ def start() -> World:
     check_launcher(comm.size, os.environ, library())
     if comm.rank != 0:
         warnings.simplefilter("ignore")
+    from psmpi.comm.patience import patient
+
     found: World = patient(comm, *host(comm))
     return found
 
@@ -171,6 +172,19 @@ def several_hosts(world: Communicator) -> bool:
     local.Free()
     world.Allreduce(MPI.IN_PLACE, apart, MPI.MAX)
     return bool(apart[0])
+
+
+def host_numbers(world: Communicator) -> list[int]:
+    """For each rank the number of its host, which is the first rank there."""
+    import numpy as np
+    from mpi4py import MPI
+
+    local = world.Split_type(MPI.COMM_TYPE_SHARED)
+    own, found = np.array([world.rank]), np.empty(world.size, np.int64)
+    local.Bcast(own, 0)
+    local.Free()
+    world.Allgather(own, found)
+    return [int(number) for number in found]
 
 
 def host_by_host(world: Communicator, work: Callable[[], None]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from psmpi.comm.group import run_bytes
 from psmpi.comm.protocol import Request, Sent, VectorSpec
 from psmpi.comm.watch.flight import spans
 from psmpi.cost.program import Call, Program
@@ -177,7 +178,7 @@ class Alone:
         return Done(self, self._collective("Ireduce", root, (_summed(sent, into),)))
 
     def Scatterv(self, sent: VectorSpec | None, into: Sent, /, *, root: int) -> None:
-        sizes = _sizes(sent) if sent is not None else (into.nbytes,)
+        sizes = run_bytes(sent) if sent is not None else (into.nbytes,)
         self._collective("Scatterv", root, sizes, *self._unless(root, into))
 
     def Gather(self, sent: np.ndarray, into: np.ndarray | None, /, *, root: int) -> None:
@@ -186,7 +187,7 @@ class Alone:
             into[...] = sent
 
     def Gatherv(self, sent: Sent, into: VectorSpec | None, /, *, root: int) -> None:
-        self._collective("Gatherv", root, _sizes(into) if into is not None else (sent.nbytes,))
+        self._collective("Gatherv", root, run_bytes(into) if into is not None else (sent.nbytes,))
 
     # Among all.
 
@@ -207,12 +208,12 @@ class Alone:
         into[...] = sent
 
     def Allgatherv(self, sent: Sent, into: VectorSpec, /) -> None:
-        sizes = _sizes(into)
+        sizes = run_bytes(into)
         self._collective("Allgatherv", -1, sizes)
         self._share(sent, into, sizes)
 
     def Alltoallv(self, sent: VectorSpec, into: VectorSpec, /) -> None:
-        self._collective("Alltoallv", -1, _sizes(sent), into[0])
+        self._collective("Alltoallv", -1, run_bytes(sent), into[0])
 
     def _share(self, sent: Sent, into: VectorSpec, sizes: Sequence[int]) -> None:
         """Give every rank's run what this rank has for its own, as far as it goes."""
@@ -234,12 +235,3 @@ def _summed(sent: Sent, into: np.ndarray | None) -> int:
 def _keep(sent: Sent, into: np.ndarray) -> None:
     if isinstance(sent, np.ndarray):
         into[...] = sent
-
-
-def _sizes(spec: VectorSpec) -> tuple[int, ...]:
-    """Bytes of each rank's run."""
-    array, counts, _, kind = spec
-    from mpi4py import MPI
-
-    size = 1 if kind == MPI.BYTE else array.itemsize
-    return tuple(int(count) * size for count in counts)

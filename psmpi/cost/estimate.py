@@ -61,11 +61,12 @@ def check_foreseen(config: Config) -> None:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A training on so many ranks: each one's rehearsal, their schedule, and the seconds of a step."""
+    """A training on so many ranks: each one's rehearsal, their schedule, and the seconds of a step and of all of it."""
 
     ranks: list[Rehearsal]
     schedule: Schedule
     step: float
+    whole: float
 
     @property
     def computing(self) -> float:
@@ -127,4 +128,5 @@ def estimate(config: Config, network: Layers, dataset: Dataset, hosts: Network) 
         ranks = [rehearse(kind, rank, hosts.of_host, network, dataset, config, ops, steps) for rank in range(size)]
     ranks = [replace(one, program=one.program.typical()) for one in ranks]
     schedule = make_schedule([one.program for one in ranks])
-    return Estimate(ranks, schedule, simulate(schedule, hosts).step(ranks[0].period))
+    times = simulate(schedule, hosts)
+    return Estimate(ranks, schedule, times.step(ranks[0].period), max(ends[-1] for ends in times.ends))

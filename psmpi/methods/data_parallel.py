@@ -6,8 +6,8 @@ summed over ranks as backward fills them, the same optimizer step everywhere.
 
 from __future__ import annotations
 
-from collections.abc import Set
-from dataclasses import dataclass
+from collections.abc import Iterable, Set
+from dataclasses import dataclass, replace
 from math import inf, isfinite, nan
 from typing import ClassVar, Literal
 
@@ -63,6 +63,10 @@ class DataParallel(Replica):
     settings = (Settings, Sums)
     skips = True
     advice = "use --allreduce ring, and no --compression"
+
+    @classmethod
+    def arrangements(cls, config: Config) -> Iterable[tuple[str, Config]]:
+        return ((f"--method {cls.name}", replace(config, parallel=replace(config.parallel, method=cls.name))),)
 
     def __init__(self, context: Context):
         super().__init__(context)

@@ -95,6 +95,11 @@ class Method:
         """Settings of optimizers that the method itself uses, whatever the optimizer."""
         return frozenset()
 
+    @classmethod
+    def arrangements(cls, config: Config) -> Iterable[tuple[str, Config]]:
+        """Other ways of this method to train the same as `config` says: their options, and the configurations."""
+        return ()
+
     @staticmethod
     def notes(size: int, network: Network, config: Config) -> Iterable[str]:
         """What the user should know of what the method has chosen itself."""

@@ -520,3 +520,32 @@ def test_the_recorder_is_timed_beside_steps_without_it(monkeypatch):
     assert 0 < found["call_us"] < found["wait_us"] < 10
     status, _, err = run(1, "-m", "psmpi.bench", "recorder")
     assert status == 1 and "one rank records nothing" in err
+
+
+def test_predictions_are_measured_beside_steps(tmp_path):
+    """No figure is expected: other tests run here too."""
+    options = ("--methods", "psl", "local_sgd", "--rates", "0", "--sleep-ms", "1", "--json", tmp_path / "a.json")
+    status, out, err = launch(1, "-m", "psmpi.bench", "predict", *options)
+    assert status == 0, err
+    rows = json.loads((tmp_path / "a.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == ["psl", "local_sgd"] and "psl, unlimited: predicted" in out
+    for row in rows:
+        # Passes sleep, whatever else there is.
+        assert min(*row["predicted_ms"], *row["measured_ms"]) > 2 and len(row["predicted_ms"]) == 3
+        assert row["links"]["within"][0][0] == 0
+
+
+def test_what_cannot_be_predicted_is_one_message():
+    options = ("--methods", "psl", "--rates", "0", "--options=--optimizer lbfgs")
+    status, _, err = launch(1, "-m", "psmpi.bench", "predict", *options)
+    assert status == 1 and err.count("no time can be said before") == 1 and "Traceback" not in err
+
+
+def test_links_are_timed_and_planned_with(tmp_path):
+    path = tmp_path / "links.json"
+    status, out, err = launch(2, "-m", "psmpi.bench", "links", "--save", path)
+    assert status == 0 and "between ranks of a host" in out, err
+    status, out, err = launch(1, "-m", "psmpi.plan", "--ranks", "2", "--links", path, "--json", "--no-others")
+    assert status == 0 and json.loads(out)["plans"][0]["ms_per_step"] > 0, err
+    status, _, err = launch(1, "-m", "psmpi.bench", "links")
+    assert status == 1 and "a link has two ends" in err

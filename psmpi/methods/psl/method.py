@@ -16,7 +16,7 @@ from psmpi.comm.bridge import Bridge
 from psmpi.comm.transfers import Exchange, Message, Step
 from psmpi.data import Batch
 from psmpi.methods.psl.newton import PartitionedNewton
-from psmpi.methods.psl.plan import Settings, check_psl, choice, element_rows, make_plan, psl_needed
+from psmpi.methods.psl.plan import Settings, check_psl, choice, element_rows, make_plan, others, psl_needed
 from psmpi.nn.finite import spans
 from psmpi.nn.tiles import TiledObjective
 from psmpi.optim.curvature import RULES
@@ -92,6 +92,7 @@ class PartiallySeparable(Method):
         self.lr = 0.0
 
     check, needed = staticmethod(check_psl), staticmethod(psl_needed)
+    arrangements = classmethod(others)
     notes = staticmethod(choice)
 
     def _remember(self) -> None:

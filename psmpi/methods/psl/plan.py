@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from math import inf
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 
@@ -109,6 +109,21 @@ def choice(size: int, network: Network, config: Config) -> Iterator[str]:
         yield "--trunk auto changes nothing: with --partition pairs a worker has the samples of its own classes alone"
     elif own.trunk == "split" and max(_columns(plan.roles).values()) == 1:
         yield "--trunk split changes nothing: each row has one worker, which computes all layers"
+
+
+def others(kind: Any, config: Config) -> Iterator[tuple[str, Config]]:
+    """Other placements of the same training, with the split trunk too: see `Method.arrangements`."""
+    own = replace(config, parallel=replace(config.parallel, method=kind.name))
+    split, owners = replace(config.of(Settings), trunk="split"), Masters(colocate=True, placement="owner")
+    for options, changed in (
+        ("", [Masters()]),
+        ("--colocate", [Masters(colocate=True)]),
+        ("--colocate --masters 2", [Masters(colocate=True, masters=2)]),
+        ("--colocate --trunk split", [Masters(colocate=True), split]),
+        ("--colocate --placement owner", [owners]),
+        ("--colocate --placement owner --trunk split", [owners, split]),
+    ):
+        yield f"--method {kind.name} {options}".rstrip(), own.having(changed)
 
 
 def _columns(roles: Roles) -> Counter[int]:
