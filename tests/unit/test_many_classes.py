@@ -171,7 +171,7 @@ def test_the_set_up_has_no_objects_of_classes():
     assert network.score_uses() == ((0, 50_000, Each(0, 50_000)),)
     roles = assign_roles(layout, 3, placement="owner", colocate=True)
     assert [len(part.starts) for part in (*roles.parts, *roles.shards)] == [1, 1, 1, 1, 1, 1]
-    assert plan_moves(roles) == [] and all(isinstance(w.classes, range) for w in roles.workers)
+    assert plan_moves(roles) == () and all(isinstance(w.classes, range) for w in roles.workers)
     assert [len(tensor.stretches) for tensor in make_tensors(layout)] == [1, 1]
     assert [len(tensor.stretches) for tensor in make_tensors(layout, range(7, 9000))] == [1, 1]
     w = np.zeros(roles.parts[1].size, np.float32)
