@@ -96,17 +96,14 @@ def rehearse(
     whole = dataset.train.n // config.data.batch_size or 1
     lr, sent = float(config.optimization.lr), 0.0
 
-    def run(first: int, count: int) -> Iterator[tuple[Batch, float]]:
-        for number in range(first, first + count):
-            # The last minibatch of an epoch may be a smaller one.
-            yield Batch(batches.ids(number // whole, number % whole)), lr
-
-    for number, (batch, rate) in enumerate(run(0, WARM + steps)):
+    for number in range(WARM + steps):
+        # The last minibatch of an epoch may be a smaller one.
+        batch = Batch(batches.ids(*divmod(number, whole)))
         if number == WARM:
             book.clear()
             sent = method.counter.sent
         book.since = time.perf_counter()
-        method.step(batch, rate)
+        method.step(batch, lr)
         if number >= WARM:
             book.end_step()
     sent = (method.counter.sent - sent) / steps

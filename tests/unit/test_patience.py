@@ -10,8 +10,9 @@ pytest.importorskip("mpi4py.MPI")
 
 from helpers.processes import launch
 
-from psmpi.comm import patience
-from psmpi.comm.patience import Bells, PatientRequest, patient
+from psmpi.comm import bells, patience
+from psmpi.comm.bells import Bells
+from psmpi.comm.patience import PatientRequest, patient
 from psmpi.errors import UserError
 from psmpi.testing import run_ranks
 
@@ -68,7 +69,7 @@ def test_without_a_bell_a_sleep_ends_in_time():
 
 
 def test_without_bells_ranks_sleep_some_time(monkeypatch):
-    monkeypatch.setattr(patience, "FUTEX", {})
+    monkeypatch.setattr(bells, "FUTEX", {})
 
     def work(bells):
         request = PatientRequest(Request(9), bells, (), (), patience.UNCALLED)

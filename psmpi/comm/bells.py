@@ -1,0 +1,88 @@
+"""Bells by which the ranks of a host wake each other: words in shared memory, on which Linux lets processes sleep."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+# System calls of Linux.
+FUTEX, FUTEX_WAIT, FUTEX_WAKE = {"x86_64": 202, "aarch64": 98, "ppc64le": 221, "riscv64": 98}, 0, 1
+
+
+class Time(ctypes.Structure):
+    """A time as system calls take it."""
+
+    _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
+
+
+class Bells:
+    """A bell for each rank of a host, by which others wake it; where the system has none, ranks sleep some time.
+
+    Words are in memory that the host's ranks share: 1 while a rank sleeps, or is about to.
+    """
+
+    def __init__(self, local: Any):
+        self.number = int(local.rank)
+        self.room = _shared(local, mmap.PAGESIZE * -(-4 * local.size // mmap.PAGESIZE))
+        self.words = memoryview(self.room).cast("i")
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.room))
+        call = FUTEX.get(os.uname().machine) if sys.platform == "linux" else None
+        self.call = None if call is None else ctypes.CDLL(None, use_errno=True).syscall
+        self.code = ctypes.c_long(call or 0)
+        self.own = ctypes.c_void_p(self.address + 4 * self.number)
+        self.time = Time()
+        # Whether this rank only gives way to others while it waits, and does not sleep.
+        self.awake = False
+
+    def ring(self, places: Sequence[int]) -> None:
+        """Wake those of some ranks, numbers on this host, that sleep."""
+        for place in places:
+            if self.words[place]:
+                self.words[place] = 0
+                if self.call is not None:
+                    self.call(self.code, ctypes.c_void_p(self.address + 4 * place), FUTEX_WAKE, 1, None, None, 0)
+
+    def arm(self) -> None:
+        """Say that this rank is about to sleep; what it waits for is to be looked at between this and `sleep`."""
+        self.words[self.number] = 1
+
+    def disarm(self) -> None:
+        """Say that this rank does not sleep."""
+        self.words[self.number] = 0
+
+    def sleep(self, seconds: float) -> bool:
+        """Sleep until the bell rings, or some seconds; whether it has rung."""
+        if self.call is None:
+            time.sleep(seconds)
+        else:
+            self.time.nanoseconds = int(1e9 * seconds)
+            self.call(self.code, self.own, FUTEX_WAIT, 1, ctypes.byref(self.time), None, 0)
+        return not self.words[self.number]
+
+
+def _shared(local: Any, size: int) -> mmap.mmap:
+    """Zeros that the ranks of a host share, in a file that has no name any more; all ranks of `local` call it."""
+    name = np.zeros(4096, np.uint8)
+    folder = "/dev/shm" if os.access("/dev/shm", os.W_OK | os.X_OK) else None
+    if local.rank == 0:
+        handle, path = tempfile.mkstemp(prefix="psmpi-bells-", dir=folder)
+        os.truncate(handle, size)
+        data = np.frombuffer(os.fsencode(path), np.uint8)
+        name[: len(data)] = data
+    local.Bcast(name, 0)
+    if local.rank != 0:
+        handle = os.open(os.fsdecode(name.tobytes().rstrip(b"\0")), os.O_RDWR)
+    room = mmap.mmap(handle, size)
+    os.close(handle)
+    local.Barrier()
+    if local.rank == 0:
+        os.unlink(path)
+    return room
