@@ -20,9 +20,11 @@ from psmpi.bench.step import Tracing
 from psmpi.comm.watch.flight import recorded
 from psmpi.config import check
 from psmpi.cost import Call, Link, Network, Program, make_schedule, rehearse, simulate
+from psmpi.cost.alone import Alone, Notebook
 from psmpi.cost.collectives import rounds
 from psmpi.cost.link import load, save
 from psmpi.cost.rehearsal import WARM, blank
+from psmpi.cost.simulate import Times
 from psmpi.data import Batch, Minibatches, open_dataset
 from psmpi.data.rows import ArrayRows
 from psmpi.errors import UserError
@@ -140,6 +142,19 @@ def test_steps_follow_each_other():
     one = call("Allreduce", 2, seconds=1.0, nbytes=[8], number=1)
     several = Program([one, one, one], [1, 2, 3], [0.5, 0.5, 0.5])
     assert step([several, several], SLOW) == pytest.approx(1 + 1 + 0.5)
+
+
+def test_a_step_of_several_is_the_mean_of_whole_periods():
+    """The first period is left out: its first step has nothing before it."""
+    times = Times([[1.0, 5.0, 6.0, 10.0], [2.0, 4.0, 7.0, 9.0]], [0.0, 0.0])
+    assert times.step(2) == (10 - 5) / 2 and times.step() == (10 - 2) / 3 and times.step(4) == 10 / 4
+
+
+def test_ranks_alone_know_who_is_on_their_host():
+    world = Alone(Notebook(), "world", range(4), 2, (0, 0, 1, 1))
+    local = world.Split_type(0)
+    assert (local.ranks, local.rank, local.size) == ((2, 3), 0, 2)
+    assert world.Create_group(world.group.Incl([1, 2])).rank == 1
 
 
 def test_a_message_that_nobody_sends_is_told():
