@@ -73,7 +73,7 @@ def predict(
                     "--sleep-ms",
                     str(sleep_ms),
                 ]
-                # On their hosts of their own ranks do not see that they share cores.
+                # Each rank is alone on its host, and does not see that hosts share cores.
                 program = [*(["env", "PSMPI_WAIT=sleep"] if sleep_ms else []), *program]
                 out = run_program([launcher(), "-n", str(ranks), *before, *program], bool(hosts), limit)
                 found = jsonlib.loads(out.splitlines()[-1])

@@ -70,17 +70,17 @@ class Estimate:
 
     @property
     def computing(self) -> float:
-        """Seconds that the rank computes that computes longest."""
+        """The longest computing of a rank, seconds a step."""
         return max(one.program.computing for one in self.ranks)
 
     @property
     def held(self) -> int:
-        """Bytes that the rank holds that holds most."""
+        """The most bytes that a rank holds."""
         return max(sum(one.memory.values()) for one in self.ranks)
 
     @property
     def sent(self) -> float:
-        """Bytes a step that the rank sends that sends most."""
+        """The most bytes that a rank sends a step."""
         return max(one.sent for one in self.ranks)
 
     def busy(self, rank: int, network: Network) -> float:
