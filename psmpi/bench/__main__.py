@@ -10,6 +10,7 @@ from functools import partial
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status: 0 done, 1 an error, or a published accuracy is missed."""
     from psmpi.bench.checkpoint import checkpoint
+    from psmpi.bench.comm import comm
     from psmpi.bench.compute import compute
     from psmpi.bench.head import head
     from psmpi.bench.kernels import kernels
@@ -33,8 +34,8 @@ def main(argv: list[str] | None = None) -> int:
     def go() -> int:
         trains = partial(with_training_options, default=defaults(words), words=words)
         commands: tuple[Callable[..., int], ...] = (
-            checkpoint, compute, head, kernels, links, trains(memory), network, trains(optimizer), predict, private,
-            published, trains(recorder), trains(scale), start, trains(step), trunk,
+            checkpoint, comm, compute, head, kernels, links, trains(memory), network, trains(optimizer), predict,
+            private, published, trains(recorder), trains(scale), start, trains(step), trunk,
         )  # fmt: skip
         return chosen(commands, words, "bench", "Measure psmpi.")()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any
 from zlib import crc32
 
@@ -97,7 +98,7 @@ class Group:
         wire = self.bridge.outgoing(buffer)
         if self.rank == root:
             self.counter.add(0, buffer.nbytes * (self.size - 1))
-            return self.comm.Ireduce(_in_place(), wire, root=root)
+            return self.comm.Ireduce(in_place(), wire, root=root)
         self.counter.add(buffer.nbytes, 0)
         return self.comm.Ireduce(wire, None, root=root)
 
@@ -115,7 +116,7 @@ class Group:
             return
         if self.rank == root:
             assert into is not None
-            self.comm.Reduce(_in_place(), self.bridge.outgoing(into), root=root)
+            self.comm.Reduce(in_place(), self.bridge.outgoing(into), root=root)
             self.bridge.arrived(into)
             self.counter.add(0, buffer.nbytes * (self.size - 1))
         else:
@@ -128,14 +129,14 @@ class Group:
             if self.nccl is not None:
                 self.nccl.allreduce(buffer)
             else:
-                self.comm.Allreduce(_in_place(), self.bridge.outgoing(buffer))
+                self.comm.Allreduce(in_place(), self.bridge.outgoing(buffer))
                 self.bridge.arrived(buffer)
             moved = 2 * (self.size - 1) * buffer.nbytes // self.size
             self.counter.add(moved, moved)
 
     def iallreduce(self, buffer: np.ndarray) -> Request:
         """Begin allreduce; `wait` ends it, and the buffer is not to be touched before. A request."""
-        request = self.comm.Iallreduce(_in_place(), self.bridge.outgoing(buffer))
+        request = self.comm.Iallreduce(in_place(), self.bridge.outgoing(buffer))
         moved = 2 * (self.size - 1) * buffer.nbytes // self.size
         self.counter.add(moved, moved)
         return request
@@ -148,7 +149,7 @@ class Group:
     def gather_all(self, into: np.ndarray, counts: Sequence[int]) -> None:
         """Every rank's run of `into`, of `counts` elements one after the other, to all, in place; of any dtype."""
         if self.size > 1:
-            self.comm.Allgatherv(_in_place(), _runs(self.bridge.outgoing(into), counts))
+            self.comm.Allgatherv(in_place(), _runs(self.bridge.outgoing(into), counts))
             self.bridge.arrived(into)
             own = into.itemsize * counts[self.rank]
             self.counter.add(own * (self.size - 1), into.itemsize * sum(counts) - own)
@@ -160,7 +161,7 @@ class Group:
         """
         found = buffer.reshape(-1)[: counts[self.rank]]
         if self.size > 1:
-            self.comm.Reduce_scatter(_in_place(), self.bridge.outgoing(buffer), list(counts))
+            self.comm.Reduce_scatter(in_place(), self.bridge.outgoing(buffer), list(counts))
             self.bridge.arrived(buffer)
             self.counter.add(buffer.itemsize * sum(counts) - found.nbytes, found.nbytes * (self.size - 1))
         return found
@@ -190,7 +191,7 @@ class Group:
         if self.size > 1:
             # Reduce then Bcast: an Allreduce may give ranks sums that differ in the last bit.
             if self.rank == 0:
-                self.comm.Reduce(_in_place(), values, root=0)
+                self.comm.Reduce(in_place(), values, root=0)
             else:
                 self.comm.Reduce(values, None, root=0)
             self.comm.Bcast(values, 0)
@@ -203,23 +204,40 @@ class Group:
             self.comm.Allgather(own, sums)
         return len(set(sums.tolist())) == 1
 
-    def scatterv(self, source: np.ndarray, counts: Sequence[int], starts: Sequence[int], into: np.ndarray) -> None:
-        """Elements [starts[k], + counts[k]) of the root's `source` go to rank k's `into`."""
+    def scatterv(
+        self,
+        source: np.ndarray,
+        counts: Sequence[int],
+        starts: Sequence[int],
+        into: np.ndarray,
+        moved: Sequence[slice] | None = None,
+    ) -> None:
+        """Elements [starts[k], + counts[k]) of the root's `source` go to rank k's `into`.
+
+        moved: `pieces` of these, where they are known already.
+        """
         if self.rank == 0:
-            wire = self.bridge.outgoing(source, pieces(counts, starts))
-            self.comm.Scatterv([wire, counts, starts, _datatype(source)], _in_place(), root=0)
+            wire = self.bridge.outgoing(source, moved or pieces(counts, starts))
+            self.comm.Scatterv([wire, counts, starts, float_type(source)], in_place(), root=0)
             self.counter.add(source.itemsize * (sum(counts) - counts[0]), 0)
         else:
             self.comm.Scatterv(None, self.bridge.incoming(into), root=0)
             self.bridge.arrived(into)
             self.counter.add(0, into.nbytes)
 
-    def gatherv(self, buffer: np.ndarray, into: np.ndarray, counts: Sequence[int], starts: Sequence[int]) -> None:
+    def gatherv(
+        self,
+        buffer: np.ndarray,
+        into: np.ndarray,
+        counts: Sequence[int],
+        starts: Sequence[int],
+        moved: Sequence[slice] | None = None,
+    ) -> None:
         """The reverse of scatterv."""
         if self.rank == 0:
             wire = self.bridge.incoming(into)
-            self.comm.Gatherv(_in_place(), [wire, counts, starts, _datatype(into)], root=0)
-            self.bridge.arrived(into, pieces(counts, starts))
+            self.comm.Gatherv(in_place(), [wire, counts, starts, float_type(into)], root=0)
+            self.bridge.arrived(into, moved or pieces(counts, starts))
             self.counter.add(0, into.itemsize * (sum(counts) - counts[0]))
         else:
             self.comm.Gatherv(self.bridge.outgoing(buffer), None, root=0)
@@ -233,8 +251,7 @@ class Group:
         if self.nccl is not None:
             self.nccl.allgatherv(buffer, into, counts)
         else:
-            starts = np.cumsum([0, *counts[:-1]]).tolist()
-            wire = [self.bridge.incoming(into), counts, starts, _datatype(into)]
+            wire = [self.bridge.incoming(into), counts, _starts(counts), float_type(into)]
             self.comm.Allgatherv(self.bridge.outgoing(buffer), wire)
             self.bridge.arrived(into)
         self.counter.add(buffer.nbytes * (self.size - 1), into.itemsize * sum(counts) - buffer.nbytes)
@@ -262,7 +279,8 @@ def pieces(counts: Sequence[int], starts: Sequence[int]) -> list[slice]:
     return found
 
 
-def _in_place() -> Any:
+def in_place() -> Any:
+    """MPI's word for: the values are in the other buffer already."""
     from mpi4py import MPI
 
     return MPI.IN_PLACE
@@ -273,9 +291,13 @@ def _runs(array: np.ndarray, counts: Sequence[int]) -> VectorSpec:
     from mpi4py import MPI
 
     sizes = [array.itemsize * count for count in counts]
-    starts = np.cumsum([0, *sizes[:-1]]).tolist()
     # float16 is no type of MPI's; nothing is computed with these.
-    return [array, sizes, starts, MPI.BYTE]
+    return [array, sizes, _starts(sizes), MPI.BYTE]
+
+
+def _starts(counts: Sequence[int]) -> list[int]:
+    """Where runs of so many elements begin that lie one after the other."""
+    return list(accumulate(counts[:-1], initial=0))
 
 
 def run_bytes(spec: VectorSpec) -> tuple[int, ...]:
@@ -287,7 +309,8 @@ def run_bytes(spec: VectorSpec) -> tuple[int, ...]:
     return tuple(int(count) * size for count in counts)
 
 
-def _datatype(array: np.ndarray) -> Any:
+def float_type(array: np.ndarray) -> Any:
+    """MPI's datatype of an array of float32 or float64."""
     from mpi4py import MPI
 
     return MPI.FLOAT if array.dtype == np.float32 else MPI.DOUBLE

@@ -8,6 +8,7 @@ import subprocess
 import numpy as np
 import pytest
 from helpers.processes import finish, launch, start
+from helpers.program_transfers import TRANSFERS
 from helpers.runs import run
 
 from psmpi.bench.compute import ours
@@ -549,3 +550,18 @@ def test_links_are_timed_and_planned_with(tmp_path):
     assert status == 0 and json.loads(out)["plans"][0]["ms_per_step"] > 0, err
     status, _, err = launch(1, "-m", "psmpi.bench", "links")
     assert status == 1 and "a link has two ends" in err
+
+
+def test_transfers_are_timed_beside_bare_calls(tmp_path):
+    from psmpi.bench.moves import MOVES
+
+    options = ("--kilobytes", "4", "--pairs", "2", "--json", tmp_path / "a.json")
+    status, out, err = launch(2, "-m", "psmpi.bench", "comm", *options)
+    assert status == 0 and "Neighbor_allgather" in out, err
+    rows = json.loads((tmp_path / "a.json").read_text())["rows"]
+    assert {row["transfer"] for row in rows} == set(MOVES) == set(TRANSFERS)
+    assert all(row["us"] > 0 and row["bare_us"] > 0 and row["bytes"] > 1000 for row in rows)
+    status, _, err = launch(1, "-m", "psmpi.bench", "comm")
+    assert status == 1 and "a transfer needs ranks" in err
+    status, _, err = launch(1, "-m", "psmpi.bench", "comm", "--transfers", "halo")
+    assert status == 1 and "expected some of spread, deal" in err

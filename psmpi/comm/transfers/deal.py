@@ -30,7 +30,7 @@ class Deal(Transfer):
 
     def forward(self, src: Any, dst: Any) -> None:
         if self.group.size > 1:
-            self.group.scatterv(src, self.counts, self.starts, dst)
+            self.group.scatterv(src, self.counts, self.starts, dst, self.pieces)
         if self.at_root and self.counts[0]:
             keep(src[self.own], dst)
 
@@ -40,7 +40,7 @@ class Deal(Transfer):
 
     def backward(self, dst: Any, src: Any) -> None:
         if self.group.size > 1:
-            self.group.gatherv(dst, src, self.counts, self.starts)
+            self.group.gatherv(dst, src, self.counts, self.starts, self.pieces)
         if self.at_root and self.counts[0]:
             keep(dst, src[self.own])
 
