@@ -59,6 +59,7 @@ def network(
     methods: tuple[Variant, ...] = ("psl", "psl-owner", "data_parallel", "local_sgd"),
     ranks: int = 4,
     rates: tuple[float, ...] = (0.0, 100.0),
+    delay_ms: float = 0.0,
     dataset: str = "digits",
     data_dir: str = "",
     model: str = "psnet",
@@ -83,6 +84,7 @@ def network(
         methods: What to compare, each an abbreviation of options of psmpi.train.
         ranks: Ranks, each a host of its own where the rate is limited.
         rates: Mbit/s of each host's link, 0 for this machine as it is; others need root, iproute2 and MPICH.
+        delay_ms: Milliseconds by which messages between hosts arrive later, as between sites.
         dataset: digits, mnist, cifar10, or a file, as in psmpi.train.
         data_dir: Folder of the data set's files.
         model: Network, as in psmpi.train.
@@ -101,13 +103,10 @@ def network(
     for option, value, least in (("--ranks", ranks, 1), ("--epochs", epochs, 1), ("--repeats", repeats, 1)):
         if value < least:
             raise UserError(f"{option} {value}: expected a whole number from {least} up")
-    if any(not 0 <= rate <= 1e6 for rate in rates):
-        raise UserError(f"--rates {' '.join(map(str, rates))}: expected numbers from 0 to 1e6")
+    check_hosts(rates, delay_ms)
     if not 0 <= target < 1:
         raise UserError(f"--target {target}: expected an accuracy from 0 up to, not including, 1")
     check_classes(open_dataset(dataset, data_dir), "bench network", "use a data set with labels")
-    if any(rates):
-        check_hosts()
     if pytorch and find_spec("torch") is None:
         raise UserError("--pytorch needs PyTorch: pip install 'psmpi[torch]'")
     if not 1 <= ranks <= 250:
@@ -120,7 +119,7 @@ def network(
     given += [*(["--widths", *map(str, widths)] if widths else []), *shlex.split(options)]
     rows: list[dict[str, Any]] = []
     for rate in rates:
-        with slow_hosts(ranks, rate) as hosts:
+        with slow_hosts(ranks, rate, delay_ms=delay_ms) as hosts:
             for name in methods:
                 runs = [_train(ranks, hosts, [*given, *VARIANTS[name]], limit, target) for _ in range(repeats)]
                 runs.sort(key=lambda run: run["seconds"])

@@ -21,6 +21,7 @@ def predict(
     methods: tuple[Variant, ...] = ("psl", "psl-owner", "data_parallel", "powersgd", "local_sgd", "dfa", "ist", "sil"),
     ranks: int = 2,
     rates: tuple[float, ...] = (0.0, 1000.0, 100.0),
+    delay_ms: float = 0.0,
     dataset: str = "digits",
     data_dir: str = "",
     model: str = "psnet",
@@ -39,6 +40,7 @@ def predict(
         methods: Methods, as in `bench network`.
         ranks: Processes of each run.
         rates: Mbit/s of each host's link, 0 for this machine as it is.
+        delay_ms: Milliseconds by which messages between hosts arrive later, as between sites.
         dataset: digits, mnist, cifar10, or a file, as in psmpi.train.
         data_dir: Folder of the data set's files.
         model: Network, as in psmpi.train.
@@ -49,19 +51,16 @@ def predict(
     """
     if not 2 <= ranks <= 250:
         raise UserError(f"--ranks {ranks}: expected 2 to 250")
-    if any(not 0 <= rate <= 1e6 for rate in rates):
-        raise UserError(f"--rates {' '.join(map(str, rates))}: expected numbers from 0 to 1e6")
+    check_hosts(rates, delay_ms)
     check_files(json=json)
     if not 0 <= sleep_ms < 1e6:
         raise UserError(f"--sleep-ms {sleep_ms:g}: expected a number from 0 to 1e6")
-    if any(rates):
-        check_hosts()
     dataset = str(Path(dataset).absolute()) if Path(dataset).is_file() else dataset
     given = ["--dataset", dataset, "--model", model, "--threads", "1", *shlex.split(options)]
     given += ["--data-dir", str(Path(data_dir).absolute())] if data_dir else []
     rows: list[dict[str, Any]] = []
     for rate in rates:
-        with slow_hosts(ranks, rate, BURST) as hosts:
+        with slow_hosts(ranks, rate, BURST, delay_ms) as hosts:
             before = wrapper(hosts) if hosts else []
             for name in methods:
                 program = [

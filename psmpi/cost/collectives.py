@@ -45,8 +45,14 @@ def rounds(name: str, size: int, me: int, root: int, sizes: Sequence[int]) -> li
     if name == "Reduce_scatter":
         return _reduce_scatter(size, me, sizes)
     if name == "Barrier":
-        return _doubling(size, me, 0)
+        return _barrier(size, me)
     raise ValueError(f"no rounds are known of {name}")
+
+
+def _barrier(size: int, me: int) -> list[Round]:
+    """To the rank at a distance of 1, 2, 4, ... and from that on the other side."""
+    distances = [1 << k for k in range((size - 1).bit_length())]
+    return [[Part(False, (me - d) % size, 0), Part(True, (me + d) % size, 0)] for d in distances]
 
 
 def _linear(out: bool, size: int, me: int, root: int, sizes: Sequence[int]) -> list[Round]:
@@ -98,11 +104,26 @@ def _scattered(size: int, me: int, root: int, share: int) -> list[Round]:
 
 
 def _reduce(size: int, me: int, root: int, nbytes: int) -> list[Round]:
-    if nbytes <= 2048 or size < 4:
+    if nbytes <= 2048 or nbytes < 8 * _power(size):
         return _turned(_binomial(size, me, root, nbytes))
-    # Summed in shares, which are then gathered up a tree.
-    share = nbytes // size
-    return _halved(size, me, nbytes) + _turned(_scattered(size, me, root, share))
+    # Summed in shares among a power of two of ranks, then gathered the same way back. Of two that become one the even
+    # rank goes on; where the odd one is the root, it is given the sum at the end.
+    left = size - _power(size)
+    if me < 2 * left and me % 2:
+        return [[Part(True, me - 1, nbytes)], *([[Part(False, me - 1, nbytes)]] if me == root else [])]
+
+    ranks = [rank for rank in range(size) if rank >= 2 * left or rank % 2 == 0]
+    own, top = (ranks.index(rank if rank >= 2 * left else rank - rank % 2) for rank in (me, root))
+    found: list[Round] = [[Part(False, me + 1, nbytes)]] if me < 2 * left else []
+    halvings = range(len(ranks).bit_length() - 1)
+    found += [_both(ranks[own ^ 1 << k], nbytes >> (k + 1)) for k in halvings]
+    apart = own ^ top
+    for k in reversed(halvings):
+        if apart < 2 << k:
+            found.append([Part(apart >= 1 << k, ranks[own ^ 1 << k], nbytes >> (k + 1))])
+    if own == top and me != root:
+        found.append([Part(True, root, nbytes)])
+    return found
 
 
 def _power(size: int) -> int:
@@ -159,7 +180,7 @@ def _halved(size: int, me: int, nbytes: int) -> list[Round]:
 
 
 def _allreduce(size: int, me: int, nbytes: int) -> list[Round]:
-    if nbytes <= 2048 or nbytes < 8 * _power(size):
+    if nbytes <= 8 or nbytes < 8 * _power(size):
         return _doubling(size, me, nbytes)
     pairs = _pairs(size, me)
     down = [_both(peer, nbytes >> (k + 1)) for k, peer in enumerate(pairs)]

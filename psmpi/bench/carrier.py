@@ -1,0 +1,102 @@
+"""Links with a delay: TUN devices whose packets a thread carries from one to the other (Linux, root).
+
+The kernels of many machines have no qdisc that delays packets; all have these devices.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import heapq
+import os
+import select
+import struct
+import threading
+import time
+from contextlib import suppress
+
+from psmpi.errors import UserError
+
+DEVICES = "/dev/net/tun"
+# From linux/if_tun.h: make a device on this descriptor; whole IP packets without a header of its own.
+TUNSETIFF, IFF_TUN, IFF_NO_PI = 0x400454CA, 0x0001, 0x1000
+LARGEST = 65536
+
+
+class Carrier:
+    """Carries IPv4 packets between devices: each sends and receives at so many bytes a second, and `delay` s later.
+
+    Packets wait in their own device until the link takes them: none is lost.
+    """
+
+    def __init__(self, rate: float, delay: float):
+        self.rate, self.delay = rate, delay
+        self.devices: list[int] = []
+        self.by_address: dict[bytes, int] = {}
+        self.ending = False
+        self.thread = threading.Thread(target=self._carry, daemon=True)
+
+    def add(self, device: str, address: str) -> None:
+        """Make a device, to be moved into a namespace, to which packets for an IPv4 address go."""
+        try:
+            made = os.open(DEVICES, os.O_RDWR | os.O_NONBLOCK)
+            self.devices.append(made)
+            fcntl.ioctl(made, TUNSETIFF, struct.pack("16sH", device.encode(), IFF_TUN | IFF_NO_PI))
+        except OSError as error:
+            raise UserError(f"{DEVICES}: {error.strerror}: a delay needs TUN devices; use --delay-ms 0") from None
+        self.by_address[bytes(map(int, address.split(".")))] = made
+
+    def start(self) -> None:
+        self.thread.start()
+
+    def close(self) -> None:
+        """End, and remove the devices."""
+        self.ending = True
+        if self.thread.is_alive():
+            self.thread.join(10)
+        for device in self.devices:
+            os.close(device)
+
+    def _carry(self) -> None:
+        # When each device may send, and receive, its next packet; packets under way by the time that they arrive.
+        sends, receives = (dict.fromkeys(self.devices, 0.0) for _ in range(2))
+        under_way: list[tuple[float, int, int, bytes]] = []
+        number = 0
+        while not self.ending:
+            now = time.monotonic()
+            while under_way and under_way[0][0] <= now:
+                _, _, device, packet = heapq.heappop(under_way)
+                _write(device, packet)
+            ready = [device for device in self.devices if sends[device] <= now]
+            found, _, _ = select.select(ready, [], [], self._patience(now, under_way, sends))
+            now = time.monotonic()
+            for device in found:
+                packet = _read(device)
+                target = self.by_address.get(packet[16:20]) if packet[:1] >= b"\x40" and packet[:1] < b"\x50" else None
+                if target is None:
+                    continue
+                takes = len(packet) / self.rate
+                # A device that waited for the thread to come by sends as if it had not.
+                sends[device] = max(now - 0.002, sends[device]) + takes
+                receives[target] = max(sends[device] + self.delay, receives[target] + takes)
+                heapq.heappush(under_way, (receives[target], number, target, packet))
+                number += 1
+
+    def _patience(self, now: float, under_way: list[tuple[float, int, int, bytes]], sends: dict[int, float]) -> float:
+        """Seconds until something is to be done at the latest."""
+        times = [at for at in sends.values() if at > now]
+        if under_way:
+            times.append(under_way[0][0])
+        return min(0.1, max(0.0, min(times, default=now + 0.1) - now))
+
+
+def _read(device: int) -> bytes:
+    try:
+        return os.read(device, LARGEST)
+    except OSError:
+        return b""
+
+
+def _write(device: int, packet: bytes) -> None:
+    # As on any link, what nobody takes is lost.
+    with suppress(OSError):
+        os.write(device, packet)
