@@ -1,8 +1,8 @@
 """The time of a schedule on a network: each message takes the links of its two hosts for some time.
 
 LogGP's terms (Alexandrov and others, 1995): a latency, during which a link takes others, and a time a byte, during
-which it does not. A rank computes one thing at a time. Up to EAGER bytes a message leaves when it is sent; a longer one
-when both ranks have come to it.
+which it does not. A rank computes one thing at a time. Between hosts a message leaves when it is sent, as with TCP, and
+within a host up to EAGER bytes; a longer one when both ranks have come to it.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class _Run:
             self._end(now, number)
         elif task.kind == SEND:
             key = rank, task.peer, task.tag
-            at_once = task.nbytes <= EAGER
+            at_once = self._eager(number)
             if self.wanted[key]:
                 receive = self.wanted[key].popleft()
                 self.other[number], self.other[receive] = receive, number
@@ -108,8 +108,13 @@ class _Run:
             self.other[send], self.other[number] = number, send
             if send in self.arrival:
                 heappush(self.heap, (max(now, self.arrival[send]), END, number))
-            elif self.tasks[send].nbytes > EAGER:
+            elif not self._eager(send):
                 heappush(self.heap, (now, LEAVE, send))
+
+    def _eager(self, send: int) -> bool:
+        """Whether a message leaves when it is sent."""
+        task, of_host = self.tasks[send], self.network.of_host
+        return task.nbytes <= EAGER or of_host[self.rank[send]] != of_host[task.peer]
 
     def _leave(self, now: float, number: int) -> None:
         """A message takes its links, in the order in which messages leave."""
@@ -127,7 +132,7 @@ class _Run:
             gone = self.out[a] = begun + busy
             arrival = self.into[b] = max(begun + latency, self.into[b]) + busy
         self.arrival[number] = arrival
-        heappush(self.heap, (gone if task.nbytes <= EAGER else arrival, END, number))
+        heappush(self.heap, (gone if self._eager(number) else arrival, END, number))
         receive = self.other.get(number)
         if receive is not None:
             heappush(self.heap, (max(arrival, self.ready[receive]), END, receive))

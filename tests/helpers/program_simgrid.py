@@ -7,10 +7,7 @@ make their tasks in the order of the file, each after those that it requires. Ne
 import sys
 from collections import defaultdict
 
-from simgrid import Actor, Comm, Engine, LinkInRoute, Mailbox, NetZone, Semaphore, this_actor
-
-# Bytes up to which a message leaves before its receiver has come to it.
-EAGER = 16384
+from simgrid import Actor, Comm, Engine, LinkInRoute, NetZone, Semaphore, this_actor
 
 
 def read(path):
@@ -45,20 +42,15 @@ def named(ranks):
     return found
 
 
-def work(rank, tasks, names, hosts, left, short):
-    """An actor's part. left: semaphores of short messages, released as these leave; short: their flows."""
-    going = {}
+def work(rank, tasks, names, hosts, left, flows):
+    """An actor's part. left: semaphores of messages, released as these leave; flows: what is under way, by name."""
+    coming = set()
 
     def wait(one):
-        if one not in going:
-            return
-        waited = going.pop(one)
-        if waited is None:
+        if one in coming:
+            coming.remove(one)
             left[names[one]].acquire()
-            short[names[one]].wait()
-        else:
-            # Of a receive with the place of what comes, which has to live as long.
-            (waited[0] if isinstance(waited, tuple) else waited).wait()
+            flows[names[one]].wait()
 
     for number, (kind, size, peer, _, before) in enumerate(tasks):
         for one in before:
@@ -66,16 +58,13 @@ def work(rank, tasks, names, hosts, left, short):
         if kind == "calc":
             if size:
                 this_actor.sleep_for(size * 1e-9)
-        elif size <= EAGER and kind == "send":
-            short[names[number]] = Comm.sendto_async(hosts[rank], hosts[peer], size)
-            left[names[number]].release()
-        elif size <= EAGER:
-            going[number] = None
         elif kind == "send":
-            going[number] = Mailbox.by_name(names[number]).put_async("message", size)
+            # As between hosts by TCP, it does not wait for its receiver.
+            flows[names[number]] = Comm.sendto_async(hosts[rank], hosts[peer], size)
+            left[names[number]].release()
         else:
-            going[number] = Mailbox.by_name(names[number]).get_async()
-    for one in list(going):
+            coming.add(number)
+    for one in list(coming):
         wait(one)
 
 
@@ -102,11 +91,11 @@ def main():
         name: Semaphore(0)
         for tasks, own in zip(ranks, names, strict=True)
         for number, name in own.items()
-        if tasks[number][0] == "send" and tasks[number][1] <= EAGER
+        if tasks[number][0] == "send"
     }
-    short = {}
+    flows = {}
     for rank, tasks in enumerate(ranks):
-        Actor.create(f"rank {rank}", hosts[rank], work, rank, tasks, names[rank], hosts, left, short)
+        Actor.create(f"rank {rank}", hosts[rank], work, rank, tasks, names[rank], hosts, left, flows)
     engine.run()
     print(Engine.clock)
 

@@ -110,10 +110,12 @@ def test_a_message_takes_its_latency_and_its_bytes():
 
 
 def test_long_messages_wait_for_who_receives_them_and_short_ones_do_not():
-    for nbytes, expected in ((10**9, 5 + 1 + 1), (8, 5)):
+    """Within a host; between hosts none waits."""
+    for nbytes, hosts, expected in ((10**9, (0, 0), 5 + 1 + 1), (8, (0, 0), 5), (10**9, (0, 1), 5), (8, (0, 1), 5)):
         sender = program(call("Send", 2, peer=1, nbytes=[nbytes]))
         receiver = program(call("Recv", 2, seconds=5.0, peer=0, nbytes=[nbytes]))
-        assert step([sender, receiver], SLOW) == pytest.approx(expected)
+        times = simulate(make_schedule([sender, receiver]), Network(hosts, SLOW, SLOW))
+        assert times.step() == pytest.approx(expected)
 
 
 def test_several_senders_share_the_link_of_who_receives():
