@@ -28,6 +28,7 @@ BUILTIN = {
     "local_sgd": "psmpi.methods.local_sgd:LocalSGD",
     "dfa": "psmpi.methods.dfa:DirectFeedback",
     "ist": "psmpi.methods.ist.method:IndependentSubnets",
+    "next": "psmpi.methods.next.method:InNetwork",
     "sil": "psmpi.methods.sil.method:SyntheticLabels",
 }
 

@@ -173,13 +173,13 @@ def neighbours(world: World, n: int) -> Move:
     """n elements of every rank to both of its neighbours on a ring."""
     edges = {(k, (k + d) % world.size) for k in range(world.size) for d in (-1, 1)}
     made = Neighbours(_everyone(world), [(a, b) for a, b in edges if a != b], n, DTYPE)
-    src, dst = np.zeros(n, DTYPE), np.zeros((len(made.sources), n), DTYPE)
-    graph = bare(world).Create_dist_graph_adjacent(made.sources, made.targets)
+    src, dst = np.zeros((1, n), DTYPE), np.zeros((len(made.sources), n), DTYPE)
+    graph = bare(world).Create_dist_graph_adjacent(made.sources, [rank for _, rank in made.targets])
 
     def back() -> None:
         room = np.empty_like(dst)
         graph.Neighbor_alltoall(dst, room)
-        np.sum(room, axis=0, out=src)
+        np.sum(room, axis=0, out=src[0])
 
     calls = (lambda: graph.Neighbor_allgather(src, dst), back)
     return Move(made, src, dst, ("Neighbor_allgather", "Neighbor_alltoall"), calls)

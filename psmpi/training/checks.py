@@ -42,14 +42,14 @@ def check_margin(network: Network, dataset: Dataset, config: Config) -> None:
         )
 
 
-def check_slices(network: Network, batch: int, slices: int, of: str) -> None:
+def check_slices(network: Network, batch: int, slices: int, of: str, fewer: str = "ranks") -> None:
     """UserError for minibatches that do not give each of so many ranks, or whatever they are `of`, samples enough."""
     least = 2 if network.normalized else 1
     if batch < least * slices:
         lacks = "with a single sample, which batch normalization makes 0" if batch >= slices else "without a sample"
         raise UserError(
             f"--batch-size {batch} leaves some of {slices} {of} {lacks}: use --batch-size {least * slices} or more, or "
-            "fewer ranks"
+            f"fewer {fewer}"
         )
 
 

@@ -43,6 +43,7 @@ class ElementWorker:
     With the score partition the row exchanges what the loss needs of all classes, a few numbers a sample (`ClassSums`);
     with the pair partition the loss sees only this worker's classes, and only samples of these are read. Without
     `tests` no samples are tested. trunk: the number of leading layers that the row computes on slices (`Trunk`).
+    samples: the training samples that this rank may be asked for, all by default; others are not read.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class ElementWorker:
         g_part: np.ndarray,
         tests: bool = True,
         trunk: int = 0,
+        samples: np.ndarray | None = None,
     ):
         network, dataset, ops = context.network, context.dataset, context.ops
         self.place, self.rows, self.dataset = place, roles.rows, dataset
@@ -95,7 +97,7 @@ class ElementWorker:
         self.forward_pass, self.backward_pass = ops.record(self._forward), ops.record(self._backward)
         self.derive_pass = self.objective.record(self._derive)
 
-        samples = np.arange(dataset.train.n)
+        samples = np.arange(dataset.train.n) if samples is None else samples
         self.pairs: np.ndarray | None = None
         self.mask: np.ndarray | None = None
         if place.elements is not None:

@@ -180,13 +180,17 @@ def gather(world, counter, rng, dtype):
 
 
 def neighbours(world, counter, rng, dtype):
+    """Places on ranks, some of which may have none; planned anew once."""
     ranks, n = ranks_of(world, rng), int(rng.integers(1, 6))
-    edges = [(a, b) for a in range(len(ranks)) for b in range(len(ranks)) if a != b and rng.integers(2)]
-    made = Neighbours(Group(world, ranks, counter), edges, n, dtype)
-    into = [[np.arange(a * n, (a + 1) * n) for a, b in edges if b == k] for k in range(len(ranks))]
-    users = on(world, ranks, [np.concatenate([np.arange(0), *rows]) for rows in into])
-    owners = on(world, ranks, [np.arange(k * n, (k + 1) * n) for k in range(len(ranks))])
-    return Case(made, owners, users, ((-1,), (-1, n)), whole=True, pairs=True)
+    owners = sorted(rng.integers(0, len(ranks), rng.integers(1, 8)).tolist())
+    places = range(len(owners))
+    draws = [[(a, b) for a in places for b in places if a != b and rng.integers(2)] for _ in range(2)]
+    made = Neighbours(Group(world, ranks, counter), draws[0], n, dtype, owners=owners)
+    made.plan(draws[1])
+    into = [sorted({a for a, b in draws[1] if owners[b] == k != owners[a]}) for k in range(len(ranks))]
+    held = [[a for a in places if owners[a] == k] for k in range(len(ranks))]
+    users, owns = ([(np.array(of, int)[:, None] * n + np.arange(n)).reshape(-1) for of in x] for x in (into, held))
+    return Case(made, on(world, ranks, owns), on(world, ranks, users), ((-1, n), (-1, n)), whole=True, pairs=True)
 
 
 def matrices(layout, values):

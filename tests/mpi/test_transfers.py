@@ -107,5 +107,5 @@ def test_plans_that_cannot_be_are_refused():
     group = Group(Alone(), [0], Counter())
     with pytest.raises(ValueError, match="in one shard"):
         Gather(group, [Runs.union([(0, 3)])], Runs.union([(0, 4)]), np.dtype(np.float64))
-    with pytest.raises(ValueError, match="from a rank to another"):
+    with pytest.raises(ValueError, match="from a place to another"):
         Neighbours(group, [(0, 0)], 3, np.dtype(np.float64))

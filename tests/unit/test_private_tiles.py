@@ -215,8 +215,16 @@ def test_tests_count_as_with_all_classes_at_once(name, backend, tile):
     model = Model(network, layout, w, None, make_ops(backend), tiled=True)
     features = model.forward(x).scores.reshape(-1, 40)
     found = metric().sums_by_tiles(make_tail(model), features, labels, np.arange(13))
-    assert found[0] == pytest.approx(expected[0], rel=1e-5) and np.array_equal(found[1:], expected[1:])
-    assert 0 < found[1] < found[2]
+    assert found[0] == pytest.approx(expected[0], rel=1e-5) and 0 < found[1] < found[2]
+    if backend != "numpy":
+        assert np.array_equal(found[1:], expected[1:])
+        return
+    # A BLAS may give classes with the same weights other bits, by their places in a product: ties may fall either way.
+    own_scores = whole[labels, np.arange(40)]
+    above, near = (np.count_nonzero(whole > own_scores + by, axis=0) for by in (1e-4, -1e-4))
+    for count, top in zip(found[1:], (1, 5), strict=False):
+        assert np.count_nonzero(near - 1 < top) <= count <= np.count_nonzero(above < top)
+    assert found[3] == 40
 
 
 @pytest.mark.parametrize("name", ["psl", "nll", "bce"])

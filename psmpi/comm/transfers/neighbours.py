@@ -1,8 +1,9 @@
-"""Between the ranks of a directed graph: each one's vector to those it points to."""
+"""Along the edges of a directed graph of places, several of which may lie on a rank: each place's vector to those it
+points to."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,35 +12,50 @@ from psmpi.backend import NumpyOps
 from psmpi.comm.group import Group
 from psmpi.comm.transfers.base import TAGS, Handle, Message, Overlapping, Step, turned
 
+Edge = tuple[int, int]
+
 
 class Neighbours(Overlapping):
-    """src (size,) of every rank to its out-neighbours; dst (in-degree, size) are those of the in-neighbours.
+    """src (places of this rank, size) to dst (in-neighbours of these on other ranks, size), both ordered by place.
 
-    edges: (source, target), numbers of different ranks of the group, the same on all of them. Rows of dst and terms of
-    sums are in the order of the ranks. As many of the backward transfers as were ever open at once keep room of
-    (out-degree, size) each.
+    edges: (source, target), numbers of different places, the same on all ranks. owners: for each place its rank in the
+    group, growing; by default every rank is a place. Between two places of one rank nothing is moved, and a place that
+    points to several of one rank is sent there once. As many of the backward transfers as were ever open at once keep
+    room for what they receive.
     """
 
     def __init__(
         self,
         group: Group,
-        edges: Iterable[tuple[int, int]],
+        edges: Iterable[Edge],
         size: int,
         dtype: np.dtype,
         ops: NumpyOps | None = None,
+        owners: Sequence[int] | None = None,
     ):
         self.group, self.size, self.dtype, self.ops = group, size, np.dtype(dtype), ops or NumpyOps()
-        self.edges = sorted(set(edges))
-        if any(a == b for a, b in self.edges):
-            raise ValueError("an edge goes from a rank to another: what a rank has itself is not sent")
-        self.sources = [a for a, b in self.edges if b == group.rank]
-        self.targets = [b for a, b in self.edges if a == group.rank]
+        self.owners = tuple(range(group.size)) if owners is None else tuple(owners)
+        self.first = self.owners.index(group.rank) if group.rank in self.owners else 0
+        self.here = self.owners.count(group.rank)
         self.free: list[Any] = []
+        self.plan(edges)
+
+    def plan(self, edges: Iterable[Edge]) -> None:
+        """Move along these edges from now on; all ranks make this call between the same transfers."""
+        every = sorted(set(edges))
+        if any(a == b for a, b in every):
+            raise ValueError("an edge goes from a place to another: what a place has itself is not sent")
+        own = self.owners
+        # Of all ranks: which place goes to which rank.
+        self.links = sorted({(a, own[b]) for a, b in every if own[a] != own[b]})
+        self.sources = [a for a, rank in self.links if rank == self.group.rank]
+        self.targets = [(a, rank) for a, rank in self.links if own[a] == self.group.rank]
 
     def begin(self, src: Any, dst: Any, number: int = 0) -> Handle:
         group, tag = self.group, number % TAGS
-        requests = [group.irecv(row, rank, tag) for rank, row in zip(self.sources, dst, strict=True)]
-        requests += [group.isend(src, rank, tag) for rank in self.targets]
+        requests = [group.irecv(row, self.owners[a], tag) for a, row in zip(self.sources, dst, strict=True)]
+        own = self._own(src)
+        requests += [group.isend(own[a - self.first], rank, tag) for a, rank in self.targets]
 
         def arrive() -> None:
             for row in dst:
@@ -49,21 +65,28 @@ class Neighbours(Overlapping):
 
     def begin_back(self, dst: Any, src: Any, number: int = 0) -> Handle:
         group, tag = self.group, number % TAGS
-        room = self.free.pop() if self.free else self.ops.empty(len(self.targets) * self.size, self.dtype)
-        rows = room.reshape(len(self.targets), self.size)
-        requests = [group.irecv(row, rank, tag) for rank, row in zip(self.targets, rows, strict=True)]
-        requests += [group.isend(row, rank, tag) for rank, row in zip(self.sources, dst, strict=True)]
+        room = self.free.pop() if self.free else None
+        if room is None or room.size < len(self.targets) * self.size:
+            room = self.ops.empty(len(self.targets) * self.size, self.dtype)
+        rows = room[: len(self.targets) * self.size].reshape(len(self.targets), self.size)
+        requests = [group.irecv(row, rank, tag) for (_, rank), row in zip(self.targets, rows, strict=True)]
+        requests += [group.isend(row, self.owners[a], tag) for a, row in zip(self.sources, dst, strict=True)]
 
         def arrive() -> None:
-            src.fill(0)
-            for row in rows:
+            own = self._own(src)
+            own.fill(0)
+            for (a, _), row in zip(self.targets, rows, strict=True):
                 group.bridge.arrived(row)
-                src[...] += row
+                own[a - self.first] += row
             self.free.append(room)
 
         return Handle(requests, arrive)
 
+    def _own(self, src: Any) -> Any:
+        """The vectors of this rank's places, of which one may come without its own axis."""
+        return None if src is None else src.reshape(self.here, self.size)
+
     def messages(self, step: Step, back: bool = False) -> list[Message]:
         nbytes, ranks = self.size * self.dtype.itemsize, self.group.ranks
-        out = [(ranks[a], ranks[b], nbytes) for a, b in self.edges]
+        out = [(ranks[self.owners[a]], ranks[rank], nbytes) for a, rank in self.links]
         return turned(out) if back else out

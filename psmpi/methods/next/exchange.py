@@ -1,0 +1,76 @@
+"""One exchange among agents: what each sends goes to its neighbours' ranks, and is summed by the graph's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from psmpi.backend import NumpyOps
+from psmpi.comm.group import Group
+from psmpi.comm.transfers import Message, Neighbours, Step
+from psmpi.methods.next.graph import Graph, both, weights
+from psmpi.methods.next.rules import halves
+
+
+class Exchange:
+    """Sums over each agent of this rank and its neighbours, in the order of the agents' numbers: the same on any ranks.
+
+    sent: (agents of this rank, ...) what each sends; owners: for each agent its rank. Between agents of one rank
+    nothing is sent.
+    """
+
+    def __init__(
+        self, group: Group, graph: Graph, owners: Sequence[int], sent: np.ndarray, dtype: np.dtype, ops: NumpyOps
+    ):  # fmt: skip
+        self.graph, self.sent, self.ops = graph, sent, ops
+        size = sent[0].size
+        edges = both(graph.links)
+        self.neighbours = Neighbours(group, edges, size, dtype, ops, owners)
+        self.first = self.neighbours.first
+        self.room = ops.empty(len(self.neighbours.sources) * size, dtype).reshape(-1, size)
+        self.links: tuple[tuple[int, int], ...] | None = None
+        self.plan(0)
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.sent.nbytes + self.room.nbytes)
+
+    def plan(self, iteration: int) -> None:
+        """Take the links that work in an iteration from now on."""
+        links = self.graph.active(iteration)
+        if links != self.links:
+            self.links = links
+            self.neighbours.plan(both(links))
+            self.weights = weights(self.graph.count, links)
+
+    def run(self, iteration: int) -> None:
+        """Send and receive."""
+        self.plan(iteration)
+        count = len(self.sent)
+        self.neighbours.forward(self.sent.reshape(count, -1), self.room[: len(self.neighbours.sources)])
+
+    def terms(self, own: int) -> Iterator[tuple[float, np.ndarray]]:
+        """(weight, what was sent) of an agent of this rank, by its place here, and of its neighbours."""
+        at = dict(zip(self.neighbours.sources, self.room, strict=False))
+        row = self.weights[self.first + own]
+        for agent in np.flatnonzero(row).tolist():
+            here = agent - self.first
+            yield float(row[agent]), at[agent] if agent in at else self.sent[here].reshape(-1)
+
+    def mix(self, out: np.ndarray) -> None:
+        """out (agents of this rank, ...) = the weighed sums of what was sent."""
+        for own, mixed in enumerate(out):
+            self.ops.combine(mixed.reshape(-1), *self.terms(own))
+
+    def add_sparse(self, out: np.ndarray) -> None:
+        """Add the weighed sums of components that were sent, see `halves`, to out (agents of this rank, size)."""
+        for own, near in enumerate(out):
+            for weight, row in self.terms(own):
+                values, places = halves(row)
+                near[places] += weight * values
+
+    def messages(self, iteration: int) -> list[Message]:
+        """The messages of an iteration's exchange."""
+        self.plan(iteration)
+        return self.neighbours.messages(Step(round=iteration))

@@ -1,0 +1,233 @@
+"""In-network training: agents on a graph, each with its own samples, that send what they find to neighbours alone.
+
+Scardapane and Di Lorenzo, "A framework for parallel and distributed training of neural networks" (2017), and methods
+to compare it with. There is no master: an iteration is a gradient of each agent's own samples, and one exchange
+along the links of the graph. Checkpoints hold the mean of the agents' weights, which is tested too, and all agents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from psmpi.comm.transfers import Gather, Message
+from psmpi.data import Batch
+from psmpi.errors import UserError
+from psmpi.layout import Runs, TableRows, replicate
+from psmpi.methods.next.deal import deal_samples
+from psmpi.methods.next.exchange import Exchange
+from psmpi.methods.next.rules import RULES, Agents, Choco, sent_components
+from psmpi.methods.next.settings import Settings, check_next, graph_of, next_needed, next_notes, owners
+from psmpi.training.context import Context, configured_optimizer
+from psmpi.training.descent import no_sum
+from psmpi.training.element_worker import ElementWorker
+from psmpi.training.method import Exactness, Method
+from psmpi.training.replica import verify
+from psmpi.training.rounds import Rounds
+
+# Keeps the order of an agent's samples apart from all else drawn from a seed.
+ORDER = 0x6F726472
+# Samples of a pass, at least, where all of an agent are gone through: fewer would leave matrices small.
+CHUNK = 256
+
+
+class InNetwork(Method):
+    """The method on one rank: some agents, rows of `w`, `g` and of the rule's vectors, (agents, all parameters)."""
+
+    name = "next"
+    summary = "in-network training, agents on a graph with samples of their own, each on a rank or several on one"
+    settings = (Settings, Rounds)
+    exactness = Exactness(options=("--agents", "6", "--model", "mlp", "--widths", "20"))
+
+    def __init__(self, context: Context):
+        roles = replicate(context.layout, context.size)
+        super().__init__(context, roles.shards)
+        s, o, ops, size = context.settings(Settings), context.config, context.ops, context.layout.size
+        self.s, self.clip, self.seed = s, o.optimization.clip, o.run.seed
+        self.count, self.owners = s.agents, owners(s.agents, context.size)
+        here = [agent for agent, rank in enumerate(self.owners) if rank == self.rank]
+        self.here = range(here[0], here[-1] + 1)
+        dealt = deal_samples(context.dataset, s.agents, s.split, self.seed)
+        self.samples = [dealt[agent] for agent in self.here]
+        # An agent's mean loss counts as its samples do, so that the mean over agents is the loss of all samples.
+        self.factors = [s.agents * len(ids) / context.dataset.train.n for ids in self.samples]
+        self.steps_per_epoch = -(-context.dataset.train.n // o.data.batch_size)
+        self.chunk = max(o.data.batch_size, CHUNK)
+        self.order: tuple[int, list[np.ndarray]] = (-1, [])
+        everything = Runs(((0, size),))
+        self.everything = everything
+        self.aside = context.uncounted()
+        self.w, self.g = self._rows(), self._rows()
+        # What passes compute with: an agent's weights, or their mean; the gradient of a minibatch.
+        self.x, self.dx = ops.zeros(size, self.dtype), ops.zeros(size, self.dtype)
+        used, place = roles.parts[self.rank].inside(everything), roles.workers[self.rank]
+        assert used is not None and place is not None
+        self.worker = ElementWorker(
+            context, place, roles, context.group([self.rank]), self.x[used], self.dx[used],
+            samples=np.sort(np.concatenate(self.samples)),
+        )  # fmt: skip
+        self._declare(everything)
+        group = context.group()
+        self.mixed = self._rows(self.rule.sent)
+        sparse = isinstance(self.rule, Choco)
+        sent = 2 * sent_components(size, s.gossip_density) if sparse else self.rule.sent * size
+        room = ops.zeros(len(self.here) * sent, self.dtype)
+        self.sent = room.reshape(len(self.here), -1) if sparse else room.reshape(len(self.here), self.rule.sent, size)
+        self.exchange = Exchange(group, graph_of(s), self.owners, self.sent, self.dtype, ops)
+        self.period_of_exchange = context.settings(Rounds).local_steps if s.rule == "kgt" else 1
+        context.put_weights(everything, self.x)
+        self._spread()
+        self.account.hold("gradients", self.g, self.dx)
+        self.account.hold("weights", self.mixed)
+        self.account.ask("buffers", lambda: (self.exchange.sent, self.exchange.room))
+        self.account.include(self.worker.memory)
+        self.found: dict[str, Any] = {}
+
+    check, needed, notes = staticmethod(check_next), staticmethod(next_needed), staticmethod(next_notes)
+
+    def _rows(self, each: int = 1) -> np.ndarray:
+        """Zeros (agents here, all parameters), or (agents here, each, all parameters)."""
+        found = self.ops.zeros(len(self.here) * each * self.layout.size, self.dtype)
+        shape = (len(self.here), self.layout.size) if each == 1 else (len(self.here), each, self.layout.size)
+        return found.reshape(shape)
+
+    def _declare(self, everything: Runs) -> None:
+        """Declare the state: the mean of the weights, and all vectors of each agent as rows of tables."""
+        size, shard = self.layout.size, next(iter(self.shards[self.rank].intervals), (0, 0))
+        share = self.x[slice(*shard)]
+        self.whole = Gather(self.aside, self.shards.runs, everything, self.dtype)
+        self.state.vector("weights", share, after=partial(self.whole.forward, share, self.x))
+        self.account.hold("weights", self.x)
+        optimizer = configured_optimizer(
+            self.context.config, self.layout, Runs(((0, len(self.here) * size),)), self.ops
+        )
+        self.optimizer, self.state.scalars = optimizer, optimizer.scalars
+        self.state.scalar("iterations", 0)
+        self.state.scalar("agents", self.count)
+        agents = Agents(self.ops, self.w, self.g, self._rows, optimizer, self.state.scalar, self.state.scalars, self.s)
+        self.rule = RULES[self.s.rule](agents)
+        tables = {"weights": self.w, **self.rule.vectors}
+        tables.update({name: vector.reshape(-1, size) for name, vector in optimizer.vectors.items()})
+        for name, table in tables.items():
+            self.state.table(name, table)
+        rows = [tuple(a for a, owner in enumerate(self.owners) if owner == r) for r in range(self.context.size)]
+        self.state.rows = TableRows(tuple(rows))
+        self.state.lost = "the weights of these agents: all of them start from the mean"
+
+    def _spread(self) -> None:
+        """Let all agents start from x."""
+        self.w[...] = self.x
+        self.rule.begin()
+
+    def step(self, batch: Batch, lr: float) -> None:
+        iteration = int(self.scalars["iterations"])
+        for own, factor in enumerate(self.factors):
+            self.loss_sum += self._gradient(own, iteration) * factor * len(batch) / self.count
+        due = (iteration + 1) % self.period_of_exchange == 0
+        if due or self.s.rule == "kgt":
+            self.rule.move(self.sent if due else None, lr)
+        if due:
+            self.exchange.run(iteration)
+            if isinstance(self.rule, Choco):
+                self.exchange.add_sparse(self.rule.near)
+            else:
+                self.exchange.mix(self.mixed)
+            self.rule.take(self.mixed.reshape(len(self.here), -1, self.layout.size), lr)
+        self.scalars["iterations"] = iteration + 1
+
+    def _gradient(self, own: int, iteration: int) -> float:
+        """Fill row `own` of g with the gradient of an agent's samples; returns their mean loss."""
+        g, ids = self.g[own], self._ids(own, iteration)
+        self.x[...] = self.w[own]
+        g.fill(0)
+        loss = 0.0
+        for at in range(0, len(ids), self.chunk):
+            some = Batch(ids[at : at + self.chunk])
+            share = len(some) / len(ids)
+            loss += share * self.worker.element_losses(some, some)
+            self.ops.combine(g, (1.0, g), (share * self.factors[own], self.dx))
+        self.numbers.sound(self.ops, loss, [(g, self.everything)], self.layout, len(ids))
+        if self.clip > 0:
+            self.numbers.clip(g, self.clip, no_sum, self.ops, self.layout, self.everything)
+        return loss
+
+    def _ids(self, own: int, iteration: int) -> np.ndarray:
+        """The samples of an agent's gradient: all, or its share of a minibatch."""
+        if self.s.tracking == "full":
+            return self.samples[own]
+        epoch, step = divmod(iteration, self.steps_per_epoch)
+        if self.order[0] != epoch:
+            rngs = (np.random.default_rng([self.seed, ORDER, agent, epoch]) for agent in self.here)
+            shuffled = [rng.permutation(ids) for rng, ids in zip(rngs, self.samples, strict=True)]
+            self.order = epoch, shuffled
+        return np.array_split(self.order[1][own], self.steps_per_epoch)[step]
+
+    @property
+    def period(self) -> int:
+        return self.period_of_exchange
+
+    def messages(self, step: int, batch: int) -> list[Message]:
+        return self.exchange.messages(step) if (step + 1) % self.period_of_exchange == 0 else []
+
+    def drain(self) -> None:
+        """x becomes the mean of all agents' weights."""
+        self.x.fill(0)
+        for row in self.w:
+            self.ops.combine(self.x, (1.0, self.x), (1 / self.count, row))
+        self.aside.allreduce(self.x)
+
+    def restored(self, tables: bool, fresh: Set[str]) -> None:
+        if self.scalars["agents"] != self.count:
+            raise UserError(
+                f"the checkpoint is of {int(self.scalars['agents'])} agents, and this run would have {self.count}: use "
+                f"--agents {int(self.scalars['agents'])}"
+            )
+        if not tables:
+            self._spread()
+
+    def test(self) -> dict[str, float]:
+        """The scores of the mean of the agents' weights; also finds those of every agent, see `diagnostics`."""
+        self.drain()
+        verify(self.aside, self.ops.host(self.x), "use another MPI library")
+        scores = self.worker.metric.scores(self.aside.agree(self.worker.test()))
+        self.found = self._distances()
+        each = []
+        for agent, rank in enumerate(self.owners):
+            if rank == self.rank:
+                self.x[...] = self.w[agent - self.here[0]]
+            self.aside.bcast(self.x, rank)
+            each.append(self.worker.metric.scores(self.aside.agree(self.worker.test())))
+        for name in each[0]:
+            values = [one[name] for one in each]
+            self.found[f"agents_{name}"] = values
+            worst = max(values) if name.endswith("loss") else min(values)
+            self.found[f"worst_{name}"], self.found[f"mean_{name}"] = worst, float(np.mean(values))
+        return scores
+
+    def _distances(self) -> dict[str, Any]:
+        """How far agents are from their mean x, and the tracked gradients' mean from that of the gradients."""
+        far = np.zeros(len(self.owners))
+        for own, row in enumerate(self.w):
+            self.ops.combine(self.dx, (1.0, row), (-1.0, self.x))
+            far[self.here[own]] = float(np.sqrt(self.ops.squared_norm(self.dx)))
+        found = {"disagreement": float(self.aside.agree(far).max())}
+        if self.rule.tracked:
+            # Of trackers after an exchange, which have not seen the next gradient yet.
+            apart = self.rule.vectors[self.rule.tracked] - self.rule.vectors["gradient"]
+            total = self.ops.host(apart.sum(axis=0) / self.count).astype(np.float64)
+            found["tracking_error"] = float(np.abs(self.aside.agree(total)).max())
+        return found
+
+    def diagnostics(self) -> dict[str, Any]:
+        """Spectral gap of the graph, distances of agents, and the scores of the last test of each, worst and mean."""
+        return {"spectral_gap": graph_of(self.s).gap, **self.found}
+
+    def work(self) -> tuple[str, str, int]:
+        role = f"agent {self.here[0]}" if len(self.here) == 1 else f"agents {self.here[0]} to {self.here[-1]}"
+        return role, f"{sum(map(len, self.samples)):,} samples", self.layout.size
+
+    def events(self) -> dict[str, int]:
+        return {"psl_terms_past_exp_clip": self.worker.loss.clipped}

@@ -1,0 +1,197 @@
+"""Settings of the method `next`, and what it cannot train; made without MPI and arrays of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from math import isfinite
+from typing import Annotated, ClassVar, Literal
+
+import numpy as np
+
+from psmpi.config import Config, Least, option
+from psmpi.data import Dataset
+from psmpi.errors import UserError, counted
+from psmpi.layout import replicate
+from psmpi.methods.next.deal import classes_each, deal_samples
+from psmpi.methods.next.graph import Graph, make_graph
+from psmpi.nn.network import Network
+from psmpi.optim import find_optimizer
+from psmpi.training.checks import check_first_order, check_slices
+from psmpi.training.context import configured_loss
+from psmpi.training.need import Need, added, worker_needed
+from psmpi.training.rounds import Rounds, check_rounds
+
+
+@dataclass(frozen=True)
+class Settings:
+    """In-network training (next)."""
+
+    table: ClassVar[str] = "next"
+    results: ClassVar[bool] = True
+
+    agents: Annotated[int, Least(1)] = 8
+    """Agents, each with weights and samples of its own, dealt to the ranks: as many as these, or more."""
+    graph: str = "ring"
+    """Links between agents: ring, grid, exponential (to those 1, 2, 4, ... places on), complete, erdos:P (each pair
+    with probability P), or a text file with two agents' numbers a line."""
+    graph_seed: Annotated[int, Least(0)] = 0
+    """Seed of erdos:P and of links that fail."""
+    link_probability: float = 1.0
+    """Probability with which each link works in an iteration; 1: all do."""
+    split: str = "iid"
+    """Training samples of the agents: iid, at random; sorted, by class or value; skewed:K, about K classes each."""
+    rule: Literal["tracking", "next", "dgd", "extra", "choco", "kgt"] = "tracking"
+    """What an agent does. tracking: the optimizer's step along a tracked mean of all agents' gradients; next: the step
+    to the minimum of a convex model with the tracked gradient; dgd: the optimizer's step along its own gradient;
+    extra: dgd corrected by what was sent before; choco: dgd that sends the largest changes; kgt: local steps with
+    tracking."""
+    tracking: Literal["full", "minibatch"] = "full"
+    """Gradients of a step: over all samples of an agent, or over its share of a minibatch."""
+    tau: float = 1.0
+    """Curvature of the convex model of --rule next, added to that of the regularizer."""
+    mu: float = 0.0
+    """How fast the step of --rule next shrinks: the learning rate a becomes a (1 - mu a) after each iteration."""
+    regularizer: Literal["none", "l2", "l1"] = "none"
+    """What --rule next adds to the loss: --regularizer-weight times the squares of all weights, or their magnitudes."""
+    regularizer_weight: float = 0.0
+    """Factor of the regularizer."""
+    gossip_density: float = 0.1
+    """Share of the components that --rule choco sends."""
+    gossip_rate: float = 0.3
+    """How far agents of --rule choco go to what they know of their neighbours; above 0, up to 1."""
+
+
+# The rules that use a setting which others do not.
+USERS = {
+    "tau": ("next",),
+    "mu": ("next",),
+    "regularizer": ("next",),
+    "regularizer_weight": ("next",),
+    "gossip_density": ("choco",),
+    "gossip_rate": ("choco",),
+}
+# Rules whose step is plain gradient descent.
+PLAIN = ("next", "extra", "kgt")
+# Rules that remember what was sent over a link, which has to work each time.
+FIXED = ("extra", "choco")
+
+
+def owners(agents: int, size: int) -> tuple[int, ...]:
+    """For each agent the rank that it is on."""
+    return tuple(rank for rank, part in enumerate(np.array_split(np.arange(agents), size)) for _ in part)
+
+
+@lru_cache(maxsize=4)
+def graph_of(s: Settings) -> Graph:
+    """The graph of the settings; UserError where there is none."""
+    return make_graph(s.graph, s.agents, s.graph_seed, s.link_probability)
+
+
+def check_next(size: int, network: Network, dataset: Dataset, config: Config) -> None:
+    """See `Method.check`."""
+    s, o = config.of(Settings), config.optimization
+    _check_numbers(s)
+    if size > s.agents:
+        raise UserError(
+            f"--agents {s.agents} on {counted(size, 'rank')}: every rank needs an agent; use --agents {size} or more, "
+            "or fewer ranks"
+        )
+    check_rounds(config, "between two exchanges")
+    if s.rule != "kgt" and config.of(Rounds).local_steps != Rounds().local_steps:
+        raise UserError(f"--local-steps is of --rule kgt, and the rule here is {s.rule}: leave it out")
+    check_first_order(config, "has searches and pairs that every agent would make its own")
+    if find_optimizer(o.optimizer).needs_matrices:
+        raise UserError(
+            f"--optimizer {o.optimizer} steps whole matrices, and agents step vectors: use adam, momentum or sgd"
+        )
+    if s.rule in PLAIN and o.optimizer != "sgd":
+        raise UserError(
+            f"--rule {s.rule} makes its own steps, plain gradient descent: add --optimizer sgd, or use --rule "
+            f"tracking, which steps by --optimizer {o.optimizer}"
+        )
+    if s.rule in PLAIN and o.weight_decay:
+        raise UserError(f"--weight-decay is not for --rule {s.rule}: use --rule next with --regularizer l2")
+    if s.split not in ("iid", "sorted"):
+        classes_each(s.split)
+    configured_loss(config, dataset)
+    graph_of(s)
+    if dataset.train.n < s.agents:
+        raise UserError(f"--agents {s.agents}: there are {dataset.train.n} training samples only; use fewer")
+    check_slices(network, config.data.batch_size, s.agents, "agents", "--agents")
+    _check_samples(network, dataset, config, s)
+
+
+def _check_numbers(s: Settings) -> None:
+    for name, least, most in (
+        ("tau", 0.0, 1e9),
+        ("link_probability", 0.0, 1.0),
+        ("gossip_density", 0.0, 1.0),
+        ("gossip_rate", 0.0, 1.0),
+    ):
+        value = getattr(s, name)
+        if not least < value <= most:
+            raise UserError(f"{option(name)} {value:g}: expected a number above {least:g}, up to {most:g}")
+    for name, most in (("mu", 1e9), ("regularizer_weight", 1e9)):
+        value = getattr(s, name)
+        if not (isfinite(value) and 0 <= value <= most):
+            raise UserError(f"{option(name)} {value:g}: expected 0 or a number above it, up to {most:g}")
+    for name, rules in USERS.items():
+        if s.rule not in rules and getattr(s, name) != _default(name):
+            raise UserError(
+                f"{option(name)} is of --rule {rules[0]}, and the rule here is {s.rule}: leave it out, or choose "
+                "that one"
+            )
+    if s.rule in FIXED and s.link_probability < 1:
+        raise UserError(
+            f"--link-probability {s.link_probability:g}: --rule {s.rule} remembers what was sent over each link, which "
+            "has to work each time; use --rule tracking, next, dgd or kgt"
+        )
+    if (s.regularizer == "none") != (s.regularizer_weight == 0):
+        raise UserError(
+            f"--regularizer {s.regularizer} with --regularizer-weight {s.regularizer_weight:g}: give both, or none"
+        )
+
+
+def _default(name: str) -> object:
+    return next(one.default for one in fields(Settings) if one.name == name)
+
+
+def _check_samples(network: Network, dataset: Dataset, config: Config, s: Settings) -> None:
+    """UserError where an agent would have no sample, or in a step none."""
+    dealt = deal_samples(dataset, s.agents, s.split, config.run.seed)
+    fewest = min(map(len, dealt))
+    steps = -(-dataset.train.n // config.data.batch_size)
+    least = 2 if network.normalized else 1
+    if s.tracking == "minibatch" and fewest < least * steps:
+        raise UserError(
+            f"--tracking minibatch: the smallest of the {s.agents} agents' shares has {counted(fewest, 'sample')}, too "
+            f"few for {counted(steps, 'step')} an epoch: use --batch-size "
+            f"{-(-dataset.train.n * least // fewest)} or more"
+        )
+
+
+def next_needed(size: int, network: Network, dataset: Dataset, config: Config) -> list[Need]:
+    """See `Method.needed`."""
+    s, itemsize = config.of(Settings), np.dtype(config.model.dtype).itemsize
+    whole, roles, held = network.layout().size * itemsize, replicate(network.layout(), size), owners(s.agents, size)
+    found = []
+    for rank, worker in enumerate(roles.workers):
+        assert worker is not None
+        need = worker_needed(config, network, dataset, worker, roles)
+        # Of all training samples a rank has those of its agents; what is known without dealing them is left out.
+        need = {name: value for name, value in need.items() if name != "samples"}
+        count = held.count(rank)
+        found.append(added(need, {"weights": (count + 1) * whole, "gradients": (count + 1) * whole}))
+    return found
+
+
+def next_notes(size: int, network: Network, config: Config) -> Iterator[str]:
+    """See `Method.notes`."""
+    s = config.of(Settings)
+    graph = graph_of(s)
+    low, high = min(graph.degrees), max(graph.degrees)
+    each = counted(low, "neighbour") if low == high else f"{low} to {high} neighbours"
+    fails = f", each link works with probability {s.link_probability:g}" if s.link_probability < 1 else ""
+    yield f"{counted(s.agents, 'agent')} with {each} each, spectral gap {graph.gap:.3g}{fails}"

@@ -1,0 +1,278 @@
+"""In-network training against simulations in NumPy, closed solutions, and what agents may know of each other."""
+
+import numpy as np
+import pytest
+from helpers.runs import run
+
+from psmpi.backend import NumpyOps
+from psmpi.data import Batch, Minibatches, open_dataset
+from psmpi.data.split import Split
+from psmpi.methods.next.deal import deal_samples
+from psmpi.methods.next.graph import make_graph, weights
+from psmpi.nn.zoo import make_network
+from psmpi.registry import find_method
+from psmpi.testing import run_ranks
+from psmpi.train import parse
+from psmpi.training.context import Context
+from psmpi.training.usual import usual
+
+AGENTS, SAMPLES, FEATURES = 6, 180, 5
+LINEAR = '[model]\nmodel = "custom"\n[[model.layers]]\ntype = "dense"\nunits = 1\n'
+# All samples in each step; agents differ as much as they can.
+FULL = ("--method", "next", "--agents", str(AGENTS), "--split", "sorted", "--loss", "squared", "--clip", "0",
+        "--batch-size", str(SAMPLES), "--epochs", "1", "--dtype", "float64", "--threads", "1")  # fmt: skip
+PLAIN = ("--optimizer", "sgd")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A regression that is nearly linear, and a network that is."""
+    made, rng = tmp_path_factory.mktemp("next"), np.random.default_rng(3)
+    x = rng.normal(size=(SAMPLES + 40, FEATURES))
+    y = x @ rng.normal(size=(FEATURES, 1)) + 0.3 + 0.5 * rng.normal(size=(len(x), 1))
+    np.savez(made / "own.npz", x=x[:SAMPLES], y=y[:SAMPLES], x_test=x[SAMPLES:], y_test=y[SAMPLES:])
+    (made / "linear.toml").write_text(LINEAR)
+    return made
+
+
+class Problem:
+    """A training of the linear network, and the same with dense linear algebra."""
+
+    def __init__(self, folder, *options):
+        words = ("--dataset", str(folder / "own.npz"), "--config", str(folder / "linear.toml"), *FULL, *options)
+        self.config = usual(parse(list(words)))
+        self.dataset = open_dataset(str(folder / "own.npz"), "")
+        self.network = make_network("custom", self.dataset.shape, 1, **self.config.model.shape)
+        data = np.load(folder / "own.npz")
+        self.x, self.y = np.column_stack([data["x"], np.ones(SAMPLES)]), data["y"].reshape(-1)
+        seed = self.config.run.seed
+        self.own = deal_samples(self.dataset, AGENTS, "sorted", seed)
+        # Where the weights and the bias lie in the flat vector.
+        pieces = {self.network.layout().parameters[p.parameter].name: p.offset for p in self.network.layout().pieces()}
+        self.order = [pieces["dense1.weight"] + k for k in range(FEATURES)] + [pieces["dense1.bias"]]
+
+    def train(self, ranks, steps, look=None):
+        """Weights (agents, 6) after so many steps; look(method, step) after each, by rank."""
+        batches = Minibatches(SAMPLES, self.config.data.batch_size, self.config.run.seed, True)
+        find_method("next").check(ranks, self.network, self.dataset, self.config)
+
+        def work(world):
+            method = find_method("next")(Context(world, self.network, self.dataset, self.config, NumpyOps()))
+            seen = []
+            for step in range(steps):
+                method.step(Batch(batches.ids(step, 0)), self.config.optimization.lr)
+                if look is not None:
+                    seen.append(look(method))
+            return method.w[:, self.order].copy(), seen, method.counter.sent
+
+        self.found = run_ranks(ranks, work, timeout=120)
+        return np.concatenate([w for w, *_ in self.found])
+
+    def gradients(self, w):
+        """(agents, 6): of each agent's mean loss, in the scale of the loss of all samples."""
+        found = []
+        for row, ids in zip(w, self.own, strict=True):
+            x = self.x[ids]
+            found.append(AGENTS / SAMPLES * 2 * x.T @ (x @ row - self.y[ids]))
+        return np.array(found)
+
+    def start(self):
+        """The weights that all agents begin with."""
+        return self.train(1, 0)
+
+    def solution(self, l2=0.0):
+        """The weights of least squares, with l2 times the squares of all weights."""
+        gram = self.x.T @ self.x / SAMPLES + l2 * np.eye(FEATURES + 1)
+        return np.linalg.solve(gram, self.x.T @ self.y / SAMPLES)
+
+
+def simulate(problem, rule, steps, lr, graph="ring", **more):
+    """The weights (agents, 6) after so many iterations, by each paper's formulas."""
+    c = weights(AGENTS, make_graph(graph, AGENTS, 0).links)
+    w = problem.start()
+    g = problem.gradients(w)
+    y, before, mixed_before, g_before = g.copy(), None, None, None
+    for _ in range(steps):
+        g = problem.gradients(w)
+        if rule == "dgd":
+            w = c @ (w - lr * g)
+        elif rule == "tracking":
+            w = c @ (w - lr * y)
+            y = c @ y + problem.gradients(w) - g
+        elif rule == "next":
+            tau, lam = more["tau"], more["lam"]
+            z = w + lr * ((tau * w - y) / (tau + 2 * lam) - w)
+            w = c @ z
+            y = c @ y + problem.gradients(w) - g
+        elif rule == "extra":
+            first = before is None
+            after = c @ w - lr * g if first else w + c @ w - (before + mixed_before) / 2 - lr * (g - g_before)
+            before, mixed_before, g_before, w = w, c @ w, g, after
+    return w
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 6])
+@pytest.mark.parametrize("rule", ["dgd", "tracking", "extra"])
+def test_rules_are_those_of_their_papers(folder, rule, ranks):
+    problem = Problem(folder, *PLAIN, "--rule", rule, "--lr", "0.05")
+    expected = simulate(problem, rule, 30, 0.05)
+    np.testing.assert_allclose(problem.train(ranks, 30), expected, rtol=0, atol=1e-12)
+
+
+def test_next_with_l2_is_its_formula_and_without_a_step_along_the_tracker(folder):
+    more = ("--rule", "next", "--tau", "2.5", "--lr", "0.2")
+    problem = Problem(folder, *PLAIN, *more, "--regularizer", "l2", "--regularizer-weight", "0.05")
+    expected = simulate(problem, "next", 40, 0.2, tau=2.5, lam=0.05)
+    np.testing.assert_allclose(problem.train(3, 40), expected, rtol=0, atol=1e-12)
+    # w = C (w - (a / tau) y).
+    found = Problem(folder, *PLAIN, *more).train(2, 40)
+    tracked = Problem(folder, *PLAIN, "--rule", "tracking", "--lr", str(0.2 / 2.5)).train(2, 40)
+    np.testing.assert_allclose(found, tracked, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("rule", "steps", "options"),
+    [
+        ("tracking", 1500, ("--lr", "0.05")),
+        ("tracking", 2500, ("--lr", "0.05", "--link-probability", "0.5", "--graph", "complete")),
+        ("extra", 1500, ("--lr", "0.05")),
+        ("kgt", 3000, ("--lr", "0.01", "--local-steps", "5")),
+        ("next", 2000, ("--lr", "0.3", "--tau", "6", "--mu", "1e-3")),
+    ],
+)
+def test_agents_agree_on_the_solution_of_all_samples(folder, rule, steps, options):
+    """Each sees its own samples alone, which are not alike."""
+    problem = Problem(folder, *PLAIN, "--rule", rule, *options)
+    w = problem.train(2, steps)
+    np.testing.assert_allclose(w, np.tile(problem.solution(), (AGENTS, 1)), rtol=0, atol=1e-9)
+
+
+def test_next_finds_the_regularized_solution(folder):
+    options = ("--rule", "next", "--lr", "0.3", "--tau", "6", "--regularizer-weight", "0.05")
+    problem = Problem(folder, *PLAIN, *options, "--regularizer", "l2")
+    w = problem.train(1, 1500)
+    np.testing.assert_allclose(w, np.tile(problem.solution(0.05), (AGENTS, 1)), rtol=0, atol=1e-10)
+    # l1: of the mean loss f + 0.05 |w|_1 each component of the gradient is in -0.05 times the subgradient.
+    problem = Problem(folder, *PLAIN, *options, "--regularizer", "l1")
+    w = problem.train(1, 3000)
+    np.testing.assert_allclose(w, np.tile(w.mean(axis=0), (AGENTS, 1)), rtol=0, atol=1e-9)
+    gradient = problem.gradients(w).mean(axis=0)
+    away = np.abs(w[0]) > 1e-6
+    np.testing.assert_allclose(gradient[away], -0.05 * np.sign(w[0][away]), rtol=0, atol=1e-8)
+    assert (np.abs(gradient[~away]) <= 0.05 + 1e-8).all()
+
+
+def test_without_tracking_agents_stay_apart(folder):
+    far = {}
+    for rule in ("tracking", "dgd"):
+        w = Problem(folder, *PLAIN, "--rule", rule, "--lr", "0.05").train(1, 1500)
+        far[rule] = np.abs(w - w.mean(axis=0)).max()
+    assert far["dgd"] > 100 * far["tracking"] and far["dgd"] > 1e-3
+
+
+def test_choco_that_sends_all_is_dgd_and_converges_near_it_with_a_third(folder):
+    dgd = Problem(folder, *PLAIN, "--rule", "dgd", "--lr", "0.02")
+    whole = Problem(folder, *PLAIN, "--rule", "choco", "--lr", "0.02", "--gossip-density", "1", "--gossip-rate", "1")
+    np.testing.assert_allclose(whole.train(2, 50), dgd.train(2, 50), rtol=0, atol=1e-12)
+    some = Problem(
+        folder, *PLAIN, "--rule", "choco", "--lr", "0.002", "--gossip-density", "0.34", "--gossip-rate", "0.3"
+    )
+    w = some.train(3, 3000)
+    assert np.abs(w.mean(axis=0) - some.solution()).max() < 0.02
+    # Two of six components, value and place, to each of the two neighbours of the agents at the ends of a rank.
+    assert some.found[0][2] == 3000 * 2 * 2 * 2 * 8
+
+
+@pytest.mark.parametrize("tracking", ["full", "minibatch"])
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_trackers_keep_the_mean_of_the_gradients(folder, tracking, dtype):
+    """In every iteration, also with links that fail and with gradients of samples."""
+
+    def look(method):
+        return method.rule.vectors["tracker"].copy(), method.rule.vectors["gradient"].copy()
+
+    options = ("--tracking", tracking, "--dtype", dtype, "--link-probability", "0.7", "--lr", "0.02")
+    problem = Problem(folder, *PLAIN, *options)
+    problem.train(2, 60, look)
+    bound = 1e-12 if dtype == "float64" else 1e-5
+    for seen in zip(*(rows for _, rows, _ in problem.found), strict=True):
+        y, g = (np.concatenate([one[k] for one in seen]).mean(axis=0) for k in (0, 1))
+        assert np.abs(y - g).max() <= bound * max(1.0, np.abs(g).max())
+
+
+def test_ranks_change_nothing_and_a_link_costs_two_vectors_a_step(folder):
+    problem = Problem(folder, "--graph", "exponential", "--lr", "0.01")
+    alone = problem.train(1, 20)
+    for ranks in (2, 4, 6):
+        assert np.array_equal(problem.train(ranks, 20), alone), ranks
+    # On 6 ranks: places 1, 2, 4 (and 5, 4, 2) on, so 4 neighbours; weights and trackers of 6 float64 each.
+    degrees = make_graph("exponential", AGENTS, 0).degrees
+    assert [sent for *_, sent in problem.found] == [20 * d * 2 * 6 * 8 for d in degrees]
+
+
+def test_no_rank_reads_the_samples_of_another(folder, monkeypatch):
+    from threading import get_ident
+
+    reads, read = {}, Split.read
+
+    def noting(self, rows):
+        if self.n == SAMPLES:
+            reads.setdefault(get_ident(), []).extend(np.asarray(rows).tolist())
+        return read(self, rows)
+
+    monkeypatch.setattr(Split, "read", noting)
+    problem = Problem(folder)
+    problem.train(3, 3)
+    assert len(reads) == 3
+    own = [set(np.concatenate(problem.own[k : k + 2]).tolist()) for k in (0, 2, 4)]
+    assert sorted(map(set, reads.values()), key=min) == sorted(own, key=min)
+
+
+def test_scores_of_every_agent_are_told(tmp_path):
+    out = tmp_path / "run"
+    options = ("--method", "next", "--epochs", "2", "--split", "skewed:2", "--model", "mlp", "--widths", "20")
+    status, told, err = run(2, "-m", "psmpi.train", *options, "--out", out)
+    assert status == 0 and "8 agents with 2 neighbours each, spectral gap 0.195" in told, err
+    from json import loads
+
+    row = loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+    each = row["agents_accuracy"]
+    assert len(each) == 8 and row["worst_accuracy"] == min(each)
+    assert row["mean_accuracy"] == pytest.approx(np.mean(each))
+    assert (
+        row["disagreement"] > 0
+        and row["tracking_error"] < 1e-5
+        and row["spectral_gap"] == pytest.approx(0.195, abs=1e-3)
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--graph", "tree"), "neither a graph nor a file"),
+        (("--graph", "erdos:0"), "a probability above 0"),
+        (("--agents", "2"), "every rank needs an agent"),
+        (("--agents", "4000"), "training samples only"),
+        (("--split", "skewed"), "skewed:K"),
+        (("--rule", "next"), "add --optimizer sgd"),
+        (("--rule", "extra", *PLAIN, "--link-probability", "0.5"), "has to work each time"),
+        (("--tau", "3"), "--tau is of --rule next"),
+        (("--rule", "next", *PLAIN, "--tau", "0"), "--tau 0"),
+        (("--local-steps", "3"), "--local-steps is of --rule kgt"),
+        (("--regularizer", "l2", "--rule", "next", *PLAIN), "give both, or none"),
+        (("--optimizer", "muon"), "steps whole matrices"),
+        (("--on-nan", "skip"), "cannot leave out a single step"),
+        (("--agents", "60", "--batch-size", "32"), "leaves some of 60 agents"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_one_message(tmp_path, options, says):
+    status, out, err = run(3, "-m", "psmpi.train", "--method", "next", *options, "--out", tmp_path / "run")
+    assert status == 1 and (out + err).count(says) == 1 and "Traceback" not in err, out + err
+
+
+def test_a_checkpoint_is_of_its_agents(tmp_path):
+    options = ("--method", "next", "--max-steps", "3", "--out", tmp_path / "run")
+    status, _, err = run(2, "-m", "psmpi.train", *options)
+    assert status == 0, err
+    status, out, err = run(2, "-m", "psmpi.train", *options[:2], "--resume", "auto", "--agents", "6", *options[2:])
+    assert status == 1 and "of 8 agents, and this run would have 6" in out + err, out + err
