@@ -35,6 +35,8 @@ Variant = Literal[
     "ist-master",
     "sil",
     "sil-stale",
+    "next",
+    "next-choco",
 ]
 
 # The options of psmpi.train that each stands for.
@@ -52,6 +54,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "ist-master": ("--method", "ist", "--colocate"),
     "sil": ("--method", "sil", "--parts", "2"),
     "sil-stale": ("--method", "sil", "--parts", "2", "--hand-over", "stale"),
+    "next": ("--method", "next", "--tracking", "minibatch"),
+    "next-choco": ("--method", "next", "--tracking", "minibatch", "--rule", "choco"),
 }
 
 

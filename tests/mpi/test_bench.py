@@ -295,6 +295,8 @@ def test_links_between_hosts_are_as_slow_as_asked_for(tmp_path):
 def test_network_says_what_cannot_be():
     for options, says in (
         (("--rates", "-1"), "expected numbers from 0"),
+        (("--rates", "0", "--delay-ms", "50"), "needs links of up to 100 Mbit/s"),
+        (("--rates", "10", "--delay-ms", "-1"), "--delay-ms -1: expected"),
         (("--ranks", "0"), "from 1 up"),
         (("--rates", "0", "--limit", "1", "--epochs", "5000"), "no end within 1 s"),
         (("--rates", "0", "--dataset", "nothing"), "nothing"),

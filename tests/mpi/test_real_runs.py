@@ -35,6 +35,8 @@ RUNS = {
     "ist of masters that compute": (3, (*IST, "--colocate")),
     "ist of owners": (4, (*IST, "--placement", "owner")),
     "sil": (3, (*SIL, "--parts", "3")),
+    "next": (3, ("--method", "next", *MLP, "--graph", "erdos:0.5", "--link-probability", "0.7")),
+    "next that sends little": (4, ("--method", "next", *MLP, "--rule", "choco", "--tracking", "minibatch")),
     "sil by labels": (2, (*SIL, "--parts", "2", "--hand-over", "labels")),
 }
 SWEEP = {

@@ -212,6 +212,8 @@ METHODS = {
     "ist --placement owner --local-steps 3": (2,),
     "sil --parts 2": (2,),
     "dfa --model mlp --widths 12 10": (3,),
+    "next --graph exponential": (3,),
+    "next --tracking minibatch --rule kgt --optimizer sgd --local-steps 3": (2,),
 }
 CASES = [(options, ranks) for options, some in METHODS.items() for ranks in some]
 
