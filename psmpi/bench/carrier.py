@@ -51,8 +51,8 @@ class Carrier:
     def close(self) -> None:
         """End, and remove the devices."""
         self.ending = True
-        if self.thread.is_alive():
-            self.thread.join(10)
+        if self.thread.ident is not None:
+            self.thread.join()
         for device in self.devices:
             os.close(device)
 

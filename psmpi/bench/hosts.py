@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from psmpi.bench.carrier import Carrier
 from psmpi.errors import UserError
@@ -93,7 +93,8 @@ def slow_hosts(count: int, megabits: float, burst: str = "64kb", delay_ms: float
         carrier.close()
         # With a namespace goes what is in it.
         for name in made:
-            subprocess.run(["ip", "netns", "delete", name], capture_output=True, timeout=60)
+            with suppress(subprocess.TimeoutExpired):
+                subprocess.run(["ip", "netns", "delete", name], capture_output=True, timeout=60)
         signal.signal(signal.SIGTERM, before)
 
 
@@ -114,7 +115,8 @@ def _link_far(names: list[str], carrier: Carrier) -> None:
     for k, name in enumerate(names):
         device = f"t{os.getpid()}x{k}"
         carrier.add(device, f"{NETWORK}{k + 1}")
-        _do("ip", "link", "set", device, "netns", name)
+        # A window of TCP waits in the device.
+        _do("ip", "link", "set", device, "txqueuelen", "20000", "netns", name)
         _do("ip", "-n", name, "link", "set", device, "name", "eth0")
 
 

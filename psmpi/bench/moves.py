@@ -48,6 +48,7 @@ class Move:
     dst: Any
     names: tuple[str, str]
     calls: tuple[Call | None, Call | None]
+    batch: int = BATCH
 
     def own(self, back: bool) -> None:
         """Make the transfer once."""
@@ -64,7 +65,7 @@ class Move:
 
     def nbytes(self, back: bool) -> int:
         """Bytes of all messages together."""
-        return sum(size for _, _, size in self.transfer.messages(Step(BATCH), back))
+        return sum(size for _, _, size in self.transfer.messages(Step(self.batch), back))
 
 
 def spread(world: World, n: int) -> Move:
@@ -147,10 +148,10 @@ def rows(world: World, n: int) -> Move:
 
 def slices(world: World, n: int) -> Move:
     """About n values of a minibatch, an equal share of the samples of each rank, to all ranks."""
-    batch, units = BATCH // world.size * world.size, max(1, n // BATCH)
+    batch, units = max(1, BATCH // world.size) * world.size, max(1, n // BATCH)
     src, dst = np.zeros((units, batch // world.size), DTYPE), np.zeros((units, batch), DTYPE)
     made = Slices(_everyone(world), units, DTYPE)
-    return Move(made, src, dst, ("Allgather", "Reduce_scatter_block"), _gathers(world, src, dst))
+    return Move(made, src, dst, ("Allgather", "Reduce_scatter_block"), _gathers(world, src, dst), batch)
 
 
 def _gathers(world: World, src: np.ndarray, dst: np.ndarray) -> tuple[Call, Call]:

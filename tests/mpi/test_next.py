@@ -1,10 +1,13 @@
 """In-network training against simulations in NumPy, closed solutions, and what agents may know of each other."""
 
+from json import loads
+
 import numpy as np
 import pytest
 from helpers.runs import run
 
 from psmpi.backend import NumpyOps
+from psmpi.checkpoint import newest
 from psmpi.data import Batch, Minibatches, open_dataset
 from psmpi.data.split import Split
 from psmpi.methods.next.deal import deal_samples
@@ -12,6 +15,7 @@ from psmpi.methods.next.graph import make_graph, weights
 from psmpi.nn.zoo import make_network
 from psmpi.registry import find_method
 from psmpi.testing import run_ranks
+from psmpi.testing.conformance import Case, resumed_runs_end_the_same, tensors
 from psmpi.train import parse
 from psmpi.training.context import Context
 from psmpi.training.usual import usual
@@ -92,7 +96,9 @@ def simulate(problem, rule, steps, lr, graph="ring", **more):
     w = problem.start()
     g = problem.gradients(w)
     y, before, mixed_before, g_before = g.copy(), None, None, None
-    for _ in range(steps):
+    correction, start, known, near = (np.zeros_like(w) for _ in range(4))
+    start += w
+    for step in range(steps):
         g = problem.gradients(w)
         if rule == "dgd":
             w = c @ (w - lr * g)
@@ -104,6 +110,20 @@ def simulate(problem, rule, steps, lr, graph="ring", **more):
             z = w + lr * ((tau * w - y) / (tau + 2 * lam) - w)
             w = c @ z
             y = c @ y + problem.gradients(w) - g
+        elif rule == "kgt":
+            w = w - lr * (g + correction)
+            if (step + 1) % more["local"] == 0:
+                z = start - w
+                correction += (c @ z - z) / (more["local"] * lr)
+                w = start = c @ (start - z)
+        elif rule == "choco":
+            w = w - lr * g
+            sent = np.zeros_like(w)
+            for row, change in zip(sent, w - known, strict=True):
+                at = np.argsort(-np.abs(change))[: more["count"]]
+                row[at] = change[at]
+            known, near = known + sent, near + c @ sent
+            w = w + more["rate"] * (near - known)
         elif rule == "extra":
             first = before is None
             after = c @ w - lr * g if first else w + c @ w - (before + mixed_before) / 2 - lr * (g - g_before)
@@ -111,11 +131,21 @@ def simulate(problem, rule, steps, lr, graph="ring", **more):
     return w
 
 
+SETTINGS = {
+    "dgd": ({}, ()),
+    "tracking": ({}, ()),
+    "extra": ({}, ()),
+    "kgt": ({"local": 4}, ("--local-steps", "4")),
+    "choco": ({"count": 2, "rate": 0.4}, ("--gossip-density", "0.34", "--gossip-rate", "0.4")),
+}
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 6])
-@pytest.mark.parametrize("rule", ["dgd", "tracking", "extra"])
+@pytest.mark.parametrize("rule", list(SETTINGS))
 def test_rules_are_those_of_their_papers(folder, rule, ranks):
-    problem = Problem(folder, *PLAIN, "--rule", rule, "--lr", "0.05")
-    expected = simulate(problem, rule, 30, 0.05)
+    more, options = SETTINGS[rule]
+    problem = Problem(folder, *PLAIN, "--rule", rule, "--lr", "0.05", *options)
+    expected = simulate(problem, rule, 30, 0.05, **more)
     np.testing.assert_allclose(problem.train(ranks, 30), expected, rtol=0, atol=1e-12)
 
 
@@ -233,8 +263,6 @@ def test_scores_of_every_agent_are_told(tmp_path):
     options = ("--method", "next", "--epochs", "2", "--split", "skewed:2", "--model", "mlp", "--widths", "20")
     status, told, err = run(2, "-m", "psmpi.train", *options, "--out", out)
     assert status == 0 and "8 agents with 2 neighbours each, spectral gap 0.195" in told, err
-    from json import loads
-
     row = loads((out / "metrics.jsonl").read_text().splitlines()[-1])
     each = row["agents_accuracy"]
     assert len(each) == 8 and row["worst_accuracy"] == min(each)
@@ -262,7 +290,11 @@ def test_scores_of_every_agent_are_told(tmp_path):
         (("--regularizer", "l2", "--rule", "next", *PLAIN), "give both, or none"),
         (("--optimizer", "muon"), "steps whole matrices"),
         (("--on-nan", "skip"), "cannot leave out a single step"),
-        (("--agents", "60", "--batch-size", "32"), "leaves some of 60 agents"),
+        (("--agents", "60", "--tracking", "minibatch", "--batch-size", "32"), "leaves some of 60 agents"),
+        (("--beta1", "2"), "beta1"),
+        (("--graph-seed", "5"), "nothing is drawn"),
+        (("--agents", "40", "--split", "skewed:1", "--tracking", "minibatch", "--batch-size", "40", "--model", "mlp",
+          "--batch-norm"), "without a sample"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_one_message(tmp_path, options, says):
@@ -270,9 +302,55 @@ def test_what_cannot_be_is_one_message(tmp_path, options, says):
     assert status == 1 and (out + err).count(says) == 1 and "Traceback" not in err, out + err
 
 
-def test_a_checkpoint_is_of_its_agents(tmp_path):
+def test_other_agents_start_from_the_mean(tmp_path):
     options = ("--method", "next", "--max-steps", "3", "--out", tmp_path / "run")
     status, _, err = run(2, "-m", "psmpi.train", *options)
     assert status == 0, err
-    status, out, err = run(2, "-m", "psmpi.train", *options[:2], "--resume", "auto", "--agents", "6", *options[2:])
-    assert status == 1 and "of 8 agents, and this run would have 6" in out + err, out + err
+    for more in (("--agents", "6"), ("--rule", "dgd")):
+        words = (*options[:2], "--resume", "auto", *more, "--max-steps", "4", *options[4:])
+        status, out, err = run(2, "-m", "psmpi.train", *words)
+        assert status == 0 and "does not hold the weights of these agents" in out, out + err
+
+
+MIDDLE = ("--rule", "kgt", "--optimizer", "sgd", "--local-steps", "5", "--lr", "0.01")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [MIDDLE, ("--rule", "choco"), ("--tracking", "minibatch", "--link-probability", "0.5")],
+    ids=["within a round of local steps", "choco", "links that fail"],
+)
+def test_a_resumed_run_ends_in_the_same_bits_on_other_ranks(tmp_path, options):
+    case = Case("next", tmp_path, options)
+    resumed_runs_end_the_same(case)
+    whole, part = case.run(1, "--max-steps", "12"), case.run(4, "--max-steps", "7")
+    case.run(2, "--max-steps", "12", "--resume", "auto", out=part)
+    first, second = tensors(newest(whole)), tensors(newest(part))
+    agents = [name for name in first if not name.startswith("weights/")]
+    assert agents and all(np.array_equal(first[name], second[name]) for name in agents)
+
+
+def test_what_was_sent_over_other_links_is_forgotten(folder):
+    """Choco's vectors are those of one graph: on another one agents begin with what they know of nobody."""
+    problem, steps = Problem(folder, *PLAIN, "--rule", "choco", "--lr", "0.01"), 5
+
+    def work(world):
+        method = find_method("next")(Context(world, problem.network, problem.dataset, problem.config, NumpyOps()))
+        for _ in range(steps):
+            method.step(Batch(np.arange(SAMPLES)), 0.01)
+        assert np.abs(method.rule.near).max() > 0
+        method.restored(True, frozenset())
+        assert np.abs(method.rule.near).max() > 0
+        method.scalars["graph"] = 1
+        method.restored(True, frozenset())
+        return float(np.abs(method.rule.near).max() + np.abs(method.rule.known).max())
+
+    assert run_ranks(2, work) == [0.0, 0.0]
+
+
+def test_the_worst_error_is_the_largest(folder, tmp_path):
+    words = ("--dataset", folder / "own.npz", "--config", folder / "linear.toml", *FULL, *PLAIN, "--rule", "dgd")
+    status, _, err = run(2, "-m", "psmpi.train", *words, "--lr", "0.1", "--out", tmp_path / "run")
+    assert status == 0, err
+    row = loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert row["worst_rmse"] == max(row["agents_rmse"]) > min(row["agents_rmse"])

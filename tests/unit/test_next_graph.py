@@ -64,7 +64,7 @@ def test_a_file_has_links_of_its_own(tmp_path):
     for text, says in (
         ("0 1\n1 0\n1 2\n", "one way only (1 2)"),
         ("0 1\n2 3\n", "falls into 2 parts, one of them the agent(s) 0 1"),
-        ("0 1 2\n", ":1: '0 1 2'"),
+        ("0 1 2\n", "--graph " + str(path) + ":1: '0 1 2'"),
         ("0 4\n", "agents are numbered 0 to 3"),
         ("1 1\n", "no link to itself"),
         ("", "falls into 4 parts"),

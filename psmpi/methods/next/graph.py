@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 
-from psmpi.errors import UserError
+from psmpi.errors import UserError, expanded
 
 # Keeps draws of graphs, and of their active edges, apart from all else drawn from a seed.
 GRAPH, ACTIVE = 0x67726170, 0x65646765
@@ -31,19 +30,13 @@ class Graph:
     links: tuple[Edge, ...]
     probability: float = 1.0
     seed: int = 0
-    drawn: dict[int, tuple[Edge, ...]] = field(default_factory=dict, compare=False, repr=False)
 
     def active(self, iteration: int) -> tuple[Edge, ...]:
         """The links that work in an iteration."""
         if self.probability >= 1:
             return self.links
-        if iteration not in self.drawn:
-            self.drawn.clear()
-            draws = np.random.default_rng([self.seed, ACTIVE, iteration]).random(len(self.links))
-            self.drawn[iteration] = tuple(
-                link for link, draw in zip(self.links, draws, strict=True) if draw < self.probability
-            )
-        return self.drawn[iteration]
+        draws = np.random.default_rng([self.seed, ACTIVE, iteration]).random(len(self.links))
+        return tuple(link for link, draw in zip(self.links, draws, strict=True) if draw < self.probability)
 
     @cached_property
     def gap(self) -> float:
@@ -135,7 +128,9 @@ def _erdos(name: str, count: int, seed: int) -> set[Edge]:
 
 def _read(name: str, count: int) -> set[Edge]:
     """The links of a text file, "A B" a line; # begins a comment."""
-    path = Path(name)
+    path = expanded(name, "--graph")
+    if not name or path.is_dir():
+        raise UserError(f"--graph {name!r}: neither a graph nor a file: expected {KINDS}")
     try:
         lines = path.read_text().splitlines()
     except FileNotFoundError:
@@ -144,25 +139,25 @@ def _read(name: str, count: int) -> set[Edge]:
         raise UserError(f"--graph {name}: cannot be read ({error}): expected lines of two agents' numbers") from None
     found: set[Edge] = set()
     for number, line in enumerate(lines, 1):
-        words = line.partition("#")[0].split()
+        words, where = line.partition("#")[0].split(), f"--graph {name}:{number}"
         if not words:
             continue
         try:
             a, b = map(int, words)
         except ValueError:
-            raise UserError(f"{name}:{number}: {line.strip()!r}: expected two agents' numbers, such as 0 1") from None
+            raise UserError(f"{where}: {line.strip()!r}: expected two agents' numbers, such as 0 1") from None
         if not (0 <= a < count and 0 <= b < count):
-            raise UserError(f"{name}:{number}: {a} {b}: agents are numbered 0 to {count - 1}; --agents says how many")
+            raise UserError(f"{where}: {a} {b}: agents are numbered 0 to {count - 1}; --agents says how many")
         if a == b:
-            raise UserError(f"{name}:{number}: {a} {b}: an agent needs no link to itself: leave the line out")
+            raise UserError(f"{where}: {a} {b}: an agent needs no link to itself: leave the line out")
         found.add((a, b))
     ways = [(a, b) for a, b in sorted(found) if (b, a) in found]
     single = [(a, b) for a, b in sorted(found) if (b, a) not in found]
     if ways and single:
         shown = ", ".join(f"{a} {b}" for a, b in single[:NAMED])
         raise UserError(
-            f"{name}: some links are there both ways, others one way only ({shown}): messages go both ways over a "
-            "link; give each link once, or all both ways"
+            f"--graph {name}: some links are there both ways, others one way only ({shown}): messages go both "
+            "ways over a link; give each link once, or all both ways"
         )
     return found
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Set
 from functools import partial
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 
@@ -19,8 +20,18 @@ from psmpi.errors import UserError
 from psmpi.layout import Runs, TableRows, replicate
 from psmpi.methods.next.deal import deal_samples
 from psmpi.methods.next.exchange import Exchange
+from psmpi.methods.next.need import next_needed
 from psmpi.methods.next.rules import RULES, Agents, Choco, sent_components
-from psmpi.methods.next.settings import Settings, check_next, graph_of, next_needed, next_notes, owners
+from psmpi.methods.next.settings import (
+    CHUNK,
+    FIXED,
+    Settings,
+    check_next,
+    graph_of,
+    next_notes,
+    next_warnings,
+    owners,
+)
 from psmpi.training.context import Context, configured_optimizer
 from psmpi.training.descent import no_sum
 from psmpi.training.element_worker import ElementWorker
@@ -30,8 +41,6 @@ from psmpi.training.rounds import Rounds
 
 # Keeps the order of an agent's samples apart from all else drawn from a seed.
 ORDER = 0x6F726472
-# Samples of a pass, at least, where all of an agent are gone through: fewer would leave matrices small.
-CHUNK = 256
 
 
 class InNetwork(Method):
@@ -71,12 +80,17 @@ class InNetwork(Method):
         )  # fmt: skip
         self._declare(everything)
         group = context.group()
-        self.mixed = self._rows(self.rule.sent)
         sparse = isinstance(self.rule, Choco)
+        self.mixed = self.rule.near if isinstance(self.rule, Choco) else self._rows(self.rule.sent)
         sent = 2 * sent_components(size, s.gossip_density) if sparse else self.rule.sent * size
         room = ops.zeros(len(self.here) * sent, self.dtype)
         self.sent = room.reshape(len(self.here), -1) if sparse else room.reshape(len(self.here), self.rule.sent, size)
-        self.exchange = Exchange(group, graph_of(s), self.owners, self.sent, self.dtype, ops)
+        graph = graph_of(s)
+        self.links = crc32(np.array(graph.links, np.int64).tobytes())
+        if not self.aside.same_bits(np.array([self.links])):
+            raise UserError(f"--graph {s.graph}: the file is not the same on all hosts: copy one to all of them")
+        self.scalars["graph"] = self.links
+        self.exchange = Exchange(group, graph, self.owners, self.sent, self.dtype, ops)
         self.period_of_exchange = context.settings(Rounds).local_steps if s.rule == "kgt" else 1
         context.put_weights(everything, self.x)
         self._spread()
@@ -86,7 +100,8 @@ class InNetwork(Method):
         self.account.include(self.worker.memory)
         self.found: dict[str, Any] = {}
 
-    check, needed, notes = staticmethod(check_next), staticmethod(next_needed), staticmethod(next_notes)
+    check, needed = staticmethod(check_next), staticmethod(next_needed)
+    notes, warnings = staticmethod(next_notes), staticmethod(next_warnings)
 
     def _rows(self, each: int = 1) -> np.ndarray:
         """Zeros (agents here, all parameters), or (agents here, each, all parameters)."""
@@ -105,8 +120,11 @@ class InNetwork(Method):
             self.context.config, self.layout, Runs(((0, len(self.here) * size),)), self.ops
         )
         self.optimizer, self.state.scalars = optimizer, optimizer.scalars
-        self.state.scalar("iterations", 0)
-        self.state.scalar("agents", self.count)
+        self.account.ask("optimizer", lambda: optimizer.arrays)
+        self.unstepped = dict(optimizer.scalars)
+        # The steps of the run, and the graph that what agents remember of each other is of.
+        self.state.scalars["steps"] = 0
+        self.state.scalar("graph", 0)
         agents = Agents(self.ops, self.w, self.g, self._rows, optimizer, self.state.scalar, self.state.scalars, self.s)
         self.rule = RULES[self.s.rule](agents)
         tables = {"weights": self.w, **self.rule.vectors}
@@ -123,7 +141,7 @@ class InNetwork(Method):
         self.rule.begin()
 
     def step(self, batch: Batch, lr: float) -> None:
-        iteration = int(self.scalars["iterations"])
+        iteration = int(self.scalars["steps"])
         for own, factor in enumerate(self.factors):
             self.loss_sum += self._gradient(own, iteration) * factor * len(batch) / self.count
         due = (iteration + 1) % self.period_of_exchange == 0
@@ -136,7 +154,7 @@ class InNetwork(Method):
             else:
                 self.exchange.mix(self.mixed)
             self.rule.take(self.mixed.reshape(len(self.here), -1, self.layout.size), lr)
-        self.scalars["iterations"] = iteration + 1
+        self.scalars["steps"] = iteration + 1
 
     def _gradient(self, own: int, iteration: int) -> float:
         """Fill row `own` of g with the gradient of an agent's samples; returns their mean loss."""
@@ -144,8 +162,7 @@ class InNetwork(Method):
         self.x[...] = self.w[own]
         g.fill(0)
         loss = 0.0
-        for at in range(0, len(ids), self.chunk):
-            some = Batch(ids[at : at + self.chunk])
+        for some in map(Batch, np.array_split(ids, -(-len(ids) // self.chunk))):
             share = len(some) / len(ids)
             loss += share * self.worker.element_losses(some, some)
             self.ops.combine(g, (1.0, g), (share * self.factors[own], self.dx))
@@ -180,13 +197,15 @@ class InNetwork(Method):
         self.aside.allreduce(self.x)
 
     def restored(self, tables: bool, fresh: Set[str]) -> None:
-        if self.scalars["agents"] != self.count:
-            raise UserError(
-                f"the checkpoint is of {int(self.scalars['agents'])} agents, and this run would have {self.count}: use "
-                f"--agents {int(self.scalars['agents'])}"
-            )
         if not tables:
+            for vector in self.optimizer.vectors.values():
+                vector.fill(0)
+            self.scalars.update(self.unstepped)
             self._spread()
+        elif self.s.rule in FIXED and self.scalars["graph"] != self.links:
+            # What agents remember was sent over other links.
+            self.rule.begin()
+        self.scalars["graph"] = self.links
 
     def test(self) -> dict[str, float]:
         """The scores of the mean of the agents' weights; also finds those of every agent, see `diagnostics`."""
@@ -203,7 +222,7 @@ class InNetwork(Method):
         for name in each[0]:
             values = [one[name] for one in each]
             self.found[f"agents_{name}"] = values
-            worst = max(values) if name.endswith("loss") else min(values)
+            worst = max(values) if name in ("loss", "rmse") else min(values)
             self.found[f"worst_{name}"], self.found[f"mean_{name}"] = worst, float(np.mean(values))
         return scores
 
@@ -216,8 +235,11 @@ class InNetwork(Method):
         found = {"disagreement": float(self.aside.agree(far).max())}
         if self.rule.tracked:
             # Of trackers after an exchange, which have not seen the next gradient yet.
-            apart = self.rule.vectors[self.rule.tracked] - self.rule.vectors["gradient"]
-            total = self.ops.host(apart.sum(axis=0) / self.count).astype(np.float64)
+            total = np.zeros(self.dx.size)
+            for y, g in zip(self.rule.vectors[self.rule.tracked], self.rule.vectors["gradient"], strict=True):
+                self.ops.combine(self.dx, (1.0, y), (-1.0, g))
+                total += self.ops.host(self.dx)
+            total /= self.count
             found["tracking_error"] = float(np.abs(self.aside.agree(total)).max())
         return found
 

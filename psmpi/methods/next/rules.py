@@ -45,10 +45,12 @@ class Agents:
 class Rule:
     """The base class: what is sent, and what becomes of what is mixed.
 
-    vectors: what an agent has besides its weights, by name, (agents, size) each, kept in checkpoints. sent: vectors
-    that an exchange sends. tracked: which of the vectors has the mean over agents of the gradients, if one does.
+    vectors: what an agent has besides its weights, by name, (agents, size) each, kept in checkpoints; kept: how many.
+    sent: vectors that an exchange sends. tracked: which of the vectors has the mean over agents of the
+    gradients, if one does.
     """
 
+    kept: ClassVar[int] = 0
     sent: ClassVar[int] = 1
     tracked: ClassVar[str] = ""
 
@@ -93,10 +95,11 @@ class Descent(Rule):
 class Tracking(Descent):
     """Gradient tracking: y = mixed y + g(new) - g(old), whose mean over agents is that of their gradients.
 
-    z = the optimizer's step along y; w = mixed z (Di Lorenzo and Scutari, 2016; with Adam: Carnevale et al., 2022).
+    z = the optimizer's step along y; w = mixed z (Di Lorenzo and Scutari, 2016). With Adam it is akin to GTAdam
+    (Carnevale and others, 2022), which mixes first, and does not correct Adam's moments for their start.
     """
 
-    sent, tracked = 2, "tracker"
+    kept, sent, tracked = 2, 2, "tracker"
 
     def __init__(self, agents: Agents):
         super().__init__(agents)
@@ -153,10 +156,11 @@ def minimum(s: Settings, ops: NumpyOps, w: np.ndarray, y: np.ndarray) -> None:
     flat, at = y.reshape(-1), w.reshape(-1)
     ops.combine(flat, (-1 / total, flat), (tau / total, at))
     if s.regularizer == "l1":
-        xp: Any = np
-        shrunk = xp.abs(y) - lam / tau
-        xp.maximum(shrunk, 0, out=shrunk)
-        y[...] = xp.copysign(shrunk, y)
+        shrunk = ops.scratch("soft threshold", flat.size, flat.dtype)
+        np.abs(flat, out=shrunk)
+        shrunk -= lam / tau
+        np.maximum(shrunk, 0, out=shrunk)
+        np.copysign(shrunk, flat, out=flat)
 
 
 class Extra(Rule):
@@ -164,6 +168,8 @@ class Extra(Rule):
 
     The last three terms of one iteration but for g are `carry` of the next: (w + mixed w)/2 - a g.
     """
+
+    kept = 1
 
     def __init__(self, agents: Agents):
         super().__init__(agents)
@@ -194,7 +200,7 @@ class LocalSteps(Rule):
     c, the correction, is what an agent's gradients lack of the mean over agents; its mean over agents is 0.
     """
 
-    sent = 2
+    kept = sent = 2
 
     def __init__(self, agents: Agents):
         super().__init__(agents)
@@ -222,8 +228,10 @@ class LocalSteps(Rule):
         # c += (mixed z - z) / (sum of lr), z what an agent has gone.
         change = mixed[:, 1]
         change -= self.start
-        change *= 1 / float(a.scalars["length"])
-        self.correction += change
+        length = float(a.scalars["length"])
+        if length > 0:
+            change *= 1 / length
+            self.correction += change
         a.w[...] = mixed[:, 0]
         self.start[...] = a.w
         a.scalars["length"] = 0.0
@@ -236,6 +244,8 @@ class Choco(Rule):
     step w goes by `gossip_rate` of near - known. What is sent are the values of some components, then their places, as
     the bits of numbers of the same size.
     """
+
+    kept = 2
 
     def __init__(self, agents: Agents):
         super().__init__(agents)

@@ -13,14 +13,12 @@ import numpy as np
 from psmpi.config import Config, Least, option
 from psmpi.data import Dataset
 from psmpi.errors import UserError, counted
-from psmpi.layout import replicate
 from psmpi.methods.next.deal import classes_each, deal_samples
 from psmpi.methods.next.graph import Graph, make_graph
 from psmpi.nn.network import Network
 from psmpi.optim import find_optimizer
 from psmpi.training.checks import check_first_order, check_slices
-from psmpi.training.context import configured_loss
-from psmpi.training.need import Need, added, worker_needed
+from psmpi.training.context import check_optimizer, configured_loss
 from psmpi.training.rounds import Rounds, check_rounds
 
 
@@ -48,7 +46,8 @@ class Settings:
     extra: dgd corrected by what was sent before; choco: dgd that sends the largest changes; kgt: local steps with
     tracking."""
     tracking: Literal["full", "minibatch"] = "full"
-    """Gradients of a step: over all samples of an agent, or over its share of a minibatch."""
+    """Gradients of a step: over all samples of an agent, where --batch-size alone says how many steps an epoch has, or
+    over its share of a minibatch."""
     tau: float = 1.0
     """Curvature of the convex model of --rule next, added to that of the regularizer."""
     mu: float = 0.0
@@ -58,7 +57,7 @@ class Settings:
     regularizer_weight: float = 0.0
     """Factor of the regularizer."""
     gossip_density: float = 0.1
-    """Share of the components that --rule choco sends."""
+    """Share of the components that --rule choco sends, values and places: above 0.5 it sends more than all values."""
     gossip_rate: float = 0.3
     """How far agents of --rule choco go to what they know of their neighbours; above 0, up to 1."""
 
@@ -72,6 +71,8 @@ USERS = {
     "gossip_density": ("choco",),
     "gossip_rate": ("choco",),
 }
+# Samples of a pass at most where all of an agent are gone through, unless minibatches are larger.
+CHUNK = 256
 # Rules whose step is plain gradient descent.
 PLAIN = ("next", "extra", "kgt")
 # Rules that remember what was sent over a link, which has to work each time.
@@ -116,10 +117,12 @@ def check_next(size: int, network: Network, dataset: Dataset, config: Config) ->
     if s.split not in ("iid", "sorted"):
         classes_each(s.split)
     configured_loss(config, dataset)
+    check_optimizer(config, network.layout(), ())
     graph_of(s)
     if dataset.train.n < s.agents:
         raise UserError(f"--agents {s.agents}: there are {dataset.train.n} training samples only; use fewer")
-    check_slices(network, config.data.batch_size, s.agents, "agents", "--agents")
+    if s.tracking == "minibatch":
+        check_slices(network, config.data.batch_size, s.agents, "agents", "--agents")
     _check_samples(network, dataset, config, s)
 
 
@@ -143,6 +146,10 @@ def _check_numbers(s: Settings) -> None:
                 f"{option(name)} is of --rule {rules[0]}, and the rule here is {s.rule}: leave it out, or choose "
                 "that one"
             )
+    if s.graph_seed and s.link_probability == 1 and not s.graph.startswith("erdos:"):
+        raise UserError(
+            f"--graph-seed {s.graph_seed}: nothing is drawn of --graph {s.graph} whose links all work: leave it out"
+        )
     if s.rule in FIXED and s.link_probability < 1:
         raise UserError(
             f"--link-probability {s.link_probability:g}: --rule {s.rule} remembers what was sent over each link, which "
@@ -164,27 +171,17 @@ def _check_samples(network: Network, dataset: Dataset, config: Config, s: Settin
     fewest = min(map(len, dealt))
     steps = -(-dataset.train.n // config.data.batch_size)
     least = 2 if network.normalized else 1
+    if fewest < least:
+        raise UserError(
+            f"--split {s.split} leaves an agent with {counted(fewest, 'sample')}, which batch normalization makes 0: "
+            "use fewer --agents"
+        )
     if s.tracking == "minibatch" and fewest < least * steps:
         raise UserError(
             f"--tracking minibatch: the smallest of the {s.agents} agents' shares has {counted(fewest, 'sample')}, too "
             f"few for {counted(steps, 'step')} an epoch: use --batch-size "
-            f"{-(-dataset.train.n * least // fewest)} or more"
+            f"{-(-dataset.train.n // (fewest // least))} or more"
         )
-
-
-def next_needed(size: int, network: Network, dataset: Dataset, config: Config) -> list[Need]:
-    """See `Method.needed`."""
-    s, itemsize = config.of(Settings), np.dtype(config.model.dtype).itemsize
-    whole, roles, held = network.layout().size * itemsize, replicate(network.layout(), size), owners(s.agents, size)
-    found = []
-    for rank, worker in enumerate(roles.workers):
-        assert worker is not None
-        need = worker_needed(config, network, dataset, worker, roles)
-        # Of all training samples a rank has those of its agents; what is known without dealing them is left out.
-        need = {name: value for name, value in need.items() if name != "samples"}
-        count = held.count(rank)
-        found.append(added(need, {"weights": (count + 1) * whole, "gradients": (count + 1) * whole}))
-    return found
 
 
 def next_notes(size: int, network: Network, config: Config) -> Iterator[str]:
@@ -195,3 +192,12 @@ def next_notes(size: int, network: Network, config: Config) -> Iterator[str]:
     each = counted(low, "neighbour") if low == high else f"{low} to {high} neighbours"
     fails = f", each link works with probability {s.link_probability:g}" if s.link_probability < 1 else ""
     yield f"{counted(s.agents, 'agent')} with {each} each, spectral gap {graph.gap:.3g}{fails}"
+
+
+def next_warnings(size: int, network: Network, config: Config) -> Iterator[str]:
+    """See `Method.warnings`."""
+    if network.normalized and config.of(Settings).tracking == "full":
+        yield (
+            "batch normalization takes the statistics of the samples of a pass: with --tracking full an agent's, up to "
+            f"{max(CHUNK, config.data.batch_size)} at a time"
+        )

@@ -1,0 +1,30 @@
+"""The memory that ranks of the method `next` need at least; made without MPI and arrays of weights."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from psmpi.config import Config
+from psmpi.data import Dataset
+from psmpi.layout import replicate
+from psmpi.methods.next.rules import RULES, Choco, sent_components
+from psmpi.methods.next.settings import Settings, owners
+from psmpi.nn.network import Network
+from psmpi.training.need import Need, added, vectors_needed, worker_needed
+
+
+def next_needed(size: int, network: Network, dataset: Dataset, config: Config) -> list[Need]:
+    """See `Method.needed`. What is received is left out, and of the samples all: whose they are is drawn later."""
+    s, layout, itemsize = config.of(Settings), network.layout(), np.dtype(config.model.dtype).itemsize
+    whole, roles, rule, held = layout.size, replicate(layout, size), RULES[s.rule], owners(s.agents, size)
+    found = []
+    for rank, worker in enumerate(roles.workers):
+        assert worker is not None
+        need, here = worker_needed(config, network, dataset, worker, roles), held.count(rank)
+        need.pop("samples", None)
+        vectors = vectors_needed(config, layout, (here + 1) * whole, (here + 1) * whole, here * whole)
+        sent = 2 * sent_components(whole, s.gossip_density) if rule is Choco else rule.sent * whole
+        mixed = 0 if rule is Choco else rule.sent * whole
+        more = {"optimizer": rule.kept * here * whole, "weights": mixed * here, "buffers": sent * here}
+        found.append(added(added(need, vectors), {name: n * itemsize for name, n in more.items()}))
+    return found
