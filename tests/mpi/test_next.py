@@ -294,7 +294,7 @@ def test_scores_of_every_agent_are_told(tmp_path):
         (("--beta1", "2"), "beta1"),
         (("--graph-seed", "5"), "nothing is drawn"),
         (("--agents", "40", "--split", "skewed:1", "--tracking", "minibatch", "--batch-size", "40", "--model", "mlp",
-          "--batch-norm"), "without a sample"),
+          "--batch-norm"), "with a single sample"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_one_message(tmp_path, options, says):
@@ -306,8 +306,8 @@ def test_other_agents_start_from_the_mean(tmp_path):
     options = ("--method", "next", "--max-steps", "3", "--out", tmp_path / "run")
     status, _, err = run(2, "-m", "psmpi.train", *options)
     assert status == 0, err
-    for more in (("--agents", "6"), ("--rule", "dgd")):
-        words = (*options[:2], "--resume", "auto", *more, "--max-steps", "4", *options[4:])
+    for steps, more in (("4", ()), ("5", ("--rule", "choco"))):
+        words = (*options[:2], "--resume", "auto", "--agents", "6", *more, "--max-steps", steps, *options[4:])
         status, out, err = run(2, "-m", "psmpi.train", *words)
         assert status == 0 and "does not hold the weights of these agents" in out, out + err
 
