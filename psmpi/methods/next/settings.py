@@ -46,8 +46,8 @@ class Settings:
     extra: dgd corrected by what was sent before; choco: dgd that sends the largest changes; kgt: local steps with
     tracking."""
     tracking: Literal["full", "minibatch"] = "full"
-    """Gradients of a step: over all samples of an agent, whatever the size of minibatches, which then only says how many
-    steps an epoch has; or over its share of a minibatch."""
+    """Gradients of a step: over all samples of an agent, where the size of minibatches only says how many steps an
+    epoch has; or over its share of a minibatch."""
     tau: float = 1.0
     """Curvature of the convex model of --rule next, added to that of the regularizer."""
     mu: float = 0.0
