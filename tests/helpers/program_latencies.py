@@ -13,7 +13,7 @@ from psmpi.comm.group import in_place
 from psmpi.comm.watch.flight import bare
 from psmpi.comm.world import start
 
-REPEATS = 2
+REPEATS = 4
 
 
 def ended(comm, name, nbytes):
@@ -30,7 +30,7 @@ def ended(comm, name, nbytes):
     found = []
     for _ in range(REPEATS):
         # All ranks are of one machine, with one clock.
-        begin = comm.bcast(time.time() + 0.3)
+        begin = comm.bcast(time.time() + 0.2)
         time.sleep(max(0.0, begin - time.time()))
         calls[name]()
         found.append(time.time() - begin)
