@@ -25,7 +25,7 @@ LARGEST = 65536
 class Carrier:
     """Carries IPv4 packets between devices: each sends and receives at so many bytes a second, and `delay` s later.
 
-    Packets wait in their own device until the link takes them: none is lost.
+    Packets wait in their own device until the link takes them.
     """
 
     def __init__(self, rate: float, delay: float):

@@ -32,10 +32,6 @@ class Exchange:
         self.links: tuple[tuple[int, int], ...] | None = None
         self.plan(0)
 
-    @property
-    def nbytes(self) -> int:
-        return int(self.sent.nbytes + self.room.nbytes)
-
     def plan(self, iteration: int) -> None:
         """Take the links that work in an iteration from now on."""
         links = self.graph.active(iteration)
