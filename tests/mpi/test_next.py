@@ -5,6 +5,7 @@ from json import loads
 import numpy as np
 import pytest
 from helpers.runs import run
+from scipy.optimize import least_squares
 
 from psmpi.backend import NumpyOps
 from psmpi.checkpoint import newest
@@ -192,6 +193,93 @@ def test_next_finds_the_regularized_solution(folder):
     assert (np.abs(gradient[~away]) <= 0.05 + 1e-8).all()
 
 
+PARTIAL = ("--rule", "next", "--linearization", "partial", "--threads", "1")
+
+
+def curvature(problem):
+    """The largest eigenvalue of the mean squared error's second derivatives."""
+    return float(np.linalg.eigvalsh(2 / SAMPLES * problem.x.T @ problem.x)[-1])
+
+
+@pytest.mark.parametrize("blocks", [1, 3, 6])
+def test_next_that_linearises_the_network_alone_finds_the_regularized_solution(folder, blocks):
+    """The network is linear: the convex model is an agent's loss itself, see `Inner`."""
+    tau = str(curvature(Problem(folder)))
+    options = (*PLAIN, *PARTIAL, "--lr", "0.3", "--tau", tau, "--mu", "1e-3", "--inner-blocks", str(blocks))
+    l2 = ("--regularizer", "l2", "--regularizer-weight", "0.05")
+    problem = Problem(folder, *options, *l2)
+    expected = np.tile(problem.solution(0.05), (AGENTS, 1))
+    np.testing.assert_allclose(problem.train(2, 1000), expected, rtol=0, atol=1e-10)
+    problem = Problem(folder, *options, *l2, "--graph", "complete", "--link-probability", "0.5")
+    np.testing.assert_allclose(problem.train(1, 2000), expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("rule", ["full", "partial"])
+@pytest.mark.parametrize("kind", ["l1", "box", "ball"])
+def test_next_finds_the_solution_in_a_set(folder, rule, kind):
+    """The optimum of the loss of all samples, by its conditions: those of the subgradient, or of the normal cone."""
+    problem = Problem(folder)
+    size = {"box": 0.4, "ball": 0.6}.get(kind, 0.05)
+    assert np.abs(problem.solution()).max() > 0.6
+    more = (
+        ("--regularizer", "l1", "--regularizer-weight", "0.05") if kind == "l1" else ("--constraint", f"{kind}:{size}")
+    )
+    tau = str(curvature(problem))
+    problem = Problem(folder, *PLAIN, *PARTIAL, "--linearization", rule, "--lr", "0.3", "--tau", tau, *more)
+    w = problem.train(2, 3000)
+    np.testing.assert_allclose(w, np.tile(w.mean(axis=0), (AGENTS, 1)), rtol=0, atol=1e-9)
+    w, slope = w[0], problem.gradients(w).mean(axis=0)
+    if kind == "l1":
+        away = np.abs(w) > 1e-6
+        np.testing.assert_allclose(slope[away], -size * np.sign(w[away]), rtol=0, atol=1e-8)
+        assert (np.abs(slope[~away]) <= size + 1e-8).all()
+    elif kind == "box":
+        inside = np.abs(w) < size - 1e-9
+        assert 0 < inside.sum() < len(w) and np.abs(w).max() <= size
+        np.testing.assert_allclose(slope[inside], 0, rtol=0, atol=1e-8)
+        assert (slope[~inside] * w[~inside] < 0).all()
+    else:
+        assert np.linalg.norm(w) == pytest.approx(size, abs=1e-9)
+        np.testing.assert_allclose(slope, w * (slope @ w) / (w @ w), rtol=0, atol=1e-8)
+
+
+@pytest.mark.slow
+def test_agents_find_what_one_process_finds_of_a_network(tmp_path):
+    """A 6-8-1 network, ten agents of 40 samples that are not alike: loss of the mean within a quarter of the best."""
+    rng, n = np.random.default_rng(0), 400
+    x = rng.uniform(-1, 1, size=(n, 6))
+    y = np.sin(2 * x[:, 0]) + x[:, 1] * x[:, 2] + 0.5 * np.cos(3 * x[:, 3]) + 0.02 * rng.normal(size=n)
+    np.savez(tmp_path / "own.npz", x=x, y=y[:, None], x_test=x[:9], y_test=y[:9, None])
+    layers = ('type = "dense"\nunits = 8', 'type = "tanh"', 'type = "dense"\nunits = 1')
+    (tmp_path / "small.toml").write_text(
+        '[model]\nmodel = "custom"\n' + "".join(f"[[model.layers]]\n{one}\n" for one in layers)
+    )
+    words = (*FULL, *PLAIN, *PARTIAL, "--agents", "10", "--batch-size", str(n), "--graph", "erdos:0.25", "--tau", "0.1",
+             "--graph-seed", "3", "--lr", "0.1", "--mu", "0.01", "--regularizer", "l2", "--regularizer-weight", "1e-3",
+             "--dataset", str(tmp_path / "own.npz"), "--config", str(tmp_path / "small.toml"))  # fmt: skip
+    config, dataset = usual(parse(list(words))), open_dataset(str(tmp_path / "own.npz"), "")
+    network = make_network("custom", dataset.shape, 1, **config.model.shape)
+
+    def work(world):
+        method = find_method("next")(Context(world, network, dataset, config, NumpyOps()))
+
+        def residuals(w):
+            method.x[...] = w
+            found = method.inner.jacobian.model.forward(np.ascontiguousarray(x.T)).scores[0]
+            return np.concatenate([(found - y) / n**0.5, 1e-3**0.5 * w])
+
+        starts = [method.w[0].copy(), *(0.3 * np.random.default_rng(k).normal(size=method.x.size) for k in range(4))]
+        best = min(2 * least_squares(residuals, start).cost for start in starts)
+        for _ in range(2000):
+            method.step(Batch(np.arange(n)), 0.1)
+        w = method.w.mean(axis=0)
+        assert np.abs(method.w - w).max() < 1e-3
+        return float(residuals(w) @ residuals(w)) / best
+
+    (ratio,) = run_ranks(1, work, timeout=1000)
+    assert 1 <= ratio <= 1.25
+
+
 def test_without_tracking_agents_stay_apart(folder):
     far = {}
     for rule in ("tracking", "dgd"):
@@ -293,6 +381,14 @@ def test_scores_of_every_agent_are_told(tmp_path):
         (("--agents", "60", "--tracking", "minibatch", "--batch-size", "32"), "leaves some of 60 agents"),
         (("--beta1", "2"), "beta1"),
         (("--graph-seed", "5"), "nothing is drawn"),
+        (("--linearization", "partial"), "--linearization is of --rule next"),
+        ((*PARTIAL[:4], *PLAIN, "--model", "mlp", "--widths", "200"), "10,000 weights at most"),
+        ((*PARTIAL[:4], *PLAIN, "--model", "mlp", "--widths", "20", "--batch-norm"), "one sample at a time"),
+        (("--rule", "next", *PLAIN, "--inner-blocks", "2"), "is for --linearization partial"),
+        ((*PARTIAL[:4], *PLAIN, "--model", "mlp", "--widths", "20", "--inner-blocks", "2", "--constraint", "ball:3"),
+          "blocks cannot keep one length"),
+        (("--rule", "next", *PLAIN, "--constraint", "box:-1"), "expected none, box:B"),
+        (("--rule", "next", *PLAIN, "--lr", "2"), "is 1 at most"),
         (("--agents", "40", "--split", "skewed:1", "--tracking", "minibatch", "--batch-size", "40", "--model", "mlp",
           "--batch-norm"), "with a single sample"),
     ],

@@ -26,7 +26,7 @@ class CompiledOps(CompiledLosses, NumpyOps):
     def __init__(self, instructions: int | None = None, threads: int = 1) -> None:
         super().__init__()
         self.instructions = level() if instructions is None else instructions
-        self.team = Team(threads)
+        self.threads, self.team = threads, Team(threads)
 
     @property
     def description(self) -> str:

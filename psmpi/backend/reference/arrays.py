@@ -22,6 +22,8 @@ class Arrays:
     name = "numpy"
     # Minibatches of a multiple of this are the fastest.
     batch_multiple = 1
+    # Cores for what is computed on the host.
+    threads = 1
     # Whether arrays are in a device's memory, and only mirrors of them in the host's.
     on_device = False
     # Elements of the windows that a convolution makes at a time: they stay in the second-level cache.

@@ -21,6 +21,7 @@ from psmpi.layout import Runs, TableRows, replicate
 from psmpi.methods.next.deal import deal_samples
 from psmpi.methods.next.exchange import Exchange
 from psmpi.methods.next.need import next_needed
+from psmpi.methods.next.partial import Inner, Jacobian
 from psmpi.methods.next.rules import RULES, Agents, Choco, sent_components
 from psmpi.methods.next.settings import (
     CHUNK,
@@ -32,7 +33,9 @@ from psmpi.methods.next.settings import (
     next_warnings,
     owners,
 )
-from psmpi.training.context import Context, configured_optimizer
+from psmpi.nn.losses import Loss
+from psmpi.nn.model import Model
+from psmpi.training.context import Context, configured_loss, configured_optimizer
 from psmpi.training.descent import no_sum
 from psmpi.training.element_worker import ElementWorker
 from psmpi.training.method import Exactness, Method
@@ -125,7 +128,11 @@ class InNetwork(Method):
         # The steps of the run, and the graph that what agents remember of each other is of.
         self.state.scalars["steps"] = 0
         self.state.scalar("graph", 0)
-        agents = Agents(self.ops, self.w, self.g, self._rows, optimizer, self.state.scalar, self.state.scalars, self.s)
+        self.inner = self._inner() if self.s.linearization == "partial" else None
+        agents = Agents(
+            self.ops, self.w, self.g, self._rows, optimizer, self.state.scalar, self.state.scalars, self.s,
+            None if self.inner is None else self._minimum,
+        )  # fmt: skip
         self.rule = RULES[self.s.rule](agents)
         tables = {"weights": self.w, **self.rule.vectors}
         tables.update({name: vector.reshape(-1, size) for name, vector in optimizer.vectors.items()})
@@ -134,6 +141,35 @@ class InNetwork(Method):
         rows = [tuple(a for a, owner in enumerate(self.owners) if owner == r) for r in range(self.context.size)]
         self.state.rows = TableRows(tuple(rows))
         self.state.lost = "the weights of these agents: all of them start from the mean"
+
+    def _inner(self) -> Inner:
+        """What solves convex models that linearise the network alone."""
+        context = self.context
+        model = Model(context.network, self.layout, self.x, self.dx, self.ops)
+        jacobian = Jacobian(model, self.worker.train, int(np.prod(context.dataset.shape)))
+        parts = 1 if self.s.tracking == "full" else self.steps_per_epoch
+        jacobian.reserve(max(-(-len(ids) // parts) for ids in self.samples))
+
+        def loss() -> Loss:
+            made = configured_loss(context.config, context.dataset)
+            made.lenient = True
+            return made
+
+        self.account.hold("buffers", jacobian.rows)
+        return Inner(jacobian, loss, self.s.terms, self.s.tau, self.s.inner_blocks, self.ops.threads)
+
+    def _minimum(self, own: int, w: np.ndarray, y: np.ndarray) -> np.ndarray:
+        """The minimum of an agent's convex model at the weights that its last gradient was taken at."""
+        assert self.inner is not None
+        ids = self._ids(own, int(self.scalars["steps"]))
+        self.x[...] = w
+        host, targets = self.ops.host, self.context.dataset.train.targets[ids]
+        if self.context.dataset.task != "classes":
+            targets = targets.T
+        scale = self.factors[own] / (self.count * len(ids))
+        w, y = np.asarray(host(w), np.float64), np.asarray(host(y), np.float64)
+        found: np.ndarray = self.ops.put(self.inner.solve(ids, targets, scale, w, y).astype(self.dtype))
+        return found
 
     def _spread(self) -> None:
         """Let all agents start from x."""

@@ -22,7 +22,8 @@ class Agents:
     """What a rule works with: the arrays of this rank's agents, and how to step along a gradient.
 
     make: zeros like w. step(w, g, lr): the optimizer's, of all agents at once; g is used up. scalar: declares one of
-    the scalars, which checkpoints hold.
+    the scalars, which checkpoints hold. minimum(own, w, y): of the convex model of one of the agents, (size,),
+    where the network alone is linearised.
     """
 
     ops: NumpyOps
@@ -33,6 +34,7 @@ class Agents:
     scalar: Callable[[str, float], None]
     scalars: dict[str, float | int]
     settings: Settings
+    minimum: Callable[[int, np.ndarray, np.ndarray], np.ndarray] | None = None
 
     def step(self, w: np.ndarray, g: np.ndarray, lr: float) -> None:
         self.optimizer.step(w.reshape(-1), g.reshape(-1), lr, lambda values: values)
@@ -122,9 +124,10 @@ class Tracking(Descent):
 
 
 class Next(Tracking):
-    """NEXT with a fully linearised loss (Di Lorenzo and Scutari, 2016; Scardapane and Di Lorenzo, 2017).
+    """NEXT (Di Lorenzo and Scutari, 2016; Scardapane and Di Lorenzo, 2017): to the minimum wt of a convex model.
 
-    wt minimises y^T (w - w_i) + tau/2 |w - w_i|^2 + r(w); z = w + a (wt - w), and a shrinks by mu.
+    Fully linearised, it is y^T (w - w_i) + tau/2 |w - w_i|^2 + r(w), over a set; partially, see `Inner`. z = w + a (wt
+    - w), and a shrinks by mu.
     """
 
     def __init__(self, agents: Agents):
@@ -134,33 +137,23 @@ class Next(Tracking):
     def begin(self) -> None:
         super().begin()
         self.a.scalars["shrink"] = 1.0
+        for w in self.a.w:
+            self.a.settings.terms.project(self.a.ops, w)
 
     def _step(self, out: np.ndarray, g: np.ndarray, lr: float) -> None:
         a, s = self.a, self.a.settings
         length = lr * float(a.scalars["shrink"])
-        minimum(s, a.ops, a.w, g)
+        if a.minimum is not None:
+            for own, (w, y) in enumerate(zip(a.w, g, strict=True)):
+                y[...] = a.minimum(own, w, y)
+        else:
+            a.add(g, (-1 / s.tau, g), (1.0, a.w))
+            for y in g:
+                s.terms.nearest(a.ops, y, s.tau)
         # g is the minimum now.
         a.add(a.w, (1 - length, a.w), (length, g))
         out[:, 0] = a.w
         a.scalars["shrink"] = float(a.scalars["shrink"]) * max(0.0, 1 - s.mu * length)
-
-
-def minimum(s: Settings, ops: NumpyOps, w: np.ndarray, y: np.ndarray) -> None:
-    """y becomes the minimum of y^T (x - w) + tau/2 |x - w|^2 + r(x) over x.
-
-    None: w - y/tau; l2, r = lam |x|^2: (tau w - y) / (tau + 2 lam); l1, r = lam |x|_1: S(w - y/tau, lam/tau) with the
-    soft threshold S(x, t) = sign(x) max(|x| - t, 0).
-    """
-    tau, lam = s.tau, s.regularizer_weight
-    total = tau + 2 * lam if s.regularizer == "l2" else tau
-    flat, at = y.reshape(-1), w.reshape(-1)
-    ops.combine(flat, (-1 / total, flat), (tau / total, at))
-    if s.regularizer == "l1":
-        shrunk = ops.scratch("soft threshold", flat.size, flat.dtype)
-        np.abs(flat, out=shrunk)
-        shrunk -= lam / tau
-        np.maximum(shrunk, 0, out=shrunk)
-        np.copysign(shrunk, flat, out=flat)
 
 
 class Extra(Rule):

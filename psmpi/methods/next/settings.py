@@ -13,8 +13,10 @@ import numpy as np
 from psmpi.config import Config, Least, option
 from psmpi.data import Dataset
 from psmpi.errors import UserError, counted
+from psmpi.methods.next.convex import Terms, read_set
 from psmpi.methods.next.deal import classes_each, deal_samples
 from psmpi.methods.next.graph import Graph, make_graph
+from psmpi.methods.next.partial import MOST
 from psmpi.nn.network import Network
 from psmpi.optim import find_optimizer
 from psmpi.training.checks import check_first_order, check_slices
@@ -56,10 +58,22 @@ class Settings:
     """What --rule next adds to the loss: --regularizer-weight times the squares of all weights, or their magnitudes."""
     regularizer_weight: float = 0.0
     """Factor of the regularizer."""
+    linearization: Literal["full", "partial"] = "full"
+    """What the convex model of --rule next makes linear: full, the loss; partial, the network inside the loss, which
+    takes fewer iterations, and more work in each; up to 10,000 weights."""
+    inner_blocks: Annotated[int, Least(1)] = 1
+    """Blocks of weights in which --linearization partial solves its convex model, one on a core."""
+    constraint: str = "none"
+    """Set that --rule next keeps weights in: none; box:B, each between -B and B; ball:R, of length R together."""
     gossip_density: float = 0.1
     """Share of the components that --rule choco sends, values and places: above 0.5 it sends more than all values."""
     gossip_rate: float = 0.3
     """How far agents of --rule choco go to what they know of their neighbours; above 0, up to 1."""
+
+    @property
+    def terms(self) -> Terms:
+        """What the convex model has besides the loss; UserError for a set that is none."""
+        return Terms(self.regularizer, self.regularizer_weight, *read_set(self.constraint))
 
 
 # The rules that use a setting which others do not.
@@ -68,6 +82,9 @@ USERS = {
     "mu": ("next",),
     "regularizer": ("next",),
     "regularizer_weight": ("next",),
+    "linearization": ("next",),
+    "inner_blocks": ("next",),
+    "constraint": ("next",),
     "gossip_density": ("choco",),
     "gossip_rate": ("choco",),
 }
@@ -114,6 +131,8 @@ def check_next(size: int, network: Network, dataset: Dataset, config: Config) ->
         )
     if s.rule in PLAIN and o.weight_decay:
         raise UserError(f"--weight-decay is not for --rule {s.rule}: use --rule next with --regularizer l2")
+    if s.rule == "next":
+        _check_model(network, config, s)
     if s.split not in ("iid", "sorted"):
         classes_each(s.split)
     configured_loss(config, dataset)
@@ -158,6 +177,40 @@ def _check_numbers(s: Settings) -> None:
     if (s.regularizer == "none") != (s.regularizer_weight == 0):
         raise UserError(
             f"--regularizer {s.regularizer} with --regularizer-weight {s.regularizer_weight:g}: give both, or none"
+        )
+
+
+def _check_model(network: Network, config: Config, s: Settings) -> None:
+    """UserError for a convex model that cannot be solved, or a step that leaves its set."""
+    lr, size = config.optimization.lr, network.layout().size
+    if not (lr <= 1 and s.mu * lr < 1):
+        raise UserError(
+            f"--lr {lr:g} with --mu {s.mu:g}: the step of --rule next to the minimum of its model is 1 at most, and mu "
+            "times it below 1; use a larger --tau for shorter steps"
+        )
+    kind = s.terms.kind
+    if s.linearization == "full":
+        if s.inner_blocks > 1:
+            raise UserError(f"--inner-blocks {s.inner_blocks} is for --linearization partial: leave it out")
+        return
+    if size > MOST:
+        raise UserError(
+            f"--linearization partial of {size:,} weights: it keeps the derivatives of all scores by all weights, "
+            f"and is for {MOST:,} weights at most; use --linearization full"
+        )
+    if network.normalized:
+        raise UserError(
+            "--linearization partial takes the derivatives of one sample at a time, and batch normalization couples "
+            "them: use --linearization full, or a model without it"
+        )
+    if config.objective.margin:
+        raise UserError("--margin is not for --linearization partial: leave it out, or use --linearization full")
+    if s.inner_blocks > size:
+        raise UserError(f"--inner-blocks {s.inner_blocks}: the model has {counted(size, 'weight')} only; use fewer")
+    if kind == "ball" and s.inner_blocks > 1:
+        raise UserError(
+            f"--constraint {s.constraint} with --inner-blocks {s.inner_blocks}: blocks cannot keep one length of all "
+            "weights, each alone; use one block, or box:B"
         )
 
 
