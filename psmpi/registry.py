@@ -26,6 +26,7 @@ BUILTIN = {
     "psl": "psmpi.methods.psl.method:PartiallySeparable",
     "data_parallel": "psmpi.methods.data_parallel:DataParallel",
     "local_sgd": "psmpi.methods.local_sgd:LocalSGD",
+    "dni": "psmpi.methods.dni.method:DecoupledInterfaces",
     "dfa": "psmpi.methods.dfa:DirectFeedback",
     "ist": "psmpi.methods.ist.method:IndependentSubnets",
     "next": "psmpi.methods.next.method:InNetwork",

@@ -233,6 +233,7 @@ def _train(world: World, control: Control, config: Config, own: str, layers: str
                 task=dataset.task,
                 own=frozenset(method.state.own & method.state.vectors.keys()),
                 data=identity.table(),
+                spaces={name: space.layout for name, space in method.state.spaces.items()},
             )
             loop = Loop(control, method, dataset, config, out, console, contents, folder, signals)
             notes = loop.resume(Path(found)) if found else []

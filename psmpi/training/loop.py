@@ -90,6 +90,7 @@ class Loop:
             control, contents, method.shards, out,
             keep=run.checkpoint_keep, gzip=run.checkpoint_gzip, parallel=run.checkpoint_parallel,
             lock=None if folder is None else folder.lock, rows=method.state.rows,
+            spaces={name: space.owned for name, space in method.state.spaces.items()},
         )  # fmt: skip
         self.progress = Progress()
         # Whether to stop, which all ranks find after the same step.
@@ -350,7 +351,7 @@ class Loop:
             self.wrong = True
             return
         state = self.method.state
-        self.writer.write(state.vectors, state.scalars, progress, state.tables)
+        self.writer.write(state.arrays, state.scalars, progress, state.tables)
         self._tell_troubles()
 
     def _tell_troubles(self) -> None:

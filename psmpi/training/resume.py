@@ -135,10 +135,13 @@ def restore(method: Method, path: Path, contents: Contents, config: Config, step
     there = {"weights"} if reason else contents.vectors | {"weights"}
     taken = {name: vector for name, vector in vectors.items() if name in there}
     state.update(contents.scalars, state.own if reason else state.scalars.keys())
-    fresh = vectors.keys() - taken.keys()
+    spaces = {name: space for name, space in state.spaces.items() if contents.spaces.get(name) == space.layout}
+    fresh = (vectors.keys() - taken.keys()) | (state.spaces.keys() - spaces.keys())
     tables = not reason and state.rows.total > 0
     with flight_of(method.context.world).task(f"reading the checkpoint {path}"):
         checkpoint.load(path, method.layout, method.shards[method.rank], taken, contents.part)
+        for name, space in spaces.items():
+            checkpoint.load_space(path, name, space.layout, space.owned[method.rank], space.saved)
         found = tables and checkpoint.load_tables(path, state.tables, state.rows, method.rank)
     if "steps" in state.scalars:
         # A method that goes by the steps of epochs goes on with them, whatever the checkpoint is of.

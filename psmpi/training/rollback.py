@@ -56,7 +56,7 @@ class Rollback:
 
     def _arrays(self) -> list[tuple[str, np.ndarray]]:
         state = self.method.state
-        return [*state.vectors.items(), *((f"table {name}", table) for name, table in state.tables.items())]
+        return [*state.arrays.items(), *((f"table {name}", table) for name, table in state.tables.items())]
 
     def rate(self) -> float:
         """The factor of the learning rate."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from psmpi.backend import Mirror, NumpyOps
-from psmpi.layout import Ownership, TableRows
+from psmpi.layout import Layout, Ownership, Runs, TableRows
 from psmpi.optim import Optimizer
 from psmpi.training.account import Account
 
@@ -42,19 +42,49 @@ class Entry:
                 mirror.host[here] = self.saved[there]
 
 
+@dataclass
+class Space:
+    """Tensors that are no parameters of the network, by their layout, and who has which of them.
+
+    `saved`, in host memory, is this rank's local vector, and what checkpoints hold and restore.
+    """
+
+    saved: np.ndarray
+    mirrors: list[Mirror]
+    layout: Layout
+    owned: Ownership
+
+    def merge(self) -> None:
+        """Bring `saved` up to date with the images."""
+        at = 0
+        for mirror in self.mirrors:
+            if mirror.host is not self.saved:
+                self.saved[at : at + mirror.host.size] = mirror.host
+            at += mirror.host.size
+
+    def spread(self) -> None:
+        """Bring the images up to date with `saved`."""
+        at = 0
+        for mirror in self.mirrors:
+            if mirror.host is not self.saved:
+                mirror.host[...] = self.saved[at : at + mirror.host.size]
+            at += mirror.host.size
+
+
 class State:
     """What a rank has that outlives a step, beside what it computes anew.
 
     shards: every rank's; the vectors of the state are local vectors of this rank's. own: the names of vectors and
     scalars that are the method's and not the optimizer's; rows: which rows of the tables each rank has; lost: what is
-    said where a checkpoint has no such tables: "the checkpoint does not hold ...". account: the memory of what is
-    declared, to which a method adds what it keeps besides.
+    said where a checkpoint has no such tables: "the checkpoint does not hold ...". spaces: tensors besides the
+    network's, by name. account: the memory of what is declared, to which a method adds what it keeps besides.
     """
 
     def __init__(self, ops: NumpyOps, shards: Ownership, rank: int):
         self.ops, self.shards, self.rank = ops, shards, rank
         self.entries: dict[str, Entry] = {}
         self.table_mirrors: list[Mirror] = []
+        self.spaces: dict[str, Space] = {}
         self.scalars: dict[str, float | int] = {}
         self.tables: dict[str, np.ndarray] = {}
         self.rows, self.lost = TableRows(), ""
@@ -65,6 +95,11 @@ class State:
     def vectors(self) -> dict[str, np.ndarray]:
         """This rank's shard of each vector by name, in host memory, as `collect` finds it and `restore` takes it up."""
         return {name: entry.saved for name, entry in self.entries.items()}
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """`vectors`, and this rank's local vector of each space by name."""
+        return {**self.vectors, **{name: space.saved for name, space in self.spaces.items()}}
 
     def vector(
         self, name: str, array: np.ndarray, *, own: bool = False, after: Callable[[], None] | None = None
@@ -117,9 +152,28 @@ class State:
         self.tables[name] = mirror.host
         self.account.hold("optimizer", mirror.array)
 
+    def space(
+        self, name: str, arrays: Sequence[np.ndarray], dtype: np.dtype, layout: Layout, owned: Sequence[Runs], what: str
+    ) -> None:
+        """Declare arrays that are, one after the other, this rank's local vector of a space, all of one dtype.
+
+        owned: for each rank, the elements of the layout that it has; what: of the account.
+        """
+        mirrors = [Mirror(a) if isinstance(a, np.ndarray) else self.ops.mirror(a) for a in arrays]
+        size = owned[self.rank].size
+        if sum(mirror.host.size for mirror in mirrors) != size:
+            raise ValueError(f"the arrays of {name} are not of {size} elements")
+        saved = mirrors[0].host if len(mirrors) == 1 else np.empty(size, dtype)
+        if len(mirrors) > 1:
+            self.account.hold("buffers", saved)
+        self.spaces[name] = Space(saved, mirrors, layout, Ownership(tuple(owned)))
+        self.account.hold(what, *(mirror.array for mirror in mirrors))
+
     def _mirrors(self) -> Iterator[Mirror]:
         for entry in self.entries.values():
             yield from entry.mirrors
+        for space in self.spaces.values():
+            yield from space.mirrors
         yield from self.table_mirrors
 
     def collect(self) -> None:
@@ -127,11 +181,15 @@ class State:
         fetch(list(self._mirrors()))
         for entry in self.entries.values():
             entry.merge()
+        for space in self.spaces.values():
+            space.merge()
 
     def restore(self) -> None:
         """Bring the backend's arrays up to date with `vectors` and `tables`."""
         for entry in self.entries.values():
             entry.spread()
+        for space in self.spaces.values():
+            space.spread()
         for mirror in self._mirrors():
             mirror.push()
         for entry in self.entries.values():

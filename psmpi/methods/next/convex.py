@@ -30,7 +30,7 @@ class Terms:
         if self.regularizer == "l2":
             ops.scale(x, t / (t + 2 * self.lam))
         elif self.regularizer == "l1":
-            shrunk = ops.scratch("soft threshold", x.size, x.dtype)
+            shrunk = ops.scratch("soft threshold", x.size, x.dtype)[: x.size]
             np.abs(x, out=shrunk)
             shrunk -= self.lam / t
             np.maximum(shrunk, 0, out=shrunk)

@@ -1,0 +1,158 @@
+"""Networks beside a block, which training alone needs: synthesizers of gradients and inputs, and local classifiers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+
+from psmpi.backend import NumpyOps
+from psmpi.config import Config
+from psmpi.layout import Each, Layout, Runs
+from psmpi.nn.init import initial_weights
+from psmpi.nn.layers.uses import Uses
+from psmpi.nn.model import Model
+from psmpi.nn.network import Network, TableReader
+from psmpi.training.context import configured_optimizer
+from psmpi.training.descent import no_sum
+
+# Rows and columns of the kernels of synthesizers of images, as in the paper's convolutional networks.
+KERNEL = 5
+
+
+@dataclass(frozen=True)
+class Beside(Network):
+    """A network whose outputs are all of one class: its parameters lie one after the other."""
+
+    @property
+    def classes(self) -> int:
+        return 1
+
+    def score_uses(self) -> Uses:
+        return ((0, self.layers[-1].out_shape[0], Each(0, 1)),)
+
+
+def beside(name: str, in_shape: tuple[int, ...], tables: Sequence[Mapping[str, Any]]) -> Beside:
+    """The network of some layer tables, see psmpi.nn.network.build, with outputs of any shape."""
+    layers, _ = TableReader(name).read(tables, in_shape)
+    return Beside(name, in_shape, layers)
+
+
+def _hidden(widths: Sequence[int], make: Callable[[int], Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return [table for width in widths for table in (make(width), {"type": "batch_norm"}, {"type": "relu"})]
+
+
+def _dense(units: int) -> Mapping[str, Any]:
+    return {"type": "dense", "units": units}
+
+
+def gradient_synthesizer(shape: tuple[int, ...], given: int, hidden: Sequence[int]) -> Beside:
+    """M(h, y): from outputs of `shape` and `given` numbers of the target to the gradient of the outputs.
+
+    Without hidden layers it is linear. Of images it is convolutional, and the numbers are planes.
+    """
+    if len(shape) == 1:
+        return beside("synthesizer of gradients", (shape[0] + given,), [*_hidden(hidden, _dense), _dense(shape[0])])
+    channels, height, width = shape
+    kernel = min(KERNEL, height - 1 + height % 2, width - 1 + width % 2)
+
+    def conv(count: int) -> Mapping[str, Any]:
+        return {"type": "conv", "channels": count, "kernel": kernel, "pad": kernel // 2}
+
+    of = channels + given, height, width
+    return beside("synthesizer of gradients", of, [*_hidden(hidden, conv), conv(channels)])
+
+
+def input_synthesizer(in_shape: tuple[int, ...], units: int, hidden: Sequence[int]) -> Beside:
+    """I(x): from samples to the inputs of a block."""
+    return beside("synthesizer of inputs", (prod(in_shape),), [*_hidden(hidden, _dense), _dense(units)])
+
+
+def local_classifier(units: int, outputs: int) -> Beside:
+    """Scores of the outputs of a block."""
+    return beside("local classifier", (units,), [_dense(outputs)])
+
+
+def local_features(shape: tuple[int, ...]) -> Beside:
+    """What the similarity of samples is taken of: a linear map of the outputs of a block, of images a convolution."""
+    if len(shape) == 1:
+        return beside("local features", shape, [_dense(shape[0])])
+    kernel = min(3, shape[1] - 1 + shape[1] % 2, shape[2] - 1 + shape[2] % 2)
+    return beside(
+        "local features", shape, [{"type": "conv", "channels": shape[0], "kernel": kernel, "pad": kernel // 2}]
+    )
+
+
+class Auxiliary:
+    """An auxiliary network on a rank: w, g (size,), its weights and their gradient, and what steps these.
+
+    key: what its initial weights are drawn for. zero: its last layer begins as zeros, so that it begins by putting out
+    zeros.
+    """
+
+    def __init__(
+        self, config: Config, network: Beside, w: np.ndarray, g: np.ndarray, ops: NumpyOps, key: str, zero: bool
+    ):
+        self.network, self.layout, self.w, self.g, self.ops = network, network.layout(), w, g, ops
+        self.config, self.key, self.zero = config, key, zero
+        self.model = Model(network, self.layout, w, g, ops)
+        self.inputs, self.outputs = prod(network.in_shape), self.model.size
+        self.optimizer = configured_optimizer(config, self.layout, Runs(((0, self.layout.size),)), ops)
+        self.begin()
+
+    def begin(self) -> None:
+        """Start afresh."""
+        c, mirror = self.config, self.ops.mirror(self.w)
+        seed = crc32(f"{c.run.seed} {self.key}".encode())
+        runs = Runs(((0, self.layout.size),))
+        initial_weights(
+            self.network, self.layout, runs, mirror.host, seed=seed, kind=c.model.init, gain=c.model.init_gain
+        )
+        if self.zero:
+            names = {one.name for one in self.network.layers[-1].parameters()}
+            for start, stop in self.layout.runs_of_parameters(names).intervals:
+                mirror.host[start:stop] = 0
+        mirror.push()
+        mirror.settle()
+        for vector in self.optimizer.vectors.values():
+            vector.fill(0)
+
+    def reserve(self, batch: int) -> None:
+        """Make room for minibatches of up to `batch` samples."""
+        self.model.reserve(batch)
+        self.room = self.ops.empty(self.inputs * batch, self.w.dtype)
+
+    def x(self, b: int) -> np.ndarray:
+        """Room for inputs (inputs, b)."""
+        return self.room[: self.inputs * b].reshape(self.inputs, b)
+
+    def forward(self, x: np.ndarray) -> np.ndarray:
+        """Outputs (outputs, b) of inputs (inputs, b)."""
+        self.tape = self.model.forward(x)
+        return self.tape.scores.reshape(self.outputs, -1)
+
+    def backward(self, dy: np.ndarray, dx: np.ndarray | None = None) -> None:
+        """Fill g, and dx (inputs, b) where it is given, from the gradient of the last outputs, which is used up."""
+        into = None if dx is None else dx.reshape(*self.model.in_shape, -1)
+        self.model.backward(self.tape, dy.reshape(self.tape.scores.shape), dx=into)
+
+    def step(self, lr: float, scale: float, done: int) -> None:
+        """Step along `scale` times g, after `done` steps."""
+        self.ops.scale(self.g, scale)
+        if "t" in self.optimizer.scalars:
+            self.optimizer.scalars["t"] = done
+        self.optimizer.step(self.w, self.g, lr, no_sum)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all but its weights, gradient and optimizer's vectors."""
+        return int(self.model.activation_bytes + self.model.buffer_bytes + self.room.nbytes)
+
+
+def shifted(layouts: Mapping[str, Layout]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the parameters of several layouts, one after the other, each under its own name."""
+    return {f"{name}.{p.name}": p.shape for name, layout in layouts.items() for p in layout.parameters}

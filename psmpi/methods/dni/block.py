@@ -1,0 +1,311 @@
+"""One block of the method `dni`: a run of layers, what is sent for it, and what it learns from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from psmpi.comm.transfers import Boundary
+from psmpi.comm.transfers.base import Handle
+from psmpi.data import Resident
+from psmpi.methods.dni.auxiliary import Auxiliary
+from psmpi.methods.dni.local import LocalLoss
+from psmpi.methods.dni.settings import Settings
+from psmpi.nn.model import Model
+from psmpi.nn.objective import Objective
+from psmpi.training.context import Context
+from psmpi.training.descent import no_sum
+
+
+@dataclass
+class Slots:
+    """What blocks keep of the minibatches in flight, one place for each, in turn.
+
+    ids: (ahead, largest minibatch) int64, the samples, -1 behind the last.
+    """
+
+    ids: np.ndarray
+
+    def put(self, k: int, ids: np.ndarray) -> None:
+        """Take up minibatch k."""
+        row = self.ids[k % len(self.ids)]
+        row[: len(ids)] = ids
+        row[len(ids) :] = -1
+
+    def of(self, k: int) -> np.ndarray:
+        """The samples of minibatch k."""
+        row = self.ids[k % len(self.ids)]
+        found: np.ndarray = row[: int(np.count_nonzero(row >= 0))]
+        return found
+
+
+@dataclass
+class Line:
+    """What goes over a cut, on either side: outputs up, and down their gradients, or where there are none a credit.
+
+    outputs, targets: (ahead, units times the largest minibatch) or None; handles: of the messages under way, by slot.
+    """
+
+    boundary: Boundary
+    credit: Boundary | None
+    outputs: np.ndarray
+    targets: np.ndarray | None
+    ticket: np.ndarray
+    handles: list[list[Handle]] = field(default_factory=list)
+
+    @property
+    def local(self) -> bool:
+        """Whether both sides are on this rank, and share the arrays."""
+        return self.boundary.source == self.boundary.target
+
+    def finish(self, slot: int) -> None:
+        """Wait for the messages of a slot."""
+        for handle in self.handles[slot]:
+            handle.finish()
+        self.handles[slot].clear()
+
+    def poll(self) -> None:
+        """Drive messages on."""
+        for handles in self.handles:
+            for handle in handles:
+                handle.poll()
+
+
+def view(array: np.ndarray, slot: int, units: int, b: int) -> np.ndarray:
+    """(units, b) of a slot."""
+    found: np.ndarray = array[slot][: units * b].reshape(units, b)
+    return found
+
+
+class Block:
+    """Block `number`: its layers `stage` with weights w and their gradient g (n,).
+
+    below, above: the lines at its ends, None at those of the network. networks: the auxiliary networks of this block by
+    name, `inputs` among them. error: sums of the squares of what was predicted less what came, and of what came.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        number: int,
+        stage: tuple[int, int],
+        w: np.ndarray,
+        g: np.ndarray,
+        below: Line | None,
+        above: Line | None,
+        networks: dict[str, Auxiliary],
+        slots: Slots,
+        samples: Resident,
+    ):
+        network, ops = context.network, context.ops
+        self.number, self.w, self.g, self.ops, self.context = number, w, g, ops, context
+        self.s, self.slots, self.samples = context.settings(Settings), slots, samples
+        self.below, self.above, self.networks = below, above, networks
+        self.runs = network.runs(context.layout, *stage)
+        self.model = Model(network, context.layout, w, g, ops, layers=stage)
+        self.inputs, self.units = int(np.prod(self.model.in_shape)), self.model.size
+        self.classes, self.numbers, self.clip = network.classes, context.numbers, context.config.optimization.clip
+        context.put_weights(self.runs, w)
+        self.optimizer = context.optimizer(self.runs)
+        self.objective: Objective | None = None
+        self.local: LocalLoss | None = None
+        if above is None:
+            self.loss = context.loss()
+            self.objective = Objective(self.loss, self.model)
+            context.numbers.watch(self.objective)
+        elif "scores" in networks:
+            loss = context.loss()
+            self.local = LocalLoss(ops, loss, networks["scores"], networks.get("features"), network.classes)
+        # The minibatch that the gradients' synthesizer has predicted last, with the weights that it still has.
+        self.predicted = -1
+        self.error = np.zeros(2)
+        # Targets as a synthesizer is given them.
+        gradient, planes = networks.get("gradient"), 1
+        self.given = 0 if gradient is None else gradient.inputs - self.units
+        if self.given:
+            planes = self.given // context.dataset.outputs
+        eye = np.repeat(np.eye(context.dataset.outputs, dtype=w.dtype), planes, axis=1)
+        self.columns = ops.samples(eye if self.given and context.dataset.task == "classes" else eye[:0], 1.0)
+        self.planes = planes
+
+    def reserve(self, batch: int, tests: int) -> None:
+        """Make room for minibatches of up to `batch` samples, and tests of up to `tests`."""
+        most = max(batch, tests)
+        self.model.reserve(most)
+        own = self.below is not None and (not self.below.local or "inputs" in self.networks)
+        self.x = self.ops.empty(self.inputs * (most if self.below is None or own else 0), self.w.dtype)
+        self.dy = self.ops.empty(self.units * batch if self.above is not None else 0, self.w.dtype)
+        for name, one in self.networks.items():
+            if self.local is None or name == "inputs":
+                one.reserve(batch)
+        if self.local is not None:
+            self.local.reserve(batch)
+        if self.objective is not None:
+            self.objective.reserve(self.classes, batch)
+
+    def room(self, b: int) -> np.ndarray:
+        """Room for inputs (inputs, b)."""
+        return self.x[: self.inputs * b].reshape(self.inputs, b)
+
+    def _slot(self, k: int) -> int:
+        return k % self.s.ahead
+
+    def _rate(self, lr: float) -> float:
+        return self.s.synthesizer_lr or lr
+
+    def forward(self, k: int) -> None:
+        """The pass through the layers for minibatch k; its outputs are on their way up then."""
+        ids = self.slots.of(k)
+        self.tape = self.model.forward(self._take_inputs(k, ids))
+        if self.above is not None:
+            b, line, slot = len(ids), self.above, self._slot(k)
+            h = view(line.outputs, slot, self.units, b)
+            h[...] = self.tape.scores.reshape(self.units, b)
+            if not line.local:
+                back: np.ndarray = line.ticket[slot]
+                way = line.credit or line.boundary
+                if line.targets is not None:
+                    back = view(line.targets, slot, self.units, b)
+                line.handles[slot] += [line.boundary.begin(h, None, k), way.begin_back(None, back, k)]
+
+    def _take_inputs(self, k: int, ids: np.ndarray) -> np.ndarray:
+        """The inputs (inputs, b) of minibatch k: samples, outputs of the block below, or what is predicted of these."""
+        b, line = len(ids), self.below
+        if line is None:
+            x = self.room(b)
+            self.samples.fetch(ids, x)
+            return x
+        slot = self._slot(k)
+        if "inputs" in self.networks:
+            one = self.networks["inputs"]
+            if not line.local:
+                line.handles[slot].append(line.boundary.begin(None, view(line.outputs, slot, self.inputs, b), k))
+            seen = one.x(b)
+            self.samples.fetch(ids, seen)
+            x = self.room(b)
+            x[...] = one.forward(seen)
+            self._credit(line, slot, k)
+            return x
+        if line.local:
+            return view(line.outputs, slot, self.inputs, b)
+        x = self.room(b)
+        line.boundary.begin(None, x, k).finish()
+        self._credit(line, slot, k)
+        return x
+
+    def _credit(self, line: Line, slot: int, k: int) -> None:
+        """Tell the block below that minibatch k has been taken up, where it hears no gradients."""
+        if line.credit is not None and not line.local:
+            line.handles[slot].append(line.credit.begin_back(line.ticket[slot], None, k))
+
+    def learn(self, k: int, lr: float, done: int) -> float:
+        """Step along the gradient of minibatch k, whose `forward` was the last; returns the sum of its losses.
+
+        done: steps of local losses so far.
+        """
+        ids = self.slots.of(k)
+        b, line, slot = len(ids), self.below, self._slot(k)
+        down = line is not None and line.targets is not None
+        e = view(line.targets, slot, self.inputs, b) if line is not None and line.targets is not None else None
+        dx = None if e is None else e.reshape(*self.model.in_shape, b)
+        loss = 0.0
+        if self.objective is not None:
+            self.objective.ids = ids
+            self.objective.bring(self._targets(ids))
+            scores = self.tape.scores.reshape(self.units, b)
+            self.objective.derive(self.tape, scores, self.objective.targets(b), 1.0, dx=dx)
+            loss = self.objective.value()
+        else:
+            self.model.backward(self.tape, self._signal(k, ids, lr, done).reshape(self.tape.scores.shape), dx=dx)
+        if down and line is not None and not line.local:
+            line.handles[slot].append(line.boundary.begin_back(e, None, k))
+        self.ops.scale(self.g, 1 / b)
+        if self.numbers.sound(self.ops, loss, [(self.g, self.runs)], self.context.layout, b):
+            if self.clip > 0:
+                self.numbers.clip(self.g, self.clip, no_sum, self.ops, self.context.layout, self.runs)
+            self.optimizer.step(self.w, self.g, lr, no_sum)
+        for one in (self.below, self.above):
+            if one is not None:
+                one.poll()
+        return loss
+
+    def _targets(self, ids: np.ndarray) -> np.ndarray:
+        """Labels (b,), or values (outputs, b), of samples."""
+        found: np.ndarray = self.context.dataset.train.targets[ids]
+        return found if self.context.dataset.task == "classes" else found.T
+
+    def _signal(self, k: int, ids: np.ndarray, lr: float, done: int) -> np.ndarray:
+        """What the outputs of minibatch k have for their gradient, (units, b) of the sum of losses."""
+        b, line, slot = len(ids), self.above, self._slot(k)
+        assert line is not None
+        h = view(line.outputs, slot, self.units, b)
+        if self.local is not None:
+            return self.local.learn(h, self._targets(ids), self._rate(lr), done)
+        dy = self.dy[: self.units * b].reshape(self.units, b)
+        share = self.s.bp_lambda
+        if share:
+            line.finish(slot)
+            assert line.targets is not None
+            dy[...] = view(line.targets, slot, self.units, b)
+        if share < 1:
+            found = self._predict(h, ids)
+            self.predicted = k
+            if share:
+                self.ops.combine(dy.reshape(-1), (share, dy.reshape(-1)), (1 - share, found.reshape(-1)))
+            else:
+                dy[...] = found
+        return dy
+
+    def _predict(self, h: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        """The predicted gradient (units, b) of outputs h."""
+        one, b = self.networks["gradient"], len(ids)
+        x = one.x(b)
+        x[: self.units] = h
+        if self.given and self.context.dataset.task == "classes":
+            self.columns.fetch(self._targets(ids), x[self.units :])
+        elif self.given:
+            values = np.repeat(self._targets(ids), self.planes, axis=0).astype(x.dtype)
+            x[self.units :] = self.ops.put(values)
+        return one.forward(x)
+
+    def fit(self, k: int, lr: float, done: int) -> None:
+        """Let synthesizers learn from what came back of minibatch k; waits for it. done: their steps so far."""
+        slot, ids = self._slot(k), self.slots.of(k)
+        for line in (self.below, self.above):
+            if line is not None:
+                line.finish(slot)
+        b, rate = len(ids), self._rate(lr)
+        if "gradient" in self.networks:
+            line, one = self.above, self.networks["gradient"]
+            assert line is not None and line.targets is not None
+            if self.predicted == k:
+                # The same weights as then.
+                found = one.tape.scores.reshape(self.units, b)
+            else:
+                found = self._predict(view(line.outputs, slot, self.units, b), ids)
+            self.predicted = -1
+            self.error += self._fit(one, found, view(line.targets, slot, self.units, b), rate, done)
+        if "inputs" in self.networks:
+            line, one = self.below, self.networks["inputs"]
+            assert line is not None
+            seen = one.x(b)
+            self.samples.fetch(ids, seen)
+            self._fit(one, one.forward(seen), view(line.outputs, slot, self.inputs, b), rate, done)
+
+    def _fit(self, one: Auxiliary, found: np.ndarray, wanted: np.ndarray, lr: float, done: int) -> np.ndarray:
+        """Step along the gradient of mean |found - wanted|^2; the squares of found - wanted, and of wanted."""
+        b, flat = found.shape[1], wanted.reshape(-1)
+        differ = self.ops.scratch("misfit", flat.size, flat.dtype)[: flat.size]
+        self.ops.combine(differ, (1.0, found.reshape(-1)), (-1.0, flat))
+        squares = np.array([self.ops.squared_norm(differ), self.ops.squared_norm(flat)])
+        one.backward(differ.reshape(found.shape))
+        one.step(lr, 2 / b, done)
+        return squares
+
+    def finish(self) -> None:
+        """Wait for all messages of this block."""
+        for line in (self.below, self.above):
+            for slot in range(self.s.ahead) if line is not None else ():
+                assert line is not None
+                line.finish(slot)

@@ -1,0 +1,61 @@
+"""Local losses: what a block learns from in place of predicted gradients, beside the same cuts."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from psmpi.backend import NumpyOps
+from psmpi.methods.dni.auxiliary import Auxiliary
+from psmpi.methods.dni.similarity import Similarity
+from psmpi.nn.losses import Loss
+from psmpi.nn.objective import Objective
+
+# The share of the similarity in the loss `predsim`, as Nokland and Eidnes (2019) have it.
+SHARE = 0.99
+
+
+class LocalLoss:
+    """The loss of a block's outputs by networks beside it, which learn at once.
+
+    scores: the local classifier; features: what similarities are taken of, None without these.
+    """
+
+    def __init__(self, ops: NumpyOps, loss: Loss, scores: Auxiliary, features: Auxiliary | None, classes: int):
+        self.ops, self.scores, self.features = ops, scores, features
+        self.objective = Objective(loss, scores.model)
+        if features is not None:
+            self.similarity = Similarity(features.network.layers[-1].out_shape, classes)
+
+    def reserve(self, batch: int) -> None:
+        """Make room for minibatches of up to `batch` samples."""
+        self.scores.reserve(batch)
+        self.objective.reserve(self.scores.outputs, batch)
+        size, dtype = self.scores.inputs * batch, self.scores.w.dtype
+        self.dh = self.ops.empty(size, dtype)
+        if self.features is not None:
+            self.features.reserve(batch)
+            self.more = self.ops.empty(size, dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what it computes with, but for the auxiliary networks' own."""
+        return int(self.objective.nbytes + self.dh.nbytes + (self.more.nbytes if self.features is not None else 0))
+
+    def learn(self, h: np.ndarray, targets: np.ndarray, lr: float, done: int) -> np.ndarray:
+        """The gradient (units, b) of the summed losses of outputs h (units, b); the networks step along theirs."""
+        units, b = h.shape
+        found = self.dh[: units * b].reshape(units, b)
+        self.objective.bring(targets)
+        scores = self.scores.forward(h)
+        factor = 1.0 if self.features is None else 1 - SHARE
+        dx = found.reshape(*self.scores.model.in_shape, b)
+        self.objective.derive(self.scores.tape, scores, self.objective.targets(b), factor, dx=dx)
+        self.scores.step(lr, 1 / b, done)
+        if self.features is not None:
+            seen = np.asarray(self.ops.host(self.features.forward(h)), np.float64)
+            _, slope = self.similarity(seen, targets, SHARE * b)
+            more = self.more[: units * b].reshape(units, b)
+            self.features.backward(self.ops.put(slope.astype(h.dtype)), more)
+            self.features.step(lr, 1 / b, done)
+            found += more
+        return found

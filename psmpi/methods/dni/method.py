@@ -1,0 +1,324 @@
+"""Decoupled neural interfaces: blocks of layers on different ranks, each of which updates at once.
+
+Jaderberg and others, "Decoupled neural interfaces using synthetic gradients" (2017); Czarnecki and others,
+"Understanding synthetic gradients and decoupled neural interfaces" (2017). A block sends its outputs up, predicts their
+gradient, updates and goes on; what the block above returns teaches whatever predicts. The paper learns from it as soon
+as it arrives, psmpi a fixed number of minibatches later: so weights depend neither on time nor on ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from psmpi.comm.transfers import Boundary, Message, Step
+from psmpi.data import Batch, Resident
+from psmpi.layout import Layout, Ownership, Runs, plain_layout
+from psmpi.methods.dni.auxiliary import Auxiliary, shifted
+from psmpi.methods.dni.block import Block, Line, Slots
+from psmpi.methods.dni.need import dni_needed
+from psmpi.methods.dni.settings import (
+    Cut,
+    Settings,
+    check_dni,
+    count_blocks,
+    dni_notes,
+    dni_warnings,
+    find_cuts,
+    owner_of,
+)
+from psmpi.nn.cut import split_layers
+from psmpi.training.context import Context
+from psmpi.training.evaluator import evaluate
+from psmpi.training.method import Exactness, Method
+from psmpi.training.state import Places
+
+OPTIONS = ("--layer-blocks", "4", "--model", "mlp", "--widths", "20", "20", "20", "--ahead", "2")
+
+
+class DecoupledInterfaces(Method):
+    """The method on one rank: one or more blocks, the weights and optimizer state of these and of what is beside them.
+
+    slots: the minibatches in flight. Checkpoints hold what is in flight too, so that a training goes on as it was: the
+    space `dni` the auxiliary networks' weights, `dni_` and a name their optimizers' vectors, `dni_flight` outputs and
+    gradients under way, `dni_samples` whose these are.
+    """
+
+    name = "dni"
+    summary = "decoupled neural interfaces, each rank some layers, which update at once from gradients they predict"
+    settings = (Settings,)
+    exactness = Exactness(options=OPTIONS)
+
+    def __init__(self, context: Context):
+        network, layout, dataset, ops = context.network, context.layout, context.dataset, context.ops
+        self.s = s = context.settings(Settings)
+        self.count = count_blocks(context.size, network, s.layer_blocks)
+        self.stages = split_layers(network, self.count)
+        runs = [network.runs(layout, *stage) for stage in self.stages]
+        self.held = {rank: self._held(rank, context.size) for rank in range(context.size)}
+        several = ([one for k in held for one in runs[k].intervals] for held in self.held.values())
+        super().__init__(context, Ownership(tuple(map(Runs.union, several))))
+        self.batch = context.config.data.batch_size
+        self.world = context.group()
+        self.w, self.g = (ops.zeros(self.shards[self.rank].size, self.dtype) for _ in range(2))
+        self.cuts = find_cuts(network, self.stages, dataset.outputs, s)
+        self.slots = Slots(np.full((s.ahead, self.batch), -1, np.int64))
+        self.boundaries = [self._boundary(cut.number, cut.units) for cut in self.cuts]
+        self.credits = [] if s.returns else [self._boundary(cut.number, 1) for cut in self.cuts]
+        held = self.held[self.rank]
+        first, last = held[0] == 0, held[-1] == self.count - 1
+        train = np.arange(dataset.train.n if first or s.synthetic_inputs else 0)
+        tests = np.arange(dataset.test.n if first else 0)
+        self.train = Resident(dataset.train, train, self.dtype, ops)
+        self.tests = Resident(dataset.test, tests, self.dtype, ops)
+        self._in_flight()
+        lines = {k: self._line(k) for k in range(held[0] - 1, held[-1] + 1) if 0 <= k < len(self.cuts)}
+        self.auxiliary = self._auxiliary()
+        ends = np.cumsum([0, *(runs[k].size for k in held)]).tolist()
+        self.blocks = [
+            Block(
+                context, k, self.stages[k], self.w[a:b], self.g[a:b], lines.get(k - 1), lines.get(k),
+                self._networks(k), self.slots, self.train,
+            )
+            for k, (a, b) in zip(held, pairwise(ends), strict=True)
+        ]  # fmt: skip
+        self.metric, self.batches = context.metric(), network.evaluation_batches(dataset.test.n)
+        tested = max(at.stop - at.start for at in self.batches)
+        for block in self.blocks:
+            block.reserve(self.batch, tested)
+        self.last = self.blocks[-1] if last else None
+        self._declare()
+        self.account.hold("gradients", self.g, self.auxiliary_g)
+        self.account.hold("samples", self.train, self.tests)
+        for block in self.blocks:
+            self._count(block)
+        self.account.hold("buffers", *(line.outputs for line in lines.values()))
+        self.account.hold("buffers", *(line.targets for line in lines.values() if line.targets is not None))
+        self.found: dict[str, Any] = {}
+
+    check, needed = staticmethod(check_dni), staticmethod(dni_needed)
+    notes, warnings = staticmethod(dni_notes), staticmethod(dni_warnings)
+
+    def _held(self, rank: int, size: int) -> list[int]:
+        return [k for k in range(self.count) if owner_of(k, self.count, size) == rank]
+
+    def _boundary(self, cut: int, units: int) -> Boundary:
+        below, above = (owner_of(k, self.count, self.context.size) for k in (cut, cut + 1))
+        return Boundary(self.world, below, above, units, self.dtype)
+
+    def _in_flight(self) -> None:
+        """Make room for what is in flight and outlives a step: outputs, and gradients that came back."""
+        s = self.s
+        shapes: dict[str, tuple[int, ...]] = {}
+        owned: dict[str, set[int]] = {}
+        for cut in self.cuts:
+            shape = (s.ahead, cut.units * self.batch)
+            below, above = ({owner_of(cut.number + k, self.count, self.context.size)} for k in (0, 1))
+            if s.predicts:
+                shapes[f"cut{cut.number + 1}.targets"], owned[f"cut{cut.number + 1}.targets"] = shape, below
+            if s.predicts or s.synthetic_inputs:
+                name = f"cut{cut.number + 1}.outputs"
+                shapes[name] = shape
+                owned[name] = (below if s.predicts else set()) | (above if s.synthetic_inputs else set())
+        self.flight = self._space(shapes, owned)
+        layout, runs = self.flight
+        self.under_way = self.ops.zeros(runs[self.rank].size, self.dtype)
+        self.kept = {}
+        for name in shapes:
+            for a, b in layout.runs_of_parameters({name}).intervals if self.rank in owned[name] else ():
+                self.kept[name] = self.under_way[runs[self.rank].local(a, b)].reshape(shapes[name])
+
+    def _space(
+        self, shapes: dict[str, tuple[int, ...]], owned: dict[str, set[int]]
+    ) -> tuple[Layout, list[Runs]]:  # fmt: skip
+        """The layout of tensors, and of each rank the runs that it has."""
+        layout = plain_layout(shapes)
+        ranks = range(self.context.size)
+        return layout, [layout.runs_of_parameters({name for name in shapes if r in owned[name]}) for r in ranks]
+
+    def _line(self, cut: int) -> Line:
+        """A cut as this rank sees it."""
+        shape, held = (self.s.ahead, self.cuts[cut].units * self.batch), self.held[self.rank]
+        below, above = cut in held, cut + 1 in held
+        none = self.ops.empty(0, self.dtype)
+        outputs = self.kept.get(f"cut{cut + 1}.outputs")
+        if outputs is None:
+            wanted = below or self.s.synthetic_inputs
+            outputs = self.ops.empty(shape[0] * shape[1], self.dtype).reshape(shape) if wanted else none
+        targets = self.kept.get(f"cut{cut + 1}.targets")
+        if targets is None and self.s.returns and (below or above):
+            targets = self.ops.empty(shape[0] * shape[1], self.dtype).reshape(shape)
+        ticket = self.ops.zeros(self.s.ahead, self.dtype).reshape(-1, 1, 1)
+        credit = self.credits[cut] if self.credits else None
+        return Line(self.boundaries[cut], credit, outputs, targets, ticket, [[] for _ in range(self.s.ahead)])
+
+    def _auxiliary(self) -> dict[tuple[int, str], Auxiliary]:
+        """This rank's auxiliary networks, by cut and name, whose weights lie one after the other."""
+        layouts: dict[str, Layout] = {}
+        owned: dict[str, set[int]] = {}
+        mine: list[tuple[Cut, str]] = []
+        for cut in self.cuts:
+            for name, one in cut.networks.items():
+                rank = owner_of(cut.number + (name == "inputs"), self.count, self.context.size)
+                layouts[f"cut{cut.number + 1}.{name}"] = one.layout()
+                owned.update({tensor: {rank} for tensor in shifted({f"cut{cut.number + 1}.{name}": one.layout()})})
+                mine += [(cut, name)] if rank == self.rank else []
+        self.beside = self._space(shifted(layouts), owned)
+        size = self.beside[1][self.rank].size
+        self.auxiliary_w, self.auxiliary_g = (self.ops.zeros(size, self.dtype) for _ in range(2))
+        found, at = {}, 0
+        for cut, name in mine:
+            network = cut.networks[name]
+            place = slice(at, at + network.layout().size)
+            at = place.stop
+            found[cut.number, name] = Auxiliary(
+                self.context.config, network, self.auxiliary_w[place], self.auxiliary_g[place], self.ops,
+                f"cut {cut.number + 1} {name}", zero=name == "gradient",
+            )  # fmt: skip
+        return found
+
+    def _networks(self, block: int) -> dict[str, Auxiliary]:
+        """The auxiliary networks of a block."""
+        return {
+            name: one
+            for (cut, name), one in self.auxiliary.items()
+            if cut == (block - 1 if name == "inputs" else block)
+        }
+
+    def _declare(self) -> None:
+        """Declare the state: vectors of each block, spaces of what is beside them, and what is in flight."""
+        state, shard = self.state, self.shards[self.rank]
+        spots: list[Places] = [
+            [(shard.local(a, b), block.runs.local(a, b)) for a, b in block.runs.intervals] for block in self.blocks
+        ]
+        state.pieces("weights", list(zip((block.w for block in self.blocks), spots, strict=True)))
+        optimizers = [block.optimizer for block in self.blocks]
+        for name in optimizers[0].vectors:
+            state.pieces(name, list(zip((one.vectors[name] for one in optimizers), spots, strict=True)))
+        for one in (*optimizers, *(aux.optimizer for aux in self.auxiliary.values())):
+            self.account.hold("optimizer", *one.work, one.scratch)
+        self.state.scalars["steps"] = 0
+        # Steps of synthesizers, and of local losses; the first minibatch that is in flight.
+        for name in ("fits", "learnt", "since"):
+            state.scalar(name, 0)
+        state.scalars.update(optimizers[0].scalars)
+        layout, runs = self.beside
+        if layout.size:
+            state.space("dni", [self.auxiliary_w], self.dtype, layout, runs, "weights")
+            steppers = [one.optimizer for one in self.auxiliary.values()]
+            for name in optimizers[0].vectors:
+                arrays = [one.vectors[name] for one in steppers]
+                state.space(f"dni_{name}", arrays, self.dtype, layout, runs, "optimizer")
+        layout, runs = self.flight
+        if layout.size:
+            state.space("dni_flight", [self.under_way], self.dtype, layout, runs, "buffers")
+            ids = plain_layout({"samples": self.slots.ids.shape})
+            everyone = [Runs(((0, ids.size),))] * self.context.size
+            state.space("dni_samples", [self.slots.ids.reshape(-1)], np.dtype(np.int64), ids, everyone, "samples")
+
+    def _count(self, block: Block) -> None:
+        """Put what a block keeps besides to the account."""
+        self.account.ask("activations", lambda: (block.x, block.model.activation_bytes))
+        self.account.ask("buffers", lambda: (block.dy, block.model.buffer_bytes))
+        self.account.hold("buffers", block.columns, *block.networks.values())
+        self.account.hold("buffers", *(one for one in (block.local, block.objective) if one is not None))
+
+    def step(self, batch: Batch, lr: float) -> None:
+        k, s = int(self.scalars["steps"]), self.s
+        back = k - s.ahead
+        if back >= self.scalars["since"]:
+            for block in self.blocks:
+                block.fit(back, lr, int(self.scalars["fits"]))
+            self.scalars["fits"] += 1
+        self.slots.put(k, batch.ids)
+        for block in self.blocks:
+            block.optimizer.scalars.update({name: self.scalars[name] for name in block.optimizer.scalars})
+        done = int(self.scalars["learnt"])
+        if s.bp_lambda:
+            for block in self.blocks:
+                block.forward(k)
+            for block in reversed(self.blocks):
+                self.loss_sum += block.learn(k, lr, done)
+        else:
+            for block in self.blocks:
+                block.forward(k)
+                self.loss_sum += block.learn(k, lr, done)
+        if "t" in self.scalars:
+            self.scalars["t"] += 1
+        self.scalars["learnt"] = done + 1
+        self.scalars["steps"] = k + 1
+
+    def drain(self) -> None:
+        for block in self.blocks:
+            block.finish()
+
+    def restored(self, tables: bool, fresh: Set[str]) -> None:
+        for block in self.blocks:
+            block.predicted = -1
+        if fresh & self.state.spaces.keys():
+            # What is in flight is of the networks that it was made with.
+            self.scalars["since"] = self.scalars["steps"]
+        if "dni" in fresh:
+            self.scalars["fits"] = self.scalars["learnt"] = 0
+            for one in self.auxiliary.values():
+                one.begin()
+
+    def test(self) -> dict[str, float]:
+        self.drain()
+        with self.counter.paused():
+            sums = evaluate(self.metric, self.batches, self._test_scores, self.tests.targets, self.ops)
+        self.found = self._errors()
+        return self.metric.scores(self.world.agree(sums))
+
+    def _test_scores(self, ids: np.ndarray) -> np.ndarray | None:
+        """The scores of test samples: outputs go from block to block."""
+        b, y = len(ids), None
+        for block in self.blocks:
+            if block.number == 0:
+                x = block.room(b)
+                self.tests.fetch(ids, x)
+            elif y is not None:
+                x = y
+            else:
+                x = block.room(b)
+                self.boundaries[block.number - 1].forward(None, x)
+            y = block.model.forward(x).scores.reshape(block.units, b)
+        if self.last is not None:
+            return y
+        self.boundaries[self.blocks[-1].number].forward(y, None)
+        return None
+
+    def _errors(self) -> dict[str, Any]:
+        """How far predicted gradients were from those that came back since the last test, of each cut."""
+        if not self.s.predicts:
+            return {}
+        sums = np.zeros((len(self.cuts), 2))
+        for block in self.blocks:
+            if block.above is not None:
+                sums[block.number] = block.error
+                block.error = np.zeros(2)
+        sums = self.world.agree(sums.reshape(-1)).reshape(-1, 2)
+        return {"synthetic_error": [round(float(np.sqrt(a / b)), 6) if b > 0 else None for a, b in sums]}
+
+    def diagnostics(self) -> dict[str, Any]:
+        """|predicted - returned| / |returned| of gradients, of each cut, over the epoch."""
+        return self.found
+
+    def messages(self, step: int, batch: int) -> list[Message]:
+        found = [message for one in self.boundaries for message in one.messages(Step(batch))]
+        if self.s.returns:
+            return found + [message for one in self.boundaries for message in one.messages(Step(batch), back=True)]
+        return found + [message for one in self.credits for message in one.messages(Step(1), back=True)]
+
+    def work(self) -> tuple[str, str, int]:
+        numbers = self.held[self.rank]
+        layers = self.network.layers[self.stages[numbers[0]][0] : self.stages[numbers[-1]][1]]
+        names = [layer.name for layer in layers if layer.linear or layer.inner]
+        role = f"block {numbers[0] + 1}" if len(numbers) == 1 else f"blocks {numbers[0] + 1} to {numbers[-1] + 1}"
+        return role, names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}", self.w.size + self.auxiliary_w.size
+
+    def events(self) -> dict[str, int]:
+        return {"psl_terms_past_exp_clip": self.last.loss.clipped if self.last is not None else 0}

@@ -1,0 +1,193 @@
+"""Settings of the method `dni`, and what it cannot train; made without MPI and arrays of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import isfinite, prod
+from typing import Annotated, ClassVar, Literal
+
+from psmpi.config import Config, Least
+from psmpi.data import Dataset
+from psmpi.errors import UserError, counted
+from psmpi.methods.dni.auxiliary import (
+    Beside,
+    gradient_synthesizer,
+    input_synthesizer,
+    local_classifier,
+    local_features,
+)
+from psmpi.nn.cut import split_layers, starts
+from psmpi.nn.network import Network
+from psmpi.training.checks import check_classes, check_first_order, check_slices
+from psmpi.training.context import check_optimizer, configured_loss
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Decoupled neural interfaces (dni)."""
+
+    table: ClassVar[str] = "dni"
+    results: ClassVar[bool] = True
+
+    layer_blocks: Annotated[int, Least(0)] = 0
+    """Runs of layers that update by themselves, the ranks a divisor of them; 0: as many as ranks, and 2 at least."""
+    synthetic: Literal["cdni", "dni"] = "cdni"
+    """What a block predicts the gradient of its outputs from: cdni, the outputs and the target; dni, the outputs."""
+    synthesizer_hidden: tuple[int, ...] = ()
+    """Widths of the hidden layers of what predicts, each with batch normalization and ReLU; none: it is linear."""
+    synthesizer_lr: float = 0.0
+    """Learning rate of what predicts, and of local classifiers; 0: that of the blocks."""
+    ahead: Annotated[int, Least(1)] = 4
+    """Minibatches that a block may be ahead of the one above: gradients that this returned are learnt from so many
+    minibatches later, in the same order on any ranks. 1: before the next minibatch."""
+    bp_lambda: float = 0.0
+    """Share of the gradient from above in what a block learns from, the rest is predicted: 1 is back-propagation, which
+    waits for it. Above 0 needs --ahead 1."""
+    synthetic_inputs: bool = False
+    """Let each block compute with inputs that it predicts from the samples, and not wait for the block below."""
+    local_loss: Literal["none", "greedy", "predsim"] = "none"
+    """Learn from losses beside each block and predict nothing: greedy, of a local classifier (cross-entropy, or what
+    --loss says); predsim, of that and of how alike samples of a class are."""
+
+    @property
+    def predicts(self) -> bool:
+        """Whether blocks predict gradients."""
+        return self.local_loss == "none" and self.bp_lambda < 1
+
+    @property
+    def returns(self) -> bool:
+        """Whether gradients go down."""
+        return self.local_loss == "none"
+
+
+def count_blocks(size: int, network: Network, asked: int) -> int:
+    """The number of blocks on `size` ranks, `asked` or 0; UserError where these ranks or the layers do not fit."""
+    depth = len(starts(network))
+    blocks = asked or max(2, size)
+    if blocks < 2 or blocks > depth or blocks % size:
+        fit = [k for k in range(2, depth + 1) if k % size == 0]
+        fix = f"use --layer-blocks {fit[-1]}" if fit else f"start {counted(max(1, depth), 'rank')} or fewer"
+        if depth < 2:
+            fix = "use another model or method"
+        raise UserError(
+            f"--method dni cannot train --model {network.name}, which can be cut into {depth} at most, in "
+            f"{counted(blocks, 'block')} on {counted(size, 'rank')}: there are two or more, and each rank takes as "
+            f"many as the others; {fix}"
+        )
+    return blocks
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What is behind block `number`, from 0: the shape of its outputs, and the auxiliary networks at this cut by name.
+
+    Those of block `number` are "gradient", "scores" and "features", that of the block above "inputs".
+    """
+
+    number: int
+    shape: tuple[int, ...]
+    networks: dict[str, Beside]
+
+    @property
+    def units(self) -> int:
+        return prod(self.shape)
+
+
+def find_cuts(network: Network, stages: list[tuple[int, int]], outputs: int, s: Settings) -> list[Cut]:
+    """The cuts between blocks; outputs: classes, or values of a sample."""
+    found = []
+    for number, (_, behind) in enumerate(stages[:-1]):
+        shape = network.layers[behind - 1].out_shape
+        networks = {}
+        if s.predicts:
+            given = outputs if s.synthetic == "cdni" else 0
+            networks["gradient"] = gradient_synthesizer(shape, given, s.synthesizer_hidden)
+        if s.synthetic_inputs:
+            networks["inputs"] = input_synthesizer(network.in_shape, prod(shape), s.synthesizer_hidden)
+        if s.local_loss != "none":
+            networks["scores"] = local_classifier(prod(shape), outputs)
+        if s.local_loss == "predsim":
+            networks["features"] = local_features(shape)
+        found.append(Cut(number, shape, networks))
+    return found
+
+
+def owner_of(block: int, blocks: int, size: int) -> int:
+    """The rank that a block is on."""
+    return block // (blocks // size)
+
+
+def check_dni(size: int, network: Network, dataset: Dataset, config: Config) -> None:
+    """See `Method.check`."""
+    s = config.of(Settings)
+    blocks = count_blocks(size, network, s.layer_blocks)
+    layout = network.layout()
+    if layout.dead.size:
+        raise UserError(
+            f"--model {network.name} has units that no score depends on, and --method dni would train them for "
+            "nothing: use a network without such units"
+        )
+    check_slices(network, config.data.batch_size, 1, "ranks")
+    check_first_order(config, "takes one loss for all weights, and each block has its own gradient")
+    for name, value, most in (("bp-lambda", s.bp_lambda, 1.0), ("synthesizer-lr", s.synthesizer_lr, 1e9)):
+        if not (isfinite(value) and 0 <= value <= most):
+            raise UserError(f"--{name} {value:g}: expected a number from 0 to {most:g}")
+    if s.ahead > 1024:
+        raise UserError(f"--ahead {s.ahead}: expected 1 to 1024; blocks keep the outputs of so many minibatches")
+    if s.bp_lambda > 0 and s.ahead > 1:
+        raise UserError(
+            f"--bp-lambda {s.bp_lambda:g} waits for the gradient from above before each update, and --ahead {s.ahead} "
+            "does not: add --ahead 1"
+        )
+    if any(width < 1 for width in s.synthesizer_hidden):
+        raise UserError(f"--synthesizer-hidden {' '.join(map(str, s.synthesizer_hidden))}: expected widths from 1 up")
+    if s.local_loss != "none" and (s.synthetic != "cdni" or s.bp_lambda):
+        raise UserError(
+            f"--local-loss {s.local_loss} predicts no gradients, and takes none from above: leave out --synthetic and "
+            "--bp-lambda"
+        )
+    if s.local_loss != "none" and s.synthesizer_hidden and not s.synthetic_inputs:
+        raise UserError(
+            f"--synthesizer-hidden is of what predicts, and not of --local-loss {s.local_loss}: leave it out"
+        )
+    if s.synthetic_inputs and s.bp_lambda:
+        raise UserError(
+            "--synthetic-inputs lets blocks go on without those below, and --bp-lambda waits for those above: use one"
+        )
+    if s.local_loss == "predsim":
+        check_classes(dataset, "--local-loss predsim", "use --local-loss greedy")
+    least = 1 if s.synthesizer_hidden and (s.predicts or s.synthetic_inputs) else 0
+    if (least and dataset.train.n % config.data.batch_size == 1) or config.data.batch_size <= least:
+        raise UserError(
+            f"--batch-size {config.data.batch_size}: --synthesizer-hidden normalizes over a minibatch, and one has a "
+            "single sample; use another size"
+        )
+    configured_loss(config, dataset)
+    check_optimizer(config, layout, ())
+    for cut in find_cuts(network, split_layers(network, blocks), dataset.outputs, s):
+        for one in cut.networks.values():
+            check_optimizer(config, one.layout(), ())
+
+
+def dni_notes(size: int, network: Network, config: Config) -> Iterator[str]:
+    """See `Method.notes`."""
+    s = config.of(Settings)
+    blocks = count_blocks(size, network, s.layer_blocks)
+    stages = split_layers(network, blocks)
+    cuts = find_cuts(network, stages, network.classes, s)
+    own = sum(one.layout().size for cut in cuts for one in cut.networks.values())
+    if own:
+        what = "what predicts has" if s.local_loss == "none" else "local losses have"
+        times = own / network.layout().size
+        yield f"{blocks} blocks; {what} {own:,} parameters besides, {times:.2g} times the network's"
+
+
+def dni_warnings(size: int, network: Network, config: Config) -> Iterator[str]:
+    """See `Method.warnings`."""
+    s = config.of(Settings)
+    if s.predicts and s.synthetic == "dni":
+        yield (
+            "--synthetic dni has to infer the target from a block's outputs, and learns far less than cdni where these "
+            "are classes"
+        )

@@ -1,0 +1,341 @@
+"""Decoupled neural interfaces against a simulation in NumPy, back-propagation, and under delays."""
+
+from json import loads
+
+import numpy as np
+import pytest
+from helpers.runs import run
+from scipy.special import log_softmax
+
+from psmpi.backend import NumpyOps
+from psmpi.data import Batch, Minibatches, open_dataset
+from psmpi.nn.zoo import make_network
+from psmpi.registry import find_method
+from psmpi.testing import run_ranks
+from psmpi.train import parse
+from psmpi.training.context import Context
+from psmpi.training.usual import usual
+
+WIDTHS, FEATURES, CLASSES, SAMPLES, BATCH = (7, 6, 5), 4, 3, 50, 16
+PLAIN = ("--method", "dni", "--loss", "nll", "--optimizer", "sgd", "--lr", "0.3", "--clip", "0", "--dtype", "float64",
+         "--batch-size", str(BATCH), "--threads", "1")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Three classes of points, and a network of four layers."""
+    made, rng = tmp_path_factory.mktemp("dni"), np.random.default_rng(3)
+    x = rng.normal(size=(SAMPLES + 20, FEATURES))
+    y = (x @ rng.normal(size=(FEATURES, CLASSES))).argmax(axis=1)
+    np.savez(made / "own.npz", x=x[:SAMPLES], y=y[:SAMPLES], x_test=x[SAMPLES:], y_test=y[SAMPLES:])
+    layers = "".join(
+        f'[[model.layers]]\ntype = "dense"\nunits = {n}\n[[model.layers]]\ntype = "tanh"\n' for n in WIDTHS
+    )
+    last = f'[[model.layers]]\ntype = "dense"\nunits = {CLASSES}\n'
+    (made / "net.toml").write_text(f'[model]\nmodel = "custom"\n{layers}{last}')
+    return made
+
+
+def unpacked(layout, flat):
+    """The parameters by name, of a flat vector."""
+    found = {p.name: np.empty((p.units, p.unit_size)) for p in layout.parameters}
+    for piece in layout.pieces():
+        for one in piece.singles():
+            p = layout.parameters[one.parameter]
+            size = (one.last - one.first) * p.unit_size
+            found[p.name][one.first : one.last] = flat[one.offset : one.offset + size].reshape(-1, p.unit_size)
+    return {p.name: found[p.name].reshape(p.shape) for p in layout.parameters}
+
+
+class Problem:
+    """A training in four blocks, and the same in NumPy."""
+
+    def __init__(self, folder, *options, steps=23):
+        words = ("--dataset", str(folder / "own.npz"), "--config", str(folder / "net.toml"), *PLAIN,
+                 "--layer-blocks", "4", *options)  # fmt: skip
+        self.config = usual(parse(list(words)))
+        self.dataset = open_dataset(str(folder / "own.npz"), "")
+        self.network = make_network("custom", self.dataset.shape, CLASSES, **self.config.model.shape)
+        data = np.load(folder / "own.npz")
+        self.x, self.y, self.steps = data["x"].T, data["y"], steps
+        batches = Minibatches(SAMPLES, BATCH, self.config.run.seed, True)
+        each = batches.steps_per_epoch
+        self.ids = [batches.ids(*divmod(k, each)) for k in range(steps)]
+
+    def train(self, ranks, steps=None, slow=None):
+        """Parameters by name, the network's and the auxiliary ones', after so many steps; `found`: of each rank more."""
+        steps = self.steps if steps is None else steps
+        find_method("dni").check(ranks, self.network, self.dataset, self.config)
+
+        def work(world):
+            method = find_method("dni")(Context(world, self.network, self.dataset, self.config, NumpyOps()))
+            for k in range(steps):
+                if slow is not None:
+                    slow(world.rank, k)
+                method.step(Batch(self.ids[k]), self.config.optimization.lr)
+            method.drain()
+            runs, beside = method.shards[world.rank], method.beside[1][world.rank]
+            return runs, method.w.copy(), beside, method.auxiliary_w.copy(), method.counter.sent, method.beside[0]
+
+        self.found = run_ranks(ranks, work, timeout=120)
+        layout, other = self.network.layout(), self.found[0][5]
+        flat, more = np.full(layout.size, np.nan), np.full(other.size, np.nan)
+        for runs, w, beside, aux, *_ in self.found:
+            for into, where, values in ((flat, runs, w), (more, beside, aux)):
+                for a, b in where.intervals:
+                    into[a:b] = values[where.local(a, b)]
+        return {**unpacked(layout, flat), **unpacked(other, more)}
+
+    def onehot(self, ids):
+        return np.eye(CLASSES)[self.y[ids]].T
+
+
+def simulate(problem, ahead=1, share=0.0, given=True, inputs=False, lr=0.3):
+    """The parameters after the same steps: blocks one after the other, no messages, formulas of the papers."""
+    p = problem.train(1, 0)
+    last, flight = len(WIDTHS), {}
+    for k, ids in enumerate(problem.ids):
+        if k >= ahead:
+            seen, states, targets = flight.pop(k - ahead)
+            for r in range(last):
+                name = f"cut{r + 1}.gradient.dense1"
+                if share < 1:
+                    h = states[r]
+                    given_too = np.vstack([h, problem.onehot(seen)]) if given else h
+                    off = p[f"{name}.weight"] @ given_too + p[f"{name}.bias"][:, None] - targets[r]
+                    p[f"{name}.weight"] -= lr * 2 / len(seen) * off @ given_too.T
+                    p[f"{name}.bias"] -= lr * 2 / len(seen) * off.sum(axis=1)
+                if inputs:
+                    name, x = f"cut{r + 1}.inputs.dense1", problem.x[:, seen]
+                    off = p[f"{name}.weight"] @ x + p[f"{name}.bias"][:, None] - states[r]
+                    p[f"{name}.weight"] -= lr * 2 / len(seen) * off @ x.T
+                    p[f"{name}.bias"] -= lr * 2 / len(seen) * off.sum(axis=1)
+        b, x, xs, states, targets, gradients = len(ids), problem.x[:, ids], [], [], [], []
+        for r in range(last + 1):
+            if inputs and r:
+                name = f"cut{r}.inputs.dense1"
+                x = p[f"{name}.weight"] @ problem.x[:, ids] + p[f"{name}.bias"][:, None]
+            xs.append(x)
+            z = p[f"dense{r + 1}.weight"] @ x + p[f"dense{r + 1}.bias"][:, None]
+            x = np.tanh(z) if r < last else z
+            states.append(x)
+        above = None
+        for r in reversed(range(last + 1)):
+            h = states[r]
+            if r == last:
+                g = np.exp(log_softmax(h, axis=0)) - problem.onehot(ids)
+            else:
+                name, g = f"cut{r + 1}.gradient.dense1", 0.0
+                if share < 1:
+                    given_too = np.vstack([h, problem.onehot(ids)]) if given else h
+                    g = (1 - share) * (p[f"{name}.weight"] @ given_too + p[f"{name}.bias"][:, None])
+                g = (g + share * above) * (1 - h * h)
+            gradients.insert(0, g)
+            above = p[f"dense{r + 1}.weight"].T @ g
+            targets.insert(0, above)
+        for r, g in enumerate(gradients):
+            p[f"dense{r + 1}.weight"] -= lr / b * g @ xs[r].T
+            p[f"dense{r + 1}.bias"] -= lr / b * g.sum(axis=1)
+        # What came back to a cut is of the block above it.
+        flight[k] = ids, states, targets[1:]
+    return p
+
+
+def equal(found, expected, atol=1e-12):
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        np.testing.assert_allclose(found[name], values, rtol=0, atol=atol, err_msg=name)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("options", "settings"),
+    [
+        (("--ahead", "1"), {}),
+        (("--ahead", "3"), {"ahead": 3}),
+        (("--ahead", "2", "--synthetic", "dni"), {"ahead": 2, "given": False}),
+        (("--ahead", "1", "--bp-lambda", "0.4"), {"share": 0.4}),
+        (("--ahead", "1", "--bp-lambda", "1"), {"share": 1.0}),
+        (("--ahead", "2", "--synthetic-inputs"), {"ahead": 2, "inputs": True}),
+    ],
+    ids=["in turn", "ahead", "without targets", "mixed", "back-propagation", "inputs too"],
+)
+def test_blocks_learn_what_a_serial_simulation_does(folder, options, settings, ranks):
+    problem = Problem(folder, *options)
+    equal(problem.train(ranks), simulate(problem, **settings))
+
+
+def test_the_whole_gradient_from_above_is_back_propagation(folder):
+    problem = Problem(folder, "--ahead", "1", "--bp-lambda", "1")
+    found = problem.train(4)
+    words = ("--dataset", str(folder / "own.npz"), "--config", str(folder / "net.toml"), *PLAIN[2:])
+    config = usual(parse(["--method", "data_parallel", *words]))
+
+    def work(world):
+        method = find_method("data_parallel")(Context(world, problem.network, problem.dataset, config, NumpyOps()))
+        for ids in problem.ids:
+            method.step(Batch(ids), 0.3)
+        method.collect()
+        return method.state.vectors["weights"].copy()
+
+    (flat,) = run_ranks(1, work)
+    equal(found, unpacked(problem.network.layout(), flat))
+
+
+def test_at_first_only_the_last_block_and_the_synthesizer_below_it_learn(folder):
+    problem = Problem(folder, "--ahead", "1")
+    start, once, twice = (problem.train(4, steps) for steps in (0, 1, 2))
+    last, below = ({f"{name}.{part}" for part in ("weight", "bias")} for name in ("dense4", "dense3"))
+    synthesizer = {"cut3.gradient.dense1.weight", "cut3.gradient.dense1.bias"}
+    assert not any(values.any() for name, values in start.items() if "gradient" in name)
+    assert {name for name in start if not np.array_equal(start[name], once[name])} == last
+    assert {name for name in start if not np.array_equal(start[name], twice[name])} == last | synthesizer | below
+
+
+@pytest.mark.parametrize("ahead", [1, 2, 4])
+@pytest.mark.parametrize("more", [(), ("--synthetic-inputs",), ("--local-loss", "greedy")])
+def test_delays_change_nothing(folder, ahead, more):
+    """Ranks that sleep at random: the same bits, and messages that meet."""
+    from time import sleep
+
+    problem = Problem(folder, "--ahead", str(ahead), *more, "--optimizer", "adam", "--lr", "0.01", steps=60)
+    calm = problem.train(1)
+    rngs = [np.random.default_rng(rank) for rank in range(4)]
+    slow = problem.train(4, slow=lambda rank, k: sleep(float(rngs[rank].uniform(0, 0.005))))
+    assert all(np.array_equal(calm[name], slow[name]) for name in calm)
+
+
+@pytest.mark.parametrize("width", [4, 512])
+def test_messages_of_any_length_pass_each_other(tmp_path, width):
+    """Short ones are copied at once, long ones wait for their receiver."""
+    options = ("--method", "dni", "--model", "mlp", "--widths", *[str(width)] * 3, "--max-steps", "100", "--ahead", "2",
+               "--loss", "nll")  # fmt: skip
+    status, _, err = run(4, "-m", "psmpi.train", *options, "--out", tmp_path / "run", timeout=120)
+    assert status == 0, err
+
+
+def test_a_cut_costs_one_message_each_way(folder):
+    problem = Problem(folder, "--ahead", "2", steps=8)
+    problem.train(4)
+    samples = sum(map(len, problem.ids))
+    up, down = [8 * n * samples for n in WIDTHS], [8 * n * samples for n in WIDTHS]
+    assert [sent for *_, sent, _ in problem.found] == [up[0], down[0] + up[1], down[1] + up[2], down[2]]
+    problem = Problem(folder, "--local-loss", "greedy", steps=8)
+    problem.train(4)
+    # A credit of one number for each minibatch.
+    assert [sent for *_, sent, _ in problem.found] == [up[0], 64 + up[1], 64 + up[2], 64]
+
+
+@pytest.mark.parametrize("kind", ["greedy", "predsim"])
+def test_local_losses_teach_each_block_from_its_own_outputs(folder, kind):
+    """One step from where blocks begin: the finite differences of each block's own loss."""
+    problem = Problem(folder, "--local-loss", kind, steps=1)
+    start, after = problem.train(2, 0), problem.train(2, 1)
+    ids = problem.ids[0]
+    labels, hot = problem.y[ids], problem.onehot(ids)
+
+    def cosines(f):
+        f = f - f.mean(axis=0)
+        f = f / np.sqrt((f * f).sum(axis=0))
+        return f.T @ f
+
+    def loss(p, r):
+        x = problem.x[:, ids]
+        for k in range(r):
+            x = np.tanh(start[f"dense{k + 1}.weight"] @ x + start[f"dense{k + 1}.bias"][:, None])
+        h = np.tanh(p[f"dense{r + 1}.weight"] @ x + p[f"dense{r + 1}.bias"][:, None])
+        name = f"cut{r + 1}.scores.dense1"
+        scores = p[f"{name}.weight"] @ h + p[f"{name}.bias"][:, None]
+        found = -log_softmax(scores, axis=0)[labels, np.arange(len(ids))].mean()
+        if kind == "greedy":
+            return found
+        name = f"cut{r + 1}.features.dense1"
+        off = cosines(p[f"{name}.weight"] @ h + p[f"{name}.bias"][:, None]) - cosines(hot)
+        return 0.01 * found + 0.99 * (off * off).mean()
+
+    for r in range(3):
+        names = [f"dense{r + 1}.weight", f"cut{r + 1}.scores.dense1.weight", f"cut{r + 1}.scores.dense1.bias"]
+        names += [f"cut{r + 1}.features.dense1.weight"] if kind == "predsim" else []
+        for name in names:
+            slope = np.zeros(start[name].shape)
+            for at in np.ndindex(slope.shape):
+                moved = {key: values.copy() for key, values in start.items()}
+                moved[name][at] += 1e-6
+                above = loss(moved, r)
+                moved[name][at] -= 2e-6
+                slope[at] = (above - loss(moved, r)) / 2e-6
+            np.testing.assert_allclose((start[name] - after[name]) / 0.3, slope, rtol=0, atol=1e-7, err_msg=name)
+
+
+def test_what_is_in_flight_is_left_where_it_has_no_meaning(tmp_path):
+    """A checkpoint goes on with another --ahead, with other synthesizers, and from another method; notes say so."""
+    options = ("--model", "mlp", "--widths", "20", "20", "20", "--loss", "nll")
+    first = tmp_path / "first"
+    status, _, err = run(2, "-m", "psmpi.train", "--method", "dni", "--layer-blocks", "4", *options, "--max-steps", "7",
+                         "--out", first)  # fmt: skip
+    assert status == 0, err
+    for name, more, told in (
+        ("ahead", ("--layer-blocks", "4", "--ahead", "2"), "no dni_flight dni_samples"),
+        ("hidden", ("--layer-blocks", "4", "--synthesizer-hidden", "9"), "no dni dni_m dni_v"),
+        ("blocks", ("--layer-blocks", "2"), "no dni dni_flight dni_m dni_v"),
+    ):
+        words = ("--method", "dni", *options, *more, "--resume", first, "--max-steps", "12", "--out", tmp_path / name)
+        status, out, err = run(2, "-m", "psmpi.train", *words)
+        assert status == 0 and told in out, (name, out + err)
+    words = (
+        "--method",
+        "dni",
+        *options,
+        "--resume",
+        tmp_path / "dp",
+        "--max-steps",
+        "12",
+        "--out",
+        tmp_path / "from dp",
+    )
+    status, _, err = run(1, "-m", "psmpi.train", "--method", "data_parallel", *options, "--max-steps", "3", "--out",
+                         tmp_path / "dp")  # fmt: skip
+    assert status == 0, err
+    status, out, err = run(2, "-m", "psmpi.train", *words)
+    assert status == 0 and "start afresh" in out, out + err
+
+
+@pytest.mark.parametrize("options", [("--local-loss", "predsim"), ("--synthetic-inputs",), ("--synthetic", "dni")])
+def test_convolutions_train(tmp_path, options):
+    words = ("--method", "dni", "--model", "psnet", "--loss", "nll", "--max-steps", "40", *options)
+    status, _, err = run(2, "-m", "psmpi.train", *words, "--out", tmp_path / "run")
+    assert status == 0, err
+
+
+def test_errors_of_predicted_gradients_are_told_and_fall(tmp_path):
+    words = ("--method", "dni", "--model", "mlp", "--widths", "40", "40", "--loss", "nll", "--epochs", "12")
+    status, _, err = run(2, "-m", "psmpi.train", *words, "--out", tmp_path / "run")
+    assert status == 0, err
+    rows = [loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    first, last = (row["synthetic_error"] for row in (rows[0], rows[-1]))
+    assert len(first) == 1 and 0 < last[0] < first[0] and last[0] < 1
+    assert rows[-1]["test_accuracy"] > 0.9
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--layer-blocks", "7"), "which can be cut into 2 at most"),
+        (("--layer-blocks", "1"), "there are two or more"),
+        (("--bp-lambda", "0.5"), "add --ahead 1"),
+        (("--bp-lambda", "1.5", "--ahead", "1"), "from 0 to 1"),
+        (("--synthesizer-lr", "-1"), "from 0 to"),
+        (("--ahead", "0"), "--ahead 0"),
+        (("--local-loss", "greedy", "--synthetic", "dni"), "predicts no gradients"),
+        (("--local-loss", "greedy", "--synthesizer-hidden", "5"), "--synthesizer-hidden is of what predicts"),
+        (("--synthesizer-hidden", "0"), "widths from 1 up"),
+        (("--synthetic-inputs", "--bp-lambda", "1", "--ahead", "1"), "use one"),
+        (("--optimizer", "lbfgs"), "each block has its own gradient"),
+        (("--on-nan", "skip"), "cannot leave out a single step"),
+        (("--synthesizer-hidden", "5", "--batch-size", "1"), "a single sample"),
+    ],
+)
+def test_what_cannot_be_is_one_message(tmp_path, options, says):
+    status, out, err = run(2, "-m", "psmpi.train", "--method", "dni", "--model", "mlp", "--widths", "20", *options,
+                           "--out", tmp_path / "run")  # fmt: skip
+    assert status == 1 and (out + err).count(says) == 1 and "Traceback" not in err, out + err
