@@ -54,6 +54,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "ist-master": ("--method", "ist", "--colocate"),
     "sil": ("--method", "sil", "--parts", "2"),
     "sil-stale": ("--method", "sil", "--parts", "2", "--hand-over", "stale"),
+    "dni": ("--method", "dni"),
+    "dni-pipeline": ("--method", "dni", "--ahead", "1", "--bp-lambda", "1"),
     "next": ("--method", "next", "--tracking", "minibatch"),
     "next-choco": ("--method", "next", "--tracking", "minibatch", "--rule", "choco"),
 }

@@ -56,7 +56,7 @@ class Done:
     """A request that is done; the wait for it is written down."""
 
     def __init__(self, comm: Alone, place: int):
-        self.comm, self.place = comm, place
+        self.comm, self.place, self.program = comm, place, comm.book.program
         self.waited, self.tests = False, 0
 
     def Test(self) -> bool:
@@ -73,7 +73,9 @@ class Done:
     def _wait(self) -> None:
         if not self.waited:
             self.waited = True
-            self.comm.note("Wait", self.place, -1, ())
+            # What was begun before this program is over by then.
+            if self.program is self.comm.book.program:
+                self.comm.note("Wait", self.place, -1, ())
 
 
 class Alone:

@@ -96,15 +96,16 @@ def rehearse(
     whole = dataset.train.n // config.data.batch_size or 1
     lr, sent = float(config.optimization.lr), 0.0
 
-    for number in range(WARM + steps):
+    warm = WARM + method.lead
+    for number in range(warm + steps):
         # The last minibatch of an epoch may be a smaller one.
         batch = Batch(batches.ids(*divmod(number, whole)))
-        if number == WARM:
+        if number == warm:
             book.clear()
             sent = method.counter.sent
         book.since = time.perf_counter()
         method.step(batch, lr)
-        if number >= WARM:
+        if number >= warm:
             book.end_step()
     sent = (method.counter.sent - sent) / steps
     return Rehearsal(rank, book.program, method.place(), method.memory(), sent, method.period)

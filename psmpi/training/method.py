@@ -167,6 +167,11 @@ class Method:
         """Steps after which messages repeat, the steps between epochs left out."""
         return 1
 
+    @property
+    def lead(self) -> int:
+        """Steps after which those that follow do all that a step does."""
+        return 0
+
     def events(self) -> dict[str, int]:
         """Counts of unusual events on this rank since the start, by name. All ranks call it."""
         return {}

@@ -63,7 +63,7 @@ class Problem:
         self.ids = [batches.ids(*divmod(k, each)) for k in range(steps)]
 
     def train(self, ranks, steps=None, slow=None):
-        """Parameters by name, the network's and the auxiliary ones', after so many steps; `found`: of each rank more."""
+        """Parameters by name, the network's and the auxiliary ones', after so many steps."""
         steps = self.steps if steps is None else steps
         find_method("dni").check(ranks, self.network, self.dataset, self.config)
 
@@ -291,7 +291,7 @@ def test_what_is_in_flight_is_left_where_it_has_no_meaning(tmp_path):
         "--max-steps",
         "12",
         "--out",
-        tmp_path / "from dp",
+        tmp_path / "end",
     )
     status, _, err = run(1, "-m", "psmpi.train", "--method", "data_parallel", *options, "--max-steps", "3", "--out",
                          tmp_path / "dp")  # fmt: skip

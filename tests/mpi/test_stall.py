@@ -27,6 +27,7 @@ METHODS = {
     "ist": ("--colocate", *MLP, "--local-steps", "5"),
     "sil": (*MLP, "--parts", "3", "--hand-over", "stale"),
     "dfa": MLP,
+    "dni": (*MLP, "--layer-blocks", "3"),
     "next": (*MLP, "--tracking", "minibatch"),
 }
 # A method of a user's own, whose rank 1 gets no further in a step.

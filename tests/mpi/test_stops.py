@@ -21,6 +21,7 @@ METHODS = {
     "owner": ("--placement", "owner"),
     "data_parallel": ("--method", "data_parallel"),
     "local_sgd": ("--method", "local_sgd", "--local-steps", "5"),
+    "dni": ("--method", "dni", "--model", "mlp", "--widths", "40", "40", "--loss", "nll"),
     "next": ("--method", "next", "--agents", "5", "--tracking", "minibatch"),
 }
 TIMES = range(20)

@@ -212,6 +212,8 @@ METHODS = {
     "ist --placement owner --local-steps 3": (2,),
     "sil --parts 2": (2,),
     "dfa --model mlp --widths 12 10": (3,),
+    "dni --layer-blocks 2": (2,),
+    "dni --layer-blocks 2 --local-loss greedy --ahead 2": (2,),
     "next --graph exponential": (3,),
     "next --tracking minibatch --rule kgt --optimizer sgd --local-steps 3": (2,),
 }

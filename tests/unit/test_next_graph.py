@@ -8,7 +8,6 @@ from psmpi.data import open_dataset
 from psmpi.errors import UserError
 from psmpi.methods.next.deal import deal_samples
 from psmpi.methods.next.graph import Graph, components, make_graph, weights
-from psmpi.methods.next.rules import minimum
 from psmpi.methods.next.settings import Settings, owners
 
 
@@ -100,7 +99,9 @@ def test_minima_of_convex_models():
             return y @ (x - w) + s.tau / 2 * (x - w) @ (x - w) + s.regularizer_weight * r
 
         found = y.copy()
-        minimum(s, NumpyOps(), w, found)
+        found *= -1 / s.tau
+        found += w
+        s.terms.nearest(NumpyOps(), found, s.tau)
         for k in range(6):
             for step in (1e-6, -1e-6):
                 there = found.copy()

@@ -102,6 +102,7 @@ class Auxiliary:
         self.model = Model(network, self.layout, w, g, ops)
         self.inputs, self.outputs = prod(network.in_shape), self.model.size
         self.optimizer = configured_optimizer(config, self.layout, Runs(((0, self.layout.size),)), ops)
+        self.forward_pass, self.backward_pass = ops.record(self.model.forward), ops.record(self._take_back)
         self.begin()
 
     def begin(self) -> None:
@@ -132,13 +133,17 @@ class Auxiliary:
 
     def forward(self, x: np.ndarray) -> np.ndarray:
         """Outputs (outputs, b) of inputs (inputs, b)."""
-        self.tape = self.model.forward(x)
-        return self.tape.scores.reshape(self.outputs, -1)
+        self.seen, self.tape = x, self.forward_pass(x)
+        found: np.ndarray = self.tape.scores.reshape(self.outputs, -1)
+        return found
 
     def backward(self, dy: np.ndarray, dx: np.ndarray | None = None) -> None:
         """Fill g, and dx (inputs, b) where it is given, from the gradient of the last outputs, which is used up."""
-        into = None if dx is None else dx.reshape(*self.model.in_shape, -1)
-        self.model.backward(self.tape, dy.reshape(self.tape.scores.shape), dx=into)
+        self.backward_pass(self.seen, dy, None if dx is None else dx.reshape(*self.model.in_shape, -1))
+
+    def _take_back(self, x: np.ndarray, dy: np.ndarray, dx: np.ndarray | None) -> None:
+        """x: the inputs of the pass, which the tape has kept."""
+        self.model.backward(self.tape, dy.reshape(self.tape.scores.shape), dx=dx)
 
     def step(self, lr: float, scale: float, done: int) -> None:
         """Step along `scale` times g, after `done` steps."""

@@ -117,6 +117,8 @@ class Block:
         elif "scores" in networks:
             loss = context.loss()
             self.local = LocalLoss(ops, loss, networks["scores"], networks.get("features"), network.classes)
+        self.forward_pass, self.backward_pass = ops.record(self.model.forward), ops.record(self._take_back)
+        self.derive_pass = self.objective.record(self._derive) if self.objective is not None else None
         # The minibatch that the gradients' synthesizer has predicted last, with the weights that it still has.
         self.predicted = -1
         self.error = np.zeros(2)
@@ -157,7 +159,8 @@ class Block:
     def forward(self, k: int) -> None:
         """The pass through the layers for minibatch k; its outputs are on their way up then."""
         ids = self.slots.of(k)
-        self.tape = self.model.forward(self._take_inputs(k, ids))
+        self.seen = self._take_inputs(k, ids)
+        self.tape = self.forward_pass(self.seen)
         if self.above is not None:
             b, line, slot = len(ids), self.above, self._slot(k)
             h = view(line.outputs, slot, self.units, b)
@@ -213,11 +216,11 @@ class Block:
         if self.objective is not None:
             self.objective.ids = ids
             self.objective.bring(self._targets(ids))
-            scores = self.tape.scores.reshape(self.units, b)
-            self.objective.derive(self.tape, scores, self.objective.targets(b), 1.0, dx=dx)
+            assert self.derive_pass is not None
+            self.derive_pass(self.seen, dx, b)
             loss = self.objective.value()
         else:
-            self.model.backward(self.tape, self._signal(k, ids, lr, done).reshape(self.tape.scores.shape), dx=dx)
+            self.backward_pass(self.seen, self._signal(k, ids, lr, done), dx)
         if down and line is not None and not line.local:
             line.handles[slot].append(line.boundary.begin_back(e, None, k))
         self.ops.scale(self.g, 1 / b)
@@ -229,6 +232,16 @@ class Block:
             if one is not None:
                 one.poll()
         return loss
+
+    def _derive(self, x: np.ndarray, dx: np.ndarray | None, b: int) -> None:
+        """From the scores of inputs x, which the tape has kept, to the gradient of their summed losses."""
+        assert self.objective is not None
+        scores = self.tape.scores.reshape(self.units, b)
+        self.objective.derive(self.tape, scores, self.objective.targets(b), 1.0, dx=dx)
+
+    def _take_back(self, x: np.ndarray, dy: np.ndarray, dx: np.ndarray | None) -> None:
+        """From the gradient dy of the outputs of x, which is used up, to that of weights and inputs."""
+        self.model.backward(self.tape, dy.reshape(self.tape.scores.shape), dx=dx)
 
     def _targets(self, ids: np.ndarray) -> np.ndarray:
         """Labels (b,), or values (outputs, b), of samples."""

@@ -307,6 +307,10 @@ class DecoupledInterfaces(Method):
         """|predicted - returned| / |returned| of gradients, of each cut, over the epoch."""
         return self.found
 
+    @property
+    def lead(self) -> int:
+        return self.s.ahead
+
     def messages(self, step: int, batch: int) -> list[Message]:
         found = [message for one in self.boundaries for message in one.messages(Step(batch))]
         if self.s.returns:

@@ -186,6 +186,11 @@ def dni_notes(size: int, network: Network, config: Config) -> Iterator[str]:
 def dni_warnings(size: int, network: Network, config: Config) -> Iterator[str]:
     """See `Method.warnings`."""
     s = config.of(Settings)
+    if s.predicts and config.objective.loss == "psl":
+        yield (
+            "gradients of the loss psl differ in size by orders of magnitude, and are hard to predict: blocks learn "
+            "more with --loss nll or logistic"
+        )
     if s.predicts and s.synthetic == "dni":
         yield (
             "--synthetic dni has to infer the target from a block's outputs, and learns far less than cdni where these "
