@@ -12,6 +12,7 @@ def main(argv: list[str] | None = None) -> int:
     from psmpi.bench.checkpoint import checkpoint
     from psmpi.bench.comm import comm
     from psmpi.bench.compute import compute
+    from psmpi.bench.decoupled import decoupled
     from psmpi.bench.head import head
     from psmpi.bench.kernels import kernels
     from psmpi.bench.links import links
@@ -34,8 +35,8 @@ def main(argv: list[str] | None = None) -> int:
     def go() -> int:
         trains = partial(with_training_options, default=defaults(words), words=words)
         commands: tuple[Callable[..., int], ...] = (
-            checkpoint, comm, compute, head, kernels, links, trains(memory), network, trains(optimizer), predict,
-            private, published, trains(recorder), trains(scale), start, trains(step), trunk,
+            checkpoint, comm, compute, decoupled, head, kernels, links, trains(memory), network, trains(optimizer),
+            predict, private, published, trains(recorder), trains(scale), start, trains(step), trunk,
         )  # fmt: skip
         return chosen(commands, words, "bench", "Measure psmpi.")()
 

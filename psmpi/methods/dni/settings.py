@@ -38,7 +38,7 @@ class Settings:
     """Widths of the hidden layers of what predicts, each with batch normalization and ReLU; none: it is linear."""
     synthesizer_lr: float = 0.0
     """Learning rate of what predicts, and of local classifiers; 0: that of the blocks."""
-    ahead: Annotated[int, Least(1)] = 4
+    ahead: Annotated[int, Least(1)] = 2
     """Minibatches that a block may be ahead of the one above: gradients that this returned are learnt from so many
     minibatches later, in the same order on any ranks. 1: before the next minibatch."""
     bp_lambda: float = 0.0

@@ -1,0 +1,92 @@
+"""Blocks of layers that update at once, beside a lock-step pipeline of the same blocks on the same ranks."""
+
+from __future__ import annotations
+
+import json as jsonlib
+import sys
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from psmpi.bench.hosts import check_hosts, slow_hosts, wrapper
+from psmpi.bench.network import launcher, run_program
+from psmpi.bench.predict import BURST
+from psmpi.errors import UserError
+from psmpi.output import Screen, check_files
+
+
+def decoupled(
+    ranks: tuple[int, ...] = (2,),
+    ahead: tuple[int, ...] = (1, 2, 4),
+    width: int = 256,
+    layers: int = 1,
+    batch_size: int = 256,
+    dataset: str = "digits",
+    data_dir: str = "",
+    rate: float = 0.0,
+    delay_ms: float = 0.0,
+    sleep_ms: float = 0.0,
+    limit: int = 600,
+    json: str = "",
+) -> int:
+    """Time minibatches of decoupled blocks, --method dni, and of the same blocks as a lock-step pipeline.
+
+    A block a rank. The pipeline is back-propagation: a minibatch goes up through all blocks, and its
+    gradients come down, before the next one. Both in one run, in turn. A rate other than 0 needs root, iproute2 and
+    MPICH. Ranks need a core each, unless they sleep in place of computing.
+
+    Args:
+        ranks: Processes of a run, and blocks: one run for each.
+        ahead: Minibatches that blocks may be ahead of the one above.
+        width: Units of each hidden layer.
+        layers: Layers of a block.
+        batch_size: Samples of a minibatch.
+        dataset: digits, mnist, cifar10, or a file, as in psmpi.train.
+        data_dir: Folder of the data set's files.
+        rate: Mbit/s of each host's link; 0: this machine as it is.
+        delay_ms: Milliseconds by which messages between hosts arrive later.
+        sleep_ms: Milliseconds that each pass of a block, forward and backward, sleeps besides, as if it were larger.
+        limit: Seconds after which a run is ended.
+        json: Also write the figures into this file.
+    """
+    if not all(2 <= n <= 250 for n in ranks) or not ranks:
+        raise UserError(f"--ranks {' '.join(map(str, ranks))}: expected numbers from 2 to 250")
+    if not ahead or min(ahead) < 1:
+        raise UserError(f"--ahead {' '.join(map(str, ahead))}: expected numbers from 1 up")
+    if width < 1 or layers < 1:
+        raise UserError(f"--width {width} --layers {layers}: expected 1 or more of both")
+    if not 0 <= sleep_ms < 1e6:
+        raise UserError(f"--sleep-ms {sleep_ms:g}: expected a number from 0 to 1e6")
+    check_hosts((rate,), delay_ms)
+    check_files(json=json)
+    dataset = str(Path(dataset).absolute()) if Path(dataset).is_file() else dataset
+    given = ["--method", "dni", "--dataset", dataset, "--loss", "nll", "--threads", "1", "--batch-size",
+             str(batch_size), "--depths", *map(str, ahead), "--sleep-ms", str(sleep_ms)]  # fmt: skip
+    given += ["--data-dir", str(Path(data_dir).absolute())] if data_dir else []
+    rows: list[dict[str, Any]] = []
+    for count in ranks:
+        model = ["--model", "mlp", "--widths", *[str(width)] * (count * layers - 1)]
+        with slow_hosts(count, rate, BURST, delay_ms) as hosts:
+            program = [sys.executable, "-m", "psmpi.bench.pipelined", *given, *model]
+            program = [*(["env", "PSMPI_WAIT=sleep"] if sleep_ms else []), *program]
+            before = wrapper(hosts) if hosts else []
+            out = run_program([launcher(), "-n", str(count), *before, *program], bool(hosts), limit)
+        rows.append({"ranks": count, "ms": jsonlib.loads(out.splitlines()[-1])})
+    _show(rows)
+    if json:
+        Path(json).write_text(jsonlib.dumps({"options": given, "rows": rows}) + "\n")
+    return 0
+
+
+def _show(rows: list[dict[str, Any]]) -> None:
+    from rich.table import Table
+
+    table = Table(title="ms a minibatch, median of 3 (times as many a second)", title_justify="left")
+    table.add_column("ranks", justify="right")
+    for name in rows[0]["ms"]:
+        table.add_column(name, justify="right")
+    for row in rows:
+        least = median(row["ms"]["lock-step"])
+        found = [median(times) for times in row["ms"].values()]
+        table.add_row(str(row["ranks"]), *(f"{one:.2f} ({least / one:.2f})" for one in found))
+    Screen().print(table)
