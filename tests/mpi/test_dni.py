@@ -276,7 +276,7 @@ def test_what_is_in_flight_is_left_where_it_has_no_meaning(tmp_path):
                          "--out", first)  # fmt: skip
     assert status == 0, err
     for name, more, told in (
-        ("ahead", ("--layer-blocks", "4", "--ahead", "2"), "no dni_flight dni_samples"),
+        ("ahead", ("--layer-blocks", "4", "--ahead", "3"), "no dni_flight dni_samples"),
         ("hidden", ("--layer-blocks", "4", "--synthesizer-hidden", "9"), "no dni dni_m dni_v"),
         ("blocks", ("--layer-blocks", "2"), "no dni dni_flight dni_m dni_v"),
     ):
@@ -327,8 +327,8 @@ def test_errors_of_predicted_gradients_are_told_and_fall(tmp_path):
         (("--bp-lambda", "1.5", "--ahead", "1"), "from 0 to 1"),
         (("--synthesizer-lr", "-1"), "from 0 to"),
         (("--ahead", "0"), "--ahead 0"),
-        (("--local-loss", "greedy", "--synthetic", "dni"), "predicts no gradients"),
-        (("--local-loss", "greedy", "--synthesizer-hidden", "5"), "--synthesizer-hidden is of what predicts"),
+        (("--local-loss", "greedy", "--synthetic", "dni"), "uses no synthetic gradients"),
+        (("--local-loss", "greedy", "--synthesizer-hidden", "5"), "--synthesizer-hidden is for synthesizers"),
         (("--synthesizer-hidden", "0"), "widths from 1 up"),
         (("--synthetic-inputs", "--bp-lambda", "1", "--ahead", "1"), "use one"),
         (("--optimizer", "lbfgs"), "each block has its own gradient"),

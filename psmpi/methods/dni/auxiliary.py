@@ -1,4 +1,4 @@
-"""Networks beside a block, which training alone needs: synthesizers of gradients and inputs, and local classifiers."""
+"""Auxiliary networks of blocks, for training only: synthesizers of gradients and of inputs, local classifiers."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ KERNEL = 5
 
 
 @dataclass(frozen=True)
-class Beside(Network):
-    """A network whose outputs are all of one class: its parameters lie one after the other."""
+class AuxiliaryNetwork(Network):
+    """A network whose outputs all belong to one class, so its parameters are contiguous in declaration order."""
 
     @property
     def classes(self) -> int:
@@ -36,10 +36,10 @@ class Beside(Network):
         return ((0, self.layers[-1].out_shape[0], Each(0, 1)),)
 
 
-def beside(name: str, in_shape: tuple[int, ...], tables: Sequence[Mapping[str, Any]]) -> Beside:
+def make_auxiliary(name: str, in_shape: tuple[int, ...], tables: Sequence[Mapping[str, Any]]) -> AuxiliaryNetwork:
     """The network of some layer tables, see psmpi.nn.network.build, with outputs of any shape."""
     layers, _ = TableReader(name).read(tables, in_shape)
-    return Beside(name, in_shape, layers)
+    return AuxiliaryNetwork(name, in_shape, layers)
 
 
 def _hidden(widths: Sequence[int], make: Callable[[int], Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -50,13 +50,15 @@ def _dense(units: int) -> Mapping[str, Any]:
     return {"type": "dense", "units": units}
 
 
-def gradient_synthesizer(shape: tuple[int, ...], given: int, hidden: Sequence[int]) -> Beside:
+def gradient_synthesizer(shape: tuple[int, ...], given: int, hidden: Sequence[int]) -> AuxiliaryNetwork:
     """M(h, y): from outputs of `shape` and `given` numbers of the target to the gradient of the outputs.
 
     Without hidden layers it is linear. Of images it is convolutional, and the numbers are planes.
     """
     if len(shape) == 1:
-        return beside("synthesizer of gradients", (shape[0] + given,), [*_hidden(hidden, _dense), _dense(shape[0])])
+        return make_auxiliary(
+            "synthesizer of gradients", (shape[0] + given,), [*_hidden(hidden, _dense), _dense(shape[0])]
+        )
     channels, height, width = shape
     kernel = min(KERNEL, height - 1 + height % 2, width - 1 + width % 2)
 
@@ -64,38 +66,45 @@ def gradient_synthesizer(shape: tuple[int, ...], given: int, hidden: Sequence[in
         return {"type": "conv", "channels": count, "kernel": kernel, "pad": kernel // 2}
 
     of = channels + given, height, width
-    return beside("synthesizer of gradients", of, [*_hidden(hidden, conv), conv(channels)])
+    return make_auxiliary("synthesizer of gradients", of, [*_hidden(hidden, conv), conv(channels)])
 
 
-def input_synthesizer(in_shape: tuple[int, ...], units: int, hidden: Sequence[int]) -> Beside:
+def input_synthesizer(in_shape: tuple[int, ...], units: int, hidden: Sequence[int]) -> AuxiliaryNetwork:
     """I(x): from samples to the inputs of a block."""
-    return beside("synthesizer of inputs", (prod(in_shape),), [*_hidden(hidden, _dense), _dense(units)])
+    return make_auxiliary("synthesizer of inputs", (prod(in_shape),), [*_hidden(hidden, _dense), _dense(units)])
 
 
-def local_classifier(units: int, outputs: int) -> Beside:
+def local_classifier(units: int, outputs: int) -> AuxiliaryNetwork:
     """Scores of the outputs of a block."""
-    return beside("local classifier", (units,), [_dense(outputs)])
+    return make_auxiliary("local classifier", (units,), [_dense(outputs)])
 
 
-def local_features(shape: tuple[int, ...]) -> Beside:
+def local_features(shape: tuple[int, ...]) -> AuxiliaryNetwork:
     """What the similarity of samples is taken of: a linear map of the outputs of a block, of images a convolution."""
     if len(shape) == 1:
-        return beside("local features", shape, [_dense(shape[0])])
+        return make_auxiliary("local features", shape, [_dense(shape[0])])
     kernel = min(3, shape[1] - 1 + shape[1] % 2, shape[2] - 1 + shape[2] % 2)
-    return beside(
+    return make_auxiliary(
         "local features", shape, [{"type": "conv", "channels": shape[0], "kernel": kernel, "pad": kernel // 2}]
     )
 
 
 class Auxiliary:
-    """An auxiliary network on a rank: w, g (size,), its weights and their gradient, and what steps these.
+    """An auxiliary network on a rank: weights w and gradient g (size,), model and optimizer.
 
-    key: what its initial weights are drawn for. zero: its last layer begins as zeros, so that it begins by putting out
-    zeros.
+    key: distinguishes its initial weights from those of others. zero: initialize the last layer to zeros, so that the
+    first outputs are zeros.
     """
 
     def __init__(
-        self, config: Config, network: Beside, w: np.ndarray, g: np.ndarray, ops: NumpyOps, key: str, zero: bool
+        self,
+        config: Config,
+        network: AuxiliaryNetwork,
+        w: np.ndarray,
+        g: np.ndarray,
+        ops: NumpyOps,
+        key: str,
+        zero: bool,
     ):
         self.network, self.layout, self.w, self.g, self.ops = network, network.layout(), w, g, ops
         self.config, self.key, self.zero = config, key, zero
@@ -158,6 +167,6 @@ class Auxiliary:
         return int(self.model.activation_bytes + self.model.buffer_bytes + self.room.nbytes)
 
 
-def shifted(layouts: Mapping[str, Layout]) -> dict[str, tuple[int, ...]]:
+def prefixed_shapes(layouts: Mapping[str, Layout]) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the parameters of several layouts, one after the other, each under its own name."""
     return {f"{name}.{p.name}": p.shape for name, layout in layouts.items() for p in layout.parameters}

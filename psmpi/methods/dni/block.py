@@ -1,15 +1,12 @@
-"""One block of the method `dni`: a run of layers, what is sent for it, and what it learns from."""
+"""One block of the method `dni`: forward pass, update from a synthetic gradient, fit of its synthesizers."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import numpy as np
 
-from psmpi.comm.transfers import Boundary
-from psmpi.comm.transfers.base import Handle
 from psmpi.data import Resident
 from psmpi.methods.dni.auxiliary import Auxiliary
+from psmpi.methods.dni.buffers import CutBuffers, Slots, view
 from psmpi.methods.dni.local import LocalLoss
 from psmpi.methods.dni.settings import Settings
 from psmpi.nn.model import Model
@@ -18,71 +15,11 @@ from psmpi.training.context import Context
 from psmpi.training.descent import no_sum
 
 
-@dataclass
-class Slots:
-    """What blocks keep of the minibatches in flight, one place for each, in turn.
-
-    ids: (ahead, largest minibatch) int64, the samples, -1 behind the last.
-    """
-
-    ids: np.ndarray
-
-    def put(self, k: int, ids: np.ndarray) -> None:
-        """Take up minibatch k."""
-        row = self.ids[k % len(self.ids)]
-        row[: len(ids)] = ids
-        row[len(ids) :] = -1
-
-    def of(self, k: int) -> np.ndarray:
-        """The samples of minibatch k."""
-        row = self.ids[k % len(self.ids)]
-        found: np.ndarray = row[: int(np.count_nonzero(row >= 0))]
-        return found
-
-
-@dataclass
-class Line:
-    """What goes over a cut, on either side: outputs up, and down their gradients, or where there are none a credit.
-
-    outputs, targets: (ahead, units times the largest minibatch) or None; handles: of the messages under way, by slot.
-    """
-
-    boundary: Boundary
-    credit: Boundary | None
-    outputs: np.ndarray
-    targets: np.ndarray | None
-    ticket: np.ndarray
-    handles: list[list[Handle]] = field(default_factory=list)
-
-    @property
-    def local(self) -> bool:
-        """Whether both sides are on this rank, and share the arrays."""
-        return self.boundary.source == self.boundary.target
-
-    def finish(self, slot: int) -> None:
-        """Wait for the messages of a slot."""
-        for handle in self.handles[slot]:
-            handle.finish()
-        self.handles[slot].clear()
-
-    def poll(self) -> None:
-        """Drive messages on."""
-        for handles in self.handles:
-            for handle in handles:
-                handle.poll()
-
-
-def view(array: np.ndarray, slot: int, units: int, b: int) -> np.ndarray:
-    """(units, b) of a slot."""
-    found: np.ndarray = array[slot][: units * b].reshape(units, b)
-    return found
-
-
 class Block:
-    """Block `number`: its layers `stage` with weights w and their gradient g (n,).
+    """Block `number` of the network: the layers `stage`, their weights w and gradient g (n,).
 
-    below, above: the lines at its ends, None at those of the network. networks: the auxiliary networks of this block by
-    name, `inputs` among them. error: sums of the squares of what was predicted less what came, and of what came.
+    below, above: buffers of its two cuts; None at the ends of the network. networks: its auxiliary networks by name.
+    error: (2,), sums of |predicted - returned|^2 and |returned|^2 of gradients.
     """
 
     def __init__(
@@ -92,8 +29,8 @@ class Block:
         stage: tuple[int, int],
         w: np.ndarray,
         g: np.ndarray,
-        below: Line | None,
-        above: Line | None,
+        below: CutBuffers | None,
+        above: CutBuffers | None,
         networks: dict[str, Auxiliary],
         slots: Slots,
         samples: Resident,
@@ -119,10 +56,10 @@ class Block:
             self.local = LocalLoss(ops, loss, networks["scores"], networks.get("features"), network.classes)
         self.forward_pass, self.backward_pass = ops.record(self.model.forward), ops.record(self._take_back)
         self.derive_pass = self.objective.record(self._derive) if self.objective is not None else None
-        # The minibatch that the gradients' synthesizer has predicted last, with the weights that it still has.
+        # Last minibatch of which the gradient synthesizer's tape still holds, with the same weights; -1: none.
         self.predicted = -1
         self.error = np.zeros(2)
-        # Targets as a synthesizer is given them.
+        # Rows of a gradient synthesizer's input that hold targets; of images a plane each.
         gradient, planes = networks.get("gradient"), 1
         self.given = 0 if gradient is None else gradient.inputs - self.units
         if self.given:
@@ -157,60 +94,60 @@ class Block:
         return self.s.synthesizer_lr or lr
 
     def forward(self, k: int) -> None:
-        """The pass through the layers for minibatch k; its outputs are on their way up then."""
+        """Forward pass of minibatch k; begins to send its outputs up and to receive their gradient."""
         ids = self.slots.of(k)
         self.seen = self._take_inputs(k, ids)
         self.tape = self.forward_pass(self.seen)
         if self.above is not None:
-            b, line, slot = len(ids), self.above, self._slot(k)
-            h = view(line.outputs, slot, self.units, b)
+            b, cut, slot = len(ids), self.above, self._slot(k)
+            h = view(cut.outputs, slot, self.units, b)
             h[...] = self.tape.scores.reshape(self.units, b)
-            if not line.local:
-                back: np.ndarray = line.ticket[slot]
-                way = line.credit or line.boundary
-                if line.targets is not None:
-                    back = view(line.targets, slot, self.units, b)
-                line.handles[slot] += [line.boundary.begin(h, None, k), way.begin_back(None, back, k)]
+            if not cut.local:
+                back: np.ndarray = cut.ticket[slot]
+                way = cut.credit or cut.boundary
+                if cut.targets is not None:
+                    back = view(cut.targets, slot, self.units, b)
+                cut.handles[slot] += [cut.boundary.begin(h, None, k), way.begin_back(None, back, k)]
 
     def _take_inputs(self, k: int, ids: np.ndarray) -> np.ndarray:
-        """The inputs (inputs, b) of minibatch k: samples, outputs of the block below, or what is predicted of these."""
-        b, line = len(ids), self.below
-        if line is None:
+        """Inputs (inputs, b) of minibatch k: samples, outputs of the block below, or their synthetic replacement."""
+        b, cut = len(ids), self.below
+        if cut is None:
             x = self.room(b)
             self.samples.fetch(ids, x)
             return x
         slot = self._slot(k)
         if "inputs" in self.networks:
             one = self.networks["inputs"]
-            if not line.local:
-                line.handles[slot].append(line.boundary.begin(None, view(line.outputs, slot, self.inputs, b), k))
+            if not cut.local:
+                cut.handles[slot].append(cut.boundary.begin(None, view(cut.outputs, slot, self.inputs, b), k))
             seen = one.x(b)
             self.samples.fetch(ids, seen)
             x = self.room(b)
             x[...] = one.forward(seen)
-            self._credit(line, slot, k)
+            self._credit(cut, slot, k)
             return x
-        if line.local:
-            return view(line.outputs, slot, self.inputs, b)
+        if cut.local:
+            return view(cut.outputs, slot, self.inputs, b)
         x = self.room(b)
-        line.boundary.begin(None, x, k).finish()
-        self._credit(line, slot, k)
+        cut.boundary.begin(None, x, k).finish()
+        self._credit(cut, slot, k)
         return x
 
-    def _credit(self, line: Line, slot: int, k: int) -> None:
-        """Tell the block below that minibatch k has been taken up, where it hears no gradients."""
-        if line.credit is not None and not line.local:
-            line.handles[slot].append(line.credit.begin_back(line.ticket[slot], None, k))
+    def _credit(self, cut: CutBuffers, slot: int, k: int) -> None:
+        """With local losses, tell the block below that minibatch k has arrived."""
+        if cut.credit is not None and not cut.local:
+            cut.handles[slot].append(cut.credit.begin_back(cut.ticket[slot], None, k))
 
     def learn(self, k: int, lr: float, done: int) -> float:
-        """Step along the gradient of minibatch k, whose `forward` was the last; returns the sum of its losses.
+        """Update the block on minibatch k, right after its `forward`; returns the summed loss, 0 but in the last block.
 
         done: steps of local losses so far.
         """
         ids = self.slots.of(k)
-        b, line, slot = len(ids), self.below, self._slot(k)
-        down = line is not None and line.targets is not None
-        e = view(line.targets, slot, self.inputs, b) if line is not None and line.targets is not None else None
+        b, cut, slot = len(ids), self.below, self._slot(k)
+        down = cut is not None and cut.targets is not None
+        e = view(cut.targets, slot, self.inputs, b) if cut is not None and cut.targets is not None else None
         dx = None if e is None else e.reshape(*self.model.in_shape, b)
         loss = 0.0
         if self.objective is not None:
@@ -221,8 +158,8 @@ class Block:
             loss = self.objective.value()
         else:
             self.backward_pass(self.seen, self._signal(k, ids, lr, done), dx)
-        if down and line is not None and not line.local:
-            line.handles[slot].append(line.boundary.begin_back(e, None, k))
+        if down and cut is not None and not cut.local:
+            cut.handles[slot].append(cut.boundary.begin_back(e, None, k))
         self.ops.scale(self.g, 1 / b)
         if self.numbers.sound(self.ops, loss, [(self.g, self.runs)], self.context.layout, b):
             if self.clip > 0:
@@ -234,13 +171,13 @@ class Block:
         return loss
 
     def _derive(self, x: np.ndarray, dx: np.ndarray | None, b: int) -> None:
-        """From the scores of inputs x, which the tape has kept, to the gradient of their summed losses."""
+        """Fill g and dx with the gradient of the summed losses; x, inputs of the tape, keys a recording."""
         assert self.objective is not None
         scores = self.tape.scores.reshape(self.units, b)
         self.objective.derive(self.tape, scores, self.objective.targets(b), 1.0, dx=dx)
 
     def _take_back(self, x: np.ndarray, dy: np.ndarray, dx: np.ndarray | None) -> None:
-        """From the gradient dy of the outputs of x, which is used up, to that of weights and inputs."""
+        """Fill g and dx from the gradient dy of the outputs, which is used up; x, inputs of the tape, keys a recording."""
         self.model.backward(self.tape, dy.reshape(self.tape.scores.shape), dx=dx)
 
     def _targets(self, ids: np.ndarray) -> np.ndarray:
@@ -249,18 +186,18 @@ class Block:
         return found if self.context.dataset.task == "classes" else found.T
 
     def _signal(self, k: int, ids: np.ndarray, lr: float, done: int) -> np.ndarray:
-        """What the outputs of minibatch k have for their gradient, (units, b) of the sum of losses."""
-        b, line, slot = len(ids), self.above, self._slot(k)
-        assert line is not None
-        h = view(line.outputs, slot, self.units, b)
+        """Gradient (units, b) of the outputs of minibatch k: local, synthetic, or a mix with the returned one."""
+        b, cut, slot = len(ids), self.above, self._slot(k)
+        assert cut is not None
+        h = view(cut.outputs, slot, self.units, b)
         if self.local is not None:
             return self.local.learn(h, self._targets(ids), self._rate(lr), done)
         dy = self.dy[: self.units * b].reshape(self.units, b)
         share = self.s.bp_lambda
         if share:
-            line.finish(slot)
-            assert line.targets is not None
-            dy[...] = view(line.targets, slot, self.units, b)
+            cut.finish(slot)
+            assert cut.targets is not None
+            dy[...] = view(cut.targets, slot, self.units, b)
         if share < 1:
             found = self._predict(h, ids)
             self.predicted = k
@@ -271,7 +208,7 @@ class Block:
         return dy
 
     def _predict(self, h: np.ndarray, ids: np.ndarray) -> np.ndarray:
-        """The predicted gradient (units, b) of outputs h."""
+        """Synthetic gradient (units, b) of outputs h."""
         one, b = self.networks["gradient"], len(ids)
         x = one.x(b)
         x[: self.units] = h
@@ -283,31 +220,31 @@ class Block:
         return one.forward(x)
 
     def fit(self, k: int, lr: float, done: int) -> None:
-        """Let synthesizers learn from what came back of minibatch k; waits for it. done: their steps so far."""
+        """Fit the synthesizers to what came back of minibatch k; waits for it. done: their steps so far."""
         slot, ids = self._slot(k), self.slots.of(k)
-        for line in (self.below, self.above):
-            if line is not None:
-                line.finish(slot)
+        for cut in (self.below, self.above):
+            if cut is not None:
+                cut.finish(slot)
         b, rate = len(ids), self._rate(lr)
         if "gradient" in self.networks:
-            line, one = self.above, self.networks["gradient"]
-            assert line is not None and line.targets is not None
+            cut, one = self.above, self.networks["gradient"]
+            assert cut is not None and cut.targets is not None
             if self.predicted == k:
                 # The same weights as then.
                 found = one.tape.scores.reshape(self.units, b)
             else:
-                found = self._predict(view(line.outputs, slot, self.units, b), ids)
+                found = self._predict(view(cut.outputs, slot, self.units, b), ids)
             self.predicted = -1
-            self.error += self._fit(one, found, view(line.targets, slot, self.units, b), rate, done)
+            self.error += self._fit(one, found, view(cut.targets, slot, self.units, b), rate, done)
         if "inputs" in self.networks:
-            line, one = self.below, self.networks["inputs"]
-            assert line is not None
+            cut, one = self.below, self.networks["inputs"]
+            assert cut is not None
             seen = one.x(b)
             self.samples.fetch(ids, seen)
-            self._fit(one, one.forward(seen), view(line.outputs, slot, self.inputs, b), rate, done)
+            self._fit(one, one.forward(seen), view(cut.outputs, slot, self.inputs, b), rate, done)
 
     def _fit(self, one: Auxiliary, found: np.ndarray, wanted: np.ndarray, lr: float, done: int) -> np.ndarray:
-        """Step along the gradient of mean |found - wanted|^2; the squares of found - wanted, and of wanted."""
+        """Step along the gradient of (1/b) |found - wanted|^2; returns |found - wanted|^2 and |wanted|^2."""
         b, flat = found.shape[1], wanted.reshape(-1)
         differ = self.ops.scratch("misfit", flat.size, flat.dtype)[: flat.size]
         self.ops.combine(differ, (1.0, found.reshape(-1)), (-1.0, flat))
@@ -318,7 +255,7 @@ class Block:
 
     def finish(self) -> None:
         """Wait for all messages of this block."""
-        for line in (self.below, self.above):
-            for slot in range(self.s.ahead) if line is not None else ():
-                assert line is not None
-                line.finish(slot)
+        for cut in (self.below, self.above):
+            for slot in range(self.s.ahead) if cut is not None else ():
+                assert cut is not None
+                cut.finish(slot)

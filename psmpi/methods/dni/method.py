@@ -1,9 +1,10 @@
 """Decoupled neural interfaces: blocks of layers on different ranks, each of which updates at once.
 
 Jaderberg and others, "Decoupled neural interfaces using synthetic gradients" (2017); Czarnecki and others,
-"Understanding synthetic gradients and decoupled neural interfaces" (2017). A block sends its outputs up, predicts their
-gradient, updates and goes on; what the block above returns teaches whatever predicts. The paper learns from it as soon
-as it arrives, psmpi a fixed number of minibatches later: so weights depend neither on time nor on ranks.
+"Understanding synthetic gradients and decoupled neural interfaces" (2017). A block sends its outputs up, updates along
+a synthetic gradient and goes on with the next minibatch. The gradient that the block above returns later trains the
+synthesizer: in the paper as soon as it arrives, here a fixed number of minibatches later, so that weights depend
+neither on timing nor on the number of ranks.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ import numpy as np
 from psmpi.comm.transfers import Boundary, Message, Step
 from psmpi.data import Batch, Resident
 from psmpi.layout import Layout, Ownership, Runs, plain_layout
-from psmpi.methods.dni.auxiliary import Auxiliary, shifted
-from psmpi.methods.dni.block import Block, Line, Slots
+from psmpi.methods.dni.auxiliary import Auxiliary, prefixed_shapes
+from psmpi.methods.dni.block import Block
+from psmpi.methods.dni.buffers import CutBuffers, Slots
 from psmpi.methods.dni.need import dni_needed
 from psmpi.methods.dni.settings import (
     Cut,
@@ -40,15 +42,15 @@ OPTIONS = ("--layer-blocks", "4", "--model", "mlp", "--widths", "20", "20", "20"
 
 
 class DecoupledInterfaces(Method):
-    """The method on one rank: one or more blocks, the weights and optimizer state of these and of what is beside them.
+    """The method on one rank: consecutive blocks and their auxiliary networks, with optimizer states.
 
-    slots: the minibatches in flight. Checkpoints hold what is in flight too, so that a training goes on as it was: the
-    space `dni` the auxiliary networks' weights, `dni_` and a name their optimizers' vectors, `dni_flight` outputs and
-    gradients under way, `dni_samples` whose these are.
+    Checkpoints hold minibatches in flight too, so that a resumed training ends in the same bits. Spaces: `dni`, weights
+    of auxiliary networks; `dni_m` and so on, vectors of their optimizers; `dni_flight`, outputs and returned gradients
+    in flight; `dni_samples`, their sample ids.
     """
 
     name = "dni"
-    summary = "decoupled neural interfaces, each rank some layers, which update at once from gradients they predict"
+    summary = "decoupled neural interfaces, each rank some layers, which update at once from synthetic gradients"
     settings = (Settings,)
     exactness = Exactness(options=OPTIONS)
 
@@ -75,12 +77,12 @@ class DecoupledInterfaces(Method):
         self.train = Resident(dataset.train, train, self.dtype, ops)
         self.tests = Resident(dataset.test, tests, self.dtype, ops)
         self._in_flight()
-        lines = {k: self._line(k) for k in range(held[0] - 1, held[-1] + 1) if 0 <= k < len(self.cuts)}
+        buffers = {k: self._cut_buffers(k) for k in range(held[0] - 1, held[-1] + 1) if 0 <= k < len(self.cuts)}
         self.auxiliary = self._auxiliary()
         ends = np.cumsum([0, *(runs[k].size for k in held)]).tolist()
         self.blocks = [
             Block(
-                context, k, self.stages[k], self.w[a:b], self.g[a:b], lines.get(k - 1), lines.get(k),
+                context, k, self.stages[k], self.w[a:b], self.g[a:b], buffers.get(k - 1), buffers.get(k),
                 self._networks(k), self.slots, self.train,
             )
             for k, (a, b) in zip(held, pairwise(ends), strict=True)
@@ -95,8 +97,8 @@ class DecoupledInterfaces(Method):
         self.account.hold("samples", self.train, self.tests)
         for block in self.blocks:
             self._count(block)
-        self.account.hold("buffers", *(line.outputs for line in lines.values()))
-        self.account.hold("buffers", *(line.targets for line in lines.values() if line.targets is not None))
+        self.account.hold("buffers", *(one.outputs for one in buffers.values()))
+        self.account.hold("buffers", *(one.targets for one in buffers.values() if one.targets is not None))
         self.found: dict[str, Any] = {}
 
     check, needed = staticmethod(check_dni), staticmethod(dni_needed)
@@ -139,8 +141,8 @@ class DecoupledInterfaces(Method):
         ranks = range(self.context.size)
         return layout, [layout.runs_of_parameters({name for name in shapes if r in owned[name]}) for r in ranks]
 
-    def _line(self, cut: int) -> Line:
-        """A cut as this rank sees it."""
+    def _cut_buffers(self, cut: int) -> CutBuffers:
+        """This rank's buffers of a cut."""
         shape, held = (self.s.ahead, self.cuts[cut].units * self.batch), self.held[self.rank]
         below, above = cut in held, cut + 1 in held
         none = self.ops.empty(0, self.dtype)
@@ -153,7 +155,7 @@ class DecoupledInterfaces(Method):
             targets = self.ops.empty(shape[0] * shape[1], self.dtype).reshape(shape)
         ticket = self.ops.zeros(self.s.ahead, self.dtype).reshape(-1, 1, 1)
         credit = self.credits[cut] if self.credits else None
-        return Line(self.boundaries[cut], credit, outputs, targets, ticket, [[] for _ in range(self.s.ahead)])
+        return CutBuffers(self.boundaries[cut], credit, outputs, targets, ticket, [[] for _ in range(self.s.ahead)])
 
     def _auxiliary(self) -> dict[tuple[int, str], Auxiliary]:
         """This rank's auxiliary networks, by cut and name, whose weights lie one after the other."""
@@ -164,9 +166,11 @@ class DecoupledInterfaces(Method):
             for name, one in cut.networks.items():
                 rank = owner_of(cut.number + (name == "inputs"), self.count, self.context.size)
                 layouts[f"cut{cut.number + 1}.{name}"] = one.layout()
-                owned.update({tensor: {rank} for tensor in shifted({f"cut{cut.number + 1}.{name}": one.layout()})})
+                owned.update(
+                    {tensor: {rank} for tensor in prefixed_shapes({f"cut{cut.number + 1}.{name}": one.layout()})}
+                )
                 mine += [(cut, name)] if rank == self.rank else []
-        self.beside = self._space(shifted(layouts), owned)
+        self.beside = self._space(prefixed_shapes(layouts), owned)
         size = self.beside[1][self.rank].size
         self.auxiliary_w, self.auxiliary_g = (self.ops.zeros(size, self.dtype) for _ in range(2))
         found, at = {}, 0
@@ -201,7 +205,7 @@ class DecoupledInterfaces(Method):
         for one in (*optimizers, *(aux.optimizer for aux in self.auxiliary.values())):
             self.account.hold("optimizer", *one.work, one.scratch)
         self.state.scalars["steps"] = 0
-        # Steps of synthesizers, and of local losses; the first minibatch that is in flight.
+        # Steps of synthesizers and of local losses; the first minibatch whose flight is known.
         for name in ("fits", "learnt", "since"):
             state.scalar(name, 0)
         state.scalars.update(optimizers[0].scalars)

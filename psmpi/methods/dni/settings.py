@@ -11,7 +11,7 @@ from psmpi.config import Config, Least
 from psmpi.data import Dataset
 from psmpi.errors import UserError, counted
 from psmpi.methods.dni.auxiliary import (
-    Beside,
+    AuxiliaryNetwork,
     gradient_synthesizer,
     input_synthesizer,
     local_classifier,
@@ -31,28 +31,28 @@ class Settings:
     results: ClassVar[bool] = True
 
     layer_blocks: Annotated[int, Least(0)] = 0
-    """Runs of layers that update by themselves, the ranks a divisor of them; 0: as many as ranks, and 2 at least."""
+    """Blocks of consecutive layers, a multiple of the ranks; 0: one a rank, at least 2."""
     synthetic: Literal["cdni", "dni"] = "cdni"
-    """What a block predicts the gradient of its outputs from: cdni, the outputs and the target; dni, the outputs."""
+    """Inputs of a gradient synthesizer: cdni, a block's outputs and the targets; dni, the outputs alone."""
     synthesizer_hidden: tuple[int, ...] = ()
-    """Widths of the hidden layers of what predicts, each with batch normalization and ReLU; none: it is linear."""
+    """Widths of a synthesizer's hidden layers, each with batch normalization and ReLU; none: a linear synthesizer."""
     synthesizer_lr: float = 0.0
-    """Learning rate of what predicts, and of local classifiers; 0: that of the blocks."""
+    """Learning rate of synthesizers and local losses; 0: that of the blocks."""
     ahead: Annotated[int, Least(1)] = 2
-    """Minibatches that a block may be ahead of the one above: gradients that this returned are learnt from so many
-    minibatches later, in the same order on any ranks. 1: before the next minibatch."""
+    """Minibatches a block may start before the gradient of the first comes back; a synthesizer learns from a gradient
+    exactly this many minibatches later, so results depend neither on timing nor on ranks."""
     bp_lambda: float = 0.0
-    """Share of the gradient from above in what a block learns from, the rest is predicted: 1 is back-propagation, which
-    waits for it. Above 0 needs --ahead 1."""
+    """BP(lambda): share of the returned gradient in a block's update, the rest is synthetic; 1 is back-propagation as a
+    lock-step pipeline. Above 0 needs --ahead 1."""
     synthetic_inputs: bool = False
-    """Let each block compute with inputs that it predicts from the samples, and not wait for the block below."""
+    """Also synthesize the inputs of each block from the samples, so that no block waits for the one below."""
     local_loss: Literal["none", "greedy", "predsim"] = "none"
-    """Learn from losses beside each block and predict nothing: greedy, of a local classifier (cross-entropy, or what
-    --loss says); predsim, of that and of how alike samples of a class are."""
+    """Local losses in place of synthetic gradients: greedy, --loss of a linear classifier on the block's outputs;
+    predsim, that and a similarity loss (Nokland and Eidnes 2019)."""
 
     @property
     def predicts(self) -> bool:
-        """Whether blocks predict gradients."""
+        """Whether gradients are synthesized."""
         return self.local_loss == "none" and self.bp_lambda < 1
 
     @property
@@ -80,14 +80,14 @@ def count_blocks(size: int, network: Network, asked: int) -> int:
 
 @dataclass(frozen=True)
 class Cut:
-    """What is behind block `number`, from 0: the shape of its outputs, and the auxiliary networks at this cut by name.
+    """The cut above block `number`, from 0: shape of the block's outputs, auxiliary networks by name.
 
-    Those of block `number` are "gradient", "scores" and "features", that of the block above "inputs".
+    "gradient", "scores" and "features" are on the rank of block `number`, "inputs" on that of the block above.
     """
 
     number: int
     shape: tuple[int, ...]
-    networks: dict[str, Beside]
+    networks: dict[str, AuxiliaryNetwork]
 
     @property
     def units(self) -> int:
@@ -144,12 +144,12 @@ def check_dni(size: int, network: Network, dataset: Dataset, config: Config) -> 
         raise UserError(f"--synthesizer-hidden {' '.join(map(str, s.synthesizer_hidden))}: expected widths from 1 up")
     if s.local_loss != "none" and (s.synthetic != "cdni" or s.bp_lambda):
         raise UserError(
-            f"--local-loss {s.local_loss} predicts no gradients, and takes none from above: leave out --synthetic and "
+            f"--local-loss {s.local_loss} uses no synthetic gradients and none from above: leave out --synthetic and "
             "--bp-lambda"
         )
     if s.local_loss != "none" and s.synthesizer_hidden and not s.synthetic_inputs:
         raise UserError(
-            f"--synthesizer-hidden is of what predicts, and not of --local-loss {s.local_loss}: leave it out"
+            f"--synthesizer-hidden is for synthesizers, and --local-loss {s.local_loss} has none: leave it out"
         )
     if s.synthetic_inputs and s.bp_lambda:
         raise UserError(
@@ -178,7 +178,7 @@ def dni_notes(size: int, network: Network, config: Config) -> Iterator[str]:
     cuts = find_cuts(network, stages, network.classes, s)
     own = sum(one.layout().size for cut in cuts for one in cut.networks.values())
     if own:
-        what = "what predicts has" if s.local_loss == "none" else "local losses have"
+        what = "synthesizers have" if s.local_loss == "none" else "local losses have"
         times = own / network.layout().size
         yield f"{blocks} blocks; {what} {own:,} parameters besides, {times:.2g} times the network's"
 
