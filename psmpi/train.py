@@ -117,8 +117,9 @@ def _settle(config: Config, tell: Callable[[str], None], said: Collection[str]) 
 
     from psmpi import checkpoint
     from psmpi.config import check
-    from psmpi.data import locate
+    from psmpi.data import RANK, locate, of_rank
     from psmpi.errors import UserError, expanded
+    from psmpi.registry import find_method
 
     check(config, said)
     run, data = config.run, config.data
@@ -135,7 +136,16 @@ def _settle(config: Config, tell: Callable[[str], None], said: Collection[str]) 
     if out and not resume and checkpoint.available(Path(out)):
         raise UserError(f"--out {out} holds a run already: add --resume auto to go on with it, or name another folder")
     folder = expanded(data.data_dir, "--data-dir").absolute()
-    data = replace(data, data_dir=str(folder), dataset=locate(data.dataset, folder, tell))
+    named = locate(of_rank(data.dataset, 0), folder, tell)
+    if RANK in data.dataset:
+        if not find_method(config.parallel.method).private(config):
+            raise UserError(
+                f"--dataset {data.dataset}: {RANK} stands for the number of a rank, where each has samples of its own: "
+                "--method next with --private-data"
+            )
+        own = folder / data.dataset
+        named = str(own if Path(of_rank(str(own), 0)).is_file() else expanded(data.dataset, "--dataset").absolute())
+    data = replace(data, data_dir=str(folder), dataset=named)
     return replace(config, data=data, run=replace(run, out=out, resume=resume))
 
 
@@ -177,7 +187,7 @@ def _train(world: World, control: Control, config: Config, own: str, layers: str
         # Ranks may have been started in other folders.
         found = share_path(control, str(Path(start.found).absolute()) if start is not None and start.found else "")
         ranks, cores = host(world)
-        dataset, identity = agree(control, config, start, (local_rank(world), ranks))
+        dataset, identity = agree(control, config, start, (local_rank(world), ranks), tell)
         network = network_of(config, dataset)
         if start is not None:
             found = start.found

@@ -15,11 +15,13 @@ from psmpi.data.identity import (
     split_differences,
 )
 from psmpi.data.minibatches import Minibatches
+from psmpi.data.private import RANK, card, of_rank, together
 from psmpi.data.resident import Resident
 from psmpi.data.split import Dataset, Split
 
 __all__ = [
     "DATASETS",
+    "RANK",
     "Batch",
     "Dataset",
     "Identity",
@@ -28,14 +30,17 @@ __all__ = [
     "Resident",
     "Split",
     "SplitIdentity",
+    "card",
     "check_same",
     "differences",
     "find_doubts",
     "identify",
     "identify_split",
     "locate",
+    "of_rank",
     "open_dataset",
     "open_split",
     "other_scale",
     "split_differences",
+    "together",
 ]

@@ -94,7 +94,8 @@ class Split:
 class Dataset:
     """A named data set: samples of `shape`, a training and a test split; `outputs`: classes, or values of a sample.
 
-    held_out: whether the test samples were drawn from those of one array, by a split seed.
+    held_out: whether the test samples were drawn from those of one array, by a split seed. own: of private data sets,
+    the training samples that this rank can read; None: all.
     """
 
     name: str
@@ -103,6 +104,7 @@ class Dataset:
     train: Split
     test: Split
     held_out: bool = False
+    own: range | None = None
 
     @property
     def task(self) -> str:

@@ -91,6 +91,11 @@ class Method:
         return ()
 
     @classmethod
+    def private(cls, config: Config) -> bool:
+        """Whether each rank has a data set of its own, that no other rank reads."""
+        return False
+
+    @classmethod
     def uses(cls, config: Config) -> frozenset[str]:
         """Settings of optimizers that the method itself uses, whatever the optimizer."""
         return frozenset()

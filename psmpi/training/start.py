@@ -13,7 +13,18 @@ import numpy as np
 import numpy.typing as npt
 
 from psmpi import checkpoint
-from psmpi.data import Dataset, Identity, Prints, check_same, find_doubts, identify, open_dataset
+from psmpi.data import (
+    Dataset,
+    Identity,
+    Prints,
+    card,
+    check_same,
+    find_doubts,
+    identify,
+    of_rank,
+    open_dataset,
+    together,
+)
 from psmpi.data.rows import ArrayRows, RowSource
 from psmpi.errors import UserError, layers_in
 from psmpi.nn.zoo import make_network
@@ -63,7 +74,8 @@ def begin(control: Control, config: Config, own: str, tell: Callable[[str], None
         if found:
             with control.flight.task(f"reading the checkpoint {found}"):
                 contents = checkpoint.read_contents(Path(found))
-            compare(contents, config, dataset, identity, found, tell)
+            if not kind.private(config):
+                compare(contents, config, dataset, identity, found, tell)
         elif run.resume == "auto":
             tell(f"note: there is no checkpoint in {run.out}: this is a fresh start")
         if folder is not None:
@@ -73,7 +85,8 @@ def begin(control: Control, config: Config, own: str, tell: Callable[[str], None
         with noting(own):
             check_margin(network, dataset, config)
             kind.check(size, network, dataset, config)
-            plan_steps(dataset, config)
+            if not kind.private(config):
+                plan_steps(dataset, config)
         for note in (*notes(size, network, dataset, config.data.batch_size), *kind.notes(size, network, config)):
             tell(f"note: {note}")
         for warning in (*kind.warnings(size, network, config), *find_doubts(dataset, prints)):
@@ -92,12 +105,20 @@ def share_path(control: Control, path: str) -> str:
 
 
 def agree(
-    control: Control, config: Config, start: Start | None, share: tuple[int, int] = (0, 1)
+    control: Control,
+    config: Config,
+    start: Start | None,
+    share: tuple[int, int] = (0, 1),
+    tell: Callable[[str], None] = print,
 ) -> tuple[Dataset, Identity]:
     """The data set and its identity, which are the same on all ranks; UserError on rank 0 where they are not.
 
     share: this rank's number among those of its host and how many these are, which look at the samples between them.
+    Private data sets, of which each rank has its own, are put together; `tell` hears how they differ from those of the
+    checkpoint that rank 0 has found.
     """
+    if find_method(config.parallel.method).private(config):
+        return _agree_private(control, config, start, tell)
     if start is not None:
         dataset, identity = start.dataset, start.identity
     else:
@@ -108,6 +129,22 @@ def agree(
     return dataset, identity
 
 
+def _agree_private(
+    control: Control, config: Config, start: Start | None, tell: Callable[[str], None]
+) -> tuple[Dataset, Identity]:
+    """The private data sets of all ranks together, see psmpi.data.private."""
+    dataset, identity = (start.dataset, start.identity) if start is not None else _open(control, config)
+    cards = control.collect_texts(card(dataset, identity), most=4000)
+    if start is not None:
+        # Before the others go on: rank 0 alone speaks of what is wrong.
+        whole, everyone = together(dataset, cards, 0)
+        if start.found:
+            compare(checkpoint.read_contents(Path(start.found)), config, whole, everyone, start.found, tell)
+        plan_steps(whole, config)
+    cards = json.loads(control.share(json.dumps(cards)))
+    return together(dataset, cards, control.rank)
+
+
 def _open(
     control: Control, config: Config, share: tuple[int, int] = (0, 1), prints: list[Prints] | None = None
 ) -> tuple[Dataset, Identity]:
@@ -116,7 +153,8 @@ def _open(
     share, prints: as of `identify`.
     """
     with control.flight.task(f"reading the data set {config.data.dataset}"):
-        dataset = open_dataset(config.data.dataset, config.data.data_dir, config.data.split_seed)
+        name = of_rank(config.data.dataset, control.rank)
+        dataset = open_dataset(name, config.data.data_dir, config.data.split_seed)
         return _recorded(dataset, control), identify(dataset, share, prints)
 
 

@@ -450,3 +450,110 @@ def test_the_worst_error_is_the_largest(folder, tmp_path):
     assert status == 0, err
     row = loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert row["worst_rmse"] == max(row["agents_rmse"]) > min(row["agents_rmse"])
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A file for each of three ranks, with samples that are not alike; what all of them have together."""
+    rng, x, y = np.random.default_rng(8), [], []
+    truth = rng.normal(size=(FEATURES, 1))
+    for rank, count in enumerate((40, 50, 30)):
+        x.append(rng.normal(loc=rank - 1, size=(count, FEATURES)))
+        y.append(x[-1] @ truth + 0.3 * rank + 0.1 * rng.normal(size=(count, 1)))
+        np.savez(tmp_path / f"own-{rank}.npz", x=x[-1], y=y[-1], x_test=x[-1][:7], y_test=y[-1][:7])
+    (tmp_path / "linear.toml").write_text(LINEAR)
+    return np.concatenate(x), np.concatenate(y).reshape(-1)
+
+
+def private(folder, *options, batch=60):
+    return ("-m", "psmpi.train", "--method", "next", "--agents", "6", "--private-data", *PLAIN, "--lr", "0.02",
+            "--loss", "squared", "--clip", "0", "--batch-size", str(batch), "--dtype", "float64", "--threads", "1",
+            "--dataset", folder / "own-{rank}.npz", "--config", folder / "linear.toml", *options)  # fmt: skip
+
+
+def test_agents_with_private_data_find_the_solution_of_all_of_it(tmp_path, files):
+    x, y = np.column_stack([files[0], np.ones(len(files[1]))]), files[1]
+    out = tmp_path / "run"
+    status, told, err = run(3, *private(tmp_path, "--epochs", "25", "--out", out, batch=1))
+    assert status == 0, told + err
+    found = tensors(newest(out))
+    expected = np.linalg.lstsq(x, y, rcond=None)[0]
+    w = np.append(found["weights/dense1.weight"].reshape(-1), found["weights/dense1.bias"])
+    np.testing.assert_allclose(w, expected, rtol=0, atol=1e-8)
+    row = loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+    tested = np.concatenate([np.arange(first, first + 7) for first in (0, 40, 90)])
+    error = np.sqrt(np.mean((x[tested] @ expected - y[tested]) ** 2))
+    assert row["test_rmse"] == pytest.approx(error, rel=1e-6)
+
+
+def test_a_training_on_private_data_goes_on_with_the_same_data_alone(tmp_path, files):
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    for out, steps in ((whole, "9"), (part, "5")):
+        status, _, err = run(3, *private(tmp_path, "--epochs", "9", "--max-steps", steps, "--out", out))
+        assert status == 0, err
+    again = ("--epochs", "9", "--max-steps", "9", "--resume", "auto", "--out", part)
+    status, told, err = run(2, *private(tmp_path, *again))
+    assert status == 1 and err.count("is not the data set that checkpoint") == 1, told + err
+    status, told, err = run(3, *private(tmp_path, *again))
+    assert status == 0, told + err
+    first, second = tensors(newest(whole)), tensors(newest(part))
+    assert first.keys() == second.keys() and all(np.array_equal(first[name], second[name]) for name in first)
+    data = dict(np.load(tmp_path / "own-1.npz"))
+    data["y"][3] += 1
+    np.savez(tmp_path / "own-1.npz", **data)
+    status, told, err = run(3, *private(tmp_path, *again))
+    assert status == 1 and err.count("is not the data set that checkpoint") == 1, told + err
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"x": np.zeros((20, 3)), "y": np.zeros((20, 1)), "x_test": np.zeros((4, 3)), "y_test": np.zeros((4, 1))},
+         "samples of shape"),
+        ({"x": np.zeros((20, FEATURES)), "y": np.arange(20) % 3, "x_test": np.zeros((4, FEATURES)),
+          "y_test": np.arange(4) % 3}, "targets that are"),
+        ({"x": np.zeros((20, FEATURES)), "y": np.zeros((20, 2)), "x_test": np.zeros((4, FEATURES)),
+          "y_test": np.zeros((4, 2))}, "targets of so many values: 1, rank 2 2"),
+        ({"x": np.zeros((1, FEATURES)), "y": np.zeros((1, 1)), "x_test": np.zeros((4, FEATURES)),
+          "y_test": np.zeros((4, 1))}, "1 training sample for 2 agents"),
+    ],
+    ids=["shape", "kind", "values", "samples"],
+)  # fmt: skip
+def test_private_data_that_do_not_fit_are_one_message(tmp_path, files, change, says):
+    np.savez(tmp_path / "own-2.npz", **change)
+    status, out, err = run(3, *private(tmp_path, "--out", tmp_path / "run"))
+    assert status == 1 and (out + err).count(says) == 1 and "Traceback" not in err, out + err
+
+
+def test_private_data_that_are_not_there_or_not_meant_are_one_message(tmp_path, files):
+    (tmp_path / "own-1.npz").unlink()
+    status, out, err = run(3, *private(tmp_path, "--out", tmp_path / "run"))
+    assert status == 1 and (out + err).count("own-1.npz") == 1, out + err
+    words = ("-m", "psmpi.train", "--method", "data_parallel", "--dataset", tmp_path / "own-{rank}.npz", "--config",
+             tmp_path / "linear.toml", "--loss", "squared")  # fmt: skip
+    status, out, err = run(2, *words, "--out", tmp_path / "run")
+    assert status == 1 and (out + err).count("stands for the number of a rank") == 1, out + err
+
+
+def test_a_graph_file_that_is_not_the_same_on_all_hosts_is_refused(folder, tmp_path):
+    """Ranks in folders of their own, each with a file of that name."""
+    from psmpi.errors import UserError
+    from psmpi.methods.next import method as module
+
+    problem = Problem(folder)
+    graphs = [make_graph(kind, AGENTS, 0) for kind in ("ring", "complete")]
+
+    def work(world):
+        with pytest.raises(UserError, match="is not the same on all hosts"):
+            find_method("next")(Context(world, problem.network, problem.dataset, problem.config, NumpyOps()))
+
+    from threading import get_ident
+
+    seen = {}
+
+    def own(settings):
+        return graphs[seen.setdefault(get_ident(), len(seen)) % 2]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "graph_of", own)
+        run_ranks(2, work)

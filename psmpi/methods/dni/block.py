@@ -177,7 +177,7 @@ class Block:
         self.objective.derive(self.tape, scores, self.objective.targets(b), 1.0, dx=dx)
 
     def _take_back(self, x: np.ndarray, dy: np.ndarray, dx: np.ndarray | None) -> None:
-        """Fill g and dx from the gradient dy of the outputs, which is used up; x, inputs of the tape, keys a recording."""
+        """Fill g and dx from dy, the outputs' gradient, which is used up; x, inputs of the tape, keys a recording."""
         self.model.backward(self.tape, dy.reshape(self.tape.scores.shape), dx=dx)
 
     def _targets(self, ids: np.ndarray) -> np.ndarray:

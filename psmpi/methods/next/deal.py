@@ -14,11 +14,19 @@ DEAL = 0x6465616C
 def deal_samples(dataset: Dataset, agents: int, how: str, seed: int) -> list[np.ndarray]:
     """For each agent the ids of its training samples, growing; each sample is of one agent.
 
+    Of a private data set the samples that this rank can read, to so many agents.
+
     how: iid, at random; sorted, by class, or by the first value; skewed:K, each agent samples of about K classes
     (McMahan and others, 2017: samples sorted by class are cut into agents times K pieces, and each agent draws K).
     UserError for anything else, or where an agent would have no sample.
     """
-    n, targets = dataset.train.n, dataset.train.targets
+    own = dataset.own or range(dataset.train.n)
+    n, targets = len(own), dataset.train.targets[own.start : own.stop]
+    return [own.start + ids for ids in _deal(dataset, targets, n, agents, how, seed)]
+
+
+def _deal(dataset: Dataset, targets: np.ndarray, n: int, agents: int, how: str, seed: int) -> list[np.ndarray]:
+    """As `deal_samples`, of `n` samples numbered from 0."""
     rng = np.random.default_rng([seed, DEAL])
     if how == "iid":
         return [np.sort(part) for part in np.array_split(rng.permutation(n), agents)]

@@ -15,6 +15,7 @@ from zlib import crc32
 import numpy as np
 
 from psmpi.comm.transfers import Gather, Message
+from psmpi.config import Config
 from psmpi.data import Batch
 from psmpi.errors import UserError
 from psmpi.layout import Runs, TableRows, replicate
@@ -28,6 +29,7 @@ from psmpi.methods.next.settings import (
     FIXED,
     Settings,
     check_next,
+    check_samples,
     graph_of,
     next_notes,
     next_warnings,
@@ -62,8 +64,12 @@ class InNetwork(Method):
         self.count, self.owners = s.agents, owners(s.agents, context.size)
         here = [agent for agent, rank in enumerate(self.owners) if rank == self.rank]
         self.here = range(here[0], here[-1] + 1)
-        dealt = deal_samples(context.dataset, s.agents, s.split, self.seed)
-        self.samples = [dealt[agent] for agent in self.here]
+        if s.private_data:
+            check_samples(context.network, context.dataset, o, len(here))
+            self.samples = deal_samples(context.dataset, len(here), s.split, self.seed)
+        else:
+            dealt = deal_samples(context.dataset, s.agents, s.split, self.seed)
+            self.samples = [dealt[agent] for agent in self.here]
         # An agent's mean loss counts as its samples do, so that the mean over agents is the loss of all samples.
         self.factors = [s.agents * len(ids) / context.dataset.train.n for ids in self.samples]
         self.steps_per_epoch = -(-context.dataset.train.n // o.data.batch_size)
@@ -75,10 +81,12 @@ class InNetwork(Method):
         self.w, self.g = self._rows(), self._rows()
         # What passes compute with: an agent's weights, or their mean; the gradient of a minibatch.
         self.x, self.dx = ops.zeros(size, self.dtype), ops.zeros(size, self.dtype)
-        used, place = roles.parts[self.rank].inside(everything), roles.workers[self.rank]
+        # Of a private data set a rank tests all of its samples.
+        tested, number = (replicate(context.layout, 1), 0) if s.private_data else (roles, self.rank)
+        used, place = tested.parts[number].inside(everything), tested.workers[number]
         assert used is not None and place is not None
         self.worker = ElementWorker(
-            context, place, roles, context.group([self.rank]), self.x[used], self.dx[used],
+            context, place, tested, context.group([self.rank]), self.x[used], self.dx[used],
             samples=np.sort(np.concatenate(self.samples)),
         )  # fmt: skip
         self._declare(everything)
@@ -105,6 +113,10 @@ class InNetwork(Method):
 
     check, needed = staticmethod(check_next), staticmethod(next_needed)
     notes, warnings = staticmethod(next_notes), staticmethod(next_warnings)
+
+    @classmethod
+    def private(cls, config: Config) -> bool:
+        return config.of(Settings).private_data
 
     def _rows(self, each: int = 1) -> np.ndarray:
         """Zeros (agents here, all parameters), or (agents here, each, all parameters)."""

@@ -42,6 +42,9 @@ class Settings:
     """Probability with which each link works in an iteration; 1: all do."""
     split: str = "iid"
     """Training samples of the agents: iid, at random; sorted, by class or value; skewed:K, about K classes each."""
+    private_data: bool = False
+    """Let each rank open the file --dataset on its own host, whose samples no other rank reads; {rank} in its name
+    stands for the number of the rank. A rank's agents share its samples."""
     rule: Literal["tracking", "next", "dgd", "extra", "choco", "kgt"] = "tracking"
     """What an agent does. tracking: the optimizer's step along a tracked mean of all agents' gradients; next: the step
     to the minimum of a convex model with the tracked gradient; dgd: the optimizer's step along its own gradient;
@@ -138,11 +141,14 @@ def check_next(size: int, network: Network, dataset: Dataset, config: Config) ->
     configured_loss(config, dataset)
     check_optimizer(config, network.layout(), ())
     graph_of(s)
-    if dataset.train.n < s.agents:
-        raise UserError(f"--agents {s.agents}: there are {dataset.train.n} training samples only; use fewer")
     if s.tracking == "minibatch":
         check_slices(network, config.data.batch_size, s.agents, "agents", "--agents")
-    _check_samples(network, dataset, config, s)
+    if s.private_data:
+        # What ranks have is known when all of them have opened their files.
+        return
+    if dataset.train.n < s.agents:
+        raise UserError(f"--agents {s.agents}: there are {dataset.train.n} training samples only; use fewer")
+    check_samples(network, dataset, config, s.agents)
 
 
 def _check_numbers(s: Settings) -> None:
@@ -218,9 +224,12 @@ def _default(name: str) -> object:
     return next(one.default for one in fields(Settings) if one.name == name)
 
 
-def _check_samples(network: Network, dataset: Dataset, config: Config, s: Settings) -> None:
-    """UserError where an agent would have no sample, or in a step none."""
-    dealt = deal_samples(dataset, s.agents, s.split, config.run.seed)
+def check_samples(network: Network, dataset: Dataset, config: Config, agents: int) -> None:
+    """UserError where one of so many agents, all or of a private data set, would have no sample, or in a step none."""
+    s, n = config.of(Settings), len(dataset.own or range(dataset.train.n))
+    if n < agents:
+        raise UserError(f"{counted(n, 'training sample')} for {counted(agents, 'agent')}: use fewer --agents")
+    dealt = deal_samples(dataset, agents, s.split, config.run.seed)
     fewest = min(map(len, dealt))
     steps = -(-dataset.train.n // config.data.batch_size)
     least = 2 if network.normalized else 1
@@ -231,7 +240,7 @@ def _check_samples(network: Network, dataset: Dataset, config: Config, s: Settin
         )
     if s.tracking == "minibatch" and fewest < least * steps:
         raise UserError(
-            f"--tracking minibatch: the smallest of the {s.agents} agents' shares has {counted(fewest, 'sample')}, too "
+            f"--tracking minibatch: the smallest of the {agents} agents' shares has {counted(fewest, 'sample')}, too "
             f"few for {counted(steps, 'step')} an epoch: use --batch-size "
             f"{-(-dataset.train.n // (fewest // least))} or more"
         )
