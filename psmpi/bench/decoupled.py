@@ -27,6 +27,7 @@ def decoupled(
     delay_ms: float = 0.0,
     sleep_ms: float = 0.0,
     limit: int = 600,
+    plot: str = "",
     json: str = "",
 ) -> int:
     """Time minibatches of decoupled blocks, --method dni, and of the same blocks as a lock-step pipeline.
@@ -47,6 +48,7 @@ def decoupled(
         delay_ms: Milliseconds by which messages between hosts arrive later.
         sleep_ms: Milliseconds that each pass of a block, forward and backward, sleeps besides, as if it were larger.
         limit: Seconds after which a run is ended.
+        plot: Also draw minibatches a second into this file (.png, .pdf or .svg); needs psmpi[plot].
         json: Also write the figures into this file.
     """
     if not all(2 <= n <= 250 for n in ranks) or not ranks:
@@ -58,7 +60,7 @@ def decoupled(
     if not 0 <= sleep_ms < 1e6:
         raise UserError(f"--sleep-ms {sleep_ms:g}: expected a number from 0 to 1e6")
     check_hosts((rate,), delay_ms)
-    check_files(json=json)
+    check_files(plot, json=json)
     dataset = str(Path(dataset).absolute()) if Path(dataset).is_file() else dataset
     given = ["--method", "dni", "--dataset", dataset, "--loss", "nll", "--threads", "1", "--batch-size",
              str(batch_size), "--depths", *map(str, ahead), "--sleep-ms", str(sleep_ms)]  # fmt: skip
@@ -73,6 +75,8 @@ def decoupled(
             out = run_program([launcher(), "-n", str(count), *before, *program], bool(hosts), limit)
         rows.append({"ranks": count, "ms": jsonlib.loads(out.splitlines()[-1])})
     _show(rows)
+    if plot:
+        _draw(rows, plot)
     if json:
         Path(json).write_text(jsonlib.dumps({"options": given, "rows": rows}) + "\n")
     return 0
@@ -90,3 +94,18 @@ def _show(rows: list[dict[str, Any]]) -> None:
         found = [median(times) for times in row["ms"].values()]
         table.add_row(str(row["ranks"]), *(f"{one:.2f} ({least / one:.2f})" for one in found))
     Screen().print(table)
+
+
+def _draw(rows: list[dict[str, Any]], path: str) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    ranks = [row["ranks"] for row in rows]
+    for name in rows[0]["ms"]:
+        axes.loglog(ranks, [1e3 / median(row["ms"][name]) for row in rows], "o-", label=name)
+    axes.set_xticks(ranks, [str(count) for count in ranks])
+    axes.set_xlabel("ranks, a block each")
+    axes.set_ylabel("minibatches a second")
+    axes.legend()
+    figure.savefig(path)

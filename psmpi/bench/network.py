@@ -35,6 +35,9 @@ Variant = Literal[
     "ist-master",
     "sil",
     "sil-stale",
+    "dni",
+    "dni-pipeline",
+    "dni-predsim",
     "next",
     "next-choco",
 ]
@@ -56,6 +59,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "sil-stale": ("--method", "sil", "--parts", "2", "--hand-over", "stale"),
     "dni": ("--method", "dni"),
     "dni-pipeline": ("--method", "dni", "--ahead", "1", "--bp-lambda", "1"),
+    "dni-predsim": ("--method", "dni", "--local-loss", "predsim"),
     "next": ("--method", "next", "--tracking", "minibatch"),
     "next-choco": ("--method", "next", "--tracking", "minibatch", "--rule", "choco"),
 }

@@ -567,3 +567,16 @@ def test_transfers_are_timed_beside_bare_calls(tmp_path):
     assert status == 1 and "a transfer needs ranks" in err
     status, _, err = launch(1, "-m", "psmpi.bench", "comm", "--transfers", "halo")
     assert status == 1 and "expected some of spread, deal" in err
+
+
+def test_decoupled_blocks_are_timed_beside_a_pipeline_of_the_same_blocks(tmp_path):
+    """Passes that sleep: three blocks in lock-step take six passes a minibatch, decoupled ones two."""
+    options = ("--ranks", "3", "--ahead", "2", "--width", "8", "--batch-size", "40", "--sleep-ms", "20")
+    status, out, err = launch(1, "-m", "psmpi.bench", "decoupled", *options, "--json", tmp_path / "a.json")
+    assert status == 0, err
+    (row,) = json.loads((tmp_path / "a.json").read_text())["rows"]
+    assert row["ranks"] == 3 and row["ms"].keys() == {"lock-step", "ahead 2"} and "ahead 2" in out
+    # Nobody is faster than the passes that sleep.
+    assert min(row["ms"]["lock-step"]) >= 120 and min(row["ms"]["ahead 2"]) >= 40
+    status, _, err = launch(1, "-m", "psmpi.bench", "decoupled", "--ranks", "1")
+    assert status == 1 and "expected numbers from 2 to 250" in err
