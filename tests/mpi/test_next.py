@@ -4,6 +4,7 @@ from json import loads
 
 import numpy as np
 import pytest
+from helpers.datasets import real
 from helpers.runs import run
 from scipy.optimize import least_squares
 
@@ -557,3 +558,14 @@ def test_a_graph_file_that_is_not_the_same_on_all_hosts_is_refused(folder, tmp_p
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "graph_of", own)
         run_ranks(2, work)
+
+
+@pytest.mark.slow
+def test_agents_with_two_classes_each_learn_all_of_mnist(train):
+    """The worst agent within a point of one process that has all samples, after as many epochs; dgd is not."""
+    setting = ("--dataset", "mnist", "--data-dir", real("mnist") / "mnist", "--model", "mlp", "--widths", "64",
+               "--loss", "nll", "--batch-size", "200", "--lr", "0.002", "--epochs", "10", "--threads", "1")  # fmt: skip
+    central = train(1, "--method", "data_parallel", *setting).rows[-1]["test_accuracy"]
+    apart = ("--method", "next", "--agents", "8", "--tracking", "minibatch", "--split", "skewed:2")
+    assert train(2, *apart, *setting).rows[-1]["worst_accuracy"] >= central - 0.01
+    assert train(2, *apart, "--rule", "dgd", *setting).rows[-1]["worst_accuracy"] < central - 0.05
