@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json as jsonlib
 import sys
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from psmpi.bench.hosts import check_hosts, slow_hosts, wrapper
 from psmpi.bench.network import launcher, run_program
-from psmpi.bench.predict import BURST
+from psmpi.bench.predict import BURST, rate_name
 from psmpi.errors import UserError
+from psmpi.methods.dni.settings import MOST_AHEAD
 from psmpi.output import Screen, check_files
 
 
@@ -23,7 +25,7 @@ def decoupled(
     batch_size: int = 256,
     dataset: str = "digits",
     data_dir: str = "",
-    rate: float = 0.0,
+    rates: tuple[float, ...] = (0.0,),
     delay_ms: float = 0.0,
     sleep_ms: float = 0.0,
     limit: int = 600,
@@ -33,7 +35,7 @@ def decoupled(
     """Time minibatches of decoupled blocks, --method dni, and of the same blocks as a lock-step pipeline.
 
     A block a rank. The pipeline is back-propagation: a minibatch goes up through all blocks, and its
-    gradients come down, before the next one. Both in one run, in turn. A rate other than 0 needs root, iproute2 and
+    gradients come down, before the next one. Both in one run, in turn. Rates other than 0 need root, iproute2 and
     MPICH. Ranks need a core each, unless they sleep in place of computing.
 
     Args:
@@ -44,7 +46,7 @@ def decoupled(
         batch_size: Samples of a minibatch.
         dataset: digits, mnist, cifar10, or a file, as in psmpi.train.
         data_dir: Folder of the data set's files.
-        rate: Mbit/s of each host's link; 0: this machine as it is.
+        rates: Mbit/s of each host's link, 0 for this machine as it is.
         delay_ms: Milliseconds by which messages between hosts arrive later.
         sleep_ms: Milliseconds that each pass of a block, forward and backward, sleeps besides, as if it were larger.
         limit: Seconds after which a run is ended.
@@ -53,27 +55,28 @@ def decoupled(
     """
     if not all(2 <= n <= 250 for n in ranks) or not ranks:
         raise UserError(f"--ranks {' '.join(map(str, ranks))}: expected numbers from 2 to 250")
-    if not ahead or min(ahead) < 1:
-        raise UserError(f"--ahead {' '.join(map(str, ahead))}: expected numbers from 1 up")
-    if width < 1 or layers < 1:
-        raise UserError(f"--width {width} --layers {layers}: expected 1 or more of both")
+    if not all(1 <= n <= MOST_AHEAD for n in ahead) or not ahead:
+        raise UserError(f"--ahead {' '.join(map(str, ahead))}: expected numbers from 1 to {MOST_AHEAD}")
+    for option, value in (("--width", width), ("--layers", layers), ("--batch-size", batch_size), ("--limit", limit)):
+        if value < 1:
+            raise UserError(f"{option} {value}: expected 1 or more")
     if not 0 <= sleep_ms < 1e6:
         raise UserError(f"--sleep-ms {sleep_ms:g}: expected a number from 0 to 1e6")
-    check_hosts((rate,), delay_ms)
+    check_hosts(rates, delay_ms)
     check_files(plot, json=json)
     dataset = str(Path(dataset).absolute()) if Path(dataset).is_file() else dataset
     given = ["--method", "dni", "--dataset", dataset, "--loss", "nll", "--threads", "1", "--batch-size",
              str(batch_size), "--depths", *map(str, ahead), "--sleep-ms", str(sleep_ms)]  # fmt: skip
     given += ["--data-dir", str(Path(data_dir).absolute())] if data_dir else []
     rows: list[dict[str, Any]] = []
-    for count in ranks:
+    for rate, count in product(rates, ranks):
         model = ["--model", "mlp", "--widths", *[str(width)] * (count * layers - 1)]
         with slow_hosts(count, rate, BURST, delay_ms) as hosts:
             program = [sys.executable, "-m", "psmpi.bench.pipelined", *given, *model]
             program = [*(["env", "PSMPI_WAIT=sleep"] if sleep_ms else []), *program]
             before = wrapper(hosts) if hosts else []
             out = run_program([launcher(), "-n", str(count), *before, *program], bool(hosts), limit)
-        rows.append({"ranks": count, "ms": jsonlib.loads(out.splitlines()[-1])})
+        rows.append({"ranks": count, "megabits": rate, "ms": jsonlib.loads(out.splitlines()[-1])})
     _show(rows)
     if plot:
         _draw(rows, plot)
@@ -86,13 +89,16 @@ def _show(rows: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
     table = Table(title="ms a minibatch, median of 3 (times as many a second)", title_justify="left")
-    table.add_column("ranks", justify="right")
+    for name in ("ranks", "link"):
+        table.add_column(name, justify="right")
     for name in rows[0]["ms"]:
         table.add_column(name, justify="right")
     for row in rows:
         least = median(row["ms"]["lock-step"])
         found = [median(times) for times in row["ms"].values()]
-        table.add_row(str(row["ranks"]), *(f"{one:.2f} ({least / one:.2f})" for one in found))
+        table.add_row(
+            str(row["ranks"]), rate_name(row["megabits"]), *(f"{one:.2f} ({least / one:.2f})" for one in found)
+        )
     Screen().print(table)
 
 
@@ -101,10 +107,13 @@ def _draw(rows: list[dict[str, Any]], path: str) -> None:
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    ranks = [row["ranks"] for row in rows]
-    for name in rows[0]["ms"]:
-        axes.loglog(ranks, [1e3 / median(row["ms"][name]) for row in rows], "o-", label=name)
+    ranks = sorted({row["ranks"] for row in rows})
+    for name, rate in product(rows[0]["ms"], dict.fromkeys(row["megabits"] for row in rows)):
+        some = [row for row in rows if row["megabits"] == rate]
+        label = f"{name}, {rate_name(rate)}" if rate else name
+        axes.loglog([row["ranks"] for row in some], [1e3 / median(row["ms"][name]) for row in some], "o-", label=label)
     axes.set_xticks(ranks, [str(count) for count in ranks])
+    axes.minorticks_off()
     axes.set_xlabel("ranks, a block each")
     axes.set_ylabel("minibatches a second")
     axes.legend()

@@ -167,9 +167,7 @@ def run_program(command: Sequence[str], slow: bool = False, limit: int = 600) ->
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
         if isinstance(error, subprocess.TimeoutExpired):
-            raise UserError(
-                f"{' '.join(command)}: no end within {limit} s; raise --limit, or use fewer --epochs"
-            ) from None
+            raise UserError(f"{' '.join(command)}: no end within {limit} s; raise --limit, or let it do less") from None
         raise
     if process.returncode:
         raise UserError(f"{' '.join(command)} failed: {err.strip() or out.strip()}")

@@ -86,13 +86,15 @@ def predict(
     return 0
 
 
-def _rate(row: dict[str, Any]) -> str:
-    return f"{row['megabits']:g} Mbit/s" if row["megabits"] else "unlimited"
+def rate_name(megabits: float) -> str:
+    """The rate of a link for people; 0 is no limit."""
+    return f"{megabits:g} Mbit/s" if megabits else "unlimited"
 
 
 def _line(row: dict[str, Any]) -> str:
     predicted, measured = (" ".join(f"{one:.2f}" for one in row[key]) for key in ("predicted_ms", "measured_ms"))
-    return f"{row['method']}, {_rate(row)}: predicted {predicted}, measured {measured} ms, ratio {row['ratio']:.3f}"
+    link = rate_name(row["megabits"])
+    return f"{row['method']}, {link}: predicted {predicted}, measured {measured} ms, ratio {row['ratio']:.3f}"
 
 
 def _show(rows: list[dict[str, Any]], ranks: int) -> None:
@@ -104,5 +106,7 @@ def _show(rows: list[dict[str, Any]], ranks: int) -> None:
         table.add_column(name, justify="right")
     for row in rows:
         means = (sum(row[key]) / len(row[key]) for key in ("computing_ms", "predicted_ms", "measured_ms"))
-        table.add_row(row["method"], _rate(row), *(f"{mean:.2f}" for mean in means), f"{row['ratio']:.3f}")
+        table.add_row(
+            row["method"], rate_name(row["megabits"]), *(f"{mean:.2f}" for mean in means), f"{row['ratio']:.3f}"
+        )
     Screen().print(table)

@@ -15,7 +15,7 @@ from psmpi.data.identity import (
     split_differences,
 )
 from psmpi.data.minibatches import Minibatches
-from psmpi.data.private import RANK, card, of_rank, together
+from psmpi.data.private import RANK, alike, card, of_rank, together
 from psmpi.data.resident import Resident
 from psmpi.data.split import Dataset, Split
 
@@ -30,6 +30,7 @@ __all__ = [
     "Resident",
     "Split",
     "SplitIdentity",
+    "alike",
     "card",
     "check_same",
     "differences",

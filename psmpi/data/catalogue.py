@@ -12,6 +12,7 @@ from psmpi.data.hdf5 import read_hdf5
 from psmpi.data.mnist import open_mnist
 from psmpi.data.npz import read_npz
 from psmpi.data.own import SUFFIXES, build, build_all
+from psmpi.data.private import RANK
 from psmpi.data.split import Dataset, Split
 from psmpi.errors import UserError, expanded, nearest
 
@@ -94,6 +95,11 @@ def _locate(name: str, folder: Path | None) -> Path:
     for place in places:
         if place.is_file():
             return place
+    if RANK in name:
+        raise UserError(
+            f"--dataset {name}: {RANK} stands for the number of a rank in trainings with --private-data, and no file "
+            "has that name itself: name the file of one rank"
+        )
     searched = ", ".join(str(place.parent.absolute()) for place in places)
     raise UserError(
         f"{name}: no such file in {searched}; correct the path, or name the file's directory with --data-dir"

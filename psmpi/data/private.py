@@ -93,6 +93,17 @@ def card(dataset: Dataset, identity: Identity) -> str:
     return json.dumps({"identity": identity.table(), "outputs": dataset.outputs})
 
 
+def alike(cards: Sequence[str]) -> tuple[int, int] | None:
+    """Two ranks with the same training samples, if there are such."""
+    seen: dict[tuple[str, str], int] = {}
+    for rank, text in enumerate(cards):
+        train = Identity.of(json.loads(text)["identity"]).train
+        first = seen.setdefault((train.targets, train.values), rank)
+        if first != rank:
+            return first, rank
+    return None
+
+
 def together(dataset: Dataset, cards: Sequence[str], rank: int) -> tuple[Dataset, Identity]:
     """The data set of all ranks as one of them has it, and its identity, from the `card` of each.
 

@@ -220,7 +220,9 @@ class Numbers:
             own = find_parameters(model.layout, model.part, ops.host(again())) if again is not None else ""
             if own:
                 return self._finding("gradient", Cause("gradient", f"that of {own}"))
-        return self._finding("gradient", Cause("sum", f"that of {sums}, in the sum over ranks")) if sums else None
+        # A rank that has looked at its own share knows that it is not there.
+        where = ", in the sum over ranks" if any(again is not None for *_, again in self.watched) else ""
+        return self._finding("gradient", Cause("sum", f"that of {sums}{where}")) if sums else None
 
     def _where(self, cause: Cause | None) -> str:
         """Step, epoch and place, to follow what is not finite."""

@@ -135,7 +135,11 @@ def restore(method: Method, path: Path, contents: Contents, config: Config, step
     there = {"weights"} if reason else contents.vectors | {"weights"}
     taken = {name: vector for name, vector in vectors.items() if name in there}
     state.update(contents.scalars, state.own if reason else state.scalars.keys())
-    spaces = {name: space for name, space in state.spaces.items() if contents.spaces.get(name) == space.layout}
+    spaces = {
+        name: space
+        for name, space in state.spaces.items()
+        if contents.spaces.get(name) == space.layout and not (reason and space.of_optimizer)
+    }
     fresh = (vectors.keys() - taken.keys()) | (state.spaces.keys() - spaces.keys())
     tables = not reason and state.rows.total > 0
     with flight_of(method.context.world).task(f"reading the checkpoint {path}"):
@@ -148,7 +152,13 @@ def restore(method: Method, path: Path, contents: Contents, config: Config, step
         state.scalars["steps"] = contents.progress.epoch * steps_per_epoch + contents.progress.cursor
     state.restore()
     method.restored(found, fresh)
+    lost = [
+        f"the checkpoint does not hold {one}"
+        for one in dict.fromkeys(space.lost for name, space in state.spaces.items() if name in fresh)
+    ]
     if reason:
-        return [f"{reason}: the optimizer starts afresh"]
-    notes = [f"the checkpoint has no {' '.join(sorted(fresh))}: these start afresh"] if fresh else []
-    return [*notes, f"the checkpoint does not hold {state.lost}"] if tables and not found else notes
+        return [f"{reason}: the optimizer starts afresh", *lost]
+    new = sorted(fresh - state.spaces.keys())
+    notes = [f"the checkpoint has no {' '.join(new)}: these start afresh"] if new else []
+    notes += [f"the checkpoint does not hold {state.lost}"] if tables and not found else []
+    return [*notes, *lost]

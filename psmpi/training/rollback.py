@@ -88,9 +88,11 @@ class Rollback:
         A rank notes what is not.
         """
         state, shard = self.method.state, self.method.shards[self.control.rank]
-        for name, vector in state.vectors.items():
+        places = dict.fromkeys(state.vectors, (self.method.layout, shard))
+        places |= {name: (space.layout, space.owned[self.control.rank]) for name, space in state.spaces.items()}
+        for name, vector in state.arrays.items():
             if not np.isfinite(vector).all():
-                text = f"not finite, and not saved, of {name}: {find_parameters(self.method.layout, shard, vector)}"
+                text = f"not finite, and not saved, of {name}: {find_parameters(*places[name], vector)}"
                 if not self.on:
                     raise NotFiniteError(f"{text}: {ADVICE}")
                 self.numbers.note(Finding(0, text))

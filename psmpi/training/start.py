@@ -17,6 +17,7 @@ from psmpi.data import (
     Dataset,
     Identity,
     Prints,
+    alike,
     card,
     check_same,
     find_doubts,
@@ -89,7 +90,9 @@ def begin(control: Control, config: Config, own: str, tell: Callable[[str], None
                 plan_steps(dataset, config)
         for note in (*notes(size, network, dataset, config.data.batch_size), *kind.notes(size, network, config)):
             tell(f"note: {note}")
-        for warning in (*kind.warnings(size, network, config), *find_doubts(dataset, prints)):
+        # Of a private data set rank 0 has a part, in which much looks odd.
+        doubts = () if kind.private(config) else find_doubts(dataset, prints)
+        for warning in (*kind.warnings(size, network, config), *doubts):
             tell(f"warning: {warning}")
     except BaseException:
         if folder is not None:
@@ -140,7 +143,15 @@ def _agree_private(
         whole, everyone = together(dataset, cards, 0)
         if start.found:
             compare(checkpoint.read_contents(Path(start.found)), config, whole, everyone, start.found, tell)
+        kind: Any = find_method(config.parallel.method)
+        kind.check(control.size, network_of(config, whole), whole, config)
         plan_steps(whole, config)
+        same = alike(cards)
+        if same is not None:
+            tell(
+                f"warning: ranks {same[0]} and {same[1]} have the same training samples, which count twice: with "
+                "--private-data each rank opens a file of its own, for instance --dataset 'own-{rank}.npz'"
+            )
     cards = json.loads(control.share(json.dumps(cards)))
     return together(dataset, cards, control.rank)
 

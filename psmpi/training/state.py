@@ -46,13 +46,16 @@ class Entry:
 class Space:
     """Tensors that are no parameters of the network, by their layout, and who has which of them.
 
-    `saved`, in host memory, is this rank's local vector, and what checkpoints hold and restore.
+    `saved`, in host memory, is this rank's local vector, and what checkpoints hold and restore. lost: as of `State`;
+    of_optimizer: starts afresh with another optimizer.
     """
 
     saved: np.ndarray
     mirrors: list[Mirror]
     layout: Layout
     owned: Ownership
+    lost: str
+    of_optimizer: bool = False
 
     def merge(self) -> None:
         """Bring `saved` up to date with the images."""
@@ -153,11 +156,21 @@ class State:
         self.account.hold("optimizer", mirror.array)
 
     def space(
-        self, name: str, arrays: Sequence[np.ndarray], dtype: np.dtype, layout: Layout, owned: Sequence[Runs], what: str
+        self,
+        name: str,
+        arrays: Sequence[np.ndarray],
+        dtype: np.dtype,
+        layout: Layout,
+        owned: Sequence[Runs],
+        what: str,
+        lost: str,
+        *,
+        of_optimizer: bool = False,
     ) -> None:
         """Declare arrays that are, one after the other, this rank's local vector of a space, all of one dtype.
 
-        owned: for each rank, the elements of the layout that it has; what: of the account.
+        owned: for each rank, the elements of the layout that it has; what: of the account; lost, of_optimizer: see
+        `Space`.
         """
         mirrors = [Mirror(a) if isinstance(a, np.ndarray) else self.ops.mirror(a) for a in arrays]
         size = owned[self.rank].size
@@ -166,7 +179,7 @@ class State:
         saved = mirrors[0].host if len(mirrors) == 1 else np.empty(size, dtype)
         if len(mirrors) > 1:
             self.account.hold("buffers", saved)
-        self.spaces[name] = Space(saved, mirrors, layout, Ownership(tuple(owned)))
+        self.spaces[name] = Space(saved, mirrors, layout, Ownership(tuple(owned)), lost, of_optimizer)
         self.account.hold(what, *(mirror.array for mirror in mirrors))
 
     def _mirrors(self) -> Iterator[Mirror]:

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from psmpi.config import Config, Numbers, usual_numbers
-from psmpi.data import of_rank, open_dataset
-from psmpi.errors import counted
+from psmpi.data import open_dataset
+from psmpi.errors import UserError, counted
+from psmpi.registry import find_method
 
 
 def usual(config: Config, tell: Callable[[str], None] | None = None) -> Config:
@@ -17,8 +18,13 @@ def usual(config: Config, tell: Callable[[str], None] | None = None) -> Config:
     """
     if None not in (config.run.epochs, config.data.batch_size, config.optimization.lr):
         return config
+    if find_method(config.parallel.method).private(config):
+        raise UserError(
+            "--private-data: the usual numbers are those of all samples, of which a rank sees its own: give --epochs, "
+            "--batch-size and --lr"
+        )
     data = config.data
-    samples = open_dataset(of_rank(data.dataset, 0), data.data_dir, data.split_seed).train.n
+    samples = open_dataset(data.dataset, data.data_dir, data.split_seed).train.n
     config = _fill(config, usual_numbers(samples, config))
     if tell is not None:
         run, data, optimization = config.run, config.data, config.optimization

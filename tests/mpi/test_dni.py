@@ -9,6 +9,7 @@ from helpers.runs import run
 from scipy.special import log_softmax
 
 from psmpi.backend import NumpyOps
+from psmpi.checkpoint import newest, read_contents
 from psmpi.data import Batch, Minibatches, open_dataset
 from psmpi.nn.zoo import make_network
 from psmpi.registry import find_method
@@ -18,8 +19,8 @@ from psmpi.training.context import Context
 from psmpi.training.usual import usual
 
 WIDTHS, FEATURES, CLASSES, SAMPLES, BATCH = (7, 6, 5), 4, 3, 50, 16
-PLAIN = ("--method", "dni", "--loss", "nll", "--optimizer", "sgd", "--lr", "0.3", "--clip", "0", "--dtype", "float64",
-         "--batch-size", str(BATCH), "--threads", "1")  # fmt: skip
+PLAIN = ("--method", "dni", "--loss", "nll", "--optimizer", "sgd", "--lr", "0.3", "--synthesizer-lr", "0.3",
+         "--clip", "0", "--dtype", "float64", "--batch-size", str(BATCH), "--threads", "1")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +157,7 @@ def equal(found, expected, atol=1e-12):
         (("--ahead", "3"), {"ahead": 3}),
         (("--ahead", "2", "--synthetic", "dni"), {"ahead": 2, "given": False}),
         (("--ahead", "1", "--bp-lambda", "0.4"), {"share": 0.4}),
-        (("--ahead", "1", "--bp-lambda", "1"), {"share": 1.0}),
+        (("--ahead", "1", "--bp-lambda", "1", "--synthesizer-lr", "0"), {"share": 1.0}),
         (("--ahead", "2", "--synthetic-inputs"), {"ahead": 2, "inputs": True}),
     ],
     ids=["in turn", "ahead", "without targets", "mixed", "back-propagation", "inputs too"],
@@ -167,9 +168,9 @@ def test_blocks_learn_what_a_serial_simulation_does(folder, options, settings, r
 
 
 def test_the_whole_gradient_from_above_is_back_propagation(folder):
-    problem = Problem(folder, "--ahead", "1", "--bp-lambda", "1")
+    problem = Problem(folder, "--ahead", "1", "--bp-lambda", "1", "--synthesizer-lr", "0")
     found = problem.train(4)
-    words = ("--dataset", str(folder / "own.npz"), "--config", str(folder / "net.toml"), *PLAIN[2:])
+    words = ("--dataset", str(folder / "own.npz"), "--config", str(folder / "net.toml"), *PLAIN[2:8], *PLAIN[10:])
     config = usual(parse(["--method", "data_parallel", *words]))
 
     def work(world):
@@ -199,7 +200,9 @@ def test_delays_change_nothing(folder, ahead, more):
     """Ranks that sleep at random: the same bits, and messages that meet."""
     from time import sleep
 
-    problem = Problem(folder, "--ahead", str(ahead), *more, "--optimizer", "adam", "--lr", "0.01", steps=60)
+    problem = Problem(
+        folder, "--ahead", str(ahead), *more, "--optimizer", "adam", "--lr", "0.01", "--synthesizer-lr", "0", steps=60
+    )
     calm = problem.train(1)
     rngs = [np.random.default_rng(rank) for rank in range(4)]
     slow = problem.train(4, slow=lambda rank, k: sleep(float(rngs[rank].uniform(0, 0.005))))
@@ -276,9 +279,13 @@ def test_what_is_in_flight_is_left_where_it_has_no_meaning(tmp_path):
                          "--out", first)  # fmt: skip
     assert status == 0, err
     for name, more, told in (
-        ("ahead", ("--layer-blocks", "4", "--ahead", "3"), "no dni_flight dni_samples"),
-        ("hidden", ("--layer-blocks", "4", "--synthesizer-hidden", "9"), "no dni dni_m dni_v"),
-        ("blocks", ("--layer-blocks", "2"), "no dni dni_flight dni_m dni_v"),
+        ("ahead", ("--layer-blocks", "4", "--ahead", "3"), "does not hold the minibatches in flight"),
+        (
+            "hidden",
+            ("--layer-blocks", "4", "--synthesizer-hidden", "9"),
+            "does not hold the auxiliary networks of 4 blocks",
+        ),
+        ("blocks", ("--layer-blocks", "2"), "does not hold the auxiliary networks of 2 blocks"),
     ):
         words = ("--method", "dni", *options, *more, "--resume", first, "--max-steps", "12", "--out", tmp_path / name)
         status, out, err = run(2, "-m", "psmpi.train", *words)
@@ -299,6 +306,48 @@ def test_what_is_in_flight_is_left_where_it_has_no_meaning(tmp_path):
     assert status == 0, err
     status, out, err = run(2, "-m", "psmpi.train", *words)
     assert status == 0 and "start afresh" in out, out + err
+
+
+def test_minibatches_in_flight_of_other_steps_or_other_samples_are_not_learnt_from(folder, tmp_path):
+    """After other minibatches, and other samples, synthesizers begin with those that follow, and keep their steps."""
+    data = dict(np.load(folder / "own.npz"))
+    np.savez(tmp_path / "few.npz", **{name: values[:20] for name, values in data.items()})
+    out = tmp_path / "run"
+    words = ("--config", folder / "net.toml", "--loss", "nll", "--batch-size", "5", "--lr", "0.01", "--out", out)
+    own = ("--dataset", folder / "own.npz")
+    after = ("--resume", "auto", "--method", "dni", "--layer-blocks", "4")
+    runs = (
+        (("--method", "data_parallel", *own, "--epochs", "2", *words), None),
+        ((*after, *own, "--epochs", "3", *words), (30, 20, 8)),
+        ((*after, *own, "--epochs", "4", *words[:4], "--batch-size", "10", *words[6:]), (20, 15, 11)),
+        ((*after, "--dataset", tmp_path / "few.npz", "--new-data", "--epochs", "5", *words), (20, 16, 13)),
+    )
+    for options, expected in runs:
+        status, told, err = run(2, "-m", "psmpi.train", *options)
+        assert status == 0 and "Traceback" not in err, told + err
+        if expected is not None:
+            scalars = read_contents(newest(out)).scalars
+            assert tuple(scalars[name] for name in ("steps", "since", "fits")) == expected, (scalars, told)
+
+
+def test_another_optimizer_begins_with_the_synthesizers_too(tmp_path):
+    options = ("--method", "dni", "--model", "mlp", "--widths", "20", "--loss", "nll", "--out", tmp_path / "run")
+    for optimizer, steps in (("adam", "9"), ("adamw", "14")):
+        words = ("--optimizer", optimizer, "--max-steps", steps, "--resume", "auto")
+        status, told, err = run(2, "-m", "psmpi.train", *options, *words)
+        assert status == 0, told + err
+    assert "does not hold the optimizers of these" in told
+    scalars = read_contents(newest(tmp_path / "run")).scalars
+    assert scalars["t"] == 5 and scalars["fits"] == 5
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "nesterov", "muon", "lion", "rmsprop", "adamw"])
+def test_synthesizers_bear_the_usual_rate_of_each_optimizer(tmp_path, optimizer):
+    words = ("--method", "dni", "--loss", "nll", "--optimizer", optimizer, "--epochs", "2", "--out", tmp_path / "run")
+    status, told, err = run(2, "-m", "psmpi.train", *words)
+    assert status == 0, told + err
+    rows = [loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["test_loss"] < 2.4
 
 
 @pytest.mark.parametrize("options", [("--local-loss", "predsim"), ("--synthetic-inputs",), ("--synthetic", "dni")])
@@ -334,6 +383,7 @@ def test_errors_of_predicted_gradients_are_told_and_fall(tmp_path):
         (("--optimizer", "lbfgs"), "each block has its own gradient"),
         (("--on-nan", "skip"), "cannot leave out a single step"),
         (("--synthesizer-hidden", "5", "--batch-size", "1"), "a single sample"),
+        (("--bp-lambda", "1", "--ahead", "1", "--synthesizer-lr", "0.1"), "without synthesizers"),
     ],
 )
 def test_what_cannot_be_is_one_message(tmp_path, options, says):

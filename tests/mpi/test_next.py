@@ -389,6 +389,7 @@ def test_scores_of_every_agent_are_told(tmp_path):
         ((*PARTIAL[:4], *PLAIN, "--model", "mlp", "--widths", "20", "--inner-blocks", "2", "--constraint", "ball:3"),
           "blocks cannot keep one length"),
         (("--rule", "next", *PLAIN, "--constraint", "box:-1"), "expected none, box:B"),
+        ((*PARTIAL[:4], *PLAIN, "--model", "mlp", "--widths", "20", "--loss", "hinge"), "hinge has kinks"),
         (("--rule", "next", *PLAIN, "--lr", "2"), "is 1 at most"),
         (("--agents", "40", "--split", "skewed:1", "--tracking", "minibatch", "--batch-size", "40", "--model", "mlp",
           "--batch-norm"), "with a single sample"),
@@ -466,16 +467,17 @@ def files(tmp_path):
     return np.concatenate(x), np.concatenate(y).reshape(-1)
 
 
-def private(folder, *options, batch=60):
+def private(folder, *options, batch=60, epochs=1):
     return ("-m", "psmpi.train", "--method", "next", "--agents", "6", "--private-data", *PLAIN, "--lr", "0.02",
             "--loss", "squared", "--clip", "0", "--batch-size", str(batch), "--dtype", "float64", "--threads", "1",
-            "--dataset", folder / "own-{rank}.npz", "--config", folder / "linear.toml", *options)  # fmt: skip
+            "--epochs", str(epochs), "--dataset", folder / "own-{rank}.npz", "--config",
+            folder / "linear.toml", *options)  # fmt: skip
 
 
 def test_agents_with_private_data_find_the_solution_of_all_of_it(tmp_path, files):
     x, y = np.column_stack([files[0], np.ones(len(files[1]))]), files[1]
     out = tmp_path / "run"
-    status, told, err = run(3, *private(tmp_path, "--epochs", "25", "--out", out, batch=1))
+    status, told, err = run(3, *private(tmp_path, "--out", out, epochs=25, batch=1))
     assert status == 0, told + err
     found = tensors(newest(out))
     expected = np.linalg.lstsq(x, y, rcond=None)[0]
@@ -490,19 +492,19 @@ def test_agents_with_private_data_find_the_solution_of_all_of_it(tmp_path, files
 def test_a_training_on_private_data_goes_on_with_the_same_data_alone(tmp_path, files):
     whole, part = tmp_path / "whole", tmp_path / "part"
     for out, steps in ((whole, "9"), (part, "5")):
-        status, _, err = run(3, *private(tmp_path, "--epochs", "9", "--max-steps", steps, "--out", out))
+        status, _, err = run(3, *private(tmp_path, "--max-steps", steps, "--out", out, epochs=9))
         assert status == 0, err
-    again = ("--epochs", "9", "--max-steps", "9", "--resume", "auto", "--out", part)
-    status, told, err = run(2, *private(tmp_path, *again))
+    again = ("--max-steps", "9", "--resume", "auto", "--out", part)
+    status, told, err = run(2, *private(tmp_path, *again, epochs=9))
     assert status == 1 and err.count("is not the data set that checkpoint") == 1, told + err
-    status, told, err = run(3, *private(tmp_path, *again))
+    status, told, err = run(3, *private(tmp_path, *again, epochs=9))
     assert status == 0, told + err
     first, second = tensors(newest(whole)), tensors(newest(part))
     assert first.keys() == second.keys() and all(np.array_equal(first[name], second[name]) for name in first)
     data = dict(np.load(tmp_path / "own-1.npz"))
     data["y"][3] += 1
     np.savez(tmp_path / "own-1.npz", **data)
-    status, told, err = run(3, *private(tmp_path, *again))
+    status, told, err = run(3, *private(tmp_path, *again, epochs=9))
     assert status == 1 and err.count("is not the data set that checkpoint") == 1, told + err
 
 
@@ -516,7 +518,7 @@ def test_a_training_on_private_data_goes_on_with_the_same_data_alone(tmp_path, f
         ({"x": np.zeros((20, FEATURES)), "y": np.zeros((20, 2)), "x_test": np.zeros((4, FEATURES)),
           "y_test": np.zeros((4, 2))}, "targets of so many values: 1, rank 2 2"),
         ({"x": np.zeros((1, FEATURES)), "y": np.zeros((1, 1)), "x_test": np.zeros((4, FEATURES)),
-          "y_test": np.zeros((4, 1))}, "1 training sample for 2 agents"),
+          "y_test": np.zeros((4, 1))}, "a rank has 1 training sample for its 2 agents"),
     ],
     ids=["shape", "kind", "values", "samples"],
 )  # fmt: skip
@@ -569,3 +571,31 @@ def test_agents_with_two_classes_each_learn_all_of_mnist(train):
     apart = ("--method", "next", "--agents", "8", "--tracking", "minibatch", "--split", "skewed:2")
     assert train(2, *apart, *setting).rows[-1]["worst_accuracy"] >= central - 0.01
     assert train(2, *apart, "--rule", "dgd", *setting).rows[-1]["worst_accuracy"] < central - 0.05
+
+
+def test_the_same_private_file_twice_is_told(tmp_path, files):
+    for rank in (0, 2):
+        (tmp_path / f"own-{rank}.npz").write_bytes((tmp_path / "own-1.npz").read_bytes())
+    status, told, err = run(3, *private(tmp_path, "--out", tmp_path / "run"))
+    assert status == 0 and told.count("have the same training samples") == 1, told + err
+
+
+def test_a_set_that_comes_with_a_resume_holds_from_its_first_step(tmp_path):
+    options = ("--method", "next", "--rule", "next", *PLAIN, "--tau", "5", "--lr", "0.01", "--model", "mlp", "--widths",
+               "20", "--out", tmp_path / "run")  # fmt: skip
+    for steps, more in (("3", ()), ("4", ("--resume", "auto", "--constraint", "box:0.05"))):
+        status, told, err = run(2, "-m", "psmpi.train", *options, "--max-steps", steps, *more)
+        assert status == 0, told + err
+    found = tensors(newest(tmp_path / "run"))
+    assert max(np.abs(found[name]).max() for name in found if name.startswith("weights/")) <= 0.05 + 1e-7
+
+
+def test_derivatives_of_scores_are_in_the_memory_that_is_needed(folder):
+    several = []
+    for kind in ("full", "partial"):
+        problem = Problem(folder, *PLAIN, "--rule", "next", "--linearization", kind)
+        kind = find_method("next")
+        several.append(kind.needed(2, problem.network, problem.dataset, problem.config))
+    rows, size = SAMPLES // AGENTS, FEATURES + 1
+    for full, partial in zip(*several, strict=True):
+        assert partial["buffers"] - full["buffers"] == 8 * (rows * size + size**2)

@@ -20,6 +20,8 @@ from psmpi.nn.network import Network, TableReader
 from psmpi.training.context import configured_optimizer
 from psmpi.training.descent import no_sum
 
+# Optimizers whose steps are as long as the gradient is.
+GRADIENT_RULES = ("sgd", "momentum", "nesterov")
 # Rows and columns of the kernels of synthesizers of images, as in the paper's convolutional networks.
 KERNEL = 5
 
@@ -114,8 +116,12 @@ class Auxiliary:
         self.forward_pass, self.backward_pass = ops.record(self.model.forward), ops.record(self._take_back)
         self.begin()
 
-    def begin(self) -> None:
-        """Start afresh."""
+    def begin(self, weights: bool = True) -> None:
+        """Initialize the optimizer, and unless told otherwise the weights."""
+        for vector in self.optimizer.vectors.values():
+            vector.fill(0)
+        if not weights:
+            return
         c, mirror = self.config, self.ops.mirror(self.w)
         seed = crc32(f"{c.run.seed} {self.key}".encode())
         runs = Runs(((0, self.layout.size),))
@@ -128,8 +134,6 @@ class Auxiliary:
                 mirror.host[start:stop] = 0
         mirror.push()
         mirror.settle()
-        for vector in self.optimizer.vectors.values():
-            vector.fill(0)
 
     def reserve(self, batch: int) -> None:
         """Make room for minibatches of up to `batch` samples."""
@@ -153,6 +157,17 @@ class Auxiliary:
     def _take_back(self, x: np.ndarray, dy: np.ndarray, dx: np.ndarray | None) -> None:
         """x: the inputs of the pass, which the tape has kept."""
         self.model.backward(self.tape, dy.reshape(self.tape.scores.shape), dx=dx)
+
+    def bearable(self, lr: float) -> float:
+        """The learning rate `lr`, for rules that step along the gradient itself as much of it as is stable.
+
+        Least squares of n inputs between -1 and 1 in p places have second derivatives up to 2 n p (the trace), of which
+        about a fourth is met; gradient descent needs a rate below 2 over that.
+        """
+        first = next(layer for layer in self.network.walk() if layer.linear)
+        weight = first.parameters()[0]
+        inputs = weight.unit_size * prod(first.out_shape[1:])
+        return min(lr, 0.5 / inputs) if self.config.optimization.optimizer in GRADIENT_RULES else lr
 
     def step(self, lr: float, scale: float, done: int) -> None:
         """Step along `scale` times g, after `done` steps."""

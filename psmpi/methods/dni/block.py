@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from psmpi.data import Resident
@@ -11,7 +13,7 @@ from psmpi.methods.dni.local import LocalLoss
 from psmpi.methods.dni.settings import Settings
 from psmpi.nn.model import Model
 from psmpi.nn.objective import Objective
-from psmpi.training.context import Context
+from psmpi.training.context import Context, configured_loss
 from psmpi.training.descent import no_sum
 
 
@@ -52,7 +54,9 @@ class Block:
             self.objective = Objective(self.loss, self.model)
             context.numbers.watch(self.objective)
         elif "scores" in networks:
-            loss = context.loss()
+            # Margins and scales are for the network's own scores.
+            loss = configured_loss(context.config, context.dataset)
+            loss.lenient = context.numbers.lenient
             self.local = LocalLoss(ops, loss, networks["scores"], networks.get("features"), network.classes)
         self.forward_pass, self.backward_pass = ops.record(self.model.forward), ops.record(self._take_back)
         self.derive_pass = self.objective.record(self._derive) if self.objective is not None else None
@@ -90,8 +94,12 @@ class Block:
     def _slot(self, k: int) -> int:
         return k % self.s.ahead
 
-    def _rate(self, lr: float) -> float:
-        return self.s.synthesizer_lr or lr
+    def _rate(self, lr: float) -> Callable[[Auxiliary], float]:
+        """The learning rate of each auxiliary network, where that of the blocks is `lr`."""
+        if self.s.synthesizer_lr:
+            share = lr / self.context.config.optimization.lr
+            return lambda _: share * self.s.synthesizer_lr
+        return lambda one: one.bearable(lr)
 
     def forward(self, k: int) -> None:
         """Forward pass of minibatch k; begins to send its outputs up and to receive their gradient."""
@@ -220,11 +228,8 @@ class Block:
         return one.forward(x)
 
     def fit(self, k: int, lr: float, done: int) -> None:
-        """Fit the synthesizers to what came back of minibatch k; waits for it. done: their steps so far."""
+        """Fit the synthesizers to what came back of minibatch k, whose slot is finished. done: their steps so far."""
         slot, ids = self._slot(k), self.slots.of(k)
-        for cut in (self.below, self.above):
-            if cut is not None:
-                cut.finish(slot)
         b, rate = len(ids), self._rate(lr)
         if "gradient" in self.networks:
             cut, one = self.above, self.networks["gradient"]
@@ -235,13 +240,13 @@ class Block:
             else:
                 found = self._predict(view(cut.outputs, slot, self.units, b), ids)
             self.predicted = -1
-            self.error += self._fit(one, found, view(cut.targets, slot, self.units, b), rate, done)
+            self.error += self._fit(one, found, view(cut.targets, slot, self.units, b), rate(one), done)
         if "inputs" in self.networks:
             cut, one = self.below, self.networks["inputs"]
             assert cut is not None
             seen = one.x(b)
             self.samples.fetch(ids, seen)
-            self._fit(one, one.forward(seen), view(cut.outputs, slot, self.inputs, b), rate, done)
+            self._fit(one, one.forward(seen), view(cut.outputs, slot, self.inputs, b), rate(one), done)
 
     def _fit(self, one: Auxiliary, found: np.ndarray, wanted: np.ndarray, lr: float, done: int) -> np.ndarray:
         """Step along the gradient of (1/b) |found - wanted|^2; returns |found - wanted|^2 and |wanted|^2."""
@@ -253,9 +258,8 @@ class Block:
         one.step(lr, 2 / b, done)
         return squares
 
-    def finish(self) -> None:
-        """Wait for all messages of this block."""
+    def finish(self, slot: int) -> None:
+        """Wait for the messages of a slot: its buffers may be used again."""
         for cut in (self.below, self.above):
-            for slot in range(self.s.ahead) if cut is not None else ():
-                assert cut is not None
+            if cut is not None:
                 cut.finish(slot)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from psmpi.backend import NumpyOps
@@ -41,8 +43,8 @@ class LocalLoss:
         """Bytes of what it computes with, but for the auxiliary networks' own."""
         return int(self.objective.nbytes + self.dh.nbytes + (self.more.nbytes if self.features is not None else 0))
 
-    def learn(self, h: np.ndarray, targets: np.ndarray, lr: float, done: int) -> np.ndarray:
-        """The gradient (units, b) of the summed losses of outputs h (units, b); the networks step along theirs."""
+    def learn(self, h: np.ndarray, targets: np.ndarray, rate: Callable[[Auxiliary], float], done: int) -> np.ndarray:
+        """Gradient (units, b) of the summed losses of outputs h (units, b); each network steps at its `rate`."""
         units, b = h.shape
         found = self.dh[: units * b].reshape(units, b)
         self.objective.bring(targets)
@@ -50,12 +52,12 @@ class LocalLoss:
         factor = 1.0 if self.features is None else 1 - SHARE
         dx = found.reshape(*self.scores.model.in_shape, b)
         self.objective.derive(self.scores.tape, scores, self.objective.targets(b), factor, dx=dx)
-        self.scores.step(lr, 1 / b, done)
+        self.scores.step(rate(self.scores), 1 / b, done)
         if self.features is not None:
             seen = np.asarray(self.ops.host(self.features.forward(h)), np.float64)
             _, slope = self.similarity(seen, targets, SHARE * b)
             more = self.more[: units * b].reshape(units, b)
             self.features.backward(self.ops.put(slope.astype(h.dtype)), more)
-            self.features.step(lr, 1 / b, done)
+            self.features.step(rate(self.features), 1 / b, done)
             found += more
         return found

@@ -205,23 +205,26 @@ class DecoupledInterfaces(Method):
         for one in (*optimizers, *(aux.optimizer for aux in self.auxiliary.values())):
             self.account.hold("optimizer", *one.work, one.scratch)
         self.state.scalars["steps"] = 0
-        # Steps of synthesizers and of local losses; the first minibatch whose flight is known.
-        for name in ("fits", "learnt", "since"):
+        # Steps of synthesizers and of local losses; the first minibatch in flight, and the one behind the last.
+        for name in ("fits", "learnt", "since", "flight"):
             state.scalar(name, 0)
         state.scalars.update(optimizers[0].scalars)
+        lost = f"the auxiliary networks of {self.count} blocks as these options have them: they start afresh"
         layout, runs = self.beside
         if layout.size:
-            state.space("dni", [self.auxiliary_w], self.dtype, layout, runs, "weights")
+            state.space("dni", [self.auxiliary_w], self.dtype, layout, runs, "weights", lost)
+            steps = "the optimizers of these: they start afresh"
             steppers = [one.optimizer for one in self.auxiliary.values()]
             for name in optimizers[0].vectors:
                 arrays = [one.vectors[name] for one in steppers]
-                state.space(f"dni_{name}", arrays, self.dtype, layout, runs, "optimizer")
+                state.space(f"dni_{name}", arrays, self.dtype, layout, runs, "optimizer", steps, of_optimizer=True)
+        lost = "the minibatches in flight as these options have them: no synthesizer learns from those"
         layout, runs = self.flight
         if layout.size:
-            state.space("dni_flight", [self.under_way], self.dtype, layout, runs, "buffers")
+            state.space("dni_flight", [self.under_way], self.dtype, layout, runs, "buffers", lost)
             ids = plain_layout({"samples": self.slots.ids.shape})
             everyone = [Runs(((0, ids.size),))] * self.context.size
-            state.space("dni_samples", [self.slots.ids.reshape(-1)], np.dtype(np.int64), ids, everyone, "samples")
+            state.space("dni_samples", [self.slots.ids.reshape(-1)], np.dtype(np.int64), ids, everyone, "samples", lost)
 
     def _count(self, block: Block) -> None:
         """Put what a block keeps besides to the account."""
@@ -233,6 +236,8 @@ class DecoupledInterfaces(Method):
     def step(self, batch: Batch, lr: float) -> None:
         k, s = int(self.scalars["steps"]), self.s
         back = k - s.ahead
+        for block in self.blocks:
+            block.finish(k % s.ahead)
         if back >= self.scalars["since"]:
             for block in self.blocks:
                 block.fit(back, lr, int(self.scalars["fits"]))
@@ -257,18 +262,21 @@ class DecoupledInterfaces(Method):
 
     def drain(self) -> None:
         for block in self.blocks:
-            block.finish()
+            for slot in range(self.s.ahead):
+                block.finish(slot)
+        self.scalars["flight"] = self.scalars["steps"]
 
     def restored(self, tables: bool, fresh: Set[str]) -> None:
         for block in self.blocks:
             block.predicted = -1
-        if fresh & self.state.spaces.keys():
-            # What is in flight is of the networks that it was made with.
+        flight = {"dni", "dni_flight", "dni_samples"} & fresh
+        if flight or self.scalars["flight"] != self.scalars["steps"] or self.context.config.run.new_data:
+            # What was in flight is of other networks, other minibatches or other samples.
             self.scalars["since"] = self.scalars["steps"]
-        if "dni" in fresh:
+        if fresh & self.state.spaces.keys() - {"dni_flight", "dni_samples"}:
             self.scalars["fits"] = self.scalars["learnt"] = 0
             for one in self.auxiliary.values():
-                one.begin()
+                one.begin(weights="dni" in fresh)
 
     def test(self) -> dict[str, float]:
         self.drain()

@@ -22,6 +22,9 @@ from psmpi.nn.network import Network
 from psmpi.training.checks import check_classes, check_first_order, check_slices
 from psmpi.training.context import check_optimizer, configured_loss
 
+# Minibatches in flight at most: a number is a tag of MPI, and a rank keeps what is in flight.
+MOST_AHEAD = 1024
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -37,7 +40,8 @@ class Settings:
     synthesizer_hidden: tuple[int, ...] = ()
     """Widths of a synthesizer's hidden layers, each with batch normalization and ReLU; none: a linear synthesizer."""
     synthesizer_lr: float = 0.0
-    """Learning rate of synthesizers and local losses; 0: that of the blocks."""
+    """Learning rate of synthesizers and local losses, changed over the run as --lr is; 0: that of the blocks, but with
+    sgd, momentum and nesterov at most what a linear synthesizer of these inputs bears."""
     ahead: Annotated[int, Least(1)] = 2
     """Minibatches a block may start before the gradient of the first comes back; a synthesizer learns from a gradient
     exactly this many minibatches later, so results depend neither on timing nor on ranks."""
@@ -133,8 +137,10 @@ def check_dni(size: int, network: Network, dataset: Dataset, config: Config) -> 
     for name, value, most in (("bp-lambda", s.bp_lambda, 1.0), ("synthesizer-lr", s.synthesizer_lr, 1e9)):
         if not (isfinite(value) and 0 <= value <= most):
             raise UserError(f"--{name} {value:g}: expected a number from 0 to {most:g}")
-    if s.ahead > 1024:
-        raise UserError(f"--ahead {s.ahead}: expected 1 to 1024; blocks keep the outputs of so many minibatches")
+    if s.ahead > MOST_AHEAD:
+        raise UserError(
+            f"--ahead {s.ahead}: expected 1 to {MOST_AHEAD}; blocks keep the outputs of so many minibatches"
+        )
     if s.bp_lambda > 0 and s.ahead > 1:
         raise UserError(
             f"--bp-lambda {s.bp_lambda:g} waits for the gradient from above before each update, and --ahead {s.ahead} "
@@ -144,12 +150,17 @@ def check_dni(size: int, network: Network, dataset: Dataset, config: Config) -> 
         raise UserError(f"--synthesizer-hidden {' '.join(map(str, s.synthesizer_hidden))}: expected widths from 1 up")
     if s.local_loss != "none" and (s.synthetic != "cdni" or s.bp_lambda):
         raise UserError(
-            f"--local-loss {s.local_loss} uses no synthetic gradients and none from above: leave out --synthetic and "
-            "--bp-lambda"
+            f"--local-loss {s.local_loss} uses no synthetic gradients and none from above: use --synthetic cdni "
+            "and --bp-lambda 0, the defaults"
         )
     if s.local_loss != "none" and s.synthesizer_hidden and not s.synthetic_inputs:
         raise UserError(
             f"--synthesizer-hidden is for synthesizers, and --local-loss {s.local_loss} has none: leave it out"
+        )
+    if s.bp_lambda == 1 and (s.synthesizer_hidden or s.synthesizer_lr or s.synthetic != "cdni"):
+        raise UserError(
+            "--bp-lambda 1 is back-propagation, without synthesizers: leave out --synthetic, --synthesizer-hidden and "
+            "--synthesizer-lr"
         )
     if s.synthetic_inputs and s.bp_lambda:
         raise UserError(

@@ -250,6 +250,10 @@ class InNetwork(Method):
                 vector.fill(0)
             self.scalars.update(self.unstepped)
             self._spread()
+        elif self.s.rule == "next":
+            # The set may be a new one.
+            for w in self.w:
+                self.s.terms.project(self.ops, w)
         elif self.s.rule in FIXED and self.scalars["graph"] != self.links:
             # What agents remember was sent over other links.
             self.rule.begin()

@@ -26,5 +26,10 @@ def next_needed(size: int, network: Network, dataset: Dataset, config: Config) -
         sent = 2 * sent_components(whole, s.gossip_density) if rule is Choco else rule.sent * whole
         mixed = 0 if rule is Choco else rule.sent * whole
         more = {"optimizer": rule.kept * here * whole, "weights": mixed * here, "buffers": sent * here}
+        if s.linearization == "partial":
+            # Derivatives of all scores of a step, and the smaller system of a block, in float64.
+            steps = 1 if s.tracking == "full" else -(-dataset.train.n // config.data.batch_size)
+            rows = network.classes * -(-dataset.train.n // (s.agents * steps))
+            more["buffers"] += 8 // itemsize * (rows * whole + min(rows, -(-whole // s.inner_blocks)) ** 2)
         found.append(added(added(need, vectors), {name: n * itemsize for name, n in more.items()}))
     return found

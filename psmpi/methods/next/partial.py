@@ -22,8 +22,9 @@ from psmpi.nn.model import Model
 
 # Parameters above which no derivatives of all scores are kept.
 MOST = 10_000
-# Where an inner solution is good enough, relative to 1 + |y|, and the steps after which it is taken as it is.
-ENOUGH, STEPS = 1e-11, 10_000
+# The norm of a gradient, over 1 + |y|, at which the inner problem is solved: of the squared loss, and of others, whose
+# Newton systems change; iterations after which an inner solution is taken as it is.
+ENOUGH, ENOUGH_OTHERS, STEPS = 1e-11, 1e-8, 2000
 
 
 class Jacobian:
@@ -134,7 +135,8 @@ class Inner:
             return np.asarray(rows.T @ slopes.reshape(-1) + self.tau * d)
 
         pull = y - gradient(np.zeros(w.size))
-        return accelerated(lambda x: gradient(x - w) + pull, terms, w, self.tau, ENOUGH * (1 + float(norm(y))))
+        enough = (ENOUGH if loss.name == "squared" else ENOUGH_OTHERS) * (1 + float(norm(y)))
+        return accelerated(lambda x: gradient(x - w) + pull, terms, w, self.tau, enough)
 
 
 def norm(x: np.ndarray) -> np.floating:
@@ -147,10 +149,10 @@ def accelerated(
     """The minimum of a smooth convex function plus a regularizer over a set, by accelerated proximal steps.
 
     FISTA (Beck and Teboulle, 2009) with a restart where momentum goes uphill (O'Donoghue and Candes, 2015). length: a
-    lower bound of the gradient's Lipschitz constant, raised where a step shows it to be too low. Ends where a step
-    times that constant is below `enough`, or after STEPS of them.
+    lower bound of the gradient's Lipschitz constant, which is raised where a step shows it to be too low, and lowered a
+    little after each other step. Ends where a step times that constant is below `enough`, or after STEPS.
     """
-    ops, x, t = NumpyOps(), np.array(start, np.float64), 1.0
+    ops, x, t, least = NumpyOps(), np.array(start, np.float64), 1.0, length
     z, at = x.copy(), None
     for _ in range(STEPS):
         slope: np.ndarray = gradient(z) if at is None else at
@@ -167,6 +169,7 @@ def accelerated(
             if bend > length:
                 length, at = max(2 * length, bend), slope
                 continue
+        length = max(least, 0.95 * length)
         if float(step @ (new - x)) < 0:
             t, z, x = 1.0, new, new.copy()
             continue

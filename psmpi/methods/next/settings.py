@@ -147,7 +147,7 @@ def check_next(size: int, network: Network, dataset: Dataset, config: Config) ->
         # What ranks have is known when all of them have opened their files.
         return
     if dataset.train.n < s.agents:
-        raise UserError(f"--agents {s.agents}: there are {dataset.train.n} training samples only; use fewer")
+        raise UserError(f"--agents {s.agents}: there are {dataset.train.n:,} training samples only; use fewer")
     check_samples(network, dataset, config, s.agents)
 
 
@@ -209,6 +209,11 @@ def _check_model(network: Network, config: Config, s: Settings) -> None:
             "--linearization partial takes the derivatives of one sample at a time, and batch normalization couples "
             "them: use --linearization full, or a model without it"
         )
+    if config.objective.loss == "hinge":
+        raise UserError(
+            "--linearization partial solves problems with smooth losses, and hinge has kinks: use --loss nll, or "
+            "logistic, or --linearization full"
+        )
     if config.objective.margin:
         raise UserError("--margin is not for --linearization partial: leave it out, or use --linearization full")
     if s.inner_blocks > size:
@@ -228,7 +233,10 @@ def check_samples(network: Network, dataset: Dataset, config: Config, agents: in
     """UserError where one of so many agents, all or of a private data set, would have no sample, or in a step none."""
     s, n = config.of(Settings), len(dataset.own or range(dataset.train.n))
     if n < agents:
-        raise UserError(f"{counted(n, 'training sample')} for {counted(agents, 'agent')}: use fewer --agents")
+        raise UserError(
+            f"--private-data: a rank has {counted(n, 'training sample')} for its {counted(agents, 'agent')}: use fewer "
+            "--agents"
+        )
     dealt = deal_samples(dataset, agents, s.split, config.run.seed)
     fewest = min(map(len, dealt))
     steps = -(-dataset.train.n // config.data.batch_size)
