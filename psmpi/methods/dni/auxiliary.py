@@ -12,7 +12,7 @@ import numpy as np
 
 from psmpi.backend import NumpyOps
 from psmpi.config import Config
-from psmpi.layout import Each, Layout, Runs
+from psmpi.layout import Each, Runs
 from psmpi.nn.init import initial_weights
 from psmpi.nn.layers.uses import Uses
 from psmpi.nn.model import Model
@@ -180,8 +180,3 @@ class Auxiliary:
     def nbytes(self) -> int:
         """Bytes of all but its weights, gradient and optimizer's vectors."""
         return int(self.model.activation_bytes + self.model.buffer_bytes + self.room.nbytes)
-
-
-def prefixed_shapes(layouts: Mapping[str, Layout]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the parameters of several layouts, one after the other, each under its own name."""
-    return {f"{name}.{p.name}": p.shape for name, layout in layouts.items() for p in layout.parameters}

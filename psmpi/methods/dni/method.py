@@ -17,13 +17,12 @@ import numpy as np
 
 from psmpi.comm.transfers import Boundary, Message, Step
 from psmpi.data import Batch, Resident
-from psmpi.layout import Layout, Ownership, Runs, plain_layout
-from psmpi.methods.dni.auxiliary import Auxiliary, prefixed_shapes
+from psmpi.layout import Ownership, Runs, plain_layout
+from psmpi.methods.dni.auxiliary import Auxiliary
 from psmpi.methods.dni.block import Block
 from psmpi.methods.dni.buffers import CutBuffers, Slots
 from psmpi.methods.dni.need import dni_needed
 from psmpi.methods.dni.settings import (
-    Cut,
     Settings,
     check_dni,
     count_blocks,
@@ -32,6 +31,7 @@ from psmpi.methods.dni.settings import (
     find_cuts,
     owner_of,
 )
+from psmpi.methods.dni.tensors import Tensors, auxiliary_tensors, in_flight
 from psmpi.nn.cut import split_layers
 from psmpi.training.context import Context
 from psmpi.training.evaluator import evaluate
@@ -60,8 +60,9 @@ class DecoupledInterfaces(Method):
         self.count = count_blocks(context.size, network, s.layer_blocks)
         self.stages = split_layers(network, self.count)
         runs = [network.runs(layout, *stage) for stage in self.stages]
-        self.held = {rank: self._held(rank, context.size) for rank in range(context.size)}
-        several = ([one for k in held for one in runs[k].intervals] for held in self.held.values())
+        ranks = [owner_of(k, self.count, context.size) for k in range(self.count)]
+        self.held = [[k for k, rank in enumerate(ranks) if rank == one] for one in range(context.size)]
+        several = ([one for k in held for one in runs[k].intervals] for held in self.held)
         super().__init__(context, Ownership(tuple(map(Runs.union, several))))
         self.batch = context.config.data.batch_size
         self.world = context.group()
@@ -76,7 +77,11 @@ class DecoupledInterfaces(Method):
         tests = np.arange(dataset.test.n if first else 0)
         self.train = Resident(dataset.train, train, self.dtype, ops)
         self.tests = Resident(dataset.test, tests, self.dtype, ops)
-        self._in_flight()
+        self.flight = Tensors(
+            *in_flight(self.cuts, s, self.batch, self._owner), context.size, self.rank, ops, self.dtype
+        )
+        self.beside = Tensors(*auxiliary_tensors(self.cuts, self._owner), context.size, self.rank, ops, self.dtype)
+        self.auxiliary_g = ops.zeros(self.beside.array.size, self.dtype)
         buffers = {k: self._cut_buffers(k) for k in range(held[0] - 1, held[-1] + 1) if 0 <= k < len(self.cuts)}
         self.auxiliary = self._auxiliary()
         ends = np.cumsum([0, *(runs[k].size for k in held)]).tolist()
@@ -104,53 +109,23 @@ class DecoupledInterfaces(Method):
     check, needed = staticmethod(check_dni), staticmethod(dni_needed)
     notes, warnings = staticmethod(dni_notes), staticmethod(dni_warnings)
 
-    def _held(self, rank: int, size: int) -> list[int]:
-        return [k for k in range(self.count) if owner_of(k, self.count, size) == rank]
+    def _owner(self, block: int) -> int:
+        """The rank of a block."""
+        return owner_of(block, self.count, self.context.size)
 
     def _boundary(self, cut: int, units: int) -> Boundary:
-        below, above = (owner_of(k, self.count, self.context.size) for k in (cut, cut + 1))
-        return Boundary(self.world, below, above, units, self.dtype)
-
-    def _in_flight(self) -> None:
-        """Make room for what is in flight and outlives a step: outputs, and gradients that came back."""
-        s = self.s
-        shapes: dict[str, tuple[int, ...]] = {}
-        owned: dict[str, set[int]] = {}
-        for cut in self.cuts:
-            shape = (s.ahead, cut.units * self.batch)
-            below, above = ({owner_of(cut.number + k, self.count, self.context.size)} for k in (0, 1))
-            if s.predicts:
-                shapes[f"cut{cut.number + 1}.targets"], owned[f"cut{cut.number + 1}.targets"] = shape, below
-            if s.predicts or s.synthetic_inputs:
-                name = f"cut{cut.number + 1}.outputs"
-                shapes[name] = shape
-                owned[name] = (below if s.predicts else set()) | (above if s.synthetic_inputs else set())
-        self.flight = self._space(shapes, owned)
-        layout, runs = self.flight
-        self.under_way = self.ops.zeros(runs[self.rank].size, self.dtype)
-        self.kept = {}
-        for name in shapes:
-            for a, b in layout.runs_of_parameters({name}).intervals if self.rank in owned[name] else ():
-                self.kept[name] = self.under_way[runs[self.rank].local(a, b)].reshape(shapes[name])
-
-    def _space(
-        self, shapes: dict[str, tuple[int, ...]], owned: dict[str, set[int]]
-    ) -> tuple[Layout, list[Runs]]:  # fmt: skip
-        """The layout of tensors, and of each rank the runs that it has."""
-        layout = plain_layout(shapes)
-        ranks = range(self.context.size)
-        return layout, [layout.runs_of_parameters({name for name in shapes if r in owned[name]}) for r in ranks]
+        return Boundary(self.world, self._owner(cut), self._owner(cut + 1), units, self.dtype)
 
     def _cut_buffers(self, cut: int) -> CutBuffers:
         """This rank's buffers of a cut."""
         shape, held = (self.s.ahead, self.cuts[cut].units * self.batch), self.held[self.rank]
         below, above = cut in held, cut + 1 in held
         none = self.ops.empty(0, self.dtype)
-        outputs = self.kept.get(f"cut{cut + 1}.outputs")
+        outputs = self.flight.views.get(f"cut{cut + 1}.outputs")
         if outputs is None:
             wanted = below or self.s.synthetic_inputs
             outputs = self.ops.empty(shape[0] * shape[1], self.dtype).reshape(shape) if wanted else none
-        targets = self.kept.get(f"cut{cut + 1}.targets")
+        targets = self.flight.views.get(f"cut{cut + 1}.targets")
         if targets is None and self.s.returns and (below or above):
             targets = self.ops.empty(shape[0] * shape[1], self.dtype).reshape(shape)
         ticket = self.ops.zeros(self.s.ahead, self.dtype).reshape(-1, 1, 1)
@@ -158,39 +133,23 @@ class DecoupledInterfaces(Method):
         return CutBuffers(self.boundaries[cut], credit, outputs, targets, ticket, [[] for _ in range(self.s.ahead)])
 
     def _auxiliary(self) -> dict[tuple[int, str], Auxiliary]:
-        """This rank's auxiliary networks, by cut and name, whose weights lie one after the other."""
-        layouts: dict[str, Layout] = {}
-        owned: dict[str, set[int]] = {}
-        mine: list[tuple[Cut, str]] = []
-        for cut in self.cuts:
-            for name, one in cut.networks.items():
-                rank = owner_of(cut.number + (name == "inputs"), self.count, self.context.size)
-                layouts[f"cut{cut.number + 1}.{name}"] = one.layout()
-                owned.update(
-                    {tensor: {rank} for tensor in prefixed_shapes({f"cut{cut.number + 1}.{name}": one.layout()})}
-                )
-                mine += [(cut, name)] if rank == self.rank else []
-        self.beside = self._space(prefixed_shapes(layouts), owned)
-        size = self.beside[1][self.rank].size
-        self.auxiliary_w, self.auxiliary_g = (self.ops.zeros(size, self.dtype) for _ in range(2))
+        """This rank's auxiliary networks, by cut and name."""
         found, at = {}, 0
-        for cut, name in mine:
-            network = cut.networks[name]
-            place = slice(at, at + network.layout().size)
-            at = place.stop
-            found[cut.number, name] = Auxiliary(
-                self.context.config, network, self.auxiliary_w[place], self.auxiliary_g[place], self.ops,
-                f"cut {cut.number + 1} {name}", zero=name == "gradient",
-            )  # fmt: skip
+        for cut in self.cuts:
+            for name, network in cut.networks.items():
+                if cut.side(name) not in self.held[self.rank]:
+                    continue
+                place = slice(at, at + network.layout().size)
+                at = place.stop
+                found[cut.number, name] = Auxiliary(
+                    self.context.config, network, self.beside.array[place], self.auxiliary_g[place], self.ops,
+                    f"cut {cut.number + 1} {name}", zero=name == "gradient",
+                )  # fmt: skip
         return found
 
     def _networks(self, block: int) -> dict[str, Auxiliary]:
         """The auxiliary networks of a block."""
-        return {
-            name: one
-            for (cut, name), one in self.auxiliary.items()
-            if cut == (block - 1 if name == "inputs" else block)
-        }
+        return {name: one for (cut, name), one in self.auxiliary.items() if self.cuts[cut].side(name) == block}
 
     def _declare(self) -> None:
         """Declare the state: vectors of each block, spaces of what is beside them, and what is in flight."""
@@ -210,18 +169,18 @@ class DecoupledInterfaces(Method):
             state.scalar(name, 0)
         state.scalars.update(optimizers[0].scalars)
         lost = f"the auxiliary networks of {self.count} blocks as these options have them: they start afresh"
-        layout, runs = self.beside
+        layout, runs = self.beside.layout, self.beside.owned
         if layout.size:
-            state.space("dni", [self.auxiliary_w], self.dtype, layout, runs, "weights", lost)
+            state.space("dni", [self.beside.array], self.dtype, layout, runs, "weights", lost)
             steps = "the optimizers of these: they start afresh"
             steppers = [one.optimizer for one in self.auxiliary.values()]
             for name in optimizers[0].vectors:
                 arrays = [one.vectors[name] for one in steppers]
                 state.space(f"dni_{name}", arrays, self.dtype, layout, runs, "optimizer", steps, of_optimizer=True)
         lost = "the minibatches in flight as these options have them: no synthesizer learns from those"
-        layout, runs = self.flight
+        layout, runs = self.flight.layout, self.flight.owned
         if layout.size:
-            state.space("dni_flight", [self.under_way], self.dtype, layout, runs, "buffers", lost)
+            state.space("dni_flight", [self.flight.array], self.dtype, layout, runs, "buffers", lost)
             ids = plain_layout({"samples": self.slots.ids.shape})
             everyone = [Runs(((0, ids.size),))] * self.context.size
             state.space("dni_samples", [self.slots.ids.reshape(-1)], np.dtype(np.int64), ids, everyone, "samples", lost)
@@ -334,7 +293,7 @@ class DecoupledInterfaces(Method):
         layers = self.network.layers[self.stages[numbers[0]][0] : self.stages[numbers[-1]][1]]
         names = [layer.name for layer in layers if layer.linear or layer.inner]
         role = f"block {numbers[0] + 1}" if len(numbers) == 1 else f"blocks {numbers[0] + 1} to {numbers[-1] + 1}"
-        return role, names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}", self.w.size + self.auxiliary_w.size
+        return role, names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}", self.w.size + self.beside.array.size
 
     def events(self) -> dict[str, int]:
         return {"psl_terms_past_exp_clip": self.last.loss.clipped if self.last is not None else 0}

@@ -31,12 +31,7 @@ def dni_needed(size: int, network: Network, dataset: Dataset, config: Config) ->
         held = [k for k in range(blocks) if owner_of(k, blocks, size) == rank]
         first, last = held[0] == 0, held[-1] == blocks - 1
         shard = sum(network.runs(layout, *stages[k]).size for k in held)
-        beside = sum(
-            one.layout().size
-            for cut in cuts
-            for name, one in cut.networks.items()
-            if cut.number + (name == "inputs") in held
-        )
+        beside = sum(one.layout().size for cut in cuts for name, one in cut.networks.items() if cut.side(name) in held)
         # Outputs on their way up, and gradients down.
         lines = sum(cut.units for cut in cuts if cut.number in held) * (2 if s.returns else 1)
         needs = [

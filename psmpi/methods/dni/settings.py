@@ -97,6 +97,10 @@ class Cut:
     def units(self) -> int:
         return prod(self.shape)
 
+    def side(self, name: str) -> int:
+        """The block that an auxiliary network of the cut is beside."""
+        return self.number + (name == "inputs")
+
 
 def find_cuts(network: Network, stages: list[tuple[int, int]], outputs: int, s: Settings) -> list[Cut]:
     """The cuts between blocks; outputs: classes, or values of a sample."""
