@@ -141,7 +141,7 @@ def _settle(config: Config, tell: Callable[[str], None], said: Collection[str]) 
         if not find_method(config.parallel.method).private(config):
             raise UserError(
                 f"--dataset {data.dataset}: {RANK} stands for the number of a rank, where each has samples of its own: "
-                "--method next with --private-data"
+                "add --private-data, with a method that has it"
             )
         own = folder / data.dataset
         named = str(own if Path(of_rank(str(own), 0)).is_file() else expanded(data.dataset, "--dataset").absolute())

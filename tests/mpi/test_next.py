@@ -112,6 +112,13 @@ def simulate(problem, rule, steps, lr, graph="ring", **more):
             z = w + lr * ((tau * w - y) / (tau + 2 * lam) - w)
             w = c @ z
             y = c @ y + problem.gradients(w) - g
+        elif rule == "partial":
+            tau, lam, wt = more["tau"], more["lam"], []
+            for row, tracked, ids in zip(w, y, problem.own, strict=True):
+                model = 2 / SAMPLES * problem.x[ids].T @ problem.x[ids] + (tau + 2 * lam) * np.eye(row.size)
+                wt.append(row - np.linalg.solve(model, tracked + 2 * lam * row))
+            w = c @ (w + lr * (np.array(wt) - w))
+            y = c @ y + problem.gradients(w) - g
         elif rule == "kgt":
             w = w - lr * (g + correction)
             if (step + 1) % more["local"] == 0:
@@ -213,6 +220,13 @@ def test_next_that_linearises_the_network_alone_finds_the_regularized_solution(f
     np.testing.assert_allclose(problem.train(2, 1000), expected, rtol=0, atol=1e-10)
     problem = Problem(folder, *options, *l2, "--graph", "complete", "--link-probability", "0.5")
     np.testing.assert_allclose(problem.train(1, 2000), expected, rtol=0, atol=1e-10)
+
+
+def test_iterations_that_linearise_the_network_alone_are_their_formula(folder):
+    more = ("--lr", "0.2", "--tau", "0.7", "--regularizer", "l2", "--regularizer-weight", "0.05")
+    problem = Problem(folder, *PLAIN, *PARTIAL, *more)
+    expected = simulate(problem, "partial", 20, 0.2, tau=0.7, lam=0.05)
+    np.testing.assert_allclose(problem.train(3, 20), expected, rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize("rule", ["full", "partial"])

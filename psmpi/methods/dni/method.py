@@ -164,8 +164,8 @@ class DecoupledInterfaces(Method):
         for one in (*optimizers, *(aux.optimizer for aux in self.auxiliary.values())):
             self.account.hold("optimizer", *one.work, one.scratch)
         self.state.scalars["steps"] = 0
-        # Steps of synthesizers and of local losses; the first minibatch in flight, and the one behind the last.
-        for name in ("fits", "learnt", "since", "flight"):
+        # Steps of synthesizers and of local losses; the first minibatch of which what is in flight is known.
+        for name in ("fits", "learnt", "since"):
             state.scalar(name, 0)
         state.scalars.update(optimizers[0].scalars)
         lost = f"the auxiliary networks of {self.count} blocks as these options have them: they start afresh"
@@ -223,13 +223,11 @@ class DecoupledInterfaces(Method):
         for block in self.blocks:
             for slot in range(self.s.ahead):
                 block.finish(slot)
-        self.scalars["flight"] = self.scalars["steps"]
 
     def restored(self, tables: bool, fresh: Set[str]) -> None:
         for block in self.blocks:
             block.predicted = -1
-        flight = {"dni", "dni_flight", "dni_samples"} & fresh
-        if flight or self.scalars["flight"] != self.scalars["steps"] or self.context.config.run.new_data:
+        if {"dni", "dni_flight", "dni_samples"} & fresh or self.context.config.run.new_data:
             # What was in flight is of other networks, other minibatches or other samples.
             self.scalars["since"] = self.scalars["steps"]
         if fresh & self.state.spaces.keys() - {"dni_flight", "dni_samples"}:

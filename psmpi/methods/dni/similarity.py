@@ -36,10 +36,9 @@ class Similarity:
         wanted = np.where(labels[:, None] == labels, 1.0, apart)
         differ = unit.T @ unit - wanted
         slope = 4 * factor / b**2 * (unit @ differ)
-        # Through the norms, whose least part does not count, then the mean.
+        # Through the norms, whose least part does not count; sums of centred vectors have no mean.
         slope -= unit * (unit * slope).sum(axis=0) * (norms / (norms - LEAST + (norms == LEAST)))
         slope /= norms
-        slope -= slope.mean(axis=0)
         if len(self.shape) == 3:
             safe = np.where(features > 0, features, 1.0)
             slope = (away * (slope / (count * safe))[:, None]).reshape(x.shape)
