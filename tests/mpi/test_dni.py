@@ -5,6 +5,8 @@ from json import loads
 import numpy as np
 import pytest
 from helpers.datasets import real
+from helpers.paths import TESTS
+from helpers.processes import launch
 from helpers.runs import run
 from scipy.special import log_softmax
 
@@ -14,10 +16,12 @@ from psmpi.data import Batch, Minibatches, open_dataset
 from psmpi.nn.zoo import make_network
 from psmpi.registry import find_method
 from psmpi.testing import run_ranks
+from psmpi.testing.conformance import tensors
 from psmpi.train import parse
 from psmpi.training.context import Context
 from psmpi.training.usual import usual
 
+DELAYS = TESTS / "helpers" / "program_delays.py"
 WIDTHS, FEATURES, CLASSES, SAMPLES, BATCH = (7, 6, 5), 4, 3, 50, 16
 PLAIN = ("--method", "dni", "--loss", "nll", "--optimizer", "sgd", "--lr", "0.3", "--synthesizer-lr", "0.3",
          "--clip", "0", "--dtype", "float64", "--batch-size", str(BATCH), "--threads", "1")  # fmt: skip
@@ -209,13 +213,23 @@ def test_delays_change_nothing(folder, ahead, more):
     assert all(np.array_equal(calm[name], slow[name]) for name in calm)
 
 
-@pytest.mark.parametrize("width", [4, 512])
-def test_messages_of_any_length_pass_each_other(tmp_path, width):
-    """Short ones are copied at once, long ones wait for their receiver."""
-    options = ("--method", "dni", "--model", "mlp", "--widths", *[str(width)] * 3, "--max-steps", "100", "--ahead", "2",
-               "--loss", "nll")  # fmt: skip
-    status, _, err = run(4, "-m", "psmpi.train", *options, "--out", tmp_path / "run", timeout=120)
+STRESS = [(4, 1), (4, 2), (4, 4), (512, 1), (512, 4)]
+
+
+@pytest.mark.parametrize(
+    ("width", "ahead"), [(512, 2), *(pytest.param(*one, marks=pytest.mark.slow) for one in STRESS)]
+)
+def test_late_ranks_of_mpi_end_where_one_process_does(tmp_path, width, ahead):
+    """Short messages are copied at once, long ones wait for their receiver; blocks sleep at random."""
+    steps = "300" if ahead != 2 else "100"
+    options = ("--method", "dni", "--layer-blocks", "4", "--model", "mlp", "--widths", *[str(width)] * 3, "--max-steps",
+               steps, "--ahead", str(ahead), "--loss", "nll", "--dtype", "float64", "--threads", "1")  # fmt: skip
+    status, _, err = run(1, "-m", "psmpi.train", *options, "--out", tmp_path / "calm", timeout=240)
     assert status == 0, err
+    status, _, err = launch(4, DELAYS, *options, "--out", tmp_path / "late", timeout=240)
+    assert status == 0, err
+    calm, late = (tensors(newest(tmp_path / name)) for name in ("calm", "late"))
+    assert calm.keys() == late.keys() and all(np.array_equal(calm[name], late[name]) for name in calm)
 
 
 def test_a_cut_costs_one_message_each_way(folder):

@@ -1,0 +1,22 @@
+"""A training by `dni` whose blocks sleep up to 5 ms before each update; takes the options of psmpi.train."""
+
+import os
+import sys
+import time
+
+import numpy as np
+
+import psmpi.train
+from psmpi.methods.dni.block import Block
+
+RNG, LEARN = np.random.default_rng(os.getpid()), Block.learn
+
+
+def late(self, *words):
+    time.sleep(float(RNG.uniform(0, 0.005)))
+    return LEARN(self, *words)
+
+
+if __name__ == "__main__":
+    Block.learn = late
+    sys.exit(psmpi.train.main())
