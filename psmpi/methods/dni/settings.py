@@ -18,6 +18,7 @@ from psmpi.methods.dni.auxiliary import (
     local_features,
 )
 from psmpi.nn.cut import split_layers, starts
+from psmpi.nn.losses import LOSSES
 from psmpi.nn.network import Network
 from psmpi.training.checks import check_classes, check_first_order, check_slices
 from psmpi.training.context import check_optimizer, configured_loss
@@ -201,9 +202,10 @@ def dni_notes(size: int, network: Network, config: Config) -> Iterator[str]:
 def dni_warnings(size: int, network: Network, config: Config) -> Iterator[str]:
     """See `Method.warnings`."""
     s = config.of(Settings)
-    if s.predicts and config.objective.loss == "psl":
+    name = config.objective.loss
+    if s.predicts and "exp_clip" in LOSSES[name].settings:
         yield (
-            "gradients of the loss psl differ in size by orders of magnitude, and are hard to predict: blocks learn "
+            f"gradients of the loss {name} differ in size by orders of magnitude, and are hard to predict: blocks learn "
             "more with --loss nll or logistic"
         )
     if s.predicts and s.synthetic == "dni":
