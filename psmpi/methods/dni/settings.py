@@ -205,8 +205,8 @@ def dni_warnings(size: int, network: Network, config: Config) -> Iterator[str]:
     name = config.objective.loss
     if s.predicts and "exp_clip" in LOSSES[name].settings:
         yield (
-            f"gradients of the loss {name} differ in size by orders of magnitude, and are hard to predict: blocks learn "
-            "more with --loss nll or logistic"
+            f"gradients of the loss {name} differ in size by orders of magnitude, and are hard to predict: blocks "
+            "learn more with --loss nll or logistic"
         )
     if s.predicts and s.synthetic == "dni":
         yield (
