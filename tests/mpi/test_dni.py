@@ -429,3 +429,20 @@ def test_mnist_is_learned_as_by_back_propagation(train, tmp_path):
     assert wrong("--ahead", "20") <= 0.04
     assert wrong("--synthetic", "dni", "--synthesizer-hidden", "1024") > 0.05
     assert wrong("--local-loss", "greedy") <= 0.03
+
+
+@pytest.mark.slow
+def test_blocks_without_normalization_learn_while_they_are_ahead(train, tmp_path):
+    """Four ranks, 3,000 steps: within 1.5 points of blocks that wait for each other."""
+    data, config = open_dataset("mnist", str(real("mnist") / "mnist")), tmp_path / "net.toml"
+    x, tested = (split.read(np.arange(count)) for split, count in ((data.train, 20_000), (data.test, 10_000)))
+    np.savez(tmp_path / "own.npz", x=x, y=data.train.targets[:20_000], x_test=tested, y_test=data.test.targets)
+    hidden = '[[model.layers]]\ntype = "dense"\nunits = 128\n[[model.layers]]\ntype = "relu"\n'
+    last = '[[model.layers]]\ntype = "dense"\nunits = 10\n'
+    config.write_text(f'[model]\nmodel = "custom"\ninit = "he"\n{3 * hidden}{last}')
+    setting = ("--method", "dni", "--config", config, "--dataset", tmp_path / "own.npz", "--loss", "nll",
+               "--batch-size", "256", "--lr", "0.001", "--epochs", "38", "--max-steps", "3000", "--threads", "1")  # fmt: skip
+    together, *ahead = (
+        1 - train(4, *setting, "--ahead", n, timeout=240).rows[-1]["test_accuracy"] for n in ("1", "2", "3")
+    )
+    assert max(ahead) <= together + 0.015 and together <= 0.04

@@ -208,6 +208,11 @@ def dni_warnings(size: int, network: Network, config: Config) -> Iterator[str]:
             f"gradients of the loss {name} differ in size by orders of magnitude, and are hard to predict: blocks "
             "learn more with --loss nll or logistic"
         )
+    if s.predicts and s.ahead > 3 and not network.normalized:
+        yield (
+            f"with --ahead {s.ahead} synthesizers learn from old gradients, on which networks without batch "
+            "normalization may diverge: use a lower --lr, or --ahead 3 or less"
+        )
     if s.predicts and s.synthetic == "dni":
         yield (
             "--synthetic dni has to infer the target from a block's outputs, and learns far less than cdni where these "
