@@ -441,7 +441,7 @@ def test_blocks_without_normalization_learn_while_they_are_ahead(train, tmp_path
     last = '[[model.layers]]\ntype = "dense"\nunits = 10\n'
     config.write_text(f'[model]\nmodel = "custom"\ninit = "he"\n{3 * hidden}{last}')
     setting = ("--method", "dni", "--config", config, "--dataset", tmp_path / "own.npz", "--loss", "nll",
-               "--batch-size", "256", "--lr", "0.001", "--epochs", "38", "--max-steps", "3000", "--threads", "1")  # fmt: skip
+               "--batch-size", "256", "--lr", "0.001", "--epochs", "38", "--max-steps", "3000")  # fmt: skip
     together, *ahead = (
         1 - train(4, *setting, "--ahead", n, timeout=240).rows[-1]["test_accuracy"] for n in ("1", "2", "3")
     )
