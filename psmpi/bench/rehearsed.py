@@ -116,19 +116,7 @@ def rehearsed(config: Config, sleep_ms: float = 0.0) -> int:
     return 0
 
 
-def main(words: list[str]) -> int:
-    """Entry point; returns the exit status."""
-    from psmpi.comm.world import start
-    from psmpi.command import answer, parsed, with_training_options
-    from psmpi.config import defaults
-
-    def go() -> int:
-        # Before options are read: one rank then speaks of what is wrong with them.
-        start()
-        return int(parsed(with_training_options(rehearsed, defaults(words), words), words, "bench predict"))
-
-    return answer(go)
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    from psmpi.bench.training import run_ranks
+
+    sys.exit(run_ranks(rehearsed, sys.argv[1:], "bench predict"))

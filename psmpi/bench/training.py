@@ -38,3 +38,20 @@ def prepare(config: Config, world: World) -> Training:
     batches, _, rate = plan_steps(dataset, config)
     ranks, cores = host(world)
     return Training(method, network, dataset, batches, rate, config.parallel.threads or max(1, cores // ranks))
+
+
+def run_ranks(work: Callable[..., int], words: list[str], name: str) -> int:
+    """Run work(config, ...), a benchmark's program on these ranks, by options; returns the exit status.
+
+    words: options of psmpi.train and of `work`; name: the command that started the ranks.
+    """
+    from psmpi.comm.world import start
+    from psmpi.command import answer, parsed, with_training_options
+    from psmpi.config import defaults
+
+    def go() -> int:
+        # Before options are read: one rank then speaks of what is wrong with them.
+        start()
+        return int(parsed(with_training_options(work, defaults(words), words), words, name))
+
+    return answer(go)

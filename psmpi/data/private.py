@@ -16,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 
 from psmpi.data.identity import Identity, SplitIdentity
-from psmpi.data.rows import RowSource
 from psmpi.data.split import Dataset, Split
 from psmpi.errors import UserError
 
@@ -31,73 +30,46 @@ def of_rank(name: str, rank: int) -> str:
 
 @dataclass(frozen=True)
 class OwnRows:
-    """The rows [first, first + source.n) of a source of `n` rows, which are those of another source."""
+    """`n` rows, of which [first, first + own.n) are the samples `own`, and the others those of other ranks."""
 
-    source: RowSource
+    own: Split
     first: int
     n: int
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        return self.source.dtype
+        return self.own.dtype
 
-    def _own(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    def _rows(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The rows of the source of `own` that these ascending rows are."""
         found = rows - self.first
-        if len(rows) and (found[0] < 0 or found[-1] >= self.source.n):
+        if len(rows) and (found[0] < 0 or found[-1] >= self.own.n):
             raise UserError("samples of another rank's private data set were asked for: report it as a bug")
-        return found
+        return found if self.own.index is None else self.own.index[found]
 
     def read_into(self, rows: npt.NDArray[np.int64], where: npt.NDArray[np.int64], out: npt.NDArray[Any]) -> None:
-        self.source.read_into(self._own(rows), where, out)
+        self.own.source.read_into(self._rows(rows), where, out)
 
     def pieces(self, rows: npt.NDArray[np.int64], features: int) -> Iterator[tuple[int, npt.NDArray[Any]]]:
-        yield from self.source.pieces(self._own(rows), features)
+        yield from self.own.source.pieces(self._rows(rows), features)
 
     def glance(self, count: int) -> npt.NDArray[Any]:
-        return self.source.glance(count)
+        return self.own.source.glance(count)
 
     def place(self, row: int) -> str:
-        return self.source.place(row - self.first)
+        return self.own.source.place(int(self._rows(np.array([row]))[0]))
 
 
-@dataclass(frozen=True)
-class Indexed:
-    """Some rows of a source, as a source: row i is row index[i] of it."""
-
-    source: RowSource
-    index: npt.NDArray[np.int64]
-
-    @property
-    def n(self) -> int:
-        return len(self.index)
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        return self.source.dtype
-
-    def read_into(self, rows: npt.NDArray[np.int64], where: npt.NDArray[np.int64], out: npt.NDArray[Any]) -> None:
-        self.source.read_into(self.index[rows], where, out)
-
-    def pieces(self, rows: npt.NDArray[np.int64], features: int) -> Iterator[tuple[int, npt.NDArray[Any]]]:
-        yield from self.source.pieces(self.index[rows], features)
-
-    def glance(self, count: int) -> npt.NDArray[Any]:
-        return self.source.glance(count)
-
-    def place(self, row: int) -> str:
-        return self.source.place(int(self.index[row]))
-
-
-def card(dataset: Dataset, identity: Identity) -> str:
+def card(identity: Identity) -> str:
     """All that a rank tells of its data set."""
-    return json.dumps({"identity": identity.table(), "outputs": dataset.outputs})
+    return json.dumps(identity.table())
 
 
 def alike(cards: Sequence[str]) -> tuple[int, int] | None:
     """Two ranks with the same training samples, if there are such."""
     seen: dict[tuple[str, str], int] = {}
     for rank, text in enumerate(cards):
-        train = Identity.of(json.loads(text)["identity"]).train
+        train = Identity.of(json.loads(text)).train
         first = seen.setdefault((train.targets, train.values), rank)
         if first != rank:
             return first, rank
@@ -109,10 +81,9 @@ def together(dataset: Dataset, cards: Sequence[str], rank: int) -> tuple[Dataset
 
     UserError where their samples are not of one shape and kind.
     """
-    told = [json.loads(text) for text in cards]
-    everyone = [Identity.of(one["identity"]) for one in told]
+    everyone = [Identity.of(json.loads(text)) for text in cards]
+    first = everyone[0]
     for other, one in enumerate(everyone):
-        first = everyone[0]
         for what, here, there in (
             ("samples of shape", first.shape, one.shape),
             ("targets that are", first.task, one.task),
@@ -124,18 +95,17 @@ def together(dataset: Dataset, cards: Sequence[str], rank: int) -> tuple[Dataset
                     f"--private-data: rank 0 has {what} {here}, rank {other} {there}: all ranks need data sets of one "
                     "shape and kind"
                 )
-    outputs = max(one["outputs"] for one in told)
+    outputs = max(one.outputs for one in everyone)
     counts = [one.train.samples for one in everyone]
     start, n = sum(counts[:rank]), sum(counts)
     own = dataset.train
     targets = np.zeros((n, *own.targets.shape[1:]), own.targets.dtype)
     targets[start : start + own.n] = own.targets
     targets.flags.writeable = False
-    source = own.source if own.index is None else Indexed(own.source, own.index)
-    train = Split(targets, own.shape, own.scale, OwnRows(source, start, n))
+    train = Split(targets, own.shape, own.scale, OwnRows(own, start, n))
     made = replace(dataset, train=train, outputs=outputs, own=range(start, start + own.n))
     splits = [_joined([getattr(one, name) for one in everyone]) for name in ("train", "test")]
-    return made, Identity(everyone[0].shape, everyone[0].task, outputs, *splits)
+    return made, Identity(first.shape, first.task, outputs, *splits)
 
 
 def _joined(several: Sequence[SplitIdentity]) -> SplitIdentity:

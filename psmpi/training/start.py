@@ -111,8 +111,8 @@ def agree(
     control: Control,
     config: Config,
     start: Start | None,
-    share: tuple[int, int] = (0, 1),
-    tell: Callable[[str], None] = print,
+    share: tuple[int, int],
+    tell: Callable[[str], None],
 ) -> tuple[Dataset, Identity]:
     """The data set and its identity, which are the same on all ranks; UserError on rank 0 where they are not.
 
@@ -137,7 +137,7 @@ def _agree_private(
 ) -> tuple[Dataset, Identity]:
     """The private data sets of all ranks together, see psmpi.data.private."""
     dataset, identity = (start.dataset, start.identity) if start is not None else _open(control, config)
-    cards = control.collect_texts(card(dataset, identity), most=4000)
+    cards = control.collect_texts(card(identity), most=4000)
     if start is not None:
         # Before the others go on: rank 0 alone speaks of what is wrong.
         whole, everyone = together(dataset, cards, 0)

@@ -371,6 +371,42 @@ def test_convolutions_train(tmp_path, options):
     assert status == 0, err
 
 
+@pytest.mark.parametrize("shape", [(6,), (1, 6, 6)], ids=["features", "images"])
+def test_synthesizers_are_given_the_targets(tmp_path, shape):
+    """Labels one-hot, or values; at a cut of images a plane for each."""
+    rng = np.random.default_rng(4)
+    x = rng.normal(size=(40, *shape))
+    tables = '[[model.layers]]\ntype = "dense"\nunits = 5\n'
+    if len(shape) == 3:
+        tables = 2 * '[[model.layers]]\ntype = "conv"\nchannels = 2\nkernel = 3\n'
+    flat = '[[model.layers]]\ntype = "flatten"\n' if len(shape) == 3 else ""
+    for targets, units, loss in ((rng.integers(3, size=40), 3, "nll"), (rng.normal(size=(40, 2)), 2, "squared")):
+        np.savez(tmp_path / "own.npz", x=x, y=targets, x_test=x[:9], y_test=targets[:9])
+        last = f'{flat}[[model.layers]]\ntype = "dense"\nunits = {units}\n'
+        (tmp_path / "net.toml").write_text(f'[model]\nmodel = "custom"\n{tables}{last}')
+        words = ("--method", "dni", "--dataset", str(tmp_path / "own.npz"), "--config", str(tmp_path / "net.toml"),
+                 "--loss", loss, "--batch-size", "8", "--dtype", "float64", "--layer-blocks",
+                 "3" if len(shape) == 3 else "2")  # fmt: skip
+        config, dataset = usual(parse(list(words))), open_dataset(str(tmp_path / "own.npz"), "")
+        network = make_network("custom", dataset.shape, units, **config.model.shape)
+
+        def work(world, config=config, dataset=dataset, network=network, units=units):
+            block = find_method("dni")(Context(world, network, dataset, config, NumpyOps())).blocks[0]
+            ids = np.array([5, 17, 2])
+            h = np.random.default_rng(1).normal(size=(block.units, 3))
+            block._predict(h, ids)
+            x = block.networks["gradient"].x(3)
+            return h, x[: block.units].copy(), x[block.units :].reshape(units, -1, 3).copy()
+
+        ((h, outputs, given),) = run_ranks(1, work)
+        ids = [5, 17, 2]
+        expected = np.eye(units)[targets[ids]].T if loss == "nll" else targets[ids].T
+        assert np.array_equal(outputs, h)
+        assert np.array_equal(given, np.broadcast_to(expected[:, None], given.shape))
+        # 4 x 4 pixels are left by the first convolution.
+        assert given.shape[1] == (16 if len(shape) == 3 else 1)
+
+
 def test_errors_of_predicted_gradients_are_told_and_fall(tmp_path):
     words = ("--method", "dni", "--model", "mlp", "--widths", "40", "40", "--loss", "nll", "--epochs", "12")
     status, _, err = run(2, "-m", "psmpi.train", *words, "--out", tmp_path / "run")

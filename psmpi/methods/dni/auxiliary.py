@@ -82,7 +82,7 @@ def local_classifier(units: int, outputs: int) -> AuxiliaryNetwork:
 
 
 def local_features(shape: tuple[int, ...]) -> AuxiliaryNetwork:
-    """What the similarity of samples is taken of: a linear map of the outputs of a block, of images a convolution."""
+    """Features that `predsim` compares: a linear map of a block's outputs, or a convolution of images."""
     if len(shape) == 1:
         return make_auxiliary("local features", shape, [_dense(shape[0])])
     kernel = min(3, shape[1] - 1 + shape[1] % 2, shape[2] - 1 + shape[2] % 2)
@@ -159,10 +159,10 @@ class Auxiliary:
         self.model.backward(self.tape, dy.reshape(self.tape.scores.shape), dx=dx)
 
     def bearable(self, lr: float) -> float:
-        """The learning rate `lr`, for rules that step along the gradient itself as much of it as is stable.
+        """The learning rate `lr`; for optimizers in GRADIENT_RULES at most 0.5 / (n p), which is stable (derived).
 
-        Least squares of n inputs between -1 and 1 in p places have second derivatives up to 2 n p (the trace), of which
-        about a fourth is met; gradient descent needs a rate below 2 over that.
+        The squared error of n inputs within [-1, 1] at p places has second derivatives up to 2 n p, the trace, and
+        gradient descent is stable at rates below 2 over the largest.
         """
         first = next(layer for layer in self.network.walk() if layer.linear)
         weight = first.parameters()[0]

@@ -60,17 +60,9 @@ class Block:
             self.local = LocalLoss(ops, loss, networks["scores"], networks.get("features"), network.classes)
         self.forward_pass, self.backward_pass = ops.record(self.model.forward), ops.record(self._take_back)
         self.derive_pass = self.objective.record(self._derive) if self.objective is not None else None
-        # Last minibatch of which the gradient synthesizer's tape still holds, with the same weights; -1: none.
+        # Minibatch whose synthetic gradient the synthesizer's tape still holds, at its present weights; -1: none.
         self.predicted = -1
         self.error = np.zeros(2)
-        # Rows of a gradient synthesizer's input that hold targets; of images a plane each.
-        gradient, planes = networks.get("gradient"), 1
-        self.given = 0 if gradient is None else gradient.inputs - self.units
-        if self.given:
-            planes = self.given // context.dataset.outputs
-        eye = np.repeat(np.eye(context.dataset.outputs, dtype=w.dtype), planes, axis=1)
-        self.columns = ops.samples(eye if self.given and context.dataset.task == "classes" else eye[:0], 1.0)
-        self.planes = planes
 
     def reserve(self, batch: int, tests: int) -> None:
         """Make room for minibatches of up to `batch` samples, and tests of up to `tests`."""
@@ -78,6 +70,7 @@ class Block:
         self.model.reserve(most)
         own = self.below is not None and (not self.below.local or "inputs" in self.networks)
         self.x = self.ops.empty(self.inputs * (most if self.below is None or own else 0), self.w.dtype)
+        self.samples_in_order = self.ops.put(np.arange(batch))
         self.dy = self.ops.empty(self.units * batch if self.above is not None else 0, self.w.dtype)
         for name, one in self.networks.items():
             if self.local is None or name == "inputs":
@@ -154,9 +147,10 @@ class Block:
         """
         ids = self.slots.of(k)
         b, cut, slot = len(ids), self.below, self._slot(k)
-        down = cut is not None and cut.targets is not None
-        e = view(cut.targets, slot, self.inputs, b) if cut is not None and cut.targets is not None else None
-        dx = None if e is None else e.reshape(*self.model.in_shape, b)
+        e = dx = None
+        if cut is not None and cut.targets is not None:
+            e = view(cut.targets, slot, self.inputs, b)
+            dx = e.reshape(*self.model.in_shape, b)
         loss = 0.0
         if self.objective is not None:
             self.objective.ids = ids
@@ -166,7 +160,7 @@ class Block:
             loss = self.objective.value()
         else:
             self.backward_pass(self.seen, self._signal(k, ids, lr, done), dx)
-        if down and cut is not None and not cut.local:
+        if cut is not None and e is not None and not cut.local:
             cut.handles[slot].append(cut.boundary.begin_back(e, None, k))
         self.ops.scale(self.g, 1 / b)
         if self.numbers.sound(self.ops, loss, [(self.g, self.runs)], self.context.layout, b):
@@ -220,11 +214,15 @@ class Block:
         one, b = self.networks["gradient"], len(ids)
         x = one.x(b)
         x[: self.units] = h
-        if self.given and self.context.dataset.task == "classes":
-            self.columns.fetch(self._targets(ids), x[self.units :])
-        elif self.given:
-            values = np.repeat(self._targets(ids), self.planes, axis=0).astype(x.dtype)
-            x[self.units :] = self.ops.put(values)
+        if self.s.synthetic == "cdni":
+            # One-hot labels, or values; at a cut of images each is a plane.
+            targets = self.ops.put(self._targets(ids))
+            given = x[self.units :].reshape(self.context.dataset.outputs, -1, b)
+            if self.context.dataset.task == "classes":
+                given.fill(0)
+                given[targets, :, self.samples_in_order[:b]] = 1
+            else:
+                given[...] = targets[:, None, :]
         return one.forward(x)
 
     def fit(self, k: int, lr: float, done: int) -> None:

@@ -152,7 +152,7 @@ class DecoupledInterfaces(Method):
         return {name: one for (cut, name), one in self.auxiliary.items() if self.cuts[cut].side(name) == block}
 
     def _declare(self) -> None:
-        """Declare the state: vectors of each block, spaces of what is beside them, and what is in flight."""
+        """Declare the state: vectors of each block, spaces of auxiliary networks and of minibatches in flight."""
         state, shard = self.state, self.shards[self.rank]
         spots: list[Places] = [
             [(shard.local(a, b), block.runs.local(a, b)) for a, b in block.runs.intervals] for block in self.blocks
@@ -189,7 +189,7 @@ class DecoupledInterfaces(Method):
         """Put what a block keeps besides to the account."""
         self.account.ask("activations", lambda: (block.x, block.model.activation_bytes))
         self.account.ask("buffers", lambda: (block.dy, block.model.buffer_bytes))
-        self.account.hold("buffers", block.columns, *block.networks.values())
+        self.account.hold("buffers", block.samples_in_order, *block.networks.values())
         self.account.hold("buffers", *(one for one in (block.local, block.objective) if one is not None))
 
     def step(self, batch: Batch, lr: float) -> None:
@@ -261,7 +261,7 @@ class DecoupledInterfaces(Method):
         return None
 
     def _errors(self) -> dict[str, Any]:
-        """How far predicted gradients were from those that came back since the last test, of each cut."""
+        """Relative errors of synthetic gradients since the last test, of each cut, see `diagnostics`."""
         if not self.s.predicts:
             return {}
         sums = np.zeros((len(self.cuts), 2))
@@ -273,7 +273,7 @@ class DecoupledInterfaces(Method):
         return {"synthetic_error": [round(float(np.sqrt(a / b)), 6) if b > 0 else None for a, b in sums]}
 
     def diagnostics(self) -> dict[str, Any]:
-        """|predicted - returned| / |returned| of gradients, of each cut, over the epoch."""
+        """|synthetic - returned| / |returned| of the gradients of each cut, over the epoch."""
         return self.found
 
     @property

@@ -22,8 +22,8 @@ from psmpi.nn.model import Model
 
 # Parameters above which no derivatives of all scores are kept.
 MOST = 10_000
-# The norm of a gradient, over 1 + |y|, at which the inner problem is solved: of the squared loss, and of others, whose
-# Newton systems change; iterations after which an inner solution is taken as it is.
+# The norm of a gradient, over 1 + |y|, at which the inner problem counts as solved, with the squared loss and with
+# others; iterations after which an inner solution is taken as it is.
 ENOUGH, ENOUGH_OTHERS, STEPS = 1e-11, 1e-8, 2000
 
 
@@ -99,9 +99,10 @@ class Inner:
         self.pool = ThreadPoolExecutor(min(cores, blocks)) if min(cores, blocks) > 1 else None
 
     def solve(self, ids: np.ndarray, targets: np.ndarray, scale: float, w: np.ndarray, y: np.ndarray) -> np.ndarray:
-        """The minimum x (size,) of the model of some samples, at w, where the Jacobian's model has its weights too.
+        """The minimum x (size,) of an agent's convex model at w (size,), which the Jacobian's model has for weights.
 
-        targets: as the loss wants them; scale: the factor c of a sample's loss.
+        ids, targets: of its samples, as the loss takes them; scale: the factor c of a sample's loss; y: the tracked
+        gradient.
         """
         scores, rows = self.jacobian.fill(ids)
 
@@ -135,12 +136,13 @@ class Inner:
             return np.asarray(rows.T @ slopes.reshape(-1) + self.tau * d)
 
         pull = y - gradient(np.zeros(w.size))
-        enough = (ENOUGH if loss.name == "squared" else ENOUGH_OTHERS) * (1 + float(norm(y)))
+        enough = (ENOUGH if loss.name == "squared" else ENOUGH_OTHERS) * (1 + norm(y))
         return accelerated(lambda x: gradient(x - w) + pull, terms, w, self.tau, enough)
 
 
-def norm(x: np.ndarray) -> np.floating:
-    return np.linalg.norm(x)
+def norm(x: np.ndarray) -> float:
+    """The Euclidean norm."""
+    return float(np.linalg.norm(x))
 
 
 def accelerated(
@@ -160,11 +162,11 @@ def accelerated(
         new: np.ndarray = z - slope / length
         terms.nearest(ops, new, length)
         step = new - z
-        gone = float(norm(step))
+        gone = norm(step)
         if gone * length <= enough:
             return new
         # Below, differences of gradients are rounding.
-        if gone > 1e-7 * (1 + float(norm(z))):
+        if gone > 1e-7 * (1 + norm(z)):
             bend = float(step @ (gradient(new) - slope)) / gone**2
             if bend > length:
                 length, at = max(2 * length, bend), slope
