@@ -117,7 +117,7 @@ def _settle(config: Config, tell: Callable[[str], None], said: Collection[str]) 
 
     from psmpi import checkpoint
     from psmpi.config import check
-    from psmpi.data import RANK, locate, of_rank
+    from psmpi.data import RANK, locate
     from psmpi.errors import UserError, expanded
     from psmpi.registry import find_method
 
@@ -136,16 +136,12 @@ def _settle(config: Config, tell: Callable[[str], None], said: Collection[str]) 
     if out and not resume and checkpoint.available(Path(out)):
         raise UserError(f"--out {out} holds a run already: add --resume auto to go on with it, or name another folder")
     folder = expanded(data.data_dir, "--data-dir").absolute()
-    named = locate(of_rank(data.dataset, 0), folder, tell)
-    if RANK in data.dataset:
-        if not find_method(config.parallel.method).private(config):
-            raise UserError(
-                f"--dataset {data.dataset}: {RANK} stands for the number of a rank, where each has samples of its own: "
-                "add --private-data, with a method that has it"
-            )
-        own = folder / data.dataset
-        named = str(own if Path(of_rank(str(own), 0)).is_file() else expanded(data.dataset, "--dataset").absolute())
-    data = replace(data, data_dir=str(folder), dataset=named)
+    if RANK in data.dataset and not find_method(config.parallel.method).private(config):
+        raise UserError(
+            f"--dataset {data.dataset}: {RANK} stands for the number of a rank, where each has samples of its own: "
+            "add --private-data, with a method that has it"
+        )
+    data = replace(data, data_dir=str(folder), dataset=locate(data.dataset, folder, tell))
     return replace(config, data=data, run=replace(run, out=out, resume=resume))
 
 

@@ -12,7 +12,7 @@ from psmpi.data.hdf5 import read_hdf5
 from psmpi.data.mnist import open_mnist
 from psmpi.data.npz import read_npz
 from psmpi.data.own import SUFFIXES, build, build_all
-from psmpi.data.private import RANK
+from psmpi.data.private import RANK, of_rank
 from psmpi.data.split import Dataset, Split
 from psmpi.errors import UserError, expanded, nearest
 
@@ -22,14 +22,18 @@ DATASETS = ("digits", "mnist", "cifar10")
 def locate(name: str, data_dir: str | Path | None, tell: Callable[[str], None]) -> str:
     """The absolute path of a file of the user's own, or the `name` of a data set that has one.
 
-    `tell` hears of another file of that name. UserError for an unknown name, and where there is no such file.
+    Of names with {rank} the path has that too, and rank 0's file is looked for. `tell` hears of another file of that
+    name. UserError for an unknown name, and where there is no such file.
     """
     if name in DATASETS:
         return name
-    folder = _folder(data_dir)
-    path, here = _locate(name, folder), expanded(name, "--dataset")
+    folder, first = _folder(data_dir), of_rank(name, 0)
+    path, here = _locate(first, folder), expanded(first, "--dataset")
     if here.is_file() and not here.samefile(path):
         tell(f"warning: the data set is {path}, and there is another {here}: name the one that is meant by its path")
+    if RANK in name:
+        # As it was found.
+        path = expanded(name, "--dataset") if path == here or folder is None else folder / name
     return str(path.absolute())
 
 
