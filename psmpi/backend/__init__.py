@@ -5,7 +5,7 @@ from __future__ import annotations
 from psmpi.backend import compiled, gpu
 from psmpi.backend.compiled import CompiledOps
 from psmpi.backend.gpu import CupyOps
-from psmpi.backend.reference import Convolution, Mirror, NumpyOps, RunCopies, Stripes
+from psmpi.backend.reference import Convolution, Mirror, NumpyOps, Recurrence, RunCopies, Stripes
 from psmpi.errors import UserError
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "CupyOps",
     "Mirror",
     "NumpyOps",
+    "Recurrence",
     "RunCopies",
     "Stripes",
     "make_backend",

@@ -5,6 +5,7 @@ from psmpi.backend.reference.convolution import Convolution, Im2col, Stripes
 from psmpi.backend.reference.losses import exponent_of
 from psmpi.backend.reference.moves import Mirror, RunCopies, Samples
 from psmpi.backend.reference.ops import NumpyOps
+from psmpi.backend.reference.recurrence import Recurrence
 
 __all__ = [
     "CHUNK",
@@ -12,6 +13,7 @@ __all__ = [
     "Im2col",
     "Mirror",
     "NumpyOps",
+    "Recurrence",
     "RunCopies",
     "Samples",
     "Stripes",

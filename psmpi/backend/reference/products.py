@@ -1,4 +1,4 @@
-"""Products of matrices, convolutions, and kernels that are folded."""
+"""Products of matrices, convolutions, recurrences, and kernels that are folded."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 
 from psmpi.backend.reference.convolution import Convolution, Im2col, Stripes
 from psmpi.backend.reference.pointwise import Pointwise
+from psmpi.backend.reference.recurrence import Recurrence
 
 
 class Products(Pointwise):
@@ -31,6 +32,10 @@ class Products(Pointwise):
     ) -> Convolution:
         """A convolution of (channels, height, width) to (units, rows, columns) images, to be used again and again."""
         return Im2col(stripes, in_shape, out_shape, kernel, stride, dtype, activation, ops=self)
+
+    def recurrence(self, kind: str, units: int, dtype: np.dtype) -> Recurrence:
+        """A layer of recurrent cells, rnn (tanh), gru or lstm, to be used again and again."""
+        return Recurrence(kind, units, dtype, self)
 
     def im2col(self, x: np.ndarray, stride: int, first: int, cols: np.ndarray) -> None:
         """Windows of x (c, h, w, b) with the given stride, for the output rows from `first` on.
