@@ -70,7 +70,9 @@ def plan(
     check_files(goal=goal)
     hosts = network_of(ranks, ranks_per_host, gigabits, latency_us, links)
     dataset = blank(open_dataset(config.data.dataset, config.data.data_dir, config.data.split_seed))
-    network = make_network(config.model.model, dataset.shape, dataset.outputs, **config.model.shape)
+    network = make_network(
+        config.model.model, dataset.shape, dataset.outputs, **config.model.shape, by_step=dataset.train.by_step
+    )
     found = {GIVEN: estimate(config, network, dataset, hosts)}
     for options, other in _others(config) if others and 1 < ranks <= SMALL else ():
         try:

@@ -136,8 +136,14 @@ def _predict(world: Any, control: Any, options: Options) -> None:
     model = trained.model
     split = open_split(options.dataset, options.data_dir, options.split, trained.data.split_seed, predicted=True)
     _check_data(world, control, options, contents, split)
-    network = make_network(model.model, contents.in_shape, contents.layout.classes, **model.shape)
-    if split.shape != contents.in_shape:
+    network = make_network(
+        model.model, contents.in_shape, contents.layout.classes, **model.shape, by_step=contents.by_step
+    )
+    if split.steps and split.shape != contents.in_shape and split.shape[0] == contents.in_shape[0]:
+        # Recurrent layers go over sequences of any length.
+        other = make_network(model.model, split.shape, contents.layout.classes, **model.shape, by_step=contents.by_step)
+        network = other if other.layout().parameters == network.layout().parameters else network
+    if split.shape != network.in_shape:
         raise UserError(
             f"{options.dataset} has samples of shape {split.shape}, checkpoint {path} was trained on "
             f"{contents.in_shape}: give the data set that fits with --dataset"
@@ -152,9 +158,15 @@ def _predict(world: Any, control: Any, options: Options) -> None:
             f"{options.dataset} has {has}, and checkpoint {path} predicts {learnt}: give the data set that fits with "
             "--dataset"
         )
-    if targets is not None and split.task == "regression" and targets.shape[1] != network.classes:
+    if targets is not None and split.by_step != contents.by_step:
+        has, learnt = ("a step", "a sequence") if split.by_step else ("a sequence", "a step")
         raise UserError(
-            f"{options.dataset} has {targets.shape[1]} values a sample, checkpoint {path} predicts {network.classes}: "
+            f"{options.dataset} has a target {has}, and checkpoint {path} predicts one {learnt}: give the data set "
+            "that fits with --dataset"
+        )
+    if targets is not None and split.task == "regression" and targets.shape[-1] != network.classes:
+        raise UserError(
+            f"{options.dataset} has {targets.shape[-1]} values a sample, checkpoint {path} predicts {network.classes}: "
             "give the data set that fits with --dataset"
         )
     if split.task == "classes" and split.labels.max(initial=-1) >= network.classes:
@@ -198,7 +210,7 @@ def _predict(world: Any, control: Any, options: Options) -> None:
             for note in calibration_notes(options.calibrate, known.n) if world.rank == 0 else ():
                 complain(note)
             calibrate(predictor.model, known, options.calibrate, predictor.dtype)
-        of = (options, targets, classes, network.classes, split.n, predictor.dtype, file)
+        of = (options, targets, classes, network.classes, split.n, predictor.dtype, file, network.steps)
         found = (Values if values else Choices)(*of) if first else None
         predictor.run(split, found.take if found is not None else None)
         if found is not None:

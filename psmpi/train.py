@@ -237,6 +237,7 @@ def _train(world: World, control: Control, config: Config, own: str, layers: str
                 },
                 provenance=checkpoint.provenance(world.size, library()) if world.rank == 0 else {},
                 task=dataset.task,
+                by_step=dataset.train.by_step,
                 own=frozenset(method.state.own & method.state.vectors.keys()),
                 data=identity.table(),
                 spaces={name: space.layout for name, space in method.state.spaces.items()},

@@ -35,7 +35,9 @@ def main(argv: list[str]) -> int:
     world = start()
     config = usual(tyro.cli(Config, args=argv, config=(tyro.conf.OmitArgPrefixes,)))
     dataset = open_dataset(config.data.dataset, config.data.data_dir, config.data.split_seed)
-    net = make_network(config.model.model, dataset.shape, dataset.outputs, **config.model.shape)
+    net = make_network(
+        config.model.model, dataset.shape, dataset.outputs, **config.model.shape, by_step=dataset.train.by_step
+    )
     problem = Problem(net, config.objective.loss, tuple(range(net.classes)))
     layout = net.layout()
     part: Runs = layout.part(problem.classes)

@@ -47,7 +47,7 @@ def memory(config: Config, json: bool = False) -> int:
     control = Control(world)
     model = config.model
     dataset = open_dataset(config.data.dataset, config.data.data_dir, config.data.split_seed)
-    network = make_network(model.model, dataset.shape, dataset.outputs, **model.shape)
+    network = make_network(model.model, dataset.shape, dataset.outputs, **model.shape, by_step=dataset.train.by_step)
     kind: Any = find_method(config.parallel.method)
     kind.check(world.size, network, dataset, config)
     batches, steps, rate = plan_steps(dataset, config)

@@ -53,7 +53,9 @@ def scale(
         raise UserError(f"--ranks {' '.join(map(str, ranks))}: expected whole numbers from 1 up, growing")
     check_files(plot, json=json)
     dataset = blank(open_dataset(config.data.dataset, config.data.data_dir, config.data.split_seed))
-    network = make_network(config.model.model, dataset.shape, dataset.outputs, **config.model.shape)
+    network = make_network(
+        config.model.model, dataset.shape, dataset.outputs, **config.model.shape, by_step=dataset.train.by_step
+    )
     rows: list[dict[str, Any]] = []
     scaling = "weak" if weak else "strong"
     for size in ranks:

@@ -32,7 +32,7 @@ def prepare(config: Config, world: World) -> Training:
 
     model = config.model
     dataset = open_dataset(config.data.dataset, config.data.data_dir, config.data.split_seed)
-    network = make_network(model.model, dataset.shape, dataset.outputs, **model.shape)
+    network = make_network(model.model, dataset.shape, dataset.outputs, **model.shape, by_step=dataset.train.by_step)
     method = find_method(config.parallel.method)
     method.check(world.size, network, dataset, config)
     batches, _, rate = plan_steps(dataset, config)

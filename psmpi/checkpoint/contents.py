@@ -61,12 +61,13 @@ class Progress:
 class Contents:
     """Everything in a checkpoint but its tensors.
 
-    config: TOML; in_shape: of a sample; task: what the scores are for, "classes" or "regression"; layout: of the whole
-    network; part: the classes whose part alone the file holds, None for all; placement, provenance: what ranks did and
-    where, for people; random: what random numbers are drawn from; data: the identity of the data set, see
-    `psmpi.data.identity`, empty in files that do not have it; scalars: of the optimizer; spaces: layouts, by name,
-    of tensors that are neither weights nor vectors of the optimizer, each a vector of that name, of any dtype; own: the
-    vectors under /optimizer that are the training method's, not the optimizer's.
+    config: TOML; in_shape: of a sample; task: what the scores are for, "classes" or "regression"; by_step: whether
+    there are scores at each step of sequences; layout: of the whole network; part: the classes whose part alone the
+    file holds, None for all; placement, provenance: what ranks did and where, for people; random: what random numbers
+    are drawn from; data: the identity of the data set, see `psmpi.data.identity`, empty in files that do not have it;
+    scalars: of the optimizer; spaces: layouts, by name, of tensors that are neither weights nor vectors of the
+    optimizer, each a vector of that name, of any dtype; own: the vectors under /optimizer that are the training
+    method's, not the optimizer's.
     """
 
     config: str
@@ -82,6 +83,7 @@ class Contents:
     vectors: frozenset[str] = frozenset()
     spaces: Mapping[str, Layout] = field(default_factory=dict)
     task: str = "classes"
+    by_step: bool = False
     own: frozenset[str] = FORMER_OWN
     data: Mapping[str, Any] = field(default_factory=dict)
 
@@ -101,6 +103,7 @@ class Contents:
                 {
                     "in_shape": self.in_shape,
                     "task": self.task,
+                    **({"by_step": True} if self.by_step else {}),
                     "own": sorted(self.own),
                     **_describe(self.layout),
                     **spaces,
@@ -141,11 +144,13 @@ class Contents:
             part=tuple(json.loads(texts["part"])) if "part" in texts else None,
             spaces={name: _layout(of) for name, of in layout.get("spaces", {}).items()},
             task=layout.get("task", "classes"),
+            by_step=layout.get("by_step", False),
             own=frozenset(layout.get("own", FORMER_OWN)),
             data=_identity(_table(texts["data"])) if "data" in texts else {},
         )
         _expect(all(isinstance(name, str) for name in made.own), "layout, own")
         _expect(made.task in ("classes", "regression"), "layout, task")
+        _expect(isinstance(made.by_step, bool) and made.by_step <= (len(made.in_shape) == 2), "layout, by_step")
         known = range(made.layout.classes)
         _expect(made.part is None or (len(made.part) > 0 and all(c in known for c in made.part)), "part")
         return made

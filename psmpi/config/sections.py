@@ -34,7 +34,9 @@ class Data:
 
     dataset: str = "digits"
     """digits (embedded), mnist, cifar10, or the path of an .npz or .h5 file with x and y: integers are classes,
-    floating point numbers the values of a regression."""
+    floating point numbers the values of a regression. With an array lengths in the file samples are sequences (samples,
+    steps, features), or tokens (samples, steps); NAME:rows and NAME:pixels make sequences of images. Generated tasks of
+    sequences: adding, copying, repeat_copy, or with a size copying:100."""
     data_dir: str = "data"
     """Folder that holds the data set's files."""
     split_seed: Annotated[int, Least(-1)] = 0
@@ -50,12 +52,17 @@ class Data:
 class NetworkSettings:
     """The network."""
 
-    model: Literal["psnet", "psnet-24", "psnet-35", "lenet", "mlp", "head", "resnet", "custom"] = "psnet"
+    model: Literal[
+        "psnet", "psnet-24", "psnet-35", "lenet", "mlp", "head", "resnet", "rnn", "gru", "lstm", "custom"
+    ] = "psnet"
     """Built-in network, or custom: described by [[model.layers]] tables in the configuration file. head: for very many
-    classes, a trunk (--widths, or such tables) that every worker computes and rows of weights, one a class."""
+    classes, a trunk (--widths, or such tables) that every worker computes and rows of weights, one a class. rnn, gru,
+    lstm: recurrent layers for sequences."""
     widths: tuple[int, ...] = ()
-    """Hidden widths of mlp, 1024 1024 if not given, and of head's trunk, 512 128; channels of resnet's sections, 16
-    32."""
+    """Hidden widths of mlp, 1024 1024 if not given, of head's trunk, 512 128, and of recurrent layers, 128 128;
+    channels of resnet's sections, 16 32."""
+    vocabulary: Annotated[int, Least(0)] = 0
+    """Of rnn, gru and lstm: samples are tokens 0 to VOCABULARY - 1, each of which has a vector, of the first width."""
     blocks: tuple[int, ...] = ()
     """Residual blocks of each of resnet's sections; 3 if not given."""
     batch_norm: bool = False
@@ -75,7 +82,9 @@ class NetworkSettings:
     @property
     def shape(self) -> dict[str, Any]:
         """What says the layers of the network called `model`."""
-        return {name: getattr(self, name) for name in ("widths", "layers", "blocks", "batch_norm", "scale")}
+        return {
+            name: getattr(self, name) for name in ("widths", "layers", "blocks", "batch_norm", "scale", "vocabulary")
+        }
 
 
 @dataclass(frozen=True)

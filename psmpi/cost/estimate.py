@@ -113,13 +113,14 @@ def estimate(config: Config, network: Layers, dataset: Dataset, hosts: Network) 
 
     from psmpi.backend import make_backend
     from psmpi.registry import find_method
-    from psmpi.training.checks import check_margin
+    from psmpi.training.checks import check_margin, check_sequences
     from psmpi.training.loop import plan_steps
 
     check_foreseen(config)
     size = len(hosts.of_host)
     kind = find_method(config.parallel.method)
     check_margin(network, dataset, config)
+    check_sequences(kind, network, dataset)
     kind.check(size, network, dataset, config)
     plan_steps(dataset, config)
     threads, steps = config.parallel.threads or 1, STEPS if size <= SMALL else FEW

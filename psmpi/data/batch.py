@@ -14,14 +14,14 @@ class Batch:
     """The samples `ids` (b,) int64 of a split.
 
     inputs: (features, b), where the backend computes; targets: labels (b,) int64 or values (outputs, b) float64, in
-    host memory; mask: (entries, b) bool, which entries of each sample count, None for all. What a rank has no use for
-    it leaves out.
+    host memory, of sequences with a target at each step (steps, b) or (outputs, steps, b); lengths: (b,) int32, the
+    steps of each sequence, None for all. What a rank has no use for it leaves out.
     """
 
     ids: npt.NDArray[np.int64]
     inputs: Any = None
     targets: npt.NDArray[Any] | None = None
-    mask: npt.NDArray[np.bool_] | None = None
+    lengths: npt.NDArray[np.int32] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)

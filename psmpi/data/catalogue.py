@@ -13,10 +13,18 @@ from psmpi.data.mnist import open_mnist
 from psmpi.data.npz import read_npz
 from psmpi.data.own import SUFFIXES, build, build_all
 from psmpi.data.private import RANK, of_rank
+from psmpi.data.sequences import VIEWS, viewed, viewed_split
 from psmpi.data.split import Dataset, Split
+from psmpi.data.tasks import TASKS, open_task
 from psmpi.errors import UserError, expanded, nearest
 
-DATASETS = ("digits", "mnist", "cifar10")
+DATASETS = ("digits", "mnist", "cifar10", *TASKS)
+
+
+def parted(name: str) -> tuple[str, str]:
+    """A name and its suffix: ("mnist", "rows"), ("adding", "100"); no suffix: ""."""
+    first, _, suffix = name.rpartition(":")
+    return (first, suffix) if first in DATASETS or (first and suffix in VIEWS) else (name, "")
 
 
 def locate(name: str, data_dir: str | Path | None, tell: Callable[[str], None]) -> str:
@@ -25,8 +33,9 @@ def locate(name: str, data_dir: str | Path | None, tell: Callable[[str], None]) 
     Of names with {rank} the path has that too, and rank 0's file is looked for. `tell` hears of another file of that
     name. UserError for an unknown name, and where there is no such file.
     """
+    given, (name, view) = name, parted(name)
     if name in DATASETS:
-        return name
+        return given
     folder, first = _folder(data_dir), of_rank(name, 0)
     path, here = _locate(first, folder), expanded(first, "--dataset")
     if here.is_file() and not here.samefile(path):
@@ -34,18 +43,25 @@ def locate(name: str, data_dir: str | Path | None, tell: Callable[[str], None]) 
     if RANK in name:
         # As it was found.
         path = expanded(name, "--dataset") if path == here or folder is None else folder / name
-    return str(path.absolute())
+    return str(path.absolute()) + (f":{view}" if view else "")
 
 
 def open_dataset(name: str, data_dir: str | Path | None, split_seed: int = 0) -> Dataset:
-    """Open the data set `name`: digits (embedded), mnist, cifar10, or the path of an .npz, .h5 or .hdf5 file.
+    """Open the data set `name`: digits (embedded), mnist, cifar10, a task, or the path of an .npz, .h5 or .hdf5 file.
 
-    A relative path is looked up in `data_dir` first, if given, and then in the current directory. The test samples of
-    a file without any are a fifth of each class (of all samples in a regression), drawn with `split_seed`, or with -1
-    every fifth sample. Reads the labels and checks the headers and sizes of all files, but reads no samples. Raises
-    UserError for an unknown name, for missing files and for files of the wrong format, size or content.
+    Tasks are generated, see psmpi.data.tasks: adding, copying, repeat_copy, or with a size adding:100. With :rows or
+    :pixels behind its name images are sequences, see psmpi.data.sequences. A relative path is looked up in `data_dir`
+    first, if given, and then in the current directory. The test samples of a file without any are a fifth of each class
+    (of all samples in a regression), drawn with `split_seed`, or with -1 every fifth sample. Reads the labels and
+    checks the headers and sizes of all files, but reads no samples. Raises UserError for an unknown name, for missing
+    files and for files of the wrong format, size or content.
     """
-    folder = _folder(data_dir)
+    folder, (name, suffix) = _folder(data_dir), parted(name)
+    if name in TASKS:
+        return open_task(name, suffix, split_seed)
+    if suffix:
+        _check_view(name, suffix)
+        return viewed(open_dataset(name, data_dir, split_seed), suffix)
     if name == "digits":
         return open_digits()
     if name == "mnist":
@@ -64,9 +80,13 @@ def open_split(
     predicted: whether they are to be predicted, so that errors can say how to do without targets. Raises UserError as
     open_dataset does.
     """
-    if split == "all" and name in DATASETS:
+    base, view = parted(name)
+    if split == "all" and base in DATASETS:
         raise UserError(f"{name} has the splits train and test; `all` is for files of your own")
-    if name in DATASETS:
+    if view and base not in DATASETS:
+        _check_view(base, view)
+        return viewed_split(open_split(base, data_dir, split, split_seed, predicted), view, base)
+    if base in DATASETS:
         dataset = open_dataset(name, data_dir, split_seed)
     else:
         own = _read_own(name, _folder(data_dir))
@@ -74,6 +94,11 @@ def open_split(
             return build_all(*own)
         dataset = build(name, *own, split_seed, predicted)
     return dataset.test if split == "test" else dataset.train
+
+
+def _check_view(name: str, view: str) -> None:
+    if view not in VIEWS:
+        raise UserError(f"--dataset {name}:{view}: expected {' or '.join(f'{name}:{one}' for one in VIEWS)}, or {name}")
 
 
 def _read_own(name: str, folder: Path | None) -> tuple[Path, list[str], dict[str, Header]]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from psmpi.data.files import reading
 from psmpi.data.rows import ArrayRows
-from psmpi.data.split import Dataset, every_fifth, hold_out
+from psmpi.data.split import Dataset, Split, every_fifth, frozen, hold_out
 from psmpi.errors import UserError
 
 SAMPLES, PIXELS = 1797, 64
@@ -34,5 +34,5 @@ def open_digits() -> Dataset:
             "0..16 and a label 0..9; install psmpi again"
         )
     source = ArrayRows(np.ascontiguousarray(table[:, :-1]))
-    train, test = hold_out(every_fifth(SAMPLES), table[:, -1], (1, 8, 8), 1 / 16, source)
+    train, test = hold_out(every_fifth(SAMPLES), Split(frozen(table[:, -1]), (1, 8, 8), 1 / 16, source))
     return Dataset("digits", 10, (1, 8, 8), train, test)

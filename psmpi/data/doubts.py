@@ -33,7 +33,7 @@ def find_doubts(dataset: Dataset, prints: Sequence[Prints] = ()) -> Iterator[str
     not whole numbers, since only those learn values who ask for the squared error. Of samples: pixels that are not
     scaled, channels that come last, test samples of another scale, or that are training samples.
     """
-    yield from _labels(dataset) if dataset.task == "classes" else _values(dataset.train.targets)
+    yield from _labels(dataset) if dataset.task == "classes" else _values(_counted(dataset.train))
     some = _some(dataset.train)
     yield from _samples(dataset, some)
     if len(prints) == 2:
@@ -41,7 +41,9 @@ def find_doubts(dataset: Dataset, prints: Sequence[Prints] = ()) -> Iterator[str
 
 
 def _labels(dataset: Dataset) -> Iterator[str]:
-    train, test = (np.bincount(split.labels, minlength=dataset.outputs) > 0 for split in (dataset.train, dataset.test))
+    train, test = (
+        np.bincount(_counted(split), minlength=dataset.outputs) > 0 for split in (dataset.train, dataset.test)
+    )
     used = np.flatnonzero(train | test)
     if len(used) == 1:
         yield f"all samples have the label {used[0]}: there is nothing to tell apart"
@@ -62,6 +64,15 @@ def _labels(dataset: Dataset) -> Iterator[str]:
         if len(found):
             verb = "has" if len(found) == 1 else "have"
             yield f"the {_named(found, 'class')} {verb} {of} samples and no {lacking} samples"
+
+
+def _counted(split: Split) -> npt.NDArray[Any]:
+    """The targets that count: labels (n,) or values (n, outputs)."""
+    if not split.by_step:
+        return split.targets
+    counts = split.targets >= 0 if split.task == "classes" else ~np.isnan(split.targets[..., 0])
+    found: npt.NDArray[Any] = split.targets[counts]
+    return found
 
 
 def _named(classes: npt.NDArray[Any], what: str) -> str:
@@ -100,6 +111,8 @@ def _samples(dataset: Dataset, some: npt.NDArray[Any]) -> Iterator[str]:
             f"{empty} of {len(some)} samples looked at are zeros throughout: was the file written to its end, of all "
             "its parts?"
         )
+    if dataset.train.tokens:
+        return
     floats, largest = some.dtype.kind == "f", max(-low, high)
     if floats and largest > LARGE:
         other = " (pixels: by 255, or save them as uint8)" if 127 < largest <= 255 else ""

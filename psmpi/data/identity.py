@@ -125,7 +125,7 @@ def identify_split(split: Split, share: tuple[int, int] = (0, 1), prints: list[P
         split.n,
         str(split.dtype),
         split.scale,
-        _digest(split.targets),
+        _digest(split.targets, *(() if split.lengths is None else (split.lengths,))),
         _digest(values),
         most if np.isfinite(most) else 0.0,
         len(seen),
@@ -150,8 +150,8 @@ def _little(values: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(values, values.dtype.newbyteorder("<"))
 
 
-def _digest(values: np.ndarray) -> str:
-    return hashlib.sha256(_little(values).tobytes()).hexdigest()[:32]
+def _digest(*arrays: np.ndarray) -> str:
+    return hashlib.sha256(b"".join(_little(values).tobytes() for values in arrays)).hexdigest()[:32]
 
 
 def differences(one: Identity, other: Identity) -> list[str]:

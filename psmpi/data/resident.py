@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from psmpi.backend import NumpyOps
 from psmpi.data.batch import Batch
-from psmpi.data.split import Split, as_rows
+from psmpi.data.split import MAX_TOKENS, Split, as_rows
 from psmpi.errors import UserError
 
 
@@ -29,10 +29,15 @@ class Resident:
         self._rows = as_rows(rows, split.n).copy()
         if np.any(self._rows[1:] <= self._rows[:-1]):
             raise ValueError("the rows of a Resident have to increase strictly")
-        self._targets = split.targets
+        self._targets, self._lengths = split.targets, split.lengths
         values, self._features = split.read(self._rows), split.features
         if values.dtype.kind == "f":
             self._check_finite(split, values)
+        # The largest token, of samples that are such: see psmpi.data.sequences.
+        self.largest = -1
+        if split.tokens:
+            self.largest = self._largest_token(split, values)
+            values = values.astype(self._dtype)
         self._samples = (ops or NumpyOps()).samples(values, split.scale)
 
     def _check_finite(self, split: Split, values: npt.NDArray[Any]) -> None:
@@ -52,6 +57,18 @@ class Resident:
                 f"{self._name(split, row)} has values beyond {most:.2g}, infinite in {self._dtype}; scale the samples, "
                 "or train with --dtype float64"
             )
+
+    def _largest_token(self, split: Split, values: npt.NDArray[Any]) -> int:
+        """The largest token of all; UserError for one that is negative, or that the dtype does not hold exactly."""
+        most = min(MAX_TOKENS, 1 << np.finfo(self._dtype).nmant)
+        wrong = np.flatnonzero(((values < 0) | (values >= most)).any(axis=1))
+        if len(wrong):
+            row = int(wrong[0])
+            bad = values[row][(values[row] < 0) | (values[row] >= most)][0]
+            raise UserError(
+                f"{self._name(split, row)} has the token {bad}; expected 0 to {most - 1}: number the tokens from 0"
+            )
+        return int(values.max(initial=-1))
 
     def _name(self, split: Split, row: int) -> str:
         number = self._rows[row] if split.index is None else split.index[self._rows[row]]
@@ -81,10 +98,16 @@ class Resident:
         """The samples `ids` (b,) with inputs and targets; the inputs are put at the beginning of `room`, a vector."""
         inputs = room[: self._features * len(ids)].reshape(self._features, len(ids))
         self.fetch(ids, inputs)
-        return Batch(ids, inputs, self.targets(ids))
+        return Batch(ids, inputs, self.targets(ids), self.lengths(ids))
+
+    def lengths(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int32] | None:
+        """The steps of the sequences `ids` (b,) int32, None where all have the same."""
+        return None if self._lengths is None else self._lengths[ids]
 
     def targets(self, ids: npt.ArrayLike) -> npt.NDArray[Any]:
         """The targets of the samples `ids`, resident or not: labels (b,) int64, or values (outputs, b) float64.
+
+        Of sequences with a target at each step (steps, b), or (outputs, steps, b).
 
         IndexError unless ids are in 0..split.n-1.
         """

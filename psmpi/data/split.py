@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -14,6 +15,8 @@ from psmpi.data.rows import RowSource
 
 Rows = npt.NDArray[np.int64]
 
+# Tokens that a vocabulary has at most.
+MAX_TOKENS = 1 << 22
 # Keeps these random numbers apart from all others drawn from the same seed.
 _TAG = 0x73706C69
 
@@ -22,12 +25,16 @@ _TAG = 0x73706C69
 class Split:
     """The training or the test samples of a data set.
 
-    targets: what is learnt, read-only: labels (n,) int64, or in a regression values (n, outputs) float64.
-    shape: the shape of one sample, (channels, height, width) or (features,).
+    targets: what is learnt, read-only: labels (n,) int64, or in a regression values (n, outputs) float64. Of sequences
+        that have a target at each step labels (n, steps), -1 where none counts, or values (n, steps, outputs), NaN
+        there.
+    shape: the shape of one sample, (channels, height, width), (features,), or of a sequence (features, steps).
     scale: the factor that takes stored values to [0, 1]: 1/255 for uint8 images, 1/16 for the digits, 1.0 for
         floats.
     source: where the samples lie.
     index: (n,) int64, increasing: the rows of `source` that make up this split; None for all of them.
+    lengths: (n,) int32, the steps of each sequence, 1 to those of `shape`; None: all.
+    order: (features,) int64, where the source has each value of a sample; None: in this order.
     """
 
     targets: npt.NDArray[Any]
@@ -35,6 +42,8 @@ class Split:
     scale: float
     source: RowSource
     index: Rows | None = None
+    lengths: npt.NDArray[np.int32] | None = None
+    order: Rows | None = None
 
     @property
     def n(self) -> int:
@@ -44,11 +53,39 @@ class Split:
     @property
     def task(self) -> str:
         """The kind of the targets: "classes" (labels) or "regression" (values)."""
-        return "classes" if self.targets.ndim == 1 else "regression"
+        return "classes" if self.targets.dtype.kind == "i" else "regression"
+
+    @property
+    def steps(self) -> int:
+        """The steps of a sequence, the longest; 0 where samples are no sequences."""
+        return self.shape[1] if len(self.shape) == 2 else 0
+
+    @property
+    def tokens(self) -> bool:
+        """Whether samples are sequences of tokens, whole numbers that an embedding looks up."""
+        return self.steps > 0 and self.scale == 1.0 and self.dtype.kind in "iu"
+
+    @property
+    def by_step(self) -> bool:
+        """Whether each step of a sequence has a target of its own."""
+        return self.targets.ndim == (2 if self.task == "classes" else 3)
+
+    @cached_property
+    def counts(self) -> Rows:
+        """The targets of each sample that count, (n,): 1, or its steps with a target."""
+        if not self.by_step:
+            return np.ones(self.n, np.int64)
+        counted = self.targets >= 0 if self.task == "classes" else ~np.isnan(self.targets[..., 0])
+        found: Rows = np.count_nonzero(counted, axis=1)
+        return found
+
+    def count(self, ids: Rows) -> int:
+        """The targets that count of the samples `ids` (b,), at least 1: what a mean loss divides by."""
+        return max(1, int(self.counts[ids].sum())) if self.by_step else len(ids)
 
     @property
     def labels(self) -> Rows:
-        """The targets (n,) int64 of classes; ValueError in a regression."""
+        """The targets (n,), or (n, steps), int64 of classes; ValueError in a regression."""
         if self.task != "classes":
             raise ValueError("these samples have values and no labels")
         return self.targets
@@ -79,7 +116,7 @@ class Split:
             if self.index is not None:
                 ordered = self.index[ordered]
             self.source.read_into(ordered, order, out)
-        return out
+        return out if self.order is None else np.ascontiguousarray(out[:, self.order])
 
     def pieces(self, rows: Rows) -> Iterator[tuple[int, npt.NDArray[Any]]]:
         """Read the samples `rows`, strictly increasing in 0..n-1, some at a time, going through the source once.
@@ -87,7 +124,11 @@ class Split:
         Yields (i, values): the samples rows[i : i + k] as `read` returns them, (k, prod(shape)), which hold until the
         next piece. Raises UserError as `read` does.
         """
-        yield from self.source.pieces(rows if self.index is None else self.index[rows], self.features)
+        pieces = self.source.pieces(rows if self.index is None else self.index[rows], self.features)
+        if self.order is None:
+            yield from pieces
+        else:
+            yield from ((i, np.ascontiguousarray(values[:, self.order])) for i, values in pieces)
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,12 +205,15 @@ def random_fifth(targets: npt.NDArray[Any], seed: int) -> npt.NDArray[np.bool_]:
     return chosen
 
 
-def hold_out(
-    held_out: npt.NDArray[np.bool_], targets: npt.NDArray[Any], shape: tuple[int, ...], scale: float, source: RowSource
-) -> tuple[Split, Split]:
+def hold_out(held_out: npt.NDArray[np.bool_], whole: Split) -> tuple[Split, Split]:
     """Split samples into (train, test), the test samples being the rows `held_out`, (n,)."""
     train, test = (
-        Split(frozen(targets[chosen]), shape, scale, source, np.flatnonzero(chosen).astype(np.int64))
+        replace(
+            whole,
+            targets=frozen(whole.targets[chosen]),
+            index=np.flatnonzero(chosen).astype(np.int64),
+            lengths=None if whole.lengths is None else whole.lengths[chosen],
+        )
         for chosen in (~held_out, held_out)
     )
     return train, test

@@ -19,6 +19,8 @@ from psmpi.data import Split
 from psmpi.errors import UserError
 from psmpi.inspect.opened import Opened
 from psmpi.nn.layers.chain import export_chain
+from psmpi.nn.layers.embedding import Embedding
+from psmpi.nn.layers.workspace import Span
 from psmpi.nn.model import Model
 from psmpi.nn.network import Network
 from psmpi.nn.zoo import make_network
@@ -29,6 +31,7 @@ from psmpi.training.predictor import calibration_notes, calibration_split, fetch
 # Widely read: onnxruntime from 1.12 on, and what converts to devices' formats.
 OPSET, IR_VERSION = 17, 8
 TOLERANCE = 1e-5
+SWAP = {"perm": [0, 2, 1]}
 NEEDS = "{0} export needs psmpi[export]: pip install 'psmpi[export]'"
 
 
@@ -43,8 +46,9 @@ def export(
     """Write the weights for other programs: .npz or .safetensors (named tensors), or .onnx (the network itself).
 
     The ONNX network takes x (batch, *shape of a sample), float32, scaled as in training (pixels to 0..1), and gives raw
-    scores (batch, classes). It is run with onnxruntime, sample by sample and on several at once, and refused if it
-    differs from psmpi's own scores by more than 1e-5 of the largest.
+    scores (batch, classes). Of sequences it takes x (batch, steps, features), or tokens int64 (batch, steps), and
+    lengths int32 (batch,); scores of each step are (batch, steps, classes). It is run with onnxruntime, sample by
+    sample and on several at once, and refused if it differs from psmpi's own scores by more than 1e-5 of the largest.
 
     Args:
         checkpoint: Checkpoint file or run directory; may be a part.
@@ -138,7 +142,9 @@ def _safetensors(export: Export) -> str:
 
 def _network(opened: Opened, trained: Config) -> Network:
     contents, settings = opened.contents, trained.model
-    return make_network(settings.model, contents.in_shape, contents.layout.classes, **settings.shape)
+    return make_network(
+        settings.model, contents.in_shape, contents.layout.classes, **settings.shape, by_step=contents.by_step
+    )
 
 
 def make_model(opened: Opened, dtype: np.dtype) -> Model:
@@ -170,9 +176,19 @@ def _onnx(export: Export) -> str:
     if split is not None:
         ids = np.arange(min(16, split.n)) * split.n // min(16, split.n)
         x = np.ascontiguousarray(fetch(split, ids, float32).T).reshape(-1, *shape)
-    ours = model.forward(np.ascontiguousarray(x.reshape(len(x), -1).T)).scores.T
-    together = session.run(None, {"x": x})[0]
-    alone = np.concatenate([session.run(None, {"x": x[k : k + 1]})[0] for k in range(len(x))])
+    first = model.network.layers[0]
+    if isinstance(first, Embedding):
+        x = np.floor(x * first.vocabulary)
+    lengths = 1 + np.arange(16, dtype=np.int32) * shape[-1] // 16 if model.network.sequences else None
+    ours = model.forward(np.ascontiguousarray(x.reshape(len(x), -1).T), None, Span(lengths)).scores.T
+    fed = onnx_inputs(model.network, x, lengths)
+    together = session.run(None, fed)[0]
+    singles = [{name: values[k : k + 1] for name, values in fed.items()} for k in range(len(x))]
+    alone = np.concatenate([session.run(None, one)[0] for one in singles])
+    if model.network.steps and lengths is not None:
+        # Beyond the end of a sequence ONNX has zeros in the place of its last states.
+        counted = np.arange(shape[-1]) < lengths[:, None]
+        ours, together, alone = (scores[counted] for scores in (ours, together, alone))
     apart = float(max(abs(theirs - ours).max() for theirs in (together, alone)) / max(1.0, abs(ours).max()))
     if not apart <= TOLERANCE:
         raise UserError(f"--out {out}: onnxruntime's scores differ from psmpi's by {apart:.1e}; nothing is written")
@@ -180,14 +196,42 @@ def _onnx(export: Export) -> str:
     return f"; onnxruntime's scores differ from psmpi's by {apart:.1e} of the largest"
 
 
+def onnx_inputs(network: Network, x: np.ndarray, lengths: np.ndarray | None) -> dict[str, np.ndarray]:
+    """The inputs of an exported network for samples x (b, *in_shape), and of sequences their lengths (b,), or all."""
+    if not network.sequences:
+        return {"x": x}
+    tokens = isinstance(network.layers[0], Embedding)
+    turned = x[:, 0].astype(np.int64) if tokens else np.ascontiguousarray(x.transpose(0, 2, 1))
+    every = np.full(len(x), network.in_shape[1])
+    return {"x": turned, "lengths": (every if lengths is None else lengths).astype(np.int32)}
+
+
 def build_onnx(model: Model) -> Any:
-    """The forward pass of a model as an ONNX ModelProto, x (batch, *in_shape) to scores (batch, classes)."""
+    """The forward pass of a model as an ONNX ModelProto, x (batch, *in_shape) to scores (batch, classes).
+
+    Of sequences x (batch, steps, features), tokens int64 (batch, steps), and lengths int32 (batch,), to scores (batch,
+    classes) or, of each step, (batch, steps, classes).
+    """
     from onnx import TensorProto, helper
 
-    graph = Graph()
-    graph.rename(export_chain(graph, "x", model.chain), "scores")
-    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", *model.network.in_shape])]
-    outputs = [helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["batch", len(model.classes)])]
+    network, count = model.network, len(model.classes)
+    tokens = isinstance(network.layers[0], Embedding)
+    graph, value, shape = Graph("lengths" if network.sequences else ""), "x", network.in_shape
+    if network.sequences:
+        features, steps = network.in_shape
+        shape = (steps,) if tokens else (steps, features)
+        axis = [graph.constant("x.axis", np.array([1]))] if tokens else []
+        value = graph.node("Unsqueeze" if tokens else "Transpose", ["x", *axis], "x.units", **({} if tokens else SWAP))
+    found = export_chain(graph, value, model.chain)
+    if network.steps:
+        found = graph.node("Transpose", [found], "scores.steps", **SWAP)
+    graph.rename(found, "scores")
+    kind = TensorProto.INT64 if tokens else TensorProto.FLOAT
+    inputs = [helper.make_tensor_value_info("x", kind, ["batch", *shape])]
+    if network.sequences:
+        inputs.append(helper.make_tensor_value_info("lengths", TensorProto.INT32, ["batch"]))
+    of_step = [network.steps] if network.steps else []
+    outputs = [helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["batch", *of_step, count])]
     made = helper.make_graph(graph.nodes, model.network.name, inputs, outputs, graph.weights)
     proto = helper.make_model(made, opset_imports=[helper.make_opsetid("", OPSET)], producer_name="psmpi")
     proto.ir_version = IR_VERSION
@@ -197,7 +241,9 @@ def build_onnx(model: Model) -> Any:
 class Graph:
     """Nodes and initializers of an ONNX graph under construction, to which layers add themselves."""
 
-    def __init__(self) -> None:
+    def __init__(self, lengths: str = "") -> None:
+        # The name of the lengths of sequences, "" where samples are none.
+        self.lengths = lengths
         self.nodes: list[Any] = []
         self.weights: list[Any] = []
 

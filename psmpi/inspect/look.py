@@ -111,7 +111,9 @@ def _notes(opened: Opened) -> list[str]:
     # A checkpoint may be of a network that is not known here.
     with suppress(UserError):
         model = from_toml(contents.config, str(opened.path), foreign=True).model
-        return make_network(model.model, contents.in_shape, contents.layout.classes, **model.shape).notes
+        return make_network(
+            model.model, contents.in_shape, contents.layout.classes, **model.shape, by_step=contents.by_step
+        ).notes
     return []
 
 

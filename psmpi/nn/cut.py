@@ -69,8 +69,11 @@ def tail_of(network: Network) -> tuple[int, int] | None:
     """(first, behind the last) of the layers that every class has for itself, from outputs that all classes see.
 
     Those are the last layer of a network that `has_head`, and else all behind the shared ones, where each of their
-    units is one class's and all classes have as many. None where that is not so.
+    units is one class's and all classes have as many. None where that is not so, or where steps of sequences have
+    scores.
     """
+    if network.steps:
+        return None
     layers, everyone, each = network.layers, Classes.of(range(network.classes)), Each(0, network.classes)
     if has_head(network):
         return len(layers) - 1, len(layers)

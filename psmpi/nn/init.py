@@ -49,8 +49,15 @@ def initial_weights(
         for start, stop in (runs & Runs(((stretch.offset, stretch.stop),))).intervals:
             shift = runs.local(start, stop).start - start
             for some in stretch.within(start, stop):
-                if law.law == "constant":
+                if law.law == "constant" and law.units is None:
                     some.view(out, shift)[...] = law.value
+                elif law.units is not None:
+                    first, behind = (unit * parameter.unit_size for unit in law.units)
+                    values = np.zeros(some.last - some.first)
+                    values[max(0, first - some.first) : max(0, behind - some.first)] = law.value
+                    for part in some.elements(some.first, some.last):
+                        view = part.view(out, shift)
+                        view[...] = values[part.first - some.first : part.last - some.first].reshape(view.shape)
                 else:
                     _draw(key, law.value, parameter.unit_size, some, out, shift)
 

@@ -38,7 +38,7 @@ class Metric:
     names: of what `scores` returns. loss: the mean over samples. Of classes, accuracy: the share of samples whose
     largest score is the label's; with more than 5 classes top5: of those whose label's score is among the 5 largest. Of
     equal scores the one of the lowest class counts as the largest. Of a regression, rmse: the root of the mean squared
-    error over samples and outputs.
+    error over samples and outputs. Of sequences with a target at each step, steps stand for samples.
     """
 
     def __init__(self, loss: Loss, outputs: int):
@@ -55,8 +55,11 @@ class Metric:
         """The sums over some samples: of their losses, of what is shown, and of the samples themselves.
 
         scores (outputs, b), and targets (b,) int64 or (outputs, b) float64, in host memory. With `part` scores
-        are those of some outputs, and so are the values to learn: the share of this rank, which ranks add up.
+        are those of some outputs, and so are the values to learn: the share of this rank, which ranks add up. Of each
+        step of sequences scores are (outputs, steps, b), and the steps whose targets count are samples.
         """
+        if scores.ndim == 3:
+            scores, targets = counted_steps(scores, targets, self.loss.task)
         if self.loss.task != "classes":
             count, off = targets.shape[-1] * (part is None or part.counts), scores - targets
             return np.array([self.loss.value(scores, targets, 1.0), np.vdot(off, off), count])
@@ -104,6 +107,17 @@ class Metric:
         if "rmse" in found:
             found["rmse"] = sqrt(found["rmse"] / self.outputs)
         return found
+
+
+def counted_steps(scores: np.ndarray, targets: np.ndarray, task: str) -> tuple[np.ndarray, np.ndarray]:
+    """Scores (outputs, n) and targets (n,) or (outputs, n) of the steps of sequences that count.
+
+    scores: (outputs, steps, b); targets: (steps, b), below 0 where none counts, or (outputs, steps, b), NaN there.
+    """
+    scores = scores.reshape(len(scores), -1)
+    targets = targets.reshape(-1) if task == "classes" else targets.reshape(len(targets), -1)
+    counts = targets >= 0 if task == "classes" else ~np.isnan(targets[0])
+    return (scores, targets) if counts.all() else (scores[:, counts], targets[..., counts])
 
 
 def largest(scores: np.ndarray, count: int, classes: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:

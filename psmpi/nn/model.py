@@ -13,7 +13,7 @@ from psmpi.nn.cut import couples, tail_of
 from psmpi.nn.layers import Part, SampleSums, Site
 from psmpi.nn.layers.base import Total
 from psmpi.nn.layers.chain import Chain, Room, Tape, room_bytes
-from psmpi.nn.layers.workspace import Workspace
+from psmpi.nn.layers.workspace import WHOLE, Span, Workspace
 from psmpi.nn.network import Network
 
 
@@ -120,6 +120,11 @@ class Model:
         return self.parts[-1].size if self.parts else prod(self.in_shape)
 
     @property
+    def steps(self) -> int:
+        """The steps at each of which a pass puts out scores; 0: one of each sample, or no scores."""
+        return self.network.steps if self.ends else 0
+
+    @property
     def finished(self) -> Callable[[int], None] | None:
         """Called with the number of each part with weights when `backward` has made its gradient."""
         return self.space.finished
@@ -180,23 +185,28 @@ class Model:
         kept = room_bytes(self.room)[1] + sum(a.nbytes for a in arrays)
         return kept + (0 if self.shared else self.space.nbytes) + (self.more[0].nbytes if self.more else 0)
 
-    def forward(self, x: np.ndarray, room: Room | None = None) -> Tape:
+    def forward(self, x: np.ndarray, room: Room | None = None, span: Span = WHOLE) -> Tape:
         """x (features, b), features in the order of the network's in_shape -> a tape; its scores are (len(classes), b).
 
-        With `layers`, from the outputs of the one before them to those of the last, (elements, b) or images.
+        With `layers`, from the outputs of the one before them to those of the last, (elements, b) or images. Scores at
+        each step of sequences are (len(classes), steps, b). span: the steps that they have, of chunks of them too,
+        which may be of less steps than the network's, x (units, steps, b).
         """
-        images = x.reshape(*self.in_shape, x.shape[-1])
-        if room is not None:
-            return self.chain.forward(images, room)
-        self.reserve(x.shape[-1])
-        self.last = self.chain.forward(images, self.room)
-        return self.last
+        images = x if x.ndim == 3 and len(self.in_shape) == 2 else x.reshape(*self.in_shape, x.shape[-1])
+        if room is None:
+            self.reserve(x.shape[-1])
+        self.space.span = span
+        tape = self.chain.forward(images, room or self.room)
+        if room is None:
+            self.last = tape
+        return tape
 
     def trace(self, x: np.ndarray) -> Iterator[tuple[Part, np.ndarray]]:
         """The parts with their outputs for x, one after the other, in arrays that no other pass uses.
 
         x: of no more samples than there is room for; what all passes share stays where it is.
         """
+        self.space.span = WHOLE
         return self.chain.trace(x.reshape(*self.in_shape, x.shape[-1]), self.chain.room(x.shape[-1]))
 
     def backward(

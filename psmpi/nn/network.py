@@ -40,6 +40,16 @@ class Network:
         return self.layers[-1].out_shape[0]
 
     @property
+    def steps(self) -> int:
+        """The steps at each of which there are scores; 0: there are scores of samples."""
+        return self.layers[-1].out_shape[1] if len(self.layers[-1].out_shape) > 1 else 0
+
+    @property
+    def sequences(self) -> bool:
+        """Whether its samples are sequences."""
+        return len(self.in_shape) == 2
+
+    @property
     def scale(self) -> float:
         """What scores are times cosines with; 0 where they are not cosines."""
         last = self.layers[-1]
@@ -131,21 +141,34 @@ class Network:
         return self.classes > 1 if isinstance(users, Each) else 0 < len(users) < self.classes
 
 
-def build(name: str, in_shape: tuple[int, ...], layers: Sequence[Mapping[str, Any]], classes: int) -> Network:
+def build(
+    name: str,
+    in_shape: tuple[int, ...],
+    layers: Sequence[Mapping[str, Any]],
+    classes: int,
+    by_step: bool = False,
+) -> Network:
     """A network from layer tables, the form of a configuration file's [[model.layers]].
 
     Each table has `type`, one of psmpi.nn.layers.LAYERS, and that type's settings: `units`, `groups`, `channels`,
-    `kernel`, `pad`, `size`, `bias` (true), `affine` (true), of cosine `scale`, and of residual `layers` and `scale`
-    (1.0). UserError names the layer and what does not fit.
+    `kernel`, `pad`, `size`, `bias` (true), `affine` (true), of cosine `scale`, of embedding `vocabulary`, and of
+    residual `layers` and `scale` (1.0). by_step: whether there are scores at each step of sequences. UserError names
+    the layer and what does not fit.
     """
     reader = TableReader(name)
     made, shape = reader.read(layers, tuple(in_shape))
     network = Network(name, tuple(in_shape), made, reader.places if name == CUSTOM else {})
     if not made or not network.linear:
         raise UserError(f"model {name!r} has no layer with weights")
-    if shape != (classes,):
+    wanted = (classes, *in_shape[1:]) if by_step else (classes,)
+    if shape != wanted:
+        hint = ""
+        if len(shape) == 2 and not by_step:
+            hint = ', and a target a sequence: add a layer {type = "last"} before those of scores'
+        elif by_step:
+            hint = ", and a target at each step: leave layers out that end sequences (last, flatten)"
         raise UserError(
-            f"model {name!r} ends in shape {shape}; the data set has {classes} classes: expected ({classes},)"
+            f"model {name!r} ends in shape {shape}; the data set has {classes} classes: expected {wanted}{hint}"
         )
     try:
         network.users()

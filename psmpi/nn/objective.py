@@ -27,6 +27,10 @@ class Objective:
     others: ranks that compute the scores of other classes, whose sums the loss needs; they are arrays of `ops` where
     the loss is `fused`, else of the host. Labels then count from the model's first class.
 
+    Where there are scores at each step of sequences, (classes, steps, b), a step is to the loss as a sample: scores are
+    (classes, steps b), targets (steps b,) or (outputs, steps b). Of those whose target does not count, labels below 0
+    or values that are NaN, there are no losses and no derivatives.
+
     finite: whether the last loss and its scores were. Where they were not, a `lenient` loss is NaN or infinity, and any
     other an error. ids: of the samples of the minibatch, where whoever brings their targets says so.
 
@@ -53,19 +57,28 @@ class Objective:
         self.given = self._targets(0)
         # What is known of other classes, and the slopes of margins, there.
         self.sums = self.slopes = np.empty(0)
+        # The columns of scores whose targets count, where not all do; their scores.
+        self.counted: np.ndarray | None = None
+        self.some = np.empty(0, model.dtype)
 
     def record(self, work: Callable[..., Any]) -> Callable[..., Any]:
-        """`NumpyOps.record` for work that computes losses: not recorded where it waits for the device, or for ranks."""
-        return work if self.fused is None or self.others is not None else self.ops.record(work)
+        """`NumpyOps.record` for work that computes losses: not recorded where it waits for the device, or for ranks.
+
+        Nor of sequences, whose lengths and targets say what is looked at.
+        """
+        waits = self.fused is None or self.others is not None or self.model.network.sequences
+        return work if waits else self.ops.record(work)
 
     def reserve(self, outputs: int, batch: int) -> None:
-        """Make room for minibatches of up to `batch` samples with `outputs` scores."""
+        """Make room for minibatches of up to `batch` samples, or steps of samples, with `outputs` scores."""
         self.grad.settle()
         self.given.settle()
         self.grad = self._derivatives(outputs * batch)
         self.outputs = outputs
         self.given = self._targets(batch if self.loss.task == "classes" else outputs * batch)
-        self.cast = self.ops.empty(self.model.size * batch, self.model.dtype)
+        self.cast = self.ops.empty(self.model.size // max(1, self.model.steps) * batch, self.model.dtype)
+        if self.model.steps:
+            self.some = self.ops.empty(outputs * batch, self.model.dtype)
         if self.others is not None:
             self.sums = self.where.empty((len(self.loss.sums) + 1) * batch, np.dtype(np.float64))
         if self.loss.margin is not None:
@@ -81,17 +94,29 @@ class Objective:
 
     @property
     def nbytes(self) -> int:
-        arrays = (self.grad.array, self.cast, self.given.array, self.sums, self.slopes)
+        arrays = (self.grad.array, self.cast, self.given.array, self.sums, self.slopes, self.some)
         return int(sum(array.nbytes for array in arrays))
 
     def bring(self, targets: np.ndarray) -> None:
-        """Take the next minibatch's targets, (b,) or (outputs, b) in host memory, to where its loss is computed."""
+        """Take the next minibatch's targets, (b,) or (outputs, b) in host memory, to where its loss is computed.
+
+        Of each step of sequences (steps, b) or (outputs, steps, b).
+        """
+        self.counted = None
+        if self.model.steps:
+            targets = targets.reshape(-1) if self.loss.task == "classes" else targets.reshape(len(targets), -1)
+            counts = targets >= 0 if self.loss.task == "classes" else ~np.isnan(targets[0])
+            if not counts.all():
+                at = np.flatnonzero(counts)
+                self.counted, targets = self.ops.put(at), targets[..., at]
         self.given.settle()
         self.given.host[: targets.size].reshape(targets.shape)[...] = targets
         self.given.push(slice(0, targets.size))
 
     def targets(self, b: int) -> np.ndarray:
         """The arrays that were brought last, of b samples with as many scores as there is room for."""
+        if self.model.steps:
+            b = b * self.model.steps if self.counted is None else len(self.counted)
         if self.loss.task == "classes":
             return self.given.array[:b]
         return self.given.array[: self.outputs * b].reshape(self.outputs, b)
@@ -109,6 +134,8 @@ class Objective:
         scores: (classes, b), of which labels' get the loss's margin; targets, pairs as in `Loss`. Without
         `derivatives` none are made, and what is returned means nothing.
         """
+        if scores.ndim == 3:
+            scores = self._counted(scores.reshape(len(scores), -1))
         found: np.ndarray = self.grad.array[: scores.size].reshape(scores.shape)
         if self.fused is None:
             self._losses_on_host(scores, targets, scale, pairs, derivatives)
@@ -128,6 +155,15 @@ class Objective:
         if derivatives:
             self._multiply_slopes(found, targets, self.report.array)
         return found
+
+    def _counted(self, scores: np.ndarray) -> np.ndarray:
+        """The scores (classes, n) of those of (classes, steps b) whose targets count."""
+        if self.counted is None:
+            return scores
+        size = len(scores) * len(self.counted)
+        some: np.ndarray = self.some[:size].reshape(len(scores), -1)
+        some[...] = scores[:, self.counted]
+        return some
 
     def add_margins(self, scores: np.ndarray, labels: np.ndarray) -> None:
         """Give scores (classes, b) of labels the loss's margin, if it has one, and keep the slopes."""
@@ -237,9 +273,13 @@ class Objective:
         dx, of the shape of the model's inputs, is filled with the gradient of these; the model then begins with a layer
         with weights.
         """
-        size, report = tape.scores.size, self.report.array
-        grad, cast = (array[:size].reshape(-1, tape.scores.shape[-1]) for array in (self.grad.array, self.cast))
-        self.ops.cast_scores(grad, cast, report)
+        report = self.report.array
+        cast = self.cast[: tape.scores.size].reshape(len(tape.scores), -1)
+        some = cast if self.counted is None else self.some[: len(cast) * len(self.counted)].reshape(len(cast), -1)
+        self.ops.cast_scores(self.grad.array[: some.size].reshape(some.shape), some, report)
+        if self.counted is not None:
+            cast.fill(0)
+            cast[:, self.counted] = some
         # Outputs of some layers alone may be images.
         self.model.backward(tape, cast.reshape(tape.scores.shape), dx=dx)
         if dx is not None:

@@ -102,7 +102,24 @@ def has_psnet(in_shape: tuple[int, ...], classes: int) -> bool:
     return _built_in("psnet", in_shape, classes) is not None
 
 
-MODELS = ("psnet", "psnet-24", "psnet-35", "lenet", "mlp", "head", "resnet", "custom")
+def _recurrent(
+    kind: str, widths: Sequence[int], classes: int, in_shape: tuple[int, ...], vocabulary: int, by_step: bool
+) -> list[LayerTable]:
+    """Recurrent layers, and scores of each step or of the last one."""
+    if vocabulary and in_shape[0] > 1:
+        raise UserError(
+            f"--vocabulary {vocabulary} is of tokens, and the sequences have {in_shape[0]} features a step: leave the "
+            "option out, or save tokens as integers (samples, steps)"
+        )
+    tables: list[LayerTable] = []
+    if vocabulary:
+        tables.append({"type": "embedding", "vocabulary": vocabulary, "units": widths[0]})
+    tables += [{"type": kind, "units": width} for width in widths]
+    return [*tables, *([] if by_step else [{"type": "last"}]), {"type": "dense", "units": classes}]
+
+
+RECURRENT = ("rnn", "gru", "lstm")
+MODELS = ("psnet", "psnet-24", "psnet-35", "lenet", "mlp", "head", "resnet", *RECURRENT, "custom")
 
 
 def make_network(
@@ -115,6 +132,8 @@ def make_network(
     blocks: Sequence[int] = (),
     batch_norm: bool = False,
     scale: float = 0.0,
+    vocabulary: int = 0,
+    by_step: bool = False,
 ) -> Network:
     """The network called `name` for samples of `in_shape` (per sample) and `classes` classes.
 
@@ -123,10 +142,21 @@ def make_network(
     trunk of `layers`, or of `widths` (512, 128) with ReLU, and one score a class, by which it is partitioned: with a
     `scale` this times the cosine of the angle between the trunk's outputs, without the last ReLU, and the class's row;
     `resnet`
-    has sections of `widths` channels (16 and 32) with `blocks` residual blocks each (3); `custom` is described layer by
-    layer in `layers` (see psmpi.nn.network.build). With `batch_norm` the other ones have batch normalization instead of
+    has sections of `widths` channels (16 and 32) with `blocks` residual blocks each (3); `rnn`, `gru` and `lstm` have
+    recurrent layers of `widths` units (128 and 128), for sequences (features, steps), before them vectors of tokens
+    with a `vocabulary`; `custom` is described layer by layer in `layers` (see psmpi.nn.network.build). by_step: whether
+    there are scores at each step of sequences. With `batch_norm` the other ones have batch normalization instead of
     biases. UserError where the name or the shape is not known.
     """
+    if batch_norm and name in RECURRENT:
+        raise UserError(
+            f"--batch-norm is not for recurrent layers, whose steps it would mix: leave it out of --model {name}"
+        )
+    if vocabulary and name not in RECURRENT:
+        raise UserError(
+            f"--vocabulary is of --model {', '.join(RECURRENT)}, and the model here is {name}: leave it out, or begin "
+            '[[model.layers]] with {type = "embedding", vocabulary = V, units = U}'
+        )
     if batch_norm and (name in ("resnet", "custom") or (name == "head" and layers)):
         raise UserError(
             f"--batch-norm is for networks that do not say themselves where it goes, as --model {name} does"
@@ -144,7 +174,7 @@ def make_network(
                 "--model custom needs the layers in the configuration file: one [[model.layers]] table each"
             )
         try:
-            return build(name, in_shape, layers, classes)
+            return build(name, in_shape, layers, classes, by_step)
         except UserError as error:
             raise LayersError(str(error)) from None
     if layers and name != "head":
@@ -152,17 +182,31 @@ def make_network(
             f"the configuration has [[model.layers]] but --model is {name!r}: use --model custom, or --model head "
             "where they are a trunk"
         )
-    if name == "head":
+    if name == "head" and not by_step:
         try:
             return _head(widths, layers, in_shape, classes, _normalized if batch_norm else list, scale)
         except UserError as error:
             raise LayersError(str(error)) from None
+    if name in RECURRENT and len(in_shape) == 2:
+        tables = _recurrent(name, tuple(widths) or (128, 128), classes, in_shape, vocabulary, by_step)
+        return build(name, in_shape, tables, classes, by_step)
+    if by_step:
+        raise UserError(
+            f"--model {name} has scores of samples, and here each step of a sequence has a target: use --model "
+            f"{', '.join(RECURRENT)}, or custom"
+        )
+    if len(in_shape) == 2 and name not in ("mlp", "head"):
+        raise UserError(
+            f"--model {name} is not made for sequences {in_shape}: use --model {', '.join(RECURRENT)}, or mlp"
+        )
     made = _built_in(name, in_shape, classes, widths, blocks, batch_norm)
     if made is not None:
         return made
     if name in MODELS:
         last = len(in_shape) == 3 and in_shape[2] in (1, 3, 4) and min(in_shape[:2]) > 4
         turned = "if the channels come last, save x.transpose(0, 3, 1, 2), or " if last else ""
+        if name in RECURRENT:
+            turned = "make sequences of images (--dataset NAME:rows), save sequences with their lengths, or "
         use = f"--model {name} is not made for samples of shape {in_shape}: {turned}use"
         if has_psnet(in_shape, classes):
             raise UserError(f"{use} --model psnet, or --model custom with the layers in the configuration file")

@@ -57,7 +57,13 @@ class Case:
         """Network, data and configuration of a run."""
         config = self.config(*more)
         dataset = open_dataset(config.data.dataset, config.data.data_dir, config.data.split_seed)
-        return make_network(config.model.model, dataset.shape, dataset.outputs, **config.model.shape), dataset, config
+        return (
+            make_network(
+                config.model.model, dataset.shape, dataset.outputs, **config.model.shape, by_step=dataset.train.by_step
+            ),
+            dataset,
+            config,
+        )
 
     @cached_property
     def ranks(self) -> list[int]:

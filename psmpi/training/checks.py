@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +17,15 @@ from psmpi.registry import WHOLE, all_methods
 
 # Samples that are too few for statistics.
 FEW = 8
+
+
+def check_sequences(kind: Any, network: Network, dataset: Dataset) -> None:
+    """UserError where the method `kind` does not train on sequences, or not on targets at each of their steps."""
+    takes, steps = kind.sequences, dataset.train.by_step
+    if network.sequences and (not takes or (steps and takes != "steps")):
+        what = "a target at each step" if takes else "samples that are sequences"
+        fit = [name for name, one in all_methods().items() if one.sequences == "steps" or (one.sequences and not steps)]
+        raise UserError(f"--method {kind.name} does not train on {what}: use --method {', '.join(fit)}")
 
 
 def check_classes(dataset: Dataset, what: str, fix: str) -> None:

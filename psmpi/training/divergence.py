@@ -29,7 +29,10 @@ class Divergence:
         self.terms = max(1, dataset.outputs - 1)
         # The size of what is to be learnt.
         targets = dataset.train.targets if dataset.task == "regression" else None
-        self.size = float(self.terms) if targets is None else float(np.vdot(targets, targets)) / len(targets)
+        self.size = float(self.terms)
+        if targets is not None:
+            # Of sequences steps without a target are NaN.
+            self.size = float(np.nansum(np.square(targets))) / max(1, int(dataset.train.counts.sum()))
 
     def count(self, events: dict[str, int]) -> int:
         """The terms beyond the tangent since the last call."""

@@ -15,6 +15,7 @@ from psmpi.data import Batch, Resident
 from psmpi.layout import Roles, Worker
 from psmpi.nn.device_tiles import DeviceTiledObjective, has_device_tiles
 from psmpi.nn.layers.chain import Tape
+from psmpi.nn.layers.workspace import WHOLE
 from psmpi.nn.losses import Loss
 from psmpi.nn.metric import ScorePart
 from psmpi.nn.model import Model
@@ -25,6 +26,7 @@ from psmpi.training.class_sums import ClassSums
 from psmpi.training.context import Context
 from psmpi.training.evaluator import evaluate, evaluate_by_tiles
 from psmpi.training.remembered import Remembered
+from psmpi.training.spans import check_tokens, make_span, recorder
 from psmpi.training.trunk import Trunk
 
 
@@ -94,7 +96,8 @@ class ElementWorker:
         self.remembered: Remembered | None = None
         # Ranks whose losses need no sums, and those of pairs, need not find that one is not finite all together.
         context.numbers.watch(self.objective, row if self.objective.others is not None else None, self.own_gradient)
-        self.forward_pass, self.backward_pass = ops.record(self._forward), ops.record(self._backward)
+        record = recorder(network, ops)
+        self.forward_pass, self.backward_pass = record(self._forward), record(self._backward)
         self.derive_pass = self.objective.record(self._derive)
 
         samples = np.arange(dataset.train.n) if samples is None else samples
@@ -108,6 +111,7 @@ class ElementWorker:
             # Where the loss is computed.
             self.mask = ops.put(self.pairs)
         self.train = Resident(dataset.train, samples, self.dtype, ops)
+        check_tokens(network, self.train, "training")
         # Whole minibatches, the same on any number of rows.
         self.test_batches = [batches[k] for k in np.array_split(np.arange(len(batches)), self.rows)[place.row]]
         # In a test the first worker of the row that computes a class's score has it.
@@ -131,8 +135,10 @@ class ElementWorker:
         )
         self.test_ids = mine if self.tested.size else mine[:0]
         self.test_samples = Resident(dataset.test, self.test_ids, self.dtype, ops)
+        check_tokens(network, self.test_samples, "test")
         # Samples and factor of the last minibatch.
         self.last, self.capacity, self.x = 0, 0, np.empty(0)
+        self.span = WHOLE
         if self.pairs is not None:
             # As many samples of its classes as hardly ever meet in a minibatch.
             mean = share * len(samples) / dataset.train.n
@@ -150,7 +156,7 @@ class ElementWorker:
             self.trunk.reserve(batch)
         else:
             self.x = self.ops.empty(self.features * batch, self.dtype)
-        self.objective.reserve(len(self.classes), batch)
+        self.objective.reserve(len(self.classes), max(1, self.model.steps) * batch)
         if self.sums is not None:
             self.sums.reserve(batch)
 
@@ -172,7 +178,7 @@ class ElementWorker:
         The share is that of its row's slice of the batch, or of `own`, and of its own elements, with the factor 1/b of
         the whole batch. Returns a share of the loss; the shares of all workers add up to the loss of the batch.
         """
-        scale = 1 / len(batch)
+        scale = 1 / self.dataset.train.count(batch.ids)
         if own is None:
             own = batch.share(self.place.row, self.rows)
         # What every sample adds whatever the weights belongs to no pair: the row's first worker counts it.
@@ -216,6 +222,7 @@ class ElementWorker:
 
     def _bring(self, samples: Resident, ids: np.ndarray) -> np.ndarray:
         """Put the model's inputs (inputs, b) of a minibatch where passes take them from; returns them."""
+        self.span = make_span(samples, ids, self.ops)
         if self.trunk is None:
             inputs: np.ndarray = samples.batch(ids, self.x).inputs
             return inputs
@@ -231,6 +238,9 @@ class ElementWorker:
         if self.dataset.task != "classes":
             values: np.ndarray = targets[self.classes]
             return values
+        if targets.ndim == 2:
+            # Of each step, -1 where none counts; all ranks have all classes.
+            return targets
         own: np.ndarray = targets - self.classes[0] if self.pairs is None else self.numbers[targets]
         return own
 
@@ -253,8 +263,8 @@ class ElementWorker:
     def _forward(self, b: int) -> Tape:
         """The pass that gives the scores of the model's classes."""
         if self.trunk is not None:
-            return self.model.forward(self.trunk.all(b))
-        return self.model.forward(self.x[: self.features * b].reshape(self.features, b))
+            return self.model.forward(self.trunk.all(b), None, self.span)
+        return self.model.forward(self.x[: self.features * b].reshape(self.features, b), None, self.span)
 
     def _dx(self, b: int) -> np.ndarray | None:
         """Where the gradient of the inputs goes, which a trunk wants."""
@@ -292,19 +302,19 @@ class ElementWorker:
 
     def _test_features(self, ids: np.ndarray) -> np.ndarray:
         """The features (inputs, b) that scores of test samples are made from by tiles."""
-        features: np.ndarray = self.model.forward(self._bring(self.test_samples, ids)).scores
+        features: np.ndarray = self.model.forward(self._bring(self.test_samples, ids), None, self.span).scores
         return features
 
     def _test_targets(self, ids: np.ndarray) -> np.ndarray:
         """Labels of test samples, or values of the outputs tested here."""
-        targets: np.ndarray = self.dataset.test.targets[ids]
-        return targets if self.dataset.task == "classes" else targets[:, self.classes[self.tested]].T
+        targets: np.ndarray = self.dataset.test.targets[ids].T
+        return targets if self.dataset.task == "classes" else targets[self.classes[self.tested]]
 
     def _test_scores(self, ids: np.ndarray) -> np.ndarray:
         """The scores (classes tested here, b) of test samples."""
         if not self.tested.size:
             return np.empty((0, len(ids)), self.dtype)
-        scores: np.ndarray = self.model.forward(self._bring(self.test_samples, ids)).scores
+        scores: np.ndarray = self.model.forward(self._bring(self.test_samples, ids), None, self.span).scores
         if len(self.tested) == len(scores):
             return scores
         return self.ops.put(self.ops.host(scores)[self.tested])

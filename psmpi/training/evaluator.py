@@ -19,6 +19,7 @@ from psmpi.nn.model import Model
 from psmpi.nn.network import Network
 from psmpi.nn.tail import Tail, classes_at_once
 from psmpi.nn.tiles import is_tiled, make_tail, tail_numbers
+from psmpi.training.spans import check_tokens, make_span
 
 
 def evaluate(
@@ -83,6 +84,7 @@ class Evaluator:
         self.batches = dealt[group.rank]
         ids = np.concatenate([np.arange(0), *(np.arange(at.start, at.stop) for at in self.batches)])
         self.samples = Resident(split, ids, self.dtype, ops)
+        check_tokens(network, self.samples, "test")
         # Of the largest minibatch of all, so that all ranks decide alike.
         self.most = max((at.stop - at.start for at in batches), default=0)
         tiled = metric.loss.weights == "none" and is_tiled(network, network.classes, self.most, ops, split.task)
@@ -106,14 +108,15 @@ class Evaluator:
     def run(self) -> np.ndarray:
         """The metric's sums over this rank's minibatches."""
         held = [self._sample(at) for at in self.batches]
+        spans = [make_span(self.samples, np.arange(at.start, at.stop), self.ops) for at in self.batches]
         *before, last = self.stages
         for stage in before:
             model = self._gathered(stage)
             for k, x in enumerate(held):
                 # One by one: what went in makes room for what comes out.
-                held[k] = self._kept(model.forward(x).scores)
-        model, inputs, targets = self.whole or self._gathered(last), iter(held), self.samples.targets
-        found = (model.forward(x).scores for x in inputs)
+                held[k] = self._kept(model.forward(x, None, spans[k]).scores)
+        model, targets = self.whole or self._gathered(last), self.samples.targets
+        found = (model.forward(x, None, span).scores for x, span in zip(held, spans, strict=True))
         if self.classes is None:
             return evaluate(self.metric, self.batches, lambda _: next(found), targets, self.ops)
         return evaluate_by_tiles(

@@ -64,6 +64,8 @@ class Method:
     skips: ClassVar[bool] = False
     # Whether losses can remember samples here.
     remembers: ClassVar[bool] = False
+    # Whether samples may be sequences: "" no, "labels" with a target each, "steps" also with one at each step.
+    sequences: ClassVar[Literal["", "labels", "steps"]] = ""
     exactness: ClassVar[Exactness] = Exactness()
 
     def __init__(self, context: Context, shards: Ownership):

@@ -35,6 +35,8 @@ class Found:
 
     options: of psmpi.predict; targets: of the samples, None where they are not known; outputs: numbers of the classes
     or values that are predicted, of `known` in all; file: where their values (n, outputs) of `dtype` go, if anywhere.
+    steps: where each step of sequences is predicted, their number; steps then stand for samples, those of a sequence
+    one after the other, and some may have a target that does not count, a label below 0 or values that are NaN.
     """
 
     def __init__(
@@ -46,7 +48,12 @@ class Found:
         n: int,
         dtype: Any,
         file: IO[bytes] | None,
+        steps: int = 0,
     ):
+        if steps:
+            n *= steps
+            targets = None if targets is None else targets.reshape(n, *targets.shape[2:])
+        self.steps = steps
         self.options, self.targets, self.n, self.dtype, self.file = options, targets, n, dtype, file
         self.outputs, self.known, self.path = np.array(outputs), known, Path(options.out)
 
@@ -68,29 +75,50 @@ class Found:
             return np.empty((0, len(self.outputs)), self.dtype)
         return np.memmap(self.file, self.dtype, "r", shape=(self.n, len(self.outputs))).view(np.ndarray)
 
+    def numbers(self, k: int) -> list[int]:
+        """The number of a sample, or of a sequence and of its step."""
+        return list(divmod(k, self.steps)) if self.steps else [k]
+
+    @property
+    def titles(self) -> list[str]:
+        """The titles of `numbers`."""
+        return ["sample", "step"] if self.steps else ["sample"]
+
+    def shaped(self, arrays: dict[str, Any]) -> dict[str, Any]:
+        """Arrays of samples (n, ...), of each step of sequences (sequences, steps, ...); others as they are."""
+        if not self.steps:
+            return arrays
+        return {
+            name: one.reshape(-1, self.steps, *one.shape[1:]) if np.ndim(one) and len(one) == self.n else one
+            for name, one in arrays.items()
+        }
+
     def summary(self) -> dict[str, Any]:
         """What the options name."""
         o = self.options
-        return {"checkpoint": o.checkpoint, "dataset": o.dataset, "split": o.split, "samples": self.n}
+        found = {"checkpoint": o.checkpoint, "dataset": o.dataset, "split": o.split}
+        return found | {"samples": self.n // max(1, self.steps)} | ({"steps": self.steps} if self.steps else {})
 
 
 class Values(Found):
     """Predicted values."""
 
-    squares = 0.0
+    squares, seen = 0.0, 0
 
     def take(self, at: slice, values: Any) -> None:
         """Take the values (b, outputs) of some samples."""
         self.keep(at, values)
         if self.targets is not None:
             off = values - self.targets[at][:, self.outputs]
+            off = off[~np.isnan(off).any(axis=1)] if self.steps else off
             self.squares += float(np.vdot(off, off))
+            self.seen += len(off)
 
     def report(self) -> None:
         """Write and print the values beside the targets, if these are known."""
         found = self.summary() | {"outputs": self.outputs.tolist()}
         if self.targets is not None:
-            found["rmse"] = sqrt(self.squares / max(1, self.n * len(self.outputs)))
+            found["rmse"] = sqrt(self.squares / max(1, self.seen * len(self.outputs)))
         if self.options.out:
             self._write()
         if self.options.json:
@@ -107,8 +135,11 @@ class Values(Found):
             wanted = self.targets[:, self.outputs]
             columns = {f"target_{k}": wanted[:, at] for at, k in enumerate(self.outputs)} | columns
             arrays["targets"] = wanted
-        rows = ([k, *(repr(float(v)) for v in row)] for k, row in enumerate(zip(*columns.values(), strict=True)))
-        _save(self.path, arrays, ["sample", *columns], rows)
+        rows = (
+            [*self.numbers(k), *(repr(float(v)) for v in row)]
+            for k, row in enumerate(zip(*columns.values(), strict=True))
+        )
+        _save(self.path, self.shaped(arrays), [*self.titles, *columns], rows)
 
 
 class Choices(Found):
@@ -128,15 +159,18 @@ class Choices(Found):
 
     def report(self) -> None:
         """Write and print the predictions, and how good they are."""
-        labels, predicted, known = self.labels, self.choices[:, 0], self.known
+        labels, choices, known = self.labels, self.choices, self.known
         if self.options.out:
             self._write()
         found = self.summary() | {"classes": self.outputs.tolist()}
+        if self.steps and labels.max(initial=-1) >= 0:
+            labels, choices = labels[labels >= 0], choices[labels >= 0]
+        predicted = choices[:, 0]
         # A part of the classes scores, and cannot choose among all.
         if len(labels) and labels.min() >= 0 and len(self.outputs) == known:
             found["accuracy"] = float(np.count_nonzero(predicted == labels) / len(labels))
             if known > TOP:
-                found["top5"] = float(np.count_nonzero(self.choices == labels[:, None]) / len(labels))
+                found["top5"] = float(np.count_nonzero(choices == labels[:, None]) / len(labels))
             if known <= TABLE:
                 confusion = np.zeros((known, known), int)
                 np.add.at(confusion, (labels, predicted), 1)
@@ -152,10 +186,11 @@ class Choices(Found):
         predicted, scores = self.choices[:, 0], self.kept()
         arrays = {"predicted": predicted, "labels": self.labels, "scores": scores, "classes": self.outputs}
         rows = (
-            [k, label if label >= 0 else "", choice, *(repr(float(v)) for v in row)]
+            [*self.numbers(k), label if label >= 0 else "", choice, *(repr(float(v)) for v in row)]
             for k, (label, choice, row) in enumerate(zip(self.labels, predicted, scores, strict=True))
         )
-        _save(self.path, arrays, ["sample", "label", "predicted", *(f"score_{c}" for c in self.outputs)], rows)
+        titles = [*self.titles, "label", "predicted", *(f"score_{c}" for c in self.outputs)]
+        _save(self.path, self.shaped(arrays), titles, rows)
 
 
 def _confused(labels: Any, predicted: Any) -> list[list[int]]:

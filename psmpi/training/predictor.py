@@ -18,6 +18,7 @@ from psmpi.data import Identity, Resident, Split, identify_split, open_split, sp
 from psmpi.errors import UserError
 from psmpi.layout import Layout, make_grid
 from psmpi.nn.cut import couples, tail_of
+from psmpi.nn.layers.workspace import Span
 from psmpi.nn.metric import largest
 from psmpi.nn.model import Model
 from psmpi.nn.network import Network
@@ -100,7 +101,7 @@ class Predictor:
         ops: NumpyOps,
         top: int,
     ):
-        self.network = network
+        self.network, self.each = network, max(1, network.steps)
         self.control, self.dtype, self.top = control, dtype, top
         rows = world.size if network.tie() is not None else 0
         grid = make_grid("scores", len(classes), world.size, rows)
@@ -129,6 +130,8 @@ class Predictor:
     def run(self, split: Split, take: Callable[..., None] | None) -> None:
         """Call take(at, scores), on rank 0 alone, for the samples `at`, a slice, of each minibatch, in any order.
 
+        Where each step of sequences has scores, steps stand for samples: those of a sequence follow each other.
+
         scores: (b, classes) of the dtype. With `top` the call is take(at, scores, classes), of the largest scores with
         their classes, (b, top) each, as `largest` has them.
         """
@@ -144,13 +147,15 @@ class Predictor:
                 continue
             for rank, some in zip(self.reporters, dealt, strict=True):
                 if turn < len(some):
-                    take(some[turn], *(found if rank == 0 else self._receive(some[turn], rank)))
+                    at = slice(some[turn].start * self.each, some[turn].stop * self.each)
+                    take(at, *(found if rank == 0 else self._receive(at, rank)))
 
     def _find(self, split: Split, at: slice) -> list[np.ndarray]:
         """What the row's ranks find together, samples first; nothing on those that do not gather it."""
-        x = fetch(split, np.arange(at.start, at.stop), self.dtype)
-        found = [self.model.forward(x).scores] if self.top == 0 else self._largest(x)
-        b, first = x.shape[1], self.place.column == 0
+        ids = np.arange(at.start, at.stop)
+        x, span = fetch(split, ids, self.dtype), Span(None if split.lengths is None else split.lengths[ids])
+        found = [self._scores(x, span)] if self.top == 0 else self._largest(x, span)
+        b, first = found[0].shape[1], self.place.column == 0
         gathered = [np.empty((sum(self.counts) if first else 0, b), array.dtype) for array in found]
         sizes = [n * b for n in self.counts]
         starts = np.cumsum([0, *sizes[:-1]]).tolist()
@@ -165,11 +170,16 @@ class Predictor:
             gathered = list(largest(gathered[0], self.top, gathered[1]))
         return [np.ascontiguousarray(array.T) for array in gathered]
 
-    def _largest(self, x: np.ndarray) -> list[np.ndarray]:
+    def _scores(self, x: np.ndarray, span: Span) -> np.ndarray:
+        """What the model makes of samples (features, b): (outputs, b), of each step of sequences (outputs, b steps)."""
+        y: np.ndarray = self.model.forward(x, None, span).scores
+        return np.ascontiguousarray(y.transpose(0, 2, 1)).reshape(len(y), -1) if self.model.steps else y
+
+    def _largest(self, x: np.ndarray, span: Span) -> list[np.ndarray]:
         """The largest of this rank's scores, with their classes."""
-        y = self.model.forward(x).scores
+        y = self._scores(x, span)
         tiles = [(0, y)] if self.tail is None else self.tail.tiles(y.reshape(-1, x.shape[1]))
-        scores, classes = np.empty((0, x.shape[1]), self.dtype), np.empty((0, x.shape[1]), np.int64)
+        scores, classes = np.empty((0, y.shape[-1]), self.dtype), np.empty((0, y.shape[-1]), np.int64)
         for first, tile in tiles:
             more, at = largest(tile, self.top)
             # Tiles are in the order of their classes.

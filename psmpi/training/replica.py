@@ -45,6 +45,7 @@ class Replica(Method):
     """
 
     nccl = True
+    sequences = "steps"
     # What helps where ranks that compute alike are given different sums.
     advice: ClassVar[str] = "use another MPI library"
 

@@ -30,7 +30,7 @@ from psmpi.data.rows import ArrayRows, RowSource
 from psmpi.errors import UserError, layers_in
 from psmpi.nn.zoo import make_network
 from psmpi.registry import find_method
-from psmpi.training.checks import check_margin, notes
+from psmpi.training.checks import check_margin, check_sequences, notes
 from psmpi.training.folder import RunFolder
 from psmpi.training.loop import plan_steps
 from psmpi.training.resume import compare, noting
@@ -85,6 +85,7 @@ def begin(control: Control, config: Config, own: str, tell: Callable[[str], None
             network = network_of(config, dataset)
         with noting(own):
             check_margin(network, dataset, config)
+            check_sequences(kind, network, dataset)
             kind.check(size, network, dataset, config)
             if not kind.private(config):
                 plan_steps(dataset, config)
@@ -212,4 +213,4 @@ class RecordedRows:
 def network_of(config: Config, dataset: Dataset) -> Any:
     """The network that is asked for, in the shape of the data set."""
     model = config.model
-    return make_network(model.model, dataset.shape, dataset.outputs, **model.shape)
+    return make_network(model.model, dataset.shape, dataset.outputs, **model.shape, by_step=dataset.train.by_step)

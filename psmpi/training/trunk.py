@@ -16,6 +16,7 @@ from psmpi.nn.layers.chain import Tape, leaves
 from psmpi.nn.model import Model
 from psmpi.nn.objective import GRADIENT_LIMIT
 from psmpi.training.context import Context
+from psmpi.training.spans import make_span, recorder
 
 # Seconds: the last of many ranks that meet an error at once speaks after 3 (psmpi.comm.world).
 PATIENCE = 4.0
@@ -51,7 +52,8 @@ class Trunk:
         self.batch, self.whole, self.slice = 0, True, slice(0, 0)
         self.forward_pass, self.backward_pass = self._forward, self._backward
         if self.sums is None:
-            self.forward_pass, self.backward_pass = ops.record(self._forward), ops.record(self._backward)
+            record = recorder(context.network, ops)
+            self.forward_pass, self.backward_pass = record(self._forward), record(self._backward)
         self.capacity = 0
 
     def _total(self, values: np.ndarray) -> None:
@@ -90,6 +92,7 @@ class Trunk:
         self.reserve(b)
         self.batch, self.whole, self.slice = b, b < self.row.size, self.share(b)
         samples.batch(ids[self.slice], self.x)
+        self.span = make_span(samples, ids[self.slice], self.ops)
         self.tape = self.forward_pass(self.slice.stop - self.slice.start)
         made, features = self.tape.scores.reshape(self.units, -1), self.all(b)
         if self.whole:
@@ -128,7 +131,7 @@ class Trunk:
             time.sleep(PATIENCE)
 
     def _forward(self, n: int) -> Tape:
-        return self.model.forward(self.x[: self.inputs * n].reshape(self.inputs, n))
+        return self.model.forward(self.x[: self.inputs * n].reshape(self.inputs, n), None, self.span)
 
     def _backward(self, n: int) -> None:
         scores = self.tape.scores

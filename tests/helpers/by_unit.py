@@ -7,9 +7,11 @@ from zlib import crc32
 import numpy as np
 
 from psmpi.nn.init import initial_values
+from psmpi.nn.layers.embedding import Embedding
 from psmpi.nn.layers.flatten import Flatten
 from psmpi.nn.layers.group_norm import GroupNorm
 from psmpi.nn.layers.linear import Linear
+from psmpi.nn.layers.recurrent import Recurrent
 
 
 def _of_groups(users, size, count):
@@ -23,6 +25,8 @@ def _inputs(layer, users):
         groups = _of_groups(users, layer.units // layer.groups, layer.groups)
         seen = [of for of in groups for _ in range(layer.group_inputs)]
         return seen + [frozenset()] * (layer.in_shape[0] - len(seen))
+    if isinstance(layer, Recurrent | Embedding):
+        return _of_groups(users, len(users), 1) * layer.in_shape[0]
     if isinstance(layer, Flatten):
         return _of_groups(users, prod(layer.in_shape[1:]), layer.in_shape[0])
     if isinstance(layer, GroupNorm):
@@ -39,7 +43,10 @@ def _parameters(layers, users):
     for layer in reversed(layers):
         before = _inputs(layer, users)
         own = before if isinstance(layer, GroupNorm) else users
-        found = (_parameters(layer.inner, users) if layer.inner else [(p, own) for p in layer.parameters()]) + found
+        pairs = [(p, own) for p in layer.parameters()]
+        if isinstance(layer, Recurrent | Embedding):
+            pairs = [(p, _of_groups(users, len(users), 1) * p.units) for p in layer.parameters()]
+        found = (_parameters(layer.inner, users) if layer.inner else pairs) + found
         users = before
     return found
 
@@ -79,6 +86,8 @@ def weights_by_unit(network, seed, kind, gain):
             p = parameters[k]
             for unit in range(first, last):
                 law, at = laws.get(p.name), offset + (unit - first) * p.unit_size
+                if law is not None and law.units is not None and unit not in range(*law.units):
+                    continue
                 if law is not None and law.law == "constant":
                     vector[at : at + p.unit_size] = law.value
                 elif law is not None:

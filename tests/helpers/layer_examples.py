@@ -31,6 +31,12 @@ def residual(*layers, **settings):
     return {"type": "residual", "layers": layers, **settings}
 
 
+def recurrent(kind, units, **settings):
+    return {"type": kind, "units": units, **settings}
+
+
+LAST = {"type": "last"}
+
 NETWORKS = {
     "dense": ((7,), [dense(6), {"type": "tanh"}, dense(4)], 4),
     "identity": ((7,), [{"type": "identity"}, dense(4), {"type": "identity"}], 4),
@@ -93,13 +99,30 @@ NETWORKS = {
          NORM, {"type": "relu"}, {"type": "mean_pool", "size": 3}, FLAT, dense(4)],
         4,
     ),
+    "tanh states": ((3, 5), [recurrent("rnn", 6), LAST, dense(4)], 4),
+    "long short-term memory": ((3, 5), [recurrent("lstm", 4), recurrent("lstm", 5, bias=False), LAST, dense(4)], 4),
+    "gated recurrent units": ((3, 5), [recurrent("gru", 4), recurrent("gru", 5, bias=False), LAST, dense(4)], 4),
+    "layers of each step": (
+        (3, 5), [dense(6), TANH, recurrent("rnn", 4), residual(recurrent("gru", 4), dense(4)), LAST, dense(4)], 4,
+    ),
+    "tokens": ((1, 5), [{"type": "embedding", "vocabulary": 7, "units": 3}, recurrent("lstm", 4), LAST, dense(4)], 4),
+    "tokens side by side": (
+        (1, 4), [{"type": "embedding", "vocabulary": 5, "units": 3}, dense(2), TANH, FLAT, dense(4)], 4,
+    ),
+    "scores of each step": ((3, 5), [recurrent("lstm", 6), separable(8, 4), TANH, separable(4, 4)], 4),
 }  # fmt: skip
 
 
-# Those in which a sample has scores, and a gradient, of its own.
-APART = [name for name, (_, layers, _) in NETWORKS.items() if "batch_norm" not in str(layers)]
+def has(layers, *kinds):
+    return any(f"'{kind}'" in str(layers) for kind in kinds)
+
+
+# Those in which a sample has scores, and a gradient, of its own, and a pass may go back more than once.
+APART = [name for name, (_, layers, _) in NETWORKS.items() if not has(layers, "batch_norm", "rnn", "gru", "lstm")]
 
 
 def make(name):
     shape, layers, classes = NETWORKS[name]
-    return make_network("psnet", shape, classes) if layers is None else build(name, shape, layers, classes)
+    if layers is None:
+        return make_network("psnet", shape, classes)
+    return build(name, shape, layers, classes, name == "scores of each step")

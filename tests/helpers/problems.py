@@ -4,6 +4,7 @@ import numpy as np
 
 from psmpi.backend import NumpyOps
 from psmpi.layout import restrict
+from psmpi.nn.layers.embedding import Embedding
 from psmpi.nn.model import Model
 
 
@@ -12,7 +13,9 @@ def random_problem(network, batch=3, dtype=np.float64, seed=0):
     rng = np.random.default_rng(seed)
     w = rng.normal(size=layout.size).astype(dtype)
     x = rng.normal(size=(int(np.prod(network.in_shape)), batch)).astype(dtype)
-    d = rng.normal(size=(network.classes, batch)).astype(dtype)
+    if isinstance(network.layers[0], Embedding):
+        x = rng.integers(0, network.layers[0].vocabulary, x.shape).astype(dtype)
+    d = rng.normal(size=(network.classes, *([network.steps] if network.steps else []), batch)).astype(dtype)
     return layout, w, x, d
 
 

@@ -655,7 +655,7 @@ BAD_ARRAYS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "values last": ({"x": X.T, "y": np.zeros((2, 10))}, ["along the last axis", "save x.T and y.T"]),
     "test samples last": (
         {"x": X, "y": Y, "x_test": X.T, "y_test": Y},
-        ["samples of shape (3,)", "samples of shape (10,)"],
+        ["x_test has the shape (3, 10)", "along the last axis", "save x_test.T"],
     ),
     "values a row": ({"x": X, "y": np.zeros((1, 10))}, ["y has the shape (1, 10)", "save y.T"]),
     "x_test alone": ({"x": X, "y": Y, "x_test": X}, ["x_test and y_test"]),
@@ -739,7 +739,7 @@ def test_a_batch_has_the_samples_of_its_ids_and_is_shared_in_order() -> None:
     batch = resident.batch(ids, room)
     np.testing.assert_array_equal(batch.inputs, split.read(ids).T / 16)
     np.testing.assert_array_equal(batch.targets, split.labels[ids])
-    assert batch.inputs.base is room and np.isnan(room[64 * 5 :]).all() and batch.mask is None
+    assert batch.inputs.base is room and np.isnan(room[64 * 5 :]).all() and batch.lengths is None
     shares = [Batch(ids).share(k, 3) for k in range(3)]
     assert [share.ids.tolist() for share in shares] == [[8, 2], [2, 90], [14]] and len(shares[2]) == 1
     assert shares[0].inputs is None and not len(Batch(ids[:1]).share(1, 2))

@@ -12,10 +12,11 @@ from helpers.layer_examples import NETWORKS, make
 from helpers.problems import make_model, random_problem
 
 from psmpi.backend import NumpyOps
-from psmpi.inspect.export import build_onnx
+from psmpi.inspect.export import build_onnx, onnx_inputs
 from psmpi.layout import Each
 from psmpi.nn.layers import LAYERS
 from psmpi.nn.layers.chain import leaves, walk
+from psmpi.nn.layers.workspace import Span
 from psmpi.nn.model import Model
 from psmpi.training.need import pass_numbers
 
@@ -58,9 +59,14 @@ def test_an_exported_network_has_the_scores_of_the_model(name):
         proto = build_onnx(model)
         onnx.checker.check_model(proto, full_check=True)
         session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
-        theirs = session.run(None, {"x": np.ascontiguousarray(x.T).reshape(5, *network.in_shape)})[0]
-        ours = model.forward(x).scores.T
-        assert abs(theirs - ours).max() <= 2e-5 * max(1.0, abs(ours).max())
+        samples = np.ascontiguousarray(x.T).reshape(5, *network.in_shape)
+        for lengths in (None, np.array([1, 5, 3, 2, 4], np.int32)) if network.sequences else (None,):
+            theirs = session.run(None, onnx_inputs(network, samples, lengths))[0]
+            ours = model.forward(x, None, Span(lengths)).scores.T
+            if network.steps and lengths is not None:
+                counted = np.arange(network.steps) < lengths[:, None]
+                theirs, ours = theirs[counted], ours.transpose(0, 1, 2)[counted]
+            assert abs(theirs - ours).max() <= 2e-5 * max(1.0, abs(ours).max())
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -83,12 +89,12 @@ def test_passes_that_are_open_at_once_keep_apart(name):
     slices, expected = [slice(0, 2), slice(2, 6), slice(4, 9)], []
     for at in slices:
         model = make_model(network, layout, w)
-        model.backward(model.forward(np.ascontiguousarray(x[:, at])), d[:, at].copy())
+        model.backward(model.forward(np.ascontiguousarray(x[:, at])), d[..., at].copy())
         expected.append(model.g)
     model = make_model(network, layout, w)
     tapes = [model.forward(np.ascontiguousarray(x[:, at]), model.open(9)) for at in slices]
     for k in (1, 0, 2):
-        model.backward(tapes[k], d[:, slices[k]].copy())
+        model.backward(tapes[k], d[..., slices[k]].copy())
         assert np.array_equal(model.g, expected[k])
 
 
@@ -161,7 +167,7 @@ def test_with_the_sums_that_layers_state_slices_are_as_good_as_the_minibatch(nam
     def work(k):
         tape = models[k].forward(np.ascontiguousarray(x[:, cuts[k]]))
         found[k] = tape.scores.copy()
-        models[k].backward(tape, d[:, cuts[k]].copy())
+        models[k].backward(tape, d[..., cuts[k]].copy())
 
     threads = [threading.Thread(target=work, args=(k,)) for k in range(3)]
     for thread in threads:

@@ -27,7 +27,8 @@ def plain_scores(network, layout, w, x):
                 count = piece.last - piece.first
                 rows[piece.first : piece.last] = w[piece.offset : piece.offset + count * p.unit_size].reshape(count, -1)
         tensors[p.name] = rows.reshape(p.shape)
-    return np.array(plain_layers(network.layers, tensors, [sample.reshape(network.in_shape) for sample in x.T])).T
+    found = plain_layers(network.layers, tensors, [sample.reshape(network.in_shape) for sample in x.T])
+    return np.stack(found, axis=-1)
 
 
 def plain_layers(layers, tensors, batch):
@@ -50,13 +51,38 @@ def plain_layers(layers, tensors, batch):
     return batch
 
 
+def plain_states(layer, p, x):
+    """The states of a recurrent layer for one sequence (features, steps), by their definitions."""
+    h = c = np.zeros(layer.units)
+    states, none = [], np.zeros(layer.rows)
+
+    def sig(v):
+        return 1 / (1 + np.exp(-v))
+
+    for t in range(x.shape[1]):
+        a, u = p["weight"] @ x[:, t] + p.get("bias", none), p["recurrent"] @ h + p.get("recurrent_bias", none)
+        if layer.kind == "rnn":
+            h = np.tanh(a + u)
+        elif layer.kind == "lstm":
+            i, f, g, o = (a + u).reshape(4, -1)
+            c = sig(f) * c + sig(i) * np.tanh(g)
+            h = sig(o) * np.tanh(c)
+        else:
+            (ar, az, an), (ur, uz, un) = a.reshape(3, -1), u.reshape(3, -1)
+            z = sig(az + uz)
+            h = (1 - z) * np.tanh(an + sig(ar + ur) * un) + z * h
+        states.append(h)
+    return np.stack(states, axis=1)
+
+
 def plain_layer(kind, layer, tensors, a):
     if kind in ("Dense", "Conv"):
         weight, bias = tensors[f"{layer.name}.weight"], tensors.get(f"{layer.name}.bias", np.zeros(layer.units))
     if kind == "Dense":
         blocks = weight.reshape(layer.groups, -1, layer.group_inputs)
-        used = a[: layer.groups * layer.group_inputs].reshape(layer.groups, -1)
-        return np.concatenate([m @ v for m, v in zip(blocks, used, strict=True)]) + bias
+        used = a[: layer.groups * layer.group_inputs].reshape(layer.groups, -1, *a.shape[1:])
+        products = np.concatenate([m @ v for m, v in zip(blocks, used, strict=True)])
+        return products + bias.reshape(-1, *(1,) * (a.ndim - 1))
     if kind == "Conv":
         outs = []
         for u in range(layer.units):
@@ -77,6 +103,13 @@ def plain_layer(kind, layer, tensors, a):
         return layer.scale * (weight := tensors[f"{layer.name}.weight"]) @ a / np.linalg.norm(weight, axis=1)
     if kind == "UnitLength":
         return a / np.linalg.norm(a)
+    if kind == "Recurrent":
+        return plain_states(layer, {name.split(".")[1]: tensor for name, tensor in tensors.items() if
+                                    name.startswith(f"{layer.name}.")}, a)  # fmt: skip
+    if kind == "Embedding":
+        return tensors[f"{layer.name}.weight"][:, a[0].astype(int)]
+    if kind == "Last":
+        return a[:, -1]
     if kind == "Flatten":
         return a.reshape(-1)
     if kind == "Pad":

@@ -20,6 +20,24 @@ class Products(Pointwise):
         """out = a @ b over the last two axes, the others batched."""
         np.matmul(a, b, out=out)
 
+    def look_up(self, table: np.ndarray, tokens: np.ndarray, out: np.ndarray) -> None:
+        """out (units, n) = the columns of table (units, vocabulary) at the tokens (n,), whole numbers of its dtype."""
+        out[...] = table[:, self.whole(tokens)]
+
+    def add_up(self, tokens: np.ndarray, values: np.ndarray, out: np.ndarray) -> None:
+        """The adjoint of `look_up`: out (units, vocabulary) = for each token the sum of its columns of values."""
+        out.fill(0)
+        at = self.whole(tokens)
+        order = at.argsort(kind="stable")
+        found, firsts = np.unique(at[order], return_index=True)
+        out[:, found] = np.add.reduceat(values[:, order], firsts, axis=1)
+
+    @staticmethod
+    def whole(tokens: np.ndarray) -> np.ndarray:
+        """Tokens as int64."""
+        found: np.ndarray = np.rint(tokens).astype(np.int64)
+        return found
+
     def convolution(
         self,
         stripes: Sequence[Stripes],

@@ -51,9 +51,9 @@ class Recurrence:
     ) -> None:  # fmt: skip
         """h (units, steps, b) = the states from those `before` (carried, units, b) on.
 
-        a (gates * units, steps, b): x W + b, becomes the gates' values, which of rnn are not kept. bias (gates * units,)
-        of the recurrent product, if any. more (kept, units, steps, b): filled for the way back. lengths (b,) int32:
-        steps of each sample, 0 to all; None: all.
+        a (gates * units, steps, b): x W + b, becomes the gates' values, which of rnn are not kept. bias (gates *
+        units,) of the recurrent product, if any. more (kept, units, steps, b): filled for the way back. lengths (b,)
+        int32: steps of each sample, 0 to all; None: all.
         """
         for t in range(h.shape[1]):
             last = before[0] if t == 0 else h[:, t - 1]

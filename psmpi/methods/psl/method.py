@@ -40,6 +40,7 @@ class PartiallySeparable(Method):
     settings = (Settings, Masters)
     nccl = True
     partitioned = skips = remembers = True
+    sequences = "labels"
 
     def __init__(self, context: Context):
         plan = make_plan(context.network, context.size, context.config)

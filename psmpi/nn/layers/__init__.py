@@ -9,9 +9,12 @@ from psmpi.nn.layers.batch_norm import BatchNorm
 from psmpi.nn.layers.conv import Conv
 from psmpi.nn.layers.cosine import Cosine
 from psmpi.nn.layers.dense import Dense
+from psmpi.nn.layers.embedding import Embedding
 from psmpi.nn.layers.flatten import Flatten
 from psmpi.nn.layers.group_norm import GroupNorm
+from psmpi.nn.layers.last import Last
 from psmpi.nn.layers.pool import Pool
+from psmpi.nn.layers.recurrent import Recurrent
 from psmpi.nn.layers.residual import Residual
 
 LAYERS: dict[str, type[Layer]] = {
@@ -26,6 +29,11 @@ LAYERS: dict[str, type[Layer]] = {
     "batch_norm": BatchNorm,
     "group_norm": GroupNorm,
     "residual": Residual,
+    "rnn": Recurrent,
+    "gru": Recurrent,
+    "lstm": Recurrent,
+    "embedding": Embedding,
+    "last": Last,
     **dict.fromkeys(ACTIVATIONS, Activation),
 }
 

@@ -30,10 +30,14 @@ Total = Callable[[np.ndarray], object]
 
 @dataclass(frozen=True)
 class Initial:
-    """Initial values of a parameter: all `value`, or independent draws of U(-value, value)."""
+    """Initial values of a parameter: all `value`, or independent draws of U(-value, value).
+
+    units: (first, behind the last) of those that have the value, the others are 0; None: all.
+    """
 
     law: str
     value: float
+    units: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,8 @@ class Layer:
     exact: ClassVar[bool] = False
     # Whether backward needs more of a pass than the input and the output.
     keeps: ClassVar[bool] = False
+    # Whether the outputs of a step depend on those of the steps before.
+    recurrent: ClassVar[bool] = False
     # Whether it goes with the layer that follows it where a network is cut.
     leads: ClassVar[bool] = False
     # Whether outputs lie in the range of the inputs.
@@ -212,6 +218,14 @@ class Site:
     space: Workspace
     dtype: np.dtype
     total: Total | None = None
+
+
+def place(site: Site, parameter: str) -> int:
+    """Where a parameter, whose units all have the same users, begins in the local vector."""
+    at = site.layout.runs_of_parameters({parameter}).inside(site.part)
+    if at is None:
+        raise ValueError(f"the part has not all of {parameter}")
+    return int(at.start)
 
 
 class Part:

@@ -32,6 +32,7 @@ class BatchNorm(Layer):
 
     @classmethod
     def read(cls, table: Table, label: str, shape: tuple[int, ...]) -> list[Layer]:
+        table.no_sequence(shape)
         return [cls(label, shape, shape, table.flag("affine"))]
 
     def parameters(self) -> tuple[Parameter, ...]:

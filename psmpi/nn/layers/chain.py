@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -175,11 +176,10 @@ class Chain:
             part.reserve_backward(batch, wanted or k > first)
 
     def forward(self, x: np.ndarray, room: Room) -> Tape:
-        """x (*in_shape, b) -> the tape of the pass."""
-        batch = x.shape[-1]
+        """x (*in_shape, b), or with fewer steps of sequences, -> the tape of the pass."""
         tape = Tape([x], [])
         for part, buffer, own in zip(self.parts, room.buffers, room.rooms, strict=True):
-            y = None if buffer is None else buffer[: part.size * batch].reshape(*part.shape, batch)
+            y = _output(part, buffer, tape.outputs[-1])
             y, kept = part.forward(tape.outputs[-1], y, own)
             tape.outputs.append(y)
             tape.kept.append(kept)
@@ -187,9 +187,8 @@ class Chain:
 
     def trace(self, x: np.ndarray, room: Room) -> Iterator[tuple[Part, np.ndarray]]:
         """The parts with their outputs for x, one after the other: the next one may overwrite an output."""
-        batch = x.shape[-1]
         for part, buffer, own in zip(self.parts, room.buffers, room.rooms, strict=True):
-            y = None if buffer is None else buffer[: part.size * batch].reshape(*part.shape, batch)
+            y = _output(part, buffer, x)
             x, _ = part.forward(x, y, own)
             yield part, x
 
@@ -225,6 +224,16 @@ class Chain:
         if dx is not None and dy is not dx:
             dx[...] = dy.reshape(dx.shape)
         return dy
+
+
+def _output(part: Part, buffer: np.ndarray | None, x: np.ndarray) -> np.ndarray | None:
+    """The place of a part's output for x; a chunk of sequences has fewer steps than all of them."""
+    if buffer is None:
+        return None
+    shape = part.shape
+    if len(shape) == 2:
+        shape = shape[0], x.shape[1]
+    return buffer[: prod(shape) * x.shape[-1]].reshape(*shape, x.shape[-1])
 
 
 def export_chain(graph: Any, value: str, chain: Chain) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -16,16 +17,20 @@ from psmpi.nn.layers.table import Table
 
 @dataclass(frozen=True)
 class Dense(Linear):
-    """y = W x + b; with groups > 1 block-diagonal; inputs beyond groups x group_inputs are ignored (Raynaud et al.)."""
+    """y = W x + b, of sequences at each step.
+
+    With groups > 1 block-diagonal; inputs beyond groups x group_inputs are ignored (Raynaud et al.).
+    """
 
     @classmethod
     def read(cls, table: Table, label: str, shape: tuple[int, ...]) -> list[Layer]:
-        table.flat(shape)
+        if len(shape) != 2:
+            table.flat(shape)
         units = table.whole("units")
         groups = table.whole("groups") if table.kind == "separable_dense" else 1
         if units % groups or shape[0] < groups:
             raise UserError(f"{table.where}: {shape[0]} inputs and {units} units cannot be cut into {groups} groups")
-        return [cls(label, shape, (units,), groups, bias=table.flag("bias"))]
+        return [cls(label, shape, (units, *shape[1:]), groups, bias=table.flag("bias"))]
 
     @property
     def note(self) -> str:
@@ -58,29 +63,36 @@ class Dense(Linear):
         once = stripes == used or (used == 1 and thin)
         if once and used * self.group_inputs == stage.inputs.sum():
             return found
-        return {**found, "product": self.group_inputs * batch}
+        return {**found, "product": self.group_inputs * prod(self.in_shape[1:]) * batch}
 
     def part(self, stage: Stage, site: Site) -> Part:
         return DensePart(stage, site)
 
 
 class DensePart(LinearPart):
-    """x (inputs, b) -> y (units, b)."""
+    """x (inputs, b) -> y (units, b); of sequences (inputs, steps, b) -> (units, steps, b)."""
 
     def reserve(self, batch: int) -> None:
         if not self.covers:
-            self.space.take("product", max(s.n_in for s in self.segments), batch)
+            self.space.take("product", max(s.n_in for s in self.segments), prod(self.shape[1:]) * batch)
 
     def forward(self, x: np.ndarray, y: np.ndarray | None, room: Any) -> tuple[np.ndarray, Any]:
         assert y is not None
+        x, rows = _rows(x), _rows(y)
         for s, (w, b) in zip(self.segments, self.w, strict=True):
-            out = self.target(s, y)
+            out = self.target(s, rows)
             self.ops.matmul(w, self.source(s, x), out)
             self.ops.finish(out, b, self.activation)
         return y, None
 
     def backward(
         self, x: np.ndarray, y: np.ndarray, kept: Any, dy: np.ndarray, dx: np.ndarray | None, into: Any
+    ) -> np.ndarray:
+        below = self._backward(_rows(x), _rows(y), _rows(dy), None if dx is None else _rows(dx), into, x.shape[-1])
+        return dy if dx is None else below.reshape(dx.shape)
+
+    def _backward(
+        self, x: np.ndarray, y: np.ndarray, dy: np.ndarray, dx: np.ndarray | None, into: Any, batch: int
     ) -> np.ndarray:
         for k, s in enumerate(self.segments):
             out, across = self.target(s, dy), self.source(s, x).transpose(0, 2, 1)
@@ -92,10 +104,13 @@ class DensePart(LinearPart):
                 self.ops.matmul(out, across, gw)
             if isinstance(into, SampleSums):
                 gw, gb = self.rows(into.into)[k]
+                weights = into.weights
+                if x.shape[1] > batch:
+                    weights = np.tile(weights, x.shape[1] // batch)
                 if self.bias:
-                    self.ops.weighted_sums(out, into.weights, gb)
-                scaled = self.space.take("scaled", len(into.weights), *out.shape)
-                self.ops.scale_samples(out, into.weights, scaled)
+                    self.ops.weighted_sums(out, weights, gb)
+                scaled = self.space.take("scaled", len(weights), *out.shape)
+                self.ops.scale_samples(out, weights, scaled)
                 self.ops.matmul(scaled, across, gw)
         if dx is None:
             return dy
@@ -115,7 +130,14 @@ class DensePart(LinearPart):
 
     def export(self, graph: Any, value: str) -> str:
         name = self.layer.name
-        shape = graph.constant(f"{name}.image", np.array([0, -1, 1, 1]))
+        steps = self.shape[1:]
+        shape = graph.constant(f"{name}.image", np.array([0, 0, -1, 1] if steps else [0, -1, 1, 1]))
         image = graph.node("Reshape", [value, shape], f"{name}.in")
         joined = self.export_as_convolutions(graph, image, 1)
-        return str(graph.node("Reshape", [joined, graph.constant(f"{name}.flat", np.array([0, -1]))], name))
+        flat = graph.constant(f"{name}.flat", np.array([0, 0, -1] if steps else [0, -1]))
+        return str(graph.node("Reshape", [joined, flat], name))
+
+
+def _rows(values: np.ndarray) -> np.ndarray:
+    """The units as rows, of sequences with all steps: each of them is as good as a sample."""
+    return values if values.ndim == 2 else values.reshape(values.shape[0], -1)

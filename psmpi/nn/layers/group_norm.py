@@ -30,6 +30,7 @@ class GroupNorm(Layer):
 
     @classmethod
     def read(cls, table: Table, label: str, shape: tuple[int, ...]) -> list[Layer]:
+        table.no_sequence(shape)
         groups = table.whole("groups")
         if shape[0] % groups:
             raise UserError(f"{table.where}: {shape[0]} units do not divide into {groups} groups")

@@ -64,6 +64,23 @@ class Table:
             raise UserError(f"{self.where}: {self.kind} needs (channels, height, width), its input has shape {shape}")
         return shape[0], shape[1], shape[2]
 
+    def sequence(self, shape: Shape) -> tuple[int, int]:
+        """The shape of the layer's input, which has to be (features, steps)."""
+        if len(shape) != 2:
+            raise UserError(
+                f"{self.where}: {self.kind} needs a sequence (features, steps), its input has shape {shape}: of images "
+                "make sequences with --dataset NAME:rows or NAME:pixels, and save sequences with their lengths"
+            )
+        return shape[0], shape[1]
+
+    def no_sequence(self, shape: Shape) -> None:
+        """UserError where the layer's input is a sequence, whose steps it would mix."""
+        if len(shape) == 2:
+            raise UserError(
+                f"{self.where}: {self.kind} would normalize over the steps of sequences, which may be of different "
+                "lengths: leave it out, or put it behind a layer that ends them (last, flatten)"
+            )
+
     def flat(self, shape: Shape) -> None:
         """UserError unless the layer's input is (features,)."""
         if len(shape) != 1:

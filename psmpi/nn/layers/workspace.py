@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from math import prod
 
 import numpy as np
@@ -10,16 +11,33 @@ import numpy as np
 from psmpi.backend import NumpyOps
 
 
+@dataclass(frozen=True, slots=True)
+class Span:
+    """The steps that a pass of sequences has.
+
+    lengths: (b,) int32, of each sample, where the model computes; None: all. begins, ends: whether the pass has the
+    first and the last chunk of its sequences, and not others before or behind it.
+    """
+
+    lengths: np.ndarray | None = None
+    begins: bool = True
+    ends: bool = True
+
+
+WHOLE = Span()
+
+
 class Workspace:
     """Arrays by name, each valid until the next of its name; they grow to the largest use.
 
-    finished: called with the number of each part with weights when a backward pass has made its gradient.
+    span: of the pass that goes on. finished: called with the number of each part with weights when a backward pass has
+    made its gradient.
     """
 
     def __init__(self, ops: NumpyOps, dtype: np.dtype):
         self.ops, self.dtype = ops, dtype
         self.arrays: dict[str, np.ndarray] = {}
-        self.turn = 1
+        self.turn, self.span = 1, WHOLE
         self.finished: Callable[[int], None] | None = None
 
     def take(self, name: str, *shape: int) -> np.ndarray:

@@ -1,0 +1,107 @@
+"""Generated tasks of sequences, which a network can only learn by remembering."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+from psmpi.data.rows import ArrayRows
+from psmpi.data.split import Dataset, Split, frozen
+from psmpi.errors import UserError
+
+SAMPLES, TESTS = 10_000, 1_000
+# Keeps these random numbers apart from all others drawn from the same seed.
+_TAG = 0x7461736B
+# Symbols of copying, and how many of them are to be copied; symbols of repeat_copy, and most repetitions.
+COPIED, RECALLED = 8, 10
+LETTERS, REPEATS = 4, 3
+
+Arrays = tuple[npt.NDArray[np.float32], npt.NDArray[np.generic], npt.NDArray[np.int32] | None]
+
+
+def adding(n: int, steps: int, rng: np.random.Generator) -> Arrays:
+    """Numbers from U(0, 1) and markers of two of them, one in each half, whose sum is the value to learn.
+
+    Hochreiter and Schmidhuber (1997). x (n, 2, steps), values (n, 1). The mean is off by sqrt(1 / 6) = 0.408.
+    """
+    x = np.zeros((n, 2, steps), np.float32)
+    x[:, 0] = rng.random((n, steps), np.float32)
+    half = steps // 2
+    for first, behind in ((0, half), (half, steps)):
+        x[np.arange(n), 1, rng.integers(first, behind, n)] = 1
+    return x, (x[:, 0] * x[:, 1]).sum(axis=1, dtype=np.float64)[:, None], None
+
+
+def copying(n: int, blanks: int, rng: np.random.Generator) -> Arrays:
+    """Ten symbols, `blanks` steps of nothing, then a signal, after which the symbols are to be said in their order.
+
+    Hochreiter and Schmidhuber (1997), as Arjovsky et al. (2016) have it, but that only the ten answers count. x (n, 10,
+    blanks + 20): one-hot of nothing, eight symbols, and the signal; labels (n, steps).
+    """
+    steps = blanks + 2 * RECALLED
+    symbols = rng.integers(0, COPIED, (n, RECALLED))
+    said = np.zeros((n, steps), np.int64)
+    said[:, :RECALLED] = 1 + symbols
+    said[:, steps - RECALLED - 1] = COPIED + 1
+    labels = np.full((n, steps), -1)
+    labels[:, -RECALLED:] = symbols
+    return _one_hot(said, COPIED + 2), labels, None
+
+
+def repeat_copy(n: int, longest: int, rng: np.random.Generator) -> Arrays:
+    """1 to `longest` letters and a number, 1 to 3: the letters are to be said as many times, and an end.
+
+    Graves et al. (2014), with letters in place of vectors of bits. x (n, 5, 4 longest + 2): one-hot of four letters,
+    and a third of the number; labels (n, steps) of four letters and the end, at the steps after the number.
+    """
+    steps = (1 + REPEATS) * longest + 2
+    x, labels = np.zeros((n, LETTERS + 1, steps), np.float32), np.full((n, steps), -1)
+    lengths = np.zeros(n, np.int32)
+    sizes, times = rng.integers(1, longest + 1, n), rng.integers(1, REPEATS + 1, n)
+    letters = rng.integers(0, LETTERS, (n, longest))
+    for k, (size, count) in enumerate(zip(sizes.tolist(), times.tolist(), strict=True)):
+        said = letters[k, :size]
+        x[k, said, np.arange(size)] = 1
+        x[k, LETTERS, size] = count / REPEATS
+        labels[k, size + 1 : size + 1 + count * size] = np.tile(said, count)
+        labels[k, size + 1 + count * size] = LETTERS
+        lengths[k] = size + 2 + count * size
+    return x, labels, lengths
+
+
+def _one_hot(said: npt.NDArray[np.int64], count: int) -> npt.NDArray[np.float32]:
+    """(n, steps) -> (n, count, steps)."""
+    return np.ascontiguousarray((said[:, None] == np.arange(count)[:, None]).astype(np.float32))
+
+
+# Each task, the number that is taken where none is given, and the least and the largest.
+TASKS: dict[str, tuple[Callable[[int, int, np.random.Generator], Arrays], int, int, int]] = {
+    "adding": (adding, 50, 2, 5000),
+    "copying": (copying, 20, 1, 5000),
+    "repeat_copy": (repeat_copy, 5, 1, 500),
+}
+
+
+def open_task(task: str, number: str, seed: int) -> Dataset:
+    """A generated data set, the same for the same seed: 10,000 training and 1,000 test sequences.
+
+    number: of steps, blanks or letters, "" for the usual one. UserError where the task has no such size.
+    """
+    make, size, least, most = TASKS[task]
+    if number:
+        if not (number.isascii() and number.isdigit() and least <= int(number) <= most):
+            raise UserError(
+                f"--dataset {task}:{number}: expected {task}:N with N from {least} to {most}, or {task} alone"
+            )
+        size = int(number)
+    splits = []
+    for k, n in enumerate((SAMPLES, TESTS)):
+        sequence = np.random.SeedSequence([max(seed, 0), _TAG, k])
+        x, targets, lengths = make(n, size, np.random.Generator(np.random.Philox(sequence)))
+        source = ArrayRows(x.reshape(n, -1))
+        splits.append(Split(frozen(targets), x.shape[1:], 1.0, source, None, lengths))
+    train, test = splits
+    outputs = train.targets.shape[-1] if train.task == "regression" else int(train.targets.max()) + 1
+    return Dataset(task if not number else f"{task}:{number}", outputs, train.shape, train, test)

@@ -1,0 +1,230 @@
+"""Recurrent layers: tanh networks (Elman 1990), LSTM (Hochreiter and Schmidhuber 1997), GRU (Cho et al. 2014)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import sqrt
+from typing import Any, ClassVar
+
+import numpy as np
+
+from psmpi.backend import CELLS
+from psmpi.errors import UserError
+from psmpi.layout import Parameter
+from psmpi.nn.layers.base import Initial, Layer, Part, Site, Stage, place
+from psmpi.nn.layers.table import Table
+from psmpi.nn.layers.uses import Uses, grouped, stretched
+
+# The operators of ONNX, and the order of its gates in terms of ours.
+ONNX = {"rnn": ("RNN", (0,)), "gru": ("GRU", (1, 0, 2)), "lstm": ("LSTM", (0, 3, 1, 2))}
+
+
+@dataclass(frozen=True)
+class Recurrent(Layer):
+    """States h_t of h_{t-1} and x_t, the outputs of each step; before the first step they are 0.
+
+    rnn: h = tanh(W x + U h' + b). lstm: [i f g o] = W x + U h' + b, c = sig(f) c' + sig(i) tanh(g), h = sig(o) tanh(c).
+    gru, with the reset after the product as in cuDNN: [r z] = sig(W x + b + U h' + b_u) in these rows, n = tanh(W x + b
+    + r (U h' + b_u)) in those, h = (1 - z) n + z h'. Beyond the end of a sequence states stay what they are.
+    """
+
+    kind: str
+    bias: bool = field(default=True, kw_only=True)
+
+    linear: ClassVar[bool] = True
+    keeps: ClassVar[bool] = True
+    moves_gradient: ClassVar[bool] = True
+    recurrent: ClassVar[bool] = True
+
+    @classmethod
+    def read(cls, table: Table, label: str, shape: tuple[int, ...]) -> list[Layer]:
+        _, steps = table.sequence(shape)
+        return [cls(label, shape, (table.whole("units"), steps), table.kind, bias=table.flag("bias"))]
+
+    @property
+    def units(self) -> int:
+        return self.out_shape[0]
+
+    @property
+    def rows(self) -> int:
+        """Rows of its matrices, those of all gates."""
+        return CELLS[self.kind][0] * self.units
+
+    @property
+    def macs(self) -> int:
+        return self.out_shape[1] * self.rows * (self.in_shape[0] + self.units)
+
+    def parameters(self) -> tuple[Parameter, ...]:
+        rows = self.rows
+        shapes: dict[str, tuple[int, ...]] = {"weight": (rows, self.in_shape[0]), "recurrent": (rows, self.units)}
+        if self.bias:
+            shapes["bias"] = (rows,)
+        if self.bias and self.kind == "gru":
+            shapes["recurrent_bias"] = (rows,)
+        return tuple(Parameter(f"{self.name}.{name}", shape, rows) for name, shape in shapes.items())
+
+    def initial(self, kind: str, gain: float) -> dict[str, Initial]:
+        """A forget gate begins open, with a bias of 1 (Jozefowicz et al. 2015)."""
+        found, inputs = {}, self.in_shape[0]
+        for name, fan_in in (("weight", inputs), ("recurrent", self.units)):
+            xavier, he, pytorch = sqrt(6 / (fan_in + self.units)), sqrt(6 / fan_in), 1 / sqrt(self.units)
+            width = {"xavier": xavier, "he": he, "pytorch": pytorch}[kind]
+            found[f"{self.name}.{name}"] = Initial("uniform", width)
+        if self.bias and self.kind == "lstm":
+            found[f"{self.name}.bias"] = Initial("constant", 1.0, (self.units, 2 * self.units))
+        return found
+
+    def sources(self, uses: Uses) -> Uses:
+        return stretched(grouped(uses, self.units), self.in_shape[0])
+
+    def users(self, uses: Uses) -> list[tuple[Parameter, Uses]]:
+        # Each unit depends on all others of the step before.
+        return [(parameter, stretched(grouped(uses, self.units), self.rows)) for parameter in self.parameters()]
+
+    def present(self, inputs: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+        return np.full(self.units, wanted.any())
+
+    def restrict(self, units: int, in_shape: tuple[int, ...]) -> Layer:
+        if units != self.units or in_shape[0] != self.in_shape[0]:
+            raise UserError(f"the units of {self.name} depend on each other, and cannot be dealt out one by one")
+        return super().restrict(units, in_shape)
+
+    def held(self, stage: Stage, batch: int, writable: bool, packed: bool) -> int:
+        gates, carried, kept = CELLS[self.kind]
+        # Gates and what else backward needs of each step; states before a pass, behind it, and their gradient.
+        return ((gates + kept) * self.out_shape[1] + 3 * carried) * self.units * batch
+
+    def part(self, stage: Stage, site: Site) -> Part:
+        return RecurrentPart(stage, site)
+
+
+class RecurrentPart(Part):
+    """x (inputs, steps, b) -> h (units, steps, b)."""
+
+    def __init__(self, stage: Stage, site: Site):
+        super().__init__(stage, site)
+        assert isinstance(self.layer, Recurrent)
+        self.recurrence = self.ops.recurrence(self.layer.kind, self.layer.units, site.dtype)
+        self.shapes = {p.name: p.shape for p in self.layer.parameters()}
+        self.places = {name: place(site, name) for name in self.shapes}
+        self.rows, self.inputs = self.layer.rows, self.layer.in_shape[0]
+        self.units, self.steps = self.layer.out_shape
+        # States behind the last chunk of a forward pass, and their gradient before the first of a backward pass.
+        self.state = self.carry = self.ops.empty(0, site.dtype)
+        self.none = self.ops.zeros(self.rows, site.dtype)
+
+    def views(self, vector: np.ndarray) -> Any:
+        """Its parameters by their names without the layer's."""
+        return {
+            name.rpartition(".")[2]: vector[at : at + int(np.prod(self.shapes[name]))].reshape(self.shapes[name])
+            for name, at in self.places.items()
+        }
+
+    def room(self, batch: int, writable: bool) -> Any:
+        """Gates, what else backward needs, and the states before the pass."""
+        r, size = self.recurrence, self.units * batch
+        return tuple(
+            self.ops.empty(count * size, self.dtype) for count in (r.gates * self.steps, r.kept * self.steps, r.carried)
+        )
+
+    def reserve(self, batch: int) -> None:
+        size = self.recurrence.carried * self.units * batch
+        if self.state.size < size:
+            self.state, self.carry = (self.ops.empty(size, self.dtype) for _ in range(2))
+
+    def arrays(self) -> list[np.ndarray]:
+        return [self.state, self.carry]
+
+    def prepare(self) -> None:
+        self.recurrence.prepare(self.w["recurrent"])
+
+    def forward(self, x: np.ndarray, y: np.ndarray | None, room: Any) -> tuple[np.ndarray, Any]:
+        assert y is not None
+        k, b = x.shape[1:]
+        span, r, n = self.space.span, self.recurrence, self.units * b
+        a = room[0][: r.gates * n * k].reshape(self.rows, k, b)
+        more = room[1][: r.kept * n * k].reshape(r.kept, self.units, k, b)
+        before, state = (array[: r.carried * n].reshape(r.carried, self.units, b) for array in (room[2], self.state))
+        if span.begins:
+            before.fill(0)
+            self.prepare()
+        else:
+            before[...] = state
+        flat = a.reshape(self.rows, k * b)
+        self.ops.matmul(self.w["weight"], x.reshape(self.inputs, k * b), flat)
+        if "bias" in self.w:
+            self.ops.add_bias(flat[None], self.w["bias"][None])
+        r.forward(a, self.w.get("recurrent_bias"), before, y, more, span.lengths)
+        if not span.ends:
+            state[0] = y[:, -1]
+            if r.carried > 1:
+                state[1:] = more[:, :, -1]
+        return y, (a, more, before, span)
+
+    def backward(
+        self, x: np.ndarray, y: np.ndarray, kept: Any, dy: np.ndarray, dx: np.ndarray | None, into: Any
+    ) -> np.ndarray:
+        (k, b), r = x.shape[1:], self.recurrence
+        # Used up: there is one pass back.
+        a, more, before, span = kept
+        carry = self.carry[: r.carried * self.units * b].reshape(before.shape)
+        if span.ends:
+            carry.fill(0)
+        r.backward(a, before, y, more, dy, carry, span.lengths)
+        flat = a.reshape(self.rows, k * b)
+        if into is not None:
+            self._gradient(x, y, before, a, more, span.begins, into)
+        if dx is None:
+            return dy
+        self.ops.matmul(self.w["weight"].T, flat, dx.reshape(self.inputs, k * b))
+        return dx
+
+    def _gradient(
+        self, x: np.ndarray, y: np.ndarray, before: np.ndarray, a: np.ndarray, more: np.ndarray, zero: bool, g: Any
+    ) -> None:
+        """Write the gradients of the parameters into g, from those of the gates, a; zero: the states before are."""
+        (k, b), matmul = x.shape[1:], self.ops.matmul
+        flat = a.reshape(self.rows, k * b)
+        matmul(flat, x.reshape(self.inputs, k * b).T, g["weight"])
+        # Rows of the recurrent product, and their gradients: those of the gates, but for a gru's last.
+        parts = [(slice(0, self.rows), a)]
+        if self.layer.kind == "gru":  # type: ignore[attr-defined]
+            parts = [(slice(0, 2 * self.units), a[: 2 * self.units]), (slice(2 * self.units, None), more[0])]
+        for rows, da in parts:
+            out = g["recurrent"][rows]
+            if k > 1:
+                matmul(da[:, 1:].reshape(len(da), -1), y[:, :-1].reshape(self.units, -1).T, out)
+            else:
+                out.fill(0)
+            if not zero:
+                first = self.space.take("first step", *out.shape)
+                matmul(da[:, 0], before[0].T, first)
+                out += first
+            if "recurrent_bias" in g:
+                self.ops.row_sums(da.reshape(1, len(da), k * b), g["recurrent_bias"][None, rows])
+        if "bias" in g:
+            self.ops.row_sums(flat[None], g["bias"][None])
+
+    def export(self, graph: Any, value: str) -> str:
+        name, layer = self.layer.name, self.layer
+        assert isinstance(layer, Recurrent)
+        operator, order = ONNX[layer.kind]
+        gates, units = self.recurrence.gates, self.units
+
+        def turned(parameter: str, *shape: int) -> np.ndarray:
+            """Gates in the order of ONNX."""
+            values = self.w.get(parameter, self.none)
+            return np.asarray(values).reshape(gates, units, *shape)[list(order)].reshape(1, gates * units, *shape)
+
+        biases = np.concatenate([turned("bias"), turned("recurrent_bias")], axis=1)
+        constants = [
+            graph.constant(f"{name}.{what}", values)
+            for what, values in (
+                ("W", turned("weight", self.inputs)), ("R", turned("recurrent", units)), ("B", biases)
+            )
+        ]  # fmt: skip
+        steps = graph.node("Transpose", [value], f"{name}.steps", perm=[2, 0, 1])
+        more = {"linear_before_reset": 1} if layer.kind == "gru" else {}
+        states = graph.node(operator, [steps, *constants, graph.lengths], f"{name}.states", hidden_size=units, **more)
+        flat = graph.node("Squeeze", [states, graph.constant(f"{name}.axis", np.array([1]))], f"{name}.flat")
+        return str(graph.node("Transpose", [flat], name, perm=[1, 2, 0]))

@@ -1,0 +1,49 @@
+"""What passes need to know of the sequences of a minibatch, besides their values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from psmpi.backend import NumpyOps
+from psmpi.data import Resident
+from psmpi.errors import UserError
+from psmpi.nn.layers.embedding import Embedding
+from psmpi.nn.layers.workspace import WHOLE, Span
+from psmpi.nn.network import Network
+
+
+def make_span(samples: Resident, ids: np.ndarray, ops: NumpyOps) -> Span:
+    """All steps of the sequences `ids` (b,), with their lengths where the backend computes."""
+    lengths = samples.lengths(ids)
+    return WHOLE if lengths is None else Span(ops.put(lengths))
+
+
+def recorder(network: Network, ops: NumpyOps) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """What records a pass, see `NumpyOps.record`: nothing of sequences, whose lengths change."""
+    return as_it_is if network.sequences else ops.record
+
+
+def check_tokens(network: Network, samples: Resident, kind: str) -> None:
+    """UserError where samples are tokens and the network looks none up, or fewer than there are; kind: "training"."""
+    first = network.layers[0]
+    if not isinstance(first, Embedding):
+        if samples.largest >= 0:
+            raise UserError(
+                "the samples are tokens, whole numbers, and the network takes them for values: add --vocabulary "
+                f"{samples.largest + 1} to --model rnn, gru or lstm, or begin [[model.layers]] with an embedding; of "
+                "values save x.astype(np.float32)"
+            )
+    elif samples.largest >= first.vocabulary:
+        raise UserError(
+            f"the {kind} samples have the token {samples.largest}, and the vocabulary has {first.vocabulary}, 0 to "
+            f"{first.vocabulary - 1}: use --vocabulary {samples.largest + 1}, or of {first.name} vocabulary = "
+            f"{samples.largest + 1}"
+        )
+
+
+def as_it_is(work: Callable[..., Any]) -> Callable[..., Any]:
+    """Work that is not recorded."""
+    return work
