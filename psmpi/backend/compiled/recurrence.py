@@ -28,11 +28,11 @@ class CompiledRecurrence(Recurrence):
         super().__init__(kind, units, dtype, ops)
         self.team = team
         size = self.gates * units * units
-        self.ahead = np.empty(size, self.dtype)
+        self.ahead = ops.empty(size, self.dtype)
         # Made when a backward pass first needs it.
-        self.back = np.empty(0, self.dtype)
+        self.back = ops.empty(0, self.dtype)
         self.packed_back = False
-        self.state = np.empty(0, self.dtype)
+        self.state = ops.empty(0, self.dtype)
         self._pack = function("cells_pack", self.dtype, "iipp", instructions)
         self._pack_back = function("cells_pack_back", self.dtype, "iipp", instructions)
         self._forward = function("cells_forward", self.dtype, "ppppppppp", instructions)
@@ -67,7 +67,7 @@ class CompiledRecurrence(Recurrence):
         self._check(carry, before.shape)
         if not self.packed_back:
             if not self.back.size:
-                self.back = np.empty_like(self.ahead)
+                self.back = self.ops.empty(self.ahead.size, self.dtype)
             self._pack_back(self.gates, self.units, *pointers(self.dtype, self.u, self.back))
             self.packed_back = True
         arrays = *pointers(self.dtype, a, before, h, more, dh, carry), _pointer(lengths)
@@ -79,7 +79,7 @@ class CompiledRecurrence(Recurrence):
         padded = -(-batch // BATCH_MULTIPLE) * BATCH_MULTIPLE
         size = (2 * self.gates + 1) * self.units * padded
         if self.state.size < size:
-            self.state = np.empty(size, self.dtype)
+            self.state = self.ops.empty(size, self.dtype)
         members = min(self.team.size, max(1, pack.size * batch * steps // WORK), max(1, padded // BATCH_MULTIPLE))
         edges = [min(batch, padded * k // members // BATCH_MULTIPLE * BATCH_MULTIPLE) for k in range(members)] + [batch]
         addresses = pointers(self.dtype, pack)[0], *arrays, *pointers(self.dtype, self.state)

@@ -1,17 +1,18 @@
 /* Recurrent cells: the product with the states before and what follows it, a block of units at a time. Part of the
  * template kernels.h.
  *
- * Samples are taken two vectors at a time. Of such a pair the states, or the gradients of the products, lie together:
- * (rows, the lanes of the pair), row after row. Lanes behind the last sample hold anything finite or not, and go nowhere.
+ * Samples are taken in groups of up to WIDE vectors. Of a group the states, or the gradients of the products, lie
+ * together: (rows, the lanes of the group), row after row. Lanes behind the last sample hold anything, and go nowhere.
  */
 
-/* Units of a block: their sums fill the registers. */
-#if UNITS > 6
-#define CELLS 12
-#else
+/* Units of a block, and vectors of a group: their sums fill the registers. */
 #define CELLS 6
+#if UNITS > 6
+#define WIDE 4
+#else
+#define WIDE 2
 #endif
-#define PAIR (2 * VL)
+#define LANES (WIDE * VL)
 
 #define RNN 0
 #define GRU 1
@@ -54,52 +55,69 @@ INLINE V NAME(tanh_of)(V x)
     return e / (e + SET1((R)2));
 }
 
-/* out (nu, PAIR) = bias (nu) + products of weights w (n, nu) with x (n, nv vectors). */
-INLINE void NAME(panel)(const int nu, const int nv, int n, const R *x, const R *w, const R *bias, R *out)
+/* What is needed soon: `count` arrays, of each as many rows as a block has units, `row` apart. */
+typedef struct {
+    const R *from[8];
+    int count;
+    ptrdiff_t row;
+} NAME(ahead);
+
+/* out (nu, LANES) = bias (nu) + products of weights w (n, nu) with x (n, nv vectors). Meanwhile the arrays `ahead` are
+ * brought to the cache, a row now and then: these rows are on other pages each, where the processor fetches nothing ahead,
+ * and many at once would keep what is multiplied waiting. */
+INLINE void NAME(panel)(const int nu, const int nv, int n, const R *x, const R *w, const R *bias, R *out,
+                        const NAME(ahead) * ahead)
 {
-    V acc[CELLS][2];
+    const int parts = nu * ahead->count;
+    V acc[CELLS][WIDE];
 #pragma GCC unroll 16
     for (int u = 0; u < nu; u++)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int k = 0; k < nv; k++)
             acc[u][k] = SET1(bias ? bias[u] : (R)0);
-    for (int c = 0; c < n; c++) {
-        V v[2];
-#pragma GCC unroll 2
-        for (int k = 0; k < nv; k++)
-            v[k] = LOAD(x + k * VL);
-#pragma GCC unroll 16
-        for (int u = 0; u < nu; u++) {
-            const V weight = SET1(w[u]);
-#pragma GCC unroll 2
+    for (int part = 0, c = 0; part < parts; part++) {
+        const R *const soon = ahead->from[part / nu] + part % nu * ahead->row;
+        for (int k = 0; k < nv * VL; k += 64 / (int)sizeof(R))
+            __builtin_prefetch(soon + k, 1);
+        __builtin_prefetch(soon + nv * VL - 1, 1);
+        for (const int last = EDGE(part + 1, parts, n); c < last; c++) {
+            V v[WIDE];
+#pragma GCC unroll 4
             for (int k = 0; k < nv; k++)
-                acc[u][k] = FMA(weight, v[k], acc[u][k]);
+                v[k] = LOAD(x + k * VL);
+#pragma GCC unroll 16
+            for (int u = 0; u < nu; u++) {
+                const V weight = SET1(w[u]);
+#pragma GCC unroll 4
+                for (int k = 0; k < nv; k++)
+                    acc[u][k] = FMA(weight, v[k], acc[u][k]);
+            }
+            x += nv * VL;
+            w += nu;
         }
-        x += nv * VL;
-        w += nu;
     }
 #pragma GCC unroll 16
     for (int u = 0; u < nu; u++)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int k = 0; k < nv; k++)
-            STORE(out + u * PAIR + k * VL, acc[u][k]);
+            STORE(out + u * LANES + k * VL, acc[u][k]);
 }
 
-static void NAME(any_panel)(int nu, int nv, int n, const R *x, const R *w, const R *bias, R *out)
+static void NAME(any_panel)(int nu, int nv, int n, const R *x, const R *w, const R *bias, R *out,
+                            const NAME(ahead) * ahead)
 {
-#define ONE(u)                                                                                                         \
-    case u:                                                                                                            \
-        if (nv == 2)                                                                                                   \
-            NAME(panel)(u, 2, n, x, w, bias, out);                                                                     \
-        else                                                                                                           \
-            NAME(panel)(u, 1, n, x, w, bias, out);                                                                     \
+#define ONE(nu, nv)                                                                                                    \
+    case nu * 8 + nv:                                                                                                  \
+        NAME(panel)(nu, nv, n, x, w, bias, out, ahead);                                                                      \
         break;
-    switch (nu) {
-        ONE(1) ONE(2) ONE(3) ONE(4) ONE(5) ONE(6)
-#if CELLS > 6
-        ONE(7) ONE(8) ONE(9) ONE(10) ONE(11) ONE(12)
+#define SOME(nv) ONE(1, nv) ONE(2, nv) ONE(3, nv) ONE(4, nv) ONE(5, nv) ONE(6, nv)
+    switch (nu * 8 + nv) {
+        SOME(1) SOME(2)
+#if WIDE > 2
+        SOME(3) SOME(4)
 #endif
     }
+#undef SOME
 #undef ONE
 }
 
@@ -128,15 +146,6 @@ void NAME(cells_pack_back)(int gates, int units, const R *restrict u, R *restric
     }
 }
 
-/* What is needed soon, of `rows` rows so far apart: they are on other pages each, where the processor fetches nothing
- * ahead. */
-INLINE void NAME(fetch)(int rows, ptrdiff_t row, const R *p, int size)
-{
-    for (int i = 0; i < rows; i++)
-        for (int k = 0; k < size; k += 64 / (int)sizeof(R))
-            __builtin_prefetch(p + i * row + k, 1);
-}
-
 /* Vectors of which only some lanes are samples, unless all are (plain). */
 #define TAKE(p) (plain ? LOAD(p) : LOAD_SOME(p, some))
 #define GIVE(p, v)                                                                                                     \
@@ -158,11 +167,11 @@ INLINE V NAME(if_live)(const int plain, V age, V then, V other)
 /* age (nv vectors): the step less the samples' lengths, negative where they have the step. */
 INLINE void NAME(ages)(int t, const int32_t *lengths, int samples, R *age)
 {
-    for (int k = 0; k < PAIR; k++)
+    for (int k = 0; k < LANES; k++)
         age[k] = lengths && k < samples ? (R)(t - lengths[k]) : (R)-1;
 }
 
-/* Step t of a block of units and a pair of vectors, `samples` of whose lanes are samples: from the products in `tile`.
+/* Step t of a block of units and a group of vectors, `samples` of whose lanes are samples: from the products in `tile`.
  * a, h, more and c (the states before, `c_row` from unit to unit) begin at the first unit and sample. */
 INLINE void NAME(cells_step)(const int kind, const int plain, int nu, int nv, int samples, ptrdiff_t row, ptrdiff_t gate,
                              const R *tile, const R *ages, R *a, R *h, R *more, const R *c, ptrdiff_t c_row,
@@ -173,15 +182,15 @@ INLINE void NAME(cells_step)(const int kind, const int plain, int nu, int nv, in
         for (int k = 0; k < nv; k++) {
             const int some = samples - k * VL < VL ? samples - k * VL : VL;
             const V age = LOAD(ages + k * VL), before = LOAD(last + (u * nv + k) * VL);
-            const R *sums = tile + u * PAIR + k * VL;
+            const R *sums = tile + u * LANES + k * VL;
             const ptrdiff_t at = u * row + k * VL;
             V new;
             if (kind == RNN) {
                 new = NAME(tanh_of)(TAKE(a + at) + LOAD(sums));
             } else if (kind == GRU) {
                 const V r = NAME(sigmoid_of)(TAKE(a + at) + LOAD(sums));
-                const V z = NAME(sigmoid_of)(TAKE(a + gate + at) + LOAD(sums + CELLS * PAIR));
-                const V product = LOAD(sums + 2 * CELLS * PAIR);
+                const V z = NAME(sigmoid_of)(TAKE(a + gate + at) + LOAD(sums + CELLS * LANES));
+                const V product = LOAD(sums + 2 * CELLS * LANES);
                 const V n = NAME(tanh_of)(FMA(r, product, TAKE(a + 2 * gate + at)));
                 new = FMA(z, before, (one - z) * n);
                 GIVE(a + at, r);
@@ -190,9 +199,9 @@ INLINE void NAME(cells_step)(const int kind, const int plain, int nu, int nv, in
                 GIVE(more + at, product);
             } else {
                 const V i = NAME(sigmoid_of)(TAKE(a + at) + LOAD(sums));
-                const V f = NAME(sigmoid_of)(TAKE(a + gate + at) + LOAD(sums + CELLS * PAIR));
-                const V g = NAME(tanh_of)(TAKE(a + 2 * gate + at) + LOAD(sums + 2 * CELLS * PAIR));
-                const V o = NAME(sigmoid_of)(TAKE(a + 3 * gate + at) + LOAD(sums + 3 * CELLS * PAIR));
+                const V f = NAME(sigmoid_of)(TAKE(a + gate + at) + LOAD(sums + CELLS * LANES));
+                const V g = NAME(tanh_of)(TAKE(a + 2 * gate + at) + LOAD(sums + 2 * CELLS * LANES));
+                const V o = NAME(sigmoid_of)(TAKE(a + 3 * gate + at) + LOAD(sums + 3 * CELLS * LANES));
                 const V old = TAKE(c + u * c_row + k * VL), cell = FMA(f, old, i * g);
                 new = o * NAME(tanh_of)(cell);
                 GIVE(a + at, i);
@@ -207,13 +216,12 @@ INLINE void NAME(cells_step)(const int kind, const int plain, int nu, int nv, in
         }
 }
 
-/* `work` for each block of units [u0, u0 + nu) and pair of vectors: nv, samples from `b` on, of the two `states` (rows,
+/* `work` for each block of units [u0, u0 + nu) and group of vectors: nv, samples from `b` on, of the two `states` (rows,
  * nv VL) `from` and `into`. Blocks go slowly: their weights are read from far away once. */
-#define EACH_BLOCK                                                                                            \
+#define EACH_BLOCK                                                                                                     \
     for (int block = 0; block < blocks; block++)                                                                       \
-        for (int b = s->first, nv, u0 = EDGE(block, blocks, units), nu = EDGE(block + 1, blocks, units) - u0,          \
-                 samples;                                                                                              \
-             nv = s->last - b > VL ? 2 : 1, samples = s->last - b < nv * VL ? s->last - b : nv * VL, b < s->last;      \
+        for (int b = s->first, u0 = EDGE(block, blocks, units), nu = EDGE(block + 1, blocks, units) - u0, samples, nv; \
+             samples = s->last - b < LANES ? s->last - b : LANES, nv = (samples + VL - 1) / VL, b < s->last;           \
              b += nv * VL)
 
 INLINE void NAME(forward_steps)(const int kind, const cells_t *s, const R *pack, const R *bias, R *a, const R *before,
@@ -224,7 +232,7 @@ INLINE void NAME(forward_steps)(const int kind, const cells_t *s, const R *pack,
     const ptrdiff_t row = (ptrdiff_t)s->steps * batch, gate = units * row;
     /* The states before a step, and behind it. */
     R *from = state, *into = state + (ptrdiff_t)units * s->padded;
-    R tile[4 * CELLS * PAIR] __attribute__((aligned(64))), age[PAIR] __attribute__((aligned(64)));
+    R tile[4 * CELLS * LANES] __attribute__((aligned(64))), age[LANES] __attribute__((aligned(64)));
     EACH_BLOCK
         for (int u = u0; u < u0 + nu; u++)
             for (int k = 0; k < nv; k++) {
@@ -235,13 +243,9 @@ INLINE void NAME(forward_steps)(const int kind, const cells_t *s, const R *pack,
         EACH_BLOCK {
             const ptrdiff_t here = (ptrdiff_t)b * units, at = u0 * row + (ptrdiff_t)t * batch + b;
             for (int g = 0; g < gates; g++) {
-                NAME(fetch)(nu, row, a + g * gate + at, samples);
-                if (g == 0)
-                    NAME(fetch)(nu, row, h + at, samples);
-                if (g == 1)
-                    NAME(fetch)(nu, row, more + at, samples);
+                const NAME(ahead) soon = {{a + g * gate + at, g ? more + at : h + at}, g < 2 ? 2 : 1, row};
                 NAME(any_panel)(nu, nv, units, from + here, pack + ((ptrdiff_t)u0 * gates + g * nu) * units,
-                                bias ? bias + g * units + u0 : 0, tile + g * CELLS * PAIR);
+                                bias ? bias + g * units + u0 : 0, tile + g * CELLS * LANES, &soon);
             }
             const R *c = t ? more + at - batch : before + (ptrdiff_t)(units + u0) * batch + b;
             const ptrdiff_t c_row = t ? row : batch, mine = here + u0 * nv * VL;
@@ -272,7 +276,7 @@ void NAME(cells_forward)(const cells_t *s, const R *pack, const R *bias, R *a, c
         NAME(forward_steps)(LSTM, s, pack, bias, a, before, h, more, lengths, state);
 }
 
-/* Step t backwards of a block of units and a pair of vectors: gradients `tile` (nu, PAIR) of h by way of later steps, but
+/* Step t backwards of a block of units and a group of vectors: gradients `tile` (nu, LANES) of h by way of later steps, but
  * for what `direct` (units, nv VL) has of them. du: (gates units, nv VL), gate_du from gate to gate. */
 INLINE void NAME(cells_step_back)(const int kind, const int plain, int nu, int nv, int samples, ptrdiff_t row,
                                   ptrdiff_t gate, const R *tile, const R *ages, R *a, const R *h, R *more, const R *dh,
@@ -285,7 +289,7 @@ INLINE void NAME(cells_step_back)(const int kind, const int plain, int nu, int n
             const int some = samples - k * VL < VL ? samples - k * VL : VL;
             const V age = LOAD(ages + k * VL);
             const ptrdiff_t at = u * row + k * VL, mine = (u * nv + k) * VL;
-            V total = LOAD(tile + u * PAIR + k * VL) + TAKE(dh + at);
+            V total = LOAD(tile + u * LANES + k * VL) + TAKE(dh + at);
             if (kind == RNN) {
                 const V y = TAKE(h + at), d = IF_LIVE(total * FMA(-y, y, one), zero);
                 GIVE(a + at, d);
@@ -338,29 +342,25 @@ INLINE void NAME(backward_steps)(const int kind, const cells_t *s, const R *pack
     const ptrdiff_t row = (ptrdiff_t)s->steps * batch, gate = units * row;
     /* Gradients of the products of the step behind, and of this one; those of h that come past the products. */
     R *from = state, *into = state + (ptrdiff_t)rows * s->padded, *past = into + (ptrdiff_t)rows * s->padded;
-    R tile[CELLS * PAIR] __attribute__((aligned(64))), age[PAIR] __attribute__((aligned(64)));
+    R tile[CELLS * LANES] __attribute__((aligned(64))), age[LANES] __attribute__((aligned(64)));
     for (int t = s->steps - 1; t >= -1; t--) {
         EACH_BLOCK {
             const ptrdiff_t at = u0 * row + (ptrdiff_t)t * batch + b, mine = u0 * nv * VL;
             R *const direct = past + (ptrdiff_t)b * units + mine, *const c = carry + (ptrdiff_t)u0 * batch + b;
             const int plain = !lengths && samples == nv * VL;
-            if (t >= 0) {
-                for (int g = 0; g < gates; g++)
-                    NAME(fetch)(nu, row, a + g * gate + at, samples);
-                NAME(fetch)(nu, row, dh + at, samples);
-                if (kind != RNN)
-                    NAME(fetch)(nu, row, more + at, samples);
-                if (kind != LSTM)
-                    NAME(fetch)(nu, row, h + at - (kind == GRU && t ? batch : 0), samples);
-                else if (t)
-                    NAME(fetch)(nu, row, more + at - batch, samples);
-            }
+            NAME(ahead) soon = {{dh + at, kind == RNN ? h + at : more + at}, 2, row};
+            if (kind == GRU || (kind == LSTM && t > 0))
+                soon.from[soon.count++] = (kind == GRU ? h : more) + at - (t ? batch : 0);
+            for (int g = 0; g < gates; g++)
+                soon.from[soon.count++] = a + g * gate + at;
+            if (t < 0)
+                soon.from[0] = c, soon.row = batch, soon.count = 1;
             if (t < s->steps - 1)
-                NAME(any_panel)(nu, nv, rows, from + (ptrdiff_t)b * rows, pack + (ptrdiff_t)u0 * rows, 0, tile);
+                NAME(any_panel)(nu, nv, rows, from + (ptrdiff_t)b * rows, pack + (ptrdiff_t)u0 * rows, 0, tile, &soon);
             for (int u = 0; u < nu; u++)
                 for (int k = 0; k < nv; k++) {
                     const int some = samples - k * VL < VL ? samples - k * VL : VL;
-                    R *const sum = tile + u * PAIR + k * VL;
+                    R *const sum = tile + u * LANES + k * VL;
                     if (t == s->steps - 1)
                         STORE(sum, LOAD_SOME(c + (ptrdiff_t)u * batch + k * VL, some));
                     else if (kind == GRU || !plain)
@@ -404,7 +404,8 @@ void NAME(cells_backward)(const cells_t *s, const R *pack, R *a, const R *before
 }
 
 #undef CELLS
-#undef PAIR
+#undef WIDE
+#undef LANES
 #undef RNN
 #undef GRU
 #undef LSTM
