@@ -2,6 +2,7 @@
 
 import threading
 from dataclasses import dataclass, fields
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -67,7 +68,7 @@ def passes(ops, kind, p, lengths=None, chunk=0, cells=None, bias=True):
     kept, before = [], p.before.copy()
     # At once: the product of a chunk may be rounded in another way.
     xw = (p.w @ p.x.reshape(len(p.x), -1) + p.b[:, None]).reshape(rows, steps, batch)
-    for first, last in zip(edges, edges[1:], strict=False):
+    for first, last in pairwise(edges):
         k = last - first
         x = np.ascontiguousarray(p.x[:, first:last]).reshape(len(p.x), -1)
         a = np.ascontiguousarray(xw[:, first:last])
@@ -188,7 +189,9 @@ def test_chunks_of_the_reference_are_one_long_chunk_to_the_bit(batch, units, kin
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("ops", [NumpyOps(), *(CompiledOps(level) for level in LEVELS)], ids=lambda ops: ops.description)
+@pytest.mark.parametrize(
+    "ops", [NumpyOps(), *(CompiledOps(level) for level in LEVELS)], ids=lambda ops: ops.description
+)
 def test_samples_of_unequal_length_are_those_of_their_own_length(ops, kind):
     """Also where what lies beyond is not a number, which no gradient sees."""
     p = problem(kind, 3, 9, 6, 21)
@@ -201,19 +204,15 @@ def test_samples_of_unequal_length_are_those_of_their_own_length(ops, kind):
     expected, with_nan = passes(ops, kind, clean, lengths), passes(ops, kind, p, lengths)
     for name in ("h", "last", "u", "bias", "before"):
         assert np.array_equal(expected[name], with_nan[name]), name
-    total = {name: 0 for name in ("w", "b", "u", "bias")}
+    total = dict.fromkeys(("w", "b", "u", "bias"), 0)
     for s, length in enumerate(lengths):
-        alone = Problem(
-            *(np.ascontiguousarray(a[..., s : s + 1]) if a.ndim == 3 else a for a in vars(clean).values())
-        )
+        alone = Problem(*(np.ascontiguousarray(a[..., s : s + 1]) if a.ndim == 3 else a for a in vars(clean).values()))
         # What comes down at steps that are padding is for the last state.
         beyond = alone.dh[:, length:].sum(axis=1)
         alone.x, alone.dh = alone.x[:, :length].copy(), alone.dh[:, :length].copy()
         alone.dlast[0] += beyond
-        if length:
-            mine = passes(ops, kind, alone)
-        else:
-            mine = {"last": alone.before, "before": alone.dlast, "h": alone.dh}
+        none = {"last": alone.before, "before": alone.dlast, "h": alone.dh}
+        mine = passes(ops, kind, alone) if length else none
         assert far(expected["h"][:, :length, s], mine["h"][..., 0]) <= 1e-12
         assert np.array_equal(expected["h"][:, length:, s].T, np.tile(expected["last"][0, :, s], (6 - length, 1)))
         for name in ("last", "before"):

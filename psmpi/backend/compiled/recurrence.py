@@ -73,7 +73,9 @@ class CompiledRecurrence(Recurrence):
         arrays = *pointers(self.dtype, a, before, h, more, dh, carry), _pointer(lengths)
         self._share(self._backward, self.back, arrays, h.shape)
 
-    def _share(self, call: Callable[..., None], pack: np.ndarray, arrays: tuple[int | None, ...], shape: tuple[int, ...]) -> None:
+    def _share(
+        self, call: Callable[..., None], pack: np.ndarray, arrays: tuple[int | None, ...], shape: tuple[int, ...]
+    ) -> None:
         """The call, by as many threads as it is worth."""
         _, steps, batch = shape
         padded = -(-batch // BATCH_MULTIPLE) * BATCH_MULTIPLE
