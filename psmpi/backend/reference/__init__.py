@@ -5,9 +5,10 @@ from psmpi.backend.reference.convolution import Convolution, Im2col, Stripes
 from psmpi.backend.reference.losses import exponent_of
 from psmpi.backend.reference.moves import Mirror, RunCopies, Samples
 from psmpi.backend.reference.ops import NumpyOps
-from psmpi.backend.reference.recurrence import Recurrence
+from psmpi.backend.reference.recurrence import CELLS, Recurrence
 
 __all__ = [
+    "CELLS",
     "CHUNK",
     "Convolution",
     "Im2col",
