@@ -1,4 +1,6 @@
-"""Bytes over time of the operations that memory bounds, beside a copy on the same backend."""
+"""What operations reach: bytes over time of those that memory bounds, beside a copy on the same backend, and operations
+over time of recurrent cells, beside a large matrix product.
+"""
 
 from __future__ import annotations
 
@@ -12,18 +14,23 @@ from typing import Any
 import numpy as np
 
 from psmpi.backend import NumpyOps, make_backend
+from psmpi.backend.reference import CELLS
 from psmpi.bench.compute import Backend
 from psmpi.errors import UserError
 from psmpi.output import Screen
 
 # Samples of the images and scores that are measured.
 BATCH = 256
+# Units, steps and samples of the sequences.
+SEQUENCES = 512, 32, 64
 
 
 def kernels(backend: Backend = "auto", megabytes: int = 64, repeats: int = 20, threads: int = 1, json: str = "") -> int:
-    """Measure the operations whose time is that of reading and writing their arrays, in float32.
+    """Measure the operations whose time is that of reading and writing their arrays, and recurrent cells, in float32.
 
-    Bytes are those that must move, each array read or written once. A copy of as many is measured in turn with each.
+    Bytes are those that must move, each array read or written once. A copy of as many is measured in turn with each. Of
+    recurrent cells the operations of their products count; they are measured in turn with the product that such a
+    layer's input needs.
 
     Args:
         backend: The array library.
@@ -40,10 +47,13 @@ def kernels(backend: Backend = "auto", megabytes: int = 64, repeats: int = 20, t
     with threadpool_limits(threads):
         ops = make_backend(backend, threads)
         rows = measure(ops, megabytes * 10**6 // 4, repeats)
+        cells = measure_cells(ops, repeats)
     _show(rows, ops)
+    _show_cells(cells, ops)
     if json:
+        found = {"backend": ops.description, "megabytes": megabytes, "rows": rows, "cells": cells}
         with open(json, "w") as file:
-            file.write(jsonlib.dumps({"backend": ops.description, "megabytes": megabytes, "rows": rows}) + "\n")
+            file.write(jsonlib.dumps(found) + "\n")
     return 0
 
 
@@ -82,25 +92,74 @@ def measure(ops: NumpyOps, size: int, repeats: int) -> list[dict[str, Any]]:
         work.append(("momentum", 5 * a.nbytes, partial(momentum, a, b, c, 1e-3, 0.9, 0.0, False)))
     found = []
     for name, nbytes, each in work:
-        times: tuple[list[float], list[float]] = ([], [])
-        for _ in range(repeats + 1):
-            for call, into in zip((each, copy), times, strict=True):
-                ops.synchronize()
-                start = time.perf_counter()
-                call()
-                ops.synchronize()
-                into.append(time.perf_counter() - start)
-        rates = [nbytes / t / 1e9 for t in times[0][1:]]
-        copies = [2 * a.nbytes / t / 1e9 for t in times[1][1:]]
-        shares = [mine / theirs for mine, theirs in zip(rates, copies, strict=True)]
-        low, _, high = quantiles(shares, n=4) if len(shares) > 1 else shares * 3
-        found.append(
-            {
-                "name": name, "megabytes": nbytes / 1e6, "gb_per_s": median(rates), "copy_gb_per_s": median(copies),
-                "share": median(shares), "low": low, "high": high,
-            }
-        )  # fmt: skip
+        mine, theirs = _seconds(ops, repeats, each, copy)
+        rates, copies = [nbytes / t / 1e9 for t in mine], [2 * a.nbytes / t / 1e9 for t in theirs]
+        figures = {"megabytes": nbytes / 1e6, "gb_per_s": median(rates), "copy_gb_per_s": median(copies)}
+        found.append({"name": name, **figures, **_shares(rates, copies)})
     return found
+
+
+def measure_cells(ops: NumpyOps, repeats: int) -> list[dict[str, Any]]:
+    """Medians and quartiles of GFLOP/s, of both ways through a layer of recurrent cells of each kind."""
+    dtype, (units, steps, batch), found = np.dtype(np.float32), SEQUENCES, []
+    rng = np.random.default_rng(0)
+
+    def some(*shape: int) -> np.ndarray:
+        return ops.put((rng.standard_normal(shape, np.float32) / np.float32(units**0.5)).astype(dtype))
+
+    for kind in CELLS:
+        cells = ops.recurrence(kind, units, dtype)
+        rows = cells.gates * units
+        u, x, product = some(rows, units), some(units, steps * batch), some(rows, steps * batch)
+        start, h, dh = some(rows, steps, batch), some(units, steps, batch), some(units, steps, batch)
+        more = some(max(1, cells.kept), units, steps, batch)[: cells.kept]
+        before, carry, a = some(cells.carried, units, batch), some(cells.carried, units, batch), some(*start.shape)
+        cells.prepare(u)
+        forward = partial(cells.forward, a, None, before, h, more, None)
+
+        def restart(a: np.ndarray = a, start: np.ndarray = start) -> None:
+            a[...] = start
+
+        def again(restart: Callable[[], None] = restart, forward: Callable[[], None] = forward) -> None:
+            # Gradients of gradients would soon be too small to be normal.
+            restart()
+            forward()
+
+        ways: list[tuple[str, Callable[[], None], Callable[[], None]]] = [
+            ("states", forward, restart),
+            ("gradients", partial(cells.backward, a, before, h, more, dh, carry, None), again),
+        ]
+        work = 2 * rows * units * steps * batch / 1e9
+        for name, way, ready in ways:
+            mine, theirs = _seconds(ops, repeats, way, partial(ops.matmul, u, x, product), ready=ready)
+            rates, products = ([work / t for t in times] for times in (mine, theirs))
+            figures = {"gflop_per_s": median(rates), "product_gflop_per_s": median(products)}
+            found.append({"name": f"{name} of {kind}", **figures, **_shares(rates, products)})
+    return found
+
+
+def _seconds(
+    ops: NumpyOps, repeats: int, *calls: Callable[[], Any], ready: Callable[[], None] | None = None
+) -> list[list[float]]:
+    """The times of calls in turn, after one of each that does not count; `ready` before each round does not either."""
+    times: list[list[float]] = [[] for _ in calls]
+    for _ in range(repeats + 1):
+        if ready is not None:
+            ready()
+        for call, into in zip(calls, times, strict=True):
+            ops.synchronize()
+            start = time.perf_counter()
+            call()
+            ops.synchronize()
+            into.append(time.perf_counter() - start)
+    return [each[1:] for each in times]
+
+
+def _shares(rates: list[float], others: list[float]) -> dict[str, float]:
+    """The median and the quartiles of the rates' shares of others."""
+    shares = [mine / theirs for mine, theirs in zip(rates, others, strict=True)]
+    low, _, high = quantiles(shares, n=4) if len(shares) > 1 else shares * 3
+    return {"share": median(shares), "low": low, "high": high}
 
 
 def _show(rows: list[dict[str, Any]], ops: NumpyOps) -> None:
@@ -113,4 +172,19 @@ def _show(rows: list[dict[str, Any]], ops: NumpyOps) -> None:
     for row in rows:
         figures = (f"{row['megabytes']:.0f}", f"{row['gb_per_s']:.1f}", f"{row['copy_gb_per_s']:.1f}")
         table.add_row(row["name"], *figures, f"{row['share']:.2f}", f"{row['low']:.2f}-{row['high']:.2f}")
+    Screen().print(table)
+
+
+def _show_cells(rows: list[dict[str, Any]], ops: NumpyOps) -> None:
+    from rich.table import Table
+
+    units, steps, batch = SEQUENCES
+    title = f"recurrent cells, {units} units, {steps} steps, {batch} samples, backend {ops.description}"
+    table = Table(title=title, title_justify="left")
+    table.add_column("operation")
+    for name in ("GFLOP/s", "product GFLOP/s", "share of the product", "quartiles"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        figures = (f"{row['gflop_per_s']:.1f}", f"{row['product_gflop_per_s']:.1f}", f"{row['share']:.2f}")
+        table.add_row(row["name"], *figures, f"{row['low']:.2f}-{row['high']:.2f}")
     Screen().print(table)

@@ -243,7 +243,13 @@ def test_kernels_are_measured_beside_a_copy(tmp_path, backend):
     options = ("--backend", backend, "--megabytes", "2", "--repeats", "3", "--json", tmp_path / "a.json")
     status, out, err = run(1, "-m", "psmpi.bench", "kernels", *options)
     assert status == 0, err
-    rows = json.loads((tmp_path / "a.json").read_text())["rows"]
+    found = json.loads((tmp_path / "a.json").read_text())
+    rows, cells = found["rows"], found["cells"]
+    assert {row["name"] for row in cells} == {
+        f"{what} of {kind}" for what in ("states", "gradients") for kind in ("rnn", "gru", "lstm")
+    }
+    assert all(row["gflop_per_s"] > 0 and row["product_gflop_per_s"] > 0 for row in cells)
+    assert all(0 < row["low"] <= row["share"] <= row["high"] for row in cells) and "share of the product" in out
     assert {"bias and sigmoid", "max pooling", "squared norm"} <= {row["name"] for row in rows}
     assert all(row["gb_per_s"] > 0 and row["copy_gb_per_s"] > 0 for row in rows)
     assert all(0 < row["low"] <= row["share"] <= row["high"] for row in rows) and "share of the copy" in out

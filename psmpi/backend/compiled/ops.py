@@ -13,10 +13,12 @@ import numpy as np
 from psmpi.backend.compiled.convolution import BATCH_MULTIPLE, DirectConvolution
 from psmpi.backend.compiled.library import NAMES, function, level, pointers, steps, units_pointer
 from psmpi.backend.compiled.losses import CompiledLosses
+from psmpi.backend.compiled.recurrence import CompiledRecurrence
 from psmpi.backend.compiled.team import Team
 from psmpi.backend.reference.convolution import Convolution, Stripes
 from psmpi.backend.reference.moves import RunCopies
 from psmpi.backend.reference.ops import NumpyOps
+from psmpi.backend.reference.recurrence import Recurrence
 
 
 class CompiledOps(CompiledLosses, NumpyOps):
@@ -45,6 +47,9 @@ class CompiledOps(CompiledLosses, NumpyOps):
         activate = partial(self.activate, activation)
         shapes = (in_shape, out_shape, kernel, stride)
         return DirectConvolution(stripes, *shapes, np.dtype(dtype), self.instructions, self.team, activate)
+
+    def recurrence(self, kind: str, units: int, dtype: np.dtype) -> Recurrence:
+        return CompiledRecurrence(kind, units, dtype, self.instructions, self.team, self)
 
     def row_sums(self, y: np.ndarray, out: np.ndarray) -> None:
         call = function("row_sums", y.dtype, "iinppnn", self.instructions)

@@ -1,4 +1,4 @@
-"""Products of matrices by cuBLAS, and convolutions, on a GPU."""
+"""Products of matrices by cuBLAS, convolutions and recurrences, on a GPU."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from psmpi.backend.gpu.blas import Blas
 from psmpi.backend.gpu.convolution import DeviceConvolution, DeviceWindows
 from psmpi.backend.gpu.cudnn import ChosenConvolution, Cudnn, groups
 from psmpi.backend.gpu.pointwise import DevicePointwise
+from psmpi.backend.gpu.recurrence import DeviceRecurrence
 from psmpi.backend.gpu.trial import ConvolutionShape
 from psmpi.backend.reference.convolution import Convolution, Stripes
+from psmpi.backend.reference.recurrence import Recurrence
 
 
 class DeviceProducts(DevicePointwise):
@@ -55,6 +57,9 @@ class DeviceProducts(DevicePointwise):
             return own
         shape = ConvolutionShape(in_shape, out_shape, count, kernel, stride, activation, np.dtype(dtype))
         return ChosenConvolution(own, self.cudnn, shape)
+
+    def recurrence(self, kind: str, units: int, dtype: np.dtype) -> Recurrence:
+        return DeviceRecurrence(kind, units, dtype, self)
 
     def im2col(self, x: Any, stride: int, first: int, cols: Any) -> None:
         _, k, _, rows, width, b = cols.shape

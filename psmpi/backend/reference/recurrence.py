@@ -14,6 +14,8 @@ CELLS = {"rnn": (1, 1, 0), "gru": (3, 1, 1), "lstm": (4, 2, 1)}
 class ProductOps(Protocol):
     """The operations that `Recurrence` needs of a backend."""
 
+    def empty(self, size: int, dtype: np.dtype) -> np.ndarray: ...
+
     def matmul(self, a: np.ndarray, b: np.ndarray, out: np.ndarray) -> None: ...
 
     def activate(self, kind: str, y: np.ndarray) -> None: ...
@@ -51,9 +53,9 @@ class Recurrence:
     ) -> None:  # fmt: skip
         """h (units, steps, b) = the states from those `before` (carried, units, b) on.
 
-        a (gates * units, steps, b): x W + b, becomes the gates' values, which of rnn are not kept. bias (gates *
-        units,) of the recurrent product, if any. more (kept, units, steps, b): filled for the way back. lengths (b,)
-        int32: steps of each sample, 0 to all; None: all.
+        a (gates * units, steps, b): x W + b, becomes the gates' values, but of rnn holds anything. bias (gates *
+        units,): of the recurrent product, or None. more (kept, units, steps, b): filled for the way back. lengths (b,)
+        int32: the steps of each sample, 0 to all; None: all.
         """
         for t in range(h.shape[1]):
             last = before[0] if t == 0 else h[:, t - 1]
@@ -127,27 +129,29 @@ class Recurrence:
         live = True if lengths is None else t < lengths
         total = dh[:, t] + carry[0]
         carry[0] = np.where(live, 0, total)
+        # The gates' gradients, and those of the product with the states.
+        d: tuple[np.ndarray, ...]
+        du: tuple[np.ndarray, ...]
         if self.kind == "rnn":
-            gates[0] = np.where(live, total * (1 - h[:, t] ** 2), 0)
-            return gates[0]
-        if self.kind == "gru":
+            d = du = (total * (1 - h[:, t] ** 2),)
+        elif self.kind == "gru":
             r, z, n = x
             last, u = before[0] if t == 0 else h[:, t - 1], more[0, :, t]
             dn = total * (1 - z) * (1 - n**2)
             dz = total * (last - n) * z * (1 - z)
             dr = dn * u * r * (1 - r)
-            du = dn * r
+            d, du = (dr, dz, dn), (dr, dz, dn * r)
             carry[0] = np.where(live, total * z, total)
-            gates[...] = np.where(live, (dr, dz, dn), 0)
-            more[0, :, t] = np.where(live, du, 0)
-            return np.concatenate((*gates[:2], more[0, :, t]))
-        i, f, g, o = x
-        last_c, tanh_c = before[1] if t == 0 else more[0, :, t - 1], np.tanh(more[0, :, t].copy())
-        dc = carry[1] + total * o * (1 - tanh_c**2)
-        carry[1] = np.where(live, dc * f, carry[1])
-        di = dc * g * i * (1 - i)
-        df = dc * last_c * f * (1 - f)
-        dg = dc * i * (1 - g**2)
-        do = total * tanh_c * o * (1 - o)
-        gates[...] = np.where(live, (di, df, dg, do), 0)
-        return gates.reshape(-1, gates.shape[-1])
+            more[0, :, t] = np.where(live, du[2], 0)
+        else:
+            i, f, g, o = x
+            last_c, tanh_c = before[1] if t == 0 else more[0, :, t - 1], np.tanh(more[0, :, t].copy())
+            dc = carry[1] + total * o * (1 - tanh_c**2)
+            carry[1] = np.where(live, dc * f, carry[1])
+            di = dc * g * i * (1 - i)
+            df = dc * last_c * f * (1 - f)
+            dg = dc * i * (1 - g**2)
+            do = total * tanh_c * o * (1 - o)
+            d = du = (di, df, dg, do)
+        gates[...] = np.where(live, d, 0)
+        return np.concatenate([np.where(live, one, 0) for one in du])

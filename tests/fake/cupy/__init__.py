@@ -184,7 +184,8 @@ class RawModule:
 def _check(kind, array, real):
     """TypeError for an array that is not of the parameter's type, which a GPU would take for such."""
     types = {
-        "float": ("float32",), "double": ("float64",), "long long": ("int64",), "unsigned char": ("uint8", "bool"),
+        "float": ("float32",), "double": ("float64",), "int": ("int32",), "long long": ("int64",),
+        "unsigned char": ("uint8", "bool"),
     }  # fmt: skip
     name = kind.replace("const", "").replace("*", "").strip()
     wanted = types[real if name == "T" else name]

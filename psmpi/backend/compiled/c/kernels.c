@@ -22,6 +22,12 @@ typedef struct {
     int32_t first, last;
 } shape_t;
 
+/* Recurrent cells by the number of their kind, see recurrence.h; `padded`: the batch in whole vectors. A call computes the
+ * samples [first, last), of which `first` begins a vector. */
+typedef struct {
+    int32_t kind, units, steps, batch, padded, first, last;
+} cells_t;
+
 /* Vectors that are summed up before the sum goes into another. */
 #define FLUSH 256
 
@@ -55,6 +61,8 @@ static const int32_t ones[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 
 #pragma GCC target("avx512f,avx512dq,avx2,fma")
 #endif
 
+/* MIN and MAX give b where one is not a number; WHERE gives a where m is negative; POWER is two to the number in the lowest
+ * bits of t. */
 #define DOUBLE 0
 #define V __m512
 #define VL 16
@@ -70,6 +78,11 @@ static const int32_t ones[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 
 #define SET1(a) _mm512_set1_ps(a)
 #define FMA(a, b, c) _mm512_fmadd_ps(a, b, c)
 #define SUM(v) _mm512_reduce_add_ps(v)
+#define MIN(a, b) _mm512_min_ps(a, b)
+#define MAX(a, b) _mm512_max_ps(a, b)
+#define WHERE(m, a, b) _mm512_mask_blend_ps(_mm512_movepi32_mask(_mm512_castps_si512(m)), b, a)
+#define BITS(v) _mm512_castps_si512(v)
+#define POWER(t) _mm512_castsi512_ps(_mm512_add_epi32(_mm512_slli_epi32(BITS(t), MANTISSA), BITS(SET1(1))))
 #include "kernels.h"
 
 #define DOUBLE 1
@@ -87,6 +100,11 @@ static const int32_t ones[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 
 #define SET1(a) _mm512_set1_pd(a)
 #define FMA(a, b, c) _mm512_fmadd_pd(a, b, c)
 #define SUM(v) _mm512_reduce_add_pd(v)
+#define MIN(a, b) _mm512_min_pd(a, b)
+#define MAX(a, b) _mm512_max_pd(a, b)
+#define WHERE(m, a, b) _mm512_mask_blend_pd(_mm512_movepi64_mask(_mm512_castpd_si512(m)), b, a)
+#define BITS(v) _mm512_castpd_si512(v)
+#define POWER(t) _mm512_castsi512_pd(_mm512_add_epi64(_mm512_slli_epi64(BITS(t), MANTISSA), BITS(SET1(1))))
 #include "kernels.h"
 
 #ifdef __clang__
@@ -115,6 +133,11 @@ static const int32_t ones[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 
 #define SET1(a) _mm256_set1_ps(a)
 #define FMA(a, b, c) _mm256_fmadd_ps(a, b, c)
 #define SUM(v) PASTE(sum, _float_1)(v)
+#define MIN(a, b) _mm256_min_ps(a, b)
+#define MAX(a, b) _mm256_max_ps(a, b)
+#define WHERE(m, a, b) _mm256_blendv_ps(b, a, m)
+#define BITS(v) _mm256_castps_si256(v)
+#define POWER(t) _mm256_castsi256_ps(_mm256_add_epi32(_mm256_slli_epi32(BITS(t), MANTISSA), BITS(SET1(1))))
 INLINE float sum_float_1(__m256 v)
 {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -140,6 +163,11 @@ INLINE float sum_float_1(__m256 v)
 #define SET1(a) _mm256_set1_pd(a)
 #define FMA(a, b, c) _mm256_fmadd_pd(a, b, c)
 #define SUM(v) PASTE(sum, _double_1)(v)
+#define MIN(a, b) _mm256_min_pd(a, b)
+#define MAX(a, b) _mm256_max_pd(a, b)
+#define WHERE(m, a, b) _mm256_blendv_pd(b, a, m)
+#define BITS(v) _mm256_castpd_si256(v)
+#define POWER(t) _mm256_castsi256_pd(_mm256_add_epi64(_mm256_slli_epi64(BITS(t), MANTISSA), BITS(SET1(1))))
 INLINE double sum_double_1(__m256d v)
 {
     __m128d s = _mm_add_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));

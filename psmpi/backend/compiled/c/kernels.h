@@ -31,6 +31,7 @@
 #include "vectors.h"
 #include "elements.h"
 #include "losses.h"
+#include "recurrence.h"
 
 #undef R
 #undef V
@@ -47,6 +48,11 @@
 #undef SET1
 #undef FMA
 #undef SUM
+#undef MIN
+#undef MAX
+#undef WHERE
+#undef BITS
+#undef POWER
 #undef MASK
 #undef REST
 #undef ROOT

@@ -1,0 +1,48 @@
+"""Recurrent cells on a stand-in for CuPy, and on a GPU where there is one, against the reference."""
+
+import numpy as np
+import pytest
+from helpers import cuda_host
+from test_device import TOLERANCE, cupy, far, put  # noqa: F401
+
+from psmpi.backend import CupyOps, NumpyOps
+
+F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
+pytestmark = pytest.mark.skipif(cuda_host.compiler() is None, reason="no g++ to compile the CUDA kernels as C++")
+
+
+def passes(ops, cells, arrays, u, lengths):
+    """All that one way and back leaves: forward's arrays, then the gradients."""
+    a, bias, before, dh, carry = (None if array is None else put(ops, array) for array in arrays)
+    h = put(ops, np.full(dh.shape, np.nan, dh.dtype))
+    more = put(ops, np.full((cells.kept, *dh.shape), np.nan, dh.dtype))
+    there = None if lengths is None else put(ops, lengths)
+    cells.prepare(put(ops, u))
+    cells.forward(a, bias, before, h, more, there)
+    found = [ops.host(array).copy() for array in (h, more, *([] if cells.kind == "rnn" else [a]))]
+    cells.backward(a, before, h, more, dh, carry, there)
+    return [*found, *(ops.host(array).copy() for array in (a, more, carry))]
+
+
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+@pytest.mark.parametrize("kind", ["rnn", "gru", "lstm"])
+def test_recurrences_are_those_of_the_reference(cupy, kind, dtype):  # noqa: F811
+    """A smaller minibatch after a larger one too: what that left must not show."""
+    rng, units, there, here = np.random.default_rng(0), 5, CupyOps(), NumpyOps()
+    device, reference = (ops.recurrence(kind, units, dtype) for ops in (there, here))
+    rows = device.gates * units
+    u = (rng.standard_normal((rows, units)) * 0.4).astype(dtype)
+    for steps, batch in ((4, 9), (1, 3), (6, 1)):
+        shapes = (rows, steps, batch), (rows,), (device.carried, units, batch), (units, steps, batch)
+        arrays = [rng.standard_normal(shape).astype(dtype) for shape in (*shapes, shapes[2])]
+        for lengths in (None, (np.arange(batch) % (steps + 1)).astype(np.int32)):
+            for bias in (arrays[1], None):
+                given = [arrays[0], bias, *arrays[2:]]
+                found, expected = (
+                    passes(ops, cells, given, u, lengths) for ops, cells in ((there, device), (here, reference))
+                )
+                for mine, yours in zip(found, expected, strict=True):
+                    assert mine.shape == yours.shape and not np.isnan(mine).any()
+                    assert far(mine, yours) <= TOLERANCE[dtype]
+    # Products of both ways, and the gradients of the former, of the largest minibatch.
+    assert sum(array.size for array in device.arrays()) == (sum({rows, units}) + rows) * 9
