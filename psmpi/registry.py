@@ -31,6 +31,7 @@ BUILTIN = {
     "ist": "psmpi.methods.ist.method:IndependentSubnets",
     "next": "psmpi.methods.next.method:InNetwork",
     "sil": "psmpi.methods.sil.method:SyntheticLabels",
+    "wavefront": "psmpi.methods.wavefront.method:Wavefront",
 }
 
 _registered: dict[str, Kind] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -48,6 +48,11 @@ class Network:
     def sequences(self) -> bool:
         """Whether its samples are sequences."""
         return len(self.in_shape) == 2
+
+    def with_steps(self, steps: int) -> Network:
+        """The same network for sequences, or chunks of them, of so many steps; its parameters are the same."""
+        layers = tuple(layer.with_steps(steps) for layer in self.layers)
+        return replace(self, in_shape=(self.in_shape[0], steps), layers=layers)
 
     @property
     def scale(self) -> float:

@@ -274,18 +274,27 @@ class Objective:
         with weights.
         """
         report = self.report.array
-        cast = self.cast[: tape.scores.size].reshape(len(tape.scores), -1)
-        some = cast if self.counted is None else self.some[: len(cast) * len(self.counted)].reshape(len(cast), -1)
-        self.ops.cast_scores(self.grad.array[: some.size].reshape(some.shape), some, report)
-        if self.counted is not None:
-            cast.fill(0)
-            cast[:, self.counted] = some
+        cast = self.derivatives(tape.scores)
         # Outputs of some layers alone may be images.
         self.model.backward(tape, cast.reshape(tape.scores.shape), dx=dx)
         if dx is not None:
             self.ops.unscale(dx, report, GRADIENT_LIMIT[self.model.dtype])
         assert self.model.g is not None
         self.ops.unscale(self.model.g, report, GRADIENT_LIMIT[self.model.dtype])
+
+    def derivatives(self, scores: np.ndarray) -> np.ndarray:
+        """The derivatives that `losses` has found last, (classes, n) of the model's dtype, scaled down by the report.
+
+        scores: of the pass, (classes, b), or of each step of sequences (classes, steps, b).
+        """
+        report = self.report.array
+        cast: np.ndarray = self.cast[: scores.size].reshape(len(scores), -1)
+        some = cast if self.counted is None else self.some[: len(cast) * len(self.counted)].reshape(len(cast), -1)
+        self.ops.cast_scores(self.grad.array[: some.size].reshape(some.shape), some, report)
+        if self.counted is not None:
+            cast.fill(0)
+            cast[:, self.counted] = some
+        return cast
 
     def again(self, tape: Tape, dx: np.ndarray | None = None) -> None:
         """Fill the model's gradient once more for the last minibatch, from its pass; the weights are as they were.

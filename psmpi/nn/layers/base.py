@@ -101,6 +101,11 @@ class Layer:
         """The same layer with other layers inside it, on inputs of `shape`; what these make is times `factor`."""
         raise TypeError(f"{self.name} has no layers inside it")
 
+    def with_steps(self, steps: int) -> Layer:
+        """The same layer for sequences of so many steps."""
+        shapes = [(shape[0], steps) if len(shape) == 2 else shape for shape in (self.in_shape, self.out_shape)]
+        return replace(self, in_shape=shapes[0], out_shape=shapes[1])
+
     def parameters(self) -> tuple[Parameter, ...]:
         """Its parameters, in the order of the layout."""
         return ()

@@ -92,7 +92,9 @@ class Recurrent(Layer):
     def held(self, stage: Stage, batch: int, writable: bool, packed: bool) -> int:
         gates, carried, kept = CELLS[self.kind]
         # Gates and what else backward needs of each step; states before a pass, behind it, and their gradient.
-        return ((gates + kept) * self.out_shape[1] + 3 * carried) * self.units * batch
+        found = ((gates + kept) * self.out_shape[1] + 3 * carried) * self.units * batch
+        # Packed weights, of each way, and states of whole vectors.
+        return found + (2 * gates * self.units + (2 * gates + 1) * (batch + 15)) * self.units * packed
 
     def part(self, stage: Stage, site: Site) -> Part:
         return RecurrentPart(stage, site)
@@ -133,7 +135,7 @@ class RecurrentPart(Part):
             self.state, self.carry = (self.ops.empty(size, self.dtype) for _ in range(2))
 
     def arrays(self) -> list[np.ndarray]:
-        return [self.state, self.carry]
+        return [self.state, self.carry, *self.recurrence.arrays()]
 
     def prepare(self) -> None:
         self.recurrence.prepare(self.w["recurrent"])

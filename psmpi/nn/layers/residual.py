@@ -42,6 +42,10 @@ class Residual(Layer):
     def with_inner(self, layers: tuple[Layer, ...], shape: tuple[int, ...], factor: float = 1.0) -> Layer:
         return replace(self, layers=layers, in_shape=shape, out_shape=shape, scale=self.scale * factor)
 
+    def with_steps(self, steps: int) -> Layer:
+        made = super().with_steps(steps)
+        return replace(made, layers=tuple(layer.with_steps(steps) for layer in self.layers))  # type: ignore[call-arg]
+
     def parameters(self) -> tuple[Parameter, ...]:
         return tuple(parameter for layer in self.layers for parameter in layer.parameters())
 

@@ -1,0 +1,1 @@
+"""The method `wavefront`: recurrent layers over ranks, time in chunks."""

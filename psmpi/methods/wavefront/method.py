@@ -1,0 +1,361 @@
+"""Recurrent layers as a wavefront: each rank has some layers, and hands time on chunk by chunk.
+
+Sutskever, Vinyals, Le, "Sequence to sequence learning with neural networks" (2014), had a layer of an LSTM on each of
+four GPUs; Appleyard, Kocisky, Blunsom, "Optimizing performance of recurrent neural networks on GPUs" (2016), go over
+layers and steps in diagonals. The gradient is that of the whole sequence: nothing is cut off in time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from math import prod
+
+import numpy as np
+
+from psmpi.backend.reference import exponent_of
+from psmpi.comm.transfers import Boundary, Handle, Message, Step
+from psmpi.data import Batch, Resident
+from psmpi.layout import Ownership
+from psmpi.methods.wavefront.lane import Lane
+from psmpi.methods.wavefront.need import wavefront_needed
+from psmpi.methods.wavefront.schedule import back_diagonals, chunks, diagonals
+from psmpi.methods.wavefront.settings import Settings, check_wavefront, deal, wavefront_notes
+from psmpi.nn.layers.chain import Tape
+from psmpi.nn.layers.workspace import Span
+from psmpi.nn.model import Model
+from psmpi.nn.objective import GRADIENT_LIMIT, Objective
+from psmpi.training.context import Context
+from psmpi.training.descent import Descent
+from psmpi.training.method import Exactness, Method
+from psmpi.training.spans import check_tokens
+
+OPTIONS = ("--dataset", "digits:rows", "--model", "lstm", "--widths", "12", "12", "12", "12")
+# Gradients of chunks that are on their way down at once, and buffers for those that come from above.
+RING = 4
+
+
+class Wavefront(Method):
+    """The method on one rank: its layers as one lane or several, on the last rank the layers behind the last step too.
+
+    A minibatch goes up through all ranks chunk by chunk; the loss is the last rank's, and chunks come back last first.
+    Each rank steps its own weights.
+    """
+
+    name = "wavefront"
+    summary = "recurrent layers over ranks, which hand sequences on chunk by chunk"
+    settings = (Settings,)
+    skips = True
+    sequences = "steps"
+    exactness = Exactness(options=OPTIONS)
+
+    def __init__(self, context: Context):
+        network, layout, dataset, ops = context.network, context.layout, context.dataset, context.ops
+        s, size = context.settings(Settings), context.size
+        dealt = deal(network, size, s.skew, s.chunk_steps)
+        super().__init__(context, Ownership(tuple(network.runs(layout, *dealt.layers(k)) for k in range(size))))
+        self.world, self.batch = context.group(), context.config.data.batch_size
+        self.first, self.last = self.rank == 0, self.rank == size - 1
+        self.layers = dealt.layers(self.rank)
+        self.edges = chunks(network.in_shape[1], dealt.steps)
+        shard = self.shards[self.rank]
+        self.w, self.g = (ops.zeros(shard.size, self.dtype) for _ in range(2))
+        context.put_weights(shard, self.w)
+        # Of chunks, which have fewer steps.
+        cut = network.with_steps(dealt.steps)
+        self.lanes = [self._lane(cut, layers) for layers in dealt.ranks[self.rank]]
+        self.head: Model | None = None
+        if self.last and dealt.head is not None:
+            self.head = Model(cut, layout, *self._views(dealt.head), ops, layers=dealt.head)
+        self.team = ThreadPoolExecutor(len(self.lanes), "psmpi-skew") if len(self.lanes) > 1 else None
+        # In front of each rank but the first, of each chunk.
+        units = [network.layers[dealt.layers(k)[0]].in_shape[0] for k in range(size)]
+        self.cuts = [
+            [Boundary(self.world, k - 1, k, units[k] * (b - a), self.dtype) for a, b in self.edges]
+            for k in range(1, size)
+        ]
+        self.below, self.above = [None, *self.cuts, None][self.rank : self.rank + 2]
+        self.descent = Descent(context, shard, allsum=self.world.agree)
+        self.state.vector("weights", self.w)
+        self.state.optimizer(self.descent.optimizer)
+        self.loss, self.metric = context.loss(), context.metric()
+        self.objective = Objective(self.loss, self.head or self.lanes[-1].model)
+        train = np.arange(dataset.train.n if self.first else 0)
+        tests = np.arange(dataset.test.n if self.first else 0)
+        self.train = Resident(dataset.train, train, self.dtype, ops)
+        self.tests = Resident(dataset.test, tests, self.dtype, ops)
+        check_tokens(network, self.train, "training")
+        check_tokens(network, self.tests, "test")
+        self.batches = network.evaluation_batches(dataset.test.n)
+        # Of several chunks together, in each of which a power of two was taken out of the derivatives.
+        self.report = ops.zeros(4, np.dtype(np.float64))
+        self.capacity = 0
+        self.reserve(max(self.batch, *(at.stop - at.start for at in self.batches)))
+        self._count()
+
+    check, needed = staticmethod(check_wavefront), staticmethod(wavefront_needed)
+    notes = staticmethod(wavefront_notes)
+
+    def _views(self, layers: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+        """This rank's weights and gradient of some layers."""
+        at = self.network.runs(self.layout, *layers).inside(self.shards[self.rank])
+        assert at is not None
+        return self.w[at], self.g[at]
+
+    def _lane(self, network: object, layers: tuple[int, int]) -> Lane:
+        return Lane(network, self.layout, layers, *self._views(layers), len(self.edges), self.ops)  # type: ignore[arg-type]
+
+    def _count(self) -> None:
+        """Put what the rank holds besides weights to the account."""
+        self.account.hold("gradients", self.g)
+        self.account.hold("samples", self.train, self.tests)
+        for lane in self.lanes:
+            self.account.ask("activations", lane.arrays)
+        self.account.ask("buffers", lambda: tuple(lane.model.buffer_bytes for lane in self.lanes))
+        self.account.ask("activations", lambda: (self.x, *self.inputs))
+        self.account.ask("buffers", lambda: (*self.passed, *self.incoming, *self.scores))
+        if self.last:
+            self.account.hold("buffers", self.objective)
+        head = self.head
+        if head is not None:
+            self.account.ask("activations", lambda: (head.activation_bytes,))
+            self.account.ask("buffers", lambda: (head.buffer_bytes,))
+
+    def reserve(self, batch: int) -> None:
+        """Make room for minibatches of up to `batch` samples."""
+        if batch <= self.capacity:
+            return
+        self.capacity = batch
+        empty, most = self.ops.empty, max(b - a for a, b in self.edges)
+        for lane in self.lanes:
+            lane.reserve(batch)
+        lowest = self.lanes[0].in_units
+        self.x = empty(prod(self.network.in_shape) * batch * self.first, self.dtype)
+        # What goes into each chunk.
+        self.inputs = [empty(lowest * (b - a) * batch, self.dtype) for a, b in self.edges]
+        # Gradients of inputs: of the lowest lane, on their way down; of the others two, which take turns.
+        rings = [RING if self.below is not None else 0, *[2] * (len(self.lanes) - 1)]
+        self.passed = [
+            empty(count * lane.in_units * most * batch, self.dtype)
+            for count, lane in zip(rings, self.lanes, strict=True)
+        ]
+        above = self.lanes[-1].units * most * batch
+        self.incoming = [empty(above, self.dtype) for _ in range(min(RING, len(self.edges)) if self.above else 0)]
+        self.scores: list[np.ndarray] = []
+        if not self.last:
+            return
+        if self.head is not None:
+            self.head.reserve(batch)
+            self.objective.reserve(self.network.classes, batch)
+            # The gradient of the last chunk's outputs; of the others it is 0.
+            self.scores = [empty(above, self.dtype)]
+        else:
+            self.objective.reserve(self.network.classes, most * batch)
+            self.scores = [empty(self.network.classes * (b - a) * batch, self.dtype) for a, b in self.edges]
+
+    def step(self, batch: Batch, lr: float) -> None:
+        b = len(batch)
+        self.reserve(b)
+        scale = 1 / self.dataset.train.count(batch.ids)
+        targets = self.dataset.train.targets[batch.ids].T
+        exponents: list[float] = []
+        loss = 0.0
+
+        def derive(c: int, tape: Tape) -> None:
+            """The loss of a chunk's scores, and its derivatives."""
+            nonlocal loss
+            a, z = self.edges[c]
+            self.objective.bring(np.ascontiguousarray(targets[..., a:z, :]))
+            self.objective.losses(tape.scores, self.objective.targets(b), scale)
+            dy = self.scores[c][: tape.scores.size].reshape(tape.scores.shape)
+            dy[...] = self.objective.derivatives(tape.scores).reshape(dy.shape)
+            loss += self.objective.value()
+            exponents.append(float(self.objective.report.host[3]))
+
+        self.objective.ids = batch.ids
+        outputs = self._forward(self.train, batch.ids, derive if self.head is None else None)
+        if self.head is not None and outputs is not None:
+            loss = self._derive_head(outputs, targets, scale)
+        elif self.last:
+            self._level(exponents, b)
+        self._backward(b)
+        if self.last and self.head is None:
+            self.ops.unscale(self.g, self.report, GRADIENT_LIMIT[self.dtype])
+        if self.descent.sound(loss, self.g):
+            self.loss_sum += loss * b
+            self.descent.step(self.w, self.g, lr)
+
+    def _derive_head(self, outputs: np.ndarray, targets: np.ndarray, scale: float) -> float:
+        """The loss of scores of the last step, the head's gradient, and that of the last chunk's outputs."""
+        assert self.head is not None
+        tape = self.head.forward(outputs)
+        self.objective.bring(np.ascontiguousarray(targets))
+        dx = self.scores[0][: outputs.size].reshape(outputs.shape)
+        self.objective.derive(tape, tape.scores, self.objective.targets(outputs.shape[-1]), scale, dx=dx)
+        return self.objective.value()
+
+    def _level(self, peaks: list[float], b: int) -> None:
+        """Take the same power of two out of the derivatives of all chunks; peaks: the largest of each."""
+        powers = [exponent_of(peak) for peak in peaks]
+        for power, dy in zip(powers, self.scores, strict=True):
+            if power != max(powers):
+                self.ops.scale(dy, 2.0 ** (power - max(powers)))
+        self.report[3] = max(peaks)
+
+    def _spans(self, samples: Resident, ids: np.ndarray) -> list[Span]:
+        """The steps that the sequences `ids` have in each chunk."""
+        lengths, count, found = samples.lengths(ids), len(self.edges), []
+        for c, (a, b) in enumerate(self.edges):
+            own = None if lengths is None else self.ops.put(np.clip(lengths - a, 0, b - a).astype(np.int32))
+            found.append(Span(own, begins=c == 0, ends=c == count - 1))
+        return found
+
+    def _forward(
+        self, samples: Resident, ids: np.ndarray, scored: Callable[[int, Tape], None] | None = None
+    ) -> np.ndarray | None:
+        """Go over all chunks; returns the outputs of the last one on the last rank.
+
+        scored(c, tape): called on the last rank with each chunk's pass, before the next one begins.
+        """
+        b, count, lanes = len(ids), len(self.edges), self.lanes
+        spans = self._spans(samples, ids)
+        inputs = [
+            room[: lanes[0].in_units * (z - a) * b].reshape(-1, z - a, b)
+            for room, (a, z) in zip(self.inputs, self.edges, strict=True)
+        ]
+        arriving = []
+        if self.below is not None:
+            arriving = [cut.begin(None, x, c) for c, (cut, x) in enumerate(zip(self.below, inputs, strict=True))]
+        else:
+            whole = self.x[: prod(self.network.in_shape) * b].reshape(-1, b)
+            samples.fetch(ids, whole)
+            steps = whole.reshape(*self.network.in_shape, b)
+            for x, (a, z) in zip(inputs, self.edges, strict=True):
+                x[...] = steps[:, a:z]
+        made: list[list[np.ndarray]] = [[inputs[c]] for c in range(count)]
+        leaving: list[Handle] = []
+
+        def work(lane: int, c: int) -> None:
+            made[c].append(lanes[lane].forward(c, made[c][-1], spans[c]))
+
+        for cells in diagonals(len(lanes), count):
+            if arriving and cells[0][0] == 0:
+                arriving[cells[0][1]].finish()
+            self._work(cells, work)
+            top, c = cells[-1]
+            if top < len(lanes) - 1:
+                continue
+            if self.above is not None:
+                leaving.append(self.above[c].begin(made[c][-1], None, c))
+            elif scored is not None:
+                tape = lanes[-1].chunks[c].tape
+                assert tape is not None
+                scored(c, tape)
+        for handle in leaving:
+            handle.finish()
+        last: np.ndarray = made[-1][-1]
+        return last if self.last else None
+
+    def _work(self, cells: list[tuple[int, int]], work: Callable[[int, int], None]) -> None:
+        """Work on the cells of a diagonal, side by side where there are threads."""
+        if self.team is None or len(cells) == 1:
+            for lane, c in cells:
+                work(lane, c)
+            return
+        for future in [self.team.submit(work, lane, c) for lane, c in cells]:
+            future.result()
+
+    def _backward(self, b: int) -> None:
+        """Go back over all chunks, the last first: fill g from what the last rank's loss has left."""
+        count, lanes = len(self.edges), self.lanes
+        top, ring = len(lanes) - 1, len(self.incoming)
+        arriving: dict[int, Handle] = {}
+        leaving: list[Handle | None] = [None] * RING
+
+        def above(c: int) -> np.ndarray:
+            """Where the gradient of the topmost lane's outputs of chunk c is."""
+            a, z = self.edges[c]
+            shape = lanes[-1].units, z - a, b
+            if self.above is not None:
+                return self.incoming[c % ring][: prod(shape)].reshape(shape)
+            if self.head is None:
+                return self.scores[c][: prod(shape)].reshape(shape)
+            dy: np.ndarray = self.scores[0][: prod(shape)].reshape(shape)
+            if c < count - 1:
+                dy.fill(0)
+            return dy
+
+        def below(lane: int, c: int) -> np.ndarray | None:
+            """Where the gradient of a lane's inputs of chunk c goes."""
+            size = RING if lane == 0 else 2
+            if lane == 0 and self.below is None:
+                return None
+            a, z = self.edges[c]
+            rows = self.passed[lane].reshape(size, -1)
+            return rows[c % size][: lanes[lane].in_units * (z - a) * b].reshape(-1, z - a, b)
+
+        def expect(c: int) -> None:
+            if self.above is not None and c >= 0:
+                arriving[c] = self.above[c].begin_back(None, above(c), c)
+
+        def work(lane: int, c: int) -> None:
+            dy = above(c) if lane == top else below(lane + 1, c)
+            assert dy is not None
+            lanes[lane].backward(c, dy, below(lane, c), c < count - 1)
+
+        for c in range(count - 1, count - 1 - ring, -1):
+            expect(c)
+        for cells in back_diagonals(len(lanes), count):
+            (lane, c), (lowest, down) = cells[0], cells[-1]
+            if lane == top and self.above is not None:
+                arriving.pop(c).finish()
+            sends = lowest == 0 and self.below is not None
+            if sends and (waiting := leaving[down % RING]) is not None:
+                waiting.finish()
+            self._work(cells, work)
+            if lane == top:
+                expect(c - ring)
+            if sends:
+                assert self.below is not None
+                dx = below(0, down)
+                assert dx is not None
+                if self.last and self.head is None:
+                    self.ops.unscale(dx, self.report, GRADIENT_LIMIT[self.dtype])
+                leaving[down % RING] = self.below[down].begin_back(dx, None, down)
+        for handle in leaving:
+            if handle is not None:
+                handle.finish()
+
+    def test(self) -> dict[str, float]:
+        totals = self.metric.zeros()
+        with self.counter.paused():
+            for at in self.batches:
+                totals += self._test(np.arange(at.start, at.stop))
+        return self.metric.scores(self.world.agree(totals))
+
+    def _test(self, ids: np.ndarray) -> np.ndarray:
+        """The metric's sums of test samples, on the last rank; zeros on the others."""
+        totals, targets = self.metric.zeros(), self.dataset.test.targets[ids].T
+
+        def score(c: int, tape: Tape) -> None:
+            nonlocal totals
+            a, z = self.edges[c]
+            of_chunk = np.ascontiguousarray(targets[..., a:z, :])
+            totals = totals + self.metric.sums(self.ops.host(tape.scores), of_chunk)
+
+        outputs = self._forward(self.tests, ids, score if self.head is None else None)
+        if self.head is not None and outputs is not None:
+            totals = self.metric.sums(self.ops.host(self.head.forward(outputs).scores), targets)
+        return totals
+
+    def messages(self, step: int, batch: int) -> list[Message]:
+        every = [one for cut in self.cuts for one in cut]
+        up = [message for one in every for message in one.messages(Step(batch))]
+        return up + [message for one in every for message in one.messages(Step(batch), back=True)]
+
+    def work(self) -> tuple[str, str, int]:
+        names = [layer.name for layer in self.network.layers[slice(*self.layers)] if layer.linear or layer.inner]
+        return "layers", names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}", self.w.size
+
+    def events(self) -> dict[str, int]:
+        return {"psl_terms_past_exp_clip": self.loss.clipped}

@@ -1,0 +1,169 @@
+"""Settings of the method `wavefront`, how layers are dealt, and what it cannot train; made without MPI."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Annotated, ClassVar
+
+from psmpi.config import Config, Least
+from psmpi.data import Dataset
+from psmpi.errors import UserError, counted
+from psmpi.methods.wavefront.schedule import chunks, usual_steps
+from psmpi.nn.layers import Layer
+from psmpi.nn.layers.chain import leaves
+from psmpi.nn.layers.last import Last
+from psmpi.nn.network import Network
+from psmpi.training.checks import check_first_order
+from psmpi.training.context import check_optimizer, configured_loss
+
+# Chunks of a sequence at most: their numbers are tags of messages.
+MOST_CHUNKS = 4096
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Recurrent layers as a wavefront (wavefront)."""
+
+    table: ClassVar[str] = "wavefront"
+    results: ClassVar[bool] = True
+
+    chunk_steps: Annotated[int, Least(0)] = 0
+    """Steps of a sequence that a rank computes before it hands them on; 0: an eighth of the steps over the ranks and
+    threads that go over layers, at least 1, or all steps where there is one. Fewer let ranks begin earlier, and make
+    more, smaller messages and products. No result depends on it but through rounding."""
+    skew: Annotated[int, Least(1)] = 1
+    """Threads of a rank that go over its recurrent layers in the same order, each some of them; with the kernels in C
+    or NumPy, best with --threads 1. At most as many as a rank's recurrent layers."""
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """How the layers of a network are dealt.
+
+    ranks: of each rank the runs (first, behind the last) of layers that go over chunks, its lanes; head: the run of
+    those that follow on the last step, on the last rank, or None where each step has scores. steps: of a chunk.
+    """
+
+    ranks: tuple[tuple[tuple[int, int], ...], ...]
+    head: tuple[int, int] | None
+    steps: int
+
+    def layers(self, rank: int) -> tuple[int, int]:
+        """The run of all layers of a rank."""
+        last = self.head if self.head is not None and rank == len(self.ranks) - 1 else self.ranks[rank][-1]
+        return self.ranks[rank][0][0], last[1]
+
+
+def is_recurrent(layer: Layer) -> bool:
+    """Whether a layer, or one inside it, carries states from step to step."""
+    return any(one.recurrent for one in leaves([layer]))
+
+
+def find_head(network: Network) -> int:
+    """The first layer whose outputs are not those of each step; behind the last one where all are."""
+    layers = network.layers
+    return next((k for k, layer in enumerate(layers) if len(layer.out_shape) != 2), len(layers))
+
+
+def deal(network: Network, ranks: int, skew: int, chunk_steps: int) -> Lanes:
+    """Deal layers so that the rank with the most multiplications has as few as can be; within a rank lanes alike.
+
+    UserError where there are fewer recurrent layers than ranks, or than threads on a rank.
+    """
+    head, layers = find_head(network), network.layers
+    recurrent = [k for k in range(head) if is_recurrent(layers[k])]
+    if not recurrent:
+        raise UserError(
+            f"--method wavefront is for recurrent layers, and --model {network.name} has none: use --model rnn, gru or "
+            "lstm with sequences, or custom"
+        )
+    if ranks > len(recurrent):
+        raise UserError(
+            f"--method wavefront gives each rank a recurrent layer at least, and --model {network.name} has "
+            f"{len(recurrent)} for {counted(ranks, 'rank')}: start {len(recurrent)} or fewer, or give it more layers, "
+            "for instance --widths 128 128 128 128"
+        )
+    runs = _split(network, recurrent, (0, head), ranks)
+    lanes = []
+    for rank, run in enumerate(runs):
+        own = [k for k in recurrent if run[0] <= k < run[1]]
+        if skew > len(own):
+            raise UserError(
+                f"--skew {skew}: rank {rank} has {counted(len(own), 'recurrent layer')}: use --skew {len(own)} or less"
+            )
+        lanes.append(tuple(_split(network, own, run, skew)))
+    steps = chunk_steps or usual_steps(network.in_shape[1], ranks * skew)
+    return Lanes(tuple(lanes), (head, len(layers)) if head < len(layers) else None, steps)
+
+
+def _split(network: Network, starts: list[int], run: tuple[int, int], parts: int) -> list[tuple[int, int]]:
+    """A run of layers cut before some of `starts` into parts whose largest costs as little as can be."""
+    layers, behind = network.layers, [*starts[1:], run[1]]
+    first = [run[0], *starts[1:]]
+    costs = [sum(layer.macs for layer in leaves(layers[a:b])) for a, b in zip(first, behind, strict=True)]
+    # best[p][n]: the least largest cost of the first n in p parts, and where the last of these begins.
+    best: list[list[tuple[float, int]]] = [[(0.0 if n == 0 else float("inf"), 0) for n in range(len(costs) + 1)]]
+    for p in range(1, parts + 1):
+        row = [(float("inf"), 0)] * (len(costs) + 1)
+        for n in range(p, len(costs) + 1):
+            # Of equal ones the last: later parts are the larger.
+            row[n] = min((max(best[p - 1][k][0], sum(costs[k:n])), -k) for k in range(p - 1, n))
+            row[n] = row[n][0], -row[n][1]
+        best.append(row)
+    edges, n = [len(costs)], len(costs)
+    for p in range(parts, 0, -1):
+        n = best[p][n][1]
+        edges.append(n)
+    edges.reverse()
+    return [(first[a], behind[b - 1]) for a, b in pairwise(edges)]
+
+
+def check_wavefront(size: int, network: Network, dataset: Dataset, config: Config) -> None:
+    """See `Method.check`."""
+    s = config.of(Settings)
+    if not network.sequences:
+        raise UserError(
+            f"--method wavefront is for sequences, and the samples of {dataset.name} have the shape {dataset.shape}: "
+            "of images make sequences (--dataset NAME:rows), or save sequences with their lengths"
+        )
+    lanes = deal(network, size, s.skew, s.chunk_steps)
+    steps = network.in_shape[1]
+    if s.chunk_steps > steps:
+        raise UserError(f"--chunk-steps {s.chunk_steps}: sequences have {steps} steps; use at most as many, or 0")
+    if len(chunks(steps, lanes.steps)) > MOST_CHUNKS:
+        least = -(-steps // MOST_CHUNKS)
+        raise UserError(
+            f"--chunk-steps {lanes.steps} makes {len(chunks(steps, lanes.steps))} chunks of {steps} steps, and there "
+            f"can be {MOST_CHUNKS}: use --chunk-steps {least} or more"
+        )
+    if lanes.head is not None and not isinstance(network.layers[lanes.head[0]], Last):
+        layer = network.layers[lanes.head[0]]
+        raise UserError(
+            f"{network.named(layer.name)} of --model {network.name} needs all steps at once, and with --method "
+            'wavefront ranks hand them on chunk by chunk: end sequences with a layer {type = "last"}'
+        )
+    runs = network.runs(network.layout(), *lanes.layers(size - 1))
+    if lanes.head is not None and network.runs(network.layout(), *lanes.head).inside(runs) is None:
+        raise UserError(
+            f"--model {network.name} has layers of single classes before and behind the last step, which --method "
+            "wavefront does not keep apart: use dense layers in place of separable ones before it"
+        )
+    if config.objective.psl_weights != "none":
+        raise UserError(f"--psl-weights {config.objective.psl_weights} is not for --method wavefront: leave it out")
+    check_first_order(config, "takes the loss more than once in a step, and each time all ranks in turn")
+    configured_loss(config, dataset)
+    check_optimizer(config, network.layout(), ())
+
+
+def wavefront_notes(size: int, network: Network, config: Config) -> Iterator[str]:
+    """See `Method.notes`."""
+    s = config.of(Settings)
+    lanes = deal(network, size, s.skew, s.chunk_steps)
+    count, stages = len(chunks(network.in_shape[1], lanes.steps)), size * s.skew
+    if stages > 1:
+        yield (
+            f"{counted(count, 'chunk')} of {counted(lanes.steps, 'step')} over {stages} runs of layers: at most "
+            f"{count / (count + stages - 1):.0%} of the time each is at work"
+        )
