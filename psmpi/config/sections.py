@@ -25,6 +25,8 @@ else:
     OptimizerName = Literal[tuple(ALL_OPTIMIZERS)]
 
 NOT_GIVEN: Any = None
+# Settings of deep and deep-conv alone.
+DEEP = ("depth", "final_time", "activation")
 FITTED = arg(help_behavior_hint="(default: fits the data)")
 
 
@@ -50,14 +52,23 @@ class Data:
 class NetworkSettings:
     """The network."""
 
-    model: Literal["psnet", "psnet-24", "psnet-35", "lenet", "mlp", "head", "resnet", "custom"] = "psnet"
+    model: Literal["psnet", "psnet-24", "psnet-35", "lenet", "mlp", "head", "resnet", "deep", "deep-conv", "custom"] = (
+        "psnet"
+    )
     """Built-in network, or custom: described by [[model.layers]] tables in the configuration file. head: for very many
-    classes, a trunk (--widths, or such tables) that every worker computes and rows of weights, one a class."""
+    classes, a trunk (--widths, or such tables) that every worker computes and rows of weights, one a class. deep and
+    deep-conv: many residual layers of one width (--depth, --final-time, --activation)."""
     widths: tuple[int, ...] = ()
     """Hidden widths of mlp, 1024 1024 if not given, and of head's trunk, 512 128; channels of resnet's sections, 16
-    32."""
+    32; the width of deep, 16, and the channels of deep-conv, 4."""
     blocks: tuple[int, ...] = ()
     """Residual blocks of each of resnet's sections; 3 if not given."""
+    depth: Annotated[int, Least(1)] = 32
+    """Residual layers of deep and deep-conv."""
+    final_time: float = 1.0
+    """What the step sizes of their residual layers come to: a layer is u + final_time / depth times act(K u + b)."""
+    activation: Literal["tanh", "relu", "sigmoid"] = "tanh"
+    """Function of deep and deep-conv."""
     batch_norm: bool = False
     """Batch normalization before each activation and of the scores, instead of biases; statistics are always those of
     the minibatch, in evaluations of about 1,000 samples."""
@@ -75,7 +86,7 @@ class NetworkSettings:
     @property
     def shape(self) -> dict[str, Any]:
         """What says the layers of the network called `model`."""
-        return {name: getattr(self, name) for name in ("widths", "layers", "blocks", "batch_norm", "scale")}
+        return {name: getattr(self, name) for name in ("widths", "layers", "blocks", "batch_norm", "scale", *DEEP)}
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """Multigrid in layer time over plain maps: exactness, fixed point, any number of ranks, messages, rates."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -91,7 +93,7 @@ def solve(problem, ranks, factor, levels, relaxations, cycles, start=None, back=
         return at, states.copy(), line.sent, cycle.residuals
 
     found = sorted(run_ranks(ranks, work, timeout=60), key=lambda one: one[0])
-    for (_, one, *_), (_, other, *_) in zip(found, found[1:], strict=False):
+    for (_, one, *_), (_, other, *_) in pairwise(found):
         assert np.array_equal(one[-1], other[0]), "neighbours have different copies of a point"
     states = np.concatenate([found[0][1][:1], *(one[1][1:] for one in found)])
     residuals = np.sum([one[3] for one in found], axis=0)
@@ -171,9 +173,9 @@ def test_errors_fall_by_ten_a_cycle(back):
     problem = Problem(64, smooth=True)
     exact = problem.serial()[back]
     errors = [error(solve(problem, 1, 4, 2, 1, cycles, back=back)[0], exact) for cycles in (1, 2, 3, 4)]
-    assert all(10 * after <= before for before, after in zip(errors, errors[1:], strict=False)), errors
+    assert all(10 * after <= before for before, after in pairwise(errors)), errors
     residuals = solve(problem, 1, 4, 2, 1, 4, back=back)[2][:, 0] ** 0.5
-    assert all(10 * after <= before for before, after in zip(residuals, residuals[1:], strict=False)), residuals
+    assert all(10 * after <= before for before, after in pairwise(residuals)), residuals
 
 
 def test_steps_that_are_no_multiple_are_refused():

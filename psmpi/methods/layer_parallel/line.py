@@ -11,15 +11,16 @@ from psmpi.comm.transfers.base import Handle
 
 
 class Line:
-    """The neighbours of the rank at `position` of a row, in the direction of forward passes, or with `back` of adjoints.
+    """The neighbours of the rank at `position` of a row, in the direction of forward passes.
 
-    boundaries: between each two ranks of the row.
+    boundaries: between each two ranks of the row. back: in the direction of adjoint passes.
     """
 
     def __init__(self, boundaries: Sequence[Boundary], position: int, back: bool = False):
         before = boundaries[position - 1] if position > 0 else None
         behind = boundaries[position] if position < len(boundaries) else None
-        self.before, self.behind, self.back = (behind, before, back) if back else (before, behind, back)
+        self.back = back
+        self.before, self.behind = (behind, before) if back else (before, behind)
 
     def send(self, values: np.ndarray) -> Handle:
         if self.behind is None:
