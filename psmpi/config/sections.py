@@ -35,8 +35,8 @@ class Data:
     """What is learnt from, and in which order."""
 
     dataset: str = "digits"
-    """digits (embedded), mnist, cifar10, or the path of an .npz or .h5 file with x and y: integers are classes,
-    floating point numbers the values of a regression."""
+    """digits (embedded), peaks (generated: points in a plane), mnist, cifar10, or the path of an .npz or .h5 file with
+    x and y: integers are classes, floating point numbers the values of a regression."""
     data_dir: str = "data"
     """Folder that holds the data set's files."""
     split_seed: Annotated[int, Least(-1)] = 0

@@ -154,9 +154,9 @@ def make_network(
     trunk of `layers`, or of `widths` (512, 128) with ReLU, and one score a class, by which it is partitioned: with a
     `scale` this times the cosine of the angle between the trunk's outputs, without the last ReLU, and the class's row;
     `resnet` has sections of `widths` channels (16 and 32) with `blocks` residual blocks each (3); `deep` has `depth`
-    (32) residual layers of one width (16) that are the steps of a march to `final_time` (1), with `activation` (tanh), and
-    `deep-conv` those of a number of channels (4): these are in `deep`; `custom` is described layer by
-    layer in `layers` (see psmpi.nn.network.build). With `batch_norm` the other ones have batch normalization instead of
+    (32) residual layers of one of `widths` (16), the steps of a march to `final_time` (1), with `activation` (tanh),
+    and `deep-conv` such convolutions (4 channels); `custom` is described layer by layer in `layers` (see
+    psmpi.nn.network.build). With `batch_norm` the other ones have batch normalization instead of
     biases. UserError where the name or the shape is not known.
     """
     if batch_norm and (name in ("resnet", "custom") or (name == "head" and layers)):
