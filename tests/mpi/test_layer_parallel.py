@@ -1,15 +1,18 @@
 """Layer-parallel training against serial passes, back-propagation and finite differences."""
 
+import re
 import threading
 from itertools import pairwise
 from unittest import mock
 
 import numpy as np
 import pytest
+from helpers.runs import run
 
-from psmpi.backend import NumpyOps
+from psmpi.backend import NumpyOps, make_backend
 from psmpi.comm.group import Group
 from psmpi.data import Batch, Minibatches, open_dataset
+from psmpi.data.peaks import peaks
 from psmpi.methods.layer_parallel.cycle import Cycle, exact_cycles
 from psmpi.nn.zoo import make_network
 from psmpi.registry import find_method
@@ -353,3 +356,121 @@ def test_residuals_are_in_the_metrics(tmp_path):
         assert len(alone[name]) == cycles and several[name] == pytest.approx(alone[name], rel=1e-3)
         assert all(5 * after < before for before, after in pairwise(alone[name]))
     assert rows(case.run(2, "--levels", "1"))[-1]["forward_residual"] == []
+
+
+LIMITS = [
+    (3, (*DEEP,), "3 ranks in a row do not divide them: start 2 ranks"),
+    (8, (*DEEP, "--coarsening", "8"), "needs layers of each rank in multiples of 8 .* use --levels 2 --coarsening 4"),
+    (4, (*DEEP, "--levels", "3"), "there are 8 layers on each of 4 ranks: use --levels 3 --coarsening 2"),
+    (1, (*DEEP, "--coarsening", "32"), "two on the coarsest level"),
+    (2, (*DEEP, "--depth", "2", "--coarsening", "2"), "use --levels 1"),
+    (2, ("--model", "mlp", "--widths", "5"), "has no residual layers in a row"),
+    (2, ("--config", "one.toml"), "has one residual layer in a row"),
+    (2, ("--config", "norm.toml"), "has batch normalization"),
+    (2, ("--config", "other.toml", "--gamma-ddt", "1"), "are not all of one kind and step size"),
+    (2, (*DEEP, "--relaxations", "-1"), "--relaxations -1"),
+    (2, (*DEEP, "--forward-cycles", "0"), "--forward-cycles 0"),
+    (2, (*DEEP, "--adjoint-cycles", "0"), "--adjoint-cycles 0"),
+    (2, (*DEEP, "--levels", "0"), "--levels 0"),
+    (2, (*DEEP, "--coarsening", "1"), "--coarsening 1"),
+    (2, (*DEEP, "--final-time", "0"), "--final-time 0: expected a number above 0"),
+    (2, (*DEEP, "--final-time", "-1"), "--final-time -1"),
+    (2, (*DEEP, "--depth", "0"), "--depth 0"),
+    (2, ("--model", "mlp", "--depth", "8"), "--depth is of --model deep and deep-conv"),
+    (2, (*DEEP, "--serial-ends", "16"), "--serial-ends 16 leaves none of 32 residual layers .* use 15"),
+    (4, (*DEEP, "--layer-replicas", "3"), "--layer-replicas 3 cannot share 4 ranks evenly"),
+    (4, (*DEEP, "--layer-replicas", "4", "--batch-size", "3"), "--batch-size 3 leaves some of 4 rows of ranks"),
+    (2, (*DEEP, "--gamma-tik", "nan"), "--gamma-tik nan"),
+    (2, (*DEEP, "--adapt-bound", "0"), "--adapt-bound 0: expected a number above 0"),
+    (2, (*DEEP, "--adapt-every", "2", "--optimizer", "lbfgs"), "use a first-order one"),
+    (2, (*DEEP, "--nested-depths", "8"), "expected as many numbers of both"),
+    (2, (*DEEP, "--nested-depths", "12", "--nested-epochs", "1"), "a divisor of the next, and of 32 layers"),
+    (4, (*DEEP, "--nested-depths", "8", "--nested-epochs", "1"), "there are 2 layers on each of 4 ranks with --nested"),
+    (1, (*DEEP, "--nested-depths", "16", "--nested-epochs", "5"), "leave some epochs for all layers"),
+    (1, (*DEEP, "--depth", "36", "--nested-depths", "16", "--nested-epochs", "1", "--serial-ends", "2"), "use one"),
+]
+
+
+@pytest.mark.parametrize(("ranks", "options", "says"), LIMITS, ids=[" ".join(one[1][-2:]) for one in LIMITS])
+def test_limits_are_one_message_that_names_the_fix(folder, monkeypatch, ranks, options, says):
+    """The same on all ranks: rank 0 speaks for them."""
+    monkeypatch.chdir(folder)
+    dense, branch = '{type = "dense", units = 6}', '{type = "dense", units = 6}, {type = "tanh"}'
+    last, one = f'{{type = "dense", units = {CLASSES}}}', f'{{type = "residual", layers = [{branch}]}}'
+    norm = f'{{type = "residual", layers = [{{type = "batch_norm"}}, {branch}]}}'
+    wide = '{type = "residual", layers = [{type = "dense", units = 9}, {type = "dense", units = 6}]}'
+    files = {
+        "one": [dense, one, last],
+        "norm": [dense, *[norm] * 8, last],
+        "other": [dense, *[one, wide] * 4, last],
+    }
+    for name, layers in files.items():
+        (folder / f"{name}.toml").write_text(f'[model]\nmodel = "custom"\nlayers = [{", ".join(layers)}]\n')
+    words = ("--method", "layer_parallel", "--dataset", folder / "points.npz", *PLAIN, *options)
+    status, out, err = run(ranks, "-m", "psmpi.train", "--out", folder / "refused", *words)
+    told = " ".join((out + err).split())
+    assert status != 0 and "Traceback" not in told, told
+    assert len(re.findall(says, told)) == 1, told
+
+
+def peaks_task(folder, seed, steps, *options):
+    """Loss and validation accuracy of the peaks task after so many steps of Adam, and the cycles of passes then."""
+    rng = np.random.default_rng(seed)
+    x = rng.uniform(-3, 3, (2500, 2))
+    y = peaks(x).argsort().argsort() * 5 // 2500
+    path = folder / f"peaks{seed}.npz"
+    np.savez(path, x=x[:2000], y=y[:2000], x_test=x[2000:], y_test=y[2000:])
+    words = ("--method", "layer_parallel", "--dataset", path, "--model", "deep", "--widths", "8", "--final-time", "5",
+             "--optimizer", "adam", "--lr", "0.02", "--loss", "nll", "--clip", "0", "--dtype", "float64",
+             "--batch-size", "2000", "--epochs", str(steps), "--threads", "1", *options)  # fmt: skip
+    config, dataset = usual(parse(list(map(str, words)))), open_dataset(str(path), "")
+    network = make_network("deep", dataset.shape, 5, **config.model.shape)
+    layout, kind = network.layout(), find_method("layer_parallel")
+    w = np.zeros(layout.size)
+    for parameter in layout.parameters:
+        if parameter.name.endswith("weight"):
+            for a, b in layout.runs_of_parameters({parameter.name}).intervals:
+                w[a:b] = rng.normal(0, 0.5 if parameter.name == "dense1.weight" else 0.1, b - a)
+    kind.check(1, network, dataset, config)
+
+    def work(world):
+        method = kind(Context(world, network, dataset, config, make_backend("auto")))
+        method.w[...] = w
+        for _ in range(steps):
+            method.loss_sum = 0.0
+            method.step(Batch(np.arange(2000)), 0.02)
+        scores = method.test()
+        return method.loss_sum / 2000, scores["accuracy"], method.diagnostics().get("cycles")
+
+    return run_ranks(1, work, timeout=300)[0]
+
+
+def test_inexact_passes_learn_what_exact_ones_do(tmp_path):
+    """Some steps of one seed: states go on from the step before, adjoints begin anew."""
+    serial = peaks_task(tmp_path, 0, 120, "--levels", "1")
+    found = peaks_task(tmp_path, 0, 120)
+    assert serial[0] < 0.5 and found[0] <= 1.3 * serial[0] and found[1] >= serial[1] - 0.03, (serial, found)
+
+
+@pytest.mark.slow
+def test_inexact_passes_learn_what_exact_ones_do_for_most_seeds(tmp_path):
+    good = 0
+    for seed in range(3):
+        serial, found = peaks_task(tmp_path, seed, 400, "--levels", "1"), peaks_task(tmp_path, seed, 400)
+        good += found[0] <= 1.3 * serial[0] and abs(found[1] - serial[1]) <= 0.03
+    assert good >= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_adaptive_passes_end_where_exact_ones_do(tmp_path, seed):
+    serial = peaks_task(tmp_path, seed, 400, "--levels", "1")
+    found = peaks_task(tmp_path, seed, 400, "--adapt-every", "10")
+    assert found[0] <= 1.02 * serial[0], (serial, found)
+
+
+def test_adaptive_passes_become_exact_where_they_have_to(tmp_path):
+    """A bound that nothing keeps adds a cycle each time; one that all keep none."""
+    assert peaks_task(tmp_path, 0, 3, "--adapt-every", "1", "--adapt-bound", "1e-12")[2] == [0, 0]
+    assert peaks_task(tmp_path, 0, 2, "--adapt-every", "2", "--adapt-bound", "1e-12")[2] == [3, 2]
+    assert peaks_task(tmp_path, 0, 3, "--adapt-every", "1", "--adapt-bound", "1e9")[2] == [2, 1]

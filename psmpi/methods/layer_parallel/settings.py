@@ -52,7 +52,7 @@ class Settings:
     """Factor of half the squared change of their weights from layer to layer over the step size, added to the loss."""
     adapt_every: Annotated[int, Least(0)] = 0
     """Steps after which the gradient is compared with that of one more cycle; 0: never."""
-    adapt_bound: float = 0.1
+    adapt_bound: float = 0.05
     """Relative difference from which passes take a cycle more from then on, up to exact ones."""
     nested_depths: tuple[int, ...] = ()
     """Nested iteration: layers that are trained first, every so manieth of those solved in parallel with a larger step,
