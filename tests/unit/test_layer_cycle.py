@@ -8,7 +8,8 @@ import pytest
 from psmpi.backend import NumpyOps
 from psmpi.comm.group import Counter, Group
 from psmpi.comm.transfers import Boundary
-from psmpi.methods.layer_parallel.cycle import Cycle, exact_cycles
+from psmpi.comm.transfers.base import Handle
+from psmpi.methods.layer_parallel.cycle import Cycle, evaluations, exact_cycles
 from psmpi.methods.layer_parallel.line import Line, messages_of_cycle
 from psmpi.testing import run_ranks
 
@@ -182,3 +183,30 @@ def test_steps_that_are_no_multiple_are_refused():
     cycle = Cycle(lambda *_: None, None, np.empty(100), 1, NumpyOps())
     with pytest.raises(ValueError, match="6 steps are not a multiple of 4"):
         cycle.shape(6, 3, (4,))
+
+
+@pytest.mark.parametrize("relaxations", [0, 1, 2])
+@pytest.mark.parametrize(("n", "factors"), [(64, (4,)), (64, (2, 2, 2)), (64, (4, 4)), (16, ())])
+def test_the_cost_model_counts_the_steps_that_are_marched(n, factors, relaxations):
+    calls = []
+
+    def march(stride, j, x, out):
+        calls.append(stride)
+        out[...] = x
+
+    class Alone:
+        def send(self, values):
+            return Handle([])
+
+        receive = send
+
+    for cycles in (1, 2, 3):
+        calls.clear()
+        cycle = Cycle(march, Alone(), np.zeros(n + 1), relaxations, NumpyOps())
+        cycle.reserve(n, 1, factors)
+        cycle.shape(n, 1, factors)
+        cycle.run(cycles)
+        assert len(calls) == evaluations(n, 1, factors, relaxations, cycles)
+    if factors == (4,):
+        # 3 N / P + N / m with one relaxation, 2 N / P + N / m without.
+        assert evaluations(n, 8, factors, relaxations, 1) == (2 + relaxations) * n // 8 + n // 4

@@ -170,3 +170,22 @@ def _strides(factors: tuple[int, ...]) -> list[int]:
 def exact_cycles(steps: int, factors: tuple[int, ...], relaxations: int) -> int:
     """Cycles after which all points are exact (derived): k of them make points up to k (relaxations + 1) m + m - 1."""
     return -(-steps // ((relaxations + 1) * factors[0])) if factors else 1
+
+
+def evaluations(steps: int, ranks: int, factors: tuple[int, ...], relaxations: int, cycles: int) -> int:
+    """Steps marched one after the other in a pass of so many steps in all, by the last rank and those it waits for.
+
+    With two levels of factor m and one relaxation 3 n + N / m in the first cycle, n a rank's steps of all N, and
+    n (1 - 1/m) less in each further one; in other words the cost model of a pass (derived).
+    """
+    if not factors:
+        return steps
+
+    def cycle(level: int, n: int, relaxed: bool) -> int:
+        if level == len(factors):
+            return n * ranks
+        m = factors[level]
+        between = n - n // m
+        return between * (1 - relaxed) + relaxations * n + 2 * (n // m) + cycle(level + 1, n // m, False) + between
+
+    return sum(cycle(0, steps // ranks, number > 0) for number in range(cycles))
