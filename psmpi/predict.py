@@ -23,7 +23,7 @@ class Options:
     checkpoint: Positional[Annotated[str, arg(metavar="CHECKPOINT")]]
     """Checkpoint file, or a run directory for its newest one."""
     dataset: str = ""
-    """digits, mnist, cifar10, or an .npz or .h5 file with x and perhaps y; the one of the training if not given."""
+    """digits, peaks, mnist, cifar10, or an .npz or .h5 file with x and perhaps y; that of the training if not given."""
     data_dir: str = ""
     """Folder that holds the data set's files; the one of the training if not given."""
     split: Literal["test", "train", "all"] = "test"

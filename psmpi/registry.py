@@ -29,6 +29,7 @@ BUILTIN = {
     "dni": "psmpi.methods.dni.method:DecoupledInterfaces",
     "dfa": "psmpi.methods.dfa:DirectFeedback",
     "ist": "psmpi.methods.ist.method:IndependentSubnets",
+    "layer_parallel": "psmpi.methods.layer_parallel.method:LayerParallel",
     "next": "psmpi.methods.next.method:InNetwork",
     "sil": "psmpi.methods.sil.method:SyntheticLabels",
     "wavefront": "psmpi.methods.wavefront.method:Wavefront",

@@ -46,10 +46,15 @@ def _parse(argv: list[str]) -> tuple[Config, str]:
     from psmpi.command import parsed
     from psmpi.config import Config, command_line, defaults, from_command_line, given, given_names, without_unused
     from psmpi.config.unknown import tables_of, unknown_options
+    from psmpi.registry import find_method, method_names
     from psmpi.training.resume import own_settings
 
     start = defaults(argv)
     said = given_names(argv)
+    words, chosen = argv, given(argv, "--method") or start.parallel.method
+    if chosen in method_names() and not {"model", "layers", "resume"} & said:
+        # What the method trains where nothing is said of the network.
+        words = [*find_method(chosen).usual_options, *argv]
     base = own_settings(given(argv, "--resume") or start.run.resume, given(argv, "--out") or start.run.out)
     if base is not None:
         method, own = given(argv, "--method"), base.config
@@ -60,7 +65,7 @@ def _parse(argv: list[str]) -> tuple[Config, str]:
             own = replace(own, data=replace(own.data, dataset=Path(own.data.dataset).name))
         start = defaults(argv, own)
     try:
-        tree = parsed(command_line(start), argv, "train", DESCRIPTION)
+        tree = parsed(command_line(start), words, "train", DESCRIPTION)
     except SystemExit as end:
         for hint in unknown_options(argv, tables_of(Config())) if end.code else ():
             print(f"psmpi.train: {hint}", file=sys.stderr)

@@ -15,6 +15,7 @@ def main(argv: list[str] | None = None) -> int:
     from psmpi.bench.decoupled import decoupled
     from psmpi.bench.head import head
     from psmpi.bench.kernels import kernels
+    from psmpi.bench.layers import layers
     from psmpi.bench.links import links
     from psmpi.bench.memory import memory
     from psmpi.bench.network import network
@@ -35,8 +36,8 @@ def main(argv: list[str] | None = None) -> int:
     def go() -> int:
         trains = partial(with_training_options, default=defaults(words), words=words)
         commands: tuple[Callable[..., int], ...] = (
-            checkpoint, comm, compute, decoupled, head, kernels, links, trains(memory), network, trains(optimizer),
-            predict, private, published, trains(recorder), trains(scale), start, trains(step), trunk,
+            checkpoint, comm, compute, decoupled, head, kernels, layers, links, trains(memory), network,
+            trains(optimizer), predict, private, published, trains(recorder), trains(scale), start, trains(step), trunk,
         )  # fmt: skip
         return chosen(commands, words, "bench", "Measure psmpi.")()
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from psmpi.config.sections import LossSettings, NetworkSettings, Optimization, Parallel, Run, unused_of_loss
+from psmpi.config.sections import DEEP, LossSettings, NetworkSettings, Optimization, Parallel, Run, unused_of_loss
 from psmpi.config.text import given, tables_in
 from psmpi.config.tree import Config
 from psmpi.optim import Hyper, find_optimizer, unused_settings
@@ -54,7 +54,8 @@ def without_unused(config: Config, base: Config, said: Collection[str]) -> Confi
     loss = _by_default(loss, LossSettings(), unused_of_loss(loss) - set(said))
     model, parallel = config.model, config.parallel
     if model.model != base.model.model:
-        model = _by_default(model, NetworkSettings(), {"widths", "blocks", "layers", "scale", "vocabulary"} - set(said))
+        shape = {"widths", "blocks", "layers", "scale", "vocabulary", *DEEP}
+        model = _by_default(model, NetworkSettings(), shape - set(said))
     if not model.scale and model.model != "custom":
         loss = _by_default(loss, LossSettings(), {"margin"} - set(said))
     if not loss.margin:

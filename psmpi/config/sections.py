@@ -25,6 +25,8 @@ else:
     OptimizerName = Literal[tuple(ALL_OPTIMIZERS)]
 
 NOT_GIVEN: Any = None
+# Settings of deep and deep-conv alone.
+DEEP = ("depth", "final_time", "activation")
 FITTED = arg(help_behavior_hint="(default: fits the data)")
 
 
@@ -33,10 +35,10 @@ class Data:
     """What is learnt from, and in which order."""
 
     dataset: str = "digits"
-    """digits (embedded), mnist, cifar10, or the path of an .npz or .h5 file with x and y: integers are classes,
-    floating point numbers the values of a regression. With an array lengths in the file samples are sequences (samples,
-    steps, features), or tokens (samples, steps); NAME:rows and NAME:pixels make sequences of images. Generated tasks of
-    sequences: adding, copying, repeat_copy, or with a size copying:100."""
+    """digits (embedded), peaks (generated: points in a plane), mnist, cifar10, or the path of an .npz or .h5 file with
+    x and y: integers are classes, floating point numbers the values of a regression. With an array lengths in the file
+    samples are sequences (samples, steps, features), or tokens (samples, steps); NAME:rows and NAME:pixels make
+    sequences of images. Generated tasks of sequences: adding, copying, repeat_copy, or with a size copying:100."""
     data_dir: str = "data"
     """Folder that holds the data set's files."""
     split_seed: Annotated[int, Least(-1)] = 0
@@ -53,18 +55,26 @@ class NetworkSettings:
     """The network."""
 
     model: Literal[
-        "psnet", "psnet-24", "psnet-35", "lenet", "mlp", "head", "resnet", "rnn", "gru", "lstm", "custom"
-    ] = "psnet"
+        "psnet", "psnet-24", "psnet-35", "lenet", "mlp", "head", "resnet", "deep", "deep-conv", "rnn", "gru", "lstm",
+        "custom",
+    ] = "psnet"  # fmt: skip
     """Built-in network, or custom: described by [[model.layers]] tables in the configuration file. head: for very many
-    classes, a trunk (--widths, or such tables) that every worker computes and rows of weights, one a class. rnn, gru,
-    lstm: recurrent layers for sequences."""
+    classes, a trunk (--widths, or such tables) that every worker computes and rows of weights, one a class. deep and
+    deep-conv: many residual layers of one width (--depth, --final-time, --activation). rnn, gru, lstm: recurrent layers
+    for sequences."""
     widths: tuple[int, ...] = ()
     """Hidden widths of mlp, 1024 1024 if not given, of head's trunk, 512 128, and of recurrent layers, 128 128;
-    channels of resnet's sections, 16 32."""
+    channels of resnet's sections, 16 32; the width of deep, 16, and the channels of deep-conv, 4."""
     vocabulary: Annotated[int, Least(0)] = 0
     """Of rnn, gru and lstm: samples are tokens 0 to VOCABULARY - 1, each of which has a vector, of the first width."""
     blocks: tuple[int, ...] = ()
     """Residual blocks of each of resnet's sections; 3 if not given."""
+    depth: Annotated[int, Least(1)] = 32
+    """Residual layers of deep and deep-conv."""
+    final_time: float = 1.0
+    """What the step sizes of their residual layers come to: a layer is u + final_time / depth times act(K u + b)."""
+    activation: Literal["tanh", "relu", "sigmoid"] = "tanh"
+    """Function of deep and deep-conv."""
     batch_norm: bool = False
     """Batch normalization before each activation and of the scores, instead of biases; statistics are always those of
     the minibatch, in evaluations of about 1,000 samples."""
@@ -82,9 +92,8 @@ class NetworkSettings:
     @property
     def shape(self) -> dict[str, Any]:
         """What says the layers of the network called `model`."""
-        return {
-            name: getattr(self, name) for name in ("widths", "layers", "blocks", "batch_norm", "scale", "vocabulary")
-        }
+        names = ("widths", "layers", "blocks", "batch_norm", "scale", "vocabulary", *DEEP)
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)

@@ -111,10 +111,11 @@ def check(config: Config, said: Collection[str] = ()) -> None:
     _check_used(config, said)
     if o.history > 1000:
         raise UserError(f"--history {o.history}: expected 1000 pairs at most")
-    if model.widths and model.model not in ("mlp", "head", "resnet", "rnn", "gru", "lstm"):
-        raise UserError(
-            f"--widths are those of --model mlp, head, resnet, rnn, gru and lstm; --model {model.model} has its own"
-        )
+    sized = ("mlp", "head", "resnet", "deep", "deep-conv", "rnn", "gru", "lstm")
+    if model.widths and model.model not in sized:
+        raise UserError(f"--widths are those of --model {listed(sized)}; --model {model.model} has its own")
+    if not 0 < model.final_time <= 1e6:
+        raise UserError(f"--final-time {model.final_time:g}: expected a number above 0, up to 1e6")
     if not 0 <= model.scale <= 1e6:
         raise UserError(
             f"--scale {model.scale:g}: expected a number above 0 up to 1e6, usually 16 to 64, or 0 for none"

@@ -12,13 +12,14 @@ from psmpi.data.hdf5 import read_hdf5
 from psmpi.data.mnist import open_mnist
 from psmpi.data.npz import read_npz
 from psmpi.data.own import SUFFIXES, build, build_all
+from psmpi.data.peaks import open_peaks
 from psmpi.data.private import RANK, of_rank
 from psmpi.data.sequences import VIEWS, viewed, viewed_split
 from psmpi.data.split import Dataset, Split
 from psmpi.data.tasks import TASKS, open_task
 from psmpi.errors import UserError, expanded, nearest
 
-DATASETS = ("digits", "mnist", "cifar10", *TASKS)
+DATASETS = ("digits", "peaks", "mnist", "cifar10", *TASKS)
 
 
 def parted(name: str) -> tuple[str, str]:
@@ -47,14 +48,14 @@ def locate(name: str, data_dir: str | Path | None, tell: Callable[[str], None]) 
 
 
 def open_dataset(name: str, data_dir: str | Path | None, split_seed: int = 0) -> Dataset:
-    """Open the data set `name`: digits (embedded), mnist, cifar10, a task, or the path of an .npz, .h5 or .hdf5 file.
+    """Open the data set `name`: digits (embedded), peaks (generated), mnist, cifar10, a task, or the path of a file.
 
-    Tasks are generated, see psmpi.data.tasks: adding, copying, repeat_copy, or with a size adding:100. With :rows or
-    :pixels behind its name images are sequences, see psmpi.data.sequences. A relative path is looked up in `data_dir`
-    first, if given, and then in the current directory. The test samples of a file without any are a fifth of each class
-    (of all samples in a regression), drawn with `split_seed`, or with -1 every fifth sample. Reads the labels and
-    checks the headers and sizes of all files, but reads no samples. Raises UserError for an unknown name, for missing
-    files and for files of the wrong format, size or content.
+    Files are .npz, .h5 or .hdf5. Tasks are generated, see psmpi.data.tasks: adding, copying, repeat_copy, or with a
+    size adding:100. With :rows or :pixels behind its name images are sequences, see psmpi.data.sequences. A relative
+    path is looked up in `data_dir` first, if given, and then in the current directory. The test samples of a file
+    without any are a fifth of each class (of all samples in a regression), drawn with `split_seed`, or with -1 every
+    fifth sample. Reads the labels and checks the headers and sizes of all files, but reads no samples. Raises UserError
+    for an unknown name, for missing files and for files of the wrong format, size or content.
     """
     folder, (name, suffix) = _folder(data_dir), parted(name)
     if name in TASKS:
@@ -64,6 +65,8 @@ def open_dataset(name: str, data_dir: str | Path | None, split_seed: int = 0) ->
         return viewed(open_dataset(name, data_dir, split_seed), suffix)
     if name == "digits":
         return open_digits()
+    if name == "peaks":
+        return open_peaks()
     if name == "mnist":
         return open_mnist(folder)
     if name == "cifar10":

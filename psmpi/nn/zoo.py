@@ -60,6 +60,22 @@ def _resnet(channels: Sequence[int], blocks: Sequence[int], classes: int, size: 
     return [*tables, *end, {"type": "flatten"}, {"type": "dense", "units": classes}]
 
 
+def _deep(
+    width: int, depth: int, final_time: float, activation: str, classes: int, shape: tuple[int, ...], images: bool
+) -> list[LayerTable]:
+    """An opening layer, `depth` residual layers u + T/depth act(K u + b), and scores; of images, convolutions.
+
+    As of Guenther et al., arXiv 1812.04352.
+    """
+    one: LayerTable = {"type": "dense", "units": width}
+    if images:
+        one = {"type": "conv", "channels": width, "kernel": 3, "pad": 1}
+    flatten: list[LayerTable] = [{"type": "flatten"}] if len(shape) > 1 else []
+    branch = {"type": "residual", "layers": [one, {"type": activation}], "scale": final_time / depth}
+    tables = [*([] if images else flatten), one, {"type": activation}, *[branch] * depth]
+    return [*tables, *(flatten if images else []), {"type": "dense", "units": classes}]
+
+
 def _normalized(tables: Sequence[LayerTable]) -> list[LayerTable]:
     """The layers with batch normalization in place of biases: before activations, and of scores without parameters."""
     found: list[LayerTable] = []
@@ -97,6 +113,19 @@ def _head(
     return replace(build("head", in_shape, tables, classes), trunk=True)
 
 
+def _make_deep(
+    name: str, in_shape: tuple[int, ...], classes: int, widths: Sequence[int], batch_norm: bool, deep: dict[str, Any]
+) -> Network:
+    """`deep` or `deep-conv`, see `make_network`."""
+    images = name == "deep-conv"
+    if len(widths) > 1 or (widths and widths[0] < 1):
+        raise UserError(f"--widths {' '.join(map(str, widths))}: --model {name} has one width, above 0")
+    if batch_norm:
+        raise UserError(f"--batch-norm: the layers of --model {name} are steps of a march, and not normalized")
+    width = widths[0] if widths else 4 if images else 16
+    return build(name, in_shape, _deep(width, **deep, classes=classes, shape=in_shape, images=images), classes)
+
+
 def has_psnet(in_shape: tuple[int, ...], classes: int) -> bool:
     """Whether there is a PSNet, which can be partitioned, for samples of this shape."""
     return _built_in("psnet", in_shape, classes) is not None
@@ -119,7 +148,10 @@ def _recurrent(
 
 
 RECURRENT = ("rnn", "gru", "lstm")
-MODELS = ("psnet", "psnet-24", "psnet-35", "lenet", "mlp", "head", "resnet", *RECURRENT, "custom")
+MODELS = (
+    "psnet", "psnet-24", "psnet-35", "lenet", "mlp", "head", "resnet", "deep", "deep-conv", *RECURRENT, "custom",
+)  # fmt: skip
+DEEP = {"depth": 32, "final_time": 1.0, "activation": "tanh"}
 
 
 def make_network(
@@ -134,6 +166,7 @@ def make_network(
     scale: float = 0.0,
     vocabulary: int = 0,
     by_step: bool = False,
+    **deep: Any,
 ) -> Network:
     """The network called `name` for samples of `in_shape` (per sample) and `classes` classes.
 
@@ -141,11 +174,12 @@ def make_network(
     sister on 32 x 32 and a small one on 8 x 8; `mlp` has hidden `widths` (1024, 1024 by default) with ReLU; `head` a
     trunk of `layers`, or of `widths` (512, 128) with ReLU, and one score a class, by which it is partitioned: with a
     `scale` this times the cosine of the angle between the trunk's outputs, without the last ReLU, and the class's row;
-    `resnet`
-    has sections of `widths` channels (16 and 32) with `blocks` residual blocks each (3); `rnn`, `gru` and `lstm` have
-    recurrent layers of `widths` units (128 and 128), for sequences (features, steps), before them vectors of tokens
-    with a `vocabulary`; `custom` is described layer by layer in `layers` (see psmpi.nn.network.build). by_step: whether
-    there are scores at each step of sequences. With `batch_norm` the other ones have batch normalization instead of
+    `resnet` has sections of `widths` channels (16 and 32) with `blocks` residual blocks each (3); `deep` has `depth`
+    (32) residual layers of one of `widths` (16), the steps of a march to `final_time` (1), with `activation` (tanh),
+    and `deep-conv` such convolutions (4 channels); `rnn`, `gru` and `lstm` have recurrent layers of `widths` units (128
+    and 128), for sequences (features, steps), before them vectors of tokens with a `vocabulary`; `custom` is described
+    layer by layer in `layers` (see psmpi.nn.network.build). by_step: whether there are scores at each step of
+    sequences. With `batch_norm` the other ones have batch normalization instead of
     biases. UserError where the name or the shape is not known.
     """
     if batch_norm and name in RECURRENT:
@@ -163,6 +197,10 @@ def make_network(
         )
     if blocks and name != "resnet":
         raise UserError(f"--blocks are those of --model resnet; --model {name} has none")
+    for setting, usual in DEEP.items() if name not in ("deep", "deep-conv") else ():
+        if deep.get(setting, usual) != usual:
+            word = setting.replace("_", "-")
+            raise UserError(f"--{word} is of --model deep and deep-conv; --model {name} has none: leave it out")
     if scale and name != "head":
         raise UserError(
             f"--scale is of --model head, and the model here is {name}: leave it out, or let --model custom end in a "
@@ -195,11 +233,13 @@ def make_network(
             f"--model {name} has scores of samples, and here each step of a sequence has a target: use --model "
             f"{', '.join(RECURRENT)}, or custom"
         )
-    if len(in_shape) == 2 and name not in ("mlp", "head"):
+    if len(in_shape) == 2 and name not in ("mlp", "head", "deep"):
         raise UserError(
             f"--model {name} is not made for sequences {in_shape}: use --model {', '.join(RECURRENT)}, or mlp"
         )
     made = _built_in(name, in_shape, classes, widths, blocks, batch_norm)
+    if name == "deep" or (name == "deep-conv" and len(in_shape) == 3):
+        made = _make_deep(name, in_shape, classes, widths, batch_norm, {**DEEP, **deep})
     if made is not None:
         return made
     if name in MODELS:

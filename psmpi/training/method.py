@@ -33,13 +33,15 @@ class Exactness:
     """How far the weights of a training are the same on other numbers of ranks, and when it is resumed.
 
     exact: to the bit; rounding: but for the order of sums; statistical: the accuracy of a task is, within `tolerance`.
-    options: of the command line, for that task. every: the steps after which a run may be stopped and be resumed so.
+    options: of the command line, for that task; wide: those of a network whose weights are a good part of what ranks
+    hold. every: the steps after which a run may be stopped and be resumed so.
     """
 
     ranks: Literal["exact", "rounding", "statistical"] = "rounding"
     resume: Literal["exact", "rounding", "statistical"] = "exact"
     tolerance: float = 0.0
     options: tuple[str, ...] = ()
+    wide: tuple[str, ...] = ("--model", "mlp", "--widths", "300", "300", "300")
     every: int = 1
 
 
@@ -56,6 +58,8 @@ class Method:
     summary: ClassVar[str]
     # The classes of its settings, see `psmpi.config.Settings`.
     settings: ClassVar[tuple[type[Any], ...]] = ()
+    # Options of psmpi.train that go before those given, where these say nothing of the network.
+    usual_options: ClassVar[tuple[str, ...]] = ()
     # Whether messages may go by NCCL.
     nccl: ClassVar[bool] = False
     # Whether partitioned quasi-Newton optimizers step here.

@@ -10,6 +10,7 @@ import struct
 import tracemalloc
 import zipfile
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from hypothesis import strategies as st
 
 from psmpi.data import DATASETS, Batch, Minibatches, Resident, Split, open_dataset, open_split
 from psmpi.data.files import CHUNK_BYTES, fill
+from psmpi.data.peaks import peaks
 from psmpi.errors import UserError
 
 MNIST_NAMES = (
@@ -135,6 +137,25 @@ def test_digits_equal_the_copy_of_scikit_learn() -> None:
     held_out = np.arange(1797) % 5 == 4
     assert_reads(data.train, bunch.data[~held_out].astype(np.uint8), bunch.target[~held_out])
     assert_reads(data.test, bunch.data[held_out].astype(np.uint8), bunch.target[held_out])
+
+
+def test_peaks_are_fifths_of_the_function_and_always_the_same() -> None:
+    data = open_dataset("peaks", None)
+    assert (data.name, data.outputs, data.shape, data.train.n, data.test.n) == ("peaks", 5, (2,), 5000, 1250)
+    points = np.concatenate([split.read(np.arange(split.n)) for split in (data.train, data.test)])
+    labels = np.concatenate([data.train.labels, data.test.labels])
+    assert np.abs(points).max() <= 3 and np.bincount(labels).tolist() == [1250] * 5
+    x, y = points.T
+    # The formula of MATLAB's help.
+    values = (
+        3 * (1 - x) ** 2 * np.exp(-(x**2) - (y + 1) ** 2)
+        - 10 * (x / 5 - x**3 - y**5) * np.exp(-(x**2) - y**2)
+        - 1 / 3 * np.exp(-((x + 1) ** 2) - y**2)
+    )
+    edges = [values[labels == k] for k in range(5)]
+    assert all(low.max() < high.min() for low, high in pairwise(edges))
+    assert peaks(np.zeros((1, 2)))[0] == pytest.approx(3 * np.exp(-1) - np.exp(-1) / 3)
+    assert np.array_equal(open_dataset("peaks", None).train.read([3]), data.train.read([3]))
 
 
 def test_a_damaged_copy_of_the_digits_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -261,5 +261,5 @@ def test_few_samples_are_all_looked_at(made):
 def test_an_unknown_data_set_is_told_with_the_one_that_may_be_meant():
     with pytest.raises(UserError, match="unknown data set 'mnits'; did you mean mnist"):
         open_dataset("mnits", None)
-    with pytest.raises(UserError, match="unknown data set 'flowers'; choose one of digits, mnist, cifar10"):
+    with pytest.raises(UserError, match="unknown data set 'flowers'; choose one of digits, peaks, mnist, cifar10"):
         open_dataset("flowers", None)

@@ -31,6 +31,7 @@ from psmpi.training.method import Exactness, Method
 from psmpi.training.spans import check_tokens
 
 OPTIONS = ("--dataset", "digits:rows", "--model", "lstm", "--widths", "12", "12", "12", "12")
+WIDE = ("--dataset", "digits:rows", "--model", "lstm", "--widths", "120", "120", "120", "120")
 # Gradients of chunks that are on their way down at once, and buffers for those that come from above.
 RING = 4
 
@@ -47,7 +48,8 @@ class Wavefront(Method):
     settings = (Settings,)
     skips = True
     sequences = "steps"
-    exactness = Exactness(options=OPTIONS)
+    usual_options = ("--dataset", "digits:rows", "--model", "lstm", "--widths", "64", "64", "64", "64")
+    exactness = Exactness(options=OPTIONS, wide=WIDE)
 
     def __init__(self, context: Context):
         network, layout, dataset, ops = context.network, context.layout, context.dataset, context.ops
@@ -292,7 +294,8 @@ class Wavefront(Method):
                 return None
             a, z = self.edges[c]
             rows = self.passed[lane].reshape(size, -1)
-            return rows[c % size][: lanes[lane].in_units * (z - a) * b].reshape(-1, z - a, b)
+            dx: np.ndarray = rows[c % size][: lanes[lane].in_units * (z - a) * b].reshape(-1, z - a, b)
+            return dx
 
         def expect(c: int) -> None:
             if self.above is not None and c >= 0:

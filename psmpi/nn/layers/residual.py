@@ -86,7 +86,10 @@ class Residual(Layer):
 
 
 class ResidualPart(Part):
-    """The parts of the branch, and the sum."""
+    """The parts of the branch, and the sum.
+
+    Passes may take `factor` times the layer's scale, as the steps of a coarser march do.
+    """
 
     def __init__(self, stage: Stage, site: Site):
         super().__init__(stage, site)
@@ -125,27 +128,37 @@ class ResidualPart(Part):
         for part in self.chain.parts:
             part.prepare()
 
-    def forward(self, x: np.ndarray, y: np.ndarray | None, room: Any) -> tuple[np.ndarray, Any]:
+    def forward(self, x: np.ndarray, y: np.ndarray | None, room: Any, factor: float = 1.0) -> tuple[np.ndarray, Any]:
         inside, own = room
         tape = self.chain.forward(x, inside)
-        y = branch = tape.scores
-        if own.size:
+        branch = tape.scores
+        if y is None and own.size:
             y = own[: branch.size].reshape(branch.shape)
+        if y is None:
+            y = branch
+        else:
             y[...] = branch
-        if self.scale != 1:
-            self.ops.scale(y.reshape(-1), self.scale)
+        if self.scale * factor != 1:
+            self.ops.scale(y.reshape(-1), self.scale * factor)
         y += x
         return y, tape
 
     def backward(
-        self, x: np.ndarray, y: np.ndarray, kept: Any, dy: np.ndarray, dx: np.ndarray | None, into: Any
+        self,
+        x: np.ndarray,
+        y: np.ndarray,
+        kept: Any,
+        dy: np.ndarray,
+        dx: np.ndarray | None,
+        into: Any,
+        factor: float = 1.0,
     ) -> np.ndarray:
         past = None
         if dx is not None:
             past = self.space.take(f"past {self.layer.name}", *dy.shape)
             past[...] = dy
-        if self.scale != 1:
-            self.ops.scale(dy.reshape(-1), self.scale)
+        if self.scale * factor != 1:
+            self.ops.scale(dy.reshape(-1), self.scale * factor)
         dy = self.chain.backward(kept, dy, into, wanted=dx is not None)
         if past is not None:
             dy += past

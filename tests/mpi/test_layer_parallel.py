@@ -1,0 +1,476 @@
+"""Layer-parallel training against serial passes, back-propagation and finite differences."""
+
+import re
+import threading
+from itertools import pairwise
+from unittest import mock
+
+import numpy as np
+import pytest
+from helpers.runs import run
+
+from psmpi.backend import NumpyOps, make_backend
+from psmpi.comm.group import Group
+from psmpi.data import Batch, Minibatches, open_dataset
+from psmpi.data.peaks import peaks
+from psmpi.methods.layer_parallel.cycle import Cycle, exact_cycles
+from psmpi.nn.zoo import make_network
+from psmpi.registry import find_method
+from psmpi.testing import run_ranks
+from psmpi.testing.conformance import (
+    Case,
+    counters_equal_messages,
+    other_ranks_give_the_same,
+    other_ranks_go_on,
+    resumed_runs_end_the_same,
+    rows,
+)
+from psmpi.train import parse
+from psmpi.training.context import Context
+from psmpi.training.usual import usual
+
+FEATURES, CLASSES, SAMPLES, BATCH = 4, 3, 40, 16
+PLAIN = ("--loss", "nll", "--optimizer", "sgd", "--lr", "0.3", "--clip", "0", "--dtype", "float64",
+         "--batch-size", str(BATCH), "--threads", "1", "--epochs", "5")  # fmt: skip
+DEEP = ("--model", "deep", "--widths", "5", "--depth", "32")
+IMAGES = ("--model", "deep-conv", "--widths", "2", "--depth", "16")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Three classes of points, three of images, and a network of residual layers of two layers each."""
+    made, rng = tmp_path_factory.mktemp("layers"), np.random.default_rng(3)
+    for name, shape in (("points", (FEATURES,)), ("images", (1, 6, 6))):
+        x = rng.normal(size=(SAMPLES + 12, *shape))
+        y = (x.reshape(len(x), -1) @ rng.normal(size=(np.prod(shape), CLASSES))).argmax(axis=1)
+        np.savez(made / f"{name}.npz", x=x[:SAMPLES], y=y[:SAMPLES], x_test=x[SAMPLES:], y_test=y[SAMPLES:])
+    one = '[[model.layers]]\ntype = "dense"\nunits = 6\n[[model.layers]]\ntype = "tanh"\n'
+    branch = (
+        '{type = "group_norm", groups = 2}, {type = "dense", units = 9}, {type = "tanh"}, {type = "dense", units = 6}'
+    )
+    residual = f'[[model.layers]]\ntype = "residual"\nscale = 0.1\nlayers = [{branch}]\n' * 16
+    last = f'[[model.layers]]\ntype = "dense"\nunits = {CLASSES}\n'
+    (made / "net.toml").write_text(f'[model]\nmodel = "custom"\n{one}{residual}{last}')
+    return made
+
+
+def flat(method_found, layout):
+    """The flat vector of shards, (runs, values) each."""
+    found = np.full(layout.size, np.nan)
+    for runs, values in method_found:
+        for a, b in runs.intervals:
+            found[a:b] = values[runs.local(a, b)]
+    assert not np.isnan(found).any()
+    return found
+
+
+class Problem:
+    """A training of a network on points or images."""
+
+    def __init__(self, folder, *options, data="points", method="layer_parallel"):
+        words = ("--method", method, "--dataset", str(folder / f"{data}.npz"), *PLAIN, *options)
+        self.config = usual(parse(list(words)))
+        self.dataset = open_dataset(str(folder / f"{data}.npz"), "")
+        model = self.config.model
+        self.network = make_network(model.model, self.dataset.shape, CLASSES, **model.shape)
+        self.kind, self.layout = find_method(method), self.network.layout()
+        self.batches = Minibatches(SAMPLES, self.config.data.batch_size, self.config.run.seed, True)
+
+    def on(self, ranks, work):
+        """work(method) on each rank; the results."""
+        self.kind.check(ranks, self.network, self.dataset, self.config)
+
+        def start(world):
+            return work(self.kind(Context(world, self.network, self.dataset, self.config, NumpyOps())))
+
+        return run_ranks(ranks, start, timeout=120)
+
+    def train(self, ranks, steps=7):
+        """The weights after some steps; and test scores and losses."""
+
+        def work(method):
+            for k in range(steps):
+                ids = self.batches.ids(*divmod(k, self.batches.steps_per_epoch))
+                method.step(Batch(ids), self.config.optimization.lr)
+            tested = method.test()
+            return method.shards[method.rank], method.w.copy(), tested, method.loss_sum
+
+        found = self.on(ranks, work)
+        self.tested, self.losses = found[0][2], sum(one[3] for one in found)
+        return flat([one[:2] for one in found], self.layout)
+
+    def passes(self, ranks, samples=BATCH):
+        """States and adjoints of all points after a step's passes, and the gradient, at the first weights."""
+
+        def work(method):
+            method._gradient(np.arange(samples), 1, False, False)
+            solver = method.solver
+            return method.position, solver.u.copy(), solver.w.copy(), method.shards[method.rank], method.g.copy()
+
+        found = sorted(self.on(ranks, work), key=lambda one: one[0])
+        states = np.concatenate([found[0][1][:1], *(one[1][1:] for one in found)])
+        adjoints = np.concatenate([found[-1][2][:1], *(one[2][1:] for one in reversed(found))])
+        return states, adjoints, flat([one[3:] for one in found], self.layout)
+
+
+def exact(depth, factor=4, levels=2, relaxations=1):
+    """Options of so many cycles that passes are exact."""
+    cycles = str(exact_cycles(depth, (factor,) * (levels - 1), relaxations))
+    return ("--coarsening", str(factor), "--levels", str(levels), "--relaxations", str(relaxations),
+            "--forward-cycles", cycles, "--adjoint-cycles", cycles)  # fmt: skip
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("data", "options"),
+    [
+        ("points", (*DEEP, *exact(32))),
+        ("points", (*DEEP, *exact(32, 2, 3, 0))),
+        ("points", (*DEEP, *exact(32, 2, 2, 2), "--warm-start", "both")),
+        ("points", (*DEEP, "--levels", "1")),
+        ("points", (*DEEP, "--activation", "relu", "--final-time", "3", *exact(32))),
+        ("points", ("--config", "net.toml", *exact(16))),
+        ("images", (*IMAGES, *exact(16))),
+        ("images", (*IMAGES, *exact(16, 2, 2), "--optimizer", "adam", "--lr", "0.01", "--clip", "0.5")),
+    ],
+)
+def test_exact_passes_are_back_propagation(folder, monkeypatch, data, options, ranks):
+    monkeypatch.chdir(folder)
+    known = [option for option in ("--optimizer", "--lr", "--clip", *DEEP[::2], "--activation", "--final-time",
+             "--config") if option in options]  # fmt: skip
+    same = [word for option in known for word in (option, options[options.index(option) + 1])]
+    serial = Problem(folder, *same, data=data, method="data_parallel")
+    expected = serial.train(1)
+    problem = Problem(folder, *options, data=data)
+    found = problem.train(ranks)
+    start = problem.train(ranks, 0)
+    assert np.linalg.norm(found - expected) <= 1e-11 * np.linalg.norm(expected)
+    assert np.linalg.norm(start - expected) > 1e-3 * np.linalg.norm(expected)
+
+
+def test_evaluations_are_exact_whatever_the_passes(folder):
+    problem = Problem(folder, *DEEP, "--forward-cycles", "1", "--relaxations", "0")
+    w = problem.train(4)
+    serial = Problem(folder, *DEEP, method="data_parallel")
+
+    def work(method):
+        method.w[...] = w
+        return method.test()
+
+    assert serial.on(1, work)[0] == pytest.approx(problem.tested, rel=1e-12)
+
+
+@pytest.mark.parametrize(("depth", "factor", "levels"), [(32, 4, 2), (64, 2, 4)])
+@pytest.mark.parametrize("data", ["points", "images"])
+def test_any_number_of_ranks_finds_the_same_bits(folder, depth, factor, levels, data):
+    model = DEEP if data == "points" else IMAGES
+    options = (*model, "--depth", str(depth), "--coarsening", str(factor), "--levels", str(levels),
+               "--adjoint-cycles", "2")  # fmt: skip
+    alone = Problem(folder, *options, data=data).passes(1)
+    for ranks in (2, 4, 8):
+        for one, other in zip(alone, Problem(folder, *options, data=data).passes(ranks), strict=True):
+            assert np.array_equal(one, other)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_one_level_is_the_serial_loop_to_the_bit(folder, ranks):
+    problem = Problem(folder, *DEEP, "--levels", "1")
+    states, adjoints, _ = problem.passes(ranks)
+
+    def serial(method):
+        layers, u, w = method.layers, [states[0].copy()], [adjoints[0].copy()]
+        for k in range(32):
+            u.append(np.empty_like(u[0]))
+            layers.forward(k, 1.0, u[k], u[k + 1])
+        for k in reversed(range(32)):
+            w.append(np.empty_like(w[0]))
+            layers.backward(k, 1.0, w[-2], w[-1])
+        return u, w
+
+    u, w = problem.on(1, serial)[0]
+    assert np.array_equal(states, u) and np.array_equal(adjoints, w)
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+@pytest.mark.parametrize(
+    ("data", "options"),
+    [
+        ("points", (*DEEP, *exact(32))),
+        ("points", ("--config", "net.toml", *exact(16))),
+        ("images", (*IMAGES, *exact(16))),
+    ],
+)
+def test_gradients_are_those_of_finite_differences(folder, monkeypatch, data, options, ranks):
+    """With both penalties; central differences along random directions."""
+    monkeypatch.chdir(folder)
+    problem = Problem(folder, *options, "--gamma-tik", "0.01", "--gamma-ddt", "0.001", data=data)
+    rng = np.random.default_rng(1)
+    directions, h = rng.normal(size=(5, problem.layout.size)), 1e-6
+
+    def value(method, w):
+        runs = method.shards[method.rank]
+        for a, b in runs.intervals:
+            method.w[runs.local(a, b)] = w[a:b]
+        return method._gradient(np.arange(BATCH), 1, False, False)
+
+    def work(method):
+        # Far from the symmetry of layers that are alike.
+        runs, start = method.shards[method.rank], rng_weights
+        losses = [[value(method, start + sign * h * d) for sign in (1, -1)] for d in directions]
+        value(method, start)
+        return runs, method.g.copy(), np.array(losses)
+
+    rng_weights = rng.normal(size=problem.layout.size) * 0.4
+    found = problem.on(ranks, work)
+    g = flat([one[:2] for one in found], problem.layout)
+    losses = sum(one[2] for one in found)
+    measured = (losses[:, 0] - losses[:, 1]) / (2 * h)
+    np.testing.assert_allclose(directions @ g, measured, rtol=1e-6, atol=1e-8 * np.linalg.norm(g))
+
+
+@pytest.mark.parametrize(
+    ("data", "options"), [("points", DEEP), ("points", ("--config", "net.toml")), ("images", IMAGES)]
+)
+@pytest.mark.parametrize("factor", [1.0, 4.0])
+def test_a_layer_and_its_adjoint_are_adjoint(folder, monkeypatch, data, options, factor):
+    """<Phi' v, w> = <v, Phi'^T w>, Phi' v by central differences of tenth order."""
+    monkeypatch.chdir(folder)
+    rng = np.random.default_rng(5)
+
+    def work(method):
+        layers, size = method.layers, method.layers.units * BATCH
+        u, v, w = rng.normal(size=(3, size))
+        # No sample whose values are near each other, of which a normalization is steep.
+        u.reshape(layers.units, BATCH)[::3] += 4
+        out, back, h = np.empty(size), np.empty(size), 4e-3
+        pushed = np.zeros(size)
+        for k, c in enumerate((5 / 6, -5 / 21, 5 / 84, -5 / 504, 1 / 1260), 1):
+            for sign in (1, -1):
+                layers.forward(3, factor, u + sign * k * h * v, out)
+                pushed += sign * c / h * out
+        layers.forward(3, factor, u, out)
+        layers.backward(3, factor, w, back)
+        return pushed @ w, v @ back, np.linalg.norm(pushed) * np.linalg.norm(w)
+
+    forward, backward, size = Problem(folder, *options, data=data).on(1, work)[0]
+    assert abs(forward - backward) <= 1e-12 * size
+
+
+@pytest.mark.parametrize(("factor", "levels"), [(4, 2), (2, 4)])
+@pytest.mark.parametrize("relaxations", [0, 1, 2])
+def test_passes_send_what_is_said_and_make_no_collectives(folder, factor, levels, relaxations):
+    depth, ranks = 64, 4
+    problem = Problem(folder, *DEEP, "--depth", str(depth), "--coarsening", str(factor), "--levels", str(levels),
+                      "--relaxations", str(relaxations), "--forward-cycles", "3", "--adjoint-cycles", "2")  # fmt: skip
+    own, calls = threading.local(), []
+    real = Cycle.run
+
+    def watched(self, cycles):
+        own.inside = True
+        real(self, cycles)
+        own.inside = False
+
+    def work(method):
+        sent = []
+        for keeps in ((False, False), (True, True)):
+            before, method.keeps = method.counter.sent, keeps
+            method._gradient(np.arange(BATCH), 1, True, False)
+            sent.append(method.counter.sent - before)
+        return sent
+
+    names = ("bcast", "reduce", "allreduce", "allgather", "agree", "gather_all", "ibcast", "ireduce", "iallreduce")
+
+    def told(name):
+        call = getattr(Group, name)
+
+        def wrapped(self, *words, **more):
+            if getattr(own, "inside", False):
+                calls.append(name)
+            return call(self, *words, **more)
+
+        return mock.patch.object(Group, name, wrapped)
+
+    patches = [mock.patch.object(Cycle, "run", watched), *(told(name) for name in names)]
+    for patch in patches:
+        patch.start()
+    try:
+        sent = problem.on(ranks, work)
+    finally:
+        for patch in patches:
+            patch.stop()
+    assert not calls
+    state, each = 8 * 5 * BATCH, (levels - 1) * relaxations + 1
+    start = state * (ranks - 1)
+    # Up and down; cold also a broadcast from the first rank, and one from the last.
+    for rank, (cold, warm) in enumerate(sent):
+        messages = (3 * (rank < ranks - 1) + 2 * (rank > 0)) * each
+        assert warm == messages * state
+        assert cold == warm + start * ((rank == 0) + (rank == ranks - 1))
+
+
+VARIANTS = {
+    "rows": ("--layer-replicas", "2"),
+    "warm": ("--warm-start", "both", "--adjoint-cycles", "2"),
+    "whole": ("--batch-size", "1438", "--epochs", "30"),
+    "penalties": ("--gamma-tik", "1e-4", "--gamma-ddt", "1e-5"),
+    "serial ends": ("--depth", "40", "--serial-ends", "4"),
+    "nested": (
+        "--depth",
+        "64",
+        "--nested-depths",
+        "16",
+        "32",
+        "--nested-epochs",
+        "1",
+        "1",
+        "--batch-size",
+        "400",
+        "--epochs",
+        "5",
+    ),
+    "adaptive": ("--adapt-every", "3", "--adapt-bound", "0.05"),
+    "searching": ("--optimizer", "lbfgs", "--lr", "1", "--batch-size", "1438", "--epochs", "30"),
+}
+
+
+@pytest.mark.parametrize("check", [other_ranks_give_the_same, resumed_runs_end_the_same, other_ranks_go_on,
+                                   counters_equal_messages], ids=lambda check: check.__name__)  # fmt: skip
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_conform(tmp_path, variant, check):
+    if check is counters_equal_messages and variant in ("adaptive", "searching"):
+        pytest.skip("their messages depend on the run")
+    check(Case("layer_parallel", tmp_path, VARIANTS[variant]))
+
+
+def test_rows_of_ranks_share_minibatches(folder):
+    """Three rows, also of minibatches too small for all of them."""
+    alone = Problem(folder, *DEEP, "--batch-size", "38").train(1, 9)
+    found = Problem(folder, *DEEP, "--batch-size", "38", "--layer-replicas", "3").train(6, 9)
+    assert np.linalg.norm(found - alone) <= 1e-11 * np.linalg.norm(alone)
+
+
+def test_residuals_are_in_the_metrics(tmp_path):
+    case = Case("layer_parallel", tmp_path, ("--forward-cycles", "3", "--adjoint-cycles", "2"))
+    alone, several = (rows(case.run(ranks, "--max-steps", "50"))[-1] for ranks in (1, 4))
+    for name, cycles in (("forward_residual", 3), ("adjoint_residual", 2)):
+        assert len(alone[name]) == cycles and several[name] == pytest.approx(alone[name], rel=1e-3)
+        assert all(5 * after < before for before, after in pairwise(alone[name]))
+    assert rows(case.run(2, "--levels", "1"))[-1]["forward_residual"] == []
+
+
+LIMITS = [
+    (3, (*DEEP,), "3 ranks in a row do not divide them: start 2 ranks"),
+    (8, (*DEEP, "--coarsening", "8"), "needs layers of each rank in multiples of 8 .* use --levels 2 --coarsening 4"),
+    (4, (*DEEP, "--levels", "3"), "there are 8 layers on each of 4 ranks: use --levels 3 --coarsening 2"),
+    (1, (*DEEP, "--coarsening", "32"), "two on the coarsest level"),
+    (2, (*DEEP, "--depth", "2", "--coarsening", "2"), "use --levels 1"),
+    (2, ("--model", "mlp", "--widths", "5"), "has no residual layers in a row"),
+    (2, ("--config", "one.toml"), "has one residual layer in a row"),
+    (2, ("--config", "norm.toml"), "has batch normalization"),
+    (2, ("--config", "other.toml", "--gamma-ddt", "1"), "are not all of one kind and step size"),
+    (2, (*DEEP, "--relaxations", "-1"), "--relaxations -1"),
+    (2, (*DEEP, "--forward-cycles", "0"), "--forward-cycles 0"),
+    (2, (*DEEP, "--adjoint-cycles", "0"), "--adjoint-cycles 0"),
+    (2, (*DEEP, "--levels", "0"), "--levels 0"),
+    (2, (*DEEP, "--coarsening", "1"), "--coarsening 1"),
+    (2, (*DEEP, "--final-time", "0"), "--final-time 0: expected a number above 0"),
+    (2, (*DEEP, "--final-time", "-1"), "--final-time -1"),
+    (2, (*DEEP, "--depth", "0"), "--depth 0"),
+    (2, ("--model", "mlp", "--depth", "8"), "--depth is of --model deep and deep-conv"),
+    (2, (*DEEP, "--serial-ends", "16"), "--serial-ends 16 leaves none of 32 residual layers .* use 15"),
+    (4, (*DEEP, "--layer-replicas", "3"), "--layer-replicas 3 cannot share 4 ranks evenly"),
+    (4, (*DEEP, "--layer-replicas", "4", "--batch-size", "3"), "--batch-size 3 leaves some of 4 rows of ranks"),
+    (2, (*DEEP, "--gamma-tik", "nan"), "--gamma-tik nan"),
+    (2, (*DEEP, "--adapt-bound", "0"), "--adapt-bound 0: expected a number above 0"),
+    (2, (*DEEP, "--adapt-every", "2", "--optimizer", "lbfgs"), "use a first-order one"),
+    (2, (*DEEP, "--nested-depths", "8"), "expected as many numbers of both"),
+    (2, (*DEEP, "--nested-depths", "12", "--nested-epochs", "1"), "a divisor of the next, and of 32 layers"),
+    (4, (*DEEP, "--nested-depths", "8", "--nested-epochs", "1"), "there are 2 layers on each of 4 ranks with --nested"),
+    (1, (*DEEP, "--nested-depths", "16", "--nested-epochs", "5"), "leave some epochs for all layers"),
+    (1, (*DEEP, "--depth", "36", "--nested-depths", "16", "--nested-epochs", "1", "--serial-ends", "2"), "use one"),
+]
+
+
+@pytest.mark.parametrize(("ranks", "options", "says"), LIMITS, ids=[" ".join(one[1][-2:]) for one in LIMITS])
+def test_limits_are_one_message_that_names_the_fix(folder, monkeypatch, ranks, options, says):
+    """The same on all ranks: rank 0 speaks for them."""
+    monkeypatch.chdir(folder)
+    dense, branch = '{type = "dense", units = 6}', '{type = "dense", units = 6}, {type = "tanh"}'
+    last, one = f'{{type = "dense", units = {CLASSES}}}', f'{{type = "residual", layers = [{branch}]}}'
+    norm = f'{{type = "residual", layers = [{{type = "batch_norm"}}, {branch}]}}'
+    wide = '{type = "residual", layers = [{type = "dense", units = 9}, {type = "dense", units = 6}]}'
+    files = {
+        "one": [dense, one, last],
+        "norm": [dense, *[norm] * 8, last],
+        "other": [dense, *[one, wide] * 4, last],
+    }
+    for name, layers in files.items():
+        (folder / f"{name}.toml").write_text(f'[model]\nmodel = "custom"\nlayers = [{", ".join(layers)}]\n')
+    words = ("--method", "layer_parallel", "--dataset", folder / "points.npz", *PLAIN, *options)
+    status, out, err = run(ranks, "-m", "psmpi.train", "--out", folder / "refused", *words)
+    told = " ".join((out + err).split())
+    assert status != 0 and "Traceback" not in told, told
+    assert len(re.findall(says, told)) == 1, told
+
+
+def peaks_task(folder, seed, steps, *options):
+    """Loss and validation accuracy of the peaks task after so many steps of Adam, and the cycles of passes then."""
+    rng = np.random.default_rng(seed)
+    x = rng.uniform(-3, 3, (2500, 2))
+    y = peaks(x).argsort().argsort() * 5 // 2500
+    path = folder / f"peaks{seed}.npz"
+    np.savez(path, x=x[:2000], y=y[:2000], x_test=x[2000:], y_test=y[2000:])
+    words = ("--method", "layer_parallel", "--dataset", path, "--model", "deep", "--widths", "8", "--final-time", "5",
+             "--optimizer", "adam", "--lr", "0.02", "--loss", "nll", "--clip", "0", "--dtype", "float64",
+             "--batch-size", "2000", "--epochs", str(steps), "--threads", "1", *options)  # fmt: skip
+    config, dataset = usual(parse(list(map(str, words)))), open_dataset(str(path), "")
+    network = make_network("deep", dataset.shape, 5, **config.model.shape)
+    layout, kind = network.layout(), find_method("layer_parallel")
+    w = np.zeros(layout.size)
+    for parameter in layout.parameters:
+        if parameter.name.endswith("weight"):
+            for a, b in layout.runs_of_parameters({parameter.name}).intervals:
+                w[a:b] = rng.normal(0, 0.5 if parameter.name == "dense1.weight" else 0.1, b - a)
+    kind.check(1, network, dataset, config)
+
+    def work(world):
+        method = kind(Context(world, network, dataset, config, make_backend("auto")))
+        method.w[...] = w
+        for _ in range(steps):
+            method.loss_sum = 0.0
+            method.step(Batch(np.arange(2000)), 0.02)
+        scores = method.test()
+        return method.loss_sum / 2000, scores["accuracy"], method.diagnostics().get("cycles")
+
+    return run_ranks(1, work, timeout=300)[0]
+
+
+def test_inexact_passes_learn_what_exact_ones_do(tmp_path):
+    """Some steps of one seed: states go on from the step before, adjoints begin anew."""
+    serial = peaks_task(tmp_path, 0, 120, "--levels", "1")
+    found = peaks_task(tmp_path, 0, 120)
+    assert serial[0] < 0.5 and found[0] <= 1.3 * serial[0] and found[1] >= serial[1] - 0.03, (serial, found)
+
+
+@pytest.mark.slow
+def test_inexact_passes_learn_what_exact_ones_do_for_most_seeds(tmp_path):
+    good = 0
+    for seed in range(3):
+        serial, found = peaks_task(tmp_path, seed, 400, "--levels", "1"), peaks_task(tmp_path, seed, 400)
+        good += found[0] <= 1.3 * serial[0] and abs(found[1] - serial[1]) <= 0.03
+    assert good >= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_adaptive_passes_end_where_exact_ones_do(tmp_path, seed):
+    serial = peaks_task(tmp_path, seed, 400, "--levels", "1")
+    found = peaks_task(tmp_path, seed, 400, "--adapt-every", "10")
+    assert found[0] <= 1.02 * serial[0], (serial, found)
+
+
+def test_adaptive_passes_become_exact_where_they_have_to(tmp_path):
+    """A bound that nothing keeps adds a cycle each time; one that all keep none."""
+    assert peaks_task(tmp_path, 0, 3, "--adapt-every", "1", "--adapt-bound", "1e-12")[2] == [0, 0]
+    assert peaks_task(tmp_path, 0, 2, "--adapt-every", "2", "--adapt-bound", "1e-12")[2] == [3, 2]
+    assert peaks_task(tmp_path, 0, 3, "--adapt-every", "1", "--adapt-bound", "1e9")[2] == [2, 1]
