@@ -59,6 +59,7 @@ class Objective:
         self.sums = self.slopes = np.empty(0)
         # The columns of scores whose targets count, where not all do; their scores.
         self.counted: np.ndarray | None = None
+        self.columns = 0
         self.some = np.empty(0, model.dtype)
 
     def record(self, work: Callable[..., Any]) -> Callable[..., Any]:
@@ -109,14 +110,18 @@ class Objective:
             if not counts.all():
                 at = np.flatnonzero(counts)
                 self.counted, targets = self.ops.put(at), targets[..., at]
+            self.columns = targets.shape[-1]
         self.given.settle()
         self.given.host[: targets.size].reshape(targets.shape)[...] = targets
         self.given.push(slice(0, targets.size))
 
     def targets(self, b: int) -> np.ndarray:
-        """The arrays that were brought last, of b samples with as many scores as there is room for."""
+        """The arrays that were brought last, of b samples with as many scores as there is room for.
+
+        Of steps of sequences those that count.
+        """
         if self.model.steps:
-            b = b * self.model.steps if self.counted is None else len(self.counted)
+            b = self.columns
         if self.loss.task == "classes":
             return self.given.array[:b]
         return self.given.array[: self.outputs * b].reshape(self.outputs, b)

@@ -31,7 +31,7 @@ from psmpi.training.method import Exactness, Method
 from psmpi.training.spans import check_tokens
 
 OPTIONS = ("--dataset", "digits:rows", "--model", "lstm", "--widths", "12", "12", "12", "12")
-WIDE = ("--dataset", "digits:rows", "--model", "lstm", "--widths", "120", "120", "120", "120")
+WIDE = ("--dataset", "digits:rows", "--model", "lstm", "--widths", "120", "120", "120", "120", "--backend", "numpy")
 # Gradients of chunks that are on their way down at once, and buffers for those that come from above.
 RING = 4
 
