@@ -38,6 +38,8 @@ Variant = Literal[
     "dni",
     "dni-pipeline",
     "dni-predsim",
+    "layer-parallel",
+    "layer-parallel-exact",
     "next",
     "next-choco",
 ]
@@ -60,6 +62,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "dni": ("--method", "dni"),
     "dni-pipeline": ("--method", "dni", "--ahead", "1", "--bp-lambda", "1"),
     "dni-predsim": ("--method", "dni", "--local-loss", "predsim"),
+    "layer-parallel": ("--method", "layer_parallel"),
+    "layer-parallel-exact": ("--method", "layer_parallel", "--levels", "1"),
     "next": ("--method", "next", "--tracking", "minibatch"),
     "next-choco": ("--method", "next", "--tracking", "minibatch", "--rule", "choco"),
 }

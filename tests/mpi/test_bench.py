@@ -586,3 +586,17 @@ def test_decoupled_blocks_are_timed_beside_a_pipeline_of_the_same_blocks(tmp_pat
     assert min(row["ms"]["lock-step"]) >= 120 and min(row["ms"]["ahead 2"]) >= 40
     status, _, err = launch(1, "-m", "psmpi.bench", "decoupled", "--ranks", "1")
     assert status == 1 and "expected numbers from 2 to 250" in err
+
+
+def test_passes_through_layers_are_timed_beside_the_cost_model(tmp_path):
+    """Layers that sleep: on four ranks nobody is faster than the evaluations that follow one another."""
+    options = ("--ranks", "4", "--depth", "32", "--width", "4", "--batch-size", "20", "--sleep-ms", "10")
+    more = ("--rounds", "1", "--json", tmp_path / "a.json")
+    status, out, err = launch(1, "-m", "psmpi.bench", "layers", *options, *more)
+    assert status == 0, err
+    (row,) = json.loads((tmp_path / "a.json").read_text())["rows"]
+    assert (row["ranks"], row["forward"]["evaluations"], row["adjoint"]["evaluations"]) == (4, 52, 32)
+    for name, least in (("forward", 520), ("adjoint", 320)):
+        assert row[name]["measured"] >= least and row[name]["exact"] >= 320 and "off by %" in out
+    status, _, err = launch(1, "-m", "psmpi.bench", "layers", "--ranks", "0")
+    assert status == 1 and "expected numbers from 1 to 250" in err

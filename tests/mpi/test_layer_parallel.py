@@ -308,6 +308,13 @@ def test_passes_send_what_is_said_and_make_no_collectives(folder, factor, levels
         assert cold == warm + start * ((rank == 0) + (rank == ranks - 1))
 
 
+def test_the_first_minute_needs_no_options(mpi_train):
+    """Of so few epochs that it ends soon; the network is the method's own choice."""
+    run = mpi_train(4, "--method", "layer_parallel", "--epochs", "4", "--lr", "0.003")
+    assert "model deep" in run.stdout and "32 residual layers, 8 a rank" in run.stdout
+    assert run.rows[-1]["test_accuracy"] > 0.8 and len(run.rows[-1]["forward_residual"]) == 2
+
+
 VARIANTS = {
     "rows": ("--layer-replicas", "2"),
     "warm": ("--warm-start", "both", "--adjoint-cycles", "2"),
@@ -414,7 +421,7 @@ def test_limits_are_one_message_that_names_the_fix(folder, monkeypatch, ranks, o
 
 
 def peaks_task(folder, seed, steps, *options):
-    """Loss and validation accuracy of the peaks task after so many steps of Adam, and the cycles of passes then."""
+    """Of the peaks task after so many steps of Adam: loss, validation accuracy, cycles of passes, mean of 50 losses."""
     rng = np.random.default_rng(seed)
     x = rng.uniform(-3, 3, (2500, 2))
     y = peaks(x).argsort().argsort() * 5 // 2500
@@ -436,11 +443,13 @@ def peaks_task(folder, seed, steps, *options):
     def work(world):
         method = kind(Context(world, network, dataset, config, make_backend("auto")))
         method.w[...] = w
+        losses = []
         for _ in range(steps):
             method.loss_sum = 0.0
             method.step(Batch(np.arange(2000)), 0.02)
+            losses.append(method.loss_sum / 2000)
         scores = method.test()
-        return method.loss_sum / 2000, scores["accuracy"], method.diagnostics().get("cycles")
+        return losses[-1], scores["accuracy"], method.diagnostics().get("cycles"), np.mean(losses[-50:])
 
     return run_ranks(1, work, timeout=300)[0]
 
@@ -462,11 +471,13 @@ def test_inexact_passes_learn_what_exact_ones_do_for_most_seeds(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(3))
-def test_adaptive_passes_end_where_exact_ones_do(tmp_path, seed):
-    serial = peaks_task(tmp_path, seed, 400, "--levels", "1")
-    found = peaks_task(tmp_path, seed, 400, "--adapt-every", "10")
-    assert found[0] <= 1.02 * serial[0], (serial, found)
+def test_adaptive_passes_end_where_exact_ones_do(tmp_path):
+    """The mean loss of the last 50 steps, over three seeds: that of a single step is noisy."""
+    serial, found = (
+        [peaks_task(tmp_path, seed, 400, *options)[3] for seed in range(3)]
+        for options in (("--levels", "1"), ("--adapt-every", "5", "--adapt-bound", "0.01"))
+    )
+    assert sum(found) <= 1.02 * sum(serial), (serial, found)
 
 
 def test_adaptive_passes_become_exact_where_they_have_to(tmp_path):

@@ -21,6 +21,7 @@ PARTS = ("--epochs", "3", "--batch-size", "300")
 DATA, LOCAL = ("--method", "data_parallel"), ("--method", "local_sgd", "--local-steps", "4")
 IST, SIL = ("--method", "ist", *MLP, "--local-steps", "4"), ("--method", "sil", *MLP, *PARTS)
 PAIRS = ("--partition", "pairs", *F64)
+WARM = ("--levels", "3", "--coarsening", "2", "--warm-start", "both", "--adjoint-cycles", "2")
 RUNS = {
     "psl of a master": (3, F64),
     "psl of owners, masters and replicas": (7, ("--replicas", "2", "--masters", "2", "--placement", "owner")),
@@ -35,6 +36,13 @@ RUNS = {
     "dni": (3, ("--method", "dni", *MLP, "--layer-blocks", "3")),
     "dni of inputs too": (2, ("--method", "dni", "--loss", "nll", "--synthetic-inputs", "--synthesizer-hidden", "20")),
     "dni by local losses": (3, ("--method", "dni", *MLP, "--local-loss", "predsim")),
+    "layer_parallel": (4, ("--method", "layer_parallel")),
+    "layer_parallel with warm starts": (2, ("--method", "layer_parallel", *WARM, "--gamma-ddt", "1e-6")),
+    "layer_parallel in rows": (4, ("--method", "layer_parallel", *WARM, "--layer-replicas", "2")),
+    "layer_parallel by lbfgs": (
+        3,
+        ("--method", "layer_parallel", *F64, "--depth", "24", "--optimizer", "lbfgs", "--lr", "1"),
+    ),
     "ist of masters that compute": (3, (*IST, "--colocate")),
     "ist of owners": (4, (*IST, "--placement", "owner")),
     "sil": (3, (*SIL, "--parts", "3")),

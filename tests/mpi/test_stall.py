@@ -28,6 +28,7 @@ METHODS = {
     "sil": (*MLP, "--parts", "3", "--hand-over", "stale"),
     "dfa": MLP,
     "dni": (*MLP, "--layer-blocks", "3"),
+    "layer_parallel": ("--model", "deep", "--depth", "24", "--loss", "nll"),
     "next": (*MLP, "--tracking", "minibatch"),
 }
 # A method of a user's own, whose rank 1 gets no further in a step.

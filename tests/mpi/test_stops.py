@@ -22,6 +22,7 @@ METHODS = {
     "data_parallel": ("--method", "data_parallel"),
     "local_sgd": ("--method", "local_sgd", "--local-steps", "5"),
     "dni": ("--method", "dni", "--model", "mlp", "--widths", "40", "40", "--loss", "nll"),
+    "layer_parallel": ("--method", "layer_parallel", "--depth", "24", "--warm-start", "both", "--loss", "nll"),
     "next": ("--method", "next", "--agents", "5", "--tracking", "minibatch"),
 }
 TIMES = range(20)

@@ -214,6 +214,8 @@ METHODS = {
     "dfa --model mlp --widths 12 10": (3,),
     "dni --layer-blocks 2": (2,),
     "dni --layer-blocks 2 --local-loss greedy --ahead 2": (2,),
+    "layer_parallel": (2, 4),
+    "layer_parallel --warm-start both --layer-replicas 2 --gamma-ddt 1e-5": (4,),
     "next --graph exponential": (3,),
     "next --tracking minibatch --rule kgt --optimizer sgd --local-steps 3": (2,),
 }

@@ -173,19 +173,20 @@ def exact_cycles(steps: int, factors: tuple[int, ...], relaxations: int) -> int:
 
 
 def evaluations(steps: int, ranks: int, factors: tuple[int, ...], relaxations: int, cycles: int) -> int:
-    """Steps marched one after the other in a pass of so many steps in all, by the last rank and those it waits for.
+    """Steps that follow one another in a pass of so many steps in all: its time over that of a step (derived).
 
-    With two levels of factor m and one relaxation 3 n + N / m in the first cycle, n a rank's steps of all N, and
-    n (1 - 1/m) less in each further one; in other words the cost model of a pass (derived).
+    With two levels of factor m and one relaxation 3 n + N / m in the first cycle, n a rank's steps of all N. Further
+    ones have n (1 - 1/m) less, and wait for no other rank on the coarsest level: a rank begins the next cycle while
+    those behind it still march there, so that N / m counts once, and later n / m.
     """
-    if not factors:
-        return steps
 
     def cycle(level: int, n: int, relaxed: bool) -> int:
         if level == len(factors):
-            return n * ranks
+            return n
         m = factors[level]
         between = n - n // m
         return between * (1 - relaxed) + relaxations * n + 2 * (n // m) + cycle(level + 1, n // m, False) + between
 
-    return sum(cycle(0, steps // ranks, number > 0) for number in range(cycles))
+    own = steps // ranks
+    coarsest = own // _strides(factors)[-1]
+    return sum(cycle(0, own, number > 0) for number in range(cycles if factors else 1)) + (ranks - 1) * coarsest

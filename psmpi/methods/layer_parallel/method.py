@@ -53,7 +53,7 @@ class LayerParallel(Method):
     name = "layer_parallel"
     summary = "residual layers, each rank some, solved at once by multigrid in layer time"
     settings = (Settings,)
-    usual_options = ("--model", "deep")
+    usual_options = ("--model", "deep", "--epochs", "20")
     skips = True
     exactness = Exactness(options=OPTIONS, wide=("--model", "deep", "--widths", "150", "--depth", "16"))
 
