@@ -22,6 +22,7 @@ DATA, LOCAL = ("--method", "data_parallel"), ("--method", "local_sgd", "--local-
 IST, SIL = ("--method", "ist", *MLP, "--local-steps", "4"), ("--method", "sil", *MLP, *PARTS)
 PAIRS = ("--partition", "pairs", *F64)
 WARM = ("--levels", "3", "--coarsening", "2", "--warm-start", "both", "--adjoint-cycles", "2")
+ROWS = ("--dataset", "digits:rows", "--model", "lstm", "--widths", "8", "8", "8", "8")
 RUNS = {
     "psl of a master": (3, F64),
     "psl of owners, masters and replicas": (7, ("--replicas", "2", "--masters", "2", "--placement", "owner")),
@@ -31,6 +32,24 @@ RUNS = {
     "data_parallel, compressed": (4, (*DATA, "--compression", "topk")),
     "local_sgd": (3, LOCAL),
     "local_sgd with an outer optimizer": (4, (*LOCAL, "--outer-lr", "0.7", "--outer-momentum", "0.9")),
+    "wavefront": (4, ("--method", "wavefront", *ROWS, "--clip", "0")),
+    "wavefront in threads": (2, ("--method", "wavefront", *ROWS, "--skew", "2", "--chunk-steps", "3")),
+    "wavefront of each step": (
+        2,
+        (
+            "--method",
+            "wavefront",
+            "--dataset",
+            "repeat_copy:2",
+            "--model",
+            "gru",
+            "--loss",
+            "nll",
+            "--widths",
+            "8",
+            "8",
+        ),
+    ),
     "dfa": (3, ("--method", "dfa", *MLP)),
     "dfa with convolutions": (2, ("--method", "dfa", "--loss", "nll")),
     "dni": (3, ("--method", "dni", *MLP, "--layer-blocks", "3")),

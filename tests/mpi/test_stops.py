@@ -23,6 +23,7 @@ METHODS = {
     "local_sgd": ("--method", "local_sgd", "--local-steps", "5"),
     "dni": ("--method", "dni", "--model", "mlp", "--widths", "40", "40", "--loss", "nll"),
     "layer_parallel": ("--method", "layer_parallel", "--depth", "24", "--warm-start", "both", "--loss", "nll"),
+    "wavefront": ("--method", "wavefront", "--dataset", "digits:rows", "--model", "lstm", "--widths", "9", "9", "9"),
     "next": ("--method", "next", "--agents", "5", "--tracking", "minibatch"),
 }
 TIMES = range(20)

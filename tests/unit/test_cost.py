@@ -217,6 +217,8 @@ METHODS = {
     "layer_parallel": (2, 4),
     "layer_parallel --warm-start both --layer-replicas 2 --gamma-ddt 1e-5": (4,),
     "next --graph exponential": (3,),
+    "wavefront --dataset digits:rows --model lstm --widths 8 8 8 8 --chunk-steps 3": (2, 4),
+    "wavefront --dataset repeat_copy:3 --model gru --widths 8 8 8 --skew 1 --loss nll": (3,),
     "next --tracking minibatch --rule kgt --optimizer sgd --local-steps 3": (2,),
 }
 CASES = [(options, ranks) for options, some in METHODS.items() for ranks in some]
@@ -225,8 +227,10 @@ CASES = [(options, ranks) for options, some in METHODS.items() for ranks in some
 def prepared(options):
     config = usual(parse(["--method", *options.split(), "--backend", "numpy", "--threads", "1"]))
     check(config, ())
-    dataset = open_dataset("digits", None)
-    return config, dataset, make_network(config.model.model, dataset.shape, dataset.outputs, **config.model.shape)
+    dataset = open_dataset(config.data.dataset, None)
+    by_step = dataset.train.by_step
+    network = make_network(config.model.model, dataset.shape, dataset.outputs, **config.model.shape, by_step=by_step)
+    return config, dataset, network
 
 
 @pytest.mark.parametrize(("options", "ranks"), CASES)
