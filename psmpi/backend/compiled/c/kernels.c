@@ -22,8 +22,8 @@ typedef struct {
     int32_t first, last;
 } shape_t;
 
-/* Recurrent cells by the number of their kind, see recurrence.h; `padded`: the batch in whole vectors. A call computes the
- * samples [first, last), of which `first` begins a vector. */
+/* Recurrent cells by the number of their kind, see recurrence.h; `padded`: the batch in whole vectors. A call computes
+ * the samples [first, last), of which `first` begins a vector. */
 typedef struct {
     int32_t kind, units, steps, batch, padded, first, last;
 } cells_t;
@@ -61,8 +61,8 @@ static const int32_t ones[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 
 #pragma GCC target("avx512f,avx512dq,avx2,fma")
 #endif
 
-/* MIN and MAX give b where one is not a number; WHERE gives a where m is negative; POWER is two to the number in the lowest
- * bits of t. */
+/* MIN and MAX give b where one is not a number; WHERE gives a where m is negative; POWER is two to the number in the
+ * lowest bits of t. */
 #define DOUBLE 0
 #define V __m512
 #define VL 16

@@ -18,8 +18,8 @@
 #define GRU 1
 #define LSTM 2
 
-/* exp(x) = scale + scale * rest for |x| <= LARGE; rest, exp(r) - 1 with |r| <= log(2) / 2, keeps the digits of a small x.
- * See `exponential`. */
+/* exp(x) = scale + scale * rest for |x| <= LARGE, see `exponential`: rest = exp(r) - 1, |r| <= log(2) / 2, keeps the
+ * digits of a small x. */
 INLINE void NAME(exponential_parts)(V x, V *scale, V *rest)
 {
     const V t = FMA(x, SET1((R)1.44269504088896340736), SET1((R)SHIFT)), n = t - SET1((R)SHIFT);
@@ -63,8 +63,8 @@ typedef struct {
 } NAME(ahead);
 
 /* out (nu, LANES) = bias (nu) + products of weights w (n, nu) with x (n, nv vectors). Meanwhile the arrays `ahead` are
- * brought to the cache, a row now and then: these rows are on other pages each, where the processor fetches nothing ahead,
- * and many at once would keep what is multiplied waiting. */
+ * brought to the cache, a row now and then: each row is on another page, where the processor fetches nothing ahead, and
+ * many at once would keep what is multiplied waiting. */
 INLINE void NAME(panel)(const int nu, const int nv, int n, const R *x, const R *w, const R *bias, R *out,
                         const NAME(ahead) * ahead)
 {
@@ -108,7 +108,7 @@ static void NAME(any_panel)(int nu, int nv, int n, const R *x, const R *w, const
 {
 #define ONE(nu, nv)                                                                                                    \
     case nu * 8 + nv:                                                                                                  \
-        NAME(panel)(nu, nv, n, x, w, bias, out, ahead);                                                                      \
+        NAME(panel)(nu, nv, n, x, w, bias, out, ahead);                                                                \
         break;
 #define SOME(nv) ONE(1, nv) ONE(2, nv) ONE(3, nv) ONE(4, nv) ONE(5, nv) ONE(6, nv)
     switch (nu * 8 + nv) {
@@ -171,11 +171,12 @@ INLINE void NAME(ages)(int t, const int32_t *lengths, int samples, R *age)
         age[k] = lengths && k < samples ? (R)(t - lengths[k]) : (R)-1;
 }
 
-/* Step t of a block of units and a group of vectors, `samples` of whose lanes are samples: from the products in `tile`.
- * a, h, more and c (the states before, `c_row` from unit to unit) begin at the first unit and sample. */
-INLINE void NAME(cells_step)(const int kind, const int plain, int nu, int nv, int samples, ptrdiff_t row, ptrdiff_t gate,
-                             const R *tile, const R *ages, R *a, R *h, R *more, const R *c, ptrdiff_t c_row,
-                             const R *last, R *next)
+/* A step of a block of units and a group of vectors, of whose lanes `samples` are samples, from products `tile` (gates,
+ * CELLS, LANES). a, h, more and, of the step before, c begin at the first unit and sample; row, gate and c_row lead to
+ * the next unit and gate. last, next: states (nu, nv VL). */
+INLINE void NAME(cells_step)(const int kind, const int plain, int nu, int nv, int samples, ptrdiff_t row,
+                             ptrdiff_t gate, const R *tile, const R *ages, R *a, R *h, R *more, const R *c,
+                             ptrdiff_t c_row, const R *last, R *next)
 {
     const V one = SET1((R)1);
     for (int u = 0; u < nu; u++)
@@ -216,8 +217,8 @@ INLINE void NAME(cells_step)(const int kind, const int plain, int nu, int nv, in
         }
 }
 
-/* `work` for each block of units [u0, u0 + nu) and group of vectors: nv, samples from `b` on, of the two `states` (rows,
- * nv VL) `from` and `into`. Blocks go slowly: their weights are read from far away once. */
+/* For each block of units, nu from u0 on, and each group of vectors, nv from sample b on, of whose lanes `samples` are
+ * samples. The weights of a block meet all groups before those of the next one: they come from far away. */
 #define EACH_BLOCK                                                                                                     \
     for (int block = 0; block < blocks; block++)                                                                       \
         for (int b = s->first, u0 = EDGE(block, blocks, units), nu = EDGE(block + 1, blocks, units) - u0, samples, nv; \
@@ -237,7 +238,8 @@ INLINE void NAME(forward_steps)(const int kind, const cells_t *s, const R *pack,
         for (int u = u0; u < u0 + nu; u++)
             for (int k = 0; k < nv; k++) {
                 const int some = samples - k * VL < VL ? samples - k * VL : VL;
-                STORE(from + (ptrdiff_t)b * units + (u * nv + k) * VL, LOAD_SOME(before + (ptrdiff_t)u * batch + b + k * VL, some));
+                const R *const state_of = before + (ptrdiff_t)u * batch + b + k * VL;
+                STORE(from + (ptrdiff_t)b * units + (u * nv + k) * VL, LOAD_SOME(state_of, some));
             }
     for (int t = 0; t < s->steps; t++) {
         EACH_BLOCK {
@@ -276,8 +278,9 @@ void NAME(cells_forward)(const cells_t *s, const R *pack, const R *bias, R *a, c
         NAME(forward_steps)(LSTM, s, pack, bias, a, before, h, more, lengths, state);
 }
 
-/* Step t backwards of a block of units and a group of vectors: gradients `tile` (nu, LANES) of h by way of later steps, but
- * for what `direct` (units, nv VL) has of them. du: (gates units, nv VL), gate_du from gate to gate. */
+/* A step backwards of a block of units and a group of vectors, as cells_step: tile (CELLS, LANES) is the gradient of h
+ * by way of the later steps. last: h, of lstm c, of the step before. direct (nu, nv VL): what the gradient of the states
+ * before does not owe to the product; du: the gradient of the product, gate_du from gate to gate. */
 INLINE void NAME(cells_step_back)(const int kind, const int plain, int nu, int nv, int samples, ptrdiff_t row,
                                   ptrdiff_t gate, const R *tile, const R *ages, R *a, const R *h, R *more, const R *dh,
                                   const R *last, ptrdiff_t last_row, R *dc, ptrdiff_t dc_row, R *direct, R *du,
@@ -297,8 +300,8 @@ INLINE void NAME(cells_step_back)(const int kind, const int plain, int nu, int n
                 if (!plain)
                     STORE(direct + mine, WHERE(age, zero, total));
             } else if (kind == GRU) {
-                const V r = TAKE(a + at), z = TAKE(a + gate + at), n = TAKE(a + 2 * gate + at), product = TAKE(more + at);
-                const V old = TAKE(last + u * last_row + k * VL);
+                const V r = TAKE(a + at), z = TAKE(a + gate + at), n = TAKE(a + 2 * gate + at);
+                const V product = TAKE(more + at), old = TAKE(last + u * last_row + k * VL);
                 V dn = total * (one - z) * FMA(-n, n, one);
                 V dz = total * (old - n) * (z * (one - z)), dr = dn * product * (r * (one - r)), dproduct = dn * r;
                 dn = IF_LIVE(dn, zero);
@@ -314,7 +317,8 @@ INLINE void NAME(cells_step_back)(const int kind, const int plain, int nu, int n
                 STORE(du + 2 * gate_du + mine, dproduct);
                 STORE(direct + mine, IF_LIVE(total * z, total));
             } else {
-                const V i = TAKE(a + at), f = TAKE(a + gate + at), g = TAKE(a + 2 * gate + at), o = TAKE(a + 3 * gate + at);
+                const V i = TAKE(a + at), f = TAKE(a + gate + at), g = TAKE(a + 2 * gate + at);
+                const V o = TAKE(a + 3 * gate + at);
                 const V old = TAKE(last + u * last_row + k * VL), y = NAME(tanh_of)(TAKE(more + at));
                 const V later = TAKE(dc + u * dc_row + k * VL), d = FMA(total * o, FMA(-y, y, one), later);
                 const V di = IF_LIVE(d * g * (i * (one - i)), zero), df = IF_LIVE(d * old * (f * (one - f)), zero);
@@ -374,13 +378,14 @@ INLINE void NAME(backward_steps)(const int kind, const cells_t *s, const R *pack
             const R *last = t ? states + at - batch : before + (ptrdiff_t)((kind == LSTM ? units : 0) + u0) * batch + b;
             const ptrdiff_t last_row = t ? row : batch;
             R *const dc = carry + (ptrdiff_t)(units + u0) * batch + b, *const du = into + (ptrdiff_t)b * rows + mine;
+            const ptrdiff_t gate_du = (ptrdiff_t)units * nv * VL;
             NAME(ages)(t, lengths ? lengths + b : 0, samples, age);
             if (plain)
-                NAME(cells_step_back)(kind, 1, nu, nv, samples, row, gate, tile, age, a + at, h + at, more + at, dh + at,
-                                      last, last_row, dc, batch, direct, du, (ptrdiff_t)units * nv * VL);
+                NAME(cells_step_back)(kind, 1, nu, nv, samples, row, gate, tile, age, a + at, h + at, more + at,
+                                      dh + at, last, last_row, dc, batch, direct, du, gate_du);
             else
-                NAME(cells_step_back)(kind, 0, nu, nv, samples, row, gate, tile, age, a + at, h + at, more + at, dh + at,
-                                      last, last_row, dc, batch, direct, du, (ptrdiff_t)units * nv * VL);
+                NAME(cells_step_back)(kind, 0, nu, nv, samples, row, gate, tile, age, a + at, h + at, more + at,
+                                      dh + at, last, last_row, dc, batch, direct, du, gate_du);
         }
         R *const other = from;
         from = into;
@@ -388,8 +393,8 @@ INLINE void NAME(backward_steps)(const int kind, const cells_t *s, const R *pack
     }
 }
 
-/* The gradients of cells_forward for the samples [first, last), see Recurrence.backward. pack: of cells_pack_back; state:
- * scratch (2 gates units padded + units padded). */
+/* The gradients of cells_forward for the samples [first, last), see Recurrence.backward. pack: of cells_pack_back;
+ * state: scratch ((2 gates + 1) units padded). */
 void NAME(cells_backward)(const cells_t *s, const R *pack, R *a, const R *before, const R *h, R *more, const R *dh,
                           R *carry, const int32_t *lengths, R *state)
 {
