@@ -24,10 +24,12 @@ def main(argv: list[str] | None = None) -> int:
     from psmpi.bench.private import private
     from psmpi.bench.published import published
     from psmpi.bench.recorder import recorder
+    from psmpi.bench.recurrent import recurrent
     from psmpi.bench.scale import scale
     from psmpi.bench.start import start
     from psmpi.bench.step import step
     from psmpi.bench.trunk import trunk
+    from psmpi.bench.wavefront import wavefront
     from psmpi.command import answer, chosen, with_training_options
     from psmpi.config import defaults
 
@@ -37,7 +39,8 @@ def main(argv: list[str] | None = None) -> int:
         trains = partial(with_training_options, default=defaults(words), words=words)
         commands: tuple[Callable[..., int], ...] = (
             checkpoint, comm, compute, decoupled, head, kernels, layers, links, trains(memory), network,
-            trains(optimizer), predict, private, published, trains(recorder), trains(scale), start, trains(step), trunk,
+            trains(optimizer), predict, private, published, trains(recorder), recurrent, trains(scale), start, trains(step),
+            trunk, wavefront,
         )  # fmt: skip
         return chosen(commands, words, "bench", "Measure psmpi.")()
 

@@ -1,0 +1,172 @@
+"""A training step of recurrent layers, beside its matrix products alone, and beside PyTorch's."""
+
+from __future__ import annotations
+
+import json as jsonlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal
+
+import numpy as np
+
+from psmpi.errors import UserError
+from psmpi.output import Screen, check_files
+
+# Passes before those that are timed.
+WARM = 2
+Kind = Literal["rnn", "gru", "lstm"]
+
+
+def recurrent(
+    kinds: tuple[Kind, ...] = ("lstm", "gru"),
+    layers: int = 4,
+    steps: int = 100,
+    units: int = 512,
+    batch_size: int = 64,
+    chunk_steps: int = 0,
+    threads: int = 1,
+    rounds: int = 7,
+    pytorch: bool = False,
+    json: str = "",
+) -> int:
+    """Time forward and backward passes of stacked recurrent layers in one process, float32.
+
+    Beside them the time that their matrix products would take at the speed of one large product, measured in the same
+    run, and with --pytorch the same passes of torch.nn.LSTM, GRU and RNN. All take turns.
+
+    Args:
+        kinds: Layers to time.
+        layers: Layers, each on the outputs of the one below.
+        steps: Steps of a sequence.
+        units: Units of a layer, and features of the samples.
+        batch_size: Samples of a minibatch.
+        chunk_steps: Steps of a chunk, all if not given: psmpi's passes then go over the layers chunk by chunk.
+        threads: Threads of psmpi and of PyTorch.
+        rounds: Times that each is timed; the medians count, and the least and the largest are shown.
+        pytorch: Time PyTorch too; needs psmpi[torch].
+        json: Also write the figures into this file.
+    """
+    from threadpoolctl import threadpool_limits
+
+    for option, value in (("--layers", layers), ("--steps", steps), ("--units", units), ("--batch-size", batch_size),
+                          ("--threads", threads), ("--rounds", rounds)):  # fmt: skip
+        if value < 1:
+            raise UserError(f"{option} {value}: expected 1 or more")
+    if not 0 <= chunk_steps <= steps:
+        raise UserError(f"--chunk-steps {chunk_steps}: expected 0 to {steps}")
+    check_files(json=json)
+    rows: list[dict[str, Any]] = []
+    with threadpool_limits(threads):
+        for kind in kinds:
+            calls: dict[str, Callable[[], object]] = {}
+            rng = np.random.default_rng(0)
+            x = rng.standard_normal((units, steps, batch_size)).astype(np.float32)
+            calls["psmpi"], macs, weights = _ours(kind, layers, x, chunk_steps or steps, threads)
+            calls["large product"], size = _product(threads, units, steps * batch_size)
+            if pytorch:
+                calls["PyTorch"] = _theirs(kind, layers, x, weights, threads)
+            for call in calls.values():
+                for _ in range(WARM):
+                    call()
+            times: dict[str, list[float]] = {name: [] for name in calls}
+            for _ in range(rounds):
+                for name, call in calls.items():
+                    begun = time.perf_counter()
+                    call()
+                    times[name].append(1e3 * (time.perf_counter() - begun))
+            rows.append({"kind": kind, "ms": times, "products ms": median(times["large product"]) * macs / size})
+    _show(rows, f"{layers} x {units}, {steps} steps, {batch_size} samples, {threads} thread(s)")
+    if json:
+        Path(json).write_text(jsonlib.dumps(rows) + "\n")
+    return 0
+
+
+def _ours(
+    kind: Kind, layers: int, x: np.ndarray, each: int, threads: int
+) -> tuple[Callable[[], object], int, dict[str, np.ndarray]]:
+    """A step of psmpi, its multiplications, and its weights by name."""
+    from psmpi.backend import make_backend
+    from psmpi.methods.wavefront.lane import Lane
+    from psmpi.methods.wavefront.schedule import chunks
+    from psmpi.nn.layers.workspace import Span
+    from psmpi.nn.network import build
+
+    units, steps, b = x.shape
+    ops, edges = make_backend("auto", threads), chunks(steps, each)
+    network = build("recurrent", (units, steps), [{"type": kind, "units": units}] * layers, units, by_step=True)
+    layout = network.layout()
+    rng = np.random.default_rng(1)
+    w = (rng.standard_normal(layout.size) / np.sqrt(units)).astype(np.float32)
+    lane = Lane(network.with_steps(each), layout, (0, layers), w, np.zeros_like(w), len(edges), ops)
+    lane.reserve(b)
+    parts = [np.ascontiguousarray(x[:, a:z]) for a, z in edges]
+    spans = [Span(begins=a == 0, ends=z == steps) for a, z in edges]
+    dy = ops.empty(units * each * b, w.dtype)
+
+    def step() -> None:
+        for c, (part, span) in enumerate(zip(parts, spans, strict=True)):
+            lane.forward(c, part, span)
+        for c in reversed(range(len(edges))):
+            size = parts[c].size
+            dy[:size].fill(1)
+            lane.backward(c, dy[:size].reshape(parts[c].shape), None, c < len(edges) - 1)
+
+    found = {p.name: w[layout.runs_of_parameters({p.name}).intervals[0][0] :][: np.prod(p.shape)].reshape(p.shape)
+             for p in layout.parameters}  # fmt: skip
+    # Ahead, back to the inputs and to the states, and those of the weights; nobody wants the samples' gradient.
+    macs = sum(3 * layer.macs for layer in network.layers) - network.layers[0].macs * units // (2 * units)
+    return step, macs * b, found
+
+
+def _product(threads: int, units: int, columns: int) -> tuple[Callable[[], object], int]:
+    """A product of matrices as large as those of a layer over all steps, and its multiplications."""
+    rng = np.random.default_rng(2)
+    a, b = (rng.standard_normal(shape).astype(np.float32) for shape in ((4 * units, units), (units, columns)))
+    out = np.empty((4 * units, columns), np.float32)
+    return lambda: np.matmul(a, b, out=out), 4 * units * units * columns
+
+
+def _theirs(
+    kind: Kind, layers: int, x: np.ndarray, weights: dict[str, np.ndarray], threads: int
+) -> Callable[[], object]:
+    """The same step in PyTorch, from the same weights; UserError where its states are others."""
+    try:
+        import torch
+    except ImportError:
+        raise UserError("--pytorch needs psmpi[torch]: pip install 'psmpi[torch]'") from None
+    torch.set_num_threads(threads)
+    units = len(x)
+    net = {"rnn": torch.nn.RNN, "gru": torch.nn.GRU, "lstm": torch.nn.LSTM}[kind](units, units, layers)
+    with torch.no_grad():
+        for k in range(layers):
+            names = {"weight_ih": "weight", "weight_hh": "recurrent", "bias_ih": "bias", "bias_hh": "recurrent_bias"}
+            for theirs, ours in names.items():
+                into = getattr(net, f"{theirs}_l{k}")
+                values = weights.get(f"{kind}{k + 1}.{ours}")
+                into.copy_(torch.zeros_like(into) if values is None else torch.from_numpy(values.copy()))
+    samples = torch.from_numpy(np.ascontiguousarray(x.transpose(1, 2, 0)))
+
+    def step() -> None:
+        net.zero_grad(set_to_none=True)
+        net(samples)[0].sum().backward()
+
+    return step
+
+
+def _show(rows: list[dict[str, Any]], title: str) -> None:
+    from rich.table import Table
+
+    table = Table(title=f"ms a step, median (least to largest): {title}", title_justify="left")
+    for name in ("layers", "psmpi", "products alone", "ratio", "PyTorch", "psmpi / PyTorch"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        ms = {name: median(found) for name, found in row["ms"].items()}
+        spread = {name: f"{ms[name]:.0f} ({min(found):.0f} to {max(found):.0f})" for name, found in row["ms"].items()}
+        theirs = ms.get("PyTorch")
+        table.add_row(
+            row["kind"], spread["psmpi"], f"{row['products ms']:.0f}", f"{ms['psmpi'] / row['products ms']:.2f}",
+            spread.get("PyTorch", ""), "" if theirs is None else f"{ms['psmpi'] / theirs:.2f}",
+        )  # fmt: skip
+    Screen().print(table)
