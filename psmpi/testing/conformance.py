@@ -132,7 +132,7 @@ def steps_are_clipped(case: Case) -> None:
 
 def memory_is_accounted_for(case: Case) -> None:
     """The accounts of all ranks together are what they hold, within a tenth, and none is less than its need."""
-    wide = ("--dtype", "float32", *case.method.exactness.wide)
+    wide = ("--dtype", "float32", "--backend", "numpy", *case.method.exactness.wide)
     network, dataset, config = case.problem(*wide)
     batches, _, rate = plan_steps(dataset, config)
     tried = 0

@@ -41,6 +41,11 @@ class CompiledRecurrence(Recurrence):
     def arrays(self) -> list[np.ndarray]:
         return [self.ahead, self.back, self.state]
 
+    def reserve(self, batch: int) -> None:
+        size = (2 * self.gates + 1) * self.units * -(-batch // BATCH_MULTIPLE) * BATCH_MULTIPLE
+        if self.state.size < size:
+            self.state = self.ops.empty(size, self.dtype)
+
     def prepare(self, u: np.ndarray) -> None:
         """Pack the weights; `u` must stay as it is until the last backward pass with them."""
         self._check(u, (self.gates * self.units, self.units))
@@ -79,9 +84,7 @@ class CompiledRecurrence(Recurrence):
         """The call, by as many threads as it is worth."""
         _, steps, batch = shape
         padded = -(-batch // BATCH_MULTIPLE) * BATCH_MULTIPLE
-        size = (2 * self.gates + 1) * self.units * padded
-        if self.state.size < size:
-            self.state = self.ops.empty(size, self.dtype)
+        self.reserve(batch)
         members = min(self.team.size, max(1, pack.size * batch * steps // WORK), max(1, padded // BATCH_MULTIPLE))
         edges = [min(batch, padded * k // members // BATCH_MULTIPLE * BATCH_MULTIPLE) for k in range(members)] + [batch]
         addresses = pointers(self.dtype, pack)[0], *arrays, *pointers(self.dtype, self.state)

@@ -43,6 +43,9 @@ class Recurrence:
         """Take the recurrent weights (gates * units, units) of the passes to come."""
         self.u = u
 
+    def reserve(self, batch: int) -> None:
+        """Make room for passes of up to `batch` samples."""
+
     def arrays(self) -> list[np.ndarray]:
         """Its buffers."""
         return []

@@ -19,7 +19,7 @@ from psmpi.data import Batch, Resident
 from psmpi.layout import Ownership
 from psmpi.methods.wavefront.lane import Lane
 from psmpi.methods.wavefront.need import wavefront_needed
-from psmpi.methods.wavefront.schedule import back_diagonals, chunks, diagonals
+from psmpi.methods.wavefront.schedule import RING, back_diagonals, chunks, diagonals
 from psmpi.methods.wavefront.settings import Settings, check_wavefront, deal, wavefront_notes
 from psmpi.nn.layers.chain import Tape
 from psmpi.nn.layers.workspace import Span
@@ -31,9 +31,7 @@ from psmpi.training.method import Exactness, Method
 from psmpi.training.spans import check_tokens
 
 OPTIONS = ("--dataset", "digits:rows", "--model", "lstm", "--widths", "12", "12", "12", "12")
-WIDE = ("--dataset", "digits:rows", "--model", "lstm", "--widths", "120", "120", "120", "120", "--backend", "numpy")
-# Gradients of chunks that are on their way down at once, and buffers for those that come from above.
-RING = 4
+WIDE = ("--dataset", "digits:rows", "--model", "lstm", "--widths", "120", "120", "120", "120")
 
 
 class Wavefront(Method):

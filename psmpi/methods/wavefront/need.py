@@ -6,12 +6,34 @@ from math import prod
 
 import numpy as np
 
+from psmpi.backend import CELLS
 from psmpi.config import Config
 from psmpi.data import Dataset
-from psmpi.methods.wavefront.schedule import chunks
+from psmpi.methods.wavefront.schedule import RING, chunks
 from psmpi.methods.wavefront.settings import Settings, deal
+from psmpi.nn.layers.chain import leaves, plan_buffers
+from psmpi.nn.layers.recurrent import Recurrent
 from psmpi.nn.network import Network
 from psmpi.training.need import Need, added, derivatives_needed, passes_needed, samples_needed, vectors_needed
+
+
+def _kept(network: Network, cut: Network, layers: tuple[int, int], batch: int) -> int:
+    """Numbers that layers keep of all steps, besides outputs, more than of those of a chunk."""
+    found = []
+    for one in (network, cut):
+        stages = one.stages(range(one.classes), layers=layers)
+        spots = plan_buffers(stages)[0]
+        found.append(sum(s.layer.held(s, batch, spot.writable, False) for s, spot in zip(stages, spots, strict=True)))
+    return found[0] - found[1]
+
+
+def _before(network: Network, layers: tuple[int, int]) -> int:
+    """Numbers a sample of the states that each chunk begins with."""
+    return sum(
+        CELLS[layer.kind][1] * layer.units
+        for layer in leaves(network.layers[slice(*layers)])
+        if isinstance(layer, Recurrent)
+    )
 
 
 def wavefront_needed(size: int, network: Network, dataset: Dataset, config: Config) -> list[Need]:
@@ -31,7 +53,17 @@ def wavefront_needed(size: int, network: Network, dataset: Dataset, config: Conf
         for layers in lanes:
             # Each chunk has its own arrays, all of them one workspace.
             one = passes_needed(config, cut, batch, layers=layers)
-            needs += [{"activations": one["activations"] * count, "buffers": one["buffers"]}]
+            kept = itemsize * (_kept(network, cut, layers, batch) + (count - 1) * _before(network, layers) * batch)
+            needs += [{"activations": one["activations"] * count, "buffers": one["buffers"] + kept}]
+        # Gradients of chunks under way, between lanes too, and that of a chunk that is added to others'.
+        steps, ring = dealt.steps, min(RING, count)
+        between = [network.layers[a].in_shape[0] for a, _ in lanes]
+        passed = RING * between[0] * (not first) + 2 * sum(between[1:])
+        passed += ring * network.layers[lanes[-1][1] - 1].out_shape[0] * (not last)
+        more = shard if count > 1 else 0
+        needs.append({"buffers": itemsize * (passed * steps * batch + more)})
+        if first:
+            needs.append({"activations": itemsize * batch * prod(network.in_shape)})
         if last and dealt.head is not None:
             needs.append(passes_needed(config, cut, batch, layers=dealt.head))
             needs.append(derivatives_needed(config, batch * network.classes))

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 # Chunks that there are at least for each of the lanes that go over them, where nobody says: then lanes wait for at most
 # an eighth of their time at both ends.
 CHUNKS = 8
+# Gradients of chunks that are on their way down at once, and buffers for those that come from above.
+RING = 4
 
 
 def usual_steps(steps: int, lanes: int) -> int:

@@ -130,6 +130,7 @@ class RecurrentPart(Part):
         )
 
     def reserve(self, batch: int) -> None:
+        self.recurrence.reserve(batch)
         size = self.recurrence.carried * self.units * batch
         if self.state.size < size:
             self.state, self.carry = (self.ops.empty(size, self.dtype) for _ in range(2))
