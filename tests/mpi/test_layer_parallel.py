@@ -256,6 +256,30 @@ def test_a_layer_and_its_adjoint_are_adjoint(folder, monkeypatch, data, options,
     assert abs(forward - backward) <= 1e-12 * size
 
 
+@pytest.mark.parametrize("ranks", [1, 4])
+@pytest.mark.parametrize(("data", "options"), [("points", DEEP), ("images", (*IMAGES, "--depth", "32"))])
+def test_derivatives_are_taken_where_inexact_states_are(folder, data, options, ranks):
+    """Of one forward cycle, and exact adjoints: each one follows from the next by its layer's pass at its state."""
+    problem = Problem(folder, *options, *exact(32), "--forward-cycles", "1", data=data)
+    states, adjoints, gradient = problem.passes(ranks)
+
+    def work(method):
+        layers, out, found = method.layers, np.empty_like(states[0]), []
+        method.g[...] = gradient
+        for k in range(32):
+            layers.forward(k, 1.0, states[k], out)
+            layers.backward(k, 1.0, adjoints[31 - k], out)
+            found.append(out.copy())
+            layers.gradient(k, 1.0, adjoints[31 - k])
+        return np.array(found[::-1]), method.g
+
+    found, g = problem.on(1, work)[0]
+    np.testing.assert_allclose(found, adjoints[1:], rtol=1e-11, atol=1e-13)
+    np.testing.assert_allclose(g, gradient, rtol=1e-11, atol=1e-13)
+    exactly = Problem(folder, *options, "--levels", "1", data=data).passes(1)
+    assert np.linalg.norm(states - exactly[0]) > 1e-6 * np.linalg.norm(states)
+
+
 @pytest.mark.parametrize(("factor", "levels"), [(4, 2), (2, 4)])
 @pytest.mark.parametrize("relaxations", [0, 1, 2])
 def test_passes_send_what_is_said_and_make_no_collectives(folder, factor, levels, relaxations):
