@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 from helpers.datasets import real
-from helpers.runs import distance, run
+from helpers.processes import launch
+from helpers.runs import distance, run, trainer
 
 from psmpi.backend import NumpyOps
 from psmpi.data import Batch, open_dataset
@@ -232,11 +233,12 @@ def test_limits_are_said(tmp_path):
 
 
 @pytest.mark.slow
-def test_rows_of_mnist_are_read(train):
+@pytest.mark.timeout(1800)
+def test_rows_of_mnist_are_read(tmp_path):
     """Five epochs of 28 rows as 28 steps, two layers of 128: 98 % of the test images."""
     options = ("--dataset", "mnist:rows", "--data-dir", real("mnist"), "--model", "lstm", "--widths", "128", "128",
                "--loss", "nll", "--epochs", "5", "--batch-size", "64", "--lr", "0.002")  # fmt: skip
-    found = train(2, "--method", "wavefront", *options, timeout=1500)
+    found = trainer(tmp_path, launch)(2, "--method", "wavefront", *options, timeout=1700)
     assert found.rows[-1]["test_accuracy"] >= 0.98
 
 
