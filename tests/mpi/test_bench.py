@@ -588,6 +588,29 @@ def test_decoupled_blocks_are_timed_beside_a_pipeline_of_the_same_blocks(tmp_pat
     assert status == 1 and "expected numbers from 2 to 250" in err
 
 
+def test_recurrent_layers_are_timed_beside_their_products(tmp_path):
+    options = ("--kinds", "lstm", "gru", "rnn", "--layers", "2", "--steps", "5", "--units", "8", "--batch-size", "4")
+    more = ("--chunk-steps", "2", "--rounds", "2", "--json", tmp_path / "a.json")
+    status, out, err = launch(1, "-m", "psmpi.bench", "recurrent", *options, *more)
+    assert status == 0, err
+    rows = json.loads((tmp_path / "a.json").read_text())
+    assert [row["kind"] for row in rows] == ["lstm", "gru", "rnn"] and "products alone" in out
+    assert all(len(row["ms"]["psmpi"]) == 2 and row["products ms"] > 0 for row in rows)
+    status, _, err = launch(1, "-m", "psmpi.bench", "recurrent", "--steps", "5", "--chunk-steps", "6")
+    assert status == 1 and "--chunk-steps 6: expected 0 to 5" in err
+
+
+def test_a_wavefront_is_timed_beside_its_schedule(tmp_path):
+    """Chunks that sleep: on three ranks nobody is faster than M + R - 1 of them each way."""
+    options = ("--ranks", "1", "3", "--layers", "3", "--units", "4", "--batch-size", "4", "--steps", "8")
+    more = ("--chunk-steps", "2", "--sleep-ms", "20", "--rounds", "1", "--repeats", "1", "--json", tmp_path / "a.json")
+    status, out, err = launch(1, "-m", "psmpi.bench", "wavefront", *options, *more)
+    assert status == 0, err
+    rows = json.loads((tmp_path / "a.json").read_text())
+    assert [row["least ms"] for row in rows] == [160, 240] and "off by %" in out
+    assert all(min(row["ms"]) >= row["least ms"] for row in rows)
+
+
 def test_passes_through_layers_are_timed_beside_the_cost_model(tmp_path):
     """Layers that sleep: on four ranks nobody is faster than the evaluations that follow one another."""
     options = ("--ranks", "4", "--depth", "32", "--width", "4", "--batch-size", "20", "--sleep-ms", "10")
