@@ -216,7 +216,7 @@ def test_limits_are_said(tmp_path):
     assert "is for sequences" in refused(2, "--model", "mlp")
     assert "takes the loss more than once" in refused(2, *rows, "--optimizer", "lbfgs")
     assert "has none: use --model rnn, gru or lstm" in refused(1, "--dataset", "digits:rows", "--model", "mlp")
-    assert "--psl-weights current is not for --method wavefront" in refused(2, *rows, "--psl-weights", "current")
+    assert "--psl-weights remembered" in refused(2, *rows, "--psl-weights", "remembered")
     lstm, flat = '[[model.layers]]\ntype = "lstm"\nunits = 5\n', '[[model.layers]]\ntype = "flatten"\n'
     dense = '[[model.layers]]\ntype = "{}dense"\nunits = {}\ngroups = {}\n'
     last = '[[model.layers]]\ntype = "last"\n'

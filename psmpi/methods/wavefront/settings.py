@@ -150,8 +150,6 @@ def check_wavefront(size: int, network: Network, dataset: Dataset, config: Confi
             f"--model {network.name} has layers of single classes before and behind the last step, which --method "
             "wavefront does not keep apart: use dense layers in place of separable ones before it"
         )
-    if config.objective.psl_weights != "none":
-        raise UserError(f"--psl-weights {config.objective.psl_weights} is not for --method wavefront: leave it out")
     check_first_order(config, "takes the loss more than once in a step, and each time all ranks in turn")
     configured_loss(config, dataset)
     check_optimizer(config, network.layout(), ())
