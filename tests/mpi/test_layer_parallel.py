@@ -474,6 +474,63 @@ def test_rows_of_ranks_share_minibatches(folder):
     assert np.linalg.norm(found - alone) <= 1e-11 * np.linalg.norm(alone)
 
 
+def test_samples_of_a_whole_data_set_keep_their_places(folder):
+    """Whatever their order: states of the step before are those of the same samples."""
+    problem = Problem(folder, *DEEP, "--batch-size", str(SAMPLES), "--final-time", "4")
+    rng = np.random.default_rng(0)
+
+    def work(method, shuffled=False):
+        for _ in range(4):
+            method.step(Batch(rng.permutation(SAMPLES) if shuffled else np.arange(SAMPLES)), 0.3)
+        return method.w.copy(), method.solver.forward_cycle.residuals
+
+    (w, residuals), (other, _) = problem.on(1, work)[0], problem.on(1, lambda method: work(method, True))[0]
+    assert np.array_equal(w, other)
+    cold = Problem(folder, *DEEP, "--batch-size", str(SAMPLES), "--final-time", "4", "--warm-start", "none")
+    assert residuals[0][0] < cold.on(1, work)[0][1][0][0] / 10
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_warm_starts_begin_cold_at_first_and_after_a_smaller_minibatch(folder, ranks):
+    warm = Problem(folder, *DEEP, "--warm-start", "both", "--adjoint-cycles", "2")
+    cold = Problem(folder, *DEEP, "--warm-start", "none", "--adjoint-cycles", "2")
+    assert np.array_equal(warm.train(ranks, 1), cold.train(ranks, 1))
+    assert not np.array_equal(warm.train(ranks, 2), cold.train(ranks, 2))
+    sizes = [len(warm.batches.ids(*divmod(k, warm.batches.steps_per_epoch))) for k in range(4)]
+    assert sizes == [16, 16, 8, 16]
+
+    def work(method):
+        for k in range(4):
+            if k == 3:
+                method.states.fill(np.nan)
+                method.adjoints.fill(np.nan)
+            method.step(Batch(warm.batches.ids(*divmod(k, warm.batches.steps_per_epoch))), 0.3)
+        return method.shards[method.rank], method.w.copy()
+
+    assert np.array_equal(flat(warm.on(ranks, work), warm.layout), warm.train(ranks, 4))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_nested_iteration_trains_every_so_manieth_layer_and_copies_its_weights(folder, ranks):
+    problem = Problem(folder, *DEEP, "--optimizer", "adam", "--nested-depths", "8", "16", "--nested-epochs", "1", "1")
+
+    def work(method):
+        found = []
+        for k in range(9):
+            method.step(Batch(problem.batches.ids(*divmod(k, 3))), 0.01)
+            parts = [method.layers.w[at].copy() for at in method.layers.slices]
+            found.append((int(method.scalars["t"]), np.array(parts)))
+        return found, method.diagnostics() if method.test() else None
+
+    for found, told in problem.on(ranks, work):
+        assert [t for t, _ in found] == [1, 2, 3] * 3 and told["layers"] == 32
+        for k, (_, weights) in enumerate(found):
+            stride = (4, 2, 1)[k // 3]
+            assert np.array_equal(weights, np.repeat(weights[::stride], stride, axis=0))
+            assert not np.array_equal(weights[::stride][1:], weights[::stride][:-1])
+        assert not np.array_equal(found[-1][1][::2], found[-1][1][1::2])
+
+
 def test_residuals_are_in_the_metrics(tmp_path):
     case = Case("layer_parallel", tmp_path, ("--forward-cycles", "3", "--adjoint-cycles", "2"))
     alone, several = (rows(case.run(ranks, "--max-steps", "50"))[-1] for ranks in (1, 4))
