@@ -33,8 +33,8 @@ def layers(
 ) -> int:
     """Time passes of --method layer_parallel, exact ones on the same ranks, and what the cost model says of both.
 
-    The model counts the evaluations of layers that follow one another, and takes the measured time of one. Ranks need a
-    core each, unless layers sleep in place of computing.
+    The model counts the evaluations of layers that follow one another, and takes the mean time of one in the same
+    pass. Ranks need a core each, unless layers sleep in place of computing.
 
     Args:
         ranks: Processes of a run: one run for each.
@@ -70,19 +70,16 @@ def layers(
         program += ["--sleep-ms", str(sleep_ms)]
         program = [*(["env", "PSMPI_WAIT=sleep"] if sleep_ms else []), *program]
         times = jsonlib.loads(run_program([launcher(), "-n", str(count), *program], limit=limit).splitlines()[-1])
-        ms = {name: median(found) for name, found in times.items()}
         shape, factors = (depth, count), (factor,) * (levels - 1)
         row: dict[str, Any] = {"ranks": count, "coarsening": factor, "ms": times}
-        for name, cycles in (("forward", forward_cycles), ("adjoint", adjoint_cycles)):
+        for place, (name, cycles) in enumerate((("forward", forward_cycles), ("adjoint", adjoint_cycles)), 1):
             steps = evaluations(*shape, factors, relaxations, cycles)
             # Layers at the ends of intervals are passed once more for their derivatives.
-            more = ms["layer forward"] * (depth // count // factor) if name == "adjoint" and factors else 0.0
-            row[name] = {
-                "evaluations": steps,
-                "model": steps * ms[f"layer {name}"] + more,
-                "measured": ms[f"parallel {name}"],
-                "exact": ms[f"exact {name}"],
-            }
+            more = depth // count // factor if name == "adjoint" and factors else 0
+            model = [steps * one[place] + more * one[1] for one in times[f"parallel {name}"]]
+            measured, exact = ([one[0] for one in times[f"{how} {name}"]] for how in ("parallel", "exact"))
+            row[name] = {"evaluations": steps, "model": median(model), "measured": median(measured)}
+            row[name]["exact"] = median(exact)
         rows.append(row)
     _show(rows, depth)
     if plot:

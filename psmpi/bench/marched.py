@@ -1,7 +1,7 @@
 """Passes through residual layers on these ranks, exact and by cycles, in turn; a program under mpirun.
 
 Takes the options of psmpi.train, and the milliseconds that each evaluation of a layer sleeps besides. Rank 0 prints
-JSON.
+JSON: of each pass and round the milliseconds in all, and of a forward, an adjoint and a gradient evaluation of a layer.
 """
 
 from __future__ import annotations
@@ -13,13 +13,32 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from psmpi.bench.pipelined import slowed
-
 if TYPE_CHECKING:
     from psmpi.config import Config
 
-# Evaluations of a layer that are timed, and steps in a row: each several times, of which the median counts.
-TRIED, ROUNDS = 20, 5
+# Times that each pass is timed.
+ROUNDS = 5
+EVALUATIONS = ("forward", "backward", "gradient")
+
+
+class Watch:
+    """Calls that are timed, and sleep besides: seconds and calls since the last `take`."""
+
+    def __init__(self, call: Any, sleep: float):
+        self.call, self.sleep, self.seconds, self.calls = call, sleep, 0.0, 0
+
+    def __call__(self, *words: Any) -> None:
+        begun = time.perf_counter()
+        self.call(*words)
+        if self.sleep:
+            time.sleep(self.sleep)
+        self.seconds += time.perf_counter() - begun
+        self.calls += 1
+
+    def take(self) -> tuple[float, int]:
+        found = self.seconds, self.calls
+        self.seconds, self.calls = 0.0, 0
+        return found
 
 
 def marched(config: Config, rounds: int = ROUNDS, sleep_ms: float = 0.0) -> int:
@@ -49,18 +68,22 @@ def marched(config: Config, rounds: int = ROUNDS, sleep_ms: float = 0.0) -> int:
         method: Any = kind(Context(world, network, dataset, config, ops))
         settle(world, cores(), True)
         layers, solver, ids = method.layers, method.solver, np.sort(batches.ids(0, 0))
-        if sleep_ms:
-            for name in ("forward", "backward", "gradient"):
-                setattr(layers, name, slowed(getattr(layers, name), 1e-3 * sleep_ms))
-        found: dict[str, list[float]] = {}
+        watches = [Watch(getattr(layers, name), 1e-3 * sleep_ms) for name in EVALUATIONS]
+        for name, watch in zip(EVALUATIONS, watches, strict=True):
+            setattr(layers, name, watch)
+        found: dict[str, list[list[float]]] = {}
 
         def timed(name: str, work: Any) -> None:
-            """All ranks do it together."""
+            """All ranks do it together: time in all, and of each kind of evaluation the mean over calls and ranks."""
             control.wait_for_all()
+            for watch in watches:
+                watch.take()
             begun = time.perf_counter()
             work()
             control.wait_for_all()
-            found.setdefault(name, []).append(time.perf_counter() - begun)
+            seconds = time.perf_counter() - begun
+            sums = control.total(np.array([watch.take() for watch in watches]).reshape(-1)).reshape(-1, 2)
+            found.setdefault(name, []).append([1e3 * one for one in (seconds, *(a / max(b, 1) for a, b in sums))])
 
         def step(name: str, factors: tuple[int, ...]) -> None:
             solver.begin(len(ids), 1, factors)
@@ -70,21 +93,14 @@ def marched(config: Config, rounds: int = ROUNDS, sleep_ms: float = 0.0) -> int:
             timed(f"{name} adjoint", lambda: solver.backward(s.adjoint_cycles, False))
             timed(f"{name} gradient", solver.gradients)
 
-        # All layers of a rank once, so that the caches are as in a step.
-        x, y = (np.zeros(layers.units * len(ids), config.model.dtype) for _ in range(2))
-        numbers = range(len(layers.parts))[: TRIED if sleep_ms else None]
         for number in range(rounds + (not sleep_ms)):
             if number == (not sleep_ms):
+                # The first one fills caches.
                 found.clear()
             step("exact", ())
             step("parallel", s.factors)
-            timed("layer forward", lambda: [layers.forward(k, 1.0, x, y) for k in numbers])
-            timed("layer adjoint", lambda: [layers.backward(k, 1.0, x, y) for k in numbers])
-            timed("layer gradient", lambda: [layers.gradient(k, 1.0, x) for k in numbers])
-    for name in [name for name in found if name.startswith("layer ")]:
-        found[name] = [seconds / len(numbers) for seconds in found[name]]
     if world.rank == 0:
-        tell(json.dumps({name: [1e3 * one for one in times] for name, times in found.items()}))
+        tell(json.dumps(found))
     return 0
 
 
