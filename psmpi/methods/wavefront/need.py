@@ -8,9 +8,9 @@ import numpy as np
 
 from psmpi.config import Config
 from psmpi.data import Dataset
-from psmpi.methods.wavefront.schedule import chunks
 from psmpi.methods.wavefront.settings import Settings, deal
 from psmpi.nn.network import Network
+from psmpi.nn.sequences import chunks
 from psmpi.training.need import Need, added, derivatives_needed, passes_needed, samples_needed, vectors_needed
 
 
