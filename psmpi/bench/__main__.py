@@ -39,8 +39,8 @@ def main(argv: list[str] | None = None) -> int:
         trains = partial(with_training_options, default=defaults(words), words=words)
         commands: tuple[Callable[..., int], ...] = (
             checkpoint, comm, compute, decoupled, head, kernels, layers, links, trains(memory), network,
-            trains(optimizer), predict, private, published, trains(recorder), recurrent, trains(scale), start, trains(step),
-            trunk, wavefront,
+            trains(optimizer), predict, private, published, trains(recorder), recurrent, trains(scale), start,
+            trains(step), trunk, wavefront,
         )  # fmt: skip
         return chosen(commands, words, "bench", "Measure psmpi.")()
 
