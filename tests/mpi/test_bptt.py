@@ -137,7 +137,7 @@ class Simulation:
         self.units = len(first[f"{recurrent[0]}.recurrent"][0])
         self.carried = 2 if self.kind == "lstm" else 1
         size = self.carried * self.units * len(recurrent)
-        self.m, self.bias, self.loss = np.zeros((size, size)), np.zeros(size), 0.0
+        self.m, self.bias, self.loss, self.square = np.zeros((size, size)), np.zeros(size), 0.0, 0.0
 
     def of(self, layer, source):
         return {k: source[f"{layer}.{k}"] for k in ("weight", "recurrent", "bias")}
@@ -152,6 +152,7 @@ class Simulation:
             z = min(a + self.unroll, STEPS)
             grad = {name: np.zeros_like(value) for name, value in self.w.items()}
             gm, gb, loss = np.zeros_like(self.m), np.zeros_like(self.bias), 0.0
+            unit, returned = np.sqrt(self.square), 0.0
             for k, sample in enumerate(ids):
                 begin = self.flat(states[k])
                 stop = min(z, lengths[k])
@@ -159,18 +160,22 @@ class Simulation:
                 last = self.flat(states[k])
                 future = np.zeros(len(last))
                 if self.synthetic and lengths[k] > z:
-                    future = (self.m @ last + self.bias) / count
+                    future = unit * (self.m @ last + self.bias) / count
                 share, back = self.back(passed, train.targets[sample], a, stop, lengths[k], future, grad, count)
                 loss += share
                 if self.synthetic and 0 < a < lengths[k]:
-                    differ = self.m @ begin + self.bias - count * back
+                    returned += count**2 * (back @ back)
+                    differ = self.m @ begin + self.bias - count * back / (unit or 1)
                     gm += 2 / len(ids) * np.outer(differ, begin)
                     gb += 2 / len(ids) * differ
             for name in self.w:
                 self.w[name] -= LR * grad[name]
-            if a:
+            if a and unit:
                 self.m -= FUTURE_LR * gm
                 self.bias -= FUTURE_LR * gb
+            if a:
+                mean = returned / len(ids) / len(self.bias)
+                self.square = 0.99 * self.square + 0.01 * mean if self.square else mean
             self.loss += loss * len(ids)
 
     def flat(self, states):

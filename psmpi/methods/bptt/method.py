@@ -84,7 +84,8 @@ class TruncatedBackPropagation(Replica):
         s = context.settings(Settings)
         beside = future_network(context.network, s)
         self.edges = windows(context.network, s)
-        super().__init__(context, beside.layout().size if beside is not None else 0)
+        # Behind the gradient that of the network beside, and the sum of squares of what came back.
+        super().__init__(context, beside.layout().size + 1 if beside is not None else 0)
         self.keep("weights", self.w)
         for name, vector in self.optimizer.vectors.items():
             self.keep(name, vector)
@@ -109,7 +110,7 @@ class TruncatedBackPropagation(Replica):
     def _add_future(self, context: Context, kind: type[Auxiliary], network: Any) -> None:
         """Make the network that predicts gradients, and declare its state."""
         w, layout = self.ops.zeros(network.layout().size, self.dtype), network.layout()
-        one = kind(context.config, network, w, self.summed[self.layout.size :], self.ops, "future", zero=True)
+        one = kind(context.config, network, w, self.summed[self.layout.size : -1], self.ops, "future", zero=True)
         self.future = Future(one, self.parts)
         everyone = [Runs(((0, layout.size),))] * context.size
         lost = "the network that predicts gradients as these options have it: it starts afresh"
@@ -120,6 +121,7 @@ class TruncatedBackPropagation(Replica):
                 f"bptt_{name}", [vector], self.dtype, layout, everyone, "optimizer", lost, of_optimizer=True
             )
         self.state.scalar("fits", 0)
+        self.state.scalar("future_square", 0.0)
         self.account.hold("optimizer", *one.optimizer.work, one.optimizer.scratch)
         self.account.hold("buffers", self.future)
 
@@ -165,6 +167,8 @@ class TruncatedBackPropagation(Replica):
         own, count = batch.share(self.rank, self.world.size), self.dataset.train.count(batch.ids)
         slice_ = self._take(own) if len(own) else None
         loss = 0.0
+        if self.future is not None:
+            self.future.square = float(self.scalars["future_square"])
         for c in range(len(self.edges)):
             self.summed.fill(0)
             share = self._window(c, slice_, count) if slice_ is not None else 0.0
@@ -173,7 +177,7 @@ class TruncatedBackPropagation(Replica):
             if self.descent.sound(share, self.g):
                 self.descent.step(self.w, self.g, lr)
                 if self.future is not None and c > 0:
-                    self._fit(self.future.one, lr, len(batch))
+                    self._fit(self.future, lr, len(batch))
             loss += share
         self.loss_sum += loss * len(batch)
 
@@ -184,11 +188,15 @@ class TruncatedBackPropagation(Replica):
         x = train.batch(ids, self.worker.x).inputs.reshape(*self.network.in_shape, len(ids))
         return Sequences(ids, x, train.targets(ids), train.lengths(ids), chunk_spans(train, ids, self.edges, self.ops))
 
-    def _fit(self, one: Auxiliary, lr: float, b: int) -> None:
+    def _fit(self, future: Future, lr: float, b: int) -> None:
         """Step the network that predicts gradients along the summed gradient of (1/b) |predicted - returned|^2."""
-        rate = self.rate * lr / self.context.config.optimization.lr if self.rate else one.bearable(lr)
-        one.step(rate, 2 / b, int(self.scalars["fits"]), self.descent.allsum)
-        self.scalars["fits"] += 1
+        if future.square:
+            share = lr / self.context.config.optimization.lr
+            rate = self.rate * share if self.rate else future.bearable(lr)
+            future.one.step(rate, 2 / b, int(self.scalars["fits"]), self.descent.allsum)
+            self.scalars["fits"] += 1
+        future.note(float(self.ops.host(self.summed[-1:])[0]) / (b * future.one.inputs))
+        self.scalars["future_square"] = future.square
 
     def _window(self, c: int, own: Sequences, count: int) -> float:
         """Fill g with this rank's share of the gradient of a window, and that of M; returns its share of the loss."""
@@ -219,7 +227,7 @@ class TruncatedBackPropagation(Replica):
                 self.ops.unscale(carry, report, limit)
         if self.future is not None:
             if c:
-                self.future.fit(b, float(count), self._go_on(own, a))
+                self.summed[-1:].fill(self.future.fit(b, float(count), self._go_on(own, a)))
             if not span.ends:
                 self.future.remember(b)
         return share
@@ -262,7 +270,7 @@ class TruncatedBackPropagation(Replica):
 
     def restored(self, tables: bool, fresh: Set[str]) -> None:
         if self.future is not None and fresh & self.state.spaces.keys():
-            self.scalars["fits"] = 0
+            self.scalars["fits"], self.scalars["future_square"] = 0, 0.0
             self.future.one.begin(weights="bptt" in fresh)
 
     def test(self) -> dict[str, float]:
@@ -288,7 +296,7 @@ class TruncatedBackPropagation(Replica):
         right, n, off, size = sums
         self.found = {}
         if n:
-            self.found["sequence_accuracy"] = right / n
+            self.found["sequence_accuracy"] = round(float(right / n), 6)
         if self.future is not None:
             self.found["future_error"] = round(float(np.sqrt(off / size)), 6) if size > 0 else None
             self.future.error = np.zeros(2)
