@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from helpers.runs import run
 
-from psmpi.backend import NumpyOps
+from psmpi.backend import NumpyOps, make_backend
 from psmpi.data import Batch, open_dataset
 from psmpi.nn.zoo import make_network
 from psmpi.registry import find_method
@@ -38,7 +38,7 @@ class Problem:
         self.dataset, self.kind, self.ragged = open_dataset(str(path), ""), kind, ragged
         self.by_step, self.layers = by_step, layers
 
-    def steps(self, ranks, method, *options, batches=BATCHES):
+    def steps(self, ranks, method, *options, batches=BATCHES, ops=NumpyOps):
         """(weights by name, those of M, shares of losses) after some minibatches, on rank 0."""
         config = usual(parse(["--method", method, *self.words, *options]))
         shape, by_step = config.model.shape, self.by_step
@@ -46,7 +46,7 @@ class Problem:
         find_method(method).check(ranks, network, self.dataset, config)
 
         def work(world):
-            one = find_method(method)(Context(world, network, self.dataset, config, NumpyOps()))
+            one = find_method(method)(Context(world, network, self.dataset, config, ops()))
             first = named(one.layout, one.w.copy())
             for ids in batches:
                 one.step(Batch(ids), LR)
@@ -267,6 +267,15 @@ def test_ranks_change_the_order_of_sums_alone(tmp_path, kind):
     one, three = (problem.steps(ranks, *options, batches=batches) for ranks in (1, 3))
     assert gap(one.weights, three.weights) <= 1e-9 and gap(one.future, three.future) <= 1e-9
     assert gap(one.weights, problem.steps(1, *options, batches=BATCHES).weights) > 1e-6
+
+
+@pytest.mark.parametrize("kind", ["rnn", "lstm", "gru"])
+def test_kernels_in_c_see_the_weights_of_each_window(tmp_path, kind):
+    """They pack recurrent weights, which change from window to window."""
+    problem, options = Problem(tmp_path, kind), ("bptt", "--unroll", "2", "--future", "synthetic")
+    expected = problem.steps(1, *options)
+    found = problem.steps(1, *options, ops=lambda: make_backend("auto", 1))
+    assert gap(found.weights, expected.weights) <= 1e-11 and gap(found.future, expected.future) <= 1e-10
 
 
 def test_very_large_derivatives_come_to_the_same(tmp_path, monkeypatch):
