@@ -25,6 +25,7 @@ WHOLE = "data_parallel"
 BUILTIN = {
     "psl": "psmpi.methods.psl.method:PartiallySeparable",
     "data_parallel": "psmpi.methods.data_parallel:DataParallel",
+    "bptt": "psmpi.methods.bptt.method:TruncatedBackPropagation",
     "local_sgd": "psmpi.methods.local_sgd:LocalSGD",
     "dni": "psmpi.methods.dni.method:DecoupledInterfaces",
     "dfa": "psmpi.methods.dfa:DirectFeedback",

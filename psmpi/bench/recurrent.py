@@ -89,9 +89,9 @@ def _ours(
     """A step of psmpi, its multiplications, and its weights by name."""
     from psmpi.backend import make_backend
     from psmpi.methods.wavefront.lane import Lane
-    from psmpi.methods.wavefront.schedule import chunks
     from psmpi.nn.layers.workspace import Span
     from psmpi.nn.network import build
+    from psmpi.nn.sequences import chunks
 
     units, steps, b = x.shape
     ops, edges = make_backend("auto", threads), chunks(steps, each)

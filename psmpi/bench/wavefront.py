@@ -13,7 +13,7 @@ import numpy as np
 
 from psmpi.bench.network import launcher, run_program
 from psmpi.errors import UserError
-from psmpi.methods.wavefront.schedule import chunks
+from psmpi.nn.sequences import chunks
 from psmpi.output import Screen, check_files
 
 SAMPLES = 4

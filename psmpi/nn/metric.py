@@ -120,6 +120,14 @@ def counted_steps(scores: np.ndarray, targets: np.ndarray, task: str) -> tuple[n
     return (scores, targets) if counts.all() else (scores[:, counts], targets[..., counts])
 
 
+def sequences_right(scores: np.ndarray, labels: np.ndarray) -> int:
+    """The number of sequences all of whose counted steps have the label's score as the largest.
+
+    scores: (classes, steps, b); labels: (steps, b), below 0 where none counts.
+    """
+    return int(((scores.argmax(axis=0) == labels) | (labels < 0)).all(axis=0).sum())
+
+
 def largest(scores: np.ndarray, count: int, classes: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """The `count` largest of scores (rows, b), or all of fewer, and their classes, (count, b) each, the largest first.
 

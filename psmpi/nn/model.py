@@ -192,7 +192,7 @@ class Model:
         each step of sequences are (len(classes), steps, b). span: the steps that they have, of chunks of them too,
         which may be of less steps than the network's, x (units, steps, b).
         """
-        images = x if x.ndim == 3 and len(self.in_shape) == 2 else x.reshape(*self.in_shape, x.shape[-1])
+        images = self._shaped(x)
         if room is None:
             self.reserve(x.shape[-1])
         self.space.span = span
@@ -204,10 +204,17 @@ class Model:
     def trace(self, x: np.ndarray) -> Iterator[tuple[Part, np.ndarray]]:
         """The parts with their outputs for x, one after the other, in arrays that no other pass uses.
 
-        x: of no more samples than there is room for; what all passes share stays where it is.
+        x: of no more samples than there is room for; what all passes share stays where it is. A chunk of sequences
+        begins with states of 0 here.
         """
         self.space.span = WHOLE
-        return self.chain.trace(x.reshape(*self.in_shape, x.shape[-1]), self.chain.room(x.shape[-1]))
+        return self.chain.trace(self._shaped(x), self.chain.room(x.shape[-1]))
+
+    def _shaped(self, x: np.ndarray) -> np.ndarray:
+        """x (features, b) in the shape of samples; chunks of sequences have theirs already."""
+        if x.ndim == 3 and len(self.in_shape) == 2:
+            return x
+        return x.reshape(*self.in_shape, x.shape[-1])
 
     def backward(
         self,

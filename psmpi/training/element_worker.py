@@ -45,7 +45,8 @@ class ElementWorker:
     With the score partition the row exchanges what the loss needs of all classes, a few numbers a sample (`ClassSums`);
     with the pair partition the loss sees only this worker's classes, and only samples of these are read. Without
     `tests` no samples are tested. trunk: the number of leading layers that the row computes on slices (`Trunk`).
-    samples: the training samples that this rank may be asked for, all by default; others are not read.
+    samples: the training samples that this rank may be asked for, all by default; others are not read. Without `tiles`
+    scores are there all at once, however many classes there are.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class ElementWorker:
         tests: bool = True,
         trunk: int = 0,
         samples: np.ndarray | None = None,
+        tiles: bool = True,
     ):
         network, dataset, ops = context.network, context.dataset, context.ops
         self.place, self.rows, self.dataset = place, roles.rows, dataset
@@ -74,7 +76,7 @@ class ElementWorker:
             self.trunk = Trunk(context, row, trunk, place.classes, w_part, g_part)
             layers = trunk, len(network.layers)
         self.loss, self.metric = context.loss(), context.metric()
-        tiled = by_tiles(context.config, network, self.loss, place, most, ops)
+        tiled = tiles and by_tiles(context.config, network, self.loss, place, most, ops)
         self.model = Model(
             network, context.layout, w_part, g_part, ops, place.classes, layers=layers, beside=layers is not None,
             tiled=tiled,
@@ -296,21 +298,21 @@ class ElementWorker:
         tail = self.objective.tail
         if tail is not None:
             return evaluate_by_tiles(
-                self.metric, self.test_batches, tail, self._test_features, self._test_targets, self.classes, self.part
+                self.metric, self.test_batches, tail, self._test_features, self.test_targets, self.classes, self.part
             )
-        return evaluate(self.metric, self.test_batches, self._test_scores, self._test_targets, self.ops, self.part)
+        return evaluate(self.metric, self.test_batches, self.test_scores, self.test_targets, self.ops, self.part)
 
     def _test_features(self, ids: np.ndarray) -> np.ndarray:
         """The features (inputs, b) that scores of test samples are made from by tiles."""
         features: np.ndarray = self.model.forward(self._bring(self.test_samples, ids), None, self.span).scores
         return features
 
-    def _test_targets(self, ids: np.ndarray) -> np.ndarray:
+    def test_targets(self, ids: np.ndarray) -> np.ndarray:
         """Labels of test samples, or values of the outputs tested here."""
         targets: np.ndarray = self.dataset.test.targets[ids].T
         return targets if self.dataset.task == "classes" else targets[self.classes[self.tested]]
 
-    def _test_scores(self, ids: np.ndarray) -> np.ndarray:
+    def test_scores(self, ids: np.ndarray) -> np.ndarray:
         """The scores (classes tested here, b) of test samples."""
         if not self.tested.size:
             return np.empty((0, len(ids)), self.dtype)

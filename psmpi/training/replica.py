@@ -42,14 +42,17 @@ class Replica(Method):
     """One rank of such a method: w and g (all parameters,), a worker for its slice of each minibatch.
 
     Of a vector that is the same on all ranks each writes an equal share into checkpoints, and reads it: see `keep`.
+    beside: numbers that are summed over ranks together with the gradient, behind it in `summed`.
     """
 
     nccl = True
     sequences = "steps"
     # What helps where ranks that compute alike are given different sums.
     advice: ClassVar[str] = "use another MPI library"
+    # Whether scores of many classes may be computed by tiles, and never be there all at once.
+    tiles: ClassVar[bool] = True
 
-    def __init__(self, context: Context):
+    def __init__(self, context: Context, beside: int = 0):
         roles = replicate(context.layout, context.size)
         super().__init__(context, roles.shards)
         self.world, self.aside = context.group(nccl=True), context.uncounted()
@@ -59,17 +62,20 @@ class Replica(Method):
         self.whole = Gather(self.aside, self.shards.runs, everything, self.dtype)
         start, stop = next(iter(self.shards[self.rank].intervals), (0, 0))
         self.share = slice(start, stop)
-        self.w, self.g = (self.ops.zeros(self.layout.size, self.dtype) for _ in range(2))
+        self.w = self.ops.zeros(self.layout.size, self.dtype)
+        self.summed = self.ops.zeros(self.layout.size + beside, self.dtype)
+        self.g = self.summed[: self.layout.size]
         # Units that no score depends on have weights too, which lie last; nobody computes with them.
         used, place = roles.parts[self.rank].inside(everything), roles.workers[self.rank]
         assert used is not None and place is not None
         self.unused = slice(used.stop, None)
-        self.worker = ElementWorker(context, place, roles, context.group([self.rank]), self.w[used], self.g[used])
+        alone = context.group([self.rank])
+        self.worker = ElementWorker(context, place, roles, alone, self.w[used], self.g[used], tiles=self.tiles)
         self.descent = Descent(context, everything, world=self.world)
         self.optimizer = self.descent.optimizer
         self.state.scalars = self.optimizer.scalars
         self.account.hold("weights", self.w)
-        self.account.hold("gradients", self.g)
+        self.account.hold("gradients", self.summed)
         self.account.ask("optimizer", lambda: self.optimizer.arrays)
         self.account.include(self.worker.memory)
         context.put_weights(everything, self.w)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,15 @@ def make_span(samples: Resident, ids: np.ndarray, ops: NumpyOps) -> Span:
     """All steps of the sequences `ids` (b,), with their lengths where the backend computes."""
     lengths = samples.lengths(ids)
     return WHOLE if lengths is None else Span(ops.put(lengths))
+
+
+def chunk_spans(samples: Resident, ids: np.ndarray, edges: Sequence[tuple[int, int]], ops: NumpyOps) -> list[Span]:
+    """The steps that the sequences `ids` (b,) have in each chunk; edges: (first, behind the last) step of each."""
+    lengths, last, found = samples.lengths(ids), len(edges) - 1, []
+    for c, (a, b) in enumerate(edges):
+        own = None if lengths is None else ops.put(np.clip(lengths - a, 0, b - a).astype(np.int32))
+        found.append(Span(own, begins=c == 0, ends=c == last))
+    return found
 
 
 def recorder(network: Network, ops: NumpyOps) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

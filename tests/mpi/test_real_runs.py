@@ -23,6 +23,7 @@ IST, SIL = ("--method", "ist", *MLP, "--local-steps", "4"), ("--method", "sil", 
 PAIRS = ("--partition", "pairs", *F64)
 WARM = ("--levels", "3", "--coarsening", "2", "--warm-start", "both", "--adjoint-cycles", "2")
 ROWS = ("--dataset", "digits:rows", "--model", "lstm", "--widths", "8", "8", "8", "8")
+COPY = ("--dataset", "repeat_copy:2", "--model", "lstm", "--widths", "8", "--unroll", "4", "--loss", "nll")
 RUNS = {
     "psl of a master": (3, F64),
     "psl of owners, masters and replicas": (7, ("--replicas", "2", "--masters", "2", "--placement", "owner")),
@@ -50,6 +51,8 @@ RUNS = {
             "8",
         ),
     ),
+    "bptt": (3, ("--method", "bptt", *COPY)),
+    "bptt with synthetic gradients": (4, ("--method", "bptt", *COPY, "--future", "synthetic")),
     "dfa": (3, ("--method", "dfa", *MLP)),
     "dfa with convolutions": (2, ("--method", "dfa", "--loss", "nll")),
     "dni": (3, ("--method", "dni", *MLP, "--layer-blocks", "3")),

@@ -23,6 +23,7 @@ MLP = ("--model", "mlp", "--widths", "64", "64", "--loss", "nll")
 METHODS = {
     "psl": ("--colocate",),
     "data_parallel": MLP,
+    "bptt": ("--dataset", "digits:rows", "--model", "lstm", "--widths", "32", "--unroll", "3", "--future", "synthetic"),
     "local_sgd": (*MLP, "--local-steps", "5"),
     "ist": ("--colocate", *MLP, "--local-steps", "5"),
     "sil": (*MLP, "--parts", "3", "--hand-over", "stale"),

@@ -16,14 +16,16 @@ pytestmark = [pytest.mark.slow, pytest.mark.repeated]
 
 RANKS = 3
 OPTIONS = ("--threads", "1", "--batch-size", "20", "--epochs", "12", "--lr", "0.001", "--checkpoint-every", "25")
+ROWS = ("--dataset", "digits:rows", "--model", "lstm")
 METHODS = {
     "psl": ("--masters", "2"),
     "owner": ("--placement", "owner"),
     "data_parallel": ("--method", "data_parallel"),
+    "bptt": ("--method", "bptt", *ROWS, "--widths", "9", "--unroll", "3", "--future", "synthetic"),
     "local_sgd": ("--method", "local_sgd", "--local-steps", "5"),
     "dni": ("--method", "dni", "--model", "mlp", "--widths", "40", "40", "--loss", "nll"),
     "layer_parallel": ("--method", "layer_parallel", "--depth", "24", "--warm-start", "both", "--loss", "nll"),
-    "wavefront": ("--method", "wavefront", "--dataset", "digits:rows", "--model", "lstm", "--widths", "9", "9", "9"),
+    "wavefront": ("--method", "wavefront", *ROWS, "--widths", "9", "9", "9"),
     "next": ("--method", "next", "--agents", "5", "--tracking", "minibatch"),
 }
 TIMES = range(20)

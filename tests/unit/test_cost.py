@@ -207,6 +207,8 @@ METHODS = {
     "data_parallel": (3,),
     "data_parallel --allreduce ring --bucket-megabytes 0.01": (3,),
     "data_parallel --compression powersgd": (2,),
+    "bptt --dataset digits:rows --model lstm --widths 8 --unroll 3 --future synthetic": (3,),
+    "bptt --dataset repeat_copy:3 --model gru --widths 8 --unroll 5 --loss nll --allreduce ring": (2,),
     "local_sgd --local-steps 2": (3,),
     "ist": (3,),
     "ist --placement owner --local-steps 3": (2,),

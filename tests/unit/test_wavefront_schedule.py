@@ -5,9 +5,10 @@ from itertools import pairwise
 import pytest
 
 from psmpi.errors import UserError
-from psmpi.methods.wavefront.schedule import back_diagonals, chunks, diagonals, usual_steps
+from psmpi.methods.wavefront.schedule import back_diagonals, diagonals, usual_steps
 from psmpi.methods.wavefront.settings import deal
 from psmpi.nn.layers.chain import leaves
+from psmpi.nn.sequences import chunks
 from psmpi.nn.zoo import make_network
 
 

@@ -7,12 +7,12 @@ from collections.abc import Callable
 import numpy as np
 
 from psmpi.data import Resident
-from psmpi.methods.dni.auxiliary import Auxiliary
 from psmpi.methods.dni.buffers import CutBuffers, Slots, view
 from psmpi.methods.dni.local import LocalLoss
 from psmpi.methods.dni.settings import Settings
 from psmpi.nn.model import Model
 from psmpi.nn.objective import Objective
+from psmpi.training.auxiliary import Auxiliary
 from psmpi.training.context import Context, configured_loss
 from psmpi.training.descent import no_sum
 

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import numpy as np
 
 from psmpi.backend import NumpyOps
-from psmpi.methods.dni.auxiliary import Auxiliary
 from psmpi.methods.dni.similarity import Similarity
 from psmpi.nn.losses import Loss
 from psmpi.nn.objective import Objective
+from psmpi.training.auxiliary import Auxiliary
 
 # The share of the similarity in the loss `predsim`, as Nokland and Eidnes (2019) have it.
 SHARE = 0.99

@@ -18,7 +18,6 @@ import numpy as np
 from psmpi.comm.transfers import Boundary, Message, Step
 from psmpi.data import Batch, Resident
 from psmpi.layout import Ownership, Runs, plain_layout
-from psmpi.methods.dni.auxiliary import Auxiliary
 from psmpi.methods.dni.block import Block
 from psmpi.methods.dni.buffers import CutBuffers, Slots
 from psmpi.methods.dni.need import dni_needed
@@ -33,6 +32,7 @@ from psmpi.methods.dni.settings import (
 )
 from psmpi.methods.dni.tensors import Tensors, auxiliary_tensors, in_flight
 from psmpi.nn.cut import split_layers
+from psmpi.training.auxiliary import Auxiliary
 from psmpi.training.context import Context
 from psmpi.training.evaluator import evaluate
 from psmpi.training.method import Exactness, Method

@@ -11,7 +11,6 @@ from psmpi.config import Config, Least
 from psmpi.data import Dataset
 from psmpi.errors import UserError, counted
 from psmpi.methods.dni.auxiliary import (
-    AuxiliaryNetwork,
     gradient_synthesizer,
     input_synthesizer,
     local_classifier,
@@ -20,6 +19,7 @@ from psmpi.methods.dni.auxiliary import (
 from psmpi.nn.cut import split_layers, starts
 from psmpi.nn.losses import LOSSES
 from psmpi.nn.network import Network
+from psmpi.training.auxiliary import AuxiliaryNetwork
 from psmpi.training.checks import check_classes, check_first_order, check_slices
 from psmpi.training.context import check_optimizer, configured_loss
 

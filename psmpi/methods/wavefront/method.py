@@ -19,16 +19,16 @@ from psmpi.data import Batch, Resident
 from psmpi.layout import Ownership
 from psmpi.methods.wavefront.lane import Lane
 from psmpi.methods.wavefront.need import wavefront_needed
-from psmpi.methods.wavefront.schedule import RING, back_diagonals, chunks, diagonals
+from psmpi.methods.wavefront.schedule import RING, back_diagonals, diagonals
 from psmpi.methods.wavefront.settings import Settings, check_wavefront, deal, wavefront_notes
 from psmpi.nn.layers.chain import Tape
-from psmpi.nn.layers.workspace import Span
 from psmpi.nn.model import Model
 from psmpi.nn.objective import GRADIENT_LIMIT, Objective
+from psmpi.nn.sequences import chunks
 from psmpi.training.context import Context
 from psmpi.training.descent import Descent
 from psmpi.training.method import Exactness, Method
-from psmpi.training.spans import check_tokens
+from psmpi.training.spans import check_tokens, chunk_spans
 
 OPTIONS = ("--dataset", "digits:rows", "--model", "lstm", "--widths", "12", "12", "12", "12")
 WIDE = ("--dataset", "digits:rows", "--model", "lstm", "--widths", "120", "120", "120", "120")
@@ -202,14 +202,6 @@ class Wavefront(Method):
                 self.ops.scale(dy, 2.0 ** (power - max(powers)))
         self.report[3] = max(peaks)
 
-    def _spans(self, samples: Resident, ids: np.ndarray) -> list[Span]:
-        """The steps that the sequences `ids` have in each chunk."""
-        lengths, count, found = samples.lengths(ids), len(self.edges), []
-        for c, (a, b) in enumerate(self.edges):
-            own = None if lengths is None else self.ops.put(np.clip(lengths - a, 0, b - a).astype(np.int32))
-            found.append(Span(own, begins=c == 0, ends=c == count - 1))
-        return found
-
     def _forward(
         self, samples: Resident, ids: np.ndarray, scored: Callable[[int, Tape], None] | None = None
     ) -> np.ndarray | None:
@@ -218,7 +210,7 @@ class Wavefront(Method):
         scored(c, tape): called on the last rank with each chunk's pass, before the next one begins.
         """
         b, count, lanes = len(ids), len(self.edges), self.lanes
-        spans = self._spans(samples, ids)
+        spans = chunk_spans(samples, ids, self.edges, self.ops)
         inputs = [
             room[: lanes[0].in_units * (z - a) * b].reshape(-1, z - a, b)
             for room, (a, z) in zip(self.inputs, self.edges, strict=True)

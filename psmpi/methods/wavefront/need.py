@@ -9,11 +9,12 @@ import numpy as np
 from psmpi.backend import CELLS
 from psmpi.config import Config
 from psmpi.data import Dataset
-from psmpi.methods.wavefront.schedule import RING, chunks
+from psmpi.methods.wavefront.schedule import RING
 from psmpi.methods.wavefront.settings import Settings, deal
 from psmpi.nn.layers.chain import leaves, plan_buffers
 from psmpi.nn.layers.recurrent import Recurrent
 from psmpi.nn.network import Network
+from psmpi.nn.sequences import chunks
 from psmpi.training.need import Need, added, derivatives_needed, passes_needed, samples_needed, vectors_needed
 
 

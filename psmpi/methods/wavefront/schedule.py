@@ -1,4 +1,4 @@
-"""Chunks of time, and the order in which layers go over them; pure functions.
+"""The order in which layers go over chunks of time; pure functions.
 
 With layers l and chunks c the cell (l, c) needs (l - 1, c) and (l, c - 1): all cells of a diagonal l + c are
 independent (loop skewing; Appleyard, Kocisky, Blunsom, arXiv 1604.01946). Backward the same from the other corner.
@@ -18,11 +18,6 @@ RING = 4
 def usual_steps(steps: int, lanes: int) -> int:
     """The steps of a chunk where nobody says: all of them where there is one lane, else so that there are enough."""
     return steps if lanes == 1 else max(1, steps // (CHUNKS * lanes))
-
-
-def chunks(steps: int, each: int) -> list[tuple[int, int]]:
-    """(first, behind the last) step of each chunk of `each` steps; the last one may be shorter."""
-    return [(first, min(first + each, steps)) for first in range(0, steps, each)]
 
 
 def diagonals(lanes: int, count: int) -> Iterator[list[tuple[int, int]]]:

@@ -10,11 +10,11 @@ from typing import Annotated, ClassVar
 from psmpi.config import Config, Least
 from psmpi.data import Dataset
 from psmpi.errors import UserError, counted
-from psmpi.methods.wavefront.schedule import chunks, usual_steps
-from psmpi.nn.layers import Layer
+from psmpi.methods.wavefront.schedule import usual_steps
 from psmpi.nn.layers.chain import leaves
 from psmpi.nn.layers.last import Last
 from psmpi.nn.network import Network
+from psmpi.nn.sequences import chunks, find_head, is_recurrent
 from psmpi.training.checks import check_first_order
 from psmpi.training.context import check_optimizer, configured_loss
 
@@ -54,17 +54,6 @@ class Lanes:
         """The run of all layers of a rank."""
         last = self.head if self.head is not None and rank == len(self.ranks) - 1 else self.ranks[rank][-1]
         return self.ranks[rank][0][0], last[1]
-
-
-def is_recurrent(layer: Layer) -> bool:
-    """Whether a layer, or one inside it, carries states from step to step."""
-    return any(one.recurrent for one in leaves([layer]))
-
-
-def find_head(network: Network) -> int:
-    """The first layer whose outputs are not those of each step; behind the last one where all are."""
-    layers = network.layers
-    return next((k for k, layer in enumerate(layers) if len(layer.out_shape) != 2), len(layers))
 
 
 def deal(network: Network, ranks: int, skew: int, chunk_steps: int) -> Lanes:

@@ -1,0 +1,116 @@
+"""Settings of the method `bptt`, and what it cannot train; made without MPI and arrays of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import isfinite
+from typing import Annotated, ClassVar, Literal
+
+from psmpi.backend import CELLS
+from psmpi.config import Config, Least
+from psmpi.data import Dataset
+from psmpi.errors import UserError, counted
+from psmpi.nn.layers.chain import leaves
+from psmpi.nn.layers.last import Last
+from psmpi.nn.layers.recurrent import Recurrent
+from psmpi.nn.losses import LOSSES
+from psmpi.nn.network import Network
+from psmpi.nn.sequences import chunks, find_head
+from psmpi.training.auxiliary import AuxiliaryNetwork, dense, make_auxiliary
+from psmpi.training.checks import check_first_order
+from psmpi.training.context import check_optimizer
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Truncated back-propagation through time (bptt)."""
+
+    table: ClassVar[str] = "bptt"
+    results: ClassVar[bool] = True
+
+    unroll: Annotated[int, Least(1)] = 20
+    """Steps of a window: forward and backward within it, then an optimizer step; the last window of a sequence may be
+    shorter. From the steps of a sequence on it is plain back-propagation."""
+    future: Literal["none", "synthetic"] = "none"
+    """Gradient of a window's last states from the windows behind it: none, 0, plain truncation; synthetic, predicted
+    from these states by a small network that learns from what the next window sends back (Jaderberg et al. 2017)."""
+    future_hidden: tuple[int, ...] = ()
+    """Widths of hidden layers of ReLU in that network; none: it is linear."""
+    future_lr: float = 0.0
+    """Learning rate of that network, changed over the run as --lr is; 0: --lr, but with sgd, momentum and nesterov at
+    most what a linear network of so many states bears."""
+
+
+def windows(network: Network, s: Settings) -> list[tuple[int, int]]:
+    """(first, behind the last) step of each window."""
+    return chunks(network.in_shape[1], s.unroll)
+
+
+def count_states(network: Network) -> int:
+    """Numbers that recurrent layers carry from step to step: h, and c of an lstm, of all of them."""
+    found = (layer for layer in leaves(network.layers) if isinstance(layer, Recurrent))
+    return sum(CELLS[layer.kind][1] * layer.units for layer in found)
+
+
+def future_network(network: Network, s: Settings) -> AuxiliaryNetwork | None:
+    """M: from the states at a window's end to the gradient of these; None where nothing is predicted."""
+    if s.future == "none" or len(windows(network, s)) == 1:
+        return None
+    states = count_states(network)
+    hidden = [table for width in s.future_hidden for table in (dense(width), {"type": "relu"})]
+    return make_auxiliary("network of the future", (states,), [*hidden, dense(states)])
+
+
+def check_bptt(network: Network, dataset: Dataset, config: Config) -> None:
+    """UserError for what the method cannot train, beyond what replicas cannot."""
+    s = config.of(Settings)
+    if not network.sequences:
+        raise UserError(
+            f"--method bptt is for sequences, and the samples of {dataset.name} have the shape {dataset.shape}: of "
+            "images make sequences (--dataset NAME:rows), or save sequences with their lengths"
+        )
+    if not count_states(network):
+        raise UserError(
+            f"--method bptt is for recurrent layers, and --model {network.name} has none: use --model rnn, gru or "
+            "lstm, or custom"
+        )
+    head = find_head(network)
+    if head < len(network.layers) and not isinstance(network.layers[head], Last):
+        raise UserError(
+            f"{network.named(network.layers[head].name)} of --model {network.name} needs all steps at once, and "
+            '--method bptt goes over them window by window: end sequences with a layer {type = "last"}'
+        )
+    if config.objective.psl_weights != "none":
+        raise UserError(f"--psl-weights {config.objective.psl_weights} is not for --method bptt: leave it out")
+    check_first_order(config, "takes the loss more than once in a step, and each window has its own")
+    if not (isfinite(s.future_lr) and 0 <= s.future_lr <= 1e9):
+        raise UserError(f"--future-lr {s.future_lr:g}: expected a number from 0 to 1e9")
+    if any(width < 1 for width in s.future_hidden):
+        raise UserError(f"--future-hidden {' '.join(map(str, s.future_hidden))}: expected widths from 1 up")
+    if s.future == "none" and (s.future_hidden or s.future_lr):
+        raise UserError("--future-hidden and --future-lr are for --future synthetic: add that, or leave them out")
+    one = future_network(network, s)
+    if one is not None:
+        check_optimizer(config, one.layout(), ())
+
+
+def bptt_notes(network: Network, s: Settings) -> Iterator[str]:
+    """See `Method.notes`."""
+    count, one = len(windows(network, s)), future_network(network, s)
+    beside = ""
+    if one is not None:
+        size = one.layout().size
+        beside = f"; gradients of the future have {counted(size, 'parameter')}, {size / network.layout().size:.2g}"
+        beside += " times the network's"
+    yield f"{counted(count, 'window')} of {network.in_shape[1]} steps{beside}"
+
+
+def bptt_warnings(config: Config) -> Iterator[str]:
+    """See `Method.warnings`."""
+    name = config.objective.loss
+    if config.of(Settings).future == "synthetic" and "exp_clip" in LOSSES[name].settings:
+        yield (
+            f"gradients of the loss {name} differ in size by orders of magnitude, and are hard to predict: sequences "
+            "are learnt better with --loss nll"
+        )
