@@ -44,7 +44,7 @@ def chunked(config: Config, rounds: int = 5, sleep_ms: float = 0.0) -> int:
     with threadpool_limits(threads), np.errstate(all="ignore"):
         method: Any = kind(Context(world, network, dataset, config, make_backend(config.parallel.backend, threads)))
         settle(world, cores(), True)
-        for lane in method.lanes if sleep_ms else ():
+        for lane in method.pipeline.lanes if sleep_ms else ():
             lane.forward, lane.backward = (slowed(one, 1e-3 * sleep_ms) for one in (lane.forward, lane.backward))
         times = []
         for number in range(WARM + rounds):

@@ -163,16 +163,16 @@ def test_clocks_in_the_messages_end_when_they_should(tmp_path, ranks, monkeypatc
     clocked, back_clocked, ends = {}, {}, {}
 
     def before(method):
-        (lane,) = method.lanes
+        (lane,) = method.pipeline.lanes
         clocked[id(lane)], back_clocked[id(lane)] = not method.first, not method.last
-        turn = method._backward
+        turn = method.pipeline.backward
 
-        def begin_back(b):
+        def begin_back(*given):
             ends["ahead", method.rank], clocks[id(lane)] = clocks[id(lane)], 0.0
-            turn(b)
+            turn(*given)
             ends["back", method.rank] = clocks[id(lane)]
 
-        method._backward = begin_back
+        method.pipeline.backward = begin_back
 
     monkeypatch.setattr(Lane, "forward", forward)
     monkeypatch.setattr(Lane, "backward", backward)
@@ -248,7 +248,7 @@ def test_runs_of_the_flat_vector_follow_each_other(tmp_path):
 
     def work(world):
         method = find_method("wavefront")(Context(world, problem.network, problem.dataset, problem.config, NumpyOps()))
-        views = [lane.model.w for lane in method.lanes] + ([method.head.w] if method.head is not None else [])
+        views = [lane.model.w for lane in method.pipeline.lanes] + ([method.head.w] if method.head is not None else [])
         ends = np.cumsum([0, *(view.size for view in views)])
         assert all(np.shares_memory(view, method.w[a:b]) for view, a, b in zip(views, ends, ends[1:], strict=False))
         return method.shards[world.rank]

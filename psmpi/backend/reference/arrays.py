@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from typing import Any, TypeVar
 
 import numpy as np
@@ -112,6 +113,12 @@ class Arrays:
     def separate(self: Ops) -> Ops:
         """The same operations for work beside what is recorded: what they allocate moves nothing of that."""
         return self
+
+    def beside(self: Ops) -> Ops:
+        """The same operations for another thread, with scratch of their own."""
+        made = copy(self)
+        made.buffers = {}
+        return made
 
     def samples(self, values: np.ndarray, scale: float) -> Samples:
         """Samples (n, features) to take minibatches from, times `scale`.

@@ -8,21 +8,21 @@ layers and steps in diagonals. The gradient is that of the whole sequence: nothi
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from math import prod
 
 import numpy as np
 
 from psmpi.backend.reference import exponent_of
-from psmpi.comm.transfers import Boundary, Handle, Message, Step
+from psmpi.comm.transfers import Boundary, Message, Step
 from psmpi.data import Batch, Resident
 from psmpi.layout import Ownership
 from psmpi.methods.wavefront.lane import Lane
 from psmpi.methods.wavefront.need import wavefront_needed
-from psmpi.methods.wavefront.schedule import RING, back_diagonals, diagonals
+from psmpi.methods.wavefront.pipeline import Pipeline
 from psmpi.methods.wavefront.settings import Settings, check_wavefront, deal, wavefront_notes
 from psmpi.nn.layers.chain import Tape
 from psmpi.nn.model import Model
+from psmpi.nn.network import Network
 from psmpi.nn.objective import GRADIENT_LIMIT, Objective
 from psmpi.nn.sequences import chunks
 from psmpi.training.context import Context
@@ -63,23 +63,23 @@ class Wavefront(Method):
         context.put_weights(shard, self.w)
         # Of chunks, which have fewer steps.
         cut = network.with_steps(dealt.steps)
-        self.lanes = [self._lane(cut, layers) for layers in dealt.ranks[self.rank]]
+        lanes = [self._lane(cut, layers) for layers in dealt.ranks[self.rank]]
         self.head: Model | None = None
         if self.last and dealt.head is not None:
             self.head = Model(cut, layout, *self._views(dealt.head), ops, layers=dealt.head)
-        self.team = ThreadPoolExecutor(len(self.lanes), "psmpi-skew") if len(self.lanes) > 1 else None
         # In front of each rank but the first, of each chunk.
         units = [network.layers[dealt.layers(k)[0]].in_shape[0] for k in range(size)]
         self.cuts = [
             [Boundary(self.world, k - 1, k, units[k] * (b - a), self.dtype) for a, b in self.edges]
             for k in range(1, size)
         ]
-        self.below, self.above = [None, *self.cuts, None][self.rank : self.rank + 2]
+        below, above = [None, *self.cuts, None][self.rank : self.rank + 2]
+        self.pipeline = Pipeline(lanes, self.edges, below, above, self.dtype, ops)
         self.descent = Descent(context, shard, allsum=self.world.agree)
         self.state.vector("weights", self.w)
         self.state.optimizer(self.descent.optimizer)
         self.loss, self.metric = context.loss(), context.metric()
-        self.objective = Objective(self.loss, self.head or self.lanes[-1].model)
+        self.objective = Objective(self.loss, self.head or lanes[-1].model)
         train = np.arange(dataset.train.n if self.first else 0)
         tests = np.arange(dataset.test.n if self.first else 0)
         self.train = Resident(dataset.train, train, self.dtype, ops)
@@ -102,18 +102,17 @@ class Wavefront(Method):
         assert at is not None
         return self.w[at], self.g[at]
 
-    def _lane(self, network: object, layers: tuple[int, int]) -> Lane:
-        return Lane(network, self.layout, layers, *self._views(layers), len(self.edges), self.ops)  # type: ignore[arg-type]
+    def _lane(self, network: Network, layers: tuple[int, int]) -> Lane:
+        return Lane(network, self.layout, layers, *self._views(layers), len(self.edges), self.ops.beside())
 
     def _count(self) -> None:
         """Put what the rank holds besides weights to the account."""
         self.account.hold("gradients", self.g)
         self.account.hold("samples", self.train, self.tests)
-        for lane in self.lanes:
+        for lane in self.pipeline.lanes:
             self.account.ask("activations", lane.arrays)
-        self.account.ask("buffers", lambda: tuple(lane.model.buffer_bytes for lane in self.lanes))
-        self.account.ask("activations", lambda: (self.x, *self.inputs))
-        self.account.ask("buffers", lambda: (*self.passed, *self.incoming, *self.scores))
+        self.account.ask("activations", lambda: (self.x, *self.pipeline.inputs))
+        self.account.ask("buffers", lambda: (self.pipeline, *self.scores))
         if self.last:
             self.account.hold("buffers", self.objective)
         head = self.head
@@ -126,32 +125,21 @@ class Wavefront(Method):
         if batch <= self.capacity:
             return
         self.capacity = batch
-        empty, most = self.ops.empty, max(b - a for a, b in self.edges)
-        for lane in self.lanes:
-            lane.reserve(batch)
-        lowest = self.lanes[0].in_units
-        self.x = empty(prod(self.network.in_shape) * batch * self.first, self.dtype)
-        # What goes into each chunk.
-        self.inputs = [empty(lowest * (b - a) * batch, self.dtype) for a, b in self.edges]
-        # Gradients of inputs: of the lowest lane, on their way down; of the others two, which take turns.
-        rings = [RING if self.below is not None else 0, *[2] * (len(self.lanes) - 1)]
-        self.passed = [
-            empty(count * lane.in_units * most * batch, self.dtype)
-            for count, lane in zip(rings, self.lanes, strict=True)
-        ]
-        above = self.lanes[-1].units * most * batch
-        self.incoming = [empty(above, self.dtype) for _ in range(min(RING, len(self.edges)) if self.above else 0)]
+        self.pipeline.reserve(batch)
+        self.x = self.ops.empty(prod(self.network.in_shape) * batch * self.first, self.dtype)
         self.scores: list[np.ndarray] = []
         if not self.last:
             return
+        most = max(z - a for a, z in self.edges) * batch
         if self.head is not None:
             self.head.reserve(batch)
             self.objective.reserve(self.network.classes, batch)
             # The gradient of the last chunk's outputs; of the others it is 0.
-            self.scores = [empty(above, self.dtype)]
+            self.scores = [self.ops.empty(self.pipeline.units * most, self.dtype)]
         else:
-            self.objective.reserve(self.network.classes, most * batch)
-            self.scores = [empty(self.network.classes * (b - a) * batch, self.dtype) for a, b in self.edges]
+            self.objective.reserve(self.network.classes, most)
+            sizes = [self.network.classes * (z - a) * batch for a, z in self.edges]
+            self.scores = [self.ops.empty(size, self.dtype) for size in sizes]
 
     def step(self, batch: Batch, lr: float) -> None:
         b = len(batch)
@@ -173,14 +161,15 @@ class Wavefront(Method):
             exponents.append(float(self.objective.report.host[3]))
 
         self.objective.ids = batch.ids
-        outputs = self._forward(self.train, batch.ids, derive if self.head is None else None)
-        if self.head is not None and outputs is not None:
+        outputs = self._forward(self.train, batch.ids, derive if self.last and self.head is None else None)
+        powers = self.last and self.head is None
+        if self.head is not None:
             loss = self._derive_head(outputs, targets, scale)
         elif self.last:
-            self._level(exponents, b)
-        self._backward(b)
-        if self.last and self.head is None:
-            self.ops.unscale(self.g, self.report, GRADIENT_LIMIT[self.dtype])
+            self._level(exponents)
+        self.pipeline.backward(b, self._derivatives, self._unscale if powers else None)
+        if powers:
+            self._unscale(self.g)
         if self.descent.sound(loss, self.g):
             self.loss_sum += loss * b
             self.descent.step(self.w, self.g, lr)
@@ -194,7 +183,7 @@ class Wavefront(Method):
         self.objective.derive(tape, tape.scores, self.objective.targets(outputs.shape[-1]), scale, dx=dx)
         return self.objective.value()
 
-    def _level(self, peaks: list[float], b: int) -> None:
+    def _level(self, peaks: list[float]) -> None:
         """Take the same power of two out of the derivatives of all chunks; peaks: the largest of each."""
         powers = [exponent_of(peak) for peak in peaks]
         for power, dy in zip(powers, self.scores, strict=True):
@@ -202,122 +191,27 @@ class Wavefront(Method):
                 self.ops.scale(dy, 2.0 ** (power - max(powers)))
         self.report[3] = max(peaks)
 
+    def _unscale(self, values: np.ndarray) -> None:
+        """Give gradients the power of two back that `_level` has taken out of the scores'."""
+        self.ops.unscale(values, self.report, GRADIENT_LIMIT[self.dtype])
+
+    def _derivatives(self, c: int, shape: tuple[int, ...]) -> np.ndarray:
+        """On the last rank the gradient of the topmost outputs of chunk c, to be used up."""
+        dy = self.scores[c if self.head is None else 0][: prod(shape)].reshape(shape)
+        if self.head is not None and c < len(self.edges) - 1:
+            dy.fill(0)
+        return dy
+
     def _forward(
         self, samples: Resident, ids: np.ndarray, scored: Callable[[int, Tape], None] | None = None
-    ) -> np.ndarray | None:
-        """Go over all chunks; returns the outputs of the last one on the last rank.
-
-        scored(c, tape): called on the last rank with each chunk's pass, before the next one begins.
-        """
-        b, count, lanes = len(ids), len(self.edges), self.lanes
-        spans = chunk_spans(samples, ids, self.edges, self.ops)
-        inputs = [
-            room[: lanes[0].in_units * (z - a) * b].reshape(-1, z - a, b)
-            for room, (a, z) in zip(self.inputs, self.edges, strict=True)
-        ]
-        arriving = []
-        if self.below is not None:
-            arriving = [cut.begin(None, x, c) for c, (cut, x) in enumerate(zip(self.below, inputs, strict=True))]
-        else:
+    ) -> np.ndarray:
+        """The outputs of the topmost layer for the last chunk of these samples; scored: see `Pipeline.forward`."""
+        steps, b = None, len(ids)
+        if self.first:
             whole = self.x[: prod(self.network.in_shape) * b].reshape(-1, b)
             samples.fetch(ids, whole)
             steps = whole.reshape(*self.network.in_shape, b)
-            for x, (a, z) in zip(inputs, self.edges, strict=True):
-                x[...] = steps[:, a:z]
-        made: list[list[np.ndarray]] = [[inputs[c]] for c in range(count)]
-        leaving: list[Handle] = []
-
-        def work(lane: int, c: int) -> None:
-            made[c].append(lanes[lane].forward(c, made[c][-1], spans[c]))
-
-        for cells in diagonals(len(lanes), count):
-            if arriving and cells[0][0] == 0:
-                arriving[cells[0][1]].finish()
-            self._work(cells, work)
-            top, c = cells[-1]
-            if top < len(lanes) - 1:
-                continue
-            if self.above is not None:
-                leaving.append(self.above[c].begin(made[c][-1], None, c))
-            elif scored is not None:
-                tape = lanes[-1].chunks[c].tape
-                assert tape is not None
-                scored(c, tape)
-        for handle in leaving:
-            handle.finish()
-        last: np.ndarray = made[-1][-1]
-        return last if self.last else None
-
-    def _work(self, cells: list[tuple[int, int]], work: Callable[[int, int], None]) -> None:
-        """Work on the cells of a diagonal, side by side where there are threads."""
-        if self.team is None or len(cells) == 1:
-            for lane, c in cells:
-                work(lane, c)
-            return
-        for future in [self.team.submit(work, lane, c) for lane, c in cells]:
-            future.result()
-
-    def _backward(self, b: int) -> None:
-        """Go back over all chunks, the last first: fill g from what the last rank's loss has left."""
-        count, lanes = len(self.edges), self.lanes
-        top, ring = len(lanes) - 1, len(self.incoming)
-        arriving: dict[int, Handle] = {}
-        leaving: list[Handle | None] = [None] * RING
-
-        def above(c: int) -> np.ndarray:
-            """Where the gradient of the topmost lane's outputs of chunk c is."""
-            a, z = self.edges[c]
-            shape = lanes[-1].units, z - a, b
-            if self.above is not None:
-                return self.incoming[c % ring][: prod(shape)].reshape(shape)
-            if self.head is None:
-                return self.scores[c][: prod(shape)].reshape(shape)
-            dy: np.ndarray = self.scores[0][: prod(shape)].reshape(shape)
-            if c < count - 1:
-                dy.fill(0)
-            return dy
-
-        def below(lane: int, c: int) -> np.ndarray | None:
-            """Where the gradient of a lane's inputs of chunk c goes."""
-            size = RING if lane == 0 else 2
-            if lane == 0 and self.below is None:
-                return None
-            a, z = self.edges[c]
-            rows = self.passed[lane].reshape(size, -1)
-            dx: np.ndarray = rows[c % size][: lanes[lane].in_units * (z - a) * b].reshape(-1, z - a, b)
-            return dx
-
-        def expect(c: int) -> None:
-            if self.above is not None and c >= 0:
-                arriving[c] = self.above[c].begin_back(None, above(c), c)
-
-        def work(lane: int, c: int) -> None:
-            dy = above(c) if lane == top else below(lane + 1, c)
-            assert dy is not None
-            lanes[lane].backward(c, dy, below(lane, c), c < count - 1)
-
-        for c in range(count - 1, count - 1 - ring, -1):
-            expect(c)
-        for cells in back_diagonals(len(lanes), count):
-            (lane, c), (lowest, down) = cells[0], cells[-1]
-            if lane == top and self.above is not None:
-                arriving.pop(c).finish()
-            sends = lowest == 0 and self.below is not None
-            if sends and (waiting := leaving[down % RING]) is not None:
-                waiting.finish()
-            self._work(cells, work)
-            if lane == top:
-                expect(c - ring)
-            if sends:
-                assert self.below is not None
-                dx = below(0, down)
-                assert dx is not None
-                if self.last and self.head is None:
-                    self.ops.unscale(dx, self.report, GRADIENT_LIMIT[self.dtype])
-                leaving[down % RING] = self.below[down].begin_back(dx, None, down)
-        for handle in leaving:
-            if handle is not None:
-                handle.finish()
+        return self.pipeline.forward(b, steps, chunk_spans(samples, ids, self.edges, self.ops), scored)
 
     def test(self) -> dict[str, float]:
         totals = self.metric.zeros()
@@ -336,8 +230,8 @@ class Wavefront(Method):
             of_chunk = np.ascontiguousarray(targets[..., a:z, :])
             totals = totals + self.metric.sums(self.ops.host(tape.scores), of_chunk)
 
-        outputs = self._forward(self.tests, ids, score if self.head is None else None)
-        if self.head is not None and outputs is not None:
+        outputs = self._forward(self.tests, ids, score if self.last and self.head is None else None)
+        if self.head is not None:
             totals = self.metric.sums(self.ops.host(self.head.forward(outputs).scores), targets)
         return totals
 
