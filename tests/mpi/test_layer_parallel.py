@@ -10,6 +10,7 @@ import pytest
 from helpers.runs import run
 
 from psmpi.backend import NumpyOps, make_backend
+from psmpi.checkpoint import newest
 from psmpi.comm.group import Group
 from psmpi.data import Batch, Minibatches, open_dataset
 from psmpi.data.peaks import peaks
@@ -24,6 +25,7 @@ from psmpi.testing.conformance import (
     other_ranks_go_on,
     resumed_runs_end_the_same,
     rows,
+    tensors,
 )
 from psmpi.train import parse
 from psmpi.training.context import Context
@@ -508,6 +510,15 @@ def test_warm_starts_begin_cold_at_first_and_after_a_smaller_minibatch(folder, r
         return method.shards[method.rank], method.w.copy()
 
     assert np.array_equal(flat(warm.on(ranks, work), warm.layout), warm.train(ranks, 4))
+
+
+def test_warm_starts_go_on_on_other_ranks_to_the_bit(tmp_path):
+    case = Case("layer_parallel", tmp_path, ("--warm-start", "both", "--adjoint-cycles", "2", "--clip", "0"))
+    whole = case.run(1, "--max-steps", "12")
+    part = case.run(4, "--max-steps", "7")
+    case.run(2, "--max-steps", "12", "--resume", "auto", out=part)
+    one, other = tensors(newest(whole), ("weights", "optimizer")), tensors(newest(part), ("weights", "optimizer"))
+    assert one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -466,3 +466,23 @@ def test_evaluations_take_the_same_minibatches_on_any_number_of_ranks():
         sizes = [at.stop - at.start for at in batches]
         assert len(sizes) == count and sum(sizes) == n and max(sizes) - min(sizes) <= 1
         assert [at.start for at in batches[1:]] == [at.stop for at in batches[:-1]]
+
+
+def test_deep_networks_are_steps_of_a_march():
+    """u + T/N act(K u + b), N times, between an opening and a closing layer."""
+    network = make_network("deep", (3,), 4, widths=(5,), depth=6, final_time=3.0, activation="relu")
+    opening, act, *march, closing = network.layers
+    assert (opening.out_shape, act.activation, closing.out_shape) == ((5,), "relu", (4,))
+    assert len(march) == 6 and all(one.scale == 0.5 and len(one.inner) == 2 for one in march)
+    assert network.layout().size == 5 * 4 + 6 * 5 * 6 + 4 * 6
+    images = make_network("deep-conv", (1, 7, 7), 4, depth=2)
+    assert images.layout().size == 4 * 10 + 2 * 4 * 37 + 4 * (4 * 49 + 1)
+    for options, says in (
+        ({"widths": (5, 6)}, "has one width"),
+        ({"batch_norm": True}, "not normalized"),
+        ({"name": "deep-conv"}, "is not made for samples of shape"),
+        ({"name": "mlp", "depth": 8}, "--depth is of --model deep"),
+        ({"name": "mlp", "final_time": 2.0}, "--final-time is of --model deep"),
+    ):
+        with pytest.raises(UserError, match=says):
+            make_network(**{"name": "deep", "in_shape": (3,), "classes": 4, **options})
