@@ -16,6 +16,8 @@ from psmpi.output import Screen, check_files
 
 # Passes before those that are timed.
 WARM = 2
+# What rounding may make of states.
+TOLERANCE = 1e-3
 Kind = Literal["rnn", "gru", "lstm"]
 
 
@@ -63,10 +65,16 @@ def recurrent(
             calls: dict[str, Callable[[], object]] = {}
             rng = np.random.default_rng(0)
             x = rng.standard_normal((units, steps, batch_size)).astype(np.float32)
-            calls["psmpi"], macs, weights = _ours(kind, layers, x, chunk_steps or steps, threads)
+            calls["psmpi"], macs, weights, last = _ours(kind, layers, x, chunk_steps or steps, threads)
             calls["large product"], size = _product(threads, units, steps * batch_size)
             if pytorch:
-                calls["PyTorch"] = _theirs(kind, layers, x, weights, threads)
+                calls["PyTorch"], states = _theirs(kind, layers, x, weights, threads)
+                calls["psmpi"]()
+                off = float(np.abs(states - last()).max())
+                if not off <= TOLERANCE:
+                    raise UserError(
+                        f"PyTorch's {kind} has other states, by {off:.1e}: its times would be of another network"
+                    )
             for call in calls.values():
                 for _ in range(WARM):
                     call()
@@ -85,8 +93,8 @@ def recurrent(
 
 def _ours(
     kind: Kind, layers: int, x: np.ndarray, each: int, threads: int
-) -> tuple[Callable[[], object], int, dict[str, np.ndarray]]:
-    """A step of psmpi, its multiplications, and its weights by name."""
+) -> tuple[Callable[[], object], int, dict[str, np.ndarray], Callable[[], np.ndarray]]:
+    """A step of psmpi, its multiplications, its weights by name, and what gives its last states (units, b)."""
     from psmpi.backend import make_backend
     from psmpi.methods.wavefront.lane import Lane
     from psmpi.nn.layers.workspace import Span
@@ -117,7 +125,14 @@ def _ours(
              for p in layout.parameters}  # fmt: skip
     # Ahead, back to the inputs and to the states, and those of the weights; nobody wants the samples' gradient.
     macs = sum(3 * layer.macs for layer in network.layers) - network.layers[0].macs * units // (2 * units)
-    return step, macs * b, found
+
+    def last() -> np.ndarray:
+        tape = lane.chunks[-1].tape
+        assert tape is not None
+        states: np.ndarray = tape.scores[:, -1]
+        return states
+
+    return step, macs * b, found, last
 
 
 def _product(threads: int, units: int, columns: int) -> tuple[Callable[[], object], int]:
@@ -130,8 +145,8 @@ def _product(threads: int, units: int, columns: int) -> tuple[Callable[[], objec
 
 def _theirs(
     kind: Kind, layers: int, x: np.ndarray, weights: dict[str, np.ndarray], threads: int
-) -> Callable[[], object]:
-    """The same step in PyTorch, from the same weights; UserError where its states are others."""
+) -> tuple[Callable[[], object], np.ndarray]:
+    """The same step in PyTorch, from the same weights, and its last states (units, b)."""
     try:
         import torch
     except ImportError:
@@ -152,7 +167,9 @@ def _theirs(
         net.zero_grad(set_to_none=True)
         net(samples)[0].sum().backward()
 
-    return step
+    with torch.no_grad():
+        states = net(samples)[0][-1].numpy().T
+    return step, states
 
 
 def _show(rows: list[dict[str, Any]], title: str) -> None:

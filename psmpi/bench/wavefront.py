@@ -65,13 +65,16 @@ def wavefront(
             raise UserError(f"{option} {value}: expected 1 or more")
     if not 0 <= sleep_ms < 1e6:
         raise UserError(f"--sleep-ms {sleep_ms:g}: expected a number from 0 to 1e6")
+    if sleep_ms and skew > 1:
+        raise UserError(f"--skew {skew}: with --sleep-ms the times of a rank's one thread are known; leave it out")
     check_files(plot, json=json)
     times: dict[int, list[float]] = {count: [] for count in ranks}
     with tempfile.TemporaryDirectory() as folder:
         path, n = Path(folder) / "sequences.npz", SAMPLES * batch_size
         rng = np.random.default_rng(0)
         x = rng.standard_normal((n, steps, units), np.float32)
-        np.savez(path, x=x, y=np.arange(n) % 10, lengths=np.full(n, steps))
+        y, lengths = np.arange(n) % 10, np.full(n, steps)
+        np.savez(path, x=x, y=y, lengths=lengths, x_test=x[:10], y_test=y[:10], lengths_test=lengths[:10])
         given = ["--method", "wavefront", "--dataset", str(path), "--model", kind, "--widths", *[str(units)] * layers]
         given += ["--loss", "nll", "--threads", "1", "--batch-size", str(batch_size), "--chunk-steps", str(chunk_steps)]
         given += ["--skew", str(skew), "--clip", "0", "--rounds", str(rounds), "--sleep-ms", str(sleep_ms)]

@@ -95,7 +95,8 @@ def as_targets(path: Path, key: str, headers: dict[str, Header]) -> tuple[npt.ND
     if not values and len(header.shape) != 1:
         raise UserError(
             f"{path}: {key} has the shape {header.shape}; expected ({samples},), one label a sample: "
-            f"save {key}.ravel(), or {key}.argmax(axis=1) of one-hot rows"
+            f"save {key}.ravel(), or {key}.argmax(axis=1) of one-hot rows; of sequences with a label at each step save "
+            "their lengths too"
         )
     if values and len(header.shape) == 2 and samples == header.shape[1] != header.shape[0]:
         raise UserError(

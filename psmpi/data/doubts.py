@@ -33,7 +33,11 @@ def find_doubts(dataset: Dataset, prints: Sequence[Prints] = ()) -> Iterator[str
     not whole numbers, since only those learn values who ask for the squared error. Of samples: pixels that are not
     scaled, channels that come last, test samples of another scale, or that are training samples.
     """
-    yield from _labels(dataset) if dataset.task == "classes" else _values(_counted(dataset.train))
+    yield from (
+        _labels(dataset)
+        if dataset.task == "classes"
+        else _values(_counted(dataset.train), 0 if dataset.train.by_step else dataset.train.steps)
+    )
     some = _some(dataset.train)
     yield from _samples(dataset, some)
     if len(prints) == 2:
@@ -82,8 +86,13 @@ def _named(classes: npt.NDArray[Any], what: str) -> str:
     return f"{what if len(classes) == 1 else several} {', '.join(map(str, classes[:5]))}{more}"
 
 
-def _values(values: npt.NDArray[Any]) -> Iterator[str]:
-    """values: (n, outputs), of training samples."""
+def _values(values: npt.NDArray[Any], steps: int) -> Iterator[str]:
+    """values: (n, outputs), of training samples; steps: of sequences that have such values each, else 0."""
+    if values.shape[1] == steps > 1:
+        yield (
+            f"y has {steps} values for each sequence of {steps} steps, which are taken for values of the whole: for "
+            "one at each step save y[..., None]"
+        )
     fixed = np.flatnonzero((values == values[0]).all(axis=0))
     if len(values) > 1 and len(fixed):
         yield (

@@ -29,6 +29,10 @@ def build(
     `read_sequences`.
     """
     check_names(path, keys, ("x", "y"), predicted)
+    if f"{LENGTHS}_test" in headers and LENGTHS not in headers:
+        raise UserError(
+            f"{path}: found {LENGTHS}_test and no {LENGTHS}: save the steps of each sequence of x as {LENGTHS}"
+        )
     if ("x_test" in headers) != ("y_test" in headers):
         save = "save the other one too"
         if predicted and "x_test" in headers:
@@ -52,6 +56,7 @@ def build(
                 "testing; give samples of a kind the same label, or add x_test and y_test"
             )
         train, test = hold_out(held_out, train)
+        _check_counted(path, train, test)
         return Dataset(name, outputs, train.shape, train, test, held_out=True)
     test, outputs_test = _read(path, "x_test", headers)
     native = [headers[key].dtype.newbyteorder("=") for key in ("x", "x_test")]
@@ -66,7 +71,18 @@ def build(
             f"{path}: y has {kinds[0]}, y_test has {kinds[1]}; expected the same of both: integers are labels, "
             "floating point numbers are values"
         )
+    _check_counted(path, train, test)
     return Dataset(name, max(outputs, outputs_test), train.shape, train, test)
+
+
+def _check_counted(path: Path, train: Split, test: Split) -> None:
+    """UserError where no step of a split has a target that counts."""
+    for split, kind in ((train, "training"), (test, "test")):
+        if split.by_step and not split.counts.any():
+            raise UserError(
+                f"{path}: no step of the {counted(split.n, f'{kind} sequence')} has a target that counts (-1, or NaN, "
+                "marks those that do not, and so does the end of a sequence): give some steps a target"
+            )
 
 
 def _read(path: Path, key: str, headers: dict[str, Header], targets: bool = True) -> tuple[Split, int]:

@@ -31,6 +31,12 @@ class Resident:
             raise ValueError("the rows of a Resident have to increase strictly")
         self._targets, self._lengths = split.targets, split.lengths
         values, self._features = split.read(self._rows), split.features
+        if split.lengths is not None:
+            # What lies behind a sequence's end may be anything, and is nothing.
+            steps = values.reshape(len(values), *split.shape)
+            beyond = np.arange(split.steps) >= split.lengths[self._rows][:, None]
+            np.copyto(steps, 0, where=beyond[:, None])
+        self.tokens = split.tokens
         if values.dtype.kind == "f":
             self._check_finite(split, values)
         # The largest token, of samples that are such: see psmpi.data.sequences.

@@ -111,7 +111,8 @@ def _targets(
             rows[beyond] = np.nan
             counts = ~np.isnan(rows).any(axis=2)
             rows[~counts] = np.nan
-            check_values(where, rows[counts] if counts.any() else np.zeros((1, 0)))
+            if counts.any():
+                check_values(where, rows[counts])
         return rows, rows.shape[-1]
     labels = values.astype(np.int64)
     if len(shape) == 1:

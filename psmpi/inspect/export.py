@@ -23,6 +23,7 @@ from psmpi.nn.layers.embedding import Embedding
 from psmpi.nn.layers.workspace import Span
 from psmpi.nn.model import Model
 from psmpi.nn.network import Network
+from psmpi.nn.sequences import find_padding
 from psmpi.nn.zoo import make_network
 from psmpi.output import tell
 from psmpi.training.predictor import calibrate as calibrate_model
@@ -172,14 +173,17 @@ def _onnx(export: Export) -> str:
     session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
     shape = model.network.in_shape
     # Samples that were not used for the statistics are as good: those are fixed.
-    x = np.random.default_rng(0).random((16, *shape), np.float32)
+    x, first = np.random.default_rng(0).random((16, *shape), np.float32), model.network.layers[0]
+    if isinstance(first, Embedding):
+        x = np.floor(x * first.vocabulary)
     if split is not None:
         ids = np.arange(min(16, split.n)) * split.n // min(16, split.n)
         x = np.ascontiguousarray(fetch(split, ids, float32).T).reshape(-1, *shape)
-    first = model.network.layers[0]
-    if isinstance(first, Embedding):
-        x = np.floor(x * first.vocabulary)
-    lengths = 1 + np.arange(16, dtype=np.int32) * shape[-1] // 16 if model.network.sequences else None
+    lengths = None
+    if model.network.sequences:
+        lengths = np.full(len(x), shape[-1], np.int32)
+        if find_padding(model.network) is None:
+            lengths = 1 + np.arange(len(x), dtype=np.int32) * shape[-1] // len(x)
     ours = model.forward(np.ascontiguousarray(x.reshape(len(x), -1).T), None, Span(lengths)).scores.T
     fed = onnx_inputs(model.network, x, lengths)
     together = session.run(None, fed)[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import repeat
 from math import prod
 
 import numpy as np
@@ -250,17 +251,18 @@ class Model:
         self.more[0].fill(0)
         return self.more
 
-    def calibrate(self, minibatches: Iterable[np.ndarray]) -> None:
+    def calibrate(self, minibatches: Iterable[np.ndarray], spans: Iterable[Span] | None = None) -> None:
         """Normalize by the statistics of these minibatches (features, b) together from now on, not of each one.
 
-        For forward passes alone. ValueError for a model that is `tiled`, whose tail has statistics too.
+        spans: of each, of sequences. For forward passes alone. ValueError for a model that is `tiled`, whose tail has
+        statistics too.
         """
         if self.tail is not None and couples(self.network, self.tail):
             raise ValueError("layers that go by tiles of classes keep no statistics of all of them")
         for part in self.parts:
             part.gather_statistics()
-        for x in minibatches:
-            self.forward(x)
+        for x, span in zip(minibatches, repeat(WHOLE) if spans is None else spans, strict=False):
+            self.forward(x, None, span)
         for part in self.parts:
             part.fix_statistics()
 

@@ -15,6 +15,7 @@ from psmpi.layout import Classes, Each, Layout, Runs, Users, make_layout
 from psmpi.nn.layers import LAYERS, Layer, Stage
 from psmpi.nn.layers.chain import leaves, make_stages, uses_of
 from psmpi.nn.layers.cosine import Cosine
+from psmpi.nn.layers.embedding import Embedding
 from psmpi.nn.layers.table import Shape, Table
 from psmpi.nn.layers.uses import Uses
 
@@ -165,6 +166,11 @@ def build(
     network = Network(name, tuple(in_shape), made, reader.places if name == CUSTOM else {})
     if not made or not network.linear:
         raise UserError(f"model {name!r} has no layer with weights")
+    for layer in list(network.walk())[1:]:
+        if isinstance(layer, Embedding):
+            raise UserError(
+                f"model {name!r}, {network.named(layer.name)}: embedding looks samples up: let it be the first layer"
+            )
     wanted = (classes, *in_shape[1:]) if by_step else (classes,)
     if shape != wanted:
         hint = ""

@@ -18,6 +18,31 @@ def find_head(network: Network) -> int:
     return next((k for k, layer in enumerate(layers) if len(layer.out_shape) != 2), len(layers))
 
 
+def find_padding(network: Network) -> Layer | None:
+    """The layer that ends sequences, where what it takes of shorter ones is padding; None where there is no such.
+
+    Behind a sequence's end a recurrent layer puts out its last state, and so do layers of single steps of what they
+    take; the samples have padding there.
+    """
+    held = False
+    for layer in network.layers:
+        if len(layer.in_shape) == 2 and len(layer.out_shape) != 2:
+            return None if held else layer
+        held = _holds(layer, held)
+    return None
+
+
+def _holds(layer: Layer, held: bool) -> bool:
+    """Whether outputs behind a sequence's end are those of its last step, given whether the inputs are."""
+    if not layer.inner:
+        return held or layer.recurrent
+    branch = held
+    for one in layer.inner:
+        branch = _holds(one, branch)
+    # The inputs go past the branch.
+    return held and branch
+
+
 def chunks(steps: int, each: int) -> list[tuple[int, int]]:
     """(first, behind the last) step of each chunk of `each` steps; the last one may be shorter."""
     return [(first, min(first + each, steps)) for first in range(0, steps, each)]

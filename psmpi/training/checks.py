@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from psmpi.config import Config
-from psmpi.data import Dataset
+from psmpi.data import Dataset, Split
 from psmpi.errors import UserError
 from psmpi.nn.network import CUSTOM, Network
+from psmpi.nn.sequences import find_padding
 from psmpi.optim import FIRST_ORDER
 from psmpi.optim.curvature import RULES
 from psmpi.registry import WHOLE, all_methods
@@ -26,6 +27,18 @@ def check_sequences(kind: Any, network: Network, dataset: Dataset) -> None:
         what = "a target at each step" if takes else "samples that are sequences"
         fit = [name for name, one in all_methods().items() if one.sequences == "steps" or (one.sequences and not steps)]
         raise UserError(f"--method {kind.name} does not train on {what}: use --method {', '.join(fit)}")
+    padded = find_padding(network)
+    if padded is not None and any(is_ragged(split) for split in (dataset.train, dataset.test)):
+        raise UserError(
+            f"{network.named(padded.name)} of --model {network.name} takes the padding of shorter sequences: put a "
+            "recurrent layer (rnn, gru, lstm) between it and the samples, past which nothing goes, or use sequences of "
+            "one length"
+        )
+
+
+def is_ragged(split: Split) -> bool:
+    """Whether sequences have different lengths."""
+    return split.lengths is not None and bool((split.lengths < split.steps).any())
 
 
 def check_classes(dataset: Dataset, what: str, fix: str) -> None:

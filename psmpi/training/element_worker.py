@@ -224,10 +224,12 @@ class ElementWorker:
 
     def _bring(self, samples: Resident, ids: np.ndarray) -> np.ndarray:
         """Put the model's inputs (inputs, b) of a minibatch where passes take them from; returns them."""
-        self.span = make_span(samples, ids, self.ops)
         if self.trunk is None:
-            inputs: np.ndarray = samples.batch(ids, self.x).inputs
+            batch = samples.batch(ids, self.x)
+            self.span = make_span(batch.lengths, self.ops)
+            inputs: np.ndarray = batch.inputs
             return inputs
+        self.span = make_span(samples.lengths(ids), self.ops)
         found = self.trunk.forward(samples, ids)
         self.objective.trunk = self.trunk.model, self.trunk.slice
         return found

@@ -108,7 +108,7 @@ class Evaluator:
     def run(self) -> np.ndarray:
         """The metric's sums over this rank's minibatches."""
         held = [self._sample(at) for at in self.batches]
-        spans = [make_span(self.samples, np.arange(at.start, at.stop), self.ops) for at in self.batches]
+        spans = [make_span(self.samples.lengths(np.arange(at.start, at.stop)), self.ops) for at in self.batches]
         *before, last = self.stages
         for stage in before:
             model = self._gathered(stage)

@@ -23,6 +23,7 @@ from psmpi.nn.metric import largest
 from psmpi.nn.model import Model
 from psmpi.nn.network import Network
 from psmpi.nn.tiles import is_tiled, make_tail
+from psmpi.training.spans import check_tokens
 
 # As many as tests in training take their statistics from; the means of fewer are over 3 % of a standard deviation off.
 FEW = 1000
@@ -72,7 +73,13 @@ def calibrate(model: Model, split: Split, count: int, dtype: np.dtype) -> None:
     # A file may be in the order of the classes.
     ids = np.arange(count) * split.n // count
     pieces = len(model.network.evaluation_batches(count))
-    model.calibrate(fetch(split, ids[k::pieces], dtype) for k in range(pieces))
+    some = [ids[k::pieces] for k in range(pieces)]
+    model.calibrate((fetch(split, one, dtype) for one in some), (span_of(split, one) for one in some))
+
+
+def span_of(split: Split, ids: np.ndarray) -> Span:
+    """The steps of the sequences `ids` (b,) of a split, in host memory."""
+    return Span(None if split.lengths is None else split.lengths[ids])
 
 
 def fetch(split: Split, ids: np.ndarray, dtype: np.dtype) -> np.ndarray:
@@ -153,7 +160,10 @@ class Predictor:
     def _find(self, split: Split, at: slice) -> list[np.ndarray]:
         """What the row's ranks find together, samples first; nothing on those that do not gather it."""
         ids = np.arange(at.start, at.stop)
-        x, span = fetch(split, ids, self.dtype), Span(None if split.lengths is None else split.lengths[ids])
+        samples, x = Resident(split, ids, self.dtype), np.empty((split.features, len(ids)), self.dtype)
+        check_tokens(self.network, samples, "given")
+        samples.fetch(ids, x)
+        span = span_of(split, ids)
         found = [self._scores(x, span)] if self.top == 0 else self._largest(x, span)
         b, first = found[0].shape[1], self.place.column == 0
         gathered = [np.empty((sum(self.counts) if first else 0, b), array.dtype) for array in found]

@@ -15,9 +15,8 @@ from psmpi.nn.layers.workspace import WHOLE, Span
 from psmpi.nn.network import Network
 
 
-def make_span(samples: Resident, ids: np.ndarray, ops: NumpyOps) -> Span:
-    """All steps of the sequences `ids` (b,), with their lengths where the backend computes."""
-    lengths = samples.lengths(ids)
+def make_span(lengths: np.ndarray | None, ops: NumpyOps) -> Span:
+    """All steps of sequences of these lengths (b,), None for all alike, which go to where the backend computes."""
     return WHOLE if lengths is None else Span(ops.put(lengths))
 
 
@@ -38,12 +37,17 @@ def recorder(network: Network, ops: NumpyOps) -> Callable[[Callable[..., Any]], 
 def check_tokens(network: Network, samples: Resident, kind: str) -> None:
     """UserError where samples are tokens and the network looks none up, or fewer than there are; kind: "training"."""
     first = network.layers[0]
+    if isinstance(first, Embedding) and not samples.tokens:
+        raise UserError(
+            f"the {kind} samples are values, and the network takes them for tokens: leave --vocabulary out, or "
+            f"{first.name} of [[model.layers]]; tokens are integers (samples, steps) beside lengths"
+        )
     if not isinstance(first, Embedding):
-        if samples.largest >= 0:
+        if samples.tokens:
             raise UserError(
                 "the samples are tokens, whole numbers, and the network takes them for values: add --vocabulary "
-                f"{samples.largest + 1} to --model rnn, gru or lstm, or begin [[model.layers]] with an embedding; of "
-                "values save x.astype(np.float32)"
+                f"{max(1, samples.largest + 1)} to --model rnn, gru or lstm, or begin [[model.layers]] with an "
+                "embedding; of values save x.astype(np.float32)"
             )
     elif samples.largest >= first.vocabulary:
         raise UserError(

@@ -91,8 +91,7 @@ class Trunk:
         b = len(ids)
         self.reserve(b)
         self.batch, self.whole, self.slice = b, b < self.row.size, self.share(b)
-        samples.batch(ids[self.slice], self.x)
-        self.span = make_span(samples, ids[self.slice], self.ops)
+        self.span = make_span(samples.batch(ids[self.slice], self.x).lengths, self.ops)
         self.tape = self.forward_pass(self.slice.stop - self.slice.start)
         made, features = self.tape.scores.reshape(self.units, -1), self.all(b)
         if self.whole:

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 from helpers.runs import distance, run
 
-from psmpi.data import open_dataset
+from psmpi.backend import NumpyOps
+from psmpi.data import Batch, open_dataset
+from psmpi.nn.model import Model
+from psmpi.nn.zoo import make_network
+from psmpi.registry import find_method
+from psmpi.train import parse
+from psmpi.training.context import Context
+from psmpi.training.usual import usual
 
 SMALL = ("--dtype", "float64", "--widths", "6", "5", "--max-steps", "12", "--epochs", "1")
 RAGGED = ("--dataset", "repeat_copy:2", "--loss", "nll", "--method", "data_parallel", *SMALL)
@@ -90,7 +97,89 @@ def test_tokens_are_looked_up(train, tmp_path):
     assert "have the token 4, and the vocabulary has 4" in refused(*options, "--vocabulary", "4", ranks=2)
 
 
-def test_what_does_not_fit_sequences_is_said():
+def gradient(folder, *options):
+    """The first gradient of a training on one rank, taken off by sgd at a rate of 1, and the network's plain one."""
+    config = usual(parse([*map(str, options), "--method", "data_parallel", "--optimizer", "sgd", "--lr", "1", "--clip",
+                          "0", "--dtype", "float64", "--threads", "1"]))  # fmt: skip
+    dataset = open_dataset(config.data.dataset, None)
+    by_step = dataset.train.by_step
+    network = make_network(config.model.model, dataset.shape, dataset.outputs, **config.model.shape, by_step=by_step)
+    context = Context(Alone(), network, dataset, config, NumpyOps())
+    method = find_method("data_parallel")(context)
+    model = Model(network, context.layout, method.w.copy(), np.zeros_like(method.w), NumpyOps())
+    ids, train = np.arange(9), dataset.train
+    method.gradient(Batch(ids))
+    total, value, loss = np.zeros_like(model.g), 0.0, context.loss()
+    for k in ids:
+        # Sample by sample, step by step.
+        length = dataset.shape[1] if train.lengths is None else train.lengths[k]
+        x = train.read([k]).reshape(*dataset.shape, 1)[:, :length].astype(float)
+        tape = model.forward(np.ascontiguousarray(x))
+        dy, targets = np.zeros(tape.scores.shape), np.atleast_1d(train.targets[k])
+        for t, label in enumerate(targets[:length] if by_step else targets):
+            if label >= 0:
+                scores, grad = tape.scores[:, t] if by_step else tape.scores, np.zeros((len(dy), 1))
+                value += loss(np.ascontiguousarray(scores), np.array([label]), 1.0, grad)
+                (dy[:, t] if by_step else dy)[...] = grad
+        model.backward(tape, dy)
+        total += model.g
+    count = int((train.targets[ids] >= 0).sum())
+    return method.g.copy(), total / count
+
+
+class Alone:
+    rank, size = 0, 1
+
+
+@pytest.mark.parametrize("task", ["repeat_copy:3", "digits:rows"])
+def test_the_loss_is_the_mean_over_what_counts(tmp_path, task):
+    """The gradient of a training is that of each step's loss by itself, over the number of steps that count."""
+    found, plain = gradient(tmp_path, "--dataset", task, "--model", "lstm", "--widths", "5", "4", "--loss", "nll")
+    assert np.abs(found - plain).max() <= 1e-12 * np.abs(plain).max()
+
+
+def test_values_of_each_step_are_predicted_without_those_that_do_not_count(train, tmp_path):
+    rng = np.random.default_rng(0)
+    x, y = rng.random((50, 4, 1)).astype(np.float32), rng.random((50, 4, 2))
+    y[rng.random((50, 4)) < 0.3] = np.nan
+    np.savez(tmp_path / "own.npz", x=x, y=y, lengths=rng.integers(2, 5, 50))
+    options = ("--dataset", tmp_path / "own.npz", "--model", "gru", "--widths", "4", "--loss", "squared")
+    trained = train(1, *options, "--method", "data_parallel", "--epochs", "1", "--batch-size", "10")
+    words = (trained.out, "--dataset", tmp_path / "own.npz", "--json", "--out", tmp_path / "p.npz")
+    status, out, err = run(1, "-m", "psmpi.predict", *words)
+    assert status == 0, err
+    assert json.loads(out)["rmse"] == pytest.approx(trained.rows[-1]["test_rmse"], rel=1e-5)
+    saved = np.load(tmp_path / "p.npz")
+    off = saved["values"] - saved["targets"]
+    assert json.loads(out)["rmse"] == pytest.approx(np.sqrt(np.nanmean(off**2)), rel=1e-5)
+
+
+def test_normalized_networks_of_ragged_sequences_are_calibrated_and_exported(train, tmp_path):
+    """Statistics are those of sequences without their padding: of files that differ there alone they are the same."""
+    rng = np.random.default_rng(0)
+    x, lengths = rng.random((60, 6, 2)).astype(np.float32), rng.integers(1, 7, 60)
+    layers = ['type = "lstm"\nunits = 5', 'type = "last"', 'type = "batch_norm"', 'type = "dense"\nunits = 3']
+    (tmp_path / "net.toml").write_text(
+        '[model]\nmodel = "custom"\n' + "".join(f"[[model.layers]]\n{one}\n" for one in layers)
+    )
+    scores = []
+    for number in (0.0, 7.0):
+        wild = np.where((np.arange(6) < lengths[:, None])[..., None], x, np.float32(number))
+        np.savez(tmp_path / "own.npz", x=wild, y=np.arange(60) % 3, lengths=lengths)
+        options = ("--config", tmp_path / "net.toml", "--dataset", tmp_path / "own.npz", "--method", "data_parallel")
+        trained = train(1, *options, "--epochs", "2", "--batch-size", "12", "--lr", "0.01")
+        words = (trained.out, "--dataset", tmp_path / "own.npz", "--calibrate", "40", "--out", tmp_path / "p.npz")
+        status, _, err = run(1, "-m", "psmpi.predict", *words)
+        assert status == 0, err
+        scores.append(np.load(tmp_path / "p.npz")["scores"])
+        pytest.importorskip("onnxruntime")
+        words = ("export", trained.out, "--calibrate", "40", "--out", tmp_path / "net.onnx")
+        status, out, err = run(1, "-m", "psmpi.inspect", *words)
+        assert status == 0 and "onnxruntime's scores differ" in out, err
+    np.testing.assert_array_equal(*scores)
+
+
+def test_what_does_not_fit_sequences_is_said(tmp_path):
     steps, rows = ("--dataset", "copying:3", "--model", "lstm"), ("--dataset", "digits:rows", "--model", "lstm")
     for method in ("dfa", "ist", "sil", "next"):
         said = refused(*rows, "--method", method)
@@ -102,4 +191,9 @@ def test_what_does_not_fit_sequences_is_said():
         "--model", "lstm"
     )
     assert "use --model rnn, gru, lstm" in refused("--dataset", "digits:rows")
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "ragged.npz", x=rng.random((20, 5)), y=np.arange(20) % 2, lengths=rng.integers(1, 6, 20))
+    ragged = ("--dataset", tmp_path / "ragged.npz", "--method", "data_parallel")
+    assert "takes the padding of shorter sequences" in refused(*ragged, "--model", "mlp")
+    assert "takes them for tokens: leave --vocabulary out" in refused(*ragged, "--model", "gru", "--vocabulary", "5")
     assert "expected copying:N with N from 1 to 5000" in refused("--dataset", "copying:0")

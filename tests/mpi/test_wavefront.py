@@ -113,6 +113,24 @@ def test_gradients_are_those_of_the_serial_network(tmp_path, kind, by_step):
             assert found == pytest.approx(loss, rel=1e-12)
 
 
+def test_derivatives_of_chunks_are_scaled_alike(tmp_path):
+    """Of psl with large scores: those of one chunk are beyond what a backward pass takes, those of others are not."""
+    problem = Problem(tmp_path, "rnn", 12, 5, 3, "--chunk-steps", "5", "--loss", "psl", by_step=True)
+    plain = problem.weights
+
+    def wild():
+        w = plain()
+        for a, b in problem.layout.runs_of_parameters({"dense1.weight"}).intervals:
+            w[a:b] *= 30
+        return w
+
+    problem.weights = wild
+    expected, loss = problem.serial()
+    for ranks in (1, 3):
+        g, found = problem.step(ranks)
+        assert np.abs(g - expected).max() <= 1e-12 * np.abs(expected).max() and found == pytest.approx(loss, rel=1e-12)
+
+
 @pytest.mark.parametrize("dtype, tolerance", [("float64", 1e-11), ("float32", 1e-5)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_long_sequences_stay_as_close(tmp_path, kind, dtype, tolerance):
@@ -206,6 +224,18 @@ def refused(ranks, *options):
     status, _, err = run(ranks, "-m", "psmpi.train", "--method", "wavefront", *options)
     assert status == 1 and "Traceback" not in err and err.count("error: ") == 1, err
     return " ".join(err.split())
+
+
+def test_what_is_said_goes_before_what_is_usual(train, tmp_path):
+    """A configuration file's data and widths, too."""
+    (tmp_path / "own.toml").write_text(
+        '[data]\ndataset = "copying:3"\n[model]\nwidths = [5, 6]\n[parallel]\nmethod = "wavefront"\n'
+    )
+    found = train(1, "--config", tmp_path / "own.toml", "--epochs", "1", "--max-steps", "2", "--loss", "nll")
+    config = (found.out / "config.toml").read_text()
+    assert (
+        'dataset = "copying:3"' in config and 'model = "lstm"' in config and "64" not in config.split("widths")[1][:30]
+    )
 
 
 def test_limits_are_said(tmp_path):

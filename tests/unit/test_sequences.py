@@ -16,6 +16,7 @@ from psmpi.nn.metric import Metric
 from psmpi.nn.model import Model
 from psmpi.nn.network import build
 from psmpi.nn.objective import Objective
+from psmpi.nn.sequences import find_padding
 from psmpi.nn.zoo import make_network
 
 STACKS = [
@@ -56,7 +57,8 @@ def test_a_file_with_lengths_holds_sequences(tmp_path, suffix):
     assert train.count(np.array([0, 2])) == 8
     resident, room = Resident(train, np.arange(N), np.float64), np.empty(F * T * N)
     batch = resident.batch(np.array([7, 2]), room)
-    np.testing.assert_array_equal(batch.inputs.reshape(F, T, 2), X[[7, 2]].transpose(2, 1, 0))
+    there = np.where((np.arange(T) < LENGTHS[[7, 2], None])[..., None], X[[7, 2]], 0)
+    np.testing.assert_array_equal(batch.inputs.reshape(F, T, 2), there.transpose(2, 1, 0))
     np.testing.assert_array_equal(batch.targets, train.targets[[7, 2]].T)
     np.testing.assert_array_equal(batch.lengths, [2, 3])
     assert dataset.test.n == 4 and dataset.test.lengths.tolist() == [5, 1, 3, 2]
@@ -80,13 +82,13 @@ def test_values_and_tokens_of_sequences(tmp_path):
     one = open_dataset(save(tmp_path, x=X, y=values[:, 2, 0], lengths=LENGTHS), None).train
     assert not one.by_step and one.targets.shape[1:] == (1,)
     tokens = RNG.integers(0, 50, (N, T))
-    tokens[3, 2] = 77
+    tokens[3, 1] = 77
     train = open_split(save(tmp_path, x=tokens, y=Y, lengths=LENGTHS), None, "all")
     assert train.tokens and train.shape == (1, T)
     resident = Resident(train, np.arange(N), np.float32)
     assert resident.largest == 77
     np.testing.assert_array_equal(resident.batch(np.array([3]), np.empty(T, np.float32)).inputs[:, 0], tokens[3])
-    tokens[3, 2] = -1
+    tokens[3, 1] = -1
     with pytest.raises(UserError, match="sample 3 has the token -1; expected 0 to"):
         Resident(open_split(save(tmp_path, x=tokens, y=Y, lengths=LENGTHS), None, "all"), np.arange(N), np.float32)
 
@@ -106,6 +108,11 @@ def test_values_and_tokens_of_sequences(tmp_path):
         ({"y": np.full((10, 5), -1)}, ["all labels are -1"]),
         ({"y": np.full((10, 5), -2)}, ["negative label -2"]),
         ({"x_test": X, "y_test": Y}, ["no array 'lengths_test'"]),
+        (
+            {"y": STEPS, "x_test": X[:1], "y_test": np.full((1, 5), -1), "lengths_test": LENGTHS[:1]},
+            ["all labels are -1"],
+        ),
+        ({"y": np.full((10, 5, 1), np.nan)}, ["no step of the 8 training sequences has a target"]),
         ({"x_test": X, "y_test": STEPS, "lengths_test": LENGTHS}, ["y has labels, y_test has labels a step"]),
     ],
 )
@@ -114,6 +121,35 @@ def test_bad_sequences_are_refused(tmp_path, arrays, parts):
         open_dataset(save(tmp_path, **{"x": X, "y": Y, "lengths": LENGTHS, **arrays}), None)
     for part in parts:
         assert part in str(error.value)
+
+
+def test_what_lies_behind_the_ends_is_not_looked_at(tmp_path):
+    """Padding that is no number, or no token, is as good as zeros."""
+    wild, beyond = X.copy(), np.arange(T) >= LENGTHS[:, None]
+    wild[beyond] = np.nan
+    found = [open_split(save(tmp_path, x=x, y=Y, lengths=LENGTHS), None, "all") for x in (wild, X)]
+    rooms = [np.empty((T * F, N), np.float32) for _ in found]
+    Resident(found[1], np.arange(N), np.float32).fetch(np.arange(N), rooms[1])
+    np.savez(tmp_path / "wild.npz", x=wild, y=Y, lengths=LENGTHS)
+    one = open_split(str(tmp_path / "wild.npz"), None, "all")
+    Resident(one, np.arange(N), np.float32).fetch(np.arange(N), rooms[0])
+    np.testing.assert_array_equal(rooms[0], rooms[1])
+    tokens = np.where(beyond, -1, 3)
+    split = open_split(save(tmp_path, x=tokens, y=Y, lengths=LENGTHS), None, "all")
+    assert Resident(split, np.arange(N), np.float32).largest == 3
+
+
+def test_layers_that_would_take_padding_are_found():
+    lstm, dense_, last, flat = recurrent("lstm", 3), dense(3), LAST, {"type": "flatten"}
+    residual_ = {"type": "residual", "layers": [lstm]}
+    for layers, held in (
+        ([lstm, last], True), ([lstm, dense_, flat], True), ([lstm, residual_, last], True),
+        ([dense_, lstm, last], True),
+        ([residual_, last], False), ([dense_, last], False), ([flat], False), ([residual_, lstm, last], True),
+        ([lstm, {"type": "residual", "layers": [dense_]}, last], True),
+    ):  # fmt: skip
+        network = build("net", (3, 5), [*layers, dense(2)], 2)
+        assert (find_padding(network) is None) == held, layers
 
 
 def test_images_are_sequences_of_rows_or_pixels(tmp_path):
@@ -258,6 +294,8 @@ def test_networks_of_sequences_say_what_does_not_fit():
         (lambda: build("custom", (3, 5), [recurrent("gru", 4), LAST, dense(3)], 3, True), "at each step"),
         (lambda: build("custom", (7,), [recurrent("gru", 4), dense(3)], 3), "needs a sequence"),
         (lambda: build("custom", (3, 5), [{"type": "batch_norm"}, LAST, dense(3)], 3), "normalize over the steps"),
+        (lambda: build("custom", (3, 5), [recurrent("rnn", 1), {"type": "embedding", "vocabulary": 3, "units": 2}, LAST,
+                                          dense(3)], 3), "let it be the first layer"),
         (lambda: build("custom", (3, 5), [{"type": "embedding", "vocabulary": 3, "units": 2}, LAST, dense(3)], 3),
          "needs tokens"),
     ]  # fmt: skip

@@ -15,6 +15,7 @@ import numpy as np
 from psmpi.backend.reference import exponent_of
 from psmpi.comm.transfers import Boundary, Message, Step
 from psmpi.data import Batch, Resident
+from psmpi.errors import UserError
 from psmpi.layout import Ownership
 from psmpi.methods.wavefront.lane import Lane
 from psmpi.methods.wavefront.need import wavefront_needed
@@ -52,6 +53,8 @@ class Wavefront(Method):
     def __init__(self, context: Context):
         network, layout, dataset, ops = context.network, context.layout, context.dataset, context.ops
         s, size = context.settings(Settings), context.size
+        if ops.on_device and s.skew > 1:
+            raise UserError(f"--skew {s.skew} is for threads of the host: leave it out, or use --backend compiled")
         dealt = deal(network, size, s.skew, s.chunk_steps)
         super().__init__(context, Ownership(tuple(network.runs(layout, *dealt.layers(k)) for k in range(size))))
         self.world, self.batch = context.group(), context.config.data.batch_size
@@ -80,6 +83,8 @@ class Wavefront(Method):
         self.state.optimizer(self.descent.optimizer)
         self.loss, self.metric = context.loss(), context.metric()
         self.objective = Objective(self.loss, self.head or lanes[-1].model)
+        if self.head is not None:
+            context.numbers.watch(self.objective)
         train = np.arange(dataset.train.n if self.first else 0)
         tests = np.arange(dataset.test.n if self.first else 0)
         self.train = Resident(dataset.train, train, self.dtype, ops)

@@ -51,11 +51,13 @@ def wavefront_needed(size: int, network: Network, dataset: Dataset, config: Conf
             vectors_needed(config, layout, shard, shard, shard),
             samples_needed(dataset, dataset.train.n * first, dataset.test.n * first, config.data.batch_size),
         ]
-        for layers in lanes:
+        for lane, layers in enumerate(lanes):
             # Each chunk has its own arrays, all of them one workspace.
             one = passes_needed(config, cut, batch, layers=layers)
             kept = itemsize * (_kept(network, cut, layers, batch) + (count - 1) * _before(network, layers) * batch)
-            needs += [{"activations": one["activations"] * count, "buffers": one["buffers"] + kept}]
+            # What goes into a lane is there already, where another one has put it out.
+            given = itemsize * batch * prod(cut.layers[layers[0]].in_shape) * (lane > 0)
+            needs += [{"activations": (one["activations"] - given) * count, "buffers": one["buffers"] + kept}]
         # Gradients of chunks under way, between lanes too, and that of a chunk that is added to others'.
         steps, ring = dealt.steps, min(RING, count)
         between = [network.layers[a].in_shape[0] for a, _ in lanes]
