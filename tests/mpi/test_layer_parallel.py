@@ -456,7 +456,7 @@ VARIANTS = {
         "5",
     ),
     "adaptive": ("--adapt-every", "3", "--adapt-bound", "0.05"),
-    "searching": ("--optimizer", "lbfgs", "--lr", "1", "--batch-size", "1438", "--epochs", "30"),
+    "searching": ("--optimizer", "lbfgs", "--lr", "1", "--batch-size", "100", "--depth", "16", "--max-evals", "5"),
 }
 
 
