@@ -329,3 +329,38 @@ def test_limits_are_said(tmp_path):
     (tmp_path / "net.toml").write_text(f'[model]\nmodel = "custom"\n{lstm}[[model.layers]]\ntype = "flatten"\n{dense}')
     options = ("--config", tmp_path / "net.toml", "--epochs", "1", "--lr", "0.1", "--batch-size", "10")
     assert "needs all steps at once" in refused("--dataset", "digits:rows", *options)
+
+
+@pytest.mark.slow
+def test_predictions_bring_gradients_from_beyond_the_window():
+    """On copying, weights at rest: the sum of windows' gradients comes nearer to the gradient of whole sequences."""
+    words = ["--dataset", "copying:1", "--model", "lstm", "--widths", "32", "--loss", "nll", "--clip", "0", "--threads",
+             "1", "--epochs", "6", "--batch-size", "100", "--lr", "1e-12", "--dtype", "float64"]  # fmt: skip
+    dataset, found = open_dataset("copying:1", None), {}
+    for name, options in (
+        ("whole", ("--unroll", "21")),
+        ("none", ("--unroll", "7")),
+        ("synthetic", ("--unroll", "7", "--future", "synthetic", "--future-lr", "0.001")),
+    ):
+        config = usual(parse(["--method", "bptt", *words, *options]))
+        network = make_network("lstm", dataset.shape, 8, **config.model.shape, by_step=True)
+
+        def work(world, network=network, config=config, learns=name == "synthetic"):
+            one = find_method("bptt")(Context(world, network, dataset, config, make_backend("auto", 1)))
+            for k in range(400 if learns else 0):
+                one.step(Batch(np.arange(100) + 100 * (k % 80)), 1e-12)
+            total, step = np.zeros(one.g.size), one.descent.step
+            one.descent.step = lambda w, g, lr: (np.add(total, g, out=total), step(w, g, lr))
+            one.step(Batch(np.arange(8000, 10000)), 1e-12)
+            return named(one.layout, total)
+
+        (found[name],) = run_ranks(1, work, timeout=300)
+
+    def cosine(name, key):
+        a, b = found[name][key].ravel(), found["whole"][key].ravel()
+        return a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+
+    layer = next(key.rpartition(".")[0] for key in found["whole"] if key.endswith(".recurrent"))
+    for key in (f"{layer}.weight", f"{layer}.recurrent"):
+        print(key, cosine("none", key), cosine("synthetic", key))
+        assert cosine("synthetic", key) > cosine("none", key) + 0.1
