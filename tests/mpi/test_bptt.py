@@ -364,3 +364,15 @@ def test_predictions_bring_gradients_from_beyond_the_window():
     for key in (f"{layer}.weight", f"{layer}.recurrent"):
         print(key, cosine("none", key), cosine("synthetic", key))
         assert cosine("synthetic", key) > cosine("none", key) + 0.1
+
+
+@pytest.mark.slow
+def test_synthetic_gradients_learn_where_truncation_does_not(train):
+    """Copying over 11 steps in windows of 7: plain truncation stands still after five epochs."""
+    options = ("--method", "bptt", "--dataset", "copying:1", "--model", "lstm", "--widths", "32", "--loss", "nll",
+               "--batch-size", "100", "--lr", "0.001", "--unroll", "7", "--epochs", "15", "--threads", "1")  # fmt: skip
+    plain = train(1, *options, timeout=400).rows
+    synthetic = train(1, *options, "--future", "synthetic", "--future-lr", "0.005", timeout=400).rows
+    assert plain[-1]["train_loss"] > plain[4]["train_loss"] - 0.05
+    assert synthetic[-1]["train_loss"] < synthetic[4]["train_loss"] - 0.1
+    assert synthetic[-1]["train_loss"] < plain[-1]["train_loss"] - 0.1

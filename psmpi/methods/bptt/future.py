@@ -8,7 +8,7 @@ from math import isfinite, sqrt
 import numpy as np
 
 from psmpi.nn.layers.recurrent import RecurrentPart
-from psmpi.training.auxiliary import GRADIENT_RULES, Auxiliary
+from psmpi.training.auxiliary import Auxiliary
 
 # What is kept of a mean of squares from window to window.
 KEPT = 0.99
@@ -49,16 +49,6 @@ class Future:
     def nbytes(self) -> int:
         """Bytes of all but M's weights, gradient and optimizer's vectors."""
         return self.one.nbytes + int(self.room.nbytes)
-
-    def bearable(self, lr: float) -> float:
-        """The learning rate `lr`, or the largest at which M learns well, where that is smaller.
-
-        Of rules that step as far as the rate says, whatever the gradient, a step changes a prediction by up to the rate
-        times the states; a twentieth of M's unit is borne.
-        """
-        if self.one.config.optimization.optimizer in GRADIENT_RULES:
-            return self.one.bearable(lr)
-        return min(lr, 0.05 / self.one.inputs)
 
     def predict(self, b: int, factor: float, goes_on: np.ndarray | None) -> None:
         """Put `factor` times the prediction for the states at a window's end where backward takes their gradient from.

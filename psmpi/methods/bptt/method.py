@@ -75,8 +75,8 @@ class TruncatedBackPropagation(Replica):
     tiles = False
     advice = "use --allreduce ring"
     usual_options = (
-        "--dataset", "copying:3", "--model", "lstm", "--widths", "64", "--unroll", "5", "--future", "synthetic",
-        "--loss", "nll", "--epochs", "10", "--batch-size", "50", "--lr", "0.003",
+        "--dataset", "repeat_copy:3", "--model", "lstm", "--widths", "64", "--unroll", "3", "--future", "synthetic",
+        "--future-hidden", "128", "--loss", "nll", "--epochs", "5", "--batch-size", "50", "--lr", "0.003",
     )  # fmt: skip
     exactness = Exactness(options=OPTIONS, wide=WIDE)
 
@@ -192,7 +192,7 @@ class TruncatedBackPropagation(Replica):
         """Step the network that predicts gradients along the summed gradient of (1/b) |predicted - returned|^2."""
         if future.square:
             share = lr / self.context.config.optimization.lr
-            rate = self.rate * share if self.rate else future.bearable(lr)
+            rate = self.rate * share if self.rate else future.one.bearable(lr)
             future.one.step(rate, 2 / b, int(self.scalars["fits"]), self.descent.allsum)
             self.scalars["fits"] += 1
         future.note(float(self.ops.host(self.summed[-1:])[0]) / (b * future.one.inputs))

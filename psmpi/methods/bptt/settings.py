@@ -39,7 +39,8 @@ class Settings:
     """Widths of hidden layers of ReLU in that network; none: it is linear."""
     future_lr: float = 0.0
     """Learning rate of that network, changed over the run as --lr is; 0: --lr, but with sgd, momentum and nesterov at
-    most what a linear network of so many states bears."""
+    most what a linear network of so many states bears. It has to follow what the recurrent layers learn: several times
+    --lr is often better."""
 
 
 def windows(network: Network, s: Settings) -> list[tuple[int, int]]:
