@@ -76,7 +76,7 @@ class TruncatedBackPropagation(Replica):
     advice = "use --allreduce ring"
     usual_options = (
         "--dataset", "repeat_copy:3", "--model", "lstm", "--widths", "64", "--unroll", "3", "--future", "synthetic",
-        "--future-hidden", "128", "--loss", "nll", "--epochs", "5", "--batch-size", "50", "--lr", "0.003",
+        "--future-hidden", "128", "--loss", "nll", "--epochs", "3", "--batch-size", "50", "--lr", "0.003",
     )  # fmt: skip
     exactness = Exactness(options=OPTIONS, wide=WIDE)
 

@@ -8,7 +8,7 @@ from math import isfinite
 from typing import Annotated, ClassVar, Literal
 
 from psmpi.backend import CELLS
-from psmpi.config import Config, Least
+from psmpi.config import Config, Least, option
 from psmpi.data import Dataset
 from psmpi.errors import UserError, counted
 from psmpi.nn.layers.chain import leaves
@@ -83,7 +83,9 @@ def check_bptt(network: Network, dataset: Dataset, config: Config) -> None:
             '--method bptt goes over them window by window: end sequences with a layer {type = "last"}'
         )
     if config.objective.psl_weights != "none":
-        raise UserError(f"--psl-weights {config.objective.psl_weights} is not for --method bptt: leave it out")
+        raise UserError(
+            f"{option('psl_weights')} {config.objective.psl_weights} is not for --method bptt: leave it out"
+        )
     check_first_order(config, "takes the loss more than once in a step, and each window has its own")
     if not (isfinite(s.future_lr) and 0 <= s.future_lr <= 1e9):
         raise UserError(f"--future-lr {s.future_lr:g}: expected a number from 0 to 1e9")
