@@ -30,7 +30,7 @@ class Settings:
     results: ClassVar[bool] = True
 
     chunk_steps: Annotated[int, Least(0)] = 0
-    """Steps of a sequence that a rank computes before it hands them on; 0: an eighth of the steps over the ranks and
+    """Steps of a sequence that a rank computes before it hands them on; 0: a quarter of the steps over the ranks and
     threads that go over layers, at least 1, or all steps where there is one. Fewer let ranks begin earlier, and make
     more, smaller messages and products. No result depends on it but through rounding."""
     skew: Annotated[int, Least(1)] = 1
