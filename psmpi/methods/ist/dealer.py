@@ -63,8 +63,8 @@ class Dealer:
         self.layers = dealt_layers(network)
         if not self.layers:
             raise UserError(
-                f"--deal units: --model {network.name} has no layer of which the next one sees all units: use a "
-                "network with dense layers or convolutions"
+                f"--deal units: --model {network.name} has no layer of which the next one sees all units: use "
+                "--model mlp, or another network with dense layers or convolutions"
             )
         narrow = min((self._layer(k) for k in self.layers), key=lambda layer: layer.out_shape[0])
         # With strata every worker is to have units of each.
