@@ -14,6 +14,7 @@ from psmpi.backend.gpu.pointwise import DevicePointwise
 from psmpi.backend.gpu.recurrence import DeviceRecurrence
 from psmpi.backend.gpu.trial import ConvolutionShape
 from psmpi.backend.reference.convolution import Convolution, Stripes
+from psmpi.backend.reference.products import add_columns, whole
 from psmpi.backend.reference.recurrence import Recurrence
 
 
@@ -22,6 +23,15 @@ class DeviceProducts(DevicePointwise):
 
     blas: Blas
     cudnn: Cudnn | None
+
+    def look_up(self, table: Any, tokens: Any, out: Any) -> None:
+        """On the host, where the tokens come from."""
+        out[...] = self.put(np.ascontiguousarray(self.host(table)[:, whole(self.host(tokens))]))
+
+    def add_up(self, tokens: Any, values: Any, out: Any) -> None:
+        made = np.zeros(out.shape, out.dtype)
+        add_columns(whole(self.host(tokens)), self.host(values), made)
+        out[...] = self.put(made)
 
     def matmul(self, a: Any, b: Any, out: Any) -> None:
         if out.size == 0:

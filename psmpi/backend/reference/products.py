@@ -22,21 +22,12 @@ class Products(Pointwise):
 
     def look_up(self, table: np.ndarray, tokens: np.ndarray, out: np.ndarray) -> None:
         """out (units, n) = the columns of table (units, vocabulary) at the tokens (n,), whole numbers of its dtype."""
-        out[...] = table[:, self.whole(tokens)]
+        out[...] = table[:, whole(tokens)]
 
     def add_up(self, tokens: np.ndarray, values: np.ndarray, out: np.ndarray) -> None:
         """The adjoint of `look_up`: out (units, vocabulary) = for each token the sum of its columns of values."""
         out.fill(0)
-        at = self.whole(tokens)
-        order = at.argsort(kind="stable")
-        found, firsts = np.unique(at[order], return_index=True)
-        out[:, found] = np.add.reduceat(values[:, order], firsts, axis=1)
-
-    @staticmethod
-    def whole(tokens: np.ndarray) -> np.ndarray:
-        """Tokens as int64."""
-        found: np.ndarray = np.rint(tokens).astype(np.int64)
-        return found
+        add_columns(whole(tokens), values, out)
 
     def convolution(
         self,
@@ -100,3 +91,16 @@ class Products(Pointwise):
             for j in range(pool):
                 out += dfolded[..., i : i + k, j : j + k]
         out *= 1 / pool**2
+
+
+def whole(tokens: np.ndarray) -> np.ndarray:
+    """Tokens as int64."""
+    found: np.ndarray = np.rint(tokens).astype(np.int64)
+    return found
+
+
+def add_columns(at: np.ndarray, values: np.ndarray, out: np.ndarray) -> None:
+    """out[:, t] = the sum of the columns of values where at (n,) is t, for each t that is there."""
+    order = at.argsort(kind="stable")
+    found, firsts = np.unique(at[order], return_index=True)
+    out[:, found] = np.add.reduceat(values[:, order], firsts, axis=1)

@@ -67,8 +67,6 @@ class EmbeddingPart(Part):
     def __init__(self, stage: Stage, site: Site):
         super().__init__(stage, site)
         assert isinstance(self.layer, Embedding)
-        if self.ops.on_device:
-            raise UserError(f"{self.layer.name}: embedding is computed on the host alone: use --backend compiled")
         (parameter,) = self.layer.parameters()
         self.table, self.place = parameter.shape, place(site, parameter.name)
 
