@@ -462,7 +462,9 @@ VARIANTS = {
 
 @pytest.mark.parametrize("check", [other_ranks_give_the_same, resumed_runs_end_the_same, other_ranks_go_on,
                                    counters_equal_messages], ids=lambda check: check.__name__)  # fmt: skip
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant", [pytest.param(name, marks=() if name in ("rows", "warm") else pytest.mark.slow) for name in VARIANTS]
+)
 def test_variants_conform(tmp_path, variant, check):
     if check is counters_equal_messages and variant in ("adaptive", "searching"):
         pytest.skip("their messages depend on the run")
