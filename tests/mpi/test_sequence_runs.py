@@ -113,7 +113,7 @@ def gradient(folder, *options):
     for k in ids:
         # Sample by sample, step by step.
         length = dataset.shape[1] if train.lengths is None else train.lengths[k]
-        x = train.read([k]).reshape(*dataset.shape, 1)[:, :length].astype(float)
+        x = train.read([k]).reshape(*dataset.shape, 1)[:, :length].astype(float) * train.scale
         tape = model.forward(np.ascontiguousarray(x))
         dy, targets = np.zeros(tape.scores.shape), np.atleast_1d(train.targets[k])
         for t, label in enumerate(targets[:length] if by_step else targets):
