@@ -88,7 +88,7 @@ def open_split(
         raise UserError(f"{name} has the splits train and test; `all` is for files of your own")
     if view and base not in DATASETS:
         _check_view(base, view)
-        return viewed_split(open_split(base, data_dir, split, split_seed, predicted), view, base)
+        return viewed_split(open_split(base, data_dir, split, split_seed, predicted=predicted), view, base)
     if base in DATASETS:
         dataset = open_dataset(name, data_dir, split_seed)
     else:
