@@ -13,7 +13,9 @@ from psmpi.backend import make_backend
 from psmpi.comm.watch.flight import bare
 from psmpi.comm.world import start
 from psmpi.config import Config, from_table
-from psmpi.data import Batch, Dataset
+from psmpi.data import Batch, Dataset, Split
+from psmpi.data.rows import ArrayRows
+from psmpi.data.split import frozen
 from psmpi.methods.psl.plan import Settings
 from psmpi.nn.network import build
 from psmpi.nn.zoo import make_network
@@ -37,18 +39,10 @@ def parse(words):
     return parser.parse_args(words)
 
 
-class Made:
+def made(shape, n=200):
     """A split of made-up samples with every class equally often."""
-
-    def __init__(self, shape, n=200):
-        self.shape, self.n, self.scale, self.dtype = shape, n, 1 / 255, np.dtype(np.uint8)
-        self.labels = self.targets = np.arange(n) % 10
-        self.task = "classes"
-        self.features = int(np.prod(shape))
-
-    def read(self, rows):
-        rng = np.random.default_rng(0)
-        return rng.integers(0, 256, (self.n, int(np.prod(self.shape))), np.uint8)[rows]
+    values = np.random.default_rng(0).integers(0, 256, (n, int(np.prod(shape))), np.uint8)
+    return Split(frozen(np.arange(n) % 10), shape, 1 / 255, ArrayRows(values))
 
 
 def count(world, words):
@@ -70,7 +64,7 @@ def count(world, words):
     )
     config = config.changed(Settings, partition=options.partition, replicas=options.replicas)
     config = config.changed(Masters, placement=options.placement, masters=options.masters)
-    dataset = Dataset(name="made", outputs=10, shape=shape, train=Made(shape), test=Made(shape))
+    dataset = Dataset(name="made", outputs=10, shape=shape, train=made(shape), test=made(shape))
     if options.trace:
         tracemalloc.start()
     method = find_method("psl")(Context(world, network, dataset, config, make_backend("numpy")))
