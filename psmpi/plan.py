@@ -26,10 +26,15 @@ WORTH = 0.9
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status, 0 done, 1 error."""
     from psmpi.command import answer, parsed, with_training_options
-    from psmpi.config import defaults
+    from psmpi.config import defaults, with_usual
 
     words = sys.argv[1:] if argv is None else argv
-    return answer(lambda: int(parsed(with_training_options(plan, defaults(words), words), words, "plan")))
+
+    def go() -> int:
+        start = defaults(words)
+        return int(parsed(with_training_options(plan, start, words), with_usual(words, start), "plan"))
+
+    return answer(go)
 
 
 def plan(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sequence
+    from collections.abc import Callable, Collection
 
     from psmpi.comm.control import Control
     from psmpi.comm.protocol import World
@@ -39,33 +39,27 @@ def parse(argv: list[str]) -> Config:
     return _parse(argv)[0]
 
 
-def without(options: Sequence[str], said: Collection[str]) -> list[str]:
-    """Options with their values, but for those whose names are among `said`."""
-    kept: list[str] = []
-    keeps = True
-    for word in options:
-        if word.startswith("--"):
-            keeps = word[2:].replace("-", "_") not in said
-        kept += [word] * keeps
-    return kept
-
-
 def _parse(argv: list[str]) -> tuple[Config, str]:
     """The configuration, and the path that the settings of a run that goes on are from."""
     from dataclasses import replace
 
     from psmpi.command import parsed
-    from psmpi.config import Config, command_line, defaults, from_command_line, given, given_names, without_unused
+    from psmpi.config import (
+        Config,
+        command_line,
+        defaults,
+        from_command_line,
+        given,
+        given_names,
+        with_usual,
+        without_unused,
+    )
     from psmpi.config.unknown import tables_of, unknown_options
-    from psmpi.registry import find_method, method_names
     from psmpi.training.resume import own_settings
 
     start = defaults(argv)
     said = given_names(argv)
-    words, chosen = argv, given(argv, "--method") or start.parallel.method
-    if chosen in method_names() and not {"model", "layers", "resume"} & said:
-        # What the method trains where nothing is said of the network, but for what is said.
-        words = [*without(find_method(chosen).usual_options, said), *argv]
+    words = with_usual(argv, start)
     base = own_settings(given(argv, "--resume") or start.run.resume, given(argv, "--out") or start.run.out)
     if base is not None:
         method, own = given(argv, "--method"), base.config

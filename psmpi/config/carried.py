@@ -11,7 +11,7 @@ from psmpi.config.sections import DEEP, LossSettings, NetworkSettings, Optimizat
 from psmpi.config.text import given, tables_in
 from psmpi.config.tree import Config
 from psmpi.optim import Hyper, find_optimizer, unused_settings
-from psmpi.registry import all_methods, find_method
+from psmpi.registry import all_methods, find_method, method_names
 
 # Where things are, and what is said anew at each start.
 ANEW = ("data_dir", "max_steps", "new_data", "out", "resume", "stall_abort", "stall_warn")
@@ -26,6 +26,23 @@ def given_names(argv: Sequence[str], file: bool = True) -> set[str]:
     tables = tables_in(given(argv, "--config")) if file else {}
     keys = {key for table in tables.values() if isinstance(table, dict) for key in table}
     return options | {one.removeprefix("no_") for one in options} | keys
+
+
+def with_usual(argv: Sequence[str], start: Config) -> list[str]:
+    """A command line, before it what the method usually trains, where nothing is said of the network; start: of a file.
+
+    What is said, on the command line or in the file, is left out of that.
+    """
+    said, method = given_names(argv), given(argv, "--method") or start.parallel.method
+    if method not in method_names() or {"model", "layers", "resume"} & said:
+        return list(argv)
+    words: list[str] = []
+    keeps = True
+    for word in find_method(method).usual_options:
+        if word.startswith("--"):
+            keeps = word[2:].replace("-", "_") not in said
+        words += [word] * keeps
+    return [*words, *argv]
 
 
 def without_unused(config: Config, base: Config, said: Collection[str]) -> Config:

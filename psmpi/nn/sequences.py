@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from psmpi.backend import CELLS
 from psmpi.nn.layers import Layer
 from psmpi.nn.layers.chain import leaves
+from psmpi.nn.layers.recurrent import Recurrent
 from psmpi.nn.network import Network
 
 
 def is_recurrent(layer: Layer) -> bool:
     """Whether a layer, or one inside it, carries states from step to step."""
     return any(one.recurrent for one in leaves([layer]))
+
+
+def count_states(layers: Sequence[Layer]) -> int:
+    """Numbers a sample that recurrent layers carry from step to step: h, and c of an lstm, of all of them."""
+    found = (layer for layer in leaves(layers) if isinstance(layer, Recurrent))
+    return sum(CELLS[layer.kind][1] * layer.units for layer in found)
 
 
 def find_head(network: Network) -> int:

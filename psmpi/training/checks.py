@@ -10,8 +10,9 @@ import numpy as np
 from psmpi.config import Config
 from psmpi.data import Dataset, Split
 from psmpi.errors import UserError
+from psmpi.nn.layers.last import Last
 from psmpi.nn.network import CUSTOM, Network
-from psmpi.nn.sequences import find_padding
+from psmpi.nn.sequences import count_states, find_head, find_padding
 from psmpi.optim import FIRST_ORDER
 from psmpi.optim.curvature import RULES
 from psmpi.registry import WHOLE, all_methods
@@ -33,6 +34,27 @@ def check_sequences(kind: Any, network: Network, dataset: Dataset) -> None:
             f"{network.named(padded.name)} of --model {network.name} takes the padding of shorter sequences: put a "
             "recurrent layer (rnn, gru, lstm) between it and the samples, past which nothing goes, or use sequences of "
             "one length"
+        )
+
+
+def check_recurrent(network: Network, dataset: Dataset, config: Config) -> None:
+    """UserError where there are no recurrent layers, or what follows them needs all steps of a sequence at once."""
+    method = config.parallel.method
+    if not network.sequences:
+        raise UserError(
+            f"--method {method} is for sequences, and the samples of {dataset.name} have the shape {dataset.shape}: of "
+            "images make sequences (--dataset NAME:rows), or save sequences with their lengths"
+        )
+    if not count_states(network.layers):
+        raise UserError(
+            f"--method {method} is for recurrent layers, and --model {network.name} has none: use --model rnn, gru or "
+            "lstm, or custom"
+        )
+    head = network.layers[find_head(network) :]
+    if head and not isinstance(head[0], Last):
+        raise UserError(
+            f"{network.named(head[0].name)} of --model {network.name} needs all steps at once, and --method {method} "
+            'takes sequences apart: end them with a layer {type = "last"}'
         )
 
 

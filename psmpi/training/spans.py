@@ -42,14 +42,13 @@ def check_tokens(network: Network, samples: Resident, kind: str) -> None:
             f"the {kind} samples are values, and the network takes them for tokens: leave --vocabulary out, or "
             f"{first.name} of [[model.layers]]; tokens are integers (samples, steps) beside lengths"
         )
-    if not isinstance(first, Embedding):
-        if samples.tokens:
-            raise UserError(
-                "the samples are tokens, whole numbers, and the network takes them for values: add --vocabulary "
-                f"{max(1, samples.largest + 1)} to --model rnn, gru or lstm, or begin [[model.layers]] with an "
-                "embedding; of values save x.astype(np.float32)"
-            )
-    elif samples.largest >= first.vocabulary:
+    if samples.tokens and not isinstance(first, Embedding):
+        raise UserError(
+            "the samples are tokens, whole numbers, and the network takes them for values: add --vocabulary "
+            f"{max(1, samples.largest + 1)} to --model rnn, gru or lstm, or begin [[model.layers]] with an embedding; "
+            "of values save x.astype(np.float32)"
+        )
+    if isinstance(first, Embedding) and samples.largest >= first.vocabulary:
         raise UserError(
             f"the {kind} samples have the token {samples.largest}, and the vocabulary has {first.vocabulary}, 0 to "
             f"{first.vocabulary - 1}: use --vocabulary {samples.largest + 1}, or of {first.name} vocabulary = "

@@ -78,5 +78,3 @@ def test_more_ranks_or_threads_than_layers_are_refused():
         deal(network, 3, 1, 0)
     with pytest.raises(UserError, match="--skew 2: rank 0 has 1 recurrent layer: use --skew 1 or less"):
         deal(network, 2, 2, 0)
-    with pytest.raises(UserError, match="--model mlp has none"):
-        deal(make_network("mlp", (8, 20), 10), 1, 1, 0)

@@ -79,6 +79,14 @@ class CompiledOps(CompiledLosses, NumpyOps):
         call = function("project_rows", g.dtype, "iiinpnnpdpnnn", self.instructions)
         call(*g.shape, *_rows(g.dtype, w), *pointers(g.dtype, factors), scale, *_rows(w.dtype, g))
 
+    def look_up(self, table: np.ndarray, tokens: np.ndarray, out: np.ndarray) -> None:
+        call = function("look_up", out.dtype, "nnnppp", self.instructions)
+        call(*out.shape, table.shape[1], *pointers(out.dtype, table, tokens, out))
+
+    def add_up(self, tokens: np.ndarray, values: np.ndarray, out: np.ndarray) -> None:
+        call = function("add_up", out.dtype, "nnnppp", self.instructions)
+        call(*values.shape, out.shape[1], *pointers(out.dtype, tokens, values, out))
+
     def run_copies(self, table: np.ndarray) -> RunCopies:
         return CompiledRunCopies(table, self.instructions)
 

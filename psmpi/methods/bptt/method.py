@@ -26,7 +26,6 @@ from psmpi.methods.bptt.settings import (
     bptt_notes,
     bptt_warnings,
     check_bptt,
-    count_states,
     future_network,
     windows,
 )
@@ -36,6 +35,7 @@ from psmpi.nn.layers.workspace import Span
 from psmpi.nn.metric import sequences_right
 from psmpi.nn.network import Network
 from psmpi.nn.objective import GRADIENT_LIMIT
+from psmpi.nn.sequences import count_states
 from psmpi.training.auxiliary import Auxiliary
 from psmpi.training.context import Context
 from psmpi.training.evaluator import evaluate
@@ -140,7 +140,7 @@ class TruncatedBackPropagation(Replica):
         if beside is not None:
             layout = beside.layout()
             more = added(more, vectors_needed(config, layout, layout.size, layout.size, layout.size))
-            more = added(more, {"buffers": 2 * item * count_states(network) * share})
+            more = added(more, {"buffers": 2 * item * count_states(network.layers) * share})
         return [added(one, more) for one in super().needed(size, network, dataset, config)]
 
     @staticmethod

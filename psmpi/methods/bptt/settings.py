@@ -7,18 +7,14 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Annotated, ClassVar, Literal
 
-from psmpi.backend import CELLS
 from psmpi.config import Config, Least, option
 from psmpi.data import Dataset
 from psmpi.errors import UserError, counted
-from psmpi.nn.layers.chain import leaves
-from psmpi.nn.layers.last import Last
-from psmpi.nn.layers.recurrent import Recurrent
 from psmpi.nn.losses import LOSSES
 from psmpi.nn.network import Network
-from psmpi.nn.sequences import chunks, find_head
+from psmpi.nn.sequences import chunks, count_states
 from psmpi.training.auxiliary import AuxiliaryNetwork, dense, make_auxiliary
-from psmpi.training.checks import check_first_order
+from psmpi.training.checks import check_first_order, check_recurrent
 from psmpi.training.context import check_optimizer
 
 
@@ -48,17 +44,11 @@ def windows(network: Network, s: Settings) -> list[tuple[int, int]]:
     return chunks(network.in_shape[1], s.unroll)
 
 
-def count_states(network: Network) -> int:
-    """Numbers that recurrent layers carry from step to step: h, and c of an lstm, of all of them."""
-    found = (layer for layer in leaves(network.layers) if isinstance(layer, Recurrent))
-    return sum(CELLS[layer.kind][1] * layer.units for layer in found)
-
-
 def future_network(network: Network, s: Settings) -> AuxiliaryNetwork | None:
     """M: from the states at a window's end to the gradient of these; None where nothing is predicted."""
     if s.future == "none" or len(windows(network, s)) == 1:
         return None
-    states = count_states(network)
+    states = count_states(network.layers)
     hidden = [table for width in s.future_hidden for table in (dense(width), {"type": "relu"})]
     return make_auxiliary("network of the future", (states,), [*hidden, dense(states)])
 
@@ -66,22 +56,7 @@ def future_network(network: Network, s: Settings) -> AuxiliaryNetwork | None:
 def check_bptt(network: Network, dataset: Dataset, config: Config) -> None:
     """UserError for what the method cannot train, beyond what replicas cannot."""
     s = config.of(Settings)
-    if not network.sequences:
-        raise UserError(
-            f"--method bptt is for sequences, and the samples of {dataset.name} have the shape {dataset.shape}: of "
-            "images make sequences (--dataset NAME:rows), or save sequences with their lengths"
-        )
-    if not count_states(network):
-        raise UserError(
-            f"--method bptt is for recurrent layers, and --model {network.name} has none: use --model rnn, gru or "
-            "lstm, or custom"
-        )
-    head = find_head(network)
-    if head < len(network.layers) and not isinstance(network.layers[head], Last):
-        raise UserError(
-            f"{network.named(network.layers[head].name)} of --model {network.name} needs all steps at once, and "
-            '--method bptt goes over them window by window: end sequences with a layer {type = "last"}'
-        )
+    check_recurrent(network, dataset, config)
     if config.objective.psl_weights != "none":
         raise UserError(
             f"{option('psl_weights')} {config.objective.psl_weights} is not for --method bptt: leave it out"

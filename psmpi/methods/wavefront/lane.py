@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
+from psmpi.backend import NumpyOps
 from psmpi.layout import Layout
-from psmpi.nn.layers.chain import Room, Tape
+from psmpi.nn.layers.chain import Room, Tape, room_bytes
 from psmpi.nn.layers.workspace import Span
 from psmpi.nn.model import Model
 from psmpi.nn.network import Network
@@ -37,7 +37,7 @@ class Lane:
         w: np.ndarray,
         g: np.ndarray,
         count: int,
-        ops: Any,
+        ops: NumpyOps,
     ):
         self.model, self.layers = Model(network, layout, w, g, ops, layers=layers), layers
         self.chunks = [Chunk() for _ in range(count)]
@@ -65,17 +65,7 @@ class Lane:
         assert tape is not None
         self.model.backward(tape, dy, dx=dx, add=add)
 
-    def arrays(self) -> list[Any]:
-        """Outputs and what else chunks keep."""
-        return [one for chunk in self.chunks for one in _arrays(chunk.room)]
-
-
-def _arrays(room: Room) -> list[np.ndarray]:
-    found: list[np.ndarray] = [one for one in room.buffers if one is not None]
-    for own in room.rooms:
-        for one in own if isinstance(own, tuple) else (own,):
-            if isinstance(one, Room):
-                found += _arrays(one)
-            elif one is not None:
-                found.append(one)
-    return found
+    @property
+    def nbytes(self) -> int:
+        """Bytes of outputs and what else chunks keep."""
+        return sum(sum(room_bytes(chunk.room)) for chunk in self.chunks)

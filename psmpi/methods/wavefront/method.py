@@ -114,9 +114,7 @@ class Wavefront(Method):
         """Put what the rank holds besides weights to the account."""
         self.account.hold("gradients", self.g)
         self.account.hold("samples", self.train, self.tests)
-        for lane in self.pipeline.lanes:
-            self.account.ask("activations", lane.arrays)
-        self.account.ask("activations", lambda: (self.x, *self.pipeline.inputs))
+        self.account.ask("activations", lambda: (self.x, *self.pipeline.inputs, *self.pipeline.lanes))
         self.account.ask("buffers", lambda: (self.pipeline, *self.scores))
         if self.last:
             self.account.hold("buffers", self.objective)

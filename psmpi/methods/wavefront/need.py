@@ -6,15 +6,13 @@ from math import prod
 
 import numpy as np
 
-from psmpi.backend import CELLS
 from psmpi.config import Config
 from psmpi.data import Dataset
 from psmpi.methods.wavefront.schedule import RING
 from psmpi.methods.wavefront.settings import Settings, deal
-from psmpi.nn.layers.chain import leaves, plan_buffers
-from psmpi.nn.layers.recurrent import Recurrent
+from psmpi.nn.layers.chain import plan_buffers
 from psmpi.nn.network import Network
-from psmpi.nn.sequences import chunks
+from psmpi.nn.sequences import chunks, count_states
 from psmpi.training.need import Need, added, derivatives_needed, passes_needed, samples_needed, vectors_needed
 
 
@@ -26,15 +24,6 @@ def _kept(network: Network, cut: Network, layers: tuple[int, int], batch: int) -
         spots = plan_buffers(stages)[0]
         found.append(sum(s.layer.held(s, batch, spot.writable, False) for s, spot in zip(stages, spots, strict=True)))
     return found[0] - found[1]
-
-
-def _before(network: Network, layers: tuple[int, int]) -> int:
-    """Numbers a sample of the states that each chunk begins with."""
-    return sum(
-        CELLS[layer.kind][1] * layer.units
-        for layer in leaves(network.layers[slice(*layers)])
-        if isinstance(layer, Recurrent)
-    )
 
 
 def wavefront_needed(size: int, network: Network, dataset: Dataset, config: Config) -> list[Need]:
@@ -54,7 +43,8 @@ def wavefront_needed(size: int, network: Network, dataset: Dataset, config: Conf
         for lane, layers in enumerate(lanes):
             # Each chunk has its own arrays, all of them one workspace.
             one = passes_needed(config, cut, batch, layers=layers)
-            kept = itemsize * (_kept(network, cut, layers, batch) + (count - 1) * _before(network, layers) * batch)
+            begun = (count - 1) * count_states(network.layers[slice(*layers)]) * batch
+            kept = itemsize * (_kept(network, cut, layers, batch) + begun)
             # What goes into a lane is there already, where another one has put it out.
             given = itemsize * batch * prod(cut.layers[layers[0]].in_shape) * (lane > 0)
             needs += [{"activations": (one["activations"] - given) * count, "buffers": one["buffers"] + kept}]

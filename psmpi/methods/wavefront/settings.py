@@ -12,10 +12,9 @@ from psmpi.data import Dataset
 from psmpi.errors import UserError, counted
 from psmpi.methods.wavefront.schedule import usual_steps
 from psmpi.nn.layers.chain import leaves
-from psmpi.nn.layers.last import Last
 from psmpi.nn.network import Network
 from psmpi.nn.sequences import chunks, find_head, is_recurrent
-from psmpi.training.checks import check_first_order
+from psmpi.training.checks import check_first_order, check_recurrent
 from psmpi.training.context import check_optimizer, configured_loss
 
 # Chunks of a sequence at most: their numbers are tags of messages.
@@ -59,15 +58,10 @@ class Lanes:
 def deal(network: Network, ranks: int, skew: int, chunk_steps: int) -> Lanes:
     """Deal layers so that the rank with the most multiplications has as few as can be; within a rank lanes alike.
 
-    UserError where there are fewer recurrent layers than ranks, or than threads on a rank.
+    There is a recurrent layer. UserError where there are fewer of them than ranks, or than threads on a rank.
     """
     head, layers = find_head(network), network.layers
     recurrent = [k for k in range(head) if is_recurrent(layers[k])]
-    if not recurrent:
-        raise UserError(
-            f"--method wavefront is for recurrent layers, and --model {network.name} has none: use --model rnn, gru or "
-            "lstm with sequences, or custom"
-        )
     if ranks > len(recurrent):
         raise UserError(
             f"--method wavefront gives each rank a recurrent layer at least, and --model {network.name} has "
@@ -112,11 +106,7 @@ def _split(network: Network, starts: list[int], run: tuple[int, int], parts: int
 def check_wavefront(size: int, network: Network, dataset: Dataset, config: Config) -> None:
     """See `Method.check`."""
     s = config.of(Settings)
-    if not network.sequences:
-        raise UserError(
-            f"--method wavefront is for sequences, and the samples of {dataset.name} have the shape {dataset.shape}: "
-            "of images make sequences (--dataset NAME:rows), or save sequences with their lengths"
-        )
+    check_recurrent(network, dataset, config)
     lanes = deal(network, size, s.skew, s.chunk_steps)
     steps = network.in_shape[1]
     if s.chunk_steps > steps:
@@ -126,12 +116,6 @@ def check_wavefront(size: int, network: Network, dataset: Dataset, config: Confi
         raise UserError(
             f"--chunk-steps {lanes.steps} makes {len(chunks(steps, lanes.steps))} chunks of {steps} steps, and there "
             f"can be {MOST_CHUNKS}: use --chunk-steps {least} or more"
-        )
-    if lanes.head is not None and not isinstance(network.layers[lanes.head[0]], Last):
-        layer = network.layers[lanes.head[0]]
-        raise UserError(
-            f"{network.named(layer.name)} of --model {network.name} needs all steps at once, and with --method "
-            'wavefront ranks hand them on chunk by chunk: end sequences with a layer {type = "last"}'
         )
     runs = network.runs(network.layout(), *lanes.layers(size - 1))
     if lanes.head is not None and network.runs(network.layout(), *lanes.head).inside(runs) is None:

@@ -14,6 +14,25 @@ void NAME(transfer)(ptrdiff_t runs, const int64_t *table, const R *restrict valu
     }
 }
 
+/* out (units, n) = the columns of table (units, size) at tokens (n), whole numbers of the type. */
+void NAME(look_up)(ptrdiff_t units, ptrdiff_t n, ptrdiff_t size, const R *restrict table, const R *restrict tokens,
+                   R *restrict out)
+{
+    for (ptrdiff_t u = 0; u < units; u++, table += size, out += n)
+        for (ptrdiff_t k = 0; k < n; k++)
+            out[k] = table[(ptrdiff_t)(tokens[k] + (R)0.5)];
+}
+
+/* out (units, size) = for each token the sum of its columns of values (units, n). */
+void NAME(add_up)(ptrdiff_t units, ptrdiff_t n, ptrdiff_t size, const R *restrict tokens, const R *restrict values,
+                  R *restrict out)
+{
+    memset(out, 0, units * size * sizeof(R));
+    for (ptrdiff_t u = 0; u < units; u++, values += n, out += size)
+        for (ptrdiff_t k = 0; k < n; k++)
+            out[(ptrdiff_t)(tokens[k] + (R)0.5)] += values[k];
+}
+
 /* Adam (Kingma and Ba 2015, algorithm 1) along g + l2 w: rate = lr / (1 - beta1^t), root = 1 / sqrt(1 - beta2^t); w is
  * multiplied by `keep` first (the decoupled decay of AdamW). */
 void NAME(adam)(ptrdiff_t n, R *restrict w, const R *restrict g, R *restrict m, R *restrict v, double rate, double root,
