@@ -285,3 +285,8 @@ def test_runs_of_the_flat_vector_follow_each_other(tmp_path):
 
     whole = Runs.union(pair for runs in run_ranks(2, work) for pair in runs.intervals)
     assert whole == Runs(((0, problem.layout.size),))
+
+
+def test_a_plan_is_of_what_is_usual_too():
+    status, out, err = run(1, "-m", "psmpi.plan", "--method", "wavefront", "--ranks", "2", "--no-others")
+    assert status == 0 and "model lstm" in out, err
