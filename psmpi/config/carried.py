@@ -29,9 +29,9 @@ def given_names(argv: Sequence[str], file: bool = True) -> set[str]:
 
 
 def with_usual(argv: Sequence[str], start: Config) -> list[str]:
-    """A command line, before it what the method usually trains, where nothing is said of the network; start: of a file.
+    """The command line behind the method's usual options, alone where a network is named; start: what a file says.
 
-    What is said, on the command line or in the file, is left out of that.
+    Usual options that the command line or the file gives are left out.
     """
     said, method = given_names(argv), given(argv, "--method") or start.parallel.method
     if method not in method_names() or {"model", "layers", "resume"} & said:

@@ -1,4 +1,4 @@
-"""Generated tasks of sequences, which a network can only learn by remembering."""
+"""Generated tasks of sequences that need memory."""
 
 from __future__ import annotations
 

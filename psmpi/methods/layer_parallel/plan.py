@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from psmpi.errors import UserError
+from psmpi.errors import UserError, counted
 from psmpi.layout import Layout, Runs
 from psmpi.nn.layers.residual import Residual
 from psmpi.nn.network import Network
@@ -110,8 +110,8 @@ def make_plan(size: int, network: Network, serial_ends: int, rows: int) -> Plan:
         fit = [k for k in range(1, depth + 1) if depth % k == 0 and k <= ranks]
         raise UserError(
             f"--method layer_parallel gives each rank as many of {depth} residual layers of --model {network.name} as "
-            f"the others, and {ranks} ranks in a row do not divide them: start {fit[-1] * rows} ranks, or use a depth "
-            f"that is a multiple of {ranks}"
+            f"the others, and {ranks} ranks in a row do not divide them: start "
+            f"{counted(fit[-1] * rows, 'rank')}, or use a depth that is a multiple of {ranks}"
         )
     return Plan(network, first + serial_ends, behind - serial_ends, ranks, rows)
 

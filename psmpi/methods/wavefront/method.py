@@ -1,4 +1,4 @@
-"""Recurrent layers as a wavefront: each rank has some layers, and hands time on chunk by chunk.
+"""Recurrent layers as a wavefront: each rank has some layers, and hands sequences on chunk by chunk.
 
 Sutskever, Vinyals, Le, "Sequence to sequence learning with neural networks" (2014), had a layer of an LSTM on each of
 four GPUs; Appleyard, Kocisky, Blunsom, "Optimizing performance of recurrent neural networks on GPUs" (2016), go over

@@ -27,6 +27,6 @@ def diagonals(lanes: int, count: int) -> Iterator[list[tuple[int, int]]]:
 
 
 def back_diagonals(lanes: int, count: int) -> Iterator[list[tuple[int, int]]]:
-    """Those of the way back, the last lane and chunk first."""
+    """The cells of each diagonal of the way back, the last lane and chunk first."""
     for cells in reversed(list(diagonals(lanes, count))):
         yield cells[::-1]

@@ -15,7 +15,7 @@ from psmpi.nn.layers.table import Table
 class Last(Layer):
     """(features, steps) -> (features,): a sequence's last step, of recurrent layers their last state.
 
-    Beyond the end of a sequence these stay what they are, so that the last column is that of the last step.
+    It is the last column: behind a sequence's end recurrent layers repeat their last state.
     """
 
     keeps_range: ClassVar[bool] = True
