@@ -34,7 +34,7 @@ class Scores:
     """In the place of a model: derivatives of scores are all that is wanted."""
 
     def __init__(self, classes, dtype):
-        self.ops, self.size, self.dtype, self.w, self.g = NumpyOps(), classes, dtype, None, None
+        self.ops, self.size, self.steps, self.dtype, self.w, self.g = NumpyOps(), classes, 0, dtype, None, None
 
 
 def spread(world, classes):

@@ -174,7 +174,7 @@ def test_all_ranks_learn_of_a_score_that_is_no_number(lenient):
     scores[(labels[4] + 1) % 9, 4] = np.nan
 
     class Scores:
-        ops, size, dtype, w, g = NumpyOps(), 3, np.dtype(float), None, None
+        ops, size, steps, dtype, w, g = NumpyOps(), 3, 0, np.dtype(float), None, None
 
     def work(world):
         loss = make_loss("psl", np.dtype(float), weights="current")
