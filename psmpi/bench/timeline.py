@@ -11,13 +11,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from psmpi.comm.watch.flight import BEGINS
+
 # What the time of a step is made of.
 KINDS = ("compute", "optimizer", "wait", "transfer")
 FROM_ROOT = frozenset({"Bcast", "Ibcast", "Scatterv"})
 TO_ROOT = frozenset({"Reduce", "Ireduce", "Gather", "Gatherv"})
 SENDS, RECEIVES = frozenset({"Send", "Isend"}), frozenset({"Recv", "Irecv"})
-# Operations that only begin something, which is waited for later.
-BEGINS = frozenset({"Isend", "Irecv", "Ibcast", "Ireduce", "Iallreduce"})
 
 
 class Operation(NamedTuple):

@@ -166,6 +166,13 @@ class Group:
             self.counter.add(buffer.itemsize * sum(counts) - found.nbytes, found.nbytes * (self.size - 1))
         return found
 
+    def ireduce_scatter(self, buffer: np.ndarray, counts: Sequence[int]) -> Request:
+        """Begin reduce_scatter, on a group of two or more; the buffer then has `arrived`, its front holds the sum."""
+        own = buffer.itemsize * counts[self.rank]
+        request = self.comm.Ireduce_scatter(in_place(), self.bridge.outgoing(buffer), list(counts))
+        self.counter.add(buffer.itemsize * sum(counts) - own, own * (self.size - 1))
+        return request
+
     def allgather(self, buffer: np.ndarray, into: np.ndarray) -> None:
         """All ranks' buffers, of one size and any dtype in host memory, as the rows of `into` (size, ...)."""
         into[self.rank] = buffer
@@ -255,6 +262,13 @@ class Group:
             self.comm.Allgatherv(self.bridge.outgoing(buffer), wire)
             self.bridge.arrived(into)
         self.counter.add(buffer.nbytes * (self.size - 1), into.itemsize * sum(counts) - buffer.nbytes)
+
+    def iallgatherv(self, buffer: np.ndarray, into: np.ndarray, counts: Sequence[int]) -> Request:
+        """Begin allgatherv, on a group of two or more; `into` then has `arrived`."""
+        wire = [self.bridge.incoming(into), counts, _starts(counts), float_type(into)]
+        request = self.comm.Iallgatherv(self.bridge.outgoing(buffer), wire)
+        self.counter.add(buffer.nbytes * (self.size - 1), into.itemsize * sum(counts) - buffer.nbytes)
+        return request
 
 
 def all_done(requests: Sequence[Request]) -> bool:

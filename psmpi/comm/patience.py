@@ -204,13 +204,19 @@ class Patient:
         return self._among(self.comm.Iallreduce(sent, into), into.nbytes)
 
     def Reduce_scatter(self, sent: Sent, into: np.ndarray, counts: Sequence[int], /) -> None:
-        self._among(self.comm.Ireduce_scatter(sent, into, counts), into.nbytes).Wait()
+        self.Ireduce_scatter(sent, into, counts).Wait()
+
+    def Ireduce_scatter(self, sent: Sent, into: np.ndarray, counts: Sequence[int], /) -> Request:
+        return self._among(self.comm.Ireduce_scatter(sent, into, counts), into.nbytes)
 
     def Allgather(self, sent: np.ndarray, into: np.ndarray, /) -> None:
         self._among(self.comm.Iallgather(sent, into), into.nbytes).Wait()
 
     def Allgatherv(self, sent: Sent, into: VectorSpec, /) -> None:
-        self._among(self.comm.Iallgatherv(sent, into), into[0].nbytes).Wait()
+        self.Iallgatherv(sent, into).Wait()
+
+    def Iallgatherv(self, sent: Sent, into: VectorSpec, /) -> Request:
+        return self._among(self.comm.Iallgatherv(sent, into), into[0].nbytes)
 
     def Alltoallv(self, sent: VectorSpec, into: VectorSpec, /) -> None:
         self._among(self.comm.Ialltoallv(sent, into), into[0].nbytes).Wait()

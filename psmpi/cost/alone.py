@@ -205,6 +205,9 @@ class Alone:
     def Reduce_scatter(self, sent: Sent, into: np.ndarray, counts: Sequence[int], /) -> None:
         self._collective("Reduce_scatter", -1, [into.itemsize * count for count in counts])
 
+    def Ireduce_scatter(self, sent: Sent, into: np.ndarray, counts: Sequence[int], /) -> Request:
+        return Done(self, self._collective("Ireduce_scatter", -1, [into.itemsize * count for count in counts]))
+
     def Allgather(self, sent: np.ndarray, into: np.ndarray, /) -> None:
         self._collective("Allgather", -1, [sent.nbytes] * self.size)
         into[...] = sent
@@ -213,6 +216,12 @@ class Alone:
         sizes = run_bytes(into)
         self._collective("Allgatherv", -1, sizes)
         self._share(sent, into, sizes)
+
+    def Iallgatherv(self, sent: Sent, into: VectorSpec, /) -> Request:
+        sizes = run_bytes(into)
+        place = self._collective("Iallgatherv", -1, sizes)
+        self._share(sent, into, sizes)
+        return Done(self, place)
 
     def Alltoallv(self, sent: VectorSpec, into: VectorSpec, /) -> None:
         self._collective("Alltoallv", -1, run_bytes(sent), into[0])

@@ -116,7 +116,7 @@ def _add(builder: _Builder, rank: int, place: int, call: Call, spread: dict[tupl
     elif call.name == "Alltoallv":
         ends = builder.collective(call, _alltoall(call, rank, spread))
     else:
-        name = call.name[1:].capitalize() if call.name in ("Ibcast", "Ireduce", "Iallreduce") else call.name
+        name = call.name[1:].capitalize() if call.name.startswith("I") else call.name
         me = call.ranks.index(rank)
         ends = builder.collective(call, rounds(name, len(call.ranks), me, call.peer, call.sizes))
     if call.name.startswith("I"):

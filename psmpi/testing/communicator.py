@@ -161,7 +161,7 @@ class Comm:
         own: NDArray[Any] = flat(into if sent is MPI.IN_PLACE else sent).copy()
         return own
 
-    def Reduce_scatter(self, sent: Any, into: NDArray[Any], counts: Sequence[int]) -> None:
+    def Ireduce_scatter(self, sent: Any, into: NDArray[Any], counts: Sequence[int]) -> Request:
         """In place: what is behind the sum is anything then, here NaN."""
         start, own = sum(counts[: self.rank]), counts[self.rank]
 
@@ -170,7 +170,10 @@ class Comm:
             flat(into)[:] = np.nan
             flat(into)[:own] = found
 
-        self._meet("Reduce_scatter", self._own(sent, into), complete).Wait()
+        return self._meet("Reduce_scatter", self._own(sent, into), complete)
+
+    def Reduce_scatter(self, sent: Any, into: NDArray[Any], counts: Sequence[int]) -> None:
+        self.Ireduce_scatter(sent, into, counts).Wait()
 
     def Scatterv(self, sent: Sequence[Any] | None, into: Any, root: int = 0) -> None:
         kind = f"Scatterv from {root}"
@@ -207,7 +210,7 @@ class Comm:
     def Allgather(self, sent: NDArray[Any], into: NDArray[Any]) -> None:
         self._meet("Allgather", flat(sent).copy(), lambda values: put(into, np.concatenate(values), "Allgather")).Wait()
 
-    def Allgatherv(self, sent: Any, into: Sequence[Any]) -> None:
+    def Iallgatherv(self, sent: Any, into: Sequence[Any]) -> Request:
         from mpi4py import MPI
 
         places = runs_of(into)
@@ -217,7 +220,10 @@ class Comm:
             for place, value in zip(places, values, strict=True):
                 put(place, value, "Allgatherv")
 
-        self._meet("Allgatherv", own.copy(), complete).Wait()
+        return self._meet("Allgatherv", own.copy(), complete)
+
+    def Allgatherv(self, sent: Any, into: Sequence[Any]) -> None:
+        self.Iallgatherv(sent, into).Wait()
 
     def Alltoallv(self, sent: Sequence[Any], into: Sequence[Any]) -> None:
         places = runs_of(into)

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from psmpi.comm.group import Group
-from psmpi.comm.transfers.base import Message, Step, Transfer, to_others, turned
+from psmpi.comm.transfers.base import Handle, Message, Overlapping, Step, keep, to_others, turned
 
 
-class RowExchange(Transfer):
+class RowExchange(Overlapping):
     """src (counts[k], b) of rank k to all ranks of a group: dst (sum of counts, b), in the order of the ranks.
 
     Forward is an all-gather, backward a reduce-scatter.
@@ -27,6 +27,27 @@ class RowExchange(Transfer):
     def backward(self, dst: Any, src: Any) -> None:
         b = dst.shape[-1]
         src[...] = self.group.reduce_scatter(dst, [n * b for n in self.counts]).reshape(src.shape)
+
+    def begin(self, src: Any, dst: Any, number: int = 0) -> Handle:
+        if self.group.size == 1:
+            keep(src, dst.reshape(src.shape))
+            return Handle([])
+        b = dst.shape[-1]
+        request = self.group.iallgatherv(src, dst, [n * b for n in self.counts])
+        return Handle([request], lambda: self.group.bridge.arrived(dst))
+
+    def begin_back(self, dst: Any, src: Any, number: int = 0) -> Handle:
+        if self.group.size == 1:
+            keep(dst.reshape(src.shape), src)
+            return Handle([])
+        b = dst.shape[-1]
+        request = self.group.ireduce_scatter(dst, [n * b for n in self.counts])
+
+        def arrive() -> None:
+            self.group.bridge.arrived(dst)
+            src[...] = dst.reshape(-1)[: src.size].reshape(src.shape)
+
+        return Handle([request], arrive)
 
     def messages(self, step: Step, back: bool = False) -> list[Message]:
         own = [n * step.batch * self.itemsize for n in self.counts]

@@ -24,8 +24,9 @@ NAME, GROUP, NUMBER, PEER, BYTES, STEP, BEGUN, ENDED = range(8)
 # Operations on files and the like: not between ranks.
 NO_GROUP = -1
 Record = list[Any]
-# What is called when what was begun is waited for.
-WAITS = {name: f"Wait({name})" for name in ("Isend", "Irecv", "Ibcast", "Ireduce", "Iallreduce")}
+# Operations that only begin something, and what is called when that is waited for.
+BEGINS = ("Isend", "Irecv", "Ibcast", "Ireduce", "Iallreduce", "Ireduce_scatter", "Iallgatherv")
+WAITS = {name: f"Wait({name})" for name in BEGINS}
 
 now = time.monotonic
 
@@ -266,6 +267,10 @@ class Recorded:
         self.comm.Reduce_scatter(sent, into, counts)
         record[ENDED] = now()
 
+    def Ireduce_scatter(self, sent: Sent, into: np.ndarray, counts: Sequence[int], /) -> Request:
+        record = self._collective("Ireduce_scatter", into.nbytes)
+        return self._begun(self.comm.Ireduce_scatter(sent, into, counts), record)
+
     def Allgather(self, sent: np.ndarray, into: np.ndarray, /) -> None:
         record = self._collective("Allgather", into.nbytes)
         self.comm.Allgather(sent, into)
@@ -275,6 +280,10 @@ class Recorded:
         record = self._collective("Allgatherv", into[0].nbytes)
         self.comm.Allgatherv(sent, into)
         record[ENDED] = now()
+
+    def Iallgatherv(self, sent: Sent, into: VectorSpec, /) -> Request:
+        record = self._collective("Iallgatherv", into[0].nbytes)
+        return self._begun(self.comm.Iallgatherv(sent, into), record)
 
     def Alltoallv(self, sent: VectorSpec, into: VectorSpec, /) -> None:
         record = self._collective("Alltoallv", sent[0].nbytes + into[0].nbytes)
