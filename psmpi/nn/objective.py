@@ -31,6 +31,9 @@ class Objective:
     (classes, steps b), targets (steps b,) or (outputs, steps b). Of those whose target does not count, labels below 0
     or values that are NaN, there are no losses and no derivatives.
 
+    first: the class that the model's scores begin with, from which labels of steps are to count; `bring` takes those of
+    all classes, and which of them count.
+
     finite: whether the last loss and its scores were. Where they were not, a `lenient` loss is NaN or infinity, and any
     other an error. ids: of the samples of the minibatch, where whoever brings their targets says so.
 
@@ -48,6 +51,7 @@ class Objective:
         # What computes the last layers, where these go by tiles of classes.
         self.tail: Tail | None = None
         self.ids: np.ndarray | None = None
+        self.first = 0
         # Where passes begin with what other layers put out: these, and the samples of the minibatch that they are of.
         self.trunk: tuple[Model, slice] | None = None
         # Loss, largest exponent, terms beyond the limit, largest derivative of the last minibatch.
@@ -110,6 +114,8 @@ class Objective:
             if not counts.all():
                 at = np.flatnonzero(counts)
                 self.counted, targets = self.ops.put(at), targets[..., at]
+            if self.first:
+                targets = targets - self.first
             self.columns = targets.shape[-1]
         self.given.settle()
         self.given.host[: targets.size].reshape(targets.shape)[...] = targets

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from psmpi.comm.group import Group
-from psmpi.layout import Runs
+from psmpi.layout import Layout, Runs
 from psmpi.optim import AllSum
 from psmpi.training.context import Context
 
@@ -28,10 +28,14 @@ class Descent:
         allsum: AllSum = no_sum,
         world: Group | None = None,
         counted: bool = False,
+        layout: Layout | None = None,
     ):
+        """layout: of w and g themselves, to name parameters, where they do not lie as `runs` say."""
         self.ops, self.clip, self.allsum, self.world = context.ops, context.config.optimization.clip, allsum, world
         self.optimizer = context.optimizer(runs, counted)
         self.numbers, self.layout, self.runs = context.numbers, context.layout, runs
+        if layout is not None:
+            self.layout, self.runs = layout, Runs(((0, layout.size),))
 
     def step(self, w: np.ndarray, g: np.ndarray, lr: float) -> None:
         """Step along g (n,), the gradient of w (n,), which is used up."""

@@ -117,8 +117,7 @@ class State:
     def pieces(self, name: str, arrays: list[tuple[np.ndarray, Places]], *, own: bool = False) -> None:
         """Declare arrays of the backend whose values lie at some places of this rank's shard."""
         mirrors = [self.ops.mirror(array) for array, _ in arrays]
-        if len(arrays) == 1:
-            # It lies as in the shard.
+        if len(arrays) == 1 and all(there == here for there, here in arrays[0][1]):
             self._add(name, Entry(mirrors[0].host, mirrors, [None]), own)
             return
         saved = np.empty(self.shards[self.rank].size, mirrors[0].host.dtype)

@@ -1,0 +1,181 @@
+"""Grids of ranks, and how units are dealt over their axes: pure index arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise, product
+from math import isqrt, prod
+
+from psmpi.errors import UserError, counted
+from psmpi.layout import even_edges
+
+AXES = ("i", "j", "l")
+# Sizes of the three axes that a name stands for, of so many ranks, and what these have to be.
+NAMES = ("1d", "1d-sharded", "2d", "3d")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Ranks on the axes i, j, l, of `sizes`; l counts fastest. Samples are dealt over i, units over j and l.
+
+    products: how a layer's product is made: "gathered" from what the axes gather; "panels", SUMMA's, of a square grid;
+    "whole", where every other activation is whole on all ranks.
+    """
+
+    sizes: tuple[int, int, int]
+    products: str = "gathered"
+
+    @property
+    def ranks(self) -> int:
+        return prod(self.sizes)
+
+    @property
+    def text(self) -> str:
+        """The grid for people: 2 x 2 x 1."""
+        return " x ".join(map(str, self.sizes))
+
+    def size(self, axis: str) -> int:
+        return self.sizes[AXES.index(axis)]
+
+    def place(self, rank: int) -> dict[str, int]:
+        """The rank's place on each axis."""
+        _, j, l = self.sizes  # noqa: E741
+        return {"i": rank // (j * l), "j": rank // l % j, "l": rank % l}
+
+    def members(self, rank: int, *axes: str) -> list[int]:
+        """The ranks that differ from this one on these axes alone, in their order on them, the first axis slowest."""
+        here, (_, j, l) = self.place(rank), self.sizes  # noqa: E741
+        found = []
+        for places in product(*(range(self.size(axis)) for axis in axes)):
+            at = {**here, **dict(zip(axes, places, strict=True))}
+            found.append((at["i"] * j + at["j"]) * l + at["l"])
+        return found
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Units that are dealt over axes of a grid: `edges` of consecutive pieces, in the order of the places on `axes`.
+
+    The first axis is the coarser one: the pieces along the second are side by side, and together are a block. Without
+    axes each rank has all.
+    """
+
+    grid: Grid
+    axes: tuple[str, ...]
+    edges: tuple[int, ...]
+
+    @property
+    def units(self) -> int:
+        return self.edges[-1]
+
+    @property
+    def counts(self) -> list[int]:
+        """The units of each piece."""
+        return [b - a for a, b in pairwise(self.edges)]
+
+    def piece(self, place: dict[str, int]) -> tuple[int, int]:
+        """The units (first, behind the last) of a place."""
+        at = 0
+        for axis in self.axes:
+            at = at * self.grid.size(axis) + place[axis]
+        return self.edges[at], self.edges[at + 1]
+
+    def block(self, place: dict[str, int]) -> tuple[int, int]:
+        """The units that the places along the finer axis have together; where there is one axis, the place's own."""
+        if len(self.axes) < 2:
+            return self.piece(place)
+        fine = self.grid.size(self.axes[1])
+        at = place[self.axes[0]] * fine
+        return self.edges[at], self.edges[at + fine]
+
+    def fine(self, place: dict[str, int]) -> list[int]:
+        """The counts of the pieces of a place's block; where there is one axis, its own alone."""
+        if len(self.axes) < 2:
+            first, behind = self.piece(place)
+            return [behind - first]
+        fine = self.grid.size(self.axes[1])
+        at = place[self.axes[0]] * fine
+        return self.counts[at : at + fine]
+
+    def is_as(self, other: Cut) -> bool:
+        """Whether every rank has the same units of both."""
+        mine, theirs = ([axis for axis in one.axes if self.grid.size(axis) > 1] for one in (self, other))
+        return self.edges == other.edges and mine == theirs
+
+    def scaled(self, factor: int, divisor: int) -> Cut:
+        """The same cut of `factor / divisor` times the units."""
+        return Cut(self.grid, self.axes, tuple(edge * factor // divisor for edge in self.edges))
+
+
+def cut(grid: Grid, axes: tuple[str, ...], units: int, grain: int, what: str, fix: str) -> Cut:
+    """Units in multiples of `grain`, dealt evenly over axes, larger pieces first.
+
+    UserError where there are too few; what: "dense2 has 10 units"; fix: what to do then.
+    """
+    grains, pieces = units // grain, prod(grid.size(axis) for axis in axes)
+    if grains < pieces:
+        raise UserError(
+            f"{what}, and a grid of {grid.text} ranks deals them to {pieces}: use {pieces} or more, or {fix}"
+        )
+    edges = [0]
+    if len(axes) == 2:
+        for a, b in pairwise(even_edges(grains, grid.size(axes[0]))):
+            edges += [a + edge for edge in even_edges(b - a, grid.size(axes[1]))[1:]]
+    else:
+        edges = even_edges(grains, pieces)
+    return Cut(grid, axes, tuple(edge * grain for edge in edges))
+
+
+def named_grid(name: str, ranks: int) -> Grid:
+    """The grid that a name stands for; UserError for a number of ranks that it is not for."""
+    if name == "2d":
+        root = isqrt(ranks)
+        if root * root != ranks:
+            raise UserError(
+                f"--grid 2d needs a square number of ranks, and there are {ranks}: start {root * root} or "
+                f"{(root + 1) ** 2}, or use --grid auto"
+            )
+        return Grid((root, root, 1), "panels")
+    if name == "3d":
+        root = round(ranks ** (1 / 3))
+        if root**3 != ranks:
+            below = root if root**3 < ranks else root - 1
+            raise UserError(
+                f"--grid 3d needs the cube of a number of ranks, and there are {ranks}: start {below**3} or "
+                f"{(below + 1) ** 3}, or use --grid auto"
+            )
+        return Grid((root, root, root))
+    return Grid((1, ranks, 1), "whole" if name == "1d" else "gathered")
+
+
+def read_grid(text: str, ranks: int) -> Grid | None:
+    """The grid that --grid says: a name, or the sizes of three axes; None: auto. UserError for what is no grid."""
+    if text == "auto":
+        return None
+    if text in NAMES:
+        return named_grid(text, ranks)
+    parts = text.split(",")
+    if len(parts) != 3 or not all(part.strip().isdecimal() and 0 < int(part) <= 1 << 20 for part in parts):
+        raise UserError(
+            f"--grid {text}: expected auto, {', '.join(NAMES)}, or the ranks along three axes, for instance 2,2,1"
+        )
+    sizes = int(parts[0]), int(parts[1]), int(parts[2])
+    if prod(sizes) != ranks:
+        raise UserError(
+            f"--grid {text} is of {counted(prod(sizes), 'rank')}, and there are {ranks}: start {prod(sizes)}, or use "
+            "--grid auto"
+        )
+    return Grid(sizes)
+
+
+def all_grids(ranks: int) -> Iterator[Grid]:
+    """The grids of so many ranks, those of the fewest axes first."""
+    found = [
+        Grid((i, j, ranks // (i * j)))
+        for i in range(1, ranks + 1)
+        if ranks % i == 0
+        for j in range(1, ranks // i + 1)
+        if ranks // i % j == 0
+    ]
+    yield from sorted(found, key=lambda grid: (sum(size > 1 for size in grid.sizes), grid.sizes))

@@ -1,0 +1,117 @@
+"""What one rank of a grid computes: the network of its units, and the products that it makes with others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+
+import numpy as np
+
+from psmpi.backend import NumpyOps
+from psmpi.comm.group import Group
+from psmpi.comm.transfers import RowExchange, Spread
+from psmpi.layout import Layout, plain_layout
+from psmpi.methods.tensor.plan import Plan, Tile
+from psmpi.methods.tensor.products import Gathered, Panels, Products
+from psmpi.methods.tensor.tile import TileLayer
+from psmpi.methods.tensor.weights import Weights
+from psmpi.nn.layers import Layer
+from psmpi.nn.layers.embedding import Embedding
+from psmpi.nn.layers.residual import Residual
+from psmpi.nn.layers.workspace import Workspace
+from psmpi.nn.network import Network
+
+
+def local_network(plan: Plan, rank: int, keeps: bool, products: Mapping[str, Products] | None = None) -> Network:
+    """The network with the units of a rank; its classes are those that the rank has of the scores."""
+    place, network = plan.grid.place(rank), plan.network
+    shape: tuple[int, ...] = (prod(network.in_shape),) if len(network.in_shape) == 3 else network.in_shape
+    first = next(iter(plan.tiles.values()))
+    if first.given:
+        a, b = first.taken(place)
+        shape = (b - a, *shape[1:])
+
+    def cut(layers: Sequence[Layer], shape: tuple[int, ...]) -> tuple[Layer, ...]:
+        made: list[Layer] = []
+        for layer in layers:
+            a, b = plan.cuts[layer.name][1].piece(place)
+            out = (b - a, *layer.out_shape[1:])
+            if isinstance(layer, Residual):
+                made.append(layer.with_inner(cut(layer.layers, shape), shape))
+            elif layer.name in plan.tiles:
+                tile = plan.tiles[layer.name]
+                rows, columns = (d - c for c, d in tile.box(place).ranges)
+                own = None if products is None else products[layer.name]
+                made.append(TileLayer(layer.name, shape, out, (rows, columns), tile, rank, keeps, own))
+            elif isinstance(layer, Embedding):
+                made.append(replace(layer, out_shape=out))
+            else:
+                made.append(layer.restrict(b - a, shape))
+            shape = made[-1].out_shape
+        return tuple(made)
+
+    return Network(network.name, shape, cut(plan.local_layers, shape))
+
+
+def local_layout(plan: Plan, rank: int) -> Layout:
+    """The layout of a rank's vectors: tiles of weights, then its units of the other parameters."""
+    return plain_layout(plan.shapes(rank))
+
+
+@dataclass
+class Made:
+    """The products of a rank by layer; weights: what gathers their weights, None where panels are broadcast."""
+
+    by_layer: dict[str, Products]
+    weights: Weights | None
+
+
+def make_products(
+    plan: Plan,
+    rank: int,
+    group: Callable[[Sequence[int]], Group],
+    ops: NumpyOps,
+    space: Workspace,
+    *,
+    keeps: bool,
+    ahead: bool,
+) -> Made:
+    """group: makes one of some ranks; all ranks make theirs in the same order."""
+    grid, place, dtype = plan.grid, plan.grid.place(rank), space.dtype
+    groups = {axis: group(grid.members(rank, axis)) for axis in ("i", "j", "l")}
+    tiles = list(plan.tiles.values())
+    if grid.products == "panels":
+        return Made({tile.layer.name: _panels(tile, place, groups, ops, space, ahead) for tile in tiles}, None)
+    exchanges, shapes = [], []
+    for tile in tiles:
+        edges, (rows, columns) = tile.rows(place), tile.product(place)
+        exchanges.append(RowExchange(groups["i"], np.diff(edges).tolist(), dtype))
+        shapes.append((rows, columns))
+    weights = Weights(exchanges, shapes, ops, dtype, keeps, ahead)
+    # Of the first layer's inputs no gradient is made, unless layers with weights are before it.
+    ends = len(tiles) - 1, int(tiles[0].given)
+    made: dict[str, Products] = {}
+    for number, tile in enumerate(tiles):
+        before = RowExchange(groups[tile.before], tile.shares(tile.inputs, place), dtype) if tile.before else None
+        behind = RowExchange(groups[tile.behind], tile.shares(tile.outputs, place), dtype) if tile.behind else None
+        whole = grid.products == "whole"
+        made[tile.layer.name] = Gathered(before, behind, weights, number, ends, ops, space, whole=whole, keeps=keeps)
+    return Made(made, weights)
+
+
+def _panels(
+    tile: Tile, place: dict[str, int], groups: Mapping[str, Group], ops: NumpyOps, space: Workspace, ahead: bool
+) -> Panels:
+    counts, (rows, _) = tile.inputs.counts, tile.product(place)
+    inputs = [Spread(groups["j"], n, space.dtype, k, per_sample=True) for k, n in enumerate(counts)]
+    weights = [Spread(groups["i"], rows * n, space.dtype, k) for k, n in enumerate(counts)]
+    return Panels(inputs, weights, counts, rows, ops, space, given=tile.given, ahead=ahead)
+
+
+def starts_of_vectors(plan: Plan, own: Layout) -> tuple[int, int]:
+    """Where in a rank's vectors the parameters begin that are no tiles, and those of them that each rank has whole."""
+    sizes = {p.name: prod(p.shape) for p in own.parameters}
+    vectors = [(sizes[name], plan.whole(layer)) for layer, name, _ in plan.vectors()]
+    tiles = own.size - sum(size for size, _ in vectors)
+    return tiles, tiles + sum(size for size, whole in vectors if not whole)

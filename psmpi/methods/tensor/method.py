@@ -1,0 +1,269 @@
+"""Tensor parallelism: every weight matrix, and what goes through it, cut into tiles on a grid of ranks.
+
+Bian, Xu, Wang and You, "Maximizing parallelism in distributed training for huge neural networks", arXiv 2105.14450
+(3-D), on grids of any shape; Shoeybi et al., "Megatron-LM", arXiv 1909.08053 (1-D); van de Geijn and Watts, "SUMMA"
+(1997), and Xu et al., arXiv 2104.05343 (2-D).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import numpy as np
+
+from psmpi.backend import NumpyOps
+from psmpi.comm.bridge import Bridge
+from psmpi.comm.group import Group
+from psmpi.comm.transfers import Message, Spread, Step
+from psmpi.data import Batch, Resident
+from psmpi.layout import Box, Layout, Ownership, Runs
+from psmpi.methods.tensor.local import local_layout, local_network, make_products, starts_of_vectors
+from psmpi.methods.tensor.need import tensor_needed
+from psmpi.methods.tensor.settings import Settings, check_tensor, plan_of, tensor_notes
+from psmpi.nn.layers.base import Total
+from psmpi.nn.layers.chain import Tape
+from psmpi.nn.layers.workspace import WHOLE, Workspace
+from psmpi.nn.metric import ScorePart
+from psmpi.nn.model import Model
+from psmpi.nn.objective import GRADIENT_LIMIT, Objective
+from psmpi.training.class_sums import ClassSums
+from psmpi.training.context import Context
+from psmpi.training.descent import Descent
+from psmpi.training.method import Exactness, Method
+from psmpi.training.spans import check_tokens, make_span
+from psmpi.training.state import Places
+
+
+class TensorParallel(Method):
+    """The method on one rank: its units of each layer, its samples of each minibatch, its tile of each weight.
+
+    w, g: the rank's tiles of weights, then its units of the other parameters, which ranks with other samples have too.
+    """
+
+    name = "tensor"
+    summary = "weight matrices, and what goes through them, cut into tiles on a grid of ranks"
+    settings = (Settings,)
+    skips = True
+    sequences = "steps"
+    exactness = Exactness()
+
+    def __init__(self, context: Context):
+        network, ops, s = context.network, context.ops, context.settings(Settings)
+        self.plan = plan = plan_of(context.size, network, context.config)
+        grid = plan.grid
+        super().__init__(context, Ownership.of_boxes(context.layout, map(plan.boxes, range(context.size))))
+        self.at, self.rows = grid.place(self.rank), grid.size("i")
+        shard, own = self.shards[self.rank], local_layout(plan, self.rank)
+        self.w, self.g = (ops.zeros(shard.size, self.dtype) for _ in range(2))
+        self.places = find_places(plan.boxes(self.rank), context.layout, shard)
+        self._draw(shard)
+        self.world = context.group()
+        # Ranks with the same samples and other units, in the order of scores; with the same units and other samples.
+        units = grid.members(self.rank, *(plan.scores.axes or ("j", "l")))
+        self.units, self.samples = context.group(units), context.group(grid.members(self.rank, "i"))
+        keeps, self.space = s.saved == "gathered", Workspace(ops, self.dtype)
+        made = make_products(plan, self.rank, context.group, ops, self.space, keeps=keeps, ahead=s.prefetch)
+        self.products, self.weights = made.by_layer, made.weights
+        self.local = local_network(plan, self.rank, keeps, self.products)
+        over_samples, over_units = total(context, self.samples), total(context, self.units)
+        self.model = Model(
+            self.local, own, self.w, self.g, ops, space=self.space, total=over_samples, across=over_units
+        )
+        self.descent = Descent(context, shard, allsum=self._over_tiles, world=self.world, layout=own)
+        # Behind tiles of weights, what ranks with other samples have too; from `whole` on, what all ranks have.
+        tiles, whole = starts_of_vectors(plan, own)
+        self.vectors, first = slice(tiles, own.size), self.at["i"] == 0
+        several = self.samples.size > 1 and tiles < own.size
+        self.shared = Spread(self.samples, own.size - tiles, self.dtype) if several else None
+        # What counts as another rank's.
+        self.copies = slice(whole if first else tiles, whole if first and self.units.rank == 0 else own.size)
+        self._declare()
+        dataset = context.dataset
+        self.train = Resident(dataset.train, np.arange(dataset.train.n), self.dtype, ops)
+        self.tests = Resident(dataset.test, np.arange(dataset.test.n), self.dtype, ops)
+        check_tokens(network, self.train, "training")
+        check_tokens(network, self.tests, "test")
+        self._prepare_losses()
+        self.capacity, self.span = 0, WHOLE
+        self.batches = network.evaluation_batches(dataset.test.n)
+        most = max(context.config.data.batch_size, *(at.stop - at.start for at in self.batches))
+        self._reserve(-(-most // self.rows))
+
+    check, needed, notes = staticmethod(check_tensor), staticmethod(tensor_needed), staticmethod(tensor_notes)
+
+    def _draw(self, shard: Runs) -> None:
+        """Initial weights, drawn in the order of the shard."""
+        drawn, mirror = np.empty(shard.size, self.dtype), self.ops.mirror(self.w)
+        self.context.draw_weights(shard, drawn)
+        for there, here in self.places:
+            mirror.host[here] = drawn[there]
+        mirror.push()
+        mirror.settle()
+
+    def _declare(self) -> None:
+        """Tell the state, and the account, what there is."""
+        state, model = self.state, self.model
+        state.pieces("weights", [(self.w, self.places)])
+        optimizer = self.descent.optimizer
+        for name, vector in optimizer.vectors.items():
+            state.pieces(name, [(vector, self.places)])
+        state.scalars = optimizer.scalars
+        self.account.ask("optimizer", lambda: optimizer.arrays)
+        self.account.hold("gradients", self.g)
+        self.account.ask("activations", lambda: (self.x, model.activation_bytes))
+        self.account.ask("buffers", lambda: (model.buffer_bytes, self.space))
+        if self.weights is not None:
+            self.account.hold("buffers", self.weights)
+
+    def _prepare_losses(self) -> None:
+        """The objective and the metric, of the scores that this rank has."""
+        context, cut, place = self.context, self.plan.scores, self.at
+        first, behind = cut.piece(place)
+        self.loss, self.metric = context.loss(), context.metric()
+        # Of scores that all ranks have, one counts.
+        self.counts = bool(cut.axes) or self.units.rank == 0
+        self.outputs, several = slice(first, behind), bool(cut.axes) and self.units.size > 1
+        self.others = ClassSums(self.units, self.loss, cut.counts, self.dtype, self.ops) if several else None
+        self.objective = Objective(self.loss, self.model, self.others)
+        self.objective.first = first
+        context.numbers.watch(self.objective, self.units)
+        self.part = None
+        if several:
+            by_host = context.group(self.units.ranks, bridge=Bridge())
+            sums = ClassSums(by_host, self.metric.loss, cut.counts, self.dtype, NumpyOps())
+            numbers = np.arange(self.dataset.outputs) - first
+            self.part = ScorePart(np.arange(first, behind), numbers, sums, self.units.rank == 0)
+        self.account.hold("samples", self.train, self.tests)
+        self.account.hold("buffers", self.objective, *([self.others] if self.others is not None else []))
+
+    def _most(self, batch: int) -> int:
+        """The largest share of a minibatch."""
+        return -(-batch // self.rows)
+
+    def _reserve(self, batch: int) -> None:
+        """Make room for shares of minibatches of up to `batch` samples."""
+        if batch > self.capacity:
+            self.capacity = batch
+            self.x = self.ops.empty(self.dataset.train.features * batch, self.dtype)
+            self.model.reserve(batch)
+            self.objective.reserve(self.outputs.stop - self.outputs.start, max(1, self.model.steps) * batch)
+
+    def _over_tiles(self, values: np.ndarray) -> np.ndarray:
+        """Sums over all weights of squares of gradients, from each rank's, to which copies are not to add."""
+        values -= self.ops.squared_norm(self.g[self.copies])
+        return self.world.agree(values)
+
+    def step(self, batch: Batch, lr: float) -> None:
+        share = batch.share(self.at["i"], self.rows)
+        loss = self._gradient(share, 1 / self.dataset.train.count(batch.ids))
+        if self.descent.sound(loss, self.g):
+            self.loss_sum += loss * len(batch)
+            self.descent.step(self.w, self.g, lr)
+
+    def _gradient(self, share: Batch, scale: float) -> float:
+        """Fill g with the gradient of the minibatch's loss; returns this rank's share of the loss."""
+        objective, scores = self.objective, self._forward(self.train, share.ids)
+        objective.ids = share.ids
+        objective.bring(self._targets(self.train, share.ids))
+        objective.losses(scores.scores, objective.targets(len(share)), scale)
+        if not self.loss.immediate and self.world.size > 1:
+            self._level()
+        derivatives = objective.derivatives(scores.scores)
+        self.model.backward(scores, derivatives.reshape(scores.scores.shape))
+        if self.weights is not None:
+            self.weights.finish()
+        if self.shared is not None:
+            vectors = self.g[self.vectors]
+            self.shared.backward(vectors, vectors)
+            self.shared.forward(vectors, vectors)
+        self.ops.unscale(self.g, objective.report.array, GRADIENT_LIMIT[self.dtype])
+        return objective.value() * self.counts
+
+    def _level(self) -> None:
+        """Let all ranks take the same power of two out of derivatives that are very large: products are of several."""
+        report = self.objective.report
+        self.objective.value()
+        self.world.agree(report.host[3:4])
+        report.push()
+
+    def _forward(self, samples: Resident, ids: np.ndarray) -> Tape:
+        """A pass of this rank's share of a minibatch."""
+        b = len(ids)
+        self._reserve(b)
+        whole = self.x[: self.dataset.train.features * b].reshape(-1, b)
+        samples.fetch(ids, whole)
+        self.span = make_span(samples.lengths(ids), self.ops)
+        units = self.local.in_shape[0]
+        size = prod(self.local.in_shape)
+        first = next(iter(self.plan.tiles.values()))
+        at = first.taken(self.at)[0] * (size // units) if first.given else 0
+        if self.weights is not None:
+            self.weights.begin()
+        return self.model.forward(whole[at : at + size], None, self.span)
+
+    def _targets(self, samples: Resident, ids: np.ndarray) -> np.ndarray:
+        """Values of this rank's outputs; labels as it numbers classes, those of steps as they are."""
+        targets = samples.targets(ids)
+        if self.dataset.task != "classes":
+            return np.ascontiguousarray(targets[self.outputs])
+        return targets if targets.ndim == 2 else targets - self.outputs.start
+
+    def test(self) -> dict[str, float]:
+        totals = self.metric.zeros()
+        with self.counter.paused():
+            for at in self.batches:
+                share = Batch(np.arange(at.start, at.stop)).share(self.at["i"], self.rows)
+                scores = self.ops.host(self._forward(self.tests, share.ids).scores)
+                targets = self.tests.targets(share.ids)
+                if self.dataset.task != "classes":
+                    targets = targets[self.outputs]
+                if len(share) and self.counts:
+                    totals += self.metric.sums(scores, targets, self.part)
+        return self.metric.scores(self.world.agree(totals))
+
+    def messages(self, step: int, batch: int) -> list[Message] | None:
+        """Those of this rank's groups; None where the steps that count are not known before."""
+        share = len(Batch(np.arange(batch)).share(self.at["i"], self.rows))
+        train, found = self.dataset.train, []
+        if train.by_step and len(np.unique(train.counts)) > 1:
+            return None
+        tiles = self.plan.tiles
+        for name, products in self.products.items():
+            tile = tiles[name]
+            columns = share * prod(tile.layer.in_shape[1:])
+            found += products.messages(columns, not tile.given)
+        if self.others is not None:
+            found += self.others.messages(Step(share * (int(train.counts[0]) if train.by_step else 1)))
+        if self.shared is not None:
+            found += self.shared.messages(Step(), back=True) + self.shared.messages(Step())
+        return found
+
+    def work(self) -> tuple[str, str, int]:
+        grid = self.plan.grid
+        return f"tile {', '.join(str(at) for at in self.at.values())} of {grid.text}", "all", self.w.size
+
+    def events(self) -> dict[str, int]:
+        return {"psl_terms_past_exp_clip": self.loss.clipped}
+
+
+def total(context: Context, group: Group) -> Total | None:
+    """What sums an array of the host over a group; None for one rank."""
+    if group.size == 1:
+        return None
+    by_host = context.group(group.ranks, bridge=Bridge())
+    return by_host.allreduce
+
+
+def find_places(boxes: Sequence[Box], layout: Layout, shard: Runs) -> Places:
+    """Where the elements of boxes, one after the other, lie in the local vector of a shard: (there, here) slices."""
+    found: Places = []
+    at = 0
+    for box in boxes:
+        for start, stop in layout.runs_of(box).intervals:
+            there, here = shard.local(start, stop), slice(at, at + stop - start)
+            at = here.stop
+            if found and found[-1][0].stop == there.start:
+                there, here = slice(found[-1][0].start, there.stop), slice(found.pop()[1].start, here.stop)
+            found.append((there, here))
+    return found

@@ -1,0 +1,336 @@
+"""Which units, samples and tiles of weights each rank of a grid has; made without MPI and arrays of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from math import prod
+
+from psmpi.errors import UserError
+from psmpi.layout import Box, even_edges
+from psmpi.methods.tensor.grid import Cut, Grid, all_grids, cut
+from psmpi.nn.layers import Layer
+from psmpi.nn.layers.chain import leaves
+from psmpi.nn.layers.dense import Dense
+from psmpi.nn.layers.embedding import Embedding
+from psmpi.nn.layers.flatten import Flatten
+from psmpi.nn.layers.residual import Residual
+from psmpi.nn.network import Network
+from psmpi.registry import WHOLE
+
+try:
+    from psmpi.nn.layers.attention import Attention
+    from psmpi.nn.layers.layer_norm import LayerNorm
+except ImportError:
+
+    class Attention(Layer):
+        heads = 1
+
+    class LayerNorm(Layer):
+        pass
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One dense layer on the grid: how its inputs and outputs are dealt.
+
+    given: whether the inputs are the samples, of which each rank fetches what its product needs without a message.
+    """
+
+    layer: Dense
+    inputs: Cut
+    outputs: Cut
+    given: bool = False
+
+    @property
+    def grid(self) -> Grid:
+        return self.inputs.grid
+
+    def taken(self, place: dict[str, int]) -> tuple[int, int]:
+        """The input units that a place's rank has, (first, behind the last)."""
+        return (0, self.inputs.units) if self.given and self.grid.products == "panels" else self.inputs.piece(place)
+
+    @property
+    def gathers(self) -> str:
+        """The axis along which pieces of inputs are gathered; nothing where each rank has what its product needs."""
+        if self.given or self.grid.products != "gathered":
+            return ""
+        return self.inputs.axes[1] if self.grid.size(self.inputs.axes[1]) > 1 else ""
+
+    @property
+    def before(self) -> str:
+        """The axis along which gradients of inputs are summed; nothing where none are, or by panels."""
+        if self.grid.products == "whole":
+            return "" if self.given or self.inputs.axes or self.grid.size("j") == 1 else "j"
+        return self.gathers
+
+    @property
+    def behind(self) -> str:
+        """The axis along which products are summed; nothing where none are, or by panels."""
+        if self.grid.products == "whole":
+            return "" if self.outputs.axes or self.grid.size("j") == 1 else "j"
+        if self.grid.products == "panels":
+            return ""
+        return self.outputs.axes[1] if self.grid.size(self.outputs.axes[1]) > 1 else ""
+
+    def shares(self, of: Cut, place: dict[str, int]) -> list[int]:
+        """The units of each rank along `before` or `behind`, of those that a product takes or makes."""
+        if self.grid.products == "whole":
+            edges = even_edges(of.units, self.grid.size("j"))
+            return [b - a for a, b in pairwise(edges)]
+        return of.fine(place)
+
+    def product(self, place: dict[str, int]) -> tuple[int, int]:
+        """(outputs, inputs) of a rank's product, or of all of its panels."""
+        (a, b), (c, d) = self.outputs.block(place), self.inputs.block(place)
+        return b - a, self.inputs.units if self.grid.products == "panels" else d - c
+
+    def room(self, place: dict[str, int], keeps: bool) -> int:
+        """Numbers a column that a pass keeps besides its inputs and outputs; keeps: gathered inputs are kept."""
+        return self.product(place)[1] if keeps and self.gathers else 0
+
+    def workspace(self, place: dict[str, int], columns: int, wanted: bool, keeps: bool) -> dict[str, int]:
+        """Numbers of each array that products need for a while; wanted: the gradient of the inputs is."""
+        rows, inputs = self.product(place)
+        if self.grid.products == "panels":
+            most = max(self.inputs.counts)
+            found = {"products": rows * columns}
+            for k in range(2):
+                found[f"panel of weights {k}"] = rows * most
+                found[f"sums {k}"] = max(rows * most, most * columns * wanted)
+                if not self.given:
+                    found[f"panel of inputs {k}"] = most * columns
+            return found
+        found = {}
+        if self.gathers and not keeps:
+            found["gathered inputs"] = inputs * columns
+        if self.behind:
+            found["products"] = rows * columns
+            if self.grid.products == "gathered":
+                found["gathered gradients"] = rows * columns
+        if wanted and self.before:
+            found["products"] = max(found.get("products", 0), inputs * columns)
+        return found
+
+    def rows(self, place: dict[str, int]) -> list[int]:
+        """The edges of the output units of which the places along i have a weight's rows each."""
+        first, behind = self.outputs.block(place)
+        if self.grid.products == "panels":
+            return [first, behind]
+        return [first + edge for edge in even_edges(behind - first, self.grid.size("i"))]
+
+    def box(self, place: dict[str, int]) -> Box:
+        """The place's tile of the weight (outputs, inputs)."""
+        edges = self.rows(place)
+        if self.grid.products == "panels":
+            # Of the inputs the i-th piece, as the j-th place has of what goes in.
+            columns = self.inputs.edges[place["i"]], self.inputs.edges[place["i"] + 1]
+            return Box(f"{self.layer.name}.weight", ((edges[0], edges[1]), columns))
+        at = place["i"]
+        return Box(f"{self.layer.name}.weight", ((edges[at], edges[at + 1]), self.inputs.block(place)))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A network on a grid. cuts: of each layer, how what goes in and what comes out is dealt; tiles: by layer."""
+
+    network: Network
+    grid: Grid
+    cuts: dict[str, tuple[Cut, Cut]] = field(default_factory=dict)
+    tiles: dict[str, Tile] = field(default_factory=dict)
+
+    @property
+    def dealt(self) -> bool:
+        """Whether some layer's outputs are dealt already."""
+        return bool(self.tiles) or any(isinstance(layer, Embedding) for layer in self.network.layers[:1])
+
+    @property
+    def scores(self) -> Cut:
+        return self.cuts[self.network.layers[-1].name][1]
+
+    def whole(self, layer: Layer) -> bool:
+        """Whether each rank has all units of a layer's outputs, and computes what the others do."""
+        return not self.cuts[layer.name][1].axes
+
+    def vectors(self) -> Iterator[tuple[Layer, str, tuple[int, ...]]]:
+        """The parameters that are dealt by units, (layer, name, shape): those that each rank has a piece of first."""
+        found = []
+        for layer in leaves(self.network.layers):
+            for p in layer.parameters():
+                if layer.name not in self.tiles or p.name.endswith(".bias"):
+                    found.append((layer, p.name, p.shape))
+        yield from sorted(found, key=lambda one: self.whole(one[0]))
+
+    def boxes(self, rank: int) -> list[Box]:
+        """What a rank has of each parameter: tiles of weights, then its units of all others, see `vectors`."""
+        place = self.grid.place(rank)
+        tiles = [tile.box(place) for tile in self.tiles.values()]
+        return tiles + [Box(name, (self.cuts[layer.name][1].piece(place),)) for layer, name, _ in self.vectors()]
+
+    def shapes(self, rank: int) -> dict[str, tuple[int, ...]]:
+        """The shapes of the boxes by parameter."""
+        whole = {p.name: p.shape for p in self.network.layout().parameters}
+        return {box.parameter: tuple(b - a for a, b in box.of(whole[box.parameter])) for box in self.boxes(rank)}
+
+    @property
+    def local_layers(self) -> tuple[Layer, ...]:
+        """The layers that ranks compute with: samples are taken flat."""
+        layers = self.network.layers
+        return layers[1:] if isinstance(layers[0], Flatten) else layers
+
+
+def make_plan(network: Network, grid: Grid) -> Plan:
+    """The plan of a network; UserError for layers that a grid cannot have, and for too few units."""
+    plan = Plan(network, grid)
+    units = prod(network.in_shape) if len(network.in_shape) == 3 else network.in_shape[0]
+    found = _walk(plan, plan.local_layers, Cut(grid, (), (0, units)), 0)
+    if not plan.tiles:
+        raise UserError(f"--model {network.name} has no dense layer, and --method tensor cuts those: use --model mlp")
+    assert found.units == network.classes
+    for tile in plan.tiles.values():
+        _check_rows(plan, tile)
+    return plan
+
+
+def _axes(grid: Grid, turn: int) -> tuple[str, ...]:
+    """The axes that activations are dealt over before (`turn` even) and behind each dense layer in turn."""
+    if grid.products == "panels":
+        return ("j",)
+    if grid.products == "whole":
+        return ("j",) if turn % 2 else ()
+    return ("j", "l") if turn % 2 else ("l", "j")
+
+
+def _walk(plan: Plan, layers: Sequence[Layer], before: Cut, turn: int) -> Cut:
+    """Cut some layers, given how what goes into them is dealt; returns how what comes out is."""
+    network, grid = plan.network, plan.grid
+    for k, layer in enumerate(layers):
+        label = f"{network.named(layer.name)} of --model {network.name}"
+        behind = before
+        if isinstance(layer, Residual):
+            behind = _walk(plan, layer.layers, before, turn)
+            if not behind.is_as(before):
+                raise UserError(
+                    f"{label}: what goes past a residual block is dealt to ranks as what its branch makes only where "
+                    "that has two dense layers, or another even number: give it one more, or use --grid "
+                    f"{grid.ranks},1,1"
+                )
+            behind = before
+        elif isinstance(layer, Dense):
+            if layer.groups > 1:
+                raise UserError(f"{label} is cut into groups already: use --model mlp, or another method")
+            turn += 1
+            grain, of = _grain(layers[k + 1 :])
+            what = f"{label} has {layer.units // grain} {of}"
+            behind = cut(grid, _axes(grid, turn), layer.units, grain, what, "another --grid, or fewer ranks")
+            given = not plan.tiles and not plan.dealt
+            if given:
+                before = _samples(grid, turn - 1, before.units, label)
+            plan.tiles[layer.name] = Tile(layer, before, behind, given)
+        elif isinstance(layer, Embedding):
+            units = layer.out_shape[0]
+            what = f"{label} has {units} units"
+            behind = cut(grid, _axes(grid, turn), units, 1, what, "another --grid, or fewer ranks")
+        elif isinstance(layer, Attention):
+            behind = before.scaled(1, 3)
+        elif isinstance(layer, LayerNorm) or type(layer).sources is Layer.sources:
+            if not plan.dealt and layer.parameters():
+                raise UserError(
+                    f"{label} is before all dense layers, and --method tensor deals units from the first "
+                    "one on: put a dense layer before it"
+                )
+        else:
+            raise UserError(
+                f"{label} is none of the layers that --method tensor cuts (dense, attention, layer_norm, gelu, "
+                f"embedding, activations, residual): use --model mlp or transformer, or --method {WHOLE}"
+            )
+        plan.cuts[layer.name] = (before, behind)
+        before = behind
+    return before
+
+
+def _samples(grid: Grid, turn: int, units: int, label: str) -> Cut:
+    """How the samples' features are used by the first dense layer: each rank has those of its product."""
+    return cut(grid, _axes(grid, turn)[:1], units, 1, f"{label} has {units} inputs", "another --grid, or fewer ranks")
+
+
+def _grain(following: Sequence[Layer]) -> tuple[int, str]:
+    """In multiples of what a dense layer's units are dealt, and what these are, by what follows it."""
+    for layer in following:
+        if isinstance(layer, Attention):
+            return layer.in_shape[0] // layer.heads, "heads"
+        if layer.linear or layer.inner:
+            break
+    return 1, "units"
+
+
+def _check_rows(plan: Plan, tile: Tile) -> None:
+    """UserError where a rank would have nothing of a weight."""
+    grid = plan.grid
+    for rank in range(grid.ranks):
+        if any(a == b for a, b in pairwise(tile.rows(grid.place(rank)))):
+            pieces = grid.size("i") * (grid.size(tile.outputs.axes[0]) if tile.outputs.axes else 1)
+            raise UserError(
+                f"{plan.network.named(tile.layer.name)} of --model {plan.network.name} has {tile.layer.units} units, "
+                f"and a grid of {grid.text} ranks cuts its weights into {pieces} runs of rows: use more units, another "
+                "--grid, or fewer ranks"
+            )
+
+
+def received(plan: Plan, rank: int, batch: int, keeps: bool) -> int:
+    """Numbers that a rank receives in a training step for its products, on minibatches of `batch` samples.
+
+    Of the sums of vectors over samples, and over units, it does not tell: they are few.
+    """
+    grid, place, found = plan.grid, plan.grid.place(rank), 0
+    samples = even_edges(batch, grid.size("i"))
+    own = samples[place["i"] + 1] - samples[place["i"]]
+    tiles = list(plan.tiles.values())
+    for number, tile in enumerate(tiles):
+        columns, wanted = own * prod(tile.layer.in_shape[1:]), not tile.given
+        rows, inputs = tile.product(place)
+        (a, b), (c, d) = tile.box(place).ranges
+        if grid.products == "panels":
+            others = grid.size("i") - 1
+            mine = tile.inputs.counts[place["j"]]
+            panels = (inputs - (d - c)) * rows
+            found += panels * (1 + wanted) + (d - c) * rows * others
+            found += 0 if tile.given else 2 * (inputs - mine) * columns
+            found += others * mine * columns * wanted
+            continue
+        again = 1 + (wanted and not keeps and number < len(tiles) - 2)
+        found += (rows - (b - a)) * inputs * again + (b - a) * inputs * (grid.size("i") - 1)
+        for axis, of, back in ((tile.before, tile.inputs, False), (tile.behind, tile.outputs, True)):
+            if not axis:
+                continue
+            shares, at = tile.shares(of, place), place[axis]
+            gather = (sum(shares) - shares[at]) * columns
+            scatter = shares[at] * (len(shares) - 1) * columns
+            if grid.products == "whole":
+                found += gather + scatter if back or wanted else 0
+            elif back:
+                found += gather + scatter
+            else:
+                found += gather * (1 if keeps else 2) + scatter * wanted
+    return found
+
+
+def cheapest(size: int, network: Network, batch: int, keeps: bool) -> Plan:
+    """The plan of least bytes, of those with the fewest axes where several have as few; UserError where none fits."""
+    best, least, wrong = None, 0, None
+    for grid in all_grids(size):
+        if grid.size("i") > batch:
+            continue
+        try:
+            plan = make_plan(network, grid)
+        except UserError as error:
+            wrong = wrong or error
+            continue
+        # Longer pieces come first.
+        moved = max(received(plan, rank, batch, keeps) for rank in {0, size - 1})
+        if best is None or moved < least:
+            best, least = plan, moved
+    if best is None:
+        raise wrong or UserError(f"--batch-size {batch} is too few for {size} ranks: use --batch-size {size} or more")
+    return best

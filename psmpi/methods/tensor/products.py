@@ -1,0 +1,263 @@
+"""Products of a dense layer whose weight, inputs and outputs are cut over a grid of ranks.
+
+The matrices here have units as rows and samples, or steps of samples, as columns: Y = W X.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+
+from psmpi.backend import NumpyOps
+from psmpi.comm.transfers import Handle, Message, RowExchange, Spread, Step
+from psmpi.methods.tensor.weights import Weights
+from psmpi.nn.layers.workspace import Workspace
+
+
+class Products(Protocol):
+    """Y = W X and its adjoints on one rank of a grid."""
+
+    def bind(self, w: np.ndarray) -> None:
+        """Compute with this tile of the weight, (rows, columns), from now on."""
+
+    def forward(self, x: np.ndarray, y: np.ndarray, kept: np.ndarray) -> None:
+        """y (outputs, n) for x (inputs, n), both this rank's pieces; `backward` gets what is in kept (any, n)."""
+
+    def backward(
+        self, x: np.ndarray, dy: np.ndarray, dx: np.ndarray | None, gw: np.ndarray | None, kept: np.ndarray
+    ) -> None:
+        """Fill dx with the gradient of x, and gw, by the time the pass is finished, with that of the rank's tile."""
+
+    def messages(self, columns: int, wanted: bool) -> list[Message]:
+        """The messages of a forward and a backward pass; wanted: the gradient of x is."""
+
+
+class Gathered:
+    """Gathers X and W along axes, and sums the products along a third: 3-D parallelism on any grid.
+
+    Bian, Xu, Wang and You, "Maximizing parallelism in distributed training for huge neural networks", arXiv 2105.14450,
+    of which products with one or two axes are special cases. before, behind: exchanges of the pieces of X along the
+    axis that gathers them, and of Y along the one that sums them; None where the rank has what it needs. number: the
+    tile's among those of `weights`; last: the number of the last tile, and of the first whose inputs have a gradient.
+    whole: whether X, or Y, is whole on each rank all the same (1-D parallelism: Shoeybi et al., arXiv 1909.08053).
+    keeps: whether gathered X are kept for backward.
+    """
+
+    def __init__(
+        self,
+        before: RowExchange | None,
+        behind: RowExchange | None,
+        weights: Weights,
+        number: int,
+        ends: tuple[int, int],
+        ops: NumpyOps,
+        space: Workspace,
+        *,
+        whole: bool = False,
+        keeps: bool = False,
+    ):
+        self.before, self.behind, self.weights, self.number, self.ends = before, behind, weights, number, ends
+        self.ops, self.space, self.whole = ops, space, whole
+        self.gathers = before is not None and not whole
+        self.rows, self.columns = weights.shapes[number]
+        self.keeps = keeps
+
+    def bind(self, w: np.ndarray) -> None:
+        self.weights.own[self.number] = w
+
+    def _take(self, forward: bool) -> np.ndarray:
+        """The weights, while those of the next tile begin to come."""
+        last, first = self.ends
+        following = self.number + 1 if forward else self.number - 1
+        return self.weights.take(
+            self.number, following if (forward or first <= following) and following <= last else -1
+        )
+
+    def _gather(self, x: np.ndarray, kept: np.ndarray) -> np.ndarray:
+        """All of X that the product needs."""
+        if not self.gathers:
+            return x
+        n = x.shape[1]
+        whole = kept if len(kept) else self.space.take("gathered inputs", self.columns, n)
+        assert self.before is not None
+        self.before.forward(x, whole)
+        return whole
+
+    def forward(self, x: np.ndarray, y: np.ndarray, kept: np.ndarray) -> None:
+        whole, w = self._gather(x, kept), self._take(True)
+        if self.behind is None:
+            self.ops.matmul(w, whole, y)
+            return
+        product = self.space.take("products", self.rows, x.shape[1])
+        self.ops.matmul(w, whole, product)
+        self._sum(self.behind, product, y)
+
+    def _sum(self, exchange: RowExchange, product: np.ndarray, into: np.ndarray) -> None:
+        """This rank's piece of the sum over ranks, or all of it."""
+        if not self.whole:
+            exchange.backward(product, into)
+            return
+        n = product.shape[1]
+        piece = exchange.group.reduce_scatter(product, [count * n for count in exchange.counts])
+        exchange.forward(piece.reshape(-1, n), into)
+
+    def backward(
+        self, x: np.ndarray, dy: np.ndarray, dx: np.ndarray | None, gw: np.ndarray | None, kept: np.ndarray
+    ) -> None:
+        n = x.shape[1]
+        whole = kept if len(kept) else self._gather(x, kept)
+        gradient = dy
+        if self.behind is not None and not self.whole:
+            gradient = self.space.take("gathered gradients", self.rows, n)
+            self.behind.forward(dy, gradient)
+        if gw is not None:
+            into = self.weights.gradient(self.number, gw)
+            self.ops.matmul(gradient, whole.T, into)
+            self.weights.send(self.number, into, gw)
+        if dx is None:
+            return
+        w = self._take(False)
+        if self.before is None:
+            self.ops.matmul(w.T, gradient, dx)
+            return
+        product = self.space.take("products", self.columns, n)
+        self.ops.matmul(w.T, gradient, product)
+        self._sum(self.before, product, dx)
+
+    def messages(self, columns: int, wanted: bool) -> list[Message]:
+        step, found = Step(columns), []
+        exchange = self.weights.exchanges[self.number]
+        out, back = exchange.messages(Step(self.columns)), exchange.messages(Step(self.columns), back=True)
+        found += out + back
+        # Of two arrays the last two tiles' are still there.
+        if wanted and len(self.weights.rooms) == 2 and self.number < self.ends[0] - 1:
+            found += out
+        if self.before is not None:
+            gather, scatter = self.before.messages(step), self.before.messages(step, back=True)
+            if self.gathers:
+                found += gather * (1 if self.keeps else 2)
+            if wanted:
+                found += scatter + (gather if self.whole else [])
+        if self.behind is not None:
+            found += self.behind.messages(step, back=True) + self.behind.messages(step)
+        return found
+
+
+class Panels:
+    """Broadcasts panels of X and W along the rows and columns of a square of ranks: SUMMA.
+
+    van de Geijn and Watts, "SUMMA: scalable universal matrix multiplication algorithm" (1997), with the adjoints of Xu
+    et al., "An efficient 2D method for training super-large deep learning models", arXiv 2104.05343. The next panels
+    are on their way while a product is made, and sums of the products before it. inputs, outputs: broadcasts of each
+    panel of X (its units, n) along j and of W (outputs, its units) along i. given: X has all units already.
+    """
+
+    def __init__(
+        self,
+        inputs: list[Spread],
+        weights: list[Spread],
+        counts: list[int],
+        rows: int,
+        ops: NumpyOps,
+        space: Workspace,
+        *,
+        given: bool = False,
+        ahead: bool = True,
+    ):
+        self.inputs, self.weights, self.counts, self.rows = inputs, weights, counts, rows
+        self.ops, self.space, self.given, self.ahead = ops, space, given, ahead
+        self.w: np.ndarray = ops.empty(0, space.dtype)
+        self.starts = np.cumsum([0, *counts]).tolist()
+
+    def bind(self, w: np.ndarray) -> None:
+        self.w = w
+
+    def _x(self, k: int, x: np.ndarray) -> tuple[np.ndarray, Handle | None]:
+        """Panel k of X, and what it waits for."""
+        if self.given:
+            return x[self.starts[k] : self.starts[k + 1]], None
+        spread = self.inputs[k]
+        panel = x if spread.at_root else self.space.take(f"panel of inputs {k % 2}", self.counts[k], x.shape[1])
+        return panel, spread.begin(x if spread.at_root else None, None if spread.at_root else panel)
+
+    def _w(self, k: int) -> tuple[np.ndarray, Handle | None]:
+        """Panel k of W, and what it waits for."""
+        spread = self.weights[k]
+        panel = self.w if spread.at_root else self.space.take(f"panel of weights {k % 2}", self.rows, self.counts[k])
+        return panel, spread.begin(self.w if spread.at_root else None, None if spread.at_root else panel)
+
+    def _each(self, begin: Any) -> Any:
+        """Panels one after the other, each begun while the one before is used."""
+        count = len(self.counts)
+        coming = begin(0)
+        for k in range(count):
+            panels = []
+            for panel, handle in coming:
+                if handle is not None:
+                    handle.finish()
+                panels.append(panel)
+            if self.ahead and k + 1 < count:
+                coming = begin(k + 1)
+            yield k, panels
+            if not self.ahead and k + 1 < count:
+                coming = begin(k + 1)
+
+    def forward(self, x: np.ndarray, y: np.ndarray, kept: np.ndarray) -> None:
+        for k, (mine, w) in self._each(lambda k: [self._x(k, x), self._w(k)]):
+            if k == 0:
+                self.ops.matmul(w, mine, y)
+            else:
+                product = self.space.take("products", *y.shape)
+                self.ops.matmul(w, mine, product)
+                y += product
+
+    def backward(
+        self, x: np.ndarray, dy: np.ndarray, dx: np.ndarray | None, gw: np.ndarray | None, kept: np.ndarray
+    ) -> None:
+        n = dy.shape[1]
+        if gw is not None:
+            going: list[Handle | None] = [None, None]
+            for k, (panel,) in self._each(lambda k: [self._x(k, x)]):
+                spread = self.weights[k]
+                self._leave(going, k)
+                product = gw if spread.at_root else self.space.take(f"sums {k % 2}", self.rows, self.counts[k])
+                self.ops.matmul(dy, panel.T, product)
+                going[k % 2] = self._reduce(spread, product)
+            for at in range(2):
+                self._leave(going, at)
+        if dx is not None:
+            going = [None, None]
+            for k, (panel,) in self._each(lambda k: [self._w(k)]):
+                spread = self.inputs[k]
+                self._leave(going, k)
+                product = dx if spread.at_root else self.space.take(f"sums {k % 2}", self.counts[k], n)
+                self.ops.matmul(panel.T, dy, product)
+                going[k % 2] = self._reduce(spread, product)
+            for at in range(2):
+                self._leave(going, at)
+
+    def _reduce(self, spread: Spread, product: np.ndarray) -> Handle | None:
+        """Begin to sum products on the root, whose own is where the sum will be."""
+        at_root = spread.at_root
+        handle = spread.begin_back(None if at_root else product, product if at_root else None)
+        if self.ahead:
+            return handle
+        handle.finish()
+        return None
+
+    @staticmethod
+    def _leave(going: list[Handle | None], k: int) -> None:
+        handle = going[k % 2]
+        if handle is not None:
+            handle.finish()
+            going[k % 2] = None
+
+    def messages(self, columns: int, wanted: bool) -> list[Message]:
+        step, found = Step(columns), []
+        for spread in self.weights:
+            found += spread.messages(step) * (2 if wanted else 1) + spread.messages(step, back=True)
+        for spread in self.inputs:
+            found += [] if self.given else spread.messages(step) * 2
+            found += spread.messages(step, back=True) if wanted else []
+        return found

@@ -1,0 +1,75 @@
+"""Settings of the method `tensor`, and what it cannot train; made without MPI and arrays of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from psmpi.config import Config
+from psmpi.data import Dataset
+from psmpi.errors import UserError
+from psmpi.methods.tensor.grid import read_grid
+from psmpi.methods.tensor.plan import Plan, cheapest, make_plan
+from psmpi.nn.network import Network
+from psmpi.optim import find_optimizer
+from psmpi.training.checks import check_first_order, check_not_partitioned
+from psmpi.training.context import check_optimizer, configured_loss
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Tensor parallelism (tensor)."""
+
+    table: ClassVar[str] = "tensor"
+    results: ClassVar[bool] = True
+
+    grid: str = "auto"
+    """Ranks along the axes i, j, l: samples are dealt over i, units over j and l, or l and j, in turn. auto: the grid
+    of least bytes; I,J,L; 1d, in which every other activation is whole on all ranks; 1d-sharded, in which none is; 2d,
+    products by broadcasts on a square of ranks; 3d, a cube."""
+    saved: Literal["shards", "gathered"] = "shards"
+    """What a forward pass keeps for its backward pass: shards, each rank its own; gathered, what products needed, which
+    is more, in place of gathering it again."""
+    prefetch: bool = True
+    """Begin to gather the next layer's weights, or panels, while a product is made, and to sum the last one's."""
+
+
+def plan_of(size: int, network: Network, config: Config) -> Plan:
+    """The network on the grid that the configuration says; UserError for one that cannot be."""
+    s = config.of(Settings)
+    grid = read_grid(s.grid, size)
+    if grid is None:
+        return cheapest(size, network, config.data.batch_size, s.saved == "gathered")
+    if config.data.batch_size < grid.size("i"):
+        raise UserError(
+            f"--batch-size {config.data.batch_size} is dealt to {grid.size('i')} ranks along the first axis of --grid "
+            f"{s.grid}: use --batch-size {grid.size('i')} or more, or --grid auto"
+        )
+    return make_plan(network, grid)
+
+
+def check_tensor(size: int, network: Network, dataset: Dataset, config: Config) -> None:
+    """See `Method.check`."""
+    check_not_partitioned(config)
+    if network.layout().dead.size:
+        raise UserError(
+            f"--model {network.name} has units that no score depends on, and --method tensor would train them for "
+            "nothing: use a network without such units"
+        )
+    plan_of(size, network, config)
+    check_first_order(config, "sums over all weights as one vector, which no rank has")
+    if find_optimizer(config.optimization.optimizer).needs_matrices:
+        raise UserError(
+            f"--optimizer {config.optimization.optimizer} steps whole matrices, and --method tensor has tiles of them: "
+            "use --optimizer adamw"
+        )
+    configured_loss(config, dataset)
+    check_optimizer(config, network.layout(), ())
+
+
+def tensor_notes(size: int, network: Network, config: Config) -> Iterator[str]:
+    """See `Method.notes`."""
+    if size > 1 and config.of(Settings).grid == "auto":
+        i, j, k = plan_of(size, network, config).grid.sizes
+        yield f"--grid auto takes {i},{j},{k}: samples are dealt over {i}, units over {j} and {k}, in turn"

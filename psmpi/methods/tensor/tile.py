@@ -1,0 +1,132 @@
+"""A dense layer of which a rank of a grid has some inputs, some outputs and a tile of the weight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any, ClassVar
+
+import numpy as np
+
+from psmpi.layout import Parameter
+from psmpi.methods.tensor.plan import Tile
+from psmpi.methods.tensor.products import Products
+from psmpi.nn.layers.base import Layer, Part, Site, Stage, place
+from psmpi.nn.layers.uses import Uses, grouped, stretched
+
+
+@dataclass(frozen=True)
+class TileLayer(Layer):
+    """in_shape, out_shape: the rank's own units; tile: (rows, columns) of the weight that it has.
+
+    cut: of the whole layer; rank: whose it is; saves: whether gathered inputs are kept; products: what makes them, not
+    needed where nothing is computed.
+    """
+
+    tile: tuple[int, int]
+    cut: Tile
+    rank: int
+    saves: bool
+    products: Products | None = field(default=None, compare=False, repr=False)
+
+    linear: ClassVar[bool] = True
+    moves_gradient: ClassVar[bool] = True
+
+    def parameters(self) -> tuple[Parameter, ...]:
+        weight = Parameter(f"{self.name}.weight", self.tile, self.tile[0])
+        units = self.out_shape[0]
+        return (weight, Parameter(f"{self.name}.bias", (units,), units)) if self.cut.layer.bias else (weight,)
+
+    def sources(self, uses: Uses) -> Uses:
+        return stretched(grouped(uses, self.out_shape[0]), self.in_shape[0])
+
+    def present(self, inputs: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+        return wanted
+
+    def absorbs(self, following: Sequence[Layer], fold: bool) -> int:
+        return int(bool(following and following[0].activation))
+
+    @property
+    def macs(self) -> int:
+        rows, inputs = self.cut.product(self.cut.grid.place(self.rank))
+        return rows * inputs * self.steps
+
+    def room(self, batch: int) -> int:
+        """Numbers that a pass keeps besides inputs and outputs."""
+        return self.cut.room(self.cut.grid.place(self.rank), self.saves) * self.steps * batch
+
+    def workspace(self, batch: int, wanted: bool) -> dict[str, int]:
+        """Numbers of each array that products need for a while."""
+        return self.cut.workspace(self.cut.grid.place(self.rank), self.steps * batch, wanted, self.saves)
+
+    def held(self, stage: Stage, batch: int, writable: bool, packed: bool) -> int:
+        return self.room(batch)
+
+    def workspace_numbers(self, stage: Stage, batch: int, wanted: bool) -> dict[str, int]:
+        return {**super().workspace_numbers(stage, batch, wanted), **self.workspace(batch, wanted)}
+
+    @property
+    def steps(self) -> int:
+        """The columns of a sample."""
+        return prod(self.in_shape[1:])
+
+    def part(self, stage: Stage, site: Site) -> Part:
+        return TilePart(stage, site)
+
+
+class TilePart(Part):
+    """x (own inputs, ..., b) -> y (own outputs, ..., b), with the activation that follows."""
+
+    def __init__(self, stage: Stage, site: Site):
+        super().__init__(stage, site)
+        layer = self.layer
+        assert isinstance(layer, TileLayer) and layer.products is not None
+        self.tiled, self.products, self.tile, self.units = layer, layer.products, layer.tile, layer.out_shape[0]
+        bias = layer.cut.layer.bias
+        self.at = place(site, f"{layer.name}.weight")
+        self.bias = place(site, f"{layer.name}.bias") if bias else -1
+        # What stands for biases that the layer has not, and for their gradient.
+        self.none, self.nowhere = (self.ops.zeros(0 if bias else self.units, site.dtype) for _ in range(2))
+
+    def arrays(self) -> list[np.ndarray]:
+        return [self.none, self.nowhere]
+
+    def bind(self, w: np.ndarray, g: np.ndarray | None) -> None:
+        self.w = self._views(w, self.none)
+        self.products.bind(self.w[0])
+        self.g = None if g is None else self._views(g, self.nowhere)
+
+    def _views(self, vector: np.ndarray, biases: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The tile (rows, columns) and the biases (1, own outputs) in a local vector."""
+        tile = vector[self.at : self.at + self.tile[0] * self.tile[1]].reshape(self.tile)
+        return tile, (vector[self.bias : self.bias + self.units] if self.bias >= 0 else biases)[None]
+
+    def room(self, batch: int, writable: bool) -> Any:
+        """What the products keep of a pass."""
+        return self.ops.empty(self.tiled.room(batch), self.dtype)
+
+    def reserve(self, batch: int) -> None:
+        for name, numbers in self.tiled.workspace(batch, False).items():
+            self.space.take(name, numbers)
+
+    def reserve_backward(self, batch: int, wanted: bool) -> None:
+        for name, numbers in self.tiled.workspace(batch, wanted).items():
+            self.space.take(name, numbers)
+
+    def forward(self, x: np.ndarray, y: np.ndarray | None, room: Any) -> tuple[np.ndarray, Any]:
+        assert y is not None
+        rows, out = x.reshape(len(x), -1), y.reshape(len(y), -1)
+        kept = room[: self.tiled.room(x.shape[-1])].reshape(-1, rows.shape[1]) if room.size else room.reshape(0, 0)
+        self.products.forward(rows, out, kept)
+        self.ops.finish(out[None], self.w[1], self.activation)
+        return y, kept
+
+    def backward(
+        self, x: np.ndarray, y: np.ndarray, kept: Any, dy: np.ndarray, dx: np.ndarray | None, into: Any
+    ) -> np.ndarray:
+        rows, gradient = x.reshape(len(x), -1), dy.reshape(len(dy), -1)
+        tile, biases = (None, None) if into is None else into
+        self.ops.finish_back(y.reshape(gradient.shape)[None], gradient[None], self.activation, biases)
+        self.products.backward(rows, gradient, None if dx is None else dx.reshape(len(dx), -1), tile, kept)
+        return dy if dx is None else dx
