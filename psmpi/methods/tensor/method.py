@@ -46,7 +46,7 @@ class TensorParallel(Method):
     settings = (Settings,)
     skips = True
     sequences = "steps"
-    exactness = Exactness()
+    exactness = Exactness(options=("--model", "mlp", "--widths", "24", "16"))
 
     def __init__(self, context: Context):
         network, ops, s = context.network, context.ops, context.settings(Settings)
@@ -155,18 +155,26 @@ class TensorParallel(Method):
         return self.world.agree(values)
 
     def step(self, batch: Batch, lr: float) -> None:
-        share = batch.share(self.at["i"], self.rows)
-        loss = self._gradient(share, 1 / self.dataset.train.count(batch.ids))
+        ids, mine = self._share(batch.ids)
+        loss = self._gradient(ids, mine / self.dataset.train.count(batch.ids))
         if self.descent.sound(loss, self.g):
             self.loss_sum += loss * len(batch)
             self.descent.step(self.w, self.g, lr)
 
-    def _gradient(self, share: Batch, scale: float) -> float:
+    def _share(self, ids: np.ndarray) -> tuple[np.ndarray, bool]:
+        """This rank's samples of a minibatch, and whether they are its own.
+
+        One without a sample takes part in sums over weights all the same: with the first sample, which counts nothing.
+        """
+        share = Batch(ids).share(self.at["i"], self.rows).ids
+        return (share, True) if len(share) else (ids[:1], False)
+
+    def _gradient(self, ids: np.ndarray, scale: float) -> float:
         """Fill g with the gradient of the minibatch's loss; returns this rank's share of the loss."""
-        objective, scores = self.objective, self._forward(self.train, share.ids)
-        objective.ids = share.ids
-        objective.bring(self._targets(self.train, share.ids))
-        objective.losses(scores.scores, objective.targets(len(share)), scale)
+        objective, scores = self.objective, self._forward(self.train, ids)
+        objective.ids = ids
+        objective.bring(self._targets(self.train, ids))
+        objective.losses(scores.scores, objective.targets(len(ids)), scale)
         if not self.loss.immediate and self.world.size > 1:
             self._level()
         derivatives = objective.derivatives(scores.scores)
@@ -213,18 +221,18 @@ class TensorParallel(Method):
         totals = self.metric.zeros()
         with self.counter.paused():
             for at in self.batches:
-                share = Batch(np.arange(at.start, at.stop)).share(self.at["i"], self.rows)
-                scores = self.ops.host(self._forward(self.tests, share.ids).scores)
-                targets = self.tests.targets(share.ids)
+                ids, mine = self._share(np.arange(at.start, at.stop))
+                scores = self.ops.host(self._forward(self.tests, ids).scores)
+                targets = self.tests.targets(ids)
                 if self.dataset.task != "classes":
                     targets = targets[self.outputs]
-                if len(share) and self.counts:
+                if mine and self.counts:
                     totals += self.metric.sums(scores, targets, self.part)
         return self.metric.scores(self.world.agree(totals))
 
     def messages(self, step: int, batch: int) -> list[Message] | None:
         """Those of this rank's groups; None where the steps that count are not known before."""
-        share = len(Batch(np.arange(batch)).share(self.at["i"], self.rows))
+        share = len(self._share(np.arange(batch))[0])
         train, found = self.dataset.train, []
         if train.by_step and len(np.unique(train.counts)) > 1:
             return None

@@ -163,9 +163,14 @@ class Plan:
         yield from sorted(found, key=lambda one: self.whole(one[0]))
 
     def boxes(self, rank: int) -> list[Box]:
-        """What a rank has of each parameter: tiles of weights, then its units of all others, see `vectors`."""
+        """What a rank has of each parameter: tiles of weights, then its units of all others, see `vectors`.
+
+        Of a weight of fewer rows than there are ranks for, some have none.
+        """
         place = self.grid.place(rank)
-        tiles = [tile.box(place) for tile in self.tiles.values()]
+        tiles = [
+            box for box in (tile.box(place) for tile in self.tiles.values()) if box.ranges[0][0] < box.ranges[0][1]
+        ]
         return tiles + [Box(name, (self.cuts[layer.name][1].piece(place),)) for layer, name, _ in self.vectors()]
 
     def shapes(self, rank: int) -> dict[str, tuple[int, ...]]:
@@ -188,8 +193,6 @@ def make_plan(network: Network, grid: Grid) -> Plan:
     if not plan.tiles:
         raise UserError(f"--model {network.name} has no dense layer, and --method tensor cuts those: use --model mlp")
     assert found.units == network.classes
-    for tile in plan.tiles.values():
-        _check_rows(plan, tile)
     return plan
 
 
@@ -263,19 +266,6 @@ def _grain(following: Sequence[Layer]) -> tuple[int, str]:
         if layer.linear or layer.inner:
             break
     return 1, "units"
-
-
-def _check_rows(plan: Plan, tile: Tile) -> None:
-    """UserError where a rank would have nothing of a weight."""
-    grid = plan.grid
-    for rank in range(grid.ranks):
-        if any(a == b for a, b in pairwise(tile.rows(grid.place(rank)))):
-            pieces = grid.size("i") * (grid.size(tile.outputs.axes[0]) if tile.outputs.axes else 1)
-            raise UserError(
-                f"{plan.network.named(tile.layer.name)} of --model {plan.network.name} has {tile.layer.units} units, "
-                f"and a grid of {grid.text} ranks cuts its weights into {pieces} runs of rows: use more units, another "
-                "--grid, or fewer ranks"
-            )
 
 
 def received(plan: Plan, rank: int, batch: int, keeps: bool) -> int:

@@ -57,7 +57,12 @@ def check_tensor(size: int, network: Network, dataset: Dataset, config: Config) 
             f"--model {network.name} has units that no score depends on, and --method tensor would train them for "
             "nothing: use a network without such units"
         )
-    plan_of(size, network, config)
+    rows, batch = plan_of(size, network, config).grid.size("i"), config.data.batch_size
+    if network.normalized and 0 < dataset.train.n % batch < rows:
+        raise UserError(
+            f"--batch-size {batch} leaves {dataset.train.n % batch} samples for an epoch's last minibatch, and batch "
+            f"normalization needs one on each of {rows} ranks: use another --batch-size, or --grid 1,{size},1"
+        )
     check_first_order(config, "sums over all weights as one vector, which no rank has")
     if find_optimizer(config.optimization.optimizer).needs_matrices:
         raise UserError(

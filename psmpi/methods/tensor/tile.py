@@ -34,9 +34,9 @@ class TileLayer(Layer):
     moves_gradient: ClassVar[bool] = True
 
     def parameters(self) -> tuple[Parameter, ...]:
-        weight = Parameter(f"{self.name}.weight", self.tile, self.tile[0])
-        units = self.out_shape[0]
-        return (weight, Parameter(f"{self.name}.bias", (units,), units)) if self.cut.layer.bias else (weight,)
+        rows, units = self.tile[0], self.out_shape[0]
+        found = [Parameter(f"{self.name}.weight", self.tile, rows)] if rows else []
+        return (*found, *([Parameter(f"{self.name}.bias", (units,), units)] if self.cut.layer.bias else []))
 
     def sources(self, uses: Uses) -> Uses:
         return stretched(grouped(uses, self.out_shape[0]), self.in_shape[0])
@@ -84,7 +84,7 @@ class TilePart(Part):
         assert isinstance(layer, TileLayer) and layer.products is not None
         self.tiled, self.products, self.tile, self.units = layer, layer.products, layer.tile, layer.out_shape[0]
         bias = layer.cut.layer.bias
-        self.at = place(site, f"{layer.name}.weight")
+        self.at = place(site, f"{layer.name}.weight") if self.tile[0] else 0
         self.bias = place(site, f"{layer.name}.bias") if bias else -1
         # What stands for biases that the layer has not, and for their gradient.
         self.none, self.nowhere = (self.ops.zeros(0 if bias else self.units, site.dtype) for _ in range(2))
