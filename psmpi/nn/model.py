@@ -27,7 +27,8 @@ class Model:
     alone: the model goes from the outputs of the layer before the first to those of the last, and the part is of these
     layers, or with `beside` still of all, whose other weights are those of models beside this one.
     space: the workspace of another model, to be shared with it. total: sums over the ranks that compute with the other
-    slices of each minibatch, for layers that state such sums; on the host. With `tiled` passes end before the layers
+    slices of each minibatch, for layers that state such sums; on the host. across: those over the ranks that have the
+    other units of the same samples, where layers are `restrict`ed to some. With `tiled` passes end before the layers
     that every class has for itself, `tail` (first, behind the last), which are computed by tiles of classes
     (psmpi.nn.tiles).
 
@@ -49,6 +50,7 @@ class Model:
         beside: bool = False,
         space: Workspace | None = None,
         total: Total | None = None,
+        across: Total | None = None,
         tiled: bool = False,
     ):
         self.network, self.layout, self.ops = network, layout, ops
@@ -82,7 +84,7 @@ class Model:
         in_shape = network.layers[first].in_shape if first < len(network.layers) else network.in_shape
         if stages:
             in_shape = (int(stages[0].inputs.sum()), *stages[0].layer.in_shape[1:])
-        site = Site(layout, self.part, ops, self.space, self.dtype, total)
+        site = Site(layout, self.part, ops, self.space, self.dtype, total, across)
         self.chain = Chain(stages, site, in_shape)
         self.chain.bind(w, g)
         # The number behind those of its parts: that of a tail.

@@ -24,7 +24,7 @@ from psmpi.nn.layers.workspace import Workspace
 NEW, OVER, VIEW, OWN = "new", "over", "view", "own"
 
 
-# Sums an array (k,) float64 over the ranks that share a minibatch, in place.
+# Sums an array (k,) float64 over some ranks, in place, on the host.
 Total = Callable[[np.ndarray], object]
 
 
@@ -69,6 +69,8 @@ class Layer:
     keeps: ClassVar[bool] = False
     # Whether the outputs of a step depend on those of the steps before.
     recurrent: ClassVar[bool] = False
+    # Whether it takes sequences from their first step to the last at once, and no chunks of them.
+    whole_sequences: ClassVar[bool] = False
     # Whether it goes with the layer that follows it where a network is cut.
     leads: ClassVar[bool] = False
     # Whether outputs lie in the range of the inputs.
@@ -214,7 +216,8 @@ class Stage:
 class Site:
     """The surroundings of a part: the layout of the network, the runs of its local vector, and what it shares.
 
-    total: sums over the ranks that have the other slices of each minibatch; None where there are none.
+    total: sums over the ranks that have the other slices of each minibatch; None where there are none. across: sums
+    over the ranks that have the other units of the same samples; None where this one has all.
     """
 
     layout: Layout
@@ -223,6 +226,7 @@ class Site:
     space: Workspace
     dtype: np.dtype
     total: Total | None = None
+    across: Total | None = None
 
 
 def place(site: Site, parameter: str) -> int:
