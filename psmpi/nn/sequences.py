@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from psmpi.backend import CELLS
 from psmpi.nn.layers import Layer
 from psmpi.nn.layers.chain import leaves
+from psmpi.nn.layers.last import Last
 from psmpi.nn.layers.recurrent import Recurrent
 from psmpi.nn.network import Network
 
@@ -28,16 +29,17 @@ def find_head(network: Network) -> int:
     return next((k for k, layer in enumerate(layers) if len(layer.out_shape) != 2), len(layers))
 
 
-def find_padding(network: Network) -> Layer | None:
+def find_padding(network: Network, chunked: bool = False) -> Layer | None:
     """The layer that ends sequences, where what it takes of shorter ones is padding; None where there is no such.
 
     Behind a sequence's end a recurrent layer puts out its last state, and so do layers of single steps of what they
-    take; the samples have padding there.
+    take; the samples have padding there. chunked: whether sequences go through it chunk by chunk, of which the layer
+    `last` takes the last column.
     """
     held = False
     for layer in network.layers:
         if len(layer.in_shape) == 2 and len(layer.out_shape) != 2:
-            return None if held else layer
+            return None if held or (isinstance(layer, Last) and not chunked) else layer
         held = _holds(layer, held)
     return None
 

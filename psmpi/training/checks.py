@@ -28,17 +28,23 @@ def check_sequences(kind: Any, network: Network, dataset: Dataset) -> None:
         what = "a target at each step" if takes else "samples that are sequences"
         fit = [name for name, one in all_methods().items() if one.sequences == "steps" or (one.sequences and not steps)]
         raise UserError(f"--method {kind.name} does not train on {what}: use --method {', '.join(fit)}")
-    padded = find_padding(network)
+    check_padding(network, dataset)
+
+
+def check_padding(network: Network, dataset: Dataset, chunked: bool = False) -> None:
+    """UserError where the padding of shorter sequences would be taken for steps; chunked: as in `find_padding`."""
+    padded = find_padding(network, chunked)
     if padded is not None and any(is_ragged(split) for split in (dataset.train, dataset.test)):
+        end = "" if chunked else 'a layer {type = "last"} in its place, or '
         raise UserError(
-            f"{network.named(padded.name)} of --model {network.name} takes the padding of shorter sequences: put a "
-            "recurrent layer (rnn, gru, lstm) between it and the samples, past which nothing goes, or use sequences of "
-            "one length"
+            f"{network.named(padded.name)} of --model {network.name} takes the padding of shorter sequences: put "
+            f"{end}a recurrent layer (rnn, gru, lstm) between it and the samples, past which nothing goes, or use "
+            "sequences of one length"
         )
 
 
 def check_recurrent(network: Network, dataset: Dataset, config: Config) -> None:
-    """UserError where there are no recurrent layers, or what follows them needs all steps of a sequence at once."""
+    """UserError where there are no recurrent layers, or where layers need all steps of a sequence at once."""
     method = config.parallel.method
     if not network.sequences:
         raise UserError(
@@ -50,6 +56,13 @@ def check_recurrent(network: Network, dataset: Dataset, config: Config) -> None:
             f"--method {method} is for recurrent layers, and --model {network.name} has none: use --model rnn, gru or "
             "lstm, or custom"
         )
+    whole = next((layer for layer in network.walk() if layer.whole_sequences), None)
+    if whole is not None:
+        raise UserError(
+            f"{network.named(whole.name)} of --model {network.name} needs whole sequences, and --method {method} takes "
+            "them apart into chunks: leave the layer out, or use --method data_parallel"
+        )
+    check_padding(network, dataset, chunked=True)
     head = network.layers[find_head(network) :]
     if head and not isinstance(head[0], Last):
         raise UserError(

@@ -321,6 +321,77 @@ def test_normalization_is_that_of_the_reference(n, m, kind, dtype, device):
 
 @runs
 @real_types
+@pytest.mark.parametrize(("n", "m"), [(1, 1), (5, 33), (70, 40)])
+def test_normalization_of_columns_is_that_of_the_reference(n, m, dtype, device):
+    rng = np.random.default_rng(0)
+    x, dy = some(rng, dtype, n, m) * 3 + 5, some(rng, dtype, n, m)
+    gamma, beta = device.of(some(rng, dtype, n)), device.of(some(rng, dtype, n))
+    normal, scale, y = np.empty_like(x), np.empty(m, dtype), np.empty_like(x)
+    OPS.layer_norm(x, 1e-5, gamma, beta, normal, scale, y)
+    ours, out, factors, grid = device.of(x), device.array((n, m)), device.array((m,)), (-(-m // 32),)
+    device("layer_norm", grid, (32, 8), n, m, ours, 1e-5, gamma, beta, ours, factors, out)
+    for found, expected in ((ours, normal), (factors, scale), (out, y)):
+        near(found, expected, 30 * TOLERANCE[dtype])
+    ours[...], factors[...] = normal, scale
+    into, sums = device.of(dy), [device.array((n,)) for _ in range(2)]
+    dgamma, dbeta = np.empty(n, dtype), np.empty(n, dtype)
+    OPS.layer_norm_back(normal, scale, gamma, dy, dgamma, dbeta)
+    device("layer_norm_sums", (n,), (256,), m, ours, into, *sums)
+    device("layer_norm_back", grid, (32, 8), n, m, ours, factors, gamma, into)
+    # A column of one value has no variance, and the factor is 316.
+    for found, expected in ((sums[0], dgamma), (sums[1], dbeta), (into, dy)):
+        near(found, expected, 300 * TOLERANCE[dtype])
+
+
+@runs
+@real_types
+@pytest.mark.parametrize("ends", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("steps", [1, 9, 140])
+def test_softmax_is_that_of_the_reference(steps, causal, ends, dtype, device):
+    rng, (samples, heads) = np.random.default_rng(0), (2, 2)
+    s, dp = some(rng, dtype, samples * heads, steps, steps), some(rng, dtype, samples * heads, steps, steps)
+    lengths = np.array([(steps + 1) // 2, steps], np.int32)
+    p = s.copy()
+    OPS.softmax(p, 0.7, causal, heads, lengths if ends else None)
+    assert np.allclose(p.sum(axis=2), 1, atol=1e-6)
+    ours, given = device.of(s), Address(device.of(lengths).ctypes.data) if ends else None
+    device("softmax", (len(s) * steps,), (128,), steps, heads, int(causal), 0.7, given, ours)
+    near(ours, p, TOLERANCE[dtype])
+    ours[...], out = p, device.of(dp)
+    OPS.softmax_back(p, 0.7, dp)
+    device("softmax_back", (len(s) * steps,), (128,), steps, 0.7, ours, out)
+    near(out, dp, TOLERANCE[dtype])
+
+
+@runs
+@real_types
+def test_gelu_and_last_steps_are_those_of_the_reference(dtype, device):
+    rng = np.random.default_rng(0)
+    x, dy = some(rng, dtype, 300) * 5, some(rng, dtype, 300)
+    x[7], y, dx = np.nan, np.empty_like(x), dy.copy()
+    OPS.gelu(x, y)
+    OPS.gelu_back(x, dx)
+    ours, given, out = device.array((300,)), device.of(x), device.of(dy)
+    device("gelu", (3,), (32,), 300, given, ours)
+    near(ours, y, TOLERANCE[dtype])
+    device("gelu_back", (3,), (32,), 300, given, out)
+    near(out, dx, TOLERANCE[dtype])
+    x, last = dy.reshape(5, 6, 10), np.empty((5, 10), dtype)
+    lengths = np.array([1, 6, 3, 4, 5, 2, 1, 6, 6, 3], np.int32)
+    OPS.last_steps(x, lengths, last)
+    assert np.array_equal(last, x[:, lengths - 1, np.arange(10)])
+    found, back, at = device.array((5, 10)), np.empty_like(x), Address(device.of(lengths).ctypes.data)
+    device("last_steps", (2,), (32,), 5, 6, 10, device.of(x), at, found)
+    near(found, last, 0)
+    OPS.last_steps_back(last, lengths, back)
+    into = device.array(x.shape)
+    device("last_steps_back", (3,), (32,), 5, 6, 10, device.of(last), at, into)
+    near(into, back, 0)
+
+
+@runs
+@real_types
 @pytest.mark.parametrize("m", [1, 33, 700])
 def test_rows_of_unit_length_are_those_of_the_reference(m, dtype, device):
     rng = np.random.default_rng(0)

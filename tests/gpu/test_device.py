@@ -40,7 +40,10 @@ from psmpi.training.evaluator import Evaluator
 F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
 TOLERANCE = {F32: 2e-5, F64: 1e-11}
 # What the device does as the reference does: it is made of other operations.
-SHARED = {NumpyOps: {"beside", "fused", "scratch"}, CurvatureOps: {"restriction", "restricted_products"}}
+SHARED = {
+    NumpyOps: {"attention", "attention_back", "beside", "fused", "scratch"},
+    CurvatureOps: {"restriction", "restricted_products"},
+}
 
 needs_compiler = pytest.mark.skipif(cuda_host.compiler() is None, reason="no g++ to compile the CUDA kernels as C++")
 

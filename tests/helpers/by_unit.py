@@ -7,9 +7,11 @@ from zlib import crc32
 import numpy as np
 
 from psmpi.nn.init import initial_values
+from psmpi.nn.layers.attention import Attention
 from psmpi.nn.layers.embedding import Embedding
 from psmpi.nn.layers.flatten import Flatten
 from psmpi.nn.layers.group_norm import GroupNorm
+from psmpi.nn.layers.layer_norm import LayerNorm
 from psmpi.nn.layers.linear import Linear
 from psmpi.nn.layers.recurrent import Recurrent
 
@@ -25,8 +27,10 @@ def _inputs(layer, users):
         groups = _of_groups(users, layer.units // layer.groups, layer.groups)
         seen = [of for of in groups for _ in range(layer.group_inputs)]
         return seen + [frozenset()] * (layer.in_shape[0] - len(seen))
-    if isinstance(layer, Recurrent | Embedding):
+    if isinstance(layer, Recurrent | Embedding | LayerNorm):
         return _of_groups(users, len(users), 1) * layer.in_shape[0]
+    if isinstance(layer, Attention):
+        return [of for of in _of_groups(users, layer.size, layer.heads) for _ in range(3 * layer.size)]
     if isinstance(layer, Flatten):
         return _of_groups(users, prod(layer.in_shape[1:]), layer.in_shape[0])
     if isinstance(layer, GroupNorm):
@@ -42,7 +46,7 @@ def _parameters(layers, users):
     found = []
     for layer in reversed(layers):
         before = _inputs(layer, users)
-        own = before if isinstance(layer, GroupNorm) else users
+        own = before if isinstance(layer, GroupNorm | LayerNorm) else users
         pairs = [(p, own) for p in layer.parameters()]
         if isinstance(layer, Recurrent | Embedding):
             pairs = [(p, _of_groups(users, len(users), 1) * p.units) for p in layer.parameters()]

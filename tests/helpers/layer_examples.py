@@ -35,7 +35,13 @@ def recurrent(kind, units, **settings):
     return {"type": kind, "units": units, **settings}
 
 
-LAST = {"type": "last"}
+LAST, LAYER_NORM, GELU, POSITIONS = ({"type": kind} for kind in ("last", "layer_norm", "gelu", "positions"))
+
+
+def attention(width, heads, **settings):
+    """Queries, keys and values by a dense layer, and attention."""
+    return [dense(3 * width), {"type": "attention", "heads": heads, **settings}]
+
 
 NETWORKS = {
     "dense": ((7,), [dense(6), {"type": "tanh"}, dense(4)], 4),
@@ -109,6 +115,21 @@ NETWORKS = {
     "tokens side by side": (
         (1, 4), [{"type": "embedding", "vocabulary": 5, "units": 3}, dense(2), TANH, FLAT, dense(4)], 4,
     ),
+    "normalized layers": ((7,), [dense(6), LAYER_NORM, TANH, separable(8, 4), LAYER_NORM, dense(4)], 4),
+    "errors": ((7,), [GELU, dense(6), GELU, residual(dense(5), GELU, dense(6)), GELU, dense(4)], 4),
+    "attention": (
+        (1, 5),
+        [{"type": "embedding", "vocabulary": 7, "units": 6}, {**POSITIONS, "longest": 8},
+         residual(LAYER_NORM, *attention(6, 2), dense(6)), residual(LAYER_NORM, dense(8), GELU, dense(6)),
+         LAYER_NORM, LAST, dense(4)],
+        4,
+    ),
+    "attention to all steps": ((3, 5), [dense(4), *attention(6, 3, causal=False), LAST, dense(4)], 4),
+    "attention of classes": (
+        (3, 5), [dense(8), separable(24, 4), POSITIONS, {"type": "attention", "heads": 4}, LAST, separable(4, 4)],
+        4,
+    ),
+    "attention with scores of each step": ((3, 5), [dense(4), POSITIONS, *attention(4, 1), GELU, dense(4)], 4),
     "scores of each step": ((3, 5), [recurrent("lstm", 6), separable(8, 4), TANH, separable(4, 4)], 4),
 }  # fmt: skip
 
@@ -125,4 +146,4 @@ def make(name):
     shape, layers, classes = NETWORKS[name]
     if layers is None:
         return make_network("psnet", shape, classes)
-    return build(name, shape, layers, classes, name == "scores of each step")
+    return build(name, shape, layers, classes, "scores of each step" in name)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from helpers.layer_examples import NETWORKS, make
 from helpers.problems import make_model, random_problem
+from helpers.together import Together
 
 from psmpi.backend import NumpyOps
 from psmpi.inspect.export import build_onnx, onnx_inputs
@@ -129,24 +130,6 @@ def test_the_gradient_of_the_inputs_matches_central_differences(name):
             sums.append((model.forward(x).scores * d).sum())
         flat[i] += h
         assert abs((sums[0] - sums[1]) / (2 * h) - dx.reshape(-1)[i]) <= 1e-6 * max(1, np.abs(dx).max())
-
-
-class Together:
-    """Sums of arrays over threads, each of which calls `total` in turn with the others."""
-
-    def __init__(self, count):
-        self.barrier, self.arrays, self.numbers = threading.Barrier(count), [None] * count, [0] * count
-
-    def total(self, k):
-        def call(values):
-            self.numbers[k] += values.size
-            self.arrays[k] = values
-            self.barrier.wait(30)
-            found = sum(array.copy() for array in self.arrays)
-            self.barrier.wait(30)
-            values[...] = found
-
-        return call
 
 
 @pytest.mark.parametrize("name", [name for name in NETWORKS if make(name).normalized])

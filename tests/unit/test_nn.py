@@ -5,6 +5,7 @@ import pytest
 from helpers.layer_examples import APART, FLAT, NETWORKS, dense, make, residual, separable
 from helpers.problems import make_model, random_problem
 from scipy.signal import correlate2d
+from scipy.special import erf, softmax
 
 from psmpi.backend import NumpyOps
 from psmpi.errors import LayersError, UserError, layers_in
@@ -75,6 +76,16 @@ def plain_states(layer, p, x):
     return np.stack(states, axis=1)
 
 
+def plain_head(qkv, causal):
+    """The outputs (units, steps) of a head for one sequence, step by step."""
+    q, k, v = np.split(qkv, 3)
+    found = []
+    for t in range(q.shape[1]):
+        seen = slice(0, t + 1 if causal else None)
+        found.append(v[:, seen] @ softmax(q[:, t] @ k[:, seen] / np.sqrt(len(q))))
+    return np.stack(found, axis=1)
+
+
 def plain_layer(kind, layer, tensors, a):
     if kind in ("Dense", "Conv"):
         weight, bias = tensors[f"{layer.name}.weight"], tensors.get(f"{layer.name}.bias", np.zeros(layer.units))
@@ -110,6 +121,16 @@ def plain_layer(kind, layer, tensors, a):
         return tensors[f"{layer.name}.weight"][:, a[0].astype(int)]
     if kind == "Last":
         return a[:, -1]
+    if kind == "LayerNorm":
+        apart, shape = a - a.mean(axis=0), (-1, *(1,) * (a.ndim - 1))
+        weight, bias = (tensors[f"{layer.name}.{k}"].reshape(shape) for k in ("weight", "bias"))
+        return weight * apart / np.sqrt((apart**2).mean(axis=0) + 1e-5) + bias
+    if kind == "Gelu":
+        return a * (1 + erf(a / np.sqrt(2))) / 2
+    if kind == "Positions":
+        return a + tensors[f"{layer.name}.weight"][:, : a.shape[1]]
+    if kind == "Attention":
+        return np.concatenate([plain_head(head, layer.causal) for head in np.split(a, layer.heads)])
     if kind == "Flatten":
         return a.reshape(-1)
     if kind == "Pad":
@@ -200,7 +221,7 @@ def test_gradients_of_samples_are_those_of_minibatches_of_one(name):
         assert np.linalg.norm(sums - weights @ apart) <= 1e-12 * np.linalg.norm(sums)
         for k in range(5):
             tape = model.forward(np.ascontiguousarray(x[:, k : k + 1]))
-            model.backward(tape, np.ascontiguousarray(d[rows, k : k + 1]))
+            model.backward(tape, np.ascontiguousarray(d[rows, ..., k : k + 1]))
             assert np.linalg.norm(apart[k] - model.g) <= 1e-12 * np.linalg.norm(model.g)
             model.g.fill(np.nan)
 

@@ -24,6 +24,7 @@ STACKS = [
     for name, (shape, layers, _) in NETWORKS.items()
     if len(shape) == 2 and any(layer.recurrent for layer in make(name).walk())
 ]
+ATTENTIVE = [name for name in NETWORKS if any(layer.whole_sequences for layer in make(name).walk())]
 N, T, F = 10, 5, 3
 RNG = np.random.default_rng(0)
 X, LENGTHS = RNG.standard_normal((N, T, F)).astype(np.float32), np.array([5, 1, 3, 2, 4, 5, 5, 2, 1, 3])
@@ -150,7 +151,9 @@ def test_layers_that_would_take_padding_are_found():
         ([lstm, {"type": "residual", "layers": [dense_]}, last], True),
     ):  # fmt: skip
         network = build("net", (3, 5), [*layers, dense(2)], 2)
-        assert (find_padding(network) is None) == held, layers
+        assert (find_padding(network, chunked=True) is None) == held, layers
+        # Of whole sequences it is known where they end.
+        assert (find_padding(network) is None) == (held or last in layers), layers
 
 
 def test_images_are_sequences_of_rows_or_pixels(tmp_path):
@@ -198,7 +201,7 @@ def test_generated_tasks_can_be_solved_from_what_is_in_them():
             open_dataset(name, None)
 
 
-@pytest.mark.parametrize("name", STACKS)
+@pytest.mark.parametrize("name", [*STACKS, *ATTENTIVE])
 def test_what_is_padded_changes_nothing(name):
     """Scores, and gradients of the weights and of the inputs, are those of each sequence alone, without padding."""
     network = make(name)

@@ -10,6 +10,7 @@ from functools import partial
 
 import numpy as np
 
+from psmpi.backend.compiled.attention import CompiledAttention
 from psmpi.backend.compiled.convolution import BATCH_MULTIPLE, DirectConvolution
 from psmpi.backend.compiled.library import NAMES, function, level, pointers, steps, units_pointer
 from psmpi.backend.compiled.losses import CompiledLosses
@@ -21,7 +22,7 @@ from psmpi.backend.reference.ops import NumpyOps
 from psmpi.backend.reference.recurrence import Recurrence
 
 
-class CompiledOps(CompiledLosses, NumpyOps):
+class CompiledOps(CompiledAttention, CompiledLosses, NumpyOps):
     name = "compiled"
     batch_multiple = BATCH_MULTIPLE
 
@@ -70,6 +71,27 @@ class CompiledOps(CompiledLosses, NumpyOps):
         self.activate_back(kind, y, dy)
         call = function("normalize_back", x.dtype, "inpppppp", self.instructions)
         call(*x.shape, *pointers(x.dtype, x, scale, gamma, dy, dgamma, dbeta))
+
+    def layer_norm(
+        self, x: np.ndarray, eps: float, gamma: np.ndarray, beta: np.ndarray, normal: np.ndarray, scale: np.ndarray,
+        y: np.ndarray,
+    ) -> None:  # fmt: skip
+        values, *others = pointers(x.dtype, x, gamma, beta, normal, scale, y)
+        function("layer_norm", x.dtype, "nnpdppppp", self.instructions)(*x.shape, values, eps, *others)
+
+    def layer_norm_back(
+        self, normal: np.ndarray, scale: np.ndarray, gamma: np.ndarray, dy: np.ndarray, dgamma: np.ndarray | None,
+        dbeta: np.ndarray | None,
+    ) -> None:  # fmt: skip
+        wanted = (None, None) if dgamma is None or dbeta is None else pointers(dy.dtype, dgamma, dbeta)
+        call = function("layer_norm_back", dy.dtype, "nnpppppp", self.instructions)
+        call(*dy.shape, *pointers(dy.dtype, normal, scale, gamma, dy), *wanted)
+
+    def gelu(self, x: np.ndarray, y: np.ndarray) -> None:
+        function("gelu", x.dtype, "npp", self.instructions)(x.size, *pointers(x.dtype, x, y))
+
+    def gelu_back(self, x: np.ndarray, dy: np.ndarray) -> None:
+        function("gelu_back", x.dtype, "npp", self.instructions)(x.size, *pointers(x.dtype, x, dy))
 
     def row_factors(self, w: np.ndarray, eps: float, scale: float, out: np.ndarray) -> None:
         call = function("row_factors", w.dtype, "iinpnnddp", self.instructions)

@@ -22,8 +22,6 @@ from psmpi.errors import UserError
 WORKSPACE = 1 << 28
 # How cuDNN takes for granted that arrays begin, in bytes.
 ALIGNED = 16
-# Of the tiles of cuda/turn.cu.
-SIDE = 32
 # The largest distance from psmpi's own values, over the largest of these, by what is computed with. Sums in another
 # order stay far below it; those of numbers that were rounded to fewer bits, where that was not asked for, do not.
 TOLERANCE = {"float32": 1e-4, "tf32": 5e-3, "float64": 1e-10}
@@ -212,16 +210,12 @@ class CudnnConvolution:
     def _given(self, name: str, images: Any) -> Any:
         into = self._place(name, images)
         if self.turned:
-            self._turn(images, into, images.size // images.shape[-1], images.shape[-1])
+            self.ops.turn(images.reshape(-1, images.shape[-1]), into.reshape(images.shape[-1], -1))
         return into
 
     def _back(self, values: Any, images: Any) -> None:
         if self.turned:
-            self._turn(values, images, images.shape[-1], images.size // images.shape[-1])
-
-    def _turn(self, values: Any, into: Any, rows: int, columns: int) -> None:
-        grid = (-(-rows // SIDE) * -(-columns // SIDE),)
-        self.ops.launch("turn", into.dtype, grid, (SIDE, 8), rows, columns, values, into)
+            self.ops.turn(values.reshape(images.shape[-1], -1), images.reshape(-1, images.shape[-1]))
 
 
 class ChosenConvolution:

@@ -2,6 +2,8 @@
 
 # Blocks that fill the largest devices; sums are split over about as many.
 BLOCKS = 512
+# Sides of the tiles of cuda/turn.cu, and their rows of threads.
+SIDE, SIDE_ROWS = 32, 8
 
 
 def blocks(size: int, threads: int) -> int:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from psmpi.backend.gpu.device import Device
-from psmpi.backend.gpu.grids import BLOCKS, blocks
+from psmpi.backend.gpu.grids import BLOCKS, SIDE, SIDE_ROWS, blocks
 
 # By the numbers that the kernels know them by.
 ACTIVATIONS = {"identity": 0, "sigmoid": 1, "tanh": 2, "relu": 3}
 
 
 class DevicePointwise(Device):
-    """Kernels of layers.cu and norm.cu."""
+    """Kernels of layers.cu, norm.cu and attention.cu, and the transpose."""
 
     def add_bias(self, y: Any, bias: Any) -> None:
         self.finish(y, bias, "identity")
@@ -61,6 +61,44 @@ class DevicePointwise(Device):
         self.launch(
             "normalize_back", x.dtype, (n,), (256,), m, x, scale, gamma, y, dy, ACTIVATIONS[kind], dgamma, dbeta
         )
+
+    def layer_norm(self, x: Any, eps: float, gamma: Any, beta: Any, normal: Any, scale: Any, y: Any) -> None:
+        n, m = x.shape
+        self.launch("layer_norm", x.dtype, (blocks(m, 32),), (32, 8), n, m, x, eps, gamma, beta, normal, scale, y)
+
+    def layer_norm_back(self, normal: Any, scale: Any, gamma: Any, dy: Any, dgamma: Any, dbeta: Any) -> None:
+        n, m = dy.shape
+        if dgamma is not None:
+            self.launch("layer_norm_sums", dy.dtype, (n,), (256,), m, normal, dy, dgamma, dbeta)
+        self.launch("layer_norm_back", dy.dtype, (blocks(m, 32),), (32, 8), n, m, normal, scale, gamma, dy)
+
+    def gelu(self, x: Any, y: Any) -> None:
+        self.spread("gelu", x.dtype, x.size, x.size, x, y)
+
+    def gelu_back(self, x: Any, dy: Any) -> None:
+        self.spread("gelu_back", x.dtype, x.size, x.size, x, dy)
+
+    def turn(self, values: Any, out: Any) -> None:
+        rows, columns = values.shape
+        grid = (blocks(rows, SIDE) * blocks(columns, SIDE),)
+        self.launch("turn", values.dtype, grid, (SIDE, SIDE_ROWS), rows, columns, values, out)
+
+    def softmax(self, s: Any, scale: float, causal: bool, heads: int, lengths: Any) -> None:
+        count, steps, _ = s.shape
+        given = 0 if lengths is None else lengths
+        self.launch("softmax", s.dtype, (count * steps,), (128,), steps, heads, int(causal), scale, given, s)
+
+    def softmax_back(self, p: Any, scale: float, dp: Any) -> None:
+        count, steps, _ = p.shape
+        self.launch("softmax_back", p.dtype, (count * steps,), (128,), steps, scale, p, dp)
+
+    def last_steps(self, x: Any, lengths: Any, y: Any) -> None:
+        units, steps, b = x.shape
+        self.spread("last_steps", x.dtype, y.size, units, steps, b, x, lengths, y)
+
+    def last_steps_back(self, dy: Any, lengths: Any, dx: Any) -> None:
+        units, steps, b = dx.shape
+        self.spread("last_steps_back", dx.dtype, dx.size, units, steps, b, dy, lengths, dx)
 
     def row_factors(self, w: Any, eps: float, scale: float, out: Any) -> None:
         count, n, m = w.shape

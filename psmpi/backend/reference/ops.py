@@ -7,10 +7,10 @@ runs along the batch. All arrays of one call share one dtype, float32 or float64
 
 from __future__ import annotations
 
+from psmpi.backend.reference.attention import Attention
 from psmpi.backend.reference.losses import Losses
-from psmpi.backend.reference.products import Products
 from psmpi.backend.reference.vectors import Vectors
 
 
-class NumpyOps(Products, Losses, Vectors):
+class NumpyOps(Attention, Losses, Vectors):
     """All operations; other backends override those that they do faster."""

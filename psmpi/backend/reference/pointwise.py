@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from psmpi.backend.reference.arrays import CHUNK, Arrays
+from psmpi.backend.reference.gelu import normal_law
 
 # Numbers whose plain sum loses few digits in float32.
 SHORT = 1 << 10
@@ -110,6 +111,84 @@ class Pointwise(Arrays):
         dy -= (dbeta / m)[:, None]
         dy *= (gamma * scale)[:, None]
 
+    def layer_norm(
+        self,
+        x: np.ndarray,
+        eps: float,
+        gamma: np.ndarray,
+        beta: np.ndarray,
+        normal: np.ndarray,
+        scale: np.ndarray,
+        y: np.ndarray,
+    ) -> None:
+        """normal (n, m) = the columns of x (n, m) less their means, times scale (m,) = 1 / sqrt(their variance + eps).
+
+        y (n, m) = gamma (n,) normal + beta (n,). normal may be x.
+        """
+        np.subtract(x, x.mean(axis=0), out=normal)
+        # What rounding has left of the mean.
+        normal -= normal.mean(axis=0)
+        np.einsum("ij,ij->j", normal, normal, out=scale)
+        scale /= len(x)
+        scale += eps
+        np.sqrt(scale, out=scale)
+        np.divide(1, scale, out=scale)
+        normal *= scale
+        self.affine(normal, gamma, beta, "identity", y)
+
+    def layer_norm_back(
+        self,
+        normal: np.ndarray,
+        scale: np.ndarray,
+        gamma: np.ndarray,
+        dy: np.ndarray,
+        dgamma: np.ndarray | None,
+        dbeta: np.ndarray | None,
+    ) -> None:
+        """The adjoint of `layer_norm`: dy becomes the gradient of x, dgamma and dbeta (n,) those of gamma and beta.
+
+        With None for both these are not wanted. Derived: dx = scale (d - mean(d) - normal mean(d normal)) with d =
+        gamma dy.
+        """
+        if dgamma is not None and dbeta is not None:
+            np.copyto(dgamma, row_dots(dy, normal))
+            self.row_sums(dy[None], dbeta[None])
+        dy *= gamma[:, None]
+        along = np.einsum("ij,ij->j", dy, normal)
+        along /= len(dy)
+        dy -= dy.mean(axis=0)
+        each = max(1, CHUNK // dy.shape[1])
+        for first in range(0, len(dy), each):
+            rows = slice(first, first + each)
+            dy[rows] -= normal[rows] * along
+        dy *= scale
+
+    def gelu(self, x: np.ndarray, y: np.ndarray) -> None:
+        """y = x Phi(x), Phi the distribution function of the normal law; both contiguous."""
+        xs, ys = x.reshape(-1), y.reshape(-1)
+        for first in range(0, xs.size, SHORT):
+            at = slice(first, first + SHORT)
+            np.multiply(xs[at], normal_law(xs[at])[0], out=ys[at])
+
+    def gelu_back(self, x: np.ndarray, dy: np.ndarray) -> None:
+        """dy *= Phi(x) + x phi(x), in place, phi the density; both contiguous."""
+        xs, ds = x.reshape(-1), dy.reshape(-1)
+        for first in range(0, xs.size, SHORT):
+            at = slice(first, first + SHORT)
+            below, density = normal_law(xs[at])
+            density *= xs[at]
+            density += below
+            ds[at] *= density
+
+    def last_steps(self, x: np.ndarray, lengths: np.ndarray, y: np.ndarray) -> None:
+        """y (units, b) = the last step of each sequence of x (units, steps, b), of lengths (b,) int32."""
+        np.take(x.reshape(len(x), -1), _ends(lengths), axis=1, out=y, mode="clip")
+
+    def last_steps_back(self, dy: np.ndarray, lengths: np.ndarray, dx: np.ndarray) -> None:
+        """The adjoint of `last_steps`: dx of the shape of x."""
+        dx.fill(0)
+        dx.reshape(len(dx), -1)[:, _ends(lengths)] = dy
+
     def row_factors(self, w: np.ndarray, eps: float, scale: float, out: np.ndarray) -> None:
         """out (count, n) = scale / sqrt(|row|^2 + eps) of the rows of w (count, n, m); NaN where a square overflows."""
         np.einsum("...j,...j->...", w, w, out=out)
@@ -183,6 +262,11 @@ def row_dots(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         at = slice(first, first + SHORT)
         found += np.einsum("ij,ij->i", a[:, at], b[:, at])
     return found
+
+
+def _ends(lengths: np.ndarray) -> np.ndarray:
+    """The places (b,) of sequences' last steps among all steps of all samples."""
+    return (lengths - 1) * len(lengths) + np.arange(len(lengths))
 
 
 def _windows(x: np.ndarray, size: int, like: np.ndarray) -> list[np.ndarray]:

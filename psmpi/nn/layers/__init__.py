@@ -4,6 +4,7 @@ A new kind is a file and a line in `LAYERS`: everything else asks the layer.
 """
 
 from psmpi.nn.layers.activation import ACTIVATIONS, Activation
+from psmpi.nn.layers.attention import Attention
 from psmpi.nn.layers.base import Layer, Part, SampleSums, Site, Stage
 from psmpi.nn.layers.batch_norm import BatchNorm
 from psmpi.nn.layers.conv import Conv
@@ -11,9 +12,12 @@ from psmpi.nn.layers.cosine import Cosine
 from psmpi.nn.layers.dense import Dense
 from psmpi.nn.layers.embedding import Embedding
 from psmpi.nn.layers.flatten import Flatten
+from psmpi.nn.layers.gelu import Gelu
 from psmpi.nn.layers.group_norm import GroupNorm
 from psmpi.nn.layers.last import Last
+from psmpi.nn.layers.layer_norm import LayerNorm
 from psmpi.nn.layers.pool import Pool
+from psmpi.nn.layers.positions import Positions
 from psmpi.nn.layers.recurrent import Recurrent
 from psmpi.nn.layers.residual import Residual
 
@@ -28,12 +32,16 @@ LAYERS: dict[str, type[Layer]] = {
     "flatten": Flatten,
     "batch_norm": BatchNorm,
     "group_norm": GroupNorm,
+    "layer_norm": LayerNorm,
     "residual": Residual,
     "rnn": Recurrent,
     "gru": Recurrent,
     "lstm": Recurrent,
     "embedding": Embedding,
+    "positions": Positions,
+    "attention": Attention,
     "last": Last,
+    "gelu": Gelu,
     **dict.fromkeys(ACTIVATIONS, Activation),
 }
 

@@ -15,7 +15,7 @@ from psmpi.nn.layers.table import Table
 class Last(Layer):
     """(features, steps) -> (features,): a sequence's last step, of recurrent layers their last state.
 
-    It is the last column: behind a sequence's end recurrent layers repeat their last state.
+    Of chunks of sequences it is the last column: behind a sequence's end recurrent layers repeat their last state.
     """
 
     keeps_range: ClassVar[bool] = True
@@ -35,16 +35,26 @@ class LastPart(Part):
 
     def forward(self, x: np.ndarray, y: np.ndarray | None, room: Any) -> tuple[np.ndarray, Any]:
         assert y is not None
-        y[...] = x[:, -1]
-        return y, None
+        lengths = None
+        # A chunk may have none of a sequence's steps.
+        if self.space.span.begins and self.space.span.ends:
+            lengths = self.space.span.lengths
+        if lengths is None:
+            y[...] = x[:, -1]
+        else:
+            self.ops.last_steps(x, lengths, y)
+        return y, lengths
 
     def backward(
         self, x: np.ndarray, y: np.ndarray, kept: Any, dy: np.ndarray, dx: np.ndarray | None, into: Any
     ) -> np.ndarray:
         if dx is None:
             return dy
-        dx.fill(0)
-        dx[:, -1] = dy
+        if kept is None:
+            dx.fill(0)
+            dx[:, -1] = dy
+        else:
+            self.ops.last_steps_back(dy, kept, dx)
         return dx
 
     def export(self, graph: Any, value: str) -> str:

@@ -78,7 +78,8 @@ class Table:
         if len(shape) == 2:
             raise UserError(
                 f"{self.where}: {self.kind} would normalize over the steps of sequences, which may be of different "
-                "lengths: leave it out, or put it behind a layer that ends them (last, flatten)"
+                "lengths: use layer_norm, which takes each step alone, or put it behind a layer that ends them (last, "
+                "flatten)"
             )
 
     def flat(self, shape: Shape) -> None:

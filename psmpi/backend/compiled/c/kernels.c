@@ -28,6 +28,11 @@ typedef struct {
     int32_t kind, units, steps, batch, padded, first, last;
 } cells_t;
 
+/* Attention: heads of `size` units each. A call takes jobs from first to last, see attention.h. */
+typedef struct {
+    int32_t heads, size, steps, batch, causal, first, last;
+} attention_t;
+
 /* Vectors that are summed up before the sum goes into another. */
 #define FLUSH 256
 

@@ -32,6 +32,8 @@
 #include "elements.h"
 #include "losses.h"
 #include "recurrence.h"
+#include "columns.h"
+#include "attention.h"
 
 #undef R
 #undef V

@@ -68,6 +68,26 @@ __device__ __forceinline__ double t_sqrt(double a)
     return sqrt(a);
 }
 
+__device__ __forceinline__ float t_exp(float a)
+{
+    return expf(a);
+}
+
+__device__ __forceinline__ double t_exp(double a)
+{
+    return exp(a);
+}
+
+__device__ __forceinline__ float t_erfc(float a)
+{
+    return erfcf(a);
+}
+
+__device__ __forceinline__ double t_erfc(double a)
+{
+    return erfc(a);
+}
+
 __device__ __forceinline__ float t_expm1(float a)
 {
     return expm1f(a);

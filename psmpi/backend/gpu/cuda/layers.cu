@@ -229,3 +229,43 @@ extern "C" __global__ void unfold(long long count, long long rows, long long n_i
         out[at.stripe * step + at.row * row_step + (at.channel * k + at.i) * k + at.j] = sum * weight;
     }
 }
+
+/* Phi(x), the distribution function of the normal law. */
+__device__ __forceinline__ T normal_law(T x)
+{
+    return T(0.5) * t_erfc(x * T(-0.70710678118654752440));
+}
+
+/* y = x Phi(x). */
+extern "C" __global__ void gelu(long long size, const T *__restrict__ x, T *__restrict__ y)
+{
+    for (long long i = thread(); i < size; i += threads())
+        y[i] = x[i] * normal_law(x[i]);
+}
+
+/* dy *= Phi(x) + x phi(x), phi the density. */
+extern "C" __global__ void gelu_back(long long size, const T *__restrict__ x, T *__restrict__ dy)
+{
+    for (long long i = thread(); i < size; i += threads())
+        dy[i] *= normal_law(x[i]) + x[i] * (T(0.39894228040143267794) * t_exp(T(-0.5) * x[i] * x[i]));
+}
+
+/* y (units, b) = the last steps of sequences x (units, steps, b). */
+extern "C" __global__ void last_steps(long long units, long long steps, long long b, const T *__restrict__ x,
+                                      const int *__restrict__ lengths, T *__restrict__ y)
+{
+    for (long long i = thread(); i < units * b; i += threads()) {
+        const long long unit = quotient(i, b), s = i - unit * b;
+        y[i] = x[(unit * steps + lengths[s] - 1) * b + s];
+    }
+}
+
+/* dx (units, steps, b): dy (units, b) at the last steps, 0 elsewhere. */
+extern "C" __global__ void last_steps_back(long long units, long long steps, long long b, const T *__restrict__ dy,
+                                           const int *__restrict__ lengths, T *__restrict__ dx)
+{
+    for (long long i = thread(); i < units * steps * b; i += threads()) {
+        const long long row = quotient(i, b), s = i - row * b, unit = quotient(row, steps);
+        dx[i] = row - unit * steps == lengths[s] - 1 ? dy[unit * b + s] : T(0);
+    }
+}

@@ -97,3 +97,84 @@ extern "C" __global__ void project_rows(long long n, long long m, const T *__res
     for (long long q = threadIdx.x; q < m; q += NORM_THREADS)
         out[q] -= along * row[q];
 }
+
+#define NORM_COLUMNS 32
+#define NORM_ROWS 8
+
+/* The sum of `value` over the threads of a column; all of them get it. */
+__device__ __forceinline__ T column_sum(T value, T room[NORM_ROWS][NORM_COLUMNS])
+{
+    __syncthreads();
+    room[threadIdx.y][threadIdx.x] = value;
+    __syncthreads();
+    T sum = T(0);
+    for (int k = 0; k < NORM_ROWS; k++)
+        sum += room[k][threadIdx.x];
+    return sum;
+}
+
+/* normal (n, m) = the columns of x less their means, times scale (m,) = 1 / sqrt(variance + eps); y = gamma normal +
+ * beta. normal may be x. Grid: a block of (32, 8) for 32 columns. */
+extern "C" __global__ void layer_norm(long long n, long long m, const T *x, double eps, const T *__restrict__ gamma,
+                                      const T *__restrict__ beta, T *normal, T *__restrict__ scale, T *__restrict__ y)
+{
+    __shared__ T room[NORM_ROWS][NORM_COLUMNS];
+    const long long j = (long long)blockIdx.x * NORM_COLUMNS + threadIdx.x;
+    const long long rows = j < m ? n : 0;
+    T sum = T(0), rest = T(0), squares = T(0);
+    for (long long i = threadIdx.y; i < rows; i += NORM_ROWS)
+        sum += x[i * m + j];
+    const T mean = column_sum(sum, room) / (T)n;
+    for (long long i = threadIdx.y; i < rows; i += NORM_ROWS) {
+        const T d = x[i * m + j] - mean;
+        rest += d;
+        squares += d * d;
+    }
+    const T off = column_sum(rest, room) / (T)n;
+    const T factor = T(1) / t_sqrt(column_sum(squares, room) / (T)n - off * off + (T)eps);
+    for (long long i = threadIdx.y; i < rows; i += NORM_ROWS) {
+        const T v = (x[i * m + j] - mean - off) * factor;
+        normal[i * m + j] = v;
+        y[i * m + j] = gamma[i] * v + beta[i];
+    }
+    if (rows && threadIdx.y == 0)
+        scale[j] = factor;
+}
+
+/* dgamma and dbeta (n,): the sums of the rows of dy times normal, and of dy. Grid: (n,). */
+extern "C" __global__ void layer_norm_sums(long long m, const T *__restrict__ normal, const T *__restrict__ dy,
+                                           T *__restrict__ dgamma, T *__restrict__ dbeta)
+{
+    __shared__ double room[NORM_THREADS];
+    const long long row = blockIdx.x * m;
+    LongSum products, gradients;
+    for (long long i = threadIdx.x; i < m; i += NORM_THREADS) {
+        products.add(dy[row + i] * normal[row + i]);
+        gradients.add(dy[row + i]);
+    }
+    const double first = block_sum<NORM_THREADS>(products.value(), room);
+    const double second = block_sum<NORM_THREADS>(gradients.value(), room);
+    if (threadIdx.x == 0) {
+        dgamma[blockIdx.x] = (T)first;
+        dbeta[blockIdx.x] = (T)second;
+    }
+}
+
+/* dy (n, m) becomes the gradient of what was normalized. Grid as of layer_norm. */
+extern "C" __global__ void layer_norm_back(long long n, long long m, const T *__restrict__ normal,
+                                           const T *__restrict__ scale, const T *__restrict__ gamma,
+                                           T *__restrict__ dy)
+{
+    __shared__ T room[NORM_ROWS][NORM_COLUMNS];
+    const long long j = (long long)blockIdx.x * NORM_COLUMNS + threadIdx.x;
+    const long long rows = j < m ? n : 0;
+    T sum = T(0), dot = T(0);
+    for (long long i = threadIdx.y; i < rows; i += NORM_ROWS) {
+        const T d = gamma[i] * dy[i * m + j];
+        sum += d;
+        dot += d * normal[i * m + j];
+    }
+    const T mean = column_sum(sum, room) / (T)n, along = column_sum(dot, room) / (T)n;
+    for (long long i = threadIdx.y; i < rows; i += NORM_ROWS)
+        dy[i * m + j] = scale[j] * (gamma[i] * dy[i * m + j] - mean - normal[i * m + j] * along);
+}

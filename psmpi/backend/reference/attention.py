@@ -1,0 +1,108 @@
+"""Attention of heads (Vaswani et al. 2017), as products of matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import prod, sqrt
+
+import numpy as np
+
+from psmpi.backend.reference.products import Products
+
+
+class Attention(Products):
+    """Of each sample and head, `queries`, keys and values are (size, steps), after a turn that puts samples first."""
+
+    def attention(self, x: np.ndarray, heads: int, causal: bool, lengths: np.ndarray | None, y: np.ndarray) -> None:
+        """y (units, steps, b): each step's mean of values, by the softmax of its query's products with keys.
+
+        x (3 units, steps, b): of each of `heads` heads the rows of queries, then of keys, then of values. Products are
+        over the square root of a head's units. Steps look at themselves and those before if `causal`, else at all;
+        lengths (b,) int32: of each sample those before its end, None: all.
+        """
+        batch, turned, out = x.shape[2], self._turned("x", x), self._room("y", y.dtype, *_first(y))
+        for some, p in self._probabilities(turned, heads, causal, lengths, batch):
+            _, _, values = self._heads(turned[some], heads)
+            self.matmul(values, p.transpose(0, 2, 1), out[some].reshape(values.shape))
+        self.turn(out.reshape(batch, -1), y.reshape(-1, batch))
+
+    def attention_back(
+        self, x: np.ndarray, heads: int, causal: bool, lengths: np.ndarray | None, dy: np.ndarray, dx: np.ndarray
+    ) -> None:
+        """The adjoint of `attention`: dx of the shape of x; probabilities are computed again."""
+        batch, turned, dout = x.shape[2], self._turned("x", x), self._turned("y", dy)
+        dturned = self._room("dx", x.dtype, *_first(x))
+        for some, p in self._probabilities(turned, heads, causal, lengths, batch):
+            queries, keys, values = self._heads(turned[some], heads)
+            dqueries, dkeys, dvalues = self._heads(dturned[some], heads)
+            d, dp = dout[some].reshape(values.shape), self._room("dp", p.dtype, *p.shape)
+            self.matmul(d, p, dvalues)
+            self.matmul(d.transpose(0, 2, 1), values, dp)
+            self.softmax_back(p, 1 / sqrt(values.shape[1]), dp)
+            self.matmul(keys, dp.transpose(0, 2, 1), dqueries)
+            self.matmul(queries, dp, dkeys)
+        self.turn(dturned.reshape(batch, -1), dx.reshape(-1, batch))
+
+    def turn(self, values: np.ndarray, out: np.ndarray) -> None:
+        """out (columns, rows) = the transpose of values (rows, columns)."""
+        out[...] = values.T
+
+    def softmax(self, s: np.ndarray, scale: float, causal: bool, heads: int, lengths: np.ndarray | None) -> None:
+        """s (samples heads, steps, steps), in place, becomes softmax(scale s) of each row, over the steps it looks at.
+
+        Those are all, if `causal` those up to the row's own, and with lengths (samples,) int32 those before the end of
+        its sample; the others are 0.
+        """
+        steps, off = np.arange(s.shape[2]), np.zeros((1, *s.shape[1:]), bool)
+        if causal:
+            off |= steps > steps[:, None]
+        if lengths is not None:
+            off = off | (steps >= np.repeat(lengths, heads)[:, None, None])
+        s *= scale
+        np.copyto(s, -np.inf, where=off)
+        s -= s.max(axis=2, keepdims=True)
+        np.exp(s, out=s)
+        s /= s.sum(axis=2, keepdims=True)
+
+    def softmax_back(self, p: np.ndarray, scale: float, dp: np.ndarray) -> None:
+        """dp (n, steps, steps), in place: the gradient of s from that of p = softmax(scale s) of each row."""
+        dp -= np.einsum("nij,nij->ni", p, dp)[:, :, None]
+        dp *= p
+        dp *= scale
+
+    def _probabilities(
+        self, turned: np.ndarray, heads: int, causal: bool, lengths: np.ndarray | None, batch: int
+    ) -> Iterator[tuple[slice, np.ndarray]]:
+        """Some samples after the other, with their probabilities (samples heads, steps, steps)."""
+        steps = turned.shape[2]
+        each = max(1, self.chunk // (heads * steps**2))
+        for first in range(0, batch, each):
+            some = slice(first, min(first + each, batch))
+            queries, keys, values = self._heads(turned[some], heads)
+            p = self._room("p", turned.dtype, len(queries), steps, steps)
+            self.matmul(queries.transpose(0, 2, 1), keys, p)
+            own = None if lengths is None else lengths[some]
+            self.softmax(p, 1 / sqrt(values.shape[1]), causal, heads, own)
+            yield some, p
+
+    @staticmethod
+    def _heads(turned: np.ndarray, heads: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Queries, keys and values (samples heads, size, steps) of samples (n, 3 units, steps)."""
+        apart = turned.reshape(len(turned) * heads, 3, -1, turned.shape[2])
+        return apart[:, 0], apart[:, 1], apart[:, 2]
+
+    def _room(self, name: str, dtype: np.dtype, *shape: int) -> np.ndarray:
+        size = prod(shape)
+        return self.scratch(f"attention {name}", size, dtype)[:size].reshape(shape)
+
+    def _turned(self, name: str, values: np.ndarray) -> np.ndarray:
+        """Samples (b, rows, steps) of values (rows, steps, b)."""
+        batch = values.shape[2]
+        made = self._room(name, values.dtype, *_first(values))
+        self.turn(values.reshape(-1, batch), made.reshape(batch, -1))
+        return made
+
+
+def _first(x: np.ndarray) -> tuple[int, int, int]:
+    """The shape with samples first."""
+    return x.shape[2], x.shape[0], x.shape[1]

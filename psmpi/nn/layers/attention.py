@@ -1,0 +1,131 @@
+"""Attention (Vaswani et al. 2017), without weights of its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import sqrt
+from typing import Any, ClassVar
+
+import numpy as np
+
+from psmpi.errors import UserError
+from psmpi.nn.layers.base import Layer, Part, Site, Stage
+from psmpi.nn.layers.table import Table
+from psmpi.nn.layers.uses import Uses, grouped, stretched
+
+# A product so low that its step is not looked at.
+LOW = -1e30
+
+
+@dataclass(frozen=True)
+class Attention(Layer):
+    """softmax(q k^T / sqrt(size)) v of each of `heads` heads, over the steps up to each step's own if `causal`.
+
+    Inputs (3 width, steps) are of each head, in turn, the rows of its queries, keys and values: those of some whole
+    heads make their outputs, of (width, steps). Behind a sequence's end outputs are of no use. Probabilities are not
+    kept: backward computes them again, from the input.
+    """
+
+    heads: int
+    causal: bool
+
+    exact: ClassVar[bool] = True
+    moves_gradient: ClassVar[bool] = True
+    whole_sequences: ClassVar[bool] = True
+
+    @classmethod
+    def read(cls, table: Table, label: str, shape: tuple[int, ...]) -> list[Layer]:
+        inputs, steps = table.sequence(shape)
+        heads, causal = table.whole("heads"), table.flag("causal")
+        if inputs % (3 * heads):
+            fix = 3 * heads * max(1, round(inputs / (3 * heads)))
+            raise UserError(
+                f"{table.where}: {inputs} inputs are not queries, keys and values of {heads} heads, 3 x heads x units "
+                f"of a head: let the layer before have {fix} units, or choose other heads"
+            )
+        return [cls(label, shape, (inputs // 3, steps), heads, causal)]
+
+    @property
+    def size(self) -> int:
+        """Units of a head."""
+        return self.out_shape[0] // self.heads
+
+    @property
+    def macs(self) -> int:
+        units, steps = self.out_shape
+        return units * steps * (steps + 1 if self.causal else 2 * steps)
+
+    def sources(self, uses: Uses) -> Uses:
+        return stretched(grouped(uses, self.size), 3 * self.size)
+
+    def present(self, inputs: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+        return np.repeat(inputs.reshape(self.heads, -1).all(axis=1), self.size)
+
+    def restrict(self, units: int, in_shape: tuple[int, ...]) -> Layer:
+        if units % self.size or in_shape[0] != 3 * units:
+            raise UserError(
+                f"the units of {self.name} are heads of {self.size}, and are dealt out in whole heads: {units} of them "
+                f"with {in_shape[0]} inputs are none"
+            )
+        return Attention(self.name, in_shape, (units, *self.out_shape[1:]), units // self.size, self.causal)
+
+    def part(self, stage: Stage, site: Site) -> Part:
+        return AttentionPart(stage, site)
+
+
+class AttentionPart(Part):
+    """x (3 units, steps, b) -> y (units, steps, b)."""
+
+    def __init__(self, stage: Stage, site: Site):
+        super().__init__(stage, site)
+        assert isinstance(self.layer, Attention)
+        self.causal = self.layer.causal
+        self.heads = int(stage.kept.sum()) // self.layer.size
+
+    @property
+    def lengths(self) -> np.ndarray | None:
+        """Where sequences end. What comes behind is looked at by what comes behind alone if steps look back."""
+        return None if self.causal else self.space.span.lengths
+
+    def forward(self, x: np.ndarray, y: np.ndarray | None, room: Any) -> tuple[np.ndarray, Any]:
+        assert y is not None
+        self.ops.attention(x, self.heads, self.causal, self.lengths, y)
+        return y, self.lengths
+
+    def backward(
+        self, x: np.ndarray, y: np.ndarray, kept: Any, dy: np.ndarray, dx: np.ndarray | None, into: Any
+    ) -> np.ndarray:
+        if dx is None:
+            return dy
+        self.ops.attention_back(x, self.heads, self.causal, kept, dy, dx)
+        return dx
+
+    def export(self, graph: Any, value: str) -> str:
+        name, (units, steps) = self.layer.name, self.shape
+        size = units // self.heads
+        apart = graph.constant(f"{name}.shape", np.array([0, self.heads, 3 * size, steps]))
+        split = graph.node("Reshape", [value, apart], f"{name}.apart")
+        queries, keys, values = (
+            graph.node("Gather", [split, graph.constant(f"{name}.{k}", rows)], f"{name}.{what}", axis=2)
+            for k, (what, rows) in enumerate(
+                zip(("queries", "keys", "values"), np.arange(3 * size).reshape(3, -1), strict=True)
+            )
+        )
+        turned = graph.node("Transpose", [queries], f"{name}.turned", perm=[0, 1, 3, 2])
+        product = graph.node("MatMul", [turned, keys], f"{name}.product")
+        scale = graph.constant(f"{name}.scale", np.array(1 / sqrt(size), np.float32))
+        scores = graph.node("Mul", [product, scale], f"{name}.scores")
+        if self.causal:
+            off = np.where(np.tri(steps, dtype=bool), 0, LOW).astype(np.float32)
+            scores = graph.node("Add", [scores, graph.constant(f"{name}.off", off)], f"{name}.seen")
+        elif graph.lengths:
+            at = graph.constant(f"{name}.steps", np.arange(steps, dtype=np.int32))
+            axes = graph.constant(f"{name}.axes", np.array([1, 2, 3]))
+            ends = graph.node("Unsqueeze", [graph.lengths, axes], f"{name}.ends")
+            there = graph.node("Less", [at, ends], f"{name}.there")
+            low = graph.constant(f"{name}.low", np.array(LOW, np.float32))
+            scores = graph.node("Where", [there, scores, low], f"{name}.seen")
+        chances = graph.node("Softmax", [scores], f"{name}.chances", axis=-1)
+        looked = graph.node("Transpose", [chances], f"{name}.looked", perm=[0, 1, 3, 2])
+        out = graph.node("MatMul", [values, looked], f"{name}.out")
+        return str(graph.node("Reshape", [out, graph.constant(f"{name}.flat", np.array([0, units, steps]))], name))

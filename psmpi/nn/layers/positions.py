@@ -1,0 +1,103 @@
+"""Learned vectors of the steps of sequences, added to what is there (Gehring et al. 2017)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import sqrt
+from typing import Any, ClassVar
+
+import numpy as np
+
+from psmpi.errors import UserError
+from psmpi.layout import Parameter
+from psmpi.nn.layers.base import OVER, Initial, Layer, Part, SampleSums, Site, Stage
+from psmpi.nn.layers.table import Table
+
+
+@dataclass(frozen=True)
+class Positions(Layer):
+    """Column t of a matrix (units, longest) added at each step t, for sequences of up to `longest` steps."""
+
+    longest: int
+
+    place: ClassVar[str] = OVER
+    whole_sequences: ClassVar[bool] = True
+
+    @classmethod
+    def read(cls, table: Table, label: str, shape: tuple[int, ...]) -> list[Layer]:
+        _, steps = table.sequence(shape)
+        longest = table.whole("longest", steps)
+        if longest < steps:
+            raise UserError(f"{table.where}: longest = {longest}, and the sequences have {steps} steps: use {steps}")
+        return [cls(label, shape, shape, longest)]
+
+    def with_steps(self, steps: int) -> Layer:
+        if steps > self.longest:
+            raise UserError(f"{self.name} knows {self.longest} steps, and not {steps}: give it longest = {steps}")
+        return super().with_steps(steps)
+
+    def parameters(self) -> tuple[Parameter, ...]:
+        units = self.out_shape[0]
+        return (Parameter(f"{self.name}.weight", (units, self.longest), units),)
+
+    def initial(self, kind: str, gain: float) -> dict[str, Initial]:
+        """Numbers of the size of an embedding's."""
+        return {f"{self.name}.weight": Initial("uniform", sqrt(3 / self.out_shape[0]))}
+
+    def part(self, stage: Stage, site: Site) -> Part:
+        return PositionsPart(stage, site)
+
+
+class PositionsPart(Part):
+    """x (units, steps, b) -> y of the same shape."""
+
+    def __init__(self, stage: Stage, site: Site):
+        super().__init__(stage, site)
+        assert isinstance(self.layer, Positions)
+        self.longest = self.layer.longest
+        names, local = [p.name for p in site.layout.parameters], np.cumsum(stage.kept) - 1
+        number = names.index(f"{self.layer.name}.weight")
+        # Units, and where the rows of them begin that lie side by side.
+        self.runs: list[tuple[slice, int]] = []
+        for piece in site.layout.pieces():
+            if piece.parameter == number and stage.kept[piece.first]:
+                first, count = int(local[piece.first]), piece.last - piece.first
+                at = site.part.local(piece.offset, piece.offset + count * self.longest).start
+                self.runs.append((slice(first, first + count), at))
+
+    def views(self, vector: np.ndarray) -> Any:
+        """Of each run of units (..., units, longest)."""
+        found = []
+        for units, at in self.runs:
+            count = units.stop - units.start
+            rows = vector[..., at : at + count * self.longest]
+            found.append(rows.reshape(*vector.shape[:-1], count, self.longest))
+        return found
+
+    def forward(self, x: np.ndarray, y: np.ndarray | None, room: Any) -> tuple[np.ndarray, Any]:
+        if y is None:
+            y = x
+        else:
+            y[...] = x
+        for (units, _), weights in zip(self.runs, self.w, strict=True):
+            self.ops.add_bias(y[units], weights[:, : y.shape[1]])
+        return y, None
+
+    def backward(
+        self, x: np.ndarray, y: np.ndarray, kept: Any, dy: np.ndarray, dx: np.ndarray | None, into: Any
+    ) -> np.ndarray:
+        if into is None:
+            return dy
+        steps, sums = dy.shape[1], isinstance(into, SampleSums)
+        for (units, _), out in zip(self.runs, self.views(into.into) if sums else into, strict=True):
+            # Steps that these sequences have not.
+            out[..., steps:] = 0
+            if sums:
+                self.ops.weighted_sums(dy[units], into.weights, out[..., :steps])
+            else:
+                self.ops.row_sums(dy[units], out[:, :steps])
+        return dy
+
+    def export(self, graph: Any, value: str) -> str:
+        weights = np.concatenate([np.asarray(w)[:, : self.shape[1]] for w in self.w])
+        return str(graph.node("Add", [value, graph.constant(f"{self.layer.name}.weight", weights)], self.layer.name))
