@@ -309,7 +309,7 @@ def _predict(world: Any, control: Any, options: Options) -> None:
             for note in calibration_notes(options.calibrate, known.n) if world.rank == 0 else ():
                 complain(note)
             calibrate(predictor.model, known, options.calibrate, predictor.dtype)
-        of = (options, targets, classes, network.classes, split.n, predictor.dtype, file, network.steps)
+        of = (options, targets, classes, network.classes, split.n, predictor.dtype, file, network.steps, characters)
         found = (Values if values else Choices)(*of) if first else None
         predictor.run(split, found.take if found is not None else None)
         if found is not None:

@@ -50,6 +50,8 @@ def test_the_vocabulary_is_that_of_the_text(learnt):
     assert trained.rows[-1]["test_accuracy"] > 0.9 and trained.rows[-1]["test_loss"] < log(2) / 2
     status, out, _ = run(1, "-m", "psmpi.inspect", "show", trained.out)
     assert status == 0 and f"a text of {len(set(LINE))} characters" in " ".join(out.split())
+    status, out, err = run(1, "-m", "psmpi.predict", trained.out)
+    assert status == 0 and "' '" in out and "'\\n'" in out and "'é'" in out, err
     status, out, err = run(2, "-m", "psmpi.predict", trained.out, "--json")
     assert status == 0 and json.loads(out)["accuracy"] == trained.rows[-1]["test_accuracy"], err
 
@@ -75,6 +77,8 @@ def test_a_run_goes_on_with_its_own_text_alone(learnt, tmp_path):
     (tmp_path / "other.txt").write_text(LINE.replace("é", "è") * 120)
     said = failed("psmpi.train", *again, "--dataset", tmp_path / "other.txt")
     assert "other.txt is not the data set that checkpoint" in said and "other labels of the training samples" in said
+    said = failed("psmpi.train", *again, "--dataset", "digits:rows")
+    assert "the targets" in said or "is not the data set that checkpoint" in said, "and not of --context"
     said = failed("psmpi.train", *again, "--dataset", tmp_path / "other.txt", "--new-data")
     assert "is of a text of 26 characters" in said and "that has exactly the same ones" in said
     (tmp_path / "same.txt").write_text((LINE[5:] + LINE[:5]) * 120)
