@@ -75,10 +75,16 @@ def _labels(dataset: Dataset) -> Iterator[str]:
             yield f"the {_named(found, 'class')} {verb} {of} samples and no {lacking} samples"
 
 
+def _count(tokens: npt.NDArray[Any], outputs: int) -> npt.NDArray[np.int64]:
+    """How often each of `outputs` tokens is among these (n, steps); some at a time, as NumPy counts copies in int64."""
+    count = np.zeros(outputs, np.int64)
+    for some in np.array_split(tokens, 1 + tokens.size // (1 << 20)):
+        count += np.bincount(some.ravel(), minlength=outputs)
+    return count
+
+
 def _characters(dataset: Dataset) -> Iterator[str]:
-    train, test = (
-        np.bincount(split.targets.ravel(), minlength=dataset.outputs) for split in (dataset.train, dataset.test)
-    )
+    train, test = (_count(split.targets, dataset.outputs) for split in (dataset.train, dataset.test))
     found = np.flatnonzero((test > 0) & (train == 0))
     if len(found):
         some = ", ".join(named(dataset.train.characters[k]) for k in found[:5])
