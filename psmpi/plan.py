@@ -74,7 +74,7 @@ def plan(
         raise UserError(f"--ranks {ranks}: expected a whole number from 1 up")
     check_files(goal=goal)
     hosts = network_of(ranks, ranks_per_host, gigabits, latency_us, links)
-    dataset = blank(open_dataset(config.data.dataset, config.data.data_dir, config.data.split_seed))
+    dataset = blank(open_dataset(*config.data.source))
     network = make_network(
         config.model.model, dataset.shape, dataset.outputs, **config.model.shape, by_step=dataset.train.by_step
     )

@@ -1,10 +1,15 @@
-"""Predictions, and how good they are, from a checkpoint: `python -m psmpi.predict`, also under mpirun."""
+"""Predictions, and how good they are, from a checkpoint: `python -m psmpi.predict`, also under mpirun.
+
+With --prompt a text is gone on with instead, on one process.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,13 +22,16 @@ from psmpi.output import complain
 class Options:
     """Predict the classes of a data set's samples, or in a regression their values, from a checkpoint.
 
-    Every rank reads the weights of some classes' subnetworks alone; more ranks than classes share the samples.
+    Every rank reads the weights of some classes' subnetworks alone; more ranks than classes share the samples. With
+    --prompt, and a checkpoint of a training on a text, print the prompt and characters that go on with it, on one
+    process.
     """
 
     checkpoint: Positional[Annotated[str, arg(metavar="CHECKPOINT")]]
     """Checkpoint file, or a run directory for its newest one."""
     dataset: str = ""
-    """digits, peaks, mnist, cifar10, or an .npz or .h5 file with x and perhaps y; that of the training if not given."""
+    """digits, peaks, mnist, cifar10, or an .npz or .h5 file with x and perhaps y, or a .txt file of characters that
+    were trained on; that of the training if not given."""
     data_dir: str = ""
     """Folder that holds the data set's files; the one of the training if not given."""
     split: Literal["test", "train", "all"] = "test"
@@ -33,6 +41,14 @@ class Options:
     calibrate: int = 0
     """Of networks with batch normalization: how many samples of the training split's give the statistics for all
     predictions; 0: those of the predicted samples themselves, about 1,000 at a time, as tests in training do."""
+    prompt: str = ""
+    """Text to go on with, of characters that were trained on."""
+    characters: int = 200
+    """How many characters follow the prompt."""
+    temperature: float = 1.0
+    """What scores are divided by before a character is drawn from their softmax; 0: always the most probable one."""
+    seed: int = 0
+    """Seed of the characters that are drawn."""
     threads: int = 0
     """Threads a rank; 0: the host's cores over its ranks, at least 1."""
     json: bool = False
@@ -55,15 +71,97 @@ def _main(argv: list[str]) -> int:
     text, status = "", 0
     if world.rank == 0:
         from psmpi.command import parsed
+        from psmpi.config import given_names
 
         try:
-            text = json.dumps(vars(_settle(parsed(Options, argv, "predict"))))
+            options = parsed(Options, argv, "predict")
+            said = given_names(argv, file=False)
+            continues = "prompt" in said
+            _check_options(options, said)
+            text = json.dumps(vars(_settle_prompt(options, world.size) if continues else _settle(options)))
         except SystemExit as end:
             status = 1 if end.code else 0
     text, status = json.loads(control.share(json.dumps([text, status])))
     if text:
-        _predict(world, control, Options(**json.loads(text)))
+        options = Options(**json.loads(text))
+        if options.prompt:
+            _continue(options)
+        else:
+            _predict(world, control, options)
     return int(status)
+
+
+# Options of predictions of samples, and of a text that is gone on with.
+OF_SAMPLES = ("dataset", "data_dir", "split", "out", "calibrate", "json")
+OF_TEXT = ("characters", "temperature", "seed")
+
+
+def _check_options(options: Options, said: Collection[str]) -> None:
+    """UserError for a value that is none, and for an option of what is not asked for; said: names of those given."""
+    from psmpi.config import option
+    from psmpi.errors import UserError
+
+    if not 0 <= options.threads <= 1024:
+        raise UserError(f"--threads {options.threads}: expected 0 to 1024")
+    if "prompt" not in said:
+        for name in OF_TEXT:
+            if name in said:
+                raise UserError(f"{option(name)} is of a text to go on with: add --prompt TEXT, or leave it out")
+        return
+    for name in OF_SAMPLES:
+        if name in said:
+            raise UserError(
+                f"{option(name)} is of predictions of samples, and --prompt goes on with a text: leave out one of them"
+            )
+    if not options.prompt:
+        raise UserError("--prompt is empty: give one character or more to go on with")
+    if options.characters < 1:
+        raise UserError(f"--characters {options.characters}: expected a whole number from 1 up")
+    if not 0 <= options.temperature < inf:
+        raise UserError(f"--temperature {options.temperature}: expected 0, or a finite number above it")
+    if options.seed < 0:
+        raise UserError(f"--seed {options.seed}: expected a whole number from 0 up")
+
+
+def _settle_prompt(options: Options, ranks: int) -> Options:
+    """The name of a checkpoint that can go on with the prompt, after a look at it whole. UserError where none can."""
+    from dataclasses import replace
+
+    from psmpi import checkpoint
+    from psmpi.errors import UserError, expanded
+    from psmpi.training.continuation import check_text
+
+    if ranks > 1:
+        raise UserError(f"--prompt goes on with a text on one process, and there are {ranks} ranks: leave mpirun out")
+    path = checkpoint.newest(expanded(options.checkpoint, "checkpoint"))
+    check_text(checkpoint.validate(path), path, options.prompt)
+    return replace(options, checkpoint=str(path))
+
+
+def _continue(options: Options) -> None:
+    """Print the prompt and what follows it, and nothing else."""
+    from itertools import islice
+
+    from threadpoolctl import threadpool_limits
+
+    from psmpi import checkpoint
+    from psmpi.backend import make_backend
+    from psmpi.output import Stream
+    from psmpi.training.continuation import go_on, load_model
+
+    path, stream = Path(options.checkpoint), Stream(sys.stdout)
+    contents = checkpoint.read_contents(path)
+    # A pass of one sample has no work for more.
+    threads = options.threads or 1
+    with threadpool_limits(threads):
+        model = load_model(path, contents, make_backend("auto", threads))
+        stream.write(options.prompt)
+        following = go_on(model, contents.characters, options.prompt, options.temperature, options.seed)
+        for character in islice(following, options.characters):
+            stream.write(character)
+            stream.flush()
+        stream.write("\n")
+        stream.flush()
 
 
 def _settle(options: Options) -> Options:
@@ -79,19 +177,17 @@ def _settle(options: Options) -> Options:
         raise UserError(f"--out {options.out}: expected a name that ends in .csv or .npz")
     if options.calibrate < 0 or options.calibrate == 1:
         raise UserError(f"--calibrate {options.calibrate}: expected 0, or a number of samples from 2 up")
-    if not 0 <= options.threads <= 1024:
-        raise UserError(f"--threads {options.threads}: expected 0 to 1024")
     path = checkpoint.newest(expanded(options.checkpoint, "checkpoint"))
     contents = checkpoint.validate(path)
     trained = from_toml(contents.config, str(path), foreign=True).data
     # A file that has moved has its name.
     moved = options.data_dir and Path(trained.dataset).is_absolute()
-    name = Path(trained.dataset).name if moved else trained.dataset
+    name, data_dir = Path(trained.dataset).name if moved else trained.dataset, options.data_dir or trained.data_dir
     same = not options.dataset or Path(options.dataset).absolute() == Path(trained.dataset).absolute()
     if contents.data and same:
         found: list[str] = []
         try:
-            here = identify(open_dataset(name, options.data_dir or trained.data_dir, trained.split_seed))
+            here = identify(open_dataset(*replace(trained, dataset=name, data_dir=data_dir).source))
             found = differences(Identity.of(contents.data), here)
         except UserError as error:
             if not options.dataset:
@@ -111,7 +207,7 @@ def _settle(options: Options) -> Options:
         options,
         checkpoint=str(path),
         dataset=options.dataset or name,
-        data_dir=options.data_dir or trained.data_dir,
+        data_dir=data_dir,
     )
 
 
@@ -134,7 +230,10 @@ def _predict(world: Any, control: Any, options: Options) -> None:
     contents = checkpoint.read_contents(path)
     trained = from_toml(contents.config, str(path), foreign=True)
     model = trained.model
-    split = open_split(options.dataset, options.data_dir, options.split, trained.data.split_seed, predicted=True)
+    seed, context, characters = trained.data.split_seed, trained.data.context, contents.characters
+    split = open_split(
+        options.dataset, options.data_dir, options.split, seed, context, characters=characters, predicted=True
+    )
     _check_data(world, control, options, contents, split)
     network = make_network(
         model.model, contents.in_shape, contents.layout.classes, **model.shape, by_step=contents.by_step
@@ -210,7 +309,7 @@ def _predict(world: Any, control: Any, options: Options) -> None:
             for note in calibration_notes(options.calibrate, known.n) if world.rank == 0 else ():
                 complain(note)
             calibrate(predictor.model, known, options.calibrate, predictor.dtype)
-        of = (options, targets, classes, network.classes, split.n, predictor.dtype, file, network.steps)
+        of = (options, targets, classes, network.classes, split.n, predictor.dtype, file, network.steps, characters)
         found = (Values if values else Choices)(*of) if first else None
         predictor.run(split, found.take if found is not None else None)
         if found is not None:

@@ -250,6 +250,7 @@ def _train(world: World, control: Control, config: Config, own: str, layers: str
                 by_step=dataset.train.by_step,
                 own=frozenset(method.state.own & method.state.vectors.keys()),
                 data=identity.table(),
+                characters=dataset.train.characters,
                 spaces={name: space.layout for name, space in method.state.spaces.items()},
             )
             loop = Loop(control, method, dataset, config, out, console, contents, folder, signals)

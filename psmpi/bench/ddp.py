@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
 
     world = start()
     config = usual(tyro.cli(Config, args=argv, config=(tyro.conf.OmitArgPrefixes,)))
-    dataset = open_dataset(config.data.dataset, config.data.data_dir, config.data.split_seed)
+    dataset = open_dataset(*config.data.source)
     net = make_network(
         config.model.model, dataset.shape, dataset.outputs, **config.model.shape, by_step=dataset.train.by_step
     )

@@ -46,7 +46,7 @@ def memory(config: Config, json: bool = False) -> int:
     world = start()
     control = Control(world)
     model = config.model
-    dataset = open_dataset(config.data.dataset, config.data.data_dir, config.data.split_seed)
+    dataset = open_dataset(*config.data.source)
     network = make_network(model.model, dataset.shape, dataset.outputs, **model.shape, by_step=dataset.train.by_step)
     kind: Any = find_method(config.parallel.method)
     kind.check(world.size, network, dataset, config)

@@ -52,7 +52,7 @@ def scale(
     if not ranks or list(ranks) != sorted(set(ranks)) or ranks[0] < 1:
         raise UserError(f"--ranks {' '.join(map(str, ranks))}: expected whole numbers from 1 up, growing")
     check_files(plot, json=json)
-    dataset = blank(open_dataset(config.data.dataset, config.data.data_dir, config.data.split_seed))
+    dataset = blank(open_dataset(*config.data.source))
     network = make_network(
         config.model.model, dataset.shape, dataset.outputs, **config.model.shape, by_step=dataset.train.by_step
     )

@@ -31,7 +31,7 @@ def prepare(config: Config, world: World) -> Training:
     from psmpi.training.loop import plan_steps
 
     model = config.model
-    dataset = open_dataset(config.data.dataset, config.data.data_dir, config.data.split_seed)
+    dataset = open_dataset(*config.data.source)
     network = make_network(model.model, dataset.shape, dataset.outputs, **model.shape, by_step=dataset.train.by_step)
     method = find_method(config.parallel.method)
     method.check(world.size, network, dataset, config)

@@ -17,13 +17,17 @@ from psmpi.checkpoint.format import check_file, open_file
 from psmpi.checkpoint.tensors import Tensor, held_runs, make_tensors
 from psmpi.config import parse_toml
 from psmpi.data import Identity
+from psmpi.data.text import MOST
 from psmpi.errors import DamagedError
 from psmpi.layout import Block, Classes, Each, Layout, Parameter, Piece, Runs, Users
 from psmpi.layout.classes import as_users
 from psmpi.metrics import SCORES
 
 TABLES = ("elements", "rank")
-TEXTS = ("config", "data", "layout", "metrics", "part", "placement", "progress", "provenance", "random", "scalars")
+TEXTS = (
+    "characters", "config", "data", "layout", "metrics", "part", "placement", "progress", "provenance", "random",
+    "scalars",
+)  # fmt: skip
 # In files that do not say which vectors are the method's own, these are.
 FORMER_OWN = frozenset({"anchor", "handed", "left", "moving", "outer"})
 SPACE = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
@@ -67,7 +71,7 @@ class Contents:
     are drawn from; data: the identity of the data set, see `psmpi.data.identity`, empty in files that do not have it;
     scalars: of the optimizer; spaces: layouts, by name, of tensors that are neither weights nor vectors of the
     optimizer, each a vector of that name, of any dtype; own: the vectors under /optimizer that are the training
-    method's, not the optimizer's.
+    method's, not the optimizer's; characters: of a text, what its tokens, and so the classes, stand for, else "".
     """
 
     config: str
@@ -86,6 +90,7 @@ class Contents:
     by_step: bool = False
     own: frozenset[str] = FORMER_OWN
     data: Mapping[str, Any] = field(default_factory=dict)
+    characters: str = ""
 
     def __post_init__(self) -> None:
         for name in self.spaces:
@@ -117,6 +122,8 @@ class Contents:
             "scalars": json.dumps(dict(self.scalars)),
         }
         texts |= {"data": json.dumps(dict(self.data))} if self.data else {}
+        # In ASCII: a string of HDF5 ends at a NUL.
+        texts |= {"characters": json.dumps(self.characters)} if self.characters else {}
         return texts if self.part is None else {**texts, "part": json.dumps(self.part)}
 
     @staticmethod
@@ -147,6 +154,7 @@ class Contents:
             by_step=layout.get("by_step", False),
             own=frozenset(layout.get("own", FORMER_OWN)),
             data=_identity(_table(texts["data"])) if "data" in texts else {},
+            characters=_characters(texts["characters"], layout) if "characters" in texts else "",
         )
         _expect(all(isinstance(name, str) for name in made.own), "layout, own")
         _expect(made.task in ("classes", "regression"), "layout, task")
@@ -242,6 +250,16 @@ def _table(text: str) -> dict[str, Any]:
 
 def _identity(table: dict[str, Any]) -> dict[str, Any]:
     return Identity.of(table).table()
+
+
+def _characters(text: str, layout: Mapping[str, Any]) -> str:
+    # A character takes 12 letters at most, as two escaped halves.
+    _expect(len(text) <= 12 * MOST + 2, "characters")
+    found = json.loads(text)
+    _expect(isinstance(found, str) and len(found) == layout["classes"] <= MOST, "characters")
+    found.encode()
+    _expect(all(a < b for a, b in pairwise(found)), "characters")
+    return str(found)
 
 
 def _sizes(numbers: Any) -> tuple[int, ...]:

@@ -7,9 +7,10 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from psmpi.config.sections import DEEP, LossSettings, NetworkSettings, Optimization, Parallel, Run, unused_of_loss
+from psmpi.config.sections import DEEP, Data, LossSettings, NetworkSettings, Optimization, Parallel, Run, unused_of_loss
 from psmpi.config.text import given, tables_in
 from psmpi.config.tree import Config
+from psmpi.data.text import is_text
 from psmpi.optim import Hyper, find_optimizer, unused_settings
 from psmpi.registry import all_methods, find_method, method_names
 
@@ -69,7 +70,9 @@ def without_unused(config: Config, base: Config, said: Collection[str]) -> Confi
     o = _by_default(o, Optimization(), names - set(said))
     loss = config.objective
     loss = _by_default(loss, LossSettings(), unused_of_loss(loss) - set(said))
-    model, parallel = config.model, config.parallel
+    data, model, parallel = config.data, config.model, config.parallel
+    if not is_text(data.dataset):
+        data = _by_default(data, Data(), {"context"} - set(said))
     if model.model != base.model.model:
         shape = {"widths", "blocks", "layers", "scale", "vocabulary", *DEEP}
         model = _by_default(model, NetworkSettings(), shape - set(said))
@@ -81,7 +84,7 @@ def without_unused(config: Config, base: Config, said: Collection[str]) -> Confi
         parallel = _by_default(parallel, Parallel(), set(OF_DEVICE) - set(said))
     elif not kind.nccl:
         parallel = _by_default(parallel, Parallel(), {"nccl"} - set(said))
-    return replace(config, optimization=o, objective=loss, model=model, parallel=parallel).having(settings)
+    return replace(config, data=data, optimization=o, objective=loss, model=model, parallel=parallel).having(settings)
 
 
 def without_anew(config: Config) -> Config:

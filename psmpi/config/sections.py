@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import Suppress, arg
 
 from psmpi.config.ranges import Least
+from psmpi.data.text import CONTEXT
 from psmpi.nn.losses import LOSSES
 from psmpi.optim import ALL_OPTIMIZERS, Hyper, NewtonSettings, ScheduleSettings
 from psmpi.registry import DEFAULT
@@ -38,7 +39,10 @@ class Data:
     """digits (embedded), peaks (generated: points in a plane), mnist, cifar10, or the path of an .npz or .h5 file with
     x and y: integers are classes, floating point numbers the values of a regression. With an array lengths in the file
     samples are sequences (samples, steps, features), or tokens (samples, steps); NAME:rows and NAME:pixels make
-    sequences of images. Generated tasks of sequences: adding, copying, repeat_copy, or with a size copying:100."""
+    sequences of images. A .txt file is a text, whose characters are predicted one by one. Generated tasks of sequences:
+    adding, copying, repeat_copy, modular_addition, or with a size copying:100."""
+    context: Annotated[int, Least(1)] = CONTEXT
+    """Characters of a window of a text, each of which is to be predicted from those before it in its window."""
     data_dir: str = "data"
     """Folder that holds the data set's files."""
     split_seed: Annotated[int, Least(-1)] = 0
@@ -48,6 +52,11 @@ class Data:
     """Samples in a minibatch, over all replica rows; if not given 32, from 10,000 training samples on 100."""
     shuffle: bool = True
     """A new order of the samples each epoch, a function of (seed, epoch) alone; else the file's order."""
+
+    @property
+    def source(self) -> tuple[str, str, int, int]:
+        """What opens the data set, see `psmpi.data.open_dataset`."""
+        return self.dataset, self.data_dir, self.split_seed, self.context
 
 
 @dataclass(frozen=True)
@@ -66,7 +75,8 @@ class NetworkSettings:
     """Hidden widths of mlp, 1024 1024 if not given, of head's trunk, 512 128, and of recurrent layers, 128 128;
     channels of resnet's sections, 16 32; the width of deep, 16, and the channels of deep-conv, 4."""
     vocabulary: Annotated[int, Least(0)] = 0
-    """Of rnn, gru and lstm: samples are tokens 0 to VOCABULARY - 1, each of which has a vector, of the first width."""
+    """Of rnn, gru and lstm: samples are tokens 0 to VOCABULARY - 1, each of which has a vector, of the first width; if
+    not given those of a text or of a generated task that has tokens."""
     blocks: tuple[int, ...] = ()
     """Residual blocks of each of resnet's sections; 3 if not given."""
     depth: Annotated[int, Least(1)] = 32

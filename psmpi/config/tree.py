@@ -11,6 +11,7 @@ from tyro.conf import arg
 
 from psmpi.config.ranges import check_ranges, listed, option
 from psmpi.config.sections import Data, LossSettings, NetworkSettings, Optimization, Parallel, Run, unused_of_loss
+from psmpi.data.text import CONTEXT, is_text
 from psmpi.errors import UserError
 from psmpi.nn.losses import LOSSES
 from psmpi.nn.margin import LARGEST
@@ -111,6 +112,11 @@ def check(config: Config, said: Collection[str] = ()) -> None:
     _check_used(config, said)
     if o.history > 1000:
         raise UserError(f"--history {o.history}: expected 1000 pairs at most")
+    if not is_text(config.data.dataset) and ("context" in said or config.data.context != CONTEXT):
+        raise UserError(
+            f"--context {config.data.context} is of texts (--dataset FILE.txt), and the data set here is "
+            f"{config.data.dataset}: leave it out"
+        )
     sized = ("mlp", "head", "resnet", "deep", "deep-conv", "rnn", "gru", "lstm")
     if model.widths and model.model not in sized:
         raise UserError(f"--widths are those of --model {listed(sized)}; --model {model.model} has its own")

@@ -17,6 +17,8 @@ from psmpi.data.private import RANK, of_rank
 from psmpi.data.sequences import VIEWS, viewed, viewed_split
 from psmpi.data.split import Dataset, Split
 from psmpi.data.tasks import TASKS, open_task
+from psmpi.data.text import CONTEXT, is_text, open_text, open_whole_text
+from psmpi.data.text import SUFFIX as TEXT
 from psmpi.errors import UserError, expanded, nearest
 
 DATASETS = ("digits", "peaks", "mnist", "cifar10", *TASKS)
@@ -47,22 +49,26 @@ def locate(name: str, data_dir: str | Path | None, tell: Callable[[str], None]) 
     return str(path.absolute()) + (f":{view}" if view else "")
 
 
-def open_dataset(name: str, data_dir: str | Path | None, split_seed: int = 0) -> Dataset:
+def open_dataset(
+    name: str, data_dir: str | Path | None, split_seed: int = 0, context: int = CONTEXT, characters: str = ""
+) -> Dataset:
     """Open the data set `name`: digits (embedded), peaks (generated), mnist, cifar10, a task, or the path of a file.
 
-    Files are .npz, .h5 or .hdf5. Tasks are generated, see psmpi.data.tasks: adding, copying, repeat_copy, or with a
-    size adding:100. With :rows or :pixels behind its name images are sequences, see psmpi.data.sequences. A relative
-    path is looked up in `data_dir` first, if given, and then in the current directory. The test samples of a file
-    without any are a fifth of each class (of all samples in a regression), drawn with `split_seed`, or with -1 every
-    fifth sample. Reads the labels and checks the headers and sizes of all files, but reads no samples. Raises UserError
-    for an unknown name, for missing files and for files of the wrong format, size or content.
+    Files are .npz, .h5 or .hdf5, or .txt: a text in windows of `context` characters, numbered as in `characters` if
+    given, see psmpi.data.text. Tasks are generated, see psmpi.data.tasks: adding, copying, repeat_copy,
+    modular_addition, or with a size adding:100. With :rows or :pixels behind its name images are sequences, see
+    psmpi.data.sequences. A relative path is looked up in `data_dir` first, if given, and then in the current directory.
+    The test samples of a file without any are a fifth of each class (of all samples in a regression), drawn with
+    `split_seed`, or with -1 every fifth sample, and of a text its last tenth. Reads the labels and checks the headers
+    and sizes of all files, but reads no samples; reads a text whole. Raises UserError for an unknown name, for missing
+    files and for files of the wrong format, size or content.
     """
     folder, (name, suffix) = _folder(data_dir), parted(name)
     if name in TASKS:
         return open_task(name, suffix, split_seed)
     if suffix:
         _check_view(name, suffix)
-        return viewed(open_dataset(name, data_dir, split_seed), suffix)
+        return viewed(open_dataset(name, data_dir, split_seed, context), suffix)
     if name == "digits":
         return open_digits()
     if name == "peaks":
@@ -71,14 +77,24 @@ def open_dataset(name: str, data_dir: str | Path | None, split_seed: int = 0) ->
         return open_mnist(folder)
     if name == "cifar10":
         return open_cifar10(folder)
+    if is_text(name):
+        return open_text(name, _locate(name, folder), context, characters)
     path, keys, headers = _read_own(name, folder)
     return build(name, path, keys, headers, split_seed)
 
 
 def open_split(
-    name: str, data_dir: str | Path | None, split: str, split_seed: int = 0, predicted: bool = False
+    name: str,
+    data_dir: str | Path | None,
+    split: str,
+    split_seed: int = 0,
+    context: int = CONTEXT,
+    characters: str = "",
+    predicted: bool = False,
 ) -> Split:
     """The `train` or `test` samples of a data set, or `all` the samples x of a file, labelled or not (then -1).
+
+    context, characters: see `open_dataset`.
 
     predicted: whether they are to be predicted, so that errors can say how to do without targets. Raises UserError as
     open_dataset does.
@@ -88,9 +104,11 @@ def open_split(
         raise UserError(f"{name} has the splits train and test; `all` is for files of your own")
     if view and base not in DATASETS:
         _check_view(base, view)
-        return viewed_split(open_split(base, data_dir, split, split_seed, predicted=predicted), view, base)
-    if base in DATASETS:
-        dataset = open_dataset(name, data_dir, split_seed)
+        return viewed_split(open_split(base, data_dir, split, split_seed, context, predicted=predicted), view, base)
+    if is_text(base) and split == "all":
+        return open_whole_text(_locate(name, _folder(data_dir)), context, characters)
+    if base in DATASETS or is_text(base):
+        dataset = open_dataset(name, data_dir, split_seed, context, characters)
     else:
         own = _read_own(name, _folder(data_dir))
         if split == "all":
@@ -114,12 +132,12 @@ def _folder(data_dir: str | Path | None) -> Path | None:
 
 
 def _locate(name: str, folder: Path | None) -> Path:
-    if Path(name).suffix.lower() not in SUFFIXES:
+    if Path(name).suffix.lower() not in (*SUFFIXES, TEXT):
         meant = nearest(name, DATASETS)
         hint = f"did you mean {meant}? Choose" if meant else "choose"
         raise UserError(
             f"unknown data set {name!r}; {hint} one of {', '.join(DATASETS)}, or the path of a file that ends in "
-            f"{', '.join(SUFFIXES)}"
+            f"{', '.join((*SUFFIXES, TEXT))}"
         )
     places = [expanded(name, "--dataset")]
     if folder is not None and not places[0].is_absolute():
@@ -127,6 +145,9 @@ def _locate(name: str, folder: Path | None) -> Path:
     for place in places:
         if place.is_file():
             return place
+    folders = [place for place in places if place.is_dir()]
+    if folders:
+        raise UserError(f"{folders[0]}: a directory, and not a file: name the file that is meant")
     if RANK in name:
         raise UserError(
             f"--dataset {name}: {RANK} stands for the number of a rank in trainings with --private-data, and no file "

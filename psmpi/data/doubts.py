@@ -11,6 +11,8 @@ import numpy.typing as npt
 from psmpi.data.copies import Prints, find_copies
 from psmpi.data.labels import NUMBERED
 from psmpi.data.split import Dataset, Split
+from psmpi.data.text import named
+from psmpi.errors import counted
 
 # Samples that are looked at, and the bytes that they may take.
 ROWS, BYTES = 64, 1 << 22
@@ -29,12 +31,15 @@ def find_doubts(dataset: Dataset, prints: Sequence[Prints] = ()) -> Iterator[str
 
     prints: fingerprints of training samples and of test samples, see `psmpi.data.identify`.
 
-    Of classes: no or one class in all, in training or in the test, gaps in their numbers. Of values: one that all have;
+    Of classes: no or one class in all, in training or in the test, gaps in their numbers. Of texts: characters of the
+    test that are not in training. Of values: one that all have;
     not whole numbers, since only those learn values who ask for the squared error. Of samples: pixels that are not
     scaled, channels that come last, test samples of another scale, or that are training samples.
     """
     yield from (
-        _labels(dataset)
+        _characters(dataset)
+        if dataset.train.characters
+        else _labels(dataset)
         if dataset.task == "classes"
         else _values(_counted(dataset.train), 0 if dataset.train.by_step else dataset.train.steps)
     )
@@ -68,6 +73,27 @@ def _labels(dataset: Dataset) -> Iterator[str]:
         if len(found):
             verb = "has" if len(found) == 1 else "have"
             yield f"the {_named(found, 'class')} {verb} {of} samples and no {lacking} samples"
+
+
+def _count(tokens: npt.NDArray[Any], outputs: int) -> npt.NDArray[np.int64]:
+    """How often each of `outputs` tokens is among these (n, steps); some at a time, as NumPy counts copies in int64."""
+    count = np.zeros(outputs, np.int64)
+    for some in np.array_split(tokens, 1 + tokens.size // (1 << 20)):
+        count += np.bincount(some.ravel(), minlength=outputs)
+    return count
+
+
+def _characters(dataset: Dataset) -> Iterator[str]:
+    train, test = (_count(split.targets, dataset.outputs) for split in (dataset.train, dataset.test))
+    found = np.flatnonzero((test > 0) & (train == 0))
+    if len(found):
+        some = ", ".join(named(dataset.train.characters[k]) for k in found[:5])
+        more = f" and {len(found) - 5:,} more" if len(found) > 5 else ""
+        share = test[found].sum() / test.sum()
+        yield (
+            f"{counted(len(found), 'character')} of the last tenth of the text, {100 * share:.2g} % of it, cannot be "
+            f"learnt from what is before it: {some}{more}"
+        )
 
 
 def _counted(split: Split) -> npt.NDArray[Any]:

@@ -34,9 +34,10 @@ SCALE = 10.0
 class SplitIdentity:
     """One split: its number of samples, their stored dtype and scale, SHA-256 digests (first 128 bits, hex), checksums.
 
-    targets: of all labels (int64) or values (float64); values: of `SAMPLES` samples as they are stored, little-endian;
-    most: the largest magnitude in these after scaling; seen: how many samples have checksums; sums: CRC-32 of those in
-    each of the `SUMS` parts of the split, 8 hex digits a part, or UNSEEN. Earlier checkpoints have no checksums: 0, "".
+    targets: of all labels (int64; of texts int8 or int16, and the characters behind them) or values (float64); values:
+    of `SAMPLES` samples as they are stored, little-endian; most: the largest magnitude in these after scaling; seen:
+    how many samples have checksums; sums: CRC-32 of those in each of the `SUMS` parts of the split, 8 hex digits a
+    part, or UNSEEN. Earlier checkpoints have no checksums: 0, "".
     """
 
     samples: int
@@ -125,7 +126,11 @@ def identify_split(split: Split, share: tuple[int, int] = (0, 1), prints: list[P
         split.n,
         str(split.dtype),
         split.scale,
-        _digest(split.targets, *(() if split.lengths is None else (split.lengths,))),
+        _digest(
+            split.targets,
+            *(() if split.lengths is None else (split.lengths,)),
+            *([np.array(list(map(ord, split.characters)))] if split.characters else ()),
+        ),
         _digest(values),
         most if np.isfinite(most) else 0.0,
         len(seen),

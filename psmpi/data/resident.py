@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from psmpi.backend import NumpyOps
 from psmpi.data.batch import Batch
-from psmpi.data.split import MAX_TOKENS, Split, as_rows
+from psmpi.data.split import MAX_TOKENS, Split, as_rows, batch_targets
 from psmpi.errors import UserError
 
 
@@ -117,8 +117,7 @@ class Resident:
 
         IndexError unless ids are in 0..split.n-1.
         """
-        found: npt.NDArray[Any] = self._targets[as_rows(ids, len(self._targets))].T
-        return found
+        return batch_targets(self._targets, ids)
 
     def _positions(self, ids: npt.ArrayLike) -> npt.NDArray[np.int64]:
         given = np.asarray(ids)

@@ -27,7 +27,7 @@ class Split:
 
     targets: what is learnt, read-only: labels (n,) int64, or in a regression values (n, outputs) float64. Of sequences
         that have a target at each step labels (n, steps), -1 where none counts, or values (n, steps, outputs), NaN
-        there.
+        there. Labels of texts are int8 or int16, as their tokens are: a minibatch of them is int64.
     shape: the shape of one sample, (channels, height, width), (features,), or of a sequence (features, steps).
     scale: the factor that takes stored values to [0, 1]: 1/255 for uint8 images, 1/16 for the digits, 1.0 for
         floats.
@@ -35,6 +35,8 @@ class Split:
     index: (n,) int64, increasing: the rows of `source` that make up this split; None for all of them.
     lengths: (n,) int32, the steps of each sequence, 1 to those of `shape`; None: all.
     order: (features,) int64, where the source has each value of a sample; None: in this order.
+    vocabulary: the tokens that there are, where the data set knows it; else 0.
+    characters: of a text, what its tokens stand for, token k for the k-th; else "".
     """
 
     targets: npt.NDArray[Any]
@@ -44,6 +46,8 @@ class Split:
     index: Rows | None = None
     lengths: npt.NDArray[np.int32] | None = None
     order: Rows | None = None
+    vocabulary: int = 0
+    characters: str = ""
 
     @property
     def n(self) -> int:
@@ -166,6 +170,16 @@ def as_rows(rows: npt.ArrayLike, n: int) -> Rows:
     if low < 0 or high >= n:
         raise IndexError(f"rows {low}..{high} asked for, but there are rows 0..{n - 1} only")
     return given.astype(np.int64, copy=False)
+
+
+def batch_targets(targets: npt.NDArray[Any], ids: npt.ArrayLike) -> npt.NDArray[Any]:
+    """The `targets` of the samples `ids` (b,) of a split as a batch has them: (b,) int64, or (outputs, b) float64.
+
+    Of sequences with a target at each step (steps, b), or (outputs, steps, b). IndexError unless ids are those of
+    samples.
+    """
+    found: npt.NDArray[Any] = targets[as_rows(ids, len(targets))].T
+    return found if found.dtype.kind == "f" else found.astype(np.int64, copy=False)
 
 
 def frozen(targets: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -1,8 +1,9 @@
-"""Generated tasks of sequences that need memory."""
+"""Generated tasks: sequences that need memory, and sums of numbers modulo another."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -71,23 +72,53 @@ def repeat_copy(n: int, longest: int, rng: np.random.Generator) -> Arrays:
     return x, labels, lengths
 
 
+def modular_addition(modulus: int, seed: int) -> tuple[Split, Split]:
+    """Tokens a, b and = of all pairs of numbers below `modulus`, in an order drawn with `seed`; labels (a + b) mod N.
+
+    Power et al., arXiv 2201.02177. Half of the pairs are for training, the others test samples. x (n, 1, 3), tokens 0
+    to N - 1 and N for =; labels (n,).
+    """
+    sequence = np.random.SeedSequence([max(seed, 0), _TAG, 2])
+    order = np.random.Generator(np.random.Philox(sequence)).permutation(modulus**2)
+    a, b = np.divmod(order, modulus)
+    x = np.stack([a, b, np.full(len(order), modulus)], axis=1).astype(np.int16)
+    half = -(-len(order) // 2)
+    train, test = (
+        Split(frozen((a + b)[at] % modulus), (1, 3), 1.0, ArrayRows(x[at]), vocabulary=modulus + 1)
+        for at in (slice(half), slice(half, None))
+    )
+    return train, test
+
+
 def _one_hot(said: npt.NDArray[np.int64], count: int) -> npt.NDArray[np.float32]:
     """(n, steps) -> (n, count, steps)."""
     return np.ascontiguousarray((said[:, None] == np.arange(count)[:, None]).astype(np.float32))
 
 
+def _drawn(make: Callable[[int, int, np.random.Generator], Arrays], size: int, seed: int) -> tuple[Split, Split]:
+    """10,000 training and 1,000 test sequences."""
+    splits = []
+    for k, n in enumerate((SAMPLES, TESTS)):
+        sequence = np.random.SeedSequence([max(seed, 0), _TAG, k])
+        x, targets, lengths = make(n, size, np.random.Generator(np.random.Philox(sequence)))
+        splits.append(Split(frozen(targets), x.shape[1:], 1.0, ArrayRows(x.reshape(n, -1)), None, lengths))
+    return splits[0], splits[1]
+
+
 # Each task, the number that is taken where none is given, and the least and the largest.
-TASKS: dict[str, tuple[Callable[[int, int, np.random.Generator], Arrays], int, int, int]] = {
-    "adding": (adding, 50, 2, 5000),
-    "copying": (copying, 20, 1, 5000),
-    "repeat_copy": (repeat_copy, 5, 1, 500),
+TASKS: dict[str, tuple[Callable[[int, int], tuple[Split, Split]], int, int, int]] = {
+    "adding": (partial(_drawn, adding), 50, 2, 5000),
+    "copying": (partial(_drawn, copying), 20, 1, 5000),
+    "repeat_copy": (partial(_drawn, repeat_copy), 5, 1, 500),
+    "modular_addition": (modular_addition, 97, 5, 1000),
 }
 
 
 def open_task(task: str, number: str, seed: int) -> Dataset:
-    """A generated data set, the same for the same seed: 10,000 training and 1,000 test sequences.
+    """A generated data set, the same for the same seed.
 
-    number: of steps, blanks or letters, "" for the usual one. UserError where the task has no such size.
+    number: of steps, blanks or letters, or the modulus; "" for the usual one. UserError where the task has no such
+    size.
     """
     make, size, least, most = TASKS[task]
     if number:
@@ -96,12 +127,6 @@ def open_task(task: str, number: str, seed: int) -> Dataset:
                 f"--dataset {task}:{number}: expected {task}:N with N from {least} to {most}, or {task} alone"
             )
         size = int(number)
-    splits = []
-    for k, n in enumerate((SAMPLES, TESTS)):
-        sequence = np.random.SeedSequence([max(seed, 0), _TAG, k])
-        x, targets, lengths = make(n, size, np.random.Generator(np.random.Philox(sequence)))
-        source = ArrayRows(x.reshape(n, -1))
-        splits.append(Split(frozen(targets), x.shape[1:], 1.0, source, None, lengths))
-    train, test = splits
+    train, test = make(size, seed)
     outputs = train.targets.shape[-1] if train.task == "regression" else int(train.targets.max()) + 1
     return Dataset(task if not number else f"{task}:{number}", outputs, train.shape, train, test)

@@ -55,6 +55,7 @@ def show(checkpoint: Checkpoint, /, json: bool = False) -> int:
         "scalars": dict(contents.scalars),
         "config": opened.settings(),
         "data": dict(contents.data),
+        "characters": len(contents.characters),
         "notes": _notes(opened),
         "metrics": list(contents.progress.rows),
         "placement": dict(contents.placement),
@@ -86,7 +87,10 @@ def show(checkpoint: Checkpoint, /, json: bool = False) -> int:
             counted(one.samples, f"{kind} sample") for kind, one in (("training", data.train), ("test", data.test))
         ]
         shape = " x ".join(map(str, data.shape))
-        tree.add(f"data  {' and '.join(splits)} of {shape} {data.train.dtype}, digest {data.train.targets[:12]}")
+        text_of = f", a text of {counted(len(contents.characters), 'character')}" if contents.characters else ""
+        tree.add(
+            f"data  {' and '.join(splits)} of {shape} {data.train.dtype}{text_of}, digest {data.train.targets[:12]}"
+        )
     branch = tree.add("configuration")
     sections: dict[str, list[str]] = {}
     for name, value in found["config"].items():

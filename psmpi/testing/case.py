@@ -56,7 +56,7 @@ class Case:
     def problem(self, *more: str) -> tuple[Network, Dataset, Config]:
         """Network, data and configuration of a run."""
         config = self.config(*more)
-        dataset = open_dataset(config.data.dataset, config.data.data_dir, config.data.split_seed)
+        dataset = open_dataset(*config.data.source)
         return (
             make_network(
                 config.model.model, dataset.shape, dataset.outputs, **config.model.shape, by_step=dataset.train.by_step

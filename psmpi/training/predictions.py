@@ -37,6 +37,7 @@ class Found:
     or values that are predicted, of `known` in all; file: where their values (n, outputs) of `dtype` go, if anywhere.
     steps: where each step of sequences is predicted, their number; steps then stand for samples, those of a sequence
     one after the other, and some may have a target that does not count, a label below 0 or values that are NaN.
+    characters: of a text, those that are the classes; else "".
     """
 
     def __init__(
@@ -49,11 +50,12 @@ class Found:
         dtype: Any,
         file: IO[bytes] | None,
         steps: int = 0,
+        characters: str = "",
     ):
         if steps:
             n *= steps
             targets = None if targets is None else targets.reshape(n, *targets.shape[2:])
-        self.steps = steps
+        self.steps, self.characters = steps, characters
         self.options, self.targets, self.n, self.dtype, self.file = options, targets, n, dtype, file
         self.outputs, self.known, self.path = np.array(outputs), known, Path(options.out)
 
@@ -180,7 +182,7 @@ class Choices(Found):
         if self.options.json:
             tell(json.dumps(found))
         else:
-            _show(found)
+            _show(found, self.characters)
 
     def _write(self) -> None:
         predicted, scores = self.choices[:, 0], self.kept()
@@ -220,8 +222,11 @@ def _unwritable(path: Path, error: OSError) -> UserError:
     return UserError(f"--out {path}: {error.strerror}; give the path of a file that can be written")
 
 
-def _show(found: dict[str, Any]) -> None:
+def _show(found: dict[str, Any], characters: str) -> None:
     from rich.table import Table
+
+    def called(label: int) -> str:
+        return repr(characters[label]) if characters else str(label)
 
     tell(f"{found['checkpoint']}: {counted(found['samples'], 'sample')} of {found['dataset']} ({found['split']})")
     if "accuracy" not in found:
@@ -234,12 +239,12 @@ def _show(found: dict[str, Any]) -> None:
         several, shown = found["confused"], found["confused"][:SHOWN]
         tell(f"{counted(len(several), 'pair')} of classes confused" + (", most often:" if shown else ""))
         for label, choice, count in shown:
-            tell(f"  label {label} taken for {choice}: {counted(count, 'sample')}")
+            tell(f"  label {called(label)} taken for {called(choice)}: {counted(count, 'sample')}")
         return
     table = Table(title="confusion: rows are labels, columns predictions", title_justify="left")
-    for name in ("label", *map(str, found["classes"]), "right"):
+    for name in ("label", *map(called, found["classes"]), "right"):
         table.add_column(name, justify="right")
     for label, row in enumerate(found["confusion"]):
         share = f"{100 * row[label] / sum(row):.1f} %" if sum(row) else "-"
-        table.add_row(str(label), *(str(n) if n else "." for n in row), share)
+        table.add_row(called(label), *(str(n) if n else "." for n in row), share)
     Screen().print(table)

@@ -39,7 +39,7 @@ def calibration_split(
     samples than those that it was trained on.
     """
     name = dataset or trained.dataset
-    split = open_split(name, data_dir or trained.data_dir, "train", trained.split_seed)
+    split = open_split(name, data_dir or trained.data_dir, "train", trained.split_seed, trained.context)
     known = Identity.of(contents.data).train if contents.data else None
     other = known is not None and bool(split_differences(known, identify_split(split, share), "training"))
     if split.shape != contents.in_shape or other:

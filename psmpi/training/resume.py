@@ -89,6 +89,11 @@ def compare(
             f"--dataset {config.data.dataset} is not the data set that checkpoint {path} was made with: in the "
             f"checkpoint {'; '.join(found)}: {fix}{more}"
         )
+    if contents.characters and dataset.train.characters != contents.characters:
+        raise UserError(
+            f"checkpoint {path} is of a text of {len(contents.characters)} characters, and --dataset "
+            f"{config.data.dataset} has others: --new-data goes on with a text that has exactly the same ones"
+        )
     for difference in found:
         tell(f"note: other data than in the checkpoint: {difference}")
     if found and dataset.held_out:

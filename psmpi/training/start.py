@@ -166,7 +166,7 @@ def _open(
     """
     with control.flight.task(f"reading the data set {config.data.dataset}"):
         name = of_rank(config.data.dataset, control.rank)
-        dataset = open_dataset(name, config.data.data_dir, config.data.split_seed)
+        dataset = open_dataset(*replace(config.data, dataset=name).source)
         return _recorded(dataset, control), identify(dataset, share, prints)
 
 

@@ -1,4 +1,4 @@
-"""Epochs, minibatch and learning rate of a run that does not say them."""
+"""Epochs, minibatch, learning rate and vocabulary of a run that does not say them."""
 
 from __future__ import annotations
 
@@ -8,23 +8,33 @@ from dataclasses import replace
 from psmpi.config import Config, Numbers, usual_numbers
 from psmpi.data import open_dataset
 from psmpi.errors import UserError, counted
+from psmpi.nn.zoo import RECURRENT
 from psmpi.registry import find_method
 
 
 def usual(config: Config, tell: Callable[[str], None] | None = None) -> Config:
     """`config` with the usual numbers in the place of epochs, batch_size and lr that are None; `tell` hears of them.
 
-    UserError where the data set cannot be opened.
+    The vocabulary of a recurrent network that does not say it is that of the data set, if this knows it. UserError
+    where the data set cannot be opened.
     """
-    if None not in (config.run.epochs, config.data.batch_size, config.optimization.lr):
+    private = find_method(config.parallel.method).private(config)
+    looks_up = config.model.model in RECURRENT and not config.model.vocabulary and not private
+    given = None not in (config.run.epochs, config.data.batch_size, config.optimization.lr)
+    if given and not looks_up:
         return config
-    if find_method(config.parallel.method).private(config):
+    if private:
         raise UserError(
             "--private-data: the usual numbers are those of all samples, of which a rank sees its own: give --epochs, "
             "--batch-size and --lr"
         )
     data = config.data
-    samples = open_dataset(data.dataset, data.data_dir, data.split_seed).train.n
+    train = open_dataset(*data.source).train
+    if looks_up:
+        config = replace(config, model=replace(config.model, vocabulary=train.vocabulary))
+    if given:
+        return config
+    samples = train.n
     config = _fill(config, usual_numbers(samples, config))
     if tell is not None:
         run, data, optimization = config.run, config.data, config.optimization

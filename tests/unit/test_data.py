@@ -117,7 +117,7 @@ def chunk_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_unknown_name_lists_the_choices(tmp_path: Path) -> None:
-    expect_error("'minst'", *DATASETS, ".npz", ".hdf5", name="minst", data_dir=tmp_path)
+    expect_error("'minst'", *DATASETS, ".npz", ".hdf5", ".txt", name="minst", data_dir=tmp_path)
 
 
 def test_digits_are_split_by_every_fifth_sample_and_ignore_the_data_dir(tmp_path: Path) -> None:

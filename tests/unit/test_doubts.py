@@ -17,6 +17,7 @@ from helpers.runs import run
 from psmpi.data import Dataset, Prints, find_doubts, identify, locate, open_dataset
 from psmpi.data import identity as identity_module
 from psmpi.data.copies import fingerprints
+from psmpi.data.tasks import TASKS
 
 RNG = np.random.default_rng(0)
 X, Y = RNG.random((40, 5, 6)).astype(np.float32), np.arange(40) % 4
@@ -281,3 +282,17 @@ def test_training_says_once_what_is_doubtful(tmp_path: Path) -> None:
     status, out, err = run(2, "-m", "psmpi.train", *options, cwd=tmp_path)
     assert status == 0, err
     assert out.count("warning: the labels begin at 1") == 1 and out.count("warning: x has values up to") == 1
+
+
+@pytest.mark.parametrize("name", [*TASKS, "modular_addition:12"])
+def test_nothing_is_odd_about_generated_tasks(name: str) -> None:
+    assert doubts(open_dataset(name, None)) == []
+
+
+def test_a_text_is_doubted_for_what_it_repeats_alone(tmp_path: Path) -> None:
+    text = "".join(np.random.default_rng(0).choice(list("ab cd\n"), 9000))
+    for name, content in (("own.txt", text), ("again.txt", text + text[:1000])):
+        (tmp_path / name).write_text(content)
+    assert doubts(open_dataset(str(tmp_path / "own.txt"), None)) == []
+    (found,) = doubts(open_dataset(str(tmp_path / "again.txt"), None))
+    assert "test samples are training samples too" in found

@@ -12,6 +12,7 @@ from helpers.datasets import make_cifar, real, write
 from psmpi.data import Identity, check_same, differences, identify, identify_split, open_dataset, other_scale
 from psmpi.data import identity as module
 from psmpi.data.split import Split
+from psmpi.data.tasks import TASKS
 from psmpi.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -263,3 +264,12 @@ def test_an_unknown_data_set_is_told_with_the_one_that_may_be_meant():
         open_dataset("mnits", None)
     with pytest.raises(UserError, match="unknown data set 'flowers'; choose one of digits, peaks, mnist, cifar10"):
         open_dataset("flowers", None)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_generated_tasks_are_the_same_for_the_same_seed_and_size(name):
+    one = identify(open_dataset(name, None, 1))
+    assert differences(one, identify(open_dataset(name, None, 1))) == []
+    assert differences(one, identify(open_dataset(name, None, 2)))
+    assert differences(one, identify(open_dataset(f"{name}:{TASKS[name][1] + 1}", None, 1)))
+    assert Identity.of(one.table()) == one

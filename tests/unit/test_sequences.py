@@ -196,9 +196,26 @@ def test_generated_tasks_can_be_solved_from_what_is_in_them():
     assert not np.array_equal(
         open_dataset("adding", None, 1).train.targets, open_dataset("adding", None, 2).train.targets
     )
-    for name in ("adding:1", "copying:x", "repeat_copy:501"):
+    for name in ("adding:1", "copying:x", "repeat_copy:501", "modular_addition:4", "modular_addition:1001"):
         with pytest.raises(UserError, match="expected"):
             open_dataset(name, None)
+
+
+@pytest.mark.parametrize(("name", "modulus"), [("modular_addition", 97), ("modular_addition:12", 12)])
+def test_sums_modulo_a_number_are_of_each_pair_once(name, modulus):
+    dataset = open_dataset(name, None)
+    assert dataset.shape == (1, 3) and dataset.outputs == modulus and dataset.train.n == -(-(modulus**2) // 2)
+    seen = []
+    for split in (dataset.train, dataset.test):
+        assert split.tokens and not split.by_step and split.vocabulary == modulus + 1
+        x = split.read(np.arange(split.n)).astype(int)
+        assert (x[:, 2] == modulus).all()
+        np.testing.assert_array_equal(x[:, :2].sum(axis=1) % modulus, split.targets)
+        seen.append(x[:, 0] * modulus + x[:, 1])
+    np.testing.assert_array_equal(np.sort(np.concatenate(seen)), np.arange(modulus**2))
+    assert (np.diff(seen[0]) < 0).any(), "in an order that is drawn"
+    np.testing.assert_array_equal(open_dataset(name, None).train.targets, dataset.train.targets)
+    assert not np.array_equal(open_dataset(name, None, 1).train.targets, dataset.train.targets)
 
 
 @pytest.mark.parametrize("name", [*STACKS, *ATTENTIVE])

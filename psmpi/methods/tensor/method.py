@@ -15,14 +15,14 @@ import numpy as np
 from psmpi.backend import NumpyOps
 from psmpi.comm.bridge import Bridge
 from psmpi.comm.group import Group
-from psmpi.comm.transfers import Message, Spread, Step
+from psmpi.comm.transfers import Message, Spread, Step, Sum
 from psmpi.data import Batch, Resident
 from psmpi.layout import Box, Layout, Ownership, Runs
 from psmpi.methods.tensor.local import local_layout, local_network, make_products, starts_of_vectors
 from psmpi.methods.tensor.need import tensor_needed
 from psmpi.methods.tensor.settings import Settings, check_tensor, plan_of, tensor_notes
 from psmpi.nn.layers.base import Total
-from psmpi.nn.layers.chain import Tape
+from psmpi.nn.layers.chain import Tape, leaves
 from psmpi.nn.layers.workspace import WHOLE, Workspace
 from psmpi.nn.metric import ScorePart
 from psmpi.nn.model import Model
@@ -241,6 +241,12 @@ class TensorParallel(Method):
             tile = tiles[name]
             columns = share * prod(tile.layer.in_shape[1:])
             found += products.messages(columns, not tile.given)
+        wide = np.dtype(np.float64)
+        for layer in leaves(self.local.layers):
+            for numbers in layer.unit_sums if self.units.size > 1 else ():
+                found += Sum(self.units, numbers * share * prod(layer.in_shape[1:]), wide).messages(Step(), back=True)
+            for numbers in layer.rank_sums if self.samples.size > 1 else ():
+                found += Sum(self.samples, numbers, wide).messages(Step(), back=True)
         if self.others is not None:
             found += self.others.messages(Step(share * (int(train.counts[0]) if train.by_step else 1)))
         if self.shared is not None:

@@ -11,24 +11,15 @@ from psmpi.errors import UserError
 from psmpi.layout import Box, even_edges
 from psmpi.methods.tensor.grid import Cut, Grid, all_grids, cut
 from psmpi.nn.layers import Layer
+from psmpi.nn.layers.attention import Attention
 from psmpi.nn.layers.chain import leaves
 from psmpi.nn.layers.dense import Dense
 from psmpi.nn.layers.embedding import Embedding
 from psmpi.nn.layers.flatten import Flatten
+from psmpi.nn.layers.layer_norm import LayerNorm
 from psmpi.nn.layers.residual import Residual
 from psmpi.nn.network import Network
 from psmpi.registry import WHOLE
-
-try:
-    from psmpi.nn.layers.attention import Attention
-    from psmpi.nn.layers.layer_norm import LayerNorm
-except ImportError:
-
-    class Attention(Layer):
-        heads = 1
-
-    class LayerNorm(Layer):
-        pass
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import numpy as np
 from psmpi.backend.reference import exponent_of
 from psmpi.comm.transfers import Boundary, Message, Step
 from psmpi.data import Batch, Resident
+from psmpi.data.split import batch_targets
 from psmpi.errors import UserError
 from psmpi.layout import Ownership
 from psmpi.methods.wavefront.lane import Lane
@@ -148,7 +149,7 @@ class Wavefront(Method):
         b = len(batch)
         self.reserve(b)
         scale = 1 / self.dataset.train.count(batch.ids)
-        targets = self.dataset.train.targets[batch.ids].T
+        targets = batch_targets(self.dataset.train.targets, batch.ids)
         exponents: list[float] = []
         loss = 0.0
 
@@ -225,7 +226,7 @@ class Wavefront(Method):
 
     def _test(self, ids: np.ndarray) -> np.ndarray:
         """The metric's sums of test samples, on the last rank; zeros on the others."""
-        totals, targets = self.metric.zeros(), self.dataset.test.targets[ids].T
+        totals, targets = self.metric.zeros(), batch_targets(self.dataset.test.targets, ids)
 
         def score(c: int, tape: Tape) -> None:
             nonlocal totals

@@ -148,6 +148,14 @@ class Layer:
         return ()
 
     @property
+    def unit_sums(self) -> tuple[int, ...]:
+        """Numbers a column of each sum over the ranks that have its other units that forward and backward make.
+
+        They do so by the `across` of their site.
+        """
+        return ()
+
+    @property
     def macs(self) -> int:
         """Multiply-accumulate operations a sample of the forward pass, biases and activations not counted."""
         return 0

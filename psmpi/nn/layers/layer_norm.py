@@ -38,6 +38,10 @@ class LayerNorm(Layer):
             )
         return [cls(label, shape, shape, shape[0])]
 
+    @property
+    def unit_sums(self) -> tuple[int, ...]:
+        return (1, 1, 2) if self.over != self.out_shape[0] else ()
+
     def parameters(self) -> tuple[Parameter, ...]:
         units = self.out_shape[0]
         return tuple(Parameter(f"{self.name}.{name}", (units,), units) for name in ("weight", "bias"))
@@ -69,7 +73,8 @@ class LayerNormPart(Part):
     def __init__(self, stage: Stage, site: Site):
         super().__init__(stage, site)
         assert isinstance(self.layer, LayerNorm)
-        self.units, self.over, self.across = self.layer.out_shape[0], self.layer.over, site.across
+        self.units, self.over = self.layer.out_shape[0], self.layer.over
+        self.across = site.across if self.over != self.units else None
         if self.across is None and self.over != self.units:
             raise ValueError(f"{self.layer.name} has {self.units} of {self.over} units, and no sums over the others")
         self.places = [place(site, parameter.name) for parameter in self.layer.parameters()]
