@@ -6,8 +6,10 @@ import pytest
 pytest.importorskip("mpi4py.MPI")
 
 from psmpi.backend import make_backend
+from psmpi.comm.transfers import totals
 from psmpi.data import Batch
 from psmpi.methods.tensor.grid import all_grids
+from psmpi.methods.tensor.plan import received
 from psmpi.registry import find_method
 from psmpi.testing import run_ranks
 from psmpi.testing.case import Case
@@ -116,3 +118,87 @@ def test_any_grid_trains_as_one_process(serial, thirteen, grid):
 def test_named_grids_train_as_one_process(serial, ranks, grid, saved):
     options = (*MLP, "--batch-size", "36", "--grid", grid, "--saved", saved)
     same(train(ranks, options), serial((*MLP, "--batch-size", "36")))
+
+
+# Four layers whose sizes all axes divide, for minibatches that they divide too.
+EVEN = ("--dataset", "digits", "--model", "mlp", "--widths", "144", "144", "144", "--batch-size", "144")
+NUMBER = 8
+
+
+def made(ranks, options, look):
+    """What `look` finds of the method on each rank."""
+    network, dataset, config = Case("tensor", ".", options).problem()
+    kind = find_method("tensor")
+
+    def work(world):
+        return look(kind(Context(world, network, dataset, config, make_backend("auto"))))
+
+    return run_ranks(ranks, work, timeout=120)
+
+
+@pytest.mark.parametrize("grid", ["2,2,2", "1,2,3", "3,2,2", "4,1,1", "1,1,4", "2,3,1"])
+@pytest.mark.parametrize("saved", ["shards", "gathered"])
+def test_bytes_are_those_of_the_formula(grid, saved):
+    """Words received: ((pj - 1) SX + (pi - 1) SW + (pl - 1) SY) / P in forward, and as much in backward.
+
+    Shards gather X and W once more, but for the last two weights, which are still there. Of the layers between the
+    first, whose inputs are the samples, and the last; axes take turns.
+    """
+    i, j, l = map(int, grid.split(","))  # noqa: E741
+    ranks, batch = i * j * l, 144
+    options = (*EVEN, "--grid", grid, "--saved", saved)
+
+    def look(method):
+        tiles = method.plan.tiles
+        share = batch // i
+        sent = [totals(method.products[name].messages(share, not tiles[name].given), method.rank)[1] for name in tiles]
+        return sent, NUMBER * received(method.plan, method.rank, batch, saved == "gathered")
+
+    for sent, stated in made(ranks, options, look):
+        assert sum(sent) == stated
+        for number, (gathered, summed) in {1: (l, j), 2: (j, l)}.items():
+            x = y = 144 * batch
+            w = 144 * 144
+            once = (gathered - 1) * x + (i - 1) * w
+            again = once if number == 1 else (gathered - 1) * x
+            expected = 2 * (once + (summed - 1) * y) + (again if saved == "shards" else 0)
+            assert sent[number] == NUMBER * expected / ranks
+
+
+@pytest.mark.parametrize("root", [2, 3])
+def test_bytes_of_panels_are_those_of_the_formula(root):
+    """3 (q - 1) / q^2 (SX + SW) words received, forward and backward."""
+
+    def look(method):
+        found = method.products["dense2"].messages(144 // root, True)
+        return totals(found, method.rank)[1], NUMBER * received(method.plan, method.rank, 144, False)
+
+    expected = 3 * (root - 1) * (144 * 144 + 144 * 144) / root**2
+    found = made(root**2, (*EVEN, "--grid", "2d"), look)
+    assert [one[0] for one in found] == [NUMBER * expected] * root**2
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_bytes_in_one_dimension_are_those_of_a_pair(sharded):
+    """2 (P - 1) / P (SZ + SX) words received for two layers: an all-reduce forward, one backward."""
+    ranks = 4
+
+    def look(method):
+        # The pair of the second and third layer begins where outputs are dealt.
+        names = ["dense2", "dense3"]
+        return sum(totals(method.products[name].messages(144, True), method.rank)[1] for name in names)
+
+    name = "1d-sharded" if sharded else "1d"
+    found = made(ranks, (*EVEN, "--grid", name, "--saved", "gathered"), look)
+    assert found == [NUMBER * 2 * (ranks - 1) * 2 * 144 * 144 / ranks] * ranks
+
+
+@pytest.mark.parametrize(("ranks", "grid"), [(8, "3d"), (6, "1,2,3"), (4, "1d-sharded"), (4, "2d")])
+def test_a_rank_holds_its_share(ranks, grid):
+    """Weights and what a pass saves, vectors that ranks share included: within a tenth of the whole over the ranks."""
+
+    def look(method):
+        return method.w.nbytes + method.model.activation_bytes
+
+    whole = made(1, EVEN, look)[0]
+    assert max(made(ranks, (*EVEN, "--grid", grid), look)) <= 1.1 * whole / ranks
