@@ -111,7 +111,7 @@ def check(config: Config, said: Collection[str] = ()) -> None:
     _check_used(config, said)
     if o.history > 1000:
         raise UserError(f"--history {o.history}: expected 1000 pairs at most")
-    sized = ("mlp", "head", "resnet", "deep", "deep-conv", "rnn", "gru", "lstm")
+    sized = ("mlp", "head", "resnet", "deep", "deep-conv", "rnn", "gru", "lstm", "transformer")
     if model.widths and model.model not in sized:
         raise UserError(f"--widths are those of --model {listed(sized)}; --model {model.model} has its own")
     if not 0 < model.final_time <= 1e6:
