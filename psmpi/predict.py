@@ -222,6 +222,7 @@ def _predict(world: Any, control: Any, options: Options) -> None:
     from psmpi.data import open_split
     from psmpi.errors import UserError
     from psmpi.nn.metric import TOP
+    from psmpi.nn.sequences import stretch
     from psmpi.nn.zoo import make_network
     from psmpi.training.predictions import Choices, Values, room
     from psmpi.training.predictor import Predictor, calibrate, calibration_notes, calibration_split
@@ -239,9 +240,7 @@ def _predict(world: Any, control: Any, options: Options) -> None:
         model.model, contents.in_shape, contents.layout.classes, **model.shape, by_step=contents.by_step
     )
     if split.steps and split.shape != contents.in_shape and split.shape[0] == contents.in_shape[0]:
-        # Recurrent layers go over sequences of any length.
-        other = make_network(model.model, split.shape, contents.layout.classes, **model.shape, by_step=contents.by_step)
-        network = other if other.layout().parameters == network.layout().parameters else network
+        network = stretch(network, split.steps) or network
     if split.shape != network.in_shape:
         raise UserError(
             f"{options.dataset} has samples of shape {split.shape}, checkpoint {path} was trained on "

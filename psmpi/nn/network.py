@@ -157,9 +157,10 @@ def build(
     """A network from layer tables, the form of a configuration file's [[model.layers]].
 
     Each table has `type`, one of psmpi.nn.layers.LAYERS, and that type's settings: `units`, `groups`, `channels`,
-    `kernel`, `pad`, `size`, `bias` (true), `affine` (true), of cosine `scale`, of embedding `vocabulary`, and of
-    residual `layers` and `scale` (1.0). by_step: whether there are scores at each step of sequences. UserError names
-    the layer and what does not fit.
+    `kernel`, `pad`, `size`, `bias` (true), `affine` (true), of cosine `scale`, of embedding `vocabulary`, of
+    residual `layers` and `scale` (1.0), of attention `heads` and `causal` (true), of positions `longest` (all
+    steps). by_step: whether there are scores at each step of sequences. UserError names the layer and what does not
+    fit.
     """
     reader = TableReader(name)
     made, shape = reader.read(layers, tuple(in_shape))

@@ -44,6 +44,12 @@ def find_padding(network: Network, chunked: bool = False) -> Layer | None:
     return None
 
 
+def stretch(network: Network, steps: int) -> Network | None:
+    """The same network for sequences of so many steps; None where a layer takes all steps of one number."""
+    ends = next((layer for layer in network.layers if len(layer.out_shape) != 2), None)
+    return network.with_steps(steps) if ends is None or isinstance(ends, Last) else None
+
+
 def _holds(layer: Layer, held: bool) -> bool:
     """Whether outputs behind a sequence's end are those of its last step, given whether the inputs are."""
     if not layer.inner:

@@ -9,6 +9,7 @@ from typing import Any
 from psmpi.errors import LayersError, UserError
 from psmpi.nn.layers import ACTIVATIONS, LAYERS
 from psmpi.nn.network import Network, build
+from psmpi.nn.transformer import transformer
 from psmpi.registry import WHOLE
 
 LayerTable = dict[str, Any]
@@ -131,25 +132,34 @@ def has_psnet(in_shape: tuple[int, ...], classes: int) -> bool:
     return _built_in("psnet", in_shape, classes) is not None
 
 
-def _recurrent(
-    kind: str, widths: Sequence[int], classes: int, in_shape: tuple[int, ...], vocabulary: int, by_step: bool
+def _of_sequences(
+    kind: str,
+    widths: Sequence[int],
+    blocks: Sequence[int],
+    heads: int,
+    classes: int,
+    in_shape: tuple[int, ...],
+    vocabulary: int,
+    by_step: bool,
 ) -> list[LayerTable]:
-    """Recurrent layers, and scores of each step or of the last one."""
+    """Recurrent layers or a transformer, and scores of each step or of the last one."""
     if vocabulary and in_shape[0] > 1:
         raise UserError(
             f"--vocabulary {vocabulary} is of tokens, and the sequences have {in_shape[0]} features a step: leave the "
             "option out, or save tokens as integers (samples, steps)"
         )
-    tables: list[LayerTable] = []
-    if vocabulary:
-        tables.append({"type": "embedding", "vocabulary": vocabulary, "units": widths[0]})
-    tables += [{"type": kind, "units": width} for width in widths]
-    return [*tables, *([] if by_step else [{"type": "last"}]), {"type": "dense", "units": classes}]
+    embedding = {"type": "embedding", "vocabulary": vocabulary}
+    end: list[LayerTable] = [*([] if by_step else [{"type": "last"}]), {"type": "dense", "units": classes}]
+    if kind == "transformer":
+        return transformer(widths, blocks, heads, embedding if vocabulary else {"type": "dense"}, end)
+    widths = tuple(widths) or (128, 128)
+    tables = [{**embedding, "units": widths[0]}] if vocabulary else []
+    return [*tables, *({"type": kind, "units": width} for width in widths), *end]
 
 
-RECURRENT = ("rnn", "gru", "lstm")
+SEQUENCES = ("rnn", "gru", "lstm", "transformer")
 MODELS = (
-    "psnet", "psnet-24", "psnet-35", "lenet", "mlp", "head", "resnet", "deep", "deep-conv", *RECURRENT, "custom",
+    "psnet", "psnet-24", "psnet-35", "lenet", "mlp", "head", "resnet", "deep", "deep-conv", *SEQUENCES, "custom",
 )  # fmt: skip
 DEEP = {"depth": 32, "final_time": 1.0, "activation": "tanh"}
 
@@ -165,6 +175,7 @@ def make_network(
     batch_norm: bool = False,
     scale: float = 0.0,
     vocabulary: int = 0,
+    heads: int = 0,
     by_step: bool = False,
     **deep: Any,
 ) -> Network:
@@ -177,26 +188,28 @@ def make_network(
     `resnet` has sections of `widths` channels (16 and 32) with `blocks` residual blocks each (3); `deep` has `depth`
     (32) residual layers of one of `widths` (16), the steps of a march to `final_time` (1), with `activation` (tanh),
     and `deep-conv` such convolutions (4 channels); `rnn`, `gru` and `lstm` have recurrent layers of `widths` units (128
-    and 128), for sequences (features, steps), before them vectors of tokens with a `vocabulary`; `custom` is described
-    layer by layer in `layers` (see psmpi.nn.network.build). by_step: whether there are scores at each step of
-    sequences. With `batch_norm` the other ones have batch normalization instead of
-    biases. UserError where the name or the shape is not known.
+    and 128), for sequences (features, steps), before them vectors of tokens with a `vocabulary`; `transformer`, for
+    such sequences too, see psmpi.nn.transformer; `custom` is described layer by layer in `layers` (see
+    psmpi.nn.network.build). by_step: whether there are scores at each step of sequences. With `batch_norm` the other
+    ones have batch normalization instead of biases. UserError where the name or the shape is not known.
     """
-    if batch_norm and name in RECURRENT:
+    if batch_norm and name in SEQUENCES:
         raise UserError(
-            f"--batch-norm is not for recurrent layers, whose steps it would mix: leave it out of --model {name}"
+            f"--batch-norm is not for layers of sequences, whose steps it would mix: leave it out of --model {name}"
         )
-    if vocabulary and name not in RECURRENT:
+    if heads and name != "transformer":
+        raise UserError(f"--heads are of --model transformer, and the model here is {name}: leave the option out")
+    if vocabulary and name not in SEQUENCES:
         raise UserError(
-            f"--vocabulary is of --model {', '.join(RECURRENT)}, and the model here is {name}: leave it out, or begin "
+            f"--vocabulary is of --model {', '.join(SEQUENCES)}, and the model here is {name}: leave it out, or begin "
             '[[model.layers]] with {type = "embedding", vocabulary = V, units = U}'
         )
     if batch_norm and (name in ("resnet", "custom") or (name == "head" and layers)):
         raise UserError(
             f"--batch-norm is for networks that do not say themselves where it goes, as --model {name} does"
         )
-    if blocks and name != "resnet":
-        raise UserError(f"--blocks are those of --model resnet; --model {name} has none")
+    if blocks and name not in ("resnet", "transformer"):
+        raise UserError(f"--blocks are those of --model resnet and transformer; --model {name} has none")
     for setting, usual in DEEP.items() if name not in ("deep", "deep-conv") else ():
         if deep.get(setting, usual) != usual:
             word = setting.replace("_", "-")
@@ -225,17 +238,17 @@ def make_network(
             return _head(widths, layers, in_shape, classes, _normalized if batch_norm else list, scale)
         except UserError as error:
             raise LayersError(str(error)) from None
-    if name in RECURRENT and len(in_shape) == 2:
-        tables = _recurrent(name, tuple(widths) or (128, 128), classes, in_shape, vocabulary, by_step)
+    if name in SEQUENCES and len(in_shape) == 2:
+        tables = _of_sequences(name, widths, blocks, heads, classes, in_shape, vocabulary, by_step)
         return build(name, in_shape, tables, classes, by_step)
     if by_step:
         raise UserError(
             f"--model {name} has scores of samples, and here each step of a sequence has a target: use --model "
-            f"{', '.join(RECURRENT)}, or custom"
+            f"{', '.join(SEQUENCES)}, or custom"
         )
     if len(in_shape) == 2 and name not in ("mlp", "head", "deep"):
         raise UserError(
-            f"--model {name} is not made for sequences {in_shape}: use --model {', '.join(RECURRENT)}, or mlp"
+            f"--model {name} is not made for sequences {in_shape}: use --model {', '.join(SEQUENCES)}, or mlp"
         )
     made = _built_in(name, in_shape, classes, widths, blocks, batch_norm)
     if name == "deep" or (name == "deep-conv" and len(in_shape) == 3):
@@ -245,7 +258,7 @@ def make_network(
     if name in MODELS:
         last = len(in_shape) == 3 and in_shape[2] in (1, 3, 4) and min(in_shape[:2]) > 4
         turned = "if the channels come last, save x.transpose(0, 3, 1, 2), or " if last else ""
-        if name in RECURRENT:
+        if name in SEQUENCES:
             turned = "make sequences of images (--dataset NAME:rows), save sequences with their lengths, or "
         use = f"--model {name} is not made for samples of shape {in_shape}: {turned}use"
         if has_psnet(in_shape, classes):

@@ -60,7 +60,7 @@ def check_recurrent(network: Network, dataset: Dataset, config: Config) -> None:
     if whole is not None:
         raise UserError(
             f"{network.named(whole.name)} of --model {network.name} needs whole sequences, and --method {method} takes "
-            "them apart into chunks: leave the layer out, or use --method data_parallel"
+            f"them apart into chunks: leave the layer out, or use --method {WHOLE}"
         )
     check_padding(network, dataset, chunked=True)
     head = network.layers[find_head(network) :]

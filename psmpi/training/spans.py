@@ -45,8 +45,8 @@ def check_tokens(network: Network, samples: Resident, kind: str) -> None:
     if samples.tokens and not isinstance(first, Embedding):
         raise UserError(
             "the samples are tokens, whole numbers, and the network takes them for values: add --vocabulary "
-            f"{max(1, samples.largest + 1)} to --model rnn, gru or lstm, or begin [[model.layers]] with an embedding; "
-            "of values save x.astype(np.float32)"
+            f"{max(1, samples.largest + 1)} to --model rnn, gru, lstm or transformer, or begin [[model.layers]] with "
+            "an embedding; of values save x.astype(np.float32)"
         )
     if isinstance(first, Embedding) and samples.largest >= first.vocabulary:
         raise UserError(

@@ -174,7 +174,7 @@ def test_vectors_of_steps_are_for_as_many_steps_as_they_know():
     model, one = make_model(network, layout, w), make_model(shorter, layout, w)
     few = np.ascontiguousarray(x.reshape(3, 5, 3)[:, :3])
     np.testing.assert_array_equal(one.forward(few).scores, model.forward(x).scores[:, :3])
-    with pytest.raises(UserError, match="knows 6 steps, and not 7: give it longest = 7"):
+    with pytest.raises(UserError, match="knows 6 steps, and the sequences have 7: train it with longest = 7"):
         network.with_steps(7)
 
 

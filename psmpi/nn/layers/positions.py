@@ -33,7 +33,10 @@ class Positions(Layer):
 
     def with_steps(self, steps: int) -> Layer:
         if steps > self.longest:
-            raise UserError(f"{self.name} knows {self.longest} steps, and not {steps}: give it longest = {steps}")
+            raise UserError(
+                f"{self.name} knows {self.longest} steps, and the sequences have {steps}: train it with longest = "
+                f"{steps}, or on sequences as long"
+            )
         return super().with_steps(steps)
 
     def parameters(self) -> tuple[Parameter, ...]:
