@@ -43,6 +43,10 @@ Variant = Literal[
     "wavefront",
     "layer-parallel",
     "layer-parallel-exact",
+    "tensor",
+    "tensor-1d",
+    "tensor-1d-sharded",
+    "tensor-2d",
     "next",
     "next-choco",
 ]
@@ -70,6 +74,10 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "wavefront": ("--method", "wavefront"),
     "layer-parallel": ("--method", "layer_parallel"),
     "layer-parallel-exact": ("--method", "layer_parallel", "--levels", "1"),
+    "tensor": ("--method", "tensor"),
+    "tensor-1d": ("--method", "tensor", "--grid", "1d"),
+    "tensor-1d-sharded": ("--method", "tensor", "--grid", "1d-sharded"),
+    "tensor-2d": ("--method", "tensor", "--grid", "2d"),
     "next": ("--method", "next", "--tracking", "minibatch"),
     "next-choco": ("--method", "next", "--tracking", "minibatch", "--rule", "choco"),
 }

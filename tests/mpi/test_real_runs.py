@@ -24,6 +24,8 @@ PAIRS = ("--partition", "pairs", *F64)
 WARM = ("--levels", "3", "--coarsening", "2", "--warm-start", "both", "--adjoint-cycles", "2")
 ROWS = ("--dataset", "digits:rows", "--model", "lstm", "--widths", "8", "8", "8", "8")
 COPY = ("--dataset", "repeat_copy:2", "--model", "lstm", "--widths", "8", "--unroll", "4", "--loss", "nll")
+ATTENTIVE = ("--dataset", "copying:2", "--model", "transformer", "--widths", "12", "--heads", "2", "--blocks", "1",
+             "--loss", "nll")  # fmt: skip
 RUNS = {
     "psl of a master": (3, F64),
     "psl of owners, masters and replicas": (7, ("--replicas", "2", "--masters", "2", "--placement", "owner")),
@@ -51,6 +53,9 @@ RUNS = {
             "8",
         ),
     ),
+    "tensor": (4, ("--method", "tensor", *ATTENTIVE, "--grid", "2,2,1")),
+    "tensor in one dimension": (3, ("--method", "tensor", *MLP, "--grid", "1d", "--saved", "gathered")),
+    "tensor by panels": (4, ("--method", "tensor", *ATTENTIVE, "--grid", "2d")),
     "bptt": (3, ("--method", "bptt", *COPY)),
     "bptt with synthetic gradients": (4, ("--method", "bptt", *COPY, "--future", "synthetic")),
     "dfa": (3, ("--method", "dfa", *MLP)),

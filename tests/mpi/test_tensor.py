@@ -87,9 +87,9 @@ def serial():
     """What data parallelism trains on one rank, by options."""
     known = {}
 
-    def call(options):
+    def call(options, steps=20):
         if options not in known:
-            known[options] = train(1, options, method="data_parallel")
+            known[options] = train(1, options, steps, "data_parallel")
         return known[options]
 
     return call
@@ -118,6 +118,35 @@ def test_any_grid_trains_as_one_process(serial, thirteen, grid):
 def test_named_grids_train_as_one_process(serial, ranks, grid, saved):
     options = (*MLP, "--batch-size", "36", "--grid", grid, "--saved", saved)
     same(train(ranks, options), serial((*MLP, "--batch-size", "36")))
+
+
+# Twelve heads of three units, embedded characters, scores of each.
+TRANSFORMER = (
+    "--model", "transformer", "--widths", "36", "40", "--heads", "12", "--blocks", "1", "--context", "6",
+    "--batch-size", "13", "--loss", "nll", "--optimizer", "adam", "--lr", "0.01", "--clip", "0.5",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """Characters in the order of a random walk, 26 kinds of them."""
+    path, rng = tmp_path_factory.mktemp("text") / "walk.txt", np.random.default_rng(1)
+    path.write_text("".join(chr(97 + at % 26) for at in rng.integers(-2, 4, 900).cumsum()))
+    return str(path)
+
+
+SEVERAL = [(grid, int(np.prod(list(map(int, grid.split(",")))))) for grid in GRIDS]
+SEVERAL += [(name, ranks) for ranks, name in KINDS] + [("3,3,3", 27)]
+
+
+@pytest.mark.parametrize(
+    ("grid", "ranks"),
+    [pytest.param(*one, marks=pytest.mark.slow) if one[1] in (3, 6, 12, 27) else one for one in SEVERAL],
+)
+def test_a_transformer_trains_as_on_one_process(serial, text, grid, ranks):
+    """Attention by heads, layer normalization over units, positions, embedding; a clipped step counts copies once."""
+    options = (*TRANSFORMER, "--dataset", text)
+    same(train(ranks, (*options, "--grid", grid), steps=6), serial(options, 6))
 
 
 # Four layers whose sizes all axes divide, for minibatches that they divide too.
