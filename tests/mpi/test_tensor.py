@@ -1,15 +1,20 @@
 """Tensor parallelism: every grid trains as one process does, moves what its formulas say, and keeps what it should."""
 
+from contextlib import suppress
+
 import numpy as np
 import pytest
 
 pytest.importorskip("mpi4py.MPI")
 
+from helpers.runs import run, trainer
+
 from psmpi.backend import make_backend
 from psmpi.comm.transfers import totals
 from psmpi.data import Batch
+from psmpi.errors import UserError
 from psmpi.methods.tensor.grid import all_grids
-from psmpi.methods.tensor.plan import received
+from psmpi.methods.tensor.plan import cheapest, make_plan, received
 from psmpi.registry import find_method
 from psmpi.testing import run_ranks
 from psmpi.testing.case import Case
@@ -231,3 +236,116 @@ def test_a_rank_holds_its_share(ranks, grid):
 
     whole = made(1, EVEN, look)[0]
     assert max(made(ranks, (*EVEN, "--grid", grid), look)) <= 1.1 * whole / ranks
+
+
+PLAIN = ("--model", "mlp", "--widths", "24", "16")
+LIMITS = [
+    (4, (*PLAIN, "--grid", "cube"), "--grid cube: expected auto, 1d, 1d-sharded, 2d, 3d, or the ranks along three"),
+    (4, (*PLAIN, "--grid", "2,2"), "--grid 2,2: expected auto"),
+    (4, (*PLAIN, "--grid", "4,0,1"), "--grid 4,0,1: expected auto"),
+    (4, (*PLAIN, "--grid", "2,2,2"), "--grid 2,2,2 is of 8 ranks, and there are 4: start 8"),
+    (3, (*PLAIN, "--grid", "2d"), "--grid 2d needs a square number of ranks, and there are 3: start 1 or 4"),
+    (9, (*PLAIN, "--grid", "3d"), "--grid 3d needs the cube of a number of ranks, and there are 9: start 8 or 27"),
+    (7, (*PLAIN, "--grid", "3d"), "there are 7: start 1 or 8"),
+    (16, (*PLAIN, "--grid", "1,16,1"), "dense3 of --model mlp has 10 units, and a grid of 1 x 16 x 1 ranks deals them"),
+    (8, (*PLAIN, "--widths", "6", "16", "--grid", "1d"), "dense1 of --model mlp has 6 units"),
+    (
+        3,
+        (*TRANSFORMER, "--dataset", "copying:2", "--heads", "2", "--grid", "1,3,1"),
+        "has 2 heads, and a grid of 1 x 3",
+    ),
+    (4, (*PLAIN, "--batch-size", "3", "--grid", "4,1,1"), "--batch-size 3 is dealt to 4 ranks .* use --batch-size 4"),
+    (4, (*PLAIN, "--batch-norm", "--batch-size", "359", "--grid", "4,1,1"), "--batch-size 359 leaves 1 samples"),
+    (
+        4,
+        ("--model", "deep", "--widths", "8", "--depth", "4", "--grid", "1,2,2"),
+        "has two dense layers, or another even",
+    ),
+    (2, ("--model", "psnet"), "conv1 of --model psnet is none of the layers that --method tensor cuts"),
+    (2, ("--dataset", "digits:rows", "--model", "lstm"), "lstm1 of --model lstm is none of the layers"),
+    (2, ("--config", "groups.toml"), r"dense1 \(.*\) of --model custom is cut into groups already"),
+    (2, ("--config", "norm.toml"), r"layer_norm1 \(.*\) of --model custom is before all dense layers"),
+    (2, (*PLAIN, "--optimizer", "lbfgs"), "--optimizer lbfgs .* use a first-order one"),
+    (2, (*PLAIN, "--optimizer", "muon"), "--optimizer muon steps whole matrices"),
+    (2, (*PLAIN, "--optimizer", "plbfgs"), "--optimizer plbfgs is of --method psl"),
+]
+
+
+@pytest.mark.parametrize(("ranks", "options", "says"), LIMITS, ids=[one[2][:30] for one in LIMITS])
+def test_limits_name_the_fix(tmp_path, monkeypatch, ranks, options, says):
+    monkeypatch.chdir(tmp_path)
+    last = '{type = "dense", units = 10}'
+    for name, layer in (
+        ("groups", '{type = "separable_dense", units = 10, groups = 2}'),
+        ("norm", '{type = "layer_norm"}'),
+    ):
+        flat = f'{{type = "flatten"}}, {layer}'
+        (tmp_path / f"{name}.toml").write_text(f'[model]\nmodel = "custom"\nlayers = [{flat}, {last}]\n')
+    network, dataset, config = problem("--model", "mlp", *options) if "--model" not in options else problem(*options)
+    with pytest.raises(UserError, match=says):
+        find_method("tensor").check(ranks, network, dataset, config)
+
+
+@pytest.mark.parametrize("grid", ["2d", "2,2,1", "1,1,1"])
+def test_a_limit_ends_the_job_with_one_message(tmp_path, grid):
+    words = ("--method", "tensor", *PLAIN, "--grid", grid, "--epochs", "1", "--lr", "0.001", "--batch-size", "30")
+    status, out, err = run(3, "-m", "psmpi.train", "--out", tmp_path / "out", *words, timeout=20)
+    told = out + err
+    assert status != 0 and "Traceback" not in told and told.count(f"--grid {grid}") == 1, told
+
+
+def test_a_checkpoint_opens_on_any_grid(tmp_path, text):
+    """Scores of a training on eight ranks of a cube, predicted by others and trained on by grids that have less."""
+    trained = trainer(tmp_path)
+    options = ("--method", "tensor", *TRANSFORMER, "--dataset", text, "--dtype", "float64", "--max-steps", "4")
+    cube = trained(8, *options, "--grid", "3d")
+    first = cube.tensors()
+    for ranks, grid in ((1, "auto"), (4, "2d"), (4, "1d"), (6, "3,1,2")):
+        more = ("--resume", cube.checkpoint, "--max-steps", "5", "--lr", "1e-14", "--grid", grid)
+        second = trained(ranks, "--method", "tensor", *more).tensors()
+        for name, tensor in first.items():
+            if name.startswith("weights/"):
+                np.testing.assert_allclose(second[name], tensor, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("loss", ["psl", "logistic", "hinge", "bce", "squared"])
+def test_losses_that_are_of_several_ranks_scores_train_as_on_one(serial, loss):
+    """Also derivatives so large that a power of two is taken out of them, the same on all ranks."""
+    steep = ("--kappa", "30") if loss == "psl" else ()
+    options = (*MLP[:-6], "--loss", loss, "--optimizer", "sgd", "--lr", "1e-12" if steep else "0.01", *steep)
+    same(train(4, (*options, "--grid", "1,2,2"), steps=5), serial(options, 5))
+
+
+def test_values_are_learnt_as_on_one_process(serial, tmp_path):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(90, 8)).astype(np.float32)
+    np.savez(tmp_path / "values.npz", x=x, y=np.sin(x @ rng.normal(size=(8, 5))))
+    options = (
+        "--dataset",
+        str(tmp_path / "values.npz"),
+        *PLAIN,
+        "--activation",
+        "tanh",
+        "--loss",
+        "squared",
+        "--lr",
+        "0.01",
+    )
+    same(train(6, (*options, "--grid", "2,3,1"), steps=8), serial(options, 8))
+
+
+def test_auto_takes_the_grid_of_least_bytes():
+    network, dataset, config = problem("--model", "mlp", "--widths", "64", "64", "64", "--batch-size", "400")
+    chosen = cheapest(12, network, 400, False)
+    found = {}
+    for grid in all_grids(12):
+        with suppress(UserError):
+            plan = make_plan(network, grid)
+            found[grid.sizes] = max(received(plan, rank, 400, False) for rank in range(12))
+    assert len(found) > 5 and found[chosen.grid.sizes] == min(found.values())
+    # Wide layers and few samples are cut by units, many samples by samples.
+    assert cheapest(4, network, 4, False).grid.sizes[0] == 1 and cheapest(4, network, 4000, False).grid.sizes == (
+        4,
+        1,
+        1,
+    )

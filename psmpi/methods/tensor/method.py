@@ -46,6 +46,7 @@ class TensorParallel(Method):
     settings = (Settings,)
     skips = True
     sequences = "steps"
+    usual_options = ("--dataset", "copying:5", "--model", "transformer", "--epochs", "3")
     exactness = Exactness(options=("--model", "mlp", "--widths", "24", "16"))
 
     def __init__(self, context: Context):
