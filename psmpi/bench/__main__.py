@@ -29,6 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     from psmpi.bench.start import start
     from psmpi.bench.step import step
     from psmpi.bench.tensor import tensor
+    from psmpi.bench.transformer import transformer
     from psmpi.bench.trunk import trunk
     from psmpi.bench.wavefront import wavefront
     from psmpi.command import answer, chosen, with_training_options
@@ -41,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         commands: tuple[Callable[..., int], ...] = (
             checkpoint, comm, compute, decoupled, head, kernels, layers, links, trains(memory), network,
             trains(optimizer), predict, private, published, trains(recorder), recurrent, trains(scale), start,
-            trains(step), tensor, trunk, wavefront,
+            trains(step), tensor, transformer, trunk, wavefront,
         )  # fmt: skip
         return chosen(commands, words, "bench", "Measure psmpi.")()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json as jsonlib
-import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -11,11 +10,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from psmpi.bench.beside import show_beside, take_turns
 from psmpi.errors import UserError
-from psmpi.output import Screen, check_files
+from psmpi.output import check_files
 
-# Passes before those that are timed.
-WARM = 2
 # What rounding may make of states.
 TOLERANCE = 1e-3
 Kind = Literal["rnn", "gru", "lstm"]
@@ -75,17 +73,9 @@ def recurrent(
                     raise UserError(
                         f"PyTorch's {kind} has other states, by {off:.1e}: its times would be of another network"
                     )
-            for call in calls.values():
-                for _ in range(WARM):
-                    call()
-            times: dict[str, list[float]] = {name: [] for name in calls}
-            for _ in range(rounds):
-                for name, call in calls.items():
-                    begun = time.perf_counter()
-                    call()
-                    times[name].append(1e3 * (time.perf_counter() - begun))
+            times = take_turns(calls, rounds)
             rows.append({"kind": kind, "ms": times, "products ms": median(times["large product"]) * macs / size})
-    _show(rows, f"{layers} x {units}, {steps} steps, {batch_size} samples, {threads} thread(s)")
+    show_beside(rows, f"{layers} x {units}, {steps} steps, {batch_size} samples, {threads} thread(s)")
     if json:
         Path(json).write_text(jsonlib.dumps(rows) + "\n")
     return 0
@@ -170,20 +160,3 @@ def _theirs(
     with torch.no_grad():
         states = net(samples)[0][-1].numpy().T
     return step, states
-
-
-def _show(rows: list[dict[str, Any]], title: str) -> None:
-    from rich.table import Table
-
-    table = Table(title=f"ms a step, median (least to largest): {title}", title_justify="left")
-    for name in ("layers", "psmpi", "products alone", "ratio", "PyTorch", "psmpi / PyTorch"):
-        table.add_column(name, justify="right")
-    for row in rows:
-        ms = {name: median(found) for name, found in row["ms"].items()}
-        spread = {name: f"{ms[name]:.0f} ({min(found):.0f} to {max(found):.0f})" for name, found in row["ms"].items()}
-        theirs = ms.get("PyTorch")
-        table.add_row(
-            row["kind"], spread["psmpi"], f"{row['products ms']:.0f}", f"{ms['psmpi'] / row['products ms']:.2f}",
-            spread.get("PyTorch", ""), "" if theirs is None else f"{ms['psmpi'] / theirs:.2f}",
-        )  # fmt: skip
-    Screen().print(table)

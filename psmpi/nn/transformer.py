@@ -35,10 +35,15 @@ def transformer(
             f"--heads {heads} does not divide the width of --model transformer, {width}: use --widths "
             f"{heads * max(1, round(width / heads))}, or other --heads"
         )
+    repeated = block(width, hidden, heads) * count
+    return [{**opening, "units": width}, {"type": "positions"}, *repeated, {"type": "layer_norm"}, *end]
+
+
+def block(width: int, hidden: int, heads: int) -> list[dict[str, Any]]:
+    """Tables of one block: the branch of attention, and that of two dense layers."""
     attend = [{"type": "layer_norm"}, _dense(3 * width), {"type": "attention", "heads": heads}, _dense(width)]
     think = [{"type": "layer_norm"}, _dense(hidden), {"type": "gelu"}, _dense(width)]
-    branches: list[dict[str, Any]] = [{"type": "residual", "layers": layers} for layers in (attend, think)]
-    return [{**opening, "units": width}, {"type": "positions"}, *branches * count, {"type": "layer_norm"}, *end]
+    return [{"type": "residual", "layers": layers} for layers in (attend, think)]
 
 
 def _dense(units: int) -> dict[str, Any]:

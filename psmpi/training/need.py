@@ -86,7 +86,7 @@ def _own_numbers(
     stages = network.stages(classes, layers=layers)
     pairs = list(zip(stages, plan_buffers(stages)[0], strict=True))
     held = sum(stage.layer.held(stage, batch, spot.writable, packed) for stage, spot in pairs)
-    return Numbers(output_numbers(stages) * batch, held, workspace_numbers(stages, batch))
+    return Numbers(output_numbers(stages) * batch, held, workspace_numbers(stages, batch, packed))
 
 
 def _private_numbers(

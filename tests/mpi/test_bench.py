@@ -600,6 +600,16 @@ def test_recurrent_layers_are_timed_beside_their_products(tmp_path):
     assert status == 1 and "--chunk-steps 6: expected 0 to 5" in err
 
 
+def test_a_transformer_is_timed_beside_its_products(tmp_path):
+    options = ("--blocks", "2", "--steps", "5", "--width", "8", "--heads", "2", "--batch-size", "4", "--rounds", "2")
+    status, out, err = launch(1, "-m", "psmpi.bench", "transformer", *options, "--json", tmp_path / "a.json")
+    assert status == 0, err
+    (row,) = json.loads((tmp_path / "a.json").read_text())
+    assert "products alone" in out and len(row["ms"]["psmpi"]) == 2 and row["products ms"] > 0
+    status, _, err = launch(1, "-m", "psmpi.bench", "transformer", "--width", "10", "--heads", "4")
+    assert status == 1 and "--heads 4 does not divide the width, 10" in err
+
+
 def test_a_wavefront_is_timed_beside_its_schedule(tmp_path):
     """Chunks that sleep: on three ranks nobody is faster than M + R - 1 of them each way."""
     options = ("--ranks", "1", "3", "--layers", "3", "--units", "4", "--batch-size", "4", "--steps", "8")

@@ -255,7 +255,7 @@ LIMITS = [
         "has 2 heads, and a grid of 1 x 3",
     ),
     (4, (*PLAIN, "--batch-size", "3", "--grid", "4,1,1"), "--batch-size 3 is dealt to 4 ranks .* use --batch-size 4"),
-    (4, (*PLAIN, "--batch-norm", "--batch-size", "359", "--grid", "4,1,1"), "--batch-size 359 leaves 1 samples"),
+    (4, (*PLAIN, "--batch-norm", "--batch-size", "359", "--grid", "4,1,1"), "--batch-size 359 leaves 2 samples"),
     (
         4,
         ("--model", "deep", "--widths", "8", "--depth", "4", "--grid", "1,2,2"),
@@ -263,8 +263,16 @@ LIMITS = [
     ),
     (2, ("--model", "psnet"), "conv1 of --model psnet is none of the layers that --method tensor cuts"),
     (2, ("--dataset", "digits:rows", "--model", "lstm"), "lstm1 of --model lstm is none of the layers"),
-    (2, ("--config", "groups.toml"), r"dense1 \(.*\) of --model custom is cut into groups already"),
-    (2, ("--config", "norm.toml"), r"layer_norm1 \(.*\) of --model custom is before all dense layers"),
+    (
+        2,
+        ("--config", "groups.toml", "--model", "custom"),
+        r"dense1 \(.*\) of --model custom is cut into groups",
+    ),
+    (
+        2,
+        ("--config", "norm.toml", "--model", "custom"),
+        r"layer_norm1 \(.*\) of --model custom is before all",
+    ),
     (2, (*PLAIN, "--optimizer", "lbfgs"), "--optimizer lbfgs .* use a first-order one"),
     (2, (*PLAIN, "--optimizer", "muon"), "--optimizer muon steps whole matrices"),
     (2, (*PLAIN, "--optimizer", "plbfgs"), "--optimizer plbfgs is of --method psl"),
@@ -274,14 +282,11 @@ LIMITS = [
 @pytest.mark.parametrize(("ranks", "options", "says"), LIMITS, ids=[one[2][:30] for one in LIMITS])
 def test_limits_name_the_fix(tmp_path, monkeypatch, ranks, options, says):
     monkeypatch.chdir(tmp_path)
-    last = '{type = "dense", units = 10}'
-    for name, layer in (
-        ("groups", '{type = "separable_dense", units = 10, groups = 2}'),
-        ("norm", '{type = "layer_norm"}'),
-    ):
-        flat = f'{{type = "flatten"}}, {layer}'
-        (tmp_path / f"{name}.toml").write_text(f'[model]\nmodel = "custom"\nlayers = [{flat}, {last}]\n')
-    network, dataset, config = problem("--model", "mlp", *options) if "--model" not in options else problem(*options)
+    files = {"groups": '{type = "separable_dense", units = 10, groups = 2}', "norm": '{type = "layer_norm"}'}
+    for name, layer in files.items():
+        layers = f'{{type = "flatten"}}, {layer}, {{type = "dense", units = 10}}'
+        (tmp_path / f"{name}.toml").write_text(f'[model]\nmodel = "custom"\nlayers = [{layers}]\n')
+    network, dataset, config = problem(*options)
     with pytest.raises(UserError, match=says):
         find_method("tensor").check(ranks, network, dataset, config)
 
@@ -335,7 +340,7 @@ def test_values_are_learnt_as_on_one_process(serial, tmp_path):
 
 
 def test_auto_takes_the_grid_of_least_bytes():
-    network, dataset, config = problem("--model", "mlp", "--widths", "64", "64", "64", "--batch-size", "400")
+    network = problem("--model", "mlp", "--widths", "64", "64", "64")[0]
     chosen = cheapest(12, network, 400, False)
     found = {}
     for grid in all_grids(12):

@@ -14,6 +14,7 @@ from psmpi.backend import CompiledOps, NumpyOps, compiled
 from psmpi.backend.compiled import attention as in_c
 from psmpi.errors import UserError
 from psmpi.nn.layers import LAYERS
+from psmpi.nn.layers.workspace import Workspace
 from psmpi.nn.model import Model
 from psmpi.nn.network import Network, build
 
@@ -24,8 +25,9 @@ backends = pytest.mark.parametrize("ops", BACKENDS, ids=lambda ops: ops.descript
 
 def both(ops, x, heads, causal, lengths, dy):
     y, dx = np.full_like(dy, np.nan), np.full_like(x, np.nan)
-    ops.attention(x, heads, causal, lengths, y)
-    ops.attention_back(x, heads, causal, lengths, dy, dx)
+    space = Workspace(ops, x.dtype)
+    ops.attention(x, heads, causal, lengths, y, space.take)
+    ops.attention_back(x, heads, causal, lengths, dy, dx, space.take)
     return y, dx
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from psmpi.backend.compiled.library import function, pointers
 from psmpi.backend.compiled.team import Team
 from psmpi.backend.reference.arrays import Arrays
+from psmpi.backend.reference.attention import Take
 
 # Bytes of a vector by the instructions, and steps whose probabilities are there at a time, see c/attention.h.
 VECTORS, TALL = {1: 32, 2: 64}, {1: 12, 2: 16}
@@ -26,21 +27,24 @@ class CompiledAttention(Arrays):
     instructions: int
     team: Team
 
-    def attention(self, x: np.ndarray, heads: int, causal: bool, lengths: np.ndarray | None, y: np.ndarray) -> None:
+    def attention(
+        self, x: np.ndarray, heads: int, causal: bool, lengths: np.ndarray | None, y: np.ndarray, take: Take
+    ) -> None:
         call = function("attention", x.dtype, "ppppp", self.instructions)
         _check(x, y)
-        self._share(call, x, heads, causal, lengths, (y,), (4, 1))
+        self._share(call, x, heads, causal, lengths, (y,), (4, 1), take)
 
     def attention_back(
-        self, x: np.ndarray, heads: int, causal: bool, lengths: np.ndarray | None, dy: np.ndarray, dx: np.ndarray
-    ) -> None:
+        self, x: np.ndarray, heads: int, causal: bool, lengths: np.ndarray | None, dy: np.ndarray, dx: np.ndarray,
+        take: Take,
+    ) -> None:  # fmt: skip
         call = function("attention_back", x.dtype, "pppppp", self.instructions)
         _check(x, dy)
-        self._share(call, x, heads, causal, lengths, (dy, dx), (7, 2))
+        self._share(call, x, heads, causal, lengths, (dy, dx), (7, 2), take)
 
     def _share(
         self, call: Callable[..., None], x: np.ndarray, heads: int, causal: bool, lengths: np.ndarray | None,
-        arrays: tuple[np.ndarray, ...], rooms: tuple[int, int],
+        arrays: tuple[np.ndarray, ...], rooms: tuple[int, int], take: Take,
     ) -> None:  # fmt: skip
         """The call, by as many threads as it is worth; rooms: of each, so many packed parts, and rows of steps."""
         rows, steps, batch = x.shape
@@ -49,7 +53,7 @@ class CompiledAttention(Arrays):
         room = (rooms[0] * size + rooms[1] * TALL[self.instructions]) * steps * lanes
         members = max(1, min(self.team.size, jobs, rows * steps * steps * batch // WORK))
         edges = [jobs * k // members for k in range(members + 1)]
-        scratch = self.scratch("attention", members * room, x.dtype)
+        scratch = take("attention", members * room)
         ends = None if lengths is None else pointers(INT32, lengths)[0]
         values, *others = pointers(x.dtype, x, *arrays)
 

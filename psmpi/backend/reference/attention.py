@@ -2,40 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from math import prod, sqrt
+from collections.abc import Callable, Iterator
+from math import sqrt
 
 import numpy as np
 
 from psmpi.backend.reference.products import Products
 
+# Gives an array of a name and a shape, of the dtype that is computed with, valid until the next of the name.
+Take = Callable[..., np.ndarray]
+
 
 class Attention(Products):
     """Of each sample and head, `queries`, keys and values are (size, steps), after a turn that puts samples first."""
 
-    def attention(self, x: np.ndarray, heads: int, causal: bool, lengths: np.ndarray | None, y: np.ndarray) -> None:
+    def attention(
+        self, x: np.ndarray, heads: int, causal: bool, lengths: np.ndarray | None, y: np.ndarray, take: Take
+    ) -> None:
         """y (units, steps, b): each step's mean of values, by the softmax of its query's products with keys.
 
         x (3 units, steps, b): of each of `heads` heads the rows of queries, then of keys, then of values. Products are
         over the square root of a head's units. Steps look at themselves and those before if `causal`, else at all;
-        lengths (b,) int32: of each sample those before its end, None: all.
+        lengths (b,) int32: of each sample those before its end, None: all. take: gives room.
         """
-        batch, turned, out = x.shape[2], self._turned("x", x), self._room("y", y.dtype, *_first(y))
-        for some, p in self._probabilities(turned, heads, causal, lengths, batch):
+        batch, turned, out = x.shape[2], self._turned(take, "x", x), take("attention y", *_first(y))
+        for some, p in self._probabilities(take, turned, heads, causal, lengths):
             _, _, values = self._heads(turned[some], heads)
             self.matmul(values, p.transpose(0, 2, 1), out[some].reshape(values.shape))
         self.turn(out.reshape(batch, -1), y.reshape(-1, batch))
 
     def attention_back(
-        self, x: np.ndarray, heads: int, causal: bool, lengths: np.ndarray | None, dy: np.ndarray, dx: np.ndarray
+        self,
+        x: np.ndarray,
+        heads: int,
+        causal: bool,
+        lengths: np.ndarray | None,
+        dy: np.ndarray,
+        dx: np.ndarray,
+        take: Take,
     ) -> None:
         """The adjoint of `attention`: dx of the shape of x; probabilities are computed again."""
-        batch, turned, dout = x.shape[2], self._turned("x", x), self._turned("y", dy)
-        dturned = self._room("dx", x.dtype, *_first(x))
-        for some, p in self._probabilities(turned, heads, causal, lengths, batch):
+        batch, turned, dout = x.shape[2], self._turned(take, "x", x), self._turned(take, "y", dy)
+        dturned = take("attention dx", *_first(x))
+        for some, p in self._probabilities(take, turned, heads, causal, lengths):
             queries, keys, values = self._heads(turned[some], heads)
             dqueries, dkeys, dvalues = self._heads(dturned[some], heads)
-            d, dp = dout[some].reshape(values.shape), self._room("dp", p.dtype, *p.shape)
+            d, dp = dout[some].reshape(values.shape), take("attention dp", *p.shape)
             self.matmul(d, p, dvalues)
             self.matmul(d.transpose(0, 2, 1), values, dp)
             self.softmax_back(p, 1 / sqrt(values.shape[1]), dp)
@@ -71,15 +83,15 @@ class Attention(Products):
         dp *= scale
 
     def _probabilities(
-        self, turned: np.ndarray, heads: int, causal: bool, lengths: np.ndarray | None, batch: int
+        self, take: Take, turned: np.ndarray, heads: int, causal: bool, lengths: np.ndarray | None
     ) -> Iterator[tuple[slice, np.ndarray]]:
         """Some samples after the other, with their probabilities (samples heads, steps, steps)."""
-        steps = turned.shape[2]
+        batch, _, steps = turned.shape
         each = max(1, self.chunk // (heads * steps**2))
         for first in range(0, batch, each):
             some = slice(first, min(first + each, batch))
             queries, keys, values = self._heads(turned[some], heads)
-            p = self._room("p", turned.dtype, len(queries), steps, steps)
+            p = take("attention p", len(queries), steps, steps)
             self.matmul(queries.transpose(0, 2, 1), keys, p)
             own = None if lengths is None else lengths[some]
             self.softmax(p, 1 / sqrt(values.shape[1]), causal, heads, own)
@@ -91,14 +103,10 @@ class Attention(Products):
         apart = turned.reshape(len(turned) * heads, 3, -1, turned.shape[2])
         return apart[:, 0], apart[:, 1], apart[:, 2]
 
-    def _room(self, name: str, dtype: np.dtype, *shape: int) -> np.ndarray:
-        size = prod(shape)
-        return self.scratch(f"attention {name}", size, dtype)[:size].reshape(shape)
-
-    def _turned(self, name: str, values: np.ndarray) -> np.ndarray:
+    def _turned(self, take: Take, name: str, values: np.ndarray) -> np.ndarray:
         """Samples (b, rows, steps) of values (rows, steps, b)."""
         batch = values.shape[2]
-        made = self._room(name, values.dtype, *_first(values))
+        made = take(f"attention {name}", *_first(values))
         self.turn(values.reshape(-1, batch), made.reshape(batch, -1))
         return made
 

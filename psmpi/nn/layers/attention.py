@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from psmpi.backend.reference import CHUNK
 from psmpi.errors import UserError
 from psmpi.nn.layers.base import Layer, Part, Site, Stage
 from psmpi.nn.layers.table import Table
@@ -15,6 +16,8 @@ from psmpi.nn.layers.uses import Uses, grouped, stretched
 
 # A product so low that its step is not looked at.
 LOW = -1e30
+# Samples of the largest vectors, and steps whose probabilities the kernels in C make at a time.
+LANES, TALL = 16, 16
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,21 @@ class Attention(Layer):
             )
         return Attention(self.name, in_shape, (units, *self.out_shape[1:]), units // self.size, self.causal)
 
+    def workspace_numbers(self, stage: Stage, batch: int, wanted: bool, packed: bool) -> dict[str, int]:
+        found, (units, steps) = super().workspace_numbers(stage, batch, wanted, packed), stage.shape
+        if packed:
+            # Of a head and a vector of samples, in one thread.
+            return {**found, "attention": (7 * self.size + 2 * TALL) * steps * LANES}
+        # Samples first, and the probabilities of some.
+        matrices = units // self.size * steps**2
+        some = matrices * min(batch, max(1, CHUNK // matrices)) if matrices else 0
+        large = {"attention x": 3, "attention y": 1, "attention dx": 3}
+        return {
+            **found,
+            **{name: count * units * steps * batch for name, count in large.items()},
+            **dict.fromkeys(("attention p", "attention dp"), some),
+        }
+
     def part(self, stage: Stage, site: Site) -> Part:
         return AttentionPart(stage, site)
 
@@ -89,7 +107,7 @@ class AttentionPart(Part):
 
     def forward(self, x: np.ndarray, y: np.ndarray | None, room: Any) -> tuple[np.ndarray, Any]:
         assert y is not None
-        self.ops.attention(x, self.heads, self.causal, self.lengths, y)
+        self.ops.attention(x, self.heads, self.causal, self.lengths, y, self.space.take)
         return y, self.lengths
 
     def backward(
@@ -97,7 +115,7 @@ class AttentionPart(Part):
     ) -> np.ndarray:
         if dx is None:
             return dy
-        self.ops.attention_back(x, self.heads, self.causal, kept, dy, dx)
+        self.ops.attention_back(x, self.heads, self.causal, kept, dy, dx, self.space.take)
         return dx
 
     def export(self, graph: Any, value: str) -> str:

@@ -167,8 +167,11 @@ class Layer:
         """
         return 0
 
-    def workspace_numbers(self, stage: Stage, batch: int, wanted: bool) -> dict[str, int]:
-        """Numbers that backward needs of each array of the workspace; wanted: the gradient of the input is."""
+    def workspace_numbers(self, stage: Stage, batch: int, wanted: bool, packed: bool) -> dict[str, int]:
+        """Numbers that backward needs of each array of the workspace; wanted: the gradient of the input is.
+
+        packed: as in `held`.
+        """
         if not (wanted and self.moves_gradient):
             return {}
         return dict.fromkeys(("gradient 0", "gradient 1"), stage.in_size * batch)

@@ -99,11 +99,11 @@ def lowest(stages: Sequence[Stage]) -> int:
     return next((k for k, stage in enumerate(stages) if any(one.weighted for one in walk(stage))), len(stages))
 
 
-def workspace_numbers(stages: Sequence[Stage], batch: int, wanted: bool = False) -> dict[str, int]:
+def workspace_numbers(stages: Sequence[Stage], batch: int, packed: bool, wanted: bool = False) -> dict[str, int]:
     """Numbers that backward passes of a chain need of each array of the workspace; see `Layer.workspace_numbers`."""
     found: dict[str, int] = {}
     for k, stage in enumerate(stages):
-        for name, size in stage.layer.workspace_numbers(stage, batch, wanted or k > lowest(stages)).items():
+        for name, size in stage.layer.workspace_numbers(stage, batch, wanted or k > lowest(stages), packed).items():
             found[name] = max(found.get(name, 0), size)
     return found
 

@@ -47,8 +47,8 @@ class Dense(Linear):
         size = (self.units, self.group_inputs)
         return size if self.groups == 1 else (self.groups, self.units // self.groups, self.group_inputs)
 
-    def workspace_numbers(self, stage: Stage, batch: int, wanted: bool) -> dict[str, int]:
-        found = super().workspace_numbers(stage, batch, wanted)
+    def workspace_numbers(self, stage: Stage, batch: int, wanted: bool, packed: bool) -> dict[str, int]:
+        found = super().workspace_numbers(stage, batch, wanted, packed)
         size = self.units // self.groups
         used = int(stage.kept.reshape(self.groups, size).any(axis=1).sum())
         stripes, thin = 0, True

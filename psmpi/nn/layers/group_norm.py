@@ -62,7 +62,7 @@ class GroupNorm(Layer):
     def held(self, stage: Stage, batch: int, writable: bool, packed: bool) -> int:
         return (self.present_groups(stage) + (0 if writable else stage.size)) * batch
 
-    def workspace_numbers(self, stage: Stage, batch: int, wanted: bool) -> dict[str, int]:
+    def workspace_numbers(self, stage: Stage, batch: int, wanted: bool, packed: bool) -> dict[str, int]:
         groups = self.present_groups(stage) * batch
         large = dict.fromkeys(("rows", "normal rows"), stage.size * batch)
         return {**large, "ones": groups, "sums": 2 * groups, "zeros": int(stage.kept.sum())}

@@ -43,8 +43,8 @@ class Pool(Layer):
     def absorbs(self, following: Sequence[Layer], fold: bool) -> int:
         return int(bool(following and following[0].activation))
 
-    def workspace_numbers(self, stage: Stage, batch: int, wanted: bool) -> dict[str, int]:
-        return {**super().workspace_numbers(stage, batch, wanted), "pooled": stage.size * batch}
+    def workspace_numbers(self, stage: Stage, batch: int, wanted: bool, packed: bool) -> dict[str, int]:
+        return {**super().workspace_numbers(stage, batch, wanted, packed), "pooled": stage.size * batch}
 
     def part(self, stage: Stage, site: Site) -> Part:
         return PoolPart(stage, site)

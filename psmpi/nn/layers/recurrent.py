@@ -96,8 +96,11 @@ class Recurrent(Layer):
         # Packed weights, of each way, and states of whole vectors.
         return found + (2 * gates * self.units + (2 * gates + 1) * (batch + 15)) * self.units * packed
 
-    def workspace_numbers(self, stage: Stage, batch: int, wanted: bool) -> dict[str, int]:
-        return {**super().workspace_numbers(stage, batch, wanted), "states before": prod(self.out_shape) * batch}
+    def workspace_numbers(self, stage: Stage, batch: int, wanted: bool, packed: bool) -> dict[str, int]:
+        return {
+            **super().workspace_numbers(stage, batch, wanted, packed),
+            "states before": prod(self.out_shape) * batch,
+        }
 
     def part(self, stage: Stage, site: Site) -> Part:
         return RecurrentPart(stage, site)

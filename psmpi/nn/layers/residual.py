@@ -75,9 +75,9 @@ class Residual(Layer):
             found += one.layer.held(one, batch, spot.writable, packed)
         return found
 
-    def workspace_numbers(self, stage: Stage, batch: int, wanted: bool) -> dict[str, int]:
+    def workspace_numbers(self, stage: Stage, batch: int, wanted: bool, packed: bool) -> dict[str, int]:
         return {
-            **workspace_numbers(stage.inner, batch, wanted),
+            **workspace_numbers(stage.inner, batch, packed, wanted),
             **({f"past {self.name}": stage.size * batch} if wanted else {}),
         }
 

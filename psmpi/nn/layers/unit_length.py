@@ -29,7 +29,7 @@ class UnitLength(Layer):
     def held(self, stage: Stage, batch: int, writable: bool, packed: bool) -> int:
         return batch
 
-    def workspace_numbers(self, stage: Stage, batch: int, wanted: bool) -> dict[str, int]:
+    def workspace_numbers(self, stage: Stage, batch: int, wanted: bool, packed: bool) -> dict[str, int]:
         return {**dict.fromkeys(("rows", "normal rows"), stage.size * batch), "zeros": batch}
 
     def part(self, stage: Stage, site: Site) -> Part:

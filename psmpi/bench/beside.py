@@ -1,0 +1,45 @@
+"""Passes that are timed in turn, beside their matrix products and PyTorch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from statistics import median
+from typing import Any
+
+from psmpi.output import Screen
+
+# Calls before those that are timed.
+WARM = 2
+
+
+def take_turns(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of each call, `rounds` times, one after the other in each round."""
+    for call in calls.values():
+        for _ in range(WARM):
+            call()
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            begun = time.perf_counter()
+            call()
+            times[name].append(1e3 * (time.perf_counter() - begun))
+    return times
+
+
+def show_beside(rows: list[dict[str, Any]], title: str) -> None:
+    """A row of each kind: its times "ms" by name, "psmpi" and perhaps "PyTorch", and "products ms"."""
+    from rich.table import Table
+
+    table = Table(title=f"ms a step, median (least to largest): {title}", title_justify="left")
+    for name in ("layers", "psmpi", "products alone", "ratio", "PyTorch", "psmpi / PyTorch"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        ms = {name: median(found) for name, found in row["ms"].items()}
+        spread = {name: f"{ms[name]:.0f} ({min(found):.0f} to {max(found):.0f})" for name, found in row["ms"].items()}
+        theirs = ms.get("PyTorch")
+        table.add_row(
+            row["kind"], spread["psmpi"], f"{row['products ms']:.0f}", f"{ms['psmpi'] / row['products ms']:.2f}",
+            spread.get("PyTorch", ""), "" if theirs is None else f"{ms['psmpi'] / theirs:.2f}",
+        )  # fmt: skip
+    Screen().print(table)
