@@ -27,6 +27,7 @@ RUNS = [
     (("--method", "local_sgd", "--outer-lr", "0.7", "--outer-momentum", "0.9", *MLP), 2),
     (("--method", "ist", "--optimizer-state", "travel", *MLP), 2),
     (("--method", "dfa", *MLP), 2),
+    (("--method", "data_parallel", "--dataset", "text.txt", "--context", "8", "--model", "gru", "--widths", "8"), 1),
     (("--method", "sil", *MLP), 1),
     (("--method", "sil", "--hand-over", "stale", *MLP), 1),
 ]
@@ -57,9 +58,11 @@ def data_sets(path):
 def files(tmp_path_factory):
 
     made = []
+    (tmp_path_factory.getbasetemp() / "text.txt").write_text("to be, or not to be. " * 20)
     for number, (options, ranks) in enumerate(RUNS):
         out = tmp_path_factory.mktemp("formats") / f"run{number}"
-        status, _, err = run(ranks, "-m", "psmpi.train", "--out", out, "--max-steps", "2", *options)
+        words = ("--out", out, "--max-steps", "2", *options)
+        status, _, err = run(ranks, "-m", "psmpi.train", *words, cwd=tmp_path_factory.getbasetemp())
         assert status == 0, err
         made.append(checkpoint.available(out)[-1])
     status, _, err = run(1, "-m", "psmpi.inspect", "cut", made[0], "--classes", "3", "--out", out / "part.h5")

@@ -63,8 +63,8 @@ class TileLayer(Layer):
     def held(self, stage: Stage, batch: int, writable: bool, packed: bool) -> int:
         return self.room(batch)
 
-    def workspace_numbers(self, stage: Stage, batch: int, wanted: bool) -> dict[str, int]:
-        return {**super().workspace_numbers(stage, batch, wanted), **self.workspace(batch, wanted)}
+    def workspace_numbers(self, stage: Stage, batch: int, wanted: bool, packed: bool) -> dict[str, int]:
+        return {**super().workspace_numbers(stage, batch, wanted, packed), **self.workspace(batch, wanted)}
 
     @property
     def steps(self) -> int:
