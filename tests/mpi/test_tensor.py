@@ -18,6 +18,7 @@ from psmpi.methods.tensor.plan import cheapest, make_plan, received
 from psmpi.registry import find_method
 from psmpi.testing import run_ranks
 from psmpi.testing.case import Case
+from psmpi.testing.conformance import counters_equal_messages, resumed_runs_end_the_same
 from psmpi.training.context import Context
 from psmpi.training.loop import plan_steps
 
@@ -354,3 +355,19 @@ def test_auto_takes_the_grid_of_least_bytes():
         1,
         1,
     )
+
+
+VARIANTS = {
+    "transformer": (*TRANSFORMER, "--grid", "auto"),
+    "whole": ("--grid", "1d", "--saved", "gathered", "--no-prefetch"),
+    "panels": ("--grid", "2d"),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(
+    "check", [counters_equal_messages, resumed_runs_end_the_same], ids=lambda check: check.__name__
+)
+def test_variants_conform(tmp_path, text, name, check):
+    data = ("--dataset", text) if name == "transformer" else ()
+    check(Case("tensor", tmp_path, (*VARIANTS[name], *data)))

@@ -47,7 +47,10 @@ class TensorParallel(Method):
     skips = True
     sequences = "steps"
     usual_options = ("--dataset", "copying:5", "--model", "transformer", "--epochs", "3")
-    exactness = Exactness(options=("--model", "mlp", "--widths", "24", "16"))
+    exactness = Exactness(
+        options=("--model", "mlp", "--widths", "24", "16"),
+        wide=("--dataset", "digits:rows", "--model", "transformer", "--widths", "160", "--blocks", "1"),
+    )
 
     def __init__(self, context: Context):
         network, ops, s = context.network, context.ops, context.settings(Settings)
