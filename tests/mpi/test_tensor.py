@@ -358,7 +358,7 @@ def test_auto_takes_the_grid_of_least_bytes():
 
 
 VARIANTS = {
-    "transformer": (*TRANSFORMER, "--grid", "auto"),
+    "transformer": (*TRANSFORMER, "--grid", "auto", "--context", "2"),
     "whole": ("--grid", "1d", "--saved", "gathered", "--no-prefetch"),
     "panels": ("--grid", "2d"),
 }
