@@ -7,7 +7,8 @@ Bian, Xu, Wang and You, "Maximizing parallelism in distributed training for huge
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from math import prod
 
 import numpy as np
@@ -16,6 +17,7 @@ from psmpi.backend import NumpyOps
 from psmpi.comm.bridge import Bridge
 from psmpi.comm.group import Group
 from psmpi.comm.transfers import Message, Spread, Step, Sum
+from psmpi.config import Config
 from psmpi.data import Batch, Resident
 from psmpi.layout import Box, Layout, Ownership, Runs
 from psmpi.methods.tensor.local import local_layout, local_network, make_products, starts_of_vectors
@@ -93,6 +95,12 @@ class TensorParallel(Method):
         self.batches = network.evaluation_batches(dataset.test.n)
         most = max(context.config.data.batch_size, *(at.stop - at.start for at in self.batches))
         self._reserve(-(-most // self.rows))
+
+    @classmethod
+    def arrangements(cls, config: Config) -> Iterator[tuple[str, Config]]:
+        method = replace(config, parallel=replace(config.parallel, method=cls.name))
+        for grid in ("auto", "1d"):
+            yield f"--method {cls.name} --grid {grid}", method.changed(Settings, grid=grid)
 
     check, needed, notes = staticmethod(check_tensor), staticmethod(tensor_needed), staticmethod(tensor_notes)
 
