@@ -203,3 +203,20 @@ def test_a_numbered_draw_is_of_continuations_alone(monkeypatch):
     draws = [choose(scores, 1.0, 0, k) for k in range(9)]
     monkeypatch.setattr(continuation, "_TAG", 1)
     assert draws != [choose(scores, 1.0, 0, k) for k in range(9)]
+
+
+def test_a_transformer_goes_on_from_a_short_prompt(tmp_path):
+    """Its last step is that of the prompt's last character, and looks at none behind it; trained on a grid of ranks."""
+    (tmp_path / "lines.txt").write_text(LINE * 60)
+    sizes = ("--widths", "32", "--heads", "4", "--blocks", "1", "--epochs", "8", "--batch-size", "10", "--lr", "0.01")
+    words = ("--method", "tensor", "--model", "transformer", *sizes)
+    trained = train_on(4, tmp_path / "lines.txt", tmp_path / "run", *words)
+    contents = read_contents(trained.checkpoint)
+    model, one = (load_model(trained.checkpoint, contents, NumpyOps()) for _ in range(2))
+    text, following = "f", go_on(model, contents.characters, "f", 0.8, 5)
+    for count in range(16):
+        tokens = np.array([contents.characters.index(c) for c in text[-12:]], np.float32)
+        scores = one.forward(tokens.reshape(1, -1, 1), None, Span()).scores[:, -1, 0]
+        assert next(following) == contents.characters[choose(scores, 0.8, 5, count)]
+        text += contents.characters[choose(scores, 0.8, 5, count)]
+    assert going_on(trained.out, "--prompt", "five dozen", "--temperature", "0")[:16] == "five dozen jugs "

@@ -48,7 +48,7 @@ class TensorParallel(Method):
     settings = (Settings,)
     skips = True
     sequences = "steps"
-    usual_options = ("--dataset", "copying:5", "--model", "transformer", "--epochs", "3")
+    usual_options = ("--dataset", "copying:5", "--model", "transformer", "--loss", "nll", "--epochs", "3")
     exactness = Exactness(
         options=("--model", "mlp", "--widths", "24", "16"),
         wide=("--dataset", "digits:rows", "--model", "transformer", "--widths", "160", "--blocks", "1"),
