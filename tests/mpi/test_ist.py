@@ -585,6 +585,10 @@ def test_settings_of_this_method_are_refused_by_others():
                     {"type": "separable_dense", "units": 4, "groups": 4}], 4)  # fmt: skip
     with pytest.raises(UserError, match="no layer of which"):
         Dealer(grouped, 2, 0)
+    # Where units are normalized together, all have to be there.
+    layers = [{"type": "dense", "units": 8}, {"type": "layer_norm"}, {"type": "dense", "units": 6}]
+    together = build("together", (8,), [*layers, {"type": "gelu"}, {"type": "dense", "units": 4}], 4)
+    assert Dealer(together, 2, 0).layers == {2: 4}
 
 
 # What is learnt.

@@ -70,10 +70,16 @@ layers = [
 
 @pytest.mark.parametrize("options", [("--partition", "pairs"), ("--trunk", "split"), ("--placement", "owner")])
 def test_classes_over_ranks_share_attention(train, tmp_path, options):
+    """Of ragged sequences, each up to its own end."""
     (tmp_path / "trunk.toml").write_text(TRUNK)
-    given = ("--config", tmp_path / "trunk.toml", "--dataset", "digits:rows", "--dtype", "float64", "--max-steps", "12")
+    rng = np.random.default_rng(0)
+    x, lengths = rng.standard_normal((120, 6, 3)), rng.integers(1, 7, 120)
+    np.savez(tmp_path / "own.npz", x=x, y=np.arange(120) % 5, lengths=lengths)
+    given = ("--config", tmp_path / "trunk.toml", "--dataset", tmp_path / "own.npz", "--dtype", "float64")
+    given = (*given, "--max-steps", "12", "--epochs", "6")
     one, three = (train(ranks, *given, *(options if ranks > 1 else ())) for ranks in (1, 3))
     assert distance(one.tensors(), three.tensors()) <= 1e-8
+    assert one.rows[-1]["test_loss"] == pytest.approx(three.rows[-1]["test_loss"], rel=1e-9)
 
 
 def test_a_transformer_predicts_shorter_sequences_and_is_exported(train, tmp_path):

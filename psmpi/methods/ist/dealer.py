@@ -216,11 +216,11 @@ def flat(layers: Sequence[Layer]) -> list[Layer | None]:
 def dealt_layers(network: Network) -> dict[int, int]:
     """The layers whose units can be dealt out, by their place in `flat`, and the place of the one that reads them.
 
-    Both are without groups, and nothing goes past a residual block between the two.
+    Both are without groups; nothing goes past a residual block between the two, and nothing there is of all units.
     """
     found, last = {}, -1
     for k, layer in enumerate(flat(network.layers)):
-        if layer is None:
+        if layer is None or layer.across:
             last = -1
         elif isinstance(layer, Linear):
             if last >= 0 and layer.groups == 1:

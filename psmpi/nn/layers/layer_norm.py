@@ -28,6 +28,7 @@ class LayerNorm(Layer):
     over: int
 
     keeps: ClassVar[bool] = True
+    across: ClassVar[bool] = True
 
     @classmethod
     def read(cls, table: Table, label: str, shape: tuple[int, ...]) -> list[Layer]:
