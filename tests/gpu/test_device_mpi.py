@@ -133,6 +133,27 @@ def test_replicas_on_devices_have_the_weights_of_the_host(train, mpi_train, opti
     assert distance(here, there) <= 1e-9
 
 
+TENSOR = (*EXACT, "--max-steps", "3", "--method", "tensor", "--loss", "nll")
+ATTENTIVE = ("--dataset", "digits:rows", "--model", "transformer", "--widths", "12", "--heads", "4", "--blocks", "1")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "options"),
+    [
+        (4, (*ATTENTIVE, "--grid", "1,2,2")),
+        (4, (*ATTENTIVE, "--grid", "2d")),
+        (6, ("--model", "mlp", "--widths", "14", "13", "--grid", "3,1,2", "--saved", "gathered")),
+        (3, ("--model", "mlp", "--widths", "14", "13", "--grid", "1d")),
+    ],
+    ids=str,
+)
+def test_tiles_on_devices_have_the_weights_and_bytes_of_the_host(train, ranks, options):
+    here, there = (train(ranks, "--backend", backend, *TENSOR, *options) for backend in ("numpy", "cupy"))
+    assert distance(here.tensors(), there.tensors()) <= 1e-10
+    for key in ("test_accuracy", "bytes_sent_by_rank", "bytes_received_by_rank"):
+        assert there.rows[-1][key] == here.rows[-1][key]
+
+
 DFA = (*EXACT, "--method", "dfa", "--loss", "nll")
 MLP = ("--model", "mlp", "--widths", "24", "16")
 # Six epochs of three steps.

@@ -140,7 +140,7 @@ class LayerNormPart(Part):
         across(squares)
         factors = self._put(1 / np.sqrt(squares / self.over + EPS))
         scale[...] = factors
-        normal *= factors
+        self._scale(normal, factors)
 
     def _back(
         self, normal: np.ndarray, scale: np.ndarray, d: np.ndarray, into: Any, across: Callable[..., object]
@@ -160,10 +160,14 @@ class LayerNormPart(Part):
         across(sums.reshape(-1))
         mean, along = (self._put(values) for values in sums / self.over)
         products[...] = normal
-        products *= along
+        self._scale(products, along)
         d -= products
         d -= mean
-        d *= scale
+        self._scale(d, scale)
+
+    def _scale(self, values: np.ndarray, factors: np.ndarray) -> None:
+        """values (units, n) times factors (n,), in place."""
+        self.ops.scale_samples(values[None], factors[None], values[None, None])
 
     def _put(self, values: np.ndarray) -> np.ndarray:
         return self.ops.put(values.astype(self.dtype))
