@@ -101,7 +101,7 @@ def _configure(control: Control, argv: list[str]) -> tuple[Config | None, int, s
     Beside the configuration, the exit status where there is none, the path that a run's own settings are from, that of
     the file that describes its layers, and what is to be told of the usual numbers.
     """
-    from psmpi.config import from_toml, given, given_names, to_toml
+    from psmpi.config import defaults, from_toml, given, given_names, to_toml, with_usual
     from psmpi.output import Screen
     from psmpi.training.resume import noting
     from psmpi.training.usual import usual
@@ -113,6 +113,9 @@ def _configure(control: Control, argv: list[str]) -> tuple[Config | None, int, s
             tell = Screen(goes_on="training goes on").tell
             config, own = _parse(argv)
             layers = given(argv, "--config") if "layers" in given_names(argv) else own
+            added = with_usual(argv, defaults(argv))[: -len(argv) or None]
+            if added:
+                tell(f"note: no network is named: this is {' '.join(added)}; give --dataset and --model for your own")
             with noting(own):
                 text = to_toml(usual(_settle(config, tell, given_names(argv, file=False)), numbers.append))
         except SystemExit as end:

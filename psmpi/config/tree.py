@@ -210,6 +210,13 @@ def _check_used(config: Config, said: Collection[str]) -> None:
         raise UserError(f"--clip {o.clip} is not for --optimizer {o.optimizer}, which bounds its steps: leave it out")
 
 
+def _title(section: Any) -> str:
+    """The docstring of some settings, and of a method's what it trains where no network is named."""
+    words = next((kind.usual_options for kind in all_methods().values() if type(section) in kind.settings[:1]), ())
+    usual = f" Where no network is named: {' '.join(words)}." if words else ""
+    return f"{section.__doc__}{usual}"
+
+
 def command_line(default: Config) -> Any:
     """A tree of dataclasses from which tyro makes the options and the help, with defaults; see `from_command_line`."""
     methods = all_methods()
@@ -232,7 +239,7 @@ def command_line(default: Config) -> Any:
     file = Annotated[str, arg(metavar="FILE.toml", help=FILE)]
     given: list[Any] = [
         # Without help of its own, tyro looks for one in the source.
-        (name, type(value), field(default_factory=partial(replace, value), metadata={"help": value.__doc__}))
+        (name, type(value), field(default_factory=partial(replace, value), metadata={"help": _title(value)}))
         for name, value in sections.items()
     ]
     return make_dataclass("Options", [*given, ("config", file, "")], frozen=True, namespace={"layers": layers})
