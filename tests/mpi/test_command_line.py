@@ -76,6 +76,10 @@ def test_methods_do_not_import_each_other():
 LOSS_NAMES = (("config", "sections.py"), ("gpu", "losses.py"), ("compiled", "losses.py"))
 
 
+# How methods are named whose names mean other things too.
+WORDS = {"next": r"""["']next["']|method next""", "tensor": r"""method(?: |["' =]+)tensor\b"""}
+
+
 def test_only_a_method_and_the_registry_and_benchmarks_name_it():
     """Outside its own file or folder; one loss has the name of a method, and is chosen and computed by that name."""
     root = ROOT / "psmpi"
@@ -90,10 +94,8 @@ def test_only_a_method_and_the_registry_and_benchmarks_name_it():
             continue
         for name in BUILTIN.keys() - named:
             if parts[0] != "methods" or parts[1].removesuffix(".py") != name:
-                # Python has a function of that name, too.
-                found = re.search(
-                    r"""["']next["']|method next""" if name == "next" else rf"\b{name}\b", path.read_text()
-                )
+                word = WORDS.get(name, rf"\b{name}\b")
+                found = re.search(word, path.read_text())
                 assert not found, f"{path.relative_to(root)} names the method {name}"
 
 
@@ -112,7 +114,7 @@ def test_help_names_every_option_with_its_default():
 
 def test_help_and_usage_errors_appear_once_under_mpirun():
     status, out, _ = launch(3, *TRAIN, "--help")
-    assert status == 0 and out.count("--batch-size") == 1
+    assert status == 0 and out.count("--batch-size {None}|INT") == 1
     status, out, err = launch(3, *TRAIN, "--loss", "huber")
     assert status == 1 and (out + err).count("huber") == 1
 
