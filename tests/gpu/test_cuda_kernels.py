@@ -50,7 +50,7 @@ def find_nvcc():
     return next((place for place in places if place and os.access(place, os.X_OK)), None)
 
 
-@real_types
+@pytest.mark.parametrize("dtype", [F32, pytest.param(F64, marks=pytest.mark.slow)], ids=str)
 def test_nvcc_takes_the_kernels_without_a_warning(dtype, tmp_path):
     """All files as one, as CuPy is given them."""
     nvcc = find_nvcc()
@@ -871,7 +871,7 @@ def test_products_and_sums_of_multiples_are_rounded_one_by_one(dtype, tmp_path):
 @runs
 @real_types
 @sizes
-@pytest.mark.parametrize("pairs", [1, 2, 3, 4])
+@pytest.mark.parametrize("pairs", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 3)), 4])
 def test_scalar_products_and_sums(pairs, size, dtype, device):
     vectors = [device.of(some(np.random.default_rng(k), dtype, size + k))[k:] for k in range(4)]
     some_pairs = [(vectors[k // 2], vectors[(3 * k + 1) % 4]) for k in range(pairs)]

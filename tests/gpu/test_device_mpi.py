@@ -175,7 +175,10 @@ PARTS = {
 }
 
 
-@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] * (n in ("sil alone", "sil stored, three parts"))) for n in PARTS],
+)
 def test_parts_of_layers_on_devices_have_the_weights_and_bytes_of_the_host(train, name):
     ranks, options = PARTS[name]
     here, there = (train(ranks, "--backend", backend, *options) for backend in ("numpy", "cupy"))

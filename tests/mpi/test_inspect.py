@@ -229,7 +229,7 @@ def test_contents_that_make_no_sense_are_damage(trained, tmp_path, change, says)
     for command in ("show", "stats"):
         assert str(path) in refused(command, path)
     if "dense1" not in says:
-        options = ("--out", tmp_path / "run", "--resume", "auto", "--epochs", "2", "--placement", "owner")
+        options = ("--out", tmp_path / "run", "--resume", "auto", "--max-steps", "16", "--placement", "owner")
         status, stdout, err = run(1, "-m", "psmpi.train", *options)
         assert status == 0 and "step 15" in stdout and "passed over" in stdout, err
 

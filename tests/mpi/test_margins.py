@@ -37,7 +37,20 @@ OPTIONS = [("--scale", "5", "--margin", str(size), "--margin-kind", kind) if siz
 
 every_loss = pytest.mark.parametrize("name", LOSSES)
 every_margin = pytest.mark.parametrize(("kind", "size"), MARGINS)
-every_option = pytest.mark.parametrize("margin", OPTIONS, ids=" ".join)
+
+
+def pairs_of(values, known):
+    """Values by margins: each value with one margin and each margin with values of `known`; the others are slow."""
+    every = list(values)
+    return [
+        pytest.param(value, kind, size, marks=[] if value in known or k % len(MARGINS) == m else [pytest.mark.slow])
+        for k, value in enumerate(every)
+        for m, (kind, size) in enumerate(MARGINS)
+    ]
+
+
+def options_of(kind, size):
+    return OPTIONS[MARGINS.index((kind, size))]
 
 
 def with_margin(cosine, kind, size):
@@ -159,10 +172,9 @@ def test_tiles_make_the_loss_and_gradient_of_all_scores_at_once(name, kind, size
         assert np.allclose(ours.g, before, rtol=1e-6 if dtype == F32 else 1e-12, atol=0)
 
 
-@every_option
-@every_loss
-def test_tiles_on_any_ranks_make_the_steps_of_all_scores_on_one(name, margin, train, tmp_path, monkeypatch):
-    options = (*save_many(tmp_path), "--loss", name, *margin)
+@pytest.mark.parametrize(("name", "kind", "size"), pairs_of(LOSSES, ("nll",)))
+def test_tiles_on_any_ranks_make_the_steps_of_all_scores_on_one(name, kind, size, train, tmp_path, monkeypatch):
+    options = (*save_many(tmp_path), "--loss", name, *options_of(kind, size))
     whole = train(1, *options)
     for ranks, classes, more in ((3, 5, ()), (2, 50, ("--placement", "owner"))):
         monkeypatch.setattr(tail, "tile_size", lambda batch, classes=classes: classes)
@@ -214,10 +226,12 @@ def test_a_network_of_a_file_ends_in_cosines_too(train, tmp_path):
     assert 'the scores here are none: let [[model.layers]] end in a layer of type "cosine"' in said
 
 
-@every_option
-@pytest.mark.parametrize("name", [name for name, loss in LOSSES.items() if loss.immediate])
-def test_rows_that_are_stepped_in_their_tiles_step_as_others(name, margin, train, tmp_path, monkeypatch):
-    options, pieces = (*save_many(tmp_path), "--loss", name, *margin, "--clip", "0", "--weight-decay", "0.01"), []
+@pytest.mark.parametrize(
+    ("name", "kind", "size"), pairs_of([name for name, loss in LOSSES.items() if loss.immediate], ("nll",))
+)
+def test_rows_that_are_stepped_in_their_tiles_step_as_others(name, kind, size, train, tmp_path, monkeypatch):
+    options, pieces = (*save_many(tmp_path), "--loss", name, *options_of(kind, size)), []
+    options = (*options, "--clip", "0", "--weight-decay", "0.01")
     whole, step_piece = train(1, *options), FirstOrder.step_piece
     monkeypatch.setattr(FirstOrder, "step_piece", lambda *given: (pieces.append(given), step_piece(*given)))
     monkeypatch.setattr(tail, "tile_size", lambda batch: 5)
@@ -233,10 +247,11 @@ SLOPES = {
 }
 
 
-@pytest.mark.parametrize("tiled", [False, True])
-@pytest.mark.parametrize("ranks", [1, 3])
-@every_margin
-@pytest.mark.parametrize("name", SLOPES)
+@pytest.mark.parametrize(
+    ("ranks", "tiled"),
+    [(1, True), (3, False), *(pytest.param(*both, marks=pytest.mark.slow) for both in ((1, False), (3, True)))],
+)
+@pytest.mark.parametrize(("name", "kind", "size"), pairs_of(SLOPES, ("nll",)))
 def test_twenty_steps_are_those_of_plain_formulas(name, kind, size, ranks, tiled, train, tmp_path, monkeypatch):
     """Of normalized features and rows, by gradient descent, written out with angles."""
     if tiled:
@@ -247,7 +262,7 @@ def test_twenty_steps_are_those_of_plain_formulas(name, kind, size, ranks, tiled
     options = ("--dataset", tmp_path / "data.npz", "--model", "head", "--widths", "16", "9", "--scale", "5",
                "--loss", name, "--margin", size, "--optimizer", "sgd", "--lr", "0.5", "--clip", "0",
                "--dtype", "float64", "--batch-size", "50", "--epochs", "20",
-               "--colocate", "--placement", "owner")  # fmt: skip
+               "--checkpoint-every", "20", "--colocate", "--placement", "owner")  # fmt: skip
     found = train(ranks, *options, *(("--margin-kind", kind) if size else ())).tensors()
 
     network = make_network("head", (6,), 8, widths=(16, 9), scale=SCALE)

@@ -172,11 +172,11 @@ def test_next_with_l2_is_its_formula_and_without_a_step_along_the_tracker(folder
 @pytest.mark.parametrize(
     ("rule", "steps", "options"),
     [
-        ("tracking", 1500, ("--lr", "0.05")),
-        ("tracking", 2500, ("--lr", "0.05", "--link-probability", "0.5", "--graph", "complete")),
-        ("extra", 1500, ("--lr", "0.05")),
-        ("kgt", 3000, ("--lr", "0.01", "--local-steps", "5")),
-        ("next", 2000, ("--lr", "0.3", "--tau", "6", "--mu", "1e-3")),
+        ("tracking", 500, ("--lr", "0.05")),
+        ("tracking", 500, ("--lr", "0.05", "--link-probability", "0.5", "--graph", "complete")),
+        ("extra", 500, ("--lr", "0.05")),
+        ("kgt", 2000, ("--lr", "0.01", "--local-steps", "5")),
+        ("next", 500, ("--lr", "0.3", "--tau", "6", "--mu", "1e-3")),
     ],
 )
 def test_agents_agree_on_the_solution_of_all_samples(folder, rule, steps, options):
@@ -189,11 +189,11 @@ def test_agents_agree_on_the_solution_of_all_samples(folder, rule, steps, option
 def test_next_finds_the_regularized_solution(folder):
     options = ("--rule", "next", "--lr", "0.3", "--tau", "6", "--regularizer-weight", "0.05")
     problem = Problem(folder, *PLAIN, *options, "--regularizer", "l2")
-    w = problem.train(1, 1500)
+    w = problem.train(1, 500)
     np.testing.assert_allclose(w, np.tile(problem.solution(0.05), (AGENTS, 1)), rtol=0, atol=1e-10)
     # l1: of the mean loss f + 0.05 |w|_1 each component of the gradient is in -0.05 times the subgradient.
     problem = Problem(folder, *PLAIN, *options, "--regularizer", "l1")
-    w = problem.train(1, 3000)
+    w = problem.train(1, 800)
     np.testing.assert_allclose(w, np.tile(w.mean(axis=0), (AGENTS, 1)), rtol=0, atol=1e-9)
     gradient = problem.gradients(w).mean(axis=0)
     away = np.abs(w[0]) > 1e-6
@@ -209,7 +209,7 @@ def curvature(problem):
     return float(np.linalg.eigvalsh(2 / SAMPLES * problem.x.T @ problem.x)[-1])
 
 
-@pytest.mark.parametrize("blocks", [1, 3, 6])
+@pytest.mark.parametrize("blocks", [pytest.param(1, marks=pytest.mark.slow), 3, 6])
 def test_next_that_linearises_the_network_alone_finds_the_regularized_solution(folder, blocks):
     """The network is linear: the convex model is an agent's loss itself, see `Inner`."""
     tau = str(curvature(Problem(folder)))
@@ -217,9 +217,9 @@ def test_next_that_linearises_the_network_alone_finds_the_regularized_solution(f
     l2 = ("--regularizer", "l2", "--regularizer-weight", "0.05")
     problem = Problem(folder, *options, *l2)
     expected = np.tile(problem.solution(0.05), (AGENTS, 1))
-    np.testing.assert_allclose(problem.train(2, 1000), expected, rtol=0, atol=1e-10)
+    np.testing.assert_allclose(problem.train(2, 300), expected, rtol=0, atol=1e-10)
     problem = Problem(folder, *options, *l2, "--graph", "complete", "--link-probability", "0.5")
-    np.testing.assert_allclose(problem.train(1, 2000), expected, rtol=0, atol=1e-10)
+    np.testing.assert_allclose(problem.train(1, 250), expected, rtol=0, atol=1e-10)
 
 
 def test_iterations_that_linearise_the_network_alone_are_their_formula(folder):
@@ -241,7 +241,7 @@ def test_next_finds_the_solution_in_a_set(folder, rule, kind):
     )
     tau = str(curvature(problem))
     problem = Problem(folder, *PLAIN, *PARTIAL, "--linearization", rule, "--lr", "0.3", "--tau", tau, *more)
-    w = problem.train(2, 3000)
+    w = problem.train(2, 400)
     np.testing.assert_allclose(w, np.tile(w.mean(axis=0), (AGENTS, 1)), rtol=0, atol=1e-9)
     w, slope = w[0], problem.gradients(w).mean(axis=0)
     if kind == "l1":

@@ -71,9 +71,15 @@ def test_a_huge_sample_is_skipped_in_each_epoch(tmp_path, huge, method, ranks):
     assert f"1 step skipped, 1 in all; the first: {'rank ' * (ranks > 1)}" in told and f"sample {BAD}" in told
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
-@pytest.mark.parametrize("mode", ["stop", "skip", "rollback"])
-@pytest.mark.parametrize("method", ["data_parallel", "psl", "local_sgd", "ist"])
+@pytest.mark.parametrize(
+    ("method", "mode", "ranks"),
+    [
+        pytest.param(method, mode, ranks, marks=[] if (k + m) % 2 == (ranks > 1) else [pytest.mark.slow])
+        for k, method in enumerate(("data_parallel", "psl", "local_sgd", "ist"))
+        for m, mode in enumerate(("stop", "skip", "rollback"))
+        for ranks in (1, 3)
+    ],
+)
 def test_a_rate_beyond_all_bounds_ends_in_every_mode(tmp_path, method, mode, ranks):
     """The update is named, no checkpoint has what is not finite, and nobody hangs."""
     options = ("--method", method, "--lr", "1e38", "--optimizer", "sgd", "--clip", "0", "--epochs", "2")
@@ -201,7 +207,7 @@ def test_more_than_ten_steps_in_a_row_are_an_error(tmp_path, method, ranks):
     assert status == 1 and said.count("in step 15 of epoch 1") == 1 and "10 steps before were skipped too" in said
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_a_run_that_went_back_goes_on_with_its_rate_after_a_resume(tmp_path, ranks):
     options = ("--on-nan", "rollback", "--checkpoint-every", "4")
     with poisoned(lambda rank, step: step == 6):
@@ -227,7 +233,7 @@ def test_rows_beyond_the_checkpoint_are_made_again(tmp_path):
     assert [row["events"]["rollbacks"] for row in found] == [0, 1, 1, 1]
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("mode", ["stop", "skip", "rollback"])
 def test_no_checkpoint_holds_what_is_not_finite(tmp_path, ranks, mode):
     """A gradient that no norm is taken of, in the step before a checkpoint, leaves weights that no loss has seen."""

@@ -136,7 +136,14 @@ def test_statistics_that_are_fixed_are_those_of_all_classes(train, tiles, tmp_pa
 
 @pytest.mark.parametrize(
     "more",
-    [("--loss", "psl"), ("--loss", "bce"), ("--loss", "nll", "--clip", "0"), ("--backend", "numpy", "--loss", "nll")],
+    [
+        ("--loss", "psl"),
+        ("--loss", "nll", "--clip", "0"),
+        *(
+            pytest.param(more, marks=pytest.mark.slow)
+            for more in (("--loss", "bce"), ("--backend", "numpy", "--loss", "nll"))
+        ),
+    ],
     ids=str,
 )
 def test_memory_is_that_of_a_tile(tmp_path, tiles, more):

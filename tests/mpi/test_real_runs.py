@@ -90,6 +90,8 @@ SWEEP = {
 STEPS = ("--epochs", "2", "--max-steps", "18")
 # Curvature multiplies what another MPI rounds otherwise: of elements by a thousand in three steps, 1e-11 after 12.
 FEW = ("--epochs", "2", "--max-steps", "12")
+# A step of a line search is up to 20 of others, and each has many messages here.
+SEARCHED = ("--epochs", "2", "--max-steps", "3")
 MEASURED = {"seconds", "samples_per_second"}
 
 
@@ -112,7 +114,7 @@ def compare(ranks, runs, folder):
     """Train each of the runs on threads, and all of them in processes that mpirun starts once."""
     words, threads = {}, []
     for name, options in runs.items():
-        steps = FEW if "pairs" in options else STEPS
+        steps = FEW if "pairs" in options else SEARCHED if {"layer_parallel", "lbfgs"} <= {*options} else STEPS
         words[name] = [*map(str, said(options)), *steps, *options, "--out"]
         threads.append(train(ranks, [*words[name], folder / "threads" / name], cwd=folder))
         assert threads[-1].status == 0, f"{name}: {threads[-1].stderr}"

@@ -4,11 +4,12 @@ import signal
 import socket
 import threading
 import time
+from functools import cache
 
 import numpy as np
 import pytest
 from helpers.processes import finish, start
-from helpers.runs import Trained
+from helpers.runs import Trained, trainer
 
 from psmpi.comm import signals
 from psmpi.comm.control import Control, Poll
@@ -31,18 +32,24 @@ def stopped(ranks, out, number, *options):
     return finish(process, 60)
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """undisturbed(ranks, *options): a training to its end, made once."""
+    return cache(trainer(tmp_path_factory.mktemp("undisturbed")))
+
+
 @pytest.mark.parametrize(
     ("ranks", "number"),
     [
         (1, signal.SIGTERM),
-        (1, signal.SIGINT),
+        pytest.param(1, signal.SIGINT, marks=pytest.mark.slow),
         (1, signal.SIGHUP),
         (3, signal.SIGUSR1),
-        (3, signal.SIGTERM),
+        pytest.param(3, signal.SIGTERM, marks=pytest.mark.slow),
         (3, signal.SIGINT),
     ],
 )
-def test_a_stopped_run_is_saved_and_ends_as_if_it_had_not_been(train, tmp_path, ranks, number):
+def test_a_stopped_run_is_saved_and_ends_as_if_it_had_not_been(train, undisturbed, tmp_path, ranks, number):
     method = ("--method", "local_sgd", "--local-steps", "7") if ranks > 1 else ()
     status, out, err = stopped(ranks, tmp_path / "run", number, *method)
     assert status == 85, err
@@ -51,7 +58,7 @@ def test_a_stopped_run_is_saved_and_ends_as_if_it_had_not_been(train, tmp_path, 
     begun = Trained(tmp_path / "run", out)
     assert len(begun.rows) < 24
     resumed = train(ranks, *OPTIONS, *method, "--resume", "auto", out=tmp_path / "run")
-    whole = train(ranks, *OPTIONS, *method)
+    whole = undisturbed(ranks, *OPTIONS, *method)
     assert [row["epoch"] for row in resumed.rows] == list(range(1, 25))
     for name, tensor in whole.tensors().items():
         assert np.array_equal(tensor, resumed.tensors()[name]), name

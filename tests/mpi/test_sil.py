@@ -361,10 +361,19 @@ def same(one, other):
     assert all(np.array_equal(vector, other.state.vectors[name]) for name, vector in one.state.vectors.items())
 
 
-@pytest.mark.parametrize("net", [network(40, 30, 20), make_network("psnet", (1, 8, 8), 10)], ids=["mlp", "psnet"])
-@pytest.mark.parametrize("way", ["stored", "recompute", "stale", "labels"])
-def test_one_rank_goes_on_bit_for_bit(net, way):
+@pytest.mark.parametrize(
+    ("way", "name"),
+    [
+        *(("stored", "psnet"), ("recompute", "mlp"), ("stale", "psnet"), ("labels", "mlp")),
+        *(
+            pytest.param(*both, marks=pytest.mark.slow)
+            for both in (("stored", "mlp"), ("recompute", "psnet"), ("stale", "mlp"), ("labels", "psnet"))
+        ),
+    ],
+)
+def test_one_rank_goes_on_bit_for_bit(way, name):
     """In the left part, at the hand-over, in the right part, at and in the recovery."""
+    net = network(40, 30, 20) if name == "mlp" else make_network("psnet", (1, 8, 8), 10)
     settings = {"parts": 2, "epochs": 5, "recovery_epochs": 1, "hand_over": way}
     whole = trained(net, 5 * PER_EPOCH, **settings)
     for end in (10, 2 * PER_EPOCH, 2 * PER_EPOCH + 9, 4 * PER_EPOCH, 4 * PER_EPOCH + 8):

@@ -18,7 +18,9 @@ EXACT = ("--dtype", "float64", "--max-steps", "50", "--epochs", "10")
 
 @pytest.mark.parametrize("masters", [1, 3])
 @pytest.mark.parametrize("placement", ["master", "owner"])
-@pytest.mark.parametrize("ranks", [2, 3, 4, 7, pytest.param(11, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "ranks", [2, pytest.param(3, marks=pytest.mark.slow), 4, 7, pytest.param(11, marks=pytest.mark.slow)]
+)
 def test_weights_after_fifty_steps_do_not_depend_on_ranks_or_placement(train, serial, ranks, placement, masters):
     if masters >= ranks:
         pytest.skip("every rank would be a master: covered by the colocated runs")
@@ -36,7 +38,9 @@ def test_colocated_masters_give_the_same_weights(train, serial, ranks, masters, 
 
 
 @pytest.mark.parametrize("masters", [1, 3])
-@pytest.mark.parametrize("ranks", [1, 2, 4, 7, 11])
+@pytest.mark.parametrize(
+    "ranks", [1, pytest.param(2, marks=pytest.mark.slow), 4, pytest.param(7, marks=pytest.mark.slow), 11]
+)
 def test_the_pair_partition_gives_the_same_weights(train, serial, ranks, masters):
     if masters >= ranks > 1:
         pytest.skip("every rank would be a master")
@@ -272,7 +276,11 @@ WIDE = ("--model", "mlp", "--widths", "64", "64")
 @pytest.mark.parametrize(
     ("ranks", "options"),
     [
-        *((ranks, ("--lr", "1e30", "--loss", loss)) for ranks in (1, 3) for loss in LOSSES),
+        *(
+            pytest.param(ranks, ("--lr", "1e30", "--loss", loss), marks=[pytest.mark.slow] * (k % 2 == (ranks > 1)))
+            for ranks in (1, 3)
+            for k, loss in enumerate(LOSSES)
+        ),
         # Not beyond all proportion, but most terms are past the dtype.
         (3, ("--lr", "100", "--kappa", "2")),
         (4, ("--lr", "1e30", "--partition", "pairs")),
@@ -308,8 +316,10 @@ def test_large_values_to_learn_are_no_divergence(train, tmp_path):
     assert train(1, *options, "--epochs", "2", "--batch-size", "20").rows[-1]["train_loss"] > 1e17
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
-@pytest.mark.parametrize("clip", ["auto", "off"])
+@pytest.mark.parametrize(
+    ("ranks", "clip"),
+    [(1, "off"), (3, "auto"), *(pytest.param(*both, marks=pytest.mark.slow) for both in ((1, "auto"), (3, "off")))],
+)
 def test_a_line_search_survives_trials_that_overflow(train, ranks, clip):
     """A step of length 1e30 is a trial too long, not the end."""
     options = ("--optimizer", "lbfgs", "--lr", "1e30", "--exp-clip", clip, "--epochs", "1")

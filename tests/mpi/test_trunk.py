@@ -51,8 +51,7 @@ def test_weights_and_tests_are_those_of_one_process(serial, train, ranks, more):
         assert many.rows[-1][key] == pytest.approx(alone.rows[-1][key], rel=1e-9)
 
 
-@pytest.mark.parametrize("kappa", ["1", "40"])
-@pytest.mark.parametrize("loss", ["psl", "nll"])
+@pytest.mark.parametrize(("loss", "kappa"), [("psl", "1"), ("psl", "40"), ("nll", "1")])
 def test_tiles_of_classes_behind_a_split_trunk_train_as_one_process(train, monkeypatch, loss, kappa):
     """With derivatives, too, that are scaled by another power of two on each rank."""
     monkeypatch.setattr(tail, "tile_size", lambda batch: 2)
@@ -86,7 +85,7 @@ def test_bytes_are_those_that_are_said(tmp_path, more):
     counters_equal_messages(Case("psl", tmp_path, (*OWN, *SPLIT, *more)))
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_memory_is_what_slices_need(tmp_path, ranks):
     """Of what trunk and exchange hold on each rank, within a tenth: activations, buffers, samples."""
     rng = np.random.default_rng(0)

@@ -87,7 +87,7 @@ def reference(x, y, steps):
 
 
 @pytest.mark.parametrize(("ranks", "options"), PLACES, ids=str)
-@pytest.mark.parametrize("steps", [5, 18])
+@pytest.mark.parametrize("steps", [pytest.param(5, marks=pytest.mark.slow), 18])
 def test_what_is_remembered_weighs_the_next_visit(steps, ranks, options, linear, train):
     folder, x, y = linear
     w, b, r, loss = reference(x, y, steps)
@@ -110,7 +110,11 @@ def test_weighed_samples_have_all_scores_where_others_have_tiles_of_them(linear,
     np.testing.assert_allclose(train(1, *fixed).tensors()["elements/remembered"][:, 0], reference(x, y, 10)[2])
 
 
-@pytest.mark.parametrize(("ranks", "options"), PLACES, ids=str)
+@pytest.mark.parametrize(
+    ("ranks", "options"),
+    [pytest.param(*place, marks=[pytest.mark.slow] * (place[0] == 1)) for place in PLACES],
+    ids=str,
+)
 def test_a_run_that_goes_on_within_an_epoch_ends_in_the_same_bits(ranks, options, train):
     whole = train(ranks, *SHORT, *options)
     # Saving brings what workers have found together, whenever that is.

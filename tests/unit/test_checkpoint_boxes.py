@@ -78,7 +78,7 @@ def small(patch, chunk=8):
         patch.setattr(f"psmpi.checkpoint.{name}", chunk)
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_any_boxes_are_written_and_any_others_read(data):
     """Weights, a vector of the optimizer, integers of another layout and tables, bit for bit."""

@@ -227,6 +227,8 @@ METHODS = {
     "next --tracking minibatch --rule kgt --optimizer sgd --local-steps 3": (2,),
 }
 CASES = [(options, ranks) for options, some in METHODS.items() for ranks in some]
+# One of each method, for the simulation of rehearsals that are compared with ranks in all CASES.
+ALONE = {options.split()[0]: options for options, ranks in CASES}.values()
 
 
 def prepared(options):
@@ -276,7 +278,10 @@ def test_a_rehearsal_is_what_ranks_do_together(options, ranks):
         assert (found.sent, found.memory, found.place) == (sent, memory, place)
 
 
-@pytest.mark.parametrize(("options", "ranks"), CASES)
+@pytest.mark.parametrize(
+    ("options", "ranks"),
+    [pytest.param(*case, marks=[] if case[0] in ALONE else [pytest.mark.slow]) for case in CASES],
+)
 def test_rehearsals_of_all_ranks_fit_together(options, ranks):
     config, dataset, network = prepared(options)
     kind = find_method(config.parallel.method)

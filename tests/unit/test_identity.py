@@ -63,7 +63,8 @@ def test_one_pixel_of_any_sample_makes_another_data_set(tmp_path, save):
         return identify(open_dataset(str(path), None))
 
     before = identity(X)
-    for sample in range(len(X)):
+    # All of them in the quickest format; 9 and the 64 parts have no common divisor.
+    for sample in range(0, len(X), 1 if save is np.savez else 9):
         x = X.copy()
         x[sample, sample % 4, sample // 4 % 4] ^= 1
         (found,) = differences(before, identity(x))

@@ -86,10 +86,13 @@ def rosenbrock(v):
     return 100 * bend**2 + (1 - left) ** 2, np.stack([-400 * left * bend - 2 * (1 - left), 200 * bend], axis=1)
 
 
-@pytest.mark.parametrize("n", [10, 100])
 @pytest.mark.parametrize(
-    ("rule", "search"),
-    [("plbfgs", True), ("plse", True), ("plbfgs", False), ("plsr1", False), ("plse", False)],
+    ("rule", "search", "n"),
+    [
+        pytest.param(*each, n, marks=[pytest.mark.slow] * (n == 100 and each[0] != "plsr1"))
+        for each in (("plbfgs", True), ("plse", True), ("plbfgs", False), ("plsr1", False), ("plse", False))
+        for n in (10, 100)
+    ],
 )
 def test_the_chained_rosenbrock_function_has_the_minimiser_that_scipy_finds(rule, search, n):
     # From the usual start some methods find the other local minimiser, others this one.

@@ -80,7 +80,13 @@ def test_shellcheck_finds_nothing(path):
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, marks=[pytest.mark.slow] * (path.stem in ("several_nodes", "long")), id=path.stem)
+        for path in SCRIPTS
+    ],
+)
 def test_the_scripts_train(path, tmp_path):
     """On one process, which srun stands for."""
     environment = {**os.environ, "SLURM_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "1", "PYTHONPATH": str(ROOT)}
@@ -94,8 +100,8 @@ def test_the_scripts_train(path, tmp_path):
     )
     (tmp_path / "job").write_text(text)
     done = subprocess.run(
-        ["bash", "job", "--dataset", "digits", "--epochs", "1"], cwd=tmp_path, capture_output=True, text=True,
-        env=environment, timeout=60, check=False,
+        ["bash", "job", "--dataset", "digits", "--epochs", "1", "--max-steps", "3"], cwd=tmp_path, capture_output=True,
+        text=True, env=environment, timeout=60, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "runs").rglob("metrics.jsonl"))) == 1

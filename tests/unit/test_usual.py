@@ -92,7 +92,8 @@ def test_a_resumed_run_goes_on_with_its_own_numbers(train, tmp_path):
 
 @pytest.mark.parametrize(
     "options",
-    [(), ("--partition", "pairs"), ("--optimizer", "momentum"), ("--optimizer", "sgd", "--loss", "nll"),
+    [(), *(pytest.param(options, marks=pytest.mark.slow) for options in (
+        ("--partition", "pairs"), ("--optimizer", "momentum"), ("--optimizer", "sgd", "--loss", "nll"))),
      ("--model", "mlp", "--widths", "64"), ("--model", "mlp", "--widths", "64", "--loss", "nll", "--optimizer", "sgd")],
 )  # fmt: skip
 def test_the_plainest_command_learns_the_digits(tmp_path, options):
