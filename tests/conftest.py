@@ -1,8 +1,6 @@
 """Fixtures of all tests."""
 
 import sys
-from functools import cache
-from typing import get_type_hints
 
 import pytest
 from helpers.paths import FAKE
@@ -10,23 +8,12 @@ from helpers.runs import launch, once, trainer
 from threadpoolctl import threadpool_limits
 
 from psmpi.backend.gpu import runtime
-from psmpi.config import ranges, text
 
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     """Matrices of tests are small: several threads would only wait for each other, on cores that other tests need."""
     with threadpool_limits(1):
-        yield
-
-
-@pytest.fixture(scope="session", autouse=True)
-def types_once():
-    """The types of settings are found once for all trainings, of which each rank asks for every setting's."""
-    known = cache(get_type_hints)
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (ranges, text):
-            patch.setattr(module, "get_type_hints", known)
         yield
 
 

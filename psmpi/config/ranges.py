@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from functools import cache
 from math import isfinite
 from typing import Any, NamedTuple, get_type_hints
 
@@ -26,9 +27,15 @@ def listed(names: Sequence[str]) -> str:
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
+@cache
+def hints_of(kind: type[Any]) -> Mapping[str, Any]:
+    """The types of the settings of a class by name, with their bounds."""
+    return get_type_hints(kind, include_extras=True)
+
+
 def check_ranges(section: Any) -> None:
     """UserError for a value of a dataclass of settings below its range, and for a number that is not finite."""
-    hints = get_type_hints(type(section), include_extras=True)
+    hints = hints_of(type(section))
     for one in fields(section):
         value = getattr(section, one.name)
         for bound in getattr(hints[one.name], "__metadata__", ()):

@@ -7,10 +7,11 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import tomli_w
 
+from psmpi.config.ranges import hints_of
 from psmpi.config.sections import Data
 from psmpi.config.tree import Config, kinds_of_settings
 from psmpi.config.unknown import unknown_setting, unknown_table
@@ -117,7 +118,7 @@ def _has(section: Any, key: str) -> bool:
 
 def _checked(value: Any, section: Any, key: str, where: str) -> Any:
     """A value for a setting of a section, of the setting's type."""
-    hint, like = get_type_hints(type(section), include_extras=True)[key], getattr(section, key)
+    hint, like = hints_of(type(section))[key], getattr(section, key)
     if get_origin(hint) is Annotated:
         hint = get_args(hint)[0]
     if get_origin(hint) is Literal and value not in get_args(hint):

@@ -45,7 +45,9 @@ GRIDS = {
 }
 
 
-@pytest.mark.parametrize("name", GRIDS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in ("owners", "split trunk", "pairs"))) for n in GRIDS]
+)
 def test_weights_and_bytes_are_those_of_the_host(train, host, name):
     ranks, options = GRIDS[name]
     here = train(ranks, "--backend", "numpy", *EXACT, *options)

@@ -460,10 +460,19 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("check", [other_ranks_give_the_same, resumed_runs_end_the_same, other_ranks_go_on,
-                                   counters_equal_messages], ids=lambda check: check.__name__)  # fmt: skip
+CONFORM = (other_ranks_give_the_same, resumed_runs_end_the_same, other_ranks_go_on, counters_equal_messages)
+# Warm starts go on on other ranks, to the bit, in a test of their own.
+QUICK = {*(("rows", check) for check in CONFORM), *(("warm", check) for check in (CONFORM[0], CONFORM[3]))}
+
+
 @pytest.mark.parametrize(
-    "variant", [pytest.param(name, marks=() if name in ("rows", "warm") else pytest.mark.slow) for name in VARIANTS]
+    ("variant", "check"),
+    [
+        pytest.param(name, check, marks=[] if (name, check) in QUICK else [pytest.mark.slow])
+        for name in VARIANTS
+        for check in CONFORM
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
 )
 def test_variants_conform(tmp_path, variant, check):
     if check is counters_equal_messages and variant in ("adaptive", "searching"):
