@@ -27,15 +27,20 @@ def listed(names: Sequence[str]) -> str:
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
+def hints_of(section: Any) -> Mapping[str, Any]:
+    """The types of a section's settings by name, with their bounds."""
+    kind: Any = type(section)
+    return _hints(kind)
+
+
 @cache
-def hints_of(kind: type[Any]) -> Mapping[str, Any]:
-    """The types of the settings of a class by name, with their bounds."""
+def _hints(kind: Any) -> Mapping[str, Any]:
     return get_type_hints(kind, include_extras=True)
 
 
 def check_ranges(section: Any) -> None:
     """UserError for a value of a dataclass of settings below its range, and for a number that is not finite."""
-    hints = hints_of(type(section))
+    hints = hints_of(section)
     for one in fields(section):
         value = getattr(section, one.name)
         for bound in getattr(hints[one.name], "__metadata__", ()):

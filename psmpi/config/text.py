@@ -118,7 +118,7 @@ def _has(section: Any, key: str) -> bool:
 
 def _checked(value: Any, section: Any, key: str, where: str) -> Any:
     """A value for a setting of a section, of the setting's type."""
-    hint, like = hints_of(type(section))[key], getattr(section, key)
+    hint, like = hints_of(section)[key], getattr(section, key)
     if get_origin(hint) is Annotated:
         hint = get_args(hint)[0]
     if get_origin(hint) is Literal and value not in get_args(hint):
