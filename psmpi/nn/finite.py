@@ -123,6 +123,9 @@ def find_cause(model: Model, tail: Tail | None = None) -> Cause:
             cause = _first_of_tiles(model, tail, features.reshape(-1, x.shape[-1]))
             if cause is not None:
                 return cause
+    else:
+        # A pass would need the other ranks.
+        return Cause("loss", "")
     return Cause("loss", "all weights and the outputs of all layers are finite, the loss of these is beyond float64")
 
 

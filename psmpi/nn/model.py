@@ -77,7 +77,7 @@ class Model:
         # Whether backward passes hand on the gradient of the inputs.
         self.hands_on = beside and not self.begins
         # Whether passes make no sums over ranks.
-        self.alone = total is None
+        self.alone = total is None and across is None
         self.shared = space is not None
         self.space = space or Workspace(ops, self.dtype)
         stages = network.stages(self.classes, fold=fold, layers=layers)

@@ -114,7 +114,7 @@ class Objective:
             if not counts.all():
                 at = np.flatnonzero(counts)
                 self.counted, targets = self.ops.put(at), targets[..., at]
-            if self.first:
+            if self.first and self.loss.task == "classes":
                 targets = targets - self.first
             self.columns = targets.shape[-1]
         self.given.settle()

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from psmpi.testing.hub import Request
-from psmpi.testing.shared import Meeting, Shared, flat, put, reduced, runs_of
+from psmpi.testing.shared import Meeting, Shared, flat, put, reduced, runs_of, spoil
 
 
 class Comm:
@@ -65,6 +65,7 @@ class Comm:
 
     def Irecv(self, array: NDArray[Any], source: int, tag: int = 0) -> Request:
         what = f"Recv from {source}, tag {tag}"
+        spoil(array)
         with self.hub.lock:
             self.hub.check()
             channel = self.shared.channels[source, self.rank, tag]
@@ -131,6 +132,7 @@ class Comm:
         kind = f"Bcast from {root}"
         if self.rank == root:
             return self._meet(kind, flat(array).copy())
+        spoil(array)
         return self._meet(kind, None, lambda values: put(array, values[root], kind), root)
 
     def Bcast(self, array: NDArray[Any], root: int = 0) -> None:
@@ -170,7 +172,9 @@ class Comm:
             flat(into)[:] = np.nan
             flat(into)[:own] = found
 
-        return self._meet("Reduce_scatter", self._own(sent, into), complete)
+        own_values = self._own(sent, into)
+        spoil(into)
+        return self._meet("Reduce_scatter", own_values, complete)
 
     def Reduce_scatter(self, sent: Any, into: NDArray[Any], counts: Sequence[int]) -> None:
         self.Ireduce_scatter(sent, into, counts).Wait()
@@ -220,7 +224,10 @@ class Comm:
             for place, value in zip(places, values, strict=True):
                 put(place, value, "Allgatherv")
 
-        return self._meet("Allgatherv", own.copy(), complete)
+        mine = own.copy()
+        for place in places:
+            spoil(place)
+        return self._meet("Allgatherv", mine, complete)
 
     def Allgatherv(self, sent: Any, into: Sequence[Any]) -> None:
         self.Iallgatherv(sent, into).Wait()

@@ -62,6 +62,12 @@ def put(into: NDArray[Any], value: NDArray[Any], what: str) -> None:
     into[:] = value
 
 
+def spoil(into: NDArray[Any]) -> None:
+    """Make numbers of what is to come, which nobody may look at before, no numbers."""
+    if into.dtype.kind == "f":
+        into.fill(np.nan)
+
+
 def runs_of(spec: Sequence[Any]) -> list[NDArray[Any]]:
     """The runs that [array, counts, starts, type] names, as views."""
     from mpi4py import MPI

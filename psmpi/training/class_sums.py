@@ -28,7 +28,7 @@ class ClassSums:
         self.scores = Sum(row, 1, self.dtype, per_sample=True)
         self.rest = Sum(row, 1, np.dtype(np.float64), per_sample=True)
         self.gather = RowExchange(row, sizes, self.dtype) if loss.gathers else None
-        self.size, self.sizes, self.capacity = len(loss.sums), sizes, 0
+        self.size, self.sizes, self.capacity = len(loss.sums), sizes, -1
         self.begins = ops.put(np.array(self.starts, np.int64))
 
     def reserve(self, batch: int) -> None:
@@ -41,7 +41,7 @@ class ClassSums:
 
     @property
     def nbytes(self) -> int:
-        return int(self.own.nbytes + self.known.nbytes + self.all.nbytes) if self.capacity else 0
+        return int(self.own.nbytes + self.known.nbytes + self.all.nbytes) if self.capacity > 0 else 0
 
     def summed(self, summary: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """What the ranks' summaries (summary_size, b) float64 come to, (sums, b) float64."""
@@ -54,12 +54,12 @@ class ClassSums:
             known = self.known[:b].reshape(1, b)
             known[...] = own
             return known
-        gathered = self.all[: sum(self.sizes) * b].reshape(-1, b)
+        gathered = self.all[: sum(self.sizes) * b].reshape(sum(self.sizes), b)
         self.gather.forward(own, gathered)
         merged = self.ops.fused("merge_normalizers")
         if merged is None:
             return self.loss.merge(gathered, self.starts, labels)
-        known = self.known[: self.size * b].reshape(-1, b)
+        known = self.known[: self.size * b].reshape(self.size, b)
         merged(gathered, self.begins, labels, known)
         return known
 

@@ -13,7 +13,7 @@ from psmpi.backend import make_backend
 from psmpi.comm.transfers import totals
 from psmpi.data import Batch
 from psmpi.errors import UserError
-from psmpi.methods.tensor.grid import all_grids
+from psmpi.methods.tensor.grid import Grid, all_grids
 from psmpi.methods.tensor.plan import cheapest, make_plan, received
 from psmpi.registry import find_method
 from psmpi.testing import run_ranks
@@ -274,6 +274,7 @@ LIMITS = [
         ("--config", "norm.toml", "--model", "custom"),
         r"layer_norm1 \(.*\) of --model custom is before all",
     ),
+    (2, ("--config", "block.toml", "--model", "custom"), r"residual1 \(.*\) of --model custom is before all"),
     (2, (*PLAIN, "--optimizer", "lbfgs"), "--optimizer lbfgs .* use a first-order one"),
     (2, (*PLAIN, "--optimizer", "muon"), "--optimizer muon steps whole matrices"),
     (2, (*PLAIN, "--optimizer", "plbfgs"), "--optimizer plbfgs is of --method psl"),
@@ -283,7 +284,11 @@ LIMITS = [
 @pytest.mark.parametrize(("ranks", "options", "says"), LIMITS, ids=[one[2][:30] for one in LIMITS])
 def test_limits_name_the_fix(tmp_path, monkeypatch, ranks, options, says):
     monkeypatch.chdir(tmp_path)
-    files = {"groups": '{type = "separable_dense", units = 10, groups = 2}', "norm": '{type = "layer_norm"}'}
+    files = {
+        "groups": '{type = "separable_dense", units = 10, groups = 2}',
+        "norm": '{type = "layer_norm"}',
+        "block": '{type = "residual", layers = [{type = "dense", units = 8}, {type = "dense", units = 64}]}',
+    }
     for name, layer in files.items():
         layers = f'{{type = "flatten"}}, {layer}, {{type = "dense", units = 10}}'
         (tmp_path / f"{name}.toml").write_text(f'[model]\nmodel = "custom"\nlayers = [{layers}]\n')
@@ -318,8 +323,45 @@ def test_a_checkpoint_opens_on_any_grid(tmp_path, text):
 def test_losses_that_are_of_several_ranks_scores_train_as_on_one(serial, loss):
     """Also derivatives so large that a power of two is taken out of them, the same on all ranks."""
     steep = ("--kappa", "30") if loss == "psl" else ()
-    options = (*MLP[:-6], "--loss", loss, "--optimizer", "sgd", "--lr", "1e-12" if steep else "0.01", *steep)
+    options = (*MLP[:-6], "--loss", loss, "--optimizer", "sgd", "--lr", "0.1", "--clip", "0.3", *steep)
     same(train(4, (*options, "--grid", "1,2,2"), steps=5), serial(options, 5))
+
+
+@pytest.mark.parametrize("grid", ["1,2,2", "2d", "2,2,1"])
+def test_values_at_each_step_are_learnt_as_on_one_process(serial, tmp_path, grid):
+    """Of sequences of several lengths; shares of minibatches without a step that counts are among those of labels."""
+    rng = np.random.default_rng(0)
+    x, lengths = rng.normal(size=(60, 5, 3)).astype(np.float32), rng.integers(1, 6, 60)
+    values = rng.normal(size=(60, 5, 6))
+    values[np.arange(5) >= lengths[:, None]] = np.nan
+    labels = np.where(rng.random((60, 5)) < 0.1, rng.integers(0, 6, (60, 5)), -1)
+    labels[:, 0] = np.where(np.arange(60) % 3, labels[:, 0], np.arange(60) % 6)
+    model = ("--model", "transformer", "--widths", "12", "--blocks", "1", "--batch-size", "4", "--lr", "0.01")
+    for name, targets, loss in (("values", values, "squared"), ("labels", labels, "nll")):
+        np.savez(tmp_path / f"{name}.npz", x=x, y=targets, lengths=lengths)
+        options = ("--dataset", str(tmp_path / f"{name}.npz"), *model, "--loss", loss, "--optimizer", "sgd")
+        same(train(4, (*options, "--grid", grid), steps=6), serial(options, 6))
+
+
+@pytest.mark.parametrize("grid", ["3,1,1", "2,2,1"])
+def test_statistics_of_batch_normalization_are_of_all_samples(serial, grid):
+    options = (*MLP, "--batch-norm", "--batch-size", "45")
+    same(train(int(np.prod(list(map(int, grid.split(","))))), (*options, "--grid", grid), steps=8), serial(options, 8))
+
+
+@pytest.mark.parametrize("grid", ["1,2,2", "1d", "2,2,1", "2d"])
+@pytest.mark.parametrize("mode", ["stop", "skip"])
+def test_losses_that_are_no_numbers_end_it_or_are_left_out(tmp_path, grid, mode):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(100, 8)).astype(np.float32)
+    x[7] = 3e38
+    np.savez(tmp_path / "bad.npz", x=x, y=np.arange(100) % 6)
+    words = ("--method", "tensor", "--dataset", "bad.npz", *PLAIN, "--loss", "nll", "--lr", "0.001", "--epochs", "2")
+    words = (*words, "--batch-size", "30", "--on-nan", mode, "--grid", grid)
+    status, out, err = run(4, "-m", "psmpi.train", "--out", "run", *words, cwd=tmp_path, timeout=60)
+    told = " ".join((out + err).split())
+    assert (status == 0) == (mode == "skip") and "Traceback" not in told, told
+    assert ("skipped" in told) if mode == "skip" else told.count("is not a finite number") == 1, told
 
 
 def test_values_are_learnt_as_on_one_process(serial, tmp_path):
@@ -358,7 +400,8 @@ def test_auto_takes_the_grid_of_least_bytes():
 
 
 VARIANTS = {
-    "transformer": (*TRANSFORMER, "--grid", "auto", "--context", "2"),
+    "transformer": (*TRANSFORMER, "--grid", "1d-sharded", "--context", "2"),
+    "normalized": ("--batch-norm", "--grid", "auto"),
     "whole": ("--grid", "1d", "--saved", "gathered", "--no-prefetch"),
     "panels": ("--grid", "2d"),
 }
@@ -368,8 +411,11 @@ VARIANTS = {
 @pytest.mark.parametrize(
     "check", [counters_equal_messages, resumed_runs_end_the_same], ids=lambda check: check.__name__
 )
-def test_variants_conform(tmp_path, text, name, check):
+def test_variants_conform(tmp_path, text, monkeypatch, name, check):
     data = ("--dataset", text) if name == "transformer" else ()
+    if name == "normalized":
+        # Along samples, over which statistics are summed.
+        monkeypatch.setattr("psmpi.methods.tensor.plan.all_grids", lambda ranks: [Grid((ranks, 1, 1))])
     check(Case("tensor", tmp_path, (*VARIANTS[name], *data)))
 
 

@@ -93,6 +93,11 @@ def test_gelu_is_that_of_the_error_function(ops, dtype):
     bad = np.array([np.nan], dtype)
     ops.gelu(bad, out := np.zeros(1, dtype))
     assert np.isnan(out).all()
+    far = np.array([-1e30, -50, 50, 1e30], dtype)
+    ops.gelu(far, out := np.zeros(4, dtype))
+    ops.gelu_back(far, slopes := np.ones(4, dtype))
+    np.testing.assert_allclose(out, np.maximum(far, 0), atol=1e-30)
+    np.testing.assert_allclose(slopes, far > 0, atol=1e-30)
 
 
 @backends

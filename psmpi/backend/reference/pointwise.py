@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from psmpi.backend.reference.arrays import CHUNK, Arrays
-from psmpi.backend.reference.gelu import normal_law
+from psmpi.backend.reference.gelu import FAR, normal_law
 
 # Numbers whose plain sum loses few digits in float32.
 SHORT = 1 << 10
@@ -168,7 +168,7 @@ class Pointwise(Arrays):
         xs, ys = x.reshape(-1), y.reshape(-1)
         for first in range(0, xs.size, SHORT):
             at = slice(first, first + SHORT)
-            np.multiply(xs[at], normal_law(xs[at])[0], out=ys[at])
+            np.multiply(np.maximum(xs[at], -FAR[x.dtype]), normal_law(xs[at])[0], out=ys[at])
 
     def gelu_back(self, x: np.ndarray, dy: np.ndarray) -> None:
         """dy *= Phi(x) + x phi(x), in place, phi the density; both contiguous."""
@@ -176,7 +176,7 @@ class Pointwise(Arrays):
         for first in range(0, xs.size, SHORT):
             at = slice(first, first + SHORT)
             below, density = normal_law(xs[at])
-            density *= xs[at]
+            density *= np.clip(xs[at], -FAR[x.dtype], FAR[x.dtype])
             density += below
             ds[at] *= density
 

@@ -26,11 +26,12 @@ from psmpi.nn.network import Network
 def local_network(plan: Plan, rank: int, keeps: bool, products: Mapping[str, Products] | None = None) -> Network:
     """The network with the units of a rank; its classes are those that the rank has of the scores."""
     place, network = plan.grid.place(rank), plan.network
-    shape: tuple[int, ...] = (prod(network.in_shape),) if len(network.in_shape) == 3 else network.in_shape
-    first = next(iter(plan.tiles.values()))
-    if first.given:
-        a, b = first.taken(place)
-        shape = (b - a, *shape[1:])
+    shape: tuple[int, ...] = network.in_shape
+    if plan.local_layers is not network.layers:
+        # Samples are taken flat.
+        shape = (prod(shape),)
+    a, b = plan.start.piece(place)
+    shape = (b - a, *shape[1:])
 
     def cut(layers: Sequence[Layer], shape: tuple[int, ...]) -> tuple[Layer, ...]:
         made: list[Layer] = []

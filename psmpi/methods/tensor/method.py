@@ -19,6 +19,7 @@ from psmpi.comm.group import Group
 from psmpi.comm.transfers import Message, Spread, Step, Sum
 from psmpi.config import Config
 from psmpi.data import Batch, Resident
+from psmpi.errors import UserError
 from psmpi.layout import Box, Layout, Ownership, Runs
 from psmpi.methods.tensor.local import local_layout, local_network, make_products, starts_of_vectors
 from psmpi.methods.tensor.need import tensor_needed
@@ -58,6 +59,11 @@ class TensorParallel(Method):
         network, ops, s = context.network, context.ops, context.settings(Settings)
         self.plan = plan = plan_of(context.size, network, context.config)
         grid = plan.grid
+        if network.normalized and ops.on_device and grid.size("i") > 1:
+            raise UserError(
+                f"--grid {','.join(map(str, grid.sizes))} sums the statistics of batch normalization in host memory: "
+                f"use --grid 1,{context.size},1, or --backend compiled"
+            )
         super().__init__(context, Ownership.of_boxes(context.layout, map(plan.boxes, range(context.size))))
         self.at, self.rows = grid.place(self.rank), grid.size("i")
         shard, own = self.shards[self.rank], local_layout(plan, self.rank)
@@ -136,7 +142,10 @@ class TensorParallel(Method):
         # Of scores that all ranks have, one counts.
         self.counts = bool(cut.axes) or self.units.rank == 0
         self.outputs, several = slice(first, behind), bool(cut.axes) and self.units.size > 1
-        self.others = ClassSums(self.units, self.loss, cut.counts, self.dtype, self.ops) if several else None
+        # Sums are made where the loss is computed.
+        host = self.loss.fused(self.ops) is None
+        row, ops = (context.group(self.units.ranks, bridge=Bridge()), NumpyOps()) if host else (self.units, self.ops)
+        self.others = ClassSums(row, self.loss, cut.counts, self.dtype, ops) if several else None
         self.objective = Objective(self.loss, self.model, self.others)
         self.objective.first = first
         context.numbers.watch(self.objective, self.units)
@@ -214,10 +223,8 @@ class TensorParallel(Method):
         whole = self.x[: self.dataset.train.features * b].reshape(-1, b)
         samples.fetch(ids, whole)
         self.span = make_span(samples.lengths(ids), self.ops)
-        units = self.local.in_shape[0]
         size = prod(self.local.in_shape)
-        first = next(iter(self.plan.tiles.values()))
-        at = first.taken(self.at)[0] * (size // units) if first.given else 0
+        at = self.plan.start.piece(self.at)[0] * (size // self.local.in_shape[0])
         if self.weights is not None:
             self.weights.begin()
         return self.model.forward(whole[at : at + size], None, self.span)

@@ -38,10 +38,6 @@ class Tile:
     def grid(self) -> Grid:
         return self.inputs.grid
 
-    def taken(self, place: dict[str, int]) -> tuple[int, int]:
-        """The input units that a place's rank has, (first, behind the last)."""
-        return (0, self.inputs.units) if self.given and self.grid.products == "panels" else self.inputs.piece(place)
-
     @property
     def gathers(self) -> str:
         """The axis along which pieces of inputs are gathered; nothing where each rank has what its product needs."""
@@ -124,10 +120,14 @@ class Tile:
 
 @dataclass(frozen=True)
 class Plan:
-    """A network on a grid. cuts: of each layer, how what goes in and what comes out is dealt; tiles: by layer."""
+    """A network on a grid. start: which features of the samples a rank takes, the same as those that it needs.
+
+    cuts: of each layer, how what goes in and what comes out is dealt; tiles: by layer.
+    """
 
     network: Network
     grid: Grid
+    start: Cut
     cuts: dict[str, tuple[Cut, Cut]] = field(default_factory=dict)
     tiles: dict[str, Tile] = field(default_factory=dict)
 
@@ -178,9 +178,14 @@ class Plan:
 
 def make_plan(network: Network, grid: Grid) -> Plan:
     """The plan of a network; UserError for layers that a grid cannot have, and for too few units."""
-    plan = Plan(network, grid)
-    units = prod(network.in_shape) if len(network.in_shape) == 3 else network.in_shape[0]
-    found = _walk(plan, plan.local_layers, Cut(grid, (), (0, units)), 0)
+    first = network.layers[0]
+    units = prod(network.in_shape) if isinstance(first, Flatten) else network.in_shape[0]
+    start = Cut(grid, (), (0, units))
+    images = len(network.in_shape) == 3 and not isinstance(first, Flatten)
+    if grid.products == "gathered" and not images and not isinstance(first, Embedding):
+        start = _samples(grid, 0, units, f"--model {network.name}")
+    plan = Plan(network, grid, start)
+    found = _walk(plan, plan.local_layers, start, 0)
     if not plan.tiles:
         raise UserError(f"--model {network.name} has no dense layer, and --method tensor cuts those: use --model mlp")
     assert found.units == network.classes
@@ -202,6 +207,13 @@ def _walk(plan: Plan, layers: Sequence[Layer], before: Cut, turn: int) -> Cut:
     for k, layer in enumerate(layers):
         label = f"{network.named(layer.name)} of --model {network.name}"
         behind = before
+        known = isinstance(layer, LayerNorm) or type(layer).sources is Layer.sources
+        mixes = isinstance(layer, Attention) or any(one.linear for one in leaves(layer.inner))
+        if not plan.dealt and (mixes or (known and layer.parameters())):
+            raise UserError(
+                f"{label} is before all dense layers, and --method tensor deals units from the first one on: put a "
+                "dense layer before it"
+            )
         if isinstance(layer, Residual):
             behind = _walk(plan, layer.layers, before, turn)
             if not behind.is_as(before):
@@ -227,14 +239,13 @@ def _walk(plan: Plan, layers: Sequence[Layer], before: Cut, turn: int) -> Cut:
             what = f"{label} has {units} units"
             behind = cut(grid, _axes(grid, turn), units, 1, what, "another --grid, or fewer ranks")
         elif isinstance(layer, Attention):
-            behind = before.scaled(1, 3)
-        elif isinstance(layer, LayerNorm) or type(layer).sources is Layer.sources:
-            if not plan.dealt and layer.parameters():
+            if any(edge % (3 * layer.size) for edge in before.edges):
                 raise UserError(
-                    f"{label} is before all dense layers, and --method tensor deals units from the first "
-                    "one on: put a dense layer before it"
+                    f"{label} is dealt by whole heads, and what comes to it is not: let a dense layer of "
+                    f"{layer.in_shape[0]} units be right before it"
                 )
-        else:
+            behind = before.scaled(1, 3)
+        elif not known:
             raise UserError(
                 f"{label} is none of the layers that --method tensor cuts (dense, attention, layer_norm, gelu, "
                 f"embedding, activations, residual): use --model mlp or transformer, or --method {WHOLE}"

@@ -58,6 +58,12 @@ def check_tensor(size: int, network: Network, dataset: Dataset, config: Config) 
             "nothing: use a network without such units"
         )
     rows, batch = plan_of(size, network, config).grid.size("i"), config.data.batch_size
+    tests = min((at.stop - at.start for at in network.evaluation_batches(dataset.test.n)), default=rows)
+    if network.normalized and tests < rows:
+        raise UserError(
+            f"batch normalization needs a sample on each of {rows} ranks in tests too, and there are {tests}: use "
+            f"--grid 1,{size},1"
+        )
     if network.normalized and 0 < dataset.train.n % batch < rows:
         raise UserError(
             f"--batch-size {batch} leaves {dataset.train.n % batch} samples for an epoch's last minibatch, and batch "

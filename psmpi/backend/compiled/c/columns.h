@@ -197,7 +197,8 @@ void NAME(gelu)(ptrdiff_t n, const R *x, R *y)
         const int some = n - k < VL ? (int)(n - k) : 0;
         const V v = TAKE(x + k);
         NAME(normal_law)(v, &below, &density);
-        GIVE(y + k, v * below);
+        /* Far below, what is left of the tail is not to count more and more. */
+        GIVE(y + k, MAX(SET1((R)-FAR), v) * below);
     }
 }
 
@@ -209,7 +210,7 @@ void NAME(gelu_back)(ptrdiff_t n, const R *x, R *dy)
         const int some = n - k < VL ? (int)(n - k) : 0;
         const V v = TAKE(x + k);
         NAME(normal_law)(v, &below, &density);
-        GIVE(dy + k, TAKE(dy + k) * FMA(v, density, below));
+        GIVE(dy + k, TAKE(dy + k) * FMA(MIN(SET1((R)FAR), MAX(SET1((R)-FAR), v)), density, below));
     }
 }
 
