@@ -184,7 +184,7 @@ def test_what_does_not_fit_texts_is_said(learnt, train, tmp_path):
         said = failed("psmpi.train", "--dataset", "digits:rows", "--model", "lstm", "--context", context)
         assert f"--context {context} is of texts (--dataset FILE.txt), and the data set here is digits:rows" in said
     assert "--context 0: expected a whole number from 1 up" in failed("psmpi.train", *plain, "--context", "0")
-    assert "use --model rnn, gru, lstm, or custom" in failed("psmpi.train", *plain)
+    assert "use --model rnn, gru, lstm, transformer, or custom" in failed("psmpi.train", *plain)
     assert "the vocabulary has 7" in failed("psmpi.train", *plain, "--model", "gru", "--vocabulary", "7")
     assert "are no images: leave :rows out" in failed("psmpi.train", "--dataset", f"{text}:rows", "--model", "lstm")
 
