@@ -13,8 +13,9 @@ from psmpi.backend import make_backend
 from psmpi.comm.transfers import totals
 from psmpi.data import Batch
 from psmpi.errors import UserError
+from psmpi.methods.tensor.cost import cheapest, received
 from psmpi.methods.tensor.grid import Grid, all_grids
-from psmpi.methods.tensor.plan import cheapest, make_plan, received
+from psmpi.methods.tensor.plan import make_plan
 from psmpi.registry import find_method
 from psmpi.testing import run_ranks
 from psmpi.testing.case import Case
@@ -415,7 +416,7 @@ def test_variants_conform(tmp_path, text, monkeypatch, name, check):
     data = ("--dataset", text) if name == "transformer" else ()
     if name == "normalized":
         # Along samples, over which statistics are summed.
-        monkeypatch.setattr("psmpi.methods.tensor.plan.all_grids", lambda ranks: [Grid((ranks, 1, 1))])
+        monkeypatch.setattr("psmpi.methods.tensor.cost.all_grids", lambda ranks: [Grid((ranks, 1, 1))])
     check(Case("tensor", tmp_path, (*VARIANTS[name], *data)))
 
 

@@ -158,10 +158,6 @@ class TensorParallel(Method):
         self.account.hold("samples", self.train, self.tests)
         self.account.hold("buffers", self.objective, *([self.others] if self.others is not None else []))
 
-    def _most(self, batch: int) -> int:
-        """The largest share of a minibatch."""
-        return -(-batch // self.rows)
-
     def _reserve(self, batch: int) -> None:
         """Make room for shares of minibatches of up to `batch` samples."""
         if batch > self.capacity:

@@ -9,8 +9,9 @@ from typing import ClassVar, Literal
 from psmpi.config import Config
 from psmpi.data import Dataset
 from psmpi.errors import UserError
+from psmpi.methods.tensor.cost import cheapest
 from psmpi.methods.tensor.grid import read_grid
-from psmpi.methods.tensor.plan import Plan, cheapest, make_plan
+from psmpi.methods.tensor.plan import Plan, make_plan
 from psmpi.nn.network import Network
 from psmpi.optim import find_optimizer
 from psmpi.training.checks import check_first_order, check_not_partitioned
