@@ -26,9 +26,9 @@ class Settings:
     results: ClassVar[bool] = True
 
     grid: str = "auto"
-    """Ranks along the axes i, j, l: samples are dealt over i, units over j and l, or l and j, in turn. auto: the grid
-    of least bytes; I,J,L; 1d, in which every other activation is whole on all ranks; 1d-sharded, in which none is; 2d,
-    products by broadcasts on a square of ranks; 3d, a cube."""
+    """I,J,L, ranks along three axes: samples are dealt over I, units over J and L, or L and J, in turn; auto: those of
+    least bytes; 1d: every other activation is whole on all ranks; 1d-sharded: none is; 2d: products by broadcasts on a
+    square of ranks; 3d: a cube."""
     saved: Literal["shards", "gathered"] = "shards"
     """What a forward pass keeps for its backward pass: shards, each rank its own; gathered, what products needed, which
     is more, in place of gathering it again."""
