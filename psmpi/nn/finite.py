@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,7 +28,7 @@ class Cause:
     """The first thing that is not finite, for people: `text` is a clause, of weights their names; kind one of KINDS.
 
     columns: the samples of the pass that it is of; few: they are a small part of it; rank: whose pass it is, -1: not
-    said.
+    said; place: the number of the layer, where ranks have some units of each and find different ones.
     """
 
     kind: str
@@ -36,6 +36,7 @@ class Cause:
     columns: tuple[int, ...] = ()
     few: bool = False
     rank: int = -1
+    place: int = 0
 
 
 def spans(numbers: Collection[int]) -> str:
@@ -124,7 +125,11 @@ def find_cause(model: Model, tail: Tail | None = None) -> Cause:
             if cause is not None:
                 return cause
     else:
-        # A pass would need the other ranks.
+        # A pass would need the other ranks: what the last one has left is looked at.
+        for part, output in zip(model.parts, tape.outputs[1:], strict=True):
+            found = NonFinite.of(ops.host(output), (), False)
+            if found is not None:
+                return replace(found.cause(part.layer.name, model.layout.classes), place=part.number)
         return Cause("loss", "")
     return Cause("loss", "all weights and the outputs of all layers are finite, the loss of these is beyond float64")
 

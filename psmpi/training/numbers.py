@@ -270,14 +270,14 @@ class Numbers:
 
 def share_cause(row: Group, own: Cause) -> Cause:
     """The most telling cause of the ranks of a row, whose scores are the same on all of them."""
-    told = [KINDS.index(own.kind), row.ranks[row.rank], own.text[:TOLD], own.few]
+    told = [KINDS.index(own.kind), own.place, row.ranks[row.rank], own.text[:TOLD], own.few]
     text = json.dumps(told).encode()
     mine = np.zeros(TEXT, np.uint8)
     mine[: len(text)] = np.frombuffer(text, np.uint8)
     everyone = np.zeros((row.size, TEXT), np.uint8)
     with row.counter.paused():
         row.allgather(mine, everyone)
-    order, rank, said, few = min(json.loads(line.tobytes().rstrip(b"\0")) for line in everyone)
+    order, _, rank, said, few = min(json.loads(line.tobytes().rstrip(b"\0")) for line in everyone)
     return Cause(KINDS[order], said, few=few, rank=rank if KINDS[order] != "loss" else -1)
 
 

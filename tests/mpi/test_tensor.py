@@ -363,6 +363,8 @@ def test_losses_that_are_no_numbers_end_it_or_are_left_out(tmp_path, grid, mode)
     told = " ".join((out + err).split())
     assert (status == 0) == (mode == "skip") and "Traceback" not in told, told
     assert ("skipped" in told) if mode == "skip" else told.count("is not a finite number") == 1, told
+    # The layer that overflows, on whichever rank, and not those behind it.
+    assert "layer dense1 is the first to put out inf" in told and "sample 7 of" in told, told
 
 
 def test_values_are_learnt_as_on_one_process(serial, tmp_path):

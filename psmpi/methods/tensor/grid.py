@@ -11,7 +11,7 @@ from psmpi.errors import UserError, counted
 from psmpi.layout import even_edges
 
 AXES = ("i", "j", "l")
-# Sizes of the three axes that a name stands for, of so many ranks, and what these have to be.
+# Grids that have names, see `named_grid`.
 NAMES = ("1d", "1d-sharded", "2d", "3d")
 
 
@@ -74,29 +74,26 @@ class Cut:
         """The units of each piece."""
         return [b - a for a, b in pairwise(self.edges)]
 
+    def _pieces(self, place: dict[str, int], axes: tuple[str, ...]) -> slice:
+        """The pieces of the places that differ from this one along all axes but `axes`, the first ones."""
+        at, count = 0, prod(self.grid.size(axis) for axis in self.axes[len(axes) :])
+        for axis in axes:
+            at = at * self.grid.size(axis) + place[axis]
+        return slice(at * count, (at + 1) * count)
+
     def piece(self, place: dict[str, int]) -> tuple[int, int]:
         """The units (first, behind the last) of a place."""
-        at = 0
-        for axis in self.axes:
-            at = at * self.grid.size(axis) + place[axis]
-        return self.edges[at], self.edges[at + 1]
+        at = self._pieces(place, self.axes)
+        return self.edges[at.start], self.edges[at.stop]
 
     def block(self, place: dict[str, int]) -> tuple[int, int]:
         """The units that the places along the finer axis have together; where there is one axis, the place's own."""
-        if len(self.axes) < 2:
-            return self.piece(place)
-        fine = self.grid.size(self.axes[1])
-        at = place[self.axes[0]] * fine
-        return self.edges[at], self.edges[at + fine]
+        at = self._pieces(place, self.axes[:1])
+        return self.edges[at.start], self.edges[at.stop]
 
     def fine(self, place: dict[str, int]) -> list[int]:
-        """The counts of the pieces of a place's block; where there is one axis, its own alone."""
-        if len(self.axes) < 2:
-            first, behind = self.piece(place)
-            return [behind - first]
-        fine = self.grid.size(self.axes[1])
-        at = place[self.axes[0]] * fine
-        return self.counts[at : at + fine]
+        """The counts of the pieces of a place's block."""
+        return self.counts[self._pieces(place, self.axes[:1])]
 
     def is_as(self, other: Cut) -> bool:
         """Whether every rank has the same units of both."""

@@ -78,7 +78,7 @@ def make_products(
     keeps: bool,
     ahead: bool,
 ) -> Made:
-    """group: makes one of some ranks; all ranks make theirs in the same order."""
+    """The products of a rank's layers. group: makes a group of ranks; all ranks make theirs in the same order."""
     grid, place, dtype = plan.grid, plan.grid.place(rank), space.dtype
     groups = {axis: group(grid.members(rank, axis)) for axis in ("i", "j", "l")}
     tiles = list(plan.tiles.values())
@@ -113,6 +113,6 @@ def _panels(
 def starts_of_vectors(plan: Plan, own: Layout) -> tuple[int, int]:
     """Where in a rank's vectors the parameters begin that are no tiles, and those of them that each rank has whole."""
     sizes = {p.name: prod(p.shape) for p in own.parameters}
-    vectors = [(sizes[name], plan.whole(layer)) for layer, name, _ in plan.vectors()]
+    vectors = [(sizes[name], plan.whole(layer)) for layer, name in plan.vectors()]
     tiles = own.size - sum(size for size, _ in vectors)
     return tiles, tiles + sum(size for size, whole in vectors if not whole)

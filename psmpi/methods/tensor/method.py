@@ -15,7 +15,6 @@ import numpy as np
 
 from psmpi.backend import NumpyOps
 from psmpi.comm.bridge import Bridge
-from psmpi.comm.group import Group
 from psmpi.comm.transfers import Message, Spread, Step, Sum
 from psmpi.config import Config
 from psmpi.data import Batch, Resident
@@ -24,7 +23,6 @@ from psmpi.layout import Box, Layout, Ownership, Runs
 from psmpi.methods.tensor.local import local_layout, local_network, make_products, starts_of_vectors
 from psmpi.methods.tensor.need import tensor_needed
 from psmpi.methods.tensor.settings import Settings, check_tensor, plan_of, tensor_notes
-from psmpi.nn.layers.base import Total
 from psmpi.nn.layers.chain import Tape, leaves
 from psmpi.nn.layers.workspace import WHOLE, Workspace
 from psmpi.nn.metric import ScorePart
@@ -78,10 +76,14 @@ class TensorParallel(Method):
         made = make_products(plan, self.rank, context.group, ops, self.space, keeps=keeps, ahead=s.prefetch)
         self.products, self.weights = made.by_layer, made.weights
         self.local = local_network(plan, self.rank, keeps, self.products)
-        over_samples, over_units = total(context, self.samples), total(context, self.units)
+        # The same ranks, for sums that are made in host memory.
+        self.units_by_host = context.group(units, bridge=Bridge())
+        over_samples = context.group(self.samples.ranks, bridge=Bridge())
         self.model = Model(
-            self.local, own, self.w, self.g, ops, space=self.space, total=over_samples, across=over_units
-        )
+            self.local, own, self.w, self.g, ops, space=self.space,
+            total=over_samples.allreduce if over_samples.size > 1 else None,
+            across=self.units_by_host.allreduce if len(units) > 1 else None,
+        )  # fmt: skip
         self.descent = Descent(context, shard, allsum=self._over_tiles, world=self.world, layout=own)
         # Behind tiles of weights, what ranks with other samples have too; from `whole` on, what all ranks have.
         tiles, whole = starts_of_vectors(plan, own)
@@ -144,15 +146,14 @@ class TensorParallel(Method):
         self.outputs, several = slice(first, behind), bool(cut.axes) and self.units.size > 1
         # Sums are made where the loss is computed.
         host = self.loss.fused(self.ops) is None
-        row, ops = (context.group(self.units.ranks, bridge=Bridge()), NumpyOps()) if host else (self.units, self.ops)
+        row, ops = (self.units_by_host, NumpyOps()) if host else (self.units, self.ops)
         self.others = ClassSums(row, self.loss, cut.counts, self.dtype, ops) if several else None
         self.objective = Objective(self.loss, self.model, self.others)
         self.objective.first = first
         context.numbers.watch(self.objective, self.units)
         self.part = None
         if several:
-            by_host = context.group(self.units.ranks, bridge=Bridge())
-            sums = ClassSums(by_host, self.metric.loss, cut.counts, self.dtype, NumpyOps())
+            sums = ClassSums(self.units_by_host, self.metric.loss, cut.counts, self.dtype, NumpyOps())
             numbers = np.arange(self.dataset.outputs) - first
             self.part = ScorePart(np.arange(first, behind), numbers, sums, self.units.rank == 0)
         self.account.hold("samples", self.train, self.tests)
@@ -249,7 +250,7 @@ class TensorParallel(Method):
         """Those of this rank's groups; None where the steps that count are not known before."""
         share = len(self._share(np.arange(batch))[0])
         train, found = self.dataset.train, []
-        if train.by_step and len(np.unique(train.counts)) > 1:
+        if train.by_step and (train.counts != train.counts[0]).any():
             return None
         tiles = self.plan.tiles
         for name, products in self.products.items():
@@ -274,14 +275,6 @@ class TensorParallel(Method):
 
     def events(self) -> dict[str, int]:
         return {"psl_terms_past_exp_clip": self.loss.clipped}
-
-
-def total(context: Context, group: Group) -> Total | None:
-    """What sums an array of the host over a group; None for one rank."""
-    if group.size == 1:
-        return None
-    by_host = context.group(group.ranks, bridge=Bridge())
-    return by_host.allreduce
 
 
 def find_places(boxes: Sequence[Box], layout: Layout, shard: Runs) -> Places:

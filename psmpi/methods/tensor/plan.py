@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from math import prod
@@ -120,7 +120,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Plan:
-    """A network on a grid. start: which features of the samples a rank takes, the same as those that it needs.
+    """A network on a grid. start: the features of the samples that a rank's first layer takes.
 
     cuts: of each layer, how what goes in and what comes out is dealt; tiles: by layer.
     """
@@ -144,14 +144,14 @@ class Plan:
         """Whether each rank has all units of a layer's outputs, and computes what the others do."""
         return not self.cuts[layer.name][1].axes
 
-    def vectors(self) -> Iterator[tuple[Layer, str, tuple[int, ...]]]:
-        """The parameters that are dealt by units, (layer, name, shape): those that each rank has a piece of first."""
+    def vectors(self) -> list[tuple[Layer, str]]:
+        """The parameters that are dealt by units, each with its layer: those that a rank has a piece of come first."""
         found = []
         for layer in leaves(self.network.layers):
             for p in layer.parameters():
                 if layer.name not in self.tiles or p.name.endswith(".bias"):
-                    found.append((layer, p.name, p.shape))
-        yield from sorted(found, key=lambda one: self.whole(one[0]))
+                    found.append((layer, p.name))
+        return sorted(found, key=lambda one: self.whole(one[0]))
 
     def boxes(self, rank: int) -> list[Box]:
         """What a rank has of each parameter: tiles of weights, then its units of all others, see `vectors`.
@@ -162,7 +162,7 @@ class Plan:
         tiles = [
             box for box in (tile.box(place) for tile in self.tiles.values()) if box.ranges[0][0] < box.ranges[0][1]
         ]
-        return tiles + [Box(name, (self.cuts[layer.name][1].piece(place),)) for layer, name, _ in self.vectors()]
+        return tiles + [Box(name, (self.cuts[layer.name][1].piece(place),)) for layer, name in self.vectors()]
 
     def shapes(self, rank: int) -> dict[str, tuple[int, ...]]:
         """The shapes of the boxes by parameter."""

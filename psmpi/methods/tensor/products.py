@@ -5,7 +5,8 @@ The matrices here have units as rows and samples, or steps of samples, as column
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import numpy as np
 
@@ -13,6 +14,10 @@ from psmpi.backend import NumpyOps
 from psmpi.comm.transfers import Handle, Message, RowExchange, Spread, Step
 from psmpi.methods.tensor.weights import Weights
 from psmpi.nn.layers.workspace import Workspace
+
+# An array, and what it waits for; what begins to bring one by its number.
+Panel = tuple[np.ndarray, Handle]
+Begin = Callable[[int], Panel]
 
 
 class Products(Protocol):
@@ -38,10 +43,10 @@ class Gathered:
 
     Bian, Xu, Wang and You, "Maximizing parallelism in distributed training for huge neural networks", arXiv 2105.14450,
     of which products with one or two axes are special cases. before, behind: exchanges of the pieces of X along the
-    axis that gathers them, and of Y along the one that sums them; None where the rank has what it needs. number: the
-    tile's among those of `weights`; last: the number of the last tile, and of the first whose inputs have a gradient.
-    whole: whether X, or Y, is whole on each rank all the same (1-D parallelism: Shoeybi et al., arXiv 1909.08053).
-    keeps: whether gathered X are kept for backward.
+    axis that gathers them, and of Y along the one that sums them; None where the rank has what it needs. number: of the
+    tile among those of `weights`; ends: of the last tile, and of the first whose inputs have a gradient. whole: X, or
+    Y, is whole on each rank all the same (1-D parallelism: Shoeybi et al., arXiv 1909.08053). keeps: gathered X are
+    kept for backward.
     """
 
     def __init__(
@@ -70,9 +75,8 @@ class Gathered:
         """The weights, while those of the next tile begin to come."""
         last, first = self.ends
         following = self.number + 1 if forward else self.number - 1
-        return self.weights.take(
-            self.number, following if (forward or first <= following) and following <= last else -1
-        )
+        lowest = 0 if forward else first
+        return self.weights.take(self.number, following if lowest <= following <= last else -1)
 
     def _gather(self, x: np.ndarray, kept: np.ndarray) -> np.ndarray:
         """All of X that the product needs."""
@@ -148,9 +152,9 @@ class Panels:
     """Broadcasts panels of X and W along the rows and columns of a square of ranks: SUMMA.
 
     van de Geijn and Watts, "SUMMA: scalable universal matrix multiplication algorithm" (1997), with the adjoints of Xu
-    et al., "An efficient 2D method for training super-large deep learning models", arXiv 2104.05343. The next panels
-    are on their way while a product is made, and sums of the products before it. inputs, outputs: broadcasts of each
-    panel of X (its units, n) along j and of W (outputs, its units) along i. given: X has all units already.
+    et al., "An efficient 2D method for training super-large deep learning models", arXiv 2104.05343. inputs, weights:
+    broadcasts of each panel of X (counts[k], n) along j and of W (rows, counts[k]) along i. given: X has all units
+    already. ahead: the next panels are on their way while a product is made, and sums of the products before it.
     """
 
     def __init__(
@@ -173,85 +177,78 @@ class Panels:
     def bind(self, w: np.ndarray) -> None:
         self.w = w
 
-    def _x(self, k: int, x: np.ndarray) -> tuple[np.ndarray, Handle | None]:
-        """Panel k of X, and what it waits for."""
-        if self.given:
-            return x[self.starts[k] : self.starts[k + 1]], None
-        spread = self.inputs[k]
-        panel = x if spread.at_root else self.space.take(f"panel of inputs {k % 2}", self.counts[k], x.shape[1])
-        return panel, spread.begin(x if spread.at_root else None, None if spread.at_root else panel)
+    def _x(self, x: np.ndarray) -> Begin:
+        """What begins to bring a panel of X."""
 
-    def _w(self, k: int) -> tuple[np.ndarray, Handle | None]:
-        """Panel k of W, and what it waits for."""
-        spread = self.weights[k]
-        panel = self.w if spread.at_root else self.space.take(f"panel of weights {k % 2}", self.rows, self.counts[k])
-        return panel, spread.begin(self.w if spread.at_root else None, None if spread.at_root else panel)
+        def begin(k: int) -> Panel:
+            if self.given:
+                return x[self.starts[k] : self.starts[k + 1]], Handle([])
+            return self._panel(self.inputs[k], x, f"panel of inputs {k % 2}", (self.counts[k], x.shape[1]))
 
-    def _each(self, begin: Any) -> Any:
-        """Panels one after the other, each begun while the one before is used."""
-        count = len(self.counts)
-        coming = begin(0)
+        return begin
+
+    def _w(self, k: int) -> Panel:
+        """Begin to bring panel k of W."""
+        return self._panel(self.weights[k], self.w, f"panel of weights {k % 2}", (self.rows, self.counts[k]))
+
+    def _panel(self, spread: Spread, own: np.ndarray, room: str, shape: tuple[int, int]) -> Panel:
+        """A panel, which is the rank's own or is to come, and what it waits for."""
+        if spread.at_root:
+            return own, spread.begin(own, None)
+        panel = self.space.take(room, *shape)
+        return panel, spread.begin(None, panel)
+
+    def _each(self, *begins: Begin) -> Iterator[tuple[int, list[np.ndarray]]]:
+        """The number and the panels of each product in turn."""
+        count, coming = len(self.counts), [begin(0) for begin in begins]
         for k in range(count):
-            panels = []
-            for panel, handle in coming:
-                if handle is not None:
-                    handle.finish()
-                panels.append(panel)
-            if self.ahead and k + 1 < count:
-                coming = begin(k + 1)
+            for _, handle in coming:
+                handle.finish()
+            panels = [panel for panel, _ in coming]
+            more = [begin(k + 1) for begin in begins] if self.ahead and k + 1 < count else []
             yield k, panels
-            if not self.ahead and k + 1 < count:
-                coming = begin(k + 1)
+            coming = more or [begin(k + 1) for begin in begins if k + 1 < count]
 
     def forward(self, x: np.ndarray, y: np.ndarray, kept: np.ndarray) -> None:
-        for k, (mine, w) in self._each(lambda k: [self._x(k, x), self._w(k)]):
+        for k, (panel, w) in self._each(self._x(x), self._w):
             if k == 0:
-                self.ops.matmul(w, mine, y)
+                self.ops.matmul(w, panel, y)
             else:
                 product = self.space.take("products", *y.shape)
-                self.ops.matmul(w, mine, product)
+                self.ops.matmul(w, panel, product)
                 y += product
 
     def backward(
         self, x: np.ndarray, dy: np.ndarray, dx: np.ndarray | None, gw: np.ndarray | None, kept: np.ndarray
     ) -> None:
-        n = dy.shape[1]
         if gw is not None:
-            going: list[Handle | None] = [None, None]
-            for k, (panel,) in self._each(lambda k: [self._x(k, x)]):
-                spread = self.weights[k]
-                self._leave(going, k)
-                product = gw if spread.at_root else self.space.take(f"sums {k % 2}", self.rows, self.counts[k])
-                self.ops.matmul(dy, panel.T, product)
-                going[k % 2] = self._reduce(spread, product)
-            for at in range(2):
-                self._leave(going, at)
+            shapes = [(self.rows, count) for count in self.counts]
+            self._sum(self._x(x), self.weights, gw, shapes, lambda panel, out: self.ops.matmul(dy, panel.T, out))
         if dx is not None:
-            going = [None, None]
-            for k, (panel,) in self._each(lambda k: [self._w(k)]):
-                spread = self.inputs[k]
-                self._leave(going, k)
-                product = dx if spread.at_root else self.space.take(f"sums {k % 2}", self.counts[k], n)
-                self.ops.matmul(panel.T, dy, product)
-                going[k % 2] = self._reduce(spread, product)
-            for at in range(2):
-                self._leave(going, at)
+            shapes = [(count, dy.shape[1]) for count in self.counts]
+            self._sum(self._w, self.inputs, dx, shapes, lambda panel, out: self.ops.matmul(panel.T, dy, out))
 
-    def _reduce(self, spread: Spread, product: np.ndarray) -> Handle | None:
-        """Begin to sum products on the root, whose own is where the sum will be."""
-        at_root = spread.at_root
-        handle = spread.begin_back(None if at_root else product, product if at_root else None)
-        if self.ahead:
-            return handle
-        handle.finish()
-        return None
-
-    @staticmethod
-    def _leave(going: list[Handle | None], k: int) -> None:
-        handle = going[k % 2]
-        if handle is not None:
+    def _sum(
+        self,
+        begin: Begin,
+        spreads: list[Spread],
+        own: np.ndarray,
+        shapes: list[tuple[int, int]],
+        multiply: Callable[[np.ndarray, np.ndarray], None],
+    ) -> None:
+        """Sum the products of each panel, of `shapes`, over ranks, on the one that it is of; `own` is this rank's."""
+        going = [Handle([]), Handle([])]
+        for k, (panel,) in self._each(begin):
+            at_root = spreads[k].at_root
+            # Until then the array is on its way.
+            going[k % 2].finish()
+            product = own if at_root else self.space.take(f"sums {k % 2}", *shapes[k])
+            multiply(panel, product)
+            going[k % 2] = spreads[k].begin_back(None if at_root else product, product if at_root else None)
+            if not self.ahead:
+                going[k % 2].finish()
+        for handle in going:
             handle.finish()
-            going[k % 2] = None
 
     def messages(self, columns: int, wanted: bool) -> list[Message]:
         step, found = Step(columns), []

@@ -18,10 +18,10 @@ from psmpi.nn.layers.uses import Uses, grouped, stretched
 
 @dataclass(frozen=True)
 class TileLayer(Layer):
-    """in_shape, out_shape: the rank's own units; tile: (rows, columns) of the weight that it has.
+    """The share of a rank in a dense layer. in_shape, out_shape: of its own units; tile: (rows, columns) of its weight.
 
-    cut: of the whole layer; rank: whose it is; saves: whether gathered inputs are kept; products: what makes them, not
-    needed where nothing is computed.
+    cut: the whole layer on the grid; saves: whether gathered inputs are kept; products: with the other ranks, None
+    where nothing is computed.
     """
 
     tile: tuple[int, int]
@@ -83,6 +83,8 @@ class TilePart(Part):
         layer = self.layer
         assert isinstance(layer, TileLayer) and layer.products is not None
         self.tiled, self.products, self.tile, self.units = layer, layer.products, layer.tile, layer.out_shape[0]
+        # Numbers a sample that the products keep of a pass.
+        self.keeps = layer.room(1)
         bias = layer.cut.layer.bias
         self.at = place(site, f"{layer.name}.weight") if self.tile[0] else 0
         self.bias = place(site, f"{layer.name}.bias") if bias else -1
@@ -104,7 +106,7 @@ class TilePart(Part):
 
     def room(self, batch: int, writable: bool) -> Any:
         """What the products keep of a pass."""
-        return self.ops.empty(self.tiled.room(batch), self.dtype)
+        return self.ops.empty(self.keeps * batch, self.dtype)
 
     def reserve(self, batch: int) -> None:
         for name, numbers in self.tiled.workspace(batch, False).items():
@@ -117,7 +119,7 @@ class TilePart(Part):
     def forward(self, x: np.ndarray, y: np.ndarray | None, room: Any) -> tuple[np.ndarray, Any]:
         assert y is not None
         rows, out = x.reshape(len(x), -1), y.reshape(len(y), -1)
-        kept = room[: self.tiled.room(x.shape[-1])].reshape(-1, rows.shape[1]) if room.size else room.reshape(0, 0)
+        kept = room[: self.keeps * x.shape[-1]].reshape(self.keeps // self.tiled.steps, rows.shape[1])
         self.products.forward(rows, out, kept)
         self.ops.finish(out[None], self.w[1], self.activation)
         return y, kept
