@@ -52,6 +52,12 @@ class Comm:
     def _request(self, what: str, ready: Callable[[], bool], complete: Callable[[], None] | None = None) -> Request:
         return Request(self.hub, self.shared.members[self.rank], what, ready, complete)
 
+    @staticmethod
+    def _keeping(request: Request, array: NDArray[Any], message: NDArray[Any]) -> Request:
+        """A request until the end of which an array is to stay as it was sent."""
+        request.sent = array, message
+        return request
+
     def Isend(self, array: NDArray[Any], dest: int, tag: int = 0) -> Request:
         message = flat(array).copy()
         with self.hub.lock:
@@ -61,7 +67,7 @@ class Comm:
             channel.sent += 1
             self.hub.wake([self.shared.members[dest]])
         self.sent += 1
-        return self._request(f"Isend to {dest}, tag {tag}", lambda: True)
+        return self._keeping(self._request(f"Isend to {dest}, tag {tag}", lambda: True), array, message)
 
     def Irecv(self, array: NDArray[Any], source: int, tag: int = 0) -> Request:
         what = f"Recv from {source}, tag {tag}"
@@ -131,7 +137,8 @@ class Comm:
     def Ibcast(self, array: NDArray[Any], root: int = 0) -> Request:
         kind = f"Bcast from {root}"
         if self.rank == root:
-            return self._meet(kind, flat(array).copy())
+            message = flat(array).copy()
+            return self._keeping(self._meet(kind, message), array, message)
         spoil(array)
         return self._meet(kind, None, lambda values: put(array, values[root], kind), root)
 
@@ -141,7 +148,8 @@ class Comm:
     def Ireduce(self, sent: Any, into: NDArray[Any] | None, op: Any = None, root: int = 0) -> Request:
         kind = f"Reduce to {root}"
         if self.rank != root:
-            return self._meet(kind, flat(sent).copy())
+            message = flat(sent).copy()
+            return self._keeping(self._meet(kind, message), sent, message)
         assert into is not None
         place = into
         return self._meet(kind, self._own(sent, into), lambda values: put(place, reduced(values, op, root), kind))

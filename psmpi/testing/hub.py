@@ -5,6 +5,10 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 # Seconds that a rank waits in one call while others compute.
 PATIENCE = 120.0
@@ -100,13 +104,17 @@ class Hub:
 
 
 class Request:
-    """Done, by `complete`, once it is `ready`. what: the call, for messages about it."""
+    """Done, by `complete`, once it is `ready`. what: the call, for messages about it.
+
+    sent: an array that is not to be written until then, and the bytes that it had; RuntimeError where it was.
+    """
 
     def __init__(
         self, hub: Hub, rank: int, what: str, ready: Callable[[], bool], complete: Callable[[], None] | None = None
     ):
         self.hub, self.rank, self.what, self.ready, self.complete = hub, rank, what, ready, complete
         self.done = False
+        self.sent: tuple[NDArray[Any], NDArray[Any]] | None = None
 
     def Test(self) -> bool:
         with self.hub.lock:
@@ -124,4 +132,8 @@ class Request:
     def _finish(self) -> None:
         if self.complete is not None:
             self.complete()
+        if self.sent is not None:
+            now, then = (array.reshape(-1).view(np.uint8) for array in self.sent)
+            if not np.array_equal(now, then):
+                raise RuntimeError(f"rank {self.rank} has written what it sends before {self.what} was done")
         self.done = True

@@ -210,3 +210,36 @@ def test_a_deadlock_in_a_program_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(Loop, "_save", save)
     with pytest.raises(DeadlockError, match="rank 0 has ended"):
         testing.train(2, ["--out", tmp_path / "run", "--max-steps", "2"])
+
+
+def test_what_is_to_come_is_no_number_before_it_is_there():
+    def work(world):
+        values = np.zeros(3)
+        request = world.Irecv(values, 0) if world.rank else None
+        before = values.copy()
+        world.Barrier()
+        if request is None:
+            world.Send(values, 1)
+        else:
+            request.Wait()
+        return before, values
+
+    (_, _), (before, after) = run_ranks(2, work)
+    assert np.isnan(before).all() and (after == 0).all()
+
+
+@pytest.mark.parametrize("call", ["Isend", "Ibcast", "Ireduce"])
+def test_what_is_sent_is_not_written_before_it_is_sent(call):
+    def work(world):
+        values, into = np.ones(3), np.empty(3)
+        if call == "Isend":
+            request = world.Isend(values, 1) if world.rank == 0 else world.Irecv(into, 0)
+        elif call == "Ibcast":
+            request = world.Ibcast(values if world.rank == 0 else into, 0)
+        else:
+            request = world.Ireduce(values, into if world.rank else None, root=1)
+        values[0] = 2
+        request.Wait()
+
+    with pytest.raises(RuntimeError, match="rank 0 has written what it sends before"):
+        run_ranks(2, work)
