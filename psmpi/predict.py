@@ -225,7 +225,7 @@ def _predict(world: Any, control: Any, options: Options) -> None:
     from psmpi.nn.sequences import stretch
     from psmpi.nn.zoo import make_network
     from psmpi.training.predictions import Choices, Values, room
-    from psmpi.training.predictor import Predictor, calibrate, calibration_notes, calibration_split
+    from psmpi.training.predictor import Predictor, calibrate, calibration_notes, calibration_split, known_targets
 
     path = Path(options.checkpoint)
     contents = checkpoint.read_contents(path)
@@ -246,32 +246,7 @@ def _predict(world: Any, control: Any, options: Options) -> None:
             f"{options.dataset} has samples of shape {split.shape}, checkpoint {path} was trained on "
             f"{contents.in_shape}: give the data set that fits with --dataset"
         )
-    targets = split.targets if split.task == "regression" or split.labels.max(initial=-1) >= 0 else None
-    if targets is not None and split.task != contents.task:
-        has, learnt = (
-            "integers, which are labels" if split.task == "classes" else "floating point numbers, which are values",
-            "values" if split.task == "classes" else "classes",
-        )
-        raise UserError(
-            f"{options.dataset} has {has}, and checkpoint {path} predicts {learnt}: give the data set that fits with "
-            "--dataset"
-        )
-    if targets is not None and split.by_step != contents.by_step:
-        has, learnt = ("a step", "a sequence") if split.by_step else ("a sequence", "a step")
-        raise UserError(
-            f"{options.dataset} has a target {has}, and checkpoint {path} predicts one {learnt}: give the data set "
-            "that fits with --dataset"
-        )
-    if targets is not None and split.task == "regression" and targets.shape[-1] != network.classes:
-        raise UserError(
-            f"{options.dataset} has {targets.shape[-1]} values a sample, checkpoint {path} predicts {network.classes}: "
-            "give the data set that fits with --dataset"
-        )
-    if split.task == "classes" and split.labels.max(initial=-1) >= network.classes:
-        raise UserError(
-            f"{options.dataset} has the label {split.labels.max()}, checkpoint {path} knows the classes "
-            f"0-{network.classes - 1}: give the data set that fits with --dataset"
-        )
+    targets = known_targets(split, contents, network.classes, options.dataset, path)
     if options.calibrate and not network.normalized:
         raise UserError(f"--calibrate: --model {network.name} has no batch normalization; leave the option out")
     if network.normalized and not options.calibrate:

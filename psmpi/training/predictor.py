@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from math import sqrt
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from psmpi.backend import NumpyOps
 from psmpi.checkpoint import Contents
@@ -27,6 +29,40 @@ from psmpi.training.spans import check_tokens
 
 # As many as tests in training take their statistics from; the means of fewer are over 3 % of a standard deviation off.
 FEW = 1000
+
+
+def known_targets(split: Split, contents: Contents, outputs: int, dataset: str, path: Path) -> npt.NDArray[Any] | None:
+    """The targets of samples that are to be predicted, None where they have none.
+
+    dataset, path: the names of the samples and of the checkpoint, which predicts so many outputs. UserError for targets
+    of another kind than those that it was trained on.
+    """
+    targets = split.targets if split.task == "regression" or split.labels.max(initial=-1) >= 0 else None
+    if targets is not None and split.task != contents.task:
+        has, learnt = (
+            "integers, which are labels" if split.task == "classes" else "floating point numbers, which are values",
+            "values" if split.task == "classes" else "classes",
+        )
+        raise UserError(
+            f"{dataset} has {has}, and checkpoint {path} predicts {learnt}: give the data set that fits with --dataset"
+        )
+    if targets is not None and split.by_step != contents.by_step:
+        has, learnt = ("a step", "a sequence") if split.by_step else ("a sequence", "a step")
+        raise UserError(
+            f"{dataset} has a target {has}, and checkpoint {path} predicts one {learnt}: give the data set "
+            "that fits with --dataset"
+        )
+    if targets is not None and split.task == "regression" and targets.shape[-1] != outputs:
+        raise UserError(
+            f"{dataset} has {targets.shape[-1]} values a sample, checkpoint {path} predicts {outputs}: "
+            "give the data set that fits with --dataset"
+        )
+    if split.task == "classes" and split.labels.max(initial=-1) >= outputs:
+        raise UserError(
+            f"{dataset} has the label {split.labels.max()}, checkpoint {path} knows the classes "
+            f"0-{outputs - 1}: give the data set that fits with --dataset"
+        )
+    return targets
 
 
 def calibration_split(

@@ -64,7 +64,7 @@ class Layer:
     # Whether the outputs of a sample depend on the other samples of its minibatch.
     couples: ClassVar[bool] = False
     # Whether each unit depends on all units of the sample: where they are on several ranks, by sums over these.
-    across: ClassVar[bool] = False
+    couples_units: ClassVar[bool] = False
     # Whether it computes with exactly the input units that its outputs use: else more may come with them.
     exact: ClassVar[bool] = False
     # Whether backward needs more of a pass than the input and the output.

@@ -28,7 +28,7 @@ class LayerNorm(Layer):
     over: int
 
     keeps: ClassVar[bool] = True
-    across: ClassVar[bool] = True
+    couples_units: ClassVar[bool] = True
 
     @classmethod
     def read(cls, table: Table, label: str, shape: tuple[int, ...]) -> list[Layer]:
