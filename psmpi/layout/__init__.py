@@ -5,6 +5,7 @@ Everything here is pure data about the flat vector: no arrays of weights, no dev
 
 from psmpi.layout.box import Box, box_runs, tile
 from psmpi.layout.classes import Classes, Each, Users
+from psmpi.layout.domains import Domains
 from psmpi.layout.grid import (
     PARTITIONS,
     Pair,
@@ -32,6 +33,7 @@ __all__ = [
     "Block",
     "Box",
     "Classes",
+    "Domains",
     "Each",
     "Layout",
     "Matrix",

@@ -38,6 +38,10 @@ def recurrent(kind, units, **settings):
 LAST, LAYER_NORM, GELU, POSITIONS = ({"type": kind} for kind in ("last", "layer_norm", "gelu", "positions"))
 
 
+def slab(units, domains, halo):
+    return {"type": "slab", "units": units, "domains": domains, "halo": halo}
+
+
 def attention(width, heads, **settings):
     """Queries, keys and values by a dense layer, and attention."""
     return [dense(3 * width), {"type": "attention", "heads": heads, **settings}]
@@ -130,6 +134,15 @@ NETWORKS = {
         4,
     ),
     "attention with scores of each step": ((3, 5), [dense(4), POSITIONS, *attention(4, 1), GELU, dense(4)], 4),
+    "slabs": (
+        (12,), [slab(8, 4, 1), TANH, slab(16, 4, 2), slab(12, 4, 0), TANH, slab(9, 1, 0), {"type": "relu"}, dense(4)],
+        4,
+    ),
+    "slabs of images": (
+        (2, 4, 6), [slab([3, 4, 6], [2, 3], 1), TANH, slab([6, 9], [2, 3], 2), slab([6, 3], [3, 1], 1), TANH, FLAT,
+                    dense(4)],
+        4,
+    ),
     "scores of each step": ((3, 5), [recurrent("lstm", 6), separable(8, 4), TANH, separable(4, 4)], 4),
 }  # fmt: skip
 

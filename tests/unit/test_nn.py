@@ -76,6 +76,23 @@ def plain_states(layer, p, x):
     return np.stack(states, axis=1)
 
 
+def plain_slab(layer, a, tensors):
+    """Tile by tile of a field with zeros around it."""
+    (rows, columns), halo, (_, height, width) = layer.inputs.grid, layer.halo, layer.outputs.field
+    field, made = a.reshape(layer.inputs.field), np.empty(layer.outputs.field)
+    down, right = halo * (rows > 1), halo * (columns > 1)
+    padded = np.pad(field, [(0, 0), (down, down), (right, right)])
+    h, w = field.shape[1] // rows, field.shape[2] // columns
+    into = height // rows, width // columns
+    for d in range(rows * columns):
+        r, c = divmod(d, columns)
+        seen = padded[:, r * h : (r + 1) * h + 2 * down, c * w : (c + 1) * w + 2 * right]
+        values = tensors[f"{layer.name}.weight"][d] @ seen.reshape(-1) + tensors[f"{layer.name}.bias"][d]
+        tile = made[:, r * into[0] : (r + 1) * into[0], c * into[1] : (c + 1) * into[1]]
+        tile[...] = values.reshape(tile.shape)
+    return made.reshape(layer.out_shape)
+
+
 def plain_head(qkv, causal):
     """The outputs (units, steps) of a head for one sequence, step by step."""
     q, k, v = np.split(qkv, 3)
@@ -114,6 +131,8 @@ def plain_layer(kind, layer, tensors, a):
         return layer.scale * (weight := tensors[f"{layer.name}.weight"]) @ a / np.linalg.norm(weight, axis=1)
     if kind == "UnitLength":
         return a / np.linalg.norm(a)
+    if kind == "Slab":
+        return plain_slab(layer, a, tensors)
     if kind == "Recurrent":
         return plain_states(layer, {name.split(".")[1]: tensor for name, tensor in tensors.items() if
                                     name.startswith(f"{layer.name}.")}, a)  # fmt: skip

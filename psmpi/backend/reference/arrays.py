@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from psmpi.backend.reference.moves import Mirror, RunCopies, Samples
+from psmpi.backend.reference.moves import Mirror, RowCopies, RunCopies, Samples
 
 # Elements that stay in the second-level cache.
 CHUNK = 1 << 18
@@ -130,3 +130,7 @@ class Arrays:
     def run_copies(self, table: np.ndarray) -> RunCopies:
         """Copies of runs, table (runs, 3) int64 of from, to and length, to be made again and again."""
         return RunCopies(table)
+
+    def row_copies(self, source: np.ndarray, target: np.ndarray) -> RowCopies:
+        """Copies of rows, source and target (k,) row numbers, to be made again and again."""
+        return RowCopies(source, target, self.run_copies)

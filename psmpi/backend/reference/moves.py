@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 
@@ -29,6 +31,35 @@ class RunCopies:
     @property
     def nbytes(self) -> int:
         return sum(a.nbytes for a in vars(self).values() if isinstance(a, np.ndarray))
+
+
+class RowCopies:
+    """Rows of arrays (rows, b) that are copied into others, or added, again and again, for any b.
+
+    source, target: (k,) row numbers; source rows may repeat, and in `add` target rows too. make: of the backend, see
+    `Arrays.run_copies`.
+    """
+
+    def __init__(self, source: np.ndarray, target: np.ndarray, make: Callable[[np.ndarray], RunCopies]):
+        source, target = (np.asarray(rows, np.int64) for rows in (source, target))
+        breaks = np.flatnonzero((np.diff(source, prepend=-2) != 1) | (np.diff(target, prepend=-2) != 1))
+        self.runs = np.stack([source[breaks], target[breaks], np.diff(breaks, append=len(source))], axis=1)
+        self.make = make
+        self.by_width: dict[int, RunCopies] = {}
+
+    def copy(self, values: np.ndarray, out: np.ndarray) -> None:
+        """out[target[k]] = values[source[k]] of each k."""
+        self._of(out).copy(values, out)
+
+    def add(self, values: np.ndarray, out: np.ndarray) -> None:
+        """out[target[k]] += values[source[k]] of each k."""
+        self._of(out).add(values, out)
+
+    def _of(self, out: np.ndarray) -> RunCopies:
+        width = out.shape[-1]
+        if width not in self.by_width:
+            self.by_width[width] = self.make(self.runs * width)
+        return self.by_width[width]
 
 
 class Mirror:

@@ -20,6 +20,7 @@ from psmpi.nn.layers.pool import Pool
 from psmpi.nn.layers.positions import Positions
 from psmpi.nn.layers.recurrent import Recurrent
 from psmpi.nn.layers.residual import Residual
+from psmpi.nn.layers.slab import Slab
 
 LAYERS: dict[str, type[Layer]] = {
     "dense": Dense,
@@ -34,6 +35,7 @@ LAYERS: dict[str, type[Layer]] = {
     "group_norm": GroupNorm,
     "layer_norm": LayerNorm,
     "residual": Residual,
+    "slab": Slab,
     "rnn": Recurrent,
     "gru": Recurrent,
     "lstm": Recurrent,
