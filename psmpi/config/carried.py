@@ -74,7 +74,7 @@ def without_unused(config: Config, base: Config, said: Collection[str]) -> Confi
     if not is_text(data.dataset):
         data = _by_default(data, Data(), {"context"} - set(said))
     if model.model != base.model.model:
-        shape = {"widths", "blocks", "layers", "scale", "vocabulary", "heads", *DEEP}
+        shape = {"widths", "blocks", "layers", "scale", "vocabulary", "heads", "domains", "halo", *DEEP}
         model = _by_default(model, NetworkSettings(), shape - set(said))
     if not model.scale and model.model != "custom":
         loss = _by_default(loss, LossSettings(), {"margin"} - set(said))

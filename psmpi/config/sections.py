@@ -65,22 +65,28 @@ class NetworkSettings:
 
     model: Literal[
         "psnet", "psnet-24", "psnet-35", "lenet", "mlp", "head", "resnet", "deep", "deep-conv", "rnn", "gru", "lstm",
-        "transformer", "custom",
+        "transformer", "slabs", "custom",
     ] = "psnet"  # fmt: skip
     """Built-in network, or custom: described by [[model.layers]] tables in the configuration file. head: for very many
     classes, a trunk (--widths, or such tables) that every worker computes and rows of weights, one a class. deep and
     deep-conv: many residual layers of one width (--depth, --final-time, --activation). rnn, gru, lstm: recurrent layers
-    for sequences. transformer: attention to the steps before, for sequences."""
+    for sequences. transformer: attention to the steps before, for sequences. slabs: layers cut into domains that see
+    their own neurons and a halo of their neighbours' (--domains, --halo)."""
     widths: tuple[int, ...] = ()
     """Hidden widths of mlp, 1024 1024 if not given, of head's trunk, 512 128, and of recurrent layers, 128 128;
     channels of resnet's sections, 16 32; the width of deep, 16, and the channels of deep-conv, 4; of transformer the
-    width of its vectors, 64, and of its hidden layers, 4 times that."""
+    width of its vectors, 64, and of its hidden layers, 4 times that; neurons of slabs' layers, 256 256."""
     vocabulary: Annotated[int, Least(0)] = 0
     """Of rnn, gru, lstm and transformer: samples are tokens 0 to VOCABULARY - 1, each of which has a vector, of the
     first width; if not given those of a text or of a generated task that has tokens."""
     blocks: tuple[int, ...] = ()
     """Residual blocks of each of resnet's sections, 3 if not given; of transformer, each of attention and two dense
     layers, 2."""
+    domains: tuple[int, ...] = ()
+    """Domains that each layer of slabs is cut into along its neurons, 4 if not given; two numbers: rows and columns of
+    tiles, of images whose hidden layers are square fields of neurons."""
+    halo: Annotated[int, Least(-1)] = -1
+    """Neurons of each neighbouring domain that one of slabs sees; -1: an eighth of a domain, of flat images a row."""
     heads: Annotated[int, Least(0)] = 0
     """Heads of each attention layer of transformer; 0: 4."""
     depth: Annotated[int, Least(1)] = 32
@@ -106,7 +112,7 @@ class NetworkSettings:
     @property
     def shape(self) -> dict[str, Any]:
         """What says the layers of the network called `model`."""
-        names = ("widths", "layers", "blocks", "batch_norm", "scale", "vocabulary", "heads", *DEEP)
+        names = ("widths", "layers", "blocks", "batch_norm", "scale", "vocabulary", "heads", "domains", "halo", *DEEP)
         return {name: getattr(self, name) for name in names}
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from psmpi.errors import LayersError, UserError
 from psmpi.nn.layers import ACTIVATIONS, LAYERS
 from psmpi.nn.network import Network, build
+from psmpi.nn.slabs import slabs
 from psmpi.nn.transformer import transformer
 from psmpi.registry import WHOLE
 
@@ -159,7 +160,8 @@ def _of_sequences(
 
 SEQUENCES = ("rnn", "gru", "lstm", "transformer")
 MODELS = (
-    "psnet", "psnet-24", "psnet-35", "lenet", "mlp", "head", "resnet", "deep", "deep-conv", *SEQUENCES, "custom",
+    "psnet", "psnet-24", "psnet-35", "lenet", "mlp", "head", "resnet", "deep", "deep-conv", *SEQUENCES, "slabs",
+    "custom",
 )  # fmt: skip
 DEEP = {"depth": 32, "final_time": 1.0, "activation": "tanh"}
 
@@ -176,6 +178,8 @@ def make_network(
     scale: float = 0.0,
     vocabulary: int = 0,
     heads: int = 0,
+    domains: Sequence[int] = (),
+    halo: int = -1,
     by_step: bool = False,
     **deep: Any,
 ) -> Network:
@@ -189,8 +193,9 @@ def make_network(
     (32) residual layers of one of `widths` (16), the steps of a march to `final_time` (1), with `activation` (tanh),
     and `deep-conv` such convolutions (4 channels); `rnn`, `gru` and `lstm` have recurrent layers of `widths` units (128
     and 128), for sequences (features, steps), before them vectors of tokens with a `vocabulary`; `transformer`, for
-    such sequences too, see psmpi.nn.transformer; `custom` is described layer by layer in `layers` (see
-    psmpi.nn.network.build). by_step: whether there are scores at each step of sequences. With `batch_norm` the other
+    such sequences too, see psmpi.nn.transformer; `slabs` has hidden layers of `widths` neurons, cut into `domains` with
+    a `halo`, see psmpi.nn.slabs; `custom` is described layer by layer in `layers` (see psmpi.nn.network.build).
+    by_step: whether there are scores at each step of sequences. With `batch_norm` the other
     ones have batch normalization instead of biases. UserError where the name or the shape is not known.
     """
     if batch_norm and name in SEQUENCES:
@@ -199,6 +204,9 @@ def make_network(
         )
     if heads and name != "transformer":
         raise UserError(f"--heads are of --model transformer, and the model here is {name}: leave the option out")
+    for word, given in (("domains", domains), ("halo", halo >= 0)):
+        if given and name != "slabs":
+            raise UserError(f"--{word} is of --model slabs, and the model here is {name}: leave the option out")
     if vocabulary and name not in SEQUENCES:
         raise UserError(
             f"--vocabulary is of --model {', '.join(SEQUENCES)}, and the model here is {name}: leave it out, or begin "
@@ -246,10 +254,13 @@ def make_network(
             f"--model {name} has scores of samples, and here each step of a sequence has a target: use --model "
             f"{', '.join(SEQUENCES)}, or custom"
         )
-    if len(in_shape) == 2 and name not in ("mlp", "head", "deep"):
+    if len(in_shape) == 2 and name not in ("mlp", "head", "deep", "slabs"):
         raise UserError(
             f"--model {name} is not made for sequences {in_shape}: use --model {', '.join(SEQUENCES)}, or mlp"
         )
+    if name == "slabs":
+        tables = slabs(widths, domains, halo, classes, in_shape)
+        return build(name, in_shape, _normalized(tables) if batch_norm else tables, classes)
     made = _built_in(name, in_shape, classes, widths, blocks, batch_norm)
     if name == "deep" or (name == "deep-conv" and len(in_shape) == 3):
         made = _make_deep(name, in_shape, classes, widths, batch_norm, {**DEEP, **deep})

@@ -17,6 +17,7 @@ from psmpi.comm.transfers import (
     Deal,
     Exchange,
     Gather,
+    Halo,
     Neighbours,
     Overlapping,
     RowExchange,
@@ -193,6 +194,20 @@ def neighbours(world, counter, rng, dtype):
     return Case(made, on(world, ranks, owns), on(world, ranks, users), ((-1, n), (-1, n)), whole=True, pairs=True)
 
 
+def halo(world, counter, rng, dtype):
+    """Units on ranks, some of which may have none, and what each uses."""
+    ranks, b, units = ranks_of(world, rng), int(rng.integers(1, 4)), int(rng.integers(1, 20))
+    owners = rng.integers(0, len(ranks), units)
+    if rng.integers(2):
+        owners.sort()
+    needs = [np.flatnonzero(rng.random(units) < rng.choice([0.0, 0.4, 1.0])) for _ in ranks]
+    made = Halo(Group(world, ranks, counter), owners, needs, dtype)
+    held = [np.flatnonzero(owners == k) for k in range(len(ranks))]
+    users, owns = ([(of[:, None] * b + np.arange(b)).reshape(-1) for of in x] for x in (needs, held))
+    shapes = (-1, b), (-1, b)
+    return Case(made, on(world, ranks, owns), on(world, ranks, users), shapes, Step(b), whole=True, pairs=True)
+
+
 def matrices(layout, values):
     """A flat vector's parameters by name, (units, weights of a unit) each."""
     found = {p.name: np.zeros((p.units, p.unit_size), int) for p in layout.parameters}
@@ -232,7 +247,7 @@ def subnets(world, counter, rng, dtype):
 
 TRANSFERS = {
     "spread": spread, "deal": deal, "sum": total, "exchange": exchange, "rows": row_exchange, "slices": slices,
-    "boundary": boundary, "gather": gather, "neighbours": neighbours, "subnets": subnets,
+    "boundary": boundary, "gather": gather, "neighbours": neighbours, "halo": halo, "subnets": subnets,
 }  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from psmpi.comm.transfers import Gather, Neighbours, Step, Sum, Transfer, totals
 from psmpi.layout import Runs
 from psmpi.testing import run_ranks
 
-ALL = {"spread", "deal", "sum", "exchange", "rows", "slices", "boundary", "gather", "neighbours", "subnets"}
+ALL = {"spread", "deal", "sum", "exchange", "rows", "slices", "boundary", "gather", "neighbours", "halo", "subnets"}
 
 
 # Processes wait in either way.

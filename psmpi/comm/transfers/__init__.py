@@ -8,6 +8,7 @@ from psmpi.comm.transfers.boundary import Boundary
 from psmpi.comm.transfers.deal import Deal
 from psmpi.comm.transfers.exchange import Exchange
 from psmpi.comm.transfers.gather import Gather
+from psmpi.comm.transfers.halo import Halo
 from psmpi.comm.transfers.neighbours import Neighbours
 from psmpi.comm.transfers.rows import RowExchange
 from psmpi.comm.transfers.slices import Slices
@@ -20,6 +21,7 @@ __all__ = [
     "Deal",
     "Exchange",
     "Gather",
+    "Halo",
     "Handle",
     "Message",
     "Neighbours",

@@ -1,0 +1,148 @@
+"""Between the parts of a graph: units that ranks have, to the others that use them, row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from psmpi.backend import NumpyOps
+from psmpi.comm.group import Group
+from psmpi.comm.transfers.base import TAGS, Handle, Message, Overlapping, Step, turned
+
+
+class Halo(Overlapping):
+    """src (own units, b) to dst (needed units, b) on each rank, units increasing: a unit goes once to each other rank.
+
+    owners: (units,) the rank of the group that has each unit; needs: for each rank of the group the units that it uses,
+    increasing, its own ones among them. Backward adds up what all users have of a unit. Rows that lie side by side are
+    sent from where they are, and received where they belong; others are packed.
+    """
+
+    def __init__(
+        self,
+        group: Group,
+        owners: np.ndarray,
+        needs: Sequence[np.ndarray],
+        dtype: np.dtype,
+        ops: NumpyOps | None = None,
+    ):
+        self.group, self.dtype, self.ops = group, np.dtype(dtype), ops or NumpyOps()
+        # Rows that go from one rank to another, of all ranks.
+        self.counts: dict[tuple[int, int], int] = {}
+        self.out: list[Rows] = []
+        self.coming: list[Rows] = []
+        self.free: list[Any] = []
+        own = np.flatnonzero(owners == group.rank)
+        mine = here = np.empty(0, np.int64)
+        for user, units in enumerate(needs):
+            sources = owners[units]
+            for source in np.unique(sources).tolist():
+                at = np.flatnonzero(sources == source)
+                if source != user:
+                    self.counts[source, user] = len(at)
+                if user == group.rank == source:
+                    mine, here = np.searchsorted(own, units[at]), at
+                elif source == group.rank:
+                    self.out.append(Rows(user, np.searchsorted(own, units[at]), self.ops))
+                elif user == group.rank:
+                    self.coming.append(Rows(source, at, self.ops))
+        # What stays on this rank.
+        self.kept, self.back = self.ops.row_copies(mine, here), self.ops.row_copies(here, mine)
+
+    def begin(self, src: Any, dst: Any, number: int = 0) -> Handle:
+        group, tag, b = self.group, number % TAGS, dst.shape[-1]
+        room, at = self._room(b), 0
+        requests, come = [], []
+        for rows in self.coming:
+            into, at = rows.place(dst, room, at)
+            requests.append(group.irecv(into, rows.rank, tag))
+            come.append(into)
+        for rows in self.out:
+            values, at = rows.place(src, room, at)
+            rows.pack(src, values)
+            requests.append(group.isend(values, rows.rank, tag))
+        self.kept.copy(src, dst)
+
+        def arrive() -> None:
+            for rows, values in zip(self.coming, come, strict=True):
+                group.bridge.arrived(values)
+                rows.unpack(values, dst)
+            self.free.append(room)
+
+        return Handle(requests, arrive)
+
+    def begin_back(self, dst: Any, src: Any, number: int = 0) -> Handle:
+        group, tag, b = self.group, number % TAGS, dst.shape[-1]
+        room, at = self._room(b), 0
+        requests, come = [], []
+        for rows in self.out:
+            # What comes is added: it has a place of its own.
+            values = room[at : at + rows.count * b].reshape(rows.count, b)
+            at += values.size
+            requests.append(group.irecv(values, rows.rank, tag))
+            come.append(values)
+        for rows in self.coming:
+            values, at = rows.place(dst, room, at)
+            rows.pack(dst, values)
+            requests.append(group.isend(values, rows.rank, tag))
+        src.fill(0)
+        self.back.copy(dst, src)
+
+        def arrive() -> None:
+            for rows, values in zip(self.out, come, strict=True):
+                group.bridge.arrived(values)
+                rows.add(values, src)
+            self.free.append(room)
+
+        return Handle(requests, arrive)
+
+    def _room(self, b: int) -> Any:
+        """Room for all rows that come and go."""
+        size = b * sum(rows.count for rows in (*self.out, *self.coming))
+        room = self.free.pop() if self.free else None
+        return self.ops.empty(size, self.dtype) if room is None or room.size < size else room
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the rooms that no transfer uses now."""
+        return sum(int(room.nbytes) for room in self.free)
+
+    def messages(self, step: Step, back: bool = False) -> list[Message]:
+        ranks, nbytes = self.group.ranks, step.batch * self.dtype.itemsize
+        found = [(ranks[a], ranks[b], count * nbytes) for (a, b), count in self.counts.items()]
+        return turned(found) if back else found
+
+
+class Rows:
+    """Rows of an array that come from, or go to, another rank."""
+
+    def __init__(self, rank: int, at: np.ndarray, ops: NumpyOps):
+        self.rank, self.count = rank, len(at)
+        # Rows side by side need no packing.
+        self.slice = slice(int(at[0]), int(at[-1]) + 1) if at[-1] - at[0] + 1 == len(at) else None
+        order = np.arange(len(at))
+        self.packed, self.spread = ops.row_copies(at, order), ops.row_copies(order, at)
+
+    def place(self, array: Any, room: Any, at: int) -> tuple[Any, int]:
+        """The rows in the array, or a place for them in `room` from `at` on; and where the next ones begin there."""
+        if self.slice is not None:
+            return array[self.slice], at
+        b = array.shape[-1]
+        behind = at + self.count * b
+        return room[at:behind].reshape(self.count, b), behind
+
+    def pack(self, array: Any, values: Any) -> None:
+        """Bring the rows together in `values`, their place."""
+        if self.slice is None:
+            self.packed.copy(array, values)
+
+    def unpack(self, values: Any, array: Any) -> None:
+        """Bring what has come to the array's rows."""
+        if self.slice is None:
+            self.spread.copy(values, array)
+
+    def add(self, values: Any, array: Any) -> None:
+        """Add what has come to the array's rows."""
+        self.spread.add(values, array)
