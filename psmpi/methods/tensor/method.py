@@ -13,7 +13,6 @@ from math import prod
 
 import numpy as np
 
-from psmpi.backend import NumpyOps
 from psmpi.comm.bridge import Bridge
 from psmpi.comm.transfers import Message, Spread, Step, Sum
 from psmpi.config import Config
@@ -25,11 +24,10 @@ from psmpi.methods.tensor.need import tensor_needed
 from psmpi.methods.tensor.settings import Settings, check_tensor, plan_of, tensor_notes
 from psmpi.nn.layers.chain import Tape, leaves
 from psmpi.nn.layers.workspace import WHOLE, Workspace
-from psmpi.nn.metric import ScorePart
 from psmpi.nn.model import Model
-from psmpi.nn.objective import GRADIENT_LIMIT, Objective
-from psmpi.training.class_sums import ClassSums
+from psmpi.nn.objective import GRADIENT_LIMIT
 from psmpi.training.context import Context
+from psmpi.training.dealt_scores import DealtScores
 from psmpi.training.descent import Descent
 from psmpi.training.method import Exactness, Method
 from psmpi.training.spans import check_tokens, make_span
@@ -84,6 +82,8 @@ class TensorParallel(Method):
             total=over_samples.allreduce if over_samples.size > 1 else None,
             across=self.units_by_host.allreduce if len(units) > 1 else None,
         )  # fmt: skip
+        counts = plan.scores.counts if plan.scores.axes else None
+        self.scores = DealtScores(context, self.model, self.units, self.units_by_host, counts, self.world)
         self.descent = Descent(context, shard, allsum=self._over_tiles, world=self.world, layout=own)
         # Behind tiles of weights, what ranks with other samples have too; from `whole` on, what all ranks have.
         tiles, whole = starts_of_vectors(plan, own)
@@ -96,9 +96,10 @@ class TensorParallel(Method):
         dataset = context.dataset
         self.train = Resident(dataset.train, np.arange(dataset.train.n), self.dtype, ops)
         self.tests = Resident(dataset.test, np.arange(dataset.test.n), self.dtype, ops)
+        self.account.hold("samples", self.train, self.tests)
+        self.scores.account(self.account)
         check_tokens(network, self.train, "training")
         check_tokens(network, self.tests, "test")
-        self._prepare_losses()
         self.capacity, self.span = 0, WHOLE
         self.batches = network.evaluation_batches(dataset.test.n)
         most = max(context.config.data.batch_size, *(at.stop - at.start for at in self.batches))
@@ -136,36 +137,13 @@ class TensorParallel(Method):
         if self.weights is not None:
             self.account.hold("buffers", self.weights)
 
-    def _prepare_losses(self) -> None:
-        """The objective and the metric, of the scores that this rank has."""
-        context, cut, place = self.context, self.plan.scores, self.at
-        first, behind = cut.piece(place)
-        self.loss, self.metric = context.loss(), context.metric()
-        # Of scores that all ranks have, one counts.
-        self.counts = bool(cut.axes) or self.units.rank == 0
-        self.outputs, several = slice(first, behind), bool(cut.axes) and self.units.size > 1
-        # Sums are made where the loss is computed.
-        host = self.loss.fused(self.ops) is None
-        row, ops = (self.units_by_host, NumpyOps()) if host else (self.units, self.ops)
-        self.others = ClassSums(row, self.loss, cut.counts, self.dtype, ops) if several else None
-        self.objective = Objective(self.loss, self.model, self.others)
-        self.objective.first = first
-        context.numbers.watch(self.objective, self.units)
-        self.part = None
-        if several:
-            sums = ClassSums(self.units_by_host, self.metric.loss, cut.counts, self.dtype, NumpyOps())
-            numbers = np.arange(self.dataset.outputs) - first
-            self.part = ScorePart(np.arange(first, behind), numbers, sums, self.units.rank == 0)
-        self.account.hold("samples", self.train, self.tests)
-        self.account.hold("buffers", self.objective, *([self.others] if self.others is not None else []))
-
     def _reserve(self, batch: int) -> None:
         """Make room for shares of minibatches of up to `batch` samples."""
         if batch > self.capacity:
             self.capacity = batch
             self.x = self.ops.empty(self.dataset.train.features * batch, self.dtype)
             self.model.reserve(batch)
-            self.objective.reserve(self.outputs.stop - self.outputs.start, max(1, self.model.steps) * batch)
+            self.scores.reserve(batch)
 
     def _over_tiles(self, values: np.ndarray) -> np.ndarray:
         """Sums over all weights of squares of gradients, from each rank's, to which copies are not to add."""
@@ -189,29 +167,16 @@ class TensorParallel(Method):
 
     def _gradient(self, ids: np.ndarray, scale: float) -> float:
         """Fill g with the gradient of the minibatch's loss; returns this rank's share of the loss."""
-        objective, scores = self.objective, self._forward(self.train, ids)
-        objective.ids = ids
-        objective.bring(self._targets(self.train, ids))
-        objective.losses(scores.scores, objective.targets(len(ids)), scale)
-        if not self.loss.immediate and self.world.size > 1:
-            self._level()
-        derivatives = objective.derivatives(scores.scores)
-        self.model.backward(scores, derivatives.reshape(scores.scores.shape))
+        tape = self._forward(self.train, ids)
+        self.model.backward(tape, self.scores.derivatives(tape, self.train, ids, scale))
         if self.weights is not None:
             self.weights.finish()
         if self.shared is not None:
             vectors = self.g[self.vectors]
             self.shared.backward(vectors, vectors)
             self.shared.forward(vectors, vectors)
-        self.ops.unscale(self.g, objective.report.array, GRADIENT_LIMIT[self.dtype])
-        return objective.value() * self.counts
-
-    def _level(self) -> None:
-        """Let all ranks take the same power of two out of derivatives that are very large: products are of several."""
-        report = self.objective.report
-        self.objective.value()
-        self.world.agree(report.host[3:4])
-        report.push()
+        self.ops.unscale(self.g, self.scores.objective.report.array, GRADIENT_LIMIT[self.dtype])
+        return self.scores.value()
 
     def _forward(self, samples: Resident, ids: np.ndarray) -> Tape:
         """A pass of this rank's share of a minibatch."""
@@ -226,25 +191,15 @@ class TensorParallel(Method):
             self.weights.begin()
         return self.model.forward(whole[at : at + size], None, self.span)
 
-    def _targets(self, samples: Resident, ids: np.ndarray) -> np.ndarray:
-        """Values of this rank's outputs; labels as it numbers classes, those of steps as they are."""
-        targets = samples.targets(ids)
-        if self.dataset.task != "classes":
-            return np.ascontiguousarray(targets[self.outputs])
-        return targets if targets.ndim == 2 else targets - self.outputs.start
-
     def test(self) -> dict[str, float]:
-        totals = self.metric.zeros()
+        totals = self.scores.metric.zeros()
         with self.counter.paused():
             for at in self.batches:
                 ids, mine = self._share(np.arange(at.start, at.stop))
                 scores = self.ops.host(self._forward(self.tests, ids).scores)
-                targets = self.tests.targets(ids)
-                if self.dataset.task != "classes":
-                    targets = targets[self.outputs]
-                if mine and self.counts:
-                    totals += self.metric.sums(scores, targets, self.part)
-        return self.metric.scores(self.world.agree(totals))
+                if mine:
+                    self.scores.add_sums(totals, scores, self.tests, ids)
+        return self.scores.metric.scores(self.world.agree(totals))
 
     def messages(self, step: int, batch: int) -> list[Message] | None:
         """Those of this rank's groups; None where the steps that count are not known before."""
@@ -263,8 +218,7 @@ class TensorParallel(Method):
                 found += Sum(self.units, numbers * share * prod(layer.in_shape[1:]), wide).messages(Step(), back=True)
             for numbers in layer.rank_sums if self.samples.size > 1 else ():
                 found += Sum(self.samples, numbers, wide).messages(Step(), back=True)
-        if self.others is not None:
-            found += self.others.messages(Step(share * (int(train.counts[0]) if train.by_step else 1)))
+        found += self.scores.messages(share * (int(train.counts[0]) if train.by_step else 1))
         if self.shared is not None:
             found += self.shared.messages(Step(), back=True) + self.shared.messages(Step())
         return found
@@ -274,7 +228,7 @@ class TensorParallel(Method):
         return f"tile {', '.join(str(at) for at in self.at.values())} of {grid.text}", "all", self.w.size
 
     def events(self) -> dict[str, int]:
-        return {"psl_terms_past_exp_clip": self.loss.clipped}
+        return {"psl_terms_past_exp_clip": self.scores.loss.clipped}
 
 
 def find_places(boxes: Sequence[Box], layout: Layout, shard: Runs) -> Places:

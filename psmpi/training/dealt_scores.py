@@ -1,0 +1,102 @@
+"""The loss and the metric on ranks that have some of the scores each, or all of them alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from psmpi.backend import NumpyOps
+from psmpi.comm.group import Group
+from psmpi.comm.transfers import Message, Step
+from psmpi.data import Resident
+from psmpi.nn.layers.chain import Tape
+from psmpi.nn.metric import ScorePart
+from psmpi.nn.model import Model
+from psmpi.nn.objective import Objective
+from psmpi.training.account import Account
+from psmpi.training.class_sums import ClassSums
+from psmpi.training.context import Context
+
+
+class DealtScores:
+    """The loss of the scores that `model` computes on this rank, and the sums of the metric.
+
+    row: the ranks that have the scores of a sample, in their order; host: the same, for sums in host memory. counts:
+    the scores of each of them; None: each has all, and the first one's count. world: all ranks, which take the same
+    power of two out of very large derivatives, as products are of several; None where none are.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        model: Model,
+        row: Group,
+        host: Group,
+        counts: Sequence[int] | None,
+        world: Group | None = None,
+    ):
+        self.dataset, self.model, self.world = context.dataset, model, world
+        self.loss, self.metric = context.loss(), context.metric()
+        first = sum(counts[: row.rank]) if counts is not None else 0
+        self.outputs = slice(first, first + model.network.classes)
+        self.counts = counts is not None or row.rank == 0
+        self.others: ClassSums | None = None
+        self.part: ScorePart | None = None
+        if counts is not None and row.size > 1:
+            # Sums are made where the loss is computed.
+            by_host = self.loss.fused(context.ops) is None
+            sums = (host, NumpyOps()) if by_host else (row, context.ops)
+            self.others = ClassSums(sums[0], self.loss, counts, context.dtype, sums[1])
+            tests = ClassSums(host, self.metric.loss, counts, context.dtype, NumpyOps())
+            numbers = np.arange(self.dataset.outputs) - first
+            own = np.arange(self.outputs.start, self.outputs.stop)
+            self.part = ScorePart(own, numbers, tests, row.rank == 0)
+        self.objective = Objective(self.loss, model, self.others)
+        self.objective.first = first
+        context.numbers.watch(self.objective, row)
+
+    def account(self, account: Account) -> None:
+        """Declare the memory."""
+        account.hold("buffers", self.objective, *([self.others] if self.others is not None else []))
+
+    def reserve(self, batch: int) -> None:
+        """Make room for minibatches of up to `batch` samples."""
+        self.objective.reserve(self.outputs.stop - self.outputs.start, max(1, self.model.steps) * batch)
+
+    def derivatives(self, tape: Tape, samples: Resident, ids: np.ndarray, scale: float) -> Any:
+        """The derivatives of the scaled sum of the losses of the samples `ids`, of the shape of the scores."""
+        objective, scores = self.objective, tape.scores
+        objective.ids = ids
+        objective.bring(self._targets(samples, ids))
+        objective.losses(scores, objective.targets(len(ids)), scale)
+        if not self.loss.immediate and self.world is not None and self.world.size > 1:
+            report = objective.report
+            objective.value()
+            self.world.agree(report.host[3:4])
+            report.push()
+        return objective.derivatives(scores).reshape(scores.shape)
+
+    def value(self) -> float:
+        """This rank's share of the last minibatch's scaled loss."""
+        return self.objective.value() * self.counts
+
+    def _targets(self, samples: Resident, ids: np.ndarray) -> np.ndarray:
+        """Values of this rank's outputs; labels as it numbers classes, those of steps as they are."""
+        targets = samples.targets(ids)
+        if self.dataset.task != "classes":
+            return np.ascontiguousarray(targets[self.outputs])
+        return targets if targets.ndim == 2 else targets - self.outputs.start
+
+    def add_sums(self, totals: np.ndarray, scores: np.ndarray, samples: Resident, ids: np.ndarray) -> None:
+        """Add this rank's share of the metric's sums over the samples `ids`; scores: in host memory."""
+        targets = samples.targets(ids)
+        if self.dataset.task != "classes":
+            targets = targets[self.outputs]
+        if self.counts:
+            totals += self.metric.sums(scores, targets, self.part)
+
+    def messages(self, samples: int) -> list[Message]:
+        """The messages of the loss of so many samples, or steps of samples."""
+        return self.others.messages(Step(samples)) if self.others is not None else []
