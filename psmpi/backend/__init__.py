@@ -5,18 +5,30 @@ from __future__ import annotations
 from psmpi.backend import compiled, gpu
 from psmpi.backend.compiled import CompiledOps
 from psmpi.backend.gpu import CupyOps
-from psmpi.backend.reference import CELLS, Convolution, Mirror, NumpyOps, Recurrence, RunCopies, Stripes
+from psmpi.backend.reference import (
+    CELLS,
+    CompressedSamples,
+    Convolution,
+    Mirror,
+    NumpyOps,
+    Recurrence,
+    RunCopies,
+    Samples,
+    Stripes,
+)
 from psmpi.errors import UserError
 
 __all__ = [
     "CELLS",
     "CompiledOps",
+    "CompressedSamples",
     "Convolution",
     "CupyOps",
     "Mirror",
     "NumpyOps",
     "Recurrence",
     "RunCopies",
+    "Samples",
     "Stripes",
     "make_backend",
 ]

@@ -3,13 +3,14 @@
 from psmpi.backend.reference.arrays import CHUNK
 from psmpi.backend.reference.convolution import Convolution, Im2col, Stripes
 from psmpi.backend.reference.losses import exponent_of
-from psmpi.backend.reference.moves import Mirror, RunCopies, Samples
+from psmpi.backend.reference.moves import CompressedSamples, Mirror, RunCopies, Samples
 from psmpi.backend.reference.ops import NumpyOps
 from psmpi.backend.reference.recurrence import CELLS, Recurrence
 
 __all__ = [
     "CELLS",
     "CHUNK",
+    "CompressedSamples",
     "Convolution",
     "Im2col",
     "Mirror",
