@@ -33,6 +33,7 @@ BUILTIN = {
     "layer_parallel": "psmpi.methods.layer_parallel.method:LayerParallel",
     "next": "psmpi.methods.next.method:InNetwork",
     "sil": "psmpi.methods.sil.method:SyntheticLabels",
+    "spann": "psmpi.methods.spann.method:SpatialDomains",
     "tensor": "psmpi.methods.tensor.method:TensorParallel",
     "wavefront": "psmpi.methods.wavefront.method:Wavefront",
 }

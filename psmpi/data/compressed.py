@@ -80,6 +80,13 @@ class Compressed:
             done = behind
         return Compressed(starts, columns, values, self.features)
 
+    def some(self, features: npt.NDArray[np.int64]) -> Compressed:
+        """The same rows with some of their columns, (k,) increasing, which are numbered from 0."""
+        there = np.isin(self.columns, features)
+        ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(there)])[self.starts]
+        columns = np.searchsorted(features, self.columns[there]).astype(np.int32)
+        return Compressed(ends, columns, self.values[there], len(features))
+
     def dense(self) -> npt.NDArray[Any]:
         """All rows as a new array (n, features)."""
         out = np.zeros((self.n, self.features), self.dtype)

@@ -19,13 +19,21 @@ class Resident:
 
     rows: (k,) integers, strictly increasing, in 0..split.n-1. dtype: float32 or float64, what `fetch` fills. ops: where
     the samples are kept. Sparse samples stay compressed rows, values of `dtype`, of which `fetch` makes dense ones;
-    `compressed` has those of `rows`, and is None for dense samples.
+    `compressed` has those of `rows`, and is None for dense samples. features: (k,) integers, strictly increasing; of
+    the values of each sample these alone are kept and fetched; None: all.
 
     Raises ValueError for rows that do not increase or another dtype, IndexError for rows out of range and
     UserError where the samples cannot be read.
     """
 
-    def __init__(self, split: Split, rows: npt.ArrayLike, dtype: npt.DTypeLike, ops: NumpyOps | None = None) -> None:
+    def __init__(
+        self,
+        split: Split,
+        rows: npt.ArrayLike,
+        dtype: npt.DTypeLike,
+        ops: NumpyOps | None = None,
+        features: npt.NDArray[np.int64] | None = None,
+    ) -> None:
         self._dtype = np.dtype(dtype)
         if self._dtype not in (np.dtype(np.float32), np.dtype(np.float64)):
             raise ValueError(f"the dtype has to be float32 or float64, not {self._dtype}")
@@ -33,7 +41,7 @@ class Resident:
         if np.any(self._rows[1:] <= self._rows[:-1]):
             raise ValueError("the rows of a Resident have to increase strictly")
         self._targets, self._lengths = split.targets, split.lengths
-        self._features = split.features
+        self._features = split.features if features is None else len(features)
         self.tokens = split.tokens
         # The largest token, of samples that are such: see psmpi.data.sequences.
         self.largest = -1
@@ -42,11 +50,13 @@ class Resident:
         self.compressed: Compressed | None = None
         self._samples: Samples | CompressedSamples
         if taken is not None:
+            if features is not None:
+                taken = taken.some(features)
             self.compressed = kept = taken.astype(self._dtype)
             self._check_entries(split, taken, kept)
             self._samples = ops.compressed_samples(kept.starts, kept.columns, kept.values, kept.features)
             return
-        values = split.read(self._rows)
+        values = split.read(self._rows) if features is None else _some(split, self._rows, features)
         if split.lengths is not None:
             # What lies behind a sequence's end may be anything, and is nothing.
             steps = values.reshape(len(values), *split.shape)
@@ -157,3 +167,11 @@ class Resident:
             if not held.all():
                 raise ValueError(f"{np.count_nonzero(~held)} ids are not resident, the first being {wanted[~held][0]}")
         return at
+
+
+def _some(split: Split, rows: npt.NDArray[np.int64], features: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+    """Some values of the samples `rows`, (rows, features), read in one pass."""
+    found = np.empty((len(rows), len(features)), split.dtype)
+    for i, values in split.pieces(rows):
+        found[i : i + len(values)] = values[:, features]
+    return found

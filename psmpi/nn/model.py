@@ -185,7 +185,7 @@ class Model:
     def buffer_bytes(self) -> int:
         """Bytes of all else that it holds: what parts keep, the outputs' gradients and what else layers share."""
         arrays = [array for part in self.parts for array in part.arrays()]
-        kept = room_bytes(self.room)[1] + sum(a.nbytes for a in arrays)
+        kept = room_bytes(self.room)[1] + sum(int(a.nbytes) for a in arrays)
         return kept + (0 if self.shared else self.space.nbytes) + (self.more[0].nbytes if self.more else 0)
 
     def forward(self, x: np.ndarray, room: Room | None = None, span: Span = WHOLE) -> Tape:

@@ -17,7 +17,7 @@ from psmpi.backend.compiled.losses import CompiledLosses
 from psmpi.backend.compiled.recurrence import CompiledRecurrence
 from psmpi.backend.compiled.team import Team
 from psmpi.backend.reference.convolution import Convolution, Stripes
-from psmpi.backend.reference.moves import CompressedSamples, RunCopies
+from psmpi.backend.reference.moves import CompressedSamples, RowCopies, RowRuns, RunCopies
 from psmpi.backend.reference.ops import NumpyOps
 from psmpi.backend.reference.recurrence import Recurrence
 
@@ -116,6 +116,9 @@ class CompiledOps(CompiledAttention, CompiledLosses, NumpyOps):
         self, starts: np.ndarray, columns: np.ndarray, values: np.ndarray, features: int
     ) -> CompressedSamples:
         return CompiledCompressedSamples(starts, columns, values, features, self.instructions)
+
+    def row_copies(self, source: np.ndarray, target: np.ndarray) -> RowCopies:
+        return RowRuns(source, target, self.run_copies)
 
     def fold(self, w: np.ndarray, pool: int, out: np.ndarray) -> None:
         count, rows, n_in, k, _ = w.shape

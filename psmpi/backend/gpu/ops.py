@@ -16,7 +16,7 @@ from psmpi.backend.gpu.products import DeviceProducts
 from psmpi.backend.gpu.recording import Recording
 from psmpi.backend.gpu.tiles import DeviceTiles
 from psmpi.backend.gpu.vectors import DeviceVectors
-from psmpi.backend.reference.moves import CompressedSamples, RunCopies, Samples
+from psmpi.backend.reference.moves import CompressedSamples, RowCopies, RowRuns, RunCopies, Samples
 from psmpi.backend.reference.ops import NumpyOps
 from psmpi.errors import UserError
 
@@ -72,3 +72,6 @@ class CupyOps(DeviceProducts, DeviceLosses, DeviceTiles, DeviceVectors, DeviceSt
 
     def run_copies(self, table: np.ndarray) -> RunCopies:
         return DeviceRunCopies(table, self)
+
+    def row_copies(self, source: np.ndarray, target: np.ndarray) -> RowCopies:
+        return RowRuns(source, target, self.run_copies)

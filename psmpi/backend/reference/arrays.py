@@ -139,4 +139,4 @@ class Arrays:
 
     def row_copies(self, source: np.ndarray, target: np.ndarray) -> RowCopies:
         """Copies of rows, source and target (k,) row numbers, to be made again and again."""
-        return RowCopies(source, target, self.run_copies)
+        return RowCopies(source, target)

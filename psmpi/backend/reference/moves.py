@@ -36,9 +36,27 @@ class RunCopies:
 class RowCopies:
     """Rows of arrays (rows, b) that are copied into others, or added, again and again, for any b.
 
-    source, target: (k,) row numbers; source rows may repeat, and in `add` target rows too. make: of the backend, see
-    `Arrays.run_copies`.
+    source, target: (k,) row numbers; source rows may repeat, and in `add` target rows too.
     """
+
+    def __init__(self, source: np.ndarray, target: np.ndarray):
+        self.source, self.target = (np.asarray(rows, np.int64) for rows in (source, target))
+
+    def copy(self, values: np.ndarray, out: np.ndarray) -> None:
+        """out[target[k]] = values[source[k]] of each k."""
+        out[self.target] = values[self.source]
+
+    def add(self, values: np.ndarray, out: np.ndarray) -> None:
+        """out[target[k]] += values[source[k]] of each k."""
+        np.add.at(out, self.target, values[self.source])
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.source.nbytes + self.target.nbytes)
+
+
+class RowRuns(RowCopies):
+    """Rows that are copied or added by runs of a backend; make: see `Arrays.run_copies`."""
 
     def __init__(self, source: np.ndarray, target: np.ndarray, make: Callable[[np.ndarray], RunCopies]):
         source, target = (np.asarray(rows, np.int64) for rows in (source, target))
@@ -48,11 +66,9 @@ class RowCopies:
         self.by_width: dict[int, RunCopies] = {}
 
     def copy(self, values: np.ndarray, out: np.ndarray) -> None:
-        """out[target[k]] = values[source[k]] of each k."""
         self._of(out).copy(values, out)
 
     def add(self, values: np.ndarray, out: np.ndarray) -> None:
-        """out[target[k]] += values[source[k]] of each k."""
         self._of(out).add(values, out)
 
     def _of(self, out: np.ndarray) -> RunCopies:
@@ -60,6 +76,10 @@ class RowCopies:
         if width not in self.by_width:
             self.by_width[width] = self.make(self.runs * width)
         return self.by_width[width]
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.runs.nbytes) + sum(made.nbytes for made in self.by_width.values())
 
 
 class Mirror:

@@ -320,8 +320,8 @@ class Part:
         """The fixed statistics by name, (units,) each: means, and variances, to which EPS is yet to be added."""
         return {}
 
-    def arrays(self) -> list[np.ndarray]:
-        """Arrays that it holds besides weights, what passes keep, and the workspace."""
+    def arrays(self) -> list[Any]:
+        """Arrays, and objects with `nbytes`, that it holds besides weights, what passes keep, and the workspace."""
         return []
 
     def export(self, graph: Any, value: str) -> str:

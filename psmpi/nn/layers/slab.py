@@ -233,12 +233,15 @@ class SlabPart(Part):
         edges = np.flatnonzero(np.diff(there >= 0, prepend=True, append=True))
         # Rows of windows beyond the edges.
         self.beyond = [slice(int(a), int(b)) for a, b in edges.reshape(-1, 2)]
-        cells = np.searchsorted(layer.makes, layer.cells.reshape(-1))
-        order = np.arange(len(cells))
+        # Between the order of the outputs and that of domains.
+        cells = order = np.empty(0, np.int64)
+        if not layer.in_order:
+            cells = np.searchsorted(layer.makes, layer.cells.reshape(-1))
+            order = np.arange(len(cells))
         self.untile, self.tile = self.ops.row_copies(order, cells), self.ops.row_copies(cells, order)
 
-    def arrays(self) -> list[np.ndarray]:
-        return [self.none, self.nowhere]
+    def arrays(self) -> list[Any]:
+        return [self.none, self.nowhere, self.gather, self.spread, self.tile, self.untile]
 
     def views(self, vector: np.ndarray) -> Any:
         """Weights (domains, outputs, window) and biases (domains, outputs)."""

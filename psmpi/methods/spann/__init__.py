@@ -1,0 +1,1 @@
+"""Spatial domains and parts of sparse networks on ranks, with halos between them."""

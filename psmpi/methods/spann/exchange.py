@@ -1,0 +1,79 @@
+"""Layers in which ranks exchange what they have of the same samples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+
+from psmpi.comm.transfers import Halo, Sum
+from psmpi.nn.layers.base import OVER, Layer, Part, Site, Stage
+from psmpi.nn.layers.uses import Uses, grouped, stretched
+
+
+@dataclass(frozen=True)
+class Ghosts(Layer):
+    """The units that a rank needs, from those that it and others have; halo: None where nothing is computed."""
+
+    halo: Halo | None = field(default=None, compare=False, repr=False)
+
+    moves_gradient: ClassVar[bool] = True
+
+    def sources(self, uses: Uses) -> Uses:
+        return stretched(grouped(uses, self.out_shape[0]), self.in_shape[0])
+
+    def present(self, inputs: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+        return np.full(self.out_shape[0], wanted.any())
+
+    def part(self, stage: Stage, site: Site) -> Part:
+        return GhostsPart(stage, site)
+
+
+class GhostsPart(Part):
+    """x (own units, b) -> y (needed units, b)."""
+
+    layer: Ghosts
+
+    def forward(self, x: np.ndarray, y: np.ndarray | None, room: Any) -> tuple[np.ndarray, Any]:
+        assert self.layer.halo is not None and y is not None
+        self.layer.halo.forward(x, y)
+        return y, None
+
+    def backward(
+        self, x: np.ndarray, y: np.ndarray, kept: Any, dy: np.ndarray, dx: np.ndarray | None, into: Any
+    ) -> np.ndarray:
+        if dx is None:
+            return dy
+        assert self.layer.halo is not None
+        self.layer.halo.backward(dy, dx)
+        return dx
+
+
+@dataclass(frozen=True)
+class Total(Layer):
+    """Sums over ranks, which all of them have; transfer: None where nothing is computed."""
+
+    transfer: Sum | None = field(default=None, compare=False, repr=False)
+
+    place: ClassVar[str] = OVER
+
+    def part(self, stage: Stage, site: Site) -> Part:
+        return TotalPart(stage, site)
+
+
+class TotalPart(Part):
+    """Each rank's x (units, b) -> their sum; the gradient of the sum is that of each."""
+
+    layer: Total
+
+    def forward(self, x: np.ndarray, y: np.ndarray | None, room: Any) -> tuple[np.ndarray, Any]:
+        assert self.layer.transfer is not None
+        found = x if y is None else y
+        self.layer.transfer.backward(x, found)
+        return found, None
+
+    def backward(
+        self, x: np.ndarray, y: np.ndarray, kept: Any, dy: np.ndarray, dx: np.ndarray | None, into: Any
+    ) -> np.ndarray:
+        return dy

@@ -1,0 +1,50 @@
+"""The network that one rank computes with: its units of each layer, and exchanges between them."""
+
+from __future__ import annotations
+
+from math import prod
+
+import numpy as np
+
+from psmpi.backend import NumpyOps
+from psmpi.comm.group import Group
+from psmpi.comm.transfers import Halo, Sum
+from psmpi.methods.spann.exchange import Ghosts, Total
+from psmpi.methods.spann.plan import Placed, PlacedColumns, Plan
+from psmpi.nn.layers import Layer
+from psmpi.nn.network import Network
+
+
+class Transfers:
+    """The exchanges of a rank, made in the order of the layers. group: all ranks."""
+
+    def __init__(self, group: Group, dtype: np.dtype, ops: NumpyOps):
+        self.group, self.dtype, self.ops = group, dtype, ops
+        self.halos: list[Halo] = []
+        self.totals: list[Sum] = []
+
+    def halo(self, step: Placed) -> Halo:
+        """What brings the units that a layer needs."""
+        assert step.before is not None
+        self.halos.append(Halo(self.group, step.before, step.needed, self.dtype, self.ops))
+        return self.halos[-1]
+
+    def total(self, units: int) -> Sum:
+        """What adds up so many units a sample."""
+        self.totals.append(Sum(self.group, units, self.dtype, per_sample=True))
+        return self.totals[-1]
+
+
+def local_network(plan: Plan, rank: int, transfers: Transfers | None = None) -> Network:
+    """The network of a rank; without `transfers` nothing is computed with it."""
+    made: list[Layer] = []
+    for number, step in enumerate(plan.steps):
+        layer, has = step.layer, (len(step.had(rank)),)
+        if number and step.moves:
+            halo = transfers.halo(step) if transfers is not None else None
+            made.append(Ghosts(f"{layer.name}.halo", has, (len(step.needed[rank]),), halo))
+        made.append(step.local(rank))
+        if isinstance(step, PlacedColumns) and plan.size > 1:
+            total = transfers.total(prod(layer.out_shape)) if transfers is not None else None
+            made.append(Total(f"{layer.name}.total", layer.out_shape, layer.out_shape, total))
+    return Network(plan.network.name, (len(plan.inputs[rank]),), tuple(made))

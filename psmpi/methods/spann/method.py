@@ -1,0 +1,130 @@
+"""Spatial domain decomposition: ranks have domains of every layer, or parts of a sparse network, and exchange halos.
+
+Long and Gupta, "Scalable massively parallel artificial neural networks", J. Aerospace Computing, Information, and
+Communication 5(1) (2008).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from psmpi.comm.bridge import Bridge
+from psmpi.comm.transfers import Message, Step, Sum
+from psmpi.data import Batch, Resident
+from psmpi.methods.spann.local import Transfers, local_network
+from psmpi.methods.spann.need import spann_needed
+from psmpi.methods.spann.settings import Settings, check_spann, plan_of
+from psmpi.nn.layers.chain import Tape
+from psmpi.nn.model import Model
+from psmpi.nn.objective import GRADIENT_LIMIT
+from psmpi.training.context import Context
+from psmpi.training.dealt_scores import DealtScores
+from psmpi.training.descent import Descent
+from psmpi.training.method import Exactness, Method
+
+
+class SpatialDomains(Method):
+    """The method on one rank: its units of each layer, all of their weights, and all samples of a minibatch.
+
+    w, g: the weights of its units, each of which no other rank has, and their gradient.
+    """
+
+    name = "spann"
+    summary = "layers cut into domains, or a sparse network into parts, with halos between ranks"
+    settings = (Settings,)
+    skips = True
+    usual_options = ("--model", "slabs", "--loss", "nll")
+    exactness = Exactness(
+        options=("--model", "slabs", "--widths", "24", "16", "--domains", "4"),
+        wide=("--model", "slabs", "--widths", "640", "640", "--domains", "4"),
+    )
+
+    def __init__(self, context: Context):
+        network, ops, dataset = context.network, context.ops, context.dataset
+        self.plan = plan = plan_of(context.size, network, context.config)
+        super().__init__(context, plan.ownership(context.layout))
+        shard = self.shards[self.rank]
+        self.w, self.g = (ops.zeros(shard.size, self.dtype) for _ in range(2))
+        context.put_weights(shard, self.w)
+        self.world, host = context.group(), context.group(bridge=Bridge())
+        self.transfers = Transfers(self.world, self.dtype, ops)
+        self.local = local_network(plan, self.rank, self.transfers)
+        self.model = Model(
+            self.local, self.local.layout(), self.w, self.g, ops, across=host.allreduce if context.size > 1 else None
+        )
+        self.scores = DealtScores(context, self.model, self.world, host, plan.scores, self.world)
+        self.descent = Descent(context, shard, allsum=self.world.agree, world=self.world)
+        self._declare()
+        inputs = plan.inputs[self.rank]
+        features = None if len(inputs) == dataset.train.features else inputs
+        self.train, self.tests = (
+            Resident(split, np.arange(split.n), self.dtype, ops, features) for split in (dataset.train, dataset.test)
+        )
+        self.account.hold("samples", self.train, self.tests)
+        self.batches = network.evaluation_batches(dataset.test.n)
+        most = max(context.config.data.batch_size, *(at.stop - at.start for at in self.batches))
+        self.x = ops.empty(len(inputs) * most, self.dtype)
+        self.model.reserve(most)
+        self.scores.reserve(most)
+
+    check, needed = staticmethod(check_spann), staticmethod(spann_needed)
+
+    def _declare(self) -> None:
+        """Tell the state, and the account, what there is."""
+        self.state.vector("weights", self.w)
+        self.state.optimizer(self.descent.optimizer)
+        self.account.hold("gradients", self.g)
+        self.account.ask("activations", lambda: (self.x, self.model.activation_bytes))
+        self.account.ask("buffers", lambda: (self.model.buffer_bytes, *self.transfers.halos))
+        self.scores.account(self.account)
+
+    def step(self, batch: Batch, lr: float) -> None:
+        loss = self._gradient(batch.ids, 1 / self.dataset.train.count(batch.ids))
+        if self.descent.sound(loss, self.g):
+            self.loss_sum += loss * len(batch)
+            self.descent.step(self.w, self.g, lr)
+
+    def _gradient(self, ids: np.ndarray, scale: float) -> float:
+        """Fill g with the gradient of the minibatch's loss; returns this rank's share of the loss."""
+        tape = self._forward(self.train, ids)
+        self.model.backward(tape, self.scores.derivatives(tape, self.train, ids, scale))
+        self.ops.unscale(self.g, self.scores.objective.report.array, GRADIENT_LIMIT[self.dtype])
+        return self.scores.value()
+
+    def _forward(self, samples: Resident, ids: np.ndarray) -> Tape:
+        """A pass of a minibatch."""
+        x = self.x[: self.local.in_shape[0] * len(ids)].reshape(-1, len(ids))
+        samples.fetch(ids, x)
+        return self.model.forward(x)
+
+    def test(self) -> dict[str, float]:
+        totals = self.scores.metric.zeros()
+        with self.counter.paused():
+            for at in self.batches:
+                ids = np.arange(at.start, at.stop)
+                scores = self.ops.host(self._forward(self.tests, ids).scores)
+                self.scores.add_sums(totals, scores, self.tests, ids)
+        return self.scores.metric.scores(self.world.agree(totals))
+
+    def messages(self, step: int, batch: int) -> list[Message] | None:
+        """Those of all ranks in their exchanges."""
+        found: list[Message] = []
+        for halo in self.transfers.halos:
+            found += halo.messages(Step(batch)) + halo.messages(Step(batch), back=True)
+        for total in self.transfers.totals:
+            found += total.messages(Step(batch), back=True)
+        wide = np.dtype(np.float64)
+        for layer in self.local.layers if self.world.size > 1 else ():
+            for numbers in layer.unit_sums:
+                found += Sum(self.world, numbers * batch, wide).messages(Step(), back=True)
+        return found + self.scores.messages(batch)
+
+    def work(self) -> tuple[str, str, int]:
+        scores = self.plan.scores
+        if scores is None:
+            return f"part {self.rank} of {self.world.size}", "all", self.w.size
+        first = sum(scores[: self.rank])
+        return f"part {self.rank} of {self.world.size}", f"{first}-{first + scores[self.rank] - 1}", self.w.size
+
+    def events(self) -> dict[str, int]:
+        return {"psl_terms_past_exp_clip": self.scores.loss.clipped}

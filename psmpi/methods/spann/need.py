@@ -1,0 +1,36 @@
+"""The memory that ranks of the method `spann` need at least, without arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+from psmpi.config import Config
+from psmpi.data import Dataset
+from psmpi.methods.spann.local import local_network
+from psmpi.methods.spann.settings import plan_of
+from psmpi.nn.network import Network
+from psmpi.training.need import Need, added, derivatives_needed, passes_needed, vectors_needed
+
+
+def spann_needed(size: int, network: Network, dataset: Dataset, config: Config) -> Sequence[Need]:
+    """See `Method.needed`."""
+    plan, layout = plan_of(size, network, config), network.layout()
+    owned = plan.ownership(layout)
+    batches = network.evaluation_batches(dataset.test.n)
+    most = max([config.data.batch_size, *(at.stop - at.start for at in batches)])
+    found: list[Need] = []
+    for rank in range(size):
+        own, weights = local_network(plan, rank), owned[rank].size
+        sample = dataset.train.dtype.itemsize * len(plan.inputs[rank])
+        # Sparse samples may be next to nothing.
+        samples = (sample + 8) * (dataset.train.n + dataset.test.n) if dataset.train.compressed is None else 0
+        found.append(
+            added(
+                vectors_needed(config, layout, weights, weights, weights),
+                passes_needed(config, own, most),
+                derivatives_needed(config, prod(own.layers[-1].out_shape) * most),
+                {"samples": samples},
+            )
+        )
+    return found

@@ -1,0 +1,227 @@
+"""Which units of each layer each rank has, and which of the layer before it needs; made without MPI and weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from math import prod
+
+import numpy as np
+
+from psmpi.errors import UserError
+from psmpi.layout import Box, Layout, Ownership, even_edges
+from psmpi.nn.layers import Layer
+from psmpi.nn.layers.activation import Activation
+from psmpi.nn.layers.dense import Dense
+from psmpi.nn.layers.flatten import Flatten
+from psmpi.nn.layers.slab import Slab
+from psmpi.nn.network import Network
+from psmpi.registry import WHOLE
+
+Units = np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Placed:
+    """One layer on `size` ranks. before, behind: (units,) int32, the rank that has each unit that goes in, and out.
+
+    before is None where the samples go in: each rank reads what it needs of these. behind is None where every rank has
+    all of what comes out.
+    """
+
+    layer: Layer
+    size: int
+    before: np.ndarray | None
+    behind: np.ndarray | None
+
+    def own(self, rank: int) -> Units:
+        """The units that a rank makes, increasing."""
+        if self.behind is None:
+            return np.arange(prod(self.layer.out_shape))
+        return np.flatnonzero(self.behind == rank)
+
+    def had(self, rank: int) -> Units:
+        """The units of those that go in which a rank has; none of samples."""
+        return np.flatnonzero(self.before == rank) if self.before is not None else np.empty(0, np.int64)
+
+    def needs(self, rank: int) -> Units:
+        """The units that go in which a rank uses, increasing."""
+        return self.had(rank)
+
+    @cached_property
+    def needed(self) -> list[Units]:
+        """`needs` of each rank."""
+        return [self.needs(rank) for rank in range(self.size)]
+
+    @cached_property
+    def moves(self) -> bool:
+        """Whether some rank uses units in other than those that it has."""
+        if self.before is None:
+            return False
+        return any(not np.array_equal(units, self.had(rank)) for rank, units in enumerate(self.needed))
+
+    def volume(self) -> int:
+        """Numbers a sample that go to other ranks: of each unit one to each of these."""
+        if self.before is None:
+            return 0
+        return sum(int((self.before[units] != rank).sum()) for rank, units in enumerate(self.needed))
+
+    def local(self, rank: int) -> Layer:
+        """The layer of a rank's units."""
+        units = (len(self.own(rank)),)
+        if isinstance(self.layer, Activation):
+            return replace(self.layer, in_shape=units, out_shape=units)
+        return self.layer.restrict(units[0], units)
+
+    def boxes(self, rank: int) -> list[Box]:
+        """What a rank has of the layer's parameters."""
+        return [Box(p.name, (run,)) for p in self.layer.parameters() for run in _runs(self.own(rank))]
+
+
+class PlacedSlab(Placed):
+    """A layer of slabs: a rank has whole domains."""
+
+    layer: Slab
+
+    def domains(self, rank: int) -> range:
+        """The domains of a rank."""
+        edges = even_edges(self.layer.inputs.count, self.size)
+        return range(edges[rank], edges[rank + 1])
+
+    def needs(self, rank: int) -> Units:
+        return self.layer.of(self.domains(rank)).needs
+
+    def local(self, rank: int) -> Layer:
+        return self.layer.of(self.domains(rank))
+
+    def boxes(self, rank: int) -> list[Box]:
+        domains = self.domains(rank)
+        return [Box(p.name, ((domains.start, domains.stop),)) for p in self.layer.parameters()]
+
+
+class PlacedRows(Placed):
+    """A dense layer of which a rank has some rows, and uses all units that go in: a mixing layer."""
+
+    layer: Dense
+
+    def needs(self, rank: int) -> Units:
+        return np.arange(self.layer.in_shape[0])
+
+    def local(self, rank: int) -> Layer:
+        return replace(self.layer, out_shape=(len(self.own(rank)),))
+
+
+class PlacedColumns(Placed):
+    """A dense layer of which a rank has the columns of its units, and adds up what others make of theirs."""
+
+    layer: Dense
+
+    def bias(self, rank: int) -> bool:
+        """Whether a rank adds the biases: one does."""
+        return self.layer.bias and rank == 0
+
+    def local(self, rank: int) -> Layer:
+        return replace(self.layer, in_shape=(len(self.had(rank)),), bias=self.bias(rank))
+
+    def boxes(self, rank: int) -> list[Box]:
+        name, rows = self.layer.name, (0, self.layer.units)
+        found = [Box(f"{name}.weight", (rows, run)) for run in _runs(self.had(rank))]
+        return [*found, Box(f"{name}.bias", (rows,))] if self.bias(rank) else found
+
+
+def _runs(units: Units) -> list[tuple[int, int]]:
+    """Increasing units as runs (first, behind the last)."""
+    cuts = np.flatnonzero(np.diff(units, prepend=-2) != 1)
+    firsts, lasts = units[cuts], units[np.append(cuts[1:], len(units)) - 1] if len(units) else units
+    return [(int(a), int(b) + 1) for a, b in zip(firsts, lasts, strict=True)]
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A network on ranks; steps: its layers, those that flatten left out, as units are numbered as they lie."""
+
+    network: Network
+    size: int
+    steps: list[Placed] = field(default_factory=list)
+
+    @property
+    def inputs(self) -> list[Units]:
+        """The features of samples that each rank uses."""
+        return self.steps[0].needed
+
+    @property
+    def scores(self) -> list[int] | None:
+        """The scores that each rank has, one after the other; None: each has all."""
+        behind = self.steps[-1].behind
+        return None if behind is None else np.bincount(behind, minlength=self.size).tolist()
+
+    def volume(self) -> int:
+        """Numbers a sample that layers send to other ranks in a forward pass, and back in a backward pass."""
+        return sum(step.volume() for step in self.steps)
+
+    def boxes(self, rank: int) -> list[Box]:
+        """What a rank has of the network's parameters: each element is on one rank."""
+        return [box for step in self.steps for box in step.boxes(rank)]
+
+    def ownership(self, layout: Layout) -> Ownership:
+        """The elements of the flat vector that each rank has."""
+        return Ownership.of_boxes(layout, map(self.boxes, range(self.size)))
+
+
+def make_plan(network: Network, size: int, distributed: bool) -> Plan:
+    """The plan of a network; distributed: the scores are dealt to ranks, else each rank has the sums of all.
+
+    UserError for layers that cannot be cut, and for too few domains or units.
+    """
+    steps: list[Placed] = []
+    owners: np.ndarray | None = None
+    layers = [layer for layer in network.layers if not isinstance(layer, Flatten)]
+    last = max(k for k, layer in enumerate(layers) if layer.linear)
+    for k, layer in enumerate(layers):
+        label = f"{network.named(layer.name)} of --model {network.name}"
+        kind: type[Placed] = Placed
+        behind = owners
+        if isinstance(layer, Slab):
+            kind = PlacedSlab
+            count = layer.inputs.count
+            if count < size:
+                raise UserError(
+                    f"{label} has {count} domains for {size} ranks: use --domains {size} or more, or {count} ranks"
+                )
+            behind = np.empty(prod(layer.out_shape), np.int32)
+            edges = even_edges(count, size)
+            for rank in range(size):
+                for domain in range(edges[rank], edges[rank + 1]):
+                    behind[layer.outputs.cells(domain)] = rank
+        elif isinstance(layer, Dense) and layer.groups == 1 and len(layer.in_shape) == 1:
+            kind = PlacedRows
+            if k == last and not distributed:
+                if owners is None:
+                    raise UserError(
+                        f"{label} is the only layer with weights, and --method spann cuts those before the scores: "
+                        f"use --model slabs, or --method {WHOLE}"
+                    )
+                kind, behind = PlacedColumns, None
+            elif layer.units < size:
+                advice = "use --scores reduced" if k == last else "use fewer ranks"
+                raise UserError(f"{label} has {layer.units} units for {size} ranks: {advice}")
+            else:
+                behind = _contiguous(layer.units, size)
+        elif type(layer).sources is not Layer.sources or layer.inner or layer.whole_sequences:
+            raise UserError(
+                f"{label} is none of the layers that --method spann cuts (slab, dense, activations, "
+                f"normalizations of single units): use --model slabs, or --method {WHOLE}"
+            )
+        elif layer.parameters() and (owners is None or len(layer.in_shape) > 1):
+            raise UserError(
+                f"{label} has weights that no rank would have for itself: put it behind a slab or dense layer with "
+                "flat outputs, or use --scores distributed"
+            )
+        steps.append(kind(layer, size, owners, behind))
+        owners = behind
+    return Plan(network, size, steps)
+
+
+def _contiguous(units: int, size: int) -> np.ndarray:
+    """The rank of each of some units, which are dealt evenly in their order."""
+    return np.repeat(np.arange(size, dtype=np.int32), np.diff(even_edges(units, size)))
