@@ -5,7 +5,17 @@ from __future__ import annotations
 from psmpi.backend import compiled, gpu
 from psmpi.backend.compiled import CompiledOps
 from psmpi.backend.gpu import CupyOps
-from psmpi.backend.reference import CELLS, Convolution, Mirror, NumpyOps, Recurrence, RunCopies, Stripes
+from psmpi.backend.reference import (
+    CELLS,
+    Convolution,
+    Mirror,
+    NumpyOps,
+    Recurrence,
+    RunCopies,
+    SparseIndex,
+    SparseProduct,
+    Stripes,
+)
 from psmpi.errors import UserError
 
 __all__ = [
@@ -17,6 +27,8 @@ __all__ = [
     "NumpyOps",
     "Recurrence",
     "RunCopies",
+    "SparseIndex",
+    "SparseProduct",
     "Stripes",
     "make_backend",
 ]

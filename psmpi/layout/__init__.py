@@ -20,6 +20,7 @@ from psmpi.layout.layout import Block, Layout, Parameter, Piece, make_layout, pl
 from psmpi.layout.matrices import Matrix, hidden_weights, whole_matrices
 from psmpi.layout.moves import Move, plan_moves
 from psmpi.layout.ownership import Ownership
+from psmpi.layout.pattern import PACKED, Pattern, Transposed, radix_pattern, radix_strides, random_pattern, unpack
 from psmpi.layout.roles import Roles, assign_roles, replicate
 from psmpi.layout.runs import Runs, accumulate, copy_runs, cross, restrict
 from psmpi.layout.share import Share, Shares
@@ -28,6 +29,7 @@ from psmpi.layout.stretch import Stretch, spelled
 from psmpi.layout.table_rows import TableRows
 
 __all__ = [
+    "PACKED",
     "PARTITIONS",
     "Block",
     "Box",
@@ -39,6 +41,7 @@ __all__ = [
     "Ownership",
     "Pair",
     "Parameter",
+    "Pattern",
     "Piece",
     "Roles",
     "Runs",
@@ -46,6 +49,7 @@ __all__ = [
     "Shares",
     "Stretch",
     "TableRows",
+    "Transposed",
     "Users",
     "Worker",
     "accumulate",
@@ -63,11 +67,15 @@ __all__ = [
     "plain_layout",
     "plan_moves",
     "private_runs",
+    "radix_pattern",
+    "radix_strides",
+    "random_pattern",
     "replicate",
     "restrict",
     "score_columns",
     "spelled",
     "split_evenly",
     "tile",
+    "unpack",
     "whole_matrices",
 ]

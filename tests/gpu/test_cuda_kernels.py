@@ -99,7 +99,8 @@ class Guarded:
         return self.array(values.shape, dtype or values.dtype, values)
 
     def __call__(self, name, grid, block, *arguments):
-        types = {"T": self.dtype, "double": F64, "float": F32, "long long": np.int64, "unsigned char": np.uint8}
+        types = {"T": self.dtype, "double": F64, "float": F32, "long long": np.int64, "int": np.int32}
+        types["unsigned char"] = np.uint8
         signature, values, written = self.kernels.kernels[name], [], []
         assert len(signature) == len(arguments), name
         for kind, a in zip(signature, arguments, strict=True):

@@ -6,6 +6,7 @@ from psmpi.backend.reference.losses import exponent_of
 from psmpi.backend.reference.moves import Mirror, RunCopies, Samples
 from psmpi.backend.reference.ops import NumpyOps
 from psmpi.backend.reference.recurrence import CELLS, Recurrence
+from psmpi.backend.reference.sparse import SparseIndex, SparseProduct
 
 __all__ = [
     "CELLS",
@@ -17,6 +18,8 @@ __all__ = [
     "Recurrence",
     "RunCopies",
     "Samples",
+    "SparseIndex",
+    "SparseProduct",
     "Stripes",
     "exponent_of",
 ]

@@ -34,6 +34,7 @@
 #include "recurrence.h"
 #include "columns.h"
 #include "attention.h"
+#include "sparse.h"
 
 #undef R
 #undef V
