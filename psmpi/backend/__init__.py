@@ -14,6 +14,8 @@ from psmpi.backend.reference import (
     Recurrence,
     RunCopies,
     Samples,
+    SparseIndex,
+    SparseProduct,
     Stripes,
 )
 from psmpi.errors import UserError
@@ -29,6 +31,8 @@ __all__ = [
     "Recurrence",
     "RunCopies",
     "Samples",
+    "SparseIndex",
+    "SparseProduct",
     "Stripes",
     "make_backend",
 ]

@@ -21,6 +21,7 @@ from psmpi.layout.layout import Block, Layout, Parameter, Piece, make_layout, pl
 from psmpi.layout.matrices import Matrix, hidden_weights, whole_matrices
 from psmpi.layout.moves import Move, plan_moves
 from psmpi.layout.ownership import Ownership
+from psmpi.layout.pattern import PACKED, Pattern, Transposed, radix_pattern, radix_strides, random_pattern, unpack
 from psmpi.layout.roles import Roles, assign_roles, replicate
 from psmpi.layout.runs import Runs, accumulate, copy_runs, cross, restrict
 from psmpi.layout.share import Share, Shares
@@ -29,6 +30,7 @@ from psmpi.layout.stretch import Stretch, spelled
 from psmpi.layout.table_rows import TableRows
 
 __all__ = [
+    "PACKED",
     "PARTITIONS",
     "Block",
     "Box",
@@ -41,6 +43,7 @@ __all__ = [
     "Ownership",
     "Pair",
     "Parameter",
+    "Pattern",
     "Piece",
     "Roles",
     "Runs",
@@ -48,6 +51,7 @@ __all__ = [
     "Shares",
     "Stretch",
     "TableRows",
+    "Transposed",
     "Users",
     "Worker",
     "accumulate",
@@ -65,11 +69,15 @@ __all__ = [
     "plain_layout",
     "plan_moves",
     "private_runs",
+    "radix_pattern",
+    "radix_strides",
+    "random_pattern",
     "replicate",
     "restrict",
     "score_columns",
     "spelled",
     "split_evenly",
     "tile",
+    "unpack",
     "whole_matrices",
 ]

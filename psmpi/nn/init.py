@@ -59,12 +59,13 @@ def initial_weights(
                         view = part.view(out, shift)
                         view[...] = values[part.first - some.first : part.last - some.first].reshape(view.shape)
                 else:
-                    _draw(key, law.value, parameter.unit_size, some, out, shift)
+                    _draw(key, law, parameter.unit_size, some, out, shift)
 
 
-def _draw(key: Sequence[int], a: float, size: int, some: Stretch, out: np.ndarray, shift: int) -> None:
-    """Fill a stretch of a parameter, whose units have `size` elements each, with draws of U(-a, a), piece by piece."""
-    if some.length == size and some.first % size == 0:
+def _draw(key: Sequence[int], law: Initial, size: int, some: Stretch, out: np.ndarray, shift: int) -> None:
+    """Fill a stretch of a parameter, whose units have `size` elements each, with draws by a law, piece by piece."""
+    a = law.value
+    if law.widths is None and some.length == size and some.first % size == 0:
         # A unit of each class.
         draw_rows(some.view(out, shift), key, some.first // size, -a, a)
         return
@@ -73,6 +74,8 @@ def _draw(key: Sequence[int], a: float, size: int, some: Stretch, out: np.ndarra
         last = min(first + most, -(-some.last // size) * size)
         rows = np.empty(((last - first) // size, size))
         draw_rows(rows, key, first // size, -a, a)
+        if law.widths is not None:
+            rows *= law.widths[first // size : last // size, None]
         drawn = rows.reshape(-1)
         # The first and the last unit may be there in part.
         for part in some.elements(first, last):

@@ -14,6 +14,7 @@ from psmpi.nn.layers.group_norm import GroupNorm
 from psmpi.nn.layers.layer_norm import LayerNorm
 from psmpi.nn.layers.linear import Linear
 from psmpi.nn.layers.recurrent import Recurrent
+from psmpi.nn.layers.sparse import Sparse
 
 
 def _of_groups(users, size, count):
@@ -31,6 +32,9 @@ def _inputs(layer, users):
         return _of_groups(users, len(users), 1) * layer.in_shape[0]
     if isinstance(layer, Attention):
         return [of for of in _of_groups(users, layer.size, layer.heads) for _ in range(3 * layer.size)]
+    if isinstance(layer, Sparse):
+        rows, columns = layer.pattern.row_numbers, layer.pattern.columns
+        return [frozenset().union(*(users[r] for r in rows[columns == c])) for c in range(layer.in_shape[0])]
     if isinstance(layer, Flatten):
         return _of_groups(users, prod(layer.in_shape[1:]), layer.in_shape[0])
     if isinstance(layer, GroupNorm):
@@ -50,6 +54,8 @@ def _parameters(layers, users):
         pairs = [(p, own) for p in layer.parameters()]
         if isinstance(layer, Recurrent | Embedding):
             pairs = [(p, _of_groups(users, len(users), 1) * p.units) for p in layer.parameters()]
+        if isinstance(layer, Sparse):
+            pairs[0] = pairs[0][0], [users[r] for r in layer.pattern.row_numbers]
         found = (_parameters(layer.inner, users) if layer.inner else pairs) + found
         users = before
     return found
@@ -96,5 +102,6 @@ def weights_by_unit(network, seed, kind, gain):
                     vector[at : at + p.unit_size] = law.value
                 elif law is not None:
                     rng = np.random.default_rng([seed, crc32(p.name.encode()), unit])
-                    vector[at : at + p.unit_size] = rng.uniform(-law.value, law.value, p.unit_size)
+                    width = 1.0 if law.widths is None else law.widths[unit]
+                    vector[at : at + p.unit_size] = width * rng.uniform(-law.value, law.value, p.unit_size)
     return vector

@@ -35,6 +35,10 @@ def recurrent(kind, units, **settings):
     return {"type": kind, "units": units, **settings}
 
 
+def sparse(units, fan_in, **settings):
+    return {"type": "sparse", "units": units, "pattern": "random", "fan_in": fan_in, **settings}
+
+
 LAST, LAYER_NORM, GELU, POSITIONS = ({"type": kind} for kind in ("last", "layer_norm", "gelu", "positions"))
 
 
@@ -143,6 +147,12 @@ NETWORKS = {
                     dense(4)],
         4,
     ),
+    "sparse": ((9,), [sparse(8, 3), TANH, {"type": "sparse", "units": 8, "pattern": "radix", "radix": 2, "stride": 2,
+                                           "copies": 2}, {"type": "relu"}, unbiased(sparse(6, 4)),
+                      residual(dense(5), TANH, sparse(6, 2)), dense(4)], 4),
+    "sparse scores": ((6,), [sparse(9, 3), TANH, sparse(8, 2, seed=1), TANH, sparse(4, 3)], 4),
+    "sparse layers of classes": ((12,), [sparse(10, 2), TANH, unbiased(sparse(8, 2)), TANH,
+                                         separable(4, 4)], 4),
     "scores of each step": ((3, 5), [recurrent("lstm", 6), separable(8, 4), TANH, separable(4, 4)], 4),
 }  # fmt: skip
 

@@ -152,6 +152,10 @@ def plain_layer(kind, layer, tensors, a):
         return np.concatenate([plain_head(head, layer.causal) for head in np.split(a, layer.heads)])
     if kind == "Flatten":
         return a.reshape(-1)
+    if kind == "Sparse":
+        weight = np.zeros((layer.units, len(a)))
+        weight[layer.pattern.row_numbers, layer.pattern.columns] = tensors[f"{layer.name}.weight"]
+        return weight @ a + tensors.get(f"{layer.name}.bias", np.zeros(layer.units))
     if kind == "Pad":
         return np.pad(a, [(0, 0), (layer.size, layer.size), (layer.size, layer.size)])
     act = {"sigmoid": lambda v: 1 / (1 + np.exp(-v)), "tanh": np.tanh, "relu": lambda v: v * (v > 0)}

@@ -15,11 +15,13 @@ from psmpi.backend.compiled.convolution import BATCH_MULTIPLE, DirectConvolution
 from psmpi.backend.compiled.library import NAMES, function, level, pointers, steps, units_pointer
 from psmpi.backend.compiled.losses import CompiledLosses
 from psmpi.backend.compiled.recurrence import CompiledRecurrence
+from psmpi.backend.compiled.sparse import CompiledSparseProduct
 from psmpi.backend.compiled.team import Team
 from psmpi.backend.reference.convolution import Convolution, Stripes
 from psmpi.backend.reference.moves import CompressedSamples, RowCopies, RowRuns, RunCopies
 from psmpi.backend.reference.ops import NumpyOps
 from psmpi.backend.reference.recurrence import Recurrence
+from psmpi.backend.reference.sparse import SparseIndex, SparseProduct
 
 
 class CompiledOps(CompiledAttention, CompiledLosses, NumpyOps):
@@ -51,6 +53,9 @@ class CompiledOps(CompiledAttention, CompiledLosses, NumpyOps):
 
     def recurrence(self, kind: str, units: int, dtype: np.dtype) -> Recurrence:
         return CompiledRecurrence(kind, units, dtype, self.instructions, self.team, self)
+
+    def sparse_product(self, index: SparseIndex, dtype: np.dtype) -> SparseProduct:
+        return CompiledSparseProduct(index, dtype, self.instructions, self.team)
 
     def row_sums(self, y: np.ndarray, out: np.ndarray) -> None:
         call = function("row_sums", y.dtype, "iinppnn", self.instructions)

@@ -24,7 +24,7 @@ from psmpi.errors import UserError
 
 SOURCES = (
     "common.cuh", "attention.cu", "conv.cu", "elements.cu", "layers.cu", "loss.cu", "norm.cu", "optim.cu",
-    "recurrence.cu", "samples.cu", "tiles.cu", "turn.cu", "vector.cu", "windows.cu",
+    "recurrence.cu", "samples.cu", "sparse.cu", "tiles.cu", "turn.cu", "vector.cu", "windows.cu",
 )  # fmt: skip
 REALS = {np.dtype(np.float32): "float", np.dtype(np.float64): "double"}
 

@@ -12,10 +12,12 @@ from psmpi.backend.gpu.convolution import DeviceConvolution, DeviceWindows
 from psmpi.backend.gpu.cudnn import ChosenConvolution, Cudnn, groups
 from psmpi.backend.gpu.pointwise import DevicePointwise
 from psmpi.backend.gpu.recurrence import DeviceRecurrence
+from psmpi.backend.gpu.sparse import DeviceSparseProduct
 from psmpi.backend.gpu.trial import ConvolutionShape
 from psmpi.backend.reference.convolution import Convolution, Stripes
 from psmpi.backend.reference.products import add_columns, whole
 from psmpi.backend.reference.recurrence import Recurrence
+from psmpi.backend.reference.sparse import SparseIndex, SparseProduct
 
 
 class DeviceProducts(DevicePointwise):
@@ -70,6 +72,9 @@ class DeviceProducts(DevicePointwise):
 
     def recurrence(self, kind: str, units: int, dtype: np.dtype) -> Recurrence:
         return DeviceRecurrence(kind, units, dtype, self)
+
+    def sparse_product(self, index: SparseIndex, dtype: np.dtype) -> SparseProduct:
+        return DeviceSparseProduct(index, dtype, self)
 
     def im2col(self, x: Any, stride: int, first: int, cols: Any) -> None:
         _, k, _, rows, width, b = cols.shape

@@ -6,6 +6,7 @@ from psmpi.backend.reference.losses import exponent_of
 from psmpi.backend.reference.moves import CompressedSamples, Mirror, RunCopies, Samples
 from psmpi.backend.reference.ops import NumpyOps
 from psmpi.backend.reference.recurrence import CELLS, Recurrence
+from psmpi.backend.reference.sparse import SparseIndex, SparseProduct
 
 __all__ = [
     "CELLS",
@@ -18,6 +19,8 @@ __all__ = [
     "Recurrence",
     "RunCopies",
     "Samples",
+    "SparseIndex",
+    "SparseProduct",
     "Stripes",
     "exponent_of",
 ]

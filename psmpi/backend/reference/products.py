@@ -9,6 +9,7 @@ import numpy as np
 from psmpi.backend.reference.convolution import Convolution, Im2col, Stripes
 from psmpi.backend.reference.pointwise import Pointwise
 from psmpi.backend.reference.recurrence import Recurrence
+from psmpi.backend.reference.sparse import SparseIndex, SparseProduct
 
 
 class Products(Pointwise):
@@ -45,6 +46,10 @@ class Products(Pointwise):
     def recurrence(self, kind: str, units: int, dtype: np.dtype) -> Recurrence:
         """A layer of recurrent cells, rnn (tanh), gru or lstm, to be used again and again."""
         return Recurrence(kind, units, dtype, self)
+
+    def sparse_product(self, index: SparseIndex, dtype: np.dtype) -> SparseProduct:
+        """A product with a sparse matrix, to be used again and again."""
+        return SparseProduct(index)
 
     def im2col(self, x: np.ndarray, stride: int, first: int, cols: np.ndarray) -> None:
         """Windows of x (c, h, w, b) with the given stride, for the output rows from `first` on.

@@ -21,11 +21,13 @@ from psmpi.nn.layers.positions import Positions
 from psmpi.nn.layers.recurrent import Recurrent
 from psmpi.nn.layers.residual import Residual
 from psmpi.nn.layers.slab import Slab
+from psmpi.nn.layers.sparse import Sparse
 
 LAYERS: dict[str, type[Layer]] = {
     "dense": Dense,
     "separable_dense": Dense,
     "cosine": Cosine,
+    "sparse": Sparse,
     "conv": Conv,
     "separable_conv": Conv,
     "mean_pool": Pool,

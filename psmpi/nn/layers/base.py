@@ -7,7 +7,7 @@ inputs that its units use, what it costs and holds, what it absorbs of the layer
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, ClassVar
 
@@ -32,12 +32,14 @@ Total = Callable[[np.ndarray], object]
 class Initial:
     """Initial values of a parameter: all `value`, or independent draws of U(-value, value).
 
-    units: (first, behind the last) of those that have the value, the others are 0; None: all.
+    units: (first, behind the last) of those that have the value, the others are 0; None: all. widths: (units,) float64
+    factors on the draws of each unit; None: 1.
     """
 
     law: str
     value: float
     units: tuple[int, int] | None = None
+    widths: np.ndarray | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

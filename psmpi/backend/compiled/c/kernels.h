@@ -35,6 +35,7 @@
 #include "columns.h"
 #include "attention.h"
 #include "compressed.h"
+#include "sparse.h"
 
 #undef R
 #undef V

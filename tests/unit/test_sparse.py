@@ -1,0 +1,250 @@
+"""Sparse layers: patterns, their files, and products against SciPy's."""
+
+import zipfile
+
+import numpy as np
+import pytest
+from helpers.sparse_products import index_of, some_pattern
+from scipy import sparse
+
+from psmpi.backend import CompiledOps, NumpyOps, compiled
+from psmpi.errors import UserError
+from psmpi.layout import Pattern, radix_pattern, radix_strides, random_pattern, unpack
+from psmpi.nn.layers.pattern_file import read_pattern, with_patterns
+from psmpi.nn.layers.sparse import Sparse
+from psmpi.nn.model import Model
+from psmpi.nn.network import Network, build
+
+F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
+TOLERANCE = {F32: 1e-5, F64: 1e-12}
+
+
+def backends():
+    return [
+        NumpyOps(),
+        *(CompiledOps(level, threads) for level in range(1, compiled.level() + 1) for threads in (1, 3)),
+    ]
+
+
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("batch", [1, 3, 8, 16, 21, 33, 64, 100])
+def test_products_are_those_of_scipy(batch, bias, dtype, monkeypatch):
+    monkeypatch.setattr("psmpi.backend.compiled.sparse.WORK", 1)
+    monkeypatch.setattr("psmpi.backend.reference.sparse.TERMS", 100)
+    rng, pattern = np.random.default_rng(0), some_pattern(23, 17, 0.3)
+    one, size = index_of(pattern, rng, bias)
+    w, x, dy = (rng.standard_normal(shape).astype(dtype) for shape in (size, (17, batch), (23, batch)))
+    entries = one.places[pattern.row_numbers] + np.arange(pattern.size) - pattern.starts[pattern.row_numbers]
+    matrix = sparse.csr_array((w[entries], pattern.columns, pattern.starts), (23, 17))
+    y = matrix @ x + (w[one.biases][:, None] if bias else 0)
+    g = np.full(size, 7, dtype)
+    g[entries] = (dy @ x.T)[pattern.row_numbers, pattern.columns]
+    if bias:
+        g[one.biases] = dy.sum(axis=1)
+    for ops in backends():
+        product = ops.sparse_product(one, dtype)
+        found, dx, into = np.full_like(y, np.nan), np.full_like(x, np.nan), np.full(size, 7, dtype)
+        product.forward(w, x, found)
+        product.backward(w, x, dy, dx, into)
+        for mine, expected in ((found, y), (dx, matrix.T @ dy), (into, g)):
+            assert abs(mine - expected).max() <= TOLERANCE[dtype] * abs(expected).max()
+        alone, others = np.full_like(x, np.nan), np.full(size, 7, dtype)
+        product.backward(w, x, dy, alone, None)
+        product.backward(w, x, dy, None, others)
+        assert np.array_equal(alone, dx) and np.array_equal(others, into)
+
+
+@pytest.mark.skipif(not compiled.level(), reason="no compiled kernels, or none for this processor")
+def test_any_number_of_threads_gives_the_same_bits_and_wrong_arrays_are_refused(monkeypatch):
+    monkeypatch.setattr("psmpi.backend.compiled.sparse.WORK", 1)
+    rng, pattern = np.random.default_rng(0), some_pattern(40, 50, 0.2)
+    one, size = index_of(pattern, rng, True)
+    w, x, dy = (rng.standard_normal(shape).astype(F32) for shape in (size, (50, 9), (40, 9)))
+    found = []
+    for threads in (1, 2, 5):
+        product = CompiledOps(threads=threads).sparse_product(one, F32)
+        arrays = np.empty_like(dy), np.empty_like(x), np.zeros_like(w)
+        product.forward(w, x, arrays[0])
+        product.backward(w, x, dy, *arrays[1:])
+        found.append(arrays)
+        with pytest.raises(ValueError, match="fit"):
+            product.forward(w, x[1:], arrays[0])
+    assert all(np.array_equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+def test_a_radix_layer_is_the_sum_of_powers_of_a_cyclic_permutation():
+    permutation = np.roll(np.eye(12, dtype=int), 1, axis=1)
+    for stride, radix in ((1, 3), (3, 2), (6, 2)):
+        power = np.linalg.matrix_power(permutation, stride)
+        expected = np.kron(np.ones((2, 2), int), sum(np.linalg.matrix_power(power, j) for j in range(radix)))
+        pattern, found = radix_pattern(24, radix, stride, 2), np.zeros((24, 24), int)
+        found[pattern.row_numbers, pattern.columns] = 1
+        assert np.array_equal(found, expected) and pattern.size == expected.sum()
+    # A system joins each input to each output by exactly one path.
+    paths = np.eye(1024, dtype=int)
+    assert radix_strides(1024, 32) == [1, 32] and radix_strides(64, 4) == [1, 4, 16]
+    for stride in radix_strides(1024, 32):
+        pattern = radix_pattern(1024, 32, stride)
+        layer = sparse.csr_array((np.ones(pattern.size, int), pattern.columns, pattern.starts), (1024, 1024))
+        paths = layer @ paths
+    assert (paths == 1).all()
+
+
+def test_random_rows_have_their_number_of_columns_and_every_column_alike_often(monkeypatch):
+    pattern = random_pattern(4000, 20, 5, (0, 1))
+    assert (pattern.fan_in == 5).all() and abs(pattern.fan_out - 1000).max() < 150
+    assert pattern == Pattern.of(pattern.starts, pattern.columns, 20) != random_pattern(4000, 20, 5, (0, 2))
+    monkeypatch.setattr("psmpi.layout.pattern.DRAWN", 100)
+    random_pattern.cache_clear()
+    assert random_pattern(4000, 20, 5, (0, 1)) == pattern and hash(pattern) == hash(random_pattern(4000, 20, 5, (0, 1)))
+
+
+def test_patterns_of_arrays_that_make_none_are_refused():
+    for starts, columns, says in (
+        ([0, 2, 1, 2], [0, 1], "go up"),
+        ([1, 2], [0, 1], "begin at 0"),
+        ([0, 3], [0, 1], "2 columns"),
+        ([0, 0], [], "0 entries"),
+        ([0, 2], [0, 3], "0 to 3; expected 0 to 2"),
+        ([0, 2], [-1, 0], "from -1"),
+        ([0, 1, 4], [2, 1, 0, 1], "row 1 has column 1 twice"),
+        ([[0, 1]], [0], "vector"),
+        ([0.0, 1.0], [0], "float64"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            Pattern.of(np.array(starts), np.array(columns, int), 3)
+
+
+def test_a_pattern_packed_as_text_is_the_same_again_and_a_damaged_text_is_none():
+    for pattern in (some_pattern(23, 17, 0.3), some_pattern(5, 70_000, 0.001), random_pattern(64, 64, 64, (0,))):
+        text = pattern.packed()
+        assert unpack(text) == pattern and text.isascii() and not set(text) & set("\"'\\\n")
+        head, rows, inputs, size, numbers = text.split(":", 4)
+        for wrong in (
+            "",
+            "csr:",
+            "csr:3:4",
+            f"{head}:{int(rows) + 1}:{inputs}:{size}:{numbers}",
+            f"{head}:{rows}:2:{size}:{numbers}",
+            f"{head}:{rows}:{inputs}:{int(size) - 1}:{numbers}",
+            f"{head}:{rows}:{inputs}:{size}:{numbers[:-6]}",
+            f"{head}:{rows}:{inputs}:{size}:{numbers} ",
+            f"{head}:-1:{inputs}:{size}:{numbers}",
+            f"{head}:{rows}:{inputs}:99999999999:{numbers}",
+        ):
+            with pytest.raises(ValueError):
+                unpack(wrong)
+        with pytest.raises(UserError, match="the pattern csr"):
+            build("custom", (17,), [{"type": "sparse", "units": 4, "pattern": "csr:1:2:3:x"}], 4)
+
+
+def test_a_file_of_scipy_is_a_pattern_and_a_table_that_needs_no_file(tmp_path):
+    pattern = some_pattern(6, 9, 0.5)
+    values = np.random.default_rng(0).standard_normal(pattern.size)
+    matrix = sparse.csr_array((values, pattern.columns, pattern.starts), (6, 9))
+    # As products leave them: columns of a row in any order.
+    for row in range(6):
+        some = slice(*matrix.indptr[row : row + 2])
+        matrix.indices[some] = matrix.indices[some][::-1]
+    path = str(tmp_path / "pattern.npz")
+    sparse.save_npz(path, matrix)
+    assert read_pattern(path) == pattern
+    inner = {"type": "sparse", "units": 6, "pattern": path}
+    tables = [inner, {"type": "residual", "layers": [inner]}, {"type": "tanh"}]
+    packed = with_patterns(tables)
+    assert packed[0] == {**inner, "pattern": pattern.packed()} == packed[1]["layers"][0] and packed[2] == {
+        "type": "tanh"
+    }
+    assert tables[0] == inner
+    for table in (inner, packed[0]):
+        assert build("custom", (9,), [table], 6).layers[0].pattern == pattern
+    with pytest.raises(UserError, match=r"the pattern is 6 x 9, and the layer has 7 units and 9 inputs"):
+        build("custom", (9,), [{**inner, "units": 7}], 7)
+
+
+def test_a_file_that_has_no_pattern_is_an_error_with_its_name(tmp_path):
+    good = {"indptr": np.array([0, 1, 2]), "indices": np.array([0, 1]), "shape": np.array([2, 2])}
+    cases = [
+        ({**good, "shape": np.array([2, 2, 2])}, "shape"),
+        ({**good, "shape": np.array([0, 2])}, "two numbers above 0"),
+        ({**good, "indptr": np.array([0, 1])}, "indptr has"),
+        ({**good, "indices": np.array([0, 5])}, "columns go from 0 to 5"),
+        ({**good, "indices": np.zeros(100_000, int)}, "2 numbers were expected"),
+        ({**good, "indices": np.array([0.0, 1.0])}, "whole numbers"),
+        ({**good, "indices": np.array([{}, []], object)}, "allow_pickle"),
+        ({name: good[name] for name in ("indices", "shape")}, "indptr"),
+    ]
+    path = tmp_path / "p.npz"
+    for arrays, says in cases:
+        np.savez(path, **arrays)
+        with pytest.raises(UserError, match=says) as error:
+            read_pattern(str(path))
+        assert str(path) in str(error.value) and "save_npz" in str(error.value)
+    path.write_bytes(b"nothing of the kind")
+    with pytest.raises(UserError, match="zip"):
+        read_pattern(str(path))
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("shape.npy", b"\x93NUMPY")
+    with pytest.raises(UserError):
+        read_pattern(str(path))
+    with pytest.raises(UserError, match="No such file"):
+        read_pattern(str(tmp_path / "missing.npz"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"pattern": "random"}, "needs 'fan_in'"),
+        ({"pattern": "random", "fan_in": 9}, "fan_in = 9 is more than the 8 inputs"),
+        ({"pattern": "random", "fan_in": 2, "seed": -1}, "seed = -1"),
+        ({"pattern": "radix", "radix": 4, "stride": 3}, "more than once"),
+        ({"pattern": "radix", "copies": 3}, "copies = 3 does not divide"),
+        ({"pattern": "radix", "units": 9}, "as many units as inputs, here 9 and 8"),
+        ({"pattern": "nearest"}, "expected \"random\""),
+        ({"pattern": 3}, "pattern = 3"),
+        ({}, "needs 'pattern'"),
+    ],
+)  # fmt: skip
+def test_settings_that_make_no_layer_are_refused(settings, says):
+    with pytest.raises(UserError, match=says):
+        build("custom", (8,), [{"type": "sparse", "units": 8, **settings}], settings.get("units", 8))
+
+
+def test_a_local_pattern_has_its_columns_in_any_order():
+    """The rows of a rank over inputs that are numbered anew compute what they do in the whole layer."""
+    rng, pattern = np.random.default_rng(0), some_pattern(12, 10, 0.4)
+    rows, order = np.isin(np.arange(12), [1, 4, 5, 11]), rng.permutation(10)
+    some, firsts = pattern.restricted(rows, np.ones(10, bool))
+    local = Pattern.of(some.starts, np.argsort(order)[some.columns], 10)
+    w = rng.standard_normal(pattern.size)
+    entries = np.concatenate([np.arange(a, a + n) for a, n in zip(firsts, some.fan_in, strict=True)])
+    x, d, outputs, gradients = rng.standard_normal((10, 5)), rng.standard_normal((12, 5)), [], []
+    for one, weights, inputs, dy in ((pattern, w, x, d * rows[:, None]), (local, w[entries], x[order], d[rows])):
+        layer = Sparse("sparse1", (10,), (one.rows,), one, bias=False)
+        network = Network("local", (10,), (layer,))
+        model = Model(network, network.layout(), weights, np.zeros_like(weights), NumpyOps())
+        # The flat vector has the rows in their order.
+        assert network.layout().size == one.size
+        tape, dx = model.forward(inputs), np.empty_like(inputs)
+        outputs.append(tape.scores.copy())
+        model.backward(tape, dy.copy(), dx=dx)
+        gradients.append((model.g, dx))
+    assert np.allclose(outputs[0][rows], outputs[1], rtol=1e-14)
+    assert np.allclose(gradients[0][0][entries], gradients[1][0]) and np.allclose(
+        gradients[0][1][order], gradients[1][1]
+    )
+    with pytest.raises(ValueError, match="not there"):
+        pattern.restricted(rows, np.zeros(10, bool))
+
+
+def test_initial_weights_are_by_the_entries_of_rows_and_columns():
+    layer = Sparse("sparse1", (17,), (23,), some_pattern(23, 17, 0.3))
+    fan_in, fan_out = layer.pattern.fan_in[layer.pattern.row_numbers], layer.pattern.fan_out[layer.pattern.columns]
+    for kind, widths in (
+        ("he", np.sqrt(6 / fan_in)),
+        ("xavier", 2 * np.sqrt(6 / (fan_in + fan_out))),
+        ("pytorch", fan_in**-0.5),
+    ):
+        law = layer.initial(kind, 2.0)["sparse1.weight"]
+        assert np.allclose(law.value * law.widths, widths)
