@@ -1,6 +1,7 @@
 """Tensor parallelism: every grid trains as one process does, moves what its formulas say, and keeps what it should."""
 
 from contextlib import suppress
+from functools import partial
 
 import numpy as np
 import pytest
@@ -8,10 +9,10 @@ import pytest
 pytest.importorskip("mpi4py.MPI")
 
 from helpers.runs import run, trainer
+from helpers.trained import same, train
 
 from psmpi.backend import make_backend
 from psmpi.comm.transfers import totals
-from psmpi.data import Batch
 from psmpi.errors import UserError
 from psmpi.methods.tensor.cost import cheapest, received
 from psmpi.methods.tensor.grid import Grid, all_grids
@@ -21,7 +22,6 @@ from psmpi.testing import run_ranks
 from psmpi.testing.case import Case
 from psmpi.testing.conformance import counters_equal_messages, resumed_runs_end_the_same
 from psmpi.training.context import Context
-from psmpi.training.loop import plan_steps
 
 MLP = (
     "--model",
@@ -38,47 +38,13 @@ MLP = (
     "--lr",
     "0.1",
 )
+tiled = partial(train, method="tensor")
 # Of 1, 2, 4, 6, 8 and 12 ranks.
 SIZES = (1, 2, 4, 6, 8, 12)
 
 
 def problem(*options):
     return Case("tensor", ".", options).problem()
-
-
-def train(ranks, options, steps=20, method="tensor"):
-    """The weights by name after some steps on so many ranks, and of each rank what it sent and received."""
-    network, dataset, config = Case(method, ".", options).problem()
-    batches, _, _ = plan_steps(dataset, config)
-    kind = find_method(method)
-    kind.check(ranks, network, dataset, config)
-
-    def work(world):
-        made = kind(Context(world, network, dataset, config, make_backend("auto")))
-        losses = []
-        for step in range(steps):
-            epoch, at = divmod(step, batches.steps_per_epoch)
-            before = made.loss_sum
-            made.step(Batch(batches.ids(epoch, at)), config.optimization.lr)
-            losses.append(made.loss_sum - before)
-        made.collect()
-        shard = made.shards[world.rank]
-        return shard, made.state.vectors["weights"].copy(), np.array(losses), made.test()
-
-    layout = network.layout()
-    whole = np.full(layout.size, np.nan)
-    found = run_ranks(ranks, work, timeout=120)
-    for shard, values, *_ in found:
-        for (a, b), at in zip(shard.intervals, shard.offsets.tolist(), strict=False):
-            known = whole[a:b]
-            assert np.isnan(known).all() or np.allclose(
-                known[~np.isnan(known)], values[at : at + b - a][~np.isnan(known)]
-            )
-            whole[a:b] = values[at : at + b - a]
-    assert not np.isnan(whole).any()
-    losses = sum(one[2] for one in found)
-    assert all(one[3] == found[0][3] for one in found)
-    return whole, losses, found[0][3]
 
 
 @pytest.fixture(scope="module")
@@ -96,16 +62,10 @@ def serial():
 
     def call(options, steps=20):
         if options not in known:
-            known[options] = train(1, options, steps, "data_parallel")
+            known[options] = train(1, options, steps)
         return known[options]
 
     return call
-
-
-def same(found, expected, tolerance=1e-10):
-    for one, other in zip(found[:2], expected[:2], strict=True):
-        assert np.linalg.norm(one - other) <= tolerance * np.linalg.norm(other)
-    assert found[2] == pytest.approx(expected[2])
 
 
 GRIDS = [",".join(map(str, grid.sizes)) for size in SIZES for grid in all_grids(size)]
@@ -117,14 +77,14 @@ def test_any_grid_trains_as_one_process(serial, thirteen, grid):
     """Units, samples and rows that no axis divides; the last minibatch has two samples."""
     ranks = int(np.prod(list(map(int, grid.split(",")))))
     options = (*MLP, "--dataset", thirteen, "--batch-size", "30")
-    same(train(ranks, (*options, "--grid", grid)), serial(options))
+    same(tiled(ranks, (*options, "--grid", grid)), serial(options))
 
 
 @pytest.mark.parametrize(("ranks", "grid"), KINDS)
 @pytest.mark.parametrize("saved", ["shards", "gathered"])
 def test_named_grids_train_as_one_process(serial, ranks, grid, saved):
     options = (*MLP, "--batch-size", "36", "--grid", grid, "--saved", saved)
-    same(train(ranks, options), serial((*MLP, "--batch-size", "36")))
+    same(tiled(ranks, options), serial((*MLP, "--batch-size", "36")))
 
 
 # Twelve heads of three units, embedded characters, scores of each.
@@ -153,7 +113,7 @@ SEVERAL += [(name, ranks) for ranks, name in KINDS] + [("3,3,3", 27)]
 def test_a_transformer_trains_as_on_one_process(serial, text, grid, ranks):
     """Attention by heads, layer normalization over units, positions, embedding; a clipped step counts copies once."""
     options = (*TRANSFORMER, "--dataset", text)
-    same(train(ranks, (*options, "--grid", grid), steps=6), serial(options, 6))
+    same(tiled(ranks, (*options, "--grid", grid), steps=6), serial(options, 6))
 
 
 # Four layers whose sizes all axes divide, for minibatches that they divide too.
@@ -325,7 +285,7 @@ def test_losses_that_are_of_several_ranks_scores_train_as_on_one(serial, loss):
     """Also derivatives so large that a power of two is taken out of them, the same on all ranks."""
     steep = ("--kappa", "30") if loss == "psl" else ()
     options = (*MLP[:-6], "--loss", loss, "--optimizer", "sgd", "--lr", "0.1", "--clip", "0.3", *steep)
-    same(train(4, (*options, "--grid", "1,2,2"), steps=5), serial(options, 5))
+    same(tiled(4, (*options, "--grid", "1,2,2"), steps=5), serial(options, 5))
 
 
 @pytest.mark.parametrize("grid", ["1,2,2", "2d", "2,2,1"])
@@ -341,13 +301,13 @@ def test_values_at_each_step_are_learnt_as_on_one_process(serial, tmp_path, grid
     for name, targets, loss in (("values", values, "squared"), ("labels", labels, "nll")):
         np.savez(tmp_path / f"{name}.npz", x=x, y=targets, lengths=lengths)
         options = ("--dataset", str(tmp_path / f"{name}.npz"), *model, "--loss", loss, "--optimizer", "sgd")
-        same(train(4, (*options, "--grid", grid), steps=6), serial(options, 6))
+        same(tiled(4, (*options, "--grid", grid), steps=6), serial(options, 6))
 
 
 @pytest.mark.parametrize("grid", ["3,1,1", "2,2,1"])
 def test_statistics_of_batch_normalization_are_of_all_samples(serial, grid):
     options = (*MLP, "--batch-norm", "--batch-size", "45")
-    same(train(int(np.prod(list(map(int, grid.split(","))))), (*options, "--grid", grid), steps=8), serial(options, 8))
+    same(tiled(int(np.prod(list(map(int, grid.split(","))))), (*options, "--grid", grid), steps=8), serial(options, 8))
 
 
 @pytest.mark.parametrize("grid", ["1,2,2", "1d", "2,2,1", "2d"])
@@ -382,7 +342,7 @@ def test_values_are_learnt_as_on_one_process(serial, tmp_path):
         "--lr",
         "0.01",
     )
-    same(train(6, (*options, "--grid", "2,3,1"), steps=8), serial(options, 8))
+    same(tiled(6, (*options, "--grid", "2,3,1"), steps=8), serial(options, 8))
 
 
 def test_auto_takes_the_grid_of_least_bytes():

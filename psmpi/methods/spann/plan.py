@@ -9,12 +9,15 @@ from math import prod
 import numpy as np
 
 from psmpi.errors import UserError
-from psmpi.layout import Box, Layout, Ownership, even_edges
+from psmpi.layout import Box, Classes, Layout, Ownership, Runs, even_edges
 from psmpi.nn.layers import Layer
 from psmpi.nn.layers.activation import Activation
+from psmpi.nn.layers.chain import uses_of
 from psmpi.nn.layers.dense import Dense
 from psmpi.nn.layers.flatten import Flatten
 from psmpi.nn.layers.slab import Slab
+from psmpi.nn.layers.sparse import Sparse
+from psmpi.nn.layers.uses import Uses, used
 from psmpi.nn.network import Network
 from psmpi.registry import WHOLE
 
@@ -25,8 +28,8 @@ Units = np.ndarray
 class Placed:
     """One layer on `size` ranks. before, behind: (units,) int32, the rank that has each unit that goes in, and out.
 
-    before is None where the samples go in: each rank reads what it needs of these. behind is None where every rank has
-    all of what comes out.
+    Units that no score depends on are of no rank, -1. before is None where the samples go in: each rank reads what it
+    needs of these. behind is None where every rank has all of what comes out.
     """
 
     layer: Layer
@@ -111,6 +114,35 @@ class PlacedRows(Placed):
         return replace(self.layer, out_shape=(len(self.own(rank)),))
 
 
+class PlacedSparse(Placed):
+    """A sparse layer: a rank has rows of it, and uses the units that these see."""
+
+    layer: Sparse
+
+    def needs(self, rank: int) -> Units:
+        pattern = self.layer.pattern
+        return np.unique(pattern.columns[np.repeat(self._mine(rank), pattern.fan_in)]).astype(np.int64)
+
+    def _mine(self, rank: int) -> np.ndarray:
+        """(units,) bool: whether a rank makes them."""
+        mine = np.zeros(self.layer.units, bool)
+        mine[self.own(rank)] = True
+        return mine
+
+    def local(self, rank: int) -> Layer:
+        seen = np.zeros(self.layer.pattern.inputs, bool)
+        seen[self.needed[rank]] = True
+        pattern, _ = self.layer.pattern.restricted(self._mine(rank), seen)
+        return replace(self.layer, in_shape=(pattern.inputs,), out_shape=(pattern.rows,), pattern=pattern)
+
+    def boxes(self, rank: int) -> list[Box]:
+        starts, rows = self.layer.pattern.starts, _runs(self.own(rank))
+        weight, *bias = self.layer.parameters()
+        entries = [(int(starts[a]), int(starts[b])) for a, b in rows]
+        found = [Box(weight.name, (run,)) for run in entries if run[0] < run[1]]
+        return found + [Box(one.name, (run,)) for one in bias for run in rows]
+
+
 class PlacedColumns(Placed):
     """A dense layer of which a rank has the columns of its units, and adds up what others make of theirs."""
 
@@ -160,12 +192,13 @@ class Plan:
         return sum(step.volume() for step in self.steps)
 
     def boxes(self, rank: int) -> list[Box]:
-        """What a rank has of the network's parameters: each element is on one rank."""
+        """What a rank computes with: each element of the flat vector is on one rank, or no score depends on it."""
         return [box for step in self.steps for box in step.boxes(rank)]
 
     def ownership(self, layout: Layout) -> Ownership:
-        """The elements of the flat vector that each rank has."""
-        return Ownership.of_boxes(layout, map(self.boxes, range(self.size)))
+        """The elements of the flat vector that each rank has; the first one has, at the end, those of no use."""
+        first, *others = Ownership.of_boxes(layout, map(self.boxes, range(self.size)))
+        return Ownership((Runs.union([*first.intervals, *layout.dead.intervals]), *others))
 
 
 def make_plan(network: Network, size: int, distributed: bool) -> Plan:
@@ -175,9 +208,10 @@ def make_plan(network: Network, size: int, distributed: bool) -> Plan:
     """
     steps: list[Placed] = []
     owners: np.ndarray | None = None
-    layers = [layer for layer in network.layers if not isinstance(layer, Flatten)]
-    last = max(k for k, layer in enumerate(layers) if layer.linear)
-    for k, layer in enumerate(layers):
+    uses = zip(network.layers, uses_of(network.layers, network.score_uses()), strict=True)
+    layers = [(layer, users) for layer, users in uses if not isinstance(layer, Flatten)]
+    last = max(k for k, (layer, _) in enumerate(layers) if layer.linear)
+    for k, (layer, users) in enumerate(layers):
         label = f"{network.named(layer.name)} of --model {network.name}"
         kind: type[Placed] = Placed
         behind = owners
@@ -206,10 +240,15 @@ def make_plan(network: Network, size: int, distributed: bool) -> Plan:
                 advice = "use --scores reduced" if k == last else "use fewer ranks"
                 raise UserError(f"{label} has {layer.units} units for {size} ranks: {advice}")
             else:
-                behind = _contiguous(layer.units, size)
+                behind = _contiguous(_alive(network, layer, users), size)
+        elif isinstance(layer, Sparse):
+            kind, alive = PlacedSparse, _alive(network, layer, users)
+            if alive.sum() < size:
+                raise UserError(f"{label} has {alive.sum()} units for {size} ranks: use fewer ranks")
+            behind = _contiguous(alive, size)
         elif type(layer).sources is not Layer.sources or layer.inner or layer.whole_sequences:
             raise UserError(
-                f"{label} is none of the layers that --method spann cuts (slab, dense, activations, "
+                f"{label} is none of the layers that --method spann cuts (slab, sparse, dense, activations, "
                 f"normalizations of single units): use --model slabs, or --method {WHOLE}"
             )
         elif layer.parameters() and (owners is None or len(layer.in_shape) > 1):
@@ -222,6 +261,13 @@ def make_plan(network: Network, size: int, distributed: bool) -> Plan:
     return Plan(network, size, steps)
 
 
-def _contiguous(units: int, size: int) -> np.ndarray:
-    """The rank of each of some units, which are dealt evenly in their order."""
-    return np.repeat(np.arange(size, dtype=np.int32), np.diff(even_edges(units, size)))
+def _alive(network: Network, layer: Layer, uses: Uses) -> np.ndarray:
+    """(units,) bool: the units that some score depends on."""
+    return used(uses, Classes.of(range(network.classes)), layer.out_shape[0])
+
+
+def _contiguous(alive: np.ndarray, size: int) -> np.ndarray:
+    """The rank of each of some units, which are dealt evenly in their order; -1 where they are not alive."""
+    found = np.full(len(alive), -1, np.int32)
+    found[alive] = np.repeat(np.arange(size, dtype=np.int32), np.diff(even_edges(int(alive.sum()), size)))
+    return found

@@ -35,11 +35,6 @@ def plan_of(size: int, network: Network, config: Config) -> Plan:
 def check_spann(size: int, network: Network, dataset: Dataset, config: Config) -> None:
     """See `Method.check`."""
     check_not_partitioned(config)
-    if network.layout().dead.size:
-        raise UserError(
-            f"--model {network.name} has units that no score depends on, and --method spann would train them for "
-            "nothing: use a network without such units"
-        )
     plan_of(size, network, config)
     check_first_order(config, "sums over all weights as one vector, which no rank has")
     if find_optimizer(config.optimization.optimizer).needs_matrices:

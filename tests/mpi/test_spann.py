@@ -1,0 +1,405 @@
+"""Domains and parts on ranks: they train as one process does, as dense matrices with a mask, and move halos alone."""
+
+from functools import partial
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+pytest.importorskip("mpi4py.MPI")
+
+from helpers.trained import same, train
+
+from psmpi.backend import make_backend
+from psmpi.comm.group import Counter, Group
+from psmpi.comm.transfers import Halo, totals
+from psmpi.comm.transfers.halo import Rows
+from psmpi.errors import UserError
+from psmpi.layout import Domains
+from psmpi.methods.spann.settings import plan_of
+from psmpi.registry import find_method
+from psmpi.testing import run_ranks
+from psmpi.testing.case import Case
+from psmpi.training.context import Context
+
+parted = partial(train, method="spann")
+SGD = ("--loss", "nll", "--optimizer", "sgd", "--lr", "0.1")
+N, G, B = 6, 2, 5
+
+
+def slabs(domains, *more):
+    widths = [str(domains * N)] * 3
+    return ("--model", "slabs", "--widths", *widths, "--domains", str(domains), "--halo", str(G), *SGD, *more)
+
+
+@pytest.fixture(scope="module")
+def points(tmp_path_factory):
+    """Random samples of as many features as a number of domains has, of three classes."""
+
+    def call(domains):
+        path = tmp_path_factory.mktemp("points") / f"points{domains}.npz"
+        rng = np.random.default_rng(5)
+        np.savez(path, x=rng.normal(size=(60, domains * N)), y=np.arange(60) % 3)
+        return "--dataset", str(path), "--batch-size", str(B)
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def serial():
+    """What data parallelism trains on one rank, by options."""
+    known = {}
+
+    def call(options, steps=20):
+        if (options, steps) not in known:
+            known[options, steps] = train(1, options, steps)
+        return known[options, steps]
+
+    return call
+
+
+def gradients(ranks, options, change=None):
+    """Of one minibatch on so many ranks: scores, gradients by name, of the inputs too, and the loss; weights."""
+    network, dataset, config = Case("spann", ".", options).problem()
+    kind, layout = find_method("spann"), network.layout()
+    kind.check(ranks, network, dataset, config)
+
+    def work(world):
+        made = kind(Context(world, network, dataset, config, make_backend("numpy")))
+        if change is not None:
+            change(made)
+        ids = np.arange(B)
+        tape = made._forward(made.train, ids)
+        derivatives = made.scores.derivatives(tape, made.train, ids, 1 / B)
+        inputs = made.plan.inputs[world.rank]
+        dx = np.empty((len(inputs), B))
+        made.model.backward(tape, derivatives, dx=dx)
+        return made.shards[world.rank], made.w, made.g, tape.scores.copy(), (inputs, dx), made.scores.value()
+
+    found = run_ranks(ranks, work, timeout=60)
+    whole, gradient = np.full(layout.size, np.nan), np.full(layout.size, np.nan)
+    into = np.zeros((dataset.train.features, B))
+    for shard, w, g, _, (inputs, dx), _ in found:
+        for (a, b), at in zip(shard.intervals, shard.offsets.tolist(), strict=False):
+            assert np.isnan(whole[a:b]).all()
+            whole[a:b], gradient[a:b] = w[at : at + b - a], g[at : at + b - a]
+        into[inputs] += dx
+    scores = [one[3] for one in found]
+    if len(scores[0]) == network.classes:
+        assert all(np.array_equal(one, scores[0]) for one in scores)
+        scores = scores[:1]
+    tensors = [{p.name: named(layout, vector, p) for p in layout.parameters} for vector in (whole, gradient)]
+    x = dataset.train.read(np.arange(B)).T.astype(float)
+    return network, x, dataset.train.targets[:B], *tensors, np.concatenate(scores), into, sum(one[5] for one in found)
+
+
+def named(layout, vector, parameter):
+    runs = layout.runs_of_parameters({parameter.name})
+    found = np.empty(parameter.shape)
+    number = layout.parameters.index(parameter)
+    for piece in layout.banded[number]:
+        size = parameter.unit_size
+        for one in piece.singles():
+            values = vector[one.offset : one.offset + (one.last - one.first) * size]
+            found.reshape(-1)[one.first * size : one.last * size] = values
+    assert runs.size == found.size
+    return found
+
+
+def as_matrix(weight, n_in):
+    """The slabs (D, n, n_in + 2 G) as a matrix that is 0 outside of the pattern, and where it is not."""
+    count, n, window = weight.shape
+    halo = (window - n_in) // 2
+    matrix, mask = np.zeros((count * n, count * n_in)), np.zeros((count * n, count * n_in), bool)
+    for d in range(count):
+        for j in range(window):
+            column = d * n_in - halo + j
+            if 0 <= column < count * n_in:
+                matrix[d * n : (d + 1) * n, column] = weight[d, :, j]
+                mask[d * n : (d + 1) * n, column] = True
+    return matrix, mask
+
+
+def dense(weights, x, labels, widths, domains):
+    """Scores, gradients by name, of the inputs too, and the loss, by matrices with a mask, samples as columns."""
+    layers, h = [], [x]
+    for k, (before, _) in enumerate(pairwise(widths), 1):
+        matrix, mask = as_matrix(weights[f"slab{k}.weight"], before // domains)
+        h.append(np.tanh(matrix @ h[-1] + weights[f"slab{k}.bias"].reshape(-1, 1)))
+        layers.append((matrix, mask))
+    head = weights["dense1.weight"]
+    z = head @ h[-1] + weights["dense1.bias"][:, None]
+    p = np.exp(z - z.max(axis=0))
+    p /= p.sum(axis=0)
+    b = len(labels)
+    loss = -np.log(p[labels, np.arange(b)]).mean()
+    dz = p.copy()
+    dz[labels, np.arange(b)] -= 1
+    dz /= b
+    found = {"dense1.weight": dz @ h[-1].T, "dense1.bias": dz.sum(axis=1)}
+    dh = head.T @ dz
+    for k in range(len(layers), 0, -1):
+        d = dh * (1 - h[k] ** 2)
+        found[f"slab{k}.matrix"] = (d @ h[k - 1].T) * layers[k - 1][1]
+        found[f"slab{k}.bias"] = d.sum(axis=1)
+        dh = layers[k - 1][0].T @ d
+    return z, found, dh, loss
+
+
+def far(ranks, domains, options, change=None):
+    """The largest relative distance of anything from dense matrices with a mask."""
+    _, x, labels, weights, got, scores, into, loss = gradients(ranks, options, change)
+    widths = [domains * N] * 4
+    z, expected, dx, value = dense(weights, x, labels, widths, domains)
+    pairs = [(scores, z), (into, dx), (np.array(loss), np.array(value))]
+    for name, gradient in expected.items():
+        layer, what = name.split(".")
+        if what == "matrix":
+            pairs.append((as_matrix(got[f"{layer}.weight"], N)[0], gradient))
+        else:
+            pairs.append((got[name].reshape(gradient.shape), gradient))
+    return max(np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in pairs)
+
+
+@pytest.mark.parametrize(("ranks", "domains"), [(1, 4), (2, 4), (3, 4), (4, 4), (1, 5), (2, 5), (4, 5), (5, 5)])
+@pytest.mark.parametrize("scores", ["reduced", "distributed"])
+def test_gradients_are_those_of_dense_matrices_with_a_mask(points, ranks, domains, scores):
+    if scores == "distributed" and ranks > 3:
+        pytest.skip("there are three classes")
+    assert far(ranks, domains, slabs(domains, *points(domains), "--scores", scores)) <= 1e-12
+
+
+def test_one_that_does_not_add_what_comes_back_is_far_from_them(points, monkeypatch):
+    """The check above sees it: the loss would fall all the same."""
+
+    def overwrite(self, values, array):
+        self.spread.copy(values, array)
+
+    monkeypatch.setattr(Rows, "add", overwrite)
+    assert far(4, 4, slabs(4, *points(4))) > 1e-3
+
+
+def test_gradients_match_central_differences_on_both_sides_of_a_boundary(points):
+    options, step = slabs(2, *points(2)), 1e-5
+    _, _, _, _, got, *_ = gradients(2, options)
+    rng = np.random.default_rng(0)
+    places = [("slab2.weight", d, int(rng.integers(N)), j) for d in (0, 1) for j in range(N + 2 * G)]
+    places += [("slab3.weight", d, int(rng.integers(N)), j) for d in (0, 1) for j in rng.permutation(N + 2 * G)[:8]]
+    places += [("slab1.weight", d, int(rng.integers(N)), j) for d in (0, 1) for j in rng.permutation(N + 2 * G)[:6]]
+    assert len(places) == 48
+    for name, d, i, j in places:
+        losses = []
+        for move in (step, -step):
+
+            def change(made, move=move, name=name, d=d, i=i, j=j):
+                if made.rank == d:
+                    layout = made.local.layout()
+                    start = layout.runs_of_parameters({name}).intervals[0][0]
+                    made.w[start + i * (N + 2 * G) + j] += move
+
+            losses.append(gradients(2, options, change)[-1])
+        assert abs((losses[0] - losses[1]) / (2 * step) - got[name][d, i, j]) <= 1e-7
+
+
+def test_a_halo_of_tiles_is_the_field_with_zeros_around_it():
+    """3 x 2 tiles of 4 x 5, a halo of 2; and back it is the adjoint."""
+    domains, halo, b = Domains((1, 12, 10), (3, 2)), 2, 3
+    rng = np.random.default_rng(2)
+    field = rng.normal(size=(12, 10, b))
+    owners = np.empty(120, np.int32)
+    for d in range(6):
+        owners[domains.cells(d)] = d
+    windows = [domains.window(d, halo) for d in range(6)]
+    needs = [np.sort(window[window >= 0]) for window in windows]
+    back = [rng.normal(size=(len(units), b)) for units in needs]
+
+    def work(world):
+        made = Halo(Group(world, range(6), Counter()), owners, needs, np.dtype(float))
+        own = np.flatnonzero(owners == world.rank)
+        dst, src = np.empty((len(needs[world.rank]), b)), np.empty((len(own), b))
+        made.forward(field.reshape(120, b)[own], dst)
+        made.backward(back[world.rank].copy(), src)
+        return dst, src, own
+
+    found = run_ranks(6, work, timeout=60)
+    padded = np.pad(field, [(halo, halo), (halo, halo), (0, 0)])
+    left = right = 0.0
+    for d, (dst, src, own) in enumerate(found):
+        r, c = divmod(d, 2)
+        expected = padded[r * 4 : r * 4 + 8, c * 5 : c * 5 + 9].reshape(-1, b)
+        there = windows[d] >= 0
+        assert np.array_equal(dst[np.searchsorted(needs[d], windows[d][there])], expected[there])
+        assert not expected[~there].any()
+        left += (dst * back[d]).sum()
+        right += (field.reshape(120, b)[own] * src).sum()
+    assert abs(left - right) <= 1e-12 * abs(left)
+
+
+def sparse_toml(path, features, units=(14, 11, 13)):
+    """Layers of about .15 of all connections, one of all between them."""
+    lines = []
+    for seed, n in enumerate(units):
+        fan = max(1, round(0.15 * features))
+        lines.append(
+            f'[[model.layers]]\ntype = "sparse"\nunits = {n}\npattern = "random"\nfan_in = {fan}\nseed = {seed}'
+        )
+        lines.append('[[model.layers]]\ntype = "tanh"')
+        features = n
+    lines.append('[[model.layers]]\ntype = "dense"\nunits = 9\n[[model.layers]]\ntype = "tanh"')
+    lines.append('[[model.layers]]\ntype = "sparse"\nunits = 8\npattern = "random"\nfan_in = 4\n')
+    lines.append('[[model.layers]]\ntype = "dense"\nunits = 3\n')
+    path.write_text('[model]\nmodel = "custom"\n' + "\n".join(lines))
+    return "--config", str(path)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("scores", ["reduced", "distributed"])
+def test_sparse_layers_and_mixing_layers_train_as_one_process(points, serial, tmp_path, ranks, scores):
+    if scores == "distributed" and ranks > 3:
+        pytest.skip("there are three classes")
+    toml = sparse_toml(tmp_path / "model.toml", 5 * N)
+    options = (*toml, *SGD, *points(5))
+    same(parted(ranks, (*options, "--scores", scores)), train(1, options), 1e-12)
+
+
+OTHERS = {
+    "adam, clipped": ("--optimizer", "adam", "--lr", "0.01", "--clip", "0.1"),
+    "psl": ("--loss", "psl", "--optimizer", "momentum", "--lr", "0.01"),
+    "float32": ("--dtype", "float32"),
+    "normalized": ("--batch-norm",),
+}
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("what", OTHERS)
+def test_ranks_train_as_one_process(points, serial, ranks, what):
+    options = (*slabs(4, *points(4)), *OTHERS[what])
+    same(parted(ranks, options), serial(options), 1e-5 if what == "float32" else 1e-10)
+
+
+def test_a_hundred_steps_train_as_one_process(points, serial):
+    options = slabs(4, *points(4))
+    same(parted(4, options, 100), serial(options, 100), 1e-10)
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 6])
+def test_tiles_of_images_train_as_one_process(serial, ranks):
+    options = ("--model", "slabs", "--widths", "144", "36", "--domains", "2", "2", *SGD)
+    if ranks > 4:
+        with pytest.raises(UserError, match="4 domains for 6 ranks: use --domains 6 or more, or 4 ranks"):
+            parted(ranks, options)
+        return
+    same(parted(ranks, options), serial(options), 1e-10)
+
+
+def test_one_domain_is_a_dense_network(points):
+    """To the bit: the same draws, the same products."""
+    both = ("--widths", "30", "18", *SGD, *points(5), "--init", "he")
+    one = parted(1, ("--model", "slabs", "--domains", "1", *both))
+    assert one[1][0] > 0
+    network, *_ = Case("spann", ".", ("--model", "slabs", "--domains", "1", *both)).problem()
+    assert [layer.shapes for layer in network.layers if hasattr(layer, "shapes")] == [(1, 30, 30), (1, 18, 30)]
+    weights = gradients(1, ("--model", "slabs", "--domains", "1", *both))
+    z = weights[3]["slab1.weight"][0] @ weights[1] + weights[3]["slab1.bias"].reshape(-1, 1)
+    z = weights[3]["slab2.weight"][0] @ np.tanh(z) + weights[3]["slab2.bias"].reshape(-1, 1)
+    z = weights[3]["dense1.weight"] @ np.tanh(z) + weights[3]["dense1.bias"][:, None]
+    assert np.abs(z - weights[5]).max() <= 1e-14 * np.abs(z).max()
+
+
+def messages(ranks, options, batch=B):
+    network, dataset, config = Case("spann", ".", options).problem()
+
+    def work(world):
+        made = find_method("spann")(Context(world, network, dataset, config, make_backend("numpy")))
+        return made.messages(0, batch)
+
+    found = run_ranks(ranks, work, timeout=60)
+    return found[0], plan_of(ranks, network, config)
+
+
+def test_inner_ranks_send_four_halos_a_layer_behind_the_first_and_outer_ones_half(points):
+    """4 (L - 1) messages and 4 B (L - 1) g words of 8 bytes a step: the first layer reads the samples."""
+    found, _ = messages(5, slabs(5, *points(5)))
+    sums = 2 * 4 * (B * 3 * 8) // 5
+    assert sums != B * G * 8
+    halos = [(a, b, size) for a, b, size in found if size == B * G * 8]
+    assert len(found) == len(halos) + 5
+    for rank in range(5):
+        own = [size for a, b, size in halos if rank in (a, b)]
+        inner = 2 if rank in (0, 4) else 4
+        assert len(own) == inner * 2 * 2 and sum(own) == inner * 2 * 2 * B * G * 8
+    assert sum(size == sums for _, _, size in found) == 5
+
+
+def test_without_a_halo_nothing_but_scores_moves(points):
+    options = slabs(4, *points(4))
+    at = options.index("--halo")
+    found, plan = messages(4, (*options[:at], "--halo", "0", *options[at + 2 :]))
+    assert len(found) == 4 and plan.volume() == 0 and not any(step.moves for step in plan.steps)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_bytes_are_the_connectivity_of_the_cut(points, tmp_path, ranks):
+    """Of each unit as many numbers as there are other ranks that use it, each way; the first layer reads samples."""
+    options = (*sparse_toml(tmp_path / "model.toml", 5 * N), *SGD, *points(5))
+    network, _, config = Case("spann", ".", options).problem()
+    plan = plan_of(ranks, network, config)
+    words, owners = 0, None
+    for step in (step for step in plan.steps if step.layer.linear):
+        layer, rows = step.layer, step.behind
+        for unit in range(layer.in_shape[0]) if owners is not None and rows is not None else ():
+            users = {int(rank) for rank in rows} - {-1}
+            if hasattr(layer, "pattern"):
+                starts, columns = layer.pattern.starts, layer.pattern.columns
+                seeing = (r for r in range(len(rows)) if unit in columns[starts[r] : starts[r + 1]])
+                users = {int(rows[r]) for r in seeing} - {-1}
+            assert owners[unit] >= 0 or not users
+            words += len(users | {int(owners[unit])}) - 1
+        owners = rows
+    found, _ = messages(ranks, options)
+    scores = ranks * (2 * (ranks - 1) * B * 3 * 8 // ranks)
+    assert plan.volume() == words
+    assert sum(size for _, _, size in found) == 2 * words * B * 8 + scores
+    assert sum(sum(totals(found, rank)) for rank in range(ranks)) == 2 * (2 * words * B * 8 + scores)
+
+
+LIMITS = [
+    (2, ("--model", "slabs", "--domains", "5"), "samples have 64 numbers, which that many domains .*: use --domains 4"),
+    (2, ("--model", "slabs", "--widths", "30"), "--widths 30 is not a multiple of --domains 4: use 32"),
+    (2, ("--model", "slabs", "--widths", "32", "--halo", "17"), "slab1.* halo = 17 goes beyond .* which has 16 inputs"),
+    (
+        5,
+        (
+            "--model",
+            "slabs",
+        ),
+        "has 4 domains for 5 ranks: use --domains 5 or more, or 4 ranks",
+    ),
+    (2, ("--model", "slabs", "--domains", "3", "2"), "--widths 256: with --domains 3 2 .*: use 324"),
+    (2, ("--model", "slabs", "--domains", "2", "2", "2"), "--domains 2 2 2: expected a whole number above 0, or two"),
+    (2, ("--model", "slabs", "--domains", "0"), "--domains 0: expected a whole number above 0"),
+    (2, ("--model", "lenet", "--domains", "2"), "--domains is of --model slabs, and the model here is lenet"),
+    (2, ("--model", "lenet", "--halo", "2"), "--halo is of --model slabs, and the model here is lenet"),
+    (
+        2,
+        (
+            "--model",
+            "psnet",
+        ),
+        "is none of the layers that --method spann cuts",
+    ),
+    (
+        11,
+        ("--model", "slabs", "--domains", "16", "--scores", "distributed"),
+        "10 units for 11 ranks: use --scores reduced",
+    ),
+    (2, ("--model", "slabs", "--optimizer", "muon"), "--optimizer muon steps whole matrices"),
+    (2, ("--model", "slabs", "--optimizer", "lbfgs"), "lbfgs"),
+]
+
+
+@pytest.mark.parametrize(("ranks", "options", "message"), LIMITS)
+def test_what_cannot_be_cut_is_refused_with_what_can(ranks, options, message):
+    with pytest.raises(UserError, match=message):
+        case = Case("spann", ".", options)
+        find_method("spann").check(ranks, *case.problem())
