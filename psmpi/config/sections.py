@@ -65,8 +65,8 @@ class NetworkSettings:
     """The network."""
 
     model: Literal[
-        "psnet", "psnet-24", "psnet-35", "lenet", "linear", "mlp", "head", "resnet", "deep", "deep-conv", "radix", "rnn",
-        "gru", "lstm", "transformer", "slabs", "custom",
+        "psnet", "psnet-24", "psnet-35", "lenet", "linear", "mlp", "head", "resnet", "deep", "deep-conv", "radix",
+        "rnn", "gru", "lstm", "transformer", "slabs", "custom",
     ] = "psnet"  # fmt: skip
     """Built-in network, or custom: described by [[model.layers]] tables in the configuration file. linear: one dense
     layer, with one score for two classes (--loss logistic, or hinge, a support vector machine). head: for very many

@@ -228,8 +228,8 @@ def make_network(
     before them vectors of tokens with a `vocabulary`; `transformer`, for such sequences too, see psmpi.nn.transformer;
     `slabs` has hidden layers of `widths` neurons, cut into `domains` with a `halo`, see psmpi.nn.slabs; `custom` is
     described layer by layer in `layers` (see psmpi.nn.network.build). by_step: whether there are scores at each step of
-    sequences. task: see `Split.task`. With `batch_norm` the other ones have batch normalization instead of biases. UserError where the name or
-    the shape is not known.
+    sequences. task: see `Split.task`. With `batch_norm` the other ones have batch normalization instead of biases.
+    UserError where the name or the shape is not known.
     """
     if batch_norm and name in SEQUENCES:
         raise UserError(
