@@ -9,6 +9,7 @@ from functools import partial
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status: 0 done, 1 an error, or a published accuracy is missed."""
+    from psmpi.bench.characters import characters
     from psmpi.bench.checkpoint import checkpoint
     from psmpi.bench.comm import comm
     from psmpi.bench.compute import compute
@@ -41,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     def go() -> int:
         trains = partial(with_training_options, default=defaults(words), words=words)
         commands: tuple[Callable[..., int], ...] = (
-            checkpoint, comm, compute, decoupled, head, kernels, layers, links, trains(memory), network,
+            characters, checkpoint, comm, compute, decoupled, head, kernels, layers, links, trains(memory), network,
             trains(optimizer), predict, private, published, trains(recorder), recurrent, trains(scale), sparse, start,
             trains(step), tensor, transformer, trunk, wavefront,
         )  # fmt: skip

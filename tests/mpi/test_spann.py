@@ -8,6 +8,7 @@ import pytest
 
 pytest.importorskip("mpi4py.MPI")
 
+from helpers.datasets import real
 from helpers.trained import same, train
 
 from psmpi.backend import make_backend
@@ -382,6 +383,16 @@ def test_bytes_are_the_connectivity_of_the_cut(points, tmp_path, ranks):
     assert plan.volume() == words
     assert sum(size for _, _, size in found) == 2 * words * B * 8 + scores
     assert sum(sum(totals(found, rank)) for rank in range(ranks)) == 2 * (2 * words * B * 8 + scores)
+
+
+@pytest.mark.slow
+def test_slabs_learn_mnist(request):
+    """Four domains of 64 neurons, two layers, as in small runs that were 2.1 % wrong."""
+    setting = ("--dataset", "mnist", "--data-dir", real("mnist") / "mnist", "--optimizer", "momentum", "--lr", "0.05")
+    rows = request.getfixturevalue("train")(
+        4, "--method", "spann", *setting, "--batch-size", "128", "--epochs", "5", "--threads", "1"
+    ).rows
+    assert 1 - rows[-1]["test_accuracy"] <= 0.03
 
 
 LIMITS = [
