@@ -11,7 +11,7 @@ from psmpi.training.context import Context
 from psmpi.training.loop import plan_steps
 
 
-def train(ranks, options, steps=20, method="data_parallel"):
+def train_steps(ranks, options, steps=20, method="data_parallel"):
     """The flat vector after some steps on so many ranks, the losses of the steps, and the scores of the test."""
     network, dataset, config = Case(method, ".", options).problem()
     batches, _, _ = plan_steps(dataset, config)
@@ -45,7 +45,7 @@ def train(ranks, options, steps=20, method="data_parallel"):
 
 
 def same(found, expected, tolerance=1e-10):
-    """AssertionError unless two of what `train` returns are the same but for rounding."""
+    """AssertionError unless two of what `train_steps` returns are the same but for rounding."""
     for one, other in zip(found[:2], expected[:2], strict=True):
         assert np.linalg.norm(one - other) <= tolerance * np.linalg.norm(other)
     assert found[2].keys() == expected[2].keys()

@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("mpi4py.MPI")
 
 from helpers.datasets import real
-from helpers.trained import same, train
+from helpers.trained import same, train_steps
 
 from psmpi.backend import make_backend
 from psmpi.comm.group import Counter, Group
@@ -22,7 +22,7 @@ from psmpi.testing import run_ranks
 from psmpi.testing.case import Case
 from psmpi.training.context import Context
 
-parted = partial(train, method="spann")
+parted = partial(train_steps, method="spann")
 SGD = ("--loss", "nll", "--optimizer", "sgd", "--lr", "0.1")
 N, G, B = 6, 2, 5
 
@@ -52,7 +52,7 @@ def serial():
 
     def call(options, steps=20):
         if (options, steps) not in known:
-            known[options, steps] = train(1, options, steps)
+            known[options, steps] = train_steps(1, options, steps)
         return known[options, steps]
 
     return call
@@ -262,7 +262,7 @@ def test_sparse_layers_and_mixing_layers_train_as_one_process(points, tmp_path, 
         pytest.skip("there are three classes")
     toml = sparse_toml(tmp_path / "model.toml", 5 * N)
     options = (*toml, *SGD, *points(5))
-    same(parted(ranks, (*options, "--scores", scores, "--cut", cut)), train(1, options), 1e-12)
+    same(parted(ranks, (*options, "--scores", scores, "--cut", cut)), train_steps(1, options), 1e-12)
 
 
 OTHERS = {
@@ -386,12 +386,10 @@ def test_bytes_are_the_connectivity_of_the_cut(points, tmp_path, ranks):
 
 
 @pytest.mark.slow
-def test_slabs_learn_mnist(request):
+def test_slabs_learn_mnist(train):
     """Four domains of 64 neurons, two layers, as in small runs that were 2.1 % wrong."""
     setting = ("--dataset", "mnist", "--data-dir", real("mnist") / "mnist", "--optimizer", "momentum", "--lr", "0.05")
-    rows = request.getfixturevalue("train")(
-        4, "--method", "spann", *setting, "--batch-size", "128", "--epochs", "5", "--threads", "1"
-    ).rows
+    rows = train(4, "--method", "spann", *setting, "--batch-size", "128", "--epochs", "5", "--threads", "1").rows
     assert 1 - rows[-1]["test_accuracy"] <= 0.03
 
 

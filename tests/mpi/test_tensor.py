@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("mpi4py.MPI")
 
 from helpers.runs import run, trainer
-from helpers.trained import same, train
+from helpers.trained import same, train_steps
 
 from psmpi.backend import make_backend
 from psmpi.comm.transfers import totals
@@ -38,7 +38,7 @@ MLP = (
     "--lr",
     "0.1",
 )
-tiled = partial(train, method="tensor")
+tiled = partial(train_steps, method="tensor")
 # Of 1, 2, 4, 6, 8 and 12 ranks.
 SIZES = (1, 2, 4, 6, 8, 12)
 
@@ -62,7 +62,7 @@ def serial():
 
     def call(options, steps=20):
         if options not in known:
-            known[options] = train(1, options, steps)
+            known[options] = train_steps(1, options, steps)
         return known[options]
 
     return call
