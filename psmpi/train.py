@@ -132,6 +132,7 @@ def _settle(config: Config, tell: Callable[[str], None], said: Collection[str]) 
     from psmpi.config import check
     from psmpi.data import RANK, locate
     from psmpi.errors import UserError, expanded
+    from psmpi.nn.layers.pattern_file import with_patterns
     from psmpi.registry import find_method
 
     check(config, said)
@@ -155,7 +156,9 @@ def _settle(config: Config, tell: Callable[[str], None], said: Collection[str]) 
             "add --private-data, with a method that has it"
         )
     data = replace(data, data_dir=str(folder), dataset=locate(data.dataset, folder, tell))
-    return replace(config, data=data, run=replace(run, out=out, resume=resume))
+    # Patterns of layers go where the configuration goes.
+    model = replace(config.model, layers=with_patterns(config.model.layers))
+    return replace(config, data=data, model=model, run=replace(run, out=out, resume=resume))
 
 
 def _train(world: World, control: Control, config: Config, own: str, layers: str, numbers: str) -> bool:

@@ -26,6 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     from psmpi.bench.recorder import recorder
     from psmpi.bench.recurrent import recurrent
     from psmpi.bench.scale import scale
+    from psmpi.bench.sparse import sparse
     from psmpi.bench.start import start
     from psmpi.bench.step import step
     from psmpi.bench.tensor import tensor
@@ -41,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         trains = partial(with_training_options, default=defaults(words), words=words)
         commands: tuple[Callable[..., int], ...] = (
             checkpoint, comm, compute, decoupled, head, kernels, layers, links, trains(memory), network,
-            trains(optimizer), predict, private, published, trains(recorder), recurrent, trains(scale), start,
+            trains(optimizer), predict, private, published, trains(recorder), recurrent, trains(scale), sparse, start,
             trains(step), tensor, transformer, trunk, wavefront,
         )  # fmt: skip
         return chosen(commands, words, "bench", "Measure psmpi.")()

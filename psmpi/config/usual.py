@@ -67,5 +67,4 @@ def _saturates(config: Config) -> bool:
         return False
     if model.model == "custom" or model.layers:
         return any(table.get("type") == "sigmoid" for table in model.layers if isinstance(table, dict))
-    others = ("mlp", "head", "resnet", "deep", "deep-conv", "rnn", "gru", "lstm", "transformer", "slabs")
-    return model.model not in others
+    return model.model in ("psnet", "psnet-24", "psnet-35", "lenet")

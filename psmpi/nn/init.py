@@ -11,10 +11,9 @@ import numpy as np
 from psmpi.errors import UserError
 from psmpi.layout import Layout, Runs, Stretch
 from psmpi.nn.draws import draw_rows
-from psmpi.nn.layers.base import Initial
+from psmpi.nn.layers.base import INITS, Initial
 from psmpi.nn.network import Network
 
-INITS = ("xavier", "he", "pytorch")
 # Elements that are drawn at a time.
 TILE = 1 << 18
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 from psmpi.errors import LayersError, UserError
+from psmpi.layout import radix_strides
 from psmpi.nn.layers import ACTIVATIONS, LAYERS
 from psmpi.nn.network import Network, build
 from psmpi.nn.slabs import slabs
@@ -128,6 +130,23 @@ def _make_deep(
     return build(name, in_shape, _deep(width, **deep, classes=classes, shape=in_shape, images=images), classes)
 
 
+def _make_radix(in_shape: tuple[int, ...], classes: int, widths: Sequence[int], depth: int, finish: Any) -> Network:
+    """`radix`: a random sparse layer from the inputs, behind it mixed-radix systems: `depth` layers with ReLU."""
+    width = widths[0] if widths else 1024
+    if len(widths) > 1 or width < CONNECTIONS:
+        raise UserError(
+            f"--widths {' '.join(map(str, widths))}: --model radix has one width, of {CONNECTIONS} or more: each unit "
+            f"has {CONNECTIONS} connections"
+        )
+    inputs, strides = prod(in_shape), radix_strides(width, CONNECTIONS)
+    first = {"pattern": "random", "fan_in": min(CONNECTIONS, inputs)}
+    more = [{"pattern": "radix", "radix": CONNECTIONS, "stride": strides[k % len(strides)]} for k in range(depth - 1)]
+    tables: list[LayerTable] = [{"type": "flatten"}] if len(in_shape) > 1 else []
+    for pattern in (first, *more):
+        tables += [{"type": "sparse", "units": width, "init": "he", **pattern}, {"type": "relu"}]
+    return build("radix", in_shape, finish([*tables, {"type": "dense", "units": classes}]), classes)
+
+
 def has_psnet(in_shape: tuple[int, ...], classes: int) -> bool:
     """Whether there is a PSNet, which can be partitioned, for samples of this shape."""
     return _built_in("psnet", in_shape, classes) is not None
@@ -160,9 +179,11 @@ def _of_sequences(
 
 SEQUENCES = ("rnn", "gru", "lstm", "transformer")
 MODELS = (
-    "psnet", "psnet-24", "psnet-35", "lenet", "mlp", "head", "resnet", "deep", "deep-conv", *SEQUENCES, "slabs",
+    "psnet", "psnet-24", "psnet-35", "lenet", "mlp", "head", "resnet", "deep", "deep-conv", "radix", *SEQUENCES,
     "custom",
 )  # fmt: skip
+# Inputs of each unit of radix.
+CONNECTIONS = 32
 DEEP = {"depth": 32, "final_time": 1.0, "activation": "tanh"}
 
 
@@ -191,12 +212,14 @@ def make_network(
     `scale` this times the cosine of the angle between the trunk's outputs, without the last ReLU, and the class's row;
     `resnet` has sections of `widths` channels (16 and 32) with `blocks` residual blocks each (3); `deep` has `depth`
     (32) residual layers of one of `widths` (16), the steps of a march to `final_time` (1), with `activation` (tanh),
-    and `deep-conv` such convolutions (4 channels); `rnn`, `gru` and `lstm` have recurrent layers of `widths` units (128
-    and 128), for sequences (features, steps), before them vectors of tokens with a `vocabulary`; `transformer`, for
-    such sequences too, see psmpi.nn.transformer; `slabs` has hidden layers of `widths` neurons, cut into `domains` with
-    a `halo`, see psmpi.nn.slabs; `custom` is described layer by layer in `layers` (see psmpi.nn.network.build).
-    by_step: whether there are scores at each step of sequences. With `batch_norm` the other
-    ones have batch normalization instead of biases. UserError where the name or the shape is not known.
+    and `deep-conv` such convolutions (4 channels); `radix` has `depth` (32) sparse layers of one of `widths` (1024)
+    with ReLU, 32 connections a unit, the topology of RadiX-Nets (Robinett and Kepner 2019), and He's initial weights;
+    `rnn`, `gru` and `lstm` have recurrent layers of `widths` units (128 and 128), for sequences (features, steps),
+    before them vectors of tokens with a `vocabulary`; `transformer`, for such sequences too, see psmpi.nn.transformer;
+    `slabs` has hidden layers of `widths` neurons, cut into `domains` with a `halo`, see psmpi.nn.slabs; `custom` is
+    described layer by layer in `layers` (see psmpi.nn.network.build). by_step: whether there are scores at each step of
+    sequences. With `batch_norm` the other ones have batch normalization instead of biases. UserError where the name or
+    the shape is not known.
     """
     if batch_norm and name in SEQUENCES:
         raise UserError(
@@ -219,9 +242,9 @@ def make_network(
     if blocks and name not in ("resnet", "transformer"):
         raise UserError(f"--blocks are those of --model resnet and transformer; --model {name} has none")
     for setting, usual in DEEP.items() if name not in ("deep", "deep-conv") else ():
-        if deep.get(setting, usual) != usual:
-            word = setting.replace("_", "-")
-            raise UserError(f"--{word} is of --model deep and deep-conv; --model {name} has none: leave it out")
+        if deep.get(setting, usual) != usual and (name, setting) != ("radix", "depth"):
+            word, more = setting.replace("_", "-"), ", radix" if setting == "depth" else ""
+            raise UserError(f"--{word} is of --model deep, deep-conv{more}; --model {name} has none: leave it out")
     if scale and name != "head":
         raise UserError(
             f"--scale is of --model head, and the model here is {name}: leave it out, or let --model custom end in a "
@@ -254,7 +277,7 @@ def make_network(
             f"--model {name} has scores of samples, and here each step of a sequence has a target: use --model "
             f"{', '.join(SEQUENCES)}, or custom"
         )
-    if len(in_shape) == 2 and name not in ("mlp", "head", "deep", "slabs"):
+    if len(in_shape) == 2 and name not in ("mlp", "head", "deep", "radix", "slabs"):
         raise UserError(
             f"--model {name} is not made for sequences {in_shape}: use --model {', '.join(SEQUENCES)}, or mlp"
         )
@@ -264,6 +287,9 @@ def make_network(
     made = _built_in(name, in_shape, classes, widths, blocks, batch_norm)
     if name == "deep" or (name == "deep-conv" and len(in_shape) == 3):
         made = _make_deep(name, in_shape, classes, widths, batch_norm, {**DEEP, **deep})
+    if name == "radix":
+        depth = int(deep.get("depth", DEEP["depth"]))
+        made = _make_radix(in_shape, classes, widths, depth, _normalized if batch_norm else list)
     if made is not None:
         return made
     if name in MODELS:

@@ -220,7 +220,7 @@ def dealt_layers(network: Network) -> dict[int, int]:
     """
     found, last = {}, -1
     for k, layer in enumerate(flat(network.layers)):
-        if layer is None or layer.couples_units:
+        if layer is None or layer.couples_units or (layer.linear and not isinstance(layer, Linear)):
             last = -1
         elif isinstance(layer, Linear):
             if last >= 0 and layer.groups == 1:

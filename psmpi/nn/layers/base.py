@@ -24,6 +24,9 @@ from psmpi.nn.layers.workspace import Workspace
 NEW, OVER, VIEW, OWN = "new", "over", "view", "own"
 
 
+# Kinds of initial weights, see psmpi.nn.init.
+INITS = ("xavier", "he", "pytorch")
+
 # Sums an array (k,) float64 over some ranks, in place, on the host.
 Total = Callable[[np.ndarray], object]
 

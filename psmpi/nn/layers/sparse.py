@@ -25,7 +25,7 @@ from psmpi.layout import (
     spelled,
     unpack,
 )
-from psmpi.nn.layers.base import Initial, Layer, Part, SampleSums, Site, Stage
+from psmpi.nn.layers.base import INITS, Initial, Layer, Part, SampleSums, Site, Stage
 from psmpi.nn.layers.pattern_file import read_pattern
 from psmpi.nn.layers.table import Table
 from psmpi.nn.layers.uses import Uses, joined, single
@@ -37,6 +37,8 @@ class Sparse(Layer):
 
     pattern: Pattern
     bias: bool = field(default=True, kw_only=True)
+    # The kind of its initial weights; that of the run where it is "".
+    init: str = field(default="", kw_only=True)
 
     linear: ClassVar[bool] = True
     moves_gradient: ClassVar[bool] = True
@@ -51,7 +53,10 @@ class Sparse(Layer):
                 f"{table.where}: the pattern is {pattern.rows} x {pattern.inputs}, and the layer has {units} units and "
                 f"{shape[0]} inputs: let them be the same"
             )
-        return [cls(label, shape, (units,), pattern, bias=table.flag("bias"))]
+        init = table.take("init", "")
+        if init not in ("", *INITS):
+            raise UserError(f"{table.where}: init = {init!r}; choose one of {', '.join(INITS)}")
+        return [cls(label, shape, (units,), pattern, bias=table.flag("bias"), init=init)]
 
     @property
     def units(self) -> int:
@@ -68,7 +73,7 @@ class Sparse(Layer):
 
     def initial(self, kind: str, gain: float) -> dict[str, Initial]:
         """Each weight by the entries of its row, and for xavier those of its column too."""
-        fan_in = np.repeat(self.pattern.fan_in, self.pattern.fan_in)
+        kind, fan_in = self.init or kind, np.repeat(self.pattern.fan_in, self.pattern.fan_in)
         fans = fan_in + self.pattern.fan_out[self.pattern.columns] if kind == "xavier" else fan_in
         value = {"xavier": gain * sqrt(6), "he": sqrt(6), "pytorch": 1.0}[kind]
         return {f"{self.name}.weight": Initial("uniform", value, widths=1 / np.sqrt(fans))}
