@@ -17,6 +17,7 @@ from psmpi.checkpoint.selection import read_elements
 from psmpi.checkpoint.tensors import Tensor
 from psmpi.config import parse_toml
 from psmpi.errors import DamagedError
+from psmpi.nn.layers.pattern_file import brief
 
 Checkpoint = Positional[Annotated[Path, arg(metavar="CHECKPOINT")]]
 # Elements that the tools hold of a tensor at a time.
@@ -106,9 +107,9 @@ class Opened:
             yield tensor, self.read(vector, tensor)
 
     def settings(self) -> dict[str, Any]:
-        """The configuration: `section.name` to value."""
+        """The configuration: `section.name` to value, patterns in brief."""
         tables = parse_toml(self.contents.config)
-        return {f"{section}.{name}": value for section, table in tables.items() for name, value in table.items()}
+        return {f"{section}.{name}": brief(value) for section, table in tables.items() for name, value in table.items()}
 
     def describe(self) -> dict[str, Any]:
         """Step, epoch and score."""

@@ -14,6 +14,7 @@ from psmpi.comm.watch.flight import flight_of
 from psmpi.config import Config, changes, from_toml, read_file
 from psmpi.data import Dataset, Identity, differences
 from psmpi.errors import UserError, counted, expanded
+from psmpi.nn.layers.pattern_file import brief
 from psmpi.training.folder import CONFIG
 from psmpi.training.method import Method
 
@@ -116,7 +117,7 @@ def compare(
         if name == "split_seed":
             # Where it matters it is told as other data.
             continue
-        tell(f"note: {name} is {now}, in the checkpoint it was {before}")
+        tell(f"note: {name} is {brief(now)}, in the checkpoint it was {brief(before)}")
 
 
 def restore(method: Method, path: Path, contents: Contents, config: Config, steps_per_epoch: int) -> list[str]:

@@ -9,7 +9,7 @@ from scipy.special import erf, softmax
 
 from psmpi.backend import NumpyOps
 from psmpi.errors import LayersError, UserError, layers_in
-from psmpi.layout import Runs, accumulate, restrict
+from psmpi.layout import Runs, accumulate, radix_pattern, restrict
 from psmpi.methods.psl.borrowed import Borrowed
 from psmpi.nn.init import initial_values, initial_weights
 from psmpi.nn.layers import SampleSums
@@ -510,6 +510,23 @@ def test_evaluations_take_the_same_minibatches_on_any_number_of_ranks():
         sizes = [at.stop - at.start for at in batches]
         assert len(sizes) == count and sum(sizes) == n and max(sizes) - min(sizes) <= 1
         assert [at.start for at in batches[1:]] == [at.stop for at in batches[:-1]]
+
+
+def test_radix_networks_are_mixed_radix_systems_behind_a_random_layer():
+    network = make_network("radix", (1, 28, 28), 10, depth=4)
+    first, *more = [layer for layer in network.layers if layer.name.startswith("sparse")]
+    assert first.pattern.inputs == 784 and (first.pattern.fan_in == 32).all() and first.init == "he"
+    assert [one.pattern for one in more] == [radix_pattern(1024, 32, stride) for stride in (1, 32, 1)]
+    assert network.layout().size == 4 * 33 * 1024 + 10 * 1025
+    small = make_network("radix", (5,), 3, widths=(64,), depth=2, batch_norm=True)
+    assert small.layers[0].pattern.size == 64 * 5 and not small.layers[0].bias and small.normalized
+    for options, says in (
+        ({"widths": (64, 64)}, "has one width"),
+        ({"widths": (16,)}, "of 32 or more"),
+        ({"final_time": 2.0}, "--final-time is of --model deep, deep-conv;"),
+    ):
+        with pytest.raises(UserError, match=says):
+            make_network(**{"name": "radix", "in_shape": (3,), "classes": 4, **options})
 
 
 def test_deep_networks_are_steps_of_a_march():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import zipfile
 import zlib
 from collections.abc import Sequence
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -66,3 +67,14 @@ def with_patterns(tables: Sequence[Any]) -> tuple[Any, ...]:
                 table = {**table, "layers": list(with_patterns(table["layers"]))}
         found.append(table)
     return tuple(found)
+
+
+def brief(value: Any) -> Any:
+    """A setting for people, with a pattern as its sizes and a digest of its text."""
+    if isinstance(value, dict):
+        return {key: brief(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(brief(one) for one in value)
+    if isinstance(value, str) and value.startswith(PACKED):
+        return f"{value.rpartition(':')[0]}:sha256 {sha256(value.encode()).hexdigest()[:12]}"
+    return value
