@@ -31,6 +31,9 @@ units = 10
 """
 
 
+OPTIONS = ("--method", "data_parallel", "--dataset", "digits", "--loss", "nll", "--threads", "1")
+
+
 @pytest.fixture
 def custom(tmp_path):
     """The paths of a configuration and of the pattern's file that it names."""
@@ -48,18 +51,7 @@ def said(status, out, err):
 def test_a_checkpoint_carries_the_pattern_of_a_file(custom, train, tmp_path):
     """Without the file a run goes on, predicts, exports and is looked into."""
     file, path = custom
-    words = (
-        "--config",
-        str(file),
-        "--method",
-        "data_parallel",
-        "--dataset",
-        "digits",
-        "--loss",
-        "nll",
-        "--threads",
-        "1",
-    )
+    words = ("--config", str(file), *OPTIONS)
     whole = train(1, *words, "--epochs", "2")
     first = train(1, *words, "--epochs", "2", "--max-steps", "50")
     path.unlink()
@@ -80,18 +72,7 @@ def test_a_checkpoint_carries_the_pattern_of_a_file(custom, train, tmp_path):
 
 def test_another_pattern_is_told_in_brief(custom, train, tmp_path):
     file, path = custom
-    words = (
-        "--config",
-        str(file),
-        "--method",
-        "data_parallel",
-        "--dataset",
-        "digits",
-        "--loss",
-        "nll",
-        "--threads",
-        "1",
-    )
+    words = ("--config", str(file), *OPTIONS)
     first = train(1, *words, "--epochs", "1")
     sparse.save_npz(path, sparse.random_array((40, 64), density=0.1, format="csr", rng=np.random.default_rng(1)))
     again = said(*run(1, "-m", "psmpi.train", *words, "--epochs", "2", "--resume", "auto", "--out", first.out))
@@ -101,15 +82,12 @@ def test_another_pattern_is_told_in_brief(custom, train, tmp_path):
 def test_a_file_without_a_pattern_ends_the_run_before_it_begins(custom, tmp_path):
     file, path = custom
     path.write_bytes(b"nothing")
-    status, _, err = run(
-        2, "-m", "psmpi.train", "--config", file, "--method", "data_parallel", "--out", tmp_path / "run"
-    )
+    status, _, err = run(2, "-m", "psmpi.train", "--config", file, *OPTIONS, "--out", tmp_path / "run")
     assert status == 1 and "Traceback" not in err and err.count("error: ") == 1 and str(path) in "".join(err.split())
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_networks_of_sparse_layers_train_the_same_on_any_ranks(ranks, train, serial):
-    words = ("--method", "data_parallel", "--model", "radix", "--widths", "64", "--depth", "3", "--dataset", "digits",
-             "--loss", "nll", "--epochs", "1", "--threads", "1", "--dtype", "float64")  # fmt: skip
+    words = (*OPTIONS, "--model", "radix", "--widths", "64", "--depth", "3", "--epochs", "1", "--dtype", "float64")
     alone, together = serial(*words), train(ranks, *words)
     assert distance(alone.tensors(), together.tensors()) < 1e-9
