@@ -21,6 +21,7 @@ from psmpi.layout.layout import Block, Layout, Parameter, Piece, make_layout, pl
 from psmpi.layout.matrices import Matrix, hidden_weights, whole_matrices
 from psmpi.layout.moves import Move, plan_moves
 from psmpi.layout.ownership import Ownership
+from psmpi.layout.partition import partition
 from psmpi.layout.pattern import PACKED, Pattern, Transposed, radix_pattern, radix_strides, random_pattern, unpack
 from psmpi.layout.roles import Roles, assign_roles, replicate
 from psmpi.layout.runs import Runs, accumulate, copy_runs, cross, restrict
@@ -28,6 +29,7 @@ from psmpi.layout.share import Share, Shares
 from psmpi.layout.split import even_edges, split_evenly
 from psmpi.layout.stretch import Stretch, spelled
 from psmpi.layout.table_rows import TableRows
+from psmpi.layout.volume import Volume, measure, needs, weights_of
 
 __all__ = [
     "PACKED",
@@ -53,6 +55,7 @@ __all__ = [
     "TableRows",
     "Transposed",
     "Users",
+    "Volume",
     "Worker",
     "accumulate",
     "all_pairs",
@@ -65,7 +68,10 @@ __all__ = [
     "hidden_weights",
     "make_grid",
     "make_layout",
+    "measure",
+    "needs",
     "pair_columns",
+    "partition",
     "plain_layout",
     "plan_moves",
     "private_runs",
@@ -79,5 +85,6 @@ __all__ = [
     "split_evenly",
     "tile",
     "unpack",
+    "weights_of",
     "whole_matrices",
 ]
