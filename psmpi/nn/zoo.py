@@ -180,7 +180,7 @@ def _of_sequences(
 SEQUENCES = ("rnn", "gru", "lstm", "transformer")
 MODELS = (
     "psnet", "psnet-24", "psnet-35", "lenet", "mlp", "head", "resnet", "deep", "deep-conv", "radix", *SEQUENCES,
-    "custom",
+    "slabs", "custom",
 )  # fmt: skip
 # Inputs of each unit of radix.
 CONNECTIONS = 32
