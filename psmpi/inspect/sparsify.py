@@ -55,7 +55,8 @@ def sparsify(
         raise UserError(f"{opened.path} is a part of a network: give the checkpoint that it is cut from")
     trained = from_toml(contents.config, str(opened.path), foreign=True)
     settings, classes = trained.model, contents.layout.classes
-    network = make_network(settings.model, contents.in_shape, classes, **settings.shape, by_step=contents.by_step)
+    shape = dict(settings.shape, by_step=contents.by_step, task=contents.task)
+    network = make_network(settings.model, contents.in_shape, classes, **shape)
     patterns = _patterns(opened, _chosen(network, layers), sparsity, scope)
     tables = _with_sparse(network, patterns)
     # The same layers in the same order, some of another kind and so with other numbers.

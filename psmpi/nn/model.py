@@ -30,7 +30,8 @@ class Model:
     slices of each minibatch, for layers that state such sums; on the host. across: those over the ranks that have the
     other units of the same samples, where layers are `restrict`ed to some. With `tiled` passes end before the layers
     that every class has for itself, `tail` (first, behind the last), which are computed by tiles of classes
-    (psmpi.nn.tiles).
+    (psmpi.nn.tiles). With `apart` g is as large as the weights of the largest layer (`largest`) alone: the gradient of
+    each layer is there, at its beginning, when `finished` tells of its part, and no later.
 
     A pass is a `Tape`. Its arrays are those of a room: by default the model's own, which the next pass overwrites;
     passes that are open at once go through rooms of their own (`open`).
@@ -52,6 +53,7 @@ class Model:
         total: Total | None = None,
         across: Total | None = None,
         tiled: bool = False,
+        apart: bool = False,
     ):
         self.network, self.layout, self.ops = network, layout, ops
         if classes is None:
@@ -60,7 +62,7 @@ class Model:
         self.part: Runs = layout.part(self.classes)
         if layers is not None and not beside:
             self.part = self.part & network.runs(layout, *layers)
-        for name, vector in (("w", w), ("g", g)):
+        for name, vector in (("w", w), ("g", None if apart else g)):
             if vector is not None and (vector.shape, vector.dtype) != ((self.part.size,), w.dtype):
                 raise ValueError(
                     f"the part of classes {self.classes} has {self.part.size} parameters; got {name} {vector.shape} "
@@ -85,7 +87,7 @@ class Model:
         if stages:
             in_shape = (int(stages[0].inputs.sum()), *stages[0].layer.in_shape[1:])
         site = Site(layout, self.part, ops, self.space, self.dtype, total, across)
-        self.chain = Chain(stages, site, in_shape)
+        self.chain = Chain(stages, site, in_shape, apart)
         self.chain.bind(w, g)
         # The number behind those of its parts: that of a tail.
         self.behind = 0
@@ -97,6 +99,12 @@ class Model:
         self.last: Tape | None = None
         # Gradients that are to be added to g.
         self.more: tuple[np.ndarray, list[object]] | None = None
+
+    @property
+    def slices(self) -> dict[int, slice]:
+        """Where the weights of each part are, by the numbers that `finished` tells, where gradients are apart."""
+        pairs = zip(self.parts, self.chain.slices or [], strict=False)
+        return {part.number: at for part, at in pairs if part.weighted}
 
     def move(self, w: np.ndarray, g: np.ndarray | None) -> None:
         """Compute with other vectors from now on, of the same sizes."""

@@ -282,6 +282,28 @@ def test_a_hundred_steps_train_as_one_process(points, serial):
     same(parted(4, options, 100), serial(options, 100), 1e-10)
 
 
+@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_steps_in_place_are_the_same_and_hold_no_gradient_of_all_weights(points, tmp_path, ranks, optimizer):
+    options = (*slabs(4, *points(4)), "--clip", "0", "--optimizer", optimizer)
+    one, other = parted(ranks, options), parted(ranks, (*options, "--in-place"))
+    assert np.array_equal(one[0], other[0]) and np.array_equal(one[1], other[1])
+    network, dataset, config = Case("spann", ".", (*options, "--in-place")).problem()
+
+    def work(world):
+        made = find_method("spann")(Context(world, network, dataset, config, make_backend("numpy")))
+        return (
+            made.g.size,
+            made.w.size,
+            max(sum(np.prod(p.shape) for p in one.parameters()) for one in made.local.layers),
+        )
+
+    for gradient, weights, most in run_ranks(ranks, work, timeout=60):
+        assert gradient == most < weights / 2
+    toml = (*sparse_toml(tmp_path / "model.toml", 5 * N), *SGD, *points(5), "--clip", "0", "--optimizer", optimizer)
+    assert np.array_equal(parted(ranks, toml)[0], parted(ranks, (*toml, "--in-place"))[0])
+
+
 @pytest.mark.parametrize("ranks", [2, 4, 6])
 def test_tiles_of_images_train_as_one_process(serial, ranks):
     options = ("--model", "slabs", "--widths", "144", "36", "--domains", "2", "2", *SGD)
@@ -393,6 +415,8 @@ LIMITS = [
         ("--model", "slabs", "--domains", "16", "--scores", "distributed"),
         "10 units for 11 ranks: use --scores reduced",
     ),
+    (2, ("--model", "slabs", "--in-place"), "which --clip 1 bounds: add --clip 0"),
+    (2, ("--model", "slabs", "--in-place", "--clip", "0", "--on-nan", "skip"), "use --on-nan stop, or rollback"),
     (2, ("--model", "slabs", "--optimizer", "muon"), "--optimizer muon steps whole matrices"),
     (2, ("--model", "slabs", "--optimizer", "lbfgs"), "lbfgs"),
 ]

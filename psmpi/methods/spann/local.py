@@ -48,3 +48,8 @@ def local_network(plan: Plan, rank: int, transfers: Transfers | None = None) -> 
             total = transfers.total(prod(layer.out_shape)) if transfers is not None else None
             made.append(Total(f"{layer.name}.total", layer.out_shape, layer.out_shape, total))
     return Network(plan.network.name, (len(plan.inputs[rank]),), tuple(made))
+
+
+def largest(network: Network) -> int:
+    """The most weights that one layer has."""
+    return max(sum(prod(p.shape) for p in layer.parameters()) for layer in network.layers)

@@ -6,12 +6,14 @@ Communication 5(1) (2008).
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from psmpi.comm.bridge import Bridge
 from psmpi.comm.transfers import Message, Step, Sum
 from psmpi.data import Batch, Resident
-from psmpi.methods.spann.local import Transfers, local_network
+from psmpi.methods.spann.local import Transfers, largest, local_network
 from psmpi.methods.spann.need import spann_needed
 from psmpi.methods.spann.settings import Settings, check_spann, plan_of
 from psmpi.nn.layers.chain import Tape
@@ -26,7 +28,8 @@ from psmpi.training.method import Exactness, Method
 class SpatialDomains(Method):
     """The method on one rank: its units of each layer, all of their weights, and all samples of a minibatch.
 
-    w, g: the weights of its units, each of which no other rank has, and their gradient.
+    w, g: the weights of its units, each of which no other rank has, and their gradient, with --in-place that of one
+    layer at a time.
     """
 
     name = "spann"
@@ -41,19 +44,27 @@ class SpatialDomains(Method):
         self.plan = plan = plan_of(context.size, network, context.config)
         super().__init__(context, plan.ownership(context.layout))
         shard = self.shards[self.rank]
-        self.w, self.g = (ops.zeros(shard.size, self.dtype) for _ in range(2))
+        self.w = ops.zeros(shard.size, self.dtype)
         context.put_weights(shard, self.w)
         self.world, host = context.group(), context.group(bridge=Bridge())
         self.transfers = Transfers(self.world, self.dtype, ops)
         self.local = local_network(plan, self.rank, self.transfers)
         own = self.local.layout()
+        self.in_place = context.settings(Settings).in_place
         # Behind these the first rank has what no score depends on, whose gradient stays 0.
         used = slice(own.size)
+        self.g = ops.zeros(largest(self.local) if self.in_place else shard.size, self.dtype)
         self.model = Model(
-            self.local, own, self.w[used], self.g[used], ops, across=host.allreduce if context.size > 1 else None
-        )
+            self.local, own, self.w[used], self.g[used], ops, across=host.allreduce if context.size > 1 else None,
+            apart=self.in_place,
+        )  # fmt: skip
+        # Of each part the slice of its weights, where layers are stepped one by one; the rate of the step.
+        self.slices, self.lr = self.model.slices, 0.0
+        if self.in_place:
+            self.model.finished = self._step_layer
         self.scores = DealtScores(context, self.model, self.world, host, plan.scores, self.world)
         self.descent = Descent(context, shard, allsum=self.world.agree, world=self.world)
+        self.optimizer: Any = self.descent.optimizer
         self._declare()
         inputs = plan.inputs[self.rank]
         features = None if len(inputs) == dataset.train.features else inputs
@@ -79,16 +90,32 @@ class SpatialDomains(Method):
         self.scores.account(self.account)
 
     def step(self, batch: Batch, lr: float) -> None:
+        if self.in_place:
+            self.lr = lr
+            self.optimizer.begin()
         loss = self._gradient(batch.ids, 1 / self.dataset.train.count(batch.ids))
         if self.descent.sound(loss, self.g):
             self.loss_sum += loss * len(batch)
-            self.descent.step(self.w, self.g, lr)
+            if not self.in_place:
+                self.descent.step(self.w, self.g, lr)
+
+    def _step_layer(self, number: int) -> None:
+        """Step the weights of a part, whose gradient lies at the beginning of g."""
+        if number in self.slices:
+            at = self.slices[number]
+            g = self.g[: at.stop - at.start]
+            self._unscale(g)
+            self.optimizer.step_piece(self.w, g, self.lr, at)
+
+    def _unscale(self, g: np.ndarray) -> None:
+        self.ops.unscale(g, self.scores.objective.report.array, GRADIENT_LIMIT[self.dtype])
 
     def _gradient(self, ids: np.ndarray, scale: float) -> float:
         """Fill g with the gradient of the minibatch's loss; returns this rank's share of the loss."""
         tape = self._forward(self.train, ids)
         self.model.backward(tape, self.scores.derivatives(tape, self.train, ids, scale))
-        self.ops.unscale(self.g, self.scores.objective.report.array, GRADIENT_LIMIT[self.dtype])
+        if not self.in_place:
+            self._unscale(self.g)
         return self.scores.value()
 
     def _forward(self, samples: Resident, ids: np.ndarray) -> Tape:

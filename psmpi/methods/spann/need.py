@@ -7,8 +7,8 @@ from math import prod
 
 from psmpi.config import Config
 from psmpi.data import Dataset
-from psmpi.methods.spann.local import local_network
-from psmpi.methods.spann.settings import plan_of
+from psmpi.methods.spann.local import largest, local_network
+from psmpi.methods.spann.settings import Settings, plan_of
 from psmpi.nn.network import Network
 from psmpi.training.need import Need, added, derivatives_needed, passes_needed, vectors_needed
 
@@ -16,6 +16,7 @@ from psmpi.training.need import Need, added, derivatives_needed, passes_needed, 
 def spann_needed(size: int, network: Network, dataset: Dataset, config: Config) -> Sequence[Need]:
     """See `Method.needed`."""
     plan, layout = plan_of(size, network, config), network.layout()
+    in_place = config.of(Settings).in_place
     owned = plan.ownership(layout)
     batches = network.evaluation_batches(dataset.test.n)
     most = max([config.data.batch_size, *(at.stop - at.start for at in batches)])
@@ -27,7 +28,7 @@ def spann_needed(size: int, network: Network, dataset: Dataset, config: Config) 
         samples = (sample + 8) * (dataset.train.n + dataset.test.n) if dataset.train.compressed is None else 0
         found.append(
             added(
-                vectors_needed(config, layout, weights, weights, weights),
+                vectors_needed(config, layout, weights, largest(own) if in_place else weights, weights),
                 passes_needed(config, own, most),
                 derivatives_needed(config, prod(own.layers[-1].out_shape) * most),
                 {"samples": samples},

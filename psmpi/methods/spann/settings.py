@@ -25,6 +25,9 @@ class Settings:
     scores: Literal["reduced", "distributed"] = "reduced"
     """How the layer of scores is cut. reduced: by its inputs, and every rank has the sums of all scores; distributed:
     by scores, for very many classes, and every rank gathers all of its inputs."""
+    in_place: bool = False
+    """Step the weights of a layer as soon as its gradient is there, which then lasts no longer: ranks hold no gradient
+    of all weights. Needs --clip 0, as the norm of the gradient is never known."""
 
 
 def plan_of(size: int, network: Network, config: Config) -> Plan:
@@ -42,5 +45,15 @@ def check_spann(size: int, network: Network, dataset: Dataset, config: Config) -
             f"--optimizer {config.optimization.optimizer} steps whole matrices, which ranks have parts of here: use "
             "--optimizer adamw"
         )
+    if config.of(Settings).in_place:
+        if config.optimization.clip:
+            raise UserError(
+                f"--in-place steps layers before the norm of the whole gradient is known, which --clip "
+                f"{config.optimization.clip:g} bounds: add --clip 0"
+            )
+        if config.run.on_nan == "skip":
+            raise UserError(
+                "--in-place has stepped layers before others turn out not to be finite: use --on-nan stop, or rollback"
+            )
     configured_loss(config, dataset)
     check_optimizer(config, network.layout(), ())

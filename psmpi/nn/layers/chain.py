@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import repeat
 from math import prod
 from typing import Any
 
 import numpy as np
 
-from psmpi.layout import Classes
+from psmpi.layout import Classes, Runs
 from psmpi.nn.layers.activation import export_activation
 from psmpi.nn.layers.base import NEW, OVER, VIEW, Layer, Part, Site, Stage
 from psmpi.nn.layers.select import Select
@@ -136,9 +137,15 @@ class Tape:
 class Chain:
     """The parts of some stages, one after the other."""
 
-    def __init__(self, stages: Sequence[Stage], site: Site, in_shape: tuple[int, ...]):
+    def __init__(self, stages: Sequence[Stage], site: Site, in_shape: tuple[int, ...], apart: bool = False):
+        """apart: each part has its gradient at the beginning of one piece of memory, which the next one overwrites."""
         self.ops, self.space, self.dtype, self.in_shape = site.ops, site.space, site.dtype, in_shape
-        self.parts = [stage.layer.part(stage, site) for stage in stages]
+        # Where each part's weights are in the local vector, where their gradients are apart.
+        self.slices = [_slice(stage, site) for stage in stages] if apart else None
+        sites = [site] * len(stages)
+        if self.slices is not None:
+            sites = [replace(site, part=_runs(stage, site)) for stage in stages]
+        self.parts = [stage.layer.part(stage, one) for stage, one in zip(stages, sites, strict=True)]
         self.spots, self.writable = plan_buffers(stages)
         self.lowest = lowest(stages)
 
@@ -148,8 +155,11 @@ class Chain:
             yield from part.walk()
 
     def bind(self, w: np.ndarray, g: np.ndarray | None) -> None:
-        for part in self.parts:
-            part.bind(w, g)
+        for part, at in zip(self.parts, self.slices or repeat(None), strict=self.slices is not None):
+            if at is None:
+                part.bind(w, g)
+            else:
+                part.bind(w[at], None if g is None else g[: at.stop - at.start])
 
     def views(self, vector: np.ndarray) -> list[Any]:
         """Each part's place for gradients in another vector than g."""
@@ -224,6 +234,20 @@ class Chain:
         if dx is not None and dy is not dx:
             dx[...] = dy.reshape(dx.shape)
         return dy
+
+
+def _runs(stage: Stage, site: Site) -> Runs:
+    """The runs of the flat vector that a stage's parameters are, those inside it too."""
+    names = {p.name for one in walk(stage) for layer in (one.layer, *one.absorbed) for p in layer.parameters()}
+    return site.layout.runs_of_parameters(names) & site.part
+
+
+def _slice(stage: Stage, site: Site) -> slice:
+    """Where these runs are in the local vector; ValueError where they are not side by side."""
+    at = _runs(stage, site).inside(site.part)
+    if at is None:
+        raise ValueError(f"the weights of {stage.layer.name} are not side by side")
+    return at
 
 
 def _output(part: Part, buffer: np.ndarray | None, x: np.ndarray) -> np.ndarray | None:
