@@ -21,6 +21,7 @@ def main(argv: list[str] | None = None) -> int:
     from psmpi.bench.memory import memory
     from psmpi.bench.network import network
     from psmpi.bench.optimizer import optimizer
+    from psmpi.bench.partition import partition
     from psmpi.bench.predict import predict
     from psmpi.bench.private import private
     from psmpi.bench.published import published
@@ -43,8 +44,8 @@ def main(argv: list[str] | None = None) -> int:
         trains = partial(with_training_options, default=defaults(words), words=words)
         commands: tuple[Callable[..., int], ...] = (
             characters, checkpoint, comm, compute, decoupled, head, kernels, layers, links, trains(memory), network,
-            trains(optimizer), predict, private, published, trains(recorder), recurrent, trains(scale), sparse, start,
-            trains(step), tensor, transformer, trunk, wavefront,
+            trains(optimizer), partition, predict, private, published, trains(recorder), recurrent, trains(scale),
+            sparse, start, trains(step), tensor, transformer, trunk, wavefront,
         )  # fmt: skip
         return chosen(commands, words, "bench", "Measure psmpi.")()
 

@@ -17,9 +17,10 @@ def main(argv: list[str] | None = None) -> int:
     from psmpi.inspect.figures import stats
     from psmpi.inspect.flight import flight
     from psmpi.inspect.look import list_, show, verify
+    from psmpi.inspect.sparsify import sparsify
 
     commands: tuple[Callable[..., int], ...] = (
-        show, stats, diff, verify, export, average, prune, cut, join, flight, list_,
+        show, stats, diff, verify, export, average, prune, cut, join, sparsify, flight, list_,
     )  # fmt: skip
     description = (
         "Look into checkpoints and change them, and into the operations of ranks that stood still. A run directory "

@@ -46,7 +46,7 @@ def average(files: Checkpoints, /, out: Path) -> int:
 
     origin = {**opened[-1].contents.provenance, "average_of": [str(each.path) for each in opened]}
     contents = replace(opened[-1].contents, scalars={}, provenance=origin, spaces={})
-    _write(out, contents, ["weights"], opened[-1].dtype, read)
+    write(out, contents, ["weights"], opened[-1].dtype, read)
     return 0
 
 
@@ -71,7 +71,7 @@ def cut(checkpoint: Positional[Annotated[Path, arg(metavar="CHECKPOINT")]], /, c
     # A part of a part comes from the same whole.
     origin = {"cut_from": opened.digest, **opened.contents.provenance}
     contents = replace(opened.contents, part=part, scalars=scalars, provenance=origin, spaces={})
-    _write(out, contents, vectors, opened.dtype, _from_parts([opened]))
+    write(out, contents, vectors, opened.dtype, _from_parts([opened]))
     return 0
 
 
@@ -96,7 +96,7 @@ def join(files: Checkpoints, /, out: Path) -> int:
         raise UserError(f"join: the part of the classes {' '.join(map(str, missing))} is not among the files: add it")
     origin = {name: value for name, value in first.contents.provenance.items() if name != "cut_from"}
     contents = replace(first.contents, part=None, provenance=origin, spaces={})
-    _write(out, contents, first.vectors, first.dtype, _from_parts(opened))
+    write(out, contents, first.vectors, first.dtype, _from_parts(opened))
     return 0
 
 
@@ -170,7 +170,8 @@ def _from_parts(opened: Sequence[Opened]) -> Source:
     return read
 
 
-def _write(out: Path, contents: Contents, vectors: Sequence[str], dtype: np.dtype, read: Source) -> None:
+def write(out: Path, contents: Contents, vectors: Sequence[str], dtype: np.dtype, read: Source) -> None:
+    """Write a checkpoint outside of runs; UserError where there is something, or it cannot be written."""
     if out.exists():
         raise UserError(f"--out {out} is there already: name another file")
     if NAME.fullmatch(out.name) and out.absolute().parent.name == folder(Path()).name:

@@ -27,6 +27,7 @@ CUSTOM = "custom"
 class Network:
     """Layers from `in_shape` to one raw score a class; places: where a file has its layers, by their names.
 
+    tables: those that describe the layers, where it was built from some.
     trunk: whether all layers but the last are meant to be computed by every rank that has some of the classes.
     """
 
@@ -35,6 +36,7 @@ class Network:
     layers: tuple[Layer, ...]
     places: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
     trunk: bool = False
+    tables: tuple[Mapping[str, Any], ...] = field(default=(), compare=False, repr=False)
 
     @property
     def classes(self) -> int:
@@ -168,7 +170,8 @@ def build(
     """
     reader = TableReader(name)
     made, shape = reader.read(layers, tuple(in_shape))
-    network = Network(name, tuple(in_shape), made, reader.places if name == CUSTOM else {})
+    places = reader.places if name == CUSTOM else {}
+    network = Network(name, tuple(in_shape), made, places, tables=tuple(layers))
     if not made or not network.linear:
         raise UserError(f"model {name!r} has no layer with weights")
     for layer in list(network.walk())[1:]:

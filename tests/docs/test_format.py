@@ -116,7 +116,9 @@ def test_texts_have_the_keys_that_are_named(files):
             name = names[0].lstrip("/")
             if name in ("progress", "random", "provenance", "placement"):
                 keys, quoted = json.loads(texts[name]), set(re.findall(r"`([a-z_]+)`", rest[0]))
-                missing = quoted - keys.keys() - {"cut_from", "average_of", "git", "parallel"}
+                missing = (
+                    quoted - keys.keys() - {"cut_from", "average_of", "sparsified_from", "sparsity", "git", "parallel"}
+                )
                 assert not missing, f"{name} of {path} lacks {missing}"
                 assert name != "progress" or quoted == keys.keys()
 

@@ -1,0 +1,153 @@
+"""What parts of sparse networks send each other, by every way to cut them."""
+
+from __future__ import annotations
+
+import json as jsonlib
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from psmpi.bench.network import run_program
+from psmpi.errors import UserError
+from psmpi.layout import Pattern, measure, radix_pattern, radix_strides
+from psmpi.layout import partition as cut
+from psmpi.layout.partition import MODES
+from psmpi.output import Screen, check_files
+
+# Of the pruned network: hidden widths, weights that are left out, epochs of its training on the embedded digits.
+WIDTHS, SPARSITY, EPOCHS = (1024, 1024, 1024), 0.95, 5
+# Of the slabs: layers, domains of so many neurons, neurons of a neighbour that a domain sees.
+SLABS, DOMAINS, NEURONS, HALO = 8, 8, 128, 16
+
+
+def partition(
+    parts: tuple[int, ...] = (2, 4, 8),
+    modes: tuple[str, ...] = tuple(MODES),
+    networks: tuple[str, ...] = ("radix", "pruned", "slabs"),
+    depth: int = 120,
+    run: str = "",
+    json: str = "",
+) -> int:
+    """Cut the neurons of sparse networks into parts, and count the values that these send each other.
+
+    A value is one word a sample, forward and again backward; inputs are not counted, for each part reads its own. The
+    work of a part is its connections: above the mean by so much in all, and where parts wait for each other in each
+    layer. Networks: radix, 1024 neurons a layer with 32 connections each in a mixed-radix system; pruned, the hidden
+    layers of a network with 1024 units each, trained here and pruned to 5 % of its weights; slabs, 8 layers of 8
+    domains of 128 neurons with a halo of 16.
+
+    Args:
+        parts: Numbers of parts.
+        modes: Ways to cut, of slab, contiguous, random, graph, hypergraph and layered; those whose package is missing
+            are left out with a note.
+        networks: Which of radix, pruned and slabs.
+        depth: Layers of radix.
+        run: Checkpoint or run directory, whose sparse layers are taken for pruned.
+        json: Also write the figures into this file.
+    """
+    for option, given, known in (("modes", modes, tuple(MODES)), ("networks", networks, ("radix", "pruned", "slabs"))):
+        wrong = [name for name in given if name not in known]
+        if wrong or not given:
+            raise UserError(f"--{option} {' '.join(given)}: choose among {', '.join(known)}")
+    if depth < 2:
+        raise UserError(f"--depth {depth}: expected 2 layers or more")
+    check_files(json=json)
+    rows: list[dict[str, Any]] = []
+    missing: dict[str, str] = {}
+    for name in networks:
+        layers = _radix(depth) if name == "radix" else _slabs() if name == "slabs" else _pruned(run)
+        for count in parts:
+            for mode in modes:
+                begun = time.perf_counter()
+                try:
+                    owners = cut(layers, count, mode)
+                except UserError as error:
+                    if "not installed" not in str(error):
+                        raise
+                    missing[mode] = str(error)
+                    continue
+                seconds = time.perf_counter() - begun
+                found = measure(layers, owners, count)
+                rows.append(
+                    {
+                        "network": name,
+                        "parts": count,
+                        "mode": mode,
+                        "words": found.km1,
+                        "most sent": int(found.sends.max()),
+                        "cut": found.edge_cut,
+                        "imbalance": found.imbalance,
+                        "layer imbalance": found.layer_imbalance,
+                        "seconds": seconds,
+                    }
+                )
+    _show(rows)
+    for said in dict.fromkeys(missing.values()):
+        Screen().print(f"note: {said}")
+    if json:
+        Path(json).write_text(jsonlib.dumps(rows) + "\n")
+    return 0
+
+
+def _radix(depth: int) -> list[Pattern]:
+    strides = radix_strides(1024, 32)
+    return [radix_pattern(1024, 32, strides[k % len(strides)]) for k in range(depth)]
+
+
+def _slabs() -> list[Pattern]:
+    width = DOMAINS * NEURONS
+    domain = np.arange(width) // NEURONS
+    firsts = np.maximum(0, domain * NEURONS - HALO)
+    sizes = np.minimum(width, (domain + 1) * NEURONS + HALO) - firsts
+    starts = np.concatenate([[0], np.cumsum(sizes)])
+    columns = np.arange(starts[-1]) + np.repeat(firsts - starts[:-1], sizes)
+    return [Pattern.of(starts, columns, width)] * SLABS
+
+
+def _pruned(run: str) -> list[Pattern]:
+    """The sparse layers of a checkpoint, by default of a network that is trained and pruned here."""
+    from psmpi.checkpoint import newest, read_contents
+    from psmpi.config import from_toml
+    from psmpi.nn.layers.sparse import Sparse
+    from psmpi.nn.zoo import make_network
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(run) if run else Path(folder) / "pruned.h5"
+        if not run:
+            trained = str(Path(folder) / "run")
+            words = ["--model", "mlp", "--widths", *map(str, WIDTHS), "--epochs", str(EPOCHS), "--loss", "nll"]
+            command = [sys.executable, "-m", "psmpi.train", "--method", "data_parallel", "--dataset", "digits"]
+            run_program([*command, *words, "--threads", "1", "--out", trained])
+            pruning = ["sparsify", trained, "--sparsity", str(SPARSITY), "--out", str(path)]
+            run_program([sys.executable, "-m", "psmpi.inspect", *pruning])
+        path = newest(path)
+        contents = read_contents(path)
+    model = from_toml(contents.config, str(path), foreign=True).model
+    network = make_network(
+        model.model, contents.in_shape, contents.layout.classes, **model.shape, by_step=contents.by_step,
+        task=contents.task,
+    )  # fmt: skip
+    found = [layer.pattern for layer in network.walk() if isinstance(layer, Sparse)]
+    if len(found) < 2:
+        raise UserError(
+            f"--run {path}: --model {model.model} has {len(found)} sparse layers, and cuts need two or more"
+        )
+    return found
+
+
+def _show(rows: list[dict[str, Any]]) -> None:
+    from rich.table import Table
+
+    table = Table(title="Values that parts send each other, a sample and way", title_justify="left")
+    for name in ("network", "parts", "cut by", "values", "most of a part", "work +", "by layer +", "seconds"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(
+            row["network"], str(row["parts"]), row["mode"], f"{row['words']:,}", f"{row['most sent']:,}",
+            f"{row['imbalance']:.1%}", f"{row['layer imbalance']:.1%}", f"{row['seconds']:.2f}",
+        )  # fmt: skip
+    Screen().print(table)
