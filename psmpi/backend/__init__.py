@@ -5,17 +5,33 @@ from __future__ import annotations
 from psmpi.backend import compiled, gpu
 from psmpi.backend.compiled import CompiledOps
 from psmpi.backend.gpu import CupyOps
-from psmpi.backend.reference import CELLS, Convolution, Mirror, NumpyOps, Recurrence, RunCopies, Stripes
+from psmpi.backend.reference import (
+    CELLS,
+    SLOPES,
+    Convolution,
+    Descent,
+    Mirror,
+    NumpyOps,
+    Pairs,
+    Recurrence,
+    Rows,
+    RunCopies,
+    Stripes,
+)
 from psmpi.errors import UserError
 
 __all__ = [
     "CELLS",
+    "SLOPES",
     "CompiledOps",
     "Convolution",
     "CupyOps",
+    "Descent",
     "Mirror",
     "NumpyOps",
+    "Pairs",
     "Recurrence",
+    "Rows",
     "RunCopies",
     "Stripes",
     "make_backend",

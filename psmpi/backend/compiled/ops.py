@@ -15,6 +15,7 @@ from psmpi.backend.compiled.convolution import BATCH_MULTIPLE, DirectConvolution
 from psmpi.backend.compiled.library import NAMES, function, level, pointers, steps, units_pointer
 from psmpi.backend.compiled.losses import CompiledLosses
 from psmpi.backend.compiled.recurrence import CompiledRecurrence
+from psmpi.backend.compiled.shared import CompiledShared
 from psmpi.backend.compiled.team import Team
 from psmpi.backend.reference.convolution import Convolution, Stripes
 from psmpi.backend.reference.moves import RunCopies
@@ -22,7 +23,7 @@ from psmpi.backend.reference.ops import NumpyOps
 from psmpi.backend.reference.recurrence import Recurrence
 
 
-class CompiledOps(CompiledAttention, CompiledLosses, NumpyOps):
+class CompiledOps(CompiledAttention, CompiledLosses, CompiledShared, NumpyOps):
     name = "compiled"
     batch_multiple = BATCH_MULTIPLE
 

@@ -6,15 +6,20 @@ from psmpi.backend.reference.losses import exponent_of
 from psmpi.backend.reference.moves import Mirror, RunCopies, Samples
 from psmpi.backend.reference.ops import NumpyOps
 from psmpi.backend.reference.recurrence import CELLS, Recurrence
+from psmpi.backend.reference.shared import SLOPES, Descent, Pairs, Rows
 
 __all__ = [
     "CELLS",
     "CHUNK",
+    "SLOPES",
     "Convolution",
+    "Descent",
     "Im2col",
     "Mirror",
     "NumpyOps",
+    "Pairs",
     "Recurrence",
+    "Rows",
     "RunCopies",
     "Samples",
     "Stripes",
