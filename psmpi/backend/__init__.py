@@ -8,6 +8,7 @@ from psmpi.backend.gpu import CupyOps
 from psmpi.backend.reference import (
     CELLS,
     SLOPES,
+    CompressedSamples,
     Convolution,
     Descent,
     Mirror,
@@ -16,6 +17,7 @@ from psmpi.backend.reference import (
     Recurrence,
     Rows,
     RunCopies,
+    Samples,
     Stripes,
 )
 from psmpi.errors import UserError
@@ -24,6 +26,7 @@ __all__ = [
     "CELLS",
     "SLOPES",
     "CompiledOps",
+    "CompressedSamples",
     "Convolution",
     "CupyOps",
     "Descent",
@@ -33,6 +36,7 @@ __all__ = [
     "Recurrence",
     "Rows",
     "RunCopies",
+    "Samples",
     "Stripes",
     "make_backend",
 ]

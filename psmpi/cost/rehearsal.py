@@ -43,14 +43,22 @@ class Blank:
     def glance(self, count: int) -> np.ndarray:
         return np.zeros((0, 1), self.dtype)
 
+    def taken(self, rows: Any) -> None:
+        return None
+
     def place(self, row: int) -> str:
         return f"sample {row}"
 
 
 def blank(dataset: Dataset) -> Dataset:
-    """The data set with its targets, and zeros in place of its samples, of which none is read."""
+    """The data set with its targets, and zeros in place of its samples, of which none is read, but of sparse ones.
+
+    These are in memory anyway, and their size depends on their values.
+    """
 
     def emptied(split: Split) -> Split:
+        if split.compressed is not None:
+            return split
         return replace(split, source=Blank(split.source.n, split.dtype), index=None)
 
     return replace(dataset, train=emptied(dataset.train), test=emptied(dataset.test))

@@ -56,9 +56,10 @@ def open_dataset(
 
     Files are .npz, .h5 or .hdf5, or .txt: a text in windows of `context` characters, numbered as in `characters` if
     given, see psmpi.data.text. Tasks are generated, see psmpi.data.tasks: adding, copying, repeat_copy,
-    modular_addition, or with a size adding:100. With :rows or :pixels behind its name images are sequences, see
-    psmpi.data.sequences. A relative path is looked up in `data_dir` first, if given, and then in the current directory.
-    The test samples of a file without any are a fifth of each class (of all samples in a regression), drawn with
+    modular_addition, sparse, ratings, or with a size adding:100. With :rows or :pixels behind its name images are
+    sequences, see psmpi.data.sequences. A relative path is looked up in `data_dir` first, if given, and then in the
+    current directory. The test samples of a file without any are a fifth of each class (of all samples in a
+    regression), drawn with
     `split_seed`, or with -1 every fifth sample, and of a text its last tenth. Reads the labels and checks the headers
     and sizes of all files, but reads no samples; reads a text whole. Raises UserError for an unknown name, for missing
     files and for files of the wrong format, size or content.

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from psmpi.data.compressed import Compressed
 from psmpi.data.split import Dataset
 
 Prints = npt.NDArray[np.uint64]
@@ -31,6 +32,21 @@ def fingerprints(values: npt.NDArray[np.generic]) -> Prints:
     words = rows.view(np.uint32)
     factors = np.random.default_rng(0).integers(0, 2**64, words.shape[1], np.uint64) | np.uint64(1)
     found: Prints = words.astype(np.uint64) @ factors
+    return found
+
+
+def compressed_fingerprints(rows: Compressed) -> Prints:
+    """`fingerprints` of compressed rows, with hashes of the columns (SplitMix64) for factors."""
+    words = rows.values.view(np.uint32).reshape(len(rows.values), rows.dtype.itemsize // 4).astype(np.uint64)
+    sums = np.zeros(len(rows.values) + 1, np.uint64)
+    for k in range(words.shape[1]):
+        factors = rows.columns.astype(np.uint64) * np.uint64(2) + np.uint64(k + 1)
+        factors *= np.uint64(0x9E3779B97F4A7C15)
+        for shift, odd in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            factors = (factors ^ (factors >> np.uint64(shift))) * np.uint64(odd)
+        words[:, k] *= (factors ^ (factors >> np.uint64(31))) | np.uint64(1)
+    np.cumsum(words.sum(axis=1, dtype=np.uint64), out=sums[1:])
+    found: Prints = sums[rows.starts[1:]] - sums[rows.starts[:-1]]
     return found
 
 

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from psmpi.data.copies import Prints, fingerprints
+from psmpi.data.compressed import Compressed
+from psmpi.data.copies import Prints, compressed_fingerprints, fingerprints
 from psmpi.data.split import Dataset, Rows, Split
 from psmpi.errors import UserError, counted
 
@@ -34,10 +35,11 @@ SCALE = 10.0
 class SplitIdentity:
     """One split: its number of samples, their stored dtype and scale, SHA-256 digests (first 128 bits, hex), checksums.
 
-    targets: of all labels (int64; of texts int8 or int16, and the characters behind them) or values (float64); values:
-    of `SAMPLES` samples as they are stored, little-endian; most: the largest magnitude in these after scaling; seen:
-    how many samples have checksums; sums: CRC-32 of those in each of the `SUMS` parts of the split, 8 hex digits a
-    part, or UNSEEN. Earlier checkpoints have no checksums: 0, "".
+    dtype: of sparse samples "sparse float32"; targets: of all labels (int64; of texts int8 or int16, and the characters
+    behind them) or values (float64); values: of `SAMPLES` samples as they are stored, little-endian, of sparse ones
+    lengths, columns and values; most: the largest magnitude in these after scaling; seen: how many samples have
+    checksums; sums: CRC-32 of those in each of the `SUMS` parts of the split, 8 hex digits a part, or UNSEEN. Earlier
+    checkpoints have no checksums: 0, "".
     """
 
     samples: int
@@ -102,12 +104,46 @@ def identify_split(split: Split, share: tuple[int, int] = (0, 1), prints: list[P
     count = min(SAMPLES, split.n)
     some = np.arange(count) * split.n // max(1, count)
     edges = np.arange(SUMS + 1) * split.n // SUMS
-    seen = seen_rows(split.n, split.features * split.dtype.itemsize, some)
+    sparse = split.compressed
+    size = split.features * split.dtype.itemsize if sparse is None else -(-sparse.nbytes // max(1, split.n))
+    seen = seen_rows(split.n, size, some)
     mine = np.arange(SUMS) % share[1] == share[0]
     part = np.searchsorted(edges, seen, "right") - 1
     rows = seen if mine.all() else np.union1d(seen[mine[part]], some)
-    values, sums = np.empty((count, split.features), split.dtype), [0] * SUMS
     found = np.empty(len(rows) if prints is not None else 0, np.uint64)
+    values, sums = (
+        _dense(split, rows, some, edges, found) if sparse is None else _sparse(sparse, rows, some, edges, found)
+    )
+    if prints is not None:
+        prints.append(found)
+    # A value that is no number is an error where samples are read to be learnt.
+    with np.errstate(invalid="ignore"):
+        most = float(np.abs(values[-1], dtype=np.float64).max(initial=0.0)) * split.scale
+    return SplitIdentity(
+        split.n,
+        str(split.dtype) if sparse is None else f"sparse {split.dtype}",
+        split.scale,
+        _digest(
+            split.targets,
+            *(() if split.lengths is None else (split.lengths,)),
+            *([np.array(list(map(ord, split.characters)))] if split.characters else ()),
+        ),
+        _digest(*values),
+        most if np.isfinite(most) else 0.0,
+        len(seen),
+        "".join(f"{one:08x}" if looked else UNSEEN for one, looked in zip(sums, mine, strict=True)),
+    )
+
+
+Looked = tuple[tuple[np.ndarray, ...], list[int]]
+
+
+def _dense(split: Split, rows: Rows, some: Rows, edges: Rows, found: Prints) -> Looked:
+    """The values of the samples `some`, and checksums of the `rows` in each part; fingerprints of these go to `found`.
+
+    found: (len(rows),), or empty where none are wanted.
+    """
+    values, sums = np.empty((len(some), split.features), split.dtype), [0] * SUMS
     for first, piece in split.pieces(rows):
         here = rows[first : first + len(piece)]
         at, behind = np.searchsorted(some, (here[0], here[-1] + 1))
@@ -115,27 +151,27 @@ def identify_split(split: Split, share: tuple[int, int] = (0, 1), prints: list[P
         cuts = np.searchsorted(here, edges)
         for k in np.flatnonzero(cuts[1:] > cuts[:-1]):
             sums[k] = zlib.crc32(_little(piece[cuts[k] : cuts[k + 1]]).data, sums[k])
-        if prints is not None:
+        if len(found):
             found[first : first + len(piece)] = fingerprints(piece)
-    if prints is not None:
-        prints.append(found)
-    # A value that is no number is an error where samples are read to be learnt.
-    with np.errstate(invalid="ignore"):
-        most = float(np.abs(values, dtype=np.float64).max(initial=0.0)) * split.scale
-    return SplitIdentity(
-        split.n,
-        str(split.dtype),
-        split.scale,
-        _digest(
-            split.targets,
-            *(() if split.lengths is None else (split.lengths,)),
-            *([np.array(list(map(ord, split.characters)))] if split.characters else ()),
-        ),
-        _digest(values),
-        most if np.isfinite(most) else 0.0,
-        len(seen),
-        "".join(f"{one:08x}" if looked else UNSEEN for one, looked in zip(sums, mine, strict=True)),
-    )
+    return (values,), sums
+
+
+def _sparse(rows_of: Compressed, rows: Rows, some: Rows, edges: Rows, found: Prints) -> Looked:
+    """`_dense` of compressed rows: lengths, columns and values of the samples `some`, and checksums of such."""
+    sums = [0] * SUMS
+    cuts = np.searchsorted(rows, edges)
+    for k in np.flatnonzero(cuts[1:] > cuts[:-1]):
+        here = slice(int(cuts[k]), int(cuts[k + 1]))
+        part = rows_of.take(rows[here])
+        for array in _arrays(part):
+            sums[k] = zlib.crc32(_little(array).data, sums[k])
+        if len(found):
+            found[here] = compressed_fingerprints(part)
+    return _arrays(rows_of.take(some)), sums
+
+
+def _arrays(rows: Compressed) -> tuple[np.ndarray, ...]:
+    return np.diff(rows.starts), rows.columns, rows.values
 
 
 def seen_rows(count: int, size: int, some: Rows) -> Rows:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from psmpi.data.compressed import Compressed
 from psmpi.data.identity import Identity, SplitIdentity
 from psmpi.data.split import Dataset, Split
 from psmpi.errors import UserError
@@ -55,6 +56,9 @@ class OwnRows:
 
     def glance(self, count: int) -> npt.NDArray[Any]:
         return self.own.source.glance(count)
+
+    def taken(self, rows: npt.NDArray[np.int64]) -> Compressed | None:
+        return self.own.source.taken(self._rows(rows))
 
     def place(self, row: int) -> str:
         return self.own.source.place(int(self._rows(np.array([row]))[0]))

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from psmpi.backend import NumpyOps
+from psmpi.backend import CompressedSamples, NumpyOps, Samples
 from psmpi.data.batch import Batch
+from psmpi.data.compressed import Compressed
 from psmpi.data.split import MAX_TOKENS, Split, as_rows, batch_targets
 from psmpi.errors import UserError
 
@@ -17,7 +18,9 @@ class Resident:
     """The samples `rows` of a split, kept in their stored dtype and scaled to `dtype` when fetched.
 
     rows: (k,) integers, strictly increasing, in 0..split.n-1. dtype: float32 or float64, what `fetch` fills. ops: where
-    the samples are kept.
+    the samples are kept. Sparse samples stay compressed rows, values of `dtype`, of which `fetch` makes dense ones;
+    `compressed` has those of `rows`, and is None for dense samples.
+
     Raises ValueError for rows that do not increase or another dtype, IndexError for rows out of range and
     UserError where the samples cannot be read.
     """
@@ -30,21 +33,31 @@ class Resident:
         if np.any(self._rows[1:] <= self._rows[:-1]):
             raise ValueError("the rows of a Resident have to increase strictly")
         self._targets, self._lengths = split.targets, split.lengths
-        values, self._features = split.read(self._rows), split.features
+        self._features = split.features
+        self.tokens = split.tokens
+        # The largest token, of samples that are such: see psmpi.data.sequences.
+        self.largest = -1
+        ops = ops or NumpyOps()
+        taken = split.taken(self._rows)
+        self.compressed: Compressed | None = None
+        self._samples: Samples | CompressedSamples
+        if taken is not None:
+            self.compressed = kept = taken.astype(self._dtype)
+            self._check_entries(split, taken, kept)
+            self._samples = ops.compressed_samples(kept.starts, kept.columns, kept.values, kept.features)
+            return
+        values = split.read(self._rows)
         if split.lengths is not None:
             # What lies behind a sequence's end may be anything, and is nothing.
             steps = values.reshape(len(values), *split.shape)
             beyond = np.arange(split.steps) >= split.lengths[self._rows][:, None]
             np.copyto(steps, 0, where=beyond[:, None])
-        self.tokens = split.tokens
         if values.dtype.kind == "f":
             self._check_finite(split, values)
-        # The largest token, of samples that are such: see psmpi.data.sequences.
-        self.largest = -1
         if split.tokens:
             self.largest = self._largest_token(split, values)
             values = values.astype(self._dtype)
-        self._samples = (ops or NumpyOps()).samples(values, split.scale)
+        self._samples = ops.samples(values, split.scale)
 
     def _check_finite(self, split: Split, values: npt.NDArray[Any]) -> None:
         """UserError for a value that is no finite number, or none in the dtype that `fetch` fills."""
@@ -53,16 +66,28 @@ class Resident:
             suspects = np.flatnonzero(~np.isfinite(values.sum(axis=1)))
         for row in map(int, suspects):
             if not np.isfinite(values[row]).all():
-                raise UserError(
-                    f"{self._name(split, row)} has values that are not finite numbers; correct or remove such samples"
-                )
+                raise self._not_finite(split, row)
         most = float(np.finfo(self._dtype).max)
         if values.dtype.itemsize > self._dtype.itemsize and max(values.max(initial=0), -values.min(initial=0)) > most:
-            row = int(np.flatnonzero((np.abs(values) > most).any(axis=1))[0])
-            raise UserError(
-                f"{self._name(split, row)} has values beyond {most:.2g}, infinite in {self._dtype}; scale the samples, "
-                "or train with --dtype float64"
-            )
+            raise self._too_large(split, int(np.flatnonzero((np.abs(values) > most).any(axis=1))[0]))
+
+    def _check_entries(self, split: Split, taken: Compressed, kept: Compressed) -> None:
+        """`_check_finite` of compressed rows, as they are stored and as they are kept."""
+        wrong = np.flatnonzero(~np.isfinite(kept.values))
+        if len(wrong):
+            row = kept.row_of(int(wrong[0]))
+            raise (self._too_large if np.isfinite(taken.values[wrong[0]]) else self._not_finite)(split, row)
+
+    def _not_finite(self, split: Split, row: int) -> UserError:
+        return UserError(
+            f"{self._name(split, row)} has values that are not finite numbers; correct or remove such samples"
+        )
+
+    def _too_large(self, split: Split, row: int) -> UserError:
+        return UserError(
+            f"{self._name(split, row)} has values beyond {np.finfo(self._dtype).max:.2g}, infinite in {self._dtype}; "
+            "scale the samples, or train with --dtype float64"
+        )
 
     def _largest_token(self, split: Split, values: npt.NDArray[Any]) -> int:
         """The largest token of all; UserError for one that is negative, or that the dtype does not hold exactly."""

@@ -14,13 +14,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedIOBase
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from psmpi.data.files import fill, reading, rows_per_chunk
 from psmpi.errors import UserError
+
+if TYPE_CHECKING:
+    from psmpi.data.compressed import Compressed
 
 Array = npt.NDArray[Any]
 Rows = npt.NDArray[np.int64]
@@ -49,6 +52,9 @@ class RowSource(Protocol):
     def glance(self, count: int) -> Array:
         """Up to `count` rows, (k, features), that are read quickly, whose checksum may not be compared."""
 
+    def taken(self, rows: Rows) -> Compressed | None:
+        """The rows (k,) as compressed ones, where the source has such; None of a source of dense rows."""
+
     def place(self, row: int) -> str:
         """Where a row is, for people: its file, its array and its number there, "a.npz, x_test: sample 3"."""
 
@@ -67,19 +73,28 @@ class InPieces(ABC):
             # Or it would be held while the next one is made.
             del values
 
+    def taken(self, rows: Rows) -> Compressed | None:
+        """See RowSource; of a source of dense rows."""
+        return None
+
     def place(self, row: int) -> str:
         """See RowSource; of a source with a path and one array."""
         return f"{getattr(self, 'path', 'the data set')}: sample {row}"
 
 
 def some_rows(source: RowSource, features: int, count: int) -> Array:
-    """About `count` rows of a source, in four places that are far apart."""
-    each = -(-count // 4)
-    starts = np.linspace(0, max(0, source.n - each), 4).astype(np.int64)
-    rows = np.unique(np.minimum(starts[:, None] + np.arange(each), source.n - 1))
+    """About `count` rows of a source, see `spread`."""
+    rows = spread(source.n, count)
     out = np.empty((len(rows), features), source.dtype)
     source.read_into(rows, np.arange(len(rows), dtype=np.int64), out)
     return out
+
+
+def spread(n: int, count: int) -> Rows:
+    """About `count` rows of n, in four places that are far apart, ascending."""
+    each = -(-count // 4)
+    starts = np.linspace(0, max(0, n - each), 4).astype(np.int64)
+    return np.unique(np.minimum(starts[:, None] + np.arange(each), n - 1))
 
 
 def windows(rows: Rows, width: int) -> Iterator[tuple[int, int]]:

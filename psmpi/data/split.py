@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from psmpi.data.compressed import Compressed
 from psmpi.data.rows import RowSource
 
 Rows = npt.NDArray[np.int64]
@@ -121,6 +122,15 @@ class Split:
                 ordered = self.index[ordered]
             self.source.read_into(ordered, order, out)
         return out if self.order is None else np.ascontiguousarray(out[:, self.order])
+
+    def taken(self, rows: Rows) -> Compressed | None:
+        """The samples `rows`, (k,) int64 in 0..n-1, as compressed rows; None where samples are not sparse."""
+        return None if self.order is not None else self.source.taken(rows if self.index is None else self.index[rows])
+
+    @cached_property
+    def compressed(self) -> Compressed | None:
+        """All samples as compressed rows, in the order of the split; None where samples are not sparse."""
+        return self.taken(np.arange(self.n, dtype=np.int64))
 
     def pieces(self, rows: Rows) -> Iterator[tuple[int, npt.NDArray[Any]]]:
         """Read the samples `rows`, strictly increasing in 0..n-1, some at a time, going through the source once.

@@ -1,4 +1,4 @@
-"""Generated tasks: sequences that need memory, and sums of numbers modulo another."""
+"""Generated tasks: sequences that need memory, sums of numbers modulo another, and those of psmpi.data.planted."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
+from psmpi.data.planted import ratings, sparse
 from psmpi.data.rows import ArrayRows
 from psmpi.data.split import Dataset, Split, frozen
 from psmpi.errors import UserError
@@ -111,14 +112,16 @@ TASKS: dict[str, tuple[Callable[[int, int], tuple[Split, Split]], int, int, int]
     "copying": (partial(_drawn, copying), 20, 1, 5000),
     "repeat_copy": (partial(_drawn, repeat_copy), 5, 1, 500),
     "modular_addition": (modular_addition, 97, 5, 1000),
+    "sparse": (sparse, 2000, 50, 10_000_000),
+    "ratings": (ratings, 1000, 200, 500_000),
 }
 
 
 def open_task(task: str, number: str, seed: int) -> Dataset:
     """A generated data set, the same for the same seed.
 
-    number: of steps, blanks or letters, or the modulus; "" for the usual one. UserError where the task has no such
-    size.
+    number: of steps, blanks, letters, features or rows, or the modulus; "" for the usual one. UserError where the task
+    has no such size.
     """
     make, size, least, most = TASKS[task]
     if number:

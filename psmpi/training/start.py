@@ -26,6 +26,7 @@ from psmpi.data import (
     open_dataset,
     together,
 )
+from psmpi.data.compressed import Compressed, CompressedRows
 from psmpi.data.rows import ArrayRows, RowSource
 from psmpi.errors import UserError, layers_in
 from psmpi.nn.zoo import make_network
@@ -176,7 +177,7 @@ def _recorded(dataset: Dataset, control: Control) -> Dataset:
         return dataset
     train, test = (
         split
-        if isinstance(split.source, ArrayRows)
+        if isinstance(split.source, (ArrayRows, CompressedRows))
         else replace(split, source=RecordedRows(split.source, control.flight))
         for split in (dataset.train, dataset.test)
     )
@@ -208,6 +209,9 @@ class RecordedRows:
     def glance(self, count: int) -> npt.NDArray[Any]:
         with self.flight.task(self.name):
             return self.source.glance(count)
+
+    def taken(self, rows: npt.NDArray[np.int64]) -> Compressed | None:
+        return self.source.taken(rows)
 
 
 def network_of(config: Config, dataset: Dataset) -> Any:

@@ -99,7 +99,14 @@ class Guarded:
         return self.array(values.shape, dtype or values.dtype, values)
 
     def __call__(self, name, grid, block, *arguments):
-        types = {"T": self.dtype, "double": F64, "float": F32, "long long": np.int64, "unsigned char": np.uint8}
+        types = {
+            "T": self.dtype,
+            "double": F64,
+            "float": F32,
+            "long long": np.int64,
+            "int": np.int32,
+            "unsigned char": np.uint8,
+        }
         signature, values, written = self.kernels.kernels[name], [], []
         assert len(signature) == len(arguments), name
         for kind, a in zip(signature, arguments, strict=True):
@@ -911,6 +918,20 @@ def test_minibatches_are_gathered(batch, features, values, dtype, device):
     name = {np.uint8: "gather_u8", np.float32: "gather_f32", np.float64: "gather_f64"}[values]
     device(name, (blocks(batch, 32), blocks(features, 32)), (32, 8), batch, features, at, data, scale, out)
     assert np.array_equal(out, data[at].astype(dtype).T * scale[:, None])
+
+
+@runs
+@real_types
+@pytest.mark.parametrize(("batch", "features", "share"), [(1, 1, 1), (3, 70, 0.3), (33, 400, 0.9), (100, 95, 0)])
+def test_minibatches_are_made_of_compressed_rows(batch, features, share, dtype, device):
+    rng = np.random.default_rng(0)
+    dense = (rng.random((57, features)) < share) * some(rng, dtype, 57, features)
+    rows, columns = np.nonzero(dense)
+    starts = device.of(np.searchsorted(rows, np.arange(58)))
+    at, columns, values = device.of(rng.integers(0, 57, batch)), device.of(columns, np.int32), dense[rows, columns]
+    out = device.array((features, batch), fill=0)
+    device("fill_compressed", (blocks(batch, 2),), (64,), batch, at, starts, columns, device.of(values), out)
+    assert np.array_equal(out, dense[at].T)
 
 
 # What runs them.

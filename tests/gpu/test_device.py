@@ -902,6 +902,24 @@ def test_samples_are_scaled_on_the_device(cupy, stored):
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+def test_minibatches_of_compressed_rows_are_made_on_the_device(cupy, dtype):
+    rng, ops = np.random.default_rng(0), CupyOps()
+    lengths = rng.integers(0, 300, 20)
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    columns = np.concatenate([np.sort(rng.choice(400, k, replace=False)) for k in lengths]).astype(np.int32)
+    values = rng.standard_normal(len(columns)).astype(dtype)
+    kept = ops.compressed_samples(starts, columns, values, 400)
+    assert kept.nbytes == starts.nbytes + columns.nbytes + values.nbytes
+    for at in (np.array([3, 19, 3]), np.arange(20), np.array([7]), np.array([], np.int64)):
+        expected, out = np.empty((400, len(at)), dtype), ops.empty(400 * len(at), dtype).reshape(400, len(at))
+        out.fill(np.nan)
+        NumpyOps().compressed_samples(starts, columns, values, 400).fetch(at, expected)
+        kept.fetch(at, out)
+        assert np.array_equal(ops.host(out), expected)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
 def test_samples_on_the_device_are_those_that_are_there_when_they_are_taken(cupy, dtype):
     values = np.random.default_rng(0).normal(size=(6, 5)).astype(dtype)
     for ops in (NumpyOps(), CupyOps()):

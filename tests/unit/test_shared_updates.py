@@ -63,7 +63,9 @@ def test_factors_step_along_the_gradient_of_the_pair():
         return (a @ b + 1.2) ** 2 + penalty / 2 * squares
 
     after = w.copy()
-    assert REFERENCE.factor_steps(np.array([1]), pairs, after, how, False) == pytest.approx((w[:, 2] @ w[:, 4] + 1.2) ** 2)
+    assert REFERENCE.factor_steps(np.array([1]), pairs, after, how, False) == pytest.approx(
+        (w[:, 2] @ w[:, 4] + 1.2) ** 2
+    )
     for at in np.ndindex(w.shape):
         shift = np.zeros_like(w)
         shift[at] = eps

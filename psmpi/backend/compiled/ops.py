@@ -18,7 +18,7 @@ from psmpi.backend.compiled.recurrence import CompiledRecurrence
 from psmpi.backend.compiled.shared import CompiledShared
 from psmpi.backend.compiled.team import Team
 from psmpi.backend.reference.convolution import Convolution, Stripes
-from psmpi.backend.reference.moves import RunCopies
+from psmpi.backend.reference.moves import CompressedSamples, RunCopies
 from psmpi.backend.reference.ops import NumpyOps
 from psmpi.backend.reference.recurrence import Recurrence
 
@@ -113,6 +113,11 @@ class CompiledOps(CompiledAttention, CompiledLosses, CompiledShared, NumpyOps):
     def run_copies(self, table: np.ndarray) -> RunCopies:
         return CompiledRunCopies(table, self.instructions)
 
+    def compressed_samples(
+        self, starts: np.ndarray, columns: np.ndarray, values: np.ndarray, features: int
+    ) -> CompressedSamples:
+        return CompiledCompressedSamples(starts, columns, values, features, self.instructions)
+
     def fold(self, w: np.ndarray, pool: int, out: np.ndarray) -> None:
         count, rows, n_in, k, _ = w.shape
         call = function("fold", w.dtype, "iiiiipnnp", self.instructions)
@@ -178,3 +183,22 @@ class CompiledRunCopies(RunCopies):
     def _call(self, values: np.ndarray, out: np.ndarray, add: int) -> None:
         call = function("transfer", out.dtype, "npppi", self.instructions)
         call(len(self.table), self.table.ctypes.data, *pointers(out.dtype, values, out), add)
+
+
+class CompiledCompressedSamples(CompressedSamples):
+    """Minibatches of compressed rows without a loop in Python."""
+
+    def __init__(
+        self, starts: np.ndarray, columns: np.ndarray, values: np.ndarray, features: int, instructions: int
+    ) -> None:
+        super().__init__(
+            np.ascontiguousarray(starts), np.ascontiguousarray(columns), np.ascontiguousarray(values), features
+        )
+        pointers(np.dtype(np.int64), self.starts)
+        pointers(np.dtype(np.int32), self.columns)
+        self.instructions = instructions
+
+    def fetch(self, at: np.ndarray, out: np.ndarray) -> None:
+        call = function("fill_compressed", out.dtype, "nnppppp", self.instructions)
+        places = *pointers(np.dtype(np.int64), at), self.starts.ctypes.data, self.columns.ctypes.data
+        call(len(at), self.features, *places, *pointers(self.values.dtype, self.values, out))

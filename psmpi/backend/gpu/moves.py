@@ -8,10 +8,52 @@ import numpy as np
 
 from psmpi.backend.gpu.device import Device
 from psmpi.backend.gpu.grids import blocks
-from psmpi.backend.reference.moves import Mirror, RunCopies, Samples
+from psmpi.backend.reference.moves import CompressedSamples, Mirror, RunCopies, Samples
 
 # Elements of a run that a block moves.
 PIECE = 256
+
+
+class Positions:
+    """Positions of samples on the device, those of one minibatch after the other."""
+
+    def __init__(self, ops: Device):
+        self.ops = ops
+        self.mirror: Mirror | None = None
+
+    def put(self, at: np.ndarray) -> Any:
+        """An array of the device that begins with `at` (b,) int64, until the next call."""
+        if self.mirror is not None:
+            self.mirror.settle()
+        if self.mirror is None or self.mirror.host.size < len(at):
+            self.mirror = self.ops.mirror(self.ops.empty(len(at), np.dtype(np.int64)))
+        self.mirror.host[: len(at)] = at
+        self.mirror.push(slice(0, len(at)))
+        return self.mirror.array
+
+
+class DeviceCompressedSamples(CompressedSamples):
+    """Compressed rows on the device."""
+
+    def __init__(self, starts: np.ndarray, columns: np.ndarray, values: np.ndarray, features: int, ops: Device):
+        super().__init__(upload(ops, starts), upload(ops, columns), upload(ops, values), features)
+        self.ops, self.at = ops, Positions(ops)
+
+    def fetch(self, at: np.ndarray, out: Any) -> None:
+        if not len(at):
+            return
+        out.fill(0)
+        arrays = (self.at.put(at), self.starts, self.columns, self.values, out)
+        self.ops.launch("fill_compressed", out.dtype, (len(at),), (128,), len(at), *arrays)
+
+
+def upload(ops: Device, values: np.ndarray) -> Any:
+    """Values of host memory on the device, to stay there."""
+    found = ops.cupy.asarray(np.ascontiguousarray(values))
+    # They went through pinned memory, which CuPy would keep.
+    ops.synchronize()
+    ops.cupy.get_default_pinned_memory_pool().free_all_blocks()
+    return found
 
 
 class DeviceSamples(Samples):
@@ -24,16 +66,12 @@ class DeviceSamples(Samples):
         self.values = values
         self.kernel = {"uint8": "gather_u8", "float32": "gather_f32", "float64": "gather_f64"}[values.dtype.name]
         self.scales: Any = None
-        self.at: Mirror | None = None
+        self.at = Positions(ops)
 
     def _upload(self, values: np.ndarray) -> Any:
         if values.dtype not in (np.uint8, np.float32, np.float64):
             values = values.astype(np.float64 if values.dtype.itemsize > 2 else np.float32)
-        found = self.ops.cupy.asarray(np.ascontiguousarray(values))
-        # They went through pinned memory, which CuPy would keep.
-        self.ops.synchronize()
-        self.ops.cupy.get_default_pinned_memory_pool().free_all_blocks()
-        return found
+        return upload(self.ops, values)
 
     @property
     def nbytes(self) -> int:
@@ -43,17 +81,11 @@ class DeviceSamples(Samples):
         features, b = out.shape
         if not b:
             return
-        if self.at is not None:
-            self.at.settle()
-        if self.at is None or self.at.host.size < b:
-            self.at = self.ops.mirror(self.ops.empty(b, np.dtype(np.int64)))
         if self.scales is None or self.scales.dtype != out.dtype:
             self.scales = self.ops.empty(features, out.dtype)
             self.scales.fill(self.scale)
-        self.at.host[:b] = at
-        self.at.push(slice(0, b))
         grid = (blocks(b, 32), blocks(features, 32))
-        arrays = (self.at.array, self.values, self.scales, out)
+        arrays = (self.at.put(at), self.values, self.scales, out)
         self.ops.launch(self.kernel, out.dtype, grid, (32, 8), b, features, *arrays)
 
 

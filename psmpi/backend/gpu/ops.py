@@ -10,13 +10,13 @@ import numpy as np
 from psmpi.backend.gpu.blas import Blas
 from psmpi.backend.gpu.cudnn import Cudnn
 from psmpi.backend.gpu.losses import DeviceLosses
-from psmpi.backend.gpu.moves import DeviceRunCopies, DeviceSamples
+from psmpi.backend.gpu.moves import DeviceCompressedSamples, DeviceRunCopies, DeviceSamples
 from psmpi.backend.gpu.optim import DeviceSteps
 from psmpi.backend.gpu.products import DeviceProducts
 from psmpi.backend.gpu.recording import Recording
 from psmpi.backend.gpu.tiles import DeviceTiles
 from psmpi.backend.gpu.vectors import DeviceVectors
-from psmpi.backend.reference.moves import RunCopies, Samples
+from psmpi.backend.reference.moves import CompressedSamples, RunCopies, Samples
 from psmpi.backend.reference.ops import NumpyOps
 from psmpi.errors import UserError
 
@@ -64,6 +64,11 @@ class CupyOps(DeviceProducts, DeviceLosses, DeviceTiles, DeviceVectors, DeviceSt
 
     def samples(self, values: np.ndarray, scale: float) -> Samples:
         return DeviceSamples(values, scale, self)
+
+    def compressed_samples(
+        self, starts: np.ndarray, columns: np.ndarray, values: np.ndarray, features: int
+    ) -> CompressedSamples:
+        return DeviceCompressedSamples(starts, columns, values, features, self)
 
     def run_copies(self, table: np.ndarray) -> RunCopies:
         return DeviceRunCopies(table, self)

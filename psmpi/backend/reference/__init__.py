@@ -3,7 +3,7 @@
 from psmpi.backend.reference.arrays import CHUNK
 from psmpi.backend.reference.convolution import Convolution, Im2col, Stripes
 from psmpi.backend.reference.losses import exponent_of
-from psmpi.backend.reference.moves import Mirror, RunCopies, Samples
+from psmpi.backend.reference.moves import CompressedSamples, Mirror, RunCopies, Samples
 from psmpi.backend.reference.ops import NumpyOps
 from psmpi.backend.reference.recurrence import CELLS, Recurrence
 from psmpi.backend.reference.shared import SLOPES, Descent, Pairs, Rows
@@ -12,6 +12,7 @@ __all__ = [
     "CELLS",
     "CHUNK",
     "SLOPES",
+    "CompressedSamples",
     "Convolution",
     "Descent",
     "Im2col",

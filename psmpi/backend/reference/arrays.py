@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from psmpi.backend.reference.moves import Mirror, RunCopies, Samples
+from psmpi.backend.reference.moves import CompressedSamples, Mirror, RunCopies, Samples
 
 # Elements that stay in the second-level cache.
 CHUNK = 1 << 18
@@ -126,6 +126,12 @@ class Arrays:
         An array of the backend's own is not copied: minibatches are of what it holds by then.
         """
         return Samples(values, scale)
+
+    def compressed_samples(
+        self, starts: np.ndarray, columns: np.ndarray, values: np.ndarray, features: int
+    ) -> CompressedSamples:
+        """Compressed rows to make dense minibatches of, which have the dtype of the values."""
+        return CompressedSamples(starts, columns, values, features)
 
     def run_copies(self, table: np.ndarray) -> RunCopies:
         """Copies of runs, table (runs, 3) int64 of from, to and length, to be made again and again."""

@@ -54,6 +54,28 @@ class Mirror:
         """Wait until `host` has been copied."""
 
 
+class CompressedSamples:
+    """Sparse samples, compressed rows, of which dense minibatches are made.
+
+    starts: (n + 1,) int64; columns: (entries,) int32; values: (entries,), those of sample r from starts[r] to
+    starts[r + 1].
+    """
+
+    def __init__(self, starts: np.ndarray, columns: np.ndarray, values: np.ndarray, features: int):
+        self.starts, self.columns, self.values, self.features = starts, columns, values, features
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.starts.nbytes + self.columns.nbytes + self.values.nbytes)
+
+    def fetch(self, at: np.ndarray, out: np.ndarray) -> None:
+        """out (features, b) = the samples at positions `at` (b,) int64, zero where they have no entry."""
+        out.fill(0)
+        for column, row in enumerate(at):
+            entries = slice(self.starts[row], self.starts[row + 1])
+            out[self.columns[entries], column] = self.values[entries]
+
+
 class Samples:
     """Samples (n, features) of which minibatches are taken, multiplied by a scale."""
 

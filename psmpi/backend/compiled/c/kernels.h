@@ -35,6 +35,7 @@
 #include "columns.h"
 #include "attention.h"
 #include "shared.h"
+#include "compressed.h"
 
 #undef R
 #undef V

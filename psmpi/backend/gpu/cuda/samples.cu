@@ -1,4 +1,4 @@
-/* Minibatches from a data set that lies on the device, (samples, features). */
+/* Minibatches from a data set that lies on the device, (samples, features) or compressed rows. */
 #include "common.cuh"
 
 #define TILE 32
@@ -46,4 +46,17 @@ extern "C" __global__ void gather_f64(long long batch, long long features, const
 {
     __shared__ T tile[TILE][TILE + 1];
     gather(tile, batch, features, at, values, scale, out);
+}
+
+/* out (features, batch), which is zero, gets the entries of the compressed rows `at` (batch,): those of row r are from
+ * starts[r] to starts[r + 1]. A block for each row of the minibatch. */
+extern "C" __global__ void fill_compressed(long long batch, const long long *__restrict__ at,
+                                           const long long *__restrict__ starts, const int *__restrict__ columns,
+                                           const T *__restrict__ values, T *__restrict__ out)
+{
+    for (long long i = blockIdx.x; i < batch; i += gridDim.x) {
+        const long long end = starts[at[i] + 1];
+        for (long long k = starts[at[i]] + threadIdx.x; k < end; k += blockDim.x)
+            out[columns[k] * batch + i] = values[k];
+    }
 }

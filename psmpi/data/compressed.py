@@ -1,0 +1,186 @@
+"""Sparse samples as compressed rows, and the source that makes dense rows of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from psmpi.data.files import rows_per_chunk
+from psmpi.data.rows import InPieces, Rows, spread
+from psmpi.errors import UserError
+
+# Columns are int32.
+MAX_FEATURES = (1 << 31) - 1
+# Entries that are copied at a time, whose places take 8 bytes each.
+ENTRIES = 1 << 20
+
+
+@dataclass(frozen=True, eq=False)
+class Compressed:
+    """Samples (n, features) of which the entries that are not zero are stored, row by row.
+
+    starts: (n + 1,) int64, ascending from 0 to the number of entries; the entries of row r are those from starts[r] to
+    starts[r + 1]. columns: int32 in 0..features-1, strictly increasing within a row. values: float32 or float64.
+    """
+
+    starts: npt.NDArray[np.int64]
+    columns: npt.NDArray[np.int32]
+    values: npt.NDArray[Any]
+    features: int
+
+    @property
+    def n(self) -> int:
+        """The number of rows."""
+        return len(self.starts) - 1
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The dtype of the values."""
+        return self.values.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the three arrays."""
+        return self.starts.nbytes + self.columns.nbytes + self.values.nbytes
+
+    def row_of(self, entry: int) -> int:
+        """The row that an entry is of."""
+        return int(np.searchsorted(self.starts, entry, "right")) - 1
+
+    def astype(self, dtype: npt.DTypeLike) -> Compressed:
+        """The same samples with values of this dtype; a value beyond its range becomes infinite."""
+        with np.errstate(over="ignore"):
+            values = self.values.astype(dtype, copy=False)
+        return Compressed(self.starts, self.columns, values, self.features)
+
+    def take(self, rows: Rows) -> Compressed:
+        """The `rows` (k,) int64 in 0..n-1 in their order; of rows that follow each other views, of others copies."""
+        count = len(rows)
+        if not count or (rows[-1] - rows[0] == count - 1 and (np.diff(rows) == 1).all()):
+            first = int(rows[0]) if count else 0
+            starts = self.starts[first : first + count + 1]
+            entries = slice(int(starts[0]), int(starts[-1]))
+            return Compressed(
+                starts - starts[0] if starts[0] else starts, self.columns[entries], self.values[entries], self.features
+            )
+        lengths = self.starts[rows + 1] - self.starts[rows]
+        starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+        columns, values = np.empty(starts[-1], np.int32), np.empty(starts[-1], self.dtype)
+        done = 0
+        while done < count:
+            behind = max(done + 1, int(np.searchsorted(starts, starts[done] + ENTRIES, "right")) - 1)
+            part = slice(int(starts[done]), int(starts[behind]))
+            shift = np.repeat(self.starts[rows[done:behind]] - starts[done:behind], lengths[done:behind])
+            places = shift + np.arange(part.start, part.stop)
+            columns[part], values[part] = self.columns[places], self.values[places]
+            done = behind
+        return Compressed(starts, columns, values, self.features)
+
+    def dense(self) -> npt.NDArray[Any]:
+        """All rows as a new array (n, features)."""
+        out = np.zeros((self.n, self.features), self.dtype)
+        out[np.repeat(np.arange(self.n), np.diff(self.starts)), self.columns] = self.values
+        return out
+
+
+def checked(
+    where: str, starts: npt.NDArray[Any], columns: npt.NDArray[Any], values: npt.NDArray[Any], features: int
+) -> Compressed:
+    """Compressed rows of arrays from a file, which `where` names. UserError unless they are what `Compressed` says.
+
+    starts and columns may be of any type of integers. Values may be whole numbers, which become float32 where that
+    holds them exactly and else float64. Rows whose columns are not in order are sorted.
+    """
+    if not 1 <= features <= MAX_FEATURES:
+        raise UserError(f"{where}: {features:,} features; expected 1 to {MAX_FEATURES:,}: leave out those not used")
+    for name, array, kinds in (("starts", starts, "iu"), ("columns", columns, "iu"), ("values", values, "iuf")):
+        if array.ndim != 1 or array.dtype.kind not in kinds:
+            raise UserError(
+                f"{where}: the {name} of the rows are {array.dtype} of shape {array.shape}; expected a vector of "
+                f"{'integers' if kinds == 'iu' else 'numbers'}: save a SciPy matrix's tocsr()"
+            )
+    if len(columns) != len(values):
+        raise UserError(f"{where}: {len(columns):,} columns and {len(values):,} values; expected as many: save it anew")
+    steps = np.diff(starts.astype(np.int64, copy=False))
+    if len(starts) < 2 or starts[0] != 0 or starts[-1] != len(values) or (steps < 0).any():
+        raise UserError(
+            f"{where}: the starts of {max(0, len(starts) - 1):,} rows with {len(values):,} entries; expected them to "
+            "ascend from 0 to the number of entries: save a SciPy matrix's tocsr()"
+        )
+    starts = starts.astype(np.int64, copy=False)
+    wrong = np.flatnonzero((columns < 0) | (columns >= features))
+    if len(wrong):
+        row = int(np.searchsorted(starts, wrong[0], "right")) - 1
+        raise UserError(
+            f"{where}: sample {row} has the column {columns[wrong[0]]}; expected 0 to {features - 1:,}, as there are "
+            f"{features:,} features"
+        )
+    columns, values = columns.astype(np.int32, copy=False), _floats(values)
+    wrong = np.flatnonzero(~np.isfinite(values))
+    if len(wrong):
+        row = int(np.searchsorted(starts, wrong[0], "right")) - 1
+        raise UserError(f"{where}: sample {row} has values that are not finite numbers; correct or remove such samples")
+    columns, values = _in_order(where, starts, columns, values)
+    return Compressed(starts, columns, values, features)
+
+
+def _floats(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    if values.dtype.kind == "f":
+        wide = values.dtype.itemsize > 4
+        return values.astype(np.float64 if wide else np.float32, copy=False)
+    exact = not len(values) or max(-int(values.min()), int(values.max())) <= 1 << 24
+    return values.astype(np.float32 if exact else np.float64)
+
+
+def _in_order(
+    where: str, starts: npt.NDArray[np.int64], columns: npt.NDArray[np.int32], values: npt.NDArray[Any]
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[Any]]:
+    """Columns and values with each row's columns increasing; UserError where a row has one twice."""
+    inside = np.ones(max(0, len(columns) - 1), np.bool_)
+    cuts = starts[1:-1]
+    inside[cuts[(cuts > 0) & (cuts < len(columns))] - 1] = False
+    if (inside & (columns[1:] < columns[:-1])).any():
+        order = np.lexsort((columns, np.repeat(np.arange(len(starts) - 1), np.diff(starts))))
+        columns, values = columns[order], values[order]
+    twice = np.flatnonzero(inside & (columns[1:] == columns[:-1]))
+    if len(twice):
+        row = int(np.searchsorted(starts, twice[0], "right")) - 1
+        raise UserError(
+            f"{where}: sample {row} has the column {columns[twice[0]]} twice; add its values up: sum_duplicates() of a "
+            "SciPy matrix"
+        )
+    return columns, values
+
+
+@dataclass(frozen=True, eq=False)
+class CompressedRows(InPieces):
+    """Rows of compressed samples, which are in memory; dense ones are made some at a time."""
+
+    matrix: Compressed
+    path: str = "the data set"
+
+    @property
+    def n(self) -> int:
+        return self.matrix.n
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.matrix.dtype
+
+    def pieces(self, rows: Rows, features: int) -> Iterator[tuple[int, npt.NDArray[Any]]]:
+        step = rows_per_chunk(features * self.dtype.itemsize)
+        for i in range(0, len(rows), step):
+            yield i, self.matrix.take(rows[i : i + step]).dense()
+
+    def glance(self, count: int) -> npt.NDArray[Any]:
+        """Of the columns those with an entry in these rows, and one without: all of them may be too many."""
+        few = self.matrix.take(spread(self.n, count))
+        used, columns = np.unique(few.columns, return_inverse=True)
+        return Compressed(few.starts, columns.reshape(-1).astype(np.int32), few.values, len(used) + 1).dense()
+
+    def taken(self, rows: Rows) -> Compressed:
+        return self.matrix.take(rows)
