@@ -2,18 +2,20 @@
 
 `windows_of` gives those of a communicator: of MPI here, of worlds of threads those that their communicators bring.
 All ranks make windows, and free them, at the same point and in the same order. Windows are of predefined types, and
-updated by additions alone: MPI's accumulate calls are atomic for each element as long as all of them have one operation.
+updated by additions alone: MPI's accumulate calls are atomic for each element if all of them have one operation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
 
 from psmpi.comm.group import Counter
 from psmpi.comm.protocol import Communicator
+from psmpi.comm.watch.flight import bare
 
 # Elements of each window that is tested before all others are made.
 TESTED = 64
@@ -86,9 +88,7 @@ class Windows(Protocol):
 
 def windows_of(world: Communicator) -> Windows:
     """The windows of a communicator, whatever records its messages or waits for them."""
-    inner: Any = world
-    while hasattr(inner, "comm"):
-        inner = inner.comm
+    inner = bare(world)
     own: Windows | None = getattr(inner, "windows", None)
     return MpiWindows(inner) if own is None else own
 
@@ -132,8 +132,8 @@ class MpiMemory:
         self.window = MPI.Win.Allocate_shared(nbytes if self.local.rank == 0 else 0, 1, comm=self.local)
         if self.window.Get_attr(MPI.WIN_MODEL) != MPI.WIN_UNIFIED:
             raise RuntimeError("windows have a public and a private copy of their memory")
-        room, _ = self.window.Shared_query(0)
-        self.bytes = np.frombuffer(room, np.uint8)[:nbytes]
+        found: Any = self.window.Shared_query(0)[0]
+        self.bytes = np.frombuffer(found, np.uint8)[:nbytes]
         self.window.Lock_all(MPI.MODE_NOCHECK)
         if self.local.rank == 0:
             self.bytes.fill(0)
@@ -163,7 +163,8 @@ class _MpiWindow:
         info.Set("accumulate_ops", "same_op_no_op")
         self.window = MPI.Win.Allocate(max(1, count) * dtype.itemsize, dtype.itemsize, info, comm)
         info.Free()
-        self.own = np.frombuffer(self.window.tomemory(), dtype)[:count]
+        room: Any = self.window.tomemory()
+        self.own: np.ndarray = np.frombuffer(room, dtype)[:count]
         self.own.fill(0)
         self.window.Lock_all(MPI.MODE_NOCHECK)
         self.window.Sync()
@@ -187,7 +188,7 @@ class MpiSharded(_MpiWindow):
     def __init__(self, comm: Any, edges: Sequence[int], dtype: np.dtype, counter: Counter):
         super().__init__(comm, edges[comm.rank + 1] - edges[comm.rank], dtype)
         self.edges, self.counter, self.nothing = list(edges), counter, np.empty(1, dtype)
-        self.pairs = [(r, a, b) for r, (a, b) in enumerate(zip(edges[:-1], edges[1:], strict=True)) if b > a]
+        self.pairs = [(r, a, b) for r, (a, b) in enumerate(pairwise(edges)) if b > a]
 
     def read(self, out: np.ndarray) -> None:
         def get(rank: int, start: int, stop: int) -> Any:

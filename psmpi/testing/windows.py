@@ -25,7 +25,8 @@ class ThreadWindows:
 
     def sharded(self, edges: Sequence[int], dtype: np.dtype[Any], counter: Counter) -> ThreadSharded:
         made = (np.zeros(edges[-1], dtype), threading.Lock()) if self.comm.rank == 0 else None
-        return ThreadSharded(*self._first(made), edges[self.comm.rank], edges[self.comm.rank + 1], counter)
+        values, lock = self._first(made)
+        return ThreadSharded(values, lock, edges[self.comm.rank], edges[self.comm.rank + 1], counter)
 
     def counters(self, count: int) -> ThreadCounters:
         return ThreadCounters(

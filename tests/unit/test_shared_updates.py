@@ -31,8 +31,10 @@ def loss_of(rows, sample, w, bias, how):
     z = float(rows.values[at] @ w[columns] + bias)
     t = rows.targets[sample]
     value = {
-        "logistic": lambda: np.log1p(np.exp(-t * z)), "hinge": lambda: max(0, 1 - t * z), "squared": lambda: (z - t) ** 2
-    }[how.loss]()  # fmt: skip
+        "logistic": np.log1p(np.exp(-t * z)),
+        "hinge": max(0, 1 - t * z),
+        "squared": (z - t) ** 2,
+    }[how.loss]
     return value, value + how.penalty / 2 * ((rows.often[columns] * w[columns] ** 2).sum() + bias**2)
 
 

@@ -30,7 +30,7 @@ class Rows(NamedTuple):
 
 
 class Pairs(NamedTuple):
-    """Samples that are pairs of different tokens, (samples, 2) int32, with targets and often as in `Rows`, of tokens."""
+    """Samples that are pairs of different tokens, (samples, 2) int32; targets and often as in `Rows`, of tokens."""
 
     tokens: np.ndarray
     targets: np.ndarray
