@@ -76,7 +76,12 @@ def plan(
     hosts = network_of(ranks, ranks_per_host, gigabits, latency_us, links)
     dataset = blank(open_dataset(*config.data.source))
     network = make_network(
-        config.model.model, dataset.shape, dataset.outputs, **config.model.shape, by_step=dataset.train.by_step
+        config.model.model,
+        dataset.shape,
+        dataset.outputs,
+        **config.model.shape,
+        by_step=dataset.train.by_step,
+        task=dataset.task,
     )
     found = {GIVEN: estimate(config, network, dataset, hosts)}
     for options, other in _others(config) if others and 1 < ranks <= SMALL else ():

@@ -237,7 +237,12 @@ def _predict(world: Any, control: Any, options: Options) -> None:
     )
     _check_data(world, control, options, contents, split)
     network = make_network(
-        model.model, contents.in_shape, contents.layout.classes, **model.shape, by_step=contents.by_step
+        model.model,
+        contents.in_shape,
+        contents.layout.classes,
+        **model.shape,
+        by_step=contents.by_step,
+        task=contents.task,
     )
     if split.steps and split.shape != contents.in_shape and split.shape[0] == contents.in_shape[0]:
         network = stretch(network, split.steps) or network

@@ -36,7 +36,12 @@ def main(argv: list[str]) -> int:
     config = usual(tyro.cli(Config, args=argv, config=(tyro.conf.OmitArgPrefixes,)))
     dataset = open_dataset(*config.data.source)
     net = make_network(
-        config.model.model, dataset.shape, dataset.outputs, **config.model.shape, by_step=dataset.train.by_step
+        config.model.model,
+        dataset.shape,
+        dataset.outputs,
+        **config.model.shape,
+        by_step=dataset.train.by_step,
+        task=dataset.task,
     )
     problem = Problem(net, config.objective.loss, tuple(range(net.classes)))
     layout = net.layout()

@@ -47,7 +47,9 @@ def memory(config: Config, json: bool = False) -> int:
     control = Control(world)
     model = config.model
     dataset = open_dataset(*config.data.source)
-    network = make_network(model.model, dataset.shape, dataset.outputs, **model.shape, by_step=dataset.train.by_step)
+    network = make_network(
+        model.model, dataset.shape, dataset.outputs, **model.shape, by_step=dataset.train.by_step, task=dataset.task
+    )
     kind: Any = find_method(config.parallel.method)
     kind.check(world.size, network, dataset, config)
     batches, steps, rate = plan_steps(dataset, config)

@@ -54,7 +54,12 @@ def scale(
     check_files(plot, json=json)
     dataset = blank(open_dataset(*config.data.source))
     network = make_network(
-        config.model.model, dataset.shape, dataset.outputs, **config.model.shape, by_step=dataset.train.by_step
+        config.model.model,
+        dataset.shape,
+        dataset.outputs,
+        **config.model.shape,
+        by_step=dataset.train.by_step,
+        task=dataset.task,
     )
     rows: list[dict[str, Any]] = []
     scaling = "weak" if weak else "strong"

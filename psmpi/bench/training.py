@@ -32,7 +32,9 @@ def prepare(config: Config, world: World) -> Training:
 
     model = config.model
     dataset = open_dataset(*config.data.source)
-    network = make_network(model.model, dataset.shape, dataset.outputs, **model.shape, by_step=dataset.train.by_step)
+    network = make_network(
+        model.model, dataset.shape, dataset.outputs, **model.shape, by_step=dataset.train.by_step, task=dataset.task
+    )
     method = find_method(config.parallel.method)
     method.check(world.size, network, dataset, config)
     batches, _, rate = plan_steps(dataset, config)

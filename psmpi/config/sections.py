@@ -65,10 +65,11 @@ class NetworkSettings:
     """The network."""
 
     model: Literal[
-        "psnet", "psnet-24", "psnet-35", "lenet", "mlp", "head", "resnet", "deep", "deep-conv", "rnn", "gru", "lstm",
-        "transformer", "custom",
+        "psnet", "psnet-24", "psnet-35", "lenet", "linear", "mlp", "head", "resnet", "deep", "deep-conv", "rnn", "gru",
+        "lstm", "transformer", "custom",
     ] = "psnet"  # fmt: skip
-    """Built-in network, or custom: described by [[model.layers]] tables in the configuration file. head: for very many
+    """Built-in network, or custom: described by [[model.layers]] tables in the configuration file. linear: one dense
+    layer, with one score for two classes (--loss logistic, or hinge, a support vector machine). head: for very many
     classes, a trunk (--widths, or such tables) that every worker computes and rows of weights, one a class. deep and
     deep-conv: many residual layers of one width (--depth, --final-time, --activation). rnn, gru, lstm: recurrent layers
     for sequences. transformer: attention to the steps before, for sequences."""

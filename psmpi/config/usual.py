@@ -67,4 +67,15 @@ def _saturates(config: Config) -> bool:
         return False
     if model.model == "custom" or model.layers:
         return any(table.get("type") == "sigmoid" for table in model.layers if isinstance(table, dict))
-    return model.model not in ("mlp", "head", "resnet", "deep", "deep-conv", "rnn", "gru", "lstm", "transformer")
+    return model.model not in (
+        "linear",
+        "mlp",
+        "head",
+        "resnet",
+        "deep",
+        "deep-conv",
+        "rnn",
+        "gru",
+        "lstm",
+        "transformer",
+    )

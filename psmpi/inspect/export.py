@@ -144,7 +144,12 @@ def _safetensors(export: Export) -> str:
 def _network(opened: Opened, trained: Config) -> Network:
     contents, settings = opened.contents, trained.model
     return make_network(
-        settings.model, contents.in_shape, contents.layout.classes, **settings.shape, by_step=contents.by_step
+        settings.model,
+        contents.in_shape,
+        contents.layout.classes,
+        **settings.shape,
+        by_step=contents.by_step,
+        task=contents.task,
     )
 
 

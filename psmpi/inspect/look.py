@@ -116,7 +116,12 @@ def _notes(opened: Opened) -> list[str]:
     with suppress(UserError):
         model = from_toml(contents.config, str(opened.path), foreign=True).model
         return make_network(
-            model.model, contents.in_shape, contents.layout.classes, **model.shape, by_step=contents.by_step
+            model.model,
+            contents.in_shape,
+            contents.layout.classes,
+            **model.shape,
+            by_step=contents.by_step,
+            task=contents.task,
         ).notes
     return []
 

@@ -25,6 +25,7 @@ from psmpi.nn.layers.chain import Tape, leaves
 from psmpi.nn.model import Model
 from psmpi.nn.network import Network
 from psmpi.nn.objective import Objective
+from psmpi.registry import WHOLE
 from psmpi.training.checks import check_first_order, check_layers, check_slices
 from psmpi.training.context import Context, check_optimizer, configured_loss
 from psmpi.training.descent import Descent
@@ -150,7 +151,7 @@ class DirectFeedback(Method):
         if size > depth:
             raise UserError(
                 f"--method dfa gives each rank a layer at least, and --model {network.name} has {depth} with weights "
-                f"for {size} ranks: start {depth} or fewer"
+                f"for {size} ranks: start {depth} or fewer, or use --method {WHOLE}"
             )
         check_slices(network, config.data.batch_size, 1, "ranks")
         check_layers(network, config)

@@ -136,7 +136,11 @@ class Network:
         if self.trunk:
             return None
         linear = {parameter.name: layer.name for layer in self.linear for parameter in layer.parameters()}
-        names = [layer.name for layer in self.linear][:-1]
+        names = [layer.name for layer in self.linear]
+        rows = [uses for pair in self.users() for p, uses in pair if linear.get(p.name) == names[-1]]
+        # Two classes may have one score.
+        if self.classes == 1 or all(isinstance(users, Each) for runs in rows for _, _, users in runs):
+            names.pop()
         weighted = [uses for pairs in self.users() for parameter, uses in pairs if linear.get(parameter.name) in names]
         if not weighted or any(self._apart(users) for runs in weighted for _, _, users in runs):
             return None

@@ -43,6 +43,14 @@ def _mlp(widths: Sequence[int], classes: int, shape: tuple[int, ...]) -> list[La
     return [*tables, {"type": "dense", "units": classes}]
 
 
+def _linear(outputs: int, shape: tuple[int, ...], task: str) -> list[LayerTable]:
+    """One dense layer: a score a class, one for two classes, or the values of a regression."""
+    tables: list[LayerTable] = [{"type": "flatten"}] if len(shape) > 1 else []
+    if outputs == 2 and task == "classes":
+        return [*tables, {"type": "dense", "units": 1}, {"type": "binary"}]
+    return [*tables, {"type": "dense", "units": outputs}]
+
+
 def _resnet(channels: Sequence[int], blocks: Sequence[int], classes: int, size: int) -> list[LayerTable]:
     """Sections of residual blocks with pre-activation (He et al. 2016), the images halved between sections."""
     tables: list[LayerTable] = []
@@ -159,7 +167,8 @@ def _of_sequences(
 
 SEQUENCES = ("rnn", "gru", "lstm", "transformer")
 MODELS = (
-    "psnet", "psnet-24", "psnet-35", "lenet", "mlp", "head", "resnet", "deep", "deep-conv", *SEQUENCES, "custom",
+    "psnet", "psnet-24", "psnet-35", "lenet", "linear", "mlp", "head", "resnet", "deep", "deep-conv", *SEQUENCES,
+    "custom",
 )  # fmt: skip
 DEEP = {"depth": 32, "final_time": 1.0, "activation": "tanh"}
 
@@ -177,12 +186,14 @@ def make_network(
     vocabulary: int = 0,
     heads: int = 0,
     by_step: bool = False,
+    task: str = "classes",
     **deep: Any,
 ) -> Network:
     """The network called `name` for samples of `in_shape` (per sample) and `classes` classes.
 
     `psnet` is `psnet-24` on 28 x 28 images (`psnet-35` has separable layers 35/15/1 instead of 24/15/1), its CIFAR-10
-    sister on 32 x 32 and a small one on 8 x 8; `mlp` has hidden `widths` (1024, 1024 by default) with ReLU; `head` a
+    sister on 32 x 32 and a small one on 8 x 8; `linear` is one dense layer, with one score where the task is two
+    classes, see psmpi.nn.layers.binary; `mlp` has hidden `widths` (1024, 1024 by default) with ReLU; `head` a
     trunk of `layers`, or of `widths` (512, 128) with ReLU, and one score a class, by which it is partitioned: with a
     `scale` this times the cosine of the angle between the trunk's outputs, without the last ReLU, and the class's row;
     `resnet` has sections of `widths` channels (16 and 32) with `blocks` residual blocks each (3); `deep` has `depth`
@@ -190,8 +201,9 @@ def make_network(
     and `deep-conv` such convolutions (4 channels); `rnn`, `gru` and `lstm` have recurrent layers of `widths` units (128
     and 128), for sequences (features, steps), before them vectors of tokens with a `vocabulary`; `transformer`, for
     such sequences too, see psmpi.nn.transformer; `custom` is described layer by layer in `layers` (see
-    psmpi.nn.network.build). by_step: whether there are scores at each step of sequences. With `batch_norm` the other
-    ones have batch normalization instead of biases. UserError where the name or the shape is not known.
+    psmpi.nn.network.build). by_step: whether there are scores at each step of sequences. task: see `Split.task`. With
+    `batch_norm` the other ones have batch normalization instead of biases. UserError where the name or the shape is not
+    known.
     """
     if batch_norm and name in SEQUENCES:
         raise UserError(
@@ -204,6 +216,8 @@ def make_network(
             f"--vocabulary is of --model {', '.join(SEQUENCES)}, and the model here is {name}: leave it out, or begin "
             '[[model.layers]] with {type = "embedding", vocabulary = V, units = U}'
         )
+    if batch_norm and name == "linear":
+        raise UserError("--batch-norm is of networks with several layers, and --model linear has one: leave it out")
     if batch_norm and (name in ("resnet", "custom") or (name == "head" and layers)):
         raise UserError(
             f"--batch-norm is for networks that do not say themselves where it goes, as --model {name} does"
@@ -246,11 +260,13 @@ def make_network(
             f"--model {name} has scores of samples, and here each step of a sequence has a target: use --model "
             f"{', '.join(SEQUENCES)}, or custom"
         )
-    if len(in_shape) == 2 and name not in ("mlp", "head", "deep"):
+    if len(in_shape) == 2 and name not in ("linear", "mlp", "head", "deep"):
         raise UserError(
             f"--model {name} is not made for sequences {in_shape}: use --model {', '.join(SEQUENCES)}, or mlp"
         )
     made = _built_in(name, in_shape, classes, widths, blocks, batch_norm)
+    if name == "linear":
+        made = build(name, in_shape, _linear(classes, in_shape, task), classes)
     if name == "deep" or (name == "deep-conv" and len(in_shape) == 3):
         made = _make_deep(name, in_shape, classes, widths, batch_norm, {**DEEP, **deep})
     if made is not None:

@@ -59,7 +59,12 @@ class Case:
         dataset = open_dataset(*config.data.source)
         return (
             make_network(
-                config.model.model, dataset.shape, dataset.outputs, **config.model.shape, by_step=dataset.train.by_step
+                config.model.model,
+                dataset.shape,
+                dataset.outputs,
+                **config.model.shape,
+                by_step=dataset.train.by_step,
+                task=dataset.task,
             ),
             dataset,
             config,

@@ -42,7 +42,9 @@ def check_text(contents: Contents, path: Path, prompt: str) -> None:
 def load_model(path: Path, contents: Contents, ops: NumpyOps) -> Model:
     """The model of the checkpoint at `path`, whole, on the host."""
     own = from_toml(contents.config, str(path), foreign=True).model
-    network = make_network(own.model, contents.in_shape, contents.layout.classes, **own.shape, by_step=contents.by_step)
+    network = make_network(
+        own.model, contents.in_shape, contents.layout.classes, **own.shape, by_step=contents.by_step, task=contents.task
+    )
     layout = network.layout()
     w = np.empty(layout.size, own.dtype)
     checkpoint.load(path, layout, Runs(((0, layout.size),)), {"weights": w}, None)

@@ -217,4 +217,6 @@ class RecordedRows:
 def network_of(config: Config, dataset: Dataset) -> Any:
     """The network that is asked for, in the shape of the data set."""
     model = config.model
-    return make_network(model.model, dataset.shape, dataset.outputs, **model.shape, by_step=dataset.train.by_step)
+    return make_network(
+        model.model, dataset.shape, dataset.outputs, **model.shape, by_step=dataset.train.by_step, task=dataset.task
+    )

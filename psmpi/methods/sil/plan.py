@@ -15,6 +15,7 @@ from psmpi.errors import UserError
 from psmpi.layout import split_evenly
 from psmpi.nn.cut import split_layers
 from psmpi.nn.network import Network
+from psmpi.registry import WHOLE
 from psmpi.training.checks import check_classes, check_first_order, check_layers, check_slices, slices_are_normalized
 from psmpi.training.context import check_optimizer, configured_loss
 from psmpi.training.need import Need, added, derivatives_needed, passes_needed, samples_needed, vectors_needed
@@ -120,7 +121,7 @@ def count_parts(size: int, network: Network, asked: int) -> int:
         raise UserError(
             f"--method sil cannot train --model {network.name}, {depth} layer(s) with weights, in {parts} parts on "
             f"{size} rank(s): each rank takes as many parts as the others, or each part as many ranks; use --parts "
-            f"{fit[-1]}"
+            f"{fit[-1]}{f', or --method {WHOLE}' if depth == 1 else ''}"
         )
     return parts
 

@@ -7,6 +7,7 @@ from psmpi.nn.layers.activation import ACTIVATIONS, Activation
 from psmpi.nn.layers.attention import Attention
 from psmpi.nn.layers.base import Layer, Part, SampleSums, Site, Stage
 from psmpi.nn.layers.batch_norm import BatchNorm
+from psmpi.nn.layers.binary import Binary
 from psmpi.nn.layers.conv import Conv
 from psmpi.nn.layers.cosine import Cosine
 from psmpi.nn.layers.dense import Dense
@@ -42,6 +43,7 @@ LAYERS: dict[str, type[Layer]] = {
     "attention": Attention,
     "last": Last,
     "gelu": Gelu,
+    "binary": Binary,
     **dict.fromkeys(ACTIVATIONS, Activation),
 }
 
