@@ -35,12 +35,13 @@ def loss_of(rows, sample, w, bias, how):
         "hinge": max(0, 1 - t * z),
         "squared": (z - t) ** 2,
     }[how.loss]
+    value *= how.scale
     return value, value + how.penalty / 2 * ((rows.often[columns] * w[columns] ** 2).sum() + bias**2)
 
 
 @pytest.mark.parametrize("loss", SLOPES)
 def test_a_step_is_along_the_gradient_of_the_sample(loss):
-    rows, how = some_rows(), Descent(0.1, 0.02, 0.0, loss)
+    rows, how = some_rows(), Descent(0.1, 0.02, 0.0, loss, 0.7)
     rng, eps = np.random.default_rng(1), 1e-6
     for sample in range(8):
         w, bias = rng.standard_normal(30), rng.standard_normal(1)
@@ -89,7 +90,7 @@ def test_clipped_steps_are_no_longer():
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
 @pytest.mark.parametrize("level", LEVELS)
 def test_steps_in_c_are_those_of_the_reference(level, dtype, loss, atomic):
-    rows, how = some_rows(dtype), Descent(0.1, 0.02, 1.5, loss)
+    rows, how = some_rows(dtype), Descent(0.1, 0.02, 1.5, loss, 0.7)
     order = np.random.default_rng(2).permutation(40)
     for bias in (None, np.zeros(1, dtype)):
         w, expected = np.full(30, 0.1, dtype), np.full(30, 0.1, dtype)

@@ -37,16 +37,17 @@ class CompiledShared(SharedUpdates):
         lock: tuple[str, np.ndarray] | None = None,
     ) -> float:  # fmt: skip
         """As the reference's; each step under a lock of `make_lock`, where there is one: its kind and its memory."""
-        call = function("sparse_steps", w.dtype, "nppppppppidddiipp", self.instructions)
+        call = function("sparse_steps", w.dtype, "nppppppppiddddiipp", self.instructions)
         kind, room = lock or ("none", None)
         found = ctypes.c_double(0)
         values, targets, weights, often = pointers(w.dtype, rows.values, rows.targets, w, rows.often)
         call(
             len(order), *pointers(COUNTS, order, rows.starts), *pointers(TOKENS, rows.columns), values, targets,
-            weights, None if bias is None else pointers(w.dtype, bias)[0], often, SLOPES[how.loss], how.lr, how.penalty,
-            how.clip, atomic, LOCKS[kind], None if room is None else room.ctypes.data, ctypes.addressof(found),
+            weights, None if bias is None else pointers(w.dtype, bias)[0], often, SLOPES[how.loss], how.scale,
+            how.lr, how.penalty, how.clip, atomic, LOCKS[kind], None if room is None else room.ctypes.data,
+            ctypes.addressof(found),
         )  # fmt: skip
-        return found.value
+        return how.scale * found.value
 
     def factor_steps(self, order: np.ndarray, pairs: Pairs, w: np.ndarray, how: Descent, atomic: bool) -> float:
         call = function("factor_steps", w.dtype, "nppppnnpdddip", self.instructions)

@@ -38,12 +38,16 @@ class Pairs(NamedTuple):
 
 
 class Descent(NamedTuple):
-    """Length of steps lr, factor of the penalty, longest gradient of a sample's loss (0: any), loss of `SLOPES`."""
+    """Length of steps lr, factor of the penalty, longest gradient of a sample's loss (0: any), loss of `SLOPES`.
+
+    A step along the penalty's gradient ends at a weight of 0 at the latest. scale: of the loss of sparse rows.
+    """
 
     lr: float
     penalty: float = 0.0
     clip: float = 0.0
     loss: str = "logistic"
+    scale: float = 1.0
 
 
 class SharedUpdates(Arrays):
@@ -70,14 +74,14 @@ class SharedUpdates(Arrays):
             columns, x = rows.columns[at], rows.values[at]
             score = np.dot(x, w[columns]) + (0 if bias is None else bias[0])
             loss, d = _slope(how.loss, float(score), float(rows.targets[sample]))
-            total += loss
+            total, d = total + how.scale * loss, how.scale * d
             length = abs(d) * float(np.sqrt(np.square(x, dtype=np.float64).sum() + (bias is not None)))
             if 0 < how.clip < length:
                 d *= how.clip / length
             step, shrink = kind(-how.lr * d), kind(how.lr * how.penalty)
-            w[columns] = w[columns] * (1 - shrink * rows.often[columns]) + step * x
+            w[columns] = w[columns] * np.maximum(1 - shrink * rows.often[columns], 0) + step * x
             if bias is not None:
-                bias[0] = bias[0] * (1 - shrink) + step
+                bias[0] = bias[0] * max(1 - shrink, kind(0)) + step
         return total
 
     def factor_steps(self, order: np.ndarray, pairs: Pairs, w: np.ndarray, how: Descent, atomic: bool) -> float:
@@ -95,7 +99,7 @@ class SharedUpdates(Arrays):
             length = abs(d) * float(np.sqrt(a @ a + b @ b))
             if 0 < how.clip < length:
                 d *= how.clip / length
-            step, keep = kind(-how.lr * d), 1 - kind(how.lr * how.penalty) * pairs.often[tokens]
+            step, keep = kind(-how.lr * d), np.maximum(1 - kind(how.lr * how.penalty) * pairs.often[tokens], 0)
             w[:, tokens] = w[:, tokens] * keep + step * w[:, tokens[::-1]]
         return total
 

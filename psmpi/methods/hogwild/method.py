@@ -22,6 +22,7 @@ from psmpi.layout import Runs, TableRows, replicate
 from psmpi.methods.hogwild.clocks import Tickets, Turns
 from psmpi.methods.hogwild.server import ServerStore
 from psmpi.methods.hogwild.settings import SHARED, USUAL_STALENESS, Settings, check_hogwild, hogwild_warnings
+from psmpi.methods.hogwild.sparse import SparseUpdates, is_sparse
 from psmpi.methods.hogwild.stores import SharedStore, Store, WindowStore, edges_of
 from psmpi.methods.hogwild.updates import NetworkUpdates
 from psmpi.nn.network import Network
@@ -60,6 +61,7 @@ class Hogwild(Method):
         self.group, self.aside = context.group(), context.uncounted()
         self.flight = flight_of(context.world)
         everything = Runs(((0, self.layout.size),))
+        self.sparse = is_sparse(context.network, context.dataset, context.config, self.s.update_samples)
         windows = self._choose()
         self.store = self._store(windows, everything)
         self.turns = self._turns(windows)
@@ -68,7 +70,7 @@ class Hogwild(Method):
         assert used is not None and place is not None
         alone = context.group([self.rank])
         self.worker = ElementWorker(context, place, roles, alone, self.store.w[used], self.g[used])
-        self.updates = NetworkUpdates(context, self.worker, self.store, self.g, everything, self.s.update_samples)
+        self.updates = self._updates(everything)
         self._declare(everything)
 
     def _choose(self) -> Windows | None:
@@ -106,6 +108,9 @@ class Hogwild(Method):
         if not self.ops.atomics:
             self.why = "there are no compiled kernels"
             return "accumulate"
+        if self.sparse:
+            self.why = "all ranks are on one host, and samples of few weights rarely meet"
+            return "raw"
         self.why = "all ranks are on one host"
         return "atomic"
 
@@ -128,6 +133,11 @@ class Hogwild(Method):
             return Turns(self.rank - 1, self.size - 1, None, None, self.flight)
         counters = None if windows is None or self.bound is None else windows.counters(self.size)
         return Turns(self.rank, self.size, self.bound, counters, self.flight)
+
+    def _updates(self, everything: Runs) -> NetworkUpdates | SparseUpdates:
+        if self.sparse:
+            return SparseUpdates(self.context, self.worker, self.store)
+        return NetworkUpdates(self.context, self.worker, self.store, self.g, everything, self.s.update_samples)
 
     def _declare(self, everything: Runs) -> None:
         """Declare the state: this rank's share of the weights, and its optimizer's vectors as rows of tables."""
@@ -193,6 +203,11 @@ class Hogwild(Method):
         self.store.settle()
 
     def step(self, batch: Batch, lr: float) -> None:
+        if self.kind == "cyclades" and isinstance(self.updates, SparseUpdates):
+            owner, _, _ = self.updates.deal(batch.ids, self.size)
+            self.loss_sum += self.updates.run(batch.ids[owner == self.rank], lr)
+            self.store.settle()
+            return
         turn = int(self.scalars["steps"])
         self.scalars["steps"] = turn + 1
         if self.turns.mine(turn):
@@ -251,6 +266,8 @@ class Hogwild(Method):
         if self.kind in SHARED or size == 1:
             return []
         if self.s.hand_out == "tickets":
+            return None
+        if isinstance(self.updates, SparseUpdates):
             return None
         worker, updates = step % self.turns.size, self.updates.count(batch)
         if isinstance(self.store, ServerStore):

@@ -28,6 +28,12 @@ INLINE void NAME(change)(R *place, R keep, R change, int atomic)
     } while (!__atomic_compare_exchange_n(at, &old, new, 1, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
 }
 
+/* What a penalty leaves of a weight: no step goes past 0. */
+INLINE R NAME(kept)(R shrink)
+{
+    return shrink < 1 ? 1 - shrink : 0;
+}
+
 /* w (n) += factor g, where g is not 0: elsewhere nothing is written. */
 void NAME(add_shared)(ptrdiff_t n, R *w, const R *restrict g, double factor, int atomic)
 {
@@ -93,17 +99,17 @@ static void NAME(one_row)(const int atomic, ptrdiff_t n, const int32_t *restrict
     for (ptrdiff_t k = 0; k < n; k++) {
         R change = step * values[k];
         ROUNDED(change);
-        const R keep = shrink != 0 ? 1 - shrink * often[columns[k]] : 1;
+        const R keep = shrink != 0 ? NAME(kept)(shrink * often[columns[k]]) : 1;
         NAME(change)(w + columns[k], keep, change, atomic);
     }
 }
 
 /* For `count` samples of `order`, one after the other: a step of a linear model with one score, along the gradient of
- * loss `kind` (0 logistic, 1 hinge, 2 squared) of its row, that is made no longer than `clip` (0: any length), and of
- * penalty / 2 often[column] w[column]^2 of the row's columns. bias: an element of the weights, or NULL. *loss: the sum
- * of the losses. A step is made under the lock `lock`, of one kind, if not 0. */
+ * the loss `kind` (0 logistic, 1 hinge, 2 squared) of its row, that is made no longer than `clip` (0: any length), and of
+ * penalty / 2 often[column] w[column]^2 of the row's columns. bias: an element of the weights, or NULL. scale: a factor
+ * of the loss, without which *loss is the sum of the losses. A step is made under the lock `lock`, of one kind, if not 0. */
 void NAME(sparse_steps)(ptrdiff_t count, const int64_t *order, const int64_t *starts, const int32_t *columns,
-                        const R *values, const R *targets, R *w, R *bias, const R *often, int kind, double lr,
+                        const R *values, const R *targets, R *w, R *bias, const R *often, int kind, double scale, double lr,
                         double penalty, double clip, int atomic, int lock, void *at, double *loss)
 {
     const R shrink = (R)(lr * penalty);
@@ -119,7 +125,7 @@ void NAME(sparse_steps)(ptrdiff_t count, const int64_t *order, const int64_t *st
         }
         take(lock, at);
         const R score = NAME(margin)(n, columns + start, values + start, w) + (bias ? *(volatile R *)bias : 0);
-        double d = NAME(slope)(kind, score, targets[sample], loss);
+        double d = scale * NAME(slope)(kind, score, targets[sample], loss);
         if (clip > 0) {
             double square = bias != NULL;
             for (ptrdiff_t k = 0; k < n; k++)
@@ -134,7 +140,7 @@ void NAME(sparse_steps)(ptrdiff_t count, const int64_t *order, const int64_t *st
         else
             NAME(one_row)(0, n, columns + start, values + start, w, step, shrink, often);
         if (bias)
-            NAME(change)(bias, 1 - shrink, step, atomic);
+            NAME(change)(bias, NAME(kept)(shrink), step, atomic);
         give(lock, at);
     }
 }
@@ -160,8 +166,8 @@ void NAME(factor_steps)(ptrdiff_t count, const int64_t *order, const int32_t *pa
         const double length = fabs(d) * __builtin_sqrt(square);
         if (clip > 0 && length > clip)
             d *= clip / length;
-        const R step = (R)(-lr * d), keep_a = shrink != 0 ? 1 - shrink * often[pairs[2 * sample]] : 1,
-                keep_b = shrink != 0 ? 1 - shrink * often[pairs[2 * sample + 1]] : 1;
+        const R step = (R)(-lr * d), keep_a = shrink != 0 ? NAME(kept)(shrink * often[pairs[2 * sample]]) : 1,
+                keep_b = shrink != 0 ? NAME(kept)(shrink * often[pairs[2 * sample + 1]]) : 1;
         for (ptrdiff_t u = 0; u < units; u++) {
             R to_a = step * b[u * size], to_b = step * a[u * size];
             ROUNDED(to_a);
