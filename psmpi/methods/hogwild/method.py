@@ -39,6 +39,10 @@ class Hogwild(Method):
     summary = "updates of shared weights that nobody waits for, by ranks with minibatches of their own"
     settings = (Settings,)
     sequences = "steps"
+    usual_options = (
+        "--dataset", "sparse", "--model", "linear", "--loss", "logistic", "--optimizer", "sgd", "--lr", "0.3",
+        "--epochs", "20", "--batch-size", "400", "--schedule", "step", "--step-size", "20", "--gamma", "0.9",
+    )  # fmt: skip
     poll_seconds = 2.0
     exactness = Exactness(
         "statistical",
@@ -196,6 +200,8 @@ class Hogwild(Method):
             yield f"note: updates are {what} (--updates {self.kind}): {self.why}"
         else:
             yield f"note: updates are {what}"
+        if self.rank == 0:
+            yield f"note: an update is of {self.updates.what}: {self.updates.sparsity()}"
 
     def run_epoch(self, steps: Iterable[tuple[Batch, float]]) -> None:
         for batch, lr in steps:

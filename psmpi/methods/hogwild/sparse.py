@@ -10,6 +10,7 @@ from psmpi.backend import SLOPES, Descent, Rows
 from psmpi.config import Config
 from psmpi.data import Dataset
 from psmpi.layout import Runs
+from psmpi.methods.hogwild.sparsity import Sparsity, of_rows
 from psmpi.methods.hogwild.stores import SharedStore, Store, WindowStore
 from psmpi.nn.layers.binary import Binary
 from psmpi.nn.layers.dense import Dense
@@ -68,6 +69,7 @@ class SparseUpdates:
         weight, *bias = (p.name for layer in context.network.layers for p in layer.parameters())
         self.weight = self._place(context, weight)
         self.bias = self._place(context, bias[0]) if bias else None
+        self.seed = context.config.run.seed
         self.atomic = isinstance(store, SharedStore) and store.atomic
         self.owned = (self.rows.targets, self.rows.often)
         self.seen = np.full(samples.features, -1, np.int32)
@@ -76,6 +78,15 @@ class SparseUpdates:
     def _place(context: Context, name: str) -> slice:
         ((start, stop),) = context.layout.runs_of_parameters({name}).intervals
         return slice(start, stop)
+
+    @property
+    def what(self) -> str:
+        """Of what an update is."""
+        return "a sample" if self.bias is None else "a sample, and of the bias, which all have in common; without it"
+
+    def sparsity(self) -> Sparsity:
+        """That of the updates, without the bias."""
+        return of_rows(self.rows.starts, self.rows.columns, len(self.seen), self.seed)
 
     def run(self, ids: np.ndarray, lr: float) -> float:
         """Make the updates of a minibatch; returns the sum of the losses."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from psmpi.data import Batch
+from psmpi.errors import counted
 from psmpi.layout import Runs
+from psmpi.methods.hogwild.sparsity import Sparsity, of_all
 from psmpi.methods.hogwild.stores import Store
 from psmpi.optim.first_order import FirstOrder
 from psmpi.training.context import Context
@@ -36,6 +38,15 @@ class NetworkUpdates:
         self.change = g if self.plain else context.ops.zeros(g.size, context.dtype)
         worker.reserve(min(self.samples, most))
         self.owned = (self.change,)
+
+    @property
+    def what(self) -> str:
+        """Of what an update is."""
+        return f"up to {counted(self.samples, 'sample')}, and of all weights"
+
+    def sparsity(self) -> Sparsity:
+        """That of the updates."""
+        return of_all(self.g.size)
 
     def count(self, samples: int) -> int:
         """The updates of a minibatch."""
