@@ -49,6 +49,8 @@ Variant = Literal[
     "tensor-2d",
     "next",
     "next-choco",
+    "hogwild",
+    "hogwild-server",
 ]
 
 # The options of psmpi.train that each stands for.
@@ -80,6 +82,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "tensor-2d": ("--method", "tensor", "--grid", "2d"),
     "next": ("--method", "next", "--tracking", "minibatch"),
     "next-choco": ("--method", "next", "--tracking", "minibatch", "--rule", "choco"),
+    "hogwild": ("--method", "hogwild"),
+    "hogwild-server": ("--method", "hogwild", "--updates", "server"),
 }
 
 

@@ -78,6 +78,9 @@ class Windows(Protocol):
     @property
     def one_host(self) -> bool: ...
 
+    def fault(self) -> str:
+        """What is wrong with windows here, found on some elements; "" where nothing is. All ranks hear the same."""
+
     def memory(self, nbytes: int) -> Memory: ...
 
     def sharded(self, edges: Sequence[int], dtype: np.dtype, counter: Counter) -> Sharded:
@@ -111,6 +114,9 @@ class MpiWindows:
         local.Free()
         comm.Allreduce(MPI.IN_PLACE, apart, MPI.MAX)
         self.one_host = not apart[0]
+
+    def fault(self) -> str:
+        return find_fault(self, self.comm)
 
     def memory(self, nbytes: int) -> MpiMemory:
         return MpiMemory(self.comm, nbytes)

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from psmpi.comm.group import Counter
+from psmpi.comm.windows import find_fault
 
 
 class ThreadWindows:
@@ -19,6 +20,9 @@ class ThreadWindows:
 
     def __init__(self, comm: Any):
         self.comm = comm
+
+    def fault(self) -> str:
+        return find_fault(self, self.comm)
 
     def memory(self, nbytes: int) -> ThreadMemory:
         return ThreadMemory(self._first(np.zeros(nbytes, np.uint8) if self.comm.rank == 0 else None))

@@ -12,7 +12,7 @@ import numpy as np
 from psmpi.backend import CompiledOps
 from psmpi.comm.group import Counter
 from psmpi.comm.watch.flight import Flight, bare
-from psmpi.comm.windows import find_fault, windows_of
+from psmpi.comm.windows import windows_of
 from psmpi.comm.world import start
 from psmpi.methods.hogwild.clocks import Tickets, Turns
 
@@ -25,7 +25,7 @@ def edges_of(world, n=ELEMENTS):
 
 def sums(world):
     """Every rank adds ones to all elements, and to some: nothing is lost."""
-    found = [find_fault(windows_of(world), world)]
+    found = [windows_of(world).fault()]
     for name in ("int64", "float32", "float64"):
         window = windows_of(world).sharded(edges_of(world), np.dtype(name), Counter())
         some = np.arange(world.rank, ELEMENTS, 7)

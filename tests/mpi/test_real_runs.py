@@ -52,6 +52,25 @@ RUNS = {
     "sil": (3, (*SIL, "--parts", "3")),
     "next": (3, ("--method", "next", *MLP, "--graph", "erdos:0.5", "--link-probability", "0.7")),
     "next that sends little": (4, ("--method", "next", *MLP, "--rule", "choco", "--tracking", "minibatch")),
+    "hogwild of components": (
+        3,
+        (
+            "--method",
+            "hogwild",
+            "--updates",
+            "cyclades",
+            "--dataset",
+            "sparse",
+            "--model",
+            "linear",
+            "--loss",
+            "logistic",
+            "--optimizer",
+            "sgd",
+            "--batch-size",
+            "1000",
+        ),
+    ),
     "sil by labels": (2, (*SIL, "--parts", "2", "--hand-over", "labels")),
 }
 SWEEP = {
@@ -74,6 +93,7 @@ SWEEP = {
     ),
     "tensor in one dimension": (3, ("--method", "tensor", *MLP, "--grid", "1d", "--saved", "gathered")),
     "tensor by panels": (4, ("--method", "tensor", *ATTENTIVE, "--grid", "2d")),
+    "hogwild of networks": (4, ("--method", "hogwild", "--updates", "cyclades", *MLP)),
     "dfa with convolutions": (2, ("--method", "dfa", "--loss", "nll")),
     "dni by local losses": (3, ("--method", "dni", *MLP, "--local-loss", "predsim")),
     "layer_parallel": (4, ("--method", "layer_parallel")),

@@ -14,7 +14,7 @@ import numpy as np
 
 from psmpi.comm.transfers import Gather, Message
 from psmpi.comm.watch.flight import flight_of
-from psmpi.comm.windows import Windows, find_fault, windows_of
+from psmpi.comm.windows import Windows, windows_of
 from psmpi.config import Config
 from psmpi.data import Batch, Dataset
 from psmpi.errors import UserError
@@ -96,7 +96,7 @@ class Hogwild(Method):
             raise UserError(
                 "--updates atomic needs the compiled kernels, which are not there: use --updates accumulate, or raw"
             )
-        fault = "" if self.kind == "server" else find_fault(windows, self.context.world)
+        fault = "" if self.kind == "server" else windows.fault()
         if fault:
             if self.kind in SHARED and self.s.updates != "auto":
                 raise UserError(f"--updates {self.kind}: MPI's windows do not work here: {fault}; use --updates server")

@@ -15,7 +15,8 @@ from psmpi.methods.hogwild.stores import Store
 
 # What a worker says: that it wants weights, that a change follows, of weights of a version, that its minibatch is done,
 # and that it has no more.
-READ, CHANGE, END, STOP = range(4)
+# What is zeros, as that of ranks which are not there, asks for nothing.
+END, READ, CHANGE, STOP = range(4)
 WORDS = 2 * 8
 # Looks at all workers without sleep, and the longest sleep, in seconds.
 LOOKS, NAP = 200, 5e-4
