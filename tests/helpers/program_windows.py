@@ -11,7 +11,7 @@ import numpy as np
 
 from psmpi.backend import CompiledOps
 from psmpi.comm.group import Counter
-from psmpi.comm.watch.flight import Flight, bare
+from psmpi.comm.watch.flight import bare
 from psmpi.comm.windows import windows_of
 from psmpi.comm.world import start
 from psmpi.methods.hogwild.clocks import Tickets, Turns
@@ -70,7 +70,7 @@ def shared(world, times=20_000):
 
 def tickets(world, count=100):
     """The minibatches that each rank has taken."""
-    turns, own = Tickets(world.rank, world.size, windows_of(world).counters(1), Flight()), []
+    turns, own = Tickets(world.rank, world.size, windows_of(world).counters(1), world), []
     for turn in range(count):
         if turns.mine(turn):
             own.append(turn)
@@ -89,7 +89,7 @@ def bounded(world, bound, rounds=25):
     Also how often a rank did not see an update that it was to see.
     """
     windows = windows_of(world)
-    turns = Turns(world.rank, world.size, bound, windows.counters(world.size), Flight())
+    turns = Turns(world.rank, world.size, bound, windows.counters(world.size), world)
     window = windows.sharded(edges_of(world, world.size), np.dtype(np.int64), Counter())
     rng, seen, own = random.Random(world.rank), np.empty(world.size, np.int64), np.zeros(world.size, np.int64)
     own[world.rank] = 1
@@ -141,7 +141,7 @@ def stopped(world, bound, folder, seconds=20.0):
     """Ranks that count up while one of them is stopped; where they are they write into files."""
     bound = None if bound < 0 else bound
     windows = windows_of(world)
-    turns = Turns(world.rank, world.size, bound, windows.counters(world.size), Flight())
+    turns = Turns(world.rank, world.size, bound, windows.counters(world.size), world)
     total = windows.counters(1)
     own, end = Path(folder, f"count-{world.rank}"), time.monotonic() + seconds
     Path(folder, f"pid-{world.rank}").write_text(str(os.getpid()))

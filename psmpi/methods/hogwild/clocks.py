@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from psmpi.comm.watch.flight import Flight
+from psmpi.comm.protocol import Communicator
+from psmpi.comm.watch.flight import receiving
 from psmpi.comm.windows import Counters
 
 # Seconds between looks at other clocks, first and at most.
@@ -20,8 +21,8 @@ class Turns:
     A rank begins with its c-th only while c - the least clock <= bound; None: whenever it likes.
     """
 
-    def __init__(self, rank: int, size: int, bound: int | None, counters: Counters | None, flight: Flight):
-        self.rank, self.size, self.bound, self.counters, self.flight = rank, size, bound, counters, flight
+    def __init__(self, rank: int, size: int, bound: int | None, counters: Counters | None, world: Communicator):
+        self.rank, self.size, self.bound, self.counters, self.world = rank, size, bound, counters, world
         self.clocks = np.zeros(size, np.int64)
         self.clock = self.lead = 0
 
@@ -43,8 +44,7 @@ class Turns:
             return
         self.counters.read(self.clocks)
         if self.clock - self.clocks.min() > self.bound:
-            slow = int(self.clocks.argmin())
-            with self.flight.task(f"waiting for rank {slow}, by --staleness {self.bound}"):
+            with receiving(self.world, int(self.clocks.argmin())):
                 self._wait()
         self.lead = max(self.lead, self.clock - int(self.clocks.min()))
 
@@ -66,8 +66,8 @@ class Turns:
 class Tickets(Turns):
     """Minibatches for whoever comes first. A rank has the number of its next one before those before it are done."""
 
-    def __init__(self, rank: int, size: int, counters: Counters, flight: Flight):
-        super().__init__(rank, size, None, counters, flight)
+    def __init__(self, rank: int, size: int, counters: Counters, world: Communicator):
+        super().__init__(rank, size, None, counters, world)
         self.next = counters.count(0)
 
     def restart(self, turn: int, barrier: Callable[[], None]) -> None:

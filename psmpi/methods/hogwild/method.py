@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from psmpi.comm.transfers import Gather, Message
-from psmpi.comm.watch.flight import flight_of
 from psmpi.comm.windows import Windows, windows_of
 from psmpi.config import Config
 from psmpi.data import Batch, Dataset
@@ -63,7 +62,6 @@ class Hogwild(Method):
             )
         self.s, self.size = context.settings(Settings), context.size
         self.group, self.aside = context.group(), context.uncounted()
-        self.flight = flight_of(context.world)
         everything = Runs(((0, self.layout.size),))
         self.sparse = is_sparse(context.network, context.dataset, context.config, self.s.update_samples)
         windows = self._choose()
@@ -127,16 +125,16 @@ class Hogwild(Method):
         if self.kind == "accumulate":
             return WindowStore(windows, edges_of(shards, n), self.aside, self.dtype, self.counter)
         whole = Gather(self.aside, shards, everything, self.dtype)
-        return ServerStore(n, share, self.group, self.aside, whole, self.bound, self.dtype, self.flight)
+        return ServerStore(n, share, self.group, self.aside, whole, self.bound, self.dtype)
 
     def _turns(self, windows: Windows | None) -> Turns:
         if windows is not None and self.s.hand_out == "tickets" and self.kind not in ("server", "cyclades"):
-            return Tickets(self.rank, self.size, windows.counters(1), self.flight)
+            return Tickets(self.rank, self.size, windows.counters(1), self.context.world)
         if self.kind == "server" and self.size > 1:
             # The server itself keeps clocks.
-            return Turns(self.rank - 1, self.size - 1, None, None, self.flight)
+            return Turns(self.rank - 1, self.size - 1, None, None, self.context.world)
         counters = None if windows is None or self.bound is None else windows.counters(self.size)
-        return Turns(self.rank, self.size, self.bound, counters, self.flight)
+        return Turns(self.rank, self.size, self.bound, counters, self.context.world)
 
     def _updates(self, everything: Runs) -> NetworkUpdates | SparseUpdates:
         if self.sparse:

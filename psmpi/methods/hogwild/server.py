@@ -10,7 +10,7 @@ import numpy as np
 
 from psmpi.comm.group import Group
 from psmpi.comm.transfers import Gather, Message
-from psmpi.comm.watch.flight import Flight
+from psmpi.comm.watch.flight import receiving
 from psmpi.methods.hogwild.stores import Store
 
 # What a worker says: that it wants weights, that a change follows, of weights of a version, that its minibatch is done,
@@ -39,9 +39,8 @@ class ServerStore(Store):
         whole: Gather,
         bound: int | None,
         dtype: np.dtype,
-        flight: Flight,
     ):
-        self.group, self.aside, self.whole, self.bound, self.flight = group, aside, whole, bound, flight
+        self.group, self.aside, self.whole, self.bound = group, aside, whole, bound
         self.server, self.workers = group.rank == 0, group.size - 1
         self.w = np.zeros(n, dtype)
         self.share = self.w[share]
@@ -59,9 +58,8 @@ class ServerStore(Store):
     def read(self) -> None:
         version = np.empty(1, np.int64)
         self.group.send(np.array([READ, 0]), 0)
-        with self.flight.task("waiting for weights of the server, rank 0"):
-            self.group.receive(version, 0)
-            self.group.receive(self.w, 0)
+        self.group.receive(version, 0)
+        self.group.receive(self.w, 0)
         self.version = int(version[0])
 
     def add(self, change: np.ndarray, factor: float) -> None:
@@ -75,7 +73,7 @@ class ServerStore(Store):
 
     def serve(self, worker: int, minibatches: int) -> None:
         """On the server: serve all until `worker`, from 0, has done so many minibatches."""
-        with self.flight.task(f"waiting for an update of rank {worker + 1}"):
+        with receiving(self.group.comm, worker + 1):
             self._until(lambda: bool(self.done[worker] >= minibatches))
 
     def _until(self, done: Callable[[], bool]) -> None:
