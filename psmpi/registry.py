@@ -29,6 +29,7 @@ BUILTIN = {
     "local_sgd": "psmpi.methods.local_sgd:LocalSGD",
     "dni": "psmpi.methods.dni.method:DecoupledInterfaces",
     "dfa": "psmpi.methods.dfa:DirectFeedback",
+    "hogwild": "psmpi.methods.hogwild.method:Hogwild",
     "ist": "psmpi.methods.ist.method:IndependentSubnets",
     "layer_parallel": "psmpi.methods.layer_parallel.method:LayerParallel",
     "next": "psmpi.methods.next.method:InNetwork",

@@ -234,6 +234,8 @@ def _train(world: World, control: Control, config: Config, own: str, layers: str
                 f"model {network.name}: {method.layout.size:,} parameters; backend {ops.description}; run directory "
                 f"{out}"
             )
+            for line in method.told():
+                tell(line)
             method_settings = {name: value for one in config.chosen.values() for name, value in asdict(one).items()}
             # What each start says anew is not of the run.
             text = to_toml(without_anew(config))
@@ -272,6 +274,7 @@ def _train(world: World, control: Control, config: Config, own: str, layers: str
             done = loop.run()
             # A launcher may kill the others when the first one ends with status 85, and rank 0 may still write.
             control.wait_for_all()
+            method.close()
             if config.parallel.convolution != "own":
                 chosen: dict[str, str] = {}
                 for told in control.collect_texts("\n".join(ops.choices), most=10_000):

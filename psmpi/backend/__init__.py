@@ -7,11 +7,15 @@ from psmpi.backend.compiled import CompiledOps
 from psmpi.backend.gpu import CupyOps
 from psmpi.backend.reference import (
     CELLS,
+    SLOPES,
     CompressedSamples,
     Convolution,
+    Descent,
     Mirror,
     NumpyOps,
+    Pairs,
     Recurrence,
+    Rows,
     RunCopies,
     Samples,
     SparseIndex,
@@ -22,13 +26,17 @@ from psmpi.errors import UserError
 
 __all__ = [
     "CELLS",
+    "SLOPES",
     "CompiledOps",
     "CompressedSamples",
     "Convolution",
     "CupyOps",
+    "Descent",
     "Mirror",
     "NumpyOps",
+    "Pairs",
     "Recurrence",
+    "Rows",
     "RunCopies",
     "Samples",
     "SparseIndex",

@@ -50,6 +50,8 @@ Variant = Literal[
     "spann",
     "next",
     "next-choco",
+    "hogwild",
+    "hogwild-server",
 ]
 
 # The options of psmpi.train that each stands for.
@@ -82,6 +84,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "spann": ("--method", "spann"),
     "next": ("--method", "next", "--tracking", "minibatch"),
     "next-choco": ("--method", "next", "--tracking", "minibatch", "--rule", "choco"),
+    "hogwild": ("--method", "hogwild"),
+    "hogwild-server": ("--method", "hogwild", "--updates", "server"),
 }
 
 

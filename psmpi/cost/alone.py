@@ -13,6 +13,7 @@ from psmpi.comm.group import run_bytes
 from psmpi.comm.protocol import Request, Sent, VectorSpec
 from psmpi.comm.watch.flight import spans
 from psmpi.cost.program import Call, Program
+from psmpi.cost.windows import AloneWindows
 
 # Looks at a request after which it is done, for whoever does nothing else.
 LOOKS = 1000
@@ -114,6 +115,10 @@ class Alone:
         return place
 
     # Communicators.
+
+    @property
+    def windows(self) -> AloneWindows:
+        return AloneWindows(self.rank, self.size, [self.of_host[rank] for rank in self.ranks])
 
     @property
     def group(self) -> Ranks:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from psmpi.testing.hub import Request
 from psmpi.testing.shared import Meeting, Shared, flat, put, reduced, runs_of, spoil
+from psmpi.testing.windows import ThreadWindows
 
 
 class Comm:
@@ -26,6 +27,11 @@ class Comm:
         self.group = SimpleNamespace(Incl=lambda ranks: SimpleNamespace(ranks=tuple(ranks), Free=lambda: None))
 
     # Communicators.
+
+    @property
+    def windows(self) -> ThreadWindows:
+        """In the place of psmpi.comm.windows.MpiWindows."""
+        return ThreadWindows(self)
 
     def Create_group(self, group: Any) -> Comm:
         # The same ranks may make several, one after the other.

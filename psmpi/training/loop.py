@@ -95,7 +95,7 @@ class Loop:
         self.progress = Progress()
         # Whether to stop, which all ranks find after the same step.
         self.signals = StopSignals() if signals is None else signals
-        self.poll, self.stopped = Poll(control), False
+        self.poll, self.stopped = Poll(control, method.poll_seconds), False
         # Numbers that are not finite: this rank's account of them, and whether all ranks are to go back.
         self.numbers, self.wrong = method.numbers, False
         self.rollback = Rollback(control, method, config, self.writer, self.batches.steps_per_epoch)

@@ -70,6 +70,8 @@ class Method:
     remembers: ClassVar[bool] = False
     # Whether samples may be sequences: "" no, "labels" with a target each, "steps" also with one at each step.
     sequences: ClassVar[Literal["", "labels", "steps"]] = ""
+    # Seconds within which ranks hear that one of them is asked to stop; none waits for one that is less behind.
+    poll_seconds: ClassVar[float] = 0.2
     exactness: ClassVar[Exactness] = Exactness()
 
     def __init__(self, context: Context, shards: Ownership):
@@ -120,6 +122,13 @@ class Method:
     def warnings(size: int, network: Network, config: Config) -> Iterable[str]:
         """Warnings for the user of this method on `size` ranks with this network."""
         return ()
+
+    def told(self) -> Iterable[str]:
+        """Notes and warnings of what this rank has found when it was made; those of rank 0 are told."""
+        return ()
+
+    def close(self) -> None:
+        """Free what only all ranks together can, when all is done. All ranks call it."""
 
     def run_epoch(self, steps: Iterable[tuple[Batch, float]]) -> None:
         """Train on the minibatches of an epoch, each with its learning rate; whoever takes one has done those before.

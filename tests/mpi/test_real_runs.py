@@ -26,6 +26,19 @@ ROWS = ("--dataset", "digits:rows", "--model", "lstm", "--widths", "8", "8", "8"
 COPY = ("--dataset", "repeat_copy:2", "--model", "lstm", "--widths", "8", "--unroll", "4", "--loss", "nll")
 ATTENTIVE = ("--dataset", "copying:2", "--model", "transformer", "--widths", "12", "--heads", "2", "--blocks", "1",
              "--loss", "nll")  # fmt: skip
+TILES = ("--domains", "2", "2", "--scores", "distributed", "--epochs", "2")
+SPARSE = (
+    "--dataset",
+    "sparse",
+    "--model",
+    "linear",
+    "--loss",
+    "logistic",
+    "--optimizer",
+    "sgd",
+    "--batch-size",
+    "1000",
+)
 RUNS = {
     "tensor": (4, ("--method", "tensor", *ATTENTIVE, "--grid", "2,2,1")),
     "psl of a master": (3, F64),
@@ -53,23 +66,8 @@ RUNS = {
     "next": (3, ("--method", "next", *MLP, "--graph", "erdos:0.5", "--link-probability", "0.7")),
     "next that sends little": (4, ("--method", "next", *MLP, "--rule", "choco", "--tracking", "minibatch")),
     "spann": (4, ("--method", "spann", "--widths", "32", "32", "--epochs", "3")),
-    "spann in place": (
-        3,
-        (
-            "--method",
-            "spann",
-            "--domains",
-            "2",
-            "2",
-            "--in-place",
-            "--clip",
-            "0",
-            "--scores",
-            "distributed",
-            "--epochs",
-            "2",
-        ),
-    ),
+    "spann in place": (3, ("--method", "spann", *TILES, "--in-place", "--clip", "0")),
+    "hogwild of components": (3, ("--method", "hogwild", "--updates", "cyclades", *SPARSE)),
     "sil by labels": (2, (*SIL, "--parts", "2", "--hand-over", "labels")),
 }
 SWEEP = {
@@ -92,6 +90,7 @@ SWEEP = {
     ),
     "tensor in one dimension": (3, ("--method", "tensor", *MLP, "--grid", "1d", "--saved", "gathered")),
     "tensor by panels": (4, ("--method", "tensor", *ATTENTIVE, "--grid", "2d")),
+    "hogwild of networks": (4, ("--method", "hogwild", "--updates", "cyclades", *MLP)),
     "dfa with convolutions": (2, ("--method", "dfa", "--loss", "nll")),
     "dni by local losses": (3, ("--method", "dni", *MLP, "--local-loss", "predsim")),
     "layer_parallel": (4, ("--method", "layer_parallel")),

@@ -25,6 +25,7 @@ METHODS = {
     "data_parallel": MLP,
     "bptt": ("--dataset", "digits:rows", "--model", "lstm", "--widths", "32", "--unroll", "3", "--future", "synthetic"),
     "local_sgd": (*MLP, "--local-steps", "5"),
+    "hogwild": (*MLP, "--updates", "accumulate"),
     "ist": ("--colocate", *MLP, "--local-steps", "5"),
     "sil": (*MLP, "--parts", "3", "--hand-over", "stale"),
     "dfa": MLP,

@@ -23,6 +23,7 @@ METHODS = {
     "data_parallel": ("--method", "data_parallel"),
     "bptt": ("--method", "bptt", *ROWS, "--widths", "9", "--unroll", "3", "--future", "synthetic"),
     "local_sgd": ("--method", "local_sgd", "--local-steps", "5"),
+    "hogwild": ("--method", "hogwild", "--updates", "cyclades"),
     "dni": ("--method", "dni", "--model", "mlp", "--widths", "40", "40", "--loss", "nll"),
     "layer_parallel": ("--method", "layer_parallel", "--depth", "24", "--warm-start", "both", "--loss", "nll"),
     "wavefront": ("--method", "wavefront", *ROWS, "--widths", "9", "9", "9"),

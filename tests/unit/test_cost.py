@@ -224,6 +224,8 @@ METHODS = {
     "layer_parallel": (2, 4),
     "layer_parallel --warm-start both --layer-replicas 2 --gamma-ddt 1e-5": (4,),
     "next --graph exponential": (3,),
+    "hogwild --updates accumulate --model mlp --widths 24": (3,),
+    "hogwild --dataset sparse --model linear --loss logistic --optimizer sgd": (2,),
     "wavefront --dataset digits:rows --model lstm --widths 8 8 8 8 --chunk-steps 3": (2, 4),
     "wavefront --dataset repeat_copy:3 --model gru --widths 8 8 8 --skew 1 --loss nll": (3,),
     "next --tracking minibatch --rule kgt --optimizer sgd --local-steps 3": (2,),

@@ -60,6 +60,15 @@ def function(name: str, dtype: np.dtype, arguments: str, instructions: int) -> A
     return found
 
 
+@cache
+def plain(name: str, arguments: str) -> Any:
+    """A kernel of no floating point type, which returns an int; arguments as in `function`."""
+    types = {"p": ctypes.c_void_p, "i": ctypes.c_int, "n": ctypes.c_ssize_t}
+    found = _library()[0][f"psmpi_{name}"]
+    found.argtypes, found.restype = [types[a] for a in arguments], ctypes.c_int
+    return found
+
+
 def pointers(dtype: np.dtype, *arrays: np.ndarray) -> tuple[int, ...]:
     """The addresses of contiguous arrays of this dtype; ValueError for others: C would take them for such."""
     for array in arrays:

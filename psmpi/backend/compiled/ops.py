@@ -15,6 +15,7 @@ from psmpi.backend.compiled.convolution import BATCH_MULTIPLE, DirectConvolution
 from psmpi.backend.compiled.library import NAMES, function, level, pointers, steps, units_pointer
 from psmpi.backend.compiled.losses import CompiledLosses
 from psmpi.backend.compiled.recurrence import CompiledRecurrence
+from psmpi.backend.compiled.shared import CompiledShared
 from psmpi.backend.compiled.sparse import CompiledSparseProduct
 from psmpi.backend.compiled.team import Team
 from psmpi.backend.reference.convolution import Convolution, Stripes
@@ -24,7 +25,7 @@ from psmpi.backend.reference.recurrence import Recurrence
 from psmpi.backend.reference.sparse import SparseIndex, SparseProduct
 
 
-class CompiledOps(CompiledAttention, CompiledLosses, NumpyOps):
+class CompiledOps(CompiledAttention, CompiledLosses, CompiledShared, NumpyOps):
     name = "compiled"
     batch_multiple = BATCH_MULTIPLE
 

@@ -6,17 +6,22 @@ from psmpi.backend.reference.losses import exponent_of
 from psmpi.backend.reference.moves import CompressedSamples, Mirror, RunCopies, Samples
 from psmpi.backend.reference.ops import NumpyOps
 from psmpi.backend.reference.recurrence import CELLS, Recurrence
+from psmpi.backend.reference.shared import SLOPES, Descent, Pairs, Rows
 from psmpi.backend.reference.sparse import SparseIndex, SparseProduct
 
 __all__ = [
     "CELLS",
     "CHUNK",
+    "SLOPES",
     "CompressedSamples",
     "Convolution",
+    "Descent",
     "Im2col",
     "Mirror",
     "NumpyOps",
+    "Pairs",
     "Recurrence",
+    "Rows",
     "RunCopies",
     "Samples",
     "SparseIndex",

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from psmpi.backend.reference.attention import Attention
 from psmpi.backend.reference.losses import Losses
+from psmpi.backend.reference.shared import SharedUpdates
 from psmpi.backend.reference.vectors import Vectors
 
 
-class NumpyOps(Attention, Losses, Vectors):
+class NumpyOps(Attention, Losses, SharedUpdates, Vectors):
     """All operations; other backends override those that they do faster."""

@@ -7,7 +7,8 @@ too. One rank alone records nothing.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -322,6 +323,15 @@ def recorded(world: World, flight: Flight | None = None) -> World:
 def flight_of(comm: Communicator) -> Flight:
     """The recorder of a communicator; of one that does not record, a new one that keeps one operation."""
     return comm.flight if isinstance(comm, Recorded) else Flight(1)
+
+
+@contextmanager
+def receiving(comm: Communicator, source: int) -> Iterator[None]:
+    """A block in which this rank looks, in its own way, for what another one is to do: recorded as a receive."""
+    record = comm._message("Recv", 0, source) if isinstance(comm, Recorded) else None
+    yield
+    if record is not None:
+        record[ENDED] = now()
 
 
 def bare(comm: Communicator) -> Any:

@@ -34,6 +34,7 @@
 #include "recurrence.h"
 #include "columns.h"
 #include "attention.h"
+#include "shared.h"
 #include "compressed.h"
 #include "sparse.h"
 

@@ -1,0 +1,180 @@
+/* Updates of weights that other processes update at the same time. Part of the template kernels.h.
+ *
+ * Without `atomic` an element is read, and written a moment later: what others add between is lost. With it, additions
+ * are made by comparing and exchanging an element's bits. Products are rounded before they are added. */
+
+typedef INTEGER NAME(bits) __attribute__((may_alias));
+
+/* A product that is not taken together with an addition. */
+#define ROUNDED(a) __asm__("" : "+x"(a))
+
+/* *place = keep *place + change. */
+INLINE void NAME(change)(R *place, R keep, R change, int atomic)
+{
+    R v;
+    if (!atomic) {
+        v = *(volatile R *)place * keep;
+        ROUNDED(v);
+        *(volatile R *)place = v + change;
+        return;
+    }
+    NAME(bits) *at = (NAME(bits) *)place, old = __atomic_load_n(at, __ATOMIC_RELAXED), new;
+    do {
+        memcpy(&v, &old, sizeof v);
+        v *= keep;
+        ROUNDED(v);
+        v += change;
+        memcpy(&new, &v, sizeof v);
+    } while (!__atomic_compare_exchange_n(at, &old, new, 1, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
+}
+
+/* What a penalty leaves of a weight: no step goes past 0. */
+INLINE R NAME(kept)(R shrink)
+{
+    return shrink < 1 ? 1 - shrink : 0;
+}
+
+/* w (n) += factor g, where g is not 0: elsewhere nothing is written. */
+void NAME(add_shared)(ptrdiff_t n, R *w, const R *restrict g, double factor, int atomic)
+{
+    const R f = (R)factor;
+    ptrdiff_t k = 0;
+    for (; k + VL <= n; k += VL) {
+        int some = 0;
+        for (int i = 0; i < VL; i++)
+            some += g[k + i] != 0;
+        if (some == VL && !atomic) {
+            V change = SET1(f) * LOAD(g + k);
+            __asm__("" : "+v"(change));
+            STORE(w + k, LOAD(w + k) + change);
+        } else if (some) {
+            for (int i = 0; i < VL; i++)
+                if (g[k + i] != 0)
+                    NAME(change)(w + k + i, 1, f * g[k + i], atomic);
+        }
+    }
+    for (; k < n; k++)
+        if (g[k] != 0)
+            NAME(change)(w + k, 1, f * g[k], atomic);
+}
+
+/* The derivative of a loss of one score m with the target t, and its value, which is added to *loss. Logistic and hinge
+ * have targets -1 and 1; what is not a number stays so. */
+static double NAME(slope)(int kind, double m, double t, double *loss)
+{
+    const double z = t * m;
+    if (kind == 0) {
+        const double e = exp(-fabs(z));
+        *loss += (z > 0 ? 0 : -z) + log1p(e);
+        return -t * (z > 0 ? e : 1) / (1 + e);
+    }
+    if (kind == 1) {
+        *loss += z < 1 ? 1 - z : z != z ? z : 0;
+        return z < 1 ? -t : z != z ? z : 0;
+    }
+    *loss += (m - t) * (m - t);
+    return 2 * (m - t);
+}
+
+/* sum_k values[k] w[columns[k]] */
+static __attribute__((noinline)) R NAME(margin)(ptrdiff_t n, const int32_t *restrict columns, const R *restrict values,
+                                                const R *w)
+{
+    R a = 0, b = 0, c = 0, d = 0;
+    ptrdiff_t k = 0;
+    for (; k + 4 <= n; k += 4) {
+        a += values[k] * w[columns[k]];
+        b += values[k + 1] * w[columns[k + 1]];
+        c += values[k + 2] * w[columns[k + 2]];
+        d += values[k + 3] * w[columns[k + 3]];
+    }
+    for (; k < n; k++)
+        a += values[k] * w[columns[k]];
+    return (a + b) + (c + d);
+}
+
+static void NAME(one_row)(const int atomic, ptrdiff_t n, const int32_t *restrict columns, const R *restrict values,
+                          R *w, R step, R shrink, const R *restrict often)
+{
+    for (ptrdiff_t k = 0; k < n; k++) {
+        R change = step * values[k];
+        ROUNDED(change);
+        const R keep = shrink != 0 ? NAME(kept)(shrink * often[columns[k]]) : 1;
+        NAME(change)(w + columns[k], keep, change, atomic);
+    }
+}
+
+/* For `count` samples of `order`, one after the other: a step of a linear model with one score, along the gradient of
+ * the loss `kind` (0 logistic, 1 hinge, 2 squared) of its row, that is made no longer than `clip` (0: any length), and of
+ * penalty / 2 often[column] w[column]^2 of the row's columns. bias: an element of the weights, or NULL. scale: a factor
+ * of the loss, without which *loss is the sum of the losses. A step is made under the lock `lock`, of one kind, if not 0. */
+void NAME(sparse_steps)(ptrdiff_t count, const int64_t *order, const int64_t *starts, const int32_t *columns,
+                        const R *values, const R *targets, R *w, R *bias, const R *often, int kind, double scale, double lr,
+                        double penalty, double clip, int atomic, int lock, void *at, double *loss)
+{
+    const R shrink = (R)(lr * penalty);
+    for (ptrdiff_t s = 0; s < count; s++) {
+        const int64_t sample = order[s], start = starts[sample];
+        const ptrdiff_t n = starts[sample + 1] - start;
+        if (s + 2 < count) {
+            const int64_t next = starts[order[s + 2]];
+            for (int64_t k = next; k < starts[order[s + 2] + 1]; k += 64 / (int)sizeof(R)) {
+                __builtin_prefetch(columns + k);
+                __builtin_prefetch(values + k);
+            }
+        }
+        take(lock, at);
+        const R score = NAME(margin)(n, columns + start, values + start, w) + (bias ? *(volatile R *)bias : 0);
+        double d = scale * NAME(slope)(kind, score, targets[sample], loss);
+        if (clip > 0) {
+            double square = bias != NULL;
+            for (ptrdiff_t k = 0; k < n; k++)
+                square += (double)values[start + k] * values[start + k];
+            const double length = fabs(d) * __builtin_sqrt(square);
+            if (length > clip)
+                d *= clip / length;
+        }
+        const R step = (R)(-lr * d);
+        if (atomic)
+            NAME(one_row)(1, n, columns + start, values + start, w, step, shrink, often);
+        else
+            NAME(one_row)(0, n, columns + start, values + start, w, step, shrink, often);
+        if (bias)
+            NAME(change)(bias, NAME(kept)(shrink), step, atomic);
+        give(lock, at);
+    }
+}
+
+/* For `count` samples of `order`, pairs of tokens: a step of the columns (units) of w (units, size) of both along the
+ * gradient of (their product - target)^2, no longer than `clip` (0: any length), and of penalty / 2 often[token] times
+ * the square of each. Tokens are two. *loss: the sum of the losses. */
+void NAME(factor_steps)(ptrdiff_t count, const int64_t *order, const int32_t *pairs, const R *targets, R *w,
+                        ptrdiff_t units, ptrdiff_t size, const R *often, double lr, double penalty, double clip,
+                        int atomic, double *loss)
+{
+    const R shrink = (R)(lr * penalty);
+    for (ptrdiff_t s = 0; s < count; s++) {
+        const int64_t sample = order[s];
+        R *a = w + pairs[2 * sample], *b = w + pairs[2 * sample + 1];
+        double score = 0, square = 0;
+        for (ptrdiff_t u = 0; u < units; u++) {
+            const double p = a[u * size], q = b[u * size];
+            score += p * q;
+            square += p * p + q * q;
+        }
+        double d = NAME(slope)(2, score, targets[sample], loss);
+        const double length = fabs(d) * __builtin_sqrt(square);
+        if (clip > 0 && length > clip)
+            d *= clip / length;
+        const R step = (R)(-lr * d), keep_a = shrink != 0 ? NAME(kept)(shrink * often[pairs[2 * sample]]) : 1,
+                keep_b = shrink != 0 ? NAME(kept)(shrink * often[pairs[2 * sample + 1]]) : 1;
+        for (ptrdiff_t u = 0; u < units; u++) {
+            R to_a = step * b[u * size], to_b = step * a[u * size];
+            ROUNDED(to_a);
+            ROUNDED(to_b);
+            NAME(change)(a + u * size, keep_a, to_a, atomic);
+            NAME(change)(b + u * size, keep_b, to_b, atomic);
+        }
+    }
+}
+#undef ROUNDED

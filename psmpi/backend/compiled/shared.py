@@ -1,0 +1,77 @@
+"""Updates of weights that other processes may update at the same time, in C."""
+
+from __future__ import annotations
+
+import ctypes
+
+import numpy as np
+
+from psmpi.backend.compiled.library import function, plain, pointers
+from psmpi.backend.reference.shared import LOCKS, SLOPES, Descent, Pairs, Rows, SharedUpdates
+
+COUNTS, TOKENS = np.dtype(np.int64), np.dtype(np.int32)
+
+
+def lock_bytes() -> int:
+    """Bytes of a lock."""
+    return int(plain("lock_bytes", "")())
+
+
+def make_lock(kind: str, room: np.ndarray) -> None:
+    """Make a lock of `LOCKS` in memory that processes share, (lock_bytes(),) uint8; one of them calls it."""
+    plain("lock_begin", "ip")(LOCKS[kind], room.ctypes.data)
+
+
+class CompiledShared(SharedUpdates):
+    """Additions of C are atomic, where they are to be, between all processes that share the weights."""
+
+    instructions: int
+    atomics = True
+
+    def add_shared(self, w: np.ndarray, g: np.ndarray, factor: float, atomic: bool) -> None:
+        call = function("add_shared", w.dtype, "nppdi", self.instructions)
+        call(w.size, *pointers(w.dtype, w, g), factor, atomic)
+
+    def sparse_steps(
+        self, order: np.ndarray, rows: Rows, w: np.ndarray, bias: np.ndarray | None, how: Descent, atomic: bool,
+        lock: tuple[str, np.ndarray] | None = None,
+    ) -> float:  # fmt: skip
+        """As the reference's; each step under a lock of `make_lock`, where there is one: its kind and its memory."""
+        call = function("sparse_steps", w.dtype, "nppppppppiddddiipp", self.instructions)
+        kind, room = lock or ("none", None)
+        found = ctypes.c_double(0)
+        values, targets, weights, often = pointers(w.dtype, rows.values, rows.targets, w, rows.often)
+        call(
+            len(order), *pointers(COUNTS, order, rows.starts), *pointers(TOKENS, rows.columns), values, targets,
+            weights, None if bias is None else pointers(w.dtype, bias)[0], often, SLOPES[how.loss], how.scale,
+            how.lr, how.penalty, how.clip, atomic, LOCKS[kind], None if room is None else room.ctypes.data,
+            ctypes.addressof(found),
+        )  # fmt: skip
+        return how.scale * found.value
+
+    def factor_steps(self, order: np.ndarray, pairs: Pairs, w: np.ndarray, how: Descent, atomic: bool) -> float:
+        call = function("factor_steps", w.dtype, "nppppnnpdddip", self.instructions)
+        found = ctypes.c_double(0)
+        targets, weights, often = pointers(w.dtype, pairs.targets, w, pairs.often)
+        call(
+            len(order), *pointers(COUNTS, order), *pointers(TOKENS, pairs.tokens), targets, weights, *w.shape, often,
+            how.lr, how.penalty, how.clip, atomic, ctypes.addressof(found),
+        )  # fmt: skip
+        return found.value
+
+    def count_rows(self, order: np.ndarray, rows: Rows, counts: np.ndarray, atomic: bool) -> None:
+        call = plain("count_rows", "nppppi")
+        addresses = pointers(COUNTS, order, rows.starts), pointers(TOKENS, rows.columns), pointers(COUNTS, counts)
+        call(len(order), *addresses[0], *addresses[1], *addresses[2], atomic)
+
+    def deal_components(
+        self, order: np.ndarray, starts: np.ndarray, columns: np.ndarray, workers: int, seen: np.ndarray
+    ) -> tuple[np.ndarray, int, int]:
+        n = len(order)
+        owner, parent = np.empty(n, np.int32), np.empty(n, np.int32)
+        load, found = np.empty(n + workers, np.int64), np.empty(2, np.int64)
+        call = plain("deal_components", "npppippppp")
+        ids, begins, sums, counts = pointers(COUNTS, order, starts, load, found)
+        places, marks, parents, owners = pointers(TOKENS, columns, seen, parent, owner)
+        call(n, ids, begins, places, workers, marks, parents, sums, owners, counts)
+        return owner, int(found[0]), int(found[1])

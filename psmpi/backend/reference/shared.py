@@ -1,0 +1,150 @@
+"""Updates of weights that other processes may update at the same time, many in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from psmpi.backend.reference.arrays import Arrays
+
+# Losses of one score with steps of many samples, and how a lock is taken, by their numbers in C.
+SLOPES = {"logistic": 0, "hinge": 1, "squared": 2}
+LOCKS = {"none": 0, "ticket": 1, "mutex": 2}
+
+
+class Rows(NamedTuple):
+    """Samples in compressed sparse rows: those of sample s are starts[s] to starts[s + 1].
+
+    starts: (samples + 1,) int64, columns: (values,) int32, values: (values,) of the weights' dtype; targets (samples,)
+    of it, -1 and 1 of two classes. often: (features,) of it, by what the penalty of a column counts more than once in a
+    sum over samples.
+    """
+
+    starts: np.ndarray
+    columns: np.ndarray
+    values: np.ndarray
+    targets: np.ndarray
+    often: np.ndarray
+
+
+class Pairs(NamedTuple):
+    """Samples that are pairs of different tokens, (samples, 2) int32; targets and often as in `Rows`, of tokens."""
+
+    tokens: np.ndarray
+    targets: np.ndarray
+    often: np.ndarray
+
+
+class Descent(NamedTuple):
+    """Length of steps lr, factor of the penalty, longest gradient of a sample's loss (0: any), loss of `SLOPES`.
+
+    A step along the penalty's gradient ends at a weight of 0 at the latest. scale: of the loss of sparse rows.
+    """
+
+    lr: float
+    penalty: float = 0.0
+    clip: float = 0.0
+    loss: str = "logistic"
+    scale: float = 1.0
+
+
+class SharedUpdates(Arrays):
+    """In NumPy nothing is atomic between processes: `atomics` says whether `atomic` has a meaning."""
+
+    atomics = False
+
+    def add_shared(self, w: np.ndarray, g: np.ndarray, factor: float, atomic: bool) -> None:
+        """w (n,) += factor g, where g (n,) is not 0; elsewhere nothing is written."""
+        (at,) = np.nonzero(g)
+        w[at] += g[at] * g.dtype.type(factor)
+
+    def sparse_steps(
+        self, order: np.ndarray, rows: Rows, w: np.ndarray, bias: np.ndarray | None, how: Descent, atomic: bool
+    ) -> float:
+        """Step a linear model of one score along the gradients of samples `order` (n,) int64, one after the other.
+
+        The loss of a sample is that of its score, and how.penalty / 2 sum often w^2 over its columns. w: (features,),
+        bias: (1,) or None, both of one dtype. Returns the sum of the losses without the penalty.
+        """
+        total, kind = 0.0, w.dtype.type
+        for sample in order.tolist():
+            at = slice(rows.starts[sample], rows.starts[sample + 1])
+            columns, x = rows.columns[at], rows.values[at]
+            score = np.dot(x, w[columns]) + (0 if bias is None else bias[0])
+            loss, d = _slope(how.loss, float(score), float(rows.targets[sample]))
+            total, d = total + how.scale * loss, how.scale * d
+            length = abs(d) * float(np.sqrt(np.square(x, dtype=np.float64).sum() + (bias is not None)))
+            if 0 < how.clip < length:
+                d *= how.clip / length
+            step, shrink = kind(-how.lr * d), kind(how.lr * how.penalty)
+            w[columns] = w[columns] * np.maximum(1 - shrink * rows.often[columns], 0) + step * x
+            if bias is not None:
+                bias[0] = bias[0] * max(1 - shrink, kind(0)) + step
+        return total
+
+    def factor_steps(self, order: np.ndarray, pairs: Pairs, w: np.ndarray, how: Descent, atomic: bool) -> float:
+        """Step the columns of w (units, tokens) of pairs `order` (n,) int64 along the gradients, one after the other.
+
+        The loss of a pair is (their product - target)^2, and how.penalty / 2 often |column|^2 of both. Returns the sum
+        of the losses without the penalty.
+        """
+        total, kind = 0.0, w.dtype.type
+        for sample in order.tolist():
+            tokens = pairs.tokens[sample]
+            a, b = (w[:, token].astype(np.float64) for token in tokens)
+            loss, d = _slope("squared", float(a @ b), float(pairs.targets[sample]))
+            total += loss
+            length = abs(d) * float(np.sqrt(a @ a + b @ b))
+            if 0 < how.clip < length:
+                d *= how.clip / length
+            step, keep = kind(-how.lr * d), np.maximum(1 - kind(how.lr * how.penalty) * pairs.often[tokens], 0)
+            w[:, tokens] = w[:, tokens] * keep + step * w[:, tokens[::-1]]
+        return total
+
+    def count_rows(self, order: np.ndarray, rows: Rows, counts: np.ndarray, atomic: bool) -> None:
+        """counts (features,) int64 += 1 for each column of the samples `order`, as steps of these would be added."""
+        for sample in order.tolist():
+            counts[rows.columns[rows.starts[sample] : rows.starts[sample + 1]]] += 1
+
+    def deal_components(
+        self, order: np.ndarray, starts: np.ndarray, columns: np.ndarray, workers: int, seen: np.ndarray
+    ) -> tuple[np.ndarray, int, int]:
+        """Deal samples `order` (n,) to workers so that no two of these have a column in common (CYCLADES).
+
+        Returns the worker of each (n,) int32, the number of components of the graph in which samples with a common
+        column are joined, and the samples of the largest. Components are dealt in the order of their first samples,
+        each to the first worker with the fewest columns so far. seen: (features,) int32 of -1, which is left so.
+        """
+        rows = [columns[starts[sample] : starts[sample + 1]].tolist() for sample in order.tolist()]
+        parent = list(range(len(rows)))
+        first: dict[int, int] = {}
+        for s, row in enumerate(rows):
+            for column in row:
+                a, b = _root(parent, first.setdefault(column, s)), _root(parent, s)
+                parent[max(a, b)] = min(a, b)
+        roots = [_root(parent, s) for s in range(len(rows))]
+        load, owner = [0] * workers, np.empty(len(rows), np.int32)
+        for root in dict.fromkeys(roots):
+            members = [s for s, of in enumerate(roots) if of == root]
+            to = load.index(min(load))
+            load[to] += sum(len(rows[s]) + 1 for s in members)
+            owner[members] = to
+        return owner, len(set(roots)), max((roots.count(root) for root in set(roots)), default=0)
+
+
+def _root(parent: Sequence[int], s: int) -> int:
+    while parent[s] != s:
+        s = parent[s]
+    return s
+
+
+def _slope(loss: str, score: float, target: float) -> tuple[float, float]:
+    """The loss of a score with a target, and its derivative."""
+    z = target * score
+    if loss == "logistic":
+        return float(np.logaddexp(0, -z)), float(-target * np.exp(-np.logaddexp(0, z)))
+    if loss == "hinge":
+        return (float(np.maximum(0.0, 1 - z)), -target) if not z >= 1 else (0.0, 0.0)
+    return (score - target) ** 2, 2 * (score - target)

@@ -1,0 +1,1 @@
+"""Hogwild: updates of shared weights that nobody waits for."""

@@ -1,0 +1,160 @@
+"""Weights with a server, rank 0, which adds what workers send: for MPI libraries without windows that work."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from psmpi.comm.group import Group
+from psmpi.comm.transfers import Gather, Message
+from psmpi.comm.watch.flight import receiving
+from psmpi.methods.hogwild.stores import Store
+
+# What a worker says: that it wants weights, that a change follows, of weights of a version, that its minibatch is done,
+# and that it has no more.
+# What is zeros, as that of ranks which are not there, asks for nothing.
+END, READ, CHANGE, STOP = range(4)
+WORDS = 2 * 8
+# Looks at all workers without sleep, and the longest sleep, in seconds.
+LOOKS, NAP = 200, 5e-4
+
+
+class ServerStore(Store):
+    """The server's w is the weights; that of a worker is what it has read last.
+
+    An update of a worker is a read, and a change, which names the version that it was made from. The server looks at
+    workers in turn, so that none is left out; it answers the read of a worker that is more than `bound` minibatches
+    ahead of another one when that has done what it lacks. histogram: changes by how many others came between.
+    """
+
+    def __init__(
+        self,
+        n: int,
+        share: slice,
+        group: Group,
+        aside: Group,
+        whole: Gather,
+        bound: int | None,
+        dtype: np.dtype,
+    ):
+        self.group, self.aside, self.whole, self.bound = group, aside, whole, bound
+        self.server, self.workers = group.rank == 0, group.size - 1
+        self.w = np.zeros(n, dtype)
+        self.share = self.w[share]
+        self.version = 0
+        self.histogram = np.zeros(0, np.int64)
+        # Of the server: what it receives, and for each worker its last words, minibatches, and whether it waits.
+        self.change = np.zeros(n if self.server else 0, dtype)
+        self.said = np.zeros((self.workers + 1, 2), np.int64)
+        self.done, self.waits = np.zeros(self.workers, np.int64), np.zeros(self.workers, bool)
+        self.stopped = 0
+        self.owned = (self.w, self.change)
+        # What is waited for counts when it is there.
+        self.requests = [aside.irecv(self.said[k + 1], k + 1) for k in range(self.workers)] if self.server else []
+
+    def read(self) -> None:
+        version = np.empty(1, np.int64)
+        self.group.send(np.array([READ, 0]), 0)
+        self.group.receive(version, 0)
+        self.group.receive(self.w, 0)
+        self.version = int(version[0])
+
+    def add(self, change: np.ndarray, factor: float) -> None:
+        if factor != 1:
+            change *= change.dtype.type(factor)
+        self.group.send(np.array([CHANGE, self.version]), 0)
+        self.group.send(change, 0)
+
+    def end(self) -> None:
+        self.group.send(np.array([END, 0]), 0)
+
+    def serve(self, worker: int, minibatches: int) -> None:
+        """On the server: serve all until `worker`, from 0, has done so many minibatches."""
+        with receiving(self.group.comm, worker + 1):
+            self._until(lambda: bool(self.done[worker] >= minibatches))
+
+    def _until(self, done: Callable[[], bool]) -> None:
+        idle, nap = 0, 2e-5
+        while not done():
+            if sum(map(self._look, range(self.workers))):
+                idle, nap = 0, 2e-5
+                continue
+            idle += 1
+            if idle < LOOKS:
+                os.sched_yield()
+            else:
+                time.sleep(nap)
+                nap = min(NAP, 2 * nap)
+
+    def _look(self, worker: int) -> bool:
+        """Do what a worker waits for; whether there was something."""
+        if self.waits[worker]:
+            if not self._may_begin(worker):
+                return False
+            self.waits[worker] = False
+            self._answer(worker)
+            return True
+        if not self.requests[worker].Test():
+            return False
+        self.group.counter.add(0, WORDS)
+        what, version = self.said[worker + 1].tolist()
+        if what == STOP:
+            self.stopped += 1
+            # Nothing comes any more.
+            self.waits[worker] = True
+            self.done[worker] = np.iinfo(np.int64).max
+            return True
+        if what == READ:
+            self.waits[worker] = True
+            return True
+        if what == CHANGE:
+            self._take(version, worker + 1)
+        else:
+            self.done[worker] += 1
+        self._listen(worker)
+        return True
+
+    def _may_begin(self, worker: int) -> bool:
+        return not self.stopped and (self.bound is None or self.done[worker] - self.done.min() <= self.bound)
+
+    def _answer(self, worker: int) -> None:
+        self.group.send(np.array([self.version]), worker + 1)
+        self.group.send(self.w, worker + 1)
+        self._listen(worker)
+
+    def _take(self, version: int, rank: int) -> None:
+        self.group.receive(self.change, rank)
+        self.w += self.change
+        late = self.version - version
+        if late >= len(self.histogram):
+            self.histogram = np.pad(self.histogram, (0, late + 1 - len(self.histogram)))
+        self.histogram[late] += 1
+        self.version += 1
+
+    def _listen(self, worker: int) -> None:
+        self.requests[worker] = self.aside.irecv(self.said[worker + 1], worker + 1)
+
+    def settle(self) -> None:
+        # Every rank has made all of its steps, and the server has them.
+        self.aside.bcast(self.w, 0)
+
+    def loaded(self) -> None:
+        self.whole.forward(self.share, self.w)
+
+    def restart(self, turn: int) -> None:
+        """Go on with minibatch `turn` of all workers, who take them in turn."""
+        self.done[:] = (turn + self.workers - 1 - np.arange(self.workers)) // self.workers
+
+    def close(self) -> None:
+        if not self.server:
+            self.group.send(np.array([STOP, 0]), 0)
+        else:
+            self._until(lambda: self.stopped == self.workers)
+
+    def messages(self, worker: int, updates: int) -> list[Message]:
+        """Those of a minibatch of a worker, from 0, with so many updates, on itself and the server."""
+        rank, own = worker + 1, self.w.nbytes
+        return [(rank, 0, WORDS), *[(rank, 0, 2 * WORDS + own), (0, rank, WORDS // 2 + own)] * updates]

@@ -1,0 +1,49 @@
+"""How sparse updates are: Omega, Delta and rho of Hogwild!, section 2.
+
+An update is a hyperedge over the weights that it changes. Omega: the weights of the largest; Delta: the share of the
+updates that change the most contended weight; rho: of the update that meets the most others, the share of all.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+# Updates that rho is the largest share of, where there are more.
+SAMPLED = 200
+
+
+class Sparsity(NamedTuple):
+    """Omega, Delta and rho; sampled: the updates that rho was looked for among, 0 for all."""
+
+    omega: int
+    delta: float
+    rho: float
+    sampled: int
+
+    def __str__(self) -> str:
+        of = f" of {self.sampled} updates drawn" if self.sampled else ""
+        return f"Omega {self.omega:,}, Delta {self.delta:.3g}, rho {self.rho:.3g}{of}"
+
+
+def of_rows(starts: np.ndarray, columns: np.ndarray, features: int, seed: int, most: int = SAMPLED) -> Sparsity:
+    """Of samples in compressed rows, each of which is an update of its columns."""
+    n, sizes = len(starts) - 1, np.diff(starts)
+    counts = np.bincount(columns, minlength=features)
+    order = np.argsort(columns, kind="stable")
+    rows = np.repeat(np.arange(n), sizes)[order]
+    begins = np.concatenate([[0], np.cumsum(counts)])
+    chosen = np.arange(n) if n <= most else np.random.default_rng([seed, n]).choice(n, most, replace=False)
+    met, meets = np.zeros(n, np.bool_), 0
+    for sample in chosen:
+        met.fill(False)
+        for column in columns[starts[sample] : starts[sample + 1]]:
+            met[rows[begins[column] : begins[column + 1]]] = True
+        meets = max(meets, int(np.count_nonzero(met)))
+    return Sparsity(int(sizes.max(initial=0)), counts.max(initial=0) / n, meets / n, 0 if n <= most else most)
+
+
+def of_all(weights: int) -> Sparsity:
+    """Of updates that may change all weights each."""
+    return Sparsity(weights, 1.0, 1.0, 0)

@@ -1,0 +1,173 @@
+"""What windows do between ranks that are threads or processes; each check returns what a test expects of it."""
+
+import json
+import os
+import random
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from psmpi.backend import CompiledOps
+from psmpi.comm.group import Counter
+from psmpi.comm.watch.flight import bare
+from psmpi.comm.windows import windows_of
+from psmpi.comm.world import start
+from psmpi.methods.hogwild.clocks import Tickets, Turns
+
+ELEMENTS, TIMES = 1003, 200
+
+
+def edges_of(world, n=ELEMENTS):
+    return [n * rank // world.size for rank in range(world.size + 1)]
+
+
+def sums(world):
+    """Every rank adds ones to all elements, and to some: nothing is lost."""
+    found = [windows_of(world).fault()]
+    for name in ("int64", "float32", "float64"):
+        window = windows_of(world).sharded(edges_of(world), np.dtype(name), Counter())
+        some = np.arange(world.rank, ELEMENTS, 7)
+        for _ in range(TIMES):
+            window.add(np.ones(ELEMENTS, name))
+            window.add_at(some, np.ones(len(some), name))
+        window.flush()
+        world.Barrier()
+        out, expected = np.empty(ELEMENTS, name), np.full(ELEMENTS, TIMES * world.size)
+        window.read(out)
+        for rank in range(world.size):
+            expected[rank::7] += TIMES
+        part = np.empty(len(some), name)
+        window.read_at(some, part)
+        found.append(bool((out == expected).all() and (part == expected[some]).all()))
+        window.sync()
+        own = slice(*edges_of(world)[world.rank : world.rank + 2])
+        found.append(bool((window.own == expected[own]).all()))
+        world.Barrier()
+        window.free()
+    return found
+
+
+def shared(world, times=20_000):
+    """Increments of 16 elements that all ranks share: those expected, found atomically, and by plain stores."""
+    ops, ones, found = CompiledOps(), np.ones(16), [16 * times * world.size]
+    for atomic in (True, False):
+        memory = windows_of(world).memory(128)
+        values = memory.bytes.view(np.float64)
+        world.Barrier()
+        for _ in range(times):
+            ops.add_shared(values, ones, 1.0, atomic)
+        memory.sync()
+        world.Barrier()
+        memory.sync()
+        found.append(float(values.sum()))
+        world.Barrier()
+        del values
+        memory.free()
+    return found
+
+
+def tickets(world, count=100):
+    """The minibatches that each rank has taken."""
+    turns, own = Tickets(world.rank, world.size, windows_of(world).counters(1), world), []
+    for turn in range(count):
+        if turns.mine(turn):
+            own.append(turn)
+            turns.end()
+    world.Barrier()
+    turns.restart(count + 5, world.Barrier)
+    later = [turn for turn in range(count + 5, count + 20) if turns.mine(turn) and not turns.end()]
+    everyone = bare(world).allgather([own, later])
+    turns.counters.free()
+    return sorted(t for one, _ in everyone for t in one), sorted(t for _, one in everyone for t in one)
+
+
+def bounded(world, bound, rounds=25):
+    """Ranks that sleep, one of them long: the most that one was ahead when it began, and that clocks were apart.
+
+    Also how often a rank did not see an update that it was to see.
+    """
+    windows = windows_of(world)
+    turns = Turns(world.rank, world.size, bound, windows.counters(world.size), world)
+    window = windows.sharded(edges_of(world, world.size), np.dtype(np.int64), Counter())
+    rng, seen, own = random.Random(world.rank), np.empty(world.size, np.int64), np.zeros(world.size, np.int64)
+    own[world.rank] = 1
+    apart = missed = 0
+    for clock in range(rounds):
+        turns.begin()
+        window.read(seen)
+        expected = np.full(world.size, max(0, clock - bound))
+        expected[world.rank] = clock
+        missed += int((seen < expected).sum())
+        time.sleep(rng.random() * 1e-3 + 2e-3 * (world.rank == 1))
+        window.add(own)
+        window.flush()
+        turns.end()
+        turns.counters.read(turns.clocks)
+        apart = max(apart, int(turns.clocks.max() - turns.clocks.min()))
+    world.Barrier()
+    everyone = bare(world).allgather([turns.lead, apart, missed])
+    window.free()
+    turns.counters.free()
+    return [max(one) for one in zip(*everyone, strict=True)]
+
+
+def cycles(world, times=100):
+    """Windows that come and go; the growth of this process in MB after the first fifth."""
+    before = 0
+    for k in range(times):
+        windows = windows_of(world)
+        memory, counters = windows.memory(1 << 20), windows.counters(3)
+        window = windows.sharded(edges_of(world, 100_000), np.dtype(np.float32), Counter())
+        memory.bytes[world.rank] = 1
+        window.add(np.ones(100_000, np.float32))
+        counters.count(0)
+        window.flush()
+        world.Barrier()
+        window.free()
+        memory.free()
+        counters.free()
+        if k == times // 5:
+            before = resident()
+    return (resident() - before) / 1e6
+
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
+def stopped(world, bound, folder, seconds=20.0):
+    """Ranks that count up while one of them is stopped; where they are they write into files."""
+    bound = None if bound < 0 else bound
+    windows = windows_of(world)
+    turns = Turns(world.rank, world.size, bound, windows.counters(world.size), world)
+    total = windows.counters(1)
+    own, end = Path(folder, f"count-{world.rank}"), time.monotonic() + seconds
+    Path(folder, f"pid-{world.rank}").write_text(str(os.getpid()))
+    while not Path(folder, "end").exists() and time.monotonic() < end:
+        if bound is not None:
+            turns.counters.read(turns.clocks)
+            if turns.clock - turns.clocks.min() > bound:
+                time.sleep(1e-3)
+                continue
+        turns.begin()
+        total.count(0)
+        turns.end()
+        own.with_suffix(".new").write_text(str(turns.clock))
+        own.with_suffix(".new").rename(own)
+        time.sleep(1e-3)
+    world.Barrier()
+    found = total.count(0, 0), sum(bare(world).allgather(turns.clock))
+    turns.counters.free()
+    total.free()
+    return found
+
+
+CHECKS = {check.__name__: check for check in (sums, shared, tickets, bounded, cycles, stopped)}
+
+if __name__ == "__main__":
+    world = start()
+    found = CHECKS[sys.argv[1]](world, *map(json.loads, sys.argv[2:]))
+    if world.rank == 0:
+        print(json.dumps(found))

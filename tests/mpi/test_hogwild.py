@@ -1,0 +1,365 @@
+"""Hogwild: alone it is serial descent to the bit, in components too; on several ranks it ends as well as that."""
+
+import json
+from unittest import mock
+
+import numpy as np
+import pytest
+from helpers.runs import run
+
+from psmpi.backend import Descent, NumpyOps, Rows, compiled, make_backend
+from psmpi.data import Batch
+from psmpi.errors import UserError
+from psmpi.methods.hogwild.method import Hogwild
+from psmpi.methods.hogwild.server import ServerStore
+from psmpi.methods.hogwild.sparsity import of_rows
+from psmpi.methods.hogwild.stores import WindowStore
+from psmpi.testing.conformance import CHECKS, Case, tensors
+from psmpi.testing.windows import ThreadSharded, ThreadWindows
+from psmpi.testing.world import run_ranks
+from psmpi.training.context import Context
+from psmpi.training.loop import plan_steps
+
+KINDS = ("raw", "atomic", "accumulate", "server", "cyclades")
+MLP = ("--dataset", "digits", "--model", "mlp", "--widths", "20", "--loss", "nll")
+PLAIN = ("--optimizer", "sgd", "--lr", "0.1", "--dtype", "float64", "--batch-size", "50", "--threads", "1")
+LINEAR = ("--dataset", "sparse", "--model", "linear", "--loss", "logistic", "--optimizer", "sgd", "--clip", "0", "--lr",
+          "0.3", "--schedule", "step", "--step-size", "160", "--gamma", "0.8", "--batch-size", "50", "--epochs", "10",
+          "--threads", "1")  # fmt: skip
+# Without a bias, which all samples would have in common.
+UNBIASED = """
+[model]
+model = "custom"
+
+[[model.layers]]
+type = "dense"
+units = 1
+bias = false
+
+[[model.layers]]
+type = "binary"
+"""
+
+needs_kernels = pytest.mark.skipif(not compiled.level(), reason="no compiled kernels, or none for this processor")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum"])
+def test_one_rank_is_serial_descent_to_the_bit(train, kind, optimizer):
+    options = (*MLP, *PLAIN, "--optimizer", optimizer, "--weight-decay", "1e-3", "--epochs", "2")
+    found = train(1, "--method", "hogwild", "--updates", kind, *options).tensors()
+    expected = train(1, "--method", "data_parallel", *options).tensors()
+    for name, tensor in expected.items():
+        if name.startswith("weights/"):
+            assert np.array_equal(found[name], tensor), name
+
+
+def serial(options, epochs, scale=1.0, kind="logistic", penalty=0.0):
+    """The weights of the kernel alone, sample after sample in the order of the run; features, and the bias."""
+    case = Case("hogwild", None)
+    case.words = lambda *more: ["--method", "hogwild", *map(str, options), *more]
+    network, dataset, config = case.problem()
+    batches, _, rate = plan_steps(dataset, config)
+    split = dataset.train
+    rows, dtype = split.compressed, np.dtype(config.model.dtype)
+    counts = np.bincount(rows.columns, minlength=rows.features)
+    samples = Rows(rows.starts, rows.columns, rows.values.astype(dtype), (2 * split.labels - 1).astype(dtype),
+                   (split.n / np.maximum(1, counts)).astype(dtype))  # fmt: skip
+    layout = network.layout()
+    w = np.zeros(layout.size, dtype)
+    run_ranks(1, lambda world: Context(world, network, dataset, config, NumpyOps()).draw_weights(
+        next(iter(Hogwild(Context(world, network, dataset, config, NumpyOps())).shards.runs)), w))  # fmt: skip
+    ops, bias = make_backend("auto"), w[rows.features :]
+    for step in range(epochs * batches.steps_per_epoch):
+        ids = batches.ids(*divmod(step, batches.steps_per_epoch))
+        how = Descent(rate(step), penalty, config.optimization.clip, kind, scale)
+        ops.sparse_steps(ids, samples, w[: rows.features], bias if bias.size else None, how, False)
+    return w, samples, dataset
+
+
+def weights_of(trained):
+    found = trained.tensors()
+    names = sorted((name for name in found if name.startswith("weights/")), reverse=True)
+    return np.concatenate([found[name].reshape(-1) for name in names])
+
+
+def loss_of(w, samples):
+    """The mean logistic loss over compressed rows, from the definition, in float64."""
+    margins = np.add.reduceat(samples.values.astype(np.float64) * w[samples.columns], samples.starts[:-1])
+    return float(np.logaddexp(0, -samples.targets * (margins + w[-1])).mean())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_rank_takes_sparse_samples_one_after_the_other(train, kind):
+    expected, _, _ = serial((*LINEAR, "--epochs", "2"), 2)
+    found = train(1, "--method", "hogwild", "--updates", kind, *LINEAR, "--epochs", "2")
+    assert np.array_equal(weights_of(found), expected)
+
+
+@pytest.mark.parametrize(("loss", "kind", "scale"), [("hinge", "hinge", 1), ("squared", "squared", 0.5)])
+def test_other_losses_and_the_penalty_of_support_vector_machines(train, loss, kind, scale):
+    options = (*LINEAR, "--loss", loss, "--weight-decay", "1e-4", "--epochs", "1", "--lr", "0.05", "--clip", "1")
+    expected, _, _ = serial(options, 1, scale, kind, 1e-4)
+    assert np.array_equal(weights_of(train(1, "--method", "hogwild", *options)), expected)
+
+
+@pytest.mark.parametrize("loss", ["logistic", "hinge", "squared", "nll"])
+def test_kernels_and_networks_make_the_same_steps(train, loss):
+    """A minibatch of one sample, by the kernel and by the network's own passes."""
+    options = (*LINEAR, "--loss", loss, "--batch-size", "1", "--max-steps", "300", "--dtype", "float64", "--lr", "0.05")
+    found = train(1, "--method", "hogwild", *options)
+    expected = train(1, "--method", "data_parallel", *options)
+    assert np.allclose(weights_of(found), weights_of(expected), rtol=0, atol=1e-12)
+    assert found.rows[-1]["train_loss"] == pytest.approx(expected.rows[-1]["train_loss"], rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_four_ranks_end_as_one_does_on_sparse_samples(train, kind):
+    w, samples, _ = serial(LINEAR, 10)
+    best = loss_of(w, samples)
+    found = loss_of(weights_of(train(4, "--method", "hogwild", "--updates", kind, *LINEAR)), samples)
+    print(f"{kind}: {found:.5f}, serial {best:.5f}")
+    assert found <= 1.01 * best
+
+
+@needs_kernels
+@pytest.mark.parametrize("model", ["unbiased", "biased", "mlp"])
+def test_components_make_the_weights_of_one_rank_to_the_bit(train, tmp_path, model):
+    (tmp_path / "one.toml").write_text(UNBIASED)
+    linear = ("--config", tmp_path / "one.toml", *LINEAR[:2], *LINEAR[4:], "--epochs", "2")
+    options = {"unbiased": linear, "biased": (*LINEAR, "--epochs", "2"), "mlp": (*MLP, *PLAIN, "--epochs", "2")}[model]
+    options = (*options, "--batch-size", "12") if model == "unbiased" else options
+    one = weights_of(train(1, "--method", "hogwild", *options))
+    for ranks in (1, 2, 4):
+        found = train(ranks, "--method", "hogwild", "--updates", "cyclades", *options)
+        assert np.array_equal(weights_of(found), one), ranks
+    if model == "unbiased":
+        expected, _, _ = serial(options, 2)
+        assert np.array_equal(one, expected)
+
+
+def problem(*options):
+    case = Case("hogwild", None)
+    case.words = lambda *more: ["--method", "hogwild", *map(str, options), *more]
+    return case.problem()
+
+
+def test_one_clock_at_a_time_is_synchronous_descent():
+    """With a barrier between reads and additions of a clock: weights move along the sum of all ranks' gradients."""
+    ranks, rounds = 3, 4
+    network, dataset, config = problem(
+        *MLP, *PLAIN, "--updates", "accumulate", "--staleness", "0", "--epochs", "1", "--clip", "0"
+    )
+    batches, _, _ = plan_steps(dataset, config)
+    read = WindowStore.read
+
+    def reads(self):
+        read(self)
+        self.group.comm.Barrier()
+
+    def work(world):
+        method = Hogwild(Context(world, network, dataset, config, NumpyOps()))
+        with mock.patch.object(WindowStore, "read", reads):
+            world.Barrier()
+            for step in range(rounds * ranks):
+                method.step(Batch(batches.ids(0, step)), 0.1)
+            world.Barrier()
+        method.store.settle()
+        return method.store.w.copy()
+
+    def alone(world):
+        method = Hogwild(Context(world, network, dataset, config, NumpyOps()))
+        w, updates = method.store.w, method.updates
+        for first in range(0, rounds * ranks, ranks):
+            total = np.zeros_like(w)
+            for step in range(first, first + ranks):
+                updates.gradient(Batch(batches.ids(0, step)))
+                total += updates.g
+            w -= 0.1 * total
+        return w.copy()
+
+    found, (expected,) = run_ranks(ranks, work, timeout=60), run_ranks(1, alone, timeout=60)
+    for w in found:
+        assert np.linalg.norm(w - expected) <= 1e-12 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 5, 9])
+def test_the_server_adds_all_that_is_sent(tmp_path, ranks):
+    sent = [0] * ranks
+    add = ServerStore.add
+
+    def adds(self, change, factor):
+        sent[self.group.rank] += 1
+        add(self, change, factor)
+
+    with mock.patch.object(ServerStore, "add", adds):
+        options = (
+            "--method",
+            "hogwild",
+            "--updates",
+            "server",
+            *MLP,
+            *PLAIN,
+            "--update-samples",
+            "20",
+            "--epochs",
+            "2",
+        )
+        status, _, err = run(ranks, "-m", "psmpi.train", *options, "--out", tmp_path / "run")
+    assert status == 0, err
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    histogram = rows[-1]["staleness"]
+    assert sum(histogram) == sum(sent) > 0 and not sent[0]
+    assert all(n > 0 for n in sent[1:])
+    # Ahead of the slowest by 4 minibatches of 3 updates at most, as were all others.
+    assert len(histogram) - 1 <= 3 * (2 * 4 + 2) * (ranks - 2) or ranks == 2
+    if ranks == 2:
+        assert len(histogram) == 1
+
+
+def broken(self, values):
+    """An addition that is lost."""
+
+
+def fails(self, number, by=1):
+    raise RuntimeError("MPI_ERR_RMA_SYNC")
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "how", "told"),
+    [
+        (ThreadSharded, "add", broken, "additions of int64 to windows get lost"),
+        ("psmpi.testing.windows.ThreadCounters", "count", fails, "one-sided calls fail (MPI_ERR_RMA_SYNC)"),
+    ],
+)
+def test_windows_that_do_not_work_are_told_of_and_a_server_takes_over(tmp_path, place, name, how, told):
+    patch = mock.patch.object(place, name, how) if not isinstance(place, str) else mock.patch(f"{place}.{name}", how)
+    with patch:
+        options = ("--method", "hogwild", *MLP, *PLAIN, "--epochs", "1", "--updates", "accumulate")
+        status, out, err = run(3, "-m", "psmpi.train", *options, "--out", tmp_path / "run")
+    assert status == 0, err
+    assert f"warning: MPI's windows do not work here, {told}" in " ".join(out.split())
+    assert "server" in out
+
+
+def test_ranks_of_several_hosts_use_windows(tmp_path, monkeypatch):
+    monkeypatch.setattr(ThreadWindows, "one_host", False)
+    options = ("-m", "psmpi.train", "--method", "hogwild", *MLP, *PLAIN, "--epochs", "1")
+    status, out, err = run(3, *options, "--out", tmp_path / "run")
+    assert status == 0 and "(--updates accumulate): the ranks are on several hosts" in " ".join(out.split()), err
+    for kind in ("raw", "atomic", "cyclades"):
+        status, _, err = run(3, *options, "--updates", kind, "--out", tmp_path / kind)
+        assert status == 1 and f"--updates {kind} needs all ranks on one host" in err
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("options", "kind"), [(MLP, "atomic"), (LINEAR[:6], "raw"), ((*LINEAR[:6], "--update-samples", "5"), "atomic")]
+)
+def test_auto_says_what_it_takes_and_why(tmp_path, options, kind):
+    status, out, err = run(
+        2, "-m", "psmpi.train", "--method", "hogwild", *options, *PLAIN, "--max-steps", "3", "--out", tmp_path / "run"
+    )
+    assert status == 0, err
+    assert f"(--updates {kind}): all ranks are on one host" in " ".join(out.split())
+
+
+def test_without_kernels_updates_go_by_windows(tmp_path):
+    options = ("-m", "psmpi.train", "--method", "hogwild", *MLP, *PLAIN, "--backend", "numpy", "--epochs", "1")
+    status, out, err = run(2, *options, "--out", tmp_path / "run")
+    assert status == 0 and "there are no compiled kernels" in " ".join(out.split()), err
+    status, _, err = run(2, *options, "--updates", "atomic", "--out", tmp_path / "atomic")
+    assert status == 1 and "--updates atomic needs the compiled kernels" in err
+
+
+def test_tickets_train_every_minibatch_once(tmp_path):
+    network, dataset, config = problem(*MLP, *PLAIN, "--hand-out", "tickets", "--epochs", "2")
+    batches, steps, rate = plan_steps(dataset, config)
+
+    def work(world):
+        method = Hogwild(Context(world, network, dataset, config, make_backend("auto")))
+        taken, update = [], method.updates.run
+        method.updates.run = lambda ids, lr: (taken.append(int(ids[0])), update(ids, lr))[1]
+        for step in range(steps):
+            method.step(Batch(batches.ids(*divmod(step, batches.steps_per_epoch))), rate(step))
+        return taken
+
+    found = sorted(first for taken in run_ranks(4, work, timeout=60) for first in taken)
+    per = batches.steps_per_epoch
+    assert found == sorted(int(batches.ids(*divmod(step, per))[0]) for step in range(2 * per))
+
+
+def test_with_nothing_said_it_trains_on_generated_data(tmp_path):
+    status, out, err = run(2, "-m", "psmpi.train", "--method", "hogwild", "--out", tmp_path / "run")
+    assert status == 0, err
+    told = " ".join(out.split())
+    assert "--dataset sparse" in told and "give --dataset and --model for your own" in told
+    assert "Omega 10, Delta 0.1" in told
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["test_accuracy"] > 0.75
+
+
+def test_omega_delta_and_rho_are_those_of_the_definition():
+    rng = np.random.default_rng(0)
+    sets = [set(rng.choice(25, rng.integers(1, 5), replace=False).tolist()) for _ in range(60)]
+    starts = np.cumsum([0, *map(len, sets)])
+    columns = np.concatenate([sorted(one) for one in sets])
+    found = of_rows(starts, columns, 25, 0)
+    assert found.omega == max(map(len, sets)) and found.sampled == 0
+    assert found.delta == max(sum(v in one for one in sets) for v in range(25)) / 60
+    assert found.rho == max(sum(bool(one & other) for other in sets) for one in sets) / 60
+    drawn = of_rows(starts, columns, 25, 0, most=20)
+    assert drawn.sampled == 20 and drawn.rho <= found.rho
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--staleness", "-1"), "--staleness -1: expected auto, none, or a whole number"),
+        (("--staleness", "1.5"), "--staleness 1.5: expected"),
+        (("--flush-every", "0"), "--flush-every 0: expected a whole number from 1 up"),
+        (("--flush-every", "2", "--updates", "raw"), "--flush-every is of --updates accumulate"),
+        (("--updates", "cyclades", "--staleness", "2"), "is not for --updates cyclades"),
+        (("--hand-out", "tickets", "--staleness", "2"), "counts turns"),
+        (("--hand-out", "tickets", "--updates", "server"), "--hand-out tickets is not for --updates server"),
+        (("--update-samples", "60"), "--update-samples 60 with 50 samples a minibatch"),
+        (("--optimizer", "lbfgs"), "--optimizer lbfgs"),
+        (("--optimizer", "muon"), "whole matrices"),
+        (("--optimizer", "adamw", "--weight-decay", "0.1"), "whose decay is part of the gradient"),
+        (("--batch-norm", "--update-samples", "1"), "makes the outputs of one sample 0"),
+        (("--dtype", "float16"), "float16"),
+        (("--on-nan", "skip"), "--on-nan skip"),
+    ],
+)
+def test_what_cannot_be_is_refused_once(tmp_path, options, told):
+    status, out, err = run(
+        3, "-m", "psmpi.train", "--method", "hogwild", *MLP, *PLAIN, *options, "--out", tmp_path / "run"
+    )
+    assert status != 0
+    assert told in " ".join((out + err).replace("│", " ").split())
+    assert "Traceback" not in err
+
+
+def test_more_ranks_than_weights_are_refused():
+    network, dataset, config = problem(*LINEAR)
+    with pytest.raises(UserError, match=r"2,001 weights for 2,002 ranks"):
+        Hogwild.check(2002, network, dataset, config)
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("kind", ["raw", "server"])
+def test_other_updates_pass_the_suite(kind, check, tmp_path):
+    if check.__name__ == "counters_equal_messages":
+        pytest.skip("the shared memory has no messages; a server's counts are of all that came while it waited")
+    if kind == "raw" and not compiled.level():
+        pytest.skip("no compiled kernels, or none for this processor")
+    check(Case("hogwild", tmp_path, ("--updates", kind)))
+
+
+def test_resumed_on_one_rank_it_goes_on_to_the_bit(train, tmp_path):
+    options = ("--method", "hogwild", *MLP, *PLAIN, "--optimizer", "adam", "--lr", "0.01", "--epochs", "2")
+    whole = train(1, *options, "--max-steps", "40")
+    part = train(1, *options, "--max-steps", "17", out=tmp_path / "part")
+    train(1, *options, "--max-steps", "40", "--resume", "auto", out=tmp_path / "part")
+    first, second = whole.tensors(), tensors(max((part.out / "checkpoints").glob("step-*.h5")))
+    assert first.keys() == second.keys() and all(np.array_equal(first[k], second[k]) for k in first)
