@@ -136,6 +136,23 @@ def test_replicas_on_devices_have_the_weights_of_the_host(train, mpi_train, opti
 
 
 # Adam makes noise of the gradients of biases of keys, which are 0.
+SPANN = (*EXACT, "--max-steps", "3", "--method", "spann", "--loss", "nll", "--optimizer", "momentum", "--clip", "0")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--model", "slabs", "--widths", "24", "16"),
+        ("--model", "slabs", "--widths", "36", "16", "--domains", "2", "2", "--in-place", "--scores", "distributed"),
+        ("--model", "radix", "--widths", "64", "--depth", "3", "--cut", "random"),
+    ],
+)
+def test_parts_of_layers_train_on_the_device_as_on_the_host(train, options):
+    """The halos are packed and added by its kernels, and go through pinned memory."""
+    here, there = (train(3, "--backend", backend, *SPANN, *options) for backend in ("numpy", "cupy"))
+    assert distance(here.tensors(), there.tensors()) <= 1e-10
+
+
 TENSOR = (*EXACT, "--max-steps", "3", "--method", "tensor", "--loss", "nll", "--optimizer", "momentum")
 ATTENTIVE = ("--dataset", "digits:rows", "--model", "transformer", "--widths", "12", "--heads", "4", "--blocks", "1")
 
