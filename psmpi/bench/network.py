@@ -47,6 +47,7 @@ Variant = Literal[
     "tensor-1d",
     "tensor-1d-sharded",
     "tensor-2d",
+    "spann",
     "next",
     "next-choco",
 ]
@@ -78,6 +79,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "tensor-1d": ("--method", "tensor", "--grid", "1d"),
     "tensor-1d-sharded": ("--method", "tensor", "--grid", "1d-sharded"),
     "tensor-2d": ("--method", "tensor", "--grid", "2d"),
+    "spann": ("--method", "spann"),
     "next": ("--method", "next", "--tracking", "minibatch"),
     "next-choco": ("--method", "next", "--tracking", "minibatch", "--rule", "choco"),
 }
@@ -116,7 +118,7 @@ def network(
         dataset: digits, mnist, cifar10, or a file, as in psmpi.train.
         data_dir: Folder of the data set's files.
         model: Network, as in psmpi.train.
-        widths: Widths of --model mlp.
+        widths: Widths of --model mlp, or of another that has some.
         loss: Loss, as in psmpi.train.
         epochs: Passes over the training samples.
         batch_size: Samples of a minibatch, of all ranks together.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from functools import cache
+from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any
 
@@ -36,8 +37,7 @@ def partition(
     is not known or whose package is not installed, for layers that do not follow each other, and for fewer neurons in a
     layer than parts.
     """
-    if mode not in MODES:
-        raise UserError(f"partition {mode!r} is unknown: choose one of {', '.join(MODES)}")
+    check_mode(mode)
     for number, (before, layer) in enumerate(pairwise(layers), 2):
         if layer.inputs != before.rows:
             raise UserError(f"sparse layer {number} has {layer.inputs} inputs, and the one before {before.rows} units")
@@ -71,10 +71,8 @@ def _random(layers: Sequence[Pattern], parts: int, weights: Sequence[np.ndarray]
 
 def _graph(layers: Sequence[Pattern], parts: int, weights: Sequence[np.ndarray], seed: int) -> Owners:
     """The fewest connections between parts, by METIS."""
-    try:
-        import pymetis
-    except ImportError:
-        raise UserError(NEEDS.format("graph", "pymetis")) from None
+    import pymetis
+
     firsts = _firsts(layers)
     ends = [
         (layer.columns.astype(np.int64) + firsts[k], layer.row_numbers.astype(np.int64) + firsts[k + 1])
@@ -124,6 +122,15 @@ MODES: dict[str, Mode] = {
 }
 
 
+def check_mode(mode: str) -> None:
+    """UserError for a mode that is not known, or whose package is not installed."""
+    if mode not in MODES:
+        raise UserError(f"partition {mode!r} is unknown: choose one of {', '.join(MODES)}")
+    package = {"graph": "pymetis", "hypergraph": "mtkahypar", "layered": "mtkahypar"}.get(mode, "")
+    if package and find_spec(package) is None:
+        raise UserError(NEEDS.format(mode, package))
+
+
 def hypernets(layers: Sequence[Pattern]) -> list[list[int]]:
     """For each neuron of a network that has successors, its number, counted layer by layer, and theirs."""
     firsts = _firsts(layers)
@@ -161,10 +168,8 @@ def _nets(layer: Pattern, before: int, behind: int) -> list[list[int]]:
 @cache
 def _kahypar() -> tuple[Any, Any]:
     """Mt-KaHyPar on one thread, which changes nothing of what the process may run on."""
-    try:
-        import mtkahypar
-    except ImportError:
-        raise UserError(NEEDS.format("hypergraph", "mtkahypar")) from None
+    import mtkahypar
+
     return mtkahypar, mtkahypar.initialize(1, False)
 
 

@@ -52,6 +52,24 @@ RUNS = {
     "sil": (3, (*SIL, "--parts", "3")),
     "next": (3, ("--method", "next", *MLP, "--graph", "erdos:0.5", "--link-probability", "0.7")),
     "next that sends little": (4, ("--method", "next", *MLP, "--rule", "choco", "--tracking", "minibatch")),
+    "spann": (4, ("--method", "spann", "--widths", "32", "32", "--epochs", "3")),
+    "spann in place": (
+        3,
+        (
+            "--method",
+            "spann",
+            "--domains",
+            "2",
+            "2",
+            "--in-place",
+            "--clip",
+            "0",
+            "--scores",
+            "distributed",
+            "--epochs",
+            "2",
+        ),
+    ),
     "sil by labels": (2, (*SIL, "--parts", "2", "--hand-over", "labels")),
 }
 SWEEP = {

@@ -16,7 +16,6 @@ from psmpi.comm.transfers import Halo, totals
 from psmpi.comm.transfers.halo import Rows
 from psmpi.errors import UserError
 from psmpi.layout import Domains
-from psmpi.methods.spann.settings import plan_of
 from psmpi.registry import find_method
 from psmpi.testing import run_ranks
 from psmpi.testing.case import Case
@@ -254,12 +253,15 @@ def sparse_toml(path, features, units=(14, 11, 13)):
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 @pytest.mark.parametrize("scores", ["reduced", "distributed"])
-def test_sparse_layers_and_mixing_layers_train_as_one_process(points, serial, tmp_path, ranks, scores):
+@pytest.mark.parametrize("cut", ["slab", "random", "layered", "graph", "hypergraph"])
+def test_sparse_layers_and_mixing_layers_train_as_one_process(points, tmp_path, ranks, scores, cut):
+    if cut in ("layered", "hypergraph", "graph"):
+        pytest.importorskip("pymetis" if cut == "graph" else "mtkahypar")
     if scores == "distributed" and ranks > 3:
         pytest.skip("there are three classes")
     toml = sparse_toml(tmp_path / "model.toml", 5 * N)
     options = (*toml, *SGD, *points(5))
-    same(parted(ranks, (*options, "--scores", scores)), train(1, options), 1e-12)
+    same(parted(ranks, (*options, "--scores", scores, "--cut", cut)), train(1, options), 1e-12)
 
 
 OTHERS = {
@@ -333,10 +335,9 @@ def messages(ranks, options, batch=B):
 
     def work(world):
         made = find_method("spann")(Context(world, network, dataset, config, make_backend("numpy")))
-        return made.messages(0, batch)
+        return made.messages(0, batch), made.plan
 
-    found = run_ranks(ranks, work, timeout=60)
-    return found[0], plan_of(ranks, network, config)
+    return run_ranks(ranks, work, timeout=60)[0]
 
 
 def test_inner_ranks_send_four_halos_a_layer_behind_the_first_and_outer_ones_half(points):
@@ -364,8 +365,7 @@ def test_without_a_halo_nothing_but_scores_moves(points):
 def test_bytes_are_the_connectivity_of_the_cut(points, tmp_path, ranks):
     """Of each unit as many numbers as there are other ranks that use it, each way; the first layer reads samples."""
     options = (*sparse_toml(tmp_path / "model.toml", 5 * N), *SGD, *points(5))
-    network, _, config = Case("spann", ".", options).problem()
-    plan = plan_of(ranks, network, config)
+    found, plan = messages(ranks, options)
     words, owners = 0, None
     for step in (step for step in plan.steps if step.layer.linear):
         layer, rows = step.layer, step.behind
@@ -378,7 +378,6 @@ def test_bytes_are_the_connectivity_of_the_cut(points, tmp_path, ranks):
             assert owners[unit] >= 0 or not users
             words += len(users | {int(owners[unit])}) - 1
         owners = rows
-    found, _ = messages(ranks, options)
     scores = ranks * (2 * (ranks - 1) * B * 3 * 8 // ranks)
     assert plan.volume() == words
     assert sum(size for _, _, size in found) == 2 * words * B * 8 + scores

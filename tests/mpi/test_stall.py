@@ -31,6 +31,7 @@ METHODS = {
     "dni": (*MLP, "--layer-blocks", "3"),
     "layer_parallel": ("--model", "deep", "--depth", "24", "--loss", "nll"),
     "next": (*MLP, "--tracking", "minibatch"),
+    "spann": ("--model", "slabs", "--loss", "nll"),
     "tensor": MLP,
     "wavefront": ("--dataset", "digits:rows", "--model", "lstm", "--widths", "16", "16", "16", "16", "--loss", "nll"),
 }

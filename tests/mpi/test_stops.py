@@ -27,6 +27,7 @@ METHODS = {
     "layer_parallel": ("--method", "layer_parallel", "--depth", "24", "--warm-start", "both", "--loss", "nll"),
     "wavefront": ("--method", "wavefront", *ROWS, "--widths", "9", "9", "9"),
     "tensor": ("--method", "tensor", "--model", "mlp", "--widths", "40", "40", "--grid", "auto"),
+    "spann": ("--method", "spann", "--model", "slabs", "--widths", "40", "40"),
     "next": ("--method", "next", "--agents", "5", "--tracking", "minibatch"),
 }
 TIMES = range(20)

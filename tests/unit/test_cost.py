@@ -210,6 +210,8 @@ METHODS = {
     "bptt --dataset digits:rows --model lstm --widths 8 --unroll 3 --future synthetic": (3,),
     "bptt --dataset repeat_copy:3 --model gru --widths 8 --unroll 5 --loss nll --allreduce ring": (2,),
     "local_sgd --local-steps 2": (3,),
+    "spann --model slabs --widths 24 16 --loss nll": (3,),
+    "spann --model slabs --widths 36 16 --domains 2 2 --scores distributed": (4,),
     "tensor --model mlp --widths 24 16": (3,),
     "tensor --dataset digits:rows --model transformer --widths 12 --heads 2 --blocks 1 --grid 2,1,2": (4,),
     "tensor --model mlp --widths 24 16 --grid 2d --loss nll": (4,),

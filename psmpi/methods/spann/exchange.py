@@ -8,23 +8,29 @@ from typing import Any, ClassVar
 import numpy as np
 
 from psmpi.comm.transfers import Halo, Sum
+from psmpi.layout import Classes
 from psmpi.nn.layers.base import OVER, Layer, Part, Site, Stage
-from psmpi.nn.layers.uses import Uses, grouped, stretched
+from psmpi.nn.layers.uses import Uses, joined, single
 
 
 @dataclass(frozen=True)
 class Ghosts(Layer):
-    """The units that a rank needs, from those that it and others have; halo: None where nothing is computed."""
+    """The units that a rank needs, perhaps none, from those that it and others have.
 
+    classes: of the network; halo: None where nothing is computed.
+    """
+
+    classes: int
     halo: Halo | None = field(default=None, compare=False, repr=False)
 
     moves_gradient: ClassVar[bool] = True
 
     def sources(self, uses: Uses) -> Uses:
-        return stretched(grouped(uses, self.out_shape[0]), self.in_shape[0])
+        """All scores, for other ranks may use what this one does not."""
+        return joined([(0, self.in_shape[0], single(Classes.of(range(self.classes))))])
 
     def present(self, inputs: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-        return np.full(self.out_shape[0], wanted.any())
+        return np.ones(self.out_shape[0], bool)
 
     def part(self, stage: Stage, site: Site) -> Part:
         return GhostsPart(stage, site)

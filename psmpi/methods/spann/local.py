@@ -38,12 +38,16 @@ class Transfers:
 def local_network(plan: Plan, rank: int, transfers: Transfers | None = None) -> Network:
     """The network of a rank; without `transfers` nothing is computed with it."""
     made: list[Layer] = []
+    scores = plan.scores
+    classes = plan.network.classes if scores is None else scores[rank]
     for number, step in enumerate(plan.steps):
         layer, has = step.layer, (len(step.had(rank)),)
         if number and step.moves:
             halo = transfers.halo(step) if transfers is not None else None
-            made.append(Ghosts(f"{layer.name}.halo", has, (len(step.needed[rank]),), halo))
-        made.append(step.local(rank))
+            made.append(Ghosts(f"{layer.name}.halo", has, (len(step.needed[rank]),), classes, halo))
+        # A rank without units of a layer takes part in exchanges alone.
+        if len(step.own(rank)):
+            made.append(step.local(rank))
         if isinstance(step, PlacedColumns) and plan.size > 1:
             total = transfers.total(prod(layer.out_shape)) if transfers is not None else None
             made.append(Total(f"{layer.name}.total", layer.out_shape, layer.out_shape, total))

@@ -15,7 +15,8 @@ from psmpi.comm.transfers import Message, Step, Sum
 from psmpi.data import Batch, Resident
 from psmpi.methods.spann.local import Transfers, largest, local_network
 from psmpi.methods.spann.need import spann_needed
-from psmpi.methods.spann.settings import Settings, check_spann, plan_of
+from psmpi.methods.spann.plan import chains
+from psmpi.methods.spann.settings import Settings, check_spann, partitioned, plan_of, spann_notes
 from psmpi.nn.layers.chain import Tape
 from psmpi.nn.model import Model
 from psmpi.nn.objective import GRADIENT_LIMIT
@@ -23,6 +24,21 @@ from psmpi.training.context import Context
 from psmpi.training.dealt_scores import DealtScores
 from psmpi.training.descent import Descent
 from psmpi.training.method import Exactness, Method
+
+
+def shared_owners(context: Context) -> dict[str, np.ndarray]:
+    """`partitioned` as the first rank makes it, on all ranks."""
+    layers = [layer for chain in chains(context.network) for layer in chain]
+    if context.size == 1 or not layers:
+        return {}
+    sizes = [layer.units for layer in layers]
+    shared = np.empty(sum(sizes))
+    if context.rank == 0:
+        made = partitioned(context.size, context.network, context.config)
+        shared[:] = np.concatenate([made[layer.name] for layer in layers])
+    context.uncounted().bcast(shared)
+    pieces = np.split(shared.astype(np.int32), np.cumsum(sizes)[:-1])
+    return {layer.name: piece for layer, piece in zip(layers, pieces, strict=True)}
 
 
 class SpatialDomains(Method):
@@ -41,7 +57,7 @@ class SpatialDomains(Method):
 
     def __init__(self, context: Context):
         network, ops, dataset = context.network, context.ops, context.dataset
-        self.plan = plan = plan_of(context.size, network, context.config)
+        self.plan = plan = plan_of(context.size, network, context.config, shared_owners(context))
         super().__init__(context, plan.ownership(context.layout))
         shard = self.shards[self.rank]
         self.w = ops.zeros(shard.size, self.dtype)
@@ -78,7 +94,7 @@ class SpatialDomains(Method):
         self.model.reserve(most)
         self.scores.reserve(most)
 
-    check, needed = staticmethod(check_spann), staticmethod(spann_needed)
+    check, needed, notes = staticmethod(check_spann), staticmethod(spann_needed), staticmethod(spann_notes)
 
     def _declare(self) -> None:
         """Tell the state, and the account, what there is."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
@@ -201,10 +202,13 @@ class Plan:
         return Ownership((Runs.union([*first.intervals, *layout.dead.intervals]), *others))
 
 
-def make_plan(network: Network, size: int, distributed: bool) -> Plan:
+def make_plan(
+    network: Network, size: int, distributed: bool, owners_of: Mapping[str, np.ndarray] | None = None
+) -> Plan:
     """The plan of a network; distributed: the scores are dealt to ranks, else each rank has the sums of all.
 
-    UserError for layers that cannot be cut, and for too few domains or units.
+    owners_of: the rank of each unit of some sparse layers, by their names; of others neighbours are together. UserError
+    for layers that cannot be cut, and for too few domains or units.
     """
     steps: list[Placed] = []
     owners: np.ndarray | None = None
@@ -246,6 +250,8 @@ def make_plan(network: Network, size: int, distributed: bool) -> Plan:
             if alive.sum() < size:
                 raise UserError(f"{label} has {alive.sum()} units for {size} ranks: use fewer ranks")
             behind = _contiguous(alive, size)
+            if owners_of is not None and layer.name in owners_of:
+                behind = np.where(alive, owners_of[layer.name], -1).astype(np.int32)
         elif type(layer).sources is not Layer.sources or layer.inner or layer.whole_sequences:
             raise UserError(
                 f"{label} is none of the layers that --method spann cuts (slab, sparse, dense, activations, "
@@ -259,6 +265,18 @@ def make_plan(network: Network, size: int, distributed: bool) -> Plan:
         steps.append(kind(layer, size, owners, behind))
         owners = behind
     return Plan(network, size, steps)
+
+
+def chains(network: Network) -> list[list[Sparse]]:
+    """Sparse layers that follow each other, without that of the scores: what a partitioner cuts together."""
+    found: list[list[Sparse]] = [[]]
+    linear = [layer for layer in network.layers if layer.linear]
+    for layer in linear[:-1]:
+        if isinstance(layer, Sparse):
+            found[-1].append(layer)
+        elif found[-1]:
+            found.append([])
+    return [chain for chain in found if chain]
 
 
 def _alive(network: Network, layer: Layer, uses: Uses) -> np.ndarray:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import ClassVar, Literal
+
+import numpy as np
 
 from psmpi.config import Config
 from psmpi.data import Dataset
 from psmpi.errors import UserError
-from psmpi.methods.spann.plan import Plan, make_plan
+from psmpi.layout import check_mode, partition
+from psmpi.methods.spann.plan import Plan, chains, make_plan
 from psmpi.nn.network import Network
 from psmpi.optim import find_optimizer
 from psmpi.training.checks import check_first_order, check_not_partitioned
@@ -22,6 +27,11 @@ class Settings:
     table: ClassVar[str] = "spann"
     results: ClassVar[bool] = False
 
+    cut: Literal["auto", "slab", "random", "layered", "graph", "hypergraph"] = "auto"
+    """What units of sparse layers a rank has. slab: neighbours of each layer; random; layered: those that the fewest
+    values go between, layer by layer (Mt-KaHyPar); graph and hypergraph: the same over the whole network, where ranks
+    may have more of some layers than others, by METIS and by Mt-KaHyPar. auto: layered, or slab where Mt-KaHyPar is not
+    installed (pip install 'psmpi[partition]'). Layers of slabs are cut by domains."""
     scores: Literal["reduced", "distributed"] = "reduced"
     """How the layer of scores is cut. reduced: by its inputs, and every rank has the sums of all scores; distributed:
     by scores, for very many classes, and every rank gathers all of its inputs."""
@@ -30,15 +40,77 @@ class Settings:
     of all weights. Needs --clip 0, as the norm of the gradient is never known."""
 
 
-def plan_of(size: int, network: Network, config: Config) -> Plan:
-    """The network on so many ranks; UserError for one that cannot be."""
-    return make_plan(network, size, config.of(Settings).scores == "distributed")
+def plan_of(size: int, network: Network, config: Config, owners: Mapping[str, np.ndarray] | None = None) -> Plan:
+    """The network on so many ranks; UserError for one that cannot be.
+
+    owners: of units of sparse layers, as `partitioned` makes them; without them neighbours are together.
+    """
+    return make_plan(network, size, config.of(Settings).scores == "distributed", owners)
+
+
+def mode_of(network: Network, config: Config) -> str:
+    """How sparse layers are cut: nothing where there are none."""
+    mode = config.of(Settings).cut
+    if not chains(network):
+        return ""
+    if mode == "auto":
+        return "layered" if find_spec("mtkahypar") is not None else "slab"
+    return mode
+
+
+def partitioned(size: int, network: Network, config: Config) -> dict[str, np.ndarray]:
+    """The rank of each unit of sparse layers, (units,) int32 by their names; UserError where what cuts is not there."""
+    mode, found = mode_of(network, config), {}
+    for chain in chains(network) if mode and size > 1 else ():
+        owners = partition([layer.pattern for layer in chain], size, mode)
+        found.update({layer.name: of for layer, of in zip(chain, owners, strict=True)})
+    for name in found.keys() & shared_layers(network):
+        give_each(found[name], size)
+    return found
+
+
+def shared_layers(network: Network) -> set[str]:
+    """The names of layers of which each rank needs a unit: before sums over all ranks, of scores or of their units."""
+    names: set[str] = set()
+    linear = ""
+    last = [layer for layer in network.layers if layer.linear][-1]
+    for layer in network.layers:
+        if layer is last or layer.couples_units:
+            names.add(linear)
+        if layer.linear:
+            linear = layer.name
+    return names
+
+
+def give_each(owners: np.ndarray, size: int) -> None:
+    """Let each of `size` ranks have one of some units (units,) int32 at least: the last ones of who has most."""
+    counts = np.bincount(owners, minlength=size)
+    for rank in np.flatnonzero(counts == 0):
+        most = int(counts.argmax())
+        owners[np.flatnonzero(owners == most)[-1]] = rank
+        counts[most] -= 1
+        counts[rank] = 1
+
+
+def spann_notes(size: int, network: Network, config: Config) -> Iterator[str]:
+    """See `Method.notes`."""
+    if size > 1 and config.of(Settings).cut == "auto" and mode_of(network, config) == "slab":
+        yield (
+            "--cut slab, for Mt-KaHyPar, which finds parts that send each other less, is not installed: pip install "
+            "'psmpi[partition]'"
+        )
 
 
 def check_spann(size: int, network: Network, dataset: Dataset, config: Config) -> None:
     """See `Method.check`."""
     check_not_partitioned(config)
     plan_of(size, network, config)
+    cut, mode = config.of(Settings).cut, mode_of(network, config)
+    if cut != "auto" and not mode:
+        raise UserError(
+            f"--cut {cut} is of sparse layers, and --model {network.name} has none before the scores: leave it out"
+        )
+    check_mode(mode or "slab")
     check_first_order(config, "sums over all weights as one vector, which no rank has")
     if find_optimizer(config.optimization.optimizer).needs_matrices:
         raise UserError(
