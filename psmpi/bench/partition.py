@@ -15,7 +15,7 @@ from psmpi.bench.network import run_program
 from psmpi.errors import UserError
 from psmpi.layout import Pattern, measure, radix_pattern, radix_strides
 from psmpi.layout import partition as cut
-from psmpi.layout.partition import MODES
+from psmpi.layout.partitions import MODES
 from psmpi.output import Screen, check_files
 
 # Of the pruned network: hidden widths, weights that are left out, epochs of its training on the embedded digits.

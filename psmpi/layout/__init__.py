@@ -21,7 +21,7 @@ from psmpi.layout.layout import Block, Layout, Parameter, Piece, make_layout, pl
 from psmpi.layout.matrices import Matrix, hidden_weights, whole_matrices
 from psmpi.layout.moves import Move, plan_moves
 from psmpi.layout.ownership import Ownership
-from psmpi.layout.partition import check_mode, partition
+from psmpi.layout.partitions import check_mode, partition
 from psmpi.layout.pattern import PACKED, Pattern, Transposed, radix_pattern, radix_strides, random_pattern, unpack
 from psmpi.layout.roles import Roles, assign_roles, replicate
 from psmpi.layout.runs import Runs, accumulate, copy_runs, cross, restrict

@@ -10,7 +10,7 @@ from helpers.sparse_products import some_pattern
 
 from psmpi.errors import UserError
 from psmpi.layout import Pattern, partition, radix_pattern, random_pattern
-from psmpi.layout.partition import MODES, hypernets
+from psmpi.layout.partitions import MODES, hypernets
 from psmpi.layout.volume import measure, weights_of
 
 PACKAGES = {"graph": "pymetis", "hypergraph": "mtkahypar", "layered": "mtkahypar"}
@@ -120,7 +120,7 @@ def test_what_cannot_be_cut_is_an_error(monkeypatch):
     ):
         with pytest.raises(UserError, match=says):
             partition(*change)
-    from psmpi.layout.partition import _kahypar
+    from psmpi.layout.partitions import _kahypar
 
     _kahypar.cache_clear()
     for mode, package in PACKAGES.items():

@@ -17,10 +17,12 @@ import numpy as np
 
 from psmpi.errors import UserError
 from psmpi.layout.pattern import Pattern
-from psmpi.layout.volume import Owners, weights_of
+from psmpi.layout.volume import Owners, needs, weights_of
 
 # By how much the work of a part of a graph or hypergraph may be above the mean.
 EPSILON = 0.03
+# By how much more values parts of an earlier layer may need in another one, for which they are taken.
+AGAIN = 0.02
 NEEDS = "a {0} partition needs {1}, which is not installed: pip install 'psmpi[partition]', or choose slab"
 
 
@@ -101,14 +103,28 @@ def _hypergraph(layers: Sequence[Pattern], parts: int, weights: Sequence[np.ndar
 
 
 def _layered(layers: Sequence[Pattern], parts: int, weights: Sequence[np.ndarray], seed: int) -> Owners:
-    """The fewest values that go to a layer, layer by layer, each cut into equal parts, by Mt-KaHyPar."""
+    """The fewest values that go to a layer, layer by layer, each cut into equal parts, by Mt-KaHyPar.
+
+    A layer with the pattern of an earlier one takes the parts of that where they cost about as much as they did there.
+    """
     found = [_runs(weights[0], parts)]
+    known: dict[tuple[str, bytes], list[tuple[int, np.ndarray]]] = {}
     for layer, one in zip(layers[1:], weights[1:], strict=True):
-        # What is sent is of parts that are known: a neuron of each of them stands for them all.
-        nets = [[int(found[-1][net[0]]), *net[1:]] for net in _nets(layer, 0, parts)]
-        fixed = [*range(parts), *[-1] * layer.rows]
-        found.append(_cut(nets, np.concatenate([np.zeros(parts, np.int64), one]), parts, seed, fixed)[parts:])
+        before, same = found[-1], known.setdefault((layer.digest, one.tobytes()), [])
+        own = next((own for sent, own in same if _sent(layer, before, own, parts) <= (1 + AGAIN) * sent), None)
+        if own is None:
+            # What is sent is of parts that are known: a neuron of each of them stands for them all.
+            nets = [[int(before[net[0]]), *net[1:]] for net in _nets(layer, 0, parts)]
+            fixed = [*range(parts), *[-1] * layer.rows]
+            own = _cut(nets, np.concatenate([np.zeros(parts, np.int64), one]), parts, seed, fixed)[parts:]
+            same.append((_sent(layer, before, own, parts), own))
+        found.append(own)
     return found
+
+
+def _sent(layer: Pattern, before: np.ndarray, behind: np.ndarray, parts: int) -> int:
+    """The values that a layer's parts need of other parts before it."""
+    return len(needs(layer, before, behind, parts)[0])
 
 
 Mode = Callable[[Sequence[Pattern], int, Sequence[np.ndarray], int], Owners]
