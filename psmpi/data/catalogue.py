@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from psmpi.data.arrays import Header
+from psmpi.data.characters import open_characters
 from psmpi.data.cifar import open_cifar10
 from psmpi.data.digits import open_digits
 from psmpi.data.hdf5 import read_hdf5
@@ -22,7 +23,7 @@ from psmpi.data.text import CONTEXT, is_text, open_text, open_whole_text
 from psmpi.data.text import SUFFIX as TEXT
 from psmpi.errors import UserError, expanded, nearest
 
-DATASETS = ("digits", "peaks", "mnist", "cifar10", *TASKS)
+DATASETS = ("digits", "peaks", "mnist", "cifar10", "characters", *TASKS)
 
 
 def parted(name: str) -> tuple[str, str]:
@@ -38,7 +39,7 @@ def locate(name: str, data_dir: str | Path | None, tell: Callable[[str], None]) 
     name. UserError for an unknown name, and where there is no such file.
     """
     given, (name, view) = name, parted(name)
-    if name in DATASETS:
+    if name in DATASETS or parted(name)[0] in DATASETS:
         return given
     folder, first = _folder(data_dir), of_rank(name, 0)
     path, here = _locate(first, folder), expanded(first, "--dataset")
@@ -53,7 +54,7 @@ def locate(name: str, data_dir: str | Path | None, tell: Callable[[str], None]) 
 def open_dataset(
     name: str, data_dir: str | Path | None, split_seed: int = 0, context: int = CONTEXT, characters: str = ""
 ) -> Dataset:
-    """Open the data set `name`: digits (embedded), peaks (generated), mnist, cifar10, a task, or the path of a file.
+    """Open the data set `name`: digits (embedded), peaks (generated), mnist, cifar10, characters, a task, or a file.
 
     Files are .npz, .h5 or .hdf5, .svm (see psmpi.data.svmlight), or .txt: a text in windows of `context` characters,
     numbered as in `characters` if given, see psmpi.data.text. Tasks are generated, see psmpi.data.tasks: adding,
@@ -68,6 +69,8 @@ def open_dataset(
     folder, (name, suffix) = _folder(data_dir), parted(name)
     if name in TASKS:
         return open_task(name, suffix, split_seed)
+    if name == "characters" and suffix not in VIEWS:
+        return open_characters(suffix, split_seed)
     if suffix:
         _check_view(name, suffix)
         return viewed(open_dataset(name, data_dir, split_seed, context), suffix)

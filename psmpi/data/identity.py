@@ -37,9 +37,9 @@ class SplitIdentity:
 
     dtype: of sparse samples "sparse float32"; targets: of all labels (int64; of texts int8 or int16, and the characters
     behind them) or values (float64); values: of `SAMPLES` samples as they are stored, little-endian, of sparse ones
-    lengths, columns and values; most: the largest magnitude in these after scaling; seen: how many samples have
-    checksums; sums: CRC-32 of those in each of the `SUMS` parts of the split, 8 hex digits a part, or UNSEEN. Earlier
-    checkpoints have no checksums: 0, "".
+    lengths, columns and values, of generated ones what they follow from; most: the largest magnitude in these after
+    scaling; seen: how many samples have checksums; sums: CRC-32 of those in each of the `SUMS` parts of the split, 8
+    hex digits a part, or UNSEEN. Earlier checkpoints have no checksums: 0, "".
     """
 
     samples: int
@@ -111,8 +111,11 @@ def identify(dataset: Dataset, share: tuple[int, int] = (0, 1), prints: list[Pri
 def identify_split(split: Split, share: tuple[int, int] = (0, 1), prints: list[Prints] | None = None) -> SplitIdentity:
     """The identity of one split, with all checksums, or with `share` (k, of) every of-th only, from the k-th on.
 
-    Fingerprints of the samples that were read are appended to `prints`.
+    Fingerprints of the samples that were read are appended to `prints`; none of generated ones, which are not read.
     """
+    if split.source.card is not None:
+        made = hashlib.sha256(split.source.card).hexdigest()[:32]
+        return SplitIdentity(split.n, str(split.dtype), split.scale, _digest(split.targets), made, 1.0)
     count = min(SAMPLES, split.n)
     some = np.arange(count) * split.n // max(1, count)
     edges = np.arange(SUMS + 1) * split.n // SUMS

@@ -41,6 +41,10 @@ class OwnRows:
     def dtype(self) -> np.dtype[Any]:
         return self.own.dtype
 
+    @property
+    def card(self) -> bytes | None:
+        return None
+
     def _rows(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """The rows of the source of `own` that these ascending rows are."""
         found = rows - self.first
@@ -58,7 +62,8 @@ class OwnRows:
         return self.own.source.glance(count)
 
     def taken(self, rows: npt.NDArray[np.int64]) -> Compressed | None:
-        return self.own.source.taken(self._rows(rows))
+        # Of dense samples all rows may be asked about.
+        return self.own.source.taken(self._rows(rows)) if self.own.compressed is not None else None
 
     def place(self, row: int) -> str:
         return self.own.source.place(int(self._rows(np.array([row]))[0]))

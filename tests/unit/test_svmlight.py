@@ -9,7 +9,7 @@ import pytest
 import scipy.sparse
 from helpers.runs import run, trainer
 
-from psmpi.data import card, identify, open_dataset, open_split, svmtext, together
+from psmpi.data import card, differences, identify, open_dataset, open_split, svmtext, together
 from psmpi.data.identity import Identity
 from psmpi.data.split import Numbering
 from psmpi.data.svmlight import is_svmlight
@@ -249,6 +249,8 @@ def test_predicted_texts_are_numbered_as_those_that_were_trained_on(tmp_path):
         open_split(write(tmp_path, "-2 1:3\n", "new.svm"), None, "all", numbering=many)
     table = identify(open_dataset(str(tmp_path / "own.svm"), None)).table()
     assert Identity.of(table).numbering == trained and table["numbering"] == {"first": 1, "labels": [-1, 1]}
+    zero = Identity.of({**table, "numbering": {"first": 0, "labels": [-1, 1]}})
+    assert differences(Identity.of(table), zero) == ["features numbered from 1, there from 0"]
     for wrong in ({"first": 2, "labels": []}, {"first": 1, "labels": ["x"]}, {"first": 1}, 3):
         with pytest.raises((ValueError, KeyError, TypeError)):
             Identity.of({**table, "numbering": wrong})
