@@ -164,6 +164,9 @@ def test_rows_have_the_same_fingerprint_where_they_are_the_same(dtype):
     assert len(np.unique(prints)) == len(np.unique(kinds))
     assert all(len(np.unique(prints[kinds.ravel() == k])) == 1 for k in range(kinds.max() + 1))
     assert (prints[(dense == 0).all(axis=1)] == 0).all()
+    words = np.array([[1, 2], [2, 1]], np.uint32).view(np.float64).ravel()
+    turned = compressed_fingerprints(Compressed(np.arange(3), np.zeros(2, np.int32), words, 1))
+    assert turned[0] != turned[1], "the words of a value have factors of their own"
 
 
 def test_test_samples_that_are_training_samples_are_told():
