@@ -11,7 +11,7 @@ from typing import Any
 
 from psmpi.bench.network import launcher, run_program
 from psmpi.errors import UserError
-from psmpi.output import Screen, tell
+from psmpi.output import Screen, check_files, tell
 
 
 def characters(
@@ -27,6 +27,7 @@ def characters(
     max_steps: int = 0,
     options: str = "",
     limit: int = 3600,
+    plot: str = "",
     json: str = "",
 ) -> int:
     """Train networks of slabs on characters of rising resolution, by spann with steps in place.
@@ -46,11 +47,13 @@ def characters(
         max_steps: Steps at most; 0: no such limit.
         options: More options of psmpi.train, in one word: --options="--activation relu".
         limit: Seconds after which a run is ended.
+        plot: Also draw time and memory against weights into this file (.png, .pdf or .svg); needs psmpi[plot].
         json: Also write the figures into this file.
     """
     for name, value in (("ranks", ranks), ("domains", domains), ("layers", layers), ("epochs", epochs)):
         if value < 1:
             raise UserError(f"--{name} {value}: expected a whole number from 1 up")
+    check_files(plot, json=json)
     rows: list[dict[str, Any]] = []
     for side in sides:
         width = max(1, round(share * side * side / domains)) * domains
@@ -65,6 +68,8 @@ def characters(
             f"{100 * rows[-1]['accuracy']:.2f} % right"
         )
     _show(rows, ranks)
+    if plot:
+        _draw(rows, ranks, plot)
     if json:
         Path(json).write_text(jsonlib.dumps({"ranks": ranks, "domains": domains, "rows": rows}) + "\n")
     return 0
@@ -110,3 +115,21 @@ def _show(rows: list[dict[str, Any]], ranks: int) -> None:
             f"{row['seconds_per_step']:.3g}", f"{100 * row['accuracy']:.2f}",
         )  # fmt: skip
     Screen().print(table)
+
+
+def _draw(rows: list[dict[str, Any]], ranks: int, path: str) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.5), layout="constrained")
+    weights = [row["weights"] for row in rows]
+    named = (("seconds_per_step", 1.0, "seconds a step"), ("megabytes_held", 1e3, "GB held by a rank"))
+    for axes, (key, unit, label) in zip(figure.subplots(1, 2), named, strict=True):
+        axes.loglog(weights, [row[key] / unit for row in rows], "o-")
+        for row in rows:
+            words = f"{row['side']}\u00b2\n{100 * row['accuracy']:.1f} %"
+            axes.annotate(words, (row["weights"], row[key] / unit), textcoords="offset points", xytext=(6, -14))
+        axes.set_xlabel("weights")
+        axes.set_ylabel(label)
+        axes.margins(0.15)
+    figure.suptitle(f"pixels and characters right, {ranks} ranks")
+    figure.savefig(path)
