@@ -15,6 +15,7 @@ from psmpi.nn.layers.group_norm import GroupNorm
 from psmpi.nn.layers.layer_norm import LayerNorm
 from psmpi.nn.layers.linear import Linear
 from psmpi.nn.layers.recurrent import Recurrent
+from psmpi.nn.layers.slab import Slab
 from psmpi.nn.layers.sparse import Sparse
 
 
@@ -53,7 +54,7 @@ def _parameters(layers, users):
         before = _inputs(layer, users)
         own = before if isinstance(layer, GroupNorm | LayerNorm) else users
         pairs = [(p, own) for p in layer.parameters()]
-        if isinstance(layer, Recurrent | Embedding):
+        if isinstance(layer, Recurrent | Embedding | Slab):
             pairs = [(p, _of_groups(users, len(users), 1) * p.units) for p in layer.parameters()]
         if isinstance(layer, Sparse):
             pairs[0] = pairs[0][0], [users[r] for r in layer.pattern.row_numbers]
