@@ -126,7 +126,7 @@ class Resident:
         self._samples.fetch(at, out)
 
     def rows(self, ids: npt.ArrayLike) -> Compressed:
-        """The sparse samples `ids` (b,) as compressed rows, in their order; ValueError for dense ones, and as `fetch`."""
+        """The sparse samples `ids` (b,) as compressed rows, in this order; ValueError for dense ones, or as `fetch`."""
         if self.compressed is None:
             raise ValueError("these samples are dense and have no compressed rows")
         return self.compressed.take(self._positions(ids))
