@@ -70,6 +70,11 @@ def test_minibatches_are_those_of_dense_samples(make, stored, dtype):
     kept = resident.compressed
     np.testing.assert_array_equal(kept.dense(), dense[rows].astype(dtype))
     assert kept.dtype == dtype and resident.nbytes == kept.nbytes + rows.nbytes
+    np.testing.assert_array_equal(resident.rows([39, 3, 3]).dense(), dense[[39, 3, 3]].astype(dtype))
+    with pytest.raises(ValueError, match="1 ids are not resident"):
+        resident.rows([2])
+    with pytest.raises(ValueError, match="are dense"):
+        Resident(open_dataset("digits", None).train, [0], dtype, make()).rows([0])
 
 
 def test_a_split_has_its_rows_compressed_in_its_own_order():
