@@ -16,6 +16,7 @@ from psmpi.output import Screen, check_files, tell
 
 def characters(
     sides: tuple[int, ...] = (16, 32, 64, 128),
+    variations: int = 0,
     ranks: int = 2,
     domains: int = 16,
     layers: int = 2,
@@ -36,6 +37,7 @@ def characters(
 
     Args:
         sides: Pixels of a side of the images.
+        variations: Training images of each character, and half as many for tests; 0: as many as is usual.
         ranks: Ranks.
         domains: Domains of each layer.
         layers: Hidden layers.
@@ -55,9 +57,10 @@ def characters(
             raise UserError(f"--{name} {value}: expected a whole number from 1 up")
     check_files(plot, json=json)
     rows: list[dict[str, Any]] = []
+    times = f"x{variations}" if variations else ""
     for side in sides:
         width = max(1, round(share * side * side / domains)) * domains
-        words = ["--method", "spann", "--dataset", f"characters:{side}", "--model", "slabs", "--loss", "nll"]
+        words = ["--method", "spann", "--dataset", f"characters:{side}{times}", "--model", "slabs", "--loss", "nll"]
         words += ["--domains", str(domains), "--widths", *[str(width)] * layers, "--halo", str(halo)]
         words += ["--optimizer", "sgd", "--lr", str(lr), "--clip", "0", "--in-place", "--threads", "1"]
         words += ["--epochs", str(epochs), "--batch-size", str(batch_size), "--max-steps", str(max_steps)]
