@@ -16,6 +16,7 @@ from psmpi.comm.transfers import (
     Deal,
     Exchange,
     Gather,
+    Halo,
     Neighbours,
     RowExchange,
     Slices,
@@ -186,6 +187,41 @@ def neighbours(world: World, n: int) -> Move:
     return Move(made, src, dst, ("Neighbor_allgather", "Neighbor_alltoall"), calls)
 
 
+def halo(world: World, n: int) -> Move:
+    """About n values of a minibatch from every rank to each of its neighbours on a line."""
+    edge, size, rank = max(1, n // BATCH), world.size, world.rank
+    starts = [4 * edge * k for k in range(size + 1)]
+    needs = [np.arange(max(0, starts[k] - edge), min(starts[-1], starts[k + 1] + edge)) for k in range(size)]
+    made = Halo(_everyone(world), np.repeat(np.arange(size), 4 * edge), needs, DTYPE)
+    src, dst = np.zeros((4 * edge, BATCH), DTYPE), np.zeros((len(needs[rank]), BATCH), DTYPE)
+    others = [k for k in (rank - 1, rank + 1) if 0 <= k < size]
+    graph = bare(world).Create_dist_graph_adjacent(others, others)
+    out, into = (np.zeros((len(others), edge, BATCH), DTYPE) for _ in range(2))
+    own = slice(starts[rank] - int(needs[rank][0]), starts[rank + 1] - int(needs[rank][0]))
+    # Of each neighbour, the rows here that it gets, and those that come from it.
+    ends = [
+        (slice(0, edge), slice(0, edge)) if k < rank else (slice(3 * edge, None), slice(-edge, None)) for k in others
+    ]
+
+    def forth() -> None:
+        for k, (mine, _) in enumerate(ends):
+            out[k] = src[mine]
+        graph.Neighbor_alltoall(out, into)
+        dst[own] = src
+        for k, (_, theirs) in enumerate(ends):
+            dst[theirs] = into[k]
+
+    def back() -> None:
+        for k, (_, theirs) in enumerate(ends):
+            out[k] = dst[theirs]
+        graph.Neighbor_alltoall(out, into)
+        src[...] = dst[own]
+        for k, (mine, _) in enumerate(ends):
+            src[mine] += into[k]
+
+    return Move(made, src, dst, ("Neighbor_alltoall", "Neighbor_alltoall"), (forth, back))
+
+
 def subnets(world: World, n: int) -> Move:
     """Subnetworks of a network of about n elements from rank 0 to ranks that train one each."""
     comm, ranks = bare(world), range(world.size)
@@ -208,5 +244,5 @@ def _everyone(world: World) -> Group:
 
 MOVES: dict[str, Callable[[World, int], Move]] = {
     "spread": spread, "deal": deal, "sum": total, "exchange": exchange, "gather": gather, "rows": rows,
-    "slices": slices, "boundary": boundary, "neighbours": neighbours, "subnets": subnets,
+    "slices": slices, "boundary": boundary, "neighbours": neighbours, "halo": halo, "subnets": subnets,
 }  # fmt: skip

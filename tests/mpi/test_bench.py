@@ -571,7 +571,7 @@ def test_transfers_are_timed_beside_bare_calls(tmp_path):
     assert all(row["us"] > 0 and row["bare_us"] > 0 and row["bytes"] > 1000 for row in rows)
     status, _, err = launch(1, "-m", "psmpi.bench", "comm")
     assert status == 1 and "a transfer needs ranks" in err
-    status, _, err = launch(1, "-m", "psmpi.bench", "comm", "--transfers", "halo")
+    status, _, err = launch(1, "-m", "psmpi.bench", "comm", "--transfers", "ghosts")
     assert status == 1 and "expected some of spread, deal" in err
 
 
@@ -633,3 +633,22 @@ def test_passes_through_layers_are_timed_beside_the_cost_model(tmp_path):
         assert row[name]["measured"] >= least and row[name]["exact"] >= 320 and "off by %" in out
     status, _, err = launch(1, "-m", "psmpi.bench", "layers", "--ranks", "0")
     assert status == 1 and "expected numbers from 1 to 250" in err
+
+
+def test_networks_of_slabs_are_timed_on_characters(tmp_path):
+    pytest.importorskip("matplotlib")
+    options = ("--sides", "16", "24", "--variations", "2", "--domains", "4", "--epochs", "1", "--ranks", "2")
+    more = ("--json", tmp_path / "a.json", "--plot", tmp_path / "a.png")
+    status, out, err = launch(1, "-m", "psmpi.bench", "characters", *options, *more)
+    assert status == 0, err
+    found = json.loads((tmp_path / "a.json").read_text())["rows"]
+    # Two layers of half as many neurons as pixels, each seeing its domain and a halo, and scores.
+    for row, side in zip(found, (16, 24), strict=True):
+        n, width = side * side // 4, side * side // 8
+        halos = min(side, n), max(1, width // 8)
+        expected = 4 * width * (n + 2 * halos[0] + 1) + 4 * width * (width + 2 * halos[1] + 1) + 48 * (4 * width + 1)
+        assert row["weights"] == expected and row["steps"] == 2
+        assert f"{expected:,}" in out
+    assert (tmp_path / "a.png").stat().st_size > 1000
+    status, _, err = launch(1, "-m", "psmpi.bench", "characters", "--ranks", "0")
+    assert status != 0 and "--ranks 0: expected a whole number from 1 up" in err

@@ -40,7 +40,10 @@ class RowCopies:
     """
 
     def __init__(self, source: np.ndarray, target: np.ndarray):
-        self.source, self.target = (np.asarray(rows, np.int64) for rows in (source, target))
+        source, target = (np.asarray(rows, np.int64) for rows in (source, target))
+        # Whether no target is there twice.
+        self.once = len(np.unique(target)) == len(target)
+        self.source, self.target = _side_by_side(source), _side_by_side(target)
 
     def copy(self, values: np.ndarray, out: np.ndarray) -> None:
         """out[target[k]] = values[source[k]] of each k."""
@@ -48,11 +51,21 @@ class RowCopies:
 
     def add(self, values: np.ndarray, out: np.ndarray) -> None:
         """out[target[k]] += values[source[k]] of each k."""
-        np.add.at(out, self.target, values[self.source])
+        if self.once:
+            out[self.target] += values[self.source]
+        elif isinstance(self.target, np.ndarray):
+            np.add.at(out, self.target, values[self.source])
 
     @property
     def nbytes(self) -> int:
-        return int(self.source.nbytes + self.target.nbytes)
+        return sum(rows.nbytes for rows in (self.source, self.target) if isinstance(rows, np.ndarray))
+
+
+def _side_by_side(rows: np.ndarray) -> np.ndarray | slice:
+    """Row numbers, as a slice where they follow each other."""
+    if len(rows) and (np.diff(rows) == 1).all():
+        return slice(int(rows[0]), int(rows[-1]) + 1)
+    return rows
 
 
 class RowRuns(RowCopies):

@@ -48,6 +48,8 @@ class Halo(Overlapping):
                     self.out.append(Rows(user, np.searchsorted(own, units[at]), self.ops))
                 elif user == group.rank:
                     self.coming.append(Rows(source, at, self.ops))
+        # Whether this rank uses all that it has.
+        self.all = len(mine) == len(own)
         # What stays on this rank.
         self.kept, self.back = self.ops.row_copies(mine, here), self.ops.row_copies(here, mine)
 
@@ -87,7 +89,8 @@ class Halo(Overlapping):
             values, at = rows.place(dst, room, at)
             rows.pack(dst, values)
             requests.append(group.isend(values, rows.rank, tag))
-        src.fill(0)
+        if not self.all:
+            src.fill(0)
         self.back.copy(dst, src)
 
         def arrive() -> None:
