@@ -16,7 +16,8 @@ from psmpi.comm.group import Counter, Group
 from psmpi.comm.transfers import Halo, totals
 from psmpi.comm.transfers.halo import Rows
 from psmpi.errors import UserError
-from psmpi.layout import Domains
+from psmpi.layout import Domains, partition
+from psmpi.methods.spann import settings
 from psmpi.registry import find_method
 from psmpi.testing import run_ranks
 from psmpi.testing.case import Case
@@ -266,6 +267,17 @@ def test_sparse_layers_and_mixing_layers_train_as_one_process(points, tmp_path, 
     toml = sparse_toml(tmp_path / "model.toml", 5 * N)
     options = (*toml, *SGD, *points(5))
     same(parted(ranks, (*options, "--scores", scores, "--cut", cut)), train_steps(1, options), 1e-12)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_ranks_may_have_layers_of_their_own(points, tmp_path, monkeypatch, ranks):
+    """Those without units of the first ones hand gradients back to others all the same."""
+    monkeypatch.setattr(settings, "partition", lambda layers, parts, mode: partition(layers, parts, "contiguous"))
+    toml = sparse_toml(tmp_path / "model.toml", 5 * N, (12,) * 8)
+    network, _, config = Case("spann", ".", (*toml, *SGD, *points(5))).problem()
+    owners = settings.partitioned(ranks, network, config)
+    assert ranks - 1 not in owners["sparse1"] and 0 not in owners["sparse8"]
+    same(parted(ranks, (*toml, *SGD, *points(5))), train_steps(1, (*toml, *SGD, *points(5))), 1e-12)
 
 
 OTHERS = {

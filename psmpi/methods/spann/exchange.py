@@ -24,6 +24,7 @@ class Ghosts(Layer):
     halo: Halo | None = field(default=None, compare=False, repr=False)
 
     moves_gradient: ClassVar[bool] = True
+    exchanges: ClassVar[bool] = True
 
     def sources(self, uses: Uses) -> Uses:
         """All scores, for other ranks may use what this one does not."""
@@ -49,9 +50,10 @@ class GhostsPart(Part):
     def backward(
         self, x: np.ndarray, y: np.ndarray, kept: Any, dy: np.ndarray, dx: np.ndarray | None, into: Any
     ) -> np.ndarray:
-        if dx is None:
-            return dy
         assert self.layer.halo is not None
+        if dx is None:
+            # The first layer of a rank that has none of the units before, which has gradients for others all the same.
+            dx = x[:0]
         self.layer.halo.backward(dy, dx)
         return dx
 

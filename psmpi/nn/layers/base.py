@@ -78,6 +78,8 @@ class Layer:
     recurrent: ClassVar[bool] = False
     # Whether it takes sequences from their first step to the last at once, and no chunks of them.
     whole_sequences: ClassVar[bool] = False
+    # Whether passes exchange something with other ranks: backward has to come to it, weights below or not.
+    exchanges: ClassVar[bool] = False
     # Whether it goes with the layer that follows it where a network is cut.
     leads: ClassVar[bool] = False
     # Whether outputs lie in the range of the inputs.
@@ -226,8 +228,9 @@ class Stage:
 
     @property
     def weighted(self) -> bool:
-        """Whether gradients of weights are made here, or below them of what normalizes."""
-        return self.layer.linear or self.layer.couples or bool(self.layer.parameters())
+        """Whether backward has to come here: for weights, for what normalizes below them, or to exchange."""
+        layer = self.layer
+        return layer.linear or layer.couples or layer.exchanges or bool(layer.parameters())
 
 
 @dataclass(frozen=True, eq=False)
