@@ -14,6 +14,7 @@ def main(argv: list[str] | None = None) -> int:
     from psmpi.bench.compute import compute
     from psmpi.bench.decoupled import decoupled
     from psmpi.bench.head import head
+    from psmpi.bench.hogwild import hogwild
     from psmpi.bench.kernels import kernels
     from psmpi.bench.layers import layers
     from psmpi.bench.links import links
@@ -40,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     def go() -> int:
         trains = partial(with_training_options, default=defaults(words), words=words)
         commands: tuple[Callable[..., int], ...] = (
-            checkpoint, comm, compute, decoupled, head, kernels, layers, links, trains(memory), network,
+            checkpoint, comm, compute, decoupled, head, hogwild, kernels, layers, links, trains(memory), network,
             trains(optimizer), predict, private, published, trains(recorder), recurrent, trains(scale), start,
             trains(step), tensor, transformer, trunk, wavefront,
         )  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from psmpi.backend import CompiledOps, Descent, Pairs, Rows
+from psmpi.backend import CompiledOps, Descent, Pairs, Room, Rows
 from psmpi.backend.compiled.shared import lock_bytes, make_lock
 from psmpi.comm.watch.flight import bare
 from psmpi.comm.windows import windows_of
@@ -18,12 +18,12 @@ from psmpi.comm.world import start
 from psmpi.data.planted import distinct
 
 LOCKS = ("ticket", "mutex", "mpi")
-WAYS = ("raw", "atomic", *LOCKS, "cyclades")
+WAYS = ("raw", "atomic", "blocks", *LOCKS, "cyclades")
 # Between locks and all else.
 LINE = 64
 # Updates under MPI's lock, a call of Python each, for one of other ways; samples of a minibatch whose components are
 # dealt.
-SLOWER, MINIBATCH = 20, 1000
+SLOWER, MINIBATCH, BLOCK = 20, 1000, 4000
 
 
 class Task(NamedTuple):
@@ -43,13 +43,15 @@ class Shared:
     """Arrays that all ranks of the host share, made by rank 0."""
 
     def __init__(self, world: Any):
-        self.world, self.windows, self.held = world, windows_of(world), []
+        self.world, self.windows = world, windows_of(world)
+        self.held: list[Any] = []
 
     def array(self, shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
         kind = np.dtype(dtype)
         memory = self.windows.memory(int(np.prod(shape)) * kind.itemsize)
         self.held.append(memory)
-        return memory.bytes.view(kind).reshape(shape)
+        found: np.ndarray = memory.bytes.view(kind).reshape(shape)
+        return found
 
     def put(self, made: np.ndarray | None, shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
         """The array that rank 0 has, on all."""
@@ -88,6 +90,8 @@ def sparse_task(shared: Shared, ops: CompiledOps, samples: int, features: int, e
     w, how = shared.array(features, np.float32), Descent(lr)
 
     def step(order: np.ndarray, atomic: bool, lock: Any) -> float:
+        if isinstance(lock, Room):
+            return ops.sparse_blocks(order, rows, w, None, how, atomic, BLOCK, lock)
         return ops.sparse_steps(order, rows, w, None, how, atomic, lock)
 
     def score() -> tuple[float, float]:
@@ -139,6 +143,7 @@ class Meter:
             for kind in ("ticket", "mutex"):
                 make_lock(kind, self.rooms[kind])
         self.window = self._window()
+        self.room = Room.of(task.features, np.dtype(np.float32))
         self.seen = np.full(task.features, -1, np.int32)
         self.components: list[int] = []
         shared.barrier()
@@ -152,6 +157,8 @@ class Meter:
         """Make the updates of the samples `order`, of this rank alone; of cyclades those of its components."""
         if way in ("raw", "atomic"):
             self.task.step(order, way == "atomic", None)
+        elif way == "blocks":
+            self.task.step(order, False, self.room)
         elif way == "mpi":
             from mpi4py import MPI
 
@@ -166,9 +173,7 @@ class Meter:
         """Make the updates of `order` in minibatches whose components are dealt to the workers."""
         for at in range(0, len(order), MINIBATCH):
             some = order[at : at + MINIBATCH]
-            owner, count, _ = self.ops.deal_components(
-                some, self.task.starts, self.task.columns, workers, self.seen
-            )
+            owner, count, _ = self.ops.deal_components(some, self.task.starts, self.task.columns, workers, self.seen)
             self.components.append(count)
             self.task.step(some[owner == self.rank], False, None)
             if workers > 1:
@@ -177,7 +182,7 @@ class Meter:
     def rate(self, way: str, workers: int, order: np.ndarray) -> float:
         """Updates a second of the first ranks as workers, on `order` in equal parts."""
         if way == "mpi":
-            order = order[:: SLOWER]
+            order = order[::SLOWER]
         self.shared.barrier()
         begun = time.perf_counter()
         if self.rank < workers:
@@ -185,10 +190,11 @@ class Meter:
                 self.deal(order, workers)
             else:
                 self.make(way, np.ascontiguousarray(order[self.rank :: workers]))
-        seconds = np.array([time.perf_counter() - begun if self.rank < workers else 0.0])
-        longest = np.empty(self.world.size)
-        self.world.Allgather(seconds, longest)
-        return len(order) / float(longest.max())
+        # The clock of all processes of a host.
+        times = np.array([begun, time.perf_counter()])
+        everyone = np.empty((self.world.size, 2))
+        self.world.Allgather(times, everyone)
+        return len(order) / float(everyone[:workers, 1].max() - everyone[:workers, 0].min())
 
     def lost(self, order: np.ndarray) -> dict[str, float]:
         """The shares of increments by plain stores that are lost: of the rows' columns, and of 16 numbers."""
@@ -233,26 +239,30 @@ def main(options: dict[str, Any]) -> dict[str, Any]:
     begin = task.w.copy()
     shared.barrier()
     meter = Meter(shared, ops, task)
-    ways = [way for way in WAYS if way not in LOCKS or options["task"] == "sparse"]
-    order = np.random.default_rng(1).permutation(task.samples)
+    ways = [way for way in WAYS if options["task"] == "sparse" or way in ("raw", "atomic", "cyclades")]
+    rng = np.random.default_rng(1)
+    order = np.concatenate([rng.permutation(task.samples) for _ in range(-(-options["updates"] // task.samples))])
     numbers = list(dict.fromkeys((1, world.size)))
     rates: dict[str, list[float]] = {f"{way} {workers}": [] for way in ways for workers in numbers}
     for number in range(options["rounds"] + 1):
-        for name, found in rates.items():
+        for name, measured in rates.items():
             way, workers = name.split()
-            if way == "cyclades" and world.size > 1 and workers == "1" and world.rank > 0:
-                pass
             rate = meter.rate(way, int(workers), order[: options["updates"]])
             # The first round touches all memory.
             if number:
-                found.append(rate)
+                measured.append(rate)
     scores = {
         f"{way} {workers}": meter.train(way, workers, options["epochs"], begin)
         for way in ways
         for workers in numbers
         if way not in LOCKS and options["epochs"]
     }
-    found = {"rates": rates, "scores": scores, "components": float(np.mean(meter.components)), "ranks": world.size}
+    found = {
+        "rates": rates,
+        "scores": scores,
+        "components": float(np.mean(meter.components or [0])),
+        "ranks": world.size,
+    }
     if world.size > 1 and options["task"] == "sparse":
         found["lost"] = meter.lost(order)
     shared.barrier()

@@ -122,6 +122,13 @@ def test_four_ranks_end_as_one_does_on_sparse_samples(train, kind):
     assert found <= 1.01 * best
 
 
+@pytest.mark.parametrize("kind", ["raw", "accumulate", "server"])
+def test_blocks_of_samples_end_as_one_rank_does(train, kind):
+    w, samples, _ = serial(LINEAR, 10)
+    found = train(4, "--method", "hogwild", "--updates", kind, "--update-samples", "20", *LINEAR)
+    assert loss_of(weights_of(found), samples) <= 1.01 * loss_of(w, samples)
+
+
 @needs_kernels
 @pytest.mark.parametrize("model", ["unbiased", "biased", "mlp"])
 def test_components_make_the_weights_of_one_rank_to_the_bit(train, tmp_path, model):
@@ -254,7 +261,7 @@ def test_ranks_of_several_hosts_use_windows(tmp_path, monkeypatch):
 
 @needs_kernels
 @pytest.mark.parametrize(
-    ("options", "kind"), [(MLP, "atomic"), (LINEAR[:6], "raw"), ((*LINEAR[:6], "--update-samples", "5"), "atomic")]
+    ("options", "kind"), [(MLP, "atomic"), (LINEAR[:6], "raw"), ((*LINEAR[:6], "--update-samples", "5"), "raw")]
 )
 def test_auto_says_what_it_takes_and_why(tmp_path, options, kind):
     status, out, err = run(

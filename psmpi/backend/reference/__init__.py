@@ -6,7 +6,7 @@ from psmpi.backend.reference.losses import exponent_of
 from psmpi.backend.reference.moves import CompressedSamples, Mirror, RunCopies, Samples
 from psmpi.backend.reference.ops import NumpyOps
 from psmpi.backend.reference.recurrence import CELLS, Recurrence
-from psmpi.backend.reference.shared import SLOPES, Descent, Pairs, Rows
+from psmpi.backend.reference.shared import SLOPES, Descent, Pairs, Room, Rows
 
 __all__ = [
     "CELLS",
@@ -20,6 +20,7 @@ __all__ = [
     "NumpyOps",
     "Pairs",
     "Recurrence",
+    "Room",
     "Rows",
     "RunCopies",
     "Samples",

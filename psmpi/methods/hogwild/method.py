@@ -63,7 +63,7 @@ class Hogwild(Method):
         self.s, self.size = context.settings(Settings), context.size
         self.group, self.aside = context.group(), context.uncounted()
         everything = Runs(((0, self.layout.size),))
-        self.sparse = is_sparse(context.network, context.dataset, context.config, self.s.update_samples)
+        self.sparse = is_sparse(context.network, context.dataset, context.config)
         windows = self._choose()
         self.store = self._store(windows, everything)
         self.turns = self._turns(windows)
@@ -138,7 +138,7 @@ class Hogwild(Method):
 
     def _updates(self, everything: Runs) -> NetworkUpdates | SparseUpdates:
         if self.sparse:
-            return SparseUpdates(self.context, self.worker, self.store)
+            return SparseUpdates(self.context, self.worker, self.store, self.s.update_samples)
         return NetworkUpdates(self.context, self.worker, self.store, self.g, everything, self.s.update_samples)
 
     def _declare(self, everything: Runs) -> None:
@@ -209,7 +209,7 @@ class Hogwild(Method):
     def step(self, batch: Batch, lr: float) -> None:
         if self.kind == "cyclades" and isinstance(self.updates, SparseUpdates):
             owner, _, _ = self.updates.deal(batch.ids, self.size)
-            self.loss_sum += self.updates.run(batch.ids[owner == self.rank], lr)
+            self.loss_sum += self.updates.one_by_one(batch.ids[owner == self.rank], lr)
             self.store.settle()
             return
         turn = int(self.scalars["steps"])

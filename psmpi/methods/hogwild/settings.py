@@ -40,7 +40,8 @@ class Settings:
     hand_out: Literal["turns", "tickets"] = "turns"
     """Who takes a minibatch: the ranks in turn, or whoever comes first (by a counter in a window)."""
     update_samples: Annotated[int, Least(0)] = 0
-    """Samples of an update; 0: one of sparse samples of a linear model or of ratings, else the whole minibatch."""
+    """Samples of an update; 0: the whole minibatch, but one of sparse samples of a linear model in shared memory. More
+    of these are stepped on a copy of their weights, which keeps caches of processors apart."""
     flush_every: Annotated[int, Least(1)] = 1
     """Minibatches after which a rank waits until its additions to MPI windows are there."""
 
