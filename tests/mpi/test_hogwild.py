@@ -1,6 +1,7 @@
 """Hogwild: alone it is serial descent to the bit, in components too; on several ranks it ends as well as that."""
 
 import json
+from itertools import combinations
 from unittest import mock
 
 import numpy as np
@@ -10,10 +11,12 @@ from helpers.runs import run
 from psmpi.backend import Descent, NumpyOps, Rows, compiled, make_backend
 from psmpi.data import Batch
 from psmpi.errors import UserError
+from psmpi.methods.hogwild.elements import of_pairs
 from psmpi.methods.hogwild.method import Hogwild
 from psmpi.methods.hogwild.server import ServerStore
 from psmpi.methods.hogwild.sparsity import of_rows
 from psmpi.methods.hogwild.stores import WindowStore
+from psmpi.nn.network import build
 from psmpi.testing.conformance import CHECKS, Case, tensors
 from psmpi.testing.windows import ThreadSharded, ThreadWindows
 from psmpi.testing.world import run_ranks
@@ -370,3 +373,75 @@ def test_resumed_on_one_rank_it_goes_on_to_the_bit(train, tmp_path):
     train(1, *options, "--max-steps", "40", "--resume", "auto", out=tmp_path / "part")
     first, second = whole.tensors(), tensors(max((part.out / "checkpoints").glob("step-*.h5")))
     assert first.keys() == second.keys() and all(np.array_equal(first[k], second[k]) for k in first)
+
+
+PAIRS = ("--dataset", "digits", "--model", "psnet", "--loss", "logistic", "--elements", *PLAIN, "--clip", "0")
+
+
+@pytest.mark.parametrize("loss", ["psl", "logistic"])
+def test_updates_of_elements_are_the_gradient_and_of_two_classes_each(loss):
+    """Made at the same weights, those of all pairs add up to the gradient of the minibatch, by finite sums alone."""
+    network, dataset, config = problem(*PAIRS, "--loss", loss)
+    batches, _, _ = plan_steps(dataset, config)
+
+    def work(world):
+        method = Hogwild(Context(world, network, dataset, config, NumpyOps()))
+        ids, w = batches.ids(0, 0), method.store.w
+        expected = method.worker.element_losses(Batch(ids), Batch(ids))
+        whole, found, updates = method.g.copy(), np.zeros_like(w), []
+
+        def keep(part, g, factor):
+            change = np.zeros_like(w)
+            at = 0
+            for start, stop in part.intervals:
+                change[start:stop] = g[at : at + stop - start]
+                at += stop - start
+            found[...] += change
+            updates.append(np.flatnonzero(change))
+
+        method.updates._add = keep
+        total = method.updates.run(ids, 1.0)
+        return total / len(ids), expected, found, whole, updates, method.updates.parts
+
+    ((total, expected, found, whole, updates, parts),) = run_ranks(1, work)
+    assert total == pytest.approx(expected, rel=1e-12)
+    assert np.abs(found - whole).max() <= 1e-12 * np.abs(whole).max()
+    assert len(updates) == len(parts) == 45
+    for places, part in zip(updates, parts, strict=True):
+        inside = np.zeros(whole.size, bool)
+        for start, stop in part.intervals:
+            inside[start:stop] = True
+        assert inside[places].all() and not inside.all()
+
+
+def test_pairs_without_shared_weights_meet_where_they_have_a_class_in_common():
+    tables = [{"type": "flatten"}, {"type": "dense", "units": 10}]
+    layout = build("rows", (1, 8, 8), tables, 10).layout()
+    found = of_pairs(layout, list(combinations(range(10), 2)))
+    assert found.omega == 2 * 65 and found.sampled == 0
+    # A class is of 9 of the 45 pairs; two classes of 17.
+    assert found.delta == 9 / 45 and found.rho == 17 / 45
+
+
+@pytest.mark.parametrize("kind", ["raw", "accumulate", "server"])
+def test_elements_train_as_whole_minibatches_do(train, kind):
+    options = (*PAIRS, "--lr", "0.3", "--epochs", "8", "--clip", "1")
+    found = train(3, "--method", "hogwild", "--updates", kind, *options)
+    alone = train(1, "--method", "hogwild", *options)
+    assert "Omega 1,056, Delta 1, rho 1" in " ".join(found.stdout.split())
+    assert found.rows[-1]["test_accuracy"] >= alone.rows[-1]["test_accuracy"] - 0.05
+    assert alone.rows[-1]["test_accuracy"] > 0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--loss", "nll"), "--elements needs a loss that is a sum over pairs"),
+        (("--optimizer", "adam"), "--elements steps elements by themselves"),
+        (("--update-samples", "5"), "--elements makes updates of pairs of classes"),
+        (("--dataset", "adding", "--model", "lstm", "--loss", "squared"), "--elements is for classes"),
+    ],
+)
+def test_elements_that_cannot_be_are_refused(tmp_path, options, told):
+    status, _, err = run(2, "-m", "psmpi.train", "--method", "hogwild", *PAIRS, *options, "--out", tmp_path / "run")
+    assert status == 1 and told in " ".join(err.split())

@@ -19,6 +19,7 @@ from psmpi.data import Batch, Dataset
 from psmpi.errors import UserError
 from psmpi.layout import Runs, TableRows, replicate
 from psmpi.methods.hogwild.clocks import Tickets, Turns
+from psmpi.methods.hogwild.elements import ElementUpdates
 from psmpi.methods.hogwild.server import ServerStore
 from psmpi.methods.hogwild.settings import SHARED, USUAL_STALENESS, Settings, check_hogwild, hogwild_warnings
 from psmpi.methods.hogwild.sparse import SparseUpdates, is_sparse
@@ -63,7 +64,9 @@ class Hogwild(Method):
         self.s, self.size = context.settings(Settings), context.size
         self.group, self.aside = context.group(), context.uncounted()
         everything = Runs(((0, self.layout.size),))
-        self.sparse = is_sparse(context.network, context.dataset, context.config)
+        self.sparse = not context.settings(Settings).elements and is_sparse(
+            context.network, context.dataset, context.config
+        )
         windows = self._choose()
         self.store = self._store(windows, everything)
         self.turns = self._turns(windows)
@@ -136,7 +139,11 @@ class Hogwild(Method):
         counters = None if windows is None or self.bound is None else windows.counters(self.size)
         return Turns(self.rank, self.size, self.bound, counters, self.context.world)
 
-    def _updates(self, everything: Runs) -> NetworkUpdates | SparseUpdates:
+    def _updates(self, everything: Runs) -> NetworkUpdates | SparseUpdates | ElementUpdates:
+        if self.s.elements:
+            made = ElementUpdates(self.context, self.worker, self.store)
+            self.account.include(made.memory)
+            return made
         if self.sparse:
             return SparseUpdates(self.context, self.worker, self.store, self.s.update_samples)
         return NetworkUpdates(self.context, self.worker, self.store, self.g, everything, self.s.update_samples)
@@ -271,7 +278,7 @@ class Hogwild(Method):
             return []
         if self.s.hand_out == "tickets":
             return None
-        if isinstance(self.updates, SparseUpdates):
+        if not isinstance(self.updates, NetworkUpdates):
             return None
         worker, updates = step % self.turns.size, self.updates.count(batch)
         if isinstance(self.store, ServerStore):
