@@ -30,8 +30,8 @@ class Options:
     checkpoint: Positional[Annotated[str, arg(metavar="CHECKPOINT")]]
     """Checkpoint file, or a run directory for its newest one."""
     dataset: str = ""
-    """digits, peaks, mnist, cifar10, or an .npz or .h5 file with x and perhaps y, or a .txt file of characters that
-    were trained on; that of the training if not given."""
+    """digits, peaks, mnist, cifar10, or an .npz or .h5 file with x and perhaps y, a .svm file, or a .txt file of
+    characters that were trained on; that of the training if not given."""
     data_dir: str = ""
     """Folder that holds the data set's files; the one of the training if not given."""
     split: Literal["test", "train", "all"] = "test"
@@ -219,7 +219,7 @@ def _predict(world: Any, control: Any, options: Options) -> None:
     from psmpi.backend import make_backend
     from psmpi.comm.world import host, local_rank
     from psmpi.config import from_toml
-    from psmpi.data import open_split
+    from psmpi.data import Identity, open_split
     from psmpi.errors import UserError
     from psmpi.nn.metric import TOP
     from psmpi.nn.sequences import stretch
@@ -232,9 +232,8 @@ def _predict(world: Any, control: Any, options: Options) -> None:
     trained = from_toml(contents.config, str(path), foreign=True)
     model = trained.model
     seed, context, characters = trained.data.split_seed, trained.data.context, contents.characters
-    split = open_split(
-        options.dataset, options.data_dir, options.split, seed, context, characters=characters, predicted=True
-    )
+    numbering = Identity.of(contents.data).numbering if contents.data else None
+    split = open_split(options.dataset, options.data_dir, options.split, seed, context, characters, True, numbering)
     _check_data(world, control, options, contents, split)
     network = make_network(
         model.model,

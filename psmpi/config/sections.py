@@ -36,12 +36,14 @@ class Data:
     """What is learnt from, and in which order."""
 
     dataset: str = "digits"
-    """digits (embedded), peaks (generated: points in a plane), mnist, cifar10, or the path of an .npz or .h5 file with
-    x and y: integers are classes, floating point numbers the values of a regression. With an array lengths in the file
-    samples are sequences (samples, steps, features), or tokens (samples, steps); NAME:rows and NAME:pixels make
-    sequences of images. A .txt file is a text, whose characters are predicted one by one. Generated tasks of sequences:
-    adding, copying, repeat_copy, modular_addition, or with a size copying:100. Others: sparse (two classes) and ratings
-    (the values of a matrix), or with so many features, or rows, sparse:5000."""
+    """digits (embedded), peaks (generated: points in a plane), mnist, cifar10, characters (drawn: images of 48, 16
+    pixels wide, or as many as characters:32 says), or the path of an .npz or .h5 file with x and y: integers are
+    classes, floating point numbers the values of a regression. With an array lengths in the file samples are sequences
+    (samples, steps, features), or tokens (samples, steps); NAME:rows and NAME:pixels make sequences of images. A .svm
+    or .libsvm file has sparse samples, index:value, test samples in FILE.svm.t. A .txt file is a text, whose characters
+    are predicted one by one. Generated tasks of sequences: adding, copying, repeat_copy, modular_addition, or with a
+    size copying:100. Others: sparse (two classes) and ratings (the values of a matrix), or with so many features, or
+    rows, sparse:5000."""
     context: Annotated[int, Least(1)] = CONTEXT
     """Characters of a window of a text, each of which is to be predicted from those before it in its window."""
     data_dir: str = "data"

@@ -29,6 +29,7 @@ class Blank:
 
     n: int
     dtype: np.dtype[Any]
+    card = None
 
     def read_into(self, rows: Any, where: Any, out: np.ndarray) -> None:
         """Leave `out` as it is, where it is large: memory that was never written is zeros, and stays unused."""

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from psmpi.data.arrays import Header
+from psmpi.data.characters import open_characters
 from psmpi.data.cifar import open_cifar10
 from psmpi.data.digits import open_digits
 from psmpi.data.hdf5 import read_hdf5
@@ -15,13 +16,14 @@ from psmpi.data.own import SUFFIXES, build, build_all
 from psmpi.data.peaks import open_peaks
 from psmpi.data.private import RANK, of_rank
 from psmpi.data.sequences import VIEWS, viewed, viewed_split
-from psmpi.data.split import Dataset, Split
+from psmpi.data.split import Dataset, Numbering, Split
+from psmpi.data.svmlight import SVM, is_svmlight, open_svmlight, open_whole_svmlight
 from psmpi.data.tasks import TASKS, open_task
 from psmpi.data.text import CONTEXT, is_text, open_text, open_whole_text
 from psmpi.data.text import SUFFIX as TEXT
 from psmpi.errors import UserError, expanded, nearest
 
-DATASETS = ("digits", "peaks", "mnist", "cifar10", *TASKS)
+DATASETS = ("digits", "peaks", "mnist", "cifar10", "characters", *TASKS)
 
 
 def parted(name: str) -> tuple[str, str]:
@@ -37,7 +39,7 @@ def locate(name: str, data_dir: str | Path | None, tell: Callable[[str], None]) 
     name. UserError for an unknown name, and where there is no such file.
     """
     given, (name, view) = name, parted(name)
-    if name in DATASETS:
+    if name in DATASETS or parted(name)[0] in DATASETS:
         return given
     folder, first = _folder(data_dir), of_rank(name, 0)
     path, here = _locate(first, folder), expanded(first, "--dataset")
@@ -52,14 +54,14 @@ def locate(name: str, data_dir: str | Path | None, tell: Callable[[str], None]) 
 def open_dataset(
     name: str, data_dir: str | Path | None, split_seed: int = 0, context: int = CONTEXT, characters: str = ""
 ) -> Dataset:
-    """Open the data set `name`: digits (embedded), peaks (generated), mnist, cifar10, a task, or the path of a file.
+    """Open the data set `name`: digits (embedded), peaks (generated), mnist, cifar10, characters, a task, or a file.
 
-    Files are .npz, .h5 or .hdf5, or .txt: a text in windows of `context` characters, numbered as in `characters` if
-    given, see psmpi.data.text. Tasks are generated, see psmpi.data.tasks: adding, copying, repeat_copy,
-    modular_addition, sparse, ratings, or with a size adding:100. With :rows or :pixels behind its name images are
-    sequences, see psmpi.data.sequences. A relative path is looked up in `data_dir` first, if given, and then in the
-    current directory. The test samples of a file without any are a fifth of each class (of all samples in a
-    regression), drawn with
+    Files are .npz, .h5 or .hdf5, .svm (see psmpi.data.svmlight), or .txt: a text in windows of `context` characters,
+    numbered as in `characters` if given, see psmpi.data.text. Tasks are generated, see psmpi.data.tasks: adding,
+    copying, repeat_copy, modular_addition, sparse, ratings, or with a size adding:100. With :rows or :pixels behind its
+    name images are sequences, see psmpi.data.sequences. A relative path is looked up in `data_dir` first, if
+    given, and then in the current directory. The test samples of a file without any are a fifth of each class (of all
+    samples in a regression), drawn with
     `split_seed`, or with -1 every fifth sample, and of a text its last tenth. Reads the labels and checks the headers
     and sizes of all files, but reads no samples; reads a text whole. Raises UserError for an unknown name, for missing
     files and for files of the wrong format, size or content.
@@ -67,6 +69,8 @@ def open_dataset(
     folder, (name, suffix) = _folder(data_dir), parted(name)
     if name in TASKS:
         return open_task(name, suffix, split_seed)
+    if name == "characters" and suffix not in VIEWS:
+        return open_characters(suffix, split_seed)
     if suffix:
         _check_view(name, suffix)
         return viewed(open_dataset(name, data_dir, split_seed, context), suffix)
@@ -80,6 +84,8 @@ def open_dataset(
         return open_cifar10(folder)
     if is_text(name):
         return open_text(name, _locate(name, folder), context, characters)
+    if is_svmlight(name):
+        return open_svmlight(name, _locate(name, folder), split_seed)
     path, keys, headers = _read_own(name, folder)
     return build(name, path, keys, headers, split_seed)
 
@@ -92,10 +98,11 @@ def open_split(
     context: int = CONTEXT,
     characters: str = "",
     predicted: bool = False,
+    numbering: Numbering | None = None,
 ) -> Split:
     """The `train` or `test` samples of a data set, or `all` the samples x of a file, labelled or not (then -1).
 
-    context, characters: see `open_dataset`.
+    context, characters: see `open_dataset`. numbering: of a text of sparse samples that belongs to another one.
 
     predicted: whether they are to be predicted, so that errors can say how to do without targets. Raises UserError as
     open_dataset does.
@@ -108,7 +115,12 @@ def open_split(
         return viewed_split(open_split(base, data_dir, split, split_seed, context, predicted=predicted), view, base)
     if is_text(base) and split == "all":
         return open_whole_text(_locate(name, _folder(data_dir)), context, characters)
-    if base in DATASETS or is_text(base):
+    if is_svmlight(base):
+        path = _locate(base, _folder(data_dir))
+        if split == "all":
+            return open_whole_svmlight(path, numbering)
+        dataset = open_svmlight(base, path, split_seed, numbering, predicted)
+    elif base in DATASETS or is_text(base):
         dataset = open_dataset(name, data_dir, split_seed, context, characters)
     else:
         own = _read_own(name, _folder(data_dir))
@@ -133,12 +145,12 @@ def _folder(data_dir: str | Path | None) -> Path | None:
 
 
 def _locate(name: str, folder: Path | None) -> Path:
-    if Path(name).suffix.lower() not in (*SUFFIXES, TEXT):
+    if Path(name).suffix.lower() not in (*SUFFIXES, TEXT) and not is_svmlight(name):
         meant = nearest(name, DATASETS)
         hint = f"did you mean {meant}? Choose" if meant else "choose"
         raise UserError(
             f"unknown data set {name!r}; {hint} one of {', '.join(DATASETS)}, or the path of a file that ends in "
-            f"{', '.join((*SUFFIXES, TEXT))}"
+            f"{', '.join((*SUFFIXES, TEXT, *SVM))}"
         )
     places = [expanded(name, "--dataset")]
     if folder is not None and not places[0].is_absolute():

@@ -158,10 +158,14 @@ def _in_order(
 
 @dataclass(frozen=True, eq=False)
 class CompressedRows(InPieces):
-    """Rows of compressed samples, which are in memory; dense ones are made some at a time."""
+    """Rows of compressed samples, which are in memory; dense ones are made some at a time.
+
+    path: the file that they are of; numbers: (n,) of each row in there, None: they are in this order.
+    """
 
     matrix: Compressed
     path: str = "the data set"
+    numbers: Rows | None = None
 
     @property
     def n(self) -> int:
@@ -184,3 +188,10 @@ class CompressedRows(InPieces):
 
     def taken(self, rows: Rows) -> Compressed:
         return self.matrix.take(rows)
+
+    def place(self, row: int) -> str:
+        return f"{self.path}: sample {row if self.numbers is None else int(self.numbers[row])}"
+
+    def apart(self, rows: Rows) -> CompressedRows:
+        """A source of these rows alone, which has copies of them."""
+        return CompressedRows(self.matrix.take(rows), self.path, rows if self.numbers is None else self.numbers[rows])

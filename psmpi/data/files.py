@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import lzma
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -31,7 +32,7 @@ def reading(path: Path) -> Iterator[None]:
         yield
     # BadGzipFile is an OSError, so this clause has to come first.
     # NotImplementedError: what zip files say that they need, and zipfile has not.
-    except (gzip.BadGzipFile, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+    except (gzip.BadGzipFile, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError) as error:
         raise UserError(
             f"{path}: the file is damaged, truncated or not of the format its name promises ({error}); "
             "fetch or write it again"

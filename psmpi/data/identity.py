@@ -16,7 +16,7 @@ import numpy as np
 
 from psmpi.data.compressed import Compressed
 from psmpi.data.copies import Prints, compressed_fingerprints, fingerprints
-from psmpi.data.split import Dataset, Rows, Split
+from psmpi.data.split import Dataset, Numbering, Rows, Split
 from psmpi.errors import UserError, counted
 
 # Samples of a split whose values have a digest and a largest magnitude, from all over it.
@@ -37,9 +37,9 @@ class SplitIdentity:
 
     dtype: of sparse samples "sparse float32"; targets: of all labels (int64; of texts int8 or int16, and the characters
     behind them) or values (float64); values: of `SAMPLES` samples as they are stored, little-endian, of sparse ones
-    lengths, columns and values; most: the largest magnitude in these after scaling; seen: how many samples have
-    checksums; sums: CRC-32 of those in each of the `SUMS` parts of the split, 8 hex digits a part, or UNSEEN. Earlier
-    checkpoints have no checksums: 0, "".
+    lengths, columns and values, of generated ones what they follow from; most: the largest magnitude in these after
+    scaling; seen: how many samples have checksums; sums: CRC-32 of those in each of the `SUMS` parts of the split, 8
+    hex digits a part, or UNSEEN. Earlier checkpoints have no checksums: 0, "".
     """
 
     samples: int
@@ -54,19 +54,25 @@ class SplitIdentity:
 
 @dataclass(frozen=True)
 class Identity:
-    """A data set: shape of a sample, task, classes or values of a sample, and the splits train and test."""
+    """A data set: shape of a sample, task, classes or values of a sample, the splits train and test, and numbering.
+
+    numbering: see `Split`.
+    """
 
     shape: tuple[int, ...]
     task: str
     outputs: int
     train: SplitIdentity
     test: SplitIdentity
+    numbering: Numbering | None = None
 
     def table(self) -> dict[str, Any]:
         """The identity as plain data, for a checkpoint."""
         table = asdict(self)
         # Apart, where readers of earlier versions pass over them.
         sums = {name: {key: table[name].pop(key) for key in ("seen", "sums")} for name in ("train", "test")}
+        if table.pop("numbering") is not None and self.numbering is not None:
+            table["numbering"] = {"first": self.numbering.first, "labels": list(self.numbering.labels)}
         return {**table, "sums": sums}
 
     @staticmethod
@@ -82,7 +88,13 @@ class Identity:
                 raise ValueError(f"data, sums, {name}")
             splits[name] = SplitIdentity(**found, **sums)
         shape = tuple(int(size) for size in table["shape"])
-        return Identity(shape, str(table["task"]), int(table["outputs"]), **splits)
+        numbering = None
+        if "numbering" in table:
+            first, labels = table["numbering"]["first"], tuple(table["numbering"]["labels"])
+            if first not in (0, 1) or len(labels) > 2 or not all(isinstance(label, int) for label in labels):
+                raise ValueError("data, numbering")
+            numbering = Numbering(first, labels, shape[0])
+        return Identity(shape, str(table["task"]), int(table["outputs"]), **splits, numbering=numbering)
 
 
 KINDS: dict[str, Any] = {
@@ -93,14 +105,17 @@ KINDS: dict[str, Any] = {
 def identify(dataset: Dataset, share: tuple[int, int] = (0, 1), prints: list[Prints] | None = None) -> Identity:
     """The identity of a data set; share, prints: see `identify_split`, of the training and then of the test samples."""
     train, test = (identify_split(split, share, prints) for split in (dataset.train, dataset.test))
-    return Identity(tuple(dataset.shape), dataset.task, dataset.outputs, train, test)
+    return Identity(tuple(dataset.shape), dataset.task, dataset.outputs, train, test, dataset.train.numbering)
 
 
 def identify_split(split: Split, share: tuple[int, int] = (0, 1), prints: list[Prints] | None = None) -> SplitIdentity:
     """The identity of one split, with all checksums, or with `share` (k, of) every of-th only, from the k-th on.
 
-    Fingerprints of the samples that were read are appended to `prints`.
+    Fingerprints of the samples that were read are appended to `prints`; none of generated ones, which are not read.
     """
+    if split.source.card is not None:
+        made = hashlib.sha256(split.source.card).hexdigest()[:32]
+        return SplitIdentity(split.n, str(split.dtype), split.scale, _digest(split.targets), made, 1.0)
     count = min(SAMPLES, split.n)
     some = np.arange(count) * split.n // max(1, count)
     edges = np.arange(SUMS + 1) * split.n // SUMS
@@ -204,10 +219,20 @@ def differences(one: Identity, other: Identity) -> list[str]:
         ("values a sample" if one.task == "regression" else "classes", one.outputs, other.outputs),
     )
     found += [f"{what} {here}, there {there}" for what, here, there in pairs if here != there]
+    if one.numbering is not None and other.numbering is not None:
+        (first, labels, _), (other_first, others, _) = one.numbering, other.numbering
+        if first != other_first:
+            found.append(f"features numbered from {first}, there from {other_first}")
+        if labels != others:
+            found.append(f"the labels {_labels(labels)}, there {_labels(others)}")
     targets = "values" if one.task == "regression" else "labels"
     for kind, a, b in (("training", one.train, other.train), ("test", one.test, other.test)):
         found += split_differences(a, b, kind, targets)
     return found
+
+
+def _labels(labels: tuple[int, ...]) -> str:
+    return " and ".join(map(str, labels)) if len(labels) == 2 else f"from {labels[0]} on" if labels else "of values"
 
 
 def split_differences(a: SplitIdentity, b: SplitIdentity, kind: str, targets: str = "labels") -> list[str]:

@@ -1,6 +1,7 @@
 """Data sets of the user's own: arrays x and y and, if there are any, x_test and y_test in one file.
 
-Beside an array `lengths` samples are sequences, see psmpi.data.sequences.
+Beside an array `lengths` samples are sequences, see psmpi.data.sequences; of sparse samples there are the arrays of
+compressed rows in the place of x, see psmpi.data.csr.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ from pathlib import Path
 import numpy as np
 
 from psmpi.data.arrays import Header, as_targets, check_names, sample_shape, scale_of
+from psmpi.data.csr import CSR_KEYS, with_compressed
 from psmpi.data.sequences import LENGTHS, is_sequences, read_sequences
 from psmpi.data.split import Dataset, Split, every_fifth, frozen, hold_out, random_fifth
 from psmpi.errors import UserError, counted
 
 SUFFIXES = (".npz", ".h5", ".hdf5")
-KEYS = ("x", "y", "x_test", "y_test", LENGTHS, f"{LENGTHS}_test")
+KEYS = ("x", "y", "x_test", "y_test", LENGTHS, f"{LENGTHS}_test", *CSR_KEYS)
 
 
 def build(
@@ -28,6 +30,7 @@ def build(
     and for targets other than labels 0..C-1, or finite values (samples,) or (samples, outputs), of sequences see
     `read_sequences`.
     """
+    keys, headers = with_compressed(path, keys, headers)
     check_names(path, keys, ("x", "y"), predicted)
     if f"{LENGTHS}_test" in headers and LENGTHS not in headers:
         raise UserError(
@@ -60,6 +63,8 @@ def build(
         return Dataset(name, outputs, train.shape, train, test, held_out=True)
     test, outputs_test = _read(path, "x_test", headers)
     native = [headers[key].dtype.newbyteorder("=") for key in ("x", "x_test")]
+    if (train.compressed is None) != (test.compressed is None):
+        raise UserError(f"{path}: one of x and x_test is sparse; expected the same of both: convert one of them")
     if test.shape != train.shape or native[0] != native[1]:
         raise UserError(
             f"{path}: x has {native[0]} samples of shape {train.shape}, x_test has {native[1]} samples of shape "
@@ -105,5 +110,6 @@ def _described(split: Split, outputs: int) -> str:
 
 def build_all(path: Path, keys: list[str], headers: dict[str, Header]) -> Split:
     """All samples of x as one split; labels are -1 where there is no y. Raises UserError as `build` does."""
+    keys, headers = with_compressed(path, keys, headers)
     check_names(path, keys, ("x",))
     return _read(path, "x", headers, "y" in headers)[0]

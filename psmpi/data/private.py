@@ -41,6 +41,10 @@ class OwnRows:
     def dtype(self) -> np.dtype[Any]:
         return self.own.dtype
 
+    @property
+    def card(self) -> bytes | None:
+        return None
+
     def _rows(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """The rows of the source of `own` that these ascending rows are."""
         found = rows - self.first
@@ -58,7 +62,8 @@ class OwnRows:
         return self.own.source.glance(count)
 
     def taken(self, rows: npt.NDArray[np.int64]) -> Compressed | None:
-        return self.own.source.taken(self._rows(rows))
+        # Of dense samples all rows may be asked about.
+        return self.own.source.taken(self._rows(rows)) if self.own.compressed is not None else None
 
     def place(self, row: int) -> str:
         return self.own.source.place(int(self._rows(np.array([row]))[0]))
@@ -87,6 +92,11 @@ def together(dataset: Dataset, cards: Sequence[str], rank: int) -> tuple[Dataset
     """
     everyone = [Identity.of(json.loads(text)) for text in cards]
     first = everyone[0]
+    if any(one.numbering is not None for one in everyone):
+        raise UserError(
+            "--private-data: in a text of sparse samples features and labels are numbered by what is in it, of each "
+            "rank otherwise: save an .npz file, with x_data, x_indices, x_indptr, x_shape and y"
+        )
     for other, one in enumerate(everyone):
         for what, here, there in (
             ("samples of shape", first.shape, one.shape),
@@ -109,7 +119,7 @@ def together(dataset: Dataset, cards: Sequence[str], rank: int) -> tuple[Dataset
     train = Split(targets, own.shape, own.scale, OwnRows(own, start, n))
     made = replace(dataset, train=train, outputs=outputs, own=range(start, start + own.n))
     splits = [_joined([getattr(one, name) for one in everyone]) for name in ("train", "test")]
-    return made, Identity(first.shape, first.task, outputs, *splits)
+    return made, Identity(first.shape, first.task, outputs, splits[0], splits[1])
 
 
 def _joined(several: Sequence[SplitIdentity]) -> SplitIdentity:

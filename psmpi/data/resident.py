@@ -125,6 +125,12 @@ class Resident:
             )
         self._samples.fetch(at, out)
 
+    def rows(self, ids: npt.ArrayLike) -> Compressed:
+        """The sparse samples `ids` (b,) as compressed rows, in this order; ValueError for dense ones, or as `fetch`."""
+        if self.compressed is None:
+            raise ValueError("these samples are dense and have no compressed rows")
+        return self.compressed.take(self._positions(ids))
+
     def batch(self, ids: npt.NDArray[np.int64], room: npt.NDArray[Any]) -> Batch:
         """The samples `ids` (b,) with inputs and targets; the inputs are put at the beginning of `room`, a vector."""
         inputs = room[: self._features * len(ids)].reshape(self._features, len(ids))

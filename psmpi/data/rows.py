@@ -39,6 +39,9 @@ class RowSource(Protocol):
     def n(self) -> int: ...
     @property
     def dtype(self) -> np.dtype[Any]: ...
+    @property
+    def card(self) -> bytes | None:
+        """What all values follow from, where they are generated when they are read; None of values that are stored."""
 
     def read_into(self, rows: Rows, where: Rows, out: Array) -> None:
         """Store row `rows[i]` in `out[where[i]]`; `rows` ascend and may repeat, `out` is (k, features)."""
@@ -61,6 +64,11 @@ class RowSource(Protocol):
 
 class InPieces(ABC):
     """The base of sources whose `read_into` stores the rows as they come in pieces."""
+
+    @property
+    def card(self) -> bytes | None:
+        """See RowSource; of stored values."""
+        return None
 
     @abstractmethod
     def pieces(self, rows: Rows, features: int) -> Iterator[tuple[int, Array]]:

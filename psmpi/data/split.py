@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from psmpi.data.compressed import Compressed
+from psmpi.data.compressed import Compressed, CompressedRows
 from psmpi.data.rows import RowSource
 
 Rows = npt.NDArray[np.int64]
@@ -20,6 +20,18 @@ Rows = npt.NDArray[np.int64]
 MAX_TOKENS = 1 << 22
 # Keeps these random numbers apart from all others drawn from the same seed.
 _TAG = 0x73706C69
+
+
+class Numbering(NamedTuple):
+    """What the numbers in a text of sparse samples mean, see psmpi.data.svmlight.
+
+    first: the number of the first feature, 0 or 1. labels: the labels of the two classes, or that of class 0 alone,
+    which others follow; () where samples have values. features: how many there are.
+    """
+
+    first: int
+    labels: tuple[int, ...]
+    features: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +50,7 @@ class Split:
     order: (features,) int64, where the source has each value of a sample; None: in this order.
     vocabulary: the tokens that there are, where the data set knows it; else 0.
     characters: of a text, what its tokens stand for, token k for the k-th; else "".
+    numbering: of a text of sparse samples, what its numbers mean.
     """
 
     targets: npt.NDArray[Any]
@@ -49,6 +62,7 @@ class Split:
     order: Rows | None = None
     vocabulary: int = 0
     characters: str = ""
+    numbering: Numbering | None = None
 
     @property
     def n(self) -> int:
@@ -230,14 +244,14 @@ def random_fifth(targets: npt.NDArray[Any], seed: int) -> npt.NDArray[np.bool_]:
 
 
 def hold_out(held_out: npt.NDArray[np.bool_], whole: Split) -> tuple[Split, Split]:
-    """Split samples into (train, test), the test samples being the rows `held_out`, (n,)."""
-    train, test = (
-        replace(
-            whole,
-            targets=frozen(whole.targets[chosen]),
-            index=np.flatnonzero(chosen).astype(np.int64),
-            lengths=None if whole.lengths is None else whole.lengths[chosen],
-        )
-        for chosen in (~held_out, held_out)
-    )
+    """Split samples into (train, test), the test samples being the rows `held_out`, (n,); sparse ones are copied."""
+    train, test = (_part(whole, np.flatnonzero(chosen).astype(np.int64)) for chosen in (~held_out, held_out))
     return train, test
+
+
+def _part(whole: Split, rows: Rows) -> Split:
+    targets = frozen(whole.targets[rows])
+    if isinstance(whole.source, CompressedRows):
+        return replace(whole, targets=targets, source=whole.source.apart(rows))
+    lengths = None if whole.lengths is None else whole.lengths[rows]
+    return replace(whole, targets=targets, index=rows, lengths=lengths)

@@ -131,7 +131,8 @@ def derivatives_needed(config: Config, scores: int) -> Need:
 
 def samples_needed(dataset: Dataset, trained: int, tested: int, batch: int) -> Need:
     """Of samples in memory, each with its number, and of those of a minibatch as they are stored."""
-    sparse = dataset.train.compressed
+    own = dataset.own or range(dataset.train.n)
+    sparse = dataset.train.taken(np.arange(own.start, own.stop))
     if sparse is not None:
         return {"samples": (sparse.nbytes // sparse.n + 8) * (trained + tested)}
     sample = dataset.train.dtype.itemsize * dataset.train.features

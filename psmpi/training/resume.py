@@ -89,6 +89,12 @@ def compare(
             f"--dataset {config.data.dataset} is not the data set that checkpoint {path} was made with: in the "
             f"checkpoint {'; '.join(found)}: {fix}{more}"
         )
+    numbered = Identity.of(contents.data).numbering if contents.data else None
+    if numbered is not None and (data.numbering is None or data.numbering[:2] != numbered[:2]):
+        raise UserError(
+            f"checkpoint {path} is of a text whose labels and features are numbered otherwise than those of --dataset "
+            f"{config.data.dataset} ({'; '.join(found)}): --new-data goes on with a text that numbers them alike"
+        )
     if contents.characters and dataset.train.characters != contents.characters:
         raise UserError(
             f"checkpoint {path} is of a text of {len(contents.characters)} characters, and --dataset "

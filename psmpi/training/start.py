@@ -202,6 +202,10 @@ class RecordedRows:
     def dtype(self) -> np.dtype[Any]:
         return self.source.dtype
 
+    @property
+    def card(self) -> bytes | None:
+        return self.source.card
+
     def read_into(self, rows: npt.NDArray[np.int64], where: npt.NDArray[np.int64], out: npt.NDArray[Any]) -> None:
         with self.flight.task(self.name):
             self.source.read_into(rows, where, out)

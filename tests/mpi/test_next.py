@@ -7,10 +7,12 @@ import pytest
 from helpers.datasets import real
 from helpers.runs import run
 from scipy.optimize import least_squares
+from scipy.sparse import csr_array
 
 from psmpi.backend import NumpyOps
 from psmpi.checkpoint import newest
 from psmpi.data import Batch, Minibatches, open_dataset
+from psmpi.data.csr import PARTS
 from psmpi.data.split import Split
 from psmpi.methods.next.deal import deal_samples
 from psmpi.methods.next.graph import make_graph, weights
@@ -488,7 +490,13 @@ def private(folder, *options, batch=60, epochs=1):
             folder / "linear.toml", *options)  # fmt: skip
 
 
-def test_agents_with_private_data_find_the_solution_of_all_of_it(tmp_path, files):
+@pytest.mark.parametrize("sparse", [False, True])
+def test_agents_with_private_data_find_the_solution_of_all_of_it(tmp_path, files, sparse):
+    for rank in range(3 * sparse):
+        with np.load(tmp_path / f"own-{rank}.npz") as saved:
+            given = {key: csr_array(values) for key, values in saved.items() if key.startswith("x")}
+            parts = {f"{key}_{part}": getattr(m, part) for key, m in given.items() for part in PARTS}
+            np.savez(tmp_path / f"own-{rank}.npz", **parts, y=saved["y"], y_test=saved["y_test"])
     x, y = np.column_stack([files[0], np.ones(len(files[1]))]), files[1]
     out = tmp_path / "run"
     status, told, err = run(3, *private(tmp_path, "--out", out, epochs=25, batch=1))

@@ -41,6 +41,10 @@ def problem(method="psl", model="head", classes=CLASSES, widths=(128,), **master
 class Samples:
     dtype = np.dtype(np.float32)
 
+    @staticmethod
+    def taken(rows):
+        return None
+
 
 def refusal(ranks, kind, network, dataset, config, nbytes, each):
     """What is said of a training on hosts of so many bytes, with `each` ranks each; nothing where it goes on."""

@@ -70,6 +70,11 @@ def test_minibatches_are_those_of_dense_samples(make, stored, dtype):
     kept = resident.compressed
     np.testing.assert_array_equal(kept.dense(), dense[rows].astype(dtype))
     assert kept.dtype == dtype and resident.nbytes == kept.nbytes + rows.nbytes
+    np.testing.assert_array_equal(resident.rows([39, 3, 3]).dense(), dense[[39, 3, 3]].astype(dtype))
+    with pytest.raises(ValueError, match="1 ids are not resident"):
+        resident.rows([2])
+    with pytest.raises(ValueError, match="are dense"):
+        Resident(open_dataset("digits", None).train, [0], dtype, make()).rows([0])
 
 
 def test_a_split_has_its_rows_compressed_in_its_own_order():
@@ -164,6 +169,9 @@ def test_rows_have_the_same_fingerprint_where_they_are_the_same(dtype):
     assert len(np.unique(prints)) == len(np.unique(kinds))
     assert all(len(np.unique(prints[kinds.ravel() == k])) == 1 for k in range(kinds.max() + 1))
     assert (prints[(dense == 0).all(axis=1)] == 0).all()
+    words = np.array([[1, 2], [2, 1]], np.uint32).view(np.float64).ravel()
+    turned = compressed_fingerprints(Compressed(np.arange(3), np.zeros(2, np.int32), words, 1))
+    assert turned[0] != turned[1], "the words of a value have factors of their own"
 
 
 def test_test_samples_that_are_training_samples_are_told():

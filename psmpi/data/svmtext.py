@@ -1,0 +1,303 @@
+"""The text format of SVMlight and LIBSVM: a sample a line, its label, then `index:value` with ascending indices.
+
+A block of lines is read by operations on all of its bytes. Where it is not in order, its lines are gone through one by
+one, which says what is wrong with the first that is not.
+"""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import lzma
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from psmpi.data.files import check_unpacked, described, reading
+from psmpi.errors import UserError
+
+# Bytes that are read at a time; a few times as many are held besides the result.
+BLOCK = 1 << 20
+# Indices count from 1, or from 0, and columns are int32.
+MAX_INDEX = (1 << 31) - 1
+# The largest whole numbers that float64 holds, and the largest value that float32 does.
+WHOLE, LARGEST = 1 << 53, float(np.finfo(np.float32).max)
+
+PACKED: dict[str, Callable[[Path], Any]] = {".gz": gzip.GzipFile, ".bz2": bz2.BZ2File, ".xz": lzma.LZMAFile}
+NUMBER = re.compile(rb"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+INTEGER = re.compile(rb"[+-]?\d+")
+COMMENT = re.compile(rb"#[^\n]*")
+COLONS = bytes.maketrans(b":", b" ")
+
+# Kinds of bytes; those not named are not part of any sample.
+SPACE, NEWLINE, COLON, DIGIT, SIGN, POINT, EXPONENT, OTHER = range(8)
+KINDS = np.full(256, OTHER, np.uint8)
+for kind, named in enumerate((b" \t\r\v\f", b"\n", b":", b"0123456789", b"+-", b".", b"eE")):
+    KINDS[list(named)] = kind
+
+
+class Lines(NamedTuple):
+    """The samples of some lines.
+
+    labels: (n,) float64; whole: whether all are written as integers; lengths: (n,) int64, the entries of each; indices:
+    int32; values: float32.
+    """
+
+    labels: npt.NDArray[np.float64]
+    whole: bool
+    lengths: npt.NDArray[np.int64]
+    indices: npt.NDArray[np.int32]
+    values: npt.NDArray[np.float32]
+
+
+class Growing:
+    """A vector that is appended to; `array` is what it holds."""
+
+    def __init__(self, dtype: npt.DTypeLike) -> None:
+        self._room, self._size = np.empty(1 << 12, dtype), 0
+
+    def add(self, values: npt.NDArray[Any]) -> None:
+        """Append values."""
+        size = self._size + len(values)
+        if size > len(self._room):
+            # Of large memory pages are moved, and not copied.
+            self._room.resize(max(size, len(self._room) * 3 // 2), refcheck=False)
+        self._room[self._size : size] = values
+        self._size = size
+
+    def array(self) -> npt.NDArray[Any]:
+        """All values; nothing is added any more."""
+        self._room.resize(self._size, refcheck=False)
+        return self._room
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """All samples of a file as it has them: `Lines` of all of it, with `starts` (n + 1,) int64 for the lengths."""
+
+    labels: npt.NDArray[np.float64]
+    whole: bool
+    starts: npt.NDArray[np.int64]
+    indices: npt.NDArray[np.int32]
+    values: npt.NDArray[np.float32]
+
+
+def read_text(path: Path) -> Samples:
+    """All samples of a file, packed or not; UserError for the first line that is not in order, or without a sample."""
+    labels, lengths, whole = Growing(np.float64), Growing(np.int64), True
+    indices, values = Growing(np.int32), Growing(np.float32)
+    with reading(path):
+        for first, text in _blocks(path):
+            found = fast(text)
+            if found is None:
+                found = by_line(text, str(path), first)
+            whole = whole and found.whole
+            for vector, more in ((labels, found.labels), (lengths, found.lengths), (indices, found.indices)):
+                vector.add(more)
+            values.add(found.values)
+    if not len(labels.array()):
+        raise UserError(f"{path}: there is no sample in the file: write one a line, as 1 3:0.5 17:2")
+    starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths.array())])
+    return Samples(labels.array(), whole, starts, indices.array(), values.array())
+
+
+def _blocks(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The number of the first line, from 1, and the text of blocks of whole lines, without comments."""
+    packed, unpacked, line, rest = path.stat().st_size, 0, 1, b""
+    with cast(BinaryIO, PACKED.get(path.suffix.lower(), partial(open, mode="rb"))(path)) as stream:
+        while True:
+            data = stream.read(BLOCK)
+            if b"\0" in data or (not unpacked and data.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ"))):
+                raise UserError(f"{path}: {_kind(path, data)}, and no text of samples: is it another file?")
+            if not unpacked:
+                data = data.removeprefix(b"\xef\xbb\xbf")
+            unpacked += len(data)
+            check_unpacked(str(path), packed, unpacked, "unpack it first")
+            end = data.rfind(b"\n") + 1 if data else 0
+            text = rest + data[:end] if end else rest + b"\n" if rest and not data else b""
+            rest = data[end:] if end else rest + data
+            if text:
+                count = text.count(b"\n")
+                yield line, COMMENT.sub(b"", text) if b"#" in text else text
+                line += count
+            if not data:
+                return
+
+
+def _kind(path: Path, data: bytes) -> str:
+    """What a file is, by its first bytes where it is not packed by its name."""
+    if path.suffix.lower() not in PACKED:
+        for magic, end in ((b"\x1f\x8b", ".gz"), (b"BZh", ".bz2"), (b"\xfd7zXZ", ".xz")):
+            if data.startswith(magic):
+                return f"it is packed as {end}, with which its name has to end then"
+    return described(path) if path.suffix.lower() not in PACKED else "it unpacks to bytes of an unknown format"
+
+
+def fast(text: bytes) -> Lines | None:
+    """The samples of whole lines without comments; None where some line is not in order."""
+    kinds = KINDS[np.frombuffer(text, np.uint8)]
+    if (kinds == OTHER).any():
+        return None
+    blank = np.concatenate([[True], kinds <= NEWLINE, [True]])
+    # The edges of words, first and behind the last byte of each.
+    edges = np.flatnonzero(blank[1:] != blank[:-1])
+    starts, ends = edges[0::2], edges[1::2]
+    if not len(starts):
+        return by_line(b"", "", 1)
+    line = np.searchsorted(np.flatnonzero(kinds == NEWLINE), starts)
+    label = np.diff(line, prepend=-1) > 0
+    colons, entries = np.flatnonzero(kinds == COLON), ~label
+    # One colon inside each word but labels: as many as such words, each between its edges.
+    if len(colons) != np.count_nonzero(entries):
+        return None
+    if (colons <= starts[entries]).any() or (colons >= ends[entries] - 1).any():
+        return None
+    first, index = _tokens(starts, label, colons)
+    special = np.flatnonzero(kinds >= SIGN)
+    of = np.searchsorted(first, special, "right") - 1
+    if not _are_numbers(kinds, special, of, first, index):
+        return None
+    numbers = np.fromstring(text.translate(COLONS), sep=" ", count=len(first))
+    if len(numbers) != len(first) or not (np.abs(numbers) < np.inf).all():
+        return None
+    number, value = numbers[index], numbers[np.concatenate([[False], index[:-1]])]
+    rows = line[entries]
+    if (number > MAX_INDEX).any() or (np.abs(value) > LARGEST).any():
+        return None
+    if ((np.diff(number) <= 0) & (rows[1:] == rows[:-1])).any():
+        return None
+    at = np.flatnonzero(label)
+    lengths = np.diff(at, append=len(label)) - 1
+    is_label = ~(index | np.concatenate([[False], index[:-1]]))
+    whole = not is_label[of[kinds[special] > SIGN]].any()
+    return Lines(numbers[is_label], whole, lengths, number.astype(np.int32), value.astype(np.float32))
+
+
+def _tokens(
+    starts: npt.NDArray[np.int64], label: npt.NDArray[np.bool_], colons: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+    """Where each number begins, in order, and which of them are indices."""
+    size = np.where(label, 1, 2)
+    begin = np.cumsum(size) - size
+    first, index = np.empty(len(starts) + len(colons), np.int64), np.zeros(len(starts) + len(colons), np.bool_)
+    first[begin] = starts
+    first[begin[~label] + 1] = colons + 1
+    index[begin[~label]] = True
+    return first, index
+
+
+def _are_numbers(
+    kinds: npt.NDArray[np.uint8],
+    special: npt.NDArray[np.int64],
+    of: npt.NDArray[np.int64],
+    first: npt.NDArray[np.int64],
+    index: npt.NDArray[np.bool_],
+) -> bool:
+    """Whether all numbers are such as NUMBER matches, and indices have digits alone.
+
+    special: where signs, points and exponents are; of: the number that each is in; first: where numbers begin.
+    """
+    if index[of].any():
+        return False
+    kind = kinds[special]
+    # Behind the last byte there is a newline.
+    before, after = np.where(special > 0, kinds[special - 1], SPACE), kinds[special + 1]
+    begins = special == first[of]
+    sign, point, exponent = kind == SIGN, kind == POINT, kind == EXPONENT
+    if (sign & ~begins & (before != EXPONENT)).any() or (sign & begins & (after != DIGIT) & (after != POINT)).any():
+        return False
+    if (point & (begins | (before != DIGIT)) & (after != DIGIT)).any():
+        return False
+    behind = kinds[np.minimum(special + 2, len(kinds) - 1)]
+    powered = (after == DIGIT) | ((after == SIGN) & (behind == DIGIT))
+    if (exponent & (begins | ((before != DIGIT) & (before != POINT)) | ~powered)).any():
+        return False
+    # Of the points and exponents of a number the only pair is a point before an exponent.
+    both = ~sign
+    number, which = of[both], kind[both]
+    same = number[1:] == number[:-1]
+    if (same & ~((which[:-1] == POINT) & (which[1:] == EXPONENT))).any():
+        return False
+    return not (same[1:] & same[:-1]).any()
+
+
+def by_line(text: bytes, name: str, first: int) -> Lines:
+    """`fast`, line by line; UserError for the first line that is not in order. name: of the file; first: line."""
+    labels, lengths, indices, values, whole = [], [], [], [], True
+    for number, line in enumerate(text.split(b"\n"), first):
+        words = list(re.finditer(rb"[^ \t\r\v\f]+", line))
+        if not words:
+            continue
+        where = f"{name}, line {number}"
+        labels.append(_label(where, words[0][0]))
+        whole = whole and INTEGER.fullmatch(words[0][0]) is not None
+        row = [_entry(f"{where}, column {word.start() + 1}", word[0]) for word in words[1:]]
+        for (before, _), (index, _), word in zip(row, row[1:], words[2:], strict=False):
+            if index <= before:
+                told = "twice" if index == before else f"behind {before}"
+                raise UserError(
+                    f"{where}, column {word.start() + 1}: found the index {index} {told}; indices of a line have to "
+                    "ascend: sort them, and add up the values of equal ones"
+                )
+        lengths.append(len(row))
+        indices += [index for index, _ in row]
+        values += [value for _, value in row]
+    arrays = (np.array(lengths, np.int64), np.array(indices, np.int32), np.array(values, np.float32))
+    return Lines(np.array(labels, np.float64), whole, *arrays)
+
+
+def _label(where: str, word: bytes) -> float:
+    if b":" in word:
+        raise UserError(
+            f"{where}: found {_shown(word)} in the place of the label: begin the line with 0 where none is known"
+        )
+    if b"," in word:
+        raise UserError(
+            f"{where}: found the labels {_shown(word)}; a sample has one label here, and no list of them: write a file "
+            "for each of them, with 0 and 1"
+        )
+    return _number(where, "label", word)
+
+
+def _entry(where: str, word: bytes) -> tuple[int, float]:
+    index, colon, value = word.partition(b":")
+    if index == b"qid":
+        raise UserError(
+            f"{where}: found {_shown(word)}: samples are ranked within queries there, which psmpi does not learn; take "
+            "the qid out to learn the labels: sed 's/ qid:[0-9]*//' OLD > NEW"
+        )
+    if not colon or not value or not index.isdigit():
+        raise UserError(f"{where}: found {_shown(word)}; expected index:value, as 17:0.5")
+    if int(index) > MAX_INDEX:
+        raise UserError(
+            f"{where}: found the index {_shown(index)}; expected {MAX_INDEX:,} at most: number features anew"
+        )
+    found = _number(where, "value", value)
+    if abs(found) > LARGEST:
+        raise UserError(
+            f"{where}: found the value {_shown(value)}, beyond {LARGEST:.2g}: divide the values by a number"
+        )
+    return int(index), found
+
+
+def _number(where: str, what: str, word: bytes) -> float:
+    if NUMBER.fullmatch(word) is None:
+        finite = word.lower().lstrip(b"+-") not in (b"nan", b"inf", b"infinity")
+        fix = "a number, as -0.5 or 1e-3" if finite else "a finite number: correct the sample, or take the line out"
+        raise UserError(f"{where}: found the {what} {_shown(word)}; expected {fix}")
+    found = float(word)
+    if abs(found) == np.inf:
+        raise UserError(f"{where}: found the {what} {_shown(word)}, which float64 does not hold: divide by a number")
+    return found
+
+
+def _shown(word: bytes) -> str:
+    """A word for people, not all of a long one."""
+    text = word.decode("utf-8", "backslashreplace")
+    return repr(text if len(text) <= 40 else f"{text[:40]}...")
