@@ -12,8 +12,8 @@ import numpy as np
 
 from psmpi.backend import CompiledOps, Descent, Pairs, Room, Rows
 from psmpi.backend.compiled.shared import lock_bytes, make_lock
-from psmpi.comm.watch.flight import bare
-from psmpi.comm.windows import windows_of
+from psmpi.comm.control import Control
+from psmpi.comm.windows import MpiLock, windows_of
 from psmpi.comm.world import start
 from psmpi.data.planted import distinct
 
@@ -43,7 +43,7 @@ class Shared:
     """Arrays that all ranks of the host share, made by rank 0."""
 
     def __init__(self, world: Any):
-        self.world, self.windows = world, windows_of(world)
+        self.world, self.control, self.windows = world, Control(world), windows_of(world)
         self.held: list[Any] = []
 
     def array(self, shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
@@ -64,7 +64,7 @@ class Shared:
     def barrier(self) -> None:
         for memory in self.held[-1:]:
             memory.sync()
-        self.world.Barrier()
+        self.control.wait_for_all()
         for memory in self.held[-1:]:
             memory.sync()
 
@@ -137,21 +137,16 @@ class Meter:
 
     def __init__(self, shared: Shared, ops: CompiledOps, task: Task):
         self.shared, self.ops, self.task = shared, ops, task
-        self.world, self.rank = shared.world, shared.world.rank
+        self.control, self.rank, self.size = shared.control, shared.control.rank, shared.control.size
         self.rooms = {kind: shared.array(LINE * -(-lock_bytes() // LINE) + LINE, np.uint8) for kind in LOCKS}
         if self.rank == 0:
             for kind in ("ticket", "mutex"):
                 make_lock(kind, self.rooms[kind])
-        self.window = self._window()
+        self.lock = MpiLock(shared.world)
         self.room = Room.of(task.features, np.dtype(np.float32))
         self.seen = np.full(task.features, -1, np.int32)
         self.components: list[int] = []
         shared.barrier()
-
-    def _window(self) -> Any:
-        from mpi4py import MPI
-
-        return MPI.Win.Allocate(8, 8, comm=bare(self.world))
 
     def make(self, way: str, order: np.ndarray) -> None:
         """Make the updates of the samples `order`, of this rank alone; of cyclades those of its components."""
@@ -160,12 +155,10 @@ class Meter:
         elif way == "blocks":
             self.task.step(order, False, self.room)
         elif way == "mpi":
-            from mpi4py import MPI
-
             for k in range(len(order)):
-                self.window.Lock(0, MPI.LOCK_EXCLUSIVE)
+                self.lock.take()
                 self.task.step(order[k : k + 1], False, None)
-                self.window.Unlock(0)
+                self.lock.give()
         elif way != "cyclades":
             self.task.step(order, False, (way, self.rooms[way]))
 
@@ -191,9 +184,7 @@ class Meter:
             else:
                 self.make(way, np.ascontiguousarray(order[self.rank :: workers]))
         # The clock of all processes of a host.
-        times = np.array([begun, time.perf_counter()])
-        everyone = np.empty((self.world.size, 2))
-        self.world.Allgather(times, everyone)
+        everyone = self.control.rows(np.array([begun, time.perf_counter()]))
         return len(order) / float(everyone[:workers, 1].max() - everyone[:workers, 0].min())
 
     def lost(self, order: np.ndarray) -> dict[str, float]:
@@ -202,16 +193,15 @@ class Meter:
         ones = Rows(self.task.starts, self.task.columns, *[np.empty(0, np.float32)] * 3)
         few = Rows(np.array([0, 16]), np.arange(16, dtype=np.int32), *[np.empty(0, np.float32)] * 3)
         for name, rows, mine in (
-            ("of rows", ones, np.ascontiguousarray(order[self.rank :: self.world.size])),
-            ("of 16 numbers", few, np.zeros(len(order) // self.world.size, np.int64)),
+            ("of rows", ones, np.ascontiguousarray(order[self.rank :: self.size])),
+            ("of 16 numbers", few, np.zeros(len(order) // self.size, np.int64)),
         ):
             counts = self.shared.array(self.task.features if name == "of rows" else 16, np.int64)
             self.shared.barrier()
             self.ops.count_rows(mine, rows, counts, False)
             self.shared.barrier()
             made = np.array([int(np.diff(rows.starts)[mine].sum())])
-            everyone = np.empty(self.world.size, np.int64)
-            self.world.Allgather(made, everyone)
+            everyone = self.control.rows(made)
             found[name] = 1 - float(counts.sum()) / int(everyone.sum())
         return found
 
@@ -230,9 +220,8 @@ class Meter:
         return self.task.score()
 
 
-def main(options: dict[str, Any]) -> dict[str, Any]:
+def measure(world: Any, options: dict[str, Any]) -> dict[str, Any]:
     """All figures of one task, on all ranks."""
-    world = start()
     ops, shared = CompiledOps(), Shared(world)
     make = {"sparse": sparse_task, "ratings": rating_task}[options["task"]]
     task = make(shared, ops, options["samples"], options["features"], options["entries"], options["lr"])
@@ -266,13 +255,12 @@ def main(options: dict[str, Any]) -> dict[str, Any]:
     if world.size > 1 and options["task"] == "sparse":
         found["lost"] = meter.lost(order)
     shared.barrier()
-    meter.window.Free()
+    meter.lock.free()
     return found
 
 
 if __name__ == "__main__":
-    figures = main(json.loads(sys.argv[1]))
-    from mpi4py import MPI
-
-    if MPI.COMM_WORLD.rank == 0:
+    ranks = start()
+    figures = measure(ranks, json.loads(sys.argv[1]))
+    if ranks.rank == 0:
         print(json.dumps(figures))

@@ -6,7 +6,7 @@ from itertools import combinations
 
 import numpy as np
 
-from psmpi.config import Config
+from psmpi.config import Config, option
 from psmpi.data import Batch, Dataset
 from psmpi.errors import UserError
 from psmpi.layout import Layout, Ownership, Roles, Runs, Worker
@@ -26,8 +26,8 @@ def check_elements(network: Network, dataset: Dataset, config: Config) -> None:
     o, loss = config.optimization, configured_loss(config, dataset)
     if not loss.pairwise or loss.weights != "none":
         raise UserError(
-            "--elements needs a loss that is a sum over pairs of classes: use --loss psl, logistic or hinge, without "
-            "--psl-weights"
+            "--elements needs a loss that is a sum over pairs of classes: use --loss logistic or hinge, without "
+            f"{option('psl_weights')}"
         )
     if o.optimizer != "sgd" or o.weight_decay:
         raise UserError(
