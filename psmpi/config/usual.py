@@ -78,4 +78,5 @@ def _saturates(config: Config) -> bool:
         "gru",
         "lstm",
         "transformer",
+        "factors",
     )

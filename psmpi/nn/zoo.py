@@ -165,9 +165,25 @@ def _of_sequences(
     return [*tables, *({"type": kind, "units": width} for width in widths), *end]
 
 
+def _factors(
+    widths: Sequence[int], vocabulary: int, in_shape: tuple[int, ...], outputs: int, task: str
+) -> list[LayerTable]:
+    """A vector of each row and each column of a matrix, whose products are its entries."""
+    if not vocabulary or in_shape != (1, 2) or outputs != 1 or task != "regression":
+        raise UserError(
+            "--model factors learns entries of a matrix: samples are two tokens, row and rows + column, integers "
+            "(samples, 2) with lengths, of a --vocabulary, and have one value each; --dataset ratings has such"
+        )
+    if len(widths) > 1 or min(widths, default=1) < 1:
+        raise UserError(f"--widths {' '.join(map(str, widths))}: --model factors has one rank, above 0")
+    return [{"type": "embedding", "vocabulary": vocabulary, "units": widths[0] if widths else 10}, {"type": "dot"}]
+
+
 SEQUENCES = ("rnn", "gru", "lstm", "transformer")
+# The models with a vector of each token.
+TOKENS = (*SEQUENCES, "factors")
 MODELS = (
-    "psnet", "psnet-24", "psnet-35", "lenet", "linear", "mlp", "head", "resnet", "deep", "deep-conv", *SEQUENCES,
+    "psnet", "psnet-24", "psnet-35", "lenet", "linear", "mlp", "head", "resnet", "deep", "deep-conv", *TOKENS,
     "custom",
 )  # fmt: skip
 DEEP = {"depth": 32, "final_time": 1.0, "activation": "tanh"}
@@ -200,18 +216,19 @@ def make_network(
     (32) residual layers of one of `widths` (16), the steps of a march to `final_time` (1), with `activation` (tanh),
     and `deep-conv` such convolutions (4 channels); `rnn`, `gru` and `lstm` have recurrent layers of `widths` units (128
     and 128), for sequences (features, steps), before them vectors of tokens with a `vocabulary`; `transformer`, for
-    such sequences too, see psmpi.nn.transformer; `custom` is described layer by layer in `layers` (see
+    such sequences too, see psmpi.nn.transformer; `factors` has a vector of each of two tokens, of one width (10), and
+    their product; `custom` is described layer by layer in `layers` (see
     psmpi.nn.network.build). by_step: whether there are scores at each step of sequences. task: see `Split.task`. With
     `batch_norm` the other ones have batch normalization instead of biases. UserError where the name or the shape is not
     known.
     """
-    if batch_norm and name in SEQUENCES:
+    if batch_norm and name in TOKENS:
         raise UserError(
             f"--batch-norm is not for layers of sequences, whose steps it would mix: leave it out of --model {name}"
         )
     if heads and name != "transformer":
         raise UserError(f"--heads are of --model transformer, and the model here is {name}: leave the option out")
-    if vocabulary and name not in SEQUENCES:
+    if vocabulary and name not in TOKENS:
         raise UserError(
             f"--vocabulary is of --model {', '.join(SEQUENCES)}, and the model here is {name}: leave it out, or begin "
             '[[model.layers]] with {type = "embedding", vocabulary = V, units = U}'
@@ -255,6 +272,8 @@ def make_network(
     if name in SEQUENCES and len(in_shape) == 2:
         tables = _of_sequences(name, widths, blocks, heads, classes, in_shape, vocabulary, by_step)
         return build(name, in_shape, tables, classes, by_step)
+    if name == "factors" and not by_step:
+        return build(name, in_shape, _factors(widths, vocabulary, in_shape, classes, task), classes)
     if by_step:
         raise UserError(
             f"--model {name} has scores of samples, and here each step of a sequence has a target: use --model "

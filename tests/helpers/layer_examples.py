@@ -131,6 +131,7 @@ NETWORKS = {
         4,
     ),
     "attention with scores of each step": ((3, 5), [dense(4), POSITIONS, *attention(4, 1), GELU, dense(4)], 4),
+    "the product of two steps": ((3, 2), [dense(6), {"type": "dot"}, dense(4)], 4),
     "two scores of one number": ((7,), [dense(6), TANH, dense(1), BINARY, dense(4)], 4),
     "two scores of one number at each step": ((3, 5), [dense(1), BINARY, recurrent("rnn", 4), LAST, dense(4)], 4),
     "scores of each step": ((3, 5), [recurrent("lstm", 6), separable(8, 4), TANH, separable(4, 4)], 4),

@@ -445,3 +445,42 @@ def test_elements_train_as_whole_minibatches_do(train, kind):
 def test_elements_that_cannot_be_are_refused(tmp_path, options, told):
     status, _, err = run(2, "-m", "psmpi.train", "--method", "hogwild", *PAIRS, *options, "--out", tmp_path / "run")
     assert status == 1 and told in " ".join(err.split())
+
+
+RATINGS = ("--dataset", "ratings:200", "--model", "factors", "--widths", "5", "--loss", "squared", "--optimizer", "sgd",
+           "--lr", "0.05", "--clip", "0", "--threads", "1", "--init-gain", "1")  # fmt: skip
+
+
+def test_kernels_of_factors_and_networks_make_the_same_steps(train):
+    options = (*RATINGS, "--batch-size", "1", "--max-steps", "400", "--dtype", "float64")
+    found = train(1, "--method", "hogwild", *options)
+    expected = train(1, "--method", "data_parallel", *options)
+    assert np.allclose(weights_of(found), weights_of(expected), rtol=0, atol=1e-12)
+    assert found.rows[-1]["train_loss"] == pytest.approx(expected.rows[-1]["train_loss"], rel=1e-9)
+
+
+@needs_kernels
+def test_factors_in_components_are_those_of_one_rank_and_learn_the_matrix(train):
+    options = (*RATINGS, "--batch-size", "50", "--epochs", "30")
+    one = train(1, "--method", "hogwild", *options)
+    for ranks in (2, 4):
+        found = train(ranks, "--method", "hogwild", "--updates", "cyclades", *options)
+        assert np.array_equal(weights_of(found), weights_of(one))
+    raw = train(4, "--method", "hogwild", *options)
+    assert "(--updates raw)" in " ".join(raw.stdout.split())
+    # Of values with the variance 1.
+    assert one.rows[-1]["test_rmse"] < 0.6 and raw.rows[-1]["test_rmse"] <= 1.05 * one.rows[-1]["test_rmse"]
+    windows = train(3, "--method", "hogwild", "--updates", "accumulate", *options, "--epochs", "2")
+    assert windows.rows[-1]["train_loss"] < 1.2
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--dataset", "digits", "--loss", "nll"), "--model factors learns entries of a matrix"),
+        (("--widths", "5", "6"), "--model factors has one rank"),
+    ],
+)
+def test_what_factors_are_not_of_is_refused(tmp_path, options, told):
+    status, _, err = run(1, "-m", "psmpi.train", *RATINGS, *options, "--method", "hogwild", "--out", tmp_path / "run")
+    assert status == 1 and told in " ".join(err.split())
