@@ -15,6 +15,7 @@ def main(argv: list[str] | None = None) -> int:
     from psmpi.bench.compute import compute
     from psmpi.bench.decoupled import decoupled
     from psmpi.bench.head import head
+    from psmpi.bench.hogwild import hogwild
     from psmpi.bench.kernels import kernels
     from psmpi.bench.layers import layers
     from psmpi.bench.links import links
@@ -43,8 +44,8 @@ def main(argv: list[str] | None = None) -> int:
     def go() -> int:
         trains = partial(with_training_options, default=defaults(words), words=words)
         commands: tuple[Callable[..., int], ...] = (
-            characters, checkpoint, comm, compute, decoupled, head, kernels, layers, links, trains(memory), network,
-            trains(optimizer), partition, predict, private, published, trains(recorder), recurrent, trains(scale),
+            characters, checkpoint, comm, compute, decoupled, head, hogwild, kernels, layers, links, trains(memory),
+            network, trains(optimizer), partition, predict, private, published, trains(recorder), recurrent, trains(scale),
             sparse, start, trains(step), tensor, transformer, trunk, wavefront,
         )  # fmt: skip
         return chosen(commands, words, "bench", "Measure psmpi.")()

@@ -276,6 +276,24 @@ class MpiCounters(_MpiWindow):
         self.window.Flush(0)
 
 
+class MpiLock:
+    """An exclusive lock of MPI's, which rank 0 has; to compare with."""
+
+    def __init__(self, world: Communicator):
+        from mpi4py import MPI
+
+        self.window, self.exclusive = MPI.Win.Allocate(8, 8, comm=bare(world)), MPI.LOCK_EXCLUSIVE
+
+    def take(self) -> None:
+        self.window.Lock(0, self.exclusive)
+
+    def give(self) -> None:
+        self.window.Unlock(0)
+
+    def free(self) -> None:
+        self.window.Free()
+
+
 def find_fault(windows: Windows, world: Communicator) -> str:
     """What is wrong with sharded windows and counters here, found on some elements; "" where nothing is.
 

@@ -68,23 +68,24 @@ class NetworkSettings:
 
     model: Literal[
         "psnet", "psnet-24", "psnet-35", "lenet", "linear", "mlp", "head", "resnet", "deep", "deep-conv", "radix",
-        "rnn", "gru", "lstm", "transformer", "slabs", "custom",
+        "rnn", "gru", "lstm", "transformer", "factors", "slabs", "custom",
     ] = "psnet"  # fmt: skip
     """Built-in network, or custom: described by [[model.layers]] tables in the configuration file. linear: one dense
     layer, with one score for two classes (--loss logistic, or hinge, a support vector machine). head: for very many
     classes, a trunk (--widths, or such tables) that every worker computes and rows of weights, one a class. deep and
     deep-conv: many residual layers of one width (--depth, --final-time, --activation). radix: many sparse layers of one
     width (--depth), 32 connections a unit, with ReLU and He's initial weights. rnn, gru, lstm: recurrent layers for
-    sequences. transformer: attention to the steps before, for sequences. slabs: layers cut into domains that see their
+    sequences. transformer: attention to the steps before, for sequences. factors: a vector of each row and column of a
+    matrix, whose products are its entries (--dataset ratings). slabs: layers cut into domains that see their
     own neurons and a halo of their neighbours' (--domains, --halo)."""
     widths: tuple[int, ...] = ()
     """Hidden widths of mlp, 1024 1024 if not given, of head's trunk, 512 128, and of recurrent layers, 128 128;
     channels of resnet's sections, 16 32; the width of deep, 16, of radix, 1024, and the channels of deep-conv, 4; of
     transformer the width of its vectors, 64, and of its hidden layers, 4 times that; neurons of slabs' layers, 256
-    256."""
+    256; of factors the rank, 10."""
     vocabulary: Annotated[int, Least(0)] = 0
-    """Of rnn, gru, lstm and transformer: samples are tokens 0 to VOCABULARY - 1, each of which has a vector, of the
-    first width; if not given those of a text or of a generated task that has tokens."""
+    """Of rnn, gru, lstm, transformer and factors: samples are tokens 0 to VOCABULARY - 1, each of which has a vector,
+    of the first width; if not given those of a text or of a generated task that has tokens."""
     blocks: tuple[int, ...] = ()
     """Residual blocks of each of resnet's sections, 3 if not given; of transformer, each of attention and two dense
     layers, 2."""

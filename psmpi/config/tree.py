@@ -117,7 +117,20 @@ def check(config: Config, said: Collection[str] = ()) -> None:
             f"--context {config.data.context} is of texts (--dataset FILE.txt), and the data set here is "
             f"{config.data.dataset}: leave it out"
         )
-    sized = ("mlp", "head", "resnet", "deep", "deep-conv", "radix", "rnn", "gru", "lstm", "transformer", "slabs")
+    sized = (
+        "mlp",
+        "head",
+        "resnet",
+        "deep",
+        "deep-conv",
+        "radix",
+        "rnn",
+        "gru",
+        "lstm",
+        "transformer",
+        "factors",
+        "slabs",
+    )
     if model.widths and model.model not in sized:
         raise UserError(f"--widths are those of --model {listed(sized)}; --model {model.model} has its own")
     if not 0 < model.final_time <= 1e6:

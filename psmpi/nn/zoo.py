@@ -185,10 +185,26 @@ def _of_sequences(
     return [*tables, *({"type": kind, "units": width} for width in widths), *end]
 
 
+def _factors(
+    widths: Sequence[int], vocabulary: int, in_shape: tuple[int, ...], outputs: int, task: str
+) -> list[LayerTable]:
+    """A vector of each row and each column of a matrix, whose products are its entries."""
+    if not vocabulary or in_shape != (1, 2) or outputs != 1 or task != "regression":
+        raise UserError(
+            "--model factors learns entries of a matrix: samples are two tokens, row and rows + column, integers "
+            "(samples, 2) with lengths, of a --vocabulary, and have one value each; --dataset ratings has such"
+        )
+    if len(widths) > 1 or min(widths, default=1) < 1:
+        raise UserError(f"--widths {' '.join(map(str, widths))}: --model factors has one rank, above 0")
+    return [{"type": "embedding", "vocabulary": vocabulary, "units": widths[0] if widths else 10}, {"type": "dot"}]
+
+
 SEQUENCES = ("rnn", "gru", "lstm", "transformer")
+# The models with a vector of each token.
+TOKENS = (*SEQUENCES, "factors")
 MODELS = (
     "psnet", "psnet-24", "psnet-35", "lenet", "linear", "mlp", "head", "resnet", "deep", "deep-conv", "radix",
-    "slabs", *SEQUENCES, "custom",
+    "slabs", *TOKENS, "custom",
 )  # fmt: skip
 # Inputs of each unit of radix.
 CONNECTIONS = 32
@@ -226,12 +242,13 @@ def make_network(
     with ReLU, 32 connections a unit, the topology of RadiX-Nets (Robinett and Kepner 2019), and He's initial weights;
     `rnn`, `gru` and `lstm` have recurrent layers of `widths` units (128 and 128), for sequences (features, steps),
     before them vectors of tokens with a `vocabulary`; `transformer`, for such sequences too, see psmpi.nn.transformer;
-    `slabs` has hidden layers of `widths` neurons, cut into `domains` with a `halo`, see psmpi.nn.slabs; `custom` is
-    described layer by layer in `layers` (see psmpi.nn.network.build). by_step: whether there are scores at each step of
-    sequences. task: see `Split.task`. With `batch_norm` the other ones have batch normalization instead of biases.
-    UserError where the name or the shape is not known.
+    `factors` has a vector of each of two tokens, of one width (10), and their product; `slabs` has hidden layers of
+    `widths` neurons, cut into `domains` with a `halo`, see psmpi.nn.slabs; `custom` is described layer by layer in
+    `layers` (see psmpi.nn.network.build). by_step: whether there are scores at each step of sequences. task: see
+    `Split.task`. With `batch_norm` the other ones have batch normalization instead of biases. UserError where the name
+    or the shape is not known.
     """
-    if batch_norm and name in SEQUENCES:
+    if batch_norm and name in TOKENS:
         raise UserError(
             f"--batch-norm is not for layers of sequences, whose steps it would mix: leave it out of --model {name}"
         )
@@ -240,7 +257,7 @@ def make_network(
     for word, given in (("domains", domains), ("halo", halo >= 0)):
         if given and name != "slabs":
             raise UserError(f"--{word} is of --model slabs, and the model here is {name}: leave the option out")
-    if vocabulary and name not in SEQUENCES:
+    if vocabulary and name not in TOKENS:
         raise UserError(
             f"--vocabulary is of --model {', '.join(SEQUENCES)}, and the model here is {name}: leave it out, or begin "
             '[[model.layers]] with {type = "embedding", vocabulary = V, units = U}'
@@ -284,6 +301,8 @@ def make_network(
     if name in SEQUENCES and len(in_shape) == 2:
         tables = _of_sequences(name, widths, blocks, heads, classes, in_shape, vocabulary, by_step)
         return build(name, in_shape, tables, classes, by_step)
+    if name == "factors" and not by_step:
+        return build(name, in_shape, _factors(widths, vocabulary, in_shape, classes, task), classes)
     if by_step:
         raise UserError(
             f"--model {name} has scores of samples, and here each step of a sequence has a target: use --model "

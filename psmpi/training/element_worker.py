@@ -109,7 +109,7 @@ class ElementWorker:
             self.pairs = np.zeros((len(place.classes),) * 2, bool)
             for i, j in place.elements:
                 self.pairs[self.numbers[i], self.numbers[j]] = self.pairs[self.numbers[j], self.numbers[i]] = True
-            samples = samples[self.numbers[dataset.train.labels] >= 0]
+            samples = samples[self.numbers[dataset.train.labels[samples]] >= 0]
             # Where the loss is computed.
             self.mask = ops.put(self.pairs)
         self.train = Resident(dataset.train, samples, self.dtype, ops)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from psmpi.config import Config, Numbers, usual_numbers
 from psmpi.data import open_dataset
 from psmpi.errors import UserError, counted
-from psmpi.nn.zoo import SEQUENCES
+from psmpi.nn.zoo import TOKENS
 from psmpi.registry import find_method
 
 
@@ -19,7 +19,7 @@ def usual(config: Config, tell: Callable[[str], None] | None = None) -> Config:
     where the data set cannot be opened.
     """
     private = find_method(config.parallel.method).private(config)
-    looks_up = config.model.model in SEQUENCES and not config.model.vocabulary and not private
+    looks_up = config.model.model in TOKENS and not config.model.vocabulary and not private
     given = None not in (config.run.epochs, config.data.batch_size, config.optimization.lr)
     if given and not looks_up:
         return config

@@ -9,6 +9,7 @@ import numpy as np
 from psmpi.nn.init import initial_values
 from psmpi.nn.layers.attention import Attention
 from psmpi.nn.layers.binary import Binary
+from psmpi.nn.layers.dot import Dot
 from psmpi.nn.layers.embedding import Embedding
 from psmpi.nn.layers.flatten import Flatten
 from psmpi.nn.layers.group_norm import GroupNorm
@@ -30,7 +31,7 @@ def _inputs(layer, users):
         groups = _of_groups(users, layer.units // layer.groups, layer.groups)
         seen = [of for of in groups for _ in range(layer.group_inputs)]
         return seen + [frozenset()] * (layer.in_shape[0] - len(seen))
-    if isinstance(layer, Recurrent | Embedding | LayerNorm | Binary):
+    if isinstance(layer, Recurrent | Embedding | LayerNorm | Binary | Dot):
         return _of_groups(users, len(users), 1) * layer.in_shape[0]
     if isinstance(layer, Attention):
         return [of for of in _of_groups(users, layer.size, layer.heads) for _ in range(3 * layer.size)]

@@ -154,6 +154,7 @@ NETWORKS = {
     "sparse scores": ((6,), [sparse(9, 3), TANH, sparse(8, 2, seed=1), TANH, sparse(4, 3)], 4),
     "sparse layers of classes": ((12,), [sparse(10, 2), TANH, unbiased(sparse(8, 2)), TANH,
                                          separable(4, 4)], 4),
+    "the product of two steps": ((3, 2), [dense(6), {"type": "dot"}, dense(4)], 4),
     "two scores of one number": ((7,), [dense(6), TANH, dense(1), BINARY, dense(4)], 4),
     "two scores of one number at each step": ((3, 5), [dense(1), BINARY, recurrent("rnn", 4), LAST, dense(4)], 4),
     "scores of each step": ((3, 5), [recurrent("lstm", 6), separable(8, 4), TANH, separable(4, 4)], 4),

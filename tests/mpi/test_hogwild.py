@@ -1,6 +1,7 @@
 """Hogwild: alone it is serial descent to the bit, in components too; on several ranks it ends as well as that."""
 
 import json
+from itertools import combinations
 from unittest import mock
 
 import numpy as np
@@ -10,10 +11,12 @@ from helpers.runs import run
 from psmpi.backend import Descent, NumpyOps, Rows, compiled, make_backend
 from psmpi.data import Batch
 from psmpi.errors import UserError
+from psmpi.methods.hogwild.elements import of_pairs
 from psmpi.methods.hogwild.method import Hogwild
 from psmpi.methods.hogwild.server import ServerStore
 from psmpi.methods.hogwild.sparsity import of_rows
 from psmpi.methods.hogwild.stores import WindowStore
+from psmpi.nn.network import build
 from psmpi.testing.conformance import CHECKS, Case, tensors
 from psmpi.testing.windows import ThreadSharded, ThreadWindows
 from psmpi.testing.world import run_ranks
@@ -122,6 +125,13 @@ def test_four_ranks_end_as_one_does_on_sparse_samples(train, kind):
     assert found <= 1.01 * best
 
 
+@pytest.mark.parametrize("kind", ["raw", "accumulate", "server"])
+def test_blocks_of_samples_end_as_one_rank_does(train, kind):
+    w, samples, _ = serial(LINEAR, 10)
+    found = train(4, "--method", "hogwild", "--updates", kind, "--update-samples", "20", *LINEAR)
+    assert loss_of(weights_of(found), samples) <= 1.01 * loss_of(w, samples)
+
+
 @needs_kernels
 @pytest.mark.parametrize("model", ["unbiased", "biased", "mlp"])
 def test_components_make_the_weights_of_one_rank_to_the_bit(train, tmp_path, model):
@@ -159,11 +169,8 @@ def test_one_clock_at_a_time_is_synchronous_descent():
 
     def work(world):
         method = Hogwild(Context(world, network, dataset, config, NumpyOps()))
-        with mock.patch.object(WindowStore, "read", reads):
-            world.Barrier()
-            for step in range(rounds * ranks):
-                method.step(Batch(batches.ids(0, step)), 0.1)
-            world.Barrier()
+        for step in range(rounds * ranks):
+            method.step(Batch(batches.ids(0, step)), 0.1)
         method.store.settle()
         return method.store.w.copy()
 
@@ -178,7 +185,10 @@ def test_one_clock_at_a_time_is_synchronous_descent():
             w -= 0.1 * total
         return w.copy()
 
-    found, (expected,) = run_ranks(ranks, work, timeout=60), run_ranks(1, alone, timeout=60)
+    # Threads have one class in common.
+    with mock.patch.object(WindowStore, "read", reads):
+        found = run_ranks(ranks, work, timeout=60)
+    (expected,) = run_ranks(1, alone, timeout=60)
     for w in found:
         assert np.linalg.norm(w - expected) <= 1e-12 * np.linalg.norm(expected)
 
@@ -254,7 +264,7 @@ def test_ranks_of_several_hosts_use_windows(tmp_path, monkeypatch):
 
 @needs_kernels
 @pytest.mark.parametrize(
-    ("options", "kind"), [(MLP, "atomic"), (LINEAR[:6], "raw"), ((*LINEAR[:6], "--update-samples", "5"), "atomic")]
+    ("options", "kind"), [(MLP, "atomic"), (LINEAR[:6], "raw"), ((*LINEAR[:6], "--update-samples", "5"), "raw")]
 )
 def test_auto_says_what_it_takes_and_why(tmp_path, options, kind):
     status, out, err = run(
@@ -363,3 +373,114 @@ def test_resumed_on_one_rank_it_goes_on_to_the_bit(train, tmp_path):
     train(1, *options, "--max-steps", "40", "--resume", "auto", out=tmp_path / "part")
     first, second = whole.tensors(), tensors(max((part.out / "checkpoints").glob("step-*.h5")))
     assert first.keys() == second.keys() and all(np.array_equal(first[k], second[k]) for k in first)
+
+
+PAIRS = ("--dataset", "digits", "--model", "psnet", "--loss", "logistic", "--elements", *PLAIN, "--clip", "0")
+
+
+@pytest.mark.parametrize("loss", ["psl", "logistic"])
+def test_updates_of_elements_are_the_gradient_and_of_two_classes_each(loss):
+    """Made at the same weights, those of all pairs add up to the gradient of the minibatch, by finite sums alone."""
+    network, dataset, config = problem(*PAIRS, "--loss", loss)
+    batches, _, _ = plan_steps(dataset, config)
+
+    def work(world):
+        method = Hogwild(Context(world, network, dataset, config, NumpyOps()))
+        ids, w = batches.ids(0, 0), method.store.w
+        expected = method.worker.element_losses(Batch(ids), Batch(ids))
+        whole, found, updates = method.g.copy(), np.zeros_like(w), []
+
+        def keep(part, g, factor):
+            change = np.zeros_like(w)
+            at = 0
+            for start, stop in part.intervals:
+                change[start:stop] = g[at : at + stop - start]
+                at += stop - start
+            found[...] += change
+            updates.append(np.flatnonzero(change))
+
+        method.updates._add = keep
+        total = method.updates.run(ids, 1.0)
+        return total / len(ids), expected, found, whole, updates, method.updates.parts
+
+    ((total, expected, found, whole, updates, parts),) = run_ranks(1, work)
+    assert total == pytest.approx(expected, rel=1e-12)
+    assert np.abs(found - whole).max() <= 1e-12 * np.abs(whole).max()
+    assert len(updates) == len(parts) == 45
+    for places, part in zip(updates, parts, strict=True):
+        inside = np.zeros(whole.size, bool)
+        for start, stop in part.intervals:
+            inside[start:stop] = True
+        assert inside[places].all() and not inside.all()
+
+
+def test_pairs_without_shared_weights_meet_where_they_have_a_class_in_common():
+    tables = [{"type": "flatten"}, {"type": "dense", "units": 10}]
+    layout = build("rows", (1, 8, 8), tables, 10).layout()
+    found = of_pairs(layout, list(combinations(range(10), 2)))
+    assert found.omega == 2 * 65 and found.sampled == 0
+    # A class is of 9 of the 45 pairs; two classes of 17.
+    assert found.delta == 9 / 45 and found.rho == 17 / 45
+
+
+@pytest.mark.parametrize("kind", ["raw", "accumulate", "server"])
+def test_elements_train_as_whole_minibatches_do(train, kind):
+    options = (*PAIRS, "--lr", "0.3", "--epochs", "8", "--clip", "1")
+    found = train(3, "--method", "hogwild", "--updates", kind, *options)
+    alone = train(1, "--method", "hogwild", *options)
+    assert "Omega 1,056, Delta 1, rho 1" in " ".join(found.stdout.split())
+    assert found.rows[-1]["test_accuracy"] >= alone.rows[-1]["test_accuracy"] - 0.05
+    assert alone.rows[-1]["test_accuracy"] > 0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--loss", "nll"), "--elements needs a loss that is a sum over pairs"),
+        (("--optimizer", "adam"), "--elements steps elements by themselves"),
+        (("--update-samples", "5"), "--elements makes updates of pairs of classes"),
+        (("--dataset", "adding", "--model", "lstm", "--loss", "squared"), "--elements is for classes"),
+    ],
+)
+def test_elements_that_cannot_be_are_refused(tmp_path, options, told):
+    status, _, err = run(2, "-m", "psmpi.train", "--method", "hogwild", *PAIRS, *options, "--out", tmp_path / "run")
+    assert status == 1 and told in " ".join(err.split())
+
+
+RATINGS = ("--dataset", "ratings:200", "--model", "factors", "--widths", "5", "--loss", "squared", "--optimizer", "sgd",
+           "--lr", "0.05", "--clip", "0", "--threads", "1", "--init-gain", "1")  # fmt: skip
+
+
+def test_kernels_of_factors_and_networks_make_the_same_steps(train):
+    options = (*RATINGS, "--batch-size", "1", "--max-steps", "400", "--dtype", "float64")
+    found = train(1, "--method", "hogwild", *options)
+    expected = train(1, "--method", "data_parallel", *options)
+    assert np.allclose(weights_of(found), weights_of(expected), rtol=0, atol=1e-12)
+    assert found.rows[-1]["train_loss"] == pytest.approx(expected.rows[-1]["train_loss"], rel=1e-9)
+
+
+@needs_kernels
+def test_factors_in_components_are_those_of_one_rank_and_learn_the_matrix(train):
+    options = (*RATINGS, "--batch-size", "50", "--epochs", "30")
+    one = train(1, "--method", "hogwild", *options)
+    for ranks in (2, 4):
+        found = train(ranks, "--method", "hogwild", "--updates", "cyclades", *options)
+        assert np.array_equal(weights_of(found), weights_of(one))
+    raw = train(4, "--method", "hogwild", *options)
+    assert "(--updates raw)" in " ".join(raw.stdout.split())
+    # Of values with the variance 1.
+    assert one.rows[-1]["test_rmse"] < 0.6 and raw.rows[-1]["test_rmse"] <= 1.05 * one.rows[-1]["test_rmse"]
+    windows = train(3, "--method", "hogwild", "--updates", "accumulate", *options, "--epochs", "2")
+    assert windows.rows[-1]["train_loss"] < 1.2
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--dataset", "digits", "--loss", "nll"), "--model factors learns entries of a matrix"),
+        (("--widths", "5", "6"), "--model factors has one rank"),
+    ],
+)
+def test_what_factors_are_not_of_is_refused(tmp_path, options, told):
+    status, _, err = run(1, "-m", "psmpi.train", *RATINGS, *options, "--method", "hogwild", "--out", tmp_path / "run")
+    assert status == 1 and told in " ".join(err.split())

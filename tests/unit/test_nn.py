@@ -150,6 +150,8 @@ def plain_layer(kind, layer, tensors, a):
         return a + tensors[f"{layer.name}.weight"][:, : a.shape[1]]
     if kind == "Attention":
         return np.concatenate([plain_head(head, layer.causal) for head in np.split(a, layer.heads)])
+    if kind == "Dot":
+        return np.array([a[:, 0] @ a[:, 1]])
     if kind == "Binary":
         return np.stack([(1 - a[0]) / 2, (1 + a[0]) / 2])
     if kind == "Flatten":

@@ -5,7 +5,7 @@ import threading
 import numpy as np
 import pytest
 
-from psmpi.backend import SLOPES, CompiledOps, Descent, NumpyOps, Pairs, Rows, compiled
+from psmpi.backend import SLOPES, CompiledOps, Descent, NumpyOps, Pairs, Room, Rows, compiled
 
 F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
 REFERENCE = NumpyOps()
@@ -99,6 +99,28 @@ def test_steps_in_c_are_those_of_the_reference(level, dtype, loss, atomic):
         wanted = REFERENCE.sparse_steps(order, rows, expected, biases[1], how, False)
         np.testing.assert_allclose(w, expected, rtol=0, atol=1e-5 if dtype == F32 else 1e-13)
         assert found == pytest.approx(wanted, rel=1e-5)
+        if bias is not None:
+            assert biases[0] == pytest.approx(biases[1], abs=1e-5)
+
+
+@kernels
+@pytest.mark.parametrize("atomic", [False, True])
+@pytest.mark.parametrize("block", [1, 7, 100])
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+def test_blocks_of_steps_in_c_are_those_of_the_reference(dtype, block, atomic):
+    rows, how, order = (
+        some_rows(dtype),
+        Descent(0.1, 0.02, 1.5, "logistic", 0.7),
+        np.random.default_rng(2).permutation(40),
+    )
+    for bias in (None, np.zeros(1, dtype)):
+        w, expected = np.full(30, 0.1, dtype), np.full(30, 0.1, dtype)
+        biases = (None, None) if bias is None else (bias.copy(), bias.copy())
+        room = Room.of(30, dtype)
+        found = CompiledOps().sparse_blocks(order, rows, w, biases[0], how, atomic, block, room)
+        wanted = REFERENCE.sparse_blocks(order, rows, expected, biases[1], how, False, block, room)
+        np.testing.assert_allclose(w, expected, rtol=0, atol=1e-5 if dtype == F32 else 1e-13)
+        assert found == pytest.approx(wanted, rel=1e-5) and not room.mark.any()
         if bias is not None:
             assert biases[0] == pytest.approx(biases[1], abs=1e-5)
 

@@ -7,9 +7,9 @@ import ctypes
 import numpy as np
 
 from psmpi.backend.compiled.library import function, plain, pointers
-from psmpi.backend.reference.shared import LOCKS, SLOPES, Descent, Pairs, Rows, SharedUpdates
+from psmpi.backend.reference.shared import LOCKS, SLOPES, Descent, Pairs, Room, Rows, SharedUpdates
 
-COUNTS, TOKENS = np.dtype(np.int64), np.dtype(np.int32)
+COUNTS, TOKENS, MARKS = np.dtype(np.int64), np.dtype(np.int32), np.dtype(np.uint8)
 
 
 def lock_bytes() -> int:
@@ -46,6 +46,23 @@ class CompiledShared(SharedUpdates):
             weights, None if bias is None else pointers(w.dtype, bias)[0], often, SLOPES[how.loss], how.scale,
             how.lr, how.penalty, how.clip, atomic, LOCKS[kind], None if room is None else room.ctypes.data,
             ctypes.addressof(found),
+        )  # fmt: skip
+        return how.scale * found.value
+
+    def sparse_blocks(
+        self, order: np.ndarray, rows: Rows, w: np.ndarray, bias: np.ndarray | None, how: Descent, atomic: bool,
+        block: int, room: Room,
+    ) -> float:  # fmt: skip
+        call = function("sparse_blocks", w.dtype, "nppppppppiddddinppppp", self.instructions)
+        found = ctypes.c_double(0)
+        values, targets, weights, often, own, base = pointers(
+            w.dtype, rows.values, rows.targets, w, rows.often, room.own, room.base
+        )
+        (columns, touched), (mark,) = pointers(TOKENS, rows.columns, room.touched), pointers(MARKS, room.mark)
+        call(
+            len(order), *pointers(COUNTS, order, rows.starts), columns, values, targets, weights,
+            None if bias is None else pointers(w.dtype, bias)[0], often, SLOPES[how.loss], how.scale, how.lr,
+            how.penalty, how.clip, atomic, block, own, base, mark, touched, ctypes.addressof(found),
         )  # fmt: skip
         return how.scale * found.value
 

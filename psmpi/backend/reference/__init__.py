@@ -6,7 +6,7 @@ from psmpi.backend.reference.losses import exponent_of
 from psmpi.backend.reference.moves import CompressedSamples, Mirror, RunCopies, Samples
 from psmpi.backend.reference.ops import NumpyOps
 from psmpi.backend.reference.recurrence import CELLS, Recurrence
-from psmpi.backend.reference.shared import SLOPES, Descent, Pairs, Rows
+from psmpi.backend.reference.shared import SLOPES, Descent, Pairs, Room, Rows
 from psmpi.backend.reference.sparse import SparseIndex, SparseProduct
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "NumpyOps",
     "Pairs",
     "Recurrence",
+    "Room",
     "Rows",
     "RunCopies",
     "Samples",

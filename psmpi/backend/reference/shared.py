@@ -29,6 +29,23 @@ class Rows(NamedTuple):
     often: np.ndarray
 
 
+class Room(NamedTuple):
+    """What `sparse_blocks` works in: own, base (features,) of the weights' dtype, mark (features,) uint8 of 0, and
+    touched (features + 1,) int32.
+    """
+
+    own: np.ndarray
+    base: np.ndarray
+    mark: np.ndarray
+    touched: np.ndarray
+
+    @classmethod
+    def of(cls, features: int, dtype: np.dtype) -> Room:
+        """A new one."""
+        own, base = np.zeros((2, features), dtype)
+        return cls(own, base, np.zeros(features, np.uint8), np.zeros(features + 1, np.int32))
+
+
 class Pairs(NamedTuple):
     """Samples that are pairs of different tokens, (samples, 2) int32; targets and often as in `Rows`, of tokens."""
 
@@ -82,6 +99,21 @@ class SharedUpdates(Arrays):
             w[columns] = w[columns] * np.maximum(1 - shrink * rows.often[columns], 0) + step * x
             if bias is not None:
                 bias[0] = bias[0] * max(1 - shrink, kind(0)) + step
+        return total
+
+    def sparse_blocks(
+        self, order: np.ndarray, rows: Rows, w: np.ndarray, bias: np.ndarray | None, how: Descent, atomic: bool,
+        block: int, room: Room,
+    ) -> float:  # fmt: skip
+        """`sparse_steps` on a copy of the weights, whose changes are added after each `block` samples."""
+        total = 0.0
+        for at in range(0, len(order), block):
+            own, own_bias = w.copy(), None if bias is None else bias.copy()
+            before, bias_before = own.copy(), None if own_bias is None else own_bias.copy()
+            total += self.sparse_steps(order[at : at + block], rows, own, own_bias, how, False)
+            self.add_shared(w, own - before, 1.0, atomic)
+            if bias is not None and own_bias is not None and bias_before is not None:
+                bias += own_bias - bias_before
         return total
 
     def factor_steps(self, order: np.ndarray, pairs: Pairs, w: np.ndarray, how: Descent, atomic: bool) -> float:

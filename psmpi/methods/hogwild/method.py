@@ -19,6 +19,8 @@ from psmpi.data import Batch, Dataset
 from psmpi.errors import UserError
 from psmpi.layout import Runs, TableRows, replicate
 from psmpi.methods.hogwild.clocks import Tickets, Turns
+from psmpi.methods.hogwild.elements import ElementUpdates
+from psmpi.methods.hogwild.factors import FactorUpdates, is_factors
 from psmpi.methods.hogwild.server import ServerStore
 from psmpi.methods.hogwild.settings import SHARED, USUAL_STALENESS, Settings, check_hogwild, hogwild_warnings
 from psmpi.methods.hogwild.sparse import SparseUpdates, is_sparse
@@ -63,7 +65,12 @@ class Hogwild(Method):
         self.s, self.size = context.settings(Settings), context.size
         self.group, self.aside = context.group(), context.uncounted()
         everything = Runs(((0, self.layout.size),))
-        self.sparse = is_sparse(context.network, context.dataset, context.config, self.s.update_samples)
+        self.sparse = not context.settings(Settings).elements and is_sparse(
+            context.network, context.dataset, context.config
+        )
+        self.factors = not self.s.elements and is_factors(
+            context.network, context.dataset, context.config, self.s.update_samples
+        )
         windows = self._choose()
         self.store = self._store(windows, everything)
         self.turns = self._turns(windows)
@@ -110,7 +117,7 @@ class Hogwild(Method):
         if not self.ops.atomics:
             self.why = "there are no compiled kernels"
             return "accumulate"
-        if self.sparse:
+        if self.sparse or self.factors:
             self.why = "all ranks are on one host, and samples of few weights rarely meet"
             return "raw"
         self.why = "all ranks are on one host"
@@ -136,9 +143,15 @@ class Hogwild(Method):
         counters = None if windows is None or self.bound is None else windows.counters(self.size)
         return Turns(self.rank, self.size, self.bound, counters, self.context.world)
 
-    def _updates(self, everything: Runs) -> NetworkUpdates | SparseUpdates:
+    def _updates(self, everything: Runs) -> NetworkUpdates | SparseUpdates | ElementUpdates | FactorUpdates:
+        if self.s.elements:
+            made = ElementUpdates(self.context, self.worker, self.store)
+            self.account.include(made.memory)
+            return made
+        if self.factors and isinstance(self.store, SharedStore):
+            return FactorUpdates(self.context, self.store)
         if self.sparse:
-            return SparseUpdates(self.context, self.worker, self.store)
+            return SparseUpdates(self.context, self.worker, self.store, self.s.update_samples)
         return NetworkUpdates(self.context, self.worker, self.store, self.g, everything, self.s.update_samples)
 
     def _declare(self, everything: Runs) -> None:
@@ -207,9 +220,9 @@ class Hogwild(Method):
         self.store.settle()
 
     def step(self, batch: Batch, lr: float) -> None:
-        if self.kind == "cyclades" and isinstance(self.updates, SparseUpdates):
+        if self.kind == "cyclades" and isinstance(self.updates, (SparseUpdates, FactorUpdates)):
             owner, _, _ = self.updates.deal(batch.ids, self.size)
-            self.loss_sum += self.updates.run(batch.ids[owner == self.rank], lr)
+            self.loss_sum += self.updates.one_by_one(batch.ids[owner == self.rank], lr)
             self.store.settle()
             return
         turn = int(self.scalars["steps"])
@@ -271,7 +284,7 @@ class Hogwild(Method):
             return []
         if self.s.hand_out == "tickets":
             return None
-        if isinstance(self.updates, SparseUpdates):
+        if not isinstance(self.updates, NetworkUpdates):
             return None
         worker, updates = step % self.turns.size, self.updates.count(batch)
         if isinstance(self.store, ServerStore):

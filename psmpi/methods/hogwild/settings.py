@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar, Literal
 from psmpi.config import Config, Least
 from psmpi.data import Dataset
 from psmpi.errors import UserError, counted
+from psmpi.methods.hogwild.elements import check_elements
 from psmpi.nn.network import Network
 from psmpi.optim import find_optimizer
 from psmpi.optim.decay import Coupled
@@ -40,7 +41,11 @@ class Settings:
     hand_out: Literal["turns", "tickets"] = "turns"
     """Who takes a minibatch: the ranks in turn, or whoever comes first (by a counter in a window)."""
     update_samples: Annotated[int, Least(0)] = 0
-    """Samples of an update; 0: one of sparse samples of a linear model or of ratings, else the whole minibatch."""
+    """Samples of an update; 0: the whole minibatch, but one of sparse samples of a linear model in shared memory. More
+    of these are stepped on a copy of their weights, which keeps caches of processors apart."""
+    elements: bool = False
+    """Make an update of each element of the loss, a pair of classes: of partially-separable networks it reads and
+    changes the weights of two classes alone."""
     flush_every: Annotated[int, Least(1)] = 1
     """Minibatches after which a rank waits until its additions to MPI windows are there."""
 
@@ -91,6 +96,13 @@ def check_hogwild(size: int, network: Network, dataset: Dataset, config: Config)
             f"--update-samples {s.update_samples} with {counted(config.data.batch_size, 'sample')} a minibatch: an "
             "update has those of a minibatch at most; use a larger --batch-size"
         )
+    if s.elements:
+        check_elements(network, dataset, config)
+        if s.update_samples or s.updates == "cyclades":
+            raise UserError(
+                "--elements makes updates of pairs of classes, each over a minibatch: leave --update-samples and "
+                "--updates cyclades out"
+            )
     if network.normalized and s.update_samples == 1:
         raise UserError(
             "--update-samples 1: batch normalization makes the outputs of one sample 0; use 2 or more, or 0"

@@ -6,7 +6,7 @@ from math import isfinite
 
 import numpy as np
 
-from psmpi.backend import SLOPES, Descent, Rows
+from psmpi.backend import SLOPES, Descent, Room, Rows
 from psmpi.config import Config
 from psmpi.data import Dataset
 from psmpi.layout import Runs
@@ -21,8 +21,8 @@ from psmpi.training.context import Context
 from psmpi.training.element_worker import ElementWorker
 
 
-def is_sparse(network: Network, dataset: Dataset, config: Config, update_samples: int) -> bool:
-    """Whether a kernel knows the updates: plain descent of one score on compressed rows, a sample at a time."""
+def is_sparse(network: Network, dataset: Dataset, config: Config) -> bool:
+    """Whether a kernel knows the updates: plain descent of one score on compressed rows."""
     layers = [layer for layer in network.layers if not isinstance(layer, Flatten)]
     linear = bool(layers) and isinstance(layers[0], Dense) and layers[0].units == 1
     ends = [Binary] if dataset.task == "classes" else []
@@ -33,7 +33,6 @@ def is_sparse(network: Network, dataset: Dataset, config: Config, update_samples
         and not layers[0].activation
         and config.objective.loss in kinds
         and config.optimization.optimizer == "sgd"
-        and update_samples in (0, 1)
         and dataset.train.compressed is not None
     )
 
@@ -41,14 +40,16 @@ def is_sparse(network: Network, dataset: Dataset, config: Config, update_samples
 class SparseUpdates:
     """Of each sample an update, in shared memory with the others' as soon as it is made.
 
-    With a store that is no shared memory a minibatch's are made on what was read before it, and their sum is added.
+    With `block` above 1 so many samples are stepped one after the other on a copy of the weights that they touch, and
+    the change of all is added: processors then fetch a weight that others change from each other less often. So it is
+    with a store that is no shared memory, of which a minibatch is a block where `block` is 0.
     The penalty of a weight, half of --weight-decay times its square, is taken where samples have its feature, by so
     much more the fewer these are (Hogwild!, section 2, of a mean over samples).
     """
 
     owned: tuple[np.ndarray, ...]
 
-    def __init__(self, context: Context, worker: ElementWorker, store: Store):
+    def __init__(self, context: Context, worker: ElementWorker, store: Store, block: int):
         self.ops, self.store, self.numbers = context.ops, store, context.numbers
         o, loss, split = context.config.optimization, context.config.objective, context.dataset.train
         samples = worker.train.compressed
@@ -71,8 +72,10 @@ class SparseUpdates:
         self.bias = self._place(context, bias[0]) if bias else None
         self.seed = context.config.run.seed
         self.atomic = isinstance(store, SharedStore) and store.atomic
-        self.owned = (self.rows.targets, self.rows.often)
         self.seen = np.full(samples.features, -1, np.int32)
+        self.block, self.shared = block, isinstance(store, SharedStore)
+        self.room = Room.of(samples.features if self.shared and block > 1 else 0, context.dtype)
+        self.owned = (self.rows.targets, self.rows.often, self.seen, *self.room)
 
     @staticmethod
     def _place(context: Context, name: str) -> slice:
@@ -82,7 +85,8 @@ class SparseUpdates:
     @property
     def what(self) -> str:
         """Of what an update is."""
-        return "a sample" if self.bias is None else "a sample, and of the bias, which all have in common; without it"
+        bias = "" if self.bias is None else ", and of the bias, which all have in common; without it"
+        return f"a sample{bias}"
 
     def sparsity(self) -> Sparsity:
         """That of the updates, without the bias."""
@@ -90,12 +94,20 @@ class SparseUpdates:
 
     def run(self, ids: np.ndarray, lr: float) -> float:
         """Make the updates of a minibatch; returns the sum of the losses."""
-        if isinstance(self.store, SharedStore):
-            return self._steps(ids, lr)
+        if self.shared:
+            return self._steps(ids, lr, self.block)
+        block = self.block or max(1, len(ids))
+        return sum(self._remote(ids[at : at + block], lr) for at in range(0, len(ids), block))
+
+    def one_by_one(self, ids: np.ndarray, lr: float) -> float:
+        """`run` of shared memory without blocks."""
+        return self._steps(ids, lr, 1)
+
+    def _remote(self, ids: np.ndarray, lr: float) -> float:
         places = self._places(ids) if isinstance(self.store, WindowStore) else np.arange(self.store.w.size)
         self.store.read_at(places)
         before = self.store.w[places]
-        total = self._steps(ids, lr)
+        total = self._steps(ids, lr, 1)
         change = self.store.w[places] - before
         if isinstance(self.store, WindowStore):
             self.store.add_at(places, change)
@@ -103,10 +115,14 @@ class SparseUpdates:
             self.store.add(change, 1.0)
         return total
 
-    def _steps(self, ids: np.ndarray, lr: float) -> float:
+    def _steps(self, ids: np.ndarray, lr: float, block: int) -> float:
         w, how = self.store.w, self.how._replace(lr=lr)
         bias = None if self.bias is None else w[self.bias]
-        total = self.ops.sparse_steps(ids, self.rows, w[self.weight], bias, how, self.atomic)
+        weights, atomic = w[self.weight], self.atomic
+        if block > 1:
+            total = self.ops.sparse_blocks(ids, self.rows, weights, bias, how, atomic, block, self.room)
+        else:
+            total = self.ops.sparse_steps(ids, self.rows, weights, bias, how, atomic)
         if not isfinite(total) and not self.numbers.lenient:
             raise FloatingPointError(DIVERGED)
         return total

@@ -11,6 +11,7 @@ from psmpi.nn.layers.binary import Binary
 from psmpi.nn.layers.conv import Conv
 from psmpi.nn.layers.cosine import Cosine
 from psmpi.nn.layers.dense import Dense
+from psmpi.nn.layers.dot import Dot
 from psmpi.nn.layers.embedding import Embedding
 from psmpi.nn.layers.flatten import Flatten
 from psmpi.nn.layers.gelu import Gelu
@@ -48,6 +49,7 @@ LAYERS: dict[str, type[Layer]] = {
     "last": Last,
     "gelu": Gelu,
     "binary": Binary,
+    "dot": Dot,
     **dict.fromkeys(ACTIVATIONS, Activation),
 }
 

@@ -93,6 +93,23 @@ static __attribute__((noinline)) R NAME(margin)(ptrdiff_t n, const int32_t *rest
     return (a + b) + (c + d);
 }
 
+/* What a row's values are multiplied by in the step along the gradient of its loss. */
+INLINE R NAME(step_of)(ptrdiff_t n, const int32_t *columns, const R *values, const R *w, const R *bias, int kind,
+                       double scale, double target, double lr, double clip, double *loss)
+{
+    const R score = NAME(margin)(n, columns, values, w) + (bias ? *(const volatile R *)bias : 0);
+    double d = scale * NAME(slope)(kind, score, target, loss);
+    if (clip > 0) {
+        double square = bias != NULL;
+        for (ptrdiff_t k = 0; k < n; k++)
+            square += (double)values[k] * values[k];
+        const double length = fabs(d) * __builtin_sqrt(square);
+        if (length > clip)
+            d *= clip / length;
+    }
+    return (R)(-lr * d);
+}
+
 static void NAME(one_row)(const int atomic, ptrdiff_t n, const int32_t *restrict columns, const R *restrict values,
                           R *w, R step, R shrink, const R *restrict often)
 {
@@ -124,17 +141,8 @@ void NAME(sparse_steps)(ptrdiff_t count, const int64_t *order, const int64_t *st
             }
         }
         take(lock, at);
-        const R score = NAME(margin)(n, columns + start, values + start, w) + (bias ? *(volatile R *)bias : 0);
-        double d = scale * NAME(slope)(kind, score, targets[sample], loss);
-        if (clip > 0) {
-            double square = bias != NULL;
-            for (ptrdiff_t k = 0; k < n; k++)
-                square += (double)values[start + k] * values[start + k];
-            const double length = fabs(d) * __builtin_sqrt(square);
-            if (length > clip)
-                d *= clip / length;
-        }
-        const R step = (R)(-lr * d);
+        const R step = NAME(step_of)(n, columns + start, values + start, w, bias, kind, scale, targets[sample], lr, clip,
+                                     loss);
         if (atomic)
             NAME(one_row)(1, n, columns + start, values + start, w, step, shrink, often);
         else
@@ -142,6 +150,49 @@ void NAME(sparse_steps)(ptrdiff_t count, const int64_t *order, const int64_t *st
         if (bias)
             NAME(change)(bias, NAME(kept)(shrink), step, atomic);
         give(lock, at);
+    }
+}
+
+/* As `sparse_steps`, but `block` samples are stepped on copies of the weights that they touch, and what these have
+ * changed by is added then. own, base (features), mark (features) of 0, and so left, touched (features): of this
+ * process alone. */
+void NAME(sparse_blocks)(ptrdiff_t count, const int64_t *order, const int64_t *starts, const int32_t *columns,
+                         const R *values, const R *targets, R *w, R *bias, const R *often, int kind, double scale,
+                         double lr, double penalty, double clip, int atomic, ptrdiff_t block, R *restrict own,
+                         R *restrict base, uint8_t *restrict mark, int32_t *restrict touched, double *loss)
+{
+    const R shrink = (R)(lr * penalty);
+    for (ptrdiff_t first = 0; first < count; first += block) {
+        const ptrdiff_t behind = first + block < count ? first + block : count;
+        const R base_bias = bias ? *(volatile R *)bias : 0;
+        R own_bias = base_bias;
+        ptrdiff_t found = 0;
+        for (ptrdiff_t s = first; s < behind; s++)
+            for (int64_t k = starts[order[s]]; k < starts[order[s] + 1]; k++) {
+                const int32_t column = columns[k];
+                touched[found] = column;
+                found += !mark[column];
+                mark[column] = 1;
+            }
+        for (ptrdiff_t k = 0; k < found; k++)
+            own[touched[k]] = base[touched[k]] = *(volatile R *)(w + touched[k]);
+        for (ptrdiff_t s = first; s < behind; s++) {
+            const int64_t sample = order[s], start = starts[sample];
+            const ptrdiff_t n = starts[sample + 1] - start;
+            const R step = NAME(step_of)(n, columns + start, values + start, own, bias ? &own_bias : NULL, kind, scale,
+                                         targets[sample], lr, clip, loss);
+            NAME(one_row)(0, n, columns + start, values + start, own, step, shrink, often);
+            if (bias)
+                own_bias = own_bias * NAME(kept)(shrink) + step;
+        }
+        for (ptrdiff_t k = 0; k < found; k++) {
+            const int32_t column = touched[k];
+            mark[column] = 0;
+            if (own[column] != base[column])
+                NAME(change)(w + column, 1, own[column] - base[column], atomic);
+        }
+        if (bias)
+            NAME(change)(bias, 1, own_bias - base_bias, atomic);
     }
 }
 

@@ -1,0 +1,109 @@
+"""Updates of shared weights a second: without locks, with each of three, dealt by components, and by one process."""
+
+from __future__ import annotations
+
+import json as jsonlib
+import sys
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal
+
+from psmpi.bench.network import launcher, run_program
+from psmpi.bench.unlocked import BLOCK, LOCKS, MINIBATCH
+from psmpi.errors import UserError
+from psmpi.output import Screen, check_files
+
+# The published run times of hogwild and of round-robin with locks, in s: Niu et al. (2011), table 2, 10 threads, 20
+# epochs.
+PUBLISHED = {"RCV1": (9.5, 61.8), "Netflix": (301, 2569), "KDD": (878, 7139), "DBLife": (230, 414)}
+NAMES = {
+    "raw": "plain stores",
+    "atomic": "atomic additions",
+    "blocks": f"plain stores of {BLOCK:,} samples' sums",
+    "ticket": "ticket lock",
+    "mutex": "pthread mutex",
+    "mpi": "MPI lock",
+    "cyclades": f"components of {MINIBATCH:,} samples",
+}
+
+
+def hogwild(
+    ranks: int = 2,
+    task: Literal["sparse", "ratings"] = "sparse",
+    samples: int = 50_000,
+    features: int = 47_236,
+    entries: int = 76,
+    lr: float = 0.5,
+    updates: int = 100_000,
+    rounds: int = 7,
+    epochs: int = 3,
+    limit: int = 600,
+    json: str = "",
+) -> int:
+    """Count updates of shared weights a second in several ways, which take turns, on one worker and on all.
+
+    Ranks need a core each that nobody else uses: with others on them the figures are of these. Which of them share
+    caches decides as much as the ways do.
+
+    Args:
+        ranks: Processes, on one host.
+        task: Logistic regression on sparse rows, by default of RCV1's sizes, or completion of a matrix of low rank.
+        samples: Rows, or entries of the matrix.
+        features: Features, or rows and columns of the matrix together.
+        entries: Features of a row that are not 0, or the rank of the matrix.
+        lr: Length of steps.
+        updates: Updates that are timed at a time; under MPI's lock a twentieth.
+        rounds: Times that each way is measured.
+        epochs: Passes over all samples after which the loss is shown; 0: none.
+        limit: Seconds after which it is ended.
+        json: Also write the figures into this file.
+    """
+    numbers = {"--samples": samples, "--features": features, "--entries": entries, "--updates": updates,
+               "--rounds": rounds, "--limit": limit, "--ranks": ranks}  # fmt: skip
+    for option, value in numbers.items():
+        if value < 1:
+            raise UserError(f"{option} {value}: expected 1 or more")
+    if epochs < 0 or not lr > 0:
+        raise UserError(f"--epochs {epochs}, --lr {lr:g}: expected 0 or more passes, and a length above 0")
+    if entries > features // 2:
+        raise UserError(f"--entries {entries} of --features {features}: expected at most half of them")
+    check_files(json=json)
+    given = {"task": task, "samples": samples, "features": features, "entries": entries, "lr": lr, "updates": updates,
+             "rounds": rounds, "epochs": epochs}  # fmt: skip
+    program = [sys.executable, "-m", "psmpi.bench.unlocked", jsonlib.dumps(given)]
+    out = run_program([launcher(), "-n", str(ranks), *program], limit=limit)
+    found = next(jsonlib.loads(line) for line in out.splitlines() if line.startswith("{"))
+    _show(found, ranks, f"{samples:,} samples, {features:,} features, {entries} each")
+    if json:
+        Path(json).write_text(jsonlib.dumps({"options": given, "ranks": ranks, **found}) + "\n")
+    return 0
+
+
+def _show(found: dict[str, Any], ranks: int, title: str) -> None:
+    from rich.table import Table
+
+    screen, rates = Screen(), found["rates"]
+    table = Table(title=f"million updates a second, median (least to largest): {title}", title_justify="left")
+    for name in ("updates by", "workers", "millions", "times one process", "times the best lock", "loss", "score"):
+        table.add_column(name, justify="right")
+    serial = rates["raw 1"]
+    for name, each in rates.items():
+        way, workers = name.split()
+        locks = [rates[f"{lock} {workers}"] for lock in LOCKS if f"{lock} {workers}" in rates]
+        beside = max(locks, key=median) if locks else []
+        loss, score = found["scores"].get(name, ("", ""))
+        table.add_row(
+            NAMES[way], workers, f"{median(each) / 1e6:.3f} ({min(each) / 1e6:.3f} to {max(each) / 1e6:.3f})",
+            _ratio(each, serial), _ratio(each, beside), *(f"{one:.5f}" if one != "" else "" for one in (loss, score)),
+        )  # fmt: skip
+    screen.print(table)
+    screen.tell(f"components of a minibatch: {found['components']:.1f} on the average")
+    for name, share in found.get("lost", {}).items():
+        screen.tell(f"lost by plain stores of {ranks} workers: {100 * share:.3f} % of the increments {name}")
+    told = ", ".join(f"{name} {a:g} and {b:g}" for name, (a, b) in PUBLISHED.items())
+    screen.tell(f"published run times without locks and in turn with locks, in s (Niu et al., 10 threads): {told}")
+
+
+def _ratio(each: list[float], other: list[float]) -> str:
+    """The median of the ratios of rounds, which are made one after the other."""
+    return f"{median(a / b for a, b in zip(each, other, strict=True)):.2f}" if other else ""

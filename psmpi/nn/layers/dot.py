@@ -1,0 +1,97 @@
+"""The scalar product of two steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from psmpi.errors import UserError
+from psmpi.nn.layers.base import Layer, Part, Site, Stage
+from psmpi.nn.layers.table import Table
+from psmpi.nn.layers.uses import Uses, grouped, stretched
+
+
+@dataclass(frozen=True)
+class Dot(Layer):
+    """(units, 2) -> (1,): the sum over units of the product of the two steps.
+
+    Of the vectors of a row and a column it is an entry of a matrix of rank `units` (matrix completion).
+    """
+
+    moves_gradient: ClassVar[bool] = True
+    whole_sequences: ClassVar[bool] = True
+
+    @classmethod
+    def read(cls, table: Table, label: str, shape: tuple[int, ...]) -> list[Layer]:
+        if len(shape) != 2 or shape[1] != 2:
+            raise UserError(
+                f"{table.where}: dot multiplies the two steps of sequences (units, 2), and its input has shape {shape}"
+            )
+        return [cls(label, shape, (1,))]
+
+    def with_steps(self, steps: int) -> Layer:
+        if steps != 2:
+            raise UserError(f"{self.name} multiplies two steps, and the sequences have {steps}")
+        return self
+
+    def sources(self, uses: Uses) -> Uses:
+        return stretched(grouped(uses, 1), self.in_shape[0])
+
+    def present(self, inputs: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+        return wanted
+
+    @property
+    def macs(self) -> int:
+        return self.in_shape[0]
+
+    def held(self, stage: Stage, batch: int, writable: bool, packed: bool) -> int:
+        return self.in_shape[0] * batch
+
+    def part(self, stage: Stage, site: Site) -> Part:
+        return DotPart(stage, site)
+
+
+class DotPart(Part):
+    """x (units, 2, b) -> y (1, b)."""
+
+    def __init__(self, stage: Stage, site: Site):
+        super().__init__(stage, site)
+        self.units = self.layer.in_shape[0]
+        self.products = self.ops.empty(0, self.dtype)
+
+    def reserve(self, batch: int) -> None:
+        if self.products.size < self.units * batch:
+            self.products = self.ops.empty(self.units * batch, self.dtype)
+
+    def arrays(self) -> list[np.ndarray]:
+        return [self.products]
+
+    def forward(self, x: np.ndarray, y: np.ndarray | None, room: Any) -> tuple[np.ndarray, Any]:
+        assert y is not None
+        products = self.products[: self.units * x.shape[-1]].reshape(self.units, x.shape[-1])
+        products[...] = x[:, 0]
+        products *= x[:, 1]
+        products.sum(axis=0, out=y[0])
+        return y, None
+
+    def backward(
+        self, x: np.ndarray, y: np.ndarray, kept: Any, dy: np.ndarray, dx: np.ndarray | None, into: Any
+    ) -> np.ndarray:
+        if dx is None:
+            return dy
+        dx[:, 0] = x[:, 1]
+        dx[:, 1] = x[:, 0]
+        dx *= dy
+        return dx
+
+    def export(self, graph: Any, value: str) -> str:
+        name = self.layer.name
+        steps = [
+            graph.node("Gather", [value, graph.constant(f"{name}.at{k}", np.array(k))], f"{name}.step{k}", axis=2)
+            for k in range(2)
+        ]
+        product = graph.node("Mul", steps, f"{name}.product")
+        axis = graph.constant(f"{name}.axis", np.array([1]))
+        return str(graph.node("ReduceSum", [product, axis], name, keepdims=1))
