@@ -45,8 +45,8 @@ def main(argv: list[str] | None = None) -> int:
         trains = partial(with_training_options, default=defaults(words), words=words)
         commands: tuple[Callable[..., int], ...] = (
             characters, checkpoint, comm, compute, decoupled, head, hogwild, kernels, layers, links, trains(memory),
-            network, trains(optimizer), partition, predict, private, published, trains(recorder), recurrent, trains(scale),
-            sparse, start, trains(step), tensor, transformer, trunk, wavefront,
+            network, trains(optimizer), partition, predict, private, published, trains(recorder), recurrent,
+            trains(scale), sparse, start, trains(step), tensor, transformer, trunk, wavefront,
         )  # fmt: skip
         return chosen(commands, words, "bench", "Measure psmpi.")()
 
