@@ -87,6 +87,12 @@ class Pattern:
         return np.bincount(self.columns, minlength=self.inputs)
 
     @property
+    def nbytes(self) -> int:
+        """The bytes of its arrays, those by columns too where they have been made."""
+        known = [self.starts, self.columns, *self.__dict__.get("transposed", ())]
+        return sum(int(array.nbytes) for array in known)
+
+    @property
     def row_numbers(self) -> np.ndarray:
         """(entries,) int32: the row of each entry."""
         return np.repeat(np.arange(self.rows, dtype=np.int32), self.fan_in)

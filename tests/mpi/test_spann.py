@@ -280,6 +280,53 @@ def test_ranks_may_have_layers_of_their_own(points, tmp_path, monkeypatch, ranks
     same(parted(ranks, (*toml, *SGD, *points(5))), train_steps(1, (*toml, *SGD, *points(5))), 1e-12)
 
 
+def described(path, *layers):
+    """A configuration file with these layers."""
+    path.write_text('[model]\nmodel = "custom"\nlayers = [' + ", ".join(f"{{{layer}}}" for layer in layers) + "]")
+    return "--config", str(path)
+
+
+TANH, NORM, GELU = ('type = "tanh"', 'type = "layer_norm"', 'type = "gelu"')
+SLAB = 'type = "slab", units = 24, domains = 4, halo = 2'
+SCORES = 'type = "dense", units = 3'
+# Of many of these units nothing is used.
+FEW = 'type = "sparse", units = 24, pattern = "random", fan_in = 2'
+LAYERS = {
+    "functions of samples": (TANH, GELU, SLAB, TANH, SCORES),
+    "layer normalization": (SLAB, NORM, TANH, 'type = "dense", units = 9', NORM, GELU, SCORES),
+    "units of no use": (FEW, TANH, f"{FEW}, seed = 1", TANH, f"{FEW}, seed = 2", TANH, 'type = "sparse", units = 5, '
+                        'pattern = "random", fan_in = 3', TANH, SCORES),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("what", LAYERS)
+@pytest.mark.parametrize(
+    "more", [(), ("--weight-decay", "0.1"), ("--clip", "0", "--weight-decay", "0.1", "--in-place")]
+)
+def test_layers_of_one_s_own_train_as_one_process(points, tmp_path, ranks, what, more):
+    options = (*described(tmp_path / "net.toml", *LAYERS[what]), *SGD, *points(4))
+    expected = train_steps(1, (*options, *more[:4]))
+    same(parted(ranks, (*options, *more)), expected, 1e-11)
+    dead = Case("spann", ".", options).problem()[0].layout().dead.size
+    assert (dead > 0) == (what == "units of no use")
+
+
+@pytest.mark.parametrize("more", [("--clip", "0.3"), ("--clip", "0", "--in-place")])
+def test_derivatives_of_any_size_are_taken_alike(points, more):
+    """A power of two is taken out of very large ones, by all ranks, and put back layer by layer."""
+    options = (*slabs(4, *points(4)), "--loss", "psl", "--kappa", "30")
+    steps = 5 if len(more) == 2 else 1
+    found = parted(3, (*options, *more, "--scores", "distributed"), steps)
+    same(found, train_steps(1, (*options, *more[:2]), steps), 1e-9)
+
+
+def test_a_sparse_network_is_planned(points):
+    from psmpi.plan import main
+
+    assert main(["--ranks", "3", "--method", "spann", "--model", "radix", "--depth", "4", "--loss", "nll"]) == 0
+
+
 OTHERS = {
     "adam, clipped": ("--optimizer", "adam", "--lr", "0.01", "--clip", "0.1"),
     "psl": ("--loss", "psl", "--optimizer", "momentum", "--lr", "0.01"),
@@ -443,6 +490,15 @@ LIMITS = [
     (2, ("--model", "slabs", "--optimizer", "muon"), "--optimizer muon steps whole matrices"),
     (2, ("--model", "slabs", "--optimizer", "lbfgs"), "lbfgs"),
 ]
+
+
+@pytest.mark.parametrize(
+    "last", ['type = "sparse", units = 3, pattern = "random", fan_in = 3', SLAB.replace("24", "3")]
+)
+def test_layers_of_scores_are_dense(points, tmp_path, last):
+    options = described(tmp_path / "net.toml", SLAB, TANH, last.replace("domains = 4, halo = 2", "domains = 1"))
+    with pytest.raises(UserError, match=r'makes the scores, .* add one behind it, \{type = "dense", units = 3\}'):
+        find_method("spann").check(2, *Case("spann", ".", (*options, *SGD, *points(4))).problem())
 
 
 @pytest.mark.parametrize(("ranks", "options", "message"), LIMITS)

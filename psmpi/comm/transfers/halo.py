@@ -101,6 +101,10 @@ class Halo(Overlapping):
 
         return Handle(requests, arrive)
 
+    def reserve(self, b: int) -> None:
+        """Make room for a transfer of b columns."""
+        self.free.append(self._room(b))
+
     def _room(self, b: int) -> Any:
         """Room for all rows that come and go."""
         size = b * sum(rows.count for rows in (*self.out, *self.coming))

@@ -18,6 +18,7 @@ from psmpi.methods.spann.need import spann_needed
 from psmpi.methods.spann.plan import chains
 from psmpi.methods.spann.settings import Settings, check_spann, partitioned, plan_of, spann_notes
 from psmpi.nn.layers.chain import Tape
+from psmpi.nn.layers.sparse import Sparse
 from psmpi.nn.model import Model
 from psmpi.nn.objective import GRADIENT_LIMIT
 from psmpi.training.context import Context
@@ -32,13 +33,21 @@ def shared_owners(context: Context) -> dict[str, np.ndarray]:
     if context.size == 1 or not layers:
         return {}
     sizes = [layer.units for layer in layers]
-    shared = np.empty(sum(sizes))
+    # Ranks from 1 on: where a start is rehearsed, zeros come.
+    shared = np.zeros(sum(sizes))
     if context.rank == 0:
-        made = partitioned(context.size, context.network, context.config)
-        shared[:] = np.concatenate([made[layer.name] for layer in layers])
+        _fill(shared, layers, context)
     context.uncounted().bcast(shared)
-    pieces = np.split(shared.astype(np.int32), np.cumsum(sizes)[:-1])
+    if not shared.all():
+        _fill(shared, layers, context)
+    pieces = np.split(shared.astype(np.int32) - 1, np.cumsum(sizes)[:-1])
     return {layer.name: piece for layer, piece in zip(layers, pieces, strict=True)}
+
+
+def _fill(shared: np.ndarray, layers: Sequence[Sparse], context: Context) -> None:
+    made = partitioned(context.size, context.network, context.config)
+    shared[:] = np.concatenate([made[layer.name] for layer in layers])
+    shared += 1
 
 
 class SpatialDomains(Method):
@@ -67,8 +76,8 @@ class SpatialDomains(Method):
         self.local = local_network(plan, self.rank, self.transfers)
         own = self.local.layout()
         self.in_place = context.settings(Settings).in_place
-        # Behind these the first rank has what no score depends on, whose gradient stays 0.
-        used = slice(own.size)
+        # Behind these the first rank has what no score depends on, whose gradient is 0.
+        used, self.rest = slice(own.size), slice(own.size, shard.size)
         self.g = ops.zeros(largest(self.local) if self.in_place else shard.size, self.dtype)
         self.model = Model(
             self.local, own, self.w[used], self.g[used], ops, across=host.allreduce if context.size > 1 else None,
@@ -92,6 +101,8 @@ class SpatialDomains(Method):
         most = max(context.config.data.batch_size, *(at.stop - at.start for at in self.batches))
         self.x = ops.empty(len(inputs) * most, self.dtype)
         self.model.reserve(most)
+        for halo in self.transfers.halos:
+            halo.reserve(most)
         self.scores.reserve(most)
 
     check, needed, notes = staticmethod(check_spann), staticmethod(spann_needed), staticmethod(spann_notes)
@@ -102,18 +113,30 @@ class SpatialDomains(Method):
         self.state.optimizer(self.descent.optimizer)
         self.account.hold("gradients", self.g)
         self.account.ask("activations", lambda: (self.x, self.model.activation_bytes))
-        self.account.ask("buffers", lambda: (self.model.buffer_bytes, *self.transfers.halos))
+        patterns = [layer.pattern for layer in self.local.layers if isinstance(layer, Sparse)]
+        self.account.ask("buffers", lambda: (self.model.buffer_bytes, *self.transfers.halos, *patterns))
         self.scores.account(self.account)
 
     def step(self, batch: Batch, lr: float) -> None:
         if self.in_place:
             self.lr = lr
             self.optimizer.begin()
+            self._step_rest()
+        else:
+            self.g[self.rest].fill(0)
         loss = self._gradient(batch.ids, 1 / self.dataset.train.count(batch.ids))
         if self.descent.sound(loss, self.g):
             self.loss_sum += loss * len(batch)
             if not self.in_place:
                 self.descent.step(self.w, self.g, lr)
+
+    def _step_rest(self) -> None:
+        """Step the weights that no score depends on, piece by piece: they may decay."""
+        for start in range(self.rest.start, self.rest.stop, self.g.size):
+            at = slice(start, min(start + self.g.size, self.rest.stop))
+            g = self.g[: at.stop - at.start]
+            g.fill(0)
+            self.optimizer.step_piece(self.w, g, self.lr, at)
 
     def _step_layer(self, number: int) -> None:
         """Step the weights of a part, whose gradient lies at the beginning of g."""

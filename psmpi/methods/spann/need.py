@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 
+import numpy as np
+
 from psmpi.config import Config
 from psmpi.data import Dataset
 from psmpi.methods.spann.local import largest, local_network
@@ -23,6 +25,8 @@ def spann_needed(size: int, network: Network, dataset: Dataset, config: Config) 
     found: list[Need] = []
     for rank in range(size):
         own, weights = local_network(plan, rank), owned[rank].size
+        exchanged = sum(sum(step.exchanged(rank)) for step in plan.steps if step.moves)
+        rooms = np.dtype(config.model.dtype).itemsize * exchanged
         sample = dataset.train.dtype.itemsize * len(plan.inputs[rank])
         # Sparse samples may be next to nothing.
         samples = (sample + 8) * (dataset.train.n + dataset.test.n) if dataset.train.compressed is None else 0
@@ -31,7 +35,7 @@ def spann_needed(size: int, network: Network, dataset: Dataset, config: Config) 
                 vectors_needed(config, layout, weights, largest(own) if in_place else weights, weights),
                 passes_needed(config, own, most),
                 derivatives_needed(config, prod(own.layers[-1].out_shape) * most),
-                {"samples": samples},
+                {"samples": samples, "buffers": rooms * most},
             )
         )
     return found

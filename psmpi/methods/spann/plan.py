@@ -16,6 +16,7 @@ from psmpi.nn.layers.activation import Activation
 from psmpi.nn.layers.chain import uses_of
 from psmpi.nn.layers.dense import Dense
 from psmpi.nn.layers.flatten import Flatten
+from psmpi.nn.layers.layer_norm import LayerNorm
 from psmpi.nn.layers.slab import Slab
 from psmpi.nn.layers.sparse import Sparse
 from psmpi.nn.layers.uses import Uses, used
@@ -66,9 +67,15 @@ class Placed:
 
     def volume(self) -> int:
         """Numbers a sample that go to other ranks: of each unit one to each of these."""
+        return sum(self.exchanged(rank)[0] for rank in range(self.size))
+
+    def exchanged(self, rank: int) -> tuple[int, int]:
+        """Numbers a sample that come to a rank, and that go from it."""
         if self.before is None:
-            return 0
-        return sum(int((self.before[units] != rank).sum()) for rank, units in enumerate(self.needed))
+            return 0, 0
+        others = (units for user, units in enumerate(self.needed) if user != rank)
+        out = sum(int((self.before[units] == rank).sum()) for units in others)
+        return int((self.before[self.needed[rank]] != rank).sum()), out
 
     def local(self, rank: int) -> Layer:
         """The layer of a rank's units."""
@@ -80,6 +87,18 @@ class Placed:
     def boxes(self, rank: int) -> list[Box]:
         """What a rank has of the layer's parameters."""
         return [Box(p.name, (run,)) for p in self.layer.parameters() for run in _runs(self.own(rank))]
+
+
+@dataclass(frozen=True, eq=False)
+class PlacedSamples(Placed):
+    """A layer that takes each value of a sample by itself: ranks compute those that the first other layer uses."""
+
+    user: Placed
+
+    def own(self, rank: int) -> Units:
+        return self.user.needed[rank]
+
+    needs = own
 
 
 class PlacedSlab(Placed):
@@ -215,10 +234,18 @@ def make_plan(
     uses = zip(network.layers, uses_of(network.layers, network.score_uses()), strict=True)
     layers = [(layer, users) for layer, users in uses if not isinstance(layer, Flatten)]
     last = max(k for k, (layer, _) in enumerate(layers) if layer.linear)
+    shared = shared_layers(network)
+    # Those before the first layer with weights, of which the samples are.
+    waiting: list[Layer] = []
     for k, (layer, users) in enumerate(layers):
         label = f"{network.named(layer.name)} of --model {network.name}"
         kind: type[Placed] = Placed
         behind = owners
+        if k == last and not isinstance(layer, Dense):
+            raise UserError(
+                f"{label} makes the scores, and --method spann cuts a dense layer there: add one behind it, "
+                f'{{type = "dense", units = {network.classes}}}, or use --method {WHOLE}'
+            )
         if isinstance(layer, Slab):
             kind = PlacedSlab
             count = layer.inputs.count
@@ -251,18 +278,29 @@ def make_plan(
                 raise UserError(f"{label} has {alive.sum()} units for {size} ranks: use fewer ranks")
             behind = _contiguous(alive, size)
             if owners_of is not None and layer.name in owners_of:
-                behind = np.where(alive, owners_of[layer.name], -1).astype(np.int32)
-        elif type(layer).sources is not Layer.sources or layer.inner or layer.whole_sequences:
+                own = np.array(owners_of[layer.name][alive], np.int32)
+                if layer.name in shared:
+                    give_each(own, size)
+                behind[alive] = own
+        elif not (isinstance(layer, LayerNorm) or type(layer).sources is Layer.sources) or layer.inner:
             raise UserError(
                 f"{label} is none of the layers that --method spann cuts (slab, sparse, dense, activations, "
                 f"normalizations of single units): use --model slabs, or --method {WHOLE}"
             )
         elif layer.parameters() and (owners is None or len(layer.in_shape) > 1):
-            raise UserError(
-                f"{label} has weights that no rank would have for itself: put it behind a slab or dense layer with "
-                "flat outputs, or use --scores distributed"
+            advice = (
+                "use --scores distributed"
+                if k > last
+                else "put it behind a layer of slabs on a line, a sparse or a dense one"
             )
+            raise UserError(f"{label} has weights that no rank would have for itself: {advice}")
+        elif k < last and owners is None:
+            waiting.append(layer)
+            continue
         steps.append(kind(layer, size, owners, behind))
+        if waiting:
+            steps[:0] = [PlacedSamples(one, size, None, None, steps[0]) for one in waiting]
+            waiting = []
         owners = behind
     return Plan(network, size, steps)
 
@@ -277,6 +315,29 @@ def chains(network: Network) -> list[list[Sparse]]:
         elif found[-1]:
             found.append([])
     return [chain for chain in found if chain]
+
+
+def shared_layers(network: Network) -> set[str]:
+    """The names of layers of which each rank needs a unit: before sums over all ranks, of scores or of their units."""
+    names: set[str] = set()
+    linear = ""
+    last = [layer for layer in network.layers if layer.linear][-1]
+    for layer in network.layers:
+        if layer is last or layer.couples_units:
+            names.add(linear)
+        if layer.linear:
+            linear = layer.name
+    return names
+
+
+def give_each(owners: np.ndarray, size: int) -> None:
+    """Let each of `size` ranks have one of some units (units,) int32 at least: the last ones of who has most."""
+    counts = np.bincount(owners, minlength=size)
+    for rank in np.flatnonzero(counts == 0):
+        most = int(counts.argmax())
+        owners[np.flatnonzero(owners == most)[-1]] = rank
+        counts[most] -= 1
+        counts[rank] = 1
 
 
 def _alive(network: Network, layer: Layer, uses: Uses) -> np.ndarray:

@@ -64,32 +64,7 @@ def partitioned(size: int, network: Network, config: Config) -> dict[str, np.nda
     for chain in chains(network) if mode and size > 1 else ():
         owners = partition([layer.pattern for layer in chain], size, mode)
         found.update({layer.name: of for layer, of in zip(chain, owners, strict=True)})
-    for name in found.keys() & shared_layers(network):
-        give_each(found[name], size)
     return found
-
-
-def shared_layers(network: Network) -> set[str]:
-    """The names of layers of which each rank needs a unit: before sums over all ranks, of scores or of their units."""
-    names: set[str] = set()
-    linear = ""
-    last = [layer for layer in network.layers if layer.linear][-1]
-    for layer in network.layers:
-        if layer is last or layer.couples_units:
-            names.add(linear)
-        if layer.linear:
-            linear = layer.name
-    return names
-
-
-def give_each(owners: np.ndarray, size: int) -> None:
-    """Let each of `size` ranks have one of some units (units,) int32 at least: the last ones of who has most."""
-    counts = np.bincount(owners, minlength=size)
-    for rank in np.flatnonzero(counts == 0):
-        most = int(counts.argmax())
-        owners[np.flatnonzero(owners == most)[-1]] = rank
-        counts[most] -= 1
-        counts[rank] = 1
 
 
 def spann_notes(size: int, network: Network, config: Config) -> Iterator[str]:
