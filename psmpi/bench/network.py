@@ -127,7 +127,7 @@ def network(
         delay_ms: Milliseconds by which messages between hosts arrive later, as between sites.
         dataset: digits, mnist, cifar10, or a file, as in psmpi.train.
         data_dir: Folder of the data set's files.
-        model: Network, as in psmpi.train.
+        model: Network, as in psmpi.train; spann needs slabs, radix or mlp.
         widths: Widths of --model mlp, or of another that has some.
         loss: Loss, as in psmpi.train.
         epochs: Passes over the training samples.

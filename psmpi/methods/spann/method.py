@@ -6,6 +6,7 @@ Communication 5(1) (2008).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
