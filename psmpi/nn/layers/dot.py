@@ -103,5 +103,7 @@ class DotPart(Part):
             for k in range(2)
         ]
         product = graph.node("Mul", steps, f"{name}.product")
-        axis = graph.constant(f"{name}.axis", np.array([1]))
-        return str(graph.node("ReduceSum", [product, axis], name, keepdims=1))
+        total = graph.node(
+            "ReduceSum", [product, graph.constant(f"{name}.axis", np.array([1]))], f"{name}.sum", keepdims=1
+        )
+        return str(graph.node("Reshape", [total, graph.constant(f"{name}.shape", np.array([-1, 1]))], name))
