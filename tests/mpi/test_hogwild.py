@@ -460,7 +460,7 @@ def test_kernels_of_factors_and_networks_make_the_same_steps(train):
 
 
 @needs_kernels
-def test_factors_in_components_are_those_of_one_rank_and_learn_the_matrix(train):
+def test_factors_in_components_are_those_of_one_rank_and_learn_the_matrix(train, tmp_path):
     options = (*RATINGS, "--batch-size", "50", "--epochs", "30")
     one = train(1, "--method", "hogwild", *options)
     for ranks in (2, 4):
@@ -472,6 +472,8 @@ def test_factors_in_components_are_those_of_one_rank_and_learn_the_matrix(train)
     assert one.rows[-1]["test_rmse"] < 0.6 and raw.rows[-1]["test_rmse"] <= 1.05 * one.rows[-1]["test_rmse"]
     windows = train(3, "--method", "hogwild", "--updates", "accumulate", *options, "--epochs", "2")
     assert windows.rows[-1]["train_loss"] < 1.2
+    status, out, err = run(1, "-m", "psmpi.inspect", "export", one.checkpoint, "--out", tmp_path / "factors.onnx")
+    assert status == 0 and "onnxruntime's scores differ" in out, err
 
 
 @pytest.mark.parametrize(

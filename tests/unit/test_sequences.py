@@ -24,7 +24,9 @@ STACKS = [
     for name, (shape, layers, _) in NETWORKS.items()
     if len(shape) == 2 and any(layer.recurrent for layer in make(name).walk())
 ]
-ATTENTIVE = [name for name in NETWORKS if any(layer.whole_sequences for layer in make(name).walk())]
+ATTENTIVE = [
+    name for name in NETWORKS if any(layer.whole_sequences and len(layer.out_shape) == 2 for layer in make(name).walk())
+]
 N, T, F = 10, 5, 3
 RNG = np.random.default_rng(0)
 X, LENGTHS = RNG.standard_normal((N, T, F)).astype(np.float32), np.array([5, 1, 3, 2, 4, 5, 5, 2, 1, 3])

@@ -47,7 +47,7 @@ class Dot(Layer):
         return self.in_shape[0]
 
     def held(self, stage: Stage, batch: int, writable: bool, packed: bool) -> int:
-        return self.in_shape[0] * batch
+        return 2 * self.in_shape[0] * (batch + 1)
 
     def part(self, stage: Stage, site: Site) -> Part:
         return DotPart(stage, site)
@@ -59,21 +59,28 @@ class DotPart(Part):
     def __init__(self, stage: Stage, site: Site):
         super().__init__(stage, site)
         self.units = self.layer.in_shape[0]
-        self.products = self.ops.empty(0, self.dtype)
+        self.two = self.ops.empty(0, self.dtype)
+        # Sums over units, and their transpose, are products with these.
+        self.ones = [self.ops.put(np.ones(shape, self.dtype)) for shape in ((1, 1, self.units), (1, self.units, 1))]
 
     def reserve(self, batch: int) -> None:
-        if self.products.size < self.units * batch:
-            self.products = self.ops.empty(self.units * batch, self.dtype)
+        if self.two.size < 2 * self.units * batch:
+            self.two = self.ops.empty(2 * self.units * batch, self.dtype)
 
     def arrays(self) -> list[np.ndarray]:
-        return [self.products]
+        return [self.two, *self.ones]
+
+    def _pair(self, batch: int) -> list[np.ndarray]:
+        """Two arrays (units, batch)."""
+        n = self.units * batch
+        return [self.two[at : at + n].reshape(self.units, batch) for at in (0, n)]
 
     def forward(self, x: np.ndarray, y: np.ndarray | None, room: Any) -> tuple[np.ndarray, Any]:
         assert y is not None
-        products = self.products[: self.units * x.shape[-1]].reshape(self.units, x.shape[-1])
-        products[...] = x[:, 0]
-        products *= x[:, 1]
-        products.sum(axis=0, out=y[0])
+        first, second = self._pair(x.shape[-1])
+        first[...], second[...] = x[:, 0], x[:, 1]
+        self.ops.multiply(first.reshape(-1), second.reshape(-1))
+        self.ops.matmul(self.ones[0], first.reshape(1, *first.shape), y.reshape(1, *y.shape))
         return y, None
 
     def backward(
@@ -81,9 +88,12 @@ class DotPart(Part):
     ) -> np.ndarray:
         if dx is None:
             return dy
-        dx[:, 0] = x[:, 1]
-        dx[:, 1] = x[:, 0]
-        dx *= dy
+        factor, step = self._pair(x.shape[-1])
+        self.ops.matmul(self.ones[1], dy.reshape(1, *dy.shape), factor.reshape(1, *factor.shape))
+        for k in range(2):
+            step[...] = x[:, 1 - k]
+            self.ops.multiply(step.reshape(-1), factor.reshape(-1))
+            dx[:, k] = step
         return dx
 
     def export(self, graph: Any, value: str) -> str:
@@ -93,5 +103,7 @@ class DotPart(Part):
             for k in range(2)
         ]
         product = graph.node("Mul", steps, f"{name}.product")
-        axis = graph.constant(f"{name}.axis", np.array([1]))
-        return str(graph.node("ReduceSum", [product, axis], name, keepdims=1))
+        total = graph.node(
+            "ReduceSum", [product, graph.constant(f"{name}.axis", np.array([1]))], f"{name}.sum", keepdims=1
+        )
+        return str(graph.node("Reshape", [total, graph.constant(f"{name}.shape", np.array([-1, 1]))], name))
