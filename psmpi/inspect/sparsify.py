@@ -48,7 +48,7 @@ def sparsify(
         layers: Dense layers by name; all but the layer of scores if not given.
     """
     if not 0 < sparsity < 1:
-        raise UserError(f"sparsify --sparsity {sparsity:g}: expected a number above 0 and below 1, for instance 0.95")
+        raise UserError(f"sparsify --sparsity {sparsity}: expected a number above 0 and below 1, for instance 0.95")
     opened = Opened(checkpoint)
     contents = opened.contents
     if contents.part is not None:
@@ -81,7 +81,7 @@ def sparsify(
     model = NetworkSettings(
         model="custom", layers=tuple(tables), init=settings.init, init_gain=settings.init_gain, dtype=settings.dtype
     )
-    origin = {**contents.provenance, "sparsified_from": str(opened.path), "sparsity": f"{sparsity:g} ({scope})"}
+    origin = {**contents.provenance, "sparsified_from": str(opened.path), "sparsity": f"{sparsity} ({scope})"}
     made = replace(
         contents, config=to_toml(replace(trained, model=model)), layout=pruned.layout(), scalars={}, spaces={},
         own=frozenset(), provenance=origin,
@@ -118,6 +118,11 @@ def _chosen(network: Network, names: Sequence[str]) -> list[Layer]:
     return found
 
 
+def _kept(sparsity: float, size: int) -> int:
+    """How many of so many weights stay."""
+    return round((1 - sparsity) * size)
+
+
 def _patterns(opened: Opened, layers: Sequence[Layer], sparsity: float, scope: str) -> dict[str, Pattern]:
     """The weights that stay, by layer; UserError where of one none would."""
     sizes = [np.abs(opened.read("weights", opened.tensors[f"{one.name}.weight"])) for one in layers]
@@ -127,14 +132,17 @@ def _patterns(opened: Opened, layers: Sequence[Layer], sparsity: float, scope: s
         every = np.concatenate([one.reshape(-1) for one in group])
         keep = np.zeros(every.size, bool)
         # Of equal ones the first stay.
-        keep[np.argsort(-every, kind="stable")[: round((1 - sparsity) * every.size)]] = True
+        keep[np.argsort(-every, kind="stable")[: _kept(sparsity, every.size)]] = True
         edges = np.cumsum([one.size for one in group])[:-1]
         masks += [part.reshape(one.shape) for part, one in zip(np.split(keep, edges), group, strict=True)]
     found = {}
     for layer, mask in zip(layers, masks, strict=True):
         if not mask.any():
+            # Of each layer alone some would stay.
+            some = scope == "global" and _kept(sparsity, min(one.size for one in sizes)) > 0
             raise UserError(
-                f"sparsify --sparsity {sparsity:g} would leave no weight of {layer.name}: use less, or --scope layer"
+                f"sparsify --sparsity {sparsity} would leave none of the {mask.size:,} weights of {layer.name}: use "
+                f"less{', or --scope layer' if some else ''}"
             )
         starts = np.concatenate([[0], np.cumsum(mask.sum(axis=1))])
         found[layer.name] = Pattern.of(starts, np.nonzero(mask)[1], mask.shape[1])

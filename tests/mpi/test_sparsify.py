@@ -83,7 +83,12 @@ def test_what_cannot_be_pruned_is_refused(dense, train, tmp_path):
     for sparsity in ("0", "1", "-0.5", "nan"):
         assert "above 0 and below 1" in refused(dense.out, "--sparsity", sparsity, *out)
     assert "choose among dense1, dense2, dense3" in refused(dense.out, "--sparsity", "0.9", "--layers", "conv1", *out)
-    assert "would leave no weight of" in refused(dense.out, "--sparsity", "0.9999", *out)
+    least = "none of the 2,560 weights of dense1: use less"
+    assert f"{least}, or --scope layer" in refused(dense.out, "--sparsity", "0.999", *out)
+    # No weight would stay of the layer alone either.
+    for scope in ("global", "layer"):
+        told = refused(dense.out, "--sparsity", "0.99999999", "--layers", "dense1", "--scope", scope, *out)
+        assert f"--sparsity 0.99999999 would leave {least}" in told and "--scope" not in told
     done("psmpi.inspect", "sparsify", dense.out, "--sparsity", "0.5", "--layers", "dense3", *out)
     assert Opened(out[1]).tensors["sparse1.weight"].shape == (150,)
     assert "is there already" in refused(dense.out, "--sparsity", "0.5", *out)

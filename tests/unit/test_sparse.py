@@ -1,6 +1,7 @@
 """Sparse layers: patterns, their files, and products against SciPy's."""
 
 import zipfile
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -163,21 +164,39 @@ def test_a_file_of_scipy_is_a_pattern_and_a_table_that_needs_no_file(tmp_path):
         build("custom", (9,), [{**inner, "units": 7}], 7)
 
 
+GOOD = {
+    "indptr": np.array([0, 1, 2]), "indices": np.array([0, 1]), "shape": np.array([2, 2]), "format": np.array(b"csr"),
+}  # fmt: skip
+
+
 def test_a_file_that_has_no_pattern_is_an_error_with_its_name(tmp_path):
-    good = {"indptr": np.array([0, 1, 2]), "indices": np.array([0, 1]), "shape": np.array([2, 2])}
     cases = [
-        ({**good, "shape": np.array([2, 2, 2])}, "shape"),
-        ({**good, "shape": np.array([0, 2])}, "two numbers above 0"),
-        ({**good, "indptr": np.array([0, 1])}, "indptr has"),
-        ({**good, "indices": np.array([0, 5])}, "columns go from 0 to 5"),
-        ({**good, "indices": np.zeros(100_000, int)}, "2 numbers were expected"),
-        ({**good, "indices": np.array([0.0, 1.0])}, "whole numbers"),
-        ({**good, "indices": np.array([{}, []], object)}, "allow_pickle"),
-        ({name: good[name] for name in ("indices", "shape")}, "indptr"),
+        ({"shape": np.array([2, 2, 2])}, "shape"),
+        ({"shape": np.array([0, 2])}, "two numbers from 1"),
+        ({"shape": np.array([2, 2**40])}, "two numbers from 1"),
+        ({"shape": np.array([2.0, 2.0])}, "shape has .* float64"),
+        ({"indptr": np.array([0, 1])}, "indptr has 2 numbers"),
+        ({"indptr": np.array(2)}, r"indptr has the shape \(\)"),
+        ({"indptr": np.array([[0, 1, 2]])}, "whole numbers in a vector"),
+        ({"indptr": np.array([(0,), (1,), (2,)], "i8,")}, "whole numbers in a vector"),
+        ({"indptr": np.array([0, 1, 2], "m8[s]")}, "timedelta64"),
+        ({"indptr": np.array([0, 1, np.inf])}, "float64"),
+        ({"indptr": np.array([0, 1, 2], np.complex64)}, "complex64"),
+        ({"indices": np.array([0, 5])}, "columns go from 0 to 5"),
+        ({"indices": np.zeros(100_000, int)}, "2 numbers were expected"),
+        ({"indices": np.array([0.0, 1.0])}, "whole numbers"),
+        ({"indices": np.array([{}, []], object)}, "type object"),
+        ({"indptr": None}, "indptr"),
+        ({"format": None}, "format"),
+        ({"format": np.array(3)}, "format has .* int64"),
+        ({"format": np.array(b"\xff")}, "ascii"),
+        ({"format": np.array("csc")}, "format 'csc'"),
     ]
     path = tmp_path / "p.npz"
+    np.savez(path, **GOOD)
+    assert read_pattern(str(path)).size == 2
     for arrays, says in cases:
-        np.savez(path, **arrays)
+        np.savez(path, **{name: array for name, array in {**GOOD, **arrays}.items() if array is not None})
         with pytest.raises(UserError, match=says) as error:
             read_pattern(str(path))
         assert str(path) in str(error.value) and "save_npz" in str(error.value)
@@ -190,6 +209,57 @@ def test_a_file_that_has_no_pattern_is_an_error_with_its_name(tmp_path):
         read_pattern(str(path))
     with pytest.raises(UserError, match="No such file"):
         read_pattern(str(tmp_path / "missing.npz"))
+
+
+@pytest.mark.parametrize("kind", ["csc", "coo", "bsr", "dia"])
+def test_a_matrix_that_scipy_has_not_in_compressed_rows_is_refused(kind, tmp_path):
+    path = str(tmp_path / "pattern.npz")
+    sparse.save_npz(path, sparse.csr_array(np.eye(6, k=1)).asformat(kind))
+    with pytest.raises(UserError, match=rf"format '{kind}'.*MATRIX.tocsr\(\)"):
+        read_pattern(path)
+
+
+def member(header, numbers=b"", version=1):
+    """The bytes of an array in a .npz file."""
+    return b"\x93NUMPY" + bytes([version, 0]) + len(header).to_bytes(2 * version, "little") + header + numbers
+
+
+@pytest.mark.filterwarnings("ignore:Reading:UserWarning", "ignore:Data type alias:DeprecationWarning")
+def test_damaged_headers_and_bytes_are_one_error(tmp_path):
+    path, rng = tmp_path / "p.npz", np.random.default_rng(0)
+    texts = [
+        b"(" * 60, b"(" * 9000, b"[" * 60_000, b"", b"{", b"3", b"None", b"\0", b"\xff\xfe", b"'", b"{'descr': '<i8'}",
+        *(
+            b"{'descr': %s, 'fortran_order': %s, 'shape': %s, }" % parts
+            for parts in (
+                (b"'<i8'", b"False", b"(99999999999999999999,)"), (b"'<i8'", b"False", b"(-1,)"),
+                (b"'<i8'", b"False", b"(9223372036854775807,)"), (b"'<i8'", b"1", b"(3,)"), (b"'<i8'", b"False", b"3"),
+                (b"3", b"False", b"(3,)"), (b"[1]", b"False", b"(3,)"), (b"''", b"False", b"(3,)"),
+                (b"'S0'", b"False", b"()"), (b"'<i8,(2'", b"False", b"(3,)"),
+                (b"[('a', '<i8', 3, 4)]", b"False", b"(3,)"),
+                (b"'S99999999999'", b"False", b"()"), (b"{}", b"False", b"(3,)"), (b"'<i8'", b"False", b"(True,)"),
+            )
+        ),
+    ]  # fmt: skip
+    np.savez(path, **GOOD)
+    with zipfile.ZipFile(path) as archive:
+        sound = {name: archive.read(f"{name}.npy") for name in GOOD}
+    bad = [(name, member(text, bytes(24), version)) for name in GOOD for text in texts for version in (1, 2)]
+    bad += [("indptr", sound["indptr"][:6] + b"\3" + sound["indptr"][7:]), ("indices", sound["indices"][:-1])]
+    for name, content in bad:
+        with zipfile.ZipFile(path, "w") as archive:
+            for other, one in sound.items():
+                archive.writestr(f"{other}.npy", content if other == name else one)
+        with pytest.raises(UserError):
+            read_pattern(str(path))
+    np.savez_compressed(path, **GOOD)
+    whole = np.frombuffer(path.read_bytes(), np.uint8)
+    for _ in range(500):
+        wrong = whole.copy()
+        wrong[rng.integers(len(wrong), size=3)] = rng.integers(256, size=3)
+        path.write_bytes(wrong[: rng.integers(len(wrong) // 2, 2 * len(wrong))].tobytes())
+        with suppress(UserError):
+            read_pattern(str(path))
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,8 @@ import zipfile
 import zlib
 from collections.abc import Sequence
 from hashlib import sha256
+from math import prod
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -14,27 +16,30 @@ from numpy.lib import format as npy
 from psmpi.errors import UserError, expanded
 from psmpi.layout import PACKED, Pattern
 
-# Bytes of an array's header, at most, and of the longest number.
-HEADER, NUMBER = 1 << 16, 8
+# Bytes of an array's header, at most, and of the longest number; rows and columns of a matrix, at most.
+HEADER, NUMBER, MOST = 1 << 16, 8, 2**31 - 1
+WHOLE, TEXT = "iu", "SU"
 
 
 def read_pattern(path: str) -> Pattern:
     """The pattern of a matrix (units, inputs) in a .npz file, without its values; UserError where it is none."""
     try:
         with zipfile.ZipFile(expanded(path, "pattern")) as archive:
-            shape = _read(archive, "shape", 2)
-            if shape.shape != (2,) or shape.dtype.kind not in "iu" or (shape < 1).any():
-                raise ValueError(f"its shape is {shape.tolist()}, not two numbers above 0")
+            kind = _read(archive, "format", 0, NUMBER, TEXT).item()
+            kind = kind.decode("ascii") if isinstance(kind, bytes) else kind
+            if kind != "csr":
+                raise ValueError(f"it holds a matrix of the format {kind!r}, whose arrays mean other entries")
+            shape = _read(archive, "shape", 1, 2)
+            if shape.shape != (2,) or (shape < 1).any() or (shape > MOST).any():
+                raise ValueError(f"its shape is {shape.tolist()}, not two numbers from 1 to {MOST:,}")
             rows, inputs = (int(n) for n in shape)
-            starts = _read(archive, "indptr", rows + 1)
+            starts = _read(archive, "indptr", 1, rows + 1)
             if len(starts) != rows + 1:
-                raise ValueError(
-                    f"indptr has {starts.shape} numbers, and of {rows} rows needs {rows + 1}: save_npz a CSR"
-                )
-            pattern = Pattern.of(starts, _read(archive, "indices", int(starts[-1])), inputs)
-    # What zipfile, zlib and NumPy raise for bytes that are not what they should be.
-    except (ValueError, KeyError, EOFError, OSError, MemoryError, NotImplementedError, RuntimeError,
-            zipfile.BadZipFile, zlib.error) as error:  # fmt: skip
+                raise ValueError(f"indptr has {len(starts):,} numbers, and of {rows:,} rows needs {rows + 1:,}")
+            pattern = Pattern.of(starts, _read(archive, "indices", 1, int(starts[-1])), inputs)
+    # What zipfile, zlib, NumPy and Python's literals raise for bytes that are not what they should be.
+    except (ValueError, KeyError, EOFError, OSError, MemoryError, NotImplementedError, RuntimeError, OverflowError,
+            SyntaxError, TokenError, zipfile.BadZipFile, zlib.error) as error:  # fmt: skip
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).strip("'\"")
         raise UserError(
             f"pattern {path}: {reason[:200]}; expected a file of scipy.sparse.save_npz(FILE, MATRIX.tocsr())"
@@ -42,14 +47,28 @@ def read_pattern(path: str) -> Pattern:
     return pattern.sorted()
 
 
-def _read(archive: zipfile.ZipFile, name: str, most: int) -> np.ndarray:
-    """An array of at most so many whole numbers."""
+def _read(archive: zipfile.ZipFile, name: str, axes: int, most: int, kinds: str = WHOLE) -> np.ndarray:
+    """An array of so many axes, and of at most so many whole numbers, or characters; ValueError for another one."""
     info = archive.getinfo(f"{name}.npy")
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(f"{name} is packed in an unusual way")
     if info.file_size > HEADER + NUMBER * max(0, most):
         raise ValueError(f"{name} has {info.file_size:,} bytes, and {most:,} numbers were expected")
     with archive.open(info) as stream:
-        found: np.ndarray = npy.read_array(stream, allow_pickle=False, max_header_size=HEADER)
-    return found
+        version = npy.read_magic(stream)
+        if version not in ((1, 0), (2, 0)):
+            raise ValueError(f"{name} is of version {version} of the .npy format, which arrays of numbers never need")
+        header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+        shape, _, dtype = header(stream, max_header_size=HEADER)
+        if len(shape) != axes or dtype.kind not in kinds:
+            what = "whole numbers in a vector" if kinds == WHOLE else "a word"
+            raise ValueError(f"{name} has the shape {shape} and the type {dtype}, not {what}")
+        size = prod(shape) * dtype.itemsize
+        if info.file_size != stream.tell() + size:
+            raise ValueError(
+                f"{name} has {info.file_size - stream.tell():,} bytes of numbers, its header says {size:,}"
+            )
+        return np.frombuffer(stream.read(), dtype).reshape(shape)
 
 
 def with_patterns(tables: Sequence[Any]) -> tuple[Any, ...]:
