@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from psmpi.bench.network import launcher, run_program
 from psmpi.bench.unlocked import BLOCK, LOCKS, MINIBATCH
-from psmpi.errors import UserError
+from psmpi.errors import UserError, counted
 from psmpi.output import Screen, check_files
 
 # The published run times of hogwild and of round-robin with locks, in s: Niu et al. (2011), table 2, 10 threads, 20
@@ -38,6 +38,7 @@ def hogwild(
     rounds: int = 7,
     epochs: int = 3,
     limit: int = 600,
+    plot: str = "",
     json: str = "",
 ) -> int:
     """Count updates of shared weights a second in several ways, which take turns, on one worker and on all.
@@ -56,6 +57,7 @@ def hogwild(
         rounds: Times that each way is measured.
         epochs: Passes over all samples after which the loss is shown; 0: none.
         limit: Seconds after which it is ended.
+        plot: Also draw the updates a second into this file (.png, .pdf or .svg); needs psmpi[plot].
         json: Also write the figures into this file.
     """
     numbers = {"--samples": samples, "--features": features, "--entries": entries, "--updates": updates,
@@ -67,13 +69,15 @@ def hogwild(
         raise UserError(f"--epochs {epochs}, --lr {lr:g}: expected 0 or more passes, and a length above 0")
     if entries > features // 2:
         raise UserError(f"--entries {entries} of --features {features}: expected at most half of them")
-    check_files(json=json)
+    check_files(plot, json=json)
     given = {"task": task, "samples": samples, "features": features, "entries": entries, "lr": lr, "updates": updates,
              "rounds": rounds, "epochs": epochs}  # fmt: skip
     program = [sys.executable, "-m", "psmpi.bench.unlocked", jsonlib.dumps(given)]
     out = run_program([launcher(), "-n", str(ranks), *program], limit=limit)
     found = next(jsonlib.loads(line) for line in out.splitlines() if line.startswith("{"))
     _show(found, ranks, f"{samples:,} samples, {features:,} features, {entries} each")
+    if plot:
+        _draw(found["rates"], plot)
     if json:
         Path(json).write_text(jsonlib.dumps({"options": given, "ranks": ranks, **found}) + "\n")
     return 0
@@ -107,3 +111,24 @@ def _show(found: dict[str, Any], ranks: int, title: str) -> None:
 def _ratio(each: list[float], other: list[float]) -> str:
     """The median of the ratios of rounds, which are made one after the other."""
     return f"{median(a / b for a, b in zip(each, other, strict=True)):.2f}" if other else ""
+
+
+def _draw(rates: dict[str, list[float]], path: str) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.5), layout="constrained")
+    axes = figure.subplots()
+    ways = list(dict.fromkeys(name.split()[0] for name in rates))
+    several = sorted({int(name.split()[1]) for name in rates})
+    wide = 0.8 / len(several)
+    for k, workers in enumerate(several):
+        places = [at + (k - (len(several) - 1) / 2) * wide for at in range(len(ways))]
+        each = [rates.get(f"{way} {workers}", [0.0]) for way in ways]
+        middle = [median(one) / 1e6 for one in each]
+        below = [m - min(one) / 1e6 for m, one in zip(middle, each, strict=True)]
+        above = [max(one) / 1e6 - m for m, one in zip(middle, each, strict=True)]
+        axes.bar(places, middle, wide, yerr=[below, above], label=counted(workers, "worker"))
+    axes.set_xticks(range(len(ways)), [NAMES[way].replace(" of ", "\nof ").replace(", ", ",\n") for way in ways])
+    axes.set_ylabel("million updates a second")
+    axes.legend()
+    figure.savefig(path)
