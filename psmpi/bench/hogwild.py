@@ -128,7 +128,7 @@ def _draw(rates: dict[str, list[float]], path: str) -> None:
         below = [m - min(one) / 1e6 for m, one in zip(middle, each, strict=True)]
         above = [max(one) / 1e6 - m for m, one in zip(middle, each, strict=True)]
         axes.bar(places, middle, wide, yerr=[below, above], label=counted(workers, "worker"))
-    axes.set_xticks(range(len(ways)), [NAMES[way].replace(" of ", "\nof ").replace(", ", ",\n") for way in ways])
+    axes.set_xticks(range(len(ways)), [NAMES[way].replace(" ", "\n", 2) for way in ways])
     axes.set_ylabel("million updates a second")
     axes.legend()
     figure.savefig(path)
