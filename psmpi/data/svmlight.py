@@ -29,12 +29,13 @@ def open_svmlight(
 ) -> Dataset:
     """A text of samples as a data set; its test samples are those of the file of that name with .t, if there is one.
 
-    Else a fifth is held out, see `psmpi.data.open_dataset`. Labels that are written as integers are classes: two
-    different ones in their order, or numbers from 0 or 1 on; others are values to learn. Features are numbered from 1,
-    from 0 where an index is 0. Or all that is as `numbering` says, and there are at least as many features; predicted:
-    labels that are all 0, where 0 is none, stand for unknown ones. Values are float32.
+    Else a fifth is held out, see `psmpi.data.open_dataset`. Labels of training samples that are all written as integers
+    are classes: two different ones in their order, or numbers from 0 or 1 on; others are values to learn. Features are
+    numbered from 1, from 0 where an index is 0. Or all that is as `numbering` says, and there are at least as many
+    features; predicted: labels that are all 0, where 0 is none, stand for unknown ones. Values are float32.
 
-    UserError for texts that are not in order, and for labels that are none of these.
+    UserError for texts that are not in order, for labels that are none of these, and for test labels that are not
+    integers where those of training are.
     """
     paths = [path, *_tests(path)]
     texts = [read_text(one) for one in paths]
@@ -82,8 +83,15 @@ def _numbering(paths: Sequence[Path], texts: Sequence[Samples], given: Numbering
     features = 1 + max(int(text.indices.max(initial=first)) for text in texts) - first
     if given is not None:
         return given._replace(features=max(features, given.features))
-    if not all(text.whole for text in texts):
+    if texts[0].real_line:
         return Numbering(first, (), features)
+    for path, text in zip(paths, texts, strict=True):
+        if text.real_line:
+            raise UserError(
+                f"{path}, line {text.real_line}: the label is not an integer, and those of {paths[0].name} are, so "
+                f"that they are classes: write an integer here, or, for values to learn, one of {paths[0].name} with "
+                "a point, as 1.0"
+            )
     labels = np.unique(np.concatenate([np.unique(text.labels) for text in texts]))
     if max(abs(labels[0]), abs(labels[-1])) > WHOLE:
         raise UserError(

@@ -45,12 +45,12 @@ for kind, named in enumerate((b" \t\r\v\f", b"\n", b":", b"0123456789", b"+-", b
 class Lines(NamedTuple):
     """The samples of some lines.
 
-    labels: (n,) float64; whole: whether all are written as integers; lengths: (n,) int64, the entries of each; indices:
-    int32; values: float32.
+    labels: (n,) float64; real_line: the first line, from 1, whose label is not written as an integer, 0 for none;
+    lengths: (n,) int64, the entries of each; indices: int32; values: float32.
     """
 
     labels: npt.NDArray[np.float64]
-    whole: bool
+    real_line: int
     lengths: npt.NDArray[np.int64]
     indices: npt.NDArray[np.int32]
     values: npt.NDArray[np.float32]
@@ -82,7 +82,7 @@ class Samples:
     """All samples of a file as it has them: `Lines` of all of it, with `starts` (n + 1,) int64 for the lengths."""
 
     labels: npt.NDArray[np.float64]
-    whole: bool
+    real_line: int
     starts: npt.NDArray[np.int64]
     indices: npt.NDArray[np.int32]
     values: npt.NDArray[np.float32]
@@ -90,21 +90,21 @@ class Samples:
 
 def read_text(path: Path) -> Samples:
     """All samples of a file, packed or not; UserError for the first line that is not in order, or without a sample."""
-    labels, lengths, whole = Growing(np.float64), Growing(np.int64), True
+    labels, lengths, real_line = Growing(np.float64), Growing(np.int64), 0
     indices, values = Growing(np.int32), Growing(np.float32)
     with reading(path):
         for first, text in _blocks(path):
             found = fast(text)
             if found is None:
                 found = by_line(text, str(path), first)
-            whole = whole and found.whole
+            real_line = real_line or (found.real_line and first - 1 + found.real_line)
             for vector, more in ((labels, found.labels), (lengths, found.lengths), (indices, found.indices)):
                 vector.add(more)
             values.add(found.values)
     if not len(labels.array()):
         raise UserError(f"{path}: there is no sample in the file: write one a line, as 1 3:0.5 17:2")
     starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths.array())])
-    return Samples(labels.array(), whole, starts, indices.array(), values.array())
+    return Samples(labels.array(), real_line, starts, indices.array(), values.array())
 
 
 def _blocks(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -175,8 +175,11 @@ def fast(text: bytes) -> Lines | None:
     at = np.flatnonzero(label)
     lengths = np.diff(at, append=len(label)) - 1
     is_label = ~(index | np.concatenate([[False], index[:-1]]))
-    whole = not is_label[of[kinds[special] > SIGN]].any()
-    return Lines(numbers[is_label], whole, lengths, number.astype(np.int32), value.astype(np.float32))
+    written = of[kinds[special] > SIGN]
+    written = written[is_label[written]]
+    # The line of the word that begins where the number does.
+    real_line = int(line[np.searchsorted(starts, first[written[0]])]) + 1 if len(written) else 0
+    return Lines(numbers[is_label], real_line, lengths, number.astype(np.int32), value.astype(np.float32))
 
 
 def _tokens(
@@ -229,14 +232,15 @@ def _are_numbers(
 
 def by_line(text: bytes, name: str, first: int) -> Lines:
     """`fast`, line by line; UserError for the first line that is not in order. name: of the file; first: line."""
-    labels, lengths, indices, values, whole = [], [], [], [], True
+    labels, lengths, indices, values, real_line = [], [], [], [], 0
     for number, line in enumerate(text.split(b"\n"), first):
         words = list(re.finditer(rb"[^ \t\r\v\f]+", line))
         if not words:
             continue
         where = f"{name}, line {number}"
         labels.append(_label(where, words[0][0]))
-        whole = whole and INTEGER.fullmatch(words[0][0]) is not None
+        if not real_line and INTEGER.fullmatch(words[0][0]) is None:
+            real_line = number - first + 1
         row = [_entry(f"{where}, column {word.start() + 1}", word[0]) for word in words[1:]]
         for (before, _), (index, _), word in zip(row, row[1:], words[2:], strict=False):
             if index <= before:
@@ -249,7 +253,7 @@ def by_line(text: bytes, name: str, first: int) -> Lines:
         indices += [index for index, _ in row]
         values += [value for _, value in row]
     arrays = (np.array(lengths, np.int64), np.array(indices, np.int32), np.array(values, np.float32))
-    return Lines(np.array(labels, np.float64), whole, *arrays)
+    return Lines(np.array(labels, np.float64), real_line, *arrays)
 
 
 def _label(where: str, word: bytes) -> float:

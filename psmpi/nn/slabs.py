@@ -25,6 +25,11 @@ def slabs(
         raise UserError(
             f"--domains {' '.join(map(str, domains))}: expected a whole number above 0, or two, rows and columns"
         )
+    if prod(domains) == 1 and halo > 0:
+        raise UserError(
+            f"--halo {halo}: with --domains {' '.join(map(str, domains))} there is no neighbouring domain to see: "
+            "leave --halo out, or use --domains 2 or more"
+        )
     end: LayerTable = {"type": "dense", "units": classes}
     if len(domains) == 1:
         size, count = prod(in_shape), domains[0]

@@ -175,7 +175,7 @@ def test_the_operations_on_all_bytes_agree_with_those_line_by_line():
             refused += 1
             continue
         assert found is not None, plain
-        assert found.whole == expected.whole
+        assert found.real_line == expected.real_line
         for one, other in zip(found, expected, strict=True):
             np.testing.assert_array_equal(one, other)
     assert 1000 < refused < 3500
@@ -201,6 +201,24 @@ def test_labels_are_classes_or_values(tmp_path, labels, known, found, outputs):
     assert data.train.numbering.labels == known and data.outputs == outputs
     assert data.train.targets.ravel().tolist() == found and data.test.targets.ravel().tolist() == found[::-1]
     assert data.task == ("classes" if known else "regression")
+
+
+@pytest.mark.parametrize("block", [9, 1 << 20])
+@pytest.mark.parametrize("label", ["1.5", "1.0", "1e0", "-.5"])
+def test_a_test_label_that_is_no_integer_among_classes_is_refused_with_its_line(tmp_path, monkeypatch, label, block):
+    monkeypatch.setattr(svmtext, "BLOCK", block)
+    path = write(tmp_path, TEXT)
+    tests = f"-1 1:0.5\n# none\n\n+1 2:1e2\n{label} 1:1\n-1\n2.5\n"
+    write(tmp_path, tests, "own.svm.t")
+    with pytest.raises(UserError, match=r"own\.svm\.t, line 5: .* write an integer here, .* own\.svm with a point"):
+        open_dataset(path, None)
+    # Either of what it says helps, and values of a test may all be whole ones.
+    write(tmp_path, tests.replace(f"\n{label} ", "\n1 ").replace("2.5", "1"), "own.svm.t")
+    assert open_dataset(path, None).task == "classes"
+    for written in (tests, "1 1:1\n"):
+        write(tmp_path, TEXT.replace("-1 3", "-1.0 3"))
+        write(tmp_path, written, "own.svm.t")
+        assert open_dataset(path, None).task == "regression"
 
 
 @pytest.mark.parametrize("beside", ["own.svm.t", "own.t.svm", "own.svm.t.bz2", "own.t.svm.gz"])
