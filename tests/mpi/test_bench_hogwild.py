@@ -27,7 +27,7 @@ SMALL = (
 
 def test_updates_are_counted_in_all_ways(tmp_path):
     path = tmp_path / "found.json"
-    status, out, err = launch(1, "-m", "psmpi.bench", "hogwild", *SMALL, "--json", path)
+    status, out, err = launch(1, "-m", "psmpi.bench", "hogwild", *SMALL, "--json", path, "--plot", tmp_path / "a.png")
     assert status == 0, err
     found = json.loads(path.read_text())
     ways = ("raw", "atomic", "blocks", "ticket", "mutex", "mpi", "cyclades")
