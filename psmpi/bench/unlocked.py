@@ -92,7 +92,7 @@ def sparse_task(shared: Shared, ops: CompiledOps, samples: int, features: int, e
     def step(order: np.ndarray, atomic: bool, lock: Any) -> float:
         if isinstance(lock, Room):
             return ops.sparse_blocks(order, rows, w, None, how, atomic, BLOCK, lock)
-        return ops.sparse_steps(order, rows, w, None, how, atomic, lock)
+        return ops.locked_steps(order, rows, w, None, how, atomic, lock)
 
     def score() -> tuple[float, float]:
         margins = (rows.values.reshape(samples, entries) * w[rows.columns.reshape(samples, entries)]).sum(axis=1)

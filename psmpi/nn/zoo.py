@@ -192,7 +192,8 @@ def _factors(
     if not vocabulary or in_shape != (1, 2) or outputs != 1 or task != "regression":
         raise UserError(
             "--model factors learns entries of a matrix: samples are two tokens, row and rows + column, integers "
-            "(samples, 2) with lengths, of a --vocabulary, and have one value each; --dataset ratings has such"
+            "(samples, 2) with lengths, of a --vocabulary, and have one value each, as --dataset ratings; for others "
+            f"use --model mlp, on several ranks with --method {WHOLE} because it cannot be partitioned, or --model head"
         )
     if len(widths) > 1 or min(widths, default=1) < 1:
         raise UserError(f"--widths {' '.join(map(str, widths))}: --model factors has one rank, above 0")

@@ -41,9 +41,10 @@ F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
 TOLERANCE = {F32: 2e-5, F64: 1e-11}
 # What the device does as the reference does: it is made of other operations.
 SHARED = {
-    NumpyOps: {"attention", "attention_back", "beside", "fused", "scratch"},
+    NumpyOps: {"attention", "attention_back", "beside", "fused", "scratch", "add_shared", "sparse_steps",
+               "sparse_blocks", "factor_steps", "count_rows", "deal_components"},
     CurvatureOps: {"restriction", "restricted_products"},
-}
+}  # fmt: skip
 
 needs_compiler = pytest.mark.skipif(cuda_host.compiler() is None, reason="no g++ to compile the CUDA kernels as C++")
 

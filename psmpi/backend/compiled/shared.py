@@ -33,10 +33,15 @@ class CompiledShared(SharedUpdates):
         call(w.size, *pointers(w.dtype, w, g), factor, atomic)
 
     def sparse_steps(
+        self, order: np.ndarray, rows: Rows, w: np.ndarray, bias: np.ndarray | None, how: Descent, atomic: bool
+    ) -> float:
+        return self.locked_steps(order, rows, w, bias, how, atomic, None)
+
+    def locked_steps(
         self, order: np.ndarray, rows: Rows, w: np.ndarray, bias: np.ndarray | None, how: Descent, atomic: bool,
-        lock: tuple[str, np.ndarray] | None = None,
+        lock: tuple[str, np.ndarray] | None,
     ) -> float:  # fmt: skip
-        """As the reference's; each step under a lock of `make_lock`, where there is one: its kind and its memory."""
+        """`sparse_steps`, each under a lock of `make_lock`, where there is one: its kind and its memory."""
         call = function("sparse_steps", w.dtype, "nppppppppiddddiipp", self.instructions)
         kind, room = lock or ("none", None)
         found = ctypes.c_double(0)
