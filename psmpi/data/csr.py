@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from psmpi.data.arrays import Header
-from psmpi.data.compressed import CompressedRows, checked
+from psmpi.data.compressed import checked
+from psmpi.data.compressed_rows import CompressedRows
 from psmpi.errors import UserError
 
 # What SciPy calls the arrays of a matrix; those of x are x_data and so on.

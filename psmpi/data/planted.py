@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from psmpi.data.compressed import Compressed, CompressedRows
+from psmpi.data.compressed import Compressed
+from psmpi.data.compressed_rows import CompressedRows
 from psmpi.data.rows import ArrayRows
 from psmpi.data.split import Split, frozen
 

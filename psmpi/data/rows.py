@@ -14,16 +14,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedIOBase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
 
+from psmpi.data.compressed import Compressed
 from psmpi.data.files import fill, reading, rows_per_chunk
 from psmpi.errors import UserError
-
-if TYPE_CHECKING:
-    from psmpi.data.compressed import Compressed
 
 Array = npt.NDArray[Any]
 Rows = npt.NDArray[np.int64]

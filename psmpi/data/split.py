@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from psmpi.data.compressed import Compressed, CompressedRows
+from psmpi.data.compressed import Compressed
+from psmpi.data.compressed_rows import CompressedRows
 from psmpi.data.rows import RowSource
 
 Rows = npt.NDArray[np.int64]

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from psmpi.data.compressed import Compressed, CompressedRows
+from psmpi.data.compressed import Compressed
+from psmpi.data.compressed_rows import CompressedRows
 from psmpi.data.labels import MAX_CLASSES
 from psmpi.data.split import Dataset, Numbering, Split, every_fifth, frozen, hold_out, random_fifth
 from psmpi.data.svmtext import PACKED, WHOLE, Samples, read_text

@@ -26,7 +26,8 @@ from psmpi.data import (
     open_dataset,
     together,
 )
-from psmpi.data.compressed import Compressed, CompressedRows
+from psmpi.data.compressed import Compressed
+from psmpi.data.compressed_rows import CompressedRows
 from psmpi.data.rows import ArrayRows, RowSource
 from psmpi.errors import UserError, layers_in
 from psmpi.nn.zoo import make_network

@@ -5,7 +5,8 @@ import pytest
 
 from psmpi.backend import CompiledOps, NumpyOps, compiled
 from psmpi.data import Dataset, Resident, Split, find_doubts, identify, open_dataset
-from psmpi.data.compressed import ENTRIES, Compressed, CompressedRows, checked
+from psmpi.data.compressed import ENTRIES, Compressed, checked
+from psmpi.data.compressed_rows import CompressedRows
 from psmpi.data.copies import compressed_fingerprints
 from psmpi.data.planted import NOISE, distinct
 from psmpi.data.private import OwnRows

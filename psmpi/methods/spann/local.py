@@ -10,7 +10,8 @@ from psmpi.backend import NumpyOps
 from psmpi.comm.group import Group
 from psmpi.comm.transfers import Halo, Sum
 from psmpi.methods.spann.exchange import Ghosts, Total
-from psmpi.methods.spann.plan import Placed, PlacedColumns, Plan
+from psmpi.methods.spann.placed import Placed, PlacedColumns
+from psmpi.methods.spann.plan import Plan
 from psmpi.nn.layers import Layer
 from psmpi.nn.network import Network
 

@@ -1,18 +1,18 @@
-"""Which units of each layer each rank has, and which of the layer before it needs; made without MPI and weights."""
+"""A network on ranks: which units of each layer each of them has; made without MPI and arrays of weights."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, field
+from itertools import pairwise
 from math import prod
 
 import numpy as np
 
 from psmpi.errors import UserError
 from psmpi.layout import Box, Classes, Layout, Ownership, Runs, even_edges
+from psmpi.methods.spann.placed import Placed, PlacedColumns, PlacedRows, PlacedSamples, PlacedSlab, PlacedSparse, Units
 from psmpi.nn.layers import Layer
-from psmpi.nn.layers.activation import Activation
 from psmpi.nn.layers.chain import uses_of
 from psmpi.nn.layers.dense import Dense
 from psmpi.nn.layers.flatten import Flatten
@@ -22,170 +22,6 @@ from psmpi.nn.layers.sparse import Sparse
 from psmpi.nn.layers.uses import Uses, used
 from psmpi.nn.network import Network
 from psmpi.registry import WHOLE
-
-Units = np.ndarray
-
-
-@dataclass(frozen=True, eq=False)
-class Placed:
-    """One layer on `size` ranks. before, behind: (units,) int32, the rank that has each unit that goes in, and out.
-
-    Units that no score depends on are of no rank, -1. before is None where the samples go in: each rank reads what it
-    needs of these. behind is None where every rank has all of what comes out.
-    """
-
-    layer: Layer
-    size: int
-    before: np.ndarray | None
-    behind: np.ndarray | None
-
-    def own(self, rank: int) -> Units:
-        """The units that a rank makes, increasing."""
-        if self.behind is None:
-            return np.arange(prod(self.layer.out_shape))
-        return np.flatnonzero(self.behind == rank)
-
-    def had(self, rank: int) -> Units:
-        """The units of those that go in which a rank has; none of samples."""
-        return np.flatnonzero(self.before == rank) if self.before is not None else np.empty(0, np.int64)
-
-    def needs(self, rank: int) -> Units:
-        """The units that go in which a rank uses, increasing."""
-        return self.had(rank)
-
-    @cached_property
-    def needed(self) -> list[Units]:
-        """`needs` of each rank."""
-        return [self.needs(rank) for rank in range(self.size)]
-
-    @cached_property
-    def moves(self) -> bool:
-        """Whether some rank uses units in other than those that it has."""
-        if self.before is None:
-            return False
-        return any(not np.array_equal(units, self.had(rank)) for rank, units in enumerate(self.needed))
-
-    def volume(self) -> int:
-        """Numbers a sample that go to other ranks: of each unit one to each of these."""
-        return sum(self.exchanged(rank)[0] for rank in range(self.size))
-
-    def exchanged(self, rank: int) -> tuple[int, int]:
-        """Numbers a sample that come to a rank, and that go from it."""
-        if self.before is None:
-            return 0, 0
-        others = (units for user, units in enumerate(self.needed) if user != rank)
-        out = sum(int((self.before[units] == rank).sum()) for units in others)
-        return int((self.before[self.needed[rank]] != rank).sum()), out
-
-    def local(self, rank: int) -> Layer:
-        """The layer of a rank's units."""
-        units = (len(self.own(rank)),)
-        if isinstance(self.layer, Activation):
-            return replace(self.layer, in_shape=units, out_shape=units)
-        return self.layer.restrict(units[0], units)
-
-    def boxes(self, rank: int) -> list[Box]:
-        """What a rank has of the layer's parameters."""
-        return [Box(p.name, (run,)) for p in self.layer.parameters() for run in _runs(self.own(rank))]
-
-
-@dataclass(frozen=True, eq=False)
-class PlacedSamples(Placed):
-    """A layer that takes each value of a sample by itself: ranks compute those that the first other layer uses."""
-
-    user: Placed
-
-    def own(self, rank: int) -> Units:
-        return self.user.needed[rank]
-
-    needs = own
-
-
-class PlacedSlab(Placed):
-    """A layer of slabs: a rank has whole domains."""
-
-    layer: Slab
-
-    def domains(self, rank: int) -> range:
-        """The domains of a rank."""
-        edges = even_edges(self.layer.inputs.count, self.size)
-        return range(edges[rank], edges[rank + 1])
-
-    def needs(self, rank: int) -> Units:
-        return self.layer.of(self.domains(rank)).needs
-
-    def local(self, rank: int) -> Layer:
-        return self.layer.of(self.domains(rank))
-
-    def boxes(self, rank: int) -> list[Box]:
-        domains = self.domains(rank)
-        return [Box(p.name, ((domains.start, domains.stop),)) for p in self.layer.parameters()]
-
-
-class PlacedRows(Placed):
-    """A dense layer of which a rank has some rows, and uses all units that go in: a mixing layer."""
-
-    layer: Dense
-
-    def needs(self, rank: int) -> Units:
-        return np.arange(self.layer.in_shape[0])
-
-    def local(self, rank: int) -> Layer:
-        return replace(self.layer, out_shape=(len(self.own(rank)),))
-
-
-class PlacedSparse(Placed):
-    """A sparse layer: a rank has rows of it, and uses the units that these see."""
-
-    layer: Sparse
-
-    def needs(self, rank: int) -> Units:
-        pattern = self.layer.pattern
-        return np.unique(pattern.columns[np.repeat(self._mine(rank), pattern.fan_in)]).astype(np.int64)
-
-    def _mine(self, rank: int) -> np.ndarray:
-        """(units,) bool: whether a rank makes them."""
-        mine = np.zeros(self.layer.units, bool)
-        mine[self.own(rank)] = True
-        return mine
-
-    def local(self, rank: int) -> Layer:
-        seen = np.zeros(self.layer.pattern.inputs, bool)
-        seen[self.needed[rank]] = True
-        pattern, _ = self.layer.pattern.restricted(self._mine(rank), seen)
-        return replace(self.layer, in_shape=(pattern.inputs,), out_shape=(pattern.rows,), pattern=pattern)
-
-    def boxes(self, rank: int) -> list[Box]:
-        starts, rows = self.layer.pattern.starts, _runs(self.own(rank))
-        weight, *bias = self.layer.parameters()
-        entries = [(int(starts[a]), int(starts[b])) for a, b in rows]
-        found = [Box(weight.name, (run,)) for run in entries if run[0] < run[1]]
-        return found + [Box(one.name, (run,)) for one in bias for run in rows]
-
-
-class PlacedColumns(Placed):
-    """A dense layer of which a rank has the columns of its units, and adds up what others make of theirs."""
-
-    layer: Dense
-
-    def bias(self, rank: int) -> bool:
-        """Whether a rank adds the biases: one does."""
-        return self.layer.bias and rank == 0
-
-    def local(self, rank: int) -> Layer:
-        return replace(self.layer, in_shape=(len(self.had(rank)),), bias=self.bias(rank))
-
-    def boxes(self, rank: int) -> list[Box]:
-        name, rows = self.layer.name, (0, self.layer.units)
-        found = [Box(f"{name}.weight", (rows, run)) for run in _runs(self.had(rank))]
-        return [*found, Box(f"{name}.bias", (rows,))] if self.bias(rank) else found
-
-
-def _runs(units: Units) -> list[tuple[int, int]]:
-    """Increasing units as runs (first, behind the last)."""
-    cuts = np.flatnonzero(np.diff(units, prepend=-2) != 1)
-    firsts, lasts = units[cuts], units[np.append(cuts[1:], len(units)) - 1] if len(units) else units
-    return [(int(a), int(b) + 1) for a, b in zip(firsts, lasts, strict=True)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -247,56 +83,31 @@ def make_plan(
                 f'{{type = "dense", units = {network.classes}}}, or use --method {WHOLE}'
             )
         if isinstance(layer, Slab):
-            kind = PlacedSlab
-            count = layer.inputs.count
-            if count < size:
-                raise UserError(
-                    f"{label} has {count} domains for {size} ranks: use --domains {size} or more, or {count} ranks"
-                )
-            behind = np.empty(prod(layer.out_shape), np.int32)
-            edges = even_edges(count, size)
-            for rank in range(size):
-                for domain in range(edges[rank], edges[rank + 1]):
-                    behind[layer.outputs.cells(domain)] = rank
-        elif isinstance(layer, Dense) and layer.groups == 1 and len(layer.in_shape) == 1:
-            kind = PlacedRows
-            if k == last and not distributed:
-                if owners is None:
-                    raise UserError(
-                        f"{label} is the only layer with weights, and --method spann cuts those before the scores: "
-                        f"use --model slabs, or --method {WHOLE}"
-                    )
-                kind, behind = PlacedColumns, None
-            elif layer.units < size:
-                advice = "use --scores reduced" if k == last else "use fewer ranks"
-                raise UserError(f"{label} has {layer.units} units for {size} ranks: {advice}")
-            else:
-                behind = _contiguous(_alive(network, layer, users), size)
+            kind, behind = PlacedSlab, _by_domains(layer, size, label)
         elif isinstance(layer, Sparse):
-            kind, alive = PlacedSparse, _alive(network, layer, users)
-            if alive.sum() < size:
-                raise UserError(f"{label} has {alive.sum()} units for {size} ranks: use fewer ranks")
-            behind = _contiguous(alive, size)
+            alive = _alive(network, layer, users)
+            kind, behind = PlacedSparse, _contiguous(alive, size, label, "use fewer ranks")
             if owners_of is not None and layer.name in owners_of:
                 own = np.array(owners_of[layer.name][alive], np.int32)
                 if layer.name in shared:
                     give_each(own, size)
                 behind[alive] = own
-        elif not (isinstance(layer, LayerNorm) or type(layer).sources is Layer.sources) or layer.inner:
-            raise UserError(
-                f"{label} is none of the layers that --method spann cuts (slab, sparse, dense, activations, "
-                f"normalizations of single units): use --model slabs, or --method {WHOLE}"
-            )
-        elif layer.parameters() and (owners is None or len(layer.in_shape) > 1):
-            advice = (
-                "use --scores distributed"
-                if k > last
-                else "put it behind a layer of slabs on a line, a sparse or a dense one"
-            )
-            raise UserError(f"{label} has weights that no rank would have for itself: {advice}")
-        elif k < last and owners is None:
-            waiting.append(layer)
-            continue
+        elif isinstance(layer, Dense) and layer.groups == 1 and len(layer.in_shape) == 1:
+            if k == last and owners is None:
+                raise UserError(
+                    f"{label} is the only layer with weights, and --method spann cuts those before the scores: "
+                    f"use --model slabs, or --method {WHOLE}"
+                )
+            if k == last and not distributed:
+                kind, behind = PlacedColumns, None
+            else:
+                advice = "use --scores reduced" if k == last else "use fewer ranks"
+                kind, behind = PlacedRows, _contiguous(_alive(network, layer, users), size, label, advice)
+        else:
+            _check_single(layer, owners, label, k > last)
+            if k < last and owners is None:
+                waiting.append(layer)
+                continue
         steps.append(kind(layer, size, owners, behind))
         if waiting:
             steps[:0] = [PlacedSamples(one, size, None, None, steps[0]) for one in waiting]
@@ -340,13 +151,44 @@ def give_each(owners: np.ndarray, size: int) -> None:
         counts[rank] = 1
 
 
+def _check_single(layer: Layer, owners: np.ndarray | None, label: str, of_scores: bool) -> None:
+    """UserError for a layer that takes more than single units, or whose weights no rank would have for itself."""
+    if not (isinstance(layer, LayerNorm) or type(layer).sources is Layer.sources) or layer.inner:
+        raise UserError(
+            f"{label} is none of the layers that --method spann cuts (slab, sparse, dense, activations, normalizations "
+            f"of single units, layer_norm): use --model slabs, or --method {WHOLE}"
+        )
+    if layer.parameters() and (owners is None or len(layer.in_shape) > 1):
+        behind = "put it behind a layer of slabs on a line, a sparse or a dense one"
+        advice = "use --scores distributed" if of_scores else behind
+        raise UserError(f"{label} has weights that no rank would have for itself: {advice}")
+
+
+def _by_domains(layer: Slab, size: int, label: str) -> np.ndarray:
+    """The rank of each unit of slabs, (units,) int32; UserError for fewer domains than ranks."""
+    count = layer.inputs.count
+    if count < size:
+        raise UserError(f"{label} has {count} domains for {size} ranks: use --domains {size} or more, or {count} ranks")
+    found = np.empty(prod(layer.out_shape), np.int32)
+    for rank, (first, behind) in enumerate(pairwise(even_edges(count, size))):
+        for domain in range(first, behind):
+            found[layer.outputs.cells(domain)] = rank
+    return found
+
+
 def _alive(network: Network, layer: Layer, uses: Uses) -> np.ndarray:
     """(units,) bool: the units that some score depends on."""
     return used(uses, Classes.of(range(network.classes)), layer.out_shape[0])
 
 
-def _contiguous(alive: np.ndarray, size: int) -> np.ndarray:
-    """The rank of each of some units, which are dealt evenly in their order; -1 where they are not alive."""
+def _contiguous(alive: np.ndarray, size: int, label: str, advice: str) -> np.ndarray:
+    """The rank of each of some units, which are dealt evenly in their order; -1 where they are not alive.
+
+    UserError for fewer of these than ranks.
+    """
+    count = int(alive.sum())
+    if count < size:
+        raise UserError(f"{label} has {count} units for {size} ranks: {advice}")
     found = np.full(len(alive), -1, np.int32)
-    found[alive] = np.repeat(np.arange(size, dtype=np.int32), np.diff(even_edges(int(alive.sum()), size)))
+    found[alive] = np.repeat(np.arange(size, dtype=np.int32), np.diff(even_edges(count, size)))
     return found
