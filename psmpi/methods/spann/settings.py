@@ -85,7 +85,10 @@ def check_spann(size: int, network: Network, dataset: Dataset, config: Config) -
         raise UserError(
             f"--cut {cut} is of sparse layers, and --model {network.name} has none before the scores: leave it out"
         )
-    check_mode(mode or "slab")
+    try:
+        check_mode(mode or "slab")
+    except UserError as error:
+        raise UserError(f"--cut {mode}: {error}") from None
     check_first_order(config, "sums over all weights as one vector, which no rank has")
     if find_optimizer(config.optimization.optimizer).needs_matrices:
         raise UserError(
