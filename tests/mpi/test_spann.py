@@ -15,6 +15,7 @@ from psmpi.backend import make_backend
 from psmpi.comm.group import Counter, Group
 from psmpi.comm.transfers import Halo, totals
 from psmpi.comm.transfers.halo import Rows
+from psmpi.data import Batch
 from psmpi.errors import UserError
 from psmpi.layout import Domains, partition
 from psmpi.methods.spann import settings
@@ -367,6 +368,34 @@ def test_steps_in_place_are_the_same_and_hold_no_gradient_of_all_weights(points,
         assert gradient == most < weights / 2
     toml = (*sparse_toml(tmp_path / "model.toml", 5 * N), *SGD, *points(5), "--clip", "0", "--optimizer", optimizer)
     assert np.array_equal(parted(ranks, toml)[0], parted(ranks, (*toml, "--in-place"))[0])
+
+
+def test_rooms_of_halos_are_made_before_the_first_step_and_counted(points):
+    network, dataset, config = Case("spann", ".", slabs(4, *points(4))).problem()
+
+    def work(world):
+        made = find_method("spann")(Context(world, network, dataset, config, make_backend("numpy")))
+        rooms, counted = [[id(room) for room in halo.free] for halo in made.transfers.halos], made.memory()["buffers"]
+        made.step(Batch(np.arange(B)), 0.1)
+        assert [[id(room) for room in halo.free] for halo in made.transfers.halos] == rooms
+        nbytes = [halo.nbytes for halo in made.transfers.halos]
+        for halo in made.transfers.halos:
+            halo.free.clear()
+        return nbytes, counted - made.memory()["buffers"], max(at.stop - at.start for at in made.batches)
+
+    for rank, (nbytes, less, most) in enumerate(run_ranks(4, work, timeout=60)):
+        # Of each neighbour the rows that come, and those that go.
+        assert nbytes == [(1 if rank in (0, 3) else 2) * 2 * G * max(most, B) * 8] * 2 and less == sum(nbytes)
+
+
+def test_what_is_needed_in_place_has_one_layer_s_gradient(points):
+    needs = []
+    for more in ((), ("--in-place", "--clip", "0")):
+        problem = Case("spann", ".", (*slabs(4, *points(4)), *more)).problem()
+        needs.append([need["gradients"] for need in find_method("spann").needed(4, *problem)])
+    # Of three layers and scores: the weights and biases of a domain.
+    assert needs[1] == [8 * N * (N + 2 * G + 1)] * 4
+    assert all(one > 2.5 * other for one, other in zip(*needs, strict=True))
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 6])
