@@ -281,6 +281,19 @@ def test_ranks_may_have_layers_of_their_own(points, tmp_path, monkeypatch, ranks
     same(parted(ranks, (*toml, *SGD, *points(5))), train_steps(1, (*toml, *SGD, *points(5))), 1e-12)
 
 
+@pytest.mark.parametrize("last", [(), ('type = "layer_norm"', 'type = "tanh"')])
+def test_each_rank_has_a_unit_before_sums_over_all(points, tmp_path, monkeypatch, last):
+    """Whatever a partitioner says: of what scores, or statistics, are summed from."""
+    monkeypatch.setattr(settings, "partition", lambda layers, parts, mode: partition(layers, parts, "contiguous"))
+    sparse = 'type = "sparse", units = 12, pattern = "random", fan_in = 6'
+    options = (*described(tmp_path / "net.toml", *[sparse, TANH] * 4, *last, SCORES), *SGD, *points(5))
+    same(parted(4, options), train_steps(1, options), 1e-12)
+    network, _, config = Case("spann", ".", options).problem()
+    made = settings.plan_of(4, network, config, settings.partitioned(4, network, config))
+    owners = [set(step.behind.tolist()) for step in made.steps if hasattr(step.layer, "pattern")]
+    assert owners[0] < owners[3] == {0, 1, 2, 3}
+
+
 def described(path, *layers):
     """A configuration file with these layers."""
     path.write_text('[model]\nmodel = "custom"\nlayers = [' + ", ".join(f"{{{layer}}}" for layer in layers) + "]")

@@ -1,4 +1,4 @@
-"""Between the parts of a graph: units that ranks have, to the others that use them, row by row."""
+"""Units of a graph from the ranks that have them to those that use them, row by row."""
 
 from __future__ import annotations
 
