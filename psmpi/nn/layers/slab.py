@@ -23,7 +23,7 @@ from psmpi.nn.layers.uses import Uses, grouped, stretched
 
 @dataclass(frozen=True)
 class Slab(Layer):
-    """A matrix (outputs, window) for each domain; its window are its own inputs and those of the `halo` around it.
+    """A matrix (outputs, window) for each domain; the window is the domain's own inputs and the `halo` around them.
 
     inputs, outputs: the fields of neurons, by one grid. numbers: of the domains that are here; those of the network's
     layer are all of them. A layer of some (`of`) has their windows' inputs and their outputs, in the fields' order.
