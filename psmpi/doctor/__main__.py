@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import sys
 import threading
 import time
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 # Seconds that the start of MPI, and then what is between ranks, may take.
 LIMIT = 60.0
+# Seconds that a rank on which MPI does not start waits for what the first one says of that.
+LATE = 10.0
 
 
 @dataclass(frozen=True)
@@ -49,13 +52,12 @@ def _main(argv: Sequence[str]) -> int:
     first = announced_rank(os.environ) == 0
     try:
         options = _parse(argv, first)
-        status = examine(options, first)
     except SystemExit as end:
-        status = 1 if end.code else 0
-    if status and not first:
-        # Some launchers end the job at the first failure: not before the message is out.
-        time.sleep(0.5)
-    return status
+        if not first:
+            # Launchers end the job at the first failure: not before the message is out.
+            time.sleep(0.5)
+        return 1 if end.code else 0
+    return examine(options, first)
 
 
 def examine(options: Options, first: bool) -> int:
@@ -63,7 +65,7 @@ def examine(options: Options, first: bool) -> int:
     from psmpi.comm.leftovers import find_leftovers
     from psmpi.doctor.machine import leftovers
     from psmpi.doctor.report import Report
-    from psmpi.output import tell
+    from psmpi.output import complain, tell
 
     report, doing, left = Report(shown=first and not options.json), ["the start of MPI"], find_leftovers()
     if first:
@@ -71,6 +73,11 @@ def examine(options: Options, first: bool) -> int:
     # Who speaks says first why it ends.
     with bounded(report, doing, LIMIT if first else LIMIT + 5, json=first and options.json):
         world = _started(report)
+        if world is None and not first:
+            # Launchers end the job at the first failure, and this rank too: not before the first one has said it all.
+            time.sleep(LATE)
+            complain(f"psmpi doctor, on {socket.gethostname()}: {report.findings[-1].text}")
+            return 1
         if world is None:
             report.add([leftovers(len(left.segments), left.nbytes, len(left.sessions), started=False)])
             status = 1

@@ -90,9 +90,18 @@ def test_a_start_by_another_mpi_s_launcher_is_an_error(monkeypatch, tmp_path):
     status, out, _ = launch(1, "-m", "psmpi", "doctor", cwd=tmp_path)
     (told,) = lines(out, "error")
     assert status == 1 and "started 4 processes (PALS_SIZE=4)" in told and "sees 1" in told and "Use the mpirun" in told
-    monkeypatch.setenv("PALS_RANKID", "1")
-    status, out, err = launch(1, "-m", "psmpi", "doctor", cwd=tmp_path)
-    assert status == 1 and not out and not err
+
+
+def test_a_rank_without_mpi_lets_the_first_one_speak(monkeypatch, capsys):
+    def lacking():
+        raise UserError("cannot load MPI: install one")
+
+    slept = []
+    monkeypatch.setattr(mpi_world, "start", lacking)
+    monkeypatch.setattr(doctor.time, "sleep", slept.append)
+    assert doctor.examine(doctor.Options(), first=False) == 1 and slept == [doctor.LATE]
+    out, err = capsys.readouterr()
+    assert not out and err.endswith(": cannot load MPI: install one\n") and socket.gethostname() in err
 
 
 def test_a_machine_without_mpi_is_looked_at_all_the_same(monkeypatch, tmp_path):
