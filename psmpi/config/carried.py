@@ -84,7 +84,9 @@ def without_unused(config: Config, base: Config, said: Collection[str]) -> Confi
         parallel = _by_default(parallel, Parallel(), set(OF_DEVICE) - set(said))
     elif not kind.nccl:
         parallel = _by_default(parallel, Parallel(), {"nccl"} - set(said))
-    return replace(config, data=data, optimization=o, objective=loss, model=model, parallel=parallel).having(settings)
+    run = config.run if "mlflow" in config.run.track else _by_default(config.run, Run(), {"track_dir"} - set(said))
+    sections = {"data": data, "optimization": o, "objective": loss, "model": model, "parallel": parallel, "run": run}
+    return replace(config, **sections).having(settings)
 
 
 def without_anew(config: Config) -> Config:

@@ -179,6 +179,12 @@ def test_a_tracker_that_comes_later_gets_the_rows_before(train, tmp_path):
     assert_same(done.out, done.rows)
 
 
+def test_a_run_that_goes_on_without_its_trackers_leaves_them(tracked, train):
+    first = tracked(1, *SHORT, "--max-steps", "6")
+    done = train(1, "--resume", "auto", "--max-steps", "0", "--track", out=first.out)
+    assert len(done.rows) == 4 and len(history(done.out, "epoch")) == len(curve(done.out, "run/epoch")) == 2
+
+
 def test_a_stopped_and_a_failed_run_are_told_apart(tracked, tmp_path, monkeypatch):
     tracked(1, *SHORT, "--max-steps", "6")
     of, run = client(tmp_path / "run")
