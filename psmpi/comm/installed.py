@@ -91,8 +91,8 @@ def started_by(pid: int = 0, proc: str = "/proc") -> str:
     """The program among STARTERS that is above a process, this one for 0: the nearest one's path, "" where none is."""
     for above in _above(pid or os.getpid(), Path(proc)):
         path = _program(Path(proc, str(above)))
-        # A program may be told under the name of what it links to.
-        if Path(path).name in STARTERS:
+        # Debian's are called slurmstepd-wlm.
+        if Path(path).name.removesuffix("-wlm") in STARTERS:
             return path
     return ""
 

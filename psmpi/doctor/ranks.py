@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
-from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,7 @@ from psmpi.comm.pingpong import ping_pong
 from psmpi.doctor import machine
 from psmpi.doctor.machine import ranges
 from psmpi.doctor.report import Finding, error, good, warning
-from psmpi.errors import counted
+from psmpi.errors import counted, expanded
 
 if TYPE_CHECKING:
     from psmpi.comm.control import Control
@@ -76,7 +75,7 @@ def own_place(rank: int, data_dir: str, left: Found) -> Place:
     from psmpi.comm.world import cores, quota
 
     versions = f"psmpi {psmpi.__version__}, Python {platform.python_version()}, NumPy {np.__version__}"
-    there = Path(data_dir or "data").expanduser().is_dir()
+    there = expanded(data_dir or "data", "--data-dir").is_dir()
     kernels = NAMES[compiled.level()] or "NumPy alone"
     mine = cores()
     share = min(quota(), len(mine))

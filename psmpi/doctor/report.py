@@ -38,9 +38,14 @@ def guarded(subject: str, findings: Iterable[Finding]) -> Iterator[Finding]:
     """The findings of a check; what keeps it from looking any further is an error of its own."""
     try:
         yield from findings
-    except (UserError, OSError) as trouble:
-        fix = "" if isinstance(trouble, UserError) else ": let this user read and write there, or name another place"
-        yield error(subject, f"{trouble}{fix}")
+    except UserError as trouble:
+        yield error(subject, str(trouble))
+    except OSError as trouble:
+        yield error(subject, f"{trouble}: let this user read and write there, or name another place")
+    except ImportError as trouble:
+        yield error(
+            subject, f"{trouble}: install it, or psmpi again (pip install psmpi, in a checkout pip install -e .)"
+        )
 
 
 class Report:

@@ -196,8 +196,8 @@ def test_a_launcher_is_found_above_its_ranks(tmp_path):
     assert started_by(10, str(tmp_path)) == ""
     # Another user's program.
     (tmp_path / "20" / "exe").unlink()
-    (tmp_path / "20" / "comm").write_text("slurmstepd\n")
-    assert started_by(40, str(tmp_path)) == "slurmstepd"
+    (tmp_path / "20" / "comm").write_text("slurmstepd-wlm\n")
+    assert started_by(40, str(tmp_path)) == "slurmstepd-wlm"
 
 
 def test_ranks_of_a_start_are_counted():
@@ -483,7 +483,7 @@ def test_a_check_that_cannot_look_is_an_error_and_others_go_on():
 
     from psmpi.doctor.report import guarded
 
-    for trouble in (UserError("what: do this"), PermissionError(13, "denied", "/x")):
+    for trouble in (UserError("what: do this"), PermissionError(13, "denied", "/x"), ImportError("no h5py")):
         report = Report(shown=False)
         report.add(guarded("a", failing(trouble)))
         assert levels(report.findings) == ["good", "error"] and report.status == 1
