@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 # Ranks of which all pairs are measured; pairs at most; seconds for all of them, for one of them, and after which no
 # further pair is begun.
 ALL, PAIRS, SECONDS, EACH, BOUND = 8, 256, 4.0, 0.3, 6.0
+# Pairs that have a line each.
+SHOWN = 32
 # How many times slower than the median of its kind a pair is, to be told of.
 SLOW = 4.0
 
@@ -234,16 +236,19 @@ def _span(numbers: Sequence[float]) -> str:
 
 
 def tables(places: Sequence[Place], measured: Sequence[Pair]) -> Iterator[Any]:
-    """Tables of the ranks' places, and of pairs of ranks."""
+    """Tables of the ranks' places, those with the same cores in a line, and of pairs, where these are not very many."""
     from rich.table import Table
 
     table = Table(title="placement", title_justify="left")
-    for name in ("rank", "host", "cores"):
+    for name in ("ranks", "host", "cores"):
         table.add_column(name)
+    alike: dict[tuple[str, str], list[int]] = {}
     for one in places:
-        table.add_row(str(one.rank), one.host, one.cores)
+        alike.setdefault((one.host, one.cores), []).append(one.rank)
+    for (host, cores), numbers in alike.items():
+        table.add_row(ranges(numbers), host, cores)
     yield table
-    if measured:
+    if 0 < len(measured) <= SHOWN:
         table = Table(title="messages there and back", title_justify="left")
         for name in ("ranks", "host", "latency, us", "bandwidth, GB/s"):
             table.add_column(name, justify="right" if "," in name else "left")

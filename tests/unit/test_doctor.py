@@ -279,6 +279,14 @@ def test_a_pair_that_is_far_slower_is_named():
     assert levels(ranks.links([*pairs, *far], 4, False)) == ["good"] * 4
 
 
+def test_tables_stay_short():
+    places = [replace(HERE, rank=k, host="ab"[k > 499]) for k in range(1000)]
+    pairs = [Pair(a, b, True, 1.0, 8.0, 1 << 22) for a, b in ranks.pairs_of(1000)]
+    (table,) = ranks.tables(places, pairs)
+    assert [list(column.cells) for column in table.columns] == [["0-499", "500-999"], ["a", "b"], ["0-3", "0-3"]]
+    assert [one.row_count for one in ranks.tables(places[:3], pairs[:3])] == [1, 3]
+
+
 def at(rank, cores, host="a", share=64):
     return replace(HERE, rank=rank, cores=cores, host=host, share=share)
 
