@@ -20,6 +20,7 @@ from helpers.runs import run as run_program
 from psmpi import track
 from psmpi.errors import UserError
 from psmpi.methods.data_parallel import DataParallel
+from psmpi.testing.poison import poisoned
 from psmpi.track import TRACKERS, Run, Trackers, check_trackers
 from psmpi.track.mlflow import store
 from psmpi.track.tracker import numbers
@@ -214,6 +215,17 @@ def test_going_back_to_a_checkpoint_goes_back_in_the_records(tmp_path):
     assert curve(tmp_path, "train/loss") == [(10, pytest.approx(0.1)), (20, 7.0), (30, 8.0)]
     # MLflow takes nothing back: the later value of a step is the one that holds.
     assert history(tmp_path, "train_loss")[-1] == (30, 8.0)
+
+
+def test_a_rollback_makes_rows_again_in_the_records(tracked):
+    """Epochs of 3 steps, checkpoints every 4: row 2 is behind the checkpoint that step 8 goes back to."""
+    rollback = ("--on-nan", "rollback", "--batch-size", "480", "--checkpoint-every", "4", "--epochs", "4")
+    with poisoned(lambda rank, step: step == 7) as hit:
+        done = tracked(2, *rollback)
+    assert hit and [one["step"] for one in done.rows] == [3, 6, 9, 12] and done.rows[1]["events"]["rollbacks"] == 1
+    assert curve(done.out, "train/loss") == [(one["step"], pytest.approx(one["train_loss"])) for one in done.rows]
+    assert curve(done.out, "events/rollbacks") == [(3, 0), (6, 1), (9, 1), (12, 1)]
+    assert dict(history(done.out, "train_loss")) == {one["step"]: one["train_loss"] for one in done.rows}
 
 
 def test_only_the_first_rank_writes(tracked, monkeypatch):
