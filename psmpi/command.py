@@ -22,6 +22,7 @@ COMMANDS = {
     "predict": ("psmpi.predict", "Predict from a checkpoint, on one process or under mpirun."),
     "inspect": ("psmpi.inspect.__main__", "Show, compare, verify, export, cut and join checkpoints."),
     "plot": ("psmpi.plot", "Draw the curves of training runs."),
+    "doctor": ("psmpi.doctor.__main__", "Say what of machine, MPI and ranks is good, and how to mend the rest."),
     "submit": ("psmpi.submit.__main__", "Write and submit jobs of a cluster that train."),
     "bench": ("psmpi.bench.__main__", "Measure computing, networks, memory, checkpoints and published accuracies."),
 }

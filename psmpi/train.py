@@ -134,9 +134,12 @@ def _settle(config: Config, tell: Callable[[str], None], said: Collection[str]) 
     from psmpi.errors import UserError, expanded
     from psmpi.nn.layers.pattern_file import with_patterns
     from psmpi.registry import find_method
+    from psmpi.track import check_trackers
+    from psmpi.track.mlflow import store
 
     check(config, said)
     run, data = config.run, config.data
+    check_trackers(run.track, run.track_dir)
     if run.checkpoint_parallel and not checkpoint.supported():
         raise UserError(
             "--checkpoint-parallel: this h5py has no parallel HDF5; build one (HDF5_MPI=ON CC=mpicc pip install "
@@ -150,6 +153,7 @@ def _settle(config: Config, tell: Callable[[str], None], said: Collection[str]) 
     if out and not resume and checkpoint.available(Path(out)):
         raise UserError(f"--out {out} holds a run already: add --resume auto to go on with it, or name another folder")
     folder = expanded(data.data_dir, "--data-dir").absolute()
+    track_dir = run.track_dir and store(run.track_dir)
     if RANK in data.dataset and not find_method(config.parallel.method).private(config):
         raise UserError(
             f"--dataset {data.dataset}: {RANK} stands for the number of a rank, where each has samples of its own: "
@@ -158,7 +162,7 @@ def _settle(config: Config, tell: Callable[[str], None], said: Collection[str]) 
     data = replace(data, data_dir=str(folder), dataset=locate(data.dataset, folder, tell))
     # Patterns of layers go where the configuration goes.
     model = replace(config.model, layers=with_patterns(config.model.layers))
-    return replace(config, data=data, model=model, run=replace(run, out=out, resume=resume))
+    return replace(config, data=data, model=model, run=replace(run, out=out, resume=resume, track_dir=track_dir))
 
 
 def _train(world: World, control: Control, config: Config, own: str, layers: str, numbers: str) -> bool:
@@ -177,9 +181,10 @@ def _train(world: World, control: Control, config: Config, own: str, layers: str
     from psmpi.comm.watch.watch import watched
     from psmpi.comm.world import cores as own_cores
     from psmpi.comm.world import host, library, local_rank
-    from psmpi.config import to_toml, without_anew
+    from psmpi.config import to_toml, used_settings, without_anew
     from psmpi.output import Screen
     from psmpi.registry import find_method
+    from psmpi.track import Run, Trackers
     from psmpi.training.capacity import check_capacity
     from psmpi.training.context import Context
     from psmpi.training.folder import RunFolder
@@ -261,7 +266,9 @@ def _train(world: World, control: Control, config: Config, own: str, layers: str
                 characters=dataset.train.characters,
                 spaces={name: space.layout for name, space in method.state.spaces.items()},
             )
-            loop = Loop(control, method, dataset, config, out, console, contents, folder, signals)
+            tracked = Run(out, {**used_settings(config), "ranks": world.size}, config.run.track_dir)
+            trackers = stack.enter_context(Trackers(config.run.track if world.rank == 0 else (), tracked, tell))
+            loop = Loop(control, method, dataset, config, out, console, contents, folder, signals, trackers)
             notes = loop.resume(Path(found)) if found else []
             # Up to here any rank may refuse the start, and nothing is changed.
             control.wait_for_all()
@@ -269,9 +276,12 @@ def _train(world: World, control: Control, config: Config, own: str, layers: str
                 step, damaged = loop.progress.step if found else -1, config.run.resume == "auto"
                 with control.flight.task("beginning the run directory"):
                     folder.begin(text, loop.progress.rows, step, damaged=damaged)
+                with control.flight.task("writing for --track"):
+                    trackers.start(loop.progress.rows)
             for note in notes:
                 tell(note)
             done = loop.run()
+            trackers.close("done" if done else "stopped")
             # A launcher may kill the others when the first one ends with status 85, and rank 0 may still write.
             control.wait_for_all()
             method.close()

@@ -21,6 +21,7 @@ from psmpi.data import Batch, Dataset, Minibatches
 from psmpi.errors import UserError, counted
 from psmpi.optim import make_schedule
 from psmpi.output import Screen
+from psmpi.track import Trackers
 from psmpi.training.divergence import Divergence
 from psmpi.training.folder import RunFolder
 from psmpi.training.method import Method, Place
@@ -81,9 +82,10 @@ class Loop:
         contents: Contents,
         folder: RunFolder | None = None,
         signals: StopSignals | None = None,
+        trackers: Trackers | None = None,
     ):
         self.control, self.method, self.config, self.out, self.console = control, method, config, out, console
-        self.dataset, self.folder = dataset, folder
+        self.dataset, self.folder, self.trackers = dataset, folder, trackers or Trackers()
         self.batches, self.total, self.schedule = plan_steps(dataset, config)
         run = config.run
         self.writer = checkpoint.Writer(
@@ -253,6 +255,8 @@ class Loop:
                         self.folder.rewind(progress.rows)
                 except OSError as error:
                     self._warn_loudly(f"metrics.jsonl has rows of epochs that are trained again: {error}")
+            with self.control.flight.task("writing for --track"):
+                self.trackers.start(progress.rows)
 
     def _append(self, row: dict[str, Any]) -> None:
         """Add a row to the metrics, in a run directory that is still there."""
@@ -263,6 +267,8 @@ class Loop:
                     self.folder.append(row)
             except OSError as error:
                 self._warn_loudly(f"metrics.jsonl lacks the row of epoch {row['epoch']}: {error}")
+        with self.control.flight.task("writing for --track"):
+            self.trackers.row(row)
 
     def _keep(self) -> None:
         """On rank 0, make sure that the run directory is there, and this run's."""
