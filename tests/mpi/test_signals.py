@@ -53,7 +53,7 @@ def test_a_stopped_run_is_saved_and_ends_as_if_it_had_not_been(train, undisturbe
     method = ("--method", "local_sgd", "--local-steps", "7") if ranks > 1 else ()
     status, out, err = stopped(ranks, tmp_path / "run", number, *method)
     assert status == 85, err
-    assert "and saved: go on with --resume auto" in out and "Traceback" not in err
+    assert "and saved in" in out and "--resume auto --out" in out and "Traceback" not in err
     assert err.count("another signal ends it at once") == 1
     begun = Trained(tmp_path / "run", out)
     assert len(begun.rows) < 24
