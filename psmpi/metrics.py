@@ -14,6 +14,9 @@ SCORES: dict[str, Callable[[float], str]] = {
     "test_rmse": lambda value: f"test RMSE {value:.5g}",
 }
 
+# What these lines begin with.
+NAMES = {"test_loss": "test loss", "test_accuracy": "test accuracy", "test_top5": "top 5", "test_rmse": "test RMSE"}
+
 
 def describe(row: dict[str, Any], epochs: int) -> str:
     """The line that a person sees for one epoch."""

@@ -309,7 +309,7 @@ def _train(world: World, control: Control, config: Config, own: str, layers: str
                 for line in chosen.values():
                     tell(line)
             for line in (
-                ended(config, loop.progress, loop.report.share, again)
+                ended(config, loop.progress, loop.report.rows(loop.progress), loop.report.share, again)
                 if done
                 else stopped(config, loop.progress, signals.name, again)
             ):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from psmpi import metrics
 from psmpi.checkpoint import Progress
@@ -15,20 +16,17 @@ STOPPING = "the run stops after the next step, and is saved; another signal ends
 Typed = Callable[[str, bool, list[str]], str]
 
 
-def scores(progress: Progress) -> str:
+def scores(rows: Sequence[dict[str, Any]]) -> str:
     """ "best test accuracy 97.49 % (epoch 52), last 97.21 % (epoch 60)"; "" before the first test."""
-    found = metrics.best(progress.rows)
+    found = metrics.best(rows)
     if found is None:
         return ""
     key, best = found
-    last = progress.rows[-1]
-    shown = {row["epoch"]: metrics.SCORES[key](row[key]) for row in (best, last) if key in row}
-    name = shown[best["epoch"]]
-    text = f"best {name} (epoch {best['epoch']})"
-    if last is best or key not in last:
-        return text.removeprefix("best ") if last is best else text
-    words = [word for word in shown[last["epoch"]].split() if word not in ("test", "accuracy", "loss", "RMSE")]
-    return f"{text}, last {' '.join(words)} (epoch {last['epoch']})"
+    first, last = metrics.SCORES[key](best[key]), rows[-1]
+    if last is best:
+        return f"best and last {first} (epoch {best['epoch']})"
+    value = metrics.SCORES[key](last[key]).removeprefix(f"{metrics.NAMES[key]} ")
+    return f"best {first} (epoch {best['epoch']}), last {value} (epoch {last['epoch']})"
 
 
 def at_signal(out: str, ends: bool, typed: Typed) -> str:
@@ -39,14 +37,17 @@ def at_signal(out: str, ends: bool, typed: Typed) -> str:
     return f"the run stops after the next step, and is saved, if mpirun does not end it before; go on:\n{again}"
 
 
-def ended(config: Config, progress: Progress, share: float, typed: Typed) -> list[str]:
-    """The lines after a training that is done; under --quiet one. share: of the time, what was communication."""
-    found = scores(progress)
+def ended(config: Config, progress: Progress, rows: Sequence[dict[str, Any]], share: float, typed: Typed) -> list[str]:
+    """The lines after a training that is done; under --quiet one.
+
+    rows: of the metrics, that of the last epoch even where it is not whole; share: of the time, what was communication.
+    """
+    found = scores(rows)
     first = f"done in {metrics.duration(progress.seconds)}{': ' if found else ''}{found}"
     out = config.run.out
     if config.terminal.quiet:
         return [f"{first}; in {out}"]
-    sent = progress.rows[-1]["bytes_sent"] if progress.rows else progress.bytes_sent
+    sent = rows[-1]["bytes_sent"] if rows else progress.bytes_sent
     more = f"{counted(progress.step, 'step')}, {sent / 1e6:.1f} MB sent"
     if share:
         more += f", {100 * share:.0f} % communication"
@@ -64,7 +65,7 @@ def ended(config: Config, progress: Progress, share: float, typed: Typed) -> lis
 
 def stopped(config: Config, progress: Progress, signal: str, typed: Typed) -> list[str]:
     """The lines after a training that a signal has stopped, by the signal's name, "" where another rank had it."""
-    found = scores(progress)
+    found = scores(progress.rows)
     by = f" by {signal}" if signal else ""
     return [
         f"stopped{by} after step {progress.step}, and saved in {config.run.out}{': ' if found else ''}{found}",

@@ -42,6 +42,8 @@ class Report:
         self.total = self.first = 0
         self.begun = self.told = self.drawn = clock()
         self.before = waited()
+        # The row of the epoch measured last, which may not be whole.
+        self.last: dict[str, Any] | None = None
         self.bar: Any = None
         self.task: Any = None
 
@@ -99,6 +101,7 @@ class Report:
 
     def epoch(self, row: dict[str, Any], shares: np.ndarray) -> None:
         """After an epoch. row: of its metrics; shares: of each rank's time in it, what was communication."""
+        self.last = row
         if self.brief:
             return
         self.screen.tell(metrics.describe(row, self.config.run.epochs))
@@ -113,6 +116,11 @@ class Report:
         if shares.any():
             told.append(f"comm {_percent(shares)}")
         self.screen.tell(f"  {'  '.join(told)}")
+
+    def rows(self, progress: Progress) -> tuple[dict[str, Any], ...]:
+        """The rows of all epochs, that of the last one even where it is not whole."""
+        part = [] if self.last is None or self.last["epoch"] <= progress.epoch else [self.last]
+        return (*progress.rows, *part)
 
     def detail(self, text: str) -> None:
         """A line for --verbose."""
