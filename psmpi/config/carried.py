@@ -17,7 +17,7 @@ from psmpi.registry import all_methods, find_method, method_names
 
 # Where things are, and what is said anew at each start.
 ANEW = (
-    "data_dir", "max_steps", "new_data", "out", "resume", "stall_abort", "stall_warn",
+    "allow_external", "data_dir", "max_steps", "new_data", "out", "resume", "stall_abort", "stall_warn",
     *(one.name for one in fields(Terminal)),
 )  # fmt: skip
 # What is of a GPU, and of the rate of an optimizer.
@@ -94,7 +94,8 @@ def without_unused(config: Config, base: Config, said: Collection[str]) -> Confi
 def without_anew(config: Config) -> Config:
     """`config` as a run keeps it, without what each start says anew beside the number of steps."""
     names = {"new_data", "out", "resume", "stall_abort", "stall_warn"}
-    return replace(config, run=_by_default(config.run, Run(), names), terminal=Terminal())
+    data = _by_default(config.data, Data(), {"allow_external"})
+    return replace(config, data=data, run=_by_default(config.run, Run(), names), terminal=Terminal())
 
 
 def _by_default(section: Any, plain: Any, names: Collection[str]) -> Any:
