@@ -68,6 +68,7 @@ def stopped(config: Config, progress: Progress, signal: str, typed: Typed) -> li
     found = scores(progress.rows)
     by = f" by {signal}" if signal else ""
     return [
-        f"stopped{by} after step {progress.step}, and saved in {config.run.out}{': ' if found else ''}{found}",
+        f"stopped{by} after step {progress.step}, and saved in {config.run.out}",
+        *([found] if found else []),
         f"go on:   {typed('train', True, ['--resume', 'auto', '--out', config.run.out])}",
     ]

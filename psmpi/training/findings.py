@@ -87,7 +87,7 @@ def show_choices(
     if "accuracy" not in found:
         which = f"classes {spans(found['classes'])}"
         tell(f"scores of {which}; no accuracy (it needs labels, and the scores of all classes)")
-        shown = table("first predictions", *titles, "predicted", "score", "next", "score")
+        shown = table("first predictions", *titles, "predicted", "score", "second", "score")
         for numbers, chosen, scores in first:
             best = list(zip(chosen, scores, strict=True))[:2]
             shown.add_row(*map(str, numbers), *(word for c, score in best for word in (called(c), f"{score:.4g}")))
