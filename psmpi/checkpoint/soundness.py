@@ -160,6 +160,12 @@ def _check_network(path: Path, contents: Contents) -> None:
     except UserError:
         # Of a method that is not here; whatever reads the configuration says so.
         return
+    # Each class has a score, and each score a unit at least, but where two have one score.
+    most = max(2, *(p.units for p in contents.layout.parameters))
+    if contents.layout.classes > most:
+        raise DamagedError(
+            f"checkpoint {path} has {contents.layout.classes:,} classes, and {most:,} units at most; use another one"
+        )
     try:
         network = make_network(
             model.model,
