@@ -165,8 +165,8 @@ def test_a_terminal_behind_mpirun_is_found_where_it_shows_what_is_printed(tmp_pa
     words = redirected.format(inner)
     command = start + words if words.startswith(("sh", inner)) else words
     status, raw = on_terminal(["sh", "-c", command], tmp_path, **mpi_environment())
-    told = lines(raw)
-    assert status == 0 and len(told) == 2 and set(told) == {str(found)}, raw
+    # Ranks may write between each other's words and ends of lines.
+    assert status == 0 and re.findall(r"True|False", raw.decode()) == [str(found)] * 2
 
 
 # A launcher that reads what its process prints through a pseudo-terminal, as Open MPI's does.
