@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from psmpi.config.sections import DEEP, Data, LossSettings, NetworkSettings, Optimization, Parallel, Run, unused_of_loss
+from psmpi.config.terminal import Terminal
 from psmpi.config.text import given, tables_in
 from psmpi.config.tree import Config
 from psmpi.data.text import is_text
@@ -17,7 +18,7 @@ from psmpi.registry import all_methods, find_method, method_names
 # Where things are, and what is said anew at each start.
 ANEW = (
     "allow_external", "data_dir", "max_steps", "new_data", "out", "resume", "stall_abort", "stall_warn", "track",
-    "track_dir",
+    "track_dir", *(one.name for one in fields(Terminal)),
 )  # fmt: skip
 # What is of a GPU, and of the rate of an optimizer.
 OF_DEVICE = ("compute", "convolution", "gpu_aware", "nccl")
@@ -94,9 +95,9 @@ def without_unused(config: Config, base: Config, said: Collection[str]) -> Confi
 
 def without_anew(config: Config) -> Config:
     """`config` as a run keeps it, without what each start says anew beside the number of steps."""
-    names = {"new_data", "out", "resume", "stall_abort", "stall_warn"}
+    names = {"new_data", "out", "resume", "stall_abort", "stall_warn", "track", "track_dir"}
     data = _by_default(config.data, Data(), {"allow_external"})
-    return replace(config, data=data, run=_by_default(config.run, Run(), names))
+    return replace(config, data=data, run=_by_default(config.run, Run(), names), terminal=Terminal())
 
 
 def _by_default(section: Any, plain: Any, names: Collection[str]) -> Any:
