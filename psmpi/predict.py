@@ -34,6 +34,8 @@ class Options:
     characters that were trained on; that of the training if not given."""
     data_dir: str = ""
     """Folder that holds the data set's files; the one of the training if not given."""
+    label: str = ""
+    """Column of the labels of a table, by its name or its number from 1; that of the training if not given."""
     split: Literal["test", "train", "all"] = "test"
     """Which samples; all: every sample x of a file of your own, which then needs no labels."""
     out: str = ""
@@ -92,7 +94,7 @@ def _main(argv: list[str]) -> int:
 
 
 # Options of predictions of samples, and of a text that is gone on with.
-OF_SAMPLES = ("dataset", "data_dir", "split", "out", "calibrate", "json")
+OF_SAMPLES = ("dataset", "data_dir", "label", "split", "out", "calibrate", "json")
 OF_TEXT = ("characters", "temperature", "seed")
 
 
@@ -187,7 +189,9 @@ def _settle(options: Options) -> Options:
     if contents.data and same:
         found: list[str] = []
         try:
-            here = identify(open_dataset(*replace(trained, dataset=name, data_dir=data_dir).source))
+            here = identify(
+                open_dataset(*replace(trained, dataset=name, data_dir=data_dir).source, names=contents.names)
+            )
             found = differences(Identity.of(contents.data), here)
         except UserError as error:
             if not options.dataset:
@@ -212,6 +216,8 @@ def _settle(options: Options) -> Options:
 
 
 def _predict(world: Any, control: Any, options: Options) -> None:
+    from math import prod
+
     import numpy as np
     from threadpoolctl import threadpool_limits
 
@@ -220,6 +226,7 @@ def _predict(world: Any, control: Any, options: Options) -> None:
     from psmpi.comm.world import host, local_rank
     from psmpi.config import from_toml
     from psmpi.data import Identity, open_split
+    from psmpi.data.table import is_table
     from psmpi.errors import UserError
     from psmpi.nn.metric import TOP
     from psmpi.nn.sequences import stretch
@@ -231,9 +238,19 @@ def _predict(world: Any, control: Any, options: Options) -> None:
     contents = checkpoint.read_contents(path)
     trained = from_toml(contents.config, str(path), foreign=True)
     model = trained.model
-    seed, context, characters = trained.data.split_seed, trained.data.context, contents.characters
     numbering = Identity.of(contents.data).numbering if contents.data else None
-    split = open_split(options.dataset, options.data_dir, options.split, seed, context, characters, True, numbering)
+    split = open_split(
+        options.dataset,
+        options.data_dir,
+        options.split,
+        *trained.data.source[2:4],
+        options.label or (trained.data.label if is_table(options.dataset) else ""),
+        characters=contents.characters,
+        predicted=True,
+        numbering=numbering,
+        names=contents.names,
+        features=prod(contents.in_shape),
+    )
     _check_data(world, control, options, contents, split)
     network = make_network(
         model.model,
@@ -287,7 +304,8 @@ def _predict(world: Any, control: Any, options: Options) -> None:
             for note in calibration_notes(options.calibrate, known.n) if world.rank == 0 else ():
                 complain(note)
             calibrate(predictor.model, known, options.calibrate, predictor.dtype)
-        of = (options, targets, classes, network.classes, split.n, predictor.dtype, file, network.steps, characters)
+        rest = (network.classes, split.n, predictor.dtype, file, network.steps, contents.characters, contents.names)
+        of = (options, targets, classes, *rest)
         found = (Values if values else Choices)(*of) if first else None
         predictor.run(split, found.take if found is not None else None)
         if found is not None:

@@ -259,6 +259,7 @@ def _train(world: World, control: Control, config: Config, own: str, layers: str
                 own=frozenset(method.state.own & method.state.vectors.keys()),
                 data=identity.table(),
                 characters=dataset.train.characters,
+                names=dataset.train.names,
                 spaces={name: space.layout for name, space in method.state.spaces.items()},
             )
             loop = Loop(control, method, dataset, config, out, console, contents, folder, signals)

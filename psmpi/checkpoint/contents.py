@@ -17,6 +17,7 @@ from psmpi.checkpoint.format import check_file, open_file
 from psmpi.checkpoint.tensors import Tensor, held_runs, make_tensors
 from psmpi.config import parse_toml
 from psmpi.data import Identity
+from psmpi.data.names import LONGEST, check_names
 from psmpi.data.text import MOST
 from psmpi.errors import DamagedError
 from psmpi.layout import Block, Classes, Each, Layout, Parameter, Piece, Runs, Users
@@ -25,8 +26,8 @@ from psmpi.metrics import SCORES
 
 TABLES = ("elements", "rank")
 TEXTS = (
-    "characters", "config", "data", "layout", "metrics", "part", "placement", "progress", "provenance", "random",
-    "scalars",
+    "characters", "config", "data", "layout", "metrics", "names", "part", "placement", "progress", "provenance",
+    "random", "scalars",
 )  # fmt: skip
 # In files that do not say which vectors are the method's own, these are.
 FORMER_OWN = frozenset({"anchor", "handed", "left", "moving", "outer"})
@@ -71,7 +72,8 @@ class Contents:
     are drawn from; data: the identity of the data set, see `psmpi.data.identity`, empty in files that do not have it;
     scalars: of the optimizer; spaces: layouts, by name, of tensors that are neither weights nor vectors of the
     optimizer, each a vector of that name, of any dtype; own: the vectors under /optimizer that are the training
-    method's, not the optimizer's; characters: of a text, what its tokens, and so the classes, stand for, else "".
+    method's, not the optimizer's; characters: of a text, what its tokens, and so the classes, stand for, else "";
+    names: of the classes, where labels are not their numbers.
     """
 
     config: str
@@ -91,6 +93,7 @@ class Contents:
     own: frozenset[str] = FORMER_OWN
     data: Mapping[str, Any] = field(default_factory=dict)
     characters: str = ""
+    names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in self.spaces:
@@ -124,6 +127,7 @@ class Contents:
         texts |= {"data": json.dumps(dict(self.data))} if self.data else {}
         # In ASCII: a string of HDF5 ends at a NUL.
         texts |= {"characters": json.dumps(self.characters)} if self.characters else {}
+        texts |= {"names": json.dumps(self.names)} if self.names else {}
         return texts if self.part is None else {**texts, "part": json.dumps(self.part)}
 
     @staticmethod
@@ -155,6 +159,7 @@ class Contents:
             own=frozenset(layout.get("own", FORMER_OWN)),
             data=_identity(_table(texts["data"])) if "data" in texts else {},
             characters=_characters(texts["characters"], layout) if "characters" in texts else "",
+            names=_names(texts["names"], layout) if "names" in texts else (),
         )
         _expect(all(isinstance(name, str) for name in made.own), "layout, own")
         _expect(made.task in ("classes", "regression"), "layout, task")
@@ -260,6 +265,14 @@ def _characters(text: str, layout: Mapping[str, Any]) -> str:
     found.encode()
     _expect(all(a < b for a, b in pairwise(found)), "characters")
     return str(found)
+
+
+def _names(text: str, layout: Mapping[str, Any]) -> tuple[str, ...]:
+    # A character takes 12 letters at most, and each name quotes, a comma and a space.
+    _expect(len(text) <= layout["classes"] * (12 * LONGEST + 4) + 2, "names")
+    found = json.loads(text)
+    _expect(isinstance(found, list) and len(found) == layout["classes"], "names")
+    return check_names(found)
 
 
 def _sizes(numbers: Any) -> tuple[int, ...]:

@@ -37,8 +37,9 @@ class Data:
 
     dataset: str = "digits"
     """digits (embedded), peaks (generated: points in a plane), mnist, cifar10, characters (drawn: images of 48, 16
-    pixels wide, or as many as characters:32 says), or the path of an .npz or .h5 file with x and y: integers are
-    classes, floating point numbers the values of a regression. With an array lengths in the file samples are sequences
+    pixels wide, or as many as characters:32 says), or the path of an .npz or .h5 file with x and y: integers, strings
+    and truth values are classes, floating point numbers the values of a regression. x.npy beside y.npy, and a table
+    .csv, are such files too. With an array lengths in the file samples are sequences
     (samples, steps, features), or tokens (samples, steps); NAME:rows and NAME:pixels make sequences of images. A .svm
     or .libsvm file has sparse samples, index:value, test samples in FILE.svm.t. A .txt file is a text, whose characters
     are predicted one by one. Generated tasks of sequences: adding, copying, repeat_copy, modular_addition, or with a
@@ -46,6 +47,9 @@ class Data:
     rows, sparse:5000."""
     context: Annotated[int, Least(1)] = CONTEXT
     """Characters of a window of a text, each of which is to be predicted from those before it in its window."""
+    label: str = ""
+    """Column of the labels of a table, by its name in the first line or its number from 1; if not given the one called
+    label, class, target or y, else the last."""
     data_dir: str = "data"
     """Folder that holds the data set's files."""
     split_seed: Annotated[int, Least(-1)] = 0
@@ -57,9 +61,9 @@ class Data:
     """A new order of the samples each epoch, a function of (seed, epoch) alone; else the file's order."""
 
     @property
-    def source(self) -> tuple[str, str, int, int]:
+    def source(self) -> tuple[str, str, int, int, str]:
         """What opens the data set, see `psmpi.data.open_dataset`."""
-        return self.dataset, self.data_dir, self.split_seed, self.context
+        return self.dataset, self.data_dir, self.split_seed, self.context, self.label
 
 
 @dataclass(frozen=True)

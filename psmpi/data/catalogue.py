@@ -11,6 +11,8 @@ from psmpi.data.cifar import open_cifar10
 from psmpi.data.digits import open_digits
 from psmpi.data.hdf5 import read_hdf5
 from psmpi.data.mnist import open_mnist
+from psmpi.data.names import Names
+from psmpi.data.npy import NPY, is_pair, pair_in, read_pair
 from psmpi.data.npz import read_npz
 from psmpi.data.own import SUFFIXES, build, build_all
 from psmpi.data.peaks import open_peaks
@@ -18,6 +20,7 @@ from psmpi.data.private import RANK, of_rank
 from psmpi.data.sequences import VIEWS, viewed, viewed_split
 from psmpi.data.split import Dataset, Numbering, Split
 from psmpi.data.svmlight import SVM, is_svmlight, open_svmlight, open_whole_svmlight
+from psmpi.data.table import is_table, read_table
 from psmpi.data.tasks import TASKS, open_task
 from psmpi.data.text import CONTEXT, is_text, open_text, open_whole_text
 from psmpi.data.text import SUFFIX as TEXT
@@ -52,18 +55,26 @@ def locate(name: str, data_dir: str | Path | None, tell: Callable[[str], None]) 
 
 
 def open_dataset(
-    name: str, data_dir: str | Path | None, split_seed: int = 0, context: int = CONTEXT, characters: str = ""
+    name: str,
+    data_dir: str | Path | None,
+    split_seed: int = 0,
+    context: int = CONTEXT,
+    label: str = "",
+    *,
+    characters: str = "",
+    names: Names = None,
 ) -> Dataset:
     """Open the data set `name`: digits (embedded), peaks (generated), mnist, cifar10, characters, a task, or a file.
 
-    Files are .npz, .h5 or .hdf5, .svm (see psmpi.data.svmlight), or .txt: a text in windows of `context` characters,
-    numbered as in `characters` if given, see psmpi.data.text. Tasks are generated, see psmpi.data.tasks: adding,
-    copying, repeat_copy, modular_addition, sparse, ratings, or with a size adding:100. With :rows or :pixels behind its
-    name images are sequences, see psmpi.data.sequences. A relative path is looked up in `data_dir` first, if
-    given, and then in the current directory. The test samples of a file without any are a fifth of each class (of all
-    samples in a regression), drawn with
-    `split_seed`, or with -1 every fifth sample, and of a text its last tenth. Reads the labels and checks the headers
-    and sizes of all files, but reads no samples; reads a text whole. Raises UserError for an unknown name, for missing
+    Files are .npz, .h5 or .hdf5, pairs of .npy (see psmpi.data.npy), .csv (see psmpi.data.table, for `label` too), .svm
+    (see psmpi.data.svmlight), or .txt: a text in windows of `context` characters, numbered as in `characters` if given,
+    see psmpi.data.text. names: of classes, by which labels are numbered if given, see psmpi.data.names. Tasks are
+    generated, see psmpi.data.tasks: adding, copying, repeat_copy, modular_addition, sparse, ratings, or with a size
+    adding:100. With :rows or :pixels behind its name images are sequences, see psmpi.data.sequences. A relative path is
+    looked up in `data_dir` first, if given, and then in the current directory. The test samples of a file without any
+    are a fifth of each class (of all samples in a regression), drawn with `split_seed`, or with -1 every fifth sample,
+    and of a text its last tenth. Reads the labels and checks the headers and sizes of all files, but reads no samples;
+    reads a text, or a table, whole. Raises UserError for an unknown name, for missing
     files and for files of the wrong format, size or content.
     """
     folder, (name, suffix) = _folder(data_dir), parted(name)
@@ -73,7 +84,7 @@ def open_dataset(
         return open_characters(suffix, split_seed)
     if suffix:
         _check_view(name, suffix)
-        return viewed(open_dataset(name, data_dir, split_seed, context), suffix)
+        return viewed(open_dataset(name, data_dir, split_seed, context, label, names=names), suffix)
     if name == "digits":
         return open_digits()
     if name == "peaks":
@@ -86,8 +97,8 @@ def open_dataset(
         return open_text(name, _locate(name, folder), context, characters)
     if is_svmlight(name):
         return open_svmlight(name, _locate(name, folder), split_seed)
-    path, keys, headers = _read_own(name, folder)
-    return build(name, path, keys, headers, split_seed)
+    path, keys, headers = _read_own(name, folder, label)
+    return build(name, path, keys, headers, split_seed, names=names)
 
 
 def open_split(
@@ -96,13 +107,18 @@ def open_split(
     split: str,
     split_seed: int = 0,
     context: int = CONTEXT,
+    label: str = "",
+    *,
     characters: str = "",
     predicted: bool = False,
     numbering: Numbering | None = None,
+    names: Names = None,
+    features: int = 0,
 ) -> Split:
     """The `train` or `test` samples of a data set, or `all` the samples x of a file, labelled or not (then -1).
 
-    context, characters: see `open_dataset`. numbering: of a text of sparse samples that belongs to another one.
+    context, label, characters, names: see `open_dataset`. numbering: of a text of sparse samples that belongs to
+    another one; features: of the network that predicts them, by which a table without labels is known.
 
     predicted: whether they are to be predicted, so that errors can say how to do without targets. Raises UserError as
     open_dataset does.
@@ -112,7 +128,8 @@ def open_split(
         raise UserError(f"{name} has the splits train and test; `all` is for files of your own")
     if view and base not in DATASETS:
         _check_view(base, view)
-        return viewed_split(open_split(base, data_dir, split, split_seed, context, predicted=predicted), view, base)
+        images = open_split(base, data_dir, split, split_seed, context, label, predicted=predicted, names=names)
+        return viewed_split(images, view, base)
     if is_text(base) and split == "all":
         return open_whole_text(_locate(name, _folder(data_dir)), context, characters)
     if is_svmlight(base):
@@ -121,12 +138,12 @@ def open_split(
             return open_whole_svmlight(path, numbering)
         dataset = open_svmlight(base, path, split_seed, numbering, predicted)
     elif base in DATASETS or is_text(base):
-        dataset = open_dataset(name, data_dir, split_seed, context, characters)
+        dataset = open_dataset(name, data_dir, split_seed, context, characters=characters)
     else:
-        own = _read_own(name, _folder(data_dir))
+        own = _read_own(name, _folder(data_dir), label, features, split == "all")
         if split == "all":
-            return build_all(*own)
-        dataset = build(name, *own, split_seed, predicted)
+            return build_all(*own, names)
+        dataset = build(name, *own, split_seed, predicted, names)
     return dataset.test if split == "test" else dataset.train
 
 
@@ -135,8 +152,16 @@ def _check_view(name: str, view: str) -> None:
         raise UserError(f"--dataset {name}:{view}: expected {' or '.join(f'{name}:{one}' for one in VIEWS)}, or {name}")
 
 
-def _read_own(name: str, folder: Path | None) -> tuple[Path, list[str], dict[str, Header]]:
+def _read_own(
+    name: str, folder: Path | None, label: str, features: int = 0, whole: bool = False
+) -> tuple[Path, list[str], dict[str, Header]]:
     path = _locate(name, folder)
+    if is_table(path.name):
+        return path, *read_table(path, label, features, whole)
+    if label:
+        raise UserError(f"--label {label}: of {path.name} the array y has the labels; --label is for tables, .csv")
+    if is_pair(path.name):
+        return path, *read_pair(path)
     return path, *(read_npz(path) if path.suffix.lower() == ".npz" else read_hdf5(path))
 
 
@@ -145,16 +170,19 @@ def _folder(data_dir: str | Path | None) -> Path | None:
 
 
 def _locate(name: str, folder: Path | None) -> Path:
-    if Path(name).suffix.lower() not in (*SUFFIXES, TEXT) and not is_svmlight(name):
+    places = [expanded(name, "--dataset")]
+    if folder is not None and not places[0].is_absolute():
+        places.insert(0, folder / name)
+    pairs = [pair for pair in map(pair_in, places) if pair is not None]
+    if pairs:
+        return pairs[0]
+    if not (Path(name).suffix.lower() in (*SUFFIXES, TEXT) or is_svmlight(name) or is_table(name) or is_pair(name)):
         meant = nearest(name, DATASETS)
         hint = f"did you mean {meant}? Choose" if meant else "choose"
         raise UserError(
             f"unknown data set {name!r}; {hint} one of {', '.join(DATASETS)}, or the path of a file that ends in "
-            f"{', '.join((*SUFFIXES, TEXT, *SVM))}"
+            f"{', '.join((*SUFFIXES, '.csv', NPY, TEXT, *SVM))}"
         )
-    places = [expanded(name, "--dataset")]
-    if folder is not None and not places[0].is_absolute():
-        places.insert(0, folder / name)
     for place in places:
         if place.is_file():
             return place

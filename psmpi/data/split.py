@@ -51,6 +51,7 @@ class Split:
     order: (features,) int64, where the source has each value of a sample; None: in this order.
     vocabulary: the tokens that there are, where the data set knows it; else 0.
     characters: of a text, what its tokens stand for, token k for the k-th; else "".
+    names: of the classes, class k has the k-th; () where labels are their numbers.
     numbering: of a text of sparse samples, what its numbers mean.
     """
 
@@ -63,6 +64,7 @@ class Split:
     order: Rows | None = None
     vocabulary: int = 0
     characters: str = ""
+    names: tuple[str, ...] = ()
     numbering: Numbering | None = None
 
     @property

@@ -13,6 +13,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from psmpi.data.names import listed
 from psmpi.errors import UserError, counted
 from psmpi.nn.finite import spans
 from psmpi.nn.metric import TOP, largest
@@ -37,7 +38,7 @@ class Found:
     or values that are predicted, of `known` in all; file: where their values (n, outputs) of `dtype` go, if anywhere.
     steps: where each step of sequences is predicted, their number; steps then stand for samples, those of a sequence
     one after the other, and some may have a target that does not count, a label below 0 or values that are NaN.
-    characters: of a text, those that are the classes; else "".
+    characters: of a text, those that are the classes; else "". names: of the classes, () where these are numbers.
     """
 
     def __init__(
@@ -51,11 +52,12 @@ class Found:
         file: IO[bytes] | None,
         steps: int = 0,
         characters: str = "",
+        names: tuple[str, ...] = (),
     ):
         if steps:
             n *= steps
             targets = None if targets is None else targets.reshape(n, *targets.shape[2:])
-        self.steps, self.characters = steps, characters
+        self.steps, self.characters, self.names = steps, characters, names
         self.options, self.targets, self.n, self.dtype, self.file = options, targets, n, dtype, file
         self.outputs, self.known, self.path = np.array(outputs), known, Path(options.out)
 
@@ -165,6 +167,8 @@ class Choices(Found):
         if self.options.out:
             self._write()
         found = self.summary() | {"classes": self.outputs.tolist()}
+        if self.names:
+            found["names"] = [self.called(c) for c in found["classes"]]
         if self.steps and labels.max(initial=-1) >= 0:
             labels, choices = labels[labels >= 0], choices[labels >= 0]
         predicted = choices[:, 0]
@@ -182,16 +186,22 @@ class Choices(Found):
         if self.options.json:
             tell(json.dumps(found))
         else:
-            _show(found, self.characters)
+            _show(found, [repr(one) for one in self.characters] or self.names)
+
+    def called(self, label: int) -> Any:
+        """A class as files have it: by its name, or number."""
+        return self.names[label] if self.names else label
 
     def _write(self) -> None:
         predicted, scores = self.choices[:, 0], self.kept()
         arrays = {"predicted": predicted, "labels": self.labels, "scores": scores, "classes": self.outputs}
+        if self.names:
+            arrays["names"] = np.array([self.called(c) for c in self.outputs])
         rows = (
-            [*self.numbers(k), label if label >= 0 else "", choice, *(repr(float(v)) for v in row)]
+            [*self.numbers(k), self.called(label) if label >= 0 else "", self.called(choice), *map(repr, row.tolist())]
             for k, (label, choice, row) in enumerate(zip(self.labels, predicted, scores, strict=True))
         )
-        titles = [*self.titles, "label", "predicted", *(f"score_{c}" for c in self.outputs)]
+        titles = [*self.titles, "label", "predicted", *(f"score_{self.called(c)}" for c in self.outputs)]
         _save(self.path, self.shaped(arrays), titles, rows)
 
 
@@ -210,7 +220,7 @@ def _save(path: Path, arrays: dict[str, Any], titles: list[str], rows: Iterable[
         if path.suffix == ".npz":
             np.savez(path, **arrays)
             return
-        with path.open("w", newline="") as file:
+        with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(titles)
             writer.writerows(rows)
@@ -222,15 +232,16 @@ def _unwritable(path: Path, error: OSError) -> UserError:
     return UserError(f"--out {path}: {error.strerror}; give the path of a file that can be written")
 
 
-def _show(found: dict[str, Any], characters: str) -> None:
+def _show(found: dict[str, Any], names: Sequence[str]) -> None:
+    from rich.markup import escape
     from rich.table import Table
 
     def called(label: int) -> str:
-        return repr(characters[label]) if characters else str(label)
+        return names[label] if names else str(label)
 
     tell(f"{found['checkpoint']}: {counted(found['samples'], 'sample')} of {found['dataset']} ({found['split']})")
     if "accuracy" not in found:
-        which = f"classes {spans(found['classes'])}"
+        which = f"classes {listed(found['names'] if 'names' in found else [spans(found['classes'])])}"
         tell(f"scores of {which}; no accuracy (it needs labels, and the scores of all classes)")
         return
     more = f", label among the 5 largest scores {100 * found['top5']:.2f} %" if "top5" in found else ""
@@ -242,9 +253,9 @@ def _show(found: dict[str, Any], characters: str) -> None:
             tell(f"  label {called(label)} taken for {called(choice)}: {counted(count, 'sample')}")
         return
     table = Table(title="confusion: rows are labels, columns predictions", title_justify="left")
-    for name in ("label", *map(called, found["classes"]), "right"):
+    for name in ("label", *(escape(called(c)) for c in found["classes"]), "right"):
         table.add_column(name, justify="right")
     for label, row in enumerate(found["confusion"]):
         share = f"{100 * row[label] / sum(row):.1f} %" if sum(row) else "-"
-        table.add_row(called(label), *(str(n) if n else "." for n in row), share)
+        table.add_row(escape(called(label)), *(str(n) if n else "." for n in row), share)
     Screen().print(table)

@@ -168,7 +168,9 @@ def _open(
     """
     with control.flight.task(f"reading the data set {config.data.dataset}"):
         name = of_rank(config.data.dataset, control.rank)
-        dataset = open_dataset(*replace(config.data, dataset=name).source)
+        # Ranks with data of their own would number other classes.
+        names = () if find_method(config.parallel.method).private(config) else None
+        dataset = open_dataset(*replace(config.data, dataset=name).source, names=names)
         return _recorded(dataset, control), identify(dataset, share, prints)
 
 
