@@ -60,6 +60,7 @@ def open_dataset(
     split_seed: int = 0,
     context: int = CONTEXT,
     label: str = "",
+    external: bool = False,
     *,
     characters: str = "",
     names: Names = None,
@@ -73,8 +74,9 @@ def open_dataset(
     adding:100. With :rows or :pixels behind its name images are sequences, see psmpi.data.sequences. A relative path is
     looked up in `data_dir` first, if given, and then in the current directory. The test samples of a file without any
     are a fifth of each class (of all samples in a regression), drawn with `split_seed`, or with -1 every fifth sample,
-    and of a text its last tenth. Reads the labels and checks the headers and sizes of all files, but reads no samples;
-    reads a text, or a table, whole. Raises UserError for an unknown name, for missing
+    and of a text its last tenth. external: whether the arrays of an HDF5 file may lie in other files. Reads the labels
+    and checks the headers and sizes of all files, but reads no samples; reads a text, or a table, whole. Raises
+    UserError for an unknown name, for missing
     files and for files of the wrong format, size or content.
     """
     folder, (name, suffix) = _folder(data_dir), parted(name)
@@ -84,7 +86,7 @@ def open_dataset(
         return open_characters(suffix, split_seed)
     if suffix:
         _check_view(name, suffix)
-        return viewed(open_dataset(name, data_dir, split_seed, context, label, names=names), suffix)
+        return viewed(open_dataset(name, data_dir, split_seed, context, label, external, names=names), suffix)
     if name == "digits":
         return open_digits()
     if name == "peaks":
@@ -97,7 +99,7 @@ def open_dataset(
         return open_text(name, _locate(name, folder), context, characters)
     if is_svmlight(name):
         return open_svmlight(name, _locate(name, folder), split_seed)
-    path, keys, headers = _read_own(name, folder, label)
+    path, keys, headers = _read_own(name, folder, label, external)
     return build(name, path, keys, headers, split_seed, names=names)
 
 
@@ -108,6 +110,7 @@ def open_split(
     split_seed: int = 0,
     context: int = CONTEXT,
     label: str = "",
+    external: bool = False,
     *,
     characters: str = "",
     predicted: bool = False,
@@ -117,8 +120,8 @@ def open_split(
 ) -> Split:
     """The `train` or `test` samples of a data set, or `all` the samples x of a file, labelled or not (then -1).
 
-    context, label, characters, names: see `open_dataset`. numbering: of a text of sparse samples that belongs to
-    another one; features: of the network that predicts them, by which a table without labels is known.
+    context, label, external, characters, names: see `open_dataset`. numbering: of a text of sparse samples that belongs
+    to another one; features: of the network that predicts them, by which a table without labels is known.
 
     predicted: whether they are to be predicted, so that errors can say how to do without targets. Raises UserError as
     open_dataset does.
@@ -128,7 +131,8 @@ def open_split(
         raise UserError(f"{name} has the splits train and test; `all` is for files of your own")
     if view and base not in DATASETS:
         _check_view(base, view)
-        images = open_split(base, data_dir, split, split_seed, context, label, predicted=predicted, names=names)
+        where = (base, data_dir, split, split_seed, context, label, external)
+        images = open_split(*where, predicted=predicted, names=names)
         return viewed_split(images, view, base)
     if is_text(base) and split == "all":
         return open_whole_text(_locate(name, _folder(data_dir)), context, characters)
@@ -140,7 +144,7 @@ def open_split(
     elif base in DATASETS or is_text(base):
         dataset = open_dataset(name, data_dir, split_seed, context, characters=characters)
     else:
-        own = _read_own(name, _folder(data_dir), label, features, split == "all")
+        own = _read_own(name, _folder(data_dir), label, external, features, split == "all")
         if split == "all":
             return build_all(*own, names)
         dataset = build(name, *own, split_seed, predicted, names)
@@ -153,7 +157,7 @@ def _check_view(name: str, view: str) -> None:
 
 
 def _read_own(
-    name: str, folder: Path | None, label: str, features: int = 0, whole: bool = False
+    name: str, folder: Path | None, label: str, external: bool, features: int = 0, whole: bool = False
 ) -> tuple[Path, list[str], dict[str, Header]]:
     path = _locate(name, folder)
     if is_table(path.name):
@@ -162,7 +166,7 @@ def _read_own(
         raise UserError(f"--label {label}: of {path.name} the array y has the labels; --label is for tables, .csv")
     if is_pair(path.name):
         return path, *read_pair(path)
-    return path, *(read_npz(path) if path.suffix.lower() == ".npz" else read_hdf5(path))
+    return path, *(read_npz(path) if path.suffix.lower() == ".npz" else read_hdf5(path, external))
 
 
 def _folder(data_dir: str | Path | None) -> Path | None:
