@@ -36,6 +36,8 @@ class Options:
     """Folder that holds the data set's files; the one of the training if not given."""
     label: str = ""
     """Column of the labels of a table, by its name or its number from 1; that of the training if not given."""
+    layout: Literal["", "nchw", "nhwc"] = ""
+    """Axes of images of a file of your own; those of the training if not given."""
     allow_external: bool = False
     """Let arrays of an HDF5 file lie in other files, which it names: for files of your own alone."""
     split: Literal["test", "train", "all"] = "test"
@@ -96,7 +98,7 @@ def _main(argv: list[str]) -> int:
 
 
 # Options of predictions of samples, and of a text that is gone on with.
-OF_SAMPLES = ("allow_external", "dataset", "data_dir", "label", "split", "out", "calibrate", "json")
+OF_SAMPLES = ("allow_external", "dataset", "data_dir", "label", "layout", "split", "out", "calibrate", "json")
 OF_TEXT = ("characters", "temperature", "seed")
 
 
@@ -242,7 +244,8 @@ def _predict(world: Any, control: Any, options: Options) -> None:
     numbering = Identity.of(contents.data).numbering if contents.data else None
     # Another table may have its labels in another column.
     label = options.label or (trained.data.label if is_table(options.dataset) else "")
-    data = replace(trained.data, label=label, allow_external=options.allow_external)
+    data = replace(trained.data, label=label, layout=options.layout or trained.data.layout)
+    data = replace(data, allow_external=options.allow_external)
     with examined("not") if local_rank(world) else nullcontext():
         split = open_split(
             options.dataset,

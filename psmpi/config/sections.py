@@ -50,6 +50,8 @@ class Data:
     label: str = ""
     """Column of the labels of a table, by its name in the first line or its number from 1; if not given the one called
     label, class, target or y, else the last."""
+    layout: Literal["nchw", "nhwc"] = "nchw"
+    """Axes of images in a file of your own: channels before rows and columns, or channels last."""
     data_dir: str = "data"
     """Folder that holds the data set's files."""
     split_seed: Annotated[int, Least(-1)] = 0
@@ -64,9 +66,10 @@ class Data:
     """A new order of the samples each epoch, a function of (seed, epoch) alone; else the file's order."""
 
     @property
-    def source(self) -> tuple[str, str, int, int, str, bool]:
+    def source(self) -> tuple[str, str, int, int, str, bool, bool]:
         """What opens the data set, see `psmpi.data.open_dataset`."""
-        return self.dataset, self.data_dir, self.split_seed, self.context, self.label, self.allow_external
+        where = (self.dataset, self.data_dir, self.split_seed, self.context)
+        return *where, self.label, self.allow_external, self.layout == "nhwc"
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,8 @@ class NetworkSettings:
         "psnet", "psnet-24", "psnet-35", "lenet", "linear", "mlp", "head", "resnet", "deep", "deep-conv", "radix",
         "rnn", "gru", "lstm", "transformer", "factors", "slabs", "custom",
     ] = "psnet"  # fmt: skip
-    """Built-in network, or custom: described by [[model.layers]] tables in the configuration file. linear: one dense
+    """Built-in network, or custom: described by [[model.layers]] tables in the configuration file. psnet: partitioned
+    by classes, for samples of any shape. linear: one dense
     layer, with one score for two classes (--loss logistic, or hinge, a support vector machine). head: for very many
     classes, a trunk (--widths, or such tables) that every worker computes and rows of weights, one a class. deep and
     deep-conv: many residual layers of one width (--depth, --final-time, --activation). radix: many sparse layers of one

@@ -61,6 +61,7 @@ def open_dataset(
     context: int = CONTEXT,
     label: str = "",
     external: bool = False,
+    channels_last: bool = False,
     *,
     characters: str = "",
     names: Names = None,
@@ -74,19 +75,23 @@ def open_dataset(
     adding:100. With :rows or :pixels behind its name images are sequences, see psmpi.data.sequences. A relative path is
     looked up in `data_dir` first, if given, and then in the current directory. The test samples of a file without any
     are a fifth of each class (of all samples in a regression), drawn with `split_seed`, or with -1 every fifth sample,
-    and of a text its last tenth. external: whether the arrays of an HDF5 file may lie in other files. Reads the labels
-    and checks the headers and sizes of all files, but reads no samples; reads a text, or a table, whole. Raises
-    UserError for an unknown name, for missing
-    files and for files of the wrong format, size or content.
+    and of a text its last tenth. external: whether the arrays of an HDF5 file may lie in other files; channels_last:
+    whether images in files of the user's own have their channels behind rows and columns. Reads the labels and checks
+    the headers and sizes of all files, but reads no samples; reads a text, or a table, whole. Raises UserError for an
+    unknown name, for missing files and for files of the wrong format, size or content.
     """
     folder, (name, suffix) = _folder(data_dir), parted(name)
+    if channels_last and (name in DATASETS or is_text(name) or is_svmlight(name) or is_table(name)):
+        raise UserError(f"--layout nhwc is for images in .npz, .h5 and .npy files: leave it out of --dataset {name}")
     if name in TASKS:
         return open_task(name, suffix, split_seed)
     if name == "characters" and suffix not in VIEWS:
         return open_characters(suffix, split_seed)
     if suffix:
         _check_view(name, suffix)
-        return viewed(open_dataset(name, data_dir, split_seed, context, label, external, names=names), suffix)
+        return viewed(
+            open_dataset(name, data_dir, split_seed, context, label, external, channels_last, names=names), suffix
+        )
     if name == "digits":
         return open_digits()
     if name == "peaks":
@@ -100,7 +105,7 @@ def open_dataset(
     if is_svmlight(name):
         return open_svmlight(name, _locate(name, folder), split_seed)
     path, keys, headers = _read_own(name, folder, label, external)
-    return build(name, path, keys, headers, split_seed, names=names)
+    return build(name, path, keys, headers, split_seed, names=names, channels_last=channels_last)
 
 
 def open_split(
@@ -111,6 +116,7 @@ def open_split(
     context: int = CONTEXT,
     label: str = "",
     external: bool = False,
+    channels_last: bool = False,
     *,
     characters: str = "",
     predicted: bool = False,
@@ -120,8 +126,8 @@ def open_split(
 ) -> Split:
     """The `train` or `test` samples of a data set, or `all` the samples x of a file, labelled or not (then -1).
 
-    context, label, external, characters, names: see `open_dataset`. numbering: of a text of sparse samples that belongs
-    to another one; features: of the network that predicts them, by which a table without labels is known.
+    context to names: see `open_dataset`. numbering: of a text of sparse samples that belongs to another one; features:
+    of the network that predicts them, by which a table without labels is known.
 
     predicted: whether they are to be predicted, so that errors can say how to do without targets. Raises UserError as
     open_dataset does.
@@ -131,7 +137,7 @@ def open_split(
         raise UserError(f"{name} has the splits train and test; `all` is for files of your own")
     if view and base not in DATASETS:
         _check_view(base, view)
-        where = (base, data_dir, split, split_seed, context, label, external)
+        where = (base, data_dir, split, split_seed, context, label, external, channels_last)
         images = open_split(*where, predicted=predicted, names=names)
         return viewed_split(images, view, base)
     if is_text(base) and split == "all":
@@ -146,8 +152,8 @@ def open_split(
     else:
         own = _read_own(name, _folder(data_dir), label, external, features, split == "all")
         if split == "all":
-            return build_all(*own, names)
-        dataset = build(name, *own, split_seed, predicted, names)
+            return build_all(*own, names, channels_last)
+        dataset = build(name, *own, split_seed, predicted, names, channels_last)
     return dataset.test if split == "test" else dataset.train
 
 

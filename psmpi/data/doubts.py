@@ -45,7 +45,7 @@ def find_doubts(dataset: Dataset, prints: Sequence[Prints] = ()) -> Iterator[str
         if dataset.task == "classes"
         else _values(_counted(dataset.train), 0 if dataset.train.by_step else dataset.train.steps)
     )
-    some = _some(dataset.train)
+    some = some_samples(dataset.train)
     yield from _samples(dataset, some)
     if len(prints) == 2:
         yield from find_copies(dataset, prints, some)
@@ -146,7 +146,12 @@ def _samples(dataset: Dataset, some: npt.NDArray[Any]) -> Iterator[str]:
     if len(shape) == 3 and shape[2] in CHANNELS and min(shape[:2]) > max(CHANNELS):
         yield (
             f"samples of the shape {shape} are taken for {shape[0]} channels of {shape[1]} x {shape[2]}: if the "
-            "channels come last, save x.transpose(0, 3, 1, 2)"
+            "channels come last, add --layout nhwc"
+        )
+    if dataset.train.order is not None and len(shape) == 3 and shape[1] in CHANNELS and min(shape[0], shape[2]) > 4:
+        yield (
+            f"samples of the shape {shape} are taken for {shape[0]} channels of {shape[1]} x {shape[2]}: if the "
+            "channels come first, leave --layout nhwc out"
         )
     if not some.size or not np.isfinite(some).all():
         return
@@ -172,13 +177,13 @@ def _samples(dataset: Dataset, some: npt.NDArray[Any]) -> Iterator[str]:
             f"x.astype(np.float32){f' / {high:g}' if high != 1 else ''}"
         )
     if dataset.test.source is not dataset.train.source:
-        tests = _some(dataset.test)
+        tests = some_samples(dataset.test)
         most = [float(np.abs(one).max(initial=0)) if np.isfinite(one).all() else 0.0 for one in (some, tests)]
         if min(most) and max(most) > APART * min(most):
             yield f"x has values up to {most[0]:g}, x_test up to {most[1]:g}: scale both alike"
 
 
-def _some(split: Split) -> npt.NDArray[Any]:
+def some_samples(split: Split) -> npt.NDArray[Any]:
     """Some samples as they are stored, (k, features); of sparse ones the columns that they use, and one of zeros."""
     if split.compressed is not None:
         return split.source.glance(ROWS)

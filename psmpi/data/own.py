@@ -7,6 +7,7 @@ compressed rows in the place of x, see psmpi.data.csr.
 from __future__ import annotations
 
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,7 @@ def build(
     split_seed: int,
     predicted: bool = False,
     names: Names = None,
+    channels_last: bool = False,
 ) -> Dataset:
     """Make a Dataset of the arrays described by `headers`; `keys` are all the names in the file.
 
@@ -53,7 +55,7 @@ def build(
             f"held out for testing, neither: {save}"
         )
     headers, called = with_numbers(path, headers, names)
-    train, outputs = _read(path, "x", headers, called)
+    train, outputs = _read(path, "x", headers, called, channels_last=channels_last)
     if "x_test" not in headers:
         y = train.targets
         if len(y) < 5:
@@ -70,7 +72,7 @@ def build(
         train, test = hold_out(held_out, train)
         _check_counted(path, train, test)
         return Dataset(name, outputs, train.shape, train, test, held_out=True)
-    test, outputs_test = _read(path, "x_test", headers, called)
+    test, outputs_test = _read(path, "x_test", headers, called, channels_last=channels_last)
     native = [headers[key].dtype.newbyteorder("=") for key in ("x", "x_test")]
     if (train.compressed is None) != (test.compressed is None):
         raise UserError(f"{path}: one of x and x_test is sparse; expected the same of both: convert one of them")
@@ -100,16 +102,29 @@ def _check_counted(path: Path, train: Split, test: Split) -> None:
 
 
 def _read(
-    path: Path, key: str, headers: dict[str, Header], names: tuple[str, ...], targets: bool = True
+    path: Path,
+    key: str,
+    headers: dict[str, Header],
+    names: tuple[str, ...],
+    targets: bool = True,
+    channels_last: bool = False,
 ) -> tuple[Split, int]:
     """The samples of the array `key`, x or x_test, and the classes or values they need; without targets labels -1."""
+    if channels_last and (len(headers[key].shape) != 4 or is_sequences(headers)):
+        raise UserError(
+            f"{path}: {key} has the shape {headers[key].shape}; --layout nhwc is for images (samples, height, width, "
+            "channels): leave it out"
+        )
     if is_sequences(headers):
         split, outputs = read_sequences(path, key, headers, targets)
         return replace(split, names=names), len(names) or outputs
     header = headers[key]
-    scale, shape = scale_of(path, key, header), sample_shape(path, key, header)
+    scale, shape, order = scale_of(path, key, header), sample_shape(path, key, header), None
+    if channels_last:
+        order = np.ascontiguousarray(np.arange(prod(shape)).reshape(shape).transpose(2, 0, 1)).reshape(-1)
+        shape = (shape[2], *shape[:2])
     y, outputs = as_targets(path, "y" + key[1:], headers) if targets else (np.full(header.shape[0], -1), 0)
-    return Split(frozen(y), shape, scale, header.source(), names=names), len(names) or outputs
+    return Split(frozen(y), shape, scale, header.source(), order=order, names=names), len(names) or outputs
 
 
 def _described(split: Split, outputs: int) -> str:
@@ -120,11 +135,13 @@ def _described(split: Split, outputs: int) -> str:
     return f"{outputs} values {each}"
 
 
-def build_all(path: Path, keys: list[str], headers: dict[str, Header], names: Names = None) -> Split:
+def build_all(
+    path: Path, keys: list[str], headers: dict[str, Header], names: Names = None, channels_last: bool = False
+) -> Split:
     """All samples of x as one split; labels are -1 where there is no y. Raises UserError as `build` does."""
     keys, headers = with_compressed(path, keys, headers)
     check_names(path, keys, ("x",))
     if "y" in headers:
         headers, called = with_numbers(path, {key: headers[key] for key in headers if key != "y_test"}, names)
-        return _read(path, "x", headers, called)[0]
-    return _read(path, "x", headers, names or (), targets=False)[0]
+        return _read(path, "x", headers, called, channels_last=channels_last)[0]
+    return _read(path, "x", headers, names or (), targets=False, channels_last=channels_last)[0]

@@ -29,6 +29,7 @@ from psmpi.data import (
 )
 from psmpi.data.compressed import Compressed
 from psmpi.data.compressed_rows import CompressedRows
+from psmpi.data.describe import describe
 from psmpi.data.rows import ArrayRows, RowSource
 from psmpi.errors import UserError, layers_in
 from psmpi.files.examiner import examined
@@ -97,6 +98,8 @@ def begin(control: Control, config: Config, own: str, tell: Callable[[str], None
             tell(f"note: {note}")
         # Of a private data set rank 0 has a part, in which much looks odd.
         doubts = () if kind.private(config) else find_doubts(dataset, prints)
+        if not kind.private(config):
+            tell(describe(dataset))
         for warning in (*kind.warnings(size, network, config), *doubts):
             tell(f"warning: {warning}")
     except BaseException:

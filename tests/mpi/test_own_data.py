@@ -32,14 +32,16 @@ def flowers(tmp_path_factory):
     """A folder with a training on three ranks of a table with strings for labels."""
     folder = tmp_path_factory.mktemp("flowers")
     write(folder / "flowers.csv")
-    status, out, err = run(3, "-m", "psmpi.train", "--dataset", "flowers.csv", *OPTIONS, "--out", "run", cwd=folder)
+    status, out, err = run(
+        3, "-m", "psmpi.train", "--dataset", "flowers.csv", *OPTIONS, "--out", folder / "run", cwd=folder
+    )
     assert status == 0, err
     assert "│ setosa, versi, color" in out and "│ virginica" in out
     return folder
 
 
 def predicted(folder, *options, ranks=1):
-    status, out, err = run(ranks, "-m", "psmpi.predict", "run", *options, cwd=folder)
+    status, out, err = run(ranks, "-m", "psmpi.predict", folder / "run", *options, cwd=folder)
     assert status == 0, err
     return out
 
@@ -75,16 +77,20 @@ def test_other_tables_name_the_column_of_their_labels(flowers):
     (flowers / "first.csv").write_text("\n".join(f"{label},{rest}" for rest, _, label in lines))
     found = json.loads(predicted(flowers, "--dataset", "first.csv", "--label", "species", "--split", "all", "--json"))
     assert found["samples"] == 9 and found["accuracy"] == pytest.approx(1 / 3)
-    status, _, err = run(1, "-m", "psmpi.predict", "run", "--dataset", "first.csv", "--split", "all", cwd=flowers)
+    status, _, err = run(
+        1, "-m", "psmpi.predict", flowers / "run", "--dataset", "first.csv", "--split", "all", cwd=flowers
+    )
     assert status == 1 and "column 1 (species): found 'setosa'" in " ".join(err.split())
     write(flowers / "eels.csv", 9, names=["eel", "virginica", "setosa"])
-    status, _, err = run(1, "-m", "psmpi.predict", "run", "--dataset", "eels.csv", "--split", "all", cwd=flowers)
+    status, _, err = run(
+        1, "-m", "psmpi.predict", flowers / "run", "--dataset", "eels.csv", "--split", "all", cwd=flowers
+    )
     assert status == 1 and "found the label 'eel'" in " ".join(err.split())
 
 
 def test_a_run_goes_on_with_the_same_names_alone(flowers):
     write(flowers / "others.csv", names=["eel", "virginica", "setosa"])
-    options = ("--resume", "auto", "--out", "run", "--epochs", "13", "--dataset", "others.csv", "--new-data")
+    options = ("--resume", "auto", "--out", flowers / "run", "--epochs", "13", "--dataset", "others.csv", "--new-data")
     status, _, err = run(2, "-m", "psmpi.train", *options, cwd=flowers)
     assert status == 1 and "is of the classes setosa, versi, color, virginica" in " ".join(err.split())
 
@@ -118,3 +124,23 @@ def test_decimals_are_a_regression(tmp_path):
     options += ("--epochs", "2", "--lr", "1e-4", "--out", "run")
     status, out, err = run(1, "-m", "psmpi.train", *options, cwd=tmp_path)
     assert status == 0 and "test RMSE" in out, err
+
+
+@pytest.mark.parametrize("ranks", [3, 5])
+def test_the_default_network_is_cut_by_classes_for_samples_of_any_shape(tmp_path, train, serial, ranks):
+    """Small images with their channels last, of named classes."""
+    rng = np.random.default_rng(0)
+    x, y = (
+        rng.integers(0, 256, (60, 7, 9, 3)).astype(np.uint8),
+        np.array(["ant", "bee", "cat", "dog"])[np.arange(60) % 4],
+    )
+    x[np.arange(60), np.arange(60) % 4] //= 4
+    for key, values in (("x", x), ("y", y)):
+        np.save(tmp_path / f"{key}.npy", values)
+    options = ("--dataset", tmp_path, "--layout", "nhwc", "--epochs", "2", "--batch-size", "16", "--dtype", "float64")
+    one, several = serial(*options), train(ranks, *options)
+    assert "data x.npy: 48 training and 12 test samples (held out) of shape 3 x 7 x 9, uint8 from" in several.stdout
+    assert "4 classes: ant (12), bee (12), cat (12), dog (12)" in several.stdout
+    assert distance(one.tensors(), several.tensors()) <= 1e-10
+    found = [json.loads(run(k, "-m", "psmpi.predict", several.out, "--json")[1]) for k in (1, 3)]
+    assert found[0] == found[1] and found[0]["accuracy"] == several.rows[-1]["test_accuracy"]

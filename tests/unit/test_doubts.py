@@ -162,7 +162,7 @@ def test_samples_of_zeros_are_told(tmp_path: Path) -> None:
         ((PIXELS // 16).astype(np.uint8), r"x is uint8, .* values up to 15 only, .* x.astype\(np.float32\) / 15$"),
         (np.full((40, 9), 0.5), "all values looked at in x are 0.5"),
         (RNG.random((40, 8, 9, 3)), r"samples of the shape \(8, 9, 3\) are taken for 8 channels of 9 x 3"),
-        (RNG.random((40, 28, 28, 1)), r"samples of the shape \(28, 28, 1\) .* save x.transpose\(0, 3, 1, 2\)"),
+        (RNG.random((40, 28, 28, 1)), r"samples of the shape \(28, 28, 1\) .* come last, add --layout nhwc"),
     ],
 )
 def test_samples_that_are_not_scaled_or_turned_are_told(

@@ -7,7 +7,8 @@ import h5py
 import numpy as np
 import pytest
 
-from psmpi.data import find_doubts, identify, open_dataset, open_split
+from psmpi.data import Resident, find_doubts, identify, open_dataset, open_split
+from psmpi.data.describe import describe
 from psmpi.data.names import LONGEST, MOST, check_names
 from psmpi.errors import UserError
 
@@ -133,8 +134,6 @@ def test_names_of_files_are_checked(names: list[Any]) -> None:
 @pytest.mark.parametrize("end", [".npz", ".h5", ".npy"])
 @pytest.mark.parametrize("dtype", ["i1", "<i2", ">i4", "<i8", "<u2", "<u4", "u8", "?", "<f2"])
 def test_samples_are_numbers_of_any_width(tmp_path: Path, end: str, dtype: str) -> None:
-    from psmpi.data import Resident
-
     x = (np.arange(36).reshape(12, 3) % 7).astype(dtype)
     split = open_split(save(tmp_path / f"own{end}", x=x, y=np.arange(12) % 3), None, "all")
     out = np.empty((3, 4), np.float32)
@@ -169,3 +168,58 @@ def test_pairs_are_found_by_their_folder_or_samples(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=says):
             open_dataset(str(folder / name), None)
+
+
+@pytest.mark.parametrize("end", [".npz", ".h5", ".npy"])
+def test_images_may_have_their_channels_last(tmp_path: Path, end: str) -> None:
+    x = np.random.default_rng(0).integers(0, 256, (12, 4, 6, 3)).astype(np.uint8)
+    last, first = (
+        save(tmp_path / f"{name}{end}", x=values, y=ANIMALS)
+        for name, values in (("last", x), ("first", x.transpose(0, 3, 1, 2)))
+    )
+    one, other = (open_dataset(name, None, channels_last=name == last) for name in (last, first))
+    assert one.shape == other.shape == (3, 4, 6) and one.train.n == 10
+    for split in ("train", "test"):
+        a, b = getattr(one, split), getattr(other, split)
+        assert np.array_equal(a.read(np.arange(a.n)), b.read(np.arange(b.n)))
+    views = [open_dataset(f"{name}:rows", None, channels_last=name == last).train for name in (last, first)]
+    assert views[0].shape == (18, 4) and np.array_equal(*(one.read(np.arange(10)) for one in views))
+    for name in ("digits", "own.csv", save(tmp_path / f"flat{end}", x=X, y=ANIMALS)):
+        with pytest.raises(UserError, match="--layout nhwc is for images"):
+            open_dataset(name, None, channels_last=True)
+
+
+def test_channels_in_another_place_are_told(tmp_path: Path) -> None:
+    x = np.random.default_rng(0).random((12, 8, 9, 3)).astype(np.float32)
+    name = save(tmp_path / "own.npz", x=x, y=np.arange(12) % 2)
+    assert "if the channels come last, add --layout nhwc" in " ".join(find_doubts(open_dataset(name, None)))
+    assert list(find_doubts(open_dataset(name, None, channels_last=True))) == []
+    name = save(tmp_path / "own.npz", x=x.transpose(0, 3, 1, 2), y=ANIMALS)
+    assert "leave --layout nhwc out" in " ".join(find_doubts(open_dataset(name, None, channels_last=True)))
+
+
+@pytest.mark.parametrize(
+    ("arrays", "says"),
+    [
+        ({"y": ANIMALS}, "12 test samples of shape 3, float32 from 0 to 2; 3 classes: ant (4), cat (4), dog (4)"),
+        ({"y": np.arange(12)}, "; 12 classes: 0 (1), 1 (1), 2 (1), 3 (1), 4"),
+        ({"x": np.arange(156).reshape(12, 13), "y": np.arange(12) // 2}, "shape 13, int64 from 0 to 155; 6 classes: 0"),
+        ({"y": np.arange(12) * 0.5}, "1 value to learn from 0 to 5.5"),
+        ({"x": np.full((12, 2, 2), 255, np.uint8), "y": ANIMALS}, "1 x 2 x 2, uint8 from 255 to 255, divided by 255;"),
+    ],
+)  # fmt: skip
+def test_a_line_says_what_the_data_are(tmp_path: Path, arrays: dict[str, Any], says: str) -> None:
+    made = {"x": np.tile(np.arange(3, dtype=np.float32), (12, 1)), **arrays}
+    name = save(tmp_path / "own.npz", **made, x_test=made["x"], y_test=made["y"])
+    assert describe(open_dataset(name, None)).startswith("data own.npz: ") and says in describe(
+        open_dataset(name, None)
+    )
+    many = save(tmp_path / "many.npz", x=np.zeros((60, 2)), y=np.maximum(np.arange(60) % 20, 1) - 1)
+    assert "; 19 classes of 2 to 5 samples" in describe(open_dataset(many, None))
+
+
+def test_lines_about_generated_data_are_told() -> None:
+    assert "sparse float32 from" in describe(open_dataset("sparse", None))
+    assert "samples of shape 1 x 16 x 16" in describe(open_dataset("characters", None))
+    assert "tokens from " in describe(open_dataset("ratings", None))
+    assert "classes at each step" in describe(open_dataset("copying", None))
