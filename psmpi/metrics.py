@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-# How a person sees what tests measure, of which a row has some.
+# What is measured on test samples, or on those for validation, and how a person sees it.
+_SHOWN: dict[str, Callable[[float], str]] = {
+    "loss": lambda value: f"loss {value:.5g}",
+    "accuracy": lambda value: f"accuracy {100 * value:.2f} %",
+    "top5": lambda value: f"top 5 {100 * value:.2f} %",
+    "rmse": lambda value: f"RMSE {value:.5g}",
+}
+
+
+def _show(before: str, name: str, value: float) -> str:
+    return before + _SHOWN[name](value)
+
+
+# The keys of rows that have these, and how a person sees them.
 SCORES: dict[str, Callable[[float], str]] = {
-    "test_loss": lambda value: f"test loss {value:.5g}",
-    "test_accuracy": lambda value: f"test accuracy {100 * value:.2f} %",
-    "test_top5": lambda value: f"top 5 {100 * value:.2f} %",
-    "test_rmse": lambda value: f"test RMSE {value:.5g}",
+    f"{split}_{name}": partial(_show, "" if name == "top5" else f"{split} ", name)
+    for split in ("test", "validation")
+    for name in _SHOWN
 }
 
 

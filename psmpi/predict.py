@@ -40,8 +40,9 @@ class Options:
     """Axes of images of a file of your own; those of the training if not given."""
     allow_external: bool = False
     """Let arrays of an HDF5 file lie in other files, which it names: for files of your own alone."""
-    split: Literal["test", "train", "all"] = "test"
-    """Which samples; all: every sample x of a file of your own, which then needs no labels."""
+    split: Literal["test", "train", "validation", "all"] = "test"
+    """Which samples; validation: those that --validation of the training left out; all: every sample x of a file of
+    your own, which then needs no labels."""
     out: str = ""
     """File for predictions and scores, .csv or .npz."""
     calibrate: int = 0
@@ -194,7 +195,7 @@ def _settle(options: Options) -> Options:
         found: list[str] = []
         try:
             own = replace(trained, dataset=name, data_dir=data_dir, allow_external=options.allow_external)
-            here = identify(open_dataset(*own.source, names=contents.names))
+            here = identify(open_dataset(*own.source, names=contents.names).for_training())
             found = differences(Identity.of(contents.data), here)
         except UserError as error:
             if not options.dataset:
@@ -332,7 +333,7 @@ def _check_data(world: Any, control: Any, options: Options, contents: Any, split
     # Rank 0 looks at all samples, the ranks of a host at them between them.
     share = (local_rank(world), host(world)[0])
     here = identify_split(split, share if world.rank else (0, 1))
-    kind = {"train": "training", "all": "given"}.get(options.split, "test")
+    kind = {"train": "training", "validation": "validation", "all": "given"}.get(options.split, "test")
     targets = "values" if split.task == "regression" else "labels"
     for rank, text in enumerate(control.collect_texts(json.dumps([socket.gethostname(), asdict(here)]), most=2000)):
         at, theirs = json.loads(text)

@@ -155,6 +155,12 @@ def _settle(config: Config, tell: Callable[[str], None], said: Collection[str]) 
             f"--dataset {data.dataset}: {RANK} stands for the number of a rank, where each has samples of its own: "
             "add --private-data, with a method that has it"
         )
+    if not 0 <= data.validation < 1:
+        raise UserError(f"--validation {data.validation:g}: expected a share of the training samples, as 0.1, or 0")
+    if data.validation and find_method(config.parallel.method).private(config):
+        raise UserError(
+            "--validation: with --private-data each rank has test samples of its own, and tests these alone"
+        )
     data = replace(data, data_dir=str(folder), dataset=locate(data.dataset, folder, tell))
     # Patterns of layers go where the configuration goes.
     model = replace(config.model, layers=with_patterns(config.model.layers))

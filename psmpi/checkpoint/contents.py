@@ -61,14 +61,16 @@ class Progress:
 
     @property
     def accuracy(self) -> float | None:
-        """Test accuracy after the last whole epoch."""
-        return self.rows[-1].get("test_accuracy") if self.rows else None
+        """Test, or validation, accuracy after the last whole epoch."""
+        row = self.rows[-1] if self.rows else {}
+        return row.get("test_accuracy", row.get("validation_accuracy"))
 
     @property
     def score(self) -> str:
         """The test scores after the last whole epoch, for people: accuracy, or RMSE."""
         row = self.rows[-1] if self.rows else {}
-        return next((SCORES[key](row[key]) for key in ("test_accuracy", "test_rmse") if key in row), "test accuracy -")
+        shown = (SCORES[key](row[key]) for key in SCORES if key in row and key.endswith(("accuracy", "rmse")))
+        return next(shown, "test accuracy -")
 
 
 @dataclass(frozen=True)

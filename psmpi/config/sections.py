@@ -57,6 +57,9 @@ class Data:
     split_seed: Annotated[int, Least(-1)] = 0
     """Seed of the test samples of a file without x_test and y_test, a fifth of each class; -1: every fifth sample of
     the file."""
+    validation: float = 0.0
+    """Share of the training samples, drawn with the split seed, that are left out of training and tested after each
+    epoch in the place of the test samples, which nothing looks at then; 0: none."""
     batch_size: Annotated[Count, Least(1), FITTED] = NOT_GIVEN
     """Samples in a minibatch, over all replica rows; if not given 32, from 10,000 training samples on 100."""
     allow_external: bool = False
@@ -66,10 +69,10 @@ class Data:
     """A new order of the samples each epoch, a function of (seed, epoch) alone; else the file's order."""
 
     @property
-    def source(self) -> tuple[str, str, int, int, str, bool, bool]:
+    def source(self) -> tuple[str, str, int, int, str, bool, bool, float]:
         """What opens the data set, see `psmpi.data.open_dataset`."""
         where = (self.dataset, self.data_dir, self.split_seed, self.context)
-        return *where, self.label, self.allow_external, self.layout == "nhwc"
+        return *where, self.label, self.allow_external, self.layout == "nhwc", self.validation
 
 
 @dataclass(frozen=True)
@@ -226,6 +229,13 @@ class Run:
     """Seconds that ranks stand still before it is said which of them is waited for; 0: ranks are not watched."""
     stall_abort: float = 1800.0
     """Seconds that ranks stand still before the job ends, with every rank's Python stacks; 0: never."""
+    patience: Annotated[int, Least(0)] = 0
+    """Epochs without a better value of --monitor after which the run ends; 0: never."""
+    monitor: Literal["loss", "accuracy", "top5", "rmse", "train_loss"] = "loss"
+    """What --patience and --keep-best go by: of the validation samples, or where there are none of the test samples; or
+    the mean loss of training."""
+    keep_best: bool = False
+    """Keep the checkpoint of the epoch with the best value of --monitor, as best.h5 in the run directory."""
     checkpoint_every: Annotated[int, Least(0)] = 0
     """Steps between checkpoints; 0: at the end of each epoch."""
     checkpoint_keep: Annotated[int, Least(0)] = 3

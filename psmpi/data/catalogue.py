@@ -24,6 +24,7 @@ from psmpi.data.table import is_table, read_table
 from psmpi.data.tasks import TASKS, open_task
 from psmpi.data.text import CONTEXT, is_text, open_text, open_whole_text
 from psmpi.data.text import SUFFIX as TEXT
+from psmpi.data.validation import with_validation
 from psmpi.errors import UserError, expanded, nearest
 
 DATASETS = ("digits", "peaks", "mnist", "cifar10", "characters", *TASKS)
@@ -62,6 +63,7 @@ def open_dataset(
     label: str = "",
     external: bool = False,
     channels_last: bool = False,
+    validation: float = 0.0,
     *,
     characters: str = "",
     names: Names = None,
@@ -76,10 +78,28 @@ def open_dataset(
     looked up in `data_dir` first, if given, and then in the current directory. The test samples of a file without any
     are a fifth of each class (of all samples in a regression), drawn with `split_seed`, or with -1 every fifth sample,
     and of a text its last tenth. external: whether the arrays of an HDF5 file may lie in other files; channels_last:
-    whether images in files of the user's own have their channels behind rows and columns. Reads the labels and checks
+    whether images in files of the user's own have their channels behind rows and columns; validation: the share of the
+    training samples that are for validation, see psmpi.data.validation. Reads the labels and checks
     the headers and sizes of all files, but reads no samples; reads a text, or a table, whole. Raises UserError for an
     unknown name, for missing files and for files of the wrong format, size or content.
     """
+    where = (name, data_dir, split_seed, context, label, external, channels_last)
+    dataset = _open(*where, characters, names)
+    return with_validation(dataset, validation, split_seed) if validation else dataset
+
+
+def _open(
+    name: str,
+    data_dir: str | Path | None,
+    split_seed: int,
+    context: int,
+    label: str,
+    external: bool,
+    channels_last: bool,
+    characters: str,
+    names: Names,
+) -> Dataset:
+    """`open_dataset` without validation samples."""
     folder, (name, suffix) = _folder(data_dir), parted(name)
     if channels_last and (name in DATASETS or is_text(name) or is_svmlight(name) or is_table(name)):
         raise UserError(f"--layout nhwc is for images in .npz, .h5 and .npy files: leave it out of --dataset {name}")
@@ -89,9 +109,8 @@ def open_dataset(
         return open_characters(suffix, split_seed)
     if suffix:
         _check_view(name, suffix)
-        return viewed(
-            open_dataset(name, data_dir, split_seed, context, label, external, channels_last, names=names), suffix
-        )
+        where = (data_dir, split_seed, context, label, external, channels_last, characters, names)
+        return viewed(_open(name, *where), suffix)
     if name == "digits":
         return open_digits()
     if name == "peaks":
@@ -117,6 +136,7 @@ def open_split(
     label: str = "",
     external: bool = False,
     channels_last: bool = False,
+    validation: float = 0.0,
     *,
     characters: str = "",
     predicted: bool = False,
@@ -124,7 +144,9 @@ def open_split(
     names: Names = None,
     features: int = 0,
 ) -> Split:
-    """The `train` or `test` samples of a data set, or `all` the samples x of a file, labelled or not (then -1).
+    """The `train`, `test` or `validation` samples of a data set, or `all` the samples x of a file.
+
+    Labels are -1 where the file has none.
 
     context to names: see `open_dataset`. numbering: of a text of sparse samples that belongs to another one; features:
     of the network that predicts them, by which a table without labels is known.
@@ -137,8 +159,8 @@ def open_split(
         raise UserError(f"{name} has the splits train and test; `all` is for files of your own")
     if view and base not in DATASETS:
         _check_view(base, view)
-        where = (base, data_dir, split, split_seed, context, label, external, channels_last)
-        images = open_split(*where, predicted=predicted, names=names)
+        where = (context, label, external, channels_last, validation)
+        images = open_split(base, data_dir, split, split_seed, *where, predicted=predicted, names=names)
         return viewed_split(images, view, base)
     if is_text(base) and split == "all":
         return open_whole_text(_locate(name, _folder(data_dir)), context, characters)
@@ -154,7 +176,12 @@ def open_split(
         if split == "all":
             return build_all(*own, names, channels_last)
         dataset = build(name, *own, split_seed, predicted, names, channels_last)
-    return dataset.test if split == "test" else dataset.train
+    if validation:
+        dataset = with_validation(dataset, validation, split_seed)
+    found = {"train": dataset.train, "test": dataset.test, "validation": dataset.validation}[split]
+    if found is None:
+        raise UserError(f"{name} has no validation samples, as the training had no --validation: give another --split")
+    return found
 
 
 def _check_view(name: str, view: str) -> None:

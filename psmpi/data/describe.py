@@ -20,8 +20,11 @@ def describe(dataset: Dataset) -> str:
     "data flowers.csv: 120 training and 30 test samples (held out) of shape 4, float32 from 0.1 to 7.9; 3 classes:
     setosa (40), versicolor (40), virginica (40)"
     """
-    train = dataset.train
-    tests = f"{counted(dataset.test.n, 'test sample')}{' (held out)' if dataset.held_out else ''}"
+    train, tests = dataset.train, counted(dataset.test.n, f"{dataset.tested} sample")
+    if dataset.unseen is not None:
+        tests += f" (and {counted(dataset.unseen.n, 'test sample')} that nothing looks at)"
+    elif dataset.held_out:
+        tests += " (held out)"
     shape = " x ".join(map(str, train.shape))
     return (
         f"data {Path(dataset.name).name}: {train.n:,} training and {tests} of shape {shape}, {_range(train)}; "

@@ -72,7 +72,10 @@ def _labels(dataset: Dataset) -> Iterator[str]:
         lone = last - int(used[-2]) > 2
         ignored = f"; if {last} marks samples to be ignored, remove these" if lone else ""
         yield f"no sample has the {_named(gaps, 'label')}: number the classes without gaps, {NUMBERED}{ignored}"
-    for here, there, of, lacking in ((test, train, "test", "training"), (train, test, "training", "test")):
+    for here, there, of, lacking in (
+        (test, train, dataset.tested, "training"),
+        (train, test, "training", dataset.tested),
+    ):
         found = np.flatnonzero(here & ~there)
         if len(found):
             verb = "has" if len(found) == 1 else "have"

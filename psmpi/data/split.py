@@ -167,7 +167,8 @@ class Dataset:
     """A named data set: samples of `shape`, a training and a test split; `outputs`: classes, or values of a sample.
 
     held_out: whether the test samples were drawn from those of one array, by a split seed. own: of private data sets,
-    the training samples that this rank can read; None: all.
+    the training samples that this rank can read; None: all. validation: samples that no step sees, None for none;
+    unseen: in a training with those, which `test` then has, the test samples.
     """
 
     name: str
@@ -177,6 +178,19 @@ class Dataset:
     test: Split
     held_out: bool = False
     own: range | None = None
+    validation: Split | None = None
+    unseen: Split | None = None
+
+    def for_training(self) -> Dataset:
+        """The data set of a training: what it tests are the validation samples, where there are any."""
+        if self.validation is None:
+            return self
+        return replace(self, test=self.validation, unseen=self.test, validation=None, held_out=True)
+
+    @property
+    def tested(self) -> str:
+        """What a training tests: "test" or "validation"."""
+        return "test" if self.unseen is None else "validation"
 
     @property
     def task(self) -> str:
@@ -257,4 +271,4 @@ def _part(whole: Split, rows: Rows) -> Split:
     if isinstance(whole.source, CompressedRows):
         return replace(whole, targets=targets, source=whole.source.apart(rows))
     lengths = None if whole.lengths is None else whole.lengths[rows]
-    return replace(whole, targets=targets, index=rows, lengths=lengths)
+    return replace(whole, targets=targets, index=rows if whole.index is None else whole.index[rows], lengths=lengths)

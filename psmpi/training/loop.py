@@ -21,6 +21,7 @@ from psmpi.data import Batch, Dataset, Minibatches
 from psmpi.errors import UserError, counted
 from psmpi.optim import make_schedule
 from psmpi.output import Screen
+from psmpi.training.best import Best
 from psmpi.training.divergence import Divergence
 from psmpi.training.folder import RunFolder
 from psmpi.training.method import Method, Place
@@ -103,7 +104,7 @@ class Loop:
         self.before = np.zeros(2)
         # Of what ranks do about numbers that are not finite they tell themselves.
         self.warned: set[str] = {"steps_skipped", "rollbacks"}
-        self.divergence = Divergence(config, dataset)
+        self.divergence, self.best = Divergence(config, dataset), Best(config, dataset)
         # This rank's share of the mean loss of this start's first minibatch.
         self.first = 0.0
 
@@ -125,7 +126,10 @@ class Loop:
         if path.parent.absolute() == checkpoint.folder(self.out).absolute():
             self.writer.last_good = path
         notes = [*(f"note: {note}" for note in notes), f"resumed from {path}, step {progress.step}"]
-        if progress.step >= self.total:
+        if self.best.due(progress.rows):
+            told = next(self.best.describe(progress.rows, ""))
+            notes.append(f"nothing left to do: {told}: raise it to go on")
+        elif progress.step >= self.total:
             most = self.config.run.max_steps
             asked = counted(most, "step") if 0 < most <= progress.step else f"--epochs {self.config.run.epochs}"
             notes.append(
@@ -146,25 +150,30 @@ class Loop:
         self.rollback.begin(self.progress)
         with self.console.bar() as bar:
             task = bar.add_task("", total=self.total, completed=self.progress.step)
-            while self.progress.step < self.total and not self.stopped:
+            while not self._is_done() and not self.stopped:
                 self._epoch(bar, task)
         self.poll.close()
         if self.control.rank == 0:
             self.writer.close()
             self._tell_troubles()
             if self.writer.last_failed:
-                ended = "training is done" if self.progress.step >= self.total else "the run was stopped"
+                ended = "training is done" if self._is_done() else "the run was stopped"
                 raise UserError(
                     f"{ended}, but its last checkpoint is not written, see above: make room and go on with --resume "
                     "auto"
                 )
-        done = self.progress.step >= self.total
+            for line in self.best.describe(self.progress.rows, str(checkpoint.best(self.out))):
+                self.console.tell(line)
+        done = self._is_done()
         if not done:
             by = f"by {self.signals.name} " if self.signals else ""
             self.console.tell(
                 f"stopped {by}after step {self.progress.step}, and saved: go on with --resume auto --out {self.out}"
             )
         return done
+
+    def _is_done(self) -> bool:
+        return self.progress.step >= self.total or self.best.due(self.progress.rows)
 
     def _steps(self, bar: Bar, task: Any, start: float) -> Iterator[tuple[Batch, float]]:
         """The minibatches of the rest of an epoch with their learning rates; whoever takes one has done those before.
@@ -231,8 +240,9 @@ class Loop:
                 self.console.tell(metrics.describe(row, self.config.run.epochs))
         if diverged:
             raise FloatingPointError(diverged)
-        if self.stopped or not every or self.progress.step == self.total or self.progress.step % every == 0:
-            self._save()
+        best = whole and self.best.is_last(self.progress.rows)
+        if self.stopped or not every or best or self._is_done() or self.progress.step % every == 0:
+            self._save(best)
         if self.wrong:
             self._go_back()
         elif whole:
@@ -302,7 +312,7 @@ class Loop:
             "step": self.progress.step,
             "seconds": 0.0,
             "train_loss": loss_sum / max(1, seen - left_out),
-            **{f"test_{name}": value for name, value in scores.items()},
+            **{f"{self.dataset.tested}_{name}": value for name, value in scores.items()},
             "samples_per_second": float(counts[:, 2].min()),
             "bytes_sent": int(self.before[0] + counts[:, 0].sum()),
             "bytes_received": int(self.before[1] + counts[:, 1].sum()),
@@ -342,7 +352,7 @@ class Loop:
             self.console.tell(told)
         return found
 
-    def _save(self) -> None:
+    def _save(self, best: bool = False) -> None:
         (loss_sum, sent, received, _), _ = self._totals(), self._left_out()
         progress = replace(self.progress, loss_sum=loss_sum, bytes_sent=sent, bytes_received=received)
         self._keep()
@@ -351,7 +361,7 @@ class Loop:
             self.wrong = True
             return
         state = self.method.state
-        self.writer.write(state.arrays, state.scalars, progress, state.tables)
+        self.writer.write(state.arrays, state.scalars, progress, state.tables, best)
         self._tell_troubles()
 
     def _tell_troubles(self) -> None:

@@ -35,6 +35,7 @@ from psmpi.errors import UserError, layers_in
 from psmpi.files.examiner import examined
 from psmpi.nn.zoo import make_network
 from psmpi.registry import find_method
+from psmpi.training.best import check_monitor
 from psmpi.training.checks import check_margin, check_sequences, notes
 from psmpi.training.folder import RunFolder
 from psmpi.training.loop import plan_steps
@@ -100,7 +101,7 @@ def begin(control: Control, config: Config, own: str, tell: Callable[[str], None
         doubts = () if kind.private(config) else find_doubts(dataset, prints)
         if not kind.private(config):
             tell(describe(dataset))
-        for warning in (*kind.warnings(size, network, config), *doubts):
+        for warning in (*kind.warnings(size, network, config), *check_monitor(config, dataset), *doubts):
             tell(f"warning: {warning}")
     except BaseException:
         if folder is not None:
@@ -177,7 +178,7 @@ def _open(
         names = () if find_method(config.parallel.method).private(config) else None
         # The first rank of a host lets another process look at a stranger's file.
         with examined("not") if share[0] else nullcontext():
-            dataset = open_dataset(*replace(config.data, dataset=name).source, names=names)
+            dataset = open_dataset(*replace(config.data, dataset=name).source, names=names).for_training()
         return _recorded(dataset, control), identify(dataset, share, prints)
 
 
