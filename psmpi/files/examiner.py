@@ -65,7 +65,10 @@ class Examiner:
     def ask(self, check: str, path: Path, options: dict[str, Any]) -> None:
         """See `examine`."""
         with self.lock:
-            answer = self._answer({"check": check, "path": str(path), "options": options}, path)
+            # Where HDF5 finds other files follows from these.
+            found = {name: value for name, value in os.environ.items() if name.startswith("HDF5_")}
+            asked = {"check": check, "path": str(path), "options": options, "folder": os.getcwd(), "environ": found}
+            answer = self._answer(asked, path)
         if answer["kind"] == "damaged":
             raise DamagedError(answer["text"])
         if answer["kind"] == "user":
@@ -87,6 +90,9 @@ class Examiner:
         line = process.stdout.readline()
         if line:
             answer: dict[str, Any] = json.loads(line)
+            if answer["kind"] == "memory":
+                # It ends: a library may be left as it should not be.
+                self._forget()
             return answer
         status = self._forget()
         if status == -signal.SIGXCPU:

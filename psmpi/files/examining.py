@@ -78,12 +78,15 @@ def main() -> None:
         asked = json.loads(line)
         # Loaded before there is a limit.
         import_module(asked["check"].partition(":")[0])
+        os.chdir(asked["folder"])
+        for name in [name for name in os.environ if name.startswith("HDF5_")]:
+            del os.environ[name]
+        os.environ.update(asked["environ"])
         path = Path(asked["path"])
         with limited(path.stat().st_size if path.exists() else 0):
             answer = answer_of(asked["check"], path, asked["options"])
         print(json.dumps(answer), file=answers, flush=True)
         if answer["kind"] == "memory":
-            # A library may be left as it should not be.
             return
 
 
