@@ -131,6 +131,7 @@ def _settle(config: Config, tell: Callable[[str], None], said: Collection[str]) 
     from psmpi import checkpoint
     from psmpi.config import check
     from psmpi.data import RANK, locate
+    from psmpi.data.bounded import bytes_of
     from psmpi.errors import UserError, expanded
     from psmpi.nn.layers.pattern_file import with_patterns
     from psmpi.registry import find_method
@@ -161,6 +162,10 @@ def _settle(config: Config, tell: Callable[[str], None], said: Collection[str]) 
         raise UserError(
             "--validation: with --private-data each rank has test samples of its own, and tests these alone"
         )
+    if data.data_memory:
+        bytes_of(data.data_memory)
+        if find_method(config.parallel.method).private(config):
+            raise UserError("--data-memory: with --private-data a rank has its own samples alone: leave it out")
     data = replace(data, data_dir=str(folder), dataset=locate(data.dataset, folder, tell))
     # Patterns of layers go where the configuration goes.
     model = replace(config.model, layers=with_patterns(config.model.layers))

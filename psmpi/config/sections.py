@@ -60,6 +60,9 @@ class Data:
     validation: float = 0.0
     """Share of the training samples, drawn with the split seed, that are left out of training and tested after each
     epoch in the place of the test samples, which nothing looks at then; 0: none."""
+    data_memory: str = ""
+    """Bytes of samples that a rank keeps in memory, as 500M or 2G; others are read from their file, .npy, HDF5 or an
+    .npz without compression, for each minibatch. If not given, all that the rank trains on and tests."""
     batch_size: Annotated[Count, Least(1), FITTED] = NOT_GIVEN
     """Samples in a minibatch, over all replica rows; if not given 32, from 10,000 training samples on 100."""
     allow_external: bool = False

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from psmpi.backend import CompressedSamples, NumpyOps, Samples
 from psmpi.data.batch import Batch
+from psmpi.data.bounded import BoundedSamples
 from psmpi.data.compressed import Compressed
 from psmpi.data.split import MAX_TOKENS, Split, as_rows, batch_targets
 from psmpi.errors import UserError
@@ -20,7 +21,8 @@ class Resident:
     rows: (k,) integers, strictly increasing, in 0..split.n-1. dtype: float32 or float64, what `fetch` fills. ops: where
     the samples are kept. Sparse samples stay compressed rows, values of `dtype`, of which `fetch` makes dense ones;
     `compressed` has those of `rows`, and is None for dense samples. features: (k,) integers, strictly increasing; of
-    the values of each sample these alone are kept and fetched; None: all.
+    the values of each sample these alone are kept and fetched; None: all. Of a split with a bound on `memory` the first
+    samples are kept, and others read from their file by `fetch`.
 
     Raises ValueError for rows that do not increase or another dtype, IndexError for rows out of range and
     UserError where the samples cannot be read.
@@ -48,13 +50,17 @@ class Resident:
         ops = ops or NumpyOps()
         taken = split.taken(self._rows)
         self.compressed: Compressed | None = None
-        self._samples: Samples | CompressedSamples
+        self._samples: Samples | CompressedSamples | BoundedSamples
         if taken is not None:
             if features is not None:
                 taken = taken.some(features)
             self.compressed = kept = taken.astype(self._dtype)
             self._check_entries(split, taken, kept)
             self._samples = ops.compressed_samples(kept.starts, kept.columns, kept.values, kept.features)
+            return
+        row = split.dtype.itemsize * self._features
+        if 0 <= split.memory < row * len(self._rows):
+            self._samples = self._bounded(split, features, split.memory // row, ops)
             return
         values = split.read(self._rows) if features is None else _some(split, self._rows, features)
         if split.lengths is not None:
@@ -69,17 +75,35 @@ class Resident:
             values = values.astype(self._dtype)
         self._samples = ops.samples(values, split.scale)
 
-    def _check_finite(self, split: Split, values: npt.NDArray[Any]) -> None:
-        """UserError for a value that is no finite number, or none in the dtype that `fetch` fills."""
+    def _bounded(
+        self, split: Split, features: npt.NDArray[np.int64] | None, count: int, ops: NumpyOps
+    ) -> BoundedSamples:
+        """The first `count` samples in memory, the others in their file."""
+
+        def read(at: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+            rows = self._rows[at]
+            values = split.read(rows) if features is None else _some(split, rows, features)
+            if values.dtype.kind == "f":
+                self._check_finite(split, values, at)
+            return values
+
+        return BoundedSamples(read(np.arange(count)), read, split.scale, ops)
+
+    def _check_finite(self, split: Split, values: npt.NDArray[Any], at: npt.NDArray[np.int64] | None = None) -> None:
+        """UserError for a value that is no finite number, or none in the dtype that `fetch` fills.
+
+        at: the positions of these samples among those that are resident; None: all.
+        """
+        at = np.arange(len(values)) if at is None else at
         # The sum of a row is finite where all of it is; the rows where it is not are looked at.
         with np.errstate(over="ignore", invalid="ignore"):
             suspects = np.flatnonzero(~np.isfinite(values.sum(axis=1)))
         for row in map(int, suspects):
             if not np.isfinite(values[row]).all():
-                raise self._not_finite(split, row)
+                raise self._not_finite(split, int(at[row]))
         most = float(np.finfo(self._dtype).max)
         if values.dtype.itemsize > self._dtype.itemsize and max(values.max(initial=0), -values.min(initial=0)) > most:
-            raise self._too_large(split, int(np.flatnonzero((np.abs(values) > most).any(axis=1))[0]))
+            raise self._too_large(split, int(at[np.flatnonzero((np.abs(values) > most).any(axis=1))[0]]))
 
     def _check_entries(self, split: Split, taken: Compressed, kept: Compressed) -> None:
         """`_check_finite` of compressed rows, as they are stored and as they are kept."""

@@ -53,6 +53,7 @@ class Split:
     characters: of a text, what its tokens stand for, token k for the k-th; else "".
     names: of the classes, class k has the k-th; () where labels are their numbers.
     numbering: of a text of sparse samples, what its numbers mean.
+    memory: the bytes of samples that a process keeps, see psmpi.data.bounded; -1: as many as it needs.
     """
 
     targets: npt.NDArray[Any]
@@ -66,6 +67,7 @@ class Split:
     characters: str = ""
     names: tuple[str, ...] = ()
     numbering: Numbering | None = None
+    memory: int = -1
 
     @property
     def n(self) -> int:
