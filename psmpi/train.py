@@ -162,6 +162,8 @@ def _settle(config: Config, tell: Callable[[str], None], said: Collection[str]) 
         raise UserError(
             "--validation: with --private-data each rank has test samples of its own, and tests these alone"
         )
+    if data.augment and find_method(config.parallel.method).private(config):
+        raise UserError("--augment: with --private-data the numbers of samples are those of ranks: leave it out")
     if data.data_memory:
         bytes_of(data.data_memory)
         if find_method(config.parallel.method).private(config):

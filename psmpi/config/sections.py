@@ -60,6 +60,10 @@ class Data:
     validation: float = 0.0
     """Share of the training samples, drawn with the split seed, that are left out of training and tested after each
     epoch in the place of the test samples, which nothing looks at then; 0: none."""
+    augment: tuple[str, ...] = ()
+    """What is done to the training images in each epoch: flip (mirrors half of them left to right), and shift:N (moves
+    them by up to N pixels, zeros beyond) or crop:N (the same, mirror images beyond). A function of (seed, epoch,
+    sample) alone."""
     data_memory: str = ""
     """Bytes of samples that a rank keeps in memory, as 500M or 2G; others are read from their file, .npy, HDF5 or an
     .npz without compression, for each minibatch. If not given, all that the rank trains on and tests."""

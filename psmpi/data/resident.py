@@ -47,7 +47,10 @@ class Resident:
         self.tokens = split.tokens
         # The largest token, of samples that are such: see psmpi.data.sequences.
         self.largest = -1
-        ops = ops or NumpyOps()
+        self._ops = ops = ops or NumpyOps()
+        self._augmentation, self._room = split.augmentation, ops.empty(0, self._dtype)
+        if features is not None and split.augmentation is not None:
+            raise ValueError("parts of images cannot be augmented")
         taken = split.taken(self._rows)
         self.compressed: Compressed | None = None
         self._samples: Samples | CompressedSamples | BoundedSamples
@@ -142,10 +145,10 @@ class Resident:
     @property
     def nbytes(self) -> int:
         """The bytes held: samples, their ids and scratch memory; not the targets, which are the split's."""
-        return int(self._samples.nbytes + self._rows.nbytes)
+        return int(self._samples.nbytes + self._rows.nbytes + self._room.nbytes)
 
     def fetch(self, ids: npt.ArrayLike, out: npt.NDArray[Any]) -> None:
-        """Fill `out` with the scaled samples `ids`, (b,) integers, any order, repetitions allowed.
+        """Fill `out` with the scaled, and augmented, samples `ids`, (b,) integers, any order, repetitions allowed.
 
         out: (prod(shape), b), features first, C-contiguous, of the dtype given to the constructor. Raises
         ValueError for another `out` and for ids that are not resident.
@@ -157,7 +160,14 @@ class Resident:
                 f"out has to be C-contiguous {self._dtype} {(features, count)}, "
                 f"not {'' if out.flags.c_contiguous else 'strided '}{out.dtype} {out.shape}"
             )
-        self._samples.fetch(at, out)
+        if self._augmentation is None or not count:
+            self._samples.fetch(at, out)
+            return
+        if self._room.size < out.size:
+            self._room = self._ops.empty(out.size, self._dtype)
+        plain = self._room[: out.size].reshape(out.shape)
+        self._samples.fetch(at, plain)
+        self._augmentation.apply(self._rows[at], self._ops, plain, out)
 
     def rows(self, ids: npt.ArrayLike) -> Compressed:
         """The sparse samples `ids` (b,) as compressed rows, in this order; ValueError for dense ones, or as `fetch`."""

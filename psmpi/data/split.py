@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,9 @@ import numpy.typing as npt
 from psmpi.data.compressed import Compressed
 from psmpi.data.compressed_rows import CompressedRows
 from psmpi.data.rows import RowSource
+
+if TYPE_CHECKING:
+    from psmpi.data.augment import Augmentation
 
 Rows = npt.NDArray[np.int64]
 
@@ -54,6 +57,7 @@ class Split:
     names: of the classes, class k has the k-th; () where labels are their numbers.
     numbering: of a text of sparse samples, what its numbers mean.
     memory: the bytes of samples that a process keeps, see psmpi.data.bounded; -1: as many as it needs.
+    augmentation: what is done to images when they are fetched.
     """
 
     targets: npt.NDArray[Any]
@@ -68,6 +72,7 @@ class Split:
     names: tuple[str, ...] = ()
     numbering: Numbering | None = None
     memory: int = -1
+    augmentation: Augmentation | None = None
 
     @property
     def n(self) -> int:

@@ -209,6 +209,8 @@ class Loop:
     def _epoch(self, bar: Bar, task: Any) -> None:
         method, every = self.method, self.config.run.checkpoint_every
         start, first = time.perf_counter(), self.progress
+        if self.dataset.train.augmentation is not None:
+            self.dataset.train.augmentation.epoch = first.epoch
         with self.numbers.naming():
             method.run_epoch(self._steps(bar, task, start))
         if self.wrong or self.rollback.due():

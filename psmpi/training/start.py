@@ -27,6 +27,7 @@ from psmpi.data import (
     open_dataset,
     together,
 )
+from psmpi.data.augment import with_augmentation
 from psmpi.data.bounded import bytes_of, with_memory
 from psmpi.data.compressed import Compressed
 from psmpi.data.compressed_rows import CompressedRows
@@ -180,6 +181,8 @@ def _open(
         # The first rank of a host lets another process look at a stranger's file.
         with examined("not") if share[0] else nullcontext():
             dataset = open_dataset(*replace(config.data, dataset=name).source, names=names).for_training()
+        if config.data.augment:
+            dataset = with_augmentation(dataset, config.data.augment, config.run.seed)
         if config.data.data_memory:
             dataset = with_memory(dataset, bytes_of(config.data.data_memory))
         return _recorded(dataset, control), identify(dataset, share, prints)
