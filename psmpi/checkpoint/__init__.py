@@ -6,7 +6,7 @@ it holds lies in a flat vector. `writer` collects a checkpoint from the ranks, `
 """
 
 from psmpi.checkpoint.contents import Contents, Progress, read_contents
-from psmpi.checkpoint.format import FORMAT, available, check_file, folder
+from psmpi.checkpoint.format import FORMAT, available, best, check_file, folder
 from psmpi.checkpoint.lock import Lock
 from psmpi.checkpoint.parallel import supported
 from psmpi.checkpoint.provenance import provenance
@@ -21,6 +21,7 @@ __all__ = [
     "Progress",
     "Writer",
     "available",
+    "best",
     "check_file",
     "clear",
     "find",

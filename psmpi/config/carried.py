@@ -11,6 +11,7 @@ from psmpi.config.sections import DEEP, Data, LossSettings, NetworkSettings, Opt
 from psmpi.config.terminal import Terminal
 from psmpi.config.text import given, tables_in
 from psmpi.config.tree import Config
+from psmpi.data.table import is_table
 from psmpi.data.text import is_text
 from psmpi.optim import Hyper, find_optimizer, unused_settings
 from psmpi.registry import all_methods, find_method, method_names
@@ -77,6 +78,8 @@ def without_unused(config: Config, base: Config, said: Collection[str]) -> Confi
     data, model, parallel = config.data, config.model, config.parallel
     if not is_text(data.dataset):
         data = _by_default(data, Data(), {"context"} - set(said))
+    if not is_table(data.dataset):
+        data = _by_default(data, Data(), {"label"} - set(said))
     if model.model != base.model.model:
         shape = {"widths", "blocks", "layers", "scale", "vocabulary", "heads", "domains", "halo", *DEEP}
         model = _by_default(model, NetworkSettings(), shape - set(said))

@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
+from psmpi.data.names import listed
 from psmpi.errors import counted
 from psmpi.nn.finite import spans
 from psmpi.output import Screen, tell
@@ -69,28 +71,32 @@ def show_choices(
     found: dict[str, Any],
     labels: np.ndarray,
     predicted: np.ndarray,
-    characters: str,
+    names: Sequence[str],
     titles: Sequence[str],
     first: Sequence[tuple[list[int], list[int], Any]],
 ) -> None:
     """Print how good predicted classes (n,) are beside the labels (n,), or what the first ones are.
 
-    characters: what classes stand for, else ""; first: of the first samples the numbers, named by `titles`, and the
-    classes with the largest scores and these, the largest first.
+    names: what classes are called, if not by their numbers; first: of the first samples the numbers, named by `titles`,
+    and the classes with the largest scores and these, the largest first.
     """
 
     def called(label: int) -> str:
-        return repr(characters[label]) if characters else str(label)
+        return names[label] if names else str(label)
+
+    def cell(label: int) -> str:
+        # A name in a table may look like markup.
+        return escape(called(label))
 
     screen = Screen()
     _of(found)
     if "accuracy" not in found:
-        which = f"classes {spans(found['classes'])}"
+        which = f"classes {listed(found['names'] if 'names' in found else [spans(found['classes'])])}"
         tell(f"scores of {which}; no accuracy (it needs labels, and the scores of all classes)")
         shown = table("first predictions", *titles, "predicted", "score", "second", "score")
         for numbers, chosen, scores in first:
             best = list(zip(chosen, scores, strict=True))[:2]
-            shown.add_row(*map(str, numbers), *(word for c, score in best for word in (called(c), f"{score:.4g}")))
+            shown.add_row(*map(str, numbers), *(word for c, score in best for word in (cell(c), f"{score:.4g}")))
         screen.print(shown)
         return
     counts = np.bincount(labels, minlength=len(found["classes"]))
@@ -101,9 +107,9 @@ def show_choices(
     shown.add_row(*(f"{100 * score:.2f} %" for score in scores))
     screen.print(shown)
     if len(counts) <= MATRIX:
-        _show_matrix(screen, found["confusion"], called)
+        _show_matrix(screen, found["confusion"], cell)
         return
-    _show_worst(screen, counts, right, called)
+    _show_worst(screen, counts, right, cell)
     _show_pairs(labels, predicted, called)
 
 

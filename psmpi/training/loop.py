@@ -21,6 +21,7 @@ from psmpi.errors import UserError, counted
 from psmpi.optim import make_schedule
 from psmpi.output import Screen
 from psmpi.track import Trackers
+from psmpi.training.best import Best
 from psmpi.training.divergence import Divergence
 from psmpi.training.folder import RunFolder
 from psmpi.training.method import Method, Place
@@ -108,7 +109,7 @@ class Loop:
         self.before = np.zeros(2)
         # Of what ranks do about numbers that are not finite they tell themselves.
         self.warned: set[str] = {"steps_skipped", "rollbacks"}
-        self.divergence = Divergence(config, dataset)
+        self.divergence, self.best = Divergence(config, dataset), Best(config, dataset)
         # This rank's share of the mean loss of this start's first minibatch.
         self.first = 0.0
 
@@ -130,7 +131,10 @@ class Loop:
         if path.parent.absolute() == checkpoint.folder(self.out).absolute():
             self.writer.last_good = path
         notes = [*(f"note: {note}" for note in notes), f"resumed from {path}, step {progress.step}"]
-        if progress.step >= self.total:
+        if self.best.due(progress.rows):
+            told = next(self.best.describe(progress.rows, ""))
+            notes.append(f"nothing left to do: {told}: raise it to go on")
+        elif progress.step >= self.total:
             most = self.config.run.max_steps
             asked = counted(most, "step") if 0 < most <= progress.step else f"--epochs {self.config.run.epochs}"
             notes.append(
@@ -150,19 +154,25 @@ class Loop:
         """Train to the end, or until a rank is asked to stop by a signal; whether all is done."""
         self.rollback.begin(self.progress)
         with self.report.showing(self.progress, self.total):
-            while self.progress.step < self.total and not self.stopped:
+            while not self._is_done() and not self.stopped:
                 self._epoch()
         self.poll.close()
         if self.control.rank == 0:
             self.writer.close()
             self._tell_troubles()
             if self.writer.last_failed:
-                ended = "training is done" if self.progress.step >= self.total else "the run was stopped"
+                ended = "training is done" if self._is_done() else "the run was stopped"
                 raise UserError(
                     f"{ended}, but its last checkpoint is not written, see above: make room and go on with --resume "
                     "auto"
                 )
-        return self.progress.step >= self.total
+            if not self.config.terminal.quiet:
+                for line in self.best.describe(self.progress.rows, str(checkpoint.best(self.out))):
+                    self.console.tell(line)
+        return self._is_done()
+
+    def _is_done(self) -> bool:
+        return self.progress.step >= self.total or self.best.due(self.progress.rows)
 
     def _steps(self, start: float) -> Iterator[tuple[Batch, float]]:
         """The minibatches of the rest of an epoch with their learning rates; whoever takes one has done those before.
@@ -200,6 +210,8 @@ class Loop:
     def _epoch(self) -> None:
         method, every = self.method, self.config.run.checkpoint_every
         start, first, waited = time.perf_counter(), self.progress, self.control.flight.spent()
+        if self.dataset.train.augmentation is not None:
+            self.dataset.train.augmentation.epoch = first.epoch
         with self.numbers.naming():
             method.run_epoch(self._steps(start))
         if self.wrong or self.rollback.due():
@@ -232,8 +244,9 @@ class Loop:
                 self.report.epoch(row, self.shares)
         if diverged:
             raise FloatingPointError(diverged)
-        if self.stopped or not every or self.progress.step == self.total or self.progress.step % every == 0:
-            self._save()
+        best = whole and self.best.is_last(self.progress.rows)
+        if self.stopped or not every or best or self._is_done() or self.progress.step % every == 0:
+            self._save(best)
         if self.wrong:
             self._go_back()
         elif whole:
@@ -311,7 +324,7 @@ class Loop:
             "step": self.progress.step,
             "seconds": 0.0,
             "train_loss": loss_sum / max(1, seen - left_out),
-            **{f"test_{name}": value for name, value in scores.items()},
+            **{f"{self.dataset.tested}_{name}": value for name, value in scores.items()},
             "samples_per_second": float(counts[:, 2].min()),
             "bytes_sent": int(self.before[0] + counts[:, 0].sum()),
             "bytes_received": int(self.before[1] + counts[:, 1].sum()),
@@ -351,7 +364,7 @@ class Loop:
             self.console.tell(told)
         return found
 
-    def _save(self) -> None:
+    def _save(self, best: bool = False) -> None:
         (loss_sum, sent, received, _), _ = self._totals(), self._left_out()
         progress = replace(self.progress, loss_sum=loss_sum, bytes_sent=sent, bytes_received=received)
         self._keep()
@@ -360,7 +373,7 @@ class Loop:
             self.wrong = True
             return
         state = self.method.state
-        self.writer.write(state.arrays, state.scalars, progress, state.tables)
+        self.writer.write(state.arrays, state.scalars, progress, state.tables, best)
         self.report.detail(f"  checkpoint of step {progress.step} handed over to be written")
         self._tell_troubles()
 

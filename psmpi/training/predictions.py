@@ -37,7 +37,7 @@ class Found:
     or values that are predicted, of `known` in all; file: where their values (n, outputs) of `dtype` go, if anywhere.
     steps: where each step of sequences is predicted, their number; steps then stand for samples, those of a sequence
     one after the other, and some may have a target that does not count, a label below 0 or values that are NaN.
-    characters: of a text, those that are the classes; else "".
+    characters: of a text, those that are the classes; else "". names: of the classes, () where these are numbers.
     """
 
     def __init__(
@@ -51,11 +51,12 @@ class Found:
         file: IO[bytes] | None,
         steps: int = 0,
         characters: str = "",
+        names: tuple[str, ...] = (),
     ):
         if steps:
             n *= steps
             targets = None if targets is None else targets.reshape(n, *targets.shape[2:])
-        self.steps, self.characters = steps, characters
+        self.steps, self.characters, self.names = steps, characters, names
         self.options, self.targets, self.n, self.dtype, self.file = options, targets, n, dtype, file
         self.outputs, self.known, self.path = np.array(outputs), known, Path(options.out)
 
@@ -176,6 +177,8 @@ class Choices(Found):
         if self.options.out:
             self._write()
         found = self.summary() | {"classes": self.outputs.tolist()}
+        if self.names:
+            found["names"] = [self.called(c) for c in found["classes"]]
         if self.steps and labels.max(initial=-1) >= 0:
             labels, choices = labels[labels >= 0], choices[labels >= 0]
         predicted = choices[:, 0]
@@ -197,16 +200,23 @@ class Choices(Found):
                 (self.numbers(k), chosen, scores)
                 for k, (chosen, scores) in enumerate(zip(self.choices[:FIRST].tolist(), self.first, strict=True))
             ]
-            show_choices(found, labels, predicted, self.characters, self.titles, rows)
+            names = [repr(one) for one in self.characters] or self.names
+            show_choices(found, labels, predicted, names, self.titles, rows)
+
+    def called(self, label: int) -> Any:
+        """A class as files have it: by its name, or number."""
+        return self.names[label] if self.names else label
 
     def _write(self) -> None:
         predicted, scores = self.choices[:, 0], self.kept()
         arrays = {"predicted": predicted, "labels": self.labels, "scores": scores, "classes": self.outputs}
+        if self.names:
+            arrays["names"] = np.array([self.called(c) for c in self.outputs])
         rows = (
-            [*self.numbers(k), label if label >= 0 else "", choice, *(repr(float(v)) for v in row)]
+            [*self.numbers(k), self.called(label) if label >= 0 else "", self.called(choice), *map(repr, row.tolist())]
             for k, (label, choice, row) in enumerate(zip(self.labels, predicted, scores, strict=True))
         )
-        titles = [*self.titles, "label", "predicted", *(f"score_{c}" for c in self.outputs)]
+        titles = [*self.titles, "label", "predicted", *(f"score_{self.called(c)}" for c in self.outputs)]
         _save(self.path, self.shaped(arrays), titles, rows)
 
 
@@ -216,7 +226,7 @@ def _save(path: Path, arrays: dict[str, Any], titles: list[str], rows: Iterable[
         if path.suffix == ".npz":
             np.savez(path, **arrays)
             return
-        with path.open("w", newline="") as file:
+        with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(titles)
             writer.writerows(rows)

@@ -13,6 +13,7 @@ from psmpi.checkpoint import Contents
 from psmpi.comm.watch.flight import flight_of
 from psmpi.config import Config, changes, from_toml, read_file, without_anew
 from psmpi.data import Dataset, Identity, differences
+from psmpi.data.names import listed
 from psmpi.errors import UserError, counted, expanded
 from psmpi.nn.layers.pattern_file import brief
 from psmpi.training.folder import CONFIG
@@ -101,6 +102,12 @@ def compare(
         raise UserError(
             f"checkpoint {path} is of a text of {len(contents.characters)} characters, and --dataset "
             f"{config.data.dataset} has others: --new-data goes on with a text that has exactly the same ones"
+        )
+    if contents.names != dataset.train.names and contents.data:
+        raise UserError(
+            f"checkpoint {path} is of the classes {listed(contents.names) or 'by number'}, and --dataset "
+            f"{config.data.dataset} has {listed(dataset.train.names) or 'classes by number'}: --new-data goes on with "
+            "samples of exactly the same ones"
         )
     for difference in found:
         tell(f"note: other data than in the checkpoint: {difference}")

@@ -27,13 +27,17 @@ from psmpi.data import (
     open_dataset,
     together,
 )
+from psmpi.data.augment import with_augmentation
+from psmpi.data.bounded import bytes_of, with_memory
 from psmpi.data.compressed import Compressed
 from psmpi.data.compressed_rows import CompressedRows
+from psmpi.data.describe import describe
 from psmpi.data.rows import ArrayRows, RowSource
 from psmpi.errors import UserError, layers_in
 from psmpi.files.examiner import examined
 from psmpi.nn.zoo import make_network
 from psmpi.registry import find_method
+from psmpi.training.best import check_monitor
 from psmpi.training.checks import check_margin, check_sequences, notes
 from psmpi.training.folder import RunFolder
 from psmpi.training.loop import plan_steps
@@ -97,7 +101,9 @@ def begin(control: Control, config: Config, own: str, tell: Callable[[str], None
             tell(f"note: {note}")
         # Of a private data set rank 0 has a part, in which much looks odd.
         doubts = () if kind.private(config) else find_doubts(dataset, prints)
-        for warning in (*kind.warnings(size, network, config), *doubts):
+        if not kind.private(config):
+            tell(describe(dataset))
+        for warning in (*kind.warnings(size, network, config), *check_monitor(config, dataset), *doubts):
             tell(f"warning: {warning}")
     except BaseException:
         if folder is not None:
@@ -170,9 +176,15 @@ def _open(
     """
     with control.flight.task(f"reading the data set {config.data.dataset}"):
         name = of_rank(config.data.dataset, control.rank)
+        # Ranks with data of their own would number other classes.
+        names = () if find_method(config.parallel.method).private(config) else None
         # The first rank of a host lets another process look at a stranger's file.
         with examined("not") if share[0] else nullcontext():
-            dataset = open_dataset(*replace(config.data, dataset=name).source)
+            dataset = open_dataset(*replace(config.data, dataset=name).source, names=names).for_training()
+        if config.data.augment:
+            dataset = with_augmentation(dataset, config.data.augment, config.run.seed)
+        if config.data.data_memory:
+            dataset = with_memory(dataset, bytes_of(config.data.data_memory))
         return _recorded(dataset, control), identify(dataset, share, prints)
 
 

@@ -28,6 +28,7 @@ RUNS = [
     (("--method", "ist", "--optimizer-state", "travel", *MLP), 2),
     (("--method", "dfa", *MLP), 2),
     (("--method", "data_parallel", "--dataset", "text.txt", "--context", "8", "--model", "gru", "--widths", "8"), 1),
+    (("--dataset", "table.csv", "--model", "linear"), 1),
     (("--method", "sil", *MLP), 1),
     (("--method", "sil", "--hand-over", "stale", *MLP), 1),
 ]
@@ -59,6 +60,7 @@ def files(tmp_path_factory):
 
     made = []
     (tmp_path_factory.getbasetemp() / "text.txt").write_text("to be, or not to be. " * 20)
+    (tmp_path_factory.getbasetemp() / "table.csv").write_text("1,2,cat\n3,4,dog\n5,6,eel\n" * 10)
     for number, (options, ranks) in enumerate(RUNS):
         out = tmp_path_factory.mktemp("formats") / f"run{number}"
         words = ("--out", out, "--max-steps", "2", *options)
