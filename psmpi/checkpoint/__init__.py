@@ -10,13 +10,14 @@ from psmpi.checkpoint.lock import Lock
 from psmpi.checkpoint.parallel import supported
 from psmpi.checkpoint.provenance import provenance
 from psmpi.checkpoint.reader import clear, find, load, load_space, load_tables, newest
-from psmpi.checkpoint.writer import Writer
+from psmpi.checkpoint.writer import Unsaved, Writer
 
 __all__ = [
     "FORMAT",
     "Contents",
     "Lock",
     "Progress",
+    "Unsaved",
     "Writer",
     "available",
     "check_file",

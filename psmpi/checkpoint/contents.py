@@ -25,8 +25,8 @@ from psmpi.metrics import SCORES
 
 TABLES = ("elements", "rank")
 TEXTS = (
-    "characters", "config", "data", "layout", "metrics", "part", "placement", "progress", "provenance", "random",
-    "scalars",
+    "characters", "config", "data", "labels", "layout", "metrics", "part", "placement", "progress", "provenance",
+    "random", "scalars",
 )  # fmt: skip
 # In files that do not say which vectors are the method's own, these are.
 FORMER_OWN = frozenset({"anchor", "handed", "left", "moving", "outer"})
@@ -71,7 +71,8 @@ class Contents:
     are drawn from; data: the identity of the data set, see `psmpi.data.identity`, empty in files that do not have it;
     scalars: of the optimizer; spaces: layouts, by name, of tensors that are neither weights nor vectors of the
     optimizer, each a vector of that name, of any dtype; own: the vectors under /optimizer that are the training
-    method's, not the optimizer's; characters: of a text, what its tokens, and so the classes, stand for, else "".
+    method's, not the optimizer's; characters: of a text, what its tokens, and so the classes, stand for, else "";
+    labels: what the classes are called, in ascending order, all of one type; () where they are their numbers.
     """
 
     config: str
@@ -91,6 +92,7 @@ class Contents:
     own: frozenset[str] = FORMER_OWN
     data: Mapping[str, Any] = field(default_factory=dict)
     characters: str = ""
+    labels: tuple[str | int | float | bool, ...] = ()
 
     def __post_init__(self) -> None:
         for name in self.spaces:
@@ -124,6 +126,7 @@ class Contents:
         texts |= {"data": json.dumps(dict(self.data))} if self.data else {}
         # In ASCII: a string of HDF5 ends at a NUL.
         texts |= {"characters": json.dumps(self.characters)} if self.characters else {}
+        texts |= {"labels": json.dumps(self.labels)} if self.labels else {}
         return texts if self.part is None else {**texts, "part": json.dumps(self.part)}
 
     @staticmethod
@@ -155,6 +158,7 @@ class Contents:
             own=frozenset(layout.get("own", FORMER_OWN)),
             data=_identity(_table(texts["data"])) if "data" in texts else {},
             characters=_characters(texts["characters"], layout) if "characters" in texts else "",
+            labels=_labels(texts["labels"], layout) if "labels" in texts else (),
         )
         _expect(all(isinstance(name, str) for name in made.own), "layout, own")
         _expect(made.task in ("classes", "regression"), "layout, task")
@@ -260,6 +264,14 @@ def _characters(text: str, layout: Mapping[str, Any]) -> str:
     found.encode()
     _expect(all(a < b for a, b in pairwise(found)), "characters")
     return str(found)
+
+
+def _labels(text: str, layout: Mapping[str, Any]) -> tuple[str | int | float | bool, ...]:
+    found = json.loads(text)
+    _expect(isinstance(found, list) and len(found) == layout["classes"], "labels")
+    _expect({type(label) for label in found} in ({str}, {int}, {float}, {bool}), "labels")
+    _expect(all(a < b for a, b in pairwise(found)), "labels")
+    return tuple(found)
 
 
 def _sizes(numbers: Any) -> tuple[int, ...]:

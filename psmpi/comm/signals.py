@@ -28,10 +28,12 @@ class StopSignals:
     thread beside it ends the process where the main thread cannot: after GRACE seconds, with status 128 + the signal's
     number.
 
-    also: one more signal, by its name without SIG; told: what is written to standard error at the first one.
+    also: one more signal, by its name without SIG; told: what is written to standard error at the first one; ends:
+    whether there is that thread.
     """
 
-    def __init__(self, also: str = "USR1", told: str = "") -> None:
+    def __init__(self, also: str = "USR1", told: str = "", ends: bool = True) -> None:
+        self.ends = ends
         self.name, self.told, self.noted = "", told, 0.0
         self.signals = (*STOPPING, signal.Signals[f"SIG{also}"])
         self.before: dict[signal.Signals, Callable[[int, FrameType | None], Any] | int | None] = {}
@@ -46,11 +48,15 @@ class StopSignals:
         if threading.current_thread() is threading.main_thread():
             heeded = (one for one in self.signals if signal.getsignal(one) != signal.SIG_IGN)
             self.before = {one: signal.signal(one, self._note) for one in heeded}
-            self.pipe, heard = socket.socketpair()
-            self.pipe.setblocking(False)
-            self.woken = signal.set_wakeup_fd(self.pipe.fileno(), warn_on_full_buffer=False)
-            threading.Thread(target=self._listen, args=(heard, set(self.before)), daemon=True).start()
+            if self.ends:
+                self._begin_to_listen()
         return self
+
+    def _begin_to_listen(self) -> None:
+        self.pipe, heard = socket.socketpair()
+        self.pipe.setblocking(False)
+        self.woken = signal.set_wakeup_fd(self.pipe.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, args=(heard, set(self.before)), daemon=True).start()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._restore()

@@ -268,6 +268,13 @@ def _end(message: str) -> int:
     return 1
 
 
+def end(error: BaseException) -> None:
+    """End the job with an error that this rank alone has met; return where there is no other rank."""
+    comm = _running()
+    if comm is not None and comm.size > 1:
+        _end(describe(error))
+
+
 def abort(status: int) -> None:
     """End the job at once, from any thread, whatever the main thread does.
 

@@ -9,6 +9,7 @@ from psmpi.data.arrays import Header
 from psmpi.data.characters import open_characters
 from psmpi.data.cifar import open_cifar10
 from psmpi.data.digits import open_digits
+from psmpi.data.given import ARRAYS
 from psmpi.data.hdf5 import read_hdf5
 from psmpi.data.mnist import open_mnist
 from psmpi.data.npz import read_npz
@@ -145,6 +146,11 @@ def _folder(data_dir: str | Path | None) -> Path | None:
 
 
 def _locate(name: str, folder: Path | None) -> Path:
+    if name == ARRAYS:
+        raise UserError(
+            "the samples of this run were arrays in memory: go on with psmpi.fit(x, y, resume=...), predict with "
+            "psmpi.load(...).predict(x), or name a file that holds them with --dataset"
+        )
     if Path(name).suffix.lower() not in (*SUFFIXES, TEXT) and not is_svmlight(name):
         meant = nearest(name, DATASETS)
         hint = f"did you mean {meant}? Choose" if meant else "choose"
