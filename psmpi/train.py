@@ -10,9 +10,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
+    from psmpi.checkpoint import Contents
     from psmpi.comm.control import Control
     from psmpi.comm.protocol import World
     from psmpi.config import Config
+    from psmpi.data import Dataset
+    from psmpi.output import Screen
+    from psmpi.training.loop import Loop
 
 # What is said at the first signal.
 STOPPING = "the run stops after the next step, and is saved; another signal ends it at once"
@@ -92,7 +96,7 @@ def _main(argv: list[str]) -> int:
     config, status, *files = _configure(control, argv)
     if config is None:
         return status
-    return 0 if _train(world, control, config, *files) else GO_ON
+    return 0 if train(world, control, config, *files) else GO_ON
 
 
 def _configure(control: Control, argv: list[str]) -> tuple[Config | None, int, str, str, str]:
@@ -117,20 +121,23 @@ def _configure(control: Control, argv: list[str]) -> tuple[Config | None, int, s
             if added:
                 tell(f"note: no network is named: this is {' '.join(added)}; give --dataset and --model for your own")
             with noting(own):
-                text = to_toml(usual(_settle(config, tell, given_names(argv, file=False)), numbers.append))
+                text = to_toml(usual(settle_paths(config, tell, given_names(argv, file=False)), numbers.append))
         except SystemExit as end:
             status = 1 if end.code else 0
     text, status, own, layers = json.loads(control.share(json.dumps([text, status, own, layers])))
     return from_toml(text, "configuration") if text else None, status, own, layers, "".join(numbers)
 
 
-def _settle(config: Config, tell: Callable[[str], None], said: Collection[str]) -> Config:
-    """Checks that need no MPI, and paths that hold wherever the run goes on; said: as of psmpi.config.check."""
+def settle_paths(config: Config, tell: Callable[[str], None], said: Collection[str]) -> Config:
+    """Checks that need no MPI, and paths that hold wherever the run goes on; said: as of psmpi.config.check.
+
+    The data set `psmpi.data.ARRAYS` is in memory, and has no path.
+    """
     from dataclasses import replace
 
     from psmpi import checkpoint
     from psmpi.config import check
-    from psmpi.data import RANK, locate
+    from psmpi.data import ARRAYS, RANK, locate
     from psmpi.errors import UserError, expanded
     from psmpi.nn.layers.pattern_file import with_patterns
     from psmpi.registry import find_method
@@ -155,14 +162,32 @@ def _settle(config: Config, tell: Callable[[str], None], said: Collection[str]) 
             f"--dataset {data.dataset}: {RANK} stands for the number of a rank, where each has samples of its own: "
             "add --private-data, with a method that has it"
         )
-    data = replace(data, data_dir=str(folder), dataset=locate(data.dataset, folder, tell))
+    if data.dataset != ARRAYS:
+        data = replace(data, data_dir=str(folder), dataset=locate(data.dataset, folder, tell))
     # Patterns of layers go where the configuration goes.
     model = replace(config.model, layers=with_patterns(config.model.layers))
     return replace(config, data=data, model=model, run=replace(run, out=out, resume=resume))
 
 
-def _train(world: World, control: Control, config: Config, own: str, layers: str, numbers: str) -> bool:
-    """Train; whether all of it is done, and not stopped by a signal. own, layers, numbers: as of `_configure`."""
+def train(
+    world: World,
+    control: Control,
+    config: Config,
+    own: str,
+    layers: str,
+    numbers: str,
+    *,
+    given: Dataset | None = None,
+    labels: tuple[str | int | float | bool, ...] = (),
+    screen: Screen | None = None,
+    take: Callable[[Loop, Contents], None] | None = None,
+) -> bool:
+    """Train; whether all of it is done, and not stopped by a signal. own, layers, numbers: as of `_configure`.
+
+    given: the data set, where it is in memory, and labels: what its classes are called; screen: what lines go to.
+    take(loop, contents) is called in the end, on all ranks; with it nothing is written but to a run directory that is
+    named.
+    """
     import contextlib
     import socket
     from dataclasses import asdict, replace
@@ -187,33 +212,39 @@ def _train(world: World, control: Control, config: Config, own: str, layers: str
     from psmpi.training.method import Place
     from psmpi.training.start import agree, begin, network_of, share_path
 
-    console = Screen(quiet=world.rank != 0, goes_on="training goes on")
+    console = screen or Screen(quiet=world.rank != 0, goes_on="training goes on")
     tell = console.tell
     kind: Any = find_method(config.parallel.method)
     with contextlib.ExitStack() as stack:
         # After MPI's own handlers.
-        signals = stack.enter_context(StopSignals(config.run.save_signal, "" if world.rank else STOPPING))
+        stopping = "" if world.rank or take is not None else STOPPING
+        signals = stack.enter_context(StopSignals(config.run.save_signal, stopping, take is None or world.size > 1))
         watch = stack.enter_context(watched(control, config.run.stall_warn, config.run.stall_abort))
-        start = begin(control, config, own, tell, layers) if world.rank == 0 else None
+        start = control.agreed((lambda: begin(control, config, own, tell, layers, given)) if world.rank == 0 else None)
         folder = stack.enter_context(start.folder) if start is not None and start.folder is not None else None
         # Ranks may have been started in other folders.
         found = share_path(control, str(Path(start.found).absolute()) if start is not None and start.found else "")
         ranks, cores = host(world)
-        dataset, identity = agree(control, config, start, (local_rank(world), ranks), tell)
+        dataset, identity = agree(control, config, start, (local_rank(world), ranks), tell, given)
         network = network_of(config, dataset)
         if start is not None:
             found = start.found
             stem = f"{Path(config.data.dataset).stem}-{config.model.model}"
-            if folder is None:
+
+            def make() -> RunFolder:
                 with control.flight.task("making the run directory"):
-                    made = RunFolder(Path(config.run.out), tell) if config.run.out else RunFolder.unnamed(stem, tell)
-                folder = stack.enter_context(made)
-        out = Path(share_path(control, str(folder.path) if folder is not None else ""))
-        config = replace(config, run=replace(config.run, out=str(out)))
+                    return RunFolder(Path(config.run.out), tell) if config.run.out else RunFolder.unnamed(stem, tell)
+
+        wanted = start is not None and folder is None and bool(config.run.out or take is None)
+        made = control.agreed(make if wanted else None)
+        folder = stack.enter_context(made) if made is not None else folder
+        path = share_path(control, str(folder.path) if folder is not None else "")
+        out = Path(path)
+        config = replace(config, run=replace(config.run, out=path))
         if numbers:
             tell(numbers)
         if watch is not None:
-            watch.folder = out
+            watch.folder = out if path else None
         threads = config.parallel.threads or max(1, cores // ranks)
         if world.rank == 0 and ranks * threads > cores:
             tell(
@@ -222,7 +253,7 @@ def _train(world: World, control: Control, config: Config, own: str, layers: str
             )
         # What overflows is dealt with where it matters; a diverging run says so itself, once.
         with threadpool_limits(threads), np.errstate(all="ignore"):
-            ops = _backend(world, config, threads)
+            ops = _backend(world, config, threads, tell)
             # What a device holds is not of the host's memory.
             check_capacity(control, kind, network, dataset, config, [] if ops.on_device else limits())
             method = kind(Context(world, network, dataset, config, ops))
@@ -232,7 +263,7 @@ def _train(world: World, control: Control, config: Config, own: str, layers: str
             show_places(console, [(rank, host, Place(*rest)) for rank, (host, *rest) in enumerate(places)])
             tell(
                 f"model {network.name}: {method.layout.size:,} parameters; backend {ops.description}; run directory "
-                f"{out}"
+                f"{path or '(none)'}"
             )
             for line in method.told():
                 tell(line)
@@ -259,9 +290,10 @@ def _train(world: World, control: Control, config: Config, own: str, layers: str
                 own=frozenset(method.state.own & method.state.vectors.keys()),
                 data=identity.table(),
                 characters=dataset.train.characters,
+                labels=labels,
                 spaces={name: space.layout for name, space in method.state.spaces.items()},
             )
-            loop = Loop(control, method, dataset, config, out, console, contents, folder, signals)
+            loop = Loop(control, method, dataset, config, out, console, contents, folder, signals, path != "")
             notes = loop.resume(Path(found)) if found else []
             # Up to here any rank may refuse the start, and nothing is changed.
             control.wait_for_all()
@@ -274,6 +306,8 @@ def _train(world: World, control: Control, config: Config, own: str, layers: str
             done = loop.run()
             # A launcher may kill the others when the first one ends with status 85, and rank 0 may still write.
             control.wait_for_all()
+            if take is not None:
+                take(loop, contents)
             method.close()
             if config.parallel.convolution != "own":
                 chosen: dict[str, str] = {}
@@ -286,15 +320,14 @@ def _train(world: World, control: Control, config: Config, own: str, layers: str
     return done
 
 
-def _backend(world: Any, config: Config, threads: int) -> Any:
-    """The backend of this rank, its kernels compiled."""
+def _backend(world: Any, config: Config, threads: int, tell: Callable[[str], None]) -> Any:
+    """The backend of this rank, its kernels compiled; `tell` hears that a GPU is not used."""
     import numpy as np
 
     from psmpi.backend import make_backend
     from psmpi.comm import nccl
     from psmpi.comm.world import host_by_host, local_rank
     from psmpi.errors import UserError
-    from psmpi.output import Screen
 
     parallel, dtype = config.parallel, np.dtype(config.model.dtype)
     settings = (parallel.compute, parallel.cuda_graphs, parallel.convolution)
@@ -308,9 +341,7 @@ def _backend(world: Any, config: Config, threads: int) -> Any:
                 raise
             made[0] = make_backend("auto", threads)
             if world.rank == 0:
-                Screen(goes_on="training goes on").tell(
-                    f"note: the GPU is not used: {str(error).removeprefix('--backend cupy: ')}"
-                )
+                tell(f"note: the GPU is not used: {str(error).removeprefix('--backend cupy: ')}")
 
     # The first rank of a host compiles the kernels, the others find them in its cache.
     host_by_host(world, compile_kernels)
