@@ -52,7 +52,8 @@ def test_modules_import_from_floors_below_only():
     """Floors: backend and layout, then nn, optim and data, config, comm, checkpoint, training, methods, commands."""
     floors = [("errors", "metrics", "launcher"), ("output",), ("registry",), ("backend",), ("layout",),
               ("nn", "optim", "data"), ("config",), ("comm",), ("checkpoint",), ("training",), ("methods",),
-              ("cost",), ("command",), ("train", "plan", "bench", "inspect", "predict", "plot"), ("submit",),
+              ("cost",), ("command",), ("train", "plan", "bench", "inspect", "predict", "plot"),
+              ("arrays",), ("submit", "sklearn", "torch"),
               ("__main__", "testing")]  # fmt: skip
     floor = {name: k for k, names in enumerate(floors) for name in names}
     root = ROOT / "psmpi"
