@@ -20,7 +20,7 @@ from psmpi.checkpoint.tensors import make_tensors
 from psmpi.config import Config, from_toml
 from psmpi.data import Resident, Split, given_samples
 from psmpi.errors import UserError, expanded
-from psmpi.layout import Layout, Runs
+from psmpi.layout import Layout, Runs, restrict
 from psmpi.nn.model import Model
 from psmpi.nn.network import Network
 from psmpi.nn.sequences import stretch
@@ -116,7 +116,8 @@ class Fitted:
         layout, each = network.layout(), max(1, network.steps)
         found = np.empty((split.n * each, network.classes), dtype)
         with threadpool_limits(threads), np.errstate(all="ignore"):
-            w = self.vector.astype(dtype, copy=False)
+            # Weights that no score depends on are of no part.
+            w = restrict(self.vector.astype(dtype, copy=False), layout.part(range(network.classes)))
             model = Model(network, layout, w, None, make_backend("auto", threads))
             if some is not None:
                 calibrate_model(model, some, some.n, dtype)
@@ -143,7 +144,7 @@ class Fitted:
     def predict_proba(self, x: Any, lengths: Any = None, **options: Any) -> Array:
         """The softmax of the scores, float64, in the order of `classes`; options: as of `scores`.
 
-        They are estimates of probabilities where the loss was nll, or psl, whose least is at the same scores.
+        They estimate probabilities where the loss was cross-entropy, nll, or one whose least is at the same scores.
         """
         if self.classes is None:
             raise UserError("predict_proba is of classes, and this network predicts values: use predict")
