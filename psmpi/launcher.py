@@ -30,6 +30,16 @@ def announced_rank(environ: Mapping[str, str]) -> int:
     return 0
 
 
+def without_launcher(environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a process that is no rank: nothing of the launcher.
+
+    An h5py built with parallel HDF5 imports mpi4py, which must not start MPI there.
+    """
+    prefixes = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "MPI_LOCAL", "HYDI_")
+    kept = {name: value for name, value in environ.items() if not name.startswith(prefixes)}
+    return {**kept, "MPI4PY_RC_INITIALIZE": "false"}
+
+
 def reads_output(environ: Mapping[str, str]) -> bool:
     """Whether a launcher reads what this process prints and passes it on, to a terminal or to a file.
 

@@ -10,6 +10,7 @@ import codecs
 import errno
 import io
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -34,6 +35,9 @@ WIDE, NARROW, HELP_WIDTH = 10_000, 40, 60
 # What stands for characters that an encoding lacks.
 PLAIN = {"•": "-", "…": "...", "×": "x", "–": "-", "—": "-", "“": '"', "”": '"', "‘": "'", "’": "'"}
 
+# Characters of codes for terminals, and of such as turn the direction of a text.
+CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
 # Errors after which a stream may take more later: no space, or not at this moment.
 PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EAGAIN)
 
@@ -45,17 +49,22 @@ class ClosedError(Exception):
     """Whoever read the output has seen enough."""
 
 
+def printable(text: str) -> str:
+    """A text without control characters but tabs and ends of lines: names in files may bring codes for terminals."""
+    return CONTROLS.sub(lambda one: one[0].encode("unicode_escape").decode(), text)
+
+
 def tell(text: str) -> None:
     """Print a line, with the errors of `Stream`."""
     stream = Stream(sys.stdout)
-    stream.write(f"{text}\n")
+    stream.write(f"{printable(text)}\n")
     stream.flush()
 
 
 def complain(text: str) -> None:
     """Print a line to standard error, if that can be."""
     try:
-        print(text, file=sys.stderr, flush=True)
+        print(printable(text), file=sys.stderr, flush=True)
     except (OSError, ValueError):
         # There is nobody left to tell.
         return
@@ -122,9 +131,16 @@ class Screen:
     def __init__(self, *, quiet: bool = False, goes_on: str = "") -> None:
         from rich.console import Console
 
+        class Plain(Console):
+            """A console whose texts have no control characters; those of styles are not texts."""
+
+            def render(self, renderable: Any, options: Any = None) -> Iterator[Any]:
+                for segment in super().render(renderable, options):
+                    yield segment if segment.control else segment._replace(text=printable(segment.text))
+
         stream: Any = Stream(sys.stdout, goes_on)
         self.styled, self.live = styled(stream), stream.isatty() and styled(stream)
-        self.console = Console(file=stream, quiet=quiet, force_terminal=self.styled)
+        self.console = Plain(file=stream, quiet=quiet, force_terminal=self.styled)
         if not stream.isatty():
             self.console.width = WIDE
         elif self.console.width < NARROW:

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from psmpi.output import complain
+from psmpi.output import complain, printable
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ class Options:
     characters that were trained on; that of the training if not given."""
     data_dir: str = ""
     """Folder that holds the data set's files; the one of the training if not given."""
+    allow_external: bool = False
+    """Let arrays of an HDF5 file lie in other files, which it names: for files of your own alone."""
     split: Literal["test", "train", "all"] = "test"
     """Which samples; all: every sample x of a file of your own, which then needs no labels."""
     out: str = ""
@@ -92,7 +94,7 @@ def _main(argv: list[str]) -> int:
 
 
 # Options of predictions of samples, and of a text that is gone on with.
-OF_SAMPLES = ("dataset", "data_dir", "split", "out", "calibrate", "json")
+OF_SAMPLES = ("allow_external", "dataset", "data_dir", "split", "out", "calibrate", "json")
 OF_TEXT = ("characters", "temperature", "seed")
 
 
@@ -158,7 +160,7 @@ def _continue(options: Options) -> None:
         stream.write(options.prompt)
         following = go_on(model, contents.characters, options.prompt, options.temperature, options.seed)
         for character in islice(following, options.characters):
-            stream.write(character)
+            stream.write(printable(character))
             stream.flush()
         stream.write("\n")
         stream.flush()
@@ -187,22 +189,20 @@ def _settle(options: Options) -> Options:
     if contents.data and same:
         found: list[str] = []
         try:
-            here = identify(open_dataset(*replace(trained, dataset=name, data_dir=data_dir).source))
+            own = replace(trained, dataset=name, data_dir=data_dir, allow_external=options.allow_external)
+            here = identify(open_dataset(*own.source))
             found = differences(Identity.of(contents.data), here)
         except UserError as error:
             if not options.dataset:
                 raise
             # All samples of a file need no targets, as those of a training do.
             if options.split == "all":
-                print(
-                    f"note: {name} cannot be compared with what checkpoint {path} was trained on: {error}",
-                    file=sys.stderr,
-                )
+                complain(f"note: {name} cannot be compared with what checkpoint {path} was trained on: {error}")
         changed = f"{name} is not what checkpoint {path} was trained on any more: in the checkpoint {'; '.join(found)}"
         if found and not options.dataset:
             raise UserError(f"{changed}: bring that back, or name the file with --dataset to predict what it holds now")
         if found:
-            print(f"note: {changed}", file=sys.stderr)
+            complain(f"note: {changed}")
     return replace(
         options,
         checkpoint=str(path),
@@ -212,6 +212,9 @@ def _settle(options: Options) -> Options:
 
 
 def _predict(world: Any, control: Any, options: Options) -> None:
+    from contextlib import nullcontext
+    from dataclasses import replace
+
     import numpy as np
     from threadpoolctl import threadpool_limits
 
@@ -221,6 +224,7 @@ def _predict(world: Any, control: Any, options: Options) -> None:
     from psmpi.config import from_toml
     from psmpi.data import Identity, open_split
     from psmpi.errors import UserError
+    from psmpi.files.examiner import examined
     from psmpi.nn.metric import TOP
     from psmpi.nn.sequences import stretch
     from psmpi.nn.zoo import make_network
@@ -233,7 +237,9 @@ def _predict(world: Any, control: Any, options: Options) -> None:
     model = trained.model
     seed, context, characters = trained.data.split_seed, trained.data.context, contents.characters
     numbering = Identity.of(contents.data).numbering if contents.data else None
-    split = open_split(options.dataset, options.data_dir, options.split, seed, context, characters, True, numbering)
+    own = (options.dataset, options.data_dir, options.split, seed, context, characters)
+    with examined("not") if local_rank(world) else nullcontext():
+        split = open_split(*own, True, numbering, options.allow_external)
     _check_data(world, control, options, contents, split)
     network = make_network(
         model.model,
@@ -283,7 +289,8 @@ def _predict(world: Any, control: Any, options: Options) -> None:
             here = moved or options.dataset == trained.data.dataset
             where = (options.dataset, options.data_dir) if here else ("", "")
             share = (local_rank(world), ranks)
-            known = calibration_split(trained.data, *where, contents, path, share)
+            data = replace(trained.data, allow_external=options.allow_external)
+            known = calibration_split(data, *where, contents, path, share)
             for note in calibration_notes(options.calibrate, known.n) if world.rank == 0 else ():
                 complain(note)
             calibrate(predictor.model, known, options.calibrate, predictor.dtype)
@@ -319,10 +326,9 @@ def _check_data(world: Any, control: Any, options: Options, contents: Any, split
     if world.rank == 0 and contents.data:
         trained = Identity.of(contents.data).train
         if other_scale(trained, here):
-            print(
+            complain(
                 f"warning: the samples of {options.dataset} have scaled values up to {here.most:.4g} ({here.dtype}), "
-                f"those trained on up to {trained.most:.4g} ({trained.dtype}): bring them to one scale",
-                file=sys.stderr,
+                f"those trained on up to {trained.most:.4g} ({trained.dtype}): bring them to one scale"
             )
 
 

@@ -104,10 +104,9 @@ def fit(
     x: (n, features), or images (n, height, width) or (n, channels, height, width), uint8 (0..255, divided by 255),
     other integers or floats; or a SciPy sparse matrix; with lengths (n,) sequences (n, steps, features), or tokens (n,
     steps). y (n,): integers, booleans or strings are labels, floating point numbers values, also (n, outputs). Without
-    x_test and y_test a fifth of the samples is held out for testing. model: mlp if not given. method: if not given psl
-    where the network can be partitioned, else data_parallel. out: a run directory,
-    with checkpoints; without it nothing is written. settings: all other options of `psmpi train`, such as optimizer or
-    weight_decay.
+    x_test and y_test a fifth of the samples is held out for testing. model: mlp if not given. method: if not given
+    one that trains the network on any number of ranks. out: a run directory, with checkpoints; without it nothing is
+    written. settings: all other options of `psmpi train`, such as optimizer or weight_decay.
 
     Raises UserError on all ranks, or ends the job where only some ranks meet an error, and KeyboardInterrupt after the
     step under way, when all is saved in `out`; other signals do after that what they did before.

@@ -1,15 +1,17 @@
 """Checkpoints: HDF5 files of named tensors in their global shapes, whatever ranks wrote or read them.
 
-`format` is the file, `contents` what it says of itself, `tensors` where what it holds lies in a flat vector. `writer`
-collects a checkpoint from the ranks, `build` is the process that writes it, `reader` gives each rank its shard.
+`format` is the file, `contents` what it says of itself, `soundness` whether all of that is true, `tensors` where what
+it holds lies in a flat vector. `writer` collects a checkpoint from the ranks, `build` is the process that writes it,
+`reader` gives each rank its shard.
 """
 
-from psmpi.checkpoint.contents import Contents, Progress, read_contents, validate
+from psmpi.checkpoint.contents import Contents, Progress, read_contents
 from psmpi.checkpoint.format import FORMAT, available, check_file, folder
 from psmpi.checkpoint.lock import Lock
 from psmpi.checkpoint.parallel import supported
 from psmpi.checkpoint.provenance import provenance
 from psmpi.checkpoint.reader import clear, find, load, load_space, load_tables, newest
+from psmpi.checkpoint.soundness import validate
 from psmpi.checkpoint.writer import Unsaved, Writer
 
 __all__ = [

@@ -21,7 +21,6 @@ from typing import IO, Any
 import h5py
 import numpy as np
 
-from psmpi.checkpoint.chunks import fletcher32
 from psmpi.checkpoint.contents import Contents
 from psmpi.checkpoint.format import (
     CHUNK,
@@ -31,10 +30,11 @@ from psmpi.checkpoint.format import (
     available,
     chunk_of,
     filters,
-    partial_of,
     seal,
 )
 from psmpi.checkpoint.tensors import Tensor
+from psmpi.files.fletcher import fletcher32
+from psmpi.files.whole import partial_of, sync
 from psmpi.layout import Stretch, copy_runs
 
 # Bytes of a spool between two runs of elements that are read with them, and bytes that are read at a time.
@@ -65,10 +65,9 @@ def write_file(
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_of(target)
-    # A link of either name would be written through.
+    # It would be written through.
     if target.parent.is_symlink():
         raise OSError(f"{target.parent} is a symbolic link, and checkpoints are written through none")
-    partial.unlink(missing_ok=True)
     tensors = {vector: contents.tensors(vector) for vector in vectors}
     texts = contents.texts()
     if not gzip:
@@ -76,7 +75,7 @@ def write_file(
         numbers += sum(prod(shape) * of.itemsize for _, shape, of, _ in tables)
         _need(target.parent, numbers + sum(map(len, texts.values())))
     try:
-        with h5py.File(partial, "w", userblock_size=HEADER, locking="best-effort") as file:
+        with h5py.File(partial, "x", userblock_size=HEADER, locking="best-effort") as file:
             file.attrs["format"] = FORMAT
             # Data sets, not attributes: these end at 64 kB.
             for name, text in texts.items():
@@ -89,16 +88,16 @@ def write_file(
                     _write_tensor(file, path, vector, tensor, dtype, read, gzip)
                 if done is not None:
                     done(vector)
-        _finish(target)
+        _finish(partial, target)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def _finish(target: Path) -> None:
+def _finish(partial: Path, target: Path) -> None:
     """Seal a file and give it its name."""
-    seal(partial_of(target))
-    os.replace(partial_of(target), target)
-    _sync(target.parent)
+    seal(partial)
+    os.replace(partial, target)
+    sync(target.parent)
 
 
 def _need(place: Path, nbytes: int) -> None:
@@ -165,14 +164,6 @@ def _write_table(
         slab = buffer[: min(rows, shape[0] - top)]
         get(top, slab)
         dataset[top : top + len(slab)] = slab
-
-
-def _sync(place: Path) -> None:
-    directory = os.open(place, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
 
 
 class SpoolSource:
@@ -305,10 +296,11 @@ def build(job: Mapping[str, Any], spool: int) -> None:
         write_file(target, contents, vectors, source.read, job["gzip"], tables, source.forget)
     else:
         # The ranks have written it together.
+        partial = Path(job["partial"])
         try:
-            _finish(target)
+            _finish(partial, target)
         finally:
-            partial_of(target).unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
     prune(target, job["keep"])
 
 

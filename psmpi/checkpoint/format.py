@@ -62,11 +62,6 @@ def available(out: Path) -> list[Path]:
     return sorted(path for path in found if NAME.fullmatch(path.name) and path.is_file())
 
 
-def partial_of(target: Path) -> Path:
-    """The name of a checkpoint while it is being written."""
-    return target.with_name(f".{target.name}.part")
-
-
 def digest(path: Path) -> tuple[int, str]:
     """Length and SHA-256 of what follows the header."""
     total, length = hashlib.sha256(), 0
@@ -80,7 +75,7 @@ def digest(path: Path) -> tuple[int, str]:
 
 def seal(path: Path) -> None:
     """Write the header of a finished HDF5 file and flush it to the disk."""
-    with path.open("r+b") as file:
+    with os.fdopen(os.open(path, os.O_RDWR | os.O_NOFOLLOW), "r+b") as file:
         # What is not on the disk yet goes there meanwhile.
         with ThreadPoolExecutor(1) as beside:
             flushed = beside.submit(os.fdatasync, file.fileno())

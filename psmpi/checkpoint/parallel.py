@@ -15,7 +15,7 @@ import h5py
 import numpy as np
 
 from psmpi.checkpoint.contents import Contents
-from psmpi.checkpoint.format import FORMAT, HEADER, as_data, chunk_of, filters, partial_of
+from psmpi.checkpoint.format import FORMAT, HEADER, as_data, chunk_of, filters
 from psmpi.checkpoint.selection import Ranges, Slab, find_parts
 from psmpi.checkpoint.tensors import Tensor
 from psmpi.comm.protocol import Communicator
@@ -49,7 +49,7 @@ def values_of(part: Slab, vector: np.ndarray) -> np.ndarray:
 
 def write_together(
     world: Communicator,
-    target: Path,
+    partial: Path,
     contents: Contents,
     vectors: Mapping[str, np.ndarray],
     owned: Mapping[str, Ownership],
@@ -57,14 +57,14 @@ def write_together(
     tables: Mapping[str, np.ndarray],
     rows: TableRows,
 ) -> None:
-    """Write the unsealed file beside `target`. All ranks of `world` call it.
+    """Write the unsealed file `partial`, which is not there yet. All ranks of `world` call it.
 
     vectors: this rank's local vector of each; `owned` says of each which rank has what, and each rank writes what it is
     the owner of record of. OSError where HDF5 cannot write.
     """
     collective = h5py.h5p.create(h5py.h5p.DATASET_XFER)
     collective.set_dxpl_mpio(h5py.h5fd.MPIO_COLLECTIVE)
-    with h5py.File(partial_of(target), "w", driver="mpio", comm=bare(world), userblock_size=HEADER) as file:
+    with h5py.File(partial, "x", driver="mpio", comm=bare(world), userblock_size=HEADER) as file:
         file.attrs["format"] = FORMAT
         for name, text in contents.texts().items():
             data = as_data(text)

@@ -8,10 +8,11 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from psmpi.checkpoint.contents import group_of, validate
+from psmpi.checkpoint.contents import group_of
 from psmpi.checkpoint.format import available, folder, open_file
 from psmpi.checkpoint.scan import damaged_parts
 from psmpi.checkpoint.selection import read_runs
+from psmpi.checkpoint.soundness import validate
 from psmpi.checkpoint.tensors import Tensor, held_runs, make_tensors
 from psmpi.errors import DamagedError, UserError
 from psmpi.layout import Layout, Runs, TableRows

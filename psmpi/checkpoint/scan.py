@@ -8,9 +8,17 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from itertools import product
+from math import prod
 from pathlib import Path
 
 import h5py
+
+from psmpi.files.examining import limited
+from psmpi.files.hdf5 import ForeignError, check_own, grid_of
+
+# Characters of a message of HDF5.
+SHOWN = 200
 
 
 def damaged_parts(path: Path) -> list[str]:
@@ -26,23 +34,54 @@ def damaged_parts(path: Path) -> list[str]:
 
 
 def scan(path: str) -> list[str]:
-    """A line for each data set whose checksum fails or that cannot be read."""
+    """A line for each data set whose checksum fails or that cannot be read; links are not followed."""
     found: list[str] = []
-
-    def read(name: str, item: h5py.Dataset | h5py.Group) -> None:
-        if isinstance(item, h5py.Dataset):
-            try:
-                item[...]
-            except (OSError, RuntimeError) as error:
-                found.append(f"{name}: {str(error).splitlines()[0]}")
-
     try:
         with h5py.File(path, "r", locking="best-effort") as file:
-            file.visititems(read)
-    except (OSError, RuntimeError) as error:
-        found.append(f"HDF5 cannot open it: {str(error).splitlines()[0]}")
+            waiting: list[tuple[str, h5py.Group]] = [("", file)]
+            seen = {h5py.h5o.get_info(file.id).addr}
+            while waiting:
+                above, group = waiting.pop()
+                for name in group:
+                    full = f"{above}{name}"
+                    try:
+                        if group.id.links.get_info(name.encode("utf-8", "surrogateescape")).type != h5py.h5l.TYPE_HARD:
+                            continue
+                        one = group[name]
+                        address = h5py.h5o.get_info(one.id).addr
+                        if isinstance(one, h5py.Group) and address not in seen:
+                            waiting.append((f"{full}/", one))
+                        elif isinstance(one, h5py.Dataset):
+                            _read(one)
+                        seen.add(address)
+                    except ERRORS as error:
+                        found.append(f"{full}: {_brief(error)}")
+    except ERRORS as error:
+        found.append(f"HDF5 cannot open it: {_brief(error)}")
     return found
 
 
+# What h5py raises for damaged files.
+ERRORS = (OSError, RuntimeError, KeyError, ValueError, TypeError, ForeignError)
+
+
+def _brief(error: Exception) -> str:
+    return str(error).splitlines()[0][:SHOWN] if str(error) else type(error).__name__
+
+
+def _read(dataset: h5py.Dataset) -> None:
+    """Read a data set chunk by chunk."""
+    check_own(dataset)
+    if dataset.chunks is None:
+        dataset[...]
+        return
+    wanted, there = prod(grid_of(dataset)), dataset.id.get_num_chunks()
+    if there != wanted:
+        raise ForeignError(f"{there:,} of its {wanted:,} chunks are there")
+    for at in product(*map(range, grid_of(dataset))):
+        dataset[tuple(slice(k * step, (k + 1) * step) for k, step in zip(at, dataset.chunks, strict=True))]
+
+
 if __name__ == "__main__":
-    print(json.dumps(scan(sys.argv[1])))
+    with limited(Path(sys.argv[1]).stat().st_size):
+        print(json.dumps(scan(sys.argv[1])))

@@ -17,16 +17,7 @@ from typing import IO, Any
 import numpy as np
 
 from psmpi.checkpoint.lock import Lock, inherit
-
-
-def _environment() -> dict[str, str]:
-    """The environment of the process: nothing of the launcher, as it is no rank, and one thread.
-
-    An h5py built with parallel HDF5 imports mpi4py, which must not start MPI there.
-    """
-    launcher = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "MPI_LOCAL", "HYDI_")
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(launcher)}
-    return {**kept, "MPI4PY_RC_INITIALIZE": "false", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+from psmpi.launcher import without_launcher
 
 
 class Spool:
@@ -66,7 +57,7 @@ class Spool:
             stderr=self.noise,
             pass_fds=(number, *inherit(self.lock)),
             text=True,
-            env=_environment(),
+            env={**without_launcher(os.environ), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
             # A signal that stops the run leaves it time to end what it writes; the end of its input ends it.
             start_new_session=True,
         )

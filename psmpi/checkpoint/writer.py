@@ -16,10 +16,11 @@ import numpy as np
 
 from psmpi.checkpoint.collect import Records, collect, row_pieces
 from psmpi.checkpoint.contents import Contents, Progress
-from psmpi.checkpoint.format import folder, partial_of
+from psmpi.checkpoint.format import folder
 from psmpi.checkpoint.lock import Lock
 from psmpi.checkpoint.spool import Spool
 from psmpi.comm.control import Control
+from psmpi.files.whole import partial_of, partials_of
 from psmpi.layout import Ownership, TableRows
 
 # Seconds that training waits for a checkpoint that is still being written when the next is due.
@@ -93,7 +94,7 @@ class Writer:
         contents = self._contents(scalars, progress)
         job: dict[str, Any] = {"target": str(self.target), "keep": self.keep}
         if self.parallel:
-            self._together(vectors, contents, tables)
+            job["partial"] = self._together(vectors, contents, tables)
         else:
             job |= {**self._copy(vectors, tables), "gzip": self.gzip}
             job["texts"] = contents.texts() if self.control.rank == 0 else {}
@@ -122,10 +123,8 @@ class Writer:
         """The shape of a table with the rows of all ranks."""
         return (self.rows.total, *table.shape[1:])
 
-    def _together(
-        self, vectors: Mapping[str, np.ndarray], contents: Contents, tables: Mapping[str, np.ndarray]
-    ) -> None:
-        """All ranks write the file, if rank 0 could make the folder and sees room."""
+    def _together(self, vectors: Mapping[str, np.ndarray], contents: Contents, tables: Mapping[str, np.ndarray]) -> str:
+        """All ranks write the file, if rank 0 could make the folder and sees room; its name until it is sealed."""
         from psmpi.checkpoint.parallel import write_together
 
         if self.control.rank == 0 and self.target is not None:
@@ -137,14 +136,16 @@ class Writer:
                     self._failed(f"No space left on device: {needed:,} bytes are needed, {free:,} are free")
             except OSError as error:
                 self._failed(str(error))
-        said = json.dumps([str(self.target or ""), contents.texts()]) if self.control.rank == 0 else ""
-        target, told = json.loads(self.control.share(said))
-        if target:
+        partial = str(partial_of(self.target)) if self.control.rank == 0 and self.target is not None else ""
+        said = json.dumps([partial, contents.texts()]) if self.control.rank == 0 else ""
+        partial, told = json.loads(self.control.share(said))
+        if partial:
             # Every rank must make the same data sets: the texts are rank 0's.
             contents = Contents.of(told)
             owned = {name: self.spaces.get(name, self.shards) for name in vectors}
-            with self.control.flight.task(f"writing the checkpoint {target} together"):
-                write_together(self.control.comm, Path(target), contents, vectors, owned, self.gzip, tables, self.rows)
+            with self.control.flight.task(f"writing the checkpoint {partial} together"):
+                write_together(self.control.comm, Path(partial), contents, vectors, owned, self.gzip, tables, self.rows)
+        return str(partial)
 
     def _copy(self, vectors: Mapping[str, np.ndarray], tables: Mapping[str, np.ndarray]) -> dict[str, Any]:
         """Bring all ranks' pieces to the spool; what is where in it.
@@ -264,7 +265,8 @@ class Writer:
             if self.target is not None:
                 # A process that was killed leaves it.
                 with contextlib.suppress(OSError):
-                    partial_of(self.target).unlink(missing_ok=True)
+                    for partial in partials_of(self.target):
+                        partial.unlink(missing_ok=True)
             self._failed(error)
         else:
             self.last_good, self.target, self.last_failed = self.target, None, False

@@ -15,7 +15,7 @@ from psmpi.optim import Hyper, find_optimizer, unused_settings
 from psmpi.registry import all_methods, find_method, method_names
 
 # Where things are, and what is said anew at each start.
-ANEW = ("data_dir", "max_steps", "new_data", "out", "resume", "stall_abort", "stall_warn")
+ANEW = ("allow_external", "data_dir", "max_steps", "new_data", "out", "resume", "stall_abort", "stall_warn")
 # What is of a GPU, and of the rate of an optimizer.
 OF_DEVICE = ("compute", "convolution", "gpu_aware", "nccl")
 OF_RATE = ("lr", "min_lr", "clip", *(one.name for one in fields(Hyper)))
@@ -90,7 +90,8 @@ def without_unused(config: Config, base: Config, said: Collection[str]) -> Confi
 def without_anew(config: Config) -> Config:
     """`config` as a run keeps it, without what each start says anew beside the number of steps."""
     names = {"new_data", "out", "resume", "stall_abort", "stall_warn"}
-    return replace(config, run=_by_default(config.run, Run(), names))
+    data = _by_default(config.data, Data(), {"allow_external"})
+    return replace(config, data=data, run=_by_default(config.run, Run(), names))
 
 
 def _by_default(section: Any, plain: Any, names: Collection[str]) -> Any:

@@ -53,13 +53,16 @@ class Data:
     the file."""
     batch_size: Annotated[Count, Least(1), FITTED] = NOT_GIVEN
     """Samples in a minibatch, over all replica rows; if not given 32, from 10,000 training samples on 100."""
+    allow_external: bool = False
+    """Let arrays of an HDF5 file lie in other files, which it names (links, virtual data sets): for files of your own
+    alone."""
     shuffle: bool = True
     """A new order of the samples each epoch, a function of (seed, epoch) alone; else the file's order."""
 
     @property
-    def source(self) -> tuple[str, str, int, int]:
+    def source(self) -> tuple[str, str, int, int, str, bool]:
         """What opens the data set, see `psmpi.data.open_dataset`."""
-        return self.dataset, self.data_dir, self.split_seed, self.context
+        return self.dataset, self.data_dir, self.split_seed, self.context, "", self.allow_external
 
 
 @dataclass(frozen=True)

@@ -184,6 +184,7 @@ def from_toml(text: str, where: str, foreign: bool = False) -> Config:
     """The reverse of to_toml; `where` names the text in errors.
 
     foreign: the text is that of a checkpoint, whose settings may be those of a method that is not installed here, and
-    may lack those that came later.
+    may lack those that came later. What reads other files is not for it to say.
     """
-    return from_table(parse_toml(text), UNSAID if foreign else Config(), where, foreign)
+    found = from_table(parse_toml(text), UNSAID if foreign else Config(), where, foreign)
+    return replace(found, data=replace(found.data, allow_external=False)) if foreign else found

@@ -53,7 +53,12 @@ def locate(name: str, data_dir: str | Path | None, tell: Callable[[str], None]) 
 
 
 def open_dataset(
-    name: str, data_dir: str | Path | None, split_seed: int = 0, context: int = CONTEXT, characters: str = ""
+    name: str,
+    data_dir: str | Path | None,
+    split_seed: int = 0,
+    context: int = CONTEXT,
+    characters: str = "",
+    external: bool = False,
 ) -> Dataset:
     """Open the data set `name`: digits (embedded), peaks (generated), mnist, cifar10, characters, a task, or a file.
 
@@ -63,7 +68,8 @@ def open_dataset(
     name images are sequences, see psmpi.data.sequences. A relative path is looked up in `data_dir` first, if
     given, and then in the current directory. The test samples of a file without any are a fifth of each class (of all
     samples in a regression), drawn with
-    `split_seed`, or with -1 every fifth sample, and of a text its last tenth. Reads the labels and checks the headers
+    `split_seed`, or with -1 every fifth sample, and of a text its last tenth. external: whether the arrays of an HDF5
+    file may lie in other files. Reads the labels and checks the headers
     and sizes of all files, but reads no samples; reads a text whole. Raises UserError for an unknown name, for missing
     files and for files of the wrong format, size or content.
     """
@@ -74,7 +80,7 @@ def open_dataset(
         return open_characters(suffix, split_seed)
     if suffix:
         _check_view(name, suffix)
-        return viewed(open_dataset(name, data_dir, split_seed, context), suffix)
+        return viewed(open_dataset(name, data_dir, split_seed, context, external=external), suffix)
     if name == "digits":
         return open_digits()
     if name == "peaks":
@@ -87,7 +93,7 @@ def open_dataset(
         return open_text(name, _locate(name, folder), context, characters)
     if is_svmlight(name):
         return open_svmlight(name, _locate(name, folder), split_seed)
-    path, keys, headers = _read_own(name, folder)
+    path, keys, headers = _read_own(name, folder, external)
     return build(name, path, keys, headers, split_seed)
 
 
@@ -100,10 +106,12 @@ def open_split(
     characters: str = "",
     predicted: bool = False,
     numbering: Numbering | None = None,
+    external: bool = False,
 ) -> Split:
     """The `train` or `test` samples of a data set, or `all` the samples x of a file, labelled or not (then -1).
 
-    context, characters: see `open_dataset`. numbering: of a text of sparse samples that belongs to another one.
+    context, characters, external: see `open_dataset`. numbering: of a text of sparse samples that belongs to another
+    one.
 
     predicted: whether they are to be predicted, so that errors can say how to do without targets. Raises UserError as
     open_dataset does.
@@ -113,7 +121,9 @@ def open_split(
         raise UserError(f"{name} has the splits train and test; `all` is for files of your own")
     if view and base not in DATASETS:
         _check_view(base, view)
-        return viewed_split(open_split(base, data_dir, split, split_seed, context, predicted=predicted), view, base)
+        return viewed_split(
+            open_split(base, data_dir, split, split_seed, context, predicted=predicted, external=external), view, base
+        )
     if is_text(base) and split == "all":
         return open_whole_text(_locate(name, _folder(data_dir)), context, characters)
     if is_svmlight(base):
@@ -124,7 +134,7 @@ def open_split(
     elif base in DATASETS or is_text(base):
         dataset = open_dataset(name, data_dir, split_seed, context, characters)
     else:
-        own = _read_own(name, _folder(data_dir))
+        own = _read_own(name, _folder(data_dir), external)
         if split == "all":
             return build_all(*own)
         dataset = build(name, *own, split_seed, predicted)
@@ -136,9 +146,9 @@ def _check_view(name: str, view: str) -> None:
         raise UserError(f"--dataset {name}:{view}: expected {' or '.join(f'{name}:{one}' for one in VIEWS)}, or {name}")
 
 
-def _read_own(name: str, folder: Path | None) -> tuple[Path, list[str], dict[str, Header]]:
+def _read_own(name: str, folder: Path | None, external: bool) -> tuple[Path, list[str], dict[str, Header]]:
     path = _locate(name, folder)
-    return path, *(read_npz(path) if path.suffix.lower() == ".npz" else read_hdf5(path))
+    return path, *(read_npz(path) if path.suffix.lower() == ".npz" else read_hdf5(path, external))
 
 
 def _folder(data_dir: str | Path | None) -> Path | None:

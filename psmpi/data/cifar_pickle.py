@@ -20,6 +20,10 @@ import numpy.typing as npt
 from psmpi.data.files import reading
 from psmpi.data.rows import InPieces, some_rows
 from psmpi.errors import UserError
+from psmpi.files import examiner
+
+# Operations of a pickle: a batch of 10,000 images has some tens of thousands.
+OPERATIONS = 500_000
 
 
 def _encode(text: str, encoding: str) -> bytes:
@@ -56,7 +60,8 @@ class _Array:
         match self.state:
             case (int(), tuple() as shape, _Dtype() as dtype, int(), _):
                 known = re.fullmatch("b1|[iu][1248]|f[248]", dtype.code)
-                return f"{np.dtype(dtype.code) if known else repr(dtype.code)[:40]} array of shape {str(shape)[:80]}"
+                plain = len(shape) <= 8 and all(type(size) is int and abs(size) < 2**63 for size in shape)
+                return f"{np.dtype(dtype.code) if known else 'odd'} array of shape {shape if plain else 'unknown'}"
         return "damaged array"
 
     def values(self, features: int) -> npt.NDArray[np.uint8] | None:
@@ -97,6 +102,9 @@ def _check_memory(content: bytes) -> None:
     One wrong bit is enough for that.
     """
     for count, (opcode, argument, _) in enumerate(pickletools.genops(content)):
+        # An object of one byte may take a hundred in memory.
+        if count > OPERATIONS:
+            raise pickle.UnpicklingError(f"it has more than {OPERATIONS:,} operations")
         if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and cast(int, argument) > count:
             raise pickle.UnpicklingError(f"it numbers an object {argument} that is the {count}th at most")
 
@@ -122,7 +130,8 @@ def _images(path: Path, pixels: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray
         raise UserError(f"{path}: found a pickled {type(batch).__name__}, expected a dict; fetch it again")
     data, labels = (batch.get(key.encode(), batch.get(key)) for key in ("data", "labels"))
     if data is None or labels is None:
-        raise UserError(f"{path}: found the keys {sorted(map(str, batch))}, expected data and labels; fetch it again")
+        names = [str(key)[:40] for key in batch if isinstance(key, str | bytes)][:10]
+        raise UserError(f"{path}: found the keys {names}, expected data and labels; fetch it again")
     values = data.values(pixels) if isinstance(data, _Array) else None
     if values is None:
         found = data if isinstance(data, _Array) else type(data).__name__
@@ -138,6 +147,11 @@ def _images(path: Path, pixels: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray
     return values, np.array([label if 0 <= label < 99 else 99 for label in labels], np.int64)
 
 
+def check_inside(path: Path, pixels: int) -> None:
+    """Raise UserError unless a batch is sound; to be called where that may take any time and memory."""
+    _images(path, pixels)
+
+
 @dataclass(frozen=True, eq=False)
 class PickleRows(InPieces):
     """Rows of one pickled batch, which is loaded whole for each read, as the format allows nothing else."""
@@ -148,7 +162,12 @@ class PickleRows(InPieces):
 
     @classmethod
     def open(cls, path: Path, features: int) -> tuple[PickleRows, npt.NDArray[np.int64]]:
-        """Open a batch; returns it and its labels, (n,) int64. Raises UserError unless it is sound."""
+        """Open a batch; returns it and its labels, (n,) int64. Raises UserError unless it is sound.
+
+        Another process unpickles it first, see psmpi.files.examiner.
+        """
+        with reading(path), path.open("rb"):
+            examiner.examine("psmpi.data.cifar_pickle:check_inside", path, pixels=features)
         labels = _images(path, features)[1]
         return cls(path, len(labels), features), labels
 

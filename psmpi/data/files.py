@@ -15,7 +15,7 @@ from psmpi.errors import UserError
 
 CHUNK_BYTES = 1 << 20
 # What may be unpacked into memory without a look at how far it was packed.
-UNPACKED_BYTES = 1 << 30
+UNPACKED_BYTES = 1 << 27
 # How far samples that were measured can be packed; gzip packs zeros a thousandfold.
 PACKED = 200
 

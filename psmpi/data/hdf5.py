@@ -17,8 +17,12 @@ from psmpi.data.arrays import Header
 from psmpi.data.files import ADVICE, described, reading, rows_per_chunk
 from psmpi.data.own import KEYS
 from psmpi.data.rows import InPieces, RowSource, some_rows, windows
-from psmpi.data.stored import check_stored
+from psmpi.data.stored import check_stored, is_unusual
 from psmpi.errors import UserError
+from psmpi.files import examiner
+
+# Links of a file to names in it that are followed one after the other.
+DEPTH = 8
 
 
 def _h5py() -> Any:
@@ -26,14 +30,36 @@ def _h5py() -> Any:
     return import_module("h5py")
 
 
-def read_hdf5(path: Path) -> tuple[list[str], dict[str, Header]]:
-    """The names of everything in the HDF5 file `path`, and headers of the arrays psmpi knows. UserError if damaged."""
+def _is_packed(array: Any) -> bool:
+    return bool(import_module("psmpi.files.packed").is_packed(array)) and not array.dtype.hasobject
+
+
+def _unpacker(array: Any) -> Any:
+    return import_module("psmpi.files.packed").Unpacker(array)
+
+
+def read_hdf5(path: Path, external: bool = False) -> tuple[list[str], dict[str, Header]]:
+    """The names of everything in the HDF5 file `path`, and headers of the arrays psmpi knows.
+
+    external: whether its arrays may lie in other files. UserError for a file that is damaged. Another process looks at
+    it first, see psmpi.files.examiner.
+    """
+    # A missing or locked file is none of its business.
+    with reading(path), path.open("rb") as file:
+        file.read(1)
+    examiner.examine("psmpi.data.hdf5:check_inside", path, external=external)
+    return _headers(path, external)
+
+
+def _headers(path: Path, external: bool) -> tuple[list[str], dict[str, Header]]:
     h5py = _h5py()
     with _opened(path) as file:
         keys = list(file)
         headers = {}
         for key in KEYS:
             if key in keys:
+                if not external:
+                    _check_links(path, file, key)
                 array = file.get(key)
                 link = file.get(key, getlink=True)
                 if array is None and isinstance(link, h5py.ExternalLink):
@@ -43,10 +69,51 @@ def read_hdf5(path: Path) -> tuple[list[str], dict[str, Header]]:
                     )
                 if not isinstance(array, h5py.Dataset) or array.shape is None:
                     raise UserError(f"{path}: {key} is a group, a dead link or empty; save an array under this name")
-                check_stored(path, key, array)
+                check_stored(path, key, array, external)
                 _check_attributes(path, key, array)
-                headers[key] = _header(path, key, array.shape, array.dtype)
+                headers[key] = _header(path, key, array.shape, array.dtype, external)
     return keys, headers
+
+
+def check_inside(path: Path, external: bool) -> None:
+    """Raise UserError as `read_hdf5` does; to be called where HDF5 may crash, or take more than there is.
+
+    What filters of packages pack is unpacked whole, once: what they make of it is not known before.
+    """
+    _, headers = _headers(path, external)
+    with _opened(path) as file:
+        for key in headers:
+            array = file[key]
+            if not array.is_virtual and is_unusual(array) and array.size:
+                step = rows_per_chunk(max(1, prod(array.shape[1:]) * array.dtype.itemsize))
+                for first in range(0, array.shape[0], step):
+                    array[first : first + step]
+
+
+def _check_links(path: Path, file: Any, key: str) -> None:
+    """UserError where `key` leads to another file; names of the file itself may lead on, up to DEPTH times."""
+    h5py, name = _h5py(), key
+    for _ in range(DEPTH):
+        parts = [part for part in name.split("/") if part not in ("", ".")]
+        group = file
+        for number, part in enumerate(parts):
+            link = group.get(part, getlink=True) if isinstance(group, h5py.Group) else None
+            if isinstance(link, h5py.ExternalLink):
+                raise UserError(
+                    f"{path}: {key} is a link to {link.path} in {link.filename}, another file, which a file of a "
+                    "stranger could choose: if this one is yours, add --allow-external, else save the array itself"
+                )
+            if isinstance(link, h5py.SoftLink):
+                before = "" if link.path.startswith("/") else "/".join(parts[:number])
+                name = "/".join([before, link.path, *parts[number + 1 :]])
+                break
+            if link is None:
+                # The array is not there, which is said elsewhere.
+                return
+            group = group[part]
+        else:
+            return
+    raise UserError(f"{path}: {key} is a link to links without end; save the array itself under this name")
 
 
 def _check_attributes(path: Path, key: str, array: Any) -> None:
@@ -95,13 +162,14 @@ def _explained(path: Path, error: OSError) -> UserError | None:
     return None
 
 
-def _header(path: Path, key: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Header:
+def _header(path: Path, key: str, shape: tuple[int, ...], dtype: np.dtype[Any], external: bool) -> Header:
     def source() -> RowSource:
-        return Hdf5Rows(path, key, shape, dtype)
+        return Hdf5Rows(path, key, shape, dtype, external)
 
     def values() -> npt.NDArray[Any]:
         with _opened(path) as file:
-            return np.asarray(file[key][()])
+            array = file[key]
+            return _unpacker(array).read() if _is_packed(array) else np.asarray(array[()])
 
     return Header(shape, dtype, source, values)
 
@@ -114,6 +182,7 @@ class Hdf5Rows(InPieces):
     key: str
     shape: tuple[int, ...]
     stored: np.dtype[Any]
+    external: bool = False
 
     @property
     def n(self) -> int:
@@ -130,7 +199,11 @@ class Hdf5Rows(InPieces):
             array = file[self.key]
             if array.shape != self.shape or array.dtype != self.stored:
                 raise UserError(f"{self.path}: {self.key} has changed since the file was opened; start again")
-            check_stored(self.path, self.key, array)
+            check_stored(self.path, self.key, array, self.external)
+            if _is_packed(array):
+                for i, values in _unpacker(array).pieces(rows):
+                    yield i, values.reshape(len(values), -1)
+                return
             for i, j in windows(rows, width):
                 first, last = int(rows[i]), int(rows[j - 1])
                 # A whole window and the wanted rows out of it: picking single rows takes HDF5 up to ten times

@@ -15,6 +15,7 @@ from typing import Any
 from psmpi.data.files import check_unpacked
 from psmpi.data.virtual import check_virtual
 from psmpi.errors import UserError
+from psmpi.files.hdf5 import KNOWN, filters_of, grid_of
 
 # Virtual arrays of virtual arrays, and so on: deeper ones are likely in a circle.
 DEPTH = 8
@@ -34,11 +35,11 @@ FILTERS = {
 }
 
 
-def check_stored(path: Path, key: str, array: Any, depth: int = 0) -> None:
+def check_stored(path: Path, key: str, array: Any, external: bool = False, depth: int = 0) -> None:
     """Raise UserError unless all values of the h5py data set `array`, the array `key` of `path`, can be read.
 
-    Refused are arrays in a raw file beside the HDF5 file, filters that are not installed, chunks that were never
-    written, and virtual arrays of which a source is missing, too short or itself not all there.
+    Refused are arrays in a raw file beside the HDF5 file, virtual ones unless `external` ones are allowed and all of
+    their sources are there and long enough, filters that are not installed, and chunks that were never written.
     """
     where = f"{path}: {key}"
     # Behind a link it lies in another file, which its own sources are beside.
@@ -49,9 +50,14 @@ def check_stored(path: Path, key: str, array: Any, depth: int = 0) -> None:
             f"the file itself: h5repack -l {key}:CONTI OLD NEW"
         )
     if array.is_virtual:
+        if not external:
+            raise UserError(
+                f"{where} is put together from other files, as {array.virtual_sources()[0].file_name}, which a file of "
+                "a stranger could choose: if this one is yours, add --allow-external"
+            )
         if depth == DEPTH:
             raise UserError(f"{where} is virtual, of virtual arrays without end; save the values themselves as {key}")
-        check_virtual(path, key, array, partial(check_stored, depth=depth + 1))
+        check_virtual(path, key, array, partial(check_stored, external=True, depth=depth + 1))
         return
     _check_filters(where, array)
     if not array.size:
@@ -62,7 +68,7 @@ def check_stored(path: Path, key: str, array: Any, depth: int = 0) -> None:
                 f"{where} was made and never written, and would be read as zeros; write its values, or the file anew"
             )
         return
-    wanted = prod(-(-size // chunk) for size, chunk in zip(array.shape, array.chunks, strict=True))
+    wanted = prod(grid_of(array))
     written = array.id.get_num_chunks()
     if written < wanted:
         raise UserError(
@@ -70,6 +76,11 @@ def check_stored(path: Path, key: str, array: Any, depth: int = 0) -> None:
             f"zeros; write the file anew to its end, or save the samples that are there"
         )
     check_unpacked(where, array.id.get_storage_size(), array.nbytes, "save it without compression")
+
+
+def is_unusual(array: Any) -> bool:
+    """Whether filters pack an array whose results have no bound that is known before they are unpacked."""
+    return not set(filters_of(array)) <= set(KNOWN)
 
 
 def _check_filters(where: str, array: Any) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,7 +24,7 @@ from psmpi.nn.model import Model
 from psmpi.nn.network import Network
 from psmpi.nn.sequences import find_padding
 from psmpi.nn.zoo import make_network
-from psmpi.output import tell
+from psmpi.output import complain, tell
 from psmpi.training.predictor import calibrate as calibrate_model
 from psmpi.training.predictor import calibration_notes, calibration_split, fetch
 
@@ -43,6 +42,7 @@ def export(
     calibrate: int = 0,
     dataset: str = "",
     data_dir: str = "",
+    allow_external: bool = False,
 ) -> int:
     """Write the weights for other programs: .npz or .safetensors (named tensors), or .onnx (the network itself).
 
@@ -58,6 +58,7 @@ def export(
             that are written with the weights, as those of psmpi.predict; .onnx needs them.
         dataset: The data set of the training, if its file has moved; for --calibrate.
         data_dir: Folder that holds the data set's files; the one of the training if not given.
+        allow_external: Let arrays of that data set lie in other files, which it names: for files of your own alone.
     """
     writers: dict[str, Callable[[Export], str]] = {".npz": _npz, ".safetensors": _safetensors, ".onnx": _onnx}
     if out.suffix not in writers:
@@ -73,9 +74,10 @@ def export(
         raise UserError(f"--calibrate: --model {network.name} has no batch normalization; leave the option out")
     model, split = None, None
     if calibrate:
-        split = calibration_split(trained.data, dataset, data_dir, opened.contents, opened.path)
+        data = replace(trained.data, allow_external=allow_external)
+        split = calibration_split(data, dataset, data_dir, opened.contents, opened.path)
         for note in calibration_notes(calibrate, split.n):
-            print(note, file=sys.stderr)
+            complain(note)
         model = make_model(opened, np.dtype(np.float32))
         calibrate_model(model, split, calibrate, np.dtype(np.float32))
     elif network.normalized and out.suffix == ".onnx":
@@ -84,10 +86,9 @@ def export(
             "each: add --calibrate 10000, which fixes the statistics of so many training samples"
         )
     elif network.normalized:
-        print(
+        complain(
             "note: the weights alone, without the statistics of batch normalization: add --calibrate 10000 for those "
-            "of so many training samples",
-            file=sys.stderr,
+            "of so many training samples"
         )
     try:
         said = writers[out.suffix](Export(opened, out, model, split))

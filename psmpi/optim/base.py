@@ -55,6 +55,8 @@ class Optimizer:
             raise UserError(f"dtype {self.dtype}: weights are optimized in float32 or float64, choose one of these")
         self.vectors: dict[str, np.ndarray] = {name: self.ops.zeros(n, self.dtype) for name in names}
         self.scalars: dict[str, float | int] = {}
+        # The least and the largest value of scalars that not every number from 0 up can be.
+        self.ranges: dict[str, tuple[float, float]] = {}
         # What a step works in: two chunks, or vectors.
         self.scratch = np.empty((2, 0), self.dtype)
         self.work: tuple[np.ndarray, ...] = ()

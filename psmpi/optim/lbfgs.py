@@ -61,6 +61,7 @@ class LBFGS(Optimizer):
         super().__init__(n, dtype, names=tuple(f"{kind}{k}" for k in range(history) for kind in "sy"), ops=ops)
         self.history, self.max_evals, self.weight_decay = history, max_evals, float(weight_decay)
         self.scalars.update(count=0, head=0, pairs_taken=0, curvature=0.0, failed_searches=0)
+        self.ranges.update(count=(0, history), head=(0, history - 1))
         # w and g where the search starts, its direction, and g at the best point so far.
         self.work = tuple(self.ops.empty(n, self.dtype) for _ in range(4))
         self.start, self.start_g, self.direction, self.best_g = self.work

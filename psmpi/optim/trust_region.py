@@ -19,6 +19,9 @@ from psmpi.optim.curvature.recursion import OMEGA, recurse
 from psmpi.optim.globalization import TrustRegion
 from psmpi.optim.truncated_cg import truncated_cg
 
+# The least and the largest number that is more than 0.
+POSITIVE = (5e-324, 1e300)
+
 
 class TrustRegionQuasiNewton(Optimizer):
     """One step: conjugate gradients on the model inside the radius, and the weights move if the loss falls enough.
@@ -46,6 +49,7 @@ class TrustRegionQuasiNewton(Optimizer):
         super().__init__(n, dtype, names=tuple(f"{kind}{k}" for k in range(history) for kind in "sy"), ops=ops)
         self.history, self.weight_decay = history, float(weight_decay)
         self.scalars.update(count=0, head=0, radius=1.0, sigma=1.0, failures=0, failed_steps=0, products=0)
+        self.ranges.update(count=(0, history), head=(0, history - 1), radius=POSITIVE, sigma=POSITIVE)
         self.work = tuple(self.ops.empty(n, self.dtype) for _ in range(6))
         self.start, self.start_g, self.x, self.r, self.p, self.q = self.work
         # Rows 0, 1, ...: the s by slot, then the y; the products of these with each other, and W. They follow from

@@ -14,6 +14,7 @@ from typing import Any
 from psmpi import checkpoint
 from psmpi.checkpoint import Lock
 from psmpi.errors import UserError
+from psmpi.files.whole import written
 from psmpi.output import legible
 
 CONFIG, METRICS = "config.toml", "metrics.jsonl"
@@ -210,16 +211,8 @@ class RunFolder:
 
     def _replace(self, path: Path, text: str) -> None:
         """Write a file whole or not at all; a link of its name is replaced, not followed."""
-        part = path.with_name(f".{path.name}.part")
-        part.unlink(missing_ok=True)
-        try:
-            with part.open("x", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+        with written(path) as file:
+            file.write(text.encode())
 
 
 def _unwritable(out: Path, error: Exception) -> UserError:

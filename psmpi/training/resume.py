@@ -44,7 +44,9 @@ def own_settings(resume: str, out: str) -> Base | None:
     else:
         return None
     run = replace(found.run, out=out, resume=resume, new_data=False, max_steps=0)
-    return Base(replace(found, run=run), str(path))
+    # It is said anew, or not.
+    data = replace(found.data, allow_external=False)
+    return Base(replace(found, run=run, data=data), str(path))
 
 
 @contextmanager
@@ -146,7 +148,10 @@ def restore(method: Method, path: Path, contents: Contents, config: Config, step
             reason = f"the checkpoint's optimizer has {has}, these settings have {want}"
     there = {"weights"} if reason else contents.vectors | {"weights"}
     taken = {name: vector for name, vector in vectors.items() if name in there}
-    state.update(contents.scalars, state.own if reason else state.scalars.keys())
+    try:
+        state.update(contents.scalars, state.own if reason else state.scalars.keys())
+    except ValueError as error:
+        raise UserError(f"checkpoint {path}, scalars: {error}; use another one") from None
     spaces = {
         name: space
         for name, space in state.spaces.items()

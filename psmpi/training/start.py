@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -30,6 +31,7 @@ from psmpi.data.compressed import Compressed
 from psmpi.data.compressed_rows import CompressedRows
 from psmpi.data.rows import ArrayRows, RowSource
 from psmpi.errors import UserError, layers_in
+from psmpi.files.examiner import examined
 from psmpi.nn.zoo import make_network
 from psmpi.registry import find_method
 from psmpi.training.checks import check_margin, check_sequences, notes
@@ -179,7 +181,9 @@ def _open(
         return given, identify(given, share, prints)
     with control.flight.task(f"reading the data set {config.data.dataset}"):
         name = of_rank(config.data.dataset, control.rank)
-        dataset = open_dataset(*replace(config.data, dataset=name).source)
+        # The first rank of a host lets another process look at a stranger's file.
+        with examined("not") if share[0] else nullcontext():
+            dataset = open_dataset(*replace(config.data, dataset=name).source)
         return _recorded(dataset, control), identify(dataset, share, prints)
 
 

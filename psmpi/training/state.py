@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 
 import numpy as np
 
@@ -89,6 +90,7 @@ class State:
         self.table_mirrors: list[Mirror] = []
         self.spaces: dict[str, Space] = {}
         self.scalars: dict[str, float | int] = {}
+        self.ranges: dict[str, tuple[float, float]] = {}
         self.tables: dict[str, np.ndarray] = {}
         self.rows, self.lost = TableRows(), ""
         self.own: set[str] = set()
@@ -140,7 +142,7 @@ class State:
         for name, vector in optimizer.vectors.items():
             self.vector(name, vector)
         self.account.ask("optimizer", lambda: optimizer.arrays)
-        self.scalars = optimizer.scalars
+        self.scalars, self.ranges = optimizer.scalars, optimizer.ranges
 
     def scalar(self, name: str, value: float | int) -> None:
         """Declare a number of the method's, the same on every rank."""
@@ -209,8 +211,18 @@ class State:
                 entry.after()
 
     def update(self, scalars: Mapping[str, float | int], names: Collection[str]) -> None:
-        """Take the scalars of some names from a checkpoint, as far as both have them."""
-        self.scalars.update({k: v for k, v in scalars.items() if k in names and k in self.scalars})
+        """Take the scalars of some names from a checkpoint, as far as both have them.
+
+        ValueError for one that cannot be what it is called: a count that is not whole, or a number out of its range.
+        """
+        for name in names:
+            if name in scalars and name in self.scalars:
+                value, (low, high) = scalars[name], self.ranges.get(name, (0, inf))
+                counts = isinstance(self.scalars[name], int)
+                if not low <= value <= high or (counts and not isinstance(value, int)):
+                    kind = "a whole number" if counts else "a number"
+                    raise ValueError(f"{name} is {value}, and should be {kind} from {low:g} to {high:g}")
+                self.scalars[name] = value
 
 
 def fetch(mirrors: Collection[Mirror]) -> None:

@@ -50,7 +50,7 @@ def test_only_comm_speaks_to_mpi():
 
 def test_modules_import_from_floors_below_only():
     """Floors: backend and layout, then nn, optim and data, config, comm, checkpoint, training, methods, commands."""
-    floors = [("errors", "metrics", "launcher"), ("output",), ("registry",), ("backend",), ("layout",),
+    floors = [("errors", "metrics", "launcher"), ("output", "files"), ("registry",), ("backend",), ("layout",),
               ("nn", "optim", "data"), ("config",), ("comm",), ("checkpoint",), ("training",), ("methods",),
               ("cost",), ("command",), ("train", "plan", "bench", "inspect", "predict", "plot"),
               ("arrays",), ("submit", "sklearn", "torch"),

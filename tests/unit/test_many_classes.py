@@ -18,11 +18,11 @@ from psmpi.backend import NumpyOps
 from psmpi.checkpoint import Contents
 from psmpi.checkpoint import build as building
 from psmpi.checkpoint.build import SpoolSource, write_file
-from psmpi.checkpoint.chunks import fletcher32
 from psmpi.checkpoint.collect import Records
 from psmpi.checkpoint.format import seal
 from psmpi.checkpoint.tensors import make_tensors
 from psmpi.errors import UserError
+from psmpi.files.fletcher import fletcher32
 from psmpi.layout import Classes, Each, Layout, Runs, assign_roles, copy_runs, plan_moves, restrict
 from psmpi.nn.init import initial_weights
 from psmpi.nn.layers.linear import LinearPart

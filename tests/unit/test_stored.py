@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import pytest
 from psmpi.data import open_dataset, open_split
 from psmpi.errors import UserError
 
+# Virtual arrays and links to other files are for files of one's own alone.
+opened = partial(open_dataset, external=True)
 KEYS = ("x", "y", "x_test", "y_test")
 RNG = np.random.default_rng(0)
 X, Y = RNG.random((20, 3)).astype(np.float32), np.arange(20) % 4
@@ -22,7 +25,7 @@ ARRAYS = {"x": X, "y": Y, "x_test": X + 1, "y_test": Y[::-1].copy()}
 
 
 def refused(path: Path, *fragments: str) -> None:
-    for opening in (lambda: open_dataset(str(path), None), lambda: open_split(str(path), None, "all")):
+    for opening in (lambda: opened(str(path), None), lambda: open_split(str(path), None, "all", external=True)):
         with pytest.raises(UserError) as caught:
             opening()
         for fragment in (str(path), *fragments):
@@ -67,7 +70,7 @@ def test_chunks_that_were_never_written_are_refused(tmp_path: Path, key: str) ->
         refused(path, f"{key} is not all there: 7 of 10 chunks were written", "write the file anew")
         with h5py.File(path, "a") as file:
             file[key][:] = values
-        assert np.array_equal(open_dataset(str(path), None).test.read(np.arange(20)), X + 1)
+        assert np.array_equal(opened(str(path), None).test.read(np.arange(20)), X + 1)
 
 
 @pytest.mark.parametrize("key", KEYS)
@@ -90,7 +93,7 @@ def test_zeros_that_were_written_are_samples(tmp_path: Path) -> None:
         del file["y_test"]
         made = h5py.h5d.create(file.id, b"y_test", h5py.h5t.NATIVE_INT64, h5py.h5s.create_simple((20,)), compact)
         h5py.Dataset(made)[...] = 0
-    data = open_dataset(str(tmp_path / "own.h5"), None)
+    data = opened(str(tmp_path / "own.h5"), None)
     assert not data.train.read(np.arange(20)).any() and not data.test.labels.any()
 
 
@@ -103,7 +106,7 @@ def test_a_hundred_thousand_chunks_are_counted_quickly_and_not_read(
     read, real = [], h5py.Dataset.__getitem__
     monkeypatch.setattr(h5py.Dataset, "__getitem__", lambda self, *at: read.append(self.name) or real(self, *at))
     began = time.perf_counter()
-    assert open_dataset(str(tmp_path / "own.h5"), None).train.n == 80_000
+    assert opened(str(tmp_path / "own.h5"), None).train.n == 80_000
     # 0.1 s where nothing else runs.
     assert time.perf_counter() - began < 5 and read == ["/y"]
 
@@ -112,7 +115,7 @@ def test_a_hundred_thousand_chunks_are_counted_quickly_and_not_read(
 def test_virtual_arrays_whose_sources_are_there_are_read(tmp_path: Path, key: str) -> None:
     with write(tmp_path / "own.h5", key) as file:
         virtual(file, key, parts(tmp_path, key), 20)
-    data = open_dataset(str(tmp_path / "own.h5"), None)
+    data = opened(str(tmp_path / "own.h5"), None)
     assert np.array_equal(data.train.read(np.arange(20)), X) and np.array_equal(data.train.labels, Y)
     assert np.array_equal(data.test.read(np.arange(20)), X + 1) and np.array_equal(data.test.labels, Y[::-1])
 
@@ -137,16 +140,16 @@ def test_virtual_sources_are_looked_for_where_hdf5_does(tmp_path: Path, monkeypa
             virtual(file, "x", names, 20)
     rows = np.arange(20)
     # By an absolute name and, when that is gone, by the last part of it beside the file.
-    assert np.array_equal(open_dataset(str(tmp_path / "far" / "own.h5"), None).train.read(rows), X)
+    assert np.array_equal(opened(str(tmp_path / "far" / "own.h5"), None).train.read(rows), X)
     (tmp_path / "far").rename(tmp_path / "moved")
-    assert np.array_equal(open_dataset(str(tmp_path / "moved" / "own.h5"), None).train.read(rows), X)
+    assert np.array_equal(opened(str(tmp_path / "moved" / "own.h5"), None).train.read(rows), X)
     near = tmp_path / "near" / "own.h5"
     refused(near, "first.h5 (and 1 more)", "HDF5_VDS_PREFIX")
     monkeypatch.setenv("HDF5_VDS_PREFIX", str(tmp_path / "moved"))
-    assert np.array_equal(open_dataset(str(near), None).train.read(rows), X)
+    assert np.array_equal(opened(str(near), None).train.read(rows), X)
     monkeypatch.delenv("HDF5_VDS_PREFIX")
     monkeypatch.chdir(tmp_path / "moved")
-    assert np.array_equal(open_dataset(str(near), None).train.read(rows), X)
+    assert np.array_equal(opened(str(near), None).train.read(rows), X)
 
 
 def test_virtual_sources_that_lack_something_are_named(tmp_path: Path) -> None:
@@ -162,7 +165,7 @@ def test_virtual_sources_that_lack_something_are_named(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "second.h5", "w") as file:
         file.create_dataset("part", (8, 3), np.float32)
     with pytest.raises(UserError, match=r"second\.h5: part was made and never written"):
-        open_dataset(str(path), None)
+        opened(str(path), None)
     with h5py.File(tmp_path / "second.h5", "w") as file:
         file["other"] = X[12:]
     refused(path, "second.h5 has no array part")
@@ -176,7 +179,7 @@ def test_virtual_arrays_of_parts_of_arrays_are_read(tmp_path: Path) -> None:
     layout[1::2] = h5py.VirtualSource("wide.h5", "all", (20, 6), np.float32)[1::2, :3]
     with write(tmp_path / "own.h5", "x") as file:
         file.create_virtual_dataset("x", layout)
-    assert np.array_equal(open_dataset(str(tmp_path / "own.h5"), None).train.read(np.arange(20)), X)
+    assert np.array_equal(opened(str(tmp_path / "own.h5"), None).train.read(np.arange(20)), X)
     with h5py.File(tmp_path / "wide.h5", "w") as file:
         file["all"] = np.hstack([X, X])[:19]
     refused(tmp_path / "own.h5", "takes more from all", "(19, 6)")
@@ -213,7 +216,7 @@ def test_virtual_arrays_of_unlimited_size_are_read(tmp_path: Path, key: str) -> 
     for step in (1, 2, 3):
         with write(path, key) as file:
             growing(file, key, {f"{k}.h5": values[k::step] for k in range(step)}, step)
-        data = open_dataset(str(path), None)
+        data = opened(str(path), None)
         assert np.array_equal(data.train.read(np.arange(20)), X) and np.array_equal(data.test.labels, Y[::-1])
         assert np.array_equal(data.test.read(np.arange(20)), X + 1) and np.array_equal(data.train.labels, Y)
     # One source is shorter than the others, or was not written to its end.
@@ -225,7 +228,7 @@ def test_virtual_arrays_of_unlimited_size_are_read(tmp_path: Path, key: str) -> 
             "part", (7, *values.shape[1:]), values.dtype, maxshape=(None, *values.shape[1:]), chunks=True
         )
     with pytest.raises(UserError, match=r"1\.h5: part is not all there"):
-        open_dataset(str(path), None)
+        opened(str(path), None)
     (tmp_path / "1.h5").unlink()
     refused(path, f"{key} is put together from 3 other files, and 1.h5 is not there")
 
@@ -240,7 +243,7 @@ def test_virtual_arrays_of_numbered_files_are_read(tmp_path: Path, key: str, pat
             file["part"] = values[5 * k : 5 * k + 5]
     with write(path, key) as file:
         numbered(file, key, pattern, 5)
-    data = open_dataset(str(path), None)
+    data = opened(str(path), None)
     assert np.array_equal(data.train.read(np.arange(20)), X) and np.array_equal(data.test.labels, Y[::-1])
     assert np.array_equal(data.test.read(np.arange(20)), X + 1) and np.array_equal(data.train.labels, Y)
     # HDF5 ends at the first one that is not there, or has not its array.
@@ -248,7 +251,7 @@ def test_virtual_arrays_of_numbered_files_are_read(tmp_path: Path, key: str, pat
     refused(path, f"{key} is put together from files named {pattern}, and ends before {names[2]}", names[3], "bring it")
     (tmp_path / names[3]).unlink()
     with pytest.raises(UserError, match="expected one label a sample" if key.startswith("x") else "10 labels in y"):
-        open_dataset(str(path), None)
+        opened(str(path), None)
     with h5py.File(tmp_path / names[2], "w") as file:
         file["other"] = values[:5]
     refused(path, f"ends before {names[2]}, which has no array part")
@@ -265,7 +268,7 @@ def test_virtual_arrays_of_numbered_arrays_are_read(tmp_path: Path) -> None:
         with h5py.File(tmp_path / name, "a") as file:
             for k in range(2):
                 file[f"%/part-{k}"] = X[10 * k : 10 * k + 10]
-        assert np.array_equal(open_dataset(str(tmp_path / "own.h5"), None).train.read(np.arange(20)), X)
+        assert np.array_equal(opened(str(tmp_path / "own.h5"), None).train.read(np.arange(20)), X)
     with h5py.File(tmp_path / "own.h5", "a") as file:
         del file["%/part-0"]
     refused(tmp_path / "own.h5", "has no array %/part-0")
@@ -293,7 +296,7 @@ def test_virtual_arrays_behind_a_link_are_beside_their_own_sources(tmp_path: Pat
         file.create_virtual_dataset("x", layout)
     with write(tmp_path / "own.h5", leave_out="x") as file:
         file["x"] = h5py.ExternalLink("sub/joined.h5", "/x")
-    split = open_dataset(str(tmp_path / "own.h5"), None).train
+    split = opened(str(tmp_path / "own.h5"), None).train
     assert np.array_equal(split.read(np.arange(split.n)), X)
 
 
@@ -302,13 +305,13 @@ def test_virtual_arrays_in_a_circle_are_refused(tmp_path: Path) -> None:
         with write(tmp_path / name, "x") as file:
             virtual(file, "x", {other: 20}, 20, "x")
     with pytest.raises(UserError, match=r"(own|other)\.h5: x is virtual, of virtual arrays without end"):
-        open_dataset(str(tmp_path / "own.h5"), None)
+        opened(str(tmp_path / "own.h5"), None)
 
 
 def test_a_source_that_goes_after_opening_is_told_when_it_is_read(tmp_path: Path) -> None:
     with write(tmp_path / "own.h5", "x") as file:
         virtual(file, "x", parts(tmp_path, "x"), 20)
-    data = open_dataset(str(tmp_path / "own.h5"), None)
+    data = opened(str(tmp_path / "own.h5"), None)
     (tmp_path / "second.h5").unlink()
     with pytest.raises(UserError, match=r"second\.h5 is not there"):
         data.train.read([0])
@@ -329,7 +332,7 @@ def test_links_to_other_files_are_followed_or_named(tmp_path: Path) -> None:
         file["part"] = X
     with write(tmp_path / "own.h5", "x") as file:
         file["x"] = h5py.ExternalLink("whole.h5", "/part")
-    assert np.array_equal(open_dataset(str(tmp_path / "own.h5"), None).train.read(np.arange(20)), X)
+    assert np.array_equal(opened(str(tmp_path / "own.h5"), None).train.read(np.arange(20)), X)
     (tmp_path / "whole.h5").unlink()
     refused(tmp_path / "own.h5", "x is a link to /part in whole.h5, which is not there")
     with write(tmp_path / "own.h5", "x") as file:
@@ -351,7 +354,7 @@ def test_a_filter_that_is_not_installed_is_named(tmp_path: Path) -> None:
             x.write_direct_chunk((0, 0), X.tobytes(), used)
         if ends:
             refused(path, "x is packed by the HDF5 filter 32013 (zfp)", "pip install hdf5plugin", "h5repack -f GZIP")
-    assert np.array_equal(open_dataset(str(path), None).train.read(np.arange(20)), X)
+    assert np.array_equal(opened(str(path), None).train.read(np.arange(20)), X)
 
 
 def test_a_file_that_is_being_written_is_told_so(tmp_path: Path) -> None:
@@ -375,7 +378,7 @@ def test_a_wrong_checksum_of_a_chunk_is_damage(tmp_path: Path) -> None:
     content = bytearray((tmp_path / "own.h5").read_bytes())
     content[at + 5] ^= 4
     (tmp_path / "own.h5").write_bytes(content)
-    data = open_dataset(str(tmp_path / "own.h5"), None)
+    data = opened(str(tmp_path / "own.h5"), None)
     with pytest.raises(UserError, match=r"own\.h5: the file is damaged .*filter returned failure"):
         data.train.read([0])
 
@@ -383,7 +386,7 @@ def test_a_wrong_checksum_of_a_chunk_is_damage(tmp_path: Path) -> None:
 def test_files_that_only_repeat_themselves_are_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with write(tmp_path / "own.h5", "y") as file:
         file.create_dataset("y", data=np.zeros(20, np.int64), chunks=(20,), compression="gzip")
-    assert open_dataset(str(tmp_path / "own.h5"), None).outputs == 4
+    assert opened(str(tmp_path / "own.h5"), None).outputs == 4
     monkeypatch.setattr("psmpi.data.files.UNPACKED_BYTES", 100)
     monkeypatch.setattr("psmpi.data.files.PACKED", 5)
     refused(tmp_path / "own.h5", "y: ", "bytes that would unpack to 160", "save it without compression")
@@ -406,4 +409,4 @@ def test_values_that_are_stored_scaled_are_refused(tmp_path: Path, key: str) -> 
         refused(tmp_path / "own.h5", f"{key} has the attribute {name} = {value}", "save the scaled values")
         with write(tmp_path / "own.h5") as file:
             file[key].attrs[name] = fine
-        assert open_dataset(str(tmp_path / "own.h5"), None).train.n == 20
+        assert opened(str(tmp_path / "own.h5"), None).train.n == 20

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import hmac
-import os
 import socket
 import struct
 import threading
@@ -15,6 +14,8 @@ from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+from psmpi.files.whole import written
 
 MAGIC = b"psw1"
 HEAD = struct.Struct("!4sBII")
@@ -156,12 +157,8 @@ class Courier:
                 self.folder.mkdir(exist_ok=True)
         for name in list(self.leaving):
             data, path = self.leaving.pop(name), self.folder / name
-            part = path.with_name(f".{name}.part")
-            with contextlib.suppress(OSError):
-                part.unlink(missing_ok=True)
-                with part.open("xb") as file:
-                    file.write(data)
-                os.replace(part, path)
+            with contextlib.suppress(OSError), written(path, flushed=False) as file:
+                file.write(data)
         with contextlib.suppress(OSError):
             for path in sorted(self.folder.glob(f"{self.rank}-*-*")):
                 with path.open("rb") as file:

@@ -42,6 +42,7 @@ from psmpi.comm.watch.monitor import LIMIT, Monitor, Patience, heartbeat, pack_f
 from psmpi.comm.watch.process import Process, kill_later, show_stacks, wake_children
 from psmpi.comm.watch.stalls import to_table
 from psmpi.comm.world import abort
+from psmpi.files.whole import written
 
 # Seconds in which datagrams are tried before files; that a folder gets to take the flights; that the thread gets to
 # end; and after which a rank that has shown its stacks ends by itself.
@@ -298,14 +299,8 @@ class Watch:
 
 def write_flights(folder: Path, tables: Sequence[Mapping[str, Any]]) -> None:
     """Write the flights of all ranks, a line each, whole or not at all."""
-    part = folder / f".{FLIGHTS}.part"
-    part.unlink(missing_ok=True)
-    try:
-        with part.open("x", encoding="utf-8") as file:
-            file.writelines(json.dumps(table) + "\n" for table in tables)
-        os.replace(part, folder / FLIGHTS)
-    finally:
-        part.unlink(missing_ok=True)
+    with written(folder / FLIGHTS, flushed=False) as file:
+        file.writelines(json.dumps(table).encode() + b"\n" for table in tables)
 
 
 def _complain(lines: list[str]) -> None:

@@ -1,0 +1,195 @@
+"""What makes a checkpoint one that can be used: its digest, and that all it says of itself is true.
+
+HDF5 looks at a stranger's file in another process first, see psmpi.files.examiner, and finds there every object, every
+chunk and every text that is read later on.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from math import prod
+from pathlib import Path
+
+import h5py
+
+from psmpi.checkpoint.contents import TABLES, TEXTS, Contents, read_contents
+from psmpi.checkpoint.format import check_file, open_file
+from psmpi.config import from_toml
+from psmpi.errors import DamagedError, UserError
+from psmpi.files import examiner
+from psmpi.files.hdf5 import DEFLATE, FLETCHER, SHUFFLE, ForeignError, check_stored, chunks_of, filters_of
+from psmpi.files.packed import Unpacker
+from psmpi.nn.zoo import make_network
+
+# What filters a data set may have, in their order.
+FILTERS: tuple[list[int], ...] = ([], [FLETCHER], [SHUFFLE, DEFLATE], [SHUFFLE, DEFLATE, FLETCHER])
+
+
+def validate(path: Path) -> Contents:
+    """The contents of a file, after a look at all of it. Errors as those of `check_file` and `read_contents`.
+
+    A file that is as it was at the last call is not looked at again.
+    """
+    try:
+        now = path.stat()
+    except OSError:
+        return _validate(path, ())
+    return _validate(path, (now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns))
+
+
+@lru_cache(maxsize=2)
+def _validate(path: Path, state: tuple[int, ...]) -> Contents:
+    """`validate`; state: what changes when the file does."""
+    check_file(path)
+    examiner.examine("psmpi.checkpoint.soundness:check_inside", path)
+    return read_contents(path)
+
+
+def check_inside(path: Path) -> None:
+    """DamagedError for a file whose digest is right, and that has not what psmpi writes, or more."""
+    nbytes = path.stat().st_size
+    try:
+        with open_file(path) as file:
+            objects = _objects(file, nbytes)
+            groups = {name for name, one in objects.items() if isinstance(one, h5py.Group)}
+            contents = read_contents(path)
+            tensors = _check_tensors(contents, objects)
+            _check_tables(objects)
+            known = {*TEXTS, *tensors}
+            others = [
+                name for name in objects if name not in known and name not in groups and not name.startswith(TABLES)
+            ]
+            if others:
+                raise ForeignError(f": {others[0]} is nothing that a checkpoint has")
+    except ForeignError as error:
+        raise DamagedError(f"checkpoint {path}{error}; use another one") from None
+    except (DamagedError, UserError, MemoryError):
+        raise
+    # What h5py raises for headers and links that are damaged, or that it does not know.
+    except Exception as error:
+        raise DamagedError(f"checkpoint {path} cannot be read ({repr(error)[:200]}); use another one") from None
+    _check_network(path, contents)
+
+
+def _objects(file: h5py.File, nbytes: int) -> dict[str, h5py.Group | h5py.Dataset]:
+    """The groups and data sets of a file by path, all of which lie in it, once; ForeignError for others."""
+    found: dict[str, h5py.Group | h5py.Dataset] = {}
+    addresses, waiting, total = {h5py.h5o.get_info(file.id).addr}, [("", file)], 0
+    while waiting:
+        path, group = waiting.pop()
+        links = group.id.links
+        for name in list(group):
+            full = f"{path}{name}"
+            if links.get_info(name.encode("utf-8", "surrogateescape")).type != h5py.h5l.TYPE_HARD:
+                raise ForeignError(f": {full} is a link, which may lead to another file")
+            one = group[name]
+            address = h5py.h5o.get_info(one.id).addr
+            if address in addresses or not isinstance(one, h5py.Group | h5py.Dataset):
+                raise ForeignError(f": {full} is another name of an object, or no data")
+            addresses.add(address)
+            found[full] = one
+            if isinstance(one, h5py.Group):
+                waiting.append((f"{full}/", one))
+            else:
+                total += _check_dataset(full, one, nbytes)
+    if total > nbytes:
+        raise ForeignError(f" has {total:,} bytes of data sets in a file of {nbytes:,}")
+    return found
+
+
+def _check_dataset(path: str, dataset: h5py.Dataset, nbytes: int) -> int:
+    """The bytes of a data set in the file; ForeignError for one that is not as psmpi writes it."""
+    try:
+        check_stored(dataset, nbytes)
+        dtype = dataset.dtype
+        if h5py.check_string_dtype(dtype) is not None:
+            if dtype.itemsize > nbytes or dataset.shape != (1,) or path not in TEXTS:
+                raise ForeignError("is a text in a wrong place, or of a wrong length")
+        elif dtype.kind not in "fiu" or dtype.itemsize > 8:
+            raise ForeignError(f"holds {dtype}, and no numbers")
+        filters = filters_of(dataset)
+        if filters not in FILTERS:
+            raise ForeignError(f"has the filters {filters}")
+        if DEFLATE in filters:
+            unpacker = Unpacker(dataset)
+            for one in chunks_of(dataset):
+                unpacker.chunk(one.offset)
+    except OSError as error:
+        raise ForeignError(f": {path}: {error}") from None
+    except ForeignError as error:
+        raise ForeignError(f": {path} {error}") from None
+    return int(dataset.id.get_storage_size())
+
+
+def _check_tensors(contents: Contents, objects: dict[str, h5py.Group | h5py.Dataset]) -> set[str]:
+    """The paths of the tensors, which are there, of their shapes, in one dtype but for those of spaces."""
+    dtypes, found = set(), set()
+    for vector in ["weights", *contents.vectors, *contents.spaces]:
+        for tensor in contents.tensors(vector):
+            name, space = f"{contents.group(vector)}/{tensor.name}", vector in contents.spaces
+            one = objects.get(name)
+            found.add(name)
+            has = f"is {one.dtype} {one.shape}" if isinstance(one, h5py.Dataset) else "is missing"
+            if isinstance(one, h5py.Dataset) and one.shape == tensor.shape:
+                if space:
+                    continue
+                if one.dtype in ("f4", "f8"):
+                    dtypes.add(one.dtype)
+                    if len(dtypes) == 1:
+                        continue
+            wanted = "numbers" if space else "float"
+            raise ForeignError(f": {name} {has}, its layout says {tensor.shape}, {wanted}")
+    return found
+
+
+def _check_tables(objects: dict[str, h5py.Group | h5py.Dataset]) -> None:
+    for group in TABLES:
+        rows = {one.shape[:1] for name, one in objects.items() if name.startswith(f"{group}/") and _is_data(one)}
+        if len(rows) > 1 or () in rows:
+            raise ForeignError(f": its tables in /{group} are not of one length")
+
+
+def _is_data(one: h5py.Group | h5py.Dataset) -> bool:
+    return isinstance(one, h5py.Dataset)
+
+
+def _check_network(path: Path, contents: Contents) -> None:
+    """DamagedError where the configuration is that of another network than the layout's."""
+    try:
+        model = from_toml(contents.config, str(path), foreign=True).model
+    except UserError:
+        # Of a method that is not here; whatever reads the configuration says so.
+        return
+    # Each class has a score, and each score a unit at least, but where two have one score.
+    most = max(2, *(p.units for p in contents.layout.parameters))
+    if contents.layout.classes > most:
+        raise DamagedError(
+            f"checkpoint {path} has {contents.layout.classes:,} classes, and {most:,} units at most; use another one"
+        )
+    try:
+        network = make_network(
+            model.model,
+            contents.in_shape,
+            contents.layout.classes,
+            **model.shape,
+            by_step=contents.by_step,
+            task=contents.task,
+        )
+        there, here = (
+            [(p.name, p.shape, p.units) for p in layout.parameters] for layout in (contents.layout, network.layout())
+        )
+    except UserError:
+        # Of a layer that is not here.
+        return
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise DamagedError(
+            f"checkpoint {path}: its configuration describes no network ({repr(error)[:200]}); use another one"
+        ) from None
+    if there != here:
+        sizes = (sum(prod(shape) for _, shape, _ in one) for one in (here, there))
+        raise DamagedError(
+            "checkpoint {}: its configuration describes a network of {:,} weights, its layout one of {:,}, or of other "
+            "names; use another one".format(path, *sizes)
+        )
