@@ -66,8 +66,8 @@ class Training:
 class Listening(Screen):
     """What a run says, kept in `lines`, and printed where it is not quiet."""
 
-    def __init__(self, *, quiet: bool) -> None:
-        super().__init__(quiet=quiet, goes_on="training goes on")
+    def __init__(self) -> None:
+        super().__init__(quiet=True, goes_on="training goes on")
         self.lines: list[str] = []
 
     def tell(self, text: str, style: str | None = None) -> None:
@@ -115,14 +115,15 @@ def fit(
                 "lr": lr, "seed": seed, "out": out}  # fmt: skip
     said = {name: value for name, value in keywords.items() if value is not None} | settings
     with raised(), _as_before():
-        world = recorded(mpi.start())
+        screen = Listening()
+        world = recorded(mpi.start(lambda text: screen.tell(text.removeprefix("psmpi: "))))
+        screen.console.quiet = not verbose or world.rank != 0
         control = Control(world)
         with Failures(world):
-            return _fit(world, control, (x, y, x_test, y_test, lengths, lengths_test), said, verbose)
+            return _fit(world, control, (x, y, x_test, y_test, lengths, lengths_test), said, screen)
 
 
-def _fit(world: Any, control: Control, arrays: Arrays, said: Mapping[str, Any], verbose: bool) -> Training:
-    screen = Listening(quiet=not verbose or world.rank != 0)
+def _fit(world: Any, control: Control, arrays: Arrays, said: Mapping[str, Any], screen: Listening) -> Training:
     control.agreed(lambda: check_names(said))
     _check_same(control, said)
     task = control.agreed(lambda: task_of(arrays[1])) or ""

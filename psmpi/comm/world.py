@@ -85,8 +85,10 @@ def _fitting_launcher() -> str:
     )
 
 
-def start() -> World:
+def start(tell: Callable[[str], None] = output.complain) -> World:
     """Start MPI and return the communicator of all ranks. UserError where there is no usable MPI.
+
+    `tell` hears of shared memory that is short, or that killed jobs have left.
 
     Where ranks outnumber the cores of a host, all ranks sleep while they wait, see `patient`. Python's warnings appear
     on rank 0 only.
@@ -109,10 +111,10 @@ def start() -> World:
             check_protocol(MPI.get_vendor()[0], os.environ, library(), _pmix_loaded())
             lacks = lacking_memory(MPI.get_vendor()[0])
             if lacks and announced_rank(os.environ) == 0:
-                output.complain(f"psmpi: note: {lacks}")
+                tell(f"psmpi: note: {lacks}")
             count, nbytes = remove_leftovers()
             if count:
-                output.complain(
+                tell(
                     f"psmpi: note: removed {count} segment(s) of shared memory, {nbytes / 1e6:.0f} MB, that killed "
                     f"jobs left on {socket.gethostname()}"
                 )

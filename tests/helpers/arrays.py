@@ -17,7 +17,7 @@ def ranks_are_threads():
     from psmpi.testing.hub import Hub
     from psmpi.testing.shared import Shared
 
-    def start():
+    def start(tell=None):
         return getattr(_own, "world", None) or Comm(Shared(Hub(1), range(1)), 0)
 
     with mock.patch("psmpi.comm.world.start", start), mock.patch("psmpi.checkpoint.writer.Spool", ThreadSpool):
