@@ -41,7 +41,7 @@ def layout_of(table: Mapping[str, Any]) -> Layout:
     for p in parameters:
         # Units are the elements of some leading axes.
         expect(p.units in accumulate(p.shape, lambda a, b: a * b), f"layout, {p.name}")
-    expect(len({p.name for p in parameters}) == len(parameters) > 0, "layout, parameters")
+    expect(len({p.name for p in parameters}) == len(parameters), "layout, parameters")
     classes, at, units, bands = whole(table["classes"], "classes"), 0, [0] * len(parameters), []
     for b in table["blocks"]:
         start, stop = whole(b["start"], "blocks"), whole(b["stop"], "blocks")

@@ -124,6 +124,8 @@ def _check_dataset(path: str, dataset: h5py.Dataset, nbytes: int) -> int:
 def _check_tensors(contents: Contents, objects: dict[str, h5py.Group | h5py.Dataset]) -> set[str]:
     """The paths of the tensors, which are there, of their shapes, in one dtype but for those of spaces."""
     dtypes, found = set(), set()
+    if not contents.tensors():
+        raise ForeignError(" has no weights")
     for vector in ["weights", *contents.vectors, *contents.spaces]:
         for tensor in contents.tensors(vector):
             name, space = f"{contents.group(vector)}/{tensor.name}", vector in contents.spaces

@@ -84,17 +84,22 @@ class Identity:
             if not all(isinstance(found[key], kind) for key, kind in KINDS.items()) or len(found) != len(KINDS):
                 raise ValueError(f"data, {name}")
             sums = dict(table.get("sums", {}).get(name, {"seen": 0, "sums": ""}))
-            if not (isinstance(sums["seen"], int) and isinstance(sums["sums"], str) and len(sums) == 2):
+            if not (type(sums["seen"]) is int and isinstance(sums["sums"], str) and len(sums) == 2):
                 raise ValueError(f"data, sums, {name}")
             splits[name] = SplitIdentity(**found, **sums)
-        shape = tuple(int(size) for size in table["shape"])
+        shape = tuple(table["shape"])
+        for number in (*shape, table["outputs"], splits["train"].samples, splits["test"].samples):
+            if type(number) is not int or not 0 <= number < 2**53:
+                raise ValueError(f"data, {number!r}")
+        if table["task"] not in ("classes", "regression"):
+            raise ValueError("data, task")
         numbering = None
         if "numbering" in table:
             first, labels = table["numbering"]["first"], tuple(table["numbering"]["labels"])
-            if first not in (0, 1) or len(labels) > 2 or not all(isinstance(label, int) for label in labels):
+            if first not in (0, 1) or len(labels) > 2 or not all(type(label) is int for label in labels):
                 raise ValueError("data, numbering")
             numbering = Numbering(first, labels, shape[0])
-        return Identity(shape, str(table["task"]), int(table["outputs"]), **splits, numbering=numbering)
+        return Identity(shape, table["task"], table["outputs"], **splits, numbering=numbering)
 
 
 KINDS: dict[str, Any] = {

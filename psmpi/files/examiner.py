@@ -90,6 +90,9 @@ class Examiner:
         line = process.stdout.readline()
         if line:
             answer: dict[str, Any] = json.loads(line)
+            if answer["kind"] == "memory":
+                # It ends: a library may be left as it should not be.
+                self._forget()
             return answer
         status = self._forget()
         if status == -signal.SIGXCPU:

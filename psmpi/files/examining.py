@@ -87,7 +87,6 @@ def main() -> None:
             answer = answer_of(asked["check"], path, asked["options"])
         print(json.dumps(answer), file=answers, flush=True)
         if answer["kind"] == "memory":
-            # A library may be left as it should not be.
             return
 
 

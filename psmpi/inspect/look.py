@@ -104,7 +104,7 @@ def show(checkpoint: Checkpoint, /, json: bool = False) -> int:
     for name, value in contents.provenance.items():
         if isinstance(value, dict):
             value = ", ".join(f"{k} {v}" for k, v in value.items())
-        branch.add(f"{name}: {' '.join(value) if isinstance(value, list) else value}")
+        branch.add(f"{name}: {' '.join(map(str, value)) if isinstance(value, list) else value}")
     Screen().print(tree, markup=False, highlight=False)
     return 0
 

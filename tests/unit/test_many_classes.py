@@ -19,7 +19,7 @@ from psmpi.checkpoint import Contents
 from psmpi.checkpoint import build as building
 from psmpi.checkpoint.build import SpoolSource, write_file
 from psmpi.checkpoint.collect import Records
-from psmpi.checkpoint.format import seal
+from psmpi.checkpoint.format import as_data, seal
 from psmpi.checkpoint.tensors import make_tensors
 from psmpi.errors import UserError
 from psmpi.files.fletcher import fletcher32
@@ -258,7 +258,7 @@ def as_version_1(path):
                 own = [classes[k]] if count > 1 else classes
                 blocks.append({"classes": own, "start": start, "stop": start + step, "pieces": pieces})
         layout["blocks"] = blocks
-        file.create_dataset("layout", data=np.array([json.dumps(layout)], h5py.string_dtype()))
+        file.create_dataset("layout", data=as_data(json.dumps(layout)), chunks=(1,), fletcher32=True)
         file.attrs["format"] = 1
     seal(path)
     with path.open("r+b") as file:

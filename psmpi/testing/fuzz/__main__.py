@@ -1,0 +1,176 @@
+"""The command line of the fuzzer."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+from rich.table import Table
+from tyro.conf import Positional, arg
+
+from psmpi.errors import UserError
+from psmpi.output import Screen, complain
+
+# Seconds and bytes of one file beyond which psmpi takes more than the file explains, and files of a process.
+SLOW, LARGE, BATCH = 10.0, 1 << 30, 200
+FAILURES = ("traceback", "crash", "slow", "memory")
+
+
+@dataclass
+class Found:
+    """What became of the files of a kind: counts by outcome, the longest time, the largest growth, and failures."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    seconds: float = 0.0
+    grown: int = 0
+    failures: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, outcome: str, number: int, text: str, seconds: float, grown: int, size: int) -> None:
+        """Count a file; what took too long, or too much memory for its size, is a failure too."""
+        if seconds > SLOW:
+            outcome = "slow"
+        elif grown > LARGE + size:
+            outcome = "memory"
+        self.counts[outcome] += 1
+        self.seconds, self.grown = max(self.seconds, seconds), max(self.grown, grown)
+        if outcome in FAILURES:
+            self.failures.append({"outcome": outcome, "number": number, "text": text})
+
+    def join(self, other: Found) -> None:
+        self.counts += other.counts
+        self.seconds, self.grown = max(self.seconds, other.seconds), max(self.grown, other.grown)
+        self.failures += other.failures
+
+
+def fuzz(
+    kinds: Positional[Annotated[tuple[str, ...], arg(metavar="KIND")]] = (),
+    /,
+    count: int = 1000,
+    seconds: float = 0.0,
+    seed: int = 0,
+    first: int = 0,
+    jobs: int = 2,
+    keep: str = "",
+    json: bool = False,
+) -> int:
+    """Make hostile files, and count how psmpi takes them: as sound, refused with its own error, or wrongly.
+
+    In earnest another process looks at HDF5 files and pickles first: `lost` are those that end that one, of which psmpi
+    says so in its own error. Exit status 1 where a file led to a traceback, to a crash of what uses it, or took more
+    than 10 s, or 1 GB more than its size.
+
+    Args:
+        kinds: Kinds of files; all if none is given.
+        count: Files of each kind.
+        seconds: Stop after so many seconds, whatever the count; 0: at the count.
+        seed: Seed of the files.
+        first: Number of the first file: a failure's, to see it again.
+        jobs: Processes at once.
+        keep: Folder to leave the files in.
+        json: Print JSON.
+    """
+    from psmpi.testing.fuzz.kinds import KINDS
+
+    for kind in kinds:
+        if kind not in KINDS:
+            raise UserError(f"{kind}: choose of {', '.join(KINDS)}")
+    if min(count, jobs) < 1 or min(seed, first, seconds) < 0:
+        raise UserError("--count and --jobs from 1 up, --seed, --first and --seconds from 0 up")
+    chosen = kinds or tuple(KINDS)
+    # Kinds in turn, so that each has its share of the time.
+    parts = [(kind, at) for at in range(first, first + count, BATCH) for kind in chosen]
+    found = {kind: Found() for kind in chosen}
+    end = time.monotonic() + seconds if seconds else None
+
+    def work(part: tuple[str, int]) -> tuple[str, Found]:
+        kind, at = part
+        here = Found()
+        if end is None or time.monotonic() < end:
+            _batch(kind, seed, at, min(BATCH, first + count - at), keep, here, end)
+        return kind, here
+
+    with ThreadPoolExecutor(jobs) as pool:
+        for kind, one in pool.map(work, parts):
+            found[kind].join(one)
+    return _report(found, seed, json)
+
+
+def _batch(kind: str, seed: int, first: int, count: int, keep: str, found: Found, end: float | None) -> None:
+    """Try files in a process, and in another one from where it died."""
+    at, stop = first, first + count
+    while at < stop:
+        command = [sys.executable, "-m", "psmpi.testing.fuzz.worker", kind, *map(str, (seed, at, stop - at))]
+        with subprocess.Popen(
+            [*command, *([keep] if keep else [])], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        ) as process:
+            at, stage, size = _listen(process, found, at, end)
+        if end is not None and time.monotonic() > end:
+            return
+        if at < stop and process.returncode:
+            # What looks at a file may be lost: it is another process in earnest.
+            lost = stage == "looking"
+            found.add("lost" if lost else "crash", at, f"status {process.returncode}, {stage}", 0.0, 0, size)
+            at += 1
+        elif at < stop:
+            raise UserError(f"the process that tries files of the kind {kind} ended at file {at}")
+
+
+def _listen(process: subprocess.Popen[str], found: Found, at: int, end: float | None) -> tuple[int, str, int]:
+    """Take a process's lines; the number of the file that it is at, what it does with it, and the file's size."""
+    assert process.stdout is not None
+    stage, size = "", 0
+    for line in process.stdout:
+        said = json.loads(line)
+        if "number" in said:
+            at, stage, size = said["number"], "using", said["size"]
+        elif "stage" in said:
+            stage = said["stage"]
+        else:
+            found.add(said["outcome"], at, said["text"], said["seconds"], said["grown"], size)
+            at, stage = at + 1, ""
+            if end is not None and time.monotonic() > end:
+                process.kill()
+                break
+    process.wait()
+    return at, stage, size
+
+
+def _report(found: dict[str, Found], seed: int, as_json: bool) -> int:
+    whole = Found()
+    for one in found.values():
+        whole.join(one)
+    outcomes = ("sound", "refused", "lost", *FAILURES)
+    if as_json:
+        from psmpi.inspect.output import print_json
+
+        print_json({kind: {**vars(one), "counts": dict(one.counts)} for kind, one in found.items()})
+    else:
+        table = Table()
+        for name in ("kind", "files", *outcomes, "longest s", "most MB"):
+            table.add_column(name, justify="left" if name == "kind" else "right")
+        for kind, one in [*found.items(), ("all", whole)]:
+            counts = [str(one.counts[outcome]) for outcome in outcomes]
+            table.add_row(kind, str(one.counts.total()), *counts, f"{one.seconds:.2f}", f"{one.grown / 1e6:.0f}")
+        Screen().print(table)
+    for kind, one in found.items():
+        for failure in one.failures[:20]:
+            complain(f"{kind} --seed {seed} --first {failure['number']}: {failure['outcome']}\n{failure['text']}")
+    return int(bool(whole.failures))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status: 0 where all files were taken as they should be, else 1."""
+    from psmpi.command import answer, parsed
+
+    words = sys.argv[1:] if argv is None else argv
+    return answer(lambda: int(parsed(fuzz, words, "testing.fuzz")))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""The process that tries file after file: `python -m psmpi.testing.fuzz.worker KIND SEED FIRST COUNT`.
+
+It prints a line of JSON before and after each file, and dies where a file makes it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from pathlib import Path
+
+import numpy as np
+
+from psmpi.errors import UserError
+from psmpi.files import examiner
+from psmpi.testing.fuzz import looking
+from psmpi.testing.fuzz.kinds import KINDS
+
+# What would be read if a file made psmpi read another one.
+PRIVATE = b"nobody else is to read this. " * 1000
+
+
+def main(kind: str, seed: int, first: int, count: int, keep: str = "") -> None:
+    """Try files of a kind by their numbers; each is a function of (seed, kind, number) alone.
+
+    keep: a folder to leave the files in.
+    """
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # Numbers that are too large for a type are warned of, as in earnest.
+    warnings.simplefilter("ignore")
+
+    def say(**what: object) -> None:
+        print(json.dumps(what), file=out, flush=True)
+
+    looking.report = lambda stage: say(stage=stage)
+    vars(examiner)["run_check"] = looking.look
+    base = Path(keep or tempfile.mkdtemp(prefix="psmpi-fuzz-"))
+    base.mkdir(parents=True, exist_ok=True)
+    (base / "private.bin").write_bytes(PRIVATE)
+    try:
+        for number in range(first, first + count):
+            folder = base / f"{kind}-{number}"
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            key = [seed, *kind.encode(), number]
+            path = KINDS[kind].make(np.random.default_rng(key), folder)
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            say(number=number, size=sum(one.stat().st_size for one in folder.rglob("*") if one.is_file()))
+            start, outcome, text = time.perf_counter(), "sound", ""
+            try:
+                with examiner.examined("here"):
+                    KINDS[kind].use(path)
+            except UserError as error:
+                outcome, text = "refused", str(error)
+            except BaseException:
+                outcome, text = "traceback", traceback.format_exc()
+            seconds = time.perf_counter() - start
+            grown = 1024 * max(0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+            say(done=number, outcome=outcome, text=text[-2000:], seconds=seconds, grown=grown)
+            if not keep:
+                shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        if not keep:
+            shutil.rmtree(base, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    numbers = [int(word) for word in sys.argv[2:5]]
+    main(sys.argv[1], numbers[0], numbers[1], numbers[2], *sys.argv[5:])
