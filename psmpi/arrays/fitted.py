@@ -26,7 +26,7 @@ from psmpi.nn.network import Network
 from psmpi.nn.sequences import stretch
 from psmpi.nn.zoo import make_network
 from psmpi.training.predictor import calibrate as calibrate_model
-from psmpi.training.predictor import fetch, span_of
+from psmpi.training.predictor import span_of
 from psmpi.training.spans import check_tokens
 
 Array = npt.NDArray[Any]
@@ -123,8 +123,10 @@ class Fitted:
                 calibrate_model(model, some, some.n, dtype)
             for at in network.evaluation_batches(split.n):
                 ids = np.arange(at.start, at.stop)
-                check_tokens(network, Resident(split, ids, dtype), "given")
-                y = model.forward(fetch(split, ids, dtype), None, span_of(split, ids)).scores
+                samples, some_x = Resident(split, ids, dtype), np.empty((split.features, len(ids)), dtype)
+                check_tokens(network, samples, "given")
+                samples.fetch(ids, some_x)
+                y = model.forward(some_x, None, span_of(split, ids)).scores
                 rows = y.transpose(2, 1, 0) if y.ndim == 3 else y.T
                 found[at.start * each : at.stop * each] = rows.reshape(-1, network.classes)
         return found.reshape(split.n, network.steps, -1) if network.steps else found

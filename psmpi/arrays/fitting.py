@@ -145,7 +145,8 @@ def _fit(world: Any, control: Control, arrays: Arrays, said: Mapping[str, Any], 
         found.append(Training(network, loop.rows, folder, screen.notes))
 
     labels = () if classes is None else tuple(classes.tolist())
-    labels = tuple(one.decode(errors="replace") if isinstance(one, bytes) else one for one in labels)
+    # Of bytes characters that keep their order.
+    labels = tuple(one.decode("latin-1") if isinstance(one, bytes) else one for one in labels)
     done = train(world, control, config, own, "", "", given=dataset, labels=labels, screen=screen, take=take)
     if not done:
         _stop(stopped[0], config.run.out)

@@ -38,6 +38,7 @@ LABELS = {
     "strings": np.where(TRUE, "yes", "no"),
     "booleans": TRUE,
     "objects": np.where(TRUE, "yes", "no").astype(object),
+    "bytes": np.where(TRUE, b"yes", b"no"),
     "a list": np.where(TRUE, "yes", "no").tolist(),
 }
 
