@@ -16,7 +16,10 @@ from helpers.runs import run
 import psmpi
 from psmpi.arrays.fitted import flat_weights
 from psmpi.checkpoint import Contents, read_contents
+from psmpi.config import Config, changes
+from psmpi.registry import BUILTIN, DEFAULT
 from psmpi.testing.conformance import tensors
+from psmpi.train import parse
 
 SMALL = {"widths": (16,), "epochs": 5, "batch_size": 20, "lr": 0.01}
 
@@ -217,6 +220,25 @@ def test_sequences_have_lengths():
     tokens, steps = rng.integers(0, 5, (40, 6)), np.full(40, 6)
     after = psmpi.fit(tokens, (tokens + 1) % 5, model="gru", vocabulary=5, widths=(8,), epochs=1, lengths=steps)
     assert after.predict(tokens, steps).shape == (40, 6)
+
+
+@pytest.mark.parametrize("method", BUILTIN)
+def test_the_network_of_every_method_is_that_of_its_checkpoint(method, tmp_path):
+    """With the settings that the method has where no network is named."""
+    said = {name: value for name, _, value in changes(Config(), parse(["--method", method]))}
+    said |= {"model": "head"} if method == DEFAULT else {}
+    numbers = {"method": method, "epochs": 2, "batch_size": 20, "lr": 0.01}
+    options = {name: value for name, value in said.items() if name != "dataset"} | numbers
+    rng, lengths = np.random.default_rng(0), None
+    x = rng.random((80, 8, 8)).astype(np.float32)
+    if options.get("model") in ("rnn", "lstm", "gru", "transformer"):
+        lengths = np.full(80, 8)
+    y = x.mean(axis=(1, 2)) > 0.5
+    out = tmp_path / "run"
+    for found in on_ranks(2, lambda rank: psmpi.fit(x, y, lengths=lengths, out=out, **options)):
+        assert isinstance(found, psmpi.Training), found
+        np.testing.assert_array_equal(found.network.vector, psmpi.load(out).vector)
+        assert found.predict(x, lengths).shape == (80,) and found.network.settings["method"] == method
 
 
 def test_without_out_nothing_is_written(tmp_path, monkeypatch, capfd):
