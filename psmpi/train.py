@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from psmpi.output import Screen
     from psmpi.training.loop import Loop
 
-# What is said at the first signal.
-STOPPING = "the run stops after the next step, and is saved; another signal ends it at once"
 # The exit status of a run that was stopped by a signal, and can be gone on with.
 GO_ON = 85
 
@@ -106,6 +104,7 @@ def _configure(control: Control, argv: list[str]) -> tuple[Config | None, int, s
     the file that describes its layers, and what is to be told of the usual numbers.
     """
     from psmpi.config import defaults, from_toml, given, given_names, to_toml, with_usual
+    from psmpi.errors import counted
     from psmpi.output import Screen
     from psmpi.training.resume import noting
     from psmpi.training.usual import usual
@@ -114,8 +113,10 @@ def _configure(control: Control, argv: list[str]) -> tuple[Config | None, int, s
     numbers: list[str] = []
     if control.rank == 0:
         try:
-            tell = Screen(goes_on="training goes on").tell
             config, own = _parse(argv)
+            tell = _telling(Screen(goes_on="training goes on"), config)
+            data, method = Path(config.data.dataset).name, config.parallel.method
+            tell(f"psmpi: {config.model.model} on {data}, method {method}, on {counted(control.size, 'rank')}")
             layers = given(argv, "--config") if "layers" in given_names(argv) else own
             added = with_usual(argv, defaults(argv))[: -len(argv) or None]
             if added:
@@ -141,9 +142,12 @@ def settle_paths(config: Config, tell: Callable[[str], None], said: Collection[s
     from psmpi.errors import UserError, expanded
     from psmpi.nn.layers.pattern_file import with_patterns
     from psmpi.registry import find_method
+    from psmpi.track import check_trackers
+    from psmpi.track.mlflow import store
 
     check(config, said)
     run, data = config.run, config.data
+    check_trackers(run.track, run.track_dir)
     if run.checkpoint_parallel and not checkpoint.supported():
         raise UserError(
             "--checkpoint-parallel: this h5py has no parallel HDF5; build one (HDF5_MPI=ON CC=mpicc pip install "
@@ -157,6 +161,7 @@ def settle_paths(config: Config, tell: Callable[[str], None], said: Collection[s
     if out and not resume and checkpoint.available(Path(out)):
         raise UserError(f"--out {out} holds a run already: add --resume auto to go on with it, or name another folder")
     folder = expanded(data.data_dir, "--data-dir").absolute()
+    track_dir = run.track_dir and store(run.track_dir)
     if RANK in data.dataset and not find_method(config.parallel.method).private(config):
         raise UserError(
             f"--dataset {data.dataset}: {RANK} stands for the number of a rank, where each has samples of its own: "
@@ -166,7 +171,7 @@ def settle_paths(config: Config, tell: Callable[[str], None], said: Collection[s
         data = replace(data, data_dir=str(folder), dataset=locate(data.dataset, folder, tell))
     # Patterns of layers go where the configuration goes.
     model = replace(config.model, layers=with_patterns(config.model.layers))
-    return replace(config, data=data, model=model, run=replace(run, out=out, resume=resume))
+    return replace(config, data=data, model=model, run=replace(run, out=out, resume=resume, track_dir=track_dir))
 
 
 def train(
@@ -189,8 +194,10 @@ def train(
     named.
     """
     import contextlib
+    import os
     import socket
     from dataclasses import asdict, replace
+    from functools import partial
 
     import numpy as np
     from threadpoolctl import threadpool_limits
@@ -202,23 +209,37 @@ def train(
     from psmpi.comm.watch.watch import watched
     from psmpi.comm.world import cores as own_cores
     from psmpi.comm.world import host, library, local_rank
-    from psmpi.config import to_toml, without_anew
+    from psmpi.config import to_toml, used_settings, without_anew
+    from psmpi.errors import counted
+    from psmpi.launcher import announced_size, ends_ranks, process_number, shown_on
     from psmpi.output import Screen
     from psmpi.registry import find_method
+    from psmpi.track import Run, Trackers
+    from psmpi.training.backend import backend_of
     from psmpi.training.capacity import check_capacity
+    from psmpi.training.closing import STOPPING, at_signal, ended, stopped
     from psmpi.training.context import Context
     from psmpi.training.folder import RunFolder
     from psmpi.training.loop import Loop, show_places
     from psmpi.training.method import Place
     from psmpi.training.start import agree, begin, network_of, share_path
 
-    console = screen or Screen(quiet=world.rank != 0, goes_on="training goes on")
-    tell = console.tell
+    bar = {"bar": True, "lines": False}.get(config.terminal.progress)
+    console = screen or Screen(quiet=world.rank != 0, goes_on="training goes on", bar=bar)
+    tell = _telling(console, config)
     kind: Any = find_method(config.parallel.method)
     with contextlib.ExitStack() as stack:
         # After MPI's own handlers.
-        stopping = "" if world.rank or take is not None else STOPPING
-        signals = stack.enter_context(StopSignals(config.run.save_signal, stopping, take is None or world.size > 1))
+        launched, ends = announced_size(os.environ) is not None, ends_ranks(os.environ)
+        signals = StopSignals(
+            config.run.save_signal,
+            "" if world.rank or take is not None else STOPPING,
+            shown_on(2) if ends else "",
+            # A person alone sends each signal once, a launcher or a batch system may do so twice.
+            None if launched or "SLURM_JOB_ID" in os.environ else 0.2,
+            take is None or world.size > 1,
+        )
+        stack.enter_context(signals)
         watch = stack.enter_context(watched(control, config.run.stall_warn, config.run.stall_abort))
         start = control.agreed((lambda: begin(control, config, own, tell, layers, given)) if world.rank == 0 else None)
         folder = stack.enter_context(start.folder) if start is not None and start.folder is not None else None
@@ -241,6 +262,9 @@ def train(
         path = share_path(control, str(folder.path) if folder is not None else "")
         out = Path(path)
         config = replace(config, run=replace(config.run, out=path))
+        again = partial(_again, world.size)
+        if signals.told:
+            signals.told = at_signal(str(out), ends, again)
         if numbers:
             tell(numbers)
         if watch is not None:
@@ -253,18 +277,19 @@ def train(
             )
         # What overflows is dealt with where it matters; a diverging run says so itself, once.
         with threadpool_limits(threads), np.errstate(all="ignore"):
-            ops = _backend(world, config, threads, tell)
+            ops = backend_of(world, config, threads, tell)
             # What a device holds is not of the host's memory.
             check_capacity(control, kind, network, dataset, config, [] if ops.on_device else limits())
             method = kind(Context(world, network, dataset, config, ops))
             settle(world, own_cores(), method.place().held > 0)
             place = json.dumps([socket.gethostname(), *vars(method.place()).values()])
             places = [json.loads(text) for text in control.collect_texts(place)]
-            show_places(console, [(rank, host, Place(*rest)) for rank, (host, *rest) in enumerate(places)])
-            tell(
-                f"model {network.name}: {method.layout.size:,} parameters; backend {ops.description}; run directory "
-                f"{path or '(none)'}"
-            )
+            if not config.terminal.quiet:
+                show_places(console, [(rank, host, Place(*rest)) for rank, (host, *rest) in enumerate(places)])
+            if config.terminal.verbose:
+                held = ", ".join(f"{what} {count / 1e6:.3g}" for what, count in method.memory().items())
+                tell(f"memory of rank 0 in MB: {held}")
+            tell(f"model {network.name}: {method.layout.size:,} parameters; backend {ops.description}")
             for line in method.told():
                 tell(line)
             method_settings = {name: value for one in config.chosen.values() for name, value in asdict(one).items()}
@@ -293,7 +318,9 @@ def train(
                 labels=labels,
                 spaces={name: space.layout for name, space in method.state.spaces.items()},
             )
-            loop = Loop(control, method, dataset, config, out, console, contents, folder, signals, path != "")
+            tracked = Run(out, {**used_settings(config), "ranks": world.size}, config.run.track_dir)
+            trackers = stack.enter_context(Trackers(config.run.track if world.rank == 0 else (), tracked, tell))
+            loop = Loop(control, method, dataset, config, out, console, contents, folder, signals, trackers, path != "")
             notes = loop.resume(Path(found)) if found else []
             # Up to here any rank may refuse the start, and nothing is changed.
             control.wait_for_all()
@@ -301,9 +328,19 @@ def train(
                 step, damaged = loop.progress.step if found else -1, config.run.resume == "auto"
                 with control.flight.task("beginning the run directory"):
                     folder.begin(text, loop.progress.rows, step, damaged=damaged)
+                with control.flight.task("writing for --track"):
+                    trackers.start(loop.progress.rows)
             for note in notes:
                 tell(note)
+            left = loop.total - loop.progress.step
+            tell(
+                f"training {counted(left, 'step')}, to epoch {config.run.epochs}, on {counted(world.size, 'rank')}; "
+                f"{f'kill -USR1 {process_number()}' if ends else 'Ctrl-C'} stops and saves"
+            )
+            if path:
+                tell(f"run directory {path}")
             done = loop.run()
+            trackers.close("done" if done else "stopped")
             # A launcher may kill the others when the first one ends with status 85, and rank 0 may still write.
             control.wait_for_all()
             if take is not None:
@@ -317,47 +354,35 @@ def train(
                         chosen.setdefault(line.partition(":")[0], line)
                 for line in chosen.values():
                     tell(line)
+            # In Python what follows is not a command.
+            for line in (
+                ()
+                if take is not None
+                else (
+                    ended(config, loop.progress, loop.report.rows(loop.progress), loop.report.share, again)
+                    if done
+                    else stopped(config, loop.progress, signals.name, again)
+                )
+            ):
+                console.tell(line)
     return done
 
 
-def _backend(world: Any, config: Config, threads: int, tell: Callable[[str], None]) -> Any:
-    """The backend of this rank, its kernels compiled; `tell` hears that a GPU is not used."""
-    import numpy as np
+def _telling(console: Screen, config: Config) -> Callable[[str], None]:
+    """What prints lines; under --quiet warnings alone."""
 
-    from psmpi.backend import make_backend
-    from psmpi.comm import nccl
-    from psmpi.comm.world import host_by_host, local_rank
-    from psmpi.errors import UserError
+    def tell(text: str) -> None:
+        if not config.terminal.quiet or text.lower().startswith("warning"):
+            console.tell(text)
 
-    parallel, dtype = config.parallel, np.dtype(config.model.dtype)
-    settings = (parallel.compute, parallel.cuda_graphs, parallel.convolution)
-    made = [make_backend(parallel.backend, threads, local_rank(world), *settings)]
+    return tell
 
-    def compile_kernels() -> None:
-        try:
-            made[0].compile(dtype)
-        except UserError as error:
-            if parallel.backend == "cupy":
-                raise
-            made[0] = make_backend("auto", threads)
-            if world.rank == 0:
-                tell(f"note: the GPU is not used: {str(error).removeprefix('--backend cupy: ')}")
 
-    # The first rank of a host compiles the kernels, the others find them in its cache.
-    host_by_host(world, compile_kernels)
-    ops = made[0]
-    if not ops.on_device:
-        for option, given in (
-            ("--gpu-aware", parallel.gpu_aware),
-            ("--nccl", parallel.nccl),
-            (f"--compute {parallel.compute}", parallel.compute != "float32"),
-            (f"--convolution {parallel.convolution}", parallel.convolution != "own"),
-        ):
-            if given:
-                raise UserError(f"{option} is for GPUs, and the backend here is {ops.name}: add --backend cupy")
-    elif parallel.nccl:
-        nccl.check_devices(world, ops.pci_id)
-    return ops
+def _again(size: int, command: str, all_ranks: bool, words: list[str]) -> str:
+    """What to type to start a command, on all ranks or on one."""
+    from psmpi.command import typed
+
+    return typed(command, words, size if all_ranks else 1)
 
 
 if __name__ == "__main__":

@@ -66,8 +66,8 @@ class Training:
 class Listening(Screen):
     """What a run says, kept in `lines`, and printed where it is not quiet."""
 
-    def __init__(self) -> None:
-        super().__init__(quiet=True, goes_on="training goes on")
+    def __init__(self, *, quiet: bool) -> None:
+        super().__init__(quiet=quiet, goes_on="training goes on")
         self.lines: list[str] = []
 
     def tell(self, text: str, style: str | None = None) -> None:
@@ -115,9 +115,11 @@ def fit(
                 "lr": lr, "seed": seed, "out": out}  # fmt: skip
     said = {name: value for name, value in keywords.items() if value is not None} | settings
     with raised(), _as_before():
-        screen = Listening()
-        world = recorded(mpi.start(lambda text: screen.tell(text.removeprefix("psmpi: "))))
-        screen.console.quiet = not verbose or world.rank != 0
+        early: list[str] = []
+        world = recorded(mpi.start(early.append))
+        screen = Listening(quiet=not verbose or world.rank != 0)
+        for line in early:
+            screen.tell(line.removeprefix("psmpi: "))
         control = Control(world)
         with Failures(world):
             return _fit(world, control, (x, y, x_test, y_test, lengths, lengths_test), said, screen)
@@ -168,6 +170,8 @@ def _settled(config: Config, own: str, said: Mapping[str, Any], dataset: Dataset
     """The configuration, checked, with all that the arrays say; own: where settings are from that are not `said`."""
     if find_method(config.parallel.method).private(config):
         raise UserError("--private-data is of data sets in files: leave it out, or train with psmpi train")
+    if config.run.track and not config.run.out:
+        raise UserError("--track needs --out, the run directory whose metrics it passes on")
     with noting(own):
         made = usual(settle_paths(config, screen.tell, said.keys()), screen.tell, dataset)
         return made if own else _with_method(made, said, dataset)

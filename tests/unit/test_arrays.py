@@ -247,7 +247,7 @@ def test_without_out_nothing_is_written(tmp_path, monkeypatch, capfd):
     psmpi.fit(X, TRUE, **SMALL, on_nan="rollback", checkpoint_every=3)
     assert list(tmp_path.iterdir()) == [] and capfd.readouterr() == ("", "")
     psmpi.fit(X, TRUE, **SMALL, verbose=True)
-    assert "epoch   5/5" in capfd.readouterr().out
+    assert "epoch 5/5" in capfd.readouterr().out
 
 
 def test_notes_are_in_the_result():
@@ -399,7 +399,8 @@ def test_it_runs_under_mpirun_and_nobody_hangs(tmp_path):
     assert (status, err) == (0, "")
     status, out, err = launch(2, "-c", LAUNCHED, cwd=tmp_path)
     assert status != 0 and "a bug of one rank" in err
-    assert sorted(out.splitlines()) == sorted(2 * alone.splitlines())
+    # Lines of two ranks may meet.
+    assert len(alone.split()) > 2 and all(out.count(line) == 2 for line in alone.splitlines())
 
 
 def test_importing_the_package_imports_little():
