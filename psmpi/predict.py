@@ -195,7 +195,7 @@ def _settle(options: Options) -> Options:
         found: list[str] = []
         try:
             own = replace(trained, dataset=name, data_dir=data_dir, allow_external=options.allow_external)
-            here = identify(open_dataset(*own.source, names=contents.names).for_training())
+            here = identify(open_dataset(*own.source, names=contents.called).for_training())
             found = differences(Identity.of(contents.data), here)
         except UserError as error:
             if not options.dataset:
@@ -256,7 +256,7 @@ def _predict(world: Any, control: Any, options: Options) -> None:
             characters=contents.characters,
             predicted=True,
             numbering=numbering,
-            names=contents.names,
+            names=contents.called,
             features=prod(contents.in_shape),
         )
     _check_data(world, control, options, contents, split)
@@ -313,7 +313,7 @@ def _predict(world: Any, control: Any, options: Options) -> None:
             for note in calibration_notes(options.calibrate, known.n) if world.rank == 0 else ():
                 complain(note)
             calibrate(predictor.model, known, options.calibrate, predictor.dtype)
-        rest = (network.classes, split.n, predictor.dtype, file, network.steps, contents.characters, contents.names)
+        rest = (network.classes, split.n, predictor.dtype, file, network.steps, contents.characters, contents.called)
         of = (options, targets, classes, *rest)
         found = (Values if values else Choices)(*of) if first else None
         predictor.run(split, found.take if found is not None else None)

@@ -12,13 +12,14 @@ from psmpi.checkpoint.parallel import supported
 from psmpi.checkpoint.provenance import provenance
 from psmpi.checkpoint.reader import clear, find, load, load_space, load_tables, newest
 from psmpi.checkpoint.soundness import validate
-from psmpi.checkpoint.writer import Writer
+from psmpi.checkpoint.writer import Unsaved, Writer
 
 __all__ = [
     "FORMAT",
     "Contents",
     "Lock",
     "Progress",
+    "Unsaved",
     "Writer",
     "available",
     "best",

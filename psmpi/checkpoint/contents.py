@@ -84,7 +84,7 @@ class Contents:
     scalars: of the optimizer; spaces: layouts, by name, of tensors that are neither weights nor vectors of the
     optimizer, each a vector of that name, of any dtype; own: the vectors under /optimizer that are the training
     method's, not the optimizer's; characters: of a text, what its tokens, and so the classes, stand for, else "";
-    names: of the classes, where labels are not their numbers.
+    names: of the classes, where labels are not their numbers; strings, or of labels in arrays numbers or booleans.
     """
 
     config: str
@@ -104,7 +104,7 @@ class Contents:
     own: frozenset[str] = FORMER_OWN
     data: Mapping[str, Any] = field(default_factory=dict)
     characters: str = ""
-    names: tuple[str, ...] = ()
+    names: tuple[str | int | float | bool, ...] = ()
 
     def __post_init__(self) -> None:
         for name in self.spaces:
@@ -177,6 +177,11 @@ class Contents:
         )
         return made
 
+    @property
+    def called(self) -> tuple[str, ...]:
+        """The names of the classes as text."""
+        return tuple(map(str, self.names))
+
     def held(self) -> Runs:
         """The runs of the flat vector of the weights that the file holds."""
         return held_runs(self.layout, self.part)
@@ -238,12 +243,16 @@ def _characters(text: str, layout: Mapping[str, Any]) -> str:
     return str(found)
 
 
-def _names(text: str, layout: Mapping[str, Any]) -> tuple[str, ...]:
+def _names(text: str, layout: Mapping[str, Any]) -> tuple[str | int | float | bool, ...]:
     # A character takes 12 letters at most, and each name quotes, a comma and a space.
     expect(len(text) <= layout["classes"] * (12 * LONGEST + 4) + 2, "names")
-    found = json.loads(text)
+    found = read_json(text)
     expect(isinstance(found, list) and len(found) == layout["classes"], "names")
-    return check_names(found)
+    if all(isinstance(name, str) for name in found):
+        return check_names(found)
+    expect({type(name) for name in found} in ({int}, {float}, {bool}), "names")
+    expect(all(a < b for a, b in pairwise(found)), "names")
+    return tuple(found)
 
 
 def read_contents(path: Path) -> Contents:

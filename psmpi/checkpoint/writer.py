@@ -282,3 +282,17 @@ class Writer:
         self.found.append(f"the checkpoint {self.target} is NOT written: {error}; {kept}; check space and rights")
         self.target, self.last_failed = None, True
         self.spool.free()
+
+
+class Unsaved(Writer):
+    """What a training without a run directory has in the place of a writer: nothing is written."""
+
+    def write(
+        self,
+        vectors: Mapping[str, np.ndarray],
+        scalars: Mapping[str, float | int],
+        progress: Progress,
+        tables: Mapping[str, np.ndarray] | None = None,
+        best: bool = False,
+    ) -> None:
+        """Return at once."""

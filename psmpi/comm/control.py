@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 
 from psmpi.comm.group import Counter
 from psmpi.comm.protocol import Request, World
 from psmpi.comm.watch.flight import flight_of
+from psmpi.errors import UserError
+
+Found = TypeVar("Found")
+# Bytes of an error that ranks tell each other, and numbers of an array that they send at a time.
+TOLD, PIECE = 8000, 1 << 26
 
 
 class Control:
@@ -56,6 +63,30 @@ class Control:
         self.comm.Bcast(data, 0)
         self._from_first(size.nbytes + data.nbytes)
         return data.tobytes().decode()
+
+    def share_array(self, array: np.ndarray) -> None:
+        """Fill every rank's contiguous array (n,) with rank 0's."""
+        for first in range(0, array.size if self.size > 1 else 0, PIECE):
+            piece = array[first : first + PIECE]
+            self.comm.Bcast(piece, 0)
+            self._from_first(piece.nbytes)
+
+    def agreed(self, work: Callable[[], Found] | None) -> Found | None:
+        """What `work` returns, on the ranks that have some; it makes no messages.
+
+        Where it raises a UserError on some rank, all ranks raise that of the lowest such rank.
+        """
+        if self.size == 1:
+            return work() if work is not None else None
+        found, failed = None, ""
+        try:
+            found = work() if work is not None else None
+        except UserError as error:
+            failed = str(error).encode()[:TOLD].decode(errors="ignore")
+        told = self.share(next(filter(None, self.collect_texts(failed, TOLD)), ""))
+        if told:
+            raise UserError(told)
+        return found
 
     def share_flag(self, flag: bool) -> bool:
         """Rank 0's answer to a question of yes or no on all ranks."""

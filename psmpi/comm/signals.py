@@ -29,10 +29,14 @@ class StopSignals:
     number.
 
     also: one more signal, by its name without SIG; told: what is written to standard error at the first one, or to the
-    terminal `shown`, a path, of a launcher that passes nothing on any more; one: seconds, if not ONE.
+    terminal `shown`, a path, of a launcher that passes nothing on any more; one: seconds, if not ONE; ends: whether
+    there is that thread.
     """
 
-    def __init__(self, also: str = "USR1", told: str = "", shown: str = "", one: float | None = None) -> None:
+    def __init__(
+        self, also: str = "USR1", told: str = "", shown: str = "", one: float | None = None, ends: bool = True
+    ) -> None:
+        self.ends = ends
         self.name, self.told, self.noted = "", told, 0.0
         self.shown, self.one = shown, ONE if one is None else one
         self.signals = (*STOPPING, signal.Signals[f"SIG{also}"])
@@ -48,11 +52,15 @@ class StopSignals:
         if threading.current_thread() is threading.main_thread():
             heeded = (one for one in self.signals if signal.getsignal(one) != signal.SIG_IGN)
             self.before = {one: signal.signal(one, self._note) for one in heeded}
-            self.pipe, heard = socket.socketpair()
-            self.pipe.setblocking(False)
-            self.woken = signal.set_wakeup_fd(self.pipe.fileno(), warn_on_full_buffer=False)
-            threading.Thread(target=self._listen, args=(heard, set(self.before)), daemon=True).start()
+            if self.ends:
+                self._begin_to_listen()
         return self
+
+    def _begin_to_listen(self) -> None:
+        self.pipe, heard = socket.socketpair()
+        self.pipe.setblocking(False)
+        self.woken = signal.set_wakeup_fd(self.pipe.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, args=(heard, set(self.before)), daemon=True).start()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._restore()

@@ -9,6 +9,7 @@ from psmpi.data.arrays import Header
 from psmpi.data.characters import open_characters
 from psmpi.data.cifar import open_cifar10
 from psmpi.data.digits import open_digits
+from psmpi.data.given import ARRAYS
 from psmpi.data.hdf5 import read_hdf5
 from psmpi.data.mnist import open_mnist
 from psmpi.data.names import Names
@@ -207,6 +208,11 @@ def _folder(data_dir: str | Path | None) -> Path | None:
 
 
 def _locate(name: str, folder: Path | None) -> Path:
+    if name == ARRAYS:
+        raise UserError(
+            "the samples of this run were arrays in memory: go on with psmpi.fit(x, y, resume=...), predict with "
+            "psmpi.load(...).predict(x), or name a file that holds them with --dataset"
+        )
     places = [expanded(name, "--dataset")]
     if folder is not None and not places[0].is_absolute():
         places.insert(0, folder / name)

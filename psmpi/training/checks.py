@@ -9,13 +9,14 @@ import numpy as np
 
 from psmpi.config import Config
 from psmpi.data import Dataset, Split
+from psmpi.data.bounded import bytes_of
 from psmpi.errors import UserError
 from psmpi.nn.layers.last import Last
 from psmpi.nn.network import CUSTOM, Network
 from psmpi.nn.sequences import count_states, find_head, find_padding
 from psmpi.optim import FIRST_ORDER
 from psmpi.optim.curvature import RULES
-from psmpi.registry import WHOLE, all_methods
+from psmpi.registry import WHOLE, all_methods, find_method
 
 # Samples that are too few for statistics.
 FEW = 8
@@ -176,3 +177,19 @@ def slices_are_normalized(of: str) -> str:
         "batch normalization takes the statistics of each rank's own slice of a minibatch: the result depends on the "
         f"number of ranks{of}"
     )
+
+
+def check_shares(config: Config) -> None:
+    """UserError for shares of samples, changes of them and bounds on them that are none, or not of private data."""
+    data, private = config.data, find_method(config.parallel.method).private(config)
+    if not 0 <= data.validation < 1:
+        raise UserError(f"--validation {data.validation:g}: expected a share of the training samples, as 0.1, or 0")
+    if data.data_memory:
+        bytes_of(data.data_memory)
+    for option, given, why in (
+        ("--validation", data.validation, "each rank has test samples of its own, and tests these alone"),
+        ("--augment", data.augment, "the numbers of samples are those of ranks: leave it out"),
+        ("--data-memory", data.data_memory, "a rank has its own samples alone: leave it out"),
+    ):
+        if given and private:
+            raise UserError(f"{option}: with --private-data {why}")

@@ -84,12 +84,15 @@ class Loop:
         folder: RunFolder | None = None,
         signals: StopSignals | None = None,
         trackers: Trackers | None = None,
+        saves: bool = True,
     ):
+        """saves: whether checkpoints are written."""
         self.control, self.method, self.config, self.out, self.console = control, method, config, out, console
         self.dataset, self.folder, self.trackers = dataset, folder, trackers or Trackers()
         self.batches, self.total, self.schedule = plan_steps(dataset, config)
         run = config.run
-        self.writer = checkpoint.Writer(
+        make = checkpoint.Writer if saves else checkpoint.Unsaved
+        self.writer = make(
             control, contents, method.shards, out,
             keep=run.checkpoint_keep, gzip=run.checkpoint_gzip, parallel=run.checkpoint_parallel,
             lock=None if folder is None else folder.lock, rows=method.state.rows,
@@ -107,6 +110,8 @@ class Loop:
         self.rollback = Rollback(control, method, config, self.writer, self.batches.steps_per_epoch)
         # Bytes sent and received before this start.
         self.before = np.zeros(2)
+        # The row of an epoch that --max-steps cuts short.
+        self.part: tuple[dict[str, Any], ...] = ()
         # Of what ranks do about numbers that are not finite they tell themselves.
         self.warned: set[str] = {"steps_skipped", "rollbacks"}
         self.divergence, self.best = Divergence(config, dataset), Best(config, dataset)
@@ -143,6 +148,11 @@ class Loop:
                 f"{'--epochs' if asked.startswith('--') else '--max-steps'}"
             )
         return notes
+
+    @property
+    def rows(self) -> tuple[dict[str, Any], ...]:
+        """The rows of metrics so far, that of an epoch cut short too."""
+        return (*self.progress.rows, *self.part)
 
     def _take_up(self, progress: Progress) -> None:
         """Go on with this progress. The shares of the loss are summed over ranks: the past is rank 0's."""
@@ -238,6 +248,7 @@ class Loop:
             rows = (*self.progress.rows, row)
             self.progress = replace(self.progress, epoch=first.epoch + 1, cursor=0, seconds=elapsed, rows=rows)
             method.loss_sum, self.numbers.left_out = 0.0, 0
+        self.part = () if whole else (row,)
         if self.control.rank == 0:
             self._append(row)
             with self.control.flight.task("printing to standard output"):

@@ -103,9 +103,9 @@ def compare(
             f"checkpoint {path} is of a text of {len(contents.characters)} characters, and --dataset "
             f"{config.data.dataset} has others: --new-data goes on with a text that has exactly the same ones"
         )
-    if contents.names != dataset.train.names and contents.data:
+    if contents.called != dataset.train.names and contents.data:
         raise UserError(
-            f"checkpoint {path} is of the classes {listed(contents.names) or 'by number'}, and --dataset "
+            f"checkpoint {path} is of the classes {listed(contents.called) or 'by number'}, and --dataset "
             f"{config.data.dataset} has {listed(dataset.train.names) or 'classes by number'}: --new-data goes on with "
             "samples of exactly the same ones"
         )

@@ -7,6 +7,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from helpers.arrays import ranks_are_threads
 from helpers.runs import run
 
 import psmpi.checkpoint
@@ -69,7 +70,9 @@ def files(tmp_path_factory):
         made.append(checkpoint.available(out)[-1])
     status, _, err = run(1, "-m", "psmpi.inspect", "cut", made[0], "--classes", "3", "--out", out / "part.h5")
     assert status == 0, err
-    return [*made, out / "part.h5"]
+    with ranks_are_threads():
+        named = psmpi.fit(np.eye(6), list("abcabc"), np.eye(6), list("abcabc"), epochs=1, out=out / "named").folder
+    return [*made, out / "part.h5", checkpoint.available(named)[-1]]
 
 
 def test_every_path_of_every_file_is_in_the_tables_and_every_row_in_a_file(files):

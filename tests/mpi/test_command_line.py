@@ -53,7 +53,7 @@ def test_modules_import_from_floors_below_only():
     floors = [("errors", "metrics", "launcher"), ("output", "files"), ("registry",), ("backend",), ("layout",),
               ("nn", "optim", "data", "track"), ("config",), ("comm",), ("checkpoint",), ("training",), ("methods",),
               ("cost",), ("command",), ("train", "plan", "bench", "inspect", "predict", "plot", "doctor"),
-              ("submit",),
+              ("arrays",), ("submit", "sklearn", "torch"),
               ("__main__", "testing")]  # fmt: skip
     floor = {name: k for k, names in enumerate(floors) for name in names}
     root = ROOT / "psmpi"

@@ -118,7 +118,7 @@ import sys, time
 from psmpi import train
 from psmpi.training.loop import Loop
 
-def save(self):
+def save(self, best=False):
     print("saving", flush=True)
     time.sleep(60)
 

@@ -203,7 +203,7 @@ def test_ranks_parse_their_command_lines_one_at_a_time(monkeypatch):
 def test_a_deadlock_in_a_program_is_an_error(tmp_path, monkeypatch):
     from psmpi.training.loop import Loop
 
-    def save(self):
+    def save(self, best=False):
         if self.control.rank > 0:
             self.control.wait_for_all()
 
