@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from math import isfinite, nan
 from typing import Any
 
 # What is measured on test samples, or on those for validation, and how a person sees it.
@@ -26,12 +27,40 @@ SCORES: dict[str, Callable[[float], str]] = {
     for name in _SHOWN
 }
 
+# What these lines begin with.
+NAMES = {
+    f"{split}_{name}": words if name == "top5" else f"{split} {words}"
+    for split in ("test", "validation")
+    for name, words in (("loss", "loss"), ("accuracy", "accuracy"), ("top5", "top 5"), ("rmse", "RMSE"))
+}
+
 
 def describe(row: dict[str, Any], epochs: int) -> str:
     """The line that a person sees for one epoch."""
-    moved = row["bytes_sent"] / 1e6
-    shown = [show(row[key]) for key, show in SCORES.items() if key in row]
-    return (
-        f"epoch {row['epoch']:>3}/{epochs}  step {row['step']:>6}  train loss {row['train_loss']:.5g}  "
-        f"{'  '.join(shown)}  {row['samples_per_second']:.0f} samples/s  {moved:.1f} MB sent"
-    )
+    # After the loss of the test it is clear what scores are of, and a line has 80 columns.
+    shown = [
+        show(row[key]).replace(f"{key.removesuffix('_accuracy')} accuracy", "accuracy")
+        for key, show in SCORES.items()
+        if key in row
+    ]
+    return f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}  loss {row['train_loss']:.5g}  {'  '.join(shown)}"
+
+
+def best(rows: Sequence[dict[str, Any]]) -> tuple[str, dict[str, Any]] | None:
+    """What counts most of what tests measure, and the first row in which it is best; None where none has it."""
+    scores = (("accuracy", max), ("rmse", min), ("loss", min))
+    for key, better in ((f"{split}_{name}", of) for split in ("test", "validation") for name, of in scores):
+        known = [row for row in rows if isfinite(row.get(key, nan))]
+        if known:
+            return key, better(known, key=lambda row: row[key])
+    return None
+
+
+def duration(seconds: float) -> str:
+    """ "12 s", "3:05 min", "2:03:05 h"."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60}:{whole % 60:02} min"
+    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02} h"

@@ -13,9 +13,8 @@ if TYPE_CHECKING:
     from psmpi.comm.control import Control
     from psmpi.comm.protocol import World
     from psmpi.config import Config
+    from psmpi.output import Screen
 
-# What is said at the first signal.
-STOPPING = "the run stops after the next step, and is saved; another signal ends it at once"
 # The exit status of a run that was stopped by a signal, and can be gone on with.
 GO_ON = 85
 
@@ -102,6 +101,7 @@ def _configure(control: Control, argv: list[str]) -> tuple[Config | None, int, s
     the file that describes its layers, and what is to be told of the usual numbers.
     """
     from psmpi.config import defaults, from_toml, given, given_names, to_toml, with_usual
+    from psmpi.errors import counted
     from psmpi.output import Screen
     from psmpi.training.resume import noting
     from psmpi.training.usual import usual
@@ -110,8 +110,10 @@ def _configure(control: Control, argv: list[str]) -> tuple[Config | None, int, s
     numbers: list[str] = []
     if control.rank == 0:
         try:
-            tell = Screen(goes_on="training goes on").tell
             config, own = _parse(argv)
+            tell = _telling(Screen(goes_on="training goes on"), config)
+            data, method = Path(config.data.dataset).name, config.parallel.method
+            tell(f"psmpi: {config.model.model} on {data}, method {method}, on {counted(control.size, 'rank')}")
             layers = given(argv, "--config") if "layers" in given_names(argv) else own
             added = with_usual(argv, defaults(argv))[: -len(argv) or None]
             if added:
@@ -135,9 +137,12 @@ def _settle(config: Config, tell: Callable[[str], None], said: Collection[str]) 
     from psmpi.errors import UserError, expanded
     from psmpi.nn.layers.pattern_file import with_patterns
     from psmpi.registry import find_method
+    from psmpi.track import check_trackers
+    from psmpi.track.mlflow import store
 
     check(config, said)
     run, data = config.run, config.data
+    check_trackers(run.track, run.track_dir)
     if run.checkpoint_parallel and not checkpoint.supported():
         raise UserError(
             "--checkpoint-parallel: this h5py has no parallel HDF5; build one (HDF5_MPI=ON CC=mpicc pip install "
@@ -151,6 +156,7 @@ def _settle(config: Config, tell: Callable[[str], None], said: Collection[str]) 
     if out and not resume and checkpoint.available(Path(out)):
         raise UserError(f"--out {out} holds a run already: add --resume auto to go on with it, or name another folder")
     folder = expanded(data.data_dir, "--data-dir").absolute()
+    track_dir = run.track_dir and store(run.track_dir)
     if RANK in data.dataset and not find_method(config.parallel.method).private(config):
         raise UserError(
             f"--dataset {data.dataset}: {RANK} stands for the number of a rank, where each has samples of its own: "
@@ -171,14 +177,16 @@ def _settle(config: Config, tell: Callable[[str], None], said: Collection[str]) 
     data = replace(data, data_dir=str(folder), dataset=locate(data.dataset, folder, tell))
     # Patterns of layers go where the configuration goes.
     model = replace(config.model, layers=with_patterns(config.model.layers))
-    return replace(config, data=data, model=model, run=replace(run, out=out, resume=resume))
+    return replace(config, data=data, model=model, run=replace(run, out=out, resume=resume, track_dir=track_dir))
 
 
 def _train(world: World, control: Control, config: Config, own: str, layers: str, numbers: str) -> bool:
     """Train; whether all of it is done, and not stopped by a signal. own, layers, numbers: as of `_configure`."""
     import contextlib
+    import os
     import socket
     from dataclasses import asdict, replace
+    from functools import partial
 
     import numpy as np
     from threadpoolctl import threadpool_limits
@@ -190,22 +198,35 @@ def _train(world: World, control: Control, config: Config, own: str, layers: str
     from psmpi.comm.watch.watch import watched
     from psmpi.comm.world import cores as own_cores
     from psmpi.comm.world import host, library, local_rank
-    from psmpi.config import to_toml, without_anew
+    from psmpi.config import to_toml, used_settings, without_anew
+    from psmpi.errors import counted
+    from psmpi.launcher import announced_size, ends_ranks, process_number, shown_on
     from psmpi.output import Screen
     from psmpi.registry import find_method
+    from psmpi.track import Run, Trackers
     from psmpi.training.capacity import check_capacity
+    from psmpi.training.closing import STOPPING, at_signal, ended, stopped
     from psmpi.training.context import Context
     from psmpi.training.folder import RunFolder
     from psmpi.training.loop import Loop, show_places
     from psmpi.training.method import Place
     from psmpi.training.start import agree, begin, network_of, share_path
 
-    console = Screen(quiet=world.rank != 0, goes_on="training goes on")
-    tell = console.tell
+    bar = {"bar": True, "lines": False}.get(config.terminal.progress)
+    console = Screen(quiet=world.rank != 0, goes_on="training goes on", bar=bar)
+    tell = _telling(console, config)
     kind: Any = find_method(config.parallel.method)
     with contextlib.ExitStack() as stack:
         # After MPI's own handlers.
-        signals = stack.enter_context(StopSignals(config.run.save_signal, "" if world.rank else STOPPING))
+        launched, ends = announced_size(os.environ) is not None, ends_ranks(os.environ)
+        signals = StopSignals(
+            config.run.save_signal,
+            "" if world.rank else STOPPING,
+            shown_on(2) if ends else "",
+            # A person alone sends each signal once, a launcher or a batch system may do so twice.
+            None if launched or "SLURM_JOB_ID" in os.environ else 0.2,
+        )
+        stack.enter_context(signals)
         watch = stack.enter_context(watched(control, config.run.stall_warn, config.run.stall_abort))
         start = begin(control, config, own, tell, layers) if world.rank == 0 else None
         folder = stack.enter_context(start.folder) if start is not None and start.folder is not None else None
@@ -223,6 +244,9 @@ def _train(world: World, control: Control, config: Config, own: str, layers: str
                 folder = stack.enter_context(made)
         out = Path(share_path(control, str(folder.path) if folder is not None else ""))
         config = replace(config, run=replace(config.run, out=str(out)))
+        again = partial(_again, world.size)
+        if signals.told:
+            signals.told = at_signal(str(out), ends, again)
         if numbers:
             tell(numbers)
         if watch is not None:
@@ -242,11 +266,12 @@ def _train(world: World, control: Control, config: Config, own: str, layers: str
             settle(world, own_cores(), method.place().held > 0)
             place = json.dumps([socket.gethostname(), *vars(method.place()).values()])
             places = [json.loads(text) for text in control.collect_texts(place)]
-            show_places(console, [(rank, host, Place(*rest)) for rank, (host, *rest) in enumerate(places)])
-            tell(
-                f"model {network.name}: {method.layout.size:,} parameters; backend {ops.description}; run directory "
-                f"{out}"
-            )
+            if not config.terminal.quiet:
+                show_places(console, [(rank, host, Place(*rest)) for rank, (host, *rest) in enumerate(places)])
+            if config.terminal.verbose:
+                held = ", ".join(f"{what} {count / 1e6:.3g}" for what, count in method.memory().items())
+                tell(f"memory of rank 0 in MB: {held}")
+            tell(f"model {network.name}: {method.layout.size:,} parameters; backend {ops.description}")
             for line in method.told():
                 tell(line)
             method_settings = {name: value for one in config.chosen.values() for name, value in asdict(one).items()}
@@ -275,7 +300,9 @@ def _train(world: World, control: Control, config: Config, own: str, layers: str
                 names=dataset.train.names,
                 spaces={name: space.layout for name, space in method.state.spaces.items()},
             )
-            loop = Loop(control, method, dataset, config, out, console, contents, folder, signals)
+            tracked = Run(out, {**used_settings(config), "ranks": world.size}, config.run.track_dir)
+            trackers = stack.enter_context(Trackers(config.run.track if world.rank == 0 else (), tracked, tell))
+            loop = Loop(control, method, dataset, config, out, console, contents, folder, signals, trackers)
             notes = loop.resume(Path(found)) if found else []
             # Up to here any rank may refuse the start, and nothing is changed.
             control.wait_for_all()
@@ -283,9 +310,17 @@ def _train(world: World, control: Control, config: Config, own: str, layers: str
                 step, damaged = loop.progress.step if found else -1, config.run.resume == "auto"
                 with control.flight.task("beginning the run directory"):
                     folder.begin(text, loop.progress.rows, step, damaged=damaged)
+                with control.flight.task("writing for --track"):
+                    trackers.start(loop.progress.rows)
             for note in notes:
                 tell(note)
+            left = loop.total - loop.progress.step
+            tell(
+                f"training {counted(left, 'step')}, to epoch {config.run.epochs}, on {counted(world.size, 'rank')}; "
+                f"{f'kill -USR1 {process_number()}' if ends else 'Ctrl-C'} stops and saves\nrun directory {out}"
+            )
             done = loop.run()
+            trackers.close("done" if done else "stopped")
             # A launcher may kill the others when the first one ends with status 85, and rank 0 may still write.
             control.wait_for_all()
             method.close()
@@ -297,7 +332,30 @@ def _train(world: World, control: Control, config: Config, own: str, layers: str
                         chosen.setdefault(line.partition(":")[0], line)
                 for line in chosen.values():
                     tell(line)
+            for line in (
+                ended(config, loop.progress, loop.report.rows(loop.progress), loop.report.share, again)
+                if done
+                else stopped(config, loop.progress, signals.name, again)
+            ):
+                console.tell(line)
     return done
+
+
+def _telling(console: Screen, config: Config) -> Callable[[str], None]:
+    """What prints lines; under --quiet warnings alone."""
+
+    def tell(text: str) -> None:
+        if not config.terminal.quiet or text.lower().startswith("warning"):
+            console.tell(text)
+
+    return tell
+
+
+def _again(size: int, command: str, all_ranks: bool, words: list[str]) -> str:
+    """What to type to start a command, on all ranks or on one."""
+    from psmpi.command import typed
+
+    return typed(command, words, size if all_ranks else 1)
 
 
 def _backend(world: Any, config: Config, threads: int) -> Any:
@@ -322,7 +380,7 @@ def _backend(world: Any, config: Config, threads: int) -> Any:
                 raise
             made[0] = make_backend("auto", threads)
             if world.rank == 0:
-                Screen(goes_on="training goes on").tell(
+                _telling(Screen(goes_on="training goes on"), config)(
                     f"note: the GPU is not used: {str(error).removeprefix('--backend cupy: ')}"
                 )
 

@@ -94,13 +94,16 @@ class Poll:
     All ranks call it equally often, once a step, with their answer to each of two questions. What is told is the sum of
     what ranks said some calls before, begun then and fetched now, so that no call waits for ranks that are no more than
     that behind. Between two of these sums there are as many calls as rank 0 makes in about `seconds`.
+
+    given: numbers of this rank, which it sets before a call; heard: their sums over ranks as of the last sum fetched.
     """
 
-    def __init__(self, control: Control, seconds: float = 0.2):
+    def __init__(self, control: Control, seconds: float = 0.2, numbers: int = 0):
         self.control, self.seconds = control, seconds
         self.request: Request | None = None
-        # Ranks that say yes to each question; calls to the sum after the next one, by rank 0 alone.
-        self.said, self.sums = np.zeros(3), np.zeros(3)
+        # Ranks that say yes to each question; calls to the sum after the next one, by rank 0 alone; what they give.
+        self.said, self.sums = np.zeros(3 + numbers), np.zeros(3 + numbers)
+        self.given, self.heard = np.zeros(numbers), np.zeros(numbers)
         self.calls, self.interval, self.begun = 0, 1, time.perf_counter()
         self.yes = [False, False]
 
@@ -108,6 +111,7 @@ class Poll:
         """Whether some rank has said yes, to each question; a rank's own yes holds once it was said."""
         self.yes = [self.yes[0] or first, self.yes[1] or second]
         if self.control.size == 1:
+            self.heard[:] = self.given
             return self.yes[0], self.yes[1]
         self.calls += 1
         if self.calls < self.interval:
@@ -117,7 +121,8 @@ class Poll:
         # Towards the number of calls that takes `seconds`, at most twice as many as before.
         rate = self.calls / max(1e-9, now - self.begun)
         interval = min(2 * self.interval, max(1, int(rate * self.seconds)))
-        self.said[:] = *self.yes, interval * (self.control.rank == 0)
+        self.said[:3] = *self.yes, interval * (self.control.rank == 0)
+        self.said[3:] = self.given
         self.calls, self.begun = 0, now
         self.request = self.control.comm.Iallreduce(self.said, self.sums)
         moved = 2 * (self.control.size - 1) * self.said.nbytes // self.control.size
@@ -130,6 +135,7 @@ class Poll:
             return False, False
         self.request.Wait()
         self.request, self.interval = None, int(self.sums[2])
+        self.heard[:] = self.sums[3:]
         return bool(self.sums[0] > 0), bool(self.sums[1] > 0)
 
     def forget(self) -> None:

@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 # MPICH; Open MPI, whose names have the host, the user and the job's number; UCX.
 SEGMENT = re.compile(
@@ -30,38 +31,65 @@ PROCESSES = "/proc"
 YOUNG = 2.0
 
 
-def remove_leftovers(memory: Path = Path("/dev/shm"), folder: Path | None = None) -> tuple[int, int]:
-    """Remove what belongs to this user and to no living process; the number of segments removed, and their bytes.
+class Found(NamedTuple):
+    """Shared memory and session folders that no living process uses: paths, and of segments what was found of them."""
 
-    To be called before MPI starts, by every process: those of a host find their segment by its name, and one that is
-    ahead of the others would find that of the dead. What a living process has just made stays. A process of another
-    container that shares /dev/shm is not seen: what it uses already it goes on using, as a file that is removed stays
-    with those that have it open; and what has another host's name stays.
+    # A segment, the number of its job where its name has one, and its status when it was found.
+    segments: list[tuple[Path, str | None, os.stat_result]]
+    # Session folders of launchers, and of single processes the folders of their jobs, dead or not.
+    sessions: list[Path]
+    jobs: list[Path]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of shared memory."""
+        return sum(found.st_size for _, _, found in self.segments)
+
+
+def find_leftovers(memory: Path = Path("/dev/shm"), folder: Path | None = None) -> Found:
+    """What belongs to this user and to no living process; nothing is removed.
+
+    What a living process has just made is none of it. A process of another container that shares /dev/shm is not seen;
+    what has another host's name is left out.
     """
     if not os.path.isdir(PROCESSES):
         # Nobody could be seen to live.
-        return 0, 0
+        return Found([], [], [])
     # Processes are told to have files open by paths without links.
     memory, folder = memory.resolve(), (folder or Path(tempfile.gettempdir())).resolve()
     segments = [(one, of["job"], found) for one, of, found in _mine(memory, SEGMENT) if _here(of["host"])]
     sessions = [one for one, _, _ in _mine(folder, SESSION) if _told_here(one)]
     single = [one for one, of, _ in _mine(folder, SINGLE) if _here(of["host"])]
     if not (segments or sessions):
-        return 0, 0
+        return Found([], [], [])
     used = set(_used())
+    # A single process has a folder of its job, by its number. It may live without shared memory.
+    jobs = [job for one in single for part, _, _ in _mine(one) for job, _, _ in _mine(part, NUMBER)]
+    return Found(
+        [one for one in segments if str(one[0]) not in used],
+        [one for one in sessions if not _living(int(one.name.partition(".")[2]), one, used)],
+        jobs,
+    )
+
+
+def remove_leftovers(memory: Path = Path("/dev/shm"), folder: Path | None = None) -> tuple[int, int]:
+    """Remove what `find_leftovers` finds; the number of segments removed, and their bytes.
+
+    To be called before MPI starts, by every process: those of a host find their segment by its name, and one that is
+    ahead of the others would find that of the dead. What another container's process uses already it goes on using, as
+    a file that is removed stays with those that have it open.
+    """
+    leftovers = find_leftovers(memory, folder)
     count = nbytes = 0
     ended: set[str | None] = set()
-    for one, job, found in segments:
+    for one, job, found in leftovers.segments:
         # A rank of this job that is ahead may have removed it, and made its own of that name.
-        if str(one) not in used and _same(one, found):
+        if _same(one, found):
             with contextlib.suppress(OSError):
                 one.unlink()
                 count, nbytes = count + 1, nbytes + found.st_size
                 ended.add(job)
-    dead = [one for one in sessions if not _living(int(one.name.partition(".")[2]), one, used)]
-    # A single process has a folder of its job, by its number. It may live without shared memory.
-    jobs = [job for one in single for part, _, _ in _mine(one) for job, _, _ in _mine(part, NUMBER)]
-    for session in (*dead, *(job for job in jobs if f"{int(job.name):x}" in ended)):
+    for session in (*leftovers.sessions, *(job for job in leftovers.jobs if f"{int(job.name):x}" in ended)):
         shutil.rmtree(session, ignore_errors=True)
     return count, nbytes
 

@@ -28,11 +28,13 @@ class StopSignals:
     thread beside it ends the process where the main thread cannot: after GRACE seconds, with status 128 + the signal's
     number.
 
-    also: one more signal, by its name without SIG; told: what is written to standard error at the first one.
+    also: one more signal, by its name without SIG; told: what is written to standard error at the first one, or to the
+    terminal `shown`, a path, of a launcher that passes nothing on any more; one: seconds, if not ONE.
     """
 
-    def __init__(self, also: str = "USR1", told: str = "") -> None:
+    def __init__(self, also: str = "USR1", told: str = "", shown: str = "", one: float | None = None) -> None:
         self.name, self.told, self.noted = "", told, 0.0
+        self.shown, self.one = shown, ONE if one is None else one
         self.signals = (*STOPPING, signal.Signals[f"SIG{also}"])
         self.before: dict[signal.Signals, Callable[[int, FrameType | None], Any] | int | None] = {}
         # The numbers of all signals, as soon as they come, whatever the main thread does.
@@ -63,12 +65,24 @@ class StopSignals:
         if not self.name:
             self.name, self.noted = signal.Signals(number).name, time.monotonic()
             if self.told:
-                # Not by print, in which the signal may have come.
-                with contextlib.suppress(OSError):
-                    os.write(2, f"{self.name}: {self.told}\n".encode())
-        elif time.monotonic() - self.noted > ONE:
+                self._tell(f"{self.name}: {self.told}\n".encode())
+        elif time.monotonic() - self.noted > self.one:
             self._restore()
             os.kill(os.getpid(), number)
+
+    def _tell(self, text: bytes) -> None:
+        """Write by system calls: the signal may have come in a print."""
+        if self.shown:
+            try:
+                opened = os.open(self.shown, os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
+                os.write(opened, b"\n" + text)
+                os.close(opened)
+                return
+            except OSError:
+                # The launcher has gone: what it leaves may still be read.
+                pass
+        with contextlib.suppress(OSError):
+            os.write(2, text)
 
     def _listen(self, heard: socket.socket, heeded: set[signal.Signals]) -> None:
         """The thread: it ends with the pipe, or after a later signal the process."""
@@ -79,7 +93,7 @@ class StopSignals:
                 if number not in heeded:
                     continue
                 first = first or time.monotonic()
-                if time.monotonic() - first > ONE:
+                if time.monotonic() - first > self.one:
                     if not _closed_by(heard, time.monotonic() + GRACE):
                         os._exit(128 + number)
                     return

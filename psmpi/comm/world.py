@@ -16,7 +16,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from psmpi import output
 from psmpi.comm.leftovers import remove_leftovers
@@ -85,6 +85,22 @@ def _fitting_launcher() -> str:
     )
 
 
+def load() -> Any:
+    """mpi4py's module, without a start of MPI. UserError where there is no usable MPI."""
+    try:
+        import mpi4py
+
+        # Not before the launcher is known to fit.
+        mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise UserError(
+            f"cannot load MPI ({' '.join(str(error).split())}): install one with pip install 'psmpi[mpi]', or load "
+            "your site's MPI module"
+        ) from None
+    return MPI
+
+
 def start() -> World:
     """Start MPI and return the communicator of all ranks. UserError where there is no usable MPI.
 
@@ -94,17 +110,7 @@ def start() -> World:
     with warnings.catch_warnings():
         # mpi4py warns of another MPI's launcher; the checks here say what to do.
         warnings.filterwarnings("ignore", message="suspicious MPI execution environment")
-        try:
-            import mpi4py
-
-            # Not before the launcher is known to fit.
-            mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
-            from mpi4py import MPI
-        except (ImportError, RuntimeError) as error:
-            raise UserError(
-                f"cannot load MPI ({' '.join(str(error).split())}): install one with pip install 'psmpi[mpi]', or load "
-                "your site's MPI module"
-            ) from None
+        MPI = load()
         if not MPI.Is_initialized():
             check_protocol(MPI.get_vendor()[0], os.environ, library(), _pmix_loaded())
             lacks = lacking_memory(MPI.get_vendor()[0])
@@ -323,13 +329,9 @@ def delivered(patience: float = 2.0) -> None:
 def vendor() -> str:
     """mpi4py's name of this Python's MPI, such as MPICH or Open MPI, which is not started; "" where there is none."""
     try:
-        import mpi4py
-
-        mpi4py.rc.initialize = False
-        from mpi4py import MPI
-    except (ImportError, RuntimeError):
+        return str(load().get_vendor()[0])
+    except UserError:
         return ""
-    return str(MPI.get_vendor()[0])
 
 
 def _running() -> Communicator | None:

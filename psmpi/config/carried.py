@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from psmpi.config.sections import DEEP, Data, LossSettings, NetworkSettings, Optimization, Parallel, Run, unused_of_loss
+from psmpi.config.terminal import Terminal
 from psmpi.config.text import given, tables_in
 from psmpi.config.tree import Config
 from psmpi.data.table import is_table
@@ -16,7 +17,10 @@ from psmpi.optim import Hyper, find_optimizer, unused_settings
 from psmpi.registry import all_methods, find_method, method_names
 
 # Where things are, and what is said anew at each start.
-ANEW = ("allow_external", "data_dir", "max_steps", "new_data", "out", "resume", "stall_abort", "stall_warn")
+ANEW = (
+    "allow_external", "data_dir", "max_steps", "new_data", "out", "resume", "stall_abort", "stall_warn", "track",
+    "track_dir", *(one.name for one in fields(Terminal)),
+)  # fmt: skip
 # What is of a GPU, and of the rate of an optimizer.
 OF_DEVICE = ("compute", "convolution", "gpu_aware", "nccl")
 OF_RATE = ("lr", "min_lr", "clip", *(one.name for one in fields(Hyper)))
@@ -87,14 +91,16 @@ def without_unused(config: Config, base: Config, said: Collection[str]) -> Confi
         parallel = _by_default(parallel, Parallel(), set(OF_DEVICE) - set(said))
     elif not kind.nccl:
         parallel = _by_default(parallel, Parallel(), {"nccl"} - set(said))
-    return replace(config, data=data, optimization=o, objective=loss, model=model, parallel=parallel).having(settings)
+    run = config.run if "mlflow" in config.run.track else _by_default(config.run, Run(), {"track_dir"} - set(said))
+    sections = {"data": data, "optimization": o, "objective": loss, "model": model, "parallel": parallel, "run": run}
+    return replace(config, **sections).having(settings)
 
 
 def without_anew(config: Config) -> Config:
     """`config` as a run keeps it, without what each start says anew beside the number of steps."""
-    names = {"new_data", "out", "resume", "stall_abort", "stall_warn"}
+    names = {"new_data", "out", "resume", "stall_abort", "stall_warn", "track", "track_dir"}
     data = _by_default(config.data, Data(), {"allow_external"})
-    return replace(config, data=data, run=_by_default(config.run, Run(), names))
+    return replace(config, data=data, run=_by_default(config.run, Run(), names), terminal=Terminal())
 
 
 def _by_default(section: Any, plain: Any, names: Collection[str]) -> Any:
@@ -103,12 +109,12 @@ def _by_default(section: Any, plain: Any, names: Collection[str]) -> Any:
 
 def changes(before: Config, now: Config) -> list[tuple[str, Any, Any]]:
     """The settings that differ, but for what each start says anew: name, value before, value now."""
-    old, new = _values(before), _values(now)
+    old, new = used_settings(before), used_settings(now)
     return [(name, old[name], value) for name, value in new.items() if name in old and value != old[name]]
 
 
-def _values(config: Config) -> dict[str, Any]:
-    """All settings that are used, by name, with the numbers that stand for what is not given."""
+def used_settings(config: Config) -> dict[str, Any]:
+    """All settings that are used, by name, with the numbers that stand for what is not given, but for ANEW."""
     sections = [*config.sections.values(), *config.chosen.values()]
     found = {name: value for one in sections for name, value in asdict(one).items() if name not in ANEW}
     found |= find_optimizer(config.optimization.optimizer).chosen(config.optimization)

@@ -12,9 +12,11 @@ from psmpi.data.text import CONTEXT
 from psmpi.nn.losses import LOSSES
 from psmpi.optim import ALL_OPTIMIZERS, Hyper, NewtonSettings, ScheduleSettings
 from psmpi.registry import DEFAULT
+from psmpi.track import TRACKERS
 
 if TYPE_CHECKING:
     LossName = str
+    TrackerName = str
     OptimizerName = str
     # None until the usual number is in its place, before anything is made of it.
     Count = int
@@ -23,6 +25,7 @@ else:
     Count, Rate = int | None, float | None
     # The registry's names, for the command line, TOML files and the help.
     LossName = Literal[tuple(LOSSES)]
+    TrackerName = Literal[tuple(TRACKERS)]
     OptimizerName = Literal[tuple(ALL_OPTIMIZERS)]
 
 NOT_GIVEN: Any = None
@@ -232,6 +235,11 @@ class Run:
     one in the run directory (a fresh start if none)."""
     new_data: bool = False
     """Go on from the checkpoint with other data than it was made with, from the beginning of an epoch."""
+    track: tuple[TrackerName, ...] = ()
+    """Also write the rows of metrics.jsonl for other viewers. tensorboard: into the folder tensorboard of the run
+    directory; mlflow: as a run of MLflow, in a folder of its own."""
+    track_dir: str = ""
+    """Folder, or sqlite:///FILE, of MLflow's runs; if not given that of MLFLOW_TRACKING_URI, else mlruns."""
     stall_warn: float = 60.0
     """Seconds that ranks stand still before it is said which of them is waited for; 0: ranks are not watched."""
     stall_abort: float = 1800.0

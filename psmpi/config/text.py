@@ -36,7 +36,10 @@ WIDE = {
 
 def parse_toml(text: str) -> dict[str, Any]:
     """The tables of a TOML text, the names of files in it as Python has them; ValueError where it is none."""
-    tables: dict[str, Any] = _each_text(tomllib.loads(text), _with_bytes)
+    try:
+        tables: dict[str, Any] = _each_text(tomllib.loads(text), _with_bytes)
+    except RecursionError:
+        raise tomllib.TOMLDecodeError("values in values in values, deeper than any setting is") from None
     return tables
 
 

@@ -108,8 +108,11 @@ class Opened:
 
     def settings(self) -> dict[str, Any]:
         """The configuration: `section.name` to value, patterns in brief."""
-        tables = parse_toml(self.contents.config)
-        return {f"{section}.{name}": brief(value) for section, table in tables.items() for name, value in table.items()}
+        found: dict[str, Any] = {}
+        for section, table in parse_toml(self.contents.config).items():
+            values = {f"{section}.{name}": value for name, value in table.items()} if isinstance(table, dict) else {}
+            found |= values or {section: table}
+        return {name: brief(value) for name, value in found.items()}
 
     def describe(self) -> dict[str, Any]:
         """Step, epoch and score."""

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.progress import Progress as Bar
 from rich.table import Table
 
-from psmpi import checkpoint, metrics
+from psmpi import checkpoint
 from psmpi.checkpoint import Contents, Progress
 from psmpi.comm.control import Control, Poll
 from psmpi.comm.signals import StopSignals
@@ -21,10 +20,12 @@ from psmpi.data import Batch, Dataset, Minibatches
 from psmpi.errors import UserError, counted
 from psmpi.optim import make_schedule
 from psmpi.output import Screen
+from psmpi.track import Trackers
 from psmpi.training.best import Best
 from psmpi.training.divergence import Divergence
 from psmpi.training.folder import RunFolder
 from psmpi.training.method import Method, Place
+from psmpi.training.report import NUMBERS, Report
 from psmpi.training.resume import restore
 from psmpi.training.rollback import LEFT_OUT, Rollback
 
@@ -82,9 +83,10 @@ class Loop:
         contents: Contents,
         folder: RunFolder | None = None,
         signals: StopSignals | None = None,
+        trackers: Trackers | None = None,
     ):
         self.control, self.method, self.config, self.out, self.console = control, method, config, out, console
-        self.dataset, self.folder = dataset, folder
+        self.dataset, self.folder, self.trackers = dataset, folder, trackers or Trackers()
         self.batches, self.total, self.schedule = plan_steps(dataset, config)
         run = config.run
         self.writer = checkpoint.Writer(
@@ -96,7 +98,10 @@ class Loop:
         self.progress = Progress()
         # Whether to stop, which all ranks find after the same step.
         self.signals = StopSignals() if signals is None else signals
-        self.poll, self.stopped = Poll(control, method.poll_seconds), False
+        self.poll, self.stopped = Poll(control, method.poll_seconds, NUMBERS), False
+        self.report = Report(console, config, self.batches.batch_size, self.poll.heard, control.flight.spent)
+        # Of each rank's time in the last epoch, what was communication.
+        self.shares = np.zeros(control.size)
         # Numbers that are not finite: this rank's account of them, and whether all ranks are to go back.
         self.numbers, self.wrong = method.numbers, False
         self.rollback = Rollback(control, method, config, self.writer, self.batches.steps_per_epoch)
@@ -148,10 +153,9 @@ class Loop:
     def run(self) -> bool:
         """Train to the end, or until a rank is asked to stop by a signal; whether all is done."""
         self.rollback.begin(self.progress)
-        with self.console.bar() as bar:
-            task = bar.add_task("", total=self.total, completed=self.progress.step)
+        with self.report.showing(self.progress, self.total):
             while not self._is_done() and not self.stopped:
-                self._epoch(bar, task)
+                self._epoch()
         self.poll.close()
         if self.control.rank == 0:
             self.writer.close()
@@ -164,18 +168,12 @@ class Loop:
                 )
             for line in self.best.describe(self.progress.rows, str(checkpoint.best(self.out))):
                 self.console.tell(line)
-        done = self._is_done()
-        if not done:
-            by = f"by {self.signals.name} " if self.signals else ""
-            self.console.tell(
-                f"stopped {by}after step {self.progress.step}, and saved: go on with --resume auto --out {self.out}"
-            )
-        return done
+        return self._is_done()
 
     def _is_done(self) -> bool:
         return self.progress.step >= self.total or self.best.due(self.progress.rows)
 
-    def _steps(self, bar: Bar, task: Any, start: float) -> Iterator[tuple[Batch, float]]:
+    def _steps(self, start: float) -> Iterator[tuple[Batch, float]]:
         """The minibatches of the rest of an epoch with their learning rates; whoever takes one has done those before.
 
         Between two of them checkpoints are written.
@@ -194,9 +192,11 @@ class Loop:
             elapsed = first.seconds + time.perf_counter() - start
             self.progress = replace(self.progress, step=self.progress.step + 1, cursor=cursor + 1, seconds=elapsed)
             flight.step = self.progress.step
-            bar.update(task, completed=self.progress.step)
             self._tell_troubles()
+            counted_samples = self._seen(self.progress) * (self.control.rank == 0) - self.numbers.left_out
+            self.poll.given[:] = self.report.numbers(self.method.loss_sum, counted_samples)
             stopped, self.wrong = self.poll(bool(self.signals), bool(self.numbers.noted))
+            self.report.step(self.progress)
             if stopped or self.wrong:
                 self.stopped = stopped and not self.wrong
                 break
@@ -206,13 +206,13 @@ class Loop:
             if self.wrong:
                 break
 
-    def _epoch(self, bar: Bar, task: Any) -> None:
+    def _epoch(self) -> None:
         method, every = self.method, self.config.run.checkpoint_every
-        start, first = time.perf_counter(), self.progress
+        start, first, waited = time.perf_counter(), self.progress, self.control.flight.spent()
         if self.dataset.train.augmentation is not None:
             self.dataset.train.augmentation.epoch = first.epoch
         with self.numbers.naming():
-            method.run_epoch(self._steps(bar, task, start))
+            method.run_epoch(self._steps(start))
         if self.wrong or self.rollback.due():
             self._go_back()
             return
@@ -223,9 +223,10 @@ class Loop:
                 self._go_back()
             return
         trained = self._seen(self.progress) - self._seen(first)
-        rate = trained / (time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        rate, share = trained / seconds, (self.control.flight.spent() - waited) / seconds
         whole = self.progress.cursor == self.batches.steps_per_epoch
-        row = self._measure(self._seen(self.progress), rate)
+        row = self._measure(self._seen(self.progress), rate, share)
         diverged = self.divergence.find(row, trained)
         if self.rollback.due(diverged):
             self._go_back()
@@ -239,7 +240,7 @@ class Loop:
         if self.control.rank == 0:
             self._append(row)
             with self.control.flight.task("printing to standard output"):
-                self.console.tell(metrics.describe(row, self.config.run.epochs))
+                self.report.epoch(row, self.shares)
         if diverged:
             raise FloatingPointError(diverged)
         best = whole and self.best.is_last(self.progress.rows)
@@ -265,6 +266,8 @@ class Loop:
                         self.folder.rewind(progress.rows)
                 except OSError as error:
                     self._warn_loudly(f"metrics.jsonl has rows of epochs that are trained again: {error}")
+            with self.control.flight.task("writing for --track"):
+                self.trackers.start(progress.rows)
 
     def _append(self, row: dict[str, Any]) -> None:
         """Add a row to the metrics, in a run directory that is still there."""
@@ -275,6 +278,8 @@ class Loop:
                     self.folder.append(row)
             except OSError as error:
                 self._warn_loudly(f"metrics.jsonl lacks the row of epoch {row['epoch']}: {error}")
+        with self.control.flight.task("writing for --track"):
+            self.trackers.row(row)
 
     def _keep(self) -> None:
         """On rank 0, make sure that the run directory is there, and this run's."""
@@ -298,16 +303,20 @@ class Loop:
         """The training samples of the steps done in an epoch."""
         return min(progress.cursor * self.batches.batch_size, self.batches.n)
 
-    def _measure(self, seen: int, rate: float) -> dict[str, Any]:
-        """The row of metrics of the epoch so far; also warns of new unusual events."""
+    def _measure(self, seen: int, rate: float, share: float) -> dict[str, Any]:
+        """The row of metrics of the epoch so far; also warns of new unusual events.
+
+        rate: samples a second; share: of this rank's time in communication.
+        """
         method = self.method
         scores = method.test()
         (loss_sum, _, _, first), left_out = self._totals(), self._left_out()
         self.divergence.begun = self.divergence.begun or first
         # A rank that has nothing to do in some epochs is no measure of the rate.
-        counts = np.zeros((self.control.size, 3))
-        counts[self.control.rank] = method.counter.sent, method.counter.received, rate
+        counts = np.zeros((self.control.size, 4))
+        counts[self.control.rank] = method.counter.sent, method.counter.received, rate, share
         counts = self.control.total(counts)
+        self.shares = counts[:, 3]
         events = self._events()
         return {
             "epoch": self.progress.epoch + 1,
@@ -364,6 +373,7 @@ class Loop:
             return
         state = self.method.state
         self.writer.write(state.arrays, state.scalars, progress, state.tables, best)
+        self.report.detail(f"  checkpoint of step {progress.step} handed over to be written")
         self._tell_troubles()
 
     def _tell_troubles(self) -> None:

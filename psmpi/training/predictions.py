@@ -13,14 +13,13 @@ from typing import IO, Any
 
 import numpy as np
 
-from psmpi.data.names import listed
-from psmpi.errors import UserError, counted
-from psmpi.nn.finite import spans
+from psmpi.errors import UserError
 from psmpi.nn.metric import TOP, largest
-from psmpi.output import Screen, tell
+from psmpi.output import tell
+from psmpi.training.findings import FIRST, confused, show_choices, show_values
 
-# Classes whose confusion is a table; of more it is a list of pairs, of which so many are shown.
-TABLE, SHOWN = 40, 10
+# Classes whose confusion is a matrix in JSON; of more it is a list of pairs.
+MATRIX = 40
 
 
 def room(out: str) -> AbstractContextManager[IO[bytes] | None]:
@@ -107,29 +106,36 @@ class Found:
 class Values(Found):
     """Predicted values."""
 
-    squares, seen = 0.0, 0
+    def __init__(self, *known: Any):
+        super().__init__(*known)
+        # Of each output, sums over the samples seen: squared errors, targets, squared targets.
+        self.sums, self.seen = np.zeros((3, len(self.outputs))), 0
+        self.first = np.zeros((min(self.n, FIRST), len(self.outputs)), self.dtype)
 
     def take(self, at: slice, values: Any) -> None:
         """Take the values (b, outputs) of some samples."""
         self.keep(at, values)
+        if at.start < FIRST:
+            self.first[at.start : at.stop] = values[: FIRST - at.start]
         if self.targets is not None:
-            off = values - self.targets[at][:, self.outputs]
-            off = off[~np.isnan(off).any(axis=1)] if self.steps else off
-            self.squares += float(np.vdot(off, off))
+            wanted = self.targets[at][:, self.outputs].astype(np.float64)
+            counts = ~np.isnan(wanted).any(axis=1) if self.steps else slice(None)
+            off, wanted = values[counts] - wanted[counts], wanted[counts]
+            self.sums += (off**2).sum(axis=0), wanted.sum(axis=0), (wanted**2).sum(axis=0)
             self.seen += len(off)
 
     def report(self) -> None:
         """Write and print the values beside the targets, if these are known."""
         found = self.summary() | {"outputs": self.outputs.tolist()}
         if self.targets is not None:
-            found["rmse"] = sqrt(self.squares / max(1, self.seen * len(self.outputs)))
+            found["rmse"] = sqrt(self.sums[0].sum() / max(1, self.seen * len(self.outputs)))
         if self.options.out:
             self._write()
         if self.options.json:
             tell(json.dumps(found))
             return
-        tell(f"{found['checkpoint']}: {counted(found['samples'], 'sample')} of {found['dataset']} ({found['split']})")
-        tell(f"RMSE {found['rmse']:.5g}" if "rmse" in found else "values predicted; no RMSE (it needs targets y)")
+        rows = [[*self.numbers(k), *row] for k, row in enumerate(self.first)]
+        show_values(found, self.sums / max(1, self.seen), self.titles, rows)
 
     def _write(self) -> None:
         values = self.kept()
@@ -153,13 +159,17 @@ class Choices(Found):
         super().__init__(*known)
         self.labels = np.full(self.n, -1) if self.targets is None else self.targets
         self.choices = np.zeros((self.n, min(TOP, len(self.outputs))), np.int64)
+        self.first = np.zeros((min(self.n, FIRST), self.choices.shape[1]), self.dtype)
 
     def take(self, at: slice, scores: Any, classes: Any = None) -> None:
         """Take the scores (b, outputs) of some samples, or the largest with their classes (b, TOP)."""
         if classes is None:
             self.keep(at, scores)
-            classes = self.outputs[largest(scores.T, TOP)[1].T]
+            best, places = largest(scores.T, TOP)
+            scores, classes = best.T, self.outputs[places.T]
         self.choices[at] = classes
+        if at.start < FIRST:
+            self.first[at.start : at.stop] = scores[: FIRST - at.start]
 
     def report(self) -> None:
         """Write and print the predictions, and how good they are."""
@@ -177,16 +187,21 @@ class Choices(Found):
             found["accuracy"] = float(np.count_nonzero(predicted == labels) / len(labels))
             if known > TOP:
                 found["top5"] = float(np.count_nonzero(choices == labels[:, None]) / len(labels))
-            if known <= TABLE:
+            if known <= MATRIX:
                 confusion = np.zeros((known, known), int)
                 np.add.at(confusion, (labels, predicted), 1)
                 found["confusion"] = confusion.tolist()
             else:
-                found["confused"] = _confused(labels, predicted)
+                found["confused"] = confused(labels, predicted)
         if self.options.json:
             tell(json.dumps(found))
         else:
-            _show(found, [repr(one) for one in self.characters] or self.names)
+            rows = [
+                (self.numbers(k), chosen, scores)
+                for k, (chosen, scores) in enumerate(zip(self.choices[:FIRST].tolist(), self.first, strict=True))
+            ]
+            names = [repr(one) for one in self.characters] or self.names
+            show_choices(found, labels, predicted, names, self.titles, rows)
 
     def called(self, label: int) -> Any:
         """A class as files have it: by its name, or number."""
@@ -205,15 +220,6 @@ class Choices(Found):
         _save(self.path, self.shaped(arrays), titles, rows)
 
 
-def _confused(labels: Any, predicted: Any) -> list[list[int]]:
-    """[label, prediction, samples] of what is confused, the most frequent first."""
-    wrong = labels != predicted
-    pairs, counts = np.unique(np.stack([labels[wrong], predicted[wrong]]), axis=1, return_counts=True)
-    order = np.argsort(-counts, kind="stable")
-    found: list[list[int]] = np.concatenate([pairs, counts[None]])[:, order].T.tolist()
-    return found
-
-
 def _save(path: Path, arrays: dict[str, Any], titles: list[str], rows: Iterable[list[Any]]) -> None:
     """Write arrays to an .npz file, or a table to a .csv file."""
     try:
@@ -230,32 +236,3 @@ def _save(path: Path, arrays: dict[str, Any], titles: list[str], rows: Iterable[
 
 def _unwritable(path: Path, error: OSError) -> UserError:
     return UserError(f"--out {path}: {error.strerror}; give the path of a file that can be written")
-
-
-def _show(found: dict[str, Any], names: Sequence[str]) -> None:
-    from rich.markup import escape
-    from rich.table import Table
-
-    def called(label: int) -> str:
-        return names[label] if names else str(label)
-
-    tell(f"{found['checkpoint']}: {counted(found['samples'], 'sample')} of {found['dataset']} ({found['split']})")
-    if "accuracy" not in found:
-        which = f"classes {listed(found['names'] if 'names' in found else [spans(found['classes'])])}"
-        tell(f"scores of {which}; no accuracy (it needs labels, and the scores of all classes)")
-        return
-    more = f", label among the 5 largest scores {100 * found['top5']:.2f} %" if "top5" in found else ""
-    tell(f"accuracy {100 * found['accuracy']:.2f} %{more}")
-    if "confused" in found:
-        several, shown = found["confused"], found["confused"][:SHOWN]
-        tell(f"{counted(len(several), 'pair')} of classes confused" + (", most often:" if shown else ""))
-        for label, choice, count in shown:
-            tell(f"  label {called(label)} taken for {called(choice)}: {counted(count, 'sample')}")
-        return
-    table = Table(title="confusion: rows are labels, columns predictions", title_justify="left")
-    for name in ("label", *(escape(called(c)) for c in found["classes"]), "right"):
-        table.add_column(name, justify="right")
-    for label, row in enumerate(found["confusion"]):
-        share = f"{100 * row[label] / sum(row):.1f} %" if sum(row) else "-"
-        table.add_row(escape(called(label)), *(str(n) if n else "." for n in row), share)
-    Screen().print(table)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from psmpi import checkpoint
 from psmpi.checkpoint import Contents
 from psmpi.comm.watch.flight import flight_of
-from psmpi.config import Config, changes, from_toml, read_file
+from psmpi.config import Config, changes, from_toml, read_file, without_anew
 from psmpi.data import Dataset, Identity, differences
 from psmpi.data.names import listed
 from psmpi.errors import UserError, counted, expanded
@@ -44,10 +44,9 @@ def own_settings(resume: str, out: str) -> Base | None:
         found = read_file(str(path))
     else:
         return None
-    run = replace(found.run, out=out, resume=resume, new_data=False, max_steps=0)
-    # It is said anew, or not.
-    data = replace(found.data, allow_external=False)
-    return Base(replace(found, run=run, data=data), str(path))
+    # A file does not say what is read or written elsewhere.
+    found = without_anew(found)
+    return Base(replace(found, run=replace(found.run, out=out, resume=resume, max_steps=0)), str(path))
 
 
 @contextmanager

@@ -51,8 +51,9 @@ def test_only_comm_speaks_to_mpi():
 def test_modules_import_from_floors_below_only():
     """Floors: backend and layout, then nn, optim and data, config, comm, checkpoint, training, methods, commands."""
     floors = [("errors", "metrics", "launcher"), ("output", "files"), ("registry",), ("backend",), ("layout",),
-              ("nn", "optim", "data"), ("config",), ("comm",), ("checkpoint",), ("training",), ("methods",),
-              ("cost",), ("command",), ("train", "plan", "bench", "inspect", "predict", "plot"), ("submit",),
+              ("nn", "optim", "data", "track"), ("config",), ("comm",), ("checkpoint",), ("training",), ("methods",),
+              ("cost",), ("command",), ("train", "plan", "bench", "inspect", "predict", "plot", "doctor"),
+              ("submit",),
               ("__main__", "testing")]  # fmt: skip
     floor = {name: k for k, names in enumerate(floors) for name in names}
     root = ROOT / "psmpi"

@@ -240,3 +240,16 @@ def test_ranks_see_each_other(cluster, place):
         assert "│ 1    │" in done.stdout, done.stderr
         (place / "slow").unlink(missing_ok=True)
     assert "resumed from" in done.stdout
+
+
+@pytest.mark.skipif(vendor() != "MPICH", reason="the interfaces named here are MPICH's")
+def test_the_doctor_knows_how_it_was_started(cluster, place):
+    """By srun, by srun without an interface of MPI, and in an allocation without srun."""
+    doctor = (sys.executable, "-m", "psmpi.doctor")
+    for words, status, says in (
+        (("srun", "--mpi=pmi2", "-n", "2", "--overcommit"), 0, ("MPI sees 2: it matches", "0 and 1")),
+        (("srun", "--mpi=none", "-n", "2", "--overcommit"), 1, ("error    MPI", "sees 1: the launcher belongs")),
+        (("salloc", "-n", "2", "--overcommit"), 0, ("warning  SLURM        the job has 2 tasks",)),
+    ):
+        done = cluster.run(*words, *doctor, cwd=place, timeout=120, PYTHONPATH=str(ROOT))
+        assert done.returncode == status and all(one in done.stdout for one in says), done.stdout + done.stderr

@@ -41,7 +41,7 @@ def test_version_is_that_of_the_package(capsys):
 def test_an_unknown_command_names_the_known_ones(words, says, capsys):
     assert command.main(words) == 1
     out, err = capsys.readouterr()
-    assert not out and says in err and "train, plan, predict, inspect, plot, submit, bench" in err
+    assert not out and says in err and "train, plan, predict, inspect, plot, doctor, submit, bench" in err
 
 
 @pytest.mark.parametrize("variable", LAUNCHER_RANKS)

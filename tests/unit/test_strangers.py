@@ -28,7 +28,7 @@ from psmpi.files.packed import Unpacker, is_packed
 from psmpi.files.whole import partial_of, written
 from psmpi.inspect.look import show, state, verify
 from psmpi.output import Screen, complain, printable, tell
-from psmpi.testing.fuzz.kinds import good_checkpoint
+from psmpi.testing.fuzz.checkpoints import good_checkpoint
 
 X, Y = np.random.default_rng(0).random((20, 6)).astype(np.float32), np.arange(20) % 4
 GROWN = 400 << 20

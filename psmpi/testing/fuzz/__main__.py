@@ -19,6 +19,8 @@ from psmpi.output import Screen, complain
 
 # Seconds and bytes of one file beyond which psmpi takes more than the file explains, and files of a process.
 SLOW, LARGE, BATCH = 10.0, 1 << 30, 200
+# What Python runs to try files.
+WORKER = ["-m", "psmpi.testing.fuzz.worker"]
 FAILURES = ("traceback", "crash", "slow", "memory")
 
 
@@ -105,7 +107,7 @@ def _batch(kind: str, seed: int, first: int, count: int, keep: str, found: Found
     """Try files in a process, and in another one from where it died."""
     at, stop = first, first + count
     while at < stop:
-        command = [sys.executable, "-m", "psmpi.testing.fuzz.worker", kind, *map(str, (seed, at, stop - at))]
+        command = [sys.executable, *WORKER, kind, *map(str, (seed, at, stop - at))]
         with subprocess.Popen(
             [*command, *([keep] if keep else [])], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         ) as process:

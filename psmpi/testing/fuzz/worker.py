@@ -62,7 +62,7 @@ def main(kind: str, seed: int, first: int, count: int, keep: str = "") -> None:
             except UserError as error:
                 outcome, text = "refused", str(error)
             except BaseException:
-                outcome, text = "traceback", traceback.format_exc()
+                outcome, text = "traceback", "\n".join(traceback.format_exc().splitlines()[-12:])
             seconds = time.perf_counter() - start
             grown = 1024 * max(0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
             say(done=number, outcome=outcome, text=text[-2000:], seconds=seconds, grown=grown)

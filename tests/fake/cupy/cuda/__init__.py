@@ -171,6 +171,10 @@ class runtime:
         return {"name": b"host memory as a device"}
 
     @staticmethod
+    def memGetInfo():
+        return 3_000_000_000, 4_000_000_000
+
+    @staticmethod
     def memcpyAsync(dst, src, size, kind, stream):
         current().enqueue(lambda: ctypes.memmove(dst, src, size))
 

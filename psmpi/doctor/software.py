@@ -1,0 +1,175 @@
+"""Python, packages, what computes: kernels in C, linear algebra, GPUs."""
+
+from __future__ import annotations
+
+import glob
+import platform
+import re
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from psmpi.doctor.report import Finding, error, good, warning
+from psmpi.errors import UserError
+
+# Extras of those who develop psmpi.
+DEVELOPERS = ("test",)
+
+
+class Requirement(NamedTuple):
+    """A package that is needed, from which version on, and for which extra of psmpi, "" for all of it."""
+
+    name: str
+    least: str
+    extra: str
+
+
+def python() -> Iterator[Finding]:
+    """psmpi and Python."""
+    import psmpi
+
+    yield good("psmpi", f"{psmpi.__version__}, {Path(psmpi.__file__).parent}")
+    yield good("Python", f"{platform.python_version()}, {sys.executable}, on {platform.platform()}")
+
+
+def packages() -> Iterator[Finding]:
+    """The packages that psmpi needs, and those of its extras, by what its installation says."""
+    try:
+        needed = [one for text in metadata.requires("psmpi") or [] for one in _requirement(text)]
+    except metadata.PackageNotFoundError:
+        yield warning(
+            "packages", "psmpi is not installed here, so it is not known what it needs: pip install -e . in its folder"
+        )
+        return
+    versions = {one.name: _version(one.name) for one in needed}
+    always = [one for one in needed if not one.extra]
+    for one in always:
+        if not _enough(versions[one.name], one.least):
+            has = f"is {versions[one.name]}" if versions[one.name] else "is not installed"
+            yield error(
+                "packages", f"{one.name} {has}, and psmpi needs {one.least}: pip install '{one.name}>={one.least}'"
+            )
+    yield good("packages", ", ".join(f"{one.name} {versions[one.name]}" for one in always if versions[one.name]))
+    extras = dict.fromkeys(one.extra for one in needed if one.extra and one.extra not in DEVELOPERS)
+    lacking = {
+        extra: [one.name for one in needed if one.extra == extra and not _enough(versions[one.name], one.least)]
+        for extra in extras
+    }
+    there = [extra for extra, lacks in lacking.items() if not lacks]
+    absent = [f"{extra} ({', '.join(lacks)})" for extra, lacks in lacking.items() if lacks]
+    text = f"installed: {', '.join(there) or 'none'}"
+    yield good("extras", f"{text}; not: {', '.join(absent)}" if absent else text)
+
+
+def _requirement(text: str) -> Iterator[Requirement]:
+    """What a line of an installation's metadata asks for; nothing for other Pythons' lines and psmpi's own extras."""
+    asked, _, marker = text.partition(";")
+    name = re.match(r"[\w.-]+", asked)
+    extra = re.search(r"extra\s*==\s*['\"]([\w-]+)['\"]", marker)
+    if name is None or name[0] == "psmpi" or "python_version" in marker:
+        return
+    least = re.search(r">=\s*([\w.]+)", asked)
+    yield Requirement(name[0], least[1] if least else "0", extra[1] if extra else "")
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _enough(version: str, least: str) -> bool:
+    """Whether a version is there, and not below another one; numbers alone are compared."""
+    found, wanted = (tuple(int(part) for part in re.findall(r"\d+", text)) for text in (version, least))
+    return bool(version) and found >= wanted
+
+
+def kernels() -> Iterator[Finding]:
+    """The kernels in C."""
+    from psmpi.backend import compiled
+    from psmpi.backend.compiled.library import NAMES
+
+    level = compiled.level()
+    if level:
+        yield good("kernels", f"in C, for {NAMES[level]}: loaded, and built from the sources beside them")
+        return
+    why = compiled.missing()
+    # Another processor is nothing to install.
+    fix = (
+        "" if "processor lacks" in why else ": with gcc or clang at hand, pip install psmpi again (-e . in a checkout)"
+    )
+    yield warning("kernels", f"none in C, NumPy computes in their place: {why}{fix or '; use another host if you can'}")
+
+
+def linear_algebra() -> Iterator[Finding]:
+    """The library of matrix products."""
+    import numpy as np
+    from threadpoolctl import threadpool_info
+
+    found = [one for one in threadpool_info() if one["user_api"] == "blas"]
+    for one in found:
+        kind = f", for {one['architecture']}" if one.get("architecture") else ""
+        yield good("BLAS", f"{one['internal_api']} {one['version'] or ''}{kind}: psmpi says how many threads it makes")
+    if not found:
+        yield warning(
+            "BLAS",
+            f"that of NumPy {np.__version__} is of an unknown kind, and psmpi cannot say how many threads it makes: "
+            "set OMP_NUM_THREADS to the cores of a rank, or use a NumPy with OpenBLAS, BLIS or MKL",
+        )
+
+
+def gpus() -> Iterator[Finding]:
+    """NVIDIA's devices, and CuPy."""
+    from psmpi.backend.gpu.runtime import INSTALL, devices, load_cupy
+
+    nodes = sorted(glob.glob("/dev/nvidia[0-9]*"))
+    if find_spec("cupy") is None:
+        if nodes:
+            yield warning(
+                "GPU", f"{', '.join(nodes)} and no CuPy: to compute there {INSTALL}; the processor computes else"
+            )
+        else:
+            yield good("GPU", "no /dev/nvidia0, and no CuPy: the processor computes")
+        return
+    try:
+        count = devices()
+    except UserError as trouble:
+        text = str(trouble).removeprefix("--backend cupy: ")
+        yield (error if nodes else warning)("GPU", text)
+        return
+    cupy = load_cupy()
+    runtime = cupy.cuda.runtime
+    driver = runtime.driverGetVersion()
+    yield good(
+        "CUDA", f"CuPy {cupy.__version__}, its CUDA {_cuda(runtime.runtimeGetVersion())}, the driver's {_cuda(driver)}"
+    )
+    for number in range(count):
+        yield _device(cupy, number)
+
+
+def _device(cupy: Any, number: int) -> Finding:
+    """A device, to which bytes are copied and back."""
+    import numpy as np
+
+    cuda = cupy.cuda
+    try:
+        cuda.Device(number).use()
+        name = cuda.runtime.getDeviceProperties(number)["name"].decode()
+        free, total = cuda.runtime.memGetInfo()
+        sent = np.arange(1000, dtype=np.float32)
+        right = np.array_equal(cupy.asnumpy(cupy.asarray(sent)), sent)
+    except (cuda.runtime.CUDARuntimeError, MemoryError) as trouble:
+        return error("GPU", f"device {number}: {trouble}: see who uses it (nvidia-smi), or use --backend compiled")
+    if not right:
+        return error("GPU", f"device {number}, {name}, gives back other bytes than it was given: use another one")
+    return good(
+        "GPU", f"device {number}, {name}: {free / 1e9:.1f} of {total / 1e9:.1f} GB free, gives back what is sent"
+    )
+
+
+def _cuda(version: int) -> str:
+    return f"{version // 1000}.{version % 1000 // 10}"

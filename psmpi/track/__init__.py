@@ -1,0 +1,5 @@
+"""Writers of a run's rows for other people's viewers, by name."""
+
+from psmpi.track.tracker import TRACKERS, Run, Tracker, Trackers, check_trackers
+
+__all__ = ["TRACKERS", "Run", "Tracker", "Trackers", "check_trackers"]
