@@ -133,12 +133,12 @@ def _settle(config: Config, tell: Callable[[str], None], said: Collection[str]) 
     from psmpi import checkpoint
     from psmpi.config import check
     from psmpi.data import RANK, locate
-    from psmpi.data.bounded import bytes_of
     from psmpi.errors import UserError, expanded
     from psmpi.nn.layers.pattern_file import with_patterns
     from psmpi.registry import find_method
     from psmpi.track import check_trackers
     from psmpi.track.mlflow import store
+    from psmpi.training.checks import check_data
 
     check(config, said)
     run, data = config.run, config.data
@@ -162,18 +162,7 @@ def _settle(config: Config, tell: Callable[[str], None], said: Collection[str]) 
             f"--dataset {data.dataset}: {RANK} stands for the number of a rank, where each has samples of its own: "
             "add --private-data, with a method that has it"
         )
-    if not 0 <= data.validation < 1:
-        raise UserError(f"--validation {data.validation:g}: expected a share of the training samples, as 0.1, or 0")
-    if data.validation and find_method(config.parallel.method).private(config):
-        raise UserError(
-            "--validation: with --private-data each rank has test samples of its own, and tests these alone"
-        )
-    if data.augment and find_method(config.parallel.method).private(config):
-        raise UserError("--augment: with --private-data the numbers of samples are those of ranks: leave it out")
-    if data.data_memory:
-        bytes_of(data.data_memory)
-        if find_method(config.parallel.method).private(config):
-            raise UserError("--data-memory: with --private-data a rank has its own samples alone: leave it out")
+    check_data(data, find_method(config.parallel.method).private(config))
     data = replace(data, data_dir=str(folder), dataset=locate(data.dataset, folder, tell))
     # Patterns of layers go where the configuration goes.
     model = replace(config.model, layers=with_patterns(config.model.layers))

@@ -140,3 +140,10 @@ def test_the_default_network_is_cut_by_classes_for_samples_of_any_shape(tmp_path
     assert distance(one.tensors(), several.tensors()) <= 1e-10
     found = [json.loads(run(k, "-m", "psmpi.predict", several.out, "--json")[1]) for k in (1, 3)]
     assert found[0] == found[1] and found[0]["accuracy"] == several.rows[-1]["test_accuracy"]
+
+
+@pytest.mark.parametrize("options", [("--validation", "0.1"), ("--augment", "flip"), ("--data-memory", "1k")])
+def test_private_data_are_not_parted_moved_or_bounded(options):
+    numbers = ("--epochs", "1", "--batch-size", "10", "--lr", "0.1")
+    status, _, err = run(2, "-m", "psmpi.train", "--method", "next", "--private-data", *numbers, *options)
+    assert status == 1 and f"{options[0]} is for samples that all ranks can read" in " ".join(err.split())
