@@ -28,18 +28,14 @@ SCORES: dict[str, Callable[[float], str]] = {
 }
 
 # What these lines begin with.
-NAMES = {
-    f"{split}_{name}": words if name == "top5" else f"{split} {words}"
-    for split in ("test", "validation")
-    for name, words in (("loss", "loss"), ("accuracy", "accuracy"), ("top5", "top 5"), ("rmse", "RMSE"))
-}
+NAMES = {key: show(0.0).partition(" 0")[0] for key, show in SCORES.items()}
 
 
 def describe(row: dict[str, Any], epochs: int) -> str:
     """The line that a person sees for one epoch."""
     # After the loss of the test it is clear what scores are of, and a line has 80 columns.
     shown = [
-        show(row[key]).replace(f"{key.removesuffix('_accuracy')} accuracy", "accuracy")
+        show(row[key]).removeprefix(f"{key.partition('_')[0]} " if key.endswith("accuracy") else "")
         for key, show in SCORES.items()
         if key in row
     ]
@@ -48,8 +44,8 @@ def describe(row: dict[str, Any], epochs: int) -> str:
 
 def best(rows: Sequence[dict[str, Any]]) -> tuple[str, dict[str, Any]] | None:
     """What counts most of what tests measure, and the first row in which it is best; None where none has it."""
-    scores = (("accuracy", max), ("rmse", min), ("loss", min))
-    for key, better in ((f"{split}_{name}", of) for split in ("test", "validation") for name, of in scores):
+    kinds = (("accuracy", max), ("rmse", min), ("loss", min))
+    for key, better in ((f"{split}_{name}", better) for split in ("validation", "test") for name, better in kinds):
         known = [row for row in rows if isfinite(row.get(key, nan))]
         if known:
             return key, better(known, key=lambda row: row[key])

@@ -26,7 +26,7 @@ def table(title: str, *names: str, room: int = 1) -> Table:
     """A table in few columns, with numbers at the right; room: spaces between columns, besides one."""
     made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, room, 0, 0), show_edge=False)
     for name in names:
-        made.add_column(escape(name), justify="right")
+        made.add_column(name, justify="right")
     return made
 
 
@@ -77,12 +77,16 @@ def show_choices(
 ) -> None:
     """Print how good predicted classes (n,) are beside the labels (n,), or what the first ones are.
 
-    names: what classes are called, where that is not their numbers; first: of the first samples the numbers, named by
-    `titles`, and the classes with the largest scores and these, the largest first.
+    names: what classes are called, if not by their numbers; first: of the first samples the numbers, named by `titles`,
+    and the classes with the largest scores and these, the largest first.
     """
 
     def called(label: int) -> str:
         return names[label] if names else str(label)
+
+    def cell(label: int) -> str:
+        # A name in a table may look like markup.
+        return escape(called(label))
 
     screen = Screen()
     _of(found)
@@ -92,9 +96,7 @@ def show_choices(
         shown = table("first predictions", *titles, "predicted", "score", "second", "score")
         for numbers, chosen, scores in first:
             best = list(zip(chosen, scores, strict=True))[:2]
-            shown.add_row(
-                *map(str, numbers), *(word for c, score in best for word in (escape(called(c)), f"{score:.4g}"))
-            )
+            shown.add_row(*map(str, numbers), *(word for c, score in best for word in (cell(c), f"{score:.4g}")))
         screen.print(shown)
         return
     counts = np.bincount(labels, minlength=len(found["classes"]))
@@ -105,9 +107,9 @@ def show_choices(
     shown.add_row(*(f"{100 * score:.2f} %" for score in scores))
     screen.print(shown)
     if len(counts) <= MATRIX:
-        _show_matrix(screen, found["confusion"], called)
+        _show_matrix(screen, found["confusion"], cell)
         return
-    _show_worst(screen, counts, right, called)
+    _show_worst(screen, counts, right, cell)
     _show_pairs(labels, predicted, called)
 
 
@@ -118,7 +120,7 @@ def _show_matrix(screen: Screen, confusion: Sequence[Sequence[int]], called: Any
     shown = table("confusion: rows are labels, columns predictions", *names, room=int(len(classes) <= SHOWN))
     for label, row in enumerate(confusion):
         share = f"{100 * row[label] / sum(row):.1f} %" if sum(row) else "-"
-        shown.add_row(escape(called(label)), *(str(n) if n else "." for n in row), share)
+        shown.add_row(called(label), *(str(n) if n else "." for n in row), share)
     screen.print(shown)
 
 
@@ -127,7 +129,7 @@ def _show_worst(screen: Screen, counts: np.ndarray, right: np.ndarray, called: A
     share = np.where(counts > 0, right / np.maximum(1, counts), 2.0)
     shown = table("worst classes", "label", "samples", "right")
     for label in np.lexsort((-counts, share))[: min(SHOWN, np.count_nonzero(counts))].tolist():
-        shown.add_row(escape(called(label)), f"{counts[label]:,}", f"{100 * share[label]:.1f} %")
+        shown.add_row(called(label), f"{counts[label]:,}", f"{100 * share[label]:.1f} %")
     screen.print(shown)
 
 

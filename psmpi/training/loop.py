@@ -166,8 +166,9 @@ class Loop:
                     f"{ended}, but its last checkpoint is not written, see above: make room and go on with --resume "
                     "auto"
                 )
-            for line in self.best.describe(self.progress.rows, str(checkpoint.best(self.out))):
-                self.console.tell(line)
+            if not self.config.terminal.quiet:
+                for line in self.best.describe(self.progress.rows, str(checkpoint.best(self.out))):
+                    self.console.tell(line)
         return self._is_done()
 
     def _is_done(self) -> bool:
