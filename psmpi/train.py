@@ -144,7 +144,7 @@ def settle_paths(config: Config, tell: Callable[[str], None], said: Collection[s
     from psmpi.registry import find_method
     from psmpi.track import check_trackers
     from psmpi.track.mlflow import store
-    from psmpi.training.checks import check_shares
+    from psmpi.training.checks import check_data
 
     check(config, said)
     run, data = config.run, config.data
@@ -168,7 +168,7 @@ def settle_paths(config: Config, tell: Callable[[str], None], said: Collection[s
             f"--dataset {data.dataset}: {RANK} stands for the number of a rank, where each has samples of its own: "
             "add --private-data, with a method that has it"
         )
-    check_shares(config)
+    check_data(data, find_method(config.parallel.method).private(config))
     if data.dataset != ARRAYS:
         data = replace(data, data_dir=str(folder), dataset=locate(data.dataset, folder, tell))
     # Patterns of layers go where the configuration goes.

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from psmpi.config import Config
+from psmpi.config import Config, Data
 from psmpi.data import Dataset, Split
 from psmpi.data.bounded import bytes_of
 from psmpi.errors import UserError
@@ -16,7 +16,7 @@ from psmpi.nn.network import CUSTOM, Network
 from psmpi.nn.sequences import count_states, find_head, find_padding
 from psmpi.optim import FIRST_ORDER
 from psmpi.optim.curvature import RULES
-from psmpi.registry import WHOLE, all_methods, find_method
+from psmpi.registry import WHOLE, all_methods
 
 # Samples that are too few for statistics.
 FEW = 8
@@ -179,17 +179,16 @@ def slices_are_normalized(of: str) -> str:
     )
 
 
-def check_shares(config: Config) -> None:
-    """UserError for shares of samples, changes of them and bounds on them that are none, or not of private data."""
-    data, private = config.data, find_method(config.parallel.method).private(config)
+def check_data(data: Data, private: bool) -> None:
+    """UserError for settings of the data that are none, or that `private` data sets, one a rank, cannot have."""
     if not 0 <= data.validation < 1:
         raise UserError(f"--validation {data.validation:g}: expected a share of the training samples, as 0.1, or 0")
     if data.data_memory:
         bytes_of(data.data_memory)
-    for option, given, why in (
-        ("--validation", data.validation, "each rank has test samples of its own, and tests these alone"),
-        ("--augment", data.augment, "the numbers of samples are those of ranks: leave it out"),
-        ("--data-memory", data.data_memory, "a rank has its own samples alone: leave it out"),
+    for option, given in (
+        ("--validation", data.validation),
+        ("--augment", data.augment),
+        ("--data-memory", data.data_memory),
     ):
         if given and private:
-            raise UserError(f"{option}: with --private-data {why}")
+            raise UserError(f"{option} is for samples that all ranks can read: leave it out, or --private-data")
