@@ -231,6 +231,7 @@ def _predict(world: Any, control: Any, options: Options) -> None:
     from psmpi.data import Identity, open_split
     from psmpi.data.table import is_table
     from psmpi.errors import UserError
+    from psmpi.files import examiner
     from psmpi.files.examiner import examined
     from psmpi.nn.metric import TOP
     from psmpi.nn.sequences import stretch
@@ -259,6 +260,7 @@ def _predict(world: Any, control: Any, options: Options) -> None:
             names=contents.called,
             features=prod(contents.in_shape),
         )
+    examiner.close()
     _check_data(world, control, options, contents, split)
     network = make_network(
         model.model,

@@ -213,6 +213,7 @@ def train(
     from psmpi.comm.world import host, library, local_rank
     from psmpi.config import to_toml, used_settings, without_anew
     from psmpi.errors import counted
+    from psmpi.files import examiner
     from psmpi.launcher import announced_size, ends_ranks, process_number, shown_on
     from psmpi.output import Screen
     from psmpi.registry import find_method
@@ -249,6 +250,8 @@ def train(
         found = share_path(control, str(Path(start.found).absolute()) if start is not None and start.found else "")
         ranks, cores = host(world)
         dataset, identity = agree(control, config, start, (local_rank(world), ranks), tell, given)
+        # All files have been looked at.
+        examiner.close()
         network = network_of(config, dataset)
         if start is not None:
             found = start.found
