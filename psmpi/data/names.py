@@ -16,7 +16,7 @@ from psmpi.errors import UserError, counted
 
 # Classes that can have names, and characters of a name.
 MOST, LONGEST = 1 << 16, 100
-# Integers of which more are very many classes.
+# Integers of which as many, or more, are very many classes.
 MANY = 100
 TRUTH = ("False", "True")
 # What names of classes are: those found in the data (None), none at all, or those of a network that is trained.
@@ -136,7 +136,7 @@ def _are_numbers(distinct: npt.NDArray[np.int64]) -> bool:
     """Whether distinct integers are numbers of classes; very many may have gaps, where a class has no sample."""
     low, high, count = int(distinct[0]), int(distinct[-1]), len(distinct)
     gaps = high - low >= count
-    return count > MOST or (low == 0 and not gaps) or (count > MANY and gaps and low >= 0 and high < MAX_CLASSES)
+    return count > MOST or (low == 0 and not gaps) or (count >= MANY and gaps and low >= 0 and high < MAX_CLASSES)
 
 
 def _looked_up(path: Path, distinct: npt.NDArray[Any], names: tuple[str, ...]) -> npt.NDArray[np.int64]:

@@ -1,5 +1,6 @@
 """What a person types and sees: help, configuration, errors, and ranks that fail."""
 
+import contextlib
 import os
 import re
 import signal
@@ -343,8 +344,10 @@ def children(pid):
     """All descendants of a process."""
     found = []
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in task.read_text().split():
-            found += [int(child), *children(int(child))]
+        # A thread may have ended since.
+        with contextlib.suppress(OSError):
+            for child in task.read_text().split():
+                found += [int(child), *children(int(child))]
     return found
 
 
