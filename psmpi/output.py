@@ -140,7 +140,8 @@ class Screen:
 
         stream: Any = Stream(sys.stdout, goes_on)
         self.styled, self.live = styled(stream), stream.isatty() and styled(stream)
-        self.console = Plain(file=stream, quiet=quiet, force_terminal=self.styled)
+        # Names in files may look like markup, or like :names: of pictures.
+        self.console = Plain(file=stream, quiet=quiet, force_terminal=self.styled, markup=False, emoji=False)
         if not stream.isatty():
             self.console.width = WIDE
         elif self.console.width < NARROW:
@@ -153,13 +154,13 @@ class Screen:
 
     def tell(self, text: str, style: str | None = None) -> None:
         """Print a line as it is."""
-        self.console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
+        self.console.print(text, style=style, highlight=False, soft_wrap=True)
 
     def print(self, *things: Any, **options: Any) -> None:
         """Print tables, trees and the like, as rich's Console does, but cut no word: a narrow terminal breaks lines."""
         room = self.console.options.update(width=WIDE)
         for one in things:
-            # A line of text breaks anywhere, and may look like markup.
+            # A line of text breaks anywhere.
             least = 0 if isinstance(one, str) else self.console.measure(one, options=room).minimum
             if least > self.console.width:
                 self.console.width = least
