@@ -26,7 +26,10 @@ from psmpi.files import examiner
 from psmpi.files.hdf5 import chunks_of, filters_of
 from psmpi.files.packed import Unpacker, is_packed
 from psmpi.files.whole import partial_of, written
+from psmpi.inspect.compare import diff
+from psmpi.inspect.figures import stats
 from psmpi.inspect.look import show, state, verify
+from psmpi.inspect.opened import Opened
 from psmpi.output import Screen, complain, printable, tell
 from psmpi.testing.fuzz.checkpoints import good_checkpoint
 
@@ -444,3 +447,63 @@ def test_a_run_writes_through_no_link_and_as_the_umask_says(train: Any, tmp_path
     files = [path for path in out.rglob("*") if path.is_file() and not path.is_symlink()]
     assert {path.name for path in files} >= {"config.toml", "metrics.jsonl", "step-000000002.h5"}
     assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o600}
+
+
+def test_names_in_checkpoints_are_no_markup(good: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a network of another version, whose layers are not known here, names are not compared with these."""
+    with h5py.File(good, "r+") as file:
+        layout = json.loads(file["layout"].asstr()[0])
+        for number, one in enumerate(layout["parameters"]):
+            name, mark = one["name"], ("[/b]", "[link=http:x]", ":boom:", "[red]")[number % 4]
+            one["name"] = f"{mark}{name}"
+            for group in ("weights", "optimizer/m", "optimizer/v"):
+                file.move(f"{group}/{name}", f"{group}/{one['name']}")
+        text = str(file["config"].asstr()[0])
+        layers = 'model = "custom"\nlayers = [{type = "unheard"}]'
+        put(file, "config", text.replace('model = "mlp"', layers).replace("layers = []\n", ""))
+        put(file, "layout", json.dumps(layout))
+    seal(good)
+    for command in (show, stats, lambda path: diff(path, path)):
+        command(good)
+        found = capsys.readouterr().out
+        for mark in ("[link=http:x]dense1.bias", ":boom:dense2.weight"):
+            assert mark in found.replace(" ", "") or command is stats
+
+
+def test_a_checkpoint_names_no_file_of_a_pattern(good: Path, tmp_path: Path) -> None:
+    """A pipe would be waited for."""
+    os.mkfifo(tmp_path / "pattern.npz")
+    table = f'{{type = "sparse", units = 4, pattern = "{tmp_path / "pattern.npz"}"}}'
+    inner = f'{{type = "residual", layers = [{table}]}}'
+    with h5py.File(good, "r+") as file:
+        text = str(file["config"].asstr()[0]).replace('model = "mlp"', 'model = "custom"')
+        put(file, "config", text.replace("layers = []", f"layers = [{inner}]"))
+    seal(good)
+    with pytest.raises(DamagedError, match="config, pattern"):
+        checkpoint.validate(good)
+
+
+@pytest.mark.parametrize("name", ["elements", "elements/a/b", "rank/a/b", "elements2", "ranks/a"])
+def test_tables_of_checkpoints_are_tables(good: Path, name: str) -> None:
+    with h5py.File(good, "r+") as file:
+        file[name] = np.zeros((3, 2), "f4")
+    seal(good)
+    with pytest.raises(DamagedError, match=r"is no table|is nothing that"):
+        checkpoint.validate(good)
+
+
+@pytest.mark.parametrize("shape", [(10**12, 0), (0, 3), (0,), (7, 3), (3_000_000, 1)])
+def test_tables_of_many_rows_are_compared_some_at_a_time(
+    good: Path, capsys: pytest.CaptureFixture[str], shape: tuple[int, ...]
+) -> None:
+    with h5py.File(good, "r+") as file:
+        file.create_dataset("elements/a", shape, "u1", chunks=None)
+        if 0 not in shape:
+            file["elements/a"][...] = np.arange(np.prod(shape), dtype=np.uint8).reshape(shape)
+    seal(good)
+    diff(good, good)
+    assert "bit-identical" in capsys.readouterr().out
+    if 0 not in shape:
+        opened = Opened(good)
+        rows = np.concatenate([one.copy() for one in opened.rows(next(iter(opened.tables)))])
+        assert rows.tobytes() == np.arange(np.prod(shape), dtype=np.uint8).tobytes()
