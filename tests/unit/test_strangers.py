@@ -28,9 +28,11 @@ from psmpi.files.packed import Unpacker, is_packed
 from psmpi.files.whole import partial_of, written
 from psmpi.inspect.compare import diff
 from psmpi.inspect.figures import stats
+from psmpi.inspect.flight import read_flights
 from psmpi.inspect.look import show, state, verify
 from psmpi.inspect.opened import Opened
 from psmpi.output import Screen, complain, printable, tell
+from psmpi.plot import plot
 from psmpi.testing.fuzz.checkpoints import good_checkpoint
 
 X, Y = np.random.default_rng(0).random((20, 6)).astype(np.float32), np.arange(20) % 4
@@ -507,3 +509,58 @@ def test_tables_of_many_rows_are_compared_some_at_a_time(
         opened = Opened(good)
         rows = np.concatenate([one.copy() for one in opened.rows(next(iter(opened.tables)))])
         assert rows.tobytes() == np.arange(np.prod(shape), dtype=np.uint8).tobytes()
+
+
+ROWS = {
+    "a pipe": (None, "it is no regular file"),
+    "a line of a gigabyte": (b"", "line 1 has 16,777,216 bytes or more"),
+    "lists in lists": (b'{"epoch":' + b"[" * 100_000 + b"]" * 100_000 + b"}", "values in values"),
+    "no row": (b"[1]\n", "line 1 is no row"),
+    "a text": (b'{"epoch": 1, "test_accuracy": "x"}\n', "test_accuracy is 'x', and no number"),
+    "a number beyond all": (b'{"epoch": 1' + b"0" * 400 + b', "test_accuracy": 1}\n', "epoch is '10000"),
+    "no text": (b"\xff\xfe", "decode"),
+}
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_rows_of_runs_are_rows_of_numbers(tmp_path: Path, kind: str) -> None:
+    content, said = ROWS[kind]
+    path = tmp_path / "metrics.jsonl"
+    if content is None:
+        os.mkfifo(path)
+    else:
+        path.write_bytes(content)
+        if not content:
+            os.truncate(path, 1 << 30)
+    with pytest.raises(UserError, match=said):
+        plot((str(tmp_path),), out=tmp_path / "a.png")
+    with pytest.raises(DamagedError, match=r"holds no operations"):
+        read_flights(path)
+
+
+def test_labels_of_curves_have_no_codes_for_terminals(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The library that draws warns of characters that it cannot."""
+    run = tmp_path / "a\x1b[31m"
+    run.mkdir()
+    (run / "metrics.jsonl").write_text('{"epoch": 1, "test_accuracy": 0.5}\n')
+    plot((str(run),), out=tmp_path / "a.png")
+    assert "\x1b" not in "".join([*capsys.readouterr(), *(str(one.message) for one in recwarn)])
+
+
+def test_a_pipe_in_the_place_of_a_checkpoint_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.h5")
+    with pytest.raises(UserError, match="is no regular file"):
+        checkpoint.validate(tmp_path / "a.h5")
+
+
+@pytest.mark.parametrize("wrong", [10**15, -1, -5])
+def test_minibatches_in_flight_are_of_training_samples(train: Any, tmp_path: Path, wrong: int) -> None:
+    done = train(1, "--method", "dni", "--max-steps", "4", "--epochs", "1", out=tmp_path / "run")
+    with h5py.File(done.checkpoint, "r+") as file:
+        samples = file["dni_samples/samples"]
+        samples[...] = np.full(samples.shape, wrong)
+    seal(done.checkpoint)
+    with pytest.raises(AssertionError, match="are of no training samples"):
+        train(1, "--resume", done.checkpoint, "--max-steps", "8")
