@@ -64,6 +64,8 @@ def _header(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Head
         offset = stream.tell()
     if any(size < 0 for size in shape):
         raise UserError(f"{where}: its header says the shape {shape}; write the file again")
+    if info.compress_size > path.stat().st_size:
+        raise UserError(f"{where}: its directory says more bytes than the file has; fetch or write it again")
     check_unpacked(where, info.compress_size, info.file_size, "save it with np.savez")
     if not dtype.hasobject and info.file_size != offset + prod(shape) * dtype.itemsize:
         raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
@@ -9,6 +10,7 @@ import resource
 import stat
 import subprocess
 import sys
+import zipfile
 import zlib
 from pathlib import Path
 from typing import Any
@@ -564,3 +566,15 @@ def test_minibatches_in_flight_are_of_training_samples(train: Any, tmp_path: Pat
     seal(done.checkpoint)
     with pytest.raises(AssertionError, match="are of no training samples"):
         train(1, "--resume", done.checkpoint, "--max-steps", "8")
+
+
+def test_sizes_that_only_the_directory_of_a_zip_file_claims(tmp_path: Path) -> None:
+    """Labels of samples without any would be made, 8 bytes each, before a sample is read."""
+    header, count, path = io.BytesIO(), 10**11, tmp_path / "own.npz"
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (count, 4)})
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x.npy", header.getvalue())
+        # Written at the end, when the archive is closed.
+        archive.infolist()[0].file_size = archive.infolist()[0].compress_size = len(header.getvalue()) + 4 * count
+    with pytest.raises(UserError, match="says more bytes than the file has"):
+        open_split(str(path), None, "all")
