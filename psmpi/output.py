@@ -142,8 +142,14 @@ class Screen:
         self.styled, self.behind = (False, "") if quiet else (styled(stream), terminal_behind(stream))
         seen = self.styled and bool(stream.isatty() or self.behind)
         self.live = not quiet and (seen if bar is None else bar)
+        # Names in files may look like markup, or like :names: of pictures.
         self.console = Plain(
-            file=stream, quiet=quiet, force_terminal=self.styled or self.live, no_color=not self.styled or None
+            file=stream,
+            quiet=quiet,
+            force_terminal=self.styled or self.live,
+            no_color=not self.styled or None,
+            markup=False,
+            emoji=False,
         )
         # A program that is killed could not show it again.
         vars(self.console)["show_cursor"] = lambda show=True: False
@@ -160,13 +166,13 @@ class Screen:
 
     def tell(self, text: str, style: str | None = None) -> None:
         """Print a line as it is."""
-        self.console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
+        self.console.print(text, style=style, highlight=False, soft_wrap=True)
 
     def print(self, *things: Any, **options: Any) -> None:
         """Print tables, trees and the like, as rich's Console does, but cut no word: a narrow terminal breaks lines."""
         room = self.console.options.update(width=WIDE)
         for one in things:
-            # A line of text breaks anywhere, and may look like markup.
+            # A line of text breaks anywhere.
             least = 0 if isinstance(one, str) else self.console.measure(one, options=room).minimum
             if least > self.console.width:
                 self.console.width = least

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from math import isfinite
@@ -12,7 +11,8 @@ from typing import Annotated, Any, Literal, get_args
 from tyro.conf import Positional, arg
 
 from psmpi.errors import UserError
-from psmpi.output import legible, tell
+from psmpi.files.rows import read_rows
+from psmpi.output import legible, printable, tell
 
 Axis = Literal["epoch", "step", "seconds", "megabytes"]
 Figures = Literal[
@@ -20,6 +20,8 @@ Figures = Literal[
     "validation_rmse", "validation_loss",
 ]  # fmt: skip
 
+# Whole numbers above this have no double each.
+MOST = 2**53
 # What is written at the axes.
 TITLES = {
     "epoch": "epoch",
@@ -63,7 +65,7 @@ def plot(
         raise UserError(f"--out {out}: expected a name that ends in .png, .svg or .pdf")
     if not runs:
         raise UserError("plot: give run directories")
-    curves: dict[str, list[list[dict[str, Any]]]] = {}
+    curves: dict[str, list[list[dict[str, float]]]] = {}
     for text in runs:
         # A folder's name may have an = too.
         label, found, run = (text, "", "") if Path(text).is_dir() else text.partition("=")
@@ -113,7 +115,7 @@ def plot(
     # Lines named by hand: a name that begins with _ is none by itself, and $ begins no formula.
     for entry, label in zip(axes.legend(axes.lines, map(str, range(len(curves)))).get_texts(), curves, strict=True):
         entry.set_parse_math(False)
-        entry.set_text(legible(label))
+        entry.set_text(printable(legible(label)))
     try:
         figure.savefig(out, dpi=110)
     except (OSError, ValueError) as error:
@@ -122,11 +124,11 @@ def plot(
     return 0
 
 
-def _read(run: Path) -> list[dict[str, Any]]:
+def _read(run: Path) -> list[dict[str, float]]:
     """The rows of a run, one an epoch."""
-    path = run / "metrics.jsonl"
+    path, known = run / "metrics.jsonl", {*TITLES, "bytes_sent"}
     try:
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        rows = [{name: _number(row[name], name) for name in row.keys() & known} for row in read_rows(path)]
     except FileNotFoundError:
         raise UserError(f"{path} is not there: give a run directory, the --out of a training run") from None
     except (OSError, ValueError) as error:
@@ -136,7 +138,14 @@ def _read(run: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _value(row: dict[str, Any], name: str) -> float:
+def _number(value: Any, name: str) -> float:
+    """A number, be it infinite or none; ValueError for what is none at all."""
+    if type(value) not in (int, float) or (type(value) is int and abs(value) > MOST):
+        raise ValueError(f"{name} is {str(value)[:40]!r}, and no number")
+    return float(value)
+
+
+def _value(row: dict[str, float], name: str) -> float:
     if name == "megabytes":
         return float(row["bytes_sent"]) / 1e6
     return float(row[name]) * (100 if name.endswith(("_accuracy", "_top5")) else 1)

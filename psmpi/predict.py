@@ -161,7 +161,7 @@ def _continue(options: Options) -> None:
     # A pass of one sample has no work for more.
     threads = options.threads or 1
     with threadpool_limits(threads):
-        model = load_model(path, contents, make_backend("auto", threads))
+        model = load_model(path, contents, make_backend("auto", threads), len(options.prompt) + options.characters)
         stream.write(options.prompt)
         following = go_on(model, contents.characters, options.prompt, options.temperature, options.seed)
         for character in islice(following, options.characters):

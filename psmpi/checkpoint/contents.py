@@ -31,6 +31,7 @@ from psmpi.data.text import MOST
 from psmpi.errors import DamagedError
 from psmpi.layout import Layout, Runs
 from psmpi.metrics import SCORES
+from psmpi.nn.layers.pattern_file import names_files
 
 TABLES = ("elements", "rank")
 TEXTS = (
@@ -145,7 +146,8 @@ class Contents:
     def of(texts: Mapping[str, str]) -> Contents:
         """The reverse of `texts`. An exception of some kind where something is missing or wrong."""
         rows = tuple(_row(line) for line in texts["metrics"].splitlines())
-        parse_toml(texts["config"])
+        # Patterns of layers are in the text itself.
+        expect(not names_files(parse_toml(texts["config"])), "config, pattern")
         layout = table_of(texts["layout"])
         progress = replace(_progress(table_of(texts["progress"])), rows=rows)
         scalars = {str(name): finite(value, name) for name, value in table_of(texts["scalars"]).items()}

@@ -98,6 +98,9 @@ def check_file(path: Path) -> None:
     of a newer format.
     """
     try:
+        # A pipe would be waited for.
+        if path.exists() and not path.is_file():
+            raise UserError(f"checkpoint {path} is no regular file: give a file of a run's checkpoints folder")
         with path.open("rb") as file:
             header = file.read(HEADER)
         size = path.stat().st_size

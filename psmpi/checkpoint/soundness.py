@@ -56,8 +56,9 @@ def check_inside(path: Path) -> None:
             tensors = _check_tensors(contents, objects)
             _check_tables(objects)
             known = {*TEXTS, *tensors}
+            tables = tuple(f"{group}/" for group in TABLES)
             others = [
-                name for name in objects if name not in known and name not in groups and not name.startswith(TABLES)
+                name for name in objects if name not in known and name not in groups and not name.startswith(tables)
             ]
             if others:
                 raise ForeignError(f": {others[0]} is nothing that a checkpoint has")
@@ -145,13 +146,13 @@ def _check_tensors(contents: Contents, objects: dict[str, h5py.Group | h5py.Data
 
 def _check_tables(objects: dict[str, h5py.Group | h5py.Dataset]) -> None:
     for group in TABLES:
-        rows = {one.shape[:1] for name, one in objects.items() if name.startswith(f"{group}/") and _is_data(one)}
+        tables = {name: one for name, one in objects.items() if name.startswith(f"{group}/")}
+        for name, one in tables.items():
+            if not isinstance(one, h5py.Dataset):
+                raise ForeignError(f": {name} is no table")
+        rows = {one.shape[:1] for one in tables.values()}
         if len(rows) > 1 or () in rows:
             raise ForeignError(f": its tables in /{group} are not of one length")
-
-
-def _is_data(one: h5py.Group | h5py.Dataset) -> bool:
-    return isinstance(one, h5py.Dataset)
 
 
 def _check_network(path: Path, contents: Contents) -> None:

@@ -69,6 +69,8 @@ def _header(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Head
         raise UserError(f"{where}: encrypted or packed in an unusual way; write it with np.savez_compressed")
     with archive.open(info) as stream:
         shape, fortran, dtype, offset = array_header(where, stream)
+    if info.compress_size > path.stat().st_size:
+        raise UserError(f"{where}: its directory says more bytes than the file has; fetch or write it again")
     check_unpacked(where, info.compress_size, info.file_size, "save it with np.savez")
     if not dtype.hasobject and info.file_size != offset + prod(shape) * dtype.itemsize:
         raise UserError(

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json as json_
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from rich.table import Table
 from rich.text import Text
@@ -15,6 +14,7 @@ from tyro.conf import Positional, arg
 from psmpi.comm.watch.stalls import SILENT, Operation, Rank, describe, diagnose, from_table, seconds
 from psmpi.comm.watch.watch import FLIGHTS
 from psmpi.errors import DamagedError, UserError
+from psmpi.files.rows import read_rows
 from psmpi.inspect.output import print_json, size_text
 from psmpi.output import Screen
 
@@ -83,7 +83,7 @@ def read_flights(path: Path) -> tuple[list[Rank], float, float]:
     UserError where there is no such file, DamagedError where it is none.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        tables = list(read_rows(path))
     except FileNotFoundError:
         raise UserError(
             f"{path} is not there: it is written when ranks stand still for --stall-warn seconds; give the directory "
@@ -92,10 +92,9 @@ def read_flights(path: Path) -> tuple[list[Rank], float, float]:
     except ValueError as error:
         raise DamagedError(f"{path} holds no operations of ranks: {error}") from None
     try:
-        tables: list[Any] = [json_.loads(line) for line in text.splitlines()]
         ranks = [from_table(table) for table in tables]
         if not ranks or [one.rank for one in ranks] != list(range(len(ranks))):
             raise ValueError("not one line of each rank, in order")
         return ranks, seconds(tables[0]["warn"]), seconds(tables[0]["written"])
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise DamagedError(f"{path} holds no operations of ranks: {error}") from None

@@ -109,7 +109,7 @@ def show(checkpoint: Checkpoint, /, json: bool = False) -> int:
         if isinstance(value, dict):
             value = ", ".join(f"{k} {v}" for k, v in value.items())
         branch.add(f"{name}: {' '.join(map(str, value)) if isinstance(value, list) else value}")
-    Screen().print(tree, markup=False, highlight=False)
+    Screen().print(tree, highlight=False)
     return 0
 
 

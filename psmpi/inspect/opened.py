@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import prod
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -89,17 +90,20 @@ class Opened:
             yield first, slab
 
     def rows(self, table: str) -> Iterator[np.ndarray]:
-        """A table, named by its path, a row at a time and flat, in a buffer that is used again."""
+        """A table, named by its path, some rows at a time and flat, in a buffer that is used again."""
         shape, dtype = self.tables[table]
-        buffer = np.empty((1, *shape[1:]), dtype)
+        width = prod(shape[1:])
+        many = max(1, min(SLAB // max(1, width), shape[0]))
+        buffer = np.empty((many, *shape[1:]), dtype)
         with open_file(self.path) as file:
             dataset = file[self.places[table]]
-            for row in range(shape[0]):
+            for row in range(0, shape[0] if width else 0, many):
+                some = buffer[: min(many, shape[0] - row)]
                 try:
-                    dataset.read_direct(buffer, np.s_[row : row + 1])
+                    dataset.read_direct(some, np.s_[row : row + len(some)])
                 except OSError as error:
                     raise DamagedError(f"checkpoint {self.path}, {dataset.name}: {error}; it is damaged") from None
-                yield buffer.reshape(-1)
+                yield some.reshape(-1)
 
     def walk(self, vector: str) -> Iterator[tuple[Tensor, np.ndarray]]:
         """All tensors of a vector, in the network's order."""

@@ -39,12 +39,16 @@ def check_text(contents: Contents, path: Path, prompt: str) -> None:
         raise UserError(f"--prompt: {error}") from None
 
 
-def load_model(path: Path, contents: Contents, ops: NumpyOps) -> Model:
-    """The model of the checkpoint at `path`, whole, on the host."""
+def load_model(path: Path, contents: Contents, ops: NumpyOps, most: int) -> Model:
+    """The model of the checkpoint at `path`, whole, on the host, for texts of `most` characters at most.
+
+    Windows are those of the training, but no longer than such a text: a file may say any length.
+    """
     own = from_toml(contents.config, str(path), foreign=True).model
     network = make_network(
         own.model, contents.in_shape, contents.layout.classes, **own.shape, by_step=contents.by_step, task=contents.task
     )
+    network = network.with_steps(min(most, network.in_shape[1]))
     layout = network.layout()
     w = np.empty(layout.size, own.dtype)
     checkpoint.load(path, layout, Runs(((0, layout.size),)), {"weights": w}, None)
@@ -55,7 +59,7 @@ def go_on(model: Model, characters: str, prompt: str, temperature: float, seed: 
     """The characters behind a prompt, one after the other and without end.
 
     Each is drawn by the scores of the last step of a pass over what is before it, at most as many characters as the
-    windows of the training have, see `choose`. UserError where the prompt has other characters than these.
+    windows of the model have, see `choose`. UserError where the prompt has other characters than these.
     """
     steps = model.in_shape[1]
     text = encode(prompt, characters)[-steps:].tolist()

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 from rich import box
-from rich.markup import escape
 from rich.table import Table
 
 from psmpi.data.names import listed
@@ -84,10 +83,6 @@ def show_choices(
     def called(label: int) -> str:
         return names[label] if names else str(label)
 
-    def cell(label: int) -> str:
-        # A name in a table may look like markup.
-        return escape(called(label))
-
     screen = Screen()
     _of(found)
     if "accuracy" not in found:
@@ -96,7 +91,7 @@ def show_choices(
         shown = table("first predictions", *titles, "predicted", "score", "second", "score")
         for numbers, chosen, scores in first:
             best = list(zip(chosen, scores, strict=True))[:2]
-            shown.add_row(*map(str, numbers), *(word for c, score in best for word in (cell(c), f"{score:.4g}")))
+            shown.add_row(*map(str, numbers), *(word for c, score in best for word in (called(c), f"{score:.4g}")))
         screen.print(shown)
         return
     counts = np.bincount(labels, minlength=len(found["classes"]))
@@ -107,9 +102,9 @@ def show_choices(
     shown.add_row(*(f"{100 * score:.2f} %" for score in scores))
     screen.print(shown)
     if len(counts) <= MATRIX:
-        _show_matrix(screen, found["confusion"], cell)
+        _show_matrix(screen, found["confusion"], called)
         return
-    _show_worst(screen, counts, right, cell)
+    _show_worst(screen, counts, right, called)
     _show_pairs(labels, predicted, called)
 
 

@@ -1,6 +1,8 @@
 """Trainings on texts: the same on any ranks, resumed on the same text alone, predicted, and gone on with."""
 
 import json
+from dataclasses import replace
+from itertools import islice
 from math import log
 
 import numpy as np
@@ -128,7 +130,7 @@ def test_each_character_is_of_a_pass_over_the_window_before_it(learnt):
     """Against passes of another model over the last characters alone, without padding; rooms are made once."""
     trained, _ = learnt
     contents = read_contents(trained.checkpoint)
-    model, one = (load_model(trained.checkpoint, contents, NumpyOps()) for _ in range(2))
+    model, one = (load_model(trained.checkpoint, contents, NumpyOps(), 10**9) for _ in range(2))
     text, following = "five jugs", go_on(model, contents.characters, "five jugs", 0.8, 5)
     rooms = set()
     for count in range(20):
@@ -139,6 +141,18 @@ def test_each_character_is_of_a_pass_over_the_window_before_it(learnt):
         assert found == contents.characters[choose(scores, 0.8, 5, count)]
         text += found
     assert len(rooms) == 1
+
+
+def test_windows_are_no_longer_than_the_text(learnt):
+    """A file may say that its windows are of any length."""
+    trained, _ = learnt
+    contents = read_contents(trained.checkpoint)
+    given = []
+    for steps in (12, 10**12):
+        model = load_model(trained.checkpoint, replace(contents, in_shape=(1, steps)), NumpyOps(), 11)
+        assert model.in_shape == (1, 11)
+        given.append("".join(islice(go_on(model, contents.characters, "pack", 1.0, 3), 7)))
+    assert given[0] == given[1]
 
 
 def test_characters_are_drawn_from_the_softmax():
@@ -212,7 +226,7 @@ def test_a_transformer_goes_on_from_a_short_prompt(tmp_path):
     words = ("--method", "tensor", "--model", "transformer", *sizes)
     trained = train_on(4, tmp_path / "lines.txt", tmp_path / "run", *words)
     contents = read_contents(trained.checkpoint)
-    model, one = (load_model(trained.checkpoint, contents, NumpyOps()) for _ in range(2))
+    model, one = (load_model(trained.checkpoint, contents, NumpyOps(), 10**9) for _ in range(2))
     text, following = "f", go_on(model, contents.characters, "f", 0.8, 5)
     for count in range(16):
         tokens = np.array([contents.characters.index(c) for c in text[-12:]], np.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
@@ -9,6 +10,7 @@ import resource
 import stat
 import subprocess
 import sys
+import zipfile
 import zlib
 from pathlib import Path
 from typing import Any
@@ -27,8 +29,13 @@ from psmpi.files import examiner
 from psmpi.files.hdf5 import chunks_of, filters_of
 from psmpi.files.packed import Unpacker, is_packed
 from psmpi.files.whole import partial_of, written
+from psmpi.inspect.compare import diff
+from psmpi.inspect.figures import stats
+from psmpi.inspect.flight import read_flights
 from psmpi.inspect.look import show, state, verify
+from psmpi.inspect.opened import Opened
 from psmpi.output import Screen, complain, printable, tell
+from psmpi.plot import plot
 from psmpi.testing.fuzz.checkpoints import good_checkpoint
 
 X, Y = np.random.default_rng(0).random((20, 6)).astype(np.float32), np.arange(20) % 4
@@ -448,3 +455,130 @@ def test_a_run_writes_through_no_link_and_as_the_umask_says(train: Any, tmp_path
     files = [path for path in out.rglob("*") if path.is_file() and not path.is_symlink()]
     assert {path.name for path in files} >= {"config.toml", "metrics.jsonl", "step-000000002.h5"}
     assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o600}
+
+
+def test_names_in_checkpoints_are_no_markup(good: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a network of another version, whose layers are not known here, names are not compared with these."""
+    with h5py.File(good, "r+") as file:
+        layout = json.loads(file["layout"].asstr()[0])
+        for number, one in enumerate(layout["parameters"]):
+            name, mark = one["name"], ("[/b]", "[link=http:x]", ":boom:", "[red]")[number % 4]
+            one["name"] = f"{mark}{name}"
+            for group in ("weights", "optimizer/m", "optimizer/v"):
+                file.move(f"{group}/{name}", f"{group}/{one['name']}")
+        text = str(file["config"].asstr()[0])
+        layers = 'model = "custom"\nlayers = [{type = "unheard"}]'
+        put(file, "config", text.replace('model = "mlp"', layers).replace("layers = []\n", ""))
+        put(file, "layout", json.dumps(layout))
+    seal(good)
+    for command in (show, stats, lambda path: diff(path, path)):
+        command(good)
+        found = capsys.readouterr().out
+        for mark in ("[link=http:x]dense1.bias", ":boom:dense2.weight"):
+            assert mark in found.replace(" ", "") or command is stats
+
+
+def test_a_checkpoint_names_no_file_of_a_pattern(good: Path, tmp_path: Path) -> None:
+    """A pipe would be waited for."""
+    os.mkfifo(tmp_path / "pattern.npz")
+    table = f'{{type = "sparse", units = 4, pattern = "{tmp_path / "pattern.npz"}"}}'
+    inner = f'{{type = "residual", layers = [{table}]}}'
+    with h5py.File(good, "r+") as file:
+        text = str(file["config"].asstr()[0]).replace('model = "mlp"', 'model = "custom"')
+        put(file, "config", text.replace("layers = []", f"layers = [{inner}]"))
+    seal(good)
+    with pytest.raises(DamagedError, match="config, pattern"):
+        checkpoint.validate(good)
+
+
+@pytest.mark.parametrize("name", ["elements", "elements/a/b", "rank/a/b", "elements2", "ranks/a"])
+def test_tables_of_checkpoints_are_tables(good: Path, name: str) -> None:
+    with h5py.File(good, "r+") as file:
+        file[name] = np.zeros((3, 2), "f4")
+    seal(good)
+    with pytest.raises(DamagedError, match=r"is no table|is nothing that"):
+        checkpoint.validate(good)
+
+
+@pytest.mark.parametrize("shape", [(10**12, 0), (0, 3), (0,), (7, 3), (3_000_000, 1)])
+def test_tables_of_many_rows_are_compared_some_at_a_time(
+    good: Path, capsys: pytest.CaptureFixture[str], shape: tuple[int, ...]
+) -> None:
+    with h5py.File(good, "r+") as file:
+        file.create_dataset("elements/a", shape, "u1", chunks=None)
+        if 0 not in shape:
+            file["elements/a"][...] = np.arange(np.prod(shape), dtype=np.uint8).reshape(shape)
+    seal(good)
+    diff(good, good)
+    assert "bit-identical" in capsys.readouterr().out
+    if 0 not in shape:
+        opened = Opened(good)
+        rows = np.concatenate([one.copy() for one in opened.rows(next(iter(opened.tables)))])
+        assert rows.tobytes() == np.arange(np.prod(shape), dtype=np.uint8).tobytes()
+
+
+ROWS = {
+    "a pipe": (None, "it is no regular file"),
+    "a line of a gigabyte": (b"", "line 1 has 16,777,216 bytes or more"),
+    "lists in lists": (b'{"epoch":' + b"[" * 100_000 + b"]" * 100_000 + b"}", "values in values"),
+    "no row": (b"[1]\n", "line 1 is no row"),
+    "a text": (b'{"epoch": 1, "test_accuracy": "x"}\n', "test_accuracy is 'x', and no number"),
+    "a number beyond all": (b'{"epoch": 1' + b"0" * 400 + b', "test_accuracy": 1}\n', "epoch is '10000"),
+    "no text": (b"\xff\xfe", "decode"),
+}
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_rows_of_runs_are_rows_of_numbers(tmp_path: Path, kind: str) -> None:
+    content, said = ROWS[kind]
+    path = tmp_path / "metrics.jsonl"
+    if content is None:
+        os.mkfifo(path)
+    else:
+        path.write_bytes(content)
+        if not content:
+            os.truncate(path, 1 << 30)
+    with pytest.raises(UserError, match=said):
+        plot((str(tmp_path),), out=tmp_path / "a.png")
+    with pytest.raises(DamagedError, match=r"holds no operations"):
+        read_flights(path)
+
+
+def test_labels_of_curves_have_no_codes_for_terminals(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The library that draws warns of characters that it cannot."""
+    run = tmp_path / "a\x1b[31m"
+    run.mkdir()
+    (run / "metrics.jsonl").write_text('{"epoch": 1, "test_accuracy": 0.5}\n')
+    plot((str(run),), out=tmp_path / "a.png")
+    assert "\x1b" not in "".join([*capsys.readouterr(), *(str(one.message) for one in recwarn)])
+
+
+def test_a_pipe_in_the_place_of_a_checkpoint_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.h5")
+    with pytest.raises(UserError, match="is no regular file"):
+        checkpoint.validate(tmp_path / "a.h5")
+
+
+@pytest.mark.parametrize("wrong", [10**15, -1, -5])
+def test_minibatches_in_flight_are_of_training_samples(train: Any, tmp_path: Path, wrong: int) -> None:
+    done = train(1, "--method", "dni", "--max-steps", "4", "--epochs", "1", out=tmp_path / "run")
+    with h5py.File(done.checkpoint, "r+") as file:
+        samples = file["dni_samples/samples"]
+        samples[...] = np.full(samples.shape, wrong)
+    seal(done.checkpoint)
+    with pytest.raises(AssertionError, match="are of no training samples"):
+        train(1, "--resume", done.checkpoint, "--max-steps", "8")
+
+
+def test_sizes_that_only_the_directory_of_a_zip_file_claims(tmp_path: Path) -> None:
+    """Labels of samples without any would be made, 8 bytes each, before a sample is read."""
+    header, count, path = io.BytesIO(), 10**11, tmp_path / "own.npz"
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (count, 4)})
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x.npy", header.getvalue())
+        # Written at the end, when the archive is closed.
+        archive.infolist()[0].file_size = archive.infolist()[0].compress_size = len(header.getvalue()) + 4 * count
+    with pytest.raises(UserError, match="says more bytes than the file has"):
+        open_split(str(path), None, "all")

@@ -17,6 +17,7 @@ import numpy as np
 
 from psmpi.comm.transfers import Boundary, Message, Step
 from psmpi.data import Batch, Resident
+from psmpi.errors import UserError
 from psmpi.layout import Ownership, Runs, plain_layout
 from psmpi.methods.dni.block import Block
 from psmpi.methods.dni.buffers import CutBuffers, Slots
@@ -234,6 +235,15 @@ class DecoupledInterfaces(Method):
             self.scalars["fits"] = self.scalars["learnt"] = 0
             for one in self.auxiliary.values():
                 one.begin(weights="dni" in fresh)
+        steps = int(self.scalars["steps"])
+        for k in range(max(int(self.scalars["since"]), steps - self.s.ahead), steps):
+            self._check_slot(k)
+
+    def _check_slot(self, k: int) -> None:
+        """UserError unless minibatch k in flight is of training samples, and of one at least."""
+        ids = self.slots.of(k)
+        if not len(ids) or ids.min() < 0 or ids.max() >= self.dataset.train.n:
+            raise UserError("the minibatches in flight of the checkpoint are of no training samples; use another one")
 
     def test(self) -> dict[str, float]:
         self.drain()

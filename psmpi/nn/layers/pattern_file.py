@@ -80,12 +80,24 @@ def with_patterns(tables: Sequence[Any]) -> tuple[Any, ...]:
     for table in tables:
         if isinstance(table, dict):
             pattern = table.get("pattern")
-            if isinstance(pattern, str) and pattern.endswith(".npz") and not pattern.startswith(PACKED):
+            if isinstance(pattern, str) and _is_file(pattern):
                 table = {**table, "pattern": read_pattern(pattern).packed()}
             if isinstance(table.get("layers"), list | tuple):
                 table = {**table, "layers": list(with_patterns(table["layers"]))}
         found.append(table)
     return tuple(found)
+
+
+def names_files(value: Any) -> bool:
+    """Whether layer tables name files of patterns, however deep."""
+    if isinstance(value, dict):
+        own = value.get("pattern")
+        return (isinstance(own, str) and _is_file(own)) or any(names_files(one) for one in value.values())
+    return isinstance(value, list | tuple) and any(names_files(one) for one in value)
+
+
+def _is_file(pattern: str) -> bool:
+    return pattern.endswith(".npz") and not pattern.startswith(PACKED)
 
 
 def brief(value: Any) -> Any:
