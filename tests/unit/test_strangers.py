@@ -339,6 +339,23 @@ def test_a_checkpoint_does_not_say_that_other_files_may_be_read(train: Any, tmp_
     train(1, "--resume", done.checkpoint, "--epochs", "2", "--allow-external")
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "scalar", "value", "range_"),
+    [
+        ("lbfgs", "count", 10**9, "a whole number from 0 to 10"), ("lbfgs", "head", 10, "a whole number from 0 to 9"),
+        ("lbfgs-tr", "radius", 0.0, "a number from"), ("lbfgs", "count", 1.0, "a whole number from 0 to 10"),
+    ],
+)  # fmt: skip
+def test_scalars_are_what_an_optimizer_can_have(
+    train: Any, optimizer: str, scalar: str, value: Any, range_: str
+) -> None:
+    options = ("--model", "linear", "--optimizer", optimizer, "--max-steps")
+    done = train(1, *options, "2").checkpoint
+    edited(done, "scalars", **{scalar: value})
+    with pytest.raises(AssertionError, match=rf"scalars: {scalar} is .*should be {range_}"):
+        train(1, *options, "4", "--resume", done)
+
+
 def images() -> dict[str, Any]:
     return {"data": np.zeros((2, 3072), np.uint8), "labels": [0, 1]}
 
@@ -364,8 +381,12 @@ def test_pickles_take_no_more_than_their_size_explains(tmp_path: Path, name: str
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < GROWN
 
 
-def test_a_file_that_ends_the_process_that_looks_at_it_is_named(tmp_path: Path) -> None:
+def test_a_file_that_ends_the_process_that_looks_at_it_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And the next file is looked at by another one."""
+    # Its own limits end it.
+    monkeypatch.setattr(examiner, "PATIENCE", 1000)
     path = tmp_path / "own.h5"
     path.write_bytes(b"x" * 100)
     with pytest.raises(DamagedError, match=r"own.h5 is damaged.*SIGSEGV"):

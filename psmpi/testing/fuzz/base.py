@@ -35,7 +35,7 @@ def put(folder: Path, name: str, data: bytes) -> Path:
 
 def use_data(path: Path, data_dir: Path | None = None) -> None:
     """Open a data set, look at it, and read samples, as a start of a training does."""
-    dataset = open_dataset(str(path), data_dir)
+    dataset = open_dataset(str(path), data_dir, 0)
     prints: list[Any] = []
     identify(dataset, prints=prints)
     list(find_doubts(dataset, prints))
@@ -49,7 +49,7 @@ def use_own(path: Path) -> None:
     for whole in (False, True):
         try:
             if whole:
-                open_split(str(path), None, "all", predicted=True).read(np.arange(1))
+                open_split(str(path), None, "all", 0, predicted=True).read(np.arange(1))
             else:
                 use_data(path)
         except UserError as error:

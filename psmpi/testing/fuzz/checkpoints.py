@@ -36,7 +36,7 @@ def good_checkpoint(gzip_level: int) -> bytes:
     config = Config(model=NetworkSettings(model="mlp", widths=(8,)))
     network = make_network("mlp", (6,), 4, **config.model.shape)
     layout = network.layout()
-    dataset = open_dataset("digits", None)
+    dataset = open_dataset("digits", None, 0)
     contents = checkpoint.Contents(
         to_toml(config),
         (6,),
