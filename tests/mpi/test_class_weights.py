@@ -82,6 +82,19 @@ def test_a_weight_counts_a_sample_so_many_times(ranks, options, spread, several,
     assert both(several, train, ranks, *options.split(), spread=spread) <= 1e-12
 
 
+def test_sequences_with_one_label_each_are_weighed(several, train, tmp_path):
+    rows = []
+    for options in several:
+        path = tmp_path / options[1].name
+        with np.load(options[1]) as held:
+            arrays = {key: held[key].reshape(-1, 4, 3) if key[0] == "x" else held[key] for key in held}
+        lengths = {f"lengths{end}": np.full(len(arrays[f"x{end}"]), 4) for end in ("", "_test")}
+        np.savez(path, **arrays, **lengths)
+        rows.append(("--dataset", path, *options[2:]))
+    options = ("--model", "rnn", "--widths", "5", "--method", "data_parallel", "--loss", "nll")
+    assert both(rows, train, 2, *options) <= 1e-12
+
+
 def test_what_psl_remembers_is_of_the_loss_without_weights(several, train):
     once, repeated = several
     more = ("--psl-weights", "remembered", "--colocate")
