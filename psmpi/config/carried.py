@@ -85,6 +85,8 @@ def without_unused(config: Config, base: Config, said: Collection[str]) -> Confi
         model = _by_default(model, NetworkSettings(), shape - set(said))
     if not model.scale and model.model != "custom":
         loss = _by_default(loss, LossSettings(), {"margin"} - set(said))
+    if not kind.weighs_classes:
+        loss = _by_default(loss, LossSettings(), {"class_weights"} - set(said))
     if not loss.margin:
         loss = _by_default(loss, LossSettings(), {"margin_kind"} - set(said))
     if parallel.backend != base.parallel.backend:

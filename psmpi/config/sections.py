@@ -159,6 +159,10 @@ class LossSettings:
     psl_weights: Literal["none", "remembered", "current"] = "none"
     """What psl divides a sample's derivatives by: nothing, its own loss when the sample was last seen, or its loss in
     this step, which makes it cross-entropy."""
+    class_weights: str = ""
+    """What the gradient of each sample's loss is multiplied by, by its class: balanced, samples over classes times the
+    samples of the class, or a number above 0 for each class, separated by commas, in the order of the classes or of
+    their names; if not given nothing. Losses that are printed are those without."""
     margin: float = 0.0
     """With --scale, what training alone takes off the label's score: an angle in radians that is added to its own
     (arcface, often 0.5), or a number subtracted from its cosine (cosface, often 0.35)."""

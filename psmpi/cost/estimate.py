@@ -114,6 +114,7 @@ def estimate(config: Config, network: Layers, dataset: Dataset, hosts: Network) 
     from psmpi.backend import make_backend
     from psmpi.registry import find_method
     from psmpi.training.checks import check_margin, check_sequences
+    from psmpi.training.class_weights import check_class_weights
     from psmpi.training.loop import plan_steps
 
     check_foreseen(config)
@@ -121,6 +122,7 @@ def estimate(config: Config, network: Layers, dataset: Dataset, hosts: Network) 
     kind = find_method(config.parallel.method)
     check_margin(network, dataset, config)
     check_sequences(kind, network, dataset)
+    check_class_weights(kind, dataset, config)
     kind.check(size, network, dataset, config)
     plan_steps(dataset, config)
     threads, steps = config.parallel.threads or 1, STEPS if size <= SMALL else FEW

@@ -61,7 +61,7 @@ class DataParallel(Replica):
     name = "data_parallel"
     summary = "each rank the whole network and a slice of each minibatch"
     settings = (Settings, Sums)
-    skips = True
+    skips = weighs_classes = True
     advice = "use --allreduce ring, and no --compression"
 
     @classmethod

@@ -41,6 +41,7 @@ class LocalSGD(Copies):
     name = "local_sgd"
     summary = "local SGD, each rank a copy of the network that it trains alone, averaged now and then"
     settings = (Settings, Rounds, Sums)
+    weighs_classes = True
     exactness = replace(Copies.exactness, options=(*Copies.exactness.options, "--local-steps", "4"))
 
     def __init__(self, context: Context):

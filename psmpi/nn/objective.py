@@ -59,6 +59,7 @@ class Objective:
         self.report.host.fill(0)
         self.grad = self._derivatives(0)
         self.given = self._targets(0)
+        self.weights = self.ops.mirror(self.ops.empty(0, np.dtype(np.float64)))
         # What is known of other classes, and the slopes of margins, there.
         self.sums = self.slopes = np.empty(0)
         # The columns of scores whose targets count, where not all do; their scores.
@@ -78,9 +79,12 @@ class Objective:
         """Make room for minibatches of up to `batch` samples, or steps of samples, with `outputs` scores."""
         self.grad.settle()
         self.given.settle()
+        self.weights.settle()
         self.grad = self._derivatives(outputs * batch)
         self.outputs = outputs
         self.given = self._targets(batch if self.loss.task == "classes" else outputs * batch)
+        if self.loss.class_weights is not None:
+            self.weights = self.ops.mirror(self.ops.empty(batch, np.dtype(np.float64)))
         self.cast = self.ops.empty(self.model.size // max(1, self.model.steps) * batch, self.model.dtype)
         if self.model.steps:
             self.some = self.ops.empty(outputs * batch, self.model.dtype)
@@ -99,13 +103,14 @@ class Objective:
 
     @property
     def nbytes(self) -> int:
-        arrays = (self.grad.array, self.cast, self.given.array, self.sums, self.slopes, self.some)
+        arrays = (self.grad.array, self.cast, self.given.array, self.weights.array, self.sums, self.slopes, self.some)
         return int(sum(array.nbytes for array in arrays))
 
-    def bring(self, targets: np.ndarray) -> None:
+    def bring(self, targets: np.ndarray, weights: np.ndarray | None = None) -> None:
         """Take the next minibatch's targets, (b,) or (outputs, b) in host memory, to where its loss is computed.
 
-        Of each step of sequences (steps, b) or (outputs, steps, b).
+        Of each step of sequences (steps, b) or (outputs, steps, b). weights: (b,) float64, what the loss's class
+        weights say of the samples; they are not for targets of steps.
         """
         self.counted = None
         if self.model.steps:
@@ -120,6 +125,10 @@ class Objective:
         self.given.settle()
         self.given.host[: targets.size].reshape(targets.shape)[...] = targets
         self.given.push(slice(0, targets.size))
+        if weights is not None:
+            self.weights.settle()
+            self.weights.host[: len(weights)] = weights
+            self.weights.push(slice(0, len(weights)))
 
     def targets(self, b: int) -> np.ndarray:
         """The arrays that were brought last, of b samples with as many scores as there is room for.
@@ -165,6 +174,7 @@ class Objective:
                 self.loss.fused_close(self.ops, found, targets, rest, self.report.array, scores.dtype)
         if derivatives:
             self._multiply_slopes(found, targets, self.report.array)
+            self._weigh(found, self.weights.array, self.report.array)
         return found
 
     def _counted(self, scores: np.ndarray) -> np.ndarray:
@@ -185,6 +195,12 @@ class Objective:
         """Make of derivatives (classes, b) with respect to labels' scores with the margin those without."""
         if self.loss.margin is not None:
             self.where.multiply_labels(grad, labels, self.slopes[: len(labels)], report)
+
+    def _weigh(self, grad: np.ndarray, weights: np.ndarray, report: np.ndarray) -> None:
+        """Multiply derivatives (classes, b) by the samples' class weights; the report's largest becomes a bound."""
+        if self.loss.class_weights is not None:
+            self.where.scale_samples(grad[None], weights[None, : grad.shape[1]], grad[None, None])
+            self.where.scale(report[3:], float(self.loss.class_weights.max()))
 
     def _losses_on_host(
         self,
@@ -215,6 +231,7 @@ class Objective:
             # Without an array of absolute values: outputs at a cut are many.
             report[3] = max(grad.max(initial=0.0), -grad.min(initial=0.0))
             self._multiply_slopes(grad, targets, report)
+            self._weigh(grad, self.weights.host, report)
             self.grad.push(slice(0, scores.size))
         self.report.push()
 

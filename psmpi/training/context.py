@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
+from functools import cached_property
 from typing import TypeVar
 
 import numpy as np
@@ -22,6 +23,7 @@ from psmpi.nn.margin import make_margin
 from psmpi.nn.metric import Metric
 from psmpi.nn.network import Network
 from psmpi.optim import Hyper, Optimizer, find_optimizer, make_optimizer
+from psmpi.training.class_weights import class_weights
 from psmpi.training.numbers import Numbers
 
 S = TypeVar("S")
@@ -82,7 +84,13 @@ class Context:
         made, o = configured_loss(self.config, self.dataset), self.config.objective
         made.lenient, made.scale = self.numbers.lenient, self.network.scale
         made.margin = make_margin(o.margin_kind, o.margin, made.scale, self.dtype)
+        made.class_weights = self.class_weights
         return made
+
+    @cached_property
+    def class_weights(self) -> np.ndarray | None:
+        """What --class-weights says of each class, the same on all ranks; None without."""
+        return class_weights(self.config.objective.class_weights, self.dataset)
 
     def metric(self) -> Metric:
         """Sums over the test split, by a loss of their own: what that counts is not of the training."""

@@ -69,7 +69,8 @@ class DealtScores:
         """The derivatives of the scaled sum of the losses of the samples `ids`, of the shape of the scores."""
         objective, scores = self.objective, tape.scores
         objective.ids = ids
-        objective.bring(self._targets(samples, ids))
+        targets = samples.targets(ids)
+        objective.bring(self._own_targets(targets), self.loss.sample_weights(targets))
         objective.losses(scores, objective.targets(len(ids)), scale)
         if not self.loss.immediate and self.world is not None and self.world.size > 1:
             report = objective.report
@@ -82,9 +83,8 @@ class DealtScores:
         """This rank's share of the last minibatch's scaled loss."""
         return self.objective.value() * self.counts
 
-    def _targets(self, samples: Resident, ids: np.ndarray) -> np.ndarray:
+    def _own_targets(self, targets: np.ndarray) -> np.ndarray:
         """Values of this rank's outputs; labels as it numbers classes, those of steps as they are."""
-        targets = samples.targets(ids)
         if self.dataset.task != "classes":
             return np.ascontiguousarray(targets[self.outputs])
         return targets if targets.ndim == 2 else targets - self.outputs.start

@@ -32,7 +32,8 @@ from psmpi.training.trunk import Trunk
 
 def by_tiles(config: Config, network: Network, loss: Loss, place: Worker, batch: int, ops: NumpyOps) -> bool:
     """Whether a worker computes scores and losses of minibatches of up to `batch` by tiles of classes."""
-    if place.elements is not None or config.objective.psl_weights != "none":
+    o = config.objective
+    if place.elements is not None or o.psl_weights != "none" or o.class_weights:
         return False
     if ops.on_device:
         return has_device_tiles(network, len(place.classes), batch, loss, ops)
@@ -196,7 +197,8 @@ class ElementWorker:
         self.reserve(b)
         self._bring(self.train, own.ids)
         self.objective.ids = own.ids
-        self.objective.bring(self._own_targets(self.train.targets(own.ids)))
+        targets = self.train.targets(own.ids)
+        self.objective.bring(self._own_targets(targets), self.loss.sample_weights(targets))
         self.loss.divisors = self._divisors(own.ids)
         self.tape = self.forward_pass(b)
         try:

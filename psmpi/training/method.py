@@ -68,6 +68,8 @@ class Method:
     skips: ClassVar[bool] = False
     # Whether losses can remember samples here.
     remembers: ClassVar[bool] = False
+    # Whether the derivatives of all its losses are multiplied by the weights of classes.
+    weighs_classes: ClassVar[bool] = False
     # Whether samples may be sequences: "" no, "labels" with a target each, "steps" also with one at each step.
     sequences: ClassVar[Literal["", "labels", "steps"]] = ""
     # Seconds within which ranks hear that one of them is asked to stop; none waits for one that is less behind.

@@ -39,6 +39,7 @@ from psmpi.nn.zoo import make_network
 from psmpi.registry import find_method
 from psmpi.training.best import check_monitor
 from psmpi.training.checks import check_margin, check_sequences, notes
+from psmpi.training.class_weights import check_class_weights
 from psmpi.training.folder import RunFolder
 from psmpi.training.loop import plan_steps
 from psmpi.training.resume import compare, noting
@@ -97,6 +98,7 @@ def begin(
         with noting(own):
             check_margin(network, dataset, config)
             check_sequences(kind, network, dataset)
+            check_class_weights(kind, dataset, config)
             kind.check(size, network, dataset, config)
             if not kind.private(config):
                 plan_steps(dataset, config)

@@ -68,7 +68,7 @@ class IndependentSubnets(Method):
     name = "ist"
     summary = "independent subnets, each worker a random part of all layers, new each round"
     settings = (Settings, Rounds, Masters)
-    skips = True
+    skips = weighs_classes = True
     exactness = Exactness("statistical", "exact", 0.05, OPTIONS, every=4)
 
     def __init__(self, context: Context):

@@ -40,7 +40,7 @@ class PartiallySeparable(Method):
     summary = "the partially-separable loss, each rank its part of the network"
     settings = (Settings, Masters)
     nccl = True
-    partitioned = skips = remembers = True
+    partitioned = skips = remembers = weighs_classes = True
     sequences = "labels"
 
     def __init__(self, context: Context):

@@ -61,7 +61,7 @@ class SpatialDomains(Method):
     name = "spann"
     summary = "layers cut into domains, or a sparse network into parts, with halos between ranks"
     settings = (Settings,)
-    skips = True
+    skips = weighs_classes = True
     usual_options = ("--model", "slabs", "--loss", "nll")
     exactness = Exactness(wide=("--model", "slabs", "--widths", "640", "640"))
 

@@ -43,7 +43,7 @@ class TensorParallel(Method):
     name = "tensor"
     summary = "weight matrices, and what goes through them, cut into tiles on a grid of ranks"
     settings = (Settings,)
-    skips = True
+    skips = weighs_classes = True
     sequences = "steps"
     usual_options = ("--dataset", "copying:5", "--model", "transformer", "--loss", "nll", "--epochs", "3")
     exactness = Exactness(

@@ -80,6 +80,8 @@ class Loss:
     divisors, rests: see `PSL`.
     scale: what scores are times cosines with, 0 where they are not cosines. margin: what `Objective`
     makes of the label's score before the loss sees it, in training; the loss itself, in tests too, knows nothing of it.
+    class_weights: (classes,) float64 of all ranks' classes, what `Objective` multiplies the derivatives of a class's
+    samples by, in training; values, in training too, are those without. None: nothing.
     immediate: whether derivatives are bounded, and final as soon as what `sums` says is known.
     lenient: a loss of scores that are not finite is NaN, and no error, where `Objective` and `Metric` ask for it.
     Buffers grow to the largest minibatch seen and are then reused.
@@ -96,6 +98,7 @@ class Loss:
     settings: tuple[str, ...] = ()
     scale = 0.0
     margin: Margin | None = None
+    class_weights: np.ndarray | None = None
 
     def __init__(
         self,
@@ -124,6 +127,10 @@ class Loss:
     def nbytes(self) -> int:
         """Bytes of its buffers."""
         return self._store.nbytes
+
+    def sample_weights(self, labels: np.ndarray) -> np.ndarray | None:
+        """The class weights (b,) of samples with these labels, numbers among all classes; None without."""
+        return None if self.class_weights is None else self.class_weights[labels]
 
     def check(self, worst: float) -> None:
         """FloatingPointError for a largest exponent that is not finite, or with clipping off beyond the limit."""
