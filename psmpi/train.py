@@ -60,7 +60,7 @@ def _parse(argv: list[str]) -> tuple[Config, str]:
     start = defaults(argv)
     said = given_names(argv)
     words = with_usual(argv, start)
-    base = own_settings(given(argv, "--resume") or start.run.resume, given(argv, "--out") or start.run.out, said)
+    base = own_settings(given(argv, "--resume") or start.run.resume, given(argv, "--out") or start.run.out)
     if base is not None:
         method, own = given(argv, "--method"), base.config
         # That of the run may not be installed here.

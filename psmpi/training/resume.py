@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -26,12 +26,11 @@ class Base(NamedTuple):
     path: str
 
 
-def own_settings(resume: str, out: str, said: Collection[str]) -> Base | None:
+def own_settings(resume: str, out: str) -> Base | None:
     """The settings of the run that --resume goes on with, None where it is a fresh start after all.
 
-    Those of the checkpoint; before a run has written one, those of config.toml in its directory. said: names of
-    settings that the command line gives. UserError as that of `psmpi.checkpoint.find`, and where MLflow's runs would
-    lie where the file alone says.
+    Those of the checkpoint; before a run has written one, those of config.toml in its directory. UserError as that of
+    `psmpi.checkpoint.find`.
     """
     if not resume:
         return None
@@ -44,12 +43,7 @@ def own_settings(resume: str, out: str, said: Collection[str]) -> Base | None:
         found = read_file(str(path))
     else:
         return None
-    if found.run.track_dir and "mlflow" in found.run.track and not {"track", "track_dir"} & set(said):
-        raise UserError(
-            f"{path} says that MLflow's runs lie in {found.run.track_dir}, which a file of a stranger could choose: if "
-            f"that is right, add --track-dir {found.run.track_dir}, else --track with what it is to be, or with nothing"
-        )
-    run = replace(found.run, out=out, resume=resume, new_data=False, max_steps=0, track_dir="")
+    run = replace(found.run, out=out, resume=resume, new_data=False, max_steps=0)
     # It is said anew, or not.
     data = replace(found.data, allow_external=False)
     return Base(replace(found, run=run, data=data), str(path))
