@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial, wraps
@@ -10,6 +11,7 @@ from importlib import import_module
 from inspect import Signature, signature
 from typing import TYPE_CHECKING, Any
 
+from psmpi.launcher import announced_size
 from psmpi.output import dress_help, wide_help
 
 if TYPE_CHECKING:
@@ -133,6 +135,15 @@ def program(command: str = "") -> str:
     if script or not command or (os.path.basename(folder), file) == ("psmpi", "__main__.py"):
         return f"{'psmpi' if script else 'python -m psmpi'} {command}".rstrip()
     return f"python -m psmpi.{command}"
+
+
+def typed(command: str, words: Iterable[str], ranks: int = 1) -> str:
+    """What to type to start a command, on so many ranks, as this one was started."""
+    start = [program(command), *map(shlex.quote, words)]
+    if ranks > 1:
+        announced = announced_size(os.environ)
+        start.insert(0, f"{'srun' if announced and announced[0].startswith('SLURM') else 'mpirun'} -n {ranks}")
+    return " ".join(start)
 
 
 def usage() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 
 # The number of ranks that they started.
@@ -48,3 +49,86 @@ def reads_output(environ: Mapping[str, str]) -> bool:
     """
     announced = announced_size(environ)
     return announced is not None and (announced[1] > 1 or announced[0].startswith("OMPI_"))
+
+
+def ends_ranks(environ: Mapping[str, str]) -> bool:
+    """Whether the launcher, at Ctrl-C, kills its ranks before they can save, as Open MPI's does in half a second."""
+    announced = announced_size(environ)
+    return announced is not None and announced[0].startswith("OMPI_")
+
+
+def process_number() -> str:
+    """The number of the launcher's process where it has started this one itself, as on its own host, else words."""
+    try:
+        with open(f"/proc/{os.getppid()}/comm") as file:
+            if file.read().strip() in ("mpirun", "mpiexec", "orterun", "prterun"):
+                return str(os.getppid())
+    except OSError:
+        pass
+    return "PROCESS-OF-MPIRUN"
+
+
+def shown_on(number: int) -> str:
+    """The terminal, as a path, on which a launcher shows what this process writes to a file descriptor; "" for none.
+
+    Found by following the pipes, or Open MPI's pseudo-terminal, from each process to the ancestor that reads them. That
+    needs Linux, and a launcher on this very host; where a chain breaks, as with srun, it cannot be known, and is "".
+    """
+    try:
+        link, pid = os.readlink(f"/proc/self/fd/{number}"), os.getppid()
+        while pid > 1:
+            if _reads(pid, link):
+                path = f"/proc/{pid}/fd/{number}"
+                link = os.readlink(path)
+                if link.startswith("/dev/"):
+                    return path if _is_terminal(path) else ""
+            with open(f"/proc/{pid}/stat") as file:
+                # Behind the name, in which there may be anything: state, parent.
+                pid = int(file.read().rpartition(")")[2].split()[1])
+    except (OSError, ValueError, IndexError):
+        return ""
+    return ""
+
+
+def _reads(pid: int, link: str) -> bool:
+    """Whether a process has the other end of a pipe, or of a pseudo-terminal, open (or the same end)."""
+    names = os.listdir(f"/proc/{pid}/fd")
+    if link.startswith("pipe:"):
+        return any(_link(pid, name) == link for name in names)
+    if not link.startswith("/dev/pts/"):
+        return False
+    wanted = f"tty-index:\t{link.removeprefix('/dev/pts/')}"
+    for name in names:
+        if _link(pid, name).endswith("ptmx"):
+            with open(f"/proc/{pid}/fdinfo/{name}") as file:
+                if wanted in file.read().splitlines():
+                    return True
+    return False
+
+
+def _link(pid: int, name: str) -> str:
+    try:
+        return os.readlink(f"/proc/{pid}/fd/{name}")
+    except FileNotFoundError:
+        # Closed since it was listed.
+        return ""
+
+
+def _is_terminal(path: str) -> bool:
+    opened = os.open(path, os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK)
+    try:
+        return os.isatty(opened)
+    finally:
+        os.close(opened)
+
+
+def columns_of(path: str) -> int:
+    """The columns of a terminal, 80 where it does not say."""
+    try:
+        opened = os.open(path, os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK)
+        try:
+            return os.get_terminal_size(opened).columns or 80
+        finally:
+            os.close(opened)
+    except OSError:
+        return 80

@@ -20,7 +20,7 @@ from typing import IO, TYPE_CHECKING, Any, cast
 from weakref import WeakSet
 
 from psmpi.errors import UserError
-from psmpi.launcher import reads_output
+from psmpi.launcher import columns_of, reads_output, shown_on
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -125,10 +125,10 @@ class Stream:
 class Screen:
     """Standard output for lines and tables.
 
-    quiet: print nothing. goes_on: as of `Stream`.
+    quiet: print nothing. goes_on: as of `Stream`. bar: whether `bar` shows one; None: on terminals.
     """
 
-    def __init__(self, *, quiet: bool = False, goes_on: str = "") -> None:
+    def __init__(self, *, quiet: bool = False, goes_on: str = "", bar: bool | None = None) -> None:
         from rich.console import Console
 
         class Plain(Console):
@@ -139,13 +139,25 @@ class Screen:
                     yield segment if segment.control else segment._replace(text=printable(segment.text))
 
         stream: Any = Stream(sys.stdout, goes_on)
-        self.styled, self.live = styled(stream), stream.isatty() and styled(stream)
+        self.styled, self.behind = (False, "") if quiet else (styled(stream), terminal_behind(stream))
+        seen = self.styled and bool(stream.isatty() or self.behind)
+        self.live = not quiet and (seen if bar is None else bar)
         # Names in files may look like markup, or like :names: of pictures.
-        self.console = Plain(file=stream, quiet=quiet, force_terminal=self.styled, markup=False, emoji=False)
-        if not stream.isatty():
-            self.console.width = WIDE
+        self.console = Plain(
+            file=stream,
+            quiet=quiet,
+            force_terminal=self.styled or self.live,
+            no_color=not self.styled or None,
+            markup=False,
+            emoji=False,
+        )
+        # A program that is killed could not show it again.
+        vars(self.console)["show_cursor"] = lambda show=True: False
+        if not (stream.isatty() or self.behind):
+            self.console.width = shutil.get_terminal_size().columns if self.live else WIDE
         elif self.console.width < NARROW:
             self.console.width = NARROW
+        self.fit()
 
     @property
     def ascii(self) -> bool:
@@ -167,23 +179,41 @@ class Screen:
         self.console.print(*things, **options)
 
     def bar(self) -> Progress:
-        """A progress bar in steps, which is seen on terminals alone."""
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        """A progress bar in steps: words before it, the text `pace` after it."""
+        from rich.progress import BarColumn, Progress, TextColumn
 
-        columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn())
-        hidden = self.console.quiet or not self.live
-        return Progress(*columns, console=self.console, transient=True, disable=hidden)
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), TextColumn("{task.fields[pace]}"))
+        return Progress(*columns, console=self.console, transient=True, disable=not self.live, expand=True)
+
+    def fit(self) -> None:
+        """Take the width that the terminal behind a launcher has by now."""
+        if self.behind:
+            self.console.width = max(NARROW, columns_of(self.behind))
+
+
+def terminal_behind(stream: Any, environ: Mapping[str, str] = os.environ) -> str:
+    """The terminal on which a launcher shows what a stream gets, as of `psmpi.launcher.shown_on`."""
+    if not reads_output(environ):
+        return ""
+    try:
+        return shown_on(stream.fileno())
+    except (OSError, ValueError):
+        return ""
 
 
 def styled(stream: Any, environ: Mapping[str, str] = os.environ) -> bool:
     """Whether a stream gets colours: a person's terminal does, and anything by FORCE_COLOR, but no TERM=dumb.
 
-    What a launcher reads, through a pseudo-terminal too, may end in a file, and gets none.
+    What a launcher reads, through a pseudo-terminal too, may end in a file: only where it is seen to show it on a
+    terminal does it get any.
     """
     kind = environ.get("TERM", "").lower()
     if kind in ("dumb", "unknown"):
         return False
-    return bool(environ.get("FORCE_COLOR")) or bool(kind and stream.isatty() and not reads_output(environ))
+    if environ.get("FORCE_COLOR"):
+        return True
+    shown = bool(terminal_behind(stream, environ)) if reads_output(environ) else stream.isatty()
+    return bool(kind and shown)
 
 
 @contextmanager

@@ -74,7 +74,7 @@ def plan(
         raise UserError(f"--ranks {ranks}: expected a whole number from 1 up")
     check_files(goal=goal)
     hosts = network_of(ranks, ranks_per_host, gigabits, latency_us, links)
-    dataset = blank(open_dataset(*config.data.source))
+    dataset = blank(open_dataset(*config.data.source).for_training())
     network = make_network(
         config.model.model,
         dataset.shape,

@@ -15,7 +15,10 @@ from psmpi.files.rows import read_rows
 from psmpi.output import legible, printable, tell
 
 Axis = Literal["epoch", "step", "seconds", "megabytes"]
-Figures = Literal["test_accuracy", "test_top5", "test_rmse", "test_loss", "train_loss"]
+Figures = Literal[
+    "test_accuracy", "test_top5", "test_rmse", "test_loss", "train_loss", "validation_accuracy", "validation_top5",
+    "validation_rmse", "validation_loss",
+]  # fmt: skip
 
 # Whole numbers above this have no double each.
 MOST = 2**53
@@ -30,6 +33,10 @@ TITLES = {
     "test_rmse": "test RMSE",
     "test_loss": "test loss",
     "train_loss": "training loss",
+    "validation_accuracy": "validation accuracy, %",
+    "validation_top5": "label among the 5 largest scores of validation samples, %",
+    "validation_rmse": "validation RMSE",
+    "validation_loss": "validation loss",
 }
 
 
@@ -140,8 +147,8 @@ def _number(value: Any, name: str) -> float:
 
 def _value(row: dict[str, float], name: str) -> float:
     if name == "megabytes":
-        return row["bytes_sent"] / 1e6
-    return row[name] * (100 if name in ("test_accuracy", "test_top5") else 1)
+        return float(row["bytes_sent"]) / 1e6
+    return float(row[name]) * (100 if name.endswith(("_accuracy", "_top5")) else 1)
 
 
 def _mean(values: Sequence[float]) -> float:

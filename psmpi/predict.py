@@ -34,10 +34,15 @@ class Options:
     characters that were trained on; that of the training if not given."""
     data_dir: str = ""
     """Folder that holds the data set's files; the one of the training if not given."""
+    label: str = ""
+    """Column of the labels of a table, by its name or its number from 1; that of the training if not given."""
+    layout: Literal["", "nchw", "nhwc"] = ""
+    """Axes of images of a file of your own; those of the training if not given."""
     allow_external: bool = False
     """Let arrays of an HDF5 file lie in other files, which it names: for files of your own alone."""
-    split: Literal["test", "train", "all"] = "test"
-    """Which samples; all: every sample x of a file of your own, which then needs no labels."""
+    split: Literal["test", "train", "validation", "all"] = "test"
+    """Which samples; validation: those that --validation of the training left out; all: every sample x of a file of
+    your own, which then needs no labels."""
     out: str = ""
     """File for predictions and scores, .csv or .npz."""
     calibrate: int = 0
@@ -94,7 +99,7 @@ def _main(argv: list[str]) -> int:
 
 
 # Options of predictions of samples, and of a text that is gone on with.
-OF_SAMPLES = ("allow_external", "dataset", "data_dir", "split", "out", "calibrate", "json")
+OF_SAMPLES = ("allow_external", "dataset", "data_dir", "label", "layout", "split", "out", "calibrate", "json")
 OF_TEXT = ("characters", "temperature", "seed")
 
 
@@ -190,7 +195,7 @@ def _settle(options: Options) -> Options:
         found: list[str] = []
         try:
             own = replace(trained, dataset=name, data_dir=data_dir, allow_external=options.allow_external)
-            here = identify(open_dataset(*own.source))
+            here = identify(open_dataset(*own.source, names=contents.called).for_training())
             found = differences(Identity.of(contents.data), here)
         except UserError as error:
             if not options.dataset:
@@ -214,6 +219,7 @@ def _settle(options: Options) -> Options:
 def _predict(world: Any, control: Any, options: Options) -> None:
     from contextlib import nullcontext
     from dataclasses import replace
+    from math import prod
 
     import numpy as np
     from threadpoolctl import threadpool_limits
@@ -223,7 +229,9 @@ def _predict(world: Any, control: Any, options: Options) -> None:
     from psmpi.comm.world import host, local_rank
     from psmpi.config import from_toml
     from psmpi.data import Identity, open_split
+    from psmpi.data.table import is_table
     from psmpi.errors import UserError
+    from psmpi.files import examiner
     from psmpi.files.examiner import examined
     from psmpi.nn.metric import TOP
     from psmpi.nn.sequences import stretch
@@ -235,11 +243,24 @@ def _predict(world: Any, control: Any, options: Options) -> None:
     contents = checkpoint.read_contents(path)
     trained = from_toml(contents.config, str(path), foreign=True)
     model = trained.model
-    seed, context, characters = trained.data.split_seed, trained.data.context, contents.characters
     numbering = Identity.of(contents.data).numbering if contents.data else None
-    own = (options.dataset, options.data_dir, options.split, seed, context, characters)
+    # Another table may have its labels in another column.
+    label = options.label or (trained.data.label if is_table(options.dataset) else "")
+    data = replace(trained.data, label=label, layout=options.layout or trained.data.layout)
+    data = replace(data, allow_external=options.allow_external)
     with examined("not") if local_rank(world) else nullcontext():
-        split = open_split(*own, True, numbering, options.allow_external)
+        split = open_split(
+            options.dataset,
+            options.data_dir,
+            options.split,
+            *data.source[2:],
+            characters=contents.characters,
+            predicted=True,
+            numbering=numbering,
+            names=contents.called,
+            features=prod(contents.in_shape),
+        )
+    examiner.close()
     _check_data(world, control, options, contents, split)
     network = make_network(
         model.model,
@@ -294,7 +315,8 @@ def _predict(world: Any, control: Any, options: Options) -> None:
             for note in calibration_notes(options.calibrate, known.n) if world.rank == 0 else ():
                 complain(note)
             calibrate(predictor.model, known, options.calibrate, predictor.dtype)
-        of = (options, targets, classes, network.classes, split.n, predictor.dtype, file, network.steps, characters)
+        rest = (network.classes, split.n, predictor.dtype, file, network.steps, contents.characters, contents.called)
+        of = (options, targets, classes, *rest)
         found = (Values if values else Choices)(*of) if first else None
         predictor.run(split, found.take if found is not None else None)
         if found is not None:
@@ -313,7 +335,7 @@ def _check_data(world: Any, control: Any, options: Options, contents: Any, split
     # Rank 0 looks at all samples, the ranks of a host at them between them.
     share = (local_rank(world), host(world)[0])
     here = identify_split(split, share if world.rank else (0, 1))
-    kind = {"train": "training", "all": "given"}.get(options.split, "test")
+    kind = {"train": "training", "validation": "validation", "all": "given"}.get(options.split, "test")
     targets = "values" if split.task == "regression" else "labels"
     for rank, text in enumerate(control.collect_texts(json.dumps([socket.gethostname(), asdict(here)]), most=2000)):
         at, theirs = json.loads(text)

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
+    from psmpi.checkpoint import Contents
     from psmpi.comm.control import Control
     from psmpi.comm.protocol import World
     from psmpi.config import Config
+    from psmpi.data import Dataset
+    from psmpi.output import Screen
+    from psmpi.training.loop import Loop
 
-# What is said at the first signal.
-STOPPING = "the run stops after the next step, and is saved; another signal ends it at once"
 # The exit status of a run that was stopped by a signal, and can be gone on with.
 GO_ON = 85
 
@@ -92,7 +94,7 @@ def _main(argv: list[str]) -> int:
     config, status, *files = _configure(control, argv)
     if config is None:
         return status
-    return 0 if _train(world, control, config, *files) else GO_ON
+    return 0 if train(world, control, config, *files) else GO_ON
 
 
 def _configure(control: Control, argv: list[str]) -> tuple[Config | None, int, str, str, str]:
@@ -102,6 +104,7 @@ def _configure(control: Control, argv: list[str]) -> tuple[Config | None, int, s
     the file that describes its layers, and what is to be told of the usual numbers.
     """
     from psmpi.config import defaults, from_toml, given, given_names, to_toml, with_usual
+    from psmpi.errors import counted
     from psmpi.output import Screen
     from psmpi.training.resume import noting
     from psmpi.training.usual import usual
@@ -110,32 +113,38 @@ def _configure(control: Control, argv: list[str]) -> tuple[Config | None, int, s
     numbers: list[str] = []
     if control.rank == 0:
         try:
-            tell = Screen(goes_on="training goes on").tell
             config, own = _parse(argv)
+            tell = _telling(Screen(goes_on="training goes on"), config)
+            data, method = Path(config.data.dataset).name, config.parallel.method
+            tell(f"psmpi: {config.model.model} on {data}, method {method}, on {counted(control.size, 'rank')}")
             layers = given(argv, "--config") if "layers" in given_names(argv) else own
             added = with_usual(argv, defaults(argv))[: -len(argv) or None]
             if added:
                 tell(f"note: no network is named: this is {' '.join(added)}; give --dataset and --model for your own")
             with noting(own):
-                text = to_toml(usual(_settle(config, tell, given_names(argv, file=False)), numbers.append))
+                text = to_toml(usual(settle_paths(config, tell, given_names(argv, file=False)), numbers.append))
         except SystemExit as end:
             status = 1 if end.code else 0
     text, status, own, layers = json.loads(control.share(json.dumps([text, status, own, layers])))
     return from_toml(text, "configuration") if text else None, status, own, layers, "".join(numbers)
 
 
-def _settle(config: Config, tell: Callable[[str], None], said: Collection[str]) -> Config:
-    """Checks that need no MPI, and paths that hold wherever the run goes on; said: as of psmpi.config.check."""
+def settle_paths(config: Config, tell: Callable[[str], None], said: Collection[str]) -> Config:
+    """Checks that need no MPI, and paths that hold wherever the run goes on; said: as of psmpi.config.check.
+
+    The data set `psmpi.data.ARRAYS` is in memory, and has no path.
+    """
     from dataclasses import replace
 
     from psmpi import checkpoint
     from psmpi.config import check
-    from psmpi.data import RANK, locate
+    from psmpi.data import ARRAYS, RANK, locate
     from psmpi.errors import UserError, expanded
     from psmpi.nn.layers.pattern_file import with_patterns
     from psmpi.registry import find_method
     from psmpi.track import check_trackers
     from psmpi.track.mlflow import store
+    from psmpi.training.checks import check_data
 
     check(config, said)
     run, data = config.run, config.data
@@ -159,17 +168,38 @@ def _settle(config: Config, tell: Callable[[str], None], said: Collection[str]) 
             f"--dataset {data.dataset}: {RANK} stands for the number of a rank, where each has samples of its own: "
             "add --private-data, with a method that has it"
         )
-    data = replace(data, data_dir=str(folder), dataset=locate(data.dataset, folder, tell))
+    check_data(data, find_method(config.parallel.method).private(config))
+    if data.dataset != ARRAYS:
+        data = replace(data, data_dir=str(folder), dataset=locate(data.dataset, folder, tell))
     # Patterns of layers go where the configuration goes.
     model = replace(config.model, layers=with_patterns(config.model.layers))
     return replace(config, data=data, model=model, run=replace(run, out=out, resume=resume, track_dir=track_dir))
 
 
-def _train(world: World, control: Control, config: Config, own: str, layers: str, numbers: str) -> bool:
-    """Train; whether all of it is done, and not stopped by a signal. own, layers, numbers: as of `_configure`."""
+def train(
+    world: World,
+    control: Control,
+    config: Config,
+    own: str,
+    layers: str,
+    numbers: str,
+    *,
+    given: Dataset | None = None,
+    labels: tuple[str | int | float | bool, ...] = (),
+    screen: Screen | None = None,
+    take: Callable[[Loop, Contents], None] | None = None,
+) -> bool:
+    """Train; whether all of it is done, and not stopped by a signal. own, layers, numbers: as of `_configure`.
+
+    given: the data set, where it is in memory, and labels: what its classes are called; screen: what lines go to.
+    take(loop, contents) is called in the end, on all ranks; with it nothing is written but to a run directory that is
+    named.
+    """
     import contextlib
+    import os
     import socket
     from dataclasses import asdict, replace
+    from functools import partial
 
     import numpy as np
     from threadpoolctl import threadpool_limits
@@ -182,43 +212,68 @@ def _train(world: World, control: Control, config: Config, own: str, layers: str
     from psmpi.comm.world import cores as own_cores
     from psmpi.comm.world import host, library, local_rank
     from psmpi.config import to_toml, used_settings, without_anew
+    from psmpi.errors import counted
+    from psmpi.files import examiner
+    from psmpi.launcher import announced_size, ends_ranks, process_number, shown_on
     from psmpi.output import Screen
     from psmpi.registry import find_method
     from psmpi.track import Run, Trackers
+    from psmpi.training.backend import backend_of
     from psmpi.training.capacity import check_capacity
+    from psmpi.training.closing import STOPPING, at_signal, ended, stopped
     from psmpi.training.context import Context
     from psmpi.training.folder import RunFolder
     from psmpi.training.loop import Loop, show_places
     from psmpi.training.method import Place
     from psmpi.training.start import agree, begin, network_of, share_path
 
-    console = Screen(quiet=world.rank != 0, goes_on="training goes on")
-    tell = console.tell
+    bar = {"bar": True, "lines": False}.get(config.terminal.progress)
+    console = screen or Screen(quiet=world.rank != 0, goes_on="training goes on", bar=bar)
+    tell = _telling(console, config)
     kind: Any = find_method(config.parallel.method)
     with contextlib.ExitStack() as stack:
         # After MPI's own handlers.
-        signals = stack.enter_context(StopSignals(config.run.save_signal, "" if world.rank else STOPPING))
+        launched, ends = announced_size(os.environ) is not None, ends_ranks(os.environ)
+        signals = StopSignals(
+            config.run.save_signal,
+            "" if world.rank or take is not None else STOPPING,
+            shown_on(2) if ends else "",
+            # A person alone sends each signal once, a launcher or a batch system may do so twice.
+            None if launched or "SLURM_JOB_ID" in os.environ else 0.2,
+            take is None or world.size > 1,
+        )
+        stack.enter_context(signals)
         watch = stack.enter_context(watched(control, config.run.stall_warn, config.run.stall_abort))
-        start = begin(control, config, own, tell, layers) if world.rank == 0 else None
+        start = control.agreed((lambda: begin(control, config, own, tell, layers, given)) if world.rank == 0 else None)
         folder = stack.enter_context(start.folder) if start is not None and start.folder is not None else None
         # Ranks may have been started in other folders.
         found = share_path(control, str(Path(start.found).absolute()) if start is not None and start.found else "")
         ranks, cores = host(world)
-        dataset, identity = agree(control, config, start, (local_rank(world), ranks), tell)
+        dataset, identity = agree(control, config, start, (local_rank(world), ranks), tell, given)
+        # All files have been looked at.
+        examiner.close()
         network = network_of(config, dataset)
         if start is not None:
             found = start.found
             stem = f"{Path(config.data.dataset).stem}-{config.model.model}"
-            if folder is None:
+
+            def make() -> RunFolder:
                 with control.flight.task("making the run directory"):
-                    made = RunFolder(Path(config.run.out), tell) if config.run.out else RunFolder.unnamed(stem, tell)
-                folder = stack.enter_context(made)
-        out = Path(share_path(control, str(folder.path) if folder is not None else ""))
-        config = replace(config, run=replace(config.run, out=str(out)))
+                    return RunFolder(Path(config.run.out), tell) if config.run.out else RunFolder.unnamed(stem, tell)
+
+        wanted = start is not None and folder is None and bool(config.run.out or take is None)
+        made = control.agreed(make if wanted else None)
+        folder = stack.enter_context(made) if made is not None else folder
+        path = share_path(control, str(folder.path) if folder is not None else "")
+        out = Path(path)
+        config = replace(config, run=replace(config.run, out=path))
+        again = partial(_again, world.size)
+        if signals.told:
+            signals.told = at_signal(str(out), ends, again)
         if numbers:
             tell(numbers)
         if watch is not None:
-            watch.folder = out
+            watch.folder = out if path else None
         threads = config.parallel.threads or max(1, cores // ranks)
         if world.rank == 0 and ranks * threads > cores:
             tell(
@@ -227,18 +282,19 @@ def _train(world: World, control: Control, config: Config, own: str, layers: str
             )
         # What overflows is dealt with where it matters; a diverging run says so itself, once.
         with threadpool_limits(threads), np.errstate(all="ignore"):
-            ops = _backend(world, config, threads)
+            ops = backend_of(world, config, threads, tell)
             # What a device holds is not of the host's memory.
             check_capacity(control, kind, network, dataset, config, [] if ops.on_device else limits())
             method = kind(Context(world, network, dataset, config, ops))
             settle(world, own_cores(), method.place().held > 0)
             place = json.dumps([socket.gethostname(), *vars(method.place()).values()])
             places = [json.loads(text) for text in control.collect_texts(place)]
-            show_places(console, [(rank, host, Place(*rest)) for rank, (host, *rest) in enumerate(places)])
-            tell(
-                f"model {network.name}: {method.layout.size:,} parameters; backend {ops.description}; run directory "
-                f"{out}"
-            )
+            if not config.terminal.quiet:
+                show_places(console, [(rank, host, Place(*rest)) for rank, (host, *rest) in enumerate(places)])
+            if config.terminal.verbose:
+                held = ", ".join(f"{what} {count / 1e6:.3g}" for what, count in method.memory().items())
+                tell(f"memory of rank 0 in MB: {held}")
+            tell(f"model {network.name}: {method.layout.size:,} parameters; backend {ops.description}")
             for line in method.told():
                 tell(line)
             method_settings = {name: value for one in config.chosen.values() for name, value in asdict(one).items()}
@@ -264,11 +320,12 @@ def _train(world: World, control: Control, config: Config, own: str, layers: str
                 own=frozenset(method.state.own & method.state.vectors.keys()),
                 data=identity.table(),
                 characters=dataset.train.characters,
+                names=labels or dataset.train.names,
                 spaces={name: space.layout for name, space in method.state.spaces.items()},
             )
             tracked = Run(out, {**used_settings(config), "ranks": world.size}, config.run.track_dir)
             trackers = stack.enter_context(Trackers(config.run.track if world.rank == 0 else (), tracked, tell))
-            loop = Loop(control, method, dataset, config, out, console, contents, folder, signals, trackers)
+            loop = Loop(control, method, dataset, config, out, console, contents, folder, signals, trackers, path != "")
             notes = loop.resume(Path(found)) if found else []
             # Up to here any rank may refuse the start, and nothing is changed.
             control.wait_for_all()
@@ -280,10 +337,19 @@ def _train(world: World, control: Control, config: Config, own: str, layers: str
                     trackers.start(loop.progress.rows)
             for note in notes:
                 tell(note)
+            left = loop.total - loop.progress.step
+            tell(
+                f"training {counted(left, 'step')}, to epoch {config.run.epochs}, on {counted(world.size, 'rank')}; "
+                f"{f'kill -USR1 {process_number()}' if ends else 'Ctrl-C'} stops and saves"
+            )
+            if path:
+                tell(f"run directory {path}")
             done = loop.run()
             trackers.close("done" if done else "stopped")
             # A launcher may kill the others when the first one ends with status 85, and rank 0 may still write.
             control.wait_for_all()
+            if take is not None:
+                take(loop, contents)
             method.close()
             if config.parallel.convolution != "own":
                 chosen: dict[str, str] = {}
@@ -293,50 +359,35 @@ def _train(world: World, control: Control, config: Config, own: str, layers: str
                         chosen.setdefault(line.partition(":")[0], line)
                 for line in chosen.values():
                     tell(line)
+            # In Python what follows is not a command.
+            for line in (
+                ()
+                if take is not None
+                else (
+                    ended(config, loop.progress, loop.report.rows(loop.progress), loop.report.share, again)
+                    if done
+                    else stopped(config, loop.progress, signals.name, again)
+                )
+            ):
+                console.tell(line)
     return done
 
 
-def _backend(world: Any, config: Config, threads: int) -> Any:
-    """The backend of this rank, its kernels compiled."""
-    import numpy as np
+def _telling(console: Screen, config: Config) -> Callable[[str], None]:
+    """What prints lines; under --quiet warnings alone."""
 
-    from psmpi.backend import make_backend
-    from psmpi.comm import nccl
-    from psmpi.comm.world import host_by_host, local_rank
-    from psmpi.errors import UserError
-    from psmpi.output import Screen
+    def tell(text: str) -> None:
+        if not config.terminal.quiet or text.lower().startswith("warning"):
+            console.tell(text)
 
-    parallel, dtype = config.parallel, np.dtype(config.model.dtype)
-    settings = (parallel.compute, parallel.cuda_graphs, parallel.convolution)
-    made = [make_backend(parallel.backend, threads, local_rank(world), *settings)]
+    return tell
 
-    def compile_kernels() -> None:
-        try:
-            made[0].compile(dtype)
-        except UserError as error:
-            if parallel.backend == "cupy":
-                raise
-            made[0] = make_backend("auto", threads)
-            if world.rank == 0:
-                Screen(goes_on="training goes on").tell(
-                    f"note: the GPU is not used: {str(error).removeprefix('--backend cupy: ')}"
-                )
 
-    # The first rank of a host compiles the kernels, the others find them in its cache.
-    host_by_host(world, compile_kernels)
-    ops = made[0]
-    if not ops.on_device:
-        for option, given in (
-            ("--gpu-aware", parallel.gpu_aware),
-            ("--nccl", parallel.nccl),
-            (f"--compute {parallel.compute}", parallel.compute != "float32"),
-            (f"--convolution {parallel.convolution}", parallel.convolution != "own"),
-        ):
-            if given:
-                raise UserError(f"{option} is for GPUs, and the backend here is {ops.name}: add --backend cupy")
-    elif parallel.nccl:
-        nccl.check_devices(world, ops.pci_id)
-    return ops
+def _again(size: int, command: str, all_ranks: bool, words: list[str]) -> str:
+    """What to type to start a command, on all ranks or on one."""
+    from psmpi.command import typed
+
+    return typed(command, words, size if all_ranks else 1)
 
 
 if __name__ == "__main__":

@@ -6,21 +6,23 @@ it holds lies in a flat vector. `writer` collects a checkpoint from the ranks, `
 """
 
 from psmpi.checkpoint.contents import Contents, Progress, read_contents
-from psmpi.checkpoint.format import FORMAT, available, check_file, folder
+from psmpi.checkpoint.format import FORMAT, available, best, check_file, folder
 from psmpi.checkpoint.lock import Lock
 from psmpi.checkpoint.parallel import supported
 from psmpi.checkpoint.provenance import provenance
 from psmpi.checkpoint.reader import clear, find, load, load_space, load_tables, newest
 from psmpi.checkpoint.soundness import validate
-from psmpi.checkpoint.writer import Writer
+from psmpi.checkpoint.writer import Unsaved, Writer
 
 __all__ = [
     "FORMAT",
     "Contents",
     "Lock",
     "Progress",
+    "Unsaved",
     "Writer",
     "available",
+    "best",
     "check_file",
     "clear",
     "find",

@@ -284,6 +284,21 @@ def prune(target: Path, keep: int) -> None:
             old.unlink(missing_ok=True)
 
 
+def keep_as(target: Path, best: Path) -> None:
+    """Give a file another name, which stays when the first one is removed; a copy where a file has one name alone."""
+    partial = partial_of(best)
+    try:
+        try:
+            os.link(target, partial)
+        except OSError:
+            _need(best.parent, target.stat().st_size)
+            shutil.copyfile(target, partial)
+        os.replace(partial, best)
+        sync(best.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def build(job: Mapping[str, Any], spool: int) -> None:
     """Write the checkpoint that a job of `Writer` describes, from the spool, and remove those beyond `keep`."""
     target = Path(job["target"])
@@ -301,6 +316,8 @@ def build(job: Mapping[str, Any], spool: int) -> None:
             _finish(partial, target)
         finally:
             partial.unlink(missing_ok=True)
+    if "best" in job:
+        keep_as(target, Path(job["best"]))
     prune(target, job["keep"])
 
 

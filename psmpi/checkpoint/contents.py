@@ -26,6 +26,7 @@ from psmpi.checkpoint.format import open_file
 from psmpi.checkpoint.tensors import Tensor, held_runs, make_tensors
 from psmpi.config import parse_toml
 from psmpi.data import Identity
+from psmpi.data.names import LONGEST, check_names
 from psmpi.data.text import MOST
 from psmpi.errors import DamagedError
 from psmpi.layout import Layout, Runs
@@ -34,8 +35,8 @@ from psmpi.nn.layers.pattern_file import names_files
 
 TABLES = ("elements", "rank")
 TEXTS = (
-    "characters", "config", "data", "layout", "metrics", "part", "placement", "progress", "provenance", "random",
-    "scalars",
+    "characters", "config", "data", "layout", "metrics", "names", "part", "placement", "progress", "provenance",
+    "random", "scalars",
 )  # fmt: skip
 COUNTS = ("step", "epoch", "cursor", "bytes_sent", "bytes_received")
 # In files that do not say which vectors are the method's own, these are.
@@ -61,14 +62,16 @@ class Progress:
 
     @property
     def accuracy(self) -> float | None:
-        """Test accuracy after the last whole epoch."""
-        return self.rows[-1].get("test_accuracy") if self.rows else None
+        """Test, or validation, accuracy after the last whole epoch."""
+        row = self.rows[-1] if self.rows else {}
+        return row.get("test_accuracy", row.get("validation_accuracy"))
 
     @property
     def score(self) -> str:
         """The test scores after the last whole epoch, for people: accuracy, or RMSE."""
         row = self.rows[-1] if self.rows else {}
-        return next((SCORES[key](row[key]) for key in ("test_accuracy", "test_rmse") if key in row), "test accuracy -")
+        shown = (SCORES[key](row[key]) for key in SCORES if key in row and key.endswith(("accuracy", "rmse")))
+        return next(shown, "test accuracy -")
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,8 @@ class Contents:
     are drawn from; data: the identity of the data set, see `psmpi.data.identity`, empty in files that do not have it;
     scalars: of the optimizer; spaces: layouts, by name, of tensors that are neither weights nor vectors of the
     optimizer, each a vector of that name, of any dtype; own: the vectors under /optimizer that are the training
-    method's, not the optimizer's; characters: of a text, what its tokens, and so the classes, stand for, else "".
+    method's, not the optimizer's; characters: of a text, what its tokens, and so the classes, stand for, else "";
+    names: of the classes, where labels are not their numbers; strings, or of labels in arrays numbers or booleans.
     """
 
     config: str
@@ -101,6 +105,7 @@ class Contents:
     own: frozenset[str] = FORMER_OWN
     data: Mapping[str, Any] = field(default_factory=dict)
     characters: str = ""
+    names: tuple[str | int | float | bool, ...] = ()
 
     def __post_init__(self) -> None:
         for name in self.spaces:
@@ -134,6 +139,7 @@ class Contents:
         texts |= {"data": json.dumps(dict(self.data))} if self.data else {}
         # In ASCII: a string of HDF5 ends at a NUL.
         texts |= {"characters": json.dumps(self.characters)} if self.characters else {}
+        texts |= {"names": json.dumps(self.names)} if self.names else {}
         return texts if self.part is None else {**texts, "part": json.dumps(self.part)}
 
     @staticmethod
@@ -162,6 +168,7 @@ class Contents:
             own=frozenset(layout.get("own", FORMER_OWN)),
             data=_identity(table_of(texts["data"])) if "data" in texts else {},
             characters=_characters(texts["characters"], layout) if "characters" in texts else "",
+            names=_names(texts["names"], layout) if "names" in texts else (),
         )
         expect(all(isinstance(name, str) for name in made.own), "layout, own")
         expect(made.task in ("classes", "regression"), "layout, task")
@@ -171,6 +178,11 @@ class Contents:
             made.part is None or (len(made.part) > 0 and all(type(c) is int and c in known for c in made.part)), "part"
         )
         return made
+
+    @property
+    def called(self) -> tuple[str, ...]:
+        """The names of the classes as text."""
+        return tuple(map(str, self.names))
 
     def held(self) -> Runs:
         """The runs of the flat vector of the weights that the file holds."""
@@ -231,6 +243,18 @@ def _characters(text: str, layout: Mapping[str, Any]) -> str:
     found.encode()
     expect(all(a < b for a, b in pairwise(found)), "characters")
     return str(found)
+
+
+def _names(text: str, layout: Mapping[str, Any]) -> tuple[str | int | float | bool, ...]:
+    # A character takes 12 letters at most, and each name quotes, a comma and a space.
+    expect(len(text) <= layout["classes"] * (12 * LONGEST + 4) + 2, "names")
+    found = read_json(text)
+    expect(isinstance(found, list) and len(found) == layout["classes"], "names")
+    if all(isinstance(name, str) for name in found):
+        return check_names(found)
+    expect({type(name) for name in found} in ({int}, {float}, {bool}), "names")
+    expect(all(a < b for a, b in pairwise(found)), "names")
+    return tuple(found)
 
 
 def read_contents(path: Path) -> Contents:

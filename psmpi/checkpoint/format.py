@@ -55,6 +55,11 @@ def folder(out: Path) -> Path:
     return out / "checkpoints"
 
 
+def best(out: Path) -> Path:
+    """The checkpoint of the best epoch of a run, beside the folder of those that make room for newer ones."""
+    return out / "best.h5"
+
+
 def available(out: Path) -> list[Path]:
     """The checkpoints of a run directory (or of its folder of checkpoints), whole or damaged, oldest first."""
     place = out if out.name == folder(out).name and not folder(out).is_dir() else folder(out)

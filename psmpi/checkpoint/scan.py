@@ -15,7 +15,7 @@ from pathlib import Path
 import h5py
 
 from psmpi.files.examining import limited
-from psmpi.files.hdf5 import ForeignError, check_own, grid_of
+from psmpi.files.hdf5 import ForeignError, check_own, grid_of, is_hard
 
 # Characters of a message of HDF5.
 SHOWN = 200
@@ -45,7 +45,7 @@ def scan(path: str) -> list[str]:
                 for name in group:
                     full = f"{above}{name}"
                     try:
-                        if group.id.links.get_info(name.encode("utf-8", "surrogateescape")).type != h5py.h5l.TYPE_HARD:
+                        if not is_hard(group, name):
                             continue
                         one = group[name]
                         address = h5py.h5o.get_info(one.id).addr

@@ -17,7 +17,7 @@ from psmpi.checkpoint.format import check_file, open_file
 from psmpi.config import from_toml
 from psmpi.errors import DamagedError, UserError
 from psmpi.files import examiner
-from psmpi.files.hdf5 import DEFLATE, FLETCHER, SHUFFLE, ForeignError, check_stored, chunks_of, filters_of
+from psmpi.files.hdf5 import DEFLATE, FLETCHER, SHUFFLE, ForeignError, check_stored, chunks_of, filters_of, is_hard
 from psmpi.files.packed import Unpacker
 from psmpi.nn.zoo import make_network
 
@@ -78,10 +78,9 @@ def _objects(file: h5py.File, nbytes: int) -> dict[str, h5py.Group | h5py.Datase
     addresses, waiting, total = {h5py.h5o.get_info(file.id).addr}, [("", file)], 0
     while waiting:
         path, group = waiting.pop()
-        links = group.id.links
         for name in list(group):
             full = f"{path}{name}"
-            if links.get_info(name.encode("utf-8", "surrogateescape")).type != h5py.h5l.TYPE_HARD:
+            if not is_hard(group, name):
                 raise ForeignError(f": {full} is a link, which may lead to another file")
             one = group[name]
             address = h5py.h5o.get_info(one.id).addr

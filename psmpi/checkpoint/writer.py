@@ -16,6 +16,7 @@ import numpy as np
 
 from psmpi.checkpoint.collect import Records, collect, row_pieces
 from psmpi.checkpoint.contents import Contents, Progress
+from psmpi.checkpoint.format import best as best_of
 from psmpi.checkpoint.format import folder
 from psmpi.checkpoint.lock import Lock
 from psmpi.checkpoint.spool import Spool
@@ -80,8 +81,11 @@ class Writer:
         scalars: Mapping[str, float | int],
         progress: Progress,
         tables: Mapping[str, np.ndarray] | None = None,
+        best: bool = False,
     ) -> None:
         """Save this rank's `vectors`, its local vector of each and of each space, and of `tables` its rows.
+
+        best: whether the file is kept as the best one of the run too, see `psmpi.checkpoint.format.best`.
 
         All ranks call it, with vectors of the same names and dtypes. Returns when training may change them.
         """
@@ -93,6 +97,7 @@ class Writer:
             return
         contents = self._contents(scalars, progress)
         job: dict[str, Any] = {"target": str(self.target), "keep": self.keep}
+        job |= {"best": str(best_of(self.out))} if best else {}
         if self.parallel:
             job["partial"] = self._together(vectors, contents, tables)
         else:
@@ -277,3 +282,17 @@ class Writer:
         self.found.append(f"the checkpoint {self.target} is NOT written: {error}; {kept}; check space and rights")
         self.target, self.last_failed = None, True
         self.spool.free()
+
+
+class Unsaved(Writer):
+    """What a training without a run directory has in the place of a writer: nothing is written."""
+
+    def write(
+        self,
+        vectors: Mapping[str, np.ndarray],
+        scalars: Mapping[str, float | int],
+        progress: Progress,
+        tables: Mapping[str, np.ndarray] | None = None,
+        best: bool = False,
+    ) -> None:
+        """Return at once."""

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 
 from psmpi.comm.group import Counter
 from psmpi.comm.protocol import Request, World
 from psmpi.comm.watch.flight import flight_of
+from psmpi.errors import UserError
+
+Found = TypeVar("Found")
+# Bytes of an error that ranks tell each other, and numbers of an array that they send at a time.
+TOLD, PIECE = 8000, 1 << 26
 
 
 class Control:
@@ -57,6 +64,30 @@ class Control:
         self._from_first(size.nbytes + data.nbytes)
         return data.tobytes().decode()
 
+    def share_array(self, array: np.ndarray) -> None:
+        """Fill every rank's contiguous array (n,) with rank 0's."""
+        for first in range(0, array.size if self.size > 1 else 0, PIECE):
+            piece = array[first : first + PIECE]
+            self.comm.Bcast(piece, 0)
+            self._from_first(piece.nbytes)
+
+    def agreed(self, work: Callable[[], Found] | None) -> Found | None:
+        """What `work` returns, on the ranks that have some; it makes no messages.
+
+        Where it raises a UserError on some rank, all ranks raise that of the lowest such rank.
+        """
+        if self.size == 1:
+            return work() if work is not None else None
+        found, failed = None, ""
+        try:
+            found = work() if work is not None else None
+        except UserError as error:
+            failed = str(error).encode()[:TOLD].decode(errors="ignore")
+        told = self.share(next(filter(None, self.collect_texts(failed, TOLD)), ""))
+        if told:
+            raise UserError(told)
+        return found
+
     def share_flag(self, flag: bool) -> bool:
         """Rank 0's answer to a question of yes or no on all ranks."""
         if self.size == 1:
@@ -94,13 +125,16 @@ class Poll:
     All ranks call it equally often, once a step, with their answer to each of two questions. What is told is the sum of
     what ranks said some calls before, begun then and fetched now, so that no call waits for ranks that are no more than
     that behind. Between two of these sums there are as many calls as rank 0 makes in about `seconds`.
+
+    given: numbers of this rank, which it sets before a call; heard: their sums over ranks as of the last sum fetched.
     """
 
-    def __init__(self, control: Control, seconds: float = 0.2):
+    def __init__(self, control: Control, seconds: float = 0.2, numbers: int = 0):
         self.control, self.seconds = control, seconds
         self.request: Request | None = None
-        # Ranks that say yes to each question; calls to the sum after the next one, by rank 0 alone.
-        self.said, self.sums = np.zeros(3), np.zeros(3)
+        # Ranks that say yes to each question; calls to the sum after the next one, by rank 0 alone; what they give.
+        self.said, self.sums = np.zeros(3 + numbers), np.zeros(3 + numbers)
+        self.given, self.heard = np.zeros(numbers), np.zeros(numbers)
         self.calls, self.interval, self.begun = 0, 1, time.perf_counter()
         self.yes = [False, False]
 
@@ -108,6 +142,7 @@ class Poll:
         """Whether some rank has said yes, to each question; a rank's own yes holds once it was said."""
         self.yes = [self.yes[0] or first, self.yes[1] or second]
         if self.control.size == 1:
+            self.heard[:] = self.given
             return self.yes[0], self.yes[1]
         self.calls += 1
         if self.calls < self.interval:
@@ -117,7 +152,8 @@ class Poll:
         # Towards the number of calls that takes `seconds`, at most twice as many as before.
         rate = self.calls / max(1e-9, now - self.begun)
         interval = min(2 * self.interval, max(1, int(rate * self.seconds)))
-        self.said[:] = *self.yes, interval * (self.control.rank == 0)
+        self.said[:3] = *self.yes, interval * (self.control.rank == 0)
+        self.said[3:] = self.given
         self.calls, self.begun = 0, now
         self.request = self.control.comm.Iallreduce(self.said, self.sums)
         moved = 2 * (self.control.size - 1) * self.said.nbytes // self.control.size
@@ -130,6 +166,7 @@ class Poll:
             return False, False
         self.request.Wait()
         self.request, self.interval = None, int(self.sums[2])
+        self.heard[:] = self.sums[3:]
         return bool(self.sums[0] > 0), bool(self.sums[1] > 0)
 
     def forget(self) -> None:

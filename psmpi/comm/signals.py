@@ -28,11 +28,17 @@ class StopSignals:
     thread beside it ends the process where the main thread cannot: after GRACE seconds, with status 128 + the signal's
     number.
 
-    also: one more signal, by its name without SIG; told: what is written to standard error at the first one.
+    also: one more signal, by its name without SIG; told: what is written to standard error at the first one, or to the
+    terminal `shown`, a path, of a launcher that passes nothing on any more; one: seconds, if not ONE; ends: whether
+    there is that thread.
     """
 
-    def __init__(self, also: str = "USR1", told: str = "") -> None:
+    def __init__(
+        self, also: str = "USR1", told: str = "", shown: str = "", one: float | None = None, ends: bool = True
+    ) -> None:
+        self.ends = ends
         self.name, self.told, self.noted = "", told, 0.0
+        self.shown, self.one = shown, ONE if one is None else one
         self.signals = (*STOPPING, signal.Signals[f"SIG{also}"])
         self.before: dict[signal.Signals, Callable[[int, FrameType | None], Any] | int | None] = {}
         # The numbers of all signals, as soon as they come, whatever the main thread does.
@@ -46,11 +52,15 @@ class StopSignals:
         if threading.current_thread() is threading.main_thread():
             heeded = (one for one in self.signals if signal.getsignal(one) != signal.SIG_IGN)
             self.before = {one: signal.signal(one, self._note) for one in heeded}
-            self.pipe, heard = socket.socketpair()
-            self.pipe.setblocking(False)
-            self.woken = signal.set_wakeup_fd(self.pipe.fileno(), warn_on_full_buffer=False)
-            threading.Thread(target=self._listen, args=(heard, set(self.before)), daemon=True).start()
+            if self.ends:
+                self._begin_to_listen()
         return self
+
+    def _begin_to_listen(self) -> None:
+        self.pipe, heard = socket.socketpair()
+        self.pipe.setblocking(False)
+        self.woken = signal.set_wakeup_fd(self.pipe.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, args=(heard, set(self.before)), daemon=True).start()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._restore()
@@ -63,12 +73,24 @@ class StopSignals:
         if not self.name:
             self.name, self.noted = signal.Signals(number).name, time.monotonic()
             if self.told:
-                # Not by print, in which the signal may have come.
-                with contextlib.suppress(OSError):
-                    os.write(2, f"{self.name}: {self.told}\n".encode())
-        elif time.monotonic() - self.noted > ONE:
+                self._tell(f"{self.name}: {self.told}\n".encode())
+        elif time.monotonic() - self.noted > self.one:
             self._restore()
             os.kill(os.getpid(), number)
+
+    def _tell(self, text: bytes) -> None:
+        """Write by system calls: the signal may have come in a print."""
+        if self.shown:
+            try:
+                opened = os.open(self.shown, os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
+                os.write(opened, b"\n" + text)
+                os.close(opened)
+                return
+            except OSError:
+                # The launcher has gone: what it leaves may still be read.
+                pass
+        with contextlib.suppress(OSError):
+            os.write(2, text)
 
     def _listen(self, heard: socket.socket, heeded: set[signal.Signals]) -> None:
         """The thread: it ends with the pipe, or after a later signal the process."""
@@ -79,7 +101,7 @@ class StopSignals:
                 if number not in heeded:
                     continue
                 first = first or time.monotonic()
-                if time.monotonic() - first > ONE:
+                if time.monotonic() - first > self.one:
                     if not _closed_by(heard, time.monotonic() + GRACE):
                         os._exit(128 + number)
                     return

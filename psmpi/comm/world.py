@@ -101,8 +101,10 @@ def load() -> Any:
     return MPI
 
 
-def start() -> World:
+def start(tell: Callable[[str], None] = output.complain) -> World:
     """Start MPI and return the communicator of all ranks. UserError where there is no usable MPI.
+
+    `tell` hears of shared memory that is short, or that killed jobs have left.
 
     Where ranks outnumber the cores of a host, all ranks sleep while they wait, see `patient`. Python's warnings appear
     on rank 0 only.
@@ -115,10 +117,10 @@ def start() -> World:
             check_protocol(MPI.get_vendor()[0], os.environ, library(), _pmix_loaded())
             lacks = lacking_memory(MPI.get_vendor()[0])
             if lacks and announced_rank(os.environ) == 0:
-                output.complain(f"psmpi: note: {lacks}")
+                tell(f"psmpi: note: {lacks}")
             count, nbytes = remove_leftovers()
             if count:
-                output.complain(
+                tell(
                     f"psmpi: note: removed {count} segment(s) of shared memory, {nbytes / 1e6:.0f} MB, that killed "
                     f"jobs left on {socket.gethostname()}"
                 )
@@ -272,6 +274,13 @@ def _end(message: str) -> int:
     finally:
         comm.Abort(1)
     return 1
+
+
+def end(error: BaseException) -> None:
+    """End the job with an error that this rank alone has met; return where there is no other rank."""
+    comm = _running()
+    if comm is not None and comm.size > 1:
+        _end(describe(error))
 
 
 def abort(status: int) -> None:

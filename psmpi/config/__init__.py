@@ -3,6 +3,7 @@
 from psmpi.config.carried import changes, given_names, used_settings, with_usual, without_anew, without_unused
 from psmpi.config.ranges import Least, check_ranges, listed, option
 from psmpi.config.sections import Data, LossSettings, NetworkSettings, Optimization, Parallel, Run
+from psmpi.config.terminal import Terminal
 from psmpi.config.text import defaults, from_table, from_toml, given, parse_toml, read_file, tables_in, to_toml
 from psmpi.config.tree import Config, Settings, check, command_line, from_command_line, kinds_of_settings
 from psmpi.config.usual import Numbers, usual_numbers
@@ -18,6 +19,7 @@ __all__ = [
     "Parallel",
     "Run",
     "Settings",
+    "Terminal",
     "changes",
     "check",
     "check_ranges",

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from psmpi.config.sections import DEEP, Data, LossSettings, NetworkSettings, Optimization, Parallel, Run, unused_of_loss
+from psmpi.config.terminal import Terminal
 from psmpi.config.text import given, tables_in
 from psmpi.config.tree import Config
+from psmpi.data.table import is_table
 from psmpi.data.text import is_text
 from psmpi.optim import Hyper, find_optimizer, unused_settings
 from psmpi.registry import all_methods, find_method, method_names
@@ -17,7 +19,7 @@ from psmpi.registry import all_methods, find_method, method_names
 # Where things are, and what is said anew at each start.
 ANEW = (
     "allow_external", "data_dir", "max_steps", "new_data", "out", "resume", "stall_abort", "stall_warn", "track",
-    "track_dir",
+    "track_dir", *(one.name for one in fields(Terminal)),
 )  # fmt: skip
 # What is of a GPU, and of the rate of an optimizer.
 OF_DEVICE = ("compute", "convolution", "gpu_aware", "nccl")
@@ -76,6 +78,8 @@ def without_unused(config: Config, base: Config, said: Collection[str]) -> Confi
     data, model, parallel = config.data, config.model, config.parallel
     if not is_text(data.dataset):
         data = _by_default(data, Data(), {"context"} - set(said))
+    if not is_table(data.dataset):
+        data = _by_default(data, Data(), {"label"} - set(said))
     if model.model != base.model.model:
         shape = {"widths", "blocks", "layers", "scale", "vocabulary", "heads", "domains", "halo", *DEEP}
         model = _by_default(model, NetworkSettings(), shape - set(said))
@@ -94,9 +98,9 @@ def without_unused(config: Config, base: Config, said: Collection[str]) -> Confi
 
 def without_anew(config: Config) -> Config:
     """`config` as a run keeps it, without what each start says anew beside the number of steps."""
-    names = {"new_data", "out", "resume", "stall_abort", "stall_warn"}
+    names = {"new_data", "out", "resume", "stall_abort", "stall_warn", "track", "track_dir"}
     data = _by_default(config.data, Data(), {"allow_external"})
-    return replace(config, data=data, run=_by_default(config.run, Run(), names))
+    return replace(config, data=data, run=_by_default(config.run, Run(), names), terminal=Terminal())
 
 
 def _by_default(section: Any, plain: Any, names: Collection[str]) -> Any:

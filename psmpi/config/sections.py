@@ -40,8 +40,9 @@ class Data:
 
     dataset: str = "digits"
     """digits (embedded), peaks (generated: points in a plane), mnist, cifar10, characters (drawn: images of 48, 16
-    pixels wide, or as many as characters:32 says), or the path of an .npz or .h5 file with x and y: integers are
-    classes, floating point numbers the values of a regression. With an array lengths in the file samples are sequences
+    pixels wide, or as many as characters:32 says), or the path of an .npz or .h5 file with x and y: integers, strings
+    and truth values are classes, floating point numbers the values of a regression. x.npy beside y.npy, and a table
+    .csv, are such files too. With an array lengths in the file samples are sequences
     (samples, steps, features), or tokens (samples, steps); NAME:rows and NAME:pixels make sequences of images. A .svm
     or .libsvm file has sparse samples, index:value, test samples in FILE.svm.t. A .txt file is a text, whose characters
     are predicted one by one. Generated tasks of sequences: adding, copying, repeat_copy, modular_addition, or with a
@@ -49,11 +50,26 @@ class Data:
     rows, sparse:5000."""
     context: Annotated[int, Least(1)] = CONTEXT
     """Characters of a window of a text, each of which is to be predicted from those before it in its window."""
+    label: str = ""
+    """Column of the labels of a table, by its name in the first line or its number from 1; if not given the one called
+    label, class, target or y, else the last."""
+    layout: Literal["nchw", "nhwc"] = "nchw"
+    """Axes of images in a file of your own: channels before rows and columns, or channels last."""
     data_dir: str = "data"
     """Folder that holds the data set's files."""
     split_seed: Annotated[int, Least(-1)] = 0
     """Seed of the test samples of a file without x_test and y_test, a fifth of each class; -1: every fifth sample of
     the file."""
+    validation: float = 0.0
+    """Share of the training samples, drawn with the split seed, that are left out of training and tested after each
+    epoch in the place of the test samples, which nothing looks at then; 0: none."""
+    augment: tuple[str, ...] = ()
+    """What is done to the training images in each epoch: flip (mirrors half of them left to right), and shift:N (moves
+    them by up to N pixels, zeros beyond) or crop:N (the same, mirror images beyond). A function of (seed, epoch,
+    sample) alone."""
+    data_memory: str = ""
+    """Bytes of samples that a rank keeps in memory, as 500M or 2G; others are read from their file, .npy, HDF5 or an
+    .npz without compression, for each minibatch. If not given, all that the rank trains on and tests."""
     batch_size: Annotated[Count, Least(1), FITTED] = NOT_GIVEN
     """Samples in a minibatch, over all replica rows; if not given 32, from 10,000 training samples on 100."""
     allow_external: bool = False
@@ -63,9 +79,10 @@ class Data:
     """A new order of the samples each epoch, a function of (seed, epoch) alone; else the file's order."""
 
     @property
-    def source(self) -> tuple[str, str, int, int, str, bool]:
+    def source(self) -> tuple[str, str, int, int, str, bool, bool, float]:
         """What opens the data set, see `psmpi.data.open_dataset`."""
-        return self.dataset, self.data_dir, self.split_seed, self.context, "", self.allow_external
+        where = (self.dataset, self.data_dir, self.split_seed, self.context)
+        return *where, self.label, self.allow_external, self.layout == "nhwc", self.validation
 
 
 @dataclass(frozen=True)
@@ -76,7 +93,8 @@ class NetworkSettings:
         "psnet", "psnet-24", "psnet-35", "lenet", "linear", "mlp", "head", "resnet", "deep", "deep-conv", "radix",
         "rnn", "gru", "lstm", "transformer", "factors", "slabs", "custom",
     ] = "psnet"  # fmt: skip
-    """Built-in network, or custom: described by [[model.layers]] tables in the configuration file. linear: one dense
+    """Built-in network, or custom: described by [[model.layers]] tables in the configuration file. psnet: partitioned
+    by classes, for samples of any shape. linear: one dense
     layer, with one score for two classes (--loss logistic, or hinge, a support vector machine). head: for very many
     classes, a trunk (--widths, or such tables) that every worker computes and rows of weights, one a class. deep and
     deep-conv: many residual layers of one width (--depth, --final-time, --activation). radix: many sparse layers of one
@@ -226,6 +244,13 @@ class Run:
     """Seconds that ranks stand still before it is said which of them is waited for; 0: ranks are not watched."""
     stall_abort: float = 1800.0
     """Seconds that ranks stand still before the job ends, with every rank's Python stacks; 0: never."""
+    patience: Annotated[int, Least(0)] = 0
+    """Epochs without a better value of --monitor after which the run ends; 0: never."""
+    monitor: Literal["loss", "accuracy", "top5", "rmse", "train_loss"] = "loss"
+    """What --patience and --keep-best go by: of the validation samples, or where there are none of the test samples; or
+    the mean loss of training."""
+    keep_best: bool = False
+    """Keep the checkpoint of the epoch with the best value of --monitor, as best.h5 in the run directory."""
     checkpoint_every: Annotated[int, Least(0)] = 0
     """Steps between checkpoints; 0: at the end of each epoch."""
     checkpoint_keep: Annotated[int, Least(0)] = 3

@@ -11,6 +11,7 @@ from tyro.conf import arg
 
 from psmpi.config.ranges import check_ranges, listed, option
 from psmpi.config.sections import Data, LossSettings, NetworkSettings, Optimization, Parallel, Run, unused_of_loss
+from psmpi.config.terminal import Terminal, check_terminal
 from psmpi.data.text import CONTEXT, is_text
 from psmpi.errors import UserError
 from psmpi.nn.losses import LOSSES
@@ -32,7 +33,7 @@ class Settings(Protocol):
 
 
 S = TypeVar("S")
-SECTIONS = ("data", "model", "objective", "parallel", "optimization", "run")
+SECTIONS = ("data", "model", "objective", "parallel", "optimization", "run", "terminal")
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Config:
     parallel: Parallel = field(default_factory=Parallel)
     optimization: Optimization = field(default_factory=Optimization)
     run: Run = field(default_factory=Run)
+    terminal: Terminal = field(default_factory=Terminal)
     settings: Mapping[type, Any] = field(default_factory=dict)
 
     def of(self, kind: type[S]) -> S:
@@ -103,6 +105,7 @@ def check(config: Config, said: Collection[str] = ()) -> None:
                 )
     for section in (*config.sections.values(), *config.settings.values()):
         check_ranges(section)
+    check_terminal(config.terminal)
     run, model, o, parallel = config.run, config.model, config.optimization, config.parallel
     loss = config.objective
     if o.lr is not None and not o.lr > 0:
@@ -245,10 +248,10 @@ def command_line(default: Config) -> Any:
     sections["parallel"] = kind(**vars(default.parallel))
     # Tables of the file alone, of whatever they are: no option shows them.
     layers, sections["model"] = default.model.layers, replace(default.model, layers=())
-    optimization = sections.pop("optimization"), sections.pop("run")
+    last = {name: sections.pop(name) for name in ("optimization", "run", "terminal")}
     for table, settings in kinds_of_settings().items():
         sections[table] = default.of(settings)
-    sections["optimization"], sections["run"] = optimization
+    sections.update(last)
     file = Annotated[str, arg(metavar="FILE.toml", help=FILE)]
     given: list[Any] = [
         # Without help of its own, tyro looks for one in the source.

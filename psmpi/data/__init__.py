@@ -4,6 +4,7 @@ from psmpi.data.batch import Batch
 from psmpi.data.catalogue import DATASETS, locate, open_dataset, open_split
 from psmpi.data.copies import Prints
 from psmpi.data.doubts import find_doubts
+from psmpi.data.given import ARRAYS, given_dataset, given_samples, task_of
 from psmpi.data.identity import (
     Identity,
     SplitIdentity,
@@ -20,6 +21,7 @@ from psmpi.data.resident import Resident
 from psmpi.data.split import Dataset, Split
 
 __all__ = [
+    "ARRAYS",
     "DATASETS",
     "RANK",
     "Batch",
@@ -35,6 +37,8 @@ __all__ = [
     "check_same",
     "differences",
     "find_doubts",
+    "given_dataset",
+    "given_samples",
     "identify",
     "identify_split",
     "locate",
@@ -43,5 +47,6 @@ __all__ = [
     "open_split",
     "other_scale",
     "split_differences",
+    "task_of",
     "together",
 ]

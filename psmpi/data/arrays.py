@@ -69,15 +69,14 @@ def sample_shape(path: Path, key: str, header: Header) -> tuple[int, ...]:
 def scale_of(path: Path, key: str, header: Header) -> float:
     """The factor on the stored values of the array `key`. UserError for a dtype that samples cannot have."""
     _refuse_kinds(path, key, header)
-    native = header.dtype.newbyteorder("=")
-    if native == np.uint8:
+    dtype = header.dtype
+    if dtype == np.uint8:
         return 1 / 255
-    if native in (np.dtype(np.float32), np.dtype(np.float64)):
+    if dtype.kind in "biu" or (dtype.kind == "f" and dtype.itemsize <= 8):
         return 1.0
-    pixels = f", or {key}.astype(np.uint8) for pixels 0..255" if native.kind in "iu" else ""
     raise UserError(
-        f"{path}: {key} is {header.dtype}; expected uint8 (pixels 0..255), float32 or float64; convert it "
-        f"with {key}.astype(np.float32){pixels}"
+        f"{path}: {key} is {dtype}; expected uint8 (pixels 0..255), other integers, truth values, or floating point "
+        f"numbers of 64 bits at most; convert it with {key}.astype(np.float32)"
     )
 
 
@@ -133,21 +132,20 @@ def _check_axes(path: Path, key: str, targets: tuple[int, ...], samples: tuple[i
     )
 
 
+def is_text(dtype: np.dtype[Any]) -> bool:
+    """Whether values are strings: of fixed width, or what h5py makes of others, objects that say so."""
+    return dtype.kind in "SU" or (dtype.metadata is not None and dtype.metadata.get("vlen") in (str, bytes))
+
+
 def _refuse_kinds(path: Path, key: str, header: Header) -> None:
     dtype, labels = header.dtype, key.startswith("y")
-    # What h5py makes of strings of any length are objects that say so.
-    if dtype.kind in "SU" or (dtype.metadata is not None and dtype.metadata.get("vlen") in (str, bytes)):
+    if is_text(dtype):
         found = f"strings ({dtype})" if dtype.kind in "SU" else "strings"
-        advice = f"integers 0..C-1: number the classes, {NUMBERED.replace('(y', '(' + key)}" if labels else "numbers"
-        raise UserError(f"{path}: {key} holds {found}; expected {advice}")
+        advice = f"one label a sample, save {key}.ravel()" if labels else "numbers"
+        raise UserError(f"{path}: {key} holds {found} of shape {header.shape}; expected {advice}")
     if dtype.hasobject:
         advice = f", or of labels {NUMBERED.replace('(y', '(' + key)}" if labels else ""
         raise UserError(
             f"{path}: {key} is an array of Python objects, which psmpi does not load, as loading could run "
             f"code; expected numbers: save np.array({key}.tolist()) after making all samples the same length{advice}"
-        )
-    if labels and dtype == np.bool_:
-        raise UserError(
-            f"{path}: {key} is bool; expected integers 0..C-1 for classes, or float64 for values: save "
-            f"{key}.astype(np.int64)"
         )

@@ -9,8 +9,11 @@ from psmpi.data.arrays import Header
 from psmpi.data.characters import open_characters
 from psmpi.data.cifar import open_cifar10
 from psmpi.data.digits import open_digits
+from psmpi.data.given import ARRAYS
 from psmpi.data.hdf5 import read_hdf5
 from psmpi.data.mnist import open_mnist
+from psmpi.data.names import Names
+from psmpi.data.npy import NPY, is_pair, pair_in, read_pair
 from psmpi.data.npz import read_npz
 from psmpi.data.own import SUFFIXES, build, build_all
 from psmpi.data.peaks import open_peaks
@@ -18,9 +21,11 @@ from psmpi.data.private import RANK, of_rank
 from psmpi.data.sequences import VIEWS, viewed, viewed_split
 from psmpi.data.split import Dataset, Numbering, Split
 from psmpi.data.svmlight import SVM, is_svmlight, open_svmlight, open_whole_svmlight
+from psmpi.data.table import is_table, read_table
 from psmpi.data.tasks import TASKS, open_task
 from psmpi.data.text import CONTEXT, is_text, open_text, open_whole_text
 from psmpi.data.text import SUFFIX as TEXT
+from psmpi.data.validation import with_validation
 from psmpi.errors import UserError, expanded, nearest
 
 DATASETS = ("digits", "peaks", "mnist", "cifar10", "characters", *TASKS)
@@ -56,30 +61,57 @@ def open_dataset(
     data_dir: str | Path | None,
     split_seed: int = 0,
     context: int = CONTEXT,
-    characters: str = "",
+    label: str = "",
     external: bool = False,
+    channels_last: bool = False,
+    validation: float = 0.0,
+    *,
+    characters: str = "",
+    names: Names = None,
 ) -> Dataset:
     """Open the data set `name`: digits (embedded), peaks (generated), mnist, cifar10, characters, a task, or a file.
 
-    Files are .npz, .h5 or .hdf5, .svm (see psmpi.data.svmlight), or .txt: a text in windows of `context` characters,
-    numbered as in `characters` if given, see psmpi.data.text. Tasks are generated, see psmpi.data.tasks: adding,
-    copying, repeat_copy, modular_addition, sparse, ratings, or with a size adding:100. With :rows or :pixels behind its
-    name images are sequences, see psmpi.data.sequences. A relative path is looked up in `data_dir` first, if
-    given, and then in the current directory. The test samples of a file without any are a fifth of each class (of all
-    samples in a regression), drawn with
-    `split_seed`, or with -1 every fifth sample, and of a text its last tenth. external: whether the arrays of an HDF5
-    file may lie in other files. Reads the labels and checks the headers
-    and sizes of all files, but reads no samples; reads a text whole. Raises UserError for an unknown name, for missing
-    files and for files of the wrong format, size or content.
+    Files are .npz, .h5 or .hdf5, pairs of .npy (see psmpi.data.npy), .csv (see psmpi.data.table, for `label` too), .svm
+    (see psmpi.data.svmlight), or .txt: a text in windows of `context` characters, numbered as in `characters` if given,
+    see psmpi.data.text. names: of classes, by which labels are numbered if given, see psmpi.data.names. Tasks are
+    generated, see psmpi.data.tasks: adding, copying, repeat_copy, modular_addition, sparse, ratings, or with a size
+    adding:100. With :rows or :pixels behind its name images are sequences, see psmpi.data.sequences. A relative path is
+    looked up in `data_dir` first, if given, and then in the current directory. The test samples of a file without any
+    are a fifth of each class (of all samples in a regression), drawn with `split_seed`, or with -1 every fifth sample,
+    and of a text its last tenth. external: whether the arrays of an HDF5 file may lie in other files; channels_last:
+    whether images in files of the user's own have their channels behind rows and columns; validation: the share of the
+    training samples that are for validation, see psmpi.data.validation. Reads the labels and checks
+    the headers and sizes of all files, but reads no samples; reads a text, or a table, whole. Raises UserError for an
+    unknown name, for missing files and for files of the wrong format, size or content.
     """
+    where = (name, data_dir, split_seed, context, label, external, channels_last)
+    dataset = _open(*where, characters, names)
+    return with_validation(dataset, validation, split_seed) if validation else dataset
+
+
+def _open(
+    name: str,
+    data_dir: str | Path | None,
+    split_seed: int,
+    context: int,
+    label: str,
+    external: bool,
+    channels_last: bool,
+    characters: str,
+    names: Names,
+) -> Dataset:
+    """`open_dataset` without validation samples."""
     folder, (name, suffix) = _folder(data_dir), parted(name)
+    if channels_last and (name in DATASETS or is_text(name) or is_svmlight(name) or is_table(name)):
+        raise UserError(f"--layout nhwc is for images in .npz, .h5 and .npy files: leave it out of --dataset {name}")
     if name in TASKS:
         return open_task(name, suffix, split_seed)
     if name == "characters" and suffix not in VIEWS:
         return open_characters(suffix, split_seed)
     if suffix:
         _check_view(name, suffix)
-        return viewed(open_dataset(name, data_dir, split_seed, context, external=external), suffix)
+        where = (data_dir, split_seed, context, label, external, channels_last, characters, names)
+        return viewed(_open(name, *where), suffix)
     if name == "digits":
         return open_digits()
     if name == "peaks":
@@ -92,8 +124,8 @@ def open_dataset(
         return open_text(name, _locate(name, folder), context, characters)
     if is_svmlight(name):
         return open_svmlight(name, _locate(name, folder), split_seed)
-    path, keys, headers = _read_own(name, folder, external)
-    return build(name, path, keys, headers, split_seed)
+    path, keys, headers = _read_own(name, folder, label, external)
+    return build(name, path, keys, headers, split_seed, names=names, channels_last=channels_last)
 
 
 def open_split(
@@ -102,15 +134,23 @@ def open_split(
     split: str,
     split_seed: int = 0,
     context: int = CONTEXT,
+    label: str = "",
+    external: bool = False,
+    channels_last: bool = False,
+    validation: float = 0.0,
+    *,
     characters: str = "",
     predicted: bool = False,
     numbering: Numbering | None = None,
-    external: bool = False,
+    names: Names = None,
+    features: int = 0,
 ) -> Split:
-    """The `train` or `test` samples of a data set, or `all` the samples x of a file, labelled or not (then -1).
+    """The `train`, `test` or `validation` samples of a data set, or `all` the samples x of a file.
 
-    context, characters, external: see `open_dataset`. numbering: of a text of sparse samples that belongs to another
-    one.
+    Labels are -1 where the file has none.
+
+    context to names: see `open_dataset`. numbering: of a text of sparse samples that belongs to another one; features:
+    of the network that predicts them, by which a table without labels is known.
 
     predicted: whether they are to be predicted, so that errors can say how to do without targets. Raises UserError as
     open_dataset does.
@@ -120,9 +160,9 @@ def open_split(
         raise UserError(f"{name} has the splits train and test; `all` is for files of your own")
     if view and base not in DATASETS:
         _check_view(base, view)
-        return viewed_split(
-            open_split(base, data_dir, split, split_seed, context, predicted=predicted, external=external), view, base
-        )
+        where = (context, label, external, channels_last, validation)
+        images = open_split(base, data_dir, split, split_seed, *where, predicted=predicted, names=names)
+        return viewed_split(images, view, base)
     if is_text(base) and split == "all":
         return open_whole_text(_locate(name, _folder(data_dir)), context, characters)
     if is_svmlight(base):
@@ -131,13 +171,18 @@ def open_split(
             return open_whole_svmlight(path, numbering)
         dataset = open_svmlight(base, path, split_seed, numbering, predicted)
     elif base in DATASETS or is_text(base):
-        dataset = open_dataset(name, data_dir, split_seed, context, characters)
+        dataset = open_dataset(name, data_dir, split_seed, context, characters=characters)
     else:
-        own = _read_own(name, _folder(data_dir), external)
+        own = _read_own(name, _folder(data_dir), label, external, features, split == "all")
         if split == "all":
-            return build_all(*own)
-        dataset = build(name, *own, split_seed, predicted)
-    return dataset.test if split == "test" else dataset.train
+            return build_all(*own, names, channels_last)
+        dataset = build(name, *own, split_seed, predicted, names, channels_last)
+    if validation:
+        dataset = with_validation(dataset, validation, split_seed)
+    found = {"train": dataset.train, "test": dataset.test, "validation": dataset.validation}[split]
+    if found is None:
+        raise UserError(f"{name} has no validation samples, as the training had no --validation: give another --split")
+    return found
 
 
 def _check_view(name: str, view: str) -> None:
@@ -145,8 +190,16 @@ def _check_view(name: str, view: str) -> None:
         raise UserError(f"--dataset {name}:{view}: expected {' or '.join(f'{name}:{one}' for one in VIEWS)}, or {name}")
 
 
-def _read_own(name: str, folder: Path | None, external: bool) -> tuple[Path, list[str], dict[str, Header]]:
+def _read_own(
+    name: str, folder: Path | None, label: str, external: bool, features: int = 0, whole: bool = False
+) -> tuple[Path, list[str], dict[str, Header]]:
     path = _locate(name, folder)
+    if is_table(path.name):
+        return path, *read_table(path, label, features, whole)
+    if label:
+        raise UserError(f"--label {label}: of {path.name} the array y has the labels; --label is for tables, .csv")
+    if is_pair(path.name):
+        return path, *read_pair(path)
     return path, *(read_npz(path) if path.suffix.lower() == ".npz" else read_hdf5(path, external))
 
 
@@ -155,16 +208,24 @@ def _folder(data_dir: str | Path | None) -> Path | None:
 
 
 def _locate(name: str, folder: Path | None) -> Path:
-    if Path(name).suffix.lower() not in (*SUFFIXES, TEXT) and not is_svmlight(name):
-        meant = nearest(name, DATASETS)
-        hint = f"did you mean {meant}? Choose" if meant else "choose"
+    if name == ARRAYS:
         raise UserError(
-            f"unknown data set {name!r}; {hint} one of {', '.join(DATASETS)}, or the path of a file that ends in "
-            f"{', '.join((*SUFFIXES, TEXT, *SVM))}"
+            "the samples of this run were arrays in memory: go on with psmpi.fit(x, y, resume=...), predict with "
+            "psmpi.load(...).predict(x), or name a file that holds them with --dataset"
         )
     places = [expanded(name, "--dataset")]
     if folder is not None and not places[0].is_absolute():
         places.insert(0, folder / name)
+    pairs = [pair for pair in map(pair_in, places) if pair is not None]
+    if pairs:
+        return pairs[0]
+    if not (Path(name).suffix.lower() in (*SUFFIXES, TEXT) or is_svmlight(name) or is_table(name) or is_pair(name)):
+        meant = nearest(name, DATASETS)
+        hint = f"did you mean {meant}? Choose" if meant else "choose"
+        raise UserError(
+            f"unknown data set {name!r}; {hint} one of {', '.join(DATASETS)}, or the path of a file that ends in "
+            f"{', '.join((*SUFFIXES, '.csv', NPY, TEXT, *SVM))}"
+        )
     for place in places:
         if place.is_file():
             return place

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy.typing as npt
 
 from psmpi.data.copies import Prints, find_copies
 from psmpi.data.labels import NUMBERED
+from psmpi.data.names import listed
 from psmpi.data.split import Dataset, Split
 from psmpi.data.text import named
 from psmpi.errors import counted
@@ -31,8 +33,8 @@ def find_doubts(dataset: Dataset, prints: Sequence[Prints] = ()) -> Iterator[str
 
     prints: fingerprints of training samples and of test samples, see `psmpi.data.identify`.
 
-    Of classes: no or one class in all, in training or in the test, gaps in their numbers. Of texts: characters of the
-    test that are not in training. Of values: one that all have;
+    Of classes: no or one class in all, in training or in the test, gaps in their numbers, or numbers that may be marks.
+    Of texts: characters of the test that are not in training. Of values: one that all have;
     not whole numbers, since only those learn values who ask for the squared error. Of samples: pixels that are not
     scaled, channels that come last, test samples of another scale, or that are training samples.
     """
@@ -43,7 +45,7 @@ def find_doubts(dataset: Dataset, prints: Sequence[Prints] = ()) -> Iterator[str
         if dataset.task == "classes"
         else _values(_counted(dataset.train), 0 if dataset.train.by_step else dataset.train.steps)
     )
-    some = _some(dataset.train)
+    some = some_samples(dataset.train)
     yield from _samples(dataset, some)
     if len(prints) == 2:
         yield from find_copies(dataset, prints, some)
@@ -53,26 +55,42 @@ def _labels(dataset: Dataset) -> Iterator[str]:
     train, test = (
         np.bincount(_counted(split), minlength=dataset.outputs) > 0 for split in (dataset.train, dataset.test)
     )
-    used = np.flatnonzero(train | test)
+    used, names = np.flatnonzero(train | test), dataset.train.names
     if len(used) == 1:
-        yield f"all samples have the label {used[0]}: there is nothing to tell apart"
+        yield f"all samples have the label {names[used[0]] if names else used[0]}: there is nothing to tell apart"
         return
+    if names:
+        yield from _marks(names)
     first, last = int(used[0]), int(used[-1])
-    if first:
+    if first and not names:
         yield (
             f"the labels begin at {first}, and each number below has a score that nothing trains: number the classes "
             f"from 0, y - {first}"
         )
     gaps = first + np.flatnonzero(~(train | test)[first:last])
-    if len(gaps):
+    if len(gaps) and not names:
         lone = last - int(used[-2]) > 2
         ignored = f"; if {last} marks samples to be ignored, remove these" if lone else ""
         yield f"no sample has the {_named(gaps, 'label')}: number the classes without gaps, {NUMBERED}{ignored}"
-    for here, there, of, lacking in ((test, train, "test", "training"), (train, test, "training", "test")):
+    for here, there, of, lacking in (
+        (test, train, dataset.tested, "training"),
+        (train, test, "training", dataset.tested),
+    ):
         found = np.flatnonzero(here & ~there)
         if len(found):
             verb = "has" if len(found) == 1 else "have"
-            yield f"the {_named(found, 'class')} {verb} {of} samples and no {lacking} samples"
+            yield f"the {_named(found, 'class', names)} {verb} {of} samples and no {lacking} samples"
+
+
+def _marks(names: tuple[str, ...]) -> Iterator[str]:
+    """What is said of integers that may mark samples without a label: -1, and one far above all others."""
+    if not all(re.fullmatch(r"-?\d+", name) for name in names):
+        return
+    numbers = [int(name) for name in names]
+    if numbers[0] < 0 and len(numbers) > 2 and numbers[1] >= 0:
+        yield f"{numbers[0]} is a class: if it marks samples without a label, remove these"
+    if numbers[-1] - numbers[-2] > max(2, numbers[-2] - numbers[0]):
+        yield f"{numbers[-1]} is a class: if it marks samples to be ignored, remove these"
 
 
 def _count(tokens: npt.NDArray[Any], outputs: int) -> npt.NDArray[np.int64]:
@@ -105,11 +123,10 @@ def _counted(split: Split) -> npt.NDArray[Any]:
     return found
 
 
-def _named(classes: npt.NDArray[Any], what: str) -> str:
+def _named(classes: npt.NDArray[Any], what: str, names: tuple[str, ...] = ()) -> str:
     """ "classes 1, 2, 3, 4, 5 and 20 more"."""
     several = {"class": "classes", "label": "labels"}[what]
-    more = f" and {len(classes) - 5:,} more" if len(classes) > 5 else ""
-    return f"{what if len(classes) == 1 else several} {', '.join(map(str, classes[:5]))}{more}"
+    return f"{what if len(classes) == 1 else several} {listed([names[k] if names else str(k) for k in classes])}"
 
 
 def _values(values: npt.NDArray[Any], steps: int) -> Iterator[str]:
@@ -132,7 +149,12 @@ def _samples(dataset: Dataset, some: npt.NDArray[Any]) -> Iterator[str]:
     if len(shape) == 3 and shape[2] in CHANNELS and min(shape[:2]) > max(CHANNELS):
         yield (
             f"samples of the shape {shape} are taken for {shape[0]} channels of {shape[1]} x {shape[2]}: if the "
-            "channels come last, save x.transpose(0, 3, 1, 2)"
+            "channels come last, add --layout nhwc"
+        )
+    if dataset.train.order is not None and len(shape) == 3 and shape[1] in CHANNELS and min(shape[0], shape[2]) > 4:
+        yield (
+            f"samples of the shape {shape} are taken for {shape[0]} channels of {shape[1]} x {shape[2]}: if the "
+            "channels come first, leave --layout nhwc out"
         )
     if not some.size or not np.isfinite(some).all():
         return
@@ -148,23 +170,23 @@ def _samples(dataset: Dataset, some: npt.NDArray[Any]) -> Iterator[str]:
         )
     if dataset.train.tokens:
         return
-    floats, largest = some.dtype.kind == "f", max(-low, high)
-    if floats and largest > LARGE:
+    largest = max(-low, high)
+    if dataset.train.scale == 1 and largest > LARGE:
         other = " (pixels: by 255, or save them as uint8)" if 127 < largest <= 255 else ""
         yield f"x has values up to {largest:g}, and networks learn from values of about 1: divide it by a number{other}"
-    if not floats and dataset.train.scale == 1 / 255 and high <= DIM:
+    if some.dtype.kind == "u" and dataset.train.scale == 1 / 255 and high <= DIM:
         yield (
             f"x is uint8, is divided by 255 and has values up to {high:g} only, so that all are near 0: save it as "
             f"x.astype(np.float32){f' / {high:g}' if high != 1 else ''}"
         )
     if dataset.test.source is not dataset.train.source:
-        tests = _some(dataset.test)
+        tests = some_samples(dataset.test)
         most = [float(np.abs(one).max(initial=0)) if np.isfinite(one).all() else 0.0 for one in (some, tests)]
         if min(most) and max(most) > APART * min(most):
             yield f"x has values up to {most[0]:g}, x_test up to {most[1]:g}: scale both alike"
 
 
-def _some(split: Split) -> npt.NDArray[Any]:
+def some_samples(split: Split) -> npt.NDArray[Any]:
     """Some samples as they are stored, (k, features); of sparse ones the columns that they use, and one of zeros."""
     if split.compressed is not None:
         return split.source.glance(ROWS)

@@ -20,6 +20,7 @@ from psmpi.data.rows import InPieces, RowSource, some_rows, windows
 from psmpi.data.stored import check_stored, is_unusual
 from psmpi.errors import UserError
 from psmpi.files import examiner
+from psmpi.files.packed import Unpacker, is_packed
 
 # Links of a file to names in it that are followed one after the other.
 DEPTH = 8
@@ -28,14 +29,6 @@ DEPTH = 8
 def _h5py() -> Any:
     # Loaded where it is needed: it takes a moment, and most runs have no HDF5 file.
     return import_module("h5py")
-
-
-def _is_packed(array: Any) -> bool:
-    return bool(import_module("psmpi.files.packed").is_packed(array)) and not array.dtype.hasobject
-
-
-def _unpacker(array: Any) -> Any:
-    return import_module("psmpi.files.packed").Unpacker(array)
 
 
 def read_hdf5(path: Path, external: bool = False) -> tuple[list[str], dict[str, Header]]:
@@ -169,7 +162,7 @@ def _header(path: Path, key: str, shape: tuple[int, ...], dtype: np.dtype[Any], 
     def values() -> npt.NDArray[Any]:
         with _opened(path) as file:
             array = file[key]
-            return _unpacker(array).read() if _is_packed(array) else np.asarray(array[()])
+            return Unpacker(array).read() if is_packed(array) else np.asarray(array[()])
 
     return Header(shape, dtype, source, values)
 
@@ -200,8 +193,8 @@ class Hdf5Rows(InPieces):
             if array.shape != self.shape or array.dtype != self.stored:
                 raise UserError(f"{self.path}: {self.key} has changed since the file was opened; start again")
             check_stored(self.path, self.key, array, self.external)
-            if _is_packed(array):
-                for i, values in _unpacker(array).pieces(rows):
+            if is_packed(array):
+                for i, values in Unpacker(array).pieces(rows):
                     yield i, values.reshape(len(values), -1)
                 return
             for i, j in windows(rows, width):

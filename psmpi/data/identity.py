@@ -36,10 +36,10 @@ class SplitIdentity:
     """One split: its number of samples, their stored dtype and scale, SHA-256 digests (first 128 bits, hex), checksums.
 
     dtype: of sparse samples "sparse float32"; targets: of all labels (int64; of texts int8 or int16, and the characters
-    behind them) or values (float64); values: of `SAMPLES` samples as they are stored, little-endian, of sparse ones
-    lengths, columns and values, of generated ones what they follow from; most: the largest magnitude in these after
-    scaling; seen: how many samples have checksums; sums: CRC-32 of those in each of the `SUMS` parts of the split, 8
-    hex digits a part, or UNSEEN. Earlier checkpoints have no checksums: 0, "".
+    behind them; or the names of classes, UTF-8 with NULs between) or values (float64); values: of `SAMPLES` samples as
+    they are stored, little-endian, of sparse ones lengths, columns and values, of generated ones what they follow from;
+    most: the largest magnitude in these after scaling; seen: how many samples have checksums; sums: CRC-32 of those in
+    each of the `SUMS` parts of the split, 8 hex digits a part, or UNSEEN. Earlier checkpoints have no checksums: 0, "".
     """
 
     samples: int
@@ -147,6 +147,7 @@ def identify_split(split: Split, share: tuple[int, int] = (0, 1), prints: list[P
             split.targets,
             *(() if split.lengths is None else (split.lengths,)),
             *([np.array(list(map(ord, split.characters)))] if split.characters else ()),
+            *([np.frombuffer("\0".join(split.names).encode(), np.uint8)] if split.names else ()),
         ),
         _digest(*values),
         most if np.isfinite(most) else 0.0,

@@ -6,7 +6,7 @@ import zipfile
 from math import prod
 from pathlib import Path
 from tokenize import TokenError
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -43,27 +43,32 @@ def read_npz(path: Path) -> tuple[list[str], dict[str, Header]]:
         return list(members), {key: _header(path, archive, members[key]) for key in KEYS if key in members}
 
 
+def array_header(where: str, stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
+    """Shape, whether in Fortran order, dtype, and bytes of the header of a .npy stream; UserError for none."""
+    try:
+        version = npy.read_magic(stream)
+        if version == (1, 0):
+            shape, fortran, dtype = npy.read_array_header_1_0(stream)
+        elif version == (2, 0):
+            shape, fortran, dtype = npy.read_array_header_2_0(stream)
+        else:
+            raise ValueError(f"version {version} of the .npy format, which arrays of numbers never need")
+    # What Python raises for a text that is none of its literals, which a header has to be.
+    except (ValueError, SyntaxError, TokenError, RecursionError, MemoryError) as error:
+        # NumPy repeats the header, which may be long.
+        reason = str(error) if len(str(error)) < 200 else f"{str(error)[:200]}..."
+        raise UserError(f"{where}: no sound .npy header ({reason}); write it with np.savez") from error
+    if any(size < 0 for size in shape):
+        raise UserError(f"{where}: its header says the shape {shape}; write the file again")
+    return shape, fortran, dtype, stream.tell()
+
+
 def _header(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Header:
     where = f"{path}, {info.filename}"
     if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise UserError(f"{where}: encrypted or packed in an unusual way; write it with np.savez_compressed")
     with archive.open(info) as stream:
-        try:
-            version = npy.read_magic(stream)
-            if version == (1, 0):
-                shape, fortran, dtype = npy.read_array_header_1_0(stream)
-            elif version == (2, 0):
-                shape, fortran, dtype = npy.read_array_header_2_0(stream)
-            else:
-                raise ValueError(f"version {version} of the .npy format, which arrays of numbers never need")
-        # What Python raises for a text that is none of its literals, which a header has to be.
-        except (ValueError, SyntaxError, TokenError, RecursionError, MemoryError) as error:
-            # NumPy repeats the header, which may be long.
-            reason = str(error) if len(str(error)) < 200 else f"{str(error)[:200]}..."
-            raise UserError(f"{where}: no sound .npy header ({reason}); write it with np.savez") from error
-        offset = stream.tell()
-    if any(size < 0 for size in shape):
-        raise UserError(f"{where}: its header says the shape {shape}; write the file again")
+        shape, fortran, dtype, offset = array_header(where, stream)
     if info.compress_size > path.stat().st_size:
         raise UserError(f"{where}: its directory says more bytes than the file has; fetch or write it again")
     check_unpacked(where, info.compress_size, info.file_size, "save it with np.savez")

@@ -6,12 +6,15 @@ compressed rows in the place of x, see psmpi.data.csr.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from math import prod
 from pathlib import Path
 
 import numpy as np
 
 from psmpi.data.arrays import Header, as_targets, check_names, sample_shape, scale_of
 from psmpi.data.csr import CSR_KEYS, with_compressed
+from psmpi.data.names import Names, with_numbers
 from psmpi.data.sequences import LENGTHS, is_sequences, read_sequences
 from psmpi.data.split import Dataset, Split, every_fifth, frozen, hold_out, random_fifth
 from psmpi.errors import UserError, counted
@@ -21,14 +24,21 @@ KEYS = ("x", "y", "x_test", "y_test", LENGTHS, f"{LENGTHS}_test", *CSR_KEYS)
 
 
 def build(
-    name: str, path: Path, keys: list[str], headers: dict[str, Header], split_seed: int, predicted: bool = False
+    name: str,
+    path: Path,
+    keys: list[str],
+    headers: dict[str, Header],
+    split_seed: int,
+    predicted: bool = False,
+    names: Names = None,
+    channels_last: bool = False,
 ) -> Dataset:
     """Make a Dataset of the arrays described by `headers`; `keys` are all the names in the file.
 
-    Without x_test and y_test a fifth of the samples is held out for testing, see `open_dataset`; predicted: see
+    Without x_test and y_test a fifth of the samples is held out for testing, see `open_dataset`; predicted, names: see
     `open_split`. Raises UserError for arrays that are missing, empty, of the wrong shape or dtype or that do not match,
-    and for targets other than labels 0..C-1, or finite values (samples,) or (samples, outputs), of sequences see
-    `read_sequences`.
+    and for targets other than labels, see `with_numbers`, or finite values (samples,) or (samples, outputs), of
+    sequences see `read_sequences`.
     """
     keys, headers = with_compressed(path, keys, headers)
     check_names(path, keys, ("x", "y"), predicted)
@@ -44,7 +54,8 @@ def build(
             f"{path}: found one of x_test and y_test only; expected both or, to have a fifth of the samples "
             f"held out for testing, neither: {save}"
         )
-    train, outputs = _read(path, "x", headers)
+    headers, called = with_numbers(path, headers, names)
+    train, outputs = _read(path, "x", headers, called, channels_last=channels_last)
     if "x_test" not in headers:
         y = train.targets
         if len(y) < 5:
@@ -61,7 +72,7 @@ def build(
         train, test = hold_out(held_out, train)
         _check_counted(path, train, test)
         return Dataset(name, outputs, train.shape, train, test, held_out=True)
-    test, outputs_test = _read(path, "x_test", headers)
+    test, outputs_test = _read(path, "x_test", headers, called, channels_last=channels_last)
     native = [headers[key].dtype.newbyteorder("=") for key in ("x", "x_test")]
     if (train.compressed is None) != (test.compressed is None):
         raise UserError(f"{path}: one of x and x_test is sparse; expected the same of both: convert one of them")
@@ -90,14 +101,30 @@ def _check_counted(path: Path, train: Split, test: Split) -> None:
             )
 
 
-def _read(path: Path, key: str, headers: dict[str, Header], targets: bool = True) -> tuple[Split, int]:
+def _read(
+    path: Path,
+    key: str,
+    headers: dict[str, Header],
+    names: tuple[str, ...],
+    targets: bool = True,
+    channels_last: bool = False,
+) -> tuple[Split, int]:
     """The samples of the array `key`, x or x_test, and the classes or values they need; without targets labels -1."""
+    if channels_last and (len(headers[key].shape) != 4 or is_sequences(headers)):
+        raise UserError(
+            f"{path}: {key} has the shape {headers[key].shape}; --layout nhwc is for images (samples, height, width, "
+            "channels): leave it out"
+        )
     if is_sequences(headers):
-        return read_sequences(path, key, headers, targets)
+        split, outputs = read_sequences(path, key, headers, targets)
+        return replace(split, names=names), len(names) or outputs
     header = headers[key]
-    scale, shape = scale_of(path, key, header), sample_shape(path, key, header)
+    scale, shape, order = scale_of(path, key, header), sample_shape(path, key, header), None
+    if channels_last:
+        order = np.ascontiguousarray(np.arange(prod(shape)).reshape(shape).transpose(2, 0, 1)).reshape(-1)
+        shape = (shape[2], *shape[:2])
     y, outputs = as_targets(path, "y" + key[1:], headers) if targets else (np.full(header.shape[0], -1), 0)
-    return Split(frozen(y), shape, scale, header.source()), outputs
+    return Split(frozen(y), shape, scale, header.source(), order=order, names=names), len(names) or outputs
 
 
 def _described(split: Split, outputs: int) -> str:
@@ -108,8 +135,13 @@ def _described(split: Split, outputs: int) -> str:
     return f"{outputs} values {each}"
 
 
-def build_all(path: Path, keys: list[str], headers: dict[str, Header]) -> Split:
+def build_all(
+    path: Path, keys: list[str], headers: dict[str, Header], names: Names = None, channels_last: bool = False
+) -> Split:
     """All samples of x as one split; labels are -1 where there is no y. Raises UserError as `build` does."""
     keys, headers = with_compressed(path, keys, headers)
     check_names(path, keys, ("x",))
-    return _read(path, "x", headers, "y" in headers)[0]
+    if "y" in headers:
+        headers, called = with_numbers(path, {key: headers[key] for key in headers if key != "y_test"}, names)
+        return _read(path, "x", headers, called, channels_last=channels_last)[0]
+    return _read(path, "x", headers, names or (), targets=False, channels_last=channels_last)[0]

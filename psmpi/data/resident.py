@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from psmpi.backend import CompressedSamples, NumpyOps, Samples
 from psmpi.data.batch import Batch
+from psmpi.data.bounded import BoundedSamples
 from psmpi.data.compressed import Compressed
 from psmpi.data.split import MAX_TOKENS, Split, as_rows, batch_targets
 from psmpi.errors import UserError
@@ -20,7 +21,8 @@ class Resident:
     rows: (k,) integers, strictly increasing, in 0..split.n-1. dtype: float32 or float64, what `fetch` fills. ops: where
     the samples are kept. Sparse samples stay compressed rows, values of `dtype`, of which `fetch` makes dense ones;
     `compressed` has those of `rows`, and is None for dense samples. features: (k,) integers, strictly increasing; of
-    the values of each sample these alone are kept and fetched; None: all.
+    the values of each sample these alone are kept and fetched; None: all. Of a split with a bound on `memory` the first
+    samples are kept, and others read from their file by `fetch`.
 
     Raises ValueError for rows that do not increase or another dtype, IndexError for rows out of range and
     UserError where the samples cannot be read.
@@ -45,16 +47,23 @@ class Resident:
         self.tokens = split.tokens
         # The largest token, of samples that are such: see psmpi.data.sequences.
         self.largest = -1
-        ops = ops or NumpyOps()
+        self._ops = ops = ops or NumpyOps()
+        self._augmentation, self._room = split.augmentation, ops.empty(0, self._dtype)
+        if features is not None and split.augmentation is not None:
+            raise ValueError("parts of images cannot be augmented")
         taken = split.taken(self._rows)
         self.compressed: Compressed | None = None
-        self._samples: Samples | CompressedSamples
+        self._samples: Samples | CompressedSamples | BoundedSamples
         if taken is not None:
             if features is not None:
                 taken = taken.some(features)
             self.compressed = kept = taken.astype(self._dtype)
             self._check_entries(split, taken, kept)
             self._samples = ops.compressed_samples(kept.starts, kept.columns, kept.values, kept.features)
+            return
+        row = split.dtype.itemsize * self._features
+        if 0 <= split.memory < row * len(self._rows):
+            self._samples = self._bounded(split, features, split.memory // row, ops)
             return
         values = split.read(self._rows) if features is None else _some(split, self._rows, features)
         if split.lengths is not None:
@@ -69,17 +78,35 @@ class Resident:
             values = values.astype(self._dtype)
         self._samples = ops.samples(values, split.scale)
 
-    def _check_finite(self, split: Split, values: npt.NDArray[Any]) -> None:
-        """UserError for a value that is no finite number, or none in the dtype that `fetch` fills."""
+    def _bounded(
+        self, split: Split, features: npt.NDArray[np.int64] | None, count: int, ops: NumpyOps
+    ) -> BoundedSamples:
+        """The first `count` samples in memory, the others in their file."""
+
+        def read(at: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+            rows = self._rows[at]
+            values = split.read(rows) if features is None else _some(split, rows, features)
+            if values.dtype.kind == "f":
+                self._check_finite(split, values, at)
+            return values
+
+        return BoundedSamples(read(np.arange(count)), read, split.scale, ops)
+
+    def _check_finite(self, split: Split, values: npt.NDArray[Any], at: npt.NDArray[np.int64] | None = None) -> None:
+        """UserError for a value that is no finite number, or none in the dtype that `fetch` fills.
+
+        at: the positions of these samples among those that are resident; None: all.
+        """
+        at = np.arange(len(values)) if at is None else at
         # The sum of a row is finite where all of it is; the rows where it is not are looked at.
         with np.errstate(over="ignore", invalid="ignore"):
             suspects = np.flatnonzero(~np.isfinite(values.sum(axis=1)))
         for row in map(int, suspects):
             if not np.isfinite(values[row]).all():
-                raise self._not_finite(split, row)
+                raise self._not_finite(split, int(at[row]))
         most = float(np.finfo(self._dtype).max)
         if values.dtype.itemsize > self._dtype.itemsize and max(values.max(initial=0), -values.min(initial=0)) > most:
-            raise self._too_large(split, int(np.flatnonzero((np.abs(values) > most).any(axis=1))[0]))
+            raise self._too_large(split, int(at[np.flatnonzero((np.abs(values) > most).any(axis=1))[0]]))
 
     def _check_entries(self, split: Split, taken: Compressed, kept: Compressed) -> None:
         """`_check_finite` of compressed rows, as they are stored and as they are kept."""
@@ -118,10 +145,10 @@ class Resident:
     @property
     def nbytes(self) -> int:
         """The bytes held: samples, their ids and scratch memory; not the targets, which are the split's."""
-        return int(self._samples.nbytes + self._rows.nbytes)
+        return int(self._samples.nbytes + self._rows.nbytes + self._room.nbytes)
 
     def fetch(self, ids: npt.ArrayLike, out: npt.NDArray[Any]) -> None:
-        """Fill `out` with the scaled samples `ids`, (b,) integers, any order, repetitions allowed.
+        """Fill `out` with the scaled, and augmented, samples `ids`, (b,) integers, any order, repetitions allowed.
 
         out: (prod(shape), b), features first, C-contiguous, of the dtype given to the constructor. Raises
         ValueError for another `out` and for ids that are not resident.
@@ -133,7 +160,14 @@ class Resident:
                 f"out has to be C-contiguous {self._dtype} {(features, count)}, "
                 f"not {'' if out.flags.c_contiguous else 'strided '}{out.dtype} {out.shape}"
             )
-        self._samples.fetch(at, out)
+        if self._augmentation is None or not count:
+            self._samples.fetch(at, out)
+            return
+        if self._room.size < out.size:
+            self._room = self._ops.empty(out.size, self._dtype)
+        plain = self._room[: out.size].reshape(out.shape)
+        self._samples.fetch(at, plain)
+        self._augmentation.apply(self._rows[at], self._ops, plain, out)
 
     def rows(self, ids: npt.ArrayLike) -> Compressed:
         """The sparse samples `ids` (b,) as compressed rows, in this order; ValueError for dense ones, or as `fetch`."""

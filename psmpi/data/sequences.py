@@ -139,4 +139,6 @@ def viewed_split(split: Split, view: str, name: str) -> Split:
         return replace(split, shape=(channels, height * width))
     at = np.arange(split.features, dtype=np.int64).reshape(split.shape)
     order = np.ascontiguousarray(at.transpose(0, 2, 1)).reshape(-1)
+    if split.order is not None:
+        order = split.order[order]
     return replace(split, shape=(channels * width, height), order=order)

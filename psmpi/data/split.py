@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,9 @@ import numpy.typing as npt
 from psmpi.data.compressed import Compressed
 from psmpi.data.compressed_rows import CompressedRows
 from psmpi.data.rows import RowSource
+
+if TYPE_CHECKING:
+    from psmpi.data.augment import Augmentation
 
 Rows = npt.NDArray[np.int64]
 
@@ -51,7 +54,10 @@ class Split:
     order: (features,) int64, where the source has each value of a sample; None: in this order.
     vocabulary: the tokens that there are, where the data set knows it; else 0.
     characters: of a text, what its tokens stand for, token k for the k-th; else "".
+    names: of the classes, class k has the k-th; () where labels are their numbers.
     numbering: of a text of sparse samples, what its numbers mean.
+    memory: the bytes of samples that a process keeps, see psmpi.data.bounded; -1: as many as it needs.
+    augmentation: what is done to images when they are fetched.
     """
 
     targets: npt.NDArray[Any]
@@ -63,7 +69,10 @@ class Split:
     order: Rows | None = None
     vocabulary: int = 0
     characters: str = ""
+    names: tuple[str, ...] = ()
     numbering: Numbering | None = None
+    memory: int = -1
+    augmentation: Augmentation | None = None
 
     @property
     def n(self) -> int:
@@ -165,7 +174,8 @@ class Dataset:
     """A named data set: samples of `shape`, a training and a test split; `outputs`: classes, or values of a sample.
 
     held_out: whether the test samples were drawn from those of one array, by a split seed. own: of private data sets,
-    the training samples that this rank can read; None: all.
+    the training samples that this rank can read; None: all. validation: samples that no step sees, None for none;
+    unseen: in a training with those, which `test` then has, the test samples.
     """
 
     name: str
@@ -175,6 +185,19 @@ class Dataset:
     test: Split
     held_out: bool = False
     own: range | None = None
+    validation: Split | None = None
+    unseen: Split | None = None
+
+    def for_training(self) -> Dataset:
+        """The data set of a training: what it tests are the validation samples, where there are any."""
+        if self.validation is None:
+            return self
+        return replace(self, test=self.validation, unseen=self.test, validation=None, held_out=True)
+
+    @property
+    def tested(self) -> str:
+        """What a training tests: "test" or "validation"."""
+        return "test" if self.unseen is None else "validation"
 
     @property
     def task(self) -> str:
@@ -255,4 +278,4 @@ def _part(whole: Split, rows: Rows) -> Split:
     if isinstance(whole.source, CompressedRows):
         return replace(whole, targets=targets, source=whole.source.apart(rows))
     lengths = None if whole.lengths is None else whole.lengths[rows]
-    return replace(whole, targets=targets, index=rows, lengths=lengths)
+    return replace(whole, targets=targets, index=rows if whole.index is None else whole.index[rows], lengths=lengths)

@@ -161,7 +161,7 @@ def fast(text: bytes) -> Lines | None:
     first, index = _tokens(starts, label, colons)
     special = np.flatnonzero(kinds >= SIGN)
     of = np.searchsorted(first, special, "right") - 1
-    if not _are_numbers(kinds, special, of, first, index):
+    if not are_numbers(kinds, special, of, first, index):
         return None
     numbers = np.fromstring(text.translate(COLONS), sep=" ", count=len(first))
     if len(numbers) != len(first) or not (np.abs(numbers) < np.inf).all():
@@ -195,7 +195,7 @@ def _tokens(
     return first, index
 
 
-def _are_numbers(
+def are_numbers(
     kinds: npt.NDArray[np.uint8],
     special: npt.NDArray[np.int64],
     of: npt.NDArray[np.int64],
@@ -259,11 +259,11 @@ def by_line(text: bytes, name: str, first: int) -> Lines:
 def _label(where: str, word: bytes) -> float:
     if b":" in word:
         raise UserError(
-            f"{where}: found {_shown(word)} in the place of the label: begin the line with 0 where none is known"
+            f"{where}: found {shown(word)} in the place of the label: begin the line with 0 where none is known"
         )
     if b"," in word:
         raise UserError(
-            f"{where}: found the labels {_shown(word)}; a sample has one label here, and no list of them: write a file "
+            f"{where}: found the labels {shown(word)}; a sample has one label here, and no list of them: write a file "
             "for each of them, with 0 and 1"
         )
     return _number(where, "label", word)
@@ -273,20 +273,18 @@ def _entry(where: str, word: bytes) -> tuple[int, float]:
     index, colon, value = word.partition(b":")
     if index == b"qid":
         raise UserError(
-            f"{where}: found {_shown(word)}: samples are ranked within queries there, which psmpi does not learn; take "
+            f"{where}: found {shown(word)}: samples are ranked within queries there, which psmpi does not learn; take "
             "the qid out to learn the labels: sed 's/ qid:[0-9]*//' OLD > NEW"
         )
     if not colon or not value or not index.isdigit():
-        raise UserError(f"{where}: found {_shown(word)}; expected index:value, as 17:0.5")
+        raise UserError(f"{where}: found {shown(word)}; expected index:value, as 17:0.5")
     if int(index) > MAX_INDEX:
         raise UserError(
-            f"{where}: found the index {_shown(index)}; expected {MAX_INDEX:,} at most: number features anew"
+            f"{where}: found the index {shown(index)}; expected {MAX_INDEX:,} at most: number features anew"
         )
     found = _number(where, "value", value)
     if abs(found) > LARGEST:
-        raise UserError(
-            f"{where}: found the value {_shown(value)}, beyond {LARGEST:.2g}: divide the values by a number"
-        )
+        raise UserError(f"{where}: found the value {shown(value)}, beyond {LARGEST:.2g}: divide the values by a number")
     return int(index), found
 
 
@@ -294,14 +292,14 @@ def _number(where: str, what: str, word: bytes) -> float:
     if NUMBER.fullmatch(word) is None:
         finite = word.lower().lstrip(b"+-") not in (b"nan", b"inf", b"infinity")
         fix = "a number, as -0.5 or 1e-3" if finite else "a finite number: correct the sample, or take the line out"
-        raise UserError(f"{where}: found the {what} {_shown(word)}; expected {fix}")
+        raise UserError(f"{where}: found the {what} {shown(word)}; expected {fix}")
     found = float(word)
     if abs(found) == np.inf:
-        raise UserError(f"{where}: found the {what} {_shown(word)}, which float64 does not hold: divide by a number")
+        raise UserError(f"{where}: found the {what} {shown(word)}, which float64 does not hold: divide by a number")
     return found
 
 
-def _shown(word: bytes) -> str:
+def shown(word: bytes) -> str:
     """A word for people, not all of a long one."""
     text = word.decode("utf-8", "backslashreplace")
     return repr(text if len(text) <= 40 else f"{text[:40]}...")

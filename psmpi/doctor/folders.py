@@ -131,7 +131,7 @@ def _opened(name: str, folder: Path) -> Finding:
     from psmpi.data import open_dataset
 
     try:
-        found = open_dataset(name, folder)
+        found = open_dataset(name, folder, 0)
     except UserError as trouble:
         return warning("data", f"{name}: {trouble}")
     n, tests = found.train.n, found.test.n

@@ -67,8 +67,20 @@ class Examiner:
         with self.lock:
             # Where HDF5 finds other files follows from these.
             found = {name: value for name, value in os.environ.items() if name.startswith("HDF5_")}
-            asked = {"check": check, "path": str(path), "options": options, "folder": os.getcwd(), "environ": found}
-            answer = self._answer(asked, path)
+            try:
+                folder = os.getcwd()
+            except OSError:
+                # It was removed.
+                folder = "/"
+            asked = {"check": check, "path": str(path), "options": options, "folder": folder, "environ": found}
+            try:
+                answer = self._answer(asked, path)
+            except BaseException:
+                # An answer that comes later would be taken for the next one's.
+                if self.process is not None:
+                    self.process.kill()
+                    self._forget()
+                raise
         if answer["kind"] == "damaged":
             raise DamagedError(answer["text"])
         if answer["kind"] == "user":
@@ -84,8 +96,6 @@ class Examiner:
             process.stdin.flush()
         size = path.stat().st_size if path.exists() else 0
         if not _ready(process.stdout, PATIENCE + size / SPEED):
-            process.kill()
-            self._forget()
             raise self._refused(path, "takes more time to open")
         line = process.stdout.readline()
         if line:
@@ -140,7 +150,7 @@ class Examiner:
         return process.wait() if self.owner == os.getpid() else 0
 
     def close(self) -> None:
-        """End the process."""
+        """End the process, whose memory is for others; the next look starts another one."""
         with self.lock:
             self._forget()
 

@@ -7,14 +7,16 @@ the file says nothing of these.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib import import_module
 from math import prod
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import h5py
+if TYPE_CHECKING:
+    import h5py
 
-# Filters whose results have a bound that is known before: shuffle and Fletcher-32 change no sizes, gzip is unpacked
-# here.
-DEFLATE, SHUFFLE, FLETCHER = h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32
+# Filters by their registered numbers whose results have a bound that is known before: shuffle and Fletcher-32 change no
+# sizes, and what gzip packs `psmpi.files.packed` unpacks.
+DEFLATE, SHUFFLE, FLETCHER = 1, 2, 3
 KNOWN = (SHUFFLE, DEFLATE, FLETCHER)
 
 
@@ -22,17 +24,10 @@ class ForeignError(Exception):
     """A part of a file that is not as it should be; the text goes on after its name: "is a link to another file"."""
 
 
-def own_link(group: h5py.Group, name: str) -> bool:
-    """Whether `name` is an object of the file itself, without a soft or an external link on the way to it."""
-    for part in filter(None, name.split("/")):
-        links = group.id.links
-        key = part.encode("utf-8", "surrogateescape")
-        if not links.exists(key) or links.get_info(key).type != h5py.h5l.TYPE_HARD:
-            return False
-        group = group[part]
-        if not isinstance(group, h5py.Group):
-            break
-    return True
+def is_hard(group: h5py.Group, name: str) -> bool:
+    """Whether a name in a group is that of an object in this file, and no link to another name or file."""
+    found = group.id.links.get_info(name.encode("utf-8", "surrogateescape"))
+    return bool(found.type == import_module("h5py").h5l.TYPE_HARD)
 
 
 def check_own(dataset: h5py.Dataset) -> None:

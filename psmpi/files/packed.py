@@ -6,14 +6,16 @@ import zlib
 from collections.abc import Iterator
 from itertools import product
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import h5py
 import numpy as np
 import numpy.typing as npt
 
 from psmpi.files.fletcher import fletcher32
 from psmpi.files.hdf5 import DEFLATE, FLETCHER, KNOWN, SHUFFLE, filters_of
+
+if TYPE_CHECKING:
+    import h5py
 
 # Bytes of rows that are put together at a time.
 PIECE = 16 << 20
@@ -21,7 +23,8 @@ PIECE = 16 << 20
 
 def is_packed(dataset: h5py.Dataset) -> bool:
     """Whether gzip packs a data set, and no filter but shuffle and Fletcher-32 is beside it."""
-    found = filters_of(dataset) if dataset.chunks is not None else []
+    # Objects are no bytes in chunks.
+    found = filters_of(dataset) if dataset.chunks is not None and not dataset.dtype.hasobject else []
     return DEFLATE in found and set(found) <= set(KNOWN) and len(set(found)) == len(found)
 
 

@@ -171,6 +171,12 @@ def _from_parts(opened: Sequence[Opened]) -> Source:
 
 
 def write(out: Path, contents: Contents, vectors: Sequence[str], dtype: np.dtype, read: Source) -> None:
+    """`put` a checkpoint, and say so."""
+    put(out, contents, vectors, dtype, read)
+    tell(f"wrote {out}")
+
+
+def put(out: Path, contents: Contents, vectors: Sequence[str], dtype: np.dtype, read: Source) -> None:
     """Write a checkpoint outside of runs; UserError where there is something, or it cannot be written."""
     if out.exists():
         raise UserError(f"--out {out} is there already: name another file")
@@ -180,4 +186,3 @@ def write(out: Path, contents: Contents, vectors: Sequence[str], dtype: np.dtype
         write_file(out, contents, dict.fromkeys(vectors, dtype), read)
     except OSError as error:
         raise UserError(f"--out {out}: {error}") from None
-    tell(f"wrote {out}")

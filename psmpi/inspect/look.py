@@ -18,6 +18,7 @@ from psmpi.checkpoint.format import NAME
 from psmpi.checkpoint.scan import damaged_parts
 from psmpi.config import from_toml
 from psmpi.data import Identity
+from psmpi.data.names import listed
 from psmpi.errors import DamagedError, UserError, counted
 from psmpi.inspect.figures import sums_of
 from psmpi.inspect.opened import Checkpoint, Opened
@@ -56,6 +57,7 @@ def show(checkpoint: Checkpoint, /, json: bool = False) -> int:
         "config": opened.settings(),
         "data": dict(contents.data),
         "characters": len(contents.characters),
+        "names": list(contents.names),
         "notes": _notes(opened),
         "metrics": list(contents.progress.rows),
         "placement": dict(contents.placement),
@@ -91,6 +93,8 @@ def show(checkpoint: Checkpoint, /, json: bool = False) -> int:
         tree.add(
             f"data  {' and '.join(splits)} of {shape} {data.train.dtype}{text_of}, digest {data.train.targets[:12]}"
         )
+    if contents.names:
+        tree.add(f"classes  {listed(contents.called, 20)}")
     branch = tree.add("configuration")
     sections: dict[str, list[str]] = {}
     for name, value in found["config"].items():

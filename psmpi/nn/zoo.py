@@ -11,6 +11,7 @@ from psmpi.errors import LayersError, UserError
 from psmpi.layout import radix_strides
 from psmpi.nn.layers import ACTIVATIONS, LAYERS
 from psmpi.nn.network import Network, build
+from psmpi.nn.psnet import fitted_psnet, psnet, psnet_conv
 from psmpi.nn.slabs import slabs
 from psmpi.nn.transformer import transformer
 from psmpi.registry import WHOLE
@@ -18,22 +19,8 @@ from psmpi.registry import WHOLE
 LayerTable = dict[str, Any]
 
 
-def _conv(channels: int, kernel: int, pool: int = 2) -> list[LayerTable]:
-    """Convolution, mean pooling, sigmoid, in this order."""
-    pooling: list[LayerTable] = [{"type": "mean_pool", "size": pool}] if pool > 1 else []
-    return [{"type": "conv", "channels": channels, "kernel": kernel}, *pooling, {"type": "sigmoid"}]
-
-
-def _psnet(convolutions: Sequence[list[LayerTable]], widths: Sequence[int], classes: int) -> list[LayerTable]:
-    """Convolutions, then separable layers of `widths` units a class and one score a class."""
-    tables = [table for layers in convolutions for table in layers] + [{"type": "flatten"}]
-    for width in widths:
-        tables += [{"type": "separable_dense", "units": width * classes, "groups": classes}, {"type": "sigmoid"}]
-    return [*tables, {"type": "separable_dense", "units": classes, "groups": classes}]
-
-
 def _lenet(widths: Sequence[int], classes: int) -> list[LayerTable]:
-    tables = [*_conv(6, 5), *_conv(16, 5), {"type": "flatten"}]
+    tables = [*psnet_conv(6, 5), *psnet_conv(16, 5), {"type": "flatten"}]
     for width in widths:
         tables += [{"type": "dense", "units": width}, {"type": "sigmoid"}]
     return [*tables, {"type": "dense", "units": classes}]
@@ -155,11 +142,6 @@ def _make_radix(in_shape: tuple[int, ...], classes: int, widths: Sequence[int], 
     return build("radix", in_shape, finish([*tables, {"type": "dense", "units": classes}]), classes)
 
 
-def has_psnet(in_shape: tuple[int, ...], classes: int) -> bool:
-    """Whether there is a PSNet, which can be partitioned, for samples of this shape."""
-    return _built_in("psnet", in_shape, classes) is not None
-
-
 def _of_sequences(
     kind: str,
     widths: Sequence[int],
@@ -233,10 +215,11 @@ def make_network(
     """The network called `name` for samples of `in_shape` (per sample) and `classes` classes.
 
     `psnet` is `psnet-24` on 28 x 28 images (`psnet-35` has separable layers 35/15/1 instead of 24/15/1), its CIFAR-10
-    sister on 32 x 32 and a small one on 8 x 8; `linear` is one dense layer, with one score where the task is two
-    classes, see psmpi.nn.layers.binary; `mlp` has hidden `widths` (1024, 1024 by default) with ReLU; `head` a
-    trunk of `layers`, or of `widths` (512, 128) with ReLU, and one score a class, by which it is partitioned: with a
-    `scale` this times the cosine of the angle between the trunk's outputs, without the last ReLU, and the class's row;
+    sister on 32 x 32, and fitted to samples of other shapes, see psmpi.nn.psnet; `linear` is one dense layer, with one
+    score where the task is two classes, see psmpi.nn.layers.binary; `mlp` has hidden `widths` (1024, 1024 by default)
+    with ReLU; `head` a trunk of `layers`, or of `widths` (512, 128) with ReLU, and one score a class, by which
+    it is partitioned: with a `scale` this times the cosine of the angle between the trunk's outputs, without the last
+    ReLU, and the class's row;
     `resnet` has sections of `widths` channels (16 and 32) with `blocks` residual blocks each (3); `deep` has `depth`
     (32) residual layers of one of `widths` (16), the steps of a march to `final_time` (1), with `activation` (tanh),
     and `deep-conv` such convolutions (4 channels); `radix` has `depth` (32) sparse layers of one of `widths` (1024)
@@ -309,7 +292,7 @@ def make_network(
             f"--model {name} has scores of samples, and here each step of a sequence has a target: use --model "
             f"{', '.join(SEQUENCES)}, or custom"
         )
-    if len(in_shape) == 2 and name not in ("linear", "mlp", "head", "deep", "radix", "slabs"):
+    if len(in_shape) == 2 and name not in ("psnet", "linear", "mlp", "head", "deep", "radix", "slabs"):
         raise UserError(
             f"--model {name} is not made for sequences {in_shape}: use --model {', '.join(SEQUENCES)}, or mlp"
         )
@@ -328,16 +311,11 @@ def make_network(
         return made
     if name in MODELS:
         last = len(in_shape) == 3 and in_shape[2] in (1, 3, 4) and min(in_shape[:2]) > 4
-        turned = "if the channels come last, save x.transpose(0, 3, 1, 2), or " if last else ""
+        turned = "if the channels come last, add --layout nhwc, or " if last else ""
         if name in SEQUENCES:
             turned = "make sequences of images (--dataset NAME:rows), save sequences with their lengths, or "
         use = f"--model {name} is not made for samples of shape {in_shape}: {turned}use"
-        if has_psnet(in_shape, classes):
-            raise UserError(f"{use} --model psnet, or --model custom with the layers in the configuration file")
-        raise UserError(
-            f"{use} --model mlp, on several ranks with --method {WHOLE} because it cannot be partitioned, or --model "
-            "head, or --model custom with layers in the configuration file that end in separable ones"
-        )
+        raise UserError(f"{use} --model psnet, or --model custom with the layers in the configuration file")
     raise UserError(f"--model {name!r} is unknown: choose one of {', '.join(MODELS)}")
 
 
@@ -367,14 +345,17 @@ def _built_in(
         return build(name, in_shape, _resnet(channels, counts, classes, size[0]), classes)
     if name in ("psnet", "psnet-24", "psnet-35"):
         if size == (28, 28):
-            convolutions, widths = [_conv(40, 5), _conv(3 * classes, 5)], (35 if name == "psnet-35" else 24, 15)
-            return build(name, in_shape, finish(_psnet(convolutions, widths, classes)), classes)
+            convolutions, widths = (
+                [psnet_conv(40, 5), psnet_conv(3 * classes, 5)],
+                (35 if name == "psnet-35" else 24, 15),
+            )
+            return build(name, in_shape, finish(psnet(convolutions, widths, classes)), classes)
         if size == (32, 32) and name == "psnet":
-            convolutions = [_conv(60, 5), _conv(3 * classes, 5)]
-            return build(name, in_shape, finish(_psnet(convolutions, (35, 15), classes)), classes)
-        if size == (8, 8) and name == "psnet":
-            convolutions = [_conv(12, 3, pool=1), _conv(3 * classes, 3)]
-            return build(name, in_shape, finish(_psnet(convolutions, (10,), classes)), classes)
+            # That of CIFAR-10, of grey images too.
+            convolutions = [psnet_conv(60, 5), psnet_conv(3 * classes, 5)]
+            return build(name, in_shape, finish(psnet(convolutions, (35, 15), classes)), classes)
+        if name == "psnet":
+            return build(name, in_shape, finish(fitted_psnet(in_shape, classes)), classes)
     if name == "lenet" and size in ((28, 28), (32, 32)):
         return build(name, in_shape, finish(_lenet((120, 84) if size == (28, 28) else (200, 100), classes)), classes)
     return None

@@ -56,7 +56,7 @@ class Case:
     def problem(self, *more: str) -> tuple[Network, Dataset, Config]:
         """Network, data and configuration of a run."""
         config = self.config(*more)
-        dataset = open_dataset(*config.data.source)
+        dataset = open_dataset(*config.data.source).for_training()
         return (
             make_network(
                 config.model.model,

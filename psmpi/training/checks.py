@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from psmpi.config import Config
+from psmpi.config import Config, Data
 from psmpi.data import Dataset, Split
+from psmpi.data.bounded import bytes_of
 from psmpi.errors import UserError
 from psmpi.nn.layers.last import Last
 from psmpi.nn.network import CUSTOM, Network
@@ -176,3 +177,18 @@ def slices_are_normalized(of: str) -> str:
         "batch normalization takes the statistics of each rank's own slice of a minibatch: the result depends on the "
         f"number of ranks{of}"
     )
+
+
+def check_data(data: Data, private: bool) -> None:
+    """UserError for settings of the data that are none, or that `private` data sets, one a rank, cannot have."""
+    if not 0 <= data.validation < 1:
+        raise UserError(f"--validation {data.validation:g}: expected a share of the training samples, as 0.1, or 0")
+    if data.data_memory:
+        bytes_of(data.data_memory)
+    for option, given in (
+        ("--validation", data.validation),
+        ("--augment", data.augment),
+        ("--data-memory", data.data_memory),
+    ):
+        if given and private:
+            raise UserError(f"{option} is for samples that all ranks can read: leave it out, or --private-data")

@@ -45,11 +45,11 @@ class Divergence:
         trained: samples since the start of this epoch, or of the run that goes on in it.
         """
         share = self.count(row["events"]) / max(1, trained * self.terms)
-        for name in ("train_loss", "test_loss"):
+        for name in ("train_loss", "test_loss", "validation_loss"):
             if not isfinite(row.get(name, 0.0)):
                 return f"the {name.replace('_', ' ')} of epoch {row['epoch']} is not a finite number: {ADVICE}"
         # Spikes of some minibatches pass, and so does what was as large from the beginning and may come down.
-        mean, spike = row["train_loss"], row.get("test_loss", np.inf) <= self.begun
+        mean, spike = row["train_loss"], row.get("test_loss", row.get("validation_loss", np.inf)) <= self.begun
         if not self.loss.diverged(mean, share, self.size) or mean <= WORSE * self.begun or spike:
             return ""
         beyond = f", with {100 * share:.0f} % of the terms of the loss beyond --exp-clip" if 0 < share <= 1 else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from math import prod
+from typing import Any
 
 import numpy as np
 
@@ -107,10 +108,12 @@ class Evaluator:
 
     def run(self) -> np.ndarray:
         """The metric's sums over this rank's minibatches."""
-        held = [self._sample(at) for at in self.batches]
+        # Where one stage is all, minibatch by minibatch.
+        held: Any = map(self._sample, self.batches)
         spans = [make_span(self.samples.lengths(np.arange(at.start, at.stop)), self.ops) for at in self.batches]
         *before, last = self.stages
         for stage in before:
+            held = list(held)
             model = self._gathered(stage)
             for k, x in enumerate(held):
                 # One by one: what went in makes room for what comes out.

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.progress import Progress as Bar
 from rich.table import Table
 
-from psmpi import checkpoint, metrics
+from psmpi import checkpoint
 from psmpi.checkpoint import Contents, Progress
 from psmpi.comm.control import Control, Poll
 from psmpi.comm.signals import StopSignals
@@ -22,9 +21,11 @@ from psmpi.errors import UserError, counted
 from psmpi.optim import make_schedule
 from psmpi.output import Screen
 from psmpi.track import Trackers
+from psmpi.training.best import Best
 from psmpi.training.divergence import Divergence
 from psmpi.training.folder import RunFolder
 from psmpi.training.method import Method, Place
+from psmpi.training.report import NUMBERS, Report
 from psmpi.training.resume import restore
 from psmpi.training.rollback import LEFT_OUT, Rollback
 
@@ -83,12 +84,15 @@ class Loop:
         folder: RunFolder | None = None,
         signals: StopSignals | None = None,
         trackers: Trackers | None = None,
+        saves: bool = True,
     ):
+        """saves: whether checkpoints are written."""
         self.control, self.method, self.config, self.out, self.console = control, method, config, out, console
         self.dataset, self.folder, self.trackers = dataset, folder, trackers or Trackers()
         self.batches, self.total, self.schedule = plan_steps(dataset, config)
         run = config.run
-        self.writer = checkpoint.Writer(
+        make = checkpoint.Writer if saves else checkpoint.Unsaved
+        self.writer = make(
             control, contents, method.shards, out,
             keep=run.checkpoint_keep, gzip=run.checkpoint_gzip, parallel=run.checkpoint_parallel,
             lock=None if folder is None else folder.lock, rows=method.state.rows,
@@ -97,15 +101,20 @@ class Loop:
         self.progress = Progress()
         # Whether to stop, which all ranks find after the same step.
         self.signals = StopSignals() if signals is None else signals
-        self.poll, self.stopped = Poll(control, method.poll_seconds), False
+        self.poll, self.stopped = Poll(control, method.poll_seconds, NUMBERS), False
+        self.report = Report(console, config, self.batches.batch_size, self.poll.heard, control.flight.spent)
+        # Of each rank's time in the last epoch, what was communication.
+        self.shares = np.zeros(control.size)
         # Numbers that are not finite: this rank's account of them, and whether all ranks are to go back.
         self.numbers, self.wrong = method.numbers, False
         self.rollback = Rollback(control, method, config, self.writer, self.batches.steps_per_epoch)
         # Bytes sent and received before this start.
         self.before = np.zeros(2)
+        # The row of an epoch that --max-steps cuts short.
+        self.part: tuple[dict[str, Any], ...] = ()
         # Of what ranks do about numbers that are not finite they tell themselves.
         self.warned: set[str] = {"steps_skipped", "rollbacks"}
-        self.divergence = Divergence(config, dataset)
+        self.divergence, self.best = Divergence(config, dataset), Best(config, dataset)
         # This rank's share of the mean loss of this start's first minibatch.
         self.first = 0.0
 
@@ -127,7 +136,10 @@ class Loop:
         if path.parent.absolute() == checkpoint.folder(self.out).absolute():
             self.writer.last_good = path
         notes = [*(f"note: {note}" for note in notes), f"resumed from {path}, step {progress.step}"]
-        if progress.step >= self.total:
+        if self.best.due(progress.rows):
+            told = next(self.best.describe(progress.rows, ""))
+            notes.append(f"nothing left to do: {told}: raise it to go on")
+        elif progress.step >= self.total:
             most = self.config.run.max_steps
             asked = counted(most, "step") if 0 < most <= progress.step else f"--epochs {self.config.run.epochs}"
             notes.append(
@@ -136,6 +148,11 @@ class Loop:
                 f"{'--epochs' if asked.startswith('--') else '--max-steps'}"
             )
         return notes
+
+    @property
+    def rows(self) -> tuple[dict[str, Any], ...]:
+        """The rows of metrics so far, that of an epoch cut short too."""
+        return (*self.progress.rows, *self.part)
 
     def _take_up(self, progress: Progress) -> None:
         """Go on with this progress. The shares of the loss are summed over ranks: the past is rank 0's."""
@@ -146,29 +163,28 @@ class Loop:
     def run(self) -> bool:
         """Train to the end, or until a rank is asked to stop by a signal; whether all is done."""
         self.rollback.begin(self.progress)
-        with self.console.bar() as bar:
-            task = bar.add_task("", total=self.total, completed=self.progress.step)
-            while self.progress.step < self.total and not self.stopped:
-                self._epoch(bar, task)
+        with self.report.showing(self.progress, self.total):
+            while not self._is_done() and not self.stopped:
+                self._epoch()
         self.poll.close()
         if self.control.rank == 0:
             self.writer.close()
             self._tell_troubles()
             if self.writer.last_failed:
-                ended = "training is done" if self.progress.step >= self.total else "the run was stopped"
+                ended = "training is done" if self._is_done() else "the run was stopped"
                 raise UserError(
                     f"{ended}, but its last checkpoint is not written, see above: make room and go on with --resume "
                     "auto"
                 )
-        done = self.progress.step >= self.total
-        if not done:
-            by = f"by {self.signals.name} " if self.signals else ""
-            self.console.tell(
-                f"stopped {by}after step {self.progress.step}, and saved: go on with --resume auto --out {self.out}"
-            )
-        return done
+            if not self.config.terminal.quiet:
+                for line in self.best.describe(self.progress.rows, str(checkpoint.best(self.out))):
+                    self.console.tell(line)
+        return self._is_done()
 
-    def _steps(self, bar: Bar, task: Any, start: float) -> Iterator[tuple[Batch, float]]:
+    def _is_done(self) -> bool:
+        return self.progress.step >= self.total or self.best.due(self.progress.rows)
+
+    def _steps(self, start: float) -> Iterator[tuple[Batch, float]]:
         """The minibatches of the rest of an epoch with their learning rates; whoever takes one has done those before.
 
         Between two of them checkpoints are written.
@@ -187,9 +203,11 @@ class Loop:
             elapsed = first.seconds + time.perf_counter() - start
             self.progress = replace(self.progress, step=self.progress.step + 1, cursor=cursor + 1, seconds=elapsed)
             flight.step = self.progress.step
-            bar.update(task, completed=self.progress.step)
             self._tell_troubles()
+            counted_samples = self._seen(self.progress) * (self.control.rank == 0) - self.numbers.left_out
+            self.poll.given[:] = self.report.numbers(self.method.loss_sum, counted_samples)
             stopped, self.wrong = self.poll(bool(self.signals), bool(self.numbers.noted))
+            self.report.step(self.progress)
             if stopped or self.wrong:
                 self.stopped = stopped and not self.wrong
                 break
@@ -199,11 +217,13 @@ class Loop:
             if self.wrong:
                 break
 
-    def _epoch(self, bar: Bar, task: Any) -> None:
+    def _epoch(self) -> None:
         method, every = self.method, self.config.run.checkpoint_every
-        start, first = time.perf_counter(), self.progress
+        start, first, waited = time.perf_counter(), self.progress, self.control.flight.spent()
+        if self.dataset.train.augmentation is not None:
+            self.dataset.train.augmentation.epoch = first.epoch
         with self.numbers.naming():
-            method.run_epoch(self._steps(bar, task, start))
+            method.run_epoch(self._steps(start))
         if self.wrong or self.rollback.due():
             self._go_back()
             return
@@ -214,9 +234,10 @@ class Loop:
                 self._go_back()
             return
         trained = self._seen(self.progress) - self._seen(first)
-        rate = trained / (time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        rate, share = trained / seconds, (self.control.flight.spent() - waited) / seconds
         whole = self.progress.cursor == self.batches.steps_per_epoch
-        row = self._measure(self._seen(self.progress), rate)
+        row = self._measure(self._seen(self.progress), rate, share)
         diverged = self.divergence.find(row, trained)
         if self.rollback.due(diverged):
             self._go_back()
@@ -227,14 +248,16 @@ class Loop:
             rows = (*self.progress.rows, row)
             self.progress = replace(self.progress, epoch=first.epoch + 1, cursor=0, seconds=elapsed, rows=rows)
             method.loss_sum, self.numbers.left_out = 0.0, 0
+        self.part = () if whole else (row,)
         if self.control.rank == 0:
             self._append(row)
             with self.control.flight.task("printing to standard output"):
-                self.console.tell(metrics.describe(row, self.config.run.epochs))
+                self.report.epoch(row, self.shares)
         if diverged:
             raise FloatingPointError(diverged)
-        if self.stopped or not every or self.progress.step == self.total or self.progress.step % every == 0:
-            self._save()
+        best = whole and self.best.is_last(self.progress.rows)
+        if self.stopped or not every or best or self._is_done() or self.progress.step % every == 0:
+            self._save(best)
         if self.wrong:
             self._go_back()
         elif whole:
@@ -292,23 +315,27 @@ class Loop:
         """The training samples of the steps done in an epoch."""
         return min(progress.cursor * self.batches.batch_size, self.batches.n)
 
-    def _measure(self, seen: int, rate: float) -> dict[str, Any]:
-        """The row of metrics of the epoch so far; also warns of new unusual events."""
+    def _measure(self, seen: int, rate: float, share: float) -> dict[str, Any]:
+        """The row of metrics of the epoch so far; also warns of new unusual events.
+
+        rate: samples a second; share: of this rank's time in communication.
+        """
         method = self.method
         scores = method.test()
         (loss_sum, _, _, first), left_out = self._totals(), self._left_out()
         self.divergence.begun = self.divergence.begun or first
         # A rank that has nothing to do in some epochs is no measure of the rate.
-        counts = np.zeros((self.control.size, 3))
-        counts[self.control.rank] = method.counter.sent, method.counter.received, rate
+        counts = np.zeros((self.control.size, 4))
+        counts[self.control.rank] = method.counter.sent, method.counter.received, rate, share
         counts = self.control.total(counts)
+        self.shares = counts[:, 3]
         events = self._events()
         return {
             "epoch": self.progress.epoch + 1,
             "step": self.progress.step,
             "seconds": 0.0,
             "train_loss": loss_sum / max(1, seen - left_out),
-            **{f"test_{name}": value for name, value in scores.items()},
+            **{f"{self.dataset.tested}_{name}": value for name, value in scores.items()},
             "samples_per_second": float(counts[:, 2].min()),
             "bytes_sent": int(self.before[0] + counts[:, 0].sum()),
             "bytes_received": int(self.before[1] + counts[:, 1].sum()),
@@ -348,7 +375,7 @@ class Loop:
             self.console.tell(told)
         return found
 
-    def _save(self) -> None:
+    def _save(self, best: bool = False) -> None:
         (loss_sum, sent, received, _), _ = self._totals(), self._left_out()
         progress = replace(self.progress, loss_sum=loss_sum, bytes_sent=sent, bytes_received=received)
         self._keep()
@@ -357,7 +384,8 @@ class Loop:
             self.wrong = True
             return
         state = self.method.state
-        self.writer.write(state.arrays, state.scalars, progress, state.tables)
+        self.writer.write(state.arrays, state.scalars, progress, state.tables, best)
+        self.report.detail(f"  checkpoint of step {progress.step} handed over to be written")
         self._tell_troubles()
 
     def _tell_troubles(self) -> None:

@@ -136,7 +136,11 @@ def samples_needed(dataset: Dataset, trained: int, tested: int, batch: int) -> N
     if sparse is not None:
         return {"samples": (sparse.nbytes // sparse.n + 8) * (trained + tested)}
     sample = dataset.train.dtype.itemsize * dataset.train.features
-    return {"samples": (sample + 8) * (trained + tested) + sample * min(trained, batch)}
+    kept = sum(
+        min(sample * count, split.memory) if split.memory >= 0 else sample * count
+        for split, count in ((dataset.train, trained), (dataset.test, tested))
+    )
+    return {"samples": kept + 8 * (trained + tested) + sample * min(trained, batch)}
 
 
 def worker_tiles(

@@ -13,13 +13,13 @@ from typing import IO, Any
 
 import numpy as np
 
-from psmpi.errors import UserError, counted
-from psmpi.nn.finite import spans
+from psmpi.errors import UserError
 from psmpi.nn.metric import TOP, largest
-from psmpi.output import Screen, tell
+from psmpi.output import tell
+from psmpi.training.findings import FIRST, confused, show_choices, show_values
 
-# Classes whose confusion is a table; of more it is a list of pairs, of which so many are shown.
-TABLE, SHOWN = 40, 10
+# Classes whose confusion is a matrix in JSON; of more it is a list of pairs.
+MATRIX = 40
 
 
 def room(out: str) -> AbstractContextManager[IO[bytes] | None]:
@@ -37,7 +37,7 @@ class Found:
     or values that are predicted, of `known` in all; file: where their values (n, outputs) of `dtype` go, if anywhere.
     steps: where each step of sequences is predicted, their number; steps then stand for samples, those of a sequence
     one after the other, and some may have a target that does not count, a label below 0 or values that are NaN.
-    characters: of a text, those that are the classes; else "".
+    characters: of a text, those that are the classes; else "". names: of the classes, () where these are numbers.
     """
 
     def __init__(
@@ -51,11 +51,12 @@ class Found:
         file: IO[bytes] | None,
         steps: int = 0,
         characters: str = "",
+        names: tuple[str, ...] = (),
     ):
         if steps:
             n *= steps
             targets = None if targets is None else targets.reshape(n, *targets.shape[2:])
-        self.steps, self.characters = steps, characters
+        self.steps, self.characters, self.names = steps, characters, names
         self.options, self.targets, self.n, self.dtype, self.file = options, targets, n, dtype, file
         self.outputs, self.known, self.path = np.array(outputs), known, Path(options.out)
 
@@ -105,29 +106,36 @@ class Found:
 class Values(Found):
     """Predicted values."""
 
-    squares, seen = 0.0, 0
+    def __init__(self, *known: Any):
+        super().__init__(*known)
+        # Of each output, sums over the samples seen: squared errors, targets, squared targets.
+        self.sums, self.seen = np.zeros((3, len(self.outputs))), 0
+        self.first = np.zeros((min(self.n, FIRST), len(self.outputs)), self.dtype)
 
     def take(self, at: slice, values: Any) -> None:
         """Take the values (b, outputs) of some samples."""
         self.keep(at, values)
+        if at.start < FIRST:
+            self.first[at.start : at.stop] = values[: FIRST - at.start]
         if self.targets is not None:
-            off = values - self.targets[at][:, self.outputs]
-            off = off[~np.isnan(off).any(axis=1)] if self.steps else off
-            self.squares += float(np.vdot(off, off))
+            wanted = self.targets[at][:, self.outputs].astype(np.float64)
+            counts = ~np.isnan(wanted).any(axis=1) if self.steps else slice(None)
+            off, wanted = values[counts] - wanted[counts], wanted[counts]
+            self.sums += (off**2).sum(axis=0), wanted.sum(axis=0), (wanted**2).sum(axis=0)
             self.seen += len(off)
 
     def report(self) -> None:
         """Write and print the values beside the targets, if these are known."""
         found = self.summary() | {"outputs": self.outputs.tolist()}
         if self.targets is not None:
-            found["rmse"] = sqrt(self.squares / max(1, self.seen * len(self.outputs)))
+            found["rmse"] = sqrt(self.sums[0].sum() / max(1, self.seen * len(self.outputs)))
         if self.options.out:
             self._write()
         if self.options.json:
             tell(json.dumps(found))
             return
-        tell(f"{found['checkpoint']}: {counted(found['samples'], 'sample')} of {found['dataset']} ({found['split']})")
-        tell(f"RMSE {found['rmse']:.5g}" if "rmse" in found else "values predicted; no RMSE (it needs targets y)")
+        rows = [[*self.numbers(k), *row] for k, row in enumerate(self.first)]
+        show_values(found, self.sums / max(1, self.seen), self.titles, rows)
 
     def _write(self) -> None:
         values = self.kept()
@@ -151,13 +159,17 @@ class Choices(Found):
         super().__init__(*known)
         self.labels = np.full(self.n, -1) if self.targets is None else self.targets
         self.choices = np.zeros((self.n, min(TOP, len(self.outputs))), np.int64)
+        self.first = np.zeros((min(self.n, FIRST), self.choices.shape[1]), self.dtype)
 
     def take(self, at: slice, scores: Any, classes: Any = None) -> None:
         """Take the scores (b, outputs) of some samples, or the largest with their classes (b, TOP)."""
         if classes is None:
             self.keep(at, scores)
-            classes = self.outputs[largest(scores.T, TOP)[1].T]
+            best, places = largest(scores.T, TOP)
+            scores, classes = best.T, self.outputs[places.T]
         self.choices[at] = classes
+        if at.start < FIRST:
+            self.first[at.start : at.stop] = scores[: FIRST - at.start]
 
     def report(self) -> None:
         """Write and print the predictions, and how good they are."""
@@ -165,6 +177,8 @@ class Choices(Found):
         if self.options.out:
             self._write()
         found = self.summary() | {"classes": self.outputs.tolist()}
+        if self.names:
+            found["names"] = [self.called(c) for c in found["classes"]]
         if self.steps and labels.max(initial=-1) >= 0:
             labels, choices = labels[labels >= 0], choices[labels >= 0]
         predicted = choices[:, 0]
@@ -173,35 +187,37 @@ class Choices(Found):
             found["accuracy"] = float(np.count_nonzero(predicted == labels) / len(labels))
             if known > TOP:
                 found["top5"] = float(np.count_nonzero(choices == labels[:, None]) / len(labels))
-            if known <= TABLE:
+            if known <= MATRIX:
                 confusion = np.zeros((known, known), int)
                 np.add.at(confusion, (labels, predicted), 1)
                 found["confusion"] = confusion.tolist()
             else:
-                found["confused"] = _confused(labels, predicted)
+                found["confused"] = confused(labels, predicted)
         if self.options.json:
             tell(json.dumps(found))
         else:
-            _show(found, self.characters)
+            rows = [
+                (self.numbers(k), chosen, scores)
+                for k, (chosen, scores) in enumerate(zip(self.choices[:FIRST].tolist(), self.first, strict=True))
+            ]
+            names = [repr(one) for one in self.characters] or self.names
+            show_choices(found, labels, predicted, names, self.titles, rows)
+
+    def called(self, label: int) -> Any:
+        """A class as files have it: by its name, or number."""
+        return self.names[label] if self.names else label
 
     def _write(self) -> None:
         predicted, scores = self.choices[:, 0], self.kept()
         arrays = {"predicted": predicted, "labels": self.labels, "scores": scores, "classes": self.outputs}
+        if self.names:
+            arrays["names"] = np.array([self.called(c) for c in self.outputs])
         rows = (
-            [*self.numbers(k), label if label >= 0 else "", choice, *(repr(float(v)) for v in row)]
+            [*self.numbers(k), self.called(label) if label >= 0 else "", self.called(choice), *map(repr, row.tolist())]
             for k, (label, choice, row) in enumerate(zip(self.labels, predicted, scores, strict=True))
         )
-        titles = [*self.titles, "label", "predicted", *(f"score_{c}" for c in self.outputs)]
+        titles = [*self.titles, "label", "predicted", *(f"score_{self.called(c)}" for c in self.outputs)]
         _save(self.path, self.shaped(arrays), titles, rows)
-
-
-def _confused(labels: Any, predicted: Any) -> list[list[int]]:
-    """[label, prediction, samples] of what is confused, the most frequent first."""
-    wrong = labels != predicted
-    pairs, counts = np.unique(np.stack([labels[wrong], predicted[wrong]]), axis=1, return_counts=True)
-    order = np.argsort(-counts, kind="stable")
-    found: list[list[int]] = np.concatenate([pairs, counts[None]])[:, order].T.tolist()
-    return found
 
 
 def _save(path: Path, arrays: dict[str, Any], titles: list[str], rows: Iterable[list[Any]]) -> None:
@@ -210,7 +226,7 @@ def _save(path: Path, arrays: dict[str, Any], titles: list[str], rows: Iterable[
         if path.suffix == ".npz":
             np.savez(path, **arrays)
             return
-        with path.open("w", newline="") as file:
+        with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(titles)
             writer.writerows(rows)
@@ -220,31 +236,3 @@ def _save(path: Path, arrays: dict[str, Any], titles: list[str], rows: Iterable[
 
 def _unwritable(path: Path, error: OSError) -> UserError:
     return UserError(f"--out {path}: {error.strerror}; give the path of a file that can be written")
-
-
-def _show(found: dict[str, Any], characters: str) -> None:
-    from rich.table import Table
-
-    def called(label: int) -> str:
-        return repr(characters[label]) if characters else str(label)
-
-    tell(f"{found['checkpoint']}: {counted(found['samples'], 'sample')} of {found['dataset']} ({found['split']})")
-    if "accuracy" not in found:
-        which = f"classes {spans(found['classes'])}"
-        tell(f"scores of {which}; no accuracy (it needs labels, and the scores of all classes)")
-        return
-    more = f", label among the 5 largest scores {100 * found['top5']:.2f} %" if "top5" in found else ""
-    tell(f"accuracy {100 * found['accuracy']:.2f} %{more}")
-    if "confused" in found:
-        several, shown = found["confused"], found["confused"][:SHOWN]
-        tell(f"{counted(len(several), 'pair')} of classes confused" + (", most often:" if shown else ""))
-        for label, choice, count in shown:
-            tell(f"  label {called(label)} taken for {called(choice)}: {counted(count, 'sample')}")
-        return
-    table = Table(title="confusion: rows are labels, columns predictions", title_justify="left")
-    for name in ("label", *map(called, found["classes"]), "right"):
-        table.add_column(name, justify="right")
-    for label, row in enumerate(found["confusion"]):
-        share = f"{100 * row[label] / sum(row):.1f} %" if sum(row) else "-"
-        table.add_row(called(label), *(str(n) if n else "." for n in row), share)
-    Screen().print(table)

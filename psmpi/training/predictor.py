@@ -75,8 +75,7 @@ def calibration_split(
     samples than those that it was trained on.
     """
     name = dataset or trained.dataset
-    where, external = data_dir or trained.data_dir, trained.allow_external
-    split = open_split(name, where, "train", trained.split_seed, trained.context, external=external)
+    split = open_split(name, data_dir or trained.data_dir, "train", *trained.source[2:], names=contents.called)
     known = Identity.of(contents.data).train if contents.data else None
     other = known is not None and bool(split_differences(known, identify_split(split, share), "training"))
     if split.shape != contents.in_shape or other:

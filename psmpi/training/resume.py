@@ -11,8 +11,9 @@ from typing import NamedTuple
 from psmpi import checkpoint
 from psmpi.checkpoint import Contents
 from psmpi.comm.watch.flight import flight_of
-from psmpi.config import Config, changes, from_toml, read_file
+from psmpi.config import Config, changes, from_toml, read_file, without_anew
 from psmpi.data import Dataset, Identity, differences
+from psmpi.data.names import listed
 from psmpi.errors import UserError, counted, expanded
 from psmpi.nn.layers.pattern_file import brief
 from psmpi.training.folder import CONFIG
@@ -43,10 +44,9 @@ def own_settings(resume: str, out: str) -> Base | None:
         found = read_file(str(path))
     else:
         return None
-    run = replace(found.run, out=out, resume=resume, new_data=False, max_steps=0)
-    # It is said anew, or not.
-    data = replace(found.data, allow_external=False)
-    return Base(replace(found, run=run, data=data), str(path))
+    # A file does not say what is read or written elsewhere.
+    found = without_anew(found)
+    return Base(replace(found, run=replace(found.run, out=out, resume=resume, max_steps=0)), str(path))
 
 
 @contextmanager
@@ -102,6 +102,12 @@ def compare(
         raise UserError(
             f"checkpoint {path} is of a text of {len(contents.characters)} characters, and --dataset "
             f"{config.data.dataset} has others: --new-data goes on with a text that has exactly the same ones"
+        )
+    if contents.called != dataset.train.names and contents.data:
+        raise UserError(
+            f"checkpoint {path} is of the classes {listed(contents.called) or 'by number'}, and --dataset "
+            f"{config.data.dataset} has {listed(dataset.train.names) or 'classes by number'}: --new-data goes on with "
+            "samples of exactly the same ones"
         )
     for difference in found:
         tell(f"note: other data than in the checkpoint: {difference}")

@@ -27,13 +27,17 @@ from psmpi.data import (
     open_dataset,
     together,
 )
+from psmpi.data.augment import with_augmentation
+from psmpi.data.bounded import bytes_of, with_memory
 from psmpi.data.compressed import Compressed
 from psmpi.data.compressed_rows import CompressedRows
+from psmpi.data.describe import describe
 from psmpi.data.rows import ArrayRows, RowSource
 from psmpi.errors import UserError, layers_in
 from psmpi.files.examiner import examined
 from psmpi.nn.zoo import make_network
 from psmpi.registry import find_method
+from psmpi.training.best import check_monitor
 from psmpi.training.checks import check_margin, check_sequences, notes
 from psmpi.training.folder import RunFolder
 from psmpi.training.loop import plan_steps
@@ -56,15 +60,18 @@ class Start(NamedTuple):
     found: str
 
 
-def begin(control: Control, config: Config, own: str, tell: Callable[[str], None], layers: str) -> Start:
+def begin(
+    control: Control, config: Config, own: str, tell: Callable[[str], None], layers: str, given: Dataset | None = None
+) -> Start:
     """Meet a missing file or a wrong setting first, on rank 0 alone; a run directory that is there is locked, and kept.
 
-    own: the path that the run's own settings are from; layers: that of the file that describes its layers.
+    own: the path that the run's own settings are from; layers: that of the file that describes its layers; given: the
+    data set, where it is in memory.
     """
     kind: Any = find_method(config.parallel.method)
     run, size = config.run, control.size
     prints: list[Prints] = []
-    dataset, identity = _open(control, config, prints=prints)
+    dataset, identity = _open(control, config, prints=prints, given=given)
     with control.flight.task(f"opening the run directory {run.out}"):
         folder, found = RunFolder(Path(run.out), tell) if run.out and Path(run.out).exists() else None, ""
     try:
@@ -97,7 +104,9 @@ def begin(control: Control, config: Config, own: str, tell: Callable[[str], None
             tell(f"note: {note}")
         # Of a private data set rank 0 has a part, in which much looks odd.
         doubts = () if kind.private(config) else find_doubts(dataset, prints)
-        for warning in (*kind.warnings(size, network, config), *doubts):
+        if not kind.private(config):
+            tell(describe(dataset))
+        for warning in (*kind.warnings(size, network, config), *check_monitor(config, dataset), *doubts):
             tell(f"warning: {warning}")
     except BaseException:
         if folder is not None:
@@ -118,22 +127,24 @@ def agree(
     start: Start | None,
     share: tuple[int, int],
     tell: Callable[[str], None],
+    given: Dataset | None = None,
 ) -> tuple[Dataset, Identity]:
-    """The data set and its identity, which are the same on all ranks; UserError on rank 0 where they are not.
+    """The data set and its identity, which are the same on all ranks; UserError where they are not.
 
-    share: this rank's number among those of its host and how many these are, which look at the samples between them.
-    Private data sets, of which each rank has its own, are put together; `tell` hears how they differ from those of the
-    checkpoint that rank 0 has found.
+    share: this rank's number among those of its host and how many these are, which look at the samples between them;
+    given: as of `begin`. Private data sets, of which each rank has its own, are put together; `tell` hears how they
+    differ from those of the checkpoint that rank 0 has found.
     """
     if find_method(config.parallel.method).private(config):
         return _agree_private(control, config, start, tell)
     if start is not None:
         dataset, identity = start.dataset, start.identity
     else:
-        dataset, identity = _open(control, config, share)
+        dataset, identity = _open(control, config, share, given=given)
     texts = control.collect_texts(json.dumps([socket.gethostname(), identity.table()]), most=4000)
     everyone = dict(enumerate(map(json.loads, texts)))
-    check_same(identity, {f"rank {rank}, host {at}": Identity.of(of) for rank, (at, of) in everyone.items()})
+    named = {f"rank {rank}, host {at}": Identity.of(of) for rank, (at, of) in everyone.items()}
+    control.agreed(lambda: check_same(identity, named))
     return dataset, identity
 
 
@@ -162,17 +173,29 @@ def _agree_private(
 
 
 def _open(
-    control: Control, config: Config, share: tuple[int, int] = (0, 1), prints: list[Prints] | None = None
+    control: Control,
+    config: Config,
+    share: tuple[int, int] = (0, 1),
+    prints: list[Prints] | None = None,
+    given: Dataset | None = None,
 ) -> tuple[Dataset, Identity]:
     """The data set and its identity; reading its files is an operation of this rank, then and later.
 
-    share, prints: as of `identify`.
+    share, prints: as of `identify`; given: as of `begin`.
     """
+    if given is not None:
+        return given, identify(given, share, prints)
     with control.flight.task(f"reading the data set {config.data.dataset}"):
         name = of_rank(config.data.dataset, control.rank)
+        # Ranks with data of their own would number other classes.
+        names = () if find_method(config.parallel.method).private(config) else None
         # The first rank of a host lets another process look at a stranger's file.
         with examined("not") if share[0] else nullcontext():
-            dataset = open_dataset(*replace(config.data, dataset=name).source)
+            dataset = open_dataset(*replace(config.data, dataset=name).source, names=names).for_training()
+        if config.data.augment:
+            dataset = with_augmentation(dataset, config.data.augment, config.run.seed)
+        if config.data.data_memory:
+            dataset = with_memory(dataset, bytes_of(config.data.data_memory))
         return _recorded(dataset, control), identify(dataset, share, prints)
 
 

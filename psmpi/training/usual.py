@@ -6,17 +6,17 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from psmpi.config import Config, Numbers, usual_numbers
-from psmpi.data import open_dataset
+from psmpi.data import Dataset, open_dataset
 from psmpi.errors import UserError, counted
 from psmpi.nn.zoo import TOKENS
 from psmpi.registry import find_method
 
 
-def usual(config: Config, tell: Callable[[str], None] | None = None) -> Config:
+def usual(config: Config, tell: Callable[[str], None] | None = None, dataset: Dataset | None = None) -> Config:
     """`config` with the usual numbers in the place of epochs, batch_size and lr that are None; `tell` hears of them.
 
-    The vocabulary of a recurrent network that does not say it is that of the data set, if this knows it. UserError
-    where the data set cannot be opened.
+    The vocabulary of a recurrent network that does not say it is that of the data set, if this knows it. dataset: where
+    it is in memory. UserError where the data set cannot be opened.
     """
     private = find_method(config.parallel.method).private(config)
     looks_up = config.model.model in TOKENS and not config.model.vocabulary and not private
@@ -29,7 +29,7 @@ def usual(config: Config, tell: Callable[[str], None] | None = None) -> Config:
             "--batch-size and --lr"
         )
     data = config.data
-    train = open_dataset(*data.source).train
+    train = (dataset or open_dataset(*data.source)).train
     if looks_up:
         config = replace(config, model=replace(config.model, vocabulary=train.vocabulary))
     if given:

@@ -7,6 +7,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from helpers.arrays import ranks_are_threads
 from helpers.runs import run
 
 import psmpi.checkpoint
@@ -28,6 +29,7 @@ RUNS = [
     (("--method", "ist", "--optimizer-state", "travel", *MLP), 2),
     (("--method", "dfa", *MLP), 2),
     (("--method", "data_parallel", "--dataset", "text.txt", "--context", "8", "--model", "gru", "--widths", "8"), 1),
+    (("--dataset", "table.csv", "--model", "linear"), 1),
     (("--method", "sil", *MLP), 1),
     (("--method", "sil", "--hand-over", "stale", *MLP), 1),
 ]
@@ -59,6 +61,7 @@ def files(tmp_path_factory):
 
     made = []
     (tmp_path_factory.getbasetemp() / "text.txt").write_text("to be, or not to be. " * 20)
+    (tmp_path_factory.getbasetemp() / "table.csv").write_text("1,2,cat\n3,4,dog\n5,6,eel\n" * 10)
     for number, (options, ranks) in enumerate(RUNS):
         out = tmp_path_factory.mktemp("formats") / f"run{number}"
         words = ("--out", out, "--max-steps", "2", *options)
@@ -67,7 +70,9 @@ def files(tmp_path_factory):
         made.append(checkpoint.available(out)[-1])
     status, _, err = run(1, "-m", "psmpi.inspect", "cut", made[0], "--classes", "3", "--out", out / "part.h5")
     assert status == 0, err
-    return [*made, out / "part.h5"]
+    with ranks_are_threads():
+        named = psmpi.fit(np.eye(6), list("abcabc"), np.eye(6), list("abcabc"), epochs=1, out=out / "named").folder
+    return [*made, out / "part.h5", checkpoint.available(named)[-1]]
 
 
 def test_every_path_of_every_file_is_in_the_tables_and_every_row_in_a_file(files):

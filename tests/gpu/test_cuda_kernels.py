@@ -468,6 +468,14 @@ def test_pooling_is_that_of_the_reference(shape, size, batch, dtype, device):
     OPS.mean_pool_back(dy, size, expected)
     device("mean_pool_back", (3,), (32,), *dims, dy, out)
     near(out, expected, TOLERANCE[dtype])
+    moves = np.stack([*rng.integers(1 - height, height, (1, batch)), *rng.integers(1 - width, width, (1, batch)),
+                      *rng.integers(0, 2, (1, batch))]).astype(np.int32)  # fmt: skip
+    for reflect in (0, 1):
+        moved, out = np.empty_like(dy := some(rng, dtype, *x.shape)), device.array(x.shape)
+        OPS.move_images(dy, moves, bool(reflect), moved)
+        device("move_images", (3,), (32,), *dims[:4], device.of(moves), reflect, device.of(dy), out)
+        assert np.array_equal(out, moved)
+    dy = device.of(some(rng, dtype, *pooled))
     out = device.array(x.shape)
     OPS.max_pool_back(x, np.empty(pooled, dtype), dy, size, expected)
     device("max_pool_back", (3,), (32,), *dims, x, dy, out)

@@ -1,5 +1,6 @@
 """What a person types and sees: help, configuration, errors, and ranks that fail."""
 
+import contextlib
 import os
 import re
 import signal
@@ -53,7 +54,7 @@ def test_modules_import_from_floors_below_only():
     floors = [("errors", "metrics", "launcher"), ("output", "files"), ("registry",), ("backend",), ("layout",),
               ("nn", "optim", "data", "track"), ("config",), ("comm",), ("checkpoint",), ("training",), ("methods",),
               ("cost",), ("command",), ("train", "plan", "bench", "inspect", "predict", "plot", "doctor"),
-              ("submit",),
+              ("arrays",), ("submit", "sklearn", "torch"),
               ("__main__", "testing")]  # fmt: skip
     floor = {name: k for k, names in enumerate(floors) for name in names}
     root = ROOT / "psmpi"
@@ -343,8 +344,10 @@ def children(pid):
     """All descendants of a process."""
     found = []
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in task.read_text().split():
-            found += [int(child), *children(int(child))]
+        # A thread may have ended since.
+        with contextlib.suppress(OSError):
+            for child in task.read_text().split():
+                found += [int(child), *children(int(child))]
     return found
 
 

@@ -206,11 +206,17 @@ def broken(file, name):
         (lambda file: file.pop("weights"), "weights/conv1.weight is missing"),
         (lambda file: broken(file, "weights/dense1.weight"), "weights/dense1.weight"),
         (
-            lambda file: (file.pop("weights/conv1.bias"), file.create_dataset("weights/conv1.bias", (12,), "c8")),
+            lambda file: (
+                file.pop("weights/conv1.bias"),
+                file.create_dataset("weights/conv1.bias", data=np.zeros(12, "c8")),
+            ),
             "complex64",
         ),
         (
-            lambda file: (file.pop("weights/conv1.bias"), file.create_dataset("weights/conv1.bias", (13,), "f4")),
+            lambda file: (
+                file.pop("weights/conv1.bias"),
+                file.create_dataset("weights/conv1.bias", data=np.zeros(13, "f4")),
+            ),
             "(13,)",
         ),
     ],

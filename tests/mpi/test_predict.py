@@ -183,6 +183,52 @@ def test_of_many_classes_what_is_confused_is_listed(tmp_path):
         assert count == np.count_nonzero((y == label) & (predicted == choice)) and label != choice
     shown = predict(1, tmp_path / "run")
     assert f"{len(counts)} pairs of classes confused, most often:" in shown and shown.count("taken for") == 10
+    right = np.array([np.count_nonzero(predicted[y == c] == c) for c in range(50)])
+    worst = cells(shown, "worst classes", 3)
+    assert len(worst) == 10 and [float(row[2][:-1]) / 50 for row in worst] == np.sort(right)[:10].tolist()
+    assert all(right[int(label)] == float(share[:-1]) / 50 and samples == "2" for label, samples, share in worst)
+
+
+def cells(shown, title, columns):
+    """The rows of a table under its title, each of so many words."""
+    _, _, below = shown.partition(f"{title} ")
+    found = []
+    for line in below.splitlines()[3:]:
+        if len(line.replace(" %", "%").split()) != columns:
+            break
+        found.append(line.replace(" %", "%").split())
+    return found
+
+
+def test_scores_and_confusion_are_printed_where_no_file_is_named(trained, tmp_path):
+    predict(1, trained, "--out", tmp_path / "p.npz")
+    saved = np.load(tmp_path / "p.npz")
+    right = saved["labels"] == saved["predicted"]
+    shown = predict(2, trained)
+    each = [right[saved["labels"] == c].mean() for c in range(10)]
+    second = np.argsort(-saved["scores"], axis=1, kind="stable")[:, :5] == saved["labels"][:, None]
+    expected = [right.mean(), second.any(axis=1).mean(), np.mean(each), min(each)]
+    assert cells(shown, "scores", 4) == [[f"{100 * value:.2f}%" for value in expected]]
+    table = cells(shown, "confusion: rows are labels, columns predictions", 12)
+    assert len(table) == 10 and max(map(len, shown.splitlines()[1:])) <= 80
+    for c, row in enumerate(table):
+        counts = np.bincount(saved["predicted"][saved["labels"] == c], minlength=10)
+        assert row == [str(c), *(str(n) if n else "." for n in counts), f"{100 * each[c]:.1f}%"]
+
+
+def test_the_first_predictions_are_printed_where_there_are_no_labels(trained, tmp_path):
+    x = np.random.default_rng(0).random((15, 8, 8))
+    np.savez(tmp_path / "x.npz", x=x)
+    options = (trained, "--dataset", tmp_path / "x.npz", "--split", "all")
+    predict(1, *options, "--out", tmp_path / "p.npz")
+    scores = np.load(tmp_path / "p.npz")["scores"]
+    for more in ((), ("--out", tmp_path / "q.npz")):
+        table = cells(predict(3, *options, *more), "first predictions", 5)
+        assert len(table) == 10
+        for k, (sample, first, score, second, other) in enumerate(table):
+            order = np.argsort(-scores[k])[:2]
+            assert [int(sample), int(first), int(second)] == [k, *order]
+            assert [float(score), float(other)] == pytest.approx(scores[k, order], rel=2e-3)
 
 
 @pytest.fixture(scope="module")

@@ -122,9 +122,13 @@ def agree(one, other):
         assert rows[0] == rows[1]
 
 
+# Beginnings of lines with what is measured, and with names of folders.
+APART = ("done in ", "predict: ", "inspect: ", "go on: ", "run directory ")
+
+
 def shown(stdout):
     """What is printed, without what is measured and the names of folders."""
-    return [line for line in stdout.splitlines() if "samples/s" not in line and "run directory" not in line]
+    return [line for line in stdout.splitlines() if not line.startswith(APART) and " MB sent" not in line]
 
 
 def compare(ranks, runs, folder):

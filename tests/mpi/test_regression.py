@@ -99,6 +99,15 @@ def test_predictions_are_values(own, train):
     np.savez(own / "bare.npz", x=data["x_test"])
     status, out, err = run(1, "-m", "psmpi.predict", found.out, "--dataset", "bare.npz", "--split", "all", cwd=own)
     assert status == 0 and "no RMSE (it needs targets y)" in out, err
+    first = np.array([line.split() for line in out.splitlines()[-10:]], float)
+    np.testing.assert_array_equal(first[:, 0], np.arange(10))
+    np.testing.assert_allclose(first[:, 1:], values[:10], rtol=1e-4)
+    _, out, _ = run(1, "-m", "psmpi.predict", found.out, cwd=own)
+    shown = np.array([line.split() for line in out.splitlines()[-3:]], float)
+    wanted = data["y_test"]
+    off, spread = np.mean((values - wanted) ** 2, axis=0), np.var(wanted, axis=0)
+    expected = np.stack([np.arange(3), np.sqrt(off), wanted.mean(axis=0), np.sqrt(spread), 1 - off / spread], axis=1)
+    np.testing.assert_allclose(shown, expected, rtol=1e-3, atol=1e-4)
     for y, says in (
         (np.arange(40) % 3, "predicts values"), (np.ones((40, 2)), "has 2 values a sample, checkpoint"),
     ):  # fmt: skip

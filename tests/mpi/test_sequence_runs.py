@@ -191,7 +191,7 @@ def test_what_does_not_fit_sequences_is_said(tmp_path):
     assert "not made for samples of shape (1, 8, 8): make sequences of images (--dataset NAME:rows)" in refused(
         "--model", "lstm"
     )
-    assert "use --model rnn, gru, lstm" in refused("--dataset", "digits:rows")
+    assert "use --model rnn, gru, lstm" in refused("--dataset", "digits:rows", "--model", "lenet")
     rng = np.random.default_rng(0)
     np.savez(tmp_path / "ragged.npz", x=rng.random((20, 5)), y=np.arange(20) % 2, lengths=rng.integers(1, 6, 20))
     ragged = ("--dataset", tmp_path / "ragged.npz", "--method", "data_parallel")

@@ -53,7 +53,7 @@ def test_a_stopped_run_is_saved_and_ends_as_if_it_had_not_been(train, undisturbe
     method = ("--method", "local_sgd", "--local-steps", "7") if ranks > 1 else ()
     status, out, err = stopped(ranks, tmp_path / "run", number, *method)
     assert status == 85, err
-    assert "and saved: go on with --resume auto" in out and "Traceback" not in err
+    assert "and saved in" in out and "--resume auto --out" in out and "Traceback" not in err
     assert err.count("another signal ends it at once") == 1
     begun = Trained(tmp_path / "run", out)
     assert len(begun.rows) < 24
@@ -104,6 +104,52 @@ def test_an_answer_to_the_second_question_can_be_taken_back():
     found = run_ranks(3, work, timeout=60)
     assert found[0] == found[1] == found[2] and len(found[0]) == 3
     assert 40 <= found[0][0] < 500 <= found[0][1] < 900 <= found[0][2]
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_ranks_hear_the_sums_of_what_all_gave_at_one_call(ranks):
+    def work(world):
+        poll, heard = Poll(Control(world), seconds=0.001, numbers=2), []
+        for call in range(300):
+            poll.given[:] = call, world.rank + 1
+            poll(False)
+            heard.append(poll.heard.copy())
+        poll.close()
+        return np.array(heard)
+
+    found = run_ranks(ranks, work)
+    everyone = ranks * (ranks + 1) / 2
+    for one in found:
+        assert np.array_equal(one, found[0])
+        told = one[one[:, 1] > 0]
+        calls = told[:, 0] / ranks
+        # Of one call each, some calls ago, and later ones later.
+        assert len(told) > 200 and np.all(told[:, 1] == everyone) and np.all(calls == np.round(calls))
+        assert np.all(np.diff(calls) >= 0) and np.all(calls <= np.arange(300)[one[:, 1] > 0]) and calls[-1] > 100
+
+
+def test_what_is_said_at_a_signal_may_go_to_another_place(tmp_path, capfd):
+    """As to the terminal of a launcher that passes on nothing more; where that cannot be opened, as ever."""
+    place = tmp_path / "terminal"
+    for shown in (place, tmp_path / "none" / "there"):
+        place.write_text("")
+        with StopSignals(told="soon", shown=str(shown)):
+            signal.raise_signal(signal.SIGTERM)
+        err = capfd.readouterr().err
+        assert (place.read_text(), err) == (("\nSIGTERM: soon\n", "") if shown == place else ("", "SIGTERM: soon\n"))
+
+
+def test_a_person_alone_need_not_wait_with_the_second_signal():
+    caught = []
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: caught.append(number))
+    try:
+        with StopSignals(one=0.05):
+            signal.raise_signal(signal.SIGUSR1)
+            time.sleep(0.1)
+            signal.raise_signal(signal.SIGUSR1)
+            assert caught == [signal.SIGUSR1]
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 def test_sums_are_few_and_counted():

@@ -214,7 +214,7 @@ def test_a_stopped_rank_that_goes_on_costs_a_warning(tmp_path):
     time.sleep(1.5)
     process.send_signal(signal.SIGUSR1)
     status, out, err = finish(process, 60)
-    assert status == 85 and "and saved: go on with --resume auto" in out, err + out
+    assert status == 85 and "and saved in" in out and "--resume auto" in out, err + out
     assert culprits(err) == [1] and "training goes on, after a stall of about" in err
 
 

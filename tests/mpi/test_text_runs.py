@@ -53,7 +53,7 @@ def test_the_vocabulary_is_that_of_the_text(learnt):
     status, out, _ = run(1, "-m", "psmpi.inspect", "show", trained.out)
     assert status == 0 and f"a text of {len(set(LINE))} characters" in " ".join(out.split())
     status, out, err = run(1, "-m", "psmpi.predict", trained.out)
-    assert status == 0 and "' '" in out and "'\\n'" in out and "'é'" in out, err
+    assert status == 0 and "'é'" in out, err
     status, out, err = run(2, "-m", "psmpi.predict", trained.out, "--json")
     assert status == 0 and json.loads(out)["accuracy"] == trained.rows[-1]["test_accuracy"], err
 

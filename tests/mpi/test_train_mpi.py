@@ -344,5 +344,5 @@ def test_replica_rows_may_be_without_test_samples(train, tmp_path):
 
 def test_the_placement_table_appears_once(train):
     shown = train(4, "--epochs", "1").stdout
-    assert shown.count("computes with") == 1 and shown.count("epoch ") == 1
+    assert shown.count("computes with") == 1 and shown.count("\nepoch ") == 1
     assert "master" in shown and shown.count("worker") == 3

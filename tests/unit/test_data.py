@@ -637,14 +637,14 @@ def test_a_relative_path_is_looked_up_in_the_data_dir_first(tmp_path: Path, monk
     (tmp_path / "data").mkdir()
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    save(tmp_path / "here" / "own.npz", x=np.zeros((5, 1)), y=np.arange(5) // 4 * 4)
-    assert open_dataset("own.npz", None).outputs == 5
+    save(tmp_path / "here" / "own.npz", x=np.zeros((5, 1)), y=np.arange(5) % 4)
+    assert open_dataset("own.npz", None).outputs == 4
+    assert open_dataset("own.npz", tmp_path / "data").outputs == 4
+    save(tmp_path / "data" / "own.npz", x=np.zeros((6, 1)), y=np.arange(6) % 5)
     assert open_dataset("own.npz", tmp_path / "data").outputs == 5
-    save(tmp_path / "data" / "own.npz", x=np.zeros((6, 1)), y=np.arange(6) // 5 * 5)
-    assert open_dataset("own.npz", tmp_path / "data").outputs == 6
-    assert open_dataset(str(tmp_path / "here" / "own.npz"), tmp_path / "data").outputs == 5
+    assert open_dataset(str(tmp_path / "here" / "own.npz"), tmp_path / "data").outputs == 4
     (tmp_path / "data" / "own.npz").rename(tmp_path / "data" / "OWN.NPZ")
-    assert open_dataset("OWN.NPZ", tmp_path / "data").outputs == 6
+    assert open_dataset("OWN.NPZ", tmp_path / "data").outputs == 5
 
 
 def test_a_missing_file_lists_the_directories_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -687,10 +687,7 @@ BAD_ARRAYS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "samples empty": ({"x": X[:, :0], "y": Y}, ["empty"]),
     "x_test empty": ({"x": X, "y": Y, "x_test": X[:0], "y_test": Y[:0]}, ["x_test is empty"]),
     "too few samples": ({"x": X[:4], "y": Y[:4]}, ["too few"]),
-    "x int64": ({"x": X.astype(np.int64), "y": Y}, ["int64", "astype"]),
-    "x float16": ({"x": X.astype(np.float16), "y": Y}, ["float16", "astype"]),
     "x complex": ({"x": X.astype(np.complex64), "y": Y}, ["complex64", "astype"]),
-    "x bool": ({"x": X.astype(bool), "y": Y}, ["bool", "convert it with x.astype(np.float32)"]),
     "x_test another dtype": (
         {"x": X, "y": Y, "x_test": X.astype(float), "y_test": Y},
         ["float32", "float64"],
@@ -701,10 +698,10 @@ BAD_ARRAYS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "y a matrix": ({"x": X, "y": Y[:, None]}, ["y has the shape (10, 1)", "ravel"]),
     "y a scalar": ({"x": X, "y": np.int64(1)}, ["y has the shape ()"]),
     "y complex": ({"x": X, "y": Y.astype(complex)}, ["complex128", "integers 0..C-1 for classes, or float64"]),
-    "y strings": ({"x": X, "y": np.array(["cat"] * 10, "S3")}, ["S3", "integers", "np.unique(y, return_inverse=True)"]),
+    "y strings of two axes": ({"x": X, "y": np.full((10, 1), "cat", "S3")}, ["S3", "one label a sample", "y.ravel()"]),
     "y_test strings": (
         {"x": X, "y": Y, "x_test": X, "y_test": np.array(["cat"] * 10, "S3")},
-        ["y_test holds strings", "np.unique(y_test, return_inverse=True)[1]"],
+        ["y has integers and y_test strings", "save the same kind"],
     ),
     "x strings": ({"x": np.array([["1", "2"]] * 10, "S1"), "y": Y}, ["x holds strings", "expected numbers"]),
     "y float of three axes": ({"x": X, "y": np.zeros((10, 2, 2))}, ["(10, 2, 2)", "y.reshape(10, -1)"]),
@@ -719,11 +716,8 @@ BAD_ARRAYS: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"x": X, "y": np.zeros((10, 2)), "x_test": X, "y_test": np.zeros((10, 3))},
         ["y has 2 values a sample, y_test has 3 values a sample"],
     ),
-    "y bool": ({"x": X, "y": Y > 0}, ["bool", "integers", "save y.astype(np.int64)"]),
-    "y negative": ({"x": X, "y": Y - 1}, ["negative label -1"]),
-    "y_test negative": ({"x": X, "y": Y, "x_test": X, "y_test": Y - 2}, ["y_test", "negative label -2"]),
+    "y bool of two axes": ({"x": X, "y": Y[:, None] > 0}, ["(10, 1)", "save y.ravel()"]),
     "y huge": ({"x": X, "y": np.full(10, 2**64 - 1, np.uint64)}, ["18446744073709551615"]),
-    "y too many classes": ({"x": X, "y": Y + 1048575}, ["1048576"]),
 }
 
 
@@ -786,9 +780,9 @@ def test_object_arrays_are_refused_without_unpickling_them(tmp_path: Path, key: 
     assert not trace.exists()
 
 
-def test_strings_in_hdf5_are_refused(tmp_path: Path) -> None:
-    name = save(tmp_path / "own.h5", x=X, y=["cat"] * 10)
-    expect_error(name, "y holds strings", "np.unique(y, return_inverse=True)[1]", name=name)
+def test_strings_for_samples_in_hdf5_are_refused(tmp_path: Path) -> None:
+    name = save(tmp_path / "own.h5", x=[["1", "2"]] * 10, y=Y)
+    expect_error(name, "x holds strings", "expected numbers", name=name)
 
 
 def test_a_group_in_the_place_of_an_array_is_refused(tmp_path: Path) -> None:

@@ -112,6 +112,32 @@ def test_the_last_operations_are_kept_and_all_are_counted():
     assert all(one[ENDED] for one in records)
 
 
+def test_seconds_between_ranks_are_those_of_all_operations_and_of_no_task():
+    """Against the records themselves, none of which has left the ring; the last one counts when it has ended."""
+
+    def work(world):
+        recorder = Flight()
+        comm = recorded(world, recorder)
+        for k in range(5):
+            if world.rank == 1:
+                time.sleep(0.02)
+            comm.Barrier()
+            with recorder.task("a file"):
+                time.sleep(0.01)
+            request = comm.Iallreduce(np.ones(1), np.empty(1))
+            request.Wait()
+            ended = [one[ENDED] - one[flight.BEGUN] for one in recorder.records() if one[flight.GROUP] >= 0]
+            assert recorder.spent() == pytest.approx(sum(ended), rel=1e-9) and len(ended) == 3 * (k + 1)
+        before = recorder.spent()
+        with recorder.task("another"):
+            assert recorder.spent() == before
+        assert recorder.spent() == before
+        return before
+
+    waits, _ = run_ranks(2, work)
+    assert waits >= 5 * 0.01
+
+
 def test_one_rank_records_nothing():
     assert run_ranks(1, lambda world: recorded(world) is world) == [True]
 

@@ -73,6 +73,8 @@ def test_scores_that_are_no_numbers_are_never_among_the_best():
 
 def test_the_line_of_an_epoch_shows_what_was_measured():
     row = {"epoch": 1, "step": 2, "train_loss": 0.5, "samples_per_second": 9.0, "bytes_sent": 0, "test_loss": 0.25}
-    assert "test loss 0.25  test accuracy 62.50 %  9 samples/s" in describe({**row, "test_accuracy": 0.625}, 3)
+    assert describe({**row, "test_accuracy": 0.625}, 3) == "epoch 1/3  loss 0.5  test loss 0.25  accuracy 62.50 %"
     shown = describe({**row, "test_accuracy": 0.5, "test_top5": 0.75}, 3)
-    assert "test accuracy 50.00 %  top 5 75.00 %  9 samples/s" in shown
+    assert shown.endswith("test loss 0.25  accuracy 50.00 %  top 5 75.00 %")
+    row = {"epoch": 1, "train_loss": 0.5, "validation_loss": 0.25, "validation_accuracy": 0.5}
+    assert describe(row, 10) == "epoch  1/10  loss 0.5  validation loss 0.25  accuracy 50.00 %"

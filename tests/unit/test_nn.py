@@ -416,7 +416,7 @@ def test_layers_are_named_with_their_place_in_a_file_and_built_in_ones_without()
 
 @pytest.mark.parametrize(
     ("name", "shape", "says"),
-    [("psnet", (1, 9, 9), "use --model mlp"), ("alexnet", (1, 28, 28), "choose one of"), ("custom", (4,), "layers")],
+    [("lenet", (1, 9, 9), "use --model psnet"), ("alexnet", (1, 28, 28), "choose one of"), ("custom", (4,), "layers")],
 )
 def test_a_model_that_does_not_fit_says_what_to_use(name, shape, says):
     with pytest.raises(UserError, match=says):
@@ -531,6 +531,23 @@ def test_radix_networks_are_mixed_radix_systems_behind_a_random_layer():
     ):
         with pytest.raises(UserError, match=says):
             make_network(**{"name": "radix", "in_shape": (3,), "classes": 4, **options})
+
+
+@pytest.mark.parametrize("classes", [1, 2, 5, 300])
+@pytest.mark.parametrize(
+    "shape",
+    [(1,), (4,), (500,), (3, 7), (1, 1, 1), (2, 3, 40), (1, 5, 5), (3, 6, 9), (1, 11, 90), (3, 12, 12), (1, 16, 16),
+     (4, 17, 31), (1, 28, 28), (3, 64, 64), (1, 224, 96)],
+)  # fmt: skip
+def test_psnets_fit_samples_of_any_shape(shape, classes):
+    """Each class has weights of its own, which no other class's score depends on."""
+    network = make_network("psnet", shape, classes)
+    layout = network.layout()
+    assert network.in_shape == shape and network.classes == classes
+    if classes > 1:
+        assert network.tie() is None
+        assert layout.part([0]).size < layout.part(range(classes)).size == layout.size - layout.dead.size
+    assert network.layers[-1].out_shape == (classes,)
 
 
 def test_deep_networks_are_steps_of_a_march():

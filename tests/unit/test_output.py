@@ -3,14 +3,13 @@
 import errno
 import io
 import os
-import pty
-import select
 import shutil
 import subprocess
 import sys
 
 import pytest
 from helpers.processes import without_note
+from helpers.terminal import on_terminal
 
 from psmpi import command
 from psmpi.checkpoint import read_contents
@@ -220,38 +219,27 @@ def test_colours_are_for_terminals_that_a_person_reads(environ, on_terminal, in_
     assert styled(io.StringIO(), environ) is in_file
 
 
-def on_terminal(words, cwd, **environ):
+def shown_on_terminal(words, cwd, **environ):
     """What a command prints on a pseudo-terminal."""
-    ours, theirs = pty.openpty()
-    known = {k: v for k, v in os.environ.items() if not k.startswith(("OMPI_", "PMI_", "SLURM_"))}
-    process = subprocess.Popen(words, stdout=theirs, stderr=theirs, stdin=theirs, cwd=cwd, env={**known, **environ})
-    os.close(theirs)
-    found = b""
-    while select.select([ours], [], [], 60)[0]:
-        try:
-            piece = os.read(ours, 65536)
-        except OSError:
-            break
-        found += piece
-    os.close(ours)
-    assert process.wait(60) == 0, found
+    status, found = on_terminal(words, cwd, **environ)
+    assert status == 0, found
     return found
 
 
 def test_a_launchers_terminal_gets_no_escape_codes(tmp_path):
     """As Open MPI gives its ranks, whose output may end in a file."""
-    assert b"\x1b[" in on_terminal([*TRAIN, "--max-steps", "1"], tmp_path, TERM="xterm")
+    assert b"\x1b[" in shown_on_terminal([*TRAIN, "--max-steps", "1"], tmp_path, TERM="xterm")
     # MPICH does not start under Open MPI's launcher unless it is told not to look for it.
     one = {"TERM": "xterm", "OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0", "MPIR_CVAR_PMI_VERSION": "1"}
-    assert b"\x1b" not in on_terminal([*TRAIN, "--resume", "auto"], tmp_path, **one)
-    assert b"\x1b" not in on_terminal([*TRAIN[:3], "--help"], tmp_path, **one)
-    assert b"\x1b" not in on_terminal([*TRAIN[:3], "--help"], tmp_path, TERM="xterm", NO_COLOR="1")
+    assert b"\x1b" not in shown_on_terminal([*TRAIN, "--resume", "auto"], tmp_path, **one)
+    assert b"\x1b" not in shown_on_terminal([*TRAIN[:3], "--help"], tmp_path, **one)
+    assert b"\x1b" not in shown_on_terminal([*TRAIN[:3], "--help"], tmp_path, TERM="xterm", NO_COLOR="1")
 
 
 @pytest.mark.parametrize("columns", ["1", *(pytest.param(c, marks=pytest.mark.slow) for c in ("20", "0")), "x"])
 def test_a_terminal_of_few_columns_still_shows_the_table(columns, tmp_path):
-    out = on_terminal([*TRAIN, "--max-steps", "1"], tmp_path, TERM="xterm", COLUMNS=columns, NO_COLOR="1")
-    assert b"rank" in out and b"epoch   1/2" in out
+    out = shown_on_terminal([*TRAIN, "--max-steps", "1"], tmp_path, TERM="xterm", COLUMNS=columns, NO_COLOR="1")
+    assert b"rank" in out and b"epoch 1/2" in out
 
 
 @pytest.mark.parametrize("module", ["train", "predict", "inspect", "inspect show", "plot", "bench", "bench compute"])

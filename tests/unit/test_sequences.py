@@ -106,7 +106,7 @@ def test_values_and_tokens_of_sequences(tmp_path):
         ({"lengths": LENGTHS + 1}, ["lengths has 6 for sample 0", "expected 1 to 5"]),
         ({"x": X[:, :, :, None]}, ["(10, 5, 3, 1)", "samples are sequences"]),
         ({"x": X[:, :0]}, ["x is empty"]),
-        ({"x": X.astype(int)}, ["x is int64", "expected uint8"]),
+        ({"x": X.astype(complex)}, ["x is complex128", "expected uint8"]),
         ({"y": STEPS[:, :4]}, ["y is int64 of shape (10, 4)", "(10, 5)"]),
         ({"y": np.zeros((10, 4, 2))}, ["y is float64 of shape (10, 4, 2)", "(10, 5, outputs)"]),
         ({"y": np.full((10, 5), -1)}, ["all labels are -1"]),

@@ -22,6 +22,7 @@ from helpers.paths import ROOT
 
 from psmpi import checkpoint
 from psmpi.checkpoint.format import as_data, seal
+from psmpi.config import from_toml
 from psmpi.data import open_dataset, open_split
 from psmpi.errors import DamagedError, UserError
 from psmpi.files import examiner
@@ -73,8 +74,10 @@ def good(tmp_path: Path) -> Path:
 
 
 def external_link(file: h5py.File, private: Path) -> None:
+    with h5py.File(private, "a") as other:
+        other.create_dataset("right", data=file["weights/dense1.bias"][...] + 42, chunks=True)
     del file["weights/dense1.bias"]
-    file["weights/dense1.bias"] = h5py.ExternalLink(str(private), "/x")
+    file["weights/dense1.bias"] = h5py.ExternalLink(str(private), "/right")
 
 
 def soft_link(file: h5py.File, private: Path) -> None:
@@ -325,6 +328,7 @@ def test_a_checkpoint_does_not_say_that_other_files_may_be_read(train: Any, tmp_
     options = ("--dataset", path, "--model", "linear", "--batch-size", "4", "--epochs", "1")
     with pytest.raises(AssertionError, match="--allow-external"):
         train(1, *options)
+    assert not from_toml("[data]\nallow_external = true\n", "a file", foreign=True).data.allow_external
     done = train(1, *options, "--allow-external")
     text = checkpoint.read_contents(done.checkpoint).config
     assert "allow_external = false" in text

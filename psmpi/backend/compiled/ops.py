@@ -157,6 +157,10 @@ class CompiledOps(CompiledAttention, CompiledLosses, CompiledShared, NumpyOps):
         call = function("max_pool_back", x.dtype, "iiiiipppp", self.instructions)
         call(*x.shape, size, *pointers(x.dtype, x, y, dy, dx))
 
+    def move_images(self, x: np.ndarray, moves: np.ndarray, reflect: bool, out: np.ndarray) -> None:
+        call = function("move_images", x.dtype, "iiiipipp", self.instructions)
+        call(*x.shape, *pointers(np.dtype(np.int32), moves), reflect, *pointers(x.dtype, x, out))
+
     def adam(
         self, w: np.ndarray, g: np.ndarray, m: np.ndarray, v: np.ndarray, rate: float, root: float, beta1: float,
         beta2: float, eps: float, l2: float, keep: float,

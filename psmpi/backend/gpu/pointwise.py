@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from psmpi.backend.gpu.device import Device
 from psmpi.backend.gpu.grids import BLOCKS, SIDE, SIDE_ROWS, blocks
 
@@ -116,6 +118,9 @@ class DevicePointwise(Device):
 
     def mean_pool_back(self, dy: Any, size: int, dx: Any) -> None:
         self.spread("mean_pool_back", dy.dtype, dx.size, *dx.shape, size, dy, dx)
+
+    def move_images(self, x: Any, moves: np.ndarray, reflect: bool, out: Any) -> None:
+        self.spread("move_images", x.dtype, x.size, *x.shape, self.put(moves), int(reflect), x, out)
 
     def max_pool(self, x: Any, size: int, y: Any, activation: str = "identity") -> None:
         self.spread("max_pool", x.dtype, y.size, *x.shape, size, x, y, ACTIVATIONS[activation])

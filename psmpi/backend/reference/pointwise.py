@@ -228,6 +228,22 @@ class Pointwise(Arrays):
         for window in _windows(dx, size, dy):
             np.multiply(dy, 1 / size**2, out=window)
 
+    def move_images(self, x: np.ndarray, moves: np.ndarray, reflect: bool, out: np.ndarray) -> None:
+        """out (c, h, w, b) = images x, each mirrored left to right where moves[2] is 1, then moved.
+
+        By moves[0] rows down and moves[1] columns to the right, less than there are; beyond an image lie zeros, or with
+        `reflect` its mirror images, without the row or column at the edge. moves: (3, b) int32, in host memory.
+        """
+        _, height, width, batch = x.shape
+        rows, columns = (np.arange(n)[:, None] - move for n, move in ((height, moves[0]), (width, moves[1])))
+        inside = ((rows >= 0) & (rows < height))[:, None] & ((columns >= 0) & (columns < width))
+        # -1, 0, 1, ..., n - 1, n become 1, 0, 1, ..., n - 1, n - 2.
+        rows, columns = (n - 1 - abs(n - 1 - abs(at)) for n, at in ((height, rows), (width, columns)))
+        columns = np.where(moves[2], width - 1 - columns, columns)
+        out[...] = x[:, rows[:, None], columns[None], np.arange(batch)]
+        if not reflect:
+            out *= inside
+
     def max_pool(self, x: np.ndarray, size: int, y: np.ndarray, activation: str = "identity") -> None:
         first, *others = _windows(x, size, y)
         y[...] = first

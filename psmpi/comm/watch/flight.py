@@ -56,12 +56,13 @@ class Flight:
     def __init__(self, room: int = ROOM):
         self.room = room
         self.ring: list[Record | None] = [None] * room
-        self.count, self.step = 0, 0
+        self.count, self.step, self.past = 0, 0, 0.0
         self.groups: list[Recorded] = []
         self.made: dict[tuple[str, tuple[int, ...]], int] = {}
 
     def begin(self, record: Record) -> Record:
         """Put a record of an operation that begins in the place of the oldest."""
+        self.past = self.spent()
         # The count last: who reads it finds the record there.
         self.ring[self.count % self.room] = record
         self.count += 1
@@ -75,6 +76,13 @@ class Flight:
     def task(self, name: str) -> Task:
         """A block that is recorded as one operation."""
         return Task(self, name)
+
+    def spent(self) -> float:
+        """Seconds in all operations between ranks that have ended, waits included."""
+        last = self.ring[(self.count - 1) % self.room]
+        if last is None or last[GROUP] == NO_GROUP or not last[ENDED]:
+            return self.past
+        return self.past + float(last[ENDED] - last[BEGUN])
 
     def last(self) -> Record | None:
         """The operation begun last; it goes on while its end is 0."""

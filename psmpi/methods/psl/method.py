@@ -15,6 +15,7 @@ import numpy as np
 from psmpi.comm.bridge import Bridge
 from psmpi.comm.transfers import Exchange, Message, Step
 from psmpi.data import Batch
+from psmpi.data.names import listed
 from psmpi.methods.psl.newton import PartitionedNewton
 from psmpi.methods.psl.plan import Settings, check_psl, choice, element_rows, make_plan, others, psl_needed
 from psmpi.nn.finite import spans
@@ -210,7 +211,9 @@ class PartiallySeparable(Method):
     def work(self) -> tuple[str, str, int]:
         worker = self.roles.workers[self.rank]
         roles = ["master"] * (self.rank < self.roles.masters) + ["worker"] * (worker is not None)
-        classes = "" if worker is None else spans(worker.classes)
+        names = self.context.dataset.train.names
+        called = [] if worker is None else [names[c] for c in worker.classes] if names else [spans(worker.classes)]
+        classes = listed(called, 3)
         if worker is not None and self.roles.rows > 1:
             classes += f" (row {worker.row})"
         return "+".join(roles), classes, self.w_part.size

@@ -20,7 +20,6 @@ from psmpi.methods.psl.element_set import elements_of
 from psmpi.nn.cut import tail_of, trunk_length
 from psmpi.nn.losses import LOSSES
 from psmpi.nn.network import Network
-from psmpi.nn.zoo import has_psnet
 from psmpi.optim import FIRST_ORDER, NewtonSettings, find_optimizer
 from psmpi.optim.base import check_eps
 from psmpi.optim.curvature import RULES
@@ -196,7 +195,8 @@ def _check_cut(network: Network, roles: Roles, partition: str, batch: int) -> No
     if tie is not None and any(w.column > 0 for w in workers):
         raise UserError(
             f"--model {network.name} cannot be partitioned: layer {network.named(tie)} ties the classes, every score "
-            f"depends on all of its weights. Use {_partitionable(network)}, or give each worker the whole network and "
+            "depends on all of its weights. Use a network that ends in separable layers (--model psnet), or --model "
+            "head, which is cut by classes, or give each worker the whole network and "
             f"a slice of the minibatch with {_sliced(network, len(workers))}"
         )
     if network.normalized and (roles.rows > 1 or partition == "pairs"):
@@ -206,16 +206,6 @@ def _check_cut(network: Network, roles: Roles, partition: str, batch: int) -> No
             + (fix if tie is None else f"use --method {WHOLE}")
         )
     check_slices(network, batch, roles.rows, "replica rows")
-
-
-def _partitionable(network: Network) -> str:
-    """What to use in place of a network that cannot be partitioned, for the same samples."""
-    if has_psnet(network.in_shape, network.classes):
-        return "a network that ends in separable layers (--model psnet)"
-    return (
-        "--model head, which is cut by classes, or --model custom with a network that ends in separable layers in the "
-        "configuration file"
-    )
 
 
 def _sliced(network: Network, workers: int) -> str:

@@ -79,6 +79,11 @@ def spann_notes(size: int, network: Network, config: Config) -> Iterator[str]:
 def check_spann(size: int, network: Network, dataset: Dataset, config: Config) -> None:
     """See `Method.check`."""
     check_not_partitioned(config)
+    if config.data.augment:
+        raise UserError(
+            f"--augment {' '.join(config.data.augment)}: with --method spann a rank has parts of the images, which "
+            "cannot be moved: leave it out, or use another method"
+        )
     plan_of(size, network, config)
     cut, mode = config.of(Settings).cut, mode_of(network, config)
     if cut != "auto" and not mode:

@@ -36,6 +36,7 @@
 #include "attention.h"
 #include "shared.h"
 #include "compressed.h"
+#include "images.h"
 #include "sparse.h"
 
 #undef R

@@ -140,6 +140,29 @@ extern "C" __global__ void max_pool(long long channels, long long height, long l
     }
 }
 
+/* out = images x, mirrored left to right where moves[2] says so, then moved by moves[0] rows down and moves[1] columns to
+ * the right; beyond them lie zeros, or with `reflect` their mirror images. moves: (3, batch). */
+extern "C" __global__ void move_images(long long channels, long long height, long long width, long long batch,
+                                       const int *__restrict__ moves, long long reflect, const T *__restrict__ x,
+                                       T *__restrict__ out)
+{
+    const long long image = height * width * batch;
+    for (long long i = thread(); i < channels * image; i += threads()) {
+        const long long s = i % batch;
+        long long row = i % image / (width * batch) - moves[s], column = i / batch % width - moves[batch + s];
+        const bool inside = row >= 0 && row < height && column >= 0 && column < width;
+        if (!inside && !reflect) {
+            out[i] = T(0);
+            continue;
+        }
+        row = row < 0 ? -row : row >= height ? 2 * (height - 1) - row : row;
+        column = column < 0 ? -column : column >= width ? 2 * (width - 1) - column : column;
+        if (moves[2 * batch + s])
+            column = width - 1 - column;
+        out[i] = x[i / image * image + (row * width + column) * batch + s];
+    }
+}
+
 /* dx: dy where x is a window's first largest entry, 0 elsewhere, and in windows with NaN. */
 extern "C" __global__ void max_pool_back(long long channels, long long height, long long width, long long batch,
                                          long long size, const T *__restrict__ x, const T *__restrict__ dy,

@@ -1,0 +1,1 @@
+"""Training and predicting on arrays, from Python: `psmpi.fit` and `psmpi.load`."""

@@ -1,0 +1,53 @@
+"""Errors in a call that all ranks make: raised where all ranks have one, the end of the job where some wait."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+import numpy as np
+
+from psmpi.comm.protocol import World
+from psmpi.comm.world import end
+
+# Seconds that a rank with an error waits for those of the others.
+PATIENCE = 3.0
+
+
+class Failures:
+    """A block on all ranks out of which an error comes on all of them, or the job ends.
+
+    A rank that raises tells the others, and waits PATIENCE seconds to hear of their errors. A rank that does not fail
+    waits in some call of this one's: then the error is printed, and the job is aborted.
+    """
+
+    def __init__(self, world: World, patience: float = PATIENCE):
+        # Messages of their own, apart from what is under way.
+        self.comm = world.Dup() if world.size > 1 else world
+        self.patience = patience
+
+    def __enter__(self) -> Failures:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self.comm.size == 1:
+            return
+        if error is None:
+            self.comm.Free()
+        elif isinstance(error, Exception) and not self._met():
+            end(error)
+
+    def _met(self) -> bool:
+        """Whether all ranks have an error."""
+        others = [rank for rank in range(self.comm.size) if rank != self.comm.rank]
+        flags = np.zeros(self.comm.size)
+        waiting = [self.comm.Irecv(flags[rank : rank + 1], rank, 0) for rank in others]
+        sent = [self.comm.Isend(np.ones(1), rank, 0) for rank in others]
+        over = time.monotonic() + self.patience
+        while waiting and time.monotonic() < over:
+            waiting = [one for one in waiting if not one.Test()]
+            time.sleep(0.001)
+        if not waiting:
+            for one in sent:
+                one.Wait()
+        return not waiting

@@ -1,0 +1,177 @@
+"""Data sets of arrays in memory: NumPy's, what becomes such, and SciPy's sparse matrices, with labels of any kind."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from psmpi.data.arrays import Header
+from psmpi.data.csr import PARTS
+from psmpi.data.labels import MAX_CLASSES
+from psmpi.data.names import check_names
+from psmpi.data.own import build, build_all
+from psmpi.data.rows import ArrayRows
+from psmpi.data.sequences import LENGTHS
+from psmpi.data.split import Dataset, Split
+from psmpi.errors import UserError, counted
+
+Array = npt.NDArray[Any]
+# The name of such a data set, and what stands in errors where that of a file would.
+ARRAYS = "arrays"
+PLACE = Path(ARRAYS)
+# Whole numbers up to here are the same in float32.
+EXACT = 1 << 24
+
+
+def given_dataset(
+    x: Any,
+    y: Any,
+    x_test: Any = None,
+    y_test: Any = None,
+    lengths: Any = None,
+    lengths_test: Any = None,
+    split_seed: int = 0,
+) -> tuple[Dataset, Array | None]:
+    """The data set of samples x (n, ...) with targets y, and its classes, sorted, None where it has values.
+
+    x: dense, (n, features), (n, height, width) or (n, channels, height, width), uint8 (divided by 255), other integers
+    or floats; or a SciPy sparse matrix. With lengths (n,), samples are sequences, see psmpi.data.sequences. y:
+    integers, booleans or strings (n,) are labels, floating point numbers (n,) or (n, outputs) values. Without x_test
+    and y_test a fifth is held out for testing, as of a file. UserError for what is none of these, or does not fit
+    together.
+    """
+    if (x_test is None) != (y_test is None):
+        raise UserError("one of x_test and y_test is given only: give both, or neither")
+    headers = {**_samples("x", x, lengths is not None), **_lengths(LENGTHS, lengths)}
+    targets, classes = _targets("y", y)
+    headers["y"] = _header(targets)
+    if x_test is not None:
+        headers |= {**_samples("x_test", x_test, lengths is not None), **_lengths(f"{LENGTHS}_test", lengths_test)}
+        headers["y_test"] = _header(_targets_like("y_test", y_test, classes))
+    dataset, names = build(ARRAYS, PLACE, list(headers), headers, split_seed), _names("y", classes)
+    train, test = (replace(split, names=names) for split in (dataset.train, dataset.test))
+    return replace(dataset, train=train, test=test), classes
+
+
+def _names(key: str, classes: Array | None) -> tuple[str, ...]:
+    """The names of classes; () of values, and of classes that are their numbers."""
+    if classes is None or (classes.dtype.kind in "iu" and np.array_equal(classes, np.arange(len(classes)))):
+        return ()
+    # Of bytes characters that keep their order.
+    names = [one.decode("latin-1") if isinstance(one, bytes) else str(one) for one in classes.tolist()]
+    try:
+        return check_names(names)
+    except ValueError as error:
+        raise UserError(f"{key} has labels that cannot name classes ({error}): give short ones, or numbers") from None
+
+
+def task_of(y: Any) -> str:
+    """What targets are for: "classes" or "regression"; UserError for what are none."""
+    return "regression" if _labels("y", y).dtype.kind == "f" else "classes"
+
+
+def given_samples(x: Any, lengths: Any = None) -> Split:
+    """Samples x (n, ...) without targets, as `given_dataset` takes them."""
+    headers = {**_samples("x", x, lengths is not None), **_lengths(LENGTHS, lengths)}
+    return build_all(PLACE, list(headers), headers)
+
+
+def _header(values: Array) -> Header:
+    """A header of an array as a file has them; sources have a row a sample."""
+    rows = len(values) if values.ndim else 0
+    return Header(values.shape, values.dtype, lambda: ArrayRows(values.reshape(rows, -1)), lambda: values)
+
+
+def _samples(key: str, x: Any, sequences: bool) -> dict[str, Header]:
+    """Headers of the samples x: one of a dense array, those of its parts of a sparse one."""
+    if hasattr(x, "tocsr"):
+        rows = x.tocsr()
+        if not rows.has_canonical_format:
+            rows = rows.copy()
+            rows.sum_duplicates()
+        parts = {name: np.asarray(getattr(rows, name)) for name in PARTS}
+        if parts["data"].dtype.kind == "b":
+            parts["data"] = parts["data"].astype(np.float32)
+        return {f"{key}_{name}": _header(part) for name, part in parts.items()}
+    return {key: _header(_numbers(key, x, sequences))}
+
+
+def _numbers(key: str, x: Any, sequences: bool) -> Array:
+    """A dense array of a type that samples have; whole numbers of sequences may be tokens, and stay as they are."""
+    try:
+        values = np.asarray(x)
+        if values.dtype.kind == "O":
+            values = values.astype(np.float64)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{key} is no array of numbers ({error}): give samples of one length, as numbers") from None
+    if np.ma.isMaskedArray(x) and np.ma.getmask(x).any():
+        raise UserError(f"{key} has masked values, and samples have all of theirs: fill them in, {key}.filled(0)")
+    kind, size = values.dtype.kind, values.dtype.itemsize
+    if kind == "b" or (kind == "f" and size not in (4, 8)):
+        return values.astype(np.float32 if size < 8 else np.float64)
+    if kind in "iu" and values.dtype != np.uint8 and not sequences:
+        exact = not values.size or max(-int(values.min()), int(values.max())) <= EXACT
+        return values.astype(np.float32 if exact else np.float64)
+    return np.ascontiguousarray(values, values.dtype.newbyteorder("="))
+
+
+def _lengths(key: str, lengths: Any) -> dict[str, Header]:
+    return {} if lengths is None else {key: _header(np.asarray(lengths))}
+
+
+def _labels(key: str, y: Any) -> Array:
+    """An array of labels or values; objects become what they are, all integers, strings or numbers."""
+    try:
+        values = np.asarray(y)
+        if values.dtype.kind == "O":
+            kinds = {type(one) for one in values.ravel().tolist()}
+            if len(kinds) > 1 and str in kinds:
+                raise UserError(f"{key} has labels of several types, {_named(kinds)}: give them one type")
+            values = np.array(values.tolist())
+    except ValueError as error:
+        raise UserError(f"{key} is no array of targets ({error}): give one label or value a sample") from None
+    if values.dtype.kind not in "biufUS":
+        raise UserError(f"{key} is {values.dtype}: give integers, strings or booleans as labels, or floats as values")
+    return values
+
+
+def _named(kinds: set[type]) -> str:
+    return " and ".join(sorted(kind.__name__ for kind in kinds))
+
+
+def _targets(key: str, y: Any) -> tuple[Array, Array | None]:
+    """Values as they are, or numbers of classes for labels, and the classes."""
+    values = _labels(key, y)
+    if values.dtype.kind == "f":
+        return values, None
+    if values.ndim == 2 and values.shape[1] == 1:
+        raise UserError(f"{key} has the shape {values.shape}; expected ({len(values)},): give {key}.ravel()")
+    if values.ndim != 1:
+        # Labels at each step of sequences, -1 where none counts, or what cannot be.
+        return values, None
+    classes, numbers = np.unique(values, return_inverse=True)
+    if len(classes) > MAX_CLASSES:
+        raise UserError(f"{key} has {len(classes):,} classes; expected {MAX_CLASSES:,} at most: give floats as values")
+    return numbers.reshape(values.shape), classes
+
+
+def _targets_like(key: str, y: Any, classes: Array | None) -> Array:
+    """Targets as numbers of known classes."""
+    values = _labels(key, y)
+    if classes is None:
+        return values
+    if values.dtype.kind == "f" or (values.dtype.kind in "US") != (classes.dtype.kind in "US"):
+        raise UserError(f"{key} is {values.dtype}, and y has labels of {classes.dtype}: give labels of one type")
+    if values.ndim != 1:
+        raise UserError(f"{key} has the shape {values.shape}; expected ({len(values)},): give one label a sample")
+    unknown = values[~np.isin(values, classes)]
+    if len(unknown):
+        raise UserError(
+            f"{key} has the label {unknown[0]!s} of {counted(len(unknown), 'sample')}, which y has not: such a class "
+            "cannot be learnt; leave these samples out, or train on some"
+        )
+    return np.searchsorted(classes, values)

@@ -1,0 +1,74 @@
+"""What is said when a training ends: best and last score, where things lie, and what to type next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from psmpi import metrics
+from psmpi.checkpoint import Progress
+from psmpi.config import Config
+from psmpi.errors import counted
+
+# What is said at the first signal.
+STOPPING = "the run stops after the next step, and is saved; another signal ends it at once"
+# Makes the words that start a command again: its name, whether all ranks are started, its options.
+Typed = Callable[[str, bool, list[str]], str]
+
+
+def scores(rows: Sequence[dict[str, Any]]) -> str:
+    """ "best test accuracy 97.49 % (epoch 52), last 97.21 % (epoch 60)"; "" before the first test."""
+    found = metrics.best(rows)
+    if found is None:
+        return ""
+    key, best = found
+    first, last = metrics.SCORES[key](best[key]), rows[-1]
+    if last is best:
+        return f"best and last {first} (epoch {best['epoch']})"
+    value = metrics.SCORES[key](last[key]).removeprefix(f"{metrics.NAMES[key]} ")
+    return f"best {first} (epoch {best['epoch']}), last {value} (epoch {last['epoch']})"
+
+
+def at_signal(out: str, ends: bool, typed: Typed) -> str:
+    """What is said at the first signal. ends: whether the launcher may end the ranks before they have saved."""
+    if not ends:
+        return STOPPING
+    again = typed("train", True, ["--resume", "auto", "--out", out])
+    return f"the run stops after the next step, and is saved, if mpirun does not end it before; go on:\n{again}"
+
+
+def ended(config: Config, progress: Progress, rows: Sequence[dict[str, Any]], share: float, typed: Typed) -> list[str]:
+    """The lines after a training that is done; under --quiet one.
+
+    rows: of the metrics, that of the last epoch even where it is not whole; share: of the time, what was communication.
+    """
+    found = scores(rows)
+    first = f"done in {metrics.duration(progress.seconds)}{': ' if found else ''}{found}"
+    out = config.run.out
+    if config.terminal.quiet:
+        return [f"{first}; in {out}"]
+    sent = rows[-1]["bytes_sent"] if rows else progress.bytes_sent
+    more = f"{counted(progress.step, 'step')}, {sent / 1e6:.1f} MB sent"
+    if share:
+        more += f", {100 * share:.0f} % communication"
+    # The checkpoint has both numbers.
+    short = 0 < config.run.max_steps <= progress.step and progress.epoch < config.run.epochs
+    further = ["--max-steps", "0"] if short else ["--epochs", str(2 * config.run.epochs)]
+    return [
+        first,
+        f"{more}; in {out}",
+        f"predict: {typed('predict', False, [out])}",
+        f"inspect: {typed('inspect', False, ['show', out])}",
+        f"go on:   {typed('train', True, ['--resume', 'auto', '--out', out, *further])}",
+    ]
+
+
+def stopped(config: Config, progress: Progress, signal: str, typed: Typed) -> list[str]:
+    """The lines after a training that a signal has stopped, by the signal's name, "" where another rank had it."""
+    found = scores(progress.rows)
+    by = f" by {signal}" if signal else ""
+    return [
+        f"stopped{by} after step {progress.step}, and saved in {config.run.out}",
+        *([found] if found else []),
+        f"go on:   {typed('train', True, ['--resume', 'auto', '--out', config.run.out])}",
+    ]

@@ -1,0 +1,134 @@
+"""What a person sees while a run trains: a bar on a terminal, else a line every 30 s; a line an epoch; details."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from psmpi import metrics
+from psmpi.checkpoint import Progress
+from psmpi.config import Config
+from psmpi.output import Screen
+
+# Seconds between two lines, and between two states of the bar.
+LINE, DRAW = 30.0, 0.1
+# What ranks give in passing: loss, seconds in communication, seconds, and samples of the loss, as `Report.numbers`.
+NUMBERS = 4
+
+
+class Report:
+    """The account of a start, on every rank; it prints on rank 0 alone, whose screen is not quiet.
+
+    batch: samples in a minibatch; heard: where the sums over ranks of `numbers` are, as of some steps ago, zeros where
+    there are none yet; waited: seconds that this rank has been in communication, ever.
+    """
+
+    def __init__(
+        self,
+        screen: Screen,
+        config: Config,
+        batch: int,
+        heard: np.ndarray,
+        waited: Callable[[], float],
+        clock: Callable[[], float] = time.perf_counter,
+    ):
+        self.screen, self.config, self.batch, self.heard = screen, config, batch, heard
+        self.waited, self.clock = waited, clock
+        self.brief, self.detailed = config.terminal.quiet, config.terminal.verbose
+        self.total = self.first = 0
+        self.begun = self.told = self.drawn = clock()
+        self.before = waited()
+        # The row of the epoch measured last, which may not be whole.
+        self.last: dict[str, Any] | None = None
+        self.bar: Any = None
+        self.task: Any = None
+
+    @property
+    def share(self) -> float:
+        """Of all ranks' seconds of this start, those in communication, as a share; 0 on one rank, or not known yet."""
+        return float(self.heard[1] / self.heard[2]) if self.heard[2] else 0.0
+
+    @contextmanager
+    def showing(self, progress: Progress, total: int) -> Iterator[None]:
+        """The block in which a run of `total` steps trains on from `progress`."""
+        self.total, self.first = total, progress.step
+        self.begun = self.told = self.drawn = self.clock()
+        self.before = self.waited()
+        if self.brief or self.screen.console.quiet or not self.screen.live:
+            yield
+            return
+        with self.screen.bar() as self.bar:
+            words, pace = self._state(progress)
+            self.task = self.bar.add_task(words, total=total, completed=progress.step, pace=pace)
+            yield
+        self.bar = None
+
+    def numbers(self, loss: float, samples: float) -> tuple[float, float, float, float]:
+        """What this rank gives to the sums `heard`: its share of the loss, and the samples that it is of, besides."""
+        return loss, self.waited() - self.before, self.clock() - self.begun, samples
+
+    def step(self, progress: Progress) -> None:
+        """After a step."""
+        if self.brief or self.screen.console.quiet:
+            return
+        now = self.clock()
+        if now - (self.drawn if self.bar is not None else self.told) < (DRAW if self.bar is not None else LINE):
+            return
+        self.drawn = self.told = now
+        words, pace = self._state(progress)
+        if self.bar is not None:
+            self.screen.fit()
+            self.bar.update(self.task, completed=progress.step, description=words, pace=pace)
+        else:
+            self.screen.tell(f"{words}  step {progress.step}  {pace}")
+
+    def _state(self, progress: Progress) -> tuple[str, str]:
+        """Where a run is, and how fast."""
+        epochs, done, seconds = self.config.run.epochs, progress.step - self.first, self.clock() - self.begun
+        words = f"epoch {min(progress.epoch + 1, epochs)}/{epochs}"
+        loss, _, _, samples = self.heard
+        pace = [f"loss {loss / samples:.5g}"] if samples > 0 else []
+        if done and seconds:
+            pace.append(f"{done * self.batch / seconds:.0f} samples/s")
+            pace.append(f"{metrics.duration(seconds / done * (self.total - progress.step))} left")
+        if self.share:
+            pace.append(f"comm {100 * self.share:.0f} %")
+        return words, "  ".join(pace)
+
+    def epoch(self, row: dict[str, Any], shares: np.ndarray) -> None:
+        """After an epoch. row: of its metrics; shares: of each rank's time in it, what was communication."""
+        self.last = row
+        if self.brief:
+            return
+        self.screen.tell(metrics.describe(row, self.config.run.epochs))
+        if not self.detailed:
+            return
+        told = [
+            f"step {row['step']}",
+            metrics.duration(row["seconds"]),
+            f"{row['samples_per_second']:.0f} samples/s",
+            f"{row['bytes_sent'] / 1e6:.1f} MB sent",
+        ]
+        if shares.any():
+            told.append(f"comm {_percent(shares)}")
+        self.screen.tell(f"  {'  '.join(told)}")
+
+    def rows(self, progress: Progress) -> tuple[dict[str, Any], ...]:
+        """The rows of all epochs, that of the last one even where it is not whole."""
+        part = [] if self.last is None or self.last["epoch"] <= progress.epoch else [self.last]
+        return (*progress.rows, *part)
+
+    def detail(self, text: str) -> None:
+        """A line for --verbose."""
+        if self.detailed:
+            self.screen.tell(text)
+
+
+def _percent(shares: np.ndarray) -> str:
+    """ "30 %", or from the rank that communicates least to the one that does most "12-58 %"."""
+    least, most = f"{100 * shares.min():.0f}", f"{100 * shares.max():.0f}"
+    return f"{least} %" if least == most else f"{least}-{most} %"

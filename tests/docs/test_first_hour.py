@@ -1,0 +1,75 @@
+"""The page from a table of one's own to a network: its very commands, in an empty folder, one after the other."""
+
+import csv
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from helpers.paths import ROOT
+from helpers.terminal import CTRL_C, lines, on_terminal
+
+PAGE = (ROOT / "docs" / "first_hour.md").read_text()
+BLOCKS = re.findall(r"^```(bash|python)\n(.*?)^```$", PAGE, re.M | re.S)
+INSTALL, *COMMANDS = [line for kind, block in BLOCKS if kind == "bash" for line in block.splitlines()]
+TABLE, NOTEBOOK = [block for kind, block in BLOCKS if kind == "python"]
+
+
+def typed(command: str) -> list[str]:
+    """The words of a command; psmpi, and mpirun, are those of this Python."""
+    beside = Path(sys.executable).parent
+    found = {"psmpi": [sys.executable, "-m", "psmpi"], "mpirun": [str(beside / "mpirun")]}
+    return [word for given in shlex.split(command) for word in found.get(given, [given])]
+
+
+def test_what_is_installed_is_there_to_install():
+    """The command itself is run by the checks of every change, with more extras."""
+    extras = re.search(r"\[(.*)\]", INSTALL)[1].split(",")
+    known = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.M)
+    assert f"pip install -e '.[{','.join(extras)}]'" == INSTALL and set(extras) <= set(known)
+
+
+def test_the_commands_lead_from_a_table_to_a_network(tmp_path):
+    environ = {"PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+
+    def run(words: list[str]) -> str:
+        done = subprocess.run(
+            words, cwd=tmp_path, env={**os.environ, **environ}, capture_output=True, text=True, timeout=200
+        )
+        assert done.returncode == 0, (words, done.stderr + done.stdout)
+        return done.stdout
+
+    run([sys.executable, "-c", TABLE])
+    said = {}
+    for command in COMMANDS:
+        if command.startswith("mpirun -n 3 psmpi train"):
+            # As a person types it, and Ctrl-C in its midst.
+            keys = [(rb"epoch +5/300", CTRL_C, 0.0)]
+            status, raw = on_terminal(typed(command), tmp_path, keys=keys, timeout=200, TERM="xterm", **environ)
+            shown = lines(raw)
+            again = next(line for line in shown if "--resume auto" in line)
+            assert status != 0 and "runs/flowers" in again, shown
+            assert any("144 training and 36 test samples" in line for line in shown), shown
+        else:
+            said[command] = run(typed(command))
+    first, second = (text for command, text in said.items() if " doctor" in command)
+    assert " 0 errors" in first and " 0 errors" in second and "latency" in second
+    trained = next(text for command, text in said.items() if "--resume auto" in command)
+    assert "epoch 300/300" in trained and "best test accuracy" in trained
+    assert float(re.search(r"best.* accuracy ([\d.]+) %", trained)[1]) > 90
+    predicted = next(text for command, text in said.items() if command == "psmpi predict runs/flowers")
+    assert all(name in predicted for name in ("setosa", "versicolor", "virginica", "confusion"))
+    with (tmp_path / "found.csv").open() as file:
+        found = [row["predicted"] for row in csv.DictReader(file)]
+    assert len(found) == 12 and set(found) <= {"setosa", "versicolor", "virginica"}
+    assert (tmp_path / "curve.png").stat().st_size > 1000
+    x = np.loadtxt(tmp_path / "new.csv", delimiter=",", skiprows=1, dtype=np.float32)
+    (scores,) = onnxruntime.InferenceSession(tmp_path / "flowers.onnx").run(None, {"x": x})
+    names = np.array(["setosa", "versicolor", "virginica"])
+    assert names[scores.argmax(1)].tolist() == found
+    out = run([sys.executable, "-c", NOTEBOOK])
+    assert all(f"'{name}'" in out for name in set(found)) and float(out.split()[-1]) > 0.3

@@ -1,0 +1,75 @@
+"""Estimators of scikit-learn: its own checks, and how they work with its other parts."""
+
+import pickle
+
+import numpy as np
+import pytest
+from helpers.arrays import ranks_are_threads
+
+from psmpi.errors import UserError
+
+pytest.importorskip("sklearn", reason="scikit-learn, in psmpi[sklearn]")
+
+from sklearn.base import clone
+from sklearn.datasets import load_digits
+from sklearn.model_selection import GridSearchCV, train_test_split
+from sklearn.neural_network import MLPClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.utils.estimator_checks import check_estimator
+
+from psmpi.sklearn import PsmpiClassifier, PsmpiRegressor
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    with ranks_are_threads():
+        yield
+
+
+@pytest.mark.parametrize("estimator", [PsmpiClassifier(), PsmpiRegressor()], ids=["classifier", "regressor"])
+def test_it_passes_the_checks_of_scikit_learn(estimator):
+    found = check_estimator(estimator, on_skip=None, on_fail=None)
+    # What SciPy does with arrays of other libraries is off by default.
+    others = [(one["check_name"], one["exception"]) for one in found if one["status"] != "passed"]
+    assert [name for name, _ in others] in ([], ["check_array_api_input"]), others
+    assert len(found) > 45
+
+
+@pytest.mark.filterwarnings("ignore:Stochastic Optimizer")
+def test_it_learns_what_the_classifier_of_scikit_learn_learns():
+    x, y = load_digits(return_X_y=True)
+    parts = train_test_split(x / 16, np.array(["zero", "one", *"23456789"])[y], test_size=0.25, random_state=0)
+    ours, theirs = PsmpiClassifier(widths=(64,), epochs=15), MLPClassifier((64,), max_iter=60, random_state=0)
+    scores = [one.fit(parts[0], parts[2]).score(parts[1], parts[3]) for one in (ours, theirs)]
+    assert scores[0] > scores[1] - 0.02 and scores[0] > 0.95
+    assert ours.loss_curve_[-1] < ours.loss_curve_[0] / 3
+    assert set(ours.classes_) == {"zero", "one", *"23456789"}
+    again = pickle.loads(pickle.dumps(ours))
+    np.testing.assert_array_equal(again.predict_proba(parts[1]), ours.predict_proba(parts[1]))
+    same = clone(ours).fit(parts[0], parts[2])
+    np.testing.assert_array_equal(same.predict_proba(parts[1]), ours.predict_proba(parts[1]))
+
+
+def test_it_is_searched_over_in_a_pipeline():
+    x = np.random.default_rng(0).normal(size=(120, 4)) * 50
+    pipeline = make_pipeline(StandardScaler(), PsmpiClassifier(epochs=40))
+    found = GridSearchCV(pipeline, {"psmpiclassifier__widths": [(4,), (16,)]}, cv=2).fit(x, x[:, 0] > 0)
+    assert found.best_score_ > 0.8
+
+
+def test_wrong_settings_are_value_errors_and_user_errors():
+    x = np.random.default_rng(0).normal(size=(20, 4))
+    with pytest.raises(ValueError, match="unknown setting 'momntum'; did you mean momentum") as error:
+        PsmpiClassifier(settings={"momntum": 0.5}).fit(x, x[:, 0] > 0)
+    assert isinstance(error.value, UserError)
+    with pytest.raises(ValueError, match=r"lr -1\.0: expected a number above 0"):
+        PsmpiRegressor(lr=-1.0).fit(x, x[:, 0])
+
+
+def test_seeds_are_random_states():
+    x = np.random.default_rng(0).normal(size=(20, 4))
+    made = [PsmpiRegressor(epochs=1, random_state=seed).fit(x, x[:, 0]).predict(x) for seed in (None, 0, 1)]
+    assert (made[0] == made[1]).all() and (made[0] != made[2]).any()
+    drawn = PsmpiRegressor(epochs=1, random_state=np.random.RandomState(3)).fit(x, x[:, 0])
+    assert drawn.network_.settings["seed"] == np.random.RandomState(3).randint(1 << 31)

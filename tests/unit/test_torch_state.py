@@ -1,0 +1,158 @@
+"""Networks between psmpi and PyTorch: names and shapes without it, and equal scores with it."""
+
+import json
+
+import numpy as np
+import pytest
+from helpers.arrays import ranks_are_threads
+from helpers.layer_examples import NETWORKS, make
+from helpers.runs import run
+
+import psmpi
+from psmpi.backend import NumpyOps
+from psmpi.checkpoint import read_contents
+from psmpi.layout import restrict
+from psmpi.nn.layers.workspace import Span
+from psmpi.nn.model import Model
+from psmpi.testing.conformance import tensors
+from psmpi.torch import import_state, module_of
+
+SMALL = {"epochs": 2, "batch_size": 20, "lr": 0.01}
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    with ranks_are_threads():
+        yield
+
+
+@pytest.fixture
+def trained(tmp_path):
+    x = np.random.default_rng(0).random((60, 1, 8, 8)).astype(np.float32)
+    return psmpi.fit(x, x.mean(axis=(1, 2, 3)) > 0.5, **SMALL, model="psnet", out=tmp_path / "run"), x
+
+
+def test_weights_go_into_a_checkpoint_and_training_goes_on(trained, tmp_path):
+    found, x = trained
+    state = {name: values + 1 for name, values in found.network.weights.items()}
+    path = import_state(state, tmp_path / "run", tmp_path / "other.h5")
+    loaded = psmpi.load(path)
+    for name, values in loaded.weights.items():
+        np.testing.assert_array_equal(values, state[name])
+    assert set(tensors(path)) == {f"weights/{name}" for name in state}
+    contents = read_contents(path)
+    assert contents.progress.epoch == 2 and contents.labels == (False, True)
+    y = x.mean(axis=(1, 2, 3)) > 0.5
+    after = psmpi.fit(x, y, resume=path, out=tmp_path / "after", epochs=3)
+    assert len(after.metrics) == 3 and any("optimizer" in note for note in after.notes)
+    back = import_state(found.network.weights, path, tmp_path / "back.h5")
+    np.testing.assert_array_equal(psmpi.load(back).scores(x), found.network.scores(x))
+
+
+class Like:
+    """What a tensor of PyTorch is to the import."""
+
+    def __init__(self, values):
+        self.values = values
+
+    def __getattr__(self, name):
+        return lambda: self.values if name == "numpy" else self
+
+
+def test_a_state_that_does_not_fit_is_refused(trained, tmp_path):
+    found, _ = trained
+    good = {name: Like(values) for name, values in found.network.weights.items()}
+    first = next(iter(good))
+    wrong = [
+        ({name: one for name, one in good.items() if name != first}, f"state has no {first}, one of 1 missing"),
+        ({**{f"module.{k}": v for k, v in good.items()}}, f"did you mean module.{first}?"),
+        ({**good, "more.weight": Like(np.zeros(3))}, "state has more.weight, which"),
+        ({**good, first: Like(np.zeros((3, 3)))}, r"shape \(3, 3\), in"),
+        ({**good, first: Like(np.full_like(found.network.weights[first], np.nan))}, "not finite"),
+        ({**good, first: Like(found.network.weights[first].astype(str))}, "not finite"),
+    ]
+    for state, said in wrong:
+        with pytest.raises(psmpi.UserError, match=said):
+            import_state(state, tmp_path / "run", tmp_path / "other.h5")
+    assert not (tmp_path / "other.h5").exists()
+    import_state(good, tmp_path / "run", tmp_path / "other.h5")
+    with pytest.raises(psmpi.UserError, match=r"out .* is there already"):
+        import_state(good, tmp_path / "run", tmp_path / "other.h5")
+    cut = "-m", "psmpi.inspect", "cut", tmp_path / "run", "--classes", "0", "--out", tmp_path / "part.h5"
+    assert run(1, *cut)[0] == 0
+    with pytest.raises(psmpi.UserError, match="is a part of a network"):
+        import_state(good, tmp_path / "part.h5", tmp_path / "more.h5")
+
+
+# Kinds of layers that PyTorch gets no module for.
+REFUSED = ("sparse", "slab")
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_layer_gives_the_same_scores_or_is_refused(name):
+    torch = pytest.importorskip("torch", reason="PyTorch, in psmpi[torch]")
+    from psmpi.torch.modules import Scores
+
+    network = make(name)
+    if any(kind in json.dumps(network.tables) for kind in REFUSED):
+        with pytest.raises(psmpi.UserError, match=r"which psmpi\.torch has not"):
+            Scores(network)
+        return
+    layout, rng = network.layout(), np.random.default_rng(0)
+    w = rng.uniform(-1, 1, layout.size).astype(np.float32)
+    from psmpi.arrays.fitted import named_weights
+
+    module = Scores(network).filled(named_weights(layout, w))
+    assert {key: tuple(one.shape) for key, one in module.state_dict().items()} == {
+        parameter.name: parameter.shape for parameter in layout.parameters
+    }
+    x = rng.random((6, *network.in_shape), np.float32)
+    if module.tokens:
+        x = np.floor(x * network.layers[0].vocabulary).astype(np.float32)
+    several = [None]
+    if network.sequences:
+        several.append(1 + np.arange(6, dtype=np.int32) * network.in_shape[1] // 6)
+        if "side by side" in name:
+            several.pop()
+    for lengths in several:
+        model = Model(network, layout, restrict(w, layout.part(range(network.classes))), None, NumpyOps())
+        ours = model.forward(np.ascontiguousarray(x.reshape(6, -1).T), None, Span(lengths)).scores
+        fed = torch.from_numpy(x[:, 0].astype(np.int64) if module.tokens else x)
+        if network.sequences and not module.tokens:
+            fed = fed.movedim(2, 1)
+        theirs = module(fed, None if lengths is None else torch.from_numpy(lengths)).detach().numpy()
+        ours = ours.transpose(2, 1, 0) if ours.ndim == 3 else ours.T
+        if ours.ndim == 3 and lengths is not None:
+            counted = np.arange(ours.shape[1]) < lengths[:, None]
+            ours, theirs = ours[counted], theirs[counted]
+        np.testing.assert_allclose(theirs, ours, atol=1e-5 * max(1, abs(ours).max()), rtol=0)
+
+
+@pytest.mark.parametrize(("model", "size"), [("psnet", 8), ("lenet", 28), ("resnet", 12)])
+def test_a_trained_network_goes_to_torch_is_trained_there_and_comes_back(model, size, tmp_path):
+    torch = pytest.importorskip("torch", reason="PyTorch, in psmpi[torch]")
+    x = np.random.default_rng(0).random((60, 1, size, size)).astype(np.float32)
+    y = x.mean(axis=(1, 2, 3)) > 0.5
+    options = {"widths": (4, 8), "blocks": (1, 1)} if model == "resnet" else {}
+    found = psmpi.fit(x, y, **SMALL, model=model, out=tmp_path / "run", **options)
+    module = module_of(tmp_path / "run")
+    scores = module(torch.from_numpy(x)).detach().numpy()
+    np.testing.assert_allclose(scores, found.network.scores(x), atol=1e-5 * max(1, abs(scores).max()))
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    loss = torch.nn.functional.cross_entropy(module(torch.from_numpy(x)), torch.from_numpy(y.astype(int)))
+    loss.backward()
+    optimizer.step()
+    path = import_state(module.state_dict(), tmp_path / "run", tmp_path / "back.h5")
+    back = psmpi.load(path)
+    assert any((back.weights[name] != values).any() for name, values in found.network.weights.items())
+    scores = module(torch.from_numpy(x)).detach().numpy()
+    np.testing.assert_allclose(back.scores(x), scores, atol=1e-5 * max(1, abs(scores).max()))
+
+
+def test_without_torch_it_is_said_what_to_install(trained, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.delitem(sys.modules, "psmpi.torch.modules", raising=False)
+    with pytest.raises(psmpi.UserError, match=r"pip install 'psmpi\[torch\]'"):
+        module_of(trained[0].network)
