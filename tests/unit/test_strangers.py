@@ -34,6 +34,7 @@ from psmpi.inspect.figures import stats
 from psmpi.inspect.flight import read_flights
 from psmpi.inspect.look import show, state, verify
 from psmpi.inspect.opened import Opened
+from psmpi.nn.layers.pattern_file import read_pattern
 from psmpi.output import Screen, complain, printable, tell
 from psmpi.plot import plot
 from psmpi.testing.fuzz.checkpoints import good_checkpoint
@@ -576,10 +577,11 @@ def test_labels_of_curves_have_no_codes_for_terminals(
     assert "\x1b" not in "".join([*capsys.readouterr(), *(str(one.message) for one in recwarn)])
 
 
-def test_a_pipe_in_the_place_of_a_checkpoint_is_not_waited_for(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "a.h5")
+@pytest.mark.parametrize("read", [checkpoint.validate, lambda path: read_pattern(str(path))])
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path: Path, read: Any) -> None:
+    os.mkfifo(tmp_path / "a.npz")
     with pytest.raises(UserError, match="is no regular file"):
-        checkpoint.validate(tmp_path / "a.h5")
+        read(tmp_path / "a.npz")
 
 
 @pytest.mark.parametrize("wrong", [10**15, -1, -5])

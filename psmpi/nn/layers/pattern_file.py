@@ -24,7 +24,11 @@ WHOLE, TEXT = "iu", "SU"
 def read_pattern(path: str) -> Pattern:
     """The pattern of a matrix (units, inputs) in a .npz file, without its values; UserError where it is none."""
     try:
-        with zipfile.ZipFile(expanded(path, "pattern")) as archive:
+        place = expanded(path, "pattern")
+        if place.exists() and not place.is_file():
+            # A pipe would be waited for.
+            raise ValueError("it is no regular file")
+        with zipfile.ZipFile(place) as archive:
             kind = _read(archive, "format", 0, NUMBER, TEXT).item()
             kind = kind.decode("ascii") if isinstance(kind, bytes) else kind
             if kind != "csr":
