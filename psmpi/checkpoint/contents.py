@@ -211,6 +211,7 @@ def _progress(table: dict[str, Any]) -> Progress:
         whole(table[name], f"progress, {name}")
     for name in ("seconds", "loss_sum"):
         expect(finite(table[name], f"progress, {name}") >= 0, f"progress, {name}")
+    expect(table["cursor"] <= table["step"], "progress, cursor")
     return Progress(**table)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import h5py
 
-from psmpi.files.examining import limited
+from psmpi.files.examining import limited, size_of
 from psmpi.files.hdf5 import ForeignError, check_own, grid_of, is_hard
 
 # Characters of a message of HDF5.
@@ -83,5 +83,5 @@ def _read(dataset: h5py.Dataset) -> None:
 
 
 if __name__ == "__main__":
-    with limited(Path(sys.argv[1]).stat().st_size):
+    with limited(size_of(Path(sys.argv[1]))):
         print(json.dumps(scan(sys.argv[1])))

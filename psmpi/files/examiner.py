@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from psmpi.errors import DamagedError, UserError
-from psmpi.files.examining import run_check
+from psmpi.files.examining import run_check, size_of
 from psmpi.launcher import without_launcher
 
 # Seconds until an answer, beside those that the size of the file explains at so many bytes a second: on a host that has
@@ -94,8 +94,7 @@ class Examiner:
         with contextlib.suppress(BrokenPipeError):
             process.stdin.write(json.dumps(asked).encode() + b"\n")
             process.stdin.flush()
-        size = path.stat().st_size if path.exists() else 0
-        if not _ready(process.stdout, PATIENCE + size / SPEED):
+        if not _ready(process.stdout, PATIENCE + size_of(path) / SPEED):
             raise self._refused(path, "takes more time to open")
         line = process.stdout.readline()
         if line:
@@ -116,9 +115,8 @@ class Examiner:
 
     @staticmethod
     def _refused(path: Path, fault: str) -> DamagedError:
-        size = path.stat().st_size if path.exists() else 0
         return DamagedError(
-            f"{path} is damaged, or made to do harm: it {fault} than its {size:,} bytes explain; do not use it"
+            f"{path} is damaged, or made to do harm: it {fault} than its {size_of(path):,} bytes explain; do not use it"
         )
 
     def _running(self) -> subprocess.Popen[bytes]:

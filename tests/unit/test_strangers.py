@@ -26,6 +26,7 @@ from psmpi.config import from_toml
 from psmpi.data import open_dataset, open_split
 from psmpi.errors import DamagedError, UserError
 from psmpi.files import examiner
+from psmpi.files.examining import size_of
 from psmpi.files.hdf5 import chunks_of, filters_of
 from psmpi.files.packed import Unpacker, is_packed
 from psmpi.files.whole import partial_of, written
@@ -152,7 +153,8 @@ def test_checkpoints_have_all_their_values_themselves(good: Path, private: Path,
         ("progress", {"step": True}), ("progress", {"step": 1440.5}), ("progress", {"step": -1}),
         ("progress", {"step": "3"}), ("progress", {"epoch": 1e308}), ("progress", {"cursor": None}),
         ("progress", {"seconds": float("nan")}), ("progress", {"loss_sum": float("inf")}), ("progress", {"more": 1}),
-        ("progress", {"bytes_sent": 2**64}), ("scalars", {"t": float("nan")}), ("scalars", {"t": -5}),
+        ("progress", {"bytes_sent": 2**64}), ("progress", {"cursor": 10**9}),
+        ("scalars", {"t": float("nan")}), ("scalars", {"t": -5}),
         ("scalars", {"t": "3"}), ("scalars", {"t": True}), ("scalars", {"t": [1]}), ("random", {"samples": 2.5}),
         ("layout", {"classes": 10**8}), ("layout", {"classes": 0}), ("layout", {"in_shape": [True]}),
         ("layout", {"in_shape": "6"}), ("layout", {"task": "other"}), ("layout", {"by_step": 1}),
@@ -400,6 +402,16 @@ def test_a_file_that_ends_the_process_that_looks_at_it_is_named(
     with h5py.File(good, "w") as file:
         file["x"], file["y"] = X, Y
     assert open_dataset(str(good), None).train.n == 16
+
+
+def test_a_file_with_holes_explains_no_more_than_it_takes(tmp_path: Path) -> None:
+    path = tmp_path / "own.h5"
+    with path.open("wb") as file:
+        file.write(b"x" * 100)
+        file.truncate(1 << 40)
+    assert size_of(path) < 1 << 20 and size_of(tmp_path / "none") == 0
+    with pytest.raises(DamagedError, match="more memory to open"):
+        examiner.examine("psmpi.testing.fuzz.greedy:fill", path)
 
 
 def test_what_waits_for_another_program_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from psmpi.errors import DamagedError
-from psmpi.files.examining import limited, run_check
+from psmpi.files.examining import limited, run_check, size_of
 
 # What hears where the work is: "looking", or "using" what was looked at.
 report: Callable[[str], None] = lambda stage: None  # noqa: E731
@@ -24,7 +24,7 @@ def looking() -> Iterator[None]:
 
 def look(check: str, path: Path, options: dict[str, Any]) -> None:
     """As `psmpi.files.examining.run_check`, in this process, with the limits that the other one has."""
-    with looking(), limited(path.stat().st_size if path.exists() else 0):
+    with looking(), limited(size_of(path)):
         try:
             run_check(check, path, options)
         except MemoryError:
