@@ -139,4 +139,4 @@ def test_characters_are_learnt_and_predicted(tmp_path):
     made = trainer(tmp_path)(2, *options, "--method", "data_parallel", "--batch-size", "32", out=tmp_path / "out")
     assert made.rows[-1]["test_accuracy"] > 0.4
     status, said, err = run(1, "-m", "psmpi.predict", "out", cwd=tmp_path)
-    assert status == 0 and f"accuracy {100 * made.rows[-1]['test_accuracy']:.2f}" in said, said + err
+    assert status == 0 and f"{100 * made.rows[-1]['test_accuracy']:.2f} %" in said, said + err
