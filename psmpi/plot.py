@@ -20,6 +20,8 @@ Figures = Literal[
     "validation_rmse", "validation_loss",
 ]  # fmt: skip
 
+# What goes up where nothing is said, the first that there is.
+BY_DEFAULT: tuple[Figures, ...] = ("test_accuracy", "validation_accuracy", "test_rmse", "validation_rmse")
 # Whole numbers above this have no double each.
 MOST = 2**53
 # What is written at the axes.
@@ -45,7 +47,7 @@ def plot(
     /,
     out: Path,
     x: Axis = "epoch",
-    y: Figures = "test_accuracy",
+    y: Figures | None = None,
     low: float | None = None,
     high: float | None = None,
     title: str = "",
@@ -56,7 +58,7 @@ def plot(
         runs: Run directories; those with the same label before = are runs of one thing, such as several seeds.
         out: Picture to write: .png, .svg or .pdf.
         x: What goes along.
-        y: What goes up.
+        y: What goes up; if not given the first of test and validation accuracy and RMSE that the runs have measured.
         low: Where the vertical axis starts.
         high: Where it ends.
         title: Title of the picture.
@@ -79,22 +81,25 @@ def plot(
         raise UserError(f"--low {low:g} --high {high:g}: expected a number and one above it")
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
+    all_rows = [row for several in curves.values() for rows in several for row in rows]
+    measured = [name for name in BY_DEFAULT if all(name in row for row in all_rows)]
+    up: Figures = y if y is not None else (*measured, *BY_DEFAULT)[0]
     for label, several in curves.items():
-        for option, name in (("--y", y), ("--x", "bytes_sent" if x == "megabytes" else x)):
+        for option, name in (("--y", up), ("--x", "bytes_sent" if x == "megabytes" else x)):
             if any(name not in row for rows in several for row in rows):
                 has = ", ".join(known for known in get_args(Figures) if known in several[0][0])
                 raise UserError(f"{option} {name}: the runs of {label} have not measured it: choose one of {has}")
         length = min(map(len, several))
         along = [_mean([_value(rows[k], x) for rows in several]) for k in range(length)]
-        values = [[_value(rows[k], y) for rows in several] for k in range(length)]
+        values = [[_value(rows[k], up) for rows in several] for k in range(length)]
         means = [_mean(v) for v in values]
         shown = [v for v in means if isfinite(v) and (low is None or v >= low) and (high is None or v <= high)]
         if not shown:
             finite = [v for v in means if isfinite(v)]
             if not finite:
-                raise UserError(f"nothing to draw of {label}: none of its {y} is finite")
+                raise UserError(f"nothing to draw of {label}: none of its {up} is finite")
             raise UserError(
-                f"nothing to draw of {label}: all of its {y} lies from {min(finite):.4g} to {max(finite):.4g}: change "
+                f"nothing to draw of {label}: all of its {up} lies from {min(finite):.4g} to {max(finite):.4g}: change "
                 "--low and --high"
             )
         # No line goes to a point that has no neighbour.
@@ -108,7 +113,7 @@ def plot(
             else:
                 axes.vlines(along, *band, color=line.get_color())
     axes.set_xlabel(TITLES[x])
-    axes.set_ylabel(TITLES[y])
+    axes.set_ylabel(TITLES[up])
     axes.set_ylim(low, high)
     axes.set_title(legible(title), parse_math=False)
     axes.grid(alpha=0.3)
@@ -118,6 +123,8 @@ def plot(
         entry.set_text(printable(legible(label)))
     try:
         figure.savefig(out, dpi=110)
+    except FileNotFoundError:
+        raise UserError(f"--out {out}: there is no such folder as {out.parent}: make it, or name another one") from None
     except (OSError, ValueError) as error:
         raise UserError(f"--out {out}: {error}") from None
     tell(f"wrote {out}")

@@ -260,6 +260,9 @@ def _predict(world: Any, control: Any, options: Options) -> None:
             names=contents.called,
             features=prod(contents.in_shape),
         )
+        other = Path(options.dataset).name != Path(trained.data.dataset).name
+        if world.rank == 0 and options.split == "test" and other:
+            _note_left_out(options, data.source[2:], split.n, contents)
     examiner.close()
     _check_data(world, control, options, contents, split)
     network = make_network(
@@ -321,6 +324,24 @@ def _predict(world: Any, control: Any, options: Options) -> None:
         predictor.run(split, found.take if found is not None else None)
         if found is not None:
             found.report()
+
+
+def _note_left_out(options: Options, source: Any, predicted: int, contents: Any) -> None:
+    """Say that samples are left out which a training of these data would hold out for testing, where it would."""
+    from contextlib import suppress
+
+    from psmpi.data import open_dataset
+    from psmpi.errors import UserError
+
+    with suppress(UserError):
+        own = (options.dataset, options.data_dir, *source)
+        dataset = open_dataset(*own, characters=contents.characters, names=contents.called)
+        if dataset.held_out:
+            count = dataset.train.n + dataset.test.n
+            complain(
+                f"note: these are the {predicted:,} of the {count:,} samples of {options.dataset} that a training of "
+                "them would hold out for testing: --split all predicts all of them"
+            )
 
 
 def _check_data(world: Any, control: Any, options: Options, contents: Any, split: Any) -> None:

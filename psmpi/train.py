@@ -364,7 +364,14 @@ def train(
                 ()
                 if take is not None
                 else (
-                    ended(config, loop.progress, loop.report.rows(loop.progress), loop.report.share, again)
+                    ended(
+                        config,
+                        loop.progress,
+                        loop.report.rows(loop.progress),
+                        loop.report.share,
+                        again,
+                        loop.best.due(loop.progress.rows),
+                    )
                     if done
                     else stopped(config, loop.progress, signals.name, again)
                 )

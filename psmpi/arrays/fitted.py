@@ -89,9 +89,10 @@ class Fitted:
         not given. UserError for samples that do not fit.
         """
         with raised():
-            split = given_samples(x, lengths)
+            last = self.config.data.layout == "nhwc"
+            split = given_samples(x, lengths, last)
             network = self._network_for(split)
-            some = None if calibrate is None else given_samples(calibrate)
+            some = None if calibrate is None else given_samples(calibrate, channels_last=last)
             if network.normalized and some is None and split.n < 2:
                 raise UserError(
                     f"model {network.name} normalizes over samples, and a single one is none: add calibrate=x, samples "

@@ -28,6 +28,7 @@ from psmpi.errors import UserError
 from psmpi.output import Screen
 from psmpi.registry import DEFAULT, WHOLE, find_method
 from psmpi.train import settle_paths, train
+from psmpi.training.checks import check_data
 from psmpi.training.loop import Loop
 from psmpi.training.resume import noting
 from psmpi.training.start import network_of
@@ -130,9 +131,11 @@ def _fit(world: Any, control: Control, arrays: Arrays, said: Mapping[str, Any], 
     _check_same(control, said)
     task = control.agreed(lambda: task_of(arrays[1])) or ""
     config, own = _shared(control, lambda: configured(said, task))
-    opened = control.agreed(lambda: given_dataset(*arrays, split_seed=config.data.split_seed))
+    check_data(config.data, False)
+    data = (config.data.split_seed, config.data.layout == "nhwc", config.data.validation)
+    opened = control.agreed(lambda: given_dataset(*arrays, *data))
     assert opened is not None
-    dataset, classes = opened
+    dataset, classes = opened[0].for_training(), opened[1]
     config, own = _shared(control, lambda: (_settled(config, own, said, dataset, screen), own))
     stopped: list[str] = []
     found: list[Training] = []

@@ -17,6 +17,7 @@ from psmpi.data.own import build, build_all
 from psmpi.data.rows import ArrayRows
 from psmpi.data.sequences import LENGTHS
 from psmpi.data.split import Dataset, Split
+from psmpi.data.validation import with_validation
 from psmpi.errors import UserError, counted
 
 Array = npt.NDArray[Any]
@@ -35,13 +36,16 @@ def given_dataset(
     lengths: Any = None,
     lengths_test: Any = None,
     split_seed: int = 0,
+    channels_last: bool = False,
+    validation: float = 0.0,
 ) -> tuple[Dataset, Array | None]:
     """The data set of samples x (n, ...) with targets y, and its classes, sorted, None where it has values.
 
     x: dense, (n, features), (n, height, width) or (n, channels, height, width), uint8 (divided by 255), other integers
     or floats; or a SciPy sparse matrix. With lengths (n,), samples are sequences, see psmpi.data.sequences. y:
     integers, booleans or strings (n,) are labels, floating point numbers (n,) or (n, outputs) values. Without x_test
-    and y_test a fifth is held out for testing, as of a file. UserError for what is none of these, or does not fit
+    and y_test a fifth is held out for testing, as of a file. channels_last, validation: see
+    `psmpi.data.open_dataset`. UserError for what is none of these, or does not fit
     together.
     """
     if (x_test is None) != (y_test is None):
@@ -52,9 +56,11 @@ def given_dataset(
     if x_test is not None:
         headers |= {**_samples("x_test", x_test, lengths is not None), **_lengths(f"{LENGTHS}_test", lengths_test)}
         headers["y_test"] = _header(_targets_like("y_test", y_test, classes))
-    dataset, names = build(ARRAYS, PLACE, list(headers), headers, split_seed), _names("y", classes)
-    train, test = (replace(split, names=names) for split in (dataset.train, dataset.test))
-    return replace(dataset, train=train, test=test), classes
+    made = build(ARRAYS, PLACE, list(headers), headers, split_seed, channels_last=channels_last)
+    names = _names("y", classes)
+    train, test = (replace(split, names=names) for split in (made.train, made.test))
+    dataset = replace(made, train=train, test=test)
+    return with_validation(dataset, validation, split_seed) if validation else dataset, classes
 
 
 def _names(key: str, classes: Array | None) -> tuple[str, ...]:
@@ -74,10 +80,10 @@ def task_of(y: Any) -> str:
     return "regression" if _labels("y", y).dtype.kind == "f" else "classes"
 
 
-def given_samples(x: Any, lengths: Any = None) -> Split:
+def given_samples(x: Any, lengths: Any = None, channels_last: bool = False) -> Split:
     """Samples x (n, ...) without targets, as `given_dataset` takes them."""
     headers = {**_samples("x", x, lengths is not None), **_lengths(LENGTHS, lengths)}
-    return build_all(PLACE, list(headers), headers)
+    return build_all(PLACE, list(headers), headers, channels_last=channels_last)
 
 
 def _header(values: Array) -> Header:

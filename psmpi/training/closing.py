@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from psmpi import metrics
 from psmpi.checkpoint import Progress
+from psmpi.checkpoint.format import best
 from psmpi.config import Config
 from psmpi.errors import counted
 
@@ -37,8 +39,15 @@ def at_signal(out: str, ends: bool, typed: Typed) -> str:
     return f"the run stops after the next step, and is saved, if mpirun does not end it before; go on:\n{again}"
 
 
-def ended(config: Config, progress: Progress, rows: Sequence[dict[str, Any]], share: float, typed: Typed) -> list[str]:
-    """The lines after a training that is done; under --quiet one.
+def ended(
+    config: Config,
+    progress: Progress,
+    rows: Sequence[dict[str, Any]],
+    share: float,
+    typed: Typed,
+    early: bool = False,
+) -> list[str]:
+    """The lines after a training that is done; under --quiet one. early: whether --patience has ended it.
 
     rows: of the metrics, that of the last epoch even where it is not whole; share: of the time, what was communication.
     """
@@ -52,13 +61,16 @@ def ended(config: Config, progress: Progress, rows: Sequence[dict[str, Any]], sh
     if share:
         more += f", {100 * share:.0f} % communication"
     # The checkpoint has both numbers.
+    kept = str(best(Path(out))) if config.run.keep_best and out else out
     short = 0 < config.run.max_steps <= progress.step and progress.epoch < config.run.epochs
     further = ["--max-steps", "0"] if short else ["--epochs", str(2 * config.run.epochs)]
+    if early:
+        further = ["--patience", str(2 * config.run.patience)]
     return [
         first,
         f"{more}; in {out}",
-        f"predict: {typed('predict', False, [out])}",
-        f"inspect: {typed('inspect', False, ['show', out])}",
+        f"predict: {typed('predict', False, [kept])}",
+        f"inspect: {typed('inspect', False, ['show', kept])}",
         f"go on:   {typed('train', True, ['--resume', 'auto', '--out', out, *further])}",
     ]
 

@@ -138,7 +138,8 @@ class Loop:
         notes = [*(f"note: {note}" for note in notes), f"resumed from {path}, step {progress.step}"]
         if self.best.due(progress.rows):
             told = next(self.best.describe(progress.rows, ""))
-            notes.append(f"nothing left to do: {told}: raise it to go on")
+            more = 2 * self.config.run.patience
+            notes.append(f"nothing left to do: {told}; with --patience {more} it goes on")
         elif progress.step >= self.total:
             most = self.config.run.max_steps
             asked = counted(most, "step") if 0 < most <= progress.step else f"--epochs {self.config.run.epochs}"

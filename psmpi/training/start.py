@@ -186,6 +186,8 @@ def _open(
     share, prints: as of `identify`; given: as of `begin`.
     """
     if given is not None:
+        if config.data.augment:
+            given = with_augmentation(given, config.data.augment, config.run.seed)
         return given, identify(given, share, prints)
     with control.flight.task(f"reading the data set {config.data.dataset}"):
         name = of_rank(config.data.dataset, control.rank)

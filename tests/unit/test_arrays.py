@@ -1,5 +1,6 @@
 """Training and predicting on arrays: the same as on files, in words for Python, and nothing left behind."""
 
+import json
 import os
 import pickle
 import signal
@@ -409,3 +410,25 @@ def test_importing_the_package_imports_little():
     assert (status, out) == (0, "set() True\n"), err
     with pytest.raises(AttributeError, match="no attribute 'fitt'"):
         psmpi.fitt  # noqa: B018
+
+
+def test_validation_layout_and_augmentation_are_those_of_the_command_line(tmp_path):
+    """Of the same arrays in a file: the same rows and weights."""
+    rng = np.random.default_rng(3)
+    x, y = rng.integers(0, 255, (60, 8, 8, 3), np.uint8), np.arange(60) % 3
+    np.savez(tmp_path / "own.npz", x=x, y=y)
+    found = psmpi.fit(
+        x, y, model="psnet", epochs=2, batch_size=10, lr=0.01, layout="nhwc", validation=0.2, augment=["flip"]
+    )
+    assert {"validation_loss", "validation_accuracy"} <= set(found.metrics[-1]) and "test_loss" not in found.metrics[-1]
+    shape = ("--dataset", tmp_path / "own.npz", "--model", "psnet", "--layout", "nhwc", "--augment", "flip")
+    options = ("--epochs", 2, "--batch-size", 10, "--lr", 0.01, "--validation", 0.2, "--out", tmp_path / "run")
+    words = ("-m", "psmpi.train", *shape, *options)
+    status, _, err = run(1, *words)
+    assert status == 0, err
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    names = ("train_loss", "validation_loss", "validation_accuracy")
+    assert [[row[name] for name in names] for row in rows] == [[row[name] for name in names] for row in found.metrics]
+    assert found.network.contents.in_shape == (3, 8, 8) and found.predict(x[:5]).shape == (5,)
+    with pytest.raises(psmpi.UserError, match="validation"):
+        psmpi.fit(x, y, validation=1.5)
