@@ -259,6 +259,7 @@ def _predict(world: Any, control: Any, options: Options) -> None:
             numbering=numbering,
             names=contents.called,
             features=prod(contents.in_shape),
+            columns=contents.columns,
         )
         other = Path(options.dataset).name != Path(trained.data.dataset).name
         if world.rank == 0 and options.split == "test" and other:

@@ -321,6 +321,7 @@ def train(
                 data=identity.table(),
                 characters=dataset.train.characters,
                 names=labels or dataset.train.names,
+                columns=dataset.train.columns,
                 spaces={name: space.layout for name, space in method.state.spaces.items()},
             )
             tracked = Run(out, {**used_settings(config), "ranks": world.size}, config.run.track_dir)

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,8 @@ from psmpi.nn.layers.pattern_file import names_files
 
 TABLES = ("elements", "rank")
 TEXTS = (
-    "characters", "config", "data", "layout", "metrics", "names", "part", "placement", "progress", "provenance",
-    "random", "scalars",
+    "characters", "columns", "config", "data", "layout", "metrics", "names", "part", "placement", "progress",
+    "provenance", "random", "scalars",
 )  # fmt: skip
 COUNTS = ("step", "epoch", "cursor", "bytes_sent", "bytes_received")
 # In files that do not say which vectors are the method's own, these are.
@@ -85,7 +86,8 @@ class Contents:
     scalars: of the optimizer; spaces: layouts, by name, of tensors that are neither weights nor vectors of the
     optimizer, each a vector of that name, of any dtype; own: the vectors under /optimizer that are the training
     method's, not the optimizer's; characters: of a text, what its tokens, and so the classes, stand for, else "";
-    names: of the classes, where labels are not their numbers; strings, or of labels in arrays numbers or booleans.
+    columns: of a table, the names of the features, else (); names: of the classes, where labels are not their numbers;
+    strings, or of labels in arrays numbers or booleans.
     """
 
     config: str
@@ -106,6 +108,7 @@ class Contents:
     data: Mapping[str, Any] = field(default_factory=dict)
     characters: str = ""
     names: tuple[str | int | float | bool, ...] = ()
+    columns: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in self.spaces:
@@ -140,6 +143,7 @@ class Contents:
         # In ASCII: a string of HDF5 ends at a NUL.
         texts |= {"characters": json.dumps(self.characters)} if self.characters else {}
         texts |= {"names": json.dumps(self.names)} if self.names else {}
+        texts |= {"columns": json.dumps(self.columns)} if self.columns else {}
         return texts if self.part is None else {**texts, "part": json.dumps(self.part)}
 
     @staticmethod
@@ -169,6 +173,7 @@ class Contents:
             data=_identity(table_of(texts["data"])) if "data" in texts else {},
             characters=_characters(texts["characters"], layout) if "characters" in texts else "",
             names=_names(texts["names"], layout) if "names" in texts else (),
+            columns=_columns(texts["columns"], layout) if "columns" in texts else (),
         )
         expect(all(isinstance(name, str) for name in made.own), "layout, own")
         expect(made.task in ("classes", "regression"), "layout, task")
@@ -244,6 +249,13 @@ def _characters(text: str, layout: Mapping[str, Any]) -> str:
     found.encode()
     expect(all(a < b for a, b in pairwise(found)), "characters")
     return str(found)
+
+
+def _columns(text: str, layout: Mapping[str, Any]) -> tuple[str, ...]:
+    found = read_json(text)
+    expect(isinstance(found, list) and len(found) == prod(sizes(layout["in_shape"])), "columns")
+    expect(all(isinstance(name, str) for name in found) and len(set(found)) == len(found), "columns")
+    return tuple(found)
 
 
 def _names(text: str, layout: Mapping[str, Any]) -> tuple[str | int | float | bool, ...]:

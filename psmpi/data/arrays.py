@@ -29,6 +29,8 @@ class Header:
     dtype: np.dtype[Any]
     source: Callable[[], RowSource]
     values: Callable[[], npt.NDArray[Any]]
+    # Of a table, the names of its features.
+    columns: tuple[str, ...] = ()
 
 
 def check_names(path: Path, keys: Sequence[str], wanted: Sequence[str], predicted: bool = False) -> None:

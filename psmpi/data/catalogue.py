@@ -144,13 +144,15 @@ def open_split(
     numbering: Numbering | None = None,
     names: Names = None,
     features: int = 0,
+    columns: tuple[str, ...] = (),
 ) -> Split:
     """The `train`, `test` or `validation` samples of a data set, or `all` the samples x of a file.
 
     Labels are -1 where the file has none.
 
     context to names: see `open_dataset`. numbering: of a text of sparse samples that belongs to another one; features:
-    of the network that predicts them, by which a table without labels is known.
+    of the network that predicts them, by which a table without labels is known; columns: the names of these features,
+    by which those of a table are found.
 
     predicted: whether they are to be predicted, so that errors can say how to do without targets. Raises UserError as
     open_dataset does.
@@ -173,7 +175,7 @@ def open_split(
     elif base in DATASETS or is_text(base):
         dataset = open_dataset(name, data_dir, split_seed, context, characters=characters)
     else:
-        own = _read_own(name, _folder(data_dir), label, external, features, split == "all")
+        own = _read_own(name, _folder(data_dir), label, external, features, split == "all", columns)
         if split == "all":
             return build_all(*own, names, channels_last)
         dataset = build(name, *own, split_seed, predicted, names, channels_last)
@@ -191,11 +193,17 @@ def _check_view(name: str, view: str) -> None:
 
 
 def _read_own(
-    name: str, folder: Path | None, label: str, external: bool, features: int = 0, whole: bool = False
+    name: str,
+    folder: Path | None,
+    label: str,
+    external: bool,
+    features: int = 0,
+    whole: bool = False,
+    columns: tuple[str, ...] = (),
 ) -> tuple[Path, list[str], dict[str, Header]]:
     path = _locate(name, folder)
     if is_table(path.name):
-        return path, *read_table(path, label, features, whole)
+        return path, *read_table(path, label, features, whole, columns)
     if label:
         raise UserError(f"--label {label}: of {path.name} the array y has the labels; --label is for tables, .csv")
     if is_pair(path.name):

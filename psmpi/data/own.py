@@ -124,7 +124,8 @@ def _read(
         order = np.ascontiguousarray(np.arange(prod(shape)).reshape(shape).transpose(2, 0, 1)).reshape(-1)
         shape = (shape[2], *shape[:2])
     y, outputs = as_targets(path, "y" + key[1:], headers) if targets else (np.full(header.shape[0], -1), 0)
-    return Split(frozen(y), shape, scale, header.source(), order=order, names=names), len(names) or outputs
+    made = Split(frozen(y), shape, scale, header.source(), order=order, names=names, columns=header.columns)
+    return made, len(names) or outputs
 
 
 def _described(split: Split, outputs: int) -> str:

@@ -55,6 +55,7 @@ class Split:
     vocabulary: the tokens that there are, where the data set knows it; else 0.
     characters: of a text, what its tokens stand for, token k for the k-th; else "".
     names: of the classes, class k has the k-th; () where labels are their numbers.
+    columns: of a table, the names of the features, feature k has the k-th; () where they have none.
     numbering: of a text of sparse samples, what its numbers mean.
     memory: the bytes of samples that a process keeps, see psmpi.data.bounded; -1: as many as it needs.
     augmentation: what is done to images when they are fetched.
@@ -70,6 +71,7 @@ class Split:
     vocabulary: int = 0
     characters: str = ""
     names: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
     numbering: Numbering | None = None
     memory: int = -1
     augmentation: Augmentation | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ def is_table(name: str) -> bool:
 
 
 def read_table(
-    path: Path, label: str = "", features: int = 0, whole: bool = False
+    path: Path, label: str = "", features: int = 0, whole: bool = False, known: tuple[str, ...] = ()
 ) -> tuple[list[str], dict[str, Header]]:
     """The arrays x and y of a table, and x_test and y_test of the one beside it, own_test.csv, if there is one.
 
@@ -34,17 +35,19 @@ def read_table(
     of labels, by its name or its number from 1 on; "": one called label, class, target or y, else the last. Labels that
     are text, or integers, are classes; with a decimal point in one of them all are values. Features are float32.
     features: of a network that has been trained, 0 for none: of so many columns none has labels. whole: leave the table
-    beside it out.
+    beside it out. known: the names of the network's features, which come in their order wherever the table has them; a
+    table without names has them by position.
 
-    UserError for the first line that is no sample, see psmpi.data.tabletext, and for a table without samples.
+    UserError for a feature that is missing, for columns that are neither features nor the label, for the first line
+    that is no sample, see psmpi.data.tabletext, and for a table without samples.
     """
-    form, first = _form(path, label, features)
-    headers = _arrays(path, "", form, first)
+    form, first = _form(path, label, features, known)
+    headers = _arrays(path, "", form, first, known)
     match = _NAME.fullmatch(path.name)
     assert match is not None
     beside = path.with_name(f"{match[1]}_test{match[2]}{match[3]}")
     if beside.is_file() and not whole:
-        other, first = _form(beside, label, features)
+        other, first = _form(beside, label, features, known)
         if other.columns != form.columns and len(other.columns) != len(form.columns):
             raise UserError(
                 f"{beside} has {counted(len(other.columns), 'column')}, {path.name} {len(form.columns)}: write "
@@ -53,11 +56,11 @@ def read_table(
         if any(other.columns) and any(form.columns) and other.columns != form.columns:
             differ = next(k for k, (a, b) in enumerate(zip(form.columns, other.columns, strict=True)) if a != b)
             raise UserError(f"{beside}: {other.place(differ)}, in {path.name} {form.place(differ)}: write both alike")
-        headers |= _arrays(beside, "_test", other, first)
+        headers |= _arrays(beside, "_test", other, first, known)
     return list(headers), headers
 
 
-def _form(path: Path, label: str, features: int) -> tuple[Form, bool]:
+def _form(path: Path, label: str, features: int, known: tuple[str, ...]) -> tuple[Form, bool]:
     """The form of a table, and whether its first line has the names of columns."""
     text = b""
     for _, block in records(path):
@@ -77,7 +80,9 @@ def _form(path: Path, label: str, features: int) -> tuple[Form, bool]:
     columns = tuple(first) if named else ("",) * len(first)
     if named:
         _check_columns(path, columns)
-    at = _label_column(path, columns, label, features)
+    at = (
+        _beside_known(path, columns, label, known) if named and known else _label_column(path, columns, label, features)
+    )
     if len(columns) - (at >= 0) < 1:
         raise UserError(
             f"{path}: {counted(len(columns), 'column')}; expected features and a label, with commas between"
@@ -128,7 +133,7 @@ def _label_column(path: Path, columns: tuple[str, ...], label: str, features: in
     if label:
         if re.fullmatch(r"[1-9]\d{0,8}", label) and int(label) <= len(columns):
             return int(label) - 1
-        has = f"columns {', '.join(columns[:8])}{', ...' if len(columns) > 8 else ''}" if any(columns) else "no names"
+        has = f"columns {_few(columns)}" if any(columns) else "no names"
         raise UserError(
             f"--label {label}: {path} has {counted(len(columns), 'column')} ({has}): give the name of "
             "one, or its number from 1"
@@ -137,15 +142,40 @@ def _label_column(path: Path, columns: tuple[str, ...], label: str, features: in
     return next((small.index(name) for name in USUAL if name in small), len(columns) - 1)
 
 
-def _arrays(path: Path, end: str, form: Form, named: bool) -> dict[str, Header]:
+def _beside_known(path: Path, columns: tuple[str, ...], label: str, known: tuple[str, ...]) -> int:
+    """The column of labels, from 0, or -1 for none, of a table that has the features of a network by their names."""
+    missing = [name for name in known if name not in columns]
+    others = [name for name in columns if name not in known]
+    if missing or (len(others) > 1 and label not in others):
+        fault = (
+            f"no column {missing[0]!r}" if missing else f"found {counted(len(others), 'column')} more, {_few(others)}"
+        )
+        raise UserError(
+            f"{path}: {fault}; the network was trained on {_few(known)}, and the table has {_few(columns)}: name the "
+            "columns as there, and leave out what is neither one of them nor the label"
+        )
+    if len(others) > 1:
+        extra = next(name for name in others if name != label)
+        raise UserError(f"{path}: the column {extra!r} is no feature of the network, {_few(known)}: leave it out")
+    return columns.index(others[0]) if others else -1
+
+
+def _few(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
+
+
+def _arrays(path: Path, end: str, form: Form, named: bool, known: tuple[str, ...]) -> dict[str, Header]:
     """The arrays of a table, `end` behind their names."""
     try:
         values, labels = _read(path, form, named)
     except TextualError:
         values, labels = _read(path, form._replace(textual=True), named)
+    columns = tuple(name for k, name in enumerate(form.columns) if k != form.label) if any(form.columns) else ()
+    if columns and known and columns != known:
+        values, columns = np.ascontiguousarray(values[:, [columns.index(name) for name in known]]), known
     # Read-only, as what is read of files.
     values.flags.writeable = labels.flags.writeable = False
-    headers = {f"x{end}": Header(values.shape, values.dtype, lambda: ArrayRows(values), lambda: values)}
+    headers = {f"x{end}": Header(values.shape, values.dtype, lambda: ArrayRows(values), lambda: values, columns)}
     if form.label >= 0:
         headers[f"y{end}"] = Header(labels.shape, labels.dtype, lambda: ArrayRows(labels[:, None]), lambda: labels)
     return headers

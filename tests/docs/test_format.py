@@ -61,7 +61,7 @@ def files(tmp_path_factory):
 
     made = []
     (tmp_path_factory.getbasetemp() / "text.txt").write_text("to be, or not to be. " * 20)
-    (tmp_path_factory.getbasetemp() / "table.csv").write_text("1,2,cat\n3,4,dog\n5,6,eel\n" * 10)
+    (tmp_path_factory.getbasetemp() / "table.csv").write_text("p,q,kind\n" + "1,2,cat\n3,4,dog\n5,6,eel\n" * 10)
     for number, (options, ranks) in enumerate(RUNS):
         out = tmp_path_factory.mktemp("formats") / f"run{number}"
         words = ("--out", out, "--max-steps", "2", *options)

@@ -222,3 +222,31 @@ def test_packed_tables_are_read(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--label 1: of a\.npz the array y has the labels"):
         np.savez(tmp_path / "a.npz", x=np.zeros((5, 1)), y=np.arange(5) % 2)
         open_dataset(str(tmp_path / "a.npz"), None, label="1")
+
+
+def test_features_of_a_network_are_found_by_their_names(tmp_path: Path) -> None:
+    """Wherever they are in a table; without names in its first line they come by position."""
+    known = ("a", "b", "c")
+    want = np.array([[1, 2, 3], [4, 5, 6]], np.float32)
+
+    def read(text: str, label: str = "") -> tuple[Any, Any]:
+        (tmp_path / "new.csv").write_text(text)
+        where = (str(tmp_path / "new.csv"), None, "all", 0, 64, label)
+        split = open_split(*where, names=("x", "y"), features=3, columns=known)
+        return split.read(np.arange(split.n)), split.labels.tolist()
+
+    for text in ("a,b,c\n1,2,3\n4,5,6\n", "c,a,b\n3,1,2\n6,4,5\n", "1,2,3\n4,5,6\n"):
+        values, labels = read(text)
+        assert np.array_equal(values, want) and labels == [-1, -1]
+    for text, label in (("c,kind,b,a\n3,y,2,1\n6,x,5,4\n", "kind"), ("kind,c,b,a\ny,3,2,1\nx,6,5,4\n", "other")):
+        values, labels = read(text, label)
+        assert np.array_equal(values, want) and labels == [1, 0]
+    for text, label, says in (
+        ("a,b\n1,2\n", "kind", "no column 'c'; the network was trained on a, b, c, and the table has a, b"),
+        ("a,b,d\n1,2,3\n", "", "no column 'c'"), ("a,b,c,d,e\n1,2,3,4,x\n", "", "2 columns more, d, e"),
+        ("a,b,c,d,e\n1,2,3,4,x\n", "e", "the column 'd' is no feature"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=says):
+            read(text, label)
+    (tmp_path / "own.csv").write_text("a,kind,b,c\n" + "1,x,2,3\n4,y,5,6\n" * 6)
+    assert open_dataset(str(tmp_path / "own.csv"), None, 0, 64, "kind").test.columns == known
