@@ -212,7 +212,6 @@ def train(
     from psmpi.comm.world import cores as own_cores
     from psmpi.comm.world import host, library, local_rank
     from psmpi.config import to_toml, used_settings, without_anew
-    from psmpi.errors import counted
     from psmpi.files import examiner
     from psmpi.launcher import announced_size, ends_ranks, process_number, shown_on
     from psmpi.output import Screen
@@ -220,7 +219,7 @@ def train(
     from psmpi.track import Run, Trackers
     from psmpi.training.backend import backend_of
     from psmpi.training.capacity import check_capacity
-    from psmpi.training.closing import STOPPING, at_signal, ended, stopped
+    from psmpi.training.closing import STOPPING, at_signal, begun, ended, stopped
     from psmpi.training.context import Context
     from psmpi.training.folder import RunFolder
     from psmpi.training.loop import Loop, show_places
@@ -338,11 +337,9 @@ def train(
                     trackers.start(loop.progress.rows)
             for note in notes:
                 tell(note)
-            left = loop.total - loop.progress.step
-            tell(
-                f"training {counted(left, 'step')}, to epoch {config.run.epochs}, on {counted(world.size, 'rank')}; "
-                f"{f'kill -USR1 {process_number()}' if ends else 'Ctrl-C'} stops and saves"
-            )
+            left = 0 if loop.best.due(loop.progress.rows) else max(0, loop.total - loop.progress.step)
+            if left:
+                tell(begun(left, config.run.epochs, world.size, f"kill -USR1 {process_number()}" if ends else "Ctrl-C"))
             if path:
                 tell(f"run directory {path}")
             done = loop.run()

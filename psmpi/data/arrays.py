@@ -52,7 +52,8 @@ def check_names(path: Path, keys: Sequence[str], wanted: Sequence[str], predicte
         advice = "to predict samples without labels or values add --split all, which takes all samples x" + (
             f", else {advice}" if renamed["y"] else ""
         )
-    raise UserError(f"{path}: no array {missing[0]!r}; found {', '.join(keys) or 'nothing'}; {advice}")
+    what = "column of labels or values" if path.suffix.lower() in (".csv", ".tsv") else f"array {missing[0]!r}"
+    raise UserError(f"{path}: no {what}; found {', '.join(keys) or 'nothing'}; {advice}")
 
 
 def sample_shape(path: Path, key: str, header: Header) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from psmpi.data.arrays import Header
 from psmpi.data.rows import ArrayRows
 from psmpi.data.svmtext import NUMBER, WHOLE, Growing
 from psmpi.data.tabletext import Form, TextualError, by_record, delimiter_of, fast, fields_of, records
-from psmpi.errors import UserError, counted
+from psmpi.errors import UserError, counted, nearest
 
 _NAME = re.compile(r"(.+)(\.csv|\.tsv)((?:\.gz|\.bz2|\.xz)?)", re.IGNORECASE)
 # Columns of labels where no other is named, in small letters, the likeliest first.
@@ -134,8 +134,10 @@ def _label_column(path: Path, columns: tuple[str, ...], label: str, features: in
         if re.fullmatch(r"[1-9]\d{0,8}", label) and int(label) <= len(columns):
             return int(label) - 1
         has = f"columns {_few(columns)}" if any(columns) else "no names"
+        near = nearest(label, columns)
+        meant = f"did you mean {near}? Give" if near else "give"
         raise UserError(
-            f"--label {label}: {path} has {counted(len(columns), 'column')} ({has}): give the name of "
+            f"--label {label}: {path} has {counted(len(columns), 'column')} ({has}): {meant} the name of "
             "one, or its number from 1"
         )
     small = [name.lower() for name in columns]

@@ -1,4 +1,4 @@
-"""What is said when a training ends: best and last score, where things lie, and what to type next."""
+"""What is said when a training begins and ends: best and last score, where things lie, and what to type next."""
 
 from __future__ import annotations
 
@@ -29,6 +29,11 @@ def scores(rows: Sequence[dict[str, Any]]) -> str:
         return f"best and last {first} (epoch {best['epoch']})"
     value = metrics.SCORES[key](last[key]).removeprefix(f"{metrics.NAMES[key]} ")
     return f"best {first} (epoch {best['epoch']}), last {value} (epoch {last['epoch']})"
+
+
+def begun(steps: int, epochs: int, ranks: int, stops: str) -> str:
+    """What is said before the first step; stops: what is typed to stop the run."""
+    return f"training {counted(steps, 'step')}, to epoch {epochs}, on {counted(ranks, 'rank')}; {stops} stops and saves"
 
 
 def at_signal(out: str, ends: bool, typed: Typed) -> str:

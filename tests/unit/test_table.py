@@ -207,9 +207,8 @@ def test_a_table_without_labels_is_known_by_its_columns(tmp_path: Path) -> None:
     split = open_split(name, None, "all", features=2, names=("cat", "dog"))
     assert split.labels.tolist() == [-1, -1] and split.names == ("cat", "dog")
     assert np.array_equal(split.read(np.arange(2)), [[1, 2], [3, 4]])
-    with pytest.raises(
-        UserError, match="no array 'y'; found x; to predict samples without labels or values add --split"
-    ):
+    says = "no column of labels or values; found x; to predict samples without labels or values add --split"
+    with pytest.raises(UserError, match=says):
         open_split(name, None, "test", features=2, predicted=True)
 
 
