@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -45,6 +46,8 @@ def export(
     allow_external: bool = False,
 ) -> int:
     """Write the weights for other programs: .npz or .safetensors (named tensors), or .onnx (the network itself).
+
+    Its metadata have the names of classes and of a table's columns, JSON lists, in the order of scores and inputs.
 
     The ONNX network takes x (batch, *shape of a sample), float32, scaled as in training (pixels to 0..1), and gives raw
     scores (batch, classes). Of sequences it takes x (batch, steps, features), or tokens int64 (batch, steps), and
@@ -174,7 +177,10 @@ def _onnx(export: Export) -> str:
         raise UserError(NEEDS.format("ONNX")) from None
     out, split, float32 = export.out, export.split, np.dtype(np.float32)
     model = export.model or make_model(export.opened, float32)
-    proto = build_onnx(model)
+    proto, contents = build_onnx(model), export.opened.contents
+    # Other programs have no other way to know what scores, and inputs, are of.
+    known = {"classes": contents.called, "columns": contents.columns}
+    onnx.helper.set_model_props(proto, {key: json.dumps(names) for key, names in known.items() if names})
     onnx.checker.check_model(proto)
     session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
     shape = model.network.in_shape

@@ -1,6 +1,7 @@
 """The page from a table of one's own to a network: its very commands, in an empty folder, one after the other."""
 
 import csv
+import json
 import os
 import re
 import shlex
@@ -68,8 +69,10 @@ def test_the_commands_lead_from_a_table_to_a_network(tmp_path):
     assert len(found) == 12 and set(found) <= {"setosa", "versicolor", "virginica"}
     assert (tmp_path / "curve.png").stat().st_size > 1000
     x = np.loadtxt(tmp_path / "new.csv", delimiter=",", skiprows=1, dtype=np.float32)
-    (scores,) = onnxruntime.InferenceSession(tmp_path / "flowers.onnx").run(None, {"x": x})
-    names = np.array(["setosa", "versicolor", "virginica"])
+    session = onnxruntime.InferenceSession(tmp_path / "flowers.onnx")
+    (scores,), said_there = session.run(None, {"x": x}), session.get_modelmeta().custom_metadata_map
+    names = np.array(json.loads(said_there["classes"]))
+    assert json.loads(said_there["columns"]) == ["length", "width", "area"]
     assert names[scores.argmax(1)].tolist() == found
     out = run([sys.executable, "-c", NOTEBOOK])
     assert all(f"'{name}'" in out for name in set(found)) and float(out.split()[-1]) > 0.3
