@@ -47,7 +47,8 @@ def read_hdf5(path: Path, external: bool = False) -> tuple[list[str], dict[str, 
 def _headers(path: Path, external: bool) -> tuple[list[str], dict[str, Header]]:
     h5py = _h5py()
     with _opened(path) as file:
-        keys = list(file)
+        # Names that are not UTF-8 h5py gives as bytes.
+        keys = [key if isinstance(key, str) else key.decode(errors="replace") for key in file]
         headers = {}
         for key in KEYS:
             if key in keys:

@@ -617,3 +617,15 @@ def test_sizes_that_only_the_directory_of_a_zip_file_claims(tmp_path: Path) -> N
         archive.infolist()[0].file_size = archive.infolist()[0].compress_size = len(header.getvalue()) + 4 * count
     with pytest.raises(UserError, match="says more bytes than the file has"):
         open_split(str(path), None, "all")
+
+
+def test_names_that_are_not_utf_8_are_no_reason_to_fail(tmp_path: Path) -> None:
+    path = tmp_path / "own.h5"
+    with h5py.File(path, "w") as file:
+        file["x"], file["y"] = X, Y
+        file.id.links.create_soft(b"\xff\xfe", b"x")
+    assert open_dataset(str(path), None).train.n == 16
+    with h5py.File(path, "r+") as file:
+        del file["y"]
+    with pytest.raises(UserError, match="no array 'y'"):
+        open_dataset(str(path), None)

@@ -41,7 +41,7 @@ def test_weights_go_into_a_checkpoint_and_training_goes_on(trained, tmp_path):
         np.testing.assert_array_equal(values, state[name])
     assert set(tensors(path)) == {f"weights/{name}" for name in state}
     contents = read_contents(path)
-    assert contents.progress.epoch == 2 and contents.labels == (False, True)
+    assert contents.progress.epoch == 2 and contents.names == (False, True)
     y = x.mean(axis=(1, 2, 3)) > 0.5
     after = psmpi.fit(x, y, resume=path, out=tmp_path / "after", epochs=3)
     assert len(after.metrics) == 3 and any("optimizer" in note for note in after.notes)
