@@ -32,7 +32,11 @@ def reading(path: Path) -> Iterator[None]:
         yield
     # BadGzipFile is an OSError, so this clause has to come first.
     # NotImplementedError: what zip files say that they need, and zipfile has not.
-    except (gzip.BadGzipFile, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError) as error:
+    # UnicodeDecodeError: names in a zip file that are said to be UTF-8.
+    except (
+        gzip.BadGzipFile, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError,
+        UnicodeDecodeError,
+    ) as error:  # fmt: skip
         raise UserError(
             f"{path}: the file is damaged, truncated or not of the format its name promises ({error}); "
             "fetch or write it again"

@@ -24,9 +24,12 @@ class ForeignError(Exception):
     """A part of a file that is not as it should be; the text goes on after its name: "is a link to another file"."""
 
 
-def is_hard(group: h5py.Group, name: str) -> bool:
-    """Whether a name in a group is that of an object in this file, and no link to another name or file."""
-    found = group.id.links.get_info(name.encode("utf-8", "surrogateescape"))
+def is_hard(group: h5py.Group, name: str | bytes) -> bool:
+    """Whether a name in a group is that of an object in this file, and no link to another name or file.
+
+    name: bytes where it is not UTF-8, as h5py has it.
+    """
+    found = group.id.links.get_info(name.encode("utf-8", "surrogateescape") if isinstance(name, str) else name)
     return bool(found.type == import_module("h5py").h5l.TYPE_HARD)
 
 

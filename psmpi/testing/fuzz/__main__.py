@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -65,7 +66,7 @@ def fuzz(
 
     In earnest another process looks at HDF5 files and pickles first: `lost` are those that end that one, of which psmpi
     says so in its own error. Exit status 1 where a file led to a traceback, to a crash of what uses it, or took more
-    than 10 s, or 1 GB more than its size.
+    than 10 s of processor time, or 1 GB more than its size.
 
     Args:
         kinds: Kinds of files; all if none is given.
@@ -116,8 +117,9 @@ def _batch(kind: str, seed: int, first: int, count: int, keep: str, found: Found
             return
         if at < stop and process.returncode:
             # What looks at a file may be lost: it is another process in earnest.
-            lost = stage == "looking"
-            found.add("lost" if lost else "crash", at, f"status {process.returncode}, {stage}", 0.0, 0, size)
+            waits = process.returncode == -signal.SIGALRM
+            outcome = "slow" if waits else "lost" if stage == "looking" else "crash"
+            found.add(outcome, at, f"status {process.returncode}, {stage}", 0.0, 0, size)
             at += 1
         elif at < stop:
             raise UserError(f"the process that tries files of the kind {kind} ended at file {at}")

@@ -9,6 +9,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -23,6 +24,8 @@ from psmpi.files import examiner
 from psmpi.testing.fuzz import looking
 from psmpi.testing.fuzz.kinds import KINDS
 
+# Seconds on the clock that a file may take: it may wait for something that never comes.
+WAIT = 60
 # What would be read if a file made psmpi read another one.
 PRIVATE = b"nobody else is to read this. " * 1000
 
@@ -55,7 +58,8 @@ def main(kind: str, seed: int, first: int, count: int, keep: str = "") -> None:
             path = KINDS[kind].make(np.random.default_rng(key), folder)
             before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             say(number=number, size=sum(one.stat().st_size for one in folder.rglob("*") if one.is_file()))
-            start, outcome, text = time.perf_counter(), "sound", ""
+            start, outcome, text = time.process_time(), "sound", ""
+            signal.alarm(WAIT)
             try:
                 with examiner.examined("here"):
                     KINDS[kind].use(path)
@@ -63,7 +67,8 @@ def main(kind: str, seed: int, first: int, count: int, keep: str = "") -> None:
                 outcome, text = "refused", str(error)
             except BaseException:
                 outcome, text = "traceback", "\n".join(traceback.format_exc().splitlines()[-12:])
-            seconds = time.perf_counter() - start
+            signal.alarm(0)
+            seconds = time.process_time() - start
             grown = 1024 * max(0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
             say(done=number, outcome=outcome, text=text[-2000:], seconds=seconds, grown=grown)
             if not keep:
