@@ -335,8 +335,8 @@ def _note_left_out(options: Options, source: Any, predicted: int, contents: Any)
     from psmpi.errors import UserError
 
     with suppress(UserError):
-        own = (options.dataset, options.data_dir, *source)
-        dataset = open_dataset(*own, characters=contents.characters, names=contents.called)
+        known = {"characters": contents.characters, "names": contents.called}
+        dataset = open_dataset(options.dataset, options.data_dir, *source, **known)
         if dataset.held_out:
             count = dataset.train.n + dataset.test.n
             complain(
