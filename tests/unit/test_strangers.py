@@ -633,7 +633,7 @@ def test_names_that_are_not_utf_8_are_no_reason_to_fail(tmp_path: Path) -> None:
 
 def test_names_in_an_archive_that_are_not_utf_8_are_damage(tmp_path: Path) -> None:
     path = tmp_path / "own.npz"
-    np.savez(path, x=X, y=Y, **{"é": Y})
+    np.savez(path, x=X, y=Y, é=Y)
     path.write_bytes(path.read_bytes().replace("é".encode(), b"\xff\xfe"))
     with pytest.raises(UserError, match="damaged, truncated or not of the format"):
         open_dataset(str(path), None)
