@@ -122,7 +122,7 @@ def _others(config: Config) -> Iterator[tuple[str, Config]]:
 def _show(found: dict[str, Estimate], network: Layers, hosts: Network) -> None:
     from rich.table import Table
 
-    from psmpi.training.loop import show_places
+    from psmpi.training.report import show_places
 
     console, given = Screen(), found[GIVEN]
     console.tell(f"model {network.name}: {network.layout().size:,} parameters")

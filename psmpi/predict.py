@@ -226,6 +226,7 @@ def _predict(world: Any, control: Any, options: Options) -> None:
 
     from psmpi import checkpoint
     from psmpi.backend import make_backend
+    from psmpi.checkpoint.network import network_in
     from psmpi.comm.world import host, local_rank
     from psmpi.config import from_toml
     from psmpi.data import Identity, open_split
@@ -235,7 +236,6 @@ def _predict(world: Any, control: Any, options: Options) -> None:
     from psmpi.files.examiner import examined
     from psmpi.nn.metric import TOP
     from psmpi.nn.sequences import stretch
-    from psmpi.nn.zoo import make_network
     from psmpi.training.predictions import Choices, Values, room
     from psmpi.training.predictor import Predictor, calibrate, calibration_notes, calibration_split, known_targets
 
@@ -266,14 +266,7 @@ def _predict(world: Any, control: Any, options: Options) -> None:
             _note_left_out(options, data.source[2:], split.n, contents)
     examiner.close()
     _check_data(world, control, options, contents, split)
-    network = make_network(
-        model.model,
-        contents.in_shape,
-        contents.layout.classes,
-        **model.shape,
-        by_step=contents.by_step,
-        task=contents.task,
-    )
+    network = network_in(contents, model)
     if split.steps and split.shape != contents.in_shape and split.shape[0] == contents.in_shape[0]:
         network = stretch(network, split.steps) or network
     if split.shape != network.in_shape:

@@ -222,8 +222,9 @@ def train(
     from psmpi.training.closing import STOPPING, at_signal, begun, ended, stopped
     from psmpi.training.context import Context
     from psmpi.training.folder import RunFolder
-    from psmpi.training.loop import Loop, show_places
+    from psmpi.training.loop import Loop
     from psmpi.training.method import Place
+    from psmpi.training.report import show_places
     from psmpi.training.start import agree, begin, network_of, share_path
 
     bar = {"bar": True, "lines": False}.get(config.terminal.progress)

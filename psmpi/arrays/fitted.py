@@ -16,6 +16,7 @@ from psmpi import checkpoint
 from psmpi.arrays.settings import raised
 from psmpi.backend import make_backend
 from psmpi.checkpoint import Contents
+from psmpi.checkpoint.network import network_in
 from psmpi.checkpoint.tensors import make_tensors
 from psmpi.config import Config, from_toml
 from psmpi.data import Resident, Split, given_samples
@@ -24,7 +25,6 @@ from psmpi.layout import Layout, Runs, restrict
 from psmpi.nn.model import Model
 from psmpi.nn.network import Network
 from psmpi.nn.sequences import stretch
-from psmpi.nn.zoo import make_network
 from psmpi.training.predictor import calibrate as calibrate_model
 from psmpi.training.predictor import span_of
 from psmpi.training.spans import check_tokens
@@ -64,14 +64,7 @@ class Fitted:
     def network(self) -> Network:
         """Its layers."""
         contents, model = self.contents, self.config.model
-        return make_network(
-            model.model,
-            contents.in_shape,
-            contents.layout.classes,
-            **model.shape,
-            by_step=contents.by_step,
-            task=contents.task,
-        )
+        return network_in(contents, model)
 
     def scores(
         self,

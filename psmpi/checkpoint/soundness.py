@@ -14,12 +14,12 @@ import h5py
 
 from psmpi.checkpoint.contents import TABLES, TEXTS, Contents, read_contents
 from psmpi.checkpoint.format import check_file, open_file
+from psmpi.checkpoint.network import network_in
 from psmpi.config import from_toml
 from psmpi.errors import DamagedError, UserError
 from psmpi.files import examiner
 from psmpi.files.hdf5 import DEFLATE, FLETCHER, SHUFFLE, ForeignError, check_stored, chunks_of, filters_of, is_hard
 from psmpi.files.packed import Unpacker
-from psmpi.nn.zoo import make_network
 
 # What filters a data set may have, in their order.
 FILTERS: tuple[list[int], ...] = ([], [FLETCHER], [SHUFFLE, DEFLATE], [SHUFFLE, DEFLATE, FLETCHER])
@@ -169,14 +169,7 @@ def _check_network(path: Path, contents: Contents) -> None:
             f"checkpoint {path} has {contents.layout.classes:,} classes, and {most:,} units at most; use another one"
         )
     try:
-        network = make_network(
-            model.model,
-            contents.in_shape,
-            contents.layout.classes,
-            **model.shape,
-            by_step=contents.by_step,
-            task=contents.task,
-        )
+        network = network_in(contents, model)
         there, here = (
             [(p.name, p.shape, p.units) for p in layout.parameters] for layout in (contents.layout, network.layout())
         )

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from psmpi.backend import NumpyOps
-from psmpi.data.split import Dataset
-from psmpi.errors import UserError
 
 # Keeps these random numbers apart from all others drawn from the same seed.
 _TAG = 0x6175676D
@@ -63,24 +59,3 @@ def _mixed(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
         values = (values ^ (values >> np.uint64(shift))) * np.uint64(odd)
     found: npt.NDArray[np.uint64] = values ^ (values >> np.uint64(31))
     return found
-
-
-def with_augmentation(dataset: Dataset, words: Sequence[str], seed: int) -> Dataset:
-    """A data set whose training images are augmented, by `words`: flip, shift:N, crop:N. UserError for others."""
-    kinds = [match for word in words if (match := re.fullmatch(r"(flip|(shift|crop):([1-9]\d{0,3}))", word))]
-    said = " ".join(words)
-    names = [match[2] or "flip" for match in kinds]
-    if len(kinds) < len(words) or len(set(names)) < len(names) or {"shift", "crop"} <= set(names):
-        raise UserError(
-            f"--augment {said}: expected flip, and shift:N or crop:N with the pixels to move at most, as shift:2"
-        )
-    if len(dataset.shape) != 3 or dataset.train.compressed is not None:
-        raise UserError(f"--augment {said} is for images, and the samples have the shape {dataset.shape}: leave it out")
-    most = max((int(match[3]) for match in kinds if match[3]), default=0)
-    if most >= min(dataset.shape[1:]):
-        raise UserError(
-            f"--augment {said}: images of the shape {dataset.shape} cannot be moved by {most} pixels; give less"
-        )
-    fill = "reflect" if "crop" in names else "zero"
-    made = Augmentation(dataset.shape, seed, "flip" in names, most, fill)
-    return replace(dataset, train=replace(dataset.train, augmentation=made))

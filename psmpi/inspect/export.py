@@ -14,6 +14,7 @@ from tyro.conf import Positional, arg
 
 from psmpi.backend import NumpyOps
 from psmpi.checkpoint import load
+from psmpi.checkpoint.network import network_in
 from psmpi.config import Config, from_toml
 from psmpi.data import Split
 from psmpi.errors import UserError
@@ -24,7 +25,6 @@ from psmpi.nn.layers.workspace import Span
 from psmpi.nn.model import Model
 from psmpi.nn.network import Network
 from psmpi.nn.sequences import find_padding
-from psmpi.nn.zoo import make_network
 from psmpi.output import complain, tell
 from psmpi.training.predictor import calibrate as calibrate_model
 from psmpi.training.predictor import calibration_notes, calibration_split, fetch
@@ -147,14 +147,7 @@ def _safetensors(export: Export) -> str:
 
 def _network(opened: Opened, trained: Config) -> Network:
     contents, settings = opened.contents, trained.model
-    return make_network(
-        settings.model,
-        contents.in_shape,
-        contents.layout.classes,
-        **settings.shape,
-        by_step=contents.by_step,
-        task=contents.task,
-    )
+    return network_in(contents, settings)
 
 
 def make_model(opened: Opened, dtype: np.dtype) -> Model:

@@ -15,6 +15,7 @@ from tyro.conf import Positional, arg
 from psmpi.checkpoint import available, read_contents
 from psmpi.checkpoint.contents import TABLES
 from psmpi.checkpoint.format import NAME
+from psmpi.checkpoint.network import network_in
 from psmpi.checkpoint.scan import damaged_parts
 from psmpi.config import from_toml
 from psmpi.data import Identity
@@ -23,7 +24,6 @@ from psmpi.errors import DamagedError, UserError, counted
 from psmpi.inspect.figures import sums_of
 from psmpi.inspect.opened import Checkpoint, Opened
 from psmpi.inspect.output import figure, finite, print_json, size_text, text
-from psmpi.nn.zoo import make_network
 from psmpi.output import Screen, tell
 
 
@@ -119,14 +119,7 @@ def _notes(opened: Opened) -> list[str]:
     # A checkpoint may be of a network that is not known here.
     with suppress(UserError):
         model = from_toml(contents.config, str(opened.path), foreign=True).model
-        return make_network(
-            model.model,
-            contents.in_shape,
-            contents.layout.classes,
-            **model.shape,
-            by_step=contents.by_step,
-            task=contents.task,
-        ).notes
+        return network_in(contents, model).notes
     return []
 
 

@@ -1,5 +1,6 @@
 """Writers of a run's rows for other people's viewers, by name."""
 
-from psmpi.track.tracker import TRACKERS, Run, Tracker, Trackers, check_trackers
+from psmpi.track.record import Run, Tracker
+from psmpi.track.tracker import TRACKERS, Trackers, check_trackers
 
 __all__ = ["TRACKERS", "Run", "Tracker", "Trackers", "check_trackers"]

@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from psmpi.errors import UserError, expanded
-from psmpi.track.tracker import End, Run, numbers
+from psmpi.track.record import End, Run, numbers
 
 # The file in a run directory that has the number of the run in MLflow, and where that is.
 NAME = "mlflow.json"

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from psmpi.track.tracker import End, Run, numbers
+from psmpi.track.record import End, Run, numbers
 
 FOLDER = "tensorboard"
 

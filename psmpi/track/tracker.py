@@ -1,52 +1,24 @@
-"""What a tracker is, and those of one run together: what goes wrong with one ends no training."""
+"""The trackers of one run together: what goes wrong with one ends no training."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
-from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Protocol
+from typing import Any
 
 from psmpi.errors import UserError
-
-# How a run ends: all of it is done, it was stopped and can be gone on with, or an error ended it.
-End = Literal["done", "stopped", "failed"]
+from psmpi.track.mlflow import store
+from psmpi.track.record import End, Run, Tracker
 
 # Module and class of each tracker, the package that it needs, and the extra of psmpi that brings this.
 TRACKERS = {
     "tensorboard": ("psmpi.track.tensorboard", "TensorBoard", "tensorboardX", "track"),
     "mlflow": ("psmpi.track.mlflow", "MLflow", "mlflow", "mlflow"),
 }
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run that is tracked: its directory, its settings by name, and the --track-dir."""
-
-    folder: Path
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    track_dir: str = ""
-
-
-class Tracker(Protocol):
-    """A record of a run in another format. Its methods may raise anything; then it is called no more."""
-
-    def start(self, run: Run, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Begin, or go on, after these rows of metrics: later ones of an earlier start are void.
-
-        It is called again where a run goes back to a checkpoint.
-        """
-
-    def row(self, row: Mapping[str, Any]) -> None:
-        """Write a row of metrics.jsonl, to be there when this returns."""
-
-    def close(self, end: End) -> None:
-        """End the record."""
 
 
 class Trackers:
@@ -110,22 +82,6 @@ def check_trackers(names: Sequence[str], track_dir: str, environ: Mapping[str, s
         if find_spec(package) is None:
             raise UserError(f"--track {name} needs {package}: pip install 'psmpi[{extra}]', or leave {name} out")
     if "mlflow" in names:
-        from psmpi.track.mlflow import store
-
         store(track_dir, environ)
     elif track_dir:
         raise UserError(f"--track-dir {track_dir} is where MLflow's runs lie: add --track mlflow, or leave it out")
-
-
-def numbers(row: Mapping[str, Any], between: str = ".") -> dict[str, float]:
-    """The numbers of a row of metrics by name, but for its step; those of a table in it as TABLE.NAME.
-
-    Lists, such as bytes by rank, are left out.
-    """
-    found: dict[str, float] = {}
-    for name, value in row.items():
-        if isinstance(value, Mapping):
-            found |= {f"{name}{between}{below}": number for below, number in numbers(value, between).items()}
-        elif isinstance(value, (int, float)) and name != "step":
-            found[name] = float(value)
-    return found

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.table import Table
 
 from psmpi import checkpoint
 from psmpi.checkpoint import Contents, Progress
@@ -24,25 +23,10 @@ from psmpi.track import Trackers
 from psmpi.training.best import Best
 from psmpi.training.divergence import Divergence
 from psmpi.training.folder import RunFolder
-from psmpi.training.method import Method, Place
+from psmpi.training.method import Method
 from psmpi.training.report import NUMBERS, Report
 from psmpi.training.resume import restore
 from psmpi.training.rollback import LEFT_OUT, Rollback
-
-
-def show_places(console: Screen, places: list[tuple[int, str, Place]]) -> None:
-    """Print the placement table: what each rank does and holds."""
-    table = Table(title="placement", title_justify="left")
-    devices = any(place.device for _, _, place in places)
-    for name in ("rank", "host", *(("device",) if devices else ()), "role", "classes"):
-        table.add_column(name)
-    for name in ("computes with", "optimizes", "memory"):
-        table.add_column(name, justify="right")
-    for rank, host, place in places:
-        memory = f"{place.nbytes / 1e6:.1f} MB"
-        where = (host, place.device) if devices else (host,)
-        table.add_row(str(rank), *where, place.role, place.classes, f"{place.held:,}", f"{place.owned:,}", memory)
-    console.print(table)
 
 
 def plan_steps(

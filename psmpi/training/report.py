@@ -1,4 +1,4 @@
-"""What a person sees while a run trains: a bar on a terminal, else a line every 30 s; a line an epoch; details."""
+"""What a person sees of a training: its ranks; a bar on a terminal, else a line every 30 s; a line an epoch."""
 
 from __future__ import annotations
 
@@ -8,16 +8,33 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+from rich.table import Table
 
 from psmpi import metrics
 from psmpi.checkpoint import Progress
 from psmpi.config import Config
 from psmpi.output import Screen
+from psmpi.training.method import Place
 
 # Seconds between two lines, and between two states of the bar.
 LINE, DRAW = 30.0, 0.1
 # What ranks give in passing: loss, seconds in communication, seconds, and samples of the loss, as `Report.numbers`.
 NUMBERS = 4
+
+
+def show_places(console: Screen, places: list[tuple[int, str, Place]]) -> None:
+    """Print the placement table: what each rank does and holds."""
+    table = Table(title="placement", title_justify="left")
+    devices = any(place.device for _, _, place in places)
+    for name in ("rank", "host", *(("device",) if devices else ()), "role", "classes"):
+        table.add_column(name)
+    for name in ("computes with", "optimizes", "memory"):
+        table.add_column(name, justify="right")
+    for rank, host, place in places:
+        memory = f"{place.nbytes / 1e6:.1f} MB"
+        where = (host, place.device) if devices else (host,)
+        table.add_row(str(rank), *where, place.role, place.classes, f"{place.held:,}", f"{place.owned:,}", memory)
+    console.print(table)
 
 
 class Report:

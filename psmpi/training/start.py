@@ -27,7 +27,7 @@ from psmpi.data import (
     open_dataset,
     together,
 )
-from psmpi.data.augment import with_augmentation
+from psmpi.data.augmented import with_augmentation
 from psmpi.data.bounded import bytes_of, with_memory
 from psmpi.data.compressed import Compressed
 from psmpi.data.compressed_rows import CompressedRows

@@ -7,7 +7,7 @@ from helpers.runs import distance, run
 from psmpi.backend import NumpyOps, make_backend
 from psmpi.backend.compiled.library import level
 from psmpi.data import Resident, open_dataset
-from psmpi.data.augment import with_augmentation
+from psmpi.data.augmented import with_augmentation
 from psmpi.errors import UserError
 
 

@@ -23,7 +23,7 @@ from psmpi.methods.data_parallel import DataParallel
 from psmpi.testing.poison import poisoned
 from psmpi.track import TRACKERS, Run, Trackers, check_trackers
 from psmpi.track.mlflow import store
-from psmpi.track.tracker import numbers
+from psmpi.track.record import numbers
 
 REAL = {name: find_spec(package) is not None for name, (_, _, package, _) in TRACKERS.items()}
 SHORT = ("--epochs", "4", "--batch-size", "500")

@@ -14,6 +14,7 @@ import numpy as np
 from psmpi import checkpoint
 from psmpi.checkpoint.build import write_file
 from psmpi.checkpoint.format import as_data, seal
+from psmpi.checkpoint.network import network_in
 from psmpi.checkpoint.scan import scan
 from psmpi.checkpoint.tensors import Tensor
 from psmpi.config import Config, from_toml, to_toml
@@ -115,8 +116,6 @@ def use_resealed(path: Path) -> None:
         show(path)
         show(path, json=True)
     model = from_toml(contents.config, str(path), foreign=True).model
-    args = (contents.in_shape, contents.layout.classes)
-    network = make_network(model.model, *args, **model.shape, by_step=contents.by_step, task=contents.task)
-    layout = network.layout()
+    layout = network_in(contents, model).layout()
     w = np.empty(layout.size, np.dtype(model.dtype))
     checkpoint.load(path, layout, Runs.union([(0, layout.size)]), {"weights": w}, contents.part)
