@@ -138,7 +138,7 @@ def program(command: str = "") -> str:
 
 
 def typed(command: str, words: Iterable[str], ranks: int = 1) -> str:
-    """What to type to start a command, on so many ranks, as this one was started."""
+    """The words that start a command on so many ranks, as this one was started."""
     start = [program(command), *map(shlex.quote, words)]
     if ranks > 1:
         announced = announced_size(os.environ)

@@ -43,7 +43,7 @@ def describe(row: dict[str, Any], epochs: int) -> str:
 
 
 def best(rows: Sequence[dict[str, Any]]) -> tuple[str, dict[str, Any]] | None:
-    """What counts most of what tests measure, and the first row in which it is best; None where none has it."""
+    """The key of the score that counts most, and the first row in which it is best; None where no row has one."""
     kinds = (("accuracy", max), ("rmse", min), ("loss", min))
     for key, better in ((f"{split}_{name}", better) for split in ("validation", "test") for name, better in kinds):
         known = [row for row in rows if isfinite(row.get(key, nan))]

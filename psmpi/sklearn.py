@@ -43,7 +43,7 @@ def _as_value_error() -> Iterator[None]:
 
 
 class _Estimator(BaseEstimator):  # type: ignore[misc]
-    """What classifier and regressor share.
+    """The base of classifier and regressor.
 
     Parameters are settings of `psmpi.fit` by their names, None: the usual numbers; random_state: the seed, None: 0;
     threads: of training and predictions; settings: all others by name. Predictions are computed in float64.

@@ -380,7 +380,7 @@ def train(
 
 
 def _telling(console: Screen, config: Config) -> Callable[[str], None]:
-    """What prints lines; under --quiet warnings alone."""
+    """A function that prints lines; under --quiet warnings alone."""
 
     def tell(text: str) -> None:
         if not config.terminal.quiet or text.lower().startswith("warning"):
@@ -390,7 +390,7 @@ def _telling(console: Screen, config: Config) -> Callable[[str], None]:
 
 
 def _again(size: int, command: str, all_ranks: bool, words: list[str]) -> str:
-    """What to type to start a command, on all ranks or on one."""
+    """The words that start a command, on all ranks or on one."""
     from psmpi.command import typed
 
     return typed(command, words, size if all_ranks else 1)

@@ -60,12 +60,12 @@ class Training:
         return {name: value for name, value in row.items() if name.startswith(("test_", "train_loss"))}
 
     def predict(self, x: Any, lengths: Any = None, **options: Any) -> Array:
-        """What the network predicts, see `Fitted.predict`."""
+        """Predictions of the network, see `Fitted.predict`."""
         return self.network.predict(x, lengths, **options)
 
 
 class Listening(Screen):
-    """What a run says, kept in `lines`, and printed where it is not quiet."""
+    """A screen that keeps the lines of a run in `lines`, and prints them unless it is quiet."""
 
     def __init__(self, *, quiet: bool) -> None:
         super().__init__(quiet=quiet, goes_on="training goes on")
@@ -159,7 +159,7 @@ def _fit(world: Any, control: Control, arrays: Arrays, said: Mapping[str, Any], 
 
 
 def _shared(control: Control, work: Callable[[], tuple[Config, str]]) -> tuple[Config, str]:
-    """What rank 0 finds, on all ranks: a configuration, and the path that a run's own settings are from."""
+    """Rank 0's result on all ranks: a configuration, and the path of a run's own settings."""
 
     def told() -> tuple[str, str]:
         config, own = work()

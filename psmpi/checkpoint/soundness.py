@@ -1,4 +1,4 @@
-"""What makes a checkpoint one that can be used: its digest, and that all it says of itself is true.
+"""Checks of a whole checkpoint: its digest, and all that it says of itself.
 
 HDF5 looks at a stranger's file in another process first, see psmpi.files.examiner, and finds there every object, every
 chunk and every text that is read later on.

@@ -285,7 +285,7 @@ class Writer:
 
 
 class Unsaved(Writer):
-    """What a training without a run directory has in the place of a writer: nothing is written."""
+    """The writer of a training without a run directory: it writes nothing."""
 
     def write(
         self,

@@ -72,7 +72,7 @@ class Control:
             self._from_first(piece.nbytes)
 
     def agreed(self, work: Callable[[], Found] | None) -> Found | None:
-        """What `work` returns, on the ranks that have some; it makes no messages.
+        """The result of `work`, on the ranks that have some; it makes no messages.
 
         Where it raises a UserError on some rank, all ranks raise that of the lowest such rank.
         """

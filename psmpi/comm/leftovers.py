@@ -47,7 +47,7 @@ class Found(NamedTuple):
 
 
 def find_leftovers(memory: Path = Path("/dev/shm"), folder: Path | None = None) -> Found:
-    """What belongs to this user and to no living process; nothing is removed.
+    """Segments of this user that no living process has; nothing is removed.
 
     What a living process has just made is none of it. A process of another container that shares /dev/shm is not seen;
     what has another host's name is left out.

@@ -64,7 +64,7 @@ class Data:
     """Share of the training samples, drawn with the split seed, that are left out of training and tested after each
     epoch in the place of the test samples, which nothing looks at then; 0: none."""
     augment: tuple[str, ...] = ()
-    """What is done to the training images in each epoch: flip (mirrors half of them left to right), and shift:N (moves
+    """Changes of the training images in each epoch: flip (mirrors half of them left to right), and shift:N (moves
     them by up to N pixels, zeros beyond) or crop:N (the same, mirror images beyond). A function of (seed, epoch,
     sample) alone."""
     data_memory: str = ""
@@ -160,7 +160,7 @@ class LossSettings:
     """What psl divides a sample's derivatives by: nothing, its own loss when the sample was last seen, or its loss in
     this step, which makes it cross-entropy."""
     class_weights: str = ""
-    """What the gradient of each sample's loss is multiplied by, by its class: balanced, samples over classes times the
+    """Factors on the gradient of each sample's loss, by its class: balanced, samples over classes times the
     samples of the class, or a number above 0 for each class, separated by commas, in the order of the classes or of
     their names; if not given nothing. Losses that are printed are those without."""
     margin: float = 0.0
@@ -251,7 +251,7 @@ class Run:
     patience: Annotated[int, Least(0)] = 0
     """Epochs without a better value of --monitor after which the run ends; 0: never."""
     monitor: Literal["loss", "accuracy", "top5", "rmse", "train_loss"] = "loss"
-    """What --patience and --keep-best go by: of the validation samples, or where there are none of the test samples; or
+    """Measure that --patience and --keep-best go by: of the validation samples, or where there are none of the test samples; or
     the mean loss of training."""
     keep_best: bool = False
     """Keep the checkpoint of the epoch with the best value of --monitor, as best.h5 in the run directory."""

@@ -10,7 +10,7 @@ from psmpi.errors import UserError
 
 @dataclass(frozen=True)
 class Terminal:
-    """What is printed, and how."""
+    """Amount and form of what is printed."""
 
     quiet: bool = False
     """Print warnings and the last line alone."""

@@ -18,7 +18,7 @@ _MASK = (1 << 64) - 1
 
 
 class Augmentation:
-    """What is done to the training images (channels, height, width) of an epoch: moved, by `most` pixels at most.
+    """Moves of the training images (channels, height, width) in an epoch, by `most` pixels at most.
 
     flip: half of them are mirrored, left to right. most: along each side, up and down and to both sides; fill: what is
     beyond the image, "zero" or "reflect". epoch: set by the training loop. Of an image it all depends on the seed, the

@@ -83,7 +83,7 @@ def _labels(dataset: Dataset) -> Iterator[str]:
 
 
 def _marks(names: tuple[str, ...]) -> Iterator[str]:
-    """What is said of integers that may mark samples without a label: -1, and one far above all others."""
+    """A warning of integers that may mark samples without a label: -1, and one far above all others."""
     if not all(re.fullmatch(r"-?\d+", name) for name in names):
         return
     numbers = [int(name) for name in names]

@@ -76,7 +76,7 @@ def _names(key: str, classes: Array | None) -> tuple[str, ...]:
 
 
 def task_of(y: Any) -> str:
-    """What targets are for: "classes" or "regression"; UserError for what are none."""
+    """The task of targets: "classes" or "regression"; UserError for what are none."""
     return "regression" if _labels("y", y).dtype.kind == "f" else "classes"
 
 

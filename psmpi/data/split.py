@@ -198,7 +198,7 @@ class Dataset:
 
     @property
     def tested(self) -> str:
-        """What a training tests: "test" or "validation"."""
+        """The samples that a training tests: "test" or "validation"."""
         return "test" if self.unseen is None else "validation"
 
     @property

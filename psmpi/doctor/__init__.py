@@ -1,1 +1,1 @@
-"""What psmpi finds where it is to run: software, machine, folders, MPI, and what is between its ranks."""
+"""A report on the place where psmpi is to run: software, machine, folders, MPI, ranks."""

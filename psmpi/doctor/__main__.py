@@ -1,4 +1,4 @@
-"""What psmpi finds where it is to run: `python -m psmpi.doctor`, also under mpirun."""
+"""A report on the place where psmpi is to run: `python -m psmpi.doctor`, also under mpirun."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def _parse(argv: Sequence[str], first: bool) -> Options:
 
 
 def alone(report: Report, options: Options) -> None:
-    """What one process sees, without a start of MPI."""
+    """The findings of one process, without a start of MPI."""
     from psmpi.doctor import folders, machine, mpi, software
     from psmpi.doctor.report import guarded
 

@@ -89,7 +89,7 @@ def _low() -> Iterator[Finding]:
 
 
 def leftovers(segments: int, nbytes: int, sessions: int, *, started: bool, host: str = "") -> Finding:
-    """What killed MPI jobs had left before this start, on a host; started: whether MPI was started since."""
+    """Leftovers of killed MPI jobs on a host before this start; started: whether MPI was started since."""
     at = f" on {host}" if host else ""
     parts = []
     if segments:

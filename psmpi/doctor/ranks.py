@@ -35,7 +35,7 @@ SLOW = 4.0
 
 @dataclass(frozen=True)
 class Place:
-    """What a rank says of itself: host, cores as `0-3,8` and how many, its share, versions, whether data are there."""
+    """A rank's account of itself: host, cores as `0-3,8` and how many, its share, versions, whether data are there."""
 
     rank: int
     host: str
@@ -70,7 +70,7 @@ class Pair:
 
 
 def own_place(rank: int, data_dir: str, left: Found) -> Place:
-    """What this rank says of itself; left: what it saw of killed jobs before MPI was started."""
+    """This rank's account of itself; left: leftovers of killed jobs that it saw before MPI was started."""
     import psmpi
     from psmpi.backend import compiled
     from psmpi.backend.compiled.library import NAMES
@@ -119,14 +119,14 @@ def alike(places: Sequence[Place], data_dir: str) -> Iterator[Finding]:
 
 
 def leftovers(places: Sequence[Place]) -> Iterator[Finding]:
-    """What killed jobs had left on each host: a rank that was ahead may have removed it before another one looked."""
+    """Leftovers of killed jobs on each host: a rank that was ahead may have removed it before another one looked."""
     for host in dict.fromkeys(one.host for one in places):
         most = max((one for one in places if one.host == host), key=lambda one: (one.segments, one.sessions))
         yield machine.leftovers(most.segments, most.nbytes, most.sessions, started=True, host=host)
 
 
 def placement(places: Sequence[Place]) -> Iterator[Finding]:
-    """Where ranks are, and which of them share cores."""
+    """The places of ranks, and those that share cores."""
     for host in dict.fromkeys(one.host for one in places):
         here = [one for one in places if one.host == host]
         union: frozenset[int] = frozenset().union(*(one.numbers() for one in here))
@@ -202,7 +202,7 @@ def measure(control: Control, hosts: Sequence[int], doing: list[str]) -> list[Pa
 
 
 def links(measured: Sequence[Pair], size: int, asleep: bool) -> Iterator[Finding]:
-    """What was measured, and the pairs that are far slower than others of their kind."""
+    """Measurements between ranks, and the pairs that are far slower than others of their kind."""
     every = len(pairs_of(size))
     if len(measured) < every:
         yield warning(

@@ -123,7 +123,7 @@ class MLflow:
 
 
 def store(track_dir: str, environ: Mapping[str, str] = os.environ) -> str:
-    """Where MLflow's runs lie, as it writes that: by --track-dir, else MLFLOW_TRACKING_URI, else ./mlruns.
+    """The place of MLflow's runs, as it writes that: by --track-dir, else MLFLOW_TRACKING_URI, else ./mlruns.
 
     UserError for what is neither a folder nor an SQLite file.
     """

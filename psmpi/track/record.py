@@ -1,4 +1,4 @@
-"""What a tracker is: a record of a run in another format, and what it gets."""
+"""A tracker is a record of a run in another format; here are its protocol and the data that it gets."""
 
 from __future__ import annotations
 

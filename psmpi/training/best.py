@@ -19,7 +19,7 @@ LARGER = ("accuracy", "top5")
 
 
 class Best:
-    """What --patience, --monitor and --keep-best say, on the rows of the epochs done."""
+    """The rules of --patience, --monitor and --keep-best, on the rows of the epochs done."""
 
     def __init__(self, config: Config, dataset: Dataset):
         run = config.run
@@ -42,7 +42,7 @@ class Best:
         return 0 < self.patience <= len(rows) - 1 - self.number(rows)
 
     def describe(self, rows: Sequence[dict[str, Any]], path: str) -> Iterator[str]:
-        """What is told at the end of a run; path: of the checkpoint that is kept."""
+        """Lines for the end of a run; path: of the checkpoint that is kept."""
         at, what = self.number(rows), self.name.replace("_", " ")
         if self.due(rows):
             yield f"no better {what} for {counted(self.patience, 'epoch')}: the run ends (--patience)"

@@ -1,4 +1,4 @@
-"""What is said when a training begins and ends: best and last score, where things lie, and what to type next."""
+"""Lines for the begin and the end of a training: scores, folders, and the commands to type next."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def scores(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def begun(steps: int, epochs: int, ranks: int, stops: str) -> str:
-    """What is said before the first step; stops: what is typed to stop the run."""
+    """The line before the first step; stops: the key or command that stops the run."""
     return f"training {counted(steps, 'step')}, to epoch {epochs}, on {counted(ranks, 'rank')}; {stops} stops and saves"
 
 
 def at_signal(out: str, ends: bool, typed: Typed) -> str:
-    """What is said at the first signal. ends: whether the launcher may end the ranks before they have saved."""
+    """The line at the first signal. ends: whether the launcher may end the ranks before they have saved."""
     if not ends:
         return STOPPING
     again = typed("train", True, ["--resume", "auto", "--out", out])

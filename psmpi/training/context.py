@@ -89,7 +89,7 @@ class Context:
 
     @cached_property
     def class_weights(self) -> np.ndarray | None:
-        """What --class-weights says of each class, the same on all ranks; None without."""
+        """The weight of each class by --class-weights, the same on all ranks; None without."""
         return class_weights(self.config.objective.class_weights, self.dataset)
 
     def metric(self) -> Metric:

@@ -1,4 +1,4 @@
-"""What a person sees of predictions: scores, a confusion matrix or the worst classes, else the first predictions."""
+"""Tables of predictions on a screen: scores, a confusion matrix or the worst classes, else the first predictions."""
 
 from __future__ import annotations
 

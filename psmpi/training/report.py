@@ -1,4 +1,4 @@
-"""What a person sees of a training: its ranks; a bar on a terminal, else a line every 30 s; a line an epoch."""
+"""The screen of a training: its ranks; a bar on a terminal, else a line every 30 s; a line an epoch."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class Report:
         self.bar = None
 
     def numbers(self, loss: float, samples: float) -> tuple[float, float, float, float]:
-        """What this rank gives to the sums `heard`: its share of the loss, and the samples that it is of, besides."""
+        """This rank's terms of the sums `heard`: its share of the loss, and the samples that it is of, besides."""
         return loss, self.waited() - self.before, self.clock() - self.begun, samples
 
     def step(self, progress: Progress) -> None:
@@ -104,7 +104,7 @@ class Report:
             self.screen.tell(f"{words}  step {progress.step}  {pace}")
 
     def _state(self, progress: Progress) -> tuple[str, str]:
-        """Where a run is, and how fast."""
+        """The epoch of a run, and its pace."""
         epochs, done, seconds = self.config.run.epochs, progress.step - self.first, self.clock() - self.begun
         words = f"epoch {min(progress.epoch + 1, epochs)}/{epochs}"
         loss, _, _, samples = self.heard

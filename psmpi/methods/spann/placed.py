@@ -77,7 +77,7 @@ class Placed:
         return self.layer.restrict(units[0], units)
 
     def boxes(self, rank: int) -> list[Box]:
-        """What a rank has of the layer's parameters."""
+        """A rank's part of the layer's parameters."""
         return [Box(p.name, (run,)) for p in self.layer.parameters() for run in _runs(self.own(rank))]
 
 

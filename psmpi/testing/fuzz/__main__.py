@@ -27,7 +27,7 @@ FAILURES = ("traceback", "crash", "slow", "memory")
 
 @dataclass
 class Found:
-    """What became of the files of a kind: counts by outcome, the longest time, the largest growth, and failures."""
+    """The outcomes of the files of a kind: counts, the longest time, the largest growth, and failures."""
 
     counts: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0

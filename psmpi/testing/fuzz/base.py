@@ -1,4 +1,4 @@
-"""What kinds of hostile files share: the samples in them, odd HDF5 objects, and how data sets are used."""
+"""Parts that kinds of hostile files share: the samples in them, odd HDF5 objects, and how data sets are used."""
 
 from __future__ import annotations
 

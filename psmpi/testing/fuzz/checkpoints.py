@@ -108,7 +108,7 @@ def _edit(rng: Rng, path: Path) -> None:
 
 
 def use_resealed(path: Path) -> None:
-    """What verify, show, a prediction and a resume read of it."""
+    """Read all that verify, show, a prediction and a resume read."""
     contents = checkpoint.validate(path)
     with redirect_stdout(io.StringIO()):
         found, problem = state(path)
