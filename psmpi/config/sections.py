@@ -251,7 +251,7 @@ class Run:
     patience: Annotated[int, Least(0)] = 0
     """Epochs without a better value of --monitor after which the run ends; 0: never."""
     monitor: Literal["loss", "accuracy", "top5", "rmse", "train_loss"] = "loss"
-    """Measure that --patience and --keep-best go by: of the validation samples, or where there are none of the test samples; or
+    """Measure of --patience and --keep-best: of the validation samples, or where there are none of the test samples; or
     the mean loss of training."""
     keep_best: bool = False
     """Keep the checkpoint of the epoch with the best value of --monitor, as best.h5 in the run directory."""

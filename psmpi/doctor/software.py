@@ -65,7 +65,7 @@ def packages() -> Iterator[Finding]:
 
 
 def _requirement(text: str) -> Iterator[Requirement]:
-    """The packages that a line of an installation's metadata asks for; none for other Pythons and psmpi's own extras."""
+    """The packages that a line of metadata asks for; none for other Pythons and psmpi's own extras."""
     asked, _, marker = text.partition(";")
     name = re.match(r"[\w.-]+", asked)
     extra = re.search(r"extra\s*==\s*['\"]([\w-]+)['\"]", marker)
