@@ -69,20 +69,20 @@ class Ring:
 
     def _start(self) -> None:
         group = self.group
-        mine, theirs = self._places()
+        sent_part, received_part = self._places()
         summing = self.step < group.size - 1
-        into = self.room[: theirs.stop - theirs.start] if summing else self.wire[theirs]
+        into = self.room[: received_part.stop - received_part.start] if summing else self.wire[received_part]
         before, after = (group.rank - 1) % group.size, (group.rank + 1) % group.size
         self.requests = [
             group.comm.Irecv(into, before, self.tag),
-            group.comm.Isend(self.wire[mine], after, self.tag),
+            group.comm.Isend(self.wire[sent_part], after, self.tag),
         ]
-        group.counter.add(self.wire[mine].nbytes, into.nbytes)
+        group.counter.add(self.wire[sent_part].nbytes, into.nbytes)
 
     def _advance(self) -> None:
         if self.step < self.group.size - 1:
-            _, theirs = self._places()
-            self.wire[theirs] += self.room[: theirs.stop - theirs.start]
+            _, received_part = self._places()
+            self.wire[received_part] += self.room[: received_part.stop - received_part.start]
         self.step += 1
         if self.step < self.steps:
             self._start()
@@ -140,32 +140,32 @@ def halving(group: Group, vector: np.ndarray) -> None:
         other, middle = group.rank ^ distance, (low + high) // 2
         upper = group.rank & distance
         kept, sent = ((middle, high), (low, middle)) if upper else ((low, middle), (middle, high))
-        mine, theirs = (slice(segments[a].start, segments[b - 1].stop) for a, b in (kept, sent))
-        received = room[: mine.stop - mine.start]
-        _exchange(group, wire[theirs], other, received, other)
-        wire[mine] += received
-        path.append((other, mine, theirs))
+        kept_part, sent_part = (slice(segments[a].start, segments[b - 1].stop) for a, b in (kept, sent))
+        received = room[: kept_part.stop - kept_part.start]
+        _exchange(group, wire[sent_part], other, received, other)
+        wire[kept_part] += received
+        path.append((other, kept_part, sent_part))
         (low, high), distance = kept, distance // 2
-    for other, mine, theirs in reversed(path):
-        _exchange(group, wire[mine], other, wire[theirs], other)
+    for other, kept_part, sent_part in reversed(path):
+        _exchange(group, wire[kept_part], other, wire[sent_part], other)
     group.bridge.arrived(vector)
 
 
 def messages(kind: str, group: Group, vector: np.ndarray) -> list[Message]:
     """The messages of `doubling` or `halving`, all ranks'."""
-    found, distance, size = [], 1, group.size
+    messages, distance, size = [], 1, group.size
     segments = _segments(len(vector), size)
     while distance < size:
         for rank in range(size):
             # By halving, the segments of the half of a block of ranks that the other one is in, and later one's own.
             low = (rank ^ distance) // distance * distance
             half = segments[low + distance - 1].stop - segments[low].start
-            mine = rank // distance * distance
-            own = segments[mine + distance - 1].stop - segments[mine].start
+            block = rank // distance * distance
+            own = segments[block + distance - 1].stop - segments[block].start
             length = len(vector) if kind == "doubling" else half + own
-            found.append((group.ranks[rank], group.ranks[rank ^ distance], length * vector.itemsize))
+            messages.append((group.ranks[rank], group.ranks[rank ^ distance], length * vector.itemsize))
         distance *= 2
-    return found
+    return messages
 
 
 def _check(group: Group, name: str) -> None:

@@ -38,20 +38,20 @@ def plan_buckets(spans: Sequence[tuple[int, int, int]], size: int, room: int) ->
     fills is whole from the beginning.
     """
     edges = sorted({0, size, *(edge for a, b, _ in spans for edge in (a, b))})
-    found: list[Bucket] = []
+    buckets: list[Bucket] = []
     stop, last = size, NEVER
     # From the end, which backward fills first where layers follow each other.
     for a, b in reversed(list(pairwise(edges))):
         layer = min((layer for start, end, layer in spans if start <= a and b <= end), default=NEVER)
         while a < b:
-            limit = room if found else max(1, room // FIRST)
+            limit = room if buckets else max(1, room // FIRST)
             b, last = max(a, stop - limit), min(last, layer)
             if stop - b == limit:
-                found.append(Bucket(b, stop, last))
+                buckets.append(Bucket(b, stop, last))
                 stop, last = b, NEVER
     if stop > 0:
-        found.append(Bucket(0, stop, last))
-    return sorted(found, key=lambda bucket: -bucket.last)
+        buckets.append(Bucket(0, stop, last))
+    return sorted(buckets, key=lambda bucket: -bucket.last)
 
 
 def check_allreduce(how: str, size: int) -> None:

@@ -258,8 +258,8 @@ class QSGD(Compressor):
 
     def _mean(self) -> np.ndarray:
         factors = self.all_norms / (self.levels * self.group.size)
-        found: np.ndarray = np.einsum("ri,r->i", self.all_codes, factors[:, 0], dtype=self.dtype, casting="same_kind")
-        return found
+        mean: np.ndarray = np.einsum("ri,r->i", self.all_codes, factors[:, 0], dtype=self.dtype, casting="same_kind")
+        return mean
 
 
 class PowerSGD(Compressor):
@@ -295,13 +295,13 @@ class PowerSGD(Compressor):
             self.tables["right"] = self.q.reshape(1, -1)
 
     def _factors(self) -> list[tuple[list[slice], tuple[int, int], np.ndarray, np.ndarray]]:
-        found, left, right = [], 0, 0
+        factors, left, right = [], 0, 0
         for at, (rows, columns) in self.matrices:
             p = self.p[left : left + rows * self.rank].reshape(rows, self.rank)
             q = self.q[right : right + columns * self.rank].reshape(columns, self.rank)
-            found.append((at, (rows, columns), p, q))
+            factors.append((at, (rows, columns), p, q))
             left, right = left + p.size, right + q.size
-        return found
+        return factors
 
     def _reduce(self, m: np.ndarray) -> None:
         n, factors = self.group.size, self._factors()
@@ -335,11 +335,11 @@ class PowerSGD(Compressor):
 
 def tensors(layout: Layout) -> list[list[slice]]:
     """The runs of the flat vector that each parameter consists of, in the order of its units."""
-    found: list[list[slice]] = [[] for _ in layout.parameters]
+    slices: list[list[slice]] = [[] for _ in layout.parameters]
     for piece in sorted(layout.pieces(), key=lambda piece: piece.first):
         size = layout.parameters[piece.parameter].unit_size * (piece.last - piece.first)
-        found[piece.parameter].append(slice(piece.offset, piece.offset + size))
-    return found
+        slices[piece.parameter].append(slice(piece.offset, piece.offset + size))
+    return slices
 
 
 COMPRESSORS: dict[str, tuple[type[Compressor], tuple[str, ...]]] = {

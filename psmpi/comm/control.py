@@ -36,18 +36,18 @@ class Control:
 
     def total(self, values: np.ndarray) -> np.ndarray:
         """`values` summed over all ranks, as a new array on each."""
-        found = np.empty_like(values)
-        self.comm.Allreduce(values, found)
+        total = np.empty_like(values)
+        self.comm.Allreduce(values, total)
         moved = 2 * (self.size - 1) * values.nbytes // self.size
         self.counter.add(moved, moved)
-        return found
+        return total
 
     def rows(self, values: np.ndarray) -> np.ndarray:
         """Every rank's `values`, of one shape and dtype, as the rows of a new array (ranks, ...) on each."""
-        found = np.empty((self.size, *values.shape), values.dtype)
-        self.comm.Allgather(values, found)
+        rows = np.empty((self.size, *values.shape), values.dtype)
+        self.comm.Allgather(values, rows)
         self.counter.add(values.nbytes * (self.size - 1), values.nbytes * (self.size - 1))
-        return found
+        return rows
 
     def wait_for_all(self) -> None:
         """Return when all ranks have come here."""
@@ -78,15 +78,15 @@ class Control:
         """
         if self.size == 1:
             return work() if work is not None else None
-        found, failed = None, ""
+        result, failed = None, ""
         try:
-            found = work() if work is not None else None
+            result = work() if work is not None else None
         except UserError as error:
             failed = str(error).encode()[:TOLD].decode(errors="ignore")
-        told = self.share(next(filter(None, self.collect_texts(failed, TOLD)), ""))
-        if told:
-            raise UserError(told)
-        return found
+        message = self.share(next(filter(None, self.collect_texts(failed, TOLD)), ""))
+        if message:
+            raise UserError(message)
+        return result
 
     def share_flag(self, flag: bool) -> bool:
         """Rank 0's answer to a question of yes or no on all ranks."""

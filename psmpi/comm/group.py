@@ -159,12 +159,12 @@ class Group:
 
         What is of another rank is sent to it once. Returns where the sum is, the front of the buffer, which is used up.
         """
-        found = buffer.reshape(-1)[: counts[self.rank]]
+        segment = buffer.reshape(-1)[: counts[self.rank]]
         if self.size > 1:
             self.comm.Reduce_scatter(in_place(), self.bridge.outgoing(buffer), list(counts))
             self.bridge.arrived(buffer)
-            self.counter.add(buffer.itemsize * sum(counts) - found.nbytes, found.nbytes * (self.size - 1))
-        return found
+            self.counter.add(buffer.itemsize * sum(counts) - segment.nbytes, segment.nbytes * (self.size - 1))
+        return segment
 
     def ireduce_scatter(self, buffer: np.ndarray, counts: Sequence[int]) -> Request:
         """Begin reduce_scatter, on a group of two or more; the buffer then has `arrived`, its front holds the sum."""
@@ -185,13 +185,13 @@ class Group:
 
         Run j of `into` is that from rank j: of received[j] elements, by default as many as this rank has for itself.
         """
-        theirs = [counts[self.rank]] * self.size if received is None else received
+        arriving = [counts[self.rank]] * self.size if received is None else received
         if self.size == 1:
             into.reshape(-1)[: counts[0]] = buffer[: counts[0]]
             return
-        self.comm.Alltoallv(_runs(buffer, counts), _runs(into, theirs))
+        self.comm.Alltoallv(_runs(buffer, counts), _runs(into, arriving))
         own = counts[self.rank]
-        self.counter.add(buffer.itemsize * (sum(counts) - own), into.itemsize * (sum(theirs) - own))
+        self.counter.add(buffer.itemsize * (sum(counts) - own), into.itemsize * (sum(arriving) - own))
 
     def agree(self, values: np.ndarray) -> np.ndarray:
         """Sum of `values` over the group, in place, bit-identical on all ranks; control data, not counted."""
@@ -284,13 +284,13 @@ def wait_all(requests: Sequence[Request]) -> None:
 
 def pieces(counts: Sequence[int], starts: Sequence[int]) -> list[slice]:
     """The slices that a scatter or gather moves, those side by side as one."""
-    found: list[slice] = []
+    slices: list[slice] = []
     for start, count in sorted(zip(starts, counts, strict=True)):
-        if count and found and found[-1].stop == start:
-            found[-1] = slice(found[-1].start, start + count)
+        if count and slices and slices[-1].stop == start:
+            slices[-1] = slice(slices[-1].start, start + count)
         elif count:
-            found.append(slice(start, start + count))
-    return found
+            slices.append(slice(start, start + count))
+    return slices
 
 
 def in_place() -> Any:

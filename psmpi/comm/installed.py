@@ -68,10 +68,10 @@ def library() -> Library:
 def _loaded(maps: str = "/proc/self/maps") -> str:
     """The file of the MPI library that this process has loaded, "" where that cannot be seen."""
     try:
-        found = re.findall(r"(/\S*/libmpi(?:ch)?(?:_abi)?\.so\S*)", Path(maps).read_text(errors="replace"))
+        paths = re.findall(r"(/\S*/libmpi(?:ch)?(?:_abi)?\.so\S*)", Path(maps).read_text(errors="replace"))
     except OSError:
         return ""
-    return found[0] if found else ""
+    return paths[0] if paths else ""
 
 
 def _wheel(path: str) -> str:
@@ -123,11 +123,11 @@ def launchers() -> list[Launcher]:
     """The mpirun that a shell here would start, and that beside this Python where it is another one."""
     beside = Path(sys.executable).with_name("mpirun")
     paths = [shutil.which("mpirun"), str(beside) if beside.is_file() else None]
-    found: dict[Path, str] = {}
+    names: dict[Path, str] = {}
     for path in paths:
         if path:
-            found.setdefault(Path(path).resolve(), path)
-    return [_asked(path) for path in found.values()]
+            names.setdefault(Path(path).resolve(), path)
+    return [_asked(path) for path in names.values()]
 
 
 def _asked(path: str) -> Launcher:

@@ -43,7 +43,7 @@ class Found(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes of shared memory."""
-        return sum(found.st_size for _, _, found in self.segments)
+        return sum(status.st_size for _, _, status in self.segments)
 
 
 def find_leftovers(memory: Path = Path("/dev/shm"), folder: Path | None = None) -> Found:
@@ -57,7 +57,7 @@ def find_leftovers(memory: Path = Path("/dev/shm"), folder: Path | None = None) 
         return Found([], [], [])
     # Processes are told to have files open by paths without links.
     memory, folder = memory.resolve(), (folder or Path(tempfile.gettempdir())).resolve()
-    segments = [(one, of["job"], found) for one, of, found in _mine(memory, SEGMENT) if _here(of["host"])]
+    segments = [(one, of["job"], status) for one, of, status in _mine(memory, SEGMENT) if _here(of["host"])]
     sessions = [one for one, _, _ in _mine(folder, SESSION) if _told_here(one)]
     single = [one for one, of, _ in _mine(folder, SINGLE) if _here(of["host"])]
     if not (segments or sessions):
@@ -82,12 +82,12 @@ def remove_leftovers(memory: Path = Path("/dev/shm"), folder: Path | None = None
     leftovers = find_leftovers(memory, folder)
     count = nbytes = 0
     ended: set[str | None] = set()
-    for one, job, found in leftovers.segments:
+    for one, job, status in leftovers.segments:
         # A rank of this job that is ahead may have removed it, and made its own of that name.
-        if _same(one, found):
+        if _same(one, status):
             with contextlib.suppress(OSError):
                 one.unlink()
-                count, nbytes = count + 1, nbytes + found.st_size
+                count, nbytes = count + 1, nbytes + status.st_size
                 ended.add(job)
     for session in (*leftovers.sessions, *(job for job in leftovers.jobs if f"{int(job.name):x}" in ended)):
         shutil.rmtree(session, ignore_errors=True)
@@ -101,9 +101,9 @@ def _mine(folder: Path, names: re.Pattern[str] = ANY) -> Iterator[tuple[Path, re
             if (of := names.fullmatch(entry.name)) is None:
                 continue
             with contextlib.suppress(OSError):
-                found = entry.stat(follow_symlinks=False)
-                if found.st_uid == os.getuid() and not entry.is_symlink() and time.time() - found.st_ctime > YOUNG:
-                    yield Path(entry.path), of, found
+                status = entry.stat(follow_symlinks=False)
+                if status.st_uid == os.getuid() and not entry.is_symlink() and time.time() - status.st_ctime > YOUNG:
+                    yield Path(entry.path), of, status
 
 
 def _same(path: Path, before: os.stat_result) -> bool:

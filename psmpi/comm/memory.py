@@ -34,13 +34,13 @@ def limits(proc: str = "/proc", groups: str = "/sys/fs/cgroup") -> list[Limit]:
         return []
     swap = free.get("SwapFree:", 0) << 10
     boot = _text(Path(proc, "sys/kernel/random/boot_id")) or host
-    found = [Limit(boot, f"host {host}", (free["MemAvailable:"] << 10) + swap)]
+    rooms = [Limit(boot, f"host {host}", (free["MemAvailable:"] << 10) + swap)]
     for folder in _folders(_text(Path(proc, "self/cgroup")), Path(groups)):
         left = _left(folder, swap)
         if left is not None:
             at = folder.stat()
-            found.append(Limit(f"{boot} {at.st_dev} {at.st_ino}", f"the control group (cgroup) on host {host}", left))
-    return found
+            rooms.append(Limit(f"{boot} {at.st_dev} {at.st_ino}", f"the control group (cgroup) on host {host}", left))
+    return rooms
 
 
 def _folders(memberships: str, groups: Path) -> Iterator[Path]:
@@ -75,8 +75,8 @@ def _left(folder: Path, swap: int) -> int | None:
 def _number(path: Path) -> int | None:
     """The limit that a file has; None where there is none."""
     with suppress(ValueError):
-        found = int(_text(path))
-        return found if found < NO_LIMIT else None
+        number = int(_text(path))
+        return number if number < NO_LIMIT else None
     return None
 
 

@@ -25,8 +25,8 @@ class Nccl:
         self.comm = library.NcclCommunicator(comm.size, number.tobytes(), comm.rank)
 
     def _type(self, array: Any) -> int:
-        found: int = self.library.NCCL_FLOAT32 if array.dtype == np.float32 else self.library.NCCL_FLOAT64
-        return found
+        code: int = self.library.NCCL_FLOAT32 if array.dtype == np.float32 else self.library.NCCL_FLOAT64
+        return code
 
     def allreduce(self, array: Any) -> None:
         """array = its sum over the group, in place."""
@@ -51,16 +51,16 @@ def check_devices(world: Communicator, pci_id: str) -> None:
 
     _library()
     local = world.Split_type(MPI.COMM_TYPE_SHARED)
-    mine, everyone = np.zeros(64, np.uint8), np.zeros((local.size, 64), np.uint8)
+    padded, everyone = np.zeros(64, np.uint8), np.zeros((local.size, 64), np.uint8)
     name = np.frombuffer(pci_id.encode()[:64], np.uint8)
-    mine[: len(name)] = name
-    local.Allgather(mine, everyone)
-    ranks, found = local.size, len(np.unique(everyone, axis=0))
+    padded[: len(name)] = name
+    local.Allgather(padded, everyone)
+    ranks, devices = local.size, len(np.unique(everyone, axis=0))
     local.Free()
-    if found < ranks:
+    if devices < ranks:
         raise UserError(
-            f"--nccl: {ranks} ranks share {found} device(s) on this host and NCCL wants one each: start at most "
-            f"{found} ranks a host, or leave the option out"
+            f"--nccl: {ranks} ranks share {devices} device(s) on this host and NCCL wants one each: start at most "
+            f"{devices} ranks a host, or leave the option out"
         )
 
 

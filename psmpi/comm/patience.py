@@ -98,8 +98,8 @@ class Patient:
 
     def _made(self, comm: Any) -> Patient:
         ranks = range(comm.size)
-        found = comm.group.Translate_ranks(list(ranks), self.comm.group)
-        return Patient(comm, self.bells, [self.each[rank] for rank in found])
+        numbers = comm.group.Translate_ranks(list(ranks), self.comm.group)
+        return Patient(comm, self.bells, [self.each[rank] for rank in numbers])
 
     def _sent(self, request: Request, rank: int) -> PatientRequest:
         return PatientRequest(request, self.bells, self._on_host(rank), (), self.naps)
@@ -236,9 +236,9 @@ def patient(world: Any, ranks: int, cores: int) -> Any:
     answers = {"": 0, "spin": 1, "sleep": 2}
     if said not in answers:
         raise UserError(f"{SETTING}={said}: expected spin or sleep")
-    found = np.array([int(ranks > cores), answers[said]])
-    world.Allreduce(MPI.IN_PLACE, found, MPI.MAX)
-    crowded, decided = found.tolist()
+    answer = np.array([int(ranks > cores), answers[said]])
+    world.Allreduce(MPI.IN_PLACE, answer, MPI.MAX)
+    crowded, decided = answer.tolist()
     if decided == 1 or not (crowded or decided):
         return world
     local = world.Split_type(MPI.COMM_TYPE_SHARED)
@@ -259,20 +259,20 @@ def settle(world: Communicator, cores: Sequence[int], computes: bool) -> None:
     milliseconds while one is idle.) Where more ranks compute than there are cores, all give way and none sleeps: what
     they wait for is short, and comes from ranks that need the core.
     """
-    found: Any = world
-    while not isinstance(found, Patient):
-        found = getattr(found, "comm", None)
-        if found is None:
+    inner: Any = world
+    while not isinstance(inner, Patient):
+        inner = getattr(inner, "comm", None)
+        if inner is None:
             return
-    local = found.Split_type(_shared_memory())
-    mine = np.zeros(8193, np.uint8)
-    mine[list(cores)], mine[-1] = 1, computes
-    rows = np.empty((local.size, len(mine)), np.uint8)
-    local.Allgather(mine, rows)
+    local = inner.Split_type(_shared_memory())
+    padded = np.zeros(8193, np.uint8)
+    padded[list(cores)], padded[-1] = 1, computes
+    rows = np.empty((local.size, len(padded)), np.uint8)
+    local.Allgather(padded, rows)
     local.Free()
     computing, available = int(rows[:, -1].sum()), int(rows[:, :-1].any(axis=0).sum())
     if len(rows) > available:
-        found.bells.awake = bool(computes) or computing > available
+        inner.bells.awake = bool(computes) or computing > available
     # Ranks that may use different cores have been given theirs by somebody else.
     alike = bool((rows[:, :-1] == rows[0, :-1]).all())
     if computes and alike and computing <= available < len(rows) and hasattr(os, "sched_setaffinity"):

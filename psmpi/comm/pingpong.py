@@ -31,7 +31,7 @@ def ping_pong(comm: Communicator, a: int, b: int, seconds: float) -> Pace | None
     if comm.rank == b:
         _answer(comm, a)
         return None
-    found, buffers = [], np.zeros(SIZES[-1], np.uint8)
+    rows, buffers = [], np.zeros(SIZES[-1], np.uint8)
     end = time.perf_counter() + seconds
     for k, (size, most) in enumerate(zip(SIZES, TIMES, strict=True)):
         # The first one makes connections and buffers.
@@ -40,25 +40,25 @@ def ping_pong(comm: Communicator, a: int, b: int, seconds: float) -> Pace | None
         left = end - time.perf_counter()
         rounds = min(most, int(left / 2 / max(2 * once, 1e-9)))
         times = _call(comm, b, buffers[:size], rounds) if rounds > 0 else [once]
-        found.append(median(times))
+        rows.append(median(times))
         grown = SIZES[k + 1] / size if 0 < k < len(SIZES) - 1 else 1
-        if k and 4 * found[-1] * grown > end - time.perf_counter():
+        if k and 4 * rows[-1] * grown > end - time.perf_counter():
             break
     comm.Send(np.array([0, 0]), b)
-    nbytes = SIZES[len(found) - 1]
-    return Pace(1e6 * found[0], nbytes / found[-1] / 1e9, nbytes)
+    nbytes = SIZES[len(rows) - 1]
+    return Pace(1e6 * rows[0], nbytes / rows[-1] / 1e9, nbytes)
 
 
 def _call(comm: Communicator, to: int, data: np.ndarray, rounds: int) -> list[float]:
     """Seconds of each of so many messages, one way, after word to the other rank of what comes."""
     comm.Send(np.array([data.size, rounds]), to)
-    found = []
+    times = []
     for _ in range(rounds):
         before = time.perf_counter()
         comm.Send(data, to)
         comm.Recv(data, to)
-        found.append((time.perf_counter() - before) / 2)
-    return found
+        times.append((time.perf_counter() - before) / 2)
+    return times
 
 
 def _answer(comm: Communicator, to: int) -> None:

@@ -53,28 +53,28 @@ def probe(world: World, ops: NumpyOps, bridge: Bridge, size: int = 0) -> bool:
     for dtype in (np.dtype(np.float32), np.dtype(np.float64)):
         # Small enough for sums to be exact, and different from rank to rank.
         counting = np.arange(size) % 1009
-        mine, sums, rows = (ops.mirror(ops.zeros(n, dtype)) for n in (size, size, size * world.size))
-        mine.host[:] = counting * (world.rank + 1)
-        sums.host[:] = mine.host
-        mine.push()
+        values, sums, rows = (ops.mirror(ops.zeros(n, dtype)) for n in (size, size, size * world.size))
+        values.host[:] = counting * (world.rank + 1)
+        sums.host[:] = values.host
+        values.push()
         sums.push()
-        group.allgatherv(mine.array, rows.array, [size] * world.size)
+        group.allgatherv(values.array, rows.array, [size] * world.size)
         group.allreduce(sums.array)
-        group.bcast(mine.array)
+        group.bcast(values.array)
         # From rank to rank all around, the first one beginning.
         around = ops.mirror(ops.zeros(size, dtype))
         for turn in (0, 1) if world.size > 1 else ():
             if turn == (world.rank > 0):
-                group.send(mine.array, (world.rank + 1) % world.size)
+                group.send(values.array, (world.rank + 1) % world.size)
             else:
                 group.receive(around.array, (world.rank - 1) % world.size)
         around.fetch()
         around.wait()
         right &= world.size == 1 or np.array_equal(around.host, counting)
-        for mirror in (mine, sums, rows):
+        for mirror in (values, sums, rows):
             mirror.fetch()
             mirror.wait()
         factors = np.arange(1, world.size + 1)
         right &= np.array_equal(rows.host.reshape(world.size, size), factors[:, None] * counting)
-        right &= np.array_equal(sums.host, factors.sum() * counting) and np.array_equal(mine.host, counting)
+        right &= np.array_equal(sums.host, factors.sum() * counting) and np.array_equal(values.host, counting)
     return bool(group.agree(np.array([float(not right)]))[0] == 0)

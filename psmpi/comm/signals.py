@@ -96,8 +96,8 @@ class StopSignals:
         """The thread: it ends with the pipe, or after a later signal the process."""
         first = 0.0
         with heard:
-            while told := heard.recv(1):
-                number = told[0]
+            while byte := heard.recv(1):
+                number = byte[0]
                 if number not in heeded:
                     continue
                 first = first or time.monotonic()

@@ -138,8 +138,8 @@ class MpiMemory:
         self.window = MPI.Win.Allocate_shared(nbytes if self.local.rank == 0 else 0, 1, comm=self.local)
         if self.window.Get_attr(MPI.WIN_MODEL) != MPI.WIN_UNIFIED:
             raise RuntimeError("windows have a public and a private copy of their memory")
-        found: Any = self.window.Shared_query(0)[0]
-        self.bytes = np.frombuffer(found, np.uint8)[:nbytes]
+        memory: Any = self.window.Shared_query(0)[0]
+        self.bytes = np.frombuffer(memory, np.uint8)[:nbytes]
         self.window.Lock_all(MPI.MODE_NOCHECK)
         if self.local.rank == 0:
             self.bytes.fill(0)
@@ -309,8 +309,8 @@ def find_fault(windows: Windows, world: Communicator) -> str:
         wrong = f"one-sided calls fail ({error})"
     texts = np.zeros((size, 200), np.uint8)
     own = np.zeros(200, np.uint8)
-    told = wrong.encode()[:200]
-    own[: len(told)] = np.frombuffer(told, np.uint8)
+    text = wrong.encode()[:200]
+    own[: len(text)] = np.frombuffer(text, np.uint8)
     world.Allgather(own, texts)
     return next(filter(None, (row.tobytes().rstrip(b"\0").decode(errors="replace") for row in texts)), "")
 
@@ -318,17 +318,17 @@ def find_fault(windows: Windows, world: Communicator) -> str:
 def _of_sums(windows: Windows, world: Communicator, dtype: np.dtype) -> str:
     edges = [TESTED * k // world.size for k in range(world.size + 1)]
     tried = windows.sharded(edges, dtype, Counter())
-    found, some = np.empty(TESTED, dtype), np.arange(0, TESTED, 3)
+    sums, some = np.empty(TESTED, dtype), np.arange(0, TESTED, 3)
     tried.add(np.ones(TESTED, dtype))
     tried.add_at(some, np.ones(len(some), dtype))
     tried.flush()
     world.Barrier()
-    tried.read(found)
+    tried.read(sums)
     expected = np.ones(TESTED, dtype)
     expected[some] += 1
-    right = np.array_equal(found, expected * world.size)
-    tried.read_at(some, found[: len(some)])
-    right = right and bool((found[: len(some)] == 2 * world.size).all())
+    right = np.array_equal(sums, expected * world.size)
+    tried.read_at(some, sums[: len(some)])
+    right = right and bool((sums[: len(some)] == 2 * world.size).all())
     world.Barrier()
     tried.free()
     return "" if right else f"additions of {dtype} to windows get lost"

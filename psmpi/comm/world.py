@@ -51,8 +51,8 @@ def check_protocol(vendor: str, environ: Mapping[str, str], library: str, pmix: 
     Open MPI looks for help texts of its own under MPICH's. pmix: whether a PMIx library is loaded.
     """
     by_pmix = "PMIX_NAMESPACE" in environ or "OMPI_COMM_WORLD_SIZE" in environ
-    told = "PMI_FD" in environ or "MPIR_CVAR_PMI_VERSION" in environ
-    if vendor == "MPICH" and by_pmix and not told and not pmix:
+    announced = "PMI_FD" in environ or "MPIR_CVAR_PMI_VERSION" in environ
+    if vendor == "MPICH" and by_pmix and not announced and not pmix:
         launcher = "Open MPI's" if "OMPI_COMM_WORLD_SIZE" in environ else "one that speaks PMIx"
     elif vendor == "Open MPI" and "HYDI_CONTROL_FD" in environ and not by_pmix:
         launcher = "MPICH's"
@@ -71,16 +71,16 @@ def lacking_memory(vendor: str, folder: str = "/dev/shm", least: int = 8 << 20) 
     fix = "should MPI not start, give the container some (docker run --shm-size=1g), or use Open MPI"
     if not os.access(folder, os.W_OK | os.X_OK):
         return f"{folder}, by which MPICH's ranks share memory, cannot be written: {fix}"
-    found = os.statvfs(folder)
-    free = found.f_bavail * found.f_frsize
+    room = os.statvfs(folder)
+    free = room.f_bavail * room.f_frsize
     return f"{folder}, by which MPICH's ranks share memory, has {free >> 10} kB left: {fix}" if free < least else ""
 
 
 def _fitting_launcher() -> str:
     beside = os.path.dirname(sys.executable)
-    found = "lies beside this Python" if os.path.exists(f"{beside}/mpirun") else "belongs to the MPI of this Python"
+    where = "lies beside this Python" if os.path.exists(f"{beside}/mpirun") else "belongs to the MPI of this Python"
     return (
-        f"Use the mpirun that {found} ({beside}), or on SLURM srun --mpi=pmi2 or --mpi=pmix as your MPI wants it "
+        f"Use the mpirun that {where} ({beside}), or on SLURM srun --mpi=pmi2 or --mpi=pmix as your MPI wants it "
         "(`srun --mpi=list`)"
     )
 
@@ -132,8 +132,8 @@ def start(tell: Callable[[str], None] = output.complain) -> World:
         warnings.simplefilter("ignore")
     from psmpi.comm.patience import patient
 
-    found: World = patient(comm, *host(comm))
-    return found
+    world: World = patient(comm, *host(comm))
+    return world
 
 
 def _pmix_loaded() -> bool:
@@ -165,9 +165,9 @@ def local_rank(world: Communicator) -> int:
     from mpi4py import MPI
 
     local = world.Split_type(MPI.COMM_TYPE_SHARED)
-    found = int(local.rank)
+    rank = int(local.rank)
     local.Free()
-    return found
+    return rank
 
 
 def several_hosts(world: Communicator) -> bool:
@@ -188,11 +188,11 @@ def host_numbers(world: Communicator) -> list[int]:
     from mpi4py import MPI
 
     local = world.Split_type(MPI.COMM_TYPE_SHARED)
-    own, found = np.array([world.rank]), np.empty(world.size, np.int64)
+    own, numbers = np.array([world.rank]), np.empty(world.size, np.int64)
     local.Bcast(own, 0)
     local.Free()
-    world.Allgather(own, found)
-    return [int(number) for number in found]
+    world.Allgather(own, numbers)
+    return [int(number) for number in numbers]
 
 
 def host_by_host(world: Communicator, work: Callable[[], None]) -> None:

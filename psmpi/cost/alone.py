@@ -236,10 +236,10 @@ class Alone:
         whole = into[0].reshape(-1).view(np.uint8)
         starts = np.cumsum([0, *sizes[:-1]]).tolist()
         at, own = starts[self.rank], sizes[self.rank]
-        mine = sent.reshape(-1).view(np.uint8) if isinstance(sent, np.ndarray) else whole[at : at + own].copy()
+        payload = sent.reshape(-1).view(np.uint8) if isinstance(sent, np.ndarray) else whole[at : at + own].copy()
         for start, size in zip(starts, sizes, strict=True):
             count = min(size, own)
-            whole[start : start + count] = mine[:count]
+            whole[start : start + count] = payload[:count]
             whole[start + count : start + size] = 0
         self.book.since = time.perf_counter()
 

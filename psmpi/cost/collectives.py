@@ -65,16 +65,16 @@ def _linear(out: bool, size: int, me: int, root: int, sizes: Sequence[int]) -> l
 
 def _binomial(size: int, me: int, root: int, nbytes: int) -> list[Round]:
     """A broadcast down a tree: at distances of powers of two."""
-    place, found, distance = (me - root) % size, [], 1
+    place, rounds, distance = (me - root) % size, [], 1
     while distance < size and not place & distance:
         distance *= 2
     if place:
-        found.append([Part(False, (me - distance) % size, nbytes)])
+        rounds.append([Part(False, (me - distance) % size, nbytes)])
     while distance > 1:
         distance //= 2
         if place + distance < size:
-            found.append([Part(True, (me + distance) % size, nbytes)])
-    return found
+            rounds.append([Part(True, (me + distance) % size, nbytes)])
+    return rounds
 
 
 def _turned(steps: list[Round]) -> list[Round]:
@@ -91,16 +91,16 @@ def _bcast(size: int, me: int, root: int, nbytes: int) -> list[Round]:
 
 
 def _scattered(size: int, me: int, root: int, share: int) -> list[Round]:
-    place, found, distance = (me - root) % size, [], 1
+    place, rounds, distance = (me - root) % size, [], 1
     while distance < size and not place & distance:
         distance *= 2
     if place:
-        found.append([Part(False, (me - distance) % size, share * min(distance, size - place))])
+        rounds.append([Part(False, (me - distance) % size, share * min(distance, size - place))])
     while distance > 1:
         distance //= 2
         if place + distance < size:
-            found.append([Part(True, (me + distance) % size, share * min(distance, size - place - distance))])
-    return found
+            rounds.append([Part(True, (me + distance) % size, share * min(distance, size - place - distance))])
+    return rounds
 
 
 def _reduce(size: int, me: int, root: int, nbytes: int) -> list[Round]:
@@ -114,16 +114,16 @@ def _reduce(size: int, me: int, root: int, nbytes: int) -> list[Round]:
 
     ranks = [rank for rank in range(size) if rank >= 2 * left or rank % 2 == 0]
     own, top = (ranks.index(rank if rank >= 2 * left else rank - rank % 2) for rank in (me, root))
-    found: list[Round] = [[Part(False, me + 1, nbytes)]] if me < 2 * left else []
+    rounds: list[Round] = [[Part(False, me + 1, nbytes)]] if me < 2 * left else []
     halvings = range(len(ranks).bit_length() - 1)
-    found += [_both(ranks[own ^ 1 << k], nbytes >> (k + 1)) for k in halvings]
+    rounds += [_both(ranks[own ^ 1 << k], nbytes >> (k + 1)) for k in halvings]
     apart = own ^ top
     for k in reversed(halvings):
         if apart < 2 << k:
-            found.append([Part(apart >= 1 << k, ranks[own ^ 1 << k], nbytes >> (k + 1))])
+            rounds.append([Part(apart >= 1 << k, ranks[own ^ 1 << k], nbytes >> (k + 1))])
     if own == top and me != root:
-        found.append([Part(True, root, nbytes)])
-    return found
+        rounds.append([Part(True, root, nbytes)])
+    return rounds
 
 
 def _power(size: int) -> int:
@@ -157,11 +157,11 @@ def _outer(size: int, number: int) -> int:
 
 def _pairs(size: int, me: int) -> list[int]:
     """The ranks with which one exchanges at distances 1, 2, 4, ... after folding."""
-    number, found, distance = _inner(size, me), [], 1
+    number, rounds, distance = _inner(size, me), [], 1
     while number >= 0 and distance < _power(size):
-        found.append(_outer(size, number ^ distance))
+        rounds.append(_outer(size, number ^ distance))
         distance *= 2
-    return found
+    return rounds
 
 
 def _both(peer: int, nbytes: int, back: int | None = None) -> Round:
@@ -192,39 +192,39 @@ def _allgather(size: int, me: int, sizes: Sequence[int]) -> list[Round]:
     if size == _power(size) and total < 524288:
         return [_both(peer, (total // size) << k) for k, peer in enumerate(_pairs(size, me))]
     if total < 81920:
-        found, have = [], 1
+        rounds, have = [], 1
         while have < size:
             count = min(have, size - have)
-            found.append([Part(False, (me + have) % size, total // size * count),
+            rounds.append([Part(False, (me + have) % size, total // size * count),
                           Part(True, (me - have) % size, total // size * count)])  # fmt: skip
             have *= 2
-        return found
+        return rounds
     return _ring(size, me, total // size, size - 1)
 
 
 def _ring(size: int, me: int, share: int, count: int) -> list[Round]:
     """`count` rounds in which each rank hands a share to the next one."""
-    found = []
+    rounds = []
     for k in range(min(RING, count)):
         pieces = count * (k + 1) // min(RING, count) - count * k // min(RING, count)
-        found.append([Part(False, (me - 1) % size, share * pieces, pieces),
+        rounds.append([Part(False, (me - 1) % size, share * pieces, pieces),
                       Part(True, (me + 1) % size, share * pieces, pieces)])  # fmt: skip
-    return found
+    return rounds
 
 
 def _reduce_scatter(size: int, me: int, sizes: Sequence[int]) -> list[Round]:
     total = sum(sizes)
     if total < 524288:
         return _halved(size, me, total) + ([] if size == _power(size) else _unfolded(size, me, total // size))
-    found = []
+    rounds = []
     count = min(RING, size - 1)
     for k in range(count):
         first, last = (size - 1) * k // count, (size - 1) * (k + 1) // count
         distance, pieces = first + 1, last - first
         share = total // size * pieces
-        found.append([Part(False, (me - distance) % size, share, pieces),
+        rounds.append([Part(False, (me - distance) % size, share, pieces),
                       Part(True, (me + distance) % size, share, pieces)])  # fmt: skip
-    return found
+    return rounds
 
 
 def _unfolded(size: int, me: int, share: int) -> list[Round]:

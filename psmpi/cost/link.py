@@ -87,18 +87,18 @@ def save(links: dict[str, Link], path: Path) -> None:
 def load(path: Path) -> dict[str, Link]:
     """Read what `save` wrote; UserError for anything else."""
     try:
-        found = json.loads(path.read_text())
-        if not found or not set(found) <= {"within", "between"}:
+        content = json.loads(path.read_text())
+        if not content or not set(content) <= {"within", "between"}:
             raise ValueError
-        return {str(name): Link(_pairs(pairs)) for name, pairs in found.items()}
+        return {str(name): Link(_pairs(pairs)) for name, pairs in content.items()}
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except (ValueError, TypeError, AttributeError, OverflowError):
         raise UserError(f"{path}: no links: expected the file that 'psmpi bench links --save' writes") from None
 
 
-def _pairs(found: Sequence[Sequence[float]]) -> tuple[tuple[int, float], ...]:
-    pairs = tuple((int(size), float(seconds)) for size, seconds in found)
+def _pairs(points: Sequence[Sequence[float]]) -> tuple[tuple[int, float], ...]:
+    pairs = tuple((int(size), float(seconds)) for size, seconds in points)
     if len(pairs) < 2 or any(a >= b for (a, _), (b, _) in pairwise(pairs)):
         raise ValueError
     if pairs[0][0] < 0 or any(seconds < 0 or not np.isfinite(seconds) for _, seconds in pairs):
@@ -111,10 +111,10 @@ def _measure(comm: Any, a: int, b: int) -> Link | None:
     times: list[tuple[int, float]] = []
     going = np.zeros(1)
     for size in SIZES:
-        data, found = np.zeros(size, np.uint8), list[float]()
+        data, samples = np.zeros(size, np.uint8), list[float]()
         begun = time.perf_counter()
         # A first one that does not count: buffers are made.
-        while len(found) < 21:
+        while len(samples) < 21:
             before = time.perf_counter()
             if comm.rank == a:
                 comm.Send(data, b)
@@ -123,16 +123,16 @@ def _measure(comm: Any, a: int, b: int) -> Link | None:
                 comm.Recv(data, a)
                 comm.Send(data, a)
             now = time.perf_counter()
-            found.append((now - before) / 2)
+            samples.append((now - before) / 2)
             # Rank `a` says whether to go on.
             going[0] = now - begun < PATIENCE
             if comm.rank == a:
                 comm.Send(going, b)
             elif comm.rank == b:
                 comm.Recv(going, a)
-            if not going[0] and len(found) > 2:
+            if not going[0] and len(samples) > 2:
                 break
-        times.append((size, median(found[1:])))
+        times.append((size, median(samples[1:])))
         going[0] = times[-1][1] < LONGEST
         if comm.rank == a:
             comm.Send(going, b)

@@ -88,7 +88,7 @@ def make_schedule(programs: Sequence[Program]) -> Schedule:
     """The schedule of the programs of all ranks, of equally many steps. ValueError where their numbers differ."""
     steps = common_steps(programs)
     spread = _alltoall_sizes(programs)
-    found = []
+    calls = []
     for rank, program in enumerate(programs):
         builder = _Builder()
         for begin, end, rest in zip([0, *program.ends], program.ends, program.rest, strict=False):
@@ -96,8 +96,8 @@ def make_schedule(programs: Sequence[Program]) -> Schedule:
                 _add(builder, rank, place, program.calls[place], spread)
             builder.compute(rest)
             builder.chain = (builder.add(Task(STEP, 0.0, -1, 0, 1, "", builder.chain)),)
-        found.append(builder.tasks)
-    return Schedule(found, steps)
+        calls.append(builder.tasks)
+    return Schedule(calls, steps)
 
 
 def _add(builder: _Builder, rank: int, place: int, call: Call, spread: dict[tuple[str, int], dict[int, Call]]) -> None:
@@ -127,22 +127,22 @@ def _add(builder: _Builder, rank: int, place: int, call: Call, spread: dict[tupl
 
 def _alltoall_sizes(programs: Sequence[Program]) -> dict[tuple[str, int], dict[int, Call]]:
     """The all-to-all calls of all ranks, by group and number: what comes to a rank only the others know."""
-    found: dict[tuple[str, int], dict[int, Call]] = {}
+    sizes: dict[tuple[str, int], dict[int, Call]] = {}
     for rank, program in enumerate(programs):
         for call in program.calls:
             if call.name == "Alltoallv":
-                found.setdefault((call.group, call.number), {})[rank] = call
-    return found
+                sizes.setdefault((call.group, call.number), {})[rank] = call
+    return sizes
 
 
 def _alltoall(call: Call, rank: int, spread: dict[tuple[str, int], dict[int, Call]]) -> list[Round]:
     calls, me = spread[call.group, call.number], call.ranks.index(rank)
     one = []
-    for other, theirs in enumerate(call.ranks):
+    for other, peer in enumerate(call.ranks):
         if other == me:
             continue
-        if calls[theirs].sizes[me]:
-            one.append(Part(False, other, calls[theirs].sizes[me]))
+        if calls[peer].sizes[me]:
+            one.append(Part(False, other, calls[peer].sizes[me]))
         if call.sizes[other]:
             one.append(Part(True, other, call.sizes[other]))
     return [one] if one else []

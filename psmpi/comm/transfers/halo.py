@@ -35,7 +35,7 @@ class Halo(Overlapping):
         self.coming: list[Rows] = []
         self.free: list[Any] = []
         own = np.flatnonzero(owners == group.rank)
-        mine = here = np.empty(0, np.int64)
+        places = here = np.empty(0, np.int64)
         for user, units in enumerate(needs):
             sources = owners[units]
             for source in np.unique(sources).tolist():
@@ -43,15 +43,15 @@ class Halo(Overlapping):
                 if source != user:
                     self.counts[source, user] = len(at)
                 if user == group.rank == source:
-                    mine, here = np.searchsorted(own, units[at]), at
+                    places, here = np.searchsorted(own, units[at]), at
                 elif source == group.rank:
                     self.out.append(Rows(user, np.searchsorted(own, units[at]), self.ops))
                 elif user == group.rank:
                     self.coming.append(Rows(source, at, self.ops))
         # Whether this rank uses all that it has.
-        self.all = len(mine) == len(own)
+        self.all = len(places) == len(own)
         # What stays on this rank.
-        self.kept, self.back = self.ops.row_copies(mine, here), self.ops.row_copies(here, mine)
+        self.kept, self.back = self.ops.row_copies(places, here), self.ops.row_copies(here, places)
 
     def begin(self, src: Any, dst: Any, number: int = 0) -> Handle:
         group, tag, b = self.group, number % TAGS, dst.shape[-1]
@@ -118,8 +118,8 @@ class Halo(Overlapping):
 
     def messages(self, step: Step, back: bool = False) -> list[Message]:
         ranks, nbytes = self.group.ranks, step.batch * self.dtype.itemsize
-        found = [(ranks[a], ranks[b], count * nbytes) for (a, b), count in self.counts.items()]
-        return turned(found) if back else found
+        messages = [(ranks[a], ranks[b], count * nbytes) for (a, b), count in self.counts.items()]
+        return turned(messages) if back else messages
 
 
 class Rows:
@@ -137,8 +137,8 @@ class Rows:
         if self.slice is not None:
             return array[self.slice], at
         b = array.shape[-1]
-        behind = at + self.count * b
-        return room[at:behind].reshape(self.count, b), behind
+        stop = at + self.count * b
+        return room[at:stop].reshape(self.count, b), stop
 
     def pack(self, array: Any, values: Any) -> None:
         """Bring the rows together in `values`, their place."""

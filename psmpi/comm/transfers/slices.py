@@ -49,41 +49,41 @@ class Slices(Transfer):
             dst[...] = src
         for k in range(1, group.size):
             to, source = (group.rank + k) % group.size, (group.rank - k) % group.size
-            theirs = self.of_rank(b, source)
-            values = self._block(self.received, theirs)
+            columns = self.of_rank(b, source)
+            values = self._block(self.received, columns)
             begun = [group.irecv(values, source), group.isend(src, to)]
             if k == 1:
                 # While the first messages are under way.
                 dst[:, self.of_rank(b, group.rank)] = src
             wait_all(begun)
             group.bridge.arrived(values)
-            dst[:, theirs] = values
+            dst[:, columns] = values
 
     def backward(self, dst: Any, src: Any) -> None:
         b, group = dst.shape[-1], self.group
         self.reserve(b)
-        mine = self.of_rank(b, group.rank)
-        found = src.reshape(self.units, -1)
+        own_columns = self.of_rank(b, group.rank)
+        gradient = src.reshape(self.units, -1)
         if group.size == 1:
-            found[...] = dst[:, mine]
+            gradient[...] = dst[:, own_columns]
         for k in range(1, group.size):
             to, source = (group.rank + k) % group.size, (group.rank - k) % group.size
-            theirs = self.of_rank(b, to)
-            values, others = self._block(self.received, mine), self._block(self.sent, theirs)
-            others[...] = dst[:, theirs]
+            columns = self.of_rank(b, to)
+            values, others = self._block(self.received, own_columns), self._block(self.sent, columns)
+            others[...] = dst[:, columns]
             begun = [group.irecv(values, source), group.isend(others, to)]
             if k == 1:
                 # While the first messages are under way.
-                found[...] = dst[:, mine]
+                gradient[...] = dst[:, own_columns]
             wait_all(begun)
             group.bridge.arrived(values)
-            found += values
+            gradient += values
 
     def _block(self, room: np.ndarray, samples: slice) -> np.ndarray:
         """The front of a room, for a slice of samples (units, n)."""
         count = samples.stop - samples.start
-        found: np.ndarray = room[: self.units * count].reshape(self.units, count)
-        return found
+        block: np.ndarray = room[: self.units * count].reshape(self.units, count)
+        return block
 
     def messages(self, step: Step, back: bool = False) -> list[Message]:
         counts = [at.stop - at.start for at in (self.of_rank(step.batch, k) for k in range(self.group.size))]

@@ -97,13 +97,13 @@ class Subnets(Transfer):
             strip.put(message, src, mean)
 
     def messages(self, step: Step, back: bool = False) -> list[Message]:
-        shares, ranks, found = self.deal(step.round), self.group.ranks, []
+        shares, ranks, messages = self.deal(step.round), self.group.ranks, []
         for k, holder in enumerate(self.holders):
             for number, worker in enumerate(self.workers):
                 nbytes = strips_size(self._strips(k, number, shares)) * self.dtype.itemsize
                 if holder != worker:
-                    found.append((ranks[holder], ranks[worker], nbytes))
-        return turned(found) if back else found
+                    messages.append((ranks[holder], ranks[worker], nbytes))
+        return turned(messages) if back else messages
 
 
 def _messages(strips: list[list[Strip]], buffer: np.ndarray) -> Iterator[tuple[Strip, np.ndarray]]:

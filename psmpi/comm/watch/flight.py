@@ -114,9 +114,9 @@ class RecordedRequest:
 
     def Wait(self) -> object:
         record = self.flight.begin_wait(self.record)
-        found = self.request.Wait()
+        result = self.request.Wait()
         record[ENDED] = now()
-        return found
+        return result
 
 
 class Members:
@@ -302,8 +302,8 @@ class Recorded:
 
 def _nbytes(sent: Sent, other: Any) -> int:
     """Bytes of the buffer that is an array: the other one where `sent` is MPI.IN_PLACE."""
-    found = getattr(sent, "nbytes", None)
-    return int(getattr(other, "nbytes", 0) if found is None else found)
+    nbytes = getattr(sent, "nbytes", None)
+    return int(getattr(other, "nbytes", 0) if nbytes is None else nbytes)
 
 
 def spans(ranks: Sequence[int]) -> str:
@@ -344,7 +344,7 @@ def receiving(comm: Communicator, source: int) -> Iterator[None]:
 
 def bare(comm: Communicator) -> Any:
     """The communicator itself, of mpi4py, for libraries that ask for it."""
-    found: Any = comm
-    while isinstance(found, (Recorded, Patient)):
-        found = found.comm
-    return found
+    inner: Any = comm
+    while isinstance(inner, (Recorded, Patient)):
+        inner = inner.comm
+    return inner

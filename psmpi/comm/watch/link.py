@@ -169,10 +169,10 @@ class Courier:
 
 def own_addresses() -> list[str]:
     """The IPv4 addresses of this host: of its loopback, of its name, of its interfaces."""
-    found = {"127.0.0.1": None}
+    addresses = {"127.0.0.1": None}
     with contextlib.suppress(OSError):
         for *_, address in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET, socket.SOCK_DGRAM):
-            found.setdefault(str(address[0]))
+            addresses.setdefault(str(address[0]))
     with contextlib.suppress(OSError, ImportError, AttributeError):
         import fcntl
 
@@ -181,5 +181,5 @@ def own_addresses() -> list[str]:
                 # SIOCGIFADDR of Linux; an interface without an address is an OSError.
                 with contextlib.suppress(OSError):
                     answer = fcntl.ioctl(one.fileno(), 0x8915, struct.pack("256s", name.encode()[:15]))
-                    found.setdefault(socket.inet_ntoa(answer[20:24]))
-    return list(found)
+                    addresses.setdefault(socket.inet_ntoa(answer[20:24]))
+    return list(addresses)

@@ -223,15 +223,15 @@ class Monitor:
 
     def _stuck(self, now: float) -> frozenset[Any]:
         """Ranks that have been in one operation, or silent, for long."""
-        patience, found = self.patience, set()
+        patience, ranks = self.patience, set()
         for rank, one in enumerate(self.seen):
             if one.gone or not one.heard:
                 continue
             if now - one.at >= max(patience.warn, patience.quiet):
-                found.add((rank, SILENT, one.count))
+                ranks.add((rank, SILENT, one.count))
             elif one.state != COMPUTING and now - one.changed >= patience.warn:
-                found.add((rank, one.state, one.count))
-        return frozenset(found)
+                ranks.add((rank, one.state, one.count))
+        return frozenset(ranks)
 
     def _ask(self, now: float) -> None:
         """Ask for the flights that are missing, some at a time, in smaller pieces each time; then conclude."""
@@ -260,8 +260,8 @@ class Monitor:
         if seen.gone:
             known.state = GONE
         elif rank in self.flights:
-            found = from_table(self.flights[rank])
-            known.calls, known.operations = found.calls, found.operations
+            flight = from_table(self.flights[rank])
+            known.calls, known.operations = flight.calls, flight.operations
         elif not seen.heard:
             known.state, known.seconds = UNWATCHED, now - self.begun
         elif now - seen.at >= self.patience.quiet:
@@ -314,8 +314,8 @@ class Monitor:
         """A rank's line of the file of flights."""
         empty: Mapping[str, Any] = {"groups": [], "fields": [], "operations": []}
         table = {**empty, **self.flights.get(one.rank, {})}
-        found = {name: getattr(one, name) for name in TABLE}
-        return {**table, **found, "seconds": round(one.seconds, 3), "warn": self.patience.warn, "written": time.time()}
+        fields = {name: getattr(one, name) for name in TABLE}
+        return {**table, **fields, "seconds": round(one.seconds, 3), "warn": self.patience.warn, "written": time.time()}
 
     def _goes_on(self, now: float) -> None:
         if self.told is not None:

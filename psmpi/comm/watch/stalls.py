@@ -134,12 +134,12 @@ def from_table(table: Mapping[str, Any]) -> Rank:
 
 def _expanded(pairs: Sequence[Sequence[int]]) -> tuple[int, ...]:
     """The ranks of such pairs as `ranges` makes."""
-    found: list[int] = []
+    numbers: list[int] = []
     for first, last in pairs:
-        if not 0 <= first <= last <= first + MOST_RANKS - len(found):
+        if not 0 <= first <= last <= first + MOST_RANKS - len(numbers):
             raise ValueError(f"ranks {first} to {last}")
-        found += range(int(first), int(last) + 1)
-    return tuple(found)
+        numbers += range(int(first), int(last) + 1)
+    return tuple(numbers)
 
 
 def _operation(row: Sequence[Any], groups: Sequence[tuple[str, tuple[int, ...], int]]) -> Operation:
@@ -155,10 +155,10 @@ def _operation(row: Sequence[Any], groups: Sequence[tuple[str, tuple[int, ...], 
 
 def seconds(value: Any) -> float:
     """A time or a stretch of it; ValueError for what no clock shows."""
-    found = float(value)
-    if not 0 <= found < LAST_TIME:
-        raise ValueError(f"a time of {found} s")
-    return found
+    number = float(value)
+    if not 0 <= number < LAST_TIME:
+        raise ValueError(f"a time of {number} s")
+    return number
 
 
 @dataclass
@@ -204,20 +204,20 @@ def diagnose(ranks: Sequence[Rank], warn: float, longest: Mapping[int, float] | 
             if ranks[rank].state == WAITING:
                 near += waits_for(ranks[rank], ranks)
     ends = [ranks[rank] for rank in sorted(seen) if ranks[rank].state != WAITING]
-    alone = [one for one in ranks if one.state in (SILENT, BUSY) and one.seconds >= warn]
+    silent = [one for one in ranks if one.state in (SILENT, BUSY) and one.seconds >= warn]
     # Ranks wait long already for one that has just become silent.
-    culprits = {one.rank: one for one in (*ends, *alone) if stands(one) or one.state == SILENT}
+    culprits = {one.rank: one for one in (*ends, *silent) if stands(one) or one.state == SILENT}
     # Those that nothing is known of, where nobody else is to blame.
     culprits = culprits or {one.rank: one for one in ends if one.state in (GONE, UNWATCHED)}
     if culprits:
-        found = [culprits[rank] for rank in sorted(culprits)]
+        named = [culprits[rank] for rank in sorted(culprits)]
         longest_wait = max((one.seconds for one in waiting), default=0.0)
-        seconds = max([longest_wait, *(one.seconds for one in found if one.state in (SILENT, BUSY))])
-        if all(one.state == COMPUTING for one in found):
-            seconds = min(seconds, max(one.seconds for one in found))
+        seconds = max([longest_wait, *(one.seconds for one in named if one.state in (SILENT, BUSY))])
+        if all(one.state == COMPUTING for one in named):
+            seconds = min(seconds, max(one.seconds for one in named))
         # A silent rank that nobody waits for may go on: its messages may be what is lost.
         waited = longest_wait if seen & culprits.keys() else 0.0
-        return Finding(found, waiting, _missing(waiting, ranks), seconds, min(seconds, waited))
+        return Finding(named, waiting, _missing(waiting, ranks), seconds, min(seconds, waited))
     stuck = [ranks[rank] for rank in sorted(seen)]
     if ends or not stuck or any(one.seconds < warn for one in stuck):
         # Some rank goes on, or is not known.
@@ -245,7 +245,7 @@ def waits_for(one: Rank, ranks: Sequence[Rank]) -> list[int]:
 
 def _missing(waiting: Iterable[Rank], ranks: Sequence[Rank]) -> list[str]:
     """The calls that ranks wait in and others have not made, or have made as another one."""
-    found: dict[str, None] = {}
+    missing: dict[str, None] = {}
     for one in waiting:
         last = one.last
         if last is None or not last.group:
@@ -253,19 +253,19 @@ def _missing(waiting: Iterable[Rank], ranks: Sequence[Rank]) -> list[str]:
         if not last.number:
             back = "Recv" if last.kind in ("Send", "Isend") else "Send"
             text = f"{_listed([one.rank])} is in {last}: the {back} of rank {last.peer} for it is missing"
-            found.setdefault(text)
+            missing.setdefault(text)
             continue
         lacking = [rank for rank in waits_for(one, ranks) if ranks[rank].state not in (SILENT, UNWATCHED)]
         unknown = [rank for rank in waits_for(one, ranks) if rank not in lacking]
         for group, verb in ((lacking, "not made by"), (unknown, "perhaps not made by")):
             if group:
-                found.setdefault(f"{last.kind}, {str(last).partition(', ')[2]}: {verb} {_listed(group)}")
+                missing.setdefault(f"{last.kind}, {str(last).partition(', ')[2]}: {verb} {_listed(group)}")
         for rank in last.ranks:
             other = _same_call(ranks[rank], last) if rank < len(ranks) else None
             if other is not None and (other.kind, other.peer) != (last.kind, last.peer):
                 first, second = sorted([(one.rank, last), (rank, other)], key=lambda pair: pair[0])
-                found.setdefault(f"rank {first[0]} makes {first[1]}, where rank {second[0]} makes {second[1]}")
-    return list(found)
+                missing.setdefault(f"rank {first[0]} makes {first[1]}, where rank {second[0]} makes {second[1]}")
+    return list(missing)
 
 
 def _same_call(rank: Rank, last: Operation) -> Operation | None:
@@ -282,10 +282,10 @@ def _listed(ranks: Sequence[int]) -> str:
 
 def describe(finding: Finding, now: float) -> list[str]:
     """The finding in lines for people; now: seconds since 1970."""
-    told = [_of(one, now) for one in finding.culprits[:MOST_TOLD]]
+    named = [_of(one, now) for one in finding.culprits[:MOST_TOLD]]
     if len(finding.culprits) > MOST_TOLD:
-        told.append(f"and so do {spans([one.rank for one in finding.culprits[MOST_TOLD:]])}")
-    lines = [f"no progress for {finding.seconds:.0f} s: {'; '.join(told)}"]
+        named.append(f"and so do {spans([one.rank for one in finding.culprits[MOST_TOLD:]])}")
+    lines = [f"no progress for {finding.seconds:.0f} s: {'; '.join(named)}"]
     if not finding.culprits:
         lines = [f"no progress for {finding.seconds:.0f} s: ranks wait for each other"]
     by_call: dict[tuple[str, int], list[Rank]] = {}

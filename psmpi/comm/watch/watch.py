@@ -252,10 +252,10 @@ class Watch:
 
         Silent processes of this host are killed if the launcher does not.
         """
-        found = self._reachable(body)
-        if found:
+        answer = self._reachable(body)
+        if answer:
             with contextlib.suppress(OSError):
-                kill_later(found)
+                kill_later(answer)
         if monitor == self.rank:
             self.leave(1)
         else:
@@ -343,11 +343,11 @@ def _connect(control: Control, warn: float, abort: float) -> Watch:
         own = datagrams.addresses[:20] if control.rank in ranks else []
         texts = control.collect_texts(json.dumps(own))
         said = [os.urandom(32).hex(), [texts[rank] for rank in ranks]] if control.rank == 0 else []
-        token, found = json.loads(control.share(json.dumps(said)))
+        token, address = json.loads(control.share(json.dumps(said)))
         unused.pop_all()
     monitors = {
         rank: [(str(host), int(port)) for host, port in json.loads(text)]
-        for rank, text in zip(ranks, found, strict=True)
+        for rank, text in zip(ranks, address, strict=True)
     }
     interval = max(min(1.0, warn / 4), control.size / 200)
     patience = Patience(warn, abort, interval, max(15.0, 5 * interval))
