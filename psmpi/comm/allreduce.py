@@ -45,7 +45,7 @@ class Ring:
         self.requests: list[Request] = []
 
     def messages(self) -> list[Message]:
-        """The messages of the sum, all ranks'."""
+        """Messages of the sum, of all ranks."""
         size, ranks, nbytes = self.group.size, self.group.ranks, self.vector.nbytes
         lengths = [(s.stop - s.start) * self.vector.itemsize for s in self.segments]
         # All but two segments go out twice.
@@ -90,26 +90,26 @@ class Ring:
             self.group.bridge.arrived(self.vector)
 
     def push(self) -> None:
-        """Go on as far as messages have come."""
+        """Make progress as far as messages have arrived."""
         while self.step < self.steps and all_done(self.requests):
             self._advance()
 
     def wait(self) -> None:
-        """Go on to the end."""
+        """Finish the sum."""
         while self.step < self.steps:
             wait_all(self.requests)
             self._advance()
 
 
 def ring(group: Group, vector: np.ndarray) -> None:
-    """vector (n,) = its sum over the group, in place, by a ring."""
+    """Sum vector (n,) over the group, in place, by a ring."""
     one = Ring(group, vector)
     one.begin()
     one.wait()
 
 
 def doubling(group: Group, vector: np.ndarray) -> None:
-    """vector (n,) = its sum over the group, in place: pairs of ranks exchange all of it, at distances 1, 2, 4, ..."""
+    """Sum vector (n,) over the group, in place, by recursive doubling: ranks at distances 1, 2, 4, ... exchange it."""
     _check(group, "doubling")
     if group.size == 1:
         return
@@ -118,7 +118,7 @@ def doubling(group: Group, vector: np.ndarray) -> None:
     while distance < group.size:
         other = group.rank ^ distance
         _exchange(group, wire, other, room, other)
-        # In the same order on both: the same bits.
+        # Both ranks add in the same order, and get the same bits.
         if other < group.rank:
             np.add(room, wire, out=wire)
         else:
@@ -128,7 +128,7 @@ def doubling(group: Group, vector: np.ndarray) -> None:
 
 
 def halving(group: Group, vector: np.ndarray) -> None:
-    """vector (n,) = its sum over the group, in place: halves are exchanged and summed, then put together again."""
+    """Sum vector (n,) over the group, in place, by recursive halving (reduce-scatter) and doubling (all-gather)."""
     _check(group, "halving")
     if group.size == 1:
         return
@@ -152,7 +152,7 @@ def halving(group: Group, vector: np.ndarray) -> None:
 
 
 def messages(kind: str, group: Group, vector: np.ndarray) -> list[Message]:
-    """The messages of `doubling` or `halving`, all ranks'."""
+    """Messages of `doubling` or `halving`, of all ranks."""
     messages, distance, size = [], 1, group.size
     segments = _segments(len(vector), size)
     while distance < size:

@@ -1,4 +1,4 @@
-"""The sum of a gradient over ranks in buckets, each begun as soon as backward has filled it."""
+"""The sum of a gradient over ranks in buckets; the sum of a bucket begins when backward has filled it."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from psmpi.comm.group import Group
 from psmpi.comm.transfers.base import Message, around
 from psmpi.errors import UserError
 
-# The first bucket's share of the others: it is to be on its way early.
+# The first bucket is so many times smaller than the others, so that its sum begins early.
 FIRST = 25
-# Bytes of a message from which on its size, and not its start, decides how long it takes, on a slow link.
+# Bytes from which on the time of a message on a slow link is bandwidth, not latency.
 SEGMENT = 1 << 15
-# Of what no layer fills.
+# The layer number of weights that no layer fills.
 NEVER = 1 << 30
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """A run [start, stop) of the gradient, whole when layer number `last` has made its gradient."""
+    """A run [start, stop) of the gradient, filled when layer number `last` has done its backward pass."""
 
     start: int
     stop: int
@@ -40,7 +40,7 @@ def plan_buckets(spans: Sequence[tuple[int, int, int]], size: int, room: int) ->
     edges = sorted({0, size, *(edge for a, b, _ in spans for edge in (a, b))})
     buckets: list[Bucket] = []
     stop, last = size, NEVER
-    # From the end, which backward fills first where layers follow each other.
+    # From the end of the vector, which backward fills first.
     for a, b in reversed(list(pairwise(edges))):
         layer = min((layer for start, end, layer in spans if start <= a and b <= end), default=NEVER)
         while a < b:
@@ -55,13 +55,13 @@ def plan_buckets(spans: Sequence[tuple[int, int, int]], size: int, room: int) ->
 
 
 def check_allreduce(how: str, size: int) -> None:
-    """UserError for a way to sum that so many ranks cannot go."""
+    """UserError for an --allreduce that does not work on so many ranks."""
     if how in ("doubling", "halving") and size & (size - 1):
         raise UserError(f"--allreduce {how} pairs ranks, and {size} is no power of two: use ring or mpi")
 
 
 class Whole:
-    """The sum of one bucket by MPI's own non-blocking call, as `Ring` has it."""
+    """The sum of one bucket by MPI's non-blocking all-reduce, with the interface of `Ring`."""
 
     def __init__(self, group: Group, vector: np.ndarray):
         self.group, self.vector = group, vector
@@ -71,7 +71,7 @@ class Whole:
         self.request = self.group.iallreduce(self.vector)
 
     def push(self) -> None:
-        # Many MPI libraries go on only inside calls.
+        # Many MPI libraries make progress only inside calls.
         self.request.Test()
 
     def wait(self) -> None:
@@ -83,17 +83,17 @@ class Whole:
 
 
 class Blocking:
-    """The sum of one bucket by an algorithm that does not go on beside other work."""
+    """The sum of one bucket by an algorithm that does not overlap with other work."""
 
     def __init__(self, group: Group, vector: np.ndarray, kind: str):
         self.group, self.vector, self.kind = group, vector, kind
         self.algorithm = _by_nccl if kind == "nccl" else ALGORITHMS[kind]
 
     def begin(self) -> None:
-        """All is done in `wait`."""
+        """Do nothing: `wait` makes the whole sum."""
 
     def push(self) -> None:
-        """All is done in `wait`."""
+        """Do nothing: `wait` makes the whole sum."""
 
     def wait(self) -> None:
         self.algorithm(self.group, self.vector)
@@ -105,7 +105,7 @@ class Blocking:
 
 
 def _by_nccl(group: Group, vector: np.ndarray) -> None:
-    """Begun at once, and done before what the device does next."""
+    """The sum of one bucket by NCCL, in the order of the device's stream."""
     group.allreduce(vector)
 
 
@@ -141,15 +141,15 @@ class Buckets:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the sums need beside the vector."""
+        """Bytes of buffers besides the vector."""
         return sum(one.room.nbytes for one in self.sums if isinstance(one, Ring))
 
     def messages(self) -> list[Message]:
-        """The messages of one sum of the vector, all ranks'."""
+        """Messages of one sum of the vector, of all ranks."""
         return [message for one in self.sums for message in one.messages()]
 
     def finished(self, layer: int) -> None:
-        """Backward has filled what `layer` and those after it fill: begin what is whole, and let the rest go on."""
+        """Begin the sums of buckets that backward has filled down to `layer`, and make progress with the others."""
         if self.group.size == 1:
             return
         for one in self.sums[: self.begun]:
@@ -162,7 +162,7 @@ class Buckets:
         self.begun += 1
 
     def finish(self) -> None:
-        """Begin the rest, and wait for all."""
+        """Begin the remaining sums, and wait for all."""
         if self.group.size == 1:
             return
         for one in self.sums[self.begun :]:

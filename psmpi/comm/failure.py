@@ -1,4 +1,4 @@
-"""Errors in a call that all ranks make: raised where all ranks have one, the end of the job where some wait."""
+"""Errors in a call that all ranks make: raised on all ranks if all have one; else they end the job."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from psmpi.comm.protocol import World
 from psmpi.comm.world import end
 
-# Seconds that a rank with an error waits for those of the others.
+# Seconds that a rank with an error waits for errors of other ranks.
 PATIENCE = 3.0
 
 
