@@ -1,6 +1,6 @@
-"""Sums over ranks by messages of our own: ring, recursive doubling, recursive halving and doubling.
+"""All-reduces made of single messages: ring, recursive doubling, recursive halving and doubling.
 
-What each sends is counted as it is sent. Thakur, Rabenseifner and Gropp, "Optimization of collective communication
+Each message is counted when it is sent. Thakur, Rabenseifner and Gropp, "Optimization of collective communication
 operations in MPICH" (2005), has the three; words sent by a rank for D elements on P ranks: 2 D (P-1)/P, D log2 P,
 2 D (P-1)/P.
 """
@@ -31,10 +31,10 @@ def _segments(size: int, pieces: int) -> list[slice]:
 
 
 class Ring:
-    """The sum of one vector over a group by a ring, again and again: `begin`, then `push` now and then, `wait` at last.
+    """The sum of one vector over a group by a ring, for repeated use: `begin`, then `push` now and then, then `wait`.
 
-    Every segment goes round once to be summed and once to be told. tag: tells the messages of this sum from others
-    that are under way.
+    Each segment goes around the ring twice: once to be summed, once to be distributed. tag: of the messages of this
+    sum, apart from those of other sums under way.
     """
 
     def __init__(self, group: Group, vector: np.ndarray, tag: int = 0):

@@ -24,9 +24,9 @@ class Time(ctypes.Structure):
 
 
 class Bells:
-    """A bell for each rank of a host, by which others wake it; where the system has none, ranks sleep some time.
+    """A bell for each rank of a host, by which other ranks wake it; without futexes ranks sleep for a fixed time.
 
-    Words are in memory that the host's ranks share: 1 while a rank sleeps, or is about to.
+    A bell is a word in memory that the ranks of the host share: 1 while a rank sleeps, or is about to.
     """
 
     def __init__(self, local: Any):

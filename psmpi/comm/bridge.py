@@ -32,10 +32,10 @@ class Bridge:
 
 
 class Staged(Bridge):
-    """Arrays in a device's memory that go through pinned host memory.
+    """The bridge of device arrays that go through pinned host memory.
 
-    Copies run beside MPI: of several arrays that have been begun the first can be sent while the next one is copied,
-    and what has arrived is copied while MPI goes on.
+    Copies overlap with MPI: one array is sent while the next one is copied to the host, and arrived values are copied
+    to the device while MPI works.
     """
 
     def __init__(self, ops: NumpyOps):

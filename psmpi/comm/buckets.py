@@ -34,8 +34,8 @@ class Bucket:
 def plan_buckets(spans: Sequence[tuple[int, int, int]], size: int, room: int) -> list[Bucket]:
     """The buckets of a gradient (size,), of `room` elements at most, in the order in which backward fills them.
 
-    spans: (start, stop, layer) of what each layer's backward fills, from the last layer to the first. What no layer
-    fills is whole from the beginning.
+    spans: (start, stop, layer) of the elements that each layer's backward pass fills, from the last layer to the first.
+    Elements that no layer fills are complete from the beginning.
     """
     edges = sorted({0, size, *(edge for a, b, _ in spans for edge in (a, b))})
     buckets: list[Bucket] = []
@@ -112,9 +112,9 @@ def _by_nccl(group: Group, vector: np.ndarray) -> None:
 class Buckets:
     """Sums `vector` over the ranks of `group`, in place, its buckets begun in the same order on all ranks.
 
-    how: `mpi`, `ring`, `doubling`, `halving`, or `auto`: between hosts (`across`) a ring for buckets that leave each
-    rank a segment worth a message, else what MPI chooses. A group that has NCCL uses that. by_host: the same ranks, for
-    sums that are made here, in host memory.
+    how: `mpi`, `ring`, `doubling`, `halving`, or `auto`: between hosts (`across`) a ring for buckets whose segments are
+    large enough, else MPI's all-reduce. A group with NCCL uses NCCL. by_host: the same ranks, for the algorithms of
+    `psmpi.comm.allreduce`, which work in host memory.
     """
 
     def __init__(

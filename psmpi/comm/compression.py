@@ -1,8 +1,8 @@
-"""Sums of gradients that send fewer bytes than the gradients have, with memory of what was left out.
+"""Compressed sums of gradients over ranks, with error feedback.
 
-Each takes this rank's share g of a gradient whose sum over the N ranks is wanted and leaves what all ranks use instead,
-the same on each. With p = N g + E, E what earlier steps left out here, a rank sends C(p) and keeps E = p - C(p): then
-the sum of everything applied, and the mean of what is left, are the sum of all gradients (Karimireddy et al. 2019).
+A compressor takes this rank's share g of a gradient, and returns an approximation of the sum over the N ranks, the same
+on all of them. With p = N g + E, where E is the error of earlier steps, a rank sends C(p) and keeps E = p - C(p). Then
+the sum of all applied gradients plus the mean of E is the sum of all gradients (Karimireddy et al. 2019).
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from psmpi.layout import Layout
 
 
 class Compressor:
-    """`reduce` for gradients (layout.size,) of `dtype`; memory: whether what is left out is remembered.
+    """A compressor of gradients (layout.size,) of `dtype`; memory: whether it keeps the error.
 
-    tables: what this rank has to remember, a row (1, any) each.
+    tables: the arrays that this rank keeps between steps, of shape (1, any).
     """
 
     def __init__(self, group: Group, layout: Layout, dtype: np.dtype, memory: bool = True):
@@ -64,10 +64,10 @@ class Compressor:
 
 
 class Float16(Compressor):
-    """Half the bytes: segments of float16 go to the rank that sums them in `dtype`, and come back as float16.
+    """Half the bytes: each rank sums a segment in `dtype`, from and to float16 messages.
 
-    In front of each goes the power of two that takes its largest number to the upper end of float16's range: numbers
-    below the normal ones lose digits, and take NumPy ten times as long.
+    A power of two in front of a segment scales its largest number to the upper end of float16's range: numbers below
+    the normal range lose digits, and take NumPy ten times as long.
     """
 
     def __init__(self, group: Group, layout: Layout, dtype: np.dtype, memory: bool = True):
@@ -158,9 +158,9 @@ class TopK(Compressor):
 
 
 class DGC(TopK):
-    """Top-k of gradients summed up with momentum; what is sent is forgotten in both (Lin et al. 2018).
+    """Top-k of accumulated gradients with momentum; sent components are reset to 0 (Lin et al. 2018).
 
-    masking: whether the momentum of what is sent is forgotten too. The optimizer's own momentum should be none.
+    masking: whether the momentum of sent components is reset, too. The optimizer should have no momentum.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Sums and exchanges among the devices of a group by NCCL, without the host."""
+"""Collectives of a group by NCCL, from device to device."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ class Nccl:
         return code
 
     def allreduce(self, array: Any) -> None:
-        """array = its sum over the group, in place."""
+        """Sum `array` over the group, in place."""
         address = array.data.ptr
         self.comm.allReduce(address, address, array.size, self._type(array), self.library.NCCL_SUM, self.stream.ptr)
 
     def allgatherv(self, array: Any, into: Any, counts: Sequence[int]) -> None:
-        """All ranks' arrays, of `counts` elements, one after the other in `into`."""
+        """Gather the arrays of all ranks, of counts[k] elements, one after the other in `into`."""
         # NCCL gathers equal counts only: a broadcast from each rank, all of them at once.
         self.library.groupStart()
         start = 0
@@ -46,7 +46,7 @@ class Nccl:
 
 
 def check_devices(world: Communicator, pci_id: str) -> None:
-    """UserError on all ranks unless CuPy has NCCL and no two ranks of a host have one device, which `pci_id` names."""
+    """UserError on all ranks unless CuPy has NCCL and no two ranks of a host share a device. pci_id: of the device."""
     from mpi4py import MPI
 
     _library()

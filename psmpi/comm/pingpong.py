@@ -1,4 +1,4 @@
-"""Latency and bandwidth between two ranks, by messages there and back, within bounds of time and bytes."""
+"""Latency and bandwidth between two ranks, by round trips, within bounds of time and bytes."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import numpy as np
 
 from psmpi.comm.protocol import Communicator
 
-# Bytes of the messages that are timed, and how often a message of each size goes there and back at most.
+# Sizes of the timed messages in bytes, and the largest number of round trips of each size.
 SIZES, TIMES = (8, 1 << 16, 1 << 20, 1 << 22), (200, 50, 8, 8)
 
 
 class Pace(NamedTuple):
-    """Microseconds of a short message one way, and GB/s of messages of `nbytes` bytes, the largest that were timed."""
+    """Microseconds of a short message one way, and GB/s of messages of `nbytes` bytes, the largest timed size."""
 
     latency_us: float
     gigabytes: float
@@ -34,7 +34,7 @@ def ping_pong(comm: Communicator, a: int, b: int, seconds: float) -> Pace | None
     rows, buffers = [], np.zeros(SIZES[-1], np.uint8)
     end = time.perf_counter() + seconds
     for k, (size, most) in enumerate(zip(SIZES, TIMES, strict=True)):
-        # The first one makes connections and buffers.
+        # The first message sets up connections and buffers.
         _call(comm, b, buffers[:size], 1)
         once = _call(comm, b, buffers[:size], 1)[0]
         left = end - time.perf_counter()
@@ -50,7 +50,7 @@ def ping_pong(comm: Communicator, a: int, b: int, seconds: float) -> Pace | None
 
 
 def _call(comm: Communicator, to: int, data: np.ndarray, rounds: int) -> list[float]:
-    """Seconds of each of so many messages, one way, after word to the other rank of what comes."""
+    """Announce messages to the other rank; returns the seconds of each, one way."""
     comm.Send(np.array([data.size, rounds]), to)
     times = []
     for _ in range(rounds):
@@ -62,7 +62,7 @@ def _call(comm: Communicator, to: int, data: np.ndarray, rounds: int) -> list[fl
 
 
 def _answer(comm: Communicator, to: int) -> None:
-    """Send back what comes, until it is told that nothing more does."""
+    """Send messages back until the other rank announces the end."""
     said, buffers = np.zeros(2, np.int64), np.zeros(SIZES[-1], np.uint8)
     while True:
         comm.Recv(said, to)

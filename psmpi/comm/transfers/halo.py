@@ -1,4 +1,4 @@
-"""Units of a graph from the ranks that have them to those that use them, row by row."""
+"""The halo transfer: outputs of units of a graph, from the ranks that own them to the ranks that use them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from psmpi.comm.transfers.base import TAGS, Handle, Message, Overlapping, Step, 
 
 
 class Halo(Overlapping):
-    """src (own units, b) to dst (needed units, b) on each rank, units increasing: a unit goes once to each other rank.
+    """A transfer of src (own units, b) to dst (needed units, b), both in increasing order of units.
 
     owners: (units,) the rank of the group that has each unit; needs: for each rank of the group the units that it uses,
-    increasing, its own ones among them. Backward adds up what all users have of a unit. Rows that lie side by side are
-    sent from where they are, and received where they belong; others are packed.
+    increasing, its own ones among them. A unit goes once to each other rank. Backward sums over all users of a unit.
+    Adjacent rows are sent and received in place; others are packed.
     """
 
     def __init__(
@@ -106,14 +106,14 @@ class Halo(Overlapping):
         self.free.append(self._room(b))
 
     def _room(self, b: int) -> Any:
-        """Room for all rows that come and go."""
+        """A buffer for all rows that are sent and received."""
         size = b * sum(rows.count for rows in (*self.out, *self.coming))
         room = self.free.pop() if self.free else None
         return self.ops.empty(size, self.dtype) if room is None or room.size < size else room
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the rooms that no transfer uses now."""
+        """Bytes of buffers that no transfer uses at the moment."""
         return sum(int(room.nbytes) for room in self.free)
 
     def messages(self, step: Step, back: bool = False) -> list[Message]:
@@ -123,7 +123,7 @@ class Halo(Overlapping):
 
 
 class Rows:
-    """Rows of an array that come from, or go to, another rank."""
+    """Rows of an array that another rank sends or receives."""
 
     def __init__(self, rank: int, at: np.ndarray, ops: NumpyOps):
         self.rank, self.count = rank, len(at)
@@ -133,7 +133,7 @@ class Rows:
         self.packed, self.spread = ops.row_copies(at, order), ops.row_copies(order, at)
 
     def place(self, array: Any, room: Any, at: int) -> tuple[Any, int]:
-        """The rows in the array, or a place for them in `room` from `at` on; and where the next ones begin there."""
+        """Adjacent rows in the array, or a place for packed rows in `room` from `at` on; and the next free place."""
         if self.slice is not None:
             return array[self.slice], at
         b = array.shape[-1]
@@ -141,15 +141,15 @@ class Rows:
         return room[at:stop].reshape(self.count, b), stop
 
     def pack(self, array: Any, values: Any) -> None:
-        """Bring the rows together in `values`, their place."""
+        """Pack the rows into `values`, unless they are adjacent."""
         if self.slice is None:
             self.packed.copy(array, values)
 
     def unpack(self, values: Any, array: Any) -> None:
-        """Bring what has come to the array's rows."""
+        """Copy received rows to their places in the array, unless they are adjacent."""
         if self.slice is None:
             self.spread.copy(values, array)
 
     def add(self, values: Any, array: Any) -> None:
-        """Add what has come to the array's rows."""
+        """Add received rows to the array."""
         self.spread.add(values, array)

@@ -1,4 +1,4 @@
-"""From every rank of a group to all: what each has computed of its slice of a minibatch's samples."""
+"""The transfer of columns from each rank of a group to all: values of its slice of a minibatch."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ from psmpi.layout import even_edges
 
 
 class Slices(Transfer):
-    """src (units, b_k) of rank k to all ranks of a group: dst (units, b), the samples in the order of the ranks.
+    """A transfer of src (units, b_k) on rank k to dst (units, b) on all ranks of a group, samples in order of ranks.
 
     Slices are consecutive and nearly equal, see `even_edges`. In round k a rank sends to the k-th rank after it and
-    receives from the k-th before it. (Collectives would copy the rank's own slice, and the others' once more.) Arrays
-    are those of `ops`.
+    receives from the k-th before it, without the copies that a collective would need. Arrays are arrays of `ops`.
     """
 
     def __init__(self, group: Group, units: int, dtype: np.dtype, ops: NumpyOps | None = None):
@@ -27,7 +26,7 @@ class Slices(Transfer):
         self.sent = self.received = self.ops.empty(0, self.dtype)
 
     def reserve(self, batch: int) -> None:
-        """Make room for minibatches of up to `batch` samples: a slice that is sent and one that is received."""
+        """Make room for minibatches of up to `batch` samples: one slice to send, and one to receive."""
         if batch > self.capacity:
             self.capacity = batch
             size = self.units * -(-batch // self.group.size)
@@ -38,7 +37,7 @@ class Slices(Transfer):
         return int(self.sent.nbytes + self.received.nbytes)
 
     def of_rank(self, batch: int, rank: int) -> slice:
-        """The samples of a rank of the group in a minibatch of `batch`."""
+        """The slice of a rank of the group in a minibatch of `batch` samples."""
         edges = even_edges(batch, self.group.size)
         return slice(edges[rank], edges[rank + 1])
 
@@ -80,7 +79,7 @@ class Slices(Transfer):
             gradient += values
 
     def _block(self, room: np.ndarray, samples: slice) -> np.ndarray:
-        """The front of a room, for a slice of samples (units, n)."""
+        """The front of a buffer, as a slice of samples (units, n)."""
         count = samples.stop - samples.start
         block: np.ndarray = room[: self.units * count].reshape(self.units, count)
         return block

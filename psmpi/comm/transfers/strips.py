@@ -72,7 +72,7 @@ class Strip:
 
 
 def shard_rows(layout: Layout, holders: int) -> list[Runs]:
-    """The flat vector dealt to `holders` ranks: each has a group of consecutive units of every parameter."""
+    """Deal the flat vector to `holders` ranks: each has consecutive units of every parameter."""
     rows: list[list[tuple[int, int]]] = [[] for _ in range(holders)]
     for piece in layout.pieces():
         parameter = layout.parameters[piece.parameter]
@@ -88,7 +88,7 @@ def shard_rows(layout: Layout, holders: int) -> list[Runs]:
 def find_strips(
     layout: Layout, shard: Runs, holder: tuple[int, int], own: Layout, shares: Shares, worker: int
 ) -> list[Strip]:
-    """The strips of the shard of `holder`, (number, how many), in a worker's subnetwork with the layout `own`."""
+    """The strips of a shard in a worker's subnetwork with the layout `own`. holder: (number, number of holders)."""
     numbers = {p.name: k for k, p in enumerate(layout.parameters)}
     strips, at = [], 0
     for piece in own.pieces():
@@ -116,7 +116,7 @@ def find_strips(
 
 
 def _pieces(layout: Layout, parameter: int, first: int, last: int) -> Iterator[tuple[int, int, int]]:
-    """(offset, first unit, behind the last) of the pieces of a parameter's units [first, last)."""
+    """(offset, first unit, last unit + 1) of each piece of a parameter's units [first, last)."""
     size = layout.parameters[parameter].unit_size
     for piece in layout.by_parameter[parameter]:
         a, b = max(piece.first, first), min(piece.last, last)
@@ -125,5 +125,5 @@ def _pieces(layout: Layout, parameter: int, first: int, last: int) -> Iterator[t
 
 
 def strips_size(strips: Sequence[Strip]) -> int:
-    """Elements of a message."""
+    """Number of elements of the message of these strips."""
     return sum(strip.size for strip in strips)

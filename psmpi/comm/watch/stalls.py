@@ -1,4 +1,4 @@
-"""Who is waited for when ranks stand still: found from what every rank was doing, without any message."""
+"""The diagnosis of a stall: the ranks that others wait for, from the last operations of all ranks."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Operation(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """The call that began it, where it is a wait."""
+        """The name of the call, for a wait that of the call that began it."""
         return self.name.removeprefix("Wait(").removesuffix(")")
 
     def __str__(self) -> str:
@@ -65,7 +65,7 @@ class Operation(NamedTuple):
 
 @dataclass
 class Rank:
-    """What one rank was doing, and for how many seconds nothing else. calls: collectives begun, by the group's key."""
+    """The last operation of a rank, and for how many seconds. calls: number of collectives begun, by group key."""
 
     rank: int
     host: str
@@ -85,12 +85,12 @@ class Rank:
 
     @property
     def action(self) -> str:
-        """The operation done last, in words."""
+        """The last operation, in words."""
         return str(self.last) if self.last is not None else self.doing
 
 
 def state_of(flight: Flight) -> str:
-    """What a rank is doing by its own recorder."""
+    """The state of a rank by its own recorder."""
     last = flight.last()
     if last is None or last[ENDED]:
         return COMPUTING
@@ -117,7 +117,7 @@ def to_table(flight: Flight, rank: int, host: str, newest: int | None = None) ->
 
 
 def from_table(table: Mapping[str, Any]) -> Rank:
-    """The rank of such a table; ValueError where it is none."""
+    """The rank in a table of `to_table`. ValueError for other tables."""
     try:
         groups = [(str(key), _expanded(pairs), int(calls)) for key, pairs, calls in table["groups"]]
         operations = [_operation(row, groups) for row in table["operations"]]
@@ -133,7 +133,7 @@ def from_table(table: Mapping[str, Any]) -> Rank:
 
 
 def _expanded(pairs: Sequence[Sequence[int]]) -> tuple[int, ...]:
-    """The ranks of such pairs as `ranges` makes."""
+    """The ranks in pairs of `ranges`."""
     numbers: list[int] = []
     for first, last in pairs:
         if not 0 <= first <= last <= first + MOST_RANKS - len(numbers):
@@ -154,7 +154,7 @@ def _operation(row: Sequence[Any], groups: Sequence[tuple[str, tuple[int, ...], 
 
 
 def seconds(value: Any) -> float:
-    """A time or a stretch of it; ValueError for what no clock shows."""
+    """A time or duration as a number. ValueError out of the range of clocks."""
     number = float(value)
     if not 0 <= number < LAST_TIME:
         raise ValueError(f"a time of {number} s")
@@ -163,9 +163,9 @@ def seconds(value: Any) -> float:
 
 @dataclass
 class Finding:
-    """Why ranks stand still: the ranks that are waited for, those that wait, and the calls that are missing, in words.
+    """A diagnosis: the ranks that others wait for (`culprits`), the waiting ranks, and the missing calls, in words.
 
-    seconds: for how long; waited: for how long somebody has waited, 0 where nobody has. Without `culprits` ranks wait
+    seconds: duration of the stall; waited: longest wait of a rank, 0 if none waits. Without `culprits` the ranks wait
     for each other, in `missing` calls.
     """
 
@@ -177,15 +177,15 @@ class Finding:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What is the same as long as the stall is."""
+        """The key of the stall, which stays the same as long as it lasts."""
         return tuple((one.rank, one.state) for one in self.culprits), () if self.culprits else tuple(self.missing)
 
 
 def diagnose(ranks: Sequence[Rank], warn: float, longest: Mapping[int, float] | None = None) -> Finding | None:
-    """Who is waited for, None where nobody has stood still for `warn` seconds.
+    """Find the ranks that others wait for; None if no rank has stood still for `warn` seconds.
 
-    ranks: all of the job, in order. longest: seconds that a rank has computed at a stretch before; one that computes is
-    not suspected before twice as long. A rank that goes on, however slowly, is waited for rightly.
+    ranks: all of the job, in order. longest: longest time in seconds that a rank has computed between two operations; a
+    computing rank is suspected after twice that time only. Ranks that make progress, however slowly, are no culprits.
     """
     longest = longest or {}
 
@@ -227,7 +227,7 @@ def diagnose(ranks: Sequence[Rank], warn: float, longest: Mapping[int, float] | 
 
 
 def waits_for(one: Rank, ranks: Sequence[Rank]) -> list[int]:
-    """The ranks without which the operation that a rank is in cannot end."""
+    """The ranks that a rank's operation needs to end."""
     last = one.last
     if last is None or not last.group:
         return []
@@ -244,7 +244,7 @@ def waits_for(one: Rank, ranks: Sequence[Rank]) -> list[int]:
 
 
 def _missing(waiting: Iterable[Rank], ranks: Sequence[Rank]) -> list[str]:
-    """The calls that ranks wait in and others have not made, or have made as another one."""
+    """Collectives that some ranks wait in, and other ranks have not called, or called as another one."""
     missing: dict[str, None] = {}
     for one in waiting:
         last = one.last
@@ -269,7 +269,7 @@ def _missing(waiting: Iterable[Rank], ranks: Sequence[Rank]) -> list[str]:
 
 
 def _same_call(rank: Rank, last: Operation) -> Operation | None:
-    """The operation of a rank that meets this collective."""
+    """The operation of a rank that belongs to this collective."""
     for one in reversed(rank.operations):
         if (one.group, one.number) == (last.group, last.number):
             return one
@@ -281,7 +281,7 @@ def _listed(ranks: Sequence[int]) -> str:
 
 
 def describe(finding: Finding, now: float) -> list[str]:
-    """The finding in lines for people; now: seconds since 1970."""
+    """The diagnosis as lines of text. now: seconds since 1970."""
     named = [_of(one, now) for one in finding.culprits[:MOST_TOLD]]
     if len(finding.culprits) > MOST_TOLD:
         named.append(f"and so do {spans([one.rank for one in finding.culprits[MOST_TOLD:]])}")
