@@ -11,7 +11,7 @@ from psmpi.comm.transfers.base import TAGS, Handle, Message, Overlapping, Step, 
 
 
 class Boundary(Overlapping):
-    """A transfer of src (units, b) on rank `source` of a group to dst (units, b) on `target`, which may be the same rank."""
+    """A transfer of src (units, b) on rank `source` of a group to dst (units, b) on `target`; both may be one rank."""
 
     def __init__(self, group: Group, source: int, target: int, units: int, dtype: np.dtype):
         self.group, self.source, self.target = group, source, target
