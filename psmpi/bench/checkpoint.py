@@ -185,9 +185,8 @@ def _show(figures: dict[str, Any], as_json: bool) -> None:
     if as_json:
         tell(json.dumps(figures))
         return
-    ratio = (
-        f" (ratio {figures['pause_seconds'] / figures['copy_seconds']:.1f})" if figures["copy_seconds"] > 1e-3 else ""
-    )
+    pause, copy = figures["pause_seconds"], figures["copy_seconds"]
+    ratio = f" (ratio {pause / copy:.1f})" if copy > 1e-3 else ""
     tell(
         f"checkpoint of {figures['megabytes']:.0f} MB, {figures['ranks']} rank(s), placement {figures['placement']}\n"
         f"training waits     {pause:.2f} s ({figures['pause_least']:.2f} to {figures['pause_most']:.2f})\n"
