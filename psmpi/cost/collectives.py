@@ -1,7 +1,7 @@
-"""Collectives as messages between two ranks each: the algorithms of MPICH and those that follow it.
+"""Collectives as rounds of messages between two ranks: the algorithms of MPICH.
 
 Thakur, Rabenseifner, Gropp, "Optimization of collective communication operations in MPICH" (2005); the sizes at which
-one gives way to another are MPICH's. Other MPIs have others, of the same orders.
+an algorithm is replaced by another are MPICH's. Other libraries have others, of the same order.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ class Part(NamedTuple):
     pieces: int = 1
 
 
-# Messages of a rank that go on at the same time; the next round begins when all of them are done.
+# Concurrent messages of a rank; the next round begins when all of them are done.
 Round = list[Part]
-# Rounds of a ring that are told one by one; further ones are told several as one.
+# Number of rounds of a ring that are simulated one by one; further rounds are joined.
 RING = 32
 
 
 def rounds(name: str, size: int, me: int, root: int, sizes: Sequence[int]) -> list[Round]:
-    """The rounds of one rank, `me`, of a collective of `size` ranks; name: of MPI's blocking call.
+    """The rounds of rank `me` in a collective of `size` ranks; name: of MPI's blocking call.
 
     sizes: as of `Call`: bytes of the vector, or of each rank's run. ValueError for other names.
     """
@@ -50,13 +50,13 @@ def rounds(name: str, size: int, me: int, root: int, sizes: Sequence[int]) -> li
 
 
 def _barrier(size: int, me: int) -> list[Round]:
-    """To the rank at a distance of 1, 2, 4, ... and from that on the other side."""
+    """Dissemination: messages to the rank at distance 1, 2, 4, ..., and from the rank on the other side."""
     distances = [1 << k for k in range((size - 1).bit_length())]
     return [[Part(False, (me - d) % size, 0), Part(True, (me + d) % size, 0)] for d in distances]
 
 
 def _linear(out: bool, size: int, me: int, root: int, sizes: Sequence[int]) -> list[Round]:
-    """From the root to each other, or back. The root knows all sizes, another rank its own."""
+    """Messages between the root and each other rank. The root knows all sizes, another rank its own."""
     if me != root:
         return [[Part(not out, root, sizes[-1])]]
     own = sizes if len(sizes) == size else [sizes[0]] * size
@@ -78,7 +78,7 @@ def _binomial(size: int, me: int, root: int, nbytes: int) -> list[Round]:
 
 
 def _turned(steps: list[Round]) -> list[Round]:
-    """The rounds backwards, what was sent coming."""
+    """The rounds in reverse order, with sends and receives exchanged."""
     return [[Part(not part.out, part.peer, part.nbytes, part.pieces) for part in one] for one in reversed(steps)]
 
 
@@ -127,12 +127,12 @@ def _reduce(size: int, me: int, root: int, nbytes: int) -> list[Round]:
 
 
 def _power(size: int) -> int:
-    """The largest power of two up to `size`."""
+    """The largest power of two that is at most `size`."""
     return 1 << (size.bit_length() - 1)
 
 
 def _folded(size: int, me: int, nbytes: int, inner: list[Round], back: bool) -> list[Round]:
-    """`inner` among a power of two of ranks, into which the others are folded first."""
+    """Rounds of `inner` among a power of two of ranks; the other ranks are folded into them first."""
     left = size - _power(size)
     if me >= 2 * left:
         return inner
@@ -143,7 +143,7 @@ def _folded(size: int, me: int, nbytes: int, inner: list[Round], back: bool) -> 
 
 
 def _inner(size: int, me: int) -> int:
-    """A rank's number among those that are left after folding; -1 for one that is folded into another."""
+    """A rank's number among the ranks after folding; -1 for a rank that is folded into another."""
     left = size - _power(size)
     if me >= 2 * left:
         return me - left
@@ -156,7 +156,7 @@ def _outer(size: int, number: int) -> int:
 
 
 def _pairs(size: int, me: int) -> list[int]:
-    """The ranks with which one exchanges at distances 1, 2, 4, ... after folding."""
+    """Partners of a rank at distances 1, 2, 4, ... after folding."""
     number, rounds, distance = _inner(size, me), [], 1
     while number >= 0 and distance < _power(size):
         rounds.append(_outer(size, number ^ distance))
@@ -169,12 +169,12 @@ def _both(peer: int, nbytes: int, back: int | None = None) -> Round:
 
 
 def _doubling(size: int, me: int, nbytes: int) -> list[Round]:
-    """All of it exchanged at each distance."""
+    """Recursive doubling: all of the vector is exchanged at each distance."""
     return _folded(size, me, nbytes, [_both(peer, nbytes) for peer in _pairs(size, me)], back=True)
 
 
 def _halved(size: int, me: int, nbytes: int) -> list[Round]:
-    """Summed so that each rank has a share: halves, quarters, ... are exchanged at growing distances."""
+    """Recursive halving: halves, quarters, ... are exchanged and summed, until each rank has a share."""
     inner = [_both(peer, nbytes >> (k + 1)) for k, peer in enumerate(_pairs(size, me))]
     return _folded(size, me, nbytes, inner, back=False)
 
@@ -203,7 +203,7 @@ def _allgather(size: int, me: int, sizes: Sequence[int]) -> list[Round]:
 
 
 def _ring(size: int, me: int, share: int, count: int) -> list[Round]:
-    """`count` rounds in which each rank hands a share to the next one."""
+    """A ring: `count` rounds in which each rank sends a share to the next one."""
     rounds = []
     for k in range(min(RING, count)):
         pieces = count * (k + 1) // min(RING, count) - count * k // min(RING, count)
@@ -228,7 +228,7 @@ def _reduce_scatter(size: int, me: int, sizes: Sequence[int]) -> list[Round]:
 
 
 def _unfolded(size: int, me: int, share: int) -> list[Round]:
-    """Ranks that were folded into others get theirs."""
+    """The last messages to ranks that were folded into others."""
     left = size - _power(size)
     if me >= 2 * left:
         return []
