@@ -59,7 +59,7 @@ class _Builder:
     """The tasks of a rank, added in the order of its program."""
 
     tasks: list[Task] = field(default_factory=list)
-    # What the next call comes after, and of calls that go on, by their places in the program, what ends them.
+    # Tasks that precede the next call; and the final tasks of calls under way, by their index in the program.
     chain: tuple[int, ...] = ()
     begun: dict[int, tuple[int, ...]] = field(default_factory=dict)
 
