@@ -62,7 +62,7 @@ class Tensor:
     def meet(
         self, starts: np.ndarray, stops: np.ndarray, first: int = 0, last: int | None = None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Intersect elements [first, last) of the tensor with sorted intervals [starts[k], stops[k]) of the flat vector.
+        """Intersect elements [first, last) of the tensor with sorted intervals of the flat vector, [starts, stops).
 
         Returns four arrays (runs,) int64, in the order of the tensor: first element, stop element, number k of the
         interval, and start in the flat vector of each common run.
