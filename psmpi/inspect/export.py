@@ -206,7 +206,7 @@ def _onnx(export: Export) -> str:
 
 
 def onnx_inputs(network: Network, x: np.ndarray, lengths: np.ndarray | None) -> dict[str, np.ndarray]:
-    """Inputs by name of an exported network for samples x (b, *in_shape); lengths: (b,) steps of sequences, None: all."""
+    """Inputs by name of an exported network for samples x (b, *in_shape); lengths: (b,), of sequences, None: all."""
     if not network.sequences:
         return {"x": x}
     tokens = isinstance(network.layers[0], Embedding)
