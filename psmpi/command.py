@@ -74,10 +74,10 @@ def with_training_options(work: Callable[..., int], default: Config, words: Sequ
     by_default = tree()
 
     def command(config: Any = by_default, **more: Any) -> int:
-        configuration = from_command_line(config)
-        check(configuration, given_names(words, file=False))
+        found = from_command_line(config)
+        check(found, given_names(words, file=False))
         with layers_in(given(words, "--config")):
-            return work(usual(configuration), **more)
+            return work(usual(found), **more)
 
     command.__name__, command.__doc__ = work.__name__, work.__doc__
     first, *others = signature(work).parameters.values()
@@ -112,10 +112,10 @@ def chosen(
     for command in commands:
         app.command(name=command.__name__.rstrip("_"))(_with_options(command))
     with wide_help():
-        call: Callable[[], int] = app.cli(
+        found: Callable[[], int] = app.cli(
             prog=program(name), description=description, args=words, config=(OmitArgPrefixes,)
         )
-    return call
+    return found
 
 
 def _with_options(command: Callable[..., int]) -> Callable[..., Callable[[], int]]:

@@ -22,7 +22,7 @@ Figures = Literal[
 
 # Figures for the vertical axis if --y is not given: the first that all runs have measured.
 BY_DEFAULT: tuple[Figures, ...] = ("test_accuracy", "validation_accuracy", "test_rmse", "validation_rmse")
-# Whole numbers up to this have a float64 each.
+# float64 represents all whole numbers up to this one.
 MOST = 2**53
 # Titles of the axes.
 TITLES = {

@@ -68,8 +68,8 @@ def find_method(name: str) -> Kind:
         return _registered[name]
     if name in BUILTIN:
         module, _, attribute = BUILTIN[name].partition(":")
-        method: Kind = getattr(import_module(module), attribute)
-        return method
+        found: Kind = getattr(import_module(module), attribute)
+        return found
     if name not in _installed():
         raise UserError(f"--method {name} is unknown: choose one of {', '.join(method_names())}")
     try:
@@ -89,9 +89,9 @@ def find_method(name: str) -> Kind:
 
 def all_methods() -> dict[str, Kind]:
     """All training methods by name, imported, without those of other packages that cannot be imported."""
-    methods = {}
+    found = {}
     for name in method_names():
         # One that is broken is told of where it is asked for.
         with suppress(UserError):
-            methods[name] = find_method(name)
-    return methods
+            found[name] = find_method(name)
+    return found

@@ -292,12 +292,12 @@ def train(
             if not config.terminal.quiet:
                 show_places(console, [(rank, host, Place(*rest)) for rank, (host, *rest) in enumerate(places)])
             if config.terminal.verbose:
-                held = ", ".join(f"{what} {count / 1e6:.3g}" for what, count in method.memory().items())
-                tell(f"memory of rank 0 in MB: {held}")
+                sizes = ", ".join(f"{what} {count / 1e6:.3g}" for what, count in method.memory().items())
+                tell(f"memory of rank 0 in MB: {sizes}")
             tell(f"model {network.name}: {method.layout.size:,} parameters; backend {ops.description}")
             for line in method.told():
                 tell(line)
-            method_settings = {name: value for one in config.chosen.values() for name, value in asdict(one).items()}
+            method_settings = {k: v for section in config.chosen.values() for k, v in asdict(section).items()}
             # Settings that each start gives anew are not part of the run.
             text = to_toml(without_anew(config))
             contents = checkpoint.Contents(
@@ -343,8 +343,8 @@ def train(
                 tell(begun(left, config.run.epochs, world.size, f"kill -USR1 {process_number()}" if ends else "Ctrl-C"))
             if path:
                 tell(f"run directory {path}")
-            done = loop.run()
-            trackers.close("done" if done else "stopped")
+            finished = loop.run()
+            trackers.close("done" if finished else "stopped")
             # A launcher may kill all ranks when the first one ends with status 85, and rank 0 may still be writing.
             control.wait_for_all()
             if take is not None:
@@ -371,12 +371,12 @@ def train(
                         again,
                         loop.best.due(loop.progress.rows),
                     )
-                    if done
+                    if finished
                     else stopped(config, loop.progress, signals.name, again)
                 )
             ):
                 console.tell(line)
-    return done
+    return finished
 
 
 def _telling(console: Screen, config: Config) -> Callable[[str], None]:

@@ -146,16 +146,16 @@ def _fit(world: Any, control: Control, arrays: Arrays, settings: Mapping[str, An
         stopped.append(loop.signals.name)
         loop.method.collect()
         vector = whole_weights(control, loop.writer.weights, loop.method.state.vectors["weights"])
-        done = replace(contents, progress=loop.progress, scalars=dict(loop.method.scalars))
-        network = fitted(done, vector, classes)
+        final = replace(contents, progress=loop.progress, scalars=dict(loop.method.scalars))
+        network = fitted(final, vector, classes)
         folder = Path(loop.config.run.out) if loop.config.run.out else None
         trainings.append(Training(network, loop.rows, folder, screen.notes))
 
     # Labels in their own type: a checkpoint then returns numbers as numbers.
     typed = classes is not None and classes.dtype.kind in "biuf" and bool(dataset.train.names)
     labels = tuple(classes.tolist()) if typed and classes is not None else ()
-    done = train(world, control, config, own, "", "", given=dataset, labels=labels, screen=screen, take=take)
-    if not done:
+    finished = train(world, control, config, own, "", "", given=dataset, labels=labels, screen=screen, take=take)
+    if not finished:
         _stop(stopped[0], config.run.out)
     return trainings[0]
 

@@ -148,7 +148,7 @@ class Contents:
 
     @staticmethod
     def of(texts: Mapping[str, str]) -> Contents:
-        """The inverse of `texts`. Missing or wrong entries raise ValueError, KeyError, TypeError or UserError."""
+        """The inverse of `texts`. Missing or wrong entries raise an exception, such as ValueError or KeyError."""
         rows = tuple(_row(line) for line in texts["metrics"].splitlines())
         # Sparsity patterns have to be in the text: a file must not make psmpi open other files.
         expect(not names_files(parse_toml(texts["config"])), "config, pattern")

@@ -34,7 +34,7 @@ def describe_layout(layout: Layout) -> dict[str, Any]:
 
 
 def layout_of(table: Mapping[str, Any]) -> Layout:
-    """The inverse of `describe_layout`. Missing or wrong entries raise ValueError, KeyError or TypeError."""
+    """The inverse of `describe_layout`. Missing or wrong entries raise an exception, such as ValueError or KeyError."""
     parameters = tuple(
         Parameter(_name(p["name"]), sizes(p["shape"]), whole(p["units"], "units")) for p in table["parameters"]
     )

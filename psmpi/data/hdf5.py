@@ -139,7 +139,7 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def _explained(path: Path, error: OSError) -> UserError | None:
-    """A UserError that explains an error of HDF5; None if the error is the operating system's."""
+    """A UserError that explains a known error of HDF5; None for other errors."""
     text = str(error)
     if "unable to lock file" in text:
         return UserError(

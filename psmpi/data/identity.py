@@ -75,7 +75,7 @@ class Identity:
 
     @staticmethod
     def of(table: Mapping[str, Any]) -> Identity:
-        """The inverse of `table`. A table with missing or wrong entries raises ValueError, KeyError or TypeError."""
+        """The inverse of `table`. Missing or wrong entries raise an exception, such as ValueError or KeyError."""
         splits = {}
         for name in ("train", "test"):
             fields = dict(table[name])
@@ -178,7 +178,7 @@ def _dense(split: Split, rows: Rows, some: Rows, edges: Rows, prints: Prints) ->
 
 
 def _sparse(rows_of: Compressed, rows: Rows, some: Rows, edges: Rows, prints: Prints) -> Looked:
-    """As `_dense`, of compressed rows: their values and checksums are those of lengths, columns and values."""
+    """Values and checksums of compressed rows, as in `_dense`; both cover lengths, columns and values of the rows."""
     sums = [0] * SUMS
     cuts = np.searchsorted(rows, edges)
     for k in np.flatnonzero(cuts[1:] > cuts[:-1]):
@@ -288,10 +288,10 @@ def _stored(split: SplitIdentity) -> str:
     return split.dtype if split.scale == 1 else f"{split.dtype} times {split.scale:.4g}"
 
 
-def check_same(here: Identity, everyone: Mapping[str, Identity]) -> None:
-    """Raise UserError unless all ranks have the data of rank 0. everyone: identities by rank and host."""
+def check_same(first: Identity, everyone: Mapping[str, Identity]) -> None:
+    """Raise UserError unless all ranks have the data of rank 0, `first`. everyone: identities by rank and host."""
     for where, identity in everyone.items():
-        phrases = differences(here, identity)
+        phrases = differences(first, identity)
         if phrases:
             raise UserError(
                 f"the data set on {where} is not that of rank 0: here {'; '.join(phrases)}: give all hosts the same "

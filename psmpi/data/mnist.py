@@ -120,13 +120,13 @@ def _dimensions(path: Path, magic: int) -> tuple[int, ...]:
     return struct.unpack_from(f">{magic & 0xFF}I", header, 4)
 
 
-def _mistaken(found: int, magic: int) -> str:
-    """Text about a file with the magic number `found` instead of `magic`: its format, and what to do."""
-    if found >> 16 == 0x1F8B:
+def _mistaken(number: int, magic: int) -> str:
+    """Text about a file with the magic number `number` instead of `magic`: its format, and what to do."""
+    if number >> 16 == 0x1F8B:
         return "it is gzip-compressed: add .gz to its name"
-    dtype, axes = TYPES.get(found >> 8), found & 0xFF
-    if (found, magic) in ((IMAGES, LABELS), (LABELS, IMAGES)):
-        return f"it has {'images' if found == IMAGES else 'labels'}: exchange the names of the files"
+    dtype, axes = TYPES.get(number >> 8), number & 0xFF
+    if (number, magic) in ((IMAGES, LABELS), (LABELS, IMAGES)):
+        return f"it has {'images' if number == IMAGES else 'labels'}: exchange the names of the files"
     if dtype is None or not 0 < axes < 9:
         return "fetch it again"
     return (

@@ -98,7 +98,7 @@ def together(dataset: Dataset, cards: Sequence[str], rank: int) -> tuple[Dataset
             "between ranks: save an .npz file, with x_data, x_indices, x_indptr, x_shape and y"
         )
     for other, identity in enumerate(identities):
-        for what, first_has, has in (
+        for quality, first_has, has in (
             ("samples of shape", first.shape, identity.shape),
             ("targets that are", first.task, identity.task),
             ("stored values that scale by", first.train.scale, identity.train.scale),
@@ -110,8 +110,8 @@ def together(dataset: Dataset, cards: Sequence[str], rank: int) -> tuple[Dataset
         ):
             if first_has != has:
                 raise UserError(
-                    f"--private-data: rank 0 has {what} {first_has}, rank {other} {has}: all ranks need data sets of "
-                    "one shape and kind"
+                    f"--private-data: rank 0 has {quality} {first_has}, rank {other} {has}: all ranks need data sets "
+                    "of one shape and kind"
                 )
     outputs = max(identity.outputs for identity in identities)
     counts = [identity.train.samples for identity in identities]

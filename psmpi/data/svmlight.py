@@ -73,18 +73,18 @@ def _tests(path: Path) -> list[Path]:
     return tests
 
 
-def _numbering(paths: Sequence[Path], texts: Sequence[Samples], given: Numbering | None) -> Numbering:
-    """The numbering of texts that belong together; given: the numbering of a trained network, which they must fit."""
+def _numbering(paths: Sequence[Path], texts: Sequence[Samples], trained: Numbering | None) -> Numbering:
+    """The numbering of texts that belong together; trained: the numbering of a trained network, which they must fit."""
     lowest = min(int(text.indices.min(initial=1)) for text in texts)
-    first = min(lowest, 1) if given is None else given.first
+    first = min(lowest, 1) if trained is None else trained.first
     if lowest < first:
         raise UserError(
             f"{paths[0]}: found the index 0, and what the network was trained on has features numbered from {first}: "
             "number them alike"
         )
     features = 1 + max(int(text.indices.max(initial=first)) for text in texts) - first
-    if given is not None:
-        return given._replace(features=max(features, given.features))
+    if trained is not None:
+        return trained._replace(features=max(features, trained.features))
     if texts[0].real_line:
         return Numbering(first, (), features)
     for path, text in zip(paths, texts, strict=True):

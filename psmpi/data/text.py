@@ -90,14 +90,14 @@ def _windows(codes: Codes, context: int, characters: str) -> Split:
     return Split(labels, shape, 1.0, ArrayRows(x), vocabulary=len(characters), characters=characters)
 
 
-def _read(path: Path, given: str) -> tuple[Codes, str]:
-    """Read the tokens of a text and its characters: `given`, or if that is "" the distinct characters of the text."""
+def _read(path: Path, characters: str) -> tuple[Codes, str]:
+    """Read the tokens of a text and its characters: `characters`, or if that is "" its distinct characters."""
     is_used, count = np.zeros(POINTS, np.bool_), 0
     for points in _code_points(path):
         is_used[points] = True
         count += len(points)
     used = np.flatnonzero(is_used)
-    alphabet = np.array([ord(character) for character in given]) if given else used
+    alphabet = np.array([ord(character) for character in characters]) if characters else used
     if not count:
         raise UserError(f"{path}: the text is empty: give one of {TENTH * (CONTEXT + 1):,} characters or more")
     if len(alphabet) < 2:

@@ -73,12 +73,12 @@ def memory(free: Sequence[Limit] | None = None) -> Iterator[Finding]:
 
 
 def _low() -> Iterator[Finding]:
-    for name, flag, unit, least, what in LIMITS:
+    for name, flag, unit, least, limited in LIMITS:
         soft, hard = resource.getrlimit(getattr(resource, name))
         if soft != resource.RLIM_INFINITY and soft < least:
             most = "unlimited" if hard == resource.RLIM_INFINITY else f"{hard // unit}"
             fix = f"ulimit {flag} {most}" if hard != soft else "ask the administrator for more"
-            yield warning("limits", f"a process has {soft // unit:,} {what} (ulimit {flag}): {fix}")
+            yield warning("limits", f"a process has {soft // unit:,} {limited} (ulimit {flag}): {fix}")
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     if INFINIBAND.is_dir() and any(INFINIBAND.iterdir()) and 0 <= soft < LITTLE:
         yield warning(
@@ -112,8 +112,8 @@ def slurm(environ: Mapping[str, str]) -> Iterator[Finding]:
     tasks = _number(environ, "SLURM_STEP_NUM_TASKS") or _number(environ, "SLURM_NTASKS")
     each = _number(environ, "SLURM_CPUS_PER_TASK")
     text = ", ".join(
-        f"{environ[name]} {what}"
-        for name, what in (("SLURM_JOB_NUM_NODES", "node(s)"), ("SLURM_NTASKS", "task(s)"))
+        f"{environ[name]} {noun}"
+        for name, noun in (("SLURM_JOB_NUM_NODES", "node(s)"), ("SLURM_NTASKS", "task(s)"))
         if environ.get(name)
     )
     yield good(

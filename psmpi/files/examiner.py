@@ -27,7 +27,7 @@ from psmpi.launcher import without_launcher
 # Seconds to wait for an answer, besides one second for each SPEED bytes of the file. The host may be busy, and a pipe
 # waits for another program.
 PATIENCE, SPEED = 60.0, 5e6
-# Where files are examined: "there", in the other process; "here", in this one, which may crash; or "not" at all.
+# Process that examines files: "there", the other one; "here", this one, which may crash; or "not" at all.
 _where: ContextVar[str] = ContextVar("where", default="there")
 
 

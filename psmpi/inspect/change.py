@@ -119,10 +119,10 @@ def prune(run: Positional[Annotated[Path, arg(metavar="RUN")]], /, keep: int, dr
     whole = [path for path in checkpoints if states[path] == "whole"]
     if not whole:
         raise UserError(f"no checkpoint of {run} is whole: nothing is removed; see verify")
-    kept = whole[-keep:]
+    newest = whole[-keep:]
     for path in checkpoints:
         # A file that cannot be read now, or by this version of psmpi, may be sound.
-        if path not in kept and states[path] != "unreadable":
+        if path not in newest and states[path] != "unreadable":
             if not dry_run:
                 path.unlink(missing_ok=True)
             tell(f"{'would remove' if dry_run else 'removed'} {path}")

@@ -94,10 +94,10 @@ def export(
             "of so many training samples"
         )
     try:
-        note_of_writer = writers[out.suffix](Export(opened, out, model, split))
+        remark = writers[out.suffix](Export(opened, out, model, split))
     except OSError as error:
         raise UserError(f"--out {out}: {error}") from None
-    tell(f"wrote {out}{note_of_writer}")
+    tell(f"wrote {out}{remark}")
     return 0
 
 

@@ -66,14 +66,14 @@ def sparsify(
         for old, new in zip(network.walk(), pruned.walk(), strict=True)
         for own, parameter in zip(old.parameters(), new.parameters(), strict=True)
     }
-    kept = {name: _numbers(pattern) for name, pattern in patterns.items()}
+    kept_numbers = {name: _numbers(pattern) for name, pattern in patterns.items()}
 
     def read(vector: str, tensor: Tensor, first: int, into: np.ndarray) -> None:
         layer, name = sources[tensor.name]
-        if layer not in kept or not name.endswith(".weight"):
+        if layer not in kept_numbers or not name.endswith(".weight"):
             opened.fill(vector, name, first, into)
             return
-        numbers = kept[layer][first : first + len(into)]
+        numbers = kept_numbers[layer][first : first + len(into)]
         run = np.empty(int(numbers[-1] - numbers[0]) + 1, into.dtype)
         opened.fill(vector, name, int(numbers[0]), run)
         np.take(run, numbers - numbers[0], out=into)
