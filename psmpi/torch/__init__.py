@@ -1,5 +1,4 @@
-"""Exchange of networks with PyTorch: `module_of` turns a checkpoint into a module, `import_state` turns weights into a
-checkpoint.
+"""Exchange of networks with PyTorch: `module_of` makes a module of a checkpoint, `import_state` imports its weights.
 
 Parameters have the same names and shapes in both: the keys of a `state_dict` are the names in a checkpoint.
 `import_state` needs no PyTorch.
@@ -28,8 +27,8 @@ def module_of(checkpoint: str | PathLike[str] | Fitted) -> Scores:
     scores (batch, classes), or the values of a regression. For sequences it takes x (batch, steps, features), or tokens
     int64 (batch, steps), and lengths (batch,), all steps if not given; scores of each step are (batch, steps, classes).
     Batch normalization uses the statistics of the minibatch, in `eval` mode too. The weights have the dtype of the
-    training. UserError if PyTorch is missing, if the checkpoint cannot be read, or if this module has no counterpart
-    of a layer.
+    training. UserError if PyTorch is missing, if the checkpoint cannot be read, or for a kind of layer that psmpi.torch
+    does not have.
     """
     try:
         from psmpi.torch.modules import Scores
