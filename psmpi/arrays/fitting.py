@@ -206,8 +206,8 @@ def _check_same(control: Control, settings: Mapping[str, Any]) -> None:
     def check() -> None:
         if own != first:
             raise UserError(
-                f"rank {control.rank} calls psmpi.fit with other settings than rank 0, {own} and {first}: all ranks "
-                "make the same call"
+                f"rank {control.rank} calls psmpi.fit with other settings than rank 0, {own} and {first}: make the "
+                "same call on all ranks"
             )
 
     control.agreed(check)

@@ -40,7 +40,7 @@ def find(resume: str, out: Path, tell: Callable[[str], None]) -> Path | None:
         validate(path)
     except DamagedError as error:
         parts = damaged_parts(path)
-        raise DamagedError(f"{error} (not to be read any more: {'; '.join(parts)})" if parts else str(error)) from None
+        raise DamagedError(f"{error} (data that cannot be read: {'; '.join(parts)})" if parts else str(error)) from None
     return path
 
 

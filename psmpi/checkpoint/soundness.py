@@ -61,7 +61,7 @@ def check_inside(path: Path) -> None:
                 name for name in objects if name not in known and name not in groups and not name.startswith(tables)
             ]
             if unknown:
-                raise ForeignError(f": {unknown[0]} is nothing that a checkpoint has")
+                raise ForeignError(f": {unknown[0]} is not part of the format of checkpoints")
     except ForeignError as error:
         raise DamagedError(f"checkpoint {path}{error}; use another one") from None
     except (DamagedError, UserError, MemoryError):
