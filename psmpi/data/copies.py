@@ -75,6 +75,6 @@ def find_copies(dataset: Dataset, prints: Sequence[Prints], values: npt.NDArray[
     # Rows that are equal by chance are so within x too.
     elif share > FEW + 2 * again or (share > 1 - FEW and again < 1 - HELD_OUT):
         yield (
-            f"{copied:,} of the {len(test):,} test samples{looked} are training samples too, so that tests measure what "
-            "is memorized: test on others, or take these out of the training samples"
+            f"{copied:,} of the {len(test):,} test samples{looked} are training samples too, so that tests measure "
+            "what is memorized: test on others, or take these out of the training samples"
         )
