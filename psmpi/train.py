@@ -132,8 +132,7 @@ def _configure(control: Control, argv: list[str]) -> tuple[Config | None, int, s
 def settle_paths(config: Config, tell: Callable[[str], None], option_names: Collection[str]) -> Config:
     """Make the checks that need no MPI; return the configuration with paths that later runs can use too.
 
-    option_names: names of the settings that were given, see psmpi.config.check. The data set `psmpi.data.ARRAYS` is in
-    memory and has no path.
+    option_names: names of the given settings, see psmpi.config.check. The data set `psmpi.data.ARRAYS` has no path.
     """
     from dataclasses import replace
 
@@ -247,14 +246,15 @@ def train(
         start = control.agreed((lambda: begin(control, config, own, tell, layers, given)) if world.rank == 0 else None)
         folder = stack.enter_context(start.folder) if start is not None and start.folder is not None else None
         # An absolute path, since ranks may have been started in different folders.
-        origin = share_path(control, str(Path(start.found).absolute()) if start is not None and start.found else "")
+        origin = start.checkpoint if start is not None else ""
+        origin = share_path(control, str(Path(origin).absolute()) if origin else "")
         ranks, cores = host(world)
         dataset, identity = agree(control, config, start, (local_rank(world), ranks), tell, given)
         # No more files will be examined.
         examiner.close()
         network = network_of(config, dataset)
         if start is not None:
-            origin = start.found
+            origin = start.checkpoint
             stem = f"{Path(config.data.dataset).stem}-{config.model.model}"
 
             def make() -> RunFolder:
