@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 __version__ = "0.3.0"
 __all__ = ["Fitted", "Training", "UserError", "__version__", "fit", "load"]
 
-# The modules that have these names, imported when one is asked for.
+# Module of each public name; a module is imported when one of its names is first used.
 _PLACES = {
     "Fitted": "psmpi.arrays.fitted",
     "Training": "psmpi.arrays.fitting",

@@ -1,4 +1,4 @@
-"""The command `psmpi`, also `python -m psmpi`: its first word names the command that does the rest."""
+"""Command line of psmpi: `psmpi COMMAND ...`, or `python -m psmpi COMMAND ...`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point; returns the command's exit status, or 1 where the first word is no command."""
+    """Run the command that `argv` (`sys.argv[1:]` if not given) names; return its exit status, 1 for an unknown one."""
     words = sys.argv[1:] if argv is None else argv
     if words and words[0] in COMMANDS:
         module, _ = COMMANDS[words[0]]
@@ -48,7 +48,7 @@ def _raise(error: Exception) -> int:
 
 
 def answer(command: Callable[[], int]) -> int:
-    """The exit status of a command that starts no MPI; 1 too after the message about a wrong option."""
+    """Run a command that starts no MPI; return its exit status, 1 after a message about a wrong option."""
     from psmpi.comm.world import run
 
     def go() -> int:
@@ -61,9 +61,10 @@ def answer(command: Callable[[], int]) -> int:
 
 
 def with_training_options(work: Callable[..., int], default: Config, words: Sequence[str]) -> Callable[..., int]:
-    """A command whose options are those of training beside the others of `work`, whose first argument they become.
+    """Return a command that takes the options of training and those of `work`.
 
-    default: the configuration whose settings are the options' defaults, such as a TOML file's; words: of the command.
+    The options of training become the first argument of `work`, a Config. default: configuration with the defaults of
+    these options, such as that of a TOML file; words: the words of the command line.
     """
     from psmpi.config import check, command_line, from_command_line, given, given_names
     from psmpi.errors import layers_in
@@ -86,9 +87,9 @@ def with_training_options(work: Callable[..., int], default: Config, words: Sequ
 
 
 def parsed(kind: Any, words: Sequence[str], name: str, description: str | None = None) -> Any:
-    """What the words say of a dataclass, or what a function returns with these as its arguments.
+    """Parse `words` for `kind`: return an instance of a dataclass, or the result of a function called with them.
 
-    name: the command's, as `program` takes it. Raises SystemExit as argparse does.
+    name: the command's name, as `program` takes it. Raises SystemExit as argparse does.
     """
     import tyro
 
@@ -100,9 +101,9 @@ def parsed(kind: Any, words: Sequence[str], name: str, description: str | None =
 def chosen(
     commands: Iterable[Callable[..., int]], words: Sequence[str], name: str, description: str
 ) -> Callable[[], int]:
-    """The one of the commands that the first word names, with its options, still to be called.
+    """Parse `words` for the command that the first of them names; return a function that calls it with its options.
 
-    name: that of them all, as `program` takes it. Raises SystemExit as argparse does.
+    name: the name of the group of commands, as `program` takes it. Raises SystemExit as argparse does.
     """
     from tyro.conf import OmitArgPrefixes
     from tyro.extras import SubcommandApp
@@ -118,7 +119,7 @@ def chosen(
 
 
 def _with_options(command: Callable[..., int]) -> Callable[..., Callable[[], int]]:
-    """A function with a command's parameters that returns the call of it: tyro itself calls what it parses for."""
+    """Return a function with the parameters of `command` that returns a call of it: tyro calls what it parses for."""
 
     @wraps(command)
     def call(*positional: Any, **options: Any) -> Callable[[], int]:
@@ -128,7 +129,7 @@ def _with_options(command: Callable[..., int]) -> Callable[..., Callable[[], int
 
 
 def program(command: str = "") -> str:
-    """What was typed to start a command, for its help: `psmpi train`, `python -m psmpi train` or `-m psmpi.train`."""
+    """Words that started a command, for its help: `psmpi train`, `python -m psmpi train` or `python -m psmpi.train`."""
     dress_help()
     folder, file = os.path.split(sys.argv[0])
     script = file == "psmpi"
@@ -138,7 +139,7 @@ def program(command: str = "") -> str:
 
 
 def typed(command: str, words: Iterable[str], ranks: int = 1) -> str:
-    """The words that start a command on so many ranks, as this one was started."""
+    """Return a command line that starts `command` with `words` on `ranks` ranks in the way this process was started."""
     start = [program(command), *map(shlex.quote, words)]
     if ranks > 1:
         announced = announced_size(os.environ)
@@ -147,7 +148,7 @@ def typed(command: str, words: Iterable[str], ranks: int = 1) -> str:
 
 
 def usage() -> str:
-    """Help text, one line a command."""
+    """Help text of psmpi, with one line for each command."""
     width = max(map(len, COMMANDS))
     name = program()
     return "\n".join(
@@ -165,7 +166,7 @@ def usage() -> str:
 
 
 def _answer(words: list[str]) -> int:
-    """Help, version, or UserError; on rank 0 alone, by the launcher's word, since no MPI has been started."""
+    """Print help or the version on rank 0, known from the launcher's variables; UserError for an unknown command."""
     from psmpi.errors import UserError
     from psmpi.launcher import announced_rank
     from psmpi.output import tell

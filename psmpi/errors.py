@@ -1,4 +1,4 @@
-"""The one exception that stands for a mistake of the user's, and what helps to tell of one."""
+"""Exceptions for mistakes of the user, and helpers for their messages."""
 
 from __future__ import annotations
 
@@ -9,24 +9,27 @@ from pathlib import Path
 
 
 class UserError(Exception):
-    """An error of the user: says what was wrong, where, and what to do instead; shown without a traceback."""
+    """A mistake of the user. The message says what was wrong, where, and what to do instead; no traceback is shown."""
 
 
 class LayersError(UserError):
-    """A mistake in the tables of layers of a file, which says where it is in that file."""
+    """A mistake in the tables of layers of a file. The message says where in the file."""
 
 
 class DamagedError(UserError):
-    """A file that is not what was once written: it will not get better."""
+    """A file whose bytes are not those that were written. Reading it again does not help."""
 
 
 def counted(number: int, noun: str) -> str:
-    """ "1 epoch", "1,438 samples"; noun: of one."""
+    """A number with its noun, such as "1 epoch" or "1,438 samples"; noun: the singular."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The known name most like `name`, or made of the initials of its words (learning_rate: lr); "" where none is."""
+    """The known name most like `name`; "" if none is.
+
+    The initials of a name of several words (learning_rate: lr) and each of its words are tried first.
+    """
     # Options have dashes where settings have underscores.
     names, plain = list(known), name.lower()
     words = [word for word in plain.replace("-", "_").split("_") if word]
@@ -36,17 +39,17 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return next(iter(get_close_matches(plain, names, 1)), "")
 
 
-def expanded(path: str | Path, what: str) -> Path:
-    """A path whose ~ is a home folder; UserError, which names `what` it is of, where there is no such user."""
+def expanded(path: str | Path, label: str) -> Path:
+    """A path with ~ replaced by the home folder; UserError, which begins with `label`, if there is no such user."""
     try:
         return Path(path).expanduser()
     except RuntimeError:
-        raise UserError(f"{what} {path}: there is no user of that name; write the folder out") from None
+        raise UserError(f"{label} {path}: there is no user of that name; write the folder out") from None
 
 
 @contextmanager
 def layers_in(file: str) -> Iterator[None]:
-    """Say in a LayersError which file has the tables of layers, where that is known."""
+    """Turn a LayersError of the block into a UserError that names `file`, the file of the layers; "": not known."""
     try:
         yield
     except LayersError as error:

@@ -1,11 +1,11 @@
-"""What launchers of MPI programs (mpirun, srun) tell each process they start, by environment variables."""
+"""Launchers of MPI programs (mpirun, srun): the environment variables that they set, and the terminal they print to."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
 
-# The number of ranks that they started.
+# Variables with the number of ranks that were started, and with the rank of this process.
 LAUNCHER_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PALS_SIZE", "FLUX_JOB_SIZE", "MV2_COMM_WORLD_SIZE")
 
 LAUNCHER_RANKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PALS_RANKID", "FLUX_TASK_RANK", "MV2_COMM_WORLD_RANK",
@@ -13,7 +13,7 @@ LAUNCHER_RANKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PALS_RANKID", "FLUX_TASK_
 
 
 def announced_size(environ: Mapping[str, str]) -> tuple[str, int] | None:
-    """The variable and number of ranks that the launcher set, or None where there is no launcher."""
+    """The launcher's variable for the number of ranks and its value; None without a launcher."""
     for name in LAUNCHER_SIZES:
         if environ.get(name, "").isdigit():
             return name, int(environ[name])
@@ -24,7 +24,7 @@ def announced_size(environ: Mapping[str, str]) -> tuple[str, int] | None:
 
 
 def announced_rank(environ: Mapping[str, str]) -> int:
-    """The rank that the launcher gave this process, 0 where it gave none."""
+    """The rank that the launcher gave this process; 0 without a launcher."""
     for name in LAUNCHER_RANKS:
         if environ.get(name, "").isdigit():
             return int(environ[name])
@@ -32,33 +32,33 @@ def announced_rank(environ: Mapping[str, str]) -> int:
 
 
 def without_launcher(environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a process that is no rank: nothing of the launcher.
+    """The environment without the launcher's variables, for a child process that is not a rank.
 
-    An h5py built with parallel HDF5 imports mpi4py, which must not start MPI there.
+    An h5py built with parallel HDF5 imports mpi4py, which must not start MPI in the child process.
     """
     prefixes = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "MPI_LOCAL", "HYDI_")
-    kept = {name: value for name, value in environ.items() if not name.startswith(prefixes)}
-    return {**kept, "MPI4PY_RC_INITIALIZE": "false"}
+    remaining = {name: value for name, value in environ.items() if not name.startswith(prefixes)}
+    return {**remaining, "MPI4PY_RC_INITIALIZE": "false"}
 
 
 def reads_output(environ: Mapping[str, str]) -> bool:
     """Whether a launcher reads what this process prints and passes it on, to a terminal or to a file.
 
-    Open MPI's does, by a pseudo-terminal even where it starts one process alone; a single process of another one may be
-    the interactive shell of a SLURM job.
+    Open MPI reads the output of a single process too, through a pseudo-terminal. A single process of another launcher
+    may be the interactive shell of a SLURM job.
     """
     announced = announced_size(environ)
     return announced is not None and (announced[1] > 1 or announced[0].startswith("OMPI_"))
 
 
 def ends_ranks(environ: Mapping[str, str]) -> bool:
-    """Whether the launcher, at Ctrl-C, kills its ranks before they can save, as Open MPI's does in half a second."""
+    """Whether the launcher kills its ranks at Ctrl-C before they can save: Open MPI does so within half a second."""
     announced = announced_size(environ)
     return announced is not None and announced[0].startswith("OMPI_")
 
 
 def process_number() -> str:
-    """The number of the launcher's process where it has started this one itself, as on its own host, else words."""
+    """The process id of the launcher if it is the parent of this process; else the placeholder PROCESS-OF-MPIRUN."""
     try:
         with open(f"/proc/{os.getppid()}/comm") as file:
             if file.read().strip() in ("mpirun", "mpiexec", "orterun", "prterun"):
@@ -69,10 +69,10 @@ def process_number() -> str:
 
 
 def shown_on(number: int) -> str:
-    """The terminal, as a path, on which a launcher shows what this process writes to a file descriptor; "" for none.
+    """Path of the terminal on which a launcher shows what this process writes to file descriptor `number`; "": none.
 
-    Found by following the pipes, or Open MPI's pseudo-terminal, from each process to the ancestor that reads them. That
-    needs Linux, and a launcher on this very host; where a chain breaks, as with srun, it cannot be known, and is "".
+    The search follows the pipes, or Open MPI's pseudo-terminal, from each process to the ancestor that reads them. It
+    needs Linux and a launcher on the same host. Where the chain breaks, as with srun, the result is "".
     """
     try:
         link, pid = os.readlink(f"/proc/self/fd/{number}"), os.getppid()
@@ -83,7 +83,7 @@ def shown_on(number: int) -> str:
                 if link.startswith("/dev/"):
                     return path if _is_terminal(path) else ""
             with open(f"/proc/{pid}/stat") as file:
-                # Behind the name, in which there may be anything: state, parent.
+                # State and parent follow the name of the process, which may contain any character.
                 pid = int(file.read().rpartition(")")[2].split()[1])
     except (OSError, ValueError, IndexError):
         return ""
@@ -110,7 +110,7 @@ def _link(pid: int, name: str) -> str:
     try:
         return os.readlink(f"/proc/{pid}/fd/{name}")
     except FileNotFoundError:
-        # Closed since it was listed.
+        # The file descriptor was closed after it was listed.
         return ""
 
 
@@ -123,7 +123,7 @@ def _is_terminal(path: str) -> bool:
 
 
 def columns_of(path: str) -> int:
-    """The columns of a terminal, 80 where it does not say."""
+    """Columns of the terminal at a path; 80 if the terminal does not report a width."""
     try:
         opened = os.open(path, os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK)
         try:

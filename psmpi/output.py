@@ -1,7 +1,7 @@
-"""What a person sees: lines, tables and a progress bar on standard output, whatever that is and whoever reads it.
+"""Output for people: lines, tables and a progress bar on standard output.
 
-A file gets no escape codes, a terminal without Unicode plain ASCII. Where nothing can be written any more, a command
-that only looks ends as other Unix tools do, and training goes on.
+A file gets no escape codes, and a terminal without Unicode gets plain ASCII. When standard output can no longer be
+written, a command that only prints ends as other Unix tools do, and training goes on.
 """
 
 from __future__ import annotations
@@ -25,60 +25,61 @@ from psmpi.launcher import columns_of, reads_output, shown_on
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-# The exit status of a command whose reader has gone: what a shell shows for a tool that SIGPIPE ended.
+# Exit status of a command whose output is no longer read: the status that a shell shows for a tool ended by SIGPIPE.
 CLOSED = 141
 
-# Columns of output that is no terminal, where nothing is to be cut, those that a terminal has at least, and those that
-# help has at least: on fewer, words are broken.
+# Columns of output to a file, where nothing is cut; least columns of a terminal; least columns of help, below which
+# words would be broken.
 WIDE, NARROW, HELP_WIDTH = 10_000, 40, 60
 
-# What stands for characters that an encoding lacks.
+# Replacements for characters that an encoding lacks.
 PLAIN = {"•": "-", "…": "...", "×": "x", "–": "-", "—": "-", "“": '"', "”": '"', "‘": "'", "’": "'"}
 
-# Characters of codes for terminals, and of such as turn the direction of a text.
+# Control characters for terminals, and characters that change the direction of text.
 CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
-# Errors after which a stream may take more later: no space, or not at this moment.
+# Errors after which a later write may succeed: no space, no quota, or try again.
 PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EAGAIN)
 
-# Streams that have lost something that training printed, which is said once of each.
+# Streams that have lost lines of a training; each prints one warning.
 _lost: WeakSet[Any] = WeakSet()
 
 
 class ClosedError(Exception):
-    """Whoever read the output has seen enough."""
+    """The reader of standard output has closed it, as `head` does."""
 
 
 def printable(text: str) -> str:
-    """A text without control characters but tabs and ends of lines: names in files may bring codes for terminals."""
-    return CONTROLS.sub(lambda one: one[0].encode("unicode_escape").decode(), text)
+    """Escape control characters in a text, except tabs and newlines: names in files may contain terminal codes."""
+    return CONTROLS.sub(lambda control: control[0].encode("unicode_escape").decode(), text)
 
 
 def tell(text: str) -> None:
-    """Print a line, with the errors of `Stream`."""
+    """Print a line; raises ClosedError or UserError as `Stream` does."""
     stream = Stream(sys.stdout)
     stream.write(f"{printable(text)}\n")
     stream.flush()
 
 
 def complain(text: str) -> None:
-    """Print a line to standard error, if that can be."""
+    """Print a line to standard error; a failure to write is ignored."""
     try:
         print(printable(text), file=sys.stderr, flush=True)
     except (OSError, ValueError):
-        # There is nobody left to tell.
+        # No other stream is left for the message.
         return
 
 
 def legible(text: str) -> str:
-    """A text that UTF-8 can hold: a file name's bytes that Python could not decode are UTF-8, or are replaced."""
+    """A text that UTF-8 can encode: bytes of a file name that Python did not decode are read as UTF-8 or replaced."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 class Stream:
-    """A text stream that raises ClosedError where its reader has gone, UserError where it cannot be written.
+    """A text stream that raises ClosedError if its reader has closed it, and UserError if it cannot be written.
 
-    goes_on: what goes on where these are no reason to end.
+    goes_on: end of a warning, such as "training goes on". With it nothing is raised: lines are lost, and the first
+    loss prints the warning.
     """
 
     def __init__(self, stream: Any, goes_on: str = "") -> None:
@@ -125,24 +126,24 @@ class Stream:
 class Screen:
     """Standard output for lines and tables.
 
-    quiet: print nothing. goes_on: as of `Stream`. bar: whether `bar` shows one; None: on terminals.
+    quiet: print nothing. goes_on: as in `Stream`. bar: whether to show a progress bar; None: on terminals only.
     """
 
     def __init__(self, *, quiet: bool = False, goes_on: str = "", bar: bool | None = None) -> None:
         from rich.console import Console
 
         class Plain(Console):
-            """A console whose texts have no control characters; those of styles are not texts."""
+            """A console that escapes control characters in texts and keeps rich's own control codes."""
 
             def render(self, renderable: Any, options: Any = None) -> Iterator[Any]:
                 for segment in super().render(renderable, options):
                     yield segment if segment.control else segment._replace(text=printable(segment.text))
 
         stream: Any = Stream(sys.stdout, goes_on)
-        self.styled, self.behind = (False, "") if quiet else (styled(stream), terminal_behind(stream))
-        seen = self.styled and bool(stream.isatty() or self.behind)
-        self.live = not quiet and (seen if bar is None else bar)
-        # Names in files may look like markup, or like :names: of pictures.
+        self.styled, self.terminal = (False, "") if quiet else (styled(stream), launcher_terminal(stream))
+        on_terminal = self.styled and bool(stream.isatty() or self.terminal)
+        self.live = not quiet and (on_terminal if bar is None else bar)
+        # Names in files may look like rich's markup or like :names: of emoji.
         self.console = Plain(
             file=stream,
             quiet=quiet,
@@ -151,9 +152,9 @@ class Screen:
             markup=False,
             emoji=False,
         )
-        # A program that is killed could not show it again.
+        # Never hide the cursor: a killed program could not show it again.
         vars(self.console)["show_cursor"] = lambda show=True: False
-        if not (stream.isatty() or self.behind):
+        if not (stream.isatty() or self.terminal):
             self.console.width = shutil.get_terminal_size().columns if self.live else WIDE
         elif self.console.width < NARROW:
             self.console.width = NARROW
@@ -161,7 +162,7 @@ class Screen:
 
     @property
     def ascii(self) -> bool:
-        """Whether the output takes ASCII alone."""
+        """Whether the output takes ASCII only."""
         return self.console.options.ascii_only
 
     def tell(self, text: str, style: str | None = None) -> None:
@@ -169,30 +170,30 @@ class Screen:
         self.console.print(text, style=style, highlight=False, soft_wrap=True)
 
     def print(self, *things: Any, **options: Any) -> None:
-        """Print tables, trees and the like, as rich's Console does, but cut no word: a narrow terminal breaks lines."""
+        """Print tables, trees and the like with rich, but cut no word: a narrow terminal breaks the lines instead."""
         room = self.console.options.update(width=WIDE)
-        for one in things:
-            # A line of text breaks anywhere.
-            least = 0 if isinstance(one, str) else self.console.measure(one, options=room).minimum
+        for thing in things:
+            # A line of text may break anywhere.
+            least = 0 if isinstance(thing, str) else self.console.measure(thing, options=room).minimum
             if least > self.console.width:
                 self.console.width = least
         self.console.print(*things, **options)
 
     def bar(self) -> Progress:
-        """A progress bar in steps: words before it, the text `pace` after it."""
+        """Return a progress bar that counts steps: the task's description before it, its field `pace` after it."""
         from rich.progress import BarColumn, Progress, TextColumn
 
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), TextColumn("{task.fields[pace]}"))
         return Progress(*columns, console=self.console, transient=True, disable=not self.live, expand=True)
 
     def fit(self) -> None:
-        """Take the width that the terminal behind a launcher has by now."""
-        if self.behind:
-            self.console.width = max(NARROW, columns_of(self.behind))
+        """Update the width to the present one of the launcher's terminal, which may have been resized."""
+        if self.terminal:
+            self.console.width = max(NARROW, columns_of(self.terminal))
 
 
-def terminal_behind(stream: Any, environ: Mapping[str, str] = os.environ) -> str:
-    """The terminal on which a launcher shows what a stream gets, as of `psmpi.launcher.shown_on`."""
+def launcher_terminal(stream: Any, environ: Mapping[str, str] = os.environ) -> str:
+    """Path of the terminal on which a launcher shows a stream, see `psmpi.launcher.shown_on`; "": none."""
     if not reads_output(environ):
         return ""
     try:
@@ -202,42 +203,42 @@ def terminal_behind(stream: Any, environ: Mapping[str, str] = os.environ) -> str
 
 
 def styled(stream: Any, environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether a stream gets colours: a person's terminal does, and anything by FORCE_COLOR, but no TERM=dumb.
+    """Whether a stream gets colours: a terminal does, and any stream with FORCE_COLOR, but none with TERM=dumb.
 
-    What a launcher reads, through a pseudo-terminal too, may end in a file: only where it is seen to show it on a
-    terminal does it get any.
+    A launcher may write the output that it reads to a file, even if it reads through a pseudo-terminal. Its ranks get
+    colours only if the launcher is known to print to a terminal.
     """
     kind = environ.get("TERM", "").lower()
     if kind in ("dumb", "unknown"):
         return False
     if environ.get("FORCE_COLOR"):
         return True
-    shown = bool(terminal_behind(stream, environ)) if reads_output(environ) else stream.isatty()
+    shown = bool(launcher_terminal(stream, environ)) if reads_output(environ) else stream.isatty()
     return bool(kind and shown)
 
 
 @contextmanager
 def prepared() -> Iterator[None]:
-    """Standard streams that raise no UnicodeError, whatever prints; standard output is a `Stream` meanwhile."""
+    """Run a block with standard streams that raise no UnicodeError, and with standard output as a `Stream`."""
     _open_closed()
     codecs.register_error("psmpi", _plain)
-    given, made = sys.stdout, Stream(sys.stdout)
-    changed = [(one, one.errors) for one in (given, sys.stderr) if isinstance(one, io.TextIOWrapper)]
-    for one, _ in changed:
-        one.reconfigure(errors="psmpi")
-    sys.stdout = cast(Any, made)
+    original, wrapped = sys.stdout, Stream(sys.stdout)
+    changed = [(stream, stream.errors) for stream in (original, sys.stderr) if isinstance(stream, io.TextIOWrapper)]
+    for stream, _ in changed:
+        stream.reconfigure(errors="psmpi")
+    sys.stdout = cast(Any, wrapped)
     try:
         yield
     finally:
-        if sys.stdout is made:
-            sys.stdout = given
-        for one, errors in changed:
-            if not one.closed:
-                one.reconfigure(errors=errors)
+        if sys.stdout is wrapped:
+            sys.stdout = original
+        for stream, errors in changed:
+            if not stream.closed:
+                stream.reconfigure(errors=errors)
 
 
 def dress_help() -> None:
-    """No escape codes from tyro, which prints help to one stream and errors to the other, where one is no terminal."""
+    """Turn off tyro's escape codes unless standard output, for help, and standard error, for errors, get colours."""
     plain = os.environ.get("NO_COLOR") or not (styled(sys.stdout) and styled(sys.stderr))
     if plain and "tyro" in sys.modules:
         sys.modules["tyro"]._experimental_options["ansi_codes"] = False
@@ -245,21 +246,21 @@ def dress_help() -> None:
 
 @contextmanager
 def wide_help() -> Iterator[None]:
-    """At least HELP_WIDTH columns for what tyro prints, however narrow the terminal is."""
-    given = shutil.get_terminal_size
-    if given().columns >= HELP_WIDTH:
+    """Run a block in which tyro formats help for at least HELP_WIDTH columns, even on a narrower terminal."""
+    original = shutil.get_terminal_size
+    if original().columns >= HELP_WIDTH:
         yield
         return
-    # Tyro asks this function alone. COLUMNS would be seen by tables and by processes that a command starts.
-    shutil.get_terminal_size = lambda fallback=(80, 24): os.terminal_size((HELP_WIDTH, given(fallback).lines))
+    # tyro reads the width from this function only. The variable COLUMNS would also affect tables and child processes.
+    shutil.get_terminal_size = lambda fallback=(80, 24): os.terminal_size((HELP_WIDTH, original(fallback).lines))
     try:
         yield
     finally:
-        shutil.get_terminal_size = given
+        shutil.get_terminal_size = original
 
 
 def finish(status: int) -> int:
-    """Write what still waits to be; the exit status, which is another one where that cannot be."""
+    """Flush the standard streams; return the exit status: `status`, unless standard output could not be written."""
     stream = Stream(sys.stdout)
     try:
         stream.stream.flush()
@@ -278,7 +279,7 @@ def finish(status: int) -> int:
 
 
 def _plain(error: UnicodeError) -> tuple[str | bytes, int]:
-    """In place of a character that an encoding lacks: one like it, else its number; a file name's bytes as they are."""
+    """Codec error handler: replace a character by a similar one, else by its escape; keep a file name's bytes."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     character = error.object[error.start]
@@ -292,7 +293,7 @@ def _reason(error: OSError | ValueError) -> str:
 
 
 def _discard(stream: IO[str]) -> None:
-    """Let what a stream still gets, and what waits in its buffer, go nowhere."""
+    """Redirect a stream, with the text in its buffer, to the null device."""
     try:
         number, nowhere = stream.fileno(), os.open(os.devnull, os.O_WRONLY)
     except (OSError, ValueError):
@@ -302,20 +303,23 @@ def _discard(stream: IO[str]) -> None:
 
 
 def _open_closed() -> None:
-    """Open standard streams that are closed, to nowhere: a file would get their numbers, and what is printed."""
+    """Open closed standard streams on the null device: the next opened file would get their numbers and the output."""
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
-    # Python has none in the place of those that were closed when it started.
-    given: tuple[Any, Any] = (sys.stdout, sys.stderr)
-    nowhere = [None if stream is not None else open(os.devnull, "w") for stream in given]  # noqa: SIM115
-    sys.stdout, sys.stderr = given[0] or nowhere[0], given[1] or nowhere[1]
+    # Python sets a standard stream to None if it was closed at the start.
+    streams: tuple[Any, Any] = (sys.stdout, sys.stderr)
+    nowhere = [None if stream is not None else open(os.devnull, "w") for stream in streams]  # noqa: SIM115
+    sys.stdout, sys.stderr = streams[0] or nowhere[0], streams[1] or nowhere[1]
 
 
 def check_files(plot: str = "", **others: str) -> None:
-    """UserError where a picture `plot`, or a file of another option by its name, could not be written in the end."""
+    """Check before a long run that its output files can be written: `plot`, a picture, and others by their options.
+
+    UserError if a folder is missing, a name is that of a folder, or a picture has an unknown format or no matplotlib.
+    """
     for option, name in {**others, "plot": plot}.items():
         if name and not Path(name).absolute().parent.is_dir():
             raise UserError(f"--{option} {name}: there is no such folder as {Path(name).parent}")

@@ -1,4 +1,4 @@
-"""What a training would be on so many ranks, before it is started: `python -m psmpi.plan`, on one process."""
+"""Estimate of a training before it starts: memory, bytes and time of a step. `python -m psmpi.plan`, on one process."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from psmpi.cost.estimate import Estimate
     from psmpi.nn.network import Network as Layers
 
-# What is given, among what else could be; ranks up to which every one has a line.
+# Label of the arrangement that the options give, among other ones; most ranks that have a line each.
 GIVEN, SHOWN = "as given", 16
-# The part of the given arrangement's time below which another one's is told of: rehearsals repeat within a tenth.
+# Another arrangement is recommended if it takes less than this part of the given one's time: rehearsals repeat within
+# a tenth.
 WORTH = 0.9
 
 
@@ -83,34 +84,34 @@ def plan(
         by_step=dataset.train.by_step,
         task=dataset.task,
     )
-    found = {GIVEN: estimate(config, network, dataset, hosts)}
+    estimates = {GIVEN: estimate(config, network, dataset, hosts)}
     for options, other in _others(config) if others and 1 < ranks <= SMALL else ():
         try:
-            found[options] = estimate(other, network, dataset, hosts)
+            estimates[options] = estimate(other, network, dataset, hosts)
         except UserError:
-            # Not of this network, loss or number of ranks.
+            # The arrangement does not fit this network, loss or number of ranks.
             continue
     if goal:
-        Path(goal).write_text("".join(f"{line}\n" for line in found[GIVEN].schedule.goal()))
+        Path(goal).write_text("".join(f"{line}\n" for line in estimates[GIVEN].schedule.goal()))
     if json:
         tell(
             jsonlib.dumps(
                 {
                     "parameters": network.layout().size,
-                    "plans": [{"options": options, **one.table()} for options, one in found.items()],
+                    "plans": [{"options": options, **each.table()} for options, each in estimates.items()],
                 }
             )
         )
     else:
-        _show(found, network, hosts)
+        _show(estimates, network, hosts)
         if goal:
-            given = found[GIVEN]
+            given = estimates[GIVEN]
             tell(f"{goal} has {counted(given.schedule.steps, 'step')}, of {1e3 * given.whole:.4g} ms in all")
     return 0
 
 
 def _others(config: Config) -> Iterator[tuple[str, Config]]:
-    """Other arrangements of the same training, by all methods that know some: their options, and configurations."""
+    """Yield other arrangements of the same training that the methods propose, as (options, configuration)."""
     from psmpi.registry import find_method, method_names
 
     for name in method_names():
@@ -119,14 +120,14 @@ def _others(config: Config) -> Iterator[tuple[str, Config]]:
                 yield options, other
 
 
-def _show(found: dict[str, Estimate], network: Layers, hosts: Network) -> None:
+def _show(estimates: dict[str, Estimate], network: Layers, hosts: Network) -> None:
     from rich.table import Table
 
     from psmpi.training.report import show_places
 
-    console, given = Screen(), found[GIVEN]
+    console, given = Screen(), estimates[GIVEN]
     console.tell(f"model {network.name}: {network.layout().size:,} parameters")
-    shown = [(one.rank, f"host {hosts.of_host[one.rank]}", one.place) for one in given.ranks[:SHOWN]]
+    shown = [(each.rank, f"host {hosts.of_host[each.rank]}", each.place) for each in given.ranks[:SHOWN]]
     show_places(console, shown)
     if len(given.ranks) > SHOWN:
         console.tell(f"and {len(given.ranks) - SHOWN} more; none has more than {given.held / 1e6:.1f} MB")
@@ -134,26 +135,26 @@ def _show(found: dict[str, Estimate], network: Layers, hosts: Network) -> None:
     table.add_column("options")
     for name in ("ms", "computing ms", "MB sent", "MB held"):
         table.add_column(name, justify="right")
-    for options, one in found.items():
-        figures = (1e3 * one.step, 1e3 * one.computing, one.sent / 1e6, one.held / 1e6)
+    for options, each in estimates.items():
+        figures = (1e3 * each.step, 1e3 * each.computing, each.sent / 1e6, each.held / 1e6)
         table.add_row(options, *(f"{figure:.3g}" for figure in figures))
     console.print(table)
     console.tell("computing, sent and held: of the rank that has most")
-    if len(found) > 1:
-        console.tell(_advice(found))
+    if len(estimates) > 1:
+        console.tell(_advice(estimates))
 
 
-def _advice(found: dict[str, Estimate]) -> str:
-    """What to choose, and why."""
-    given = found[GIVEN]
-    options, fastest = min(found.items(), key=lambda one: one[1].step)
+def _advice(estimates: dict[str, Estimate]) -> str:
+    """Return a sentence that names the fastest arrangement and the reason for its speed."""
+    given = estimates[GIVEN]
+    options, fastest = min(estimates.items(), key=lambda each: each[1].step)
     if fastest.step > WORTH * given.step:
         return "no other arrangement would be faster by more than a tenth"
     computing = given.computing - fastest.computing
     if 2 * computing > given.step - fastest.step:
         why = f"its slowest rank computes {1e3 * fastest.computing:.3g} ms and not {1e3 * given.computing:.3g}"
     else:
-        apart = (1e3 * max(0.0, one.step - one.computing) for one in (fastest, given))
+        apart = (1e3 * max(0.0, each.step - each.computing) for each in (fastest, given))
         why = "messages and waiting take {:.3g} ms of a step and not {:.3g}".format(*apart)
     return f"{options}: a step would take {fastest.step / given.step:.2f} of the time, for {why}"
 

@@ -20,11 +20,11 @@ Figures = Literal[
     "validation_rmse", "validation_loss",
 ]  # fmt: skip
 
-# What goes up where nothing is said, the first that there is.
+# Figures for the vertical axis if --y is not given: the first that all runs have measured.
 BY_DEFAULT: tuple[Figures, ...] = ("test_accuracy", "validation_accuracy", "test_rmse", "validation_rmse")
-# Whole numbers above this have no double each.
+# float64 represents all whole numbers up to this one.
 MOST = 2**53
-# What is written at the axes.
+# Titles of the axes.
 TITLES = {
     "epoch": "epoch",
     "step": "step",
@@ -69,10 +69,10 @@ def plot(
         raise UserError("plot: give run directories")
     curves: dict[str, list[list[dict[str, float]]]] = {}
     for text in runs:
-        # A folder's name may have an = too.
-        label, found, run = (text, "", "") if Path(text).is_dir() else text.partition("=")
-        place = Path(run if found else text)
-        curves.setdefault(label if found else place.name, []).append(_read(place))
+        # The name of an existing folder may contain an = too.
+        label, separator, run = (text, "", "") if Path(text).is_dir() else text.partition("=")
+        place = Path(run if separator else text)
+        curves.setdefault(label if separator else place.name, []).append(_read(place))
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -102,10 +102,10 @@ def plot(
                 f"nothing to draw of {label}: all of its {up} lies from {min(finite):.4g} to {max(finite):.4g}: change "
                 "--low and --high"
             )
-        # No line goes to a point that has no neighbour.
+        # A point without finite neighbours is on no line, so it gets a marker.
         near = [(*means[max(0, k - 1) : k], *means[k + 1 : k + 2]) for k in range(length)]
-        alone = [k for k in range(length) if not any(map(isfinite, near[k]))]
-        (line,) = axes.plot(along, means, label=label, marker="o" if alone else None, markevery=alone)
+        isolated = [k for k in range(length) if not any(map(isfinite, near[k]))]
+        (line,) = axes.plot(along, means, label=label, marker="o" if isolated else None, markevery=isolated)
         if len(several) > 1:
             band = [min(v) for v in values], [max(v) for v in values]
             if length > 1:
@@ -117,7 +117,7 @@ def plot(
     axes.set_ylim(low, high)
     axes.set_title(legible(title), parse_math=False)
     axes.grid(alpha=0.3)
-    # Lines named by hand: a name that begins with _ is none by itself, and $ begins no formula.
+    # Set the names in the legend by hand: matplotlib leaves out names that begin with _, and reads $ as a formula.
     for entry, label in zip(axes.legend(axes.lines, map(str, range(len(curves)))).get_texts(), curves, strict=True):
         entry.set_parse_math(False)
         entry.set_text(printable(legible(label)))
@@ -132,7 +132,7 @@ def plot(
 
 
 def _read(run: Path) -> list[dict[str, float]]:
-    """The rows of a run, one an epoch."""
+    """Rows of a run's metrics.jsonl, one for each epoch; UserError if there are none or the file cannot be read."""
     path, known = run / "metrics.jsonl", {*TITLES, "bytes_sent"}
     try:
         rows = [{name: _number(row[name], name) for name in row.keys() & known} for row in read_rows(path)]
@@ -146,7 +146,7 @@ def _read(run: Path) -> list[dict[str, float]]:
 
 
 def _number(value: Any, name: str) -> float:
-    """A number, be it infinite or none; ValueError for what is none at all."""
+    """Convert a number, infinity and NaN included, to float. ValueError for other types and whole numbers over MOST."""
     if type(value) not in (int, float) or (type(value) is int and abs(value) > MOST):
         raise ValueError(f"{name} is {str(value)[:40]!r}, and no number")
     return float(value)
@@ -163,7 +163,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point; returns the exit status: 0 done, 1 an error."""
+    """Entry point; returns the exit status: 0 done, 1 error."""
     from psmpi.command import answer, parsed
 
     return answer(lambda: int(parsed(plot, sys.argv[1:] if argv is None else argv, "plot")))

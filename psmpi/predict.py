@@ -1,6 +1,6 @@
-"""Predictions, and how good they are, from a checkpoint: `python -m psmpi.predict`, also under mpirun.
+"""Predictions from a checkpoint, with their scores: `python -m psmpi.predict`, also under mpirun.
 
-With --prompt a text is gone on with instead, on one process.
+With --prompt the network continues a text instead, on one process.
 """
 
 from __future__ import annotations
@@ -82,9 +82,9 @@ def _main(argv: list[str]) -> int:
 
         try:
             options = parsed(Options, argv, "predict")
-            said = given_names(argv, file=False)
-            continues = "prompt" in said
-            _check_options(options, said)
+            option_names = given_names(argv, file=False)
+            continues = "prompt" in option_names
+            _check_options(options, option_names)
             text = json.dumps(vars(_settle_prompt(options, world.size) if continues else _settle(options)))
         except SystemExit as end:
             status = 1 if end.code else 0
@@ -98,30 +98,36 @@ def _main(argv: list[str]) -> int:
     return int(status)
 
 
-# Options of predictions of samples, and of a text that is gone on with.
+# Options that apply only to predictions of samples, and only to the continuation of a text.
 OF_SAMPLES = ("allow_external", "dataset", "data_dir", "label", "layout", "split", "out", "calibrate", "json")
 OF_TEXT = ("characters", "temperature", "seed")
 
 
-def _check_options(options: Options, said: Collection[str]) -> None:
-    """UserError for a value that is none, and for an option of what is not asked for; said: names of those given."""
+def _check_options(options: Options, option_names: Collection[str]) -> None:
+    """Raise UserError for a value out of range, and for an option that does not apply.
+
+    option_names: names of the options on the command line.
+    """
     from psmpi.config import option
     from psmpi.errors import UserError
 
     if not 0 <= options.threads <= 1024:
         raise UserError(f"--threads {options.threads}: expected 0 to 1024")
-    if "prompt" not in said:
+    if "prompt" not in option_names:
         for name in OF_TEXT:
-            if name in said:
-                raise UserError(f"{option(name)} is of a text to go on with: add --prompt TEXT, or leave it out")
+            if name in option_names:
+                raise UserError(
+                    f"{option(name)} applies to the continuation of a text: add --prompt TEXT, or leave it out"
+                )
         return
     for name in OF_SAMPLES:
-        if name in said:
+        if name in option_names:
             raise UserError(
-                f"{option(name)} is of predictions of samples, and --prompt goes on with a text: leave out one of them"
+                f"{option(name)} applies to predictions of samples, and --prompt continues a text: leave out one of "
+                "them"
             )
     if not options.prompt:
-        raise UserError("--prompt is empty: give one character or more to go on with")
+        raise UserError("--prompt is empty: give one character or more for the network to continue")
     if options.characters < 1:
         raise UserError(f"--characters {options.characters}: expected a whole number from 1 up")
     if not 0 <= options.temperature < inf:
@@ -131,7 +137,10 @@ def _check_options(options: Options, said: Collection[str]) -> None:
 
 
 def _settle_prompt(options: Options, ranks: int) -> Options:
-    """The name of a checkpoint that can go on with the prompt, after a look at it whole. UserError where none can."""
+    """Check the checkpoint and the prompt; return the options with the checkpoint's path.
+
+    UserError if the checkpoint is damaged or its network cannot continue the prompt.
+    """
     from dataclasses import replace
 
     from psmpi import checkpoint
@@ -139,14 +148,14 @@ def _settle_prompt(options: Options, ranks: int) -> Options:
     from psmpi.training.continuation import check_text
 
     if ranks > 1:
-        raise UserError(f"--prompt goes on with a text on one process, and there are {ranks} ranks: leave mpirun out")
+        raise UserError(f"--prompt continues a text on one process, and there are {ranks} ranks: leave mpirun out")
     path = checkpoint.newest(expanded(options.checkpoint, "checkpoint"))
     check_text(checkpoint.validate(path), path, options.prompt)
     return replace(options, checkpoint=str(path))
 
 
 def _continue(options: Options) -> None:
-    """Print the prompt and what follows it, and nothing else."""
+    """Print the prompt and the characters that the network adds, and nothing else."""
     from itertools import islice
 
     from threadpoolctl import threadpool_limits
@@ -158,7 +167,7 @@ def _continue(options: Options) -> None:
 
     path, stream = Path(options.checkpoint), Stream(sys.stdout)
     contents = checkpoint.read_contents(path)
-    # A pass of one sample has no work for more.
+    # The forward pass of one sample has no work for more threads.
     threads = options.threads or 1
     with threadpool_limits(threads):
         model = load_model(path, contents, make_backend("auto", threads), len(options.prompt) + options.characters)
@@ -172,7 +181,10 @@ def _continue(options: Options) -> None:
 
 
 def _settle(options: Options) -> Options:
-    """Names of files that exist, after a look at the checkpoint whole. UserError where something does not fit."""
+    """Check the checkpoint and the data set; return the options with the checkpoint's path and the data set's place.
+
+    UserError if the checkpoint is damaged, or if the data set of the training has changed and --dataset is not given.
+    """
     from dataclasses import replace
 
     from psmpi import checkpoint
@@ -187,26 +199,28 @@ def _settle(options: Options) -> Options:
     path = checkpoint.newest(expanded(options.checkpoint, "checkpoint"))
     contents = checkpoint.validate(path)
     trained = from_toml(contents.config, str(path), foreign=True).data
-    # A file that has moved has its name.
+    # With --data-dir the file of the training may have moved: look for its name there.
     moved = options.data_dir and Path(trained.dataset).is_absolute()
     name, data_dir = Path(trained.dataset).name if moved else trained.dataset, options.data_dir or trained.data_dir
     same = not options.dataset or Path(options.dataset).absolute() == Path(trained.dataset).absolute()
     if contents.data and same:
-        found: list[str] = []
+        changes: list[str] = []
         try:
             own = replace(trained, dataset=name, data_dir=data_dir, allow_external=options.allow_external)
-            here = identify(open_dataset(*own.source, names=contents.called).for_training())
-            found = differences(Identity.of(contents.data), here)
+            present = identify(open_dataset(*own.source, names=contents.called).for_training())
+            changes = differences(Identity.of(contents.data), present)
         except UserError as error:
             if not options.dataset:
                 raise
-            # All samples of a file need no targets, as those of a training do.
+            # --split all needs no targets in the file, which a training's data set must have.
             if options.split == "all":
                 complain(f"note: {name} cannot be compared with what checkpoint {path} was trained on: {error}")
-        changed = f"{name} is not what checkpoint {path} was trained on any more: in the checkpoint {'; '.join(found)}"
-        if found and not options.dataset:
+        changed = (
+            f"{name} is not what checkpoint {path} was trained on any more: in the checkpoint {'; '.join(changes)}"
+        )
+        if changes and not options.dataset:
             raise UserError(f"{changed}: bring that back, or name the file with --dataset to predict what it holds now")
-        if found:
+        if changes:
             complain(f"note: {changed}")
     return replace(
         options,
@@ -244,7 +258,7 @@ def _predict(world: Any, control: Any, options: Options) -> None:
     trained = from_toml(contents.config, str(path), foreign=True)
     model = trained.model
     numbering = Identity.of(contents.data).numbering if contents.data else None
-    # Another table may have its labels in another column.
+    # The training's column of labels applies to tables only.
     label = options.label or (trained.data.label if is_table(options.dataset) else "")
     data = replace(trained.data, label=label, layout=options.layout or trained.data.layout)
     data = replace(data, allow_external=options.allow_external)
@@ -280,8 +294,8 @@ def _predict(world: Any, control: Any, options: Options) -> None:
     if network.normalized and not options.calibrate:
         if split.n < 2:
             raise UserError(
-                f"--model {network.name} normalizes over minibatches, and a single sample is none: add --calibrate "
-                "10000"
+                f"--model {network.name} normalizes over minibatches, and a single sample is not enough: add "
+                "--calibrate 10000"
             )
         if world.rank == 0:
             complain(
@@ -294,42 +308,42 @@ def _predict(world: Any, control: Any, options: Options) -> None:
     threads = options.threads or max(1, cores // ranks)
     first = world.rank == 0
     with threadpool_limits(threads), room(options.out if first else "") as file:
-        # Whatever computed in training: it may not be there.
+        # The backend of the training may not be available here.
         ops = make_backend("auto", threads)
         values = contents.task == "regression"
-        # All scores are for the file alone.
+        # The tables show the TOP largest scores; a file gets all of them.
         top = 0 if values or options.out else TOP
         predictor = Predictor(world, control, network, layout, classes, np.dtype(model.dtype), ops, top)
         checkpoint.load(path, layout, predictor.part, {"weights": predictor.w}, contents.part)
         if options.calibrate:
             stored = Path(trained.data.dataset)
             moved = stored.is_absolute() and not stored.is_file() and stored.name == Path(options.dataset).name
-            here = moved or options.dataset == trained.data.dataset
-            where = (options.dataset, options.data_dir) if here else ("", "")
+            same_set = moved or options.dataset == trained.data.dataset
+            where = (options.dataset, options.data_dir) if same_set else ("", "")
             share = (local_rank(world), ranks)
             data = replace(trained.data, allow_external=options.allow_external)
-            known = calibration_split(data, *where, contents, path, share)
-            for note in calibration_notes(options.calibrate, known.n) if world.rank == 0 else ():
+            samples = calibration_split(data, *where, contents, path, share)
+            for note in calibration_notes(options.calibrate, samples.n) if world.rank == 0 else ():
                 complain(note)
-            calibrate(predictor.model, known, options.calibrate, predictor.dtype)
+            calibrate(predictor.model, samples, options.calibrate, predictor.dtype)
         rest = (network.classes, split.n, predictor.dtype, file, network.steps, contents.characters, contents.called)
         of = (options, targets, classes, *rest)
-        found = (Values if values else Choices)(*of) if first else None
-        predictor.run(split, found.take if found is not None else None)
-        if found is not None:
-            found.report()
+        collector = (Values if values else Choices)(*of) if first else None
+        predictor.run(split, collector.take if collector is not None else None)
+        if collector is not None:
+            collector.report()
 
 
 def _note_left_out(options: Options, source: Any, predicted: int, contents: Any) -> None:
-    """Say that samples are left out which a training of these data would hold out for testing, where it would."""
+    """Print a note if a training would split these samples: only those that it would hold out are predicted."""
     from contextlib import suppress
 
     from psmpi.data import open_dataset
     from psmpi.errors import UserError
 
     with suppress(UserError):
-        known = {"characters": contents.characters, "names": contents.called}
-        dataset = open_dataset(options.dataset, options.data_dir, *source, **known)
+        trained_names = {"characters": contents.characters, "names": contents.called}
+        dataset = open_dataset(options.dataset, options.data_dir, *source, **trained_names)
         if dataset.held_out:
             count = dataset.train.n + dataset.test.n
             complain(
@@ -339,7 +353,7 @@ def _note_left_out(options: Options, source: Any, predicted: int, contents: Any)
 
 
 def _check_data(world: Any, control: Any, options: Options, contents: Any, split: Any) -> None:
-    """UserError where ranks have other samples than rank 0; a warning where they look as if of another scale."""
+    """Raise UserError if a rank has other samples than rank 0; warn if their scale differs from the training's."""
     import socket
     from dataclasses import asdict
 
@@ -347,25 +361,26 @@ def _check_data(world: Any, control: Any, options: Options, contents: Any, split
     from psmpi.data import Identity, SplitIdentity, identify_split, other_scale, split_differences
     from psmpi.errors import UserError
 
-    # Rank 0 looks at all samples, the ranks of a host at them between them.
+    # Rank 0 reads all samples; the other ranks of a host share them.
     share = (local_rank(world), host(world)[0])
-    here = identify_split(split, share if world.rank else (0, 1))
+    identity = identify_split(split, share if world.rank else (0, 1))
     kind = {"train": "training", "validation": "validation", "all": "given"}.get(options.split, "test")
     targets = "values" if split.task == "regression" else "labels"
-    for rank, text in enumerate(control.collect_texts(json.dumps([socket.gethostname(), asdict(here)]), most=2000)):
-        at, theirs = json.loads(text)
-        found = split_differences(here, SplitIdentity(**theirs), kind, targets)
-        if found:
+    for rank, text in enumerate(control.collect_texts(json.dumps([socket.gethostname(), asdict(identity)]), most=2000)):
+        at, other_identity = json.loads(text)
+        differing = split_differences(identity, SplitIdentity(**other_identity), kind, targets)
+        if differing:
             raise UserError(
                 f"the samples of {options.dataset} on rank {rank}, host {at}, are not those of rank 0: here "
-                f"{'; '.join(found)}: give all hosts the same files"
+                f"{'; '.join(differing)}: give all hosts the same files"
             )
     if world.rank == 0 and contents.data:
         trained = Identity.of(contents.data).train
-        if other_scale(trained, here):
+        if other_scale(trained, identity):
             complain(
-                f"warning: the samples of {options.dataset} have scaled values up to {here.most:.4g} ({here.dtype}), "
-                f"those trained on up to {trained.most:.4g} ({trained.dtype}): bring them to one scale"
+                f"warning: the samples of {options.dataset} have scaled values up to {identity.most:.4g} "
+                f"({identity.dtype}), those of the training up to {trained.most:.4g} ({trained.dtype}): bring them to "
+                "one scale"
             )
 
 

@@ -1,7 +1,7 @@
-"""Training methods by name. None is imported before it is asked for.
+"""Training methods by name. The module of a method is imported when the method is first used.
 
-Methods of other packages are found by the entry points of the group `psmpi.methods`; a program of its own registers a
-method by `register` and then calls `psmpi.train.main`.
+Another package adds a method by an entry point of the group `psmpi.methods`. A program adds one by `register` and then
+calls `psmpi.train.main`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _registered: dict[str, Kind] = {}
 
 
 def register(method: M) -> M:
-    """Add a method under its `name`, as a decorator of its class. ValueError where the name is taken."""
+    """Add a method under its `name`, as a decorator of its class. ValueError if the name is taken."""
     known = {**BUILTIN, **_installed()}
     if method.name in known or _registered.get(method.name, method).__qualname__ != method.__qualname__:
         raise ValueError(f"a training method called {method.name} is there already: choose another name")
@@ -53,7 +53,7 @@ def register(method: M) -> M:
 
 @cache
 def _installed() -> dict[str, EntryPoint]:
-    """Entry points of other packages by name; psmpi's own names stay psmpi's."""
+    """Entry points of other packages by name, without those that have the name of a built-in method."""
     return {one.name: one for one in entry_points(group="psmpi.methods") if one.name not in BUILTIN}
 
 
@@ -63,7 +63,7 @@ def method_names() -> tuple[str, ...]:
 
 
 def find_method(name: str) -> Kind:
-    """The class of the method called `name`; UserError where there is none, or where it cannot be imported."""
+    """The class of the method called `name`; UserError if it is unknown or cannot be imported."""
     if name in _registered:
         return _registered[name]
     if name in BUILTIN:
@@ -88,7 +88,7 @@ def find_method(name: str) -> Kind:
 
 
 def all_methods() -> dict[str, Kind]:
-    """All training methods by name, imported; without those of other packages that cannot be."""
+    """All training methods by name, imported, without those of other packages that cannot be imported."""
     found = {}
     for name in method_names():
         # One that is broken is told of where it is asked for.

@@ -1,6 +1,6 @@
 """Estimators of scikit-learn that train with psmpi: `PsmpiClassifier` and `PsmpiRegressor`.
 
-Needs psmpi[sklearn]. Under mpirun every rank fits with the same arrays, as with `psmpi.fit`.
+They need psmpi[sklearn]. Under mpirun every rank calls `fit` with the same arrays, as with `psmpi.fit`.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ except ImportError as missing:
     raise UserError("psmpi.sklearn needs scikit-learn 1.6 or later: pip install 'psmpi[sklearn]'") from missing
 
 Array = npt.NDArray[Any]
-# Samples of the training that its epochs are tested on: all samples are for learning, and a test is made in any case.
+# Training samples that each epoch is also tested on: `psmpi.fit` needs test samples, and all samples are for training.
 TESTED = 100
 
 
 class SettingsError(UserError, ValueError):
-    """A UserError in what scikit-learn expects a ValueError for."""
+    """A UserError that is also a ValueError, as scikit-learn expects for wrong parameters and arrays."""
 
 
 @contextmanager
@@ -43,13 +43,7 @@ def _as_value_error() -> Iterator[None]:
 
 
 class _Estimator(BaseEstimator):  # type: ignore[misc]
-    """The base of classifier and regressor.
-
-    Parameters are settings of `psmpi.fit` by their names, None: the usual numbers; random_state: the seed, None: 0;
-    threads: of training and predictions; settings: all others by name. Predictions are computed in float64.
-
-    Attributes after `fit`: network_, a `psmpi.Fitted`; loss_curve_, the mean loss of each epoch; n_features_in_.
-    """
+    """Base class of the classifier and the regressor, see `PsmpiClassifier` for parameters and attributes."""
 
     def __init__(
         self,
@@ -84,32 +78,37 @@ class _Estimator(BaseEstimator):  # type: ignore[misc]
         return tags
 
     def _train(self, x: Any, y: Array, loss: str) -> Training:
-        given, seed = self.random_state, 0
-        if given is not None:
-            seed = int(given) if isinstance(given, Integral) else int(check_random_state(given).randint(1 << 31))
+        state, seed = self.random_state, 0
+        if state is not None:
+            seed = int(state) if isinstance(state, Integral) else int(check_random_state(state).randint(1 << 31))
         settings = {"model": self.model, "widths": tuple(self.widths), "loss": self.loss or loss, "seed": seed,
                     "optimizer": self.optimizer, "threads": self.threads, "epochs": self.epochs,
                     "batch_size": self.batch_size, "lr": self.lr}  # fmt: skip
         given_settings = {name: value for name, value in settings.items() if value not in (None, ())}
         with _as_value_error():
-            made = fit(
+            training = fit(
                 x, y, x[:TESTED], y[:TESTED], verbose=self.verbose, **{**given_settings, **(self.settings or {})}
             )
-        self.network_: Fitted = made.network
-        self.loss_curve_ = [float(row["train_loss"]) for row in made.metrics]
-        return made
+        self.network_: Fitted = training.network
+        self.loss_curve_ = [float(row["train_loss"]) for row in training.metrics]
+        return training
 
-    def _given(self, x: Any) -> Any:
-        """Samples to predict, checked."""
+    def _checked(self, x: Any) -> Any:
+        """Check the samples to predict, and that `fit` was called before; return the samples as an array."""
         check_is_fitted(self, "network_")
         return validate_data(self, x, accept_sparse="csr", dtype=[np.float64, np.float32], reset=False)
 
 
 class PsmpiClassifier(ClassifierMixin, _Estimator):  # type: ignore[misc]
-    """A classifier; the loss is nll, cross-entropy, if not given. Attributes after `fit` as below, and classes_.
+    """A classifier.
 
-    See psmpi.sklearn for its parameters: model, widths, loss, optimizer, epochs, batch_size, lr, random_state, threads,
-    settings, verbose.
+    Parameters: model, widths, loss (nll, which is cross-entropy, if not given), optimizer, epochs, batch_size and lr
+    are settings of `psmpi.fit`; None stands for the usual number. random_state: seed, None: 0. threads: threads of
+    training and predictions. settings: any other settings of `psmpi.fit` by name. verbose: print the training.
+
+    Attributes after `fit`: classes_, the labels, sorted, (classes,); network_, a `psmpi.Fitted`; loss_curve_, the mean
+    training loss of each epoch; n_features_in_. Predictions are computed in float64. Methods raise SettingsError for
+    settings that psmpi refuses.
     """
 
     def fit(self, X: Any, y: Any) -> PsmpiClassifier:
@@ -123,20 +122,20 @@ class PsmpiClassifier(ClassifierMixin, _Estimator):  # type: ignore[misc]
     def predict(self, X: Any) -> Array:
         """The most probable class of each sample, (n,)."""
         proba = self.predict_proba(X)
-        found: Array = self.classes_[proba.argmax(axis=1)]
-        return found
+        predicted: Array = self.classes_[proba.argmax(axis=1)]
+        return predicted
 
     def predict_proba(self, X: Any) -> Array:
         """The softmax of the network's scores, (n, classes) float64."""
-        X = self._given(X)
+        X = self._checked(X)
         with _as_value_error():
             return self.network_.predict_proba(X, dtype=np.float64, threads=self.threads)
 
 
 class PsmpiRegressor(RegressorMixin, _Estimator):  # type: ignore[misc]
-    """A regressor; the loss is squared if not given. Attributes after `fit` as of PsmpiClassifier, without classes_.
+    """A regressor. Parameters and attributes are those of `PsmpiClassifier`, without classes_.
 
-    See psmpi.sklearn for its parameters.
+    loss: squared if not given.
     """
 
     def fit(self, X: Any, y: Any) -> PsmpiRegressor:
@@ -153,7 +152,7 @@ class PsmpiRegressor(RegressorMixin, _Estimator):  # type: ignore[misc]
         return tags
 
     def predict(self, X: Any) -> Array:
-        """The values of each sample, (n,) or (n, outputs), float64."""
-        X = self._given(X)
+        """The predicted values of each sample, (n,) or (n, outputs), float64."""
+        X = self._checked(X)
         with _as_value_error():
             return self.network_.predict(X, dtype=np.float64, threads=self.threads)

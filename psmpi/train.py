@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from psmpi.output import Screen
     from psmpi.training.loop import Loop
 
-# The exit status of a run that was stopped by a signal, and can be gone on with.
+# Exit status of a run that a signal stopped and that can be resumed.
 GO_ON = 85
 
 DESCRIPTION = """Train a neural network whose loss is a sum of element losses, each rank computing its own.
@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(argv: list[str]) -> Config:
-    """The configuration: defaults, or the settings of the run that goes on, then the TOML file, then the command line.
+    """The configuration: defaults or the settings of the resumed run, then the TOML file, then the command line.
 
     Raises SystemExit as argparse does.
     """
@@ -42,7 +42,7 @@ def parse(argv: list[str]) -> Config:
 
 
 def _parse(argv: list[str]) -> tuple[Config, str]:
-    """The configuration, and the path that the settings of a run that goes on are from."""
+    """The configuration, and the path of the file with the settings of the resumed run; "" for a new run."""
     from dataclasses import replace
 
     from psmpi.command import parsed
@@ -60,15 +60,15 @@ def _parse(argv: list[str]) -> tuple[Config, str]:
     from psmpi.training.resume import own_settings
 
     start = defaults(argv)
-    said = given_names(argv)
+    option_names = given_names(argv)
     words = with_usual(argv, start)
     base = own_settings(given(argv, "--resume") or start.run.resume, given(argv, "--out") or start.run.out)
     if base is not None:
         method, own = given(argv, "--method"), base.config
-        # That of the run may not be installed here.
+        # The method of the resumed run may not be installed here.
         own = replace(own, parallel=replace(own.parallel, method=method)) if method else own
-        if "data_dir" in said and Path(own.data.dataset).is_absolute():
-            # The file may have moved.
+        if "data_dir" in option_names and Path(own.data.dataset).is_absolute():
+            # The data set's file may have moved to --data-dir.
             own = replace(own, data=replace(own.data, dataset=Path(own.data.dataset).name))
         start = defaults(argv, own)
     try:
@@ -79,9 +79,9 @@ def _parse(argv: list[str]) -> tuple[Config, str]:
         raise
     config = from_command_line(tree)
     if base is None and config.optimization.optimizer != start.optimization.optimizer:
-        # A file's rate is that of its optimizer.
+        # The learning rate in a TOML file belongs to the optimizer in that file.
         return without_unused(config, start, given_names(argv, file=False)), ""
-    return (config, "") if base is None else (without_unused(config, base.config, said), base.path)
+    return (config, "") if base is None else (without_unused(config, base.config, option_names), base.path)
 
 
 def _main(argv: list[str]) -> int:
@@ -98,10 +98,10 @@ def _main(argv: list[str]) -> int:
 
 
 def _configure(control: Control, argv: list[str]) -> tuple[Config | None, int, str, str, str]:
-    """Rank 0 reads and checks the command line, so that help and errors appear once; the others get its result.
+    """Read and check the command line on rank 0, so that help and errors appear once; share the result.
 
-    Beside the configuration, the exit status where there is none, the path that a run's own settings are from, that of
-    the file that describes its layers, and what is to be told of the usual numbers.
+    Returns the configuration, or None after help or an error; the exit status in that case; the paths of the resumed
+    run's own settings and of the file that describes the layers, "" for none; the note about the usual numbers.
     """
     from psmpi.config import defaults, from_toml, given, given_names, to_toml, with_usual
     from psmpi.errors import counted
@@ -129,10 +129,10 @@ def _configure(control: Control, argv: list[str]) -> tuple[Config | None, int, s
     return from_toml(text, "configuration") if text else None, status, own, layers, "".join(numbers)
 
 
-def settle_paths(config: Config, tell: Callable[[str], None], said: Collection[str]) -> Config:
-    """Checks that need no MPI, and paths that hold wherever the run goes on; said: as of psmpi.config.check.
+def settle_paths(config: Config, tell: Callable[[str], None], option_names: Collection[str]) -> Config:
+    """Make the checks that need no MPI; return the configuration with paths that later runs can use too.
 
-    The data set `psmpi.data.ARRAYS` is in memory, and has no path.
+    option_names: names of the given settings, see psmpi.config.check. The data set `psmpi.data.ARRAYS` has no path.
     """
     from dataclasses import replace
 
@@ -146,7 +146,7 @@ def settle_paths(config: Config, tell: Callable[[str], None], said: Collection[s
     from psmpi.track.mlflow import store
     from psmpi.training.checks import check_data
 
-    check(config, said)
+    check(config, option_names)
     run, data = config.run, config.data
     check_trackers(run.track, run.track_dir)
     if run.checkpoint_parallel and not checkpoint.supported():
@@ -155,8 +155,8 @@ def settle_paths(config: Config, tell: Callable[[str], None], said: Collection[s
             "--no-binary=h5py h5py), or leave the option out"
         )
     if run.new_data and not run.resume:
-        raise UserError("--new-data goes on from a checkpoint with other data: add --resume, or leave it out")
-    out, resume = (str(expanded(one, of)) if one else "" for one, of in ((run.out, "--out"), (run.resume, "--resume")))
+        raise UserError("--new-data resumes a checkpoint with other data: add --resume, or leave it out")
+    out, resume = (str(expanded(p, of)) if p else "" for p, of in ((run.out, "--out"), (run.resume, "--resume")))
     if not out and resume == "auto":
         raise UserError("--resume auto needs --out, the run directory to go on in")
     if out and not resume and checkpoint.available(Path(out)):
@@ -171,7 +171,7 @@ def settle_paths(config: Config, tell: Callable[[str], None], said: Collection[s
     check_data(data, find_method(config.parallel.method).private(config))
     if data.dataset != ARRAYS:
         data = replace(data, data_dir=str(folder), dataset=locate(data.dataset, folder, tell))
-    # Patterns of layers go where the configuration goes.
+    # Put the sparsity patterns of layers into the configuration: a checkpoint keeps the configuration only.
     model = replace(config.model, layers=with_patterns(config.model.layers))
     return replace(config, data=data, model=model, run=replace(run, out=out, resume=resume, track_dir=track_dir))
 
@@ -189,11 +189,10 @@ def train(
     screen: Screen | None = None,
     take: Callable[[Loop, Contents], None] | None = None,
 ) -> bool:
-    """Train; whether all of it is done, and not stopped by a signal. own, layers, numbers: as of `_configure`.
+    """Train; return True if all is done, False if a signal stopped it. own, layers, numbers: as from `_configure`.
 
-    given: the data set, where it is in memory, and labels: what its classes are called; screen: what lines go to.
-    take(loop, contents) is called in the end, on all ranks; with it nothing is written but to a run directory that is
-    named.
+    given: the data set, if it is in memory; labels: names of its classes; screen: prints the lines. take: called on all
+    ranks at the end as take(loop, contents); with it, a run directory is written only if the configuration names one.
     """
     import contextlib
     import os
@@ -232,13 +231,13 @@ def train(
     tell = _telling(console, config)
     kind: Any = find_method(config.parallel.method)
     with contextlib.ExitStack() as stack:
-        # After MPI's own handlers.
+        # These handlers of signals replace MPI's own, so they are installed after MPI's start.
         launched, ends = announced_size(os.environ) is not None, ends_ranks(os.environ)
         signals = StopSignals(
             config.run.save_signal,
             "" if world.rank or take is not None else STOPPING,
             shown_on(2) if ends else "",
-            # A person alone sends each signal once, a launcher or a batch system may do so twice.
+            # A person sends a signal once; a launcher or a batch system may send it twice.
             None if launched or "SLURM_JOB_ID" in os.environ else 0.2,
             take is None or world.size > 1,
         )
@@ -246,16 +245,16 @@ def train(
         watch = stack.enter_context(watched(control, config.run.stall_warn, config.run.stall_abort))
         start = control.agreed((lambda: begin(control, config, own, tell, layers, given)) if world.rank == 0 else None)
         folder = stack.enter_context(start.folder) if start is not None and start.folder is not None else None
-        # Ranks may have been started in other folders.
-        path = start.checkpoint if start is not None else ""
-        found = share_path(control, str(Path(path).absolute()) if path else "")
+        # An absolute path, since ranks may have been started in different folders.
+        origin = start.checkpoint if start is not None else ""
+        origin = share_path(control, str(Path(origin).absolute()) if origin else "")
         ranks, cores = host(world)
         dataset, identity = agree(control, config, start, (local_rank(world), ranks), tell, given)
-        # All files have been looked at.
+        # No more files will be examined.
         examiner.close()
         network = network_of(config, dataset)
         if start is not None:
-            found = start.checkpoint
+            origin = start.checkpoint
             stem = f"{Path(config.data.dataset).stem}-{config.model.model}"
 
             def make() -> RunFolder:
@@ -263,8 +262,8 @@ def train(
                     return RunFolder(Path(config.run.out), tell) if config.run.out else RunFolder.unnamed(stem, tell)
 
         wanted = start is not None and folder is None and bool(config.run.out or take is None)
-        made = control.agreed(make if wanted else None)
-        folder = stack.enter_context(made) if made is not None else folder
+        new_folder = control.agreed(make if wanted else None)
+        folder = stack.enter_context(new_folder) if new_folder is not None else folder
         path = share_path(control, str(folder.path) if folder is not None else "")
         out = Path(path)
         config = replace(config, run=replace(config.run, out=path))
@@ -281,10 +280,10 @@ def train(
                 f"note: {ranks} rank(s) of {threads} thread(s) have {cores} core(s) on {socket.gethostname()} and wait "
                 f"for each other: {'--threads 1' if threads > 1 else 'fewer ranks'} may be faster"
             )
-        # What overflows is dealt with where it matters; a diverging run says so itself, once.
+        # Code that needs finite numbers checks them; a diverging run prints one message.
         with threadpool_limits(threads), np.errstate(all="ignore"):
             ops = backend_of(world, config, threads, tell)
-            # What a device holds is not of the host's memory.
+            # Arrays on a device take no memory of the host.
             check_capacity(control, kind, network, dataset, config, [] if ops.on_device else limits())
             method = kind(Context(world, network, dataset, config, ops))
             settle(world, own_cores(), method.place().held > 0)
@@ -293,13 +292,13 @@ def train(
             if not config.terminal.quiet:
                 show_places(console, [(rank, host, Place(*rest)) for rank, (host, *rest) in enumerate(places)])
             if config.terminal.verbose:
-                held = ", ".join(f"{what} {count / 1e6:.3g}" for what, count in method.memory().items())
-                tell(f"memory of rank 0 in MB: {held}")
+                sizes = ", ".join(f"{what} {count / 1e6:.3g}" for what, count in method.memory().items())
+                tell(f"memory of rank 0 in MB: {sizes}")
             tell(f"model {network.name}: {method.layout.size:,} parameters; backend {ops.description}")
             for line in method.told():
                 tell(line)
-            method_settings = {name: value for one in config.chosen.values() for name, value in asdict(one).items()}
-            # What each start says anew is not of the run.
+            method_settings = {k: v for section in config.chosen.values() for k, v in asdict(section).items()}
+            # Settings that each start gives anew are not part of the run.
             text = to_toml(without_anew(config))
             contents = checkpoint.Contents(
                 text,
@@ -328,11 +327,11 @@ def train(
             tracked = Run(out, {**used_settings(config), "ranks": world.size}, config.run.track_dir)
             trackers = stack.enter_context(Trackers(config.run.track if world.rank == 0 else (), tracked, tell))
             loop = Loop(control, method, dataset, config, out, console, contents, folder, signals, trackers, path != "")
-            notes = loop.resume(Path(found)) if found else []
-            # Up to here any rank may refuse the start, and nothing is changed.
+            notes = loop.resume(Path(origin)) if origin else []
+            # Any rank may refuse the start up to here; files of a run directory change only afterwards.
             control.wait_for_all()
             if folder is not None and loop.progress.step < loop.total:
-                step, damaged = loop.progress.step if found else -1, config.run.resume == "auto"
+                step, damaged = loop.progress.step if origin else -1, config.run.resume == "auto"
                 with control.flight.task("beginning the run directory"):
                     folder.begin(text, loop.progress.rows, step, damaged=damaged)
                 with control.flight.task("writing for --track"):
@@ -344,22 +343,22 @@ def train(
                 tell(begun(left, config.run.epochs, world.size, f"kill -USR1 {process_number()}" if ends else "Ctrl-C"))
             if path:
                 tell(f"run directory {path}")
-            done = loop.run()
-            trackers.close("done" if done else "stopped")
-            # A launcher may kill the others when the first one ends with status 85, and rank 0 may still write.
+            finished = loop.run()
+            trackers.close("done" if finished else "stopped")
+            # A launcher may kill all ranks when the first one ends with status 85, and rank 0 may still be writing.
             control.wait_for_all()
             if take is not None:
                 take(loop, contents)
             method.close()
             if config.parallel.convolution != "own":
                 chosen: dict[str, str] = {}
-                for told in control.collect_texts("\n".join(ops.choices), most=10_000):
-                    for line in told.splitlines():
-                        # Where ranks have the same sizes, the first one speaks for them.
+                for lines in control.collect_texts("\n".join(ops.choices), most=10_000):
+                    for line in lines.splitlines():
+                        # Print one line for ranks with the same sizes, that of the first rank.
                         chosen.setdefault(line.partition(":")[0], line)
                 for line in chosen.values():
                     tell(line)
-            # In Python what follows is not a command.
+            # Lines about the next command to type are not for Python.
             for line in (
                 ()
                 if take is not None
@@ -372,16 +371,16 @@ def train(
                         again,
                         loop.best.due(loop.progress.rows),
                     )
-                    if done
+                    if finished
                     else stopped(config, loop.progress, signals.name, again)
                 )
             ):
                 console.tell(line)
-    return done
+    return finished
 
 
 def _telling(console: Screen, config: Config) -> Callable[[str], None]:
-    """A function that prints lines; under --quiet warnings alone."""
+    """Return a function that prints lines; with --quiet it prints only warnings."""
 
     def tell(text: str) -> None:
         if not config.terminal.quiet or text.lower().startswith("warning"):
@@ -391,7 +390,7 @@ def _telling(console: Screen, config: Config) -> Callable[[str], None]:
 
 
 def _again(size: int, command: str, all_ranks: bool, words: list[str]) -> str:
-    """The words that start a command, on all ranks or on one."""
+    """A command line that starts `command` on all `size` ranks or on one."""
     from psmpi.command import typed
 
     return typed(command, words, size if all_ranks else 1)

@@ -1,1 +1,1 @@
-"""Training and predicting on arrays, from Python: `psmpi.fit` and `psmpi.load`."""
+"""Training and prediction on arrays, from Python: `psmpi.fit` and `psmpi.load`."""

@@ -1,4 +1,4 @@
-"""A trained network to predict with, on arrays and on one process."""
+"""A trained network that predicts from arrays, on one process."""
 
 from __future__ import annotations
 
@@ -34,10 +34,11 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True, eq=False)
 class Fitted:
-    """A trained network with all of its weights, which predicts by itself: under mpirun each rank all that it is given.
+    """A trained network with all of its weights. It predicts without MPI: under mpirun each rank predicts its own x.
 
-    contents: what its checkpoint says; vector: its weights, in the order of the network's layout; classes: what is
-    predicted, sorted, (classes,), None in a regression. It can be pickled and used by several threads.
+    contents: configuration, layout and progress, as in a checkpoint. vector: the weights in the order of the network's
+    layout, (layout.size,), in the dtype of the training. classes: the labels in the order of the scores, (classes,);
+    None in a regression. An object can be pickled and used by several threads.
     """
 
     contents: Contents = field(repr=False)
@@ -46,23 +47,23 @@ class Fitted:
 
     @cached_property
     def config(self) -> Config:
-        """The configuration of its training."""
+        """The configuration of the network's training."""
         return from_toml(self.contents.config, "configuration", foreign=True)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The settings of its training by name, those of the method that trained it too."""
+        """The settings of the network's training by name, including those of its training method."""
         sections = (*self.config.sections.values(), *self.config.chosen.values())
         return {name: value for section in sections for name, value in asdict(section).items()}
 
     @property
     def weights(self) -> dict[str, Array]:
-        """Copies of its parameters by name, in their shapes."""
+        """Copies of the parameters by name, in their shapes."""
         return named_weights(self.contents.layout, self.vector)
 
     @property
     def network(self) -> Network:
-        """Its layers."""
+        """The layers of the network, without weights."""
         contents, model = self.contents, self.config.model
         return network_in(contents, model)
 
@@ -75,28 +76,29 @@ class Fitted:
         dtype: npt.DTypeLike | None = None,
         threads: int = 1,
     ) -> Array:
-        """The network's raw scores, or the values of a regression, of samples x: (n, outputs), or (n, steps, outputs).
+        """Raw scores, or the values of a regression, of samples x: (n, outputs), or (n, steps, outputs).
 
-        x, lengths: as `psmpi.fit` takes them. calibrate: samples, such as those of the training, that give networks
-        with batch normalization their statistics; without them x does. dtype: of the arithmetic, that of the weights if
-        not given. UserError for samples that do not fit.
+        x, lengths: as `psmpi.fit` takes them. calibrate: samples, such as those of the training, that batch
+        normalization takes its statistics from; x if not given. dtype: of the arithmetic and of the scores, that of
+        the weights if not given. UserError for samples of another shape than those of the training, for a single
+        sample without `calibrate` if the network has batch normalization, and for `calibrate` if it has none.
         """
         with raised():
             last = self.config.data.layout == "nhwc"
             split = given_samples(x, lengths, last)
             network = self._network_for(split)
-            some = None if calibrate is None else given_samples(calibrate, channels_last=last)
-            if network.normalized and some is None and split.n < 2:
+            calibration = None if calibrate is None else given_samples(calibrate, channels_last=last)
+            if network.normalized and calibration is None and split.n < 2:
                 raise UserError(
-                    f"model {network.name} normalizes over samples, and a single one is none: add calibrate=x, samples "
-                    "of the training"
+                    f"model {network.name} normalizes over samples, and a single sample is not enough: add "
+                    "calibrate=x, samples of the training"
                 )
-            if some is not None and not network.normalized:
+            if calibration is not None and not network.normalized:
                 raise UserError(f"calibrate: model {network.name} has no batch normalization; leave it out")
-            return self._scores(network, split, some, np.dtype(dtype or self.vector.dtype), threads)
+            return self._scores(network, split, calibration, np.dtype(dtype or self.vector.dtype), threads)
 
     def _network_for(self, split: Split) -> Network:
-        """The network for samples like these, of sequences for as many steps."""
+        """The network for the steps of these samples; UserError if their shape is not that of the training."""
         network, shape = self.network, self.contents.in_shape
         if split.steps and split.shape != shape and split.shape[0] == shape[0]:
             network = stretch(network, split.steps) or network
@@ -104,66 +106,69 @@ class Fitted:
             raise UserError(f"x has samples of shape {split.shape}, and the network was trained on {shape}")
         return network
 
-    def _scores(self, network: Network, split: Split, some: Split | None, dtype: np.dtype[Any], threads: int) -> Array:
+    def _scores(
+        self, network: Network, split: Split, calibration: Split | None, dtype: np.dtype[Any], threads: int
+    ) -> Array:
         from threadpoolctl import threadpool_limits
 
         layout, each = network.layout(), max(1, network.steps)
-        found = np.empty((split.n * each, network.classes), dtype)
+        scores = np.empty((split.n * each, network.classes), dtype)
         with threadpool_limits(threads), np.errstate(all="ignore"):
-            # Weights that no score depends on are of no part.
+            # The part of all classes has no weights that no score depends on.
             w = restrict(self.vector.astype(dtype, copy=False), layout.part(range(network.classes)))
             model = Model(network, layout, w, None, make_backend("auto", threads))
-            if some is not None:
-                calibrate_model(model, some, some.n, dtype)
+            if calibration is not None:
+                calibrate_model(model, calibration, calibration.n, dtype)
             for at in network.evaluation_batches(split.n):
                 ids = np.arange(at.start, at.stop)
-                samples, some_x = Resident(split, ids, dtype), np.empty((split.features, len(ids)), dtype)
+                samples, values = Resident(split, ids, dtype), np.empty((split.features, len(ids)), dtype)
                 check_tokens(network, samples, "given")
-                samples.fetch(ids, some_x)
-                y = model.forward(some_x, None, span_of(split, ids)).scores
+                samples.fetch(ids, values)
+                y = model.forward(values, None, span_of(split, ids)).scores
                 rows = y.transpose(2, 1, 0) if y.ndim == 3 else y.T
-                found[at.start * each : at.stop * each] = rows.reshape(-1, network.classes)
-        return found.reshape(split.n, network.steps, -1) if network.steps else found
+                scores[at.start * each : at.stop * each] = rows.reshape(-1, network.classes)
+        return scores.reshape(split.n, network.steps, -1) if network.steps else scores
 
     def predict(self, x: Any, lengths: Any = None, **options: Any) -> Array:
-        """The most probable class of each sample, as in `classes`, or its value, (n,).
+        """The most probable class of each sample, one of `classes`, or its value in a regression: (n,).
 
-        Of several outputs (n, outputs); where each step of sequences has a target (n, steps, ...). options: as of
-        `scores`.
+        A regression with several outputs returns (n, outputs). If each step of a sequence has a target, the result is
+        (n, steps, ...). options, errors: as in `scores`.
         """
-        found = self.scores(x, lengths, **options)
+        scores = self.scores(x, lengths, **options)
         if self.classes is None:
-            return found[..., 0] if found.shape[-1] == 1 else found
-        predicted: Array = self.classes[found.argmax(axis=-1)]
+            return scores[..., 0] if scores.shape[-1] == 1 else scores
+        predicted: Array = self.classes[scores.argmax(axis=-1)]
         return predicted
 
     def predict_proba(self, x: Any, lengths: Any = None, **options: Any) -> Array:
-        """The softmax of the scores, float64, in the order of `classes`; options: as of `scores`.
+        """The softmax of the scores in the order of `classes`: (n, classes), or (n, steps, classes), float64.
 
-        They estimate probabilities where the loss was cross-entropy, nll, or one whose least is at the same scores.
+        It estimates probabilities if the loss was cross-entropy (nll) or has its minimum at the same scores. options:
+        as in `scores`. UserError for a regression.
         """
         if self.classes is None:
-            raise UserError("predict_proba is of classes, and this network predicts values: use predict")
-        found = self.scores(x, lengths, **options).astype(np.float64)
-        found -= found.max(axis=-1, keepdims=True)
-        np.exp(found, out=found)
-        found /= found.sum(axis=-1, keepdims=True)
-        return found
+            raise UserError("predict_proba needs classes, and this network predicts values: use predict")
+        scores = self.scores(x, lengths, **options).astype(np.float64)
+        scores -= scores.max(axis=-1, keepdims=True)
+        np.exp(scores, out=scores)
+        scores /= scores.sum(axis=-1, keepdims=True)
+        return scores
 
 
 def named_weights(layout: Layout, vector: Array) -> dict[str, Array]:
     """The parameters of a flat vector (layout.size,) by name, copies in their shapes."""
-    found = {}
+    weights = {}
     for tensor in make_tensors(layout):
         values = np.empty(tensor.size, vector.dtype)
         for first, last, at in tensor.spans:
             values[first:last] = vector[at : at + last - first]
-        found[tensor.name] = values.reshape(tensor.shape)
-    return found
+        weights[tensor.name] = values.reshape(tensor.shape)
+    return weights
 
 
 def flat_weights(layout: Layout, named: Mapping[str, Array], dtype: npt.DTypeLike) -> Array:
-    """The reverse of `named_weights`; arrays of other shapes are a ValueError."""
+    """The inverse of `named_weights`: a flat vector (layout.size,) of `dtype`; ValueError for a shape that differs."""
     vector = np.zeros(layout.size, dtype)
     for tensor in make_tensors(layout):
         values = np.asarray(named[tensor.name])
@@ -176,7 +181,10 @@ def flat_weights(layout: Layout, named: Mapping[str, Array], dtype: npt.DTypeLik
 
 
 def load(run: str | PathLike[str]) -> Fitted:
-    """The network of a checkpoint, or of the newest one of a run directory; UserError where there is none to read."""
+    """The network of a checkpoint, or of the newest checkpoint of a run directory.
+
+    UserError if there is no checkpoint, or if it is damaged or holds only the part of some classes.
+    """
     with raised():
         path = checkpoint.newest(expanded(Path(run), "checkpoint"))
         contents = checkpoint.validate(path)
@@ -191,7 +199,7 @@ def load(run: str | PathLike[str]) -> Fitted:
 
 
 def fitted(contents: Contents, vector: Array, classes: Array | None = None) -> Fitted:
-    """A network that is in memory; classes: what its classes are called, those of the contents if not given."""
+    """Make a Fitted of weights in memory. classes: the labels, (classes,); those of the contents if not given."""
     if contents.task == "regression":
         classes = None
     elif classes is None:

@@ -1,4 +1,4 @@
-"""Training on arrays: the command line's road, with keywords for options, errors raised and nothing printed."""
+"""Training on arrays: `fit` trains as the command line does, takes keywords for options, and raises errors."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from psmpi.training.usual import usual
 from psmpi.training.whole import whole_weights
 
 Array = npt.NDArray[Any]
-# x, y, x_test, y_test, lengths, lengths_test.
+# The arrays x, y, x_test, y_test, lengths and lengths_test.
 Arrays = tuple[Any, Any, Any, Any, Any, Any]
 
 
@@ -44,8 +44,8 @@ Arrays = tuple[Any, Any, Any, Any, Any, Any]
 class Training:
     """A finished training.
 
-    network: predicts. metrics: a row an epoch, as in metrics.jsonl. folder: the run directory, None without `out`.
-    notes: what the command line would have said: notes and warnings.
+    network: the trained network. metrics: one row for each epoch, as in metrics.jsonl. folder: the run directory, None
+    without `out`. notes: the notes and warnings that the command line would have printed.
     """
 
     network: Fitted
@@ -60,7 +60,7 @@ class Training:
         return {name: value for name, value in row.items() if name.startswith(("test_", "train_loss"))}
 
     def predict(self, x: Any, lengths: Any = None, **options: Any) -> Array:
-        """Predictions of the network, see `Fitted.predict`."""
+        """Predictions of the network for samples x, see `Fitted.predict`."""
         return self.network.predict(x, lengths, **options)
 
 
@@ -100,21 +100,23 @@ def fit(
     verbose: bool = False,
     **settings: Any,
 ) -> Training:
-    """Train a network on samples x with targets y; under mpirun on all ranks, which call it with the same arrays.
+    """Train a network on samples x with targets y. Under mpirun all ranks call it with the same arrays.
 
-    x: (n, features), or images (n, height, width) or (n, channels, height, width), uint8 (0..255, divided by 255),
-    other integers or floats; or a SciPy sparse matrix; with lengths (n,) sequences (n, steps, features), or tokens (n,
-    steps). y (n,): integers, booleans or strings are labels, floating point numbers values, also (n, outputs). Without
-    x_test and y_test a fifth of the samples is held out for testing. model: mlp if not given. method: if not given
-    one that trains the network on any number of ranks. out: a run directory, with checkpoints; without it nothing is
-    written. settings: all other options of `psmpi train`, such as optimizer or weight_decay.
+    x: samples (n, features), or images (n, height, width) or (n, channels, height, width); uint8 (0..255, divided by
+    255), other integers or floats; or a SciPy sparse matrix. With lengths (n,), x is sequences (n, steps, features) or
+    tokens (n, steps). y: (n,); integers, booleans and strings are labels, floating point numbers are values, which may
+    also be (n, outputs). Without x_test and y_test, a fifth of the samples is held out for testing. model: mlp if not
+    given. method: if not given, one that trains the network on any number of ranks. out: a run directory with
+    checkpoints; without it no files are written. settings: all other options of `psmpi train`, such as optimizer or
+    weight_decay. verbose: print the lines of the training on rank 0.
 
-    Raises UserError on all ranks, or ends the job where only some ranks meet an error, and KeyboardInterrupt after the
-    step under way, when all is saved in `out`; other signals do after that what they did before.
+    UserError, for settings and arrays that do not fit, is raised on all ranks; an error on some ranks only ends the
+    job. Ctrl-C raises KeyboardInterrupt after the current step, when the run is saved in `out`. After another signal
+    the run is saved too, and the signal then has the effect that it had before `fit`.
     """
     keywords = {"model": model, "widths": widths, "method": method, "epochs": epochs, "batch_size": batch_size,
                 "lr": lr, "seed": seed, "out": out}  # fmt: skip
-    said = {name: value for name, value in keywords.items() if value is not None} | settings
+    given_settings = {name: value for name, value in keywords.items() if value is not None} | settings
     with raised(), _as_before():
         early: list[str] = []
         world = recorded(mpi.start(early.append))
@@ -123,90 +125,99 @@ def fit(
             screen.tell(line.removeprefix("psmpi: "))
         control = Control(world)
         with Failures(world):
-            return _fit(world, control, (x, y, x_test, y_test, lengths, lengths_test), said, screen)
+            return _fit(world, control, (x, y, x_test, y_test, lengths, lengths_test), given_settings, screen)
 
 
-def _fit(world: Any, control: Control, arrays: Arrays, said: Mapping[str, Any], screen: Listening) -> Training:
-    control.agreed(lambda: check_names(said))
-    _check_same(control, said)
+def _fit(world: Any, control: Control, arrays: Arrays, settings: Mapping[str, Any], screen: Listening) -> Training:
+    control.agreed(lambda: check_names(settings))
+    _check_same(control, settings)
     task = control.agreed(lambda: task_of(arrays[1])) or ""
-    config, own = _shared(control, lambda: configured(said, task))
+    config, own = _shared(control, lambda: configured(settings, task))
     check_data(config.data, False)
     data = (config.data.split_seed, config.data.layout == "nhwc", config.data.validation)
     opened = control.agreed(lambda: given_dataset(*arrays, *data))
     assert opened is not None
     dataset, classes = opened[0].for_training(), opened[1]
-    config, own = _shared(control, lambda: (_settled(config, own, said, dataset, screen), own))
+    config, own = _shared(control, lambda: (_settled(config, own, settings, dataset, screen), own))
     stopped: list[str] = []
-    found: list[Training] = []
+    trainings: list[Training] = []
 
     def take(loop: Loop, contents: Contents) -> None:
         stopped.append(loop.signals.name)
         loop.method.collect()
         vector = whole_weights(control, loop.writer.weights, loop.method.state.vectors["weights"])
-        done = replace(contents, progress=loop.progress, scalars=dict(loop.method.scalars))
-        network = fitted(done, vector, classes)
+        final = replace(contents, progress=loop.progress, scalars=dict(loop.method.scalars))
+        network = fitted(final, vector, classes)
         folder = Path(loop.config.run.out) if loop.config.run.out else None
-        found.append(Training(network, loop.rows, folder, screen.notes))
+        trainings.append(Training(network, loop.rows, folder, screen.notes))
 
-    # Names as they are typed: a checkpoint gives numbers back as numbers.
+    # Labels in their own type: a checkpoint then returns numbers as numbers.
     typed = classes is not None and classes.dtype.kind in "biuf" and bool(dataset.train.names)
     labels = tuple(classes.tolist()) if typed and classes is not None else ()
-    done = train(world, control, config, own, "", "", given=dataset, labels=labels, screen=screen, take=take)
-    if not done:
+    finished = train(world, control, config, own, "", "", given=dataset, labels=labels, screen=screen, take=take)
+    if not finished:
         _stop(stopped[0], config.run.out)
-    return found[0]
+    return trainings[0]
 
 
 def _shared(control: Control, work: Callable[[], tuple[Config, str]]) -> tuple[Config, str]:
-    """Rank 0's result on all ranks: a configuration, and the path of a run's own settings."""
+    """Call `work` on rank 0; return its configuration and path of a run's own settings on all ranks."""
 
-    def told() -> tuple[str, str]:
+    def as_text() -> tuple[str, str]:
         config, own = work()
         return to_toml(config), own
 
-    text, own = json.loads(control.share(json.dumps(control.agreed(told if control.rank == 0 else None))))
+    text, own = json.loads(control.share(json.dumps(control.agreed(as_text if control.rank == 0 else None))))
     return from_toml(text, "configuration"), own
 
 
-def _settled(config: Config, own: str, said: Mapping[str, Any], dataset: Dataset, screen: Screen) -> Config:
-    """The configuration, checked, with all that the arrays say; own: where settings are from that are not `said`."""
+def _settled(config: Config, own: str, settings: Mapping[str, Any], dataset: Dataset, screen: Screen) -> Config:
+    """Check the configuration; return it with the settings that depend on the arrays.
+
+    own: the path of the resumed run's settings, which apply where `settings` has none; "" for a new run.
+    """
     if find_method(config.parallel.method).private(config):
-        raise UserError("--private-data is of data sets in files: leave it out, or train with psmpi train")
+        raise UserError("--private-data needs data sets in files: leave it out, or train with psmpi train")
     if config.run.track and not config.run.out:
         raise UserError("--track needs --out, the run directory whose metrics it passes on")
     with noting(own):
-        made = usual(settle_paths(config, screen.tell, said.keys()), screen.tell, dataset)
-        return made if own else _with_method(made, said, dataset)
+        settled = usual(settle_paths(config, screen.tell, settings.keys()), screen.tell, dataset)
+        return settled if own else _with_method(settled, settings, dataset)
 
 
-def _with_method(config: Config, said: Mapping[str, Any], dataset: Dataset) -> Config:
-    """The configuration with a method for its network on any ranks, where none is named nor one by its settings."""
-    of_default = {one.name for kind in find_method(DEFAULT).settings for one in fields(kind)}
-    if "method" in said or of_default & said.keys() or network_of(config, dataset).tie() is None:
+def _with_method(config: Config, settings: Mapping[str, Any], dataset: Dataset) -> Config:
+    """Choose the method WHOLE if the default method cannot partition the network and `settings` names no method.
+
+    A setting of the default method names that method.
+    """
+    of_default = {each.name for kind in find_method(DEFAULT).settings for each in fields(kind)}
+    if "method" in settings or of_default & settings.keys() or network_of(config, dataset).tie() is None:
         return config
-    made = replace(config, parallel=replace(config.parallel, method=WHOLE))
-    check(made, said.keys())
-    return made
+    changed = replace(config, parallel=replace(config.parallel, method=WHOLE))
+    check(changed, settings.keys())
+    return changed
 
 
-def _check_same(control: Control, said: Mapping[str, Any]) -> None:
-    """UserError on all ranks where they call with other settings than rank 0."""
-    own = repr(sorted(said.items(), key=lambda item: item[0]))
+def _check_same(control: Control, settings: Mapping[str, Any]) -> None:
+    """Raise UserError on all ranks if a rank calls with other settings than rank 0."""
+    own = repr(sorted(settings.items(), key=lambda item: item[0]))
     first = control.share(own)
 
     def check() -> None:
         if own != first:
             raise UserError(
-                f"rank {control.rank} calls psmpi.fit with other settings than rank 0, {own} and {first}: all ranks "
-                "make the same call"
+                f"rank {control.rank} calls psmpi.fit with other settings than rank 0, {own} and {first}: make the "
+                "same call on all ranks"
             )
 
     control.agreed(check)
 
 
 def _stop(name: str, out: str) -> None:
-    """Let the signal that has stopped the training do what it did before; without one it was another rank's."""
+    """Send this process the signal `name` that stopped the training again, now with its former handler.
+
+    SIGINT, and "" if another rank got the signal, raise KeyboardInterrupt. out: the run directory, "" for none.
+    """
     saved = f"; the run is saved: go on with resume='auto', out={out!r}" if out else ""
     if name and name != "SIGINT":
         os.kill(os.getpid(), signal.Signals[name])
@@ -215,7 +226,7 @@ def _stop(name: str, out: str) -> None:
 
 @contextmanager
 def _as_before() -> Iterator[None]:
-    """A block after which the process has the environment, the filters of warnings and the cores that it had before."""
+    """Run a block, then restore the process's environment variables, warning filters and CPU affinity."""
     environment = dict(os.environ)
     cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
     with ExitStack() as stack:

@@ -18,26 +18,26 @@ from psmpi.data import ARRAYS
 from psmpi.errors import UserError, nearest
 from psmpi.training.resume import own_settings
 
-# Options that say where samples are, which here are arrays, and those of ranks with samples of their own.
+# Options of data sets in files, which do not apply to arrays.
 OF_FILES = ("dataset", "data_dir", "context", "private_data")
-# What a training is whose settings do not say it: of labels, and of values.
+# Default model, and default loss of a regression.
 MODEL: Literal["mlp"] = "mlp"
 VALUES = "squared"
 
 
 @cache
 def _owners() -> dict[str, str]:
-    """The table of each setting."""
-    return {one.name: table for table, section in tables_of(Config()).items() for one in fields(section)}
+    """The TOML table of each setting, by the setting's name."""
+    return {each.name: table for table, section in tables_of(Config()).items() for each in fields(section)}
 
 
 def check_names(settings: Mapping[str, Any]) -> None:
-    """UserError for a keyword that is no setting, or one that arrays have no use for."""
+    """Raise UserError for a keyword that is not a setting, or is a setting of data sets in files."""
     for name in settings:
         if name in OF_FILES:
             raise UserError(
-                f"{name} is of data sets in files, and the samples here are arrays: leave it out, or train with psmpi "
-                "train"
+                f"{name} applies to data sets in files, and the samples here are arrays: leave it out, or train with "
+                "psmpi train"
             )
         if name not in _owners():
             meant = nearest(name, _owners())
@@ -46,10 +46,10 @@ def check_names(settings: Mapping[str, Any]) -> None:
 
 
 def configured(settings: Mapping[str, Any], task: str) -> tuple[Config, str]:
-    """The configuration that keywords say for a task, and the path that the settings of a run that goes on are from.
+    """The configuration that keywords give, and the path of the resumed run's settings, "" for a new run.
 
-    Settings are those of that run, else the defaults, but a network and a loss for arrays. UserError for a value of a
-    wrong type, and where there is nothing to go on from.
+    Settings without a keyword are those of the resumed run. In a new run they are the defaults, with the model mlp and,
+    if `task` is "regression", the squared loss. UserError for a value of a wrong type or if there is no run to resume.
     """
     check_names(settings)
     tables: dict[str, dict[str, Any]] = {}
@@ -69,31 +69,31 @@ def configured(settings: Mapping[str, Any], task: str) -> tuple[Config, str]:
 
 
 def _plain(value: Any) -> Any:
-    """A value as a TOML file has it."""
+    """A value in the types of a TOML file: paths as text, NumPy numbers as Python's, sequences as lists."""
     if isinstance(value, PathLike):
         return fspath(value)
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, (tuple, list, range, np.ndarray)):
-        return [_plain(one) for one in value]
+        return [_plain(each) for each in value]
     return value
 
 
 def as_keywords(message: str) -> str:
-    """A message with keywords in the place of options of the command line, batch_size for --batch-size."""
+    """A message with options of the command line replaced by keywords: batch_size for --batch-size."""
 
-    def keyword(found: re.Match[str]) -> str:
-        name = found[1].replace("-", "_")
-        return name if name in _owners() else found[0]
+    def keyword(match: re.Match[str]) -> str:
+        name = match[1].replace("-", "_")
+        return name if name in _owners() else match[0]
 
     return re.sub(r"--([a-z][a-z0-9-]*[a-z0-9])", keyword, message)
 
 
 @contextmanager
 def raised() -> Iterator[None]:
-    """Raise what is wrong in words for Python; a training whose numbers went wrong is a UserError too."""
+    """Run a block and raise its errors for Python: a UserError names keywords, a FloatingPointError becomes one too."""
     try:
         yield
     except (UserError, FloatingPointError) as error:
-        said = as_keywords(str(error))
-        raise UserError(said) from (error if isinstance(error, FloatingPointError) else None)
+        message = as_keywords(str(error))
+        raise UserError(message) from (error if isinstance(error, FloatingPointError) else None)

@@ -1,8 +1,8 @@
-"""Checkpoints: HDF5 files of named tensors in their global shapes, whatever ranks wrote or read them.
+"""Checkpoints: HDF5 files of named tensors in their global shapes, independent of the ranks that write or read them.
 
-`format` is the file, `contents` what it says of itself, `soundness` whether all of that is true, `tensors` where what
-it holds lies in a flat vector. `writer` collects a checkpoint from the ranks, `build` is the process that writes it,
-`reader` gives each rank its shard.
+`format` has the layout of the file, `contents` its texts, `soundness` the checks of both, `tensors` the places of
+tensors in a flat vector. `writer` collects a checkpoint from the ranks, `build` is the process that writes it, `reader`
+fills each rank's shard.
 """
 
 from psmpi.checkpoint.contents import Contents, Progress, read_contents

@@ -1,7 +1,7 @@
-"""Writing a checkpoint file, and the process that does it beside a training run.
+"""Writing of a checkpoint file, and the process that writes it during a training.
 
-A full disk makes HDF5 crash the process it runs in, so training never writes HDF5 itself: it hands whole vectors over
-in a spool file.
+HDF5 can crash its process when the disk is full, so a training does not write HDF5 itself: it passes whole vectors to
+this process in a spool file.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from psmpi.files.fletcher import fletcher32
 from psmpi.files.whole import partial_of, sync
 from psmpi.layout import Stretch, copy_runs
 
-# Bytes of a spool between two runs of elements that are read with them, and bytes that are read at a time.
+# Runs of elements closer than GAP bytes in the spool are read together; READ bytes are read at a time.
 GAP, READ = 1 << 14, 1 << 22
-# Runs of elements that are read one after the other; more of them by arrays.
+# Up to so many runs of elements are read one by one; more of them by array operations.
 FEW = 64
 
-# Fills a vector of elements [first, last) of a tensor of a vector of the run: read(vector, tensor, first, into).
+# read(vector, tensor, first, into) fills `into` with elements [first, first + len(into)) of a tensor of a vector.
 Source = Callable[[str, Tensor, int, np.ndarray], None]
-# Tables: path in the file, shape, dtype, and read(first row, into).
+# A table is (path in the file, shape, dtype, read); read(first, into) fills `into` with rows from `first` on.
 Tables = Sequence[tuple[str, tuple[int, ...], np.dtype, Callable[[int, np.ndarray], None]]]
 
 
@@ -57,15 +57,15 @@ def write_file(
     tables: Tables = (),
     done: Callable[[str], None] | None = None,
 ) -> None:
-    """Write a checkpoint; it appears under its name whole or not at all.
+    """Write a checkpoint; the file appears under its name complete or not at all.
 
-    `vectors` names what is written ("weights", the optimizer's, spaces) and its dtype, the last one first, all of them
-    behind the tables; `read` gives the elements slab by slab, and `done` hears of each vector that is not read any
-    more; gzip: 0 (none) to 9. OSError where it cannot be written (a full disk may end the process instead).
+    vectors: dtypes of the vectors ("weights", those of the optimizer, spaces) by name; tables are written first, then
+    vectors in reverse order. read: fills slabs of elements. done: called with each vector's name after its last read.
+    gzip: 0 (none) to 9. OSError if the file cannot be written; a full disk may end the process instead.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_of(target)
-    # It would be written through.
+    # The file would be written to wherever the link points.
     if target.parent.is_symlink():
         raise OSError(f"{target.parent} is a symbolic link, and checkpoints are written through none")
     tensors = {vector: contents.tensors(vector) for vector in vectors}
@@ -77,7 +77,7 @@ def write_file(
     try:
         with h5py.File(partial, "x", userblock_size=HEADER, locking="best-effort") as file:
             file.attrs["format"] = FORMAT
-            # Data sets, not attributes: these end at 64 kB.
+            # Data sets, since HDF5 attributes have at most 64 kB.
             for name, text in texts.items():
                 file.create_dataset(name, data=as_data(text), chunks=(1,), fletcher32=True)
             for path, shape, of, get in tables:
@@ -94,7 +94,7 @@ def write_file(
 
 
 def _finish(partial: Path, target: Path) -> None:
-    """Seal a file and give it its name."""
+    """Seal a file and rename it to its final name."""
     seal(partial)
     os.replace(partial, target)
     sync(target.parent)
@@ -114,7 +114,7 @@ def _write_tensor(
     if not gzip and dtype.itemsize % 4 == 0 and chunks[1:] == tensor.shape[1:]:
         _write_chunks(dataset, vector, tensor, read)
         return
-    # Slabs of whole chunks; a row longer than a chunk is cut along the next axis by HDF5 itself.
+    # Slabs of whole chunks; HDF5 itself cuts a row longer than a chunk along the next axis.
     row = tensor.size // tensor.shape[0]
     rows = max(chunks[0], CHUNK // row // chunks[0] * chunks[0])
     buffer = np.empty(min(rows, tensor.shape[0]) * row, dtype)
@@ -126,15 +126,15 @@ def _write_tensor(
 
 
 def _write_chunks(dataset: h5py.Dataset, vector: str, tensor: Tensor, read: Source) -> None:
-    """Write chunks of whole rows, each while the next one is read and summed."""
+    """Write chunks of whole rows; a second thread reads the next chunk and computes its checksum meanwhile."""
     rows, row = dataset.chunks[0], tensor.size // tensor.shape[0]
     size = rows * row
 
     def chunk(top: int, room: np.ndarray) -> np.ndarray:
         values, last = room[:-4].view(dataset.dtype), min((top + rows) * row, tensor.size)
-        there = last - top * row
-        read(vector, tensor, top * row, values[:there])
-        values[there:] = 0
+        count = last - top * row
+        read(vector, tensor, top * row, values[:count])
+        values[count:] = 0
         room[-4:].view("<u4")[0] = fletcher32(room[:-4].view("<u4"))
         return room
 
@@ -143,10 +143,10 @@ def _write_chunks(dataset: h5py.Dataset, vector: str, tensor: Tensor, read: Sour
     with ThreadPoolExecutor(1) as beside:
         following = beside.submit(chunk, 0, rooms[0])
         for number, top in enumerate(range(0, tensor.shape[0], rows), 1):
-            made = following.result()
+            data = following.result()
             if top + rows < tensor.shape[0]:
                 following = beside.submit(chunk, top + rows, rooms[number % 2])
-            dataset.id.write_direct_chunk((top, *zeros), made)
+            dataset.id.write_direct_chunk((top, *zeros), data)
 
 
 def _write_table(
@@ -167,10 +167,11 @@ def _write_table(
 
 
 class SpoolSource:
-    """Reads from the file descriptor `spool`, where each vector's elements are in the order of the ranks that wrote.
+    """Elements of tensors from the spool file, in which a vector's elements are ordered by the ranks that wrote them.
 
-    vectors: name, dtype and first byte of each; maps: for the weights and each space, first byte of the table of the
-    runs' start, stop and place among a vector's elements, and how many there are.
+    spool: file descriptor. vectors: (name, dtype, first byte) of each vector. maps: for the weights and each space,
+    (first byte, number of runs) of a table (3, runs) int64: start and stop of each run in the flat vector, and its
+    place among the vector's elements in the spool.
     """
 
     def __init__(
@@ -190,7 +191,7 @@ class SpoolSource:
         self.room = np.empty(READ, np.uint8)
 
     def read(self, vector: str, tensor: Tensor, first: int, into: np.ndarray) -> None:
-        """Fill `into` with elements of a tensor of a vector, from `first` on."""
+        """Fill `into` with elements [first, first + len(into)) of a tensor of a vector."""
         (dtype, base), runs = self.vectors[vector], self.maps[vector if vector in self.spaces else "weights"]
         starts, stops, places = runs
         parts = tensor.elements(first, first + len(into))
@@ -200,18 +201,18 @@ class SpoolSource:
             return
         for part, numbers in zip(parts, met, strict=True):
             for k in numbers:
-                for one in part.within(int(starts[k]), int(stops[k])):
-                    moved = replace(one, offset=one.offset + int(places[k] - starts[k]))
-                    self._copy(moved, base, into[one.first - first : one.last - first])
+                for stretch in part.within(int(starts[k]), int(stops[k])):
+                    moved = replace(stretch, offset=stretch.offset + int(places[k] - starts[k]))
+                    self._copy(moved, base, into[stretch.first - first : stretch.last - first])
 
     def forget(self, vector: str) -> None:
-        """Give back the memory of a vector, and of all that lies behind it."""
+        """Cut the spool file off where a vector begins, which frees the memory of the vector and all after it."""
         os.truncate(self.spool, self.vectors[vector][1])
 
     def _copy(self, part: Stretch, base: int, into: np.ndarray) -> None:
-        """Fill `into` with a stretch of a vector that begins at byte `base`."""
+        """Fill `into` with a stretch of a vector; the vector begins at byte `base` of the spool."""
         size = into.itemsize
-        # Runs that lie close together are read with what lies between them.
+        # Runs close to each other are read together with the gaps between them.
         close = (part.step - part.length) * size <= GAP
         some = max(1, READ // size // part.step) * part.length if close and part.count > 1 else part.length
         for begin in range(part.first, part.last, some):
@@ -227,13 +228,13 @@ class SpoolSource:
     def _gather(
         self, dtype: np.dtype, base: int, runs: np.ndarray, tensor: Tensor, first: int, into: np.ndarray
     ) -> None:
-        """As `read`, of elements that lie in many runs."""
+        """As `read`, for elements in many runs, by array operations."""
         starts, stops, places = runs
         at, last, run, start = tensor.meet(starts, stops, first, first + len(into))
         at, sizes, places = at - first, last - at, places[run] + start - starts[run]
         order = np.argsort(places, kind="stable")
         at, sizes, places = at[order], sizes[order], places[order]
-        # What lies close together in the spool is read at once, with what lies between.
+        # Runs close to each other in the spool are read together with the gaps between them.
         ends = places + sizes
         apart = places[1:] - ends[:-1] > GAP // dtype.itemsize
         far = np.diff((places - places[:1]) // (READ // dtype.itemsize)) > 0
@@ -251,8 +252,8 @@ class SpoolSource:
 
 
 def spool_tables(spool: int, start: int, shapes: Mapping[str, tuple[Sequence[int], str]]) -> Tables:
-    """Tables, path to shape and dtype, that lie one after the other in `spool` from byte `start` on."""
-    found = []
+    """Tables that follow each other in `spool` from byte `start` on. shapes: path in the file -> (shape, dtype)."""
+    tables = []
     for name, (shape, text) in shapes.items():
         dtype, base = np.dtype(text), start
         row = prod(shape[1:]) * dtype.itemsize
@@ -260,13 +261,13 @@ def spool_tables(spool: int, start: int, shapes: Mapping[str, tuple[Sequence[int
         def get(first: int, into: np.ndarray, base: int = base, row: int = row) -> None:
             _fetch(spool, base + first * row, into.reshape(-1))
 
-        found.append((name, tuple(shape), dtype, get))
+        tables.append((name, tuple(shape), dtype, get))
         start += shape[0] * row
-    return found
+    return tables
 
 
 def _fetch(spool: int, at: int, into: np.ndarray) -> None:
-    """Fill `into` from byte `at` of the spool."""
+    """Fill `into` with bytes of the spool from byte `at` on."""
     view = memoryview(into.data).cast("B")
     while view:
         got = os.preadv(spool, [view], at)
@@ -276,16 +277,16 @@ def _fetch(spool: int, at: int, into: np.ndarray) -> None:
 
 
 def prune(target: Path, keep: int) -> None:
-    """Remove checkpoints of the run that are older than `target`, so that `keep` are left; 0 keeps all."""
+    """Remove the oldest checkpoints of a run so that `keep` are left with `target`, the newest; 0 keeps all."""
     older = [path for path in available(target.parent.parent) if path.name < target.name]
     for old in older[: len(older) + 1 - keep] if keep > 0 else ():
-        # That it stays is no reason to lose anything.
+        # A failure to remove an old checkpoint must not stop the run.
         with contextlib.suppress(OSError):
             old.unlink(missing_ok=True)
 
 
 def keep_as(target: Path, best: Path) -> None:
-    """Give a file another name, which stays when the first one is removed; a copy where a file has one name alone."""
+    """Make `best` a hard link to `target`, or a copy on a file system without hard links, in place of an older file."""
     partial = partial_of(best)
     try:
         try:
@@ -300,17 +301,17 @@ def keep_as(target: Path, best: Path) -> None:
 
 
 def build(job: Mapping[str, Any], spool: int) -> None:
-    """Write the checkpoint that a job of `Writer` describes, from the spool, and remove those beyond `keep`."""
+    """Write the checkpoint that a job of `Writer` describes, from the spool, and remove older ones beyond `keep`."""
     target = Path(job["target"])
     if "texts" in job:
         contents = Contents.of(job["texts"])
         source = SpoolSource(spool, contents, job["vectors"], job["maps"])
         tables = spool_tables(spool, job["tables_at"], job["tables"])
         vectors = {name: np.dtype(text) for name, text, _ in job["vectors"]}
-        # From the end of the spool, which gives its memory back for what is written.
+        # Vectors are written from the end of the spool, which is cut off meanwhile to free memory for the file.
         write_file(target, contents, vectors, source.read, job["gzip"], tables, source.forget)
     else:
-        # The ranks have written it together.
+        # The ranks have written the file together.
         partial = Path(job["partial"])
         try:
             _finish(partial, target)
@@ -322,7 +323,7 @@ def build(job: Mapping[str, Any], spool: int) -> None:
 
 
 def serve(spool: int, jobs: Iterable[str], answers: IO[str]) -> None:
-    """Do the jobs that come as lines of JSON, and answer each with a line: its error, or nothing."""
+    """Do the jobs in `jobs`, lines of JSON; answer each with a line, a JSON string: the error, "" for success."""
     for line in jobs:
         try:
             build(json.loads(line), spool)

@@ -1,4 +1,4 @@
-"""Bringing what the ranks hold to rank 0, piece by piece through one small buffer."""
+"""Collection of the ranks' elements on rank 0, piece by piece through one small buffer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from psmpi.comm.control import Control
 from psmpi.layout import Ownership, Runs, TableRows, copy_runs
 
-# Elements that rank 0 takes from another rank at a time.
+# Elements that rank 0 receives from another rank at a time.
 BUFFER = 1 << 20
 
 
@@ -21,13 +21,14 @@ def collect(
     piece: Callable[[int, int], np.ndarray],
     keep: Callable[[int, int, np.ndarray], None],
 ) -> None:
-    """Hand rank 0 the sizes[r] elements of each rank r, which its `piece(first, last)` gives, contiguous, of `dtype`.
+    """Send the elements of all ranks to rank 0. All ranks call it.
 
-    All ranks call it. On rank 0, `keep(rank, first, elements)` is called for each piece, rank by rank in order; the
-    elements are there until it returns. A message has up to BUFFER elements.
+    sizes: number of elements of each rank. piece(first, last): this rank's elements [first, last), contiguous, of
+    `dtype`. keep(rank, first, elements): called on rank 0 for each piece, in the order of ranks; `elements` are valid
+    until it returns. A message has up to BUFFER elements.
     """
-    others = max([0, *sizes[1:]]) if control.rank == 0 else 0
-    buffer = np.empty(min(BUFFER, others), dtype)
+    largest = max([0, *sizes[1:]]) if control.rank == 0 else 0
+    buffer = np.empty(min(BUFFER, largest), dtype)
     for rank, size in enumerate(sizes):
         if control.rank not in (0, rank):
             continue
@@ -45,27 +46,28 @@ def collect(
 
 
 class Records:
-    """The runs that each rank writes of vectors of one ownership: those of record, one rank after the other.
+    """Runs of a vector that each rank writes: those that it owns on record, in the order of ranks.
 
-    `starts` (ranks + 1,): where a rank's begin among all elements. ValueError where no rank has some of `size`.
+    size: of the flat vector. starts: (ranks + 1,), the place of each rank's first element among all written elements.
+    ValueError if an element of the vector has no owner.
     """
 
     def __init__(self, ownership: Ownership, size: int, rank: int):
         if ownership.everything != Runs.union([(0, size)]):
             raise ValueError(
-                f"{size - ownership.everything.size} of {size} elements are of no rank: give them an owner"
+                f"{size - ownership.everything.size} of {size} elements belong to no rank: give them an owner"
             )
         self.record = ownership.record
         self.sizes = [runs.size for runs in self.record]
         self.starts = np.cumsum([0, *self.sizes])
         self.total = size
-        # Where this rank's lie in its local vector.
+        # Places of the runs that this rank writes in its local vector.
         self.local = self.record[rank].located(ownership[rank])
 
     def piece(self, vector: np.ndarray, first: int, last: int) -> np.ndarray:
-        """Elements [first, last) of those that this rank writes: a view of its local vector where they are one run.
+        """Elements [first, last) of those that this rank writes, (last - first,).
 
-        Else a copy, of a message at most.
+        The result is a view of the local `vector` if the elements are one run of it, else a copy.
         """
         cut = self.local.cut(first, last)
         if len(cut.starts) == 1:
@@ -76,7 +78,7 @@ class Records:
 
     @cached_property
     def table(self) -> np.ndarray:
-        """(3, runs) int64: start and stop of the runs of all ranks in order, and where each is among all elements."""
+        """Runs of all ranks, sorted by start: start, stop and place among all written elements; (3, runs) int64."""
         starts = np.concatenate([runs.starts for runs in self.record])
         stops = np.concatenate([runs.stops for runs in self.record])
         places = np.concatenate([runs.offsets[:-1] + at for runs, at in zip(self.record, self.starts, strict=False)])
@@ -85,10 +87,10 @@ class Records:
 
 
 def row_pieces(rows: TableRows, rank: int, row: int, first: int, last: int) -> list[tuple[int, int, int]]:
-    """Bytes [first, last) of a rank's rows, of `row` bytes each: (first, last, place in the whole table) of pieces."""
-    found = []
+    """Cut bytes [first, last) of a rank's rows, of `row` bytes each, into pieces (first, last, byte in the table)."""
+    pieces = []
     for number, local, count in rows.runs(rank):
         a, b = max(first, local * row), min(last, (local + count) * row)
         if a < b:
-            found.append((a, b, (number - local) * row + a))
-    return found
+            pieces.append((a, b, (number - local) * row + a))
+    return pieces

@@ -1,4 +1,4 @@
-"""Contents of a checkpoint beside tensors: configuration, layouts, progress, in texts that people can read."""
+"""Contents of a checkpoint besides tensors: configuration, layouts and progress, as readable texts."""
 
 from __future__ import annotations
 
@@ -40,16 +40,17 @@ TEXTS = (
     "provenance", "random", "scalars",
 )  # fmt: skip
 COUNTS = ("step", "epoch", "cursor", "bytes_sent", "bytes_received")
-# In files that do not say which vectors are the method's own, these are.
+# The training method's own vectors in a file that does not name them.
 FORMER_OWN = frozenset({"anchor", "handed", "left", "moving", "outer"})
 SPACE = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
 
 
 @dataclass(frozen=True)
 class Progress:
-    """The progress of a run: `step` steps done in all, `cursor` of them in `epoch` (from 0); `loss_sum` of that epoch.
+    """Progress of a run: `step` steps in all, `cursor` of them in the present `epoch` (from 0).
 
-    `rows` are the metrics of the epochs done.
+    loss_sum: sum of the losses in the present epoch. seconds, bytes_sent, bytes_received: of the run so far. rows:
+    metrics of the epochs done.
     """
 
     step: int = 0
@@ -63,13 +64,13 @@ class Progress:
 
     @property
     def accuracy(self) -> float | None:
-        """Test, or validation, accuracy after the last whole epoch."""
+        """Accuracy on the test or validation samples after the last whole epoch, in 0..1; None: not measured."""
         row = self.rows[-1] if self.rows else {}
         return row.get("test_accuracy", row.get("validation_accuracy"))
 
     @property
     def score(self) -> str:
-        """The test scores after the last whole epoch, for people: accuracy, or RMSE."""
+        """Text with the score after the last whole epoch: accuracy or RMSE."""
         row = self.rows[-1] if self.rows else {}
         shown = (SCORES[key](row[key]) for key in SCORES if key in row and key.endswith(("accuracy", "rmse")))
         return next(shown, "test accuracy -")
@@ -77,17 +78,17 @@ class Progress:
 
 @dataclass(frozen=True)
 class Contents:
-    """Everything in a checkpoint but its tensors.
+    """Contents of a checkpoint without its tensors.
 
-    config: TOML; in_shape: of a sample; task: what the scores are for, "classes" or "regression"; by_step: whether
-    there are scores at each step of sequences; layout: of the whole network; part: the classes whose part alone the
-    file holds, None for all; placement, provenance: what ranks did and where, for people; random: what random numbers
-    are drawn from; data: the identity of the data set, see `psmpi.data.identity`, empty in files that do not have it;
-    scalars: of the optimizer; spaces: layouts, by name, of tensors that are neither weights nor vectors of the
-    optimizer, each a vector of that name, of any dtype; own: the vectors under /optimizer that are the training
-    method's, not the optimizer's; characters: of a text, what its tokens, and so the classes, stand for, else "";
-    columns: of a table, the names of the features, else (); names: of the classes, where labels are not their numbers;
-    strings, or of labels in arrays numbers or booleans.
+    config: configuration, TOML. in_shape: shape of a sample. layout: of the whole network. progress: of the run.
+    scalars: numbers of the optimizer and of the method. random: seed and counters that random numbers follow from.
+    placement, provenance: ranks, hosts and versions, for people. part: classes whose part the file holds; None: all.
+    vectors: names of the vectors under /optimizer. spaces: layouts, by name, of other vectors, of any dtype. task:
+    "classes" or "regression". by_step: whether each step of a sequence has scores. own: vectors under /optimizer of the
+    training method, not of the optimizer. data: identity of the data set, see `psmpi.data.identity`, {} if the file has
+    none. characters: characters of a text, one for each token and class; "": no text. names: names of the classes,
+    strings, or numbers or booleans of labels in arrays; (): labels are numbers of classes. columns: names of a table's
+    features; (): none.
     """
 
     config: str
@@ -99,7 +100,6 @@ class Contents:
     placement: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
     part: tuple[int, ...] | None = None
-    # The optimizer's vectors that a file has besides the weights.
     vectors: frozenset[str] = frozenset()
     spaces: Mapping[str, Layout] = field(default_factory=dict)
     task: str = "classes"
@@ -116,7 +116,7 @@ class Contents:
                 raise ValueError(f"{name!r} cannot name tensors of a checkpoint: it is taken, or no plain name")
 
     def texts(self) -> dict[str, str]:
-        """The data sets of text: their names and what they say."""
+        """The file's data sets of text, by name."""
         progress = asdict(self.progress)
         rows = progress.pop("rows")
         spaces = {"spaces": {name: describe_layout(of) for name, of in self.spaces.items()}} if self.spaces else {}
@@ -140,7 +140,7 @@ class Contents:
             "scalars": json.dumps(dict(self.scalars)),
         }
         texts |= {"data": json.dumps(dict(self.data))} if self.data else {}
-        # In ASCII: a string of HDF5 ends at a NUL.
+        # json.dumps escapes to ASCII: HDF5 would end a string at a NUL.
         texts |= {"characters": json.dumps(self.characters)} if self.characters else {}
         texts |= {"names": json.dumps(self.names)} if self.names else {}
         texts |= {"columns": json.dumps(self.columns)} if self.columns else {}
@@ -148,15 +148,15 @@ class Contents:
 
     @staticmethod
     def of(texts: Mapping[str, str]) -> Contents:
-        """The reverse of `texts`. An exception of some kind where something is missing or wrong."""
+        """The inverse of `texts`. Missing or wrong entries raise an exception, such as ValueError or KeyError."""
         rows = tuple(_row(line) for line in texts["metrics"].splitlines())
-        # Patterns of layers are in the text itself.
+        # Sparsity patterns have to be in the text: a file must not make psmpi open other files.
         expect(not names_files(parse_toml(texts["config"])), "config, pattern")
         layout = table_of(texts["layout"])
         progress = replace(_progress(table_of(texts["progress"])), rows=rows)
         scalars = {str(name): finite(value, name) for name, value in table_of(texts["scalars"]).items()}
         expect(min(scalars.values(), default=0) >= 0, f"scalars {scalars}"[:80])
-        made = Contents(
+        contents = Contents(
             config=texts["config"],
             in_shape=sizes(layout["in_shape"]),
             layout=layout_of(layout),
@@ -175,14 +175,13 @@ class Contents:
             names=_names(texts["names"], layout) if "names" in texts else (),
             columns=_columns(texts["columns"], layout) if "columns" in texts else (),
         )
-        expect(all(isinstance(name, str) for name in made.own), "layout, own")
-        expect(made.task in ("classes", "regression"), "layout, task")
-        expect(isinstance(made.by_step, bool) and made.by_step <= (len(made.in_shape) == 2), "layout, by_step")
-        known = range(made.layout.classes)
-        expect(
-            made.part is None or (len(made.part) > 0 and all(type(c) is int and c in known for c in made.part)), "part"
-        )
-        return made
+        expect(all(isinstance(name, str) for name in contents.own), "layout, own")
+        expect(contents.task in ("classes", "regression"), "layout, task")
+        by_step = contents.by_step
+        expect(isinstance(by_step, bool) and by_step <= (len(contents.in_shape) == 2), "layout, by_step")
+        part, classes = contents.part, range(contents.layout.classes)
+        expect(part is None or (len(part) > 0 and all(type(c) is int and c in classes for c in part)), "part")
+        return contents
 
     @property
     def called(self) -> tuple[str, ...]:
@@ -190,24 +189,24 @@ class Contents:
         return tuple(map(str, self.names))
 
     def held(self) -> Runs:
-        """The runs of the flat vector of the weights that the file holds."""
+        """Runs of the flat vector of weights that the file holds."""
         return held_runs(self.layout, self.part)
 
     def layout_of(self, vector: str) -> Layout:
-        """The layout of the weights and of each vector of the optimizer, or of a space."""
+        """Layout of a vector: that of the space with this name, else that of the weights."""
         return self.spaces.get(vector, self.layout)
 
     def tensors(self, vector: str = "weights") -> list[Tensor]:
-        """The tensors of the weights and of each vector of the optimizer, or of a space."""
+        """Tensors of a vector: "weights", a vector of the optimizer, or a space."""
         return make_tensors(self.spaces[vector]) if vector in self.spaces else make_tensors(self.layout, self.part)
 
     def group(self, vector: str) -> str:
-        """The HDF5 group that holds the tensors of a vector: `weights`, `optimizer/m`, a space's own."""
+        """HDF5 group of the tensors of a vector: weights, optimizer/NAME, or the space's name."""
         return vector if vector in self.spaces else group_of(vector)
 
 
 def group_of(vector: str) -> str:
-    """The HDF5 group of the weights or of a vector of the optimizer."""
+    """HDF5 group of the weights or of a vector of the optimizer."""
     return vector if vector == "weights" else f"optimizer/{vector}"
 
 
@@ -221,7 +220,7 @@ def _progress(table: dict[str, Any]) -> Progress:
 
 
 def _row(line: str) -> dict[str, Any]:
-    """A row of the metrics. A loss may be infinite, or no number, where a training went wrong."""
+    """Parse a row of the metrics. A loss may be infinite or NaN if the training diverged."""
     row = json.loads(line)
     expect(isinstance(row, dict), "metrics")
     for name in ("epoch", "step"):
@@ -242,36 +241,36 @@ def _identity(table: dict[str, Any]) -> dict[str, Any]:
 
 
 def _characters(text: str, layout: Mapping[str, Any]) -> str:
-    # A character takes 12 letters at most, as two escaped halves.
+    # JSON escapes a character to 12 letters at most, as a surrogate pair.
     expect(len(text) <= 12 * MOST + 2, "characters")
-    found = read_json(text)
-    expect(isinstance(found, str) and len(found) == layout["classes"] <= MOST, "characters")
-    found.encode()
-    expect(all(a < b for a, b in pairwise(found)), "characters")
-    return str(found)
+    characters = read_json(text)
+    expect(isinstance(characters, str) and len(characters) == layout["classes"] <= MOST, "characters")
+    characters.encode()
+    expect(all(a < b for a, b in pairwise(characters)), "characters")
+    return str(characters)
 
 
 def _columns(text: str, layout: Mapping[str, Any]) -> tuple[str, ...]:
-    found = read_json(text)
-    expect(isinstance(found, list) and len(found) == prod(sizes(layout["in_shape"])), "columns")
-    expect(all(isinstance(name, str) for name in found) and len(set(found)) == len(found), "columns")
-    return tuple(found)
+    names = read_json(text)
+    expect(isinstance(names, list) and len(names) == prod(sizes(layout["in_shape"])), "columns")
+    expect(all(isinstance(name, str) for name in names) and len(set(names)) == len(names), "columns")
+    return tuple(names)
 
 
 def _names(text: str, layout: Mapping[str, Any]) -> tuple[str | int | float | bool, ...]:
-    # A character takes 12 letters at most, and each name quotes, a comma and a space.
+    # JSON takes 12 letters at most for a character, and quotes, a comma and a space for each name.
     expect(len(text) <= layout["classes"] * (12 * LONGEST + 4) + 2, "names")
-    found = read_json(text)
-    expect(isinstance(found, list) and len(found) == layout["classes"], "names")
-    if all(isinstance(name, str) for name in found):
-        return check_names(found)
-    expect({type(name) for name in found} in ({int}, {float}, {bool}), "names")
-    expect(all(a < b for a, b in pairwise(found)), "names")
-    return tuple(found)
+    names = read_json(text)
+    expect(isinstance(names, list) and len(names) == layout["classes"], "names")
+    if all(isinstance(name, str) for name in names):
+        return check_names(names)
+    expect({type(name) for name in names} in ({int}, {float}, {bool}), "names")
+    expect(all(a < b for a, b in pairwise(names)), "names")
+    return tuple(names)
 
 
 def read_contents(path: Path) -> Contents:
-    """The contents of a file that `validate` has passed. DamagedError where they make no sense."""
+    """Read the contents of a file that `check_file` has passed. DamagedError for texts that break the format."""
     with open_file(path) as file:
         try:
             texts = {name: str(file[name].asstr()[0]) for name in TEXTS if isinstance(file.get(name), h5py.Dataset)}

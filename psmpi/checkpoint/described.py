@@ -1,4 +1,4 @@
-"""Layouts as plain data in a checkpoint, and the checks of plain data that a file holds."""
+"""Layouts as plain data of a checkpoint, and checks of plain data from a file."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 from psmpi.layout import Block, Classes, Each, Layout, Parameter, Piece, Users
 from psmpi.layout.classes import as_users
 
-# Whole numbers below this have a double each, and fit 64 bits many times over.
+# Whole numbers below this are exact in float64, and products with item sizes fit 64 bits.
 MOST = 2**53
 
 
 def describe_layout(layout: Layout) -> dict[str, Any]:
-    """A layout as plain data; pieces are [number of the parameter, first unit, last unit, offset]."""
+    """A layout as plain data; a piece is [number of the parameter, first unit, stop unit, offset in flat vector]."""
     return {
         "classes": layout.classes,
         "parameters": [{"name": p.name, "shape": p.shape, "units": p.units} for p in layout.parameters],
@@ -34,12 +34,12 @@ def describe_layout(layout: Layout) -> dict[str, Any]:
 
 
 def layout_of(table: Mapping[str, Any]) -> Layout:
-    """The reverse of `describe_layout`. An exception of some kind where something is missing or wrong."""
+    """The inverse of `describe_layout`. Missing or wrong entries raise an exception, such as ValueError or KeyError."""
     parameters = tuple(
         Parameter(_name(p["name"]), sizes(p["shape"]), whole(p["units"], "units")) for p in table["parameters"]
     )
     for p in parameters:
-        # Units are the elements of some leading axes.
+        # The number of units is the product of some leading axes.
         expect(p.units in accumulate(p.shape, lambda a, b: a * b), f"layout, {p.name}")
     expect(len({p.name for p in parameters}) == len(parameters), "layout, parameters")
     classes, at, units, bands = whole(table["classes"], "classes"), 0, [0] * len(parameters), []
@@ -48,8 +48,8 @@ def layout_of(table: Mapping[str, Any]) -> Layout:
         expect(start == at < stop, "layout, blocks")
         users = _users(b["classes"], b.get("each", False), classes)
         count = users.count if isinstance(users, Each) else 1
-        step, rest = divmod(stop - at, count)
-        expect(rest == 0, "layout, blocks")
+        step, remainder = divmod(stop - at, count)
+        expect(remainder == 0, "layout, blocks")
         pieces = []
         for piece in b["pieces"]:
             k, first, last, offset = (whole(number, "pieces") for number in piece)
@@ -62,16 +62,16 @@ def layout_of(table: Mapping[str, Any]) -> Layout:
         at = stop
         bands.append(Block(users, start, stop, tuple(pieces)))
     expect(units == [p.units for p in parameters], "layout, pieces")
-    found = Layout(parameters, tuple(bands), classes)
-    for pieces_of in found.banded:
-        # Each unit is in one piece.
+    layout = Layout(parameters, tuple(bands), classes)
+    for pieces_of in layout.banded:
+        # Each unit has to be in exactly one piece.
         expect(all(a.last == b.first for a, b in pairwise(pieces_of)), "layout, pieces")
     expect(classes > 0, "layout, classes")
-    return found
+    return layout
 
 
 def _users(table: Sequence[Any], each: bool, classes: int) -> Users:
-    """The users of a block. In files of version 1 it is a list of the classes."""
+    """The users of a block from its table of ranges of classes; files of version 1 have a list of classes instead."""
     expect(isinstance(table, list) and isinstance(each, bool), "layout, classes")
     if table and isinstance(table[0], int):
         expect(all(whole(c, "classes") < classes for c in table), "layout, classes")
@@ -84,21 +84,21 @@ def _users(table: Sequence[Any], each: bool, classes: int) -> Users:
 
 
 def _name(text: Any) -> str:
-    """The name of a tensor, which is that of an HDF5 data set."""
+    """Return the name of a tensor; ValueError unless it can be the name of an HDF5 data set."""
     parts = text.split("/") if isinstance(text, str) else [""]
     expect(text.isprintable() and all(part not in ("", ".") for part in parts), "layout, names")
     return str(text)
 
 
 def table_of(text: str) -> dict[str, Any]:
-    """A JSON object, in which no number is infinite or none."""
-    found = read_json(text)
-    expect(isinstance(found, dict), text[:40])
-    return dict(found)
+    """Parse a JSON object; ValueError for other JSON, and for numbers that are infinite or NaN."""
+    table = read_json(text)
+    expect(isinstance(table, dict), text[:40])
+    return dict(table)
 
 
 def read_json(text: str) -> Any:
-    """JSON in the strict sense: Infinity and NaN are none."""
+    """Parse strict JSON; ValueError for Infinity and NaN, which Python would accept."""
     return json.loads(text, parse_constant=_no_number)
 
 
@@ -107,24 +107,24 @@ def _no_number(word: str) -> Any:
 
 
 def sizes(numbers: Any) -> tuple[int, ...]:
-    """Whole numbers from 1 up."""
+    """Return a list of whole numbers from 1 up as a tuple; ValueError for other values."""
     expect(isinstance(numbers, list) and all(whole(n, "sizes") > 0 for n in numbers), f"sizes {numbers}"[:80])
     return tuple(numbers)
 
 
 def whole(number: Any, what: str) -> int:
-    """A whole number from 0 up; ValueError where it is none."""
+    """Return a whole number in 0..MOST-1; ValueError, which names `what`, for another value."""
     expect(type(number) is int and 0 <= number < MOST, f"{what}: {number!r}"[:80])
     return int(number)
 
 
 def finite(number: Any, what: str) -> float | int:
-    """A finite number; ValueError where it is none."""
+    """Return a finite number below 1e300; ValueError, which names `what`, for another value."""
     expect(type(number) in (int, float) and abs(number) < 1e300 and isfinite(number), f"{what}: {number!r}"[:80])
     return float(number) if isinstance(number, float) else int(number)
 
 
 def expect(true: bool, what: str) -> None:
-    """ValueError about `what` where it is not as it should be."""
+    """Raise ValueError(what) unless the condition is true."""
     if not true:
         raise ValueError(what)

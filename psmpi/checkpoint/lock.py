@@ -1,4 +1,4 @@
-"""One run at a time in a run directory."""
+"""Lock of a run directory, which only one run at a time may use."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-# Seconds that the writing process of a run that has just been killed gets to end.
+# Seconds to wait for the writing process of a run that has just been killed.
 PATIENCE = 30.0
-# For file systems that lock files only.
+# Name of the locked file on file systems that cannot lock directories.
 NAME = ".lock"
 
 
 class Lock:
-    """The lock of a run directory, taken on the directory itself: removing files in it does not free the lock.
+    """Lock of a run directory. The directory itself is locked, so that removing files in it does not free the lock.
 
-    On a file system with locks of files alone, the lock of the file `.lock`; on one without locks, none. The lock is
-    held until every process that inherits it has closed it.
+    On a file system that cannot lock directories, the file `.lock` is locked; on one without locks, nothing. The lock
+    is held until every process that inherits it has closed it.
     """
 
     def __init__(self, out: Path, patience: float = 0.0, tell: Callable[[str], None] | None = None):
-        """Take the lock of `out`, waiting `patience` seconds at most; `tell` hears of a wait.
+        """Take the lock of `out`. patience: most seconds to wait for another run; tell: prints a line about the wait.
 
-        BlockingIOError where another run has the lock, OSError where `out` cannot be opened.
+        BlockingIOError if another run has the lock, OSError if `out` cannot be opened.
         """
         self.out = self.path = out
         self.fd = os.open(out, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -66,19 +66,19 @@ class Lock:
 
     @property
     def there(self) -> bool:
-        """Whether the directory, or the file, that is locked is still the one of that name."""
+        """Whether the locked directory or file still has its path: it may have been removed or replaced."""
         try:
             return os.path.samestat(os.fstat(self.fd), os.stat(self.path))
         except (FileNotFoundError, NotADirectoryError):
             return False
 
     def close(self) -> None:
-        """Give the lock up in this process."""
+        """Release the lock in this process."""
         with contextlib.suppress(OSError):
             os.close(self.fd)
         self.fd = -1
 
 
 def inherit(lock: Lock | None) -> tuple[int, ...]:
-    """The descriptors to pass on to a process that is to hold the lock too."""
+    """File descriptors that a child process needs to hold the lock too; () without a lock."""
     return () if lock is None or lock.fd < 0 else (lock.fd,)

@@ -1,4 +1,4 @@
-"""The network that a checkpoint is of."""
+"""The network of a checkpoint."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from psmpi.nn.zoo import make_network
 
 
 def network_in(contents: Contents, model: NetworkSettings) -> Network:
-    """The network with the settings `model` of a checkpoint's configuration, for its samples, classes and task.
+    """Make the network of a checkpoint; model: its settings in the checkpoint's configuration.
 
-    UserError as `make_network`.
+    UserError as in `make_network`.
     """
     shape, classes = contents.in_shape, contents.layout.classes
     return make_network(model.model, shape, classes, **model.shape, by_step=contents.by_step, task=contents.task)

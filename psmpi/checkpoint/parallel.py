@@ -1,7 +1,7 @@
-"""Writing one file from all ranks at once, with an h5py that is built with parallel HDF5.
+"""Writing of one checkpoint by all ranks together, with an h5py that is built with parallel HDF5.
 
-The ranks write while training waits, and nothing of the size of a shard is copied: for networks whose weights no single
-host can take.
+Training waits while the ranks write. No copy of the size of a shard is made, so that networks fit whose weights exceed
+the memory of a single host.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from psmpi.layout import Ownership, TableRows, copy_runs
 
 
 def supported() -> bool:
-    """Whether this h5py can."""
+    """Whether the installed h5py is built with parallel HDF5."""
     return bool(h5py.get_config().mpi)
 
 
 def parts_of(tensor: Tensor, ownership: Ownership) -> list[list[Slab]]:
-    """The parts of a tensor that each rank writes, and their places in that rank's local vector."""
-    found = []
+    """For each rank, the parts of a tensor that it writes, with their places in the rank's local vector."""
+    parts = []
     for runs, record in zip(ownership, ownership.record, strict=True):
         first, last, _, start = tensor.meet(record.starts, record.stops)
         places = runs.places(start, start + last - first)
-        found.append(list(find_parts(tensor.shape, chunk_of(tensor.shape), first, last, places)))
-    return found
+        parts.append(list(find_parts(tensor.shape, chunk_of(tensor.shape), first, last, places)))
+    return parts
 
 
 def values_of(part: Slab, vector: np.ndarray) -> np.ndarray:
-    """The elements of a part in its C order, a view of the local vector where they are a slice of it."""
+    """Elements of a part in C order: a view of the local vector if they are a slice of it, else a copy."""
     if part.run is not None:
         return vector[part.run]
     values = np.empty(prod(part.shape), vector.dtype)
@@ -57,10 +57,10 @@ def write_together(
     tables: Mapping[str, np.ndarray],
     rows: TableRows,
 ) -> None:
-    """Write the unsealed file `partial`, which is not there yet. All ranks of `world` call it.
+    """Write the unsealed file `partial`, which must not exist yet. All ranks of `world` call it.
 
-    vectors: this rank's local vector of each; `owned` says of each which rank has what, and each rank writes what it is
-    the owner of record of. OSError where HDF5 cannot write.
+    vectors: this rank's local vectors by name. owned: their ownerships; each rank writes the boxes that it owns on
+    record. tables: this rank's rows of each table; rows: which rank has which rows. OSError if HDF5 cannot write.
     """
     collective = h5py.h5p.create(h5py.h5p.DATASET_XFER)
     collective.set_dxpl_mpio(h5py.h5fd.MPIO_COLLECTIVE)
@@ -69,45 +69,48 @@ def write_together(
         for name, text in contents.texts().items():
             data = as_data(text)
             dataset = file.create_dataset(name, (1,), data.dtype, chunks=(1,), fletcher32=True)
-            here, there = dataset.id.get_space(), dataset.id.get_space()
+            memory, disk = dataset.id.get_space(), dataset.id.get_space()
             if world.rank != 0:
-                here.select_none()
-                there.select_none()
-            dataset.id.write(here, there, data, dxpl=collective)
+                memory.select_none()
+                disk.select_none()
+            dataset.id.write(memory, disk, data, dxpl=collective)
         for name, vector in vectors.items():
             for tensor in contents.tensors(name):
                 path = f"{contents.group(name)}/{tensor.name}"
                 chunks = chunk_of(tensor.shape)
                 dataset = file.create_dataset(path, tensor.shape, vector.dtype, chunks=chunks, **filters(gzip))
                 parts = parts_of(tensor, owned[name])
-                mine = ((part.ranges, values_of(part, vector)) for part in parts[world.rank])
-                _write_in_turns(dataset, mine, max(map(len, parts)), collective)
+                boxes = ((part.ranges, values_of(part, vector)) for part in parts[world.rank])
+                _write_in_turns(dataset, boxes, max(map(len, parts)), collective)
         for name, table in tables.items():
             shape = (rows.total, *table.shape[1:])
             path = f"{rows.group}/{name}"
             dataset = file.create_dataset(path, shape, table.dtype, chunks=chunk_of(shape), **filters(gzip))
-            rest = tuple((0, n) for n in shape[1:])
-            held = [rows.runs(rank) for rank in range(world.size)]
-            mine = (
-                (((first, first + count), *rest), table[local : local + count].reshape(-1))
-                for first, local, count in held[world.rank]
+            columns = tuple((0, n) for n in shape[1:])
+            runs = [rows.runs(rank) for rank in range(world.size)]
+            boxes = (
+                (((first, first + count), *columns), table[local : local + count].reshape(-1))
+                for first, local, count in runs[world.rank]
             )
-            _write_in_turns(dataset, mine, max(map(len, held)), collective)
+            _write_in_turns(dataset, boxes, max(map(len, runs)), collective)
 
 
 def _write_in_turns(
-    dataset: h5py.Dataset, mine: Iterator[tuple[Ranges, np.ndarray]], turns: int, collective: Any
+    dataset: h5py.Dataset, boxes: Iterator[tuple[Ranges, np.ndarray]], turns: int, collective: Any
 ) -> None:
-    """Write this rank's boxes. Filtered chunks are written by all ranks in step, with those that have nothing more."""
+    """Write this rank's boxes in `turns` collective writes.
+
+    HDF5 writes filtered chunks collectively, so a rank without more boxes takes part with an empty selection.
+    """
     for _ in range(turns):
-        there = dataset.id.get_space()
-        turn = next(mine, None)
+        disk = dataset.id.get_space()
+        turn = next(boxes, None)
         if turn is not None:
             ranges, values = turn
-            there.select_hyperslab(tuple(a for a, _ in ranges), tuple(b - a for a, b in ranges))
-            here = h5py.h5s.create_simple((values.size,))
+            disk.select_hyperslab(tuple(a for a, _ in ranges), tuple(b - a for a, b in ranges))
+            memory = h5py.h5s.create_simple((values.size,))
         else:
-            there.select_none()
-            here, values = h5py.h5s.create_simple((1,)), np.empty(1, dataset.dtype)
-            here.select_none()
-        dataset.id.write(here, there, np.ascontiguousarray(values), dxpl=collective)
+            disk.select_none()
+            memory, values = h5py.h5s.create_simple((1,)), np.empty(1, dataset.dtype)
+            memory.select_none()
+        dataset.id.write(memory, disk, np.ascontiguousarray(values), dxpl=collective)

@@ -18,14 +18,14 @@ PACKAGES = ("numpy", "h5py", "mpi4py", "cupy", "cupy-cuda12x", "cupy-cuda13x")
 
 
 def provenance(ranks: int, library: str) -> dict[str, Any]:
-    """Plain data for a checkpoint; `library` is the name of the MPI library."""
+    """Provenance as plain data for a checkpoint. ranks: number of ranks; library: name of the MPI library."""
     versions = {"psmpi": psmpi.__version__, "python": platform.python_version(), "hdf5": h5py.version.hdf5_version}
     for package in PACKAGES:
         try:
             versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    found = {
+    origin = {
         "versions": versions,
         "mpi": library,
         "ranks": ranks,
@@ -34,11 +34,11 @@ def provenance(ranks: int, library: str) -> dict[str, Any]:
         "command": [sys.executable, *sys.argv],
     }
     revision = _revision()
-    return {**found, "git": revision} if revision else found
+    return {**origin, "git": revision} if revision else origin
 
 
 def _revision() -> str:
-    """The git revision of psmpi's own source tree, `+` behind it where files have changed; empty where not known."""
+    """Git revision of psmpi's source tree, with a `+` if files have changed; "" if it is not known."""
     top = Path(psmpi.__file__).parent.parent
     if not (top / ".git").exists():
         return ""
@@ -51,5 +51,5 @@ def _revision() -> str:
 
 
 def _git(top: Path, *arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=5, check=True, cwd=top)
-    return done.stdout.strip()
+    process = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=5, check=True, cwd=top)
+    return process.stdout.strip()

@@ -1,4 +1,4 @@
-"""Finding a checkpoint, and filling a rank's shard from it."""
+"""Search for a checkpoint, and loading of a rank's shard from it."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from psmpi.layout import Layout, Runs, TableRows
 
 
 def find(resume: str, out: Path, tell: Callable[[str], None]) -> Path | None:
-    """The file that --resume names; `auto`: the newest whole one in `out`, None where there is none.
+    """The checkpoint that --resume names; "auto": the newest sound one in `out`, None if there is none.
 
-    Reads and checks the file whole. `tell` hears of damaged files that are passed over. UserError where a file is
-    missing, cannot be read, or is of a newer format, and where one that is named is damaged.
+    The whole file is read and checked. tell: prints a line about each damaged file that is skipped. UserError if a file
+    is missing, cannot be read or has a newer format; DamagedError if the file that `resume` names is damaged.
     """
     if resume == "auto":
         for path in reversed(available(out)):
@@ -40,20 +40,21 @@ def find(resume: str, out: Path, tell: Callable[[str], None]) -> Path | None:
         validate(path)
     except DamagedError as error:
         parts = damaged_parts(path)
-        raise DamagedError(f"{error} (not to be read any more: {'; '.join(parts)})" if parts else str(error)) from None
+        raise DamagedError(f"{error} (data that cannot be read: {'; '.join(parts)})" if parts else str(error)) from None
     return path
 
 
 def step_of(path: Path) -> int:
-    """The step in the name of a checkpoint of a run."""
+    """Number of the step in the name of a checkpoint."""
     return int(path.stem.removeprefix("step-"))
 
 
 def clear(out: Path, step: int, *, damaged: bool, tell: Callable[[str], None]) -> None:
-    """Make a run directory ready for a run that goes on at `step` (-1: starts).
+    """Prepare a run directory for a run that resumes at `step`; -1: a new run.
 
-    Removes what a killed writer left. Checkpoints of later steps would pass for newer ones of this run: where they are
-    `damaged` they get another name, else they are another run's, which is a UserError, after which all is as before.
+    Files that a killed writer left are removed. Checkpoints of later steps would be taken for newer ones of this run.
+    damaged True: they are damaged, and are renamed. damaged False: they belong to another run; UserError, and nothing
+    is changed. tell: prints a line about each renamed file.
     """
     later = [path for path in available(out) if step_of(path) > step]
     if later and step < 0 and not damaged:
@@ -76,22 +77,22 @@ def clear(out: Path, step: int, *, damaged: bool, tell: Callable[[str], None]) -
 
 
 def newest(path: Path) -> Path:
-    """`path` itself, or the newest checkpoint of a run directory; UserError where there is none."""
+    """The newest checkpoint of a run directory, or `path` itself if it is no directory; UserError if there is none."""
     if not path.is_dir():
         return path
-    found = available(path)
-    if not found:
+    checkpoints = available(path)
+    if not checkpoints:
         raise UserError(f"{path}: no checkpoint in {folder(path)}; give a run directory or the path of an .h5 file")
-    return found[-1]
+    return checkpoints[-1]
 
 
 def load(
     path: Path, layout: Layout, runs: Runs, vectors: Mapping[str, np.ndarray], part: Sequence[int] | None = None
 ) -> None:
-    """Fill `vectors`, (runs.size,) each, with the elements of the flat vector that `runs` names, reading only these.
+    """Fill `vectors`, (runs.size,) each, with the elements `runs` of the flat vector. Only these elements are read.
 
-    `layout` is the model's; `part` are the classes whose part alone the file holds, None for all. UserError names a
-    tensor that is missing or has another shape, with what the file has and what the model wants.
+    layout: the model's. vectors: by name, "weights" or that of a vector of the optimizer. part: classes whose part the
+    file holds; None: all. UserError if a tensor is missing or has another shape than in the model.
     """
     missing = runs - held_runs(layout, part)
     if missing.size:
@@ -103,15 +104,12 @@ def load(
 
 
 def load_space(path: Path, space: str, layout: Layout, runs: Runs, vector: np.ndarray) -> None:
-    """Fill `vector` (runs.size,) with the elements that `runs` names of a space, whose layout that is.
-
-    UserError as that of `load`.
-    """
+    """Fill `vector` (runs.size,) with the elements `runs` of a space; layout: of the space. UserError as in `load`."""
     _fill(path, make_tensors(layout), runs, {space: vector})
 
 
 def _fill(path: Path, tensors: Sequence[Tensor], runs: Runs, groups: Mapping[str, np.ndarray]) -> None:
-    """Fill the vectors of groups of the file with the elements of tensors that `runs` names."""
+    """Fill a vector for each group of the file with the elements `runs` of the group's tensors."""
     with open_file(path) as file:
         for tensor in tensors:
             datasets = [(find_tensor(file, group, tensor, path), vector) for group, vector in groups.items()]
@@ -126,32 +124,32 @@ def _fill(path: Path, tensors: Sequence[Tensor], runs: Runs, groups: Mapping[str
 
 
 def load_tables(path: Path, tables: Mapping[str, np.ndarray], rows: TableRows, rank: int) -> bool:
-    """Fill this rank's rows of `tables`; False, and nothing is changed, where the file has not the same ones."""
+    """Fill this rank's rows of `tables`; return False, and change nothing, if the file has other tables."""
     with open_file(path) as file:
-        # Earlier files have the tables of ranks among those of elements.
-        found = {name: file.get(f"{rows.group}/{name}", file.get(f"elements/{name}")) for name in tables}
+        # Files of earlier versions have the tables of ranks under /elements.
+        datasets = {name: file.get(f"{rows.group}/{name}", file.get(f"elements/{name}")) for name in tables}
         for name, table in tables.items():
-            there = found[name]
+            dataset = datasets[name]
             shape = (rows.total, *table.shape[1:])
-            if not isinstance(there, h5py.Dataset) or (there.shape, there.dtype) != (shape, table.dtype):
+            if not isinstance(dataset, h5py.Dataset) or (dataset.shape, dataset.dtype) != (shape, table.dtype):
                 return False
         for name, table in tables.items():
             for first, local, count in rows.runs(rank):
                 try:
-                    found[name].read_direct(table, np.s_[first : first + count], np.s_[local : local + count])
+                    datasets[name].read_direct(table, np.s_[first : first + count], np.s_[local : local + count])
                 except OSError as error:
-                    raise UserError(f"checkpoint {path}, {found[name].name}: {error}; the file is damaged") from None
+                    raise UserError(f"checkpoint {path}, {datasets[name].name}: {error}; the file is damaged") from None
     return True
 
 
 def find_tensor(file: h5py.File, group: str, tensor: Tensor, path: Path) -> h5py.Dataset:
-    """The data set of a tensor in a group; UserError where it is missing or of another shape."""
+    """The data set of a tensor in a group; UserError if it is missing or has another shape."""
     name = f"{group}/{tensor.name}"
     dataset = file.get(name)
     if not isinstance(dataset, h5py.Dataset):
-        kept = ", ".join(file["optimizer"]) if "optimizer" in file else "none: it holds weights only"
+        vectors = ", ".join(file["optimizer"]) if "optimizer" in file else "none: it holds weights only"
         raise UserError(
-            f"checkpoint {path} has no {name}: it is of another model or optimizer (its optimizer vectors: {kept}); "
+            f"checkpoint {path} has no {name}: it is of another model or optimizer (its optimizer vectors: {vectors}); "
             "use the settings stored in it"
         )
     if dataset.shape != tensor.shape:

@@ -1,6 +1,6 @@
-"""The search for data sets of a damaged HDF5 file that can no longer be read.
+"""Search for the data sets of a damaged HDF5 file that cannot be read.
 
-HDF5 is not made for damaged files and may crash or hang on them, so another process looks.
+HDF5 may crash or hang on damaged files, so another process makes the search.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ import h5py
 from psmpi.files.examining import limited, size_of
 from psmpi.files.hdf5 import ForeignError, check_own, grid_of, is_hard
 
-# Characters of a message of HDF5.
+# Most characters of HDF5's message that are shown.
 SHOWN = 200
 
 
 def damaged_parts(path: Path) -> list[str]:
-    """The data of a damaged file that cannot be read any more, a line each, as far as can be told."""
+    """Lines about the data sets of a damaged file that cannot be read, as far as the search gets; runs `scan`."""
     if not path.is_file():
         return []
     command = [sys.executable, "-m", "psmpi.checkpoint.scan", str(path)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-        return [str(line) for line in json.loads(done.stdout)]
+        process = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        return [str(line) for line in json.loads(process.stdout)]
     except (OSError, subprocess.TimeoutExpired, ValueError):
         return ["its tables of contents cannot be read"]
 
 
 def scan(path: str) -> list[str]:
-    """A line for each data set whose checksum fails or that cannot be read; links are not followed."""
-    found: list[str] = []
+    """A line for each data set that cannot be read or whose checksum fails; links are not followed."""
+    lines: list[str] = []
     try:
         with h5py.File(path, "r", locking="best-effort") as file:
             waiting: list[tuple[str, h5py.Group]] = [("", file)]
-            seen = {h5py.h5o.get_info(file.id).addr}
+            visited = {h5py.h5o.get_info(file.id).addr}
             while waiting:
                 above, group = waiting.pop()
                 for name in group:
@@ -47,21 +47,21 @@ def scan(path: str) -> list[str]:
                     try:
                         if not is_hard(group, name):
                             continue
-                        one = group[name]
-                        address = h5py.h5o.get_info(one.id).addr
-                        if isinstance(one, h5py.Group) and address not in seen:
-                            waiting.append((f"{full}/", one))
-                        elif isinstance(one, h5py.Dataset):
-                            _read(one)
-                        seen.add(address)
+                        item = group[name]
+                        address = h5py.h5o.get_info(item.id).addr
+                        if isinstance(item, h5py.Group) and address not in visited:
+                            waiting.append((f"{full}/", item))
+                        elif isinstance(item, h5py.Dataset):
+                            _read(item)
+                        visited.add(address)
                     except ERRORS as error:
-                        found.append(f"{full}: {_brief(error)}")
+                        lines.append(f"{full}: {_brief(error)}")
     except ERRORS as error:
-        found.append(f"HDF5 cannot open it: {_brief(error)}")
-    return found
+        lines.append(f"HDF5 cannot open it: {_brief(error)}")
+    return lines
 
 
-# What h5py raises for damaged files.
+# Exceptions that h5py raises for damaged files.
 ERRORS = (OSError, RuntimeError, KeyError, ValueError, TypeError, ForeignError)
 
 
@@ -70,14 +70,14 @@ def _brief(error: Exception) -> str:
 
 
 def _read(dataset: h5py.Dataset) -> None:
-    """Read a data set chunk by chunk."""
+    """Read a data set chunk by chunk, so that HDF5 compares all checksums."""
     check_own(dataset)
     if dataset.chunks is None:
         dataset[...]
         return
-    wanted, there = prod(grid_of(dataset)), dataset.id.get_num_chunks()
-    if there != wanted:
-        raise ForeignError(f"{there:,} of its {wanted:,} chunks are there")
+    wanted, present = prod(grid_of(dataset)), dataset.id.get_num_chunks()
+    if present != wanted:
+        raise ForeignError(f"{present:,} of its {wanted:,} chunks are there")
     for at in product(*map(range, grid_of(dataset))):
         dataset[tuple(slice(k * step, (k + 1) * step) for k, step in zip(at, dataset.chunks, strict=True))]
 

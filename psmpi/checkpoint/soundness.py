@@ -1,7 +1,7 @@
-"""Checks of a whole checkpoint: its digest, and all that it says of itself.
+"""Checks of a whole checkpoint: its digest, its objects and its texts.
 
-HDF5 looks at a stranger's file in another process first, see psmpi.files.examiner, and finds there every object, every
-chunk and every text that is read later on.
+Another process opens a stranger's file with HDF5 first, see psmpi.files.examiner. It visits every object, every chunk
+and every text that is read later.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from psmpi.files import examiner
 from psmpi.files.hdf5 import DEFLATE, FLETCHER, SHUFFLE, ForeignError, check_stored, chunks_of, filters_of, is_hard
 from psmpi.files.packed import Unpacker
 
-# What filters a data set may have, in their order.
+# Filters that a data set may have, in their order.
 FILTERS: tuple[list[int], ...] = ([], [FLETCHER], [SHUFFLE, DEFLATE], [SHUFFLE, DEFLATE, FLETCHER])
 
 
 def validate(path: Path) -> Contents:
-    """The contents of a file, after a look at all of it. Errors as those of `check_file` and `read_contents`.
+    """Check the whole file and return its contents. Errors as in `check_file` and `read_contents`.
 
-    A file that is as it was at the last call is not looked at again.
+    A file that has not changed since the last call is not checked again.
     """
     try:
         now = path.stat()
@@ -39,42 +39,42 @@ def validate(path: Path) -> Contents:
 
 @lru_cache(maxsize=2)
 def _validate(path: Path, state: tuple[int, ...]) -> Contents:
-    """`validate`; state: what changes when the file does."""
+    """As `validate`, cached. state: size, times and inode of the file, which change with it."""
     check_file(path)
     examiner.examine("psmpi.checkpoint.soundness:check_inside", path)
     return read_contents(path)
 
 
 def check_inside(path: Path) -> None:
-    """DamagedError for a file whose digest is right, and that has not what psmpi writes, or more."""
+    """Raise DamagedError for a file with a correct digest whose objects are not exactly those that psmpi writes."""
     nbytes = path.stat().st_size
     try:
         with open_file(path) as file:
             objects = _objects(file, nbytes)
-            groups = {name for name, one in objects.items() if isinstance(one, h5py.Group)}
+            groups = {name for name, item in objects.items() if isinstance(item, h5py.Group)}
             contents = read_contents(path)
             tensors = _check_tensors(contents, objects)
             _check_tables(objects)
             known = {*TEXTS, *tensors}
             tables = tuple(f"{group}/" for group in TABLES)
-            others = [
+            unknown = [
                 name for name in objects if name not in known and name not in groups and not name.startswith(tables)
             ]
-            if others:
-                raise ForeignError(f": {others[0]} is nothing that a checkpoint has")
+            if unknown:
+                raise ForeignError(f": {unknown[0]} is not part of the format of checkpoints")
     except ForeignError as error:
         raise DamagedError(f"checkpoint {path}{error}; use another one") from None
     except (DamagedError, UserError, MemoryError):
         raise
-    # What h5py raises for headers and links that are damaged, or that it does not know.
+    # h5py raises various errors for headers and links that are damaged or unknown.
     except Exception as error:
         raise DamagedError(f"checkpoint {path} cannot be read ({repr(error)[:200]}); use another one") from None
     _check_network(path, contents)
 
 
 def _objects(file: h5py.File, nbytes: int) -> dict[str, h5py.Group | h5py.Dataset]:
-    """The groups and data sets of a file by path, all of which lie in it, once; ForeignError for others."""
-    found: dict[str, h5py.Group | h5py.Dataset] = {}
+    """Groups and data sets of a file by path; ForeignError for links, other objects, and one with two names."""
+    objects: dict[str, h5py.Group | h5py.Dataset] = {}
     addresses, waiting, total = {h5py.h5o.get_info(file.id).addr}, [("", file)], 0
     while waiting:
         path, group = waiting.pop()
@@ -82,23 +82,23 @@ def _objects(file: h5py.File, nbytes: int) -> dict[str, h5py.Group | h5py.Datase
             full = f"{path}{name}"
             if not is_hard(group, name):
                 raise ForeignError(f": {full} is a link, which may lead to another file")
-            one = group[name]
-            address = h5py.h5o.get_info(one.id).addr
-            if address in addresses or not isinstance(one, h5py.Group | h5py.Dataset):
+            item = group[name]
+            address = h5py.h5o.get_info(item.id).addr
+            if address in addresses or not isinstance(item, h5py.Group | h5py.Dataset):
                 raise ForeignError(f": {full} is another name of an object, or no data")
             addresses.add(address)
-            found[full] = one
-            if isinstance(one, h5py.Group):
-                waiting.append((f"{full}/", one))
+            objects[full] = item
+            if isinstance(item, h5py.Group):
+                waiting.append((f"{full}/", item))
             else:
-                total += _check_dataset(full, one, nbytes)
+                total += _check_dataset(full, item, nbytes)
     if total > nbytes:
         raise ForeignError(f" has {total:,} bytes of data sets in a file of {nbytes:,}")
-    return found
+    return objects
 
 
 def _check_dataset(path: str, dataset: h5py.Dataset, nbytes: int) -> int:
-    """The bytes of a data set in the file; ForeignError for one that is not as psmpi writes it."""
+    """Bytes of a data set in the file; ForeignError for a data set that psmpi would not write."""
     try:
         check_stored(dataset, nbytes)
         dtype = dataset.dtype
@@ -112,8 +112,8 @@ def _check_dataset(path: str, dataset: h5py.Dataset, nbytes: int) -> int:
             raise ForeignError(f"has the filters {filters}")
         if DEFLATE in filters:
             unpacker = Unpacker(dataset)
-            for one in chunks_of(dataset):
-                unpacker.chunk(one.offset)
+            for chunk in chunks_of(dataset):
+                unpacker.chunk(chunk.offset)
     except OSError as error:
         raise ForeignError(f": {path}: {error}") from None
     except ForeignError as error:
@@ -122,47 +122,47 @@ def _check_dataset(path: str, dataset: h5py.Dataset, nbytes: int) -> int:
 
 
 def _check_tensors(contents: Contents, objects: dict[str, h5py.Group | h5py.Dataset]) -> set[str]:
-    """The paths of the tensors, which are there, of their shapes, in one dtype but for those of spaces."""
-    dtypes, found = set(), set()
+    """Check that all tensors exist in their shapes, and in one dtype, except those of spaces; return their paths."""
+    dtypes, paths = set(), set()
     if not contents.tensors():
         raise ForeignError(" has no weights")
     for vector in ["weights", *contents.vectors, *contents.spaces]:
         for tensor in contents.tensors(vector):
             name, space = f"{contents.group(vector)}/{tensor.name}", vector in contents.spaces
-            one = objects.get(name)
-            found.add(name)
-            has = f"is {one.dtype} {one.shape}" if isinstance(one, h5py.Dataset) else "is missing"
-            if isinstance(one, h5py.Dataset) and one.shape == tensor.shape:
+            dataset = objects.get(name)
+            paths.add(name)
+            has = f"is {dataset.dtype} {dataset.shape}" if isinstance(dataset, h5py.Dataset) else "is missing"
+            if isinstance(dataset, h5py.Dataset) and dataset.shape == tensor.shape:
                 if space:
                     continue
-                if one.dtype in ("f4", "f8"):
-                    dtypes.add(one.dtype)
+                if dataset.dtype in ("f4", "f8"):
+                    dtypes.add(dataset.dtype)
                     if len(dtypes) == 1:
                         continue
             wanted = "numbers" if space else "float"
             raise ForeignError(f": {name} {has}, its layout says {tensor.shape}, {wanted}")
-    return found
+    return paths
 
 
 def _check_tables(objects: dict[str, h5py.Group | h5py.Dataset]) -> None:
     for group in TABLES:
-        tables = {name: one for name, one in objects.items() if name.startswith(f"{group}/")}
-        for name, one in tables.items():
-            if not isinstance(one, h5py.Dataset):
+        tables = {name: item for name, item in objects.items() if name.startswith(f"{group}/")}
+        for name, table in tables.items():
+            if not isinstance(table, h5py.Dataset):
                 raise ForeignError(f": {name} is no table")
-        rows = {one.shape[:1] for one in tables.values()}
+        rows = {table.shape[:1] for table in tables.values()}
         if len(rows) > 1 or () in rows:
             raise ForeignError(f": its tables in /{group} are not of one length")
 
 
 def _check_network(path: Path, contents: Contents) -> None:
-    """DamagedError where the configuration is that of another network than the layout's."""
+    """Raise DamagedError if the configuration describes another network than the layout."""
     try:
         model = from_toml(contents.config, str(path), foreign=True).model
     except UserError:
-        # Of a method that is not here; whatever reads the configuration says so.
+        # The training method is not installed here; the code that needs the configuration reports this.
         return
-    # Each class has a score, and each score a unit at least, but where two have one score.
+    # Each class has a score, and each score at least one unit, except that two classes may share one score.
     most = max(2, *(p.units for p in contents.layout.parameters))
     if contents.layout.classes > most:
         raise DamagedError(
@@ -170,11 +170,11 @@ def _check_network(path: Path, contents: Contents) -> None:
         )
     try:
         network = network_in(contents, model)
-        there, here = (
+        stored, described = (
             [(p.name, p.shape, p.units) for p in layout.parameters] for layout in (contents.layout, network.layout())
         )
     except UserError:
-        # Of a layer that is not here.
+        # A kind of layer is not installed here.
         return
     except MemoryError:
         raise
@@ -182,8 +182,8 @@ def _check_network(path: Path, contents: Contents) -> None:
         raise DamagedError(
             f"checkpoint {path}: its configuration describes no network ({repr(error)[:200]}); use another one"
         ) from None
-    if there != here:
-        sizes = (sum(prod(shape) for _, shape, _ in one) for one in (here, there))
+    if stored != described:
+        sizes = (sum(prod(shape) for _, shape, _ in parameters) for parameters in (described, stored))
         raise DamagedError(
             "checkpoint {}: its configuration describes a network of {:,} weights, its layout one of {:,}, or of other "
             "names; use another one".format(path, *sizes)

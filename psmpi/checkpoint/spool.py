@@ -1,4 +1,4 @@
-"""The spool file that takes what a checkpoint is made of, and the process that makes it."""
+"""Spool file with the elements of a checkpoint, and the process that writes the checkpoint from it."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from psmpi.launcher import without_launcher
 
 
 class Spool:
-    """A file without a name, and psmpi.checkpoint.build beside it, which does one job at a time.
+    """An unnamed file, and a process of psmpi.checkpoint.build that reads it and does one job at a time.
 
-    lock: the lock of the run directory, which the process holds too.
+    lock: lock of the run directory, which the process holds too.
     """
 
     def __init__(self, lock: Lock | None = None):
@@ -33,14 +33,14 @@ class Spool:
         self.noise: IO[bytes] | None = None
 
     def open(self, place: Path) -> None:
-        """Spool file in the folder `place` and process, if they are not there already. OSError where they cannot be."""
+        """Open the spool file in the folder `place` and start the process, unless they exist. OSError if that fails."""
         place.mkdir(parents=True, exist_ok=True)
         if self.process is not None and self.process.poll() is not None:
             self._forget()
         if self.process is not None:
             return
         if self.file is None:
-            # Without a name: it goes away with its last user, however this run ends.
+            # The file has no name, so it disappears with its last user, however this run ends.
             self.file = tempfile.TemporaryFile(dir=place, buffering=0)  # noqa: SIM115
         if self.noise is None:
             self.noise = tempfile.TemporaryFile()  # noqa: SIM115
@@ -49,7 +49,7 @@ class Spool:
         self.process = self.launch(self.file.fileno())
 
     def launch(self, number: int) -> subprocess.Popen[str]:
-        """Start the process, which reads the file of this descriptor."""
+        """Start the process that reads the file with descriptor `number`."""
         return subprocess.Popen(
             [sys.executable, "-m", "psmpi.checkpoint.build", str(number)],
             stdin=subprocess.PIPE,
@@ -58,20 +58,20 @@ class Spool:
             pass_fds=(number, *inherit(self.lock)),
             text=True,
             env={**without_launcher(os.environ), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
-            # A signal that stops the run leaves it time to end what it writes; the end of its input ends it.
+            # A signal that stops the run must not reach the process, which ends by itself at the end of its input.
             start_new_session=True,
         )
 
     def put(self, elements: np.ndarray, at: int) -> None:
-        """Write contiguous elements to byte `at` of the file. OSError where there is no room."""
+        """Write contiguous elements to byte `at` of the file. OSError if there is no space."""
         assert self.file is not None
         view = memoryview(elements.data).cast("B")
         while view:
-            done = os.pwrite(self.file.fileno(), view, at)
-            view, at = view[done:], at + done
+            written = os.pwrite(self.file.fileno(), view, at)
+            view, at = view[written:], at + written
 
     def submit(self, job: Mapping[str, Any]) -> None:
-        """Give the process a job. OSError where it has ended."""
+        """Send the process a job. OSError if the process has ended."""
         assert self.process is not None and self.process.stdin is not None
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
@@ -79,13 +79,13 @@ class Spool:
     def answered(self, patience: float) -> bool:
         """Whether the process answers, or ends, within `patience` seconds."""
         assert self.process is not None and self.process.stdout is not None
-        # Not select: it cannot take the large descriptors that a rank with many connections has.
+        # poll, since select fails for the large file descriptors of a rank with many connections.
         waiting = select.poll()
         waiting.register(self.process.stdout, select.POLLIN)
         return bool(waiting.poll(1000 * patience))
 
     def answer(self) -> str:
-        """The error of the job, empty for none; waits for the answer, or the end, of the process."""
+        """Wait for the answer or the end of the process; return the error of the job, "" for none."""
         assert self.process is not None and self.process.stdout is not None
         line = self.process.stdout.readline()
         if line:
@@ -98,7 +98,7 @@ class Spool:
         return f"the process that writes it ended with {end}{self._reason()}"
 
     def free(self) -> None:
-        """Give back the disk space of the file."""
+        """Free the disk space of the file."""
         with contextlib.suppress(OSError):
             if self.file is not None:
                 self.file.truncate(0)
@@ -108,10 +108,10 @@ class Spool:
             self.process.kill()
 
     def close(self) -> None:
-        """End the process, and give back the file."""
+        """End the process and close the files."""
         if self.process is not None:
             assert self.process.stdin is not None
-            # The end of its input ends it.
+            # The process ends at the end of its input.
             with contextlib.suppress(OSError):
                 self.process.stdin.close()
             self._forget()
@@ -121,10 +121,10 @@ class Spool:
         self.file = self.noise = None
 
     def _forget(self) -> int:
-        """Wait for the end of the process; its exit status."""
+        """Wait for the end of the process; return its exit status."""
         assert self.process is not None and self.process.stdin is not None and self.process.stdout is not None
         status = self.process.wait()
-        # What was written to a process that is gone cannot be flushed.
+        # Data for a process that has ended cannot be flushed.
         with contextlib.suppress(OSError):
             self.process.stdin.close()
         self.process.stdout.close()
@@ -132,13 +132,13 @@ class Spool:
         return status
 
     def _reason(self) -> str:
-        """Errors of the operating system that the process told."""
+        """The operating system's error that the process printed, as ": error"; "" for none."""
         if self.noise is None:
             return ""
         self.noise.seek(0)
         text = self.noise.read().decode(errors="replace")
         for mark in ("error message = '", "Error: "):
-            _, found, rest = text.partition(mark)
-            if found:
-                return ": " + rest.splitlines()[0].split("'")[0]
+            _, separator, message = text.partition(mark)
+            if separator:
+                return ": " + message.splitlines()[0].split("'")[0]
         return ""

@@ -1,4 +1,4 @@
-"""The tensors of a file, and where their elements lie in the flat vector."""
+"""Tensors of a checkpoint, and the places of their elements in the flat vector."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ import numpy as np
 from psmpi.checkpoint.format import CHUNK, chunk_of
 from psmpi.layout import Layout, Parameter, Runs, Stretch, cross, spelled
 
-# Elements of a tensor whose places are looked up at a time.
+# Elements of a tensor whose places are computed at a time.
 SLAB = 4 * CHUNK
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """A named tensor in a file, and where its elements lie in the flat vector, in the order of the tensor.
+    """A named tensor in a file. stretches: places of its elements in the flat vector, in the order of the tensor.
 
-    A tensor of a part has only its units, (units, the shape of one); a whole one has its parameter's shape.
+    A tensor of a part has only the part's units, (units, *shape of a unit); a whole one has its parameter's shape.
     """
 
     name: str
@@ -35,48 +35,48 @@ class Tensor:
 
     @property
     def spans(self) -> tuple[tuple[int, ...], ...]:
-        """Elements [first, last) and where these begin in the flat vector, an object for each run of them."""
+        """(first, last, offset) of each run: elements [first, last) begin at `offset` of the flat vector."""
         return tuple(zip(*(column.tolist() for column in spelled(self.stretches)), strict=True))
 
     @staticmethod
     def of(parameter: Parameter, pieces: Sequence[Stretch]) -> Tensor:
-        """The tensor of some units of a parameter, `pieces` in the order of the units."""
+        """The tensor of some or all units of a parameter; pieces: their stretches, in the order of the units."""
         starts = accumulate((p.count * p.length for p in pieces), initial=0)
         stretches = tuple(replace(p, first=at) for at, p in zip(starts, pieces, strict=False))
         units = sum(p.count * p.length for p in pieces) // parameter.unit_size
         if units == parameter.units:
             return Tensor(parameter.name, parameter.shape, stretches)
         axes = [*accumulate(parameter.shape, lambda a, b: a * b)]
-        rest = parameter.shape[axes.index(parameter.units) + 1 :]
-        return Tensor(parameter.name, (units, *rest), stretches)
+        unit_shape = parameter.shape[axes.index(parameter.units) + 1 :]
+        return Tensor(parameter.name, (units, *unit_shape), stretches)
 
     @cached_property
     def _firsts(self) -> list[int]:
         return [stretch.first for stretch in self.stretches]
 
     def elements(self, first: int, last: int) -> list[Stretch]:
-        """Where its elements [first, last) lie."""
+        """Stretches of the tensor's elements [first, last)."""
         some = slice(max(0, bisect_right(self._firsts, first) - 1), bisect_left(self._firsts, last))
         return [part for stretch in self.stretches[some] for part in stretch.elements(first, last)]
 
     def meet(
         self, starts: np.ndarray, stops: np.ndarray, first: int = 0, last: int | None = None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """What sorted intervals of the flat vector have of elements [first, last) of it, in the tensor's order.
+        """Intersect elements [first, last) of the tensor with sorted intervals of the flat vector, [starts, stops).
 
-        First element, element behind the last, number of the interval, start in the flat vector: four arrays
-        (meetings,) int64.
+        Returns four arrays (runs,) int64, in the order of the tensor: first element, stop element, number k of the
+        interval, and start in the flat vector of each common run.
         """
         elements, ends, begins = spelled(self.elements(first, self.size if last is None else last))
         by_offset = np.argsort(begins, kind="stable")
         elements, begins, sizes = elements[by_offset], begins[by_offset], (ends - elements)[by_offset]
         span, interval, a, b = cross(begins, begins + sizes, starts, stops)
-        found = elements[span] + a - begins[span]
-        order = np.argsort(found, kind="stable")
-        return found[order], (found + b - a)[order], interval[order], a[order]
+        firsts = elements[span] + a - begins[span]
+        order = np.argsort(firsts, kind="stable")
+        return firsts[order], (firsts + b - a)[order], interval[order], a[order]
 
     def slabs(self) -> Iterator[tuple[int, int]]:
-        """Its elements [first, last) cut into slabs, whole chunks of a file each, whose runs are few."""
+        """Slabs [first, last) of the tensor's elements, each of whole chunks of the file and about SLAB elements."""
         rows = chunk_of(self.shape)[0]
         row = self.size // self.shape[0]
         step = max(1, SLAB // (rows * row)) * rows * row
@@ -84,25 +84,28 @@ class Tensor:
 
 
 def held_runs(layout: Layout, part: Sequence[int] | None) -> Runs:
-    """The runs of the flat vector in a file; what no class uses goes with class 0, so that all parts make the whole."""
+    """Runs of the flat vector in a file. part: classes whose part the file holds; None: all.
+
+    Elements that no class uses belong to the part of class 0, so that all parts together make the whole.
+    """
     if part is None:
         return Runs.union([(0, layout.size)])
     return Runs.union(layout.part(part).intervals + (layout.dead.intervals if 0 in part else ()))
 
 
 def make_tensors(layout: Layout, part: Sequence[int] | None = None) -> list[Tensor]:
-    """The tensors of a file with the parameters of `layout`, or with the part of some classes."""
-    held = held_runs(layout, part)
-    found = []
+    """Tensors of a file with the parameters of `layout`. part: classes whose part the file holds; None: all."""
+    in_file = held_runs(layout, part)
+    tensors = []
     for parameter, pieces in zip(layout.parameters, layout.banded, strict=True):
-        # A piece is held whole or not at all.
-        some = [part for p in pieces for part in _held(p.stretch(parameter.unit_size), held)]
+        # A unit is in the file whole or not at all.
+        some = [part for p in pieces for part in _within(p.stretch(parameter.unit_size), in_file)]
         if some:
-            found.append(Tensor.of(parameter, some))
-    return found
+            tensors.append(Tensor.of(parameter, some))
+    return tensors
 
 
-def _held(stretch: Stretch, held: Runs) -> list[Stretch]:
-    """The parts of a stretch that are in the runs."""
-    runs = held & Runs(((stretch.offset, stretch.stop),))
-    return [part for start, stop in runs.intervals for part in stretch.within(start, stop)]
+def _within(stretch: Stretch, runs: Runs) -> list[Stretch]:
+    """Parts of a stretch that are inside the runs."""
+    common = runs & Runs(((stretch.offset, stretch.stop),))
+    return [part for start, stop in common.intervals for part in stretch.within(start, stop)]

@@ -1,4 +1,4 @@
-"""Collecting a checkpoint from the ranks that own its pieces, while training waits no longer than it must."""
+"""Writing of checkpoints during a training, which waits only while the ranks' shards are copied."""
 
 from __future__ import annotations
 
@@ -24,24 +24,26 @@ from psmpi.comm.control import Control
 from psmpi.files.whole import partial_of, partials_of
 from psmpi.layout import Ownership, TableRows
 
-# Seconds that training waits for a checkpoint that is still being written when the next is due.
+# Seconds that training waits for a checkpoint that is still being written when the next one is due.
 PATIENCE = 60.0
-# Seconds that the end of a run waits for its last one.
+# Seconds that the end of a run waits for its last checkpoint.
 LAST_PATIENCE = 600.0
-# The name of the operation that may wait for a disk.
+# Name, in the flight recorder, of the operation that may wait for a disk.
 HANDING_OVER = "handing over a checkpoint to the process that writes it"
 
 
 class Writer:
-    """Writes checkpoints of a method's shards. Training waits while the shards are copied to a spool file.
+    """Writer of a run's checkpoints. Training waits while the ranks' shards are copied to a spool file.
 
-    Rank 0 receives the pieces of the other ranks through one small buffer and appends them to the spool, a file that
-    mostly stays in the kernel's cache; a process beside it makes the checkpoint from the spool while training goes on.
-    Nothing that goes wrong with the file ends the run: `troubles` returns it. With `parallel` all ranks write the file
-    together instead, see psmpi.checkpoint.parallel; then an error of HDF5 ends the run.
+    Rank 0 receives the pieces of the other ranks through one small buffer and writes them to the spool, a file that
+    mostly stays in the kernel's cache. Another process writes the checkpoint from the spool while training goes on.
+    Errors with the file do not end the run: `troubles` returns them. With `parallel` all ranks write the file together
+    instead, see psmpi.checkpoint.parallel; then an error of HDF5 ends the run.
 
-    shards: who has what of the weights and of the optimizer's vectors; spaces: who has what of each of the contents'
-    spaces; rows: who has which rows of the tables. What several ranks have is written by its owner of record.
+    contents: contents of the checkpoints, without progress. shards: ownership of the weights and of the optimizer's
+    vectors; spaces: ownership of each space of the contents; rows: which rank has which rows of the tables. The owner
+    of record writes elements that several ranks have. out: run directory. keep: number of checkpoints that stay, 0:
+    all. gzip: compression, 0 (none) to 9. lock: of the run directory.
     """
 
     def __init__(
@@ -60,7 +62,7 @@ class Writer:
     ):
         self.control, self.contents, self.out, self.keep, self.gzip = control, contents, out, keep, gzip
         self.parallel, self.rows = parallel, rows or TableRows()
-        # Seconds that the next checkpoint waits for the one before, while training waits too.
+        # Seconds that the next checkpoint, and training with it, waits for the previous one.
         self.patience = PATIENCE
         self.shards, self.spaces = shards, dict(spaces or {})
         if self.spaces.keys() != contents.spaces.keys():
@@ -69,10 +71,10 @@ class Writer:
         self.weights = Records(shards, contents.layout.size, control.rank)
         self.spool = Spool(lock)
         self.target: Path | None = None
-        self.found: list[str] = []
+        self.errors: list[str] = []
         self.last_good: Path | None = None
         self.last_failed = False
-        # Seconds that training waited.
+        # Seconds that training has waited for checkpoints.
         self.pause = 0.0
 
     def write(
@@ -83,11 +85,11 @@ class Writer:
         tables: Mapping[str, np.ndarray] | None = None,
         best: bool = False,
     ) -> None:
-        """Save this rank's `vectors`, its local vector of each and of each space, and of `tables` its rows.
+        """Write a checkpoint. All ranks call it, with vectors of the same names and dtypes.
 
-        best: whether the file is kept as the best one of the run too, see `psmpi.checkpoint.format.best`.
-
-        All ranks call it, with vectors of the same names and dtypes. Returns when training may change them.
+        vectors: this rank's local vectors by name, and those of spaces. tables: this rank's rows of each table. best:
+        whether the file also becomes the run's best one, see `psmpi.checkpoint.format.best`. The method returns when
+        training may change the vectors.
         """
         tables = tables or {}
         start = time.perf_counter()
@@ -129,7 +131,10 @@ class Writer:
         return (self.rows.total, *table.shape[1:])
 
     def _together(self, vectors: Mapping[str, np.ndarray], contents: Contents, tables: Mapping[str, np.ndarray]) -> str:
-        """All ranks write the file, if rank 0 could make the folder and sees room; its name until it is sealed."""
+        """Write the file by all ranks together, unless rank 0 sees too little space; return the unsealed file's path.
+
+        The path is "" if no file was written.
+        """
         from psmpi.checkpoint.parallel import write_together
 
         if self.control.rank == 0 and self.target is not None:
@@ -142,20 +147,21 @@ class Writer:
             except OSError as error:
                 self._failed(str(error))
         partial = str(partial_of(self.target)) if self.control.rank == 0 and self.target is not None else ""
-        said = json.dumps([partial, contents.texts()]) if self.control.rank == 0 else ""
-        partial, told = json.loads(self.control.share(said))
+        message = json.dumps([partial, contents.texts()]) if self.control.rank == 0 else ""
+        partial, texts = json.loads(self.control.share(message))
         if partial:
-            # Every rank must make the same data sets: the texts are rank 0's.
-            contents = Contents.of(told)
+            # All ranks use rank 0's texts, since they must make the same data sets.
+            contents = Contents.of(texts)
             owned = {name: self.spaces.get(name, self.shards) for name in vectors}
             with self.control.flight.task(f"writing the checkpoint {partial} together"):
                 write_together(self.control.comm, Path(partial), contents, vectors, owned, self.gzip, tables, self.rows)
         return str(partial)
 
     def _copy(self, vectors: Mapping[str, np.ndarray], tables: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        """Bring all ranks' pieces to the spool; what is where in it.
+        """Copy the elements of all ranks to the spool; return their places in it, for a job of the process.
 
-        Of each vector the pieces of one rank after the other, then the tables, then where the runs of these pieces are.
+        The spool has the vectors, each in the order of ranks, then the tables, then the maps of the runs, see
+        `psmpi.checkpoint.build.SpoolSource`.
         """
         at, placed, shapes, maps = 0, [], {}, {}
         for name, vector in vectors.items():
@@ -183,20 +189,20 @@ class Writer:
         return {"vectors": placed, "tables_at": tables_at, "tables": shapes, "maps": maps}
 
     def _copy_table(self, table: np.ndarray, start: int) -> int:
-        """All ranks' rows into the spool, from byte `start` on; the byte behind them."""
+        """Copy the rows of all ranks to the spool, from byte `start` on; return the next free byte."""
         row = prod(table.shape[1:]) * table.itemsize
-        mine = table.reshape(-1).view(np.uint8)
+        own_bytes = table.reshape(-1).view(np.uint8)
 
         def keep(rank: int, first: int, piece: np.ndarray) -> None:
             for a, b, at in row_pieces(self.rows, rank, row, first, first + len(piece)):
                 self._put(piece[a - first : b - first], start + at)
 
         sizes = [len(numbers) * row for numbers in self.rows.of]
-        collect(self.control, sizes, np.dtype(np.uint8), lambda first, last: mine[first:last], keep)
+        collect(self.control, sizes, np.dtype(np.uint8), lambda first, last: own_bytes[first:last], keep)
         return start + self.rows.total * row
 
     def _put(self, elements: np.ndarray, at: int) -> None:
-        """Put elements at byte `at` of the spool; after an error, nothing more of this checkpoint."""
+        """Write elements to byte `at` of the spool; an error gives up this checkpoint."""
         if self.target is not None:
             try:
                 with self.control.flight.task(HANDING_OVER):
@@ -205,14 +211,14 @@ class Writer:
                 self._failed(str(error))
 
     def _ready(self, target: Path) -> bool:
-        """Take up `target` as the next checkpoint, unless the one before is still not written."""
+        """Make `target` the next checkpoint; return False if the previous one is still being written, else True."""
         self.finish(self.patience)
         if self.target is not None:
-            self.found.append(
+            self.errors.append(
                 f"the checkpoint {target} is NOT written: {self.target} is still being written after "
                 f"{self.patience:.0f} s; the disk is too slow for --checkpoint-every, or hangs"
             )
-            # It had its chance: the next ones do not wait for it again.
+            # The next checkpoints do not wait for the same one again.
             self.patience, self.last_failed = 0.0, True
             return False
         self.target, self.patience = target, PATIENCE
@@ -224,25 +230,25 @@ class Writer:
         return True
 
     def relock(self, lock: Lock) -> None:
-        """Go on with another lock of the run directory, which was made again: with a new file and process."""
+        """Continue with the lock of a run directory that was made anew, and with a new spool file and process."""
         self.finish()
         self.spool.close()
         self.spool.lock, self.last_good = lock, None
 
     @property
     def busy(self) -> bool:
-        """Whether a checkpoint is still being written, on rank 0; does not wait."""
+        """Whether a checkpoint is still being written; False except on rank 0. Does not wait."""
         self.finish(0)
         return self.target is not None
 
     def troubles(self) -> list[str]:
-        """Errors of checkpoints since the last call; does not wait."""
+        """Return the errors of checkpoints since the last call. Does not wait."""
         _ = self.busy
-        found, self.found = self.found, []
-        return found
+        errors, self.errors = self.errors, []
+        return errors
 
     def finish(self, patience: float | None = None) -> None:
-        """Wait until the checkpoint being written is done, but no longer than `patience` seconds (LAST_PATIENCE)."""
+        """Wait for the checkpoint that is being written, `patience` seconds at most; None: LAST_PATIENCE."""
         patience = LAST_PATIENCE if patience is None else patience
         if self.target is None or self.spool.process is None:
             return
@@ -255,7 +261,7 @@ class Writer:
             self._answer()
 
     def close(self) -> None:
-        """Wait, and end the process."""
+        """Wait for the last checkpoint, LAST_PATIENCE seconds at most, and end the process."""
         self.finish()
         if self.spool.process is not None and self.target is not None:
             self.spool.kill()
@@ -264,11 +270,11 @@ class Writer:
             self.spool.close()
 
     def _answer(self) -> None:
-        """Take the process's answer, waiting for it, and free the spool."""
+        """Wait for the answer of the process, note an error, and free the spool."""
         error = self.spool.answer()
         if error:
             if self.target is not None:
-                # A process that was killed leaves it.
+                # A killed process leaves the unfinished file.
                 with contextlib.suppress(OSError):
                     for partial in partials_of(self.target):
                         partial.unlink(missing_ok=True)
@@ -278,14 +284,14 @@ class Writer:
             self.spool.free()
 
     def _failed(self, error: str) -> None:
-        kept = f"the last good one is {self.last_good}" if self.last_good else "there is no earlier one of this run"
-        self.found.append(f"the checkpoint {self.target} is NOT written: {error}; {kept}; check space and rights")
+        good = f"the last good one is {self.last_good}" if self.last_good else "there is no earlier one of this run"
+        self.errors.append(f"the checkpoint {self.target} is NOT written: {error}; {good}; check space and rights")
         self.target, self.last_failed = None, True
         self.spool.free()
 
 
 class Unsaved(Writer):
-    """The writer of a training without a run directory: it writes nothing."""
+    """Writer of a training without a run directory, which writes nothing."""
 
     def write(
         self,
@@ -295,4 +301,4 @@ class Unsaved(Writer):
         tables: Mapping[str, np.ndarray] | None = None,
         best: bool = False,
     ) -> None:
-        """Return at once."""
+        """Write nothing."""

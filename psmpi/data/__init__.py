@@ -1,4 +1,4 @@
-"""Data sets: opening them, holding the samples a process needs, and the order of minibatches."""
+"""Data sets: opening them, keeping the samples that a process needs, and the order of minibatches."""
 
 from psmpi.data.batch import Batch
 from psmpi.data.catalogue import DATASETS, locate, open_dataset, open_split

@@ -1,4 +1,4 @@
-"""Arrays of files of the user's own: their names, shapes and dtypes, and what to save instead of wrong ones."""
+"""Checks of arrays in the user's files: names, shapes and dtypes. Each error says what to save instead."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from psmpi.data.labels import NUMBERED, check_given, check_values
 from psmpi.data.rows import RowSource
 from psmpi.errors import UserError, counted
 
-# What others call the arrays of a file, in small letters.
+# Usual names of the arrays in other programs' files, in lower case.
 OTHERS = {
     "x": ("x_train", "train_x", "xtrain", "trainx", "x", "train_images", "images", "train_data", "data", "features"),
     "y": ("y_train", "train_y", "ytrain", "trainy", "y", "train_labels", "labels", "label", "targets", "target"),
@@ -23,13 +23,16 @@ OTHERS = {
 
 @dataclass(frozen=True)
 class Header:
-    """Shape and dtype of an array in a file, known without reading it."""
+    """Shape and dtype of an array in a file, known before its values are read.
+
+    source: opens the rows of the array; values: reads the whole array.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     source: Callable[[], RowSource]
     values: Callable[[], npt.NDArray[Any]]
-    # Of a table, the names of its features.
+    # Names of the features of a table; () for other files.
     columns: tuple[str, ...] = ()
 
 
@@ -52,12 +55,12 @@ def check_names(path: Path, keys: Sequence[str], wanted: Sequence[str], predicte
         advice = "to predict samples without labels or values add --split all, which takes all samples x" + (
             f", else {advice}" if renamed["y"] else ""
         )
-    what = "column of labels or values" if path.suffix.lower() in (".csv", ".tsv") else f"array {missing[0]!r}"
-    raise UserError(f"{path}: no {what}; found {', '.join(keys) or 'nothing'}; {advice}")
+    wanted_array = "column of labels or values" if path.suffix.lower() in (".csv", ".tsv") else f"array {missing[0]!r}"
+    raise UserError(f"{path}: no {wanted_array}; found {', '.join(keys) or 'nothing'}; {advice}")
 
 
 def sample_shape(path: Path, key: str, header: Header) -> tuple[int, ...]:
-    """The shape of a sample of the array `key`, (features,) or (channels, height, width). UserError for another."""
+    """Shape of a sample of the array `key`: (features,) or (channels, height, width). UserError for other axes."""
     shape = header.shape
     if len(shape) not in (2, 3, 4):
         raise UserError(
@@ -70,7 +73,7 @@ def sample_shape(path: Path, key: str, header: Header) -> tuple[int, ...]:
 
 
 def scale_of(path: Path, key: str, header: Header) -> float:
-    """The factor on the stored values of the array `key`. UserError for a dtype that samples cannot have."""
+    """Scale of the stored values of the array `key`: 1/255 for uint8, else 1. UserError for a dtype of no numbers."""
     _refuse_kinds(path, key, header)
     dtype = header.dtype
     if dtype == np.uint8:
@@ -84,7 +87,11 @@ def scale_of(path: Path, key: str, header: Header) -> float:
 
 
 def as_targets(path: Path, key: str, headers: dict[str, Header]) -> tuple[npt.NDArray[Any], int]:
-    """Labels (n,) of any integer type and the number of classes they need, or values (n, outputs) and their number."""
+    """Targets in the array `key` and the number of outputs that they need.
+
+    Returns labels (n,) of any integer dtype and the number of classes, or values (n, outputs) float64 and `outputs`.
+    UserError for other shapes and dtypes, for values that are not finite, and for labels that do not count from 0.
+    """
     header, samples = headers[key], headers["x" + key[1:]].shape[0]
     _refuse_kinds(path, key, header)
     _check_axes(path, key, header.shape, headers["x" + key[1:]].shape)
@@ -111,7 +118,7 @@ def as_targets(path: Path, key: str, headers: dict[str, Header]) -> tuple[npt.ND
             "save arrays of the same length"
         )
     if values:
-        # In float64 first: what is too large for it is not finite.
+        # Convert to float64 before the check: a value out of its range becomes infinite.
         rows = header.values().astype(np.float64).reshape(samples, -1)
         check_values(f"{path}, {key}", rows)
         return rows, rows.shape[1]
@@ -120,7 +127,7 @@ def as_targets(path: Path, key: str, headers: dict[str, Header]) -> tuple[npt.ND
 
 
 def _check_axes(path: Path, key: str, targets: tuple[int, ...], samples: tuple[int, ...]) -> None:
-    """Raise UserError where the samples lie along the last axis of x, as MATLAB's arrays have them in HDF5."""
+    """Raise UserError if the samples lie along the last axis of x, as in HDF5 files that MATLAB writes."""
     count = samples[-1]
     if len(targets) not in (1, 2) or samples[0] in targets or count not in (targets[0], targets[-1]) or count < 2:
         return
@@ -136,16 +143,16 @@ def _check_axes(path: Path, key: str, targets: tuple[int, ...], samples: tuple[i
 
 
 def is_text(dtype: np.dtype[Any]) -> bool:
-    """Whether values are strings: of fixed width, or what h5py makes of others, objects that say so."""
+    """Whether a dtype is of strings: of fixed width, or h5py's dtype of objects for strings of variable length."""
     return dtype.kind in "SU" or (dtype.metadata is not None and dtype.metadata.get("vlen") in (str, bytes))
 
 
 def _refuse_kinds(path: Path, key: str, header: Header) -> None:
     dtype, labels = header.dtype, key.startswith("y")
     if is_text(dtype):
-        found = f"strings ({dtype})" if dtype.kind in "SU" else "strings"
+        kind = f"strings ({dtype})" if dtype.kind in "SU" else "strings"
         advice = f"one label a sample, save {key}.ravel()" if labels else "numbers"
-        raise UserError(f"{path}: {key} holds {found} of shape {header.shape}; expected {advice}")
+        raise UserError(f"{path}: {key} holds {kind} of shape {header.shape}; expected {advice}")
     if dtype.hasobject:
         advice = f", or of labels {NUMBERED.replace('(y', '(' + key)}" if labels else ""
         raise UserError(

@@ -1,4 +1,4 @@
-"""A minibatch: which samples, and what a rank has of them."""
+"""A minibatch: the ids of its samples and the arrays that a rank has of them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import numpy.typing as npt
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The samples `ids` (b,) int64 of a split.
+    """Samples `ids` (b,) int64 of a split.
 
-    inputs: (features, b), where the backend computes; targets: labels (b,) int64 or values (outputs, b) float64, in
-    host memory, of sequences with a target at each step (steps, b) or (outputs, steps, b); lengths: (b,) int32, the
-    steps of each sequence, None for all. What a rank has no use for it leaves out.
+    inputs: (features, b), in the backend's memory. targets: labels (b,) int64 or values (outputs, b) float64, in host
+    memory; for sequences with a target at each step (steps, b) or (outputs, steps, b). lengths: (b,) int32, the steps
+    of each sequence; None: all steps. Fields that a rank does not need are None.
     """
 
     ids: npt.NDArray[np.int64]
@@ -27,5 +27,5 @@ class Batch:
         return len(self.ids)
 
     def share(self, number: int, of: int) -> Batch:
-        """The ids of share `number` of as many as `of`, which are consecutive and nearly equal in size."""
+        """A batch with the ids of share `number` of `of` shares, which are consecutive and nearly equal in size."""
         return Batch(np.array_split(self.ids, of)[number])

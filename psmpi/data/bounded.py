@@ -1,4 +1,4 @@
-"""Samples of which only some are kept in memory: the others are read from their file for each minibatch."""
+"""Samples under a memory limit: some are kept in memory, the others are read from their file for each minibatch."""
 
 from __future__ import annotations
 
@@ -23,18 +23,19 @@ Read = Callable[[npt.NDArray[np.int64]], npt.NDArray[Any]]
 
 
 def bytes_of(text: str) -> int:
-    """A size for people, "500M" or "1.5 GB", as bytes, units being powers of 1024. UserError for none."""
-    found = _SIZE.fullmatch(text.strip())
-    size = int(float(found[1]) * (1 << UNITS[found[2].lower()])) if found else -1
+    """Parse a size such as "500M" or "1.5 GB", with units of powers of 1024, into bytes. UserError for other text."""
+    match = _SIZE.fullmatch(text.strip())
+    size = int(float(match[1]) * (1 << UNITS[match[2].lower()])) if match else -1
     if size < 0:
         raise UserError(f"--data-memory {text}: expected a size in bytes, as 500M or 2G")
     return size
 
 
 def with_memory(dataset: Dataset, size: int) -> Dataset:
-    """A data set of whose samples a process keeps `size` bytes at most, of each split by the number of its samples.
+    """The data set with a limit of `size` bytes on the samples that a process keeps in memory.
 
-    UserError for samples that are not read by rows: sequences, and what is held in memory or packed as a stream.
+    The splits share the limit by their numbers of samples. UserError for samples that are not read by rows: sequences,
+    samples in memory, and compressed streams.
     """
     for split in (dataset.train, dataset.test):
         if split.steps:
@@ -59,10 +60,10 @@ def _by_rows(source: RowSource) -> bool:
 
 
 class BoundedSamples:
-    """Samples of which minibatches are taken, multiplied by a scale: to the bit as those of `psmpi.backend.Samples`.
+    """Samples of which a limited number is in memory. Minibatches equal those of `psmpi.backend.Samples` bit for bit.
 
-    kept: (k, features), the first ones; read(at): those at other positions (m,) int64, ascending, as they are stored,
-    (m, features). ops: of the arrays that minibatches go into.
+    kept: the first samples, (k, features). read(at): reads the samples at other positions `at` (m,) int64, ascending,
+    and returns (m, features) as stored. scale: factor on stored values. ops: backend of the minibatches.
     """
 
     def __init__(self, kept: npt.NDArray[Any], read: Read, scale: float, ops: NumpyOps):
@@ -71,19 +72,19 @@ class BoundedSamples:
 
     @property
     def nbytes(self) -> int:
-        """The bytes held."""
+        """Bytes in memory."""
         return self.kept.nbytes + self.scratch.nbytes
 
     def fetch(self, at: npt.NDArray[np.int64], out: Any) -> None:
-        """out (features, b) = the scaled samples at positions `at` (b,) int64, which are not checked."""
+        """Fill `out` (features, b) with the scaled samples at positions `at` (b,) int64, which are not checked."""
         if len(at) > len(self.scratch):
             self.scratch = np.empty((len(at), self.kept.shape[1]), self.kept.dtype)
-        taken, beyond = self.scratch[: len(at)], at >= len(self.kept)
-        taken[~beyond] = self.kept[at[~beyond]]
+        samples, beyond = self.scratch[: len(at)], at >= len(self.kept)
+        samples[~beyond] = self.kept[at[~beyond]]
         if beyond.any():
             rows, places = np.unique(at[beyond], return_inverse=True)
-            taken[beyond] = self.read(rows)[places]
+            samples[beyond] = self.read(rows)[places]
         host = out if not self.ops.on_device else np.empty(out.shape, out.dtype)
-        np.multiply(taken.T, host.dtype.type(self.scale), out=host, dtype=host.dtype, casting="same_kind")
+        np.multiply(samples.T, host.dtype.type(self.scale), out=host, dtype=host.dtype, casting="same_kind")
         if self.ops.on_device:
             out[...] = self.ops.put(host)

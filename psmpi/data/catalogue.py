@@ -32,27 +32,27 @@ DATASETS = ("digits", "peaks", "mnist", "cifar10", "characters", *TASKS)
 
 
 def parted(name: str) -> tuple[str, str]:
-    """A name and its suffix: ("mnist", "rows"), ("adding", "100"); no suffix: ""."""
+    """Split a name into name and suffix, such as ("mnist", "rows") and ("adding", "100"); without one, ""."""
     first, _, suffix = name.rpartition(":")
     return (first, suffix) if first in DATASETS or (first and suffix in VIEWS) else (name, "")
 
 
 def locate(name: str, data_dir: str | Path | None, tell: Callable[[str], None]) -> str:
-    """The absolute path of a file of the user's own, or the `name` of a data set that has one.
+    """The absolute path of a user's file, or `name` itself for a data set of DATASETS.
 
-    Of names with {rank} the path has that too, and rank 0's file is looked for. `tell` hears of another file of that
-    name. UserError for an unknown name, and where there is no such file.
+    A name with {rank} keeps it in the path; the file of rank 0 must exist. tell: prints a warning if `data_dir` and the
+    current directory both have a file of that name. UserError for an unknown name and for a missing file.
     """
-    given, (name, view) = name, parted(name)
+    whole_name, (name, view) = name, parted(name)
     if name in DATASETS or parted(name)[0] in DATASETS:
-        return given
+        return whole_name
     folder, first = _folder(data_dir), of_rank(name, 0)
-    path, here = _locate(first, folder), expanded(first, "--dataset")
-    if here.is_file() and not here.samefile(path):
-        tell(f"warning: the data set is {path}, and there is another {here}: name the one that is meant by its path")
+    path, local = _locate(first, folder), expanded(first, "--dataset")
+    if local.is_file() and not local.samefile(path):
+        tell(f"warning: the data set is {path}, and there is another {local}: name the one that is meant by its path")
     if RANK in name:
-        # As it was found.
-        path = expanded(name, "--dataset") if path == here or folder is None else folder / name
+        # The path with {rank}, in the folder in which rank 0's file is.
+        path = expanded(name, "--dataset") if path == local or folder is None else folder / name
     return str(path.absolute()) + (f":{view}" if view else "")
 
 
@@ -71,18 +71,20 @@ def open_dataset(
 ) -> Dataset:
     """Open the data set `name`: digits (embedded), peaks (generated), mnist, cifar10, characters, a task, or a file.
 
-    Files are .npz, .h5 or .hdf5, pairs of .npy (see psmpi.data.npy), .csv (see psmpi.data.table, for `label` too), .svm
-    (see psmpi.data.svmlight), or .txt: a text in windows of `context` characters, numbered as in `characters` if given,
-    see psmpi.data.text. names: of classes, by which labels are numbered if given, see psmpi.data.names. Tasks are
-    generated, see psmpi.data.tasks: adding, copying, repeat_copy, modular_addition, sparse, ratings, or with a size
-    adding:100. With :rows or :pixels behind its name images are sequences, see psmpi.data.sequences. A relative path is
-    looked up in `data_dir` first, if given, and then in the current directory. The test samples of a file without any
-    are a fifth of each class (of all samples in a regression), drawn with `split_seed`, or with -1 every fifth sample,
-    and of a text its last tenth. external: whether the arrays of an HDF5 file may lie in other files; channels_last:
-    whether images in files of the user's own have their channels behind rows and columns; validation: the share of the
-    training samples that are for validation, see psmpi.data.validation. Reads the labels and checks
-    the headers and sizes of all files, but reads no samples; reads a text, or a table, whole. Raises UserError for an
-    unknown name, for missing files and for files of the wrong format, size or content.
+    Files: .npz, .h5, .hdf5, pairs of .npy (psmpi.data.npy), .csv (psmpi.data.table, which also explains `label`), .svm
+    (psmpi.data.svmlight), and .txt, a text in windows of `context` characters (psmpi.data.text). A relative path is
+    looked up in `data_dir`, if given, and then in the current directory. Tasks are generated (psmpi.data.tasks):
+    adding, copying, repeat_copy, modular_addition, sparse, ratings; a suffix sets the size, as in adding:100. The
+    suffixes :rows and :pixels make sequences of images (psmpi.data.sequences).
+
+    split_seed: seed of the test samples of a file without any. They are a fifth of each class (of all samples in a
+    regression); with -1 every fifth sample; of a text the last tenth. external: whether the arrays of an HDF5 file may
+    lie in other files. channels_last: whether images in the user's files are (height, width, channels). validation:
+    share of the training samples that are for validation (psmpi.data.validation). characters: numbers the characters of
+    a text; names: number the labels of classes (psmpi.data.names).
+
+    The function reads the labels and checks headers and sizes of all files, but reads no samples; it reads a text or a
+    table whole. UserError for an unknown name, for missing files and for files of the wrong format, size or content.
     """
     where = (name, data_dir, split_seed, context, label, external, channels_last)
     dataset = _open(*where, characters, names)
@@ -146,16 +148,13 @@ def open_split(
     features: int = 0,
     columns: tuple[str, ...] = (),
 ) -> Split:
-    """The `train`, `test` or `validation` samples of a data set, or `all` the samples x of a file.
+    """Open one split of a data set: "train", "test", "validation", or "all", which is all samples x of a file.
 
-    Labels are -1 where the file has none.
-
-    context to names: see `open_dataset`. numbering: of a text of sparse samples that belongs to another one; features:
-    of the network that predicts them, by which a table without labels is known; columns: the names of these features,
-    by which those of a table are found.
-
-    predicted: whether they are to be predicted, so that errors can say how to do without targets. Raises UserError as
-    open_dataset does.
+    Labels are -1 if the file has none. data_dir, split_seed to validation, characters, names: see `open_dataset`.
+    predicted: whether the samples are to be predicted, so that errors say how to leave out targets. numbering: that of
+    the training's sparse samples (.svm). features: number of features of the network, which tells a table without
+    labels; columns: names of these features, by which a table's columns are chosen. UserError as `open_dataset`, and
+    for a split that the data set does not have.
     """
     base, view = parted(name)
     if split == "all" and base in DATASETS:
@@ -181,15 +180,17 @@ def open_split(
         dataset = build(name, *own, split_seed, predicted, names, channels_last)
     if validation:
         dataset = with_validation(dataset, validation, split_seed)
-    found = {"train": dataset.train, "test": dataset.test, "validation": dataset.validation}[split]
-    if found is None:
+    samples = {"train": dataset.train, "test": dataset.test, "validation": dataset.validation}[split]
+    if samples is None:
         raise UserError(f"{name} has no validation samples, as the training had no --validation: give another --split")
-    return found
+    return samples
 
 
 def _check_view(name: str, view: str) -> None:
     if view not in VIEWS:
-        raise UserError(f"--dataset {name}:{view}: expected {' or '.join(f'{name}:{one}' for one in VIEWS)}, or {name}")
+        raise UserError(
+            f"--dataset {name}:{view}: expected {' or '.join(f'{name}:{known}' for known in VIEWS)}, or {name}"
+        )
 
 
 def _read_own(

@@ -1,4 +1,4 @@
-"""Images of 48 characters at any resolution, drawn with the fonts that matplotlib ships, whenever they are read."""
+"""Images of 48 characters at any resolution, drawn with matplotlib's fonts each time they are read."""
 
 from __future__ import annotations
 
@@ -19,36 +19,39 @@ from psmpi.errors import UserError
 
 CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789+-=*/%&#@?!$"
 SIDE, LEAST, MOST = 16, 8, 4096
-# Variations of a character for training, where the samples take no more than so many bytes; half as many for testing.
+# Variations of a character for training, fewer if the images would take more than BYTES; half as many for testing.
 VARIATIONS, BYTES = 40, 256 << 20
 MOST_VARIATIONS = 10_000
-# Those of matplotlib's fonts that have all characters, one of each kind first.
+# Fonts of matplotlib that have all characters, one of each family first.
 FONTS = (
     "DejaVuSans", "DejaVuSerif", "STIXGeneral", "cmr10", "DejaVuSansMono", "cmss10", "cmtt10",
     "DejaVuSans-Bold", "DejaVuSerif-Bold", "STIXGeneralBol", "cmb10", "DejaVuSansMono-Bold",
     "DejaVuSans-Oblique", "DejaVuSerif-Italic", "STIXGeneralItalic", "DejaVuSansMono-Oblique",
     "DejaVuSans-BoldOblique", "DejaVuSerif-BoldItalic", "STIXGeneralBolIta", "DejaVuSansMono-BoldOblique",
 )  # fmt: skip
-# The least size of letters in units of an image's side, and the largest slant and shift, in these units too.
+# Smallest size of a character, largest slant and largest shift; size and shift in units of an image's side.
 SMALLEST, SLANT, SHIFT = 0.75, 0.15, 0.06
-# Noise is below this, of 256 levels.
+# Number of levels of the noise, of 256.
 NOISE = 32
-# Keeps these random numbers apart from all others drawn from the same seed.
+# Key of these random numbers, which separates them from others drawn from the same seed.
 _TAG = 0x63686172
 
 
 class Outline(NamedTuple):
-    """A character's curves in units of the font's size, about its middle and that of an H; codes as of matplotlib."""
+    """Curves of a character in units of the font's size. codes: kinds of the points, as in matplotlib's Path.
+
+    The origin is the middle of the character's width and of the height of an H.
+    """
 
     points: npt.NDArray[np.float64]
     codes: npt.NDArray[np.uint8]
 
 
 def open_characters(number: str, seed: int) -> Dataset:
-    """Images (1, side, side) uint8 of 48 characters, each in as many variations, of other ones for testing.
+    """Images (1, side, side) uint8 of 48 characters, each in equally many variations; other variations for testing.
 
-    number: SIDE or SIDExVARIATIONS; "" for the usual ones. A variation has a font, the same ones in training and
-    testing, and its size, slant, place and noise are drawn from `seed`. UserError where the numbers are not such, and
+    number: SIDE or SIDExVARIATIONS; "" for the defaults. A variation has one of the fonts, which are the same in
+    training and testing; its size, slant, place and noise are drawn from `seed`. UserError for other numbers and
     without matplotlib.
     """
     side, count = _numbers(number)
@@ -58,7 +61,7 @@ def open_characters(number: str, seed: int) -> Dataset:
 
 
 def _numbers(number: str) -> tuple[int, int]:
-    """The side of images, and the variations of each character."""
+    """Side of the images, and number of variations of each character."""
     side, times, count = (number or str(SIDE)).partition("x")
     if not _within(side, LEAST, MOST) or (times and not _within(count, 1, MOST_VARIATIONS)):
         raise UserError(
@@ -80,13 +83,13 @@ def _split(part: int, count: int, side: int, seed: int, faces: tuple[tuple[Outli
 
 @cache
 def outlines() -> tuple[tuple[Outline, ...], ...]:
-    """The outlines of all characters in each of FONTS; UserError without matplotlib, or these fonts of it."""
+    """Outlines of all characters in each of FONTS; UserError without matplotlib or one of these fonts."""
     try:
         from matplotlib import get_data_path
         from matplotlib.ft2font import FT2Font
     except ImportError:
         raise UserError("--dataset characters is drawn with matplotlib's fonts: pip install 'psmpi[plot]'") from None
-    found = []
+    faces = []
     for name in FONTS:
         path = Path(get_data_path()) / "fonts" / "ttf" / f"{name}.ttf"
         if not path.is_file():
@@ -96,8 +99,8 @@ def outlines() -> tuple[tuple[Outline, ...], ...]:
             )
         font = FT2Font(str(path))
         font.set_size(100, 72)
-        found.append(tuple(_outline(font, character) for character in CHARACTERS))
-    return tuple(found)
+        faces.append(tuple(_outline(font, character) for character in CHARACTERS))
+    return tuple(faces)
 
 
 def _outline(font: Any, character: str) -> Outline:
@@ -110,7 +113,7 @@ def _outline(font: Any, character: str) -> Outline:
 def _path(font: Any, character: str) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.uint8]]:
     from matplotlib import ft2font
 
-    # Before version 3.10 flags were numbers, this one FreeType's FT_LOAD_NO_HINTING.
+    # matplotlib before 3.10 takes numbers as flags; 2 is FreeType's FT_LOAD_NO_HINTING.
     flags = ft2font.LoadFlags.NO_HINTING if hasattr(ft2font, "LoadFlags") else 2
     font.load_char(ord(character), flags=flags)
     points, codes = font.get_path()
@@ -119,9 +122,9 @@ def _path(font: Any, character: str) -> tuple[npt.NDArray[np.float64], npt.NDArr
 
 @dataclass(frozen=True, eq=False)
 class Drawings(InPieces):
-    """Images of characters that are drawn when they are read: sample k is of character k mod 48, variation k div 48.
+    """Images of characters, drawn when they are read: sample k is character k mod 48 in variation k div 48.
 
-    part: 0 for training, 1 for testing.
+    part: 0 for training, 1 for testing; count: variations of each character.
     """
 
     part: int
@@ -140,7 +143,7 @@ class Drawings(InPieces):
 
     @property
     def card(self) -> bytes:
-        """See RowSource: the numbers, and a digest of the outlines."""
+        """Text that the images follow from, see RowSource: the numbers, and a digest of the outlines."""
         digest = hashlib.sha256()
         for face in self.faces:
             for outline in face:
@@ -153,13 +156,13 @@ class Drawings(InPieces):
         step = rows_per_chunk(features)
         renderer: Any = RendererAgg(self.side, self.side, 72)  # type: ignore[no-untyped-call]
         for i in range(0, len(rows), step):
-            made = np.empty((min(step, len(rows) - i), features), np.uint8)
-            for image, row in zip(made, rows[i : i + step], strict=True):
+            images = np.empty((min(step, len(rows) - i), features), np.uint8)
+            for image, row in zip(images, rows[i : i + step], strict=True):
                 self._draw(renderer, int(row), image.reshape(self.side, self.side))
-            yield i, made
+            yield i, images
 
     def _draw(self, renderer: Any, row: int, out: npt.NDArray[np.uint8]) -> None:
-        """Draw a sample, white on black, (side, side)."""
+        """Draw sample `row` into `out` (side, side), white on black."""
         from matplotlib.path import Path as Curves
         from matplotlib.transforms import Affine2D
 
@@ -176,7 +179,7 @@ class Drawings(InPieces):
         context.set_snap(False)
         renderer.draw_path(context, Curves(placed, codes), Affine2D(), (1.0, 1.0, 1.0))
         ink = np.asarray(renderer.buffer_rgba())[..., 3]
-        # A share of the levels is left for noise, so that sums stay below 256.
+        # Scale the levels down, so that their sums with the noise stay below 256.
         np.subtract(ink, ink // (256 // NOISE), out=out)
         out += rng.integers(0, NOISE, out.shape, np.uint8)
 

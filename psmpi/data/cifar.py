@@ -1,4 +1,4 @@
-"""CIFAR-10: the official binary files or, for want of them, the pickled ones."""
+"""CIFAR-10 from the official binary files or, if these are missing, from the pickled ones."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ BATCHES = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
 def open_cifar10(data_dir: Path | None) -> Dataset:
     """Open CIFAR-10 in data_dir or data_dir/cifar-10-batches-bin: uint8 images (3, 32, 32), 10 classes.
 
-    Reads the labels and checks sizes; a file may have any whole number of records. Where the binary files are
-    missing, the pickled ones in data_dir or data_dir/cifar-10-batches-py are read with a restricted unpickler
-    and a warning. Raises UserError for files that are missing, truncated or of another format.
+    The function reads the labels and checks sizes; a file may have any whole number of records. If the binary files
+    are missing, it reads the pickled ones in data_dir or data_dir/cifar-10-batches-py with a restricted unpickler and
+    warns. UserError for files that are missing, truncated or of another format.
     """
     data_dir = need_data_dir("cifar10", data_dir)
     folders = [data_dir / "cifar-10-batches-bin", data_dir]

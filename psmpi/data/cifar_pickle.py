@@ -1,6 +1,6 @@
-"""The Python version of CIFAR-10: pickles, which are programs, read here without letting them run anything.
+"""The Python version of CIFAR-10. Its files are pickles, which can run code; the unpickler here runs none.
 
-The unpickler resolves the few names that a pickled dict of arrays, lists and strings needs, and no others.
+The unpickler resolves only the few names that a pickled dict of arrays, lists and strings needs.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from psmpi.data.rows import InPieces, some_rows
 from psmpi.errors import UserError
 from psmpi.files import examiner
 
-# Operations of a pickle: a batch of 10,000 images has some tens of thousands.
+# Most operations of a pickle; a batch of 10,000 images has some tens of thousands.
 OPERATIONS = 500_000
 
 
 def _encode(text: str, encoding: str) -> bytes:
-    """Stands in for _codecs.encode, with which Python 3 pickles bytes at low protocols."""
+    """Replacement of _codecs.encode, by which Python 3 pickles bytes at low protocols."""
     # Other codecs decompress or import modules, and no pickled array needs them.
     if encoding not in ("latin1", "latin-1"):
         raise pickle.UnpicklingError(f"the codec {encoding!r} is not allowed")
@@ -35,17 +35,17 @@ def _encode(text: str, encoding: str) -> bytes:
 
 
 class _Dtype:
-    """Stands in for numpy.dtype, whose state NumPy takes as it is, be it wrong for its memory."""
+    """Replacement of numpy.dtype, since NumPy does not check a pickled state, which can make it read wrong memory."""
 
     def __init__(self, code: Any = "", *options: Any) -> None:
         self.code = code.decode("latin-1") if isinstance(code, bytes) else str(code)
 
     def __setstate__(self, state: Any) -> None:
-        """Byte order and alignment say nothing of uint8."""
+        """Ignore the state: byte order and alignment do not matter for uint8."""
 
 
 class _Array:
-    """Stands in for numpy.ndarray: what the pickle says of an array, for `values` to check."""
+    """Replacement of numpy.ndarray. It keeps the pickled state of an array, which `values` checks."""
 
     state: Any = None
 
@@ -56,26 +56,26 @@ class _Array:
         self.state = state
 
     def __str__(self) -> str:
-        """ "int64 array of shape (1, 2)"."""
+        """Text for messages, such as "int64 array of shape (1, 2)"."""
         match self.state:
             case (int(), tuple() as shape, _Dtype() as dtype, int(), _):
-                known = re.fullmatch("b1|[iu][1248]|f[248]", dtype.code)
+                is_number = re.fullmatch("b1|[iu][1248]|f[248]", dtype.code)
                 plain = len(shape) <= 8 and all(type(size) is int and abs(size) < 2**63 for size in shape)
-                return f"{np.dtype(dtype.code) if known else 'odd'} array of shape {shape if plain else 'unknown'}"
+                return f"{np.dtype(dtype.code) if is_number else 'odd'} array of shape {shape if plain else 'unknown'}"
         return "damaged array"
 
     def values(self, features: int) -> npt.NDArray[np.uint8] | None:
-        """The values (n, features), or None where they are no such array of uint8."""
+        """The values (n, features) uint8; None if the state is not that of such an array."""
         match self.state:
-            case (int(), (int(n), int(found)), _Dtype(code="u1"), int(fortran), bytes(raw)):
-                if found == features and n >= 0 and len(raw) == n * features:
+            case (int(), (int(n), int(width)), _Dtype(code="u1"), int(fortran), bytes(raw)):
+                if width == features and n >= 0 and len(raw) == n * features:
                     flat = np.frombuffer(raw, np.uint8)
                     return flat.reshape((n, features), order="F" if fortran else "C")
         return None
 
 
 def _reconstruct(*options: Any) -> _Array:
-    """Stands in for the function of that name by which pickles make arrays without values."""
+    """Replacement of NumPy's function of that name, by which pickles make arrays without values."""
     return _Array()
 
 
@@ -97,12 +97,12 @@ class _RestrictedUnpickler(pickle.Unpickler):
 
 
 def _check_memory(content: bytes) -> None:
-    """Raise UnpicklingError where few bytes would take much memory: lengths, or numbers of objects, beyond the file.
+    """Raise UnpicklingError for a pickle that would take much memory for its size: too many or misnumbered objects.
 
-    One wrong bit is enough for that.
+    A single wrong bit can make such a pickle.
     """
     for count, (opcode, argument, _) in enumerate(pickletools.genops(content)):
-        # An object of one byte may take a hundred in memory.
+        # An object of one byte in the file may take a hundred in memory.
         if count > OPERATIONS:
             raise pickle.UnpicklingError(f"it has more than {OPERATIONS:,} operations")
         if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and cast(int, argument) > count:
@@ -110,7 +110,7 @@ def _check_memory(content: bytes) -> None:
 
 
 def _load(path: Path) -> Any:
-    """Unpickle dicts, lists, strings, numbers and arrays from `path`; UserError for anything else."""
+    """Unpickle dicts, lists, strings, numbers and arrays from `path`; UserError for any other object."""
     with reading(path):
         content = path.read_bytes()
         try:
@@ -134,8 +134,8 @@ def _images(path: Path, pixels: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray
         raise UserError(f"{path}: found the keys {names}, expected data and labels; fetch it again")
     values = data.values(pixels) if isinstance(data, _Array) else None
     if values is None:
-        found = data if isinstance(data, _Array) else type(data).__name__
-        raise UserError(f"{path}: data is a {found}, expected uint8 (n, {pixels}); fetch the file again")
+        described = data if isinstance(data, _Array) else type(data).__name__
+        raise UserError(f"{path}: data is a {described}, expected uint8 (n, {pixels}); fetch the file again")
     if not (isinstance(labels, list) and all(type(label) is int for label in labels)):
         raise UserError(f"{path}: the labels are no list of integers; fetch the file again")
     if len(labels) != len(values) or not labels:
@@ -148,13 +148,13 @@ def _images(path: Path, pixels: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray
 
 
 def check_inside(path: Path, pixels: int) -> None:
-    """Raise UserError unless a batch is sound; to be called where that may take any time and memory."""
+    """Raise UserError unless a batch is sound; called in a process that may use any time and memory."""
     _images(path, pixels)
 
 
 @dataclass(frozen=True, eq=False)
 class PickleRows(InPieces):
-    """Rows of one pickled batch, which is loaded whole for each read, as the format allows nothing else."""
+    """Rows of one pickled batch. Each read loads the whole file, since the format has no access by rows."""
 
     path: Path
     n: int
@@ -162,9 +162,9 @@ class PickleRows(InPieces):
 
     @classmethod
     def open(cls, path: Path, features: int) -> tuple[PickleRows, npt.NDArray[np.int64]]:
-        """Open a batch; returns it and its labels, (n,) int64. Raises UserError unless it is sound.
+        """Open a batch; return its rows and its labels, (n,) int64. UserError unless the file is sound.
 
-        Another process unpickles it first, see psmpi.files.examiner.
+        Another process unpickles the file first, see psmpi.files.examiner.
         """
         with reading(path), path.open("rb"):
             examiner.examine("psmpi.data.cifar_pickle:check_inside", path, pixels=features)

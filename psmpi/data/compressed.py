@@ -1,4 +1,4 @@
-"""Sparse samples as compressed rows."""
+"""Sparse samples in compressed sparse row (CSR) format."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from psmpi.errors import UserError
 
 # Columns are int32.
 MAX_FEATURES = (1 << 31) - 1
-# Entries that are copied at a time, whose places take 8 bytes each.
+# Entries that are copied at a time; the index of each takes 8 bytes.
 ENTRIES = 1 << 20
 
 
 @dataclass(frozen=True, eq=False)
 class Compressed:
-    """Samples (n, features) of which the entries that are not zero are stored, row by row.
+    """Samples (n, features) as compressed rows: only entries that are not zero are stored, row by row.
 
-    starts: (n + 1,) int64, ascending from 0 to the number of entries; the entries of row r are those from starts[r] to
-    starts[r + 1]. columns: int32 in 0..features-1, strictly increasing within a row. values: float32 or float64.
+    starts: (n + 1,) int64, ascending from 0 to the number of entries; row r has the entries starts[r] to
+    starts[r + 1] - 1. columns: (entries,) int32 in 0..features-1, strictly increasing within a row. values: (entries,)
+    float32 or float64.
     """
 
     starts: npt.NDArray[np.int64]
@@ -45,7 +46,7 @@ class Compressed:
         return self.starts.nbytes + self.columns.nbytes + self.values.nbytes
 
     def row_of(self, entry: int) -> int:
-        """The row that an entry is of."""
+        """The row that contains an entry."""
         return int(np.searchsorted(self.starts, entry, "right")) - 1
 
     def astype(self, dtype: npt.DTypeLike) -> Compressed:
@@ -55,7 +56,7 @@ class Compressed:
         return Compressed(self.starts, self.columns, values, self.features)
 
     def take(self, rows: npt.NDArray[np.int64]) -> Compressed:
-        """The `rows` (k,) int64 in 0..n-1 in their order; of rows that follow each other views, of others copies."""
+        """The `rows` (k,) int64 in 0..n-1, in their order: views if the rows are consecutive, else copies."""
         count = len(rows)
         if not count or (rows[-1] - rows[0] == count - 1 and (np.diff(rows) == 1).all()):
             first = int(rows[0]) if count else 0
@@ -67,22 +68,22 @@ class Compressed:
         lengths = self.starts[rows + 1] - self.starts[rows]
         starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
         columns, values = np.empty(starts[-1], np.int32), np.empty(starts[-1], self.dtype)
-        done = 0
-        while done < count:
-            behind = max(done + 1, int(np.searchsorted(starts, starts[done] + ENTRIES, "right")) - 1)
-            part = slice(int(starts[done]), int(starts[behind]))
-            shift = np.repeat(self.starts[rows[done:behind]] - starts[done:behind], lengths[done:behind])
+        first = 0
+        while first < count:
+            stop = max(first + 1, int(np.searchsorted(starts, starts[first] + ENTRIES, "right")) - 1)
+            part = slice(int(starts[first]), int(starts[stop]))
+            shift = np.repeat(self.starts[rows[first:stop]] - starts[first:stop], lengths[first:stop])
             places = shift + np.arange(part.start, part.stop)
             columns[part], values[part] = self.columns[places], self.values[places]
-            done = behind
+            first = stop
         return Compressed(starts, columns, values, self.features)
 
     def some(self, features: npt.NDArray[np.int64]) -> Compressed:
-        """The same rows with some of their columns, (k,) increasing, which are numbered from 0."""
-        there = np.isin(self.columns, features)
-        ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(there)])[self.starts]
-        columns = np.searchsorted(features, self.columns[there]).astype(np.int32)
-        return Compressed(ends, columns, self.values[there], len(features))
+        """All rows with the columns `features` (k,) only, ascending; the result numbers these columns from 0."""
+        wanted = np.isin(self.columns, features)
+        ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(wanted)])[self.starts]
+        columns = np.searchsorted(features, self.columns[wanted]).astype(np.int32)
+        return Compressed(ends, columns, self.values[wanted], len(features))
 
     def dense(self) -> npt.NDArray[Any]:
         """All rows as a new array (n, features)."""
@@ -94,10 +95,10 @@ class Compressed:
 def checked(
     where: str, starts: npt.NDArray[Any], columns: npt.NDArray[Any], values: npt.NDArray[Any], features: int
 ) -> Compressed:
-    """Compressed rows of arrays from a file, which `where` names. UserError unless they are what `Compressed` says.
+    """Make compressed rows of arrays from a file. UserError, which names `where`, unless they fit `Compressed`.
 
-    starts and columns may be of any type of integers. Values may be whole numbers, which become float32 where that
-    holds them exactly and else float64. Rows whose columns are not in order are sorted.
+    starts and columns may have any integer dtype. Integer values become float32 if that is exact, else float64. Rows
+    whose columns are not in order are sorted.
     """
     if not 1 <= features <= MAX_FEATURES:
         raise UserError(f"{where}: {features:,} features; expected 1 to {MAX_FEATURES:,}: leave out those not used")
@@ -143,7 +144,7 @@ def _floats(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
 def _in_order(
     where: str, starts: npt.NDArray[np.int64], columns: npt.NDArray[np.int32], values: npt.NDArray[Any]
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[Any]]:
-    """Columns and values with each row's columns increasing; UserError where a row has one twice."""
+    """Sort the entries of each row by column; return columns and values. UserError if a row has a column twice."""
     inside = np.ones(max(0, len(columns) - 1), np.bool_)
     cuts = starts[1:-1]
     inside[cuts[(cuts > 0) & (cuts < len(columns))] - 1] = False

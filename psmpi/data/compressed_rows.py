@@ -1,4 +1,4 @@
-"""The source of sparse samples that are in memory as compressed rows."""
+"""Source of sparse samples that are in memory as compressed rows."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from psmpi.data.rows import InPieces, Rows, spread
 
 @dataclass(frozen=True, eq=False)
 class CompressedRows(InPieces):
-    """Rows of compressed samples, which are in memory; dense ones are made some at a time.
+    """Compressed rows in memory. Reads make dense rows, some at a time.
 
-    path: the file that they are of; numbers: (n,) of each row in there, None: they are in this order.
+    path: the file that the rows come from; numbers: (n,), the number of each row in that file; None: 0..n-1.
     """
 
     matrix: Compressed
@@ -39,7 +39,7 @@ class CompressedRows(InPieces):
             yield i, self.matrix.take(rows[i : i + step]).dense()
 
     def glance(self, count: int) -> npt.NDArray[Any]:
-        """Of the columns those with an entry in these rows, and one without: all of them may be too many."""
+        """Some rows, with the columns that have an entry in them and one column of zeros: all may be too many."""
         few = self.matrix.take(spread(self.n, count))
         used, columns = np.unique(few.columns, return_inverse=True)
         return Compressed(few.starts, columns.reshape(-1).astype(np.int32), few.values, len(used) + 1).dense()
@@ -51,5 +51,5 @@ class CompressedRows(InPieces):
         return f"{self.path}: sample {row if self.numbers is None else int(self.numbers[row])}"
 
     def apart(self, rows: Rows) -> CompressedRows:
-        """A source of these rows alone, which has copies of them."""
+        """A source with copies of these rows only."""
         return CompressedRows(self.matrix.take(rows), self.path, rows if self.numbers is None else self.numbers[rows])

@@ -1,4 +1,4 @@
-"""Test samples that are training samples too, found by a fingerprint of each sample."""
+"""Search for test samples that are training samples too, by a fingerprint of each sample."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from psmpi.data.split import Dataset
 
 Prints = npt.NDArray[np.uint64]
 
-# Shares of the test samples: what honest collections have, too, and what is said of samples that were held out.
+# Shares of test samples with a copy that need no warning: in collections with own test samples, and in samples that
+# psmpi holds out.
 FEW, HELD_OUT = 0.01, 0.1
-# So many values at most are categories, whose rows are alike by chance.
+# Samples with at most this many different values are taken for categories, whose rows can be equal by chance.
 CATEGORIES = 16
 
 
 def fingerprints(values: npt.NDArray[np.generic]) -> Prints:
-    """64 bits for each row of values (k, features), the same for the same bytes.
+    """Fingerprint of 64 bits of each row of values (k, features); equal rows have equal fingerprints. Returns (k,).
 
-    Sums of a_i w_i modulo 2⁶⁴ over the words w_i of 32 bits, with random odd a_i: rows that differ have the same one
-    with a probability of 2⁻³² at most.
+    It is the sum of a_i w_i modulo 2⁶⁴ over the row's words w_i of 32 bits, with random odd a_i: different rows have
+    the same fingerprint with a probability of 2⁻³² at most.
     """
     rows = np.ascontiguousarray(values).view(np.uint8)
     if rows.shape[1] % 4:
@@ -31,12 +32,12 @@ def fingerprints(values: npt.NDArray[np.generic]) -> Prints:
         rows = padded
     words = rows.view(np.uint32)
     factors = np.random.default_rng(0).integers(0, 2**64, words.shape[1], np.uint64) | np.uint64(1)
-    found: Prints = words.astype(np.uint64) @ factors
-    return found
+    sums: Prints = words.astype(np.uint64) @ factors
+    return sums
 
 
 def compressed_fingerprints(rows: Compressed) -> Prints:
-    """`fingerprints` of compressed rows, with hashes of the columns (SplitMix64) for factors."""
+    """Fingerprints (n,) of compressed rows, as `fingerprints`, with hashes of the columns (SplitMix64) as factors."""
     words = rows.values.view(np.uint32).reshape(len(rows.values), rows.dtype.itemsize // 4).astype(np.uint64)
     sums = np.zeros(len(rows.values) + 1, np.uint64)
     for k in range(words.shape[1]):
@@ -46,33 +47,34 @@ def compressed_fingerprints(rows: Compressed) -> Prints:
             factors = (factors ^ (factors >> np.uint64(shift))) * np.uint64(odd)
         words[:, k] *= (factors ^ (factors >> np.uint64(31))) | np.uint64(1)
     np.cumsum(words.sum(axis=1, dtype=np.uint64), out=sums[1:])
-    found: Prints = sums[rows.starts[1:]] - sums[rows.starts[:-1]]
-    return found
+    row_sums: Prints = sums[rows.starts[1:]] - sums[rows.starts[:-1]]
+    return row_sums
 
 
 def find_copies(dataset: Dataset, prints: Sequence[Prints], values: npt.NDArray[np.generic]) -> Iterator[str]:
-    """A phrase where test samples are training samples too, beyond what chance or honest collections have.
+    """Yield a phrase if more test samples are training samples too than chance and usual collections explain.
 
-    prints: of training and of test samples, of all or of some; values: of some samples, which tell categories.
+    prints: fingerprints of the training and of the test samples, of all or of some; values: some samples, whose number
+    of different values tells categories.
     """
     train, test = prints
-    # Samples of zeros, whose fingerprint is 0, are told of elsewhere.
-    kept, counts = np.unique(train[train != 0], return_counts=True)
+    # Samples of zeros, whose fingerprint is 0, have a warning in psmpi.data.doubts.
+    distinct, counts = np.unique(train[train != 0], return_counts=True)
     again = float(counts[counts > 1].sum() / len(train))
-    found = int(np.isin(test, kept).sum())
-    share = found / len(test)
+    copied = int(np.isin(test, distinct).sum())
+    share = copied / len(test)
     looked = "" if len(test) == dataset.test.n and len(train) == dataset.train.n else " looked at"
     if dataset.test.source is dataset.train.source:
-        # Of samples drawn from one array as many have a copy as among those that stay.
+        # Test samples drawn from x have a copy as often as the remaining ones do.
         if share > HELD_OUT and len(np.unique(values)) > CATEGORIES:
             yield (
-                f"x has samples more than once, so that {found:,} of the {len(test):,} test samples{looked}, which are "
-                "drawn from it, are training samples too: save each sample once (np.unique(x, axis=0, "
+                f"x has samples more than once, so that {copied:,} of the {len(test):,} test samples{looked}, which "
+                "are drawn from it, are training samples too: save each sample once (np.unique(x, axis=0, "
                 "return_index=True)[1]), or x_test and y_test of others"
             )
-    # Where rows are alike by chance, they are so within x as well.
+    # Rows that are equal by chance are so within x too.
     elif share > FEW + 2 * again or (share > 1 - FEW and again < 1 - HELD_OUT):
         yield (
-            f"{found:,} of the {len(test):,} test samples{looked} are training samples too, so that tests are of what "
-            "is learnt by heart: test on others, or take these out of the training samples"
+            f"{copied:,} of the {len(test):,} test samples{looked} are training samples too, so that tests measure "
+            "what is memorized: test on others, or take these out of the training samples"
         )

@@ -1,4 +1,4 @@
-"""Sparse samples in files of the user's own: the arrays of a SciPy matrix in compressed rows, x_data, x_indices, ..."""
+"""Sparse samples in the user's files: the arrays x_data, x_indices, x_indptr and x_shape of a SciPy CSR matrix."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from psmpi.data.compressed import checked
 from psmpi.data.compressed_rows import CompressedRows
 from psmpi.errors import UserError
 
-# What SciPy calls the arrays of a matrix; those of x are x_data and so on.
+# SciPy's names for the arrays of a CSR matrix; those of x are x_data and so on.
 PARTS = ("data", "indices", "indptr", "shape")
 CSR_KEYS = tuple(f"{key}_{part}" for key in ("x", "x_test") for part in PARTS)
 SAVED = "np.savez(NAME, x_data=x.data, x_indices=x.indices, x_indptr=x.indptr, x_shape=x.shape, y=y)"
 
 
 def with_compressed(path: Path, keys: list[str], headers: dict[str, Header]) -> tuple[list[str], dict[str, Header]]:
-    """Names and headers of a file's arrays, with x and x_test for those that it has as compressed rows.
+    """Names and headers of a file's arrays, with x and x_test added if the file has them as compressed rows.
 
-    UserError for arrays that are no compressed rows, and for what SciPy's save_npz wrote, where there are no targets.
+    UserError for arrays that are not compressed rows, and for a file of SciPy's save_npz, which has no targets.
     """
     if "x" not in keys and {"indices", "indptr", "format"} <= set(keys):
         raise UserError(
@@ -47,7 +47,7 @@ def with_compressed(path: Path, keys: list[str], headers: dict[str, Header]) -> 
 
 
 def _header(path: Path, key: str, headers: dict[str, Header]) -> Header:
-    """A header of the samples (n, features) that the arrays of compressed rows stand for."""
+    """Header of the samples (n, features) in the arrays of compressed rows; UserError unless these fit together."""
     data, indices, indptr, shape = (headers[f"{key}_{part}"] for part in PARTS)
     where = f"{path}, {key}"
     if shape.dtype.kind not in "iu" or shape.shape != (2,):

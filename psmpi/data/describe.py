@@ -1,4 +1,4 @@
-"""A line about a data set: samples, shape, range of values, classes with counts."""
+"""A line of text about a data set: samples, shape, range of values, classes with counts."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from psmpi.data.doubts import some_samples
 from psmpi.data.split import Dataset, Split
 from psmpi.errors import counted
 
-# Classes that are named with their counts; of more it is said how many samples the smallest and the largest have.
+# Most classes that the line lists; for more it gives the smallest and the largest number of samples of a class.
 NAMED = 12
 
 
 def describe(dataset: Dataset) -> str:
-    """The line that is told before training; the range of values is that of a few samples.
+    """The line that is printed before training; the range of values is that of a few samples. For example:
 
     "data flowers.csv: 120 training and 30 test samples (held out) of shape 4, float32 from 0.1 to 7.9; 3 classes:
     setosa (40), versicolor (40), virginica (40)"
@@ -33,7 +33,7 @@ def describe(dataset: Dataset) -> str:
 
 
 def _range(split: Split) -> str:
-    """The type of the values that are stored, and the smallest and largest of some."""
+    """The stored dtype, with the smallest and largest value of some samples."""
     some = some_samples(split)
     kind = "tokens" if split.tokens else f"{'sparse ' if split.compressed is not None else ''}{split.dtype}"
     if not some.size or not np.isfinite(some).all():
@@ -50,7 +50,7 @@ def _targets(dataset: Dataset) -> str:
         return f"{counted(dataset.outputs, 'value')} to learn{' at each step' if train.by_step else ''}{span}"
     if train.characters:
         return f"{counted(dataset.outputs, 'character')}"
-    # Some at a time, as NumPy counts copies in int64.
+    # In parts, since np.bincount copies labels to int64.
     parts = np.array_split(train.targets.reshape(-1), 1 + train.targets.size // (1 << 20))
     counts = sum(np.bincount(part[part >= 0], minlength=dataset.outputs) for part in parts)
     each, classes = " at each step" if train.by_step else "", np.arange(dataset.outputs)

@@ -19,7 +19,7 @@ SAMPLES, PIXELS = 1797, 64
 def open_digits() -> Dataset:
     """Load the digits: uint8 values 0..16, shape (1, 8, 8), 10 classes, 1,438 training and 359 test samples.
 
-    Raises UserError where the installed copy is damaged.
+    UserError if the installed file is damaged.
     """
     resource = files("psmpi.data") / "digits.csv.gz"
     with reading(Path(str(resource))), resource.open("rb") as packed:

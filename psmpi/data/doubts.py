@@ -1,4 +1,4 @@
-"""What in a data set is probably a mistake, though it can be trained on."""
+"""Warnings about probable mistakes in a data set that can be trained on nevertheless."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from psmpi.data.split import Dataset, Split
 from psmpi.data.text import named
 from psmpi.errors import counted
 
-# Samples that are looked at, and the bytes that they may take.
+# Samples that are read, and most bytes of them.
 ROWS, BYTES = 64, 1 << 22
-# Numbers of channels that images have.
+# Usual numbers of channels of images.
 CHANNELS = (1, 3, 4)
-# The largest value of pixels that are as good as black.
+# Images with pixels up to this value are nearly black.
 DIM = 32
-# The largest magnitude of values of samples that are as good as scaled.
+# Values up to this magnitude count as scaled.
 LARGE = 12
-# Times that the values of test samples may be those of training samples.
+# Largest ratio of the magnitudes of test and training samples that needs no warning.
 APART = 8
 
 
 def find_doubts(dataset: Dataset, prints: Sequence[Prints] = ()) -> Iterator[str]:
-    """Phrases about what is probably a mistake in `dataset`, each with what to do; reads a few samples.
+    """Yield a phrase about each probable mistake in `dataset`, with what to do; reads a few samples.
 
     prints: fingerprints of training samples and of test samples, see `psmpi.data.identify`.
 
-    Of classes: no or one class in all, in training or in the test, gaps in their numbers, or numbers that may be marks.
-    Of texts: characters of the test that are not in training. Of values: one that all have;
-    not whole numbers, since only those learn values who ask for the squared error. Of samples: pixels that are not
-    scaled, channels that come last, test samples of another scale, or that are training samples.
+    Labels: a single class, classes without training or test samples, gaps in the numbers, numbers that may mark samples
+    without a label. Texts: characters that only the test part has. Values: a constant column. Samples: values that are
+    not scaled, channels that may be on another axis, test samples of another scale, test samples that are training
+    samples.
     """
     yield from (
         _characters(dataset)
@@ -72,18 +72,18 @@ def _labels(dataset: Dataset) -> Iterator[str]:
         lone = last - int(used[-2]) > 2
         ignored = f"; if {last} marks samples to be ignored, remove these" if lone else ""
         yield f"no sample has the {_named(gaps, 'label')}: number the classes without gaps, {NUMBERED}{ignored}"
-    for here, there, of, lacking in (
+    for present, absent, of, lacking in (
         (test, train, dataset.tested, "training"),
         (train, test, "training", dataset.tested),
     ):
-        found = np.flatnonzero(here & ~there)
-        if len(found):
-            verb = "has" if len(found) == 1 else "have"
-            yield f"the {_named(found, 'class', names)} {verb} {of} samples and no {lacking} samples"
+        classes = np.flatnonzero(present & ~absent)
+        if len(classes):
+            verb = "has" if len(classes) == 1 else "have"
+            yield f"the {_named(classes, 'class', names)} {verb} {of} samples and no {lacking} samples"
 
 
 def _marks(names: tuple[str, ...]) -> Iterator[str]:
-    """A warning of integers that may mark samples without a label: -1, and one far above all others."""
+    """Yield warnings for labels that may mark samples without a label: a negative one, one far above all others."""
     if not all(re.fullmatch(r"-?\d+", name) for name in names):
         return
     numbers = [int(name) for name in names]
@@ -94,8 +94,9 @@ def _marks(names: tuple[str, ...]) -> Iterator[str]:
 
 
 def _count(tokens: npt.NDArray[Any], outputs: int) -> npt.NDArray[np.int64]:
-    """How often each of `outputs` tokens is among these (n, steps); some at a time, as NumPy counts copies in int64."""
+    """Count each of `outputs` tokens in `tokens` (n, steps): (outputs,)."""
     count = np.zeros(outputs, np.int64)
+    # In parts, since np.bincount copies tokens to int64.
     for some in np.array_split(tokens, 1 + tokens.size // (1 << 20)):
         count += np.bincount(some.ravel(), minlength=outputs)
     return count
@@ -103,34 +104,37 @@ def _count(tokens: npt.NDArray[Any], outputs: int) -> npt.NDArray[np.int64]:
 
 def _characters(dataset: Dataset) -> Iterator[str]:
     train, test = (_count(split.targets, dataset.outputs) for split in (dataset.train, dataset.test))
-    found = np.flatnonzero((test > 0) & (train == 0))
-    if len(found):
-        some = ", ".join(named(dataset.train.characters[k]) for k in found[:5])
-        more = f" and {len(found) - 5:,} more" if len(found) > 5 else ""
-        share = test[found].sum() / test.sum()
+    unseen = np.flatnonzero((test > 0) & (train == 0))
+    if len(unseen):
+        some = ", ".join(named(dataset.train.characters[k]) for k in unseen[:5])
+        more = f" and {len(unseen) - 5:,} more" if len(unseen) > 5 else ""
+        share = test[unseen].sum() / test.sum()
         yield (
-            f"{counted(len(found), 'character')} of the last tenth of the text, {100 * share:.2g} % of it, cannot be "
+            f"{counted(len(unseen), 'character')} of the last tenth of the text, {100 * share:.2g} % of it, cannot be "
             f"learnt from what is before it: {some}{more}"
         )
 
 
 def _counted(split: Split) -> npt.NDArray[Any]:
-    """The targets that count: labels (n,) or values (n, outputs)."""
+    """The targets of steps and samples that count: labels (n,) or values (n, outputs)."""
     if not split.by_step:
         return split.targets
     counts = split.targets >= 0 if split.task == "classes" else ~np.isnan(split.targets[..., 0])
-    found: npt.NDArray[Any] = split.targets[counts]
-    return found
+    targets: npt.NDArray[Any] = split.targets[counts]
+    return targets
 
 
 def _named(classes: npt.NDArray[Any], what: str, names: tuple[str, ...] = ()) -> str:
-    """ "classes 1, 2, 3, 4, 5 and 20 more"."""
+    """Text that lists classes, such as "classes 1, 2, 3, 4, 5 and 20 more"; what: "class" or "label"."""
     several = {"class": "classes", "label": "labels"}[what]
     return f"{what if len(classes) == 1 else several} {listed([names[k] if names else str(k) for k in classes])}"
 
 
 def _values(values: npt.NDArray[Any], steps: int) -> Iterator[str]:
-    """values: (n, outputs), of training samples; steps: of sequences that have such values each, else 0."""
+    """Yield warnings about the values (n, outputs) of training samples.
+
+    steps: the number of steps if the samples are sequences with one row of values each, else 0.
+    """
     if values.shape[1] == steps > 1:
         yield (
             f"y has {steps} values for each sequence of {steps} steps, which are taken for values of the whole: for "
@@ -181,13 +185,13 @@ def _samples(dataset: Dataset, some: npt.NDArray[Any]) -> Iterator[str]:
         )
     if dataset.test.source is not dataset.train.source:
         tests = some_samples(dataset.test)
-        most = [float(np.abs(one).max(initial=0)) if np.isfinite(one).all() else 0.0 for one in (some, tests)]
+        most = [float(np.abs(values).max(initial=0)) if np.isfinite(values).all() else 0.0 for values in (some, tests)]
         if min(most) and max(most) > APART * min(most):
             yield f"x has values up to {most[0]:g}, x_test up to {most[1]:g}: scale both alike"
 
 
 def some_samples(split: Split) -> npt.NDArray[Any]:
-    """Some samples as they are stored, (k, features); of sparse ones the columns that they use, and one of zeros."""
+    """Some samples as stored, (k, features); of sparse ones only the columns with entries and one column of zeros."""
     if split.compressed is not None:
         return split.source.glance(ROWS)
     row = split.features * split.dtype.itemsize

@@ -1,4 +1,4 @@
-"""Finding files and turning what goes wrong while reading them into messages for the user."""
+"""Search for files of data sets, and UserErrors for files that cannot be read."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from pathlib import Path
 from psmpi.errors import UserError
 
 CHUNK_BYTES = 1 << 20
-# What may be unpacked into memory without a look at how far it was packed.
+# Bytes that may be unpacked into memory at any ratio of compression.
 UNPACKED_BYTES = 1 << 27
-# How far samples that were measured can be packed; gzip packs zeros a thousandfold.
+# Largest ratio of compression of measured samples; gzip compresses zeros a thousandfold.
 PACKED = 200
 
 
 def rows_per_chunk(row_bytes: int) -> int:
-    """The number of rows of `row_bytes` bytes that fit a chunk: at least one."""
+    """Number of rows of `row_bytes` bytes that fit into a chunk, at least one."""
     return max(1, CHUNK_BYTES // row_bytes)
 
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn what a missing, unreadable, damaged or truncated `path` raises inside the block into UserError."""
+    """Turn errors of the block about a missing, unreadable, damaged or truncated `path` into UserErrors."""
     try:
         yield
     # BadGzipFile is an OSError, so this clause has to come first.
-    # NotImplementedError: what zip files say that they need, and zipfile has not.
-    # UnicodeDecodeError: names in a zip file that are said to be UTF-8.
+    # NotImplementedError: a zip file needs a feature that zipfile lacks.
+    # UnicodeDecodeError: a name in a zip file is flagged as UTF-8 and is not.
     except (
         gzip.BadGzipFile, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError,
         UnicodeDecodeError,
@@ -49,7 +49,10 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def check_unpacked(where: str, packed: int, unpacked: int, advice: str) -> None:
-    """Raise UserError for `packed` bytes that become so many more, `unpacked`, that they are no measured samples."""
+    """Raise UserError if `packed` bytes unpack to so many, `unpacked`, that they cannot be measured samples.
+
+    advice: what to do if the file is right after all.
+    """
     if unpacked > UNPACKED_BYTES and unpacked > PACKED * packed:
         raise UserError(
             f"{where}: {packed:,} bytes that would unpack to {unpacked:,}: nearly all of it repeats itself, as samples "
@@ -57,7 +60,7 @@ def check_unpacked(where: str, packed: int, unpacked: int, advice: str) -> None:
         )
 
 
-# The beginnings of files, and what these are.
+# First bytes of files, and the format of each.
 MAGIC = {
     b"PK": "a zip file (.npz)",
     b"\x93NUMPY": "a single array of NumPy (.npy)",
@@ -70,32 +73,32 @@ ADVICE = "save it as HDF5 or, with np.savez(NAME, x=samples, y=labels), as .npz,
 
 
 def described(path: Path) -> str:
-    """A file by its first bytes: "it is an HDF5 file (.h5)"."""
+    """The format of a file by its first bytes, as text such as "it is an HDF5 file (.h5)"."""
     with path.open("rb") as file:
         start = file.read(16)
     if not start:
         return "it is empty"
-    return "it is " + next((what for magic, what in MAGIC.items() if start.startswith(magic)), "of an unknown format")
+    return "it is " + next((kind for magic, kind in MAGIC.items() if start.startswith(magic)), "of an unknown format")
 
 
 def fill(stream: BufferedIOBase, buffer: memoryview) -> int:
     """Read from `stream` until the byte view `buffer` is full or the stream ends; return the bytes read."""
-    done = 0
-    # A decompressing stream may hand over less than asked for long before its end.
-    while done < len(buffer):
-        got = stream.readinto(buffer[done:])
+    filled = 0
+    # A decompressing stream may return fewer bytes than requested before its end.
+    while filled < len(buffer):
+        got = stream.readinto(buffer[filled:])
         if not got:
             break
-        done += got
-    return done
+        filled += got
+    return filled
 
 
 def find_set(what: str, data_dir: Path, folders: list[Path], wanted: dict[str, list[str]]) -> dict[str, Path] | None:
     """Find the files of a data set in the first of `folders` that has them all.
 
-    `wanted` maps a key to the accepted file names, the best first. Returns key -> path, or None where no
-    folder has any of the files. Raises UserError where `data_dir` is not a folder, and where files are there
-    but none of the folders has all of them.
+    what: name of the data set in messages. `wanted` maps a key to the accepted file names, the best first. Returns
+    key -> path, or None if no folder has any of the files. UserError if `data_dir` is not a folder, and if no folder
+    has all of the files but one has some.
     """
     if not data_dir.is_dir():
         lacks = "is no directory" if data_dir.exists() else "no such directory"
@@ -103,14 +106,14 @@ def find_set(what: str, data_dir: Path, folders: list[Path], wanted: dict[str, l
     best: dict[str, Path] = {}
     best_folder = data_dir
     for folder in folders:
-        found = {}
+        paths = {}
         for key, names in wanted.items():
             present = [folder / name for name in names if (folder / name).is_file()]
             if present:
-                found[key] = present[0]
-        # Files of one set are never gathered from several folders: they might belong to different sets.
-        if len(found) > len(best):
-            best, best_folder = found, folder
+                paths[key] = present[0]
+        # Files from several folders are never combined: they might belong to different data sets.
+        if len(paths) > len(best):
+            best, best_folder = paths, folder
     if not best:
         return None
     missing = [names[0] for key, names in wanted.items() if key not in best]
@@ -124,12 +127,12 @@ def find_set(what: str, data_dir: Path, folders: list[Path], wanted: dict[str, l
 
 
 def not_found(what: str, folders: list[Path], names: list[str], advice: str) -> UserError:
-    """The error for a data set of which no file was found in any of `folders`."""
+    """Make the error for a data set `what` of which none of `folders` has a file."""
     return UserError(f"{what}: found none of {', '.join(names)} in {', '.join(map(str, folders))}; {advice}")
 
 
 def need_data_dir(what: str, data_dir: Path | None) -> Path:
-    """Return `data_dir`, or raise UserError where none was given for the data set `what`."""
+    """Return `data_dir`; UserError if none was given for the data set `what`."""
     if data_dir is None:
         raise UserError(
             f"{what}: no data directory given, and the files are not part of psmpi; "

@@ -1,4 +1,4 @@
-"""Data sets of arrays in memory: NumPy's, what becomes such, and SciPy's sparse matrices, with labels of any kind."""
+"""Data sets of arrays in memory: NumPy arrays, objects that convert to them, and sparse SciPy matrices."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from psmpi.data.validation import with_validation
 from psmpi.errors import UserError, counted
 
 Array = npt.NDArray[Any]
-# The name of such a data set, and what stands in errors where that of a file would.
+# Name of a data set of arrays in memory, and the path that stands for it in errors.
 ARRAYS = "arrays"
 PLACE = Path(ARRAYS)
-# Whole numbers up to here are the same in float32.
+# Whole numbers up to this magnitude are exact in float32.
 EXACT = 1 << 24
 
 
@@ -39,14 +39,13 @@ def given_dataset(
     channels_last: bool = False,
     validation: float = 0.0,
 ) -> tuple[Dataset, Array | None]:
-    """The data set of samples x (n, ...) with targets y, and its classes, sorted, None where it has values.
+    """Make the data set of samples x (n, ...) and targets y; return it and the classes, sorted, None for values.
 
     x: dense, (n, features), (n, height, width) or (n, channels, height, width), uint8 (divided by 255), other integers
     or floats; or a SciPy sparse matrix. With lengths (n,), samples are sequences, see psmpi.data.sequences. y:
-    integers, booleans or strings (n,) are labels, floating point numbers (n,) or (n, outputs) values. Without x_test
-    and y_test a fifth is held out for testing, as of a file. channels_last, validation: see
-    `psmpi.data.open_dataset`. UserError for what is none of these, or does not fit
-    together.
+    integers, booleans or strings (n,) are labels; floating point numbers (n,) or (n, outputs) are values. Without
+    x_test and y_test, a fifth of the samples is held out for testing. split_seed, channels_last, validation: see
+    `psmpi.data.open_dataset`. UserError for other arrays and for arrays that do not fit together.
     """
     if (x_test is None) != (y_test is None):
         raise UserError("one of x_test and y_test is given only: give both, or neither")
@@ -56,19 +55,19 @@ def given_dataset(
     if x_test is not None:
         headers |= {**_samples("x_test", x_test, lengths is not None), **_lengths(f"{LENGTHS}_test", lengths_test)}
         headers["y_test"] = _header(_targets_like("y_test", y_test, classes))
-    made = build(ARRAYS, PLACE, list(headers), headers, split_seed, channels_last=channels_last)
+    built = build(ARRAYS, PLACE, list(headers), headers, split_seed, channels_last=channels_last)
     names = _names("y", classes)
-    train, test = (replace(split, names=names) for split in (made.train, made.test))
-    dataset = replace(made, train=train, test=test)
+    train, test = (replace(split, names=names) for split in (built.train, built.test))
+    dataset = replace(built, train=train, test=test)
     return with_validation(dataset, validation, split_seed) if validation else dataset, classes
 
 
 def _names(key: str, classes: Array | None) -> tuple[str, ...]:
-    """The names of classes; () of values, and of classes that are their numbers."""
+    """Names of the classes; () for values, and for classes that are the numbers 0..C-1."""
     if classes is None or (classes.dtype.kind in "iu" and np.array_equal(classes, np.arange(len(classes)))):
         return ()
-    # Of bytes characters that keep their order.
-    names = [one.decode("latin-1") if isinstance(one, bytes) else str(one) for one in classes.tolist()]
+    # Latin-1 decodes any bytes and keeps their order.
+    names = [label.decode("latin-1") if isinstance(label, bytes) else str(label) for label in classes.tolist()]
     try:
         return check_names(names)
     except ValueError as error:
@@ -76,24 +75,24 @@ def _names(key: str, classes: Array | None) -> tuple[str, ...]:
 
 
 def task_of(y: Any) -> str:
-    """The task of targets: "classes" or "regression"; UserError for what are none."""
+    """The task that targets y set: "classes" or "regression"; UserError for an array that cannot be targets."""
     return "regression" if _labels("y", y).dtype.kind == "f" else "classes"
 
 
 def given_samples(x: Any, lengths: Any = None, channels_last: bool = False) -> Split:
-    """Samples x (n, ...) without targets, as `given_dataset` takes them."""
+    """Make a split of samples x (n, ...) without targets; x, lengths, errors: as in `given_dataset`."""
     headers = {**_samples("x", x, lengths is not None), **_lengths(LENGTHS, lengths)}
     return build_all(PLACE, list(headers), headers, channels_last=channels_last)
 
 
 def _header(values: Array) -> Header:
-    """A header of an array as a file has them; sources have a row a sample."""
+    """Header of an array in memory, as for an array of a file; its source has one row for each sample."""
     rows = len(values) if values.ndim else 0
     return Header(values.shape, values.dtype, lambda: ArrayRows(values.reshape(rows, -1)), lambda: values)
 
 
 def _samples(key: str, x: Any, sequences: bool) -> dict[str, Header]:
-    """Headers of the samples x: one of a dense array, those of its parts of a sparse one."""
+    """Headers of the samples x: one for a dense array, one for each array of a sparse matrix."""
     if hasattr(x, "tocsr"):
         rows = x.tocsr()
         if not rows.has_canonical_format:
@@ -107,7 +106,7 @@ def _samples(key: str, x: Any, sequences: bool) -> dict[str, Header]:
 
 
 def _numbers(key: str, x: Any, sequences: bool) -> Array:
-    """A dense array of a type that samples have; whole numbers of sequences may be tokens, and stay as they are."""
+    """Convert x to a dense array of a dtype for samples. Integers of sequences stay, since they may be tokens."""
     try:
         values = np.asarray(x)
         if values.dtype.kind == "O":
@@ -130,11 +129,11 @@ def _lengths(key: str, lengths: Any) -> dict[str, Header]:
 
 
 def _labels(key: str, y: Any) -> Array:
-    """An array of labels or values; objects become what they are, all integers, strings or numbers."""
+    """Convert y to an array of labels or values; objects become integers, floats or strings. UserError for others."""
     try:
         values = np.asarray(y)
         if values.dtype.kind == "O":
-            kinds = {type(one) for one in values.ravel().tolist()}
+            kinds = {type(label) for label in values.ravel().tolist()}
             if len(kinds) > 1 and str in kinds:
                 raise UserError(f"{key} has labels of several types, {_named(kinds)}: give them one type")
             values = np.array(values.tolist())
@@ -150,14 +149,14 @@ def _named(kinds: set[type]) -> str:
 
 
 def _targets(key: str, y: Any) -> tuple[Array, Array | None]:
-    """Values as they are, or numbers of classes for labels, and the classes."""
+    """Convert targets: return values and None, or the class number of each label and the classes, sorted."""
     values = _labels(key, y)
     if values.dtype.kind == "f":
         return values, None
     if values.ndim == 2 and values.shape[1] == 1:
         raise UserError(f"{key} has the shape {values.shape}; expected ({len(values)},): give {key}.ravel()")
     if values.ndim != 1:
-        # Labels at each step of sequences, -1 where none counts, or what cannot be.
+        # Labels at each step of sequences, with -1 for steps that do not count; other arrays are refused later.
         return values, None
     classes, numbers = np.unique(values, return_inverse=True)
     if len(classes) > MAX_CLASSES:
@@ -166,7 +165,7 @@ def _targets(key: str, y: Any) -> tuple[Array, Array | None]:
 
 
 def _targets_like(key: str, y: Any, classes: Array | None) -> Array:
-    """Targets as numbers of known classes."""
+    """Convert the targets of test samples: class numbers by the given `classes`. UserError for an unknown label."""
     values = _labels(key, y)
     if classes is None:
         return values

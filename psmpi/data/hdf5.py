@@ -1,4 +1,4 @@
-"""Data sets in HDF5 files, of which only the wanted rows are read."""
+"""Data sets in HDF5 files; reads touch only the requested rows."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from psmpi.errors import UserError
 from psmpi.files import examiner
 from psmpi.files.packed import Unpacker, is_packed
 
-# Links of a file to names in it that are followed one after the other.
+# Most soft links that are followed one after the other.
 DEPTH = 8
 
 
 def _h5py() -> Any:
-    # Loaded where it is needed: it takes a moment, and most runs have no HDF5 file.
+    # Import late: it takes time, and most runs have no HDF5 file.
     return import_module("h5py")
 
 
 def read_hdf5(path: Path, external: bool = False) -> tuple[list[str], dict[str, Header]]:
-    """The names of everything in the HDF5 file `path`, and headers of the arrays psmpi knows.
+    """Names of all objects at the root of the HDF5 file `path`, and headers of the arrays in KEYS.
 
-    external: whether its arrays may lie in other files. UserError for a file that is damaged. Another process looks at
-    it first, see psmpi.files.examiner.
+    external: whether the arrays may lie in other files. UserError for a damaged file. Another process examines the file
+    first, see psmpi.files.examiner.
     """
-    # A missing or locked file is none of its business.
+    # Report a missing or unreadable file here, without the examining process.
     with reading(path), path.open("rb") as file:
         file.read(1)
     examiner.examine("psmpi.data.hdf5:check_inside", path, external=external)
@@ -47,7 +47,7 @@ def read_hdf5(path: Path, external: bool = False) -> tuple[list[str], dict[str, 
 def _headers(path: Path, external: bool) -> tuple[list[str], dict[str, Header]]:
     h5py = _h5py()
     with _opened(path) as file:
-        # Names that are not UTF-8 h5py gives as bytes.
+        # h5py returns names that are not UTF-8 as bytes.
         keys = [key if isinstance(key, str) else key.decode(errors="replace") for key in file]
         headers = {}
         for key in KEYS:
@@ -70,9 +70,9 @@ def _headers(path: Path, external: bool) -> tuple[list[str], dict[str, Header]]:
 
 
 def check_inside(path: Path, external: bool) -> None:
-    """Raise UserError as `read_hdf5` does; to be called where HDF5 may crash, or take more than there is.
+    """Raise UserError as `read_hdf5` does; called in a process that may crash or run out of memory.
 
-    What filters of packages pack is unpacked whole, once: what they make of it is not known before.
+    Arrays with filters of other packages are read whole once, since the filters' results are not known before.
     """
     _, headers = _headers(path, external)
     with _opened(path) as file:
@@ -85,7 +85,7 @@ def check_inside(path: Path, external: bool) -> None:
 
 
 def _check_links(path: Path, file: Any, key: str) -> None:
-    """UserError where `key` leads to another file; names of the file itself may lead on, up to DEPTH times."""
+    """Raise UserError if `key` leads to another file. Up to DEPTH links within the file are followed."""
     h5py, name = _h5py(), key
     for _ in range(DEPTH):
         parts = [part for part in name.split("/") if part not in ("", ".")]
@@ -102,7 +102,7 @@ def _check_links(path: Path, file: Any, key: str) -> None:
                 name = "/".join([before, link.path, *parts[number + 1 :]])
                 break
             if link is None:
-                # The array is not there, which is said elsewhere.
+                # The array is missing; `_headers` reports this.
                 return
             group = group[part]
         else:
@@ -111,7 +111,7 @@ def _check_links(path: Path, file: Any, key: str) -> None:
 
 
 def _check_attributes(path: Path, key: str, array: Any) -> None:
-    """UserError where the values of an array are not those that are stored, as netCDF's conventions allow."""
+    """Raise UserError if an array has netCDF's attributes for scaled values, which psmpi does not apply."""
     for name, nothing in (("scale_factor", 1), ("add_offset", 0)):
         value = array.attrs.get(name, nothing)
         if np.any(value != nothing):
@@ -123,15 +123,15 @@ def _check_attributes(path: Path, key: str, array: Any) -> None:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    """The HDF5 file `path`, and UserError for whatever HDF5 finds wrong with it, or with what is read of it."""
+    """Open the HDF5 file `path` for a block; errors of HDF5, and of reads in the block, become UserErrors."""
     with reading(path):
         try:
-            # Best effort: file systems without locks are no reason to fail.
+            # A file system without locks is no reason to fail.
             with _h5py().File(path, "r", locking="best-effort") as file:
                 yield file
         except OSError as error:
             raise _explained(path, error) or error from error
-        # What h5py raises for headers and links that are damaged, or that it does not know.
+        # h5py raises these for headers and links that are damaged or unknown.
         except (RuntimeError, KeyError, ValueError, TypeError) as error:
             raise UserError(
                 f"{path}: the file is damaged, or made in a way that h5py cannot read ({error}); write it anew"
@@ -139,7 +139,7 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def _explained(path: Path, error: OSError) -> UserError | None:
-    """The cause of an error of HDF5 that is not the operating system's."""
+    """A UserError that explains a known error of HDF5; None for other errors."""
     text = str(error)
     if "unable to lock file" in text:
         return UserError(
@@ -200,8 +200,8 @@ class Hdf5Rows(InPieces):
                 return
             for i, j in windows(rows, width):
                 first, last = int(rows[i]), int(rows[j - 1])
-                # A whole window and the wanted rows out of it: picking single rows takes HDF5 up to ten times
-                # as long, and saves nothing where the array is stored in chunks.
+                # Read a whole window and select the requested rows: HDF5 takes up to ten times as long to read single
+                # rows, and this saves nothing for an array in chunks.
                 yield i, array[first : last + 1][rows[i:j] - first].reshape(j - i, -1)
 
     def glance(self, count: int) -> npt.NDArray[Any]:

@@ -1,4 +1,4 @@
-"""Checks on labels and values, the same for all formats."""
+"""Checks of labels and values, common to all formats."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy.typing as npt
 from psmpi.errors import UserError
 
 MAX_CLASSES = 1 << 20
-# What numbers the classes of labels y, of whatever kind these are.
+# Expression for messages that numbers the classes of labels y of any kind.
 NUMBERED = "np.unique(y, return_inverse=True)[1]"
 
 
@@ -26,7 +26,7 @@ def check_range(where: str, labels: npt.NDArray[Any], classes: int) -> None:
 
 
 def check_values(where: str, values: npt.NDArray[Any]) -> None:
-    """Raise UserError unless the values (n, outputs) of a regression are finite, and as many as a network can have."""
+    """Raise UserError unless the values (n, outputs) are finite and `outputs` is in 1..MAX_CLASSES."""
     if not 1 <= values.shape[1] <= MAX_CLASSES:
         raise UserError(f"{where}: {values.shape[1]} values a sample; expected 1 to {MAX_CLASSES}: save fewer columns")
     bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
@@ -38,10 +38,7 @@ def check_values(where: str, values: npt.NDArray[Any]) -> None:
 
 
 def check_given(where: str, labels: npt.NDArray[Any]) -> int:
-    """Check labels of the user's own, and return the largest.
-
-    Raises UserError unless they are integers (any width) numbered from 0 and below MAX_CLASSES.
-    """
+    """Return the largest of the user's labels; UserError unless they are integers from 0 and below MAX_CLASSES."""
     if labels.dtype.kind not in "iu":
         raise UserError(
             f"{where}: the targets are {labels.dtype}; expected integers 0..C-1 for classes, or float64 for values: "
@@ -53,7 +50,7 @@ def check_given(where: str, labels: npt.NDArray[Any]) -> int:
             f"{where}: found the negative label {low}; expected 0..C-1; number the classes from 0 on, "
             f"for instance with {NUMBERED}"
         )
-    # Far too large a label means ids or measurements in the place of classes, and would size the network.
+    # A far too large label means ids or measurements instead of classes, and would set the size of the network.
     if high >= MAX_CLASSES:
         raise UserError(
             f"{where}: found the label {high}; expected classes numbered from 0, {MAX_CLASSES} at most; "

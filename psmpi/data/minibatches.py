@@ -1,4 +1,4 @@
-"""The order in which training visits the samples, the same on every process without communication."""
+"""The order in which training visits the samples: the same on every process, without communication."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import numpy.typing as npt
 
 from psmpi.errors import UserError, counted
 
-# Keeps these random numbers apart from all others drawn from the same seed.
+# Key of these random numbers, which separates them from others drawn from the same seed.
 _TAG = 0x6D696E69
 
 
 class Minibatches:
-    """Cuts `n` samples into minibatches of `batch_size`, shuffled anew for each epoch unless told otherwise.
+    """Minibatches of `batch_size` of `n` samples; shuffle: a new random order in each epoch, else the order 0..n-1.
 
-    Every epoch visits every sample once; its last minibatch may be smaller. Raises UserError for batch_size
-    outside 1..n and for a negative seed.
+    Every epoch visits every sample once; its last minibatch may be smaller. UserError for a batch_size outside 1..n
+    and for a negative seed.
     """
 
     def __init__(self, n: int, batch_size: int, seed: int, shuffle: bool = True) -> None:
@@ -34,14 +34,14 @@ class Minibatches:
 
     @property
     def steps_per_epoch(self) -> int:
-        """The number of minibatches in an epoch, the last and perhaps smaller one included."""
+        """Number of minibatches in an epoch, with the last one, which may be smaller."""
         return -(-self.n // self.batch_size)
 
     def ids(self, epoch: int, step: int) -> npt.NDArray[np.int64]:
         """The sample ids (b,) int64, read-only, of minibatch `step` of `epoch`, both counted from 0.
 
-        They depend on n, batch_size, seed, shuffle, epoch and step alone, not on earlier calls. Raises
-        IndexError for a negative epoch and for a step outside 0..steps_per_epoch-1.
+        The ids depend on n, batch_size, seed, shuffle, epoch and step only, not on earlier calls. IndexError for a
+        negative epoch and for a step outside 0..steps_per_epoch-1.
         """
         if epoch < 0 or not 0 <= step < self.steps_per_epoch:
             raise IndexError(

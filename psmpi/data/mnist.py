@@ -1,4 +1,4 @@
-"""MNIST, and any set in its format: four IDX files, plain or gzip-compressed."""
+"""MNIST and other data sets in its format: four IDX files, plain or compressed by gzip."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from psmpi.errors import UserError
 
 CLASSES = 10
 IMAGES, LABELS = 0x803, 0x801
-# The third byte of IDX files.
+# Types of values by the third byte of an IDX file.
 TYPES = {8: "uint8", 9: "int8", 11: "int16", 12: "int32", 13: "float32", 14: "float64"}
 
 
 def open_mnist(data_dir: Path | None) -> Dataset:
     """Open MNIST in data_dir, data_dir/mnist or data_dir/MNIST/raw: uint8 (1, height, width), 10 classes.
 
-    Reads the labels and checks headers and sizes. Raises UserError for files that are missing, truncated, too
+    The function reads the labels and checks headers and sizes. UserError for files that are missing, truncated, too
     long, of another format, or that do not belong together.
     """
     data_dir = need_data_dir("mnist", data_dir)
@@ -49,7 +49,7 @@ def open_mnist(data_dir: Path | None) -> Dataset:
 
 
 def _spellings(part: str, kind: str) -> list[str]:
-    # Plain files come first, since their rows can be read one by one.
+    # Plain files come first, since single rows of them can be read.
     return [f"{part}-{spelt}-ubyte{end}" for end in ("", ".gz") for spelt in (kind, kind.replace("-idx", ".idx"))]
 
 
@@ -71,8 +71,8 @@ def _open_split(images: Path, labels: Path) -> Split:
     _check_size(images, 16 + count * height * width)
     _check_size(labels, 8 + count)
     values: npt.NDArray[Any] = np.empty((count, 1), np.uint8)
-    everything = np.arange(count, dtype=np.int64)
-    _source(labels, 8, count, 1).read_into(everything, everything, values)
+    rows = np.arange(count, dtype=np.int64)
+    _source(labels, 8, count, 1).read_into(rows, rows, values)
     _check_labels(labels, values[:, 0])
     return Split(frozen(values[:, 0]), (1, height, width), 1 / 255, source)
 
@@ -80,13 +80,13 @@ def _open_split(images: Path, labels: Path) -> Split:
 def _check_labels(path: Path, labels: npt.NDArray[np.uint8]) -> None:
     """Raise UserError unless all labels are of the ten classes."""
     low, high = int(labels.min()), int(labels.max())
-    others = np.count_nonzero(labels >= CLASSES)
-    # A damaged file has few wrong labels, and any.
-    if others > len(labels) // 20 and high < 100:
+    wrong = np.count_nonzero(labels >= CLASSES)
+    # Many wrong labels that are small mean another data set; a damaged file has few wrong labels, of any value.
+    if wrong > len(labels) // 20 and high < 100:
         first = int(np.flatnonzero(labels >= CLASSES)[0])
         numbered = f"y - {low}" if low else "y"
         raise UserError(
-            f"{path}: {others} labels are out of range, the first being {labels[first]} of sample {first}; expected "
+            f"{path}: {wrong} labels are out of range, the first being {labels[first]} of sample {first}; expected "
             f"labels 0..{CLASSES - 1}, and these are {low}..{high}, as parts of EMNIST have them: save the four arrays "
             f"as x, y, x_test and y_test with np.savez, with {numbered} for y, and name that file as the data set"
         )
@@ -111,22 +111,22 @@ def _dimensions(path: Path, magic: int) -> tuple[int, ...]:
         header = stream.read(size)
     if len(header) < size:
         raise UserError(f"{path}: truncated: {len(header)} bytes, where the header alone takes {size}; fetch it again")
-    found = struct.unpack_from(">I", header)[0]
-    if found != magic:
+    number = struct.unpack_from(">I", header)[0]
+    if number != magic:
         raise UserError(
-            f"{path}: not the IDX file it should be: found the magic number {found:#010x}, "
-            f"expected {magic:#010x}; {_mistaken(found, magic)}"
+            f"{path}: not the IDX file it should be: found the magic number {number:#010x}, "
+            f"expected {magic:#010x}; {_mistaken(number, magic)}"
         )
     return struct.unpack_from(f">{magic & 0xFF}I", header, 4)
 
 
-def _mistaken(found: int, magic: int) -> str:
-    """What a file is whose first four bytes are `found` where `magic` should be, and what to do."""
-    if found >> 16 == 0x1F8B:
+def _mistaken(number: int, magic: int) -> str:
+    """Text about a file with the magic number `number` instead of `magic`: its format, and what to do."""
+    if number >> 16 == 0x1F8B:
         return "it is gzip-compressed: add .gz to its name"
-    dtype, axes = TYPES.get(found >> 8), found & 0xFF
-    if (found, magic) in ((IMAGES, LABELS), (LABELS, IMAGES)):
-        return f"it has {'images' if found == IMAGES else 'labels'}: exchange the names of the files"
+    dtype, axes = TYPES.get(number >> 8), number & 0xFF
+    if (number, magic) in ((IMAGES, LABELS), (LABELS, IMAGES)):
+        return f"it has {'images' if number == IMAGES else 'labels'}: exchange the names of the files"
     if dtype is None or not 0 < axes < 9:
         return "fetch it again"
     return (
@@ -136,15 +136,15 @@ def _mistaken(found: int, magic: int) -> str:
 
 
 def _check_size(path: Path, expected: int) -> None:
-    """Raise UserError unless the content of `path` has `expected` bytes."""
+    """Raise UserError unless the content of `path`, unpacked if it is a .gz file, has `expected` bytes."""
     with reading(path):
         actual = path.stat().st_size
         if path.suffix == ".gz":
             with path.open("rb") as packed:
                 packed.seek(max(0, actual - 4))
                 trailer = int.from_bytes(packed.read(4), "little")
-            # The trailer tells the length for free, but of the last part only where a file was put together
-            # from several; only a mismatch is worth decompressing for.
+            # The trailer gives the length without decompression, but only that of the last of several members.
+            # Decompress to count only if it does not match.
             if trailer == expected & 0xFFFFFFFF:
                 return
             actual = 0

@@ -1,4 +1,4 @@
-"""Names of classes: labels that are strings, truth values, or integers other than 0..C-1, numbered in their order."""
+"""Names of classes: strings, truth values, and integers other than 0..C-1 as labels, numbered in sorted order."""
 
 from __future__ import annotations
 
@@ -14,31 +14,32 @@ from psmpi.data.arrays import Header, is_text
 from psmpi.data.labels import MAX_CLASSES
 from psmpi.errors import UserError, counted
 
-# Classes that can have names, and characters of a name.
+# Most classes that can have names, and most characters of a name.
 MOST, LONGEST = 1 << 16, 100
-# Integers of which as many, or more, are very many classes.
+# From this many different integers on, gaps between them are classes without samples.
 MANY = 100
 TRUTH = ("False", "True")
-# What names of classes are: those found in the data (None), none at all, or those of a network that is trained.
+# Names of classes: None: take them from the data; (): no names, labels are numbers; else those of a trained network.
 Names = tuple[str, ...] | None
 
 
 def with_numbers(
     path: Path, headers: dict[str, Header], given: Names = None
 ) -> tuple[dict[str, Header], tuple[str, ...]]:
-    """`headers` with labels y and y_test that are numbers of classes, and the names of these classes, () for 0..C-1.
+    """Replace the labels y and y_test by numbers of classes; return the headers and the names, () for labels 0..C-1.
 
-    Labels are strings, truth values or integers of one axis; other targets stay as they are. Names are the distinct
-    labels of both arrays in their order; integers have names unless they are 0..C-1, or so many that some classes may
-    have no samples. given: the names by which labels are numbered; (): integers alone, which stay.
+    Labels are strings, truth values or integers (n,); other targets stay as they are. Names are the distinct labels of
+    both arrays, sorted; integers get names unless they are 0..C-1, or so many that some classes may have no samples.
+    given: names that number the labels; (): labels are integers and stay.
 
-    UserError for strings that are no names, for too many of them, for labels of two kinds, and for one not given.
+    UserError for strings that cannot be names, for too many of them, for labels of two kinds, and for a label that is
+    not in `given`.
     """
-    named = {key: one for key, one in headers.items() if key in ("y", "y_test") and _is_named(one)}
+    named = {key: labels for key, labels in headers.items() if key in ("y", "y_test") and _is_named(labels)}
     if not named:
         return headers, ()
     values = {key: _plain(f"{path}, {key}", key, header) for key, header in named.items()}
-    kinds = {_kind(one) for one in values.values()}
+    kinds = {_kind(labels) for labels in values.values()}
     if len(kinds) > 1:
         raise UserError(f"{path}: y has {_kind(values['y'])} and y_test {_kind(values['y_test'])}: save the same kind")
     whole = np.concatenate([*values.values()])
@@ -53,15 +54,15 @@ def with_numbers(
             " save these as y"
         )
     if not names:
-        return _replaced(headers, named, {key: one.astype(np.int64) for key, one in values.items()}), ()
+        return _replaced(headers, named, {key: labels.astype(np.int64) for key, labels in values.items()}), ()
     numbers = _looked_up(path, distinct, names)
-    ends = np.cumsum([len(one) for one in values.values()])[:-1]
+    ends = np.cumsum([len(labels) for labels in values.values()])[:-1]
     parts = np.split(numbers[codes.reshape(-1)], ends)
     return _replaced(headers, named, dict(zip(values, parts, strict=True))), names
 
 
 def check_names(names: Sequence[Any]) -> tuple[str, ...]:
-    """The `names` of classes that a file has; ValueError unless they are distinct printable strings, short and few."""
+    """Return the names as a tuple; ValueError unless they are distinct printable strings, at most MOST, each short."""
     if not 0 < len(names) <= MOST or len(set(names)) < len(names):
         raise ValueError("too many names, or one of them twice")
     for name in names:
@@ -71,7 +72,7 @@ def check_names(names: Sequence[Any]) -> tuple[str, ...]:
 
 
 def listed(names: Sequence[str], most: int = 5) -> str:
-    """Names for people: "a, b, c and 20 more"."""
+    """Text that lists names, such as "a, b, c and 20 more"; most: names that are listed."""
     more = f" and {len(names) - most:,} more" if len(names) > most else ""
     return f"{', '.join(names[:most])}{more}"
 
@@ -85,7 +86,7 @@ def _kind(values: npt.NDArray[Any]) -> str:
 
 
 def _plain(where: str, key: str, header: Header) -> npt.NDArray[Any]:
-    """Labels as an array of int64, truth values or str."""
+    """Read labels as an array of int64, bool or str; UserError for other labels."""
     values = header.values()
     if values.dtype.kind == "b":
         return values
@@ -93,12 +94,12 @@ def _plain(where: str, key: str, header: Header) -> npt.NDArray[Any]:
         if values.max() >= 1 << 63:
             raise UserError(f"{where}: found the label {values.max()}; expected integers below 2^63")
         return values.astype(np.int64)
-    # Of fixed width, many short ones beside a long one would take the memory of as many long ones.
+    # In an array of fixed width a single long string would make all of them take its memory.
     longest = max(map(len, values.tolist())) if values.dtype.hasobject else values.dtype.itemsize
     if longest > 4 * LONGEST * (4 if values.dtype.kind == "U" else 1):
         raise UserError(f"{where}: labels of {longest:,} bytes; expected names of {LONGEST} characters at most")
     if values.dtype.kind != "U":
-        values = np.array([_decoded(where, key, one) for one in values.tolist()])
+        values = np.array([_decoded(where, key, label) for label in values.tolist()])
     return values
 
 
@@ -110,7 +111,7 @@ def _decoded(where: str, key: str, text: bytes | str) -> str:
 
 
 def _names_of(path: Path, distinct: npt.NDArray[Any]) -> tuple[str, ...]:
-    """The names of distinct labels; () of integers that need none, or are too many to have them."""
+    """Names of distinct labels; () for integers that are numbers of classes."""
     if distinct.dtype.kind == "b":
         return TRUTH
     if distinct.dtype.kind == "i" and _are_numbers(distinct):
@@ -125,22 +126,22 @@ def _names_of(path: Path, distinct: npt.NDArray[Any]) -> tuple[str, ...]:
         return check_names(names)
     except ValueError:
         bad = next(name for name in names if not 0 < len(name) <= LONGEST or not name.isprintable())
-        what = f"the label {bad[:40]!r}" if bad else "an empty label"
+        fault = f"the label {bad[:40]!r}" if bad else "an empty label"
         raise UserError(
-            f"{path}: {what}; expected names of 1 to {LONGEST} printable characters: name the class so, or take such "
+            f"{path}: {fault}; expected names of 1 to {LONGEST} printable characters: name the class so, or take such "
             "samples out"
         ) from None
 
 
 def _are_numbers(distinct: npt.NDArray[np.int64]) -> bool:
-    """Whether distinct integers are numbers of classes; very many may have gaps, where a class has no sample."""
+    """Whether sorted distinct integers are numbers of classes: 0..C-1, or many, with gaps for unused classes."""
     low, high, count = int(distinct[0]), int(distinct[-1]), len(distinct)
     gaps = high - low >= count
     return count > MOST or (low == 0 and not gaps) or (count >= MANY and gaps and low >= 0 and high < MAX_CLASSES)
 
 
 def _looked_up(path: Path, distinct: npt.NDArray[Any], names: tuple[str, ...]) -> npt.NDArray[np.int64]:
-    """The numbers that distinct labels have among the names of a network."""
+    """Numbers of the distinct labels among the names of a network; UserError for a label without such a name."""
     places = {name: k for k, name in enumerate(names)}
     unknown = [label for label in map(str, distinct) if label not in places]
     if unknown:
@@ -154,8 +155,8 @@ def _looked_up(path: Path, distinct: npt.NDArray[Any], names: tuple[str, ...]) -
 def _replaced(
     headers: dict[str, Header], named: dict[str, Header], numbers: dict[str, npt.NDArray[np.int64]]
 ) -> dict[str, Header]:
-    made = {
-        key: replace(header, dtype=np.dtype(np.int64), values=lambda found=numbers[key]: found)  # type: ignore[misc]
+    replaced = {
+        key: replace(header, dtype=np.dtype(np.int64), values=lambda labels=numbers[key]: labels)  # type: ignore[misc]
         for key, header in named.items()
     }
-    return headers | made
+    return headers | replaced

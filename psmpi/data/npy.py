@@ -25,18 +25,18 @@ _NAME = re.compile(r"(.*_)?x\.npy", re.IGNORECASE)
 
 
 def is_pair(name: str) -> bool:
-    """Whether a data set is a pair of .npy files, by the name of its samples."""
+    """Whether a name of a data set is that of a .npy file."""
     return Path(name).suffix.lower() == ".npy"
 
 
 def pair_in(folder: Path) -> Path | None:
-    """The samples x.npy of a folder, None where there are none."""
+    """The path of a folder's x.npy; None if there is no such file."""
     path = folder / "x.npy"
     return path if path.is_file() else None
 
 
 def read_pair(path: Path) -> tuple[list[str], dict[str, Header]]:
-    """The arrays beside the samples x.npy or NAME_x.npy, by name; UserError for damaged ones, or another name."""
+    """Names and headers of the arrays beside x.npy or NAME_x.npy; UserError for damaged files and for another name."""
     match = _NAME.fullmatch(path.name)
     if match is None:
         raise UserError(
@@ -44,7 +44,7 @@ def read_pair(path: Path) -> tuple[list[str], dict[str, Header]]:
             f"{path.stem}_y.npy, and name the first"
         )
     beside = {key: path.with_name(f"{match[1] or ''}{key}.npy") for key in KEYS}
-    headers = {key: _header(one) for key, one in beside.items() if one.is_file()}
+    headers = {key: _header(file) for key, file in beside.items() if file.is_file()}
     return list(headers), headers
 
 

@@ -1,4 +1,4 @@
-"""Data sets in .npz files; headers are read at once, samples as a stream, and pickles never."""
+"""Data sets in .npz files. Headers are read first, samples later by rows or as a stream; pickles are never loaded."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _LOCAL_HEADER = 30
 
 
 def read_npz(path: Path) -> tuple[list[str], dict[str, Header]]:
-    """The names of all arrays in the .npz file `path`, and headers of those psmpi knows. UserError if it is damaged.
+    """Names of all arrays in the .npz file `path`, and headers of the arrays in KEYS. UserError if it is damaged.
 
-    An uncompressed x is read row by row, after its checksum is compared, a compressed one as a stream.
+    An uncompressed array is read by rows after a check of its checksum, a compressed one as a stream.
     """
     with reading(path):
         if not zipfile.is_zipfile(path) and not described(path).startswith("it is a zip"):
@@ -44,7 +44,10 @@ def read_npz(path: Path) -> tuple[list[str], dict[str, Header]]:
 
 
 def array_header(where: str, stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
-    """Shape, whether in Fortran order, dtype, and bytes of the header of a .npy stream; UserError for none."""
+    """Read the header of a .npy stream: shape, whether in Fortran order, dtype, bytes of the header.
+
+    UserError, which names `where`, for a header that is not sound.
+    """
     try:
         version = npy.read_magic(stream)
         if version == (1, 0):
@@ -53,9 +56,9 @@ def array_header(where: str, stream: IO[bytes]) -> tuple[tuple[int, ...], bool, 
             shape, fortran, dtype = npy.read_array_header_2_0(stream)
         else:
             raise ValueError(f"version {version} of the .npy format, which arrays of numbers never need")
-    # What Python raises for a text that is none of its literals, which a header has to be.
+    # A header is a Python literal; Python raises these errors for other text.
     except (ValueError, SyntaxError, TokenError, RecursionError, MemoryError) as error:
-        # NumPy repeats the header, which may be long.
+        # NumPy's message repeats the header, which may be long.
         reason = str(error) if len(str(error)) < 200 else f"{str(error)[:200]}..."
         raise UserError(f"{where}: no sound .npy header ({reason}); write it with np.savez") from error
     if any(size < 0 for size in shape):
@@ -97,10 +100,10 @@ def _header(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Head
 
 
 def _members(path: Path) -> int:
-    """The number of members that the end of a zip file says; 65535 stands for as many or more."""
+    """Number of members that the end record of a zip file gives; 65535 means that many or more."""
     with path.open("rb") as file:
         size = file.seek(0, 2)
-        # Behind it there may be a comment of 65,535 bytes.
+        # A comment of up to 65,535 bytes may follow the end record of 22 bytes.
         file.seek(max(0, size - 65535 - 22))
         end = file.read()
     at = end.rfind(b"PK\5\6")
@@ -108,7 +111,7 @@ def _members(path: Path) -> int:
 
 
 def _data_start(path: Path, info: zipfile.ZipInfo) -> int:
-    """The offset in the file at which the content of an uncompressed member begins."""
+    """Offset in the file of the content of an uncompressed member."""
     with reading(path), path.open("rb") as file:
         file.seek(info.header_offset)
         local = file.read(_LOCAL_HEADER)

@@ -1,7 +1,7 @@
-"""Data sets of the user's own: arrays x and y and, if there are any, x_test and y_test in one file.
+"""Data sets in the user's files: arrays x and y, and optionally x_test and y_test.
 
-Beside an array `lengths` samples are sequences, see psmpi.data.sequences; of sparse samples there are the arrays of
-compressed rows in the place of x, see psmpi.data.csr.
+With an array `lengths`, samples are sequences, see psmpi.data.sequences. Sparse samples are arrays of compressed rows
+instead of x, see psmpi.data.csr.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ def build(
     names: Names = None,
     channels_last: bool = False,
 ) -> Dataset:
-    """Make a Dataset of the arrays described by `headers`; `keys` are all the names in the file.
+    """Make a Dataset of the arrays in `headers`. keys: all names in the file.
 
-    Without x_test and y_test a fifth of the samples is held out for testing, see `open_dataset`; predicted, names: see
-    `open_split`. Raises UserError for arrays that are missing, empty, of the wrong shape or dtype or that do not match,
-    and for targets other than labels, see `with_numbers`, or finite values (samples,) or (samples, outputs), of
-    sequences see `read_sequences`.
+    Without x_test and y_test, a fifth of the samples is held out for testing, see `open_dataset`. predicted, names: see
+    `open_split`. Targets are labels, see `with_numbers`, or finite values (samples,) or (samples, outputs); for those
+    of sequences see `read_sequences`. UserError for arrays that are missing, empty, of a wrong shape or dtype, or that
+    do not match, and for other targets.
     """
     keys, headers = with_compressed(path, keys, headers)
     check_names(path, keys, ("x", "y"), predicted)
@@ -92,7 +92,7 @@ def build(
 
 
 def _check_counted(path: Path, train: Split, test: Split) -> None:
-    """UserError where no step of a split has a target that counts."""
+    """Raise UserError if no step of a split has a target that counts."""
     for split, kind in ((train, "training"), (test, "test")):
         if split.by_step and not split.counts.any():
             raise UserError(
@@ -109,7 +109,7 @@ def _read(
     targets: bool = True,
     channels_last: bool = False,
 ) -> tuple[Split, int]:
-    """The samples of the array `key`, x or x_test, and the classes or values they need; without targets labels -1."""
+    """Split of the array `key`, x or x_test, and its number of classes or values. targets False: all labels are -1."""
     if channels_last and (len(headers[key].shape) != 4 or is_sequences(headers)):
         raise UserError(
             f"{path}: {key} has the shape {headers[key].shape}; --layout nhwc is for images (samples, height, width, "
@@ -124,12 +124,12 @@ def _read(
         order = np.ascontiguousarray(np.arange(prod(shape)).reshape(shape).transpose(2, 0, 1)).reshape(-1)
         shape = (shape[2], *shape[:2])
     y, outputs = as_targets(path, "y" + key[1:], headers) if targets else (np.full(header.shape[0], -1), 0)
-    made = Split(frozen(y), shape, scale, header.source(), order=order, names=names, columns=header.columns)
-    return made, len(names) or outputs
+    samples = Split(frozen(y), shape, scale, header.source(), order=order, names=names, columns=header.columns)
+    return samples, len(names) or outputs
 
 
 def _described(split: Split, outputs: int) -> str:
-    """The kind of a split's targets: "labels", "2 values a step"."""
+    """Text about the kind of a split's targets, such as "labels" or "2 values a step"."""
     each = "a step" if split.by_step else "a sample"
     if split.task == "classes":
         return "labels" if not split.by_step else f"labels {each}"
@@ -139,7 +139,7 @@ def _described(split: Split, outputs: int) -> str:
 def build_all(
     path: Path, keys: list[str], headers: dict[str, Header], names: Names = None, channels_last: bool = False
 ) -> Split:
-    """All samples of x as one split; labels are -1 where there is no y. Raises UserError as `build` does."""
+    """All samples of x as one split; labels are -1 if there is no y. UserError as in `build`."""
     keys, headers = with_compressed(path, keys, headers)
     check_names(path, keys, ("x",))
     if "y" in headers:

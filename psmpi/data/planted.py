@@ -1,4 +1,4 @@
-"""Generated tasks whose solution is known: sparse samples of two classes, and entries of a matrix of low rank."""
+"""Generated tasks with a known solution: sparse samples of two classes, and entries of a matrix of low rank."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from psmpi.data.compressed_rows import CompressedRows
 from psmpi.data.rows import ArrayRows
 from psmpi.data.split import Split, frozen
 
-# Samples of `sparse` for training and for testing, and the entries of each.
+# Samples of `sparse` for training and for testing, and entries of each sample.
 SPARSE_SAMPLES, SPARSE_TESTS, SPARSE_ENTRIES = 8_000, 2_000, 10
-# Entries of a row of `ratings` that are for training and for testing, the rank of the matrix, and the noise.
+# Entries of a row of `ratings` for training and for testing, rank of the matrix, standard deviation of the noise.
 RATED, RATED_TESTS, RANK, NOISE = 40, 4, 5, 0.1
-# The k-th most frequent feature is drawn with a probability of 1 / (k + OFFSET), k from 0.
+# The k-th most frequent feature, k from 0, is drawn with a probability proportional to 1 / (k + OFFSET).
 OFFSET = 10
-# Keeps these random numbers apart from all others drawn from the same seed.
+# Key of these random numbers, which separates them from others drawn from the same seed.
 _TAG = 0x706C616E
 
 
 def sparse(features: int, seed: int) -> tuple[Split, Split]:
-    """Ten standard normal values a sample, and a class of the probability that a planted weight vector gives it.
+    """Training and test samples with ten standard normal entries each, labelled by a planted weight vector.
 
-    P(class 1) = sigmoid(w x) with standard normal w (features,). Frequent features have numbers all over.
+    P(class 1) = sigmoid(w x) with standard normal w (features,). The frequent features have random numbers.
     """
     rng = _rng(seed, 0)
     w, numbers = rng.standard_normal(features), rng.permutation(features)
@@ -42,10 +42,10 @@ def _sparse(n: int, w: npt.NDArray[np.float64], numbers: npt.NDArray[np.int64], 
 
 
 def ratings(rows: int, seed: int) -> tuple[Split, Split]:
-    """Entries of a matrix (rows, rows / 2) of rank 5, with noise: tokens row and rows + column, and the value.
+    """Noisy entries of a matrix (rows, rows / 2) of rank 5; a sample is the tokens row and rows + column.
 
-    The entries of U V' have the variance 1, the noise the standard deviation 0.1. 40 entries of each row are for
-    training, 4 others for testing; some columns have many. x (n, 1, 2), values (n, 1).
+    The entries of U V' have variance 1; the noise has standard deviation 0.1. 40 entries of each row are for training,
+    4 others for testing; columns differ much in their numbers of entries. x: (n, 1, 2) int32; values: (n, 1) float64.
     """
     rng, columns = _rng(seed, 1), rows // 2
     u, v = rng.standard_normal((rows, RANK)), rng.standard_normal((columns, RANK)) / np.sqrt(RANK)
@@ -61,22 +61,22 @@ def ratings(rows: int, seed: int) -> tuple[Split, Split]:
 
 
 def distinct(n: int, count: int, among: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
-    """`count` different numbers below `among` for each of n rows, k with a probability of 1 / (k + OFFSET), (n, count).
+    """Draw `count` distinct numbers below `among` for each of n rows: (n, count) int64.
 
-    What a row has already is drawn again.
+    The number k has a probability proportional to 1 / (k + OFFSET); numbers that a row has already are drawn again.
     """
     sums = np.cumsum(1 / (np.arange(among) + OFFSET))
-    found = np.empty((n, count), np.int64)
+    numbers = np.empty((n, count), np.int64)
     again = np.ones((n, count), np.bool_)
     while again.any():
         drawn = np.searchsorted(sums, rng.random(np.count_nonzero(again)) * sums[-1], "right")
-        found[again] = np.minimum(drawn, among - 1)
-        # Of equal numbers the first one stays.
-        order = np.argsort(found, axis=1, kind="stable")
-        ordered = np.take_along_axis(found, order, axis=1)
+        numbers[again] = np.minimum(drawn, among - 1)
+        # Keep the first of equal numbers, and draw the others again.
+        order = np.argsort(numbers, axis=1, kind="stable")
+        ordered = np.take_along_axis(numbers, order, axis=1)
         again = np.zeros((n, count), np.bool_)
         np.put_along_axis(again, order[:, 1:], ordered[:, 1:] == ordered[:, :-1], axis=1)
-    return found
+    return numbers
 
 
 def _rng(seed: int, task: int) -> np.random.Generator:

@@ -1,4 +1,4 @@
-"""Samples held in memory, handed out as scaled minibatches."""
+"""Samples in memory, and scaled minibatches of them."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from psmpi.errors import UserError
 
 
 class Resident:
-    """The samples `rows` of a split, kept in their stored dtype and scaled to `dtype` when fetched.
+    """Samples `rows` of a split, kept in their stored dtype; `fetch` scales them to `dtype`.
 
-    rows: (k,) integers, strictly increasing, in 0..split.n-1. dtype: float32 or float64, what `fetch` fills. ops: where
-    the samples are kept. Sparse samples stay compressed rows, values of `dtype`, of which `fetch` makes dense ones;
-    `compressed` has those of `rows`, and is None for dense samples. features: (k,) integers, strictly increasing; of
-    the values of each sample these alone are kept and fetched; None: all. Of a split with a bound on `memory` the first
-    samples are kept, and others read from their file by `fetch`.
+    rows: (k,) integers, strictly increasing, in 0..split.n-1. dtype: float32 or float64. ops: backend that keeps the
+    samples. features: (m,) integers, strictly increasing, the values of each sample to keep and fetch; None: all.
 
-    Raises ValueError for rows that do not increase or another dtype, IndexError for rows out of range and
-    UserError where the samples cannot be read.
+    Sparse samples stay compressed rows with values of `dtype`, and `fetch` makes them dense; `compressed` has them, and
+    is None for dense samples. With a bound on the split's `memory`, only the first samples are kept, and `fetch` reads
+    the others from their file. `largest`: the largest token, -1 if samples are not tokens.
+
+    ValueError for rows that do not increase and for another dtype, IndexError for rows out of range, UserError for
+    samples that cannot be read or are not finite in `dtype`.
     """
 
     def __init__(
@@ -45,20 +46,20 @@ class Resident:
         self._targets, self._lengths = split.targets, split.lengths
         self._features = split.features if features is None else len(features)
         self.tokens = split.tokens
-        # The largest token, of samples that are such: see psmpi.data.sequences.
+        # The largest token, if samples are tokens: see psmpi.data.sequences.
         self.largest = -1
         self._ops = ops = ops or NumpyOps()
         self._augmentation, self._room = split.augmentation, ops.empty(0, self._dtype)
         if features is not None and split.augmentation is not None:
             raise ValueError("parts of images cannot be augmented")
-        taken = split.taken(self._rows)
+        stored = split.taken(self._rows)
         self.compressed: Compressed | None = None
         self._samples: Samples | CompressedSamples | BoundedSamples
-        if taken is not None:
+        if stored is not None:
             if features is not None:
-                taken = taken.some(features)
-            self.compressed = kept = taken.astype(self._dtype)
-            self._check_entries(split, taken, kept)
+                stored = stored.some(features)
+            self.compressed = kept = stored.astype(self._dtype)
+            self._check_entries(split, stored, kept)
             self._samples = ops.compressed_samples(kept.starts, kept.columns, kept.values, kept.features)
             return
         row = split.dtype.itemsize * self._features
@@ -67,7 +68,7 @@ class Resident:
             return
         values = split.read(self._rows) if features is None else _some(split, self._rows, features)
         if split.lengths is not None:
-            # What lies behind a sequence's end may be anything, and is nothing.
+            # Values after a sequence's end may be arbitrary in the file: set them to zero.
             steps = values.reshape(len(values), *split.shape)
             beyond = np.arange(split.steps) >= split.lengths[self._rows][:, None]
             np.copyto(steps, 0, where=beyond[:, None])
@@ -81,7 +82,7 @@ class Resident:
     def _bounded(
         self, split: Split, features: npt.NDArray[np.int64] | None, count: int, ops: NumpyOps
     ) -> BoundedSamples:
-        """The first `count` samples in memory, the others in their file."""
+        """Keep the first `count` samples in memory; the others are read from their file when fetched."""
 
         def read(at: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
             rows = self._rows[at]
@@ -93,12 +94,12 @@ class Resident:
         return BoundedSamples(read(np.arange(count)), read, split.scale, ops)
 
     def _check_finite(self, split: Split, values: npt.NDArray[Any], at: npt.NDArray[np.int64] | None = None) -> None:
-        """UserError for a value that is no finite number, or none in the dtype that `fetch` fills.
+        """Raise UserError for a value that is not finite, or becomes infinite in the dtype of `fetch`.
 
-        at: the positions of these samples among those that are resident; None: all.
+        at: positions of these samples among the resident ones; None: all.
         """
         at = np.arange(len(values)) if at is None else at
-        # The sum of a row is finite where all of it is; the rows where it is not are looked at.
+        # The sum of a row with a value that is not finite is not finite either; only such rows need a closer look.
         with np.errstate(over="ignore", invalid="ignore"):
             suspects = np.flatnonzero(~np.isfinite(values.sum(axis=1)))
         for row in map(int, suspects):
@@ -108,12 +109,12 @@ class Resident:
         if values.dtype.itemsize > self._dtype.itemsize and max(values.max(initial=0), -values.min(initial=0)) > most:
             raise self._too_large(split, int(at[np.flatnonzero((np.abs(values) > most).any(axis=1))[0]]))
 
-    def _check_entries(self, split: Split, taken: Compressed, kept: Compressed) -> None:
-        """`_check_finite` of compressed rows, as they are stored and as they are kept."""
+    def _check_entries(self, split: Split, stored: Compressed, kept: Compressed) -> None:
+        """Raise UserError as `_check_finite`, for compressed rows `stored` in the file and `kept` in the dtype."""
         wrong = np.flatnonzero(~np.isfinite(kept.values))
         if len(wrong):
             row = kept.row_of(int(wrong[0]))
-            raise (self._too_large if np.isfinite(taken.values[wrong[0]]) else self._not_finite)(split, row)
+            raise (self._too_large if np.isfinite(stored.values[wrong[0]]) else self._not_finite)(split, row)
 
     def _not_finite(self, split: Split, row: int) -> UserError:
         return UserError(
@@ -127,7 +128,7 @@ class Resident:
         )
 
     def _largest_token(self, split: Split, values: npt.NDArray[Any]) -> int:
-        """The largest token of all; UserError for one that is negative, or that the dtype does not hold exactly."""
+        """The largest token; UserError for a token that is negative, too large, or not exact in the dtype."""
         most = min(MAX_TOKENS, 1 << np.finfo(self._dtype).nmant)
         wrong = np.flatnonzero(((values < 0) | (values >= most)).any(axis=1))
         if len(wrong):
@@ -144,14 +145,14 @@ class Resident:
 
     @property
     def nbytes(self) -> int:
-        """The bytes held: samples, their ids and scratch memory; not the targets, which are the split's."""
+        """Bytes of samples, their ids and scratch memory, without the targets, which belong to the split."""
         return int(self._samples.nbytes + self._rows.nbytes + self._room.nbytes)
 
     def fetch(self, ids: npt.ArrayLike, out: npt.NDArray[Any]) -> None:
-        """Fill `out` with the scaled, and augmented, samples `ids`, (b,) integers, any order, repetitions allowed.
+        """Fill `out` with the scaled and augmented samples `ids`, (b,) integers in any order, repetitions allowed.
 
-        out: (prod(shape), b), features first, C-contiguous, of the dtype given to the constructor. Raises
-        ValueError for another `out` and for ids that are not resident.
+        out: (features, b), C-contiguous, of the dtype given to the constructor. ValueError for another `out` and for
+        ids that are not resident.
         """
         at = self._positions(ids)
         count, features = len(at), self._features
@@ -170,48 +171,49 @@ class Resident:
         self._augmentation.apply(self._rows[at], self._ops, plain, out)
 
     def rows(self, ids: npt.ArrayLike) -> Compressed:
-        """The sparse samples `ids` (b,) as compressed rows, in this order; ValueError for dense ones, or as `fetch`."""
+        """The sparse samples `ids` (b,) as compressed rows, in this order; ValueError if dense or not resident."""
         if self.compressed is None:
             raise ValueError("these samples are dense and have no compressed rows")
         return self.compressed.take(self._positions(ids))
 
     def batch(self, ids: npt.NDArray[np.int64], room: npt.NDArray[Any]) -> Batch:
-        """The samples `ids` (b,) with inputs and targets; the inputs are put at the beginning of `room`, a vector."""
+        """A batch of the samples `ids` (b,) with inputs and targets; the inputs fill the beginning of vector `room`."""
         inputs = room[: self._features * len(ids)].reshape(self._features, len(ids))
         self.fetch(ids, inputs)
         return Batch(ids, inputs, self.targets(ids), self.lengths(ids))
 
     def lengths(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int32] | None:
-        """The steps of the sequences `ids` (b,) int32, None where all have the same."""
+        """The steps of the sequences `ids`, (b,) int32; None if all have the same."""
         return None if self._lengths is None else self._lengths[ids]
 
     def targets(self, ids: npt.ArrayLike) -> npt.NDArray[Any]:
         """The targets of the samples `ids`, resident or not: labels (b,) int64, or values (outputs, b) float64.
 
-        Of sequences with a target at each step (steps, b), or (outputs, steps, b).
-
-        IndexError unless ids are in 0..split.n-1.
+        For sequences with a target at each step the shape is (steps, b) or (outputs, steps, b). IndexError unless ids
+        are in 0..split.n-1.
         """
         return batch_targets(self._targets, ids)
 
     def _positions(self, ids: npt.ArrayLike) -> npt.NDArray[np.int64]:
-        given = np.asarray(ids)
-        if given.ndim != 1 or (given.size and given.dtype.kind not in "iu"):
-            raise ValueError(f"ids have to be a vector of integers, not {given.dtype} of shape {given.shape}")
-        wanted = given.astype(np.int64, copy=False)
+        vector = np.asarray(ids)
+        if vector.ndim != 1 or (vector.size and vector.dtype.kind not in "iu"):
+            raise ValueError(f"ids have to be a vector of integers, not {vector.dtype} of shape {vector.shape}")
+        wanted = vector.astype(np.int64, copy=False)
         at = np.searchsorted(self._rows, wanted)
         if wanted.size:
-            held = np.zeros(len(wanted), bool)
+            is_resident = np.zeros(len(wanted), bool)
             inside = at < len(self._rows)
-            held[inside] = self._rows[at[inside]] == wanted[inside]
-            if not held.all():
-                raise ValueError(f"{np.count_nonzero(~held)} ids are not resident, the first being {wanted[~held][0]}")
+            is_resident[inside] = self._rows[at[inside]] == wanted[inside]
+            if not is_resident.all():
+                raise ValueError(
+                    f"{np.count_nonzero(~is_resident)} ids are not resident, the first being {wanted[~is_resident][0]}"
+                )
         return at
 
 
 def _some(split: Split, rows: npt.NDArray[np.int64], features: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
-    """Some values of the samples `rows`, (rows, features), read in one pass."""
-    found = np.empty((len(rows), len(features)), split.dtype)
+    """Read the values `features` of the samples `rows` in one pass: (rows, features)."""
+    selected = np.empty((len(rows), len(features)), split.dtype)
     for i, values in split.pieces(rows):
-        found[i : i + len(values)] = values[:, features]
-    return found
+        selected[i : i + len(values)] = values[:, features]
+    return selected

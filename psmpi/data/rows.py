@@ -1,7 +1,7 @@
 """Sources of samples: in memory, in a file of fixed-size records, or in a compressed stream.
 
-A source knows its row count `n` and the native `dtype` of its values. It holds a path and a layout but no
-open file, so it can be copied, pickled and read by several processes at once.
+A source has its number of rows `n` and the native `dtype` of its values. It keeps a path and a layout but no open file,
+so it can be copied, pickled and read by several processes at once.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from psmpi.errors import UserError
 Array = npt.NDArray[Any]
 Rows = npt.NDArray[np.int64]
 
-# What is held at once of an array in Fortran order that is read in pieces.
+# Bytes of rows in memory at a time when an array in Fortran order is read in pieces.
 COLUMN_BYTES = 64 << 20
 
 
@@ -39,33 +39,33 @@ class RowSource(Protocol):
     def dtype(self) -> np.dtype[Any]: ...
     @property
     def card(self) -> bytes | None:
-        """What all values follow from, where they are generated when they are read; None of values that are stored."""
+        """Text that all values follow from if they are generated when they are read; None for stored values."""
 
     def read_into(self, rows: Rows, where: Rows, out: Array) -> None:
         """Store row `rows[i]` in `out[where[i]]`; `rows` ascend and may repeat, `out` is (k, features)."""
 
     def pieces(self, rows: Rows, features: int) -> Iterator[tuple[int, Array]]:
-        """Yield the ascending `rows` some at a time, in one pass: (i, values) with rows[i : i + len(values)].
+        """Yield the ascending `rows` in pieces (i, values), in one pass: values (k, features) of rows[i : i + k].
 
-        Values are (k, features), and what is yielded holds until the next piece.
+        Values are valid until the next piece.
         """
 
     def glance(self, count: int) -> Array:
-        """Up to `count` rows, (k, features), that are read quickly, whose checksum may not be compared."""
+        """Up to `count` rows, (k, features), that can be read quickly; checksums need not be compared."""
 
     def taken(self, rows: Rows) -> Compressed | None:
-        """The rows (k,) as compressed ones, where the source has such; None of a source of dense rows."""
+        """The rows (k,) as compressed rows; None from a source of dense rows."""
 
     def place(self, row: int) -> str:
-        """Where a row is, for people: its file, its array and its number there, "a.npz, x_test: sample 3"."""
+        """Text that names a row for people: its file, array and number, such as "a.npz, x_test: sample 3"."""
 
 
 class InPieces(ABC):
-    """The base of sources whose `read_into` stores the rows as they come in pieces."""
+    """Base class of sources that read rows in pieces; `read_into` stores the pieces."""
 
     @property
     def card(self) -> bytes | None:
-        """See RowSource; of stored values."""
+        """See RowSource; None, since values are stored."""
         return None
 
     @abstractmethod
@@ -76,20 +76,20 @@ class InPieces(ABC):
         """See RowSource."""
         for i, values in self.pieces(rows, out.shape[1]):
             out[where[i : i + len(values)]] = values
-            # Or it would be held while the next one is made.
+            # Release the piece before the next one is made.
             del values
 
     def taken(self, rows: Rows) -> Compressed | None:
-        """See RowSource; of a source of dense rows."""
+        """See RowSource; None, since rows are dense."""
         return None
 
     def place(self, row: int) -> str:
-        """See RowSource; of a source with a path and one array."""
+        """See RowSource; names the source's path, if it has one."""
         return f"{getattr(self, 'path', 'the data set')}: sample {row}"
 
 
 def some_rows(source: RowSource, features: int, count: int) -> Array:
-    """About `count` rows of a source, see `spread`."""
+    """Read about `count` rows of a source, chosen by `spread`: (k, features)."""
     rows = spread(source.n, count)
     out = np.empty((len(rows), features), source.dtype)
     source.read_into(rows, np.arange(len(rows), dtype=np.int64), out)
@@ -97,7 +97,7 @@ def some_rows(source: RowSource, features: int, count: int) -> Array:
 
 
 def spread(n: int, count: int) -> Rows:
-    """About `count` rows of n, in four places that are far apart, ascending."""
+    """Numbers of about `count` of n rows, in four runs that are far apart, ascending."""
     each = -(-count // 4)
     starts = np.linspace(0, max(0, n - each), 4).astype(np.int64)
     return np.unique(np.minimum(starts[:, None] + np.arange(each), n - 1))
@@ -114,7 +114,7 @@ def windows(rows: Rows, width: int) -> Iterator[tuple[int, int]]:
 
 @dataclass(frozen=True, eq=False)
 class ArrayRows(InPieces):
-    """Rows of an array (n, features) that is in memory anyway."""
+    """Rows of an array (n, features) in memory."""
 
     values: Array
 
@@ -137,7 +137,7 @@ class ArrayRows(InPieces):
 
 @dataclass(frozen=True, eq=False)
 class FileRows(InPieces):
-    """Records in a plain file: `offset` bytes, then `n` times `skip` bytes and `features` values `stored`."""
+    """Records in a plain file: `offset` bytes, then n records of `skip` bytes and `features` values `stored`."""
 
     path: Path
     offset: int
@@ -161,13 +161,13 @@ class FileRows(InPieces):
         shape = (last - first + 1, size)
         with reading(self.path):
             end = self.offset + (last + 1) * size
-            # The file may have shrunk since it was opened, and touching a page beyond its end is fatal.
+            # The file may have shrunk since it was opened, and access to a page beyond its end kills the process.
             if self.path.stat().st_size < end:
                 raise EOFError(f"it ends before byte {end}")
             return np.memmap(self.path, np.uint8, "r", self.offset + first * size, shape)
 
     def pieces(self, rows: Rows, features: int) -> Iterator[tuple[int, Array]]:
-        # A fresh map for every window, since pages count as memory of the process as long as their map lives.
+        # A new map for each window, since pages count as memory of the process as long as their map exists.
         for i, j in windows(rows, rows_per_chunk(self.record_bytes)):
             records = self._map(int(rows[i]), int(rows[j - 1]))[rows[i:j] - rows[i]]
             yield i, np.ascontiguousarray(records[:, self.skip :]).view(self.stored)
@@ -223,8 +223,8 @@ class Concatenated(InPieces):
 class StreamRows(InPieces):
     """Rows in a compressed stream: `offset` bytes, then `n` rows of `features` values of dtype `stored`.
 
-    `member` is the member of a zip file, or None for a gzip file. Where `columns` is given the array lies in
-    Fortran order: one run of n values for each feature, the k-th run belonging to feature columns[k].
+    member: member of a zip file; None for a gzip file. columns: (features,), given if the array is in Fortran order:
+    one run of n values for each feature, and the k-th run is feature columns[k].
     """
 
     path: Path
@@ -251,7 +251,7 @@ class StreamRows(InPieces):
                 out[where, column] = run[rows]
 
     def pieces(self, rows: Rows, features: int) -> Iterator[tuple[int, Array]]:
-        """As of a source; an array in Fortran order is gone through once for each COLUMN_BYTES of what is wanted."""
+        """See RowSource. An array in Fortran order is read once for each COLUMN_BYTES of the requested rows."""
         if self.columns is not None:
             step = max(1, COLUMN_BYTES // (features * self.dtype.itemsize))
             for i in range(0, len(rows), step):
@@ -271,7 +271,7 @@ class StreamRows(InPieces):
                     yield i, part[rows[i:j] - first]
 
     def glance(self, count: int) -> Array:
-        """The first rows; none of an array in Fortran order, which would have to be unpacked whole."""
+        """The first rows; no rows of an array in Fortran order, which would have to be unpacked whole."""
         first = np.empty((0 if self.columns is not None else min(count, self.n), self.features), self.stored)
         if len(first):
             with self._stream() as stream:
@@ -285,7 +285,7 @@ class StreamRows(InPieces):
 
     @contextmanager
     def _stream(self) -> Iterator[BufferedIOBase]:
-        """The unpacked bytes from the first one on."""
+        """Open the unpacked stream at its first byte."""
         with reading(self.path):
             if self.member is None:
                 with gzip.open(self.path, "rb") as stream:
@@ -296,11 +296,11 @@ class StreamRows(InPieces):
 
     @contextmanager
     def _whole(self) -> Iterator[BufferedIOBase]:
-        """The bytes behind the offset, all of which are to be read."""
+        """Open the unpacked stream at `offset`; a block has to read all bytes of the array."""
         with self._stream() as stream:
             self._exactly(stream, np.empty(self.offset, np.uint8))
             yield stream
-            # Reading on to the end, whatever rows are wanted, is what makes gzip and zip compare their checksums.
+            # gzip and zip compare their checksums only at the end of the stream, so all of it is read.
             if stream.read(1):
                 raise UserError(f"{self.path}: there are more bytes than the header announces; fetch the file again")
 
@@ -312,9 +312,9 @@ class StreamRows(InPieces):
 
 @dataclass(eq=False)
 class CheckedRows(InPieces):
-    """Rows of an uncompressed member of a zip file, none of which is handed out before its checksum was compared.
+    """Rows of an uncompressed member of a zip file, whose checksum the first read compares.
 
-    The first read goes over all of the member, as a stream; later ones take the rows that they want from the file.
+    The first read goes through the whole member as a stream; later ones read the requested rows from the file.
     """
 
     stream: StreamRows

@@ -1,4 +1,4 @@
-"""Sequences: samples of (steps, features) in files, (features, steps) in memory: a feature's steps are a row."""
+"""Sequences: samples are (steps, features) in files and (features, steps) in memory."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from psmpi.data.labels import check_given, check_values
 from psmpi.data.split import Dataset, Split, frozen
 from psmpi.errors import UserError, counted
 
-# Images as sequences, by the suffix of a data set's name: each row of pixels is a step, or each pixel.
+# Suffixes of a data set's name that make sequences of images: a step is a row of pixels, or a pixel.
 VIEWS = ("rows", "pixels")
-# The array whose presence says that samples are sequences.
+# Name of the array whose presence makes samples sequences.
 LENGTHS = "lengths"
 
 
 def is_sequences(headers: dict[str, Header]) -> bool:
-    """Whether the samples of a file are sequences: whether it has their lengths."""
+    """Whether the samples of a file are sequences, which means that the file has an array of lengths."""
     return LENGTHS in headers
 
 
 def lengths_name(key: str) -> str:
-    """The array of the lengths of x or x_test: lengths or lengths_test."""
+    """Name of the array of lengths of x or x_test: lengths or lengths_test."""
     return LENGTHS + key[1:]
 
 
 def read_sequences(path: Path, key: str, headers: dict[str, Header], targets: bool = True) -> tuple[Split, int]:
-    """The sequences of the array `key`, x or x_test, all as one split, and the classes, or values a step, they need.
+    """Split of the sequences in the array `key`, x or x_test, and the number of classes or values that they need.
 
-    targets: whether there are any; else all labels are -1. UserError for arrays that are no sequences, lengths or
-    targets of them.
+    targets: whether the file has targets; False: all labels are -1. UserError for arrays that cannot be sequences, or
+    their lengths or targets.
     """
     header = headers[key]
     if len(header.shape) not in (2, 3):
@@ -49,15 +49,15 @@ def read_sequences(path: Path, key: str, headers: dict[str, Header], targets: bo
     whole = len(header.shape) == 2 and header.dtype.kind in "iu"
     scale = 1.0 if whole else scale_of(path, key, header)
     lengths = _lengths(path, lengths_name(key), headers, samples, steps)
-    found, outputs = np.full(samples, -1), 0
+    labels, outputs = np.full(samples, -1), 0
     if targets:
-        found, outputs = _targets(path, "y" + key[1:], headers, lengths)
+        labels, outputs = _targets(path, "y" + key[1:], headers, lengths)
     order = time_last(steps, features)
-    return Split(frozen(found), (features, steps), scale, header.source(), None, lengths, order), outputs
+    return Split(frozen(labels), (features, steps), scale, header.source(), None, lengths, order), outputs
 
 
 def time_last(steps: int, features: int) -> npt.NDArray[np.int64] | None:
-    """Where a sample stored as (steps, features) has each value of (features, steps); None where that is the same."""
+    """Positions, in a sample stored as (steps, features), of the values of (features, steps); None: the same order."""
     if 1 in (steps, features):
         return None
     return np.ascontiguousarray(np.arange(steps * features, dtype=np.int64).reshape(steps, features).T).reshape(-1)
@@ -81,15 +81,15 @@ def _lengths(path: Path, key: str, headers: dict[str, Header], samples: int, ste
             f"{path}: {key} has {values[wrong[0]]} for sample {wrong[0]}; expected 1 to {steps}, the steps that x has: "
             "remove empty sequences, and save all steps of the others"
         )
-    made = values.astype(np.int32)
-    made.flags.writeable = False
-    return made
+    lengths = values.astype(np.int32)
+    lengths.flags.writeable = False
+    return lengths
 
 
 def _targets(
     path: Path, key: str, headers: dict[str, Header], lengths: npt.NDArray[np.int32]
 ) -> tuple[npt.NDArray[Any], int]:
-    """Targets of sequences as a split has them, and the classes or values they need."""
+    """Targets of sequences as in `Split`, and the number of classes or values that they need."""
     header, samples, steps = headers[key], len(lengths), headers["x" + key[1:]].shape[1]
     kind, shape = header.dtype.kind, header.shape
     fits = [shape[:1] == (samples,) and len(shape) <= 2] if kind == "f" else [shape in ((samples,), (samples, steps))]
@@ -125,13 +125,13 @@ def _targets(
 
 
 def viewed(dataset: Dataset, view: str) -> Dataset:
-    """Images as sequences, by one of `VIEWS`: (channels x width, height), or (channels, height x width)."""
+    """A data set of images as sequences: (channels x width, height) by rows, (channels, height x width) by pixels."""
     train, test = (viewed_split(split, view, dataset.name) for split in (dataset.train, dataset.test))
     return replace(dataset, shape=train.shape, train=train, test=test)
 
 
 def viewed_split(split: Split, view: str, name: str) -> Split:
-    """`viewed` of one split; UserError for samples that are no images."""
+    """One split of images as sequences, as `viewed`; UserError for samples that are not images."""
     if len(split.shape) != 3:
         raise UserError(f"{name}:{view}: the samples have the shape {split.shape} and are no images: leave :{view} out")
     channels, height, width = split.shape

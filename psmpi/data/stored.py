@@ -1,6 +1,6 @@
-"""Checks that the values of an HDF5 array are there: HDF5 itself reads what never was written as zeros.
+"""Checks that all values of an HDF5 array were written: HDF5 itself reads missing values as zeros.
 
-They look at headers and indices of chunks alone, and read no values.
+The checks read headers and indices of chunks only, no values.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from psmpi.data.virtual import check_virtual
 from psmpi.errors import UserError
 from psmpi.files.hdf5 import KNOWN, filters_of, grid_of
 
-# Virtual arrays of virtual arrays, and so on: deeper ones are likely in a circle.
+# Most levels of virtual arrays of virtual arrays; deeper ones are probably circular.
 DEPTH = 8
-# Filters by their registered numbers, for people; hdf5plugin has these.
+# Names of the filters in hdf5plugin by their registered numbers.
 FILTERS = {
     307: "bzip2",
     32000: "lzf",
@@ -38,11 +38,12 @@ FILTERS = {
 def check_stored(path: Path, key: str, array: Any, external: bool = False, depth: int = 0) -> None:
     """Raise UserError unless all values of the h5py data set `array`, the array `key` of `path`, can be read.
 
-    Refused are arrays in a raw file beside the HDF5 file, virtual ones unless `external` ones are allowed and all of
-    their sources are there and long enough, filters that are not installed, and chunks that were never written.
+    UserError for an array in a raw file outside the HDF5 file, for a virtual array unless `external` allows it and all
+    of its sources exist and are long enough, for filters that are not installed, and for chunks that were never
+    written. depth: number of virtual arrays that led to this one.
     """
     where = f"{path}: {key}"
-    # Behind a link it lies in another file, which its own sources are beside.
+    # An external link leads to another file; the sources of the array are looked up beside that file.
     path = Path(array.file.filename)
     if array.external:
         raise UserError(
@@ -79,17 +80,17 @@ def check_stored(path: Path, key: str, array: Any, external: bool = False, depth
 
 
 def is_unusual(array: Any) -> bool:
-    """Whether filters pack an array whose results have no bound that is known before they are unpacked."""
+    """Whether an array has filters whose unpacked size psmpi cannot bound before it unpacks them."""
     return not set(filters_of(array)) <= set(KNOWN)
 
 
 def _check_filters(where: str, array: Any) -> None:
-    h5z, made = import_module("h5py").h5z, array.id.get_create_plist()
-    for number in range(made.get_nfilters()):
-        code, _, _, name = made.get_filter(number)
+    h5z, plist = import_module("h5py").h5z, array.id.get_create_plist()
+    for number in range(plist.get_nfilters()):
+        code, _, _, name = plist.get_filter(number)
         if h5z.filter_avail(code) or _skipped(array, number):
             continue
-        # Importing this package is what makes its filters known to HDF5.
+        # The import registers the package's filters with HDF5.
         with suppress(ImportError):
             import_module("hdf5plugin")
         if not h5z.filter_avail(code):
@@ -101,5 +102,5 @@ def _check_filters(where: str, array: Any) -> None:
 
 
 def _skipped(array: Any, number: int) -> bool:
-    """Whether the first chunk was written without the filter, as optional ones may be."""
+    """Whether the first chunk was written without filter `number`; HDF5 may skip optional filters."""
     return bool(array.id.get_num_chunks() and array.id.get_chunk_info(0).filter_mask >> number & 1)

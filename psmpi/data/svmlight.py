@@ -1,4 +1,4 @@
-"""Data sets in the text format of SVMlight and LIBSVM, see psmpi.data.svmtext, as sparse samples."""
+"""Data sets of sparse samples in the text format of SVMlight and LIBSVM, see psmpi.data.svmtext."""
 
 from __future__ import annotations
 
@@ -21,27 +21,28 @@ _NAME = re.compile(r"(.+?)(\.t)?(\.svm|\.libsvm|\.svmlight)(\.t)?(\.gz|\.bz2|\.x
 
 
 def is_svmlight(name: str) -> bool:
-    """Whether a data set is a text of sparse samples, by its name: own.svm, own.svm.t, own.svm.bz2, ..."""
+    """Whether a name is that of a text of sparse samples, such as own.svm, own.svm.t and own.svm.bz2."""
     return _NAME.fullmatch(Path(name).name) is not None
 
 
 def open_svmlight(
     name: str, path: Path, split_seed: int, numbering: Numbering | None = None, predicted: bool = False
 ) -> Dataset:
-    """A text of samples as a data set; its test samples are those of the file of that name with .t, if there is one.
+    """Open a text of sparse samples as a data set; its test samples are in the file of the same name with .t.
 
-    Else a fifth is held out, see `psmpi.data.open_dataset`. Labels of training samples that are all written as integers
-    are classes: two different ones in their order, or numbers from 0 or 1 on; others are values to learn. Features are
-    numbered from 1, from 0 where an index is 0. Or all that is as `numbering` says, and there are at least as many
-    features; predicted: labels that are all 0, where 0 is none, stand for unknown ones. Values are float32.
+    Without that file a fifth of the samples is held out, see `psmpi.data.open_dataset`. Training labels that are all
+    written as integers are classes: two different integers, in order, or numbers from 0 or 1 on. Other labels are
+    values to learn. Features are numbered from 1, or from 0 if an index is 0. numbering: replaces these rules, with its
+    number of features or more. predicted: labels that are all 0 are unknown if no class has the label 0. Values are
+    float32.
 
-    UserError for texts that are not in order, for labels that are none of these, and for test labels that are not
-    integers where those of training are.
+    UserError for texts in another format, for other labels, and for test labels that are not integers if the training
+    labels are.
     """
     paths = [path, *_tests(path)]
-    texts = [read_text(one) for one in paths]
+    texts = [read_text(file) for file in paths]
     numbering = _numbering(paths, texts, numbering)
-    splits = [_split(one, text, numbering, predicted) for one, text in zip(paths, texts, strict=True)]
+    splits = [_split(file, text, numbering, predicted) for file, text in zip(paths, texts, strict=True)]
     del texts
     if len(splits) == 1:
         return _held_out(name, path, splits[0], split_seed)
@@ -50,40 +51,40 @@ def open_svmlight(
 
 
 def open_whole_svmlight(path: Path, numbering: Numbering | None = None) -> Split:
-    """All samples of a text as one split, see `open_svmlight`; labels are -1 where they are unknown."""
+    """All samples of a text as one split, see `open_svmlight`; unknown labels are -1."""
     text = read_text(path)
     return _split(path, text, _numbering([path], [text], numbering), True)
 
 
 def _tests(path: Path) -> list[Path]:
-    """The file of test samples beside one of training samples; UserError where there are several."""
+    """The file of test samples beside a file of training samples, [] if there is none; UserError for several."""
     parts = _NAME.fullmatch(path.name)
     assert parts is not None
-    stem, before, suffix, behind, _ = parts.groups()
-    if before or behind:
+    stem, before, suffix, after, _ = parts.groups()
+    if before or after:
         return []
     names = [f"{stem}{end}{packed}" for end in (f"{suffix}.t", f".t{suffix}") for packed in ("", *PACKED)]
-    found = [path.with_name(one) for one in names if path.with_name(one).is_file()]
-    if len(found) > 1:
+    tests = [path.with_name(name) for name in names if path.with_name(name).is_file()]
+    if len(tests) > 1:
         raise UserError(
-            f"{path}: the test samples may be those of {' or of '.join(one.name for one in found)}: leave one of these "
-            "files there"
+            f"{path}: the test samples may be those of {' or of '.join(file.name for file in tests)}: leave one of "
+            "these files there"
         )
-    return found
+    return tests
 
 
-def _numbering(paths: Sequence[Path], texts: Sequence[Samples], given: Numbering | None) -> Numbering:
-    """What numbers mean in texts that belong together."""
+def _numbering(paths: Sequence[Path], texts: Sequence[Samples], trained: Numbering | None) -> Numbering:
+    """The numbering of texts that belong together; trained: the numbering of a trained network, which they must fit."""
     lowest = min(int(text.indices.min(initial=1)) for text in texts)
-    first = min(lowest, 1) if given is None else given.first
+    first = min(lowest, 1) if trained is None else trained.first
     if lowest < first:
         raise UserError(
             f"{paths[0]}: found the index 0, and what the network was trained on has features numbered from {first}: "
             "number them alike"
         )
     features = 1 + max(int(text.indices.max(initial=first)) for text in texts) - first
-    if given is not None:
-        return given._replace(features=max(features, given.features))
+    if trained is not None:
+        return trained._replace(features=max(features, trained.features))
     if texts[0].real_line:
         return Numbering(first, (), features)
     for path, text in zip(paths, texts, strict=True):
@@ -110,7 +111,7 @@ def _numbering(paths: Sequence[Path], texts: Sequence[Samples], given: Numbering
 
 def _split(path: Path, text: Samples, numbering: Numbering, predicted: bool) -> Split:
     columns = text.indices
-    # In place: the text has no other use for them.
+    # In place, since the indices of the text are not needed again.
     columns -= np.int32(numbering.first)
     rows = Compressed(text.starts, columns, text.values, numbering.features)
     targets = _classes(path, text, numbering, predicted) if numbering.labels else text.labels[:, None]
@@ -119,13 +120,13 @@ def _split(path: Path, text: Samples, numbering: Numbering, predicted: bool) -> 
 
 
 def _classes(path: Path, text: Samples, numbering: Numbering, predicted: bool) -> npt.NDArray[np.int64]:
-    """The classes of labels; -1 where they are unknown."""
+    """Class numbers (n,) of the labels; -1 if labels are unknown."""
     known, labels = numbering.labels, text.labels
     if len(known) == 2:
-        found = np.where(labels == known[0], 0, np.where(labels == known[1], 1, -1))
+        classes = np.where(labels == known[0], 0, np.where(labels == known[1], 1, -1))
     else:
-        found = np.maximum(labels - known[0], -1).astype(np.int64)
-    wrong = np.flatnonzero((found < 0) | (labels != np.floor(labels)))
+        classes = np.maximum(labels - known[0], -1).astype(np.int64)
+    wrong = np.flatnonzero((classes < 0) | (labels != np.floor(labels)))
     if predicted and len(wrong) == len(labels) and not labels.any():
         return np.full(len(labels), -1)
     if len(wrong):
@@ -134,11 +135,11 @@ def _classes(path: Path, text: Samples, numbering: Numbering, predicted: bool) -
             f"{' and '.join(map(str, known)) if len(known) == 2 else f'labels from {known[0]} on'}: write these, or in "
             "all lines 0 where none is known"
         )
-    return found
+    return classes
 
 
 def _held_out(name: str, path: Path, whole: Split, split_seed: int) -> Dataset:
-    """A data set whose test samples are a fifth of these."""
+    """Make a data set of all samples of a text, with a fifth of them as test samples; UserError for too few."""
     y = whole.targets
     if len(y) < 5:
         raise UserError(

@@ -1,7 +1,7 @@
-"""The text format of SVMlight and LIBSVM: a sample a line, its label, then `index:value` with ascending indices.
+"""The text format of SVMlight and LIBSVM: one sample in a line, its label, then `index:value` with ascending indices.
 
-A block of lines is read by operations on all of its bytes. Where it is not in order, its lines are gone through one by
-one, which says what is wrong with the first that is not.
+Array operations parse a block of lines at once. If the block is not in order, its lines are parsed one by one, and the
+error names the first wrong line.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ import numpy.typing as npt
 from psmpi.data.files import check_unpacked, described, reading
 from psmpi.errors import UserError
 
-# Bytes that are read at a time; a few times as many are held besides the result.
+# Bytes that are read at a time; parsing needs a few times as many besides the result.
 BLOCK = 1 << 20
-# Indices count from 1, or from 0, and columns are int32.
+# Largest index: columns are int32.
 MAX_INDEX = (1 << 31) - 1
-# The largest whole numbers that float64 holds, and the largest value that float32 does.
+# Whole numbers up to WHOLE are exact in float64; LARGEST is the largest value of float32.
 WHOLE, LARGEST = 1 << 53, float(np.finfo(np.float32).max)
 
 PACKED: dict[str, Callable[[Path], Any]] = {".gz": gzip.GzipFile, ".bz2": bz2.BZ2File, ".xz": lzma.LZMAFile}
@@ -35,7 +35,7 @@ INTEGER = re.compile(rb"[+-]?\d+")
 COMMENT = re.compile(rb"#[^\n]*")
 COLONS = bytes.maketrans(b":", b" ")
 
-# Kinds of bytes; those not named are not part of any sample.
+# Kinds of bytes; a byte of kind OTHER is not part of a sample.
 SPACE, NEWLINE, COLON, DIGIT, SIGN, POINT, EXPONENT, OTHER = range(8)
 KINDS = np.full(256, OTHER, np.uint8)
 for kind, named in enumerate((b" \t\r\v\f", b"\n", b":", b"0123456789", b"+-", b".", b"eE")):
@@ -45,8 +45,8 @@ for kind, named in enumerate((b" \t\r\v\f", b"\n", b":", b"0123456789", b"+-", b
 class Lines(NamedTuple):
     """The samples of some lines.
 
-    labels: (n,) float64; real_line: the first line, from 1, whose label is not written as an integer, 0 for none;
-    lengths: (n,) int64, the entries of each; indices: int32; values: float32.
+    labels: (n,) float64. real_line: first line, from 1, whose label is not written as an integer; 0: none. lengths:
+    (n,) int64, entries of each sample. indices: (entries,) int32. values: (entries,) float32.
     """
 
     labels: npt.NDArray[np.float64]
@@ -57,7 +57,7 @@ class Lines(NamedTuple):
 
 
 class Growing:
-    """A vector that is appended to; `array` is what it holds."""
+    """A vector that grows: `add` appends values, `array` returns all of them."""
 
     def __init__(self, dtype: npt.DTypeLike) -> None:
         self._room, self._size = np.empty(1 << 12, dtype), 0
@@ -66,20 +66,20 @@ class Growing:
         """Append values."""
         size = self._size + len(values)
         if size > len(self._room):
-            # Of large memory pages are moved, and not copied.
+            # For large memory the operating system moves pages and copies nothing.
             self._room.resize(max(size, len(self._room) * 3 // 2), refcheck=False)
         self._room[self._size : size] = values
         self._size = size
 
     def array(self) -> npt.NDArray[Any]:
-        """All values; nothing is added any more."""
+        """Return all values. Call it after the last `add`, since it shrinks the vector to its size."""
         self._room.resize(self._size, refcheck=False)
         return self._room
 
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """All samples of a file as it has them: `Lines` of all of it, with `starts` (n + 1,) int64 for the lengths."""
+    """All samples of a file: the fields of `Lines`, with `starts` (n + 1,) int64 instead of lengths."""
 
     labels: npt.NDArray[np.float64]
     real_line: int
@@ -89,18 +89,18 @@ class Samples:
 
 
 def read_text(path: Path) -> Samples:
-    """All samples of a file, packed or not; UserError for the first line that is not in order, or without a sample."""
+    """Read all samples of a file, compressed or not; UserError for the first wrong line or if there is no sample."""
     labels, lengths, real_line = Growing(np.float64), Growing(np.int64), 0
     indices, values = Growing(np.int32), Growing(np.float32)
     with reading(path):
         for first, text in _blocks(path):
-            found = fast(text)
-            if found is None:
-                found = by_line(text, str(path), first)
-            real_line = real_line or (found.real_line and first - 1 + found.real_line)
-            for vector, more in ((labels, found.labels), (lengths, found.lengths), (indices, found.indices)):
+            lines = fast(text)
+            if lines is None:
+                lines = by_line(text, str(path), first)
+            real_line = real_line or (lines.real_line and first - 1 + lines.real_line)
+            for vector, more in ((labels, lines.labels), (lengths, lines.lengths), (indices, lines.indices)):
                 vector.add(more)
-            values.add(found.values)
+            values.add(lines.values)
     if not len(labels.array()):
         raise UserError(f"{path}: there is no sample in the file: write one a line, as 1 3:0.5 17:2")
     starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths.array())])
@@ -108,7 +108,7 @@ def read_text(path: Path) -> Samples:
 
 
 def _blocks(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The number of the first line, from 1, and the text of blocks of whole lines, without comments."""
+    """Yield blocks of whole lines without comments: number of the first line, from 1, and text."""
     packed, unpacked, line, rest = path.stat().st_size, 0, 1, b""
     with cast(BinaryIO, PACKED.get(path.suffix.lower(), partial(open, mode="rb"))(path)) as stream:
         while True:
@@ -131,7 +131,7 @@ def _blocks(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _kind(path: Path, data: bytes) -> str:
-    """What a file is, by its first bytes where it is not packed by its name."""
+    """Text about the format of a file by its first bytes, or by its name if that says that it is compressed."""
     if path.suffix.lower() not in PACKED:
         for magic, end in ((b"\x1f\x8b", ".gz"), (b"BZh", ".bz2"), (b"\xfd7zXZ", ".xz")):
             if data.startswith(magic):
@@ -140,12 +140,12 @@ def _kind(path: Path, data: bytes) -> str:
 
 
 def fast(text: bytes) -> Lines | None:
-    """The samples of whole lines without comments; None where some line is not in order."""
+    """Parse whole lines without comments by array operations; None if a line is not in order."""
     kinds = KINDS[np.frombuffer(text, np.uint8)]
     if (kinds == OTHER).any():
         return None
     blank = np.concatenate([[True], kinds <= NEWLINE, [True]])
-    # The edges of words, first and behind the last byte of each.
+    # First byte of each word, and the byte after its last one.
     edges = np.flatnonzero(blank[1:] != blank[:-1])
     starts, ends = edges[0::2], edges[1::2]
     if not len(starts):
@@ -153,7 +153,7 @@ def fast(text: bytes) -> Lines | None:
     line = np.searchsorted(np.flatnonzero(kinds == NEWLINE), starts)
     label = np.diff(line, prepend=-1) > 0
     colons, entries = np.flatnonzero(kinds == COLON), ~label
-    # One colon inside each word but labels: as many as such words, each between its edges.
+    # Each word but a label has one colon inside: there are as many colons as such words, each between its edges.
     if len(colons) != np.count_nonzero(entries):
         return None
     if (colons <= starts[entries]).any() or (colons >= ends[entries] - 1).any():
@@ -177,7 +177,7 @@ def fast(text: bytes) -> Lines | None:
     is_label = ~(index | np.concatenate([[False], index[:-1]]))
     written = of[kinds[special] > SIGN]
     written = written[is_label[written]]
-    # The line of the word that begins where the number does.
+    # Line of the first label with a point or an exponent: a label is a number that begins with its word.
     real_line = int(line[np.searchsorted(starts, first[written[0]])]) + 1 if len(written) else 0
     return Lines(numbers[is_label], real_line, lengths, number.astype(np.int32), value.astype(np.float32))
 
@@ -185,7 +185,7 @@ def fast(text: bytes) -> Lines | None:
 def _tokens(
     starts: npt.NDArray[np.int64], label: npt.NDArray[np.bool_], colons: npt.NDArray[np.int64]
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-    """Where each number begins, in order, and which of them are indices."""
+    """Offset of each number in the text, in order, and the mask of numbers that are indices."""
     size = np.where(label, 1, 2)
     begin = np.cumsum(size) - size
     first, index = np.empty(len(starts) + len(colons), np.int64), np.zeros(len(starts) + len(colons), np.bool_)
@@ -202,14 +202,15 @@ def are_numbers(
     first: npt.NDArray[np.int64],
     index: npt.NDArray[np.bool_],
 ) -> bool:
-    """Whether all numbers are such as NUMBER matches, and indices have digits alone.
+    """Whether NUMBER matches all numbers, and indices consist of digits only.
 
-    special: where signs, points and exponents are; of: the number that each is in; first: where numbers begin.
+    kinds: kind of each byte. special: offsets of signs, points and exponents. of: number that contains each of these.
+    first: offsets of the numbers. index: mask of numbers that are indices.
     """
     if index[of].any():
         return False
     kind = kinds[special]
-    # Behind the last byte there is a newline.
+    # special + 1 is inside the text, which ends with a newline.
     before, after = np.where(special > 0, kinds[special - 1], SPACE), kinds[special + 1]
     begins = special == first[of]
     sign, point, exponent = kind == SIGN, kind == POINT, kind == EXPONENT
@@ -217,11 +218,11 @@ def are_numbers(
         return False
     if (point & (begins | (before != DIGIT)) & (after != DIGIT)).any():
         return False
-    behind = kinds[np.minimum(special + 2, len(kinds) - 1)]
-    powered = (after == DIGIT) | ((after == SIGN) & (behind == DIGIT))
+    second = kinds[np.minimum(special + 2, len(kinds) - 1)]
+    powered = (after == DIGIT) | ((after == SIGN) & (second == DIGIT))
     if (exponent & (begins | ((before != DIGIT) & (before != POINT)) | ~powered)).any():
         return False
-    # Of the points and exponents of a number the only pair is a point before an exponent.
+    # A number has at most one point and one exponent, and the point comes first.
     both = ~sign
     number, which = of[both], kind[both]
     same = number[1:] == number[:-1]
@@ -231,7 +232,7 @@ def are_numbers(
 
 
 def by_line(text: bytes, name: str, first: int) -> Lines:
-    """`fast`, line by line; UserError for the first line that is not in order. name: of the file; first: line."""
+    """Parse lines one by one; UserError for the first wrong one. name: of the file; first: number of the first line."""
     labels, lengths, indices, values, real_line = [], [], [], [], 0
     for number, line in enumerate(text.split(b"\n"), first):
         words = list(re.finditer(rb"[^ \t\r\v\f]+", line))
@@ -244,9 +245,9 @@ def by_line(text: bytes, name: str, first: int) -> Lines:
         row = [_entry(f"{where}, column {word.start() + 1}", word[0]) for word in words[1:]]
         for (before, _), (index, _), word in zip(row, row[1:], words[2:], strict=False):
             if index <= before:
-                told = "twice" if index == before else f"behind {before}"
+                fault = "twice" if index == before else f"after {before}"
                 raise UserError(
-                    f"{where}, column {word.start() + 1}: found the index {index} {told}; indices of a line have to "
+                    f"{where}, column {word.start() + 1}: found the index {index} {fault}; indices of a line have to "
                     "ascend: sort them, and add up the values of equal ones"
                 )
         lengths.append(len(row))
@@ -282,10 +283,10 @@ def _entry(where: str, word: bytes) -> tuple[int, float]:
         raise UserError(
             f"{where}: found the index {shown(index)}; expected {MAX_INDEX:,} at most: number features anew"
         )
-    found = _number(where, "value", value)
-    if abs(found) > LARGEST:
+    number = _number(where, "value", value)
+    if abs(number) > LARGEST:
         raise UserError(f"{where}: found the value {shown(value)}, beyond {LARGEST:.2g}: divide the values by a number")
-    return int(index), found
+    return int(index), number
 
 
 def _number(where: str, what: str, word: bytes) -> float:
@@ -293,13 +294,13 @@ def _number(where: str, what: str, word: bytes) -> float:
         finite = word.lower().lstrip(b"+-") not in (b"nan", b"inf", b"infinity")
         fix = "a number, as -0.5 or 1e-3" if finite else "a finite number: correct the sample, or take the line out"
         raise UserError(f"{where}: found the {what} {shown(word)}; expected {fix}")
-    found = float(word)
-    if abs(found) == np.inf:
+    number = float(word)
+    if abs(number) == np.inf:
         raise UserError(f"{where}: found the {what} {shown(word)}, which float64 does not hold: divide by a number")
-    return found
+    return number
 
 
 def shown(word: bytes) -> str:
-    """A word for people, not all of a long one."""
+    """A word in quotes for messages, shortened if it is long."""
     text = word.decode("utf-8", "backslashreplace")
     return repr(text if len(text) <= 40 else f"{text[:40]}...")

@@ -1,4 +1,4 @@
-"""Data sets in tables of comma-separated values: a sample a line, its features in columns, and one of its label."""
+"""Data sets in tables of comma-separated values: one sample in a line, with columns of features and one of labels."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from psmpi.data.tabletext import Form, TextualError, by_record, delimiter_of, fa
 from psmpi.errors import UserError, counted, nearest
 
 _NAME = re.compile(r"(.+)(\.csv|\.tsv)((?:\.gz|\.bz2|\.xz)?)", re.IGNORECASE)
-# Columns of labels where no other is named, in small letters, the likeliest first.
+# Usual names of the column of labels, in lower case, the likeliest first.
 USUAL = ("label", "class", "target", "y")
 
 
 def is_table(name: str) -> bool:
-    """Whether a data set is a table, by its name: own.csv, own.csv.gz, ..."""
+    """Whether a name is that of a table, such as own.csv and own.csv.gz."""
     return _NAME.fullmatch(Path(name).name) is not None
 
 
 def read_table(
     path: Path, label: str = "", features: int = 0, whole: bool = False, known: tuple[str, ...] = ()
 ) -> tuple[list[str], dict[str, Header]]:
-    """The arrays x and y of a table, and x_test and y_test of the one beside it, own_test.csv, if there is one.
+    """Read a table: names and headers of x and y, and of x_test and y_test if there is a table own_test.csv beside it.
 
-    A first line with text where the second has numbers, or in all fields, has the names of columns. label: the column
-    of labels, by its name or its number from 1 on; "": one called label, class, target or y, else the last. Labels that
-    are text, or integers, are classes; with a decimal point in one of them all are values. Features are float32.
-    features: of a network that has been trained, 0 for none: of so many columns none has labels. whole: leave the table
-    beside it out. known: the names of the network's features, which come in their order wherever the table has them; a
-    table without names has them by position.
+    A first line that is all text, or has text where the second has numbers, gives the names of columns. label: column
+    of labels, by its name or its number from 1; "": a column called label, class, target or y, else the last one.
+    Labels that are text or integers are classes; if one of them has a decimal point, all are values. Features are
+    float32. features: number of features of a trained network; a table with that many columns has no labels; 0: no
+    network. whole: leave out the table own_test.csv. known: names of the network's features, which give the order of
+    the columns; a table without names has its features by position.
 
-    UserError for a feature that is missing, for columns that are neither features nor the label, for the first line
-    that is no sample, see psmpi.data.tabletext, and for a table without samples.
+    UserError for a missing feature, for columns that are neither features nor the label, for the first line that is
+    not a sample, see psmpi.data.tabletext, and for a table without samples.
     """
     form, first = _form(path, label, features, known)
     headers = _arrays(path, "", form, first, known)
@@ -61,21 +61,21 @@ def read_table(
 
 
 def _form(path: Path, label: str, features: int, known: tuple[str, ...]) -> tuple[Form, bool]:
-    """The form of a table, and whether its first line has the names of columns."""
+    """The form of a table, and whether its first line gives the names of columns."""
     text = b""
     for _, block in records(path):
         text += block
-        if _behind(text, 2) < len(text):
+        if _end_of(text, 2) < len(text):
             break
-    delimiter, found = delimiter_of(text), []
-    for _, fields in fields_of(text[: _behind(text, 2)], delimiter, str(path), 1):
+    delimiter, rows = delimiter_of(text), []
+    for _, fields in fields_of(text[: _end_of(text, 2)], delimiter, str(path), 1):
         if any(fields):
-            found.append(fields)
-    if not found:
+            rows.append(fields)
+    if not rows:
         raise UserError(f"{path}: there is no sample in the file: write one a line, its features and its label")
-    first = found[0]
+    first = rows[0]
     named = (label in first and not label.isdigit() and label != "") or _is_header(
-        first, found[1] if len(found) > 1 else []
+        first, rows[1] if len(rows) > 1 else []
     )
     columns = tuple(first) if named else ("",) * len(first)
     if named:
@@ -90,8 +90,8 @@ def _form(path: Path, label: str, features: int, known: tuple[str, ...]) -> tupl
     return Form(delimiter, columns, at), named
 
 
-def _behind(text: bytes, count: int) -> int:
-    """The offset behind the first records of a block, of which `count` are not blank."""
+def _end_of(text: bytes, count: int) -> int:
+    """Offset after the first `count` records of a block that are not blank."""
     end = len(text) - len(text.lstrip(b"\n"))
     for _ in range(count):
         end = text.find(b"\n", end) + 1 or len(text)
@@ -105,10 +105,10 @@ def _is_number(field: str) -> bool:
 
 
 def _is_header(first: list[str], second: list[str]) -> bool:
-    """Whether a first line has names: text where the second has numbers, or nothing but text, or a usual label's."""
+    """Whether a first line gives names: it has a usual name of labels, only text, or text above a number."""
     if any(field.lower() in USUAL for field in first) or not any(map(_is_number, first)):
         return True
-    return any(not _is_number(one) and _is_number(two) for one, two in zip(first, second, strict=False) if one)
+    return any(not _is_number(name) and _is_number(below) for name, below in zip(first, second, strict=False) if name)
 
 
 def _check_columns(path: Path, columns: tuple[str, ...]) -> None:
@@ -125,7 +125,7 @@ def _check_columns(path: Path, columns: tuple[str, ...]) -> None:
 
 
 def _label_column(path: Path, columns: tuple[str, ...], label: str, features: int) -> int:
-    """The column of labels, from 0, or -1 for none."""
+    """Number of the column of labels, from 0; -1: none."""
     if label and label in columns:
         return columns.index(label)
     if features and len(columns) == features:
@@ -145,7 +145,7 @@ def _label_column(path: Path, columns: tuple[str, ...], label: str, features: in
 
 
 def _beside_known(path: Path, columns: tuple[str, ...], label: str, known: tuple[str, ...]) -> int:
-    """The column of labels, from 0, or -1 for none, of a table that has the features of a network by their names."""
+    """Number of the column of labels, from 0, beside the features `known` of a network; -1: none."""
     missing = [name for name in known if name not in columns]
     others = [name for name in columns if name not in known]
     if missing or (len(others) > 1 and label not in others):
@@ -167,7 +167,7 @@ def _few(names: Sequence[str]) -> str:
 
 
 def _arrays(path: Path, end: str, form: Form, named: bool, known: tuple[str, ...]) -> dict[str, Header]:
-    """The arrays of a table, `end` behind their names."""
+    """Headers of the arrays of a table, named x and y with the suffix `end`."""
     try:
         values, labels = _read(path, form, named)
     except TextualError:
@@ -175,7 +175,7 @@ def _arrays(path: Path, end: str, form: Form, named: bool, known: tuple[str, ...
     columns = tuple(name for k, name in enumerate(form.columns) if k != form.label) if any(form.columns) else ()
     if columns and known and columns != known:
         values, columns = np.ascontiguousarray(values[:, [columns.index(name) for name in known]]), known
-    # Read-only, as what is read of files.
+    # Read-only, as all arrays from files.
     values.flags.writeable = labels.flags.writeable = False
     headers = {f"x{end}": Header(values.shape, values.dtype, lambda: ArrayRows(values), lambda: values, columns)}
     if form.label >= 0:
@@ -184,26 +184,29 @@ def _arrays(path: Path, end: str, form: Form, named: bool, known: tuple[str, ...
 
 
 def _read(path: Path, form: Form, named: bool) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """The values (n, features) float32 and labels (n,), int64, float64 or bytes; TextualError for unexpected text."""
+    """Read values (n, features) float32 and labels (n,) int64, float64 or bytes; TextualError for unexpected text.
+
+    named: whether the first line gives the names of columns.
+    """
     values, labels, real, skip = Growing(np.float32), [], False, named
     for line, block in records(path):
         text, first = block, line
         if skip:
-            end = _behind(block, 1)
+            end = _end_of(block, 1)
             text, first = block[end:], line + block.count(b"\n", 0, end)
             skip = not block.strip(b"\n")
-        found = fast(text, form)
+        samples = fast(text, form)
         if (
-            found is None
+            samples is None
             and not form.textual
             and form.label >= 0
             and fast(text, form._replace(textual=True)) is not None
         ):
             raise TextualError
-        found = by_record(text, form, str(path), first) if found is None else found
-        values.add(found.values.reshape(-1))
-        labels.append(found.labels)
-        real = real or found.real
+        samples = by_record(text, form, str(path), first) if samples is None else samples
+        values.add(samples.values.reshape(-1))
+        labels.append(samples.labels)
+        real = real or samples.real
     targets: npt.NDArray[Any] = np.concatenate(labels)
     if not len(targets):
         raise UserError(f"{path}: there is no sample in the file but the names of columns: write one a line")

@@ -1,7 +1,7 @@
-"""The text of a table: records of fields with commas, semicolons or tabs between, quoted as Python's csv has it.
+"""The text of a table: records of fields, separated by commas, semicolons or tabs, quoted as in Python's csv.
 
-A block of records is read by operations on all of its bytes. Where it is not in order, its records are gone through one
-by one, which reads what is quoted, and says what is wrong with the first that is no sample.
+Array operations parse a block of records at once. If the block is not in order, its records are parsed one by one,
+which handles quotes, and the error names the first record that is not a sample.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ from psmpi.data.svmtext import (
 from psmpi.errors import UserError
 
 DELIMITERS = ",;\t"
-# Bytes of a record, or of the records of a quoted field that does not end.
+# Most bytes of a record; a quoted field that is not closed makes a longer one.
 LONG = 16 << 20
-# Fields that stand for a value that is not there, in small letters; bytes of a label.
+# Fields that stand for a missing value, in lower case; most bytes of a label.
 MISSING = ("", "na", "n/a", "nan", "null", "?")
 LABEL_BYTES = 400
 TRUTH = {b"true": b"1   ", b"false": b"0    "}
 
 
 class Form(NamedTuple):
-    """How records are read: the delimiter, the number of fields, which one is the label (-1: none), and its kind.
+    """Form of a table's records. delimiter: between fields. columns: names of the fields, "" for fields without a name.
 
-    columns: names of the fields, for people; textual: whether labels are any text, and not numbers.
+    label: number of the field with the label, -1: none. textual: whether labels are text, not numbers.
     """
 
     delimiter: str
@@ -58,15 +58,15 @@ class Form(NamedTuple):
     textual: bool = False
 
     def place(self, k: int) -> str:
-        """A column for people: "column 3 (width)"."""
+        """Text that names column `k` (from 0) in messages, such as "column 3 (width)"."""
         name = self.columns[k]
         return f"column {k + 1}" + (f" ({name})" if name else "")
 
 
 class Samples(NamedTuple):
-    """Records as samples: values (n, features) float32, labels (n,) float64, or bytes, and the place of a decimal.
+    """Samples of some records: values (n, features) float32, labels (n,) float64 or bytes.
 
-    real: whether some label is written as no integer.
+    real: whether a label is not written as an integer.
     """
 
     values: npt.NDArray[np.float32]
@@ -75,10 +75,10 @@ class Samples(NamedTuple):
 
 
 def records(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The number of the first line, from 1, and the bytes of blocks of whole records, each with a newline at its end.
+    """Yield blocks of whole records: number of the first line, from 1, and bytes that end with a newline.
 
-    Newlines of Windows become \\n, and a byte-order mark is left out. UserError for what is no text in UTF-8, or a
-    record without an end.
+    Newlines of Windows become \\n, and a byte-order mark is left out. UserError for a compressed or binary file, and
+    for a record that is too long.
     """
     packed, unpacked, line, rest = path.stat().st_size, 0, 1, b""
     with reading(path), cast(BinaryIO, PACKED.get(path.suffix.lower(), partial(open, mode="rb"))(path)) as stream:
@@ -108,7 +108,7 @@ def records(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _end(text: bytes) -> int:
-    """The end of the last whole record: behind a newline that is in no quotes."""
+    """Offset after the last whole record, which ends with a newline outside of quotes."""
     if b'"' not in text:
         return text.rfind(b"\n") + 1
     letters = np.frombuffer(text, np.uint8)
@@ -118,10 +118,10 @@ def _end(text: bytes) -> int:
 
 
 def fields_of(text: bytes, delimiter: str, name: str, first: int) -> Iterator[tuple[int, list[str]]]:
-    """The line of each record of a block, and its fields without spaces around them.
+    """Yield the line number of each record of a block and its fields, stripped of spaces.
 
-    name: of the file; first: the line of the block. UserError for bytes that are not UTF-8, and fields that are too
-    long.
+    name: of the file; first: number of the block's first line. UserError for bytes that are not UTF-8 and for fields
+    that are too long.
     """
     try:
         decoded = text.decode()
@@ -141,13 +141,13 @@ def fields_of(text: bytes, delimiter: str, name: str, first: int) -> Iterator[tu
 
 
 def delimiter_of(text: bytes) -> str:
-    """The delimiter of a table: the most frequent one in its first line outside of quotes, a comma before others."""
+    """The delimiter of a table: the most frequent one in its first line outside of quotes; a comma if there is none."""
     first = re.sub(rb'"[^"]*"', b"", text.lstrip(b"\n").partition(b"\n")[0]).decode(errors="replace")
     return max(DELIMITERS, key=first.count)
 
 
 def fast(text: bytes, form: Form) -> Samples | None:
-    """The samples of a block of records; None where some record is not in order, or has quotes that are needed."""
+    """Parse a block of records by array operations; None if a record is not in order or needs its quotes."""
     room = np.frombuffer(bytearray(text), np.uint8)
     if b'"' in text:
         room = _unquoted(room, form.delimiter)
@@ -164,10 +164,10 @@ def fast(text: bytes, form: Form) -> Samples | None:
     labels: npt.NDArray[Any] = np.zeros(rows)
     decimal = False
     if form.textual:
-        found = _taken(room, kinds, *edges[:, :, form.label])
-        if found is None:
+        texts = _blanked(room, kinds, *edges[:, :, form.label])
+        if texts is None:
             return None
-        labels = found
+        labels = texts
         edges = np.delete(edges, form.label, axis=2)
     elif form.label >= 0:
         places = edges[:, :, form.label]
@@ -187,19 +187,19 @@ def fast(text: bytes, form: Form) -> Samples | None:
 
 
 def _among(marked: npt.NDArray[np.bool_], edges: npt.NDArray[np.int64]) -> bool:
-    """Whether some byte that is marked lies in a field [edges[0], edges[1])."""
+    """Whether a marked byte is inside a field [edges[0], edges[1])."""
     before = np.searchsorted(np.flatnonzero(marked), edges)
     return bool((before[0] != before[1]).any())
 
 
 def _unquoted(room: npt.NDArray[np.uint8], delimiter: str) -> npt.NDArray[np.uint8]:
-    """A block without quotes, where each pair is around a field without a delimiter in it; else the block as it is."""
+    """Remove quotes from a block if each pair encloses a whole field without a delimiter; else return the block."""
     quotes = np.flatnonzero(room == ord('"'))
     if len(quotes) % 2:
         return room
     edges = np.flatnonzero((room == ord(delimiter)) | (room == ord("\n")))
     field = np.searchsorted(edges, quotes)
-    # Each pair alone in its field, at both ends.
+    # Each pair has to be the only one in its field, at both ends of the field.
     starts, ends = np.concatenate([[0], edges + 1])[field], edges[field]
     pairs = (field[0::2] == field[1::2]).all() and len(np.unique(field[0::2])) == len(quotes) // 2
     if pairs and (quotes[0::2] == starts[0::2]).all() and (quotes[1::2] == ends[1::2] - 1).all():
@@ -207,13 +207,16 @@ def _unquoted(room: npt.NDArray[np.uint8], delimiter: str) -> npt.NDArray[np.uin
     return room
 
 
-def _taken(
+def _blanked(
     room: npt.NDArray[np.uint8],
     kinds: npt.NDArray[np.uint8],
     starts: npt.NDArray[np.int64],
     ends: npt.NDArray[np.int64],
 ) -> npt.NDArray[Any] | None:
-    """The fields [starts, ends), (n,) bytes, which become spaces; None where one has to be looked at."""
+    """Return the fields [starts, ends) as (n,) bytes and set them to spaces in `room` and `kinds`.
+
+    None if a field is empty, long, quoted or a missing value, which `by_record` handles.
+    """
     width = int((ends - starts).max(initial=1))
     if width > LABEL_BYTES or (ends == starts).any():
         return None
@@ -236,7 +239,7 @@ def _numbers(
     edges: npt.NDArray[np.int64],
     delimiter: str,
 ) -> npt.NDArray[np.float64] | None:
-    """The numbers of the fields [edges[0], edges[1]), one in each; None where a field has another content."""
+    """Numbers (fields,) of the fields [edges[0], edges[1]), one in each; None if a field has other contents."""
     if (kinds == OTHER).any():
         text = _truths(room.tobytes(), re.escape(delimiter.encode()))
         room = np.frombuffer(text, np.uint8)
@@ -245,7 +248,7 @@ def _numbers(
             return None
     blank = np.concatenate([[True], kinds <= COLON])
     words = np.flatnonzero(blank[:-1] & ~blank[1:])
-    # One word in each field.
+    # Each field has to contain one word.
     if len(words) != edges.shape[1] or (words < edges[0]).any() or (words >= edges[1]).any():
         return None
     special = np.flatnonzero(kinds >= SIGN)
@@ -258,13 +261,16 @@ def _numbers(
 
 
 def _truths(text: bytes, delimiter: bytes) -> bytes:
-    """A text with 1 and 0, and spaces, for fields that are truth values."""
+    """Replace fields that are truth values by 1 and 0, padded with spaces to the same length."""
     pattern = rb"(?i)(?<![^%b\n ])(true|false)(?=[%b\n ])" % (delimiter, delimiter)
     return re.sub(pattern, lambda match: TRUTH[match[0].lower()], text)
 
 
 def by_record(text: bytes, form: Form, name: str, first: int) -> Samples:
-    """`fast`, record by record; UserError for the first one that is no sample. name: of the file; first: line."""
+    """Parse records one by one; UserError for the first that is not a sample, TextualError for a label of text.
+
+    name: of the file; first: number of the first line.
+    """
     labels: list[Any] = []
     values, real, columns = [], False, len(form.columns)
     for line, record in fields_of(text, form.delimiter, name, first):
@@ -292,8 +298,10 @@ def by_record(text: bytes, form: Form, name: str, first: int) -> Samples:
             else:
                 row.append(_value(where, form, k, field))
         values.append(row)
-    made: npt.NDArray[Any] = np.array(labels if form.label >= 0 else [0.0] * len(values), "S" if form.textual else "f8")
-    return Samples(np.array(values, np.float32).reshape(len(values), columns - (form.label >= 0)), made, real)
+    targets: npt.NDArray[Any] = np.array(
+        labels if form.label >= 0 else [0.0] * len(values), "S" if form.textual else "f8"
+    )
+    return Samples(np.array(values, np.float32).reshape(len(values), columns - (form.label >= 0)), targets, real)
 
 
 def _label(where: str, field: str) -> bytes:
@@ -304,7 +312,7 @@ def _label(where: str, field: str) -> bytes:
 
 
 class TextualError(Exception):
-    """Labels that are no numbers, where numbers were expected."""
+    """A label is text, and labels were expected to be numbers."""
 
 
 def _value(where: str, form: Form, k: int, field: str) -> float:

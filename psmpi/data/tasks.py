@@ -1,4 +1,4 @@
-"""Generated tasks: sequences that need memory, sums of numbers modulo another, and those of psmpi.data.planted."""
+"""Generated tasks: sequences that need memory, modular addition, and the tasks of psmpi.data.planted."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from psmpi.data.split import Dataset, Split, frozen
 from psmpi.errors import UserError
 
 SAMPLES, TESTS = 10_000, 1_000
-# Keeps these random numbers apart from all others drawn from the same seed.
+# Key of these random numbers, which separates them from others drawn from the same seed.
 _TAG = 0x7461736B
-# Symbols of copying, and how many of them are to be copied; symbols of repeat_copy, and most repetitions.
+# Number of symbols of copying, and length of the copied sequence; number of symbols of repeat_copy, most repetitions.
 COPIED, RECALLED = 8, 10
 LETTERS, REPEATS = 4, 3
 
@@ -24,39 +24,40 @@ Arrays = tuple[npt.NDArray[np.float32], npt.NDArray[np.generic], npt.NDArray[np.
 
 
 def adding(n: int, steps: int, rng: np.random.Generator) -> Arrays:
-    """Numbers from U(0, 1) and markers of two of them, one in each half, whose sum is the value to learn.
+    """The adding problem: numbers from U(0, 1), two of them marked, one in each half; the value is the sum of the two.
 
-    Hochreiter and Schmidhuber (1997). x (n, 2, steps), values (n, 1). The mean is off by sqrt(1 / 6) = 0.408.
+    Hochreiter and Schmidhuber (1997). x: (n, 2, steps) float32; values: (n, 1) float64. The RMSE of predicting the mean
+    is sqrt(1 / 6) = 0.408.
     """
     x = np.zeros((n, 2, steps), np.float32)
     x[:, 0] = rng.random((n, steps), np.float32)
     half = steps // 2
-    for first, behind in ((0, half), (half, steps)):
-        x[np.arange(n), 1, rng.integers(first, behind, n)] = 1
+    for first, stop in ((0, half), (half, steps)):
+        x[np.arange(n), 1, rng.integers(first, stop, n)] = 1
     return x, (x[:, 0] * x[:, 1]).sum(axis=1, dtype=np.float64)[:, None], None
 
 
 def copying(n: int, blanks: int, rng: np.random.Generator) -> Arrays:
-    """Ten symbols, `blanks` steps of nothing, then a signal, after which the symbols are to be said in their order.
+    """The copying problem: ten symbols, `blanks` blank steps, a signal, then the network has to repeat the symbols.
 
-    Hochreiter and Schmidhuber (1997), as Arjovsky et al. (2016) have it, but that only the ten answers count. x (n, 10,
-    blanks + 20): one-hot of nothing, eight symbols, and the signal; labels (n, steps).
+    Hochreiter and Schmidhuber (1997), in the form of Arjovsky et al. (2016), except that only the ten answers count.
+    x: (n, 10, blanks + 20) float32, one-hot of blank, eight symbols and signal; labels: (n, steps), -1 before answers.
     """
     steps = blanks + 2 * RECALLED
     symbols = rng.integers(0, COPIED, (n, RECALLED))
-    said = np.zeros((n, steps), np.int64)
-    said[:, :RECALLED] = 1 + symbols
-    said[:, steps - RECALLED - 1] = COPIED + 1
+    inputs = np.zeros((n, steps), np.int64)
+    inputs[:, :RECALLED] = 1 + symbols
+    inputs[:, steps - RECALLED - 1] = COPIED + 1
     labels = np.full((n, steps), -1)
     labels[:, -RECALLED:] = symbols
-    return _one_hot(said, COPIED + 2), labels, None
+    return _one_hot(inputs, COPIED + 2), labels, None
 
 
 def repeat_copy(n: int, longest: int, rng: np.random.Generator) -> Arrays:
-    """1 to `longest` letters and a number, 1 to 3: the letters are to be said as many times, and an end.
+    """Repeat copy: 1 to `longest` letters, then a number from 1 to 3; the network repeats the letters that many times.
 
-    Graves et al. (2014), with letters in place of vectors of bits. x (n, 5, 4 longest + 2): one-hot of four letters,
-    and a third of the number; labels (n, steps) of four letters and the end, at the steps after the number.
+    Graves et al. (2014), with letters instead of vectors of bits. x: (n, 5, 4 longest + 2) float32, one-hot of four
+    letters, and a third of the number; labels: (n, steps) of four letters and an end mark, after the number, else -1.
     """
     steps = (1 + REPEATS) * longest + 2
     x, labels = np.zeros((n, LETTERS + 1, steps), np.float32), np.full((n, steps), -1)
@@ -64,20 +65,20 @@ def repeat_copy(n: int, longest: int, rng: np.random.Generator) -> Arrays:
     sizes, times = rng.integers(1, longest + 1, n), rng.integers(1, REPEATS + 1, n)
     letters = rng.integers(0, LETTERS, (n, longest))
     for k, (size, count) in enumerate(zip(sizes.tolist(), times.tolist(), strict=True)):
-        said = letters[k, :size]
-        x[k, said, np.arange(size)] = 1
+        word = letters[k, :size]
+        x[k, word, np.arange(size)] = 1
         x[k, LETTERS, size] = count / REPEATS
-        labels[k, size + 1 : size + 1 + count * size] = np.tile(said, count)
+        labels[k, size + 1 : size + 1 + count * size] = np.tile(word, count)
         labels[k, size + 1 + count * size] = LETTERS
         lengths[k] = size + 2 + count * size
     return x, labels, lengths
 
 
 def modular_addition(modulus: int, seed: int) -> tuple[Split, Split]:
-    """Tokens a, b and = of all pairs of numbers below `modulus`, in an order drawn with `seed`; labels (a + b) mod N.
+    """Modular addition: tokens a, b and = of all pairs below N = `modulus`, in random order; labels (a + b) mod N.
 
-    Power et al., arXiv 2201.02177. Half of the pairs are for training, the others test samples. x (n, 1, 3), tokens 0
-    to N - 1 and N for =; labels (n,).
+    Power et al., arXiv 2201.02177. Half of the pairs are for training, the others for testing. x: (n, 1, 3) int16,
+    tokens 0 to N - 1, and N for =; labels: (n,).
     """
     sequence = np.random.SeedSequence([max(seed, 0), _TAG, 2])
     order = np.random.Generator(np.random.Philox(sequence)).permutation(modulus**2)
@@ -91,13 +92,13 @@ def modular_addition(modulus: int, seed: int) -> tuple[Split, Split]:
     return train, test
 
 
-def _one_hot(said: npt.NDArray[np.int64], count: int) -> npt.NDArray[np.float32]:
-    """(n, steps) -> (n, count, steps)."""
-    return np.ascontiguousarray((said[:, None] == np.arange(count)[:, None]).astype(np.float32))
+def _one_hot(numbers: npt.NDArray[np.int64], count: int) -> npt.NDArray[np.float32]:
+    """One-hot encoding of numbers (n, steps) below `count`: (n, count, steps)."""
+    return np.ascontiguousarray((numbers[:, None] == np.arange(count)[:, None]).astype(np.float32))
 
 
 def _drawn(make: Callable[[int, int, np.random.Generator], Arrays], size: int, seed: int) -> tuple[Split, Split]:
-    """10,000 training and 1,000 test sequences."""
+    """Make SAMPLES training and TESTS test sequences."""
     splits = []
     for k, n in enumerate((SAMPLES, TESTS)):
         sequence = np.random.SeedSequence([max(seed, 0), _TAG, k])
@@ -106,7 +107,7 @@ def _drawn(make: Callable[[int, int, np.random.Generator], Arrays], size: int, s
     return splits[0], splits[1]
 
 
-# Each task, the number that is taken where none is given, and the least and the largest.
+# Tasks by name: function, default size, smallest and largest size.
 TASKS: dict[str, tuple[Callable[[int, int], tuple[Split, Split]], int, int, int]] = {
     "adding": (partial(_drawn, adding), 50, 2, 5000),
     "copying": (partial(_drawn, copying), 20, 1, 5000),
@@ -118,10 +119,10 @@ TASKS: dict[str, tuple[Callable[[int, int], tuple[Split, Split]], int, int, int]
 
 
 def open_task(task: str, number: str, seed: int) -> Dataset:
-    """A generated data set, the same for the same seed.
+    """Make the data set of a task; equal seeds make equal data sets.
 
-    number: of steps, blanks, letters, features or rows, or the modulus; "" for the usual one. UserError where the task
-    has no such size.
+    number: the size of the task, which is its steps, blanks, letters, modulus, features or rows; "": the default.
+    UserError for a size out of the task's range.
     """
     make, size, least, most = TASKS[task]
     if number:

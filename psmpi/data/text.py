@@ -1,4 +1,4 @@
-"""Texts: windows of characters as sequences of tokens, the next character being the target of each step."""
+"""Texts: windows of characters as sequences of tokens; the target of each step is the next character."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from psmpi.data.split import Dataset, Split
 from psmpi.errors import UserError, counted
 
 SUFFIX = ".txt"
-# Steps of a window, where nothing else is said.
+# Default number of steps of a window.
 CONTEXT = 64
-# Distinct characters of a text at most, which int16 numbers; the scripts of most languages have fewer.
+# Most distinct characters of a text, whose numbers are int16; the scripts of most languages have fewer.
 MOST = 1 << 15
-# One of so many characters is for testing: the last ones.
+# The last 1 / TENTH of the characters is for testing.
 TENTH = 10
 POINTS = 0x110000
 
@@ -27,21 +27,21 @@ Codes = npt.NDArray[np.int8] | npt.NDArray[np.int16]
 
 
 def is_text(name: str) -> bool:
-    """Whether a data set is a text, by its name."""
+    """Whether a name is that of a text."""
     return Path(name).suffix.lower() == SUFFIX
 
 
 def open_text(name: str, path: Path, context: int = CONTEXT, characters: str = "") -> Dataset:
-    """A text as a data set: tokens (1, context), and as many labels, int8 or int16, with a class for each character.
+    """Open a text as a data set: tokens (1, context) and labels (context,), int8 or int16, one class a character.
 
-    Token k is the k-th of the text's distinct characters in the order of their code points, or of `characters`. The
-    last tenth of the text is for testing. Both parts are cut into windows that follow each other, the characters behind
-    the last whole window are left out, and no window has characters of both parts. Every character is as it is in the
-    file, the \\r of Windows' newlines too, but for a byte-order mark at its beginning, which is left out. The splits
-    hold one or two bytes a character, as views of one array.
+    Token k is the k-th of the text's distinct characters in the order of their code points, or the k-th of `characters`
+    if given. The last tenth of the text is for testing. Both parts are cut into consecutive windows; characters after
+    the last whole window are left out, and no window has characters of both parts. All characters of the file count,
+    also the \\r of Windows' newlines, except a byte-order mark at the start. The splits are views of one array with one
+    or two bytes a character.
 
-    UserError for a text that is not UTF-8, too short, of one character only, or of more than MOST, or with a character
-    that is not among those given.
+    UserError for a text that is not UTF-8 or too short, with one distinct character only or more than MOST, and with a
+    character that is not in `characters`.
     """
     codes, characters = _read(path, characters)
     tests = len(codes) // TENTH
@@ -56,7 +56,7 @@ def open_text(name: str, path: Path, context: int = CONTEXT, characters: str = "
 
 
 def open_whole_text(path: Path, context: int = CONTEXT, characters: str = "") -> Split:
-    """All windows of a text as one split, see `open_text`."""
+    """All windows of a text as one split; parameters and errors as in `open_text`."""
     codes, characters = _read(path, characters)
     if len(codes) <= context:
         raise UserError(
@@ -67,19 +67,19 @@ def open_whole_text(path: Path, context: int = CONTEXT, characters: str = "") ->
 
 
 def encode(text: str, characters: str) -> npt.NDArray[np.int16]:
-    """The tokens of a text; UserError for a character that is not among `characters`."""
-    places = {one: k for k, one in enumerate(characters)}
-    unknown = next((one for one in text if one not in places), "")
+    """Tokens (len(text),) int16 of a text; UserError for a character that is not in `characters`."""
+    places = {character: k for k, character in enumerate(characters)}
+    unknown = next((character for character in text if character not in places), "")
     if unknown:
         raise UserError(
             f"the character {named(unknown)} is not among the {len(characters)} that the network has been trained on: "
             "leave it out"
         )
-    return np.array([places[one] for one in text], np.int16)
+    return np.array([places[character] for character in text], np.int16)
 
 
 def named(character: str) -> str:
-    """A character for people: 'é' (U+00E9)."""
+    """Text that names a character in messages, such as 'é' (U+00E9)."""
     return f"{character!r} (U+{ord(character):04X})"
 
 
@@ -90,34 +90,34 @@ def _windows(codes: Codes, context: int, characters: str) -> Split:
     return Split(labels, shape, 1.0, ArrayRows(x), vocabulary=len(characters), characters=characters)
 
 
-def _read(path: Path, given: str) -> tuple[Codes, str]:
-    """The tokens of all characters, and what they stand for: the `given` ones, or if "" those that there are."""
-    seen, count = np.zeros(POINTS, np.bool_), 0
+def _read(path: Path, characters: str) -> tuple[Codes, str]:
+    """Read the tokens of a text and its characters: `characters`, or if that is "" its distinct characters."""
+    is_used, count = np.zeros(POINTS, np.bool_), 0
     for points in _code_points(path):
-        seen[points] = True
+        is_used[points] = True
         count += len(points)
-    found = np.flatnonzero(seen)
-    known = np.array([ord(one) for one in given]) if given else found
+    used = np.flatnonzero(is_used)
+    alphabet = np.array([ord(character) for character in characters]) if characters else used
     if not count:
         raise UserError(f"{path}: the text is empty: give one of {TENTH * (CONTEXT + 1):,} characters or more")
-    if len(known) < 2:
+    if len(alphabet) < 2:
         raise UserError(
-            f"{path}: all {count:,} characters are {named(chr(found[0]))}: there is nothing to tell apart; give "
+            f"{path}: all {count:,} characters are {named(chr(used[0]))}: there is nothing to tell apart; give "
             "another text"
         )
-    if len(known) > MOST:
+    if len(alphabet) > MOST:
         raise UserError(
-            f"{path}: {len(known):,} distinct characters; expected {MOST:,} at most: is it a text? Replace rare ones"
+            f"{path}: {len(alphabet):,} distinct characters; expected {MOST:,} at most: is it a text? Replace rare ones"
         )
-    unknown = np.setdiff1d(found, known)
+    unknown = np.setdiff1d(used, alphabet)
     if len(unknown):
         raise UserError(
-            f"{path}: the character {named(chr(unknown[0]))} is not among the {len(known)} that the network has been "
-            "trained on: give a text without it"
+            f"{path}: the character {named(chr(unknown[0]))} is not among the {len(alphabet)} that the network has "
+            "been trained on: give a text without it"
         )
     numbers = np.full(POINTS, -1, np.int16)
-    numbers[known] = np.arange(len(known))
-    codes: Codes = np.full(count, -1, np.int8 if len(known) <= 128 else np.int16)
+    numbers[alphabet] = np.arange(len(alphabet))
+    codes: Codes = np.full(count, -1, np.int8 if len(alphabet) <= 128 else np.int16)
     at = 0
     for points in _code_points(path):
         codes[at : at + len(points)] = numbers[points[: count - at]]
@@ -125,12 +125,12 @@ def _read(path: Path, given: str) -> tuple[Codes, str]:
     if at != count or codes.min() < 0:
         raise UserError(f"{path}: the file was changed while it was read: start again")
     codes.flags.writeable = False
-    return codes, "".join(map(chr, known))
+    return codes, "".join(map(chr, alphabet))
 
 
 def _code_points(path: Path) -> Iterator[npt.NDArray[np.uint32]]:
-    """The code points of a text, some at a time, without a byte-order mark at its beginning."""
-    decoder, done, start = getincrementaldecoder("utf-8")(), 0, True
+    """Yield the code points of a text in pieces, without a byte-order mark at its start."""
+    decoder, count, start = getincrementaldecoder("utf-8")(), 0, True
     with reading(path), path.open("rb") as file:
         while True:
             data = file.read(CHUNK_BYTES)
@@ -139,11 +139,11 @@ def _code_points(path: Path) -> Iterator[npt.NDArray[np.uint32]]:
                     f"{path}: the text is UTF-16 or UTF-32 and not UTF-8: save it so, or iconv -f UTF-16 -t UTF-8 OLD "
                     "> NEW"
                 )
-            done += len(data)
+            count += len(data)
             try:
                 text = decoder.decode(data, final=not data)
             except UnicodeDecodeError as error:
-                at = done - len(error.object) + error.start
+                at = count - len(error.object) + error.start
                 raise UserError(
                     f"{path}: byte {at:,} (counted from 0) is {error.object[error.start]:#04x}, which is not UTF-8 "
                     "there: save the text as UTF-8, or by the encoding that it has iconv -f LATIN1 -t UTF-8 OLD > NEW"

@@ -10,14 +10,14 @@ import numpy.typing as npt
 from psmpi.data.split import Dataset, hold_out
 from psmpi.errors import UserError, counted
 
-# Keeps these random numbers apart from all others drawn from the same seed.
+# Key of these random numbers, which separates them from others drawn from the same seed.
 _TAG = 0x76616C69
 
 
 def with_validation(dataset: Dataset, share: float, seed: int) -> Dataset:
-    """A data set of which a `share` of the training samples is for validation, see `random_share`.
+    """The data set with a `share` of its training samples, drawn by `random_share`, as validation samples.
 
-    UserError where that is none of them, or leaves none.
+    UserError for a share that takes none or all of the training samples.
     """
     chosen = random_share(dataset.train.targets, share, seed)
     count = int(chosen.sum())
@@ -31,17 +31,17 @@ def with_validation(dataset: Dataset, share: float, seed: int) -> Dataset:
 
 
 def random_share(targets: npt.NDArray[np.generic], share: float, seed: int) -> npt.NDArray[np.bool_]:
-    """Which rows are drawn, (n,): of each class `share` of its samples rounded down or up, else of all samples.
+    """Mask (n,) of drawn rows: `share` of the samples of each class, rounded down or up.
 
-    targets: labels (n,), or any others (n, ...), of which all samples are drawn alike. They depend on the targets, the
-    share and the seed alone; a seed of -1 is as good as another one here.
+    targets: labels (n,); for other targets (n, ...) classes do not matter, and `share` of all samples is drawn. The
+    mask depends on the targets, the share and the seed, -1 or more, only.
     """
     count = len(targets)
     sequence = np.random.SeedSequence([seed + 1, _TAG])
     order = np.random.Generator(np.random.Philox(sequence)).permutation(count)
     if targets.ndim == 1:
         order = order[np.argsort(targets[order], kind="stable")]
-    # Of any 1 / share that follow each other one is drawn, so that classes share the rounding.
+    # Draw one of 1 / share consecutive samples in the order of classes, so that classes share the rounding.
     places = np.floor(np.arange(count + 1) * share + 0.5)
     chosen = np.zeros(count, np.bool_)
     chosen[order[places[1:] > places[:-1]]] = True

@@ -1,4 +1,4 @@
-"""Checks that the sources of a virtual HDF5 array, which is put together from other arrays, are all there."""
+"""Checks that all sources of a virtual HDF5 array, which is composed of other arrays, exist."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from typing import Any
 
 from psmpi.errors import UserError
 
-# What HDF5 has for numbers of blocks, or lengths of one, that are as large as the array is.
+# HDF5's value for a number of blocks, or length of a block, that grows with the array.
 UNLIMITED = (1 << 64) - 1
-# The number of a block in the names of files and arrays, and a percent sign.
+# Placeholders in the names of files and arrays: %b for the number of a block, %% for a percent sign.
 NUMBERED = re.compile("%(%|b)")
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a virtual array: its source, how many values it has, and first and behind the last of its rows.
+    """A part of a virtual array: its source (file and array), number of values, and rows (first, stop).
 
-    space: what it takes of the source array, a selection of h5py.
+    space: the selection of the source array, an object of h5py.
     """
 
     file: str
@@ -36,12 +36,12 @@ class Piece:
 def check_virtual(path: Path, key: str, array: Any, check: Callable[[Path, str, Any], None]) -> None:
     """Raise UserError unless the sources of the virtual `array`, the array `key` of `path`, have all of its values.
 
-    check: what raises UserError for a source array that is not itself all there.
+    check: function that raises UserError for a source array with missing values.
     """
     h5py, where = import_module("h5py"), f"{path}: {key}"
     pieces = [piece for source in array.virtual_sources() for piece in _pieces(source, array.shape)]
     names = {name: _find(path, name) for name in dict.fromkeys(piece.file for piece in pieces)}
-    missing = [name for name, found in names.items() if found is None]
+    missing = [name for name, place in names.items() if place is None]
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise UserError(
@@ -60,26 +60,26 @@ def check_virtual(path: Path, key: str, array: Any, check: Callable[[Path, str, 
     for piece in pieces:
         by_file.setdefault(piece.file, {}).setdefault(piece.array, []).append(piece)
     for name, arrays in by_file.items():
-        found = names[name]
-        assert found is not None
-        with h5py.File(found, "r", locking="best-effort") as file:
+        place = names[name]
+        assert place is not None
+        with h5py.File(place, "r", locking="best-effort") as file:
             for inner, parts in arrays.items():
                 source = file.get(inner)
                 if not isinstance(source, h5py.Dataset):
                     raise UserError(
-                        f"{where} is put together from other arrays, and {found} has no array {inner}, so that its "
+                        f"{where} is put together from other arrays, and {place} has no array {inner}, so that its "
                         f"part would be read as zeros; make {key} anew of all its parts"
                     )
-                if not all(_long_enough(one, source) for one in parts):
+                if not all(_long_enough(part, source) for part in parts):
                     raise UserError(
-                        f"{where} takes more from {inner} in {found} than this has, with its shape {source.shape}, so "
+                        f"{where} takes more from {inner} in {place} than this has, with its shape {source.shape}, so "
                         f"that the rest would be read as zeros; make {key} anew of the parts that are there"
                     )
-                check(found, inner, source)
+                check(place, inner, source)
 
 
 def _pieces(source: Any, shape: tuple[int, ...]) -> Iterator[Piece]:
-    """The parts that a source of a virtual array of this shape stands for: those of all files that a pattern names."""
+    """Yield the parts that a source gives a virtual array of this shape: one, or one for each file of a pattern."""
     space, of = source.vspace, source.src_space
     file, array = (_numbered(name, None) for name in (source.file_name, source.dset_name))
     if not _unlimited(space):
@@ -92,7 +92,7 @@ def _pieces(source: Any, shape: tuple[int, ...]) -> Iterator[Piece]:
         yield Piece(file, array, prod(lengths), (starts[0], ends[0]), of)
         return
     axis = counts.index(UNLIMITED)
-    # Where there are none, the first one is missed.
+    # Without any block, check for the first file.
     for number in range(max(1, _blocks(space, shape))):
         file, array = (_numbered(name, number) for name in (source.file_name, source.dset_name))
         each = [1 if k == axis else count for k, count in enumerate(counts)]
@@ -102,7 +102,7 @@ def _pieces(source: Any, shape: tuple[int, ...]) -> Iterator[Piece]:
 
 
 def _check_numbers(path: Path, key: str, source: Any, shape: tuple[int, ...]) -> None:
-    """Raise UserError where there are files of a pattern behind those that are read: HDF5 ends at one that is not."""
+    """Raise UserError if more files of a pattern exist than are read: HDF5 stops at the first missing or bad file."""
     pattern = source.file_name
     if not _unlimited(source.vspace) or _unlimited(source.src_space) or _numbered(pattern, 0) == _numbered(pattern, 1):
         return
@@ -111,23 +111,23 @@ def _check_numbers(path: Path, key: str, source: Any, shape: tuple[int, ...]) ->
     count = _blocks(source.vspace, shape)
     parts = re.findall("%%|%b|[^%]+|%", Path(pattern).name)
     text = "".join("([0-9]+)" if part == "%b" else re.escape(part.replace("%%", "%")) for part in parts)
-    found = [re.fullmatch(text, name) for name in os.listdir(first.parent)]
-    behind = [int(one[1]) for one in found if one and one.groups() and int(one[1]) >= count]
-    if count in behind:
+    matches = [re.fullmatch(text, name) for name in os.listdir(first.parent)]
+    later = [int(match[1]) for match in matches if match and match.groups() and int(match[1]) >= count]
+    if count in later:
         raise UserError(
             f"{path}: {key} is put together from files named {pattern}, and ends before {_numbered(pattern, count)}, "
             f"which has no array {_numbered(source.dset_name, count)} that can be read; make that file anew, or take "
             "it away"
         )
-    if behind:
+    if later:
         raise UserError(
             f"{path}: {key} is put together from files named {pattern}, and ends before {_numbered(pattern, count)}, "
-            f"which is not there, as {_numbered(pattern, max(behind))} is; bring it back beside {path.name}"
+            f"which is missing, though {_numbered(pattern, max(later))} exists; bring it back beside {path.name}"
         )
 
 
 def _unlimited(space: Any) -> bool:
-    """Whether a selection goes on as far as the array does."""
+    """Whether a selection grows with its array."""
     if space.get_select_type() != import_module("h5py").h5s.SEL_HYPERSLABS or not space.is_regular_hyperslab():
         return False
     _, _, counts, blocks = space.get_regular_hyperslab()
@@ -135,14 +135,14 @@ def _unlimited(space: Any) -> bool:
 
 
 def _blocks(space: Any, shape: tuple[int, ...]) -> int:
-    """How many blocks of an unlimited number begin in an array of this shape."""
+    """Number of blocks of an unlimited selection that begin inside an array of this shape."""
     starts, strides, counts, _ = space.get_regular_hyperslab()
     axis = counts.index(UNLIMITED)
     return max(0, -(-(int(shape[axis]) - int(starts[axis])) // int(strides[axis])))
 
 
 def _clipped(space: Any, shape: tuple[int, ...]) -> tuple[list[int], list[int]]:
-    """Along each axis how many places an unlimited selection has in an array of this shape, and behind the last one."""
+    """Size and stop along each axis of an unlimited selection, clipped to an array of this shape."""
     lengths, ends = [], []
     for size, start, stride, count, block in zip(shape, *space.get_regular_hyperslab(), strict=True):
         room = max(0, size - start)
@@ -160,8 +160,11 @@ def _clipped(space: Any, shape: tuple[int, ...]) -> tuple[list[int], list[int]]:
 
 
 def _covered(array: Any, pieces: list[Piece]) -> int:
-    """How many values of a virtual array its sources have, those that two have once; along the first axis exactly."""
-    # Blocks of whole rows, which is how files are put together.
+    """Number of values of a virtual array that its sources have.
+
+    Values of overlapping sources count once if all sources are blocks of whole rows, else as often as they occur.
+    """
+    # Virtual arrays are usually composed of blocks of whole rows.
     width = array.size // max(1, array.shape[0])
     if any(piece.values != (piece.rows[1] - piece.rows[0]) * width for piece in pieces):
         return sum(piece.values for piece in pieces)
@@ -173,7 +176,7 @@ def _covered(array: Any, pieces: list[Piece]) -> int:
 
 
 def _long_enough(piece: Piece, source: Any) -> bool:
-    """Whether a source array has all that a virtual array maps of it."""
+    """Whether a source array has all values that a virtual array selects from it."""
     if piece.space.get_select_type() == import_module("h5py").h5s.SEL_ALL:
         return bool(piece.values <= source.size)
     if len(piece.space.shape) != source.ndim:
@@ -186,12 +189,12 @@ def _long_enough(piece: Piece, source: Any) -> bool:
 
 
 def _numbered(name: str, number: int | None) -> str:
-    """The name of a source without its % signs for HDF5, with the number of a block; "%b" stays where there is none."""
-    return NUMBERED.sub(lambda found: "%" if found[1] == "%" else "%b" if number is None else str(number), name)
+    """The name of a source with %% replaced by % and %b by the number of a block; number None: %b stays."""
+    return NUMBERED.sub(lambda match: "%" if match[1] == "%" else "%b" if number is None else str(number), name)
 
 
 def _find(path: Path, name: str) -> Path | None:
-    """The source file called `name` of the virtual arrays in `path`, where HDF5 would find it; None where it is not."""
+    """Path at which HDF5 finds the source file `name` of a virtual array in `path`; None if there is none."""
     if name == ".":
         return path
     return next((place for place in _places(path, Path(name)) if place.is_file()), None)

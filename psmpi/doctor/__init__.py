@@ -1,1 +1,1 @@
-"""A report on the place where psmpi is to run: software, machine, folders, MPI, ranks."""
+"""Report on the system that psmpi runs on: software, machine, folders, MPI, ranks."""

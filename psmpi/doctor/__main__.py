@@ -1,4 +1,4 @@
-"""A report on the place where psmpi is to run: `python -m psmpi.doctor`, also under mpirun."""
+"""Report on the system that psmpi runs on: `python -m psmpi.doctor`, also under mpirun."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from psmpi.comm.protocol import World
     from psmpi.doctor.report import Report
 
-# Seconds that the start of MPI, and then what is between ranks, may take.
+# Most seconds for the start of MPI and the measurements between ranks.
 LIMIT = 60.0
-# Seconds that a rank on which MPI does not start waits for what the first one says of that.
+# Seconds that a rank without MPI waits before it ends, so that rank 0 can print its report first.
 LATE = 10.0
 
 
@@ -42,7 +42,7 @@ class Options:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point; returns the exit status: 0 good, or warnings, 1 an error."""
+    """Entry point; returns the exit status: 0 good or warnings, 1 error."""
     from psmpi.comm.world import run
 
     return run(lambda: _main(sys.argv[1:] if argv is None else argv))
@@ -54,14 +54,14 @@ def _main(argv: Sequence[str]) -> int:
         options = _parse(argv, first)
     except SystemExit as end:
         if not first:
-            # Launchers end the job at the first failure: not before the message is out.
+            # A launcher ends the job at the first failure, so let rank 0 print its message first.
             time.sleep(0.5)
         return 1 if end.code else 0
     return examine(options, first)
 
 
 def examine(options: Options, first: bool) -> int:
-    """Look at everything and print it; the exit status. first: whether this process is the one that speaks."""
+    """Make and print the report; return the exit status. first: whether this process is the one that prints."""
     from psmpi.comm.leftovers import find_leftovers
     from psmpi.doctor.machine import leftovers
     from psmpi.doctor.report import Report
@@ -69,12 +69,12 @@ def examine(options: Options, first: bool) -> int:
 
     report, doing, left = Report(shown=first and not options.json), ["the start of MPI"], find_leftovers()
     if first:
-        alone(report, options)
-    # Who speaks says first why it ends.
+        check_process(report, options)
+    # The printing process has the shorter limit, so that it reports the time-out first.
     with bounded(report, doing, LIMIT if first else LIMIT + 5, json=first and options.json):
         world = _started(report)
         if world is None and not first:
-            # Launchers end the job at the first failure, and this rank too: not before the first one has said it all.
+            # A launcher ends the job at the first failure, so let rank 0 print its report first.
             time.sleep(LATE)
             complain(f"psmpi doctor, on {socket.gethostname()}: {report.findings[-1].text}")
             return 1
@@ -82,7 +82,7 @@ def examine(options: Options, first: bool) -> int:
             report.add([leftovers(len(left.segments), left.nbytes, len(left.sessions), started=False)])
             status = 1
         else:
-            status = together(world, report, options, left, doing)
+            status = check_ranks(world, report, options, left, doing)
     if first and options.json:
         tell(report.json())
     elif first:
@@ -91,7 +91,7 @@ def examine(options: Options, first: bool) -> int:
 
 
 def _parse(argv: Sequence[str], first: bool) -> Options:
-    """The options; help and complaints appear once."""
+    """Parse the options; only the first process prints help and errors."""
     from psmpi.command import parsed
 
     with contextlib.ExitStack() as stack:
@@ -99,12 +99,12 @@ def _parse(argv: Sequence[str], first: bool) -> Options:
             nowhere = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(contextlib.redirect_stdout(nowhere))
             stack.enter_context(contextlib.redirect_stderr(nowhere))
-        found: Options = parsed(Options, argv, "doctor")
-    return found
+        options: Options = parsed(Options, argv, "doctor")
+    return options
 
 
-def alone(report: Report, options: Options) -> None:
-    """The findings of one process, without a start of MPI."""
+def check_process(report: Report, options: Options) -> None:
+    """Add the findings of one process, without a start of MPI."""
     from psmpi.doctor import folders, machine, mpi, software
     from psmpi.doctor.report import guarded
 
@@ -120,18 +120,18 @@ def alone(report: Report, options: Options) -> None:
         ("runs", folders.runs(options.out)),
         ("data", folders.data(options.data_dir)),
         ("SLURM", machine.slurm(os.environ)),
-        ("MPI", mpi.found()),
+        ("MPI", mpi.installation()),
     ):
         report.add(guarded(subject, findings))
 
 
 def _started(report: Report) -> World | None:
-    """All ranks' communicator; None, and why, where MPI does not start."""
+    """Start MPI; return the communicator of all ranks, or None and add an error if MPI does not start."""
     from psmpi.comm.world import start
     from psmpi.doctor.report import error
     from psmpi.errors import UserError
 
-    if any((one.level, one.subject) == ("error", "MPI") for one in report.findings):
+    if any((finding.level, finding.subject) == ("error", "MPI") for finding in report.findings):
         return None
     try:
         return start()
@@ -140,10 +140,10 @@ def _started(report: Report) -> World | None:
         return None
 
 
-def together(world: World, report: Report, options: Options, left: Found, doing: list[str]) -> int:
-    """Look at the ranks of a world; the exit status, on all of them. All ranks make this call.
+def check_ranks(world: World, report: Report, options: Options, left: Found, doing: list[str]) -> int:
+    """Add the findings about all ranks; return the exit status, the same on all ranks. All ranks make this call.
 
-    left: what this one saw of killed jobs before MPI was started. doing: as of `bounded`.
+    left: leftovers of killed jobs that this process saw before the start of MPI. doing: as in `bounded`.
     """
     from psmpi.comm.control import Control
     from psmpi.comm.installed import library
@@ -174,7 +174,10 @@ def together(world: World, report: Report, options: Options, left: Found, doing:
 
 @contextlib.contextmanager
 def bounded(report: Report, doing: list[str], seconds: float, *, json: bool) -> Iterator[None]:
-    """End this process, with a word on what is being done, where the block takes longer; doing: [what]."""
+    """Run a block; end this process with an error if it takes longer than `seconds`.
+
+    doing: a list with one text, the present action, which the error names.
+    """
     timer = threading.Timer(seconds, _give_up, (report, doing, seconds, json))
     timer.daemon = True
     timer.start()

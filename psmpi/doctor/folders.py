@@ -1,4 +1,4 @@
-"""The folder where runs go: space, locks, HDF5; and the folders of data."""
+"""Checks of the folder of runs (space, locks, HDF5) and of the folder of data."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import numpy as np
 from psmpi.doctor.report import Finding, error, good, warning
 from psmpi.errors import UserError, counted, expanded
 
-# Free bytes below which a warning is due.
+# Less free space, in bytes, gives a warning.
 LITTLE = 1 << 30
-# Files of data of the user's own that are opened, at most.
+# Most of the user's data files that are opened.
 MOST = 20
 
 
 def hdf5() -> Iterator[Finding]:
-    """The library of checkpoints."""
+    """The HDF5 library, which writes checkpoints."""
     import h5py
 
     from psmpi import checkpoint
@@ -30,10 +30,10 @@ def hdf5() -> Iterator[Finding]:
 
 
 def runs(out: str) -> Iterator[Finding]:
-    """The folder that a run would be made in: written to, locked, and left as it was."""
-    asked = expanded(out or "runs", "--out").absolute()
-    folder = next(one for one in (asked, *asked.parents) if one.exists())
-    where = f"{asked}" if folder == asked else f"{folder}, where {asked} is not made yet"
+    """The folder of runs: try to write and lock files in it. The trial files are removed."""
+    wanted = expanded(out or "runs", "--out").absolute()
+    folder = next(place for place in (wanted, *wanted.parents) if place.exists())
+    where = f"{wanted}" if folder == wanted else f"{folder}, where {wanted} is not made yet"
     if not folder.is_dir():
         yield error("runs", f"{folder} is no folder: name one with --out")
         return
@@ -96,19 +96,19 @@ def _locked(trial: Path) -> Finding:
 
 
 def _kind(path: Path, mounts: str = "/proc/self/mounts") -> str:
-    """The kind of the file system that a path is on, "" where that is not told."""
+    """Type of the file system of a path; "" if it is not known."""
     try:
         lines = [line.split() for line in Path(mounts).read_text(errors="replace").splitlines()]
     except OSError:
         return ""
     real = path.resolve()
     at = [(len(line[1]), line[2]) for line in lines if len(line) > 2 and real.is_relative_to(line[1])]
-    # Of several mounts at one place the last one is seen.
-    return max(enumerate(at), key=lambda one: (one[1][0], one[0]))[1][1] if at else ""
+    # The longest mount point contains the path; of several mounts at one point the last one is visible.
+    return max(enumerate(at), key=lambda mount: (mount[1][0], mount[0]))[1][1] if at else ""
 
 
 def data(data_dir: str) -> Iterator[Finding]:
-    """The data sets in a folder: those that psmpi knows by name, and files of the user's own."""
+    """Data sets in a folder: those that psmpi knows by name, and the user's files."""
     folder = expanded(data_dir or "data", "--data-dir").absolute()
     yield good("data", "digits come with psmpi; peaks, characters and tasks are generated")
     if not folder.is_dir():
@@ -131,8 +131,8 @@ def _opened(name: str, folder: Path) -> Finding:
     from psmpi.data import open_dataset
 
     try:
-        found = open_dataset(name, folder, 0)
+        dataset = open_dataset(name, folder, 0)
     except UserError as trouble:
         return warning("data", f"{name}: {trouble}")
-    n, tests = found.train.n, found.test.n
+    n, tests = dataset.train.n, dataset.test.n
     return good("data", f"{name}: {counted(n, 'sample')} to train on, {tests:,} to test on, opened in {folder}")

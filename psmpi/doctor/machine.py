@@ -1,4 +1,4 @@
-"""Processor, memory, limits, shared memory, what killed jobs have left, and SLURM."""
+"""Checks of processor, memory, limits, shared memory, leftovers of killed jobs, and SLURM."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from psmpi.doctor.report import Finding, good, warning
 from psmpi.errors import counted
 from psmpi.launcher import announced_size
 
-# Free memory below which little can be trained, in bytes, and of /dev/shm.
+# Less free memory, in bytes, gives a warning.
 LITTLE = 1 << 30
-# Limits of a process that are in the way below so much: name, flag of ulimit, its unit in bytes or 1, at least, what.
+# Limits of a process: name, flag of ulimit, unit of ulimit, smallest value without a warning, what is limited.
 LIMITS = (
     ("RLIMIT_AS", "-v", 1024, 8 << 30, "kB of address space, shared memory and mapped files with it"),
     ("RLIMIT_DATA", "-d", 1024, 4 << 30, "kB of data"),
@@ -28,10 +28,10 @@ INFINIBAND = Path("/sys/class/infiniband")
 
 
 def processor() -> Iterator[Finding]:
-    """The processor, and how much of it this process may use."""
-    mine, all_of_them, share = len(cores()), os.cpu_count() or 1, quota()
-    text = f"{_model()}, {counted(mine, 'core')} of {all_of_them} for this process ({ranges(cores())})"
-    yield good("CPU", text + (f", and a container's share of {share}" if share < mine else ""))
+    """The processor, and the cores that this process may use."""
+    usable, total, share = len(cores()), os.cpu_count() or 1, quota()
+    text = f"{_model()}, {counted(usable, 'core')} of {total} for this process ({ranges(cores())})"
+    yield good("CPU", text + (f", and a container's share of {share}" if share < usable else ""))
 
 
 def _model(path: str = "/proc/cpuinfo") -> str:
@@ -45,40 +45,40 @@ def _model(path: str = "/proc/cpuinfo") -> str:
 
 
 def ranges(numbers: Sequence[int]) -> str:
-    """Growing numbers as `0-3,8`."""
-    found: list[list[int]] = []
+    """Ascending numbers as text, such as `0-3,8`."""
+    runs: list[list[int]] = []
     for number in numbers:
-        if found and number == found[-1][1] + 1:
-            found[-1][1] = number
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
         else:
-            found.append([number, number])
-    return ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in found)
+            runs.append([number, number])
+    return ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs)
 
 
-def memory(found: Sequence[Limit] | None = None) -> Iterator[Finding]:
-    """Memory that processes of this host can still have, and limits of a process."""
-    found = limits() if found is None else found
-    for one in found:
-        text = f"{one.nbytes / 1e9:.1f} GB left on {one.what}"
-        if one.nbytes < LITTLE:
+def memory(free: Sequence[Limit] | None = None) -> Iterator[Finding]:
+    """Free memory of this host, and limits of a process. free: for tests; None: measured."""
+    free = limits() if free is None else free
+    for limit in free:
+        text = f"{limit.nbytes / 1e9:.1f} GB left on {limit.what}"
+        if limit.nbytes < LITTLE:
             yield warning("memory", f"{text}: end what else runs there, or ask the batch system for more (--mem)")
         else:
             yield good("memory", text)
-    if not found:
-        yield warning("memory", "what is left is not known on this system: see to it yourself")
+    if not free:
+        yield warning("memory", "the free memory is not known on this system: check it yourself")
     low = list(_low())
     yield from low
     if not low:
-        yield good("limits", "none of ulimit -v, -d, -f, -n, -t is in the way")
+        yield good("limits", "ulimit -v, -d, -f, -n and -t are high enough")
 
 
 def _low() -> Iterator[Finding]:
-    for name, flag, unit, least, what in LIMITS:
+    for name, flag, unit, least, limited in LIMITS:
         soft, hard = resource.getrlimit(getattr(resource, name))
         if soft != resource.RLIM_INFINITY and soft < least:
             most = "unlimited" if hard == resource.RLIM_INFINITY else f"{hard // unit}"
             fix = f"ulimit {flag} {most}" if hard != soft else "ask the administrator for more"
-            yield warning("limits", f"a process has {soft // unit:,} {what} (ulimit {flag}): {fix}")
+            yield warning("limits", f"a process has {soft // unit:,} {limited} (ulimit {flag}): {fix}")
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     if INFINIBAND.is_dir() and any(INFINIBAND.iterdir()) and 0 <= soft < LITTLE:
         yield warning(
@@ -89,7 +89,7 @@ def _low() -> Iterator[Finding]:
 
 
 def leftovers(segments: int, nbytes: int, sessions: int, *, started: bool, host: str = "") -> Finding:
-    """Leftovers of killed MPI jobs on a host before this start; started: whether MPI was started since."""
+    """Leftovers of killed MPI jobs on a host, found before the start of MPI. started: whether MPI has started since."""
     at = f" on {host}" if host else ""
     parts = []
     if segments:
@@ -98,12 +98,12 @@ def leftovers(segments: int, nbytes: int, sessions: int, *, started: bool, host:
         parts.append(f"{counted(sessions, 'session folder')} of Open MPI")
     if not parts:
         return good("leftovers", f"none of this user's killed jobs{at}")
-    done = "this start of MPI has removed them" if started else "the next start of psmpi removes them"
-    return warning("leftovers", f"{' and '.join(parts)} of killed jobs{at}: {done}")
+    removal = "this start of MPI has removed them" if started else "the next start of psmpi removes them"
+    return warning("leftovers", f"{' and '.join(parts)} of killed jobs{at}: {removal}")
 
 
 def slurm(environ: Mapping[str, str]) -> Iterator[Finding]:
-    """SLURM's word on the job, beside what is there."""
+    """The job as SLURM's variables describe it, compared with this process."""
     job = environ.get("SLURM_JOB_ID", "")
     if not job:
         submit = shutil.which("sbatch")
@@ -112,13 +112,13 @@ def slurm(environ: Mapping[str, str]) -> Iterator[Finding]:
     tasks = _number(environ, "SLURM_STEP_NUM_TASKS") or _number(environ, "SLURM_NTASKS")
     each = _number(environ, "SLURM_CPUS_PER_TASK")
     text = ", ".join(
-        f"{environ[name]} {what}"
-        for name, what in (("SLURM_JOB_NUM_NODES", "node(s)"), ("SLURM_NTASKS", "task(s)"))
+        f"{environ[name]} {noun}"
+        for name, noun in (("SLURM_JOB_NUM_NODES", "node(s)"), ("SLURM_NTASKS", "task(s)"))
         if environ.get(name)
     )
     yield good(
         "SLURM",
-        f"job {job}: {text or 'nothing told of nodes and tasks'}" + (f", {each} core(s) a task" if each else ""),
+        f"job {job}: {text or 'nodes and tasks are not known'}" + (f", {each} core(s) a task" if each else ""),
     )
     if tasks > 1 and announced_size(environ) is None:
         yield warning(

@@ -1,4 +1,4 @@
-"""The MPI library and the launcher: what is there, and whether they belong together."""
+"""Checks of the MPI library and the launcher, and whether they match."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from psmpi.doctor.report import Finding, good, warning
 from psmpi.launcher import announced_size
 
 
-def found() -> Iterator[Finding]:
-    """The library, and the shared memory that it needs. UserError where there is none."""
+def installation() -> Iterator[Finding]:
+    """The installed MPI library, and the shared memory that it needs. UserError if no library is found."""
     mpi = library()
     whose = f"of the wheel {mpi.wheel}" if mpi.wheel else mpi.path or "whose file is not known"
     yield good("MPI", f"{mpi.name}, {whose}{f' ({mpi.path})' if mpi.wheel else ''}")
@@ -22,7 +22,7 @@ def found() -> Iterator[Finding]:
 
 
 def launched(environ: Mapping[str, str], size: int) -> Finding:
-    """The launcher of ranks that MPI, which sees `size` of them, has been started with."""
+    """The launcher that started these ranks. size: number of ranks that MPI sees, which has to match."""
     announced = announced_size(environ)
     if announced is None:
         return good("launcher", f"an unknown one, and MPI sees {size} processes")
@@ -37,16 +37,16 @@ def launched(environ: Mapping[str, str], size: int) -> Finding:
     return good("launcher", f"{program} started {number} processes ({name}={number}), and MPI sees {size}: it matches")
 
 
-def lone(mpi: Library, there: Sequence[Launcher] | None = None) -> Finding:
-    """The launchers that this process, started by none, could have been started by; there: those that are here."""
-    there = launchers() if there is None else there
-    fitting = [one for one in there if mpi.vendor in one.vendors]
+def lone(mpi: Library, installed: Sequence[Launcher] | None = None) -> Finding:
+    """Whether a launcher on this host fits the MPI library, for a process without one. installed: None: search."""
+    installed = launchers() if installed is None else installed
+    fitting = [launcher for launcher in installed if mpi.vendor in launcher.vendors]
     srun = shutil.which("srun")
-    if not there:
+    if not installed:
         if srun:
             return good("launcher", f"no mpirun, but {srun}: psmpi submit writes jobs that use it")
         return warning("launcher", "no mpirun and no srun: several ranks need one: pip install 'psmpi[mpi]'")
-    first = there[0]
+    first = installed[0]
     if first in fitting:
         where = "" if shutil.which("mpirun") == first.path else ", not on the PATH: type it whole"
         return good("launcher", f"{first.name} matches{where}")

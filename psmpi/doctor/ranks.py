@@ -1,4 +1,4 @@
-"""Ranks: where they are, which cores they share, whether they have the same software, and what is between them."""
+"""Checks of ranks: their hosts and cores, the same software on all, latency and bandwidth between them."""
 
 from __future__ import annotations
 
@@ -24,18 +24,22 @@ from psmpi.errors import counted, expanded
 if TYPE_CHECKING:
     from psmpi.comm.control import Control
 
-# Ranks of which all pairs are measured; pairs at most; seconds for all of them, for one of them, and after which no
-# further pair is begun.
+# Up to ALL ranks, all pairs are measured; at most PAIRS pairs; SECONDS for all pairs, at most EACH for one; no further
+# pair begins after BOUND seconds.
 ALL, PAIRS, SECONDS, EACH, BOUND = 8, 256, 4.0, 0.3, 6.0
-# Pairs that have a line each.
+# Up to so many pairs have a line each.
 SHOWN = 32
-# How many times slower than the median of its kind a pair is, to be told of.
+# A pair gives a warning if it is this many times slower than the median of its kind.
 SLOW = 4.0
 
 
 @dataclass(frozen=True)
 class Place:
-    """A rank's account of itself: host, cores as `0-3,8` and how many, its share, versions, whether data are there."""
+    """Description of a rank by itself.
+
+    cores: the cores that it may use, as `0-3,8`; share: number of cores, or a container's quota if smaller; versions,
+    kernels: of the software; data: whether --data-dir exists; segments, nbytes, sessions: leftovers of killed jobs.
+    """
 
     rank: int
     host: str
@@ -49,17 +53,17 @@ class Place:
     sessions: int
 
     def numbers(self) -> frozenset[int]:
-        """The cores."""
-        found: set[int] = set()
+        """The numbers of the cores."""
+        cores: set[int] = set()
         for part in self.cores.split(","):
             first, _, last = part.partition("-")
-            found.update(range(int(first), int(last or first) + 1))
-        return frozenset(found)
+            cores.update(range(int(first), int(last or first) + 1))
+        return frozenset(cores)
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Latency in microseconds and bandwidth in GB/s between two ranks; nbytes: of the messages that gave it."""
+    """Latency in microseconds and bandwidth in GB/s between ranks a and b; nbytes: size of the bandwidth's messages."""
 
     a: int
     b: int
@@ -70,46 +74,46 @@ class Pair:
 
 
 def own_place(rank: int, data_dir: str, left: Found) -> Place:
-    """This rank's account of itself; left: leftovers of killed jobs that it saw before MPI was started."""
+    """The description of this rank; left: leftovers of killed jobs that it saw before the start of MPI."""
     import psmpi
     from psmpi.backend import compiled
     from psmpi.backend.compiled.library import NAMES
     from psmpi.comm.world import cores, quota
 
     versions = f"psmpi {psmpi.__version__}, Python {platform.python_version()}, NumPy {np.__version__}"
-    there = expanded(data_dir or "data", "--data-dir").is_dir()
+    sees_data = expanded(data_dir or "data", "--data-dir").is_dir()
     kernels = NAMES[compiled.level()] or "NumPy alone"
-    mine = cores()
-    share = min(quota(), len(mine))
+    own_cores = cores()
+    share = min(quota(), len(own_cores))
     return Place(
-        rank, socket.gethostname(), ranges(mine), share, versions, kernels, there, len(left.segments), left.nbytes,
-        len(left.sessions),
+        rank, socket.gethostname(), ranges(own_cores), share, versions, kernels, sees_data, len(left.segments),
+        left.nbytes, len(left.sessions),
     )  # fmt: skip
 
 
 def gather(control: Control, own: Place) -> list[Place]:
-    """Every rank's word, on rank 0; none on the others."""
+    """The descriptions of all ranks, on rank 0; [] on the others. All ranks make this call."""
     return [Place(**json.loads(text)) for text in control.collect_texts(json.dumps(asdict(own)), most=4000)]
 
 
 def alike(places: Sequence[Place], data_dir: str) -> Iterator[Finding]:
-    """Whether ranks have the same software and see the data."""
-    hosts = sorted({one.host for one in places})
+    """Whether all ranks have the same software and see the folder of data."""
+    hosts = sorted({place.host for place in places})
     named = f"{', '.join(hosts[:4])}{' ...' if len(hosts) > 4 else ''}"
     yield good("ranks", f"{len(places)} on {counted(len(hosts), 'host')} ({named})")
-    for what, fix, level in (
+    for name, fix, level in (
         ("versions", "start all by the Python of one environment, on a file system that all hosts see", error),
         ("kernels", "results differ by rounding: psmpi train --backend numpy computes alike everywhere", warning),
     ):
-        told: dict[str, list[int]] = {}
-        for one in places:
-            told.setdefault(getattr(one, what), []).append(one.rank)
-        if len(told) > 1:
-            parts = [f"{value} on rank(s) {ranges(ranks)}" for value, ranks in told.items()]
-            yield level("ranks", f"{what} differ, {'; '.join(parts)}: {fix}")
+        by_value: dict[str, list[int]] = {}
+        for place in places:
+            by_value.setdefault(getattr(place, name), []).append(place.rank)
+        if len(by_value) > 1:
+            parts = [f"{value} on rank(s) {ranges(ranks)}" for value, ranks in by_value.items()]
+            yield level("ranks", f"{name} differ, {'; '.join(parts)}: {fix}")
         else:
-            yield good("ranks", f"the same {what} everywhere: {next(iter(told))}")
-    lacking = [one.rank for one in places if not one.data]
+            yield good("ranks", f"the same {name} everywhere: {next(iter(by_value))}")
+    lacking = [place.rank for place in places if not place.data]
     if 0 < len(lacking) < len(places):
         yield error(
             "data",
@@ -119,55 +123,55 @@ def alike(places: Sequence[Place], data_dir: str) -> Iterator[Finding]:
 
 
 def leftovers(places: Sequence[Place]) -> Iterator[Finding]:
-    """Leftovers of killed jobs on each host: a rank that was ahead may have removed it before another one looked."""
-    for host in dict.fromkeys(one.host for one in places):
-        most = max((one for one in places if one.host == host), key=lambda one: (one.segments, one.sessions))
+    """Leftovers of killed jobs on each host: the most that a rank saw, since a faster rank may have removed some."""
+    for host in dict.fromkeys(place.host for place in places):
+        most = max((p for p in places if p.host == host), key=lambda p: (p.segments, p.sessions))
         yield machine.leftovers(most.segments, most.nbytes, most.sessions, started=True, host=host)
 
 
 def placement(places: Sequence[Place]) -> Iterator[Finding]:
-    """The places of ranks, and those that share cores."""
-    for host in dict.fromkeys(one.host for one in places):
-        here = [one for one in places if one.host == host]
-        union: frozenset[int] = frozenset().union(*(one.numbers() for one in here))
-        every = max(one.share for one in here) if _limited(here) else len(union)
-        there = f"{counted(len(here), 'rank')} ({ranges([one.rank for one in here])}) on {host}"
-        if len(here) > every:
+    """Cores of the ranks on each host, with a warning for oversubscription."""
+    for host in dict.fromkeys(place.host for place in places):
+        on_host = [place for place in places if place.host == host]
+        union: frozenset[int] = frozenset().union(*(place.numbers() for place in on_host))
+        every = max(place.share for place in on_host) if _limited(on_host) else len(union)
+        named = f"{counted(len(on_host), 'rank')} ({ranges([place.rank for place in on_host])}) on {host}"
+        if len(on_host) > every:
             yield warning(
                 "placement",
-                f"{there} share {counted(every, 'core')} ({ranges(sorted(union))}) and wait for each other: start "
+                f"{named} share {counted(every, 'core')} ({ranges(sorted(union))}) and wait for each other: start "
                 f"{every} there, or allow more cores (srun --cpus-per-task, docker --cpus)",
             )
         else:
-            crowded = list(_crowded(here))
+            crowded = list(_crowded(on_host))
             yield from crowded
             if not crowded:
-                threads = counted(every // len(here), "thread")
-                yield good("placement", f"{there}: {counted(every, 'core')}, psmpi train makes {threads} a rank")
+                threads = counted(every // len(on_host), "thread")
+                yield good("placement", f"{named}: {counted(every, 'core')}, psmpi train makes {threads} a rank")
 
 
-def _limited(here: Sequence[Place]) -> bool:
-    """Whether a share of the processor time leaves ranks less than their cores."""
-    return any(one.share < len(one.numbers()) for one in here)
+def _limited(places: Sequence[Place]) -> bool:
+    """Whether a quota of processor time gives ranks less than their cores."""
+    return any(place.share < len(place.numbers()) for place in places)
 
 
-def _crowded(here: Sequence[Place]) -> Iterator[Finding]:
-    """Ranks that are bound to the same cores, which are fewer than these ranks."""
+def _crowded(places: Sequence[Place]) -> Iterator[Finding]:
+    """Warnings for ranks of a host that are bound to the same cores, if these are fewer than the ranks."""
     groups: dict[frozenset[int], list[int]] = {}
-    for one in here:
-        groups.setdefault(one.numbers(), []).append(one.rank)
+    for place in places:
+        groups.setdefault(place.numbers(), []).append(place.rank)
     for cores, ranks in groups.items():
         if len(ranks) > len(cores):
             yield warning(
                 "placement",
-                f"ranks {ranges(ranks)} on {here[0].host} are bound to the same {counted(len(cores), 'core')} "
+                f"ranks {ranges(ranks)} on {places[0].host} are bound to the same {counted(len(cores), 'core')} "
                 f"({ranges(sorted(cores))}), and others stay free: mpirun -bind-to core (MPICH), --bind-to core (Open "
                 "MPI) or srun --cpu-bind=cores",
             )
 
 
 def pairs_of(size: int) -> list[tuple[int, int]]:
-    """The pairs that are measured: all of few ranks, else neighbours, and of very many some of these."""
+    """Pairs of ranks to measure: all pairs up to ALL ranks, else pairs of neighbours, at most PAIRS."""
     if size <= ALL:
         return list(combinations(range(size), 2))
     near = [(rank, rank + 1) for rank in range(size - 1)]
@@ -175,15 +179,15 @@ def pairs_of(size: int) -> list[tuple[int, int]]:
 
 
 def measure(control: Control, hosts: Sequence[int], doing: list[str]) -> list[Pair]:
-    """Messages within one pair of ranks after the other; all ranks make this call, and have what is found.
+    """Measure latency and bandwidth, one pair of ranks after the other. All ranks call it and get the result.
 
-    hosts: for each rank the number of its host. doing: gets what is being done, for who waits too long.
+    hosts: number of the host of each rank. doing: a list with one text that is set to the present action.
     """
     pairs = pairs_of(control.size)
-    found = np.zeros((len(pairs), 3))
+    paces = np.zeros((len(pairs), 3))
     begun = time.perf_counter()
     for k, (a, b) in enumerate(pairs):
-        # No two pairs at a time: they would share what is measured.
+        # One pair at a time: two pairs might share a link.
         late = np.array([float(control.rank == 0 and time.perf_counter() - begun > BOUND)])
         if control.total(late)[0]:
             break
@@ -191,18 +195,21 @@ def measure(control: Control, hosts: Sequence[int], doing: list[str]) -> list[Pa
         if control.rank in (a, b):
             pace = ping_pong(control.comm, a, b, min(EACH, SECONDS / len(pairs)))
             if pace is not None:
-                found[k] = pace
+                paces[k] = pace
     doing[0] = "the end of messages between ranks"
-    found = control.total(found)
+    paces = control.total(paces)
     return [
         Pair(a, b, hosts[a] == hosts[b], round(float(latency), 3), round(float(rate), 4), int(nbytes))
-        for (a, b), (latency, rate, nbytes) in zip(pairs, found, strict=True)
+        for (a, b), (latency, rate, nbytes) in zip(pairs, paces, strict=True)
         if nbytes
     ]
 
 
 def links(measured: Sequence[Pair], size: int, asleep: bool) -> Iterator[Finding]:
-    """Measurements between ranks, and the pairs that are far slower than others of their kind."""
+    """Latency and bandwidth between ranks, with warnings for pairs that are much slower than the median of their kind.
+
+    asleep: whether ranks sleep while they wait.
+    """
     every = len(pairs_of(size))
     if len(measured) < every:
         yield warning(
@@ -211,22 +218,23 @@ def links(measured: Sequence[Pair], size: int, asleep: bool) -> Iterator[Finding
             "hosts do nothing else",
         )
     for same, name in ((True, "within a host"), (False, "between hosts")):
-        kind = [one for one in measured if one.same_host == same]
+        kind = [pair for pair in measured if pair.same_host == same]
         if not kind:
             continue
-        latencies, rates = [one.latency_us for one in kind], [one.gigabytes_per_second for one in kind]
+        latencies, rates = [pair.latency_us for pair in kind], [pair.gigabytes_per_second for pair in kind]
         which = f"{counted(len(kind), 'pair')}{'' if size <= ALL else ' of neighbours'}"
         waits = ", with ranks that sleep while they wait" if asleep else ""
         yield good("latency", f"{_span(latencies)} us {name} ({which}{waits})")
-        yield good("bandwidth", f"{_span(rates)} GB/s {name} (messages of {max(one.nbytes for one in kind):,} bytes)")
+        largest = max(pair.nbytes for pair in kind)
+        yield good("bandwidth", f"{_span(rates)} GB/s {name} (messages of {largest:,} bytes)")
         usual = median(latencies), median(rates)
-        for one in kind:
-            if one.latency_us > SLOW * usual[0] or SLOW * one.gigabytes_per_second < usual[1]:
+        for pair in kind:
+            if pair.latency_us > SLOW * usual[0] or SLOW * pair.gigabytes_per_second < usual[1]:
                 yield warning(
                     "links",
-                    f"ranks {one.a} and {one.b}: {one.latency_us:.4g} us and {one.gigabytes_per_second:.3g} GB/s, the "
-                    f"median {name} is {usual[0]:.4g} us and {usual[1]:.3g} GB/s: see what else runs there, and look "
-                    "again",
+                    f"ranks {pair.a} and {pair.b}: {pair.latency_us:.4g} us and {pair.gigabytes_per_second:.3g} GB/s, "
+                    f"the median {name} is {usual[0]:.4g} us and {usual[1]:.3g} GB/s: see what else runs there, and "
+                    "measure again",
                 )
 
 
@@ -236,15 +244,15 @@ def _span(numbers: Sequence[float]) -> str:
 
 
 def tables(places: Sequence[Place], measured: Sequence[Pair]) -> Iterator[Any]:
-    """Tables of the ranks' places, those with the same cores in a line, and of pairs, where these are not very many."""
+    """Tables of the placement, with one line for ranks with the same cores, and of up to SHOWN pairs."""
     from rich.table import Table
 
     table = Table(title="placement", title_justify="left")
     for name in ("ranks", "host", "cores"):
         table.add_column(name)
     alike: dict[tuple[str, str], list[int]] = {}
-    for one in places:
-        alike.setdefault((one.host, one.cores), []).append(one.rank)
+    for place in places:
+        alike.setdefault((place.host, place.cores), []).append(place.rank)
     for (host, cores), numbers in alike.items():
         table.add_row(ranges(numbers), host, cores)
     yield table
@@ -261,6 +269,6 @@ def tables(places: Sequence[Place], measured: Sequence[Pair]) -> Iterator[Any]:
 def as_json(places: Sequence[Place], measured: Sequence[Pair]) -> dict[str, Any]:
     """Ranks and pairs as plain data."""
     return {
-        "ranks": [{"rank": one.rank, "host": one.host, "cores": one.cores} for one in places],
-        "pairs": [asdict(one) for one in measured],
+        "ranks": [{"rank": place.rank, "host": place.host, "cores": place.cores} for place in places],
+        "pairs": [asdict(pair) for pair in measured],
     }

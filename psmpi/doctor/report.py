@@ -1,4 +1,4 @@
-"""Findings, printed as they are made, and the report of them all."""
+"""Findings, which are printed at once, and the report of all findings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WIDTHS = (7, 11)
 
 
 class Finding(NamedTuple):
-    """One line of the report; the text of a warning or an error ends with what to do about it."""
+    """One line of the report. The text of a warning or an error ends with its remedy."""
 
     level: Level
     subject: str
@@ -35,7 +35,7 @@ def error(subject: str, text: str) -> Finding:
 
 
 def guarded(subject: str, findings: Iterable[Finding]) -> Iterator[Finding]:
-    """The findings of a check; what keeps it from looking any further is an error of its own."""
+    """Yield the findings of a check; an exception that ends the check becomes an error finding."""
     try:
         yield from findings
     except UserError as trouble:
@@ -49,33 +49,35 @@ def guarded(subject: str, findings: Iterable[Finding]) -> Iterator[Finding]:
 
 
 class Report:
-    """Findings in their order. shown: whether each is printed at once; else `table` has them all in the end."""
+    """All findings, in order. shown: whether `add` prints each finding at once."""
 
     def __init__(self, *, shown: bool):
         from psmpi.output import Screen
 
         self.screen = Screen(quiet=not shown)
         self.findings: list[Finding] = []
-        # Beside the findings: ranks and their places, pairs of ranks and their paces.
+        # More entries of the JSON report: ranks and pairs of ranks.
         self.more: dict[str, Any] = {}
 
     def add(self, findings: Iterable[Finding]) -> None:
-        for one in findings:
-            self.findings.append(one)
-            line = f"{one.level:{WIDTHS[0]}}  {one.subject:{WIDTHS[1]}}  {one.text}"
-            self.screen.tell(line, style=STYLES[one.level])
+        """Add findings, and print them if the report is shown."""
+        for finding in findings:
+            self.findings.append(finding)
+            line = f"{finding.level:{WIDTHS[0]}}  {finding.subject:{WIDTHS[1]}}  {finding.text}"
+            self.screen.tell(line, style=STYLES[finding.level])
 
     @property
     def status(self) -> int:
-        """The exit status: 1 where there is an error."""
-        return int(any(one.level == "error" for one in self.findings))
+        """The exit status: 1 if there is an error, else 0."""
+        return int(any(finding.level == "error" for finding in self.findings))
 
     def json(self) -> str:
-        found = [one._asdict() for one in self.findings]
-        return json.dumps({"status": self.status, "findings": found, **self.more}, indent=2)
+        """The report as JSON."""
+        findings = [finding._asdict() for finding in self.findings]
+        return json.dumps({"status": self.status, "findings": findings, **self.more}, indent=2)
 
     def summary(self) -> str:
-        """How many findings there are of each level."""
-        number = {level: sum(one.level == level for one in self.findings) for level in STYLES}
+        """Text with the number of findings of each level."""
+        number = {level: sum(finding.level == level for finding in self.findings) for level in STYLES}
         parts = [counted(number["warning"], "warning"), counted(number["error"], "error")]
         return f"{number['good']} good, {', '.join(parts)}"

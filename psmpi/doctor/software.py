@@ -1,4 +1,4 @@
-"""Python, packages, what computes: kernels in C, linear algebra, GPUs."""
+"""Checks of Python, packages, kernels in C, linear algebra and GPUs."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 from psmpi.doctor.report import Finding, error, good, warning
 from psmpi.errors import UserError
 
-# Extras of those who develop psmpi.
+# Extras for developers of psmpi.
 DEVELOPERS = ("test",)
 
 
 class Requirement(NamedTuple):
-    """A package that is needed, from which version on, and for which extra of psmpi, "" for all of it."""
+    """A required package, its least version, and the extra of psmpi that needs it; "": psmpi itself."""
 
     name: str
     least: str
@@ -28,7 +28,7 @@ class Requirement(NamedTuple):
 
 
 def python() -> Iterator[Finding]:
-    """psmpi and Python."""
+    """Versions of psmpi and Python."""
     import psmpi
 
     yield good("psmpi", f"{psmpi.__version__}, {Path(psmpi.__file__).parent}")
@@ -36,42 +36,40 @@ def python() -> Iterator[Finding]:
 
 
 def packages() -> Iterator[Finding]:
-    """The packages that psmpi needs, and those of its extras, by what its installation says."""
+    """The packages that psmpi and its extras need, from the metadata of the installation."""
     try:
-        needed = [one for text in metadata.requires("psmpi") or [] for one in _requirement(text)]
+        needed = [package for text in metadata.requires("psmpi") or [] for package in _requirement(text)]
     except metadata.PackageNotFoundError:
         yield warning(
             "packages", "psmpi is not installed here, so it is not known what it needs: pip install -e . in its folder"
         )
         return
-    versions = {one.name: _version(one.name) for one in needed}
-    always = [one for one in needed if not one.extra]
-    for one in always:
-        if not _enough(versions[one.name], one.least):
-            has = f"is {versions[one.name]}" if versions[one.name] else "is not installed"
-            yield error(
-                "packages", f"{one.name} {has}, and psmpi needs {one.least}: pip install '{one.name}>={one.least}'"
-            )
-    yield good("packages", ", ".join(f"{one.name} {versions[one.name]}" for one in always if versions[one.name]))
-    extras = dict.fromkeys(one.extra for one in needed if one.extra and one.extra not in DEVELOPERS)
+    versions = {package.name: _version(package.name) for package in needed}
+    always = [package for package in needed if not package.extra]
+    for name, least, _ in always:
+        if not _enough(versions[name], least):
+            has = f"is {versions[name]}" if versions[name] else "is not installed"
+            yield error("packages", f"{name} {has}, and psmpi needs {least}: pip install '{name}>={least}'")
+    yield good("packages", ", ".join(f"{name} {versions[name]}" for name, _, _ in always if versions[name]))
+    extras = dict.fromkeys(package.extra for package in needed if package.extra and package.extra not in DEVELOPERS)
     lacking = {
-        extra: [one.name for one in needed if one.extra == extra and not _enough(versions[one.name], one.least)]
+        extra: [name for name, least, of in needed if of == extra and not _enough(versions[name], least)]
         for extra in extras
     }
-    there = [extra for extra, lacks in lacking.items() if not lacks]
+    complete = [extra for extra, lacks in lacking.items() if not lacks]
     absent = [f"{extra} ({', '.join(lacks)})" for extra, lacks in lacking.items() if lacks]
-    text = f"installed: {', '.join(there) or 'none'}"
+    text = f"installed: {', '.join(complete) or 'none'}"
     yield good("extras", f"{text}; not: {', '.join(absent)}" if absent else text)
 
 
 def _requirement(text: str) -> Iterator[Requirement]:
-    """The packages that a line of metadata asks for; none for other Pythons and psmpi's own extras."""
-    asked, _, marker = text.partition(";")
-    name = re.match(r"[\w.-]+", asked)
+    """The package that a line of metadata requires; none for other versions of Python and for psmpi's own extras."""
+    package, _, marker = text.partition(";")
+    name = re.match(r"[\w.-]+", package)
     extra = re.search(r"extra\s*==\s*['\"]([\w-]+)['\"]", marker)
     if name is None or name[0] == "psmpi" or "python_version" in marker:
         return
-    least = re.search(r">=\s*([\w.]+)", asked)
+    least = re.search(r">=\s*([\w.]+)", package)
     yield Requirement(name[0], least[1] if least else "0", extra[1] if extra else "")
 
 
@@ -83,13 +81,13 @@ def _version(name: str) -> str:
 
 
 def _enough(version: str, least: str) -> bool:
-    """Whether a version is there, and not below another one; numbers alone are compared."""
-    found, wanted = (tuple(int(part) for part in re.findall(r"\d+", text)) for text in (version, least))
-    return bool(version) and found >= wanted
+    """Whether a version, "" if not installed, is at least `least`; only the numbers in them are compared."""
+    installed, wanted = (tuple(int(part) for part in re.findall(r"\d+", text)) for text in (version, least))
+    return bool(version) and installed >= wanted
 
 
 def kernels() -> Iterator[Finding]:
-    """The kernels in C."""
+    """The compiled kernels in C."""
     from psmpi.backend import compiled
     from psmpi.backend.compiled.library import NAMES
 
@@ -98,7 +96,7 @@ def kernels() -> Iterator[Finding]:
         yield good("kernels", f"in C, for {NAMES[level]}: loaded, and built from the sources beside them")
         return
     why = compiled.missing()
-    # Another processor is nothing to install.
+    # An installation does not help if the processor lacks instructions.
     fix = (
         "" if "processor lacks" in why else ": with gcc or clang at hand, pip install psmpi again (-e . in a checkout)"
     )
@@ -106,15 +104,16 @@ def kernels() -> Iterator[Finding]:
 
 
 def linear_algebra() -> Iterator[Finding]:
-    """The library of matrix products."""
+    """The BLAS library, which computes matrix products."""
     import numpy as np
     from threadpoolctl import threadpool_info
 
-    found = [one for one in threadpool_info() if one["user_api"] == "blas"]
-    for one in found:
-        kind = f", for {one['architecture']}" if one.get("architecture") else ""
-        yield good("BLAS", f"{one['internal_api']} {one['version'] or ''}{kind}: psmpi says how many threads it makes")
-    if not found:
+    libraries = [library for library in threadpool_info() if library["user_api"] == "blas"]
+    for library in libraries:
+        kind = f", for {library['architecture']}" if library.get("architecture") else ""
+        name = f"{library['internal_api']} {library['version'] or ''}"
+        yield good("BLAS", f"{name}{kind}: psmpi says how many threads it makes")
+    if not libraries:
         yield warning(
             "BLAS",
             f"that of NumPy {np.__version__} is of an unknown kind, and psmpi cannot say how many threads it makes: "
@@ -123,7 +122,7 @@ def linear_algebra() -> Iterator[Finding]:
 
 
 def gpus() -> Iterator[Finding]:
-    """NVIDIA's devices, and CuPy."""
+    """NVIDIA's devices and CuPy."""
     from psmpi.backend.gpu.runtime import INSTALL, devices, load_cupy
 
     nodes = sorted(glob.glob("/dev/nvidia[0-9]*"))
@@ -152,7 +151,7 @@ def gpus() -> Iterator[Finding]:
 
 
 def _device(cupy: Any, number: int) -> Finding:
-    """A device, to which bytes are copied and back."""
+    """A device: name, free memory, and a test copy to the device and back."""
     import numpy as np
 
     cuda = cupy.cuda

@@ -1,5 +1,5 @@
-"""Files whoever made them: a look at them in another process, HDF5 that stays in its file, writing whole or not at all.
+"""Safe reading of files that a stranger may have made, and writing of files complete or not at all.
 
-`examiner` asks the other process, which is `examining`; `hdf5` says which objects of an HDF5 file may be read, `packed`
-reads what gzip packs with a bound on what comes out, `rows` reads rows of JSON, and `whole` writes files.
+`examiner` lets another process, `examining`, open a file first. `hdf5` checks which objects of an HDF5 file may be
+read, `packed` unpacks gzip with a bound on the result, `rows` reads rows of JSON, and `whole` writes files.
 """

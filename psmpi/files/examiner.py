@@ -1,7 +1,7 @@
-"""A look at a file of a stranger by another process, before this one opens it.
+"""Examination of a stranger's file by another process, before this process opens it.
 
-HDF5, and what unpacks pickles, are not made for hostile files: one may make them crash, or take more time or memory
-than its size explains. Then the other process is lost, and this one says which file it was.
+HDF5 and unpicklers are not made for hostile files: such a file may make them crash, or take more time or memory than
+its size explains. Then only the other process is lost, and this process reports the file.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from psmpi.errors import DamagedError, UserError
 from psmpi.files.examining import run_check, size_of
 from psmpi.launcher import without_launcher
 
-# Seconds until an answer, beside those that the size of the file explains at so many bytes a second: on a host that has
-# much else to do, and a file that waits for another program (a pipe).
+# Seconds to wait for an answer, besides one second for each SPEED bytes of the file. The host may be busy, and a pipe
+# waits for another program.
 PATIENCE, SPEED = 60.0, 5e6
-# Where files are looked at: in the other process, in this one (which may crash), or not at all.
+# Process that examines files: "there", the other one; "here", this one, which may crash; or "not" at all.
 _where: ContextVar[str] = ContextVar("where", default="there")
 
 
 def examine(check: str, path: Path, **options: Any) -> None:
-    """Let the other process call the function `module:name` of psmpi with `path` and options (plain data).
+    """Call the function `module:name` of psmpi with `path` and options (plain data) in the other process.
 
-    DamagedError or UserError as that raises, and DamagedError where the file makes the process crash, or takes more
-    than its size explains.
+    The function's DamagedError or UserError is raised here. DamagedError too if the file makes the process crash, or
+    takes more time or memory than its size explains.
     """
     where = _where.get()
     if where == "there":
@@ -46,7 +46,7 @@ def examine(check: str, path: Path, **options: Any) -> None:
 
 @contextlib.contextmanager
 def examined(where: str) -> Iterator[None]:
-    """Let files be looked at `here`, in a process that may be lost; or `not` at all: files that another rank's was."""
+    """Run a block that examines files "here", in a process that may crash, or "not", if another rank examines them."""
     token = _where.set(where)
     try:
         yield
@@ -55,7 +55,7 @@ def examined(where: str) -> Iterator[None]:
 
 
 class Examiner:
-    """The other process, which is started when it is first needed, and again after it was lost."""
+    """The other process; it is started when it is first needed, and again after a crash."""
 
     def __init__(self) -> None:
         self.process: subprocess.Popen[bytes] | None = None
@@ -65,18 +65,18 @@ class Examiner:
     def ask(self, check: str, path: Path, options: dict[str, Any]) -> None:
         """See `examine`."""
         with self.lock:
-            # Where HDF5 finds other files follows from these.
-            found = {name: value for name, value in os.environ.items() if name.startswith("HDF5_")}
+            # These variables decide where HDF5 finds other files.
+            variables = {name: value for name, value in os.environ.items() if name.startswith("HDF5_")}
             try:
                 folder = os.getcwd()
             except OSError:
-                # It was removed.
+                # The present folder was removed.
                 folder = "/"
-            asked = {"check": check, "path": str(path), "options": options, "folder": folder, "environ": found}
+            request = {"check": check, "path": str(path), "options": options, "folder": folder, "environ": variables}
             try:
-                answer = self._answer(asked, path)
+                answer = self._answer(request, path)
             except BaseException:
-                # An answer that comes later would be taken for the next one's.
+                # A late answer would be taken for the answer to the next request.
                 if self.process is not None:
                     self.process.kill()
                     self._forget()
@@ -88,11 +88,11 @@ class Examiner:
         if answer["kind"] == "memory":
             raise self._refused(path, "takes more memory to open")
 
-    def _answer(self, asked: dict[str, Any], path: Path) -> dict[str, Any]:
+    def _answer(self, request: dict[str, Any], path: Path) -> dict[str, Any]:
         process = self._running()
         assert process.stdin is not None and process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
-            process.stdin.write(json.dumps(asked).encode() + b"\n")
+            process.stdin.write(json.dumps(request).encode() + b"\n")
             process.stdin.flush()
         if not _ready(process.stdout, PATIENCE + size_of(path) / SPEED):
             raise self._refused(path, "takes more time to open")
@@ -100,7 +100,7 @@ class Examiner:
         if line:
             answer: dict[str, Any] = json.loads(line)
             if answer["kind"] == "memory":
-                # It ends: a library may be left as it should not be.
+                # The process ends after this answer, since a library may be in an undefined state.
                 self._forget()
             return answer
         status = self._forget()
@@ -120,7 +120,7 @@ class Examiner:
         )
 
     def _running(self) -> subprocess.Popen[bytes]:
-        # A process that was made by a fork has not the other end.
+        # After a fork the process belongs to the parent.
         if self.process is not None and (self.owner != os.getpid() or self.process.poll() is not None):
             self._forget()
         if self.process is None:
@@ -131,13 +131,13 @@ class Examiner:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 env=_environment(),
-                # A signal for the run is none for this process; the end of its input ends it.
+                # Signals for the run must not reach the process, which ends by itself at the end of its input.
                 start_new_session=True,
             )
         return self.process
 
     def _forget(self) -> int:
-        """Wait for the end of the process, if it is this one's; its exit status."""
+        """Close the process and wait for its end, if this process started it; return its exit status, else 0."""
         process, self.process = self.process, None
         if process is None:
             return 0
@@ -148,22 +148,22 @@ class Examiner:
         return process.wait() if self.owner == os.getpid() else 0
 
     def close(self) -> None:
-        """End the process, whose memory is for others; the next look starts another one."""
+        """End the process to free its memory; the next examination starts another one."""
         with self.lock:
             self._forget()
 
 
 def _environment() -> dict[str, str]:
-    """The environment of the process: no rank, one thread, and this very psmpi, not one in the present folder."""
-    here = Path(__file__).parent.parent.parent
-    paths = [str(here), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    """Environment of the process: no rank, one thread, this installation of psmpi, not one in the present folder."""
+    root = Path(__file__).parent.parent.parent
+    paths = [str(root), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     own = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}
     return {**without_launcher(os.environ), **own, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
 def _ready(stream: IO[bytes], patience: float) -> bool:
-    """Whether there is something to read within `patience` seconds."""
-    # Not select: it cannot take the large descriptors that a rank with many connections has.
+    """Whether a stream has data, or ends, within `patience` seconds."""
+    # poll, since select fails for the large file descriptors of a rank with many connections.
     waiting = select.poll()
     waiting.register(stream, select.POLLIN | select.POLLHUP)
     return bool(waiting.poll(1000 * patience))

@@ -1,6 +1,6 @@
-"""The process that looks at files of strangers, see psmpi.files.examiner: it may crash, and has limits.
+"""The process that examines strangers' files, see psmpi.files.examiner. It has limits, and may crash.
 
-A line of JSON asks for one check of one file, and a line answers: what was wrong, or nothing.
+A line of JSON requests one check of one file; a line of JSON answers with the error, if any.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from typing import Any
 
 from psmpi.errors import DamagedError, UserError
 
-# Bytes and seconds of processor time of a check, beside those that the size of the file explains.
+# Bytes of memory and seconds of processor time of a check, besides those for the size of the file.
 MEMORY, SECONDS = 384 << 20, 5
-# Bytes in memory for a byte of a file (numbers of a text are objects), and bytes of a file that are looked at a second.
+# Bytes of memory for a byte of the file (numbers in a text become objects), and bytes of the file checked in a second.
 TIMES, SPEED = 16, 20e6
 
 
 def run_check(check: str, path: Path, options: dict[str, Any]) -> None:
-    """Call the function `module:name` with a path and options; it raises UserError or DamagedError."""
+    """Call the function `module:name` with a path and options; UserError or DamagedError if the file is not sound."""
     module, _, name = check.partition(":")
     getattr(import_module(module), name)(path, **options)
 
 
 def answer_of(check: str, path: Path, options: dict[str, Any]) -> dict[str, Any]:
-    """The outcome of a check as plain data: kind "" (nothing is wrong), "user", "damaged" or "memory", and the text."""
+    """Run a check; return {"kind", "text"}: kind "" (sound), "user", "damaged" or "memory", text of the error."""
     try:
         run_check(check, path, options)
     except DamagedError as error:
@@ -43,20 +43,20 @@ def answer_of(check: str, path: Path, options: dict[str, Any]) -> dict[str, Any]
 
 
 def size_of(path: Path) -> int:
-    """The bytes that a file takes on its disk, or has, where these are fewer: it may have holes; 0 where it is none."""
+    """Size of a file in bytes, or its bytes on the disk if fewer, since a file may have holes; 0 if it is missing."""
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError:
         return 0
-    # Some systems do not say what it takes.
-    return min(found.st_size, 512 * found.st_blocks) if found.st_blocks else found.st_size
+    # Some file systems do not report blocks.
+    return min(status.st_size, 512 * status.st_blocks) if status.st_blocks else status.st_size
 
 
 @contextmanager
 def limited(size: int) -> Iterator[None]:
-    """Limits of this process on memory and processor time for a file of `size` bytes; beyond the time it is killed.
+    """Run a block with limits on memory and processor time for a file of `size` bytes; a late process is killed.
 
-    Where the system does not say how much memory the process has, that has no limit.
+    The memory has no limit if the system does not report how much the process has.
     """
     used = resource.getrusage(resource.RUSAGE_SELF)
     seconds = used.ru_utime + used.ru_stime + SECONDS + size / SPEED
@@ -79,22 +79,22 @@ def _limit(kind: int, value: int) -> None:
 
 
 def main() -> None:
-    """Answer the lines of standard input until it ends."""
+    """Answer the requests in the lines of standard input until it ends."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    # What a library prints is no answer.
+    # Keep standard output for answers: a library may print to it.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:
-        asked = json.loads(line)
-        # Loaded before there is a limit.
-        import_module(asked["check"].partition(":")[0])
-        os.chdir(asked["folder"])
+        request = json.loads(line)
+        # Import before the limits apply.
+        import_module(request["check"].partition(":")[0])
+        os.chdir(request["folder"])
         for name in [name for name in os.environ if name.startswith("HDF5_")]:
             del os.environ[name]
-        os.environ.update(asked["environ"])
-        path = Path(asked["path"])
+        os.environ.update(request["environ"])
+        path = Path(request["path"])
         with limited(size_of(path)):
-            answer = answer_of(asked["check"], path, asked["options"])
+            answer = answer_of(request["check"], path, request["options"])
         print(json.dumps(answer), file=answers, flush=True)
         if answer["kind"] == "memory":
             return

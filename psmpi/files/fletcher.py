@@ -1,13 +1,14 @@
-"""Chunks of a data set as HDF5 has them in a file: their bytes, and the Fletcher-32 checksum behind them.
+"""HDF5's Fletcher-32 checksum, which follows the bytes of a chunk in a file.
 
-HDF5 takes them as they are. It copies each twice otherwise, and holds Python's lock while it sums.
+Chunks with a checksum can be written to HDF5 directly. Otherwise HDF5 copies each chunk twice, and holds Python's
+global lock while it computes the checksum.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-# Numbers of 32 bits in a row of the table that a chunk is summed as, and rows that are summed at a time.
+# A chunk is summed as a table with COLUMNS numbers of 32 bits in a row, ROWS rows at a time.
 COLUMNS, ROWS = 1024, 64
 MODULUS = 65535
 HALF = np.uint32(0xFFFF)
@@ -16,14 +17,14 @@ HALF = np.uint32(0xFFFF)
 def fletcher32(data: np.ndarray) -> int:
     """HDF5's Fletcher-32 checksum of the bytes of `data`, (n,) little-endian uint32.
 
-    Of 16-bit words w[0], ..., w[m-1], most significant byte first, it is the sum of all w[i] and, in the upper half,
-    that of all (m - i) w[i], modulo 65535, where 65535 stands for 0 unless all are 0 (Fletcher, 1982). Modulo 65535 the
-    other order of the bytes is a factor of 256.
+    For 16-bit words w[0], ..., w[m-1], most significant byte first, the lower half is the sum of w[i] and the upper
+    half the sum of (m - i) w[i], both modulo 65535, with 65535 for 0 unless all words are 0 (Fletcher, 1982). Swapping
+    the bytes of all words multiplies the sums by 256 modulo 65535.
     """
-    rest = -len(data) % COLUMNS
-    if rest:
-        # Zeros in front change nothing.
-        data = np.concatenate([np.zeros(rest, data.dtype), data])
+    padding = -len(data) % COLUMNS
+    if padding:
+        # Zeros in front do not change the sums.
+        data = np.concatenate([np.zeros(padding, data.dtype), data])
     table = data.reshape(-1, COLUMNS)
     # Sums of the columns of lower and of upper halves, and of the rows of both.
     columns, rows = np.zeros((2, COLUMNS), np.uint64), np.empty(len(table), np.uint64)
@@ -37,7 +38,7 @@ def fletcher32(data: np.ndarray) -> int:
         columns[1] += np.add.reduce(upper, axis=0, dtype=np.uint32)
         lower += upper
         rows[first : first + ROWS] = np.add.reduce(lower, axis=1, dtype=np.uint32)
-    # m - i is what is left from the beginning of the row on, less the place in the row.
+    # m - i is the number of words from the beginning of the row on, minus the word's place in the row.
     left = np.arange(len(table), 0, -1, dtype=np.uint64) * np.uint64(2 * COLUMNS) % np.uint64(MODULUS)
     places = np.arange(2 * COLUMNS, dtype=np.uint64).reshape(COLUMNS, 2).T
     total = int(rows.sum())

@@ -1,4 +1,4 @@
-"""Chunks of HDF5 data sets that gzip packs, with a bound on what comes out: HDF5 itself unpacks however much it is."""
+"""Unpacking of HDF5 chunks that gzip compressed, with a bound on the unpacked size, which HDF5 itself does not have."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from psmpi.files.hdf5 import DEFLATE, FLETCHER, KNOWN, SHUFFLE, filters_of
 if TYPE_CHECKING:
     import h5py
 
-# Bytes of rows that are put together at a time.
+# Most bytes of rows that are read at a time.
 PIECE = 16 << 20
 
 
 def is_packed(dataset: h5py.Dataset) -> bool:
-    """Whether gzip packs a data set, and no filter but shuffle and Fletcher-32 is beside it."""
-    # Objects are no bytes in chunks.
-    found = filters_of(dataset) if dataset.chunks is not None and not dataset.dtype.hasobject else []
-    return DEFLATE in found and set(found) <= set(KNOWN) and len(set(found)) == len(found)
+    """Whether gzip compresses a data set, with no other filters than shuffle and Fletcher-32."""
+    # The bytes of objects are not in chunks.
+    filters = filters_of(dataset) if dataset.chunks is not None and not dataset.dtype.hasobject else []
+    return DEFLATE in filters and set(filters) <= set(KNOWN) and len(set(filters)) == len(filters)
 
 
 class Unpacker:
-    """Reads a data set that `is_packed`. OSError for chunks that are not what they should be."""
+    """Reader of a data set for which `is_packed` is True. OSError for a chunk with a wrong size or checksum."""
 
     def __init__(self, dataset: h5py.Dataset):
         self.dataset, self.filters = dataset, filters_of(dataset)
@@ -37,11 +37,11 @@ class Unpacker:
         self.nbytes = prod(self.chunks) * self.dtype.itemsize
 
     def chunk(self, offset: tuple[int, ...]) -> npt.NDArray[Any]:
-        """The chunk that begins at an element, in the chunk's shape."""
+        """Unpack the chunk whose first element is at `offset`, in the shape of a chunk."""
         data: bytes
         mask, data = self.dataset.id.read_direct_chunk(offset)
-        done = [code for number, code in enumerate(self.filters) if not mask >> number & 1]
-        for code in reversed(done):
+        applied = [code for number, code in enumerate(self.filters) if not mask >> number & 1]
+        for code in reversed(applied):
             if code == FLETCHER:
                 data = self._checked(data, offset)
             elif code == DEFLATE:
@@ -60,17 +60,17 @@ class Unpacker:
 
     def _inflated(self, data: bytes, offset: tuple[int, ...]) -> bytes:
         stream = zlib.decompressobj()
-        # Behind the values there may be a checksum.
+        # A checksum of 4 bytes may follow the values.
         most = self.nbytes + 4
         try:
-            found = stream.decompress(data, most + 1)
+            unpacked = stream.decompress(data, most + 1)
         except zlib.error as error:
             raise OSError(f"the chunk at {offset} cannot be unpacked: {error}") from None
-        if len(found) > most:
+        if len(unpacked) > most:
             raise OSError(f"the chunk at {offset} unpacks to more than its {self.nbytes:,} bytes")
         if not stream.eof:
             raise OSError(f"the chunk at {offset} cannot be unpacked: it ends early")
-        return found
+        return unpacked
 
     def _unshuffled(self, data: bytes) -> bytes:
         size = self.dtype.itemsize
@@ -78,9 +78,9 @@ class Unpacker:
         return bytes(np.frombuffer(data[:whole], np.uint8).reshape(size, -1).T.tobytes() + data[whole:])
 
     def pieces(self, rows: npt.NDArray[np.int64]) -> Iterator[tuple[int, npt.NDArray[Any]]]:
-        """Ascending `rows` some at a time, (i, values (k, ...)) with rows[i : i + k]; each chunk is unpacked once.
+        """Yield the ascending `rows` in pieces (i, values): values (k, ...) of rows[i : i + k].
 
-        But for chunks of so many rows that these are more than `PIECE` bytes.
+        Each chunk is unpacked once, or once for each piece if its rows take more than `PIECE` bytes.
         """
         deep = self.chunks[0]
         most = max(1, PIECE // max(1, prod(self.shape[1:]) * self.dtype.itemsize))
@@ -92,18 +92,18 @@ class Unpacker:
             i = j
 
     def _band(self, band: int, rows: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
-        """Rows of the chunks that lie beside one another, counted from their first."""
+        """Rows of a band, which is the chunks with the same first row; rows: counted from that row."""
         out = np.empty((len(rows), *self.shape[1:]), self.dtype)
         starts = [range(0, size, step) for size, step in zip(self.shape[1:], self.chunks[1:], strict=True)]
         for at in product(*starts):
             sizes = [min(step, size - a) for a, size, step in zip(at, self.shape[1:], self.chunks[1:], strict=True)]
-            there = (slice(None), *(slice(a, a + size) for a, size in zip(at, sizes, strict=True)))
-            here = (slice(None), *(slice(0, size) for size in sizes))
-            out[there] = self.chunk((band * self.chunks[0], *at))[rows][here]
+            in_array = (slice(None), *(slice(a, a + size) for a, size in zip(at, sizes, strict=True)))
+            in_chunk = (slice(None), *(slice(0, size) for size in sizes))
+            out[in_array] = self.chunk((band * self.chunks[0], *at))[rows][in_chunk]
         return out
 
     def read(self) -> npt.NDArray[Any]:
-        """The whole array."""
+        """Read the whole array."""
         out = np.empty(self.shape, self.dtype)
         for i, values in self.pieces(np.arange(self.shape[0], dtype=np.int64)):
             out[i : i + len(values)] = values
@@ -111,17 +111,16 @@ class Unpacker:
 
 
 def _fletcher(data: bytes) -> int:
-    """HDF5's Fletcher-32 checksum of bytes, of which it takes an odd one at the end as the upper half of a word."""
-    rest = -len(data) % 4
-    return fletcher32(np.frombuffer(data + bytes(rest), "<u4")) if not rest else _short(data)
+    """HDF5's Fletcher-32 checksum of bytes; an odd last byte is the upper half of a word."""
+    return _short(data) if len(data) % 4 else fletcher32(np.frombuffer(data, "<u4"))
 
 
 def _short(data: bytes) -> int:
-    """As `_fletcher`, of bytes that are no whole number of pairs of words."""
+    """As `_fletcher`, for bytes whose number is not a multiple of 4."""
     words = np.frombuffer(data + b"\0" * (len(data) % 2), ">u2").astype(np.uint64)
     total = int(words.sum())
-    left = np.arange(len(words), 0, -1, dtype=np.uint64)
-    weighted = int((words * left % np.uint64(65535)).sum())
+    remaining = np.arange(len(words), 0, -1, dtype=np.uint64)
+    weighted = int((words * remaining % np.uint64(65535)).sum())
     if not total:
         return 0
     return (weighted % 65535 or 65535) << 16 | (total % 65535 or 65535)

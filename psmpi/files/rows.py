@@ -1,4 +1,4 @@
-"""Files of rows, a JSON object a line, as runs write them."""
+"""Files of rows, one JSON object in a line, such as metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# Bytes of a line at most; rows of runs have some thousand, and some hundred thousand with the operations of a rank.
+# Most bytes of a line; rows of runs have some thousand, and some hundred thousand with the operations of a rank.
 LONGEST = 1 << 24
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a file. OSError where it cannot be read, ValueError for one that has something else."""
-    # A pipe would be waited for.
+    """Yield the rows of a file. OSError if the file cannot be read, ValueError for a line that is not a row."""
+    # Refuse pipes, since a read would wait for data.
     if path.exists() and not path.is_file():
         raise ValueError("it is no regular file")
     with path.open("rb") as file:

@@ -1,6 +1,6 @@
-"""Writing files whole or not at all, under names that nobody can guess, through no symbolic link.
+"""Writing of files complete or not at all, under names that nobody can guess, without following symbolic links.
 
-In a folder that others may write to, a link of a name that is known beforehand would lead the writer elsewhere.
+In a folder that others may write to, a link with a predictable name would lead the writer elsewhere.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import IO
 
 
 def partial_of(target: Path) -> Path:
-    """A name for a file while it is being written, beside it; another one at each call."""
+    """A random name for a file while it is being written, in the same folder; each call returns another one."""
     return target.with_name(f".{target.name}.{secrets.token_hex(8)}.part")
 
 
 def partials_of(target: Path) -> Iterator[Path]:
-    """The files that are there under such names, which a killed process left."""
+    """Existing files with names of `partial_of(target)`, which a killed process left."""
     start, end = f".{target.name}.", ".part"
     for path in target.parent.iterdir():
         if path.name.startswith(start) and path.name.endswith(end):
@@ -28,10 +28,10 @@ def partials_of(target: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def written(target: Path, flushed: bool = True) -> Iterator[IO[bytes]]:
-    """A file for bytes, which appears as `target` when the block ends, and not at all after an exception.
+    """Open a binary file that appears as `target` at the end of the block, or not at all after an exception.
 
-    A link called `target` is replaced, not followed; who may read the file is as the umask says. flushed: whether it is
-    to be on the disk by then. OSError where it cannot be written.
+    A link named `target` is replaced, not followed; the umask sets who may read the file. flushed: whether the file is
+    on the disk when the block ends. OSError if it cannot be written.
     """
     partial = partial_of(target)
     try:
@@ -46,7 +46,7 @@ def written(target: Path, flushed: bool = True) -> Iterator[IO[bytes]]:
 
 
 def sync(folder: Path) -> None:
-    """Let the names of a folder's files be on the disk."""
+    """Flush the names of a folder's files to the disk."""
     directory = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(directory)

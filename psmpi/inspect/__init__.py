@@ -1,1 +1,1 @@
-"""Tools that look into checkpoints and change them, without MPI: `python -m psmpi.inspect COMMAND`."""
+"""Tools that show and change checkpoints, without MPI: `python -m psmpi.inspect COMMAND`."""

@@ -1,4 +1,4 @@
-"""The command line of the checkpoint tools."""
+"""Command line of the checkpoint tools."""
 
 from __future__ import annotations
 

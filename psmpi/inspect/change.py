@@ -1,4 +1,4 @@
-"""The commands that write or remove checkpoints: average, cut, join, prune."""
+"""Commands that write or remove checkpoints: average, cut, join, prune."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def average(files: Checkpoints, /, out: Path) -> int:
             raise UserError(f"{other.path} and {opened[0].path} hold the parts of different classes")
 
     def read(vector: str, tensor: Tensor, first: int, into: np.ndarray) -> None:
-        total, one = np.zeros(len(into)), np.empty_like(into)
+        total, values = np.zeros(len(into)), np.empty_like(into)
         for each in opened:
-            each.fill(vector, tensor.name, first, one)
-            total += one
+            each.fill(vector, tensor.name, first, values)
+            total += values
         into[...] = total / len(opened)
 
     origin = {**opened[-1].contents.provenance, "average_of": [str(each.path) for each in opened]}
@@ -61,14 +61,16 @@ def cut(checkpoint: Positional[Annotated[Path, arg(metavar="CHECKPOINT")]], /, c
         weights_only: Leave the optimizer's state out. Tables and other tensors are left out in any case.
     """
     opened = Opened(checkpoint)
-    known = range(opened.contents.layout.classes) if opened.contents.part is None else opened.contents.part
+    classes_held = range(opened.contents.layout.classes) if opened.contents.part is None else opened.contents.part
     part = tuple(sorted(set(classes)))
-    missing = [c for c in part if c not in known]
+    missing = [c for c in part if c not in classes_held]
     if missing or not part:
-        raise UserError(f"cut --classes {' '.join(map(str, classes))}: {opened.path} has {' '.join(map(str, known))}")
+        raise UserError(
+            f"cut --classes {' '.join(map(str, classes))}: {opened.path} has {' '.join(map(str, classes_held))}"
+        )
     vectors = ["weights"] if weights_only else opened.vectors
     scalars = {} if weights_only else opened.contents.scalars
-    # A part of a part comes from the same whole.
+    # A part of a part names the same whole checkpoint.
     origin = {"cut_from": opened.digest, **opened.contents.provenance}
     contents = replace(opened.contents, part=part, scalars=scalars, provenance=origin, spaces={})
     write(out, contents, vectors, opened.dtype, _from_parts([opened]))
@@ -90,8 +92,8 @@ def join(files: Checkpoints, /, out: Path) -> int:
     for other in opened[1:]:
         if other.vectors != first.vectors or _whole(other) != _whole(first):
             raise UserError(f"{other.path} and {first.path} are parts of different checkpoints: cut them from one")
-    held = {c for each in opened for c in each.contents.part or range(each.contents.layout.classes)}
-    missing = sorted(set(range(first.contents.layout.classes)) - held)
+    joined = {c for each in opened for c in each.contents.part or range(each.contents.layout.classes)}
+    missing = sorted(set(range(first.contents.layout.classes)) - joined)
     if missing:
         raise UserError(f"join: the part of the classes {' '.join(map(str, missing))} is not among the files: add it")
     origin = {name: value for name, value in first.contents.provenance.items() if name != "cut_from"}
@@ -110,17 +112,17 @@ def prune(run: Positional[Annotated[Path, arg(metavar="RUN")]], /, keep: int, dr
     """
     if keep < 1:
         raise UserError(f"prune --keep {keep}: expected a whole number from 1 up")
-    found = available(run)
-    if not found:
+    checkpoints = available(run)
+    if not checkpoints:
         raise UserError(f"{run} has no checkpoints: give a run directory")
-    states = {path: state(path)[0] for path in found}
-    whole = [path for path in found if states[path] == "whole"]
+    states = {path: state(path)[0] for path in checkpoints}
+    whole = [path for path in checkpoints if states[path] == "whole"]
     if not whole:
         raise UserError(f"no checkpoint of {run} is whole: nothing is removed; see verify")
-    kept = whole[-keep:]
-    for path in found:
-        # What cannot be read now, or by this psmpi, may be fine.
-        if path not in kept and states[path] != "unreadable":
+    newest = whole[-keep:]
+    for path in checkpoints:
+        # A file that cannot be read now, or by this version of psmpi, may be sound.
+        if path not in newest and states[path] != "unreadable":
             if not dry_run:
                 path.unlink(missing_ok=True)
             tell(f"{'would remove' if dry_run else 'removed'} {path}")
@@ -128,23 +130,26 @@ def prune(run: Positional[Annotated[Path, arg(metavar="RUN")]], /, keep: int, dr
 
 
 def _whole(part: Opened) -> str:
-    """The digest of the checkpoint that a part was cut from, or that it is."""
+    """Digest of the checkpoint that a part was cut from; of a whole checkpoint, its own digest."""
     return str(part.contents.provenance.get("cut_from", part.digest))
 
 
 def _same_network(opened: Sequence[Opened]) -> None:
-    """UserError unless all are of one network."""
+    """Raise UserError unless all checkpoints are of the same network."""
     for other in opened[1:]:
-        mine, theirs = opened[0].contents.layout, other.contents.layout
-        # Files of version 1 name neighbouring classes one by one.
-        if mine != theirs and (mine.parameters, mine.blocks) != (theirs.parameters, theirs.blocks):
+        layout, other_layout = opened[0].contents.layout, other.contents.layout
+        # Files of version 1 have a block for each class where later ones have one block, so compare blocks too.
+        if layout != other_layout and (layout.parameters, layout.blocks) != (
+            other_layout.parameters,
+            other_layout.blocks,
+        ):
             names = [t.name for t in opened[0].tensors.values() if other.tensors.get(t.name) != t]
             which = f" (they differ in {names[0]})" if names else ""
             raise UserError(f"{other.path} and {opened[0].path} are of different networks{which}")
 
 
 def _from_parts(opened: Sequence[Opened]) -> Source:
-    """Elements by their place in the flat vector, from any of the files that hold them; all must agree."""
+    """A source that reads elements from any of the parts that hold them; UserError if two parts differ."""
 
     def read(vector: str, tensor: Tensor, first: int, into: np.ndarray) -> None:
         last = first + len(into)
@@ -152,18 +157,18 @@ def _from_parts(opened: Sequence[Opened]) -> Source:
             start, stop = max(a, first), min(b, last)
             if start >= stop:
                 continue
-            target, seen = into[start - first : stop - first], None
+            target, source = into[start - first : stop - first], None
             for each in opened:
                 for sa, _, place in each.tensors[tensor.name].spans if tensor.name in each.tensors else ():
-                    if place == offset and seen is None:
+                    if place == offset and source is None:
                         each.fill(vector, tensor.name, sa + start - a, target)
-                        seen = each
-                    elif place == offset and seen is not None:
+                        source = each
+                    elif place == offset and source is not None:
                         again = np.empty_like(target)
                         each.fill(vector, tensor.name, sa + start - a, again)
                         if again.tobytes() != target.tobytes():
                             raise UserError(
-                                f"{seen.path} and {each.path} have different values in {vector} {tensor.name}: they "
+                                f"{source.path} and {each.path} have different values in {vector} {tensor.name}: they "
                                 "are parts of different checkpoints"
                             )
 
@@ -171,13 +176,13 @@ def _from_parts(opened: Sequence[Opened]) -> Source:
 
 
 def write(out: Path, contents: Contents, vectors: Sequence[str], dtype: np.dtype, read: Source) -> None:
-    """`put` a checkpoint, and say so."""
+    """Write a checkpoint by `put`, and print its name."""
     put(out, contents, vectors, dtype, read)
     tell(f"wrote {out}")
 
 
 def put(out: Path, contents: Contents, vectors: Sequence[str], dtype: np.dtype, read: Source) -> None:
-    """Write a checkpoint outside of runs; UserError where there is something, or it cannot be written."""
+    """Write a checkpoint outside of runs. UserError if `out` exists, is inside a run, or cannot be written."""
     if out.exists():
         raise UserError(f"--out {out} is there already: name another file")
     if NAME.fullmatch(out.name) and out.absolute().parent.name == folder(Path()).name:

@@ -1,4 +1,4 @@
-"""The command that compares two checkpoints: diff."""
+"""Command that compares two checkpoints: diff."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def diff(first: Checkpoint, second: Checkpoint, /, json: bool = False) -> int:
         for name in dict.fromkeys([*a.of(vector), *b.of(vector)]):
             label = f"{vector}/{name}"
             pair = [o.of(vector).get(name) if vector in [*o.vectors, *o.spaces] else None for o in (a, b)]
-            mine, theirs = pair
-            if mine is None or theirs is None or mine.shape != theirs.shape:
+            tensor, other = pair
+            if tensor is None or other is None or tensor.shape != other.shape:
                 shapes = [t and t.shape for t in pair]
                 unmatched.append({"name": label, "first": shapes[0], "second": shapes[1]})
-            elif a.contents.part != b.contents.part and mine.spans != theirs.spans:
+            elif a.contents.part != b.contents.part and tensor.spans != other.spans:
                 unmatched.append({"name": label, "first": f"of {_held(a)}", "second": f"of {_held(b)}"})
             else:
                 pieces = ((x, y) for (_, x), (_, y) in zip(a.slabs(vector, name), b.slabs(vector, name), strict=True))
@@ -49,7 +49,7 @@ def diff(first: Checkpoint, second: Checkpoint, /, json: bool = False) -> int:
     changed = {
         name: [old.get(name), new.get(name)] for name in dict.fromkeys([*old, *new]) if old.get(name) != new.get(name)
     }
-    found = {
+    comparison = {
         "first": a.describe(),
         "second": b.describe(),
         "identical": not unmatched and all(row["identical"] for row in rows),
@@ -58,10 +58,10 @@ def diff(first: Checkpoint, second: Checkpoint, /, json: bool = False) -> int:
         "config": changed,
     }
     if json:
-        return print_json(found)
-    for label, one in (("first ", a), ("second", b)):
-        progress = one.contents.progress
-        tell(f"{label} {one.path}: step {progress.step}, {progress.score}")
+        return print_json(comparison)
+    for label, opened in (("first ", a), ("second", b)):
+        progress = opened.contents.progress
+        tell(f"{label} {opened.path}: step {progress.step}, {progress.score}")
     table = Table()
     table.add_column("tensor")
     table.add_column("relative distance", justify="right")
@@ -74,12 +74,12 @@ def diff(first: Checkpoint, second: Checkpoint, /, json: bool = False) -> int:
     for name, (before, after) in changed.items():
         tell(f"{name}: {before!r} in the first, {after!r} in the second")
     differ = len(unmatched) + sum(not row["identical"] for row in rows)
-    tell("all tensors are bit-identical" if found["identical"] else f"{differ} differ")
+    tell("all tensors are bit-identical" if comparison["identical"] else f"{differ} differ")
     return 0
 
 
 def _apart(pieces: Iterable[tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:
-    """Distance of two arrays relative to the first, largest difference, and whether all bits are the same."""
+    """2-norm of the difference of two arrays relative to the first, largest difference, whether all bits are equal."""
     squares, norm, largest, same = 0.0, 0.0, 0.0, True
     for x, y in pieces:
         same = same and x.dtype == y.dtype and x.tobytes() == y.tobytes()

@@ -1,4 +1,4 @@
-"""The command that writes weights in other formats: .npz, .safetensors, .onnx."""
+"""Command that writes weights in other formats: .npz, .safetensors, .onnx."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from psmpi.output import complain, tell
 from psmpi.training.predictor import calibrate as calibrate_model
 from psmpi.training.predictor import calibration_notes, calibration_split, fetch
 
-# Widely read: onnxruntime from 1.12 on, and what converts to devices' formats.
+# Versions of ONNX that many programs read: onnxruntime from 1.12 on, and converters to formats of devices.
 OPSET, IR_VERSION = 17, 8
 TOLERANCE = 1e-5
 SWAP = {"perm": [0, 2, 1]}
@@ -94,16 +94,16 @@ def export(
             "of so many training samples"
         )
     try:
-        said = writers[out.suffix](Export(opened, out, model, split))
+        remark = writers[out.suffix](Export(opened, out, model, split))
     except OSError as error:
         raise UserError(f"--out {out}: {error}") from None
-    tell(f"wrote {out}{said}")
+    tell(f"wrote {out}{remark}")
     return 0
 
 
 @dataclass(frozen=True)
 class Export:
-    """What is written, and where: with `--calibrate` a calibrated model, and the split that it was calibrated on."""
+    """A checkpoint to write to `out`; with --calibrate the calibrated model and the split of its calibration."""
 
     opened: Opened
     out: Path
@@ -111,7 +111,7 @@ class Export:
     split: Split | None = None
 
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
-        """The named weights, and the statistics if there are any."""
+        """Yield the weights by name, and the statistics of batch normalization if the model is calibrated."""
         for tensor, values in self.opened.walk("weights"):
             yield tensor.name, values
         if self.model is not None:
@@ -119,7 +119,7 @@ class Export:
 
 
 def _npz(export: Export) -> str:
-    # Tensor by tensor: np.savez would hold them all.
+    # Write tensor by tensor: np.savez needs all tensors in memory.
     with zipfile.ZipFile(export.out, "w") as archive:
         for name, values in export.tensors():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
@@ -151,7 +151,7 @@ def _network(opened: Opened, trained: Config) -> Network:
 
 
 def make_model(opened: Opened, dtype: np.dtype) -> Model:
-    """The checkpoint's network, or the subnetwork of its part, for forward calls; mean pooling is not folded."""
+    """The checkpoint's network, or the subnetwork of its part, for forward passes; mean pooling is not folded."""
     contents = opened.contents
     network = _network(opened, from_toml(contents.config, str(opened.path), foreign=True))
     layout = network.layout()
@@ -171,13 +171,13 @@ def _onnx(export: Export) -> str:
     out, split, float32 = export.out, export.split, np.dtype(np.float32)
     model = export.model or make_model(export.opened, float32)
     proto, contents = build_onnx(model), export.opened.contents
-    # Other programs have no other way to know what scores, and inputs, are of.
-    known = {"classes": contents.called, "columns": contents.columns}
-    onnx.helper.set_model_props(proto, {key: json.dumps(names) for key, names in known.items() if names})
+    # The metadata tell other programs the names of scores and inputs.
+    metadata = {"classes": contents.called, "columns": contents.columns}
+    onnx.helper.set_model_props(proto, {key: json.dumps(names) for key, names in metadata.items() if names})
     onnx.checker.check_model(proto)
     session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
     shape = model.network.in_shape
-    # Samples that were not used for the statistics are as good: those are fixed.
+    # Random samples test the network; the statistics are fixed, so samples other than those of --calibrate do too.
     x, first = np.random.default_rng(0).random((16, *shape), np.float32), model.network.layers[0]
     if isinstance(first, Embedding):
         x = np.floor(x * first.vocabulary)
@@ -189,16 +189,16 @@ def _onnx(export: Export) -> str:
         lengths = np.full(len(x), shape[-1], np.int32)
         if find_padding(model.network) is None:
             lengths = 1 + np.arange(len(x), dtype=np.int32) * shape[-1] // len(x)
-    ours = model.forward(np.ascontiguousarray(x.reshape(len(x), -1).T), None, Span(lengths)).scores.T
+    expected = model.forward(np.ascontiguousarray(x.reshape(len(x), -1).T), None, Span(lengths)).scores.T
     fed = onnx_inputs(model.network, x, lengths)
-    together = session.run(None, fed)[0]
+    batched = session.run(None, fed)[0]
     singles = [{name: values[k : k + 1] for name, values in fed.items()} for k in range(len(x))]
-    alone = np.concatenate([session.run(None, one)[0] for one in singles])
+    single = np.concatenate([session.run(None, inputs)[0] for inputs in singles])
     if model.network.steps and lengths is not None:
-        # Beyond the end of a sequence ONNX has zeros in the place of its last states.
+        # After the end of a sequence ONNX has zeros instead of the last states.
         counted = np.arange(shape[-1]) < lengths[:, None]
-        ours, together, alone = (scores[counted] for scores in (ours, together, alone))
-    apart = float(max(abs(theirs - ours).max() for theirs in (together, alone)) / max(1.0, abs(ours).max()))
+        expected, batched, single = (scores[counted] for scores in (expected, batched, single))
+    apart = float(max(abs(scores - expected).max() for scores in (batched, single)) / max(1.0, abs(expected).max()))
     if not apart <= TOLERANCE:
         raise UserError(f"--out {out}: onnxruntime's scores differ from psmpi's by {apart:.1e}; nothing is written")
     onnx.save(proto, out)
@@ -206,7 +206,7 @@ def _onnx(export: Export) -> str:
 
 
 def onnx_inputs(network: Network, x: np.ndarray, lengths: np.ndarray | None) -> dict[str, np.ndarray]:
-    """The inputs of an exported network for samples x (b, *in_shape), and of sequences their lengths (b,), or all."""
+    """Inputs by name of an exported network for samples x (b, *in_shape); lengths: (b,), of sequences, None: all."""
     if not network.sequences:
         return {"x": x}
     tokens = isinstance(network.layers[0], Embedding)
@@ -216,10 +216,10 @@ def onnx_inputs(network: Network, x: np.ndarray, lengths: np.ndarray | None) -> 
 
 
 def build_onnx(model: Model) -> Any:
-    """The forward pass of a model as an ONNX ModelProto, x (batch, *in_shape) to scores (batch, classes).
+    """The forward pass of a model as an ONNX ModelProto, from x (batch, *in_shape) to scores (batch, classes).
 
-    Of sequences x (batch, steps, features), tokens int64 (batch, steps), and lengths int32 (batch,), to scores (batch,
-    classes) or, of each step, (batch, steps, classes).
+    For sequences the inputs are x (batch, steps, features), or tokens int64 (batch, steps), and lengths int32 (batch,);
+    scores of each step are (batch, steps, classes).
     """
     from onnx import TensorProto, helper
 
@@ -231,52 +231,56 @@ def build_onnx(model: Model) -> Any:
         shape = (steps,) if tokens else (steps, features)
         axis = [graph.constant("x.axis", np.array([1]))] if tokens else []
         value = graph.node("Unsqueeze" if tokens else "Transpose", ["x", *axis], "x.units", **({} if tokens else SWAP))
-    found = export_chain(graph, value, model.chain)
+    scores = export_chain(graph, value, model.chain)
     if network.steps:
-        found = graph.node("Transpose", [found], "scores.steps", **SWAP)
-    graph.rename(found, "scores")
+        scores = graph.node("Transpose", [scores], "scores.steps", **SWAP)
+    graph.rename(scores, "scores")
     kind = TensorProto.INT64 if tokens else TensorProto.FLOAT
     inputs = [helper.make_tensor_value_info("x", kind, ["batch", *shape])]
     if network.sequences:
         inputs.append(helper.make_tensor_value_info("lengths", TensorProto.INT32, ["batch"]))
     of_step = [network.steps] if network.steps else []
     outputs = [helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["batch", *of_step, count])]
-    made = helper.make_graph(graph.nodes, model.network.name, inputs, outputs, graph.weights)
-    proto = helper.make_model(made, opset_imports=[helper.make_opsetid("", OPSET)], producer_name="psmpi")
+    built = helper.make_graph(graph.nodes, model.network.name, inputs, outputs, graph.weights)
+    proto = helper.make_model(built, opset_imports=[helper.make_opsetid("", OPSET)], producer_name="psmpi")
     proto.ir_version = IR_VERSION
     return proto
 
 
 class Graph:
-    """Nodes and initializers of an ONNX graph under construction, to which layers add themselves."""
+    """Nodes and initializers of an ONNX graph under construction. Layers add their nodes to it.
+
+    lengths: name of the input with the lengths of sequences; "" if samples are not sequences.
+    """
 
     def __init__(self, lengths: str = "") -> None:
-        # The name of the lengths of sequences, "" where samples are none.
         self.lengths = lengths
         self.nodes: list[Any] = []
         self.weights: list[Any] = []
 
     def node(self, kind: str, inputs: list[str], name: str, **attributes: Any) -> str:
+        """Add a node of an ONNX operator with one output, called `name`; return that name."""
         from onnx import helper
 
         self.nodes.append(helper.make_node(kind, inputs, [name], name, **attributes))
         return name
 
     def constant(self, name: str, values: np.ndarray) -> str:
+        """Add an initializer with these values; return its name."""
         from onnx import numpy_helper
 
         self.weights.append(numpy_helper.from_array(np.ascontiguousarray(values), name))
         return name
 
     def rename(self, value: str, name: str) -> None:
-        """Call the output of a node otherwise."""
+        """Rename the value `value` to `name` in all nodes."""
         for node in self.nodes:
             for names in (node.input, node.output):
-                names[:] = [name if one == value else one for one in names]
+                names[:] = [name if old == value else old for old in names]
 
-    def some(self, value: str, first: int, count: int, known: int, label: str) -> str:
-        """Channels [first, first + count) of `known`."""
-        if (first, count) == (0, known):
+    def some(self, value: str, first: int, count: int, channels: int, label: str) -> str:
+        """Channels [first, first + count) of a value with `channels` channels; returns the name of the result."""
+        if (first, count) == (0, channels):
             return value
         edges = [np.array([n]) for n in (first, first + count, 1)]
         names = [self.constant(f"{label}.{k}", e) for k, e in zip(("first", "last", "axis"), edges, strict=True)]

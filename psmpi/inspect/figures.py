@@ -1,4 +1,4 @@
-"""The command that measures tensors: stats."""
+"""Command that measures tensors: stats."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from psmpi.output import Screen
 BARS = " ▁▂▃▄▅▆▇█"
 PLAIN_BARS = " .:-=+*#@"
 BINS = 24
-# Blocks of single classes that are shown one by one.
+# Most blocks of single classes that are shown one by one.
 MANY = 40
 
 
 class Moments:
-    """Statistics of `count` sets of values that come in pieces; not-a-number and infinite ones are counted apart."""
+    """Statistics of `count` sets of values that are added in pieces; NaN and infinite values are counted separately."""
 
     def __init__(self, count: int = 1):
         self.total, self.squares = np.zeros(count), np.zeros(count)
@@ -32,7 +32,7 @@ class Moments:
         self.counts, self.nan, self.infinite = (np.zeros(count, int) for _ in range(3))
 
     def add(self, first: int, values: np.ndarray) -> None:
-        """Values (sets, k) of each of some sets from `first` on."""
+        """Add values (sets, k): k values to each of some consecutive sets, `first` being the first of these."""
         at = slice(first, first + len(values))
         values = values.astype(np.float64, copy=False)
         nan, infinite = np.isnan(values), np.isinf(values)
@@ -56,7 +56,7 @@ class Moments:
         return np.sqrt(self.squares)
 
     def row(self, name: str, k: int = 0) -> dict[str, Any]:
-        """Mean, spread (standard deviation), extremes and 2-norm of the finite values of a set."""
+        """Statistics of set `k`: mean, spread (standard deviation), extremes and 2-norm of its finite values."""
         finite = int(self.counts[k] - self.nan[k] - self.infinite[k])
         mean = float(self.total[k]) / finite if finite else 0.0
         square = float(self.squares[k]) / finite - mean * mean if finite else 0.0
@@ -85,9 +85,9 @@ def stats(checkpoint: Checkpoint, /, vector: str = "weights", plot: str = "", js
     if plot and not Path(plot).suffix:
         raise UserError(f"--plot {plot}: expected a name that ends in .png, .svg or .pdf")
     opened = Opened(checkpoint)
-    known = [*opened.vectors, *opened.spaces]
-    if vector not in known:
-        raise UserError(f"{opened.path} has no vector {vector!r}: choose one of {', '.join(known)}")
+    names = [*opened.vectors, *opened.spaces]
+    if vector not in names:
+        raise UserError(f"{opened.path} has no vector {vector!r}: choose one of {', '.join(names)}")
     layout = opened.contents.layout_of(vector)
     layers, parts = [], [Moments(band.count) for band in layout.bands]
     starts = [band.start for band in layout.bands]
@@ -104,12 +104,12 @@ def stats(checkpoint: Checkpoint, /, vector: str = "weights", plot: str = "", js
         _draw(Path(plot), opened, vector)
     of_bands = [(band, sums, layout.classes) for band, sums in zip(layout.bands, parts, strict=True)]
     if json:
-        rows = [row for one in of_bands for row in _rows(*one)]
+        rows = [row for of_band in of_bands for row in _rows(*of_band)]
         return print_json({"file": str(opened.path), "vector": vector, "tensors": layers, "parts": rows})
     screen = Screen()
     bars = PLAIN_BARS if screen.ascii else BARS
-    told = [row for one in of_bands for row in _told(*one)]
-    for title, lines in (("tensors", layers), ("blocks, by the classes that use them", told)):
+    shown = [row for of_band in of_bands for row in _shown_rows(*of_band)]
+    for title, lines in (("tensors", layers), ("blocks, by the classes that use them", shown)):
         table = Table(title=title, title_justify="left")
         table.add_column("name")
         for name in ("count", "mean", "spread", "least", "most", "norm", "nan", "inf"):
@@ -125,6 +125,7 @@ def stats(checkpoint: Checkpoint, /, vector: str = "weights", plot: str = "", js
 
 
 def sums_of(opened: Opened, vector: str, name: str) -> Moments:
+    """Statistics of all values of the tensor `name` of a vector."""
     sums = Moments()
     for _, slab in opened.slabs(vector, name):
         sums.add(0, slab[None])
@@ -132,10 +133,10 @@ def sums_of(opened: Opened, vector: str, name: str) -> Moments:
 
 
 def histogram(opened: Opened, vector: str, name: str, sums: Moments) -> dict[str, Any]:
-    """Counts of the finite values of a tensor in `BINS` equal bins from least to most."""
+    """Histogram of the finite values of a tensor: counts in `BINS` equal bins from least to most, and their edges."""
     low, high = float(sums.least[0]), float(sums.most[0])
     low, high = (low, high) if low <= high else (0.0, 1.0)
-    # As NumPy does for values that are all equal.
+    # Equal values get the range that NumPy gives them.
     low, high = (low, high) if low < high else (low - 0.5, high + 0.5)
     counts = np.zeros(BINS, int)
     for _, slab in opened.slabs(vector, name):
@@ -145,28 +146,28 @@ def histogram(opened: Opened, vector: str, name: str, sums: Moments) -> dict[str
 
 
 def _rows(band: Block, sums: Moments, classes: int) -> list[dict[str, Any]]:
-    """A row of each of the blocks of a band that the file has something of."""
+    """Statistics of each block of a band that the file has values of."""
     return [sums.row(_name(band, k, classes), k) for k in np.flatnonzero(sums.counts).tolist()]
 
 
-def _told(band: Block, sums: Moments, classes: int) -> list[dict[str, Any]]:
-    """The rows that people are shown: of many classes those with values that are not finite, and three by the norm."""
-    there = np.flatnonzero(sums.counts)
-    if len(there) <= MANY:
+def _shown_rows(band: Block, sums: Moments, classes: int) -> list[dict[str, Any]]:
+    """Rows of a band for the table: all, or of many classes those with values that are not finite and three by norm."""
+    present = np.flatnonzero(sums.counts)
+    if len(present) <= MANY:
         return _rows(band, sums, classes)
-    bad = there[(sums.nan + sums.infinite)[there] > 0]
-    found = [sums.row(_name(band, k, classes), k) for k in bad[:MANY].tolist()]
+    bad = present[(sums.nan + sums.infinite)[present] > 0]
+    rows = [sums.row(_name(band, k, classes), k) for k in bad[:MANY].tolist()]
     if len(bad) > MANY:
-        found[-1]["name"] += f" and {len(bad) - MANY:,} more"
-    order = there[np.argsort(sums.norms[there], kind="stable")]
-    of = f"norm of {len(there):,} classes"
+        rows[-1]["name"] += f" and {len(bad) - MANY:,} more"
+    order = present[np.argsort(sums.norms[present], kind="stable")]
+    of = f"norm of {len(present):,} classes"
     for which, k in (("least", order[0]), ("median", order[len(order) // 2]), ("largest", order[-1])):
-        found.append(sums.row(f"{_name(band, int(k), classes)}, the {which} {of}", int(k)))
-    return found
+        rows.append(sums.row(f"{_name(band, int(k), classes)}, the {which} {of}", int(k)))
+    return rows
 
 
 def _name(band: Block, k: int, classes: int) -> str:
-    """The name of the k-th block of a band, by the classes that use it."""
+    """Name of the k-th block of a band: the classes that use it."""
     if isinstance(band.users, Each) and band.count > 1:
         return f"class {band.users.first + k}"
     users = band.classes

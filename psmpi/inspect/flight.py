@@ -1,4 +1,4 @@
-"""The last operations of every rank at a stall, as the run wrote them: flight."""
+"""Command that shows the last operations of each rank at a stall, from the run's flight recorder: flight."""
 
 from __future__ import annotations
 
@@ -33,36 +33,36 @@ def flight(run: Positional[Annotated[Path, arg(metavar="RUN")]], /, last: int = 
     finding = diagnose(ranks, warn)
     lines = describe(finding, written) if finding is not None else ["no rank had stood still for long"]
     if json:
-        rows = [{**vars(one), "operations": [at._asdict() for at in _newest(one, last)]} for one in ranks]
+        rows = [{**vars(rank), "operations": [at._asdict() for at in _newest(rank, last)]} for rank in ranks]
         return print_json({"written": written, "finding": lines, "ranks": rows})
     screen = Screen()
-    for one in ranks:
-        screen.tell(_title(one))
-        if _newest(one, last):
-            screen.print(_table(one, last))
+    for rank in ranks:
+        screen.tell(_title(rank))
+        if _newest(rank, last):
+            screen.print(_table(rank, last))
     screen.tell(f"at {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(written))}:")
     for line in lines:
         screen.tell(line)
     return 0
 
 
-def _newest(one: Rank, last: int) -> Sequence[Operation]:
-    return one.operations[max(0, len(one.operations) - last) :]
+def _newest(rank: Rank, last: int) -> Sequence[Operation]:
+    return rank.operations[max(0, len(rank.operations) - last) :]
 
 
-def _title(one: Rank) -> str:
-    state = f"{one.state} for {one.seconds:.1f} s, step {one.step}, {one.count:,} operations"
-    more = f", the last that is known {one.doing}" if one.state == SILENT and one.doing else ""
-    return f"rank {one.rank} on {one.host}: {state}{more}"
+def _title(rank: Rank) -> str:
+    state = f"{rank.state} for {rank.seconds:.1f} s, step {rank.step}, {rank.count:,} operations"
+    more = f", the last that is known {rank.doing}" if rank.state == SILENT and rank.doing else ""
+    return f"rank {rank.rank} on {rank.host}: {state}{more}"
 
 
-def _table(one: Rank, last: int) -> Table:
+def _table(rank: Rank, last: int) -> Table:
     table = Table()
     for name in ("begun", "ms", "step"):
         table.add_column(name, justify="right")
     table.add_column("operation", overflow="fold")
     table.add_column("size", justify="right")
-    for at in _newest(one, last):
+    for at in _newest(rank, last):
         table.add_row(
             _clock(at.begun), _took(at), str(at.step), Text(str(at)), size_text(at.nbytes) if at.group else ""
         )
@@ -78,9 +78,9 @@ def _clock(seconds: float) -> str:
 
 
 def read_flights(path: Path) -> tuple[list[Rank], float, float]:
-    """The ranks of a file of flights, the seconds after which a stall was told, and when it was written.
+    """Read flight.jsonl: the ranks, the run's --stall-warn in seconds, and the time of writing (seconds since 1970).
 
-    UserError where there is no such file, DamagedError where it is none.
+    UserError if the file is missing, DamagedError if it has other contents.
     """
     try:
         tables = list(read_rows(path))
@@ -93,7 +93,7 @@ def read_flights(path: Path) -> tuple[list[Rank], float, float]:
         raise DamagedError(f"{path} holds no operations of ranks: {error}") from None
     try:
         ranks = [from_table(table) for table in tables]
-        if not ranks or [one.rank for one in ranks] != list(range(len(ranks))):
+        if not ranks or [rank.rank for rank in ranks] != list(range(len(ranks))):
             raise ValueError("not one line of each rank, in order")
         return ranks, seconds(tables[0]["warn"]), seconds(tables[0]["written"])
     except (KeyError, TypeError, ValueError) as error:

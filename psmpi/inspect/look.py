@@ -1,4 +1,4 @@
-"""The commands that only look: show, list, verify."""
+"""Commands that read checkpoints and change nothing: show, list, verify."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def show(checkpoint: Checkpoint, /, json: bool = False) -> int:
             }
             for tensor in opened.of(vector).values()
         ]
-    found = {
+    summary = {
         **opened.describe(),
         "bytes": opened.path.stat().st_size,
         "tensors": tensors,
@@ -64,10 +64,10 @@ def show(checkpoint: Checkpoint, /, json: bool = False) -> int:
         "provenance": dict(contents.provenance),
     }
     if json:
-        return print_json(found)
-    tree = Tree(f"{opened.path}  {size_text(found['bytes'])}")
+        return print_json(summary)
+    tree = Tree(f"{opened.path}  {size_text(summary['bytes'])}")
     part = "" if contents.part is None else f", the part of the classes {' '.join(map(str, contents.part))}"
-    tree.add(f"step {found['step']}, epoch {found['epoch']}, {contents.progress.score}{part}")
+    tree.add(f"step {summary['step']}, epoch {summary['epoch']}, {contents.progress.score}{part}")
     for vector, rows in tensors.items():
         size = sum(row["bytes"] for row in rows)
         branch = tree.add(f"{vector}  {counted(len(rows), 'tensor')}, {size_text(size)}")
@@ -75,10 +75,10 @@ def show(checkpoint: Checkpoint, /, json: bool = False) -> int:
             shape = " x ".join(map(str, row["shape"]))
             branch.add(f"{row['name']}  {row['dtype']} {shape}  {size_text(row['bytes'])}  norm {figure(row['norm'])}")
     for group, of in zip(TABLES, ("element", "rank"), strict=True):
-        if found[group]:
-            size = sum(table["bytes"] for table in found[group])
-            branch = tree.add(f"{group}  {counted(found[group][0]['shape'][0], of)}, {size_text(size)}")
-            for table in found[group]:
+        if summary[group]:
+            size = sum(table["bytes"] for table in summary[group])
+            branch = tree.add(f"{group}  {counted(summary[group][0]['shape'][0], of)}, {size_text(size)}")
+            for table in summary[group]:
                 shape = " x ".join(map(str, table["shape"]))
                 branch.add(f"{table['name']}  {table['dtype']} {shape}  {size_text(table['bytes'])}")
     if contents.scalars:
@@ -86,7 +86,7 @@ def show(checkpoint: Checkpoint, /, json: bool = False) -> int:
     if contents.data:
         data = Identity.of(contents.data)
         splits = [
-            counted(one.samples, f"{kind} sample") for kind, one in (("training", data.train), ("test", data.test))
+            counted(split.samples, f"{kind} sample") for kind, split in (("training", data.train), ("test", data.test))
         ]
         shape = " x ".join(map(str, data.shape))
         text_of = f", a text of {counted(len(contents.characters), 'character')}" if contents.characters else ""
@@ -97,12 +97,12 @@ def show(checkpoint: Checkpoint, /, json: bool = False) -> int:
         tree.add(f"classes  {listed(contents.called, 20)}")
     branch = tree.add("configuration")
     sections: dict[str, list[str]] = {}
-    for name, value in found["config"].items():
+    for name, value in summary["config"].items():
         section, _, key = name.partition(".")
         sections.setdefault(section, []).append(f"{key} = {value!r}")
     for section, lines in sections.items():
         branch.add(f"{section}: {', '.join(lines)}")
-    for note in found["notes"]:
+    for note in summary["notes"]:
         tree.add(f"note: {note}")
     branch = tree.add("origin")
     for name, value in contents.provenance.items():
@@ -114,9 +114,9 @@ def show(checkpoint: Checkpoint, /, json: bool = False) -> int:
 
 
 def _notes(opened: Opened) -> list[str]:
-    """What the network leaves unused of its inputs."""
+    """Notes of the network, such as inputs that it leaves unused."""
     contents = opened.contents
-    # A checkpoint may be of a network that is not known here.
+    # The network may have a kind of layer that is not installed here.
     with suppress(UserError):
         model = from_toml(contents.config, str(opened.path), foreign=True).model
         return network_in(contents, model).notes
@@ -179,11 +179,11 @@ def verify(files: Positional[Annotated[tuple[Path, ...], arg(metavar="CHECKPOINT
     if not files:
         raise UserError("verify: give at least one checkpoint or run directory")
     rows = []
-    for given in files:
-        for path in _all(given) if given.is_dir() else [given]:
-            found, problem = state(path)
-            parts = damaged_parts(path) if found == "damaged" else []
-            rows.append({"file": str(path), "state": found, "problem": problem, "tensors": parts})
+    for argument in files:
+        for path in _all(argument) if argument.is_dir() else [argument]:
+            found_state, problem = state(path)
+            parts = damaged_parts(path) if found_state == "damaged" else []
+            rows.append({"file": str(path), "state": found_state, "problem": problem, "tensors": parts})
     if json:
         print_json(rows)
     else:
@@ -195,7 +195,10 @@ def verify(files: Positional[Annotated[tuple[Path, ...], arg(metavar="CHECKPOINT
 
 
 def state(path: Path) -> tuple[str, str]:
-    """whole (every byte as written, every tensor there and readable), damaged, or unreadable; and what is wrong."""
+    """State of a checkpoint and its problem, "" for none: "whole", "damaged" or "unreadable".
+
+    A whole checkpoint has every byte as it was written, and all of its tensors can be read.
+    """
     try:
         opened = Opened(path)
         for vector in [*opened.vectors, *opened.spaces]:
@@ -210,10 +213,10 @@ def state(path: Path) -> tuple[str, str]:
 
 
 def _all(run: Path) -> list[Path]:
-    """The checkpoints of a run directory, or the HDF5 files of any other folder."""
+    """Checkpoints of a run directory, or the .h5 files of another folder; UserError if there are none."""
     if not run.is_dir():
         raise UserError(f"{run} is not a folder: give a run directory")
-    found = available(run) or sorted(run.glob("*.h5"))
-    if not found:
+    checkpoints = available(run) or sorted(run.glob("*.h5"))
+    if not checkpoints:
         raise UserError(f"{run} has no checkpoints: give a run directory")
-    return found
+    return checkpoints

@@ -1,4 +1,4 @@
-"""A checkpoint opened for reading by the tools, checked whole first."""
+"""A checkpoint that the tools read, after a check of the whole file."""
 
 from __future__ import annotations
 
@@ -21,25 +21,28 @@ from psmpi.errors import DamagedError
 from psmpi.nn.layers.pattern_file import brief
 
 Checkpoint = Positional[Annotated[Path, arg(metavar="CHECKPOINT")]]
-# Elements that the tools hold of a tensor at a time.
+# Elements of a tensor that the tools read at a time.
 SLAB = 1 << 20
 
 
 class Opened:
-    """An opened checkpoint: its contents, and its tensors one at a time. UserError where it is missing or damaged."""
+    """A checked checkpoint: its contents, and access to one tensor at a time.
+
+    path: checkpoint file, or run directory for its newest one. UserError if it is missing, DamagedError if damaged.
+    """
 
     def __init__(self, path: Path):
         self.path = newest(path)
         self.contents: Contents = validate(self.path)
         self.tensors = {tensor.name: tensor for tensor in self.contents.tensors()}
-        # Vectors that have other tensors than the weights.
+        # Vectors with other tensors than those of the weights.
         self.spaces = {
             space: {tensor.name: tensor for tensor in self.contents.tensors(space)} for space in self.contents.spaces
         }
         with open_file(self.path) as file:
             self.vectors = ["weights", *file.get("optimizer", ())]
-            # Of tables of elements and of ranks, by path, shape and dtype; and where they are: earlier files have the
-            # tables of ranks among those of elements, without what says of which elements or samples these are.
+            # Shape and dtype of each table of elements and of ranks, and its path in the file. Files of earlier
+            # versions have tables of ranks under /elements, without the table that identifies elements or samples.
             self.tables: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
             self.places: dict[str, str] = {}
             former = not {"classes", "remembered"} & set(file.get("elements", ()))
@@ -54,25 +57,26 @@ class Opened:
 
     @property
     def digest(self) -> str:
-        """The SHA-256 in the header, which is that of the content."""
+        """The SHA-256 of the content, from the header of the file (hex)."""
         with self.path.open("rb") as file:
             return file.read(HEADER).split()[-1].rstrip(b"\0").decode()
 
     def of(self, vector: str) -> dict[str, Tensor]:
-        """The tensors of `weights`, of a vector of the optimizer or of a space, by name."""
+        """Tensors by name of a vector: weights, a vector of the optimizer, or a space."""
         return self.spaces.get(vector, self.tensors)
 
     def dtype_of(self, vector: str, name: str) -> np.dtype:
+        """The dtype of the tensor `name` of a vector."""
         return self.dtypes.get(f"{vector}/{name}", self.dtype)
 
     def read(self, vector: str, tensor: Tensor) -> np.ndarray:
-        """A tensor of `weights` or of a vector of the optimizer."""
+        """Read a tensor of the weights or of a vector of the optimizer, in its shape."""
         values = np.empty(tensor.size, self.dtype)
         self.fill(vector, tensor.name, 0, values)
         return values.reshape(tensor.shape)
 
     def fill(self, vector: str, name: str, first: int, into: np.ndarray) -> None:
-        """Elements of the flattened tensor `name`, from `first` on."""
+        """Fill `into` with elements of the flattened tensor `name`, from `first` on."""
         with open_file(self.path) as file:
             dataset = find_tensor(file, self.contents.group(vector), self.of(vector)[name], self.path)
             try:
@@ -81,7 +85,7 @@ class Opened:
                 raise DamagedError(f"checkpoint {self.path}, {dataset.name}: {error}; the file is damaged") from None
 
     def slabs(self, vector: str, name: str) -> Iterator[tuple[int, np.ndarray]]:
-        """The elements of a tensor in order: the first one's number and some, in a buffer that is used again."""
+        """Yield (first, elements) of a tensor in order; `elements`, a buffer, is valid until the next slab."""
         size = self.of(vector)[name].size
         buffer = np.empty(min(SLAB, size), self.dtype_of(vector, name))
         for first in range(0, size, SLAB):
@@ -90,7 +94,7 @@ class Opened:
             yield first, slab
 
     def rows(self, table: str) -> Iterator[np.ndarray]:
-        """A table, named by its path, some rows at a time and flat, in a buffer that is used again."""
+        """Yield the rows of a table in pieces, flattened, in a buffer that is valid until the next piece."""
         shape, dtype = self.tables[table]
         width = prod(shape[1:])
         many = max(1, min(SLAB // max(1, width), shape[0]))
@@ -106,20 +110,20 @@ class Opened:
                 yield some.reshape(-1)
 
     def walk(self, vector: str) -> Iterator[tuple[Tensor, np.ndarray]]:
-        """All tensors of a vector, in the network's order."""
+        """Yield all tensors of the weights or a vector of the optimizer, with their values, in the network's order."""
         for tensor in self.tensors.values():
             yield tensor, self.read(vector, tensor)
 
     def settings(self) -> dict[str, Any]:
-        """The configuration: `section.name` to value, patterns in brief."""
-        found: dict[str, Any] = {}
+        """The configuration: values by section.name, with sparsity patterns abbreviated."""
+        settings: dict[str, Any] = {}
         for section, table in parse_toml(self.contents.config).items():
             values = {f"{section}.{name}": value for name, value in table.items()} if isinstance(table, dict) else {}
-            found |= values or {section: table}
-        return {name: brief(value) for name, value in found.items()}
+            settings |= values or {section: table}
+        return {name: brief(value) for name, value in settings.items()}
 
     def describe(self) -> dict[str, Any]:
-        """Step, epoch and score."""
+        """File, step, epoch, accuracy and part, for JSON."""
         progress = self.contents.progress
         return {
             "file": str(self.path),

@@ -1,4 +1,4 @@
-"""Output of the tools: numbers and tables, for people and as JSON."""
+"""Output of the tools: texts of numbers, and JSON."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from typing import Any
 from psmpi.output import tell
 
 
-def print_json(found: Any) -> int:
-    tell(json.dumps(found, default=asdict))
+def print_json(data: Any) -> int:
+    """Print plain data, or dataclasses, as JSON; return the exit status 0."""
+    tell(json.dumps(data, default=asdict))
     return 0
 
 
 def finite(value: float) -> float | None:
-    """JSON has no infinities."""
+    """The value, or None for infinity and NaN, which JSON does not have."""
     return float(value) if isfinite(value) else None
 
 

@@ -1,4 +1,4 @@
-"""The command that prunes dense layers of a trained network to sparse ones, by the magnitude of weights."""
+"""Command that prunes dense layers of a trained network to sparse ones by the magnitude of weights."""
 
 from __future__ import annotations
 
@@ -59,21 +59,21 @@ def sparsify(
     network = make_network(settings.model, contents.in_shape, classes, **shape)
     patterns = _patterns(opened, _chosen(network, layers), sparsity, scope)
     tables = _with_sparse(network, patterns)
-    # The same layers in the same order, some of another kind and so with other numbers.
+    # The pruned network has the same layers in the same order; a changed layer has another number in its name.
     pruned = build(CUSTOM, contents.in_shape, tables, classes, contents.by_step)
     sources = {
         parameter.name: (old.name, own.name)
         for old, new in zip(network.walk(), pruned.walk(), strict=True)
         for own, parameter in zip(old.parameters(), new.parameters(), strict=True)
     }
-    kept = {name: _numbers(pattern) for name, pattern in patterns.items()}
+    kept_numbers = {name: _numbers(pattern) for name, pattern in patterns.items()}
 
     def read(vector: str, tensor: Tensor, first: int, into: np.ndarray) -> None:
         layer, name = sources[tensor.name]
-        if layer not in kept or not name.endswith(".weight"):
+        if layer not in kept_numbers or not name.endswith(".weight"):
             opened.fill(vector, name, first, into)
             return
-        numbers = kept[layer][first : first + len(into)]
+        numbers = kept_numbers[layer][first : first + len(into)]
         run = np.empty(int(numbers[-1] - numbers[0]) + 1, into.dtype)
         opened.fill(vector, name, int(numbers[0]), run)
         np.take(run, numbers - numbers[0], out=into)
@@ -82,13 +82,13 @@ def sparsify(
         model="custom", layers=tuple(tables), init=settings.init, init_gain=settings.init_gain, dtype=settings.dtype
     )
     origin = {**contents.provenance, "sparsified_from": str(opened.path), "sparsity": f"{sparsity} ({scope})"}
-    made = replace(
+    new_contents = replace(
         contents, config=to_toml(replace(trained, model=model)), layout=pruned.layout(), scalars={}, spaces={},
         own=frozenset(), provenance=origin,
     )  # fmt: skip
     for name, pattern in patterns.items():
         tell(f"{name}: {pattern.size:,} of {pattern.rows * pattern.inputs:,} weights, {_share(pattern):.2%}")
-    write(out, made, ["weights"], opened.dtype, read)
+    write(out, new_contents, ["weights"], opened.dtype, read)
     return 0
 
 
@@ -97,65 +97,69 @@ def _share(pattern: Pattern) -> float:
 
 
 def _numbers(pattern: Pattern) -> np.ndarray:
-    """(entries,) int64: the number of each entry in the dense matrix, increasing."""
-    found: np.ndarray = pattern.row_numbers.astype(np.int64) * pattern.inputs + pattern.columns
-    return found
+    """Number of each entry in the flattened dense matrix, (entries,) int64, increasing."""
+    numbers: np.ndarray = pattern.row_numbers.astype(np.int64) * pattern.inputs + pattern.columns
+    return numbers
 
 
 def _chosen(network: Network, names: Sequence[str]) -> list[Layer]:
-    """The layers that are pruned; UserError where one of those named is none that can be."""
-    dense = [one for one in network.walk() if type(one) is Dense and one.groups == 1 and len(one.in_shape) == 1]
-    known = {one.name: one for one in dense}
+    """Layers to prune: those in `names`, or all dense ones but the layer of scores; UserError for other layers."""
+    dense = [
+        layer for layer in network.walk() if type(layer) is Dense and layer.groups == 1 and len(layer.in_shape) == 1
+    ]
+    by_name = {layer.name: layer for layer in dense}
     for name in names:
-        if name not in known:
+        if name not in by_name:
             raise UserError(
-                f"sparsify --layers {name}: choose among {', '.join(known) or 'none'}, the dense layers of --model "
+                f"sparsify --layers {name}: choose among {', '.join(by_name) or 'none'}, the dense layers of --model "
                 f"{network.name} without groups that are not of the steps of sequences"
             )
-    found: list[Layer] = [one for one in dense if (one.name in names if names else one is not network.layers[-1])]
-    if not found:
+    chosen: list[Layer] = [
+        layer for layer in dense if (layer.name in names if names else layer is not network.layers[-1])
+    ]
+    if not chosen:
         raise UserError(f"sparsify: --model {network.name} has no dense layer to prune before that of scores")
-    return found
+    return chosen
 
 
 def _kept(sparsity: float, size: int) -> int:
-    """How many of so many weights stay."""
+    """Number of weights that stay, of `size`."""
     return round((1 - sparsity) * size)
 
 
 def _patterns(opened: Opened, layers: Sequence[Layer], sparsity: float, scope: str) -> dict[str, Pattern]:
-    """The weights that stay, by layer; UserError where of one none would."""
-    sizes = [np.abs(opened.read("weights", opened.tensors[f"{one.name}.weight"])) for one in layers]
-    groups = [sizes] if scope == "global" else [[one] for one in sizes]
+    """Patterns of the weights that stay, by layer; UserError if a layer would lose all of its weights."""
+    sizes = [np.abs(opened.read("weights", opened.tensors[f"{layer.name}.weight"])) for layer in layers]
+    groups = [sizes] if scope == "global" else [[matrix] for matrix in sizes]
     masks: list[np.ndarray] = []
     for group in groups:
-        every = np.concatenate([one.reshape(-1) for one in group])
+        every = np.concatenate([matrix.reshape(-1) for matrix in group])
         keep = np.zeros(every.size, bool)
-        # Of equal ones the first stay.
+        # Of equal weights the first ones stay.
         keep[np.argsort(-every, kind="stable")[: _kept(sparsity, every.size)]] = True
-        edges = np.cumsum([one.size for one in group])[:-1]
-        masks += [part.reshape(one.shape) for part, one in zip(np.split(keep, edges), group, strict=True)]
-    found = {}
+        edges = np.cumsum([matrix.size for matrix in group])[:-1]
+        masks += [part.reshape(matrix.shape) for part, matrix in zip(np.split(keep, edges), group, strict=True)]
+    patterns = {}
     for layer, mask in zip(layers, masks, strict=True):
         if not mask.any():
-            # Of each layer alone some would stay.
-            some = scope == "global" and _kept(sparsity, min(one.size for one in sizes)) > 0
+            # With --scope layer some weights of each layer would stay.
+            some = scope == "global" and _kept(sparsity, min(matrix.size for matrix in sizes)) > 0
             raise UserError(
                 f"sparsify --sparsity {sparsity} would leave none of the {mask.size:,} weights of {layer.name}: use "
                 f"less{', or --scope layer' if some else ''}"
             )
         starts = np.concatenate([[0], np.cumsum(mask.sum(axis=1))])
-        found[layer.name] = Pattern.of(starts, np.nonzero(mask)[1], mask.shape[1])
-    return found
+        patterns[layer.name] = Pattern.of(starts, np.nonzero(mask)[1], mask.shape[1])
+    return patterns
 
 
 def _with_sparse(network: Network, patterns: Mapping[str, Pattern]) -> list[LayerTable]:
-    """The tables of a network, with sparse layers in the place of those that have a pattern."""
-    leaves = iter([one for one in network.walk() if type(one) is Dense])
+    """Tables of a network's layers, with sparse layers in place of the dense ones that have a pattern."""
+    leaves = iter([layer for layer in network.walk() if type(layer) is Dense])
 
     def changed(table: Mapping[str, Any]) -> LayerTable:
         if "layers" in table:
-            return {**table, "layers": [changed(one) for one in table["layers"]]}
+            return {**table, "layers": [changed(inner) for inner in table["layers"]]}
         if table["type"] not in ("dense", "separable_dense"):
             return dict(table)
         name = next(leaves).name
@@ -163,4 +167,4 @@ def _with_sparse(network: Network, patterns: Mapping[str, Pattern]) -> list[Laye
             return dict(table)
         return {**table, "type": "sparse", "pattern": patterns[name].packed()}
 
-    return [changed(one) for one in network.tables]
+    return [changed(table) for table in network.tables]

@@ -1,1 +1,1 @@
-"""Training as jobs of a cluster: what a job asks for, and how a batch system is told."""
+"""Training as jobs of a cluster: the resources of a job, and its script for a batch system."""

@@ -1,4 +1,4 @@
-"""Jobs that train: `python -m psmpi.submit --ranks 4 --time 04:00:00 -- --dataset mnist --epochs 20`."""
+"""Submission of jobs that train: `python -m psmpi.submit --ranks 4 --time 04:00:00 -- --dataset mnist --epochs 20`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from psmpi.submit.job import Interface, Job
 
-# By it a script is known to be one that may be written anew.
+# Text that marks a script of psmpi, which may be overwritten.
 MARK = ". Written by:\n"
 
 
@@ -25,14 +25,16 @@ class Submission(Job):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point; returns the exit status: 0 done, 1 an error."""
+    """Entry point; returns the exit status: 0 done, 1 error."""
     from psmpi.command import answer
 
     return answer(lambda: submit(sys.argv[1:] if argv is None else argv))
 
 
 def submit(argv: Sequence[str]) -> int:
-    """Write and submit a job, or print it. UserError, or SystemExit, for options that make none."""
+    """Write and submit the script of a job, or print it; return the exit status. UserError or SystemExit for options
+    that do not make a job.
+    """
     from psmpi.checkpoint import available
     from psmpi.command import parsed
     from psmpi.config import check_ranges
@@ -58,14 +60,14 @@ def submit(argv: Sequence[str]) -> int:
     activate = activation() if job.activate is None else job.activate
     if activate:
         activate = str(expanded(activate, "--activate"))
-        # A name alone bash would look for on the PATH.
+        # bash would look for a name without a slash on the PATH.
         activate = activate if "/" in activate else f"./{activate}"
     complete = replace(
         job,
         activate=activate,
         mpi=_interface() if job.mpi == "auto" else job.mpi,
     )
-    # Without a script that makes it, the name may be another Python's there.
+    # Without an activation script, the name `python` may mean another Python on the nodes.
     python = "python" if activate or job.activate is not None else sys.executable
     text = scheduler.script(complete, options, shlex.join(["psmpi", "submit", *argv]), python)
     if job.dry_run:
@@ -83,29 +85,29 @@ def submit(argv: Sequence[str]) -> int:
         raise UserError(f"--script {path}: {error.strerror}: name a file that can be written") from None
     run = Path("runs") / job.name
     begun = any(available(run / folder) for folder, _ in job.tasks() or [("", [])])
-    said = scheduler.submit(path)
-    tell(f"{path}: {said}; it {'goes on with the run' if begun else 'trains'} in {run}")
+    answer = scheduler.submit(path)
+    tell(f"{path}: {answer}; it {'goes on with the run' if begun else 'trains'} in {run}")
     return 0
 
 
 def _check_training(job: Job, options: Sequence[str]) -> None:
-    """Meet an option that psmpi train does not know before the job waits in a queue; UserError for it."""
+    """Check the options of psmpi train before the job waits in a queue; UserError for a wrong one."""
     from psmpi.config import check, given_names
     from psmpi.data import DATASETS, locate
     from psmpi.errors import UserError
     from psmpi.train import parse
 
     tasks = job.tasks() or [("", [])]
-    given, of_tasks = given_names(options, file=False), given_names(tasks[0][1], file=False)
-    taken = (given | of_tasks) & {"out", "resume", "threads"}
-    if taken:
-        name = sorted(taken)[0]
+    option_names, of_tasks = given_names(options, file=False), given_names(tasks[0][1], file=False)
+    reserved = (option_names | of_tasks) & {"out", "resume", "threads"}
+    if reserved:
+        name = sorted(reserved)[0]
         fix = {"threads": "--cores, before --,", "out": "--name, before --,", "resume": "the run directory, runs/NAME,"}
         raise UserError(f"--{name} is the job's own: {fix[name]} says it; leave it out")
-    if twice := given & of_tasks:
+    if twice := option_names & of_tasks:
         array = "--grid" if job.grid else "--seeds"
-        raise UserError(f"{array} says --{sorted(twice)[0].replace('_', '-')} of each job: leave it out behind --")
-    # Seeds differ in nothing that could be refused.
+        raise UserError(f"{array} sets --{sorted(twice)[0].replace('_', '-')} of each job: leave it out after --")
+    # Jobs that differ only in their seeds are all valid if the first one is.
     for folder, words in tasks[:1] if job.seeds else tasks:
         argv = [*options, "--out", str(Path("runs") / job.name / folder), "--resume", "auto", *words]
         try:
@@ -117,7 +119,7 @@ def _check_training(job: Job, options: Sequence[str]) -> None:
         check(config, given_names(argv, file=False))
         if job.gpus and config.parallel.backend not in ("auto", "cupy"):
             raise UserError(
-                f"--gpus {job.gpus}, and --backend {config.parallel.backend} uses none: give --backend cupy behind --, "
+                f"--gpus {job.gpus}, and --backend {config.parallel.backend} uses none: give --backend cupy after --, "
                 "or leave --gpus out"
             )
         if job.save_before and config.run.save_signal != "USR1":
@@ -126,21 +128,21 @@ def _check_training(job: Job, options: Sequence[str]) -> None:
                 "option out, or give --save-signal USR1 where a file or the run has another"
             )
         if not Path(config.data.dataset).suffix and config.data.dataset not in DATASETS:
-            # It is not known; whether a file is there is for the nodes to see.
+            # The name is unknown, which is an error. Files are looked up on the nodes only.
             locate(config.data.dataset, None, lambda _: None)
 
 
 def _tell_of_halves(own: Sequence[str], options: Sequence[str]) -> None:
-    """Say of options that are unknown on one side of -- that they belong on the other."""
+    """Print a hint for each option that is on the wrong side of --."""
     import dataclasses
 
     from psmpi.config import Config, given_names
     from psmpi.output import complain
 
-    of_job = {one.name for one in dataclasses.fields(Submission)}
+    of_job = {field.name for field in dataclasses.fields(Submission)}
     of_training = {name for section in Config().sections.values() for name in vars(section)} | {"config"}
     for words, known, others, side in (
-        (own, of_job, of_training, "training: write it behind --"),
+        (own, of_job, of_training, "training: write it after --"),
         (options, of_training, of_job, "the job: write it before --"),
     ):
         for name in sorted((given_names(words, file=False) - known) & others):
@@ -148,7 +150,7 @@ def _tell_of_halves(own: Sequence[str], options: Sequence[str]) -> None:
 
 
 def _interface() -> Interface:
-    """The interface by which SLURM starts the ranks of this Python's MPI."""
+    """The interface by which SLURM starts the ranks of the installed MPI."""
     from psmpi.comm.world import vendor
 
     return "pmix" if vendor() == "Open MPI" else "pmi2"

@@ -1,4 +1,4 @@
-"""What a job asks a batch system for, and what it trains: pure data, whatever the batch system."""
+"""A job: its resources and its trainings, as plain data for any batch system."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LIMIT = re.compile(
     r"(?P<minutes>\d+)|((?P<h>\d+):)?(?P<m>\d+):(?P<s>\d+)|(?P<d>\d+)-(?P<dh>\d+)(:(?P<dm>\d+)(:(?P<ds>\d+))?)?"
 )
 
-# How a batch system starts ranks.
+# Interfaces by which a batch system starts ranks.
 Interface = Literal["pmi2", "pmix", "auto"]
 
 
@@ -63,7 +63,7 @@ class Job:
     """How the batch system starts ranks: pmi2 for MPICH, pmix for Open MPI."""
 
     def check(self) -> None:
-        """UserError for a job that no batch system could start, or that would not be saved."""
+        """Raise UserError for a job that no batch system could start or that would not be saved in time."""
         if not re.fullmatch(r"[\w.+=-]+", self.name) or self.name.startswith(("-", ".")):
             raise UserError(f"--name {self.name!r}: use letters, digits, '-', '_' and '.', of which it does not begin "
                             "with '-' or '.'")  # fmt: skip
@@ -89,9 +89,9 @@ class Job:
                 raise UserError(f"--ask {word!r} is no option of the batch system: write it as --ask=--mail-type=END")
 
     def tasks(self) -> list[tuple[str, list[str]]]:
-        """The folder below the run directory and the options of psmpi train of each job of the array; [] for no array.
+        """(Folder in the run directory, options of psmpi train) of each job of an array; [] if the job is no array.
 
-        UserError for a grid that is no table of lists.
+        UserError for a grid that is not a table of lists, and for jobs that would share a folder.
         """
         if self.seeds:
             return [(f"seed={seed}", ["--seed", str(seed)]) for seed in range(self.seeds)]
@@ -123,11 +123,11 @@ class Job:
 
 
 def seconds(limit: str) -> int:
-    """The seconds of a time limit as batch systems write it; UserError for what is none."""
-    found = LIMIT.fullmatch(limit)
-    if found is None:
+    """Seconds of a time limit in the notation of batch systems; UserError for other text."""
+    match = LIMIT.fullmatch(limit)
+    if match is None:
         raise UserError(f"--time {limit!r}: write minutes, HH:MM:SS or D-HH:MM:SS")
-    n = {name: int(digits or 0) for name, digits in found.groupdict().items()}
+    n = {name: int(digits or 0) for name, digits in match.groupdict().items()}
     minutes = n["minutes"] + 60 * (24 * n["d"] + n["h"] + n["dh"]) + n["m"] + n["dm"]
     return 60 * minutes + n["s"] + n["ds"]
 
@@ -138,7 +138,7 @@ def _combinations(grid: Mapping[str, Sequence[Any]]) -> Iterator[list[tuple[str,
 
 
 def _task(pairs: Sequence[tuple[str, Any]]) -> tuple[str, list[str]]:
-    """The folder and the options of some settings and their values."""
+    """Folder and options of a job with these settings and values."""
     words, parts = [], []
     for key, value in pairs:
         option = key.replace("_", "-")

@@ -1,4 +1,4 @@
-"""SLURM: a job as a script of sbatch."""
+"""SLURM: the script of a job for sbatch."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from pathlib import Path
 from psmpi.errors import UserError
 from psmpi.submit.job import Job
 
-# Starts of a job that requeues itself, at most: one that never comes to train would else go on for ever.
+# Most starts of a job that requeues itself: a job that never trains would start again forever.
 MOST_STARTS = 1000
 WIDTH = 110
-# Seconds that ranks may end after the first one, before they are killed: those of a stopped run all end with status 85,
-# and of a killed one srun would tell its signal.
+# Seconds after the end of the first rank before srun kills the others. Ranks of a stopped run all end with status 85;
+# if srun killed one, its exit status would be that of the signal.
 PATIENCE = 30
-# Of sbatch's variables, those that are not named as their options.
+# Variables of sbatch whose names differ from those of their options.
 VARIABLES = {"ARRAY": "ARRAY_INX", "MEM": "MEM_PER_NODE", "REQUEUE": "NO_REQUEUE", "TIME": "TIMELIMIT"}
-# Variables of a job and its steps.
+# Prefixes of the variables of a job and its steps.
 OF_JOB = ("SLURM_", "SRUN_", "PMI_", "PMIX_")
 
 
 class Slurm:
-    """The batch system SLURM, by its command sbatch."""
+    """The batch system SLURM, used by its command sbatch."""
 
     def script(self, job: Job, options: Sequence[str], command: str, python: str = "python") -> str:
-        """The text of a script that trains with these options of psmpi train.
+        """Text of a script that trains with these options of psmpi train.
 
-        command: what wrote it; python: name or path of the interpreter.
+        command: the command line that writes the script; python: name or path of the interpreter.
         """
         tasks = job.tasks()
-        asked = {
+        directives = {
             "--job-name": job.name,
             "--nodes": job.nodes,
             "--ntasks": job.ranks,
@@ -45,21 +45,21 @@ class Slurm:
             "--partition": job.partition,
             "--account": job.account,
             "--array": f"0-{len(tasks) - 1}" if tasks else None,
-            # To the ranks, not to this script; SLURM may be up to a minute early.
+            # The signal goes to the ranks, not to this script; SLURM may send it up to a minute early.
             "--signal": f"USR1@{job.save_before}" if job.save_before else None,
             "--output": "%x-%A_%a.out" if tasks else "%x-%j.out",
             "--open-mode": "append",
         }
-        lines = [f"#SBATCH {name}={value}" for name, value in asked.items() if value not in (None, "")]
-        # Where a node fails too.
-        lines += ["#SBATCH --requeue", *(f"#SBATCH {_quoted(one)}" for one in job.ask)]
+        lines = [f"#SBATCH {name}={value}" for name, value in directives.items() if value not in (None, "")]
+        # --requeue also restarts the job after a node has failed.
+        lines += ["#SBATCH --requeue", *(f"#SBATCH {_quoted(option)}" for option in job.ask)]
         parts = [
             "#!/bin/bash\n"
             f"# Train with {job.ranks} rank(s) on {job.nodes} node(s){_series(job, len(tasks))}. Written by:\n"
             f"# {command}\n"
             "# Submit it by sbatch from a folder that all nodes see; further options of psmpi train may follow its "
             "name.\n" + "\n".join(lines),
-            # Scripts of modules and environments, conda's too, use variables that are not set.
+            # Scripts of modules and environments, such as conda's, use unset variables, so set -u comes later.
             "set -eo pipefail",
             self._environment(job),
             self._task(job, tasks),
@@ -68,7 +68,7 @@ class Slurm:
         return "\n\n".join(part for part in parts if part) + "\n"
 
     def _environment(self, job: Job) -> str:
-        lines = [f"module load {shlex.quote(one)}" for one in job.modules]
+        lines = [f"module load {shlex.quote(module)}" for module in job.modules]
         if job.activate:
             lines += ["# shellcheck source=/dev/null", f"source {shlex.quote(job.activate)}"]
         lines += [
@@ -98,7 +98,7 @@ class Slurm:
         )
 
     def _train(self, job: Job, options: Sequence[str], array: bool, python: str) -> str:
-        # The job's number does not stand in it: another job of this name goes on with the run.
+        # The run directory has no job number, so that another job of this name continues the run.
         out = f'"runs/{job.name}/${{task[0]}}"' if array else f"runs/{job.name}"
         number = '"${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"' if array else '"$SLURM_JOB_ID"'
         words = [*map(shlex.quote, options), "--threads", str(job.cores), "--out", out, "--resume", "auto"]
@@ -111,16 +111,16 @@ class Slurm:
             f"status=0\n{command} || status=$?\n"
             "# 85: stopped by a signal, and saved.\n"
             f'if [ "$status" = 85 ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {MOST_STARTS} ]; then\n'
-            # The number of one of an array's jobs is that of the whole array, which would start again.
+            # SLURM_JOB_ID of an array's job may be that of the whole array, which would start again.
             f"    scontrol requeue {number}\n"
             "fi\n"
             'exit "$status"'
         )
 
     def submit(self, path: Path) -> str:
-        """Submit a script; what sbatch says. UserError where there is no sbatch, or it refuses."""
+        """Submit a script; return sbatch's answer. UserError if sbatch is missing or refuses the script."""
         try:
-            done = subprocess.run(
+            process = subprocess.run(
                 ["sbatch", str(path)], env=submitting(os.environ, path.read_text()), capture_output=True, text=True,
                 check=False,
             )  # fmt: skip
@@ -128,20 +128,20 @@ class Slurm:
             raise UserError(
                 f"sbatch cannot be started ({error.strerror}): submit where SLURM is, or look at the script (--dry-run)"
             ) from None
-        if done.returncode:
-            said = " ".join(done.stderr.split()) or f"status {done.returncode}"
-            raise UserError(f"sbatch does not take {path}: {said}")
-        return done.stdout.strip()
+        if process.returncode:
+            reason = " ".join(process.stderr.split()) or f"status {process.returncode}"
+            raise UserError(f"sbatch does not take {path}: {reason}")
+        return process.stdout.strip()
 
 
 def submitting(environ: Mapping[str, str], script: str) -> dict[str, str]:
-    """An environment to submit a script in: without what would speak for the script, or for the job around it.
+    """Environment to submit a script in, without variables that would override its directives.
 
-    sbatch takes its variables before the directives of a script, and hands on all others: inside a job, those that tell
-    srun how that job's steps are bound and spread.
+    sbatch's own variables take precedence over the directives of a script. All others are passed on to the job: inside
+    another job these include variables that tell srun how the other job's steps are bound and distributed.
     """
-    asked = {name.upper().replace("-", "_") for name in re.findall(r"^#SBATCH --([\w-]+)", script, re.MULTILINE)}
-    spoiling = {f"SBATCH_{VARIABLES.get(name, name)}" for name in asked}
+    directives = {name.upper().replace("-", "_") for name in re.findall(r"^#SBATCH --([\w-]+)", script, re.MULTILINE)}
+    spoiling = {f"SBATCH_{VARIABLES.get(name, name)}" for name in directives}
     around = "SLURM_JOB_ID" in environ
     return {
         name: value
@@ -151,7 +151,7 @@ def submitting(environ: Mapping[str, str], script: str) -> dict[str, str]:
 
 
 def _quoted(option: str) -> str:
-    """An option of sbatch whose value may have spaces, as a directive."""
+    """An option of sbatch as a directive, with its value in quotes if it contains spaces."""
     name, equals, value = option.partition("=")
     spaced = equals and re.search(r"\s", value) and not re.search(r"\s", name)
     return f"{name}={shlex.quote(value)}" if spaced else option
@@ -163,7 +163,7 @@ def _series(job: Job, tasks: int) -> str:
 
 
 def _wrapped(start: Sequence[str], words: Sequence[str]) -> str:
-    """A command on lines of at most WIDTH characters where words are short enough; an option's values stay with it."""
+    """A command in lines of about WIDTH characters at most; an option's values stay on its line."""
     lines, groups = [" ".join(start)], list[str]()
     for word in words:
         if word.startswith(("--", '"$')) or not groups:
@@ -179,6 +179,6 @@ def _wrapped(start: Sequence[str], words: Sequence[str]) -> str:
 
 
 def activation() -> str:
-    """The script that makes this Python's virtual environment, "" where it is in none."""
+    """Path of the script that activates this Python's virtual environment; "" if there is none."""
     path = Path(sys.prefix) / "bin" / "activate"
     return str(path) if sys.prefix != sys.base_prefix and path.exists() else ""

@@ -1,7 +1,7 @@
-"""Networks between psmpi and PyTorch: `module_of` a checkpoint, and `import_state` back into one.
+"""Exchange of networks with PyTorch: `module_of` makes a module of a checkpoint, `import_state` imports its weights.
 
-Parameters have the same names and shapes in both: the keys of a `state_dict` are the names in a checkpoint. The import
-needs no PyTorch.
+Parameters have the same names and shapes in both: the keys of a `state_dict` are the names in a checkpoint.
+`import_state` needs no PyTorch.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ __all__ = ["import_state", "module_of"]
 
 
 def module_of(checkpoint: str | PathLike[str] | Fitted) -> Scores:
-    """The network of a checkpoint, a run directory or `psmpi.Fitted` as a torch.nn.Module, with its weights.
+    """The network of a checkpoint, a run directory or a `psmpi.Fitted` as a torch.nn.Module, with its weights.
 
-    It takes x (batch, *shape of a sample), floats as the training saw them (pixels in 0..1), and gives raw scores
-    (batch, classes), or the values of a regression. Of sequences it takes x (batch, steps, features), or tokens int64
-    (batch, steps), and lengths (batch,), all steps if not given; scores of each step are (batch, steps, classes). Batch
-    normalization takes the statistics of the minibatch, in evaluations too. UserError names layers that it has none
-    for.
+    The module takes x (batch, *shape of a sample), floats scaled as in the training (pixels in 0..1), and returns raw
+    scores (batch, classes), or the values of a regression. For sequences it takes x (batch, steps, features), or tokens
+    int64 (batch, steps), and lengths (batch,), all steps if not given; scores of each step are (batch, steps, classes).
+    Batch normalization uses the statistics of the minibatch, in `eval` mode too. The weights have the dtype of the
+    training. UserError if PyTorch is missing, if the checkpoint cannot be read, or for a kind of layer that psmpi.torch
+    does not have.
     """
     try:
         from psmpi.torch.modules import Scores
@@ -35,5 +36,5 @@ def module_of(checkpoint: str | PathLike[str] | Fitted) -> Scores:
         raise UserError("psmpi.torch.module_of needs PyTorch: pip install 'psmpi[torch]'") from None
     fitted = checkpoint if isinstance(checkpoint, Fitted) else load(checkpoint)
     with raised():
-        made = Scores(fitted.network)
-    return made.filled(fitted.weights)
+        module = Scores(fitted.network)
+    return module.filled(fitted.weights)

@@ -1,4 +1,4 @@
-"""The layers of a network in PyTorch: arrays are (batch, units, ...), parameters those of psmpi by name and shape."""
+"""The layers of psmpi in PyTorch. Arrays are (batch, units, ...); parameters have psmpi's names and shapes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ from psmpi.nn.layers.unit_length import EPS as LENGTH_EPS
 from psmpi.nn.layers.unit_length import UnitLength
 from psmpi.nn.network import Network
 
-# Of a layer, its parameters by their names without the layer's, x (batch, units, ...) and lengths (batch,) or None.
+# Forward pass of a layer: (layer, parameters by their names without the layer's, x (batch, units, ...), lengths
+# (batch,) or None) -> y (batch, units, ...).
 Forward = Callable[[Any, Mapping[str, Tensor], Tensor, "Tensor | None"], Tensor]
 
 
@@ -47,12 +48,15 @@ class Weights(nn.Module):  # type: ignore[misc]
 
     def __init__(self, parameters: Sequence[Parameter]):
         super().__init__()
-        for one in parameters:
-            self.register_parameter(one.name.rpartition(".")[2], nn.Parameter(torch.zeros(one.shape)))
+        for parameter in parameters:
+            self.register_parameter(parameter.name.rpartition(".")[2], nn.Parameter(torch.zeros(parameter.shape)))
 
 
 class Scores(nn.Module):  # type: ignore[misc]
-    """A network from samples to scores; see `psmpi.torch.module_of`. Its weights are 0 until they are `filled`."""
+    """A network from samples to scores, see `psmpi.torch.module_of`. Its weights are 0 until `filled` sets them.
+
+    UserError for a kind of layer that is not in FORWARD.
+    """
 
     def __init__(self, network: Network):
         super().__init__()
@@ -61,25 +65,25 @@ class Scores(nn.Module):  # type: ignore[misc]
         for layer in leaves(network.layers):
             if type(layer) not in FORWARD:
                 raise UserError(
-                    f"layer {network.named(layer.name)} is {type(layer).__name__}, which psmpi.torch has not: export "
-                    "the network with psmpi inspect export --out FILE.onnx"
+                    f"layer {network.named(layer.name)} is {type(layer).__name__}, which psmpi.torch does not have: "
+                    "export the network with psmpi inspect export --out FILE.onnx"
                 )
             if layer.parameters():
                 self.add_module(layer.name, Weights(layer.parameters()))
 
     def filled(self, weights: Mapping[str, np.ndarray]) -> Scores:
-        """Itself, with these weights, and of their dtype."""
+        """Set the weights by name and take their dtype; return this module."""
         state = {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in weights.items()}
         self.to(next(iter(state.values())).dtype)
         self.load_state_dict(state)
         return self
 
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Samples x (batch, ...) to scores."""
+        """Scores of samples x (batch, ...), with shapes as in `psmpi.torch.module_of`."""
         if self.sequences:
             x = x[:, None] if self.tokens else x.movedim(1, 2)
-        found = self._through(self.layers, x, lengths)
-        return found.movedim(1, 2) if self.steps else found
+        scores = self._through(self.layers, x, lengths)
+        return scores.movedim(1, 2) if self.steps else scores
 
     def _through(self, layers: Sequence[Layer], x: Tensor, lengths: Tensor | None) -> Tensor:
         for layer in layers:
@@ -100,7 +104,7 @@ def _dense(layer: Dense, w: Mapping[str, Tensor], x: Tensor, lengths: Tensor | N
 
 
 def _across(values: Tensor, y: Tensor) -> Tensor:
-    """Values (units,) that go with y (batch, units, ...)."""
+    """Reshape values (units,) so that they broadcast over y (batch, units, ...)."""
     return values.reshape(-1, *(1,) * (y.dim() - 2))
 
 
@@ -141,23 +145,23 @@ def _embedding(layer: Embedding, w: Mapping[str, Tensor], x: Tensor, lengths: Te
 def _attention(layer: Attention, w: Mapping[str, Tensor], x: Tensor, lengths: Tensor | None) -> Tensor:
     heads, steps = layer.heads, x.shape[-1]
     q, k, v = x.reshape(len(x), heads, 3, -1, steps).movedim(-1, 3).unbind(2)
-    seen = None
+    mask = None
     if not layer.causal and lengths is not None:
-        seen = (torch.arange(steps, device=x.device) < lengths[:, None])[:, None, None]
-    y = F.scaled_dot_product_attention(q, k, v, seen, is_causal=layer.causal)
+        mask = (torch.arange(steps, device=x.device) < lengths[:, None])[:, None, None]
+    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=layer.causal)
     return y.movedim(2, 3).reshape(len(x), -1, steps)
 
 
 def _recurrent(layer: Recurrent, w: Mapping[str, Tensor], x: Tensor, lengths: Tensor | None) -> Tensor:
     inputs = torch.einsum("ri,bis->sbr", w["weight"], x) + w.get("bias", torch.zeros((), dtype=x.dtype))
     h = x.new_zeros(len(x), layer.units)
-    c, found = h, []
+    c, outputs = h, []
     for t, a in enumerate(inputs):
         new, cell = CELLS[layer.kind](a, F.linear(h, w["recurrent"], w.get("recurrent_bias")), h, c)
         live = torch.ones((), dtype=torch.bool) if lengths is None else (t < lengths)[:, None]
         h, c = torch.where(live, new, h), torch.where(live, cell, c)
-        found.append(h)
-    return torch.stack(found, 2)
+        outputs.append(h)
+    return torch.stack(outputs, 2)
 
 
 def _rnn(a: Tensor, u: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
@@ -181,7 +185,7 @@ def _last(layer: Last, w: Mapping[str, Tensor], x: Tensor, lengths: Tensor | Non
 
 
 CELLS = {"rnn": _rnn, "lstm": _lstm, "gru": _gru}
-# What each kind of layer does; Residual is what has layers inside.
+# Forward pass of each kind of layer. `Scores._through` computes Residual, which contains layers.
 FORWARD: dict[type[Layer], Forward] = {
     Activation: _activation,
     Attention: _attention,

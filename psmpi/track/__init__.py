@@ -1,4 +1,4 @@
-"""Writers of a run's rows for other people's viewers, by name."""
+"""Trackers: writers of a run's rows of metrics for other viewers, such as TensorBoard and MLflow."""
 
 from psmpi.track.record import Run, Tracker
 from psmpi.track.tracker import TRACKERS, Trackers, check_trackers

@@ -1,4 +1,4 @@
-"""A tracker is a record of a run in another format; here are its protocol and the data that it gets."""
+"""Protocol of a tracker, which records a run in another format, and the data that a tracker gets."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-# How a run ends: all of it is done, it was stopped and can be gone on with, or an error ended it.
+# End of a run: it is done, a signal stopped it and it can be resumed, or an error ended it.
 End = Literal["done", "stopped", "failed"]
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run that is tracked: its directory, its settings by name, and the --track-dir."""
+    """A tracked run: its directory, its settings by name, and the value of --track-dir."""
 
     folder: Path
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -21,30 +21,30 @@ class Run:
 
 
 class Tracker(Protocol):
-    """A record of a run in another format. Its methods may raise anything; then it is called no more."""
+    """A record of a run in another format. Its methods may raise any exception; after one they are not called again."""
 
     def start(self, run: Run, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Begin, or go on, after these rows of metrics: later ones of an earlier start are void.
+        """Begin or continue the record after these rows of metrics; later rows of an earlier start are void.
 
-        It is called again where a run goes back to a checkpoint.
+        The method is called again when a run goes back to a checkpoint.
         """
 
     def row(self, row: Mapping[str, Any]) -> None:
-        """Write a row of metrics.jsonl, to be there when this returns."""
+        """Write a row of metrics.jsonl; it has to be stored when the method returns."""
 
     def close(self, end: End) -> None:
         """End the record."""
 
 
 def numbers(row: Mapping[str, Any], between: str = ".") -> dict[str, float]:
-    """The numbers of a row of metrics by name, but for its step; those of a table in it as TABLE.NAME.
+    """Numbers of a row of metrics by name, without its step; those of a table in the row as TABLE.NAME.
 
-    Lists, such as bytes by rank, are left out.
+    Lists, such as bytes by rank, are left out. between: separator of TABLE and NAME.
     """
-    found: dict[str, float] = {}
+    by_name: dict[str, float] = {}
     for name, value in row.items():
         if isinstance(value, Mapping):
-            found |= {f"{name}{between}{below}": number for below, number in numbers(value, between).items()}
+            by_name |= {f"{name}{between}{below}": number for below, number in numbers(value, between).items()}
         elif isinstance(value, (int, float)) and name != "step":
-            found[name] = float(value)
-    return found
+            by_name[name] = float(value)
+    return by_name

@@ -1,4 +1,4 @@
-"""TensorBoard's event files, in the folder `tensorboard` of a run directory, by tensorboardX."""
+"""Tracker for TensorBoard: event files in the folder `tensorboard` of a run directory, written by tensorboardX."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ FOLDER = "tensorboard"
 
 
 class TensorBoard:
-    """Scalars of each row, by step; settings as hyperparameters, whose metrics are the scores of tests.
+    """Tracker that writes the numbers of each row as scalars by step, and settings as hyperparameters.
 
-    Each start writes a file of its own. It begins with the mark by which TensorBoard leaves out what earlier files have
-    of later steps. Rows are on the disk when they are written.
+    The metrics of the hyperparameters are the scores of tests. Each start writes a new file, which begins with a mark:
+    TensorBoard then ignores later steps of earlier files. A row is on the disk when `row` returns.
     """
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class TensorBoard:
         if self.writer is not None:
             self.writer.close()
         self.end = None
-        # Names are of a second, and TensorBoard reads files in the order of their names.
+        # TensorBoard reads files in the order of their names, which have the time in seconds, so add a number.
         self.writer = self.writer_of(str(folder / "events"), f".{before:04d}")
         self.step = int(rows[-1]["step"]) if rows else 0
         self._write(self.step + 1 if rows else 0, session_log=self.log(status=self.log.START))
@@ -60,15 +60,15 @@ class TensorBoard:
             self.writer.close()
 
     def _row(self, row: Mapping[str, Any]) -> None:
-        found = {_tag(name): number for name, number in numbers(row, "/").items()}
+        scalars = {_tag(name): number for name, number in numbers(row, "/").items()}
         self.step = int(row["step"])
         if self.end is None:
-            # The scores that a run is compared by are known with its first row.
-            scores = {tag: number for tag, number in found.items() if tag.startswith(("test/", "train/"))}
+            # The first row tells which scores the run has.
+            scores = {tag: number for tag, number in scalars.items() if tag.startswith(("test/", "train/"))}
             *begin, self.end = self.summary.hparams(self.settings, scores)
-            for one in begin:
-                self._write(self.step, one)
-        for tag, number in found.items():
+            for summary in begin:
+                self._write(self.step, summary)
+        for tag, number in scalars.items():
             self._write(self.step, self.summary.scalar(tag, number))
 
     def _write(self, step: int, summary: Any = None, **more: Any) -> None:
@@ -77,7 +77,7 @@ class TensorBoard:
 
 
 def _tag(name: str) -> str:
-    """The name of a curve, whose group stands before the slash: test/accuracy, run/seconds, events/steps_skipped."""
+    """Tag of a curve with its group before the slash, such as test/accuracy, run/seconds and events/steps_skipped."""
     for group in ("test", "train"):
         if name.startswith(f"{group}_"):
             return f"{group}/{name.removeprefix(f'{group}_')}"
@@ -85,7 +85,7 @@ def _tag(name: str) -> str:
 
 
 def _plain(value: Any) -> str | float | bool:
-    """A setting as hyperparameters are: a number, a truth or a text."""
+    """A setting as a hyperparameter: a number, a truth value or a text."""
     return value if isinstance(value, (bool, int, float, str)) else json.dumps(value, default=str)
 
 

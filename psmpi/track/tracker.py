@@ -1,4 +1,4 @@
-"""The trackers of one run together: what goes wrong with one ends no training."""
+"""All trackers of a run. An error of a tracker does not end the training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from psmpi.errors import UserError
 from psmpi.track.mlflow import store
 from psmpi.track.record import End, Run, Tracker
 
-# Module and class of each tracker, the package that it needs, and the extra of psmpi that brings this.
+# Module and class of each tracker, the package that it needs, and the extra of psmpi that installs the package.
 TRACKERS = {
     "tensorboard": ("psmpi.track.tensorboard", "TensorBoard", "tensorboardX", "track"),
     "mlflow": ("psmpi.track.mlflow", "MLflow", "mlflow", "mlflow"),
@@ -22,10 +22,10 @@ TRACKERS = {
 
 
 class Trackers:
-    """The trackers of a run, on rank 0; without names it does nothing.
+    """The trackers of a run, on rank 0; without names the methods do nothing.
 
-    What a tracker raises is told once, by `tell`, and that tracker is left. Leaving the block that it manages by an
-    error ends the records as failed.
+    An exception of a tracker prints a warning by `tell`, and the tracker is not called again. An exception that leaves
+    the `with` block ends the records as failed.
     """
 
     def __init__(self, names: Sequence[str] = (), run: Run | None = None, tell: Callable[[str], None] = print):
@@ -35,18 +35,18 @@ class Trackers:
             self._call(name, partial(self._open, name))
 
     def start(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Begin, go on, or go back, after these rows."""
+        """Begin or continue the records after these rows, also when a run goes back to a checkpoint."""
         run = self.run
         if run is not None:
-            self._each(lambda one: one.start(run, rows))
+            self._each(lambda tracker: tracker.start(run, rows))
 
     def row(self, row: Mapping[str, Any]) -> None:
         """Write a row of metrics."""
-        self._each(lambda one: one.row(row))
+        self._each(lambda tracker: tracker.row(row))
 
     def close(self, end: End) -> None:
-        """End the records, once."""
-        self._each(lambda one: one.close(end))
+        """End the records. Later calls do nothing."""
+        self._each(lambda tracker: tracker.close(end))
         self.open = {}
 
     def __enter__(self) -> Trackers:
@@ -56,8 +56,8 @@ class Trackers:
         self.close("failed")
 
     def _each(self, call: Callable[[Tracker], None]) -> None:
-        for name, one in list(self.open.items()):
-            self._call(name, partial(call, one))
+        for name, tracker in list(self.open.items()):
+            self._call(name, partial(call, tracker))
 
     def _open(self, name: str) -> None:
         module, kind, _, _ = TRACKERS[name]
@@ -66,7 +66,7 @@ class Trackers:
     def _call(self, name: str, call: Callable[[], None]) -> None:
         try:
             call()
-        # Another package's writer, whose errors are of any kind.
+        # The writer of another package may raise any exception.
         except Exception as error:
             self.open.pop(name, None)
             reason = " ".join(str(error).split()) or type(error).__name__
@@ -74,7 +74,7 @@ class Trackers:
 
 
 def check_trackers(names: Sequence[str], track_dir: str, environ: Mapping[str, str] = os.environ) -> None:
-    """UserError for a tracker that is unknown or whose package is not there, and for a --track-dir of no use."""
+    """Raise UserError for an unknown tracker, for a missing package, and for a --track-dir without MLflow."""
     for name in names:
         if name not in TRACKERS:
             raise UserError(f"--track {name}: choose from {', '.join(TRACKERS)}")

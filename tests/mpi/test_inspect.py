@@ -249,7 +249,7 @@ def test_a_damaged_text_is_named(trained, tmp_path):
     status, out, _ = inspect("verify", path)
     assert status == 1 and "config" in out.splitlines()[-1]
     status, _, err = run(1, "-m", "psmpi.train", "--resume", path, "--out", tmp_path / "run")
-    assert status == 1 and "not to be read any more: config" in " ".join(err.split())
+    assert status == 1 and "data that cannot be read: config" in " ".join(err.split())
 
 
 def test_a_file_of_a_newer_format_is_left_alone(trained, tmp_path):

@@ -109,7 +109,7 @@ def test_few_samples_are_predicted_by_the_statistics_of_the_training(train, tmp_
             assert status == 0 and err.count(f"--calibrate {count}: ") == " ".join(err.split()).count(says) == 1, err
     assert accuracy["threes", 1] == accuracy["threes", 3] > 0.85 and accuracy["one", 1] == accuracy["one", 3]
     status, out, err = run(1, "-m", "psmpi.predict", *options)
-    assert status == 1 and "a single sample is none" in " ".join(err.split())
+    assert status == 1 and "a single sample is not enough" in " ".join(err.split())
     options = (found.out, "--dataset", tmp_path / "threes.npz", "--split", "all", "--json")
     status, out, err = run(1, "-m", "psmpi.predict", *options)
     assert status == 0 and "these very samples" in err and json.loads(out)["accuracy"] < 0.5

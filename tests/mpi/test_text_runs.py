@@ -180,8 +180,8 @@ def test_what_does_not_fit_texts_is_said(learnt, train, tmp_path):
         (1, ("--prompt", "p", "--temperature", "nan"), "--temperature nan: expected 0, or a finite number"),
         (1, ("--prompt", "p", "--seed", "-1"), "--seed -1: expected a whole number"),
         (1, ("--prompt", "p", "--threads", "-1"), "--threads -1: expected 0 to 1024"),
-        (1, ("--prompt", "p", "--split", "all"), "--split is of predictions of samples"),
-        (1, ("--seed", "3"), "--seed is of a text to go on with: add --prompt TEXT"),
+        (1, ("--prompt", "p", "--split", "all"), "--split applies to predictions of samples"),
+        (1, ("--seed", "3"), "--seed applies to the continuation of a text: add --prompt TEXT"),
         (2, ("--prompt", "p"), "on one process, and there are 2 ranks: leave mpirun out"),
     ):
         assert says in failed("psmpi.predict", trained.out, *options, ranks=ranks), options

@@ -63,7 +63,7 @@ def save(out, contents, shards, vectors, spaces=None, rows=None, tables=None, gz
         mine = {name: restrict(w, spaces.get(name, shards)[rank]) for name, w in vectors.items()}
         own = {name: table[list(rows.of[rank])] for name, table in (tables or {}).items()}
         writer.write(mine, {}, checkpoint.Progress(step=1), own)
-        assert writer.found == []
+        assert writer.errors == []
         return control.comm.sent
 
     with pytest.MonkeyPatch.context() as patch:

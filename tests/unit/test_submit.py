@@ -181,7 +181,7 @@ def test_a_python_of_no_environment_is_named_by_its_path(tmp_path, monkeypatch, 
 def test_options_on_the_wrong_side_are_told(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for words, says in (
-        (("--dataset", "digits"), "--dataset is an option of training: write it behind --"),
+        (("--dataset", "digits"), "--dataset is an option of training: write it after --"),
         (("--", "--ranks", "3"), "--ranks is an option of the job: write it before --"),
     ):
         with pytest.raises(SystemExit):
@@ -272,7 +272,7 @@ def test_time_limits_are_those_of_slurm(text, seconds_):
         (("--ask", "mail-type=END"), "is no option of the batch system"),
         (("--partition", "a b"), "--partition 'a b': write it without spaces"),
         (("--grid", "twice.toml"), r"would share the run directory dataset=x\.npz"),
-        (("--grid", "epochs.toml"), "--grid says --epochs of each job"),
+        (("--grid", "epochs.toml"), "--grid sets --epochs of each job"),
         (("--grid", "table.toml"), r"\[optimization\]: settings stand in no table here"),
         (("--grid", "own.toml"), "--out is the job's own"),
     ],

@@ -93,7 +93,7 @@ NO_NUMBER = "expected a number, as -0.5 or 1e-3"
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("1 3:1 2:1", "line 3, column 7: found the index 2 behind 3; indices of a line have to ascend"),
+        ("1 3:1 2:1", "line 3, column 7: found the index 2 after 3; indices of a line have to ascend"),
         ("1 3:1 3:1", "line 3, column 7: found the index 3 twice"),
         ("1 3:nan", "line 3, column 3: found the value 'nan'; expected a finite number"),
         ("1 3:-Inf", "found the value '-Inf'; expected a finite number"),
@@ -377,5 +377,5 @@ def test_a_matrix_without_labels_is_told_how_to_be_saved_with_them(tmp_path, mat
 
 def test_ranks_with_private_texts_are_refused(tmp_path):
     data = open_dataset(write(tmp_path, TEXT), None)
-    with pytest.raises(UserError, match="--private-data: in a text of sparse samples"):
+    with pytest.raises(UserError, match="--private-data: a text of sparse samples"):
         together(data, [card(identify(data))] * 2, 0)

@@ -66,8 +66,8 @@ def test_a_state_that_does_not_fit_is_refused(trained, tmp_path):
     wrong = [
         ({name: one for name, one in good.items() if name != first}, f"state has no {first}, one of 1 missing"),
         ({**{f"module.{k}": v for k, v in good.items()}}, f"did you mean module.{first}?"),
-        ({**good, "more.weight": Like(np.zeros(3))}, "state has more.weight, which"),
-        ({**good, first: Like(np.zeros((3, 3)))}, r"shape \(3, 3\), in"),
+        ({**good, "more.weight": Like(np.zeros(3))}, "state has more.weight, one of 1 parameters that"),
+        ({**good, first: Like(np.zeros((3, 3)))}, r"its shape is \(3, 3\), and"),
         ({**good, first: Like(np.full_like(found.network.weights[first], np.nan))}, "not finite"),
         ({**good, first: Like(found.network.weights[first].astype(str))}, "not finite"),
     ]

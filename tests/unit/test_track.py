@@ -343,7 +343,7 @@ def test_mlflow_s_runs_lie_in_a_folder_and_on_no_server(tmp_path, monkeypatch):
     assert store(store("a b", {}), {}) == (tmp_path / "a b").as_uri()
     assert store("sqlite:///x.db", {}) == "sqlite:///x.db"
     for server in ("http://host:5000", "databricks", "databricks://profile", "file://host/x", "s3://b/c"):
-        with pytest.raises(UserError, match=r"MLFLOW_TRACKING_URI.*speaks to no server"):
+        with pytest.raises(UserError, match=r"MLFLOW_TRACKING_URI.*connects to no server"):
             store("", {"MLFLOW_TRACKING_URI": server})
         with pytest.raises(UserError, match="--track-dir"):
             store(server, {})
