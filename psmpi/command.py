@@ -11,11 +11,12 @@ from importlib import import_module
 from inspect import Signature, signature
 from typing import TYPE_CHECKING, Any
 
-from psmpi.launcher import announced_size
+from psmpi.launcher import announced_rank, announced_size
 from psmpi.output import dress_help, wide_help
 
 if TYPE_CHECKING:
     from psmpi.config import Config
+    from psmpi.config.help import Page
 
 # Module whose `main` takes the remaining words, and what the command does.
 COMMANDS = {
@@ -60,6 +61,20 @@ def answer(command: Callable[[], int]) -> int:
     return run(go)
 
 
+def answer_help(words: Sequence[str], command: Callable[[], Any]) -> int | None:
+    """The exit status of a command whose words ask for help, which starts no MPI; None where they do not.
+
+    command: prints the help, and ends by SystemExit. Only the launcher's first rank prints.
+    """
+    from psmpi.config.help import wants_help
+
+    if not wants_help(words):
+        return None
+    if announced_rank(os.environ):
+        return 0
+    return answer(lambda: int(command() is None))
+
+
 def with_training_options(work: Callable[..., int], default: Config, words: Sequence[str]) -> Callable[..., int]:
     """A command whose options are those of training beside the others of `work`, whose first argument they become.
 
@@ -79,22 +94,31 @@ def with_training_options(work: Callable[..., int], default: Config, words: Sequ
             return work(usual(found), **more)
 
     command.__name__, command.__doc__ = work.__name__, work.__doc__
+    # For the help.
+    vars(command)["training"] = default
     first, *others = signature(work).parameters.values()
     command.__annotations__ = {**work.__annotations__, "config": tree}
     command.__signature__ = Signature([first.replace(default=by_default), *others])  # type: ignore[attr-defined]
     return command
 
 
-def parsed(kind: Any, words: Sequence[str], name: str, description: str | None = None) -> Any:
-    """What the words say of a dataclass, or what a function returns with these as its arguments.
+def parsed(kind: Any, words: Sequence[str], name: str, page: Callable[[bool], Page] | None = None) -> Any:
+    """The dataclass that the words describe, or the value that a function returns with them as its arguments.
 
-    name: the command's, as `program` takes it. Raises SystemExit as argparse does.
+    name: the command's, as `program` takes it. page(long): its help, made from `kind` if not given. Raises SystemExit
+    as argparse does, with status 0 after help.
     """
+    from psmpi.config.help import LONG, command_page, show, wants_help
+
+    if wants_help(words):
+        long = LONG in words
+        show(page(long) if page is not None else command_page(kind, program(name), long))
+        raise SystemExit(0)
     import tyro
 
     config = (tyro.conf.OmitArgPrefixes,)
     with wide_help():
-        return tyro.cli(kind, prog=program(name), description=description, args=words, config=config)
+        return tyro.cli(kind, prog=program(name), args=words, config=config)
 
 
 def chosen(
@@ -104,6 +128,15 @@ def chosen(
 
     name: that of them all, as `program` takes it. Raises SystemExit as argparse does.
     """
+    from psmpi.config.help import LONG, command_page, commands_page, show, wants_help
+
+    commands = tuple(commands)
+    if wants_help(words):
+        named = [command for command in commands if command.__name__.rstrip("_") == words[0]]
+        full = program(name)
+        show(command_page(named[0], f"{full} {words[0]}", LONG in words) if named
+             else commands_page(commands, full, description))  # fmt: skip
+        raise SystemExit(0)
     from tyro.conf import OmitArgPrefixes
     from tyro.extras import SubcommandApp
 
@@ -158,8 +191,9 @@ def usage() -> str:
             "",
             *(f"  {command:{width}}  {does}" for command, (_, does) in COMMANDS.items()),
             "",
-            f"  {name} COMMAND --help  lists the options of a command.",
-            f"  {name} --version       prints the version.",
+            f"  {name} COMMAND --help      lists the options of a command that most people need.",
+            f"  {name} COMMAND --help-all  lists all of them.",
+            f"  {name} --version           prints the version.",
         ]
     )
 
@@ -167,7 +201,6 @@ def usage() -> str:
 def _answer(words: list[str]) -> int:
     """Help, version, or UserError; on rank 0 alone, by the launcher's word, since no MPI has been started."""
     from psmpi.errors import UserError
-    from psmpi.launcher import announced_rank
     from psmpi.output import tell
 
     if not words:

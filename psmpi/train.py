@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from psmpi.comm.control import Control
     from psmpi.comm.protocol import World
     from psmpi.config import Config
+    from psmpi.config.help import Page
     from psmpi.data import Dataset
     from psmpi.output import Screen
     from psmpi.training.loop import Loop
@@ -21,16 +22,25 @@ if TYPE_CHECKING:
 # The exit status of a run that was stopped by a signal, and can be gone on with.
 GO_ON = 85
 
-DESCRIPTION = """Train a neural network whose loss is a sum of element losses, each rank computing its own.
-
-Run it under mpirun or srun; one process does all the work where there is no launcher."""
+DESCRIPTION = (
+    "Train a neural network on one process, or on several ranks under mpirun or srun. Each rank computes the parts of "
+    "the loss that the training method gives it."
+)
+EXAMPLES = (
+    ("{}", "the embedded digits, on one process"),
+    ("mpirun -n 4 {} --dataset my.csv --keep-best", "a table, on four ranks"),
+    ("{} --out runs/first --resume auto", "continue the run in a folder"),
+)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status: 0 done, 1 error, 85 stopped by a signal and saved."""
     from psmpi.comm.world import run
+    from psmpi.command import answer_help
 
-    return run(lambda: _main(sys.argv[1:] if argv is None else argv))
+    words = sys.argv[1:] if argv is None else argv
+    status = answer_help(words, lambda: parse(words))
+    return run(lambda: _main(words)) if status is None else status
 
 
 def parse(argv: list[str]) -> Config:
@@ -45,7 +55,7 @@ def _parse(argv: list[str]) -> tuple[Config, str]:
     """The configuration, and the path that the settings of a run that goes on are from."""
     from dataclasses import replace
 
-    from psmpi.command import parsed
+    from psmpi.command import parsed, program
     from psmpi.config import (
         Config,
         command_line,
@@ -56,6 +66,7 @@ def _parse(argv: list[str]) -> tuple[Config, str]:
         with_usual,
         without_unused,
     )
+    from psmpi.config.help import training_page
     from psmpi.config.unknown import tables_of, unknown_options
     from psmpi.training.resume import own_settings
 
@@ -71,8 +82,13 @@ def _parse(argv: list[str]) -> tuple[Config, str]:
             # The file may have moved.
             own = replace(own, data=replace(own.data, dataset=Path(own.data.dataset).name))
         start = defaults(argv, own)
+
+    def page(long: bool) -> Page:
+        method = given(argv, "--method") or (start.parallel.method if "method" in said else "")
+        return training_page(program("train"), start, DESCRIPTION, EXAMPLES, long, method)
+
     try:
-        tree = parsed(command_line(start), words, "train", DESCRIPTION)
+        tree = parsed(command_line(start), words, "train", page)
     except SystemExit as end:
         for hint in unknown_options(argv, tables_of(Config())) if end.code else ():
             print(f"psmpi.train: {hint}", file=sys.stderr)
