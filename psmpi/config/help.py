@@ -21,8 +21,8 @@ from psmpi.output import HELP_WIDTH, Stream, styled
 SHORT, LONG = ("-h", "--help"), "--help-all"
 # Column in which texts begin, the most columns of a line, and the characters that a last line has at least.
 COLUMN, WIDEST, ORPHAN = 24, 100, 12
-# What stands for a space at which no line is broken.
-HARD = "\0"
+# What stands for a space at which no line is broken, and the characters of the longest default that has it.
+HARD, LONGEST = "\0", 32
 COLOURS = {"title": "\x1b[1m", "option": "\x1b[36m"}
 RESET = "\x1b[0m"
 PLAIN: Mapping[str, str] = {}
@@ -76,7 +76,7 @@ def lines_of(page: Page, width: int, colours: Mapping[str, str] = PLAIN) -> Iter
     for group in page.groups:
         yield from ("", _coloured(group.title, "title", colours))
         if group.about:
-            yield from _wrapped(group.about, width, before="  ")
+            yield from _wrapped(group.about, width, before="  ", after="    ")
         for one in group.options:
             yield from option_lines(one, width, page.long, colours)
     for text in page.end:
@@ -88,9 +88,12 @@ def option_lines(one: Option, width: int, long: bool, colours: Mapping[str, str]
     described = {name: text for name, text in one.choices.items() if text} if long or one.name in DESCRIBED else {}
     text = one.text if long else one.summary
     if one.only and not described:
-        text = f"{text.rstrip('.')}: {', '.join(one.choices)}."
+        first, *others = sentences(text)
+        text = " ".join([f"{first.removesuffix('.')}: {', '.join(one.choices)}.", *others])
     if one.default_text:
-        text = f"{text.removesuffix('.')} (default:{HARD}{one.default_text.replace(' ', HARD)})"
+        default = f"(default: {one.default_text})"
+        default = default.replace(" ", HARD) if len(default) <= LONGEST else default
+        text = f"{text.removesuffix('.')} {default}"
     elif one.default is REQUIRED:
         text = f"{text.removesuffix('.')} (required)"
     elif len(sentences(text)) == 1:
@@ -188,7 +191,7 @@ def command_page(kind: Any, program: str, long: bool) -> Page:
     own = Group("Options", [*options, BASIC, ALL])
     if long:
         return Page(usage, about, [own, *_with_common(all_groups(config))], long=True)
-    end = f"The options of a training are options of this command too: {program} {LONG} shows them."
+    end = f"The options of psmpi train belong to this command too: {program} {LONG} shows them."
     return Page(usage, about, [own], [end], long=True)
 
 

@@ -24,6 +24,12 @@ from psmpi.config.ranges import Choices, hints_of, option
 
 # Words that stand for values of a type.
 WORDS = {int: "N", float: "X", str: "TEXT", Path: "FILE"}
+TYPES = {int: "integer", float: "number", str: "string", bool: "switch", Path: "string"}
+# Words that stand for texts, by the name of the option.
+NAMED = {
+    **dict.fromkeys(("activate", "goal", "json", "links", "plot", "save", "script", "trace"), "FILE"),
+    **dict.fromkeys(("data_dir", "folder"), "FOLDER"),
+}
 REQUIRED: Any = MISSING
 OF_PLACE = get_args(Positional[int])[1]
 
@@ -32,8 +38,8 @@ OF_PLACE = get_args(Positional[int])[1]
 class Option:
     """One option of a command, or one of its positional arguments.
 
-    value: word that stands for its value, "" for a switch. choices: one line of text for each choice, "" where there is
-    none. only: whether other values than these are refused. default: REQUIRED where one must be given.
+    value: word that stands for its value, "" for a switch. default: REQUIRED where one must be given. choices: one line
+    of text for each choice, "" where there is none; only: whether other values are refused. kind: name of its type.
     """
 
     name: str
@@ -43,6 +49,7 @@ class Option:
     choices: Mapping[str, str] = field(default_factory=dict)
     only: bool = False
     positional: bool = False
+    kind: str = ""
     aliases: tuple[str, ...] = ()
 
     @property
@@ -110,14 +117,14 @@ def argument_options(function: Callable[..., Any]) -> list[Option]:
 def _made(name: str, hint: Any, default: Any, text: str, positional: bool = False) -> Option:
     """The option of a setting by its type; text: its whole help text."""
     about, described = split_text(text)
-    value, several, aliases = "", False, ()
+    value, several, registered, aliases = "", False, False, ()
     for extra in _annotations(hint):
         value = getattr(extra, "metavar", None) or value
         about = getattr(extra, "help", None) or about
         positional = positional or extra is OF_PLACE
         aliases = tuple(getattr(extra, "aliases", None) or aliases)
         if isinstance(extra, Choices):
-            described = {**described, **extra.lines()}
+            described, registered = {**described, **extra.lines()}, True
     kind = _plain(hint)
     if get_origin(kind) is tuple:
         kind, several = _plain(get_args(kind)[0]), True
@@ -125,8 +132,11 @@ def _made(name: str, hint: Any, default: Any, text: str, positional: bool = Fals
     if literal:
         described = {one: described.get(one, "") for one in get_args(kind) if one}
     if kind is not bool:
-        value = (value or ("NAME" if literal else WORDS.get(kind, "TEXT"))) + " ..." * several
-    return Option(name, value, about, default, described, literal, positional, aliases)
+        named = NAMED.get(name, "TEXT") if kind is str else WORDS.get(kind, "TEXT")
+        value = (value or ("NAME" if literal else named)) + " ..." * several
+    type_name = "choice" if literal or registered else TYPES.get(kind, "")
+    type_name = f"list of {type_name}s" if several else type_name
+    return Option(name, value, about, default, described, literal, positional, type_name, aliases)
 
 
 def _plain(hint: Any) -> Any:
