@@ -61,18 +61,12 @@ def answer(command: Callable[[], int]) -> int:
     return run(go)
 
 
-def answer_help(words: Sequence[str], command: Callable[[], Any]) -> int | None:
-    """The exit status of a command whose words ask for help, which starts no MPI; None where they do not.
+def answer_help(command: Callable[[], Any]) -> int:
+    """The exit status of a command that prints help and ends by SystemExit; it starts no MPI.
 
-    command: prints the help, and ends by SystemExit. Only the launcher's first rank prints.
+    Only the launcher's first rank prints.
     """
-    from psmpi.config.help import wants_help
-
-    if not wants_help(words):
-        return None
-    if announced_rank(os.environ):
-        return 0
-    return answer(lambda: int(command() is None))
+    return 0 if announced_rank(os.environ) else answer(lambda: int(command() is None))
 
 
 def with_training_options(work: Callable[..., int], default: Config, words: Sequence[str]) -> Callable[..., int]:
@@ -102,17 +96,17 @@ def with_training_options(work: Callable[..., int], default: Config, words: Sequ
     return command
 
 
-def parsed(kind: Any, words: Sequence[str], name: str, page: Callable[[bool], Page] | None = None) -> Any:
+def parsed(kind: Any, words: Sequence[str], name: str, page: Callable[..., Page] | None = None) -> Any:
     """The dataclass that the words describe, or the value that a function returns with them as its arguments.
 
-    name: the command's, as `program` takes it. page(long): its help, made from `kind` if not given. Raises SystemExit
-    as argparse does, with status 0 after help.
+    name: the command's, as `program` takes it. page(program, long=...): its help, made from `kind` if not given. Raises
+    SystemExit as argparse does, with status 0 after help.
     """
     from psmpi.config.help import LONG, command_page, show, wants_help
 
     if wants_help(words):
         long = LONG in words
-        show(page(long) if page is not None else command_page(kind, program(name), long))
+        show(page(program(name), long=long) if page is not None else command_page(kind, program(name), long))
         raise SystemExit(0)
     import tyro
 

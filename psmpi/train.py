@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from psmpi.comm.control import Control
     from psmpi.comm.protocol import World
     from psmpi.config import Config
-    from psmpi.config.help import Page
     from psmpi.data import Dataset
     from psmpi.output import Screen
     from psmpi.training.loop import Loop
@@ -22,25 +21,15 @@ if TYPE_CHECKING:
 # The exit status of a run that was stopped by a signal, and can be gone on with.
 GO_ON = 85
 
-DESCRIPTION = (
-    "Train a neural network on one process, or on several ranks under mpirun or srun. Each rank computes the parts of "
-    "the loss that the training method gives it."
-)
-EXAMPLES = (
-    ("{}", "the embedded digits, on one process"),
-    ("mpirun -n 4 {} --dataset my.csv --keep-best", "a table, on four ranks"),
-    ("{} --out runs/first --resume auto", "continue the run in a folder"),
-)
-
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status: 0 done, 1 error, 85 stopped by a signal and saved."""
     from psmpi.comm.world import run
     from psmpi.command import answer_help
+    from psmpi.config.help import wants_help
 
     words = sys.argv[1:] if argv is None else argv
-    status = answer_help(words, lambda: parse(words))
-    return run(lambda: _main(words)) if status is None else status
+    return answer_help(lambda: parse(words)) if wants_help(words) else run(lambda: _main(words))
 
 
 def parse(argv: list[str]) -> Config:
@@ -54,18 +43,11 @@ def parse(argv: list[str]) -> Config:
 def _parse(argv: list[str]) -> tuple[Config, str]:
     """The configuration, and the path that the settings of a run that goes on are from."""
     from dataclasses import replace
+    from functools import partial
 
-    from psmpi.command import parsed, program
-    from psmpi.config import (
-        Config,
-        command_line,
-        defaults,
-        from_command_line,
-        given,
-        given_names,
-        with_usual,
-        without_unused,
-    )
+    from psmpi.command import parsed
+    from psmpi.config import Config, command_line, defaults, from_command_line, given, given_names
+    from psmpi.config.carried import with_usual, without_unused
     from psmpi.config.help import training_page
     from psmpi.config.unknown import tables_of, unknown_options
     from psmpi.training.resume import own_settings
@@ -82,13 +64,9 @@ def _parse(argv: list[str]) -> tuple[Config, str]:
             # The file may have moved.
             own = replace(own, data=replace(own.data, dataset=Path(own.data.dataset).name))
         start = defaults(argv, own)
-
-    def page(long: bool) -> Page:
-        method = given(argv, "--method") or (start.parallel.method if "method" in said else "")
-        return training_page(program("train"), start, DESCRIPTION, EXAMPLES, long, method)
-
+    method = given(argv, "--method") or (start.parallel.method if "method" in said else "")
     try:
-        tree = parsed(command_line(start), words, "train", page)
+        tree = parsed(command_line(start), words, "train", partial(training_page, config=start, method=method))
     except SystemExit as end:
         for hint in unknown_options(argv, tables_of(Config())) if end.code else ():
             print(f"psmpi.train: {hint}", file=sys.stderr)

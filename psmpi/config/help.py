@@ -27,6 +27,15 @@ COLOURS = {"title": "\x1b[1m", "option": "\x1b[36m"}
 RESET = "\x1b[0m"
 PLAIN: Mapping[str, str] = {}
 
+TRAINING = (
+    "Train a neural network on one process, or on several ranks under mpirun or srun. Each rank computes the parts of "
+    "the loss that the training method gives it."
+)
+EXAMPLES = (
+    ("{}", "the embedded digits, on one process"),
+    ("mpirun -n 4 {} --dataset my.csv --keep-best", "a table, on four ranks"),
+    ("{} --out runs/first --resume auto", "continue the run in a folder"),
+)
 CONFIG = Option("config", "FILE", FILE, "")
 HELP = Option("help", "", "Show this help.", False)
 BASIC = Option("help", "", "Show the options that most people need.", False)
@@ -140,9 +149,7 @@ def _wrapped(text: str, width: int, before: str = "", after: str | None = None) 
     return [line.replace(HARD, " ") for line in lines]
 
 
-def training_page(
-    program: str, config: Config, about: str, examples: Sequence[tuple[str, str]], long: bool, method: str
-) -> Page:
+def training_page(program: str, *, config: Config, long: bool = False, method: str = "") -> Page:
     """The help of a training; config: its settings are the defaults.
 
     method: name of the method that the command line or a file gives, whose options the short help has too; "" for none.
@@ -160,8 +167,8 @@ def training_page(
             f"{program} {LONG} shows all {total} and every choice. "
             f"{program} --method NAME --help adds the options of a method."
         )
-    made = [(command.format(program), what) for command, what in examples]
-    return Page(f"{program} [OPTIONS]", [about], groups, [end], made, long)
+    examples = [(command.format(program), what) for command, what in EXAMPLES]
+    return Page(f"{program} [OPTIONS]", [TRAINING], groups, [end], examples, long)
 
 
 def _training_groups(config: Config) -> list[Group]:

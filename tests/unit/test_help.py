@@ -8,7 +8,7 @@ from typing import Literal
 
 import pytest
 
-from psmpi import command, train
+from psmpi import command
 from psmpi.config import Config, kinds_of_settings, option
 from psmpi.config.help import COLUMN, WIDEST, lines_of, training_page
 from psmpi.config.options import settings_options
@@ -152,7 +152,7 @@ ENVIRONMENT = {"PATH": "/usr/bin:/bin", "PYTHONPATH": ":".join(sys.path)}
 
 
 def test_colours_change_no_line():
-    page = training_page("psmpi train", Config(), train.DESCRIPTION, train.EXAMPLES, True, "")
+    page = training_page("psmpi train", config=Config(), long=True)
     plain = list(lines_of(page, 80))
     coloured = list(lines_of(page, 80, {"title": "\x1b[1m", "option": "\x1b[36m"}))
     assert coloured != plain and [re.sub("\x1b\\[\\d*m", "", line) for line in coloured] == plain
