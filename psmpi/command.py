@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial, wraps
 from importlib import import_module
 from inspect import Signature, signature
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from psmpi.launcher import announced_rank, announced_size
 from psmpi.output import dress_help, wide_help
@@ -61,12 +61,9 @@ def answer(command: Callable[[], int]) -> int:
     return run(go)
 
 
-def answer_help(command: Callable[[], Any]) -> int:
-    """The exit status of a command that prints help and ends by SystemExit; it starts no MPI.
-
-    Only the launcher's first rank prints.
-    """
-    return 0 if announced_rank(os.environ) else answer(lambda: int(command() is None))
+def answer_help(parse: Callable[[], Any]) -> int:
+    """The exit status of a command whose words ask for help; parse: prints the help, as `parsed` does, without MPI."""
+    return answer(lambda: int(parse() is None))
 
 
 def with_training_options(work: Callable[..., int], default: Config, words: Sequence[str]) -> Callable[..., int]:
@@ -102,12 +99,11 @@ def parsed(kind: Any, words: Sequence[str], name: str, page: Callable[..., Page]
     name: the command's, as `program` takes it. page(program, long=...): its help, made from `kind` if not given. Raises
     SystemExit as argparse does, with status 0 after help.
     """
-    from psmpi.config.help import LONG, command_page, show, wants_help
+    from psmpi.config.help import LONG, command_page, wants_help
 
     if wants_help(words):
         long = LONG in words
-        show(page(program(name), long=long) if page is not None else command_page(kind, program(name), long))
-        raise SystemExit(0)
+        _show(page(program(name), long=long) if page is not None else command_page(kind, program(name), long))
     import tyro
 
     config = (tyro.conf.OmitArgPrefixes,)
@@ -122,15 +118,14 @@ def chosen(
 
     name: that of them all, as `program` takes it. Raises SystemExit as argparse does.
     """
-    from psmpi.config.help import LONG, command_page, commands_page, show, wants_help
+    from psmpi.config.help import LONG, command_page, commands_page, wants_help
 
     commands = tuple(commands)
     if wants_help(words):
         named = [command for command in commands if command.__name__.rstrip("_") == words[0]]
-        full = program(name)
-        show(command_page(named[0], f"{full} {words[0]}", LONG in words) if named
-             else commands_page(commands, full, description))  # fmt: skip
-        raise SystemExit(0)
+        if named:
+            _show(command_page(named[0], f"{program(name)} {words[0]}", LONG in words))
+        _show(commands_page(commands, program(name), description))
     from tyro.conf import OmitArgPrefixes
     from tyro.extras import SubcommandApp
 
@@ -142,6 +137,15 @@ def chosen(
             prog=program(name), description=description, args=words, config=(OmitArgPrefixes,)
         )
     return found
+
+
+def _show(page: Page) -> NoReturn:
+    """Print help, on the launcher's first rank only, and raise SystemExit."""
+    from psmpi.config.help import show
+
+    if announced_rank(os.environ) == 0:
+        show(page)
+    raise SystemExit(0)
 
 
 def _with_options(command: Callable[..., int]) -> Callable[..., Callable[[], int]]:

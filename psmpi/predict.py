@@ -74,8 +74,13 @@ class Options:
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status, 0 done, 1 error."""
     from psmpi.comm.world import run
+    from psmpi.command import answer_help, parsed
+    from psmpi.config.help import wants_help
 
-    return run(lambda: _main(sys.argv[1:] if argv is None else argv))
+    words = sys.argv[1:] if argv is None else argv
+    if wants_help(words):
+        return answer_help(lambda: parsed(Options, words, "predict"))
+    return run(lambda: _main(words))
 
 
 def _main(argv: list[str]) -> int:

@@ -31,7 +31,7 @@ NAMED = {
     **dict.fromkeys(("data_dir", "folder"), "FOLDER"),
 }
 REQUIRED: Any = MISSING
-OF_PLACE = get_args(Positional[int])[1]
+POSITIONAL = get_args(Positional[int])[1]
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Option:
 
     @property
     def words(self) -> str:
-        """The option as it is typed, such as `--lr FLOAT`."""
+        """The option as it is typed, such as `--lr X`."""
         if self.positional:
             return self.value
         if self.default is True:
@@ -92,7 +92,7 @@ def settings_options(kind: type[Any], section: Any = None) -> dict[str, Option]:
         default = one.default if section is None else getattr(section, one.name)
         if default is MISSING and one.default_factory is not MISSING:
             default = one.default_factory()
-        found[one.name] = _made(one.name, hints[one.name], default, field_text(kind, one))
+        found[one.name] = _option_of(one.name, hints[one.name], default, field_text(kind, one))
     return found
 
 
@@ -110,18 +110,18 @@ def argument_options(function: Callable[..., Any]) -> list[Option]:
         if name != "config" or not hasattr(function, "training"):
             default = REQUIRED if one.default is one.empty else one.default
             positional = one.kind is one.POSITIONAL_ONLY
-            found.append(_made(name, hints[name], default, texts.get(name, ""), positional))
+            found.append(_option_of(name, hints[name], default, texts.get(name, ""), positional))
     return found
 
 
-def _made(name: str, hint: Any, default: Any, text: str, positional: bool = False) -> Option:
-    """The option of a setting by its type; text: its whole help text."""
+def _option_of(name: str, hint: Any, default: Any, text: str, positional: bool = False) -> Option:
+    """The option of a setting of type `hint`; text: its whole help text, choices included."""
     about, described = split_text(text)
     value, several, registered, aliases = "", False, False, ()
     for extra in _annotations(hint):
         value = getattr(extra, "metavar", None) or value
         about = getattr(extra, "help", None) or about
-        positional = positional or extra is OF_PLACE
+        positional = positional or extra is POSITIONAL
         aliases = tuple(getattr(extra, "aliases", None) or aliases)
         if isinstance(extra, Choices):
             described, registered = {**described, **extra.lines()}, True

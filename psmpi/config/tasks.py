@@ -26,8 +26,8 @@ from psmpi.registry import all_methods, find_method
 class Task:
     """A group of settings.
 
-    basic: names of the settings that most people need; more: further ones of other classes; of: classes whose settings
-    belong here where no other task names them.
+    basic: names of the settings that most people need, in their order. of: classes whose other settings belong
+    here too, unless another task names them. more: names of settings of other classes.
     """
 
     title: str
@@ -52,9 +52,9 @@ TASKS = (
     Task("Run", ("out", "resume", "patience", "keep_best", "checkpoint_every", "track"), of=(Run,)),
     Task("Screen", ("quiet", "verbose"), of=(Terminal,)),
 )
-# Those of methods' settings that most people need, where no method is named.
+# Settings of methods that the short help has where no method is named.
 OF_METHODS = ("partition", "replicas", "placement", "masters", "colocate")
-# The task that methods' settings follow.
+# Title of the task whose group the groups of methods follow.
 BEFORE_METHODS = "Ranks"
 # Settings whose choices have a line each in the short help too.
 DESCRIBED = ("model", "loss", "method")
@@ -74,7 +74,7 @@ def basic_groups(config: Config, method: str = "") -> Iterator[Group]:
 
     method: the name of a method all of whose options are to be shown, "" for none.
     """
-    known = {name: one for name, one, _ in _all(config)}
+    known = {name: one for name, one, _ in _settings(config)}
     for task in TASKS:
         if task.basic:
             yield Group(task.title, [known[name] for name in task.basic])
@@ -88,7 +88,7 @@ def basic_groups(config: Config, method: str = "") -> Iterator[Group]:
 
 def all_groups(config: Config) -> Iterator[Group]:
     """All options by task, each once, with defaults of a configuration; groups of methods follow that of ranks."""
-    every = list(_all(config))
+    every = list(_settings(config))
     known = {name: one for name, one, _ in every}
     named = {name for task in TASKS for name in (*task.basic, *task.more)}
     for task in TASKS:
@@ -129,7 +129,7 @@ def options_of(config: Config, kind: type[Any]) -> list[Option]:
     return list(settings_options(kind, config.of(kind)).values())
 
 
-def _all(config: Config) -> Iterable[tuple[str, Option, type[Any]]]:
+def _settings(config: Config) -> Iterable[tuple[str, Option, type[Any]]]:
     """Every setting outside of methods: name, option, and the class that declares it."""
     for section in config.sections.values():
         for name, one in settings_options(type(section), section).items():
